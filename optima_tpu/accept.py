@@ -1,0 +1,56 @@
+"""Whether a solver's weights replace the selector's: the last word on every row.
+
+Both are judged as they will be stored (after the cast to the checkpoint's dtype), on the undamped objective.
+"""
+
+import dataclasses
+from typing import Protocol
+
+import jax.numpy as jnp
+from jax import Array
+
+from optima_tpu.errors import UserError
+
+
+class Acceptance(Protocol):
+    """Says which rows of one matrix take the solver's weights.
+
+    Args:
+      before: [d_out] float32, the objective of the selector's weights.
+      after: [d_out] float32, the objective of the solver's weights; NaN where they are not finite.
+      converged: [d_out] bool, the solver's own verdict.
+
+    Returns:
+      [d_out] bool.
+    """
+
+    def __call__(self, before: Array, after: Array, converged: Array) -> Array: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class PerRow:
+    """A row is updated when its own objective did not rise. No row of any layer ever gets worse."""
+
+    def __call__(self, before: Array, after: Array, converged: Array) -> Array:
+        return after <= before
+
+
+@dataclasses.dataclass(frozen=True)
+class PerLayer:
+    """The paper's rule: a matrix is updated as a whole, when enough rows converged and its total error fell.
+
+    Attributes:
+      min_converged: share of rows that must have converged, 0.95 in the paper's code.
+    """
+
+    min_converged: float = 0.95
+
+    def __post_init__(self):
+        if not 0 <= self.min_converged <= 1:
+            raise UserError(f"expected min_converged in [0, 1], got {self.min_converged}")
+
+    def __call__(self, before: Array, after: Array, converged: Array) -> Array:
+        # A NaN makes the comparison False: a layer with one broken row is refused.
+        fell = jnp.sum(after) < jnp.sum(before)
+        enough = jnp.mean(converged, dtype=jnp.float32) >= self.min_converged
+        return jnp.broadcast_to(fell & enough, before.shape)

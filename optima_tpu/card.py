@@ -1,0 +1,82 @@
+"""The model card of an exported folder."""
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCardData
+
+_LICENCES = {"Apache License": "apache-2.0", "MIT License": "mit"}
+HUB_ID = re.compile(r"(\w[\w.-]*/[\w.-]+)(@.+)?")
+"""What a model is called on the hub, "owner/name" or "owner/name@revision". A relative path can look the same."""
+
+
+def model_card(title: str, sidecar: Mapping[str, Any], assets: Mapping[str, bytes], report: Mapping[str, Any]) -> str:
+    """README.md in Markdown, with the front matter that the hub reads.
+
+    Args:
+      title: name of the folder.
+      sidecar: optima_tpu.json: ``model``, ``manifest``, ``layers``.
+      assets: the source's files; config.json and the licence are looked into.
+      report: report.json of the run; ``perplexity`` with ``dense`` and ``pruned`` is shown if it is there.
+    """
+    recipe = sidecar["manifest"]["recipe"]
+    origin = sidecar["model"]
+    layers = sidecar["layers"]
+    pruned = sum(layer["pruned"] for layer in layers)
+    weights = sum(math.prod(layer["shape"]) for layer in layers)
+    front = ModelCardData(base_model=_base_model(origin, assets), library_name="transformers",
+                          tags=["pruned", "sparse", "optima-tpu"], **_licence(assets)).to_yaml()
+    parts = [
+        f"---\n{front}\n---\n", f"# {title}\n",
+        f"{origin or 'A language model'}, pruned in one shot by OPTIMA-TPU: {pruned:,} of the {weights:,} weights in "
+        f"its {len(layers)} pruned matrices are zero ({pruned / max(weights, 1):.2%}). All other tensors are as in the "
+        "source.\n",
+        "The file is not smaller than the source's and inference is not faster: zeros are stored like any other "
+        "number. They help only together with a kernel or a compressor that uses them.\n",
+        "## Recipe\n", _table(("setting", "value"), _rows(recipe)),
+    ]
+    if perplexity := report.get("perplexity"):
+        rows = [(model, f"{perplexity[model]:.3f}") for model in ("dense", "pruned")]
+        parts += ["## Perplexity\n", _table(("model", "perplexity"), rows)]
+    parts += [
+        "## Files\n",
+        "- `optima_tpu.json`: the recipe in full, and sparsity and reconstruction error of every layer.\n"
+        "- `pruning_masks.npz`: which weights were kept. For each pruned weight, `<name>` holds one bit per entry as "
+        "`numpy.packbits(keep, axis=1)` makes them (1 = kept, first input in the highest bit) and `<name>.shape` its "
+        "`[d_out, d_in]`; `optima_tpu.export.read_masks` reads them.\n",
+        f"Made by OPTIMA-TPU {sidecar['manifest'].get('code', '')}".rstrip() + ".\n",
+    ]
+    return "\n".join(parts)
+
+
+def _base_model(origin: str | None, assets: Mapping[str, bytes]) -> str | None:
+    """The hub id of the source, if it is known: what the user named, or what its config.json says."""
+    for name in (origin, json.loads(assets.get("config.json", b"{}")).get("_name_or_path")):
+        if name and (match := HUB_ID.fullmatch(name)) and not Path(name).exists():
+            return match[1]
+    return None
+
+
+def _licence(assets: Mapping[str, bytes]) -> dict[str, str]:
+    file = next((name for name in sorted(assets) if name.upper().startswith(("LICENSE", "LICENCE"))), None)
+    if file is None:
+        return {}
+    head = assets[file][:400].decode("utf-8", "replace")
+    known = next((id_ for title, id_ in _LICENCES.items() if title in head), None)
+    return {"license": known} if known else {"license": "other", "license_name": "source-licence", "license_link": file}
+
+
+def _rows(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    rows = []
+    for key, value in values.items():
+        rows += _rows(value, f"{prefix}{key}.") if isinstance(value, Mapping) else [(prefix + key, str(value))]
+    return rows
+
+
+def _table(header: tuple[str, str], rows: list[tuple[str, str]]) -> str:
+    lines = [header, ("---", "---"), *rows]
+    return "\n".join(f"| {left} | {right} |" for left, right in lines) + "\n"

@@ -1,0 +1,218 @@
+"""From a YAML file and the command line to a ``RunConfig``.
+
+A YAML file and the command line have the same settings under the same names; a method is chosen by its name, its
+options sit beside it:
+
+    pattern: 2:4                        --pattern 2:4
+    selector: magnitude                 --selector magnitude
+    solver: {name: cg, damping: 0.1}    --solver cg --solver.damping 0.1
+
+The command line goes over the file, the file over the defaults. Options belong to a method: whoever chooses another one
+on the command line drops those that the file gives to its own.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import math
+import re
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import jsonargparse
+import yaml
+
+from optima_tpu import yaml12
+from optima_tpu.config import CHOICES, EMBEDDED, RunConfig, to_dict
+from optima_tpu.errors import UserError
+from optima_tpu.options import PARTS, alternatives, fields, kinds, make_parser, parts
+from optima_tpu.patterns import parse_pattern
+
+
+def parse(argv: Sequence[str]) -> RunConfig:
+    """The run that a command line asks for.
+
+    ``--help`` and ``--print_config`` print and raise SystemExit(0). Without ``--model``, and without a model in the
+    file, the settings are changes to ``EMBEDDED``.
+
+    Raises:
+      UserError: a setting that does not exist, or a value that it cannot have.
+    """
+    argv = [_spelled(argument) for argument in argv]
+    early = _early(argv)
+    document = _read(early.config) if early.config else {}
+    model = early.model if early.model is not None else document.get("model")
+    base = to_dict(EMBEDDED if model is None else RunConfig(model=str(model)))
+    chosen = {}
+    for setting, methods in CHOICES.items():
+        default = _name(setting, _method(base[setting])["name"])
+        in_file = _name(setting, document.get(setting, {}).get("name", default))
+        given = getattr(early, setting)
+        chosen[setting] = in_file if given is None else _name(setting, given)
+        if chosen[setting] != in_file:
+            document.pop(setting, None)
+        if chosen[setting] != default:
+            cls = methods[chosen[setting]]
+            base[setting] = dataclasses.asdict(cls()) if cls else {}
+        document.setdefault(setting, {})["name"] = chosen[setting]
+
+    parser = make_parser(chosen, base)
+    known = {*(f"{setting}.name" for setting in CHOICES), *kinds(chosen)}
+    _check_known(_flat(document), known, chosen, "")
+    options = [argument[2:].partition("=")[0] for argument in argv if argument.startswith("--")]
+    _check_known(options, known | {"help", "config", "print_config"}, chosen, "--")
+    # jsonargparse takes --print_config for its own, which prints a layout of its own.
+    rest = [argument for argument in argv if argument != "--print_config"]
+    try:
+        namespace = parser.parse_args(rest, namespace=parser.parse_object(document, defaults=False))
+    except argparse.ArgumentError as error:
+        raise UserError(_one_line(error, kinds(chosen))) from None
+    config = _build(namespace, chosen)
+    _check_sources(config)
+    if len(rest) < len(argv):
+        print(dump(config), end="")
+        raise SystemExit(0)
+    return config
+
+
+def dump(config: RunConfig) -> str:
+    """The configuration as a YAML file that reads back to it."""
+    return yaml12.dump(to_dict(config))
+
+
+def load(text: str, origin: str) -> dict[str, Any]:
+    """A configuration file's settings, with every method in the form ``{"name": ..., options}``.
+
+    Args:
+      origin: where the text comes from, for messages.
+
+    Raises:
+      UserError: it is not YAML, or not settings.
+    """
+    try:
+        document = yaml12.load(text)
+    except yaml.MarkedYAMLError as error:
+        place = f" line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise UserError(f"{origin}{place}: expected YAML, got something else: {error.problem}") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{origin}: expected YAML, got something else: {' '.join(str(error).split())}") from None
+    document = {} if document is None else document
+    if not isinstance(document, dict) or not all(isinstance(key, str) for key in document):
+        raise UserError(f"{origin}: expected settings such as 'model: PATH', got {document!r:.60}")
+    for setting, value in document.items():
+        if setting in CHOICES:
+            document[setting] = _method(value)
+        elif setting in PARTS and not isinstance(value, dict):
+            raise UserError(f"{origin}: expected settings under {setting}, such as 'source: c4', got {value!r}")
+    return document
+
+
+def _read(path: str) -> dict[str, Any]:
+    try:
+        return load(Path(path).expanduser().read_text(encoding="utf-8"), path)
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not text"
+        raise UserError(f"expected a YAML file, cannot read {path}: {reason}") from None
+
+
+def _spelled(argument: str) -> str:
+    """--cpu-devices as --cpu_devices, and --solver NAME as --solver.name NAME."""
+    if not argument.startswith("--"):
+        return argument
+    option, equals, value = argument.partition("=")
+    option = "--" + option[2:].replace("-", "_")
+    return option + (".name" if option[2:] in CHOICES else "") + equals + value
+
+
+def _early(argv: Sequence[str]) -> argparse.Namespace:
+    """What decides which settings there are."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--config", action="append")
+    parser.add_argument("--model")
+    for setting in CHOICES:
+        parser.add_argument(f"--{setting}.name", dest=setting)
+    try:
+        early, _ = parser.parse_known_args(argv)
+    except argparse.ArgumentError as error:
+        raise UserError(_one_line(error)) from None
+    if early.config and len(early.config) > 1:
+        raise UserError(f"expected one --config, got {len(early.config)}: put the settings into one file")
+    early.config = early.config and early.config[0]
+    return early
+
+
+def _method(value: Any) -> dict[str, Any]:
+    """A method in its long form: ``cg`` as ``{"name": "cg"}``."""
+    method = dict(value) if isinstance(value, dict) else {"name": value}
+    return method | {"name": "null"} if method.get("name", "") is None else method
+
+
+def _name(setting: str, text: str) -> str:
+    """The method's name however it is written: per_layer, per-layer, PerLayer."""
+    def plain(name):
+        return re.sub("[-_ ]", "", str(name)).lower()
+
+    for name in CHOICES[setting]:
+        if plain(text) == plain(name):
+            return name
+    raise UserError(f"expected {setting} to be one of {', '.join(CHOICES[setting])}, got {text!r}")
+
+
+def _build(namespace: jsonargparse.Namespace, chosen: Mapping[str, str]) -> RunConfig:
+    values = {name: namespace[name] for name in fields(RunConfig)} | dict.fromkeys(CHOICES)
+    for setting, cls in parts(chosen).items():
+        options = {name: namespace[f"{setting}.{name}"] for name in fields(cls)}
+        for name, value in options.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise UserError(f"expected {setting}.{name} to be a finite number, got {value}")
+        values[setting] = cls(**options)
+    return RunConfig(**values | {"pattern": parse_pattern(values["pattern"])})
+
+
+def _check_sources(config: RunConfig) -> None:
+    from optima_tpu.data import parse_source  # imports transformers, which --help does not wait for
+
+    for source in (config.calibration.source, config.evaluation.source):
+        if source is not None:
+            parse_source(source)
+
+
+def _flat(document: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """The names of all settings in a file, nested ones with dots."""
+    names = []
+    for key, value in document.items():
+        names += _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else [f"{prefix}{key}"]
+    return names
+
+
+def _check_known(names: Iterable[str], known: set[str], chosen: Mapping[str, str], dashes: str) -> None:
+    """Refuses a setting that does not exist, and names the ones that may have been meant."""
+    for name in names:
+        if name in known:
+            continue
+        setting, _, option = name.partition(".")
+        owners = [method for method, cls in CHOICES.get(setting, {}).items()
+                  if cls and option in {field.name for field in dataclasses.fields(cls)}]
+        if owners:
+            raise UserError(f"{dashes}{name} is an option of {setting} {', '.join(owners)}, but {setting} is "
+                            f"{chosen[setting]} here; choose {owners[0]} or leave the option out")
+        candidates = {entry.removesuffix(".name") for entry in known}
+        near = sorted(entry for entry in candidates if entry.rpartition(".")[2] == name.rpartition(".")[2])
+        near += [entry for entry in difflib.get_close_matches(name, candidates, n=3, cutoff=0.6) if entry not in near]
+        meant = " or ".join(dashes + entry for entry in near[:3])
+        hint = f"did you mean {meant}?" if near else "see --help for all of them"
+        raise UserError(f"there is no setting {dashes}{name}; {hint}")
+
+
+def _one_line(error: argparse.ArgumentError, types: Mapping[str, Any] | None = None) -> str:
+    """What argparse or jsonargparse found wrong, in one line."""
+    message = str(error).replace("unrecognized arguments:", "expected settings as --NAME VALUE, got")
+    found = re.match(r'Parser key "([^"]+)":.*(?:Got|Given) value: (.*)', message, re.DOTALL)
+    if not found or not types:
+        return " ".join(message.replace(".name:", ":").split())
+    words = [", ".join(map(str, typing.get_args(kind))) if typing.get_origin(kind) is Literal
+             else {int: "a whole number", float: "a number", bool: "true or false", str: "text"}.get(kind, "null")
+             for kind in alternatives(types[found[1]])]
+    return f"expected {found[1]} to be {' or '.join(words)}, got {found[2]}"

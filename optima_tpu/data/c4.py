@@ -1,0 +1,32 @@
+"""C4, the web text that SparseGPT, Wanda and most of their successors calibrate on (arXiv:1910.10683)."""
+
+import dataclasses
+import itertools
+from collections.abc import Iterator
+
+from optima_tpu.data import hub
+from optima_tpu.data.file import File
+from optima_tpu.data.source import Split
+
+REPOSITORY = "allenai/c4"
+FILES = {"calibration": "en/c4-train.00000-of-01024.json.gz", "evaluation": "en/c4-validation.00000-of-00008.json.gz"}
+EVALUATION_DOCUMENTS = 1100
+
+
+@dataclasses.dataclass(frozen=True)
+class C4:
+    """The first shard of the training set (356,317 documents); for evaluation the first shard of the validation set.
+
+    Evaluation takes its first 1100 documents joined by a space, as SparseGPT does, who report on 256 windows of 2048.
+    """
+
+    def __str__(self) -> str:
+        return "c4"
+
+    def documents(self, split: Split) -> Iterator[str]:
+        """One web page a document; one document for evaluation. Raises UserError where the hub can't be reached."""
+        pages = File(hub.download(REPOSITORY, FILES[split])).documents(split)
+        if split == "calibration":
+            yield from pages
+        else:
+            yield " ".join(itertools.islice(pages, EVALUATION_DOCUMENTS))

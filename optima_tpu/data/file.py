@@ -1,0 +1,109 @@
+"""Text files on this machine: plain text, JSON lines and Parquet."""
+
+import dataclasses
+import gzip
+import json
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+
+from optima_tpu.data.source import Split
+from optima_tpu.errors import UserError
+
+SUFFIXES = (".txt", ".txt.gz", ".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
+
+
+@dataclasses.dataclass(frozen=True)
+class File:
+    """The text of one file. It has no splits: both read all of it.
+
+    Attributes:
+      path: .txt[.gz] is one document; .jsonl[.gz] and .json[.gz] (an object a line, as C4 comes) and .parquet are one
+        document a record.
+      field: the field or column that holds the text.
+    """
+
+    path: Path
+    field: str = "text"
+
+    @staticmethod
+    def parse(text: str) -> "File":
+        """Reads PATH or PATH?field=NAME."""
+        path, question, option = text.partition("?")
+        name, _, field = option.partition("=")
+        if question and (name != "field" or not field):
+            raise UserError(f"expected file:PATH or file:PATH?field=NAME, got file:{text}")
+        return File(Path(path).expanduser(), field) if question else File(Path(path).expanduser())
+
+    def __str__(self) -> str:
+        return f"file:{self.path}" + (f"?field={self.field}" if self.field != "text" else "")
+
+    def documents(self, split: Split) -> Iterator[str]:
+        """The documents in the order of the file.
+
+        Raises:
+          UserError: no such file, an unknown format, a damaged file, a record without the field or without text in it.
+        """
+        if not self.path.is_file():
+            what = "is a folder" if self.path.is_dir() else "does not exist"
+            raise UserError(f"expected a text file, but {self.path} {what}: check the path")
+        if not self.path.name.endswith(SUFFIXES):
+            raise UserError(f"expected a file that ends in one of {', '.join(SUFFIXES)}, got {self.path}: "
+                            "rename or convert it")
+        parquet = self.path.name.endswith(".parquet")
+        read = self._parquet if parquet else self._text if self.path.name.endswith((".txt", ".txt.gz")) else self._lines
+        try:
+            yield from read()
+        except (OSError, EOFError, zlib.error, UnicodeError, pyarrow.ArrowException) as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise UserError(f"expected {'a Parquet file' if parquet else 'UTF-8 text'} in {self.path}, but it can't be "
+                            f"read ({reason}): download or convert it again") from error
+
+    def _open(self):
+        # A document keeps its own line ends, and only \n separates records; a byte order mark is no text.
+        reader = gzip.open if self.path.suffix == ".gz" else open
+        return reader(self.path, "rt", encoding="utf-8-sig", newline="\n")
+
+    def _text(self) -> Iterator[str]:
+        with self._open() as file:
+            yield file.read()
+
+    def _lines(self) -> Iterator[str]:
+        with self._open() as file:
+            for number, line in enumerate(file, start=1):
+                if not line.strip():
+                    continue
+                try:
+                    record = json.loads(line)
+                except ValueError as error:
+                    raise UserError(f"expected a JSON object on every line of {self.path}, line {number} is none "
+                                    f"({error})") from error
+                if not isinstance(record, dict):
+                    raise UserError(f"expected a JSON object on every line of {self.path}, line {number} is a "
+                                    f"{type(record).__name__}")
+                self._check_field(record)
+                yield self._checked(record[self.field], f"line {number}")
+
+    def _parquet(self) -> Iterator[str]:
+        with pyarrow.parquet.ParquetFile(self.path) as file:
+            self._check_field(file.schema_arrow.names)
+            number = 0
+            for batch in file.iter_batches(columns=[self.field]):
+                for value in batch.column(0).to_pylist():
+                    number += 1
+                    yield self._checked(value, f"row {number}")
+
+    def _check_field(self, fields) -> None:
+        if self.field not in fields:
+            raise UserError(f"{self.path} has no field {self.field!r}, it has {', '.join(fields) or 'none'}: "
+                            "write file:PATH?field=NAME")
+
+    def _checked(self, value, place: str) -> str:
+        if not isinstance(value, str):
+            raise UserError(f"expected text in field {self.field!r} of {self.path}, {place} holds "
+                            f"{type(value).__name__}: correct or drop that record")
+        value.encode()  # JSON can spell half a surrogate pair, which is no text: raises UnicodeError
+        return value

@@ -1,0 +1,25 @@
+"""Uniformly random token ids. For tests and timings: a model calibrated on them is of no use."""
+
+import dataclasses
+from typing import get_args
+
+import numpy as np
+
+from optima_tpu.data.source import Split, Tokens
+from optima_tpu.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Random:
+    """Every id of the vocabulary equally likely, from numpy's PCG64; the two splits differ."""
+
+    def __str__(self) -> str:
+        return "random"
+
+    def tokens(self, split: Split, *, vocabulary: int, windows: int | None, length: int, seed: int) -> Tokens:
+        """[windows, length] random ids. Raises UserError where ``windows`` is None: there is no end."""
+        if windows is None:
+            raise UserError("the source random has no end: expected a number of windows")
+        rng = np.random.Generator(np.random.PCG64([seed, get_args(Split).index(split)]))
+        ids = rng.integers(0, vocabulary, (windows, length), dtype=np.int32)
+        return Tokens(ids, f"{windows} windows of {length} random token ids", ids.size)

@@ -1,0 +1,116 @@
+"""Documents to windows of tokens.
+
+Calibration follows SparseGPT (arXiv:2301.00774) and Wanda (arXiv:2306.11695): random windows of documents that are
+longer than a window. Texts whose documents are too short for that are packed, as in pretraining.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+
+import numpy as np
+
+from optima_tpu.data.source import Tokens
+from optima_tpu.errors import UserError
+
+Encode = Callable[[str], np.ndarray]
+"""Text to [tokens] int32 ids, special tokens included."""
+
+CHARACTERS_PER_TOKEN = 8
+"""How much text is read at first for the windows of an evaluation: about twice what English needs."""
+
+
+def calibration_windows(documents: Sequence[str], encode: Encode, *, separator: int | None, samples: int, length: int,
+                        seed: int, origin: str) -> Tokens:
+    """``samples`` windows of ``length`` tokens.
+
+    The documents are visited in an order drawn with numpy's PCG64 from ``seed``. Blank ones are skipped. Then the first
+    that holds:
+
+    1. ``samples`` documents have more than ``length`` tokens: one window of each of the first such documents, its start
+       uniform. Further documents are not tokenised. On a large corpus this is SparseGPT's draw of random documents.
+    2. The documents with more than ``length`` tokens hold ``samples * length`` or more together: windows drawn with
+       replacement, every window of these documents equally likely. On one long text this is SparseGPT's random start.
+    3. All documents together hold ``samples * length`` or more: they are joined in the order of the visit,
+       ``separator`` between two of them, and the first ``samples * length`` tokens are cut into consecutive windows.
+
+    Args:
+      separator: the id of the tokenizer's EOS; None where it has none. Not repeated after a document that ends with it.
+      origin: the source's name, for the report and the error.
+
+    Raises:
+      UserError: none holds.
+    """
+    rng = np.random.Generator(np.random.PCG64(seed))
+    needed = samples * length
+    packed, total, read, last = [], 0, 0, separator
+    long, long_total = [], 0
+    for index in rng.permutation(len(documents)):
+        ids = encode(documents[index]) if documents[index].strip() else np.array([], np.int32)
+        if not ids.size:
+            continue
+        joined = ids if separator is None or last == separator else np.insert(ids, 0, separator)
+        if total < needed:
+            packed.append(joined)
+        read, total, last = read + 1, total + joined.size, ids[-1]
+        if ids.size > length:
+            long.append(ids)
+            long_total += ids.size
+            if len(long) == samples:
+                break
+
+    windows = f"windows of {length} tokens"
+    sizes = np.array([ids.size for ids in long], np.int64)
+    if len(long) == samples:
+        starts = rng.integers(0, sizes - length, endpoint=True)
+        rows = [ids[start:start + length] for ids, start in zip(long, starts)]
+        how = f"{samples} random {windows}, each of another document of {origin} that is longer than a window"
+        return Tokens(np.stack(rows), how, long_total)
+    if long_total >= needed:
+        ends = np.cumsum(sizes - length + 1)
+        draws = rng.integers(0, ends[-1], size=samples)
+        chosen = np.searchsorted(ends, draws, side="right")
+        # Counted from the end of the document's share: the last draw of a share is the document's first window.
+        starts = ends[chosen] - 1 - draws
+        rows = [long[document][start:start + length] for document, start in zip(chosen, starts)]
+        which = "one document" if len(long) == 1 else f"{len(long)} documents"
+        how = f"{samples} random {windows} of {which} of {origin} longer than a window"
+        return Tokens(np.stack(rows), how, long_total)
+    if total >= needed:
+        ids = np.concatenate(packed)[:needed].reshape(samples, length)
+        how = f"{samples} consecutive {windows} of {read} documents of {origin}, packed in random order"
+        return Tokens(ids, how, total)
+    raise UserError(f"{origin} holds {total} tokens of calibration text, {samples} windows of {length} need {needed}: "
+                    "give a longer text, or ask for fewer or shorter windows")
+
+
+def evaluation_windows(documents: Iterable[str], encode: Encode, *, length: int, windows: int | None,
+                       origin: str) -> Tokens:
+    """The first ``windows`` consecutive windows of the documents joined by a blank line, tokenised as one text.
+
+    Where ``windows`` is given, documents are read only until they hold more tokens than that.
+
+    Raises:
+      UserError: the text is shorter than one window.
+    """
+    documents = iter(documents)
+    wanted = None if windows is None else windows * length
+    limit = None if wanted is None else wanted * CHARACTERS_PER_TOKEN
+    read, characters, more = [], 0, True
+    while more:
+        more = False
+        for document in documents:
+            read.append(document)
+            characters += len(document)
+            if limit is not None and characters >= limit:
+                more = True
+                break
+        ids = encode("\n\n".join(read))
+        # Strictly more: a special token that the tokenizer puts at the end of a text is then not among them.
+        if wanted is not None and ids.size > wanted:
+            break
+        limit = limit and 2 * limit
+    count = ids.size // length if windows is None else min(windows, ids.size // length)
+    if not count:
+        raise UserError(f"{origin} holds {ids.size} tokens of evaluation text, one window needs {length}: give a "
+                        "longer text or ask for shorter windows")
+    how = f"the first {count} consecutive windows of {length} tokens of {origin}"
+    return Tokens(ids[:count * length].reshape(count, length), how, ids.size)

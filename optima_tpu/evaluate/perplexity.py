@@ -1,0 +1,67 @@
+"""Perplexity as SparseGPT, Wanda and OPTIMA report it."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from optima_tpu.errors import UserError
+from optima_tpu.models.decoder import Decoder, Head, head_logits
+
+
+def perplexity(decoder: Decoder, tokens: np.ndarray, advance=lambda: None) -> float:
+    """``exp`` of the mean negative log-likelihood of every token but the first of each window.
+
+    The windows do not overlap and see nothing before them, so the mean over windows of window means is the mean over tokens.
+    One block is on the devices at a time; all windows pass through it before the next.
+
+    Args:
+      tokens: [windows, length] int32.
+      advance: called after every block and once after the head.
+
+    Raises:
+      UserError: the model's output is not finite.
+    """
+    hidden = decoder.embed(tokens)
+    for index in range(decoder.config.blocks):
+        decoder.apply(decoder.load_block(index), hidden)
+        advance()
+    head, total = decoder.head(), 0.0
+    for batch in decoder.batches(hidden):
+        targets = np.zeros((batch.hidden.shape[0], tokens.shape[1]), np.int32)
+        targets[: batch.count] = tokens[batch.rows]
+        # Per window sums in float32, their total in float64 on the host.
+        total += float(np.sum(np.asarray(_window_nll(head, batch.hidden, targets, decoder.config.eps))[: batch.count],
+                              dtype=np.float64))
+    advance()
+    if not math.isfinite(total):
+        raise UserError("the model's output holds NaN or infinite values: it overflows in its dtype or its weights are damaged; "
+                        "try --dtype float32")
+    return math.exp(total / (tokens.shape[0] * (tokens.shape[1] - 1)))
+
+
+@functools.partial(jax.jit, static_argnums=3)
+def _window_nll(head: Head, hidden: Array, tokens: Array, eps: float) -> Array:
+    """Summed negative log-likelihood of tokens 1.. of every window, [windows] float32.
+
+    A stretch of positions at a time: the logits of a whole batch would be the largest array of the program.
+    """
+    windows, length, width = hidden.shape
+    count = -(-(length - 1) // _STRETCH)
+    extra = count * _STRETCH - (length - 1)
+    states = jnp.pad(hidden[:, :-1], ((0, 0), (0, extra), (0, 0))).reshape(windows, count, _STRETCH, width)
+    targets = jnp.pad(tokens[:, 1:], ((0, 0), (0, extra)), constant_values=-1).reshape(windows, count, _STRETCH)
+
+    def stretch(pair):
+        states, ids = pair
+        logits = head_logits(head, states, eps)
+        picked = jnp.take_along_axis(logits, jnp.maximum(ids, 0)[..., None], axis=-1)[..., 0]
+        return jnp.sum(jnp.where(ids >= 0, jax.nn.logsumexp(logits, axis=-1) - picked, 0.0), axis=1)
+
+    return jnp.sum(jax.lax.map(stretch, (states.swapaxes(0, 1), targets.swapaxes(0, 1))), axis=0)
+
+
+_STRETCH = 128

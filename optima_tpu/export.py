@@ -1,0 +1,207 @@
+"""From a finished run to a folder that ``transformers`` loads: ``python -m optima_tpu.export RUN_DIR OUT``.
+
+    OUT/model.safetensors           or model-00001-of-0000N.safetensors with their index: every tensor in the source's
+                                    dtype, the pruned weights exactly zero, the others as the source had them
+    OUT/config.json, tokenizer...   the source's own files, byte for byte
+    OUT/pruning_masks.npz           which weights were kept, one bit each; see read_masks
+    OUT/optima_tpu.json             recipe, sparsity and error of every layer
+    OUT/README.md                   model card
+
+The weights are dense: no current library reads a packed 2:4 file, and a ``sparsity_config`` makes some refuse to load.
+"""
+
+import argparse
+import json
+import shutil
+import sys
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from optima_tpu.card import HUB_ID, model_card
+from optima_tpu.checkpoint import CheckpointTensors, quiet_orbax
+from optima_tpu.errors import UserError
+from optima_tpu.files import PARTIAL, commit, split_by_size, writing
+from optima_tpu.manifest import read_assets, read_run
+from optima_tpu.patterns import NM, Pattern, Unstructured, parse_pattern
+
+MASKS, SIDECAR = "pruning_masks.npz", "optima_tpu.json"
+_SHAPE = ".shape"
+
+
+def export(run_directory: str | Path, out: str | Path, max_shard_size: int | str = "5GB") -> None:
+    """Writes the folder. It appears under its name when everything in it was written, checked and is on the disk.
+
+    Args:
+      run_directory: a finished run; only its checkpoint, assets and report.json (if there is one) are read.
+      out: does not exist, or is an empty folder.
+      max_shard_size: bytes, or a text such as "5GB". One shard is in memory at a time.
+
+    Raises:
+      UserError: the run is not finished, ``out`` is in use, or the disk is full.
+      RuntimeError: what was written is not what the masks say. Nothing appears under ``out``.
+    """
+    out = Path(out).resolve()
+    source = CheckpointTensors(run_directory)
+    pattern = parse_pattern(source.run["manifest"]["recipe"]["pattern"])
+    partial = out.with_name("." + out.name + PARTIAL)
+    with writing(out, "nothing was left there; make room or choose another folder, and repeat the command"):
+        if out.exists() and any(out.iterdir()):
+            raise UserError(f"expected a new or empty folder to export to, got {out}, which is not empty; choose "
+                            "another folder")
+        if partial.exists():  # of an export that was killed
+            shutil.rmtree(partial)
+        partial.mkdir(parents=True)
+        try:
+            assets = read_assets(run_directory)
+            for name, data in assets.items():
+                (partial / name).parent.mkdir(parents=True, exist_ok=True)
+                (partial / name).write_bytes(data)
+            zeros = _write_shards(source, pattern, partial, max_shard_size)
+            _write_masks(source, partial / MASKS)
+            sidecar = _sidecar(source, zeros)
+            (partial / SIDECAR).write_text(json.dumps(sidecar, indent=2, allow_nan=False))
+            path = Path(run_directory) / "report.json"
+            report = json.loads(path.read_text()) if path.exists() else {}
+            (partial / "README.md").write_text(model_card(out.name, sidecar, assets, report), encoding="utf-8")
+            commit(partial, out)
+        except BaseException:
+            shutil.rmtree(partial)
+            raise
+
+
+def is_export_of(run_directory: str | Path, out: str | Path) -> bool:
+    """Whether ``out`` already holds the export of this run, so that a repeated command need not write it again."""
+    path = Path(out) / SIDECAR
+    return path.exists() and json.loads(path.read_text())["manifest"] == read_run(run_directory)["manifest"]
+
+
+def read_masks(path: str | Path) -> dict[str, np.ndarray]:
+    """The masks of an exported folder: name of a pruned weight -> [d_out, d_in] bool, True where it was kept.
+
+    The file has two arrays for each weight: "<name>", [d_out, ceil(d_in / 8)] uint8 as ``numpy.packbits`` packs the
+    inputs of a row (the first input in the highest bit), and "<name>.shape", the two sizes.
+
+    Args:
+      path: pruning_masks.npz, or the folder it is in.
+    """
+    path = Path(path)
+    with np.load(path / MASKS if path.is_dir() else path) as file:
+        names = [name.removesuffix(_SHAPE) for name in file.files if name.endswith(_SHAPE)]
+        return {name: np.unpackbits(file[name], axis=1, count=file[name + _SHAPE][1]).view(bool) for name in names}
+
+
+def _write_shards(source: CheckpointTensors, pattern: Pattern, folder: Path, limit: int | str) -> dict[str, int]:
+    """Writes and checks the weights. Returns the number of zeros in each pruned one, counted in the file."""
+    try:
+        split = split_by_size(source, source.names(), limit, "model{suffix}.safetensors")
+    except ValueError as error:
+        raise UserError(f"expected a shard size such as 5GB, got {limit!r}: {error}") from None
+    zeros, masked = {}, set(source.pruned())
+    for file_name, names in split.filename_to_tensors.items():
+        tensors = source.load(names)
+        masks = source.masks(name for name in names if name in masked)
+        for name, keep in masks.items():
+            tensors[name] = _exact_zeros(name, tensors[name], keep)
+        # safetensors writes the buffer as it lies in memory: without this a transposed view would be saved wrong.
+        tensors = {name: np.ascontiguousarray(tensors[name]).reshape(source.shape(name)) for name in names}
+        safetensors.numpy.save_file(tensors, folder / file_name, metadata={"format": "pt"})
+        zeros |= _check(folder / file_name, tensors, masks, pattern)
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+    return zeros
+
+
+def _exact_zeros(name: str, weight: np.ndarray, keep: np.ndarray) -> np.ndarray:
+    """The weight with +0.0 at every pruned entry, where it must have been zero of either sign."""
+    if np.any(weight[~keep] != 0):
+        raise RuntimeError(f"{name}: the checkpoint holds weights other than zero where the mask prunes")
+    return np.where(keep, weight, np.zeros((), weight.dtype))
+
+
+def _check(path: Path, tensors: Mapping[str, np.ndarray], masks: Mapping[str, np.ndarray],
+           pattern: Pattern) -> dict[str, int]:
+    """Reads a shard again, and compares it with what was to be written, with the masks and with the pattern."""
+    zeros = {}
+    with safetensors.safe_open(path, framework="np") as file:
+        for name, expected in tensors.items():
+            written = file.get_tensor(name)
+            if (written.dtype, written.shape) != (expected.dtype, expected.shape) or not _same_bytes(written, expected):
+                raise RuntimeError(f"{path.name}: {name} was not written as it is in the checkpoint")
+            if name in masks:
+                zero = written == 0
+                if np.any(~masks[name] & ~zero) or not _holds(zero, pattern):
+                    raise RuntimeError(f"{path.name}: the zeros of {name} are not those of mask and pattern {pattern}")
+                zeros[name] = int(zero.sum())
+    return zeros
+
+
+def _same_bytes(a: np.ndarray, b: np.ndarray) -> bool:
+    return np.array_equal(a.reshape(-1).view(np.uint8), b.reshape(-1).view(np.uint8))  # NaN included
+
+
+def _holds(zero: np.ndarray, pattern: Pattern) -> bool:
+    """Whether every comparison group of a [d_out, d_in] matrix has as many zeros as the pattern asks for."""
+    match pattern:
+        case Unstructured(group="row"):
+            return bool(np.all(zero.sum(axis=1) >= pattern.pruned_in(zero.shape[1])))
+        case Unstructured(group="layer"):
+            return bool(zero.sum() >= pattern.pruned_in(zero.size))
+        case NM(n, m):
+            return bool(np.all(zero.reshape(-1, m).sum(axis=1) >= m - n))
+
+
+def _write_masks(source: CheckpointTensors, path: Path) -> None:
+    # Entry by entry where np.savez would want all of them in memory.
+    with zipfile.ZipFile(path, "w") as archive:
+        for name in source.pruned():
+            keep = source.masks([name])[name]
+            for entry, array in ((name, np.packbits(keep, axis=1)), (name + _SHAPE, np.asarray(keep.shape))):
+                with archive.open(zipfile.ZipInfo(entry + ".npy"), "w", force_zip64=True) as file:
+                    np.lib.format.write_array(file, array, allow_pickle=False)
+
+
+def _sidecar(source: CheckpointTensors, zeros: Mapping[str, int]) -> dict[str, Any]:
+    """Recipe, and for each pruned weight its zeros counted from the file and its layer report."""
+    reports = [layer for block in source.run["blocks"] for layer in block["layers"]]
+    origin = source.run["configuration"].get("model")
+    layers = []
+    for name, count in zeros.items():
+        size = int(np.prod(source.shape(name)))
+        report = next(layer for layer in reports if name.endswith(f".{layer['block']}.{layer['name']}.weight"))
+        counted = {"name": name, "shape": list(source.shape(name)), "pruned": count, "sparsity": count / size}
+        layers.append(report | counted)
+    # Of a local model only the folder's name: this file is made to be published.
+    model = origin if origin is None or HUB_ID.fullmatch(origin) else Path(origin).name
+    return {"model": model, "manifest": source.run["manifest"], "layers": layers}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line. Returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m optima_tpu.export",
+        description="Makes the folder that transformers loads from a finished pruning run. The source is not needed.")
+    parser.add_argument("run_dir", help="output directory of the run")
+    parser.add_argument("out", help="folder to make; must not exist, or be empty")
+    parser.add_argument("--max-shard-size", default="5GB", help="largest weight file (default: %(default)s)")
+    chosen = parser.parse_args(arguments)
+    jax.config.update("jax_platforms", "cpu")  # Orbax starts JAX, and an accelerator may be busy with another run
+    quiet_orbax()
+    try:
+        export(chosen.run_dir, chosen.out, chosen.max_shard_size)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"wrote {chosen.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

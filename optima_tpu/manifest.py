@@ -1,0 +1,69 @@
+"""The record of a run: what a resume must agree with, the full configuration, the source's small files."""
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from optima_tpu.errors import UserError
+from optima_tpu.files import write_bytes
+
+RUN, ASSETS = "run.json", "assets"
+
+
+def write_run(directory: Path, manifest: Mapping[str, Any], configuration: Mapping[str, Any]) -> None:
+    """Records a new run in an existing directory, in one step."""
+    record = {"manifest": manifest, "configuration": configuration}
+    write_bytes(directory / RUN, json.dumps(record, indent=2, allow_nan=False).encode())
+
+
+def read_run(directory: str | Path) -> dict:
+    """The manifest and the configuration of a run: ``{"manifest": {...}, "configuration": {...}}``.
+
+    Raises:
+      UserError: there is no run, or its record is damaged.
+    """
+    path = Path(directory) / RUN
+    try:
+        return json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise UserError(f"expected a run directory, got {directory}, which holds no {RUN}") from None
+    except ValueError:
+        raise UserError(f"{path} is damaged and the run cannot be resumed; choose another --output") from None
+
+
+def read_assets(directory: str | Path) -> dict[str, bytes]:
+    """The files a run kept of its source model, name -> contents."""
+    folder = Path(directory) / ASSETS
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def refuse_another(directory: Path, manifest: Mapping[str, Any]) -> None:
+    """Compares a manifest with the one of the run in ``directory``.
+
+    Raises:
+      UserError: they differ; every differing key is named, nested ones with dots, with both values.
+    """
+    as_recorded = json.loads(json.dumps(manifest, allow_nan=False))  # without tuples
+    there, here = _flat(read_run(directory)["manifest"]), _flat(as_recorded)
+    different = [f"{key}: {_show(there, key)} there, {_show(here, key)} here"
+                 for key in sorted(there | here) if there.get(key, ...) != here.get(key, ...)]
+    if different:
+        raise UserError(f"{directory} holds another run ({'; '.join(different)}); choose another --output, or repeat "
+                        "the original command to resume it")
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested keys joined by dots."""
+    flat = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+    return flat
+
+
+def _show(flat: Mapping[str, Any], key: str) -> str:
+    if key not in flat:
+        return "absent"
+    text = flat[key] if isinstance(flat[key], str) else json.dumps(flat[key])
+    return text[:12] if re.fullmatch(r"[0-9a-f]{40,}", text) else text

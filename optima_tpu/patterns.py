@@ -1,0 +1,135 @@
+"""Which sets of weights may stay, and the choice of the best of them by a score.
+
+A pattern says how many weights are pruned and inside which comparison group; a score says which. Ties are broken by
+index: of two weights of one group with equal scores the one with the lower index is pruned first. The rule is part of
+the result (4-bit checkpoints tie often), and it makes the mask independent of the mesh.
+"""
+
+import dataclasses
+import math
+
+import jax.numpy as jnp
+from jax import Array
+
+from optima_tpu.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Unstructured:
+    """Prunes the given share of every comparison group, wherever the weights lie.
+
+    Attributes:
+      sparsity: share of weights pruned, in [0, 1). A group of ``n`` weights loses exactly ``floor(n * sparsity)``, as in
+        Wanda's published code.
+      group: "row" compares the weights of one output (Wanda), "layer" all weights of a matrix (magnitude pruning).
+    """
+
+    sparsity: float = 0.5
+    group: str = "row"
+
+    def __post_init__(self):
+        if not 0 <= self.sparsity < 1:
+            raise UserError(f"expected a sparsity in [0, 1), got {self.sparsity}")
+        if self.group not in ("row", "layer"):
+            raise UserError(f"expected comparison group 'row' or 'layer', got {self.group!r}")
+
+    def __str__(self) -> str:
+        return f"{self.sparsity:.4g} per {self.group}"
+
+    def pruned_in(self, size: int) -> int:
+        """How many weights a group of ``size`` loses: ``floor(size * sparsity)`` in exact arithmetic.
+
+        Decimal sparsities are not exact in binary (100 * 0.29 is 28.999...), so the product is rounded first.
+        """
+        return math.floor(round(size * self.sparsity, 6))
+
+    def pruned_count(self, shape: tuple[int, int]) -> int:
+        """How many weights a [d_out, d_in] matrix loses."""
+        rows, columns = shape
+        return rows * self.pruned_in(columns) if self.group == "row" else self.pruned_in(rows * columns)
+
+    def keep_mask(self, scores: Array) -> Array:
+        """The mask that keeps the highest scores. See :func:`keep_mask`."""
+        if self.group == "row":
+            return _keep_largest(scores, self.pruned_in(scores.shape[1]))
+        flat = _keep_largest(scores.reshape(1, -1), self.pruned_in(scores.size))
+        return flat.reshape(scores.shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class NM:
+    """Keeps ``n`` of every ``m`` consecutive inputs of a row, as 2:4 hardware reads them.
+
+    Attributes:
+      n: weights kept in a group, 0 < n < m.
+      m: size of the group; must divide d_in.
+    """
+
+    n: int = 2
+    m: int = 4
+
+    def __post_init__(self):
+        if not 0 < self.n < self.m:
+            raise UserError(f"expected a pattern N:M with 0 < N < M, got {self.n}:{self.m}")
+
+    def __str__(self) -> str:
+        return f"{self.n}:{self.m}"
+
+    def pruned_count(self, shape: tuple[int, int]) -> int:
+        """How many weights a [d_out, d_in] matrix loses. Raises UserError when ``m`` does not divide d_in."""
+        rows, columns = shape
+        if columns % self.m:
+            raise UserError(f"pattern {self} needs a number of inputs divisible by {self.m}, got a layer with {columns}; "
+                            "choose an M that divides it")
+        return rows * (columns // self.m) * (self.m - self.n)
+
+    def keep_mask(self, scores: Array) -> Array:
+        """The mask that keeps the highest scores of every group. See :func:`keep_mask`."""
+        self.pruned_count(scores.shape)
+        return _keep_largest(scores.reshape(-1, self.m), self.m - self.n).reshape(scores.shape)
+
+
+Pattern = Unstructured | NM
+
+
+def parse_pattern(text: str) -> Pattern:
+    """Reads "0.5" (half of every row), "0.5/layer" (half of every matrix) or "2:4".
+
+    Raises:
+      UserError: the text is none of these.
+    """
+    text = str(text).strip()
+    try:
+        if ":" in text:
+            n, m = text.split(":")
+            return NM(int(n), int(m))
+        sparsity, _, group = text.partition("/")
+        return Unstructured(float(sparsity), group or "row")
+    except ValueError:
+        raise UserError(f"expected a pattern such as 0.5, 0.5/layer or 2:4, got {text!r}") from None
+
+
+def keep_mask(scores: Array, pattern: Pattern) -> Array:
+    """The mask of ``pattern`` with the largest total score.
+
+    Args:
+      scores: [d_out, d_in] float, larger is more worth keeping; NaN counts as the smallest of all.
+      pattern: what may stay.
+
+    Returns:
+      [d_out, d_in] bool with exactly ``pattern.pruned_count(shape)`` False entries.
+
+    Raises:
+      UserError: an N:M pattern whose M does not divide d_in.
+    """
+    return pattern.keep_mask(jnp.where(jnp.isnan(scores), -jnp.inf, scores))
+
+
+def _keep_largest(scores: Array, pruned: int) -> Array:
+    """Per row of [groups, size]: False at the ``pruned`` smallest, the lowest index first among equals.
+
+    A stable sort gives every weight its rank, so counts are exact whatever the ties; a threshold would not.
+    """
+    order = jnp.argsort(scores, axis=1, stable=True)
+    ranks = jnp.argsort(order, axis=1)
+    return ranks >= pruned

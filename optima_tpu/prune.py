@@ -1,0 +1,170 @@
+"""The walk: calibrate a block, prune it, send the activations through what is left of it, go on."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from optima_tpu.accept import Acceptance, PerRow
+from optima_tpu.patterns import Pattern
+from optima_tpu.problem import LayerProblem, Pruned, Solution, objective, output_energy, self_target
+from optima_tpu.report.records import LayerReport
+from optima_tpu.selectors import MaskSelector
+from optima_tpu.sharding import divisible, over_rows
+from optima_tpu.solvers import Solver
+from optima_tpu.solvers.scaling import live_features
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """What is done to every linear layer.
+
+    Attributes:
+      pattern: how many weights go, and inside which groups.
+      selector: which ones stay.
+      solver: where those that stay go; None keeps the selector's own weights, the baseline of the paper's tables.
+      accept: when the solver's weights replace the selector's.
+    """
+
+    pattern: Pattern
+    selector: MaskSelector
+    solver: Solver | None
+    accept: Acceptance = PerRow()
+
+
+class RowReport(NamedTuple):
+    """What happened to each row of a layer; every array is [d_out]."""
+
+    energy: Array  # float32, mean square of the dense output
+    before: Array  # float32, objective of the selector's weights
+    after: Array  # float32, objective of the final weights
+    gap: Array  # float32, the solver's
+    steps: Array  # int32
+    converged: Array  # bool
+    refused: Array  # bool, the solver's weights were not accepted
+
+
+def prune_layer(problem: LayerProblem, recipe: Recipe, dtype=jnp.float32) -> tuple[Pruned, RowReport]:
+    """Prunes one matrix on one device: selector, solver, cast, acceptance.
+
+    Args:
+      problem: the rows of one matrix.
+      dtype: what the weights will be stored in; they are judged after the cast.
+
+    Returns:
+      The pruned weights ([d_out, d_in] float32 holding values of ``dtype``) and what happened to every row.
+    """
+    pruned = recipe.selector(problem, recipe.pattern)
+    solution = recipe.solver(problem, pruned) if recipe.solver else _unsolved(pruned)
+    return _judge(problem, pruned, solution, recipe, dtype)
+
+
+@functools.partial(jax.jit, static_argnames=("recipe", "mesh"))
+def prune_group(weights: tuple[Array, ...], hessian: Array, recipe: Recipe, mesh: Mesh
+                ) -> tuple[tuple[Array, ...], tuple[Array, ...], tuple[RowReport, ...]]:
+    """Prunes the matrices that read one input, on the mesh.
+
+    Masks are chosen matrix by matrix; the solver gets the rows of all of them at once, split over every device.
+
+    Args:
+      weights: each [d_out, d_in], dense, in the checkpoint's dtype.
+      hessian: [d_in, d_in] float32.
+
+    Returns:
+      For every matrix: weights in its dtype, mask [d_out, d_in] bool, and the report on its rows.
+    """
+    everywhere = NamedSharding(mesh, P())
+    hessian = jax.lax.with_sharding_constraint(hessian, everywhere)
+    problems, choices = [], []
+    for weight in weights:
+        wide = weight.astype(jnp.float32)
+        rows = NamedSharding(mesh, divisible(mesh, wide.shape, P(mesh.axis_names)))
+        wide = jax.lax.with_sharding_constraint(wide, rows)
+        problems.append(self_target(wide, hessian))
+        choices.append(recipe.selector(problems[-1], recipe.pattern))
+    stacked = LayerProblem(_stack([p.weight for p in problems]), hessian, _stack([p.linear for p in problems]))
+    pruned = Pruned(_stack([c.weight for c in choices]), _stack([c.keep for c in choices]))
+    solution = over_rows(recipe.solver, mesh)(stacked, pruned) if recipe.solver else _unsolved(pruned)
+
+    new, masks, reports, first = [], [], [], 0
+    for weight, problem, choice in zip(weights, problems, choices):
+        rows = slice(first, first + weight.shape[0])
+        final, report = _judge(problem, choice, Solution(*(array[rows] for array in solution)), recipe, weight.dtype)
+        new.append(final.weight.astype(weight.dtype))
+        masks.append(final.keep)
+        reports.append(report)
+        first = rows.stop
+    return tuple(new), tuple(masks), tuple(reports)
+
+
+def prune_block(index: int, parameters: Mapping[str, Array], groups: tuple[tuple[str, ...], ...], hessians: tuple[Array, ...],
+                recipe: Recipe, mesh: Mesh, tell: Callable[[LayerReport], None] = lambda report: None
+                ) -> tuple[dict[str, Array], dict[str, Array], tuple[LayerReport, ...]]:
+    """Prunes every linear layer of a block.
+
+    Args:
+      index: the block's number, for the reports.
+      parameters: by name inside the block, on the mesh.
+      groups: layers that read one input together, with one of ``hessians`` each.
+      tell: called with every layer's report as soon as the layer is done.
+
+    Returns:
+      All parameters of the block with the pruned ones replaced (laid out as before), the masks by parameter name, and a
+      report for every layer.
+    """
+    parameters, masks, reports = dict(parameters), {}, []
+    for names, hessian in zip(groups, hessians):
+        keys = [name + ".weight" for name in names]
+        weights = tuple(parameters[key] for key in keys)
+        new, keeps, rows = prune_group(weights, hessian, recipe, mesh)
+        dead = int(hessian.shape[0] - jnp.sum(live_features(hessian)))
+        for name, key, old, weight, keep, report in zip(names, keys, weights, new, keeps, rows):
+            parameters[key] = jax.device_put(weight, old.sharding)
+            masks[key] = keep
+            reports.append(_summary(index, name, keep, jax.device_get(report), dead))
+            tell(reports[-1])
+    return parameters, masks, tuple(reports)
+
+
+def _judge(problem: LayerProblem, pruned: Pruned, solution: Solution, recipe: Recipe, dtype) -> tuple[Pruned, RowReport]:
+    def stored(weight):
+        # The mask again after the cast, and + 0.0 so that no -0.0 is left: zeros are exact in the file.
+        return jnp.where(pruned.keep, weight, 0.0).astype(dtype).astype(jnp.float32) + 0.0
+
+    old, new = stored(pruned.weight), stored(solution.weight)
+    before, after = objective(problem, old), objective(problem, new)
+    accepted = recipe.accept(before, after, solution.converged) if recipe.solver else jnp.ones(before.shape, bool)
+    report = RowReport(output_energy(problem), before, jnp.where(accepted, after, before), solution.gap, solution.steps,
+                       solution.converged, ~accepted)
+    return Pruned(jnp.where(accepted[:, None], new, old), pruned.keep), report
+
+
+def _unsolved(pruned: Pruned) -> Solution:
+    rows = pruned.weight.shape[0]
+    return Solution(pruned.weight, jnp.zeros(rows), jnp.zeros(rows, jnp.int32), jnp.ones(rows, bool))
+
+
+def _stack(arrays: list[Array]) -> Array:
+    return jnp.concatenate(arrays) if len(arrays) > 1 else arrays[0]
+
+
+def _summary(index: int, name: str, keep: Array, rows: RowReport, dead: int) -> LayerReport:
+    energy = float(np.sum(rows.energy, dtype=np.float64))
+    pruned = int(keep.size - jnp.sum(keep, dtype=jnp.int32))
+
+    def share(values: np.ndarray) -> float:
+        return float(np.sum(values, dtype=np.float64)) / energy if energy > 0 else 0.0
+
+    return LayerReport(
+        block=index, name=name, shape=tuple(keep.shape), pruned=pruned, sparsity=pruned / keep.size,
+        error_before=share(rows.before), error_after=share(rows.after),
+        gap_median=float(np.median(rows.gap)), gap_max=float(np.max(rows.gap)),
+        steps_median=int(np.median(rows.steps)), steps_max=int(np.max(rows.steps)), rows=len(rows.gap),
+        rows_converged=int(np.sum(rows.converged)), rows_refused=int(np.sum(rows.refused)), dead_inputs=dead)

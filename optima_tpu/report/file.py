@@ -1,0 +1,70 @@
+"""report.json: everything a run says about itself, for programs and for two years later."""
+
+import importlib.metadata
+import json
+import math
+import platform
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from optima_tpu.files import write_bytes
+from optima_tpu.report.records import BlockReport, finite
+from optima_tpu.report.summary import all_layers, by_kind, sparsity, unusual
+
+_PACKAGES = ("optima-tpu", "jax", "jaxlib", "flax", "orbax-checkpoint", "mpax", "transformers", "numpy")
+
+
+def environment(mesh: Mesh) -> dict[str, Any]:
+    """Where a run took place: versions, devices, mesh. JSON types."""
+    versions = {}
+    for package in _PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = None  # run from a checkout, or without the optional solver
+    return {
+        "python": platform.python_version(), "system": platform.platform(), "packages": versions,
+        "platform": jax.default_backend(), "device": jax.devices()[0].device_kind, "devices": jax.device_count(),
+        "processes": jax.process_count(), "mesh": dict(mesh.shape),
+    }
+
+
+def write_report(path: Path, *, configuration: Mapping[str, Any], environment: Mapping[str, Any],
+                 model: Mapping[str, Any], calibration: Mapping[str, Any], evaluation: Mapping[str, Any],
+                 perplexity: Mapping[str, float], blocks: Sequence[BlockReport], seconds: Mapping[str, float],
+                 files: Mapping[str, str]) -> dict[str, Any]:
+    """Writes the report in one step: afterwards it is complete, or the old one is still there.
+
+    Args:
+      path: RUN/report.json.
+      configuration: from ``config.to_dict``.
+      environment: from :func:`environment`.
+      model: what was pruned: origin, fingerprint, family, dtype, ...
+      calibration: the text the model had to reproduce, and how it was sampled.
+      evaluation: the text perplexity was measured on.
+      perplexity: "dense" and "pruned".
+      blocks: of the whole model.
+      seconds: by stage, from ``Progress.seconds``.
+      files: what the run left -> path.
+
+    Returns:
+      What was written. Numbers that JSON cannot hold are null.
+
+    Raises:
+      ValueError: a number given here is not finite.
+    """
+    layers = all_layers(blocks)
+    report = {
+        "configuration": dict(configuration), "environment": dict(environment), "model": dict(model),
+        "calibration": dict(calibration), "evaluation": dict(evaluation), "perplexity": dict(perplexity),
+        "sparsity": sparsity(layers), "weights": sum(math.prod(layer.shape) for layer in layers),
+        "pruned": sum(layer.pruned for layer in layers), "unusual": unusual(blocks),
+        "layer_kinds": [finite(kind._asdict()) for kind in by_kind(blocks)], "seconds": dict(seconds),
+        "files": dict(files), "blocks": [block.to_json() for block in blocks],
+    }
+    write_bytes(path, (json.dumps(report, indent=2, allow_nan=False) + "\n").encode())
+    return report

@@ -1,0 +1,34 @@
+"""Numbers for people."""
+
+import math
+
+
+def number(value: float, digits: int = 3) -> str:
+    """``value`` with so many significant digits, never in powers of ten: "0.0123", "12.3", "1234"."""
+    if not math.isfinite(value):
+        return "not finite"
+    if value == 0:
+        return "0"
+    decimals = max(digits - 1 - math.floor(math.log10(abs(value))), 0)
+    # Rounding may carry into one more digit: 9.996 is 10.0, not 10.00.
+    decimals = max(digits - 1 - math.floor(math.log10(abs(round(value, decimals)))), 0)
+    return f"{value:.{decimals}f}"
+
+
+def percent(share: float) -> str:
+    """A share as a percentage with three significant digits: 0.1234 is "12.3%"."""
+    if 0 < share < 1e-7:
+        return "< 0.00001%"
+    return number(100 * share) + ("%" if math.isfinite(share) else "")
+
+
+def duration(seconds: float) -> str:
+    """Hours, minutes and seconds: "0:07", "12:05", "1:02:03"."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def plural(count: int, noun: str) -> str:
+    """"1 row", "2 rows", "1,234 rows"."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"

@@ -1,0 +1,126 @@
+"""What the person at the terminal sees while a run goes on."""
+
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from typing import Self
+
+import jax
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as Bars
+from rich.text import Text
+
+from optima_tpu.report.numbers import duration, percent
+from optima_tpu.report.records import LayerReport
+from optima_tpu.report.summary import sparsity
+
+
+class Progress:
+    """Tells how far a run is. A run is stages one after the other, a stage is steps; the walk's steps are blocks.
+
+        with Progress() as progress:
+            progress.stage("dense perplexity", total=31)
+            ...                                             # progress.advance() after every step
+            progress.stage("pruning", total=30)
+            for index in range(first, 30):
+                progress.block(index, 30)
+                ...                                         # progress.layer(report) for every layer
+                progress.advance()
+
+    Every stage and every finished block is one line. On a terminal a bar below them shows the step, the last layer and
+    the time left of the stage. Only process 0 says anything. Make it after the devices are set up, which it asks for.
+
+    Attributes:
+      seconds: how long every finished stage took, by name.
+    """
+
+    def __init__(self, console: Console | None = None, clock: Callable[[], float] = time.monotonic):
+        self.seconds: dict[str, float] = {}
+        self._console = console or Console()
+        self._clock = clock
+        self._speaks = jax.process_index() == 0
+        self._start = clock()
+        self._stage = self._block = None
+        self._stage_start = self._block_start = self._start
+        self._total = self._skipped = self._done = 0
+        self._layers: list[LayerReport] = []
+        self._bars = _Bars(
+            TextColumn("{task.description}", markup=False), BarColumn(bar_width=20), MofNCompleteColumn(),
+            TimeElapsedColumn(), TextColumn("{task.fields[left]}", markup=False), console=self._console, transient=True,
+            disable=not (self._speaks and self._console.is_terminal))
+        self._task = self._bars.add_task("", total=None, visible=False, left="")
+
+    def __enter__(self) -> Self:
+        self._bars.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._finish_stage()
+        self._bars.stop()
+
+    def stage(self, name: str, total: int) -> None:
+        """Begins a stage of ``total`` steps, and ends the one before."""
+        self._finish_stage()
+        self._stage, self._stage_start = name, self._clock()
+        self._total, self._skipped, self._done = total, 0, 0
+        self._say(name)
+        self._bars.reset(self._task, total=total, description=name, visible=True, left="")
+
+    def block(self, index: int, count: int) -> None:
+        """Begins a block of the walk: number ``index`` of ``count``, from 0. A resumed walk begins with a later one."""
+        if self._done == 0:
+            self._skipped = index
+        self._total, self._block, self._block_start, self._layers = count, index, self._clock(), []
+        self._bars.update(self._task, total=count, completed=index)
+
+    def layer(self, report: LayerReport) -> None:
+        """A layer of the block is finished."""
+        self._layers.append(report)
+        self._bars.last_layer = f"block {report.block + 1} {report.name}: {_outcome([report])}"
+
+    def advance(self) -> None:
+        """A step of the stage is finished: the block, in the walk."""
+        self._done += 1
+        left = self._left()
+        self._bars.update(self._task, completed=self._skipped + self._done, left=left)
+        if self._block is not None:
+            parts = [_outcome(self._layers)] if self._layers else []
+            parts += [f"{self._clock() - self._block_start:.1f} s", *([left] if left else [])]
+            self._say(f"block {self._block + 1} of {self._total}: {', '.join(parts)}")
+            self._block = None
+
+    def _left(self) -> str:
+        """The time left in the stage, at the pace of its steps so far. Blocks that a resumed run skips took none."""
+        remaining = self._total - self._skipped - self._done
+        if remaining <= 0:
+            return ""
+        return f"about {duration((self._clock() - self._stage_start) / self._done * remaining)} left"
+
+    def _finish_stage(self) -> None:
+        if self._stage is not None:
+            self.seconds[self._stage] = self.seconds.get(self._stage, 0.0) + self._clock() - self._stage_start
+        self._stage = self._block = None
+        self._bars.last_layer = ""
+        self._bars.update(self._task, visible=False)
+
+    def _say(self, text: str) -> None:
+        if self._speaks:
+            line = f"{duration(self._clock() - self._start):>7}  {text}"
+            self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+class _Bars(Bars):
+    """The bar, and below it a line about the last layer."""
+
+    last_layer = ""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield from super().get_renderables()
+        yield Text(self.last_layer, no_wrap=True, overflow="ellipsis")
+
+
+def _outcome(layers: list[LayerReport]) -> str:
+    before = statistics.fmean(layer.error_before for layer in layers)
+    after = statistics.fmean(layer.error_after for layer in layers)
+    return f"error {percent(before)} -> {percent(after)}, sparsity {percent(sparsity(layers))}"

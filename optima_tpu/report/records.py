@@ -1,0 +1,89 @@
+"""What happened to one layer and to one block, as it is journalled and reported."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any, Self
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerReport:
+    """What happened to one matrix.
+
+    Errors are ``||X W' - X V'||^2 / ||X W'||^2`` over the calibration tokens, with ``W`` the dense and ``V`` the pruned
+    weights as they are stored.
+
+    Attributes:
+      block: index of the block.
+      name: the layer inside the block, "self_attn.q_proj".
+      shape: (d_out, d_in).
+      pruned: number of weights that are zero by the mask.
+      sparsity: ``pruned / (d_out d_in)``.
+      error_before: error of the selector's weights.
+      error_after: error of the final weights.
+      gap_median: median over rows of the solver's measure of suboptimality.
+      gap_max: largest over rows; infinite where the solver found nothing.
+      steps_median: median over rows of the solver's iterations.
+      steps_max: largest over rows.
+      rows: d_out.
+      rows_converged: rows that met the solver's own test.
+      rows_refused: rows that kept the selector's weights, by the acceptance rule.
+      dead_inputs: inputs without any signal in the calibration text.
+    """
+
+    block: int
+    name: str
+    shape: tuple[int, int]
+    pruned: int
+    sparsity: float
+    error_before: float
+    error_after: float
+    gap_median: float
+    gap_max: float
+    steps_median: int
+    steps_max: int
+    rows: int
+    rows_converged: int
+    rows_refused: int
+    dead_inputs: int
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON types, see :func:`finite`."""
+        return finite(dataclasses.asdict(self) | {"shape": list(self.shape)})
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Self:
+        """From :meth:`to_json`; None is read as infinity."""
+        read = {key: math.inf if value is None else value for key, value in values.items()}
+        return cls(**read | {"shape": tuple(read["shape"])})
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockReport:
+    """What happened to one block.
+
+    Attributes:
+      index: of the block.
+      seconds: from reading its weights to its finished activations.
+      layers: in the order in which they were pruned.
+    """
+
+    index: int
+    seconds: float
+    layers: tuple[LayerReport, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON types."""
+        return {"index": self.index, "seconds": self.seconds, "layers": [layer.to_json() for layer in self.layers]}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Self:
+        """From :meth:`to_json`."""
+        layers = tuple(LayerReport.from_json(layer) for layer in values["layers"])
+        return cls(values["index"], values["seconds"], layers)
+
+
+def finite(values: Mapping[str, Any]) -> dict[str, Any]:
+    """``values`` with None for infinity and NaN, which JSON does not have."""
+    return {key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in values.items()}

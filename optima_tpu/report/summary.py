@@ -1,0 +1,88 @@
+"""Block reports, summed up."""
+
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from optima_tpu.report.records import BlockReport, LayerReport
+
+
+class LayerKind(NamedTuple):
+    """All layers of one name.
+
+    Attributes:
+      name: "self_attn.q_proj".
+      layers: how many there are, one for each block.
+      error_before: mean over layers, of the selector's weights.
+      error_after: mean over layers, of the final weights.
+      sparsity: share of the weights of all of them that are pruned.
+      gap_max: largest over rows and layers.
+      steps_median: median over layers of the median over rows.
+      rows: of all layers, as the next two.
+      rows_not_converged: rows that did not meet the solver's own test.
+      rows_refused: rows that kept the selector's weights.
+    """
+
+    name: str
+    layers: int
+    error_before: float
+    error_after: float
+    sparsity: float
+    gap_max: float
+    steps_median: float
+    rows: int
+    rows_not_converged: int
+    rows_refused: int
+
+
+def all_layers(blocks: Iterable[BlockReport]) -> list[LayerReport]:
+    """The layers of all blocks, in the order of the walk."""
+    return [layer for block in blocks for layer in block.layers]
+
+
+def by_kind(blocks: Sequence[BlockReport]) -> tuple[LayerKind, ...]:
+    """One summary for each layer name, in the order in which the names first come."""
+    kinds: dict[str, list[LayerReport]] = {}
+    for layer in all_layers(blocks):
+        kinds.setdefault(layer.name, []).append(layer)
+    return tuple(_kind(name, layers) for name, layers in kinds.items())
+
+
+def sparsity(layers: Iterable[LayerReport]) -> float:
+    """Share of the weights of all these layers together that are pruned. 0 for no layers."""
+    layers = list(layers)
+    weights = sum(math.prod(layer.shape) for layer in layers)
+    return sum(layer.pruned for layer in layers) / weights if weights else 0.0
+
+
+def unusual(blocks: Sequence[BlockReport]) -> dict[str, dict[str, int]]:
+    """What a person should look at, by layer: {"rows_not_converged": {"block 3 mlp.down_proj": 12}, ...}.
+
+    The kinds are always there, empty when there is nothing to say. A refused layer has all of its rows refused and is
+    listed under ``layers_refused``, not under ``rows_refused``.
+    """
+    found: dict[str, dict[str, int]] = {
+        "dead_inputs": {}, "rows_not_converged": {}, "rows_refused": {}, "layers_refused": {}}
+    for layer in all_layers(blocks):
+        counts = {
+            "dead_inputs": layer.dead_inputs,
+            "rows_not_converged": layer.rows - layer.rows_converged,
+            "layers_refused" if layer.rows_refused == layer.rows else "rows_refused": layer.rows_refused,
+        }
+        for kind, count in counts.items():
+            if count:
+                found[kind][f"block {layer.block} {layer.name}"] = count
+    return found
+
+
+def _kind(name: str, layers: list[LayerReport]) -> LayerKind:
+    return LayerKind(
+        name=name, layers=len(layers),
+        error_before=statistics.fmean(layer.error_before for layer in layers),
+        error_after=statistics.fmean(layer.error_after for layer in layers),
+        sparsity=sparsity(layers), gap_max=max(layer.gap_max for layer in layers),
+        steps_median=statistics.median(layer.steps_median for layer in layers),
+        rows=sum(layer.rows for layer in layers),
+        rows_not_converged=sum(layer.rows - layer.rows_converged for layer in layers),
+        rows_refused=sum(layer.rows_refused for layer in layers))

@@ -1,0 +1,82 @@
+"""What the person at the terminal sees at the end of a run."""
+
+import math
+from collections.abc import Mapping, Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from optima_tpu.report.numbers import number, percent, plural
+from optima_tpu.report.records import BlockReport
+from optima_tpu.report.summary import all_layers, by_kind, sparsity, unusual
+
+_NAMED = 4
+"""So many layers are named for each kind of trouble; report.json has them all."""
+
+_TROUBLE = {
+    "dead_inputs": ("dead inputs, without signal in the calibration text", "input"),
+    "rows_not_converged": ("rows not converged", "row"),
+    "rows_refused": ("rows refused, which keep the selector's weights", "row"),
+    "layers_refused": ("layers refused, which keep the selector's weights", "row"),
+}
+
+
+def print_summary(console: Console, blocks: Sequence[BlockReport], *, solver: str | None,
+                  perplexity: Mapping[str, float], evaluation: str, files: Mapping[str, str]) -> None:
+    """Prints the table of layers, what the pruning cost, what was unusual and where the files are.
+
+    Args:
+      blocks: of the whole model.
+      solver: its name, None when there was none: the columns that it fills are then left out.
+      perplexity: "dense" and "pruned".
+      evaluation: the text that it was measured on, in words.
+      files: what is there -> path.
+    """
+    layers = all_layers(blocks)
+    console.print(layer_table(blocks, solver), highlight=False)
+    lines = ["Errors: the change of a layer's output on the calibration text, in percent of the output's energy, "
+             "mean over blocks."]
+    if solver:
+        lines.append(f"Gap: how far a row is from the best weights for its mask, at most, by {solver}'s own measure.")
+    dense, pruned = perplexity["dense"], perplexity["pruned"]
+    weights = sum(math.prod(layer.shape) for layer in layers)
+    ratio = number(pruned / dense)
+    lines += ["", f"perplexity  dense {number(dense, 4)}, pruned {number(pruned, 4)} ({ratio} times), on {evaluation}",
+              f"sparsity    {percent(sparsity(layers))} of the {weights:,} weights in {len(layers)} matrices"]
+    lines += unusual_lines(blocks)
+    width = max(map(len, files), default=0) + 2
+    lines += ["", *(f"{what:<{width}}{path}" for what, path in files.items())]
+    console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
+
+
+def layer_table(blocks: Sequence[BlockReport], solver: str | None) -> Table:
+    """One row for each layer name. Without a solver, only what the selector did."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    table.add_column("layer", no_wrap=True, vertical="bottom")
+    headings = (["error\nbefore", "error\nafter", "sparsity", "largest\ngap", "median\nsteps", "rows not\nconverged",
+                 "rows\nrefused"] if solver else ["error", "sparsity"])
+    for heading in headings:
+        table.add_column(heading, justify="right", no_wrap=True)
+    kinds = by_kind(blocks)
+    short = [kind.name.rpartition(".")[2] for kind in kinds]
+    for kind, last in zip(kinds, short):
+        values = [percent(kind.error_before), percent(kind.sparsity)]
+        if solver:
+            values[1:1] = [percent(kind.error_after)]
+            values += [percent(kind.gap_max), f"{kind.steps_median:.0f}", f"{kind.rows_not_converged:,}",
+                       f"{kind.rows_refused:,}"]
+        table.add_row(last if short.count(last) == 1 else kind.name, *values)
+    return table
+
+
+def unusual_lines(blocks: Sequence[BlockReport]) -> list[str]:
+    """What was unusual, one line for each kind, by the names of the layers with most of it."""
+    lines = []
+    for kind, layers in unusual(blocks).items():
+        if layers:
+            words, noun = _TROUBLE[kind]
+            worst = sorted(layers, key=lambda name: -layers[name])
+            named = [f"{name} ({plural(layers[name], noun)})" for name in worst[:_NAMED]]
+            more = [f"{len(worst) - _NAMED} more in the report"] if len(worst) > _NAMED else []
+            lines.append(f"unusual     {words}: {', '.join(named + more)}")
+    return lines or ["unusual     nothing"]

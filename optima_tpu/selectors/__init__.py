@@ -1,0 +1,19 @@
+"""Which weights of a layer stay. One file a method; a selector is a frozen dataclass with a ``__call__``."""
+
+from typing import Protocol
+
+from optima_tpu.patterns import Pattern
+from optima_tpu.problem import LayerProblem, Pruned
+from optima_tpu.selectors.magnitude import Magnitude
+from optima_tpu.selectors.wanda import Wanda
+
+__all__ = ["Magnitude", "MaskSelector", "Wanda"]
+
+
+class MaskSelector(Protocol):
+    """Chooses which weights of one layer stay, and may move the ones that do.
+
+    ``problem`` holds the rows of exactly one matrix, so that a pattern may compare over all of it.
+    """
+
+    def __call__(self, problem: LayerProblem, pattern: Pattern) -> Pruned: ...

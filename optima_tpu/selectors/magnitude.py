@@ -1,0 +1,20 @@
+"""Magnitude pruning: the oldest score, and the one without data."""
+
+import dataclasses
+
+import jax.numpy as jnp
+
+from optima_tpu.patterns import Pattern, keep_mask
+from optima_tpu.problem import LayerProblem, Pruned
+
+
+@dataclasses.dataclass(frozen=True)
+class Magnitude:
+    """Keeps the weights with the largest ``|w|``; the kept ones do not move.
+
+    The published baseline compares over the whole matrix: ask for it with ``Unstructured(sparsity, group="layer")``.
+    """
+
+    def __call__(self, problem: LayerProblem, pattern: Pattern) -> Pruned:
+        keep = keep_mask(jnp.abs(problem.weight), pattern)
+        return Pruned(jnp.where(keep, problem.weight, 0.0), keep)

@@ -1,0 +1,108 @@
+"""The mesh, and how arrays lie on it.
+
+Two axes: ``data`` splits calibration samples, ``model`` splits weights and the columns of Hessians. The rows of a layer's
+problems are split over both, so that every device solves its own.
+"""
+
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from optima_tpu.errors import UserError
+
+DATA, MODEL = "data", "model"
+ROWS = P((DATA, MODEL))
+"""The spec of an array whose first axis is the rows of a layer."""
+
+
+def parse_mesh(text: str) -> tuple[int, int]:
+    """Reads "4x2" or "data=4,model=2" into (data, model).
+
+    Raises:
+      UserError: the text is neither.
+    """
+    try:
+        if "=" in text:
+            sizes = dict(part.split("=") for part in text.split(","))
+            if set(sizes) - {DATA, MODEL}:
+                raise ValueError
+            data, model = (int(sizes.get(axis, 1)) for axis in (DATA, MODEL))
+        else:
+            data, model = (int(part) for part in text.lower().split("x"))
+        if data < 1 or model < 1:
+            raise ValueError
+    except ValueError:
+        raise UserError(f"expected a mesh such as 4x2 or data=4,model=2, got {text!r}") from None
+    return data, model
+
+
+def make_mesh(text: str | None) -> Mesh:
+    """The device mesh with axes ("data", "model").
+
+    Args:
+      text: see :func:`parse_mesh`; None puts all devices on the data axis.
+
+    Raises:
+      UserError: the mesh does not use exactly the devices there are.
+    """
+    count = jax.device_count()
+    data, model = parse_mesh(text) if text else (count, 1)
+    if data * model != count:
+        kind = jax.devices()[0].platform
+        hint = f", or --cpu-devices {data * model} to simulate it" if kind == "cpu" else ""
+        raise UserError(f"mesh {data}x{model} needs {data * model} devices, there are {count} ({kind}): "
+                        f"choose a mesh whose product is {count}{hint}")
+    # Auto axes: the model code is written without shardings and XLA places its collectives. make_mesh's default is Explicit.
+    return jax.make_mesh((data, model), (DATA, MODEL), axis_types=(AxisType.Auto,) * 2)
+
+
+def divisible(mesh: Mesh, shape: tuple[int, ...], spec: P) -> P:
+    """``spec`` without the axes that do not divide ``shape``: such a dimension is replicated instead."""
+    def fit(size: int, axes):
+        names = (axes,) if isinstance(axes, str) else (axes or ())
+        return axes if names and size % math.prod(mesh.shape[name] for name in names) == 0 else None
+    return P(*(fit(size, axes) for size, axes in zip(shape, tuple(spec) + (None,) * (len(shape) - len(spec)))))
+
+
+def place(mesh: Mesh, array: np.ndarray, spec: P) -> jax.Array:
+    """Puts a host array on the mesh; dimensions that do not divide are replicated."""
+    return jax.device_put(array, NamedSharding(mesh, divisible(mesh, array.shape, spec)))
+
+
+def padded(count: int, multiple: int) -> int:
+    """The smallest multiple of ``multiple`` that is at least ``count``."""
+    return -(-count // multiple) * multiple
+
+
+def over_rows(solve: Callable, mesh: Mesh) -> Callable:
+    """Runs a row solver with its rows split over every device of the mesh and the Hessian on all of them.
+
+    Each device runs the solver's loop on its own rows and stops on its own: there is no communication inside. A row count that
+    the mesh does not divide is padded with rows that have nothing to solve (weights and mask all zero) and cut again.
+
+    Args:
+      solve: ``(problem, pruned) -> Solution``; see ``optima_tpu.solvers.Solver``.
+      mesh: axes ("data", "model").
+    """
+    from optima_tpu.problem import LayerProblem, Pruned, Solution
+
+    def sharded(problem: LayerProblem, pruned: Pruned) -> Solution:
+        rows = problem.weight.shape[0]
+        extra = padded(rows, mesh.size) - rows
+
+        def pad(array):
+            return jnp.pad(array, ((0, extra), (0, 0))) if extra else array
+
+        # check_vma: MPAX's loops carry values that vary over the mesh beside constants, which the checker refuses.
+        solution = jax.shard_map(
+            solve, mesh=mesh, in_specs=(LayerProblem(ROWS, P(), ROWS), Pruned(ROWS, ROWS)),
+            out_specs=Solution(ROWS, ROWS, ROWS, ROWS), check_vma=False,
+        )(LayerProblem(pad(problem.weight), problem.hessian, pad(problem.linear)), Pruned(pad(pruned.weight), pad(pruned.keep)))
+        return Solution(*(array[:rows] for array in solution))
+
+    return sharded

@@ -1,0 +1,20 @@
+"""Where the kept weights of a layer go. One file a method; a solver is a frozen dataclass with a ``__call__``."""
+
+from typing import Protocol
+
+from optima_tpu.problem import LayerProblem, Pruned, Solution
+from optima_tpu.solvers.cg import CG
+from optima_tpu.solvers.exact import Exact
+from optima_tpu.solvers.mpax import MPAX
+
+__all__ = ["CG", "Exact", "MPAX", "Solver"]
+
+
+class Solver(Protocol):
+    """Moves the kept weights to minimise every row's objective, from the pruned weights as they are.
+
+    Rows are independent: a solver may be given any subset of a layer's rows, or rows of several layers with one input,
+    and returns the same for each. It traces under ``jit`` and ``shard_map``.
+    """
+
+    def __call__(self, problem: LayerProblem, pruned: Pruned) -> Solution: ...

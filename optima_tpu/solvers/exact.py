@@ -1,0 +1,79 @@
+"""One dense factorisation a row: the oracle, and the simplest thing that is right for small layers."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from optima_tpu.problem import LayerProblem, Pruned, Solution, drift
+from optima_tpu.solvers.scaling import RESOLUTION, unit_diagonal
+
+# Rows factorised at once hold a [d_in, d_in] matrix each; together they get this much memory.
+_BATCH_BYTES = 2**28
+
+
+@dataclasses.dataclass(frozen=True)
+class Exact:
+    """Solves ``A_KK x = r_K`` for every row by Cholesky, in float64 where the platform has it.
+
+    Costs ``d_in^3 / 3`` a row: minutes for a layer of 1,000 inputs, out of the question for 10,000. ``gap`` is the exact
+    remaining ``(f - f*) / max(f*, 1e-8 w H w')`` (the Newton decrement through the row's own factor), up to rounding.
+
+    Attributes:
+      damping: as in ``CG``: ridge toward the dense weights, as a share of the Hessian's diagonal.
+    """
+
+    damping: float = 0.0
+
+    def __call__(self, problem: LayerProblem, pruned: Pruned) -> Solution:
+        # Double precision is a property of the trace, not of this process: nothing outside the call changes.
+        with jax.enable_x64(jax.default_backend() != "tpu"):
+            return self._solve(problem, pruned)
+
+    def _solve(self, problem: LayerProblem, pruned: Pruned) -> Solution:
+        wide = jnp.result_type(float)
+        hessian = problem.hessian.astype(wide)
+        matrix, scale, live = unit_diagonal(hessian)
+        size = hessian.shape[0]
+        matrix = matrix + self.damping * jnp.eye(size, dtype=wide)
+        # What rounding does to a singular block, made definite on purpose: about one ulp of the largest eigenvalue.
+        ridge = size * jnp.finfo(wide).eps
+        # In float32 as the other solvers see it: exactly zero where the target is the layer's own output.
+        pull = drift(problem).astype(wide)
+
+        def row(weight: Array, pruned_weight: Array, keep: Array, pull: Array):
+            free = keep & live
+            start = jnp.where(live, (pruned_weight - weight).astype(wide) * scale, 0.0)
+            pull = jnp.where(live, pull / scale, 0.0)
+            block = jnp.where(free[:, None] & free, matrix, 0.0) + jnp.diag(jnp.where(free, ridge, 1.0))
+            factor = jnp.linalg.cholesky(block)
+
+            def residual(change: Array) -> Array:
+                return jnp.where(free, pull - _matmul(matrix, change), 0.0)
+
+            def correction(change: Array) -> Array:
+                return jax.scipy.linalg.cho_solve((factor, True), residual(change))
+
+            change = start + correction(start)
+            change = change + correction(change)  # one refinement, for the ill-conditioned
+            left = residual(change)
+            scaled = jnp.where(live, weight.astype(wide) * scale, 0.0)
+            value = change @ (_matmul(matrix, change) - 2 * pull)
+            floor = RESOLUTION * (scaled @ _matmul(matrix, scaled))
+            decrement = left @ jax.scipy.linalg.cho_solve((factor, True), left)
+            gap = jnp.where(decrement > 0, decrement / jnp.maximum(value, jnp.maximum(floor, 1e-30)), 0.0)
+            solved = jnp.all(jnp.isfinite(change))
+            moved = pruned_weight + (change - start) / scale
+            unmoved = jnp.where(keep, pruned_weight, 0.0).astype(wide)
+            return jnp.where(free & solved, moved, unmoved), jnp.where(solved, gap, jnp.inf), solved
+
+        batch = max(1, _BATCH_BYTES // (size * size * wide.itemsize))
+        weight, gap, solved = jax.lax.map(
+            lambda rows: row(*rows), (problem.weight, pruned.weight, pruned.keep, pull),
+            batch_size=min(batch, problem.weight.shape[0]))
+        return Solution(weight.astype(jnp.float32), gap.astype(jnp.float32), jnp.ones(gap.shape, jnp.int32), solved)
+
+
+def _matmul(a: Array, b: Array) -> Array:
+    return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)

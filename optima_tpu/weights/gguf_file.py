@@ -1,0 +1,134 @@
+"""Checkpoints in GGUF files: tensors dequantised on reading, under Hugging Face names."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+from gguf import GGMLQuantizationType, GGUFReader, dequantize
+
+from optima_tpu.errors import UserError
+from optima_tpu.weights.gguf_metadata import (ARCHITECTURES, INSTEAD, config_json, generation_config_json, head_counts,
+                                              metadata)
+from optima_tpu.weights.gguf_tokenizer import tokenizer_files
+from optima_tpu.weights.source import Index, Pretrained, fingerprint, parse_dtype, read_config, whole_slices
+
+TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+BLOCK = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+"""llama.cpp's names for the parts of a Llama -> Hugging Face's; "blk.3." becomes "model.layers.3."."""
+
+ROPE_FACTORS = "rope_freqs.weight"
+"""Not a weight: the llama3 rope scaling, written out per frequency. It goes into the configuration."""
+
+
+def hf_name(name: str) -> str | None:
+    """The Hugging Face name of a tensor of the llama architecture; None if there is none."""
+    stem, _, kind = name.rpartition(".")
+    block = re.fullmatch(r"blk\.(\d+)\.(\w+)", stem)
+    if block and block[2] in BLOCK:
+        return f"model.layers.{block[1]}.{BLOCK[block[2]]}.{kind}"
+    return f"{TOP[stem]}.{kind}" if stem in TOP else None
+
+
+def rope_row_order(rows: int, heads: int) -> np.ndarray:
+    """Where each row of a Hugging Face q_proj or k_proj lies in a GGUF file: int[rows].
+
+    llama.cpp rotates neighbouring rows of a head, Hugging Face the rows i and i + d_head/2; its converter therefore
+    interleaves the halves of each head (``permute`` in llama.cpp's convert_hf_to_gguf.py). This is the way back.
+    """
+    return np.arange(rows).reshape(heads, rows // heads // 2, 2).swapaxes(1, 2).ravel()
+
+
+class GGUFSource:
+    """Tensors in a memory-mapped GGUF file of the llama architecture, dequantised in float32 and then cast once.
+
+    A read touches the bytes of its rows alone. Rows of q_proj and k_proj are in Hugging Face's order.
+
+    Args:
+      reader: the opened file.
+      heads: number of query heads and of key-value heads.
+      dtype: what is returned.
+
+    Raises:
+      UserError: a tensor that the llama architecture does not have, or a block format that the gguf library can't
+        dequantise.
+    """
+
+    def __init__(self, reader: GGUFReader, heads: tuple[int, int], dtype: np.dtype):
+        self._tensors = {hf_name(tensor.name): tensor for tensor in reader.tensors if tensor.name != ROPE_FACTORS}
+        self._heads = {"self_attn.q_proj": heads[0], "self_attn.k_proj": heads[1]}
+        self._dtype = dtype
+        strange = [tensor.name for tensor in reader.tensors if tensor.name != ROPE_FACTORS and not hf_name(tensor.name)]
+        if strange:
+            raise UserError(f"the GGUF file holds tensors that a dense Llama has no place for "
+                            f"({', '.join(strange[:4])}): {INSTEAD}")
+        for kind, tensor in {tensor.tensor_type: tensor for tensor in reader.tensors}.items():
+            try:
+                dequantize(np.asarray(tensor.data[:1]) if tensor.data.ndim > 1 else np.asarray(tensor.data), kind)
+            except NotImplementedError as error:
+                raise UserError(f"the GGUF file stores {tensor.name} as {GGMLQuantizationType(kind).name}, which the "
+                                "gguf library can't dequantise: give another quantisation of the model") from error
+
+    def names(self) -> tuple[str, ...]:
+        return tuple(sorted(self._tensors))
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(int(size) for size in reversed(self._tensors[name].shape))  # GGUF counts the fastest axis first
+
+    def dtype(self, name: str) -> np.dtype:
+        return self._dtype
+
+    def read(self, name: str, index: Index = (...,)) -> np.ndarray:
+        tensor, shape = self._tensors[name], self.shape(name)
+        rows, *columns = whole_slices(index, shape)
+        order = np.arange(shape[0])
+        for part, heads in self._heads.items():
+            if f".{part}." in name:
+                order = rope_row_order(shape[0], heads)
+        if columns:
+            values = dequantize(np.asarray(tensor.data[order[rows]]), tensor.tensor_type)[:, *columns]
+        else:  # a norm or a bias; bfloat16 lies there as bytes, so it can't be cut before it is decoded
+            values = dequantize(np.asarray(tensor.data), tensor.tensor_type)[order[rows]]
+        return np.array(values, self._dtype)
+
+
+def open_gguf(path: Path, origin: str, dtype: str | None = None) -> Pretrained:
+    """Opens a GGUF file; configuration and tokenizer are made from its metadata.
+
+    Raises:
+      UserError: not a whole GGUF file, another architecture than :data:`ARCHITECTURES`, metadata that says the model
+        computes something else than Hugging Face's Llama, or a tokenizer that can't be rebuilt exactly.
+    """
+    try:
+        reader = GGUFReader(path)
+        fields = metadata(reader)
+    except (ValueError, IndexError, KeyError, OverflowError, MemoryError) as error:
+        raise UserError(f"{path} is truncated or no GGUF file ({error}): download it again") from error
+    if reader.byte_order != "I":
+        raise UserError(f"{path} has the other byte order: convert it with gguf-convert-endian of the gguf package")
+    architecture = fields.get("general.architecture")
+    if architecture not in ARCHITECTURES:
+        raise UserError(f"{path} holds the architecture {architecture!r}; GGUF files are supported for "
+                        f"{', '.join(ARCHITECTURES)}: {INSTEAD}")
+    if fields.get("split.count", 1) > 1:
+        raise UserError(f"{path} is one of {fields['split.count']} parts: join them with `llama-gguf-split --merge`")
+    stored = {tensor.name: tensor for tensor in reader.tensors}
+    dtype, factors = dtype or "float32", stored.get(ROPE_FACTORS)
+    config = config_json(fields, set(stored), dequantize(factors.data, factors.tensor_type) if factors else None, dtype)
+    parsed, config = read_config(config, str(path))
+    tensors = GGUFSource(reader, head_counts(fields), parse_dtype(dtype))
+    vocabulary = tensors.shape("model.embed_tokens.weight")[0] if "token_embd.weight" in stored else None
+    if vocabulary != parsed.vocab_size:
+        raise UserError(f"{path} is inconsistent: its metadata has {parsed.vocab_size} tokens, its embedding "
+                        f"{vocabulary} rows: download it again")
+    assets = {"config.json": config, "generation_config.json": generation_config_json(fields)} | tokenizer_files(fields)
+    return Pretrained(parsed, tensors, assets, fingerprint(config, tensors, [path]), origin)

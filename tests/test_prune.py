@@ -1,0 +1,137 @@
+"""The walk over a block: the same on every mesh, without communication in the solve, compiled once."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from optima_tpu.accept import PerLayer, PerRow
+from optima_tpu.calibrate import accumulate_hessians, linear_groups
+from optima_tpu.models.decoder import Decoder
+from optima_tpu.patterns import NM, Unstructured
+from optima_tpu.prune import Recipe, prune_block, prune_group, prune_layer
+from optima_tpu.selectors import Magnitude, Wanda
+from optima_tpu.solvers import CG, MPAX, Exact
+from tests.helpers import layer, mesh, tiny_llama
+
+RECIPES = {
+    "wanda cg": Recipe(Unstructured(0.5), Wanda(), CG()),
+    "magnitude per layer": Recipe(Unstructured(0.6, "layer"), Magnitude(), None),
+    "2:4 exact": Recipe(NM(2, 4), Wanda(), Exact()),
+    "wanda mpax": Recipe(Unstructured(0.5), Wanda(), MPAX(eps_abs=1e-3, eps_rel=1e-3, unit_diagonal=True), PerLayer()),
+}
+
+
+def walk(recipe, shape, blocks=3):
+    """Prunes a tiny model; returns (weights, masks) of every block, and the last hidden states."""
+    decoder = Decoder.open(*tiny_llama(), mesh(*shape), batch=2)
+    hidden = decoder.embed(np.random.default_rng(1).integers(0, 64, (10, 24)).astype(np.int32))
+    groups = linear_groups(decoder)
+    found = []
+    for index in range(blocks):
+        parameters = decoder.load_block(index)
+        hessians = accumulate_hessians(decoder, index, parameters, hidden, groups)
+        parameters, masks, reports = prune_block(index, parameters, groups, hessians, recipe, decoder.mesh)
+        decoder.apply(parameters, hidden)
+        found.append((jax.device_get(parameters), jax.device_get(masks), reports))
+    return found, hidden
+
+
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
+def test_the_mesh_does_not_change_the_result(recipe):
+    reference, hidden = walk(recipe, (1, 1))
+    for shape in ((4, 2), (2, 4)):
+        other, other_hidden = walk(recipe, shape)
+        for (weights, masks, _), (other_weights, other_masks, _) in zip(reference, other):
+            for name, keep in masks.items():
+                assert (keep == other_masks[name]).all()
+                assert np.abs(weights[name] - other_weights[name]).max() < 2e-3 * np.abs(weights[name]).max()
+        assert np.abs(hidden - other_hidden).max() < 1e-3 * np.abs(hidden).max()
+
+
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
+def test_every_layer_is_pruned_exactly_and_never_worse_than_its_mask(recipe):
+    for index, (weights, masks, reports) in enumerate(walk(recipe, (1, 1))[0]):
+        assert len(reports) == len(masks) == 7
+        for report in reports:
+            weight, keep = weights[report.name + ".weight"], masks[report.name + ".weight"]
+            assert (report.block, report.shape) == (index, weight.shape)
+            assert (weight[~keep] == 0).all()
+            assert (~keep).sum() == report.pruned == recipe.pattern.pruned_count(weight.shape)
+            assert report.error_after <= report.error_before * (1 + 1e-5)
+            if recipe.solver:
+                assert report.error_after < report.error_before
+
+
+@pytest.mark.parametrize("solver", [CG(), MPAX()], ids=["cg", "mpax"])
+def test_the_solve_has_no_collective_inside_its_loop(solver):
+    """Compiled for eight devices: every while loop's body is free of communication."""
+    text = compiled(Recipe(Unstructured(0.5), Wanda(), solver), (4, 2)).as_text()
+    bodies = set(re.findall(r"(?:body|condition)=%?([\w.\-]+)", text))
+    assert bodies
+    computations = dict(re.findall(r"^(?:ENTRY )?%?([\w.\-]+) [^\n]*\{\n(.*?)^\}", text, re.M | re.S))
+    reached, queue = set(), list(bodies)
+    while queue:
+        name = queue.pop()
+        if name in reached or name not in computations:
+            continue
+        reached.add(name)
+        queue += re.findall(r"(?:calls|to_apply|body|condition|branch_computations)=\{?%?([\w.\-]+)", computations[name])
+    assert reached >= bodies & set(computations)
+    for name in reached:
+        assert not re.search(r"all-reduce|all-gather|reduce-scatter|collective-permute|all-to-all", computations[name]), name
+
+
+@pytest.mark.parametrize("solver", [CG(), MPAX()], ids=["cg", "mpax"])
+def test_the_hessian_is_not_copied_per_row(solver):
+    rows, size = 128, 64
+    executable = compiled(Recipe(Unstructured(0.5), Wanda(), solver), (1, 1), rows, size)
+    assert f"f32[{rows},{size},{size}]" not in executable.as_text()
+    assert executable.memory_analysis().temp_size_in_bytes < 60 * rows * size * 4 + 20 * size * size * 4
+
+
+def compiled(recipe, shape, rows=64, size=32):
+    grid = mesh(*shape)
+    return prune_group.lower((jax.ShapeDtypeStruct((rows, size), jnp.float32),), jax.ShapeDtypeStruct((size, size), jnp.float32),
+                             recipe, grid).compile()
+
+
+def test_the_second_block_compiles_nothing(caplog):
+    decoder = Decoder.open(*tiny_llama(), mesh(4, 2), batch=2)
+    hidden = decoder.embed(np.random.default_rng(1).integers(0, 64, (10, 24)).astype(np.int32))
+    groups = linear_groups(decoder)
+
+    def one(index):
+        parameters = decoder.load_block(index)
+        hessians = accumulate_hessians(decoder, index, parameters, hidden, groups)
+        parameters, _, _ = prune_block(index, parameters, groups, hessians, RECIPES["wanda cg"], decoder.mesh)
+        decoder.apply(parameters, hidden)
+
+    one(0)
+    with jax.log_compiles(), caplog.at_level("WARNING", logger="jax"):
+        one(1)
+    assert not [record.message for record in caplog.records if "Finished XLA compilation" in record.message]
+
+
+def test_rows_that_the_mesh_does_not_divide_are_solved_alike():
+    problem = layer(np.random.default_rng(0), 13, 24)
+    recipe = Recipe(Unstructured(0.5), Wanda(), CG())
+    alone, _ = prune_layer(problem, recipe)
+    (weight,), (keep,), _ = prune_group((problem.weight,), problem.hessian, recipe, mesh(4, 2))
+    assert (keep == alone.keep).all()
+    assert np.abs(weight - alone.weight).max() < 1e-4 * np.abs(alone.weight).max()
+
+
+def test_the_papers_rule_refuses_whole_layers_and_the_row_rule_single_rows():
+    before = jnp.array([1.0, 1.0, 1.0, 1.0])
+    mixed = jnp.array([0.1, 0.1, 0.1, 1.1])
+    yes, few = jnp.ones(4, bool), jnp.array([True, True, True, False])
+    assert PerRow()(before, mixed, few).tolist() == [True, True, True, False]
+    assert PerLayer(0.95)(before, mixed, yes).all()
+    assert not PerLayer(0.95)(before, mixed, few).any()
+    assert PerLayer(0.75)(before, mixed, few).all()
+    assert not PerLayer(0.95)(before, before, yes).any()
+    broken = mixed.at[0].set(jnp.nan)
+    assert not PerLayer(0.0)(before, broken, yes).any() and not PerRow()(before, broken, yes)[0]
