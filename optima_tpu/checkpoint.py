@@ -16,7 +16,6 @@ be waited for before the old hidden states are removed.
 
 import hashlib
 import importlib.metadata
-import json
 import logging
 import re
 import shutil
@@ -45,7 +44,7 @@ def quiet_orbax() -> None:
     """Keeps Orbax's own messages off the terminal, for the command line to call. What fails is raised all the same."""
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     report = sys.unraisablehook
-    # Orbax gives up at the first array that cannot be written; the answers for the others then find its event loop gone.
+    # Orbax gives up at the first array it cannot write; the answers for the others then find its event loop gone.
     sys.unraisablehook = lambda event: None if str(event.exc_value) == "Event loop is closed" else report(event)
 
 
@@ -150,7 +149,7 @@ class Journal:
                 shutil.rmtree(self._entry(later))  # after a gap, so that filling the gap does not bring it back
             partial = entry.with_name(entry.name + PARTIAL)
             tree = {"weights": dict(weights), "masks": dict(masks)}
-            ocp.save(partial, tree, custom_metadata={"report": _dump(report)})
+            ocp.save(partial, tree, custom_metadata={"report": dict(report)})
             commit(partial, entry)
         self._finished += 1
         for old in states.parent.iterdir():
@@ -167,7 +166,7 @@ class Journal:
 
     def report(self, index: int) -> dict:
         """The report of a finished block, as it was saved."""
-        return _metadata(self._entry(index), "report")
+        return ocp.metadata(self._entry(index)).custom_metadata["report"]
 
     def activations(self) -> np.ndarray:
         """The hidden states after the last finished block, [samples, length, d_model].
@@ -213,7 +212,7 @@ class Journal:
                 ocp.partial.save(partial, {"weights": {name: np.asarray(source.read(name)) for name in group}})
             reports = [self.report(index) for index in range(self._finished)]
             ocp.partial.save(partial, {"blocks": np.asarray(self._finished)},
-                             custom_metadata={"run": _dump(read_run(self.directory) | {"blocks": reports})})
+                             custom_metadata={"run": read_run(self.directory) | {"blocks": reports}})
             ocp.partial.finalize(partial)
             if set(ocp.metadata(partial).metadata["weights"]) != set(source.names()):
                 raise RuntimeError(f"{partial} does not hold the tensors of the source")
@@ -245,9 +244,9 @@ class CheckpointTensors:
             read_run(directory)
             raise UserError(f"expected a finished run, got {directory} with {finished_blocks(directory)} finished "
                             "blocks and no checkpoint yet; repeat its command to finish it")
-        self._tree = ocp.metadata(self._path).metadata
+        metadata = ocp.metadata(self._path)
+        self._tree, self.run = metadata.metadata, metadata.custom_metadata["run"]
         self._held: tuple[str, np.ndarray] = "", np.empty(0)
-        self.run = _metadata(self._path, "run")
 
     def names(self) -> tuple[str, ...]:
         return tuple(sorted(self._tree["weights"]))
@@ -290,15 +289,6 @@ def _load(path: Path, group: str, wanted: Mapping[str, Any]) -> dict[str, np.nda
     context.pytree.loading.partial_load = True
     with context:
         return ocp.load(path, {group: target})[group]
-
-
-def _dump(value: Any) -> str:
-    # As text: Orbax merges the metadata of partial saves as trees, which loses None and empty values.
-    return json.dumps(value, allow_nan=False)
-
-
-def _metadata(path: Path, key: str) -> Any:
-    return json.loads(ocp.metadata(path).custom_metadata[key])
 
 
 def _entries(folder: Path) -> list[int]:

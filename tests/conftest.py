@@ -1,6 +1,36 @@
-"""Eight simulated devices for the whole suite."""
+"""Eight simulated devices for the whole suite, and the run that several tests look at."""
+
+import contextlib
+import io
+from pathlib import Path
+from typing import NamedTuple
 
 import jax
+import pytest
 
 # Before any array exists. Meshes of fewer devices are made from the first ones.
 jax.config.update("jax_num_cpu_devices", 8)
+
+
+class FinishedRun(NamedTuple):
+    """A run of the command line that nothing interrupted."""
+
+    model: Path
+    directory: Path
+    arguments: list[str]  # without --output
+    printed: str
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory) -> FinishedRun:
+    """Half of every row of a tiny model, on a 4x2 mesh. The tolerance is tight, so that runs on other meshes agree."""
+    from optima_tpu.launch import main
+    from tests.helpers import SMALL, tiny_folder
+
+    root = tmp_path_factory.mktemp("finished")
+    model = tiny_folder(root / "model")
+    arguments = ["--model", str(model), "--mesh", "4x2", "--solver.tolerance", "1e-6", *SMALL]
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        assert main([*arguments, "--output", str(root / "run")]) == 0
+    return FinishedRun(model, root / "run", arguments, printed.getvalue())

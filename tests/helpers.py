@@ -1,6 +1,9 @@
 """Problems, oracles and tiny models that the tests share."""
 
 import functools
+import json
+from collections.abc import Callable
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -103,3 +106,57 @@ def tiny_llama(seed: int = 0, **settings):
         noise = rng.standard_normal(shape).astype(np.float32)
         arrays[name] = 1 + 0.1 * noise if "norm" in name else noise / np.sqrt(shape[-1])
     return config, MemoryTensors(arrays)
+
+
+SMALL = ["--calibration.source", "random", "--calibration.samples", "8", "--calibration.length", "32",
+         "--evaluation.source", "random", "--evaluation.windows", "4"]
+"""The settings of a run over a :func:`tiny_folder` that takes a second or two."""
+
+
+def tiny_folder(path: Path, *, dtype: str = "float32", change: Callable[[dict[str, np.ndarray]], None] = lambda arrays: None,
+                **settings) -> Path:
+    """Writes a :func:`tiny_llama` as a Hugging Face folder: two shards, and a tokenizer of one token a byte; no torch needed.
+
+    Args:
+      change: edits the tensors, by name, before they are written.
+    """
+    import safetensors.numpy
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    from optima_tpu.weights.source import DTYPES
+
+    config, source = tiny_llama(**(dict(vocab_size=258) | settings))
+    arrays = {name: array.astype(DTYPES[dtype]) for name, array in sorted(source.arrays.items())}
+    change(arrays)
+    path.mkdir(parents=True)
+    names, files = list(arrays), [f"model-0000{number}-of-00002.safetensors" for number in (1, 2)]
+    weight_map = dict.fromkeys(names[::2], files[0]) | dict.fromkeys(names[1::2], files[1])
+    for file in files:
+        safetensors.numpy.save_file({name: arrays[name] for name in names if weight_map[name] == file}, path / file)
+    size = sum(array.nbytes for array in arrays.values())
+    (path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {"total_size": size}, "weight_map": weight_map}))
+    (path / "config.json").write_text(json.dumps(config.to_diff_dict() | {"dtype": dtype}, indent=1))
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    core = Tokenizer(models.BPE(vocab={symbol: index for index, symbol in enumerate(alphabet)}, merges=[]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    core.add_special_tokens(["<s>", "</s>"])
+    PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>").save_pretrained(path)
+    return path
+
+
+def folder_tensors(folder: Path) -> dict[str, np.ndarray]:
+    """Every tensor in the safetensors files of a folder."""
+    import safetensors.numpy
+
+    tensors = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        tensors |= safetensors.numpy.load_file(path)
+    return tensors
+
+
+def snapshot(directory: Path) -> dict[str, tuple[int, int]]:
+    """Size and time of the last change of everything in a directory, and of itself; empty where there is none."""
+    paths = [directory, *directory.rglob("*")] if directory.exists() else []
+    return {str(path): (path.stat().st_size, path.stat().st_mtime_ns) for path in paths}

@@ -13,14 +13,14 @@ from optima_tpu.models.decoder import Decoder
 from optima_tpu.patterns import NM, Unstructured
 from optima_tpu.prune import Recipe, prune_block, prune_group, prune_layer
 from optima_tpu.selectors import Magnitude, Wanda
-from optima_tpu.solvers import CG, MPAX, Exact
+from optima_tpu.solvers import CG, MPAX
 from tests.helpers import layer, mesh, tiny_llama
 
 RECIPES = {
-    "wanda cg": Recipe(Unstructured(0.5), Wanda(), CG()),
+    # Tight tolerances: rows that stop at a threshold may stop a step apart on two meshes, and then differ by the threshold.
+    "wanda cg": Recipe(Unstructured(0.5), Wanda(), CG(tolerance=1e-6)),
     "magnitude per layer": Recipe(Unstructured(0.6, "layer"), Magnitude(), None),
-    "2:4 exact": Recipe(NM(2, 4), Wanda(), Exact()),
-    "wanda mpax": Recipe(Unstructured(0.5), Wanda(), MPAX(eps_abs=1e-3, eps_rel=1e-3, unit_diagonal=True), PerLayer()),
+    "2:4 mpax": Recipe(NM(2, 4), Wanda(), MPAX(eps_abs=1e-4, eps_rel=1e-4, unit_diagonal=True), PerLayer()),
 }
 
 
@@ -41,19 +41,19 @@ def walk(recipe, shape, blocks=3):
 
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
 def test_the_mesh_does_not_change_the_result(recipe):
-    reference, hidden = walk(recipe, (1, 1))
+    reference, hidden = walk(recipe, (1, 1), blocks=2)
     for shape in ((4, 2), (2, 4)):
-        other, other_hidden = walk(recipe, shape)
+        other, other_hidden = walk(recipe, shape, blocks=2)
         for (weights, masks, _), (other_weights, other_masks, _) in zip(reference, other):
             for name, keep in masks.items():
                 assert (keep == other_masks[name]).all()
-                assert np.abs(weights[name] - other_weights[name]).max() < 2e-3 * np.abs(weights[name]).max()
-        assert np.abs(hidden - other_hidden).max() < 1e-3 * np.abs(hidden).max()
+                assert np.abs(weights[name] - other_weights[name]).max() < 1e-3 * np.abs(weights[name]).max()
+        assert np.abs(hidden - other_hidden).max() < 1e-4 * np.abs(hidden).max()
 
 
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
 def test_every_layer_is_pruned_exactly_and_never_worse_than_its_mask(recipe):
-    for index, (weights, masks, reports) in enumerate(walk(recipe, (1, 1))[0]):
+    for index, (weights, masks, reports) in enumerate(walk(recipe, (1, 1), blocks=2)[0]):
         assert len(reports) == len(masks) == 7
         for report in reports:
             weight, keep = weights[report.name + ".weight"], masks[report.name + ".weight"]

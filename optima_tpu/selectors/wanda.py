@@ -14,9 +14,18 @@ class Wanda:
 
     ``||x_j||`` is read off the Hessian, ``sqrt(H_jj)``: Wanda's norm divided by ``sqrt(n_tokens)``, which scales every score
     alike. A dead input (``H_jj = 0``) scores zero and is pruned first, its weights in the order of their index.
+
+    Attributes:
+      shift_zero: score with ``sqrt(H_jj + min positive H_jj)``, as the scripts of OPTIMA and SLiM do (shift_zero_metrics), to
+        rank the weights of dead inputs by size. It changes the other scores too, so it is off here, as in Wanda's paper.
     """
 
+    shift_zero: bool = False
+
     def __call__(self, problem: LayerProblem, pattern: Pattern) -> Pruned:
-        norms = jnp.sqrt(jnp.maximum(jnp.diagonal(problem.hessian), 0.0))
-        keep = keep_mask(jnp.abs(problem.weight) * norms, pattern)
+        energy = jnp.maximum(jnp.diagonal(problem.hessian), 0.0)
+        if self.shift_zero:
+            smallest = jnp.min(jnp.where(energy > 0, energy, jnp.inf))
+            energy = energy + jnp.where(jnp.isfinite(smallest), smallest, 1.0)
+        keep = keep_mask(jnp.abs(problem.weight) * jnp.sqrt(energy), pattern)
         return Pruned(jnp.where(keep, problem.weight, 0.0), keep)

@@ -68,10 +68,14 @@ class Exact:
             unmoved = jnp.where(keep, pruned_weight, 0.0).astype(wide)
             return jnp.where(free & solved, moved, unmoved), jnp.where(solved, gap, jnp.inf), solved
 
-        batch = max(1, _BATCH_BYTES // (size * size * wide.itemsize))
-        weight, gap, solved = jax.lax.map(
-            lambda rows: row(*rows), (problem.weight, pruned.weight, pruned.keep, pull),
-            batch_size=min(batch, problem.weight.shape[0]))
+        rows = problem.weight.shape[0]
+        batch = min(max(1, _BATCH_BYTES // (size * size * wide.itemsize)), rows)
+        # Whole batches only: on the CPU of jax 0.10 a remainder, compiled beside them, can deadlock inside LAPACK.
+        padding = ((0, -rows % batch), (0, 0))
+        arrays = (problem.weight, pruned.weight, pruned.keep, pull)
+        weight, gap, solved = jax.lax.map(lambda each: row(*each), tuple(jnp.pad(array, padding) for array in arrays),
+                                          batch_size=batch)
+        weight, gap, solved = weight[:rows], gap[:rows], solved[:rows]
         return Solution(weight.astype(jnp.float32), gap.astype(jnp.float32), jnp.ones(gap.shape, jnp.int32), solved)
 
 
