@@ -14,11 +14,11 @@ HUB_ID = re.compile(r"(\w[\w.-]*/[\w.-]+)(@.+)?")
 """What a model is called on the hub, "owner/name" or "owner/name@revision". A relative path can look the same."""
 
 
-def model_card(title: str, sidecar: Mapping[str, Any], assets: Mapping[str, bytes], report: Mapping[str, Any]) -> str:
+def model_card(folder: str, sidecar: Mapping[str, Any], assets: Mapping[str, bytes], report: Mapping[str, Any]) -> str:
     """README.md in Markdown, with the front matter that the hub reads.
 
     Args:
-      title: name of the folder.
+      folder: name of the exported folder, the title where the model has no name.
       sidecar: optima_tpu.json: ``model``, ``manifest``, ``layers``.
       assets: the source's files; config.json and the licence are looked into.
       report: report.json of the run; ``perplexity`` with ``dense`` and ``pruned`` is shown if it is there.
@@ -31,7 +31,7 @@ def model_card(title: str, sidecar: Mapping[str, Any], assets: Mapping[str, byte
     front = ModelCardData(base_model=_base_model(origin, assets), library_name="transformers",
                           tags=["pruned", "sparse", "optima-tpu"], **_licence(assets)).to_yaml()
     parts = [
-        f"---\n{front}\n---\n", f"# {title}\n",
+        f"---\n{front}\n---\n", f"# {_title(origin, folder)}, pruned {recipe['pattern']}\n",
         f"{origin or 'A language model'}, pruned in one shot by OPTIMA-TPU: {pruned:,} of the {weights:,} weights in "
         f"its {len(layers)} pruned matrices are zero ({pruned / max(weights, 1):.2%}). All other tensors are as in the "
         "source.\n",
@@ -51,6 +51,10 @@ def model_card(title: str, sidecar: Mapping[str, Any], assets: Mapping[str, byte
         f"Made by OPTIMA-TPU {sidecar['manifest'].get('code', '')}".rstrip() + ".\n",
     ]
     return "\n".join(parts)
+
+
+def _title(origin: str | None, folder: str) -> str:
+    return Path(origin.removeprefix("wheel:")).name if origin else folder
 
 
 def _base_model(origin: str | None, assets: Mapping[str, bytes]) -> str | None:

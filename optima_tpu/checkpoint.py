@@ -65,6 +65,23 @@ def code_version() -> str:
     return f"{version}+{digest.hexdigest()[:12]}"
 
 
+def prepare_directory(directory: str | Path, manifest: Mapping[str, Any]) -> Path:
+    """The directory of a run, made if missing, once it is sure that this run may be kept there. Nothing is written into it.
+
+    Raises:
+      UserError: as :func:`open_journal`.
+    """
+    directory = Path(directory).absolute()
+    with writing(directory, "choose another --output"):
+        if (directory / RUN).exists():
+            refuse_another(directory, manifest)
+        # A run that was killed while it wrote its first file left nothing but that file's beginning.
+        elif directory.exists() and any(child.name != RUN + PARTIAL for child in directory.iterdir()):
+            raise UserError(f"{directory} holds files that are not a run of this program; choose another --output")
+        directory.mkdir(parents=True, exist_ok=True)
+    return directory
+
+
 def open_journal(directory: str | Path, manifest: Mapping[str, Any], assets: Mapping[str, bytes],
                  configuration: Mapping[str, Any] | None = None) -> "Journal":
     """Starts a run in ``directory``, or goes on with the one that is there.
@@ -80,15 +97,9 @@ def open_journal(directory: str | Path, manifest: Mapping[str, Any], assets: Map
       UserError: the directory holds a run with another manifest (every differing key is named with both values) or
         something else than a run, or cannot be written. Nothing in it was touched.
     """
-    directory = Path(directory).absolute()
+    directory = prepare_directory(directory, manifest)
     with writing(directory, "choose another --output"):
-        if (directory / RUN).exists():
-            refuse_another(directory, manifest)
-        else:
-            # A run that was killed while it wrote its first file left nothing but that file's beginning.
-            if directory.exists() and any(child.name != RUN + PARTIAL for child in directory.iterdir()):
-                raise UserError(f"{directory} holds files that are not a run of this program; choose another --output")
-            directory.mkdir(parents=True, exist_ok=True)
+        if not (directory / RUN).exists():
             write_run(directory, manifest, configuration or {})
         for name, data in assets.items():
             path = directory / ASSETS / name

@@ -112,11 +112,22 @@ def _write_shards(source: CheckpointTensors, pattern: Pattern, folder: Path, lim
         # safetensors writes the buffer as it lies in memory: without this a transposed view would be saved wrong.
         tensors = {name: np.ascontiguousarray(tensors[name]).reshape(source.shape(name)) for name in names}
         safetensors.numpy.save_file(tensors, folder / file_name, metadata={"format": "pt"})
+        # safetensors lets only its owner read what it writes; the folder is to be served and shared.
+        (folder / file_name).chmod(_readable(folder))
         zeros |= _check(folder / file_name, tensors, masks, pattern)
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
     return zeros
+
+
+def _readable(folder: Path) -> int:
+    """The mode that an ordinary new file gets here."""
+    probe = folder / ".mode"
+    probe.touch()
+    mode = probe.stat().st_mode
+    probe.unlink()
+    return mode
 
 
 def _exact_zeros(name: str, weight: np.ndarray, keep: np.ndarray) -> np.ndarray:

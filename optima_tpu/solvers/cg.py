@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from optima_tpu.problem import LayerProblem, Pruned, Solution, drift, matmul
-from optima_tpu.solvers.scaling import RESOLUTION, unit_diagonal
+from optima_tpu.solvers.scaling import RESOLUTION, require, unit_diagonal
 
 # Below this damping a float32 inverse of A is not accurate enough to certify with, and X gets a ridge of its own.
 _SAFE_DAMPING = 1e-4
@@ -49,6 +49,12 @@ class CG:
     tolerance: float = 1e-3
     max_steps: int = 96
     cycle: int = 4
+
+    def __post_init__(self):
+        require(self.damping >= 0, "damping", "at least 0", self.damping)
+        require(self.tolerance > 0, "tolerance", "above 0", self.tolerance)
+        require(self.max_steps >= 1, "max_steps", "at least 1", self.max_steps)
+        require(self.cycle >= 1, "cycle", "at least 1", self.cycle)
 
     def __call__(self, problem: LayerProblem, pruned: Pruned) -> Solution:
         shared = _share(problem.hessian, self.damping)

@@ -19,7 +19,7 @@ from mpax import raPDHG
 from mpax.utils import QuadraticProgrammingProblem, TerminationStatus
 
 from optima_tpu.problem import LayerProblem, Pruned, Solution, drift, matmul, optimality_residual
-from optima_tpu.solvers.scaling import RESOLUTION, live_features, unit_diagonal
+from optima_tpu.solvers.scaling import RESOLUTION, live_features, require, unit_diagonal
 
 # The one constraint, sum(d) >= _FLOOR, never binds. MPAX estimates the norm of the constraint matrix by power
 # iteration, which is 0 / 0 without a row or with only a zero row: every iterate would be NaN. Row and value are the
@@ -63,6 +63,12 @@ class MPAX:
     unit_diagonal: bool = False
     damping: float = 0.0
     primal_importance: float = 1.0
+
+    def __post_init__(self):
+        for name in ("eps_abs", "eps_rel", "primal_importance"):
+            require(getattr(self, name) > 0, name, "above 0", getattr(self, name))
+        require(self.iteration_limit >= 1, "iteration_limit", "at least 1", self.iteration_limit)
+        require(self.damping >= 0, "damping", "at least 0", self.damping)
 
     def __call__(self, problem: LayerProblem, pruned: Pruned) -> Solution:
         # MPAX builds its loops from fresh closures, so outside jit each call would compile all of them anew.

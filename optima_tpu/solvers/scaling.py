@@ -1,12 +1,20 @@
-"""Unit-diagonal variables, which every solver works in: they make tolerances and damping free of scale."""
+"""What the solvers share: unit-diagonal variables, which make tolerances and damping free of scale, and checks of settings."""
 
 import jax.numpy as jnp
 from jax import Array
+
+from optima_tpu.errors import UserError
 
 # A feature whose energy is this share of the largest one's, or less, is dead: its column is rounding noise.
 DEAD = 1e-12
 # Gaps are relative to f*, but never to less than this share of the row's output energy: below it a layer is exact for any use.
 RESOLUTION = 1e-8
+
+
+def require(holds: bool, name: str, expected: str, value: float) -> None:
+    """Raises UserError unless a solver's setting holds what it must."""
+    if not holds:
+        raise UserError(f"expected the solver's {name} to be {expected}, got {value}")
 
 
 def live_features(hessian: Array) -> Array:

@@ -1,0 +1,1 @@
+"""Measurements, never part of the tests: times as ratios within one process, errors against published ones."""

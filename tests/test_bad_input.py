@@ -1,0 +1,161 @@
+"""Whatever is wrong with the input is one line that says so, and nothing on the disk changes."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from optima_tpu.launch import main
+from tests.helpers import SMALL, snapshot, tiny_folder
+
+TENSOR = "model.layers.1.mlp.up_proj.weight"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return tiny_folder(tmp_path_factory.mktemp("whole") / "model")
+
+
+@pytest.fixture
+def refused(tmp_path, capfd):
+    """Runs the command line; returns the message that it is refused with."""
+    def run(*arguments, output=tmp_path / "run"):
+        before = snapshot(output)
+        status = main([*map(str, arguments), "--output", str(output)])
+        printed, said = capfd.readouterr()
+        assert (status, said.count("\n")) == (2, 1), said
+        assert said.startswith("error: ") and "Traceback" not in said + printed
+        after = snapshot(output)
+        # A run that reads all of the model before it finds what is wrong has made the directory for its result.
+        assert after == before or not before and [*after] == [str(output)]
+        return said
+
+    return run
+
+
+@pytest.mark.parametrize(("settings", "expected"), [
+    (["--pattern", "1.0"], "expected a sparsity in [0, 1), got 1.0"),
+    (["--pattern=-0.1"], "expected a sparsity in [0, 1), got -0.1"),
+    (["--pattern", "4:2"], "expected a pattern N:M with 0 < N < M, got 4:2"),
+    (["--pattern", "half"], "expected a pattern such as 0.5, 0.5/layer or 2:4, got 'half'"),
+    (["--pattern", "3:8"], "divisible by 8, got a layer with 36"),
+    (["--mesh", "2x2"], "mesh 2x2 needs 4 devices, there are 8 (cpu): choose a mesh whose product is 8"),
+    (["--mesh", "2x2x2"], "expected a mesh such as 4x2 or data=4,model=2, got '2x2x2'"),
+    (["--calibration.length", "129"], "expected calibration.length of at most 128, the model's context, got 129"),
+    (["--evaluation.length", "129"], "expected evaluation.length of at most 128, the model's context, got 129"),
+    (["--sparsity", "0.5"], "there is no setting --sparsity; see --help for all of them"),
+    (["--solver.dampnig", "0.1"], "there is no setting --solver.dampnig; did you mean --solver.damping?"),
+    (["--calibration.sample", "8"], "did you mean --calibration.samples?"),
+    (["--solver.damping", "-1"], "damping"),
+    (["--solver", "gurobi"], "expected solver to be one of cg, mpax, exact, null, got 'gurobi'"),
+    (["--solver.eps_abs", "0.1"], "--solver.eps_abs is an option of solver mpax, but solver is cg here"),
+    (["--batch", "many"], "expected batch to be a whole number, got many"),
+    (["--batch"], "batch"),
+    (["--dtype", "int8"], "expected dtype to be"),
+    (["--config", "nowhere.yaml"], "expected a YAML file, cannot read nowhere.yaml"),
+    (["--calibration.source", "file:nowhere.txt"], "nowhere.txt"),
+    (["--calibration.source", "shakespeare"], "expected a text source (pydoc, c4, wikitext2, random, file:PATH"),
+], ids=lambda value: " ".join(value) if isinstance(value, list) else "")
+def test_a_setting_that_cannot_be(model, refused, settings, expected):
+    assert expected in refused("--model", model, *SMALL, *settings)
+
+
+@pytest.mark.parametrize(("text", "expected"), [
+    ("solver: {dampnig: 0.1}", "there is no setting solver.dampnig; did you mean solver.damping?"),
+    ("patern: 0.5", "there is no setting patern; did you mean pattern?"),
+    ("pattern: 1.5", "expected a sparsity in [0, 1), got 1.5"),
+    ("pattern: [", "line 1: expected YAML, got something else"),
+    ("calibration: c4", "expected settings under calibration, such as 'source: c4', got 'c4'"),
+])
+def test_a_file_with_a_setting_that_cannot_be(model, refused, tmp_path, text, expected):
+    (tmp_path / "settings.yaml").write_text(text)
+    assert expected in refused("--model", model, "--config", tmp_path / "settings.yaml")
+
+
+def test_a_model_that_is_not_there(refused, tmp_path):
+    assert f"no such path: '{tmp_path / 'nowhere'}'" in refused("--model", tmp_path / "nowhere", *SMALL)
+    assert "is no model: expected config.json" in refused("--model", tmp_path, *SMALL)
+    assert "the package 'no-such-model' is not installed" in refused("--model", "wheel:no-such-model", *SMALL)
+
+
+def test_an_architecture_that_is_not_supported(refused, tmp_path):
+    folder = tiny_folder(tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"architectures": ["MixtralForCausalLM"], "model_type": "mixtral"}
+    (folder / "config.json").write_text(json.dumps(config))
+    message = refused("--model", folder, *SMALL)
+    assert "expected a model of architecture LlamaForCausalLM" in message and "got MixtralForCausalLM" in message
+
+
+def test_a_calibration_text_that_is_too_short(model, refused, tmp_path):
+    (tmp_path / "short.txt").write_text("seventeen letters")
+    message = refused("--model", model, *SMALL, "--calibration.source", f"file:{tmp_path / 'short.txt'}")
+    assert "holds 17 tokens of calibration text, 8 windows of 32 need 256" in message
+    message = refused("--model", model, *SMALL, "--evaluation.source", f"file:{tmp_path / 'short.txt'}")
+    assert "holds 17 tokens of evaluation text, one window needs 32" in message
+
+
+def test_an_output_directory_in_use(model, finished, refused, tmp_path):
+    other = tiny_folder(tmp_path / "other", seed=1)
+    message = refused("--model", other, *finished.arguments[2:], output=finished.directory)
+    assert "holds another run (model: " in message
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "thesis.tex").write_text("years of work")
+    message = refused("--model", model, *SMALL, output=tmp_path / "thesis")
+    assert "holds files that are not a run of this program; choose another --output" in message
+    message = refused("--model", model, *SMALL, output=tmp_path / "thesis" / "thesis.tex")
+    assert "Not a directory" in message
+
+
+@pytest.mark.parametrize("damage", ["cut short", "header", "missing"])
+def test_a_damaged_shard(refused, tmp_path, damage):
+    shard = tiny_folder(tmp_path / "model") / "model-00002-of-00002.safetensors"
+    content = shard.read_bytes()
+    shard.write_bytes({"cut short": content[:-100], "header": b"\xff" * 16 + content[16:], "missing": b""}[damage])
+    if damage == "missing":
+        shard.unlink()
+    message = refused("--model", tmp_path / "model", *SMALL)
+    assert str(shard) in message and ("is missing" if damage == "missing" else "is truncated or damaged") in message
+
+
+def test_weights_of_another_model(refused, tmp_path):
+    folder = tiny_folder(tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"intermediate_size": 64}))
+    assert "mlp.gate_proj.weight: expected shape (64, 36)" in refused("--model", folder, *SMALL)
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 4}))
+    assert "9 tensors missing (model.layers.3.input_layernorm.weight" in refused("--model", folder, *SMALL)
+
+
+@pytest.mark.parametrize(("name", "value"), [(TENSOR, np.nan), (TENSOR, -np.inf), ("model.norm.weight", np.nan),
+                                             ("model.embed_tokens.weight", np.inf)])
+def test_a_weight_that_is_not_finite(refused, tmp_path, name, value):
+    folder = tiny_folder(tmp_path / "model", change=lambda arrays: arrays[name].reshape(-1).__setitem__(5, value))
+    message = refused("--model", folder, "--mesh", "4x2", *SMALL)
+    assert f"{name} holds 1 values that are NaN or infinite" in message
+
+
+@pytest.mark.parametrize(("norm", "layer"), [("post_attention_layernorm", "mlp.gate_proj"), ("input_layernorm", "self_attn.q_proj")])
+def test_activations_that_overflow(refused, tmp_path, norm, layer):
+    """Every weight is a finite float16, but not the activations behind it."""
+    def change(arrays):
+        arrays[f"model.layers.1.{norm}.weight"][:] = 6e4
+
+    folder = tiny_folder(tmp_path / "model", dtype="float16", change=change)
+    message = refused("--model", folder, "--mesh", "4x2", *SMALL)
+    assert f"the input of model.layers.1.{layer} holds NaN or infinite values" in message and "try --dtype float32" in message
+
+
+# In a process of its own, since the hub's client reads its setting once; also what a library would print is seen so.
+def test_a_hub_that_is_not_reached(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("PYTHONPATH", ":".join(sys.path))
+    result = subprocess.run([sys.executable, "-m", "optima_tpu.launch", "--model", "no-such-owner/no-such-model", "--output",
+                             str(tmp_path / "run")], capture_output=True, text=True, timeout=300)
+    assert (result.returncode, result.stdout, result.stderr.count("\n")) == (2, "", 1), result.stderr
+    assert result.stderr.startswith("error: ")
+    assert "the hub can't be reached and its cache does not hold no-such-owner/no-such-model" in result.stderr
+    assert not (tmp_path / "run").exists()
