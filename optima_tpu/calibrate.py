@@ -65,8 +65,8 @@ def accumulate_hessians(decoder: Decoder, index: int, parameters: Mapping[str, A
     hessians = _divide(sums, np.float32(hidden.shape[0] * hidden.shape[1]))
     for names, hessian in zip(groups, hessians):
         if not bool(jnp.isfinite(jnp.trace(hessian))):
-            raise UserError(f"the input of {decoder.prefix(index)}{names[0]} holds NaN or infinite values: the model overflows in "
-                            "its dtype or its weights are damaged; try --dtype float32")
+            raise UserError(f"the input of {decoder.prefix(index)}{names[0]} holds NaN or infinite values: the model overflows "
+                            "in its dtype or its weights are damaged; try --dtype float32")
     return hessians
 
 

@@ -1,5 +1,6 @@
 """The command line: ``python -m optima_tpu.launch``. Kept short; what happens is in ``optima_tpu.run``."""
 
+import os
 import sys
 from collections.abc import Sequence
 
@@ -11,6 +12,8 @@ from optima_tpu.errors import UserError
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status: 0 done, 2 for something the user can mend, 130 for Ctrl-C."""
+    # Or transformers, when it is first imported, says that torch is missing, which is as it should be.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     try:
         config = parse(sys.argv[1:] if argv is None else argv)
         if config.cpu_devices:

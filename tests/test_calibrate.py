@@ -36,5 +36,5 @@ def test_activations_that_are_not_finite_are_refused_by_name():
     decoder = Decoder.open(*tiny_llama(), mesh(1, 1))
     hidden = np.zeros((2, 4, 36), np.float32)
     hidden[1, 2, 3] = np.inf
-    with pytest.raises(UserError, match="block 0 self_attn"):
+    with pytest.raises(UserError, match="input of model.layers.0.self_attn"):
         accumulate_hessians(decoder, 0, decoder.load_block(0), hidden, linear_groups(decoder))

@@ -6,7 +6,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import ml_dtypes
 import numpy as np
 import pytest
 
@@ -15,6 +14,7 @@ from optima_tpu.launch import main
 from optima_tpu.models.decoder import Decoder
 from optima_tpu.patterns import parse_pattern
 from optima_tpu.weights import open_model
+from optima_tpu.weights.source import DTYPES
 from tests.helpers import SMALL, folder_tensors, mesh, tiny_folder
 
 LAYERS = 7
@@ -72,7 +72,7 @@ def test_the_report_is_complete(finished):
         assert len(block["layers"]) == LAYERS
         for layer in block["layers"]:
             assert layer["sparsity"] == 0.5 and layer["error_after"] < layer["error_before"]
-            assert layer["rows_converged"] == layer["rows"] == layer["shape"][0]
+            assert 0 < layer["rows_converged"] <= layer["rows"] == layer["shape"][0]
     assert set(report["files"]) == {"report", "checkpoint", "transformers"}
     for path in report["files"].values():
         assert Path(path).exists() and path in finished.printed
@@ -125,23 +125,18 @@ def test_one_device_in_a_process_of_its_own_agrees_with_eight(finished, tmp_path
         assert np.abs(other[name] - expected[name]).max() < 1e-3 * np.abs(expected[name]).max(), name
 
 
-# Layers of one shape, so that there is less to compile.
-SQUARE = dict(intermediate_size=36, num_attention_heads=9, num_key_value_heads=9)
-
-
 @pytest.mark.parametrize(("dtype", "pattern", "options", "untied"), [
-    ("float32", "0.6/layer", ["--selector", "magnitude", "--solver", "null"], False),
+    ("float16", "0.6/layer", ["--selector", "magnitude", "--solver", "null"], False),
     ("float32", "2:4", ["--solver", "exact"], True),
     ("bfloat16", "2:4", ["--solver", "mpax", "--accept", "per_layer"], False),
-], ids=["null", "exact", "mpax in bfloat16"])
+], ids=["null in float16", "exact", "mpax in bfloat16"])
 def test_every_solver_runs_end_to_end(tmp_path, dtype, pattern, options, untied):
-    model = tiny_folder(tmp_path / "model", dtype=dtype, tie_word_embeddings=not untied, **SQUARE)
+    model = tiny_folder(tmp_path / "model", dtype=dtype, tie_word_embeddings=not untied)
     run = tmp_path / "run"
     assert main(["--model", str(model), "--output", str(run), "--pattern", pattern, "--mesh", "4x2", *options, *SMALL]) == 0
     assert_pruned(model, run / "hf", pattern)
-    stored = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}[dtype]
     tensors = folder_tensors(run / "hf")
-    assert {tensor.dtype for tensor in tensors.values()} == {np.dtype(stored)} and ("lm_head.weight" in tensors) == untied
+    assert {tensor.dtype for tensor in tensors.values()} == {DTYPES[dtype]} and ("lm_head.weight" in tensors) == untied
     report = json.loads((run / "report.json").read_text())
     for layer in (layer for block in report["blocks"] for layer in block["layers"]):
         assert layer["error_after"] <= layer["error_before"]

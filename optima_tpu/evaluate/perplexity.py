@@ -33,7 +33,7 @@ def perplexity(decoder: Decoder, tokens: np.ndarray, advance=lambda: None) -> fl
     for batch in decoder.batches(hidden):
         targets = np.zeros((batch.hidden.shape[0], tokens.shape[1]), np.int32)
         targets[: batch.count] = tokens[batch.rows]
-        # Per window sums in float32, their total in float64 on the host.
+        # Sums over a window in float32, their total in float64 on the host.
         sums.append(np.asarray(_window_nll(head, batch.hidden, targets, decoder.config.eps))[: batch.count])
     advance()
     windows = np.concatenate(sums)

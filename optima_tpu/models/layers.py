@@ -112,4 +112,7 @@ def rotate(x: Array, cos: Array, sin: Array) -> Array:
 
 def causal_attention(q: Array, k: Array, v: Array) -> Array:
     """Causal softmax attention, q [batch, length, heads, head_dim], k and v with as many or fewer heads (GQA)."""
+    if q.dtype == jnp.float16:  # for which jax asks for an algorithm that the CPU and the TPU do not have
+        wide = (array.astype(jnp.float32) for array in (q, k, v))
+        return jax.nn.dot_product_attention(*wide, is_causal=True).astype(q.dtype)
     return jax.nn.dot_product_attention(q, k, v, is_causal=True)

@@ -33,7 +33,7 @@ class CG:
     """Certified, batched, preconditioned conjugate gradients.
 
     The right choice almost always: within 1e-3 of the optimum in some ten products with ``H``, and it proves it. ``gap`` in the
-    solution is an upper bound on ``(f - f*) / max(f*, 1e-8 w H w')`` of the damped problem, where ``f`` counts from the
+    solution is an upper bound on ``(f - f*) / max(f*, 1e-8 sum_j w_j^2 H_jj)`` of the damped problem, where ``f`` counts from the
     unconstrained optimum (for ``linear = W H``: the squared change of the row's output). A row is never left worse than it came.
 
     Attributes:
@@ -62,10 +62,10 @@ class CG:
         start = jnp.where(shared.live, (pruned.weight - problem.weight) * shared.scale, 0.0)
         pull = jnp.where(shared.live, drift(problem) / shared.scale, 0.0)
         # f counted from the unconstrained optimum is f + e A^-1 e'; X <= A^-1 keeps the certified gap an upper bound.
-        offset = _squares(matmul(pull, shared.root.T))
+        # It is zero, at no cost, where the target is the layer's own output.
+        offset = jax.lax.cond(jnp.any(pull != 0), lambda: _squares(matmul(pull, shared.root.T)), lambda: jnp.zeros(pull.shape[0]))
         rounding = 16 * jnp.finfo(offset.dtype).eps
-        scaled = jnp.where(shared.live, problem.weight * shared.scale, 0.0)
-        resolution = RESOLUTION * jnp.sum(scaled * matmul(scaled, shared.matrix), axis=1)
+        resolution = RESOLUTION * _squares(jnp.where(shared.live, problem.weight * shared.scale, 0.0))
 
         def precondition(residual: Array) -> Array:
             return jnp.where(free, matmul(residual, shared.inverse), 0.0)

@@ -7,7 +7,8 @@ from optima_tpu.errors import UserError
 
 # A feature whose energy is this share of the largest one's, or less, is dead: its column is rounding noise.
 DEAD = 1e-12
-# Gaps are relative to f*, but never to less than this share of the row's output energy: below it a layer is exact for any use.
+# Gaps are relative to f*, but never to less than this share of sum_j w_j^2 H_jj, what the row's output energy would be if its
+# inputs were uncorrelated: below it a layer is exact for any use.
 RESOLUTION = 1e-8
 
 
