@@ -266,7 +266,7 @@ def test_smollm2_yaml_spells_out_the_embedded_default():
 
 def test_the_papers_settings():
     config = parse(["--config", str(CONFIGS / "paper/llama-3.2-1b.yaml")])
-    assert (config.selector, config.solver, config.accept) == (Wanda(), MPAX(), PerLayer(0.95))
+    assert (config.selector, config.solver, config.accept) == (Wanda(shift_zero=True), MPAX(), PerLayer(0.95))
     assert (config.solver.eps_abs, config.solver.eps_rel, config.solver.iteration_limit) == (1e-2, 1e-2, 100_000)
     assert config.calibration == Calibration("c4", 128, 2048)
     assert RunConfig(model="a").accept == PerRow()
