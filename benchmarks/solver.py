@@ -39,6 +39,8 @@ PAPER, REFERENCE = "mpax", "exact"
 SOLVERS = {
     "cg": CG(),
     "cg, undamped": CG(damping=0.0),
+    # The least work that still ends below the paper's method.
+    "cg, 3 steps": CG(max_steps=3, cycle=3),
     PAPER: MPAX(),
     "mpax, unit_diagonal": MPAX(unit_diagonal=True),
     "mpax, unit_diagonal, primal_importance 1e-3": MPAX(unit_diagonal=True, primal_importance=1e-3),
