@@ -105,7 +105,7 @@ def tiny_llama(seed: int = 0, **settings):
         shape = shapes.block_shapes[inner] if inner else {
             "model.norm.weight": (config.hidden_size,)}.get(name, (config.vocab_size, config.hidden_size))
         noise = rng.standard_normal(shape).astype(np.float32)
-        arrays[name] = 1 + 0.1 * noise if "norm" in name else noise / np.sqrt(shape[-1])
+        arrays[name] = (1 + 0.1 * noise if "norm" in name else noise / np.sqrt(shape[-1])).astype(np.float32)
     return config, MemoryTensors(arrays)
 
 

@@ -46,7 +46,7 @@ def test_the_mesh_does_not_change_the_result(recipe):
             for name, keep in masks.items():
                 assert (keep == other_masks[name]).all()
                 assert np.abs(weights[name] - other_weights[name]).max() < 1e-3 * np.abs(weights[name]).max()
-        assert np.abs(hidden - other_hidden).max() < 1e-4 * np.abs(hidden).max()
+        assert np.abs(hidden - other_hidden).max() < 1e-3 * np.abs(hidden).max()
 
 
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
