@@ -3,18 +3,19 @@
     python -m benchmarks.layer_errors 11 --solver mpax --accept per_layer --selector.shift_zero true
 
 Takes the settings of ``optima_tpu.launch`` after the number of blocks, and prints the mean over all layers of the relative error
-``||X W' - X V'||^2 / ||X W'||^2`` of the selector's and of the final weights. Their difference to a full run is none: a block
-does not depend on later ones.
+``||X W' - X V'||^2 / ||X W'||^2`` of the selector's and of the final weights. A full run gives the same: a block does not
+depend on later ones.
 """
 
 import statistics
 import sys
 
-from optima_tpu.calibrate import accumulate_hessians, linear_groups
+from optima_tpu.calibrate import linear_groups
 from optima_tpu.cli import parse
 from optima_tpu.data import calibration_tokens, parse_source
 from optima_tpu.models.decoder import Decoder
-from optima_tpu.prune import Recipe, prune_block
+from optima_tpu.prune import walk_block
+from optima_tpu.run import recipe_of
 from optima_tpu.sharding import make_mesh
 from optima_tpu.weights import load_tokenizer, open_model
 
@@ -26,13 +27,9 @@ def main(argv: list[str]) -> None:
     text = config.calibration
     hidden = decoder.embed(calibration_tokens(parse_source(text.source), load_tokenizer(pretrained), samples=text.samples,
                                               length=text.length, seed=text.seed).ids)
-    recipe = Recipe(config.pattern, config.selector, config.solver, config.accept)
     groups, layers = linear_groups(decoder), []
     for index in range(blocks):
-        parameters = decoder.load_block(index)
-        hessians = accumulate_hessians(decoder, index, parameters, hidden, groups)
-        parameters, _, reports = prune_block(index, parameters, groups, hessians, recipe, decoder.mesh)
-        decoder.apply(parameters, hidden)
+        _, _, reports = walk_block(decoder, index, hidden, groups, recipe_of(config))
         layers += reports
         print(f"block {index}", *(f"{r.name} {r.error_before:.4f} {r.error_after:.4f} ({r.rows_refused}/{r.rows} refused)"
                                   for r in reports), sep="  ", flush=True)

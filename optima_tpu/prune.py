@@ -13,6 +13,8 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from optima_tpu.accept import Acceptance, PerRow
+from optima_tpu.calibrate import Groups, accumulate_hessians
+from optima_tpu.models.decoder import Decoder
 from optima_tpu.patterns import Pattern
 from optima_tpu.problem import LayerProblem, Pruned, Solution, objective, output_energy, self_target
 from optima_tpu.report.records import LayerReport
@@ -104,7 +106,28 @@ def prune_group(weights: tuple[Array, ...], hessian: Array, recipe: Recipe, mesh
     return tuple(new), tuple(masks), tuple(reports)
 
 
-def prune_block(index: int, parameters: Mapping[str, Array], groups: tuple[tuple[str, ...], ...], hessians: tuple[Array, ...],
+def walk_block(decoder: Decoder, index: int, hidden: np.ndarray, groups: Groups, recipe: Recipe,
+               tell: Callable[[LayerReport], None] = lambda report: None
+               ) -> tuple[dict[str, Array], dict[str, Array], tuple[LayerReport, ...]]:
+    """One step of the walk: calibrates a block, prunes it, and sends the hidden states through what is left of it.
+
+    The Hessians come from one pass through the block as it was, behind the pruned blocks before it, as in the paper.
+
+    Args:
+      hidden: [samples, length, d_model] on the host, what enters the block; afterwards what leaves it pruned.
+      groups: from ``calibrate.linear_groups``.
+
+    Returns:
+      As :func:`prune_block`.
+    """
+    parameters = decoder.load_block(index)
+    hessians = accumulate_hessians(decoder, index, parameters, hidden, groups)
+    parameters, masks, layers = prune_block(index, parameters, groups, hessians, recipe, decoder.mesh, tell)
+    decoder.apply(parameters, hidden)
+    return parameters, masks, layers
+
+
+def prune_block(index: int, parameters: Mapping[str, Array], groups: Groups, hessians: tuple[Array, ...],
                 recipe: Recipe, mesh: Mesh, tell: Callable[[LayerReport], None] = lambda report: None
                 ) -> tuple[dict[str, Array], dict[str, Array], tuple[LayerReport, ...]]:
     """Prunes every linear layer of a block.

@@ -13,7 +13,7 @@ import numpy as np
 from rich.console import Console
 
 from optima_tpu import data
-from optima_tpu.calibrate import accumulate_hessians, linear_groups
+from optima_tpu.calibrate import linear_groups
 from optima_tpu.checkpoint import (CheckpointTensors, Journal, code_version, finished_blocks, open_journal,
                                    prepare_directory)
 from optima_tpu.config import RunConfig, to_dict, weights_settings
@@ -23,7 +23,7 @@ from optima_tpu.evaluate.perplexity import perplexity
 from optima_tpu.export import export, is_export_of
 from optima_tpu.files import write_bytes
 from optima_tpu.models.decoder import Decoder
-from optima_tpu.prune import Recipe, prune_block
+from optima_tpu.prune import Recipe, walk_block
 from optima_tpu.report.file import environment, write_report
 from optima_tpu.report.progress import Progress
 from optima_tpu.report.records import BlockReport
@@ -60,7 +60,7 @@ def run(config: RunConfig, console: Console | None = None) -> dict[str, Any]:
         # Only now is anything written: every weight was read, and the model works in this dtype.
         journal = open_journal(directory, manifest, pretrained.assets, to_dict(config))
         _keep_dense(dense, evaluation, directory)
-        prune_model(decoder, calibration.ids, _recipe(config), journal, progress)
+        prune_model(decoder, calibration.ids, recipe_of(config), journal, progress)
         progress.stage("writing the checkpoint", 1)
         journal.write_checkpoint(pretrained.tensors)
         progress.advance()
@@ -97,9 +97,6 @@ def run(config: RunConfig, console: Console | None = None) -> dict[str, Any]:
 def prune_model(decoder: Decoder, tokens: np.ndarray, recipe: Recipe, journal: Journal, progress: Progress) -> None:
     """Prunes block after block into the journal, from the first that it does not hold.
 
-    A block's Hessians come from one pass of the calibration tokens through the block as it was, behind the pruned blocks
-    before it, as in the paper.
-
     Args:
       tokens: [samples, length] int32, the calibration set.
     """
@@ -112,10 +109,7 @@ def prune_model(decoder: Decoder, tokens: np.ndarray, recipe: Recipe, journal: J
     for index in range(journal.finished, count):
         progress.block(index, count)
         started = time.monotonic()
-        parameters = decoder.load_block(index)
-        hessians = accumulate_hessians(decoder, index, parameters, hidden, groups)
-        parameters, masks, layers = prune_block(index, parameters, groups, hessians, recipe, decoder.mesh, progress.layer)
-        decoder.apply(parameters, hidden)
+        parameters, masks, layers = walk_block(decoder, index, hidden, groups, recipe, progress.layer)
         report = BlockReport(index, time.monotonic() - started, layers)
         prefix = decoder.prefix(index)
         journal.save(index, {prefix + name: value for name, value in parameters.items()},
@@ -123,7 +117,8 @@ def prune_model(decoder: Decoder, tokens: np.ndarray, recipe: Recipe, journal: J
         progress.advance()
 
 
-def _recipe(config: RunConfig) -> Recipe:
+def recipe_of(config: RunConfig) -> Recipe:
+    """The part of a configuration that the walk needs."""
     return Recipe(config.pattern, config.selector, config.solver, config.accept)
 
 

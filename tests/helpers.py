@@ -1,8 +1,8 @@
 """Problems, oracles and tiny models that the tests share."""
 
 import functools
-import re
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from optima_tpu.accept import PerLayer, PerRow
-from optima_tpu.calibrate import accumulate_hessians, linear_groups
+from optima_tpu.calibrate import linear_groups
 from optima_tpu.models.decoder import Decoder
 from optima_tpu.patterns import NM, Unstructured
-from optima_tpu.prune import Recipe, prune_block, prune_group, prune_layer
+from optima_tpu.prune import Recipe, prune_group, prune_layer, walk_block
 from optima_tpu.selectors import Magnitude, Wanda
 from optima_tpu.solvers import CG, MPAX
 from tests.helpers import COLLECTIVE, layer, mesh, text_inside_loops, tiny_llama
@@ -29,10 +29,7 @@ def walk(recipe, shape, blocks=3):
     groups = linear_groups(decoder)
     found = []
     for index in range(blocks):
-        parameters = decoder.load_block(index)
-        hessians = accumulate_hessians(decoder, index, parameters, hidden, groups)
-        parameters, masks, reports = prune_block(index, parameters, groups, hessians, recipe, decoder.mesh)
-        decoder.apply(parameters, hidden)
+        parameters, masks, reports = walk_block(decoder, index, hidden, groups, recipe)
         found.append((jax.device_get(parameters), jax.device_get(masks), reports))
     return found, hidden
 
@@ -89,16 +86,10 @@ def test_the_second_block_compiles_nothing(caplog):
     hidden = decoder.embed(np.random.default_rng(1).integers(0, 64, (10, 24)).astype(np.int32))
     groups = linear_groups(decoder)
 
-    def one(index):
-        parameters = decoder.load_block(index)
-        hessians = accumulate_hessians(decoder, index, parameters, hidden, groups)
-        parameters, _, _ = prune_block(index, parameters, groups, hessians, RECIPES["wanda cg"], decoder.mesh)
-        decoder.apply(parameters, hidden)
-
     def compilations(index):
         caplog.clear()
         with jax.log_compiles(), caplog.at_level("WARNING", logger="jax"):
-            one(index)
+            walk_block(decoder, index, hidden, groups, RECIPES["wanda cg"])
         return [record.message for record in caplog.records if "Finished XLA compilation" in record.message]
 
     jax.clear_caches()
