@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 from optima_tpu.errors import UserError
 from optima_tpu.models import family_of
 from optima_tpu.models.layers import RMSNorm, project
-from optima_tpu.sharding import DATA, MODEL, divisible, padded, place
+from optima_tpu.sharding import DATA, MODEL, divisible, place
 from optima_tpu.weights.source import TensorSource
 
 
