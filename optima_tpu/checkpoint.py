@@ -43,8 +43,10 @@ _UNTOUCHED_AT_ONCE = 1 << 30
 def quiet_orbax() -> None:
     """Keeps Orbax's own messages off the terminal, for the command line to call. What fails is raised all the same."""
     logging.getLogger("absl").setLevel(logging.CRITICAL)
+    # Orbax gives up at the first array it cannot write and raises for that one. The others' failures are then either
+    # errors that nobody asks for, which asyncio logs, or answers that find Orbax's event loop gone.
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     report = sys.unraisablehook
-    # Orbax gives up at the first array it cannot write; the answers for the others then find its event loop gone.
     sys.unraisablehook = lambda event: None if str(event.exc_value) == "Event loop is closed" else report(event)
 
 
