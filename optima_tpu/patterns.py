@@ -8,6 +8,7 @@ the result (4-bit checkpoints tie often), and it makes the mask independent of t
 import dataclasses
 import math
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -92,8 +93,11 @@ class NM:
 Pattern = Unstructured | NM
 
 
-def parse_pattern(text: str) -> Pattern:
-    """Reads "0.5" (half of every row), "0.5/layer" (half of every matrix) or "2:4".
+def parse_pattern(text: str, group: str = "row") -> Pattern:
+    """Reads "0.5/row" (half of every row), "0.5/layer" (half of every matrix), "0.5" or "2:4".
+
+    Args:
+      group: what "0.5" compares: the group of the method that chooses the mask, as published.
 
     Raises:
       UserError: the text is none of these.
@@ -103,10 +107,17 @@ def parse_pattern(text: str) -> Pattern:
         if ":" in text:
             n, m = text.split(":")
             return NM(int(n), int(m))
-        sparsity, _, group = text.partition("/")
-        return Unstructured(float(sparsity), group or "row")
+        sparsity, _, given = text.partition("/")
+        return Unstructured(float(sparsity), given or group)
     except ValueError:
         raise UserError(f"expected a pattern such as 0.5, 0.5/layer or 2:4, got {text!r}") from None
+
+
+def pattern_text(pattern: Pattern, group: str | None = None) -> str:
+    """The text that ``parse_pattern`` reads back: "0.5/row", "2:4"; "0.5" where the pattern compares in ``group``."""
+    if isinstance(pattern, NM):
+        return f"{pattern.n}:{pattern.m}"
+    return repr(float(pattern.sparsity)) + ("" if pattern.group == group else f"/{pattern.group}")
 
 
 def keep_mask(scores: Array, pattern: Pattern) -> Array:
@@ -123,6 +134,37 @@ def keep_mask(scores: Array, pattern: Pattern) -> Array:
       UserError: an N:M pattern whose M does not divide d_in.
     """
     return pattern.keep_mask(jnp.where(jnp.isnan(scores), -jnp.inf, scores))
+
+
+def lowest(scores: Array, count: Array, group: str) -> Array:
+    """True at exactly ``count`` entries of every row or of the matrix, the lowest; of equals those with the lower index.
+
+    For counts that are known only when they are needed, inside a sweep. The ``count``-th value is found bit by bit: a sort
+    would gather the rows of all devices, this only adds up counts.
+
+    Args:
+      scores: [rows, columns] float32, none negative; NaN counts as the smallest of all.
+      count: int32, [rows, 1] or [] for the group "row", [1, 1] or [] for "layer", where the index runs row by row.
+    """
+    # The bits of floats that are not negative are in the order of the floats.
+    order = jax.lax.bitcast_convert_type(jnp.where(jnp.isnan(scores), 0.0, scores), jnp.int32)
+    axis = 1 if group == "row" else None
+
+    def number(mask: Array) -> Array:
+        return jnp.sum(mask, axis=axis, keepdims=True, dtype=jnp.int32)
+
+    def bit(index: int, value: Array) -> Array:
+        half = jnp.left_shift(1, 30 - index)
+        return jnp.where(number(order < value + half) < count, value + half, value)
+
+    start = jnp.zeros_like(order[:, :1] if group == "row" else order[:1, :1])
+    value = jax.lax.fori_loop(0, 31, bit, start)
+    below, ties = order < value, order == value
+    rank = jnp.cumsum(ties, axis=1, dtype=jnp.int32)
+    if group == "layer":
+        in_row = rank[:, -1:]
+        rank = rank + jnp.cumsum(in_row, axis=0, dtype=jnp.int32) - in_row
+    return below | (ties & (rank <= count - number(below)))
 
 
 def _keep_largest(scores: Array, pruned: int) -> Array:

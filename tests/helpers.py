@@ -11,7 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh
 
+from optima_tpu.patterns import NM, Unstructured
 from optima_tpu.problem import LayerProblem, Pruned, Solution, drift, self_target
+
+PATTERNS = [*(Unstructured(sparsity, group) for group in ("row", "layer") for sparsity in (0.5, 0.6, 0.7)),
+            NM(2, 4), NM(4, 8), NM(6, 8)]
+"""What contracts of selectors and solvers hold for: the patterns of the paper's tables, both comparison groups, and 6:8."""
 
 
 def mesh(data: int, model: int) -> Mesh:
@@ -42,6 +47,12 @@ def layer(rng: np.random.Generator, rows: int, size: int, *, target: str = "self
 def solve(solver, problem: LayerProblem, pruned: Pruned) -> Solution:
     """Runs a solver, compiled once for each choice and shape."""
     return solver(problem, pruned)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 2))
+def select(selector, problem: LayerProblem, pattern) -> Pruned:
+    """Runs a selector, compiled once for each choice, pattern and shape."""
+    return selector(problem, pattern)
 
 
 def wide(problem: LayerProblem, damping: float = 0.0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

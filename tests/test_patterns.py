@@ -1,5 +1,6 @@
 """Masks: exact counts, the best scores kept, ties by index."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -7,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from optima_tpu.errors import UserError
-from optima_tpu.patterns import NM, Unstructured, keep_mask, parse_pattern
+from optima_tpu.patterns import NM, Unstructured, keep_mask, lowest, parse_pattern
 
 PATTERNS = st.one_of(
     st.builds(Unstructured, st.floats(0, 0.99), st.sampled_from(["row", "layer"])),
@@ -54,3 +55,20 @@ def test_what_is_no_pattern_is_refused(text):
 def test_an_nm_group_that_does_not_divide_the_inputs_is_refused():
     with pytest.raises(UserError, match="divisible by 4, got a layer with 6"):
         keep_mask(jnp.ones((2, 6)), NM(2, 4))
+
+
+# Few shapes: each is compiled.
+@given(st.sampled_from([(1, 1), (4, 7)]), st.integers(2, 5), st.sampled_from(["row", "layer"]), st.integers(0, 2**32 - 1))
+@settings(max_examples=60, deadline=None)
+def test_the_lowest_of_every_group_are_found_with_ties_by_index(shape, levels, group, seed):
+    rows, columns = shape
+    rng = np.random.default_rng(seed)
+    scores = rng.choice([0.0, 1e-30, 1.0, 3e20, np.inf], size=levels)[rng.integers(0, levels, (rows, columns))].astype(np.float32)
+    scores[rng.random(scores.shape) < 0.1] = np.nan
+    flat = np.nan_to_num(scores, nan=0.0, posinf=np.inf).reshape((rows, columns) if group == "row" else (1, -1))
+    counts = rng.integers(0, flat.shape[1] + 1, (len(flat), 1)).astype(np.int32)
+    expected = np.zeros(flat.shape, bool)
+    for line, count, found in zip(flat, counts[:, 0], expected):
+        found[np.argsort(line, kind="stable")[:count]] = True
+    found = jax.jit(lowest, static_argnames="group")(scores, counts, group)
+    assert (np.asarray(found).reshape(flat.shape) == expected).all()

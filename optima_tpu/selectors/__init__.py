@@ -1,19 +1,27 @@
 """Which weights of a layer stay. One file a method; a selector is a frozen dataclass with a ``__call__``."""
 
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from optima_tpu.patterns import Pattern
 from optima_tpu.problem import LayerProblem, Pruned
+from optima_tpu.selectors.imported import Imported
 from optima_tpu.selectors.magnitude import Magnitude
+from optima_tpu.selectors.sparsegpt import SparseGPT
+from optima_tpu.selectors.thanos import Thanos
 from optima_tpu.selectors.wanda import Wanda
 
-__all__ = ["Magnitude", "MaskSelector", "Wanda"]
+__all__ = ["Imported", "Magnitude", "MaskSelector", "SparseGPT", "Thanos", "Wanda"]
 
 
 class MaskSelector(Protocol):
     """Chooses which weights of one layer stay, and may move the ones that do.
 
     ``problem`` holds the rows of exactly one matrix, so that a pattern may compare over all of it.
+
+    Attributes:
+      group: what the published method compares, "row" or "layer": what a plain "0.5" means on the command line.
     """
+
+    group: ClassVar[str]
 
     def __call__(self, problem: LayerProblem, pattern: Pattern) -> Pruned: ...

@@ -1,6 +1,7 @@
 """Magnitude pruning: the oldest score, and the one without data."""
 
 import dataclasses
+from typing import ClassVar
 
 import jax.numpy as jnp
 
@@ -12,8 +13,10 @@ from optima_tpu.problem import LayerProblem, Pruned
 class Magnitude:
     """Keeps the weights with the largest ``|w|``; the kept ones do not move.
 
-    The published baseline compares over the whole matrix: ask for it with ``Unstructured(sparsity, group="layer")``.
+    The published baseline compares over the whole matrix: ``Unstructured(sparsity, group="layer")``.
     """
+
+    group: ClassVar[str] = "layer"
 
     def __call__(self, problem: LayerProblem, pattern: Pattern) -> Pruned:
         keep = keep_mask(jnp.abs(problem.weight), pattern)

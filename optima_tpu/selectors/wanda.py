@@ -1,6 +1,7 @@
 """Wanda: weights and activations (Sun et al., 2023, equation 1)."""
 
 import dataclasses
+from typing import ClassVar
 
 import jax.numpy as jnp
 
@@ -19,6 +20,8 @@ class Wanda:
       shift_zero: score with ``sqrt(H_jj + min positive H_jj)``, as the scripts of OPTIMA and SLiM do (shift_zero_metrics), to
         rank the weights of dead inputs by size. It changes the other scores too, so it is off here, as in Wanda's paper.
     """
+
+    group: ClassVar[str] = "row"
 
     shift_zero: bool = False
 

@@ -1,0 +1,85 @@
+"""Published selectors in float64 numpy, by loops from their formulas; of our code only the counts of a pattern."""
+
+import numpy as np
+
+from optima_tpu.patterns import NM, Pattern
+
+
+def thanos(weight: np.ndarray, hessian: np.ndarray, pattern: Pattern, block: int, damping: float
+           ) -> tuple[np.ndarray, np.ndarray]:
+    """Thanos (Ilin and Richtarik, arXiv 2504.05346, without outlier rows): one inverse a block, one linear solve a row.
+
+    Returns:
+      (weights, keep), each [d_out, d_in].
+    """
+    weight, hessian = weight.astype(np.float64), hessian.astype(np.float64)
+    rows, columns = weight.shape
+    keep = np.ones(weight.shape, bool)
+    norms = np.sqrt(np.diag(hessian))
+    damped = hessian + damping * np.mean(np.diag(hessian)) * np.eye(columns)
+    if isinstance(pattern, NM):
+        block = -(-block // pattern.m) * pattern.m
+    for first in range(0, columns, block):
+        last = min(first + block, columns)
+        scores = np.abs(weight[:, first:]) * norms[first:]
+        lost = np.zeros(scores.shape, bool)
+        if isinstance(pattern, NM):
+            for row in range(rows):
+                for group in range(0, last - first, pattern.m):
+                    order = np.argsort(scores[row, group: group + pattern.m], kind="stable")
+                    lost[row, group + order[: pattern.m - pattern.n]] = True
+        elif pattern.group == "row":
+            for row in range(rows):
+                left = pattern.pruned_in(columns) - np.sum(~keep[row])
+                lost[row, np.argsort(scores[row], kind="stable")[:left]] = True
+        else:
+            left = pattern.pruned_in(rows * columns) - np.sum(~keep)
+            lost.flat[np.argsort(scores, axis=None, kind="stable")[:left]] = True
+        inverse = np.linalg.inv(damped[first:, first:])
+        for row in range(rows):
+            gone = np.flatnonzero(lost[row, : last - first])
+            pull = np.linalg.solve(inverse[np.ix_(gone, gone)], weight[row, first + gone])
+            weight[row, first:] -= pull @ inverse[gone]
+            weight[row, first + gone] = 0.0
+            keep[row, first + gone] = False
+    return weight, keep
+
+
+def sparsegpt(weight: np.ndarray, hessian: np.ndarray, pattern: Pattern, block: int, damping: float
+              ) -> tuple[np.ndarray, np.ndarray]:
+    """SparseGPT (Frantar and Alistarh, 2023, algorithm 1): an explicit inverse, input after input, no lazy updates.
+
+    With exact counts where the published code prunes one more a block, and dead inputs scored 0 but not set to zero.
+
+    Returns:
+      (weights, keep), each [d_out, d_in].
+    """
+    weight, hessian = weight.astype(np.float64), hessian.astype(np.float64)
+    rows, columns = weight.shape
+    keep = np.ones(weight.shape, bool)
+    dead = np.diag(hessian) == 0
+    inverse = np.linalg.inv(hessian + np.diag(np.where(dead, 1.0, damping * np.mean(np.diag(hessian)))))
+    factor = np.linalg.cholesky(inverse).T
+
+    def scores(first, last):
+        return np.where(dead[first:last], 0.0, weight[:, first:last] ** 2 / np.diag(factor)[first:last] ** 2)
+
+    def prune(part, lost, score):
+        part.flat[np.argsort(score, axis=None, kind="stable")[:lost]] = False
+
+    for j in range(columns):
+        last = min(j + block, columns)
+        if isinstance(pattern, NM):
+            if j % pattern.m == 0:
+                for row, score in enumerate(scores(j, j + pattern.m)):
+                    prune(keep[row, j: j + pattern.m], pattern.m - pattern.n, score)
+        elif j % block == 0 and pattern.group == "row":
+            for row, score in enumerate(scores(j, last)):
+                prune(keep[row, j:last], pattern.pruned_in(last) - pattern.pruned_in(j), score)
+        elif j % block == 0:
+            prune(keep[:, j:last], pattern.pruned_in(rows * last) - pattern.pruned_in(rows * j), scores(j, last))
+        for row in range(rows):
+            if not keep[row, j]:
+                weight[row, j:] -= weight[row, j] / factor[j, j] * factor[j, j:]
+                weight[row, j] = 0.0
+    return weight, keep
