@@ -1,29 +1,40 @@
-"""The contract that every solver passes, against a float64 oracle."""
+"""The contract that every solver passes, and that of those that reach the optimum, against a float64 oracle."""
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from optima_tpu.accept import PerRow
-from optima_tpu.patterns import NM, Unstructured
+from optima_tpu.patterns import Unstructured
 from optima_tpu.problem import LayerProblem, Pruned, optimality_residual, self_target
 from optima_tpu.prune import Recipe, prune_layer
 from optima_tpu.selectors import Magnitude, Wanda
-from optima_tpu.solvers import CG, MPAX, Exact
-from tests.helpers import layer, oracle, row_objective, solve, wide
+from optima_tpu.solvers import CG, MPAX, Adam, Exact
+from tests.helpers import PATTERNS, layer, oracle, row_objective, select, solve, wide
 
 ROWS, SIZE = 24, 32
-# Each solver with the relative gap and the residual that it must reach on these problems, and how closely two runs of it on
-# rescaled, reordered or rebatched problems must agree (in units of the largest weight).
+# Each solver with how closely two runs of it on rescaled problems must agree, in units of the largest weight.
 SOLVERS = {
-    "cg": (CG(damping=1e-2, tolerance=1e-4), 1e-2, 1e-4, 1e-2, 1e-2),
-    "cg undamped": (CG(damping=0.0, tolerance=1e-4, max_steps=200), 0.0, 1e-4, 1e-2, 1e-2),
-    "mpax": (MPAX(eps_abs=1e-5, eps_rel=1e-5, iteration_limit=20_000, unit_diagonal=True), 0.0, 1e-3, 1e-2, 3e-2),
-    "exact": (Exact(damping=0.0), 0.0, 1e-5, 1e-4, 1e-4),
-    "exact damped": (Exact(damping=1e-2), 1e-2, 1e-5, 1e-4, 1e-4),
+    "cg": (CG(damping=1e-2, tolerance=3e-5), 1e-2),
+    "cg undamped": (CG(damping=0.0, tolerance=3e-5, max_steps=200), 1e-2),
+    "mpax": (MPAX(eps_abs=1e-5, eps_rel=1e-5, iteration_limit=20_000, unit_diagonal=True), 3e-2),
+    "exact": (Exact(damping=0.0), 1e-4),
+    "exact damped": (Exact(damping=1e-2), 1e-4),
+    "adam": (Adam(), 1e-4),
 }
-contract = pytest.mark.parametrize("solver, damping, gap, residual, wobble", SOLVERS.values(), ids=SOLVERS)
+# Those that reach the optimum, with what they must come to on these problems: the gap relative to what can be gained, and
+# the residual. CG's tolerance is relative to the error of the optimum, which is more than the gain where much is pruned.
+OPTIMAL = {"cg": (1e-4, 1e-2), "cg undamped": (1e-4, 1e-2), "mpax": (1e-3, 1e-2), "exact": (1e-5, 1e-4),
+           "exact damped": (1e-5, 1e-4)}
+contract = pytest.mark.parametrize("solver", [solver for solver, _ in SOLVERS.values()], ids=SOLVERS)
+optimal = pytest.mark.parametrize("solver, gap, residual",
+                                  [(SOLVERS[name][0], *goal) for name, goal in OPTIMAL.items()], ids=OPTIMAL)
+patterns = pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 targets = pytest.mark.parametrize("target", ["self", "other"])
+
+
+def damping_of(solver) -> float:
+    return getattr(solver, "damping", 0.0)
 
 
 def problem_and_mask(seed=0, target="self", rows=ROWS, **hessian):
@@ -33,26 +44,36 @@ def problem_and_mask(seed=0, target="self", rows=ROWS, **hessian):
 
 @contract
 @targets
-@pytest.mark.parametrize("pattern", [Unstructured(0.5), Unstructured(0.7), NM(2, 4)], ids=str)
-def test_reaches_the_optimum_with_exact_zeros(solver, damping, gap, residual, wobble, target, pattern):
+@patterns
+def test_zeros_stay_and_no_row_gets_worse(solver, target, pattern):
     problem = layer(np.random.default_rng(1), ROWS, SIZE, target=target)
-    pruned = Magnitude()(problem, pattern)
+    pruned = select(Magnitude(), problem, pattern)
     solution = solve(solver, problem, pruned)
     weight = np.asarray(solution.weight)
-    assert solution.converged.all()
+    assert np.isfinite(weight).all() and solution.converged.all()
     assert (weight[~np.asarray(pruned.keep)] == 0).all()
+    before, after = (row_objective(problem, each, damping_of(solver)) for each in (pruned.weight, weight))
+    assert (after <= before * (1 + 1e-6) + 1e-9).all()
+
+
+@optimal
+@targets
+@patterns
+def test_reaches_the_optimum(solver, gap, residual, target, pattern):
+    problem = layer(np.random.default_rng(1), ROWS, SIZE, target=target)
+    pruned = select(Magnitude(), problem, pattern)
+    weight, damping = solve(solver, problem, pruned).weight, damping_of(solver)
     best = row_objective(problem, oracle(problem, pruned, damping), damping)
-    reached = row_objective(problem, weight, damping)
+    excess = row_objective(problem, weight, damping) - best
     # What can be gained at all is the scale: with another target the optimum itself may be near zero.
     gain = row_objective(problem, pruned.weight, damping) - best
-    assert (reached - best <= gap * gain + 1e-6 * np.abs(best)).all()
-    assert (reached <= row_objective(problem, pruned.weight, damping) * (1 + 1e-6) + 1e-9).all()
+    assert (excess <= gap * gain + 1e-6 * np.abs(best)).all()
     if not damping:
-        assert np.max(optimality_residual(problem, pruned, solution.weight)) < residual
+        assert np.max(optimality_residual(problem, pruned, weight)) < residual
 
 
 @contract
-def test_rows_do_not_know_each_other(solver, damping, gap, residual, wobble):
+def test_rows_do_not_know_each_other(solver):
     problem, pruned = problem_and_mask(2)
     whole = solve(solver, problem, pruned).weight
     order = np.random.default_rng(0).permutation(ROWS)[: ROWS // 2]
@@ -61,9 +82,9 @@ def test_rows_do_not_know_each_other(solver, damping, gap, residual, wobble):
     assert np.abs(part - whole[order]).max() <= 1e-4 * np.abs(whole).max()
 
 
-@contract
+@pytest.mark.parametrize("solver, wobble", SOLVERS.values(), ids=SOLVERS)
 @pytest.mark.parametrize("scale", [1e-8, 1e6])
-def test_the_scale_of_the_hessian_does_not_matter(solver, damping, gap, residual, wobble, scale):
+def test_the_scale_of_the_hessian_does_not_matter(solver, wobble, scale):
     problem, pruned = problem_and_mask(3)
     once = solve(solver, problem, pruned)
     again = solve(solver, LayerProblem(problem.weight, problem.hessian * scale, problem.linear * scale), pruned)
@@ -71,7 +92,7 @@ def test_the_scale_of_the_hessian_does_not_matter(solver, damping, gap, residual
 
 
 @contract
-def test_rows_without_a_choice_come_back_as_they_are(solver, damping, gap, residual, wobble):
+def test_rows_without_a_choice_come_back_as_they_are(solver):
     problem, pruned = problem_and_mask(4)
     keep = pruned.keep.at[0].set(False).at[1].set(True)
     start = Pruned(jnp.where(keep, problem.weight, 0.0), keep)
@@ -81,22 +102,33 @@ def test_rows_without_a_choice_come_back_as_they_are(solver, damping, gap, resid
     assert solution.converged[:2].all()
 
 
-@contract
-def test_dead_inputs_keep_the_selectors_weights(solver, damping, gap, residual, wobble):
+def problem_with_dead_inputs():
     problem, _ = problem_and_mask(5)
     dead = [3, 17]
     hessian = problem.hessian.at[jnp.array(dead)].set(0.0).at[:, jnp.array(dead)].set(0.0)
     problem = LayerProblem(problem.weight, hessian, problem.weight @ hessian)
-    pruned = Magnitude()(problem, Unstructured(0.5))
+    return problem, Magnitude()(problem, Unstructured(0.5)), dead
+
+
+@contract
+def test_dead_inputs_keep_the_selectors_weights(solver):
+    problem, pruned, dead = problem_with_dead_inputs()
     solution = solve(solver, problem, pruned)
     assert np.isfinite(solution.weight).all()
     assert (solution.weight[:, dead] == pruned.weight[:, dead]).all()
+    assert (row_objective(problem, solution.weight) < row_objective(problem, pruned.weight)).all()
+
+
+@optimal
+def test_dead_inputs_do_not_keep_the_others_from_the_optimum(solver, gap, residual):
+    problem, pruned, _ = problem_with_dead_inputs()
+    solution, damping = solve(solver, problem, pruned), damping_of(solver)
     best = row_objective(problem, np.asarray(solve(Exact(damping), problem, pruned).weight), damping)
     assert (row_objective(problem, solution.weight, damping) <= best * (1 + 10 * gap) + 1e-6).all()
 
 
 @contract
-def test_a_layer_that_sees_nothing_is_left_alone(solver, damping, gap, residual, wobble):
+def test_a_layer_that_sees_nothing_is_left_alone(solver):
     problem, _ = problem_and_mask(6)
     problem = LayerProblem(problem.weight, jnp.zeros_like(problem.hessian), jnp.zeros_like(problem.linear))
     pruned = Magnitude()(problem, Unstructured(0.5))
@@ -105,7 +137,7 @@ def test_a_layer_that_sees_nothing_is_left_alone(solver, damping, gap, residual,
 
 @contract
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
-def test_no_row_gets_worse_after_the_cast(solver, damping, gap, residual, wobble, dtype):
+def test_no_row_gets_worse_after_the_cast(solver, dtype):
     problem, _ = problem_and_mask(7, spread=2.0)
     recipe = Recipe(Unstructured(0.5), Wanda(), solver, PerRow())
     before, _ = prune_layer(problem, Recipe(recipe.pattern, recipe.selector, None), dtype)

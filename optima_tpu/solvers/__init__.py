@@ -3,11 +3,12 @@
 from typing import Protocol
 
 from optima_tpu.problem import LayerProblem, Pruned, Solution
+from optima_tpu.solvers.adam import Adam
 from optima_tpu.solvers.cg import CG
 from optima_tpu.solvers.exact import Exact
 from optima_tpu.solvers.mpax import MPAX
 
-__all__ = ["CG", "Exact", "MPAX", "Solver"]
+__all__ = ["Adam", "CG", "Exact", "MPAX", "Solver"]
 
 
 class Solver(Protocol):
