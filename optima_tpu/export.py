@@ -28,6 +28,7 @@ from optima_tpu.card import HUB_ID, model_card
 from optima_tpu.checkpoint import CheckpointTensors, quiet_orbax
 from optima_tpu.errors import UserError
 from optima_tpu.files import PARTIAL, commit, split_by_size, writing
+from optima_tpu.layer_rules import parse_layers, pattern_of
 from optima_tpu.manifest import read_assets, read_run
 from optima_tpu.patterns import NM, Pattern, Unstructured, parse_pattern
 
@@ -49,7 +50,7 @@ def export(run_directory: str | Path, out: str | Path, max_shard_size: int | str
     """
     out = Path(out).resolve()
     source = CheckpointTensors(run_directory)
-    pattern = parse_pattern(source.run["manifest"]["recipe"]["pattern"])
+    patterns = _patterns(source)
     partial = out.with_name("." + out.name + PARTIAL)
     with writing(out, "nothing was left there; make room or choose another folder, and repeat the command"):
         if out.exists() and any(out.iterdir()):
@@ -63,7 +64,7 @@ def export(run_directory: str | Path, out: str | Path, max_shard_size: int | str
             for name, data in assets.items():
                 (partial / name).parent.mkdir(parents=True, exist_ok=True)
                 (partial / name).write_bytes(data)
-            zeros = _write_shards(source, pattern, partial, max_shard_size)
+            zeros = _write_shards(source, patterns, partial, max_shard_size)
             _write_masks(source, partial / MASKS)
             sidecar = _sidecar(source, zeros)
             (partial / SIDECAR).write_text(json.dumps(sidecar, indent=2, allow_nan=False))
@@ -97,7 +98,7 @@ def read_masks(path: str | Path) -> dict[str, np.ndarray]:
         return {name: np.unpackbits(file[name], axis=1, count=file[name + _SHAPE][1]).view(bool) for name in names}
 
 
-def _write_shards(source: CheckpointTensors, pattern: Pattern, folder: Path, limit: int | str) -> dict[str, int]:
+def _write_shards(source: CheckpointTensors, patterns: Mapping[str, Pattern], folder: Path, limit: int | str) -> dict[str, int]:
     """Writes and checks the weights. Returns the number of zeros in each pruned one, counted in the file."""
     try:
         split = split_by_size(source, source.names(), limit, "model{suffix}.safetensors")
@@ -114,7 +115,7 @@ def _write_shards(source: CheckpointTensors, pattern: Pattern, folder: Path, lim
         safetensors.numpy.save_file(tensors, folder / file_name, metadata={"format": "pt"})
         # safetensors lets only its owner read what it writes; the folder is to be served and shared.
         (folder / file_name).chmod(_readable(folder))
-        zeros |= _check(folder / file_name, tensors, masks, pattern)
+        zeros |= _check(folder / file_name, tensors, masks, patterns)
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
@@ -138,8 +139,8 @@ def _exact_zeros(name: str, weight: np.ndarray, keep: np.ndarray) -> np.ndarray:
 
 
 def _check(path: Path, tensors: Mapping[str, np.ndarray], masks: Mapping[str, np.ndarray],
-           pattern: Pattern) -> dict[str, int]:
-    """Reads a shard again, and compares it with what was to be written, with the masks and with the pattern."""
+           patterns: Mapping[str, Pattern]) -> dict[str, int]:
+    """Reads a shard again, and compares it with what was to be written, with the masks and with the patterns."""
     zeros = {}
     with safetensors.safe_open(path, framework="np") as file:
         for name, expected in tensors.items():
@@ -148,10 +149,30 @@ def _check(path: Path, tensors: Mapping[str, np.ndarray], masks: Mapping[str, np
                 raise RuntimeError(f"{path.name}: {name} was not written as it is in the checkpoint")
             if name in masks:
                 zero = written == 0
-                if np.any(~masks[name] & ~zero) or not _holds(zero, pattern):
+                pattern = patterns.get(name)
+                if np.any(~masks[name] & ~zero) or not (pattern is None or _holds(zero, pattern)):
                     raise RuntimeError(f"{path.name}: the zeros of {name} are not those of mask and pattern {pattern}")
                 zeros[name] = int(zero.sum())
     return zeros
+
+
+def _patterns(source: CheckpointTensors) -> dict[str, Pattern]:
+    """What every pruned weight must hold. Unstructured masks from elsewhere hold what they do, which their import checked."""
+    recipe = source.run["manifest"]["recipe"]
+    default, rules = parse_pattern(recipe["pattern"]), parse_layers(recipe.get("layers", ""))
+    foreign = recipe["selector"]["name"] == "imported"
+    patterns = {}
+    for name in source.pruned():
+        pattern = pattern_of(rules, default, name.removesuffix(".weight"), _report_on(name, source)["name"])
+        if not (foreign and isinstance(pattern, Unstructured)):
+            patterns[name] = pattern
+    return patterns
+
+
+def _report_on(name: str, source: CheckpointTensors) -> dict[str, Any]:
+    """The record of the layer that a pruned weight belongs to."""
+    return next(layer for block in source.run["blocks"] for layer in block["layers"]
+                if name.endswith(f".{layer['block']}.{layer['name']}.weight"))
 
 
 def _same_bytes(a: np.ndarray, b: np.ndarray) -> bool:
@@ -181,14 +202,12 @@ def _write_masks(source: CheckpointTensors, path: Path) -> None:
 
 def _sidecar(source: CheckpointTensors, zeros: Mapping[str, int]) -> dict[str, Any]:
     """Recipe, and for each pruned weight its zeros counted from the file and its layer report."""
-    reports = [layer for block in source.run["blocks"] for layer in block["layers"]]
     origin = source.run["configuration"].get("model")
     layers = []
     for name, count in zeros.items():
         size = int(np.prod(source.shape(name)))
-        report = next(layer for layer in reports if name.endswith(f".{layer['block']}.{layer['name']}.weight"))
         counted = {"name": name, "shape": list(source.shape(name)), "pruned": count, "sparsity": count / size}
-        layers.append(report | counted)
+        layers.append(_report_on(name, source) | counted)
     # Of a local model only the folder's name: this file is made to be published.
     model = origin if origin is None or HUB_ID.fullmatch(origin) else Path(origin).name
     return {"model": model, "manifest": source.run["manifest"], "layers": layers}

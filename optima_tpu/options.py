@@ -78,6 +78,8 @@ def _add_fields(group, cls: type, prefix: str, base: Mapping[str, Any]) -> None:
         default = base[name]
         shown = "null" if default is None else str(default).lower() if isinstance(default, bool) else default
         text = f"{_plain(texts[name])} (default: {shown})".replace("%", "%%")
+        # JSON has no tuples, and jsonargparse takes a default as it is.
+        default = tuple(default) if typing.get_origin(kind) is tuple else default
         group.add_argument(f"--{prefix}{name}", type=kind, default=default, metavar=_metavar(kind), help=text)
 
 
@@ -87,7 +89,7 @@ def fields(cls: type) -> dict[str, Any]:
     names = [field.name for field in dataclasses.fields(cls)]
     if cls is RunConfig:
         names = [name for name in names if name not in (*CHOICES, *PARTS)]
-        hints["pattern"] = str | float
+        hints["pattern"], hints["layers"] = str | float, str
     return {name: hints[name] for name in names}
 
 
@@ -107,6 +109,8 @@ def kinds(chosen: Mapping[str, str]) -> dict[str, Any]:
 
 def _metavar(kind: Any) -> str:
     first = alternatives(kind)[0]
+    if typing.get_origin(first) is tuple:
+        return "[X,...]"
     if typing.get_origin(first) is Literal:
         return "{" + ",".join(map(str, typing.get_args(first))) + "}"
     return {int: "N", float: "X", bool: "{true,false}"}.get(first, "TEXT")

@@ -14,14 +14,19 @@ from jax.sharding import PartitionSpec as P
 
 from optima_tpu.accept import Acceptance, PerRow
 from optima_tpu.calibrate import Groups, accumulate_hessians
+from optima_tpu.layer_rules import LayerRule, pattern_of
 from optima_tpu.models.decoder import Decoder
 from optima_tpu.patterns import Pattern
-from optima_tpu.problem import LayerProblem, Pruned, Solution, objective, output_energy, self_target
+from optima_tpu.problem import LayerProblem, Pruned, Solution, matmul, objective, output_energy, self_target
 from optima_tpu.report.records import LayerReport
 from optima_tpu.selectors import MaskSelector
-from optima_tpu.sharding import divisible, over_rows
+from optima_tpu.sharding import ROWS, divisible, over_rows, place
 from optima_tpu.solvers import Solver
 from optima_tpu.solvers.scaling import live_features
+
+
+ReadMask = Callable[[str, tuple[int, int]], np.ndarray]
+"""Name of a weight ("model.layers.0.mlp.up_proj.weight") and its shape -> mask [d_out, d_in] bool, True where it stays."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,15 +35,17 @@ class Recipe:
 
     Attributes:
       pattern: how many weights go, and inside which groups.
-      selector: which ones stay.
+      selector: which ones stay; None where masks from elsewhere say so.
       solver: where those that stay go; None keeps the selector's own weights, the baseline of the paper's tables.
       accept: when the solver's weights replace the selector's.
+      layers: layers with another pattern, or none.
     """
 
     pattern: Pattern
-    selector: MaskSelector
+    selector: MaskSelector | None
     solver: Solver | None
     accept: Acceptance = PerRow()
+    layers: tuple[LayerRule, ...] = ()
 
 
 class RowReport(NamedTuple):
@@ -51,6 +58,7 @@ class RowReport(NamedTuple):
     steps: Array  # int32
     converged: Array  # bool
     refused: Array  # bool, the solver's weights were not accepted
+    held_out: Array | None = None  # [3, d_out] float32: energy, before and after on held-out tokens
 
 
 def prune_layer(problem: LayerProblem, recipe: Recipe, dtype=jnp.float32) -> tuple[Pruned, RowReport]:
@@ -63,13 +71,15 @@ def prune_layer(problem: LayerProblem, recipe: Recipe, dtype=jnp.float32) -> tup
     Returns:
       The pruned weights ([d_out, d_in] float32 holding values of ``dtype``) and what happened to every row.
     """
-    pruned = recipe.selector(problem, recipe.pattern)
+    pruned = _select(problem, recipe.pattern, recipe.selector, None)
     solution = recipe.solver(problem, pruned) if recipe.solver else _unsolved(pruned)
     return _judge(problem, pruned, solution, recipe, dtype)
 
 
-@functools.partial(jax.jit, static_argnames=("recipe", "mesh"))
-def prune_group(weights: tuple[Array, ...], hessian: Array, recipe: Recipe, mesh: Mesh
+@functools.partial(jax.jit, static_argnames=("recipe", "mesh", "patterns"))
+def prune_group(weights: tuple[Array, ...], hessian: Array, recipe: Recipe, mesh: Mesh,
+                patterns: tuple[Pattern, ...] | None = None, masks: tuple[Array, ...] | None = None,
+                held_out: Array | None = None
                 ) -> tuple[tuple[Array, ...], tuple[Array, ...], tuple[RowReport, ...]]:
     """Prunes the matrices that read one input, on the mesh.
 
@@ -78,19 +88,25 @@ def prune_group(weights: tuple[Array, ...], hessian: Array, recipe: Recipe, mesh
     Args:
       weights: each [d_out, d_in], dense, in the checkpoint's dtype.
       hessian: [d_in, d_in] float32.
+      patterns: of each matrix; None stands for the recipe's.
+      masks: each [d_out, d_in] bool, for a recipe without a selector.
+      held_out: [d_in, d_in] float32, the Hessian of tokens that only the report is to know.
 
     Returns:
       For every matrix: weights in its dtype, mask [d_out, d_in] bool, and the report on its rows.
     """
     everywhere = NamedSharding(mesh, P())
     hessian = jax.lax.with_sharding_constraint(hessian, everywhere)
+    if held_out is not None:
+        held_out = jax.lax.with_sharding_constraint(held_out, everywhere)
     problems, choices = [], []
-    for weight in weights:
+    for index, weight in enumerate(weights):
         wide = weight.astype(jnp.float32)
         rows = NamedSharding(mesh, divisible(mesh, wide.shape, P(mesh.axis_names)))
         wide = jax.lax.with_sharding_constraint(wide, rows)
         problems.append(self_target(wide, hessian))
-        choices.append(recipe.selector(problems[-1], recipe.pattern))
+        choices.append(_select(problems[-1], patterns[index] if patterns else recipe.pattern, recipe.selector,
+                               masks and jax.lax.with_sharding_constraint(masks[index], rows)))
     stacked = LayerProblem(_stack([p.weight for p in problems]), hessian, _stack([p.linear for p in problems]))
     pruned = Pruned(_stack([c.weight for c in choices]), _stack([c.keep for c in choices]))
     solution = over_rows(recipe.solver, mesh)(stacked, pruned) if recipe.solver else _unsolved(pruned)
@@ -98,7 +114,8 @@ def prune_group(weights: tuple[Array, ...], hessian: Array, recipe: Recipe, mesh
     new, masks, reports, first = [], [], [], 0
     for weight, problem, choice in zip(weights, problems, choices):
         rows = slice(first, first + weight.shape[0])
-        final, report = _judge(problem, choice, Solution(*(array[rows] for array in solution)), recipe, weight.dtype)
+        final, report = _judge(problem, choice, Solution(*(array[rows] for array in solution)), recipe, weight.dtype,
+                               held_out)
         new.append(final.weight.astype(weight.dtype))
         masks.append(final.keep)
         reports.append(report)
@@ -107,8 +124,8 @@ def prune_group(weights: tuple[Array, ...], hessian: Array, recipe: Recipe, mesh
 
 
 def walk_block(decoder: Decoder, index: int, hidden: np.ndarray, groups: Groups, recipe: Recipe,
-               tell: Callable[[LayerReport], None] = lambda report: None
-               ) -> tuple[dict[str, Array], dict[str, Array], tuple[LayerReport, ...]]:
+               tell: Callable[[LayerReport], None] = lambda report: None, *, samples: int | None = None,
+               masks: ReadMask | None = None) -> tuple[dict[str, Array], dict[str, Array], tuple[LayerReport, ...]]:
     """One step of the walk: calibrates a block, prunes it, and sends the hidden states through what is left of it.
 
     The Hessians come from one pass through the block as it was, behind the pruned blocks before it, as in the paper.
@@ -116,47 +133,71 @@ def walk_block(decoder: Decoder, index: int, hidden: np.ndarray, groups: Groups,
     Args:
       hidden: [samples, length, d_model] on the host, what enters the block; afterwards what leaves it pruned.
       groups: from ``calibrate.linear_groups``.
+      samples: the first so many samples calibrate, the others are held out; None stands for all of them.
+      masks: for a recipe without a selector.
 
     Returns:
       As :func:`prune_block`.
     """
     parameters = decoder.load_block(index)
-    hessians = accumulate_hessians(decoder, index, parameters, hidden, groups)
-    parameters, masks, layers = prune_block(index, parameters, groups, hessians, recipe, decoder.mesh, tell)
+    groups = pruned_groups(groups, recipe, decoder.prefix(index))
+    hessians = accumulate_hessians(decoder, index, parameters, hidden[:samples], groups) if groups else ()
+    held_out = None
+    if groups and samples is not None and samples < len(hidden):
+        held_out = accumulate_hessians(decoder, index, parameters, hidden[samples:], groups)
+    parameters, keeps, layers = prune_block(index, decoder.prefix(index), parameters, groups, hessians, recipe,
+                                            decoder.mesh, tell, held_out=held_out, masks=masks)
     decoder.apply(parameters, hidden)
-    return parameters, masks, layers
+    return parameters, keeps, layers
 
 
-def prune_block(index: int, parameters: Mapping[str, Array], groups: Groups, hessians: tuple[Array, ...],
-                recipe: Recipe, mesh: Mesh, tell: Callable[[LayerReport], None] = lambda report: None
+def pruned_groups(groups: Groups, recipe: Recipe, prefix: str) -> Groups:
+    """The groups without the layers that stay dense, and without those groups of which nothing is left."""
+    left = (tuple(name for name in names if pattern_of(recipe.layers, recipe.pattern, prefix + name, name)) for names in groups)
+    return tuple(filter(None, left))
+
+
+def prune_block(index: int, prefix: str, parameters: Mapping[str, Array], groups: Groups, hessians: tuple[Array, ...],
+                recipe: Recipe, mesh: Mesh, tell: Callable[[LayerReport], None] = lambda report: None, *,
+                held_out: tuple[Array, ...] | None = None, masks: ReadMask | None = None
                 ) -> tuple[dict[str, Array], dict[str, Array], tuple[LayerReport, ...]]:
-    """Prunes every linear layer of a block.
+    """Prunes the linear layers of a block.
 
     Args:
       index: the block's number, for the reports.
+      prefix: of the block's parameters, "model.layers.3.".
       parameters: by name inside the block, on the mesh.
-      groups: layers that read one input together, with one of ``hessians`` each.
+      groups: layers that are pruned and read one input together, with one of ``hessians`` each; see :func:`pruned_groups`.
       tell: called with every layer's report as soon as the layer is done.
+      held_out: as ``hessians``, of the held-out tokens.
+      masks: for a recipe without a selector.
 
     Returns:
       All parameters of the block with the pruned ones replaced (laid out as before), the masks by parameter name, and a
       report for every layer.
     """
-    parameters, masks, reports = dict(parameters), {}, []
-    for names, hessian in zip(groups, hessians):
+    parameters, keep_by_name, reports = dict(parameters), {}, []
+    for group, (names, hessian) in enumerate(zip(groups, hessians)):
         keys = [name + ".weight" for name in names]
         weights = tuple(parameters[key] for key in keys)
-        new, keeps, rows = prune_group(weights, hessian, recipe, mesh)
+        patterns = tuple(pattern_of(recipe.layers, recipe.pattern, prefix + name, name) for name in names)
+        given = masks and tuple(place(mesh, masks(prefix + key, weight.shape), ROWS) for key, weight in zip(keys, weights))
+        new, keeps, rows = prune_group(weights, hessian, recipe, mesh, patterns, given, held_out and held_out[group])
         dead = int(hessian.shape[0] - jnp.sum(live_features(hessian)))
         for name, key, old, weight, keep, report in zip(names, keys, weights, new, keeps, rows):
             parameters[key] = jax.device_put(weight, old.sharding)
-            masks[key] = keep
+            keep_by_name[key] = keep
             reports.append(_summary(index, name, keep, jax.device_get(report), dead))
             tell(reports[-1])
-    return parameters, masks, tuple(reports)
+    return parameters, keep_by_name, tuple(reports)
 
 
-def _judge(problem: LayerProblem, pruned: Pruned, solution: Solution, recipe: Recipe, dtype) -> tuple[Pruned, RowReport]:
+def _select(problem: LayerProblem, pattern: Pattern, selector: MaskSelector | None, keep: Array | None) -> Pruned:
+    return selector(problem, pattern) if selector else Pruned(jnp.where(keep, problem.weight, 0.0), keep)
+
+
+def _judge(problem: LayerProblem, pruned: Pruned, solution: Solution, recipe: Recipe, dtype,
+           held_out: Array | None = None) -> tuple[Pruned, RowReport]:
     def stored(weight):
         # The mask again after the cast, and + 0.0 so that no -0.0 is left: zeros are exact in the file.
         return jnp.where(pruned.keep, weight, 0.0).astype(dtype).astype(jnp.float32) + 0.0
@@ -164,9 +205,14 @@ def _judge(problem: LayerProblem, pruned: Pruned, solution: Solution, recipe: Re
     old, new = stored(pruned.weight), stored(solution.weight)
     before, after = objective(problem, old), objective(problem, new)
     accepted = recipe.accept(before, after, solution.converged) if recipe.solver else jnp.ones(before.shape, bool)
+    final = jnp.where(accepted[:, None], new, old)
+    unseen = None
+    if held_out is not None:
+        changes = (problem.weight, old - problem.weight, final - problem.weight)
+        unseen = jnp.stack([jnp.sum(change * matmul(change, held_out), axis=1) for change in changes])
     report = RowReport(output_energy(problem), before, jnp.where(accepted, after, before), solution.gap, solution.steps,
-                       solution.converged, ~accepted)
-    return Pruned(jnp.where(accepted[:, None], new, old), pruned.keep), report
+                       solution.converged, ~accepted, unseen)
+    return Pruned(final, pruned.keep), report
 
 
 def _unsolved(pruned: Pruned) -> Solution:
@@ -179,15 +225,18 @@ def _stack(arrays: list[Array]) -> Array:
 
 
 def _summary(index: int, name: str, keep: Array, rows: RowReport, dead: int) -> LayerReport:
-    energy = float(np.sum(rows.energy, dtype=np.float64))
     pruned = int(keep.size - jnp.sum(keep, dtype=jnp.int32))
 
-    def share(values: np.ndarray) -> float:
+    def share(values: np.ndarray, energies: np.ndarray = rows.energy) -> float:
+        energy = float(np.sum(energies, dtype=np.float64))
         return float(np.sum(values, dtype=np.float64)) / energy if energy > 0 else 0.0
 
+    unseen = (None, None) if rows.held_out is None else (share(rows.held_out[1], rows.held_out[0]),
+                                                         share(rows.held_out[2], rows.held_out[0]))
     return LayerReport(
         block=index, name=name, shape=tuple(keep.shape), pruned=pruned, sparsity=pruned / keep.size,
         error_before=share(rows.before), error_after=share(rows.after),
         gap_median=float(np.median(rows.gap)), gap_max=float(np.max(rows.gap)),
         steps_median=int(np.median(rows.steps)), steps_max=int(np.max(rows.steps)), rows=len(rows.gap),
-        rows_converged=int(np.sum(rows.converged)), rows_refused=int(np.sum(rows.refused)), dead_inputs=dead)
+        rows_converged=int(np.sum(rows.converged)), rows_refused=int(np.sum(rows.refused)), dead_inputs=dead,
+        held_out_before=unseen[0], held_out_after=unseen[1])

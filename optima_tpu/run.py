@@ -1,7 +1,6 @@
 """One run, from a checkpoint to a pruned one: what happens after the command line was read."""
 
 import dataclasses
-import hashlib
 import json
 import math
 import time
@@ -12,30 +11,36 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from optima_tpu import data
 from optima_tpu.calibrate import linear_groups
-from optima_tpu.checkpoint import (CheckpointTensors, Journal, code_version, finished_blocks, open_journal,
-                                   prepare_directory)
+from optima_tpu.checkpoint import CheckpointTensors, Journal, finished_blocks, open_journal, prepare_directory
 from optima_tpu.config import RunConfig, to_dict, weights_settings
 from optima_tpu.data import Tokens
-from optima_tpu.errors import UserError
 from optima_tpu.evaluate.perplexity import perplexity
 from optima_tpu.export import export, is_export_of
 from optima_tpu.files import write_bytes
+from optima_tpu.inputs import (Model, Texts, linear_shapes, manifest_of, open_model_on_mesh, read_texts,
+                               token_digest)
+from optima_tpu.layer_rules import check_layers
+from optima_tpu.masks import open_masks
 from optima_tpu.models.decoder import Decoder
-from optima_tpu.prune import Recipe, walk_block
+from optima_tpu.prune import ReadMask, Recipe, walk_block
 from optima_tpu.report.file import environment, write_report
 from optima_tpu.report.progress import Progress
 from optima_tpu.report.records import BlockReport
 from optima_tpu.report.table import print_summary
-from optima_tpu.sharding import make_mesh
-from optima_tpu.weights import Pretrained, check_names, load_tokenizer, open_model
+from optima_tpu.selectors import Imported
 
 
-def run(config: RunConfig, console: Console | None = None) -> dict[str, Any]:
-    """Prunes a model as ``config`` says, or goes on where the same run was stopped.
+def run(config: RunConfig, console: Console | None = None, model: Model | None = None, texts: Texts | None = None,
+        dense: float | None = None) -> dict[str, Any]:
+    """Prunes a model as ``config`` says, or goes on where the same run was stopped. A finished run is only told again.
 
     Everything that can be wrong with the input is found before the first block: model, mesh, pattern, texts, output.
+
+    Args:
+      model: from :func:`open_model_on_mesh`, where several runs share it.
+      texts: from :func:`read_texts`.
+      dense: the perplexity of the dense model on these texts, where it is known.
 
     Returns:
       What report.json holds.
@@ -44,23 +49,25 @@ def run(config: RunConfig, console: Console | None = None) -> dict[str, Any]:
       UserError: something the user can mend; nothing of an earlier run was overwritten.
     """
     console = console or Console()
-    mesh = make_mesh(config.mesh)
-    pretrained = open_model(config.model, config.dtype)
-    decoder = Decoder.open(pretrained.config, pretrained.tensors, mesh, config.batch)
-    check_names(decoder.tensor_names(), pretrained.tensors)
-    _check_pattern(config, decoder)
-    calibration, evaluation = _tokens(config, pretrained)
-    manifest = {"model": pretrained.fingerprint, "recipe": weights_settings(config),
-                "calibration": _digest(calibration.ids), "code": code_version()}
+    model = model or open_model_on_mesh(config)
+    pretrained, decoder = model
+    texts = texts or read_texts(config, model)
+    calibration, evaluation = texts
+    manifest = manifest_of(config, model, texts)
     directory = prepare_directory(config.run_directory, manifest)
-    _greet(console, config, decoder, pretrained, calibration, directory)
+    _greet(console, config, model, texts, directory)
+    if report := _finished_report(config, directory, manifest, evaluation):
+        _tell(console, config, report)
+        return report
 
     with Progress(console) as progress:
-        dense = _dense_perplexity(decoder, evaluation, directory, progress)
+        if dense is None:
+            dense = _dense_perplexity(decoder, evaluation, directory, progress)
         # Only now is anything written: every weight was read, and the model works in this dtype.
         journal = open_journal(directory, manifest, pretrained.assets, to_dict(config))
         _keep_dense(dense, evaluation, directory)
-        prune_model(decoder, calibration.ids, recipe_of(config), journal, progress)
+        masks = open_masks(config.selector.path).read if isinstance(config.selector, Imported) else None
+        prune_model(decoder, calibration.ids, recipe_of(config), journal, progress, config.calibration.samples, masks)
         progress.stage("writing the checkpoint", 1)
         journal.write_checkpoint(pretrained.tensors)
         progress.advance()
@@ -74,11 +81,12 @@ def run(config: RunConfig, console: Console | None = None) -> dict[str, Any]:
 
         def record() -> dict[str, Any]:
             return write_report(
-                journal.directory / "report.json", configuration=to_dict(config), environment=environment(mesh),
+                journal.directory / "report.json", manifest=manifest, configuration=to_dict(config),
+                environment=environment(decoder.mesh),
                 model={"origin": pretrained.origin, "fingerprint": pretrained.fingerprint,
                        "architecture": (pretrained.config.architectures or [None])[0], "blocks": decoder.config.blocks},
                 calibration={"source": config.calibration.source, "how": calibration.how, "tokens": int(calibration.ids.size)},
-                evaluation={"how": evaluation.how, "tokens": int(evaluation.ids.size)},
+                evaluation={"how": evaluation.how, "tokens": int(evaluation.ids.size), "digest": token_digest(evaluation.ids)},
                 perplexity={"dense": dense, "pruned": pruned}, blocks=blocks, seconds=progress.seconds, files=files)
 
         report = record()
@@ -87,18 +95,18 @@ def run(config: RunConfig, console: Console | None = None) -> dict[str, Any]:
             export(journal.directory, folder)
             progress.advance()
     report = record()  # again, now that every stage has its time
-    if jax.process_index() == 0:
-        solver = config.solver and type(config.solver).__name__.lower()
-        console.print()
-        print_summary(console, blocks, solver=solver, perplexity=report["perplexity"], evaluation=evaluation.how, files=files)
+    _tell(console, config, report)
     return report
 
 
-def prune_model(decoder: Decoder, tokens: np.ndarray, recipe: Recipe, journal: Journal, progress: Progress) -> None:
+def prune_model(decoder: Decoder, tokens: np.ndarray, recipe: Recipe, journal: Journal, progress: Progress,
+                samples: int | None = None, masks: ReadMask | None = None) -> None:
     """Prunes block after block into the journal, from the first that it does not hold.
 
     Args:
-      tokens: [samples, length] int32, the calibration set.
+      tokens: [samples + held out, length] int32, the calibration set and the held-out windows after it.
+      samples: how many of them calibrate; None stands for all.
+      masks: for a recipe without a selector.
     """
     count = decoder.config.blocks
     progress.stage("pruning", count)
@@ -109,40 +117,30 @@ def prune_model(decoder: Decoder, tokens: np.ndarray, recipe: Recipe, journal: J
     for index in range(journal.finished, count):
         progress.block(index, count)
         started = time.monotonic()
-        parameters, masks, layers = walk_block(decoder, index, hidden, groups, recipe, progress.layer)
+        parameters, keeps, layers = walk_block(decoder, index, hidden, groups, recipe, progress.layer, samples=samples,
+                                               masks=masks)
         report = BlockReport(index, time.monotonic() - started, layers)
         prefix = decoder.prefix(index)
         journal.save(index, {prefix + name: value for name, value in parameters.items()},
-                     {prefix + name: value for name, value in masks.items()}, report.to_json(), hidden)
+                     {prefix + name: value for name, value in keeps.items()}, report.to_json(), hidden)
         progress.advance()
 
 
 def recipe_of(config: RunConfig) -> Recipe:
     """The part of a configuration that the walk needs."""
-    return Recipe(config.pattern, config.selector, config.solver, config.accept)
+    selector = None if isinstance(config.selector, Imported) else config.selector
+    return Recipe(config.pattern, selector, config.solver, config.accept, config.layers)
 
 
-def _check_pattern(config: RunConfig, decoder: Decoder) -> None:
-    """An N:M that does not divide a layer is known before any work is done."""
-    for name in decoder.family.LINEARS:
-        config.pattern.pruned_count(decoder.block_shapes[name + ".weight"])
-
-
-def _tokens(config: RunConfig, pretrained: Pretrained) -> tuple[Tokens, Tokens]:
-    tokenizer = load_tokenizer(pretrained)
-    source = data.parse_source(config.calibration.source)
-    held_out = data.parse_source(config.evaluation.source or config.calibration.source)
-    data.refuse_overlap(source, held_out)
-    length = config.calibration.length
-    limit = getattr(pretrained.config, "max_position_embeddings", None)
-    for name, value in (("calibration.length", length), ("evaluation.length", config.evaluation.length or length)):
-        if limit and value > limit:
-            raise UserError(f"expected {name} of at most {limit}, the model's context, got {value}")
-    calibration = data.calibration_tokens(source, tokenizer, samples=config.calibration.samples, length=length,
-                                          seed=config.calibration.seed)
-    evaluation = data.evaluation_tokens(held_out, tokenizer, length=config.evaluation.length or length,
-                                        windows=config.evaluation.windows)
-    return calibration, evaluation
+def _finished_report(config: RunConfig, directory: Path, manifest: dict[str, Any], evaluation: Tokens
+                     ) -> dict[str, Any] | None:
+    """report.json of a run that has nothing left to do, None of any other."""
+    path = directory / "report.json"
+    if not path.exists() or (config.export and not is_export_of(directory, directory / "hf")):
+        return None
+    report = json.loads(path.read_bytes())
+    same = report["manifest"] == manifest and report["evaluation"]["digest"] == token_digest(evaluation.ids)
+    return report if same else None
 
 
 def _measure(name: str, decoder: Decoder, tokens: Tokens, progress: Progress) -> float:
@@ -155,37 +153,43 @@ def _dense_perplexity(decoder: Decoder, tokens: Tokens, directory: Path, progres
     path = directory / "dense.json"
     if path.exists():
         known = json.loads(path.read_bytes())
-        if known["tokens"] == _digest(tokens.ids):
+        if known["tokens"] == token_digest(tokens.ids):
             return known["perplexity"]
     return _measure("dense perplexity", decoder, tokens, progress)
 
 
 def _keep_dense(value: float, tokens: Tokens, directory: Path) -> None:
-    path, record = directory / "dense.json", json.dumps({"tokens": _digest(tokens.ids), "perplexity": value}).encode()
+    path, record = directory / "dense.json", json.dumps({"tokens": token_digest(tokens.ids), "perplexity": value}).encode()
     if not path.exists() or path.read_bytes() != record:
         write_bytes(path, record)
 
 
-def _digest(ids: np.ndarray) -> str:
-    return hashlib.sha256(f"{ids.shape}".encode() + np.ascontiguousarray(ids, np.int32).tobytes()).hexdigest()
-
-
-def _greet(console: Console, config: RunConfig, decoder: Decoder, pretrained: Pretrained, calibration: Tokens,
-           directory: Path) -> None:
+def _greet(console: Console, config: RunConfig, model: Model, texts: Texts, directory: Path) -> None:
     """What is about to happen, before the first long silence."""
     if jax.process_index() != 0:
         return
-    shapes = [decoder.block_shapes[name + ".weight"] for name in decoder.family.LINEARS]
-    weights = decoder.config.blocks * sum(map(math.prod, shapes))
+    decoder = model.decoder
+    shapes = {path: shape for path, _, shape in linear_shapes(decoder)}
+    weights = sum(math.prod(shapes[path]) for path in check_layers(config.layers, config.pattern, linear_shapes(decoder)))
     settings = weights_settings(config)
     names = [settings[key]["name"] for key in ("selector", "solver") if settings[key]]
+    rules = f", {to_dict(config)['layers']}" if config.layers else ""
     shape = decoder.mesh.shape
-    lines = [f"model        {pretrained.origin}: {decoder.config.blocks} blocks, {weights:,} weights to prune",
-             f"recipe       {' + '.join(names)}, {config.pattern}",
-             f"calibration  {calibration.how}",
+    lines = [f"model        {model.pretrained.origin}: {decoder.config.blocks} blocks, {weights:,} weights to prune",
+             f"recipe       {' + '.join(names)}, {config.pattern}{rules}",
+             f"calibration  {texts.calibration.how}",
              f"devices      {decoder.mesh.size} x {jax.devices()[0].device_kind}, mesh {shape['data']}x{shape['model']}",
              f"run          {directory}"]
     if finished := finished_blocks(directory):
         lines.append(f"resuming     {finished} of {decoder.config.blocks} blocks are done")
     console.print("\n".join(lines) + "\n", markup=False, highlight=False, soft_wrap=True)
 
+
+def _tell(console: Console, config: RunConfig, report: dict[str, Any]) -> None:
+    """What came out."""
+    if jax.process_index() != 0:
+        return
+    console.print()
+    print_summary(console, [BlockReport.from_json(block) for block in report["blocks"]],
+                  solver=config.solver and type(config.solver).__name__.lower(), perplexity=report["perplexity"],
+                  evaluation=report["evaluation"]["how"], files=report["files"])

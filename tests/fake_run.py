@@ -8,7 +8,7 @@ import numpy as np
 from optima_tpu.checkpoint import Journal, open_journal
 
 BLOCKS = 3
-MANIFEST = {"model": "ab" * 32, "recipe": {"pattern": "0.5", "selector": "wanda"}, "tokens": "cd" * 32, "code": "0+1"}
+MANIFEST = {"model": "ab" * 32, "recipe": {"pattern": "0.5", "selector": {"name": "wanda"}}, "tokens": "cd" * 32, "code": "0+1"}
 ASSETS = {"config.json": b'{"architectures":  ["LlamaForCausalLM"]}\r\n', "tokenizer.json": "{\"\u00e9\": 1}".encode()}
 LINEARS = ("self_attn.q_proj", "mlp.down_proj")
 

@@ -49,7 +49,7 @@ def refused(tmp_path, capfd):
     (["--solver.dampnig", "0.1"], "there is no setting --solver.dampnig; did you mean --solver.damping or "),
     (["--calibration.sample", "8"], "did you mean --calibration.samples or "),
     (["--solver.damping", "-1"], "damping"),
-    (["--solver", "gurobi"], "expected solver to be one of cg, mpax, exact, null, got 'gurobi'"),
+    (["--solver", "gurobi"], "expected solver to be one of cg, mpax, exact, adam, null, got 'gurobi'"),
     (["--solver.eps_abs", "0.1"], "--solver.eps_abs is an option of solver mpax, but solver is cg here"),
     (["--batch", "many"], "expected batch to be a whole number, got many"),
     (["--batch"], "batch"),
@@ -92,7 +92,7 @@ def test_an_architecture_that_is_not_supported(refused, tmp_path):
 def test_a_calibration_text_that_is_too_short(model, refused, tmp_path):
     (tmp_path / "short.txt").write_text("seventeen letters")
     message = refused("--model", model, *SMALL, "--calibration.source", f"file:{tmp_path / 'short.txt'}")
-    assert "holds 17 tokens of calibration text, 8 windows of 32 need 256" in message
+    assert "holds 17 tokens of calibration text, 16 windows of 32 need 512" in message
     message = refused("--model", model, *SMALL, "--evaluation.source", f"file:{tmp_path / 'short.txt'}")
     assert "holds 17 tokens of evaluation text, one window needs 32" in message
 

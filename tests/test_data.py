@@ -3,6 +3,7 @@
 import gzip
 import json
 import logging
+import re
 
 import numpy as np
 import pyarrow
@@ -110,6 +111,33 @@ def test_long_documents_give_one_window_each_and_the_rest_is_not_read():
     letters = [{chr(i) for i in window if i != BOS} for window in result.ids]
     assert all(len(letter) == 1 for letter in letters) and len(set.union(*letters)) == 4
     assert sum(len(text) == 30 for text in seen) == 4 and len(seen) < len(documents)
+
+
+@settings(deadline=None, max_examples=100)
+@given(documents_strategy, st.integers(1, 5), st.integers(1, 4), st.integers(1, 8), st.integers(0, 3))
+def test_held_out_windows_share_no_token_with_the_others(documents, samples, held_out, length, seed):
+    """Every document has letters of its own, and one token a letter, so a window tells its place."""
+    def encode(text):
+        return np.array([BOS, *map(ord, text)], np.int32)
+
+    documents = ["".join(chr(1000 * index + place + 300) for place in range(len(document)))
+                 for index, document in enumerate(documents)]
+    try:
+        result = calibration_windows(documents, encode, separator=None, samples=samples, held_out=held_out, length=length,
+                                     seed=seed, origin="test")
+    except UserError as error:
+        assert re.search("no room for|tokens of calibration text", str(error))
+        return
+    assert result.ids.shape == (samples + held_out, length) and f"the last {held_out} of them held out" in result.how
+    seen = set(result.ids[:samples].ravel()) - {BOS}
+    assert not seen & set(result.ids[samples:].ravel())
+
+
+@pytest.mark.parametrize("documents", [["".join(map(chr, range(33, 120)))], [chr(97 + i) * 30 for i in range(26)]])
+def test_holding_out_does_not_change_the_windows_that_calibrate(documents):
+    draw = dict(encode=encode, separator=EOS, samples=4, length=6, seed=1, origin="test")
+    np.testing.assert_array_equal(calibration_windows(documents, held_out=2, **draw).ids[:4],
+                                  calibration_windows(documents, **draw).ids)
 
 
 @pytest.mark.parametrize("documents, samples", [(["".join(map(chr, range(33, 120)))], 4),

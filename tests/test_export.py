@@ -178,7 +178,7 @@ def test_weights_that_do_not_fit_mask_or_pattern_are_not_delivered(run, tmp_path
     with pytest.raises(RuntimeError, match="other than zero where the mask prunes"):
         export(run, tmp_path / "out")
     monkeypatch.undo()
-    manifest = MANIFEST | {"recipe": {"pattern": "0.6"}}
+    manifest = MANIFEST | {"recipe": MANIFEST["recipe"] | {"pattern": "0.6"}}
     finished_run(tmp_path / "run", small_model(), manifest)
     with pytest.raises(RuntimeError, match="zeros of .* are not those of mask and pattern 0.6"):
         export(tmp_path / "run", tmp_path / "out")

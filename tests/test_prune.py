@@ -106,6 +106,42 @@ def test_rows_that_the_mesh_does_not_divide_are_solved_alike():
     assert np.abs(weight - alone.weight).max() < 1e-4 * np.abs(alone.weight).max()
 
 
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
+def test_the_report_holds_the_errors_on_both_texts_in_float64(recipe):
+    """Of both layers that read one input, from the inputs themselves; the second has a bias, which is in no error."""
+    rng = np.random.default_rng(0)
+    inputs, unseen = (rng.standard_normal((tokens, 24)) @ rng.standard_normal((24, 24)) for tokens in (96, 40))
+    dense = tuple(jnp.asarray(rng.standard_normal((rows, 24)), jnp.float32) for rows in (8, 12))
+    hessian, held_out = (jnp.asarray(x.T @ x / len(x), jnp.float32) for x in (inputs, unseen))
+    new, _, reports = prune_group(dense, hessian, recipe, mesh(2, 2), held_out=held_out)
+    masked, _, _ = prune_group(dense, hessian, Recipe(recipe.pattern, recipe.selector, None), mesh(2, 2))
+    for weight, before, after, rows in zip(dense, masked, new, reports):
+        bias = rng.standard_normal(len(weight))
+        for x, energy, told in ((inputs, rows.energy, (rows.before, rows.after)),
+                                (unseen, rows.held_out[0], rows.held_out[1:])):
+            output = x @ np.asarray(weight, np.float64).T
+            np.testing.assert_allclose(energy, (output**2).mean(axis=0), rtol=1e-4)
+            for final, value in zip((before, after), told):
+                change = (x @ np.asarray(final, np.float64).T + bias) - (output + bias)
+                np.testing.assert_allclose(value, (change**2).mean(axis=0), rtol=1e-3)
+
+
+def test_held_out_samples_do_not_touch_the_weights():
+    tokens = np.random.default_rng(1).integers(0, 64, (10, 24)).astype(np.int32)
+    decoder = Decoder.open(*tiny_llama(), mesh(1, 1), batch=2)
+    groups, recipe = linear_groups(decoder), RECIPES["wanda cg"]
+    alone, both = decoder.embed(tokens[:6]), decoder.embed(tokens)
+    weights, _, without = walk_block(decoder, 0, alone, groups, recipe)
+    same, _, reports = walk_block(decoder, 0, both, groups, recipe, samples=6)
+    for name, weight in weights.items():
+        assert (weight == same[name]).all()
+    assert np.abs(alone - both[:6]).max() == 0
+    for report, bare in zip(reports, without):
+        assert bare.held_out_before is bare.held_out_after is None and bare.error_after == report.error_after
+        # Fitted to the others, 144 tokens: an error there says more of the tokens than of the layer.
+        assert report.error_after < report.held_out_after
+
+
 def test_the_papers_rule_refuses_whole_layers_and_the_row_rule_single_rows():
     before = jnp.array([1.0, 1.0, 1.0, 1.0])
     mixed = jnp.array([0.1, 0.1, 0.1, 1.1])

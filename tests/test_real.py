@@ -70,7 +70,7 @@ def test_the_mesh_does_not_change_masks_or_weights(model):
         decoder, hidden = opened(model, shape)
         groups, parameters = linear_groups(decoder), decoder.load_block(0)
         hessians = accumulate_hessians(decoder, 0, parameters, hidden, groups)
-        parameters, masks, _ = prune_block(0, parameters, groups, hessians, recipe, decoder.mesh)
+        parameters, masks, _ = prune_block(0, decoder.prefix(0), parameters, groups, hessians, recipe, decoder.mesh)
         found.append(jax.device_get((parameters, masks)))
     (weights, masks), *others = found
     total = sum(mask.size for mask in masks.values())

@@ -217,7 +217,7 @@ def test_many_troubles_are_counted_not_listed():
 
 def written(path, **changes):
     return file.write_report(path, **{
-        "configuration": {"pattern": "2:4"}, "environment": file.environment(mesh(4, 2)), "model": {"origin": "x"},
+        "manifest": {"code": "0"}, "configuration": {"pattern": "2:4"}, "environment": file.environment(mesh(4, 2)), "model": {"origin": "x"},
         "calibration": {"source": "c4"}, "evaluation": {"source": "wikitext2"},
         "perplexity": {"dense": 2.0, "pruned": 3.0}, "blocks": BLOCKS, "seconds": {"pruning": 4.0},
         "files": {"report": "r"}} | changes)

@@ -97,7 +97,7 @@ def test_a_finished_run_is_not_done_again(finished, monkeypatch):
 
 
 @pytest.mark.parametrize(("change", "said"), [
-    (["--pattern", "0.6"], ["recipe.pattern: 0.5 there, 0.6 here"]),
+    (["--pattern", "0.6"], ["recipe.pattern: 0.5/row there, 0.6/row here"]),
     (["--solver.damping", "0.5"], ["recipe.solver.damping: ", "0.5 here"]),
     (["--solver", "exact"], ["recipe.solver.name: cg there, exact here"]),
     (["--selector", "magnitude"], ["recipe.selector.name: wanda there, magnitude here"]),

@@ -37,16 +37,19 @@ def parse_source(text: str) -> Source:
                     f"got {text!r}; for a text of your own write file: before its path")
 
 
-def calibration_tokens(source: Source, tokenizer: PreTrainedTokenizerBase, *, samples: int, length: int,
-                       seed: int) -> Tokens:
-    """The windows a model is calibrated on. The same arguments give the same tokens.
+def calibration_tokens(source: Source, tokenizer: PreTrainedTokenizerBase, *, samples: int, length: int, seed: int,
+                       held_out: int = 0) -> Tokens:
+    """The windows a model is calibrated on, and further ones held out. The same arguments give the same tokens.
 
     A text source is sampled by :func:`optima_tpu.data.sampling.calibration_windows`. Every document is tokenised with
     the tokenizer's own special tokens, so a BOS stands where the tokenizer puts it: at the start of a document. The
     text is held in memory while it is sampled (a shard of C4: about 1 GB).
 
+    Args:
+      held_out: windows drawn beyond ``samples``, which share no token position with those.
+
     Returns:
-      ids [samples, length] int32.
+      ids [samples + held_out, length] int32, the held-out ones last.
 
     Raises:
       UserError: the source can't be read or holds too few tokens, or its ids do not fit the tokenizer.
@@ -55,11 +58,14 @@ def calibration_tokens(source: Source, tokenizer: PreTrainedTokenizerBase, *, sa
         raise UserError(f"expected at least one calibration window of at least one token, got {samples} of {length}")
     if seed < 0:
         raise UserError(f"expected a seed that is not negative, got {seed}")
+    if held_out < 0:
+        raise UserError(f"expected a number of held-out windows that is not negative, got {held_out}")
     if isinstance(source, TokenSource):
-        return source.tokens("calibration", vocabulary=len(tokenizer), windows=samples, length=length, seed=seed)
+        tokens = source.tokens("calibration", vocabulary=len(tokenizer), windows=samples + held_out, length=length, seed=seed)
+        return tokens._replace(how=tokens.how + sampling.held_out_text(held_out))
     return sampling.calibration_windows(
         list(source.documents("calibration")), _encoder(tokenizer), separator=tokenizer.eos_token_id, samples=samples,
-        length=length, seed=seed, origin=str(source))
+        held_out=held_out, length=length, seed=seed, origin=str(source))
 
 
 def evaluation_tokens(source: Source, tokenizer: PreTrainedTokenizerBase, *, length: int,

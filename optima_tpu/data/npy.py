@@ -41,7 +41,7 @@ class Npy:
         required = windows if split == "calibration" and windows is not None else 1
         if len(array) < required:
             raise UserError(f"{self.path} holds {len(array)} windows of {length} tokens, {required} are needed: "
-                            "ask for fewer or give more")
+                            "ask for fewer (samples and held_out count together) or give more")
         ids = np.asarray(array[:windows])
         low, high = int(ids.min()), int(ids.max())
         if low < 0 or high >= vocabulary:

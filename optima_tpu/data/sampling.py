@@ -17,18 +17,22 @@ Encode = Callable[[str], np.ndarray]
 CHARACTERS_PER_TOKEN = 8
 """How much text is read at first for the windows of an evaluation: about twice what English needs."""
 
+_ATTEMPTS = 1000
+"""Draws for each held-out window before it is said that there is no room for it."""
+
 
 def calibration_windows(documents: Sequence[str], encode: Encode, *, separator: int | None, samples: int, length: int,
-                        seed: int, origin: str) -> Tokens:
-    """``samples`` windows of ``length`` tokens.
+                        seed: int, origin: str, held_out: int = 0) -> Tokens:
+    """``samples`` windows of ``length`` tokens, and ``held_out`` more that overlap none of them.
 
     The documents are visited in an order drawn with numpy's PCG64 from ``seed``. Blank ones are skipped. Then the first
-    that holds:
+    that holds, with ``samples`` standing for ``samples + held_out``:
 
     1. ``samples`` documents have more than ``length`` tokens: one window of each of the first such documents, its start
        uniform. Further documents are not tokenised. On a large corpus this is SparseGPT's draw of random documents.
     2. The documents with more than ``length`` tokens hold ``samples * length`` or more together: windows drawn with
        replacement, every window of these documents equally likely. On one long text this is SparseGPT's random start.
+       Held-out windows are drawn again until they overlap no calibration window.
     3. All documents together hold ``samples * length`` or more: they are joined in the order of the visit,
        ``separator`` between two of them, and the first ``samples * length`` tokens are cut into consecutive windows.
 
@@ -37,10 +41,11 @@ def calibration_windows(documents: Sequence[str], encode: Encode, *, separator: 
       origin: the source's name, for the report and the error.
 
     Raises:
-      UserError: none holds.
+      UserError: none holds, or no room is left for the held-out windows.
     """
     rng = np.random.Generator(np.random.PCG64(seed))
-    needed = samples * length
+    count = samples + held_out
+    needed = count * length
     packed, total, read, last = [], 0, 0, separator
     long, long_total = [], 0
     for index in rng.permutation(len(documents)):
@@ -54,32 +59,50 @@ def calibration_windows(documents: Sequence[str], encode: Encode, *, separator: 
         if ids.size > length:
             long.append(ids)
             long_total += ids.size
-            if len(long) == samples:
+            if len(long) == count:
                 break
 
-    windows = f"windows of {length} tokens"
+    windows, more = f"windows of {length} tokens", held_out_text(held_out)
     sizes = np.array([ids.size for ids in long], np.int64)
-    if len(long) == samples:
+    if len(long) == count:
         starts = rng.integers(0, sizes - length, endpoint=True)
         rows = [ids[start:start + length] for ids, start in zip(long, starts)]
-        how = f"{samples} random {windows}, each of another document of {origin} that is longer than a window"
+        how = f"{count} random {windows}, each of another document of {origin} that is longer than a window{more}"
         return Tokens(np.stack(rows), how, long_total)
     if long_total >= needed:
         ends = np.cumsum(sizes - length + 1)
-        draws = rng.integers(0, ends[-1], size=samples)
-        chosen = np.searchsorted(ends, draws, side="right")
-        # Counted from the end of the document's share: the last draw of a share is the document's first window.
-        starts = ends[chosen] - 1 - draws
-        rows = [long[document][start:start + length] for document, start in zip(chosen, starts)]
+
+        def draw(size: int) -> list[tuple[int, int]]:
+            draws = rng.integers(0, ends[-1], size=size)
+            chosen = np.searchsorted(ends, draws, side="right")
+            # Counted from the end of the document's share: the last draw of a share is the document's first window.
+            return list(zip(chosen.tolist(), (ends[chosen] - 1 - draws).tolist()))
+
+        places = draw(samples)
+        for attempt in range(_ATTEMPTS * held_out):
+            if len(places) == count:
+                break
+            document, start = draw(1)[0]
+            if all(document != other or abs(start - begin) >= length for other, begin in places[:samples]):
+                places.append((document, start))
+        if len(places) < count:
+            raise UserError(f"{origin} has no room for {held_out} held-out windows of {length} tokens beside the {samples} "
+                            "that calibrate: give a longer text, or ask for fewer")
+        rows = [long[document][start:start + length] for document, start in places]
         which = "one document" if len(long) == 1 else f"{len(long)} documents"
-        how = f"{samples} random {windows} of {which} of {origin} longer than a window"
+        how = f"{count} random {windows} of {which} of {origin} longer than a window{more}"
         return Tokens(np.stack(rows), how, long_total)
     if total >= needed:
-        ids = np.concatenate(packed)[:needed].reshape(samples, length)
-        how = f"{samples} consecutive {windows} of {read} documents of {origin}, packed in random order"
+        ids = np.concatenate(packed)[:needed].reshape(count, length)
+        how = f"{count} consecutive {windows} of {read} documents of {origin}, packed in random order{more}"
         return Tokens(ids, how, total)
-    raise UserError(f"{origin} holds {total} tokens of calibration text, {samples} windows of {length} need {needed}: "
+    raise UserError(f"{origin} holds {total} tokens of calibration text, {count} windows of {length} need {needed}: "
                     "give a longer text, or ask for fewer or shorter windows")
+
+
+def held_out_text(held_out: int) -> str:
+    """The end of the sentence that says where the windows come from."""
+    return f", the last {held_out} of them held out" if held_out else ""
 
 
 def evaluation_windows(documents: Iterable[str], encode: Encode, *, length: int, windows: int | None,

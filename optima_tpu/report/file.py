@@ -33,7 +33,7 @@ def environment(mesh: Mesh) -> dict[str, Any]:
     }
 
 
-def write_report(path: Path, *, configuration: Mapping[str, Any], environment: Mapping[str, Any],
+def write_report(path: Path, *, manifest: Mapping[str, Any], configuration: Mapping[str, Any], environment: Mapping[str, Any],
                  model: Mapping[str, Any], calibration: Mapping[str, Any], evaluation: Mapping[str, Any],
                  perplexity: Mapping[str, float], blocks: Sequence[BlockReport], seconds: Mapping[str, float],
                  files: Mapping[str, str]) -> dict[str, Any]:
@@ -41,6 +41,7 @@ def write_report(path: Path, *, configuration: Mapping[str, Any], environment: M
 
     Args:
       path: RUN/report.json.
+      manifest: what decides the result, see ``run.manifest_of``.
       configuration: from ``config.to_dict``.
       environment: from :func:`environment`.
       model: what was pruned: origin, fingerprint, family, dtype, ...
@@ -59,7 +60,7 @@ def write_report(path: Path, *, configuration: Mapping[str, Any], environment: M
     """
     layers = all_layers(blocks)
     report = {
-        "configuration": dict(configuration), "environment": dict(environment), "model": dict(model),
+        "manifest": dict(manifest), "configuration": dict(configuration), "environment": dict(environment), "model": dict(model),
         "calibration": dict(calibration), "evaluation": dict(evaluation), "perplexity": dict(perplexity),
         "sparsity": sparsity(layers), "weights": sum(math.prod(layer.shape) for layer in layers),
         "pruned": sum(layer.pruned for layer in layers), "unusual": unusual(blocks),

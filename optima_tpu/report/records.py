@@ -11,7 +11,7 @@ class LayerReport:
     """What happened to one matrix.
 
     Errors are ``||X W' - X V'||^2 / ||X W'||^2`` over the calibration tokens, with ``W`` the dense and ``V`` the pruned
-    weights as they are stored.
+    weights as they are stored. A bias is in both outputs and cancels.
 
     Attributes:
       block: index of the block.
@@ -29,6 +29,8 @@ class LayerReport:
       rows_converged: rows that met the solver's own test.
       rows_refused: rows that kept the selector's weights, by the acceptance rule.
       dead_inputs: inputs without any signal in the calibration text.
+      held_out_before: as ``error_before``, over held-out tokens, which no weight was fitted to; None without such tokens.
+      held_out_after: as ``error_after``, over held-out tokens.
     """
 
     block: int
@@ -46,6 +48,8 @@ class LayerReport:
     rows_converged: int
     rows_refused: int
     dead_inputs: int
+    held_out_before: float | None = None
+    held_out_after: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         """As JSON types, see :func:`finite`."""
@@ -53,8 +57,9 @@ class LayerReport:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Self:
-        """From :meth:`to_json`; None is read as infinity."""
-        read = {key: math.inf if value is None else value for key, value in values.items()}
+        """From :meth:`to_json`; None is read as infinity, but for the held-out errors that there may be none of."""
+        read = {key: math.inf if value is None and not key.startswith("held_out") else value
+                for key, value in values.items()}
         return cls(**read | {"shape": tuple(read["shape"])})
 
 

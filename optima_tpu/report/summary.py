@@ -16,6 +16,7 @@ class LayerKind(NamedTuple):
       layers: how many there are, one for each block.
       error_before: mean over layers, of the selector's weights.
       error_after: mean over layers, of the final weights.
+      held_out: mean over layers, of the final weights on held-out tokens; None where there are none.
       sparsity: share of the weights of all of them that are pruned.
       gap_max: largest over rows and layers.
       steps_median: median over layers of the median over rows.
@@ -28,6 +29,7 @@ class LayerKind(NamedTuple):
     layers: int
     error_before: float
     error_after: float
+    held_out: float | None
     sparsity: float
     gap_max: float
     steps_median: float
@@ -76,11 +78,18 @@ def unusual(blocks: Sequence[BlockReport]) -> dict[str, dict[str, int]]:
     return found
 
 
+def mean_or_none(values: Iterable[float | None]) -> float | None:
+    """The mean; None where a value is missing or there are none."""
+    values = list(values)
+    return None if not values or None in values else statistics.fmean(values)
+
+
 def _kind(name: str, layers: list[LayerReport]) -> LayerKind:
     return LayerKind(
         name=name, layers=len(layers),
         error_before=statistics.fmean(layer.error_before for layer in layers),
         error_after=statistics.fmean(layer.error_after for layer in layers),
+        held_out=mean_or_none(layer.held_out_after for layer in layers),
         sparsity=sparsity(layers), gap_max=max(layer.gap_max for layer in layers),
         steps_median=statistics.median(layer.steps_median for layer in layers),
         rows=sum(layer.rows for layer in layers),

@@ -36,6 +36,8 @@ def print_summary(console: Console, blocks: Sequence[BlockReport], *, solver: st
     console.print(layer_table(blocks, solver), highlight=False)
     lines = ["Errors: the change of a layer's output on the calibration text, in percent of the output's energy, "
              "mean over blocks."]
+    if any(layer.held_out_after is not None for layer in layers):
+        lines[0] += " Held out: on calibration text that no weight was fitted to."
     if solver:
         lines.append(f"Gap: how far a row is from the best weights for its mask, at most, by {solver}'s own measure.")
     dense, pruned = perplexity["dense"], perplexity["pruned"]
@@ -53,16 +55,23 @@ def layer_table(blocks: Sequence[BlockReport], solver: str | None) -> Table:
     """One row for each layer name. Without a solver, only what the selector did."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     table.add_column("layer", no_wrap=True, vertical="bottom")
-    headings = (["error\nbefore", "error\nafter", "sparsity", "largest\ngap", "median\nsteps", "rows not\nconverged",
-                 "rows\nrefused"] if solver else ["error", "sparsity"])
+    kinds = by_kind(blocks)
+    unseen = any(kind.held_out is not None for kind in kinds)
+    headings = ["error\nbefore", "error\nafter"] if solver else ["error"]
+    headings += ["error\nheld out"] if unseen else []
+    headings += ["sparsity"]
+    headings += ["largest\ngap", "median\nsteps", "rows not\nconverged", "rows\nrefused"] if solver else []
     for heading in headings:
         table.add_column(heading, justify="right", no_wrap=True)
-    kinds = by_kind(blocks)
     short = [kind.name.rpartition(".")[2] for kind in kinds]
     for kind, last in zip(kinds, short):
-        values = [percent(kind.error_before), percent(kind.sparsity)]
+        values = [percent(kind.error_before)]
         if solver:
-            values[1:1] = [percent(kind.error_after)]
+            values += [percent(kind.error_after)]
+        if unseen:
+            values += [percent(kind.held_out) if kind.held_out is not None else "-"]
+        values += [percent(kind.sparsity)]
+        if solver:
             values += [percent(kind.gap_max), f"{kind.steps_median:.0f}", f"{kind.rows_not_converged:,}",
                        f"{kind.rows_refused:,}"]
         table.add_row(last if short.count(last) == 1 else kind.name, *values)

@@ -1,0 +1,98 @@
+"""What a run reads: the model on the mesh, the texts, and the manifest that says whether two runs are the same."""
+
+import hashlib
+import json
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from optima_tpu import data
+from optima_tpu.checkpoint import code_version
+from optima_tpu.config import RunConfig, weights_settings
+from optima_tpu.data import Tokens
+from optima_tpu.errors import UserError
+from optima_tpu.layer_rules import check_layers
+from optima_tpu.masks import check_masks, open_masks
+from optima_tpu.models.decoder import Decoder
+from optima_tpu.selectors import Imported
+from optima_tpu.sharding import make_mesh
+from optima_tpu.weights import Pretrained, check_names, load_tokenizer, open_model
+
+
+class Model(NamedTuple):
+    """A checkpoint and its decoder on the mesh. Runs over one model share it, and with it what was compiled."""
+
+    pretrained: Pretrained
+    decoder: Decoder
+
+
+class Texts(NamedTuple):
+    """What a model is calibrated on, held-out windows last, and what it is scored on."""
+
+    calibration: Tokens
+    evaluation: Tokens
+
+
+def open_model_on_mesh(config: RunConfig) -> Model:
+    """The model of a run, opened and checked; no weight is read yet.
+
+    Raises:
+      UserError: the model or the mesh is not what it must be.
+    """
+    mesh = make_mesh(config.mesh)
+    pretrained = open_model(config.model, config.dtype)
+    decoder = Decoder.open(pretrained.config, pretrained.tensors, mesh, config.batch)
+    check_names(decoder.tensor_names(), pretrained.tensors)
+    return Model(pretrained, decoder)
+
+
+def read_texts(config: RunConfig, model: Model) -> Texts:
+    """The token windows of a run.
+
+    Raises:
+      UserError: a text can't be read, is too short, or does not fit the model; or both would be the same text.
+    """
+    tokenizer = load_tokenizer(model.pretrained)
+    source = data.parse_source(config.calibration.source)
+    other = data.parse_source(config.evaluation.source or config.calibration.source)
+    data.refuse_overlap(source, other)
+    text = config.calibration
+    length = config.evaluation.length or text.length
+    limit = getattr(model.pretrained.config, "max_position_embeddings", None)
+    for name, value in (("calibration.length", text.length), ("evaluation.length", length)):
+        if limit and value > limit:
+            raise UserError(f"expected {name} of at most {limit}, the model's context, got {value}")
+    return Texts(data.calibration_tokens(source, tokenizer, samples=text.samples, length=text.length, seed=text.seed,
+                                         held_out=text.held_out),
+                 data.evaluation_tokens(other, tokenizer, length=length, windows=config.evaluation.windows))
+
+
+def manifest_of(config: RunConfig, model: Model, texts: Texts) -> dict[str, Any]:
+    """What decides the pruned weights and the layers' errors: two runs with one manifest give one result.
+
+    Reads and checks the masks of a run whose masks come from elsewhere.
+
+    Raises:
+      UserError: pattern, layer rules or masks do not fit the model.
+    """
+    patterns = check_layers(config.layers, config.pattern, linear_shapes(model.decoder))
+    samples, ids = config.calibration.samples, texts.calibration.ids
+    manifest = {"model": model.pretrained.fingerprint, "recipe": weights_settings(config),
+                "calibration": token_digest(ids[:samples]), "held_out": token_digest(ids[samples:]), "code": code_version()}
+    if isinstance(config.selector, Imported):
+        shapes = {path: shape for path, _, shape in linear_shapes(model.decoder)}
+        manifest["masks"] = check_masks(
+            open_masks(config.selector.path), {path + ".weight": shapes[path] for path in patterns},
+            {path + ".weight": pattern for path, pattern in patterns.items()}, model.pretrained.tensors)
+    return json.loads(json.dumps(manifest))  # as a file holds it, without tuples
+
+
+def token_digest(ids: np.ndarray) -> str:
+    """A hash of token windows, by which texts are compared."""
+    return hashlib.sha256(f"{ids.shape}".encode() + np.ascontiguousarray(ids, np.int32).tobytes()).hexdigest()
+
+
+def linear_shapes(decoder: Decoder) -> list[tuple[str, str, tuple[int, int]]]:
+    """(whole path, path inside the block, [d_out, d_in]) of every linear layer of the blocks."""
+    return [(decoder.prefix(index) + name, name, decoder.block_shapes[name + ".weight"])
+            for index in range(decoder.config.blocks) for name in decoder.family.LINEARS]

@@ -1,0 +1,85 @@
+"""Masks that were made elsewhere. One file a format; what it was taken for is said in ``how``."""
+
+from pathlib import Path
+
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import (EntryNotFoundError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError,
+                                    RevisionNotFoundError)
+
+from optima_tpu.checkpoint import CheckpointTensors
+from optima_tpu.errors import UserError
+from optima_tpu.export import MASKS
+from optima_tpu.manifest import RUN
+from optima_tpu.masks.check import check_masks
+from optima_tpu.masks.checkpoint_zeros import CheckpointZeros
+from optima_tpu.masks.npz import MASKLLM, open_npz
+from optima_tpu.masks.run_directory import RunMasks
+from optima_tpu.masks.safetensors_file import open_safetensors
+from optima_tpu.masks.source import UNDERSTOOD, MaskSource
+from optima_tpu.masks.torch_files import open_torch_file, open_torch_folder
+from optima_tpu.weights import hub, open_model
+from optima_tpu.weights.source import first_line
+
+__all__ = ["MaskSource", "check_masks", "open_masks"]
+
+_FILES = {".npz": open_npz, ".safetensors": open_safetensors, ".pt": open_torch_file, ".pth": open_torch_file}
+
+
+def open_masks(spec: str | None) -> MaskSource:
+    """Opens masks; each is read later, when it is asked for.
+
+    Args:
+      spec: a file or folder in one of the formats of ``UNDERSTOOD``, a hub id ``org/name`` (or
+        ``org/name@revision``), or anything else that :func:`optima_tpu.weights.open_model` opens. Of a folder or hub
+        model that holds a mask file the mask file is taken, not the zeros.
+
+    Raises:
+      UserError: there is no such thing, or it is none of those formats; the message lists them.
+    """
+    if not spec:
+        raise UserError(f"expected masks to import, got none; give --selector.path: {UNDERSTOOD}")
+    path = Path(spec).expanduser()
+    if path.is_dir():
+        return _open_folder(path, spec)
+    if path.is_file() and path.suffix in _FILES:
+        return _FILES[path.suffix](path, spec)
+    if path.is_file() and path.suffix != ".gguf":
+        raise UserError(f"{spec} is no mask file that is understood; understood are {UNDERSTOOD}")
+    if not path.exists() and not spec.startswith("wheel:"):
+        if path.suffix in _FILES or not hub.is_hub_id(spec):
+            raise UserError(f"expected masks to import, but {spec} does not exist: check the path; "
+                            f"understood are {UNDERSTOOD}")
+        if published := _published(spec):
+            return open_npz(published, spec)
+    return CheckpointZeros(open_model(spec).tensors, spec)
+
+
+def _open_folder(folder: Path, spec: str) -> MaskSource:
+    files = [folder / name for name in (MASKS, MASKLLM) if (folder / name).is_file()]
+    if len(files) > 1:
+        raise UserError(f"{spec} holds {MASKS} and {MASKLLM}: give the path of one of them")
+    if files:
+        return open_npz(files[0], spec)
+    if (folder / RUN).is_file():
+        return RunMasks(CheckpointTensors(folder), spec)
+    if (folder / "config.json").is_file():
+        return CheckpointZeros(open_model(str(folder)).tensors, spec)
+    if any(folder.glob("*.pt")):
+        return open_torch_folder(folder, spec)
+    raise UserError(f"{spec} is no folder of masks that is understood; understood are {UNDERSTOOD}")
+
+
+def _published(spec: str) -> Path | None:
+    """The mask file of a hub model, downloaded where it isn't yet; None where there is none."""
+    name, _, revision = spec.partition("@")
+    for file in (MASKS, MASKLLM):
+        try:
+            return Path(hf_hub_download(name, file, revision=revision or None))
+        except EntryNotFoundError:
+            continue  # without a connection this says that the cache lacks it
+        except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError):
+            return None  # open_model asks for the same, and says what to do
+        except HfHubHTTPError as error:
+            raise UserError(f"the hub refused {file} of {name} ({first_line(error)}): try again, or download it with "
+                            f"`hf download {name} {file}` elsewhere and give the file") from error
+    return None

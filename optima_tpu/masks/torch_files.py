@@ -1,0 +1,109 @@
+"""Masks that torch.save wrote. The format is torch's own, so torch reads it, imported no earlier than that."""
+
+import dataclasses
+import pickle
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any, ClassVar
+
+import numpy as np
+
+from optima_tpu.errors import UserError
+from optima_tpu.masks.source import UNDERSTOOD, checked, weight_names
+from optima_tpu.weights.source import first_line
+
+
+@dataclasses.dataclass(frozen=True)
+class TorchFolderMasks:
+    """One file for each weight; see :func:`open_torch_folder`."""
+
+    folder: Path
+    origin: str
+    keys: Mapping[str, str]
+    how: ClassVar[str] = "ProxSparse .pt files"
+    from_zeros: ClassVar[bool] = False
+
+    def names(self) -> tuple[str, ...]:
+        return tuple(sorted(self.keys))
+
+    def read(self, name: str, shape: tuple[int, int]) -> np.ndarray:
+        path = self.folder / (self.keys[name] + ".pt")
+        return checked(_matrix(_load(path), name, path), name, shape, self.origin)
+
+
+@dataclasses.dataclass(frozen=True)
+class TorchFileMasks:
+    """A dictionary in one file, mapped into memory and not read; see :func:`open_torch_file`."""
+
+    path: Path
+    origin: str
+    keys: Mapping[str, str]
+    tensors: Mapping[str, Any]
+    how: ClassVar[str] = "PyTorch dictionary of masks"
+    from_zeros: ClassVar[bool] = False
+
+    def names(self) -> tuple[str, ...]:
+        return tuple(sorted(self.keys))
+
+    def read(self, name: str, shape: tuple[int, int]) -> np.ndarray:
+        return checked(_matrix(self.tensors[self.keys[name]], name, self.path), name, shape, self.origin)
+
+
+def open_torch_folder(folder: Path, origin: str) -> TorchFolderMasks:
+    """ProxSparse's layout (amazon-science/ProxSparse, end-to-end/mask_op.py): "<parameter>.pt" holds [d_out, d_in] of
+    0 and 1 in the dtype of the weight; 1 means kept.
+
+    Raises:
+      UserError: torch is not installed.
+    """
+    _torch(folder)
+    return TorchFolderMasks(folder, origin, weight_names((path.stem for path in sorted(folder.glob("*.pt"))), origin))
+
+
+def open_torch_file(path: Path, origin: str) -> TorchFileMasks:
+    """Opens {"<parameter>": [d_out, d_in] of 0 and 1}; 1 means kept. MaskLLM's masks before they are packed, and
+    ProxSparse's when merged for the code of OPTIMA's paper.
+
+    Raises:
+      UserError: torch is not installed, the file is damaged, or it holds something else.
+    """
+    tensors = _load(path)
+    if not isinstance(tensors, dict) or not all(isinstance(key, str) for key in tensors):
+        raise UserError(f"expected a dictionary of masks by the names of their weights in {path}, got "
+                        f"{type(tensors).__name__}; understood are {UNDERSTOOD}")
+    return TorchFileMasks(path, origin, weight_names(tensors, origin), tensors)
+
+
+def _torch(path: Path) -> ModuleType:
+    try:
+        import torch
+    except ImportError as error:
+        raise UserError(f"only PyTorch can read {path}: pip install torch, or save the masks elsewhere with "
+                        "safetensors.torch.save_file and give that file") from error
+    return torch
+
+
+def _load(path: Path) -> Any:
+    torch = _torch(path)
+    if not zipfile.is_zipfile(path):
+        raise UserError(f"expected a file that torch.save wrote, but {path} is damaged or older than PyTorch 1.6: "
+                        "get it again, or load and save it once more")
+    try:
+        # Masks are often saved from a GPU.
+        return torch.load(str(path), map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError as error:
+        raise UserError(f"{path} is damaged or holds other objects than tensors, which are not loaded since they "
+                        "could run code: save the masks alone") from error
+    except (RuntimeError, ValueError, KeyError, EOFError, OSError) as error:
+        raise UserError(f"{path} can't be read ({first_line(error)}): get or save it again") from error
+
+
+def _matrix(tensor: Any, name: str, path: Path) -> np.ndarray:
+    torch = _torch(path)
+    if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided or tensor.is_quantized:
+        raise UserError(f"{name}: expected a dense matrix of 0 and 1 in {path}, got {type(tensor).__name__}")
+    tensor = tensor.detach()
+    # numpy has no bfloat16; 0 and 1 survive the cast, and what is neither does not become one of them.
+    return (tensor.float() if tensor.is_floating_point() else tensor).numpy()
