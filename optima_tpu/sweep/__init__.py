@@ -1,0 +1,1 @@
+"""A whole table: masks x updates x patterns over one model, ``python -m optima_tpu.sweep FILE``."""

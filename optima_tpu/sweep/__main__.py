@@ -1,0 +1,122 @@
+"""The command line of a sweep: ``python -m optima_tpu.sweep FILE``."""
+
+import argparse
+import os
+import shlex
+import sys
+from collections.abc import Collection, Sequence
+
+import jax
+from rich.console import Console
+
+from optima_tpu.errors import UserError
+from optima_tpu.sweep import grid as grids
+from optima_tpu.sweep.grid import Cell, Grid, differences, read_grid
+from optima_tpu.sweep.tables import failure_lines, layout, terminal_table
+
+_PROGRAM = "python -m optima_tpu.sweep"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit status: 0 done, 1 with failed cells, 2 for something the user can mend, 130 for Ctrl-C."""
+    # Or transformers, when it is first imported, says that torch is missing, which is as it should be.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    try:
+        options, settings = _parse(list(sys.argv[1:] if argv is None else argv))
+        grid = read_grid(options.file, settings, options.output)
+        chosen = _chosen(grid, options.only)
+        _set_devices(grid)
+        # Only now: what these import asks for the devices.
+        from optima_tpu.checkpoint import quiet_orbax
+        from optima_tpu.sweep.runner import Sweep
+
+        quiet_orbax()
+        sweep = Sweep(grid, () if options.dry_run else chosen)
+        console = Console()
+        if options.dry_run:
+            _list(console, grid, chosen, sweep.finished)
+            return 0
+        if sweep.finished:
+            _say(console, f"resuming  {len(sweep.finished)} of {len(grid.cells)} cells are done")
+        command = shlex.join(_command(options, settings))
+        sweep.run(console, command, options.keep_checkpoints)
+        files = sweep.write(command)
+        console.print()
+        console.print(terminal_table(layout(grid, sweep.results)), highlight=False)
+        failures = failure_lines(sweep.results)
+        _say(console, "\n".join(["", *(f"failed  {line}" for line in failures), *map(str, files.values())]))
+        return 1 if failures else 0
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from the last finished block", file=sys.stderr)
+        return 130
+
+
+def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The sweep's own options, and the settings of its runs."""
+    parser = argparse.ArgumentParser(
+        prog=_PROGRAM, usage=f"{_PROGRAM} FILE [--SETTING VALUE ...] [--output DIR] [--only TEXT] [--dry-run]",
+        description="Runs a table of masks x updates x patterns over one model, or goes on with it, and writes it as "
+                    "Markdown, CSV and JSON.\n\n" + grids.__doc__.strip(),
+        epilog="Any setting of optima_tpu.launch goes over the file's, in all cells: --model org/name --mesh 4x2",
+        formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("file", metavar="FILE", help="the table, as above")
+    parser.add_argument("--output", metavar="DIR", help="directory of the tables and of the cells (default: the file's "
+                        "output, or runs/tables/FILE)")
+    parser.add_argument("--only", metavar="TEXT", action="append", default=[], help="run the cells in whose name the "
+                        "text stands, such as 'sparsegpt + cg'; may be given several times")
+    parser.add_argument("--dry-run", "--dry_run", action="store_true", help="list the cells, and run none")
+    parser.add_argument("--keep-checkpoints", "--keep_checkpoints", action="store_true", help="keep the pruned models; "
+                        "else only the reports of finished cells stay")
+    if not {"-h", "--help"} & set(argv) and (not argv or argv[0].startswith("-")):
+        raise UserError("expected the file of the sweep before everything else, got "
+                        f"{argv[0] if argv else 'nothing'}; see {_PROGRAM} --help")
+    try:
+        options, settings = parser.parse_known_args(argv)
+    except argparse.ArgumentError as error:
+        raise UserError(f"{error}; see {_PROGRAM} --help") from None
+    for word in settings:
+        if word.partition("=")[0] in ("--config", "--print_config", "--print-config"):
+            raise UserError(f"a sweep has no {word}: the settings of its runs stand in {options.file} under run")
+    return options, settings
+
+
+def _command(options: argparse.Namespace, settings: Sequence[str]) -> list[str]:
+    """What makes the whole table."""
+    output = ["--output", options.output] if options.output is not None else []
+    return [*_PROGRAM.split(), options.file, *settings, *output]
+
+
+def _chosen(grid: Grid, only: Sequence[str]) -> tuple[Cell, ...]:
+    for text in only:
+        if not any(text in str(cell) for cell in grid.cells):
+            raise UserError(f"expected --only with a part of a cell's name, such as {str(grid.cells[0])!r}, got "
+                            f"{text!r}; --dry-run lists them all")
+    return tuple(cell for cell in grid.cells if not only or any(text in str(cell) for text in only))
+
+
+def _set_devices(grid: Grid) -> None:
+    counts = {cell.config.cpu_devices for cell in grid.cells}
+    if len(counts) > 1:
+        raise UserError(f"expected one cpu_devices for all cells, which run in one process, got "
+                        f"{', '.join(map(str, counts))}")
+    if (count := counts.pop()) is not None:
+        # Before the first array exists: the number of devices is fixed from then on.
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_num_cpu_devices", count)
+
+
+def _list(console: Console, grid: Grid, chosen: Sequence[Cell], finished: Collection[Cell]) -> None:
+    for number, (cell, different) in enumerate(zip(grid.cells, differences(grid.cells), strict=True), 1):
+        state = "finished" if cell in finished else "to run" if cell in chosen else "not chosen"
+        _say(console, f"cell {number} of {len(grid.cells)}: {cell}: {state}\n    {different}")
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

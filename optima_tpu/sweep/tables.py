@@ -1,0 +1,225 @@
+"""What came out of a sweep, as Markdown, CSV, JSON and on the terminal."""
+
+import csv
+import dataclasses
+import io
+import json
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.table import Table
+
+from optima_tpu.files import write_bytes, writing
+from optima_tpu.report.numbers import number
+from optima_tpu.sweep.grid import Cell, Grid
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What came out of one cell. Numbers are None where the cell is not finished, or where there are none.
+
+    Attributes:
+      mask: label of the mask.
+      update: label of the update.
+      pattern: label of the pattern.
+      samples: calibration sequences.
+      seed: which ones were drawn.
+      state: missing where the cell was not run yet.
+      perplexity: of the pruned model.
+      dense: of the model before, on the same text.
+      error_before: relative error of a layer's output with the selector's weights, mean over layers.
+      error_after: with the final weights.
+      held_out_before: as ``error_before``, on the held-out windows.
+      held_out_after: as ``error_after``, on the held-out windows.
+      seconds: spent on the blocks: calibration, mask, update, and the pass through the pruned block.
+      rows_not_converged: rows that did not meet the solver's own test, all layers together.
+      rows_refused: rows that kept the selector's weights.
+      sparsity: share of the weights of the pruned matrices that are zero.
+      reason: why the cell failed.
+      report: path of its report.json, from the directory of the tables.
+    """
+
+    mask: str
+    update: str
+    pattern: str
+    samples: int
+    seed: int
+    state: Literal["finished", "failed", "missing"] = "missing"
+    perplexity: float | None = None
+    dense: float | None = None
+    error_before: float | None = None
+    error_after: float | None = None
+    held_out_before: float | None = None
+    held_out_after: float | None = None
+    seconds: float | None = None
+    rows_not_converged: int | None = None
+    rows_refused: int | None = None
+    sparsity: float | None = None
+    reason: str | None = None
+    report: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """The table as text: a row for each mask and update, a column for each pattern and number of samples.
+
+    Attributes:
+      headings: of all columns.
+      rows: as long as ``headings`` each; the dense model's comes first.
+    """
+
+    headings: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+
+def missing(cell: Cell) -> Result:
+    """The result of a cell that was not run yet."""
+    return Result(cell.mask, cell.update, cell.pattern, cell.samples, cell.seed)
+
+
+def failed(cell: Cell, reason: str) -> Result:
+    """The result of a cell that could not be run to its end."""
+    return dataclasses.replace(missing(cell), state="failed", reason=reason)
+
+
+def finished(cell: Cell, report: Mapping[str, Any], output: Path) -> Result:
+    """The result of a finished cell.
+
+    Args:
+      report: what its report.json holds.
+      output: directory of the tables.
+    """
+    layers = [layer for block in report["blocks"] for layer in block["layers"]]
+    errors = {key: _mean(layer.get(key) for layer in layers)
+              for key in ("error_before", "error_after", "held_out_before", "held_out_after")}
+    return dataclasses.replace(
+        missing(cell), state="finished", perplexity=report["perplexity"]["pruned"], dense=report["perplexity"]["dense"],
+        **errors, seconds=sum(block["seconds"] for block in report["blocks"]),
+        rows_not_converged=sum(layer["rows"] - layer["rows_converged"] for layer in layers),
+        rows_refused=sum(layer["rows_refused"] for layer in layers), sparsity=report["sparsity"],
+        report=(cell.directory / "report.json").relative_to(output).as_posix())
+
+
+def describe(reports: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Where numbers come from, in words: model, texts, code, hardware; where reports differ, one after the other."""
+    def told(words) -> str:
+        return "; ".join(dict.fromkeys(words(report) for report in reports))
+
+    def hardware(report: Mapping[str, Any]) -> str:
+        place = report["environment"]
+        mesh = "x".join(str(size) for size in place["mesh"].values())
+        version = place["packages"]["jax"]
+        return f"{place['devices']} x {place['device']} ({place['platform']}), mesh {mesh}, jax {version}"
+
+    if not reports:
+        return {}
+    return {
+        "model": told(lambda report: f"{report['model']['origin']}, {report['model']['blocks']} blocks"),
+        "calibration": told(lambda report: report["calibration"]["how"]),
+        "evaluation": told(lambda report: f"{report['evaluation']['how']}, {report['evaluation']['tokens']:,} tokens"),
+        "code": told(lambda report: report["manifest"]["code"]), "hardware": told(hardware)}
+
+
+def layout(grid: Grid, results: Sequence[Result]) -> Layout:
+    """Perplexity of every cell, the mean over seeds with the sample standard deviation.
+
+    "-" stands where nothing was run yet, or where the grid has no cell.
+    """
+    counts = sorted({result.samples for result in results})
+    columns = [(pattern, samples) for pattern in grid.patterns for samples in counts
+               if any((result.pattern, result.samples) == (pattern, samples) for result in results)]
+    headings = [f"{pattern}, {samples} samples" if len(counts) > 1 else pattern for pattern, samples in columns]
+    place = {column: [result for result in results if (result.pattern, result.samples) == column] for column in columns}
+    rows = [("dense", "", *(_dense(place[column]) for column in columns))]
+    for mask in grid.masks:
+        for update in grid.updates:
+            groups = [[result for result in place[column] if (result.mask, result.update) == (mask, update)]
+                      for column in columns]
+            if any(groups):
+                rows.append((mask, update, *map(_entry, groups)))
+    return Layout(("mask", "update", *headings), tuple(rows))
+
+
+def markdown(title: str, header: Mapping[str, str], table: Layout, results: Sequence[Result]) -> str:
+    """The table with what it was made from, as a page of Markdown."""
+    lines = [f"# {title}", ""]
+    lines += [f"- {key}: {value}" for key, value in header.items()] + [""]
+    done = sum(result.state == "finished" for result in results)
+    seeds = sorted({result.seed for result in results})
+    spread = ", mean ± sample standard deviation over n seeds" if len(seeds) > 1 else ""
+    lines += [f"Perplexity{spread}. Seeds: {', '.join(map(str, seeds))}. {done} of {len(results)} cells are finished.",
+              ""]
+    sides = ["---", "---", *["---:"] * (len(table.headings) - 2)]
+    for row in (table.headings, sides, *table.rows):
+        lines.append("| " + " | ".join(text.replace("|", r"\|") for text in row) + " |")
+    if failures := failure_lines(results):
+        lines += ["", "Failed:", "", *(f"- {line}" for line in failures)]
+    return "\n".join(lines) + "\n"
+
+
+def failure_lines(results: Iterable[Result]) -> list[str]:
+    """One line for each failed cell, with the reason."""
+    return [f"{result.mask} + {result.update}, {result.pattern}, {result.samples} samples, seed {result.seed}: "
+            f"{result.reason}" for result in results if result.state == "failed"]
+
+
+def csv_text(results: Sequence[Result]) -> str:
+    """A line for each cell, a column for each field of :class:`Result`."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, [field.name for field in dataclasses.fields(Result)], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(map(dataclasses.asdict, results))
+    return text.getvalue()
+
+
+def terminal_table(table: Layout) -> Table:
+    """The table for the terminal."""
+    shown = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    for index, heading in enumerate(table.headings):
+        shown.add_column(heading, justify="left" if index < 2 else "right", vertical="bottom")
+    for row in table.rows:
+        shown.add_row(*row)
+    return shown
+
+
+def write_tables(grid: Grid, results: Sequence[Result], header: Mapping[str, str]) -> dict[str, Path]:
+    """Writes table.md, table.csv and results.json (a list of every :class:`Result`), each in one step.
+
+    Raises:
+      UserError: the directory cannot be written.
+    """
+    texts = {
+        "table.md": markdown(grid.output.absolute().name, header, layout(grid, results), results),
+        "table.csv": csv_text(results),
+        "results.json": json.dumps(list(map(dataclasses.asdict, results)), indent=2, allow_nan=False) + "\n"}
+    with writing(grid.output, "the cells are intact; make room, or choose another --output"):
+        grid.output.mkdir(parents=True, exist_ok=True)
+        for name, text in texts.items():
+            write_bytes(grid.output / name, text.encode())
+    return {name: grid.output / name for name in texts}
+
+
+def _entry(group: Sequence[Result]) -> str:
+    """One field of the table from the seeds of one cell."""
+    values = [result.perplexity for result in group if result.state == "finished"]
+    failures = sum(result.state == "failed" for result in group)
+    if not values:
+        return "failed" if failures else "-"
+    mean = number(statistics.fmean(values), 4)
+    notes = [f"n={len(values)}"] if len(group) > 1 else []
+    notes += [f"{failures} failed"] if failures else []
+    spread = f" ± {statistics.stdev(values):.{len(mean.partition('.')[2])}f}" if len(values) > 1 else ""
+    return mean + spread + (f" ({', '.join(notes)})" if notes else "")
+
+
+def _dense(results: Iterable[Result]) -> str:
+    known = dict.fromkeys(number(result.dense, 4) for result in results if result.dense is not None)
+    return " or ".join(known) or "-"
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    """None where one of them is missing or was not finite, which JSON does not have."""
+    values = list(values)
+    return statistics.fmean(values) if values and None not in values else None
