@@ -1,0 +1,87 @@
+"""The figures of the paper from finished runs: ``python -m optima_tpu.figures``.
+
+    layer-errors RUN [RUN ...] -o layer_errors.png     its Figure 2: what the update leaves of every layer's error
+    samples SWEEP -o samples.png                       its Figure 3: perplexity against calibration samples
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+
+from optima_tpu.errors import UserError
+from optima_tpu.report import curves
+
+_SUFFIXES = (".png", ".svg", ".pdf")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line. Returns the exit status."""
+    chosen = _parser().parse_args(arguments)
+    try:
+        path = check_output(chosen.output)
+        layers = chosen.figure == "layer-errors"
+        data = curves.layer_errors(chosen.runs, chosen.against) if layers else curves.samples(chosen.sweep)
+        drawing = _drawing()
+        drawing.write(drawing.layer_errors(data) if layers else drawing.samples(data), path)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    for remark in data.remarks:
+        print(remark)
+    print(f"wrote {path}")
+    return 0
+
+
+def check_output(path: str | Path) -> Path:
+    """The path of a figure, once it is sure that one can be written there.
+
+    Raises:
+      UserError: its folder is missing, or its suffix is not one of .png, .svg and .pdf.
+    """
+    path = Path(path).expanduser()
+    if path.suffix.lower() not in _SUFFIXES:
+        raise UserError(f"expected --output to end in one of {', '.join(_SUFFIXES)}, got {path}")
+    if not path.parent.is_dir():
+        raise UserError(f"expected --output in an existing folder, got {path}; make {path.parent} first")
+    if path.is_dir():
+        raise UserError(f"expected --output to be a file, got the folder {path}")
+    return path
+
+
+def _drawing() -> ModuleType:
+    """The module that draws. Imported only now: matplotlib takes a moment, which --help and errors do not wait for."""
+    try:
+        from optima_tpu.report import figures
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "matplotlib":
+            raise
+        raise UserError("figures are drawn by matplotlib, which is not installed: pip install matplotlib") from None
+    return figures
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m optima_tpu.figures", description="Draws the paper's figures from finished runs.")
+    commands = parser.add_subparsers(dest="figure", required=True, metavar="FIGURE")
+    layers = commands.add_parser(
+        "layer-errors", help="what the update leaves of every layer's error (the paper's Figure 2)",
+        description="The error of every layer after the update over its error before, on the same stream, block by "
+                    "block: on the calibration text, and dashed on held-out text. Below 1 the update helps; exactly 1 is "
+                    "an update that was not accepted.")
+    layers.add_argument("runs", nargs="+", metavar="RUN", help="run directory, or its report.json")
+    layers.add_argument("--against", nargs="+", default=[], metavar="RUN",
+                        help="divide by the final errors of other runs instead: one run for all, or one for each RUN")
+    samples = commands.add_parser(
+        "samples", help="perplexity against the number of calibration samples (the paper's Figure 3)",
+        description="Perplexity of the pruned model against the number of calibration samples, for each mask and "
+                    "update of a sweep that has several: mean and standard deviation over seeds.")
+    samples.add_argument("sweep", metavar="SWEEP", help="directory of a sweep, or its results.json")
+    for command in (layers, samples):
+        command.add_argument("-o", "--output", required=True, metavar="FILE", help="what to write: .png, .svg or .pdf")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

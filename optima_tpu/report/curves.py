@@ -1,0 +1,279 @@
+"""From reports to the lines of a figure. How they are drawn is in ``report.figures``."""
+
+import json
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from optima_tpu.errors import UserError
+from optima_tpu.manifest import RUN
+from optima_tpu.report.numbers import number, plural
+from optima_tpu.report.records import BlockReport, LayerReport
+from optima_tpu.report.summary import all_layers
+
+# Settings that change neither weights nor layer errors, so that no label has to tell them.
+_ELSEWHERE = ("output", "mesh", "cpu_devices", "batch", "export", "evaluation")
+
+
+class LayerLine(NamedTuple):
+    """One layer name of one run, block by block.
+
+    Attributes:
+      blocks: indices, ascending.
+      calibration: for each block the ratio of two errors on the calibration text; NaN leaves a gap.
+      held_out: the same on held-out text; all NaN where there is none.
+    """
+
+    blocks: Sequence[int]
+    calibration: Sequence[float]
+    held_out: Sequence[float]
+
+
+class LayerErrors(NamedTuple):
+    """The paper's Figure 2.
+
+    Attributes:
+      title: what all runs have in common.
+      quantity: what the lines show.
+      runs: label -> layer name -> line.
+      remarks: what the figure does not show.
+    """
+
+    title: str
+    quantity: str
+    runs: Mapping[str, Mapping[str, LayerLine]]
+    remarks: Sequence[str] = ()
+
+
+class SamplesLine(NamedTuple):
+    """One method under one pattern.
+
+    Attributes:
+      mask: label of the mask.
+      update: label of the update.
+      samples: numbers of calibration samples, ascending.
+      means: for each the mean perplexity over seeds.
+      deviations: for each the sample standard deviation over seeds; NaN where there is one seed.
+    """
+
+    mask: str
+    update: str
+    samples: Sequence[int]
+    means: Sequence[float]
+    deviations: Sequence[float]
+
+
+class Samples(NamedTuple):
+    """The paper's Figure 3.
+
+    Attributes:
+      title: model, texts, and the perplexity of the dense model.
+      quantity: what the lines show.
+      panels: pattern -> its lines.
+      remarks: what the figure does not show.
+    """
+
+    title: str
+    quantity: str
+    panels: Mapping[str, Sequence[SamplesLine]]
+    remarks: Sequence[str] = ()
+
+
+def layer_errors(runs: Sequence[str | Path], against: Sequence[str | Path] = ()) -> LayerErrors:
+    """For every layer ``error_after / error_before``: the final weights over the selector's own, on one stream.
+
+    Args:
+      runs: run directories, or report.json files.
+      against: nothing; or one run for all, or one for each: ``error_after`` of the run over ``error_after`` of the
+        other, each in its own stream.
+
+    Raises:
+      UserError: a run is not finished or has no update, or two of them cannot be compared.
+    """
+    runs, against = [str(run) for run in runs], [str(run) for run in against]
+    if len(against) not in (0, 1, len(runs)):
+        raise UserError(f"expected --against with one run, or one for each of the {len(runs)}, got {len(against)}")
+    if len(set(runs)) < len(runs):
+        raise UserError("expected every run once, got one of them twice")
+    reports = {run: _report(run) for run in dict.fromkeys(runs + against)}
+    title, names = _names({run: report["configuration"] for run, report in reports.items()})
+    others = against * len(runs) if len(against) == 1 else against or [None] * len(runs)
+    lines = {}
+    for run, other in zip(runs, others, strict=True):
+        layers = _layers(reports[run])
+        if other is not None:
+            below = _counterparts(run, layers, other, _layers(reports[other]))
+            lines[f"{names[run]} / {names[other]}"] = _lines(layers, below)
+        elif reports[run]["configuration"]["solver"] is None:
+            raise UserError(f"{run} has no solver, its weights are the selector's own: there is no error ratio; choose "
+                            "runs with a solver, or name a run to compare it with by --against")
+        else:
+            lines[names[run]] = _lines(layers, [(layer.error_before, layer.held_out_before) for layer in layers])
+    ratios = [(label, value) for label, run in lines.items() for line in run.values() for value in line.calibration]
+    gaps = [label for label, value in ratios if math.isnan(value)]
+    if len(gaps) == len(ratios):
+        raise UserError(f"no layer of {', '.join(runs)} has an error ratio: errors are zero or not finite")
+    remarks = [f"{label}: {plural(gaps.count(label), 'layer')} without an error ratio, zero or not finite, left out"
+               for label in dict.fromkeys(gaps)]
+    quantity = "final layer error: run / other run" if against else "layer error: after the update / before"
+    return LayerErrors(title, quantity, lines, remarks)
+
+
+def samples(sweep: str | Path) -> Samples:
+    """Perplexity against the number of calibration samples, for every mask and update of a sweep.
+
+    Args:
+      sweep: directory of its tables, or its results.json. Cells that are not finished are left out, and counted in
+        ``remarks``.
+
+    Raises:
+      UserError: there is no such file, nothing is finished, or there is one number of samples only.
+    """
+    path = Path(sweep).expanduser()
+    if path.is_dir() and not (path / "results.json").exists():
+        raise UserError(f"expected the directory of a sweep, got {sweep}, which holds no results.json")
+    path = path / "results.json" if path.is_dir() else path
+    results = read_json(path)
+    if not (isinstance(results, list) and all(isinstance(result, dict) and "update" in result for result in results)):
+        raise UserError(f"expected the results of a sweep, got {path}, which is something else")
+    done = [result for result in results if result["perplexity"] is not None]
+    if not done:
+        raise UserError(f"no cell of {path} is finished yet; repeat the sweep's command")
+    counts = sorted({result["samples"] for result in done})
+    if len(counts) == 1:
+        raise UserError(f"expected several numbers of calibration samples, got {counts[0]} in all finished cells of "
+                        f"{path}; give the sweep some, such as samples: [16, 64]")
+    groups: dict[str, dict[tuple[str, str], dict[int, list[float]]]] = {}
+    for result in done:
+        methods = groups.setdefault(result["pattern"], {})
+        method = methods.setdefault((result["mask"], result["update"]), {})
+        method.setdefault(result["samples"], []).append(result["perplexity"])
+    panels = {pattern: [_samples_line(*method, values) for method, values in methods.items()]
+              for pattern, methods in groups.items()}
+    seeds = len({result["seed"] for result in done})
+    spread = f"\nmean and standard deviation over {seeds} seeds" if seeds > 1 else ""
+    left = len(results) - len(done)
+    remarks = [f"{plural(left, 'cell')} of {len(results)} not finished, left out"] if left else []
+    return Samples(_samples_title(path.parent, done) + spread, "perplexity", panels, remarks)
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file holds. Raises UserError where it can't be read."""
+    try:
+        return json.loads(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    except ValueError:
+        raise UserError(f"expected JSON in {path}, got something else") from None
+
+
+def _report(run: str) -> dict[str, Any]:
+    """The report of a finished run, from its directory or from the file itself."""
+    path = Path(run).expanduser()
+    if path.is_dir():
+        if not (path / "report.json").exists():
+            if (path / RUN).exists():
+                raise UserError(f"{run} is not finished, it has no report.json yet; repeat its command to finish it")
+            raise UserError(f"expected a run directory, got {run}, which holds no report.json")
+        path /= "report.json"
+    report = read_json(path)
+    if not isinstance(report, dict) or not {"configuration", "blocks"} <= report.keys():
+        raise UserError(f"expected the report of a run, got {path}, which is something else")
+    return report
+
+
+def _layers(report: Mapping[str, Any]) -> list[LayerReport]:
+    return all_layers(BlockReport.from_json(block) for block in report["blocks"])
+
+
+def _counterparts(run: str, layers: list[LayerReport], other: str, others: list[LayerReport]
+                  ) -> list[tuple[float, float | None]]:
+    """The final errors of the other run, in the order of ``layers``."""
+    there = {(layer.block, layer.name): (layer.error_after, layer.held_out_after) for layer in others}
+    if {(layer.block, layer.name) for layer in layers} != there.keys():
+        raise UserError(f"expected runs that prune the same layers of one model, got {run} and {other}")
+    return [there[layer.block, layer.name] for layer in layers]
+
+
+def _lines(layers: Sequence[LayerReport], below: Sequence[tuple[float, float | None]]) -> dict[str, LayerLine]:
+    """One line for each layer name; ``below`` is what final errors are divided by, on calibration and held-out text."""
+    points: dict[str, list[tuple[int, float, float]]] = {}
+    for layer, (calibration, held_out) in zip(layers, below, strict=True):
+        points.setdefault(layer.name, []).append(
+            (layer.block, _ratio(layer.error_after, calibration), _ratio(layer.held_out_after, held_out)))
+    return {name: LayerLine(*map(list, zip(*sorted(own)))) for name, own in points.items()}
+
+
+def _ratio(above: float | None, below: float | None) -> float:
+    """NaN where one is missing or not finite, or where there is no error to compare with."""
+    if above is None or below is None or not (math.isfinite(above) and 0 < below < math.inf):
+        return math.nan
+    return above / below
+
+
+def _samples_line(mask: str, update: str, values: Mapping[int, Sequence[float]]) -> SamplesLine:
+    counts = sorted(values)
+    return SamplesLine(mask, update, counts, [statistics.fmean(values[count]) for count in counts],
+                       [statistics.stdev(values[count]) if len(values[count]) > 1 else math.nan for count in counts])
+
+
+def _samples_title(directory: Path, done: Sequence[Mapping[str, Any]]) -> str:
+    """Model and texts, from the report of the first finished cell."""
+    report = _report(str(directory / done[0]["report"]))
+    text = report["configuration"]["calibration"]
+    dense = " or ".join(dict.fromkeys(number(result["dense"], 4) for result in done))
+    return (f"{_model(report['configuration'])}, calibrated on {text['source']} in windows of {text['length']} tokens\n"
+            f"perplexity on {report['evaluation']['how']}, dense {dense}")
+
+
+def _names(configurations: Mapping[str, Mapping[str, Any]]) -> tuple[str, dict[str, str]]:
+    """A title of what runs have in common, and for each a name of what it has not: "wanda + cg, 2:4".
+
+    Args:
+      configurations: of ``report.json``, by run.
+    """
+    facts = {run: _facts(values) for run, values in configurations.items()}
+    first = next(iter(facts.values()))
+    common = [fact for fact in first if len({own[fact] for own in facts.values()}) == 1]
+    names = {run: ", ".join([_method(configurations[run]), *(own[fact] for fact in own if fact not in common)])
+             for run, own in facts.items()}
+    for name in set(names.values()):
+        alike = [run for run in names if names[run] == name]
+        if len(alike) > 1:  # told apart by whatever settings differ
+            told = {run: _flat(configurations[run]) for run in alike}
+            keys = dict.fromkeys(key for own in told.values() for key in own)
+            differing = [key for key in keys if len({str(own.get(key)) for own in told.values()}) > 1]
+            names |= {run: ", ".join([name, *(f"{key} {told[run][key]}" for key in differing if key in told[run])])
+                      for run in alike}
+    twins = [run for run in names if list(names.values()).count(names[run]) > 1]
+    if twins:
+        raise UserError(f"expected runs with different settings, got {' and '.join(twins)}, which have the same")
+    return ", ".join(first[fact] for fact in common), names
+
+
+def _facts(configuration: Mapping[str, Any]) -> dict[str, str]:
+    """What a title says of a run."""
+    layers = configuration.get("layers")
+    text = configuration["calibration"]
+    pattern = configuration["pattern"] if ":" in configuration["pattern"] else f"sparsity {configuration['pattern']}"
+    return {"model": _model(configuration), "pattern": pattern + (f" ({layers})" if layers else ""),
+            "calibration": f"calibrated on {text['source']}, {text['samples']} x {text['length']} tokens"}
+
+
+def _model(configuration: Mapping[str, Any]) -> str:
+    return configuration["model"].removeprefix("wheel:").rstrip("/").rpartition("/")[2]
+
+
+def _method(configuration: Mapping[str, Any]) -> str:
+    solver = configuration["solver"]
+    return f"{configuration['selector']['name']} + {solver['name'] if solver else 'none'}"
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in values.items():
+        if prefix or key not in _ELSEWHERE:
+            flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat

@@ -1,0 +1,159 @@
+"""What the figures look like: lines in, a matplotlib figure out. Where the numbers come from is in ``report.curves``.
+
+Figures are made without pyplot, so there is no state outside of them and no display is needed.
+"""
+
+import io
+import itertools
+import math
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
+
+from optima_tpu.files import write_bytes, writing
+from optima_tpu.report.curves import LayerErrors, Samples
+
+# Okabe and Ito's colours, which people tell apart however they see red and green, without the too light yellow.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#222222")
+_MARKERS = ("o", "s", "^", "D", "v", "X", "P")
+_STYLES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
+_HELD_OUT = (0, (3, 1.5))
+_GREY = "#666666"
+
+
+def layer_errors(data: LayerErrors) -> Figure:
+    """One panel for each layer name, one line for each run, held-out text dashed. All panels have the same axes."""
+    names = list(dict.fromkeys(name for lines in data.runs.values() for name in lines))
+    # A marker of its own for each colour; when the colours come again, with other markers.
+    count = len(_COLOURS)
+    looks = {label: {"color": _COLOURS[index % count], "marker": _MARKERS[(index + index // count) % len(_MARKERS)]}
+             for index, label in enumerate(data.runs)}
+    entries = [Line2D([], [], markersize=4, label=label, **look) for label, look in looks.items()]
+    held_out = any(np.isfinite(line.held_out).any() for lines in data.runs.values() for line in lines.values())
+    if held_out:
+        entries += [Line2D([], [], color=_GREY, label="calibration text"),
+                    Line2D([], [], color=_GREY, linestyle=_HELD_OUT, label="held-out text")]
+    figure, panels = _figure(len(names), min(4, len(names)), (2.8, 2.2), data.title, "block", data.quantity, entries,
+                             share=True)
+    for axes, (name, short) in zip(panels, _short(names).items()):
+        axes.set_title(short, fontsize=10)
+        axes.axhline(1, color=_GREY, linewidth=0.8, zorder=1)
+        for label, lines in data.runs.items():
+            if name in lines:
+                line = lines[name]
+                axes.plot(line.blocks, line.calibration, markersize=2.5, linewidth=1.2, label=label, **looks[label])
+                if np.isfinite(line.held_out).any():
+                    axes.plot(line.blocks, line.held_out, color=looks[label]["color"], linestyle=_HELD_OUT, linewidth=1,
+                              label=f"{label}, held-out")
+    panels[0].xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    values = [value for lines in data.runs.values() for line in lines.values()
+              for value in (*line.calibration, *line.held_out)]
+    largest = np.nanmax(values)
+    # Logarithmic where an error doubles, as on held-out text it may.
+    if largest > 2 and np.nanmin(values) > 0:
+        _logarithmic(panels[0], values)
+    else:
+        panels[0].set_ylim(0, 1.05 * max(1, largest))
+    return figure
+
+
+def samples(data: Samples) -> Figure:
+    """One panel for each pattern, a line for each method, bars over seeds. A colour is a mask, a style an update."""
+    every = [line for lines in data.panels.values() for line in lines]
+    colours = dict(zip(dict.fromkeys(line.mask for line in every), itertools.cycle(_COLOURS)))
+    styles = dict(zip(dict.fromkeys(line.update for line in every), itertools.cycle(zip(_STYLES, _MARKERS))))
+    looks = {}
+    for line in every:
+        style, marker = styles[line.update]
+        looks[line.mask, line.update] = {"color": colours[line.mask], "linestyle": style, "marker": marker,
+                                         "markersize": 4.5, "linewidth": 1.4, "label": f"{line.mask} + {line.update}"}
+    figure, panels = _figure(len(data.panels), min(2, len(data.panels)), (4.8, 3.2), data.title, "calibration samples",
+                             data.quantity, [Line2D([], [], **look) for look in looks.values()])
+    for axes, (pattern, lines) in zip(panels, data.panels.items()):
+        axes.set_title(f"pattern {pattern}", fontsize=10)
+        for line in lines:
+            bars = None if np.isnan(line.deviations).all() else line.deviations
+            axes.errorbar(line.samples, line.means, yerr=bars, capsize=2.5, elinewidth=1,
+                          **looks[line.mask, line.update])
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_locator(FixedLocator(sorted({count for line in lines for count in line.samples})))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0f}"))
+        axes.xaxis.set_minor_locator(NullLocator())
+        means = [mean for line in lines for mean in line.means]
+        # Logarithmic where one method is so much worse that the others would be pressed together.
+        if max(means) > 2.5 * min(means):
+            _logarithmic(axes, means)
+    return figure
+
+
+def write(figure: Figure, path: Path) -> None:
+    """Writes a figure in the format that the suffix names. The same figure gives the same bytes.
+
+    Raises:
+      UserError: the disk is full, or the folder is not writable.
+    """
+    form = path.suffix.lower().removeprefix(".")
+    undated = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(form)
+    data = io.BytesIO()
+    with matplotlib.rc_context({"svg.hashsalt": "optima_tpu"}):
+        figure.savefig(data, format=form, dpi=160, metadata=undated)
+    with writing(path, "choose another --output"):
+        write_bytes(path, data.getvalue())
+
+
+def _figure(count: int, columns: int, panel: tuple[float, float], title: str, across: str, up: str,
+            entries: Sequence[Line2D], share: bool = False) -> tuple[Figure, Sequence[Axes]]:
+    """A figure of ``count`` panels, each of ``panel`` inches, with the legend below them.
+
+    Args:
+      title: wrapped to the width of the figure.
+      across: what the horizontal axes show.
+      up: what the vertical axes show.
+      entries: of the legend.
+      share: all panels have the same axes.
+    """
+    rows, width = math.ceil(count / columns), 0.8 + columns * panel[0]
+    # In inches: a character of the title is 0.09 wide, one of the legend 0.075, the legend's line with its gaps 0.7.
+    title = "\n".join(textwrap.fill(line, int(width / 0.09)) for line in title.splitlines())
+    widest = 0.7 + 0.075 * max(len(entry.get_label()) for entry in entries)
+    below = math.ceil(len(entries) / max(1, int(width / widest)))
+    height = 0.2 + 0.2 * len(title.splitlines()) + rows * panel[1] + below * 0.21
+    figure = Figure(figsize=(width, height), layout="constrained")
+    grid = list(figure.subplots(rows, columns, sharex=share, sharey=share, squeeze=False).flat)
+    for axes in grid[count:]:
+        axes.remove()
+    for index, axes in enumerate(grid[:count]):
+        lowest = not share or index + columns >= count  # of its column
+        axes.tick_params(labelsize=8, labelbottom=lowest)
+        axes.set_xlabel(across if lowest else "", fontsize=9)
+        axes.grid(axis="y", color="#DDDDDD", linewidth=0.6)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(title, fontsize=10)
+    figure.supylabel(up, fontsize=10)
+    # Spread evenly over the rows that are needed: 6 in two rows are 3 and 3, not 5 and 1.
+    figure.legend(handles=entries, loc="outside lower center", ncols=math.ceil(len(entries) / below), fontsize=9,
+                  frameon=False, handlelength=3)
+    return figure, grid[:count]
+
+
+def _short(names: Sequence[str]) -> dict[str, str]:
+    """"self_attn.q_proj" -> "q_proj", where no other layer ends alike."""
+    last = [name.rpartition(".")[2] for name in names]
+    return {name: short if last.count(short) == 1 else name for name, short in zip(names, last)}
+
+
+def _logarithmic(axes: Axes, values: Sequence[float]) -> None:
+    """A logarithmic axis with 20, 50 and 100 on it, not powers of ten; with more numbers where the values are close."""
+    axes.set_yscale("log")
+    wide = np.nanmax(values) > 10 * np.nanmin(values)
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if wide else (1, 1.5, 2, 3, 4, 5, 6, 8)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())

