@@ -32,7 +32,7 @@ from jax import Array
 from orbax.checkpoint import v1 as ocp
 
 from optima_tpu.errors import UserError
-from optima_tpu.files import PARTIAL, commit, remove_partial, split_by_size, write_bytes, writing
+from optima_tpu.files import LOCK, PARTIAL, commit, remove_partial, split_by_size, write_bytes, writing
 from optima_tpu.manifest import ASSETS, RUN, read_run, refuse_another, write_run
 
 _JOURNAL, _ACTIVATIONS, _CHECKPOINT = "journal", "activations", "checkpoint"
@@ -79,8 +79,8 @@ def prepare_directory(directory: str | Path, manifest: Mapping[str, Any]) -> Pat
     with writing(directory, "choose another --output"):
         if (directory / RUN).exists():
             refuse_another(directory, manifest)
-        # A run that was killed while it wrote its first file left nothing but that file's beginning.
-        elif directory.exists() and any(child.name != RUN + PARTIAL for child in directory.iterdir()):
+        # A run that was killed while it wrote its first file left nothing but its lock and that file's beginning.
+        elif directory.exists() and any(child.name not in (LOCK, RUN + PARTIAL) for child in directory.iterdir()):
             raise UserError(f"{directory} holds files that are not a run of this program; choose another --output")
         directory.mkdir(parents=True, exist_ok=True)
     return directory

@@ -8,12 +8,16 @@ import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import filelock
 from huggingface_hub import StateDictSplit, split_state_dict_into_shards_factory
 
 from optima_tpu.errors import UserError
 
 PARTIAL = ".partial"
 """Suffix of what is still being written. Such a name may be deleted by whoever writes the real one."""
+
+LOCK = "run.lock"
+"""Held by the process that works in a directory."""
 
 # TensorStore and safetensors report a failed system call in the text of an error of their own.
 _ERROR_NUMBER = re.compile(r"os[ _]error(?:_code=')? ?(\d+)")
@@ -41,6 +45,25 @@ def writing(path: Path, remedy: str) -> Iterator[None]:
         if number is None:
             raise
         raise UserError(f"could not write {path}: {os.strerror(number)}; {remedy}") from error
+
+
+@contextlib.contextmanager
+def alone(directory: Path) -> Iterator[None]:
+    """Keeps other processes out of an existing directory. The system ends it with the process, also by kill -9.
+
+    Raises:
+      UserError: another process is in it.
+    """
+    lock = filelock.FileLock(directory / LOCK, timeout=0)
+    try:
+        with writing(directory, "choose another --output"):
+            lock.acquire()
+    except filelock.Timeout:
+        raise UserError(f"another process is at work in {directory}; wait for it, or choose another --output") from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def sync(path: Path) -> None:

@@ -17,7 +17,7 @@ from optima_tpu.config import RunConfig, to_dict, weights_settings
 from optima_tpu.data import Tokens
 from optima_tpu.evaluate.perplexity import perplexity
 from optima_tpu.export import export, is_export_of
-from optima_tpu.files import write_bytes
+from optima_tpu.files import alone, write_bytes
 from optima_tpu.inputs import (Model, Texts, linear_shapes, manifest_of, open_model_on_mesh, read_texts,
                                token_digest)
 from optima_tpu.layer_rules import check_layers
@@ -60,7 +60,7 @@ def run(config: RunConfig, console: Console | None = None, model: Model | None =
         _tell(console, config, report)
         return report
 
-    with Progress(console) as progress:
+    with alone(directory), Progress(console) as progress:
         if dense is None:
             dense = _dense_perplexity(decoder, evaluation, directory, progress)
         # Only now is anything written: every weight was read, and the model works in this dtype.

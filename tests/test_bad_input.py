@@ -1,12 +1,14 @@
 """Whatever is wrong with the input is one line that says so, and nothing on the disk changes."""
 
 import json
+import os
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 
+from optima_tpu.files import LOCK, alone
 from optima_tpu.launch import main
 from tests.helpers import SMALL, snapshot, tiny_folder
 
@@ -28,8 +30,8 @@ def refused(tmp_path, capfd):
         assert (status, said.count("\n")) == (2, 1), said
         assert said.startswith("error: ") and "Traceback" not in said + printed
         after = snapshot(output)
-        # A run that reads all of the model before it finds what is wrong has made the directory for its result.
-        assert after == before or not before and [*after] == [str(output)]
+        # A run that reads all of the model before it finds what is wrong has made, and locked, the directory for its result.
+        assert after == before or not before and after.keys() <= {str(output), str(output / LOCK)}
         return said
 
     return run
@@ -107,6 +109,19 @@ def test_an_output_directory_in_use(model, finished, refused, tmp_path):
     assert "holds files that are not a run of this program; choose another --output" in message
     message = refused("--model", model, *SMALL, output=tmp_path / "thesis" / "thesis.tex")
     assert "Not a directory" in message
+
+
+def test_an_output_directory_that_another_process_is_at_work_in(model, refused, tmp_path):
+    (tmp_path / "run").mkdir()
+    holder = subprocess.Popen([sys.executable, "-c", "import sys; from pathlib import Path; from optima_tpu.files import alone\n"
+                               "with alone(Path(sys.argv[1])): print(flush=True); input()", str(tmp_path / "run")],
+                              stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": ":".join(sys.path)})
+    holder.stdout.readline()
+    assert f"another process is at work in {tmp_path / 'run'}; wait for it" in refused("--model", model, *SMALL)
+    holder.kill()
+    holder.wait()
+    with alone(tmp_path / "run"):  # nobody's any more
+        pass
 
 
 @pytest.mark.parametrize("damage", ["cut short", "header", "missing"])
