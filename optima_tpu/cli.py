@@ -70,7 +70,7 @@ def configure(document: Mapping[str, Any], argv: Sequence[str] = ()) -> RunConfi
     base = to_dict(EMBEDDED if model is None else RunConfig(model=str(model)))
     chosen = {}
     for setting, methods in CHOICES.items():
-        default = _name(setting, _method(base[setting])["name"])
+        default = _name(setting, method_settings(base[setting])["name"])
         in_file = _name(setting, document.get(setting, {}).get("name", default))
         given = getattr(early, setting)
         chosen[setting] = in_file if given is None else _name(setting, given)
@@ -126,7 +126,7 @@ def _long(document: dict[str, Any], origin: str) -> dict[str, Any]:
     """Settings with every method in its long form; a document in that form stays as it is."""
     for setting, value in document.items():
         if setting in CHOICES:
-            document[setting] = _method(value)
+            document[setting] = method_settings(value)
         elif setting in PARTS and not isinstance(value, dict):
             raise UserError(f"{origin}: expected settings under {setting}, such as 'source: c4', got {value!r}")
     return document
@@ -166,19 +166,21 @@ def _early(argv: Sequence[str]) -> argparse.Namespace:
     return early
 
 
-def _method(value: Any) -> dict[str, Any]:
+def method_settings(value: Any) -> dict[str, Any]:
     """A method in its long form: ``cg`` as ``{"name": "cg"}``."""
     method = dict(value) if isinstance(value, dict) else {"name": value}
     return method | {"name": "null"} if method.get("name", "") is None else method
 
 
+def plain_name(name: Any) -> str:
+    """One text for all spellings of a method's name."""
+    return re.sub("[-_ ]", "", str(name)).lower()
+
+
 def _name(setting: str, text: str) -> str:
     """The method's name however it is written: per_layer, per-layer, PerLayer."""
-    def plain(name):
-        return re.sub("[-_ ]", "", str(name)).lower()
-
     for name in CHOICES[setting]:
-        if plain(text) == plain(name):
+        if plain_name(text) == plain_name(name):
             return name
     raise UserError(f"expected {setting} to be one of {', '.join(CHOICES[setting])}, got {text!r}")
 

@@ -4,10 +4,9 @@ import os
 import sys
 from collections.abc import Sequence
 
-import jax
-
 from optima_tpu.cli import parse
 from optima_tpu.errors import UserError
+from optima_tpu.sharding import simulate_devices
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -16,10 +15,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     try:
         config = parse(sys.argv[1:] if argv is None else argv)
-        if config.cpu_devices:
-            # Before the first array exists: the number of devices is fixed from then on.
-            jax.config.update("jax_platforms", "cpu")
-            jax.config.update("jax_num_cpu_devices", config.cpu_devices)
+        simulate_devices(config.cpu_devices)
         # Only now: what these import asks for the devices.
         from optima_tpu.checkpoint import quiet_orbax
         from optima_tpu.run import run

@@ -25,7 +25,7 @@ from optima_tpu.masks import open_masks
 from optima_tpu.models.decoder import Decoder
 from optima_tpu.prune import ReadMask, Recipe, walk_block
 from optima_tpu.report.file import environment, write_report
-from optima_tpu.report.progress import Progress
+from optima_tpu.report.progress import Progress, say
 from optima_tpu.report.records import BlockReport
 from optima_tpu.report.table import print_summary
 from optima_tpu.selectors import Imported
@@ -182,7 +182,7 @@ def _greet(console: Console, config: RunConfig, model: Model, texts: Texts, dire
              f"run          {directory}"]
     if finished := finished_blocks(directory):
         lines.append(f"resuming     {finished} of {decoder.config.blocks} blocks are done")
-    console.print("\n".join(lines) + "\n", markup=False, highlight=False, soft_wrap=True)
+    say(console, "\n".join(lines) + "\n")
 
 
 def _tell(console: Console, config: RunConfig, report: dict[str, Any]) -> None:

@@ -61,6 +61,16 @@ def make_mesh(text: str | None) -> Mesh:
     return jax.make_mesh((data, model), (DATA, MODEL), axis_types=(AxisType.Auto,) * 2)
 
 
+def simulate_devices(count: int | None) -> None:
+    """Makes this process see ``count`` devices of the CPU and no other; None changes nothing.
+
+    To be called before the first array exists: the number of devices is fixed from then on.
+    """
+    if count is not None:
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_num_cpu_devices", count)
+
+
 def divisible(mesh: Mesh, shape: tuple[int, ...], spec: P) -> P:
     """``spec`` without the axes that do not divide ``shape``: such a dimension is replicated instead."""
     def fit(size: int, axes):

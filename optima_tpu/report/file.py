@@ -41,7 +41,7 @@ def write_report(path: Path, *, manifest: Mapping[str, Any], configuration: Mapp
 
     Args:
       path: RUN/report.json.
-      manifest: what decides the result, see ``run.manifest_of``.
+      manifest: what decides the result, see ``inputs.manifest_of``.
       configuration: from ``config.to_dict``.
       environment: from :func:`environment`.
       model: what was pruned: origin, fingerprint, family, dtype, ...

@@ -16,6 +16,11 @@ from optima_tpu.report.records import LayerReport
 from optima_tpu.report.summary import sparsity
 
 
+def say(console: Console, text: str) -> None:
+    """Prints text as it is: paths in it are neither wrapped nor coloured, and brackets are no markup."""
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
 class Progress:
     """Tells how far a run is. A run is stages one after the other, a stage is steps; the walk's steps are blocks.
 
@@ -106,8 +111,7 @@ class Progress:
 
     def _say(self, text: str) -> None:
         if self._speaks:
-            line = f"{duration(self._clock() - self._start):>7}  {text}"
-            self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+            say(self._console, f"{duration(self._clock() - self._start):>7}  {text}")
 
 
 class _Bars(Bars):

@@ -79,7 +79,7 @@ def unusual(blocks: Sequence[BlockReport]) -> dict[str, dict[str, int]]:
 
 
 def mean_or_none(values: Iterable[float | None]) -> float | None:
-    """The mean; None where a value is missing or there are none."""
+    """The mean; None where there are no values, or one is missing or was not finite, which JSON does not have."""
     values = list(values)
     return None if not values or None in values else statistics.fmean(values)
 

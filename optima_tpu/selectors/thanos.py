@@ -12,10 +12,7 @@ from optima_tpu.patterns import NM, Pattern, keep_mask, lowest
 from optima_tpu.problem import LayerProblem, Pruned, matmul
 from optima_tpu.selectors.inverse import inverse_factor
 from optima_tpu.sharding import padded
-from optima_tpu.solvers.scaling import live_features
-
-# Rows solved at once hold a [block, block] matrix each; together they get this much memory.
-_BATCH_BYTES = 2**28
+from optima_tpu.solvers.scaling import live_features, rows_at_once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,9 +130,7 @@ def _solve_rows(inverse: Array, lost: Array, target: Array) -> Array:
         factor = jax.lax.linalg.cholesky(system, symmetrize_input=False)
         return jax.scipy.linalg.cho_solve((factor, True), target)
 
-    # Batches of one on several CPU devices: larger ones can wait for each other for ever, see solvers/exact.py.
-    alone = jax.default_backend() == "cpu" and jax.device_count() > 1
-    batches = -(-rows // (1 if alone else max(1, _BATCH_BYTES // (size * size * inverse.dtype.itemsize))))
+    batches = -(-rows // rows_at_once(size, inverse.dtype))
     batch = -(-rows // batches)
 
     def split(array: Array) -> Array:

@@ -7,10 +7,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from optima_tpu.problem import LayerProblem, Pruned, Solution, drift
-from optima_tpu.solvers.scaling import RESOLUTION, require, unit_diagonal
-
-# Rows factorised at once hold a [d_in, d_in] matrix each; together they get this much memory.
-_BATCH_BYTES = 2**28
+from optima_tpu.solvers.scaling import RESOLUTION, require, rows_at_once, unit_diagonal
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,11 +69,7 @@ class Exact:
             return jnp.where(free & solved, moved, unmoved), jnp.where(solved, gap, jnp.inf), solved
 
         rows = problem.weight.shape[0]
-        # On the CPU, LAPACK calls of several devices, or of a batch and a remainder compiled beside it, wait in the one
-        # thread pool for its other threads to work on their batches: where all wait, none is left (jax 0.10). So whole
-        # batches only, and batches of one, which are done where they are called, where there are several devices.
-        alone = jax.default_backend() == "cpu" and jax.device_count() > 1
-        batch = 1 if alone else min(max(1, _BATCH_BYTES // (size * size * wide.itemsize)), rows)
+        batch = min(rows_at_once(size, wide), rows)  # whole batches only, see there
         padding = ((0, -rows % batch), (0, 0))
         arrays = (problem.weight, pruned.weight, pruned.keep, pull)
         weight, gap, solved = jax.lax.map(lambda each: row(*each), tuple(jnp.pad(array, padding) for array in arrays),

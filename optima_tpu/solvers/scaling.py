@@ -1,5 +1,6 @@
-"""What the solvers share: unit-diagonal variables, which make tolerances and damping free of scale, and checks of settings."""
+"""What the solvers share: unit-diagonal variables, which make tolerances and damping free of scale, checks, batches."""
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -11,11 +12,25 @@ DEAD = 1e-12
 # inputs were uncorrelated: below it a layer is exact for any use.
 RESOLUTION = 1e-8
 
+# Rows that are factorised at once hold a square matrix each; together they get this much memory.
+_BATCH_BYTES = 2**28
+
 
 def require(holds: bool, name: str, expected: str, value: float) -> None:
     """Raises UserError unless a solver's setting holds what it must."""
     if not holds:
         raise UserError(f"expected the solver's {name} to be {expected}, got {value}")
+
+
+def rows_at_once(size: int, dtype: jnp.dtype) -> int:
+    """How many rows with a [size, size] factorisation each may be solved in one batch, at least 1.
+
+    On the CPU, LAPACK calls of several devices, or of a batch and a remainder compiled beside it, wait in the one thread pool
+    for its other threads to work on their batches: where all wait, none is left (jax 0.10). So whole batches only, and
+    batches of one, which are done where they are called, where there are several devices.
+    """
+    alone = jax.default_backend() == "cpu" and jax.device_count() > 1
+    return 1 if alone else max(1, _BATCH_BYTES // (size * size * jnp.dtype(dtype).itemsize))
 
 
 def live_features(hessian: Array) -> Array:

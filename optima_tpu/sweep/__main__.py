@@ -6,10 +6,11 @@ import shlex
 import sys
 from collections.abc import Collection, Sequence
 
-import jax
 from rich.console import Console
 
 from optima_tpu.errors import UserError
+from optima_tpu.report.progress import say
+from optima_tpu.sharding import simulate_devices
 from optima_tpu.sweep import grid as grids
 from optima_tpu.sweep.grid import Cell, Grid, differences, read_grid
 from optima_tpu.sweep.tables import failure_lines, layout, terminal_table
@@ -37,14 +38,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             _list(console, grid, chosen, sweep.finished)
             return 0
         if sweep.finished:
-            _say(console, f"resuming  {len(sweep.finished)} of {len(grid.cells)} cells are done")
+            say(console, f"resuming  {len(sweep.finished)} of {len(grid.cells)} cells are done")
         command = shlex.join(_command(options, settings))
         sweep.run(console, command, options.keep_checkpoints)
         files = sweep.write(command)
         console.print()
         console.print(terminal_table(layout(grid, sweep.results)), highlight=False)
         failures = failure_lines(sweep.results)
-        _say(console, "\n".join(["", *(f"failed  {line}" for line in failures), *map(str, files.values())]))
+        say(console, "\n".join(["", *(f"failed  {line}" for line in failures), *map(str, files.values())]))
         return 1 if failures else 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -102,20 +103,13 @@ def _set_devices(grid: Grid) -> None:
     if len(counts) > 1:
         raise UserError(f"expected one cpu_devices for all cells, which run in one process, got "
                         f"{', '.join(map(str, counts))}")
-    if (count := counts.pop()) is not None:
-        # Before the first array exists: the number of devices is fixed from then on.
-        jax.config.update("jax_platforms", "cpu")
-        jax.config.update("jax_num_cpu_devices", count)
+    simulate_devices(counts.pop())
 
 
 def _list(console: Console, grid: Grid, chosen: Sequence[Cell], finished: Collection[Cell]) -> None:
     for number, (cell, different) in enumerate(zip(grid.cells, differences(grid.cells), strict=True), 1):
         state = "finished" if cell in finished else "to run" if cell in chosen else "not chosen"
-        _say(console, f"cell {number} of {len(grid.cells)}: {cell}: {state}\n    {different}")
-
-
-def _say(console: Console, text: str) -> None:
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
+        say(console, f"cell {number} of {len(grid.cells)}: {cell}: {state}\n    {different}")
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
-from optima_tpu.cli import configure, load
+from optima_tpu.cli import configure, load, method_settings, plain_name
 from optima_tpu.config import CHOICES, RunConfig, to_dict
 from optima_tpu.errors import UserError
 
@@ -221,16 +221,11 @@ def _merged(*layers: Mapping[str, Any]) -> dict[str, Any]:
         for key, value in layer.items():
             before = merged.get(key)
             if key in CHOICES:
-                value = value if isinstance(value, dict) else {"name": value}
-                if before and "name" in value and "name" in before and _plain(value["name"]) != _plain(before["name"]):
-                    before = None
+                value = method_settings(value)
+                names = {plain_name(method["name"]) for method in (before or {}, value) if "name" in method}
+                before = before if len(names) < 2 else None
             merged[key] = before | value if isinstance(before, dict) and isinstance(value, dict) else value
     return merged
-
-
-def _plain(name: Any) -> str:
-    """One text for all spellings of a method's name, as in ``optima_tpu.cli``; no solver is None or "null"."""
-    return "null" if name is None else re.sub("[-_ ]", "", str(name)).lower()
 
 
 def _slug(label: str) -> str:

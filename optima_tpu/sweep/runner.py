@@ -14,6 +14,7 @@ from optima_tpu.export import is_export_of
 from optima_tpu.files import write_bytes, writing
 from optima_tpu.inputs import Model, Texts, manifest_of, open_model_on_mesh, read_texts, token_digest
 from optima_tpu.manifest import ASSETS, RUN, refuse_another
+from optima_tpu.report.progress import say
 from optima_tpu.run import run
 from optima_tpu.sweep.grid import Cell, Grid
 from optima_tpu.sweep.tables import Result, describe, failed, finished, missing, write_tables
@@ -121,18 +122,18 @@ class Sweep:
         for number, cell in enumerate(cells, 1):
             if cell not in self._chosen or cell in self._reports:
                 continue
-            _say(console, f"\ncell {number} of {len(cells)}: {cell}")
+            say(console, f"\ncell {number} of {len(cells)}: {cell}")
             shared, config = self._shared, cell.config
             try:
                 report = run(config, console=console, model=shared.model(config), texts=shared.texts(config),
                              dense=shared.dense(config))
                 if not keep_checkpoints:
                     report = _lighten(cell.directory, report)
-                    _say(console, "the pruned model is removed; --keep-checkpoints keeps it")
+                    say(console, "the pruned model is removed; --keep-checkpoints keeps it")
                 self._know(cell, report)
             except UserError as error:
                 self._failures[cell] = str(error)
-                _say(console, f"failed: {error}")
+                say(console, f"failed: {error}")
             self.write(command)
 
     def _know(self, cell: Cell, report: Mapping[str, Any]) -> None:
@@ -178,7 +179,3 @@ def _remove_heavy(directory: Path) -> None:
         for name in _HEAVY:
             if (directory / name).exists():
                 shutil.rmtree(directory / name)
-
-
-def _say(console: Console, text: str) -> None:
-    console.print(text, markup=False, highlight=False, soft_wrap=True)

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from optima_tpu.files import write_bytes, writing
 from optima_tpu.report.numbers import number
+from optima_tpu.report.summary import mean_or_none
 from optima_tpu.sweep.grid import Cell, Grid
 
 
@@ -92,7 +93,7 @@ def finished(cell: Cell, report: Mapping[str, Any], output: Path) -> Result:
       output: directory of the tables.
     """
     layers = [layer for block in report["blocks"] for layer in block["layers"]]
-    errors = {key: _mean(layer.get(key) for layer in layers)
+    errors = {key: mean_or_none(layer.get(key) for layer in layers)
               for key in ("error_before", "error_after", "held_out_before", "held_out_after")}
     return dataclasses.replace(
         missing(cell), state="finished", perplexity=report["perplexity"]["pruned"], dense=report["perplexity"]["dense"],
@@ -217,9 +218,3 @@ def _entry(group: Sequence[Result]) -> str:
 def _dense(results: Iterable[Result]) -> str:
     known = dict.fromkeys(number(result.dense, 4) for result in results if result.dense is not None)
     return " or ".join(known) or "-"
-
-
-def _mean(values: Iterable[float | None]) -> float | None:
-    """None where one of them is missing or was not finite, which JSON does not have."""
-    values = list(values)
-    return statistics.fmean(values) if values and None not in values else None
