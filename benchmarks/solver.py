@@ -108,7 +108,7 @@ def load_block(arguments) -> tuple[list[tuple[list[Array], Array]], str]:
                                 samples=arguments.samples, length=arguments.length)
     hidden = decoder.embed(tokens.ids)
     for index in range(arguments.block):
-        decoder.apply(decoder.load_block(index), hidden)
+        decoder.apply(index, decoder.load_block(index), hidden)
     parameters, names = decoder.load_block(arguments.block), linear_groups(decoder)
     layers = [([parameters[name + ".weight"] for name in group], hessian) for group, hessian in zip(
         names, accumulate_hessians(decoder, arguments.block, parameters, hidden, names))]

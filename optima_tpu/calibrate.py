@@ -25,17 +25,17 @@ def linear_groups(decoder: Decoder) -> Groups:
     """
     found: list[Groups] = []  # the one trace leaves its groups here
 
-    def trace(state, x, cos, sin):
-        inputs = forward(decoder.graph, state, x, cos, sin)[1]
+    def trace(state, x, positions):
+        inputs = forward(decoder.graph, state, x, positions)[1]
         groups: dict[int, list[str]] = {}
-        for name in decoder.family.LINEARS:
+        for name in decoder.family.linears:
             groups.setdefault(id(inputs[name]), []).append(name)
         found.append(tuple(map(tuple, groups.values())))
         return x
 
     state = decoder.state({name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in decoder.block_shapes.items()})
-    table = jax.ShapeDtypeStruct((2, decoder.config.head_dim), jnp.float32)
-    jax.eval_shape(trace, state, jax.ShapeDtypeStruct((1, 2, decoder.config.d_model), jnp.float32), table, table)
+    hidden = jax.ShapeDtypeStruct((1, 2, decoder.config.d_model), jnp.float32)
+    jax.eval_shape(trace, state, hidden, decoder.config.positions(0, 2))
     return found[0]
 
 
@@ -56,12 +56,12 @@ def accumulate_hessians(decoder: Decoder, index: int, parameters: Mapping[str, A
       UserError: an input holds a NaN or an infinity; names the layer.
     """
     state = decoder.state(parameters)
-    rope = decoder.rope(hidden.shape[1])
+    positions = decoder.positions(index, hidden.shape[1])
     sizes = tuple(decoder.block_shapes[names[0] + ".weight"][1] for names in groups)
     sums = tuple(jnp.zeros((size, size), jnp.float32, device=jax.NamedSharding(decoder.mesh, _columns(decoder.mesh, size)))
                  for size in sizes)
     for batch in decoder.batches(hidden):
-        sums = _add_batch(decoder.graph, decoder.mesh, groups, sums, state, batch.hidden, batch.valid, *rope)
+        sums = _add_batch(decoder.graph, decoder.mesh, groups, sums, state, batch.hidden, batch.valid, positions)
     hessians = _divide(sums, np.float32(hidden.shape[0] * hidden.shape[1]))
     for names, hessian in zip(groups, hessians):
         if not bool(jnp.isfinite(jnp.trace(hessian))):
@@ -71,8 +71,8 @@ def accumulate_hessians(decoder: Decoder, index: int, parameters: Mapping[str, A
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=3)
-def _add_batch(graph, mesh: Mesh, groups: Groups, sums, state, hidden, valid, cos, sin):
-    inputs = forward(graph, state, hidden, cos, sin)[1]
+def _add_batch(graph, mesh: Mesh, groups: Groups, sums, state, hidden, valid, positions):
+    inputs = forward(graph, state, hidden, positions)[1]
     return tuple(total + _gram(inputs[names[0]] * valid[:, None, None].astype(hidden.dtype), mesh)
                  for names, total in zip(groups, sums))
 

@@ -42,7 +42,7 @@ def open_model_on_mesh(config: RunConfig) -> Model:
     mesh = make_mesh(config.mesh)
     pretrained = open_model(config.model, config.dtype)
     decoder = Decoder.open(pretrained.config, pretrained.tensors, mesh, config.batch)
-    check_names(decoder.tensor_names(), pretrained.tensors)
+    check_names(decoder.tensor_names(), pretrained.tensors, decoder.family.ignored)
     return Model(pretrained, decoder)
 
 
@@ -58,13 +58,22 @@ def read_texts(config: RunConfig, model: Model) -> Texts:
     data.refuse_overlap(source, other)
     text = config.calibration
     length = config.evaluation.length or text.length
-    limit = getattr(model.pretrained.config, "max_position_embeddings", None)
+    limit = getattr(model.pretrained.config.get_text_config(), "max_position_embeddings", None)
     for name, value in (("calibration.length", text.length), ("evaluation.length", length)):
         if limit and value > limit:
             raise UserError(f"expected {name} of at most {limit}, the model's context, got {value}")
-    return Texts(data.calibration_tokens(source, tokenizer, samples=text.samples, length=text.length, seed=text.seed,
-                                         held_out=text.held_out),
-                 data.evaluation_tokens(other, tokenizer, length=length, windows=config.evaluation.windows))
+    bos = None
+    if model.decoder.family.needs_bos and (bos := tokenizer.bos_token_id) is None:
+        raise UserError("expected a tokenizer with a BOS token, without which this family does not work; its "
+                        "tokenizer_config.json names none: add it, or take the tokenizer that was published with the model")
+    texts = Texts(data.calibration_tokens(source, tokenizer, samples=text.samples, length=text.length, seed=text.seed,
+                                          held_out=text.held_out, bos=bos),
+                  data.evaluation_tokens(other, tokenizer, length=length, windows=config.evaluation.windows, bos=bos))
+    largest, vocab = max(int(tokens.ids.max()) for tokens in texts), model.decoder.config.vocab
+    if largest >= vocab:
+        raise UserError(f"expected token ids below {vocab}, the rows of the model's embedding, got {largest}: tokenizer and model "
+                        "do not belong together")
+    return texts
 
 
 def manifest_of(config: RunConfig, model: Model, texts: Texts) -> dict[str, Any]:
@@ -95,4 +104,4 @@ def token_digest(ids: np.ndarray) -> str:
 def linear_shapes(decoder: Decoder) -> list[tuple[str, str, tuple[int, int]]]:
     """(whole path, path inside the block, [d_out, d_in]) of every linear layer of the blocks."""
     return [(decoder.prefix(index) + name, name, decoder.block_shapes[name + ".weight"])
-            for index in range(decoder.config.blocks) for name in decoder.family.LINEARS]
+            for index in range(decoder.config.blocks) for name in decoder.family.linears]

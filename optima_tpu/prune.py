@@ -147,7 +147,7 @@ def walk_block(decoder: Decoder, index: int, hidden: np.ndarray, groups: Groups,
         held_out = accumulate_hessians(decoder, index, parameters, hidden[samples:], groups)
     parameters, keeps, layers = prune_block(index, decoder.prefix(index), parameters, groups, hessians, recipe,
                                             decoder.mesh, tell, held_out=held_out, masks=masks)
-    decoder.apply(parameters, hidden)
+    decoder.apply(index, parameters, hidden)
     return parameters, keeps, layers
 
 

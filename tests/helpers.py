@@ -125,6 +125,19 @@ SMALL = ["--calibration.source", "random", "--calibration.samples", "8", "--cali
 """The settings of a run over a :func:`tiny_folder` that takes a second or two."""
 
 
+def byte_tokenizer():
+    """A tokenizer of one token a byte, and ``<s>`` (256, BOS) and ``</s>`` (257, EOS)."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    core = Tokenizer(models.BPE(vocab={symbol: index for index, symbol in enumerate(alphabet)}, merges=[]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    core.add_special_tokens(["<s>", "</s>"])
+    return PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>")
+
+
 def tiny_folder(path: Path, *, dtype: str = "float32", change: Callable[[dict[str, np.ndarray]], None] = lambda arrays: None,
                 **settings) -> Path:
     """Writes a :func:`tiny_llama` as a Hugging Face folder: two shards, and a tokenizer of one token a byte; no torch needed.
@@ -133,9 +146,6 @@ def tiny_folder(path: Path, *, dtype: str = "float32", change: Callable[[dict[st
       change: edits the tensors, by name, before they are written.
     """
     import safetensors.numpy
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
     from optima_tpu.weights.source import DTYPES
 
     # o_proj and down_proj of one shape: the solver is compiled once less.
@@ -150,12 +160,7 @@ def tiny_folder(path: Path, *, dtype: str = "float32", change: Callable[[dict[st
     size = sum(array.nbytes for array in arrays.values())
     (path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {"total_size": size}, "weight_map": weight_map}))
     (path / "config.json").write_text(json.dumps(config.to_diff_dict() | {"dtype": dtype}, indent=1))
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    core = Tokenizer(models.BPE(vocab={symbol: index for index, symbol in enumerate(alphabet)}, merges=[]))
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    core.add_special_tokens(["<s>", "</s>"])
-    PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>").save_pretrained(path)
+    byte_tokenizer().save_pretrained(path)
     return path
 
 

@@ -24,7 +24,7 @@ def test_hessians_are_the_mean_outer_product_of_the_inputs(shape):
     parameters = decoder.load_block(1)
     groups = linear_groups(decoder)
     hessians = accumulate_hessians(decoder, 1, parameters, hidden, groups)
-    _, inputs = forward(decoder.graph, decoder.state(parameters), hidden, *decoder.rope(11))
+    _, inputs = forward(decoder.graph, decoder.state(parameters), hidden, decoder.positions(1, 11))
     for names, hessian in zip(groups, hessians):
         rows = np.asarray(inputs[names[0]], np.float64).reshape(77, -1)
         expected = rows.T @ rows / 77

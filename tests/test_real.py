@@ -56,7 +56,7 @@ def test_certificates_hold_against_float64_on_real_hessians(model):
                 energy = np.sum(weight**2 * np.diag(undamped), axis=1)
                 assert (excess <= solution.gap[some] * np.maximum(best, 1e-8 * energy) * 1.001 + 1e-9 * energy).all(), names
                 errors.append(excess.sum() / best.sum())
-        decoder.apply(parameters, hidden)
+        decoder.apply(index, parameters, hidden)
     assert certified >= 0.99 * rows
     assert max(errors) < 1e-3
 

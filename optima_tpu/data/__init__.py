@@ -38,7 +38,7 @@ def parse_source(text: str) -> Source:
 
 
 def calibration_tokens(source: Source, tokenizer: PreTrainedTokenizerBase, *, samples: int, length: int, seed: int,
-                       held_out: int = 0) -> Tokens:
+                       held_out: int = 0, bos: int | None = None) -> Tokens:
     """The windows a model is calibrated on, and further ones held out. The same arguments give the same tokens.
 
     A text source is sampled by :func:`optima_tpu.data.sampling.calibration_windows`. Every document is tokenised with
@@ -47,6 +47,8 @@ def calibration_tokens(source: Source, tokenizer: PreTrainedTokenizerBase, *, sa
 
     Args:
       held_out: windows drawn beyond ``samples``, which share no token position with those.
+      bos: what every window begins with, followed by ``length - 1`` tokens of text that is tokenised without special
+        tokens. Of windows that are token ids already it replaces the first ones.
 
     Returns:
       ids [samples + held_out, length] int32, the held-out ones last.
@@ -62,14 +64,14 @@ def calibration_tokens(source: Source, tokenizer: PreTrainedTokenizerBase, *, sa
         raise UserError(f"expected a number of held-out windows that is not negative, got {held_out}")
     if isinstance(source, TokenSource):
         tokens = source.tokens("calibration", vocabulary=len(tokenizer), windows=samples + held_out, length=length, seed=seed)
-        return tokens._replace(how=tokens.how + sampling.held_out_text(held_out))
-    return sampling.calibration_windows(
-        list(source.documents("calibration")), _encoder(tokenizer), separator=tokenizer.eos_token_id, samples=samples,
-        held_out=held_out, length=length, seed=seed, origin=str(source))
+        return _replacing(tokens._replace(how=tokens.how + sampling.held_out_text(held_out)), bos)
+    return _preceded(sampling.calibration_windows(
+        list(source.documents("calibration")), _encoder(tokenizer, bos), separator=tokenizer.eos_token_id, samples=samples,
+        held_out=held_out, length=_text_length(length, bos), seed=seed, origin=str(source)), bos)
 
 
 def evaluation_tokens(source: Source, tokenizer: PreTrainedTokenizerBase, *, length: int,
-                      windows: int | None) -> Tokens:
+                      windows: int | None, bos: int | None = None) -> Tokens:
     """The windows perplexity is measured on: the text cut into consecutive pieces, the last partial one dropped.
 
     The documents are joined by a blank line and tokenised as one text with the tokenizer's own special tokens, as
@@ -77,6 +79,7 @@ def evaluation_tokens(source: Source, tokenizer: PreTrainedTokenizerBase, *, len
 
     Args:
       windows: how many of the first windows to take at most; None takes all.
+      bos: see :func:`calibration_tokens`.
 
     Returns:
       ids [windows, length] int32.
@@ -87,9 +90,10 @@ def evaluation_tokens(source: Source, tokenizer: PreTrainedTokenizerBase, *, len
     if length < 1 or (windows is not None and windows < 1):
         raise UserError(f"expected at least one evaluation window of at least one token, got {windows} of {length}")
     if isinstance(source, TokenSource):
-        return source.tokens("evaluation", vocabulary=len(tokenizer), windows=windows, length=length, seed=0)
-    return sampling.evaluation_windows(
-        source.documents("evaluation"), _encoder(tokenizer), length=length, windows=windows, origin=str(source))
+        return _replacing(source.tokens("evaluation", vocabulary=len(tokenizer), windows=windows, length=length, seed=0), bos)
+    return _preceded(sampling.evaluation_windows(
+        source.documents("evaluation"), _encoder(tokenizer, bos), length=_text_length(length, bos), windows=windows,
+        origin=str(source)), bos)
 
 
 def refuse_overlap(calibration: Source, evaluation: Source) -> None:
@@ -104,9 +108,30 @@ def refuse_overlap(calibration: Source, evaluation: Source) -> None:
                             "texts; split the file or choose another source for one of them")
 
 
-def _encoder(tokenizer: PreTrainedTokenizerBase) -> sampling.Encode:
+def _text_length(length: int, bos: int | None) -> int:
+    """The tokens of text in a window."""
+    if bos is not None and length < 2:
+        raise UserError(f"expected windows of at least two tokens for a model that needs a BOS token, got {length}")
+    return length if bos is None else length - 1
+
+
+def _preceded(tokens: Tokens, bos: int | None) -> Tokens:
+    if bos is None:
+        return tokens
+    return tokens._replace(ids=np.pad(tokens.ids, ((0, 0), (1, 0)), constant_values=bos), how=tokens.how + ", a BOS token before each")
+
+
+def _replacing(tokens: Tokens, bos: int | None) -> Tokens:
+    if bos is None or (tokens.ids[:, 0] == bos).all():
+        return tokens
+    ids = tokens.ids.copy()
+    ids[:, 0] = bos
+    return tokens._replace(ids=ids, how=tokens.how + ", the first token of each replaced by a BOS token")
+
+
+def _encoder(tokenizer: PreTrainedTokenizerBase, bos: int | None) -> sampling.Encode:
     def encode(text: str) -> np.ndarray:
         # Not verbose: transformers would warn that a document is longer than the model's context, which it may be here.
-        encoded = tokenizer(text, add_special_tokens=True, return_attention_mask=False, verbose=False)
+        encoded = tokenizer(text, add_special_tokens=bos is None, return_attention_mask=False, verbose=False)
         return np.asarray(encoded["input_ids"], np.int32)
     return encode

@@ -10,6 +10,7 @@ from jax import Array
 
 from optima_tpu.errors import UserError
 from optima_tpu.models.decoder import Decoder, Head, forward, head_logits
+from optima_tpu.models.family import Positions
 
 
 def perplexity(decoder: Decoder, tokens: np.ndarray, advance=lambda: None) -> float:
@@ -27,14 +28,14 @@ def perplexity(decoder: Decoder, tokens: np.ndarray, advance=lambda: None) -> fl
     """
     hidden = decoder.embed(tokens)
     for index in range(decoder.config.blocks):
-        decoder.apply(decoder.load_block(index), hidden)
+        decoder.apply(index, decoder.load_block(index), hidden)
         advance()
     head, sums = decoder.head(), []
     for batch in decoder.batches(hidden):
         targets = np.zeros((batch.hidden.shape[0], tokens.shape[1]), np.int32)
         targets[: batch.count] = tokens[batch.rows]
         # Sums over a window in float32, their total in float64 on the host.
-        sums.append(np.asarray(_window_nll(head, batch.hidden, targets, decoder.config.eps))[: batch.count])
+        sums.append(np.asarray(_window_nll(head, batch.hidden, targets))[: batch.count])
     advance()
     windows = np.concatenate(sums)
     if not np.isfinite(windows).all():
@@ -49,23 +50,24 @@ def _first_broken(decoder: Decoder, tokens: np.ndarray) -> str:
     hidden = decoder.embed(tokens)
     for index in range(decoder.config.blocks):
         parameters = decoder.load_block(index)
+        positions = decoder.positions(index, hidden.shape[1])
         for batch in decoder.batches(hidden):
-            finite = _finite_inputs(decoder.graph, decoder.state(parameters), batch.hidden, *decoder.rope(hidden.shape[1]))
-            for name in decoder.family.LINEARS:
+            finite = _finite_inputs(decoder.graph, decoder.state(parameters), batch.hidden, positions)
+            for name in decoder.family.linears:
                 if not finite[name]:
                     return f"the input of {decoder.prefix(index)}{name}"
-        decoder.apply(parameters, hidden)
+        decoder.apply(index, parameters, hidden)
     return "the output of the last block or of the head"
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _finite_inputs(graph, state, hidden: Array, cos: Array, sin: Array) -> dict[str, Array]:
-    inputs = forward(graph, state, hidden, cos, sin)[1]
+def _finite_inputs(graph, state, hidden: Array, positions: Positions) -> dict[str, Array]:
+    inputs = forward(graph, state, hidden, positions)[1]
     return {name: jnp.isfinite(value).all() for name, value in inputs.items()}
 
 
-@functools.partial(jax.jit, static_argnums=3)
-def _window_nll(head: Head, hidden: Array, tokens: Array, eps: float) -> Array:
+@jax.jit
+def _window_nll(head: Head, hidden: Array, tokens: Array) -> Array:
     """Summed negative log-likelihood of tokens 1.. of every window, [windows] float32.
 
     A stretch of positions at a time: the logits of a whole batch would be the largest array of the program.
@@ -78,7 +80,7 @@ def _window_nll(head: Head, hidden: Array, tokens: Array, eps: float) -> Array:
 
     def stretch(pair):
         states, ids = pair
-        logits = head_logits(head, states, eps)
+        logits = head_logits(head, states)
         picked = jnp.take_along_axis(logits, jnp.maximum(ids, 0)[..., None], axis=-1)[..., 0]
         return jnp.sum(jnp.where(ids >= 0, jax.nn.logsumexp(logits, axis=-1) - picked, 0.0), axis=1)
 

@@ -1,15 +1,24 @@
-"""The decoder families: one file each. A family module holds ``Config.from_hf``, ``Block``, its names and its sharding."""
-
-from types import ModuleType
+"""The decoder families, one file each; a family is a :class:`~optima_tpu.models.family.Family`."""
 
 from optima_tpu.errors import UserError
-from optima_tpu.models import llama
+from optima_tpu.models import gemma, llama, mistral, opt, phi3, qwen
+from optima_tpu.models.family import Family
 
-FAMILIES: dict[str, ModuleType] = {"LlamaForCausalLM": llama}
+FAMILIES: dict[str, Family] = {
+    "LlamaForCausalLM": llama.FAMILY,
+    "MistralForCausalLM": mistral.FAMILY,
+    "Qwen2ForCausalLM": qwen.QWEN2,
+    "Qwen3ForCausalLM": qwen.QWEN3,
+    "Gemma2ForCausalLM": gemma.GEMMA2,
+    "Gemma3ForCausalLM": gemma.GEMMA3,
+    "Gemma3ForConditionalGeneration": gemma.GEMMA3_MULTIMODAL,
+    "OPTForCausalLM": opt.FAMILY,
+    "Phi3ForCausalLM": phi3.FAMILY,
+}
 """The architecture that a checkpoint's config.json names, to the family that reads it."""
 
 
-def family_of(config) -> ModuleType:
+def family_of(config) -> Family:
     """The family of a ``transformers`` configuration. Raises UserError, listing what is supported, for any other."""
     names = config.architectures or [type(config).__name__]
     for name in names:

@@ -7,7 +7,6 @@ batches. So one block and one batch are resident on the devices, whatever the mo
 import dataclasses
 import functools
 from collections.abc import Iterator, Mapping
-from types import ModuleType
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +18,8 @@ from jax.sharding import PartitionSpec as P
 
 from optima_tpu.errors import UserError
 from optima_tpu.models import family_of
-from optima_tpu.models.layers import RMSNorm, project
+from optima_tpu.models.family import DecoderConfig, Family, Positions
+from optima_tpu.models.layers import project
 from optima_tpu.sharding import DATA, MODEL, divisible, place
 from optima_tpu.weights.source import TensorSource
 
@@ -29,15 +29,17 @@ class Decoder:
     """A model that is read block by block.
 
     Attributes:
-      family: the module of its family; see ``optima_tpu.models``.
-      config: the family's ``Config``.
+      family: see ``optima_tpu.models``.
+      root: the one of the family's roots that stands before the names of this checkpoint.
+      config: what the family read from the model's configuration.
       tensors: where its weights are read from, under their Hugging Face names.
       mesh: axes ("data", "model").
       batch: sequences that each step gives to one slice of the data axis.
     """
 
-    family: ModuleType
-    config: object
+    family: Family
+    root: str
+    config: DecoderConfig
     tensors: TensorSource
     mesh: Mesh
     batch: int = 4
@@ -46,31 +48,44 @@ class Decoder:
     def open(cls, hf_config, tensors: TensorSource, mesh: Mesh, batch: int = 4) -> "Decoder":
         """Raises UserError when the architecture, or a setting of it, is not supported."""
         family = family_of(hf_config)
-        return cls(family, family.Config.from_hf(hf_config), tensors, mesh, batch)
+        present = set(tensors.names())
+        root = next((root for root in family.roots if root + family.embedding in present), family.roots[0])
+        return cls(family, root, family.read_config(hf_config), tensors, mesh, batch)
 
     @functools.cached_property
     def graph(self) -> nnx.GraphDef:
         """The static half of a block, the same for all."""
-        return nnx.split(nnx.eval_shape(lambda: self.family.Block(self.config)))[0]
+        return self._block[0]
 
     @functools.cached_property
-    def _abstract(self) -> nnx.State:
-        return nnx.split(nnx.eval_shape(lambda: self.family.Block(self.config)))[1]
+    def _block(self) -> tuple[nnx.GraphDef, nnx.State]:
+        return _abstract(self.family.block, self.config)
+
+    @functools.cached_property
+    def _final(self) -> tuple[nnx.GraphDef, nnx.State]:
+        return _abstract(self.family.final, self.config)
 
     @functools.cached_property
     def block_shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of every parameter of a block, by its name inside the block ("self_attn.q_proj.weight")."""
-        return {_name(path): leaf.shape for path, leaf in nnx.to_flat_state(self._abstract)}
+        return _shapes(self._block[1])
 
     def prefix(self, index: int) -> str:
         """What stands before a block's parameter names in the checkpoint."""
-        return self.family.PREFIX.format(index)
+        return self.root + self.family.layers.format(index)
 
     def tensor_names(self) -> list[str]:
         """Every tensor that the model reads."""
         blocks = [self.prefix(i) + name for i in range(self.config.blocks) for name in self.block_shapes]
-        ends = [self.family.EMBEDDING, self.family.FINAL_NORM] + ([] if self.config.tied else [self.family.HEAD])
-        return ends + blocks
+        return [*self.end_shapes, *blocks]
+
+    @functools.cached_property
+    def end_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every tensor that is no block's, by its name in the checkpoint."""
+        family, config = self.family, self.config
+        table = (config.vocab, config.d_embedding)
+        inner = {family.embedding: table} | family.embedding_extras(config) | _shapes(self._final[1])
+        return {self.root + name: shape for name, shape in inner.items()} | ({} if config.tied else {family.head: table})
 
     def load_block(self, index: int) -> dict[str, Array]:
         """Block ``index``'s parameters on the mesh, in the checkpoint's dtypes. Each device reads its own slices.
@@ -78,30 +93,29 @@ class Decoder:
         Raises:
           UserError: a tensor has another shape than the configuration says, or holds a NaN or an infinity.
         """
-        return {name: self._load(self.prefix(index) + name, shape, self.family.SHARDING.get(name, P()))
+        return {name: self._load(self.prefix(index) + name, shape, self.family.sharding.get(name, P()))
                 for name, shape in self.block_shapes.items()}
 
     def embed(self, tokens: np.ndarray) -> np.ndarray:
         """Hidden states before the first block, [samples, length, d_model] on the host, in the embedding's dtype."""
-        table = self.tensors.read(self.family.EMBEDDING)
-        _check(self.family.EMBEDDING, table)
-        return table[tokens]
+        if self.family.embed:
+            return self.family.embed(self.config, self._read, tokens)
+        return self._read(self.family.embedding)[tokens]
 
-    def apply(self, parameters: Mapping[str, Array], hidden: np.ndarray) -> None:
-        """Runs a block over ``hidden`` [samples, length, d_model] in place."""
+    def apply(self, index: int, parameters: Mapping[str, Array], hidden: np.ndarray) -> None:
+        """Runs block ``index`` over ``hidden`` [samples, length, d_model] in place."""
+        positions = self.positions(index, hidden.shape[1])
         for batch in self.batches(hidden):
-            output = run_block(self.graph, self.state(parameters), batch.hidden, *self.rope(hidden.shape[1]))
+            output = run_block(self.graph, self.state(parameters), batch.hidden, positions)
             hidden[batch.rows] = np.asarray(output)[: batch.count]
 
     def state(self, parameters: Mapping[str, Array]) -> nnx.State:
         """The parameters as the state that belongs to ``graph``."""
-        return nnx.from_flat_state([(path, leaf.replace(parameters[_name(path)]))
-                                    for path, leaf in nnx.to_flat_state(self._abstract)])
+        return _filled(self._block[1], parameters)
 
-    def rope(self, length: int) -> tuple[Array, Array]:
-        """The rotary tables (cos, sin) of the first ``length`` positions, on every device."""
-        tables = self.config.rope.tables(length, self.config.head_dim)
-        return jax.device_put(tables, NamedSharding(self.mesh, P()))
+    def positions(self, index: int, length: int) -> Positions:
+        """What block ``index`` knows of the first ``length`` places, on every device."""
+        return jax.device_put(self.config.positions(index, length), NamedSharding(self.mesh, P()))
 
     def batches(self, hidden: np.ndarray) -> Iterator["Batch"]:
         """Cuts hidden states into batches of one shape, the last one filled up with zeros."""
@@ -115,25 +129,39 @@ class Decoder:
                         place(self.mesh, np.arange(size) < count, P(DATA)))
 
     def head(self) -> "Head":
-        """The final norm and the output projection on the mesh."""
-        name = self.family.EMBEDDING if self.config.tied else self.family.HEAD
-        return Head(self._load(self.family.FINAL_NORM, (self.config.d_model,), P()),
-                    self._load(name, (self.config.vocab, self.config.d_model), P(MODEL, None)))
+        """What turns the last block's output into logits, on the mesh."""
+        graph, abstract = self._final
+        parameters = {name: self._load(self.root + name, shape, P())
+                      for name, shape in _shapes(abstract).items()}
+        name = self.root + self.family.embedding if self.config.tied else self.family.head
+        projection = self._load(name, (self.config.vocab, self.config.d_embedding), P(MODEL, None))
+        return Head(_filled(abstract, parameters), projection, graph, self.config.logit_cap)
 
     def logits(self, tokens: np.ndarray) -> np.ndarray:
         """Logits [samples, length, vocab] float32 of a few sequences, on the host."""
         hidden = self.embed(tokens)
         for index in range(self.config.blocks):
-            self.apply(self.load_block(index), hidden)
+            self.apply(index, self.load_block(index), hidden)
         head = self.head()
-        return np.concatenate([np.asarray(run_head(head, batch.hidden, self.config.eps))[: batch.count]
+        return np.concatenate([np.asarray(run_head(head, batch.hidden))[: batch.count]
                                for batch in self.batches(hidden)])
 
-    def _load(self, name: str, shape: tuple[int, ...], spec: P) -> Array:
+    def _read(self, name: str) -> np.ndarray:
+        """A tensor of :attr:`end_shapes` on the host, by its name behind the root."""
+        name = self.root + name
+        self._check_shape(name, self.end_shapes[name])
+        array = self.tensors.read(name)
+        _check(name, array)
+        return array
+
+    def _check_shape(self, name: str, shape: tuple[int, ...]) -> None:
         found = tuple(self.tensors.shape(name))
         if found != shape:
             raise UserError(f"{name}: expected shape {shape} from the model's configuration, got {found}; "
                             "config.json and weights do not belong together")
+
+    def _load(self, name: str, shape: tuple[int, ...], spec: P) -> Array:
+        self._check_shape(name, shape)
 
         def read(index):
             part = self.tensors.read(name, index)
@@ -153,44 +181,58 @@ class Batch:
 
 @dataclasses.dataclass(frozen=True)
 class Head:
-    """Final norm [d_model] and output projection [vocab, d_model]."""
+    """The family's ``final`` module (state and graph), output projection [vocab, d_embedding], and cap of the logits."""
 
-    norm: Array
+    state: nnx.State
     projection: Array
+    graph: nnx.GraphDef
+    cap: float | None
 
 
-jax.tree_util.register_dataclass(Head, data_fields=["norm", "projection"], meta_fields=[])
+jax.tree_util.register_dataclass(Head, data_fields=["state", "projection"], meta_fields=["graph", "cap"])
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def run_block(graph: nnx.GraphDef, state: nnx.State, hidden: Array, cos: Array, sin: Array) -> Array:
+def run_block(graph: nnx.GraphDef, state: nnx.State, hidden: Array, positions: Positions) -> Array:
     """One block over a batch: [batch, length, d_model] to the same."""
-    return forward(graph, state, hidden, cos, sin)[0]
+    return forward(graph, state, hidden, positions)[0]
 
 
-def forward(graph: nnx.GraphDef, state: nnx.State, hidden: Array, cos: Array, sin: Array) -> tuple[Array, dict[str, Array]]:
+def forward(graph: nnx.GraphDef, state: nnx.State, hidden: Array, positions: Positions) -> tuple[Array, dict[str, Array]]:
     """The traceable part of :func:`run_block`, with what every linear layer read: {"self_attn.q_proj": [batch, length, d_in]}.
 
     Layers that share an input map to the same array.
     """
     # Float32 models keep float32 products on every platform; bfloat16 ones are not affected.
     with jax.default_matmul_precision("highest"):
-        output, taps = nnx.capture(nnx.merge(graph, state), nnx.Intermediate)(hidden, cos, sin)
+        output, taps = nnx.capture(nnx.merge(graph, state), nnx.Intermediate)(hidden, positions)
     return output, {_name(path[:-1]): value for path, (value,) in nnx.to_flat_state(taps)}
 
 
-@functools.partial(jax.jit, static_argnums=2)
-def run_head(head: Head, hidden: Array, eps: float) -> Array:
+@jax.jit
+def run_head(head: Head, hidden: Array) -> Array:
     """Logits [batch, length, vocab] in float32 of hidden states [batch, length, d_model]."""
-    return head_logits(head, hidden, eps)
+    return head_logits(head, hidden)
 
 
-def head_logits(head: Head, hidden: Array, eps: float) -> Array:
+def head_logits(head: Head, hidden: Array) -> Array:
     """The traceable part of :func:`run_head`."""
-    norm = RMSNorm(hidden.shape[-1], eps=eps)
-    norm.weight[...] = head.norm
+    states = nnx.merge(head.graph, head.state)(hidden)
     # Straight to float32: rounding logits to bfloat16 would cost perplexity its third digit.
-    return project(norm(hidden), head.projection, jnp.float32)
+    logits = project(states, head.projection, jnp.float32)
+    return head.cap * jnp.tanh(logits / head.cap) if head.cap else logits
+
+
+def _abstract(module, config: DecoderConfig) -> tuple[nnx.GraphDef, nnx.State]:
+    return nnx.split(nnx.eval_shape(lambda: module(config)))
+
+
+def _shapes(state: nnx.State) -> dict[str, tuple[int, ...]]:
+    return {_name(path): leaf.shape for path, leaf in nnx.to_flat_state(state)}
+
+
+def _filled(state: nnx.State, parameters: Mapping[str, Array]) -> nnx.State:
+    return nnx.from_flat_state([(path, leaf.replace(parameters[_name(path)])) for path, leaf in nnx.to_flat_state(state)])
 
 
 def _name(path: tuple) -> str:

@@ -1,16 +1,15 @@
-"""What the decoder families share: Linear in HF layout, RMSNorm, rotary embedding, causal attention."""
+"""What the decoder families share: Linear in HF layout, norms, the gated MLP, causal attention."""
 
-import dataclasses
-import math
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax import Array
 
-from optima_tpu.errors import UserError
+from optima_tpu.models.family import Positions
+from optima_tpu.models.rope import rotate
 
 
 class Linear(nnx.Module):
@@ -50,69 +49,112 @@ class RMSNorm(nnx.Module):
         return self.weight[...].astype(x.dtype) * normed.astype(x.dtype)
 
 
-@dataclasses.dataclass(frozen=True)
-class Llama3Scaling:
-    """Llama 3.1's stretch of the slow rotary frequencies (``rope_type: llama3``)."""
+class ShiftedRMSNorm(nnx.Module):
+    """``x / rms(x) * (1 + w)`` in float32, rounded once: the norm of the Gemma family."""
 
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_length: int
+    def __init__(self, d: int, *, eps: float):
+        self.weight = nnx.Param(jnp.zeros((d,)))
+        self.eps = eps
+
+    def __call__(self, x: Array) -> Array:
+        wide = x.astype(jnp.float32)
+        normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
+        return (normed * (1 + self.weight[...].astype(jnp.float32))).astype(x.dtype)
 
 
-@dataclasses.dataclass(frozen=True)
-class Rope:
-    """Rotary position embedding.
+class LayerNorm(nnx.Module):
+    """``(x - mean(x)) / std(x) * w + b`` in float32, rounded once; without ``w`` and ``b`` if not ``affine``."""
 
-    Attributes:
-      theta: base of the geometric sequence of frequencies.
-      factor: positions are divided by it (``rope_type: linear``); 1 for none.
-      llama3: the scaling of Llama 3.1 and later, or None.
+    def __init__(self, d: int, *, eps: float = 1e-5, affine: bool = True):
+        if affine:
+            self.weight, self.bias = nnx.Param(jnp.ones((d,))), nnx.Param(jnp.zeros((d,)))
+        self.eps = eps
+
+    def __call__(self, x: Array) -> Array:
+        wide = x.astype(jnp.float32)
+        centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
+        normed = centred * jax.lax.rsqrt(jnp.mean(centred * centred, axis=-1, keepdims=True) + self.eps)
+        if hasattr(self, "weight"):
+            normed = normed * self.weight[...].astype(jnp.float32) + self.bias[...].astype(jnp.float32)
+        return normed.astype(x.dtype)
+
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "silu": jax.nn.silu, "relu": jax.nn.relu, "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_pytorch_tanh": functools.partial(jax.nn.gelu, approximate=True),
+}
+"""By the names that config.json uses."""
+
+
+class GatedMLP(nnx.Module):
+    """``down(activation(gate(x)) * up(x))``."""
+
+    def __init__(self, d_model: int, d_ff: int, *, activation: str, bias: bool = False):
+        self.gate_proj = Linear(d_model, d_ff, bias=bias)
+        self.up_proj = Linear(d_model, d_ff, bias=bias)
+        self.down_proj = Linear(d_ff, d_model, bias=bias)
+        self.activation = ACTIVATIONS[activation]
+
+    def __call__(self, x: Array) -> Array:
+        return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
+
+
+class RotaryAttention(nnx.Module):
+    """Causal attention with rotary positions and grouped key-value heads.
+
+    Args:
+      norm: makes a norm over the dimensions of a head, for queries and keys each; None for neither.
+      scale: of the products of queries and keys; None for ``head_dim ** -0.5``.
+      cap: see :func:`attention`.
     """
 
-    theta: float
-    factor: float = 1.0
-    llama3: Llama3Scaling | None = None
+    def __init__(self, d_model: int, heads: int, kv_heads: int, head_dim: int, *, qkv_bias: bool = False, o_bias: bool = False,
+                 norm: Callable[[int], nnx.Module] | None = None, scale: float | None = None, cap: float | None = None):
+        self.head_dim, self.scale, self.cap = head_dim, scale, cap
+        self.q_proj = Linear(d_model, heads * head_dim, bias=qkv_bias)
+        self.k_proj = Linear(d_model, kv_heads * head_dim, bias=qkv_bias)
+        self.v_proj = Linear(d_model, kv_heads * head_dim, bias=qkv_bias)
+        self.o_proj = Linear(heads * head_dim, d_model, bias=o_bias)
+        if norm:
+            self.q_norm, self.k_norm = norm(head_dim), norm(head_dim)
 
-    @classmethod
-    def from_hf(cls, parameters: Mapping) -> "Rope":
-        """From ``config.rope_parameters``. Raises UserError for a rope type that is not supported here."""
-        kind = parameters.get("rope_type", "default")
-        theta = float(parameters["rope_theta"])
-        if kind == "default":
-            return cls(theta)
-        if kind == "linear":
-            return cls(theta, factor=float(parameters["factor"]))
-        if kind == "llama3":
-            return cls(theta, llama3=Llama3Scaling(
-                float(parameters["factor"]), float(parameters["low_freq_factor"]), float(parameters["high_freq_factor"]),
-                int(parameters["original_max_position_embeddings"])))
-        raise UserError(f"expected rope_type default, linear or llama3, got {kind!r}: this model is not supported yet")
-
-    def tables(self, length: int, head_dim: int) -> tuple[Array, Array]:
-        """(cos, sin), each [length, head_dim] float32."""
-        frequencies = 1.0 / self.theta ** (np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
-        if self.llama3:
-            s = self.llama3
-            # Fast frequencies stay, slow ones are divided by the factor, those between are blended by their wavelength.
-            turns = s.original_length * frequencies / (2 * math.pi)
-            blend = np.clip((turns - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor), 0.0, 1.0)
-            frequencies = frequencies * (blend + (1 - blend) / s.factor)
-        angles = np.outer(np.arange(length) / self.factor, frequencies)
-        angles = np.concatenate([angles, angles], axis=1)
-        return jnp.asarray(np.cos(angles), jnp.float32), jnp.asarray(np.sin(angles), jnp.float32)
+    def __call__(self, x: Array, positions: Positions) -> Array:
+        q, k, v = (split_heads(projection(x), self.head_dim) for projection in (self.q_proj, self.k_proj, self.v_proj))
+        if hasattr(self, "q_norm"):
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = (rotate(array, positions.cos, positions.sin) for array in (q, k))
+        mixed = attention(q, k, v, positions.window, scale=self.scale, cap=self.cap)
+        return self.o_proj(mixed.reshape(*x.shape[:2], -1))
 
 
-def rotate(x: Array, cos: Array, sin: Array) -> Array:
-    """Applies the rotary embedding to x [batch, length, heads, head_dim]; pairs are (j, j + head_dim / 2)."""
-    first, second = jnp.split(x, 2, axis=-1)
-    turned = jnp.concatenate([-second, first], axis=-1)
-    return x * cos[None, :, None, :].astype(x.dtype) + turned * sin[None, :, None, :].astype(x.dtype)
+def split_heads(x: Array, head_dim: int) -> Array:
+    """[batch, length, heads * head_dim] as [batch, length, heads, head_dim]."""
+    return x.reshape(*x.shape[:2], -1, head_dim)
 
 
-def causal_attention(q: Array, k: Array, v: Array) -> Array:
-    """Causal softmax attention, q [batch, length, heads, head_dim], k and v with as many or fewer heads (GQA)."""
+def attention(q: Array, k: Array, v: Array, window: Array | None = None, *, scale: float | None = None,
+              cap: float | None = None) -> Array:
+    """Causal softmax attention, [batch, length, heads, head_dim].
+
+    Args:
+      q: queries.
+      k, v: keys and values, with as many heads as q or a divisor of that (GQA).
+      window: how many tokens a position sees, itself included, int32 scalar; None for all before it.
+      scale: of the products; None for ``head_dim ** -0.5``.
+      cap: ``c`` where scaled products become ``c tanh(p / c)``; None for none.
+    """
     if q.dtype == jnp.float16:  # for which jax asks for an algorithm that the CPU and the TPU do not have
-        wide = (array.astype(jnp.float32) for array in (q, k, v))
-        return jax.nn.dot_product_attention(*wide, is_causal=True).astype(q.dtype)
-    return jax.nn.dot_product_attention(q, k, v, is_causal=True)
+        return attention(*(array.astype(jnp.float32) for array in (q, k, v)), window, scale=scale, cap=cap).astype(q.dtype)
+    places = jnp.arange(q.shape[1])
+    near = None if window is None else (places[:, None] - places < window)[None, None]
+    if cap is None:
+        return jax.nn.dot_product_attention(q, k, v, mask=near, is_causal=True, scale=scale)
+    batch, length, heads, size = q.shape
+    # Products and softmax in float32; jax's function has no place for a cap.
+    grouped = q.reshape(batch, length, k.shape[2], -1, size)
+    products = jnp.einsum("bqkgd,bskd->bkgqs", grouped, k, preferred_element_type=jnp.float32)
+    products = cap * jnp.tanh(products * (size ** -0.5 if scale is None else scale) / cap)
+    seen = places[:, None] >= places
+    shares = jax.nn.softmax(jnp.where(seen if near is None else seen & near, products, -jnp.inf), axis=-1).astype(v.dtype)
+    mixed = jnp.einsum("bkgqs,bskd->bqkgd", shares, v, preferred_element_type=jnp.float32)
+    return mixed.reshape(q.shape).astype(q.dtype)

@@ -1,23 +1,24 @@
-"""Llama 2, 3, 3.1, 3.2 and what shares their architecture (SmolLM2): RMSNorm, rotary GQA attention, SwiGLU."""
+"""Llama 2, 3, 3.1, 3.2 and what shares their architecture (SmolLM2): RMSNorm, rotary GQA attention, SwiGLU.
+
+Mistral and Qwen are the same blocks with other settings: see ``mistral.py`` and ``qwen.py``.
+"""
 
 import dataclasses
+import functools
 from collections.abc import Mapping
+from typing import Any
 
-import jax
+import numpy as np
 from flax import nnx
 from jax import Array
 from jax.sharding import PartitionSpec as P
 
 from optima_tpu.errors import UserError
-from optima_tpu.models.layers import Linear, RMSNorm, Rope, causal_attention, rotate
+from optima_tpu.models.family import DecoderConfig, Family, Positions
+from optima_tpu.models.layers import GatedMLP, RMSNorm, RotaryAttention
+from optima_tpu.models.rope import Rope
 from optima_tpu.sharding import MODEL
 
-PREFIX = "model.layers.{}."
-EMBEDDING = "model.embed_tokens.weight"
-FINAL_NORM = "model.norm.weight"
-HEAD = "lm_head.weight"
-
-# The linear layers of a block in the order of the forward pass.
 LINEARS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
            "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 
@@ -33,74 +34,95 @@ SHARDING: Mapping[str, P] = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class Config:
-    """The numbers that shape a Llama block."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(DecoderConfig):
+    """The numbers that shape a block.
 
-    d_model: int
+    Attributes:
+      windows: of every block, how many tokens a position sees (None: all); empty where all blocks see everything.
+      qk_norm: whether queries and keys are normalised, head by head.
+    """
+
     d_ff: int
     heads: int
     kv_heads: int
     head_dim: int
-    blocks: int
-    vocab: int
     eps: float
     rope: Rope
-    tied: bool
-    attention_bias: bool
-    mlp_bias: bool
+    windows: tuple[int | None, ...] = ()
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
 
-    @classmethod
-    def from_hf(cls, config) -> "Config":
-        """From ``transformers.LlamaConfig``. Raises UserError, by name, for a setting that is not supported."""
-        if config.hidden_act != "silu":
-            raise UserError(f"expected hidden_act silu in a Llama model, got {config.hidden_act!r}: not supported")
-        return cls(
-            d_model=config.hidden_size, d_ff=config.intermediate_size, heads=config.num_attention_heads,
-            kv_heads=config.num_key_value_heads,
-            head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
-            blocks=config.num_hidden_layers, vocab=config.vocab_size, eps=config.rms_norm_eps,
-            rope=Rope.from_hf(config.rope_parameters), tied=config.tie_word_embeddings,
-            attention_bias=config.attention_bias, mlp_bias=config.mlp_bias)
+    def positions(self, index: int, length: int) -> Positions:
+        return Positions(*self.rope.tables(length, self.head_dim), window_at(self.windows, index, length))
 
 
-class Attention(nnx.Module):
-    def __init__(self, config: Config):
-        self.heads, self.kv_heads, self.head_dim = config.heads, config.kv_heads, config.head_dim
-        bias = config.attention_bias
-        self.q_proj = Linear(config.d_model, config.heads * config.head_dim, bias=bias)
-        self.k_proj = Linear(config.d_model, config.kv_heads * config.head_dim, bias=bias)
-        self.v_proj = Linear(config.d_model, config.kv_heads * config.head_dim, bias=bias)
-        self.o_proj = Linear(config.heads * config.head_dim, config.d_model, bias=bias)
+def read_sizes(config: Any) -> dict[str, Any]:
+    """What the configurations of these families call by the same names, as arguments of :class:`Config`.
 
-    def __call__(self, x: Array, cos: Array, sin: Array) -> Array:
-        batch, length, _ = x.shape
-        q = self.q_proj(x).reshape(batch, length, self.heads, self.head_dim)
-        k = self.k_proj(x).reshape(batch, length, self.kv_heads, self.head_dim)
-        v = self.v_proj(x).reshape(batch, length, self.kv_heads, self.head_dim)
-        mixed = causal_attention(rotate(q, cos, sin), rotate(k, cos, sin), v)
-        return self.o_proj(mixed.reshape(batch, length, -1))
+    Raises:
+      UserError: another activation than silu.
+    """
+    if config.hidden_act != "silu":
+        raise UserError(f"expected hidden_act silu in a {config.model_type} model, got {config.hidden_act!r}: not supported")
+    return dict(
+        d_model=config.hidden_size, d_embedding=config.hidden_size, d_ff=config.intermediate_size,
+        heads=config.num_attention_heads, kv_heads=config.num_key_value_heads,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+        blocks=config.num_hidden_layers, vocab=config.vocab_size, eps=config.rms_norm_eps,
+        tied=config.tie_word_embeddings)
 
 
-class MLP(nnx.Module):
-    def __init__(self, config: Config):
-        self.gate_proj = Linear(config.d_model, config.d_ff, bias=config.mlp_bias)
-        self.up_proj = Linear(config.d_model, config.d_ff, bias=config.mlp_bias)
-        self.down_proj = Linear(config.d_ff, config.d_model, bias=config.mlp_bias)
+def read_config(config: Any) -> Config:
+    """From ``transformers.LlamaConfig``."""
+    return Config(**read_sizes(config), rope=Rope.from_hf(config.rope_parameters), qkv_bias=config.attention_bias,
+                  o_bias=config.attention_bias, mlp_bias=config.mlp_bias)
 
-    def __call__(self, x: Array) -> Array:
-        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
+
+def windows_by_type(config: Any) -> tuple[int | None, ...]:
+    """The sliding windows that ``layer_types`` and ``sliding_window`` say, block by block; empty if there are none.
+
+    Raises:
+      UserError: a layer of another type than full and sliding attention.
+    """
+    windows = {"full_attention": None, "sliding_attention": config.sliding_window}
+    if strange := set(config.layer_types) - set(windows):
+        raise UserError(f"expected layer_types of {' and '.join(windows)}, got {', '.join(sorted(strange))}: not supported")
+    found = tuple(windows[kind] for kind in config.layer_types)
+    return found if any(found) else ()
+
+
+def window_at(windows: tuple[int | None, ...], index: int, length: int) -> np.ndarray | None:
+    """The window of a block as :class:`Positions` has it. A block that sees everything gets one as wide as the text."""
+    return np.int32(windows[index] or length) if windows else None
 
 
 class Block(nnx.Module):
-    """One decoder block: x [batch, length, d_model] to the same, given the rotary tables of its positions."""
+    """One decoder block: x [batch, length, d_model] to the same."""
 
     def __init__(self, config: Config):
-        self.input_layernorm = RMSNorm(config.d_model, eps=config.eps)
-        self.self_attn = Attention(config)
-        self.post_attention_layernorm = RMSNorm(config.d_model, eps=config.eps)
-        self.mlp = MLP(config)
+        norm = functools.partial(RMSNorm, eps=config.eps)
+        self.input_layernorm = norm(config.d_model)
+        self.self_attn = RotaryAttention(config.d_model, config.heads, config.kv_heads, config.head_dim, qkv_bias=config.qkv_bias,
+                                         o_bias=config.o_bias, norm=norm if config.qk_norm else None)
+        self.post_attention_layernorm = norm(config.d_model)
+        self.mlp = GatedMLP(config.d_model, config.d_ff, activation="silu", bias=config.mlp_bias)
 
-    def __call__(self, x: Array, cos: Array, sin: Array) -> Array:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin)
+    def __call__(self, x: Array, positions: Positions) -> Array:
+        x = x + self.self_attn(self.input_layernorm(x), positions)
         return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Final(nnx.Module):
+    """The norm before the head."""
+
+    def __init__(self, config: Config):
+        self.norm = RMSNorm(config.d_model, eps=config.eps)
+
+    def __call__(self, x: Array) -> Array:
+        return self.norm(x)
+
+
+FAMILY = Family(read_config=read_config, block=Block, linears=LINEARS, sharding=SHARDING, final=Final)

@@ -151,15 +151,19 @@ IGNORABLE = {
 """Names a checkpoint may hold though the model does not want them, and why."""
 
 
-def check_names(expected: Iterable[str], source: TensorSource) -> None:
+def check_names(expected: Iterable[str], source: TensorSource, ignored: Mapping[str, str] = {}) -> None:
     """Compares the tensors a model wants with those a checkpoint holds.
 
+    Args:
+      ignored: what the family adds to :data:`IGNORABLE`: regular expression -> why.
+
     Raises:
-      UserError: names are missing or unexpected (other than :data:`IGNORABLE`); both are reported together.
+      UserError: names are missing or unexpected (other than those to be ignored); both are reported together.
     """
     expected, present = set(expected), set(source.names())
     missing = expected - present
-    unexpected = {name for name in present - expected if not any(re.fullmatch(rule, name) for rule in IGNORABLE)}
+    rules = [*IGNORABLE, *ignored]
+    unexpected = {name for name in present - expected if not any(re.fullmatch(rule, name) for rule in rules)}
     report = [f"{len(names)} tensors {kind} ({_some(names)})"
               for kind, names in (("missing", missing), ("unexpected", unexpected)) if names]
     if report:

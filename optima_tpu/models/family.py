@@ -1,0 +1,91 @@
+"""What a decoder family is to the rest of the program."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+from flax import nnx
+from jax import Array
+from jax.sharding import PartitionSpec as P
+
+Shape = tuple[int, ...]
+
+
+class Positions(NamedTuple):
+    """What a block knows of the places of its tokens. Arrays, so that blocks that differ here share one compilation.
+
+    Attributes:
+      cos, sin: rotary tables [length, rotated dimensions] float32, or None for a family without rotary embedding.
+      window: how many tokens a position sees, itself included, int32 scalar; None if all blocks of the model see everything.
+    """
+
+    cos: Array | np.ndarray | None = None
+    sin: Array | np.ndarray | None = None
+    window: Array | np.ndarray | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DecoderConfig:
+    """The part of a family's configuration that does not depend on the family.
+
+    Attributes:
+      d_model: width of the hidden states.
+      d_embedding: width of the rows of embedding and head; ``d_model`` everywhere but in OPT-350m.
+      blocks: how many.
+      vocab: rows of the embedding.
+      tied: whether the head is the embedding.
+      logit_cap: ``c`` where logits are ``c tanh(logits / c)``, or None.
+    """
+
+    d_model: int
+    d_embedding: int
+    blocks: int
+    vocab: int
+    tied: bool
+    logit_cap: float | None = None
+
+    def positions(self, index: int, length: int) -> Positions:
+        """What block ``index`` knows of the first ``length`` places."""
+        raise NotImplementedError
+
+
+ReadTensor = Callable[[str], np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Family:
+    """One decoder family. What is declared here is all that the rest of the program knows of it.
+
+    A checkpoint's tensors are named by the attributes of the modules. All but the head stand behind one of ``roots``, and block
+    i's parameters behind that and ``layers.format(i)``; so one declaration serves loading and export.
+
+    Attributes:
+      read_config: from the ``transformers`` configuration. Raises UserError, by name, for a setting that is not supported.
+      block: ``block(config)`` is an ``nnx.Module``: (x [batch, length, d_model], Positions) -> the same shape.
+      linears: its linear layers in the order of the forward pass, by their path in the block.
+      sharding: their parameters' specs; what is not named is replicated.
+      final: ``final(config)`` is an ``nnx.Module`` between the last block and the head, as a rule a norm.
+      roots: where the model begins in the names of a checkpoint; the first one that holds the embedding is meant.
+      layers: where a block begins behind the root.
+      embedding: the table of token embeddings, [vocab, d_embedding]; its name, as the others, behind the root.
+      embedding_extras: shapes of what else is read to embed, by name.
+      embed: (config, read, tokens [samples, length]) -> [samples, length, d_model] on the host; None for the plain table.
+      head: whole name of the output projection, [vocab, d_embedding]; not read where it is tied.
+      ignored: regular expression of a tensor's whole name -> why a checkpoint may hold it though nothing reads it.
+      needs_bos: whether every text must begin with the BOS token for the model to work.
+    """
+
+    read_config: Callable[[Any], DecoderConfig]
+    block: Callable[[Any], nnx.Module]
+    linears: tuple[str, ...]
+    sharding: Mapping[str, P]
+    final: Callable[[Any], nnx.Module]
+    roots: tuple[str, ...] = ("model.",)
+    layers: str = "layers.{}."
+    embedding: str = "embed_tokens.weight"
+    embedding_extras: Callable[[Any], dict[str, Shape]] = lambda config: {}
+    embed: Callable[[Any, ReadTensor, np.ndarray], np.ndarray] | None = None
+    head: str = "lm_head.weight"
+    ignored: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    needs_bos: bool = False

@@ -1,0 +1,16 @@
+"""Mistral: a Llama without biases, whose positions see a sliding window."""
+
+import dataclasses
+from typing import Any
+
+from optima_tpu.models import llama
+from optima_tpu.models.rope import Rope
+
+
+def read_config(config: Any) -> llama.Config:
+    """From ``transformers.MistralConfig``; every block has the same window, or none."""
+    windows = (config.sliding_window,) * config.num_hidden_layers if config.sliding_window else ()
+    return llama.Config(**llama.read_sizes(config), rope=Rope.from_hf(config.rope_parameters), windows=windows)
+
+
+FAMILY = dataclasses.replace(llama.FAMILY, read_config=read_config)

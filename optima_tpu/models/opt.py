@@ -1,0 +1,139 @@
+"""OPT: learned positions, LayerNorm, biases, ReLU. OPT-350m normalises after each sublayer and projects its embeddings."""
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array
+from jax.sharding import PartitionSpec as P
+
+from optima_tpu.errors import UserError
+from optima_tpu.models.family import DecoderConfig, Family, Positions, ReadTensor, Shape
+from optima_tpu.models.layers import ACTIVATIONS, LayerNorm, Linear, attention, project, split_heads
+from optima_tpu.sharding import MODEL
+
+EMBEDDING, POSITIONS, PROJECT_IN = "embed_tokens.weight", "embed_positions.weight", "project_in.weight"
+OFFSET = 2
+"""The first token's row in the table of positions."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(DecoderConfig):
+    """The numbers that shape a block.
+
+    Attributes:
+      length: the longest text, for which there are learned positions.
+      norm_first: whether the norms come before their sublayers; OPT-350m has them after the residual sums.
+      final_norm: whether there is one after the last block.
+      affine: whether norms have weights and biases.
+    """
+
+    d_ff: int
+    heads: int
+    length: int
+    activation: str
+    bias: bool
+    affine: bool
+    norm_first: bool
+    final_norm: bool
+
+    def positions(self, index: int, length: int) -> Positions:
+        return Positions()
+
+
+def read_config(config: Any) -> Config:
+    """From ``transformers.OPTConfig``. Raises UserError for an activation that is not supported."""
+    if config.activation_function not in ACTIVATIONS:
+        raise UserError(f"expected activation_function {', '.join(ACTIVATIONS)}, got {config.activation_function!r}: "
+                        "not supported")
+    return Config(
+        d_model=config.hidden_size, d_embedding=config.word_embed_proj_dim, d_ff=config.ffn_dim,
+        heads=config.num_attention_heads, blocks=config.num_hidden_layers, vocab=config.vocab_size,
+        tied=config.tie_word_embeddings, length=config.max_position_embeddings, activation=config.activation_function,
+        bias=config.enable_bias, affine=config.layer_norm_elementwise_affine, norm_first=config.do_layer_norm_before,
+        final_norm=config.do_layer_norm_before and not config._remove_final_layer_norm)
+
+
+def embedding_extras(config: Config) -> dict[str, Shape]:
+    """The table of positions, and what widens the embeddings where they are narrower than the hidden states."""
+    extras = {POSITIONS: (config.length + OFFSET, config.d_model)}
+    if config.d_embedding != config.d_model:
+        extras[PROJECT_IN] = (config.d_model, config.d_embedding)
+    return extras
+
+
+def embed(config: Config, read: ReadTensor, tokens: np.ndarray) -> np.ndarray:
+    """Token embedding (widened, if it must be) + the embedding of the place."""
+    hidden = read(EMBEDDING)[tokens]
+    if config.d_embedding != config.d_model:
+        hidden = np.asarray(project(jnp.asarray(hidden), jnp.asarray(read(PROJECT_IN))))
+    return hidden + read(POSITIONS)[OFFSET:OFFSET + tokens.shape[1]]
+
+
+class Attention(nnx.Module):
+    """Causal attention without rotary positions; queries are scaled before the product, as the reference does."""
+
+    def __init__(self, config: Config):
+        self.head_dim = config.d_model // config.heads
+        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (
+            Linear(config.d_model, config.d_model, bias=config.bias) for _ in range(4))
+
+    def __call__(self, x: Array) -> Array:
+        q, k, v = (split_heads(projection(x), self.head_dim) for projection in (self.q_proj, self.k_proj, self.v_proj))
+        return self.out_proj(attention(q * self.head_dim ** -0.5, k, v, scale=1.0).reshape(x.shape))
+
+
+class Block(nnx.Module):
+    """One decoder block: x [batch, length, d_model] to the same."""
+
+    def __init__(self, config: Config):
+        self.norm_first, self.activation = config.norm_first, ACTIVATIONS[config.activation]
+        self.self_attn = Attention(config)
+        self.self_attn_layer_norm = LayerNorm(config.d_model, affine=config.affine)
+        self.fc1 = Linear(config.d_model, config.d_ff, bias=config.bias)
+        self.fc2 = Linear(config.d_ff, config.d_model, bias=config.bias)
+        self.final_layer_norm = LayerNorm(config.d_model, affine=config.affine)
+
+    def __call__(self, x: Array, positions: Positions) -> Array:
+        if self.norm_first:
+            x = x + self.self_attn(self.self_attn_layer_norm(x))
+            return x + self._feed_forward(self.final_layer_norm(x))
+        x = self.self_attn_layer_norm(x + self.self_attn(x))
+        return self.final_layer_norm(x + self._feed_forward(x))
+
+    def _feed_forward(self, x: Array) -> Array:
+        return self.fc2(self.activation(self.fc1(x)))
+
+
+class Final(nnx.Module):
+    """The norm before the head where the model has one, and the way back to the width of the embedding."""
+
+    def __init__(self, config: Config):
+        if config.final_norm:
+            self.final_layer_norm = LayerNorm(config.d_model, affine=config.affine)
+        if config.d_embedding != config.d_model:
+            self.project_out = Linear(config.d_model, config.d_embedding)
+
+    def __call__(self, x: Array) -> Array:
+        if hasattr(self, "final_layer_norm"):
+            x = self.final_layer_norm(x)
+        # Not by calling the layer, which would sow its input: this one is not pruned.
+        return project(x, self.project_out.weight[...]) if hasattr(self, "project_out") else x
+
+
+# As in Llama: outputs split into heads and neurons, inputs out of them.
+SHARDING = {
+    **{f"self_attn.{name}_proj.weight": P(MODEL, None) for name in "qkv"},
+    **{f"self_attn.{name}_proj.bias": P(MODEL) for name in "qkv"},
+    "self_attn.out_proj.weight": P(None, MODEL),
+    "fc1.weight": P(MODEL, None), "fc1.bias": P(MODEL),
+    "fc2.weight": P(None, MODEL),
+}
+
+FAMILY = Family(
+    read_config=read_config, block=Block, sharding=SHARDING, final=Final,
+    linears=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj", "fc1", "fc2"),
+    # The second: saved without its head, as some of the published ones are.
+    roots=("model.decoder.", "decoder."), embedding=EMBEDDING, embedding_extras=embedding_extras, embed=embed)

@@ -1,0 +1,74 @@
+"""Phi-3, 3.5 and 4: Llama's block with q, k, v in one matrix and gate, up in another, LongRoPE, partial rotation.
+
+The rows of a fused matrix are problems as independent as any: it is pruned as one layer.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+from jax.sharding import PartitionSpec as P
+
+from optima_tpu.models import llama
+from optima_tpu.models.family import Positions
+from optima_tpu.models.layers import Linear, RMSNorm, attention, split_heads
+from optima_tpu.models.rope import Rope, rotate
+from optima_tpu.sharding import MODEL
+
+
+def read_config(config: Any) -> llama.Config:
+    """From ``transformers.Phi3Config``; every block has the same window, or none."""
+    parameters = dict(config.rope_parameters)
+    # Both may be attributes of the configuration alone; the stretch is then their ratio.
+    original = parameters.setdefault("original_max_position_embeddings", config.original_max_position_embeddings)
+    parameters.setdefault("factor", config.max_position_embeddings / original)
+    windows = (config.sliding_window,) * config.num_hidden_layers if config.sliding_window else ()
+    return llama.Config(**llama.read_sizes(config), windows=windows, rope=Rope.from_hf(parameters, ("default", "longrope")))
+
+
+class Attention(nnx.Module):
+    def __init__(self, config: llama.Config):
+        self.head_dim = config.head_dim
+        self.cuts = (config.heads * config.head_dim, (config.heads + config.kv_heads) * config.head_dim)
+        self.qkv_proj = Linear(config.d_model, (config.heads + 2 * config.kv_heads) * config.head_dim)
+        self.o_proj = Linear(config.heads * config.head_dim, config.d_model)
+
+    def __call__(self, x: Array, positions: Positions) -> Array:
+        q, k, v = (split_heads(part, self.head_dim) for part in jnp.split(self.qkv_proj(x), self.cuts, axis=-1))
+        q, k = (rotate(array, positions.cos, positions.sin) for array in (q, k))
+        return self.o_proj(attention(q, k, v, positions.window).reshape(*x.shape[:2], -1))
+
+
+class MLP(nnx.Module):
+    def __init__(self, config: llama.Config):
+        self.gate_up_proj = Linear(config.d_model, 2 * config.d_ff)
+        self.down_proj = Linear(config.d_ff, config.d_model)
+
+    def __call__(self, x: Array) -> Array:
+        gate, up = jnp.split(self.gate_up_proj(x), 2, axis=-1)
+        return self.down_proj(jax.nn.silu(gate) * up)
+
+
+class Block(nnx.Module):
+    """One decoder block: x [batch, length, d_model] to the same."""
+
+    def __init__(self, config: llama.Config):
+        self.input_layernorm = RMSNorm(config.d_model, eps=config.eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = RMSNorm(config.d_model, eps=config.eps)
+        self.mlp = MLP(config)
+
+    def __call__(self, x: Array, positions: Positions) -> Array:
+        x = x + self.self_attn(self.input_layernorm(x), positions)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+FAMILY = dataclasses.replace(
+    llama.FAMILY, read_config=read_config, block=Block,
+    linears=("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj"),
+    # Slices of the model axis do not end where q, k and v do; XLA moves what it must.
+    sharding={"self_attn.qkv_proj.weight": P(MODEL, None), "self_attn.o_proj.weight": P(None, MODEL),
+              "mlp.gate_up_proj.weight": P(MODEL, None), "mlp.down_proj.weight": P(None, MODEL)})

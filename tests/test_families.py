@@ -1,0 +1,130 @@
+"""Every family from a folder that transformers saved to one that transformers loads."""
+
+import functools
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from optima_tpu.config import Calibration, Evaluation, RunConfig
+from optima_tpu.errors import UserError
+from optima_tpu.inputs import Model, read_texts
+from optima_tpu.models.decoder import Decoder
+from optima_tpu.patterns import NM, Unstructured
+from optima_tpu.run import run
+from optima_tpu.solvers import CG
+from optima_tpu.weights import check_names, open_model
+from tests.helpers import byte_tokenizer, folder_tensors, mesh
+from tests.test_models import GEMMA, REFERENCES, Reference, tiny
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+# Two shapes of problems in all families together: the solver is compiled once for each.
+SIZES = dict(vocab_size=258, intermediate_size=48, head_dim=8)
+MULTIMODAL = Reference("Gemma3ForConditionalGeneration", "Gemma3Config", dict(
+    text_config=GEMMA | SIZES | dict(num_hidden_layers=3, sliding_window_pattern=3), mm_tokens_per_image=4,
+    vision_config=dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=8,
+                       patch_size=4)), {"text half": {}})
+FAMILIES = {reference.model: reference for reference in [*REFERENCES, MULTIMODAL]}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Gives the folder of a family's first variant as transformers saves it: several files, bfloat16."""
+    root = tmp_path_factory.mktemp("families")
+
+    @functools.cache
+    def save(family: str) -> Path:
+        reference = FAMILIES[family]
+        sizes = {"OPTForCausalLM": dict(vocab_size=258, ffn_dim=48), "Gemma3ForConditionalGeneration": {}}.get(family, SIZES)
+        _, model, _ = tiny(reference, next(iter(reference.variants.values())) | sizes, torch.bfloat16)
+        model.save_pretrained(root / family, max_shard_size="60KB")
+        byte_tokenizer().save_pretrained(root / family)
+        assert len(list((root / family).glob("*.safetensors"))) > 1
+        return root / family
+
+    return save
+
+
+def opened(config: RunConfig, shape: tuple[int, int]) -> Model:
+    """As ``open_model_on_mesh``, on a mesh of fewer devices than there are."""
+    pretrained = open_model(config.model, config.dtype)
+    decoder = Decoder.open(pretrained.config, pretrained.tensors, mesh(*shape), config.batch)
+    check_names(decoder.tensor_names(), pretrained.tensors, decoder.family.ignored)
+    return Model(pretrained, decoder)
+
+
+def pruned(model: Path, directory: Path, shape: tuple[int, int], **settings) -> Path:
+    """Runs the whole program on a mesh. Returns the run directory."""
+    config = RunConfig(model=str(model), output=str(directory),
+                       calibration=Calibration("pydoc", samples=6, length=40, held_out=2),
+                       evaluation=Evaluation(windows=4), **settings)
+    run(config, Console(file=io.StringIO()), opened(config, shape))
+    return directory
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_model_of_which_nothing_is_pruned_comes_back_bit_for_bit(saved, tmp_path, family):
+    source = saved(family)
+    folder = pruned(source, tmp_path, (4, 2), pattern=Unstructured(0), solver=None) / "hf"
+    before, after = folder_tensors(source), folder_tensors(folder)
+    assert before.keys() == after.keys()
+    for name, array in before.items():
+        assert after[name].dtype == array.dtype
+        assert np.array_equal(after[name].view(np.uint8), array.view(np.uint8)), name
+    assert (folder / "config.json").read_bytes() == (source / "config.json").read_bytes()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_pruned_model_is_the_same_on_any_mesh_and_loads_in_transformers(saved, tmp_path, family):
+    settings = dict(dtype="float32", pattern=NM(2, 4), solver=CG(tolerance=1e-6))
+    runs = [pruned(saved(family), tmp_path / str(shape), shape, **settings) for shape in ((4, 2), (1, 1))]
+    tensors, others = (folder_tensors(directory / "hf") for directory in runs)
+    dense = open_model(str(saved(family)), "float32")
+    decoder = Decoder.open(dense.config, dense.tensors, mesh(1, 1))
+    linears = {decoder.prefix(i) + name + ".weight" for i in range(decoder.config.blocks) for name in decoder.family.linears}
+    for name, array in tensors.items():
+        if name in linears:
+            assert ((array.reshape(-1, 4) != 0).sum(axis=1) == 2).all(), name
+            # Scores of bfloat16 weights are often nearly equal, and rounding then decides.
+            same = ((array != 0) == (others[name] != 0)).all(axis=1)
+            assert same.mean() > 0.9, name
+            assert np.abs(array - others[name])[same].max() < 1e-3 * np.abs(array).max(), name
+        else:
+            assert np.array_equal(array, dense.tensors.read(name)), name
+
+    loaded, information = getattr(transformers, family).from_pretrained(
+        runs[0] / "hf", output_loading_info=True, attn_implementation="eager")
+    assert not any(information.values()), information
+    ours = open_model(str(runs[0] / "hf"))
+    tokens = np.random.default_rng(0).integers(1, 256, (3, 40)).astype(np.int32)
+    with torch.no_grad():
+        expected = loaded.eval()(torch.tensor(tokens, dtype=torch.long)).logits.numpy()
+    logits = Decoder.open(ours.config, ours.tensors, mesh(4, 2), batch=1).logits(tokens)
+    assert np.abs(logits - expected).max() < 1e-4 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if "Gemma" in family or "Llama" in family])
+@pytest.mark.parametrize("source", ["pydoc", "random"])
+def test_windows_begin_with_bos_where_the_family_needs_it(saved, family, source):
+    config = RunConfig(model=str(saved(family)), calibration=Calibration(source, samples=4, length=12, held_out=2),
+                       evaluation=Evaluation(windows=4))
+    model = opened(config, (1, 1))
+    for tokens in read_texts(config, model):
+        assert tokens.ids.shape[1] == 12
+        assert (tokens.ids[:, 0] == 256).all() == ("Gemma" in family)
+        assert (tokens.ids[:, 1:] != 256).any()
+        assert ("BOS" in tokens.how) == ("Gemma" in family)
+
+
+def test_a_tokenizer_of_another_model_is_refused(tmp_path):
+    reference = REFERENCES[0]
+    _, model, _ = tiny(reference, {})
+    model.save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    config = RunConfig(model=str(tmp_path), calibration=Calibration("pydoc", samples=4, length=12))
+    with pytest.raises(UserError, match="below 64"):
+        read_texts(config, opened(config, (1, 1)))
