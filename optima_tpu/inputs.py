@@ -71,8 +71,8 @@ def read_texts(config: RunConfig, model: Model) -> Texts:
                   data.evaluation_tokens(other, tokenizer, length=length, windows=config.evaluation.windows, bos=bos))
     largest, vocab = max(int(tokens.ids.max()) for tokens in texts), model.decoder.config.vocab
     if largest >= vocab:
-        raise UserError(f"expected token ids below {vocab}, the rows of the model's embedding, got {largest}: tokenizer and model "
-                        "do not belong together")
+        raise UserError(f"expected token ids below {vocab}, the rows of the model's embedding, got {largest}: tokenizer and "
+                        "model do not belong together")
     return texts
 
 

@@ -24,7 +24,7 @@ from optima_tpu.layer_rules import check_layers
 from optima_tpu.masks import open_masks
 from optima_tpu.models.decoder import Decoder
 from optima_tpu.prune import ReadMask, Recipe, walk_block
-from optima_tpu.report.file import environment, write_report
+from optima_tpu.report.file import environment, host_memory_peak, write_report
 from optima_tpu.report.progress import Progress, say
 from optima_tpu.report.records import BlockReport
 from optima_tpu.report.table import print_summary
@@ -87,7 +87,8 @@ def run(config: RunConfig, console: Console | None = None, model: Model | None =
                        "architecture": (pretrained.config.architectures or [None])[0], "blocks": decoder.config.blocks},
                 calibration={"source": config.calibration.source, "how": calibration.how, "tokens": int(calibration.ids.size)},
                 evaluation={"how": evaluation.how, "tokens": int(evaluation.ids.size), "digest": token_digest(evaluation.ids)},
-                perplexity={"dense": dense, "pruned": pruned}, blocks=blocks, seconds=progress.seconds, files=files)
+                perplexity={"dense": dense, "pruned": pruned}, blocks=blocks, seconds=progress.seconds,
+                memory={"host_peak": host_memory_peak()}, files=files)
 
         report = record()
         if config.export and not is_export_of(journal.directory, folder):
@@ -123,6 +124,7 @@ def prune_model(decoder: Decoder, tokens: np.ndarray, recipe: Recipe, journal: J
         prefix = decoder.prefix(index)
         journal.save(index, {prefix + name: value for name, value in parameters.items()},
                      {prefix + name: value for name, value in keeps.items()}, report.to_json(), hidden)
+        del parameters, keeps  # not to be held while the next block is read
         progress.advance()
 
 
@@ -192,4 +194,4 @@ def _tell(console: Console, config: RunConfig, report: dict[str, Any]) -> None:
     console.print()
     print_summary(console, [BlockReport.from_json(block) for block in report["blocks"]],
                   solver=config.solver and type(config.solver).__name__.lower(), perplexity=report["perplexity"],
-                  evaluation=report["evaluation"]["how"], files=report["files"])
+                  evaluation=report["evaluation"]["how"], memory=report["memory"], files=report["files"])

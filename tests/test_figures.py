@@ -48,7 +48,7 @@ def write_run(directory: Path, config=WANDA_CG, reports: list[LayerReport] | Non
               for index in dict.fromkeys(layer.block for layer in reports)]
     write_report(directory / "report.json", manifest={}, configuration=to_dict(config), environment={}, model={},
                  calibration={}, evaluation={"how": "the first 4 windows of pydoc"},
-                 perplexity={"dense": 2.0, "pruned": 3.0}, blocks=blocks, seconds={}, files={})
+                 perplexity={"dense": 2.0, "pruned": 3.0}, blocks=blocks, seconds={}, memory={}, files={})
     return directory
 
 

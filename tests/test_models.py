@@ -19,7 +19,8 @@ BASE = dict(vocab_size=64, hidden_size=48, intermediate_size=80, num_hidden_laye
 LLAMA3 = dict(rope_type="llama3", rope_theta=10000.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
               original_max_position_embeddings=16)
 LINEAR = dict(rope_type="linear", rope_theta=10000.0, factor=2.0)
-GEMMA = BASE | dict(head_dim=12, query_pre_attn_scalar=20, sliding_window=7, final_logit_softcapping=None, tie_word_embeddings=True)
+GEMMA = BASE | dict(head_dim=12, query_pre_attn_scalar=20, sliding_window=7, final_logit_softcapping=None,
+                    tie_word_embeddings=True)
 OPT = dict(vocab_size=64, hidden_size=48, ffn_dim=80, num_hidden_layers=2, num_attention_heads=6, max_position_embeddings=128,
            word_embed_proj_dim=48)
 LONG = dict(rope_type="longrope", rope_theta=10000.0, short_factor=[1.0, 1.1, 1.3, 1.6], long_factor=[1.0, 2.0, 4.0, 6.0])
@@ -61,6 +62,9 @@ REFERENCES = [
         "stretched global base": dict(rope_parameters=dict(
             full_attention=LINEAR, sliding_attention=dict(rope_type="default", rope_theta=100.0))),
         "no window": dict(layer_types=["full_attention"] * 3)}),
+    Reference("Olmo2ForCausalLM", "Olmo2Config", BASE | dict(pad_token_id=0, eos_token_id=1), {
+        "plain": {}, "biases": dict(attention_bias=True), "tied": dict(tie_word_embeddings=True),
+        "llama3 rope": dict(rope_parameters=LLAMA3)}),
     Reference("OPTForCausalLM", "OPTConfig", OPT, {
         "125m": {}, "350m": dict(do_layer_norm_before=False, word_embed_proj_dim=16),
         "projected, norm first": dict(word_embed_proj_dim=16), "no final norm": dict(_remove_final_layer_norm=True),

@@ -180,7 +180,7 @@ def test_an_exception_passes_and_leaves_the_terminal_usable(clock):
 def printed(blocks, solver="cg", width=80) -> str:
     out = Console(file=io.StringIO(), width=width)
     print_summary(out, blocks, solver=solver, perplexity={"dense": 29.187, "pruned": 48.351},
-                  evaluation="pydoc, 40 windows of 512", files={"report": "runs/x/report.json"})
+                  evaluation="pydoc, 40 windows of 512", memory={"host_peak": 3 * 2**29}, files={"report": "runs/x/report.json"})
     return out.file.getvalue()
 
 
@@ -191,6 +191,7 @@ def test_the_summary_says_what_it_cost_what_was_unusual_and_where_it_is():
     assert rows["down_proj"] == ["21.2%", "5.00%", "50.0%", "0.100%", "8", "0", "2"]
     assert "dense 29.19, pruned 48.35 (1.66 times), on pydoc, 40 windows of 512" in text
     assert "50.0% of the 200 weights in 4 matrices" in text
+    assert "1.50 GiB on the host" in text
     for words in ("block 0 mlp.down_proj (7 inputs)", "block 1 self_attn.q_proj (3 rows)",
                   "block 1 mlp.down_proj (2 rows)", "report  runs/x/report.json", "in percent of the output's energy"):
         assert words in text
@@ -219,7 +220,7 @@ def written(path, **changes):
     return file.write_report(path, **{
         "manifest": {"code": "0"}, "configuration": {"pattern": "2:4"}, "environment": file.environment(mesh(4, 2)), "model": {"origin": "x"},
         "calibration": {"source": "c4"}, "evaluation": {"source": "wikitext2"},
-        "perplexity": {"dense": 2.0, "pruned": 3.0}, "blocks": BLOCKS, "seconds": {"pruning": 4.0},
+        "perplexity": {"dense": 2.0, "pruned": 3.0}, "blocks": BLOCKS, "seconds": {"pruning": 4.0}, "memory": {"host_peak": file.host_memory_peak()},
         "files": {"report": "r"}} | changes)
 
 
@@ -230,6 +231,7 @@ def test_report_json_holds_it_all(tmp_path):
     assert read == json.loads(json.dumps(report))
     assert tuple(BlockReport.from_json(block) for block in read["blocks"]) == BLOCKS
     assert (read["sparsity"], read["weights"], read["pruned"]) == (0.5, 200, 100)
+    assert 2**26 < read["memory"]["host_peak"] < 2**40, "bytes, and Python with jax needs more than 64 MiB"
     assert read["unusual"] == summary.unusual(BLOCKS)
     assert read["environment"]["mesh"] == {"data": 4, "model": 2}
     assert read["environment"]["packages"]["jax"] == jax.__version__

@@ -118,7 +118,8 @@ def _text_length(length: int, bos: int | None) -> int:
 def _preceded(tokens: Tokens, bos: int | None) -> Tokens:
     if bos is None:
         return tokens
-    return tokens._replace(ids=np.pad(tokens.ids, ((0, 0), (1, 0)), constant_values=bos), how=tokens.how + ", a BOS token before each")
+    ids = np.pad(tokens.ids, ((0, 0), (1, 0)), constant_values=bos)
+    return tokens._replace(ids=ids, how=tokens.how + ", a BOS token before each")
 
 
 def _replacing(tokens: Tokens, bos: int | None) -> Tokens:

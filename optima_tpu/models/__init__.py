@@ -1,7 +1,7 @@
 """The decoder families, one file each; a family is a :class:`~optima_tpu.models.family.Family`."""
 
 from optima_tpu.errors import UserError
-from optima_tpu.models import gemma, llama, mistral, opt, phi3, qwen
+from optima_tpu.models import gemma, llama, mistral, olmo2, opt, phi3, qwen
 from optima_tpu.models.family import Family
 
 FAMILIES: dict[str, Family] = {
@@ -12,6 +12,7 @@ FAMILIES: dict[str, Family] = {
     "Gemma2ForCausalLM": gemma.GEMMA2,
     "Gemma3ForCausalLM": gemma.GEMMA3,
     "Gemma3ForConditionalGeneration": gemma.GEMMA3_MULTIMODAL,
+    "Olmo2ForCausalLM": olmo2.FAMILY,
     "OPTForCausalLM": opt.FAMILY,
     "Phi3ForCausalLM": phi3.FAMILY,
 }

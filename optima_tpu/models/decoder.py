@@ -162,11 +162,13 @@ class Decoder:
 
     def _load(self, name: str, shape: tuple[int, ...], spec: P) -> Array:
         self._check_shape(name, shape)
+        parts: dict[str, np.ndarray] = {}  # devices that hold the same slice ask for it one after the other
 
         def read(index):
-            part = self.tensors.read(name, index)
-            _check(name, part)
-            return part
+            if str(index) not in parts:
+                parts[str(index)] = self.tensors.read(name, index)
+                _check(name, parts[str(index)])
+            return parts[str(index)]
 
         sharding = NamedSharding(self.mesh, divisible(self.mesh, shape, spec))
         return jax.make_array_from_callback(shape, sharding, read)

@@ -1,4 +1,4 @@
-"""Gemma 2 and Gemma 3 (text, and the text half of the multimodal ones): four norms a block, scaled embeddings, windows in some of the blocks, tanh GELU.
+"""Gemma 2 and Gemma 3 (of the multimodal ones the text half): four norms a block, scaled embeddings, windows, tanh GELU.
 
 Gemma 2 caps attention scores and logits; Gemma 3 normalises queries and keys instead, and blocks with a window have a rotary
 base of their own.

@@ -4,6 +4,8 @@ import importlib.metadata
 import json
 import math
 import platform
+import resource
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,10 +35,16 @@ def environment(mesh: Mesh) -> dict[str, Any]:
     }
 
 
+def host_memory_peak() -> int:
+    """The most memory this process has held so far, in bytes: its resident set, with pages of mapped checkpoint files in it."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB
+
+
 def write_report(path: Path, *, manifest: Mapping[str, Any], configuration: Mapping[str, Any], environment: Mapping[str, Any],
                  model: Mapping[str, Any], calibration: Mapping[str, Any], evaluation: Mapping[str, Any],
                  perplexity: Mapping[str, float], blocks: Sequence[BlockReport], seconds: Mapping[str, float],
-                 files: Mapping[str, str]) -> dict[str, Any]:
+                 memory: Mapping[str, int], files: Mapping[str, str]) -> dict[str, Any]:
     """Writes the report in one step: afterwards it is complete, or the old one is still there.
 
     Args:
@@ -50,6 +58,7 @@ def write_report(path: Path, *, manifest: Mapping[str, Any], configuration: Mapp
       perplexity: "dense" and "pruned".
       blocks: of the whole model.
       seconds: by stage, from ``Progress.seconds``.
+      memory: "host_peak" in bytes, from :func:`host_memory_peak`.
       files: what the run left -> path.
 
     Returns:
@@ -65,7 +74,7 @@ def write_report(path: Path, *, manifest: Mapping[str, Any], configuration: Mapp
         "sparsity": sparsity(layers), "weights": sum(math.prod(layer.shape) for layer in layers),
         "pruned": sum(layer.pruned for layer in layers), "unusual": unusual(blocks),
         "layer_kinds": [finite(kind._asdict()) for kind in by_kind(blocks)], "seconds": dict(seconds),
-        "files": dict(files), "blocks": [block.to_json() for block in blocks],
+        "memory": dict(memory), "files": dict(files), "blocks": [block.to_json() for block in blocks],
     }
     write_bytes(path, (json.dumps(report, indent=2, allow_nan=False) + "\n").encode())
     return report

@@ -22,7 +22,8 @@ _TROUBLE = {
 
 
 def print_summary(console: Console, blocks: Sequence[BlockReport], *, solver: str | None,
-                  perplexity: Mapping[str, float], evaluation: str, files: Mapping[str, str]) -> None:
+                  perplexity: Mapping[str, float], evaluation: str, memory: Mapping[str, int],
+                  files: Mapping[str, str]) -> None:
     """Prints the table of layers, what the pruning cost, what was unusual and where the files are.
 
     Args:
@@ -30,6 +31,7 @@ def print_summary(console: Console, blocks: Sequence[BlockReport], *, solver: st
       solver: its name, None when there was none: the columns that it fills are then left out.
       perplexity: "dense" and "pruned".
       evaluation: the text that it was measured on, in words.
+      memory: as report.json has it.
       files: what is there -> path.
     """
     layers = all_layers(blocks)
@@ -45,6 +47,7 @@ def print_summary(console: Console, blocks: Sequence[BlockReport], *, solver: st
     ratio = number(pruned / dense)
     lines += ["", f"perplexity  dense {number(dense, 4)}, pruned {number(pruned, 4)} ({ratio} times), on {evaluation}",
               f"sparsity    {percent(sparsity(layers))} of the {weights:,} weights in {len(layers)} matrices"]
+    lines += [f"memory      {number(memory['host_peak'] / 2**30)} GiB on the host at the peak"]
     lines += unusual_lines(blocks)
     width = max(map(len, files), default=0) + 2
     lines += ["", *(f"{what:<{width}}{path}" for what, path in files.items())]
