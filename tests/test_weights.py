@@ -371,7 +371,7 @@ def test_llama3_rope_scaling_is_recovered_or_refused(tmp_path):
 
 
 @pytest.mark.parametrize(("options", "message"), [
-    ({"arch": "qwen2"}, "'qwen2'; GGUF files are supported for llama"),
+    ({"arch": "gpt2"}, "'gpt2'; GGUF files are supported for llama, qwen2, gemma3"),
     ({"split": "no-such-split"}, "no-such-split"),
     ({"extra": lambda writer: writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)}, "rope.scaling.type"),
     ({"extra": lambda writer: writer.add_sliding_window(64)}, "sliding_window"),

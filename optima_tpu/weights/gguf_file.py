@@ -7,35 +7,23 @@ import numpy as np
 from gguf import GGMLQuantizationType, GGUFReader, dequantize
 
 from optima_tpu.errors import UserError
-from optima_tpu.weights.gguf_metadata import (ARCHITECTURES, INSTEAD, config_json, generation_config_json, head_counts,
-                                              metadata)
+from optima_tpu.weights.gguf_architectures import ARCHITECTURES, Architecture
+from optima_tpu.weights.gguf_metadata import (INSTEAD, config_json, generation_config_json, head_counts, metadata,
+                                              own_fields)
 from optima_tpu.weights.gguf_tokenizer import tokenizer_files
 from optima_tpu.weights.source import Index, Pretrained, fingerprint, parse_dtype, read_config, whole_slices
 
 TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
-BLOCK = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-"""llama.cpp's names for the parts of a Llama -> Hugging Face's; "blk.3." becomes "model.layers.3."."""
-
 ROPE_FACTORS = "rope_freqs.weight"
 """Not a weight: the llama3 rope scaling, written out per frequency. It goes into the configuration."""
 
 
-def hf_name(name: str) -> str | None:
-    """The Hugging Face name of a tensor of the llama architecture; None if there is none."""
+def hf_name(name: str, architecture: Architecture) -> str | None:
+    """The Hugging Face name of a tensor; None if the architecture has no such tensor."""
     stem, _, kind = name.rpartition(".")
     block = re.fullmatch(r"blk\.(\d+)\.(\w+)", stem)
-    if block and block[2] in BLOCK:
-        return f"model.layers.{block[1]}.{BLOCK[block[2]]}.{kind}"
+    if block and block[2] in architecture.block:
+        return f"model.layers.{block[1]}.{architecture.block[block[2]]}.{kind}"
     return f"{TOP[stem]}.{kind}" if stem in TOP else None
 
 
@@ -49,27 +37,31 @@ def rope_row_order(rows: int, heads: int) -> np.ndarray:
 
 
 class GGUFSource:
-    """Tensors in a memory-mapped GGUF file of the llama architecture, dequantised in float32 and then cast once.
+    """Tensors in a memory-mapped GGUF file, dequantised in float32 and then cast once.
 
-    A read touches the bytes of its rows alone. Rows of q_proj and k_proj are in Hugging Face's order.
+    A read touches the bytes of its rows alone. Rows of q_proj and k_proj are in Hugging Face's order, and
+    norm weights are Hugging Face's: a Gemma's are one smaller than in the file.
 
     Args:
       reader: the opened file.
+      architecture: what the file says it holds.
       heads: number of query heads and of key-value heads.
       dtype: what is returned.
 
     Raises:
-      UserError: a tensor that the llama architecture does not have, or a block format that the gguf library can't
+      UserError: a tensor that the architecture does not have, or a block format that the gguf library can't
         dequantise.
     """
 
-    def __init__(self, reader: GGUFReader, heads: tuple[int, int], dtype: np.dtype):
-        self._tensors = {hf_name(tensor.name): tensor for tensor in reader.tensors if tensor.name != ROPE_FACTORS}
-        self._heads = {"self_attn.q_proj": heads[0], "self_attn.k_proj": heads[1]}
+    def __init__(self, reader: GGUFReader, architecture: Architecture, heads: tuple[int, int], dtype: np.dtype):
+        names = {tensor.name: hf_name(tensor.name, architecture) for tensor in reader.tensors if tensor.name != ROPE_FACTORS}
+        self._tensors = {names[tensor.name]: tensor for tensor in reader.tensors if tensor.name in names}
+        self._heads = {"self_attn.q_proj": heads[0], "self_attn.k_proj": heads[1]} if architecture.interleaved else {}
+        self._norm_shift = np.float32(architecture.norm_shift)
         self._dtype = dtype
-        strange = [tensor.name for tensor in reader.tensors if tensor.name != ROPE_FACTORS and not hf_name(tensor.name)]
+        strange = [name for name, found in names.items() if not found]
         if strange:
-            raise UserError(f"the GGUF file holds tensors that a dense Llama has no place for "
+            raise UserError(f"the GGUF file holds tensors that {architecture.model} has no place for "
                             f"({', '.join(strange[:4])}): {INSTEAD}")
         for kind, tensor in {tensor.tensor_type: tensor for tensor in reader.tensors}.items():
             try:
@@ -98,6 +90,8 @@ class GGUFSource:
             values = dequantize(np.asarray(tensor.data[order[rows]]), tensor.tensor_type)[:, *columns]
         else:  # a norm or a bias; bfloat16 lies there as bytes, so it can't be cut before it is decoded
             values = dequantize(np.asarray(tensor.data), tensor.tensor_type)[order[rows]]
+            if self._norm_shift and name.endswith("norm.weight"):
+                values = values - self._norm_shift
         return np.array(values, self._dtype)
 
 
@@ -106,7 +100,7 @@ def open_gguf(path: Path, origin: str, dtype: str | None = None) -> Pretrained:
 
     Raises:
       UserError: not a whole GGUF file, another architecture than :data:`ARCHITECTURES`, metadata that says the model
-        computes something else than Hugging Face's Llama, or a tokenizer that can't be rebuilt exactly.
+        computes something else than Hugging Face's model of that name, or a tokenizer that can't be rebuilt exactly.
     """
     try:
         reader = GGUFReader(path)
@@ -123,12 +117,15 @@ def open_gguf(path: Path, origin: str, dtype: str | None = None) -> Pretrained:
         raise UserError(f"{path} is one of {fields['split.count']} parts: join them with `llama-gguf-split --merge`")
     stored = {tensor.name: tensor for tensor in reader.tensors}
     dtype, factors = dtype or "float32", stored.get(ROPE_FACTORS)
-    config = config_json(fields, set(stored), dequantize(factors.data, factors.tensor_type) if factors else None, dtype)
+    architecture = ARCHITECTURES[architecture]
+    factors = dequantize(factors.data, factors.tensor_type) if factors else None
+    config = config_json(fields, architecture, set(stored), factors, dtype)
     parsed, config = read_config(config, str(path))
-    tensors = GGUFSource(reader, head_counts(fields), parse_dtype(dtype))
+    tensors = GGUFSource(reader, architecture, head_counts(own_fields(fields, architecture)), parse_dtype(dtype))
     vocabulary = tensors.shape("model.embed_tokens.weight")[0] if "token_embd.weight" in stored else None
     if vocabulary != parsed.vocab_size:
         raise UserError(f"{path} is inconsistent: its metadata has {parsed.vocab_size} tokens, its embedding "
                         f"{vocabulary} rows: download it again")
-    assets = {"config.json": config, "generation_config.json": generation_config_json(fields)} | tokenizer_files(fields)
+    assets = {"config.json": config, "generation_config.json": generation_config_json(fields)}
+    assets |= tokenizer_files(fields, architecture)
     return Pretrained(parsed, tensors, assets, fingerprint(config, tensors, [path]), origin)

@@ -1,4 +1,4 @@
-"""The configuration of a Llama from the metadata of a GGUF file."""
+"""The configuration of a model from the metadata of a GGUF file."""
 
 import json
 import math
@@ -8,25 +8,25 @@ import numpy as np
 from gguf import GGUFReader
 
 from optima_tpu.errors import UserError
+from optima_tpu.weights.gguf_architectures import Architecture
 
-ARCHITECTURES = ("llama",)
 INSTEAD = "give the Hugging Face folder of the model"
 
 SIZES = {
-    "hidden_size": "llama.embedding_length",
-    "intermediate_size": "llama.feed_forward_length",
-    "num_hidden_layers": "llama.block_count",
-    "num_attention_heads": "llama.attention.head_count",
-    "max_position_embeddings": "llama.context_length",
-    "rms_norm_eps": "llama.attention.layer_norm_rms_epsilon",
+    "hidden_size": "embedding_length",
+    "intermediate_size": "feed_forward_length",
+    "num_hidden_layers": "block_count",
+    "num_attention_heads": "attention.head_count",
+    "max_position_embeddings": "context_length",
+    "rms_norm_eps": "attention.layer_norm_rms_epsilon",
 }
-"""config.json key -> the metadata key that must be there."""
+"""config.json key -> the metadata key, behind the architecture's name, that must be there."""
 
 OPTIONAL = {
-    "llama.attention.head_count_kv", "llama.attention.key_length", "llama.attention.value_length",
-    "llama.rope.freq_base", "llama.rope.dimension_count", "llama.vocab_size", "llama.tensor_data_layout",
+    "attention.head_count_kv", "attention.key_length", "attention.value_length",
+    "rope.freq_base", "rope.dimension_count", "vocab_size", "tensor_data_layout",
 }
-NEUTRAL = {"llama.rope.scaling.type": "none", "llama.expert_count": 0, "llama.expert_used_count": 0}
+NEUTRAL = {"rope.scaling.type": "none", "expert_count": 0, "expert_used_count": 0}
 """Keys that change what the model computes unless they have this value."""
 
 ROTARY_DEFAULT = 10_000.0  # llama.cpp's, where the file has none
@@ -42,14 +42,21 @@ def _shortest(value: Any) -> Any:
     return float(str(np.float32(value))) if isinstance(value, float) else value
 
 
-def head_counts(fields: dict[str, Any]) -> tuple[int, int]:
+def own_fields(fields: dict[str, Any], architecture: Architecture) -> dict[str, Any]:
+    """The metadata of the architecture, its name cut off the keys."""
+    prefix = architecture.name + "."
+    return {name.removeprefix(prefix): value for name, value in fields.items() if name.startswith(prefix)}
+
+
+def head_counts(own: dict[str, Any]) -> tuple[int, int]:
     """The numbers of query heads and of key-value heads."""
-    heads = fields[SIZES["num_attention_heads"]]
-    return heads, fields.get("llama.attention.head_count_kv", heads)
+    heads = own[SIZES["num_attention_heads"]]
+    return heads, own.get("attention.head_count_kv", heads)
 
 
-def config_json(fields: dict[str, Any], tensors: set[str], rope_factors: np.ndarray | None, dtype: str) -> bytes:
-    """config.json of the Hugging Face Llama that computes what the file describes, in the layout all readers know.
+def config_json(fields: dict[str, Any], architecture: Architecture, tensors: set[str], rope_factors: np.ndarray | None,
+                dtype: str) -> bytes:
+    """config.json of the Hugging Face model that computes what the file describes, in the layout all readers know.
 
     Args:
       fields: see :func:`metadata`.
@@ -58,32 +65,31 @@ def config_json(fields: dict[str, Any], tensors: set[str], rope_factors: np.ndar
       dtype: of the weights, for ``torch_dtype``.
 
     Raises:
-      UserError: sizes are missing or differ between layers, or the file asks for something Llama does not compute.
+      UserError: sizes are missing or differ between layers, or the file asks for something the model does not compute.
     """
-    _refuse_unknown(fields)
-    sizes = {key: fields[name] for key, name in SIZES.items()}
-    heads, kv_heads = head_counts(fields)
-    d_head = fields.get("llama.attention.key_length", sizes["hidden_size"] // heads)
-    for name in ("llama.attention.value_length", "llama.rope.dimension_count"):
-        if fields.get(name, d_head) != d_head:
-            raise UserError(f"the GGUF file has {name} {fields[name]} but heads of {d_head}: expected them equal, as "
-                            f"in Hugging Face's Llama; {INSTEAD}")
-    theta = fields.get("llama.rope.freq_base", ROTARY_DEFAULT)
+    own = own_fields(fields, architecture)
+    _refuse_unknown(own, architecture)
+    sizes = {key: own[name] for key, name in SIZES.items()}
+    heads, kv_heads = head_counts(own)
+    d_head = own.get("attention.key_length", sizes["hidden_size"] // heads)
+    for name in ("attention.value_length", "rope.dimension_count"):
+        if own.get(name, d_head) != d_head:
+            raise UserError(f"the GGUF file has {architecture.name}.{name} {own[name]} but heads of {d_head}: expected them "
+                            f"equal, as in Hugging Face's {architecture.model}; {INSTEAD}")
+    theta = own.get("rope.freq_base", ROTARY_DEFAULT)
     tokens = fields.get("tokenizer.ggml.tokens")
     record = sizes | {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_act": "silu",
+        "architectures": [architecture.model],
+        "model_type": architecture.model_type,
         "num_key_value_heads": kv_heads,
         "head_dim": d_head,
         "rope_theta": theta,
-        "rope_scaling": None if rope_factors is None else _llama3_scaling(rope_factors, theta, d_head),
-        "attention_bias": any(".attn_" in name and name.endswith(".bias") for name in tensors),
-        "mlp_bias": any(".ffn_" in name and name.endswith(".bias") for name in tensors),
+        "rope_scaling": _rope_scaling(own, rope_factors, theta, d_head),
         "tie_word_embeddings": "output.weight" not in tensors,
-        "vocab_size": fields.get("llama.vocab_size", len(tokens) if tokens else None),
+        "vocab_size": own.get("vocab_size", len(tokens) if tokens else None),
         "torch_dtype": dtype,
         **special_ids(fields),
+        **architecture.settings(own, tensors),
     }
     return json.dumps(dict(sorted(record.items())), indent=2).encode() + b"\n"
 
@@ -100,20 +106,29 @@ def generation_config_json(fields: dict[str, Any]) -> bytes:
     return json.dumps({"_from_model_config": True} | known, indent=2).encode() + b"\n"
 
 
-def _refuse_unknown(fields: dict[str, Any]) -> None:
+def _refuse_unknown(own: dict[str, Any], architecture: Architecture) -> None:
     """Raises UserError where a value is missing, or says something that this module would not carry over."""
-    missing = [name for name in SIZES.values() if name not in fields]
+    name_of = f"{architecture.name}.{{}}".format
+    missing = [name_of(name) for name in SIZES.values() if name not in own]
     if missing:
         raise UserError(f"the GGUF file lacks {', '.join(missing)} in its metadata: convert the model again")
-    known = OPTIONAL | set(SIZES.values()) | set(NEUTRAL)
-    for name, value in fields.items():
-        if not name.startswith("llama."):
-            continue
-        if name not in known or (name in NEUTRAL and value != NEUTRAL[name]):
-            raise UserError(f"the GGUF file sets {name} to {value}, which is not carried over to Hugging Face's dense "
-                            f"Llama: {INSTEAD}")
+    known = OPTIONAL | architecture.optional | set(SIZES.values()) | set(NEUTRAL)
+    linear = "rope.scaling.factor" in architecture.optional and own.get("rope.scaling.type") == "linear"
+    for name, value in own.items():
+        neutral = name not in NEUTRAL or value == NEUTRAL[name] or (name == "rope.scaling.type" and linear)
+        if name not in known or not neutral:
+            raise UserError(f"the GGUF file sets {name_of(name)} to {value}, which is not carried over to Hugging Face's "
+                            f"{architecture.model}: {INSTEAD}")
         if isinstance(value, list):
-            raise UserError(f"the GGUF file sets {name} per layer; expected one value for all: {INSTEAD}")
+            raise UserError(f"the GGUF file sets {name_of(name)} per layer; expected one value for all: {INSTEAD}")
+
+
+def _rope_scaling(own: dict[str, Any], factors: np.ndarray | None, theta: float, d_head: int) -> dict[str, Any] | None:
+    if factors is not None:
+        return _llama3_scaling(factors, theta, d_head)
+    if own.get("rope.scaling.type") == "linear":
+        return {"rope_type": "linear", "factor": own["rope.scaling.factor"]}
+    return None
 
 
 def _llama3_scaling(factors: np.ndarray, theta: float, d_head: int) -> dict[str, Any]:

@@ -5,7 +5,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Regex, Tokenizer, pre_tokenizers
+from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 # transformers reaches this module only through a file reader that imports torch; the module itself needs none.
@@ -13,6 +13,7 @@ from transformers.integrations.gguf.gguf_tokenizer_mapping import (GGUF_PRE_TOKE
                                                                    convert_gguf_tokenizer)
 
 from optima_tpu.errors import UserError
+from optima_tpu.weights.gguf_architectures import Architecture
 from optima_tpu.weights.gguf_metadata import INSTEAD
 
 LLAMA3 = ("llama3", "llama-v3", "llama-bpe", "falcon3", "pixtral", "tekken")
@@ -24,14 +25,18 @@ DIGITS = ("smollm", "starcoder", "refact", "command-r")
 
 GPT2 = ("gpt-2", "gpt2")
 
+GEMMA = ("gemma3",)
+"""Architectures whose SentencePiece text has no space put before it, and for which transformers has a tokenizer of its own."""
+
 SPECIAL = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
 
 
-def tokenizer_files(fields: dict[str, Any]) -> dict[str, bytes]:
+def tokenizer_files(fields: dict[str, Any], architecture: Architecture) -> dict[str, bytes]:
     """tokenizer.json, tokenizer_config.json and, if there is a chat template, chat_template.jinja.
 
     Args:
       fields: all metadata of the file.
+      architecture: what the file says it holds.
 
     Raises:
       UserError: the file has no vocabulary, or a way to split text that can't be rebuilt exactly.
@@ -43,28 +48,30 @@ def tokenizer_files(fields: dict[str, Any]) -> dict[str, bytes]:
     # A split that transformers does not know it treats as GPT-2's without a word, which gives other token ids.
     if kind == "gpt2" and split not in (*GGUF_PRE_TOKENIZER_SPLITS, *DIGITS, *GPT2):
         raise UserError(f"the GGUF file splits text by the rule {split!r}, which is not known here: {INSTEAD}")
-    if kind == "llama" and not fields.get("tokenizer.ggml.add_space_prefix", True):
+    if kind == "llama" and architecture.name not in GEMMA and not fields.get("tokenizer.ggml.add_space_prefix", True):
         raise UserError("the GGUF file has a SentencePiece tokenizer without a space before the text, which can't be "
                         f"rebuilt here: {INSTEAD}")
     stated = {name: fields[f"tokenizer.{key}"] for key, name in GGUF_TOKENIZER_MAPPING["tokenizer"].items()
               if f"tokenizer.{key}" in fields}
-    backend, _ = convert_gguf_tokenizer("llama", stated)
+    backend, _ = convert_gguf_tokenizer(architecture.name, stated)
+    if split == "qwen2":
+        backend.normalizer = normalizers.NFC()  # as the published tokenizers do; the file does not say it
     if split in DIGITS:
         backend.pre_tokenizer = pre_tokenizers.Sequence([
             pre_tokenizers.Split(Regex(r"\p{N}"), behavior="isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False)])
     if split in LLAMA3:
         backend.model.ignore_merges = True
-    return _saved(backend, fields, default_bos=kind == "llama" or split in LLAMA3)
+    return _saved(backend, fields, architecture, default_bos=kind == "llama" or split in LLAMA3)
 
 
-def _saved(backend: Tokenizer, fields: dict[str, Any], default_bos: bool) -> dict[str, bytes]:
+def _saved(backend: Tokenizer, fields: dict[str, Any], architecture: Architecture, default_bos: bool) -> dict[str, bytes]:
     """What ``save_pretrained`` writes for a tokenizer with the special tokens that the metadata names."""
     tokens = fields["tokenizer.ggml.tokens"]
     special = {name: tokens[fields[f"tokenizer.ggml.{key}_token_id"]] for name, key in SPECIAL.items()
                if f"tokenizer.ggml.{key}_token_id" in fields}
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, **special, model_max_length=fields["llama.context_length"],
+        tokenizer_object=backend, **special, model_max_length=fields[f"{architecture.name}.context_length"],
         add_bos_token=fields.get("tokenizer.ggml.add_bos_token", default_bos),
         add_eos_token=fields.get("tokenizer.ggml.add_eos_token", False), clean_up_tokenization_spaces=False,
         chat_template=fields.get("tokenizer.chat_template"))
