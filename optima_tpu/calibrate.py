@@ -28,7 +28,7 @@ def linear_groups(decoder: Decoder) -> Groups:
     def trace(state, x, positions):
         inputs = forward(decoder.graph, state, x, positions)[1]
         groups: dict[int, list[str]] = {}
-        for name in decoder.family.linears:
+        for name in decoder.linears:
             groups.setdefault(id(inputs[name]), []).append(name)
         found.append(tuple(map(tuple, groups.values())))
         return x

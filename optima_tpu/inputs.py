@@ -104,4 +104,4 @@ def token_digest(ids: np.ndarray) -> str:
 def linear_shapes(decoder: Decoder) -> list[tuple[str, str, tuple[int, int]]]:
     """(whole path, path inside the block, [d_out, d_in]) of every linear layer of the blocks."""
     return [(decoder.prefix(index) + name, name, decoder.block_shapes[name + ".weight"])
-            for index in range(decoder.config.blocks) for name in decoder.family.linears]
+            for index in range(decoder.config.blocks) for name in decoder.linears]

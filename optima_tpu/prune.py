@@ -182,7 +182,8 @@ def prune_block(index: int, prefix: str, parameters: Mapping[str, Array], groups
         weights = tuple(parameters[key] for key in keys)
         patterns = tuple(pattern_of(recipe.layers, recipe.pattern, prefix + name, name) for name in names)
         given = masks and tuple(place(mesh, masks(prefix + key, weight.shape), ROWS) for key, weight in zip(keys, weights))
-        new, keeps, rows = prune_group(weights, hessian, recipe, mesh, patterns, given, held_out and held_out[group])
+        new, keeps, rows = prune_group(weights, _informative(hessian), recipe, mesh, patterns, given,
+                                       held_out and held_out[group])
         dead = int(hessian.shape[0] - jnp.sum(live_features(hessian)))
         for name, key, old, weight, keep, report in zip(names, keys, weights, new, keeps, rows):
             parameters[key] = jax.device_put(weight, old.sharding)
@@ -190,6 +191,11 @@ def prune_block(index: int, prefix: str, parameters: Mapping[str, Array], groups
             reports.append(_summary(index, name, keep, jax.device_get(report), dead))
             tell(reports[-1])
     return parameters, keep_by_name, tuple(reports)
+
+
+def _informative(hessian: Array) -> Array:
+    """The Hessian, or the identity where it is zero: an expert to which no token was routed is pruned by magnitude alone."""
+    return hessian if float(jnp.trace(hessian)) > 0 else jnp.eye(hessian.shape[0], dtype=hessian.dtype, device=hessian.sharding)
 
 
 def _select(problem: LayerProblem, pattern: Pattern, selector: MaskSelector | None, keep: Array | None) -> Pruned:

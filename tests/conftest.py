@@ -2,11 +2,18 @@
 
 import contextlib
 import io
+import os
+import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
-import jax
-import pytest
+# Before jax is imported: what several tests compile alike, and the processes that they start, is compiled once.
+_COMPILED = tempfile.TemporaryDirectory(prefix="optima-tpu-tests-")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", _COMPILED.name)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
 
 # Before any array exists. Meshes of fewer devices are made from the first ones.
 jax.config.update("jax_num_cpu_devices", 8)

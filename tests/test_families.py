@@ -85,14 +85,15 @@ def test_a_pruned_model_is_the_same_on_any_mesh_and_loads_in_transformers(saved,
     tensors, others = (folder_tensors(directory / "hf") for directory in runs)
     dense = open_model(str(saved(family)), "float32")
     decoder = Decoder.open(dense.config, dense.tensors, mesh(1, 1))
-    linears = {decoder.prefix(i) + name + ".weight" for i in range(decoder.config.blocks) for name in decoder.family.linears}
+    linears = {decoder.prefix(i) + name + ".weight" for i in range(decoder.config.blocks) for name in decoder.linears}
     for name, array in tensors.items():
         if name in linears:
             assert ((array.reshape(-1, 4) != 0).sum(axis=1) == 2).all(), name
             # Scores of bfloat16 weights are often nearly equal, and rounding then decides.
             same = ((array != 0) == (others[name] != 0)).all(axis=1)
             assert same.mean() > 0.9, name
-            assert np.abs(array - others[name])[same].max() < 1e-3 * np.abs(array).max(), name
+            # Two experts of one token in five have few tokens, and their weights are known less well.
+            assert np.abs(array - others[name])[same].max() < 3e-3 * np.abs(array).max(), name
         else:
             assert np.array_equal(array, dense.tensors.read(name)), name
 

@@ -6,6 +6,8 @@ import jax
 import numpy as np
 import pytest
 
+from jax.sharding import PartitionSpec as P
+
 from optima_tpu.errors import UserError
 from optima_tpu.models import family_of
 from optima_tpu.models.decoder import Decoder
@@ -53,6 +55,10 @@ REFERENCES = [
     Reference("Qwen3ForCausalLM", "Qwen3Config", BASE | dict(head_dim=16), {
         "plain": {}, "biases": dict(attention_bias=True), "tied": dict(tie_word_embeddings=True),
         "window above": dict(use_sliding_window=True, sliding_window=7, max_window_layers=1)}),
+    Reference("Qwen3MoeForCausalLM", "Qwen3MoeConfig", BASE | dict(
+        head_dim=16, moe_intermediate_size=24, num_experts=5, num_experts_per_tok=2, norm_topk_prob=True), {
+        "plain": {}, "shares as they are": dict(norm_topk_prob=False), "biases": dict(attention_bias=True),
+        "one expert": dict(num_experts_per_tok=1), "tied": dict(tie_word_embeddings=True)}),
     Reference("Gemma2ForCausalLM", "Gemma2Config", GEMMA, {
         "no caps": dict(attn_logit_softcapping=None), "caps": dict(attn_logit_softcapping=1.5, final_logit_softcapping=2.5),
         "untied": dict(tie_word_embeddings=False), "biases": dict(attention_bias=True),
@@ -92,39 +98,55 @@ def tiny(reference: Reference, settings: dict, dtype=torch.float32):
     tensors = {name: value.float().numpy().astype(jax.numpy.dtype(str(dtype).removeprefix("torch.")))
                for name, value in model.state_dict().items()
                if not (config.tie_word_embeddings and name == "lm_head.weight")}
-    return config, model, MemoryTensors(tensors)
+    return config, model, MemoryTensors(as_saved(tensors))
+
+
+def as_saved(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """transformers keeps the experts of a block in one array, and stores each of their matrices by itself."""
+    saved = {}
+    for name, array in tensors.items():
+        stem, fused, part = name.partition(".experts.")
+        if not fused:
+            saved[name] = array
+            continue
+        for number, matrix in enumerate(array):
+            pieces = dict(zip(("gate_proj", "up_proj"), np.split(matrix, 2))) if part == "gate_up_proj" else {part: matrix}
+            saved |= {f"{stem}.experts.{number}.{piece}.weight": values for piece, values in pieces.items()}
+    return saved
 
 
 def reference(**settings):
     return tiny(REFERENCES[0], settings)
 
 
-def compared(reference: Reference, settings: dict, *, dtype=torch.float32, shape=(1, 1)) -> float:
-    """The largest difference between our logits and transformers', relative to the largest logit."""
+def compared(reference: Reference, settings: dict, *, dtype=torch.float32, shape=(1, 1)) -> np.ndarray:
+    """The largest difference between our logits and transformers', relative to the largest logit, at every position."""
     config, model, tensors = tiny(reference, settings, dtype)
     tokens = np.random.default_rng(0).integers(1, 64, (3, 40)).astype(np.int32)
     with torch.no_grad():
         expected = model(torch.tensor(tokens, dtype=torch.long)).logits.float().numpy()
     ours = Decoder.open(config, tensors, mesh(*shape), batch=2).logits(tokens)
-    return np.abs(ours - expected).max() / np.abs(expected).max()
+    return np.abs(ours - expected).max(axis=-1) / np.abs(expected).max()
 
 
 @pytest.mark.parametrize(("reference", "settings"), CASES)
 def test_logits_agree_with_transformers(reference, settings):
-    assert compared(reference, settings) < 1e-4
+    assert (compared(reference, settings) < 1e-4).all()
 
 
 @pytest.mark.parametrize("shape", [(4, 2), (2, 4)], ids=str)
 @pytest.mark.parametrize("reference", REFERENCES, ids=lambda reference: reference.model)
 def test_logits_do_not_depend_on_the_mesh(reference, shape):
     """Six heads and three key-value heads do not divide four slices of the model axis."""
-    assert compared(reference, next(iter(reference.variants.values())), shape=shape) < 1e-4
+    assert (compared(reference, next(iter(reference.variants.values())), shape=shape) < 1e-4).all()
 
 
 @pytest.mark.parametrize("reference", REFERENCES, ids=lambda reference: reference.model)
 def test_bfloat16_logits_agree_within_its_rounding(reference):
     """Measured: 0.008 to 0.018, some roundings of 2^-9 on both sides."""
-    assert compared(reference, next(iter(reference.variants.values())), dtype=torch.bfloat16) < 16 * 2**-9
+    near = compared(reference, next(iter(reference.variants.values())), dtype=torch.bfloat16) < 16 * 2**-9
+    # Rounding sends a token to another expert where two are nearly equal; the others must agree.
+    assert near.mean() > 0.8 if "Moe" in reference.model else near.all()
 
 
 @pytest.mark.parametrize(("reference", "settings"), CASES)
@@ -133,13 +155,28 @@ def test_every_tensor_of_the_checkpoint_is_read_and_no_other(reference, settings
     decoder = Decoder.open(config, tensors, mesh(1, 1))
     assert sorted(decoder.tensor_names()) == sorted(tensors.names())
     matrices = {name for name, shape in decoder.block_shapes.items() if len(shape) == 2}
-    assert {name + ".weight" for name in decoder.family.linears} == matrices <= set(decoder.family.sharding)
+    matrices -= {"mlp.gate.weight"}  # a router is no layer to prune
+    assert {name + ".weight" for name in decoder.linears} == matrices
+    assert all(decoder.sharding(name) != P() for name in matrices)
 
 
 def test_an_unsupported_rope_type_is_refused_by_name():
     config, _, _ = reference()
     config.rope_parameters = dict(rope_type="yarn", rope_theta=1e4, factor=2.0)
     with pytest.raises(UserError, match="yarn"):
+        family_of(config).read_config(config)
+
+
+@pytest.mark.parametrize(("model", "setting", "value"), [
+    ("LlamaForCausalLM", "hidden_act", "relu"), ("Qwen2ForCausalLM", "layer_types", ["full_attention", "linear_attention"]),
+    ("Qwen3MoeForCausalLM", "mlp_only_layers", [0]), ("Gemma3ForCausalLM", "attn_logit_softcapping", 50.0),
+    ("Gemma2ForCausalLM", "hidden_activation", "mish"), ("OPTForCausalLM", "activation_function", "mish"),
+    ("MistralForCausalLM", "rope_parameters", dict(rope_type="default", rope_theta=1e4, partial_rotary_factor=0.5))])
+def test_an_unsupported_setting_is_refused_by_name(model, setting, value):
+    config, *_ = tiny(next(reference for reference in REFERENCES if reference.model == model), {})
+    setattr(config, setting, value)
+    name = "partial_rotary_factor" if setting == "rope_parameters" else setting
+    with pytest.raises(UserError, match=name):
         family_of(config).read_config(config)
 
 

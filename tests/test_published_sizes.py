@@ -71,9 +71,9 @@ def test_every_tensor_of_the_checkpoint_is_named_with_its_shape(published):
 
 def test_every_matrix_is_split_over_the_model_axis(published):
     decoder, *_ = published
-    for name in decoder.family.linears:
+    for name in decoder.linears:
         shape = decoder.block_shapes[name + ".weight"]
-        spec = divisible(decoder.mesh, shape, decoder.family.sharding[name + ".weight"])
+        spec = divisible(decoder.mesh, shape, decoder.sharding(name + ".weight"))
         part = NamedSharding(decoder.mesh, spec).shard_shape(shape)
         assert math.prod(part) * 2 == math.prod(shape), name
 
@@ -84,6 +84,6 @@ def test_a_block_traces_at_its_full_size(published):
     hidden = jax.ShapeDtypeStruct((4, 2048, decoder.config.d_model), jnp.bfloat16)
     output, inputs = jax.eval_shape(lambda *args: forward(decoder.graph, *args), state, hidden, decoder.config.positions(0, 2048))
     assert (output.shape, output.dtype) == (hidden.shape, hidden.dtype)
-    for name in decoder.family.linears:
+    for name in decoder.linears:
         assert inputs[name].shape == (4, 2048, decoder.block_shapes[name + ".weight"][1])
-    assert {name for group in linear_groups(decoder) for name in group} == set(decoder.family.linears)
+    assert {name for group in linear_groups(decoder) for name in group} == set(decoder.linears)

@@ -218,9 +218,11 @@ def test_many_troubles_are_counted_not_listed():
 
 def written(path, **changes):
     return file.write_report(path, **{
-        "manifest": {"code": "0"}, "configuration": {"pattern": "2:4"}, "environment": file.environment(mesh(4, 2)), "model": {"origin": "x"},
+        "manifest": {"code": "0"}, "configuration": {"pattern": "2:4"}, "environment": file.environment(mesh(4, 2)),
+        "model": {"origin": "x"},
         "calibration": {"source": "c4"}, "evaluation": {"source": "wikitext2"},
-        "perplexity": {"dense": 2.0, "pruned": 3.0}, "blocks": BLOCKS, "seconds": {"pruning": 4.0}, "memory": {"host_peak": file.host_memory_peak()},
+        "perplexity": {"dense": 2.0, "pruned": 3.0}, "blocks": BLOCKS, "seconds": {"pruning": 4.0},
+        "memory": {"host_peak": file.host_memory_peak()},
         "files": {"report": "r"}} | changes)
 
 

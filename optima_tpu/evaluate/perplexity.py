@@ -53,7 +53,7 @@ def _first_broken(decoder: Decoder, tokens: np.ndarray) -> str:
         positions = decoder.positions(index, hidden.shape[1])
         for batch in decoder.batches(hidden):
             finite = _finite_inputs(decoder.graph, decoder.state(parameters), batch.hidden, positions)
-            for name in decoder.family.linears:
+            for name in decoder.linears:
                 if not finite[name]:
                     return f"the input of {decoder.prefix(index)}{name}"
         decoder.apply(index, parameters, hidden)

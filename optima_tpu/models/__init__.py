@@ -1,7 +1,7 @@
 """The decoder families, one file each; a family is a :class:`~optima_tpu.models.family.Family`."""
 
 from optima_tpu.errors import UserError
-from optima_tpu.models import gemma, llama, mistral, olmo2, opt, phi3, qwen
+from optima_tpu.models import gemma, llama, mistral, olmo2, opt, phi3, qwen, qwen_moe
 from optima_tpu.models.family import Family
 
 FAMILIES: dict[str, Family] = {
@@ -9,6 +9,7 @@ FAMILIES: dict[str, Family] = {
     "MistralForCausalLM": mistral.FAMILY,
     "Qwen2ForCausalLM": qwen.QWEN2,
     "Qwen3ForCausalLM": qwen.QWEN3,
+    "Qwen3MoeForCausalLM": qwen_moe.FAMILY,
     "Gemma2ForCausalLM": gemma.GEMMA2,
     "Gemma3ForCausalLM": gemma.GEMMA3,
     "Gemma3ForConditionalGeneration": gemma.GEMMA3_MULTIMODAL,

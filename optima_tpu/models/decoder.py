@@ -70,6 +70,18 @@ class Decoder:
         """Shape of every parameter of a block, by its name inside the block ("self_attn.q_proj.weight")."""
         return _shapes(self._block[1])
 
+    @functools.cached_property
+    def linears(self) -> tuple[str, ...]:
+        """The layers of a block that are pruned, by their path in it."""
+        kinds = {kind: position for position, kind in enumerate(self.family.linears)}
+        names = [name.removesuffix(".weight") for name in self.block_shapes if name.endswith(".weight")]
+        found = [(numbers, kinds[kind], name) for name in names for kind, numbers in [_kind(name)] if kind in kinds]
+        return tuple(name for _, _, name in sorted(found))
+
+    def sharding(self, name: str) -> P:
+        """How a parameter of a block is to lie on the mesh; dimensions that do not divide are replicated all the same."""
+        return self.family.sharding.get(_kind(name)[0], P())
+
     def prefix(self, index: int) -> str:
         """What stands before a block's parameter names in the checkpoint."""
         return self.root + self.family.layers.format(index)
@@ -93,7 +105,7 @@ class Decoder:
         Raises:
           UserError: a tensor has another shape than the configuration says, or holds a NaN or an infinity.
         """
-        return {name: self._load(self.prefix(index) + name, shape, self.family.sharding.get(name, P()))
+        return {name: self._load(self.prefix(index) + name, shape, self.sharding(name))
                 for name, shape in self.block_shapes.items()}
 
     def embed(self, tokens: np.ndarray) -> np.ndarray:
@@ -175,7 +187,7 @@ class Decoder:
 
 
 class Batch:
-    """A few sequences on the mesh: ``hidden`` [size, length, d_model], of which the first ``count`` are ``rows`` of the host's."""
+    """Sequences on the mesh: ``hidden`` [size, length, d_model], of which the first ``count`` are ``rows`` of the host's."""
 
     def __init__(self, rows: slice, count: int, hidden: Array, valid: Array):
         self.rows, self.count, self.hidden, self.valid = rows, count, hidden, valid
@@ -235,6 +247,12 @@ def _shapes(state: nnx.State) -> dict[str, tuple[int, ...]]:
 
 def _filled(state: nnx.State, parameters: Mapping[str, Array]) -> nnx.State:
     return nnx.from_flat_state([(path, leaf.replace(parameters[_name(path)])) for path, leaf in nnx.to_flat_state(state)])
+
+
+def _kind(name: str) -> tuple[str, tuple[int, ...]]:
+    """A name as a family declares it, and its numbers: "experts.3.up_proj" is ("experts.*.up_proj", (3,))."""
+    parts = name.split(".")
+    return ".".join("*" if part.isdigit() else part for part in parts), tuple(int(part) for part in parts if part.isdigit())
 
 
 def _name(path: tuple) -> str:

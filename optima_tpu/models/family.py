@@ -63,8 +63,9 @@ class Family:
     Attributes:
       read_config: from the ``transformers`` configuration. Raises UserError, by name, for a setting that is not supported.
       block: ``block(config)`` is an ``nnx.Module``: (x [batch, length, d_model], Positions) -> the same shape.
-      linears: its linear layers in the order of the forward pass, by their path in the block.
-      sharding: their parameters' specs; what is not named is replicated.
+      linears: the layers of it that are pruned, in the order of the forward pass, by their path in the block. ``*`` stands for
+        every number: "mlp.experts.*.up_proj".
+      sharding: specs of their parameters, named in the same way; what is not named is replicated.
       final: ``final(config)`` is an ``nnx.Module`` between the last block and the head, as a rule a norm.
       roots: where the model begins in the names of a checkpoint; the first one that holds the embedding is meant.
       layers: where a block begins behind the root.
