@@ -110,7 +110,7 @@ def load_block(arguments) -> tuple[list[tuple[list[Array], Array]], str]:
     for index in range(arguments.block):
         decoder.apply(index, decoder.load_block(index), hidden)
     parameters, names = decoder.load_block(arguments.block), linear_groups(decoder)
-    layers = [([parameters[name + ".weight"] for name in group], hessian) for group, hessian in zip(
+    layers = [([parameters[name + ".weight"] for name in group], hessian) for group, (hessian, _) in zip(
         names, accumulate_hessians(decoder, arguments.block, parameters, hidden, names))]
     return layers, (f"Block {arguments.block} of {pretrained.origin} after its dense predecessors, Wanda "
                     f"{arguments.sparsity:.0%}, {arguments.samples} x {arguments.length} tokens of {arguments.source}.")

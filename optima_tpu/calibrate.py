@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,18 @@ from optima_tpu.sharding import DATA, MODEL
 
 Groups = tuple[tuple[str, ...], ...]
 """The linear layers of a block, those that read the same input together: (("self_attn.q_proj", ...), ...)."""
+
+
+class Statistics(NamedTuple):
+    """What is known of the inputs of a group of layers.
+
+    Attributes:
+      hessian: ``H = X'X / n_tokens`` [d_in, d_in] float32, columns over the model axis.
+      tokens: how many inputs were not zero, int32: all tokens, or those that were routed to an expert.
+    """
+
+    hessian: Array
+    tokens: Array
 
 
 def linear_groups(decoder: Decoder) -> Groups:
@@ -40,8 +53,8 @@ def linear_groups(decoder: Decoder) -> Groups:
 
 
 def accumulate_hessians(decoder: Decoder, index: int, parameters: Mapping[str, Array], hidden: np.ndarray,
-                        groups: Groups) -> tuple[Array, ...]:
-    """``H = X'X / n_tokens`` for each group's input, [d_in, d_in] float32, columns over the model axis.
+                        groups: Groups) -> tuple[Statistics, ...]:
+    """The :class:`Statistics` of each group's input.
 
     Products of activations in the model's dtype, accumulated in float32: on each device over its own tokens, then by one
     ``psum`` over the data axis.
@@ -58,28 +71,31 @@ def accumulate_hessians(decoder: Decoder, index: int, parameters: Mapping[str, A
     state = decoder.state(parameters)
     positions = decoder.positions(index, hidden.shape[1])
     sizes = tuple(decoder.block_shapes[names[0] + ".weight"][1] for names in groups)
-    sums = tuple(jnp.zeros((size, size), jnp.float32, device=jax.NamedSharding(decoder.mesh, _columns(decoder.mesh, size)))
-                 for size in sizes)
+    everywhere = jax.NamedSharding(decoder.mesh, P())
+    sums = tuple(Statistics(
+        jnp.zeros((size, size), jnp.float32, device=jax.NamedSharding(decoder.mesh, _columns(decoder.mesh, size))),
+        jnp.zeros((), jnp.int32, device=everywhere)) for size in sizes)
     for batch in decoder.batches(hidden):
         sums = _add_batch(decoder.graph, decoder.mesh, groups, sums, state, batch.hidden, batch.valid, positions)
-    hessians = _divide(sums, np.float32(hidden.shape[0] * hidden.shape[1]))
-    for names, hessian in zip(groups, hessians):
-        if not bool(jnp.isfinite(jnp.trace(hessian))):
+    statistics = _divide(sums, np.float32(hidden.shape[0] * hidden.shape[1]))
+    for names, found in zip(groups, statistics):
+        if not bool(jnp.isfinite(jnp.trace(found.hessian))):
             raise UserError(f"the input of {decoder.prefix(index)}{names[0]} holds NaN or infinite values: the model overflows "
                             "in its dtype or its weights are damaged; try --dtype float32")
-    return hessians
+    return statistics
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=3)
 def _add_batch(graph, mesh: Mesh, groups: Groups, sums, state, hidden, valid, positions):
     inputs = forward(graph, state, hidden, positions)[1]
-    return tuple(total + _gram(inputs[names[0]] * valid[:, None, None].astype(hidden.dtype), mesh)
-                 for names, total in zip(groups, sums))
+    kept = (inputs[names[0]] * valid[:, None, None].astype(hidden.dtype) for names in groups)
+    return tuple(Statistics(total.hessian + _gram(x, mesh), total.tokens + jnp.sum(jnp.any(x != 0, axis=-1), dtype=jnp.int32))
+                 for x, total in zip(kept, sums))
 
 
 @jax.jit
 def _divide(sums, tokens):
-    return tuple(total / tokens for total in sums)
+    return tuple(total._replace(hessian=total.hessian / tokens) for total in sums)
 
 
 def _columns(mesh: Mesh, size: int) -> P:

@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from optima_tpu.accept import Acceptance, PerRow
-from optima_tpu.calibrate import Groups, accumulate_hessians
+from optima_tpu.calibrate import Groups, Statistics, accumulate_hessians
 from optima_tpu.layer_rules import LayerRule, pattern_of
 from optima_tpu.models.decoder import Decoder
 from optima_tpu.patterns import Pattern
@@ -141,11 +141,11 @@ def walk_block(decoder: Decoder, index: int, hidden: np.ndarray, groups: Groups,
     """
     parameters = decoder.load_block(index)
     groups = pruned_groups(groups, recipe, decoder.prefix(index))
-    hessians = accumulate_hessians(decoder, index, parameters, hidden[:samples], groups) if groups else ()
+    statistics = accumulate_hessians(decoder, index, parameters, hidden[:samples], groups) if groups else ()
     held_out = None
     if groups and samples is not None and samples < len(hidden):
-        held_out = accumulate_hessians(decoder, index, parameters, hidden[samples:], groups)
-    parameters, keeps, layers = prune_block(index, decoder.prefix(index), parameters, groups, hessians, recipe,
+        held_out = tuple(found.hessian for found in accumulate_hessians(decoder, index, parameters, hidden[samples:], groups))
+    parameters, keeps, layers = prune_block(index, decoder.prefix(index), parameters, groups, statistics, recipe,
                                             decoder.mesh, tell, held_out=held_out, masks=masks)
     decoder.apply(index, parameters, hidden)
     return parameters, keeps, layers
@@ -157,8 +157,9 @@ def pruned_groups(groups: Groups, recipe: Recipe, prefix: str) -> Groups:
     return tuple(filter(None, left))
 
 
-def prune_block(index: int, prefix: str, parameters: Mapping[str, Array], groups: Groups, hessians: tuple[Array, ...],
-                recipe: Recipe, mesh: Mesh, tell: Callable[[LayerReport], None] = lambda report: None, *,
+def prune_block(index: int, prefix: str, parameters: Mapping[str, Array], groups: Groups,
+                statistics: tuple[Statistics, ...], recipe: Recipe, mesh: Mesh,
+                tell: Callable[[LayerReport], None] = lambda report: None, *,
                 held_out: tuple[Array, ...] | None = None, masks: ReadMask | None = None
                 ) -> tuple[dict[str, Array], dict[str, Array], tuple[LayerReport, ...]]:
     """Prunes the linear layers of a block.
@@ -167,9 +168,9 @@ def prune_block(index: int, prefix: str, parameters: Mapping[str, Array], groups
       index: the block's number, for the reports.
       prefix: of the block's parameters, "model.layers.3.".
       parameters: by name inside the block, on the mesh.
-      groups: layers that are pruned and read one input together, with one of ``hessians`` each; see :func:`pruned_groups`.
+      groups: layers that are pruned and read one input together, with one of ``statistics`` each; see :func:`pruned_groups`.
       tell: called with every layer's report as soon as the layer is done.
-      held_out: as ``hessians``, of the held-out tokens.
+      held_out: Hessians of the held-out tokens.
       masks: for a recipe without a selector.
 
     Returns:
@@ -177,7 +178,7 @@ def prune_block(index: int, prefix: str, parameters: Mapping[str, Array], groups
       report for every layer.
     """
     parameters, keep_by_name, reports = dict(parameters), {}, []
-    for group, (names, hessian) in enumerate(zip(groups, hessians)):
+    for group, (names, (hessian, tokens)) in enumerate(zip(groups, statistics)):
         keys = [name + ".weight" for name in names]
         weights = tuple(parameters[key] for key in keys)
         patterns = tuple(pattern_of(recipe.layers, recipe.pattern, prefix + name, name) for name in names)
@@ -188,7 +189,7 @@ def prune_block(index: int, prefix: str, parameters: Mapping[str, Array], groups
         for name, key, old, weight, keep, report in zip(names, keys, weights, new, keeps, rows):
             parameters[key] = jax.device_put(weight, old.sharding)
             keep_by_name[key] = keep
-            reports.append(_summary(index, name, keep, jax.device_get(report), dead))
+            reports.append(_summary(index, name, keep, jax.device_get(report), dead, int(tokens)))
             tell(reports[-1])
     return parameters, keep_by_name, tuple(reports)
 
@@ -230,7 +231,7 @@ def _stack(arrays: list[Array]) -> Array:
     return jnp.concatenate(arrays) if len(arrays) > 1 else arrays[0]
 
 
-def _summary(index: int, name: str, keep: Array, rows: RowReport, dead: int) -> LayerReport:
+def _summary(index: int, name: str, keep: Array, rows: RowReport, dead: int, tokens: int) -> LayerReport:
     pruned = int(keep.size - jnp.sum(keep, dtype=jnp.int32))
 
     def share(values: np.ndarray, energies: np.ndarray = rows.energy) -> float:
@@ -244,5 +245,5 @@ def _summary(index: int, name: str, keep: Array, rows: RowReport, dead: int) -> 
         error_before=share(rows.before), error_after=share(rows.after),
         gap_median=float(np.median(rows.gap)), gap_max=float(np.max(rows.gap)),
         steps_median=int(np.median(rows.steps)), steps_max=int(np.max(rows.steps)), rows=len(rows.gap),
-        rows_converged=int(np.sum(rows.converged)), rows_refused=int(np.sum(rows.refused)), dead_inputs=dead,
+        rows_converged=int(np.sum(rows.converged)), rows_refused=int(np.sum(rows.refused)), dead_inputs=dead, tokens=tokens,
         held_out_before=unseen[0], held_out_after=unseen[1])

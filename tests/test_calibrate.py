@@ -7,6 +7,7 @@ from optima_tpu.calibrate import accumulate_hessians, linear_groups
 from optima_tpu.errors import UserError
 from optima_tpu.models.decoder import Decoder, forward
 from tests.helpers import mesh, tiny_llama
+from tests.test_models import REFERENCES, tiny
 
 
 def test_layers_that_read_one_input_are_found():
@@ -23,9 +24,10 @@ def test_hessians_are_the_mean_outer_product_of_the_inputs(shape):
     hidden = np.random.default_rng(0).standard_normal((7, 11, 36)).astype(np.float32)
     parameters = decoder.load_block(1)
     groups = linear_groups(decoder)
-    hessians = accumulate_hessians(decoder, 1, parameters, hidden, groups)
+    statistics = accumulate_hessians(decoder, 1, parameters, hidden, groups)
     _, inputs = forward(decoder.graph, decoder.state(parameters), hidden, decoder.positions(1, 11))
-    for names, hessian in zip(groups, hessians):
+    for names, (hessian, tokens) in zip(groups, statistics):
+        assert tokens == 77
         rows = np.asarray(inputs[names[0]], np.float64).reshape(77, -1)
         expected = rows.T @ rows / 77
         assert hessian.dtype == np.float32
@@ -38,3 +40,24 @@ def test_activations_that_are_not_finite_are_refused_by_name():
     hidden[1, 2, 3] = np.inf
     with pytest.raises(UserError, match="input of model.layers.0.self_attn"):
         accumulate_hessians(decoder, 0, decoder.load_block(0), hidden, linear_groups(decoder))
+
+
+def test_an_experts_statistics_are_those_of_the_tokens_that_were_sent_to_it():
+    reference = next(reference for reference in REFERENCES if "Moe" in reference.model)
+    config, _, tensors = tiny(reference, {})
+    decoder = Decoder.open(config, tensors, mesh(4, 2), batch=1)
+    hidden = np.random.default_rng(0).standard_normal((7, 11, config.hidden_size)).astype(np.float32)
+    parameters, groups = decoder.load_block(0), linear_groups(decoder)
+    statistics = dict(zip(groups, accumulate_hessians(decoder, 0, parameters, hidden, groups)))
+    _, inputs = forward(decoder.graph, decoder.state(parameters), hidden, decoder.positions(0, 11))
+    shared, sent = np.zeros((77, config.hidden_size)), np.zeros(77, int)
+    for expert in range(config.num_experts):
+        hessian, tokens = statistics[f"mlp.experts.{expert}.gate_proj", f"mlp.experts.{expert}.up_proj"]
+        rows = np.asarray(inputs[f"mlp.experts.{expert}.up_proj"], np.float64).reshape(77, -1)
+        mine = rows.any(axis=1)
+        assert tokens == mine.sum() == statistics[(f"mlp.experts.{expert}.down_proj",)].tokens
+        assert 0 < tokens < 77
+        assert np.abs(hessian - rows[mine].T @ rows[mine] / 77).max() < 1e-5 * np.abs(rows.T @ rows / 77).max()
+        assert (rows[mine & (sent > 0)] == shared[mine & (sent > 0)]).all(), "experts of one token read the same"
+        shared[mine], sent = rows[mine], sent + mine
+    assert (sent == config.num_experts_per_tok).all()

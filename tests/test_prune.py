@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 
 from optima_tpu.accept import PerLayer, PerRow
-from optima_tpu.calibrate import linear_groups
+from optima_tpu.calibrate import Statistics, linear_groups
 from optima_tpu.layer_rules import LayerRule
 from optima_tpu.models.decoder import Decoder
 from optima_tpu.patterns import NM, Unstructured
 from optima_tpu.prune import Recipe, prune_block, prune_group, prune_layer, walk_block
+from optima_tpu.report.records import BlockReport
+from optima_tpu.report.summary import unusual
 from optima_tpu.selectors import Magnitude, Wanda
 from optima_tpu.solvers import CG, MPAX
 from tests.helpers import COLLECTIVE, layer, mesh, text_inside_loops, tiny_llama
@@ -105,13 +107,14 @@ def test_an_expert_that_saw_no_token_is_pruned_by_magnitude_and_named():
     parameters, name = decoder.load_block(0), "self_attn.o_proj"
     weight = np.asarray(parameters[name + ".weight"])
     nothing = jax.device_put(np.zeros((weight.shape[1],) * 2, np.float32), jax.NamedSharding(decoder.mesh, jax.P()))
-    parameters, keeps, (report,) = prune_block(0, decoder.prefix(0), parameters, ((name,),), (nothing,),
+    parameters, keeps, (report,) = prune_block(0, decoder.prefix(0), parameters, ((name,),), (Statistics(nothing, jnp.int32(0)),),
                                                Recipe(Unstructured(0.5), Wanda(), CG()), decoder.mesh)
     kept = np.asarray(keeps[name + ".weight"])
     assert (np.sort(np.abs(np.where(kept, weight, 0)), axis=1) == np.sort(np.abs(weight), axis=1) * (
         np.arange(weight.shape[1]) >= weight.shape[1] // 2)).all()
     assert np.abs(parameters[name + ".weight"] - np.where(kept, weight, 0)).max() < 1e-6
-    assert report.dead_inputs == weight.shape[1]
+    assert (report.dead_inputs, report.tokens) == (weight.shape[1], 0)
+    assert unusual([BlockReport(0, 0.0, (report,))])["few_tokens"] == {"block 0 self_attn.o_proj": 0}
 
 
 def test_rows_that_the_mesh_does_not_divide_are_solved_alike():

@@ -41,7 +41,7 @@ def test_certificates_hold_against_float64_on_real_hessians(model):
     for index in range(12):
         parameters = decoder.load_block(index)
         if index in (0, 11):
-            for names, hessian in zip(groups, accumulate_hessians(decoder, index, parameters, hidden, groups)):
+            for names, (hessian, _) in zip(groups, accumulate_hessians(decoder, index, parameters, hidden, groups)):
                 problem = self_target(parameters[names[0] + ".weight"], hessian)
                 pruned = Wanda()(problem, Unstructured(0.5))
                 solution = solve(CG(), problem, pruned)
@@ -66,11 +66,11 @@ def test_the_mesh_does_not_change_masks_or_weights(model):
     # Tight: a row that meets a tolerance a step apart on another mesh may move by as much as the tolerance allows.
     recipe = Recipe(Unstructured(0.5), Wanda(), CG(tolerance=1e-5))
     found = []
-    for shape in ((1, 1), (4, 2), (2, 4)):
+    for shape in ((1, 1), (2, 4)):
         decoder, hidden = opened(model, shape)
         groups, parameters = linear_groups(decoder), decoder.load_block(0)
-        hessians = accumulate_hessians(decoder, 0, parameters, hidden, groups)
-        parameters, masks, _ = prune_block(0, decoder.prefix(0), parameters, groups, hessians, recipe, decoder.mesh)
+        statistics = accumulate_hessians(decoder, 0, parameters, hidden, groups)
+        parameters, masks, _ = prune_block(0, decoder.prefix(0), parameters, groups, statistics, recipe, decoder.mesh)
         found.append(jax.device_get((parameters, masks)))
     (weights, masks), *others = found
     total = sum(mask.size for mask in masks.values())

@@ -92,9 +92,16 @@ def test_sparsity_counts_weights_not_layers():
 
 def test_unusual_is_named_and_only_unusual_is():
     assert summary.unusual(BLOCKS) == {
-        "dead_inputs": {"block 0 mlp.down_proj": 7}, "rows_not_converged": {"block 1 self_attn.q_proj": 3},
+        "few_tokens": {}, "dead_inputs": {"block 0 mlp.down_proj": 7}, "rows_not_converged": {"block 1 self_attn.q_proj": 3},
         "rows_refused": {"block 1 self_attn.q_proj": 3}, "layers_refused": {"block 1 mlp.down_proj": 2}}
     assert not any(summary.unusual([BlockReport(0, 1.0, (layer(),))]).values())
+
+
+def test_the_layer_that_the_fewest_tokens_reached_is_named_first():
+    blocks = [BlockReport(index, 1.0, (layer(index, shape=(4, 10), tokens=tokens),)) for index, tokens in enumerate((10, 9, 0))]
+    assert summary.unusual(blocks)["few_tokens"] == {"block 1 self_attn.q_proj": 9, "block 2 self_attn.q_proj": 0}
+    line = next(line for line in printed(blocks).splitlines() if "fewer calibration tokens" in line)
+    assert line.index("block 2 self_attn.q_proj (0 tokens)") < line.index("block 1 self_attn.q_proj (9 tokens)")
 
 
 def walk(progress: Progress, clock: Clock, first: int = 0) -> None:

@@ -29,6 +29,7 @@ class LayerReport:
       rows_converged: rows that met the solver's own test.
       rows_refused: rows that kept the selector's weights, by the acceptance rule.
       dead_inputs: inputs without any signal in the calibration text.
+      tokens: calibration tokens that reached the layer: all of them, or those routed to an expert; None where not counted.
       held_out_before: as ``error_before``, over held-out tokens, which no weight was fitted to; None without such tokens.
       held_out_after: as ``error_after``, over held-out tokens.
     """
@@ -48,6 +49,7 @@ class LayerReport:
     rows_converged: int
     rows_refused: int
     dead_inputs: int
+    tokens: int | None = None
     held_out_before: float | None = None
     held_out_after: float | None = None
 
@@ -57,8 +59,8 @@ class LayerReport:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Self:
-        """From :meth:`to_json`; None is read as infinity, but for the held-out errors that there may be none of."""
-        read = {key: math.inf if value is None and not key.startswith("held_out") else value
+        """From :meth:`to_json`; None is read as infinity, but for what there may be none of."""
+        read = {key: math.inf if value is None and not key.startswith(("held_out", "tokens")) else value
                 for key, value in values.items()}
         return cls(**read | {"shape": tuple(read["shape"])})
 

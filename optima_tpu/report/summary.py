@@ -62,11 +62,14 @@ def unusual(blocks: Sequence[BlockReport]) -> dict[str, dict[str, int]]:
     """What a person should look at, by layer: {"rows_not_converged": {"block 3 mlp.down_proj": 12}, ...}.
 
     The kinds are always there, empty when there is nothing to say. A refused layer has all of its rows refused and is
-    listed under ``layers_refused``, not under ``rows_refused``.
+    listed under ``layers_refused``, not under ``rows_refused``. ``few_tokens`` has the layers that fewer tokens reached than they
+    have inputs, which leaves their problems without a unique answer, with the number of those tokens.
     """
     found: dict[str, dict[str, int]] = {
-        "dead_inputs": {}, "rows_not_converged": {}, "rows_refused": {}, "layers_refused": {}}
+        "few_tokens": {}, "dead_inputs": {}, "rows_not_converged": {}, "rows_refused": {}, "layers_refused": {}}
     for layer in all_layers(blocks):
+        if layer.tokens is not None and layer.tokens < layer.shape[1]:
+            found["few_tokens"][f"block {layer.block} {layer.name}"] = layer.tokens
         counts = {
             "dead_inputs": layer.dead_inputs,
             "rows_not_converged": layer.rows - layer.rows_converged,

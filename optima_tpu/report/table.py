@@ -14,6 +14,7 @@ _NAMED = 4
 """So many layers are named for each kind of trouble; report.json has them all."""
 
 _TROUBLE = {
+    "few_tokens": ("reached by fewer calibration tokens than they have inputs", "token"),
     "dead_inputs": ("dead inputs, without signal in the calibration text", "input"),
     "rows_not_converged": ("rows not converged", "row"),
     "rows_refused": ("rows refused, which keep the selector's weights", "row"),
@@ -87,7 +88,7 @@ def unusual_lines(blocks: Sequence[BlockReport]) -> list[str]:
     for kind, layers in unusual(blocks).items():
         if layers:
             words, noun = _TROUBLE[kind]
-            worst = sorted(layers, key=lambda name: -layers[name])
+            worst = sorted(layers, key=layers.get, reverse=kind != "few_tokens")
             named = [f"{name} ({plural(layers[name], noun)})" for name in worst[:_NAMED]]
             more = [f"{len(worst) - _NAMED} more in the report"] if len(worst) > _NAMED else []
             lines.append(f"unusual     {words}: {', '.join(named + more)}")
