@@ -22,7 +22,7 @@ CASES = {"qwen2": ("Qwen2ForCausalLM", dict(vocab_size=len(BPE), tie_word_embedd
                                               sliding_window_pattern=6, sliding_window=7))}
 
 
-def write(path, arch: str, change=lambda writer: None):
+def write(path, arch: str, change=lambda writer: None, without: tuple[str, ...] = ()):
     """Returns the model that the file holds."""
     name, settings = CASES[arch]
     reference = next(reference for reference in REFERENCES if reference.model == name)
@@ -37,7 +37,8 @@ def write(path, arch: str, change=lambda writer: None):
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     if arch == "gemma3":
-        writer.add_key_length(config.head_dim)
+        if "key_length" not in without:
+            writer.add_key_length(config.head_dim)
         writer.add_value_length(config.head_dim)
         writer.add_sliding_window(config.sliding_window)
         writer.add_rope_freq_base(config.rope_parameters["full_attention"]["rope_theta"])
@@ -122,3 +123,9 @@ def test_a_stretched_gemma_is_read_and_a_stretched_qwen_refused(tmp_path):
     write(tmp_path / "qwen.gguf", "qwen2", stretch)
     with pytest.raises(UserError, match="qwen2.rope.scaling"):
         open_model(str(tmp_path / "qwen.gguf"))
+
+
+def test_a_gemma_without_the_size_of_its_heads_is_refused_by_name(tmp_path):
+    write(tmp_path / "m.gguf", "gemma3", without=("key_length",))
+    with pytest.raises(UserError, match="lacks gemma3.attention.key_length"):
+        open_model(str(tmp_path / "m.gguf"))

@@ -14,35 +14,26 @@ from jax import Array
 
 from optima_tpu.errors import UserError
 from optima_tpu.models import llama
-from optima_tpu.models.family import DecoderConfig, Family, Positions, ReadTensor
+from optima_tpu.models.family import Family, Positions, ReadTensor
 from optima_tpu.models.layers import ACTIVATIONS, GatedMLP, RotaryAttention, ShiftedRMSNorm
 from optima_tpu.models.rope import Rope
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(DecoderConfig):
-    """The numbers that shape a block.
+class Config(llama.Sizes):
+    """What shapes a Gemma's block beside its sizes.
 
     Attributes:
       scale: of the products of queries and keys.
       score_cap: ``c`` where the scaled products become ``c tanh(p / c)``, or None.
       ropes: the rotary embedding of every block.
-      windows: of every block, how many tokens a position sees (None: all); empty where all blocks see everything.
-      qk_norm: whether queries and keys are normalised, head by head.
     """
 
-    d_ff: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    eps: float
     activation: str
     scale: float
     score_cap: float | None
     ropes: tuple[Rope, ...]
-    windows: tuple[int | None, ...]
     bias: bool
-    qk_norm: bool
 
     def positions(self, index: int, length: int) -> Positions:
         return Positions(*self.ropes[index].tables(length, self.head_dim), llama.window_at(self.windows, index, length))
@@ -54,10 +45,7 @@ def _read(config: Any, **own) -> Config:
     if getattr(config, "use_bidirectional_attention", None):
         raise UserError("expected use_bidirectional_attention false, got true: only causal models are supported")
     return Config(
-        d_model=config.hidden_size, d_embedding=config.hidden_size, d_ff=config.intermediate_size,
-        heads=config.num_attention_heads, kv_heads=config.num_key_value_heads, head_dim=config.head_dim,
-        blocks=config.num_hidden_layers, vocab=config.vocab_size, eps=config.rms_norm_eps, tied=config.tie_word_embeddings,
-        logit_cap=config.final_logit_softcapping, activation=config.hidden_activation,
+        **llama.named_sizes(config), logit_cap=config.final_logit_softcapping, activation=config.hidden_activation,
         scale=config.query_pre_attn_scalar ** -0.5, windows=llama.windows_by_type(config), bias=config.attention_bias, **own)
 
 
@@ -100,18 +88,8 @@ class Block(nnx.Module):
         return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
 
 
-class Final(nnx.Module):
-    """The norm before the head."""
-
-    def __init__(self, config: Config):
-        self.norm = ShiftedRMSNorm(config.d_model, eps=config.eps)
-
-    def __call__(self, x: Array) -> Array:
-        return self.norm(x)
-
-
-GEMMA2 = Family(read_config=read_gemma2, block=Block, linears=llama.LINEARS, sharding=llama.SHARDING, final=Final, embed=embed,
-                needs_bos=True)
+GEMMA2 = Family(read_config=read_gemma2, block=Block, linears=llama.LINEARS, sharding=llama.SHARDING, embed=embed,
+                final=functools.partial(llama.Final, norm=ShiftedRMSNorm), needs_bos=True)
 GEMMA3 = dataclasses.replace(GEMMA2, read_config=read_gemma3)
 GEMMA3_MULTIMODAL = dataclasses.replace(
     GEMMA3, read_config=lambda config: read_gemma3(config.get_text_config()),

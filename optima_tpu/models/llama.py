@@ -35,8 +35,8 @@ SHARDING: Mapping[str, P] = {
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(DecoderConfig):
-    """The numbers that shape a block.
+class Sizes(DecoderConfig):
+    """The numbers that shape a block with rotary attention and a gated MLP.
 
     Attributes:
       windows: of every block, how many tokens a position sees (None: all); empty where all blocks see everything.
@@ -48,25 +48,36 @@ class Config(DecoderConfig):
     kv_heads: int
     head_dim: int
     eps: float
-    rope: Rope
     windows: tuple[int | None, ...] = ()
+    qk_norm: bool = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(Sizes):
+    """What shapes a Llama's block beside its sizes."""
+
+    rope: Rope
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
-    qk_norm: bool = False
 
     def positions(self, index: int, length: int) -> Positions:
         return Positions(*self.rope.tables(length, self.head_dim), window_at(self.windows, index, length))
 
 
 def read_sizes(config: Any) -> dict[str, Any]:
-    """What the configurations of these families call by the same names, as arguments of :class:`Config`.
+    """As :func:`named_sizes`, of a model whose activation is silu.
 
     Raises:
-      UserError: another activation than silu.
+      UserError: it has another.
     """
     if config.hidden_act != "silu":
         raise UserError(f"expected hidden_act silu in a {config.model_type} model, got {config.hidden_act!r}: not supported")
+    return named_sizes(config)
+
+
+def named_sizes(config: Any) -> dict[str, Any]:
+    """What the configurations of transformers call by the same names in many families, as arguments of :class:`Sizes`."""
     return dict(
         d_model=config.hidden_size, d_embedding=config.hidden_size, d_ff=config.intermediate_size,
         heads=config.num_attention_heads, kv_heads=config.num_key_value_heads,
@@ -79,6 +90,11 @@ def read_config(config: Any) -> Config:
     """From ``transformers.LlamaConfig``."""
     return Config(**read_sizes(config), rope=Rope.from_hf(config.rope_parameters), qkv_bias=config.attention_bias,
                   o_bias=config.attention_bias, mlp_bias=config.mlp_bias)
+
+
+def same_windows(config: Any) -> tuple[int, ...]:
+    """The one ``sliding_window`` for every block; empty if there is none."""
+    return (config.sliding_window,) * config.num_hidden_layers if config.sliding_window else ()
 
 
 def windows_by_type(config: Any) -> tuple[int | None, ...]:
@@ -99,30 +115,36 @@ def window_at(windows: tuple[int | None, ...], index: int, length: int) -> np.nd
     return np.int32(windows[index] or length) if windows else None
 
 
-class Block(nnx.Module):
-    """One decoder block: x [batch, length, d_model] to the same."""
+class PreNormBlock(nnx.Module):
+    """x [batch, length, d_model] to the same: attention, then an MLP, each of a norm of x and added to x."""
 
-    def __init__(self, config: Config):
-        norm = functools.partial(RMSNorm, eps=config.eps)
-        self.input_layernorm = norm(config.d_model)
-        self.self_attn = RotaryAttention(config.d_model, config.heads, config.kv_heads, config.head_dim, qkv_bias=config.qkv_bias,
-                                         o_bias=config.o_bias, norm=norm if config.qk_norm else None)
-        self.post_attention_layernorm = norm(config.d_model)
-        self.mlp = GatedMLP(config.d_model, config.d_ff, activation="silu", bias=config.mlp_bias)
+    def __init__(self, config: Config, self_attn: nnx.Module, mlp: nnx.Module):
+        self.input_layernorm = RMSNorm(config.d_model, eps=config.eps)
+        self.self_attn = self_attn
+        self.post_attention_layernorm = RMSNorm(config.d_model, eps=config.eps)
+        self.mlp = mlp
 
     def __call__(self, x: Array, positions: Positions) -> Array:
         x = x + self.self_attn(self.input_layernorm(x), positions)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
+def block(config: Config) -> PreNormBlock:
+    """One decoder block."""
+    norm = functools.partial(RMSNorm, eps=config.eps)
+    attention = RotaryAttention(config.d_model, config.heads, config.kv_heads, config.head_dim, qkv_bias=config.qkv_bias,
+                                o_bias=config.o_bias, norm=norm if config.qk_norm else None)
+    return PreNormBlock(config, attention, GatedMLP(config.d_model, config.d_ff, activation="silu", bias=config.mlp_bias))
+
+
 class Final(nnx.Module):
     """The norm before the head."""
 
-    def __init__(self, config: Config):
-        self.norm = RMSNorm(config.d_model, eps=config.eps)
+    def __init__(self, config: Sizes, norm: type[nnx.Module] = RMSNorm):
+        self.norm = norm(config.d_model, eps=config.eps)
 
     def __call__(self, x: Array) -> Array:
         return self.norm(x)
 
 
-FAMILY = Family(read_config=read_config, block=Block, linears=LINEARS, sharding=SHARDING, final=Final)
+FAMILY = Family(read_config=read_config, block=block, linears=LINEARS, sharding=SHARDING, final=Final)

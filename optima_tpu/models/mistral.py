@@ -9,8 +9,8 @@ from optima_tpu.models.rope import Rope
 
 def read_config(config: Any) -> llama.Config:
     """From ``transformers.MistralConfig``; every block has the same window, or none."""
-    windows = (config.sliding_window,) * config.num_hidden_layers if config.sliding_window else ()
-    return llama.Config(**llama.read_sizes(config), rope=Rope.from_hf(config.rope_parameters), windows=windows)
+    return llama.Config(**llama.read_sizes(config), rope=Rope.from_hf(config.rope_parameters),
+                        windows=llama.same_windows(config))
 
 
 FAMILY = dataclasses.replace(llama.FAMILY, read_config=read_config)

@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from optima_tpu.models import llama
 from optima_tpu.models.family import Positions
-from optima_tpu.models.layers import Linear, RMSNorm, attention, split_heads
+from optima_tpu.models.layers import Linear, attention, split_heads
 from optima_tpu.models.rope import Rope, rotate
 from optima_tpu.sharding import MODEL
 
@@ -25,8 +25,8 @@ def read_config(config: Any) -> llama.Config:
     # Both may be attributes of the configuration alone; the stretch is then their ratio.
     original = parameters.setdefault("original_max_position_embeddings", config.original_max_position_embeddings)
     parameters.setdefault("factor", config.max_position_embeddings / original)
-    windows = (config.sliding_window,) * config.num_hidden_layers if config.sliding_window else ()
-    return llama.Config(**llama.read_sizes(config), windows=windows, rope=Rope.from_hf(parameters, ("default", "longrope")))
+    return llama.Config(**llama.read_sizes(config), windows=llama.same_windows(config),
+                        rope=Rope.from_hf(parameters, ("default", "longrope")))
 
 
 class Attention(nnx.Module):
@@ -52,22 +52,13 @@ class MLP(nnx.Module):
         return self.down_proj(jax.nn.silu(gate) * up)
 
 
-class Block(nnx.Module):
-    """One decoder block: x [batch, length, d_model] to the same."""
-
-    def __init__(self, config: llama.Config):
-        self.input_layernorm = RMSNorm(config.d_model, eps=config.eps)
-        self.self_attn = Attention(config)
-        self.post_attention_layernorm = RMSNorm(config.d_model, eps=config.eps)
-        self.mlp = MLP(config)
-
-    def __call__(self, x: Array, positions: Positions) -> Array:
-        x = x + self.self_attn(self.input_layernorm(x), positions)
-        return x + self.mlp(self.post_attention_layernorm(x))
+def block(config: llama.Config) -> llama.PreNormBlock:
+    """One decoder block."""
+    return llama.PreNormBlock(config, Attention(config), MLP(config))
 
 
 FAMILY = dataclasses.replace(
-    llama.FAMILY, read_config=read_config, block=Block,
+    llama.FAMILY, read_config=read_config, block=block,
     linears=("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj"),
     # Slices of the model axis do not end where q, k and v do; XLA moves what it must.
     sharding={"self_attn.qkv_proj.weight": P(MODEL, None), "self_attn.o_proj.weight": P(None, MODEL),

@@ -17,7 +17,6 @@ from jax.sharding import PartitionSpec as P
 
 from optima_tpu.errors import UserError
 from optima_tpu.models import llama
-from optima_tpu.models.family import Positions
 from optima_tpu.models.layers import GatedMLP, RMSNorm, RotaryAttention, project
 from optima_tpu.models.rope import Rope
 from optima_tpu.sharding import MODEL
@@ -80,24 +79,15 @@ class Mixture(nnx.Module):
         return functools.reduce(jnp.add, outputs)
 
 
-class Block(nnx.Module):
-    """One decoder block: x [batch, length, d_model] to the same."""
-
-    def __init__(self, config: Config):
-        norm = functools.partial(RMSNorm, eps=config.eps)
-        self.input_layernorm = norm(config.d_model)
-        self.self_attn = RotaryAttention(config.d_model, config.heads, config.kv_heads, config.head_dim, qkv_bias=config.qkv_bias,
-                                         o_bias=config.o_bias, norm=norm)
-        self.post_attention_layernorm = norm(config.d_model)
-        self.mlp = Mixture(config)
-
-    def __call__(self, x: Array, positions: Positions) -> Array:
-        x = x + self.self_attn(self.input_layernorm(x), positions)
-        return x + self.mlp(self.post_attention_layernorm(x))
+def block(config: Config) -> llama.PreNormBlock:
+    """One decoder block."""
+    attention = RotaryAttention(config.d_model, config.heads, config.kv_heads, config.head_dim, qkv_bias=config.qkv_bias,
+                                o_bias=config.o_bias, norm=functools.partial(RMSNorm, eps=config.eps))
+    return llama.PreNormBlock(config, attention, Mixture(config))
 
 
 FAMILY = dataclasses.replace(
-    llama.FAMILY, read_config=read_config, block=Block,
+    llama.FAMILY, read_config=read_config, block=block,
     linears=(*llama.LINEARS[:4], "mlp.experts.*.gate_proj", "mlp.experts.*.up_proj", "mlp.experts.*.down_proj"),
     sharding={**llama.SHARDING, "mlp.experts.*.gate_proj.weight": P(MODEL, None), "mlp.experts.*.up_proj.weight": P(MODEL, None),
               "mlp.experts.*.down_proj.weight": P(None, MODEL)})

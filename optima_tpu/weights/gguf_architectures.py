@@ -37,6 +37,7 @@ class Architecture:
       model_type: as config.json has it.
       block: llama.cpp's names for the parts of a block -> Hugging Face's; "blk.3." becomes "model.layers.3.".
       settings: (its own metadata, names of the tensors in the file) -> what is particular to this config.json.
+      required: its own metadata keys that must be there beside those that all architectures share.
       optional: its own metadata keys that may be there beside those that all architectures share.
       interleaved: whether the rows of q and k are in the order of llama.cpp's rotation of neighbours.
       norm_shift: what the file's norm weights are larger by.
@@ -47,6 +48,7 @@ class Architecture:
     model_type: str
     block: Mapping[str, str]
     settings: Settings
+    required: frozenset[str] = frozenset()
     optional: frozenset[str] = frozenset()
     interleaved: bool = False
     norm_shift: float = 0.0
@@ -75,6 +77,7 @@ def _gemma3(own: Mapping[str, Any], tensors: set[str]) -> dict[str, Any]:
 ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType({architecture.name: architecture for architecture in (
     Architecture("llama", "LlamaForCausalLM", "llama", _LLAMA_BLOCK, _llama, interleaved=True),
     Architecture("qwen2", "Qwen2ForCausalLM", "qwen2", _LLAMA_BLOCK, _qwen2),
-    Architecture("gemma3", "Gemma3ForCausalLM", "gemma3_text", _GEMMA_BLOCK, _gemma3, norm_shift=1.0, optional=frozenset(
-        ("attention.sliding_window", "rope.freq_base_swa", "rope.scaling.factor"))),
+    Architecture("gemma3", "Gemma3ForCausalLM", "gemma3_text", _GEMMA_BLOCK, _gemma3, norm_shift=1.0,
+                 required=frozenset(("attention.key_length", "attention.sliding_window")),
+                 optional=frozenset(("rope.freq_base_swa", "rope.scaling.factor"))),
 )})

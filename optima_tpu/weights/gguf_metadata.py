@@ -109,10 +109,10 @@ def generation_config_json(fields: dict[str, Any]) -> bytes:
 def _refuse_unknown(own: dict[str, Any], architecture: Architecture) -> None:
     """Raises UserError where a value is missing, or says something that this module would not carry over."""
     name_of = f"{architecture.name}.{{}}".format
-    missing = [name_of(name) for name in SIZES.values() if name not in own]
+    missing = [name_of(name) for name in (*SIZES.values(), *sorted(architecture.required)) if name not in own]
     if missing:
         raise UserError(f"the GGUF file lacks {', '.join(missing)} in its metadata: convert the model again")
-    known = OPTIONAL | architecture.optional | set(SIZES.values()) | set(NEUTRAL)
+    known = OPTIONAL | architecture.required | architecture.optional | set(SIZES.values()) | set(NEUTRAL)
     linear = "rope.scaling.factor" in architecture.optional and own.get("rope.scaling.type") == "linear"
     for name, value in own.items():
         neutral = name not in NEUTRAL or value == NEUTRAL[name] or (name == "rope.scaling.type" and linear)
