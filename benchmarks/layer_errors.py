@@ -16,8 +16,6 @@ import statistics
 import sys
 from collections import defaultdict
 
-import numpy as np
-
 from optima_tpu.accept import PerRow
 from optima_tpu.calibrate import linear_groups
 from optima_tpu.cli import parse
@@ -40,7 +38,7 @@ def main(argv: list[str]) -> None:
     groups, layers, found = linear_groups(decoder), [], defaultdict(list)
     for index in range(blocks):
         for name, other in others.items():
-            found[name] += walk_block(decoder, index, np.array(hidden), groups, other)[2]
+            found[name] += walk_block(decoder, index, hidden.copy(), groups, other)[2]
         reports = walk_block(decoder, index, hidden, groups, recipe)[2]
         layers += reports
         print(f"block {index}", *(f"{r.name} {r.error_before:.4f} {r.error_after:.4f} ({r.rows_refused}/{r.rows} refused)"

@@ -11,8 +11,10 @@ from jax import Array
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
+from optima_tpu.activations import Activations
 from optima_tpu.errors import UserError
 from optima_tpu.models.decoder import Decoder, forward
+from optima_tpu.processes import fetch
 from optima_tpu.sharding import DATA, MODEL
 
 Groups = tuple[tuple[str, ...], ...]
@@ -52,7 +54,7 @@ def linear_groups(decoder: Decoder) -> Groups:
     return found[0]
 
 
-def accumulate_hessians(decoder: Decoder, index: int, parameters: Mapping[str, Array], hidden: np.ndarray,
+def accumulate_hessians(decoder: Decoder, index: int, parameters: Mapping[str, Array], hidden: Activations,
                         groups: Groups) -> tuple[Statistics, ...]:
     """The :class:`Statistics` of each group's input.
 
@@ -62,24 +64,25 @@ def accumulate_hessians(decoder: Decoder, index: int, parameters: Mapping[str, A
     Args:
       index: the block's number, for messages.
       parameters: the block's parameters, by name.
-      hidden: [samples, length, d_model] on the host, what enters the block.
+      hidden: what enters the block.
       groups: from :func:`linear_groups`.
 
     Raises:
       UserError: an input holds a NaN or an infinity; names the layer.
     """
     state = decoder.state(parameters)
-    positions = decoder.positions(index, hidden.shape[1])
+    length = hidden.values.shape[1]
+    positions = decoder.positions(index, length)
     sizes = tuple(decoder.block_shapes[names[0] + ".weight"][1] for names in groups)
     everywhere = jax.NamedSharding(decoder.mesh, P())
     sums = tuple(Statistics(
         jnp.zeros((size, size), jnp.float32, device=jax.NamedSharding(decoder.mesh, _columns(decoder.mesh, size))),
         jnp.zeros((), jnp.int32, device=everywhere)) for size in sizes)
-    for batch in decoder.batches(hidden):
+    for batch in hidden.batches(decoder.batch):
         sums = _add_batch(decoder.graph, decoder.mesh, groups, sums, state, batch.hidden, batch.valid, positions)
-    statistics = _divide(sums, np.float32(hidden.shape[0] * hidden.shape[1]))
-    for names, found in zip(groups, statistics):
-        if not bool(jnp.isfinite(jnp.trace(found.hessian))):
+    statistics = _divide(sums, np.float32(len(hidden) * length))
+    for names, trace in zip(groups, fetch([jnp.trace(found.hessian) for found in statistics])):
+        if not np.isfinite(trace):
             raise UserError(f"the input of {decoder.prefix(index)}{names[0]} holds NaN or infinite values: the model overflows "
                             "in its dtype or its weights are damaged; try --dtype float32")
     return statistics

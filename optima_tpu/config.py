@@ -83,8 +83,13 @@ class RunConfig:
         package.
       dtype: compute and store in this type; null keeps the checkpoint's own.
       output: run directory; null makes runs/MODEL-SELECTOR-SOLVER-PATTERN. A run that was stopped goes on from it.
+      coordinator: HOST:PORT of process 0, where a run has several processes and the platform does not say so itself (TPU
+        slices, Slurm and Open MPI do); every process gets the same command but for process_id.
+      num_processes: how many processes the run has.
+      process_id: this one's number, from 0.
+      join_timeout: seconds to wait for all processes to come.
       mesh: devices as DATAxMODEL, such as 4x2 or data=4,model=2; null puts all of them on data.
-      cpu_devices: simulate this many devices on the CPU.
+      cpu_devices: simulate this many devices on the CPU, in every process.
       pattern: which weights go: 0.5/row prunes half of every row, 0.5/layer half of every matrix, 0.5 half of what the
         selector compares as published, 2:4 keeps 2 of every 4.
       layers: layers that are pruned otherwise, as PATH=PATTERN or PATH=dense with commas between, the last that matches
@@ -101,6 +106,10 @@ class RunConfig:
     model: str
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     output: str | None = None
+    coordinator: str | None = None
+    num_processes: int | None = None
+    process_id: int | None = None
+    join_timeout: int = 300
     mesh: str | None = None
     cpu_devices: int | None = None
     pattern: Pattern = Unstructured(0.5)
@@ -117,6 +126,8 @@ class RunConfig:
         if not self.model.strip():
             raise UserError("expected a model: a folder, a hub id, a .gguf file or wheel:NAME, got an empty text")
         _at_least(1, "cpu_devices", self.cpu_devices)
+        _at_least(1, "num_processes", self.num_processes)
+        _at_least(1, "join_timeout", self.join_timeout)
         _at_least(1, "batch", self.batch)
         if self.mesh is not None:
             parse_mesh(self.mesh)

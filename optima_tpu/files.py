@@ -5,6 +5,8 @@ import math
 import os
 import re
 import shutil
+import signal
+import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -12,6 +14,7 @@ import filelock
 from huggingface_hub import StateDictSplit, split_state_dict_into_shards_factory
 
 from optima_tpu.errors import UserError
+from optima_tpu.processes import first_only
 
 PARTIAL = ".partial"
 """Suffix of what is still being written. Such a name may be deleted by whoever writes the real one."""
@@ -48,22 +51,42 @@ def writing(path: Path, remedy: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def alone(directory: Path) -> Iterator[None]:
-    """Keeps other processes out of an existing directory. The system ends it with the process, also by kill -9.
+def only_program(directory: Path) -> Iterator[None]:
+    """Keeps other programs out of an existing directory. The system ends it with process 0, also by kill -9.
 
     Raises:
-      UserError: another process is in it.
+      UserError: another program is in it.
     """
     lock = filelock.FileLock(directory / LOCK, timeout=0)
-    try:
-        with writing(directory, "choose another --output"):
-            lock.acquire()
-    except filelock.Timeout:
-        raise UserError(f"another process is at work in {directory}; wait for it, or choose another --output") from None
+
+    def acquire():
+        try:
+            with writing(directory, "choose another --output"):
+                lock.acquire()
+        except filelock.Timeout:
+            raise UserError(f"another process is at work in {directory}; wait for it, or choose another --output") from None
+
+    first_only(acquire)
     try:
         yield
     finally:
         lock.release()
+
+
+@contextlib.contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Puts off SIGTERM until what is inside is done: a save is finished and not begun anew after the restart."""
+    if threading.current_thread() is not threading.main_thread():  # Python delivers signals to the main thread only
+        yield
+        return
+    waiting = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: waiting.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        if waiting:
+            signal.raise_signal(signal.SIGTERM)
 
 
 def sync(path: Path) -> None:

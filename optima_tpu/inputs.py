@@ -7,13 +7,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from optima_tpu import data
-from optima_tpu.checkpoint import code_version
 from optima_tpu.config import RunConfig, weights_settings
 from optima_tpu.data import Tokens
 from optima_tpu.errors import UserError
 from optima_tpu.layer_rules import check_layers
+from optima_tpu.manifest import code_version, flat
 from optima_tpu.masks import check_masks, open_masks
 from optima_tpu.models.decoder import Decoder
+from optima_tpu.processes import agree, from_first, together
 from optima_tpu.selectors import Imported
 from optima_tpu.sharding import make_mesh
 from optima_tpu.weights import Pretrained, check_names, load_tokenizer, open_model
@@ -40,18 +41,26 @@ def open_model_on_mesh(config: RunConfig) -> Model:
       UserError: the model or the mesh is not what it must be.
     """
     mesh = make_mesh(config.mesh)
-    pretrained = open_model(config.model, config.dtype)
-    decoder = Decoder.open(pretrained.config, pretrained.tensors, mesh, config.batch)
-    check_names(decoder.tensor_names(), pretrained.tensors, decoder.family.ignored)
-    return Model(pretrained, decoder)
+
+    def open_here() -> Model:
+        pretrained = open_model(config.model, config.dtype)
+        decoder = Decoder.open(pretrained.config, pretrained.tensors, mesh, config.batch)
+        check_names(decoder.tensor_names(), pretrained.tensors, decoder.family.ignored)
+        return Model(pretrained, decoder)
+
+    return together(open_here)
 
 
 def read_texts(config: RunConfig, model: Model) -> Texts:
-    """The token windows of a run.
+    """The token windows of a run. Process 0 reads the texts, and the others get the tokens from it.
 
     Raises:
       UserError: a text can't be read, is too short, or does not fit the model; or both would be the same text.
     """
+    return from_first(lambda: _read_texts(config, model))
+
+
+def _read_texts(config: RunConfig, model: Model) -> Texts:
     tokenizer = load_tokenizer(model.pretrained)
     source = data.parse_source(config.calibration.source)
     other = data.parse_source(config.evaluation.source or config.calibration.source)
@@ -82,8 +91,14 @@ def manifest_of(config: RunConfig, model: Model, texts: Texts) -> dict[str, Any]
     Reads and checks the masks of a run whose masks come from elsewhere.
 
     Raises:
-      UserError: pattern, layer rules or masks do not fit the model.
+      UserError: pattern, layer rules or masks do not fit the model, or another process has another manifest.
     """
+    manifest = together(lambda: _manifest(config, model, texts))
+    agree("run", flat(manifest))
+    return manifest
+
+
+def _manifest(config: RunConfig, model: Model, texts: Texts) -> dict[str, Any]:
     patterns = check_layers(config.layers, config.pattern, linear_shapes(model.decoder))
     samples, ids = config.calibration.samples, texts.calibration.ids
     manifest = {"model": model.pretrained.fingerprint, "recipe": weights_settings(config),

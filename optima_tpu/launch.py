@@ -1,34 +1,83 @@
 """The command line: ``python -m optima_tpu.launch``. Kept short; what happens is in ``optima_tpu.run``."""
 
 import os
+import re
+import signal
 import sys
+import time
+import traceback
 from collections.abc import Sequence
 
+import jax
+
+from optima_tpu import processes
 from optima_tpu.cli import parse
 from optima_tpu.errors import UserError
 from optima_tpu.sharding import simulate_devices
 
+RESUME = 75
+"""The exit status of a run that was told to stop: sysexits.h calls it a temporary failure. The same command goes on."""
+
+_LAST = 3.0  # seconds in which the other processes notice for themselves that a run has ended
+# What gloo, NCCL and jax's coordination service say when the other end is gone.
+_PEER_GONE = re.compile("gloo|nccl|connection (closed|reset|refused)|coordination|heartbeat|socket closed|broken pipe", re.I)
+
+
+class Stopped(BaseException):
+    """SIGTERM. No Exception, so that nothing on its way takes it for an error that it knows how to handle."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit status: 0 done, 2 for something the user can mend, 130 for Ctrl-C."""
+    """Returns the exit status: 0 done, 2 for something the user can mend, 75 after SIGTERM, 130 for Ctrl-C."""
     # Or transformers, when it is first imported, says that torch is missing, which is as it should be.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    before = signal.signal(signal.SIGTERM, _stop)
     try:
         config = parse(sys.argv[1:] if argv is None else argv)
         simulate_devices(config.cpu_devices)
+        processes.start(config.coordinator, config.num_processes, config.process_id, config.join_timeout)
         # Only now: what these import asks for the devices.
         from optima_tpu.checkpoint import quiet_orbax
         from optima_tpu.run import run
 
         quiet_orbax()
         run(config)
+        if jax.distributed.is_initialized():
+            jax.distributed.shutdown()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        told = isinstance(error, processes.SharedError) and not processes.is_first()
+        return _ended(2, "" if told else f"error: {error}")
+    except Stopped:
+        return _ended(RESUME, "stopped by SIGTERM; the same command goes on after the last finished block")
     except KeyboardInterrupt:
-        print("stopped; the same command goes on from the last finished block", file=sys.stderr)
-        return 130
+        return _ended(130, "stopped; the same command goes on from the last finished block")
+    except Exception as error:
+        if processes.alone():
+            raise
+        if not _PEER_GONE.search(str(error)):
+            return _ended(1, traceback.format_exc())
+        return _ended(RESUME, f"process {jax.process_index()}: another process has ended, see its message; the same command goes "
+                              "on after the last finished block")
+    finally:
+        signal.signal(signal.SIGTERM, before)
     return 0
+
+
+def _stop(number: int, frame: object) -> None:
+    raise Stopped
+
+
+def _ended(status: int, message: str) -> int:
+    if message:
+        print(message, file=sys.stderr, flush=True)
+    if jax.distributed.is_initialized():
+        # An orderly end would wait for processes that may never come. Process 0 goes last: without it jax aborts the others,
+        # which then could not say how they ended.
+        sys.stdout.flush()
+        if processes.is_first():
+            time.sleep(_LAST)
+        os._exit(status)
+    return status
 
 
 if __name__ == "__main__":

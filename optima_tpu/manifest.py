@@ -1,5 +1,8 @@
 """The record of a run: what a resume must agree with, the full configuration, the source's small files."""
 
+import functools
+import hashlib
+import importlib.metadata
 import json
 import re
 from collections.abc import Mapping
@@ -10,6 +13,24 @@ from optima_tpu.errors import UserError
 from optima_tpu.files import write_bytes
 
 RUN, ASSETS = "run.json", "assets"
+
+
+@functools.cache  # the code that runs is the one that was read first, whatever happens to the files later
+def code_version() -> str:
+    """The installed version and a digest of the package's source files, "0.1.0+3f2a91c0b5d7".
+
+    Part of a run's manifest: blocks that were pruned by different code do not belong in one model.
+    """
+    package = Path(__file__).parent
+    digest = hashlib.sha256()
+    for file in sorted(package.rglob("*.py")):
+        digest.update(f"{file.relative_to(package).as_posix()}\0{file.stat().st_size}\0".encode())
+        digest.update(file.read_bytes())
+    try:
+        version = importlib.metadata.version("optima-tpu")
+    except importlib.metadata.PackageNotFoundError:  # run from a checkout; the digest still tells it apart
+        version = "0"
+    return f"{version}+{digest.hexdigest()[:12]}"
 
 
 def write_run(directory: Path, manifest: Mapping[str, Any], configuration: Mapping[str, Any]) -> None:
@@ -46,7 +67,7 @@ def refuse_another(directory: Path, manifest: Mapping[str, Any]) -> None:
       UserError: they differ; every differing key is named, nested ones with dots, with both values.
     """
     as_recorded = json.loads(json.dumps(manifest, allow_nan=False))  # without tuples
-    there, here = _flat(read_run(directory)["manifest"]), _flat(as_recorded)
+    there, here = flat(read_run(directory)["manifest"]), flat(as_recorded)
     different = [f"{key}: {_show(there, key)} there, {_show(here, key)} here"
                  for key in sorted(there | here) if there.get(key, ...) != here.get(key, ...)]
     if different:
@@ -54,16 +75,16 @@ def refuse_another(directory: Path, manifest: Mapping[str, Any]) -> None:
                         "the original command to resume it")
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested keys joined by dots."""
-    flat = {}
+    found = {}
     for key, value in values.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
-    return flat
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+    return found
 
 
-def _show(flat: Mapping[str, Any], key: str) -> str:
-    if key not in flat:
+def _show(values: Mapping[str, Any], key: str) -> str:
+    if key not in values:
         return "absent"
-    text = flat[key] if isinstance(flat[key], str) else json.dumps(flat[key])
+    text = values[key] if isinstance(values[key], str) else json.dumps(values[key])
     return text[:12] if re.fullmatch(r"[0-9a-f]{40,}", text) else text

@@ -13,11 +13,13 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from optima_tpu.accept import Acceptance, PerRow
+from optima_tpu.activations import Activations
 from optima_tpu.calibrate import Groups, Statistics, accumulate_hessians
 from optima_tpu.layer_rules import LayerRule, pattern_of
 from optima_tpu.models.decoder import Decoder
 from optima_tpu.patterns import Pattern
 from optima_tpu.problem import LayerProblem, Pruned, Solution, matmul, objective, output_energy, self_target
+from optima_tpu.processes import fetch
 from optima_tpu.report.records import LayerReport
 from optima_tpu.selectors import MaskSelector
 from optima_tpu.sharding import ROWS, divisible, over_rows, place
@@ -123,28 +125,32 @@ def prune_group(weights: tuple[Array, ...], hessian: Array, recipe: Recipe, mesh
     return tuple(new), tuple(masks), tuple(reports)
 
 
-def walk_block(decoder: Decoder, index: int, hidden: np.ndarray, groups: Groups, recipe: Recipe,
+def walk_block(decoder: Decoder, index: int, hidden: Activations, groups: Groups, recipe: Recipe,
                tell: Callable[[LayerReport], None] = lambda report: None, *, samples: int | None = None,
-               masks: ReadMask | None = None) -> tuple[dict[str, Array], dict[str, Array], tuple[LayerReport, ...]]:
+               masks: ReadMask | None = None, parameters: Mapping[str, Array] | None = None
+               ) -> tuple[dict[str, Array], dict[str, Array], tuple[LayerReport, ...]]:
     """One step of the walk: calibrates a block, prunes it, and sends the hidden states through what is left of it.
 
     The Hessians come from one pass through the block as it was, behind the pruned blocks before it, as in the paper.
 
     Args:
-      hidden: [samples, length, d_model] on the host, what enters the block; afterwards what leaves it pruned.
+      hidden: what enters the block; afterwards what leaves it pruned.
       groups: from ``calibrate.linear_groups``.
       samples: the first so many samples calibrate, the others are held out; None stands for all of them.
       masks: for a recipe without a selector.
+      parameters: the block's, on the mesh, where they were read before.
 
     Returns:
       As :func:`prune_block`.
     """
-    parameters = decoder.load_block(index)
+    parameters = decoder.load_block(index) if parameters is None else parameters
+    samples = len(hidden) if samples is None else samples
     groups = pruned_groups(groups, recipe, decoder.prefix(index))
-    statistics = accumulate_hessians(decoder, index, parameters, hidden[:samples], groups) if groups else ()
+    statistics = accumulate_hessians(decoder, index, parameters, hidden.part(0, samples), groups) if groups else ()
     held_out = None
-    if groups and samples is not None and samples < len(hidden):
-        held_out = tuple(found.hessian for found in accumulate_hessians(decoder, index, parameters, hidden[samples:], groups))
+    if groups and samples < len(hidden):
+        unseen = hidden.part(samples, len(hidden))
+        held_out = tuple(found.hessian for found in accumulate_hessians(decoder, index, parameters, unseen, groups))
     parameters, keeps, layers = prune_block(index, decoder.prefix(index), parameters, groups, statistics, recipe,
                                             decoder.mesh, tell, held_out=held_out, masks=masks)
     decoder.apply(index, parameters, hidden)
@@ -185,18 +191,20 @@ def prune_block(index: int, prefix: str, parameters: Mapping[str, Array], groups
         given = masks and tuple(place(mesh, masks(prefix + key, weight.shape), ROWS) for key, weight in zip(keys, weights))
         new, keeps, rows = prune_group(weights, _informative(hessian), recipe, mesh, patterns, given,
                                        held_out and held_out[group])
-        dead = int(hessian.shape[0] - jnp.sum(live_features(hessian)))
-        for name, key, old, weight, keep, report in zip(names, keys, weights, new, keeps, rows):
-            parameters[key] = jax.device_put(weight, old.sharding)
+        alive, read, kept, rows = fetch((jnp.sum(live_features(hessian)), tokens,
+                                         [jnp.sum(keep, dtype=jnp.int32) for keep in keeps], rows))
+        for name, key, old, weight, keep, left, report in zip(names, keys, weights, new, keeps, kept, rows):
+            # By way of whole copies: XLA finds no other from rows over all devices to columns, and complains of it.
+            parameters[key] = jax.device_put(jax.device_put(weight, NamedSharding(mesh, P())), old.sharding)
             keep_by_name[key] = keep
-            reports.append(_summary(index, name, keep, jax.device_get(report), dead, int(tokens)))
+            reports.append(_summary(index, name, keep.shape, int(left), report, hessian.shape[0] - int(alive), int(read)))
             tell(reports[-1])
     return parameters, keep_by_name, tuple(reports)
 
 
 def _informative(hessian: Array) -> Array:
     """The Hessian, or the identity where it is zero: an expert to which no token was routed is pruned by magnitude alone."""
-    return hessian if float(jnp.trace(hessian)) > 0 else jnp.eye(hessian.shape[0], dtype=hessian.dtype, device=hessian.sharding)
+    return hessian if fetch(jnp.trace(hessian)) > 0 else jnp.eye(hessian.shape[0], dtype=hessian.dtype, device=hessian.sharding)
 
 
 def _select(problem: LayerProblem, pattern: Pattern, selector: MaskSelector | None, keep: Array | None) -> Pruned:
@@ -231,8 +239,8 @@ def _stack(arrays: list[Array]) -> Array:
     return jnp.concatenate(arrays) if len(arrays) > 1 else arrays[0]
 
 
-def _summary(index: int, name: str, keep: Array, rows: RowReport, dead: int, tokens: int) -> LayerReport:
-    pruned = int(keep.size - jnp.sum(keep, dtype=jnp.int32))
+def _summary(index: int, name: str, shape: tuple[int, int], kept: int, rows: RowReport, dead: int, tokens: int) -> LayerReport:
+    size = shape[0] * shape[1]
 
     def share(values: np.ndarray, energies: np.ndarray = rows.energy) -> float:
         energy = float(np.sum(energies, dtype=np.float64))
@@ -241,7 +249,7 @@ def _summary(index: int, name: str, keep: Array, rows: RowReport, dead: int, tok
     unseen = (None, None) if rows.held_out is None else (share(rows.held_out[1], rows.held_out[0]),
                                                          share(rows.held_out[2], rows.held_out[0]))
     return LayerReport(
-        block=index, name=name, shape=tuple(keep.shape), pruned=pruned, sparsity=pruned / keep.size,
+        block=index, name=name, shape=shape, pruned=size - kept, sparsity=(size - kept) / size,
         error_before=share(rows.before), error_after=share(rows.after),
         gap_median=float(np.median(rows.gap)), gap_max=float(np.max(rows.gap)),
         steps_median=int(np.median(rows.steps)), steps_max=int(np.max(rows.steps)), rows=len(rows.gap),

@@ -11,20 +11,24 @@ import jax
 import numpy as np
 from rich.console import Console
 
+from optima_tpu.activations import Activations
 from optima_tpu.calibrate import linear_groups
-from optima_tpu.checkpoint import CheckpointTensors, Journal, finished_blocks, open_journal, prepare_directory
+from optima_tpu.checkpoint import CheckpointTensors, write_checkpoint
 from optima_tpu.config import RunConfig, to_dict, weights_settings
 from optima_tpu.data import Tokens
 from optima_tpu.evaluate.perplexity import perplexity
 from optima_tpu.export import export, is_export_of
-from optima_tpu.files import alone, write_bytes
+from optima_tpu.files import only_program, write_bytes
 from optima_tpu.inputs import (Model, Texts, linear_shapes, manifest_of, open_model_on_mesh, read_texts,
                                token_digest)
+from optima_tpu.journal import FinishedTensors, Journal, finished_blocks, open_journal, prepare_directory
 from optima_tpu.layer_rules import check_layers
+from optima_tpu.manifest import code_version, flat
 from optima_tpu.masks import open_masks
 from optima_tpu.models.decoder import Decoder
+from optima_tpu.processes import agree, first_only, from_first, is_first
 from optima_tpu.prune import ReadMask, Recipe, walk_block
-from optima_tpu.report.file import environment, host_memory_peak, write_report
+from optima_tpu.report.file import environment, memory_peaks, write_report
 from optima_tpu.report.progress import Progress, say
 from optima_tpu.report.records import BlockReport
 from optima_tpu.report.table import print_summary
@@ -48,7 +52,8 @@ def run(config: RunConfig, console: Console | None = None, model: Model | None =
     Raises:
       UserError: something the user can mend; nothing of an earlier run was overwritten.
     """
-    console = console or Console()
+    console = console or Console(quiet=not is_first())
+    agree("settings and code", flat(to_dict(config) | {"process_id": None, "code": code_version()}))
     model = model or open_model_on_mesh(config)
     pretrained, decoder = model
     texts = texts or read_texts(config, model)
@@ -56,30 +61,32 @@ def run(config: RunConfig, console: Console | None = None, model: Model | None =
     manifest = manifest_of(config, model, texts)
     directory = prepare_directory(config.run_directory, manifest)
     _greet(console, config, model, texts, directory)
-    if report := _finished_report(config, directory, manifest, evaluation):
+    if report := from_first(lambda: _finished_report(config, directory, manifest, evaluation)):
         _tell(console, config, report)
         return report
 
-    with alone(directory), Progress(console) as progress:
+    with only_program(directory), Progress(console) as progress:
         if dense is None:
             dense = _dense_perplexity(decoder, evaluation, directory, progress)
         # Only now is anything written: every weight was read, and the model works in this dtype.
         journal = open_journal(directory, manifest, pretrained.assets, to_dict(config))
-        _keep_dense(dense, evaluation, directory)
+        first_only(lambda: _keep_dense(dense, evaluation, directory))
         masks = open_masks(config.selector.path).read if isinstance(config.selector, Imported) else None
         prune_model(decoder, calibration.ids, recipe_of(config), journal, progress, config.calibration.samples, masks)
         progress.stage("writing the checkpoint", 1)
-        journal.write_checkpoint(pretrained.tensors)
+        write_checkpoint(journal, pretrained.tensors, decoder.mesh)
         progress.advance()
         pruned = _measure("pruned perplexity", dataclasses.replace(decoder, tensors=CheckpointTensors(journal.directory)),
                           evaluation, progress)
-        blocks = [BlockReport.from_json(journal.report(index)) for index in range(decoder.config.blocks)]
         folder = journal.directory / "hf"
         files = {"report": str(journal.directory / "report.json"), "checkpoint": str(journal.directory / "checkpoint")}
         if config.export:
             files["transformers"] = str(folder)
 
+        memory = memory_peaks()
+
         def record() -> dict[str, Any]:
+            blocks = [BlockReport.from_json(journal.report(index)) for index in range(decoder.config.blocks)]
             return write_report(
                 journal.directory / "report.json", manifest=manifest, configuration=to_dict(config),
                 environment=environment(decoder.mesh),
@@ -88,21 +95,21 @@ def run(config: RunConfig, console: Console | None = None, model: Model | None =
                 calibration={"source": config.calibration.source, "how": calibration.how, "tokens": int(calibration.ids.size)},
                 evaluation={"how": evaluation.how, "tokens": int(evaluation.ids.size), "digest": token_digest(evaluation.ids)},
                 perplexity={"dense": dense, "pruned": pruned}, blocks=blocks, seconds=progress.seconds,
-                memory={"host_peak": host_memory_peak()}, files=files)
+                memory=memory, files=files)
 
-        report = record()
-        if config.export and not is_export_of(journal.directory, folder):
+        report = from_first(record)
+        if config.export and not from_first(lambda: is_export_of(journal.directory, folder)):
             progress.stage("exporting for transformers", 1)
-            export(journal.directory, folder)
+            first_only(lambda: export(journal.directory, folder))
             progress.advance()
-    report = record()  # again, now that every stage has its time
+    report = from_first(record)  # again, now that every stage has its time
     _tell(console, config, report)
     return report
 
 
 def prune_model(decoder: Decoder, tokens: np.ndarray, recipe: Recipe, journal: Journal, progress: Progress,
                 samples: int | None = None, masks: ReadMask | None = None) -> None:
-    """Prunes block after block into the journal, from the first that it does not hold.
+    """Prunes into the journal the blocks that it does not hold, one after the other.
 
     Args:
       tokens: [samples + held out, length] int32, the calibration set and the held-out windows after it.
@@ -110,22 +117,41 @@ def prune_model(decoder: Decoder, tokens: np.ndarray, recipe: Recipe, journal: J
       masks: for a recipe without a selector.
     """
     count = decoder.config.blocks
+    for index, reason in journal.damaged.items():
+        progress.note(f"block {index + 1} was damaged since it was saved ({reason}): it is done again")
     progress.stage("pruning", count)
-    if journal.finished == count:
+    missing = [index for index in range(count) if index not in journal.finished]
+    if not missing:
         return
-    groups = linear_groups(decoder)
-    hidden = np.array(journal.activations()) if journal.finished else decoder.embed(tokens)
-    for index in range(journal.finished, count):
+    groups, hidden, following = linear_groups(decoder), None, 0
+    for index, parameters in zip(missing, decoder.blocks(missing)):
+        if hidden is None or following != index:
+            hidden = _states_before(decoder, tokens, index, journal, progress)
         progress.block(index, count)
         started = time.monotonic()
         parameters, keeps, layers = walk_block(decoder, index, hidden, groups, recipe, progress.layer, samples=samples,
-                                               masks=masks)
+                                               masks=masks, parameters=parameters)
         report = BlockReport(index, time.monotonic() - started, layers)
         prefix = decoder.prefix(index)
         journal.save(index, {prefix + name: value for name, value in parameters.items()},
                      {prefix + name: value for name, value in keeps.items()}, report.to_json(), hidden)
-        del parameters, keeps  # not to be held while the next block is read
+        del parameters, keeps  # not to be held while the next block is placed
+        following = index + 1
         progress.advance()
+
+
+def _states_before(decoder: Decoder, tokens: np.ndarray, index: int, journal: Journal, progress: Progress) -> Activations:
+    """The hidden states that enter a block: from the journal, or, where it does not have them, through the finished blocks."""
+    if index == 0:
+        return decoder.embed(tokens)
+    if (saved := journal.activations(decoder.mesh, index - 1, len(tokens))) is not None:
+        return saved
+    progress.note(f"the hidden states after block {index} are not there or damaged: they are computed again")
+    hidden = decoder.embed(tokens)
+    pruned = dataclasses.replace(decoder, tensors=FinishedTensors(journal))
+    for earlier, parameters in enumerate(pruned.blocks(range(index))):
+        pruned.apply(earlier, parameters, hidden)
+    return hidden
 
 
 def recipe_of(config: RunConfig) -> Recipe:
@@ -152,12 +178,13 @@ def _measure(name: str, decoder: Decoder, tokens: Tokens, progress: Progress) ->
 
 def _dense_perplexity(decoder: Decoder, tokens: Tokens, directory: Path, progress: Progress) -> float:
     """Measured once a run: a resumed one finds it in the run directory."""
-    path = directory / "dense.json"
-    if path.exists():
-        known = json.loads(path.read_bytes())
-        if known["tokens"] == token_digest(tokens.ids):
-            return known["perplexity"]
-    return _measure("dense perplexity", decoder, tokens, progress)
+    def known() -> float | None:
+        path = directory / "dense.json"
+        record = json.loads(path.read_bytes()) if path.exists() else {}
+        return record.get("perplexity") if record.get("tokens") == token_digest(tokens.ids) else None
+
+    value = from_first(known)
+    return _measure("dense perplexity", decoder, tokens, progress) if value is None else value
 
 
 def _keep_dense(value: float, tokens: Tokens, directory: Path) -> None:
@@ -168,29 +195,25 @@ def _keep_dense(value: float, tokens: Tokens, directory: Path) -> None:
 
 def _greet(console: Console, config: RunConfig, model: Model, texts: Texts, directory: Path) -> None:
     """What is about to happen, before the first long silence."""
-    if jax.process_index() != 0:
-        return
     decoder = model.decoder
     shapes = {path: shape for path, _, shape in linear_shapes(decoder)}
     weights = sum(math.prod(shapes[path]) for path in check_layers(config.layers, config.pattern, linear_shapes(decoder)))
     settings = weights_settings(config)
     names = [settings[key]["name"] for key in ("selector", "solver") if settings[key]]
     rules = f", {to_dict(config)['layers']}" if config.layers else ""
-    shape = decoder.mesh.shape
+    shape, several = decoder.mesh.shape, "" if jax.process_count() == 1 else f" in {jax.process_count()} processes"
     lines = [f"model        {model.pretrained.origin}: {decoder.config.blocks} blocks, {weights:,} weights to prune",
              f"recipe       {' + '.join(names)}, {config.pattern}{rules}",
              f"calibration  {texts.calibration.how}",
-             f"devices      {decoder.mesh.size} x {jax.devices()[0].device_kind}, mesh {shape['data']}x{shape['model']}",
+             f"devices      {decoder.mesh.size} x {jax.devices()[0].device_kind}, mesh {shape['data']}x{shape['model']}{several}",
              f"run          {directory}"]
     if finished := finished_blocks(directory):
-        lines.append(f"resuming     {finished} of {decoder.config.blocks} blocks are done")
+        lines.append(f"resuming     {len(finished)} of {decoder.config.blocks} blocks are done")
     say(console, "\n".join(lines) + "\n")
 
 
 def _tell(console: Console, config: RunConfig, report: dict[str, Any]) -> None:
     """What came out."""
-    if jax.process_index() != 0:
-        return
     console.print()
     print_summary(console, [BlockReport.from_json(block) for block in report["blocks"]],
                   solver=config.solver and type(config.solver).__name__.lower(), perplexity=report["perplexity"],

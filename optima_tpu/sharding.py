@@ -10,6 +10,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -57,12 +58,19 @@ def make_mesh(text: str | None) -> Mesh:
         hint = f", or --cpu-devices {data * model} to simulate it" if kind == "cpu" else ""
         raise UserError(f"mesh {data}x{model} needs {data * model} devices, there are {count} ({kind}): "
                         f"choose a mesh whose product is {count}{hint}")
+    slices = {getattr(device, "slice_index", 0) for device in jax.devices()}
+    if len(slices) > 1:  # TPU slices that reach each other through the data centre's network: only sums over data cross it
+        if data % len(slices):
+            raise UserError(f"mesh {data}x{model} does not fit {len(slices)} slices of {count // len(slices)} devices: "
+                            f"choose one whose first number is a multiple of {len(slices)}")
+        devices = mesh_utils.create_hybrid_device_mesh((data // len(slices), model), (len(slices), 1))
+        return Mesh(devices, (DATA, MODEL), axis_types=(AxisType.Auto,) * 2)
     # Auto axes: the model code is written without shardings and XLA places its collectives. make_mesh's default is Explicit.
     return jax.make_mesh((data, model), (DATA, MODEL), axis_types=(AxisType.Auto,) * 2)
 
 
 def simulate_devices(count: int | None) -> None:
-    """Makes this process see ``count`` devices of the CPU and no other; None changes nothing.
+    """Makes this process see ``count`` devices of the CPU and no other of its own; None changes nothing.
 
     To be called before the first array exists: the number of devices is fixed from then on.
     """
@@ -77,6 +85,21 @@ def divisible(mesh: Mesh, shape: tuple[int, ...], spec: P) -> P:
         names = (axes,) if isinstance(axes, str) else (axes or ())
         return axes if names and size % math.prod(mesh.shape[name] for name in names) == 0 else None
     return P(*(fit(size, axes) for size, axes in zip(shape, tuple(spec) + (None,) * (len(shape) - len(spec)))))
+
+
+def spread(mesh: Mesh, shape: tuple[int, ...], spec: P = P()) -> P:
+    """``spec`` with the axes that it leaves out added where they divide a dimension.
+
+    No two devices have the same part of such an array; from there, one all-gather over the added axes leads to ``spec``.
+    """
+    names = [[axes] if isinstance(axes, str) else list(axes or ()) for axes in divisible(mesh, shape, spec)]
+    for axis in (MODEL, DATA):
+        if not any(axis in dimension for dimension in names):
+            for size, dimension in zip(shape, names):
+                if size % math.prod(mesh.shape[name] for name in (*dimension, axis)) == 0:
+                    dimension.append(axis)
+                    break
+    return P(*(tuple(dimension) or None for dimension in names))
 
 
 def place(mesh: Mesh, array: np.ndarray, spec: P) -> jax.Array:

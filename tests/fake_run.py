@@ -5,7 +5,10 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from optima_tpu.checkpoint import Journal, open_journal
+from optima_tpu.activations import Activations
+from optima_tpu.checkpoint import write_checkpoint
+from optima_tpu.journal import Journal, open_journal
+from tests.helpers import mesh
 
 BLOCKS = 3
 MANIFEST = {"model": "ab" * 32, "recipe": {"pattern": "0.5", "selector": {"name": "wanda"}}, "tokens": "cd" * 32, "code": "0+1"}
@@ -43,7 +46,7 @@ def small_model(dtype=ml_dtypes.bfloat16) -> MemorySource:
     return MemorySource(tensors)
 
 
-def pruned_block(source: MemorySource, block: int) -> tuple[dict, dict, dict, np.ndarray]:
+def pruned_block(source: MemorySource, block: int) -> tuple[dict, dict, dict, Activations]:
     """What a run saves of a block: half of every row pruned, the other weights moved. The same at every call."""
     random = np.random.default_rng([1, block])
     weights, masks, layers = {}, {}, []
@@ -54,19 +57,28 @@ def pruned_block(source: MemorySource, block: int) -> tuple[dict, dict, dict, np
         weights[name], masks[name] = (moved * keep).astype(dense.dtype), keep  # -0.0 at some of the pruned entries
     for linear in LINEARS:
         layers.append({"block": block, "name": linear, "error_before": 0.2, "error_after": 0.1 + block / 100})
-    return weights, masks, {"index": block, "seconds": None, "layers": layers}, activations_after(block)
+    return weights, masks, {"index": block, "seconds": None, "layers": layers}, on_host(activations_after(block))
 
 
 def activations_after(block: int) -> np.ndarray:
     return np.random.default_rng([2, block]).standard_normal((2, 5, 12)).astype(ml_dtypes.bfloat16)
 
 
+def on_host(states: np.ndarray) -> Activations:
+    return Activations.of(mesh(1, 1), states)
+
+
+def states_of(journal: Journal) -> np.ndarray:
+    """The hidden states after the last finished block."""
+    return journal.activations(mesh(1, 1), max(journal.finished), 2).values
+
+
 def finished_run(directory: Path, source: MemorySource, manifest=MANIFEST, assets=ASSETS, blocks=BLOCKS,
                  **configuration) -> Journal:
     journal = open_journal(directory, manifest, assets, configuration)
-    for block in range(journal.finished, blocks):
+    for block in range(len(journal.finished), blocks):
         journal.save(block, *pruned_block(source, block))
-    journal.write_checkpoint(source)
+    write_checkpoint(journal, source, mesh(1, 1))
     return journal
 
 

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from optima_tpu.activations import Activations
 from optima_tpu.calibrate import accumulate_hessians, linear_groups
 from optima_tpu.errors import UserError
 from optima_tpu.models.decoder import Decoder, forward
@@ -24,7 +25,7 @@ def test_hessians_are_the_mean_outer_product_of_the_inputs(shape):
     hidden = np.random.default_rng(0).standard_normal((7, 11, 36)).astype(np.float32)
     parameters = decoder.load_block(1)
     groups = linear_groups(decoder)
-    statistics = accumulate_hessians(decoder, 1, parameters, hidden, groups)
+    statistics = accumulate_hessians(decoder, 1, parameters, Activations.of(decoder.mesh, hidden), groups)
     _, inputs = forward(decoder.graph, decoder.state(parameters), hidden, decoder.positions(1, 11))
     for names, (hessian, tokens) in zip(groups, statistics):
         assert tokens == 77
@@ -39,7 +40,7 @@ def test_activations_that_are_not_finite_are_refused_by_name():
     hidden = np.zeros((2, 4, 36), np.float32)
     hidden[1, 2, 3] = np.inf
     with pytest.raises(UserError, match="input of model.layers.0.self_attn"):
-        accumulate_hessians(decoder, 0, decoder.load_block(0), hidden, linear_groups(decoder))
+        accumulate_hessians(decoder, 0, decoder.load_block(0), Activations.of(decoder.mesh, hidden), linear_groups(decoder))
 
 
 def test_an_experts_statistics_are_those_of_the_tokens_that_were_sent_to_it():
@@ -48,7 +49,7 @@ def test_an_experts_statistics_are_those_of_the_tokens_that_were_sent_to_it():
     decoder = Decoder.open(config, tensors, mesh(4, 2), batch=1)
     hidden = np.random.default_rng(0).standard_normal((7, 11, config.hidden_size)).astype(np.float32)
     parameters, groups = decoder.load_block(0), linear_groups(decoder)
-    statistics = dict(zip(groups, accumulate_hessians(decoder, 0, parameters, hidden, groups)))
+    statistics = dict(zip(groups, accumulate_hessians(decoder, 0, parameters, Activations.of(decoder.mesh, hidden), groups)))
     _, inputs = forward(decoder.graph, decoder.state(parameters), hidden, decoder.positions(0, 11))
     shared, sent = np.zeros((77, config.hidden_size)), np.zeros(77, int)
     for expert in range(config.num_experts):

@@ -9,9 +9,12 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from optima_tpu import checkpoint
-from optima_tpu.checkpoint import CheckpointTensors, code_version, open_journal
+from optima_tpu import checkpoint, manifest
+from optima_tpu.activations import Activations
+from optima_tpu.checkpoint import CheckpointTensors, write_checkpoint
 from optima_tpu.errors import UserError
+from optima_tpu.journal import open_journal
+from optima_tpu.manifest import code_version, read_run
 from tests import fake_run
 from tests.fake_run import (
     ASSETS,
@@ -20,9 +23,12 @@ from tests.fake_run import (
     MemorySource,
     activations_after,
     assert_same,
+    on_host,
     pruned_block,
     small_model,
+    states_of,
 )
+from tests.helpers import mesh
 
 
 def contents(directory: Path) -> dict[str, bytes | None]:
@@ -40,11 +46,11 @@ def started(directory: Path, blocks: int):
 def test_a_block_comes_back_bit_for_bit(tmp_path, dtype):
     source = small_model(dtype)
     weights, masks, report, activations = pruned_block(source, 0)
-    open_journal(tmp_path / "run", MANIFEST, ASSETS).save(0, weights, masks, report, activations.astype(dtype))
+    open_journal(tmp_path / "run", MANIFEST, ASSETS).save(0, weights, masks, report, on_host(activations.values.astype(dtype)))
     journal = open_journal(tmp_path / "run", MANIFEST, ASSETS)
-    assert journal.finished == 1
+    assert journal.finished == {0}
     assert journal.report(0) == report
-    assert_same(journal.activations(), activations.astype(dtype))
+    assert_same(states_of(journal), activations.values.astype(dtype))
     assert set(journal.weights(0)) == set(weights) and set(journal.masks(0)) == set(masks)
     for name in weights:
         assert_same(journal.weights(0)[name], weights[name])
@@ -52,36 +58,72 @@ def test_a_block_comes_back_bit_for_bit(tmp_path, dtype):
 
 
 def test_arrays_on_a_mesh_and_views_are_saved_like_host_arrays(tmp_path):
-    mesh = jax.make_mesh((jax.device_count(),), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
-    values = np.arange(8 * mesh.size * 4, dtype=np.float32).reshape(-1, 4).astype(ml_dtypes.bfloat16)
-    weights = {"rows": jax.device_put(values, NamedSharding(mesh, P("model"))), "view": values.T}
-    masks = {"rows": jax.device_put(values > 3, NamedSharding(mesh, P("model")))}
+    everything = mesh(1, 8)
+    values = np.arange(64 * 4, dtype=np.float32).reshape(-1, 4).astype(ml_dtypes.bfloat16)
+    weights = {"rows": jax.device_put(values, NamedSharding(everything, P("model"))), "view": values.T}
+    masks = {"rows": jax.device_put(values > 3, NamedSharding(everything, P("model")))}
     journal = open_journal(tmp_path, MANIFEST, {})
-    journal.save(0, weights, masks, {}, np.asfortranarray(activations_after(0)))
+    journal.save(0, weights, masks, {}, on_host(np.asfortranarray(activations_after(0))))
     assert_same(journal.weights(0)["rows"], values)
     assert_same(journal.weights(0)["view"], np.ascontiguousarray(values.T))
     assert_same(journal.masks(0)["rows"], values > 3)
-    assert_same(journal.activations(), activations_after(0))
+    assert_same(states_of(journal), activations_after(0))
 
 
 def test_only_the_last_hidden_states_are_kept(tmp_path):
     journal = started(tmp_path, 3)
     assert len(list((tmp_path / "activations").iterdir())) == 1
-    assert_same(journal.activations(), activations_after(2))
-    next((tmp_path / "activations").iterdir()).unlink()
-    with pytest.raises(UserError, match="hidden states .* there are none"):
-        open_journal(tmp_path, MANIFEST, ASSETS).activations()
+    assert_same(states_of(journal), activations_after(2))
+    assert journal.activations(mesh(1, 1), 1, 2) is None
 
 
-def test_blocks_are_saved_in_order(tmp_path):
+@pytest.mark.parametrize("shapes", [((4, 2), (2, 4)), ((1, 1), (8, 1)), ((2, 1), (1, 1))], ids=str)
+def test_hidden_states_come_back_on_another_mesh(tmp_path, shapes):
+    states = np.random.default_rng(0).standard_normal((7, 3, 4)).astype(np.float32)
+    weights, masks, report, _ = pruned_block(small_model(), 0)
+    open_journal(tmp_path, MANIFEST, ASSETS).save(0, weights, masks, report, Activations.of(mesh(*shapes[0]), states))
+    assert_same(open_journal(tmp_path, MANIFEST, ASSETS).activations(mesh(*shapes[1]), 0, 7).values, states)
+
+
+def test_a_mask_without_its_weight_is_refused(tmp_path):
     journal = started(tmp_path, 1)
-    for index in (0, 2):
-        with pytest.raises(ValueError, match=f"block {index} cannot be saved after 1 "):
-            journal.save(index, *pruned_block(small_model(), index))
     weights, masks, *rest = pruned_block(small_model(), 1)
     with pytest.raises(ValueError, match="masks without weights"):
         journal.save(1, {}, masks, *rest)
-    assert open_journal(tmp_path, MANIFEST, ASSETS).finished == 1
+    assert open_journal(tmp_path, MANIFEST, ASSETS).finished == {0}
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(("harm", "reason"), [
+    (truncate, "bytes where"), (flip, "not what was written"), (Path.unlink, "is missing")], ids=["truncated", "flipped", "gone"])
+def test_a_damaged_block_counts_as_not_done_and_the_others_stay(tmp_path, harm, reason):
+    started(tmp_path, 3)
+    harm(max((tmp_path / "journal" / "block_0001").rglob("*"), key=lambda path: path.is_file() and path.stat().st_size))
+    journal = open_journal(tmp_path, MANIFEST, ASSETS)
+    assert journal.finished == {0, 2} and reason in journal.damaged[1]
+    journal.save(1, *pruned_block(small_model(), 1))
+    again = open_journal(tmp_path, MANIFEST, ASSETS)
+    assert again.finished == journal.finished == {0, 1, 2} and not again.damaged
+    for name, array in pruned_block(small_model(), 1)[0].items():
+        assert_same(again.weights(1)[name], array)
+
+
+@pytest.mark.parametrize("harm", [truncate, flip, Path.unlink])
+def test_damaged_hidden_states_are_not_given(tmp_path, harm):
+    started(tmp_path, 2)
+    harm(next((tmp_path / "activations").rglob("*.safetensors")))
+    journal = open_journal(tmp_path, MANIFEST, ASSETS)
+    assert journal.finished == {0, 1}
+    assert journal.activations(mesh(1, 1), 1, 2) is None
 
 
 def test_a_resume_that_differs_is_refused_and_says_in_what(tmp_path):
@@ -100,7 +142,7 @@ def test_a_resume_that_differs_is_refused_and_says_in_what(tmp_path):
 
 def test_the_same_manifest_is_accepted_whatever_the_configuration(tmp_path):
     open_journal(tmp_path, {"shape": (1, 2), "a": {"b": 1}}, {}, {"mesh": "1x1"})
-    assert open_journal(tmp_path, {"a": {"b": 1}, "shape": [1, 2]}, {}, {"mesh": "4x2"}).finished == 0
+    assert open_journal(tmp_path, {"a": {"b": 1}, "shape": [1, 2]}, {}, {"mesh": "4x2"}).finished == set()
 
 
 def test_a_directory_with_something_else_is_refused_and_left_alone(tmp_path):
@@ -122,29 +164,21 @@ def test_a_damaged_record_is_refused(tmp_path):
 
 def test_assets_are_kept_byte_for_byte_and_completed_by_a_resume(tmp_path):
     started(tmp_path, 0)
-    assert checkpoint.read_run(tmp_path)["manifest"] == MANIFEST
+    assert read_run(tmp_path)["manifest"] == MANIFEST
     (tmp_path / "assets" / "config.json").unlink()
     started(tmp_path, 0)
     assert {path.name: path.read_bytes() for path in (tmp_path / "assets").iterdir()} == ASSETS
-
-
-def test_blocks_after_a_gap_do_not_count_and_do_not_come_back(tmp_path):
-    started(tmp_path, 3)
-    shutil.rmtree(tmp_path / "journal" / "block_0001")
-    journal = open_journal(tmp_path, MANIFEST, ASSETS)
-    assert journal.finished == 1
-    journal.save(1, *pruned_block(small_model(), 1))
-    assert journal.finished == open_journal(tmp_path, MANIFEST, ASSETS).finished == 2
 
 
 def test_what_an_interrupted_save_left_is_ignored_and_replaced(tmp_path):
     started(tmp_path, 1)
     for name in ("block_0001.partial", "block_0001.partial.orbax-checkpoint-tmp"):
         shutil.copytree(tmp_path / "journal" / "block_0000", tmp_path / "journal" / name)
-    (tmp_path / "activations" / "block_0001.safetensors.partial").write_bytes(b"half")
+    (tmp_path / "activations" / "block_0001.partial").mkdir()
+    (tmp_path / "activations" / "block_0001.partial" / "part_0000.safetensors").write_bytes(b"half")
     journal = open_journal(tmp_path, MANIFEST, ASSETS)
-    assert journal.finished == 1
-    assert_same(journal.activations(), activations_after(0))
+    assert journal.finished == {0}
+    assert_same(states_of(journal), activations_after(0))
     weights = pruned_block(small_model(), 1)[0]
     journal.save(1, *pruned_block(small_model(), 1))
     assert_same(journal.weights(1)[next(iter(weights))], next(iter(weights.values())))
@@ -170,16 +204,16 @@ def test_the_checkpoint_holds_pruned_blocks_and_the_source_otherwise(tmp_path):
     assert tensors.run == {"manifest": MANIFEST, "configuration": {"mesh": "4x2"},
                            "blocks": [pruned_block(source, block)[2] for block in range(BLOCKS)]}
     before = contents(tmp_path)
-    journal.write_checkpoint(source)
+    write_checkpoint(journal, source, mesh(1, 1))
     assert contents(tmp_path) == before
 
 
 def test_blocks_without_masks_and_scalars_are_kept(tmp_path):
     source = MemorySource({"a.weight": np.ones((2, 2), np.float32), "scale": np.full((), 3.0), "ids": np.arange(3)})
     journal = open_journal(tmp_path, MANIFEST, {})
-    journal.save(0, {"a.weight": source.tensors["a.weight"] * 2}, {}, {}, activations_after(0))
-    journal.save(1, {}, {}, {}, activations_after(1))
-    journal.write_checkpoint(source)
+    journal.save(0, {"a.weight": source.tensors["a.weight"] * 2}, {}, {}, on_host(activations_after(0)))
+    journal.save(1, {}, {}, {}, on_host(activations_after(1)))
+    write_checkpoint(journal, source, mesh(2, 2))
     tensors = CheckpointTensors(tmp_path)
     assert tensors.pruned() == () and tensors.names() == ("a.weight", "ids", "scale")
     assert_same(tensors.read("scale"), source.tensors["scale"])
@@ -193,8 +227,8 @@ def test_a_block_that_is_not_of_the_source_makes_no_checkpoint(tmp_path):
     name = "model.layers.0.self_attn.q_proj.weight"
     source.tensors[name] = source.tensors[name].astype(np.float32)
     with pytest.raises(ValueError, match="the source has no " + name):
-        open_journal(tmp_path, MANIFEST, ASSETS).write_checkpoint(source)
-    with pytest.raises(UserError, match="1 finished blocks and no checkpoint"):
+        write_checkpoint(open_journal(tmp_path, MANIFEST, ASSETS), source, mesh(1, 1))
+    with pytest.raises(UserError, match="no checkpoint yet"):
         CheckpointTensors(tmp_path)
     with pytest.raises(UserError, match="holds no run.json"):
         CheckpointTensors(tmp_path / "elsewhere")
@@ -214,7 +248,7 @@ def test_untouched_tensors_pass_through_memory_in_pieces(tmp_path, monkeypatch):
 
     monkeypatch.setattr(checkpoint, "_UNTOUCHED_AT_ONCE", 2 * size)
     source = Counting({f"t{i:02d}": np.full(size, i, np.uint8) for i in range(20)})
-    open_journal(tmp_path, MANIFEST, {}).write_checkpoint(source)
+    write_checkpoint(open_journal(tmp_path, MANIFEST, {}), source, mesh(1, 1))
     assert largest <= 4  # one group of two, while another is being read
     assert_same(CheckpointTensors(tmp_path).read("t13"), source.tensors["t13"])
 
@@ -224,7 +258,7 @@ def test_the_code_version_follows_the_source(tmp_path, monkeypatch):
     assert version() == version() == code_version()
     (tmp_path / "solvers").mkdir()
     (tmp_path / "solvers" / "cg.py").write_text("a = 1\n")
-    monkeypatch.setattr(checkpoint, "__file__", str(tmp_path / "checkpoint.py"))
+    monkeypatch.setattr(manifest, "__file__", str(tmp_path / "manifest.py"))
     first = version()
     (tmp_path / "solvers" / "cg.py").write_text("a = 2\n")
     second = version()

@@ -9,11 +9,23 @@ import pytest
 import safetensors.numpy
 from safetensors import safe_open
 
-from optima_tpu.checkpoint import CheckpointTensors, open_journal
+from optima_tpu.checkpoint import CheckpointTensors, write_checkpoint
 from optima_tpu.errors import UserError
 from optima_tpu.export import _holds, export, is_export_of, main, read_masks
+from optima_tpu.journal import open_journal
 from optima_tpu.patterns import NM, Unstructured
-from tests.fake_run import ASSETS, BLOCKS, MANIFEST, MemorySource, assert_same, finished_run, pruned_block, small_model
+from tests.fake_run import (
+    ASSETS,
+    BLOCKS,
+    MANIFEST,
+    MemorySource,
+    assert_same,
+    finished_run,
+    on_host,
+    pruned_block,
+    small_model,
+)
+from tests.helpers import mesh
 
 
 def exported(folder: Path) -> dict[str, np.ndarray]:
@@ -65,8 +77,8 @@ def test_pruned_entries_are_positive_zeros_and_kept_ones_keep_their_sign(tmp_pat
     source = MemorySource({name: weight})
     journal = open_journal(tmp_path / "run", MANIFEST, ASSETS)
     layers = [{"block": 0, "name": "self_attn.q_proj"}]
-    journal.save(0, {name: np.where(keep, weight, -0 * weight)}, {name: keep}, {"layers": layers}, np.zeros((1, 1, 1)))
-    journal.write_checkpoint(source)
+    journal.save(0, {name: np.where(keep, weight, -0 * weight)}, {name: keep}, {"layers": layers}, on_host(np.zeros((1, 1, 1))))
+    write_checkpoint(journal, source, mesh(1, 1))
     export(tmp_path / "run", tmp_path / "out")
     assert_same(exported(tmp_path / "out")[name], np.array([[0.0, -0.0, -1, 0.0]], ml_dtypes.bfloat16))
 
@@ -201,7 +213,7 @@ def test_the_command(run, tmp_path, capsys, monkeypatch):
     open_journal(tmp_path / "started", MANIFEST, ASSETS).save(0, *pruned_block(small_model(), 0))
     capsys.readouterr()
     for arguments, said in (((run, tmp_path / "out"), "not empty"), ((tmp_path, tmp_path / "new"), "no run.json"),
-                            ((tmp_path / "started", tmp_path / "new"), "1 finished blocks"),
+                            ((tmp_path / "started", tmp_path / "new"), "no checkpoint yet"),
                             ((run, tmp_path / "new", "--max-shard-size", "big"), "shard size such as 5GB")):
         assert main([str(argument) for argument in arguments]) == 2
         error = capsys.readouterr().err
@@ -234,9 +246,9 @@ def test_transformers_loads_it_with_nothing_missing_and_every_bit_equal(tmp_path
         masks = {name: random.permuted(np.indices(source.shape(name))[1] % 2 == 0, axis=1) for name in names}
         weights = {name: source.tensors[name] * masks[name] for name in names}
         layers = [{"block": block, "name": name.split(".", 3)[3].removesuffix(".weight")} for name in names]
-        journal.save(block, weights, masks, {"layers": layers}, np.zeros((1, 1, 16), np.float32))
+        journal.save(block, weights, masks, {"layers": layers}, on_host(np.zeros((1, 1, 16), np.float32)))
         pruned |= weights
-    journal.write_checkpoint(source)
+    write_checkpoint(journal, source, mesh(1, 1))
     export(tmp_path / "run", tmp_path / "out")
     loaded, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]

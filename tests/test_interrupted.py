@@ -6,15 +6,17 @@ import sys
 from pathlib import Path
 
 import optima_tpu
-from optima_tpu.checkpoint import CheckpointTensors, open_journal
-from tests.fake_run import ASSETS, MANIFEST, activations_after, assert_same, finished_run, small_model
+from optima_tpu.checkpoint import CheckpointTensors
+from optima_tpu.journal import open_journal
+from tests.fake_run import ASSETS, MANIFEST, activations_after, assert_same, finished_run, small_model, states_of
 
 # A limit on the size of files stands for the full disk: the same calls fail, with another error number.
 FULL_DISK = """
 import resource, sys
 from pathlib import Path
 import numpy as np
-from optima_tpu.checkpoint import open_journal, quiet_orbax
+from optima_tpu.checkpoint import quiet_orbax, write_checkpoint
+from optima_tpu.journal import open_journal
 from optima_tpu.errors import UserError
 from tests import fake_run
 
@@ -28,13 +30,14 @@ for what in ("weights", "activations", "checkpoint"):
     journals[-1].save(0, *fake_run.pruned_block(source, 0))
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 writes = (lambda: journal.save(1, weights | {"big": big, "bigger": -big}, masks, report, activations),
-          lambda: journal.save(1, weights, masks, report, big), lambda: journal.write_checkpoint(source))
+          lambda: journal.save(1, weights, masks, report, fake_run.on_host(big[None])),
+          lambda: write_checkpoint(journal, source, fake_run.mesh(1, 1)))
 for journal, write in zip(journals, writes):
     try:
         write()
     except UserError as error:
         print(error)
-    assert journal.finished == 1
+    assert journal.finished == {0}
 """
 
 
@@ -53,8 +56,8 @@ def test_a_full_disk_is_one_line_and_costs_no_finished_block(tmp_path):
         assert line.startswith(f"could not write {tmp_path / path}: File too large; ") and "intact; make room" in line
     for what in ("weights", "activations", "checkpoint"):
         journal = open_journal(tmp_path / what, MANIFEST, ASSETS)
-        assert journal.finished == 1
-        assert_same(journal.activations(), activations_after(0))
+        assert journal.finished == {0}
+        assert_same(states_of(journal), activations_after(0))
         finished_run(tmp_path / what, small_model())
         assert CheckpointTensors(tmp_path / what).names() == small_model().names()
 
@@ -63,7 +66,8 @@ def test_a_full_disk_is_one_line_and_costs_no_finished_block(tmp_path):
 KILLED_RUNS = """
 import os, random, signal, sys, time
 from pathlib import Path
-from optima_tpu.checkpoint import CheckpointTensors, open_journal
+from optima_tpu.checkpoint import CheckpointTensors
+from optima_tpu.journal import open_journal
 from tests import fake_run
 
 SOURCE, BLOCKS = fake_run.small_model(), 2
@@ -98,7 +102,7 @@ def run(directory, kill_at=None, log=None):
 
 def resume(directory):
     journal = open_journal(directory, fake_run.MANIFEST, fake_run.ASSETS)
-    for block in range(journal.finished):
+    for block in sorted(journal.finished):
         weights, masks, report, activations = fake_run.pruned_block(SOURCE, block)
         for saved, expected in ((journal.weights(block), weights), (journal.masks(block), masks)):
             assert set(saved) == set(expected)
@@ -106,7 +110,7 @@ def resume(directory):
                 fake_run.assert_same(saved[name], expected[name])
         assert journal.report(block) == report
     if journal.finished:
-        fake_run.assert_same(journal.activations(), activations)
+        fake_run.assert_same(fake_run.states_of(journal), activations.values)
     fake_run.finished_run(directory, SOURCE, blocks=BLOCKS)
     tensors = CheckpointTensors(directory)
     assert tensors.names() == SOURCE.names() and len(tensors.pruned()) == 2 * BLOCKS

@@ -48,7 +48,7 @@ def test_the_mesh_does_not_change_the_result(recipe):
             for name, keep in masks.items():
                 assert (keep == other_masks[name]).all()
                 assert np.abs(weights[name] - other_weights[name]).max() < 1e-3 * np.abs(weights[name]).max()
-        assert np.abs(hidden - other_hidden).max() < 1e-3 * np.abs(hidden).max()
+        assert np.abs(hidden.values - other_hidden.values).max() < 1e-3 * np.abs(hidden.values).max()
 
 
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
@@ -155,7 +155,7 @@ def test_held_out_samples_do_not_touch_the_weights():
     same, _, reports = walk_block(decoder, 0, both, groups, recipe, samples=6)
     for name, weight in weights.items():
         assert (weight == same[name]).all()
-    assert np.abs(alone - both[:6]).max() == 0
+    assert np.abs(alone.values - both.part(0, 6).values).max() == 0
     for report, bare in zip(reports, without):
         assert bare.held_out_before is bare.held_out_after is None and bare.error_after == report.error_after
         # Fitted to the others, 144 tokens: an error there says more of the tokens than of the layer.

@@ -229,7 +229,7 @@ def written(path, **changes):
         "model": {"origin": "x"},
         "calibration": {"source": "c4"}, "evaluation": {"source": "wikitext2"},
         "perplexity": {"dense": 2.0, "pruned": 3.0}, "blocks": BLOCKS, "seconds": {"pruning": 4.0},
-        "memory": {"host_peak": file.host_memory_peak()},
+        "memory": file.memory_peaks(),
         "files": {"report": "r"}} | changes)
 
 

@@ -33,7 +33,7 @@ class Watched:
         return array.view()
 
 
-def test_a_run_never_holds_more_of_the_checkpoint_than_a_block_and_the_embedding(tmp_path):
+def test_a_run_never_holds_more_of_the_checkpoint_than_two_blocks_and_the_embedding(tmp_path):
     model = tiny_folder(tmp_path / "model", num_hidden_layers=12, vocab_size=258)
     config = RunConfig(model=str(model), output=str(tmp_path / "run"), selector=Magnitude(), solver=None, export=False,
                        calibration=Calibration("random", samples=4, length=16, held_out=2),
@@ -45,5 +45,5 @@ def test_a_run_never_holds_more_of_the_checkpoint_than_a_block_and_the_embedding
     block = 4 * sum(map(math.prod, decoder.block_shapes.values()))
     embedding = 4 * math.prod(decoder.end_shapes["model.embed_tokens.weight"])
     assert watched.peak >= embedding
-    assert watched.peak <= block + embedding
-    assert 12 * block > 4 * (block + embedding), "the model must be much larger than the bound"
+    assert watched.peak <= 2 * block + embedding
+    assert 12 * block > 3 * (2 * block + embedding), "the model must be much larger than the bound"

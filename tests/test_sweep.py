@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from optima_tpu.checkpoint import Journal
+from optima_tpu.journal import Journal
 from optima_tpu.config import to_dict, weights_settings
 from optima_tpu.data import Tokens
 from optima_tpu.errors import UserError

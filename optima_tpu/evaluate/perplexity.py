@@ -11,6 +11,7 @@ from jax import Array
 from optima_tpu.errors import UserError
 from optima_tpu.models.decoder import Decoder, Head, forward, head_logits
 from optima_tpu.models.family import Positions
+from optima_tpu.processes import fetch
 
 
 def perplexity(decoder: Decoder, tokens: np.ndarray, advance=lambda: None) -> float:
@@ -27,17 +28,15 @@ def perplexity(decoder: Decoder, tokens: np.ndarray, advance=lambda: None) -> fl
       UserError: the model's output is not finite; names the first layer with such an input.
     """
     hidden = decoder.embed(tokens)
-    for index in range(decoder.config.blocks):
-        decoder.apply(index, decoder.load_block(index), hidden)
+    for index, parameters in enumerate(decoder.blocks(range(decoder.config.blocks))):
+        decoder.apply(index, parameters, hidden)
         advance()
-    head, sums = decoder.head(), []
-    for batch in decoder.batches(hidden):
-        targets = np.zeros((batch.hidden.shape[0], tokens.shape[1]), np.int32)
-        targets[: batch.count] = tokens[batch.rows]
-        # Sums over a window in float32, their total in float64 on the host.
-        sums.append(np.asarray(_window_nll(head, batch.hidden, targets))[: batch.count])
+    # Sums over a window in float32, their total in float64 on the host.
+    head, windows = decoder.head(), np.empty(len(tokens), np.float32)
+    for batch in hidden.batches(decoder.batch):
+        sums = fetch(_window_nll(head, batch.hidden, batch.place(tokens)))
+        windows[batch.rows[batch.there]] = sums[batch.there]
     advance()
-    windows = np.concatenate(sums)
     if not np.isfinite(windows).all():
         place = _first_broken(decoder, tokens[~np.isfinite(windows)][:1])
         raise UserError(f"{place} holds NaN or infinite values: the model overflows in its dtype or its weights are damaged; "
@@ -48,11 +47,10 @@ def perplexity(decoder: Decoder, tokens: np.ndarray, advance=lambda: None) -> fl
 def _first_broken(decoder: Decoder, tokens: np.ndarray) -> str:
     """Where the values of a window [1, length] stop being finite: "the input of model.layers.1.mlp.down_proj"."""
     hidden = decoder.embed(tokens)
-    for index in range(decoder.config.blocks):
-        parameters = decoder.load_block(index)
-        positions = decoder.positions(index, hidden.shape[1])
-        for batch in decoder.batches(hidden):
-            finite = _finite_inputs(decoder.graph, decoder.state(parameters), batch.hidden, positions)
+    for index, parameters in enumerate(decoder.blocks(range(decoder.config.blocks))):
+        positions = decoder.positions(index, tokens.shape[1])
+        for batch in hidden.batches(decoder.batch):
+            finite = fetch(_finite_inputs(decoder.graph, decoder.state(parameters), batch.hidden, positions))
             for name in decoder.linears:
                 if not finite[name]:
                     return f"the input of {decoder.prefix(index)}{name}"

@@ -1,12 +1,14 @@
 """A pretrained decoder on a mesh, one block at a time.
 
-Weights stay where the checkpoint has them until a block is asked for; hidden states stay on the host and visit the devices in
-batches. So one block and one batch are resident on the devices, whatever the model's depth.
+Weights stay where the checkpoint has them until a block is asked for; hidden states stay on the hosts and visit the devices in
+batches. So one block and two batches are resident on the devices, and one more block on the hosts, whatever the model's depth.
 """
 
+import collections
+import concurrent.futures
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -16,11 +18,13 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from optima_tpu.activations import Activations, held_rows
 from optima_tpu.errors import UserError
 from optima_tpu.models import family_of
 from optima_tpu.models.family import DecoderConfig, Family, Positions
 from optima_tpu.models.layers import project
-from optima_tpu.sharding import DATA, MODEL, divisible, place
+from optima_tpu.processes import fetch, together
+from optima_tpu.sharding import MODEL, divisible, spread
 from optima_tpu.weights.source import TensorSource
 
 
@@ -100,26 +104,42 @@ class Decoder:
         return {self.root + name: shape for name, shape in inner.items()} | ({} if config.tied else {family.head: table})
 
     def load_block(self, index: int) -> dict[str, Array]:
-        """Block ``index``'s parameters on the mesh, in the checkpoint's dtypes. Each device reads its own slices.
+        """Block ``index``'s parameters on the mesh, in the checkpoint's dtypes, as :meth:`blocks` gives them."""
+        return next(self.blocks([index]))
+
+    def blocks(self, indices: Sequence[int]) -> Iterator[dict[str, Array]]:
+        """The parameters of several blocks, one after the other; the next one is read while the caller works on one.
+
+        Of a tensor whose sizes allow it every device reads its own share, so that no byte is read twice, on whatever host;
+        then the devices exchange what the forward pass wants on several of them.
 
         Raises:
           UserError: a tensor has another shape than the configuration says, or holds a NaN or an infinity.
         """
-        return {name: self._load(self.prefix(index) + name, shape, self.sharding(name))
-                for name, shape in self.block_shapes.items()}
+        with concurrent.futures.ThreadPoolExecutor(1) as reader:
+            waiting = collections.deque(reader.submit(self._read_block, index) for index in indices[:1])
+            for following in indices[1:]:
+                waiting.append(reader.submit(self._read_block, following))
+                yield self._place_block(together(waiting.popleft().result))
+            if waiting:
+                yield self._place_block(together(waiting.popleft().result))
 
-    def embed(self, tokens: np.ndarray) -> np.ndarray:
-        """Hidden states before the first block, [samples, length, d_model] on the host, in the embedding's dtype."""
-        if self.family.embed:
-            return self.family.embed(self.config, self._read, tokens)
-        return self._read(self.family.embedding)[tokens]
+    def embed(self, tokens: np.ndarray) -> Activations:
+        """Hidden states before the first block of token windows [samples, length], in the embedding's dtype."""
+        mine = tokens[held_rows(self.mesh, 0, len(tokens))]
+        embed = self.family.embed or (lambda config, read, ids: read(self.family.embedding)[ids])
+        return Activations(self.mesh, 0, len(tokens), together(lambda: embed(self.config, self._read, mine)))
 
-    def apply(self, index: int, parameters: Mapping[str, Array], hidden: np.ndarray) -> None:
-        """Runs block ``index`` over ``hidden`` [samples, length, d_model] in place."""
-        positions = self.positions(index, hidden.shape[1])
-        for batch in self.batches(hidden):
-            output = run_block(self.graph, self.state(parameters), batch.hidden, positions)
-            hidden[batch.rows] = np.asarray(output)[: batch.count]
+    def apply(self, index: int, parameters: Mapping[str, Array], hidden: Activations) -> None:
+        """Runs block ``index`` over the hidden states, in place."""
+        positions, state, waiting = self.positions(index, hidden.values.shape[1]), self.state(parameters), None
+        for batch in hidden.batches(self.batch):
+            output = run_block(self.graph, state, batch.hidden, positions)
+            if waiting:  # fetched while the devices compute the next one
+                hidden.put(*waiting)
+            waiting = batch.rows, output
+        if waiting:
+            hidden.put(*waiting)
 
     def state(self, parameters: Mapping[str, Array]) -> nnx.State:
         """The parameters as the state that belongs to ``graph``."""
@@ -129,34 +149,28 @@ class Decoder:
         """What block ``index`` knows of the first ``length`` places, on every device."""
         return jax.device_put(self.config.positions(index, length), NamedSharding(self.mesh, P()))
 
-    def batches(self, hidden: np.ndarray) -> Iterator["Batch"]:
-        """Cuts hidden states into batches of one shape, the last one filled up with zeros."""
-        size = min(self.batch, -(-hidden.shape[0] // self.mesh.shape[DATA])) * self.mesh.shape[DATA]
-        for first in range(0, hidden.shape[0], size):
-            part = hidden[first:first + size]
-            count = part.shape[0]
-            if count < size:
-                part = np.concatenate([part, np.zeros((size - count, *part.shape[1:]), part.dtype)])
-            yield Batch(slice(first, first + count), count, place(self.mesh, part, P(DATA)),
-                        place(self.mesh, np.arange(size) < count, P(DATA)))
-
     def head(self) -> "Head":
         """What turns the last block's output into logits, on the mesh."""
         graph, abstract = self._final
-        parameters = {name: self._load(self.root + name, shape, P())
-                      for name, shape in _shapes(abstract).items()}
         name = self.root + self.family.embedding if self.config.tied else self.family.head
-        projection = self._load(name, (self.config.vocab, self.config.d_embedding), P(MODEL, None))
+        wanted = {self.root + inner: (shape, P()) for inner, shape in _shapes(abstract).items()}
+        wanted[name] = (self.config.vocab, self.config.d_embedding), P(MODEL, None)
+        read = together(lambda: {name: self._read_parts(name, *how) for name, how in wanted.items()})
+        placed = {name: self._place(read[name], *how) for name, how in wanted.items()}
+        projection = placed.pop(name)
+        parameters = {name.removeprefix(self.root): array for name, array in placed.items()}
         return Head(_filled(abstract, parameters), projection, graph, self.config.logit_cap)
 
     def logits(self, tokens: np.ndarray) -> np.ndarray:
         """Logits [samples, length, vocab] float32 of a few sequences, on the host."""
         hidden = self.embed(tokens)
-        for index in range(self.config.blocks):
-            self.apply(index, self.load_block(index), hidden)
+        for index, parameters in enumerate(self.blocks(range(self.config.blocks))):
+            self.apply(index, parameters, hidden)
         head = self.head()
-        return np.concatenate([np.asarray(run_head(head, batch.hidden))[: batch.count]
-                               for batch in self.batches(hidden)])
+        logits = np.empty((*tokens.shape, self.config.vocab), np.float32)
+        for batch in hidden.batches(self.batch):
+            logits[batch.rows[batch.there]] = fetch(run_head(head, batch.hidden))[batch.there]
+        return logits
 
     def _read(self, name: str) -> np.ndarray:
         """A tensor of :attr:`end_shapes` on the host, by its name behind the root."""
@@ -172,25 +186,33 @@ class Decoder:
             raise UserError(f"{name}: expected shape {shape} from the model's configuration, got {found}; "
                             "config.json and weights do not belong together")
 
-    def _load(self, name: str, shape: tuple[int, ...], spec: P) -> Array:
-        self._check_shape(name, shape)
-        parts: dict[str, np.ndarray] = {}  # devices that hold the same slice ask for it one after the other
+    def _read_block(self, index: int) -> dict[str, "Parts"]:
+        return {name: self._read_parts(self.prefix(index) + name, shape, self.sharding(name))
+                for name, shape in self.block_shapes.items()}
 
-        def read(index):
+    def _place_block(self, read: Mapping[str, "Parts"]) -> dict[str, Array]:
+        return {name: self._place(read[name], shape, self.sharding(name)) for name, shape in self.block_shapes.items()}
+
+    def _read_parts(self, name: str, shape: tuple[int, ...], spec: P) -> "Parts":
+        """What this process reads of a tensor: the slices of its devices under :func:`spread`, by their place."""
+        self._check_shape(name, shape)
+        parts: Parts = {}
+        read = NamedSharding(self.mesh, spread(self.mesh, shape, spec))
+        for index in read.addressable_devices_indices_map(shape).values():
             if str(index) not in parts:
                 parts[str(index)] = self.tensors.read(name, index)
                 _check(name, parts[str(index)])
-            return parts[str(index)]
+        return parts
 
-        sharding = NamedSharding(self.mesh, divisible(self.mesh, shape, spec))
-        return jax.make_array_from_callback(shape, sharding, read)
+    def _place(self, parts: "Parts", shape: tuple[int, ...], spec: P) -> Array:
+        """A tensor on the mesh under ``spec``, in as far as that divides it."""
+        read = NamedSharding(self.mesh, spread(self.mesh, shape, spec))
+        array = jax.make_array_from_callback(shape, read, lambda index: parts[str(index)])
+        wanted = NamedSharding(self.mesh, divisible(self.mesh, shape, spec))
+        return array if read.is_equivalent_to(wanted, len(shape)) else jax.device_put(array, wanted)
 
 
-class Batch:
-    """Sequences on the mesh: ``hidden`` [size, length, d_model], of which the first ``count`` are ``rows`` of the host's."""
-
-    def __init__(self, rows: slice, count: int, hidden: Array, valid: Array):
-        self.rows, self.count, self.hidden, self.valid = rows, count, hidden, valid
+Parts = dict[str, np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,6 +14,7 @@ import jax
 from jax.sharding import Mesh
 
 from optima_tpu.files import write_bytes
+from optima_tpu.processes import everyones
 from optima_tpu.report.records import BlockReport, finite
 from optima_tpu.report.summary import all_layers, by_kind, sparsity, unusual
 
@@ -35,16 +36,24 @@ def environment(mesh: Mesh) -> dict[str, Any]:
     }
 
 
-def host_memory_peak() -> int:
-    """The most memory this process has held so far, in bytes: its resident set, with pages of mapped checkpoint files in it."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB
+def memory_peaks() -> dict[str, int | None]:
+    """The most memory held so far, in bytes, of the process and of the device that held most. Every process calls it.
+
+    "host_peak" is a resident set, with pages of mapped checkpoint files in it. "device_peak" is what the device's allocator
+    counts; None on a CPU, which has no memory of its own.
+    """
+    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    host = host if sys.platform == "darwin" else host * 1024  # macOS counts bytes, Linux KiB
+    counts = [device.memory_stats() or {} for device in jax.local_devices()]
+    device = max(count.get("peak_bytes_in_use", 0) for count in counts)
+    host, device = (max(values) for values in zip(*everyones((host, device))))
+    return {"host_peak": host, "device_peak": device or None}
 
 
 def write_report(path: Path, *, manifest: Mapping[str, Any], configuration: Mapping[str, Any], environment: Mapping[str, Any],
                  model: Mapping[str, Any], calibration: Mapping[str, Any], evaluation: Mapping[str, Any],
                  perplexity: Mapping[str, float], blocks: Sequence[BlockReport], seconds: Mapping[str, float],
-                 memory: Mapping[str, int], files: Mapping[str, str]) -> dict[str, Any]:
+                 memory: Mapping[str, int | None], files: Mapping[str, str]) -> dict[str, Any]:
     """Writes the report in one step: afterwards it is complete, or the old one is still there.
 
     Args:
@@ -58,7 +67,7 @@ def write_report(path: Path, *, manifest: Mapping[str, Any], configuration: Mapp
       perplexity: "dense" and "pruned".
       blocks: of the whole model.
       seconds: by stage, from ``Progress.seconds``.
-      memory: "host_peak" in bytes, from :func:`host_memory_peak`.
+      memory: from :func:`memory_peaks`.
       files: what the run left -> path.
 
     Returns:

@@ -72,6 +72,10 @@ class Progress:
         self._say(name)
         self._bars.reset(self._task, total=total, description=name, visible=True, left="")
 
+    def note(self, text: str) -> None:
+        """Something unusual that the person should know."""
+        self._say(text)
+
     def block(self, index: int, count: int) -> None:
         """Begins a block of the walk: number ``index`` of ``count``, from 0. A resumed walk begins with a later one."""
         if self._done == 0:

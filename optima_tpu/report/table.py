@@ -48,7 +48,8 @@ def print_summary(console: Console, blocks: Sequence[BlockReport], *, solver: st
     ratio = number(pruned / dense)
     lines += ["", f"perplexity  dense {number(dense, 4)}, pruned {number(pruned, 4)} ({ratio} times), on {evaluation}",
               f"sparsity    {percent(sparsity(layers))} of the {weights:,} weights in {len(layers)} matrices"]
-    lines += [f"memory      {number(memory['host_peak'] / 2**30)} GiB on the host at the peak"]
+    device = f", {number(memory['device_peak'] / 2**30)} GiB on a device" if memory.get("device_peak") else ""
+    lines += [f"memory      {number(memory['host_peak'] / 2**30)} GiB on the host{device} at the peak"]
     lines += unusual_lines(blocks)
     width = max(map(len, files), default=0) + 2
     lines += ["", *(f"{what:<{width}}{path}" for what, path in files.items())]

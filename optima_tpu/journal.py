@@ -1,0 +1,297 @@
+"""The finished blocks of a run, each of them safe as soon as it is done.
+
+    RUN/run.json                what a resume must agree with, and the full configuration
+    RUN/assets/                 the source's configuration, tokenizer and licence files, byte for byte
+    RUN/journal/block_0000/     one Orbax checkpoint for each finished block: its weights, masks and report
+    RUN/activations/block_0000/ the hidden states after the block that was saved last, one file of each process
+
+Each of these appears under its name in one step, after its contents are on the disk, so kill -9 at any moment leaves a
+directory from which the same command goes on. Each carries the SHA-256 of its files: what was damaged since is found when
+the journal is opened, and done again. The hidden states after a block are written before the block's journal entry, and
+older ones are removed after it: as a rule the last finished block has its hidden states. Where they are missing or damaged,
+they are computed again from the finished blocks.
+
+Saves are synchronous: one takes a fraction of a second where a block takes many, and an asynchronous one would have to
+be waited for before the old hidden states are removed. SIGTERM waits for the end of a save.
+"""
+
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import safetensors
+import safetensors.numpy
+from jax import Array
+from jax.sharding import Mesh
+
+from optima_tpu.activations import Activations, held_rows
+from optima_tpu.checkpoint import load_group, read_metadata, save_tree
+from optima_tpu.errors import UserError
+from optima_tpu.files import LOCK, PARTIAL, commit, remove_partial, uninterrupted, write_bytes, writing
+from optima_tpu.manifest import ASSETS, RUN, refuse_another, write_run
+from optima_tpu.processes import everywhere, first_only, from_first, is_first, together
+
+
+
+_JOURNAL, _ACTIVATIONS = "journal", "activations"
+_ENTRY = re.compile(r"block_(\d{4,})")
+_SUMS = "sha256-{}.json"
+
+
+def prepare_directory(directory: str | Path, manifest: Mapping[str, Any]) -> Path:
+    """The directory of a run, made if missing, once it is sure that this run may be kept there. Nothing is written into it.
+
+    Raises:
+      UserError: as :func:`open_journal`.
+    """
+    directory = Path(directory).absolute()
+
+    def prepare():
+        with writing(directory, "choose another --output"):
+            if (directory / RUN).exists():
+                refuse_another(directory, manifest)
+            # A run that was killed while it wrote its first file left nothing but its lock and that file's beginning.
+            elif directory.exists() and any(child.name not in (LOCK, RUN + PARTIAL) for child in directory.iterdir()):
+                raise UserError(f"{directory} holds files that are not a run of this program; choose another --output")
+            directory.mkdir(parents=True, exist_ok=True)
+
+    first_only(prepare)
+    return directory
+
+
+def open_journal(directory: str | Path, manifest: Mapping[str, Any], assets: Mapping[str, bytes],
+                 configuration: Mapping[str, Any] | None = None) -> "Journal":
+    """Starts a run in ``directory``, or goes on with the one that is there. Every process calls it.
+
+    Args:
+      directory: created if missing.
+      manifest: JSON values that decide the result and that a resume must repeat: model fingerprint, recipe, digest of
+        the calibration tokens, code version. Not the mesh.
+      assets: file name -> contents, kept for the export.
+      configuration: JSON values that are recorded beside the manifest and not compared.
+
+    Raises:
+      UserError: the directory holds a run with another manifest (every differing key is named with both values) or
+        something else than a run, or cannot be written, or not every process sees it. Nothing in it was touched.
+    """
+    directory = prepare_directory(directory, manifest)
+
+    def begin():
+        with writing(directory, "choose another --output"):
+            if not (directory / RUN).exists():
+                write_run(directory, manifest, configuration or {})
+            for name, data in assets.items():
+                path = directory / ASSETS / name
+                if not path.exists():
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    write_bytes(path, data)
+            for folder in (_JOURNAL, _ACTIVATIONS):
+                (directory / folder).mkdir(exist_ok=True)
+
+    def seen():
+        if not (directory / _ACTIVATIONS).is_dir():
+            raise UserError(f"expected the run directory that process 0 made, got no {directory}: give an --output on a file "
+                            "system that all hosts share")
+
+    first_only(begin)
+    together(seen)
+    return Journal(directory)
+
+
+def finished_blocks(directory: str | Path) -> list[int]:
+    """The blocks of a run that were saved, ascending; whether they are still whole is not looked at."""
+    folder = Path(directory) / _JOURNAL
+    return sorted(int(match[1]) for path in folder.glob("block_*") if (match := _ENTRY.fullmatch(path.name)))
+
+
+class Journal:
+    """The finished blocks of one run. Made by :func:`open_journal`; one program writes it at a time.
+
+    Attributes:
+      directory: of the run.
+      finished: the blocks that are done and whole.
+      damaged: what was found damaged, for the person: {block: reason}. Such a block counts as not finished.
+    """
+
+    def __init__(self, directory: Path):
+        self.directory = directory
+        saved = from_first(lambda: {index: _damage(self._entry(index)) for index in finished_blocks(directory)})
+        self.damaged = {index: reason for index, reason in saved.items() if reason}
+        self.finished = saved.keys() - self.damaged.keys()
+
+    def save(self, index: int, weights: Mapping[str, Array], masks: Mapping[str, Array], report: Mapping[str, Any],
+             activations: Activations) -> None:
+        """Makes a block durable. When this returns, the run can be stopped without losing it. Every process calls it.
+
+        Args:
+          index: the block.
+          weights: HF name -> array in the source's dtype, on the host or sharded over the mesh.
+          masks: HF name of a weight -> [d_out, d_in] bool, True where the weight was kept.
+          report: JSON values.
+          activations: the hidden states after the block, in the model's dtype.
+
+        Raises:
+          UserError: the disk is full or not writable. The blocks before are intact.
+        """
+        if stray := set(masks) - set(weights):
+            raise ValueError(f"masks without weights: {sorted(stray)}")
+        entry, states = self._entry(index), self._states(index)
+        partial, partial_states = (path.with_name(path.name + PARTIAL) for path in (entry, states))
+        remedy = f"the {len(self.finished)} finished blocks are intact; make room and repeat the command"
+
+        def clear():
+            with writing(entry, remedy):
+                for path in (entry, states):
+                    remove_partial(path)
+                    shutil.rmtree(path, ignore_errors=True)  # damaged, or of a block that was not finished
+                partial_states.mkdir()
+
+        def write_states():
+            with writing(entry, remedy):
+                _write_states(partial_states, activations)
+
+        def finish():
+            with writing(entry, remedy):
+                commit(partial_states, states)
+                _write_sums(partial)
+                commit(partial, entry)
+
+        with uninterrupted():
+            first_only(clear)
+            together(write_states)
+            with writing(entry, remedy):
+                save_tree(partial, {"weights": dict(weights), "masks": dict(masks)}, {"report": dict(report)})
+            first_only(finish)
+            self.finished.add(index)
+            self.damaged.pop(index, None)
+            if is_first():
+                for old in states.parent.iterdir():
+                    if old != states:
+                        shutil.rmtree(old) if old.is_dir() else old.unlink()
+
+    def weights(self, index: int) -> dict[str, np.ndarray]:
+        """The pruned weights of a finished block by HF name."""
+        return self._group(index, "weights")
+
+    def masks(self, index: int) -> dict[str, np.ndarray]:
+        """The masks of a finished block by the HF name of the weight, [d_out, d_in] bool, True where kept."""
+        return self._group(index, "masks")
+
+    def report(self, index: int) -> dict:
+        """The report of a finished block, as it was saved."""
+        return read_metadata(self._entry(index)).custom_metadata["report"]
+
+    def activations(self, mesh: Mesh, index: int, samples: int) -> Activations | None:
+        """The hidden states after a finished block, those of this process; None where they are not there or not whole.
+
+        Args:
+          mesh: which may be another than the one they were saved from.
+          samples: how many there are.
+        """
+        folder = self._states(index)
+        if not from_first(lambda: folder.is_dir() and not _damage(folder)):
+            return None
+        wanted = held_rows(mesh, 0, samples)
+        values, found = None, np.zeros(len(wanted), bool)
+        for path in sorted(folder.glob("*.safetensors")):
+            with safetensors.safe_open(path, framework="np") as file:
+                rows = file.get_tensor("rows")
+                mine = np.isin(rows, wanted)
+                if mine.any():
+                    states, places = file.get_tensor("hidden_states"), np.searchsorted(wanted, rows[mine])
+                    values = np.empty((len(wanted), *states.shape[1:]), states.dtype) if values is None else values
+                    values[places], found[places] = states[mine], True
+        return Activations(mesh, 0, samples, values) if everywhere(bool(found.all())) else None
+
+    def _group(self, index: int, group: str) -> dict[str, np.ndarray]:
+        return load_group(self._entry(index), group, read_metadata(self._entry(index)).metadata.get(group) or {})
+
+    def _entry(self, index: int) -> Path:
+        return self.directory / _JOURNAL / f"block_{index:04d}"
+
+    def _states(self, index: int) -> Path:
+        return self.directory / _ACTIVATIONS / f"block_{index:04d}"
+
+
+class FinishedTensors:
+    """The tensors of the finished blocks of a journal, as a ``TensorSource`` that is read block by block."""
+
+    def __init__(self, journal: Journal):
+        self._blocks = {name: index for index in sorted(journal.finished)
+                        for name in read_metadata(journal._entry(index)).metadata["weights"]}
+        self._journal, self._held = journal, (-1, {})
+
+    def names(self) -> tuple[str, ...]:
+        return tuple(self._blocks)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._block(name)[name].shape
+
+    def dtype(self, name: str) -> np.dtype:
+        return self._block(name)[name].dtype
+
+    def read(self, name: str, index=(...,)) -> np.ndarray:
+        return self._block(name)[name][index]
+
+    def _block(self, name: str) -> dict[str, np.ndarray]:
+        index = self._blocks[name]
+        if self._held[0] != index:
+            self._held = index, self._journal.weights(index)
+        return self._held[1]
+
+
+def _write_states(folder: Path, activations: Activations) -> None:
+    """Writes those samples of a process that no earlier process holds, and their checksum."""
+    rows = activations.rows[np.isin(activations.rows, owned_rows(activations))]
+    if not len(rows) and not is_first():
+        return
+    path = folder / f"part_{jax.process_index():04d}.safetensors"
+    # safetensors writes the buffer as it lies in memory, whatever the strides.
+    safetensors.numpy.save_file({"hidden_states": np.ascontiguousarray(activations.take(rows)), "rows": rows}, path)
+    _write_sums(folder, [path], f"{jax.process_index():04d}")
+
+
+def owned_rows(activations: Activations) -> np.ndarray:
+    """The samples that this process writes: those of the slices of which it is the first process to have a device."""
+    slices = [index for index, devices in enumerate(activations.mesh.devices)
+              if min(device.process_index for device in devices) == jax.process_index()]
+    rows = activations.rows
+    return rows[np.isin(rows % len(activations.mesh.devices), slices)]
+
+
+def _write_sums(folder: Path, files: list[Path] | None = None, label: str = "all") -> None:
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()] if files is None else files
+    sums = {path.relative_to(folder).as_posix(): [path.stat().st_size, _sha256(path)] for path in files}
+    (folder / _SUMS.format(label)).write_text(json.dumps(sums))
+
+
+def _damage(folder: Path) -> str:
+    """What is wrong with a folder that was saved with checksums; empty where nothing is."""
+    records = sorted(folder.glob(_SUMS.format("*")))
+    if not records:
+        return "its checksums are missing"
+    for record in records:
+        try:
+            sums = json.loads(record.read_text())
+            for name, (size, digest) in sums.items():
+                path = folder / name
+                if not path.is_file():
+                    return f"{name} is missing"
+                if path.stat().st_size != size:
+                    return f"{name} has {path.stat().st_size} bytes where {size} were written"
+                if _sha256(path) != digest:
+                    return f"{name} is not what was written"
+        except (OSError, ValueError) as error:
+            return f"{record.name} cannot be read ({error})"
+    return ""
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

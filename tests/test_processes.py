@@ -1,0 +1,194 @@
+"""Several processes give what one gives; they come together, fail together, and lose nothing."""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from optima_tpu import launch, processes
+from optima_tpu.activations import Activations
+from optima_tpu.errors import UserError
+from optima_tpu.export import read_masks
+from optima_tpu.journal import Journal, finished_blocks
+from optima_tpu.launch import RESUME, main
+from tests.helpers import folder_tensors, mesh
+from tests.test_resume import assert_same_weights
+
+# A process of a run that counts the bytes that it reads of the blocks, and may be killed while it works on one.
+WATCHED = """
+import os, signal, sys
+import numpy as np
+from optima_tpu import launch, run
+from optima_tpu.models.decoder import Decoder
+
+read_parts, walk, count = Decoder._read_parts, run.walk_block, 0
+
+def counted(decoder, name, *how):
+    global count
+    parts = read_parts(decoder, name, *how)
+    count += sum(part.nbytes for part in parts.values())
+    return parts
+
+def killed(decoder, index, *rest, **options):
+    if index == int(os.environ["KILLED_AT"]):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return walk(decoder, index, *rest, **options)
+
+Decoder._read_parts = counted
+if os.environ["KILLED_AT"]:
+    run.walk_block = killed
+status = launch.main(sys.argv[1:])
+print("bytes read:", count)
+sys.exit(status)
+"""
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return probe.getsockname()[1]
+
+
+def several(arguments: list[str], *, killed_at: str = "", own: tuple[tuple[str, ...], ...] = ((), ())
+            ) -> list[tuple[int, str, str]]:
+    """Runs the command in two processes of four devices. Returns the exit status and the output of each.
+
+    Args:
+      killed_at: block before which the second process is killed.
+      own: what each process is told that the others are not.
+    """
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])}
+    start = ["--cpu-devices", "4", "--coordinator", f"localhost:{free_port()}", "--num-processes", str(len(own))]
+    started = [subprocess.Popen(
+        [sys.executable, "-c", WATCHED, *arguments, *start, "--process-id", str(number), *more], text=True,
+        env=environment | {"KILLED_AT": killed_at if number == 1 else ""}, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        for number, more in enumerate(own)]
+    outputs = [process.communicate(timeout=300) for process in started]
+    return [(process.returncode, *output) for process, output in zip(started, outputs)]
+
+
+def assert_close_weights(directory: Path, expected: Path) -> None:
+    """The same masks, and the same weights within what another order of summation changes."""
+    masks, expected_masks = (read_masks(path / "hf") for path in (directory, expected))
+    weights, expected_weights = (folder_tensors(path / "hf") for path in (directory, expected))
+    assert masks.keys() == expected_masks.keys() and weights.keys() == expected_weights.keys()
+    for name, weight in expected_weights.items():
+        assert np.abs(weights[name] - weight).max() < 1e-3 * np.abs(weight).max(), name
+        assert name not in masks or (masks[name] == expected_masks[name]).all(), name
+
+
+def test_two_processes_lose_nothing_when_one_is_killed_and_give_the_weights_of_one(finished, tmp_path, capsys):
+    command = [*finished.arguments, "--output", str(tmp_path / "run")]
+    first, second = several(command, killed_at="2")
+    assert second[0] == -signal.SIGKILL
+    assert first[0] == RESUME and "another process has ended" in first[2], first[2]
+    assert finished_blocks(tmp_path / "run") == [0, 1]
+    shutil.copytree(tmp_path / "run", tmp_path / "other")
+
+    first, second = several(command)
+    assert (first[0], second[0]) == (0, 0), first[2] + second[2]
+    assert_close_weights(tmp_path / "run", finished.directory)
+    assert "in 2 processes" in first[1] and "2 of 3 blocks are done" in first[1]
+    read = [int(printed.rpartition("bytes read: ")[2]) for _, printed, _ in (first, second)]
+    assert 0.9 < read[0] / read[1] < 1.1, "each reads its share"
+    # The second process says nothing but what gloo prints, which is not ours.
+    assert not [line for line in second[1].splitlines() if not line.startswith(("[Gloo]", "bytes read"))]
+
+    assert main([*finished.arguments, "--output", str(tmp_path / "other")]) == 0
+    assert "2 of 3 blocks are done" in capsys.readouterr().out
+    assert_close_weights(tmp_path / "other", finished.directory)
+
+
+def test_processes_with_other_settings_are_refused_in_one_message(finished, tmp_path):
+    first, second = several([*finished.arguments, "--output", str(tmp_path / "run")],
+                            own=((), ("--solver.damping", "0.5")))
+    assert (first[0], second[0]) == (2, 2)
+    assert "solver.damping: 0.01 in process 0, 0.5 in process 1" in first[2]
+    assert "error:" not in second[2]
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_process_that_does_not_come_is_named(capsys):
+    with pytest.raises(UserError, match=r"process 1, 2 of 3 did not come within 1 s"):
+        processes.start(f"localhost:{free_port()}", 3, 0, timeout=1)
+    with pytest.raises(UserError, match=r"process 0 was not found at localhost:\d+ within 1 s"):
+        processes.start(f"localhost:{free_port()}", 3, 1, timeout=1)
+
+
+def test_half_an_address_is_refused():
+    for given in ((None, 2, 0), ("localhost:1", None, 0), ("localhost:1", 2, None), ("localhost:1", 2, 2), ("localhost", 2, 0)):
+        with pytest.raises(UserError, match="--coordinator HOST:PORT, --num-processes N and --process-id K"):
+            processes.start(*given, timeout=1)
+
+
+@pytest.mark.parametrize("environment", [{}, {"SLURM_NTASKS": "1", "SLURM_PROCID": "0"}, {"OMPI_COMM_WORLD_SIZE": "1"}], ids=str)
+def test_a_plain_host_joins_nothing(monkeypatch, environment):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(processes, "_initialize", None)
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    processes.start(None, None, None, timeout=1)
+
+
+@pytest.mark.parametrize("inside", [True, False], ids=["in a save", "before a save"])
+def test_sigterm_ends_a_run_with_its_own_status_and_a_save_is_finished_first(finished, tmp_path, monkeypatch, capsys, inside):
+    save = Journal.save
+
+    def told_to_stop(journal, index, *rest):
+        if index == 1 and not inside:
+            signal.raise_signal(signal.SIGTERM)
+        save(journal, index, *rest)
+
+    write_states = sys.modules["optima_tpu.journal"]._write_states
+
+    def told_while_writing(folder, activations):
+        if inside and folder.name.startswith("block_0001"):
+            signal.raise_signal(signal.SIGTERM)
+        write_states(folder, activations)
+
+    command = [*finished.arguments, "--output", str(tmp_path / "run")]
+    monkeypatch.setattr(Journal, "save", told_to_stop)
+    monkeypatch.setattr("optima_tpu.journal._write_states", told_while_writing)
+    assert main(command) == RESUME
+    assert "SIGTERM; the same command goes on" in capsys.readouterr().err
+    assert finished_blocks(tmp_path / "run") == ([0, 1] if inside else [0])
+    assert signal.getsignal(signal.SIGTERM) is not launch._stop
+
+
+@pytest.mark.parametrize("harmed", ["block", "states"])
+def test_what_was_damaged_is_done_again_to_the_same_bits(finished, tmp_path, capsys, harmed):
+    copy = tmp_path / "run"
+    shutil.copytree(finished.directory, copy, ignore=shutil.ignore_patterns("checkpoint", "hf", "report.json"))
+    if harmed == "block":
+        file = max((copy / "journal" / "block_0001").rglob("*"), key=lambda path: path.is_file() and path.stat().st_size)
+        file.write_bytes(file.read_bytes()[:-3])
+    else:
+        shutil.rmtree(copy / "journal" / "block_0002")
+        next((copy / "activations").rglob("*.safetensors")).unlink()
+    assert main([*finished.arguments, "--output", str(copy)]) == 0
+    printed = capsys.readouterr().out
+    assert ("block 2 was damaged since it was saved" in printed) == (harmed == "block")
+    assert "they are computed again" in printed
+    assert_same_weights(copy, finished.directory)
+
+
+def test_samples_are_spread_evenly_and_come_back_in_order():
+    states = np.arange(11 * 2 * 3, dtype=np.float32).reshape(11, 2, 3)
+    for shape in ((1, 1), (4, 2), (2, 4)):
+        hidden = Activations.of(mesh(*shape), states.copy()).part(3, 11)
+        seen = []
+        for batch in hidden.batches(2):
+            seen.extend(batch.rows[batch.there])
+            expected = np.where(batch.there[:, None, None], states[np.minimum(batch.rows, 10)], 0)
+            assert (np.asarray(batch.hidden) == expected).all()
+            assert (np.asarray(batch.valid) == batch.there).all()
+            assert (np.asarray(batch.place(np.arange(11)))[batch.there] == batch.rows[batch.there]).all()
+            hidden.put(batch.rows, batch.hidden + 1)
+        assert sorted(seen) == list(range(3, 11))
+        assert (hidden.values == states[3:] + 1).all()
