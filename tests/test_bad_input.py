@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 
-from optima_tpu.files import LOCK, alone
+from optima_tpu.files import LOCK, only_program
 from optima_tpu.launch import main
 from tests.helpers import SMALL, snapshot, tiny_folder
 
@@ -113,14 +113,14 @@ def test_an_output_directory_in_use(model, finished, refused, tmp_path):
 
 def test_an_output_directory_that_another_process_is_at_work_in(model, refused, tmp_path):
     (tmp_path / "run").mkdir()
-    holder = subprocess.Popen([sys.executable, "-c", "import sys; from pathlib import Path; from optima_tpu.files import alone\n"
-                               "with alone(Path(sys.argv[1])): print(flush=True); input()", str(tmp_path / "run")],
+    holder = subprocess.Popen([sys.executable, "-c", "import sys; from pathlib import Path; from optima_tpu.files import only_program\n"
+                               "with only_program(Path(sys.argv[1])): print(flush=True); input()", str(tmp_path / "run")],
                               stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": ":".join(sys.path)})
     holder.stdout.readline()
     assert f"another process is at work in {tmp_path / 'run'}; wait for it" in refused("--model", model, *SMALL)
     holder.kill()
     holder.wait()
-    with alone(tmp_path / "run"):  # nobody's any more
+    with only_program(tmp_path / "run"):  # nobody's any more
         pass
 
 

@@ -55,6 +55,11 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+def process_environment() -> dict[str, str]:
+    """Of processes that import what this one does."""
+    return os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])}
+
+
 def several(arguments: list[str], *, killed_at: str = "", own: tuple[tuple[str, ...], ...] = ((), ())
             ) -> list[tuple[int, str, str]]:
     """Runs the command in two processes of four devices. Returns the exit status and the output of each.
@@ -63,11 +68,10 @@ def several(arguments: list[str], *, killed_at: str = "", own: tuple[tuple[str, 
       killed_at: block before which the second process is killed.
       own: what each process is told that the others are not.
     """
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])}
     start = ["--cpu-devices", "4", "--coordinator", f"localhost:{free_port()}", "--num-processes", str(len(own))]
     started = [subprocess.Popen(
         [sys.executable, "-c", WATCHED, *arguments, *start, "--process-id", str(number), *more], text=True,
-        env=environment | {"KILLED_AT": killed_at if number == 1 else ""}, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        env=process_environment() | {"KILLED_AT": killed_at if number == 1 else ""}, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         for number, more in enumerate(own)]
     outputs = [process.communicate(timeout=300) for process in started]
     return [(process.returncode, *output) for process, output in zip(started, outputs)]
