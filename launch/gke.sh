@@ -1,0 +1,42 @@
+#!/usr/bin/env bash
+# Starts the JobSet of gke_jobset.yaml with these arguments; what it needs, and what happens on preemption, is written there.
+#
+#   OPTIMA_IMAGE=REGISTRY/optima-tpu:tpu launch/gke.sh [--dry-run] --model meta-llama/Llama-3.1-8B --output /runs/llama
+#
+# Needs: kubectl, logged in to the cluster. --dry-run prints the manifest. OPTIMA_NAME names the JobSet (optima): one of the same
+# name must be gone (kubectl delete jobset optima) before another is started; a finished or stopped run resumes from --output.
+set -euo pipefail
+
+say() {
+  echo "$0: $1" >&2
+  exit 2
+}
+
+dry_run=
+[[ ${1-} == --dry-run ]] && dry_run=yes && shift
+image=${OPTIMA_IMAGE-}
+[[ $image ]] || say "expected an image in OPTIMA_IMAGE: docker build -f launch/Dockerfile --build-arg EXTRA=tpu -t IMAGE . && docker push IMAGE"
+
+# A JSON string is a YAML string.
+quoted() {
+  [[ $1 != *[[:cntrl:]]* ]] || say "expected arguments without control characters"
+  local text=${1//\\/\\\\}
+  printf '"%s"' "${text//\"/\\\"}"
+}
+
+args=
+for argument in "$@"; do
+  args+=${args:+, }$(quoted "$argument")
+done
+manifest=$(<"$(dirname "$0")/gke_jobset.yaml")
+for change in "  name: optima"$'\n'"  annotations|  name: ${OPTIMA_NAME:-optima}"$'\n'"  annotations" "image: IMAGE|image: $(quoted "$image")" \
+  "args: []|args: [$args]"; do
+  before=${change%%|*}
+  manifest=${manifest%%"$before"*}${change#*|}${manifest#*"$before"}
+done
+if [[ $dry_run ]]; then
+  echo "$manifest"
+  exit
+fi
+command -v kubectl >/dev/null || say "needs kubectl: https://kubernetes.io/docs/tasks/tools"
+kubectl apply -f - <<<"$manifest"

@@ -1,0 +1,84 @@
+#!/usr/bin/env bash
+# One run by several processes on this host: to see on a laptop what a pod does, or to use the two sockets of a CPU server.
+# An accelerator host needs one process, without this script: it drives all of the host's chips.
+#
+#   launch/local_processes.sh [--dry-run] N [arguments of optima_tpu.launch]
+#   launch/local_processes.sh 2 --cpu-devices 2 --mesh 4x1 --output runs/two
+#
+# Needs: bash 5.1 or newer, this package installed for `python`, or for the interpreter that OPTIMA_PYTHON names.
+#
+# Process 0 writes to the terminal as usual; what the others say gets their number in front and goes to the error stream.
+# Ctrl-C and SIGTERM are passed on to all. When one process fails, the others get SIGTERM, and SIGKILL after OPTIMA_GRACE
+# seconds (10): one that waits for the lost process inside a collective hears no signal. Nothing finished is lost by either.
+# Exit status: that of the first process that failed. 75 means that SIGTERM stopped the run and the same command resumes it.
+set -uo pipefail
+
+usage() {
+  echo "usage: $0 [--dry-run] N [arguments of optima_tpu.launch]; $1" >&2
+  exit 2
+}
+
+dry_run=
+[[ ${1-} == --dry-run ]] && dry_run=yes && shift
+[[ ${1-} =~ ^[1-9][0-9]*$ ]] || usage "expected N, the number of processes, got '${1-}'"
+count=$1 && shift
+((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] >= 501)) || usage "needs bash 5.1 or newer, this is $BASH_VERSION"
+python=${OPTIMA_PYTHON:-python}
+command -v "$python" >/dev/null || usage "needs the program '$python': activate the virtual environment, or set OPTIMA_PYTHON"
+
+port=PORT
+[[ $dry_run ]] || port=$("$python" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])') ||
+  exit 2
+
+pids=()
+status=0
+stopping=
+
+signal_all() {
+  ((${#pids[@]} == 0)) || kill "-$1" "${pids[@]}" 2>/dev/null
+}
+
+# shellcheck disable=SC2329 # called by the traps
+stop() {
+  stopping=yes
+  signal_all "$1"
+}
+
+# Every process gets a process group of its own: Ctrl-C reaches this script alone, which passes it on once.
+set -m
+trap 'stop TERM' TERM
+trap 'stop INT' INT
+for ((id = 0; id < count; id++)); do
+  command=("$python" -m optima_tpu.launch --coordinator "127.0.0.1:$port" --num-processes "$count" --process-id "$id" "$@")
+  if [[ $dry_run ]]; then
+    printf '%q ' "${command[@]}"
+    echo
+  elif ((id == 0)); then
+    "${command[@]}" </dev/null &
+    pids+=($!)
+  else
+    "${command[@]}" </dev/null > >(sed -u "s/^/[$id] /" >&2) 2>&1 &
+    pids+=($!)
+  fi
+done
+
+killer=
+while ((${#pids[@]})); do
+  wait -n -p ended "${pids[@]}"
+  code=$?
+  [[ ${ended-} ]] || continue # a signal came, and was passed on
+  for index in "${!pids[@]}"; do
+    [[ ${pids[index]} == "$ended" ]] && unset "pids[index]"
+  done
+  if ((code != 0 && status == 0)); then
+    status=$code
+    if [[ ! $stopping ]] && ((${#pids[@]})); then
+      echo "a process ended with status $code; stopping the others" >&2
+      signal_all TERM
+      (sleep "${OPTIMA_GRACE:-10}" && kill -KILL -- "${pids[@]/#/-}") >/dev/null 2>&1 &
+      killer=$!
+    fi
+  fi
+done
+[[ $killer ]] && kill -- "-$killer" 2>/dev/null
+exit "$status"
