@@ -15,7 +15,7 @@ say() {
 dry_run=
 [[ ${1-} == --dry-run ]] && dry_run=yes && shift
 image=${OPTIMA_IMAGE-}
-[[ $image ]] || say "expected an image in OPTIMA_IMAGE: docker build -f launch/Dockerfile --build-arg EXTRA=tpu -t IMAGE . && docker push IMAGE"
+[[ $image ]] || say "expected an image in OPTIMA_IMAGE, built from launch/Dockerfile with --build-arg EXTRA=tpu and pushed"
 
 # A JSON string is a YAML string.
 quoted() {
@@ -29,11 +29,13 @@ for argument in "$@"; do
   args+=${args:+, }$(quoted "$argument")
 done
 manifest=$(<"$(dirname "$0")/gke_jobset.yaml")
-for change in "  name: optima"$'\n'"  annotations|  name: ${OPTIMA_NAME:-optima}"$'\n'"  annotations" "image: IMAGE|image: $(quoted "$image")" \
-  "args: []|args: [$args]"; do
-  before=${change%%|*}
-  manifest=${manifest%%"$before"*}${change#*|}${manifest#*"$before"}
-done
+replace() {
+  manifest=${manifest%%"$1"*}$2${manifest#*"$1"}
+}
+
+replace $'\n  name: optima\n' $'\n'"  name: ${OPTIMA_NAME:-optima}"$'\n'
+replace "image: IMAGE" "image: $(quoted "$image")"
+replace "args: []" "args: [$args]"
 if [[ $dry_run ]]; then
   echo "$manifest"
   exit

@@ -27,8 +27,8 @@ python=${OPTIMA_PYTHON:-python}
 command -v "$python" >/dev/null || usage "needs the program '$python': activate the virtual environment, or set OPTIMA_PYTHON"
 
 port=PORT
-[[ $dry_run ]] || port=$("$python" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])') ||
-  exit 2
+free_port='import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'
+[[ $dry_run ]] || port=$("$python" -c "$free_port") || exit 2
 
 pids=()
 status=0

@@ -39,7 +39,8 @@ def run(script, *arguments, **environment):
 
 
 def started(*arguments, **environment):
-    return subprocess.Popen([LAUNCH / "local_processes.sh", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    pipes = dict.fromkeys(("stdout", "stderr"), subprocess.PIPE)
+    return subprocess.Popen([LAUNCH / "local_processes.sh", *arguments], **pipes, text=True,
                             env={"PATH": os.environ["PATH"], **environment})
 
 
