@@ -51,10 +51,7 @@ class Unstructured:
 
     def keep_mask(self, scores: Array) -> Array:
         """The mask that keeps the highest scores. See :func:`keep_mask`."""
-        if self.group == "row":
-            return _keep_largest(scores, self.pruned_in(scores.shape[1]))
-        flat = _keep_largest(scores.reshape(1, -1), self.pruned_in(scores.size))
-        return flat.reshape(scores.shape)
+        return ~lowest(scores, self.pruned_in(scores.shape[1] if self.group == "row" else scores.size), self.group)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +84,7 @@ class NM:
     def keep_mask(self, scores: Array) -> Array:
         """The mask that keeps the highest scores of every group. See :func:`keep_mask`."""
         self.pruned_count(scores.shape)
-        return _keep_largest(scores.reshape(-1, self.m), self.m - self.n).reshape(scores.shape)
+        return ~lowest(scores.reshape(-1, self.m), self.m - self.n, "row").reshape(scores.shape)
 
 
 Pattern = Unstructured | NM
@@ -124,7 +121,7 @@ def keep_mask(scores: Array, pattern: Pattern) -> Array:
     """The mask of ``pattern`` with the largest total score.
 
     Args:
-      scores: [d_out, d_in] float, larger is more worth keeping; NaN counts as the smallest of all.
+      scores: [d_out, d_in] float32, larger is more worth keeping; NaN counts as the smallest of all.
       pattern: what may stay.
 
     Returns:
@@ -133,45 +130,37 @@ def keep_mask(scores: Array, pattern: Pattern) -> Array:
     Raises:
       UserError: an N:M pattern whose M does not divide d_in.
     """
-    return pattern.keep_mask(jnp.where(jnp.isnan(scores), -jnp.inf, scores))
+    return pattern.keep_mask(scores)
 
 
-def lowest(scores: Array, count: Array, group: str) -> Array:
+def lowest(scores: Array, count: Array | int, group: str) -> Array:
     """True at exactly ``count`` entries of every row or of the matrix, the lowest; of equals those with the lower index.
 
-    For counts that are known only when they are needed, inside a sweep. The ``count``-th value is found bit by bit: a sort
-    would gather the rows of all devices, this only adds up counts.
+    The ``count``-th value is found bit by bit. A sort would gather the rows of all devices, where this only adds up counts, and
+    on a CPU it would take some fifty times as long.
 
     Args:
-      scores: [rows, columns] float32, none negative; NaN counts as the smallest of all.
+      scores: [rows, columns] float32; NaN counts as the smallest of all.
       count: int32, [rows, 1] or [] for the group "row", [1, 1] or [] for "layer", where the index runs row by row.
     """
-    # The bits of floats that are not negative are in the order of the floats.
-    order = jax.lax.bitcast_convert_type(jnp.where(jnp.isnan(scores), 0.0, scores), jnp.int32)
+    scores = jnp.where(jnp.isnan(scores), -jnp.inf, jnp.where(scores == 0, 0.0, scores))  # one zero, without a sign
+    # The bits of positive floats are in the order of the floats, those of negative ones in the opposite order.
+    bits = jax.lax.bitcast_convert_type(scores.astype(jnp.float32), jnp.uint32)
+    order = jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
     axis = 1 if group == "row" else None
 
     def number(mask: Array) -> Array:
         return jnp.sum(mask, axis=axis, keepdims=True, dtype=jnp.int32)
 
     def bit(index: int, value: Array) -> Array:
-        half = jnp.left_shift(1, 30 - index)
+        half = jnp.left_shift(jnp.uint32(1), jnp.uint32(31 - index))
         return jnp.where(number(order < value + half) < count, value + half, value)
 
     start = jnp.zeros_like(order[:, :1] if group == "row" else order[:1, :1])
-    value = jax.lax.fori_loop(0, 31, bit, start)
+    value = jax.lax.fori_loop(0, 32, bit, start)
     below, ties = order < value, order == value
     rank = jnp.cumsum(ties, axis=1, dtype=jnp.int32)
     if group == "layer":
         in_row = rank[:, -1:]
         rank = rank + jnp.cumsum(in_row, axis=0, dtype=jnp.int32) - in_row
     return below | (ties & (rank <= count - number(below)))
-
-
-def _keep_largest(scores: Array, pruned: int) -> Array:
-    """Per row of [groups, size]: False at the ``pruned`` smallest, the lowest index first among equals.
-
-    A stable sort gives every weight its rank, so counts are exact whatever the ties; a threshold would not.
-    """
-    order = jnp.argsort(scores, axis=1, stable=True)
-    ranks = jnp.argsort(order, axis=1)
-    return ranks >= pruned

@@ -63,9 +63,9 @@ def test_an_nm_group_that_does_not_divide_the_inputs_is_refused():
 def test_the_lowest_of_every_group_are_found_with_ties_by_index(shape, levels, group, seed):
     rows, columns = shape
     rng = np.random.default_rng(seed)
-    scores = rng.choice([0.0, 1e-30, 1.0, 3e20, np.inf], size=levels)[rng.integers(0, levels, (rows, columns))].astype(np.float32)
+    scores = rng.choice([-np.inf, -3e20, -1.0, -0.0, 0.0, 1e-30, 1.0, 3e20, np.inf], size=levels)[rng.integers(0, levels, (rows, columns))].astype(np.float32)
     scores[rng.random(scores.shape) < 0.1] = np.nan
-    flat = np.nan_to_num(scores, nan=0.0, posinf=np.inf).reshape((rows, columns) if group == "row" else (1, -1))
+    flat = np.where(np.isnan(scores), -np.inf, scores).reshape((rows, columns) if group == "row" else (1, -1))
     counts = rng.integers(0, flat.shape[1] + 1, (len(flat), 1)).astype(np.int32)
     expected = np.zeros(flat.shape, bool)
     for line, count, found in zip(flat, counts[:, 0], expected):
