@@ -1,0 +1,125 @@
+"""One block's calibration against transformers and torch, on the same cores, in float32.
+
+    python -m benchmarks.forward 10
+
+Two steps, each over the same hidden states from host to host. The forward pass alone, and the calibration step: forward pass and
+the Hessians of the four inputs of the block's linear layers (torch: as every pruner does it, hooks that add ``X'X``; one for
+each distinct input, where published code has one for each of the seven layers). Runs alternate, so that what else the machine
+does falls on both; seconds are medians, the ratio is the median over pairs.
+"""
+
+import argparse
+import os
+import statistics
+import time
+from collections.abc import Callable, Sequence
+
+import jax
+import numpy as np
+import torch
+import transformers
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
+
+from optima_tpu.calibrate import accumulate_hessians, linear_groups
+from optima_tpu.config import EMBEDDED
+from optima_tpu.models.decoder import Decoder
+from optima_tpu.sharding import make_mesh
+from optima_tpu.weights import open_model
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.forward", description=__doc__.split("\n\n")[0],
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("block", type=int, help="index of the block")
+    parser.add_argument("--model", default=EMBEDDED.model, help="a Llama, as in optima_tpu.launch")
+    parser.add_argument("--samples", type=int, default=8, help="sequences")
+    parser.add_argument("--length", type=int, default=512, help="tokens in each")
+    parser.add_argument("--batch", type=int, default=4, help="sequences in one step")
+    parser.add_argument("--repeats", type=int, default=15, help="timed runs of each")
+    arguments = parser.parse_args(argv)
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+
+    pretrained = open_model(arguments.model, "float32")
+    decoder = Decoder.open(pretrained.config, pretrained.tensors, make_mesh(None), arguments.batch)
+    tokens = np.random.default_rng(0).integers(0, decoder.config.vocab, (arguments.samples, arguments.length))
+    hidden = decoder.embed(tokens)
+    for index in range(arguments.block):
+        decoder.apply(index, decoder.load_block(index), hidden)
+    parameters, groups = decoder.load_block(arguments.block), linear_groups(decoder)
+    peer = Peer(pretrained.config, arguments, {name: np.array(value) for name, value in parameters.items()},
+                [names[0] for names in groups])
+
+    def forward() -> np.ndarray:
+        output = hidden.copy()
+        decoder.apply(arguments.block, parameters, output)
+        return output
+
+    def calibrate() -> list[np.ndarray]:
+        return [np.asarray(s.hessian) for s in accumulate_hessians(decoder, arguments.block, parameters, hidden, groups)]
+
+    differences = [largest_difference([forward()], [peer.forward(hidden)]),
+                   largest_difference(calibrate(), peer.calibrate(hidden))]
+    print(f"Block {arguments.block} of {pretrained.origin}, {arguments.samples} x {arguments.length} tokens in batches of "
+          f"{arguments.batch}, float32. jax {jax.__version__}, torch {torch.__version__}, transformers "
+          f"{transformers.__version__}, {torch.get_num_threads()} cores, load {os.getloadavg()[0]:.1f}.\n")
+    print("| step | tokens/s | torch, tokens/s | ratio | largest difference |\n|---|---|---|---|---|")
+    for name, ours, theirs, difference in (("forward", forward, peer.forward, differences[0]),
+                                           ("calibration", calibrate, peer.calibrate, differences[1])):
+        pairs = [(seconds(ours), seconds(theirs, hidden)) for _ in range(arguments.repeats)]
+        mine, other = (tokens.size / statistics.median(times) for times in zip(*pairs))
+        ratio = statistics.median(second / first for first, second in pairs)
+        print(f"| {name} | {mine:.0f} | {other:.0f} | {ratio:.2f} | {difference:.1e} |")
+
+
+def seconds(run: Callable, *inputs) -> float:
+    started = time.perf_counter()
+    run(*inputs)
+    return time.perf_counter() - started
+
+
+def largest_difference(ours: list[np.ndarray], theirs: list[np.ndarray]) -> float:
+    """Relative to the largest entry, over all pairs of arrays."""
+    return max(float(np.abs(a - b).max() / np.abs(b).max()) for a, b in zip(ours, theirs, strict=True))
+
+
+class Peer:
+    """The block in transformers.
+
+    Args:
+      inputs: names of linear layers, one for each distinct input.
+    """
+
+    def __init__(self, config, arguments, parameters: dict[str, np.ndarray], inputs: list[str]):
+        config._attn_implementation = "sdpa"
+        self.block = LlamaDecoderLayer(config, arguments.block).float().eval()
+        self.block.load_state_dict({name: torch.from_numpy(value) for name, value in parameters.items()})
+        self.rope, self.batch = LlamaRotaryEmbedding(config), arguments.batch
+        self.layers = [self.block.get_submodule(name) for name in inputs]
+
+    @torch.inference_mode()
+    def forward(self, hidden: np.ndarray) -> np.ndarray:
+        positions = torch.arange(hidden.shape[1])[None]
+        outputs = []
+        for part in torch.from_numpy(hidden).split(self.batch):
+            output = self.block(part, position_embeddings=self.rope(part, positions), position_ids=positions)
+            outputs.append(output if isinstance(output, torch.Tensor) else output[0])
+        return torch.cat(outputs).numpy()
+
+    def calibrate(self, hidden: np.ndarray) -> list[np.ndarray]:
+        sums = [torch.zeros(layer.in_features, layer.in_features) for layer in self.layers]
+
+        def add(total: torch.Tensor) -> Callable:
+            def hook(layer, inputs):
+                rows = inputs[0].reshape(-1, total.shape[0])
+                total.addmm_(rows.T, rows)
+            return hook
+
+        hooks = [layer.register_forward_pre_hook(add(total)) for layer, total in zip(self.layers, sums)]
+        self.forward(hidden)
+        for hook in hooks:
+            hook.remove()
+        return [(total / (hidden.shape[0] * hidden.shape[1])).numpy() for total in sums]
+
+
+if __name__ == "__main__":
+    main()
