@@ -17,6 +17,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from optima_tpu.features import WHOLE, Features, matmul
+
 
 class LayerProblem(NamedTuple):
     """The rows of one linear layer, or of several that read the same input.
@@ -61,25 +63,20 @@ class Solution(NamedTuple):
     converged: Array
 
 
-def matmul(a: Array, b: Array) -> Array:
-    """``a @ b`` in full float32. On TPU and GPU the default would round the factors to bfloat16 or TF32."""
-    return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
-
-
-def self_target(weight: Array, hessian: Array) -> LayerProblem:
+def self_target(weight: Array, hessian: Array, features: Features = WHOLE) -> LayerProblem:
     """The problem of the paper: reproduce the layer's own outputs on its own inputs, ``g = W H``."""
-    return LayerProblem(weight, hessian, matmul(weight, hessian))
+    return LayerProblem(weight, hessian, features.product(weight, hessian))
 
 
-def drift(problem: LayerProblem) -> Array:
+def drift(problem: LayerProblem, features: Features = WHOLE) -> Array:
     """``e = g - W H``, [d_out, d_in]: what the target asks for beyond the layer's own outputs.
 
     Zero for :func:`self_target`. Computed by the same product as ``g`` there, so that it is then exactly zero.
     """
-    return problem.linear - matmul(problem.weight, problem.hessian)
+    return problem.linear - features.product(problem.weight, problem.hessian)
 
 
-def objective(problem: LayerProblem, weight: Array) -> Array:
+def objective(problem: LayerProblem, weight: Array, features: Features = WHOLE) -> Array:
     """Each row's ``(v - w) H (v - w)' - 2 e (v - w)'``, [d_out] float32.
 
     Twice the objective of the module docstring plus a constant of the row, chosen so that the dense weights have value
@@ -89,12 +86,12 @@ def objective(problem: LayerProblem, weight: Array) -> Array:
       weight: [d_out, d_in] float32, the ``v`` of each row.
     """
     change = weight - problem.weight
-    return jnp.sum(change * (matmul(change, problem.hessian) - 2 * drift(problem)), axis=1)
+    return features.sums(change * (features.product(change, problem.hessian) - 2 * drift(problem, features)))[0]
 
 
-def output_energy(problem: LayerProblem) -> Array:
+def output_energy(problem: LayerProblem, features: Features = WHOLE) -> Array:
     """Each row's ``w H w'``, [d_out] float32: the mean square of its output, the scale of a relative layer error."""
-    return jnp.sum(problem.weight * matmul(problem.weight, problem.hessian), axis=1)
+    return features.sums(problem.weight * features.product(problem.weight, problem.hessian))[0]
 
 
 def optimality_residual(problem: LayerProblem, pruned: Pruned, weight: Array) -> Array:

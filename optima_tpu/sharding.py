@@ -4,6 +4,7 @@ Two axes: ``data`` splits calibration samples, ``model`` splits weights and the 
 problems are split over both, so that every device solves its own.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable
 
@@ -15,6 +16,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from optima_tpu.errors import UserError
+from optima_tpu.features import WHOLE, Features
+from optima_tpu.problem import LayerProblem, Pruned, Solution
 
 DATA, MODEL = "data", "model"
 ROWS = P((DATA, MODEL))
@@ -112,30 +115,97 @@ def padded(count: int, multiple: int) -> int:
     return -(-count // multiple) * multiple
 
 
-def over_rows(solve: Callable, mesh: Mesh) -> Callable:
-    """Runs a row solver with its rows split over every device of the mesh and the Hessian on all of them.
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """How the problems of a layer input lie on the mesh while they are solved.
 
-    Each device runs the solver's loop on its own rows and stops on its own: there is no communication inside. A row count that
-    the mesh does not divide is padded with rows that have nothing to solve (weights and mask all zero) and cut again.
+    Attributes:
+      split: one device does not hold the Hessian: its columns, and the features of all rows, are split over the model axis,
+        which must divide d_in; rows are split over the data axis. Otherwise rows are split over both and the Hessian is on
+        every device.
+      rows: how many rows a device solves at once, at most; None stands for all that it has.
+    """
+
+    split: bool = False
+    rows: int | None = None
+
+    @property
+    def hessian(self) -> P:
+        """The spec of a Hessian [d_in, d_in]."""
+        return P(None, MODEL) if self.split else P()
+
+    @property
+    def matrix(self) -> P:
+        """The spec of rows [d_out, d_in]."""
+        return P(DATA, MODEL) if self.split else ROWS
+
+    @property
+    def vector(self) -> P:
+        """The spec of one number a row [d_out]."""
+        return P(DATA) if self.split else ROWS
+
+    @property
+    def features(self) -> Features:
+        """Where a device's features are."""
+        return Features(MODEL) if self.split else WHOLE
+
+
+ON_EVERY_DEVICE = Layout()
+"""The ordinary layout: the Hessian on every device, all rows of a device at once."""
+
+
+def map_rows(prepare: Callable, mesh: Mesh, layout: Layout, out_specs) -> Callable:
+    """Runs a function of rows on the mesh: ``(hessian, *rows) -> outputs``, every array of rows [d_out, d_in].
+
+    Each device runs it on its own rows, in equal batches where the layout says so. A row count that does not divide is padded
+    with rows of zeros and cut again.
+
+    Args:
+      prepare: ``(hessian, features) -> (*rows -> outputs)``. Called once on every device, with what it has of the Hessian; the
+        function it returns is called for every batch.
+      mesh: axes ("data", "model").
+      out_specs: of the outputs, ``layout.matrix`` or ``layout.vector`` for each.
+    """
+    shares = mesh.size if not layout.split else mesh.shape[DATA]
+
+    def mapped(hessian, *arrays):
+        count = arrays[0].shape[0]
+        each = -(-count // shares)
+        batches = -(-each // (layout.rows or each))
+        extra = padded(count, shares * batches) - count
+
+        def local(hessian, *arrays):
+            run = prepare(hessian, layout.features)
+            if batches == 1:
+                return run(*arrays)
+            parts = tuple(array.reshape(batches, -1, array.shape[1]) for array in arrays)
+            found = jax.lax.map(lambda part: run(*part), parts)
+            return jax.tree.map(lambda array: array.reshape(-1, *array.shape[2:]), found)
+
+        # check_vma: MPAX's loops carry values that vary over the mesh beside constants, which the checker refuses.
+        found = jax.shard_map(local, mesh=mesh, in_specs=(layout.hessian, *[layout.matrix] * len(arrays)), out_specs=out_specs,
+                              check_vma=False)(
+            hessian, *(jnp.pad(array, ((0, extra), (0, 0))) if extra else array for array in arrays))
+        return jax.tree.map(lambda array: array[:count], found)
+
+    return mapped
+
+
+def over_rows(solve: Callable, mesh: Mesh, layout: Layout = ON_EVERY_DEVICE) -> Callable:
+    """Runs a row solver with its rows split over the mesh: ``(problem, pruned) -> Solution``.
+
+    Each device runs the solver's loop on its own rows and stops on its own. There is no communication inside where every device
+    has the Hessian; where it is split, the devices of one row of the mesh step together. Rows that are padded have nothing to
+    solve: weights and mask are all zero.
 
     Args:
       solve: ``(problem, pruned) -> Solution``; see ``optima_tpu.solvers.Solver``.
       mesh: axes ("data", "model").
+      layout: one that splits the Hessian needs a solver with ``prepare``.
     """
-    from optima_tpu.problem import LayerProblem, Pruned, Solution
+    def prepare(hessian, features):
+        ready = solve.prepare(hessian, features) if hasattr(solve, "prepare") else solve
+        return lambda weight, linear, *pruned: ready(LayerProblem(weight, hessian, linear), Pruned(*pruned))
 
-    def sharded(problem: LayerProblem, pruned: Pruned) -> Solution:
-        rows = problem.weight.shape[0]
-        extra = padded(rows, mesh.size) - rows
-
-        def pad(array):
-            return jnp.pad(array, ((0, extra), (0, 0))) if extra else array
-
-        # check_vma: MPAX's loops carry values that vary over the mesh beside constants, which the checker refuses.
-        solution = jax.shard_map(
-            solve, mesh=mesh, in_specs=(LayerProblem(ROWS, P(), ROWS), Pruned(ROWS, ROWS)),
-            out_specs=Solution(ROWS, ROWS, ROWS, ROWS), check_vma=False,
-        )(LayerProblem(pad(problem.weight), problem.hessian, pad(problem.linear)), Pruned(pad(pruned.weight), pad(pruned.keep)))
-        return Solution(*(array[:rows] for array in solution))
-
-    return sharded
+    run = map_rows(prepare, mesh, layout, Solution(layout.matrix, layout.vector, layout.vector, layout.vector))
+    return lambda problem, pruned: run(problem.hessian, problem.weight, problem.linear, *pruned)

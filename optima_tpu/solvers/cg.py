@@ -11,20 +11,28 @@ the inverse ``X`` of the *whole* ``A``, masked: one factorisation a layer input,
 The certificate. With ``r`` the masked residual, ``f - f* = r A_KK^-1 r'`` exactly, and a principal block of an inverse dominates
 the inverse of the block: ``A_KK^-1 <= (A^-1)_KK``. So ``r X r'``, the scalar that the iteration computes anyway, bounds what is
 left to gain. With an extra ridge ``delta`` inside ``X`` the bound is ``(1 + delta / lambda_min(A)) r X r'``.
+
+Where the features are split over devices (``Features``), each holds its columns of ``A``, ``X`` and ``R'`` and its part of every
+row. An iteration then costs two all-gathers, of what is multiplied by ``A`` and by ``X``, and two all-reduces of a few numbers a
+row; the check after a cycle costs two all-gathers and one all-reduce.
 """
 
 import dataclasses
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
+from optima_tpu.errors import UserError
+from optima_tpu.features import WHOLE, Features
 from optima_tpu.problem import LayerProblem, Pruned, Solution, drift, matmul
 from optima_tpu.solvers.scaling import RESOLUTION, require, unit_diagonal
+from optima_tpu.solvers.split_inverse import split_inverse
 
 # Below this damping a float32 inverse of A is not accurate enough to certify with, and X gets a ridge of its own.
-_SAFE_DAMPING = 1e-4
+SAFE_DAMPING = 1e-4
 _EXTRA_RIDGE = 1e-3
 
 
@@ -57,26 +65,41 @@ class CG:
         require(self.cycle >= 1, "cycle", "at least 1", self.cycle)
 
     def __call__(self, problem: LayerProblem, pruned: Pruned) -> Solution:
-        shared = _share(problem.hessian, self.damping)
+        return self.prepare(problem.hessian)(problem, pruned)
+
+    def prepare(self, hessian: Array, features: Features = WHOLE) -> Callable[[LayerProblem, Pruned], Solution]:
+        """The solver of any rows of this Hessian; what depends on the Hessian alone is done here, once.
+
+        Args:
+          hessian: [d_in, d]: all of it, or a device's columns.
+          features: where the features are, those of the rows too.
+        """
+        shared = _share(hessian, self.damping, features)
+        return lambda problem, pruned: self._solve(problem, pruned, shared, features)
+
+    def _solve(self, problem: LayerProblem, pruned: Pruned, shared: "_Shared", features: Features) -> Solution:
         free = pruned.keep & shared.live
         start = jnp.where(shared.live, (pruned.weight - problem.weight) * shared.scale, 0.0)
-        pull = jnp.where(shared.live, drift(problem) / shared.scale, 0.0)
+        pull = jnp.where(shared.live, drift(problem, features) / shared.scale, 0.0)
         # f counted from the unconstrained optimum is f + e A^-1 e'; X <= A^-1 keeps the certified gap an upper bound.
         # It is zero, at no cost, where the target is the layer's own output.
-        offset = jax.lax.cond(jnp.any(pull != 0), lambda: _squares(matmul(pull, shared.root.T)), lambda: jnp.zeros(pull.shape[0]))
+        offset = jax.lax.cond(features.any(pull != 0), lambda: features.sums(_square(features.product(pull, shared.root)))[0],
+                              lambda: jnp.zeros(pull.shape[0]))
         rounding = 16 * jnp.finfo(offset.dtype).eps
-        resolution = RESOLUTION * _squares(jnp.where(shared.live, problem.weight * shared.scale, 0.0))
+        energy, choices = features.sums(_square(jnp.where(shared.live, problem.weight * shared.scale, 0.0)),
+                                        free.astype(jnp.float32))
+        resolution = RESOLUTION * energy
 
         def precondition(residual: Array) -> Array:
-            return jnp.where(free, matmul(residual, shared.inverse), 0.0)
+            return jnp.where(free, features.product(residual, shared.inverse), 0.0)
 
         def measure(change: Array) -> tuple[Array, Array, Array]:
-            image = matmul(change, shared.matrix)
+            image = features.product(change, shared.matrix)
             residual = jnp.where(free, pull - image, 0.0)
-            value = jnp.sum(change * (image - 2 * pull), axis=1)
-            decrement = jnp.sqrt(_squares(matmul(residual, shared.root.T)))
-            noise = shared.noise * jnp.linalg.norm(change, axis=1)
-            bound = jnp.where(jnp.any(free, axis=1), shared.looseness * (decrement + noise) ** 2, 0.0)
+            value, decrement, length = features.sums(
+                change * (image - 2 * pull), _square(features.product(residual, shared.root)), _square(change))
+            noise = shared.noise * jnp.sqrt(length)
+            bound = jnp.where(choices > 0, shared.looseness * (jnp.sqrt(decrement) + noise) ** 2, 0.0)
             # With a target of its own, f is a difference of large numbers: only what rounding cannot fake counts.
             optimum = value + offset - bound - rounding * (jnp.abs(value) + offset)
             gap = jnp.where(bound > 0, bound / jnp.maximum(optimum, jnp.maximum(resolution, _TINY)), 0.0)
@@ -84,17 +107,18 @@ class CG:
 
         def step(_, carry):
             change, residual, direction, active = carry
-            image = jnp.where(free, matmul(direction, shared.matrix), 0.0)
-            curvature = jnp.sum(direction * image, axis=1)
+            image = jnp.where(free, features.product(direction, shared.matrix), 0.0)
+            curvature, slope = features.sums(direction * image, residual * direction)
             moves = active & (curvature > 0)
             safe = jnp.where(moves, curvature, 1.0)
-            length = jnp.where(moves, jnp.sum(residual * direction, axis=1) / safe, 0.0)[:, None]
+            length = jnp.where(moves, slope / safe, 0.0)[:, None]
             change = change + length * direction
             residual = residual - length * image
             preconditioned = precondition(residual)
             # Conjugacy enforced against the direction just used, not assumed from the recurrences: it survives rounding and
             # the residual replacements.
-            conjugate = jnp.where(moves, -jnp.sum(preconditioned * image, axis=1) / safe, 0.0)[:, None]
+            overlap, = features.sums(preconditioned * image)
+            conjugate = jnp.where(moves, -overlap / safe, 0.0)[:, None]
             return change, residual, preconditioned + conjugate * direction, active
 
         def cycle(state: _State) -> _State:
@@ -130,13 +154,13 @@ _TINY = 1e-30  # keeps 0 / 0 out of the gap of a row without output
 
 
 class _Shared(NamedTuple):
-    """What depends on the Hessian alone."""
+    """What depends on the Hessian alone; d of the d_in features are this device's."""
 
-    matrix: Array  # [d_in, d_in], A
-    inverse: Array  # [d_in, d_in], X, for the iteration
-    root: Array  # [d_in, d_in], R with X = R'R, for the certificate: |R r|^2 keeps small values that r X r' loses to rounding
-    scale: Array  # [d_in], sqrt(H_jj), 1 for a dead feature
-    live: Array  # [d_in] bool
+    matrix: Array  # [d_in, d], A
+    inverse: Array  # [d_in, d], X, for the iteration
+    root: Array  # [d_in, d], R' with X = R'R, for the certificate: |R r|^2 keeps small values that r X r' loses to rounding
+    scale: Array  # [d], sqrt(H_jj), 1 for a dead feature
+    live: Array  # [d] bool
     looseness: Array  # [], 1 + (delta + rounding) / lambda_min(A); infinite where float32 cannot tell lambda_min from zero
     noise: Array  # [], what rounding may hide of sqrt(r X r'), per unit of the change
 
@@ -152,24 +176,32 @@ class _State(NamedTuple):
     steps: Array  # [rows] int32
 
 
-def _share(hessian: Array, damping: float) -> _Shared:
-    matrix, scale, live = unit_diagonal(hessian)
-    eye = jnp.eye(hessian.shape[0], dtype=hessian.dtype)
+def _share(hessian: Array, damping: float, features: Features) -> _Shared:
+    matrix, scale, live = unit_diagonal(hessian, features)
+    eye = features.on_diagonal(hessian).astype(hessian.dtype)
     matrix = matrix + damping * eye
     eps = jnp.finfo(hessian.dtype).eps
     # A bound must hold in spite of rounding: X is the inverse of a matrix within ``error`` of A, and a residual is off by up to
     # ``error`` times the length of the change that it was computed from.
-    error = 2 * eps * jnp.max(jnp.sum(jnp.abs(matrix), axis=1))
-    if damping >= _SAFE_DAMPING:
+    error = 2 * eps * features.maximum(jnp.sum(jnp.abs(matrix), axis=0))
+    if damping >= SAFE_DAMPING:
         ridge, smallest = 0.0, damping
     else:
+        if features != WHOLE:
+            raise UserError(f"expected the solver's damping to be at least {SAFE_DAMPING} where a Hessian is split over devices, "
+                            f"got {damping}: the certificate would need eigenvalues of the whole; raise --solver.damping")
         ridge, smallest = _EXTRA_RIDGE, jnp.linalg.eigvalsh(matrix)[0] - error
     looseness = jnp.where(smallest > 0, 1 + (ridge + error) / jnp.where(smallest > 0, smallest, 1.0), jnp.inf)
-    factor = jnp.linalg.cholesky(matrix + ridge * eye)
-    root = jax.scipy.linalg.solve_triangular(factor, eye, lower=True)
     noise = error * jax.lax.rsqrt(jnp.maximum(smallest, 0.0) + ridge)
-    return _Shared(matrix, matmul(root.T, root), root, scale, live, looseness, noise)
+    if features == WHOLE:
+        factor = jnp.linalg.cholesky(matrix + ridge * eye)
+        root = jax.scipy.linalg.solve_triangular(factor, eye, lower=True, trans="T")
+        inverse = matmul(root, root.T)
+    else:
+        inverse, root = split_inverse(matrix, features)
+        root = features.transpose(root)
+    return _Shared(matrix, inverse, root, scale, live, looseness, noise)
 
 
-def _squares(rows: Array) -> Array:
-    return jnp.sum(rows * rows, axis=1)
+def _square(rows: Array) -> Array:
+    return rows * rows

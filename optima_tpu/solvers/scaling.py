@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from optima_tpu.errors import UserError
+from optima_tpu.features import WHOLE, Features
 
 # A feature whose energy is this share of the largest one's, or less, is dead: its column is rounding noise.
 DEAD = 1e-12
@@ -33,21 +34,25 @@ def rows_at_once(size: int, dtype: jnp.dtype) -> int:
     return 1 if alone else max(1, _BATCH_BYTES // (size * size * jnp.dtype(dtype).itemsize))
 
 
-def live_features(hessian: Array) -> Array:
-    """[d_in] bool: inputs that carry any signal. Dead, negative and non-finite diagonals are excluded."""
-    diagonal = jnp.diagonal(hessian)
+def live_features(hessian: Array, features: Features = WHOLE) -> Array:
+    """[d_in] bool: inputs that carry any signal. Dead, negative and non-finite diagonals are excluded.
+
+    Of a device's columns of the Hessian: its own part [d] of them.
+    """
+    diagonal = features.diagonal(hessian)
     finite = jnp.isfinite(diagonal)
-    return finite & (diagonal > DEAD * jnp.max(jnp.where(finite, diagonal, 0.0))) & (diagonal > 0)
+    return finite & (diagonal > DEAD * features.maximum(jnp.where(finite, diagonal, 0.0))) & (diagonal > 0)
 
 
-def unit_diagonal(hessian: Array) -> tuple[Array, Array, Array]:
+def unit_diagonal(hessian: Array, features: Features = WHOLE) -> tuple[Array, Array, Array]:
     """The Hessian in unit-diagonal variables: (matrix [d_in, d_in], scale [d_in], live [d_in]).
 
-    Dead features become rows and columns of the identity.
+    Dead features become rows and columns of the identity. Of a device's columns of the Hessian: its own columns of the matrix
+    [d_in, d], and its own parts [d] of scale and live.
     """
-    live = live_features(hessian)
-    scale = jnp.where(live, jnp.sqrt(jnp.where(live, jnp.diagonal(hessian), 1.0)), 1.0)
-    both = live[:, None] & live
-    matrix = jnp.where(both, hessian / scale[:, None] / scale, 0.0)
-    matrix = 0.5 * (matrix + matrix.T)
-    return jnp.where(jnp.eye(hessian.shape[0], dtype=bool), jnp.ones((), hessian.dtype), matrix), scale, live
+    live = live_features(hessian, features)
+    scale = jnp.where(live, jnp.sqrt(jnp.where(live, features.diagonal(hessian), 1.0)), 1.0)
+    both = features.whole(live)[:, None] & live
+    matrix = jnp.where(both, hessian / features.whole(scale)[:, None] / scale, 0.0)
+    matrix = 0.5 * (matrix + features.transpose(matrix))
+    return jnp.where(features.on_diagonal(hessian), jnp.ones((), hessian.dtype), matrix), scale, live

@@ -1,0 +1,76 @@
+"""Where the features of a layer's rows are: all on the device, or split evenly over a mesh axis.
+
+Written with a :class:`Features`, a computation on rows is one text for both. Inside ``shard_map``, with ``n`` devices on the
+axis, a device holds ``d = d_in / n`` features of its rows and the same ``d`` columns of every [d_in, d_in] matrix; where nothing
+is split ``d`` is ``d_in`` and no function here communicates.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+
+def matmul(a: Array, b: Array) -> Array:
+    """``a @ b`` in full float32. On TPU and GPU the default would round the factors to bfloat16 or TF32."""
+    return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
+
+
+@dataclasses.dataclass(frozen=True)
+class Features:
+    """See the module. Every method is called inside ``shard_map`` over ``axis``.
+
+    Attributes:
+      axis: the mesh axis that splits the features; None where a device holds all of them.
+    """
+
+    axis: str | None = None
+
+    def whole(self, part: Array) -> Array:
+        """[..., d] -> [..., d_in], by one all-gather."""
+        return part if self.axis is None else jax.lax.all_gather(part, self.axis, axis=part.ndim - 1, tiled=True)
+
+    def mine(self, whole: Array) -> Array:
+        """[d_in, ...] -> [d, ...], this device's share of the first axis."""
+        if self.axis is None:
+            return whole
+        size = whole.shape[0] // jax.lax.axis_size(self.axis)
+        return jax.lax.dynamic_slice_in_dim(whole, jax.lax.axis_index(self.axis) * size, size)
+
+    def product(self, rows: Array, columns: Array) -> Array:
+        """``rows @ matrix`` of rows [r, d] and the matrix's columns [d_in, d]: [r, d] float32, by one all-gather of the rows."""
+        return matmul(self.whole(rows), columns)
+
+    def sums(self, *parts: Array) -> tuple[Array, ...]:
+        """The sum over all features of each row of each [r, d], [r]; all of them by one all-reduce."""
+        sums = tuple(jnp.sum(part, axis=1) for part in parts)
+        return sums if self.axis is None else tuple(jax.lax.psum(jnp.stack(sums), self.axis))
+
+    def any(self, part: Array) -> Array:
+        """Whether any entry on any device of the axis is True."""
+        return jnp.any(part) if self.axis is None else jax.lax.pmax(jnp.any(part).astype(jnp.int32), self.axis) > 0
+
+    def maximum(self, part: Array) -> Array:
+        """The largest entry on any device of the axis."""
+        return jnp.max(part) if self.axis is None else jax.lax.pmax(jnp.max(part), self.axis)
+
+    def diagonal(self, columns: Array) -> Array:
+        """This device's part [d] of the diagonal of a matrix, from its columns [d_in, d]."""
+        return jnp.diagonal(self.mine(columns))
+
+    def on_diagonal(self, columns: Array) -> Array:
+        """[d_in, d] bool: which entries of a device's columns are on the diagonal."""
+        return self.mine(jnp.arange(columns.shape[0])) == jnp.arange(columns.shape[0])[:, None]
+
+    def transpose(self, columns: Array) -> Array:
+        """The columns [d_in, d] of ``M'`` from those of ``M``, by one all-to-all."""
+        if self.axis is None:
+            return columns.T
+        size = columns.shape[1]
+        blocks = jax.lax.all_to_all(columns.reshape(-1, size, size), self.axis, split_axis=0, concat_axis=0)
+        return jnp.swapaxes(blocks, 1, 2).reshape(columns.shape)
+
+
+WHOLE = Features()
+"""All features on every device."""
