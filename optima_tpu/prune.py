@@ -15,14 +15,15 @@ from jax.sharding import PartitionSpec as P
 from optima_tpu.accept import Acceptance, PerRow
 from optima_tpu.activations import Activations
 from optima_tpu.calibrate import Groups, Statistics, accumulate_hessians
+from optima_tpu.features import Features
 from optima_tpu.layer_rules import LayerRule, pattern_of
 from optima_tpu.models.decoder import Decoder
 from optima_tpu.patterns import Pattern
-from optima_tpu.problem import LayerProblem, Pruned, Solution, matmul, objective, output_energy, self_target
+from optima_tpu.problem import LayerProblem, Pruned, Solution, objective, output_energy, self_target
 from optima_tpu.processes import fetch
 from optima_tpu.report.records import LayerReport
 from optima_tpu.selectors import MaskSelector
-from optima_tpu.sharding import ROWS, divisible, over_rows, place
+from optima_tpu.sharding import ON_EVERY_DEVICE, ROWS, Layout, divisible, map_rows, over_rows, place
 from optima_tpu.solvers import Solver
 from optima_tpu.solvers.scaling import live_features
 
@@ -75,13 +76,14 @@ def prune_layer(problem: LayerProblem, recipe: Recipe, dtype=jnp.float32) -> tup
     """
     pruned = _select(problem, recipe.pattern, recipe.selector, None)
     solution = recipe.solver(problem, pruned) if recipe.solver else _unsolved(pruned)
-    return _judge(problem, pruned, solution, recipe, dtype)
+    return _judge(pruned, solution, recipe, dtype, lambda hessian, old, new: (
+        output_energy(problem), objective(problem, old), objective(problem, new)), problem.hessian)
 
 
-@functools.partial(jax.jit, static_argnames=("recipe", "mesh", "patterns"))
+@functools.partial(jax.jit, static_argnames=("recipe", "mesh", "patterns", "layout"))
 def prune_group(weights: tuple[Array, ...], hessian: Array, recipe: Recipe, mesh: Mesh,
                 patterns: tuple[Pattern, ...] | None = None, masks: tuple[Array, ...] | None = None,
-                held_out: Array | None = None
+                held_out: Array | None = None, layout: Layout = ON_EVERY_DEVICE
                 ) -> tuple[tuple[Array, ...], tuple[Array, ...], tuple[RowReport, ...]]:
     """Prunes the matrices that read one input, on the mesh.
 
@@ -93,35 +95,35 @@ def prune_group(weights: tuple[Array, ...], hessian: Array, recipe: Recipe, mesh
       patterns: of each matrix; None stands for the recipe's.
       masks: each [d_out, d_in] bool, for a recipe without a selector.
       held_out: [d_in, d_in] float32, the Hessian of tokens that only the report is to know.
+      layout: where both Hessians lie, and how many rows a device takes at once; see ``memory.layout``.
 
     Returns:
       For every matrix: weights in its dtype, mask [d_out, d_in] bool, and the report on its rows.
     """
-    everywhere = NamedSharding(mesh, P())
-    hessian = jax.lax.with_sharding_constraint(hessian, everywhere)
+    on_mesh = NamedSharding(mesh, layout.hessian)
+    hessian = jax.lax.with_sharding_constraint(hessian, on_mesh)
     if held_out is not None:
-        held_out = jax.lax.with_sharding_constraint(held_out, everywhere)
-    problems, choices = [], []
-    for index, weight in enumerate(weights):
-        wide = weight.astype(jnp.float32)
-        rows = NamedSharding(mesh, divisible(mesh, wide.shape, P(mesh.axis_names)))
-        wide = jax.lax.with_sharding_constraint(wide, rows)
-        problems.append(self_target(wide, hessian))
-        choices.append(_select(problems[-1], patterns[index] if patterns else recipe.pattern, recipe.selector,
-                               masks and jax.lax.with_sharding_constraint(masks[index], rows)))
-    stacked = LayerProblem(_stack([p.weight for p in problems]), hessian, _stack([p.linear for p in problems]))
+        held_out = jax.lax.with_sharding_constraint(held_out, on_mesh)
+    spread = [NamedSharding(mesh, divisible(mesh, weight.shape, ROWS)) for weight in weights]
+    wide = [jax.lax.with_sharding_constraint(weight.astype(jnp.float32), rows) for weight, rows in zip(weights, spread)]
+    stacked = LayerProblem(_stack(wide), hessian, map_rows(
+        lambda hessian, features: lambda rows: features.product(rows, hessian), mesh, layout, layout.matrix)(hessian, _stack(wide)))
+    ends = np.cumsum([len(weight) for weight in weights])
+    slices = [slice(end - len(weight), end) for weight, end in zip(weights, ends)]
+    choices = [_select(LayerProblem(weight, hessian, stacked.linear[rows]), patterns[index] if patterns else recipe.pattern,
+                       recipe.selector, masks and jax.lax.with_sharding_constraint(masks[index], spread[index]))
+               for index, (weight, rows) in enumerate(zip(wide, slices))]
     pruned = Pruned(_stack([c.weight for c in choices]), _stack([c.keep for c in choices]))
-    solution = over_rows(recipe.solver, mesh)(stacked, pruned) if recipe.solver else _unsolved(pruned)
+    solution = over_rows(recipe.solver, mesh, layout)(stacked, pruned) if recipe.solver else _unsolved(pruned)
 
-    new, masks, reports, first = [], [], [], 0
-    for weight, problem, choice in zip(weights, problems, choices):
-        rows = slice(first, first + weight.shape[0])
-        final, report = _judge(problem, choice, Solution(*(array[rows] for array in solution)), recipe, weight.dtype,
-                               held_out)
+    measure = map_rows(_measure, mesh, layout, (layout.vector,) * 3)
+    new, masks, reports = [], [], []
+    for weight, dense, choice, rows in zip(weights, wide, choices, slices):
+        final, report = _judge(choice, Solution(*(array[rows] for array in solution)), recipe, weight.dtype,
+                               lambda hessian, *ends: measure(hessian, dense, *ends), hessian, held_out)
         new.append(final.weight.astype(weight.dtype))
         masks.append(final.keep)
         reports.append(report)
-        first = rows.stop
     return tuple(new), tuple(masks), tuple(reports)
 
 
@@ -211,22 +213,29 @@ def _select(problem: LayerProblem, pattern: Pattern, selector: MaskSelector | No
     return selector(problem, pattern) if selector else Pruned(jnp.where(keep, problem.weight, 0.0), keep)
 
 
-def _judge(problem: LayerProblem, pruned: Pruned, solution: Solution, recipe: Recipe, dtype,
-           held_out: Array | None = None) -> tuple[Pruned, RowReport]:
+def _measure(hessian: Array, features: Features) -> Callable[..., tuple[Array, Array, Array]]:
+    """Of each row: the mean square of its dense output, and the objectives of two others, [rows] each."""
+    def measure(dense: Array, old: Array, new: Array) -> tuple[Array, Array, Array]:
+        problem = self_target(dense, hessian, features)
+        return output_energy(problem, features), objective(problem, old, features), objective(problem, new, features)
+
+    return measure
+
+
+def _judge(pruned: Pruned, solution: Solution, recipe: Recipe, dtype, measure: Callable[..., tuple[Array, Array, Array]],
+           hessian: Array, held_out: Array | None = None) -> tuple[Pruned, RowReport]:
+    """Takes the solver's weights where they are accepted; ``measure(hessian, old, new)`` is :func:`_measure` of the layer."""
     def stored(weight):
         # The mask again after the cast, and + 0.0 so that no -0.0 is left: zeros are exact in the file.
         return jnp.where(pruned.keep, weight, 0.0).astype(dtype).astype(jnp.float32) + 0.0
 
     old, new = stored(pruned.weight), stored(solution.weight)
-    before, after = objective(problem, old), objective(problem, new)
+    energy, before, after = measure(hessian, old, new)
     accepted = recipe.accept(before, after, solution.converged) if recipe.solver else jnp.ones(before.shape, bool)
     final = jnp.where(accepted[:, None], new, old)
-    unseen = None
-    if held_out is not None:
-        changes = (problem.weight, old - problem.weight, final - problem.weight)
-        unseen = jnp.stack([jnp.sum(change * matmul(change, held_out), axis=1) for change in changes])
-    report = RowReport(output_energy(problem), before, jnp.where(accepted, after, before), solution.gap, solution.steps,
-                       solution.converged, ~accepted, unseen)
+    unseen = None if held_out is None else jnp.stack(measure(held_out, old, final))
+    report = RowReport(energy, before, jnp.where(accepted, after, before), solution.gap, solution.steps, solution.converged,
+                       ~accepted, unseen)
     return Pruned(final, pruned.keep), report
 
 
