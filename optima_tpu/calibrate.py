@@ -96,7 +96,7 @@ def _add_batch(graph, mesh: Mesh, groups: Groups, sums, state, hidden, valid, po
                  for x, total in zip(kept, sums))
 
 
-@jax.jit
+@functools.partial(jax.jit, donate_argnums=0)
 def _divide(sums, tokens):
     return tuple(total._replace(hessian=total.hessian / tokens) for total in sums)
 

@@ -100,6 +100,8 @@ class RunConfig:
       calibration: the text that the pruned model must reproduce.
       evaluation: the text on which perplexity is measured.
       batch: sequences in one step of the forward pass, on each device; fewer need less memory.
+      device_memory: GiB that may be used of each device; null takes 80% of what it reports, or on CPUs half of the machine's
+        memory between them. It decides how many rows are solved at once, and what is split over the devices.
       export: write the pruned model as a Hugging Face folder too.
     """
 
@@ -120,6 +122,7 @@ class RunConfig:
     calibration: Calibration = Calibration()
     evaluation: Evaluation = Evaluation()
     batch: int = 4
+    device_memory: float | None = None
     export: bool = True
 
     def __post_init__(self):
@@ -129,6 +132,8 @@ class RunConfig:
         _at_least(1, "num_processes", self.num_processes)
         _at_least(1, "join_timeout", self.join_timeout)
         _at_least(1, "batch", self.batch)
+        if self.device_memory is not None and not self.device_memory > 0:
+            raise UserError(f"expected device_memory above 0 GiB, got {self.device_memory}")
         if self.mesh is not None:
             parse_mesh(self.mesh)
 

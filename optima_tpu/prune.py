@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import itertools
+import math
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
@@ -17,6 +19,7 @@ from optima_tpu.activations import Activations
 from optima_tpu.calibrate import Groups, Statistics, accumulate_hessians
 from optima_tpu.features import Features
 from optima_tpu.layer_rules import LayerRule, pattern_of
+from optima_tpu.memory import Pass, block_bytes, passes
 from optima_tpu.models.decoder import Decoder
 from optima_tpu.patterns import Pattern
 from optima_tpu.problem import LayerProblem, Pruned, Solution, objective, output_energy, self_target
@@ -106,10 +109,10 @@ def prune_group(weights: tuple[Array, ...], hessian: Array, recipe: Recipe, mesh
         held_out = jax.lax.with_sharding_constraint(held_out, on_mesh)
     spread = [NamedSharding(mesh, divisible(mesh, weight.shape, ROWS)) for weight in weights]
     wide = [jax.lax.with_sharding_constraint(weight.astype(jnp.float32), rows) for weight, rows in zip(weights, spread)]
-    stacked = LayerProblem(_stack(wide), hessian, map_rows(
-        lambda hessian, features: lambda rows: features.product(rows, hessian), mesh, layout, layout.matrix)(hessian, _stack(wide)))
-    ends = np.cumsum([len(weight) for weight in weights])
-    slices = [slice(end - len(weight), end) for weight, end in zip(weights, ends)]
+    stack = _stack(wide)
+    linear = map_rows(lambda hessian, features: lambda rows: features.product(rows, hessian), mesh, layout, layout.matrix)
+    stacked = LayerProblem(stack, hessian, linear(hessian, stack))
+    slices = list(itertools.starmap(slice, itertools.pairwise(itertools.accumulate(map(len, weights), initial=0))))
     choices = [_select(LayerProblem(weight, hessian, stacked.linear[rows]), patterns[index] if patterns else recipe.pattern,
                        recipe.selector, masks and jax.lax.with_sharding_constraint(masks[index], spread[index]))
                for index, (weight, rows) in enumerate(zip(wide, slices))]
@@ -129,11 +132,12 @@ def prune_group(weights: tuple[Array, ...], hessian: Array, recipe: Recipe, mesh
 
 def walk_block(decoder: Decoder, index: int, hidden: Activations, groups: Groups, recipe: Recipe,
                tell: Callable[[LayerReport], None] = lambda report: None, *, samples: int | None = None,
-               masks: ReadMask | None = None, parameters: Mapping[str, Array] | None = None
+               masks: ReadMask | None = None, parameters: Mapping[str, Array] | None = None, budget: float = math.inf
                ) -> tuple[dict[str, Array], dict[str, Array], tuple[LayerReport, ...]]:
     """One step of the walk: calibrates a block, prunes it, and sends the hidden states through what is left of it.
 
-    The Hessians come from one pass through the block as it was, behind the pruned blocks before it, as in the paper.
+    The Hessians come from the block as it was, behind the pruned blocks before it, as in the paper: from one pass through it, or
+    from several where they do not all fit on the devices.
 
     Args:
       hidden: what enters the block; afterwards what leaves it pruned.
@@ -141,22 +145,37 @@ def walk_block(decoder: Decoder, index: int, hidden: Activations, groups: Groups
       samples: the first so many samples calibrate, the others are held out; None stands for all of them.
       masks: for a recipe without a selector.
       parameters: the block's, on the mesh, where they were read before.
+      budget: bytes that may be used of each device; see ``memory.passes``.
 
     Returns:
       As :func:`prune_block`.
     """
-    parameters = decoder.load_block(index) if parameters is None else parameters
+    dense = parameters = decoder.load_block(index) if parameters is None else parameters
     samples = len(hidden) if samples is None else samples
-    groups = pruned_groups(groups, recipe, decoder.prefix(index))
-    statistics = accumulate_hessians(decoder, index, parameters, hidden.part(0, samples), groups) if groups else ()
-    held_out = None
-    if groups and samples < len(hidden):
-        unseen = hidden.part(samples, len(hidden))
-        held_out = tuple(found.hessian for found in accumulate_hessians(decoder, index, parameters, unseen, groups))
-    parameters, keeps, layers = prune_block(index, decoder.prefix(index), parameters, groups, statistics, recipe,
-                                            decoder.mesh, tell, held_out=held_out, masks=masks)
+    prefix, keeps, layers = decoder.prefix(index), {}, ()
+    for part, layouts in block_passes(decoder, index, groups, recipe, budget):
+        statistics = accumulate_hessians(decoder, index, dense, hidden.part(0, samples), part)
+        held_out = None
+        if samples < len(hidden):
+            unseen = hidden.part(samples, len(hidden))
+            held_out = tuple(found.hessian for found in accumulate_hessians(decoder, index, dense, unseen, part))
+        parameters, kept, reports = prune_block(index, prefix, parameters, part, statistics, recipe, decoder.mesh, tell,
+                                                held_out=held_out, masks=masks, layouts=layouts)
+        keeps, layers = keeps | kept, layers + reports
+        del statistics, held_out  # not to be held while the next ones are made
     decoder.apply(index, parameters, hidden)
-    return parameters, keeps, layers
+    return dict(parameters), keeps, layers
+
+
+def block_passes(decoder: Decoder, index: int, groups: Groups, recipe: Recipe, budget: float) -> tuple[Pass, ...]:
+    """The layers of a block that are pruned, in passes with a layout each; see ``memory.passes``.
+
+    Raises:
+      UserError: a layer does not fit the budget.
+    """
+    prefix = decoder.prefix(index)
+    return passes(prefix, decoder.block_shapes, pruned_groups(groups, recipe, prefix), block_bytes(decoder, index), budget,
+                  decoder.mesh, recipe.solver, recipe.selector)
 
 
 def pruned_groups(groups: Groups, recipe: Recipe, prefix: str) -> Groups:
@@ -168,7 +187,8 @@ def pruned_groups(groups: Groups, recipe: Recipe, prefix: str) -> Groups:
 def prune_block(index: int, prefix: str, parameters: Mapping[str, Array], groups: Groups,
                 statistics: tuple[Statistics, ...], recipe: Recipe, mesh: Mesh,
                 tell: Callable[[LayerReport], None] = lambda report: None, *,
-                held_out: tuple[Array, ...] | None = None, masks: ReadMask | None = None
+                held_out: tuple[Array, ...] | None = None, masks: ReadMask | None = None,
+                layouts: tuple[Layout, ...] | None = None
                 ) -> tuple[dict[str, Array], dict[str, Array], tuple[LayerReport, ...]]:
     """Prunes the linear layers of a block.
 
@@ -180,6 +200,7 @@ def prune_block(index: int, prefix: str, parameters: Mapping[str, Array], groups
       tell: called with every layer's report as soon as the layer is done.
       held_out: Hessians of the held-out tokens.
       masks: for a recipe without a selector.
+      layouts: one for each group; None stands for the ordinary one.
 
     Returns:
       All parameters of the block with the pruned ones replaced (laid out as before), the masks by parameter name, and a
@@ -192,7 +213,7 @@ def prune_block(index: int, prefix: str, parameters: Mapping[str, Array], groups
         patterns = tuple(pattern_of(recipe.layers, recipe.pattern, prefix + name, name) for name in names)
         given = masks and tuple(place(mesh, masks(prefix + key, weight.shape), ROWS) for key, weight in zip(keys, weights))
         new, keeps, rows = prune_group(weights, _informative(hessian), recipe, mesh, patterns, given,
-                                       held_out and held_out[group])
+                                       held_out and held_out[group], layouts[group] if layouts else ON_EVERY_DEVICE)
         alive, read, kept, rows = fetch((jnp.sum(live_features(hessian)), tokens,
                                          [jnp.sum(keep, dtype=jnp.int32) for keep in keeps], rows))
         for name, key, old, weight, keep, left, report in zip(names, keys, weights, new, keeps, kept, rows):

@@ -25,9 +25,10 @@ from optima_tpu.journal import FinishedTensors, Journal, finished_blocks, open_j
 from optima_tpu.layer_rules import check_layers
 from optima_tpu.manifest import code_version, flat
 from optima_tpu.masks import open_masks
+from optima_tpu.memory import described, device_budget
 from optima_tpu.models.decoder import Decoder
 from optima_tpu.processes import agree, first_only, from_first, is_first
-from optima_tpu.prune import ReadMask, Recipe, walk_block
+from optima_tpu.prune import ReadMask, Recipe, block_passes, walk_block
 from optima_tpu.report.file import environment, memory_peaks, write_report
 from optima_tpu.report.progress import Progress, say
 from optima_tpu.report.records import BlockReport
@@ -60,7 +61,8 @@ def run(config: RunConfig, console: Console | None = None, model: Model | None =
     calibration, evaluation = texts
     manifest = manifest_of(config, model, texts)
     directory = prepare_directory(config.run_directory, manifest)
-    _greet(console, config, model, texts, directory)
+    budget = device_budget(config.device_memory)
+    _greet(console, config, model, texts, directory, _fitted(decoder, recipe_of(config), budget))
     if report := from_first(lambda: _finished_report(config, directory, manifest, evaluation)):
         _tell(console, config, report)
         return report
@@ -72,7 +74,8 @@ def run(config: RunConfig, console: Console | None = None, model: Model | None =
         journal = open_journal(directory, manifest, pretrained.assets, to_dict(config))
         first_only(lambda: _keep_dense(dense, evaluation, directory))
         masks = open_masks(config.selector.path).read if isinstance(config.selector, Imported) else None
-        prune_model(decoder, calibration.ids, recipe_of(config), journal, progress, config.calibration.samples, masks)
+        prune_model(decoder, calibration.ids, recipe_of(config), journal, progress, config.calibration.samples, masks,
+                    budget)
         progress.stage("writing the checkpoint", 1)
         write_checkpoint(journal, pretrained.tensors, decoder.mesh)
         progress.advance()
@@ -108,13 +111,14 @@ def run(config: RunConfig, console: Console | None = None, model: Model | None =
 
 
 def prune_model(decoder: Decoder, tokens: np.ndarray, recipe: Recipe, journal: Journal, progress: Progress,
-                samples: int | None = None, masks: ReadMask | None = None) -> None:
+                samples: int | None = None, masks: ReadMask | None = None, budget: float = math.inf) -> None:
     """Prunes into the journal the blocks that it does not hold, one after the other.
 
     Args:
       tokens: [samples + held out, length] int32, the calibration set and the held-out windows after it.
       samples: how many of them calibrate; None stands for all.
       masks: for a recipe without a selector.
+      budget: bytes that may be used of each device.
     """
     count = decoder.config.blocks
     for index, reason in journal.damaged.items():
@@ -130,7 +134,7 @@ def prune_model(decoder: Decoder, tokens: np.ndarray, recipe: Recipe, journal: J
         progress.block(index, count)
         started = time.monotonic()
         parameters, keeps, layers = walk_block(decoder, index, hidden, groups, recipe, progress.layer, samples=samples,
-                                               masks=masks, parameters=parameters)
+                                               masks=masks, parameters=parameters, budget=budget)
         report = BlockReport(index, time.monotonic() - started, layers)
         prefix = decoder.prefix(index)
         journal.save(index, {prefix + name: value for name, value in parameters.items()},
@@ -158,6 +162,14 @@ def recipe_of(config: RunConfig) -> Recipe:
     """The part of a configuration that the walk needs."""
     selector = None if isinstance(config.selector, Imported) else config.selector
     return Recipe(config.pattern, selector, config.solver, config.accept, config.layers)
+
+
+def _fitted(decoder: Decoder, recipe: Recipe, budget: float) -> str:
+    """What of the run is split or done in parts to fit the devices. Raises UserError where a layer does not."""
+    groups = linear_groups(decoder)
+    # Blocks differ only where rules or dtypes do: each text once.
+    told = [described(block_passes(decoder, index, groups, recipe, budget)) for index in range(decoder.config.blocks)]
+    return "; ".join(filter(None, dict.fromkeys(told)))
 
 
 def _finished_report(config: RunConfig, directory: Path, manifest: dict[str, Any], evaluation: Tokens
@@ -193,7 +205,7 @@ def _keep_dense(value: float, tokens: Tokens, directory: Path) -> None:
         write_bytes(path, record)
 
 
-def _greet(console: Console, config: RunConfig, model: Model, texts: Texts, directory: Path) -> None:
+def _greet(console: Console, config: RunConfig, model: Model, texts: Texts, directory: Path, fitted: str) -> None:
     """What is about to happen, before the first long silence."""
     decoder = model.decoder
     shapes = {path: shape for path, _, shape in linear_shapes(decoder)}
@@ -207,6 +219,8 @@ def _greet(console: Console, config: RunConfig, model: Model, texts: Texts, dire
              f"calibration  {texts.calibration.how}",
              f"devices      {decoder.mesh.size} x {jax.devices()[0].device_kind}, mesh {shape['data']}x{shape['model']}{several}",
              f"run          {directory}"]
+    if fitted:
+        lines.append(f"solver       {fitted}")
     if finished := finished_blocks(directory):
         lines.append(f"resuming     {len(finished)} of {decoder.config.blocks} blocks are done")
     say(console, "\n".join(lines) + "\n")

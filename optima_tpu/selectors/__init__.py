@@ -19,9 +19,11 @@ class MaskSelector(Protocol):
     ``problem`` holds the rows of exactly one matrix, so that a pattern may compare over all of it.
 
     Attributes:
+      hessians: how many matrices of the Hessian's size it holds, for ``memory.layout``; 0 where it reads the diagonal alone.
       group: what the published method compares, "row" or "layer": what a plain "0.5" means on the command line.
     """
 
+    hessians: ClassVar[int]
     group: ClassVar[str]
 
     def __call__(self, problem: LayerProblem, pattern: Pattern) -> Pruned: ...

@@ -17,6 +17,7 @@ class Magnitude:
     """
 
     group: ClassVar[str] = "layer"
+    hessians: ClassVar[int] = 0
 
     def __call__(self, problem: LayerProblem, pattern: Pattern) -> Pruned:
         keep = keep_mask(jnp.abs(problem.weight), pattern)

@@ -51,6 +51,7 @@ class SparseGPT:
     """
 
     group: ClassVar[str] = "layer"
+    hessians: ClassVar[int] = 3
 
     block: int = 128
     damping: float = 0.01

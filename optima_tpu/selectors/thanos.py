@@ -44,6 +44,7 @@ class Thanos:
     """
 
     group: ClassVar[str] = "layer"
+    hessians: ClassVar[int] = 5
     block: int = 256
     damping: float = 0.01
 

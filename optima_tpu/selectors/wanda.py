@@ -22,6 +22,7 @@ class Wanda:
     """
 
     group: ClassVar[str] = "row"
+    hessians: ClassVar[int] = 0
 
     shift_zero: bool = False
 

@@ -16,6 +16,9 @@ class Solver(Protocol):
 
     Rows are independent: a solver may be given any subset of a layer's rows, or rows of several layers with one input,
     and returns the same for each. It traces under ``jit`` and ``shard_map``.
+
+    Optional: ``footprint``, what it holds on a device (``memory.Footprint``), and ``prepare(hessian, features)``, which does once
+    what depends on the Hessian alone, maybe from its columns, and returns the solver of any rows (``CG.prepare``).
     """
 
     def __call__(self, problem: LayerProblem, pruned: Pruned) -> Solution: ...

@@ -19,7 +19,7 @@ row; the check after a cycle costs two all-gathers and one all-reduce.
 
 import dataclasses
 from collections.abc import Callable
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +27,7 @@ from jax import Array
 
 from optima_tpu.errors import UserError
 from optima_tpu.features import WHOLE, Features
+from optima_tpu.memory import Footprint
 from optima_tpu.problem import LayerProblem, Pruned, Solution, drift, matmul
 from optima_tpu.solvers.scaling import RESOLUTION, require, unit_diagonal
 from optima_tpu.solvers.split_inverse import split_inverse
@@ -63,6 +64,12 @@ class CG:
         require(self.tolerance > 0, "tolerance", "above 0", self.tolerance)
         require(self.max_steps >= 1, "max_steps", "at least 1", self.max_steps)
         require(self.cycle >= 1, "cycle", "at least 1", self.cycle)
+
+    @property
+    def footprint(self) -> Footprint:
+        # H, A, X, R' and what a factorisation needs beside them: fitted 5.6. A row's change, residual, direction, best point,
+        # image and preconditioned residual: fitted 7.3. Features may be split where no eigenvalue of the whole is needed.
+        return Footprint(hessians=6, vectors=8, split=self.damping >= SAFE_DAMPING)
 
     def __call__(self, problem: LayerProblem, pruned: Pruned) -> Solution:
         return self.prepare(problem.hessian)(problem, pruned)

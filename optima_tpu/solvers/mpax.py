@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import functools
 import logging
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ from jax import Array
 from mpax import raPDHG
 from mpax.utils import QuadraticProgrammingProblem, TerminationStatus
 
+from optima_tpu.memory import Footprint
 from optima_tpu.problem import LayerProblem, Pruned, Solution, drift, matmul, optimality_residual
 from optima_tpu.solvers.scaling import RESOLUTION, live_features, require, unit_diagonal
 
@@ -56,6 +58,9 @@ class MPAX:
         the dual stays 0, so the balance never adapts, and at 1 the constraint that does nothing still limits the primal
         step. At 1e-3 it does not, and the same number of iterations ends closer to the optimum, often tens of times.
     """
+
+    # Fitted 2.8 and 35; for a TPU XLA reports 3.5 and 22.
+    footprint: ClassVar[Footprint] = Footprint(hessians=4, vectors=36)
 
     eps_abs: float = 1e-2
     eps_rel: float = 1e-2

@@ -1,0 +1,192 @@
+"""What fits on a device: where a layer's Hessian lies, how many rows are solved at once, how many Hessians are held at once.
+
+All of it follows from one budget of bytes. What pruning the matrices of one layer input takes is modelled as
+
+    4 bytes * f * (d_in * (hessians + 1)  +  held * r  +  vectors * b)
+
+with ``r`` rows on a device, ``b`` of them at once and ``f`` features of each: ``d_in``, or ``d_in / model`` where the Hessian is
+split over the model axis. ``hessians`` and ``vectors`` are the solver's :class:`Footprint`, the 1 is the Hessian of the held-out
+tokens, ``held`` are the rows that ``prune.prune_group`` keeps before and after the solve. The numbers were fitted to what XLA
+reports for ``prune_group`` (arguments, outputs and temporaries; CPU, jax 0.10) and rounded up.
+"""
+
+import dataclasses
+import math
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding
+
+from optima_tpu.errors import UserError
+from optima_tpu.sharding import DATA, MODEL, ON_EVERY_DEVICE, Layout, divisible
+
+GIB = 2**30
+# The rest is for compiled programs, fragmentation and what XLA's scheduling adds; on the CPU also for what the host holds.
+_DEVICE_SHARE, _CPU_SHARE = 0.8, 0.5
+# Of the budget, for the Hessians of a pass: while they are accumulated, products and sums of the same size lie beside them.
+_HESSIANS_SHARE = 0.25
+# A block's weights lie on the devices as they were read and as they are pruned, with their masks.
+_BLOCK_COPIES = 2.5
+# Fitted: 7.5 vectors a row (dense, masked, linear, solved, stored before and after), 12.1 where rows lie in two ways, whole
+# for the selector and by features for the solver.
+_HELD, _HELD_SPLIT = 8, 13
+# Fewer rows at once leave a device waiting for the bytes of the Hessian; it is done where nothing else fits.
+_FEW_ROWS = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Footprint:
+    """What a solver holds on a device.
+
+    Attributes:
+      hessians: float32 matrices of the Hessian's size, itself included.
+      vectors: float32 vectors of a row's size, for each row that is solved at once.
+      split: the solver has ``prepare`` and takes the Hessian by columns.
+    """
+
+    hessians: float
+    vectors: float
+    split: bool = False
+
+
+_NO_SOLVER = Footprint(hessians=1, vectors=4, split=True)
+_UNKNOWN = Footprint(hessians=8, vectors=40)
+_UNKNOWN_SELECTOR = 6
+
+
+def device_budget(gib: float | None) -> float:
+    """The bytes that a run may use of each device; the same on every process.
+
+    Args:
+      gib: what the user allows; None stands for a share of what the devices report. CPU devices report nothing: they share
+        the machine's memory.
+    """
+    if gib is not None:
+        return gib * GIB
+    devices = jax.local_devices()
+    limits = [(device.memory_stats() or {}).get("bytes_limit") for device in devices]
+    if all(limits):
+        budget = _DEVICE_SHARE * min(limits)
+    else:
+        budget = _CPU_SHARE * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / len(devices)
+    # All processes must run one program.
+    return float(np.min(multihost_utils.process_allgather(np.float32(budget)))) if jax.process_count() > 1 else budget
+
+
+def needed(d_in: int, rows: int, batch: int, mesh: Mesh, footprint: Footprint, split: bool) -> float:
+    """The bytes on a device of pruning ``rows`` rows on a mesh, ``batch`` of a device's at once: the equation of the module."""
+    model = mesh.shape[MODEL]
+    features = d_in / model if split else d_in
+    # A product with split features gathers the rows: a whole row for A and one for X are ``model`` parts each.
+    vectors = footprint.vectors + (2 * model if split else 0)
+    held = _HELD_SPLIT if split else _HELD
+    return 4 * features * (d_in * (footprint.hessians + 1) + held * _each(rows, mesh, split) + vectors * batch)
+
+
+def layout(name: str, d_in: int, rows: int, budget: float, mesh: Mesh, solver: Any, selector: Any) -> Layout:
+    """The layout of the matrices that read one input: the first that fits of
+
+    the Hessian on every device and enough rows at once, the Hessian split, and both with few rows.
+
+    Args:
+      name: of a layer that reads it, for messages.
+      rows: of all matrices together.
+      budget: bytes of a device that are left for them.
+      solver, selector: of the recipe, None where it has none. A solver tells its ``footprint``; a selector tells as
+        ``hessians`` how many matrices of that size it holds, 0 where it reads the diagonal alone.
+
+    Raises:
+      UserError: none fits.
+    """
+    if budget == math.inf:
+        return ON_EVERY_DEVICE
+    footprint = _NO_SOLVER if solver is None else getattr(solver, "footprint", _UNKNOWN)
+    chooser = 0 if selector is None else getattr(selector, "hessians", _UNKNOWN_SELECTOR)
+    footprint = dataclasses.replace(footprint, hessians=max(footprint.hessians, chooser))
+    can_split = footprint.split and not chooser and d_in % mesh.shape[MODEL] == 0 and mesh.shape[MODEL] > 1
+    for few in (_FEW_ROWS, 1):
+        for split in (False, True)[:1 + can_split]:
+            each = _each(rows, mesh, split)
+            most = 0
+            if needed(d_in, rows, min(few, each), mesh, footprint, split) <= budget:
+                row = needed(d_in, rows, 1, mesh, footprint, split) - needed(d_in, rows, 0, mesh, footprint, split)
+                most = int((budget - needed(d_in, rows, 0, mesh, footprint, split)) / row)
+            if most:
+                return Layout(split, None if most >= each else -(-each // -(-each // most)))
+    least = needed(d_in, rows, 1, mesh, footprint, can_split)
+    methods = " and ".join(type(method).__name__ for method in (selector, solver) if method is not None)
+    where = "split over the model axis" if can_split else "on every device"
+    raise UserError(
+        f"{name} has {d_in} inputs: with its Hessian {where}, {methods} would take {least / GIB:.3g} GiB a device, expected "
+        f"at most {max(budget, 0) / GIB:.3g} GiB, what --device_memory leaves beside weights and Hessians. Take --selector wanda "
+        "and --solver cg with a damping of 1e-4 or more, for which a Hessian can be split, on a --mesh with a larger model axis "
+        f"that divides {d_in}; or a larger --device_memory, or devices with more memory")
+
+
+class Pass(NamedTuple):
+    """Layers whose Hessians are on the devices at the same time."""
+
+    groups: tuple[tuple[str, ...], ...]
+    layouts: tuple[Layout, ...]  # one for each group
+
+
+def passes(prefix: str, shapes: Mapping[str, tuple[int, ...]], groups: Sequence[tuple[str, ...]], weights: float,
+           budget: float, mesh: Mesh, solver: Any, selector: Any) -> tuple[Pass, ...]:
+    """Cuts the groups of a block, in their order, into passes whose Hessians fit a share of the budget.
+
+    Args:
+      prefix: of the block's layers, for messages.
+      shapes: of the block's parameters, by name.
+      groups: layers that read one input together.
+      weights: bytes of the block's parameters on a device; see :func:`block_bytes`.
+      budget: see :func:`device_budget`; infinite for one pass with everything on every device.
+
+    Raises:
+      UserError: see :func:`layout`.
+    """
+    def hessians(names: tuple[str, ...]) -> float:
+        d_in = shapes[names[0] + ".weight"][1]
+        # Of the calibration and of the held-out tokens.
+        return 2 * 4 * d_in * d_in / (mesh.shape[MODEL] if d_in % mesh.shape[MODEL] == 0 else 1)
+
+    cut: list[list[tuple[str, ...]]] = []
+    for names in groups:
+        if not cut or sum(map(hessians, [*cut[-1], names])) > _HESSIANS_SHARE * budget:
+            cut.append([])
+        cut[-1].append(names)
+    found = []
+    for part in cut:
+        left = budget - _BLOCK_COPIES * weights - sum(map(hessians, part))
+        found.append(Pass(tuple(part), tuple(
+            layout(prefix + names[0], shapes[names[0] + ".weight"][1], sum(shapes[name + ".weight"][0] for name in names),
+                   left, mesh, solver, selector) for names in part)))
+    return tuple(found)
+
+
+def block_bytes(decoder: Any, index: int) -> float:
+    """The bytes on each device of a block's parameters as they are read."""
+    def size(name: str, shape: tuple[int, ...]) -> int:
+        part = NamedSharding(decoder.mesh, divisible(decoder.mesh, shape, decoder.sharding(name))).shard_shape(shape)
+        return math.prod(part) * np.dtype(decoder.tensors.dtype(decoder.prefix(index) + name)).itemsize
+
+    return sum(size(name, shape) for name, shape in decoder.block_shapes.items())
+
+
+def described(found: Sequence[Pass]) -> str:
+    """What is split or done in parts, for the person who reads; empty in the ordinary case."""
+    told = {}  # in the order of the layers, each once
+    for names, layout in ((names, layout) for each in found for names, layout in zip(*each)):
+        words = [f"{layout.rows} rows at once"] * (layout.rows is not None) + ["Hessian split over model"] * layout.split
+        if words:
+            told[f"{names[0]}: {', '.join(words)}"] = None
+    if len(found) > 1:
+        told[f"Hessians of a block in {len(found)} passes"] = None
+    return "; ".join(told)
+
+
+def _each(rows: int, mesh: Mesh, split: bool) -> int:
+    return -(-rows // (mesh.shape[DATA] if split else mesh.size))

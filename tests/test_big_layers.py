@@ -1,0 +1,186 @@
+"""Layers whose Hessian is split over the model axis, and rows that are solved in batches: the same solution, in less memory."""
+
+import functools
+import math
+import re
+from collections import Counter
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from optima_tpu.errors import UserError
+from optima_tpu.features import Features
+from optima_tpu.launch import main
+from optima_tpu.memory import GIB, described, device_budget, layout, needed, passes
+from optima_tpu.models.decoder import Decoder
+from optima_tpu.patterns import Unstructured
+from optima_tpu.prune import Recipe, prune_group, walk_block
+from optima_tpu.selectors import SparseGPT, Thanos, Wanda
+from optima_tpu.sharding import MODEL, Layout, over_rows
+from optima_tpu.solvers import CG, MPAX, Adam, Exact
+from optima_tpu.solvers.split_inverse import split_inverse
+from tests.helpers import (COLLECTIVE, SMALL, correlated_hessian, layer, mesh, oracle, row_objective, select, tiny_folder,
+                           tiny_llama, wide)
+
+SPLIT = Layout(split=True)
+RECIPE = Recipe(Unstructured(0.5), Wanda(), CG(tolerance=1e-6))
+
+
+@pytest.mark.parametrize("devices, size, panel", [(4, 36, 4), (2, 26, 128)])
+def test_the_inverse_of_a_matrix_in_columns(devices, size, panel):
+    """Nine columns a device, in three panels of three, and thirteen in one."""
+    matrix = correlated_hessian(np.random.default_rng(0), size) + 0.01 * np.eye(size, dtype=np.float32)
+    inverse, root = jax.jit(jax.shard_map(
+        lambda columns: split_inverse(columns, Features(MODEL), panel), mesh=mesh(1, devices), in_specs=P(None, MODEL),
+        out_specs=P(None, MODEL), check_vma=False))(matrix)
+    exact = np.linalg.inv(matrix.astype(np.float64))
+    for found in (inverse, np.asarray(root, np.float64).T @ root):
+        assert np.abs(found - exact).max() < 2e-6 * np.abs(exact).max()
+    assert (np.triu(root, 1) == 0).all()
+
+
+def test_panels_that_do_not_divide_the_columns():
+    """Ten columns a device in three panels of four: two of the identity are added to each device, and taken away again."""
+    test_the_inverse_of_a_matrix_in_columns(2, 20, 4)
+
+
+@functools.lru_cache
+def problem_and_mask():
+    """Thirteen rows, which no mesh divides."""
+    problem = layer(np.random.default_rng(3), 13, 36, target="other", spread=0.5)
+    return problem, select(Wanda(), problem, Unstructured(0.5))
+
+
+@functools.lru_cache
+def solved(shape, layout):
+    """Four steps and a certificate. Later, where little is left to gain, it is the rounding that the certificate counts."""
+    solver = CG(tolerance=1e-9, max_steps=4)
+    return jax.device_get(jax.jit(over_rows(solver, mesh(*shape), layout))(*problem_and_mask()))
+
+
+@pytest.mark.parametrize("shape, layout", [((1, 4), SPLIT), ((2, 4), Layout(True, 3)), ((4, 2), SPLIT)])
+def test_the_layout_does_not_change_the_solution(shape, layout):
+    problem, pruned = problem_and_mask()
+    found, whole = solved(shape, layout), solved((1, 1), Layout())
+    np.testing.assert_allclose(found.weight, whole.weight, atol=1e-5)
+    np.testing.assert_allclose(found.gap, whole.gap, rtol=1e-4)
+    assert (found.weight[~np.asarray(pruned.keep)] == 0).all()
+    _, hessian, pull = wide(problem, 1e-2)
+    best = row_objective(problem, oracle(problem, pruned, 1e-2), 1e-2)
+    gain = row_objective(problem, pruned.weight, 1e-2) - best
+    optimum = best + np.sum(pull * np.linalg.solve(hessian, pull.T).T, axis=1)  # counted from the unconstrained one
+    for solution in (found, whole):
+        excess = row_objective(problem, solution.weight, 1e-2) - best
+        assert (excess < 0.05 * gain).all() and (excess <= solution.gap * optimum * (1 + 1e-3)).all()
+
+
+@functools.lru_cache
+def compiled(layout, shape, rows=40, size=64, recipe=RECIPE):
+    """``prune_group`` with the Hessians as calibration leaves them."""
+    grid = mesh(*shape)
+    columns = NamedSharding(grid, P(None, MODEL))
+    hessian = jax.ShapeDtypeStruct((size, size), jnp.float32, sharding=columns)
+    weight = jax.ShapeDtypeStruct((rows, size), jnp.bfloat16, sharding=columns)
+    return prune_group.lower((weight,), hessian, recipe, grid, held_out=hessian, layout=layout).compile()
+
+
+def test_collectives_of_a_split_solve_are_as_designed_and_no_device_sees_the_hessian():
+    """An iteration: two all-gathers and two all-reduces. The check after a cycle: two and one. A panel of the inverse: one."""
+    text = compiled(SPLIT, (2, 4)).as_text()
+    assert "f32[64,16]" in text and not re.search(r"f32\[(64,64|1,64,64)\]", text)
+    bodies = {match[1]: match[0] for match in re.finditer(r"^(?:ENTRY )?%?([\w.\-]+) [^\n]*\{\n.*?^\}", text, re.M | re.S)}
+    loops = [Counter(COLLECTIVE.findall(bodies[name])) for name in re.findall(r"body=%?([\w.\-]+)", text)]
+    step, check, panel = ({"all-gather(": 2, "all-reduce(": 2}, {"all-gather(": 2, "all-reduce(": 1}, {"all-reduce(": 1})
+    assert sorted(filter(None, loops), key=str) == sorted([step, check, panel, panel], key=str)
+
+
+@pytest.mark.parametrize("where, shape", [(Layout(False, 32), (1, 1)), (SPLIT, (1, 4))])
+def test_the_memory_model_bounds_what_xla_reports(where, shape):
+    """At other sizes than those it was fitted to."""
+    rows, size = 320, 192
+    found = compiled(where, shape, rows, size).memory_analysis()
+    total = found.argument_size_in_bytes + found.output_size_in_bytes + found.temp_size_in_bytes
+    each = -(-rows // (1 if where.split else math.prod(shape)))
+    told = needed(size, rows, where.rows or each, mesh(*shape), RECIPE.solver.footprint, where.split)
+    assert total < told < 1.6 * total
+
+
+def test_the_layout_follows_from_the_budget():
+    grid, cg = mesh(2, 4), CG()
+    choose = functools.partial(layout, "mlp.down_proj", 28672, 8192, mesh=grid, selector=Wanda())
+    assert choose(math.inf, solver=cg) == choose(60 * GIB, solver=cg) == Layout()
+    batches = choose(22.5 * GIB, solver=cg)
+    assert not batches.split and 64 <= batches.rows <= 512
+    assert choose(15 * GIB, solver=cg) == SPLIT
+    assert choose(8 * GIB, solver=cg).split and choose(8 * GIB, solver=cg).rows < 4096
+    for budget in (8, 15, 22.5):  # what was chosen fits
+        found = choose(budget * GIB, solver=cg)
+        each = 4096 if found.split else 1024
+        assert needed(28672, 8192, found.rows or each, grid, cg.footprint, found.split) <= budget * GIB
+    assert choose(15 * GIB, solver=None).split is False
+    for solver, selector in ((MPAX(), Wanda()), (Exact(), None), (Adam(), None), (CG(damping=0.0), Wanda()), (cg, Thanos()),
+                             (cg, SparseGPT())):
+        with pytest.raises(UserError, match=r"mlp.down_proj has 28672 inputs.*GiB.*--selector wanda.*--device_memory"):
+            choose(8 * GIB, solver=solver, selector=selector)
+    with pytest.raises(UserError, match="divides 28673"):  # by an axis that does not divide the inputs nothing is split
+        layout("a", 28673, 8192, 8 * GIB, grid, cg, Wanda())
+
+
+def test_undamped_cg_refuses_a_split_hessian():
+    with pytest.raises(UserError, match="raise --solver.damping"):
+        jax.eval_shape(over_rows(CG(damping=0.0), mesh(1, 4), SPLIT), *problem_and_mask())
+
+
+def test_the_budget_is_what_the_user_says_or_a_share_of_the_machine():
+    assert device_budget(2.5) == 2.5 * GIB
+    assert 0 < device_budget(None) * jax.device_count() < 2**50
+
+
+def test_the_hessians_of_a_pass_fit_a_share_of_the_budget():
+    shapes = {"a.weight": (8, 64), "b.weight": (8, 64), "c.weight": (64, 256)}
+    cut = functools.partial(passes, "", shapes, (("a",), ("b",), ("c",)), 0, mesh=mesh(1, 1), solver=None, selector=None)
+    assert [each.groups for each in cut(math.inf)] == [(("a",), ("b",), ("c",))]
+    assert described(cut(math.inf)) == ""
+    found = cut(4 * 2 * 4 * 256 * 256)  # a quarter is what the last one takes
+    assert [each.groups for each in found] == [(("a",), ("b",)), (("c",),)]
+    assert "in 2 passes" in described(found)
+
+
+def test_a_block_pruned_in_a_small_budget_is_the_same_block(monkeypatch):
+    """One group in batches, another split, in several passes: all of it from the parameters that the block had."""
+    decoder = Decoder.open(*tiny_llama(), mesh(2, 2), batch=2)
+    tokens = np.random.default_rng(1).integers(0, 64, (6, 24)).astype(np.int32)
+    groups = (("mlp.gate_proj",), ("mlp.down_proj",))
+    whole, small = decoder.embed(tokens), decoder.embed(tokens)
+    monkeypatch.setattr("optima_tpu.memory._FEW_ROWS", 4)
+    monkeypatch.setattr("optima_tpu.memory._HESSIANS_SHARE", 0.1)
+    told = []
+    monkeypatch.setattr("optima_tpu.prune.passes", lambda *a: told.append(passes(*a)) or told[-1])
+    weights, masks, reports = walk_block(decoder, 0, whole, groups, RECIPE, samples=4)
+    same, other_masks, others = walk_block(decoder, 0, small, groups, RECIPE, samples=4, budget=160_000)
+    assert described(told[0]) == "" and len(told[1]) > 1
+    assert {where.split for part in told[1] for where in part.layouts} == {False, True}, told[1]
+    assert any(where.rows for part in told[1] for where in part.layouts), told[1]
+    assert list(masks) == list(other_masks)
+    for name, weight in weights.items():
+        assert np.abs(weight - same[name]).max() < 1e-3 * np.abs(weight).max()
+        assert same[name].sharding == weight.sharding
+    for name, mask in masks.items():
+        assert (mask == other_masks[name]).all()
+    for report, other in zip(reports, others, strict=True):
+        assert report.name == other.name
+        for error in ("error_before", "error_after", "held_out_before", "held_out_after"):
+            assert getattr(other, error) == pytest.approx(getattr(report, error), rel=1e-3)
+    assert np.abs(whole - small).max() < 1e-3 * np.abs(whole).max()
+
+
+def test_a_layer_that_does_not_fit_is_named_before_anything_is_done(tmp_path, capsys):
+    arguments = ["--model", str(tiny_folder(tmp_path / "model")), "--mesh", "2x4", "--output", str(tmp_path / "run"), *SMALL]
+    assert main([*arguments, "--device_memory", "0.00001"]) == 2
+    said = capsys.readouterr().err
+    assert "model.layers.0.self_attn.q_proj has 36 inputs" in said and "GiB" in said and "--device_memory" in said
+    assert not (tmp_path / "run" / "journal").exists()
