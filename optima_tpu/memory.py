@@ -2,7 +2,7 @@
 
 All of it follows from one budget of bytes. What pruning the matrices of one layer input takes is modelled as
 
-    4 bytes * f * (d_in * (hessians + 1)  +  held * r  +  vectors * b)
+    4 bytes * f * (d_in * (hessians + 1)  +  held * r  +  vectors * b)     (and a few panels where the Hessian is split)
 
 with ``r`` rows on a device, ``b`` of them at once and ``f`` features of each: ``d_in``, or ``d_in / model`` where the Hessian is
 split over the model axis. ``hessians`` and ``vectors`` are the solver's :class:`Footprint`, the 1 is the Hessian of the held-out
@@ -31,9 +31,10 @@ _DEVICE_SHARE, _CPU_SHARE = 0.8, 0.5
 _HESSIANS_SHARE = 0.25
 # A block's weights lie on the devices as they were read and as they are pruned, with their masks.
 _BLOCK_COPIES = 2.5
-# Fitted: 7.5 vectors a row (dense, masked, linear, solved, stored before and after), 12.1 where rows lie in two ways, whole
-# for the selector and by features for the solver.
-_HELD, _HELD_SPLIT = 8, 13
+# Fitted: 7.5 vectors a row (dense, masked, linear, solved, stored before and after).
+_HELD = 8
+# Where the Hessian is split, its inverse is made with panels of so many columns, and this many of them exist at once.
+_PANEL, _PANELS = 128, 4
 # Fewer rows at once leave a device waiting for the bytes of the Hessian; it is done where nothing else fits.
 _FEW_ROWS = 64
 
@@ -83,8 +84,8 @@ def needed(d_in: int, rows: int, batch: int, mesh: Mesh, footprint: Footprint, s
     features = d_in / model if split else d_in
     # A product with split features gathers the rows: a whole row for A and one for X are ``model`` parts each.
     vectors = footprint.vectors + (2 * model if split else 0)
-    held = _HELD_SPLIT if split else _HELD
-    return 4 * features * (d_in * (footprint.hessians + 1) + held * _each(rows, mesh, split) + vectors * batch)
+    panels = 4 * d_in * _PANELS * min(_PANEL, features) if split else 0
+    return panels + 4 * features * (d_in * (footprint.hessians + 1) + _HELD * _each(rows, mesh, split) + vectors * batch)
 
 
 def layout(name: str, d_in: int, rows: int, budget: float, mesh: Mesh, solver: Any, selector: Any) -> Layout:
@@ -153,18 +154,21 @@ def passes(prefix: str, shapes: Mapping[str, tuple[int, ...]], groups: Sequence[
         # Of the calibration and of the held-out tokens.
         return 2 * 4 * d_in * d_in / (mesh.shape[MODEL] if d_in % mesh.shape[MODEL] == 0 else 1)
 
-    cut: list[list[tuple[str, ...]]] = []
-    for names in groups:
-        if not cut or sum(map(hessians, [*cut[-1], names])) > _HESSIANS_SHARE * budget:
-            cut.append([])
-        cut[-1].append(names)
-    found = []
-    for part in cut:
-        left = budget - _BLOCK_COPIES * weights - sum(map(hessians, part))
-        found.append(Pass(tuple(part), tuple(
+    def fitted(share: float) -> tuple[Pass, ...]:
+        cut: list[list[tuple[str, ...]]] = []
+        for names in groups:
+            if not cut or sum(map(hessians, [*cut[-1], names])) > share * budget:
+                cut.append([])
+            cut[-1].append(names)
+        return tuple(Pass(tuple(part), tuple(
             layout(prefix + names[0], shapes[names[0] + ".weight"][1], sum(shapes[name + ".weight"][0] for name in names),
-                   left, mesh, solver, selector) for names in part)))
-    return tuple(found)
+                   budget - _BLOCK_COPIES * weights - sum(map(hessians, part)), mesh, solver, selector) for names in part))
+            for part in cut)
+
+    try:
+        return fitted(_HESSIANS_SHARE)
+    except UserError:
+        return fitted(0)  # one layer input at a time leaves it the most
 
 
 def block_bytes(decoder: Any, index: int) -> float:
@@ -179,8 +183,8 @@ def block_bytes(decoder: Any, index: int) -> float:
 def described(found: Sequence[Pass]) -> str:
     """What is split or done in parts, for the person who reads; empty in the ordinary case."""
     told = {}  # in the order of the layers, each once
-    for names, layout in ((names, layout) for each in found for names, layout in zip(*each)):
-        words = [f"{layout.rows} rows at once"] * (layout.rows is not None) + ["Hessian split over model"] * layout.split
+    for names, where in (pair for each in found for pair in zip(*each)):
+        words = [f"{where.rows} rows at once"] * (where.rows is not None) + ["Hessian split over model"] * where.split
         if words:
             told[f"{names[0]}: {', '.join(words)}"] = None
     if len(found) > 1:

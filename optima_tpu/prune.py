@@ -116,6 +116,9 @@ def prune_group(weights: tuple[Array, ...], hessian: Array, recipe: Recipe, mesh
     choices = [_select(LayerProblem(weight, hessian, stacked.linear[rows]), patterns[index] if patterns else recipe.pattern,
                        recipe.selector, masks and jax.lax.with_sharding_constraint(masks[index], spread[index]))
                for index, (weight, rows) in enumerate(zip(wide, slices))]
+    # Said again: a sort between two layouts would be done on every device for all rows.
+    choices = [Pruned(*(jax.lax.with_sharding_constraint(array, rows) for array in choice))
+               for choice, rows in zip(choices, spread)]
     pruned = Pruned(_stack([c.weight for c in choices]), _stack([c.keep for c in choices]))
     solution = over_rows(recipe.solver, mesh, layout)(stacked, pruned) if recipe.solver else _unsolved(pruned)
 

@@ -56,16 +56,16 @@ def problem_and_mask():
 
 
 @functools.lru_cache
-def solved(shape, layout):
+def solved(shape, where):
     """Four steps and a certificate. Later, where little is left to gain, it is the rounding that the certificate counts."""
     solver = CG(tolerance=1e-9, max_steps=4)
-    return jax.device_get(jax.jit(over_rows(solver, mesh(*shape), layout))(*problem_and_mask()))
+    return jax.device_get(jax.jit(over_rows(solver, mesh(*shape), where))(*problem_and_mask()))
 
 
-@pytest.mark.parametrize("shape, layout", [((1, 4), SPLIT), ((2, 4), Layout(True, 3)), ((4, 2), SPLIT)])
-def test_the_layout_does_not_change_the_solution(shape, layout):
+@pytest.mark.parametrize("shape, where", [((1, 4), SPLIT), ((4, 2), Layout(True, 2))])
+def test_the_layout_does_not_change_the_solution(shape, where):
     problem, pruned = problem_and_mask()
-    found, whole = solved(shape, layout), solved((1, 1), Layout())
+    found, whole = solved(shape, where), solved((1, 1), Layout())
     np.testing.assert_allclose(found.weight, whole.weight, atol=1e-5)
     np.testing.assert_allclose(found.gap, whole.gap, rtol=1e-4)
     assert (found.weight[~np.asarray(pruned.keep)] == 0).all()
@@ -78,34 +78,36 @@ def test_the_layout_does_not_change_the_solution(shape, layout):
         assert (excess < 0.05 * gain).all() and (excess <= solution.gap * optimum * (1 + 1e-3)).all()
 
 
+ROWS, SIZE = 320, 192
+
+
 @functools.lru_cache
-def compiled(layout, shape, rows=40, size=64, recipe=RECIPE):
-    """``prune_group`` with the Hessians as calibration leaves them."""
+def compiled(where, shape):
+    """``prune_group`` with the Hessians as calibration leaves them, at other sizes than the memory model was fitted to."""
     grid = mesh(*shape)
     columns = NamedSharding(grid, P(None, MODEL))
-    hessian = jax.ShapeDtypeStruct((size, size), jnp.float32, sharding=columns)
-    weight = jax.ShapeDtypeStruct((rows, size), jnp.bfloat16, sharding=columns)
-    return prune_group.lower((weight,), hessian, recipe, grid, held_out=hessian, layout=layout).compile()
+    hessian = jax.ShapeDtypeStruct((SIZE, SIZE), jnp.float32, sharding=columns)
+    weight = jax.ShapeDtypeStruct((ROWS, SIZE), jnp.bfloat16, sharding=columns)
+    return prune_group.lower((weight,), hessian, RECIPE, grid, held_out=hessian, layout=where).compile()
 
 
 def test_collectives_of_a_split_solve_are_as_designed_and_no_device_sees_the_hessian():
     """An iteration: two all-gathers and two all-reduces. The check after a cycle: two and one. A panel of the inverse: one."""
     text = compiled(SPLIT, (2, 4)).as_text()
-    assert "f32[64,16]" in text and not re.search(r"f32\[(64,64|1,64,64)\]", text)
+    assert "f32[192,48]" in text and not re.search(r"\[(1,)?192,192\]", text)
+    assert "[320,192]" not in text, "all rows on one device"
     bodies = {match[1]: match[0] for match in re.finditer(r"^(?:ENTRY )?%?([\w.\-]+) [^\n]*\{\n.*?^\}", text, re.M | re.S)}
     loops = [Counter(COLLECTIVE.findall(bodies[name])) for name in re.findall(r"body=%?([\w.\-]+)", text)]
     step, check, panel = ({"all-gather(": 2, "all-reduce(": 2}, {"all-gather(": 2, "all-reduce(": 1}, {"all-reduce(": 1})
-    assert sorted(filter(None, loops), key=str) == sorted([step, check, panel, panel], key=str)
+    assert sorted(map(sorted, map(Counter.elements, filter(None, loops)))) == sorted(
+        sorted(Counter(each).elements()) for each in (step, check, panel, panel))
 
 
-@pytest.mark.parametrize("where, shape", [(Layout(False, 32), (1, 1)), (SPLIT, (1, 4))])
+@pytest.mark.parametrize("where, shape", [(Layout(False, 32), (1, 1)), (SPLIT, (2, 4))])
 def test_the_memory_model_bounds_what_xla_reports(where, shape):
-    """At other sizes than those it was fitted to."""
-    rows, size = 320, 192
-    found = compiled(where, shape, rows, size).memory_analysis()
+    found = compiled(where, shape).memory_analysis()
     total = found.argument_size_in_bytes + found.output_size_in_bytes + found.temp_size_in_bytes
-    each = -(-rows // (1 if where.split else math.prod(shape)))
-    told = needed(size, rows, where.rows or each, mesh(*shape), RECIPE.solver.footprint, where.split)
+    told = needed(SIZE, ROWS, where.rows or ROWS // shape[0], mesh(*shape), RECIPE.solver.footprint, where.split)
     assert total < told < 1.6 * total
 
 
@@ -152,16 +154,16 @@ def test_the_hessians_of_a_pass_fit_a_share_of_the_budget():
 
 def test_a_block_pruned_in_a_small_budget_is_the_same_block(monkeypatch):
     """One group in batches, another split, in several passes: all of it from the parameters that the block had."""
-    decoder = Decoder.open(*tiny_llama(), mesh(2, 2), batch=2)
-    tokens = np.random.default_rng(1).integers(0, 64, (6, 24)).astype(np.int32)
+    decoder = Decoder.open(*tiny_llama(), mesh(2, 4), batch=2)
+    tokens = np.random.default_rng(1).integers(0, 64, (8, 24)).astype(np.int32)
     groups = (("mlp.gate_proj",), ("mlp.down_proj",))
     whole, small = decoder.embed(tokens), decoder.embed(tokens)
     monkeypatch.setattr("optima_tpu.memory._FEW_ROWS", 4)
-    monkeypatch.setattr("optima_tpu.memory._HESSIANS_SHARE", 0.1)
+    monkeypatch.setattr("optima_tpu.memory._HESSIANS_SHARE", 0.05)
     told = []
     monkeypatch.setattr("optima_tpu.prune.passes", lambda *a: told.append(passes(*a)) or told[-1])
     weights, masks, reports = walk_block(decoder, 0, whole, groups, RECIPE, samples=4)
-    same, other_masks, others = walk_block(decoder, 0, small, groups, RECIPE, samples=4, budget=160_000)
+    same, other_masks, others = walk_block(decoder, 0, small, groups, RECIPE, samples=4, budget=86_000)
     assert described(told[0]) == "" and len(told[1]) > 1
     assert {where.split for part in told[1] for where in part.layouts} == {False, True}, told[1]
     assert any(where.rows for part in told[1] for where in part.layouts), told[1]
