@@ -18,10 +18,10 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 
 from optima_tpu.errors import UserError
+from optima_tpu.processes import everyones
 from optima_tpu.sharding import DATA, MODEL, ON_EVERY_DEVICE, Layout, divisible
 
 GIB = 2**30
@@ -75,7 +75,7 @@ def device_budget(gib: float | None) -> float:
     else:
         budget = _CPU_SHARE * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / len(devices)
     # All processes must run one program.
-    return float(np.min(multihost_utils.process_allgather(np.float32(budget)))) if jax.process_count() > 1 else budget
+    return min(everyones(budget))
 
 
 def needed(d_in: int, rows: int, batch: int, mesh: Mesh, footprint: Footprint, split: bool) -> float:

@@ -124,7 +124,7 @@ def test_a_run_and_its_export_give_the_masks_of_the_run(tmp_path):
 
 def test_an_unfinished_run_is_refused(tmp_path):
     open_journal(tmp_path / "run", MANIFEST, ASSETS).save(0, *pruned_block(small_model(), 0))
-    with pytest.raises(UserError, match="expected a finished run, got .* with 1 finished"):
+    with pytest.raises(UserError, match="expected a finished run, got .* no checkpoint yet"):
         open_masks(str(tmp_path / "run"))
 
 
