@@ -1,0 +1,60 @@
+"""Peak memory and compilations of a run against the number of blocks: both must stay flat.
+
+    python -m benchmarks.depth [FOLDER]
+
+Makes random Llamas of 4, 8 and 16 blocks of one shape (3.1 million parameters a block, float32), prunes each in a process of its
+own on 8 simulated CPU devices, and prints the process's peak resident set, in which the devices' memory is, the most bytes that
+arrays on the devices had between two layers, and how many programs were compiled.
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+SETTINGS = ["--mesh", "4x2", "--cpu-devices", "8", "--export", "false", "--calibration.source", "random",
+            "--calibration.samples", "16", "--calibration.length", "256", "--evaluation.source", "random", "--evaluation.windows", "8"]
+
+
+def measure(model: Path, out: Path) -> None:
+    """Prunes a model in this process and prints what it took as JSON."""
+    import jax
+
+    from optima_tpu import launch
+    from optima_tpu.report.progress import Progress
+
+    compiled, most, layer = [0], [0], Progress.layer
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, seconds, **_: compiled.__setitem__(0, compiled[0] + (event == "/jax/core/compile/backend_compile_duration")))
+
+    def counted(progress, report):
+        held = sum(shard.data.nbytes for array in jax.live_arrays() for shard in array.addressable_shards)
+        most[0] = max(most[0], held)
+        layer(progress, report)
+
+    Progress.layer = counted
+    assert launch.main(["--model", str(model), "--output", str(out), *SETTINGS]) == 0
+    report = json.loads((out / "report.json").read_bytes())
+    print(json.dumps({"host": report["memory"]["host_peak"], "arrays": most[0], "compilations": compiled[0]}))
+
+
+def main(folder: Path) -> None:
+    from tests.helpers import tiny_folder
+
+    print("blocks  peak of the process, MiB  arrays on the devices, MiB  programs compiled")
+    for blocks in (4, 8, 16):
+        model = tiny_folder(folder / f"model{blocks}", hidden_size=512, intermediate_size=1536, num_attention_heads=8,
+                            num_key_value_heads=4, num_hidden_layers=blocks, max_position_embeddings=512)
+        done = subprocess.run([sys.executable, "-m", "benchmarks.depth", str(model), str(folder / f"run{blocks}")], check=True,
+                              stdout=subprocess.PIPE, text=True)
+        found = json.loads(done.stdout.splitlines()[-1])
+        print(f"{blocks:>6}  {found['host'] / 2**20:>24.0f}  {found['arrays'] / 2**20:>26.1f}  {found['compilations']:>17}", flush=True)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) == 3:
+        measure(Path(sys.argv[1]), Path(sys.argv[2]))
+    else:
+        with tempfile.TemporaryDirectory() as temporary:
+            main(Path(sys.argv[1] if len(sys.argv) == 2 else temporary))
