@@ -157,6 +157,7 @@ class CG:
                         state.gap <= self.tolerance)
 
 
+_LEAF = 256  # matrices up to this size are factorised at once
 _TINY = 1e-30  # keeps 0 / 0 out of the gap of a row without output
 
 
@@ -201,13 +202,27 @@ def _share(hessian: Array, damping: float, features: Features) -> _Shared:
     looseness = jnp.where(smallest > 0, 1 + (ridge + error) / jnp.where(smallest > 0, smallest, 1.0), jnp.inf)
     noise = error * jax.lax.rsqrt(jnp.maximum(smallest, 0.0) + ridge)
     if features == WHOLE:
-        factor = jnp.linalg.cholesky(matrix + ridge * eye)
-        root = jax.scipy.linalg.solve_triangular(factor, eye, lower=True, trans="T")
+        root = _inverse_cholesky(matrix + ridge * eye).T
         inverse = matmul(root, root.T)
     else:
         inverse, root = split_inverse(matrix, features)
         root = features.transpose(root)
     return _Shared(matrix, inverse, root, scale, live, looseness, noise)
+
+
+def _inverse_cholesky(matrix: Array) -> Array:
+    """``L^-1`` where ``matrix = L L'``, by halves: as many operations as a factorisation and a triangular solve, in products.
+
+    LAPACK's threads and those of XLA wait for each other's cores, and accelerators have no fast factorisation of large matrices.
+    """
+    size = matrix.shape[0]
+    if size <= _LEAF:
+        return jax.scipy.linalg.solve_triangular(jnp.linalg.cholesky(matrix), jnp.eye(size, dtype=matrix.dtype), lower=True)
+    half = size // 2
+    first = _inverse_cholesky(matrix[:half, :half])
+    below = matmul(matrix[half:, :half], first.T)
+    second = _inverse_cholesky(matrix[half:, half:] - matmul(below, below.T))
+    return jnp.block([[first, jnp.zeros((half, size - half), matrix.dtype)], [-matmul(second, matmul(below, first)), second]])
 
 
 def _square(rows: Array) -> Array:
