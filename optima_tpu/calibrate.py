@@ -79,7 +79,7 @@ def accumulate_hessians(decoder: Decoder, index: int, parameters: Mapping[str, A
         jnp.zeros((size, size), jnp.float32, device=jax.NamedSharding(decoder.mesh, _columns(decoder.mesh, size))),
         jnp.zeros((), jnp.int32, device=everywhere)) for size in sizes)
     for batch in hidden.batches(decoder.batch):
-        sums = _add_batch(decoder.graph, decoder.mesh, groups, sums, state, batch.hidden, batch.valid, positions)
+        sums = add_batch(decoder.graph, decoder.mesh, groups, sums, state, batch.hidden, batch.valid, positions)
     statistics = _divide(sums, np.float32(len(hidden) * length))
     for names, trace in zip(groups, fetch([jnp.trace(found.hessian) for found in statistics])):
         if not np.isfinite(trace):
@@ -89,7 +89,8 @@ def accumulate_hessians(decoder: Decoder, index: int, parameters: Mapping[str, A
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=3)
-def _add_batch(graph, mesh: Mesh, groups: Groups, sums, state, hidden, valid, positions):
+def add_batch(graph, mesh: Mesh, groups: Groups, sums, state, hidden, valid, positions):
+    """One step of :func:`accumulate_hessians`: ``sums`` (donated) and what a ``Batch`` of hidden states adds to them."""
     inputs = forward(graph, state, hidden, positions)[1]
     kept = (inputs[names[0]] * valid[:, None, None].astype(hidden.dtype) for names in groups)
     return tuple(Statistics(total.hessian + _gram(x, mesh), total.tokens + jnp.sum(jnp.any(x != 0, axis=-1), dtype=jnp.int32))

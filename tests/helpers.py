@@ -2,7 +2,6 @@
 
 import functools
 import json
-import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh
 
 from optima_tpu.patterns import NM, Unstructured
+from optima_tpu.plan.hlo import COLLECTIVE, text_inside_loops  # noqa: F401
 from optima_tpu.problem import LayerProblem, Pruned, Solution, drift, self_target
 
 PATTERNS = [*(Unstructured(sparsity, group) for group in ("row", "layer") for sparsity in (0.5, 0.6, 0.7)),
@@ -178,23 +178,3 @@ def snapshot(directory: Path) -> dict[str, tuple[int, int]]:
     """Size and time of the last change of everything in a directory, and of itself; empty where there is none."""
     paths = [directory, *directory.rglob("*")] if directory.exists() else []
     return {str(path): (path.stat().st_size, path.stat().st_mtime_ns) for path in paths}
-
-
-COLLECTIVE = re.compile(r"\b(?:all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute)(?:-start)?\(")
-
-
-def text_inside_loops(hlo: str) -> str:
-    """The lines of every computation that a while loop of the program runs, directly or through calls."""
-    computations = re.finditer(r"^(?:ENTRY )?%?([\w.\-]+) [^\n]*\{\n.*?^\}", hlo, re.M | re.S)
-    bodies = {match[1]: match[0] for match in computations}
-
-    def named(text: str, keys: str) -> set[str]:
-        branches = " ".join(re.findall(r"branch_computations=\{(.*?)\}", text))
-        return set(re.findall(rf"(?:{keys})=%?([\w.\-]+)", text)) | set(re.findall(r"[\w.\-]+", branches))
-
-    inside, waiting = set(), named(hlo, "body|condition")
-    while waiting:
-        name = waiting.pop()
-        inside.add(name)
-        waiting |= named(bodies[name], "calls|to_apply|body|condition|true_computation|false_computation") - inside
-    return "\n".join(bodies[name] for name in inside)

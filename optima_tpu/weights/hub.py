@@ -1,6 +1,7 @@
 """Models on the Hugging Face hub: downloaded once into the hub's own cache, then read as a folder."""
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
@@ -21,15 +22,18 @@ def is_hub_id(spec: str) -> bool:
         (".gguf", ".safetensors", ".bin"))
 
 
-def download(spec: str) -> Path:
+def download(spec: str, wanted: Sequence[str] = WANTED) -> Path:
     """The local folder of a hub model ``org/name`` or ``org/name@revision``, downloaded where it isn't yet.
+
+    Args:
+      wanted: patterns of the files; by default all that a run needs.
 
     Raises:
       UserError: the model is gated or does not exist, or the hub can't be reached and the cache lacks the model.
     """
     name, _, revision = spec.partition("@")
     try:
-        return Path(snapshot_download(name, revision=revision or None, allow_patterns=WANTED, ignore_patterns=UNWANTED))
+        return Path(snapshot_download(name, revision=revision or None, allow_patterns=list(wanted), ignore_patterns=UNWANTED))
     except GatedRepoError as error:  # a subclass of RepositoryNotFoundError: first
         raise UserError(f"{name} is gated: accept its licence on https://huggingface.co/{name}, then log in here with "
                         "`hf auth login`") from error

@@ -1,0 +1,4 @@
+"""What a run needs, before it starts: from config.json alone, for devices that need not be there.
+
+``python -m optima_tpu.plan --config FILE --topology v5e:4x2``
+"""

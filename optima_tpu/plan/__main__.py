@@ -1,0 +1,84 @@
+"""The command line of a plan: ``python -m optima_tpu.plan``."""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from optima_tpu.cli import parse
+from optima_tpu.errors import UserError
+from optima_tpu.files import write_bytes
+from optima_tpu.report.progress import say
+from optima_tpu.sharding import simulate_devices
+
+_PROGRAM = "python -m optima_tpu.plan"
+_DESCRIPTION = """\
+Tells what a run needs before it starts: memory of every program on the chips, host memory, disk and time.
+
+Reads config.json alone, of a folder or a hub id. The programs of the run are compiled for the devices, which need not be
+here: no TPU, and no weight.
+
+examples:
+  python -m optima_tpu.plan --config configs/paper/llama-3.1-8b.yaml --topology v5e:4x2
+  python -m optima_tpu.plan --model ./folder-with-config.json --topology v5p:4x4x4 --mesh 16x4 --solver cg
+  python -m optima_tpu.plan --cpu-devices 8 --mesh 4x2"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit status: 0 planned, 1 when something does not fit, 2 for something the user can mend."""
+    # Or transformers, when it is first imported, says that torch is missing, which is as it should be.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    try:
+        options, settings = _parse(list(sys.argv[1:] if argv is None else argv))
+        config = parse(settings)
+        # A topology is compiled for without its devices: the CPU is enough, and a TPU here stays free.
+        simulate_devices(config.cpu_devices or (1 if options.topology else None))
+        # Only now: what these import asks for the devices.
+        from optima_tpu.plan.model import open_declared
+        from optima_tpu.plan.plan import make_plan
+        from optima_tpu.plan.table import greeting, print_plan
+        from optima_tpu.plan.topology import local_target, topology_target
+
+        console = Console()
+        model, compiling = open_declared(config.model, config.dtype, config.batch), not options.no_compile
+        target = (topology_target(options.topology, config.mesh, compiling) if options.topology
+                  else local_target(config.mesh, model.dtype, compiling))
+        model = model.on(target.mesh)
+        say(console, "\n".join([*greeting(model.origin, model.decoder.config.blocks, target), ""]))
+        plan = make_plan(config, model, target, lambda line: say(console, line))
+        if target.compiles:
+            console.print()
+        print_plan(console, plan)
+        if options.json:
+            write_bytes(Path(options.json), (json.dumps(plan.to_json(), indent=2) + "\n").encode())
+        return 1 if plan.too_large else 0
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The plan's own options, and the settings of the run."""
+    parser = argparse.ArgumentParser(
+        prog=_PROGRAM, usage=f"{_PROGRAM} [--topology KIND:AxB] [--SETTING VALUE ...] [--json FILE]", description=_DESCRIPTION,
+        epilog="All settings of the run are given as to optima_tpu.launch, whose --help explains them.",
+        formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--topology", metavar="KIND:AxB", help="a TPU slice: v4, v5e, v5p or v6e and its shape, such "
+                        "as v5e:4x2 or v5p:4x4x4 (default: the devices that are here)")
+    parser.add_argument("--json", metavar="FILE", help="write the plan there too")
+    parser.add_argument("--no-compile", "--no_compile", action="store_true",
+                        help="count instead of compiling, which takes seconds and is rough")
+    try:
+        return parser.parse_known_args(argv)
+    except argparse.ArgumentError as error:
+        raise UserError(f"{error}; see {_PROGRAM} --help") from None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

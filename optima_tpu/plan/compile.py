@@ -1,0 +1,116 @@
+"""The programs of a run, compiled for devices that need not be here."""
+
+import math
+import re
+import time
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from optima_tpu.calibrate import Groups, Statistics, add_batch
+from optima_tpu.models.decoder import Decoder
+from optima_tpu.patterns import Pattern
+from optima_tpu.plan.hlo import collectives
+from optima_tpu.prune import Recipe, prune_group
+from optima_tpu.sharding import DATA, MODEL, ROWS, divisible
+
+
+class Compiled(NamedTuple):
+    """What the compiler says of a program, on one device.
+
+    Attributes:
+      seconds: that compiling took.
+      memory: bytes that are allocated when it runs: arguments, results and temporaries; None where it was refused.
+      arguments: bytes of it that are the arguments.
+      flops, accessed: FLOPs and bytes as the compiler counts them, which takes the body of a loop once.
+      inside, outside: number of collectives by name, in loops and elsewhere.
+      refused: why the compiler gave up, where it did: the program does not fit into the memory of the chip.
+    """
+
+    seconds: float
+    memory: int | None = None
+    arguments: int = 0
+    flops: float = 0.0
+    accessed: float = 0.0
+    inside: Mapping[str, int] = {}
+    outside: Mapping[str, int] = {}
+    refused: str | None = None
+
+
+def compiled(lower: Callable[[], jax.stages.Lowered]) -> Compiled:
+    """Compiles a program and reads what it needs. That it does not fit into memory is an answer, not an error."""
+    start = time.monotonic()
+    try:
+        program = lower().compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return Compiled(time.monotonic() - start, refused=_reason(str(error)))
+    seconds, memory = time.monotonic() - start, program.memory_analysis()
+    cost = program.cost_analysis() or {}
+    inside, outside = collectives(program.as_text())
+    total = (memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
+             + memory.generated_code_size_in_bytes - memory.alias_size_in_bytes)
+    return Compiled(seconds, total, memory.argument_size_in_bytes, cost.get("flops", 0.0), cost.get("bytes accessed", 0.0),
+                    inside, outside)
+
+
+def _reason(message: str) -> str:
+    """The part of the compiler's message that says how much memory was asked for."""
+    found = re.search(r"Used ([\d.]+\w) of ([\d.]+\w) hbm", message) or re.search(
+        r"\(([\d.]+\w)\) exceeds available HBM \(([\d.]+\w)\)", message)
+    return f"needs {found[1]}iB of {found[2]}iB" if found else message.splitlines()[0][:100]
+
+
+def _like(decoder: Decoder, shape: tuple[int, ...], dtype, spec: P) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(decoder.mesh, divisible(decoder.mesh, shape, spec)))
+
+
+def _hessian(decoder: Decoder, size: int) -> jax.ShapeDtypeStruct:
+    return _like(decoder, (size, size), jnp.float32, P(None, MODEL))
+
+
+def _parameter(decoder: Decoder, name: str) -> jax.ShapeDtypeStruct:
+    return _like(decoder, decoder.block_shapes[name], decoder.tensors.dtype(decoder.prefix(0) + name), decoder.sharding(name))
+
+
+def lower_calibration(decoder: Decoder, groups: Groups, length: int, samples: int) -> jax.stages.Lowered:
+    """One step of the calibration, as ``calibrate.accumulate_hessians`` runs it over ``samples`` sequences."""
+    parameters = {name: _parameter(decoder, name) for name in decoder.block_shapes}
+    dtype = decoder.tensors.dtype(decoder.root + decoder.family.embedding)
+    size = sequences_at_once(decoder, samples) * decoder.mesh.shape[DATA]
+    sums = tuple(Statistics(_hessian(decoder, decoder.block_shapes[names[0] + ".weight"][1]), _like(decoder, (), jnp.int32, P()))
+                 for names in groups)
+    positions = jax.tree.map(lambda array: _like(decoder, array.shape, array.dtype, P()), decoder.config.positions(0, length))
+    return add_batch.lower(decoder.graph, decoder.mesh, groups, sums, decoder.state(parameters),
+                           _like(decoder, (size, length, decoder.config.d_model), dtype, P(DATA)),
+                           _like(decoder, (size,), jnp.bool_, P(DATA)), positions)
+
+
+def sequences_at_once(decoder: Decoder, samples: int) -> int:
+    """Sequences that a step gives to one slice of the data axis."""
+    return min(decoder.batch, -(-samples // decoder.mesh.shape[DATA]))
+
+
+def lower_pruning(decoder: Decoder, names: tuple[str, ...], patterns: tuple[Pattern, ...], recipe: Recipe, held_out: bool
+                  ) -> jax.stages.Lowered:
+    """``prune_group`` of the layers ``names`` of a block, as ``prune.prune_block`` calls it."""
+    weights = tuple(_parameter(decoder, name + ".weight") for name in names)
+    hessian = _hessian(decoder, weights[0].shape[1])
+    masks = None if recipe.selector else tuple(_like(decoder, weight.shape, jnp.bool_, ROWS) for weight in weights)
+    return prune_group.lower(weights, hessian, recipe, decoder.mesh, patterns, masks, hessian if held_out else None)
+
+
+def bytes_on_device(*arrays: jax.ShapeDtypeStruct) -> int:
+    """What arrays take on each device."""
+    return sum(math.prod(array.sharding.shard_shape(array.shape)) * array.dtype.itemsize for array in arrays)
+
+
+def resident(decoder: Decoder, groups: Groups, held_out: bool) -> int:
+    """Bytes on a device while a block is pruned: its weights and all its Hessians."""
+    hessians = [_hessian(decoder, decoder.block_shapes[names[0] + ".weight"][1]) for names in groups]
+    return bytes_on_device(*(_parameter(decoder, name) for name in decoder.block_shapes), *hessians, *(hessians * held_out))

@@ -1,0 +1,261 @@
+"""Work, memory and time that can be counted without a compiler.
+
+Solvers stop when their rows have converged, so the products of a layer are an assumption, stated in :data:`ASSUMED`.
+"""
+
+import dataclasses
+import math
+from typing import NamedTuple
+
+import jax
+
+from optima_tpu.config import RunConfig
+from optima_tpu.models.decoder import run_block
+from optima_tpu.patterns import NM, Pattern
+from optima_tpu.plan.model import Declared
+from optima_tpu.plan.topology import GIB, Target
+from optima_tpu.selectors import Magnitude, MaskSelector, Wanda
+from optima_tpu.sharding import MODEL
+from optima_tpu.solvers import CG, MPAX, Adam, Exact, Solver
+
+
+@dataclasses.dataclass(frozen=True)
+class Assumed:
+    """What the estimate takes for granted.
+
+    Attributes:
+      cg_products: products of a layer's rows with a [d_in, d_in] matrix until ``CG`` has converged: 12 steps of two, and two
+        more every fourth.
+      mpax_products: the same of ``MPAX``, one a step; it needed 73 to 5065 on SmolLM2-135M.
+      evaluation_tokens: of the perplexity text, where ``evaluation.windows`` does not say.
+      transfer: bytes/s between a host and its devices.
+      reading: bytes/s of weights from the disk of a host.
+      writing: bytes/s of the run directory, all hosts together.
+      program: bytes of host memory before the first array: Python, jax, transformers, compiled programs.
+    """
+
+    cg_products: int = 35
+    mpax_products: int = 500
+    evaluation_tokens: int = 300_000
+    transfer: float = 8e9
+    reading: float = 1e9
+    writing: float = 0.5e9
+    program: int = GIB
+
+
+ASSUMED = Assumed()
+
+
+class Work(NamedTuple):
+    """What one device does in one call of a program.
+
+    Attributes:
+      narrow: FLOPs of products in the model's dtype.
+      wide: FLOPs of float32 products.
+      factor: FLOPs of factorisations.
+      traffic: bytes of device memory that vector operations read and write, and the matrices of products.
+    """
+
+    narrow: float = 0.0
+    wide: float = 0.0
+    factor: float = 0.0
+    traffic: float = 0.0
+
+    @property
+    def flops(self) -> float:
+        return self.narrow + self.wide + self.factor
+
+    def seconds(self, target: Target) -> float:
+        """One thing after the other: products at the share of the chip's rate that is counted on, then the traffic."""
+        chip = target.chip
+        products = (self.narrow / chip.narrow + self.wide / chip.wide) / target.utilisation
+        return products + self.factor / chip.factor + self.traffic / (chip.bandwidth * target.utilisation)
+
+
+class SolverCost(NamedTuple):
+    """Products with a [d_in, d_in] matrix for all rows; [rows, d_in] arrays read or written; factorisations."""
+
+    products: float
+    passes: float
+    shared: int = 0  # factorisations of one matrix
+    each_row: int = 0  # and of one matrix a row
+
+
+def solver_cost(solver: Solver | None) -> SolverCost:
+    """What a solver does with the rows of a layer, if all goes as assumed."""
+    match solver:
+        case None:
+            return SolverCost(0, 0)
+        case CG():
+            products = min(ASSUMED.cg_products, 3 * solver.max_steps + 5)
+            return SolverCost(products, 7 * products, shared=1)
+        case MPAX():
+            products = min(ASSUMED.mpax_products, solver.iteration_limit)
+            return SolverCost(products, 60 * products)
+        case Adam():
+            products = len(solver.learning_rates) * (solver.steps + 1) + 2
+            return SolverCost(products, 14 * products)
+        case Exact():
+            return SolverCost(6, 20, each_row=1)
+    raise TypeError(f"no cost is known for {solver}")
+
+
+def prune_work(rows: int, d_in: int, recipe_solver: Solver | None, selector: MaskSelector | None, pattern: Pattern,
+               held_out: bool) -> Work:
+    """Of ``prune_group``, for ``rows`` rows on a device."""
+    cost = solver_cost(recipe_solver)
+    # Beside the solver: the target, and the objective before, after and of the dense weights.
+    times = cost.products + 4 + 3 * held_out
+    shared, passes = cost.shared, cost.passes + 30 + _sorting(rows, d_in, pattern)
+    if not isinstance(selector, (Wanda, Magnitude, type(None))):  # a factorisation and a sweep over the columns
+        times, shared = times + 2, shared + 1
+    # Cholesky, and a triangular solve with the identity; the inverse is then one more product.
+    factor = (shared * 4 / 3 + cost.each_row * rows / 3) * d_in**3
+    return Work(wide=2.0 * d_in * d_in * (times * rows + shared * d_in), factor=factor,
+                traffic=4.0 * (passes * rows * d_in + times * d_in * d_in))
+
+
+def _sorting(rows: int, d_in: int, pattern: Pattern) -> float:
+    """Passes over the scores of two sorts with their indices, as a sorting network makes them."""
+    among = pattern.m if isinstance(pattern, NM) else d_in * (rows if pattern.group == "layer" else 1)
+    return 8 * math.log2(among) * (math.log2(among) + 1) / 2
+
+
+def prune_memory(rows: int, d_in: int, itemsize: int, held_out: bool) -> int:
+    """Bytes of ``prune_group`` on a device: copies of H (itself, scaled, factor, inverse, one being made) and of the rows."""
+    return (5 + held_out) * 4 * d_in * d_in + rows * d_in * (2 * itemsize + 14 * 4)
+
+
+def sequence_flops(model: Declared, length: int) -> float:
+    """FLOPs of one sequence through one block, counted by the compiler before it optimises."""
+    decoder = model.decoder
+    state = decoder.state({name: jax.ShapeDtypeStruct(shape, model.dtype) for name, shape in decoder.block_shapes.items()})
+    hidden = jax.ShapeDtypeStruct((1, length, decoder.config.d_model), model.dtype)
+    lowered = run_block.lower(decoder.graph, state, hidden, decoder.config.positions(0, length))
+    return lowered.cost_analysis()["flops"]
+
+
+def products(model: Declared, flops: float) -> Work:
+    """FLOPs of products in the model's dtype, float32 or a narrower one."""
+    return Work(wide=flops) if model.dtype.itemsize == 4 else Work(narrow=flops)
+
+
+def calibration_work(model: Declared, block: float, sizes: tuple[int, ...], length: int, sequences: float) -> Work:
+    """Of ``calibrate.add_batch`` with so many sequences on each slice of the data axis.
+
+    Args:
+      block: from :func:`sequence_flops`. The model axis shares it.
+      sizes: d_in of each distinct input, for its Gram matrix.
+    """
+    grams = sum(2.0 * length * size * size / _columns(model, size) for size in sizes)
+    return products(model, sequences * (block / model.decoder.mesh.shape[MODEL] + grams))
+
+
+def _columns(model: Declared, size: int) -> int:
+    """Into how many parts the columns of a Hessian are split."""
+    axis = model.decoder.mesh.shape[MODEL]
+    return axis if size % axis == 0 else 1
+
+
+def calibration_memory(model: Declared, sizes: tuple[int, ...], length: int, batch: int) -> int:
+    """Bytes of ``calibrate.add_batch`` on a device: the block, sums, inputs of all layers and two arrays of attention scores."""
+    decoder, axis, tokens = model.decoder, model.decoder.mesh.shape[MODEL], batch * length
+    sums = sum(4 * size * size // _columns(model, size) for size in sizes)
+    inputs = tokens * model.dtype.itemsize * (4 * decoder.config.d_model + 2 * sum(sizes))
+    scores = 2 * tokens * length * getattr(decoder.config, "heads", 0) * 4
+    return model.block_bytes() // axis + 2 * sums + inputs + scores // axis
+
+
+class Storage(NamedTuple):
+    """Bytes, at most: Orbax compresses what it writes.
+
+    Attributes:
+      hidden: hidden states of all calibration sequences.
+      host: memory of one host, by what takes it.
+      disk: of the run directory, by what takes it.
+    """
+
+    hidden: int
+    host: dict[str, int]
+    disk: dict[str, int]
+
+
+def storage(model: Declared, config: RunConfig, hosts: int, pruned: int) -> Storage:
+    """Host memory and disk of a run.
+
+    Args:
+      hosts: that share the hidden states.
+      pruned: weights in the pruned matrices of all blocks, which have a mask.
+    """
+    decoder, text = model.decoder, config.calibration
+    itemsize = model.itemsize(next(iter(decoder.end_shapes)))
+    hidden = (text.samples + text.held_out) * text.length * decoder.config.d_model * itemsize
+    block, ends, blocks = model.block_bytes(), model.end_bytes(), decoder.config.blocks
+    masks = pruned // blocks
+    table = max(math.prod(shape) * model.itemsize(name) for name, shape in decoder.end_shapes.items())
+    share = -(-hidden // hosts)
+    # What is written to the journal is copied once more; embedding the tokens needs the whole table.
+    host = {"the program": ASSUMED.program, "hidden states": share,
+            "being saved, or the embedding": max(share + block + masks, table + table // itemsize)}
+    disk = {"journal": blocks * (block + masks), "hidden states": 2 * hidden, "checkpoint": blocks * (block + masks) + ends}
+    if config.export:
+        disk["export for transformers"] = blocks * block + ends + pruned // 8
+    return Storage(hidden, host, disk)
+
+
+def evaluation_tokens(config: RunConfig) -> int:
+    """Tokens of the perplexity text."""
+    length = config.evaluation.length or config.calibration.length
+    return config.evaluation.windows * length if config.evaluation.windows else ASSUMED.evaluation_tokens
+
+
+def run_seconds(model: Declared, config: RunConfig, target: Target, stored: Storage, block: float, calibrating: float,
+                pruning: float, compiling: float | None) -> dict[str, float]:
+    """Seconds of a run, by stage.
+
+    Args:
+      block: from :func:`sequence_flops`, of ``calibration.length`` tokens.
+      calibrating: of all calls of the calibration step.
+      pruning: of all calls of ``prune_group``.
+      compiling: all programs, as it took here; None where nothing was compiled.
+    """
+    decoder, text, blocks = model.decoder, config.calibration, model.decoder.config.blocks
+    weights = blocks * model.block_bytes() + model.end_bytes()
+
+    def forward(tokens: float) -> float:
+        return blocks * products(model, block * tokens / text.length / target.mesh.size).seconds(target)
+
+    tokens = evaluation_tokens(config)
+    head = products(model, 2.0 * tokens * decoder.config.vocab * decoder.config.d_embedding / target.mesh.size).seconds(target)
+    moved = 3 * stored.hidden + 4 * tokens * stored.hidden / ((text.samples + text.held_out) * text.length)
+    # The weights are read for both perplexities, for the walk and for the checkpoint.
+    stages = {
+        "compiling (as here)": compiling,
+        "perplexity, dense and pruned": 2 * (forward(tokens) + head),
+        "calibration": calibrating,
+        "pruning": pruning,
+        "pruned blocks forward": forward((text.samples + text.held_out) * text.length),
+        "hidden states to and from the devices": blocks * moved / (ASSUMED.transfer * target.hosts),
+        "reading weights": 4 * weights / (ASSUMED.reading * target.hosts),
+        "writing": (sum(stored.disk.values()) + (blocks - 2) * stored.hidden) / ASSUMED.writing,
+    }
+    return {name: seconds for name, seconds in stages.items() if seconds is not None}
+
+
+def assumptions(config: RunConfig, target: Target) -> list[str]:
+    """What the time rests on, in words."""
+    chip, share = target.chip, f"{100 * target.utilisation:.0f}%"
+    cost = solver_cost(config.solver)
+    words = [f"products run at {share} of {chip.narrow / 1e12:,.4g} TFLOP/s in the model's dtype and of "
+             f"{chip.wide / 1e12:,.4g} in float32, vector work at {share} of {chip.bandwidth / 1e9:,.4g} GB/s ({chip.source})",
+             f"factorisations run at {chip.factor / 1e12:,.3g} TFLOP/s"]
+    if config.solver:
+        words.append(f"{cost.products:.0f} products with H until a layer has converged; FLOPs and bytes of its loop are counted "
+                     "so, since the compiler's own count takes a loop once")
+    if not config.evaluation.windows:
+        words.append(f"a perplexity text of {ASSUMED.evaluation_tokens:,} tokens (evaluation.windows is null)")
+    words.append(f"a host moves {ASSUMED.transfer / 1e9:g} GB/s to its devices and reads {ASSUMED.reading / 1e9:g} GB/s of "
+                 f"weights; the run directory takes {ASSUMED.writing / 1e9:g} GB/s; nothing overlaps; no communication is counted")
+    return words
+
+

@@ -1,0 +1,166 @@
+"""The plan of a run: its programs, what each needs, and what the whole takes."""
+
+import collections
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from optima_tpu.calibrate import Groups, linear_groups
+from optima_tpu.config import RunConfig
+from optima_tpu.inputs import linear_shapes
+from optima_tpu.layer_rules import check_layers
+from optima_tpu.patterns import Pattern
+from optima_tpu.plan import estimate
+from optima_tpu.plan.compile import Compiled, compiled, lower_calibration, lower_pruning, resident, sequences_at_once
+from optima_tpu.plan.estimate import Storage, Work
+from optima_tpu.plan.model import Declared
+from optima_tpu.plan.topology import Target
+from optima_tpu.prune import Recipe, pruned_groups
+from optima_tpu.run import recipe_of
+from optima_tpu.sharding import DATA
+
+
+class Program(NamedTuple):
+    """One program of a run.
+
+    Attributes:
+      name: what it does.
+      calls: how often, in the whole run.
+      rows: of the layers, on each device; None for the calibration.
+      work: of one call, on each device.
+      memory: bytes on a device while it runs, with what else is there.
+      compiled: what the compiler says; None where nothing was compiled.
+    """
+
+    name: str
+    calls: int
+    rows: int | None
+    work: Work
+    memory: int
+    compiled: Compiled | None
+
+    @property
+    def refused(self) -> bool:
+        """Whether the compiler could not fit it into the chip."""
+        return bool(self.compiled and self.compiled.refused)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a run needs.
+
+    Attributes:
+      programs: the calibration step, and the solver for each distinct shape.
+      batch: sequences of one step on each slice of the data axis.
+      storage: host memory and disk.
+      seconds: by stage of the run.
+      assumptions: what the seconds rest on.
+    """
+
+    model: Declared
+    target: Target
+    programs: tuple[Program, ...]
+    batch: int
+    storage: Storage
+    seconds: dict[str, float]
+    assumptions: list[str]
+
+    @property
+    def too_large(self) -> tuple[Program, ...]:
+        """Programs that do not fit into the memory of a device."""
+        return tuple(program for program in self.programs if program.refused or program.memory > self.target.chip.memory)
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan in JSON types."""
+        target, decoder = self.target, self.model.decoder
+        return {
+            "model": self.model.origin, "blocks": decoder.config.blocks, "target": target.name, "hosts": target.hosts,
+            "mesh": dict(target.mesh.shape), "chip": target.chip._asdict(), "notes": list(target.notes), "batch": self.batch,
+            "programs": [program._asdict() | {"work": program.work._asdict(), "seconds": program.work.seconds(target),
+                                              "compiled": program.compiled and program.compiled._asdict()}
+                         for program in self.programs],
+            "fits": not self.too_large, "storage": self.storage._asdict(), "seconds": self.seconds,
+            "assumptions": self.assumptions}
+
+
+class _Shape(NamedTuple):
+    """What decides the program of a group of layers."""
+
+    shapes: tuple[tuple[int, int], ...]
+    patterns: tuple[Pattern, ...]
+
+
+def make_plan(config: RunConfig, model: Declared, target: Target, tell: Callable[[str], None] = lambda line: None) -> Plan:
+    """Plans a run.
+
+    Args:
+      tell: called with a line before each compilation.
+
+    Raises:
+      UserError: pattern or layer rules do not fit the model.
+    """
+    decoder, recipe, text = model.decoder, recipe_of(config), config.calibration
+    patterns = check_layers(config.layers, config.pattern, linear_shapes(decoder))
+    held_out, names = text.held_out > 0, linear_groups(decoder)
+    kinds: dict[Groups, int] = collections.Counter()
+    shapes: dict[_Shape, int] = collections.Counter()
+    layers: dict[_Shape, tuple[str, ...]] = {}
+    for index in range(decoder.config.blocks):
+        prefix = decoder.prefix(index)
+        groups = pruned_groups(names, recipe, prefix)
+        kinds[groups] += bool(groups)
+        for group in groups:
+            shape = _Shape(tuple(decoder.block_shapes[name + ".weight"] for name in group),
+                           tuple(patterns[prefix + name] for name in group))
+            shapes[shape] += 1
+            layers.setdefault(shape, group)
+    kinds = {groups: count for groups, count in kinds.items() if count}
+    full = max(kinds, key=len, default=())
+
+    block = estimate.sequence_flops(model, text.length)
+    programs = [_calibration(config, model, target, block, groups, count, tell) for groups, count in kinds.items()]
+    programs += [_pruning(model, target, recipe, full, shape, layers[shape], count, held_out, tell)
+                 for shape, count in shapes.items()]
+    steps = [program.calls * program.work.seconds(target) for program in programs]
+    compiling = sum(program.compiled.seconds for program in programs if program.compiled)
+    stored = estimate.storage(model, config, target.hosts, sum(
+        math.prod(decoder.block_shapes[name + ".weight"]) * count for groups, count in kinds.items()
+        for group in groups for name in group))
+    seconds = estimate.run_seconds(model, config, target, stored, block, sum(steps[:len(kinds)]),
+                                   sum(steps[len(kinds):]), compiling if target.compiles else None)
+    return Plan(model, target, tuple(programs), sequences_at_once(decoder, text.samples), stored, seconds,
+                estimate.assumptions(config, target))
+
+
+def _calibration(config: RunConfig, model: Declared, target: Target, block: float, groups: Groups, blocks: int,
+                 tell: Callable[[str], None]) -> Program:
+    decoder, text = model.decoder, config.calibration
+    sizes = tuple(decoder.block_shapes[names[0] + ".weight"][1] for names in groups)
+    batch = sequences_at_once(decoder, text.samples)
+    steps = sum(-(-count // (batch * target.mesh.shape[DATA])) for count in (text.samples, text.held_out))
+    name, found = "calibration step", None
+    memory = estimate.calibration_memory(model, sizes, text.length, batch)
+    if target.compiles:
+        tell(f"compiling the {name}: {batch} x {text.length} tokens a device")
+        found = compiled(lambda: lower_calibration(decoder, groups, text.length, text.samples))
+        # While the held-out sequences run through the block, the Hessians of the others are there.
+        beside = resident(decoder, groups, False) - resident(decoder, (), False) if text.held_out else 0
+        memory = found.memory + beside if found.memory else memory
+    return Program(name, blocks * steps, None, estimate.calibration_work(model, block, sizes, text.length, batch), memory, found)
+
+
+def _pruning(model: Declared, target: Target, recipe: Recipe, groups: Groups, shape: _Shape, names: tuple[str, ...], calls: int,
+             held_out: bool, tell: Callable[[str], None]) -> Program:
+    decoder, d_in = model.decoder, shape.shapes[0][1]
+    rows = -(-sum(d_out for d_out, _ in shape.shapes) // target.mesh.size)
+    name = f"{', '.join(name.rpartition('.')[2].removesuffix('_proj') for name in names)} [{sum(s[0] for s in shape.shapes):,}, {d_in:,}]"
+    work = estimate.prune_work(rows, d_in, recipe.solver, recipe.selector, shape.patterns[0], held_out)
+    memory = estimate.prune_memory(rows, d_in, model.itemsize(decoder.prefix(0) + names[0] + ".weight"), held_out)
+    found = None
+    if target.compiles:
+        tell(f"compiling the solver for {name}: {rows:,} rows a device")
+        found = compiled(lambda: lower_pruning(decoder, names, shape.patterns, recipe, held_out))
+        if found.memory:
+            memory = found.memory - found.arguments + resident(decoder, groups, held_out)
+    return Program(name, calls, rows, work, memory, found)
