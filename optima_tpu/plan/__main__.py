@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import jax
 from rich.console import Console
 
 from optima_tpu.cli import parse
@@ -35,8 +36,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         options, settings = _parse(list(sys.argv[1:] if argv is None else argv))
         config = parse(settings)
-        # A topology is compiled for without its devices: the CPU is enough, and a TPU here stays free.
-        simulate_devices(config.cpu_devices or (1 if options.topology else None))
+        simulate_devices(config.cpu_devices)
+        if options.topology:  # its devices need not be here, and a TPU that is stays free
+            jax.config.update("jax_platforms", "cpu")
         # Only now: what these import asks for the devices.
         from optima_tpu.plan.model import open_declared
         from optima_tpu.plan.plan import make_plan

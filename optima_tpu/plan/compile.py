@@ -16,6 +16,7 @@ from optima_tpu.models.decoder import Decoder
 from optima_tpu.patterns import Pattern
 from optima_tpu.plan.hlo import collectives
 from optima_tpu.prune import Recipe, prune_group
+from optima_tpu.report.numbers import number
 from optima_tpu.sharding import DATA, MODEL, ROWS, divisible
 
 
@@ -41,20 +42,27 @@ class Compiled(NamedTuple):
     refused: str | None = None
 
 
-def compiled(lower: Callable[[], jax.stages.Lowered]) -> Compiled:
-    """Compiles a program and reads what it needs. That it does not fit into memory is an answer, not an error."""
+def compiled(lower: Callable[[], jax.stages.Lowered], tell: Callable[[str], None] = lambda line: None) -> Compiled:
+    """Compiles a program and reads what it needs. That it does not fit into memory is an answer, not an error.
+
+    Args:
+      tell: called with a line on what came out.
+    """
     start = time.monotonic()
     try:
         program = lower().compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        return Compiled(time.monotonic() - start, refused=_reason(str(error)))
+        refused = Compiled(time.monotonic() - start, refused=_reason(str(error)))
+        tell(f"  does not fit: {refused.refused}; {refused.seconds:.0f} s")
+        return refused
     seconds, memory = time.monotonic() - start, program.memory_analysis()
     cost = program.cost_analysis() or {}
     inside, outside = collectives(program.as_text())
     total = (memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
              + memory.generated_code_size_in_bytes - memory.alias_size_in_bytes)
+    tell(f"  {number(total / 2**30)} GiB, {number(memory.argument_size_in_bytes / 2**30)} of them arguments; {seconds:.0f} s")
     return Compiled(seconds, total, memory.argument_size_in_bytes, cost.get("flops", 0.0), cost.get("bytes accessed", 0.0),
                     inside, outside)
 

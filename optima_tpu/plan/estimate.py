@@ -100,12 +100,13 @@ def solver_cost(solver: Solver | None) -> SolverCost:
     raise TypeError(f"no cost is known for {solver}")
 
 
-def prune_work(rows: int, d_in: int, recipe_solver: Solver | None, selector: MaskSelector | None, pattern: Pattern,
+def prune_work(rows: int, d_in: int, solver: Solver | None, selector: MaskSelector | None, pattern: Pattern,
                held_out: bool) -> Work:
     """Of ``prune_group``, for ``rows`` rows on a device."""
-    cost = solver_cost(recipe_solver)
-    # Beside the solver: the target, and the objective before, after and of the dense weights.
-    times = cost.products + 4 + 3 * held_out
+    cost = solver_cost(solver)
+    # Beside the solver: the target, and the objective before and after, which are one where there is no solver.
+    change = 2 if solver else 1
+    times = cost.products + 1 + change + held_out * (1 + change)
     shared, passes = cost.shared, cost.passes + 30 + _sorting(rows, d_in, pattern)
     if not isinstance(selector, (Wanda, Magnitude, type(None))):  # a factorisation and a sweep over the columns
         times, shared = times + 2, shared + 1
@@ -255,7 +256,8 @@ def assumptions(config: RunConfig, target: Target) -> list[str]:
     if not config.evaluation.windows:
         words.append(f"a perplexity text of {ASSUMED.evaluation_tokens:,} tokens (evaluation.windows is null)")
     words.append(f"a host moves {ASSUMED.transfer / 1e9:g} GB/s to its devices and reads {ASSUMED.reading / 1e9:g} GB/s of "
-                 f"weights; the run directory takes {ASSUMED.writing / 1e9:g} GB/s; nothing overlaps; no communication is counted")
+                 f"weights; the run directory takes {ASSUMED.writing / 1e9:g} GB/s; nothing overlaps")
+    words.append("communication is not counted")
     return words
 
 

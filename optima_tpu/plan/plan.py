@@ -143,7 +143,7 @@ def _calibration(config: RunConfig, model: Declared, target: Target, block: floa
     memory = estimate.calibration_memory(model, sizes, text.length, batch)
     if target.compiles:
         tell(f"compiling the {name}: {batch} x {text.length} tokens a device")
-        found = compiled(lambda: lower_calibration(decoder, groups, text.length, text.samples))
+        found = compiled(lambda: lower_calibration(decoder, groups, text.length, text.samples), tell)
         # While the held-out sequences run through the block, the Hessians of the others are there.
         beside = resident(decoder, groups, False) - resident(decoder, (), False) if text.held_out else 0
         memory = found.memory + beside if found.memory else memory
@@ -154,13 +154,14 @@ def _pruning(model: Declared, target: Target, recipe: Recipe, groups: Groups, sh
              held_out: bool, tell: Callable[[str], None]) -> Program:
     decoder, d_in = model.decoder, shape.shapes[0][1]
     rows = -(-sum(d_out for d_out, _ in shape.shapes) // target.mesh.size)
-    name = f"{', '.join(name.rpartition('.')[2].removesuffix('_proj') for name in names)} [{sum(s[0] for s in shape.shapes):,}, {d_in:,}]"
+    short = ", ".join(name.rpartition(".")[2].removesuffix("_proj") for name in names)
+    name = f"{short} [{sum(d_out for d_out, _ in shape.shapes):,}, {d_in:,}]"
     work = estimate.prune_work(rows, d_in, recipe.solver, recipe.selector, shape.patterns[0], held_out)
     memory = estimate.prune_memory(rows, d_in, model.itemsize(decoder.prefix(0) + names[0] + ".weight"), held_out)
     found = None
     if target.compiles:
         tell(f"compiling the solver for {name}: {rows:,} rows a device")
-        found = compiled(lambda: lower_pruning(decoder, names, shape.patterns, recipe, held_out))
+        found = compiled(lambda: lower_pruning(decoder, names, shape.patterns, recipe, held_out), tell)
         if found.memory:
             memory = found.memory - found.arguments + resident(decoder, groups, held_out)
     return Program(name, calls, rows, work, memory, found)

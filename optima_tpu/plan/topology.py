@@ -96,6 +96,11 @@ def parse_topology(text: str) -> tuple[str, tuple[int, ...]]:
     return found[1], tuple(map(int, found[2].split("x")))
 
 
+def has_libtpu() -> bool:
+    """Whether the TPU's compiler is installed; no TPU is needed for it."""
+    return importlib.util.find_spec("libtpu") is not None
+
+
 def topology_target(text: str, mesh: str | None, compiling: bool = True) -> Target:
     """A TPU slice that is not here. Without libtpu nothing is compiled for it, and a note says so.
 
@@ -110,7 +115,7 @@ def topology_target(text: str, mesh: str | None, compiling: bool = True) -> Targ
     chip, devices, hosts, notes = CHIPS[kind], None, -(-math.prod(shape) // 4), []
     if not compiling:
         notes.append("nothing was compiled (--no-compile): memory, FLOPs and bytes are those of a simple model")
-    elif importlib.util.find_spec("libtpu") is None:
+    elif not has_libtpu():
         notes.append("libtpu is not installed, so nothing was compiled: memory, FLOPs and bytes are those of a simple model; "
                      "for the compiler's own figures: pip install 'optima-tpu[tpu]'")
     else:
@@ -151,8 +156,8 @@ def _describe(text: str, kind: str, shape: tuple[int, ...]) -> topologies.Topolo
 def fitting_mesh(text: str | None, count: int, where: str) -> tuple[tuple[int, int], tuple[str, ...]]:
     """(data, model) with the product ``count`` that is nearest to the mesh asked for, and a note where it is another.
 
-    Nearest: the least change of both axes, by factors; of two as near the one with the larger model axis, which needs less
-    memory.
+    Nearest: the least sum of squares of the logarithms by which both axes change; of two as near the one with the larger
+    model axis, which needs less memory.
 
     Args:
       text: see ``sharding.parse_mesh``; None puts all devices on data.
@@ -160,7 +165,7 @@ def fitting_mesh(text: str | None, count: int, where: str) -> tuple[tuple[int, i
     """
     asked = parse_mesh(text) if text else (count, 1)
     pairs = [(count // model, model) for model in range(1, count + 1) if count % model == 0]
-    best = min(pairs, key=lambda pair: (sum(abs(math.log(new / old)) for new, old in zip(pair, asked)), -pair[1]))
+    best = min(pairs, key=lambda pair: (sum(math.log(new / old) ** 2 for new, old in zip(pair, asked)), -pair[1]))
     if best == asked:
         return best, ()
     return best, (f"mesh {asked[0]}x{asked[1]} needs {math.prod(asked)} devices, {where} has {count}: "

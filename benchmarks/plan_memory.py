@@ -1,0 +1,110 @@
+"""What a plan says of device memory against what a block's walk takes, on simulated devices.
+
+    python -m benchmarks.plan_memory --mesh 4x2
+
+The walk is that of a run: calibration with held-out sequences, pruning, the pruned block forward, on a random Llama. Simulated
+devices keep their arrays in the memory of this process, so what they take is seen from outside: the peak of the resident set
+(VmHWM, reset before the walk) above what was resident before. A first walk compiles; the second, on fresh weights, is measured.
+Linux only.
+"""
+
+import argparse
+import ctypes
+import dataclasses
+import re
+import sys
+import tempfile
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from optima_tpu.config import Calibration, RunConfig
+from optima_tpu.sharding import simulate_devices
+
+
+class RandomTensors:
+    """A ``TensorSource`` that draws what is read, as a file gives a new copy at every read."""
+
+    def __init__(self, declared):
+        self.declared = declared
+
+    def names(self):
+        return self.declared.names()
+
+    def shape(self, name):
+        return self.declared.shape(name)
+
+    def dtype(self, name):
+        return self.declared.dtype(name)
+
+    def read(self, name, index=(...,)):
+        shape = self.shape(name)
+        drawn = np.random.default_rng(zlib.crc32(name.encode())).standard_normal(shape, np.float32) / np.sqrt(shape[-1])
+        return np.array((np.abs(drawn) + 1 if len(shape) == 1 else drawn)[index], self.dtype(name))
+
+
+def resident(key: str = "VmRSS") -> int:
+    """Bytes of this process's resident set; "VmHWM" for its peak since the last reset."""
+    return int(re.search(rf"{key}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+
+
+def settle() -> None:
+    """Gives freed memory back and resets the peak."""
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.plan_memory", description=__doc__.split("\n\n")[0],
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--mesh", default="4x2")
+    parser.add_argument("--d-model", type=int, default=768)
+    parser.add_argument("--d-ff", type=int, default=2048)
+    parser.add_argument("--length", type=int, default=512)
+    options = parser.parse_args(argv)
+    # Large arrays go back to the system when they are freed, whatever was freed before.
+    ctypes.CDLL(None).mallopt(ctypes.c_int(-3), ctypes.c_int(1 << 16))
+    data, model_axis = map(int, options.mesh.split("x"))
+    simulate_devices(data * model_axis)
+
+    from transformers import LlamaConfig
+
+    from optima_tpu.calibrate import linear_groups
+    from optima_tpu.plan.model import open_declared
+    from optima_tpu.plan.plan import make_plan
+    from optima_tpu.plan.topology import local_target
+    from optima_tpu.prune import walk_block
+    from optima_tpu.run import recipe_of
+
+    hf = LlamaConfig(vocab_size=512, hidden_size=options.d_model, intermediate_size=options.d_ff, num_hidden_layers=2,
+                     num_attention_heads=options.d_model // 64, num_key_value_heads=options.d_model // 192)
+    hf.architectures = ["LlamaForCausalLM"]
+    with tempfile.TemporaryDirectory() as folder:
+        hf.save_pretrained(folder)
+        config = RunConfig(folder, mesh=options.mesh, batch=2,
+                           calibration=Calibration("random", samples=8 * data, length=options.length, held_out=data))
+        model = open_declared(folder, "float32", config.batch)
+    target = local_target(config.mesh, model.dtype)
+    model = model.on(target.mesh)
+    plan = make_plan(config, model, target, lambda line: print(line, file=sys.stderr))
+    worst = max(plan.programs, key=lambda program: program.memory)
+    planned = worst.memory * target.mesh.size
+
+    decoder = dataclasses.replace(model.decoder, tensors=RandomTensors(model.decoder.tensors))
+    groups, recipe, text = linear_groups(decoder), recipe_of(config), config.calibration
+    hidden = np.random.default_rng(0).standard_normal((text.samples + text.held_out, text.length, options.d_model), np.float32)
+    walk_block(decoder, 0, hidden.copy(), groups, recipe, samples=text.samples)
+    settle()
+    before = resident()
+    walk_block(decoder, 1, hidden, groups, recipe, samples=text.samples)
+    measured = resident("VmHWM") - before
+    for program in plan.programs:
+        print(f"{program.name:<32}{program.memory * target.mesh.size / 2**20:8.0f} MiB on {target.mesh.size} devices")
+    print(f"planned   {planned / 2**20:8.0f} MiB, in {worst.name}")
+    print(f"measured  {measured / 2**20:8.0f} MiB, {100 * measured / planned:.0f}% of it")
+
+
+if __name__ == "__main__":
+    main()
