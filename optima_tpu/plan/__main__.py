@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         console = Console()
         model, compiling = open_declared(config.model, config.dtype, config.batch), not options.no_compile
-        target = (topology_target(options.topology, config.mesh, compiling) if options.topology
+        target = (topology_target(options.topology, config.mesh, compiling, options.quick) if options.topology
                   else local_target(config.mesh, model.dtype, compiling))
         model = model.on(target.mesh)
         say(console, "\n".join([*greeting(model.origin, model.decoder.config.blocks, target), ""]))
@@ -76,6 +76,8 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--json", metavar="FILE", help="write the plan there too")
     parser.add_argument("--no-compile", "--no_compile", action="store_true",
                         help="count instead of compiling, which takes seconds and is rough")
+    parser.add_argument("--quick", action="store_true",
+                        help="with --topology: compile with less effort; memory is then that of a run at most")
     try:
         return parser.parse_known_args(argv)
     except argparse.ArgumentError as error:

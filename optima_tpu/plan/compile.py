@@ -4,7 +4,7 @@ import math
 import re
 import time
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -42,15 +42,17 @@ class Compiled(NamedTuple):
     refused: str | None = None
 
 
-def compiled(lower: Callable[[], jax.stages.Lowered], tell: Callable[[str], None] = lambda line: None) -> Compiled:
+def compiled(lower: Callable[[], jax.stages.Lowered], tell: Callable[[str], None] = lambda line: None,
+             options: Mapping[str, Any] | None = None) -> Compiled:
     """Compiles a program and reads what it needs. That it does not fit into memory is an answer, not an error.
 
     Args:
       tell: called with a line on what came out.
+      options: of the compiler.
     """
     start = time.monotonic()
     try:
-        program = lower().compile()
+        program = lower().compile(options and dict(options))
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise

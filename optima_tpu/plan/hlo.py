@@ -7,10 +7,23 @@ COLLECTIVE = re.compile(r"\b(?:all-reduce|all-gather|all-to-all|reduce-scatter|c
 
 
 def collectives(hlo: str) -> tuple[dict[str, int], dict[str, int]]:
-    """The collectives of a program by name, those inside its loops and those outside."""
-    inside, everywhere = (collections.Counter(re.sub(r"(-start)?\($", "", found) for found in COLLECTIVE.findall(text))
-                          for text in (text_inside_loops(hlo), hlo))
-    return dict(inside), dict(everywhere - inside)
+    """The collectives of a program by name, those inside its loops and those outside.
+
+    A TPU's compiler lets a transfer that is started before a loop and awaited after it go on behind the loop's products, and
+    then names it in every computation that carries it. It is one collective, outside, known by its channel and its origin.
+    """
+    loops = text_inside_loops(hlo)
+    inside, everywhere = _channels(loops), _channels(hlo)
+    beyond = everywhere.keys() - inside.keys() | {key for key, times in everywhere.items() if times > inside.get(key, 0)}
+    return (dict(collections.Counter(name for name, *_ in inside.keys() - beyond)),
+            dict(collections.Counter(name for name, *_ in beyond)))
+
+
+def _channels(text: str) -> dict[tuple[str, ...], int]:
+    """How often each collective, by its name, channel and origin in the traced program, is named."""
+    found = ((COLLECTIVE.search(line), line) for line in text.splitlines())
+    return collections.Counter((re.sub(r"(-start)?\($", "", match[0]), *re.findall(r'channel_id=\d+|op_name="[^"]*"', line))
+                               for match, line in found if match)
 
 
 def text_inside_loops(hlo: str) -> str:

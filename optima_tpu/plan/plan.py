@@ -143,7 +143,7 @@ def _calibration(config: RunConfig, model: Declared, target: Target, block: floa
     memory = estimate.calibration_memory(model, sizes, text.length, batch)
     if target.compiles:
         tell(f"compiling the {name}: {batch} x {text.length} tokens a device")
-        found = compiled(lambda: lower_calibration(decoder, groups, text.length, text.samples), tell)
+        found = compiled(lambda: lower_calibration(decoder, groups, text.length, text.samples), tell, target.options)
         # While the held-out sequences run through the block, the Hessians of the others are there.
         beside = resident(decoder, groups, False) - resident(decoder, (), False) if text.held_out else 0
         memory = found.memory + beside if found.memory else memory
@@ -161,7 +161,7 @@ def _pruning(model: Declared, target: Target, recipe: Recipe, groups: Groups, sh
     found = None
     if target.compiles:
         tell(f"compiling the solver for {name}: {rows:,} rows a device")
-        found = compiled(lambda: lower_pruning(decoder, names, shape.patterns, recipe, held_out), tell)
+        found = compiled(lambda: lower_pruning(decoder, names, shape.patterns, recipe, held_out), tell, target.options)
         if found.memory:
             memory = found.memory - found.arguments + resident(decoder, groups, held_out)
     return Program(name, calls, rows, work, memory, found)

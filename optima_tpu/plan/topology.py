@@ -5,7 +5,9 @@ import math
 import os
 import re
 import time
-from typing import NamedTuple
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -67,6 +69,7 @@ class Target(NamedTuple):
       hosts: how many machines the devices are attached to.
       utilisation: the share of ``chip``'s rates for products and bandwidth that is counted on.
       notes: what the user should know: another mesh than asked for, no compiler.
+      options: of the compiler.
     """
 
     name: str
@@ -75,6 +78,7 @@ class Target(NamedTuple):
     hosts: int
     utilisation: float
     notes: tuple[str, ...] = ()
+    options: Mapping[str, Any] | None = None
 
     @property
     def compiles(self) -> bool:
@@ -101,12 +105,17 @@ def has_libtpu() -> bool:
     return importlib.util.find_spec("libtpu") is not None
 
 
-def topology_target(text: str, mesh: str | None, compiling: bool = True) -> Target:
+QUICK: Mapping[str, Any] = MappingProxyType({"exec_time_optimization_effort": -1.0})
+"""The TPU compiler's least effort. It then keeps in HBM what it would else keep in the vector units' own memory."""
+
+
+def topology_target(text: str, mesh: str | None, compiling: bool = True, quick: bool = False) -> Target:
     """A TPU slice that is not here. Without libtpu nothing is compiled for it, and a note says so.
 
     Args:
       text: see :func:`parse_topology`.
       mesh: as for a run. One that does not fit is replaced by the nearest that does, and a note says so.
+      quick: compile with :data:`QUICK`.
 
     Raises:
       UserError: see :func:`parse_topology`; or the compiler knows no such slice.
@@ -133,15 +142,17 @@ def topology_target(text: str, mesh: str | None, compiling: bool = True) -> Targ
         made = topologies.make_mesh(described, sizes, (DATA, MODEL))
     else:
         made = AbstractMesh(sizes, (DATA, MODEL))
-    return Target(text, chip, made, hosts, 0.5, (*notes, *note))
+    if devices and quick:
+        notes.append("compiled with the least effort (--quick): memory is that of a run at most")
+    return Target(text, chip, made, hosts, 0.5, (*notes, *note), QUICK if quick else None)
 
 
 def _describe(text: str, kind: str, shape: tuple[int, ...]) -> topologies.TopologyDescription:
     """The slice as libtpu knows it."""
-    # libtpu would otherwise look for the machine it is on, and refuse to be loaded by two processes.
-    for name, value in {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost",
-                        "TPU_ACCELERATOR_TYPE": "v5litepod-8", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}.items():
-        os.environ.setdefault(name, value)
+    # libtpu would otherwise look for the machine it is on, and refuse to be loaded by two processes. Whatever jax has found
+    # out about this machine when it was imported does not matter here.
+    os.environ.update(TPU_SKIP_MDS_QUERY="1", TPU_WORKER_HOSTNAMES="localhost", TPU_ACCELERATOR_TYPE="v5litepod-8",
+                      ALLOW_MULTIPLE_LIBTPU_LOAD="1")
     slice_name = f"{kind}:{'x'.join(map(str, shape))}"
     # A host has 2x2 chips, in slices smaller than that as many as there are.
     host = [size if size < 2 else 2 for size in shape[:2]] + [1]
