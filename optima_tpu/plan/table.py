@@ -33,9 +33,9 @@ def greeting(plan_of: str, blocks: int, target) -> list[str]:
 def program_table(plan: Plan) -> Table:
     """One row for each program."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    table.add_column("program", vertical="bottom")
+    table.add_column("program", vertical="bottom", no_wrap=True)
     headings = ["calls", "rows on\na device", f"GiB of\n{_gib(plan.target.chip.memory)}", "TFLOP", "GB", "seconds"]
-    headings += ["collectives\nin loops", "and\noutside", "compiled\nin s"] if plan.target.compiles else []
+    headings += ["in loops\nare sent", "outside", "compiled\nin s"] if plan.target.compiles else []
     for heading in headings:
         table.add_column(heading, justify="right", no_wrap=True)
     for program in plan.programs:
@@ -44,7 +44,7 @@ def program_table(plan: Plan) -> Table:
                  number(work.flops / 1e12), _traffic(program), number(work.seconds(plan.target))]
         if program.compiled:
             found = program.compiled
-            cells += ["-", "-"] if found.refused else [_counts(found.inside), _counts(found.outside)]
+            cells += ["-", "-"] if found.refused else [str(sum(kind.values())) for kind in (found.inside, found.outside)]
             cells += [f"{found.seconds:.0f}"]
         table.add_row(*cells)
     return table
@@ -78,8 +78,10 @@ def _advice(plan: Plan) -> str:
 def _legend(plan: Plan) -> list[str]:
     lines = ["Memory, FLOPs and bytes of one call on one device; memory with what else the run holds there."]
     if plan.target.compiles:
-        lines.append("Memory and collectives are the compiler's, FLOPs are counted; bytes are the compiler's for the calibration "
-                     "and counted for the solver.")
+        lines += ["Memory and collectives are the compiler's, FLOPs are counted; bytes are the compiler's for the calibration step",
+                  "and counted for the solver. The collectives:"]
+        lines += [f"  {program.name}: {_counts(program.compiled.inside)} in loops, {_counts(program.compiled.outside)} outside"
+                  for program in plan.programs if not program.refused]
     return lines
 
 
@@ -89,7 +91,8 @@ def _memory(program: Program) -> str:
 
 def _traffic(program: Program) -> str:
     found = program.compiled
-    return number((found.accessed if found and program.rows is None else program.work.traffic) / 1e9)
+    size = found.accessed if found and program.rows is None else program.work.traffic
+    return number(size / 1e9) if size else "-"
 
 
 def _counts(found: Mapping[str, int]) -> str:
