@@ -35,7 +35,7 @@ def program_table(plan: Plan) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     table.add_column("program", vertical="bottom", no_wrap=True)
     headings = ["calls", "rows on\na device", f"GiB of\n{_gib(plan.target.chip.memory)}", "TFLOP", "GB", "seconds"]
-    headings += ["in loops\nare sent", "outside", "compiled\nin s"] if plan.target.compiles else []
+    headings += ["collectives\nin loops", "and\noutside", "compiled\nin s"] if plan.target.compiles else []
     for heading in headings:
         table.add_column(heading, justify="right", no_wrap=True)
     for program in plan.programs:
@@ -72,13 +72,15 @@ def _advice(plan: Plan) -> str:
     calibration = any(program.rows is None for program in plan.too_large)
     rows = any(program.rows is not None for program in plan.too_large)
     fewer = [f"--batch {max(1, plan.batch // 2)}"] if calibration and plan.batch > 1 else []
-    return "try " + " and ".join(fewer + (["more devices"] if rows or not fewer else []))
+    more = ["more devices"] if rows or not fewer else []
+    quick = "the same without --quick, whose programs are larger; then " if plan.target.options else ""
+    return f"try {quick}{' and '.join(fewer + more)}"
 
 
 def _legend(plan: Plan) -> list[str]:
     lines = ["Memory, FLOPs and bytes of one call on one device; memory with what else the run holds there."]
     if plan.target.compiles:
-        lines += ["Memory and collectives are the compiler's, FLOPs are counted; bytes are the compiler's for the calibration step",
+        lines += ["Memory and collectives are the compiler's, FLOPs are counted; bytes are the compiler's for the calibration",
                   "and counted for the solver. The collectives:"]
         lines += [f"  {program.name}: {_counts(program.compiled.inside)} in loops, {_counts(program.compiled.outside)} outside"
                   for program in plan.programs if not program.refused]

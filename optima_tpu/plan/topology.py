@@ -106,7 +106,8 @@ def has_libtpu() -> bool:
 
 
 QUICK: Mapping[str, Any] = MappingProxyType({"exec_time_optimization_effort": -1.0})
-"""The TPU compiler's least effort. It then keeps in HBM what it would else keep in the vector units' own memory."""
+"""The TPU compiler's least effort. Its programs need more memory: of the unrolled triangular solve behind ``CG``'s inverse it
+keeps a copy of the matrix for every other block of 128 columns."""
 
 
 def topology_target(text: str, mesh: str | None, compiling: bool = True, quick: bool = False) -> Target:
@@ -143,7 +144,8 @@ def topology_target(text: str, mesh: str | None, compiling: bool = True, quick: 
     else:
         made = AbstractMesh(sizes, (DATA, MODEL))
     if devices and quick:
-        notes.append("compiled with the least effort (--quick): memory is that of a run at most")
+        notes.append("compiled with the least effort (--quick): a run needs less memory, many times less where a large "
+                     "matrix is inverted")
     return Target(text, chip, made, hosts, 0.5, (*notes, *note), QUICK if quick else None)
 
 
