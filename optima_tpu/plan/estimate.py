@@ -123,7 +123,7 @@ def _sorting(rows: int, d_in: int, pattern: Pattern) -> float:
 
 
 def prune_memory(rows: int, d_in: int, itemsize: int, held_out: bool) -> int:
-    """Bytes of ``prune_group`` on a device: copies of H (itself, scaled, factor, inverse, one being made) and of the rows."""
+    """Bytes of ``prune_group`` on a device: copies of H (gathered, scaled, factor, inverse, one being made) and of the rows."""
     return (5 + held_out) * 4 * d_in * d_in + rows * d_in * (2 * itemsize + 14 * 4)
 
 

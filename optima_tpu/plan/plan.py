@@ -140,13 +140,13 @@ def _calibration(config: RunConfig, model: Declared, target: Target, block: floa
     batch = sequences_at_once(decoder, text.samples)
     steps = sum(-(-count // (batch * target.mesh.shape[DATA])) for count in (text.samples, text.held_out))
     name, found = "calibration step", None
-    memory = estimate.calibration_memory(model, sizes, text.length, batch)
+    # While the held-out sequences run through the block, the Hessians of the others are there.
+    beside = resident(decoder, groups, False) - resident(decoder, (), False) if text.held_out else 0
+    memory = beside + estimate.calibration_memory(model, sizes, text.length, batch)
     if target.compiles:
         tell(f"compiling the {name}: {batch} x {text.length} tokens a device")
         found = compiled(lambda: lower_calibration(decoder, groups, text.length, text.samples), tell, target.options)
-        # While the held-out sequences run through the block, the Hessians of the others are there.
-        beside = resident(decoder, groups, False) - resident(decoder, (), False) if text.held_out else 0
-        memory = found.memory + beside if found.memory else memory
+        memory = beside + found.memory if found.memory else memory
     return Program(name, blocks * steps, None, estimate.calibration_work(model, block, sizes, text.length, batch), memory, found)
 
 
@@ -157,11 +157,12 @@ def _pruning(model: Declared, target: Target, recipe: Recipe, groups: Groups, sh
     short = ", ".join(name.rpartition(".")[2].removesuffix("_proj") for name in names)
     name = f"{short} [{sum(d_out for d_out, _ in shape.shapes):,}, {d_in:,}]"
     work = estimate.prune_work(rows, d_in, recipe.solver, recipe.selector, shape.patterns[0], held_out)
-    memory = estimate.prune_memory(rows, d_in, model.itemsize(decoder.prefix(0) + names[0] + ".weight"), held_out)
+    beside = resident(decoder, groups, held_out)
+    memory = beside + estimate.prune_memory(rows, d_in, model.itemsize(decoder.prefix(0) + names[0] + ".weight"), held_out)
     found = None
     if target.compiles:
         tell(f"compiling the solver for {name}: {rows:,} rows a device")
         found = compiled(lambda: lower_pruning(decoder, names, shape.patterns, recipe, held_out), tell, target.options)
         if found.memory:
-            memory = found.memory - found.arguments + resident(decoder, groups, held_out)
+            memory = beside + found.memory - found.arguments
     return Program(name, calls, rows, work, memory, found)
