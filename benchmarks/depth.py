@@ -14,7 +14,8 @@ import tempfile
 from pathlib import Path
 
 SETTINGS = ["--mesh", "4x2", "--cpu-devices", "8", "--export", "false", "--calibration.source", "random",
-            "--calibration.samples", "16", "--calibration.length", "256", "--evaluation.source", "random", "--evaluation.windows", "8"]
+            "--calibration.samples", "16", "--calibration.length", "256",
+            "--evaluation.source", "random", "--evaluation.windows", "8"]
 
 
 def measure(model: Path, out: Path) -> None:
@@ -25,8 +26,11 @@ def measure(model: Path, out: Path) -> None:
     from optima_tpu.report.progress import Progress
 
     compiled, most, layer = [0], [0], Progress.layer
-    jax.monitoring.register_event_duration_secs_listener(
-        lambda event, seconds, **_: compiled.__setitem__(0, compiled[0] + (event == "/jax/core/compile/backend_compile_duration")))
+
+    def heard(event, seconds, **more):
+        compiled[0] += event == "/jax/core/compile/backend_compile_duration"
+
+    jax.monitoring.register_event_duration_secs_listener(heard)
 
     def counted(progress, report):
         held = sum(shard.data.nbytes for array in jax.live_arrays() for shard in array.addressable_shards)
@@ -49,7 +53,8 @@ def main(folder: Path) -> None:
         done = subprocess.run([sys.executable, "-m", "benchmarks.depth", str(model), str(folder / f"run{blocks}")], check=True,
                               stdout=subprocess.PIPE, text=True)
         found = json.loads(done.stdout.splitlines()[-1])
-        print(f"{blocks:>6}  {found['host'] / 2**20:>24.0f}  {found['arrays'] / 2**20:>26.1f}  {found['compilations']:>17}", flush=True)
+        print(f"{blocks:>6}  {found['host'] / 2**20:>24.0f}  {found['arrays'] / 2**20:>26.1f}  {found['compilations']:>17}",
+              flush=True)
 
 
 if __name__ == "__main__":

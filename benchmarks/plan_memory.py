@@ -71,6 +71,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from transformers import LlamaConfig
 
+    from optima_tpu.activations import Activations
     from optima_tpu.calibrate import linear_groups
     from optima_tpu.plan.model import open_declared
     from optima_tpu.plan.plan import make_plan
@@ -94,7 +95,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     decoder = dataclasses.replace(model.decoder, tensors=RandomTensors(model.decoder.tensors))
     groups, recipe, text = linear_groups(decoder), recipe_of(config), config.calibration
-    hidden = np.random.default_rng(0).standard_normal((text.samples + text.held_out, text.length, options.d_model), np.float32)
+    values = np.random.default_rng(0).standard_normal((text.samples + text.held_out, text.length, options.d_model), np.float32)
+    hidden = Activations.of(decoder.mesh, values)
     walk_block(decoder, 0, hidden.copy(), groups, recipe, samples=text.samples)
     settle()
     before = resident()

@@ -59,15 +59,18 @@ _UNKNOWN = Footprint(hessians=8, vectors=40)
 _UNKNOWN_SELECTOR = 6
 
 
-def device_budget(gib: float | None) -> float:
+def device_budget(gib: float | None, memory: float | None = None) -> float:
     """The bytes that a run may use of each device; the same on every process.
 
     Args:
       gib: what the user allows; None stands for a share of what the devices report. CPU devices report nothing: they share
         the machine's memory.
+      memory: bytes of a device that is not here; None asks those that are.
     """
     if gib is not None:
         return gib * GIB
+    if memory is not None:
+        return _DEVICE_SHARE * memory
     devices = jax.local_devices()
     limits = [(device.memory_stats() or {}).get("bytes_limit") for device in devices]
     if all(limits):
@@ -88,6 +91,13 @@ def needed(d_in: int, rows: int, batch: int, mesh: Mesh, footprint: Footprint, s
     return panels + 4 * features * (d_in * (footprint.hessians + 1) + _HELD * _each(rows, mesh, split) + vectors * batch)
 
 
+def footprint_of(solver: Any, selector: Any) -> Footprint:
+    """What pruning with both of them holds; of a None nothing."""
+    footprint = _NO_SOLVER if solver is None else getattr(solver, "footprint", _UNKNOWN)
+    chooser = 0 if selector is None else getattr(selector, "hessians", _UNKNOWN_SELECTOR)
+    return Footprint(max(footprint.hessians, chooser), footprint.vectors, footprint.split and not chooser)
+
+
 def layout(name: str, d_in: int, rows: int, budget: float, mesh: Mesh, solver: Any, selector: Any) -> Layout:
     """The layout of the matrices that read one input: the first that fits of
 
@@ -105,10 +115,8 @@ def layout(name: str, d_in: int, rows: int, budget: float, mesh: Mesh, solver: A
     """
     if budget == math.inf:
         return ON_EVERY_DEVICE
-    footprint = _NO_SOLVER if solver is None else getattr(solver, "footprint", _UNKNOWN)
-    chooser = 0 if selector is None else getattr(selector, "hessians", _UNKNOWN_SELECTOR)
-    footprint = dataclasses.replace(footprint, hessians=max(footprint.hessians, chooser))
-    can_split = footprint.split and not chooser and d_in % mesh.shape[MODEL] == 0 and mesh.shape[MODEL] > 1
+    footprint = footprint_of(solver, selector)
+    can_split = footprint.split and d_in % mesh.shape[MODEL] == 0 and mesh.shape[MODEL] > 1
     for few in (_FEW_ROWS, 1):
         for split in (False, True)[:1 + can_split]:
             each = _each(rows, mesh, split)

@@ -113,7 +113,8 @@ def test_an_output_directory_in_use(model, finished, refused, tmp_path):
 
 def test_an_output_directory_that_another_process_is_at_work_in(model, refused, tmp_path):
     (tmp_path / "run").mkdir()
-    holder = subprocess.Popen([sys.executable, "-c", "import sys; from pathlib import Path; from optima_tpu.files import only_program\n"
+    holder = subprocess.Popen([sys.executable, "-c", "import sys; from pathlib import Path\n"
+                               "from optima_tpu.files import only_program\n"
                                "with only_program(Path(sys.argv[1])): print(flush=True); input()", str(tmp_path / "run")],
                               stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": ":".join(sys.path)})
     holder.stdout.readline()

@@ -70,8 +70,9 @@ def several(arguments: list[str], *, killed_at: str = "", own: tuple[tuple[str, 
     """
     start = ["--cpu-devices", "4", "--coordinator", f"localhost:{free_port()}", "--num-processes", str(len(own))]
     started = [subprocess.Popen(
-        [sys.executable, "-c", WATCHED, *arguments, *start, "--process-id", str(number), *more], text=True,
-        env=process_environment() | {"KILLED_AT": killed_at if number == 1 else ""}, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        [sys.executable, "-c", WATCHED, *arguments, *start, "--process-id", str(number), *more],
+        env=process_environment() | {"KILLED_AT": killed_at if number == 1 else ""},
+        text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         for number, more in enumerate(own)]
     outputs = [process.communicate(timeout=300) for process in started]
     return [(process.returncode, *output) for process, output in zip(started, outputs)]

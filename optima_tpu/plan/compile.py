@@ -17,7 +17,7 @@ from optima_tpu.patterns import Pattern
 from optima_tpu.plan.hlo import collectives
 from optima_tpu.prune import Recipe, prune_group
 from optima_tpu.report.numbers import number
-from optima_tpu.sharding import DATA, MODEL, ROWS, divisible
+from optima_tpu.sharding import DATA, MODEL, ROWS, Layout, divisible
 
 
 class Compiled(NamedTuple):
@@ -106,13 +106,13 @@ def sequences_at_once(decoder: Decoder, samples: int) -> int:
     return min(decoder.batch, -(-samples // decoder.mesh.shape[DATA]))
 
 
-def lower_pruning(decoder: Decoder, names: tuple[str, ...], patterns: tuple[Pattern, ...], recipe: Recipe, held_out: bool
-                  ) -> jax.stages.Lowered:
+def lower_pruning(decoder: Decoder, names: tuple[str, ...], patterns: tuple[Pattern, ...], recipe: Recipe, held_out: bool,
+                  layout: Layout) -> jax.stages.Lowered:
     """``prune_group`` of the layers ``names`` of a block, as ``prune.prune_block`` calls it."""
     weights = tuple(_parameter(decoder, name + ".weight") for name in names)
     hessian = _hessian(decoder, weights[0].shape[1])
     masks = None if recipe.selector else tuple(_like(decoder, weight.shape, jnp.bool_, ROWS) for weight in weights)
-    return prune_group.lower(weights, hessian, recipe, decoder.mesh, patterns, masks, hessian if held_out else None)
+    return prune_group.lower(weights, hessian, recipe, decoder.mesh, patterns, masks, hessian if held_out else None, layout)
 
 
 def bytes_on_device(*arrays: jax.ShapeDtypeStruct) -> int:

@@ -11,7 +11,6 @@ import jax
 
 from optima_tpu.config import RunConfig
 from optima_tpu.models.decoder import run_block
-from optima_tpu.patterns import NM, Pattern
 from optima_tpu.plan.model import Declared
 from optima_tpu.plan.topology import GIB, Target
 from optima_tpu.selectors import Magnitude, MaskSelector, Wanda
@@ -72,6 +71,9 @@ class Work(NamedTuple):
         return products + self.factor / chip.factor + self.traffic / (chip.bandwidth * target.utilisation)
 
 
+_PASSES_OF_A_MASK = 32 + 4  # over the scores: the value at the border is found bit by bit, see patterns.lowest
+
+
 class SolverCost(NamedTuple):
     """Products with a [d_in, d_in] matrix for all rows; [rows, d_in] arrays read or written; factorisations."""
 
@@ -100,31 +102,27 @@ def solver_cost(solver: Solver | None) -> SolverCost:
     raise TypeError(f"no cost is known for {solver}")
 
 
-def prune_work(rows: int, d_in: int, solver: Solver | None, selector: MaskSelector | None, pattern: Pattern,
-               held_out: bool) -> Work:
-    """Of ``prune_group``, for ``rows`` rows on a device."""
+def prune_work(rows: float, d_in: int, solver: Solver | None, selector: MaskSelector | None, held_out: bool,
+               parts: int = 1) -> Work:
+    """Of ``prune_group``, for ``rows`` rows on a device.
+
+    Args:
+      parts: into how many the Hessian and the features are split; a device then does a part of that many times the rows.
+    """
     cost = solver_cost(solver)
     # Beside the solver: the target, and the objective before and after, which are one where there is no solver.
     change = 2 if solver else 1
     times = cost.products + 1 + change + held_out * (1 + change)
-    shared, passes = cost.shared, cost.passes + 30 + _sorting(rows, d_in, pattern)
+    shared, passes = cost.shared, cost.passes + 30 + _PASSES_OF_A_MASK
     if not isinstance(selector, (Wanda, Magnitude, type(None))):  # a factorisation and a sweep over the columns
         times, shared = times + 2, shared + 1
-    # Cholesky, and a triangular solve with the identity; the inverse is then one more product.
-    factor = (shared * 4 / 3 + cost.each_row * rows / 3) * d_in**3
-    return Work(wide=2.0 * d_in * d_in * (times * rows + shared * d_in), factor=factor,
-                traffic=4.0 * (passes * rows * d_in + times * d_in * d_in))
-
-
-def _sorting(rows: int, d_in: int, pattern: Pattern) -> float:
-    """Passes over the scores of two sorts with their indices, as a sorting network makes them."""
-    among = pattern.m if isinstance(pattern, NM) else d_in * (rows if pattern.group == "layer" else 1)
-    return 8 * math.log2(among) * (math.log2(among) + 1) / 2
-
-
-def prune_memory(rows: int, d_in: int, itemsize: int, held_out: bool) -> int:
-    """Bytes of ``prune_group`` on a device: copies of H (gathered, scaled, factor, inverse, one being made) and of the rows."""
-    return (5 + held_out) * 4 * d_in * d_in + rows * d_in * (2 * itemsize + 14 * 4)
+    if parts == 1:
+        # Cholesky, and a triangular solve with the identity; the inverse is then one more product.
+        factor, inverse = (shared * 4 / 3 + cost.each_row * rows / 3) * d_in**3, 2.0 * shared * d_in**3
+    else:
+        factor, inverse = 0.0, 6.0 * shared * d_in**3 / parts  # see solvers/split_inverse.py
+    return Work(wide=2.0 * d_in * d_in * times * rows + inverse, factor=factor,
+                traffic=4.0 * (passes * rows * d_in + times * d_in * d_in / parts))
 
 
 def sequence_flops(model: Declared, length: int) -> float:

@@ -8,17 +8,19 @@ from typing import Any, NamedTuple
 
 from optima_tpu.calibrate import Groups, linear_groups
 from optima_tpu.config import RunConfig
+from optima_tpu.errors import UserError
 from optima_tpu.inputs import linear_shapes
 from optima_tpu.layer_rules import check_layers
+from optima_tpu.memory import Pass, device_budget, footprint_of, needed
 from optima_tpu.patterns import Pattern
 from optima_tpu.plan import estimate
 from optima_tpu.plan.compile import Compiled, compiled, lower_calibration, lower_pruning, resident, sequences_at_once
 from optima_tpu.plan.estimate import Storage, Work
 from optima_tpu.plan.model import Declared
 from optima_tpu.plan.topology import Target
-from optima_tpu.prune import Recipe, pruned_groups
+from optima_tpu.prune import Recipe, block_passes, pruned_groups
 from optima_tpu.run import recipe_of
-from optima_tpu.sharding import DATA
+from optima_tpu.sharding import DATA, MODEL, ON_EVERY_DEVICE, Layout
 
 
 class Program(NamedTuple):
@@ -28,6 +30,7 @@ class Program(NamedTuple):
       name: what it does.
       calls: how often, in the whole run.
       rows: of the layers, on each device; None for the calibration.
+      layout: how they are solved; None for the calibration.
       work: of one call, on each device.
       memory: bytes on a device while it runs, with what else is there.
       compiled: what the compiler says; None where nothing was compiled.
@@ -36,6 +39,7 @@ class Program(NamedTuple):
     name: str
     calls: int
     rows: int | None
+    layout: Layout | None
     work: Work
     memory: int
     compiled: Compiled | None
@@ -56,6 +60,7 @@ class Plan:
       storage: host memory and disk.
       seconds: by stage of the run.
       assumptions: what the seconds rest on.
+      refused: why a run would refuse to begin; empty where it would not.
     """
 
     model: Declared
@@ -65,6 +70,7 @@ class Plan:
     storage: Storage
     seconds: dict[str, float]
     assumptions: list[str]
+    refused: str = ""
 
     @property
     def too_large(self) -> tuple[Program, ...]:
@@ -78,10 +84,11 @@ class Plan:
             "model": self.model.origin, "blocks": decoder.config.blocks, "target": target.name, "hosts": target.hosts,
             "mesh": dict(target.mesh.shape), "chip": target.chip._asdict(), "notes": list(target.notes), "batch": self.batch,
             "programs": [program._asdict() | {"work": program.work._asdict(), "seconds": program.work.seconds(target),
+                                              "layout": program.layout and dataclasses.asdict(program.layout),
                                               "compiled": program.compiled and program.compiled._asdict()}
                          for program in self.programs],
-            "fits": not self.too_large, "storage": self.storage._asdict(), "seconds": self.seconds,
-            "assumptions": self.assumptions}
+            "fits": not self.too_large and not self.refused, "refused": self.refused, "storage": self.storage._asdict(),
+            "seconds": self.seconds, "assumptions": self.assumptions}
 
 
 class _Shape(NamedTuple):
@@ -89,6 +96,7 @@ class _Shape(NamedTuple):
 
     shapes: tuple[tuple[int, int], ...]
     patterns: tuple[Pattern, ...]
+    layout: Layout
 
 
 def make_plan(config: RunConfig, model: Declared, target: Target, tell: Callable[[str], None] = lambda line: None) -> Plan:
@@ -103,25 +111,29 @@ def make_plan(config: RunConfig, model: Declared, target: Target, tell: Callable
     decoder, recipe, text = model.decoder, recipe_of(config), config.calibration
     patterns = check_layers(config.layers, config.pattern, linear_shapes(decoder))
     held_out, names = text.held_out > 0, linear_groups(decoder)
+    budget = device_budget(config.device_memory, None if target.here else target.chip.memory)
     kinds: dict[Groups, int] = collections.Counter()
     shapes: dict[_Shape, int] = collections.Counter()
-    layers: dict[_Shape, tuple[str, ...]] = {}
+    layers: dict[_Shape, tuple[tuple[str, ...], Groups]] = {}  # those of a shape, and whose Hessians lie beside theirs
+    refused = ""
     for index in range(decoder.config.blocks):
         prefix = decoder.prefix(index)
-        groups = pruned_groups(names, recipe, prefix)
-        kinds[groups] += bool(groups)
-        for group in groups:
-            shape = _Shape(tuple(decoder.block_shapes[name + ".weight"] for name in group),
-                           tuple(patterns[prefix + name] for name in group))
-            shapes[shape] += 1
-            layers.setdefault(shape, group)
-    kinds = {groups: count for groups, count in kinds.items() if count}
-    full = max(kinds, key=len, default=())
+        try:
+            parts = block_passes(decoder, index, names, recipe, budget)
+        except UserError as error:
+            groups = pruned_groups(names, recipe, prefix)
+            parts, refused = (Pass(groups, (ON_EVERY_DEVICE,) * len(groups)),), refused or str(error)
+        for part in parts:
+            kinds[part.groups] += 1
+            for group, layout in zip(*part):
+                shape = _Shape(tuple(decoder.block_shapes[name + ".weight"] for name in group),
+                               tuple(patterns[prefix + name] for name in group), layout)
+                shapes[shape] += 1
+                layers.setdefault(shape, (group, tuple(other for other in part.groups if other != group)))
 
     block = estimate.sequence_flops(model, text.length)
     programs = [_calibration(config, model, target, block, groups, count, tell) for groups, count in kinds.items()]
-    programs += [_pruning(model, target, recipe, full, shape, layers[shape], count, held_out, tell)
-                 for shape, count in shapes.items()]
+    programs += [_pruning(model, target, recipe, shape, *layers[shape], count, held_out, tell) for shape, count in shapes.items()]
     steps = [program.calls * program.work.seconds(target) for program in programs]
     compiling = sum(program.compiled.seconds for program in programs if program.compiled)
     stored = estimate.storage(model, config, target.hosts, sum(
@@ -130,7 +142,7 @@ def make_plan(config: RunConfig, model: Declared, target: Target, tell: Callable
     seconds = estimate.run_seconds(model, config, target, stored, block, sum(steps[:len(kinds)]),
                                    sum(steps[len(kinds):]), compiling if target.compiles else None)
     return Plan(model, target, tuple(programs), sequences_at_once(decoder, text.samples), stored, seconds,
-                estimate.assumptions(config, target))
+                estimate.assumptions(config, target), refused)
 
 
 def _calibration(config: RunConfig, model: Declared, target: Target, block: float, groups: Groups, blocks: int,
@@ -147,22 +159,24 @@ def _calibration(config: RunConfig, model: Declared, target: Target, block: floa
         tell(f"compiling the {name}: {batch} x {text.length} tokens a device")
         found = compiled(lambda: lower_calibration(decoder, groups, text.length, text.samples), tell, target.options)
         memory = beside + found.memory if found.memory else memory
-    return Program(name, blocks * steps, None, estimate.calibration_work(model, block, sizes, text.length, batch), memory, found)
+    work = estimate.calibration_work(model, block, sizes, text.length, batch)
+    return Program(name, blocks * steps, None, None, work, memory, found)
 
 
-def _pruning(model: Declared, target: Target, recipe: Recipe, groups: Groups, shape: _Shape, names: tuple[str, ...], calls: int,
+def _pruning(model: Declared, target: Target, recipe: Recipe, shape: _Shape, names: tuple[str, ...], others: Groups, calls: int,
              held_out: bool, tell: Callable[[str], None]) -> Program:
-    decoder, d_in = model.decoder, shape.shapes[0][1]
-    rows = -(-sum(d_out for d_out, _ in shape.shapes) // target.mesh.size)
+    decoder, d_in, layout, mesh = model.decoder, shape.shapes[0][1], shape.layout, target.mesh
+    every, parts = sum(d_out for d_out, _ in shape.shapes), mesh.shape[MODEL] if layout.split else 1
+    rows = -(-every * parts // mesh.size)
     short = ", ".join(name.rpartition(".")[2].removesuffix("_proj") for name in names)
     name = f"{short} [{sum(d_out for d_out, _ in shape.shapes):,}, {d_in:,}]"
-    work = estimate.prune_work(rows, d_in, recipe.solver, recipe.selector, shape.patterns[0], held_out)
-    beside = resident(decoder, groups, held_out)
-    memory = beside + estimate.prune_memory(rows, d_in, model.itemsize(decoder.prefix(0) + names[0] + ".weight"), held_out)
+    work = estimate.prune_work(rows / parts, d_in, recipe.solver, recipe.selector, held_out, parts)
+    memory = round(resident(decoder, others, held_out) + needed(
+        d_in, every, layout.rows or rows, mesh, footprint_of(recipe.solver, recipe.selector), layout.split))
     found = None
     if target.compiles:
         tell(f"compiling the solver for {name}: {rows:,} rows a device")
-        found = compiled(lambda: lower_pruning(decoder, names, shape.patterns, recipe, held_out), tell, target.options)
+        found = compiled(lambda: lower_pruning(decoder, names, shape.patterns, recipe, held_out, layout), tell, target.options)
         if found.memory:
-            memory = beside + found.memory - found.arguments
-    return Program(name, calls, rows, work, memory, found)
+            memory = resident(decoder, (*others, names), held_out) + found.memory - found.arguments
+    return Program(name, calls, rows, layout, work, memory, found)

@@ -61,7 +61,13 @@ def summary(plan: Plan) -> list[str]:
                                                      f"needs {_gib(program.memory)} GiB of {_gib(chip.memory)} GiB")
                  for program in plan.too_large]
         lines.append(f"             {_advice(plan)}")
-    lines.append(f"row batch    all rows of a group at once; {plan.batch} sequences a device in a step of the forward pass")
+    if plan.refused:
+        lines.append(f"a run refuses {plan.refused}")
+    parts = [f"{program.layout.rows or 'all'} of {program.name}" + ", Hessian split over model" * program.layout.split
+             for program in plan.programs if program.layout and (program.layout.rows or program.layout.split)]
+    rows = "; ".join([*parts, "all others"]) if parts else "all rows of a group"
+    lines.append(f"row batch    {rows} at once; "
+                 f"{plan.batch} sequences a device in a step of the forward pass")
     hosts = "each of the hosts: " if target.hosts > 1 else ""
     lines.append(f"host memory  {hosts}{_sum(stored.host)}")
     lines.append(f"disk         at most {_sum(stored.disk)}")

@@ -70,6 +70,7 @@ class Target(NamedTuple):
       utilisation: the share of ``chip``'s rates for products and bandwidth that is counted on.
       notes: what the user should know: another mesh than asked for, no compiler.
       options: of the compiler.
+      here: the devices are those of this machine.
     """
 
     name: str
@@ -79,6 +80,7 @@ class Target(NamedTuple):
     utilisation: float
     notes: tuple[str, ...] = ()
     options: Mapping[str, Any] | None = None
+    here: bool = False
 
     @property
     def compiles(self) -> bool:
@@ -203,7 +205,7 @@ def local_target(mesh: str | None, dtype: jnp.dtype, compiling: bool = True) -> 
     chip = Chip(first.device_kind, memory, narrow, wide, 0.3 * wide, bandwidth, None, "measured here")
     made = make_mesh(f"{data}x{model}") if compiling else AbstractMesh((data, model), (DATA, MODEL))
     notes = () if compiling else ("nothing was compiled (--no-compile): memory, FLOPs and bytes are those of a simple model",)
-    return Target(where, chip, made, jax.process_count(), 0.8, (*notes, *note))
+    return Target(where, chip, made, jax.process_count(), 0.8, (*notes, *note), here=True)
 
 
 def _measure(dtype: jnp.dtype, size: int = 1024) -> tuple[float, float, float]:
