@@ -117,9 +117,13 @@ def write_checkpoint(journal, source, mesh: Mesh) -> None:
         ocp.partial.save(partial, {"blocks": np.asarray(len(reports))},
                          custom_metadata={"run": read_run(journal.directory) | {"blocks": reports}})
         ocp.partial.finalize(partial)
-        if set(read_metadata(partial).metadata["weights"]) != set(source.names()):
-            raise RuntimeError(f"{partial} does not hold the tensors of the source")
-        first_only(lambda: commit(partial, final))
+
+        def finish():
+            if set(read_metadata(partial).metadata["weights"]) != set(source.names()):
+                raise RuntimeError(f"{partial} does not hold the tensors of the source")
+            commit(partial, final)
+
+        first_only(finish)
 
 
 class CheckpointTensors:
