@@ -77,7 +77,7 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--no-compile", "--no_compile", action="store_true",
                         help="count instead of compiling, which takes seconds and is rough")
     parser.add_argument("--quick", action="store_true",
-                        help="with --topology: compile with less effort, minutes instead of hours; a run needs less memory")
+                        help="with --topology: compile faster; solvers then need more memory than in a run")
     try:
         return parser.parse_known_args(argv)
     except argparse.ArgumentError as error:

@@ -108,7 +108,7 @@ def has_libtpu() -> bool:
 
 
 QUICK: Mapping[str, Any] = MappingProxyType({"exec_time_optimization_effort": -1.0})
-"""The TPU compiler's least effort. Its programs need more memory: of the unrolled triangular solve behind ``CG``'s inverse it
+"""The TPU compiler's least effort. Solvers then need more memory: of the unrolled triangular solve behind ``CG``'s inverse it
 keeps a copy of the matrix for every other block of 128 columns."""
 
 
@@ -146,8 +146,8 @@ def topology_target(text: str, mesh: str | None, compiling: bool = True, quick: 
     else:
         made = AbstractMesh(sizes, (DATA, MODEL))
     if devices and quick:
-        notes.append("compiled with the least effort (--quick): a run needs less memory, many times less where a large "
-                     "matrix is inverted")
+        notes.append("compiled with the least effort (--quick): a run's solver needs less memory, many times less where a "
+                     "large matrix is inverted")
     return Target(text, chip, made, hosts, 0.5, (*notes, *note), QUICK if quick else None)
 
 
