@@ -50,11 +50,11 @@ def test_a_topology_has_one_form(text):
     assert parse_topology("V5p:4x4x4") == ("v5p", (4, 4, 4))
 
 
-@pytest.mark.parametrize("asked, count, found", [
-    (None, 8, (8, 1)), ("4x2", 8, (4, 2)), ("4x4", 8, (2, 4)), ("2x1", 8, (4, 2)), ("64x2", 8, (8, 1)), ("1x8", 8, (1, 8)),
-    ("3x2", 1, (1, 1))])
-def test_a_mesh_that_does_not_fit_is_replaced_by_the_nearest(asked, count, found):
-    sizes, note = fitting_mesh(asked, count, "v5e:4x2")
+@pytest.mark.parametrize("asked, shape, found", [
+    (None, (4, 2), (8, 1)), ("4x2", (4, 2), (4, 2)), ("4x4", (4, 2), (2, 4)), ("2x1", (4, 2), (4, 2)), ("64x2", (4, 2), (8, 1)),
+    ("1x8", (4, 2), (1, 8)), ("3x2", (1, 1), (1, 1)), ("8x8", (4, 4, 4), (4, 16)), ("16x4", (4, 4, 4), (16, 4))])
+def test_a_mesh_that_does_not_fit_is_replaced_by_the_nearest(asked, shape, found):
+    sizes, note = fitting_mesh(asked, shape, "v5e:4x2")
     assert sizes == found
     assert bool(note) == (asked is not None and asked != "x".join(map(str, found)))
     assert not note or f"planned for {found[0]}x{found[1]}" in note[0]

@@ -1,6 +1,7 @@
 """The devices of a plan: chips that are not here, or the devices that are."""
 
 import importlib.util
+import itertools
 import math
 import os
 import re
@@ -139,8 +140,8 @@ def topology_target(text: str, mesh: str | None, compiling: bool = True, quick: 
             chip = chip._replace(memory=chip.memory // cores, **{
                 rate: getattr(chip, rate) / cores for rate in ("narrow", "wide", "factor", "bandwidth")})
             notes.append(f"a {kind} chip is {cores} devices here: figures are per device")
-    count = len(devices) if devices else math.prod(shape)
-    sizes, note = fitting_mesh(mesh, count, text)
+    cores = len(devices) // math.prod(shape) if devices else 1
+    sizes, note = fitting_mesh(mesh, (*shape, cores), text)
     if devices:
         made = topologies.make_mesh(described, sizes, (DATA, MODEL))
     else:
@@ -168,23 +169,33 @@ def _describe(text: str, kind: str, shape: tuple[int, ...]) -> topologies.Topolo
                         f"{str(error).splitlines()[0]}") from error
 
 
-def fitting_mesh(text: str | None, count: int, where: str) -> tuple[tuple[int, int], tuple[str, ...]]:
-    """(data, model) with the product ``count`` that is nearest to the mesh asked for, and a note where it is another.
+def fitting_mesh(text: str | None, shape: tuple[int, ...], where: str) -> tuple[tuple[int, int], tuple[str, ...]]:
+    """(data, model) of all the devices that is nearest to the mesh asked for, and a note where it is another.
 
     Nearest: the least sum of squares of the logarithms by which both axes change; of two as near the one with the larger
     model axis, which needs less memory.
 
     Args:
       text: see ``sharding.parse_mesh``; None puts all devices on data.
-      where: what has ``count`` devices, for the note.
+      shape: of the devices; an axis of a mesh takes whole dimensions of it, since ``jax.make_mesh`` splits none.
+      where: what has the devices, for the note.
     """
+    count = math.prod(shape)
     asked = parse_mesh(text) if text else (count, 1)
-    pairs = [(count // model, model) for model in range(1, count + 1) if count % model == 0]
+    models = {math.prod(part) for size in range(len(shape) + 1) for part in itertools.combinations(shape, size)}
+    pairs = [(count // model, model) for model in models]
     best = min(pairs, key=lambda pair: (sum(math.log(new / old) ** 2 for new, old in zip(pair, asked)), -pair[1]))
     if best == asked:
         return best, ()
-    return best, (f"mesh {asked[0]}x{asked[1]} needs {math.prod(asked)} devices, {where} has {count}: "
-                  f"planned for {best[0]}x{best[1]}",)
+    why = (f"needs {math.prod(asked)} devices, {where} has {count}" if math.prod(asked) != count else
+           f"splits a dimension of {where}, which jax.make_mesh does not do")
+    return best, (f"mesh {asked[0]}x{asked[1]} {why}: planned for {best[0]}x{best[1]}",)
+
+
+def _primes(number: int) -> tuple[int, ...]:
+    """The prime factors, each as often as it divides."""
+    factor = next((factor for factor in range(2, number + 1) if number % factor == 0), None)
+    return (factor, *_primes(number // factor)) if factor else ()
 
 
 def local_target(mesh: str | None, dtype: jnp.dtype, compiling: bool = True) -> Target:
@@ -196,7 +207,8 @@ def local_target(mesh: str | None, dtype: jnp.dtype, compiling: bool = True) -> 
     """
     count, first = jax.device_count(), jax.devices()[0]
     where = f"{count} {first.platform} device{'s' * (count > 1)} here"
-    (data, model), note = fitting_mesh(mesh, count, where)
+    # Where no dimensions are known, any mesh of all devices does.
+    (data, model), note = fitting_mesh(mesh, _primes(count), where)
     stats = first.memory_stats() or {}
     # Simulated devices share the memory and the cores of the host.
     sharing = count if first.platform == "cpu" else 1
