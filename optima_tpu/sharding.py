@@ -69,7 +69,11 @@ def make_mesh(text: str | None) -> Mesh:
         devices = mesh_utils.create_hybrid_device_mesh((data // len(slices), model), (len(slices), 1))
         return Mesh(devices, (DATA, MODEL), axis_types=(AxisType.Auto,) * 2)
     # Auto axes: the model code is written without shardings and XLA places its collectives. make_mesh's default is Explicit.
-    return jax.make_mesh((data, model), (DATA, MODEL), axis_types=(AxisType.Auto,) * 2)
+    try:
+        return jax.make_mesh((data, model), (DATA, MODEL), axis_types=(AxisType.Auto,) * 2)
+    except NotImplementedError:  # an axis takes whole dimensions of a TPU slice
+        raise UserError(f"mesh {data}x{model} cannot be laid on this slice of {count} chips, whose dimensions it would cut: "
+                        "choose one whose numbers are products of them; optima_tpu.plan names the nearest") from None
 
 
 def simulate_devices(count: int | None) -> None:

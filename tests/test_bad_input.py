@@ -5,11 +5,14 @@ import os
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 
+from optima_tpu.errors import UserError
 from optima_tpu.files import LOCK, only_program
 from optima_tpu.launch import main
+from optima_tpu.sharding import make_mesh
 from tests.helpers import SMALL, snapshot, tiny_folder
 
 TENSOR = "model.layers.1.mlp.up_proj.weight"
@@ -176,3 +179,12 @@ def test_a_hub_that_is_not_reached(tmp_path, monkeypatch):
     assert result.stderr.startswith("error: ")
     assert "the hub can't be reached and its cache does not hold no-such-owner/no-such-model" in result.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_a_mesh_that_would_cut_the_dimensions_of_a_slice(monkeypatch):
+    def impossible(*arguments, **options):
+        raise NotImplementedError("Failed to find assignment for logical_axis_index 0")
+
+    monkeypatch.setattr(jax, "make_mesh", impossible)
+    with pytest.raises(UserError, match="mesh 4x2 cannot be laid on this slice of 8 chips"):
+        make_mesh("4x2")
