@@ -3,11 +3,13 @@
     python -m benchmarks.depth [FOLDER]
 
 Makes random Llamas of 4, 8 and 16 blocks of one shape (3.1 million parameters a block, float32), prunes each in a process of its
-own on 8 simulated CPU devices, and prints the process's peak resident set, in which the devices' memory is, the most bytes that
-arrays on the devices had between two layers, and how many programs were compiled.
+own on 8 simulated CPU devices, and prints the peak of the process's resident set, in which the devices' memory and the pages of
+the mapped checkpoint are; the most of it that was no file, and the most bytes of arrays on the devices, both as after every
+layer; and how many programs were compiled. Linux only.
 """
 
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -25,7 +27,7 @@ def measure(model: Path, out: Path) -> None:
     from optima_tpu import launch
     from optima_tpu.report.progress import Progress
 
-    compiled, most, layer = [0], [0], Progress.layer
+    compiled, most, own, layer = [0], [0], [0], Progress.layer
 
     def heard(event, seconds, **more):
         compiled[0] += event == "/jax/core/compile/backend_compile_duration"
@@ -35,26 +37,27 @@ def measure(model: Path, out: Path) -> None:
     def counted(progress, report):
         held = sum(shard.data.nbytes for array in jax.live_arrays() for shard in array.addressable_shards)
         most[0] = max(most[0], held)
+        own[0] = max(own[0], int(re.search(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024)
         layer(progress, report)
 
     Progress.layer = counted
     assert launch.main(["--model", str(model), "--output", str(out), *SETTINGS]) == 0
     report = json.loads((out / "report.json").read_bytes())
-    print(json.dumps({"host": report["memory"]["host_peak"], "arrays": most[0], "compilations": compiled[0]}))
+    print(json.dumps({"host": report["memory"]["host_peak"], "own": own[0], "arrays": most[0], "compilations": compiled[0]}))
 
 
 def main(folder: Path) -> None:
     from tests.helpers import tiny_folder
 
-    print("blocks  peak of the process, MiB  arrays on the devices, MiB  programs compiled")
+    print("blocks  peak of the process, MiB  without files, MiB  arrays on the devices, MiB  programs compiled")
     for blocks in (4, 8, 16):
         model = tiny_folder(folder / f"model{blocks}", hidden_size=512, intermediate_size=1536, num_attention_heads=8,
                             num_key_value_heads=4, num_hidden_layers=blocks, max_position_embeddings=512)
         done = subprocess.run([sys.executable, "-m", "benchmarks.depth", str(model), str(folder / f"run{blocks}")], check=True,
                               stdout=subprocess.PIPE, text=True)
         found = json.loads(done.stdout.splitlines()[-1])
-        print(f"{blocks:>6}  {found['host'] / 2**20:>24.0f}  {found['arrays'] / 2**20:>26.1f}  {found['compilations']:>17}",
-              flush=True)
+        sizes = [found[key] / 2**20 for key in ("host", "own", "arrays")]
+        print("{:>6}  {:>24.0f}  {:>18.0f}  {:>26.1f}".format(blocks, *sizes), f"{found['compilations']:>18}", flush=True)
 
 
 if __name__ == "__main__":
