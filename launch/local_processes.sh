@@ -66,7 +66,14 @@ killer=
 while ((${#pids[@]})); do
   wait -n -p ended "${pids[@]}"
   code=$?
-  [[ ${ended-} ]] || continue # a signal came, and was passed on
+  if [[ ! ${ended-} ]]; then # a signal came, and was passed on; or bash has noticed an end before it was asked to wait
+    for index in "${!pids[@]}"; do
+      kill -0 "${pids[index]}" 2>/dev/null || ended=${pids[index]}
+    done
+    [[ ${ended-} ]] || continue
+    wait "$ended"
+    code=$?
+  fi
   for index in "${!pids[@]}"; do
     [[ ${pids[index]} == "$ended" ]] && unset "pids[index]"
   done

@@ -171,7 +171,8 @@ def _announced() -> bool:
 def _initialize(**arguments) -> None:
     # Its signal handler would take SIGTERM from ours, which closes the journal and says by the exit status what to do next.
     jax.config.update("jax_enable_preemption_service", False)
-    jax.distributed.initialize(**arguments)
+    # A process that waits for one that is gone hears of it by a closed connection, or, where there was none yet, by this.
+    jax.distributed.initialize(heartbeat_timeout_seconds=30, **arguments)
 
 
 def _roll_call(coordinator: str, count: int, index: int, timeout: int) -> None:

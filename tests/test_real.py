@@ -61,6 +61,7 @@ def test_certificates_hold_against_float64_on_real_hessians(model):
     assert max(errors) < 1e-3
 
 
+@pytest.mark.slow  # the same on a tiny model is in test_prune.py
 def test_the_mesh_does_not_change_masks_or_weights(model):
     """Nine heads and three key-value heads divide no axis."""
     # Tight: a row that meets a tolerance a step apart on another mesh may move by as much as the tolerance allows.
