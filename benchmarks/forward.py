@@ -52,20 +52,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     def forward() -> np.ndarray:
         output = hidden.copy()
         decoder.apply(arguments.block, parameters, output)
-        return output
+        return output.values
 
     def calibrate() -> list[np.ndarray]:
         return [np.asarray(s.hessian) for s in accumulate_hessians(decoder, arguments.block, parameters, hidden, groups)]
 
-    differences = [largest_difference([forward()], [peer.forward(hidden)]),
-                   largest_difference(calibrate(), peer.calibrate(hidden))]
+    differences = [largest_difference([forward()], [peer.forward(hidden.values)]),
+                   largest_difference(calibrate(), peer.calibrate(hidden.values))]
     print(f"Block {arguments.block} of {pretrained.origin}, {arguments.samples} x {arguments.length} tokens in batches of "
           f"{arguments.batch}, float32. jax {jax.__version__}, torch {torch.__version__}, transformers "
           f"{transformers.__version__}, {torch.get_num_threads()} cores, load {os.getloadavg()[0]:.1f}.\n")
     print("| step | tokens/s | torch, tokens/s | ratio | largest difference |\n|---|---|---|---|---|")
     for name, ours, theirs, difference in (("forward", forward, peer.forward, differences[0]),
                                            ("calibration", calibrate, peer.calibrate, differences[1])):
-        pairs = [(seconds(ours), seconds(theirs, hidden)) for _ in range(arguments.repeats)]
+        pairs = [(seconds(ours), seconds(theirs, hidden.values)) for _ in range(arguments.repeats)]
         mine, other = (tokens.size / statistics.median(times) for times in zip(*pairs))
         ratio = statistics.median(second / first for first, second in pairs)
         print(f"| {name} | {mine:.0f} | {other:.0f} | {ratio:.2f} | {difference:.1e} |")
