@@ -248,7 +248,7 @@ class FinishedTensors:
 
 def _write_states(folder: Path, activations: Activations) -> None:
     """Writes those samples of a process that no earlier process holds, and their checksum."""
-    rows = activations.rows[np.isin(activations.rows, owned_rows(activations))]
+    rows = _owned_rows(activations)
     if not len(rows) and not is_first():
         return
     path = folder / f"part_{jax.process_index():04d}.safetensors"
@@ -257,7 +257,7 @@ def _write_states(folder: Path, activations: Activations) -> None:
     _write_sums(folder, [path], f"{jax.process_index():04d}")
 
 
-def owned_rows(activations: Activations) -> np.ndarray:
+def _owned_rows(activations: Activations) -> np.ndarray:
     """The samples that this process writes: those of the slices of which it is the first process to have a device."""
     slices = [index for index, devices in enumerate(activations.mesh.devices)
               if min(device.process_index for device in devices) == jax.process_index()]

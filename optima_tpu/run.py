@@ -86,11 +86,11 @@ def run(config: RunConfig, console: Console | None = None, model: Model | None =
         if config.export:
             files["transformers"] = str(folder)
 
-        memory = memory_peaks()
+        blocks = from_first(lambda: [BlockReport.from_json(journal.report(i)) for i in range(decoder.config.blocks)])
 
         def record() -> dict[str, Any]:
-            blocks = [BlockReport.from_json(journal.report(index)) for index in range(decoder.config.blocks)]
-            return write_report(
+            memory = memory_peaks()  # of all processes, where only the first one writes
+            return from_first(lambda: write_report(
                 journal.directory / "report.json", manifest=manifest, configuration=to_dict(config),
                 environment=environment(decoder.mesh),
                 model={"origin": pretrained.origin, "fingerprint": pretrained.fingerprint,
@@ -98,14 +98,14 @@ def run(config: RunConfig, console: Console | None = None, model: Model | None =
                 calibration={"source": config.calibration.source, "how": calibration.how, "tokens": int(calibration.ids.size)},
                 evaluation={"how": evaluation.how, "tokens": int(evaluation.ids.size), "digest": token_digest(evaluation.ids)},
                 perplexity={"dense": dense, "pruned": pruned}, blocks=blocks, seconds=progress.seconds,
-                memory=memory, files=files)
+                memory=memory, files=files))
 
-        report = from_first(record)
+        report = record()
         if config.export and not from_first(lambda: is_export_of(journal.directory, folder)):
             progress.stage("exporting for transformers", 1)
             first_only(lambda: export(journal.directory, folder))
             progress.advance()
-    report = from_first(record)  # again, now that every stage has its time
+    report = record()  # again, now that every stage has its time
     _tell(console, config, report)
     return report
 
