@@ -136,6 +136,9 @@ def attention(q: Array, k: Array, v: Array, window: Array | None = None, *, scal
               cap: float | None = None) -> Array:
     """Causal softmax attention, [batch, length, heads, head_dim].
 
+    Products and softmax in float32. A stretch of queries at a time, each with the keys that it can see: half the products of a
+    whole square, and no array of [length, length].
+
     Args:
       q: queries.
       k, v: keys and values, with as many heads as q or a divisor of that (GQA).
@@ -143,18 +146,33 @@ def attention(q: Array, k: Array, v: Array, window: Array | None = None, *, scal
       scale: of the products; None for ``head_dim ** -0.5``.
       cap: ``c`` where scaled products become ``c tanh(p / c)``; None for none.
     """
-    if q.dtype == jnp.float16:  # for which jax asks for an algorithm that the CPU and the TPU do not have
-        return attention(*(array.astype(jnp.float32) for array in (q, k, v)), window, scale=scale, cap=cap).astype(q.dtype)
-    places = jnp.arange(q.shape[1])
-    near = None if window is None else (places[:, None] - places < window)[None, None]
-    if cap is None:
-        return jax.nn.dot_product_attention(q, k, v, mask=near, is_causal=True, scale=scale)
     batch, length, heads, size = q.shape
-    # Products and softmax in float32; jax's function has no place for a cap.
-    grouped = q.reshape(batch, length, k.shape[2], -1, size)
-    products = jnp.einsum("bqkgd,bskd->bkgqs", grouped, k, preferred_element_type=jnp.float32)
-    products = cap * jnp.tanh(products * (size ** -0.5 if scale is None else scale) / cap)
-    seen = places[:, None] >= places
-    shares = jax.nn.softmax(jnp.where(seen if near is None else seen & near, products, -jnp.inf), axis=-1).astype(v.dtype)
-    mixed = jnp.einsum("bkgqs,bskd->bqkgd", shares, v, preferred_element_type=jnp.float32)
-    return mixed.reshape(q.shape).astype(q.dtype)
+    groups = (batch, length, k.shape[2], heads // k.shape[2], size)  # axis 2: the head of keys and values that queries share
+    queries, keys, values = (jnp.moveaxis(array, 1, -2) for array in (q.reshape(groups), k, v))
+    stretch = max(_STRETCH, -(-length // _STRETCHES))
+    mixed = []
+    for start in range(0, length, stretch):
+        stop = min(start + stretch, length)
+        places, before = jnp.arange(start, stop)[:, None], jnp.arange(stop)
+        seen = places >= before if window is None else (places >= before) & (places - before < window)
+        products = _einsum("bkgqd,bksd->bkgqs", queries[..., start:stop, :], keys[..., :stop, :])
+        products = products * (size ** -0.5 if scale is None else scale)
+        if cap is not None:
+            products = cap * jnp.tanh(products / cap)
+        products = jnp.where(seen, products, -jnp.inf)
+        # The sum divides what comes out, an array far smaller than the shares.
+        shares = jnp.exp(products - jnp.max(products, axis=-1, keepdims=True))
+        total = jnp.sum(shares, axis=-1, keepdims=True)
+        mixed.append(_einsum("bkgqs,bksd->bkgqd", shares.astype(v.dtype), values[..., :stop, :]) / total)
+    return jnp.moveaxis(jnp.concatenate(mixed, axis=-2), -2, 1).reshape(q.shape).astype(q.dtype)
+
+
+def _einsum(formula: str, a: Array, b: Array) -> Array:
+    """Accumulated in float32. The precision matters for float32 models only."""
+    return jnp.einsum(formula, a, b, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
+
+
+# Queries that are worked on at once: their products with the keys stay in a CPU's cache, and longer texts make longer stretches
+# so that the program does not grow without end.
+_STRETCH = 128
+_STRETCHES = 16
