@@ -40,8 +40,10 @@ def run(script, *arguments, **environment):
 
 def started(*arguments, **environment):
     pipes = dict.fromkeys(("stdout", "stderr"), subprocess.PIPE)
+    # A shell cannot trap what was ignored when it began: SIGINT, where the tests run in the background of another shell.
     return subprocess.Popen([LAUNCH / "local_processes.sh", *arguments], **pipes, text=True,
-                            env={"PATH": os.environ["PATH"], **environment})
+                            env={"PATH": os.environ["PATH"], **environment},
+                            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

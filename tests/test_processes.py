@@ -95,8 +95,9 @@ def test_two_processes_give_the_weights_of_one_and_each_reads_its_share(finished
     assert "in 2 processes" in first[1]
     read = [int(printed.rpartition("bytes read: ")[2]) for _, printed, _ in (first, second)]
     assert 0.9 < read[0] / read[1] < 1.1
-    # The second process says nothing but what gloo prints, which is not ours.
-    assert not [line for line in second[1].splitlines() if not line.startswith(("[Gloo]", "bytes read"))]
+    # The second process says nothing but what gloo prints, which is not ours; its threads tear each other's lines.
+    ours = [line for line in second[1].splitlines() if not line.startswith("[Gloo]") and "peer ranks" not in line]
+    assert [line.partition(":")[0] for line in ours] == ["bytes read"]
 
 
 @pytest.mark.slow

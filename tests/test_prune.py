@@ -42,13 +42,12 @@ def walk(recipe, shape, blocks=3):
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
 def test_the_mesh_does_not_change_the_result(recipe):
     reference, hidden = walk(recipe, (1, 1), blocks=2)
-    for shape in ((4, 2), (2, 4)):
-        other, other_hidden = walk(recipe, shape, blocks=2)
-        for (weights, masks, _), (other_weights, other_masks, _) in zip(reference, other):
-            for name, keep in masks.items():
-                assert (keep == other_masks[name]).all()
-                assert np.abs(weights[name] - other_weights[name]).max() < 1e-3 * np.abs(weights[name]).max()
-        assert np.abs(hidden.values - other_hidden.values).max() < 1e-3 * np.abs(hidden.values).max()
+    other, other_hidden = walk(recipe, (2, 4), blocks=2)
+    for (weights, masks, _), (other_weights, other_masks, _) in zip(reference, other):
+        for name, keep in masks.items():
+            assert (keep == other_masks[name]).all()
+            assert np.abs(weights[name] - other_weights[name]).max() < 1e-3 * np.abs(weights[name]).max()
+    assert np.abs(hidden.values - other_hidden.values).max() < 1e-3 * np.abs(hidden.values).max()
 
 
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
