@@ -199,7 +199,7 @@ def _build(namespace: jsonargparse.Namespace, chosen: Mapping[str, str]) -> RunC
 
 
 def _check_sources(config: RunConfig) -> None:
-    from optima_tpu.data import parse_source  # imports transformers, which --help does not wait for
+    from optima_tpu.data import parse_source  # imports pyarrow and more, which --help does not wait for
 
     for source in (config.calibration.source, config.evaluation.source):
         if source is not None:

@@ -9,7 +9,7 @@ import os
 import pickle
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -18,7 +18,7 @@ from jax.experimental import multihost_utils
 
 from optima_tpu.errors import UserError
 
-T = TypeVar("T")
+S, T = TypeVar("S"), TypeVar("T")
 
 
 class SharedError(UserError):
@@ -103,6 +103,22 @@ def from_first(work: Callable[[], T]) -> T:
     if failure is not None:
         raise SharedError(failure)
     return result
+
+
+def spread(work: Callable[[S], T], items: Sequence[S], at_once: int = 16) -> Iterator[T]:
+    """``work(item)`` of every item, in order, in every process. Of ``n`` processes the ``k``-th works on items k, k + n, ...
+
+    Every process takes the same number of results; fewer than ``n * at_once`` items behind the last one taken are worked on.
+    ``work`` must not communicate. Its UserError is raised by all.
+    """
+    if alone():
+        yield from map(work, items)
+        return
+    count, index = jax.process_count(), jax.process_index()
+    for first in range(0, len(items), count * at_once):
+        part = items[first:first + count * at_once]
+        everyone = everyones(together(lambda: [work(item) for item in part[index::count]]))
+        yield from (everyone[place % count][place // count] for place in range(len(part)))
 
 
 def agree(what: str, values: dict[str, Any]) -> None:

@@ -1,29 +1,35 @@
 """Text in, token windows out: what a layer is calibrated on and what a model is scored on. One file a source."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
 from optima_tpu.data import sampling
 from optima_tpu.data.c4 import C4
 from optima_tpu.data.file import File
+from optima_tpu.data.hub import Hub
 from optima_tpu.data.npy import Npy
 from optima_tpu.data.pydoc import PyDoc
 from optima_tpu.data.random import Random
-from optima_tpu.data.source import Source, Split, TextSource, Tokens, TokenSource
+from optima_tpu.data.source import Located, Source, Split, TextSource, Tokens, TokenSource
+from optima_tpu.data.tfds import TFDS
 from optima_tpu.data.wikitext2 import WikiText2
 from optima_tpu.errors import UserError
 
-__all__ = ["C4", "File", "Npy", "PyDoc", "Random", "Source", "Split", "TextSource", "TokenSource", "Tokens",
-           "WikiText2", "calibration_tokens", "evaluation_tokens", "parse_source", "refuse_overlap"]
+if TYPE_CHECKING:  # it takes seconds, and says that torch is missing, to programs that tokenise nothing
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["C4", "File", "Hub", "Npy", "PyDoc", "Random", "Source", "Split", "TFDS", "TextSource", "TokenSource", "Tokens",
+           "WikiText2", "calibration_tokens", "evaluation_tokens", "parse_source", "read_by_all", "refuse_overlap"]
 
 NAMED: dict[str, Source] = {str(source): source for source in (PyDoc(), C4(), WikiText2(), Random())}
-WITH_PATH: dict[str, Callable[[str], Source]] = {"file": File.parse, "npy": Npy.parse}
+WITH_PATH: dict[str, Callable[[str], Source]] = {
+    "file": File.parse, "npy": Npy.parse, "tfds": TFDS.parse, "hub": Hub.parse}
 
 
 def parse_source(text: str) -> Source:
-    """Reads "pydoc", "c4", "wikitext2", "random", "file:PATH", "file:PATH?field=NAME" or "npy:PATH".
+    """Reads the name of a source in ``NAMED``, or a kind in ``WITH_PATH``, a colon and what that kind reads: "file:PATH".
 
     Raises:
       UserError: the text is none of these. Whether a file exists is seen when it is read.
@@ -33,22 +39,29 @@ def parse_source(text: str) -> Source:
         return NAMED[text]
     if colon and path and kind in WITH_PATH:
         return WITH_PATH[kind](path)
-    raise UserError(f"expected a text source ({', '.join(NAMED)}, file:PATH, file:PATH?field=NAME or npy:PATH), "
-                    f"got {text!r}; for a text of your own write file: before its path")
+    raise UserError(f"expected a text source ({', '.join(NAMED)}, file:PATH, file:PATH?field=NAME, npy:PATH, tfds:NAME@DIR or "
+                    f"hub:ORG/NAME@SPLIT), got {text!r}; for a text of your own write file: before its path")
 
 
-def calibration_tokens(source: Source, tokenizer: PreTrainedTokenizerBase, *, samples: int, length: int, seed: int,
-                       held_out: int = 0, bos: int | None = None) -> Tokens:
+def read_by_all(source: Source) -> bool:
+    """Whether every process can read any document of a source by itself, so that they can share the work."""
+    return isinstance(source, TFDS)
+
+
+def calibration_tokens(source: Source, tokenizer: "PreTrainedTokenizerBase", *, samples: int, length: int, seed: int,
+                       held_out: int = 0, bos: int | None = None, over: sampling.Over = map) -> Tokens:
     """The windows a model is calibrated on, and further ones held out. The same arguments give the same tokens.
 
     A text source is sampled by :func:`optima_tpu.data.sampling.calibration_windows`. Every document is tokenised with
     the tokenizer's own special tokens, so a BOS stands where the tokenizer puts it: at the start of a document. The
-    text is held in memory while it is sampled (a shard of C4: about 1 GB).
+    text is held in memory while it is sampled (a shard of C4: about 1 GB), but for sources whose documents can be read by
+    their number.
 
     Args:
       held_out: windows drawn beyond ``samples``, which share no token position with those.
       bos: what every window begins with, followed by ``length - 1`` tokens of text that is tokenised without special
         tokens. Of windows that are token ids already it replaces the first ones.
+      over: how documents are read and tokenised, see :func:`optima_tpu.data.sampling.calibration_windows`.
 
     Returns:
       ids [samples + held_out, length] int32, the held-out ones last.
@@ -65,12 +78,14 @@ def calibration_tokens(source: Source, tokenizer: PreTrainedTokenizerBase, *, sa
     if isinstance(source, TokenSource):
         tokens = source.tokens("calibration", vocabulary=len(tokenizer), windows=samples + held_out, length=length, seed=seed)
         return _replacing(tokens._replace(how=tokens.how + sampling.held_out_text(held_out)), bos)
+    documents = source.documents("calibration")
     return _preceded(sampling.calibration_windows(
-        list(source.documents("calibration")), _encoder(tokenizer, bos), separator=tokenizer.eos_token_id, samples=samples,
-        held_out=held_out, length=_text_length(length, bos), seed=seed, origin=str(source)), bos)
+        documents if isinstance(documents, Sequence) else list(documents), _encoder(tokenizer, bos),
+        separator=tokenizer.eos_token_id, samples=samples, held_out=held_out, length=_text_length(length, bos), seed=seed,
+        origin=str(source), over=over), bos)
 
 
-def evaluation_tokens(source: Source, tokenizer: PreTrainedTokenizerBase, *, length: int,
+def evaluation_tokens(source: Source, tokenizer: "PreTrainedTokenizerBase", *, length: int,
                       windows: int | None, bos: int | None = None) -> Tokens:
     """The windows perplexity is measured on: the text cut into consecutive pieces, the last partial one dropped.
 
@@ -99,13 +114,16 @@ def evaluation_tokens(source: Source, tokenizer: PreTrainedTokenizerBase, *, len
 def refuse_overlap(calibration: Source, evaluation: Source) -> None:
     """Raises UserError where both sources would read the same documents: no model is scored on what it has seen.
 
-    Only sources that read one file for both splits can: the splits of the others are disjoint.
+    The same file, the same split of a data set, also by another source of it, or parts of a split that overlap. The splits of
+    the other sources are disjoint.
     """
-    for kind in (File, Npy):
-        if (isinstance(calibration, kind) and isinstance(evaluation, kind)
-                and calibration.path.resolve() == evaluation.path.resolve()):
-            raise UserError(f"calibration and evaluation would both read {calibration.path}: expected two different "
-                            "texts; split the file or choose another source for one of them")
+    if not (isinstance(calibration, Located) and isinstance(evaluation, Located)):
+        return
+    held = list(evaluation.parts("evaluation"))
+    for part in calibration.parts("calibration"):
+        if any(part.overlaps(other) for other in held):
+            raise UserError(f"calibration and evaluation would both read {part.place}: expected two different "
+                            "texts; split it or choose another source for one of them")
 
 
 def _text_length(length: int, bos: int | None) -> int:
@@ -130,7 +148,7 @@ def _replacing(tokens: Tokens, bos: int | None) -> Tokens:
     return tokens._replace(ids=ids, how=tokens.how + ", the first token of each replaced by a BOS token")
 
 
-def _encoder(tokenizer: PreTrainedTokenizerBase, bos: int | None) -> sampling.Encode:
+def _encoder(tokenizer: "PreTrainedTokenizerBase", bos: int | None) -> sampling.Encode:
     def encode(text: str) -> np.ndarray:
         # Not verbose: transformers would warn that a document is longer than the model's context, which it may be here.
         encoded = tokenizer(text, add_special_tokens=bos is None, return_attention_mask=False, verbose=False)

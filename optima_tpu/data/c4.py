@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from optima_tpu.data import hub
 from optima_tpu.data.file import File
-from optima_tpu.data.source import Split
+from optima_tpu.data.source import Part, Split
 
 REPOSITORY = "allenai/c4"
 FILES = {"calibration": "en/c4-train.00000-of-01024.json.gz", "evaluation": "en/c4-validation.00000-of-00008.json.gz"}
@@ -25,8 +25,19 @@ class C4:
 
     def documents(self, split: Split) -> Iterator[str]:
         """One web page a document; one document for evaluation. Raises UserError where the hub can't be reached."""
-        pages = File(hub.download(REPOSITORY, FILES[split])).documents(split)
+        pages = self._file(split).documents(split)
         if split == "calibration":
             yield from pages
         else:
             yield " ".join(itertools.islice(pages, EVALUATION_DOCUMENTS))
+
+    def parts(self, split: Split) -> list[Part]:
+        """As ``hub:allenai/c4/en`` has them."""
+        return [hub.part(REPOSITORY, "en", "train" if split == "calibration" else "validation")]
+
+    def fingerprint(self, split: Split) -> str:
+        """That of the shard."""
+        return self._file(split).fingerprint(split)
+
+    def _file(self, split: Split) -> File:
+        return File(hub.download(REPOSITORY, FILES[split]))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import gzip
+import hashlib
 import json
 import zlib
 from collections.abc import Iterator
@@ -10,7 +11,7 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 
-from optima_tpu.data.source import Split
+from optima_tpu.data.source import Part, Split, split_options
 from optima_tpu.errors import UserError
 
 SUFFIXES = (".txt", ".txt.gz", ".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
@@ -32,11 +33,8 @@ class File:
     @staticmethod
     def parse(text: str) -> "File":
         """Reads PATH or PATH?field=NAME."""
-        path, question, option = text.partition("?")
-        name, _, field = option.partition("=")
-        if question and (name != "field" or not field):
-            raise UserError(f"expected file:PATH or file:PATH?field=NAME, got file:{text}")
-        return File(Path(path).expanduser(), field) if question else File(Path(path).expanduser())
+        path, options = split_options(text, ["field"], "file:PATH or file:PATH?field=NAME")
+        return File(Path(path).expanduser(), **options)
 
     def __str__(self) -> str:
         return f"file:{self.path}" + (f"?field={self.field}" if self.field != "text" else "")
@@ -47,12 +45,7 @@ class File:
         Raises:
           UserError: no such file, an unknown format, a damaged file, a record without the field or without text in it.
         """
-        if not self.path.is_file():
-            what = "is a folder" if self.path.is_dir() else "does not exist"
-            raise UserError(f"expected a text file, but {self.path} {what}: check the path")
-        if not self.path.name.endswith(SUFFIXES):
-            raise UserError(f"expected a file that ends in one of {', '.join(SUFFIXES)}, got {self.path}: "
-                            "rename or convert it")
+        self.check()
         parquet = self.path.name.endswith(".parquet")
         read = self._parquet if parquet else self._text if self.path.name.endswith((".txt", ".txt.gz")) else self._lines
         try:
@@ -61,6 +54,28 @@ class File:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise UserError(f"expected {'a Parquet file' if parquet else 'UTF-8 text'} in {self.path}, but it can't be "
                             f"read ({reason}): download or convert it again") from error
+
+    def check(self) -> None:
+        """Raises UserError where there is no such file, or none of a known format."""
+        if not self.path.is_file():
+            what = "is a folder" if self.path.is_dir() else "does not exist"
+            raise UserError(f"expected a text file, but {self.path} {what}: check the path")
+        if not self.path.name.endswith(SUFFIXES):
+            raise UserError(f"expected a file that ends in one of {', '.join(SUFFIXES)}, got {self.path}: "
+                            "rename or convert it")
+
+    def parts(self, split: Split) -> list[Part]:
+        """The file, under whatever name."""
+        return [Part(str(self.path.resolve()))]
+
+    def fingerprint(self, split: Split) -> str:
+        """A hash of the file's bytes: no time stamp is exact enough to be trusted, and hashing is fast beside tokenising."""
+        self.check()
+        try:
+            with open(self.path, "rb") as file:
+                return hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            raise UserError(f"{self.path} can't be read ({error.strerror}): check its permissions") from error
 
     def _open(self):
         # A document keeps its own line ends, and only \n separates records; a byte order mark is no text.

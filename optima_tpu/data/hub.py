@@ -1,10 +1,130 @@
-"""Files of data sets on the Hugging Face hub."""
+"""Data sets on the Hugging Face hub: one file of them, or, as ``datasets`` reads them, any split."""
 
+import dataclasses
+import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import huggingface_hub
 from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
 
+from optima_tpu.data.source import Documents, Part, Split, split_options
 from optima_tpu.errors import UserError
+
+_FORM = "hub:ORG/NAME[/CONFIG]@SPLIT, such as hub:allenai/c4/en@train[:20000], and perhaps ?field=NAME"
+
+
+@dataclasses.dataclass(frozen=True)
+class Hub:
+    """One split of a data set, read by the ``datasets`` library. Calibration and evaluation both read it.
+
+    The whole split is downloaded into the library's own cache, unless only its first documents are asked for: these are
+    streamed.
+
+    Attributes:
+      repository: ORG/NAME; a folder of that name here comes first.
+      config: the configuration; None where there is only one.
+      split: the split's name.
+      first: the number of documents to stream; None takes all.
+      field: the column that holds the text.
+    """
+
+    repository: str
+    config: str | None
+    split: str
+    first: int | None = None
+    field: str = "text"
+
+    @staticmethod
+    def parse(text: str) -> "Hub":
+        """Reads ORG/NAME[/CONFIG]@SPLIT or ORG/NAME[/CONFIG]@SPLIT[:N], with ?field=NAME behind it or not."""
+        path, options = split_options(text, ["field"], _FORM)
+        found = re.fullmatch(r"([\w.-]+/[\w.-]+)(?:/([^/@]+))?@([\w.-]+)(?:\[:([1-9]\d*)\])?", path)
+        if not found:
+            raise UserError(f"expected {_FORM}, got hub:{text}")
+        repository, config, split, first = found.groups()
+        return Hub(repository, config, split, first and int(first), **options)
+
+    def __str__(self) -> str:
+        return (f"hub:{self.repository}" + (f"/{self.config}" if self.config else "") + f"@{self.split}"
+                + (f"[:{self.first}]" if self.first else "") + (f"?field={self.field}" if self.field != "text" else ""))
+
+    def documents(self, split: Split) -> Iterable[str]:
+        """The documents in the order of the data set.
+
+        Raises:
+          UserError: the hub can't be reached, there is no such data set, configuration, split or column, or a document is
+            no text.
+        """
+        rows = self._load(self._commit())
+        columns = rows.column_names
+        if columns is None:  # of a stream, before its first row is read
+            return map(self._text, self._guarded(rows))
+        self._check_field(columns)
+        if self.first:
+            return map(self._text, self._guarded(rows))
+        column = rows.select_columns([self.field])
+        return Documents(lambda number: self._text(column[number]), len(column))
+
+    def parts(self, split: Split) -> list[Part]:
+        """The first documents of the split, or all."""
+        return [part(self.repository, self.config, self.split)._replace(last=self.first)]
+
+    def fingerprint(self, split: Split) -> str | None:
+        """The commit of the data set, where the hub knows it; what ``datasets`` says of its own cache, where it does not."""
+        commit = self._commit()
+        return commit if commit or self.first else self._load(None)._fingerprint
+
+    def _commit(self) -> str | None:
+        """The data set's newest commit; None for a folder, and offline, where what is in the cache is taken."""
+        if Path(self.repository).is_dir() or huggingface_hub.constants.HF_HUB_OFFLINE:
+            return None
+        try:
+            # load_dataset alone retries for half a minute where there is no network; this asks once.
+            return huggingface_hub.dataset_info(self.repository).sha
+        except Exception as error:  # as in download
+            raise self._unreadable(error) from error
+
+    def _load(self, commit: str | None):
+        import datasets  # takes seconds
+
+        try:
+            rows = datasets.load_dataset(self.repository, self.config, split=self.split, revision=commit,
+                                         streaming=self.first is not None)
+        except Exception as error:  # those of pyarrow, of fsspec and of the HTTP library among them
+            raise self._unreadable(error) from error
+        return rows.take(self.first) if self.first else rows
+
+    def _guarded(self, rows: Iterable[dict]) -> Iterator[dict]:
+        rows = iter(rows)
+        while True:
+            try:
+                row = next(rows)
+            except StopIteration:
+                return
+            except Exception as error:  # a stream is read from the network to its end
+                raise self._unreadable(error) from error
+            yield row
+
+    def _text(self, row: dict) -> str:
+        self._check_field(row)
+        if not isinstance(row[self.field], str):
+            raise UserError(f"expected text in column {self.field!r} of {self.repository}, a row holds "
+                            f"{type(row[self.field]).__name__}: write ?field=NAME for another one")
+        return row[self.field]
+
+    def _check_field(self, columns: Iterable[str]) -> None:
+        if self.field not in columns:
+            raise UserError(f"{self.repository} has no column {self.field!r}, it has {', '.join(columns)}: write ?field=NAME")
+
+    def _unreadable(self, error: Exception) -> UserError:
+        return UserError(f"{self} can't be read ({_reason(error)}): check its name, configuration and split; without a network "
+                         "HF_HUB_OFFLINE=1 takes what `datasets` has in its cache, and file:PATH a file")
+
+
+def part(repository: str, config: str | None, split: str) -> Part:
+    """All documents of a split, under one name for every source that reads them."""
+    return Part(f"{repository}/{config}@{split}" if config else f"{repository}@{split}")
 
 
 def download(repository: str, name: str) -> Path:
@@ -21,7 +141,11 @@ def download(repository: str, name: str) -> Path:
         get_hf_file_metadata(hf_hub_url(repository, name, repo_type="dataset"))
         return Path(hf_hub_download(repository, name, repo_type="dataset"))
     except Exception as error:  # the HTTP library below has exceptions of its own, and another name in every version
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"{name} of the data set {repository} is not in the hub's cache and can't be downloaded "
-                        f"({reason}): download the file elsewhere with `hf download --repo-type dataset {repository} "
+                        f"({_reason(error)}): download the file elsewhere with `hf download --repo-type dataset {repository} "
                         f"{name}` and give it as file:PATH") from error
+
+
+def _reason(error: Exception) -> str:
+    """What an exception says, in one line."""
+    return " ".join(str(error).split())[:400] or type(error).__name__

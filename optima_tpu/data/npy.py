@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from optima_tpu.data.source import Split, Tokens
+from optima_tpu.data.source import Part, Split, Tokens
 from optima_tpu.errors import UserError
 
 
@@ -26,6 +26,10 @@ class Npy:
 
     def __str__(self) -> str:
         return f"npy:{self.path}"
+
+    def parts(self, split: Split) -> list[Part]:
+        """The file, under whatever name."""
+        return [Part(str(self.path.resolve()))]
 
     def tokens(self, split: Split, *, vocabulary: int, windows: int | None, length: int, seed: int) -> Tokens:
         """The first ``windows`` rows. Evaluation takes fewer where there are fewer; ``seed`` has no effect.

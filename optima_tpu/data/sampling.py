@@ -4,7 +4,7 @@ Calibration follows SparseGPT (arXiv:2301.00774) and Wanda (arXiv:2306.11695): r
 longer than a window. Texts whose documents are too short for that are packed, as in pretraining.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -14,6 +14,9 @@ from optima_tpu.errors import UserError
 Encode = Callable[[str], np.ndarray]
 """Text to [tokens] int32 ids, special tokens included."""
 
+Over = Callable[[Callable[[int], np.ndarray], Sequence[int]], Iterator[np.ndarray]]
+"""How a function is applied to numbers, in order, as ``map`` does; it may be ``processes.spread``."""
+
 CHARACTERS_PER_TOKEN = 8
 """How much text is read at first for the windows of an evaluation: about twice what English needs."""
 
@@ -22,7 +25,7 @@ _ATTEMPTS = 1000
 
 
 def calibration_windows(documents: Sequence[str], encode: Encode, *, separator: int | None, samples: int, length: int,
-                        seed: int, origin: str, held_out: int = 0) -> Tokens:
+                        seed: int, origin: str, held_out: int = 0, over: Over = map) -> Tokens:
     """``samples`` windows of ``length`` tokens, and ``held_out`` more that overlap none of them.
 
     The documents are visited in an order drawn with numpy's PCG64 from ``seed``. Blank ones are skipped. Then the first
@@ -39,6 +42,7 @@ def calibration_windows(documents: Sequence[str], encode: Encode, *, separator: 
     Args:
       separator: the id of the tokenizer's EOS; None where it has none. Not repeated after a document that ends with it.
       origin: the source's name, for the report and the error.
+      over: reads and tokenises the documents, in the order of the visit; only those that it is asked for.
 
     Raises:
       UserError: none holds, or no room is left for the held-out windows.
@@ -48,8 +52,12 @@ def calibration_windows(documents: Sequence[str], encode: Encode, *, separator: 
     needed = count * length
     packed, total, read, last = [], 0, 0, separator
     long, long_total = [], 0
-    for index in rng.permutation(len(documents)):
-        ids = encode(documents[index]) if documents[index].strip() else np.array([], np.int32)
+
+    def read_and_encode(index: int) -> np.ndarray:
+        text = documents[index]
+        return encode(text) if text.strip() else np.array([], np.int32)
+
+    for ids in over(read_and_encode, rng.permutation(len(documents))):
         if not ids.size:
             continue
         joined = ids if separator is None or last == separator else np.insert(ids, 0, separator)

@@ -1,9 +1,11 @@
 """What a token source is."""
 
-from collections.abc import Iterator
-from typing import Literal, NamedTuple, Protocol, runtime_checkable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Literal, NamedTuple, Protocol, overload, runtime_checkable
 
 import numpy as np
+
+from optima_tpu.errors import UserError
 
 Split = Literal["calibration", "evaluation"]
 
@@ -15,19 +17,24 @@ class Tokens(NamedTuple):
       ids: [samples, length] int32.
       how: one sentence for the report.
       available: tokens that were there to choose from: all of the source's, or those of the part that was read.
+      cache: that they came from the token cache, or why they could not be kept there; no part of the record of a run.
     """
 
     ids: np.ndarray
     how: str
     available: int
+    cache: str = ""
 
 
 @runtime_checkable
 class TextSource(Protocol):
     """Documents of text. A frozen dataclass; its ``str`` is what the user types."""
 
-    def documents(self, split: Split) -> Iterator[str]:
-        """The documents of one split, always in the same order. Raises UserError where they can't be read."""
+    def documents(self, split: Split) -> Iterable[str]:
+        """The documents of one split, always in the same order. Raises UserError where they can't be read.
+
+        A Sequence where a document can be read by its number: then only those that are needed are read.
+        """
         ...
 
 
@@ -41,3 +48,74 @@ class TokenSource(Protocol):
 
 
 Source = TextSource | TokenSource
+
+
+class Part(NamedTuple):
+    """Documents ``first`` to ``last - 1`` of what is kept at one place; all from ``first`` on where ``last`` is None."""
+
+    place: str
+    first: int = 0
+    last: int | None = None
+
+    def overlaps(self, other: "Part") -> bool:
+        """Whether a document is in both."""
+        return (self.place == other.place and (self.last is None or other.first < self.last)
+                and (other.last is None or self.first < other.last))
+
+
+@runtime_checkable
+class Located(Protocol):
+    """A source that can tell where it reads, so that another one is not given the same text."""
+
+    def parts(self, split: Split) -> Iterable[Part]:
+        """What is read for a split. Raises UserError where it can't be told."""
+        ...
+
+
+@runtime_checkable
+class Fingerprinted(Protocol):
+    """A source that can tell whether its text has changed without reading all of it as text."""
+
+    def fingerprint(self, split: Split) -> str | None:
+        """Another text for other documents; None where it can't be told. Raises UserError as ``documents`` does."""
+        ...
+
+
+class Documents(Sequence[str]):
+    """``count`` documents that are read by their number when they are asked for."""
+
+    def __init__(self, read: Callable[[int], str], count: int):
+        self._read, self._numbers = read, range(count)
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[str]: ...
+
+    def __getitem__(self, index):
+        numbers = self._numbers[index]
+        return [self._read(number) for number in numbers] if isinstance(index, slice) else self._read(numbers)
+
+    def __iter__(self) -> Iterator[str]:
+        return map(self._read, self._numbers)
+
+
+def split_options(text: str, names: Sequence[str], form: str) -> tuple[str, dict[str, str]]:
+    """Reads PATH or PATH?NAME=VALUE&NAME=VALUE.
+
+    Args:
+      names: the options there are.
+      form: how it is written, for the message.
+
+    Raises:
+      UserError: an option that is not one of them, or one without a value.
+    """
+    path, question, rest = text.partition("?")
+    pairs = [option.partition("=") for option in rest.split("&")] if question else []
+    if not path or not all(name in names and value for name, _, value in pairs):
+        raise UserError(f"expected {form}, got {text}")
+    return path, {name: value for name, _, value in pairs}

@@ -5,11 +5,10 @@ from collections.abc import Iterator
 
 from optima_tpu.data import hub
 from optima_tpu.data.file import File
-from optima_tpu.data.source import Split
+from optima_tpu.data.source import Part, Split
 
-REPOSITORY = "Salesforce/wikitext"
-FILES = {"calibration": "wikitext-2-raw-v1/train-00000-of-00001.parquet",
-         "evaluation": "wikitext-2-raw-v1/test-00000-of-00001.parquet"}
+REPOSITORY, CONFIG = "Salesforce/wikitext", "wikitext-2-raw-v1"
+SPLITS = {"calibration": "train", "evaluation": "test"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,5 +23,16 @@ class WikiText2:
 
     def documents(self, split: Split) -> Iterator[str]:
         """One document. Raises UserError where the hub can't be reached."""
-        rows = File(hub.download(REPOSITORY, FILES[split])).documents(split)
+        rows = self._file(split).documents(split)
         yield (" " if split == "calibration" else "\n\n").join(rows)
+
+    def parts(self, split: Split) -> list[Part]:
+        """As ``hub:Salesforce/wikitext/wikitext-2-raw-v1`` has them."""
+        return [hub.part(REPOSITORY, CONFIG, SPLITS[split])]
+
+    def fingerprint(self, split: Split) -> str:
+        """That of the Parquet file."""
+        return self._file(split).fingerprint(split)
+
+    def _file(self, split: Split) -> File:
+        return File(hub.download(REPOSITORY, f"{CONFIG}/{SPLITS[split]}-00000-of-00001.parquet"))

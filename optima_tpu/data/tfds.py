@@ -1,0 +1,143 @@
+"""Prepared data sets of TensorFlow Datasets, read without TensorFlow."""
+
+import dataclasses
+import functools
+import hashlib
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from optima_tpu.data.source import Documents, Part, Split, split_options
+from optima_tpu.errors import UserError
+
+_FORM = "tfds:NAME@DIR, tfds:NAME/CONFIG:VERSION@DIR, and perhaps ?split=NAME, ?field=NAME or ?split=NAME&field=NAME"
+
+
+@dataclasses.dataclass(frozen=True)
+class TFDS:
+    """A data set that was prepared in a format with random access: array_record or Parquet.
+
+    A document is read by its number, and only if it is needed, so that several processes read a part each; all of them
+    must see the directory. The order is the one it was prepared in. ``python -m optima_tpu.data.build`` makes such a data
+    set of text files.
+
+    Attributes:
+      name: NAME, NAME/CONFIG, NAME:VERSION or NAME/CONFIG:VERSION; without a version the latest that is there.
+      directory: what TFDS calls data_dir; it holds NAME/VERSION or NAME/CONFIG/VERSION.
+      split: what both read, in the notation of TFDS: "train", "train[:90%]", "train+test". None: calibration reads "train",
+        evaluation "validation", or "test" where there is no validation split, or else "train" too.
+      field: the feature that holds the text.
+    """
+
+    name: str
+    directory: Path
+    split: str | None = None
+    field: str = "text"
+
+    @staticmethod
+    def parse(text: str) -> "TFDS":
+        """Reads NAME@DIR, with ?split=NAME, ?field=NAME or both behind it or not."""
+        path, options = split_options(text, ["split", "field"], _FORM)
+        name, _, directory = path.partition("@")
+        if not re.fullmatch(r"[a-zA-Z]\w*(/[\w+.-]+)?(:\d+\.\d+\.\d+)?", name) or not directory:
+            raise UserError(f"expected {_FORM}, got tfds:{text}")
+        return TFDS(name, Path(directory).expanduser(), **options)
+
+    def __str__(self) -> str:
+        options = [f"split={self.split}"] if self.split else []
+        options += [f"field={self.field}"] if self.field != "text" else []
+        return f"tfds:{self.name}@{self.directory}" + ("?" + "&".join(options) if options else "")
+
+    def documents(self, split: Split) -> Documents:
+        """The documents in the order of the data set, read when they are asked for.
+
+        Raises:
+          UserError: there is no such data set, split or field, its format has no random access, or (later) a document is no
+            text or can't be read.
+        """
+        builder = self._builder()
+        if self.field not in builder.info.features:
+            raise UserError(f"{self.name} in {self.directory} has no field {self.field!r}, it has "
+                            f"{', '.join(builder.info.features)}: write ?field=NAME")
+        self._instructions(builder, split)
+        try:
+            records = builder.as_data_source(self._spec(builder, split))
+        except Exception as error:  # NotImplementedError for a format, whatever array_record raises for a missing file
+            raise self._unreadable(error) from error
+        return Documents(functools.partial(self._text, records), len(records))
+
+    def parts(self, split: Split) -> list[Part]:
+        """The numbers of the documents that are read, of each split of the data set."""
+        builder = self._builder()
+        return [Part(f"{Path(builder.data_dir).resolve()}@{part.splitname}", part.from_ or 0, part.to)
+                for part in self._instructions(builder, split)]
+
+    def fingerprint(self, split: Split) -> str:
+        """A hash of the data set's description and of its files' names, sizes and times, not of their contents."""
+        builder = self._builder()
+        folder = Path(builder.data_dir)
+        names = {part.splitname for part in self._instructions(builder, split)}
+        digest = hashlib.sha256()
+        try:
+            for path in [folder / "dataset_info.json", folder / "features.json"]:
+                digest.update(path.read_bytes())
+            for path in sorted(Path(path) for name in names for path in builder.info.splits[name].filepaths):
+                status = os.stat(path)
+                digest.update(f"{path.name} {status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}\n".encode())
+        except OSError as error:
+            raise self._unreadable(error) from error
+        return digest.hexdigest()
+
+    def _builder(self):
+        # It imports no TensorFlow unless a function needs it; those used here and in build.py do not.
+        from tensorflow_datasets.core import read_only_builder, registered
+
+        try:
+            return read_only_builder.builder_from_files(self.name, data_dir=str(self.directory))
+        except registered.DatasetNotFoundError as error:
+            there = ", ".join(_prepared(self.directory)) or "none"
+            raise UserError(f"expected a prepared data set {self.name} in {self.directory}, which holds {there}: check both, or "
+                            f"make one with python -m optima_tpu.data.build {self.name}@{self.directory} FILE...") from error
+        except Exception as error:  # there is one of its own for every file of the description
+            raise self._unreadable(error) from error
+
+    def _spec(self, builder, split: Split) -> str:
+        if self.split or split == "calibration":
+            return self.split or "train"
+        return next((name for name in ("validation", "test") if name in builder.info.splits), "train")
+
+    def _instructions(self, builder, split: Split):
+        """The split as stretches of the data set's own splits: splitname, from_, to; None at an end."""
+        from tensorflow_datasets.core import splits
+
+        try:
+            return splits.AbstractSplit.from_spec(self._spec(builder, split)).to_absolute(builder.info.splits)
+        except Exception as error:  # ValueError, AssertionError, KeyError
+            raise UserError(f"{self.name} in {self.directory} has no split {self._spec(builder, split)!r}, it has "
+                            f"{', '.join(builder.info.splits)}: write ?split=NAME") from error
+
+    def _text(self, records, number: int) -> str:
+        try:
+            value = records[number][self.field]
+        except Exception as error:  # array_record has no exceptions of its own for a damaged file
+            raise self._unreadable(error) from error
+        if not isinstance(value, bytes):
+            raise UserError(f"expected text in field {self.field!r} of {self.name}, document {number} holds "
+                            f"{type(value).__name__}: write ?field=NAME for another one")
+        try:
+            return value.decode()
+        except UnicodeDecodeError as error:
+            raise self._unreadable(error) from error
+
+    def _unreadable(self, error: Exception) -> UserError:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        return UserError(f"{self} can't be read ({reason}): make the data set again, in the format array_record")
+
+
+def _prepared(directory: Path) -> Iterator[str]:
+    """The data sets of a directory, by name."""
+    found = sorted(directory.glob("**/dataset_info.json")) if directory.is_dir() else []
+    for path in found[:20]:
+        *name, version = path.parent.relative_to(directory).parts or [""]
+        yield "/".join(name) + f":{version}"
