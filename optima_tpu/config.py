@@ -35,7 +35,8 @@ class Calibration:
 
     Attributes:
       source: c4 or wikitext2 (from the hub), pydoc (Python's own documentation, no download), random, file:PATH (.txt,
-        .jsonl, .parquet; also .gz) or npy:PATH (token ids).
+        .jsonl, .parquet; also .gz), tfds:NAME@DIR (a prepared data set), hub:ORG/NAME[/CONFIG]@SPLIT (by the datasets
+        library) or npy:PATH (token ids).
       samples: number of token sequences.
       length: tokens in each.
       seed: which sequences are drawn; the same seed gives the same tokens.
@@ -99,6 +100,7 @@ class RunConfig:
       accept: when the solver's weights replace the selector's.
       calibration: the text that the pruned model must reproduce.
       evaluation: the text on which perplexity is measured.
+      token_cache: keep the tokens of texts in ~/.cache/optima-tpu, or in OPTIMA_TPU_CACHE, and take them from there.
       batch: sequences in one step of the forward pass, on each device; fewer need less memory.
       device_memory: GiB that may be used of each device; null takes 80% of what it reports, or on CPUs half of the machine's
         memory between them. It decides how many rows are solved at once, and what is split over the devices.
@@ -121,6 +123,7 @@ class RunConfig:
     accept: Acceptance = PerRow()
     calibration: Calibration = Calibration()
     evaluation: Evaluation = Evaluation()
+    token_cache: bool = True
     batch: int = 4
     device_memory: float | None = None
     export: bool = True

@@ -1,20 +1,23 @@
 """What a run reads: the model on the mesh, the texts, and the manifest that says whether two runs are the same."""
 
+import functools
 import hashlib
 import json
 from typing import Any, NamedTuple
 
 import numpy as np
+from transformers import PreTrainedTokenizerBase
 
 from optima_tpu import data
 from optima_tpu.config import RunConfig, weights_settings
 from optima_tpu.data import Tokens
+from optima_tpu.data.cache import TokenCache, token_key
 from optima_tpu.errors import UserError
 from optima_tpu.layer_rules import check_layers
 from optima_tpu.manifest import code_version, flat
 from optima_tpu.masks import check_masks, open_masks
 from optima_tpu.models.decoder import Decoder
-from optima_tpu.processes import agree, from_first, together
+from optima_tpu.processes import SharedError, agree, alone, from_first, spread, together
 from optima_tpu.selectors import Imported
 from optima_tpu.sharding import make_mesh
 from optima_tpu.weights import Pretrained, check_names, load_tokenizer, open_model
@@ -54,13 +57,46 @@ def open_model_on_mesh(config: RunConfig) -> Model:
 def read_texts(config: RunConfig, model: Model) -> Texts:
     """The token windows of a run. Process 0 reads the texts, and the others get the tokens from it.
 
+    Of a calibration text that every process can read, each one reads and tokenises a part. The tokens are the same for any
+    number of processes, and with or without the token cache.
+
     Raises:
       UserError: a text can't be read, is too short, or does not fit the model; or both would be the same text.
     """
-    return from_first(lambda: _read_texts(config, model))
+    plan = together(lambda: _plan_reading(config, model))
+    draw = functools.partial(data.calibration_tokens, plan.calibration, plan.tokenizer, **plan.draw)
+    score = functools.partial(data.evaluation_tokens, plan.evaluation, plan.tokenizer, **plan.score)
+
+    def draw_together() -> Tokens:
+        together(lambda: plan.calibration.documents("calibration"))  # or one would fail where the others wait for it
+        try:
+            return draw(over=spread)
+        except UserError as error:  # all of them have the same documents
+            raise SharedError(str(error)) from error
+
+    kept = TokenCache.of_user().tokens if config.token_cache else lambda key, draw: draw()
+    texts = Texts(
+        kept(lambda: token_key(plan.calibration, "calibration", model.pretrained, **plan.draw),
+             draw_together if data.read_by_all(plan.calibration) and not alone() else lambda: from_first(draw)),
+        kept(lambda: token_key(plan.evaluation, "evaluation", model.pretrained, **plan.score), lambda: from_first(score)))
+    largest, vocab = max(int(tokens.ids.max()) for tokens in texts), model.decoder.config.vocab
+    if largest >= vocab:
+        raise SharedError(f"expected token ids below {vocab}, the rows of the model's embedding, got {largest}: tokenizer and "
+                          "model do not belong together")
+    return texts
 
 
-def _read_texts(config: RunConfig, model: Model) -> Texts:
+class _Reading(NamedTuple):
+    """What is read, and the settings of ``data.calibration_tokens`` and ``data.evaluation_tokens``."""
+
+    calibration: data.Source
+    evaluation: data.Source
+    tokenizer: PreTrainedTokenizerBase
+    draw: dict[str, int | None]
+    score: dict[str, int | None]
+
+
+def _plan_reading(config: RunConfig, model: Model) -> _Reading:
     tokenizer = load_tokenizer(model.pretrained)
     source = data.parse_source(config.calibration.source)
     other = data.parse_source(config.evaluation.source or config.calibration.source)
@@ -75,14 +111,9 @@ def _read_texts(config: RunConfig, model: Model) -> Texts:
     if model.decoder.family.needs_bos and (bos := tokenizer.bos_token_id) is None:
         raise UserError("expected a tokenizer with a BOS token, without which this family does not work; its "
                         "tokenizer_config.json names none: add it, or take the tokenizer that was published with the model")
-    texts = Texts(data.calibration_tokens(source, tokenizer, samples=text.samples, length=text.length, seed=text.seed,
-                                          held_out=text.held_out, bos=bos),
-                  data.evaluation_tokens(other, tokenizer, length=length, windows=config.evaluation.windows, bos=bos))
-    largest, vocab = max(int(tokens.ids.max()) for tokens in texts), model.decoder.config.vocab
-    if largest >= vocab:
-        raise UserError(f"expected token ids below {vocab}, the rows of the model's embedding, got {largest}: tokenizer and "
-                        "model do not belong together")
-    return texts
+    return _Reading(source, other, tokenizer, dict(samples=text.samples, length=text.length, seed=text.seed,
+                                                   held_out=text.held_out, bos=bos),
+                    dict(length=length, windows=config.evaluation.windows, bos=bos))
 
 
 def manifest_of(config: RunConfig, model: Model, texts: Texts) -> dict[str, Any]:

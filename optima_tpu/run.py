@@ -216,7 +216,7 @@ def _greet(console: Console, config: RunConfig, model: Model, texts: Texts, dire
     shape, several = decoder.mesh.shape, "" if jax.process_count() == 1 else f" in {jax.process_count()} processes"
     lines = [f"model        {model.pretrained.origin}: {decoder.config.blocks} blocks, {weights:,} weights to prune",
              f"recipe       {' + '.join(names)}, {config.pattern}{rules}",
-             f"calibration  {texts.calibration.how}",
+             f"calibration  {', '.join(filter(None, (texts.calibration.how, texts.calibration.cache)))}",
              f"devices      {decoder.mesh.size} x {jax.devices()[0].device_kind}, mesh {shape['data']}x{shape['model']}{several}",
              f"run          {directory}"]
     if fitted:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 # Before jax is imported: what several tests compile alike, and the processes that they start, is compiled once.
 _COMPILED = tempfile.TemporaryDirectory(prefix="optima-tpu-tests-")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", _COMPILED.name)
+os.environ["OPTIMA_TPU_CACHE"] = os.path.join(_COMPILED.name, "texts")  # not the one of whoever runs the tests
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 
 import jax  # noqa: E402

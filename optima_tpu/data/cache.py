@@ -1,0 +1,117 @@
+"""Token windows that were drawn before. A cache never changes what a run computes, only how long it waits for its texts."""
+
+import dataclasses
+import functools
+import hashlib
+import importlib.metadata
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from optima_tpu.data.source import Fingerprinted, Source, Split, Tokens
+from optima_tpu.files import PARTIAL, commit
+from optima_tpu.processes import from_first
+from optima_tpu.weights import Pretrained
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenCache:
+    """A directory with a file for every draw. Any number of programs may use it at once; it may be deleted at any time.
+
+    Attributes:
+      directory: made when something is kept.
+    """
+
+    directory: Path
+
+    @staticmethod
+    def of_user() -> "TokenCache":
+        """In OPTIMA_TPU_CACHE, or in optima-tpu in XDG_CACHE_HOME, which is ~/.cache where it is not set."""
+        home = os.environ.get("OPTIMA_TPU_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "optima-tpu"
+        return TokenCache(Path(home).expanduser() / "tokens")
+
+    def tokens(self, key: Callable[[], str | None], draw: Callable[[], Tokens]) -> Tokens:
+        """What ``draw()`` returns, from the cache where it is there; its ``cache`` says so. Every process calls it.
+
+        Args:
+          key: from :func:`token_key`, in process 0. None: nothing is kept.
+          draw: returns the same in every process, which all call it, or none.
+        """
+        def found() -> tuple[str | None, Tokens | None]:
+            name = key()
+            return name, name and self.load(name)
+
+        name, tokens = from_first(found)
+        if tokens is not None:
+            return tokens._replace(cache="from the token cache")
+        tokens = draw()
+        refused = from_first(lambda: name and self.save(name, tokens))
+        return tokens._replace(cache=f"could not be kept in {self.directory}: {refused}") if refused else tokens
+
+    def load(self, key: str) -> Tokens | None:
+        """Tokens that were saved under a key; None where there are none, or they are damaged."""
+        try:
+            with safetensors.safe_open(self._path(key), framework="np") as file:
+                about = file.metadata()
+                tokens = Tokens(file.get_tensor("ids"), about["how"], int(about["available"]))
+            return tokens if about["digest"] == _digest(key, tokens) else None
+        except Exception:  # what a missing, unreadable or damaged file raises: it is written again
+            return None
+
+    def save(self, key: str, tokens: Tokens) -> str | None:
+        """Keeps tokens under a key. Returns why it could not, which is no reason to stop; None where it could."""
+        about = {"how": tokens.how, "available": str(tokens.available), "digest": _digest(key, tokens)}
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            # A name of its own: another program may be writing the same entry.
+            descriptor, partial = tempfile.mkstemp(suffix=PARTIAL, dir=self.directory)
+            try:
+                with open(descriptor, "wb") as file:
+                    file.write(safetensors.numpy.save({"ids": np.ascontiguousarray(tokens.ids)}, about))
+                commit(Path(partial), self._path(key))
+            except BaseException:
+                Path(partial).unlink(missing_ok=True)
+                raise
+        except OSError as error:
+            return error.strerror or str(error)
+
+    def _path(self, key: str) -> Path:
+        return self.directory / f"{key}.safetensors"
+
+
+def token_key(source: Source, split: Split, pretrained: Pretrained, **draw: int | None) -> str | None:
+    """A hash of all that decides the tokens: text, tokenizer, draw, and the code and libraries that make one of the others.
+
+    Args:
+      draw: the settings of :func:`optima_tpu.data.calibration_tokens` or :func:`optima_tpu.data.evaluation_tokens`.
+
+    Returns:
+      None where the source can't tell whether its text has changed.
+
+    Raises:
+      UserError: the source can't be read.
+    """
+    fingerprint = source.fingerprint(split) if isinstance(source, Fingerprinted) else None
+    if fingerprint is None:
+        return None
+    assets = {name: hashlib.sha256(content).hexdigest() for name, content in pretrained.assets.items()}
+    record = {"source": str(source), "text": fingerprint, "split": split, "tokenizer": assets, "draw": draw, "code": _code()}
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+
+
+@functools.cache
+def _code() -> dict[str, str]:
+    """The versions of what turns text into windows. numpy may change its random streams between two of them."""
+    ours = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))).hexdigest()
+    return {"ours": ours} | {name: importlib.metadata.version(name) for name in ("numpy", "tokenizers", "transformers")}
+
+
+def _digest(key: str, tokens: Tokens) -> str:
+    about = json.dumps([key, tokens.how, tokens.available, tokens.ids.shape]).encode()
+    return hashlib.sha256(about + np.ascontiguousarray(tokens.ids, np.int32).tobytes()).hexdigest()
