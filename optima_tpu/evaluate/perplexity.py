@@ -9,6 +9,7 @@ import numpy as np
 from jax import Array
 
 from optima_tpu.errors import UserError
+from optima_tpu.evaluate.predictions import picked, sum_over_windows
 from optima_tpu.models.decoder import Decoder, Head, forward, head_logits
 from optima_tpu.models.family import Positions
 from optima_tpu.processes import fetch
@@ -37,11 +38,21 @@ def perplexity(decoder: Decoder, tokens: np.ndarray, advance=lambda: None) -> fl
         sums = fetch(_window_nll(head, batch.hidden, batch.place(tokens)))
         windows[batch.rows[batch.there]] = sums[batch.there]
     advance()
+    check_finite(decoder, tokens, windows)
+    return perplexity_of(windows, tokens)
+
+
+def perplexity_of(windows: np.ndarray, tokens: np.ndarray) -> float:
+    """The perplexity by the summed negative log-likelihoods [windows] of token windows [windows, length]."""
+    return math.exp(np.mean(windows, dtype=np.float64) / (tokens.shape[1] - 1))
+
+
+def check_finite(decoder: Decoder, tokens: np.ndarray, windows: np.ndarray, which: str = "model") -> None:
+    """Raises UserError where a window's sum [windows] is not finite; names the first layer with such an input."""
     if not np.isfinite(windows).all():
         place = _first_broken(decoder, tokens[~np.isfinite(windows)][:1])
-        raise UserError(f"{place} holds NaN or infinite values: the model overflows in its dtype or its weights are damaged; "
+        raise UserError(f"{place} holds NaN or infinite values: the {which} overflows in its dtype or its weights are damaged; "
                         "try --dtype float32")
-    return math.exp(np.sum(windows, dtype=np.float64) / (tokens.shape[0] * (tokens.shape[1] - 1)))
 
 
 def _first_broken(decoder: Decoder, tokens: np.ndarray) -> str:
@@ -66,23 +77,9 @@ def _finite_inputs(graph, state, hidden: Array, positions: Positions) -> dict[st
 
 @jax.jit
 def _window_nll(head: Head, hidden: Array, tokens: Array) -> Array:
-    """Summed negative log-likelihood of tokens 1.. of every window, [windows] float32.
-
-    A stretch of positions at a time: the logits of a whole batch would be the largest array of the program.
-    """
-    windows, length, width = hidden.shape
-    count = -(-(length - 1) // _STRETCH)
-    extra = count * _STRETCH - (length - 1)
-    states = jnp.pad(hidden[:, :-1], ((0, 0), (0, extra), (0, 0))).reshape(windows, count, _STRETCH, width)
-    targets = jnp.pad(tokens[:, 1:], ((0, 0), (0, extra)), constant_values=-1).reshape(windows, count, _STRETCH)
-
-    def stretch(pair):
-        states, ids = pair
+    """Summed negative log-likelihood of tokens 1.. of every window, [windows] float32."""
+    def score(targets, states):
         logits = head_logits(head, states)
-        picked = jnp.take_along_axis(logits, jnp.maximum(ids, 0)[..., None], axis=-1)[..., 0]
-        return jnp.sum(jnp.where(ids >= 0, jax.nn.logsumexp(logits, axis=-1) - picked, 0.0), axis=1)
+        return jax.nn.logsumexp(logits, axis=-1) - picked(logits, targets)
 
-    return jnp.sum(jax.lax.map(stretch, (states.swapaxes(0, 1), targets.swapaxes(0, 1))), axis=0)
-
-
-_STRETCH = 128
+    return sum_over_windows(score, tokens, hidden)

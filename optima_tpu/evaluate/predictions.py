@@ -1,0 +1,47 @@
+"""What a model's next-token predictions are worth, summed over windows without the logits of all of them in memory."""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+Tree = TypeVar("Tree")
+
+
+def sum_over_windows(score: Callable[..., Tree], tokens: Array, *streams: Array) -> Tree:
+    """Sums what ``score`` says of every position that has a following token in its window, so of all but the last.
+
+    A stretch of positions at a time: the logits of a whole batch would be the largest array of the program.
+
+    Args:
+      score: (targets [windows, stretch] int32, *states [windows, stretch, d_model]) -> a tree of numbers or truth values
+        [windows, stretch]. The target of a position is the token that follows it.
+      tokens: [windows, length] int32.
+      streams: hidden states [windows, length, d_model].
+
+    Returns:
+      The tree of ``score``, [windows] float32.
+    """
+    windows, positions = tokens.shape[0], tokens.shape[1] - 1
+    count = -(-positions // _STRETCH)
+
+    def cut(array: Array) -> Array:
+        filled = jnp.pad(array, ((0, 0), (0, count * _STRETCH - positions), *[(0, 0)] * (array.ndim - 2)))
+        return filled.reshape(windows, count, _STRETCH, *array.shape[2:]).swapaxes(0, 1)
+
+    def stretch(parts):
+        there, *inputs = parts
+        return jax.tree.map(lambda values: jnp.sum(jnp.where(there, values, 0.0), axis=1), score(*inputs))
+
+    parts = jax.tree.map(cut, (jnp.ones((windows, positions), bool), tokens[:, 1:], *(stream[:, :-1] for stream in streams)))
+    return jax.tree.map(lambda sums: jnp.sum(sums, axis=0), jax.lax.map(stretch, parts))
+
+
+def picked(values: Array, targets: Array) -> Array:
+    """The entries [windows, stretch] of ``values`` [windows, stretch, vocab] at the targets [windows, stretch]."""
+    return jnp.take_along_axis(values, targets[..., None], axis=-1)[..., 0]
+
+
+_STRETCH = 128
