@@ -64,11 +64,14 @@ class Evaluation:
       source: as calibration.source; null takes the held-out part of the calibration text.
       length: tokens in a window; null takes calibration.length.
       windows: measure on the first so many windows; null takes all.
+      bos: a BOS token before every "window", or only where the tokenizer puts one before the whole "text", as published
+        perplexities have it; null takes window for the families that do not work without (Gemma) and text for the others.
     """
 
     source: str | None = None
     length: int | None = None
     windows: int | None = None
+    bos: Literal["text", "window"] | None = None
 
     def __post_init__(self):
         _at_least(2, "evaluation.length", self.length)

@@ -3,7 +3,7 @@
 import functools
 import hashlib
 import json
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -107,13 +107,27 @@ def _plan_reading(config: RunConfig, model: Model) -> _Reading:
     for name, value in (("calibration.length", text.length), ("evaluation.length", length)):
         if limit and value > limit:
             raise UserError(f"expected {name} of at most {limit}, the model's context, got {value}")
-    bos = None
-    if model.decoder.family.needs_bos and (bos := tokenizer.bos_token_id) is None:
-        raise UserError("expected a tokenizer with a BOS token, without which this family does not work; its "
-                        "tokenizer_config.json names none: add it, or take the tokenizer that was published with the model")
-    return _Reading(source, other, tokenizer, dict(samples=text.samples, length=text.length, seed=text.seed,
-                                                   held_out=text.held_out, bos=bos),
-                    dict(length=length, windows=config.evaluation.windows, bos=bos))
+    return _Reading(source, other, tokenizer,
+                    dict(samples=text.samples, length=text.length, seed=text.seed, held_out=text.held_out,
+                         bos=window_bos(model, tokenizer)),
+                    dict(length=length, windows=config.evaluation.windows,
+                         bos=window_bos(model, tokenizer, config.evaluation.bos)))
+
+
+def window_bos(model: Model, tokenizer: PreTrainedTokenizerBase, where: Literal["text", "window"] | None = None) -> int | None:
+    """The BOS token that every window begins with, None where only the tokenizer puts one; see ``config.Evaluation.bos``.
+
+    Raises:
+      UserError: there must be one, and the tokenizer has none.
+    """
+    needed = model.decoder.family.needs_bos
+    if where == "text" or (where is None and not needed):
+        return None
+    if tokenizer.bos_token_id is None:
+        reason = "without which this family does not work" if needed else "for evaluation.bos window"
+        raise UserError(f"expected a tokenizer with a BOS token, {reason}; its tokenizer_config.json names none: add it, or take "
+                        "the tokenizer that was published with the model")
+    return tokenizer.bos_token_id
 
 
 def manifest_of(config: RunConfig, model: Model, texts: Texts) -> dict[str, Any]:
