@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import json
+from collections.abc import Iterable
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -79,10 +80,7 @@ def read_texts(config: RunConfig, model: Model) -> Texts:
         kept(lambda: token_key(plan.calibration, "calibration", model.pretrained, **plan.draw),
              draw_together if data.read_by_all(plan.calibration) and not alone() else lambda: from_first(draw)),
         kept(lambda: token_key(plan.evaluation, "evaluation", model.pretrained, **plan.score), lambda: from_first(score)))
-    largest, vocab = max(int(tokens.ids.max()) for tokens in texts), model.decoder.config.vocab
-    if largest >= vocab:
-        raise SharedError(f"expected token ids below {vocab}, the rows of the model's embedding, got {largest}: tokenizer and "
-                          "model do not belong together")
+    together(lambda: check_ids(texts, model))
     return texts
 
 
@@ -128,6 +126,14 @@ def window_bos(model: Model, tokenizer: PreTrainedTokenizerBase, where: Literal[
         raise UserError(f"expected a tokenizer with a BOS token, {reason}; its tokenizer_config.json names none: add it, or take "
                         "the tokenizer that was published with the model")
     return tokenizer.bos_token_id
+
+
+def check_ids(texts: Iterable[Tokens], model: Model) -> None:
+    """Raises UserError for tokens that the model has no embedding for."""
+    largest, vocab = max(int(tokens.ids.max()) for tokens in texts), model.decoder.config.vocab
+    if largest >= vocab:
+        raise UserError(f"expected token ids below {vocab}, the rows of the model's embedding, got {largest}: tokenizer and "
+                        "model do not belong together")
 
 
 def manifest_of(config: RunConfig, model: Model, texts: Texts) -> dict[str, Any]:
