@@ -6,7 +6,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 
@@ -29,35 +29,51 @@ class Stopped(BaseException):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status: 0 done, 2 for something the user can mend, 75 after SIGTERM, 130 for Ctrl-C."""
+    return guarded(lambda: _launch(sys.argv[1:] if argv is None else argv),
+                   "the same command goes on after the last finished block")
+
+
+def _launch(argv: Sequence[str]) -> None:
+    config = parse(argv)
+    simulate_devices(config.cpu_devices)
+    processes.start(config.coordinator, config.num_processes, config.process_id, config.join_timeout)
+    # Only now: what these import asks for the devices.
+    from optima_tpu.checkpoint import quiet_orbax
+    from optima_tpu.run import run
+
+    quiet_orbax()
+    run(config)
+
+
+def guarded(command: Callable[[], None], again: str) -> int:
+    """Runs a command as one of several processes, or alone, and says in one line what ended it.
+
+    Args:
+      again: what the same command does when it is given again.
+
+    Returns:
+      The exit status, see :func:`main`.
+    """
     # Or transformers, when it is first imported, says that torch is missing, which is as it should be.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     before = signal.signal(signal.SIGTERM, _stop)
     try:
-        config = parse(sys.argv[1:] if argv is None else argv)
-        simulate_devices(config.cpu_devices)
-        processes.start(config.coordinator, config.num_processes, config.process_id, config.join_timeout)
-        # Only now: what these import asks for the devices.
-        from optima_tpu.checkpoint import quiet_orbax
-        from optima_tpu.run import run
-
-        quiet_orbax()
-        run(config)
+        command()
         if jax.distributed.is_initialized():
             jax.distributed.shutdown()
     except UserError as error:
         told = isinstance(error, processes.SharedError) and not processes.is_first()
         return _ended(2, "" if told else f"error: {error}")
     except Stopped:
-        return _ended(RESUME, "stopped by SIGTERM; the same command goes on after the last finished block")
+        return _ended(RESUME, f"stopped by SIGTERM; {again}")
     except KeyboardInterrupt:
-        return _ended(130, "stopped; the same command goes on from the last finished block")
+        return _ended(130, f"stopped; {again}")
     except Exception as error:
         if processes.alone():
             raise
         if not _PEER_GONE.search(str(error)):
             return _ended(1, traceback.format_exc())
-        return _ended(RESUME, f"process {jax.process_index()}: another process has ended, see its message; the same command goes "
-                              "on after the last finished block")
+        return _ended(RESUME, f"process {jax.process_index()}: another process has ended, see its message; {again}")
     finally:
         signal.signal(signal.SIGTERM, before)
     return 0
