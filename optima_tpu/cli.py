@@ -42,7 +42,7 @@ def parse(argv: Sequence[str]) -> RunConfig:
     Raises:
       UserError: a setting that does not exist, or a value that it cannot have.
     """
-    argv = [_spelled(argument) for argument in argv]
+    argv = [spelled(argument) for argument in argv]
     early = _early(argv)
     # jsonargparse takes --print_config for its own, which prints a layout of its own.
     rest = [argument for argument in argv if argument != "--print_config"]
@@ -63,7 +63,7 @@ def configure(document: Mapping[str, Any], argv: Sequence[str] = ()) -> RunConfi
     Raises:
       UserError: as :func:`parse`.
     """
-    argv = [_spelled(argument) for argument in argv]
+    argv = [spelled(argument) for argument in argv]
     early = _early(argv)
     document = _long(copy.deepcopy(dict(document)), "the settings")
     model = early.model if early.model is not None else document.get("model")
@@ -89,7 +89,7 @@ def configure(document: Mapping[str, Any], argv: Sequence[str] = ()) -> RunConfi
     try:
         namespace = parser.parse_args(argv, namespace=parser.parse_object(document, defaults=False))
     except argparse.ArgumentError as error:
-        raise UserError(_one_line(error, kinds(chosen))) from None
+        raise UserError(one_line(error, kinds(chosen))) from None
     config = _build(namespace, chosen)
     _check_sources(config)
     return config
@@ -140,7 +140,7 @@ def _read(path: str) -> dict[str, Any]:
         raise UserError(f"expected a YAML file, cannot read {path}: {reason}") from None
 
 
-def _spelled(argument: str) -> str:
+def spelled(argument: str) -> str:
     """--cpu-devices as --cpu_devices, and --solver NAME as --solver.name NAME."""
     if not argument.startswith("--"):
         return argument
@@ -159,7 +159,7 @@ def _early(argv: Sequence[str]) -> argparse.Namespace:
     try:
         early, _ = parser.parse_known_args(argv)
     except argparse.ArgumentError as error:
-        raise UserError(_one_line(error)) from None
+        raise UserError(one_line(error)) from None
     if early.config and len(early.config) > 1:
         raise UserError(f"expected one --config, got {len(early.config)}: put the settings into one file")
     early.config = early.config and early.config[0]
@@ -225,6 +225,14 @@ def _check_known(names: Iterable[str], known: set[str], chosen: Mapping[str, str
         if owners:
             raise UserError(f"{dashes}{name} is an option of {setting} {', '.join(owners)}, but {setting} is "
                             f"{chosen[setting]} here; choose {owners[0]} or leave the option out")
+        refuse_unknown([name], known, dashes)
+
+
+def refuse_unknown(names: Iterable[str], known: set[str], dashes: str) -> None:
+    """Refuses a setting that is not known, and names the ones that may have been meant."""
+    for name in names:
+        if name in known:
+            continue
         candidates = {entry.removesuffix(".name") for entry in known}
         near = sorted(entry for entry in candidates if entry.rpartition(".")[2] == name.rpartition(".")[2])
         near += [entry for entry in difflib.get_close_matches(name, candidates, n=3, cutoff=0.6) if entry not in near]
@@ -233,7 +241,7 @@ def _check_known(names: Iterable[str], known: set[str], chosen: Mapping[str, str
         raise UserError(f"there is no setting {dashes}{name}; {hint}")
 
 
-def _one_line(error: argparse.ArgumentError, types: Mapping[str, Any] | None = None) -> str:
+def one_line(error: argparse.ArgumentError, types: Mapping[str, Any] | None = None) -> str:
     """What argparse or jsonargparse found wrong, in one line."""
     message = str(error).replace("unrecognized arguments:", "expected settings as --NAME VALUE, got")
     found = re.match(r'Parser key "([^"]+)":.*(?:Got|Given) value: (.*)', message, re.DOTALL)

@@ -42,19 +42,19 @@ def make_parser(chosen: Mapping[str, str], base: Mapping[str, Any]) -> jsonargpa
     """The parser of all settings, with the options of the chosen methods."""
     parser = jsonargparse.ArgumentParser(
         prog=_PROGRAM, usage=f"{_PROGRAM} [--config FILE] [--SETTING VALUE ...]", description=_DESCRIPTION,
-        epilog=_EPILOG, formatter_class=_Formatter, exit_on_error=False, allow_abbrev=False)
+        epilog=_EPILOG, formatter_class=Formatter, exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", metavar="FILE", help="read settings from a YAML file; those given here go over it")
     parser.add_argument("--print_config", action="store_true", help="print the settings as a YAML file and exit")
-    _add_fields(parser.add_argument_group("the run"), RunConfig, "", base)
+    add_fields(parser.add_argument_group("the run"), RunConfig, "", base)
     for setting, methods in CHOICES.items():
         table = "\n".join(_table_row(name, cls) for name, cls in methods.items())
         group = parser.add_argument_group(_TITLES[setting], table)
         group.add_argument(f"--{setting}.name", metavar="NAME", type=str, default=chosen[setting],
                            help=f"one of these (default: {chosen[setting]})")
         if cls := methods[chosen[setting]]:
-            _add_fields(group, cls, setting + ".", base[setting])
+            add_fields(group, cls, setting + ".", base[setting])
     for setting, cls in PARTS.items():
-        _add_fields(parser.add_argument_group(_TITLES[setting]), cls, setting + ".", base[setting])
+        add_fields(parser.add_argument_group(_TITLES[setting]), cls, setting + ".", base[setting])
     return parser
 
 
@@ -71,10 +71,12 @@ def _plain(text: str | None) -> str:
     return re.sub(r"``|(?<![\w*])\*(?=\w)|(?<=\w)\*(?![\w*])", "", " ".join((text or "").split())).rstrip(".")
 
 
-def _add_fields(group, cls: type, prefix: str, base: Mapping[str, Any]) -> None:
-    """One option for each field of a dataclass; its line in the docstring is the help."""
+def add_fields(group, cls: type, prefix: str, base: Mapping[str, Any]) -> None:
+    """One option for each field of a dataclass that ``base`` has a default for; its line in the docstring is the help."""
     texts = {entry.arg_name: entry.description for entry in docstring_parser.parse(cls.__doc__ or "").params}
     for name, kind in fields(cls).items():
+        if name not in base:
+            continue
         default = base[name]
         shown = "null" if default is None else str(default).lower() if isinstance(default, bool) else default
         text = f"{_plain(texts[name])} (default: {shown})".replace("%", "%%")
@@ -121,7 +123,7 @@ def alternatives(kind: Any) -> tuple[Any, ...]:
     return typing.get_args(kind) if typing.get_origin(kind) in (types.UnionType, typing.Union) else (kind,)
 
 
-class _Formatter(argparse.RawDescriptionHelpFormatter):
+class Formatter(argparse.RawDescriptionHelpFormatter):
     """Shows --solver.name as --solver, which is how it is given."""
 
     def __init__(self, prog: str, **options):
