@@ -50,9 +50,13 @@ def perplexity_of(windows: np.ndarray, tokens: np.ndarray) -> float:
 def check_finite(decoder: Decoder, tokens: np.ndarray, windows: np.ndarray, which: str = "model") -> None:
     """Raises UserError where a window's sum [windows] is not finite; names the first layer with such an input."""
     if not np.isfinite(windows).all():
-        place = _first_broken(decoder, tokens[~np.isfinite(windows)][:1])
-        raise UserError(f"{place} holds NaN or infinite values: the {which} overflows in its dtype or its weights are damaged; "
-                        "try --dtype float32")
+        raise overflow(decoder, tokens[~np.isfinite(windows)][:1], which)
+
+
+def overflow(decoder: Decoder, tokens: np.ndarray, which: str = "model") -> UserError:
+    """What to raise where the output for a text [1, length] is not finite; names the first layer with such an input."""
+    return UserError(f"{_first_broken(decoder, tokens)} holds NaN or infinite values: the {which} overflows in its dtype or its "
+                     "weights are damaged; try --dtype float32")
 
 
 def _first_broken(decoder: Decoder, tokens: np.ndarray) -> str:

@@ -130,14 +130,14 @@ class Decoder:
         embed = self.family.embed or (lambda config, read, ids: read(self.family.embedding)[ids])
         return Activations(self.mesh, 0, len(tokens), together(lambda: embed(self.config, self._read, mine)))
 
-    def apply(self, index: int, parameters: Mapping[str, Array], hidden: Activations) -> None:
-        """Runs block ``index`` over the hidden states, in place."""
+    def apply(self, index: int, parameters: Mapping[str, Array], hidden: Activations, batch: int | None = None) -> None:
+        """Runs block ``index`` over the hidden states, in place; ``batch`` stands in for the decoder's."""
         positions, state, waiting = self.positions(index, hidden.values.shape[1]), self.state(parameters), None
-        for batch in hidden.batches(self.batch):
-            output = run_block(self.graph, state, batch.hidden, positions)
+        for part in hidden.batches(batch or self.batch):
+            output = run_block(self.graph, state, part.hidden, positions)
             if waiting:  # fetched while the devices compute the next one
                 hidden.put(*waiting)
-            waiting = batch.rows, output
+            waiting = part.rows, output
         if waiting:
             hidden.put(*waiting)
 

@@ -1,0 +1,217 @@
+"""Log-likelihoods of continuations, for many texts of different lengths at once.
+
+Texts are padded on the right to a few lengths, which changes nothing to their left: attention is causal. One block is on the
+devices at a time; all texts pass through it before the next. Their hidden states wait on the hosts, so many texts go in several
+waves.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from optima_tpu.activations import Activations, held_rows, on_mesh
+from optima_tpu.evaluate.perplexity import overflow
+from optima_tpu.models.decoder import Decoder, Head, head_logits
+from optima_tpu.processes import fetch
+from optima_tpu.sharding import DATA
+
+LENGTHS = tuple(size for power in range(5, 31) for size in (2 ** power, 3 * 2 ** (power - 1)))
+"""What texts are padded to: 32, 48, 64, 96, 128, ... A power of two where LongRoPE changes its factors."""
+
+TOKENS = 2048
+"""Tokens in a sequence of ``Decoder.batch``: shorter texts make batches of as many tokens, longer ones of as many products of
+attention."""
+
+WAVE = 4 << 30
+"""Bytes of hidden states on one host."""
+
+_PLACES = 256
+"""Places whose logits one slice of the data axis computes at once: those of a whole batch would be the largest array of all."""
+
+
+class Request(NamedTuple):
+    """Asks for ``sum_k log p(targets[k] | inputs[: n - m + k + 1])`` of ``n`` inputs and ``m`` targets.
+
+    The targets are the tokens that follow each of the last ``m`` inputs, as a language model is trained.
+    """
+
+    inputs: tuple[int, ...]
+    targets: tuple[int, ...]
+
+
+class Likelihood(NamedTuple):
+    """The sum of a request, a natural logarithm, and whether every target is the likeliest token at its place."""
+
+    logarithm: float
+    greedy: bool
+
+
+class Group(NamedTuple):
+    """Texts ``first`` to ``last - 1`` of a plan, padded to ``length`` tokens, ``batch`` of them at a time."""
+
+    first: int
+    last: int
+    length: int
+    batch: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """How requests are computed.
+
+    Attributes:
+      requests: in the caller's order.
+      texts: every ``inputs`` of a request once, the longest first.
+      owners: [requests] the text of each request.
+      waves: the groups whose hidden states are held together, wave after wave.
+    """
+
+    requests: Sequence[Request]
+    texts: tuple[tuple[int, ...], ...]
+    owners: np.ndarray
+    waves: tuple[tuple[Group, ...], ...]
+
+    def tokens(self, group: Group) -> np.ndarray:
+        """[texts, length] int32 of a group, filled up with zeros to whole batches."""
+        count = -(-(group.last - group.first) // group.batch) * group.batch
+        tokens = np.zeros((count, group.length), np.int32)
+        for row, text in enumerate(self.texts[group.first:group.last]):
+            tokens[row, :len(text)] = text
+        return tokens
+
+    def places(self, group: Group) -> "Places":
+        """Where the model is asked for a token in the texts of a group."""
+        mine = np.flatnonzero((self.owners >= group.first) & (self.owners < group.last))
+        requests = [self.requests[number] for number in mine]
+        counts = [len(request.targets) for request in requests]
+        ends = [len(request.inputs) for request in requests]
+        return Places(
+            request=np.repeat(mine, counts), text=np.repeat(self.owners[mine] - group.first, counts),
+            place=np.concatenate([np.arange(end - count, end) for end, count in zip(ends, counts)]),
+            target=np.concatenate([np.asarray(request.targets, np.int32) for request in requests]))
+
+
+class Places(NamedTuple):
+    """Single tokens that are asked for: of which request and text, after which place of it, and which token. [places] each."""
+
+    request: np.ndarray
+    text: np.ndarray
+    place: np.ndarray
+    target: np.ndarray
+
+
+def make_plan(decoder: Decoder, requests: Sequence[Request], longest: int, wave: int = WAVE) -> Plan:
+    """Sorts requests by length and cuts them into batches of few shapes.
+
+    A batch is as long as its first text needs; what is left of it is filled with the next shorter ones. Only the last batch of
+    all may have fewer texts than others of its length, in powers of two. So a block is compiled once for each length that occurs,
+    and at most once more.
+
+    Args:
+      requests: at least one target each, and no more targets than inputs.
+      longest: tokens that the model can read, for which no text has more inputs.
+      wave: bytes of hidden states that a host holds at once.
+    """
+    texts = sorted({request.inputs for request in requests}, key=lambda text: (-len(text), text))
+    numbers = {text: number for number, text in enumerate(texts)}
+    owners = np.asarray([numbers[request.inputs] for request in requests], np.int64)
+    slices = decoder.mesh.shape[DATA]
+    held = len(held_rows(decoder.mesh, 0, slices)) / slices
+    width = decoder.config.d_model * 4 * held  # counted as float32
+    waves, size = [], wave
+    for group in _batches([len(text) for text in texts], slices, decoder.batch, longest):
+        added = group.batch * group.length * width
+        if size + added > wave:
+            waves.append([])
+            size = 0
+        size += added
+        before = waves[-1][-1] if waves[-1] else None
+        if before and before[2:] == group[2:]:
+            waves[-1][-1] = before._replace(last=group.last)
+        else:
+            waves[-1].append(group)
+    return Plan(requests, tuple(texts), owners, tuple(map(tuple, waves)))
+
+
+def _batches(sizes: Sequence[int], slices: int, batch: int, longest: int) -> Iterator[Group]:
+    """One batch after the other, for texts of descending sizes."""
+    first = 0
+    while first < len(sizes):
+        length = min(next(length for length in LENGTHS if length >= sizes[first]), longest)
+        each = max(1, batch * TOKENS * TOKENS // (length * max(length, TOKENS)))
+        left = -(-(len(sizes) - first) // slices)
+        if left < each:
+            each = min(each, 1 << (left - 1).bit_length())
+        last = min(first + each * slices, len(sizes))
+        yield Group(first, last, length, each * slices)
+        first = last
+
+
+def likelihoods(decoder: Decoder, plan: Plan, advance: Callable[[], None] = lambda: None) -> list[Likelihood]:
+    """Computes a plan. Requests of the same inputs share the forward pass.
+
+    Args:
+      advance: called in every wave after every block and once after the head.
+
+    Raises:
+      UserError: the model's output is not finite; names the first layer with such an input.
+    """
+    totals, greedy = np.zeros(len(plan.requests)), np.ones(len(plan.requests), bool)
+    for wave in plan.waves:
+        states = [decoder.embed(plan.tokens(group)) for group in wave]
+        for index, parameters in enumerate(decoder.blocks(range(decoder.config.blocks))):
+            for group, hidden in zip(wave, states):
+                decoder.apply(index, parameters, hidden, group.batch // decoder.mesh.shape[DATA])
+            advance()
+        head = decoder.head()
+        for group, hidden in zip(wave, states):
+            places = plan.places(group)
+            for chosen, logarithms, likeliest in _scores(head, hidden, places):
+                # A sum over a text in float64, of logarithms in float32.
+                np.add.at(totals, places.request[chosen], logarithms)
+                np.logical_and.at(greedy, places.request[chosen], likeliest)
+        del states
+        advance()
+    if not np.isfinite(totals).all():
+        text = plan.texts[plan.owners[np.flatnonzero(~np.isfinite(totals))[0]]]
+        raise overflow(decoder, np.asarray([text], np.int32))
+    return [Likelihood(float(total), bool(best)) for total, best in zip(totals, greedy)]
+
+
+def _scores(head: Head, hidden: Activations, places: Places) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """(which places, log-probability of their targets, whether these are the likeliest tokens), a stretch of places at a time.
+
+    The hidden states of the places alone go to the devices: to every slice of the data axis those of the texts that it computed.
+    """
+    slices = hidden.mesh.shape[DATA]
+    mine = [np.flatnonzero(places.text % slices == number) for number in range(slices)]
+    columns = -(-max(map(len, mine)) // _PLACES) * _PLACES
+    table = np.full((slices, columns), -1)
+    for row, numbers in zip(table, mine):
+        row[:len(numbers)] = numbers
+
+    def states(numbers):
+        found = np.zeros((len(numbers), hidden.values.shape[2]), hidden.values.dtype)
+        there = numbers[numbers >= 0]
+        found[numbers >= 0] = hidden.values[np.searchsorted(hidden.rows, places.text[there]), places.place[there]]
+        return found
+
+    for first in range(0, columns, _PLACES):
+        numbers = table[:, first:first + _PLACES].ravel()
+        there = numbers >= 0
+        found = fetch(_next_tokens(head, on_mesh(hidden.mesh, numbers, states, (hidden.values.shape[2],)),
+                                   on_mesh(hidden.mesh, numbers, lambda which: places.target[which], ())))
+        yield numbers[there], *(values[there] for values in found)
+
+
+@jax.jit
+def _next_tokens(head: Head, hidden: Array, targets: Array) -> tuple[Array, Array]:
+    """Of hidden states [places, d_model]: (log-probability of the targets, float32; whether they are the likeliest), [places]."""
+    logits = head_logits(head, hidden)
+    picked = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
+    return picked - jax.nn.logsumexp(logits, axis=-1), jnp.argmax(logits, axis=-1) == targets
