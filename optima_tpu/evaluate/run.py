@@ -1,0 +1,150 @@
+"""One evaluation, from a model to evaluation.json: what happens after the command line was read."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+from lm_eval.tasks.manager import TaskDict
+from lm_eval.utils import handle_non_serializable
+from rich.console import Console
+
+from optima_tpu import data
+from optima_tpu.data import Tokens
+from optima_tpu.errors import UserError
+from optima_tpu.evaluate.config import EvaluateConfig
+from optima_tpu.evaluate.harness import DecoderLM
+from optima_tpu.evaluate.model import Evaluated, open_evaluated
+from optima_tpu.evaluate.perplexity import perplexity
+from optima_tpu.evaluate.table import print_evaluation
+from optima_tpu.evaluate.tasks import load_tasks, metrics, paper_average, run_tasks
+from optima_tpu.files import write_bytes, writing
+from optima_tpu.inputs import bos_of, check_ids
+from optima_tpu.manifest import code_version, flat
+from optima_tpu.processes import agree, first_only, from_first, is_first
+from optima_tpu.report.file import environment
+from optima_tpu.report.progress import Progress, say
+from optima_tpu.sharding import make_mesh
+
+RECORD, HARNESS = "evaluation.json", "lm_eval.json"
+LENGTH = 2048
+"""Tokens in a window where nobody says: what SparseGPT, Wanda and OPTIMA report perplexity on."""
+
+
+def evaluate(config: EvaluateConfig, console: Console | None = None) -> dict[str, Any]:
+    """Measures a model as ``config`` says, writes evaluation.json and prints a table.
+
+    Everything that can be wrong with the input is found before the first block: models, mesh, texts, tasks and their data.
+
+    Returns:
+      What evaluation.json holds; in other processes than the first the tasks are missing.
+
+    Raises:
+      UserError: something the user can mend.
+    """
+    console = console or Console(quiet=not is_first())
+    settings = {name: value for name, value in dataclasses.asdict(config).items() if name != "process_id"}
+    agree("settings and code", flat(settings | {"code": code_version()}))
+    mesh = make_mesh(config.mesh)
+    models = {"model": open_evaluated(config.model, mesh, config.dtype, config.batch)}
+    if config.against is not None:
+        models["against"] = open_evaluated(config.against, mesh, config.dtype, config.batch)
+        _check_pair(**models)
+    texts = from_first(lambda: {source: _read(source, config, models) for source in config.texts})
+    folder = Path(config.output).expanduser() if config.output else models["model"].run or _folder(config.model)
+    with writing(folder, "choose another --output"):
+        first_only(lambda: folder.mkdir(parents=True, exist_ok=True))
+    say(console, "\n".join(_greeting(config, models, mesh, folder)) + "\n")
+    with Progress(console) as progress:
+        testers, tasks = {}, None
+        if config.task_names:
+            testers = {name: DecoderLM(opened.model, opened.tokenizer, progress, name, config.context)
+                       for name, opened in models.items()}
+            # The others get no tasks, only what is asked of the model.
+            progress.stage("preparing the tasks", 1)
+            tasks = _of_first(lambda: load_tasks(config.task_names, config.include_path, config.folders, config.fewshot))
+            progress.advance()
+        perplexities = {source: _perplexity(source, tokens, models, progress) for source, tokens in texts.items()}
+        results = {name: run_tasks(tester, tasks, config.limit) for name, tester in testers.items()}
+    record = {
+        "model": config.model, "against": config.against, "configuration": settings, "environment": environment(mesh),
+        "perplexity": perplexities, "distance": {}, **_task_numbers(tasks, results)}
+    first_only(lambda: _write(folder, record, results, config))
+    print_evaluation(console, record, {"record": str(folder / RECORD)} | (
+        {"harness": str(folder / HARNESS)} if results else {}))
+    return record
+
+
+def _check_pair(model: Evaluated, against: Evaluated) -> None:
+    """Two models are compared on the same tokens."""
+    if model.tokenizer.get_vocab() != against.tokenizer.get_vocab():
+        raise UserError(f"expected --against with the tokenizer of {model.model.pretrained.origin}, got another one in "
+                        f"{against.model.pretrained.origin}: give the model that was pruned")
+
+
+def _read(source: str, config: EvaluateConfig, models: Mapping[str, Evaluated]) -> Tokens:
+    """The windows of a text, as a run's evaluation has them."""
+    model, tokenizer, _ = models["model"]
+    limit = getattr(model.pretrained.config.get_text_config(), "max_position_embeddings", None) or LENGTH
+    length = config.length or min(LENGTH, limit)
+    if length > limit:
+        raise UserError(f"expected --length of at most {limit}, the model's context, got {length}")
+    tokens = data.evaluation_tokens(data.parse_source(source), tokenizer, length=length, windows=config.windows,
+                                    bos=bos_of(model, tokenizer))
+    for opened in models.values():
+        check_ids([tokens], opened.model)
+    return tokens
+
+
+def _perplexity(source: str, tokens: Tokens, models: Mapping[str, Evaluated], progress: Progress) -> dict[str, Any]:
+    """One entry of "perplexity" in the record."""
+    found: dict[str, float | None] = {"model": None, "against": None}
+    for name, opened in models.items():
+        progress.stage(f"{name}: perplexity on {source}", opened.model.decoder.config.blocks + 1)
+        found[name] = perplexity(opened.model.decoder, tokens.ids, progress.advance)
+    return {"perplexity": found["model"], "tokens": int(tokens.ids.size), "how": tokens.how, "against": found["against"]}
+
+
+def _of_first(work):
+    """``work()`` in process 0, None in the others, which hear of its failure."""
+    result = []
+    from_first(lambda: result.append(work()))
+    return result[0] if result else None
+
+
+def _task_numbers(tasks: TaskDict | None, results: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """The entries "tasks" and "average" of the record."""
+    if tasks is None:
+        return {"tasks": {}, "average": None}
+    found = {name: metrics(tasks, result) for name, result in results.items()}
+    against = found.get("against", {})
+    both = {task: numbers | {"against": against.get(task)} for task, numbers in found["model"].items()}
+    return {"tasks": both, "average": paper_average(found["model"])}
+
+
+def _write(folder: Path, record: Mapping[str, Any], results: Mapping[str, Any], config: EvaluateConfig) -> None:
+    with writing(folder, "choose another --output"):
+        write_bytes(folder / RECORD, (json.dumps(record, indent=2, allow_nan=False) + "\n").encode())
+        for name, result in results.items():
+            result["config"]["model_args"] = {"pretrained": getattr(config, name)}
+            path = folder / (HARNESS if name == "model" else f"lm_eval_{name}.json")
+            write_bytes(path, json.dumps(result, indent=2, default=handle_non_serializable, ensure_ascii=False).encode())
+
+
+def _folder(model: str) -> Path:
+    """Where the evaluation of something that is no run goes."""
+    name = Path(model.removeprefix("wheel:")).expanduser().resolve()
+    return Path("runs", f"evaluate-{name.stem if name.suffix == '.gguf' else name.name.partition('@')[0]}")
+
+
+def _greeting(config: EvaluateConfig, models: Mapping[str, Evaluated], mesh, folder: Path) -> list[str]:
+    """What is about to happen, before the first long silence."""
+    several = "" if jax.process_count() == 1 else f" in {jax.process_count()} processes"
+    lines = [f"{name:<12} {opened.model.pretrained.origin}: {opened.model.decoder.config.blocks} blocks"
+             for name, opened in models.items()]
+    lines += [f"perplexity   {', '.join(config.texts)}"] if config.texts else []
+    lines += [f"tasks        {', '.join(config.task_names)}"] if config.task_names else []
+    return [*lines, f"devices      {mesh.size} x {jax.devices()[0].device_kind}, mesh {mesh.shape['data']}x{mesh.shape['model']}"
+            f"{several}", f"output       {folder}"]

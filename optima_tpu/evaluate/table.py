@@ -1,0 +1,60 @@
+"""What the person at the terminal sees at the end of an evaluation."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from optima_tpu.evaluate.tasks import PAPER
+from optima_tpu.report.numbers import number
+
+
+def print_evaluation(console: Console, record: Mapping[str, Any], files: Mapping[str, str]) -> None:
+    """Prints perplexities, the table of tasks, the paper's average, and where the files are.
+
+    Args:
+      record: what evaluation.json holds.
+      files: what is there -> path.
+    """
+    console.print()
+    lines = []
+    for source, found in record["perplexity"].items():
+        dense = found["against"]
+        beside = f", against {number(dense, 4)} ({number(found['perplexity'] / dense)} times)" if dense else ""
+        lines.append(f"perplexity  {number(found['perplexity'], 4)}{beside}, on {found['how']}")
+    if lines:
+        console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
+    if record["tasks"]:
+        console.print(task_table(record["tasks"], record["against"] is not None), highlight=False)
+    if record["average"] is not None:
+        console.print(f"average     {record['average']:.4f}, the mean accuracy over {', '.join(PAPER)}", highlight=False)
+    width = max(map(len, files)) + 2
+    console.print("\n".join(["", *(f"{what:<{width}}{path}" for what, path in files.items())]), markup=False, highlight=False,
+                  soft_wrap=True)
+
+
+def task_table(tasks: Mapping[str, Mapping[str, Any]], compared: bool) -> Table:
+    """One row for each metric of each task, with standard errors."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    for heading in ("task", "metric"):
+        table.add_column(heading, no_wrap=True)
+    for heading in ("docs", "value", *(["against", "change"] if compared else [])):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for task, found in tasks.items():
+        other = found["against"] or {}
+        for metric, value in found.items():
+            if metric in ("documents", "against") or "_stderr" in metric or value is None:
+                continue
+            row = [task, metric, f"{found['documents']:,}", _with_error(found, metric)]
+            if compared:
+                change = value - other[metric]
+                row += [_with_error(other, metric), ("-" if change < 0 else "+") + number(abs(change))]
+            table.add_row(*row)
+    return table
+
+
+def _with_error(found: Mapping[str, Any], metric: str) -> str:
+    name, comma, rest = metric.partition(",")
+    error = found.get(f"{name}_stderr{comma}{rest}")
+    return number(found[metric], 4) + ("" if error is None else f" ± {number(error, 2)}")

@@ -1,0 +1,160 @@
+"""The tasks of the Language Model Evaluation Harness: found, given their data, run, and told in numbers."""
+
+import difflib
+import random
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import lm_eval
+import numpy as np
+from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
+from lm_eval.evaluator import evaluate
+from lm_eval.tasks import TaskManager
+from lm_eval.tasks.manager import TaskDict
+
+from optima_tpu.errors import UserError
+from optima_tpu.evaluate.harness import DecoderLM
+from optima_tpu.processes import from_first, is_first
+from optima_tpu.weights.source import first_line
+
+PAPER = ("mmlu", "piqa", "arc_easy", "arc_challenge", "winogrande", "openbookqa")
+"""The zero-shot tasks whose mean accuracy OPTIMA reports."""
+
+BOOTSTRAP = 1000
+"""Draws for the standard error of a metric that has no formula for it; accuracies have one."""
+
+_SPLITS = ("training_split", "validation_split", "test_split", "fewshot_split")
+_SUFFIXES = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+
+
+def load_tasks(names: Sequence[str], include_path: str | None = None, data: Mapping[str, Path] = {},
+               fewshot: int | None = None) -> TaskDict:
+    """Tasks and groups of the harness by their names, with their data sets.
+
+    Args:
+      include_path: a folder with task files (YAML) that go over the harness's own.
+      data: task out of ``names`` -> a folder with its data set in files SPLIT.jsonl, SPLIT.json or SPLIT.parquet.
+      fewshot: examples before every question; None takes what the task says. A task that says 0 keeps it.
+
+    Raises:
+      UserError: there is no such task or folder, a data set can't be had, or a task is not one that scores texts.
+    """
+    if include_path is not None and not Path(include_path).expanduser().is_dir():
+        raise UserError(f"expected --include-path with a folder of task files, got {include_path}: there is no such folder")
+    # As lm_eval.simple_evaluate, for tasks that shuffle while they are made.
+    random.seed(DEFAULT_RANDOM_SEED)
+    np.random.seed(DEFAULT_OTHER_SEED)
+    manager = TaskManager(include_path=include_path and str(Path(include_path).expanduser()))
+    for name in names:
+        if name not in manager.task_index:
+            near = difflib.get_close_matches(name, manager.all_tasks, n=3)
+            hint = f"did you mean {' or '.join(near)}?" if near else "`lm-eval ls tasks` lists them all"
+            raise UserError(f"there is no task {name!r}; {hint}")
+    found = TaskDict(tasks={}, groups={}, group_map={})
+    for name in names:
+        loaded = _load(manager, name, data.get(name))
+        for part in found:
+            found[part] |= loaded[part]
+    for name, task in found["tasks"].items():
+        if task.OUTPUT_TYPE == "generate_until" or getattr(task, "MULTIMODAL", False):
+            raise UserError(f"task {name} lets the model write or look at pictures, and here texts are only scored: leave it "
+                            "out, or run lm-eval on the exported folder")
+        if fewshot is not None and task.get_config("num_fewshot") != 0:
+            task.set_config(key="num_fewshot", value=fewshot)
+        elif task.get_config("num_fewshot") is None:
+            task.set_config(key="num_fewshot", value=0)
+        task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
+    return found
+
+
+def _load(manager: TaskManager, name: str, folder: Path | None) -> TaskDict:
+    try:
+        if folder is None:
+            return manager.load(name)
+        # Of a task inside a group the settings can be changed, which is no other way to change them.
+        loaded = manager.load({"group": "local", "task": [{"task": name, **_local(manager, name, folder)}]})
+        return TaskDict(tasks=loaded["tasks"], groups={}, group_map={})
+    except UserError:
+        raise
+    except OSError as error:  # no network, no such data set, a gated one, a file that is not there
+        raise UserError(f"the data of task {name} are not here and can't be had ({first_line(error)}): fill the Hugging Face "
+                        f"cache where there is a network, or give them as files with --data {name}=FOLDER") from error
+    except Exception as error:  # anything, from templates and data that do not fit each other
+        raise UserError(f"task {name} can't be made from its data ({type(error).__name__}: {first_line(error)}): expected the "
+                        "fields and splits that its task file names") from error
+
+
+def _local(manager: TaskManager, name: str, folder: Path) -> dict[str, Any]:
+    """The settings that make a task read the files of a folder."""
+    if not folder.is_dir():
+        raise UserError(f"expected --data {name}=FOLDER with a folder, got {folder}: there is none")
+    files = {path.stem: path for path in sorted(folder.iterdir()) if path.suffix in _SUFFIXES}
+    settings = manager.task_index[name].cfg or {}
+    wanted = {key: settings[key] for key in _SPLITS if settings.get(key)}
+    if not any(wanted.get(key) in files for key in ("test_split", "validation_split")):
+        raise UserError(f"expected {' or '.join(f'{split}.jsonl' for split in wanted.values())} in {folder}, got "
+                        f"{', '.join(path.name for path in files.values()) or 'no data files'}")
+    files = {split: path for split, path in files.items() if split in wanted.values()}
+    kinds = {_SUFFIXES[path.suffix] for path in files.values()}
+    if len(kinds) > 1:
+        raise UserError(f"expected files of one format in {folder}, got {', '.join(path.name for path in files.values())}")
+    return {"dataset_path": kinds.pop(), "dataset_name": None,
+            "dataset_kwargs": {"data_files": {split: str(path) for split, path in files.items()}},
+            **{key: None for key, split in wanted.items() if split not in files}}
+
+
+def run_tasks(lm: DecoderLM, tasks: TaskDict | None, limit: int | None = None, samples: bool = False) -> dict[str, Any]:
+    """Runs tasks on a model. Every process calls it; the first one needs the tasks and runs the harness.
+
+    Args:
+      tasks: from :func:`load_tasks`.
+      limit: documents of each task, the first ones; None takes all.
+      samples: keep what the model said to every document.
+
+    Returns:
+      What ``lm_eval.evaluate`` does, in the first process; an empty dictionary in the others.
+
+    Raises:
+      UserError: a document can't be scored.
+    """
+    if not is_first():
+        lm.follow()
+        return {}
+    try:
+        results = evaluate(lm, tasks, limit=limit, bootstrap_iters=BOOTSTRAP, log_samples=samples)
+    except UserError as error:
+        failure = error  # which the others wait for
+        from_first(lambda: _raise(failure))
+    from_first(lambda: None)
+    return results | {
+        "config": {"model": "optima_tpu", "limit": limit, "bootstrap_iters": BOOTSTRAP,
+                   "random_seed": DEFAULT_RANDOM_SEED, "numpy_seed": DEFAULT_OTHER_SEED, "fewshot_seed": DEFAULT_OTHER_SEED},
+        "lm_eval_version": lm_eval.__version__, "max_length": lm.max_length}
+
+
+def _raise(error: UserError) -> None:
+    raise error
+
+
+def metrics(tasks: TaskDict, results: Mapping[str, Any]) -> dict[str, dict[str, float | int | None]]:
+    """The numbers of every group that has some of its own, and of every task in no such group: {"piqa": {"acc": 0.7, ...}}.
+
+    A metric of another filter than the harness's default keeps its name: "exact_match,strict". A standard error that the harness
+    does not give is None. "documents" is how many there were.
+    """
+    groups = {name: group for name, group in tasks["groups"].items() if group.has_aggregation}
+    inside = {task.task_name for group in groups.values() for task in group.get_all_tasks()}
+    inside |= {below.name for group in groups.values() for below in group.get_all_groups()}
+    found = {}
+    for name in [*groups, *tasks["tasks"]]:
+        if name not in inside:
+            entry = results["results"][name]
+            found[name] = {key.removesuffix(",none"): value if isinstance(value, int | float) else None
+                           for key, value in entry.items() if "," in key} | {"documents": entry["sample_len"]}
+    return found
+
+
+def paper_average(found: Mapping[str, Mapping[str, float | int | None]]) -> float | None:
+    """The mean accuracy over the paper's tasks; None where one is missing."""
+    return float(np.mean([found[name]["acc"] for name in PAPER])) if set(PAPER) <= found.keys() else None
