@@ -1,0 +1,279 @@
+"""The command line of an evaluation: models of every kind, tasks with local data, the record, and what is refused."""
+
+import functools
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from tqdm import tqdm
+
+from optima_tpu.evaluate.__main__ import main
+from optima_tpu.evaluate.config import EvaluateConfig, parse
+from optima_tpu.evaluate.tasks import PAPER, paper_average
+from tests.test_processes import free_port, process_environment
+
+CHOICE = """
+task: tiny_choice
+dataset_path: json
+dataset_kwargs: {data_files: {validation: FOLDER/choice.jsonl}}
+validation_split: validation
+output_type: multiple_choice
+doc_to_text: "{{question}}"
+doc_to_target: answer
+doc_to_choice: "{{choices}}"
+metric_list:
+- {metric: acc, aggregation: mean, higher_is_better: true}
+- {metric: acc_norm, aggregation: mean, higher_is_better: true}
+"""
+ROLLING = """
+task: tiny_rolling
+dataset_path: json
+dataset_kwargs: {data_files: {test: FOLDER/rolling.jsonl}}
+test_split: test
+output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: "{{text}}"
+metric_list: [{metric: byte_perplexity, aggregation: weighted_perplexity, higher_is_better: false}]
+"""
+OTHERS = {
+    "tiny_group": "group: tiny_group\ntask: [tiny_choice]\naggregate_metric_list: [{metric: acc, weight_by_size: true}]\n",
+    "tiny_writing": CHOICE.replace("tiny_choice", "tiny_writing").replace("multiple_choice", "generate_until").replace(
+        "doc_to_choice", "description"),
+    "tiny_empty": ROLLING.replace("tiny_rolling", "tiny_empty").replace("rolling.jsonl", "empty.jsonl"),
+    "tiny_missing": ROLLING.replace("tiny_rolling", "tiny_missing").replace("rolling.jsonl", "missing.jsonl"),
+    "tiny_fields": ROLLING.replace("tiny_rolling", "tiny_fields").replace("{{text}}", "{{txet.upper()}}"),
+    "tiny_hub": ROLLING.replace("tiny_rolling", "tiny_hub").replace("path: json", "path: no-such-owner/no-such-set"),
+}
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory):
+    """A folder of task files and their data."""
+    folder = tmp_path_factory.mktemp("tasks")
+    rng = np.random.default_rng(0)
+
+    def word():
+        return "".join(rng.choice(list("abcdefgh"), rng.integers(1, 9)))
+
+    def write(name, records):
+        (folder / name).write_text("".join(json.dumps(record) + "\n" for record in records))
+
+    write("choice.jsonl", [{"question": f"{word()} {word()}?", "choices": [word() for _ in range(3)],
+                            "answer": int(rng.integers(0, 3))} for _ in range(30)])
+    write("rolling.jsonl", [{"text": " ".join(word() for _ in range(size))} for size in (3, 60)])
+    write("empty.jsonl", [{"text": "a"}, {"text": ""}])
+    for name, text in {"tiny_choice": CHOICE, "tiny_rolling": ROLLING, **OTHERS}.items():
+        (folder / f"{name}.yaml").write_text(text.replace("FOLDER", str(folder)))
+    return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def own_tasks_only(tasks):
+    """The thousands of task files that come with the harness take seconds to read, at every call. Its bars are off as in main."""
+    import lm_eval.api.task
+    import lm_eval.tasks
+    from optima_tpu.evaluate import tasks as module
+
+    def manager(include_path=None):
+        return lm_eval.tasks.TaskManager(include_path=include_path, include_defaults=include_path is None)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "TaskManager", manager)
+        patch.setattr(lm_eval.api.task, "tqdm", functools.partial(tqdm, disable=True))
+        yield
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("the quick brown fox jumps over the lazy dog. " * 20)
+    return path
+
+
+@pytest.fixture(scope="module")
+def evaluated(finished, tasks, text, tmp_path_factory):
+    """(record, harness's own results, what was printed) of the finished run against its dense model, by the command line."""
+    import contextlib
+    import io
+
+    out, printed = tmp_path_factory.mktemp("evaluated"), io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        assert main([str(finished.directory), "--against", str(finished.model), "--mesh", "4x2", "--perplexity", f"file:{text}",
+                     "--length", "64", "--tasks", "tiny_group,tiny_rolling", "--include-path", str(tasks), "--output",
+                     str(out)]) == 0
+    return json.loads((out / "evaluation.json").read_text()), json.loads((out / "lm_eval.json").read_text()), printed.getvalue()
+
+
+def test_the_record_has_the_harness_results_and_the_perplexities(evaluated, finished, text):
+    record, harness, printed = evaluated
+    assert record["model"] == str(finished.directory) and record["against"] == str(finished.model)
+    assert record.keys() == {"model", "against", "configuration", "environment", "perplexity", "distance", "tasks", "average"}
+    found = record["perplexity"][f"file:{text}"]
+    assert found["tokens"] == 14 * 64 and found["perplexity"] > 1 and found["against"] > 1
+    assert "14 consecutive windows of 64 tokens" in found["how"]
+    assert record["tasks"].keys() == {"tiny_group", "tiny_rolling"} and record["average"] is None
+    group, own = record["tasks"]["tiny_group"], harness["results"]["tiny_group"]
+    assert (group["acc"], group["acc_stderr"], group["documents"]) == (own["acc,none"], own["acc_stderr,none"], 30)
+    assert group["against"].keys() == {"acc", "acc_stderr", "documents"}
+    assert record["tasks"]["tiny_rolling"]["byte_perplexity"] == harness["results"]["tiny_rolling"]["byte_perplexity,none"]
+    assert record["tasks"]["tiny_rolling"]["byte_perplexity_stderr"] is None
+    assert harness["n-samples"]["tiny_choice"] == {"original": 30, "effective": 30}
+    for words in ("against: perplexity on file:", "model: 90 continuations in 90 texts", "byte_perplexity", "±",
+                  str(finished.model)):
+        assert words in printed, printed
+
+
+def test_the_tasks_agree_with_the_harness_on_transformers(evaluated, finished, tasks):
+    pytest.importorskip("torch")
+    import lm_eval
+    from lm_eval.tasks import TaskManager
+
+    own = lm_eval.simple_evaluate(
+        "hf", {"pretrained": str(finished.directory / "hf"), "dtype": "float32"}, tasks=["tiny_group", "tiny_rolling"],
+        device="cpu", task_manager=TaskManager(include_path=str(tasks), include_defaults=False), log_samples=False)
+    theirs, ours = own["results"], evaluated[1]["results"]
+    assert ours["tiny_choice"] == {**theirs["tiny_choice"]} and ours["tiny_group"] == theirs["tiny_group"]
+    assert ours["tiny_rolling"]["byte_perplexity,none"] == pytest.approx(theirs["tiny_rolling"]["byte_perplexity,none"], rel=1e-5)
+
+
+def test_every_form_of_a_run_is_the_same_model_on_every_mesh(evaluated, finished, tasks, text, tmp_path):
+    expected = evaluated[0]
+    for number, (model, mesh) in enumerate([(finished.directory / "checkpoint", "4x2"), (finished.directory / "hf", "2x4")]):
+        out = tmp_path / str(number)
+        assert main([str(model), "--mesh", mesh, "--perplexity", f"file:{text}", "--length", "64", "--tasks", "tiny_choice",
+                     "--include-path", str(tasks), "--output", str(out)]) == 0
+        record = json.loads((out / "evaluation.json").read_text())
+        assert record["tasks"]["tiny_choice"]["acc"] == expected["tasks"]["tiny_group"]["acc"]
+        assert record["perplexity"][f"file:{text}"]["perplexity"] == pytest.approx(
+            expected["perplexity"][f"file:{text}"]["perplexity"], rel=1e-5)
+
+
+def test_files_stand_in_for_the_data_set_of_a_task(finished, tasks, tmp_path):
+    """A task with a data set on the hub, and three splits of which one is there."""
+    yaml = tmp_path / "tasks" / "far.yaml"
+    yaml.parent.mkdir()
+    yaml.write_text(CHOICE.replace("tiny_choice", "far").replace(
+        "path: json", "path: no-such-owner/no-such-set\ndataset_name: none\ntraining_split: train\ntest_split: test"))
+    (tmp_path / "data").mkdir()
+    shutil.copy(tasks / "choice.jsonl", tmp_path / "data" / "validation.jsonl")
+    assert main([str(finished.directory), "--tasks", "far", "--include-path", str(yaml.parent), "--data",
+                 f"far={tmp_path / 'data'}", "--limit", "7", "--output", str(tmp_path / "out")]) == 0
+    record = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert record["tasks"]["far"]["documents"] == 7
+
+
+@pytest.fixture
+def refused(capfd, tmp_path, tasks):
+    """Runs the command line; returns the line that it is refused with."""
+    def run(*arguments, output=tmp_path / "out"):
+        assert main([*map(str, arguments), "--include-path", str(tasks), "--output", str(output)]) == 2
+        said = capfd.readouterr().err
+        assert said.startswith("error: ") and said.count("\n") == 1, said
+        assert not list(output.glob("*"))
+        return said
+
+    return run
+
+
+@pytest.mark.parametrize(("arguments", "expected"), [
+    (["--tasks", "tiny_chioce"], "there is no task 'tiny_chioce'; did you mean tiny_choice"),
+    (["--tasks", "tiny_missing"], "the data of task tiny_missing are not here and can't be had ("),
+    (["--tasks", "tiny_fields"], "task tiny_fields can't be made from its data (UndefinedError: 'txet' is undefined)"),
+    (["--tasks", "tiny_writing"], "task tiny_writing lets the model write"),
+    (["--tasks", "tiny_empty"], "document 1 of task tiny_empty: expected a text to score, got an empty document"),
+    (["--tasks", "tiny_choice", "--context", "129"], "expected --context of at most 128, the model's context, got 129"),
+    (["--tasks", "tiny_choice", "--data", "tiny_choice=/no"], "expected --data tiny_choice=FOLDER with a folder, got /no"),
+    (["--data", "tiny_choice=/tmp"], "expected --data for tasks that are run (none), got it for tiny_choice"),
+    (["--perplexity", "random", "--length", "129"], "expected --length of at most 128, the model's context, got 129"),
+    (["--perplexity", "file:/nowhere.txt", "--length", "64"], "expected a text file, but /nowhere.txt does not exist"),
+    (["--perplexity", "wikitext3"], "expected a text source (pydoc, c4, wikitext2, random, file:PATH"),
+    (["--against", "wheel:no-such-model"], "the package 'no-such-model' is not installed"),
+    (["--mesh", "2x2"], "mesh 2x2 needs 4 devices, there are 8 (cpu)"),
+    (["--taks", "piqa"], "there is no setting --taks; did you mean --tasks"),
+    (["--limit", "few"], "expected limit to be a whole number or null, got few"),
+    (["--limit", "0"], "expected limit of at least 1, got 0"),
+])
+def test_what_is_wrong_is_one_line(finished, refused, arguments, expected):
+    assert expected in refused(finished.model, *arguments)
+
+
+def test_a_model_that_is_none(finished, refused, tmp_path):
+    assert f"no such path: '{tmp_path / 'nowhere'}'" in refused(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    assert f"expected a run directory (run.json), an Orbax checkpoint in one, or a Hugging Face folder (config.json), got " \
+           f"{tmp_path / 'empty'}, which is none of these" in refused(tmp_path / "empty")
+    assert "expected the model before everything else, got --tasks" in refused("--tasks", "piqa")
+    run = tmp_path / "run"
+    shutil.copytree(finished.directory, run)
+    (run / "checkpoint" / "state" / "manifest.ocdbt").write_bytes(b"nothing")
+    assert f"the checkpoint in {run} can't be read (" in refused(run, "--perplexity", "random", "--length", "32")
+    (run / "checkpoint" / "_CHECKPOINT_METADATA").write_text("{")
+    assert f"the checkpoint in {run} can't be read (" in refused(run)
+    shutil.copytree(finished.directory / "checkpoint", tmp_path / "alone")
+    assert "expected an Orbax checkpoint named checkpoint in its run directory" in refused(tmp_path / "alone")
+    shutil.rmtree(run / "checkpoint")
+    assert f"expected a finished run, got {run}, which has no checkpoint yet" in refused(run)
+    (run / "run.json").write_text("{")
+    assert f"{run / 'run.json'} is damaged" in refused(run)
+
+
+def test_a_hub_that_is_not_reached(finished, tasks, tmp_path):
+    """In a process of its own, since the hub's client reads its setting once; torch is not to be found there."""
+    code = ("import functools, sys; from importlib.machinery import PathFinder\n"
+            "find = PathFinder.find_spec\n"
+            "hidden = lambda name, *rest: None if name.split('.')[0] == 'torch' else find(name, *rest)\n"
+            "PathFinder.find_spec = staticmethod(hidden)\n"
+            "from optima_tpu.evaluate import __main__ as command\n"
+            "import optima_tpu.evaluate.tasks as module\n"
+            "module.TaskManager = functools.partial(module.TaskManager, include_defaults=False)\n"
+            "for task in ('tiny_rolling', 'tiny_hub'):\n"
+            "    status = command.main([*sys.argv[1:], '--tasks', task])\n"
+            "sys.exit(status)")
+    result = subprocess.run(
+        [sys.executable, "-c", code, str(finished.model), "--include-path", str(tasks), "--output",
+         str(tmp_path / "out")], capture_output=True, text=True, timeout=300,
+        env=process_environment() | {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "HF_HOME": str(tmp_path / "cache")})
+    assert result.returncode == 2 and result.stderr.count("\n") == 1, result.stderr
+    assert result.stderr.startswith("error: the data of task tiny_hub are not here and can't be had (")
+    assert "byte_perplexity" in result.stdout
+
+
+@pytest.mark.slow
+def test_two_processes_measure_what_one_does(evaluated, finished, tasks, text, tmp_path):
+    """The first one reads texts and tasks and prints; both compute. What is wrong ends both, and is said once."""
+    def run(tested):
+        command = [sys.executable, "-m", "optima_tpu.evaluate", str(finished.directory), "--perplexity", f"file:{text}",
+                   "--length", "64", "--tasks", tested, "--include-path", str(tasks), "--output", str(tmp_path / "out"),
+                   "--cpu-devices", "4", "--mesh", "4x2", "--coordinator", f"localhost:{free_port()}", "--num-processes", "2",
+                   "--process-id"]
+        started = [subprocess.Popen([*command, str(number)], env=process_environment(), text=True, stdout=subprocess.PIPE,
+                                    stderr=subprocess.PIPE) for number in range(2)]
+        return [(*process.communicate(timeout=300), process.returncode) for process in started]
+
+    (printed, _, first), (silence, _, second) = run("tiny_group,tiny_rolling")
+    assert (first, second, silence) == (0, 0, "") and "byte_perplexity" in printed
+    record, expected = json.loads((tmp_path / "out" / "evaluation.json").read_text()), evaluated[0]
+    assert record["tasks"]["tiny_group"]["acc"] == expected["tasks"]["tiny_group"]["acc"]
+    for path in (("tasks", "tiny_rolling", "byte_perplexity"), ("perplexity", f"file:{text}", "perplexity")):
+        found, wanted = (functools.reduce(lambda part, key: part[key], path, whole) for whole in (record, expected))
+        assert found == pytest.approx(wanted, rel=1e-5)
+    (_, said, first), (_, silence, second) = run("tiny_empty")
+    assert (first, second, silence) == (2, 2, "") and "document 1 of task tiny_empty" in said
+
+
+def test_the_settings_are_one_dataclass():
+    config = parse(["runs/a", "--tasks=piqa, arc_easy", "--cpu-devices", "8", "--data", "piqa=data/piqa"])
+    assert config == EvaluateConfig("runs/a", tasks="piqa, arc_easy", cpu_devices=8, data="piqa=data/piqa")
+    assert config.task_names == ("piqa", "arc_easy") and config.texts == ()
+    assert str(config.folders["piqa"]) == "data/piqa"
+    assert EvaluateConfig("runs/a").texts == ("wikitext2",)
+
+
+def test_the_paper_average_is_over_its_six_tasks():
+    accuracies = {name: {"acc": number / 10} for number, name in enumerate(PAPER)}
+    assert paper_average(accuracies) == pytest.approx(0.25)
+    del accuracies["mmlu"]
+    assert paper_average(accuracies) is None
