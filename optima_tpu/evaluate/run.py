@@ -15,13 +15,14 @@ from optima_tpu import data
 from optima_tpu.data import Tokens
 from optima_tpu.errors import UserError
 from optima_tpu.evaluate.config import EvaluateConfig
+from optima_tpu.evaluate.distance import Distance, distance
 from optima_tpu.evaluate.harness import DecoderLM
 from optima_tpu.evaluate.model import Evaluated, open_evaluated
 from optima_tpu.evaluate.perplexity import perplexity
 from optima_tpu.evaluate.table import print_evaluation
 from optima_tpu.evaluate.tasks import load_tasks, metrics, paper_average, run_tasks
 from optima_tpu.files import write_bytes, writing
-from optima_tpu.inputs import bos_of, check_ids
+from optima_tpu.inputs import check_ids, window_bos
 from optima_tpu.manifest import code_version, flat
 from optima_tpu.processes import agree, first_only, from_first, is_first
 from optima_tpu.report.file import environment
@@ -66,11 +67,18 @@ def evaluate(config: EvaluateConfig, console: Console | None = None) -> dict[str
             progress.stage("preparing the tasks", 1)
             tasks = _of_first(lambda: load_tasks(config.task_names, config.include_path, config.folders, config.fewshot))
             progress.advance()
-        perplexities = {source: _perplexity(source, tokens, models, progress) for source, tokens in texts.items()}
+        if config.against is None:
+            perplexities, distances = {source: _perplexity(source, tokens, models["model"], progress)
+                                       for source, tokens in texts.items()}, {}
+        else:
+            found = {source: _distance(source, tokens, models, progress, config.per_block) for source, tokens in texts.items()}
+            perplexities = {source: _entry(texts[source], apart.pruned_perplexity, apart.dense_perplexity)
+                            for source, apart in found.items()}
+            distances = {source: _distance_entry(apart) for source, apart in found.items()}
         results = {name: run_tasks(tester, tasks, config.limit) for name, tester in testers.items()}
     record = {
         "model": config.model, "against": config.against, "configuration": settings, "environment": environment(mesh),
-        "perplexity": perplexities, "distance": {}, **_task_numbers(tasks, results)}
+        "perplexity": perplexities, "distance": distances, **_task_numbers(tasks, results)}
     first_only(lambda: _write(folder, record, results, config))
     print_evaluation(console, record, {"record": str(folder / RECORD)} | (
         {"harness": str(folder / HARNESS)} if results else {}))
@@ -92,19 +100,32 @@ def _read(source: str, config: EvaluateConfig, models: Mapping[str, Evaluated]) 
     if length > limit:
         raise UserError(f"expected --length of at most {limit}, the model's context, got {length}")
     tokens = data.evaluation_tokens(data.parse_source(source), tokenizer, length=length, windows=config.windows,
-                                    bos=bos_of(model, tokenizer))
+                                    bos=window_bos(model, tokenizer, config.bos))
     for opened in models.values():
         check_ids([tokens], opened.model)
     return tokens
 
 
-def _perplexity(source: str, tokens: Tokens, models: Mapping[str, Evaluated], progress: Progress) -> dict[str, Any]:
+def _perplexity(source: str, tokens: Tokens, opened: Evaluated, progress: Progress) -> dict[str, Any]:
+    progress.stage(f"perplexity on {source}", opened.model.decoder.config.blocks + 1)
+    return _entry(tokens, perplexity(opened.model.decoder, tokens.ids, progress.advance))
+
+
+def _distance(source: str, tokens: Tokens, models: Mapping[str, Evaluated], progress: Progress, per_block: bool) -> Distance:
+    """Of the model to the other one, and the perplexities of both, from one walk through them."""
+    pruned, dense = (models[name].model.decoder for name in ("model", "against"))
+    progress.stage(f"both models on {source}", pruned.config.blocks)
+    return distance(dense, pruned, tokens.ids, progress.advance, per_block)
+
+
+def _entry(tokens: Tokens, value: float, against: float | None = None) -> dict[str, Any]:
     """One entry of "perplexity" in the record."""
-    found: dict[str, float | None] = {"model": None, "against": None}
-    for name, opened in models.items():
-        progress.stage(f"{name}: perplexity on {source}", opened.model.decoder.config.blocks + 1)
-        found[name] = perplexity(opened.model.decoder, tokens.ids, progress.advance)
-    return {"perplexity": found["model"], "tokens": int(tokens.ids.size), "how": tokens.how, "against": found["against"]}
+    return {"perplexity": value, "tokens": int(tokens.ids.size), "how": tokens.how, "against": against}
+
+
+def _distance_entry(apart: Distance) -> dict[str, Any]:
+    """One entry of "distance" in the record: all but the perplexities, which stand for themselves."""
+    return {name: value for name, value in apart._asdict().items() if not name.endswith("perplexity")}
 
 
 def _of_first(work):

@@ -11,7 +11,7 @@ from optima_tpu.report.numbers import number
 
 
 def print_evaluation(console: Console, record: Mapping[str, Any], files: Mapping[str, str]) -> None:
-    """Prints perplexities, the table of tasks, the paper's average, and where the files are.
+    """Prints perplexities, distances, the table of tasks, the paper's average, and where the files are.
 
     Args:
       record: what evaluation.json holds.
@@ -23,6 +23,10 @@ def print_evaluation(console: Console, record: Mapping[str, Any], files: Mapping
         dense = found["against"]
         beside = f", against {number(dense, 4)} ({number(found['perplexity'] / dense)} times)" if dense else ""
         lines.append(f"perplexity  {number(found['perplexity'], 4)}{beside}, on {found['how']}")
+    for source, apart in record["distance"].items():
+        kl, agreement = (number(apart[name], 4) + _error(apart[f"{name}_stderr"]) for name in ("kl", "agreement"))
+        lines.append(f"distance    KL divergence {kl} nats, the same likeliest token at {agreement} of {apart['tokens']:,} places, "
+                     f"hidden state after the last block off by {number(apart['hidden_errors'][-1])}, on {source}")
     if lines:
         console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
     if record["tasks"]:
@@ -56,5 +60,8 @@ def task_table(tasks: Mapping[str, Mapping[str, Any]], compared: bool) -> Table:
 
 def _with_error(found: Mapping[str, Any], metric: str) -> str:
     name, comma, rest = metric.partition(",")
-    error = found.get(f"{name}_stderr{comma}{rest}")
-    return number(found[metric], 4) + ("" if error is None else f" ± {number(error, 2)}")
+    return number(found[metric], 4) + _error(found.get(f"{name}_stderr{comma}{rest}"))
+
+
+def _error(value: float | None) -> str:
+    return "" if value is None else f" ± {number(value, 2)}"
