@@ -34,9 +34,9 @@ class Calibration:
     """The text that the pruned model must reproduce.
 
     Attributes:
-      source: c4 or wikitext2 (from the hub), pydoc (Python's own documentation, no download), random, file:PATH (.txt,
-        .jsonl, .parquet; also .gz), tfds:NAME@DIR (a prepared data set), hub:ORG/NAME[/CONFIG]@SPLIT (by the datasets
-        library) or npy:PATH (token ids).
+      source: c4 or wikitext2 (from the hub), pydoc (Python's own documentation, no download), self (the dense model writes it;
+        self?temperature=0.8 at another temperature than 1), random, file:PATH (.txt, .jsonl, .parquet; also .gz),
+        tfds:NAME@DIR (a prepared data set), hub:ORG/NAME[/CONFIG]@SPLIT (by the datasets library) or npy:PATH (token ids).
       samples: number of token sequences.
       length: tokens in each.
       seed: which sequences are drawn; the same seed gives the same tokens.
@@ -61,7 +61,7 @@ class Evaluation:
     """The text on which perplexity is measured, before and after.
 
     Attributes:
-      source: as calibration.source; null takes the held-out part of the calibration text.
+      source: as calibration.source, but not self; null takes the held-out part of the calibration text.
       length: tokens in a window; null takes calibration.length.
       windows: measure on the first so many windows; null takes all.
       bos: a BOS token before every "window", or only where the tokenizer puts one before the whole "text", as published

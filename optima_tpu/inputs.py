@@ -1,17 +1,16 @@
 """What a run reads: the model on the mesh, the texts, and the manifest that says whether two runs are the same."""
 
 import functools
-import hashlib
 import json
 from collections.abc import Iterable
 from typing import Any, Literal, NamedTuple
 
-import numpy as np
+from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from optima_tpu import data
 from optima_tpu.config import RunConfig, weights_settings
-from optima_tpu.data import Tokens
+from optima_tpu.data import Tokens, token_digest
 from optima_tpu.data.cache import TokenCache, token_key
 from optima_tpu.errors import UserError
 from optima_tpu.layer_rules import check_layers
@@ -20,6 +19,7 @@ from optima_tpu.masks import check_masks, open_masks
 from optima_tpu.models.decoder import Decoder
 from optima_tpu.processes import SharedError, agree, alone, from_first, spread, together
 from optima_tpu.selectors import Imported
+from optima_tpu.self_calibration import generated_by, self_calibration
 from optima_tpu.sharding import make_mesh
 from optima_tpu.weights import Pretrained, check_names, load_tokenizer, open_model
 
@@ -55,18 +55,24 @@ def open_model_on_mesh(config: RunConfig) -> Model:
     return together(open_here)
 
 
-def read_texts(config: RunConfig, model: Model) -> Texts:
+def read_texts(config: RunConfig, model: Model, console: Console | None = None) -> Texts:
     """The token windows of a run. Process 0 reads the texts, and the others get the tokens from it.
 
     Of a calibration text that every process can read, each one reads and tokenises a part. The tokens are the same for any
-    number of processes, and with or without the token cache.
+    number of processes, and with or without the token cache. Calibration text that the model writes itself is read from the run
+    directory, where an earlier start of the run kept it.
+
+    Args:
+      console: where the progress of writing it is told.
 
     Raises:
-      UserError: a text can't be read, is too short, or does not fit the model; or both would be the same text.
+      UserError: a text can't be read, is too short, or does not fit the model; or both would be the same text; or the model
+        that is to write text does not fit the devices as a whole.
     """
     plan = together(lambda: _plan_reading(config, model))
     draw = functools.partial(data.calibration_tokens, plan.calibration, plan.tokenizer, **plan.draw)
     score = functools.partial(data.evaluation_tokens, plan.evaluation, plan.tokenizer, **plan.score)
+    kept = TokenCache.of_user().tokens if config.token_cache else lambda key, draw: draw()
 
     def draw_together() -> Tokens:
         together(lambda: plan.calibration.documents("calibration"))  # or one would fail where the others wait for it
@@ -75,11 +81,16 @@ def read_texts(config: RunConfig, model: Model) -> Texts:
         except UserError as error:  # all of them have the same documents
             raise SharedError(str(error)) from error
 
-    kept = TokenCache.of_user().tokens if config.token_cache else lambda key, draw: draw()
-    texts = Texts(
-        kept(lambda: token_key(plan.calibration, "calibration", model.pretrained, **plan.draw),
-             draw_together if data.read_by_all(plan.calibration) and not alone() else lambda: from_first(draw)),
-        kept(lambda: token_key(plan.evaluation, "evaluation", model.pretrained, **plan.score), lambda: from_first(score)))
+    def calibration() -> Tokens:
+        if isinstance(plan.calibration, data.SelfGenerated):
+            return self_calibration(config, *model, console)
+        return kept(lambda: token_key(plan.calibration, "calibration", model.pretrained, **plan.draw),
+                    draw_together if data.read_by_all(plan.calibration) and not alone() else lambda: from_first(draw))
+
+    # The evaluation text first: what is wrong with it is found before the model writes for minutes.
+    evaluation = kept(lambda: token_key(plan.evaluation, "evaluation", model.pretrained, **plan.score),
+                      lambda: from_first(score))
+    texts = Texts(calibration(), evaluation)
     together(lambda: check_ids(texts, model))
     return texts
 
@@ -153,18 +164,14 @@ def _manifest(config: RunConfig, model: Model, texts: Texts) -> dict[str, Any]:
     patterns = check_layers(config.layers, config.pattern, linear_shapes(model.decoder))
     samples, ids = config.calibration.samples, texts.calibration.ids
     manifest = {"model": model.pretrained.fingerprint, "recipe": weights_settings(config),
-                "calibration": token_digest(ids[:samples]), "held_out": token_digest(ids[samples:]), "code": code_version()}
+                "calibration": token_digest(ids[:samples]), "held_out": token_digest(ids[samples:]), "code": code_version(),
+                **generated_by(config)}
     if isinstance(config.selector, Imported):
         shapes = {path: shape for path, _, shape in linear_shapes(model.decoder)}
         manifest["masks"] = check_masks(
             open_masks(config.selector.path), {path + ".weight": shapes[path] for path in patterns},
             {path + ".weight": pattern for path, pattern in patterns.items()}, model.pretrained.tensors)
     return json.loads(json.dumps(manifest))  # as a file holds it, without tuples
-
-
-def token_digest(ids: np.ndarray) -> str:
-    """A hash of token windows, by which texts are compared."""
-    return hashlib.sha256(f"{ids.shape}".encode() + np.ascontiguousarray(ids, np.int32).tobytes()).hexdigest()
 
 
 def linear_shapes(decoder: Decoder) -> list[tuple[str, str, tuple[int, int]]]:

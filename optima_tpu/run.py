@@ -34,6 +34,7 @@ from optima_tpu.report.progress import Progress, say
 from optima_tpu.report.records import BlockReport
 from optima_tpu.report.table import print_summary
 from optima_tpu.selectors import Imported
+from optima_tpu.self_calibration import keep_calibration
 
 
 def run(config: RunConfig, console: Console | None = None, model: Model | None = None, texts: Texts | None = None,
@@ -57,7 +58,7 @@ def run(config: RunConfig, console: Console | None = None, model: Model | None =
     agree("settings and code", flat(to_dict(config) | {"process_id": None, "code": code_version()}))
     model = model or open_model_on_mesh(config)
     pretrained, decoder = model
-    texts = texts or read_texts(config, model)
+    texts = texts or read_texts(config, model, console)
     calibration, evaluation = texts
     manifest = manifest_of(config, model, texts)
     directory = prepare_directory(config.run_directory, manifest)
@@ -73,6 +74,7 @@ def run(config: RunConfig, console: Console | None = None, model: Model | None =
         # Only now is anything written: every weight was read, and the model works in this dtype.
         journal = open_journal(directory, manifest, pretrained.assets, to_dict(config))
         first_only(lambda: _keep_dense(dense, evaluation, directory))
+        first_only(lambda: keep_calibration(directory, manifest, calibration))
         masks = open_masks(config.selector.path).read if isinstance(config.selector, Imported) else None
         prune_model(decoder, calibration.ids, recipe_of(config), journal, progress, config.calibration.samples, masks,
                     budget)

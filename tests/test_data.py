@@ -369,7 +369,7 @@ def test_a_file_in_the_cache_needs_no_hub(hub_cache):
 
 
 @pytest.mark.parametrize("text", ["pydoc", "c4", "wikitext2", "random", "file:a/b.txt", "file:b.jsonl?field=page",
-                                  "npy:x.npy"])
+                                  "npy:x.npy", "self", "self?temperature=0.8"])
 def test_a_source_is_written_as_it_is_read(text):
     assert str(data.parse_source(text)) == text
 

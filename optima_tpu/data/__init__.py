@@ -12,7 +12,8 @@ from optima_tpu.data.hub import Hub
 from optima_tpu.data.npy import Npy
 from optima_tpu.data.pydoc import PyDoc
 from optima_tpu.data.random import Random
-from optima_tpu.data.source import Located, Source, Split, TextSource, Tokens, TokenSource
+from optima_tpu.data.self_generated import SelfGenerated
+from optima_tpu.data.source import Located, Source, Split, TextSource, Tokens, TokenSource, token_digest
 from optima_tpu.data.tfds import TFDS
 from optima_tpu.data.wikitext2 import WikiText2
 from optima_tpu.errors import UserError
@@ -20,8 +21,9 @@ from optima_tpu.errors import UserError
 if TYPE_CHECKING:  # it takes seconds, and says that torch is missing, to programs that tokenise nothing
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["C4", "File", "Hub", "Npy", "PyDoc", "Random", "Source", "Split", "TFDS", "TextSource", "TokenSource", "Tokens",
-           "WikiText2", "calibration_tokens", "evaluation_tokens", "parse_source", "read_by_all", "refuse_overlap"]
+__all__ = ["C4", "File", "Hub", "Npy", "PyDoc", "Random", "SelfGenerated", "Source", "Split", "TFDS", "TextSource",
+           "TokenSource", "Tokens", "WikiText2", "calibration_tokens", "evaluation_tokens", "parse_source", "read_by_all",
+           "refuse_overlap", "token_digest"]
 
 NAMED: dict[str, Source] = {str(source): source for source in (PyDoc(), C4(), WikiText2(), Random())}
 WITH_PATH: dict[str, Callable[[str], Source]] = {
@@ -29,7 +31,7 @@ WITH_PATH: dict[str, Callable[[str], Source]] = {
 
 
 def parse_source(text: str) -> Source:
-    """Reads the name of a source in ``NAMED``, or a kind in ``WITH_PATH``, a colon and what that kind reads: "file:PATH".
+    """Reads the name of a source in ``NAMED``, "self", or a kind in ``WITH_PATH``, a colon and what that kind reads: "file:PATH".
 
     Raises:
       UserError: the text is none of these. Whether a file exists is seen when it is read.
@@ -37,10 +39,12 @@ def parse_source(text: str) -> Source:
     kind, colon, path = text.partition(":")
     if text in NAMED:
         return NAMED[text]
+    if text.partition("?")[0] == "self":
+        return SelfGenerated.parse(text)
     if colon and path and kind in WITH_PATH:
         return WITH_PATH[kind](path)
-    raise UserError(f"expected a text source ({', '.join(NAMED)}, file:PATH, file:PATH?field=NAME, npy:PATH, tfds:NAME@DIR or "
-                    f"hub:ORG/NAME@SPLIT), got {text!r}; for a text of your own write file: before its path")
+    raise UserError(f"expected a text source ({', '.join(NAMED)}, self, file:PATH, file:PATH?field=NAME, npy:PATH, "
+                    f"tfds:NAME@DIR or hub:ORG/NAME@SPLIT), got {text!r}; for a text of your own write file: before its path")
 
 
 def read_by_all(source: Source) -> bool:

@@ -1,5 +1,6 @@
 """What a token source is."""
 
+import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Literal, NamedTuple, Protocol, overload, runtime_checkable
 
@@ -24,6 +25,11 @@ class Tokens(NamedTuple):
     how: str
     available: int
     cache: str = ""
+
+
+def token_digest(ids: np.ndarray) -> str:
+    """A hash of token windows, by which texts are compared."""
+    return hashlib.sha256(f"{ids.shape}".encode() + np.ascontiguousarray(ids, np.int32).tobytes()).hexdigest()
 
 
 @runtime_checkable

@@ -25,8 +25,8 @@ def print_evaluation(console: Console, record: Mapping[str, Any], files: Mapping
         lines.append(f"perplexity  {number(found['perplexity'], 4)}{beside}, on {found['how']}")
     for source, apart in record["distance"].items():
         kl, agreement = (number(apart[name], 4) + _error(apart[f"{name}_stderr"]) for name in ("kl", "agreement"))
-        lines.append(f"distance    KL divergence {kl} nats, the same likeliest token at {agreement} of {apart['tokens']:,} places, "
-                     f"hidden state after the last block off by {number(apart['hidden_errors'][-1])}, on {source}")
+        lines.append(f"distance    KL divergence {kl} nats, the same likeliest token at {agreement} of {apart['tokens']:,} "
+                     f"places, hidden state after the last block off by {number(apart['hidden_errors'][-1])}, on {source}")
     if lines:
         console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
     if record["tasks"]:

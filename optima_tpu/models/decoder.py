@@ -17,11 +17,12 @@ from flax import nnx
 from jax import Array
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jax.typing import ArrayLike
 
 from optima_tpu.activations import Activations, held_rows
 from optima_tpu.errors import UserError
 from optima_tpu.models import family_of
-from optima_tpu.models.family import DecoderConfig, Family, Positions
+from optima_tpu.models.family import DecoderConfig, Family, Positions, ReadTensor
 from optima_tpu.models.layers import project
 from optima_tpu.processes import fetch, together
 from optima_tpu.sharding import MODEL, divisible, spread
@@ -126,9 +127,16 @@ class Decoder:
 
     def embed(self, tokens: np.ndarray) -> Activations:
         """Hidden states before the first block of token windows [samples, length], in the embedding's dtype."""
-        mine = tokens[held_rows(self.mesh, 0, len(tokens))]
-        embed = self.family.embed or (lambda config, read, ids: read(self.family.embedding)[ids])
-        return Activations(self.mesh, 0, len(tokens), together(lambda: embed(self.config, self._read, mine)))
+        mine, places = tokens[held_rows(self.mesh, 0, len(tokens))], np.arange(tokens.shape[1])
+        # Writable: the hidden states after a block take the place of those before it.
+        hidden = together(lambda: np.require(self.embedded(self._read, mine, places), requirements="W"))
+        return Activations(self.mesh, 0, len(tokens), hidden)
+
+    def embedded(self, read: ReadTensor, tokens: ArrayLike, places: ArrayLike) -> Array | np.ndarray:
+        """Embeddings [samples, length, d_model] of tokens [samples, length] at ``places`` [length]; see ``Family.embed``."""
+        if self.family.embed is None:
+            return read(self.family.embedding)[tokens]
+        return self.family.embed(self.config, read, tokens, places)
 
     def apply(self, index: int, parameters: Mapping[str, Array], hidden: Activations, batch: int | None = None) -> None:
         """Runs block ``index`` over the hidden states, in place; ``batch`` stands in for the decoder's."""
@@ -153,10 +161,7 @@ class Decoder:
         """What turns the last block's output into logits, on the mesh."""
         graph, abstract = self._final
         name = self.root + self.family.embedding if self.config.tied else self.family.head
-        wanted = {self.root + inner: (shape, P()) for inner, shape in _shapes(abstract).items()}
-        wanted[name] = (self.config.vocab, self.config.d_embedding), P(MODEL, None)
-        read = together(lambda: {name: self._read_parts(name, *how) for name, how in wanted.items()})
-        placed = {name: self._place(read[name], *how) for name, how in wanted.items()}
+        placed = self.place_ends({self.root + inner: P() for inner in _shapes(abstract)} | {name: P(MODEL, None)})
         projection = placed.pop(name)
         parameters = {name.removeprefix(self.root): array for name, array in placed.items()}
         return Head(_filled(abstract, parameters), projection, graph, self.config.logit_cap)
@@ -203,6 +208,12 @@ class Decoder:
                 parts[str(index)] = self.tensors.read(name, index)
                 _check(name, parts[str(index)])
         return parts
+
+    def place_ends(self, specs: Mapping[str, P]) -> dict[str, Array]:
+        """Tensors of :attr:`end_shapes` on the mesh, by their names; dimensions that do not divide are replicated."""
+        wanted = {name: (self.end_shapes[name], spec) for name, spec in specs.items()}
+        read = together(lambda: {name: self._read_parts(name, *how) for name, how in wanted.items()})
+        return {name: self._place(read[name], *how) for name, how in wanted.items()}
 
     def _place(self, parts: "Parts", shape: tuple[int, ...], spec: P) -> Array:
         """A tensor on the mesh under ``spec``, in as far as that divides it."""

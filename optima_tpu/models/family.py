@@ -4,10 +4,14 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from flax import nnx
 from jax import Array
 from jax.sharding import PartitionSpec as P
+from jax.typing import ArrayLike
+
+from optima_tpu.models.cache import KeyValueCache
 
 Shape = tuple[int, ...]
 
@@ -18,11 +22,18 @@ class Positions(NamedTuple):
     Attributes:
       cos, sin: rotary tables [length, rotated dimensions] float32, or None for a family without rotary embedding.
       window: how many tokens a position sees, itself included, int32 scalar; None if all blocks of the model see everything.
+      cache: of the tokens before these ones; None where these are the first.
     """
 
     cos: Array | np.ndarray | None = None
     sin: Array | np.ndarray | None = None
     window: Array | np.ndarray | None = None
+    cache: KeyValueCache | None = None
+
+    def at(self, place: Array) -> "Positions":
+        """Of the single token at ``place``, int32 scalar."""
+        cos, sin = jax.tree.map(lambda table: jax.lax.dynamic_slice_in_dim(table, place, 1), (self.cos, self.sin))
+        return self._replace(cos=cos, sin=sin)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,7 +61,7 @@ class DecoderConfig:
         raise NotImplementedError
 
 
-ReadTensor = Callable[[str], np.ndarray]
+ReadTensor = Callable[[str], Array | np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -71,7 +82,8 @@ class Family:
       layers: where a block begins behind the root.
       embedding: the table of token embeddings, [vocab, d_embedding]; its name, as the others, behind the root.
       embedding_extras: shapes of what else is read to embed, by name.
-      embed: (config, read, tokens [samples, length]) -> [samples, length, d_model] on the host; None for the plain table.
+      embed: (config, read, tokens [samples, length], places [length]) -> [samples, length, d_model]; None for the plain table.
+        It computes where its arrays are: those of numpy on the host, those of jax in a traced program.
       head: whole name of the output projection, [vocab, d_embedding]; not read where it is tied.
       ignored: regular expression of a tensor's whole name -> why a checkpoint may hold it though nothing reads it.
       needs_bos: whether every text must begin with the BOS token for the model to work.
@@ -86,7 +98,7 @@ class Family:
     layers: str = "layers.{}."
     embedding: str = "embed_tokens.weight"
     embedding_extras: Callable[[Any], dict[str, Shape]] = lambda config: {}
-    embed: Callable[[Any, ReadTensor, np.ndarray], np.ndarray] | None = None
+    embed: Callable[[Any, ReadTensor, ArrayLike, ArrayLike], Array | np.ndarray] | None = None
     head: str = "lm_head.weight"
     ignored: Mapping[str, str] = dataclasses.field(default_factory=dict)
     needs_bos: bool = False

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from flax import nnx
 from jax import Array
+from jax.typing import ArrayLike
 
 from optima_tpu.errors import UserError
 from optima_tpu.models import llama
@@ -63,7 +64,7 @@ def read_gemma3(config: Any) -> Config:
     return _read(config, score_cap=None, ropes=ropes, qk_norm=True)
 
 
-def embed(config: Config, read: ReadTensor, tokens: np.ndarray) -> np.ndarray:
+def embed(config: Config, read: ReadTensor, tokens: ArrayLike, places: ArrayLike) -> Array | np.ndarray:
     """Embeddings times ``sqrt(d_model)``, which is rounded to their dtype first, as the model was trained."""
     table = read(llama.FAMILY.embedding)
     return table[tokens] * np.asarray(config.d_model ** 0.5).astype(table.dtype)

@@ -123,7 +123,7 @@ class RotaryAttention(nnx.Module):
         if hasattr(self, "q_norm"):
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = (rotate(array, positions.cos, positions.sin) for array in (q, k))
-        mixed = attention(q, k, v, positions.window, scale=self.scale, cap=self.cap)
+        mixed = attention(q, k, v, positions, scale=self.scale, cap=self.cap)
         return self.o_proj(mixed.reshape(*x.shape[:2], -1))
 
 
@@ -132,8 +132,8 @@ def split_heads(x: Array, head_dim: int) -> Array:
     return x.reshape(*x.shape[:2], -1, head_dim)
 
 
-def attention(q: Array, k: Array, v: Array, window: Array | None = None, *, scale: float | None = None,
-              cap: float | None = None) -> Array:
+def attention(q: Array, k: Array, v: Array, positions: Positions, *, scale: float | None = None, cap: float | None = None
+              ) -> Array:
     """Causal softmax attention, [batch, length, heads, head_dim].
 
     Products and softmax in float32. A stretch of queries at a time, each with the keys that it can see: half the products of a
@@ -142,10 +142,12 @@ def attention(q: Array, k: Array, v: Array, window: Array | None = None, *, scal
     Args:
       q: queries.
       k, v: keys and values, with as many heads as q or a divisor of that (GQA).
-      window: how many tokens a position sees, itself included, int32 scalar; None for all before it.
+      positions: its window, and its cache, which gets ``k`` and ``v`` and whose earlier places are seen too.
       scale: of the products; None for ``head_dim ** -0.5``.
       cap: ``c`` where scaled products become ``c tanh(p / c)``; None for none.
     """
+    cache = positions.cache
+    first, (k, v) = (0, (k, v)) if cache is None else (cache.place, cache.extended(k, v))
     batch, length, heads, size = q.shape
     groups = (batch, length, k.shape[2], heads // k.shape[2], size)  # axis 2: the head of keys and values that queries share
     queries, keys, values = (jnp.moveaxis(array, 1, -2) for array in (q.reshape(groups), k, v))
@@ -153,9 +155,12 @@ def attention(q: Array, k: Array, v: Array, window: Array | None = None, *, scal
     mixed = []
     for start in range(0, length, stretch):
         stop = min(start + stretch, length)
-        places, before = jnp.arange(start, stop)[:, None], jnp.arange(stop)
-        seen = places >= before if window is None else (places >= before) & (places - before < window)
-        products = _einsum("bkgqd,bksd->bkgqs", queries[..., start:stop, :], keys[..., :stop, :])
+        end = stop if cache is None else k.shape[1]
+        places, before = first + jnp.arange(start, stop)[:, None], jnp.arange(end)
+        seen = places >= before
+        if positions.window is not None:
+            seen &= places - before < positions.window
+        products = _einsum("bkgqd,bksd->bkgqs", queries[..., start:stop, :], keys[..., :end, :])
         products = products * (size ** -0.5 if scale is None else scale)
         if cap is not None:
             products = cap * jnp.tanh(products / cap)
@@ -163,7 +168,7 @@ def attention(q: Array, k: Array, v: Array, window: Array | None = None, *, scal
         # The sum divides what comes out, an array far smaller than the shares.
         shares = jnp.exp(products - jnp.max(products, axis=-1, keepdims=True))
         total = jnp.sum(shares, axis=-1, keepdims=True)
-        mixed.append(_einsum("bkgqs,bksd->bkgqd", shares.astype(v.dtype), values[..., :stop, :]) / total)
+        mixed.append(_einsum("bkgqs,bksd->bkgqd", shares.astype(v.dtype), values[..., :end, :]) / total)
     return jnp.moveaxis(jnp.concatenate(mixed, axis=-2), -2, 1).reshape(q.shape).astype(q.dtype)
 
 

@@ -3,11 +3,11 @@
 import dataclasses
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
 from jax.sharding import PartitionSpec as P
+from jax.typing import ArrayLike
 
 from optima_tpu.errors import UserError
 from optima_tpu.models.family import DecoderConfig, Family, Positions, ReadTensor, Shape
@@ -64,12 +64,12 @@ def embedding_extras(config: Config) -> dict[str, Shape]:
     return extras
 
 
-def embed(config: Config, read: ReadTensor, tokens: np.ndarray) -> np.ndarray:
+def embed(config: Config, read: ReadTensor, tokens: ArrayLike, places: ArrayLike) -> Array | np.ndarray:
     """Token embedding (widened, if it must be) + the embedding of the place."""
     hidden = read(EMBEDDING)[tokens]
     if config.d_embedding != config.d_model:
-        hidden = np.asarray(project(jnp.asarray(hidden), jnp.asarray(read(PROJECT_IN))))
-    return hidden + read(POSITIONS)[OFFSET:OFFSET + tokens.shape[1]]
+        hidden = project(hidden, read(PROJECT_IN))
+    return hidden + read(POSITIONS)[OFFSET + places]
 
 
 class Attention(nnx.Module):
@@ -80,9 +80,9 @@ class Attention(nnx.Module):
         self.q_proj, self.k_proj, self.v_proj, self.out_proj = (
             Linear(config.d_model, config.d_model, bias=config.bias) for _ in range(4))
 
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Array, positions: Positions) -> Array:
         q, k, v = (split_heads(projection(x), self.head_dim) for projection in (self.q_proj, self.k_proj, self.v_proj))
-        return self.out_proj(attention(q * self.head_dim ** -0.5, k, v, scale=1.0).reshape(x.shape))
+        return self.out_proj(attention(q * self.head_dim ** -0.5, k, v, positions, scale=1.0).reshape(x.shape))
 
 
 class Block(nnx.Module):
@@ -98,9 +98,9 @@ class Block(nnx.Module):
 
     def __call__(self, x: Array, positions: Positions) -> Array:
         if self.norm_first:
-            x = x + self.self_attn(self.self_attn_layer_norm(x))
+            x = x + self.self_attn(self.self_attn_layer_norm(x), positions)
             return x + self._feed_forward(self.final_layer_norm(x))
-        x = self.self_attn_layer_norm(x + self.self_attn(x))
+        x = self.self_attn_layer_norm(x + self.self_attn(x, positions))
         return self.final_layer_norm(x + self._feed_forward(x))
 
     def _feed_forward(self, x: Array) -> Array:

@@ -39,7 +39,7 @@ class Attention(nnx.Module):
     def __call__(self, x: Array, positions: Positions) -> Array:
         q, k, v = (split_heads(part, self.head_dim) for part in jnp.split(self.qkv_proj(x), self.cuts, axis=-1))
         q, k = (rotate(array, positions.cos, positions.sin) for array in (q, k))
-        return self.o_proj(attention(q, k, v, positions.window).reshape(*x.shape[:2], -1))
+        return self.o_proj(attention(q, k, v, positions).reshape(*x.shape[:2], -1))
 
 
 class MLP(nnx.Module):
