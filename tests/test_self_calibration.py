@@ -11,7 +11,7 @@ from optima_tpu.generate import cache_structs, draw, generate, load, step, windo
 from optima_tpu.journal import Journal
 from optima_tpu.launch import main
 from optima_tpu.models.decoder import Decoder
-from tests.helpers import byte_tokenizer, folder_tensors, mesh, snapshot, tiny_folder, tiny_llama
+from tests.helpers import SMALL, byte_tokenizer, folder_tensors, mesh, snapshot, tiny_folder, tiny_llama
 from tests.test_models import REFERENCES, tiny
 from tests.test_processes import several
 
@@ -130,12 +130,12 @@ def test_without_a_token_to_begin_with_nothing_is_written(tmp_path, capsys):
 
 
 def arguments(folder) -> list[str]:
-    return ["--model", str(folder), "--mesh", "4x2", "--solver", "null", "--calibration.source", "self",
-            "--calibration.samples", "6", "--calibration.held_out", "2", "--calibration.length", "32",
-            "--evaluation.source", "random", "--evaluation.windows", "4"]
+    settings = [*SMALL]
+    settings[settings.index("random")] = "self"
+    return ["--model", str(folder), "--mesh", "4x2", "--solver", "null", *settings]
 
 
-def test_a_run_keeps_its_text_and_goes_on_with_it_on_another_mesh(tmp_path, monkeypatch, capsys):
+def test_a_run_keeps_its_text_and_goes_on_with_it(tmp_path, monkeypatch, capsys):
     folder, run = tiny_folder(tmp_path / "model"), tmp_path / "run"
     command, save = [*arguments(folder), "--output", str(run)], Journal.save
 
@@ -147,9 +147,9 @@ def test_a_run_keeps_its_text_and_goes_on_with_it_on_another_mesh(tmp_path, monk
     monkeypatch.setattr(Journal, "save", stopped)
     assert main(command) == 130
     monkeypatch.setattr(Journal, "save", save)
-    assert "writing 8 windows of 32 tokens with the dense model" in capsys.readouterr().out
+    assert "writing 16 windows of 32 tokens with the dense model" in capsys.readouterr().out
     kept = np.load(run / "calibration.npy")
-    assert kept.shape == (8, 32) and (kept[:, 0] == 256).all()
+    assert kept.shape == (16, 32) and (kept[:, 0] == 256).all()
 
     # Other settings are refused before anything is written anew.
     monkeypatch.setattr(self_calibration, "generate", None)
@@ -160,19 +160,17 @@ def test_a_run_keeps_its_text_and_goes_on_with_it_on_another_mesh(tmp_path, monk
     assert "generated.source: self there, self?temperature=0.5 here" in capsys.readouterr().err
     assert snapshot(run) == before
 
-    command[command.index("4x2")] = "8x1"
     assert main(command) == 0
-    assert "from <s> at temperature 1, the last 2 of them held out" in capsys.readouterr().out
+    assert "from <s> at temperature 1, the last 8 of them held out" in capsys.readouterr().out
     assert (np.load(run / "calibration.npy") == kept).all()
     weights = folder_tensors(run / "hf")["model.layers.0.mlp.up_proj.weight"]
     assert ((weights == 0).sum(axis=1) == weights.shape[1] // 2).all()
 
     # A damaged file is written again: to the same tokens, or the run would be refused.
     monkeypatch.undo()
-    command[command.index("8x1")] = "4x2"
     (run / "calibration.npy").write_bytes(b"nothing")
     assert main(command) == 0
-    assert "writing 8 windows" in capsys.readouterr().out
+    assert "writing 16 windows" in capsys.readouterr().out
 
 
 @pytest.mark.slow
