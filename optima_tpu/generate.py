@@ -82,10 +82,11 @@ def generate(decoder: Decoder, *, samples: int, length: int, start: int, seed: i
     stretches, progress, began = -(-(length - 1) // _STRETCH), progress or Progress(Console(quiet=True)), time.monotonic()
     progress.stage(f"writing {samples} windows of {length} tokens with the dense model, {min(size, samples)} at once",
                    stretches * -(-samples // size))
+    # One cache for all batches: what an earlier one left in it is never seen.
+    state = (*_zeros(_of_windows(struct, size, mesh) for struct in cache), None)
     for first in range(0, samples, size):
         rows = np.arange(first, first + size)
-        state = (*_zeros(_of_windows(struct, size, mesh) for struct in cache),
-                 place(mesh, np.full(size, start, np.int32), P(DATA)))
+        state = (*state[:2], place(mesh, np.full(size, start, np.int32), P(DATA)))
         for stretch in range(stretches):
             begin = stretch * _STRETCH
             state, drawn, finite = program(model, state, place(mesh, rows, P(DATA)), np.int32(begin), np.uint32(seed % 2**32),
