@@ -1,6 +1,5 @@
 """From reports to the lines of a figure. How they are drawn is in ``report.figures``."""
 
-import json
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -8,13 +7,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from optima_tpu.errors import UserError
-from optima_tpu.manifest import RUN
 from optima_tpu.report.numbers import number, plural
 from optima_tpu.report.records import BlockReport, LayerReport
+from optima_tpu.report.runs import model_name, names, read_json, read_report
 from optima_tpu.report.summary import all_layers
-
-# Settings that change neither weights nor layer errors, so that no label has to tell them.
-_ELSEWHERE = ("output", "mesh", "cpu_devices", "batch", "export", "evaluation")
 
 
 class LayerLine(NamedTuple):
@@ -97,20 +93,23 @@ def layer_errors(runs: Sequence[str | Path], against: Sequence[str | Path] = ())
         raise UserError(f"expected --against with one run, or one for each of the {len(runs)}, got {len(against)}")
     if len(set(runs)) < len(runs):
         raise UserError("expected every run once, got one of them twice")
-    reports = {run: _report(run) for run in dict.fromkeys(runs + against)}
-    title, names = _names({run: report["configuration"] for run, report in reports.items()})
+    reports = {run: read_report(run) for run in dict.fromkeys(runs + against)}
+    title, named = names({run: report["configuration"] for run, report in reports.items()})
+    twins = [run for run in named if list(named.values()).count(named[run]) > 1]
+    if twins:
+        raise UserError(f"expected runs with different settings, got {' and '.join(twins)}, which have the same")
     others = against * len(runs) if len(against) == 1 else against or [None] * len(runs)
     lines = {}
     for run, other in zip(runs, others, strict=True):
         layers = _layers(reports[run])
         if other is not None:
             below = _counterparts(run, layers, other, _layers(reports[other]))
-            lines[f"{names[run]} / {names[other]}"] = _lines(layers, below)
+            lines[f"{named[run]} / {named[other]}"] = _lines(layers, below)
         elif reports[run]["configuration"]["solver"] is None:
             raise UserError(f"{run} has no solver, its weights are the selector's own: there is no error ratio; choose "
                             "runs with a solver, or name a run to compare it with by --against")
         else:
-            lines[names[run]] = _lines(layers, [(layer.error_before, layer.held_out_before) for layer in layers])
+            lines[named[run]] = _lines(layers, [(layer.error_before, layer.held_out_before) for layer in layers])
     ratios = [(label, value) for label, run in lines.items() for line in run.values() for value in line.calibration]
     gaps = [label for label, value in ratios if math.isnan(value)]
     if len(gaps) == len(ratios):
@@ -159,31 +158,6 @@ def samples(sweep: str | Path) -> Samples:
     return Samples(_samples_title(path.parent, done) + spread, "perplexity", panels, remarks)
 
 
-def read_json(path: Path) -> Any:
-    """What a JSON file holds. Raises UserError where it can't be read."""
-    try:
-        return json.loads(path.read_bytes())
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
-    except ValueError:
-        raise UserError(f"expected JSON in {path}, got something else") from None
-
-
-def _report(run: str) -> dict[str, Any]:
-    """The report of a finished run, from its directory or from the file itself."""
-    path = Path(run).expanduser()
-    if path.is_dir():
-        if not (path / "report.json").exists():
-            if (path / RUN).exists():
-                raise UserError(f"{run} is not finished, it has no report.json yet; repeat its command to finish it")
-            raise UserError(f"expected a run directory, got {run}, which holds no report.json")
-        path /= "report.json"
-    report = read_json(path)
-    if not isinstance(report, dict) or not {"configuration", "blocks"} <= report.keys():
-        raise UserError(f"expected the report of a run, got {path}, which is something else")
-    return report
-
-
 def _layers(report: Mapping[str, Any]) -> list[LayerReport]:
     return all_layers(BlockReport.from_json(block) for block in report["blocks"])
 
@@ -221,59 +195,8 @@ def _samples_line(mask: str, update: str, values: Mapping[int, Sequence[float]])
 
 def _samples_title(directory: Path, done: Sequence[Mapping[str, Any]]) -> str:
     """Model and texts, from the report of the first finished cell."""
-    report = _report(str(directory / done[0]["report"]))
+    report = read_report(str(directory / done[0]["report"]))
     text = report["configuration"]["calibration"]
     dense = " or ".join(dict.fromkeys(number(result["dense"], 4) for result in done))
-    return (f"{_model(report['configuration'])}, calibrated on {text['source']} in windows of {text['length']} tokens\n"
+    return (f"{model_name(report['configuration'])}, calibrated on {text['source']} in windows of {text['length']} tokens\n"
             f"perplexity on {report['evaluation']['how']}, dense {dense}")
-
-
-def _names(configurations: Mapping[str, Mapping[str, Any]]) -> tuple[str, dict[str, str]]:
-    """A title of what runs have in common, and for each a name of what it has not: "wanda + cg, 2:4".
-
-    Args:
-      configurations: of ``report.json``, by run.
-    """
-    facts = {run: _facts(values) for run, values in configurations.items()}
-    first = next(iter(facts.values()))
-    common = [fact for fact in first if len({own[fact] for own in facts.values()}) == 1]
-    names = {run: ", ".join([_method(configurations[run]), *(own[fact] for fact in own if fact not in common)])
-             for run, own in facts.items()}
-    for name in set(names.values()):
-        alike = [run for run in names if names[run] == name]
-        if len(alike) > 1:  # told apart by whatever settings differ
-            told = {run: _flat(configurations[run]) for run in alike}
-            keys = dict.fromkeys(key for own in told.values() for key in own)
-            differing = [key for key in keys if len({str(own.get(key)) for own in told.values()}) > 1]
-            names |= {run: ", ".join([name, *(f"{key} {told[run][key]}" for key in differing if key in told[run])])
-                      for run in alike}
-    twins = [run for run in names if list(names.values()).count(names[run]) > 1]
-    if twins:
-        raise UserError(f"expected runs with different settings, got {' and '.join(twins)}, which have the same")
-    return ", ".join(first[fact] for fact in common), names
-
-
-def _facts(configuration: Mapping[str, Any]) -> dict[str, str]:
-    """What a title says of a run."""
-    layers = configuration.get("layers")
-    text = configuration["calibration"]
-    pattern = configuration["pattern"] if ":" in configuration["pattern"] else f"sparsity {configuration['pattern']}"
-    return {"model": _model(configuration), "pattern": pattern + (f" ({layers})" if layers else ""),
-            "calibration": f"calibrated on {text['source']}, {text['samples']} x {text['length']} tokens"}
-
-
-def _model(configuration: Mapping[str, Any]) -> str:
-    return configuration["model"].removeprefix("wheel:").rstrip("/").rpartition("/")[2]
-
-
-def _method(configuration: Mapping[str, Any]) -> str:
-    solver = configuration["solver"]
-    return f"{configuration['selector']['name']} + {solver['name'] if solver else 'none'}"
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
-    for key, value in values.items():
-        if prefix or key not in _ELSEWHERE:
-            flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat

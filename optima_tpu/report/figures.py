@@ -19,6 +19,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocat
 
 from optima_tpu.files import write_bytes, writing
 from optima_tpu.report.curves import LayerErrors, Samples
+from optima_tpu.report.summary import short_names
 
 # Okabe and Ito's colours, which people tell apart however they see red and green, without the too light yellow.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#222222")
@@ -42,7 +43,7 @@ def layer_errors(data: LayerErrors) -> Figure:
                     Line2D([], [], color=_GREY, linestyle=_HELD_OUT, label="held-out text")]
     figure, panels = _figure(len(names), min(4, len(names)), (2.8, 2.2), data.title, "block", data.quantity, entries,
                              share=True)
-    for axes, (name, short) in zip(panels, _short(names).items()):
+    for axes, (name, short) in zip(panels, short_names(names).items()):
         axes.set_title(short, fontsize=10)
         axes.axhline(1, color=_GREY, linewidth=0.8, zorder=1)
         for label, lines in data.runs.items():
@@ -142,12 +143,6 @@ def _figure(count: int, columns: int, panel: tuple[float, float], title: str, ac
     figure.legend(handles=entries, loc="outside lower center", ncols=math.ceil(len(entries) / below), fontsize=9,
                   frameon=False, handlelength=3)
     return figure, grid[:count]
-
-
-def _short(names: Sequence[str]) -> dict[str, str]:
-    """"self_attn.q_proj" -> "q_proj", where no other layer ends alike."""
-    last = [name.rpartition(".")[2] for name in names]
-    return {name: short if last.count(short) == 1 else name for name, short in zip(names, last)}
 
 
 def _logarithmic(axes: Axes, values: Sequence[float]) -> None:

@@ -1,6 +1,7 @@
 """Block reports, summed up."""
 
 import math
+import re
 import statistics
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
@@ -9,11 +10,11 @@ from optima_tpu.report.records import BlockReport, LayerReport
 
 
 class LayerKind(NamedTuple):
-    """All layers of one name.
+    """All layers of one kind.
 
     Attributes:
-      name: "self_attn.q_proj".
-      layers: how many there are, one for each block.
+      name: "self_attn.q_proj", for experts "mlp.experts.*.up_proj".
+      layers: how many there are, one for each block, or each of its experts.
       error_before: mean over layers, of the selector's weights.
       error_after: mean over layers, of the final weights.
       held_out: mean over layers, of the final weights on held-out tokens; None where there are none.
@@ -44,11 +45,22 @@ def all_layers(blocks: Iterable[BlockReport]) -> list[LayerReport]:
 
 
 def by_kind(blocks: Sequence[BlockReport]) -> tuple[LayerKind, ...]:
-    """One summary for each layer name, in the order in which the names first come."""
+    """One summary for each kind of layer, in the order in which they first come."""
     kinds: dict[str, list[LayerReport]] = {}
     for layer in all_layers(blocks):
-        kinds.setdefault(layer.name, []).append(layer)
+        kinds.setdefault(kind_name(layer.name), []).append(layer)
     return tuple(_kind(name, layers) for name, layers in kinds.items())
+
+
+def kind_name(name: str) -> str:
+    """A layer's name without its number, where a block has many: "mlp.experts.7.up_proj" as "mlp.experts.*.up_proj"."""
+    return re.sub(r"\.\d+(?=\.|$)", ".*", name)
+
+
+def short_names(names: Sequence[str]) -> dict[str, str]:
+    """"self_attn.q_proj" -> "q_proj", where no other layer ends alike."""
+    last = [name.rpartition(".")[2] for name in names]
+    return {name: short if last.count(short) == 1 else name for name, short in zip(names, last)}
 
 
 def sparsity(layers: Iterable[LayerReport]) -> float:

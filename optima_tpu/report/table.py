@@ -8,22 +8,23 @@ from rich.table import Table
 
 from optima_tpu.report.numbers import number, percent, plural
 from optima_tpu.report.records import BlockReport
-from optima_tpu.report.summary import all_layers, by_kind, sparsity, unusual
+from optima_tpu.report.summary import all_layers, by_kind, short_names, sparsity, unusual
 
 _NAMED = 4
 """So many layers are named for each kind of trouble; report.json has them all."""
 
-_TROUBLE = {
+TROUBLE = {
     "few_tokens": ("reached by fewer calibration tokens than they have inputs", "token"),
     "dead_inputs": ("dead inputs, without signal in the calibration text", "input"),
     "rows_not_converged": ("rows not converged", "row"),
     "rows_refused": ("rows refused, which keep the selector's weights", "row"),
     "layers_refused": ("layers refused, which keep the selector's weights", "row"),
 }
+"""The kinds of ``summary.unusual`` in words, and what is counted."""
 
 
 def print_summary(console: Console, blocks: Sequence[BlockReport], *, solver: str | None,
-                  perplexity: Mapping[str, float], evaluation: str, memory: Mapping[str, int],
+                  perplexity: Mapping[str, float], evaluation: str, memory: Mapping[str, int | None],
                   files: Mapping[str, str]) -> None:
     """Prints the table of layers, what the pruning cost, what was unusual and where the files are.
 
@@ -32,7 +33,7 @@ def print_summary(console: Console, blocks: Sequence[BlockReport], *, solver: st
       solver: its name, None when there was none: the columns that it fills are then left out.
       perplexity: "dense" and "pruned".
       evaluation: the text that it was measured on, in words.
-      memory: as report.json has it.
+      memory: as report.json has it; nothing is said where it is empty.
       files: what is there -> path.
     """
     layers = all_layers(blocks)
@@ -49,7 +50,8 @@ def print_summary(console: Console, blocks: Sequence[BlockReport], *, solver: st
     lines += ["", f"perplexity  dense {number(dense, 4)}, pruned {number(pruned, 4)} ({ratio} times), on {evaluation}",
               f"sparsity    {percent(sparsity(layers))} of the {weights:,} weights in {len(layers)} matrices"]
     device = f", {number(memory['device_peak'] / 2**30)} GiB on a device" if memory.get("device_peak") else ""
-    lines += [f"memory      {number(memory['host_peak'] / 2**30)} GiB on the host{device} at the peak"]
+    if memory.get("host_peak"):
+        lines += [f"memory      {number(memory['host_peak'] / 2**30)} GiB on the host{device} at the peak"]
     lines += unusual_lines(blocks)
     width = max(map(len, files), default=0) + 2
     lines += ["", *(f"{what:<{width}}{path}" for what, path in files.items())]
@@ -57,7 +59,7 @@ def print_summary(console: Console, blocks: Sequence[BlockReport], *, solver: st
 
 
 def layer_table(blocks: Sequence[BlockReport], solver: str | None) -> Table:
-    """One row for each layer name. Without a solver, only what the selector did."""
+    """One row for each kind of layer. Without a solver, only what the selector did."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     table.add_column("layer", no_wrap=True, vertical="bottom")
     kinds = by_kind(blocks)
@@ -68,8 +70,8 @@ def layer_table(blocks: Sequence[BlockReport], solver: str | None) -> Table:
     headings += ["largest\ngap", "median\nsteps", "rows not\nconverged", "rows\nrefused"] if solver else []
     for heading in headings:
         table.add_column(heading, justify="right", no_wrap=True)
-    short = [kind.name.rpartition(".")[2] for kind in kinds]
-    for kind, last in zip(kinds, short):
+    short = short_names([kind.name for kind in kinds])
+    for kind in kinds:
         values = [percent(kind.error_before)]
         if solver:
             values += [percent(kind.error_after)]
@@ -79,7 +81,7 @@ def layer_table(blocks: Sequence[BlockReport], solver: str | None) -> Table:
         if solver:
             values += [percent(kind.gap_max), f"{kind.steps_median:.0f}", f"{kind.rows_not_converged:,}",
                        f"{kind.rows_refused:,}"]
-        table.add_row(last if short.count(last) == 1 else kind.name, *values)
+        table.add_row(short[kind.name], *values)
     return table
 
 
@@ -88,7 +90,7 @@ def unusual_lines(blocks: Sequence[BlockReport]) -> list[str]:
     lines = []
     for kind, layers in unusual(blocks).items():
         if layers:
-            words, noun = _TROUBLE[kind]
+            words, noun = TROUBLE[kind]
             worst = sorted(layers, key=layers.get, reverse=kind != "few_tokens")
             named = [f"{name} ({plural(layers[name], noun)})" for name in worst[:_NAMED]]
             more = [f"{len(worst) - _NAMED} more in the report"] if len(worst) > _NAMED else []

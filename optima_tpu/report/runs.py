@@ -1,0 +1,175 @@
+"""Finished runs as their files tell of them, and what to call them when several stand side by side."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from optima_tpu.errors import UserError
+from optima_tpu.manifest import RUN, flat
+from optima_tpu.report.records import BlockReport, LayerReport
+from optima_tpu.report.summary import all_layers
+
+# Settings that change neither weights nor layer errors, so that no label has to tell them.
+_ELSEWHERE = ("output", "mesh", "cpu_devices", "batch", "export", "evaluation", "coordinator", "num_processes", "process_id",
+              "join_timeout", "device_memory", "sinks")
+
+# What every report.json has, with what is looked up in it.
+_NEEDED = {"configuration": ("model", "pattern", "selector", "solver", "calibration"), "environment": (), "model": (),
+           "calibration": (), "evaluation": ("how",), "perplexity": ("dense", "pruned"), "seconds": (), "blocks": (),
+           "weights": (), "pruned": (), "sparsity": ()}
+
+
+class Run(NamedTuple):
+    """A finished run.
+
+    Attributes:
+      label: what it has that the others beside it have not: "wanda + cg, 2:4".
+      place: its directory, or the report.json that was named.
+      report: report.json.
+      blocks: the blocks in it.
+      evaluation: evaluation.json, None where the run was not evaluated beyond its own perplexity.
+    """
+
+    label: str
+    place: str
+    report: Mapping[str, Any]
+    blocks: tuple[BlockReport, ...]
+    evaluation: Mapping[str, Any] | None
+
+    @property
+    def layers(self) -> list[LayerReport]:
+        """Of all blocks."""
+        return all_layers(self.blocks)
+
+    @property
+    def solver(self) -> str | None:
+        """Its name; None where the weights are the selector's own."""
+        solver = self.report["configuration"]["solver"]
+        return solver and solver["name"]
+
+
+def read_runs(places: Sequence[str | Path]) -> tuple[str, list[Run]]:
+    """What the runs have in common, as a title, and the runs.
+
+    Args:
+      places: run directories, or report.json files.
+
+    Raises:
+      UserError: a run is not finished, named twice, or its files are damaged or of a version that wrote other things.
+    """
+    places = [str(place) for place in places]
+    for place in places:
+        if places.count(place) > 1:
+            raise UserError(f"expected every run once, got {place} twice")
+    reports = {place: read_report(place) for place in places}
+    title, labels = names({place: report["configuration"] for place, report in reports.items()})
+    twins = {place for place, label in labels.items() if list(labels.values()).count(label) > 1}
+    labels |= {place: f"{labels[place]}, {place}" for place in twins}  # the same settings: told apart by where they are
+    return title, [Run(labels[place], place, report, _blocks(place, report), _evaluation(place))
+                   for place, report in reports.items()]
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file holds. Raises UserError where it can't be read."""
+    try:
+        return json.loads(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    except ValueError:
+        raise UserError(f"expected JSON in {path}, got something else") from None
+
+
+def read_report(run: str) -> dict[str, Any]:
+    """The report of a finished run, from its directory or from the file itself. Raises UserError as :func:`read_runs`."""
+    path = Path(run).expanduser()
+    if path.is_dir():
+        if not (path / "report.json").exists():
+            if (path / RUN).exists():
+                raise UserError(f"{run} is not finished, it has no report.json yet; repeat its command to finish it")
+            raise UserError(f"expected a run directory, got {run}, which holds no report.json")
+        path /= "report.json"
+    report = read_json(path)
+    if not isinstance(report, dict) or not {"configuration", "blocks"} <= report.keys():
+        raise UserError(f"expected the report of a run, got {path}, which is something else")
+    missing = [".".join(filter(None, (key, name))) for key, own in _NEEDED.items() for name in (own or ("",))
+               if key not in report or name and name not in report[key]]
+    if missing:
+        raise UserError(f"{path} is of another version of OPTIMA-TPU, it lacks {', '.join(missing)}; read it with that version, "
+                        "or repeat the run with another --output")
+    return report
+
+
+def names(configurations: Mapping[str, Mapping[str, Any]]) -> tuple[str, dict[str, str]]:
+    """A title of what runs have in common, and for each a name of what it has not: "wanda + cg, 2:4".
+
+    Runs with the same settings get the same name.
+
+    Args:
+      configurations: of ``report.json``, by run.
+    """
+    facts = {run: _facts(values) for run, values in configurations.items()}
+    first = next(iter(facts.values()))
+    common = [fact for fact in first if len({own[fact] for own in facts.values()}) == 1]
+    named = {run: ", ".join([method(configurations[run]), *(own[fact] for fact in own if fact not in common)])
+             for run, own in facts.items()}
+    for name in set(named.values()):
+        alike = {run: configurations[run] for run in named if named[run] == name}
+        if len(alike) > 1:  # told apart by whatever settings differ
+            differing = differences({run: {key: value for key, value in values.items() if key not in _ELSEWHERE}
+                                     for run, values in alike.items()})
+            named |= {run: ", ".join([name, *(f"{key} {values[run]}" for key, values in differing.items() if run in values)])
+                      for run in alike}
+    return ", ".join(first[fact] for fact in common), named
+
+
+def differences(configurations: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The settings that are not the same in all runs, nested ones with dots: setting -> run -> value.
+
+    A run without such a setting, of a method that it does not use, is left out there.
+    """
+    told = {run: flat(values) for run, values in configurations.items()}
+    return {key: {run: own[key] for run, own in told.items() if key in own}
+            for key in dict.fromkeys(key for own in told.values() for key in own)
+            if len({str(own.get(key)) for own in told.values()}) > 1}
+
+
+def model_name(configuration: Mapping[str, Any]) -> str:
+    """"org/name" and "wheel:name" as "name"."""
+    return configuration["model"].removeprefix("wheel:").rstrip("/").rpartition("/")[2]
+
+
+def method(configuration: Mapping[str, Any]) -> str:
+    """"wanda + cg"."""
+    solver = configuration["solver"]
+    return f"{configuration['selector']['name']} + {solver['name'] if solver else 'none'}"
+
+
+def _facts(configuration: Mapping[str, Any]) -> dict[str, str]:
+    """What a title says of a run."""
+    layers = configuration.get("layers")
+    text = configuration["calibration"]
+    pattern = configuration["pattern"] if ":" in configuration["pattern"] else f"sparsity {configuration['pattern']}"
+    return {"model": model_name(configuration), "pattern": pattern + (f" ({layers})" if layers else ""),
+            "calibration": f"calibrated on {text['source']}, {text['samples']} x {text['length']} tokens"}
+
+
+def _blocks(place: str, report: Mapping[str, Any]) -> tuple[BlockReport, ...]:
+    try:
+        return tuple(BlockReport.from_json(block) for block in report["blocks"])
+    except (KeyError, TypeError) as error:
+        raise UserError(f"the layers in the report of {place} are of another version of OPTIMA-TPU ({error}); read it with that "
+                        "version, or repeat the run with another --output") from None
+
+
+def _evaluation(place: str) -> dict[str, Any] | None:
+    """evaluation.json beside report.json."""
+    path = Path(place).expanduser()
+    path = (path if path.is_dir() else path.parent) / "evaluation.json"
+    if not path.exists():
+        return None
+    values = read_json(path)
+    if not isinstance(values, dict) or not {"perplexity", "distance", "tasks"} & values.keys():
+        raise UserError(f"expected what optima_tpu.evaluate writes in {path}, got something else; move it away, or evaluate "
+                        "again")
+    return values
