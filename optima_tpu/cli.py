@@ -15,6 +15,7 @@ import argparse
 import copy
 import dataclasses
 import difflib
+import json
 import math
 import re
 import typing
@@ -30,6 +31,7 @@ from optima_tpu.config import CHOICES, EMBEDDED, RunConfig, options_of, to_dict
 from optima_tpu.errors import UserError
 from optima_tpu.options import PARTS, alternatives, fields, kinds, make_parser, parts
 from optima_tpu.layer_rules import parse_layers
+from optima_tpu.manifest import flat
 from optima_tpu.patterns import parse_pattern
 
 
@@ -98,6 +100,19 @@ def configure(document: Mapping[str, Any], argv: Sequence[str] = ()) -> RunConfi
 def dump(config: RunConfig) -> str:
     """The configuration as a YAML file that reads back to it."""
     return yaml12.dump(to_dict(config))
+
+
+def flags(config: RunConfig) -> list[str]:
+    """The command line that :func:`parse` reads back to the configuration: the model, and what is not the default."""
+    values, base = to_dict(config), to_dict(RunConfig(model=config.model))
+    for setting, methods in CHOICES.items():
+        values[setting] = method_settings(values[setting])
+        if values[setting]["name"] != base[setting]["name"]:
+            cls = methods[values[setting]["name"]]
+            base[setting] = options_of(cls()) if cls else {}
+    default = flat(base)
+    return [word for key, value in flat(values).items() if key == "model" or value != default.get(key)
+            for word in ("--" + key.removesuffix(".name"), value if isinstance(value, str) else json.dumps(value))]
 
 
 def load(text: str, origin: str) -> dict[str, Any]:
