@@ -1,0 +1,83 @@
+"""The report of finished runs: ``python -m optima_tpu.report RUN [RUN ...]``. One page to pass on, and a summary here."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table as RichTable
+
+from optima_tpu.errors import UserError
+from optima_tpu.report.page import write_page
+from optima_tpu.report.progress import say
+from optima_tpu.report.results import comparison
+from optima_tpu.report.runs import Run
+from optima_tpu.report.table import print_summary
+
+PAGE = "report.html"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line. Returns the exit status: 0 done, 2 for something the user can mend."""
+    chosen = _parser().parse_args(arguments)
+    console = Console()
+    try:
+        path = output_path(chosen.runs, chosen.output)
+        runs = write_page(chosen.runs, path)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if len(runs) == 1:
+        _tell(console, runs[0])
+    else:
+        _compare(console, runs)
+    say(console, f"\nwrote {path}")
+    return 0
+
+
+def output_path(runs: Sequence[str], output: str | None) -> Path:
+    """Where the page goes: beside the report of one run, in the working directory for several.
+
+    Raises:
+      UserError: its folder is missing, or it is a folder itself.
+    """
+    if output is None:
+        run = Path(runs[0]).expanduser()
+        return (run if run.is_dir() else run.parent) / PAGE if len(runs) == 1 else Path(PAGE)
+    path = Path(output).expanduser()
+    if path.is_dir():
+        raise UserError(f"expected --output to be a file, got the folder {path}; choose {path / PAGE}")
+    if not path.parent.is_dir():
+        raise UserError(f"expected --output in an existing folder, got {path}; make {path.parent} first")
+    return path
+
+
+def _tell(console: Console, run: Run) -> None:
+    report = run.report
+    print_summary(console, run.blocks, solver=run.solver, perplexity=report["perplexity"], evaluation=report["evaluation"]["how"],
+                  memory=report.get("memory", {}), files=report.get("files", {}))
+
+
+def _compare(console: Console, runs: Sequence[Run]) -> None:
+    for data in comparison(runs).tables:
+        table = RichTable(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+        for index, name in enumerate(data.head):
+            table.add_column(name, justify="left" if data.words or not index else "right", overflow="fold")
+        for row in data.rows:
+            table.add_row(*row)
+        console.print(table, markup=False, highlight=False)
+        say(console, data.note)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m optima_tpu.report", description="Draws one self-contained page of finished runs: what was run, what it "
+        "cost and gained, layer by layer; several runs side by side. It opens from the disk and needs no network.")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run directory, or its report.json")
+    parser.add_argument("-o", "--output", metavar="FILE", help=f"the page (default: RUN/{PAGE}, or ./{PAGE} for several runs)")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,209 @@
+"""The sections on layers: their errors, their sparsity, what the solver did, what was unusual."""
+
+import math
+import statistics
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from optima_tpu.report import plots
+from optima_tpu.report.numbers import percent
+from optima_tpu.report.records import LayerReport
+from optima_tpu.report.results import mean_errors
+from optima_tpu.report.runs import Run
+from optima_tpu.report.summary import by_kind, kind_name, mean_or_none, short_names, sparsity, unusual
+from optima_tpu.report.table import TROUBLE, unusual_lines
+from optima_tpu.report.view import NONE, Key, Section, Table, figure
+
+_BEFORE, _AFTER = 6, 0  # grey, blue
+_LISTED = 1000
+"""So many layers are listed; report.json has them all."""
+
+
+def layer_errors(runs: Sequence[Run]) -> Section:
+    """Error by block, and tables of kinds and of layers."""
+    several = len(runs) > 1
+    unseen = [run for run in runs if any(layer.held_out_after is not None for layer in run.layers)]
+    panels = []
+    for kind, title in _kinds(runs).items():
+        lines = []
+        for index, run in enumerate(runs):
+            layers = [layer for layer in run.layers if kind_name(layer.name) == kind]
+            curves = {} if several or not run.solver else {
+                "before, calibration text": (_BEFORE, lambda layer: layer.error_before),
+                "before, held-out text": (_BEFORE, lambda layer: layer.held_out_before)}
+            after = "after" if run.solver else "of the selector's weights"
+            curves |= {f"{after}, calibration text": (index, lambda layer: layer.error_after),
+                       f"{after}, held-out text": (index, lambda layer: layer.held_out_after)}
+            for name, (series, value) in curves.items():
+                blocks, values = _by_block(layers, value)
+                if not np.isnan(values).all():
+                    lines.append(plots.Line(f"{run.label}, {name}" if several else name, blocks, values, series,
+                                            dashed="held-out" in name))
+        panels.append(plots.Panel(title, lines, log=True))
+    legend = [Key(run.label, index) for index, run in enumerate(runs)] if several else [
+        Key("before the update", _BEFORE), Key("after the update", _AFTER)] if runs[0].solver else []
+    legend += [Key("calibration text"), Key("held-out text", dashed=True)] if unseen else []
+    text = ["The error of a layer is the change of its output as a share of the output’s energy, ‖XW′ − XV′‖² / ‖XW′‖², with "
+            "W the dense and V the pruned weights and X its inputs in the pruned model. Before: with the selector’s weights. "
+            "After: with the solver’s. Held-out text is calibration text that no weight was fitted to."]
+    text += [f"{run.label if several else 'This run'} held no text out: its errors are on the text that the weights were fitted "
+             "to, and are too good for other text." for run in runs if run not in unseen]
+    zeros = sum(layer.error_after == 0 for run in runs for layer in run.layers)
+    notes = ["Errors are shown on a logarithmic scale, the same in all plots."]
+    notes += [f"{zeros} errors of exactly 0 are not drawn."] if zeros else []
+    elements = list(zip([panel.title for panel in panels], plots.lines(panels, "errors", share=True)))
+    return Section("layers", "Layer errors, " + ("after the update" if several else "before and after the update"), text,
+                   [figure(elements, legend=legend, note=" ".join(notes))] if elements else [],
+                   [_kind_table(run, run.label if several else "Mean over blocks") for run in runs],
+                   [_layer_table(run, several) for run in runs])
+
+
+def maps(runs: Sequence[Run]) -> Section:
+    """Sparsity and error of every layer, as maps of blocks and kinds."""
+    several, elements = len(runs) > 1, []
+    kinds = _kinds(runs)
+    blocks = 1 + max((layer.block for run in runs for layer in run.layers), default=0)
+    unseen = all(layer.held_out_after is not None for run in runs for layer in run.layers)
+
+    def grid(run: Run, value: Callable[[LayerReport], float | None]) -> np.ndarray:
+        cells = np.full((len(kinds), blocks), np.nan)
+        for row, kind in enumerate(kinds):
+            where, values = _by_block([layer for layer in run.layers if kind_name(layer.name) == kind], value)
+            cells[row, where] = values
+        return cells
+
+    errors = [grid(run, lambda layer: layer.held_out_after if unseen else layer.error_after) for run in runs]
+    found = np.concatenate([values[np.isfinite(values) & (values > 0)] for values in errors]) if kinds else np.array([])
+    limits = (float(found.min()), float(found.max())) if found.size else None
+    for index, (run, error) in enumerate(zip(runs, errors) if kinds else ()):
+        of, rows = f", {run.label}" if several else "", list(kinds.values())
+        share, final = f"Sparsity{of}", f"Final error on {'held-out' if unseen else 'calibration'} text{of}"
+        shares = grid(run, lambda layer: layer.sparsity)
+        elements += [
+            (share, plots.cells(share, shares, rows, f"map-{index}-sparsity", limits=(0.0, 1.0))),
+            (final, plots.cells(final, error, rows, f"map-{index}-error", log=True, limits=limits))]
+    text = []
+    for run in runs:
+        shares = [layer.sparsity for layer in run.layers] or [0.0]
+        low, high = percent(min(shares)), percent(max(shares))
+        spread = "the same share of each" if low == high else f"from {low} to {high} of each"
+        text.append(f"{run.label + ': ' if several else ''}{percent(sparsity(run.layers))} of the weights of {len(run.layers):,} "
+                    f"matrices are zero by the mask, {spread}.")
+    note = "Blank: not pruned. Where a block has several layers of a kind, such as experts, their mean is shown."
+    return Section("maps", "Where the zeros and the errors are", text,
+                   [figure(elements, wide=True, note=note)] if elements else [])
+
+
+def solver(runs: Sequence[Run]) -> Section:
+    """Steps, gaps, rows that did not converge."""
+    several, solved = len(runs) > 1, [(index, run) for index, run in enumerate(runs) if run.solver]
+    if not solved:
+        return Section("solver", "Solver", ["No solver moved the weights: they are the selector’s own."])
+    used = sorted({run.solver for _, run in solved})
+    text = [f"The gap says how far a row is from the best weights for its mask, by the measure of {' and '.join(used)}"
+            + (", which is a certified upper bound." if used == ["cg"] else
+               "; the measures of different solvers do not compare." if len(used) > 1 else ".")]
+    if without := [run.label for run in runs if not run.solver]:
+        text.append(f"No solver in {'; '.join(without)}.")
+    curves = {("Steps of a row", _steps, False): (lambda layer: layer.steps_median, lambda layer: layer.steps_max),
+              ("Gap of a row", percent, True): (lambda layer: layer.gap_median, lambda layer: layer.gap_max)}
+    panels = []
+    for (title, unit, log), (median, largest) in curves.items():
+        lines = []
+        for index, run in solved:
+            label, series = (f"{run.label}, ", index) if several else ("", _AFTER)
+            lines += [plots.Line(f"{label}median", *_by_block(run.layers, median, statistics.median), series),
+                      plots.Line(f"{label}largest", *_by_block(run.layers, largest, max), series, dashed=True)]
+        panels.append(plots.Panel(title, lines, unit, log))
+    legend = [Key(run.label, index) for index, run in solved] if several else []
+    legend += [Key("median of a block"), Key("largest of a block", dashed=True)]
+    elements = list(zip([panel.title for panel in panels], plots.lines(panels, "solver")))
+    tables = []
+    for _, run in solved:
+        kinds = by_kind(run.blocks)
+        short = short_names([kind.name for kind in kinds])
+        most = {kind.name: max(layer.steps_max for layer in run.layers if kind_name(layer.name) == kind.name) for kind in kinds}
+        tables.append(Table(run.label if several else f"Rows, by {run.solver}", [
+            "layer", "rows", "median steps", "most steps", "largest gap", "not converged", "refused"], [
+            [short[kind.name], f"{kind.rows:,}", _steps(kind.steps_median), _steps(most[kind.name]), percent(kind.gap_max),
+             f"{kind.rows_not_converged:,}", f"{kind.rows_refused:,}"] for kind in kinds],
+            note="Refused rows keep the selector’s weights, by the acceptance rule of the run."))
+    return Section("solver", "Solver", text, [figure(elements, legend=legend)], tables)
+
+
+def strange(runs: Sequence[Run]) -> Section:
+    """What a person should look at, by name."""
+    several, text, folded = len(runs) > 1, [], []
+    for run in runs:
+        label, of = (f"{run.label}: ", f", {run.label}") if several else ("", "")
+        lines = [line.removeprefix("unusual").strip() for line in unusual_lines(run.blocks)]
+        if lines == ["nothing"]:
+            text.append(f"{label}Nothing: no dead inputs, no layer with too few tokens, every row converged, none was refused.")
+            continue
+        text += [f"{label}{line[0].upper()}{line[1:]}." for line in lines]
+        rows = [[name, TROUBLE[kind][0], f"{count:,} {TROUBLE[kind][1]}{'' if count == 1 else 's'}"]
+                for kind, layers in unusual(run.blocks).items() for name, count in layers.items()]
+        folded.append(Table(f"{len(rows):,} entries by layer{of}", ["layer", "what", "how many"], rows[:_LISTED], words=True,
+                            note=_rest(len(rows))))
+    return Section("unusual", "Anything unusual", text, folded=folded)
+
+
+def _kinds(runs: Sequence[Run]) -> dict[str, str]:
+    """Kinds of layers in all runs -> their short names."""
+    return short_names(list(dict.fromkeys(kind_name(layer.name) for run in runs for layer in run.layers)))
+
+
+def _by_block(layers: Sequence[LayerReport], value: Callable[[LayerReport], float | None],
+              of: Callable[[Sequence[float]], float] = statistics.fmean) -> tuple[list[int], list[float]]:
+    """Blocks, and for each the mean over its layers, or what ``of`` says; NaN where one of them has no finite value."""
+    found: dict[int, list[float]] = {}
+    for layer in layers:
+        own = value(layer)
+        found.setdefault(layer.block, []).append(math.nan if own is None or not math.isfinite(own) else own)
+    return sorted(found), [math.nan if np.isnan(found[block]).any() else of(found[block]) for block in sorted(found)]
+
+
+def _kind_table(run: Run, caption: str) -> Table:
+    kinds = by_kind(run.blocks)
+    short = short_names([kind.name for kind in kinds])
+    rows = []
+    for kind in kinds:
+        held_before = mean_or_none(layer.held_out_before for layer in run.layers if kind_name(layer.name) == kind.name)
+        errors = _errors(run, kind.error_before, kind.error_after, held_before, kind.held_out)
+        rows.append([short[kind.name], f"{kind.layers:,}", *errors, percent(kind.sparsity)])
+    if rows:
+        rows.append(["all", f"{len(run.layers):,}", *_errors(run, *mean_errors(run)), percent(sparsity(run.layers))])
+    return Table(caption, ["layer", "matrices", *_ERRORS, "sparsity"], rows, "" if rows else "No layer was pruned.",
+                 total=bool(rows))
+
+
+def _layer_table(run: Run, several: bool) -> Table:
+    layers = run.layers
+    if len(layers) > _LISTED:
+        layers = sorted(layers, key=lambda layer: layer.error_after, reverse=True)
+    rows = [[f"{layer.block} {layer.name}", "×".join(map(str, layer.shape)), percent(layer.sparsity),
+             *_errors(run, layer.error_before, layer.error_after, layer.held_out_before, layer.held_out_after),
+             *([_steps(layer.steps_median), _steps(layer.steps_max), percent(layer.gap_max),
+                f"{layer.rows - layer.rows_converged:,}", f"{layer.rows_refused:,}"] if run.solver else [])]
+            for layer in layers[:_LISTED]]
+    head = ["block and layer", "shape", "sparsity", *_ERRORS]
+    head += ["median steps", "most steps", "largest gap", "not converged", "refused"] if run.solver else []
+    return Table(f"Every layer{', ' + run.label if several else ''}", head, rows, note=_rest(len(layers), ", by their error"))
+
+
+_ERRORS = ("before", "after", "held out, before", "held out, after")
+
+
+def _errors(run: Run, before: float, after: float, held_before: float | None, held_after: float | None) -> list[str]:
+    """Without a solver there is no after."""
+    texts = [NONE if value is None else percent(value) for value in (before, after, held_before, held_after)]
+    return texts if run.solver else [texts[0], NONE, texts[2], NONE]
+
+
+def _rest(count: int, order: str = "") -> str:
+    return f"The first {_LISTED:,} of {count:,}{order}; report.json has them all." if count > _LISTED else ""
+
+
+def _steps(value: float) -> str:
+    return f"{value:.0f}"

@@ -1,0 +1,102 @@
+"""The sections on how it was run: time and memory, the command, settings and place."""
+
+import shlex
+from collections.abc import Mapping, Sequence
+
+from optima_tpu.cli import configure, dump, flags
+from optima_tpu.errors import UserError
+from optima_tpu.report import plots
+from optima_tpu.report.numbers import duration, number, percent
+from optima_tpu.report.results import devices
+from optima_tpu.report.runs import Run
+from optima_tpu.report.view import NONE, Key, Section, Table, commands, figure
+
+
+def cost(runs: Sequence[Run]) -> Section:
+    """Time by stage and by block, and the peaks of memory."""
+    several = len(runs) > 1
+    stages = [run.report["seconds"] for run in runs]
+    rows = [[stage, *(duration(own[stage]) if stage in own else NONE for own in stages)]
+            for stage in dict.fromkeys(stage for own in stages for stage in own)]
+    totals = [sum(own.values()) for own in stages]
+    rows.append(["all stages", *map(duration, totals)])
+    if not several and totals[0] > 0:
+        for row, seconds in zip(rows, [*stages[0].values(), totals[0]]):
+            row.append(percent(seconds / totals[0]))
+    peaks = [[name, *(_gib(run, key) for run in runs)] for name, key in (("host", "host_peak"), ("one device", "device_peak"))]
+    text = []
+    for run in runs:
+        blocks, walk = sum(block.seconds for block in run.blocks), run.report["seconds"].get("pruning", 0.0)
+        if blocks > 1.05 * walk:
+            text.append(f"{run.label if several else 'This run'} was stopped and went on: the stages below are those of its last "
+                        f"part; its blocks took {duration(blocks)} in all.")
+    panel = plots.Panel("Seconds for a block", [
+        plots.Line(run.label if several else "seconds", [block.index for block in run.blocks],
+                   [block.seconds for block in run.blocks], index) for index, run in enumerate(runs)], _seconds)
+    elements = [(panel.title, plots.lines([panel], "cost")[0])] if any(run.blocks for run in runs) else []
+    legend = [Key(run.label, index) for index, run in enumerate(runs)] if several else []
+    head = ["stage", *(run.label for run in runs)] if several else ["stage", "time", *(["share"] if totals[0] > 0 else [])]
+    return Section("cost", "Time and memory", text, [figure(elements, legend=legend)] if elements else [], [
+        Table("Time by stage", head, rows, total=True, runs=several),
+        Table("Memory at the peak", ["", *(run.label for run in runs)] if several else [], peaks, runs=several,
+              note="Of the host: a resident set, with mapped pages of checkpoint files in it. A CPU has no memory of its own.")])
+
+
+def origin(runs: Sequence[Run]) -> Section:
+    """What was run, where, and the command that does it again."""
+    several, tables, code, files = len(runs) > 1, [], [], []
+    for run in runs:
+        label = f", {run.label}" if several else ""
+        tables.append(Table(f"What was run{label}", [], _facts(run), words=True))
+        try:
+            config = configure(run.report["configuration"] | {"coordinator": None, "num_processes": None, "process_id": None})
+        except UserError as error:
+            code.append((f"No command for this version of OPTIMA-TPU{label}", str(error)))
+            continue
+        code.append((f"Command{label}", _command(flags(config))))
+        files.append((f"All settings{label}, as a file for --config", dump(config)))
+    text = [commands("In the directory in which it was run, the command makes the same run. As long as its own run directory is "
+                     "there, it only tells the result again; with another `--output` it does the work again.")]
+    if any(run.report["environment"].get("processes", 1) > 1 for run in runs):
+        text.append(commands("A run in several processes is started by the scripts in `launch/`, or with `--coordinator`, "
+                             "`--num-processes` and `--process-id` in each of them."))
+    return Section("origin", "What was run, and how to run it again", text, tables=tables, code=code, files=files)
+
+
+def _command(words: Sequence[str]) -> str:
+    """A command for a shell, one setting in a line where it is long."""
+    program = "python -m optima_tpu.launch"
+    line = f"{program} {shlex.join(words)}"
+    settings = [shlex.join(words[index:index + 2]) for index in range(0, len(words), 2)]
+    return line if len(line) <= 100 else " \\\n    ".join([program, *settings])
+
+
+def _facts(run: Run) -> list[list[str]]:
+    """Names and values. What was not recorded is left out, or said."""
+    report, place = run.report, run.report["environment"]
+    packages = ", ".join(f"{name} {version}" for name, version in place.get("packages", {}).items() if version)
+    facts: Mapping[str, str | None] = {
+        "model": report["model"].get("origin") or report["configuration"]["model"],
+        "its contents": _digest(report["model"].get("fingerprint")),
+        "calibration text": report["calibration"].get("how"),
+        "evaluation text": report["evaluation"]["how"],
+        "devices": devices(run) + (f", {place['processes']} processes" if place.get("processes", 1) > 1 else ""),
+        "code": report.get("manifest", {}).get("code"),
+        "packages": packages or None,
+        "system": f"Python {place['python']}, {place['system']}" if "python" in place else None,
+        "read from": run.place,
+        **{f"left, {what}": path for what, path in report.get("files", {}).items()}}
+    return [[name, value or "not recorded"] for name, value in facts.items()]
+
+
+def _digest(text: str | None) -> str | None:
+    return text and f"sha256 {text}"
+
+
+def _gib(run: Run, key: str) -> str:
+    value = (run.report.get("memory") or {}).get(key)
+    return f"{number(value / 2**30)} GiB" if value else "not counted" if run.report.get("memory") else "not recorded"
+
+
+def _seconds(value: float) -> str:
+    return f"{number(value)} s"

@@ -1,0 +1,77 @@
+"""report.html: one page without scripts and without a network, of one run or of several side by side.
+
+What it looks like is in report.html.j2 and report.css beside this file.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import jinja2
+
+from optima_tpu.files import write_bytes, writing
+from optima_tpu.report.layers import layer_errors, maps, solver, strange
+from optima_tpu.report.numbers import plural
+from optima_tpu.report.origin import cost, origin
+from optima_tpu.report.plots import MARKERS, SERIES
+from optima_tpu.report.results import comparison, distance, outcome, tiles
+from optima_tpu.report.runs import Run, method, model_name, read_runs
+from optima_tpu.report.view import Section, Tile, without_folders
+
+
+class Page(NamedTuple):
+    """What the template is given.
+
+    Attributes:
+      title: of the page.
+      subtitle: what was done, in a line.
+      code: the version of the program that made the runs.
+      tiles: the numbers that a person looks for first; none where several runs are compared.
+      sections: in order.
+      colours: of the series, for light pages.
+      markers: of the series, as characters.
+    """
+
+    title: str
+    subtitle: str
+    code: str
+    tiles: Sequence[Tile]
+    sections: Sequence[Section]
+    colours: Sequence[str] = SERIES
+    markers: Sequence[str] = tuple(MARKERS.values())
+
+
+def write_page(places: Sequence[str | Path], path: Path) -> list[Run]:
+    """Draws the page of finished runs. A file that already says so is left as it is.
+
+    Args:
+      places: run directories, or report.json files.
+      path: of the HTML file.
+
+    Raises:
+      UserError: a run is not finished or not readable, or the page cannot be written.
+    """
+    title, runs = read_runs(places)
+    data = render(title, runs).encode()
+    with writing(path, "choose another --output"):
+        if not path.exists() or path.read_bytes() != data:
+            write_bytes(path, data)
+    return runs
+
+
+def render(title: str, runs: Sequence[Run]) -> str:
+    """The page as HTML. ``title`` is what the runs have in common."""
+    sections = [outcome(runs), *distance(runs), layer_errors(runs), maps(runs), solver(runs), strange(runs), cost(runs),
+                origin(runs)]
+    code = ", ".join(dict.fromkeys(run.report.get("manifest", {}).get("code", "of an unknown version") for run in runs))
+    if len(runs) == 1:
+        configuration = runs[0].report["configuration"]
+        name = model_name(configuration)
+        done = f"{method(configuration)}, {title.removeprefix(name).lstrip(', ')}"
+        page = Page(name, without_folders(done), code, tiles(runs[0]), sections)
+    else:
+        page = Page(f"{plural(len(runs), 'run')} side by side", without_folders(title), code, (), [comparison(runs), *sections])
+    # Names of models and paths are what a person typed.
+    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True,
+                                     lstrip_blocks=True, undefined=jinja2.StrictUndefined)
+    return environment.get_template("report.html.j2").render(page=page)

@@ -1,0 +1,233 @@
+"""What the plots of the page look like: numbers in, SVG elements out. Which numbers is in ``report.page``.
+
+An element stands in an HTML page: it takes the page's font and colours, light or dark, has a title and a description for those
+who do not see it, and no ids that another one has. Figures are made without pyplot, so there is no state outside of them.
+"""
+
+import io
+import math
+import re
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+from xml.etree import ElementTree
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm, Normalize
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
+
+from optima_tpu.report.numbers import number, percent
+
+SERIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#767676")
+"""Okabe and Ito's colours, which people tell apart however they see red and green, without the too light yellow."""
+
+MARKERS = {"o": "●", "s": "■", "^": "▲", "D": "◆", "v": "▼", "X": "✖", "P": "✚"}
+"""The marker of each, and a character that looks like it, for legends."""
+
+_INK, _GRID = "#222222", "#dddddd"
+_PAGE = {_INK: "var(--ink)", _GRID: "var(--line)"} | {
+    colour: f"var(--series-{index})" for index, colour in enumerate(SERIES)}
+"""The colours that the page may have otherwise, by their CSS variables."""
+
+_STYLE = {"svg.fonttype": "none", "font.size": 8, "text.parse_math": False, "text.color": _INK, "axes.edgecolor": _INK,
+          "axes.labelcolor": _INK, "xtick.color": _INK, "ytick.color": _INK, "axes.linewidth": 0.6, "xtick.major.width": 0.6,
+          "ytick.major.width": 0.6, "figure.facecolor": "none", "axes.facecolor": "none", "savefig.facecolor": "none"}
+_SHADES = matplotlib.colormaps["cividis"].resampled(32)
+
+
+class Line(NamedTuple):
+    """One line.
+
+    Attributes:
+      label: what it shows, for the description.
+      x: ascending.
+      y: for each; NaN leaves a gap.
+      series: index of its colour and marker.
+      dashed: without markers.
+    """
+
+    label: str
+    x: Sequence[float]
+    y: Sequence[float]
+    series: int
+    dashed: bool = False
+
+
+class Panel(NamedTuple):
+    """Lines over the same axes.
+
+    Attributes:
+      title: what they show.
+      lines: at least one.
+      unit: how a value is written.
+      log: the values are positive and spread.
+    """
+
+    title: str
+    lines: Sequence[Line]
+    unit: Callable[[float], str] = percent
+    log: bool = False
+
+
+def lines(panels: Sequence[Panel], prefix: str, across: str = "block", share: bool = False) -> list[str]:
+    """One element for each panel.
+
+    Args:
+      prefix: of the ids in it.
+      across: what the horizontal axes show.
+      share: all panels have the same vertical axis, so that heights compare.
+    """
+    shared = _limits(panels) if share else None
+    return [_panel(panel, f"{prefix}-{index}", across, shared or _limits([panel])) for index, panel in enumerate(panels)]
+
+
+def cells(title: str, values: np.ndarray, rows: Sequence[str], prefix: str, log: bool = False,
+          limits: tuple[float, float] | None = None) -> str:
+    """A map of blocks and layers, every cell with its value when it is pointed at.
+
+    Args:
+      title: what it shows.
+      values: [rows, blocks] shares; NaN is left blank.
+      rows: their names.
+      prefix: of the ids in it.
+      log: shades go by the logarithm.
+      limits: what the darkest and the lightest shade stand for; None takes them from the values.
+    """
+    blocks, finite = values.shape[1], values[np.isfinite(values) & (values > 0 if log else True)]
+    low, high = limits or ((finite.min(), finite.max()) if finite.size else (0.1, 1.0))
+    if low == high:
+        low, high = (low / 2, high * 2) if log else (low - 0.5, high + 0.5)
+    names = max(map(len, rows))
+    with matplotlib.rc_context(_STYLE):
+        figure, (axes, beside) = _figure(left=0.15 + 0.065 * names, right=0.6, bottom=0.42, top=0.06,
+                                         widths=(max(1.5, 0.15 * blocks), 0.1), height=0.19 * len(rows))
+        norm = LogNorm(low, high) if log else Normalize(low, high)
+        mesh = axes.pcolormesh(np.ma.masked_invalid(values), cmap=_SHADES, norm=norm, edgecolors="none")
+        mesh.set_gid("cells")
+        axes.invert_yaxis()
+        axes.set_yticks(np.arange(len(rows)) + 0.5, rows)
+        step = max(1, math.ceil(blocks / 20))
+        axes.set_xticks(np.arange(0, blocks, step) + 0.5, [str(block) for block in range(0, blocks, step)])
+        axes.tick_params(length=0)
+        axes.spines[:].set_visible(False)
+        axes.set_xlabel("block")
+        bar = figure.colorbar(mesh, cax=beside)
+        bar.outline.set_visible(False)
+        bar.ax.yaxis.set_major_locator(_log_ticks(low, high) if log else FixedLocator(np.linspace(low, high, 3)))
+        bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _tick(value, percent)))
+        bar.ax.yaxis.set_minor_locator(NullLocator())
+        told = [f"block {block}, {rows[row]}: {percent(value)}" for (row, block), value in np.ndenumerate(values)
+                if math.isfinite(value)]
+        return _element(figure, prefix, title, f"{title}, by block and layer: {_range(values.ravel(), percent)}.", told)
+
+
+def _panel(panel: Panel, prefix: str, across: str, limits: tuple[float, float]) -> str:
+    with matplotlib.rc_context(_STYLE):
+        figure, (axes,) = _figure(left=0.56, right=0.06, bottom=0.42, top=0.06, widths=(2.3,), height=1.5)
+        for line in panel.lines:
+            colour = SERIES[line.series % len(SERIES)]
+            look = {"linestyle": (0, (3, 1.5)), "linewidth": 1.1} if line.dashed else {
+                "linewidth": 1.3, "markersize": 2.4, "marker": list(MARKERS)[line.series % len(MARKERS)]}
+            y = np.asarray(line.y, float)
+            axes.plot(line.x, np.where(y > 0, y, np.nan) if panel.log else y, color=colour, **look)
+        _scale(axes, panel, limits)
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
+        axes.set_xlabel(across)
+        axes.grid(axis="y", color=_GRID, linewidth=0.6)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+        told = "; ".join(f"{line.label}: {_range(line.y, panel.unit)}" for line in panel.lines)
+        return _element(figure, prefix, panel.title, f"{panel.title}, by {across}. {told}.")
+
+
+def _figure(left: float, right: float, bottom: float, top: float, widths: Sequence[float], height: float
+            ) -> tuple[Figure, list[Axes]]:
+    """Axes side by side, of ``widths`` and ``height`` in inches, with margins and 0.08 inches between them.
+
+    Fixed, and not laid out by matplotlib: plots beside each other have their axes in line, and three times as fast.
+    """
+    whole, tall = left + sum(widths) + 0.08 * (len(widths) - 1) + right, bottom + height + top
+    figure, axes = Figure(figsize=(whole, tall)), []
+    for width in widths:
+        axes.append(figure.add_axes((left / whole, bottom / tall, width / whole, height / tall)))
+        left += width + 0.08
+    return figure, axes
+
+
+def _limits(panels: Sequence[Panel]) -> tuple[float, float]:
+    """The smallest and the largest value that can be drawn."""
+    values = np.array([value for panel in panels for line in panel.lines for value in line.y], float)
+    values = values[np.isfinite(values) & (values > 0 if any(panel.log for panel in panels) else True)]
+    return (float(values.min()), float(values.max())) if values.size else (0.1, 1.0)
+
+
+def _scale(axes: Axes, panel: Panel, limits: tuple[float, float]) -> None:
+    low, high = limits
+    if panel.log:
+        axes.set_yscale("log")
+        low, high = (low / 1.2, high * 1.2) if high < 3 * low else (low / 1.1, high * 1.1)
+        axes.set_ylim(low, high)
+        axes.yaxis.set_major_locator(_log_ticks(low, high))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+        axes.yaxis.set_minor_locator(NullLocator())
+    else:
+        axes.set_ylim(min(0.0, low), 1.05 * high if high > 0 else 1.0)
+        axes.yaxis.set_major_locator(MaxNLocator(5))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _tick(value, panel.unit)))
+
+
+def _log_ticks(low: float, high: float) -> LogLocator:
+    """Ten times apart where there is much between, else 1, 2, 5 or closer."""
+    wide = math.log10(high / low)
+    return LogLocator(subs=(1,) if wide > 3 else (1, 2, 5) if wide > 0.8 else (1, 1.5, 2, 3, 4, 5, 6, 8), numticks=20)
+
+
+def _tick(value: float, unit: Callable[[float], str]) -> str:
+    """As the unit writes it, without the zeros at its end: "50%", not "50.0%"."""
+    return re.sub(r"\.(\d*?)0+(?!\d)", lambda match: "." + match[1] if match[1] else "", unit(float(value)))
+
+
+def _range(values: Sequence[float], unit: Callable[[float], str]) -> str:
+    """In words."""
+    found = [float(value) for value in values if math.isfinite(value)]
+    if not found:
+        return "no value"
+    low, high = unit(min(found)), unit(max(found))
+    gaps = "" if len(found) == len(values) else f", {len(values) - len(found)} missing"
+    return (low if low == high else f"from {low} to {high}") + gaps
+
+
+def _element(figure: Figure, prefix: str, title: str, description: str, told: Sequence[str] = ()) -> str:
+    """The figure as an SVG element of an HTML page. ``told`` is said of its cells, one after the other."""
+    data = io.BytesIO()
+    with matplotlib.rc_context({"svg.hashsalt": prefix}):
+        figure.savefig(data, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    root = ElementTree.fromstring(data.getvalue())
+    for element in root.iter():
+        element.tag = element.tag.rpartition("}")[2]
+        for name in list(element.attrib):
+            value = element.attrib.pop(name)
+            if name == "id" or name.endswith("href"):
+                value = re.sub("^(#?)", rf"\g<1>{prefix}-", value)
+            value = re.sub(r"url\(#", f"url(#{prefix}-", value)
+            if name == "style":
+                value = re.sub("#[0-9a-f]{6}", lambda colour: _PAGE.get(colour[0], colour[0]), value)
+                value = re.sub(r"font: ([\d.]+)px [^;]+", r"font-size: \1px", value)  # the family is the page's
+            element.set(name.rpartition("}")[2], value)
+    for parent in (root, *root.findall("defs")):
+        for unwanted in parent.findall("metadata") + parent.findall("style"):  # which would be a style of the whole page
+            parent.remove(unwanted)
+    group = root.find(f".//g[@id='{prefix}-cells']")
+    for cell, words in zip([] if group is None else [child for child in group if child.tag != "defs"], told):
+        ElementTree.SubElement(cell, "title").text = words
+    for index, (tag, text) in enumerate((("title", title), ("desc", description))):
+        element = ElementTree.Element(tag, {"id": f"{prefix}-{tag}"})
+        element.text = text
+        root.insert(index, element)
+    box = root.attrib["viewBox"]
+    width, height = (number(1.4 * float(size), 4) for size in box.split()[2:])
+    root.attrib = {"viewBox": box, "width": width, "height": height, "role": "img",
+                   "aria-labelledby": f"{prefix}-title {prefix}-desc"}
+    return ElementTree.tostring(root, encoding="unicode")

@@ -1,0 +1,194 @@
+"""The sections on what came out: dense against pruned, distance and tasks, and several runs side by side."""
+
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from optima_tpu.report import plots
+from optima_tpu.report.numbers import duration, number, percent, plural
+from optima_tpu.report.runs import Run, differences
+from optima_tpu.report.summary import mean_or_none, unusual
+from optima_tpu.report.view import NONE, Key, Section, Table, Tile, commands, figure, without_folders
+
+_SIZE = ("The pruned file is as large as the dense one and runs as fast: zeros are stored like other numbers. They pay off only "
+         "with a kernel or a compressor that uses them.")
+
+
+def tiles(run: Run) -> list[Tile]:
+    """The headline of one run."""
+    report, dense, pruned = run.report, run.report["perplexity"]["dense"], run.report["perplexity"]["pruned"]
+    shown = [Tile("Perplexity", f"{number(dense, 4)} → {number(pruned, 4)}",
+                  f"dense → pruned, {number(pruned / dense)} times, on {without_folders(report['evaluation']['how'])}")]
+    for text, found in _part(run, "distance").items():
+        shown.append(Tile("Divergence from dense", number(found["kl"]), f"nats per token, on {text}"))
+    if run.evaluation and run.evaluation.get("average") is not None:
+        shown.append(Tile("Six tasks", percent(run.evaluation["average"]), "mean accuracy, zero-shot"))
+    before, after, held_before, held_after = mean_errors(run)
+    text = "the calibration text, none was held out" if held_after is None else "held-out text"
+    before, after = (before, after) if held_after is None else (held_before, held_after)
+    shown += [Tile("Layer error", f"{percent(before)} → {percent(after)}" if run.solver else percent(after),
+                   f"{'before → after the update, ' if run.solver else ''}mean of {len(run.layers):,} matrices, on {text}"),
+              Tile("Sparsity", percent(report["sparsity"]), f"{report['pruned']:,} of {report['weights']:,} weights in them"),
+              Tile("Time", duration(sum(report["seconds"].values())), f"on {devices(run)}")]
+    if peak := (report.get("memory") or {}).get("host_peak"):
+        shown.append(Tile("Memory", f"{number(peak / 2**30)} GiB", "of the host, at the peak"))
+    count = unusual_count(run)
+    return [*shown, Tile("Unusual", plural(count, "layer") if count else "nothing", "named below" if count else "in any layer")]
+
+
+def comparison(runs: Sequence[Run]) -> Section:
+    """Several runs side by side: what differs between them, and what came out."""
+    settings = differences({run.place: run.report["configuration"] | _elsewhere(run) for run in runs})
+    settings.pop("output", None)
+    rows = [[name, *(_setting(values, run) for run in runs)] for name, values in settings.items()]
+    labels = [run.label for run in runs]
+    same = len({json.dumps(run.report["evaluation"].get("digest", run.report["evaluation"]["how"])) for run in runs}) == 1
+    text = [] if same else ["These runs measured perplexity on different texts, and those numbers do not compare."]
+    return Section("comparison", "Side by side", text, tables=[
+        Table("Settings that differ", ["setting", *labels], rows, words=True, runs=True,
+              note="" if rows else "None: these runs have the same settings, code and devices."),
+        Table("Results", ["", *labels], [[name, *values] for name, values in _headlines(runs).items()], runs=True)])
+
+
+def outcome(runs: Sequence[Run]) -> Section:
+    """Perplexity and tasks, dense against pruned."""
+    several, rows = len(runs) > 1, []
+    for run in runs:
+        report, label = run.report, [run.label] if several else []
+        texts = [(without_folders(report["evaluation"]["how"]), report["perplexity"]["dense"], report["perplexity"]["pruned"],
+                  report["evaluation"].get("tokens"))]
+        texts += [(f"{name}: {without_folders(found['how'])}", found.get("against"), found["perplexity"], found.get("tokens"))
+                  for name, found in _part(run, "perplexity").items()]
+        for how, dense, pruned, tokens in texts:
+            rows.append([*label, how, NONE if dense is None else number(dense, 4), number(pruned, 4),
+                         NONE if dense is None else f"{number(pruned / dense)}×", NONE if tokens is None else f"{tokens:,}"])
+    first = ["run", "text"] if several else ["text"]
+    tables = [Table("Perplexity, lower is better", [*first, "dense", "pruned", "pruned / dense", "tokens"], rows,
+                    names=len(first))]
+    tasks = [row for run in runs for row in _tasks(run, [run.label] if several else [])]
+    if tasks:
+        head = ["run", "task"] if several else ["task"]
+        tables.append(Table("Zero-shot tasks, accuracy ± one standard error", [
+            *head, "documents", "dense", "pruned", "dense, normalised", "pruned, normalised"], tasks, names=len(head)))
+    missing = [run for run in runs if not run.evaluation]
+    who = f"{len(missing)} of these runs were" if several else "This run was"
+    text = [commands(f"{who} not evaluated on tasks and other texts: `python -m optima_tpu.evaluate RUN --against MODEL` does "
+                     "that, and `python -m optima_tpu.report` draws this page again.")] if missing else []
+    return Section("outcome", "Dense against pruned", [*text, _SIZE], tables=tables)
+
+
+def distance(runs: Sequence[Run]) -> list[Section]:
+    """How far from the dense model, block by block: one section, or none where it was not measured."""
+    several, rows, curves = len(runs) > 1, [], {}
+    for index, run in enumerate(runs):
+        for text, found in _part(run, "distance").items():
+            last = found["hidden_errors"][-1] if found.get("hidden_errors") else None
+            rows.append([*([run.label] if several else []), text,
+                         f"{number(found['kl'])} ± {number(found['kl_stderr'], 2)}",
+                         f"{percent(found['agreement'])} ± {number(100 * found['agreement_stderr'], 2)}",
+                         NONE if last is None else percent(last), f"{found['tokens']:,}"])
+            for key, name in _BY_BLOCK.items():
+                if values := found.get(key):
+                    line = plots.Line(run.label if several else "pruned", range(len(values)), values, index)
+                    curves.setdefault((key, f"{name}, {text}"), []).append(line)
+    if not rows:
+        return []
+    panels = [plots.Panel(title, lines, **_UNITS[key]) for (key, title), lines in curves.items()]
+    elements = list(zip([panel.title for panel in panels], plots.lines(panels, "distance")))
+    legend = [Key(run.label, index) for index, run in enumerate(runs)] if several else []
+    first = ["run", "text"] if several else ["text"]
+    table = Table("Distance to the dense model, ± one standard error", [
+        *first, "divergence, nats per token", "same most likely token", "error of the last hidden state", "tokens"], rows,
+                  names=len(first))
+    text = ("Divergence is the mean over tokens of KL(dense ‖ pruned) of the next token’s distribution, 0 where they are the "
+            "same. The error of the hidden state after a block is ‖H′ − H‖² / ‖H‖², with H the dense model’s: where the damage "
+            "is done.")
+    drawn = [figure(elements, legend=legend)] if elements else []
+    return [Section("distance", "Distance to the dense model", [text], drawn, [table])]
+
+
+def mean_errors(run: Run) -> tuple[float, float, float | None, float | None]:
+    """Mean over layers: before and after on the calibration text, before and after on held-out text."""
+    layers = run.layers
+    if not layers:
+        return 0.0, 0.0, None, None
+    return (statistics.fmean(layer.error_before for layer in layers), statistics.fmean(layer.error_after for layer in layers),
+            mean_or_none(layer.held_out_before for layer in layers), mean_or_none(layer.held_out_after for layer in layers))
+
+
+def devices(run: Run) -> str:
+    """"8 × TPU v5e, mesh 4×2"."""
+    place = run.report["environment"]
+    if "device" not in place:
+        return "devices that were not recorded"
+    mesh = "×".join(str(size) for size in place.get("mesh", {}).values())
+    return f"{place['devices']} × {place['device']}, mesh {mesh}"
+
+
+def unusual_count(run: Run) -> int:
+    """How many layers have anything unusual."""
+    return len({layer for layers in unusual(run.blocks).values() for layer in layers})
+
+
+_BY_BLOCK = {"hidden_errors": "Error of the hidden state", "kls": "Divergence", "agreements": "Same most likely token"}
+_UNITS: Mapping[str, Mapping[str, Any]] = {
+    "hidden_errors": {"log": True}, "kls": {"unit": number, "log": True}, "agreements": {}}
+
+
+def _headlines(runs: Sequence[Run]) -> dict[str, list[str]]:
+    """The rows of the comparison."""
+    rows: dict[str, list[str]] = {}
+    for run in runs:
+        report, (before, after, held_before, held_after) = run.report, mean_errors(run)
+        dense, pruned, memory = *(report["perplexity"][model] for model in ("dense", "pruned")), report.get("memory") or {}
+        values = {
+            "perplexity, dense": number(dense, 4), "perplexity, pruned": number(pruned, 4),
+            "pruned / dense": f"{number(pruned / dense)}×",
+            "layer error before the update": percent(before), "layer error after": percent(after) if run.solver else NONE,
+            "on held-out text before": NONE if held_before is None else percent(held_before),
+            "on held-out text after": NONE if held_after is None or not run.solver else percent(held_after),
+            "sparsity": percent(report["sparsity"]), "matrices": f"{len(run.layers):,}",
+            "layers with anything unusual": f"{unusual_count(run):,}",
+            "time": duration(sum(report["seconds"].values())),
+            "host memory, peak": f"{number(memory['host_peak'] / 2**30)} GiB" if memory.get("host_peak") else NONE}
+        for text, found in _part(run, "distance").items():
+            values |= {f"divergence on {text}, nats": number(found["kl"]), f"same token on {text}": percent(found["agreement"])}
+        if run.evaluation and run.evaluation.get("average") is not None:
+            values["mean accuracy of six tasks"] = percent(run.evaluation["average"])
+        for name, value in values.items():
+            rows.setdefault(name, [NONE] * len(runs))[runs.index(run)] = value
+    return {name: values for name, values in rows.items() if set(values) != {NONE}}
+
+
+def _tasks(run: Run, label: list[str]) -> list[list[str]]:
+    def measured(found: Mapping[str, Any] | None, key: str) -> str:
+        if not found or found.get(key) is None:
+            return NONE
+        error = found.get(f"{key}_stderr")
+        return percent(found[key]) + ("" if error is None else f" ± {number(100 * error, 2)}")
+
+    rows = [[*label, name, f"{found['documents']:,}", measured(found.get("against"), "acc"), measured(found, "acc"),
+             measured(found.get("against"), "acc_norm"), measured(found, "acc_norm")]
+            for name, found in _part(run, "tasks").items()]
+    if rows and run.evaluation.get("average") is not None:
+        rows.append([*label, "mean of the six", NONE, NONE, percent(run.evaluation["average"]), NONE, NONE])
+    return rows
+
+
+def _part(run: Run, name: str) -> Mapping[str, Any]:
+    """A part of evaluation.json; nothing where it is missing."""
+    return (run.evaluation or {}).get(name) or {}
+
+
+def _elsewhere(run: Run) -> dict[str, Any]:
+    """What may differ beside the settings."""
+    return {"code": run.report.get("manifest", {}).get("code"), "model contents": run.report["model"].get("fingerprint", "")[:12],
+            "devices used": devices(run)}
+
+
+def _setting(values: Mapping[str, Any], run: Run) -> str:
+    if run.place not in values:
+        return NONE
+    value = values[run.place]
+    return (value or NONE) if isinstance(value, str) else json.dumps(value)
