@@ -2,11 +2,13 @@
 
 import os
 import re
+import shlex
 import signal
 import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import jax
 
@@ -43,6 +45,8 @@ def _launch(argv: Sequence[str]) -> None:
 
     quiet_orbax()
     run(config)
+    if processes.is_first():
+        _draw(config.run_directory)
 
 
 def guarded(command: Callable[[], None], again: str) -> int:
@@ -77,6 +81,18 @@ def guarded(command: Callable[[], None], again: str) -> int:
     finally:
         signal.signal(signal.SIGTERM, before)
     return 0
+
+
+def _draw(directory: Path) -> None:
+    """Leaves report.html. A run whose page can't be drawn is finished all the same."""
+    from optima_tpu.report.page import write_page  # matplotlib takes a moment, which --help and errors do not wait for
+
+    path = directory / "report.html"
+    try:
+        write_page([directory], path)
+        print(f"\n{path} shows it; beside other runs: python -m optima_tpu.report {directory} RUN ...", flush=True)
+    except UserError as error:
+        print(f"\nreport.html was not drawn: {error}", file=sys.stderr, flush=True)
 
 
 def _stop(number: int, frame: object) -> None:
