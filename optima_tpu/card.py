@@ -3,13 +3,16 @@
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCardData
 
 from optima_tpu.patterns import parse_pattern
+from optima_tpu.report.numbers import percent
+from optima_tpu.report.summary import mean_or_none
+from optima_tpu.report.view import without_folders
 
 _LICENCES = {"Apache License": "apache-2.0", "MIT License": "mit"}
 HUB_ID = re.compile(r"(\w[\w.-]*/[\w.-]+)(@.+)?")
@@ -23,7 +26,8 @@ def model_card(folder: str, sidecar: Mapping[str, Any], assets: Mapping[str, byt
       folder: name of the exported folder, the title where the model has no name.
       sidecar: optima_tpu.json: ``model``, ``manifest``, ``layers``.
       assets: the source's files; config.json and the licence are looked into.
-      report: report.json of the run; ``perplexity`` with ``dense`` and ``pruned`` is shown if it is there.
+      report: report.json of the run; ``perplexity`` with ``dense`` and ``pruned`` is shown if it is there, and the text that it
+        was measured on.
     """
     recipe = sidecar["manifest"]["recipe"]
     origin = sidecar["model"]
@@ -43,7 +47,10 @@ def model_card(folder: str, sidecar: Mapping[str, Any], assets: Mapping[str, byt
     ]
     if perplexity := report.get("perplexity"):
         rows = [(model, f"{perplexity[model]:.3f}") for model in ("dense", "pruned")]
-        parts += ["## Perplexity\n", _table(("model", "perplexity"), rows)]
+        # Of a file only its name: the card is made to be published.
+        how = without_folders(report.get("evaluation", {}).get("how", ""))
+        parts += ["## Perplexity\n", *([f"On {how}.\n"] if how else []), _table(("model", "perplexity"), rows)]
+    parts += ["## Layer errors\n", *_layer_errors(layers)]
     parts += [
         "## Files\n",
         "- `optima_tpu.json`: the recipe in full, and sparsity and reconstruction error of every layer.\n"
@@ -53,6 +60,16 @@ def model_card(folder: str, sidecar: Mapping[str, Any], assets: Mapping[str, byt
         f"Made by OPTIMA-TPU {sidecar['manifest'].get('code', '')}".rstrip() + ".\n",
     ]
     return "\n".join(parts)
+
+
+def _layer_errors(layers: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Means over the pruned layers, before and after the update, on the text that weights were fitted to and on other text."""
+    rows = []
+    for text, keys in (("calibration", ("error_before", "error_after")), ("held out", ("held_out_before", "held_out_after"))):
+        means = [mean_or_none(layer.get(key) for layer in layers) for key in keys]
+        rows.append((text, *("not measured" if mean is None else percent(mean) for mean in means)))
+    return ["The change of a layer's output as a share of the output's energy, mean over the pruned matrices: with the "
+            "selector's weights, and with the final ones.\n", _table(("text", "selector's", "final"), rows)]
 
 
 def _title(origin: str | None, folder: str) -> str:
@@ -83,6 +100,6 @@ def _rows(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
     return rows
 
 
-def _table(header: tuple[str, str], rows: list[tuple[str, str]]) -> str:
-    lines = [header, ("---", "---"), *rows]
-    return "\n".join(f"| {left} | {right} |" for left, right in lines) + "\n"
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
