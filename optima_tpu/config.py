@@ -79,6 +79,23 @@ class Evaluation:
 
 
 @dataclasses.dataclass(frozen=True)
+class Sinks:
+    """Where the records of layers are sent too, block by block, beside the run directory.
+
+    Attributes:
+      tensorboard: write event files into RUN/tensorboard.
+      wandb: the project of Weights & Biases to send them to; with WANDB_MODE=offline they stay in RUN/wandb.
+    """
+
+    tensorboard: bool = False
+    wandb: str | None = None
+
+    def __post_init__(self):
+        if self.wandb is not None and not self.wandb.strip():
+            raise UserError("expected sinks.wandb to be the name of a project, got an empty text")
+
+
+@dataclasses.dataclass(frozen=True)
 class RunConfig:
     """One run, from a checkpoint to a pruned one.
 
@@ -108,6 +125,7 @@ class RunConfig:
       device_memory: GiB that may be used of each device; null takes 80% of what it reports, or on CPUs half of the machine's
         memory between them. It decides how many rows are solved at once, and what is split over the devices.
       export: write the pruned model as a Hugging Face folder too.
+      sinks: where the records of layers are sent too.
     """
 
     model: str
@@ -130,6 +148,7 @@ class RunConfig:
     batch: int = 4
     device_memory: float | None = None
     export: bool = True
+    sinks: Sinks = Sinks()
 
     def __post_init__(self):
         if not self.model.strip():
@@ -177,7 +196,7 @@ def to_dict(config: RunConfig) -> dict[str, Any]:
     group = config.selector.group
     return values | {"pattern": pattern_text(config.pattern, group), "layers": layers_text(config.layers, group),
                      "calibration": dataclasses.asdict(config.calibration),
-                     "evaluation": dataclasses.asdict(config.evaluation)}
+                     "evaluation": dataclasses.asdict(config.evaluation), "sinks": dataclasses.asdict(config.sinks)}
 
 
 def options_of(method: object) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import docstring_parser
 import jsonargparse
 
-from optima_tpu.config import CHOICES, Calibration, Evaluation, RunConfig
+from optima_tpu.config import CHOICES, Calibration, Evaluation, RunConfig, Sinks
 
 _PROGRAM = "python -m optima_tpu.launch"
 _DESCRIPTION = f"""\
@@ -34,8 +34,9 @@ _TITLES = {
     "accept": "accept (when the solver's weights are taken)",
     "calibration": "calibration (the text that the pruned model must reproduce)",
     "evaluation": "evaluation (the text on which perplexity is measured, before and after)",
+    "sinks": "sinks (where the records of layers are sent too)",
 }
-PARTS = {"calibration": Calibration, "evaluation": Evaluation}
+PARTS = {"calibration": Calibration, "evaluation": Evaluation, "sinks": Sinks}
 
 
 def make_parser(chosen: Mapping[str, str], base: Mapping[str, Any]) -> jsonargparse.ArgumentParser:

@@ -1,9 +1,11 @@
 """One run, from a checkpoint to a pruned one: what happens after the command line was read."""
 
+import contextlib
 import dataclasses
 import json
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,7 @@ from optima_tpu.prune import ReadMask, Recipe, block_passes, walk_block
 from optima_tpu.report.file import environment, memory_peaks, write_report
 from optima_tpu.report.progress import Progress, say
 from optima_tpu.report.records import BlockReport
+from optima_tpu.report.sinks import Steps, check_sinks, opened, write
 from optima_tpu.report.table import print_summary
 from optima_tpu.selectors import Imported
 from optima_tpu.self_calibration import keep_calibration
@@ -56,6 +59,7 @@ def run(config: RunConfig, console: Console | None = None, model: Model | None =
     """
     console = console or Console(quiet=not is_first())
     agree("settings and code", flat(to_dict(config) | {"process_id": None, "code": code_version()}))
+    first_only(lambda: check_sinks(config.sinks))
     model = model or open_model_on_mesh(config)
     pretrained, decoder = model
     texts = texts or read_texts(config, model, console)
@@ -68,21 +72,25 @@ def run(config: RunConfig, console: Console | None = None, model: Model | None =
         _tell(console, config, report)
         return report
 
-    with only_program(directory), Progress(console) as progress:
+    with only_program(directory), Progress(console) as progress, contextlib.ExitStack() as stack:
         if dense is None:
             dense = _dense_perplexity(decoder, evaluation, directory, progress)
         # Only now is anything written: every weight was read, and the model works in this dtype.
         journal = open_journal(directory, manifest, pretrained.assets, to_dict(config))
         first_only(lambda: _keep_dense(dense, evaluation, directory))
         first_only(lambda: keep_calibration(directory, manifest, calibration))
+        sinks = stack.enter_context(opened(config.sinks, directory, to_dict(config)))
+        steps = Steps(sinks, journal)
+        steps.follow()
         masks = open_masks(config.selector.path).read if isinstance(config.selector, Imported) else None
         prune_model(decoder, calibration.ids, recipe_of(config), journal, progress, config.calibration.samples, masks,
-                    budget)
+                    budget, steps.follow)
         progress.stage("writing the checkpoint", 1)
         write_checkpoint(journal, pretrained.tensors, decoder.mesh)
         progress.advance()
         pruned = _measure("pruned perplexity", dataclasses.replace(decoder, tensors=CheckpointTensors(journal.directory)),
                           evaluation, progress)
+        write(sinks, decoder.config.blocks, {"perplexity/dense": dense, "perplexity/pruned": pruned})
         folder = journal.directory / "hf"
         files = {"report": str(journal.directory / "report.json"), "checkpoint": str(journal.directory / "checkpoint")}
         if config.export:
@@ -113,7 +121,8 @@ def run(config: RunConfig, console: Console | None = None, model: Model | None =
 
 
 def prune_model(decoder: Decoder, tokens: np.ndarray, recipe: Recipe, journal: Journal, progress: Progress,
-                samples: int | None = None, masks: ReadMask | None = None, budget: float = math.inf) -> None:
+                samples: int | None = None, masks: ReadMask | None = None, budget: float = math.inf,
+                saved: Callable[[], None] = lambda: None) -> None:
     """Prunes into the journal the blocks that it does not hold, one after the other.
 
     Args:
@@ -121,6 +130,7 @@ def prune_model(decoder: Decoder, tokens: np.ndarray, recipe: Recipe, journal: J
       samples: how many of them calibrate; None stands for all.
       masks: for a recipe without a selector.
       budget: bytes that may be used of each device.
+      saved: called after every block that the journal has got.
     """
     count = decoder.config.blocks
     for index, reason in journal.damaged.items():
@@ -141,6 +151,7 @@ def prune_model(decoder: Decoder, tokens: np.ndarray, recipe: Recipe, journal: J
         prefix = decoder.prefix(index)
         journal.save(index, {prefix + name: value for name, value in parameters.items()},
                      {prefix + name: value for name, value in keeps.items()}, report.to_json(), hidden)
+        saved()
         del parameters, keeps  # not to be held while the next block is placed
         following = index + 1
         progress.advance()
