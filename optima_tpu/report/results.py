@@ -85,8 +85,8 @@ def distance(runs: Sequence[Run]) -> list[Section]:
         for text, found in _part(run, "distance").items():
             last = found["hidden_errors"][-1] if found.get("hidden_errors") else None
             rows.append([*([run.label] if several else []), text,
-                         f"{number(found['kl'])} ± {number(found['kl_stderr'], 2)}",
-                         f"{percent(found['agreement'])} ± {number(100 * found['agreement_stderr'], 2)}",
+                         number(found["kl"]) + _error(found["kl_stderr"]), percent(found["agreement"]) + _error(
+                             found["agreement_stderr"], 100),
                          NONE if last is None else percent(last), f"{found['tokens']:,}"])
             for key, name in _BY_BLOCK.items():
                 if values := found.get(key):
@@ -165,8 +165,7 @@ def _tasks(run: Run, label: list[str]) -> list[list[str]]:
     def measured(found: Mapping[str, Any] | None, key: str) -> str:
         if not found or found.get(key) is None:
             return NONE
-        error = found.get(f"{key}_stderr")
-        return percent(found[key]) + ("" if error is None else f" ± {number(100 * error, 2)}")
+        return percent(found[key]) + _error(found.get(f"{key}_stderr"), 100)
 
     rows = [[*label, name, f"{found['documents']:,}", measured(found.get("against"), "acc"), measured(found, "acc"),
              measured(found.get("against"), "acc_norm"), measured(found, "acc_norm")]
@@ -174,6 +173,11 @@ def _tasks(run: Run, label: list[str]) -> list[list[str]]:
     if rows and run.evaluation.get("average") is not None:
         rows.append([*label, "mean of the six", NONE, NONE, percent(run.evaluation["average"]), NONE, NONE])
     return rows
+
+
+def _error(value: float | None, scale: float = 1) -> str:
+    """A standard error, behind its value. None of a single window or document."""
+    return "" if value is None else f" ± {number(scale * value, 2)}"
 
 
 def _part(run: Run, name: str) -> Mapping[str, Any]:
