@@ -2,11 +2,13 @@
 
 import json
 import struct
+import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from optima_tpu.errors import UserError
 from optima_tpu.launch import main
 from optima_tpu.report import sinks
 from optima_tpu.report.records import BlockReport
@@ -103,3 +105,29 @@ def test_event_files_hold_every_step_once_also_after_a_second_start(tmp_path):
     assert len(found) == len({(step, name) for step, name, _ in found}) == 3 * (1 + 11 * 7)
     assert {(layer.block, f"error_after/{layer.name}", np.float32(layer.error_after))
             for block in BLOCKS for layer in block.layers} <= set(found)
+
+
+def test_a_run_of_weights_and_biases_that_went_on_is_sent_only_what_it_lacks(tmp_path, monkeypatch):
+    logged, asked = [], []
+
+    class Run:
+        step = 2  # the server has the first two
+
+        def log(self, values, step):
+            logged.append((step, values))
+
+    fake = SimpleNamespace(Error=RuntimeError, Settings=dict, init=lambda **options: asked.append(options) or Run())
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    for _ in range(2):
+        sink = sinks.WeightsAndBiases("project", tmp_path / "run", {"model": "x"})
+    for step in range(4):
+        sink.write(step, {"a": step})
+    assert logged == [(2, {"a": 2}), (3, {"a": 3})]
+    assert asked[0]["id"] == asked[1]["id"] and asked[0]["project"] == "project" and asked[0]["resume"] == "allow"
+
+    def refuse(**options):
+        raise RuntimeError("no API key\nconfigured")
+
+    fake.init = refuse
+    with pytest.raises(UserError, match="no API key configured.*WANDB_MODE=offline"):
+        sinks.WeightsAndBiases("project", tmp_path / "run", {})

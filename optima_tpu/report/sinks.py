@@ -69,7 +69,7 @@ class WeightsAndBiases:
                                    dir=str(directory), config=dict(configuration), resume="allow",
                                    settings=wandb.Settings(console="off", silent=True))
         except wandb.Error as error:
-            raise UserError(f"Weights & Biases does not start: {' '.join(str(error).split())}; log in by 'wandb login', or set "
+            raise UserError(f"Weights & Biases does not start: {' '.join(str(error).split())} Log in by 'wandb login', or set "
                             "WANDB_MODE=offline") from None
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
