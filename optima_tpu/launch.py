@@ -90,7 +90,8 @@ def _draw(directory: Path) -> None:
     path = directory / "report.html"
     try:
         write_page([directory], path)
-        print(f"\n{path} shows it; beside other runs: python -m optima_tpu.report {directory} RUN ...", flush=True)
+        print(f"\nto look at: {path}; side by side with other runs: python -m optima_tpu.report {shlex.quote(str(directory))} RUN ...",
+              flush=True)
     except UserError as error:
         print(f"\nreport.html was not drawn: {error}", file=sys.stderr, flush=True)
 
