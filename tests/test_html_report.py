@@ -195,7 +195,7 @@ def test_what_was_evaluated_is_shown(tmp_path, monkeypatch):
     assert page.tables["Distance to the dense model, ± one standard error"][1] == [
         "wikitext2", "0.322 ± 0.0041", "71.3% ± 0.32", "7.10%", "20,480"]
     found = {panel.title: list(panel.lines[0].y) for panel in panels if "wikitext2" in panel.title}
-    assert found == {"Error of the hidden state, wikitext2": [0.011, 0.023, 0.071],
+    assert found == {"Hidden state error, wikitext2": [0.011, 0.023, 0.071],
                      "Same most likely token, wikitext2": [0.95, 0.8, 0.7133]}
     assert "not evaluated" not in page.words
     (run / "evaluation.json").write_text("[]")
@@ -239,7 +239,7 @@ def test_what_is_missing_is_said_to_be_missing(tmp_path, unplotted):
     assert "held no text out" in page.sections["layers"] and "none was held out" in page.words
     assert "not finite" in page.words
     assert "rows not converged: block 0 self_attn.q_proj (3 rows)" in page.sections["unusual"].replace("R", "r")
-    assert len(page.tables["42 entries by layer"]) == 43
+    assert len(page.tables["All of it, by layer"]) == 1 + 42
     page = drawn(write_run(tmp_path / "none", dataclasses.replace(EMBEDDED, solver=None)), to=tmp_path / "x.html")
     assert "the selector’s own" in page.sections["solver"] and "before → after" not in page.words
     page = drawn(write_run(tmp_path / "nothing", reports=[]), to=tmp_path / "x.html")

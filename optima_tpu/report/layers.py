@@ -87,6 +87,8 @@ def maps(runs: Sequence[Run]) -> Section:
     for run in runs:
         shares = [layer.sparsity for layer in run.layers] or [0.0]
         low, high = percent(min(shares)), percent(max(shares))
+        if several and low == high:
+            continue  # said in the comparison
         spread = "the same share of each" if low == high else f"from {low} to {high} of each"
         text.append(f"{run.label + ': ' if several else ''}{percent(sparsity(run.layers))} of the weights of {len(run.layers):,} "
                     f"matrices are zero by the mask, {spread}.")
@@ -135,16 +137,20 @@ def solver(runs: Sequence[Run]) -> Section:
 def strange(runs: Sequence[Run]) -> Section:
     """What a person should look at, by name."""
     several, text, folded = len(runs) > 1, [], []
+    fine = [run for run in runs if not any(unusual(run.blocks).values())]
+    if fine:
+        where = f" in {'; '.join(run.label for run in fine)}" if several else ""
+        text.append(f"Nothing{where}: no dead inputs, no layer with too few tokens, every row converged, none was refused.")
     for run in runs:
-        label, of = (f"{run.label}: ", f", {run.label}") if several else ("", "")
-        lines = [line.removeprefix("unusual").strip() for line in unusual_lines(run.blocks)]
-        if lines == ["nothing"]:
-            text.append(f"{label}Nothing: no dead inputs, no layer with too few tokens, every row converged, none was refused.")
+        if run in fine:
             continue
-        text += [f"{label}{line[0].upper()}{line[1:]}." for line in lines]
+        label, of = (f"{run.label}: ", f", {run.label}") if several else ("", "")
+        for line in unusual_lines(run.blocks):
+            words = line.removeprefix("unusual").strip()
+            text.append(f"{label}{words}." if several else f"{words[0].upper()}{words[1:]}.")
         rows = [[name, TROUBLE[kind][0], f"{count:,} {TROUBLE[kind][1]}{'' if count == 1 else 's'}"]
                 for kind, layers in unusual(run.blocks).items() for name, count in layers.items()]
-        folded.append(Table(f"{len(rows):,} entries by layer{of}", ["layer", "what", "how many"], rows[:_LISTED], words=True,
+        folded.append(Table(f"All of it, by layer{of}", ["layer", "what", "how many"], rows[:_LISTED], words=True,
                             note=_rest(len(rows))))
     return Section("unusual", "Anything unusual", text, folded=folded)
 

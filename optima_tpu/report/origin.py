@@ -60,7 +60,8 @@ def origin(runs: Sequence[Run]) -> Section:
     if any(run.report["environment"].get("processes", 1) > 1 for run in runs):
         text.append(commands("A run in several processes is started by the scripts in `launch/`, or with `--coordinator`, "
                              "`--num-processes` and `--process-id` in each of them."))
-    return Section("origin", "What was run, and how to run it again", text, tables=tables, code=code, files=files)
+    return Section("origin", "What was run, and how to run it again", text, tables=() if several else tables,
+                   folded=tables if several else (), code=code, files=files)
 
 
 def _command(words: Sequence[str]) -> str:

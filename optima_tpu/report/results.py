@@ -72,7 +72,7 @@ def outcome(runs: Sequence[Run]) -> Section:
         tables.append(Table("Zero-shot tasks, accuracy ± one standard error", [
             *head, "documents", "dense", "pruned", "dense, normalised", "pruned, normalised"], tasks, names=len(head)))
     missing = [run for run in runs if not run.evaluation]
-    who = f"{len(missing)} of these runs were" if several else "This run was"
+    who = "This run was" if not several else "These runs were" if missing == list(runs) else f"{len(missing)} of these runs were"
     text = [commands(f"{who} not evaluated on tasks and other texts: `python -m optima_tpu.evaluate RUN --against MODEL` does "
                      "that, and `python -m optima_tpu.report` draws this page again.")] if missing else []
     return Section("outcome", "Dense against pruned", [*text, _SIZE], tables=tables)
@@ -131,7 +131,7 @@ def unusual_count(run: Run) -> int:
     return len({layer for layers in unusual(run.blocks).values() for layer in layers})
 
 
-_BY_BLOCK = {"hidden_errors": "Error of the hidden state", "kls": "Divergence", "agreements": "Same most likely token"}
+_BY_BLOCK = {"hidden_errors": "Hidden state error", "kls": "Divergence", "agreements": "Same most likely token"}
 _UNITS: Mapping[str, Mapping[str, Any]] = {
     "hidden_errors": {"log": True}, "kls": {"unit": number, "log": True}, "agreements": {}}
 
@@ -144,7 +144,12 @@ def _headlines(runs: Sequence[Run]) -> dict[str, list[str]]:
         dense, pruned, memory = *(report["perplexity"][model] for model in ("dense", "pruned")), report.get("memory") or {}
         values = {
             "perplexity, dense": number(dense, 4), "perplexity, pruned": number(pruned, 4),
-            "pruned / dense": f"{number(pruned / dense)}×",
+            "pruned / dense": f"{number(pruned / dense)}×"}
+        for text, found in _part(run, "distance").items():
+            values |= {f"divergence on {text}, nats": number(found["kl"]), f"same token on {text}": percent(found["agreement"])}
+        if run.evaluation and run.evaluation.get("average") is not None:
+            values["mean accuracy of six tasks"] = percent(run.evaluation["average"])
+        values |= {
             "layer error before the update": percent(before), "layer error after": percent(after) if run.solver else NONE,
             "on held-out text before": NONE if held_before is None else percent(held_before),
             "on held-out text after": NONE if held_after is None or not run.solver else percent(held_after),
@@ -152,10 +157,6 @@ def _headlines(runs: Sequence[Run]) -> dict[str, list[str]]:
             "layers with anything unusual": f"{unusual_count(run):,}",
             "time": duration(sum(report["seconds"].values())),
             "host memory, peak": f"{number(memory['host_peak'] / 2**30)} GiB" if memory.get("host_peak") else NONE}
-        for text, found in _part(run, "distance").items():
-            values |= {f"divergence on {text}, nats": number(found["kl"]), f"same token on {text}": percent(found["agreement"])}
-        if run.evaluation and run.evaluation.get("average") is not None:
-            values["mean accuracy of six tasks"] = percent(run.evaluation["average"])
         for name, value in values.items():
             rows.setdefault(name, [NONE] * len(runs))[runs.index(run)] = value
     return {name: values for name, values in rows.items() if set(values) != {NONE}}
