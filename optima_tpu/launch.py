@@ -89,8 +89,8 @@ def _draw(directory: Path) -> None:
     path = directory / "report.html"
     try:
         write_page([directory], path)
-        print(f"\nto look at: {path}; side by side with other runs: python -m optima_tpu.report {shlex.quote(str(directory))} RUN ...",
-              flush=True)
+        again = f"python -m optima_tpu.report {shlex.quote(str(directory))}"
+        print(f"\nto look at: {path}; side by side with other runs: {again} RUN ...", flush=True)
     except UserError as error:
         print(f"\nreport.html was not drawn: {error}", file=sys.stderr, flush=True)
 

@@ -115,7 +115,8 @@ def cells(title: str, values: np.ndarray, rows: Sequence[str], prefix: str, log:
         axes.set_xlabel("block")
         bar = figure.colorbar(mesh, cax=beside)
         bar.outline.set_visible(False)
-        bar.ax.yaxis.set_major_locator(_log_ticks(low, high) if log else FixedLocator(np.linspace(low, high, 3)))
+        ticks = LogLocator(subs=(1,) if high > 30 * low else (1, 2, 5))  # a bar of few rows has no room for more
+        bar.ax.yaxis.set_major_locator(ticks if log else FixedLocator(np.linspace(low, high, 3)))
         bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _tick(value, percent)))
         bar.ax.yaxis.set_minor_locator(NullLocator())
         told = [f"block {block}, {rows[row]}: {percent(value)}" for (row, block), value in np.ndenumerate(values)
