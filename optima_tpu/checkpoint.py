@@ -1,8 +1,10 @@
 """The checkpoint of a finished run, and all that is said to Orbax.
 
-    RUN/checkpoint/             one Orbax checkpoint of the whole pruned model
+    RUN/checkpoint/             one Orbax checkpoint of the whole pruned model; in a bucket, of what is not in the journal's
 
-It appears under its name in one step, after its contents are on the disk. No other module imports Orbax.
+It appears under its name in one step, after its contents are on the disk. No other module imports Orbax. Orbax writes a tree part
+by part only where folders can be renamed. In a bucket the journal's checkpoints, one of each block, stay parts of the whole, and
+the custom metadata of RUN/checkpoint names them.
 """
 
 import logging
@@ -17,20 +19,23 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding
 from orbax.checkpoint import v1 as ocp
 
+from optima_tpu.buckets import as_path, in_bucket
 from optima_tpu.errors import UserError
-from optima_tpu.files import PARTIAL, commit, remove_partial, split_by_size, writing
+from optima_tpu.files import begin, commit, complete, split_by_size, staged, writing
 from optima_tpu.manifest import read_run
 from optima_tpu.processes import first_only, from_first
 from optima_tpu.sharding import spread
 
 CHECKPOINT = "checkpoint"
+_PARTS = "parts"
 _UNTOUCHED_AT_ONCE = 1 << 30
 """Bytes of unpruned tensors that are read before they are written."""
 
 
 def quiet_orbax() -> None:
-    """Keeps Orbax's own messages off the terminal, for the command line to call. What fails is raised all the same."""
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    """Keeps the messages of Orbax and gcsfs off the terminal, for the command line to call. What fails is raised all the same."""
+    for logger in ("absl", "gcsfs"):
+        logging.getLogger(logger).setLevel(logging.CRITICAL)
     # Orbax gives up at the first array it cannot write and raises for that one. The others' failures are then either
     # errors that nobody asks for, which asyncio logs, or answers that find Orbax's event loop gone.
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
@@ -76,8 +81,8 @@ def _by_itself() -> ocp.Context:
 def write_checkpoint(journal, source, mesh: Mesh) -> None:
     """Writes RUN/checkpoint: the finished blocks, and every other tensor as the source has it.
 
-    One block is in memory at a time. A checkpoint that is already there is complete and is left alone. Every process calls
-    it; each writes a share of every tensor.
+    One block is in memory at a time; in a bucket, what belongs to no block. A checkpoint that is already there is complete and is
+    left alone. Every process calls it; each writes a share of every tensor.
 
     Args:
       journal: the ``Journal`` of the run, with every block of the model.
@@ -88,9 +93,8 @@ def write_checkpoint(journal, source, mesh: Mesh) -> None:
       UserError: the disk is full or not writable. The finished blocks are intact.
     """
     final = journal.directory / CHECKPOINT
-    if from_first(final.exists):
+    if from_first(lambda: complete(final)):
         return
-    names, partial = set(source.names()), final.with_name(final.name + PARTIAL)
 
     def on_mesh(arrays: Mapping[str, np.ndarray]) -> dict[str, Array | np.ndarray]:
         def place(array):
@@ -101,33 +105,58 @@ def write_checkpoint(journal, source, mesh: Mesh) -> None:
         return {name: place(array) for name, array in arrays.items()}
 
     with writing(final, "all finished blocks are intact; make room and repeat the command"):
-        first_only(lambda: remove_partial(final))
-        for index in sorted(journal.finished):
-            weights, masks = journal.weights(index), journal.masks(index)
-            for name, array in weights.items():
-                if name not in names or (array.shape, array.dtype) != (source.shape(name), source.dtype(name)):
-                    raise ValueError(f"block {index}: the source has no {name} {array.shape} {array.dtype}")
-            # To Orbax an empty group is a leaf, under which it refuses to put the arrays of later blocks.
-            if tree := {key: on_mesh(group) for key, group in (("weights", weights), ("masks", masks)) if group}:
-                ocp.partial.save(partial, tree)
-            names.difference_update(weights)
-        for group in split_by_size(source, sorted(names), _UNTOUCHED_AT_ONCE).filename_to_tensors.values():
-            ocp.partial.save(partial, {"weights": on_mesh({name: np.asarray(source.read(name)) for name in group})})
+        first_only(lambda: begin(final))
         reports = [journal.report(index) for index in sorted(journal.finished)]
-        ocp.partial.save(partial, {"blocks": np.asarray(len(reports))},
-                         custom_metadata={"run": read_run(journal.directory) | {"blocks": reports}})
-        ocp.partial.finalize(partial)
+        metadata = {"run": read_run(journal.directory) | {"blocks": reports}}
+        (_write_rest if in_bucket(final) else _write_whole)(staged(final), journal, source, on_mesh, metadata)
 
         def finish():
-            if set(read_metadata(partial).metadata["weights"]) != set(source.names()):
-                raise RuntimeError(f"{partial} does not hold the tensors of the source")
-            commit(partial, final)
+            if set(_leaves(_read(staged(final))[1], "weights")) != set(source.names()):
+                raise RuntimeError(f"{staged(final)} does not hold the tensors of the source")
+            commit(staged(final), final)
 
         first_only(finish)
 
 
+def _write_whole(path: Path, journal, source, on_mesh, metadata: Mapping[str, Any]) -> None:
+    names = set(source.names())
+    for index in sorted(journal.finished):
+        weights, masks = journal.weights(index), journal.masks(index)
+        for name, array in weights.items():
+            if name not in names or (array.shape, array.dtype) != (source.shape(name), source.dtype(name)):
+                raise ValueError(f"block {index}: the source has no {name} {array.shape} {array.dtype}")
+        # To Orbax an empty group is a leaf, under which it refuses to put the arrays of later blocks.
+        if tree := {key: on_mesh(group) for key, group in (("weights", weights), ("masks", masks)) if group}:
+            ocp.partial.save(path, tree)
+        names.difference_update(weights)
+    for group in split_by_size(source, sorted(names), _UNTOUCHED_AT_ONCE).filename_to_tensors.values():
+        ocp.partial.save(path, {"weights": on_mesh({name: np.asarray(source.read(name)) for name in group})})
+    ocp.partial.save(path, {"blocks": np.asarray(len(metadata["run"]["blocks"]))}, custom_metadata=metadata)
+    ocp.partial.finalize(path)
+
+
+def _write_rest(path: Path, journal, source, on_mesh, metadata: Mapping[str, Any]) -> None:
+    entries = [journal.entry(index) for index in sorted(journal.finished)]
+    rest = set(source.names()).difference(*(read_metadata(entry).metadata["weights"] for entry in entries))
+    save_tree(path, {"weights": on_mesh({name: np.asarray(source.read(name)) for name in sorted(rest)})},
+              metadata | {_PARTS: [str(entry.relative_to(journal.directory)) for entry in entries]})
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[Path, Mapping[str, Any]]]:
+    """The record of the run, and the tree of each Orbax checkpoint that is part of the checkpoint."""
+    metadata = read_metadata(path)
+    trees = {path: metadata.metadata}
+    for part in metadata.custom_metadata.get(_PARTS, ()):
+        trees[path.parent / part] = read_metadata(path.parent / part).metadata
+    return metadata.custom_metadata["run"], trees
+
+
+def _leaves(trees: Mapping[Path, Mapping[str, Any]], group: str) -> dict[str, Any]:
+    return {name: leaf for tree in trees.values() for name, leaf in (tree.get(group) or {}).items()}
+
+
 class CheckpointTensors:
-    """The tensors of a finished run as a ``TensorSource``, read from RUN/checkpoint alone, to the host, when asked for.
+    """The tensors of a finished run as a ``TensorSource``, read from RUN/checkpoint and its parts, to the host, when asked for.
 
     Attributes:
       run: ``{"manifest": ..., "configuration": ..., "blocks": [report of each block]}``.
@@ -137,23 +166,23 @@ class CheckpointTensors:
     """
 
     def __init__(self, directory: str | Path):
-        self._path = Path(directory).absolute() / CHECKPOINT
-        if not self._path.exists():
+        path = as_path(directory).absolute() / CHECKPOINT
+        if not complete(path):
             read_run(directory)
             raise UserError(f"expected a finished run, got {directory}, which has no checkpoint yet; repeat its "
                             "command to finish it")
-        metadata = read_metadata(self._path)
-        self._tree, self.run = metadata.metadata, metadata.custom_metadata["run"]
+        self.run, self._trees = _read(path)
+        self._weights, self._masks = (_leaves(self._trees, group) for group in ("weights", "masks"))
         self._held: tuple[str, np.ndarray] = "", np.empty(0)
 
     def names(self) -> tuple[str, ...]:
-        return tuple(sorted(self._tree["weights"]))
+        return tuple(sorted(self._weights))
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._tree["weights"][name].shape)
+        return tuple(self._weights[name].shape)
 
     def dtype(self, name: str) -> np.dtype:
-        return np.dtype(self._tree["weights"][name].dtype)
+        return np.dtype(self._weights[name].dtype)
 
     def read(self, name: str, index=(...,)) -> np.ndarray:
         """A tensor, cut to ``index`` after the whole of it was read: Orbax reads no less onto the host.
@@ -166,12 +195,18 @@ class CheckpointTensors:
 
     def load(self, names: Iterable[str]) -> dict[str, np.ndarray]:
         """Several tensors at once, which is faster than one after the other."""
-        return load_group(self._path, "weights", {name: self._tree["weights"][name] for name in names})
+        return self._load("weights", set(names))
 
     def pruned(self) -> tuple[str, ...]:
         """The names of the pruned weights."""
-        return tuple(sorted(self._tree.get("masks") or ()))
+        return tuple(sorted(self._masks))
 
     def masks(self, names: Iterable[str]) -> dict[str, np.ndarray]:
         """The masks of pruned weights, [d_out, d_in] bool, True where kept."""
-        return load_group(self._path, "masks", {name: self._tree["masks"][name] for name in names})
+        return self._load("masks", set(names))
+
+    def _load(self, group: str, names: set[str]) -> dict[str, np.ndarray]:
+        found = {}
+        for path, tree in self._trees.items():
+            found |= load_group(path, group, {name: leaf for name, leaf in _leaves({path: tree}, group).items() if name in names})
+        return found

@@ -12,7 +12,6 @@ The weights are dense: no current library reads a packed 2:4 file, and a ``spars
 
 import argparse
 import json
-import shutil
 import sys
 import zipfile
 from collections.abc import Mapping
@@ -24,10 +23,11 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from optima_tpu.buckets import as_path
 from optima_tpu.card import HUB_ID, model_card
 from optima_tpu.checkpoint import CheckpointTensors, quiet_orbax
 from optima_tpu.errors import UserError
-from optima_tpu.files import PARTIAL, commit, split_by_size, writing
+from optima_tpu.files import PARTIAL, begin, commit, complete, remove, split_by_size, writing, written_here
 from optima_tpu.layer_rules import parse_layers, pattern_of
 from optima_tpu.manifest import read_assets, read_run
 from optima_tpu.patterns import NM, Pattern, Unstructured, parse_pattern
@@ -41,23 +41,21 @@ def export(run_directory: str | Path, out: str | Path, max_shard_size: int | str
 
     Args:
       run_directory: a finished run; only its checkpoint, assets and report.json (if there is one) are read.
-      out: does not exist, or is an empty folder.
+      out: does not exist, or is an empty folder, or in a bucket what an export that was killed left.
       max_shard_size: bytes, or a text such as "5GB". One shard is in memory at a time.
 
     Raises:
       UserError: the run is not finished, ``out`` is in use, or the disk is full.
       RuntimeError: what was written is not what the masks say. Nothing appears under ``out``.
     """
-    out = Path(out).resolve()
+    out = as_path(out).resolve()
     source = CheckpointTensors(run_directory)
     patterns = _patterns(source)
-    partial = out.with_name("." + out.name + PARTIAL)
     with writing(out, "nothing was left there; make room or choose another folder, and repeat the command"):
-        if out.exists() and any(out.iterdir()):
+        if complete(out) and any(out.iterdir()):
             raise UserError(f"expected a new or empty folder to export to, got {out}, which is not empty; choose "
                             "another folder")
-        if partial.exists():  # of an export that was killed
-            shutil.rmtree(partial)
+        partial = begin(out)
         partial.mkdir(parents=True)
         try:
             assets = read_assets(run_directory)
@@ -68,19 +66,22 @@ def export(run_directory: str | Path, out: str | Path, max_shard_size: int | str
             _write_masks(source, partial / MASKS)
             sidecar = _sidecar(source, zeros)
             (partial / SIDECAR).write_text(json.dumps(sidecar, indent=2, allow_nan=False))
-            path = Path(run_directory) / "report.json"
+            path = as_path(run_directory) / "report.json"
             report = json.loads(path.read_text()) if path.exists() else {}
             (partial / "README.md").write_text(model_card(out.name, sidecar, assets, report), encoding="utf-8")
             commit(partial, out)
         except BaseException:
-            shutil.rmtree(partial)
+            for left in (partial, out.with_name(out.name + PARTIAL)):  # one path, but in a bucket
+                remove(left)
             raise
 
 
 def is_export_of(run_directory: str | Path, out: str | Path) -> bool:
     """Whether ``out`` already holds the export of this run, so that a repeated command need not write it again."""
-    path = Path(out) / SIDECAR
-    return path.exists() and json.loads(path.read_text())["manifest"] == read_run(run_directory)["manifest"]
+    path = as_path(out) / SIDECAR
+    if not (complete(path.parent) and path.exists()):
+        return False
+    return json.loads(path.read_text())["manifest"] == read_run(run_directory)["manifest"]
 
 
 def read_masks(path: str | Path) -> dict[str, np.ndarray]:
@@ -112,10 +113,11 @@ def _write_shards(source: CheckpointTensors, patterns: Mapping[str, Pattern], fo
             tensors[name] = _exact_zeros(name, tensors[name], keep)
         # safetensors writes the buffer as it lies in memory: without this a transposed view would be saved wrong.
         tensors = {name: np.ascontiguousarray(tensors[name]).reshape(source.shape(name)) for name in names}
-        safetensors.numpy.save_file(tensors, folder / file_name, metadata={"format": "pt"})
-        # safetensors lets only its owner read what it writes; the folder is to be served and shared.
-        (folder / file_name).chmod(_readable(folder))
-        zeros |= _check(folder / file_name, tensors, masks, patterns)
+        with written_here(folder / file_name) as here:
+            safetensors.numpy.save_file(tensors, here, metadata={"format": "pt"})
+            # safetensors lets only its owner read what it writes; the folder is to be served and shared.
+            here.chmod(_readable(here.parent))
+            zeros |= _check(here, tensors, masks, patterns)
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
@@ -192,7 +194,7 @@ def _holds(zero: np.ndarray, pattern: Pattern) -> bool:
 
 def _write_masks(source: CheckpointTensors, path: Path) -> None:
     # Entry by entry where np.savez would want all of them in memory.
-    with zipfile.ZipFile(path, "w") as archive:
+    with written_here(path) as here, zipfile.ZipFile(here, "w") as archive:
         for name in source.pruned():
             keep = source.masks([name])[name]
             for entry, array in ((name, np.packbits(keep, axis=1)), (name + _SHAPE, np.asarray(keep.shape))):

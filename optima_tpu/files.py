@@ -1,11 +1,18 @@
-"""Writing that survives: a file or folder is either complete or not there, also after kill -9 or a power cut."""
+"""Writing that survives: a file or folder is either complete or not there, also after kill -9 or a power cut.
+
+On a file system it is written under another name, waited for, and renamed. In a bucket (``optima_tpu.buckets``) a file is one
+object, which appears whole; a folder is written under its own name, and counts as not there while an object beside it says so.
+That object has the name that the unfinished folder has on a file system.
+"""
 
 import contextlib
+import hashlib
 import math
 import os
 import re
 import shutil
 import signal
+import tempfile
 import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -13,6 +20,7 @@ from pathlib import Path
 import filelock
 from huggingface_hub import StateDictSplit, split_state_dict_into_shards_factory
 
+from optima_tpu.buckets import copy, in_bucket, objects_in, refusal, refuse_other, stored_digest, take_over
 from optima_tpu.errors import UserError
 from optima_tpu.processes import first_only
 
@@ -35,7 +43,7 @@ def writing(path: Path, remedy: str) -> Iterator[None]:
       remedy: what is still intact and what to do.
 
     Raises:
-      UserError: the disk is full, the folder is not writable, ...; other exceptions pass unchanged.
+      UserError: the disk is full, the folder is not writable, the bucket refuses, ...; other exceptions pass unchanged.
     """
     try:
         yield
@@ -45,18 +53,41 @@ def writing(path: Path, remedy: str) -> Iterator[None]:
         number = error.errno if isinstance(error, OSError) else None
         if number is None and (match := _ERROR_NUMBER.search(str(error))):
             number = int(match[1])
+        if number is None and in_bucket(path) and (answer := refusal(error)):
+            raise UserError(f"could not write {path}: {answer}; {remedy}") from error
         if number is None:
             raise
         raise UserError(f"could not write {path}: {os.strerror(number)}; {remedy}") from error
+
+
+def refuse_unreachable(directory: Path) -> None:
+    """Tries to write into a bucket, which takes a moment and may spare hours. A folder is looked at when it is made.
+
+    Raises:
+      UserError: there is no such bucket, or no permission.
+    """
+    def attempt():
+        with writing(directory, "look at the bucket's name, and at `gcloud auth application-default login`"):
+            (directory / (LOCK + PARTIAL)).write_bytes(b"")
+            remove(directory / (LOCK + PARTIAL))
+
+    if in_bucket(directory):
+        first_only(attempt)
 
 
 @contextlib.contextmanager
 def only_program(directory: Path) -> Iterator[None]:
     """Keeps other programs out of an existing directory. The system ends it with process 0, also by kill -9.
 
+    A bucket has nothing that ends with a program. There the last one that comes is let in, see :func:`still_only_program`.
+
     Raises:
       UserError: another program is in it.
     """
+    if in_bucket(directory):
+        first_only(lambda: take_over(directory / LOCK))
+        yield
+        return
     lock = filelock.FileLock(directory / LOCK, timeout=0)
 
     def acquire():
@@ -71,6 +102,16 @@ def only_program(directory: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def still_only_program(directory: Path) -> None:
+    """To be called before something in a directory is replaced.
+
+    Raises:
+      UserError: the directory is in a bucket, and another program has entered :func:`only_program` since this one did.
+    """
+    if in_bucket(directory):
+        refuse_other(directory / LOCK)
 
 
 @contextlib.contextmanager
@@ -101,11 +142,36 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def staged(path: Path) -> Path:
+    """The name under which a file or folder is written until :func:`commit`."""
+    return path if in_bucket(path) else path.with_name(path.name + PARTIAL)
+
+
+def begin(path: Path) -> Path:
+    """Removes what an interrupted write of ``path`` left, Orbax's own temporary folders beside ours included.
+
+    Returns:
+      :func:`staged`, to which it may be written now.
+    """
+    partial = path.with_name(path.name + PARTIAL)
+    if in_bucket(path):
+        if partial.exists():
+            remove(path)
+        partial.write_bytes(b"")
+    else:
+        for left in path.parent.glob(partial.name + "*"):
+            remove(left)
+    return staged(path)
+
+
 def commit(partial: Path, final: Path) -> None:
     """Gives a completely written file or folder its name, once its contents are on the disk.
 
     An existing file ``final`` is replaced, an existing folder must be empty.
     """
+    if in_bucket(final):
+        remove(final.with_name(final.name + PARTIAL))
+        return
     sync(partial)
     os.replace(partial, final)
     descriptor = os.open(final.parent, os.O_RDONLY)
@@ -115,17 +181,70 @@ def commit(partial: Path, final: Path) -> None:
         os.close(descriptor)
 
 
+def complete(path: Path) -> bool:
+    """Whether a file or folder that is written from :func:`begin` to :func:`commit` is there."""
+    return path.exists() and not (in_bucket(path) and path.with_name(path.name + PARTIAL).exists())
+
+
+def remove(path: Path) -> None:
+    """Removes a file, or a folder with everything in it, if it is there."""
+    if in_bucket(path):
+        path.rmtree(missing_ok=True)
+    elif path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def write_bytes(path: Path, data: bytes) -> None:
     """Writes a whole file, or nothing."""
-    partial = path.with_name(path.name + PARTIAL)
+    if in_bucket(path):
+        path.write_bytes(data)
+        return
+    partial = staged(path)
     partial.write_bytes(data)
     commit(partial, path)
 
 
-def remove_partial(path: Path) -> None:
-    """Removes what an interrupted write of ``path`` left, Orbax's own temporary folders beside ours included."""
-    for left in path.parent.glob(path.name + PARTIAL + "*"):
-        shutil.rmtree(left) if left.is_dir() else left.unlink()
+def files_in(folder: Path) -> Iterator[Path]:
+    """Every file in a folder and the folders in it, sorted; none where there is no folder."""
+    return iter(objects_in(folder) if in_bucket(folder) else sorted(path for path in folder.rglob("*") if path.is_file()))
+
+
+def digest(path: Path) -> tuple[int, str]:
+    """Size and SHA-256 of a file, of an object in a bucket its size and the checksum that the store has of it."""
+    if in_bucket(path):
+        return stored_digest(path)
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+        return file.tell(), found
+
+
+@contextlib.contextmanager
+def written_here(path: Path) -> Iterator[Path]:
+    """A file on this machine, for libraries that write to no other, that is ``path`` or becomes it at the end."""
+    with _here(path) as here:
+        yield here
+        if here != path:
+            copy(here, path)
+
+
+@contextlib.contextmanager
+def read_here(path: Path) -> Iterator[Path]:
+    """A file on this machine, for libraries that read no other, that is ``path`` or a copy of it."""
+    with _here(path) as here:
+        if here != path:
+            copy(path, here)
+        yield here
+
+
+@contextlib.contextmanager
+def _here(path: Path) -> Iterator[Path]:
+    if not in_bucket(path):
+        yield path
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder) / path.name
 
 
 def split_by_size(source, names: Iterable[str], limit: int | str, pattern: str = "{suffix}") -> StateDictSplit:

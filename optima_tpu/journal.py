@@ -5,20 +5,19 @@
     RUN/journal/block_0000/     one Orbax checkpoint for each finished block: its weights, masks and report
     RUN/activations/block_0000/ the hidden states after the block that was saved last, one file of each process
 
-Each of these appears under its name in one step, after its contents are on the disk, so kill -9 at any moment leaves a
-directory from which the same command goes on. Each carries the SHA-256 of its files: what was damaged since is found when
-the journal is opened, and done again. The hidden states after a block are written before the block's journal entry, and
-older ones are removed after it: as a rule the last finished block has its hidden states. Where they are missing or damaged,
-they are computed again from the finished blocks.
+Each of these appears under its name in one step, after its contents are on the disk (in a bucket it counts from one step on,
+see ``optima_tpu.files``), so kill -9 at any moment leaves a directory from which the same command goes on. Each carries the
+SHA-256 of its files (in a bucket the CRC32C that the store has of each): what was damaged since is found when the journal is
+opened, and done again. The hidden states after a block are written before the block's journal entry, and older ones are removed
+after it: as a rule the last finished block has its hidden states. Where they are missing or damaged, they are computed again from
+the finished blocks.
 
 Saves are synchronous: one takes a fraction of a second where a block takes many, and an asynchronous one would have to
 be waited for before the old hidden states are removed. SIGTERM waits for the end of a save.
 """
 
-import hashlib
 import json
 import re
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -31,9 +30,11 @@ from jax import Array
 from jax.sharding import Mesh
 
 from optima_tpu.activations import Activations, held_rows
+from optima_tpu.buckets import as_path
 from optima_tpu.checkpoint import load_group, read_metadata, save_tree
 from optima_tpu.errors import UserError
-from optima_tpu.files import LOCK, PARTIAL, commit, remove_partial, uninterrupted, write_bytes, writing
+from optima_tpu.files import (LOCK, PARTIAL, begin, commit, digest, files_in, read_here, remove, staged, still_only_program,
+                              uninterrupted, write_bytes, writing, written_here)
 from optima_tpu.manifest import ASSETS, RUN, refuse_another, write_run
 from optima_tpu.processes import everywhere, first_only, from_first, is_first, together
 
@@ -50,14 +51,15 @@ def prepare_directory(directory: str | Path, manifest: Mapping[str, Any]) -> Pat
     Raises:
       UserError: as :func:`open_journal`.
     """
-    directory = Path(directory).absolute()
+    directory = as_path(directory).absolute()
+    left = (LOCK, LOCK + PARTIAL, RUN + PARTIAL)
 
     def prepare():
         with writing(directory, "choose another --output"):
             if (directory / RUN).exists():
                 refuse_another(directory, manifest)
             # A run that was killed while it wrote its first file left nothing but its lock and that file's beginning.
-            elif directory.exists() and any(child.name not in (LOCK, RUN + PARTIAL) for child in directory.iterdir()):
+            elif directory.exists() and any(child.name not in left for child in directory.iterdir()):
                 raise UserError(f"{directory} holds files that are not a run of this program; choose another --output")
             directory.mkdir(parents=True, exist_ok=True)
 
@@ -95,7 +97,7 @@ def open_journal(directory: str | Path, manifest: Mapping[str, Any], assets: Map
                 (directory / folder).mkdir(exist_ok=True)
 
     def seen():
-        if not (directory / _ACTIVATIONS).is_dir():
+        if not (directory / RUN).exists():
             raise UserError(f"expected the run directory that process 0 made, got no {directory}: give an --output on a file "
                             "system that all hosts share")
 
@@ -106,8 +108,8 @@ def open_journal(directory: str | Path, manifest: Mapping[str, Any], assets: Map
 
 def finished_blocks(directory: str | Path) -> list[int]:
     """The blocks of a run that were saved, ascending; whether they are still whole is not looked at."""
-    folder = Path(directory) / _JOURNAL
-    return sorted(int(match[1]) for path in folder.glob("block_*") if (match := _ENTRY.fullmatch(path.name)))
+    names = {path.name for path in (as_path(directory) / _JOURNAL).glob("block_*")}
+    return sorted(int(match[1]) for name in names if (match := _ENTRY.fullmatch(name)) and name + PARTIAL not in names)
 
 
 class Journal:
@@ -121,7 +123,7 @@ class Journal:
 
     def __init__(self, directory: Path):
         self.directory = directory
-        saved = from_first(lambda: {index: _damage(self._entry(index)) for index in finished_blocks(directory)})
+        saved = from_first(lambda: {index: _damage(self.entry(index)) for index in finished_blocks(directory)})
         self.damaged = {index: reason for index, reason in saved.items() if reason}
         self.finished = saved.keys() - self.damaged.keys()
 
@@ -141,15 +143,16 @@ class Journal:
         """
         if stray := set(masks) - set(weights):
             raise ValueError(f"masks without weights: {sorted(stray)}")
-        entry, states = self._entry(index), self._states(index)
-        partial, partial_states = (path.with_name(path.name + PARTIAL) for path in (entry, states))
+        entry, states = self.entry(index), self._states(index)
+        partial, partial_states = staged(entry), staged(states)
         remedy = f"the {len(self.finished)} finished blocks are intact; make room and repeat the command"
 
         def clear():
+            still_only_program(self.directory)
             with writing(entry, remedy):
                 for path in (entry, states):
-                    remove_partial(path)
-                    shutil.rmtree(path, ignore_errors=True)  # damaged, or of a block that was not finished
+                    begin(path)
+                    remove(path)  # damaged, or of a block that was not finished
                 partial_states.mkdir()
 
         def write_states():
@@ -173,7 +176,7 @@ class Journal:
             if is_first():
                 for old in states.parent.iterdir():
                     if old != states:
-                        shutil.rmtree(old) if old.is_dir() else old.unlink()
+                        remove(old)
 
     def weights(self, index: int) -> dict[str, np.ndarray]:
         """The pruned weights of a finished block by HF name."""
@@ -185,7 +188,7 @@ class Journal:
 
     def report(self, index: int) -> dict:
         """The report of a finished block, as it was saved."""
-        return read_metadata(self._entry(index)).custom_metadata["report"]
+        return read_metadata(self.entry(index)).custom_metadata["report"]
 
     def activations(self, mesh: Mesh, index: int, samples: int) -> Activations | None:
         """The hidden states after a finished block, those of this process; None where they are not there or not whole.
@@ -200,7 +203,7 @@ class Journal:
         wanted = held_rows(mesh, 0, samples)
         values, found = None, np.zeros(len(wanted), bool)
         for path in sorted(folder.glob("*.safetensors")):
-            with safetensors.safe_open(path, framework="np") as file:
+            with read_here(path) as here, safetensors.safe_open(here, framework="np") as file:
                 rows = file.get_tensor("rows")
                 mine = np.isin(rows, wanted)
                 if mine.any():
@@ -210,9 +213,10 @@ class Journal:
         return Activations(mesh, 0, samples, values) if everywhere(bool(found.all())) else None
 
     def _group(self, index: int, group: str) -> dict[str, np.ndarray]:
-        return load_group(self._entry(index), group, read_metadata(self._entry(index)).metadata.get(group) or {})
+        return load_group(self.entry(index), group, read_metadata(self.entry(index)).metadata.get(group) or {})
 
-    def _entry(self, index: int) -> Path:
+    def entry(self, index: int) -> Path:
+        """The Orbax checkpoint of a finished block."""
         return self.directory / _JOURNAL / f"block_{index:04d}"
 
     def _states(self, index: int) -> Path:
@@ -224,7 +228,7 @@ class FinishedTensors:
 
     def __init__(self, journal: Journal):
         self._blocks = {name: index for index in sorted(journal.finished)
-                        for name in read_metadata(journal._entry(index)).metadata["weights"]}
+                        for name in read_metadata(journal.entry(index)).metadata["weights"]}
         self._journal, self._held = journal, (-1, {})
 
     def names(self) -> tuple[str, ...]:
@@ -253,7 +257,8 @@ def _write_states(folder: Path, activations: Activations) -> None:
         return
     path = folder / f"part_{jax.process_index():04d}.safetensors"
     # safetensors writes the buffer as it lies in memory, whatever the strides.
-    safetensors.numpy.save_file({"hidden_states": np.ascontiguousarray(activations.take(rows)), "rows": rows}, path)
+    with written_here(path) as here:
+        safetensors.numpy.save_file({"hidden_states": np.ascontiguousarray(activations.take(rows)), "rows": rows}, here)
     _write_sums(folder, [path], f"{jax.process_index():04d}")
 
 
@@ -266,8 +271,8 @@ def _owned_rows(activations: Activations) -> np.ndarray:
 
 
 def _write_sums(folder: Path, files: list[Path] | None = None, label: str = "all") -> None:
-    files = [path for path in sorted(folder.rglob("*")) if path.is_file()] if files is None else files
-    sums = {path.relative_to(folder).as_posix(): [path.stat().st_size, _sha256(path)] for path in files}
+    files = list(files_in(folder)) if files is None else files
+    sums = {path.relative_to(folder).as_posix(): digest(path) for path in files}
     (folder / _SUMS.format(label)).write_text(json.dumps(sums))
 
 
@@ -279,19 +284,15 @@ def _damage(folder: Path) -> str:
     for record in records:
         try:
             sums = json.loads(record.read_text())
-            for name, (size, digest) in sums.items():
+            for name, (size, written) in sums.items():
                 path = folder / name
                 if not path.is_file():
                     return f"{name} is missing"
-                if path.stat().st_size != size:
-                    return f"{name} has {path.stat().st_size} bytes where {size} were written"
-                if _sha256(path) != digest:
+                found, checksum = digest(path)
+                if found != size:
+                    return f"{name} has {found} bytes where {size} were written"
+                if checksum != written:
                     return f"{name} is not what was written"
         except (OSError, ValueError) as error:
             return f"{record.name} cannot be read ({error})"
     return ""
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

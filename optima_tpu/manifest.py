@@ -9,8 +9,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from optima_tpu.buckets import as_path
 from optima_tpu.errors import UserError
-from optima_tpu.files import write_bytes
+from optima_tpu.files import files_in, write_bytes
 
 RUN, ASSETS = "run.json", "assets"
 
@@ -45,7 +46,7 @@ def read_run(directory: str | Path) -> dict:
     Raises:
       UserError: there is no run, or its record is damaged.
     """
-    path = Path(directory) / RUN
+    path = as_path(directory) / RUN
     try:
         return json.loads(path.read_bytes())
     except FileNotFoundError:
@@ -56,8 +57,8 @@ def read_run(directory: str | Path) -> dict:
 
 def read_assets(directory: str | Path) -> dict[str, bytes]:
     """The files a run kept of its source model, name -> contents."""
-    folder = Path(directory) / ASSETS
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    folder = as_path(directory) / ASSETS
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files_in(folder)}
 
 
 def refuse_another(directory: Path, manifest: Mapping[str, Any]) -> None:

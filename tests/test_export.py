@@ -153,8 +153,8 @@ def test_what_exists_is_not_overwritten(run, tmp_path):
         export(run, tmp_path / "out")
     assert [path.name for path in tmp_path.rglob("*")] == ["out", "thesis.tex"]
     (tmp_path / "out" / "thesis.tex").unlink()
-    (tmp_path / ".out.partial").mkdir()  # of an export that was killed
-    (tmp_path / ".out.partial" / "model.safetensors").write_bytes(b"half")
+    (tmp_path / "out.partial").mkdir()  # of an export that was killed
+    (tmp_path / "out.partial" / "model.safetensors").write_bytes(b"half")
     export(run, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
