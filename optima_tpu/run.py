@@ -20,7 +20,7 @@ from optima_tpu.config import RunConfig, to_dict, weights_settings
 from optima_tpu.data import Tokens
 from optima_tpu.evaluate.perplexity import perplexity
 from optima_tpu.export import export, is_export_of
-from optima_tpu.files import only_program, write_bytes
+from optima_tpu.files import only_program, refuse_unreachable, write_bytes
 from optima_tpu.inputs import (Model, Texts, linear_shapes, manifest_of, open_model_on_mesh, read_texts,
                                token_digest)
 from optima_tpu.journal import FinishedTensors, Journal, finished_blocks, open_journal, prepare_directory
@@ -29,7 +29,7 @@ from optima_tpu.manifest import code_version, flat
 from optima_tpu.masks import open_masks
 from optima_tpu.memory import described, device_budget
 from optima_tpu.models.decoder import Decoder
-from optima_tpu.processes import agree, first_only, from_first, is_first
+from optima_tpu.processes import agree, first_only, from_first, is_first, together
 from optima_tpu.prune import ReadMask, Recipe, block_passes, walk_block
 from optima_tpu.report.file import environment, memory_peaks, write_report
 from optima_tpu.report.progress import Progress, say
@@ -60,6 +60,7 @@ def run(config: RunConfig, console: Console | None = None, model: Model | None =
     console = console or Console(quiet=not is_first())
     agree("settings and code", flat(to_dict(config) | {"process_id": None, "code": code_version()}))
     first_only(lambda: check_sinks(config.sinks))
+    refuse_unreachable(together(lambda: config.run_directory))
     model = model or open_model_on_mesh(config)
     pretrained, decoder = model
     texts = texts or read_texts(config, model, console)

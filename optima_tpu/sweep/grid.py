@@ -20,6 +20,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
+from optima_tpu.buckets import as_path, in_bucket
 from optima_tpu.cli import configure, load, method_settings, plain_name
 from optima_tpu.config import CHOICES, RunConfig, to_dict
 from optima_tpu.errors import UserError
@@ -138,7 +139,9 @@ def _grid(document: Mapping[str, Any], argv: Sequence[str], output: str | None, 
     _refuse_collapse(axes, counts, argv)
     cells = [_cell(place, run, axes, argv) for place in places]
     default = Path("runs", "tables", f"{name}-{cells[0].config.model_name}")
-    directory = default if chosen is None else Path(chosen).expanduser()
+    directory = default if chosen is None else as_path(chosen)
+    if in_bucket(directory):
+        raise UserError(f"expected a folder for the tables and runs of a sweep, got {chosen}; single runs go to a bucket")
     cells = [cell.inside(directory) for cell in cells]
     _refuse_twins(cells)
     return Grid(directory, tuple(axes["mask"]), tuple(axes["update"]), tuple(axes["pattern"]), tuple(cells))
