@@ -9,10 +9,10 @@
 #
 #   gcloud compute tpus tpu-vm scp --recurse . "$TPU_NAME:optima-tpu" --zone="$ZONE" --worker=all
 #   gcloud compute tpus tpu-vm ssh "$TPU_NAME" --zone="$ZONE" --worker=all --command='
-#     python3 -m venv ~/optima && ~/optima/bin/pip install -q "./optima-tpu[tpu]"'
+#     python3 -m venv ~/optima && ~/optima/bin/pip install -q "./optima-tpu[tpu,gcs]"'
 #
-# and a run directory (--output) that every worker sees: an NFS mount such as Filestore. A gated model needs a token on every
-# worker (~/optima/bin/hf auth login). OPTIMA_PYTHON names another interpreter on the workers.
+# and a run directory (--output) that every worker sees: gs://BUCKET/FOLDER, or an NFS mount such as Filestore. A gated model
+# needs a token on every worker (~/optima/bin/hf auth login). OPTIMA_PYTHON names another interpreter on the workers.
 #
 # Preemption: Google stops the workers (SIGTERM, soon after power off) and the slice is gone. Make it again under the same name
 # and start the same command: it goes on after the last finished block, also on a slice of another size.
