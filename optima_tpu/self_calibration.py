@@ -85,7 +85,7 @@ def _kept(directory: Path, wanted: Mapping[str, Any]) -> np.ndarray | None:
     refuse_another(directory, manifest | {"generated": wanted["generated"]})
     samples = wanted["generated"]["samples"]
     try:
-        ids = np.load(directory / CALIBRATION, allow_pickle=False)
+        ids = np.load(io.BytesIO((directory / CALIBRATION).read_bytes()), allow_pickle=False)
     except (OSError, ValueError, EOFError):  # written again, and refused by the digests if that comes out otherwise
         return None
     whole = [token_digest(ids[:samples]), token_digest(ids[samples:])] == [manifest["calibration"], manifest["held_out"]]

@@ -10,6 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
+from optima_tpu.buckets import as_path
 from optima_tpu.checkpoint import CHECKPOINT, CheckpointTensors
 from optima_tpu.errors import UserError
 from optima_tpu.inputs import Model
@@ -58,7 +59,7 @@ def open_evaluated(spec: str, mesh: Mesh, dtype: str | None = None, batch: int =
 
 
 def _open(spec: str, dtype: str | None) -> tuple[Pretrained, Path | None]:
-    path = Path(spec).expanduser()
+    path = as_path(spec)
     if (path / RUN).is_file():
         return _open_run(path, spec, dtype), path
     if (path / _ORBAX).is_file():

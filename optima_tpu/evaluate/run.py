@@ -12,6 +12,7 @@ from lm_eval.utils import handle_non_serializable
 from rich.console import Console
 
 from optima_tpu import data
+from optima_tpu.buckets import as_path
 from optima_tpu.data import Tokens
 from optima_tpu.errors import UserError
 from optima_tpu.evaluate.config import EvaluateConfig
@@ -54,7 +55,7 @@ def evaluate(config: EvaluateConfig, console: Console | None = None) -> dict[str
         models["against"] = open_evaluated(config.against, mesh, config.dtype, config.batch)
         _check_pair(**models)
     texts = from_first(lambda: {source: _read(source, config, models) for source in config.texts})
-    folder = Path(config.output).expanduser() if config.output else models["model"].run or _folder(config.model)
+    folder = as_path(config.output) if config.output else models["model"].run or _folder(config.model)
     with writing(folder, "choose another --output"):
         first_only(lambda: folder.mkdir(parents=True, exist_ok=True))
     say(console, "\n".join(_greeting(config, models, mesh, folder)) + "\n")

@@ -8,6 +8,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table as RichTable
 
+from optima_tpu.buckets import as_path, in_bucket
 from optima_tpu.errors import UserError
 from optima_tpu.report.page import write_page
 from optima_tpu.report.progress import say
@@ -43,12 +44,12 @@ def output_path(runs: Sequence[str], output: str | None) -> Path:
       UserError: its folder is missing, or it is a folder itself.
     """
     if output is None:
-        run = Path(runs[0]).expanduser()
+        run = as_path(runs[0])
         return (run if run.is_dir() else run.parent) / PAGE if len(runs) == 1 else Path(PAGE)
-    path = Path(output).expanduser()
+    path = as_path(output)
     if path.is_dir():
         raise UserError(f"expected --output to be a file, got the folder {path}; choose {path / PAGE}")
-    if not path.parent.is_dir():
+    if not in_bucket(path) and not path.parent.is_dir():
         raise UserError(f"expected --output in an existing folder, got {path}; make {path.parent} first")
     return path
 

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from optima_tpu.buckets import as_path
 from optima_tpu.errors import UserError
 from optima_tpu.manifest import RUN, flat
 from optima_tpu.report.records import BlockReport, LayerReport
@@ -82,7 +83,7 @@ def read_json(path: Path) -> Any:
 
 def read_report(run: str) -> dict[str, Any]:
     """The report of a finished run, from its directory or from the file itself. Raises UserError as :func:`read_runs`."""
-    path = Path(run).expanduser()
+    path = as_path(run)
     if path.is_dir():
         if not (path / "report.json").exists():
             if (path / RUN).exists():
@@ -164,7 +165,7 @@ def _blocks(place: str, report: Mapping[str, Any]) -> tuple[BlockReport, ...]:
 
 def _evaluation(place: str) -> dict[str, Any] | None:
     """evaluation.json beside report.json."""
-    path = Path(place).expanduser()
+    path = as_path(place)
     path = (path if path.is_dir() else path.parent) / "evaluation.json"
     if not path.exists():
         return None
