@@ -85,9 +85,9 @@ def guarded(command: Callable[[], None], again: str) -> int:
 
 def _draw(directory: Path) -> None:
     """Leaves report.html. A run whose page can't be drawn is finished all the same."""
-    from optima_tpu.report.page import write_page  # matplotlib takes a moment, which --help and errors do not wait for
+    from optima_tpu.report.page import PAGE, write_page  # matplotlib takes a moment, which --help and errors do not wait for
 
-    path = directory / "report.html"
+    path = directory / PAGE
     try:
         write_page([directory], path)
         again = f"python -m optima_tpu.report {shlex.quote(str(directory))}"

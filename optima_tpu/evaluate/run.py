@@ -27,6 +27,7 @@ from optima_tpu.inputs import check_ids, window_bos
 from optima_tpu.manifest import code_version, flat
 from optima_tpu.processes import agree, first_only, from_first, is_first
 from optima_tpu.report.file import environment
+from optima_tpu.report.page import PAGE, write_page
 from optima_tpu.report.progress import Progress, say
 from optima_tpu.sharding import make_mesh
 
@@ -81,8 +82,11 @@ def evaluate(config: EvaluateConfig, console: Console | None = None) -> dict[str
         "model": config.model, "against": config.against, "configuration": settings, "environment": environment(mesh),
         "perplexity": perplexities, "distance": distances, **_task_numbers(tasks, results)}
     first_only(lambda: _write(folder, record, results, config))
-    print_evaluation(console, record, {"record": str(folder / RECORD)} | (
-        {"harness": str(folder / HARNESS)} if results else {}))
+    files = {"record": str(folder / RECORD)} | ({"harness": str(folder / HARNESS)} if results else {})
+    if is_first() and (folder / "report.json").exists():  # of a finished run, whose page shows the evaluation too
+        write_page([folder], folder / PAGE)
+        files["report"] = str(folder / PAGE)
+    print_evaluation(console, record, files)
     return record
 
 

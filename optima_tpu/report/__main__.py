@@ -10,13 +10,11 @@ from rich.table import Table as RichTable
 
 from optima_tpu.buckets import as_path, in_bucket
 from optima_tpu.errors import UserError
-from optima_tpu.report.page import write_page
+from optima_tpu.report.page import PAGE, write_page
 from optima_tpu.report.progress import say
 from optima_tpu.report.results import comparison
 from optima_tpu.report.runs import Run
 from optima_tpu.report.table import print_summary
-
-PAGE = "report.html"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

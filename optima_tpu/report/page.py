@@ -18,6 +18,9 @@ from optima_tpu.report.results import comparison, distance, outcome, tiles
 from optima_tpu.report.runs import Run, method, model_name, read_runs
 from optima_tpu.report.view import Section, Tile, without_folders
 
+PAGE = "report.html"
+"""What the page of a run is called in its directory."""
+
 
 class Page(NamedTuple):
     """What the template is given.
