@@ -84,8 +84,11 @@ def evaluate(config: EvaluateConfig, console: Console | None = None) -> dict[str
     first_only(lambda: _write(folder, record, results, config))
     files = {"record": str(folder / RECORD)} | ({"harness": str(folder / HARNESS)} if results else {})
     if is_first() and (folder / "report.json").exists():  # of a finished run, whose page shows the evaluation too
-        write_page([folder], folder / PAGE)
-        files["report"] = str(folder / PAGE)
+        try:
+            write_page([folder], folder / PAGE)
+            files["report"] = str(folder / PAGE)
+        except UserError as error:
+            say(console, f"{PAGE} was not drawn: {error}")
     print_evaluation(console, record, files)
     return record
 
