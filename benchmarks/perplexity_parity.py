@@ -45,6 +45,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with Progress() as progress:
         progress.stage("optima_tpu", model.decoder.config.blocks + 1)
         ours = perplexity(model.decoder, tokens.ids, progress.advance)
+        progress.note(f"perplexity {ours:.6f}")
         progress.stage("transformers", len(tokens.ids))
         theirs = published(peer(model.pretrained), ids, arguments.length, arguments.windows, bos, progress.advance)
     print(f"\n{model.pretrained.origin}, {tokens.how}, float32. jax {jax.__version__}, torch {torch.__version__}, transformers "
