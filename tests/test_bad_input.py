@@ -61,7 +61,7 @@ def refused(tmp_path, capfd):
     (["--dtype", "int8"], "expected dtype to be"),
     (["--config", "nowhere.yaml"], "expected a YAML file, cannot read nowhere.yaml"),
     (["--calibration.source", "file:nowhere.txt"], "nowhere.txt"),
-    (["--calibration.source", "shakespeare"], "expected a text source (pydoc, c4, wikitext2, random, file:PATH"),
+    (["--calibration.source", "shakespeare"], "expected a text source (pydoc, c4, wikitext2, random, self, file:PATH"),
 ], ids=lambda value: " ".join(value) if isinstance(value, list) else "")
 def test_a_setting_that_cannot_be(model, refused, settings, expected):
     assert expected in refused("--model", model, *SMALL, *settings)

@@ -192,7 +192,7 @@ def refused(capfd, tmp_path, tasks):
     (["--data", "tiny_choice=/tmp"], "expected --data for tasks that are run (none), got it for tiny_choice"),
     (["--perplexity", "random", "--length", "129"], "expected --length of at most 128, the model's context, got 129"),
     (["--perplexity", "file:/nowhere.txt", "--length", "64"], "expected a text file, but /nowhere.txt does not exist"),
-    (["--perplexity", "wikitext3"], "expected a text source (pydoc, c4, wikitext2, random, file:PATH"),
+    (["--perplexity", "wikitext3"], "expected a text source (pydoc, c4, wikitext2, random, self, file:PATH"),
     (["--against", "wheel:no-such-model"], "the package 'no-such-model' is not installed"),
     (["--mesh", "2x2"], "mesh 2x2 needs 4 devices, there are 8 (cpu)"),
     (["--taks", "piqa"], "there is no setting --taks; did you mean --tasks"),

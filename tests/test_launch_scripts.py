@@ -41,9 +41,9 @@ def run(script, *arguments, **environment):
 def started(*arguments, **environment):
     pipes = dict.fromkeys(("stdout", "stderr"), subprocess.PIPE)
     # A shell cannot trap what was ignored when it began: SIGINT, where the tests run in the background of another shell.
-    return subprocess.Popen([LAUNCH / "local_processes.sh", *arguments], **pipes, text=True,
-                            env={"PATH": os.environ["PATH"], **environment},
-                            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    heard = "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv(sys.argv[1], sys.argv[1:])"
+    return subprocess.Popen([sys.executable, "-c", heard, LAUNCH / "local_processes.sh", *arguments], **pipes, text=True,
+                            env={"PATH": os.environ["PATH"], **environment})
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
