@@ -19,19 +19,21 @@ class Acceptance(Protocol):
       before: [d_out] float32, the objective of the selector's weights.
       after: [d_out] float32, the objective of the solver's weights; NaN where they are not finite.
       converged: [d_out] bool, the solver's own verdict.
+      held_out: errors of both on held-out tokens, [d_out] float32 each, against the dense model's outputs where those are the
+        target; None where there are no such tokens.
 
     Returns:
       [d_out] bool.
     """
 
-    def __call__(self, before: Array, after: Array, converged: Array) -> Array: ...
+    def __call__(self, before: Array, after: Array, converged: Array, held_out: tuple[Array, Array] | None = None) -> Array: ...
 
 
 @dataclasses.dataclass(frozen=True)
 class PerRow:
     """A row is updated when its own objective did not rise. No row of any layer ever gets worse."""
 
-    def __call__(self, before: Array, after: Array, converged: Array) -> Array:
+    def __call__(self, before: Array, after: Array, converged: Array, held_out: tuple[Array, Array] | None = None) -> Array:
         return after <= before
 
 
@@ -49,8 +51,21 @@ class PerLayer:
         if not 0 <= self.min_converged <= 1:
             raise UserError(f"expected min_converged in [0, 1], got {self.min_converged}")
 
-    def __call__(self, before: Array, after: Array, converged: Array) -> Array:
+    def __call__(self, before: Array, after: Array, converged: Array, held_out: tuple[Array, Array] | None = None) -> Array:
         # A NaN makes the comparison False: a layer with one broken row is refused.
         fell = jnp.sum(after) < jnp.sum(before)
         enough = jnp.mean(converged, dtype=jnp.float32) >= self.min_converged
         return jnp.broadcast_to(fell & enough, before.shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class HeldOut:
+    """Rows whose own objective did not rise are updated, all of a matrix or none: its error on held-out tokens must not rise."""
+
+    def __call__(self, before: Array, after: Array, converged: Array, held_out: tuple[Array, Array] | None = None) -> Array:
+        if held_out is None:
+            raise UserError("expected held-out tokens where accept is held_out, got none: raise --calibration.held_out")
+        rows = after <= before
+        # A NaN makes the comparison False. The rows that stay as they are have no part in it.
+        kept, moved = held_out
+        return rows & (jnp.sum(jnp.where(rows, moved - kept, 0.0)) <= 0)

@@ -1,7 +1,8 @@
 """Hessians of a block's linear layers from the activations that run through it."""
 
 import functools
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -14,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 from optima_tpu.activations import Activations
 from optima_tpu.errors import UserError
 from optima_tpu.models.decoder import Decoder, forward
+from optima_tpu.models.layers import project
 from optima_tpu.processes import fetch
 from optima_tpu.sharding import DATA, MODEL
 
@@ -31,6 +33,19 @@ class Statistics(NamedTuple):
 
     hessian: Array
     tokens: Array
+
+
+class Drift(NamedTuple):
+    """How far the inputs ``X`` of a group of layers are from those in the dense model: ``D = X_d - X``.
+
+    Attributes:
+      cross: ``B = D'X / n_tokens`` [d_in, d_in] float32, columns over the model axis.
+      energy: of each layer of the group, each row's mean of ``(D w')^2`` with its dense weights ``w``, [d_out] float32; empty
+        where it was not asked for.
+    """
+
+    cross: Array
+    energy: tuple[Array, ...] = ()
 
 
 def linear_groups(decoder: Decoder) -> Groups:
@@ -54,6 +69,14 @@ def linear_groups(decoder: Decoder) -> Groups:
     return found[0]
 
 
+def stages(groups: Groups) -> tuple[Groups, ...]:
+    """The groups in parts that follow each other in the forward pass; layers of all experts that are alike make one part."""
+    found: dict[str, list[tuple[str, ...]]] = {}
+    for names in groups:
+        found.setdefault(re.sub(r"\.\d+\.", ".*.", names[0]), []).append(names)
+    return tuple(map(tuple, found.values()))
+
+
 def accumulate_hessians(decoder: Decoder, index: int, parameters: Mapping[str, Array], hidden: Activations,
                         groups: Groups) -> tuple[Statistics, ...]:
     """The :class:`Statistics` of each group's input.
@@ -70,22 +93,48 @@ def accumulate_hessians(decoder: Decoder, index: int, parameters: Mapping[str, A
     Raises:
       UserError: an input holds a NaN or an infinity; names the layer.
     """
-    state = decoder.state(parameters)
-    length = hidden.values.shape[1]
-    positions = decoder.positions(index, length)
-    sizes = tuple(decoder.block_shapes[names[0] + ".weight"][1] for names in groups)
-    everywhere = jax.NamedSharding(decoder.mesh, P())
-    sums = tuple(Statistics(
-        jnp.zeros((size, size), jnp.float32, device=jax.NamedSharding(decoder.mesh, _columns(decoder.mesh, size))),
-        jnp.zeros((), jnp.int32, device=everywhere)) for size in sizes)
+    state, length = decoder.state(parameters), hidden.values.shape[1]
+    positions, sums = decoder.positions(index, length), _empty(decoder, groups)
     for batch in hidden.batches(decoder.batch):
         sums = add_batch(decoder.graph, decoder.mesh, groups, sums, state, batch.hidden, batch.valid, positions)
     statistics = _divide(sums, np.float32(len(hidden) * length))
-    for names, trace in zip(groups, fetch([jnp.trace(found.hessian) for found in statistics])):
-        if not np.isfinite(trace):
-            raise UserError(f"the input of {decoder.prefix(index)}{names[0]} holds NaN or infinite values: the model overflows "
-                            "in its dtype or its weights are damaged; try --dtype float32")
+    _refuse_infinite(decoder, index, groups, [found.hessian for found in statistics])
     return statistics
+
+
+def accumulate_drift(decoder: Decoder, index: int, parameters: Mapping[str, Array], hidden: Activations,
+                     dense_parameters: Mapping[str, Array], dense: Activations, groups: Groups, energy: bool = False
+                     ) -> tuple[tuple[Statistics, ...], tuple[Drift, ...]]:
+    """The :class:`Statistics` of each group's input, as :func:`accumulate_hessians`, and its :class:`Drift`.
+
+    Differences are in the model's dtype, where those of close numbers are exact. A token that either model does not send to an
+    expert has no drift there: its output is not comparable.
+
+    Args:
+      parameters: the block's, as pruned so far.
+      hidden: what enters it behind the pruned blocks.
+      dense_parameters: the block's in the dense model.
+      dense: what enters it there, of the same samples.
+      energy: whether the mean squares of the outputs' drift are wanted too.
+
+    Raises:
+      UserError: as :func:`accumulate_hessians`.
+    """
+    states, length = (decoder.state(parameters), decoder.state(dense_parameters)), hidden.values.shape[1]
+    positions, wanted = decoder.positions(index, length), groups if energy else ((),) * len(groups)
+    weights = {name: dense_parameters[name + ".weight"] for names in wanted for name in names}
+    everywhere = jax.NamedSharding(decoder.mesh, P())
+    drifts = tuple(Drift(empty.hessian, tuple(jnp.zeros(weights[name].shape[0], device=everywhere) for name in names))
+                   for empty, names in zip(_empty(decoder, groups), wanted))
+    sums = _empty(decoder, groups), drifts
+    for batch, other in zip(hidden.batches(decoder.batch), dense.batches(decoder.batch)):
+        sums = add_drift(decoder.graph, decoder.mesh, groups, sums, states, (batch.hidden, other.hidden), weights, batch.valid,
+                         positions)
+    tokens = np.float32(len(hidden) * length)
+    statistics, drifts = _divide(sums[0], tokens), _divide_drift(sums[1], tokens)
+    _refuse_infinite(decoder, index, groups, [found.hessian for found in statistics])
+    _refuse_infinite(decoder, index, groups, [found.cross for found in drifts])
+    return statistics, drifts
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=3)
@@ -97,31 +146,77 @@ def add_batch(graph, mesh: Mesh, groups: Groups, sums, state, hidden, valid, pos
                  for x, total in zip(kept, sums))
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=3)
+def add_drift(graph, mesh: Mesh, groups: Groups, sums, states, hidden, weights, valid, positions):
+    """One step of :func:`accumulate_drift`.
+
+    Args:
+      sums: (Statistics of each group, Drift of each group), donated.
+      states, hidden: of the pruned and of the dense stream.
+      weights: dense ones, by name, of the layers whose drift has an energy.
+    """
+    streams = [forward(graph, state, x, positions)[1] for state, x in zip(states, hidden)]
+    statistics, drifts = [], []
+    for names, total, drift in zip(groups, *sums):
+        x, other = (inputs[names[0]] * valid[:, None, None].astype(hidden[0].dtype) for inputs in streams)
+        seen, there = (jnp.any(array != 0, axis=-1) for array in (x, other))
+        difference = jnp.where((seen & there)[..., None], other - x, 0)
+        statistics.append(Statistics(total.hessian + _gram(x, mesh), total.tokens + jnp.sum(seen, dtype=jnp.int32)))
+        energy = (before + jnp.sum(jnp.square(project(difference, weights[name], jnp.float32)), axis=(0, 1))
+                  for name, before in zip(names, drift.energy))
+        drifts.append(Drift(drift.cross + _gram(x, mesh, difference), tuple(
+            jax.lax.with_sharding_constraint(rows, jax.NamedSharding(mesh, P())) for rows in energy)))
+    return tuple(statistics), tuple(drifts)
+
+
+def _empty(decoder: Decoder, groups: Groups) -> tuple[Statistics, ...]:
+    """No tokens yet."""
+    sizes = tuple(decoder.block_shapes[names[0] + ".weight"][1] for names in groups)
+    everywhere = jax.NamedSharding(decoder.mesh, P())
+    return tuple(Statistics(
+        jnp.zeros((size, size), jnp.float32, device=jax.NamedSharding(decoder.mesh, _columns(decoder.mesh, size))),
+        jnp.zeros((), jnp.int32, device=everywhere)) for size in sizes)
+
+
+def _refuse_infinite(decoder: Decoder, index: int, groups: Groups, matrices: Sequence[Array]) -> None:
+    """Raises UserError where the input of a group was not finite, which the diagonal of its products shows."""
+    for names, trace in zip(groups, fetch([jnp.trace(matrix) for matrix in matrices])):
+        if not np.isfinite(trace):
+            raise UserError(f"the input of {decoder.prefix(index)}{names[0]} holds NaN or infinite values: the model overflows "
+                            "in its dtype or its weights are damaged; try --dtype float32")
+
+
 @functools.partial(jax.jit, donate_argnums=0)
 def _divide(sums, tokens):
     return tuple(total._replace(hessian=total.hessian / tokens) for total in sums)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _divide_drift(drifts, tokens):
+    return jax.tree.map(lambda total: total / tokens, drifts)
 
 
 def _columns(mesh: Mesh, size: int) -> P:
     return P(None, MODEL) if size % mesh.shape[MODEL] == 0 else P()
 
 
-def _gram(x: Array, mesh: Mesh) -> Array:
-    """``X'X`` of x [batch, length, d] in float32. Each device of the model axis computes its own columns of the result.
+def _gram(x: Array, mesh: Mesh, left: Array | None = None) -> Array:
+    """``X'X``, or ``L'X``, of x [batch, length, d] in float32.
 
-    Where the axis does not divide d, every one of them computes all columns.
+    Each device of the model axis computes its own columns of the result; where the axis does not divide d, all of them.
     """
     size = x.shape[-1]
     spec = _columns(mesh, size)
     width = size // mesh.shape[MODEL] if spec != P() else size
 
-    def local(part: Array) -> Array:
+    def local(part: Array, *left: Array) -> Array:
         rows = part.reshape(-1, size)
         first = jax.lax.axis_index(MODEL) * width if width < size else 0
         mine = jax.lax.dynamic_slice_in_dim(rows, first, width, axis=1)
         # bfloat16 products are exact in float32; float32 ones need the precision.
-        product = jax.lax.dot_general(rows, mine, (((0,), (0,)), ((), ())), precision=jax.lax.Precision.HIGHEST,
-                                      preferred_element_type=jnp.float32)
+        product = jax.lax.dot_general(left[0].reshape(-1, size) if left else rows, mine, (((0,), (0,)), ((), ())),
+                                      precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
         return jax.lax.psum(product, DATA)
 
-    return jax.shard_map(local, mesh=mesh, in_specs=P(DATA), out_specs=spec, check_vma=False)(x)
+    arrays = (x,) if left is None else (x, left)
+    return jax.shard_map(local, mesh=mesh, in_specs=P(DATA), out_specs=spec, check_vma=False)(*arrays)

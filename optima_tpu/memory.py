@@ -2,15 +2,17 @@
 
 All of it follows from one budget of bytes. What pruning the matrices of one layer input takes is modelled as
 
-    4 bytes * f * (d_in * (hessians + 1)  +  held * r  +  vectors * b)     (and a few panels where the Hessian is split)
+    4 bytes * f * (d_in * (hessians + 2 m - 1)  +  held * r  +  vectors * b)     (and a few panels where the Hessian is split)
 
 with ``r`` rows on a device, ``b`` of them at once and ``f`` features of each: ``d_in``, or ``d_in / model`` where the Hessian is
-split over the model axis. ``hessians`` and ``vectors`` are the solver's :class:`Footprint`, the 1 is the Hessian of the held-out
-tokens, ``held`` are the rows that ``prune.prune_group`` keeps before and after the solve. The numbers were fitted to what XLA
-reports for ``prune_group`` (arguments, outputs and temporaries; CPU, jax 0.10) and rounded up.
+split over the model axis. ``hessians`` and ``vectors`` are the solver's :class:`Footprint`, ``held`` are the rows that
+``prune.prune_group`` keeps before and after the solve, and ``m`` matrices are held of the calibration and of the held-out tokens
+each: the Hessian, and with a dense target the cross term. The numbers were fitted to what XLA reports for ``prune_group``
+(arguments, outputs and temporaries; CPU, jax 0.10) and rounded up.
 """
 
 import dataclasses
+import functools
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -33,6 +35,8 @@ _HESSIANS_SHARE = 0.25
 _BLOCK_COPIES = 2.5
 # Fitted: 7.5 vectors a row (dense, masked, linear, solved, stored before and after).
 _HELD = 8
+# With a dense target: its pull on both sets of tokens, and the best so far where it is tuned.
+_HELD_FOR_TARGET = 3
 # Where the Hessian is split, its inverse is made with panels of so many columns, and this many of them exist at once.
 _PANEL, _PANELS = 128, 4
 # Fewer rows at once leave a device waiting for the bytes of the Hessian; it is done where nothing else fits.
@@ -81,14 +85,16 @@ def device_budget(gib: float | None, memory: float | None = None) -> float:
     return min(everyones(budget))
 
 
-def needed(d_in: int, rows: int, batch: int, mesh: Mesh, footprint: Footprint, split: bool) -> float:
+def needed(d_in: int, rows: int, batch: int, mesh: Mesh, footprint: Footprint, split: bool, matrices: int = 1) -> float:
     """The bytes on a device of pruning ``rows`` rows on a mesh, ``batch`` of a device's at once: the equation of the module."""
     model = mesh.shape[MODEL]
     features = d_in / model if split else d_in
     # A product with split features gathers the rows: a whole row for A and one for X are ``model`` parts each.
     vectors = footprint.vectors + (2 * model if split else 0)
     panels = 4 * d_in * _PANELS * min(_PANEL, features) if split else 0
-    return panels + 4 * features * (d_in * (footprint.hessians + 1) + _HELD * _each(rows, mesh, split) + vectors * batch)
+    held = _HELD + _HELD_FOR_TARGET * (matrices - 1)
+    return panels + 4 * features * (
+        d_in * (footprint.hessians + 2 * matrices - 1) + held * _each(rows, mesh, split) + vectors * batch)
 
 
 def footprint_of(solver: Any, selector: Any) -> Footprint:
@@ -98,7 +104,7 @@ def footprint_of(solver: Any, selector: Any) -> Footprint:
     return Footprint(max(footprint.hessians, chooser), footprint.vectors, footprint.split and not chooser)
 
 
-def layout(name: str, d_in: int, rows: int, budget: float, mesh: Mesh, solver: Any, selector: Any) -> Layout:
+def layout(name: str, d_in: int, rows: int, budget: float, mesh: Mesh, solver: Any, selector: Any, matrices: int = 1) -> Layout:
     """The layout of the matrices that read one input: the first that fits of
 
     the Hessian on every device and enough rows at once, the Hessian split, and both with few rows.
@@ -109,6 +115,7 @@ def layout(name: str, d_in: int, rows: int, budget: float, mesh: Mesh, solver: A
       budget: bytes of a device that are left for them.
       solver, selector: of the recipe, None where it has none. A solver tells its ``footprint``; a selector tells as
         ``hessians`` how many matrices of that size it holds, 0 where it reads the diagonal alone.
+      matrices: of that size that are held of each set of tokens.
 
     Raises:
       UserError: none fits.
@@ -116,17 +123,18 @@ def layout(name: str, d_in: int, rows: int, budget: float, mesh: Mesh, solver: A
     if budget == math.inf:
         return ON_EVERY_DEVICE
     footprint = footprint_of(solver, selector)
+    take = functools.partial(needed, d_in, rows, mesh=mesh, footprint=footprint, matrices=matrices)
     can_split = footprint.split and d_in % mesh.shape[MODEL] == 0 and mesh.shape[MODEL] > 1
     for few in (_FEW_ROWS, 1):
         for split in (False, True)[:1 + can_split]:
             each = _each(rows, mesh, split)
             most = 0
-            if needed(d_in, rows, min(few, each), mesh, footprint, split) <= budget:
-                row = needed(d_in, rows, 1, mesh, footprint, split) - needed(d_in, rows, 0, mesh, footprint, split)
-                most = int((budget - needed(d_in, rows, 0, mesh, footprint, split)) / row)
+            if take(min(few, each), split=split) <= budget:
+                row = take(1, split=split) - take(0, split=split)
+                most = int((budget - take(0, split=split)) / row)
             if most:
                 return Layout(split, None if most >= each else -(-each // -(-each // most)))
-    least = needed(d_in, rows, 1, mesh, footprint, can_split)
+    least = take(1, split=can_split)
     methods = " and ".join(type(method).__name__ for method in (selector, solver) if method is not None)
     where = "split over the model axis" if can_split else "on every device"
     raise UserError(
@@ -144,7 +152,7 @@ class Pass(NamedTuple):
 
 
 def passes(prefix: str, shapes: Mapping[str, tuple[int, ...]], groups: Sequence[tuple[str, ...]], weights: float,
-           budget: float, mesh: Mesh, solver: Any, selector: Any) -> tuple[Pass, ...]:
+           budget: float, mesh: Mesh, solver: Any, selector: Any, matrices: int = 1) -> tuple[Pass, ...]:
     """Cuts the groups of a block, in their order, into passes whose Hessians fit a share of the budget.
 
     Args:
@@ -153,6 +161,7 @@ def passes(prefix: str, shapes: Mapping[str, tuple[int, ...]], groups: Sequence[
       groups: layers that read one input together.
       weights: bytes of the block's parameters on a device; see :func:`block_bytes`.
       budget: see :func:`device_budget`; infinite for one pass with everything on every device.
+      matrices: see :func:`layout`.
 
     Raises:
       UserError: see :func:`layout`.
@@ -160,7 +169,7 @@ def passes(prefix: str, shapes: Mapping[str, tuple[int, ...]], groups: Sequence[
     def hessians(names: tuple[str, ...]) -> float:
         d_in = shapes[names[0] + ".weight"][1]
         # Of the calibration and of the held-out tokens.
-        return 2 * 4 * d_in * d_in / (mesh.shape[MODEL] if d_in % mesh.shape[MODEL] == 0 else 1)
+        return 2 * matrices * 4 * d_in * d_in / (mesh.shape[MODEL] if d_in % mesh.shape[MODEL] == 0 else 1)
 
     def fitted(share: float) -> tuple[Pass, ...]:
         cut: list[list[tuple[str, ...]]] = []
@@ -170,7 +179,8 @@ def passes(prefix: str, shapes: Mapping[str, tuple[int, ...]], groups: Sequence[
             cut[-1].append(names)
         return tuple(Pass(tuple(part), tuple(
             layout(prefix + names[0], shapes[names[0] + ".weight"][1], sum(shapes[name + ".weight"][0] for name in names),
-                   budget - _BLOCK_COPIES * weights - sum(map(hessians, part)), mesh, solver, selector) for names in part))
+                   budget - _BLOCK_COPIES * weights - sum(map(hessians, part)), mesh, solver, selector, matrices)
+            for names in part))
             for part in cut)
 
     try:

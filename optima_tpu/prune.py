@@ -5,7 +5,6 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,20 +15,22 @@ from jax.sharding import PartitionSpec as P
 
 from optima_tpu.accept import Acceptance, PerRow
 from optima_tpu.activations import Activations
-from optima_tpu.calibrate import Groups, Statistics, accumulate_hessians
-from optima_tpu.features import Features
+from optima_tpu.calibrate import Drift, Groups, Statistics, accumulate_drift, accumulate_hessians, stages
+from optima_tpu.judge import Aim, judge_rows, measure_rows
 from optima_tpu.layer_rules import LayerRule, pattern_of
 from optima_tpu.memory import Pass, block_bytes, passes
 from optima_tpu.models.decoder import Decoder
 from optima_tpu.patterns import Pattern
-from optima_tpu.problem import LayerProblem, Pruned, Solution, objective, output_energy, self_target
+from optima_tpu.problem import LayerProblem, Pruned, Solution, objective, output_energy
 from optima_tpu.processes import fetch
 from optima_tpu.report.records import LayerReport
+from optima_tpu.report.rows import RowReport, layer_report
 from optima_tpu.selectors import MaskSelector
 from optima_tpu.sharding import ON_EVERY_DEVICE, ROWS, Layout, divisible, map_rows, over_rows, place
 from optima_tpu.solvers import Solver
 from optima_tpu.solvers.scaling import live_features
-
+from optima_tpu.target import SelfTarget, Target
+from optima_tpu.tuning import Fixed, Grid, Tuning, tuned
 
 ReadMask = Callable[[str, tuple[int, int]], np.ndarray]
 """Name of a weight ("model.layers.0.mlp.up_proj.weight") and its shape -> mask [d_out, d_in] bool, True where it stays."""
@@ -45,6 +46,9 @@ class Recipe:
       solver: where those that stay go; None keeps the selector's own weights, the baseline of the paper's tables.
       accept: when the solver's weights replace the selector's.
       layers: layers with another pattern, or none.
+      target: what the layers are to reproduce.
+      recapture: whether a layer's inputs come from the block as pruned so far, not from the block as it was.
+      tuning: what is chosen for each matrix on held-out tokens.
     """
 
     pattern: Pattern
@@ -52,19 +56,9 @@ class Recipe:
     solver: Solver | None
     accept: Acceptance = PerRow()
     layers: tuple[LayerRule, ...] = ()
-
-
-class RowReport(NamedTuple):
-    """What happened to each row of a layer; every array is [d_out]."""
-
-    energy: Array  # float32, mean square of the dense output
-    before: Array  # float32, objective of the selector's weights
-    after: Array  # float32, objective of the final weights
-    gap: Array  # float32, the solver's
-    steps: Array  # int32
-    converged: Array  # bool
-    refused: Array  # bool, the solver's weights were not accepted
-    held_out: Array | None = None  # [3, d_out] float32: energy, before and after on held-out tokens
+    target: Target = SelfTarget()
+    recapture: bool = False
+    tuning: Tuning = Fixed()
 
 
 def prune_layer(problem: LayerProblem, recipe: Recipe, dtype=jnp.float32) -> tuple[Pruned, RowReport]:
@@ -79,39 +73,51 @@ def prune_layer(problem: LayerProblem, recipe: Recipe, dtype=jnp.float32) -> tup
     """
     pruned = _select(problem, recipe.pattern, recipe.selector, None)
     solution = recipe.solver(problem, pruned) if recipe.solver else _unsolved(pruned)
-    return _judge(pruned, solution, recipe, dtype, lambda hessian, old, new: (
+    return judge_rows(pruned, solution, recipe.solver and recipe.accept, dtype, lambda hessian, old, new: (
         output_energy(problem), objective(problem, old), objective(problem, new)), problem.hessian)
 
 
 @functools.partial(jax.jit, static_argnames=("recipe", "mesh", "patterns", "layout"))
 def prune_group(weights: tuple[Array, ...], hessian: Array, recipe: Recipe, mesh: Mesh,
                 patterns: tuple[Pattern, ...] | None = None, masks: tuple[Array, ...] | None = None,
-                held_out: Array | None = None, layout: Layout = ON_EVERY_DEVICE
+                held_out: Array | None = None, layout: Layout = ON_EVERY_DEVICE, cross: Array | None = None,
+                held_out_drift: Drift | None = None
                 ) -> tuple[tuple[Array, ...], tuple[Array, ...], tuple[RowReport, ...]]:
     """Prunes the matrices that read one input, on the mesh.
 
-    Masks are chosen matrix by matrix; the solver gets the rows of all of them at once, split over every device.
+    Masks are chosen matrix by matrix; the solver gets the rows of all of them at once, split over every device. Where the recipe
+    tunes, there is one matrix, which is solved once for every candidate.
 
     Args:
-      weights: each [d_out, d_in], dense, in the checkpoint's dtype.
+      weights: each [d_out, d_in], dense, in the checkpoint's dtype; one where the recipe tunes.
       hessian: [d_in, d_in] float32.
       patterns: of each matrix; None stands for the recipe's.
       masks: each [d_out, d_in] bool, for a recipe without a selector.
-      held_out: [d_in, d_in] float32, the Hessian of tokens that only the report is to know.
-      layout: where both Hessians lie, and how many rows a device takes at once; see ``memory.layout``.
+      held_out: [d_in, d_in] float32, the Hessian of tokens that no weight is fitted to.
+      layout: where all matrices [d_in, d_in] lie, and how many rows a device takes at once; see ``memory.layout``.
+      cross: [d_in, d_in] float32, ``Drift.cross`` of the calibration tokens, for a dense target.
+      held_out_drift: of the held-out tokens, with energies, for a dense target.
 
     Returns:
       For every matrix: weights in its dtype, mask [d_out, d_in] bool, and the report on its rows.
     """
-    on_mesh = NamedSharding(mesh, layout.hessian)
-    hessian = jax.lax.with_sharding_constraint(hessian, on_mesh)
-    if held_out is not None:
-        held_out = jax.lax.with_sharding_constraint(held_out, on_mesh)
+    def on_mesh(matrix: Array | None) -> Array | None:
+        return None if matrix is None else jax.lax.with_sharding_constraint(matrix, NamedSharding(mesh, layout.hessian))
+
+    hessian, held_out, cross = map(on_mesh, (hessian, held_out, cross))
     spread = [NamedSharding(mesh, divisible(mesh, weight.shape, ROWS)) for weight in weights]
     wide = [jax.lax.with_sharding_constraint(weight.astype(jnp.float32), rows) for weight, rows in zip(weights, spread)]
     stack = _stack(wide)
-    linear = map_rows(lambda hessian, features: lambda rows: features.product(rows, hessian), mesh, layout, layout.matrix)
-    stacked = LayerProblem(stack, hessian, linear(hessian, stack))
+    product = map_rows(lambda matrix, features: lambda rows: features.product(rows, matrix), mesh, layout, layout.matrix)
+    pull = None if cross is None else product(cross, stack)
+    unseen_pull = None if held_out_drift is None else product(on_mesh(held_out_drift.cross), stack)
+
+    def problem(hessian: Array, alpha: Array | float) -> LayerProblem:
+        linear = product(hessian, stack)
+        return LayerProblem(stack, hessian, linear if pull is None else linear + alpha * pull)
+
+    alpha = 0.0 if pull is None else recipe.target.alpha
+    stacked = problem(hessian, alpha)
     slices = list(itertools.starmap(slice, itertools.pairwise(itertools.accumulate(map(len, weights), initial=0))))
     choices = [_select(LayerProblem(weight, hessian, stacked.linear[rows]), patterns[index] if patterns else recipe.pattern,
                        recipe.selector, masks and jax.lax.with_sharding_constraint(masks[index], spread[index]))
@@ -120,27 +126,45 @@ def prune_group(weights: tuple[Array, ...], hessian: Array, recipe: Recipe, mesh
     choices = [Pruned(*(jax.lax.with_sharding_constraint(array, rows) for array in choice))
                for choice, rows in zip(choices, spread)]
     pruned = Pruned(_stack([c.weight for c in choices]), _stack([c.keep for c in choices]))
-    solution = over_rows(recipe.solver, mesh, layout)(stacked, pruned) if recipe.solver else _unsolved(pruned)
+    solve = over_rows(recipe.solver, mesh, layout) if recipe.solver else lambda problem, pruned: _unsolved(pruned)
+    measure = map_rows(measure_rows, mesh, layout, (layout.vector,) * 3)
 
-    measure = map_rows(_measure, mesh, layout, (layout.vector,) * 3)
-    new, masks, reports = [], [], []
-    for weight, dense, choice, rows in zip(weights, wide, choices, slices):
-        final, report = _judge(choice, Solution(*(array[rows] for array in solution)), recipe, weight.dtype,
-                               lambda hessian, *ends: measure(hessian, dense, *ends), hessian, held_out)
-        new.append(final.weight.astype(weight.dtype))
-        masks.append(final.keep)
-        reports.append(report)
-    return tuple(new), tuple(masks), tuple(reports)
+    def judge(index: int, solution: Solution, alpha: Array | float) -> tuple[Array, RowReport]:
+        dense, rows = wide[index], slices[index]
+        aim = None
+        if pull is not None:
+            unseen = None if unseen_pull is None else (unseen_pull[rows], held_out_drift.energy[index])
+            aim = Aim(dense, alpha * pull[rows], unseen)
+        final, report = judge_rows(
+            choices[index], Solution(*(array[rows] for array in solution)), recipe.solver and recipe.accept, weights[index].dtype,
+            lambda hessian, *ends: measure(hessian, dense, *ends), hessian, held_out, aim)
+        return final.weight, report
+
+    if isinstance(recipe.tuning, Grid):
+        if held_out is None or len(weights) > 1:
+            raise ValueError("tuning needs held-out tokens, and one matrix at a time")
+
+        def attempt(hessian: Array, alpha: Array) -> tuple[Array, RowReport]:
+            final, report = judge(0, solve(problem(hessian, alpha), pruned), alpha)
+            return jax.lax.with_sharding_constraint(final, spread[0]), report
+
+        found = [tuned(recipe.tuning, recipe.solver, recipe.target, hessian, attempt)]
+    else:
+        solution = solve(stacked, pruned)
+        found = [judge(index, solution, alpha) for index in range(len(weights))]
+    return (tuple(final.astype(weight.dtype) for (final, _), weight in zip(found, weights)),
+            tuple(choice.keep for choice in choices), tuple(report for _, report in found))
 
 
 def walk_block(decoder: Decoder, index: int, hidden: Activations, groups: Groups, recipe: Recipe,
                tell: Callable[[LayerReport], None] = lambda report: None, *, samples: int | None = None,
-               masks: ReadMask | None = None, parameters: Mapping[str, Array] | None = None, budget: float = math.inf
-               ) -> tuple[dict[str, Array], dict[str, Array], tuple[LayerReport, ...]]:
+               masks: ReadMask | None = None, parameters: Mapping[str, Array] | None = None, budget: float = math.inf,
+               dense: Activations | None = None) -> tuple[dict[str, Array], dict[str, Array], tuple[LayerReport, ...]]:
     """One step of the walk: calibrates a block, prunes it, and sends the hidden states through what is left of it.
 
     The Hessians come from the block as it was, behind the pruned blocks before it, as in the paper: from one pass through it, or
-    from several where they do not all fit on the devices.
+    from several where they do not all fit on the devices. Where the recipe recaptures, there is a pass for every distinct input,
+    through the block as pruned so far.
 
     Args:
       hidden: what enters the block; afterwards what leaves it pruned.
@@ -149,24 +173,39 @@ def walk_block(decoder: Decoder, index: int, hidden: Activations, groups: Groups
       masks: for a recipe without a selector.
       parameters: the block's, on the mesh, where they were read before.
       budget: bytes that may be used of each device; see ``memory.passes``.
+      dense: for a dense target what enters the block in the dense model; afterwards what leaves it there.
 
     Returns:
       As :func:`prune_block`.
     """
-    dense = parameters = decoder.load_block(index) if parameters is None else parameters
+    whole = parameters = decoder.load_block(index) if parameters is None else parameters
     samples = len(hidden) if samples is None else samples
+    drifts = recipe.target.matrices > 1
+    if drifts and dense is None:
+        raise ValueError("a dense target needs the hidden states of the dense model")
     prefix, keeps, layers = decoder.prefix(index), {}, ()
     for part, layouts in block_passes(decoder, index, groups, recipe, budget):
-        statistics = accumulate_hessians(decoder, index, dense, hidden.part(0, samples), part)
-        held_out = None
+        captured = parameters if recipe.recapture else whole
+
+        def capture(first: int, last: int, energy: bool) -> tuple[tuple[Statistics, ...], tuple[Drift, ...] | None]:
+            seen = hidden.part(first, last)
+            if not drifts:
+                return accumulate_hessians(decoder, index, captured, seen, part), None
+            return accumulate_drift(decoder, index, captured, seen, whole, dense.part(first, last), part, energy)
+
+        statistics, drift = capture(0, samples, energy=False)
+        unseen = unseen_drift = None
         if samples < len(hidden):
-            unseen = hidden.part(samples, len(hidden))
-            held_out = tuple(found.hessian for found in accumulate_hessians(decoder, index, dense, unseen, part))
+            unseen, unseen_drift = capture(samples, len(hidden), energy=True)
+            unseen = tuple(found.hessian for found in unseen)
         parameters, kept, reports = prune_block(index, prefix, parameters, part, statistics, recipe, decoder.mesh, tell,
-                                                held_out=held_out, masks=masks, layouts=layouts)
+                                                held_out=unseen, masks=masks, layouts=layouts, drift=drift,
+                                                held_out_drift=unseen_drift)
         keeps, layers = keeps | kept, layers + reports
-        del statistics, held_out  # not to be held while the next ones are made
+        del statistics, drift, unseen, unseen_drift  # not to be held while the next ones are made
     decoder.apply(index, parameters, hidden)
+    if drifts:
+        decoder.apply(index, whole, dense)
     return dict(parameters), keeps, layers
 
 
@@ -176,9 +215,11 @@ def block_passes(decoder: Decoder, index: int, groups: Groups, recipe: Recipe, b
     Raises:
       UserError: a layer does not fit the budget.
     """
-    prefix = decoder.prefix(index)
-    return passes(prefix, decoder.block_shapes, pruned_groups(groups, recipe, prefix), block_bytes(decoder, index), budget,
-                  decoder.mesh, recipe.solver, recipe.selector)
+    prefix, weights = decoder.prefix(index), block_bytes(decoder, index)
+    parts = (pruned_groups(part, recipe, prefix) for part in (stages(groups) if recipe.recapture else (groups,)))
+    return tuple(itertools.chain.from_iterable(
+        passes(prefix, decoder.block_shapes, part, weights, budget, decoder.mesh, recipe.solver, recipe.selector,
+               recipe.target.matrices) for part in parts if part))
 
 
 def pruned_groups(groups: Groups, recipe: Recipe, prefix: str) -> Groups:
@@ -187,11 +228,17 @@ def pruned_groups(groups: Groups, recipe: Recipe, prefix: str) -> Groups:
     return tuple(filter(None, left))
 
 
+def solved_together(names: tuple[str, ...], recipe: Recipe) -> Groups:
+    """The layers of a group as :func:`prune_group` gets them: all at once, or each alone where it is tuned."""
+    return tuple((name,) for name in names) if isinstance(recipe.tuning, Grid) else (names,)
+
+
 def prune_block(index: int, prefix: str, parameters: Mapping[str, Array], groups: Groups,
                 statistics: tuple[Statistics, ...], recipe: Recipe, mesh: Mesh,
                 tell: Callable[[LayerReport], None] = lambda report: None, *,
                 held_out: tuple[Array, ...] | None = None, masks: ReadMask | None = None,
-                layouts: tuple[Layout, ...] | None = None
+                layouts: tuple[Layout, ...] | None = None, drift: tuple[Drift, ...] | None = None,
+                held_out_drift: tuple[Drift, ...] | None = None
                 ) -> tuple[dict[str, Array], dict[str, Array], tuple[LayerReport, ...]]:
     """Prunes the linear layers of a block.
 
@@ -204,6 +251,7 @@ def prune_block(index: int, prefix: str, parameters: Mapping[str, Array], groups
       held_out: Hessians of the held-out tokens.
       masks: for a recipe without a selector.
       layouts: one for each group; None stands for the ordinary one.
+      drift, held_out_drift: of both sets of tokens, for a dense target; that of the held-out tokens with energies.
 
     Returns:
       All parameters of the block with the pruned ones replaced (laid out as before), the masks by parameter name, and a
@@ -211,20 +259,26 @@ def prune_block(index: int, prefix: str, parameters: Mapping[str, Array], groups
     """
     parameters, keep_by_name, reports = dict(parameters), {}, []
     for group, (names, (hessian, tokens)) in enumerate(zip(groups, statistics)):
-        keys = [name + ".weight" for name in names]
-        weights = tuple(parameters[key] for key in keys)
-        patterns = tuple(pattern_of(recipe.layers, recipe.pattern, prefix + name, name) for name in names)
-        given = masks and tuple(place(mesh, masks(prefix + key, weight.shape), ROWS) for key, weight in zip(keys, weights))
-        new, keeps, rows = prune_group(weights, _informative(hessian), recipe, mesh, patterns, given,
-                                       held_out and held_out[group], layouts[group] if layouts else ON_EVERY_DEVICE)
-        alive, read, kept, rows = fetch((jnp.sum(live_features(hessian)), tokens,
-                                         [jnp.sum(keep, dtype=jnp.int32) for keep in keeps], rows))
-        for name, key, old, weight, keep, left, report in zip(names, keys, weights, new, keeps, kept, rows):
-            # By way of whole copies: XLA finds no other from rows over all devices to columns, and complains of it.
-            parameters[key] = jax.device_put(jax.device_put(weight, NamedSharding(mesh, P())), old.sharding)
-            keep_by_name[key] = keep
-            reports.append(_summary(index, name, keep.shape, int(left), report, hessian.shape[0] - int(alive), int(read)))
-            tell(reports[-1])
+        for together in solved_together(names, recipe):
+            keys = [name + ".weight" for name in together]
+            weights = tuple(parameters[key] for key in keys)
+            patterns = tuple(pattern_of(recipe.layers, recipe.pattern, prefix + name, name) for name in together)
+            given = masks and tuple(place(mesh, masks(prefix + key, weight.shape), ROWS) for key, weight in zip(keys, weights))
+            unseen = held_out_drift and held_out_drift[group]._replace(
+                energy=tuple(held_out_drift[group].energy[names.index(name)] for name in together))
+            new, keeps, rows = prune_group(weights, _informative(hessian), recipe, mesh, patterns, given,
+                                           held_out and held_out[group], layouts[group] if layouts else ON_EVERY_DEVICE,
+                                           drift and drift[group].cross, unseen)
+            alive, read, kept, rows = fetch((jnp.sum(live_features(hessian)), tokens,
+                                             [jnp.sum(keep, dtype=jnp.int32) for keep in keeps], rows))
+            for name, key, old, weight, keep, left, report in zip(together, keys, weights, new, keeps, kept, rows):
+                chosen = report.chosen is not None and recipe.tuning.chosen(report.chosen, recipe.solver, recipe.target)
+                # By way of whole copies: XLA finds no other from rows over all devices to columns, and complains of it.
+                parameters[key] = jax.device_put(jax.device_put(weight, NamedSharding(mesh, P())), old.sharding)
+                keep_by_name[key] = keep
+                reports.append(layer_report(index, name, keep.shape, int(left), report, hessian.shape[0] - int(alive), int(read),
+                                            chosen or (None, None)))
+                tell(reports[-1])
     return parameters, keep_by_name, tuple(reports)
 
 
@@ -237,32 +291,6 @@ def _select(problem: LayerProblem, pattern: Pattern, selector: MaskSelector | No
     return selector(problem, pattern) if selector else Pruned(jnp.where(keep, problem.weight, 0.0), keep)
 
 
-def _measure(hessian: Array, features: Features) -> Callable[..., tuple[Array, Array, Array]]:
-    """Of each row: the mean square of its dense output, and the objectives of two others, [rows] each."""
-    def measure(dense: Array, old: Array, new: Array) -> tuple[Array, Array, Array]:
-        problem = self_target(dense, hessian, features)
-        return output_energy(problem, features), objective(problem, old, features), objective(problem, new, features)
-
-    return measure
-
-
-def _judge(pruned: Pruned, solution: Solution, recipe: Recipe, dtype, measure: Callable[..., tuple[Array, Array, Array]],
-           hessian: Array, held_out: Array | None = None) -> tuple[Pruned, RowReport]:
-    """Takes the solver's weights where they are accepted; ``measure(hessian, old, new)`` is :func:`_measure` of the layer."""
-    def stored(weight):
-        # The mask again after the cast, and + 0.0 so that no -0.0 is left: zeros are exact in the file.
-        return jnp.where(pruned.keep, weight, 0.0).astype(dtype).astype(jnp.float32) + 0.0
-
-    old, new = stored(pruned.weight), stored(solution.weight)
-    energy, before, after = measure(hessian, old, new)
-    accepted = recipe.accept(before, after, solution.converged) if recipe.solver else jnp.ones(before.shape, bool)
-    final = jnp.where(accepted[:, None], new, old)
-    unseen = None if held_out is None else jnp.stack(measure(held_out, old, final))
-    report = RowReport(energy, before, jnp.where(accepted, after, before), solution.gap, solution.steps, solution.converged,
-                       ~accepted, unseen)
-    return Pruned(final, pruned.keep), report
-
-
 def _unsolved(pruned: Pruned) -> Solution:
     rows = pruned.weight.shape[0]
     return Solution(pruned.weight, jnp.zeros(rows), jnp.zeros(rows, jnp.int32), jnp.ones(rows, bool))
@@ -270,21 +298,3 @@ def _unsolved(pruned: Pruned) -> Solution:
 
 def _stack(arrays: list[Array]) -> Array:
     return jnp.concatenate(arrays) if len(arrays) > 1 else arrays[0]
-
-
-def _summary(index: int, name: str, shape: tuple[int, int], kept: int, rows: RowReport, dead: int, tokens: int) -> LayerReport:
-    size = shape[0] * shape[1]
-
-    def share(values: np.ndarray, energies: np.ndarray = rows.energy) -> float:
-        energy = float(np.sum(energies, dtype=np.float64))
-        return float(np.sum(values, dtype=np.float64)) / energy if energy > 0 else 0.0
-
-    unseen = (None, None) if rows.held_out is None else (share(rows.held_out[1], rows.held_out[0]),
-                                                         share(rows.held_out[2], rows.held_out[0]))
-    return LayerReport(
-        block=index, name=name, shape=shape, pruned=size - kept, sparsity=(size - kept) / size,
-        error_before=share(rows.before), error_after=share(rows.after),
-        gap_median=float(np.median(rows.gap)), gap_max=float(np.max(rows.gap)),
-        steps_median=int(np.median(rows.steps)), steps_max=int(np.max(rows.steps)), rows=len(rows.gap),
-        rows_converged=int(np.sum(rows.converged)), rows_refused=int(np.sum(rows.refused)), dead_inputs=dead, tokens=tokens,
-        held_out_before=unseen[0], held_out_after=unseen[1])

@@ -11,7 +11,10 @@ class LayerReport:
     """What happened to one matrix.
 
     Errors are ``||X W' - X V'||^2 / ||X W'||^2`` over the calibration tokens, with ``W`` the dense and ``V`` the pruned
-    weights as they are stored. A bias is in both outputs and cancels.
+    weights as they are stored. A bias is in both outputs and cancels. Those that begin with ``dense`` are
+    ``||X_d W' - X V'||^2 / ||X_d W'||^2`` over held-out tokens, with ``X_d`` the inputs of the layer in the dense model; None
+    without such tokens or without a dense target. With one, ``error_after`` may be above ``error_before``: it is not what was
+    minimised.
 
     Attributes:
       block: index of the block.
@@ -32,6 +35,11 @@ class LayerReport:
       tokens: calibration tokens that reached the layer: all of them, or those routed to an expert; None where not counted.
       held_out_before: as ``error_before``, over held-out tokens, which no weight was fitted to; None without such tokens.
       held_out_after: as ``error_after``, over held-out tokens.
+      dense_before: of the selector's weights, against the dense model.
+      dense_after: of the final weights.
+      dense_drift: of the dense weights, what the layers before this one have lost.
+      damping: of the solver, as it was chosen on held-out tokens; None where the recipe fixes it.
+      alpha: of the target, likewise.
     """
 
     block: int
@@ -52,6 +60,11 @@ class LayerReport:
     tokens: int | None = None
     held_out_before: float | None = None
     held_out_after: float | None = None
+    dense_before: float | None = None
+    dense_after: float | None = None
+    dense_drift: float | None = None
+    damping: float | None = None
+    alpha: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         """As JSON types, see :func:`finite`."""
@@ -60,8 +73,8 @@ class LayerReport:
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Self:
         """From :meth:`to_json`; None is read as infinity, but for what there may be none of."""
-        read = {key: math.inf if value is None and not key.startswith(("held_out", "tokens")) else value
-                for key, value in values.items()}
+        optional = ("held_out", "tokens", "dense", "damping", "alpha")
+        read = {key: math.inf if value is None and not key.startswith(optional) else value for key, value in values.items()}
         return cls(**read | {"shape": tuple(read["shape"])})
 
 

@@ -1,0 +1,75 @@
+"""How good the weights of a matrix are, as they will be stored, and which of its rows are updated."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import Array
+
+from optima_tpu.accept import Acceptance
+from optima_tpu.features import Features
+from optima_tpu.problem import Pruned, Solution, objective, output_energy, self_target
+from optima_tpu.report.rows import RowReport
+from optima_tpu.target import pulled
+
+Measure = Callable[..., tuple[Array, Array, Array]]
+"""(Hessian, old weights, new weights) -> what :func:`measure_rows` says of a matrix."""
+
+
+class Aim(NamedTuple):
+    """What a dense target asks of a matrix beyond its own outputs.
+
+    Attributes:
+      dense: [d_out, d_in] float32, the dense weights ``W``.
+      pull: [d_out, d_in] float32, ``alpha W B`` of the calibration tokens.
+      unseen: of the held-out tokens, where there are any: ``W B`` [d_out, d_in], and each row's mean of ``(D w')^2`` [d_out].
+    """
+
+    dense: Array
+    pull: Array
+    unseen: tuple[Array, Array] | None
+
+
+def measure_rows(hessian: Array, features: Features) -> Callable[..., tuple[Array, Array, Array]]:
+    """Of each row: the mean square of its dense output, and the mean squared change of it by two others, [rows] each."""
+    def measure(dense: Array, old: Array, new: Array) -> tuple[Array, Array, Array]:
+        problem = self_target(dense, hessian, features)
+        return output_energy(problem, features), objective(problem, old, features), objective(problem, new, features)
+
+    return measure
+
+
+def judge_rows(pruned: Pruned, solution: Solution, accept: Acceptance | None, dtype, measure: Measure, hessian: Array,
+               held_out: Array | None = None, aim: Aim | None = None) -> tuple[Pruned, RowReport]:
+    """Takes the solver's weights where they are accepted, after the cast to what they are stored in.
+
+    Args:
+      accept: None takes all of them.
+      hessian, held_out: of the calibration and of the held-out tokens.
+      aim: for a dense target. The acceptance then compares objectives of that target, and errors against the dense model's
+        outputs on held-out tokens: ``(v - w) H (v - w)' - 2 w B (v - w)' + mean (D w')^2``.
+    """
+    def stored(weight):
+        # The mask again after the cast, and + 0.0 so that no -0.0 is left: zeros are exact in the file.
+        return jnp.where(pruned.keep, weight, 0.0).astype(dtype).astype(jnp.float32) + 0.0
+
+    old, new = stored(pruned.weight), stored(solution.weight)
+    energy, before, after = measure(hessian, old, new)
+    aims, unseen = (before, after), None if held_out is None else measure(held_out, old, new)
+    against = drift = None
+    if aim is not None:
+        aims = tuple(value - pulled(aim.pull, aim.dense, end) for value, end in zip(aims, (old, new)))
+        if unseen is not None:
+            pull, drift = aim.unseen
+            # The dense outputs themselves are what is missed by v = 0.
+            against = tuple(value - pulled(pull, aim.dense, end) + drift
+                            for value, end in zip(unseen, (jnp.zeros_like(old), old, new)))
+    judged = against or unseen
+    accepted = accept(*aims, solution.converged, judged and judged[1:]) if accept else jnp.ones(before.shape, bool)
+
+    def taken(values: tuple[Array, ...], *more: Array) -> Array:
+        return jnp.stack((values[0], values[1], jnp.where(accepted, values[2], values[1]), *more))
+
+    report = RowReport(energy, before, jnp.where(accepted, after, before), solution.gap, solution.steps, solution.converged,
+                       ~accepted, unseen and taken(unseen), against and taken(against, drift))
+    return Pruned(jnp.where(accepted[:, None], new, old), pruned.keep), report

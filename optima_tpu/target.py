@@ -1,0 +1,62 @@
+"""What a pruned layer is to reproduce.
+
+Beside the stream of hidden states that went through the pruned blocks there may be a second one, of the same tokens, that went
+through the dense blocks. With ``X`` and ``X_d`` the inputs of a layer in both, ``D = X_d - X`` and ``B = D'X / n_tokens``, the
+mean squared distance of a row's outputs from a share ``alpha`` of the way to the dense model's is
+
+    mean (X v - X w - alpha D w)^2  =  (v - w) H (v - w)' - 2 alpha (w B) (v - w)'  +  alpha^2 mean (D w)^2
+
+which is ``problem.objective`` with ``g = w H + alpha w B``. Only the small matrix ``B`` is accumulated, not ``X_d'X``: the drift
+would be a difference of large numbers.
+"""
+
+import dataclasses
+from typing import ClassVar
+
+import jax.numpy as jnp
+from jax import Array
+
+from optima_tpu.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class SelfTarget:
+    """The layer's own outputs on the inputs that it sees behind the pruned blocks, as in the paper."""
+
+    matrices: ClassVar[int] = 1
+    """How many matrices [d_in, d_in] are held of every set of tokens."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DenseTarget:
+    """A share of the way from the layer's own outputs to those of the dense model.
+
+    It makes up for what the layers before have lost; the whole way, or without damping, fits small calibration sets too well. All
+    tokens run through the dense blocks too, and the report has every layer's error against the dense model on the held-out ones.
+    Tokens that only one of both models sends to an expert have no part in its drift.
+
+    Attributes:
+      alpha: the share: 0 aims at the layer's own outputs and only measures, 1 aims at the dense model's.
+    """
+
+    matrices: ClassVar[int] = 2
+
+    alpha: float = 0.25
+
+    def __post_init__(self):
+        if not 0 <= self.alpha <= 1:
+            raise UserError(f"expected the target's alpha in [0, 1], got {self.alpha}")
+
+
+Target = SelfTarget | DenseTarget
+
+
+def pulled(pull: Array, dense: Array, weight: Array) -> Array:
+    """Each row's ``2 e (v - w)'``, [d_out]: what an objective loses by moving towards a target with drift ``e``.
+
+    Args:
+      pull: [d_out, d_in], ``e``.
+      dense: [d_out, d_in], ``w``.
+      weight: [d_out, d_in], ``v``.
+    """
+    return 2 * jnp.sum(pull * (weight - dense), axis=1)

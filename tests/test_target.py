@@ -1,0 +1,361 @@
+"""Dense target, recapture inside the block, and what is chosen on held-out tokens."""
+
+import dataclasses
+import io
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AbstractMesh
+from rich.console import Console
+
+from optima_tpu.accept import HeldOut, PerRow
+from optima_tpu.activations import Activations
+from optima_tpu.calibrate import Drift, accumulate_drift, accumulate_hessians, linear_groups, stages
+from optima_tpu.cli import configure, parse
+from optima_tpu.config import weights_settings
+from optima_tpu.errors import UserError
+from optima_tpu.features import WHOLE
+from optima_tpu.journal import DENSE, Journal, open_journal
+from optima_tpu.judge import Aim, judge_rows, measure_rows
+from optima_tpu.memory import needed, passes
+from optima_tpu.models.decoder import Decoder, forward
+from optima_tpu.patterns import Unstructured
+from optima_tpu.plan.model import open_declared
+from optima_tpu.plan.plan import make_plan
+from optima_tpu.plan.topology import CHIPS, Target
+from optima_tpu.problem import LayerProblem, Pruned, Solution
+from optima_tpu.prune import Recipe, prune_block, prune_group, walk_block
+from optima_tpu.report.progress import Progress
+from optima_tpu.report.records import BlockReport, LayerReport
+from optima_tpu.report.summary import unusual
+from optima_tpu.run import prune_model
+from optima_tpu.selectors import Wanda
+from optima_tpu.sharding import Layout
+from optima_tpu.solvers import CG
+from optima_tpu.target import DenseTarget, SelfTarget
+from optima_tpu.tuning import Fixed, Grid, ridge
+from tests.helpers import mesh, oracle, tiny_llama
+from tests.test_models import REFERENCES, tiny
+from tests.test_plan import config_folder, run_config
+
+TIGHT = Recipe(Unstructured(0.5), Wanda(), CG(tolerance=1e-7))
+BEYOND = dataclasses.replace(TIGHT, target=DenseTarget(0.5), recapture=True)
+GROUPS = (("self_attn.o_proj",), ("mlp.down_proj",))
+"""Two layers of one shape, of which the second reads what the first one changes."""
+
+
+def decoder_on(shape):
+    return Decoder.open(*tiny_llama(intermediate_size=36), mesh(*shape), batch=2)
+
+
+def tokens(count=8):
+    return np.random.default_rng(1).integers(0, 64, (count, 24)).astype(np.int32)
+
+
+def walk(recipe, shape=(1, 1), blocks=2, samples=5, groups=GROUPS):
+    decoder = decoder_on(shape)
+    hidden, dense = decoder.embed(tokens()), decoder.embed(tokens())
+    found = [jax.device_get(walk_block(decoder, index, hidden, groups, recipe, samples=samples, dense=dense))
+             for index in range(blocks)]
+    return found, hidden, dense
+
+
+def test_the_drift_is_that_of_the_inputs_in_both_streams():
+    """In float64 from the very inputs; 7 samples divide no mesh."""
+    decoder, rng = Decoder.open(*tiny_llama(), mesh(4, 2), batch=1), np.random.default_rng(0)
+    hidden = rng.standard_normal((7, 11, 36)).astype(np.float32)
+    dense = hidden + 0.3 * rng.standard_normal(hidden.shape).astype(np.float32)
+    whole, groups = decoder.load_block(1), linear_groups(decoder)
+    pruned = {name: jnp.where(jnp.abs(weight) > 0.1, weight, 0) for name, weight in whole.items()}
+    statistics, drifts = accumulate_drift(decoder, 1, pruned, Activations.of(decoder.mesh, hidden), whole,
+                                          Activations.of(decoder.mesh, dense), groups, energy=True)
+    positions = decoder.positions(1, 11)
+    inputs, theirs = (forward(decoder.graph, decoder.state(parameters), x, positions)[1]
+                      for parameters, x in ((pruned, hidden), (whole, dense)))
+    for names, (hessian, _), drift in zip(groups, statistics, drifts, strict=True):
+        x, other = (np.asarray(found[names[0]], np.float64).reshape(77, -1) for found in (inputs, theirs))
+        expected = (other - x).T @ x / 77
+        assert drift.cross.dtype == np.float32
+        assert np.abs(drift.cross - expected).max() < 1e-5 * np.abs(expected).max()
+        assert np.abs(hessian - x.T @ x / 77).max() < 1e-5 * np.abs(x.T @ x / 77).max()
+        for name, energy in zip(names, drift.energy, strict=True):
+            output = (other - x) @ np.asarray(whole[name + ".weight"], np.float64).T
+            np.testing.assert_allclose(energy, (output**2).mean(axis=0), rtol=1e-5)
+
+
+def test_a_token_that_one_model_sends_elsewhere_has_no_drift():
+    reference = next(reference for reference in REFERENCES if "Moe" in reference.model)
+    config, _, tensors = tiny(reference, dict(num_experts=2, num_experts_per_tok=1))
+    decoder, rng = Decoder.open(config, tensors, mesh(1, 1), batch=7), np.random.default_rng(0)
+    hidden = rng.standard_normal((7, 11, config.hidden_size)).astype(np.float32)
+    dense = hidden + 0.5 * rng.standard_normal(hidden.shape).astype(np.float32)
+    whole, groups = decoder.load_block(0), (("mlp.experts.0.up_proj",), ("mlp.experts.1.up_proj",))
+    _, drifts = accumulate_drift(decoder, 0, whole, Activations.of(decoder.mesh, hidden), whole,
+                                 Activations.of(decoder.mesh, dense), groups)
+    inputs, theirs = (forward(decoder.graph, decoder.state(whole), x, decoder.positions(0, 11))[1] for x in (hidden, dense))
+    for (name,), drift in zip(groups, drifts):
+        x, other = (np.asarray(found[name], np.float64).reshape(77, -1) for found in (inputs, theirs))
+        both = x.any(axis=1) & other.any(axis=1)
+        assert 0 < both.sum() < x.any(axis=1).sum()
+        expected = (other - x)[both].T @ x[both] / 77
+        assert np.abs(drift.cross - expected).max() < 1e-5 * np.abs(expected).max()
+
+
+def two_sets(rng, rows=12, size=24):
+    """Dense weights, and of calibration and held-out tokens the inputs in both streams, float64."""
+    mixing, loss = rng.standard_normal((size, size)), rng.standard_normal((size, size)) / 12
+    sets = []
+    for count in (160, 90):
+        x = rng.standard_normal((count, size)) @ mixing
+        sets.append((x, x + x @ loss + 0.3 * rng.standard_normal(x.shape)))
+    return rng.standard_normal((rows, size)).astype(np.float32), sets
+
+
+def statistics_of(weight, x, other):
+    difference = other - x
+    return (jnp.asarray(x.T @ x / len(x), jnp.float32), Drift(
+        jnp.asarray(difference.T @ x / len(x), jnp.float32),
+        (jnp.asarray(((difference @ weight.T)**2).mean(axis=0), jnp.float32),)))
+
+
+def group_of(weight, sets, recipe, shape=(1, 1), layout=Layout()):
+    (hessian, drift), (unseen, unseen_drift) = (statistics_of(weight, *streams) for streams in sets)
+    (new,), (keep,), (rows,) = prune_group((jnp.asarray(weight),), hessian, recipe, mesh(*shape), held_out=unseen, layout=layout,
+                                           cross=drift.cross, held_out_drift=unseen_drift)
+    linear = weight @ hessian + recipe.target.alpha * weight @ drift.cross
+    return new, keep, rows, LayerProblem(jnp.asarray(weight), hessian, linear)
+
+
+def dense_error(streams, dense, weight):
+    """Each row's mean squared distance from the dense model's output."""
+    x, other = streams
+    return ((x @ np.asarray(weight, np.float64).T - other @ dense.T)**2).mean(axis=0)
+
+
+@pytest.mark.parametrize("shape, layout", [((1, 1), Layout()), ((2, 4), Layout(split=True, rows=2))], ids=["whole", "split"])
+def test_the_minimiser_is_that_of_the_normal_equations(shape, layout):
+    weight, sets = two_sets(np.random.default_rng(0))
+    new, keep, rows, problem = group_of(weight, sets, BEYOND, shape, layout)
+    best = oracle(problem, Pruned(new, keep), BEYOND.solver.damping)
+    assert np.abs(new - best).max() < 1e-3 * np.abs(best).max()
+    own = oracle(problem._replace(linear=problem.weight @ problem.hessian), Pruned(new, keep), BEYOND.solver.damping)
+    assert np.abs(own - best).max() > 0.03 * np.abs(best).max(), "the target makes no difference here"
+    # And the report tells the errors against the dense model, from the inputs themselves.
+    energy, before, after, drift = np.asarray(rows.dense, np.float64)
+    dense = weight.astype(np.float64)
+    np.testing.assert_allclose(energy, ((sets[1][1] @ dense.T)**2).mean(axis=0), rtol=1e-4)
+    for told, end in ((before, np.where(keep, weight, 0)), (after, new), (drift, weight)):
+        np.testing.assert_allclose(told, dense_error(sets[1], dense, end), rtol=1e-3)
+    assert after.sum() < before.sum()
+
+
+def test_alpha_0_is_the_papers_target_to_the_last_bit():
+    found, paper = walk(dataclasses.replace(TIGHT, target=DenseTarget(0.0)))[0], walk(TIGHT)[0]
+    for (weights, _, reports), (others, _, papers) in zip(found, paper, strict=True):
+        for name, weight in weights.items():
+            assert weight.tobytes() == others[name].tobytes(), name
+        for report, other in zip(reports, papers, strict=True):
+            assert report.dense_after is not None and other.dense_after is None
+            assert dataclasses.replace(report, dense_before=None, dense_after=None, dense_drift=None) == other
+    assert found[1][2][0].dense_drift > found[0][2][0].dense_drift == 0  # both streams begin alike
+
+
+def test_the_mesh_changes_neither_the_choice_nor_the_weights():
+    recipe = dataclasses.replace(BEYOND, recapture=False, tuning=Grid((0.01, 0.1, 1.0), (0.0, 1.0)), accept=HeldOut())
+    reference, hidden, dense = walk(recipe)
+    chosen = {(report.damping, report.alpha) for _, _, reports in reference for report in reports}
+    assert len(chosen) > 1, chosen
+    other, other_hidden, other_dense = walk(recipe, (4, 2))
+    for (weights, masks, reports), (other_weights, other_masks, others) in zip(reference, other):
+        for name, keep in masks.items():
+            assert (keep == other_masks[name]).all()
+            assert np.abs(weights[name] - other_weights[name]).max() < 1e-3 * np.abs(weights[name]).max()
+        for report, same in zip(reports, others, strict=True):
+            assert (report.damping, report.alpha) == (same.damping, same.alpha)
+            for error in ("error_after", "held_out_after", "dense_before", "dense_after", "dense_drift"):
+                assert getattr(same, error) == pytest.approx(getattr(report, error), rel=1e-3, abs=1e-7), error
+            assert report.dense_after <= report.dense_before * (1 + 1e-6)
+    for stream, same in ((hidden, other_hidden), (dense, other_dense)):
+        assert np.abs(stream.values - same.values).max() < 1e-3 * np.abs(stream.values).max()
+    assert np.abs(hidden.values - dense.values).max() > 0.1
+
+
+def test_recapture_is_a_walk_from_input_to_input():
+    """By hand: the statistics of one layer after the other, each from the block as it is by then."""
+    decoder, recipe = decoder_on((1, 1)), dataclasses.replace(TIGHT, recapture=True)
+    hidden, again = decoder.embed(tokens()), decoder.embed(tokens())
+    weights, masks, _ = walk_block(decoder, 0, hidden, GROUPS, recipe, samples=5)
+    parameters = decoder.load_block(0)
+    for group in GROUPS:
+        parts = [accumulate_hessians(decoder, 0, parameters, again.part(*ends), (group,)) for ends in ((0, 5), (5, 8))]
+        parameters, keeps, _ = prune_block(0, decoder.prefix(0), parameters, (group,), parts[0], recipe, decoder.mesh,
+                                           held_out=(parts[1][0].hessian,))
+        assert all((keep == masks[name]).all() for name, keep in keeps.items())
+    decoder.apply(0, parameters, again)
+    assert (hidden.values == again.values).all()
+    once, _, _ = walk_block(decoder, 0, decoder.embed(tokens()), GROUPS, TIGHT, samples=5)
+    first, second = (names[0] + ".weight" for names in GROUPS)
+    assert np.abs(once[first] - weights[first]).max() < 1e-3 and np.abs(once[second] - weights[second]).max() > 1e-2
+
+
+def test_a_tuned_matrix_is_the_best_of_its_candidates_on_held_out_tokens():
+    """Each candidate again in float64: its minimiser, and its distance from the dense outputs."""
+    weight, sets = two_sets(np.random.default_rng(3))
+    tuning = Grid((0.01, 0.3, 3.0), (0.0, 0.9))
+    new, keep, rows, problem = group_of(weight, sets, dataclasses.replace(BEYOND, tuning=tuning))
+    own = weight @ problem.hessian
+    halfway = problem.linear - own
+
+    def candidate(damping, alpha):
+        best = oracle(problem._replace(linear=own + 2 * alpha * halfway), Pruned(new, keep), damping)
+        return best, dense_error(sets[1], weight.astype(np.float64), best).sum()
+
+    first = {damping: candidate(damping, 0.5)[1] for damping in tuning.damping}
+    damping = min(first, key=first.get)
+    then = {alpha: candidate(damping, alpha)[1] for alpha in (0.5, 0.0, 0.9)}
+    alpha = min(then, key=then.get)
+    assert tuning.chosen(rows.chosen, BEYOND.solver, BEYOND.target) == (damping, alpha)
+    assert (damping, alpha) != (0.01, 0.5), "the first candidate says little"
+    assert np.abs(new - candidate(damping, alpha)[0]).max() < 1e-3 * np.abs(new).max()
+    assert np.asarray(rows.dense[2]).sum() == pytest.approx(then[alpha], rel=1e-3)
+
+
+def test_a_ridge_on_the_problem_is_the_solvers_damping():
+    assert ridge(0.01, CG()) == 0
+    amount, own = ridge(0.5, CG(damping=0.1)), 0.1
+    assert amount + own * (1 + amount) == pytest.approx(0.5)
+    with pytest.raises(UserError, match="lower --solver.damping"):
+        Grid((0.001, 0.1)).dampings(CG())
+    assert Grid((), ()).dampings(CG(damping=0.3)) == (0.3,)
+    assert Grid().alphas(DenseTarget(0.5)) == (0.5, 0.0, 0.25) and Grid().alphas(SelfTarget()) == (0.0,)
+    assert (Fixed().candidates(CG(), SelfTarget()), Grid().candidates(CG(), DenseTarget(0.5))) == (1, 5)
+
+
+def test_an_update_that_the_held_out_tokens_refuse_is_named():
+    """Few tokens, no damping and held-out tokens of another kind: the calibration error falls, the other rises."""
+    rng = np.random.default_rng(4)
+    weight, sets = two_sets(rng)
+    hessian, drift = statistics_of(weight, *(x[:26] for x in sets[0]))
+    other = rng.standard_normal((90, 24))
+    unseen, none = statistics_of(weight, other, other)
+    keep = np.abs(weight) > np.median(np.abs(weight))
+    pruned = Pruned(jnp.where(keep, weight, 0), jnp.asarray(keep))
+    fitted = oracle(LayerProblem(jnp.asarray(weight), hessian, weight @ (hessian + drift.cross)), pruned)
+    solution = Solution(jnp.asarray(fitted, jnp.float32), jnp.zeros(12), jnp.ones(12, jnp.int32), jnp.ones(12, bool))
+
+    def measure(hessian, *ends):
+        return measure_rows(hessian, WHOLE)(jnp.asarray(weight), *ends)
+
+    aim = Aim(jnp.asarray(weight), weight @ drift.cross, (weight @ none.cross, none.energy[0]))
+    for accept, refused in ((PerRow(), False), (HeldOut(), True)):
+        final, rows = judge_rows(pruned, solution, accept, jnp.float32, measure, hessian, unseen, aim)
+        assert rows.refused.all() if refused else not rows.refused.any()
+        assert (final.weight == (pruned if refused else solution).weight).all()
+    report = LayerReport.from_json(dict(
+        block=3, name="a", shape=[12, 24], pruned=0, sparsity=0.0, error_before=0.1, error_after=0.1, gap_median=0.0,
+        gap_max=None, steps_median=1, steps_max=1, rows=12, rows_converged=12,
+        rows_refused=int(rows.refused.sum()), dead_inputs=0))
+    assert unusual([BlockReport(3, 0.0, (report,))])["layers_refused"] == {"block 3 a": 12}
+    assert report.dense_after is report.alpha is report.damping is None  # as before there were such fields
+    told = dataclasses.replace(report, dense_after=0.25, alpha=0.5)
+    assert LayerReport.from_json(told.to_json()) == told
+    before, after = jnp.ones(3), jnp.array([0.5, 2.0, 0.5])
+    yes = jnp.ones(3, bool)
+    assert HeldOut()(before, after, yes, (before, jnp.array([1.1, 0.0, 0.8]))).tolist() == [True, False, True]
+    assert not HeldOut()(before, after, yes, (before, jnp.array([1.1, 0.0, 1.0]))).any()
+    with pytest.raises(UserError, match="held_out"):
+        HeldOut()(before, after, yes)
+
+
+def test_a_stopped_walk_goes_on_to_the_same_bits(tmp_path, monkeypatch):
+    """With the hidden states of both models, and without them."""
+    decoder, recipe = decoder_on((1, 1)), dataclasses.replace(BEYOND, recapture=False)
+    monkeypatch.setattr("optima_tpu.run.linear_groups", lambda decoder: GROUPS)
+
+    def prune(path):
+        journal = open_journal(tmp_path / path, {"model": "a"}, {})
+        with Progress(Console(file=io.StringIO())) as progress:
+            prune_model(decoder, tokens(), recipe, journal, progress, samples=5)
+        return journal
+
+    def stopped(journal, *rest):
+        save(journal, *rest)
+        raise KeyboardInterrupt
+
+    journal, save = prune("whole"), Journal.save
+    for path in ("kept", "lost"):
+        monkeypatch.setattr(Journal, "save", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            prune(path)
+        monkeypatch.setattr(Journal, "save", save)
+        if path == "lost":
+            for file in (tmp_path / path / "activations").rglob("*.safetensors"):
+                file.unlink()
+        again = prune(path)
+        for index in range(3):
+            assert again.report(index)["layers"] == journal.report(index)["layers"]
+            for name, weight in journal.weights(index).items():
+                assert weight.tobytes() == again.weights(index)[name].tobytes(), name
+    dense = decoder.embed(tokens())
+    for index, parameters in enumerate(decoder.blocks(range(3))):
+        decoder.apply(index, parameters, dense)
+    assert (again.activations(decoder.mesh, 2, 8, DENSE).values == dense.values).all()
+
+
+def test_experts_that_are_alike_are_captured_together():
+    groups = (("self_attn.q_proj", "self_attn.k_proj"), ("self_attn.o_proj",), ("mlp.experts.0.gate_proj",),
+              ("mlp.experts.0.down_proj",), ("mlp.experts.1.gate_proj",), ("mlp.experts.1.down_proj",))
+    assert stages(groups) == (groups[:1], groups[1:2], (groups[2], groups[4]), (groups[3], groups[5]))
+
+
+def test_the_matrices_of_a_dense_target_are_counted():
+    rows, size = 320, 192
+    hessian = jax.ShapeDtypeStruct((size, size), jnp.float32)
+    drift = Drift(hessian, (jax.ShapeDtypeStruct((rows,), jnp.float32),))
+    found = prune_group.lower((jax.ShapeDtypeStruct((rows, size), jnp.bfloat16),), hessian, BEYOND, mesh(1, 1), held_out=hessian,
+                              cross=hessian, held_out_drift=drift).compile().memory_analysis()
+    total = found.argument_size_in_bytes + found.output_size_in_bytes + found.temp_size_in_bytes
+    told = needed(size, rows, rows, mesh(1, 1), BEYOND.solver.footprint, False, 2)
+    assert total < told < 1.6 * total
+    shapes = {"a.weight": (8, 64), "b.weight": (8, 64)}
+    budget = 4 * 2 * 2 * 4 * 64 * 64  # a quarter holds the Hessians of both
+    one, two = (passes("", shapes, (("a",), ("b",)), 0, budget, mesh(1, 1), None, None, matrices) for matrices in (1, 2))
+    assert (len(one), len(two)) == (1, 2)
+
+
+def test_the_plan_counts_both_streams(tmp_path):
+    there = Target("there", CHIPS["v5e"], AbstractMesh((4, 2), ("data", "model")), 1, 0.5)
+    folder = config_folder(tmp_path)
+
+    def plan(**settings):
+        config = run_config(folder, layers=(), **settings)
+        return make_plan(config, open_declared(config.model, None, config.batch).on(there.mesh), there)
+
+    paper, beyond = plan(), plan(target=DenseTarget(), recapture=True, tuning=Grid())
+    assert beyond.storage.hidden == 2 * paper.storage.hidden
+    # One calibration, or one an input; four groups, or four shapes of a matrix: q and o, k and v, gate and up, down.
+    assert [len(each.programs) for each in (paper, beyond)] == [1 + 4, 4 + 4]
+    assert beyond.seconds["pruning"] > 3 * paper.seconds["pruning"]
+
+
+def test_the_settings_are_read_alike_from_the_command_line_and_a_file():
+    config = parse(["--target", "dense", "--target.alpha", "0.5", "--recapture", "true", "--tuning", "grid", "--tuning.damping",
+                    "[0.01,0.1]", "--tuning.alpha", "[]", "--accept", "held_out"])
+    assert (config.target, config.recapture, config.tuning, config.accept) == (
+        DenseTarget(0.5), True, Grid((0.01, 0.1), ()), HeldOut())
+    assert configure({"target": {"name": "dense", "alpha": 0.5}, "recapture": True, "accept": "held_out",
+                      "tuning": {"name": "grid", "damping": [0.01, 0.1], "alpha": []}}) == config
+    plain = parse([])
+    assert (plain.target, plain.recapture, plain.tuning) == (SelfTarget(), False, Fixed())
+    for change in ({"target": DenseTarget()}, {"recapture": True}, {"tuning": Grid()}):
+        assert weights_settings(dataclasses.replace(plain, **change)) != weights_settings(plain)
+    for argv, words in ((["--tuning", "grid", "--calibration.held_out", "0"], "held_out of at least 1 where tuning is grid"),
+                        (["--accept", "held_out", "--calibration.held_out", "0"], "where accept is held_out"),
+                        (["--tuning", "grid", "--solver", "null"], "--tuning fixed"),
+                        (["--tuning", "grid", "--tuning.damping", "[0.001]"], "solver's own 0.01"),
+                        (["--tuning", "grid", "--tuning.alpha", "[2]"], "in \\[0, 1\\], got 2"),
+                        (["--target", "dense", "--target.alpha", "-1"], "alpha in \\[0, 1\\], got -1")):
+        with pytest.raises(UserError, match=words):
+            parse(argv)
