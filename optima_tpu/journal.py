@@ -3,7 +3,8 @@
     RUN/run.json                what a resume must agree with, and the full configuration
     RUN/assets/                 the source's configuration, tokenizer and licence files, byte for byte
     RUN/journal/block_0000/     one Orbax checkpoint for each finished block: its weights, masks and report
-    RUN/activations/block_0000/ the hidden states after the block that was saved last, one file of each process
+    RUN/activations/block_0000/ the hidden states after the block that was saved last, one file of each process; with a dense
+                                target those of the dense model too
 
 Each of these appears under its name in one step, after its contents are on the disk (in a bucket it counts from one step on,
 see ``optima_tpu.files``), so kill -9 at any moment leaves a directory from which the same command goes on. Each carries the
@@ -39,6 +40,9 @@ from optima_tpu.manifest import ASSETS, RUN, refuse_another, write_run
 from optima_tpu.processes import everywhere, first_only, from_first, is_first, together
 
 
+
+HIDDEN, DENSE = "hidden_states", "dense_states"
+"""Names of the two streams of hidden states: through the pruned blocks, and through the dense ones."""
 
 _JOURNAL, _ACTIVATIONS = "journal", "activations"
 _ENTRY = re.compile(r"block_(\d{4,})")
@@ -128,7 +132,7 @@ class Journal:
         self.finished = saved.keys() - self.damaged.keys()
 
     def save(self, index: int, weights: Mapping[str, Array], masks: Mapping[str, Array], report: Mapping[str, Any],
-             activations: Activations) -> None:
+             activations: Activations, dense: Activations | None = None) -> None:
         """Makes a block durable. When this returns, the run can be stopped without losing it. Every process calls it.
 
         Args:
@@ -137,6 +141,7 @@ class Journal:
           masks: HF name of a weight -> [d_out, d_in] bool, True where the weight was kept.
           report: JSON values.
           activations: the hidden states after the block, in the model's dtype.
+          dense: those of the dense model, of the same samples, where the run has them.
 
         Raises:
           UserError: the disk is full or not writable. The blocks before are intact.
@@ -157,7 +162,7 @@ class Journal:
 
         def write_states():
             with writing(entry, remedy):
-                _write_states(partial_states, activations)
+                _write_states(partial_states, activations, dense)
 
         def finish():
             with writing(entry, remedy):
@@ -190,12 +195,13 @@ class Journal:
         """The report of a finished block, as it was saved."""
         return read_metadata(self.entry(index)).custom_metadata["report"]
 
-    def activations(self, mesh: Mesh, index: int, samples: int) -> Activations | None:
+    def activations(self, mesh: Mesh, index: int, samples: int, name: str = HIDDEN) -> Activations | None:
         """The hidden states after a finished block, those of this process; None where they are not there or not whole.
 
         Args:
           mesh: which may be another than the one they were saved from.
           samples: how many there are.
+          name: ``HIDDEN``, or ``DENSE`` for those of the dense model.
         """
         folder = self._states(index)
         if not from_first(lambda: folder.is_dir() and not _damage(folder)):
@@ -206,8 +212,8 @@ class Journal:
             with read_here(path) as here, safetensors.safe_open(here, framework="np") as file:
                 rows = file.get_tensor("rows")
                 mine = np.isin(rows, wanted)
-                if mine.any():
-                    states, places = file.get_tensor("hidden_states"), np.searchsorted(wanted, rows[mine])
+                if mine.any() and name in file.keys():
+                    states, places = file.get_tensor(name), np.searchsorted(wanted, rows[mine])
                     values = np.empty((len(wanted), *states.shape[1:]), states.dtype) if values is None else values
                     values[places], found[places] = states[mine], True
         return Activations(mesh, 0, samples, values) if everywhere(bool(found.all())) else None
@@ -250,15 +256,17 @@ class FinishedTensors:
         return self._held[1]
 
 
-def _write_states(folder: Path, activations: Activations) -> None:
+def _write_states(folder: Path, activations: Activations, dense: Activations | None) -> None:
     """Writes those samples of a process that no earlier process holds, and their checksum."""
     rows = _owned_rows(activations)
     if not len(rows) and not is_first():
         return
     path = folder / f"part_{jax.process_index():04d}.safetensors"
     # safetensors writes the buffer as it lies in memory, whatever the strides.
+    streams = {HIDDEN: activations} | ({DENSE: dense} if dense else {})
+    states = {name: np.ascontiguousarray(stream.take(rows)) for name, stream in streams.items()}
     with written_here(path) as here:
-        safetensors.numpy.save_file({"hidden_states": np.ascontiguousarray(activations.take(rows)), "rows": rows}, here)
+        safetensors.numpy.save_file(states | {"rows": rows}, here)
     _write_sums(folder, [path], f"{jax.process_index():04d}")
 
 

@@ -23,7 +23,7 @@ from optima_tpu.export import export, is_export_of
 from optima_tpu.files import only_program, refuse_unreachable, write_bytes
 from optima_tpu.inputs import (Model, Texts, linear_shapes, manifest_of, open_model_on_mesh, read_texts,
                                token_digest)
-from optima_tpu.journal import FinishedTensors, Journal, finished_blocks, open_journal, prepare_directory
+from optima_tpu.journal import DENSE, FinishedTensors, Journal, finished_blocks, open_journal, prepare_directory
 from optima_tpu.layer_rules import check_layers
 from optima_tpu.manifest import code_version, flat
 from optima_tpu.masks import open_masks
@@ -38,6 +38,7 @@ from optima_tpu.report.sinks import Steps, check_sinks, opened, write
 from optima_tpu.report.table import print_summary
 from optima_tpu.selectors import Imported
 from optima_tpu.self_calibration import keep_calibration
+from optima_tpu.target import DenseTarget
 
 
 def run(config: RunConfig, console: Console | None = None, model: Model | None = None, texts: Texts | None = None,
@@ -140,18 +141,20 @@ def prune_model(decoder: Decoder, tokens: np.ndarray, recipe: Recipe, journal: J
     missing = [index for index in range(count) if index not in journal.finished]
     if not missing:
         return
-    groups, hidden, following = linear_groups(decoder), None, 0
+    groups, hidden, dense, following = linear_groups(decoder), None, None, 0
     for index, parameters in zip(missing, decoder.blocks(missing)):
         if hidden is None or following != index:
             hidden = _states_before(decoder, tokens, index, journal, progress)
+            if recipe.target.matrices > 1:
+                dense = _dense_states_before(decoder, tokens, index, journal)
         progress.block(index, count)
         started = time.monotonic()
         parameters, keeps, layers = walk_block(decoder, index, hidden, groups, recipe, progress.layer, samples=samples,
-                                               masks=masks, parameters=parameters, budget=budget)
+                                               masks=masks, parameters=parameters, budget=budget, dense=dense)
         report = BlockReport(index, time.monotonic() - started, layers)
         prefix = decoder.prefix(index)
         journal.save(index, {prefix + name: value for name, value in parameters.items()},
-                     {prefix + name: value for name, value in keeps.items()}, report.to_json(), hidden)
+                     {prefix + name: value for name, value in keeps.items()}, report.to_json(), hidden, dense)
         saved()
         del parameters, keeps  # not to be held while the next block is placed
         following = index + 1
@@ -172,10 +175,21 @@ def _states_before(decoder: Decoder, tokens: np.ndarray, index: int, journal: Jo
     return hidden
 
 
+def _dense_states_before(decoder: Decoder, tokens: np.ndarray, index: int, journal: Journal) -> Activations:
+    """What enters a block in the dense model: from the journal, or through the dense blocks before it."""
+    if index and (saved := journal.activations(decoder.mesh, index - 1, len(tokens), DENSE)) is not None:
+        return saved
+    hidden = decoder.embed(tokens)
+    for earlier, parameters in enumerate(decoder.blocks(range(index))):
+        decoder.apply(earlier, parameters, hidden)
+    return hidden
+
+
 def recipe_of(config: RunConfig) -> Recipe:
     """The part of a configuration that the walk needs."""
     selector = None if isinstance(config.selector, Imported) else config.selector
-    return Recipe(config.pattern, selector, config.solver, config.accept, config.layers)
+    return Recipe(config.pattern, selector, config.solver, config.accept, config.layers, config.target, config.recapture,
+                  config.tuning)
 
 
 def _fitted(decoder: Decoder, recipe: Recipe, budget: float) -> str:
@@ -229,7 +243,7 @@ def _greet(console: Console, config: RunConfig, model: Model, texts: Texts, dire
     rules = f", {to_dict(config)['layers']}" if config.layers else ""
     shape, several = decoder.mesh.shape, "" if jax.process_count() == 1 else f" in {jax.process_count()} processes"
     lines = [f"model        {model.pretrained.origin}: {decoder.config.blocks} blocks, {weights:,} weights to prune",
-             f"recipe       {' + '.join(names)}, {config.pattern}{rules}",
+             f"recipe       {' + '.join(names)}, {config.pattern}{rules}{_beyond(config)}",
              f"calibration  {', '.join(filter(None, (texts.calibration.how, texts.calibration.cache)))}",
              f"devices      {decoder.mesh.size} x {jax.devices()[0].device_kind}, mesh {shape['data']}x{shape['model']}{several}",
              f"run          {directory}"]
@@ -238,6 +252,18 @@ def _greet(console: Console, config: RunConfig, model: Model, texts: Texts, dire
     if finished := finished_blocks(directory):
         lines.append(f"resuming     {len(finished)} of {decoder.config.blocks} blocks are done")
     say(console, "\n".join(lines) + "\n")
+
+
+def _beyond(config: RunConfig) -> str:
+    """What the recipe has beyond the paper's."""
+    words = []
+    if isinstance(config.target, DenseTarget):
+        words.append(f"dense target {config.target.alpha:g}")
+    if config.recapture:
+        words.append("recapture")
+    if (candidates := config.tuning.candidates(config.solver, config.target)) > 1:
+        words.append(f"{candidates} candidates for each matrix")
+    return "".join(f", {word}" for word in words)
 
 
 def _tell(console: Console, config: RunConfig, report: dict[str, Any]) -> None:
