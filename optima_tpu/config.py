@@ -7,7 +7,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
-from optima_tpu.accept import Acceptance, PerLayer, PerRow
+from optima_tpu.accept import Acceptance, HeldOut, PerLayer, PerRow
 from optima_tpu.buckets import as_path
 from optima_tpu.errors import UserError
 from optima_tpu.layer_rules import LayerRule, layers_text
@@ -15,12 +15,16 @@ from optima_tpu.patterns import Pattern, Unstructured, pattern_text
 from optima_tpu.selectors import Imported, Magnitude, MaskSelector, SparseGPT, Thanos, Wanda
 from optima_tpu.sharding import parse_mesh
 from optima_tpu.solvers import CG, MPAX, Adam, Exact, Solver
+from optima_tpu.target import DenseTarget, SelfTarget, Target
+from optima_tpu.tuning import Fixed, Grid, Tuning
 
 CHOICES: Mapping[str, Mapping[str, type | None]] = MappingProxyType({
     "selector": MappingProxyType({
         "wanda": Wanda, "sparsegpt": SparseGPT, "thanos": Thanos, "magnitude": Magnitude, "imported": Imported}),
     "solver": MappingProxyType({"cg": CG, "mpax": MPAX, "exact": Exact, "adam": Adam, "null": None}),
-    "accept": MappingProxyType({"per_row": PerRow, "per_layer": PerLayer}),
+    "accept": MappingProxyType({"per_row": PerRow, "per_layer": PerLayer, "held_out": HeldOut}),
+    "target": MappingProxyType({"self": SelfTarget, "dense": DenseTarget}),
+    "tuning": MappingProxyType({"fixed": Fixed, "grid": Grid}),
 })
 """The settings that are one of several methods, and the name of each method in YAML files and on the command line."""
 
@@ -120,6 +124,10 @@ class RunConfig:
       selector: how the weights that stay are chosen.
       solver: how the weights that stay are moved; None leaves them as the selector does.
       accept: when the solver's weights replace the selector's.
+      target: what a layer is to reproduce.
+      recapture: take a layer's inputs from the block as pruned so far (q, k, v, then o, then gate and up, then down) and not, as
+        the paper does, from the block as it was.
+      tuning: whether damping and alpha are chosen for each matrix on held-out tokens.
       calibration: the text that the pruned model must reproduce.
       evaluation: the text on which perplexity is measured.
       token_cache: keep the tokens of texts in ~/.cache/optima-tpu, or in OPTIMA_TPU_CACHE, and take them from there.
@@ -144,6 +152,9 @@ class RunConfig:
     selector: MaskSelector | Imported = Wanda()
     solver: Solver | None = CG()
     accept: Acceptance = PerRow()
+    target: Target = SelfTarget()
+    recapture: bool = False
+    tuning: Tuning = Fixed()
     calibration: Calibration = Calibration()
     evaluation: Evaluation = Evaluation()
     token_cache: bool = True
@@ -163,6 +174,13 @@ class RunConfig:
             raise UserError(f"expected device_memory above 0 GiB, got {self.device_memory}")
         if self.mesh is not None:
             parse_mesh(self.mesh)
+        if isinstance(self.tuning, Grid):
+            self.tuning.dampings(self.solver)
+        if not self.calibration.held_out:
+            for setting, method in (("tuning", Grid), ("accept", HeldOut)):
+                if isinstance(getattr(self, setting), method):
+                    raise UserError(f"expected calibration.held_out of at least 1 where {setting} is "
+                                    f"{_method_name(setting, method())}, got 0")
 
     @property
     def model_name(self) -> str:
@@ -214,7 +232,8 @@ def weights_settings(config: RunConfig) -> dict[str, Any]:
     """
     values = to_dict(config)
     explicit = {"pattern": pattern_text(config.pattern), "layers": layers_text(config.layers)}
-    return {key: (values | explicit)[key] for key in ("dtype", "pattern", "layers", "selector", "solver", "accept")}
+    return {key: (values | explicit)[key] for key in (
+        "dtype", "pattern", "layers", "selector", "solver", "accept", "target", "recapture", "tuning")}
 
 
 def _method_name(setting: str, method: object) -> str:

@@ -32,6 +32,8 @@ _EPILOG = "In a YAML file the settings have the same names: solver.damping is da
 _TITLES = {
     "selector": "selector (which weights stay)", "solver": "solver (where the weights that stay go)",
     "accept": "accept (when the solver's weights are taken)",
+    "target": "target (what a layer is to reproduce)",
+    "tuning": "tuning (what is chosen for each matrix on held-out tokens)",
     "calibration": "calibration (the text that the pruned model must reproduce)",
     "evaluation": "evaluation (the text on which perplexity is measured, before and after)",
     "sinks": "sinks (where the records of layers are sent too)",
