@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from optima_tpu.calibrate import Groups, Statistics, add_batch
+from optima_tpu.calibrate import Drift, Groups, Statistics, add_batch, add_drift
 from optima_tpu.models.decoder import Decoder
 from optima_tpu.patterns import Pattern
 from optima_tpu.plan.hlo import collectives
@@ -88,17 +88,24 @@ def _parameter(decoder: Decoder, name: str) -> jax.ShapeDtypeStruct:
     return _like(decoder, decoder.block_shapes[name], decoder.tensors.dtype(decoder.prefix(0) + name), decoder.sharding(name))
 
 
-def lower_calibration(decoder: Decoder, groups: Groups, length: int, samples: int) -> jax.stages.Lowered:
-    """One step of the calibration, as ``calibrate.accumulate_hessians`` runs it over ``samples`` sequences."""
+def lower_calibration(decoder: Decoder, groups: Groups, length: int, samples: int, dense: bool = False) -> jax.stages.Lowered:
+    """One step of the calibration, as ``calibrate.accumulate_hessians`` runs it over ``samples`` sequences.
+
+    Args:
+      dense: as ``calibrate.accumulate_drift`` runs it, with two streams.
+    """
     parameters = {name: _parameter(decoder, name) for name in decoder.block_shapes}
     dtype = decoder.tensors.dtype(decoder.root + decoder.family.embedding)
     size = sequences_at_once(decoder, samples) * decoder.mesh.shape[DATA]
     sums = tuple(Statistics(_hessian(decoder, decoder.block_shapes[names[0] + ".weight"][1]), _like(decoder, (), jnp.int32, P()))
                  for names in groups)
     positions = jax.tree.map(lambda array: _like(decoder, array.shape, array.dtype, P()), decoder.config.positions(0, length))
-    return add_batch.lower(decoder.graph, decoder.mesh, groups, sums, decoder.state(parameters),
-                           _like(decoder, (size, length, decoder.config.d_model), dtype, P(DATA)),
-                           _like(decoder, (size,), jnp.bool_, P(DATA)), positions)
+    state, hidden = decoder.state(parameters), _like(decoder, (size, length, decoder.config.d_model), dtype, P(DATA))
+    valid = _like(decoder, (size,), jnp.bool_, P(DATA))
+    if dense:
+        sums = sums, tuple(Drift(found.hessian) for found in sums)
+        return add_drift.lower(decoder.graph, decoder.mesh, groups, sums, (state, state), (hidden, hidden), {}, valid, positions)
+    return add_batch.lower(decoder.graph, decoder.mesh, groups, sums, state, hidden, valid, positions)
 
 
 def sequences_at_once(decoder: Decoder, samples: int) -> int:
@@ -112,7 +119,12 @@ def lower_pruning(decoder: Decoder, names: tuple[str, ...], patterns: tuple[Patt
     weights = tuple(_parameter(decoder, name + ".weight") for name in names)
     hessian = _hessian(decoder, weights[0].shape[1])
     masks = None if recipe.selector else tuple(_like(decoder, weight.shape, jnp.bool_, ROWS) for weight in weights)
-    return prune_group.lower(weights, hessian, recipe, decoder.mesh, patterns, masks, hessian if held_out else None, layout)
+    cross = unseen = None
+    if recipe.target.matrices > 1:
+        energy = tuple(_like(decoder, weight.shape[:1], jnp.float32, P()) for weight in weights)
+        cross, unseen = hessian, Drift(hessian, energy) if held_out else None
+    return prune_group.lower(weights, hessian, recipe, decoder.mesh, patterns, masks, hessian if held_out else None, layout,
+                             cross, unseen)
 
 
 def bytes_on_device(*arrays: jax.ShapeDtypeStruct) -> int:
@@ -120,7 +132,7 @@ def bytes_on_device(*arrays: jax.ShapeDtypeStruct) -> int:
     return sum(math.prod(array.sharding.shard_shape(array.shape)) * array.dtype.itemsize for array in arrays)
 
 
-def resident(decoder: Decoder, groups: Groups, held_out: bool) -> int:
-    """Bytes on a device while a block is pruned: its weights and all its Hessians."""
+def resident(decoder: Decoder, groups: Groups, held_out: bool, matrices: int = 1) -> int:
+    """Bytes on a device while a block is pruned: its weights and all its Hessians, with ``matrices`` of each set of tokens."""
     hessians = [_hessian(decoder, decoder.block_shapes[names[0] + ".weight"][1]) for names in groups]
-    return bytes_on_device(*(_parameter(decoder, name) for name in decoder.block_shapes), *hessians, *(hessians * held_out))
+    return bytes_on_device(*(_parameter(decoder, name) for name in decoder.block_shapes), *hessians * matrices * (1 + held_out))

@@ -103,22 +103,24 @@ def solver_cost(solver: Solver | None) -> SolverCost:
 
 
 def prune_work(rows: float, d_in: int, solver: Solver | None, selector: MaskSelector | None, held_out: bool,
-               parts: int = 1) -> Work:
+               parts: int = 1, candidates: int = 1, dense: bool = False) -> Work:
     """Of ``prune_group``, for ``rows`` rows on a device.
 
     Args:
+      candidates: how often the rows are solved and judged.
+      dense: with a dense target.
       parts: into how many the Hessian and the features are split; a device then does a part of that many times the rows.
     """
     cost = solver_cost(solver)
     # Beside the solver: the target, and the objective before and after, which are one where there is no solver.
     change = 2 if solver else 1
-    times = cost.products + 1 + change + held_out * (1 + change)
-    shared, passes = cost.shared, cost.passes + 30 + _PASSES_OF_A_MASK
+    times = candidates * (cost.products + 1 + change + held_out * (1 + change)) + dense * (1 + held_out)
+    shared, passes = candidates * cost.shared, candidates * (cost.passes + 30) + _PASSES_OF_A_MASK
     if not isinstance(selector, (Wanda, Magnitude, type(None))):  # a factorisation and a sweep over the columns
         times, shared = times + 2, shared + 1
     if parts == 1:
         # Cholesky, and a triangular solve with the identity; the inverse is then one more product.
-        factor, inverse = (shared * 4 / 3 + cost.each_row * rows / 3) * d_in**3, 2.0 * shared * d_in**3
+        factor, inverse = (shared * 4 / 3 + candidates * cost.each_row * rows / 3) * d_in**3, 2.0 * shared * d_in**3
     else:
         factor, inverse = 0.0, 6.0 * shared * d_in**3 / parts  # see solvers/split_inverse.py
     return Work(wide=2.0 * d_in * d_in * times * rows + inverse, factor=factor,
@@ -139,15 +141,18 @@ def products(model: Declared, flops: float) -> Work:
     return Work(wide=flops) if model.dtype.itemsize == 4 else Work(narrow=flops)
 
 
-def calibration_work(model: Declared, block: float, sizes: tuple[int, ...], length: int, sequences: float) -> Work:
+def calibration_work(model: Declared, block: float, sizes: tuple[int, ...], length: int, sequences: float,
+                     streams: int = 1) -> Work:
     """Of ``calibrate.add_batch`` with so many sequences on each slice of the data axis.
 
     Args:
-      block: from :func:`sequence_flops`. The model axis shares it.
+      block: from :func:`sequence_flops`. The model axis shares it. All of it is counted, also where the last input that is needed
+        comes early in the block.
       sizes: d_in of each distinct input, for its Gram matrix.
+      streams: 2 for ``calibrate.add_drift``.
     """
     grams = sum(2.0 * length * size * size / _columns(model, size) for size in sizes)
-    return products(model, sequences * (block / model.decoder.mesh.shape[MODEL] + grams))
+    return products(model, streams * sequences * (block / model.decoder.mesh.shape[MODEL] + grams))
 
 
 def _columns(model: Declared, size: int) -> int:
@@ -156,13 +161,13 @@ def _columns(model: Declared, size: int) -> int:
     return axis if size % axis == 0 else 1
 
 
-def calibration_memory(model: Declared, sizes: tuple[int, ...], length: int, batch: int) -> int:
+def calibration_memory(model: Declared, sizes: tuple[int, ...], length: int, batch: int, streams: int = 1) -> int:
     """Bytes of ``calibrate.add_batch`` on a device: the block, sums, inputs of all layers and two arrays of attention scores."""
     decoder, axis, tokens = model.decoder, model.decoder.mesh.shape[MODEL], batch * length
     sums = sum(4 * size * size // _columns(model, size) for size in sizes)
     inputs = tokens * model.dtype.itemsize * (4 * decoder.config.d_model + 2 * sum(sizes))
     scores = 2 * tokens * length * getattr(decoder.config, "heads", 0) * 4
-    return model.block_bytes() // axis + 2 * sums + inputs + scores // axis
+    return streams * (model.block_bytes() // axis + 2 * sums + inputs) + scores // axis
 
 
 class Storage(NamedTuple):
@@ -188,7 +193,7 @@ def storage(model: Declared, config: RunConfig, hosts: int, pruned: int) -> Stor
     """
     decoder, text = model.decoder, config.calibration
     itemsize = model.itemsize(next(iter(decoder.end_shapes)))
-    hidden = (text.samples + text.held_out) * text.length * decoder.config.d_model * itemsize
+    hidden = (text.samples + text.held_out) * text.length * decoder.config.d_model * itemsize * config.target.matrices
     block, ends, blocks = model.block_bytes(), model.end_bytes(), decoder.config.blocks
     masks = pruned // blocks
     table = max(math.prod(shape) * model.itemsize(name) for name, shape in decoder.end_shapes.items())
@@ -226,14 +231,15 @@ def run_seconds(model: Declared, config: RunConfig, target: Target, stored: Stor
 
     tokens = evaluation_tokens(config)
     head = products(model, 2.0 * tokens * decoder.config.vocab * decoder.config.d_embedding / target.mesh.size).seconds(target)
-    moved = 3 * stored.hidden + 4 * tokens * stored.hidden / ((text.samples + text.held_out) * text.length)
+    streams = config.target.matrices
+    moved = 3 * stored.hidden + 4 * tokens * stored.hidden / streams / ((text.samples + text.held_out) * text.length)
     # The weights are read for both perplexities, for the walk and for the checkpoint.
     stages = {
         "compiling (as here)": compiling,
         "perplexity, dense and pruned": 2 * (forward(tokens) + head),
         "calibration": calibrating,
         "pruning": pruning,
-        "pruned blocks forward": forward((text.samples + text.held_out) * text.length),
+        "pruned blocks forward": streams * forward((text.samples + text.held_out) * text.length),
         "hidden states to and from the devices": blocks * moved / (ASSUMED.transfer * target.hosts),
         "reading weights": 4 * weights / (ASSUMED.reading * target.hosts),
         "writing": (sum(stored.disk.values()) + (blocks - 2) * stored.hidden) / ASSUMED.writing,
@@ -253,6 +259,9 @@ def assumptions(config: RunConfig, target: Target) -> list[str]:
                      "so, since the compiler's own count takes a loop once")
     if not config.evaluation.windows:
         words.append(f"a perplexity text of {ASSUMED.evaluation_tokens:,} tokens (evaluation.windows is null)")
+    if config.recapture:
+        words.append("every pass of the calibration is counted as a whole block, also where it ends at an early input, and its "
+                     "hidden states are not counted on their way to the devices")
     words.append(f"a host moves {ASSUMED.transfer / 1e9:g} GB/s to its devices and reads {ASSUMED.reading / 1e9:g} GB/s of "
                  f"weights; the run directory takes {ASSUMED.writing / 1e9:g} GB/s; nothing overlaps")
     words.append("communication is not counted")

@@ -18,7 +18,7 @@ from optima_tpu.plan.compile import Compiled, compiled, lower_calibration, lower
 from optima_tpu.plan.estimate import Storage, Work
 from optima_tpu.plan.model import Declared
 from optima_tpu.plan.topology import Target
-from optima_tpu.prune import Recipe, block_passes, pruned_groups
+from optima_tpu.prune import Recipe, block_passes, pruned_groups, solved_together
 from optima_tpu.run import recipe_of
 from optima_tpu.sharding import DATA, MODEL, ON_EVERY_DEVICE, Layout
 
@@ -126,10 +126,11 @@ def make_plan(config: RunConfig, model: Declared, target: Target, tell: Callable
         for part in parts:
             kinds[part.groups] += 1
             for group, layout in zip(*part):
-                shape = _Shape(tuple(decoder.block_shapes[name + ".weight"] for name in group),
-                               tuple(patterns[prefix + name] for name in group), layout)
-                shapes[shape] += 1
-                layers.setdefault(shape, (group, tuple(other for other in part.groups if other != group)))
+                for together in solved_together(group, recipe):
+                    shape = _Shape(tuple(decoder.block_shapes[name + ".weight"] for name in together),
+                                   tuple(patterns[prefix + name] for name in together), layout)
+                    shapes[shape] += 1
+                    layers.setdefault(shape, (together, tuple(other for other in part.groups if other != group)))
 
     block = estimate.sequence_flops(model, text.length)
     programs = [_calibration(config, model, target, block, groups, count, tell) for groups, count in kinds.items()]
@@ -153,13 +154,14 @@ def _calibration(config: RunConfig, model: Declared, target: Target, block: floa
     steps = sum(-(-count // (batch * target.mesh.shape[DATA])) for count in (text.samples, text.held_out))
     name, found = "calibration step", None
     # While the held-out sequences run through the block, the Hessians of the others are there.
-    beside = resident(decoder, groups, False) - resident(decoder, (), False) if text.held_out else 0
-    memory = beside + estimate.calibration_memory(model, sizes, text.length, batch)
+    streams = config.target.matrices
+    beside = resident(decoder, groups, False, streams) - resident(decoder, (), False) if text.held_out else 0
+    memory = beside + estimate.calibration_memory(model, sizes, text.length, batch, streams)
     if target.compiles:
         tell(f"compiling the {name}: {batch} x {text.length} tokens a device")
-        found = compiled(lambda: lower_calibration(decoder, groups, text.length, text.samples), tell, target.options)
+        found = compiled(lambda: lower_calibration(decoder, groups, text.length, text.samples, streams > 1), tell, target.options)
         memory = beside + found.memory if found.memory else memory
-    work = estimate.calibration_work(model, block, sizes, text.length, batch)
+    work = estimate.calibration_work(model, block, sizes, text.length, batch, streams)
     return Program(name, blocks * steps, None, None, work, memory, found)
 
 
@@ -170,13 +172,15 @@ def _pruning(model: Declared, target: Target, recipe: Recipe, shape: _Shape, nam
     rows = -(-every * parts // mesh.size)
     short = ", ".join(name.rpartition(".")[2].removesuffix("_proj") for name in names)
     name = f"{short} [{sum(d_out for d_out, _ in shape.shapes):,}, {d_in:,}]"
-    work = estimate.prune_work(rows / parts, d_in, recipe.solver, recipe.selector, held_out, parts)
-    memory = round(resident(decoder, others, held_out) + needed(
-        d_in, every, layout.rows or rows, mesh, footprint_of(recipe.solver, recipe.selector), layout.split))
+    matrices = recipe.target.matrices
+    work = estimate.prune_work(rows / parts, d_in, recipe.solver, recipe.selector, held_out, parts,
+                               recipe.tuning.candidates(recipe.solver, recipe.target), matrices > 1)
+    memory = round(resident(decoder, others, held_out, matrices) + needed(
+        d_in, every, layout.rows or rows, mesh, footprint_of(recipe.solver, recipe.selector), layout.split, matrices))
     found = None
     if target.compiles:
         tell(f"compiling the solver for {name}: {rows:,} rows a device")
         found = compiled(lambda: lower_pruning(decoder, names, shape.patterns, recipe, held_out, layout), tell, target.options)
         if found.memory:
-            memory = resident(decoder, (*others, names), held_out) + found.memory - found.arguments
+            memory = resident(decoder, (*others, names), held_out, matrices) + found.memory - found.arguments
     return Program(name, calls, rows, layout, work, memory, found)
