@@ -39,8 +39,6 @@ from optima_tpu.files import (LOCK, PARTIAL, begin, commit, digest, files_in, re
 from optima_tpu.manifest import ASSETS, RUN, refuse_another, write_run
 from optima_tpu.processes import everywhere, first_only, from_first, is_first, together
 
-
-
 HIDDEN, DENSE = "hidden_states", "dense_states"
 """Names of the two streams of hidden states: through the pruned blocks, and through the dense ones."""
 
@@ -227,33 +225,6 @@ class Journal:
 
     def _states(self, index: int) -> Path:
         return self.directory / _ACTIVATIONS / f"block_{index:04d}"
-
-
-class FinishedTensors:
-    """The tensors of the finished blocks of a journal, as a ``TensorSource`` that is read block by block."""
-
-    def __init__(self, journal: Journal):
-        self._blocks = {name: index for index in sorted(journal.finished)
-                        for name in read_metadata(journal.entry(index)).metadata["weights"]}
-        self._journal, self._held = journal, (-1, {})
-
-    def names(self) -> tuple[str, ...]:
-        return tuple(self._blocks)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self._block(name)[name].shape
-
-    def dtype(self, name: str) -> np.dtype:
-        return self._block(name)[name].dtype
-
-    def read(self, name: str, index=(...,)) -> np.ndarray:
-        return self._block(name)[name][index]
-
-    def _block(self, name: str) -> dict[str, np.ndarray]:
-        index = self._blocks[name]
-        if self._held[0] != index:
-            self._held = index, self._journal.weights(index)
-        return self._held[1]
 
 
 def _write_states(folder: Path, activations: Activations, dense: Activations | None) -> None:

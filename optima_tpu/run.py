@@ -21,9 +21,10 @@ from optima_tpu.data import Tokens
 from optima_tpu.evaluate.perplexity import perplexity
 from optima_tpu.export import export, is_export_of
 from optima_tpu.files import only_program, refuse_unreachable, write_bytes
+from optima_tpu.finished import FinishedTensors
 from optima_tpu.inputs import (Model, Texts, linear_shapes, manifest_of, open_model_on_mesh, read_texts,
                                token_digest)
-from optima_tpu.journal import DENSE, FinishedTensors, Journal, finished_blocks, open_journal, prepare_directory
+from optima_tpu.journal import DENSE, Journal, finished_blocks, open_journal, prepare_directory
 from optima_tpu.layer_rules import check_layers
 from optima_tpu.manifest import code_version, flat
 from optima_tpu.masks import open_masks
