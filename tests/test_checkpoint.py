@@ -107,7 +107,8 @@ def flip(path: Path) -> None:
     (truncate, "bytes where"), (flip, "not what was written"), (Path.unlink, "is missing")], ids=["truncated", "flipped", "gone"])
 def test_a_damaged_block_counts_as_not_done_and_the_others_stay(tmp_path, harm, reason):
     started(tmp_path, 3)
-    harm(max((tmp_path / "journal" / "block_0001").rglob("*"), key=lambda path: path.is_file() and path.stat().st_size))
+    files = [path for path in (tmp_path / "journal" / "block_0001").rglob("*") if path.is_file() and "sha256" not in path.name]
+    harm(max(files, key=lambda path: path.stat().st_size))
     journal = open_journal(tmp_path, MANIFEST, ASSETS)
     assert journal.finished == {0, 2} and reason in journal.damaged[1]
     journal.save(1, *pruned_block(small_model(), 1))

@@ -161,10 +161,10 @@ def test_sigterm_ends_a_run_with_its_own_status_and_a_save_is_finished_first(fin
 
     write_states = sys.modules["optima_tpu.journal"]._write_states
 
-    def told_while_writing(folder, activations):
+    def told_while_writing(folder, *streams):
         if inside and folder.name.startswith("block_0001"):
             signal.raise_signal(signal.SIGTERM)
-        write_states(folder, activations)
+        write_states(folder, *streams)
 
     command = [*finished.arguments, "--output", str(tmp_path / "run")]
     monkeypatch.setattr(Journal, "save", told_to_stop)
