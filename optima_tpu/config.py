@@ -29,7 +29,8 @@ CHOICES: Mapping[str, Mapping[str, type | None]] = MappingProxyType({
 """The settings that are one of several methods, and the name of each method in YAML files and on the command line."""
 
 
-def _at_least(least: int, name: str, value: int | None) -> None:
+def at_least(least: int, name: str, value: int | None) -> None:
+    """Raises UserError for a setting below what it can be."""
     if value is not None and value < least:
         raise UserError(f"expected {name} of at least {least}, got {value}")
 
@@ -55,10 +56,10 @@ class Calibration:
     held_out: int = 8
 
     def __post_init__(self):
-        _at_least(1, "calibration.samples", self.samples)
-        _at_least(2, "calibration.length", self.length)
-        _at_least(0, "calibration.seed", self.seed)
-        _at_least(0, "calibration.held_out", self.held_out)
+        at_least(1, "calibration.samples", self.samples)
+        at_least(2, "calibration.length", self.length)
+        at_least(0, "calibration.seed", self.seed)
+        at_least(0, "calibration.held_out", self.held_out)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,8 +80,8 @@ class Evaluation:
     bos: Literal["text", "window"] | None = None
 
     def __post_init__(self):
-        _at_least(2, "evaluation.length", self.length)
-        _at_least(1, "evaluation.windows", self.windows)
+        at_least(2, "evaluation.length", self.length)
+        at_least(1, "evaluation.windows", self.windows)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,10 +167,10 @@ class RunConfig:
     def __post_init__(self):
         if not self.model.strip():
             raise UserError("expected a model: a folder, a hub id, a .gguf file or wheel:NAME, got an empty text")
-        _at_least(1, "cpu_devices", self.cpu_devices)
-        _at_least(1, "num_processes", self.num_processes)
-        _at_least(1, "join_timeout", self.join_timeout)
-        _at_least(1, "batch", self.batch)
+        at_least(1, "cpu_devices", self.cpu_devices)
+        at_least(1, "num_processes", self.num_processes)
+        at_least(1, "join_timeout", self.join_timeout)
+        at_least(1, "batch", self.batch)
         if self.device_memory is not None and not self.device_memory > 0:
             raise UserError(f"expected device_memory above 0 GiB, got {self.device_memory}")
         if self.mesh is not None:

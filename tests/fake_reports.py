@@ -36,3 +36,11 @@ def write_run(directory: Path, config=EMBEDDED, reports: list[LayerReport] | Non
                  calibration={}, evaluation={"how": "the first 4 windows of pydoc"},
                  perplexity={"dense": 2.0, "pruned": 3.0}, blocks=blocks, seconds={}, memory={}, files={})
     return directory
+
+
+def write_other_places() -> None:
+    """What is no finished run, in the working directory: an empty folder, a run that was only started, a text."""
+    for name in ("empty", "started"):
+        Path(name).mkdir()
+    Path("started/run.json").write_text("{}")
+    Path("text").write_text("no JSON")

@@ -18,7 +18,7 @@ from optima_tpu.patterns import NM
 from optima_tpu.report import curves, figures
 from optima_tpu.solvers import CG, MPAX
 from optima_tpu.sweep.tables import Result
-from tests.fake_reports import NAMES, layers, write_run
+from tests.fake_reports import NAMES, layers, write_other_places, write_run
 
 WANDA_CG = EMBEDDED
 WANDA_MPAX = dataclasses.replace(EMBEDDED, solver=MPAX())
@@ -202,10 +202,7 @@ def test_a_figure_is_written_in_the_format_of_its_suffix_and_is_the_same_again(s
     (["samples", "unfinished"], ["no cell"])])
 def test_what_cannot_be_drawn_is_refused_in_one_line(argv, words, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    for name in ("empty", "started"):
-        Path(name).mkdir()
-    Path("started/run.json").write_text("{}")
-    Path("text").write_text("no JSON")
+    write_other_places()
     write_run(Path("cg"))
     write_run(Path("same"))
     write_run(Path("none"), dataclasses.replace(EMBEDDED, solver=None))

@@ -24,7 +24,7 @@ from optima_tpu.report.records import BlockReport
 from optima_tpu.report.runs import read_runs
 from optima_tpu.report.summary import by_kind
 from optima_tpu.solvers import MPAX
-from tests.fake_reports import layers, write_run
+from tests.fake_reports import layers, write_other_places, write_run
 
 SECTIONS = ("outcome", "layers", "maps", "solver", "unusual", "cost", "origin")
 EVALUATION = {
@@ -304,10 +304,7 @@ def test_the_command_line_writes_the_page_and_a_summary(tmp_path, monkeypatch, c
     (["cg", "-o", "cg"], ["a file"])])
 def test_what_cannot_be_drawn_is_refused_in_one_line(argv, words, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    for name in ("empty", "started"):
-        Path(name).mkdir()
-    Path("started/run.json").write_text("{}")
-    Path("text").write_text("no JSON")
+    write_other_places()
     write_run(Path("cg"))
     report = json.loads(Path("cg/report.json").read_text())
     Path("old").mkdir()

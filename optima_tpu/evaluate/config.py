@@ -9,6 +9,7 @@ from typing import Literal
 import jsonargparse
 
 from optima_tpu.cli import one_line, refuse_unknown, spelled
+from optima_tpu.config import at_least
 from optima_tpu.errors import UserError
 from optima_tpu.options import Formatter, add_fields
 from optima_tpu.sharding import parse_mesh
@@ -87,8 +88,7 @@ class EvaluateConfig:
             raise UserError("expected a model: a run directory, a folder, a hub id, a .gguf file or wheel:NAME, got nothing")
         for name, least in (("length", 2), ("windows", 1), ("limit", 1), ("fewshot", 0), ("context", 1), ("cpu_devices", 1),
                             ("batch", 1), ("num_processes", 1), ("join_timeout", 1)):
-            if (value := getattr(self, name)) is not None and value < least:
-                raise UserError(f"expected {name} of at least {least}, got {value}")
+            at_least(least, name, getattr(self, name))
         if self.mesh is not None:
             parse_mesh(self.mesh)
         if unused := sorted(set(self.folders) - set(self.task_names)):

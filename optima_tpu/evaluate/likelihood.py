@@ -16,6 +16,7 @@ from jax import Array
 
 from optima_tpu.activations import Activations, held_rows, on_mesh
 from optima_tpu.evaluate.perplexity import overflow
+from optima_tpu.evaluate.predictions import picked
 from optima_tpu.models.decoder import Decoder, Head, head_logits
 from optima_tpu.processes import fetch
 from optima_tpu.sharding import DATA
@@ -213,5 +214,4 @@ def _scores(head: Head, hidden: Activations, places: Places) -> Iterator[tuple[n
 def _next_tokens(head: Head, hidden: Array, targets: Array) -> tuple[Array, Array]:
     """Of hidden states [places, d_model]: (log-probability of the targets, float32; whether they are the likeliest), [places]."""
     logits = head_logits(head, hidden)
-    picked = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
-    return picked - jax.nn.logsumexp(logits, axis=-1), jnp.argmax(logits, axis=-1) == targets
+    return picked(logits, targets) - jax.nn.logsumexp(logits, axis=-1), jnp.argmax(logits, axis=-1) == targets

@@ -40,7 +40,7 @@ def sum_over_windows(score: Callable[..., Tree], tokens: Array, *streams: Array)
 
 
 def picked(values: Array, targets: Array) -> Array:
-    """The entries [windows, stretch] of ``values`` [windows, stretch, vocab] at the targets [windows, stretch]."""
+    """The entries [...] of ``values`` [..., vocab] at the targets [...]."""
     return jnp.take_along_axis(values, targets[..., None], axis=-1)[..., 0]
 
 
