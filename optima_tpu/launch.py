@@ -93,7 +93,7 @@ def _draw(directory: Path) -> None:
         again = f"python -m optima_tpu.report {shlex.quote(str(directory))}"
         print(f"\nto look at: {path}; side by side with other runs: {again} RUN ...", flush=True)
     except UserError as error:
-        print(f"\nreport.html was not drawn: {error}", file=sys.stderr, flush=True)
+        print(f"\n{PAGE} was not drawn: {error}", file=sys.stderr, flush=True)
 
 
 def _stop(number: int, frame: object) -> None:

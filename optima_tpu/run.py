@@ -169,20 +169,20 @@ def _states_before(decoder: Decoder, tokens: np.ndarray, index: int, journal: Jo
     if (saved := journal.activations(decoder.mesh, index - 1, len(tokens))) is not None:
         return saved
     progress.note(f"the hidden states after block {index} are not there or damaged: they are computed again")
-    hidden = decoder.embed(tokens)
-    pruned = dataclasses.replace(decoder, tensors=FinishedTensors(journal))
-    for earlier, parameters in enumerate(pruned.blocks(range(index))):
-        pruned.apply(earlier, parameters, hidden)
-    return hidden
+    return _through(dataclasses.replace(decoder, tensors=FinishedTensors(journal)), index, decoder.embed(tokens))
 
 
 def _dense_states_before(decoder: Decoder, tokens: np.ndarray, index: int, journal: Journal) -> Activations:
     """What enters a block in the dense model: from the journal, or through the dense blocks before it."""
     if index and (saved := journal.activations(decoder.mesh, index - 1, len(tokens), DENSE)) is not None:
         return saved
-    hidden = decoder.embed(tokens)
-    for earlier, parameters in enumerate(decoder.blocks(range(index))):
-        decoder.apply(earlier, parameters, hidden)
+    return _through(decoder, index, decoder.embed(tokens))
+
+
+def _through(decoder: Decoder, count: int, hidden: Activations) -> Activations:
+    """The hidden states, which it changes, behind the first ``count`` blocks."""
+    for index, parameters in enumerate(decoder.blocks(range(count))):
+        decoder.apply(index, parameters, hidden)
     return hidden
 
 
