@@ -12,6 +12,7 @@ from optima_tpu.buckets import as_path
 from optima_tpu.errors import UserError
 from optima_tpu.layer_rules import LayerRule, layers_text
 from optima_tpu.patterns import Pattern, Unstructured, pattern_text
+from optima_tpu.refine import Swaps
 from optima_tpu.selectors import Imported, Magnitude, MaskSelector, SparseGPT, Thanos, Wanda
 from optima_tpu.sharding import parse_mesh
 from optima_tpu.solvers import CG, MPAX, Adam, Exact, Solver
@@ -25,6 +26,7 @@ CHOICES: Mapping[str, Mapping[str, type | None]] = MappingProxyType({
     "accept": MappingProxyType({"per_row": PerRow, "per_layer": PerLayer, "held_out": HeldOut}),
     "target": MappingProxyType({"self": SelfTarget, "dense": DenseTarget}),
     "tuning": MappingProxyType({"fixed": Fixed, "grid": Grid}),
+    "refine": MappingProxyType({"null": None, "swaps": Swaps}),
 })
 """The settings that are one of several methods, and the name of each method in YAML files and on the command line."""
 
@@ -129,6 +131,7 @@ class RunConfig:
       recapture: take a layer's inputs from the block as pruned so far (q, k, v, then o, then gate and up, then down) and not, as
         the paper does, from the block as it was.
       tuning: whether damping and alpha are chosen for each matrix on held-out tokens.
+      refine: whether the mask changes once its weights are solved; None leaves it as the selector made it.
       calibration: the text that the pruned model must reproduce.
       evaluation: the text on which perplexity is measured.
       token_cache: keep the tokens of texts in ~/.cache/optima-tpu, or in OPTIMA_TPU_CACHE, and take them from there.
@@ -156,6 +159,7 @@ class RunConfig:
     target: Target = SelfTarget()
     recapture: bool = False
     tuning: Tuning = Fixed()
+    refine: Swaps | None = None
     calibration: Calibration = Calibration()
     evaluation: Evaluation = Evaluation()
     token_cache: bool = True
@@ -177,6 +181,9 @@ class RunConfig:
             parse_mesh(self.mesh)
         if isinstance(self.tuning, Grid):
             self.tuning.dampings(self.solver)
+        if self.refine and self.solver is None:
+            raise UserError("expected a solver where refine is swaps, got none: its solution says what to exchange; take --solver cg "
+                            "or --refine null")
         if not self.calibration.held_out:
             for setting, method in (("tuning", Grid), ("accept", HeldOut)):
                 if isinstance(getattr(self, setting), method):
@@ -234,7 +241,7 @@ def weights_settings(config: RunConfig) -> dict[str, Any]:
     values = to_dict(config)
     explicit = {"pattern": pattern_text(config.pattern), "layers": layers_text(config.layers)}
     return {key: (values | explicit)[key] for key in (
-        "dtype", "pattern", "layers", "selector", "solver", "accept", "target", "recapture", "tuning")}
+        "dtype", "pattern", "layers", "selector", "solver", "accept", "target", "recapture", "tuning", "refine")}
 
 
 def _method_name(setting: str, method: object) -> str:

@@ -9,6 +9,7 @@ from jax import Array
 from optima_tpu.accept import Acceptance
 from optima_tpu.features import Features
 from optima_tpu.problem import Pruned, Solution, objective, output_energy, self_target
+from optima_tpu.refine import Refined
 from optima_tpu.report.rows import RowReport
 from optima_tpu.target import pulled
 
@@ -39,21 +40,25 @@ def measure_rows(hessian: Array, features: Features) -> Callable[..., tuple[Arra
     return measure
 
 
-def judge_rows(pruned: Pruned, solution: Solution, accept: Acceptance | None, dtype, measure: Measure, hessian: Array,
+def judge_rows(pruned: Pruned, found: Solution | Refined, accept: Acceptance | None, dtype, measure: Measure, hessian: Array,
                held_out: Array | None = None, aim: Aim | None = None) -> tuple[Pruned, RowReport]:
-    """Takes the solver's weights where they are accepted, after the cast to what they are stored in.
+    """Takes the solver's weights, and its mask where it has one, where they are accepted, after the cast to what is stored.
 
     Args:
+      found: for the mask that came, or with another one.
       accept: None takes all of them.
       hessian, held_out: of the calibration and of the held-out tokens.
       aim: for a dense target. The acceptance then compares objectives of that target, and errors against the dense model's
         outputs on held-out tokens: ``(v - w) H (v - w)' - 2 w B (v - w)' + mean (D w')^2``.
     """
-    def stored(weight):
-        # The mask again after the cast, and + 0.0 so that no -0.0 is left: zeros are exact in the file.
-        return jnp.where(pruned.keep, weight, 0.0).astype(dtype).astype(jnp.float32) + 0.0
+    refined = isinstance(found, Refined)
+    solution, keep = found if refined else (found, pruned.keep)
 
-    old, new = stored(pruned.weight), stored(solution.weight)
+    def stored(weight, keep):
+        # The mask again after the cast, and + 0.0 so that no -0.0 is left: zeros are exact in the file.
+        return jnp.where(keep, weight, 0.0).astype(dtype).astype(jnp.float32) + 0.0
+
+    old, new = stored(pruned.weight, pruned.keep), stored(solution.weight, keep)
     energy, before, after = measure(hessian, old, new)
     aims, unseen = (before, after), None if held_out is None else measure(held_out, old, new)
     against = drift = None
@@ -72,4 +77,7 @@ def judge_rows(pruned: Pruned, solution: Solution, accept: Acceptance | None, dt
 
     report = RowReport(energy, before, jnp.where(accepted, after, before), solution.gap, solution.steps, solution.converged,
                        ~accepted, unseen and taken(unseen), against and taken(against, drift))
-    return Pruned(jnp.where(accepted[:, None], new, old), pruned.keep), report
+    if refined:
+        keep = jnp.where(accepted[:, None], keep, pruned.keep)
+        report = report._replace(exchanged=jnp.sum(keep & ~pruned.keep, axis=1, dtype=jnp.int32))
+    return Pruned(jnp.where(accepted[:, None], new, old), keep), report

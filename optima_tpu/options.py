@@ -33,11 +33,14 @@ _TITLES = {
     "selector": "selector (which weights stay)", "solver": "solver (where the weights that stay go)",
     "accept": "accept (when the solver's weights are taken)",
     "target": "target (what a layer is to reproduce)",
+    "refine": "refine (whether the mask changes once its weights are solved)",
     "tuning": "tuning (what is chosen for each matrix on held-out tokens)",
     "calibration": "calibration (the text that the pruned model must reproduce)",
     "evaluation": "evaluation (the text on which perplexity is measured, before and after)",
     "sinks": "sinks (where the records of layers are sent too)",
 }
+_NOTHING = {"solver": "Leaves them as the selector does", "refine": "Leaves it as the selector made it"}
+"""What the choice ``null`` does."""
 PARTS = {"calibration": Calibration, "evaluation": Evaluation, "sinks": Sinks}
 
 
@@ -50,7 +53,7 @@ def make_parser(chosen: Mapping[str, str], base: Mapping[str, Any]) -> jsonargpa
     parser.add_argument("--print_config", action="store_true", help="print the settings as a YAML file and exit")
     add_fields(parser.add_argument_group("the run"), RunConfig, "", base)
     for setting, methods in CHOICES.items():
-        table = "\n".join(_table_row(name, cls) for name, cls in methods.items())
+        table = "\n".join(_table_row(setting, name, cls) for name, cls in methods.items())
         group = parser.add_argument_group(_TITLES[setting], table)
         group.add_argument(f"--{setting}.name", metavar="NAME", type=str, default=chosen[setting],
                            help=f"one of these (default: {chosen[setting]})")
@@ -61,8 +64,8 @@ def make_parser(chosen: Mapping[str, str], base: Mapping[str, Any]) -> jsonargpa
     return parser
 
 
-def _table_row(name: str, cls: type | None) -> str:
-    text = "Leaves them as the selector does"
+def _table_row(setting: str, name: str, cls: type | None) -> str:
+    text = _NOTHING.get(setting, "")
     if cls:
         text = _plain(docstring_parser.parse(cls.__doc__ or "").short_description)
     width = shutil.get_terminal_size().columns - 4

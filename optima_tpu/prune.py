@@ -1,6 +1,5 @@
 """The walk: calibrate a block, prune it, send the activations through what is left of it, go on."""
 
-import dataclasses
 import functools
 import itertools
 import math
@@ -13,52 +12,27 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from optima_tpu.accept import Acceptance, PerRow
 from optima_tpu.activations import Activations
 from optima_tpu.calibrate import Drift, Groups, Statistics, accumulate_drift, accumulate_hessians, stages
 from optima_tpu.judge import Aim, judge_rows, measure_rows
-from optima_tpu.layer_rules import LayerRule, pattern_of
+from optima_tpu.features import WHOLE
+from optima_tpu.layer_rules import pattern_of
 from optima_tpu.memory import Pass, block_bytes, passes
 from optima_tpu.models.decoder import Decoder
 from optima_tpu.patterns import Pattern
 from optima_tpu.problem import LayerProblem, Pruned, Solution, objective, output_energy
 from optima_tpu.processes import fetch
+from optima_tpu.recipe import Recipe, pruned_groups, solved_together
+from optima_tpu.refine import Refined, Refining, refining_over_rows
 from optima_tpu.report.records import LayerReport
 from optima_tpu.report.rows import RowReport, layer_report
 from optima_tpu.selectors import MaskSelector
-from optima_tpu.sharding import ON_EVERY_DEVICE, ROWS, Layout, divisible, map_rows, over_rows, place
-from optima_tpu.solvers import Solver
+from optima_tpu.sharding import ON_EVERY_DEVICE, ROWS, Layout, divisible, map_rows, over_rows, place, prepared
 from optima_tpu.solvers.scaling import live_features
-from optima_tpu.target import SelfTarget, Target
-from optima_tpu.tuning import Fixed, Grid, Tuning, tuned
+from optima_tpu.tuning import Grid, tuned
 
 ReadMask = Callable[[str, tuple[int, int]], np.ndarray]
 """Name of a weight ("model.layers.0.mlp.up_proj.weight") and its shape -> mask [d_out, d_in] bool, True where it stays."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Recipe:
-    """What is done to every linear layer.
-
-    Attributes:
-      pattern: how many weights go, and inside which groups.
-      selector: which ones stay; None where masks from elsewhere say so.
-      solver: where those that stay go; None keeps the selector's own weights, the baseline of the paper's tables.
-      accept: when the solver's weights replace the selector's.
-      layers: layers with another pattern, or none.
-      target: what the layers are to reproduce.
-      recapture: whether a layer's inputs come from the block as pruned so far, not from the block as it was.
-      tuning: what is chosen for each matrix on held-out tokens.
-    """
-
-    pattern: Pattern
-    selector: MaskSelector | None
-    solver: Solver | None
-    accept: Acceptance = PerRow()
-    layers: tuple[LayerRule, ...] = ()
-    target: Target = SelfTarget()
-    recapture: bool = False
-    tuning: Tuning = Fixed()
 
 
 def prune_layer(problem: LayerProblem, recipe: Recipe, dtype=jnp.float32) -> tuple[Pruned, RowReport]:
@@ -72,8 +46,9 @@ def prune_layer(problem: LayerProblem, recipe: Recipe, dtype=jnp.float32) -> tup
       The pruned weights ([d_out, d_in] float32 holding values of ``dtype``) and what happened to every row.
     """
     pruned = _select(problem, recipe.pattern, recipe.selector, None)
-    solution = recipe.solver(problem, pruned) if recipe.solver else _unsolved(pruned)
-    return judge_rows(pruned, solution, recipe.solver and recipe.accept, dtype, lambda hessian, old, new: (
+    update = recipe.update(recipe.pattern)
+    found = prepared(update, problem.hessian, WHOLE)(problem, pruned) if update else _unsolved(pruned)
+    return judge_rows(pruned, found, recipe.solver and recipe.accept, dtype, lambda hessian, old, new: (
         output_energy(problem), objective(problem, old), objective(problem, new)), problem.hessian)
 
 
@@ -91,7 +66,7 @@ def prune_group(weights: tuple[Array, ...], hessian: Array, recipe: Recipe, mesh
     Args:
       weights: each [d_out, d_in], dense, in the checkpoint's dtype; one where the recipe tunes.
       hessian: [d_in, d_in] float32.
-      patterns: of each matrix; None stands for the recipe's.
+      patterns: of each matrix; None stands for the recipe's. All the same where the recipe refines masks.
       masks: each [d_out, d_in] bool, for a recipe without a selector.
       held_out: [d_in, d_in] float32, the Hessian of tokens that no weight is fitted to.
       layout: where all matrices [d_in, d_in] lie, and how many rows a device takes at once; see ``memory.layout``.
@@ -119,41 +94,47 @@ def prune_group(weights: tuple[Array, ...], hessian: Array, recipe: Recipe, mesh
     alpha = 0.0 if pull is None else recipe.target.alpha
     stacked = problem(hessian, alpha)
     slices = list(itertools.starmap(slice, itertools.pairwise(itertools.accumulate(map(len, weights), initial=0))))
-    choices = [_select(LayerProblem(weight, hessian, stacked.linear[rows]), patterns[index] if patterns else recipe.pattern,
-                       recipe.selector, masks and jax.lax.with_sharding_constraint(masks[index], spread[index]))
+    patterns = patterns or (recipe.pattern,) * len(weights)
+    choices = [_select(LayerProblem(weight, hessian, stacked.linear[rows]), patterns[index], recipe.selector,
+                       masks and jax.lax.with_sharding_constraint(masks[index], spread[index]))
                for index, (weight, rows) in enumerate(zip(wide, slices))]
     # Said again: a sort between two layouts would be done on every device for all rows.
     choices = [Pruned(*(jax.lax.with_sharding_constraint(array, rows) for array in choice))
                for choice, rows in zip(choices, spread)]
     pruned = Pruned(_stack([c.weight for c in choices]), _stack([c.keep for c in choices]))
-    solve = over_rows(recipe.solver, mesh, layout) if recipe.solver else lambda problem, pruned: _unsolved(pruned)
+    update = recipe.update(patterns[0])
+    if isinstance(update, Refining):
+        if len(set(patterns)) > 1:
+            raise ValueError("masks are refined for one pattern at a time")
+        solve = refining_over_rows(update, mesh, layout)
+    else:
+        solve = over_rows(update, mesh, layout) if update else lambda problem, pruned: _unsolved(pruned)
     measure = map_rows(measure_rows, mesh, layout, (layout.vector,) * 3)
 
-    def judge(index: int, solution: Solution, alpha: Array | float) -> tuple[Array, RowReport]:
+    def judge(index: int, found: Solution | Refined, alpha: Array | float) -> tuple[Pruned, RowReport]:
         dense, rows = wide[index], slices[index]
         aim = None
         if pull is not None:
             unseen = None if unseen_pull is None else (unseen_pull[rows], held_out_drift.energy[index])
             aim = Aim(dense, alpha * pull[rows], unseen)
-        final, report = judge_rows(
-            choices[index], Solution(*(array[rows] for array in solution)), recipe.solver and recipe.accept, weights[index].dtype,
+        return judge_rows(
+            choices[index], jax.tree.map(lambda array: array[rows], found), recipe.solver and recipe.accept, weights[index].dtype,
             lambda hessian, *ends: measure(hessian, dense, *ends), hessian, held_out, aim)
-        return final.weight, report
 
     if isinstance(recipe.tuning, Grid):
         if held_out is None or len(weights) > 1:
             raise ValueError("tuning needs held-out tokens, and one matrix at a time")
 
-        def attempt(hessian: Array, alpha: Array) -> tuple[Array, RowReport]:
+        def attempt(hessian: Array, alpha: Array) -> tuple[Pruned, RowReport]:
             final, report = judge(0, solve(problem(hessian, alpha), pruned), alpha)
-            return jax.lax.with_sharding_constraint(final, spread[0]), report
+            return Pruned(*(jax.lax.with_sharding_constraint(array, spread[0]) for array in final)), report
 
-        found = [tuned(recipe.tuning, recipe.solver, recipe.target, hessian, attempt)]
+        judged = [tuned(recipe.tuning, recipe.solver, recipe.target, hessian, attempt)]
     else:
-        solution = solve(stacked, pruned)
-        found = [judge(index, solution, alpha) for index in range(len(weights))]
-    return (tuple(final.astype(weight.dtype) for (final, _), weight in zip(found, weights)),
-            tuple(choice.keep for choice in choices), tuple(report for _, report in found))
+        found = solve(stacked, pruned)
+        judged = [judge(index, found, alpha) for index in range(len(weights))]
+    return (tuple(final.weight.astype(weight.dtype) for (final, _), weight in zip(judged, weights)),
+            tuple(final.keep for final, _ in judged), tuple(report for _, report in judged))
 
 
 def walk_block(decoder: Decoder, index: int, hidden: Activations, groups: Groups, recipe: Recipe,
@@ -218,19 +199,8 @@ def block_passes(decoder: Decoder, index: int, groups: Groups, recipe: Recipe, b
     prefix, weights = decoder.prefix(index), block_bytes(decoder, index)
     parts = (pruned_groups(part, recipe, prefix) for part in (stages(groups) if recipe.recapture else (groups,)))
     return tuple(itertools.chain.from_iterable(
-        passes(prefix, decoder.block_shapes, part, weights, budget, decoder.mesh, recipe.solver, recipe.selector,
+        passes(prefix, decoder.block_shapes, part, weights, budget, decoder.mesh, recipe.update(recipe.pattern), recipe.selector,
                recipe.target.matrices) for part in parts if part))
-
-
-def pruned_groups(groups: Groups, recipe: Recipe, prefix: str) -> Groups:
-    """The groups without the layers that stay dense, and without those groups of which nothing is left."""
-    left = (tuple(name for name in names if pattern_of(recipe.layers, recipe.pattern, prefix + name, name)) for names in groups)
-    return tuple(filter(None, left))
-
-
-def solved_together(names: tuple[str, ...], recipe: Recipe) -> Groups:
-    """The layers of a group as :func:`prune_group` gets them: all at once, or each alone where it is tuned."""
-    return tuple((name,) for name in names) if isinstance(recipe.tuning, Grid) else (names,)
 
 
 def prune_block(index: int, prefix: str, parameters: Mapping[str, Array], groups: Groups,
@@ -259,7 +229,7 @@ def prune_block(index: int, prefix: str, parameters: Mapping[str, Array], groups
     """
     parameters, keep_by_name, reports = dict(parameters), {}, []
     for group, (names, (hessian, tokens)) in enumerate(zip(groups, statistics)):
-        for together in solved_together(names, recipe):
+        for together in solved_together(names, recipe, prefix):
             keys = [name + ".weight" for name in together]
             weights = tuple(parameters[key] for key in keys)
             patterns = tuple(pattern_of(recipe.layers, recipe.pattern, prefix + name, name) for name in together)

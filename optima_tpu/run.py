@@ -31,7 +31,8 @@ from optima_tpu.masks import open_masks
 from optima_tpu.memory import described, device_budget
 from optima_tpu.models.decoder import Decoder
 from optima_tpu.processes import agree, first_only, from_first, is_first, together
-from optima_tpu.prune import ReadMask, Recipe, block_passes, walk_block
+from optima_tpu.prune import ReadMask, block_passes, walk_block
+from optima_tpu.recipe import Recipe
 from optima_tpu.report.file import environment, memory_peaks, write_report
 from optima_tpu.report.progress import Progress, say
 from optima_tpu.report.records import BlockReport
@@ -190,7 +191,7 @@ def recipe_of(config: RunConfig) -> Recipe:
     """The part of a configuration that the walk needs."""
     selector = None if isinstance(config.selector, Imported) else config.selector
     return Recipe(config.pattern, selector, config.solver, config.accept, config.layers, config.target, config.recapture,
-                  config.tuning)
+                  config.tuning, config.refine)
 
 
 def _fitted(decoder: Decoder, recipe: Recipe, budget: float) -> str:
@@ -262,6 +263,8 @@ def _beyond(config: RunConfig) -> str:
         words.append(f"dense target {config.target.alpha:g}")
     if config.recapture:
         words.append("recapture")
+    if config.refine:
+        words.append(f"{config.refine.rounds} rounds of exchanges")
     if (candidates := config.tuning.candidates(config.solver, config.target)) > 1:
         words.append(f"{candidates} candidates for each matrix")
     return "".join(f", {word}" for word in words)

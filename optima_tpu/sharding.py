@@ -7,6 +7,7 @@ problems are split over both, so that every device solves its own.
 import dataclasses
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -195,7 +196,7 @@ def map_rows(prepare: Callable, mesh: Mesh, layout: Layout, out_specs) -> Callab
     return mapped
 
 
-def over_rows(solve: Callable, mesh: Mesh, layout: Layout = ON_EVERY_DEVICE) -> Callable:
+def over_rows(solve: Callable, mesh: Mesh, layout: Layout = ON_EVERY_DEVICE, out_specs: Any = None) -> Callable:
     """Runs a row solver with its rows split over the mesh: ``(problem, pruned) -> Solution``.
 
     Each device runs the solver's loop on its own rows and stops on its own. There is no communication inside where every device
@@ -206,10 +207,21 @@ def over_rows(solve: Callable, mesh: Mesh, layout: Layout = ON_EVERY_DEVICE) -> 
       solve: ``(problem, pruned) -> Solution``; see ``optima_tpu.solvers.Solver``.
       mesh: axes ("data", "model").
       layout: one that splits the Hessian needs a solver with ``prepare``.
+      out_specs: of what the solver returns; None stands for a Solution.
     """
     def prepare(hessian, features):
-        ready = solve.prepare(hessian, features) if hasattr(solve, "prepare") else solve
+        ready = prepared(solve, hessian, features)
         return lambda weight, linear, *pruned: ready(LayerProblem(weight, hessian, linear), Pruned(*pruned))
 
-    run = map_rows(prepare, mesh, layout, Solution(layout.matrix, layout.vector, layout.vector, layout.vector))
+    run = map_rows(prepare, mesh, layout, out_specs or solution_specs(layout))
     return lambda problem, pruned: run(problem.hessian, problem.weight, problem.linear, *pruned)
+
+
+def prepared(solve: Callable, hessian: jax.Array, features: Features) -> Callable:
+    """The solver of any rows of a Hessian, with what depends on it alone already done where the solver can; see ``Solver``."""
+    return solve.prepare(hessian, features) if hasattr(solve, "prepare") else solve
+
+
+def solution_specs(layout: Layout) -> Solution:
+    """Where the parts of a Solution lie."""
+    return Solution(layout.matrix, layout.vector, layout.vector, layout.vector)

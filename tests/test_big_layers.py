@@ -18,7 +18,8 @@ from optima_tpu.launch import main
 from optima_tpu.memory import GIB, described, device_budget, layout, needed, passes
 from optima_tpu.models.decoder import Decoder
 from optima_tpu.patterns import Unstructured
-from optima_tpu.prune import Recipe, prune_group, walk_block
+from optima_tpu.prune import prune_group, walk_block
+from optima_tpu.recipe import Recipe
 from optima_tpu.selectors import SparseGPT, Thanos, Wanda
 from optima_tpu.sharding import MODEL, Layout, over_rows
 from optima_tpu.solvers import CG, MPAX, Adam, Exact

@@ -23,7 +23,8 @@ from optima_tpu.plan.model import open_declared
 from optima_tpu.plan.plan import make_plan
 from optima_tpu.plan.table import summary
 from optima_tpu.plan.topology import CHIPS, Target, fitting_mesh, parse_topology, topology_target
-from optima_tpu.prune import Recipe, prune_group
+from optima_tpu.prune import prune_group
+from optima_tpu.recipe import Recipe
 from optima_tpu.selectors import Wanda
 from optima_tpu.solvers import CG
 from tests.helpers import mesh, tiny_llama

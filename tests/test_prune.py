@@ -10,7 +10,8 @@ from optima_tpu.calibrate import Statistics, linear_groups
 from optima_tpu.layer_rules import LayerRule
 from optima_tpu.models.decoder import Decoder
 from optima_tpu.patterns import NM, Unstructured
-from optima_tpu.prune import Recipe, prune_block, prune_group, prune_layer, walk_block
+from optima_tpu.prune import prune_block, prune_group, prune_layer, walk_block
+from optima_tpu.recipe import Recipe
 from optima_tpu.report.records import BlockReport
 from optima_tpu.report.summary import unusual
 from optima_tpu.selectors import Magnitude, Wanda

@@ -11,7 +11,8 @@ from optima_tpu.data import PyDoc, calibration_tokens
 from optima_tpu.models.decoder import Decoder
 from optima_tpu.patterns import Unstructured
 from optima_tpu.problem import Pruned, self_target
-from optima_tpu.prune import Recipe, prune_block
+from optima_tpu.prune import prune_block
+from optima_tpu.recipe import Recipe
 from optima_tpu.selectors import Wanda
 from optima_tpu.solvers import CG, Exact
 from optima_tpu.weights import load_tokenizer, open_model

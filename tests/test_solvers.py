@@ -7,7 +7,8 @@ import pytest
 from optima_tpu.accept import PerRow
 from optima_tpu.patterns import Unstructured
 from optima_tpu.problem import LayerProblem, Pruned, optimality_residual, self_target
-from optima_tpu.prune import Recipe, prune_layer
+from optima_tpu.prune import prune_layer
+from optima_tpu.recipe import Recipe
 from optima_tpu.selectors import Magnitude, Wanda
 from optima_tpu.solvers import CG, MPAX, Adam, Exact
 from tests.helpers import PATTERNS, layer, oracle, row_objective, select, solve, wide

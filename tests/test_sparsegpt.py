@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from optima_tpu.errors import UserError
 from optima_tpu.patterns import NM, Unstructured
 from optima_tpu.problem import LayerProblem
-from optima_tpu.prune import Recipe, prune_group
+from optima_tpu.prune import prune_group
+from optima_tpu.recipe import Recipe
 from optima_tpu.selectors import SparseGPT, Wanda
 from tests import ports
 from tests.helpers import correlated_hessian, layer, mesh, row_objective

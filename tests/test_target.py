@@ -26,7 +26,8 @@ from optima_tpu.plan.model import open_declared
 from optima_tpu.plan.plan import make_plan
 from optima_tpu.plan.topology import CHIPS, Target
 from optima_tpu.problem import LayerProblem, Pruned, Solution
-from optima_tpu.prune import Recipe, prune_block, prune_group, walk_block
+from optima_tpu.prune import prune_block, prune_group, walk_block
+from optima_tpu.recipe import Recipe
 from optima_tpu.report.progress import Progress
 from optima_tpu.report.records import BlockReport, LayerReport
 from optima_tpu.report.summary import unusual

@@ -10,7 +10,8 @@ import pytest
 from optima_tpu.errors import UserError
 from optima_tpu.patterns import NM, Unstructured
 from optima_tpu.problem import LayerProblem, Pruned, self_target
-from optima_tpu.prune import Recipe, prune_group
+from optima_tpu.prune import prune_group
+from optima_tpu.recipe import Recipe
 from optima_tpu.selectors import Thanos, Wanda
 from tests import ports
 from tests.helpers import layer, mesh, oracle

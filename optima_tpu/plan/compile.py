@@ -15,7 +15,8 @@ from optima_tpu.calibrate import Drift, Groups, Statistics, add_batch, add_drift
 from optima_tpu.models.decoder import Decoder
 from optima_tpu.patterns import Pattern
 from optima_tpu.plan.hlo import collectives
-from optima_tpu.prune import Recipe, prune_group
+from optima_tpu.prune import prune_group
+from optima_tpu.recipe import Recipe
 from optima_tpu.report.numbers import number
 from optima_tpu.sharding import DATA, MODEL, ROWS, Layout, divisible
 

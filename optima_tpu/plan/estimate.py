@@ -13,6 +13,7 @@ from optima_tpu.config import RunConfig
 from optima_tpu.models.decoder import run_block
 from optima_tpu.plan.model import Declared
 from optima_tpu.plan.topology import GIB, Target
+from optima_tpu.refine import FACTORISATIONS, Refining
 from optima_tpu.selectors import Magnitude, MaskSelector, Wanda
 from optima_tpu.sharding import MODEL
 from optima_tpu.solvers import CG, MPAX, Adam, Exact, Solver
@@ -83,7 +84,7 @@ class SolverCost(NamedTuple):
     each_row: int = 0  # and of one matrix a row
 
 
-def solver_cost(solver: Solver | None) -> SolverCost:
+def solver_cost(solver: Solver | Refining | None) -> SolverCost:
     """What a solver does with the rows of a layer, if all goes as assumed."""
     match solver:
         case None:
@@ -99,10 +100,14 @@ def solver_cost(solver: Solver | None) -> SolverCost:
             return SolverCost(products, 14 * products)
         case Exact():
             return SolverCost(6, 20, each_row=1)
+        case Refining():
+            each, solves = solver_cost(solver.solver), solver.swaps.rounds + 1
+            return SolverCost(solves * (each.products + 1), solves * (each.passes + 2 * _PASSES_OF_A_MASK),
+                              each.shared + FACTORISATIONS, solves * each.each_row)
     raise TypeError(f"no cost is known for {solver}")
 
 
-def prune_work(rows: float, d_in: int, solver: Solver | None, selector: MaskSelector | None, held_out: bool,
+def prune_work(rows: float, d_in: int, solver: Solver | Refining | None, selector: MaskSelector | None, held_out: bool,
                parts: int = 1, candidates: int = 1, dense: bool = False) -> Work:
     """Of ``prune_group``, for ``rows`` rows on a device.
 

@@ -18,7 +18,8 @@ from optima_tpu.plan.compile import Compiled, compiled, lower_calibration, lower
 from optima_tpu.plan.estimate import Storage, Work
 from optima_tpu.plan.model import Declared
 from optima_tpu.plan.topology import Target
-from optima_tpu.prune import Recipe, block_passes, pruned_groups, solved_together
+from optima_tpu.prune import block_passes
+from optima_tpu.recipe import Recipe, pruned_groups, solved_together
 from optima_tpu.run import recipe_of
 from optima_tpu.sharding import DATA, MODEL, ON_EVERY_DEVICE, Layout
 
@@ -126,7 +127,7 @@ def make_plan(config: RunConfig, model: Declared, target: Target, tell: Callable
         for part in parts:
             kinds[part.groups] += 1
             for group, layout in zip(*part):
-                for together in solved_together(group, recipe):
+                for together in solved_together(group, recipe, prefix):
                     shape = _Shape(tuple(decoder.block_shapes[name + ".weight"] for name in together),
                                    tuple(patterns[prefix + name] for name in together), layout)
                     shapes[shape] += 1
@@ -173,10 +174,11 @@ def _pruning(model: Declared, target: Target, recipe: Recipe, shape: _Shape, nam
     short = ", ".join(name.rpartition(".")[2].removesuffix("_proj") for name in names)
     name = f"{short} [{sum(d_out for d_out, _ in shape.shapes):,}, {d_in:,}]"
     matrices = recipe.target.matrices
-    work = estimate.prune_work(rows / parts, d_in, recipe.solver, recipe.selector, held_out, parts,
+    update = recipe.update(shape.patterns[0])
+    work = estimate.prune_work(rows / parts, d_in, update, recipe.selector, held_out, parts,
                                recipe.tuning.candidates(recipe.solver, recipe.target), matrices > 1)
     memory = round(resident(decoder, others, held_out, matrices) + needed(
-        d_in, every, layout.rows or rows, mesh, footprint_of(recipe.solver, recipe.selector), layout.split, matrices))
+        d_in, every, layout.rows or rows, mesh, footprint_of(update, recipe.selector), layout.split, matrices))
     found = None
     if target.compiles:
         tell(f"compiling the solver for {name}: {rows:,} rows a device")

@@ -40,6 +40,8 @@ class LayerReport:
       dense_drift: of the dense weights, what the layers before this one have lost.
       damping: of the solver, as it was chosen on held-out tokens; None where the recipe fixes it.
       alpha: of the target, likewise.
+      exchanged: weights that stay where the selector had pruned them, as many as it had kept and that went; None where masks are
+        not refined.
     """
 
     block: int
@@ -65,6 +67,7 @@ class LayerReport:
     dense_drift: float | None = None
     damping: float | None = None
     alpha: float | None = None
+    exchanged: int | None = None
 
     def to_json(self) -> dict[str, Any]:
         """As JSON types, see :func:`finite`."""
@@ -73,7 +76,7 @@ class LayerReport:
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Self:
         """From :meth:`to_json`; None is read as infinity, but for what there may be none of."""
-        optional = ("held_out", "tokens", "dense", "damping", "alpha")
+        optional = ("held_out", "tokens", "dense", "damping", "alpha", "exchanged")
         read = {key: math.inf if value is None and not key.startswith(optional) else value for key, value in values.items()}
         return cls(**read | {"shape": tuple(read["shape"])})
 

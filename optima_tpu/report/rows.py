@@ -20,6 +20,7 @@ class RowReport(NamedTuple):
     refused: Array  # bool, the solver's weights were not accepted
     held_out: Array | None = None  # [3, d_out] float32: energy, before and after on held-out tokens
     dense: Array | None = None  # [4, d_out] float32, there against the dense model's outputs: these three, and of dense weights
+    exchanged: Array | None = None  # int32, kept weights that the selector had pruned, where masks are refined
     chosen: Array | None = None  # [2] int32, not of rows: which damping and which alpha of the tuning
 
 
@@ -52,4 +53,5 @@ def layer_report(index: int, name: str, shape: tuple[int, int], kept: int, rows:
         steps_median=int(np.median(rows.steps)), steps_max=int(np.max(rows.steps)), rows=len(rows.gap),
         rows_converged=int(np.sum(rows.converged)), rows_refused=int(np.sum(rows.refused)), dead_inputs=dead, tokens=tokens,
         held_out_before=unseen[0], held_out_after=unseen[1],
-        dense_before=dense[0], dense_after=dense[1], dense_drift=dense[2], damping=chosen[0], alpha=chosen[1])
+        dense_before=dense[0], dense_after=dense[1], dense_drift=dense[2], damping=chosen[0], alpha=chosen[1],
+        exchanged=None if rows.exchanged is None else int(np.sum(rows.exchanged)))

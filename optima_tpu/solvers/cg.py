@@ -29,6 +29,7 @@ from optima_tpu.errors import UserError
 from optima_tpu.features import WHOLE, Features
 from optima_tpu.memory import Footprint
 from optima_tpu.problem import LayerProblem, Pruned, Solution, drift, matmul
+from optima_tpu.solvers.inverse import inverse_cholesky
 from optima_tpu.solvers.scaling import RESOLUTION, require, unit_diagonal
 from optima_tpu.solvers.split_inverse import split_inverse
 
@@ -157,7 +158,6 @@ class CG:
                         state.gap <= self.tolerance)
 
 
-_LEAF = 256  # matrices up to this size are factorised at once
 _TINY = 1e-30  # keeps 0 / 0 out of the gap of a row without output
 
 
@@ -202,27 +202,12 @@ def _share(hessian: Array, damping: float, features: Features) -> _Shared:
     looseness = jnp.where(smallest > 0, 1 + (ridge + error) / jnp.where(smallest > 0, smallest, 1.0), jnp.inf)
     noise = error * jax.lax.rsqrt(jnp.maximum(smallest, 0.0) + ridge)
     if features == WHOLE:
-        root = _inverse_cholesky(matrix + ridge * eye).T
+        root = inverse_cholesky(matrix + ridge * eye).T
         inverse = matmul(root, root.T)
     else:
         inverse, root = split_inverse(matrix, features)
         root = features.transpose(root)
     return _Shared(matrix, inverse, root, scale, live, looseness, noise)
-
-
-def _inverse_cholesky(matrix: Array) -> Array:
-    """``L^-1`` where ``matrix = L L'``, by halves: as many operations as a factorisation and a triangular solve, in products.
-
-    LAPACK's threads and those of XLA wait for each other's cores, and accelerators have no fast factorisation of large matrices.
-    """
-    size = matrix.shape[0]
-    if size <= _LEAF:
-        return jax.scipy.linalg.solve_triangular(jnp.linalg.cholesky(matrix), jnp.eye(size, dtype=matrix.dtype), lower=True)
-    half = size // 2
-    first = _inverse_cholesky(matrix[:half, :half])
-    below = matmul(matrix[half:, :half], first.T)
-    second = _inverse_cholesky(matrix[half:, half:] - matmul(below, below.T))
-    return jnp.block([[first, jnp.zeros((half, size - half), matrix.dtype)], [-matmul(second, matmul(below, first)), second]])
 
 
 def _square(rows: Array) -> Array:

@@ -1,0 +1,165 @@
+"""Masks that are refined under the solve."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from optima_tpu.accept import PerRow
+from optima_tpu.cli import configure, parse
+from optima_tpu.config import weights_settings
+from optima_tpu.errors import UserError
+from optima_tpu.features import WHOLE
+from optima_tpu.judge import judge_rows
+from optima_tpu.memory import footprint_of, needed
+from optima_tpu.patterns import NM, Unstructured
+from optima_tpu.problem import Pruned, Solution, self_target
+from optima_tpu.prune import prune_group
+from optima_tpu.recipe import Recipe, solved_together
+from optima_tpu.refine import Refined, Refining, Swaps, exchange, schur_diagonal
+from optima_tpu.layer_rules import LayerRule
+from optima_tpu.selectors import Magnitude, Wanda
+from optima_tpu.solvers import CG, MPAX, Exact
+from tests.helpers import correlated_hessian, layer, mesh, oracle, row_objective, select
+
+ROUNDS = 4
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def refined(refining, problem, pruned) -> Refined:
+    return refining.prepare(problem.hessian, WHOLE)(problem, pruned)
+
+
+@pytest.mark.parametrize("pattern, solver, selector, target", [
+    (Unstructured(0.5), CG(tolerance=1e-6), Wanda(), "self"), (Unstructured(0.7, "layer"), CG(tolerance=1e-6), Magnitude(), "other"),
+    (NM(2, 4), Exact(), Wanda(), "other"), (NM(6, 8), MPAX(eps_abs=1e-5, eps_rel=1e-5, unit_diagonal=True), Wanda(), "self")],
+    ids=["row cg", "layer cg", "2:4 exact", "6:8 mpax"])
+def test_no_row_gets_worse_than_the_solved_start_and_the_numbers_stay(pattern, solver, selector, target):
+    """Against the exact minimiser on the mask that came, in float64; the second layer's inputs have a dead one among them."""
+    damping = getattr(solver, "damping", 0.0)
+    for seed, dead in ((0, []), (1, [3])):
+        problem = layer(np.random.default_rng(seed), 12, 40, target=target)
+        hessian = problem.hessian.at[jnp.array(dead, int)].set(0.0).at[:, jnp.array(dead, int)].set(0.0)
+        problem = problem._replace(hessian=hessian, linear=problem.weight @ hessian + (problem.linear - self_target(
+            problem.weight, problem.hessian).linear) * (jnp.diagonal(hessian) > 0))
+        live, pruned = np.asarray(jnp.diagonal(hessian) > 0), select(selector, problem, pattern)
+        (weight, _, steps, converged), keep = refined(Refining(solver, Swaps(ROUNDS, 0.1), pattern), problem, pruned)
+        weight, keep, before = np.asarray(weight), np.asarray(keep), np.asarray(pruned.keep)
+        assert keep.dtype == bool and (weight[~keep] == 0).all() and np.isfinite(weight).all()
+        if isinstance(pattern, NM):
+            assert (keep.reshape(-1, pattern.m).sum(axis=1) == pattern.n).all()
+        assert (keep.sum(axis=1) == before.sum(axis=1)).all()
+        start, solved = (row_objective(problem, oracle(problem, Pruned(None, mask & live), damping), damping)
+                         for mask in (before, keep))
+        found = row_objective(problem, weight, damping)
+        scale = row_objective(problem, np.asarray(pruned.weight), damping)
+        assert (np.abs(found - solved) <= 1e-3 * np.abs(scale)).all(), "not solved on the mask that is returned"
+        assert (found <= start + 1e-5 * np.abs(scale)).all()
+        assert found.sum() < 0.97 * start.sum() if target == "self" else found.sum() < start.sum()
+        assert (keep != before).any() and not keep[:, dead].any()
+        assert converged.all() and (steps > 0).any()
+
+
+def test_the_schur_complements_are_those_of_the_deterministic_equivalent():
+    """Against eigenvalues in float64, and against what exchanges really cost on random sets of inputs."""
+    rng = np.random.default_rng(2)
+    hessian, damping = correlated_hessian(rng, 60), 0.01
+    hessian[5] = hessian[:, 5] = 0.0
+    wide = hessian.astype(np.float64)
+    diagonal = np.diagonal(wide)
+    live = diagonal > 0
+    scale = np.sqrt(np.where(live, diagonal, 1.0))
+    matrix = np.where(np.eye(60) > 0, 1.0, wide / scale / scale[:, None]) + damping * np.eye(60)
+    values, vectors = np.linalg.eigh(matrix)
+    for kept in (0.3, 0.5, 0.75):
+        low, high = -30.0, 10.0
+        for _ in range(100):
+            middle = (low + high) / 2
+            low, high = (middle, high) if (values / (values + np.exp(middle))).sum() > kept * 60 else (low, middle)
+        ridge = np.exp(low)
+        expected = np.where(live, diagonal * (1 / ((vectors**2) @ (1 / (values + ridge))) - ridge), 0.0)
+        found = np.asarray(schur_diagonal(jnp.asarray(hessian), damping, kept))
+        np.testing.assert_allclose(found, expected, rtol=1e-3)
+    costs = [[] for _ in range(60)]
+    for _ in range(200):
+        inside = rng.permutation(60)[:45]
+        for place, cost in zip(inside, 1 / np.diagonal(np.linalg.inv(matrix[np.ix_(inside, inside)]))):
+            costs[place].append(cost * diagonal[place])
+    means = np.asarray([np.mean(cost) for cost in costs])
+    np.testing.assert_allclose(found[live], means[live], rtol=0.1)
+    assert np.abs(diagonal[live] / means[live] - 1).max() > 0.5, "the diagonal alone would do"
+
+
+def test_exchanges_are_the_best_pairs_that_pay():
+    """Against a loop over pairs, with ties."""
+    rng = np.random.default_rng(3)
+    for pattern, size in ((Unstructured(0.5), 20), (NM(2, 4), 20)):
+        win, cost = rng.integers(0, 9, (2, 6, size)).astype(np.float32)
+        keep = np.asarray(select(Magnitude(), layer(rng, 6, size), pattern).keep)
+        limit = np.array([0, 1, 2, 3, 4, 4], np.int32)
+        found, count = exchange(jnp.asarray(win), jnp.asarray(cost), jnp.asarray(keep), jnp.asarray(limit), pattern, 0.2)
+        for row, most in enumerate(limit):
+            if isinstance(pattern, NM):
+                groups = [range(first, first + 4) for first in range(0, size, 4)]
+                pairs = [(max((i for i in group if not keep[row, i]), key=lambda i: (win[row, i], -i)),
+                          min((j for j in group if keep[row, j]), key=lambda j: (cost[row, j], j))) for group in groups]
+                pairs.sort(key=lambda pair: -(win[row, pair[0]] - cost[row, pair[1]]))
+            else:
+                pairs = list(zip(sorted((i for i in range(size) if not keep[row, i]), key=lambda i: -win[row, i]),
+                                 sorted((j for j in range(size) if keep[row, j]), key=lambda j: cost[row, j])))
+            expected = keep[row].copy()
+            pairs = [(i, j) for i, j in pairs if win[row, i] > cost[row, j]][:most]
+            for i, j in pairs:
+                expected[i], expected[j] = True, False
+            assert (np.asarray(found)[row] == expected).all() and count[row] == len(pairs)
+
+
+def test_a_refused_row_has_the_selectors_mask_back():
+    problem = layer(np.random.default_rng(4), 6, 20)
+    pruned = select(Wanda(), problem, Unstructured(0.5))
+    new = jnp.roll(pruned.keep, 1, axis=1)
+    solution = Solution(jnp.where(new, problem.weight, 0.0), jnp.zeros(6), jnp.ones(6, jnp.int32), jnp.ones(6, bool))
+    better = jnp.array([True, False] * 3)
+    final, rows = judge_rows(pruned, Refined(solution, new), PerRow(), jnp.float32, lambda hessian, old, new: (
+        jnp.ones(6), jnp.ones(6), jnp.where(better, 0.5, 2.0)), problem.hessian)
+    assert (final.keep == jnp.where(better[:, None], new, pruned.keep)).all()
+    assert (final.weight == jnp.where(final.keep, problem.weight, 0.0)).all()
+    assert (rows.exchanged == jnp.where(better, jnp.sum(new & ~pruned.keep, axis=1), 0)).all() and rows.exchanged.sum() > 0
+
+
+def test_the_mesh_does_not_change_the_mask():
+    """Two matrices with one input, whose rows divide no mesh."""
+    recipe = Recipe(Unstructured(0.5), Wanda(), CG(tolerance=1e-6), refine=Swaps(2, 0.1))
+    problem = layer(np.random.default_rng(5), 15, 40)
+    weights = (problem.weight[:9], problem.weight[9:])
+    (reference, keeps, reports), (other, other_keeps, _) = (
+        jax.device_get(prune_group(weights, problem.hessian, recipe, mesh(*shape))) for shape in ((1, 1), (2, 4)))
+    for weight, keep, same, same_keep, rows in zip(reference, keeps, other, other_keeps, reports):
+        assert (keep == same_keep).all() and np.abs(weight - same).max() < 1e-4 * np.abs(weight).max()
+        assert (rows.after < rows.before).all() and rows.exchanged.sum() > 0
+
+
+def test_its_memory_is_counted():
+    rows, size = 320, 192
+    recipe = Recipe(Unstructured(0.5), Wanda(), CG(), refine=Swaps())
+    hessian = jax.ShapeDtypeStruct((size, size), jnp.float32)
+    found = prune_group.lower((jax.ShapeDtypeStruct((rows, size), jnp.bfloat16),), hessian, recipe, mesh(1, 1), held_out=hessian
+                              ).compile().memory_analysis()
+    total = found.argument_size_in_bytes + found.output_size_in_bytes + found.temp_size_in_bytes
+    told = needed(size, rows, rows, mesh(1, 1), footprint_of(recipe.update(recipe.pattern), recipe.selector), False)
+    assert total < told < 1.6 * total
+
+
+def test_the_settings():
+    config = parse(["--refine", "swaps", "--refine.rounds", "2"])
+    assert config.refine == Swaps(2) and configure({"refine": {"name": "swaps", "rounds": 2}}) == config
+    plain = parse([])
+    assert plain.refine is None and weights_settings(config) != weights_settings(plain)
+    for argv, words in ((["--solver", "null"], "--refine null"), (["--refine.rounds", "0"], "at least 1, got 0"),
+                        (["--refine.share", "0.7"], "at most 0.5, got 0.7")):
+        with pytest.raises(UserError, match=words):
+            parse(["--refine", "swaps", *argv])
+    recipe = Recipe(Unstructured(0.5), Wanda(), CG(), layers=(LayerRule("b", NM(2, 4)),), refine=Swaps())
+    assert solved_together(("a", "b", "c"), recipe, "model.layers.0.") == (("a", "c"), ("b",))
