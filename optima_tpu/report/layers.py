@@ -11,7 +11,7 @@ from optima_tpu.report.numbers import percent
 from optima_tpu.report.records import LayerReport
 from optima_tpu.report.results import mean_errors
 from optima_tpu.report.runs import Run
-from optima_tpu.report.summary import by_kind, kind_name, mean_or_none, short_names, sparsity, unusual
+from optima_tpu.report.summary import by_kind, exchanged, kind_name, mean_or_none, short_names, sparsity, unusual
 from optima_tpu.report.table import TROUBLE, unusual_lines
 from optima_tpu.report.view import NONE, Key, Section, Table, figure
 
@@ -106,6 +106,10 @@ def solver(runs: Sequence[Run]) -> Section:
     text = [f"The gap says how far a row is from the best weights for its mask, by the measure of {' and '.join(used)}"
             + (", which is a certified upper bound." if used == ["cg"] else
                "; the measures of different solvers do not compare." if len(used) > 1 else ".")]
+    for _, run in solved:
+        if (share := exchanged(run.layers)) is not None:
+            text.append(f"{run.label + ': ' if several else ''}{percent(share)} of the weights that stay came in by exchange for "
+                        "others of their row, after the solver had seen what they are worth.")
     if without := [run.label for run in runs if not run.solver]:
         text.append(f"No solver in {'; '.join(without)}.")
     curves = {("Steps of a row", _steps, False): (lambda layer: layer.steps_median, lambda layer: layer.steps_max),

@@ -70,6 +70,13 @@ def sparsity(layers: Iterable[LayerReport]) -> float:
     return sum(layer.pruned for layer in layers) / weights if weights else 0.0
 
 
+def exchanged(layers: Iterable[LayerReport]) -> float | None:
+    """Share of the weights that stay which the selector had pruned; None where no mask was refined."""
+    refined = [layer for layer in layers if layer.exchanged is not None]
+    kept = sum(math.prod(layer.shape) - layer.pruned for layer in refined)
+    return sum(layer.exchanged for layer in refined) / kept if kept else None
+
+
 def unusual(blocks: Sequence[BlockReport]) -> dict[str, dict[str, int]]:
     """What a person should look at, by layer: {"rows_not_converged": {"block 3 mlp.down_proj": 12}, ...}.
 

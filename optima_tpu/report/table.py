@@ -8,7 +8,7 @@ from rich.table import Table
 
 from optima_tpu.report.numbers import number, percent, plural
 from optima_tpu.report.records import BlockReport
-from optima_tpu.report.summary import all_layers, by_kind, short_names, sparsity, unusual
+from optima_tpu.report.summary import all_layers, by_kind, exchanged, short_names, sparsity, unusual
 
 _NAMED = 4
 """So many layers are named for each kind of trouble; report.json has them all."""
@@ -49,6 +49,8 @@ def print_summary(console: Console, blocks: Sequence[BlockReport], *, solver: st
     ratio = number(pruned / dense)
     lines += ["", f"perplexity  dense {number(dense, 4)}, pruned {number(pruned, 4)} ({ratio} times), on {evaluation}",
               f"sparsity    {percent(sparsity(layers))} of the {weights:,} weights in {len(layers)} matrices"]
+    if (share := exchanged(layers)) is not None:
+        lines += [f"masks       {percent(share)} of the weights that stay came in by exchange for others of their row"]
     device = f", {number(memory['device_peak'] / 2**30)} GiB on a device" if memory.get("device_peak") else ""
     if memory.get("host_peak"):
         lines += [f"memory      {number(memory['host_peak'] / 2**30)} GiB on the host{device} at the peak"]
