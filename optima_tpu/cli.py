@@ -7,8 +7,8 @@ options sit beside it:
     selector: magnitude                 --selector magnitude
     solver: {name: cg, damping: 0.1}    --solver cg --solver.damping 0.1
 
-The command line goes over the file, the file over the preset (presets.py), and that over the defaults. Options belong to a method: whoever chooses another one
-on the command line drops those that the file gives to its own.
+The command line goes over the file, the file over a preset (``presets``), that over the defaults. Options belong to a
+method: whoever chooses another one on the command line drops those that the file gives to its own.
 """
 
 import argparse

@@ -182,8 +182,8 @@ class RunConfig:
         if isinstance(self.tuning, Grid):
             self.tuning.dampings(self.solver)
         if self.refine and self.solver is None:
-            raise UserError("expected a solver where refine is swaps, got none: its solution says what to exchange; take --solver cg "
-                            "or --refine null")
+            raise UserError("expected a solver where refine is swaps, got none: its solution says what to exchange; "
+                            "take --solver cg or --refine null")
         if not self.calibration.held_out:
             for setting, method in (("tuning", Grid), ("accept", HeldOut)):
                 if isinstance(getattr(self, setting), method):
@@ -201,7 +201,8 @@ class RunConfig:
         """Where the run is kept: ``output``, or a name made of the model and the recipe."""
         if self.output is not None:
             return as_path(self.output)
-        methods = [_method_name("selector", self.selector), "none" if self.solver is None else _method_name("solver", self.solver)]
+        methods = [_method_name("selector", self.selector)]
+        methods += ["none" if self.solver is None else _method_name("solver", self.solver)]
         methods += ["swaps"] if self.refine else []
         methods += ["dense"] if isinstance(self.target, DenseTarget) else []
         what = ",".join(filter(None, (pattern_text(self.pattern, self.selector.group),

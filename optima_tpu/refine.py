@@ -42,7 +42,7 @@ FACTORISATIONS = _STEPS + 1
 
 @dataclasses.dataclass(frozen=True)
 class Swaps:
-    """Exchanges kept weights for pruned ones of the same row (in an N:M of the same M) where the solved row gets better by it.
+    """Exchanges kept weights for pruned ones of the same row (in N:M of the same M) where the solved row gains.
 
     The numbers of weights stay what they are, in every row and in every M. Each round costs a solve from where the last one ended.
 

@@ -16,14 +16,17 @@ from optima_tpu.config import CHOICES, EMBEDDED, Calibration, Evaluation, RunCon
 from optima_tpu.errors import UserError
 from optima_tpu.layer_rules import parse_layers
 from optima_tpu.patterns import NM, Unstructured
-from optima_tpu.selectors import Magnitude, Wanda
+from optima_tpu.presets import PRESETS
+from optima_tpu.refine import Swaps
+from optima_tpu.selectors import Magnitude, SparseGPT, Wanda
 from optima_tpu.solvers import CG, MPAX, Adam, Exact
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 EVERYTHING = RunConfig(
     model="org/name", dtype="bfloat16", output="out dir/1e3", mesh="data=4,model=2", cpu_devices=8, pattern=NM(4, 8),
     selector=Magnitude(), solver=MPAX(eps_abs=1e-3, unit_diagonal=True), accept=PerLayer(0.9),
-    calibration=Calibration("file:a: b.txt", 3, 7, 5), evaluation=Evaluation("wikitext2", 9, 11), batch=2, export=False)
+    calibration=Calibration("file:a: b.txt", 3, 7, 5), evaluation=Evaluation("wikitext2", 9, 11), batch=2, export=False,
+    refine=Swaps(2, 0.1))
 
 
 @pytest.fixture
@@ -133,6 +136,23 @@ def test_another_method_drops_the_options_of_the_files(file):
     assert parse(["--config", path, "--solver", "CG"]).solver == CG(damping=0.5)
 
 
+def test_a_preset_is_below_the_file_and_the_command_line(file):
+    paper = parse(["--preset", "paper"])
+    assert (paper.selector, paper.solver, paper.accept) == (Wanda(shift_zero=True), MPAX(), PerLayer())
+    assert paper.solver.iteration_limit == 100_000 and paper.solver.eps_abs == 1e-2 and not paper.refine
+    path = file("preset: paper\nmodel: a\nsolver: {eps_abs: 1e-3}\nselector: sparsegpt")
+    expected = RunConfig(model="a", pattern=Unstructured(0.5, "layer"), selector=SparseGPT(), solver=MPAX(eps_abs=1e-3),
+                         accept=PerLayer())
+    assert parse(["--config", path]) == expected
+    assert parse(["--config", path, "--solver.eps_abs", "1e-4"]).solver == MPAX(eps_abs=1e-4)
+    assert "an option of solver mpax" in refusal("--config", path, "--preset", "best")
+    assert parse(["--preset", "best"]).refine and parse(["--preset", "best", "--refine", "null"]).refine is None
+    for name in PRESETS:
+        config = parse(["--preset", name])
+        assert parse(["--config", file(dump(config))]) == config and parse(["--preset", name, "--preset", name]) == config
+    assert "one of paper, fast, best, got 'slow'" in refusal("--preset", "slow")
+
+
 def test_dashes_and_underscores_are_the_same_on_the_command_line():
     assert parse(["--cpu-devices", "8"]) == parse(["--cpu_devices=8"]) == dataclasses.replace(EMBEDDED, cpu_devices=8)
 
@@ -156,7 +176,7 @@ def test_to_dict_is_json_and_complete():
     assert set(values) == {field.name for field in dataclasses.fields(RunConfig)}
     assert values["pattern"] == "4:8"
     assert values["solver"] == {"name": "mpax"} | dataclasses.asdict(EVERYTHING.solver)
-    assert to_dict(dataclasses.replace(EVERYTHING, solver=None))["solver"] is None
+    assert to_dict(dataclasses.replace(EVERYTHING, solver=None, refine=None))["solver"] is None
 
 
 @pytest.mark.parametrize("change", [

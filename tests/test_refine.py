@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from optima_tpu.accept import PerRow
-from optima_tpu.cli import configure, parse
+from optima_tpu.cli import configure, flags, parse
 from optima_tpu.config import weights_settings
 from optima_tpu.errors import UserError
 from optima_tpu.features import WHOLE
@@ -33,7 +33,8 @@ def refined(refining, problem, pruned) -> Refined:
 
 
 @pytest.mark.parametrize("pattern, solver, selector, target", [
-    (Unstructured(0.5), CG(tolerance=1e-6), Wanda(), "self"), (Unstructured(0.7, "layer"), CG(tolerance=1e-6), Magnitude(), "other"),
+    (Unstructured(0.5), CG(tolerance=1e-6), Wanda(), "self"),
+    (Unstructured(0.7, "layer"), CG(tolerance=1e-6), Magnitude(), "other"),
     (NM(2, 4), Exact(), Wanda(), "other"), (NM(6, 8), MPAX(eps_abs=1e-5, eps_rel=1e-5, unit_diagonal=True), Wanda(), "self")],
     ids=["row cg", "layer cg", "2:4 exact", "6:8 mpax"])
 def test_no_row_gets_worse_than_the_solved_start_and_the_numbers_stay(pattern, solver, selector, target):
@@ -155,6 +156,7 @@ def test_its_memory_is_counted():
 def test_the_settings():
     config = parse(["--refine", "swaps", "--refine.rounds", "2"])
     assert config.refine == Swaps(2) and configure({"refine": {"name": "swaps", "rounds": 2}}) == config
+    assert configure({}, flags(config)[2:]) == config
     plain = parse([])
     assert plain.refine is None and weights_settings(config) != weights_settings(plain)
     for argv, words in ((["--solver", "null"], "--refine null"), (["--refine.rounds", "0"], "at least 1, got 0"),
