@@ -13,7 +13,7 @@ from optima_tpu.errors import UserError
 from optima_tpu.layer_rules import LayerRule, layers_text
 from optima_tpu.patterns import Pattern, Unstructured, pattern_text
 from optima_tpu.refine import Swaps
-from optima_tpu.selectors import Imported, Magnitude, MaskSelector, SparseGPT, Thanos, Wanda
+from optima_tpu.selectors import ADMM, Imported, Magnitude, MaskSelector, SparseGPT, Thanos, Wanda
 from optima_tpu.sharding import parse_mesh
 from optima_tpu.solvers import CG, MPAX, Adam, Exact, Solver
 from optima_tpu.target import DenseTarget, SelfTarget, Target
@@ -21,7 +21,8 @@ from optima_tpu.tuning import Fixed, Grid, Tuning
 
 CHOICES: Mapping[str, Mapping[str, type | None]] = MappingProxyType({
     "selector": MappingProxyType({
-        "wanda": Wanda, "sparsegpt": SparseGPT, "thanos": Thanos, "magnitude": Magnitude, "imported": Imported}),
+        "wanda": Wanda, "sparsegpt": SparseGPT, "thanos": Thanos, "admm": ADMM, "magnitude": Magnitude,
+        "imported": Imported}),
     "solver": MappingProxyType({"cg": CG, "mpax": MPAX, "exact": Exact, "adam": Adam, "null": None}),
     "accept": MappingProxyType({"per_row": PerRow, "per_layer": PerLayer, "held_out": HeldOut}),
     "target": MappingProxyType({"self": SelfTarget, "dense": DenseTarget}),

@@ -44,7 +44,7 @@ FACTORISATIONS = _STEPS + 1
 class Swaps:
     """Exchanges kept weights for pruned ones of the same row (in N:M of the same M) where the solved row gains.
 
-    The numbers of weights stay what they are, in every row and in every M. Each round costs a solve from where the last one ended.
+    The numbers of weights stay what they are, in every row and in every M. A round costs a solve from where the last one ended.
 
     Attributes:
       rounds: how often weights are exchanged.

@@ -83,3 +83,30 @@ def sparsegpt(weight: np.ndarray, hessian: np.ndarray, pattern: Pattern, block: 
                 weight[row, j:] -= weight[row, j] / factor[j, j] * factor[j, j:]
                 weight[row, j] = 0.0
     return weight, keep
+
+
+def admm(weight: np.ndarray, hessian: np.ndarray, linear: np.ndarray, pattern: Pattern, damping: float, penalties: np.ndarray,
+         iterations: int) -> tuple[np.ndarray, np.ndarray]:
+    """ADMM for mask and weights (Meng et al., ALPS, 2024, equation 5), ``iterations`` of each penalty; no dead inputs.
+
+    Returns:
+      (weights, keep), each [d_out, d_in].
+    """
+    scale = np.sqrt(np.diag(hessian.astype(np.float64)))
+    scaled, dense = hessian / scale / scale[:, None], weight * scale
+    target = linear / scale + damping * dense
+    z, dual = dense, np.zeros_like(dense)
+    for rho in penalties:
+        inverse = np.linalg.inv(scaled + (damping + rho) * np.eye(len(scale)))
+        for _ in range(iterations):
+            v = (target - dual + rho * z) @ inverse
+            z = v + dual / rho
+            keep = np.zeros(z.shape, bool)
+            groups = keep.reshape(z.size // pattern.m, pattern.m) if isinstance(pattern, NM) else (
+                keep if pattern.group == "row" else keep.reshape(1, -1))
+            lost = pattern.m - pattern.n if isinstance(pattern, NM) else pattern.pruned_in(groups.shape[1])
+            order = np.argsort(np.abs(z).reshape(groups.shape), axis=1, kind="stable")
+            np.put_along_axis(groups, order[:, lost:], True, axis=1)
+            z = np.where(keep, z, 0.0)
+            dual = dual + rho * (v - z)
+    return z / scale, keep

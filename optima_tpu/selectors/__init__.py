@@ -4,13 +4,14 @@ from typing import ClassVar, Protocol
 
 from optima_tpu.patterns import Pattern
 from optima_tpu.problem import LayerProblem, Pruned
+from optima_tpu.selectors.admm import ADMM
 from optima_tpu.selectors.imported import Imported
 from optima_tpu.selectors.magnitude import Magnitude
 from optima_tpu.selectors.sparsegpt import SparseGPT
 from optima_tpu.selectors.thanos import Thanos
 from optima_tpu.selectors.wanda import Wanda
 
-__all__ = ["Imported", "Magnitude", "MaskSelector", "SparseGPT", "Thanos", "Wanda"]
+__all__ = ["ADMM", "Imported", "Magnitude", "MaskSelector", "SparseGPT", "Thanos", "Wanda"]
 
 
 class MaskSelector(Protocol):
