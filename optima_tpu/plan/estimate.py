@@ -14,7 +14,7 @@ from optima_tpu.models.decoder import run_block
 from optima_tpu.plan.model import Declared
 from optima_tpu.plan.topology import GIB, Target
 from optima_tpu.refine import FACTORISATIONS, Refining
-from optima_tpu.selectors import Magnitude, MaskSelector, Wanda
+from optima_tpu.selectors import ADMM, Magnitude, MaskSelector, Wanda
 from optima_tpu.sharding import MODEL
 from optima_tpu.solvers import CG, MPAX, Adam, Exact, Solver
 
@@ -121,8 +121,15 @@ def prune_work(rows: float, d_in: int, solver: Solver | Refining | None, selecto
     change = 2 if solver else 1
     times = candidates * (cost.products + 1 + change + held_out * (1 + change)) + dense * (1 + held_out)
     shared, passes = candidates * cost.shared, candidates * (cost.passes + 30) + _PASSES_OF_A_MASK
-    if not isinstance(selector, (Wanda, Magnitude, type(None))):  # a factorisation and a sweep over the columns
-        times, shared = times + 2, shared + 1
+    match selector:
+        case None | Wanda() | Magnitude():
+            pass
+        case ADMM():  # the target, and every iteration chooses a mask
+            iterations = selector.levels * selector.iterations
+            times, shared = times + iterations + 1, shared + selector.levels
+            passes += iterations * (_PASSES_OF_A_MASK + 8)
+        case _:  # a factorisation and a sweep over the columns
+            times, shared = times + 2, shared + 1
     if parts == 1:
         # Cholesky, and a triangular solve with the identity; the inverse is then one more product.
         factor, inverse = (shared * 4 / 3 + candidates * cost.each_row * rows / 3) * d_in**3, 2.0 * shared * d_in**3
