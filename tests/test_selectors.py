@@ -11,7 +11,7 @@ from optima_tpu.patterns import NM, Pattern, Unstructured
 from optima_tpu.problem import LayerProblem, Pruned, self_target
 from optima_tpu.selectors import ADMM, Magnitude, MaskSelector, SparseGPT, Thanos, Wanda
 from optima_tpu.sharding import ROWS, make_mesh
-from tests.helpers import layer, select
+from tests.helpers import PATTERNS, layer, select
 
 COUNT, SIZE = 8, 32
 # Blocks of 12 leave a last one of 8, and divide no N:M group of 8.
@@ -26,9 +26,7 @@ SELECTORS = {
 # Those that rank the weights of dead inputs by size; the others prune them first.
 BLIND = (Magnitude(), Wanda(shift_zero=True))
 contract = pytest.mark.parametrize("selector", SELECTORS.values(), ids=SELECTORS)
-# Those of helpers.PATTERNS but for some shares: SparseGPT and Thanos, which count block by block, have tests with all of them.
-patterns = pytest.mark.parametrize("pattern", [Unstructured(0.5), Unstructured(0.7), Unstructured(0.6, "layer"),
-                                               NM(2, 4), NM(4, 8), NM(6, 8)], ids=str)
+patterns = pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 
 
 def problem_of(seed: int, weight: np.ndarray | None = None, hessian: np.ndarray | None = None) -> LayerProblem:
