@@ -14,8 +14,8 @@ from jax.sharding import PartitionSpec as P
 
 from optima_tpu.activations import Activations
 from optima_tpu.calibrate import Drift, Groups, Statistics, accumulate_drift, accumulate_hessians, stages
-from optima_tpu.judge import Aim, judge_rows, measure_rows
 from optima_tpu.features import WHOLE
+from optima_tpu.judge import Aim, judge_rows, measure_rows
 from optima_tpu.layer_rules import pattern_of
 from optima_tpu.memory import Pass, block_bytes, passes
 from optima_tpu.models.decoder import Decoder

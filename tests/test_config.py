@@ -146,7 +146,7 @@ def test_a_preset_is_below_the_file_and_the_command_line(file):
     assert parse(["--config", path]) == expected
     assert parse(["--config", path, "--solver.eps_abs", "1e-4"]).solver == MPAX(eps_abs=1e-4)
     assert "an option of solver mpax" in refusal("--config", path, "--preset", "best")
-    assert parse(["--preset", "best"]).refine and parse(["--preset", "best", "--refine", "null"]).refine is None
+    assert parse(["--preset", "paper", "--solver", "cg"]).solver == CG()
     for name in PRESETS:
         config = parse(["--preset", name])
         assert parse(["--config", file(dump(config))]) == config and parse(["--preset", name, "--preset", name]) == config

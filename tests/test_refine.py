@@ -1,11 +1,13 @@
 """Masks that are refined under the solve."""
 
 import functools
+import io
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from rich.console import Console
 
 from optima_tpu.accept import PerRow
 from optima_tpu.cli import configure, flags, parse
@@ -13,13 +15,16 @@ from optima_tpu.config import weights_settings
 from optima_tpu.errors import UserError
 from optima_tpu.features import WHOLE
 from optima_tpu.judge import judge_rows
+from optima_tpu.layer_rules import LayerRule
 from optima_tpu.memory import footprint_of, needed
 from optima_tpu.patterns import NM, Unstructured
 from optima_tpu.problem import Pruned, Solution, self_target
 from optima_tpu.prune import prune_group
 from optima_tpu.recipe import Recipe, solved_together
 from optima_tpu.refine import Refined, Refining, Swaps, exchange, schur_diagonal
-from optima_tpu.layer_rules import LayerRule
+from optima_tpu.report.records import BlockReport, LayerReport
+from optima_tpu.report.summary import exchanged
+from optima_tpu.report.table import print_summary
 from optima_tpu.selectors import Magnitude, Wanda
 from optima_tpu.solvers import CG, MPAX, Exact
 from tests.helpers import correlated_hessian, layer, mesh, oracle, row_objective, select
@@ -151,6 +156,18 @@ def test_its_memory_is_counted():
     total = found.argument_size_in_bytes + found.output_size_in_bytes + found.temp_size_in_bytes
     told = needed(size, rows, rows, mesh(1, 1), footprint_of(recipe.update(recipe.pattern), recipe.selector), False)
     assert total < told < 1.6 * total
+
+
+def test_the_summary_tells_how_much_came_in():
+    told = dict(block=0, name="a", shape=[8, 20], pruned=80, sparsity=0.5, error_before=0.1, error_after=0.1, gap_median=0.0,
+                gap_max=0.0, steps_median=1, steps_max=1, rows=8, rows_converged=8, rows_refused=0, dead_inputs=0)
+    plain, refined = LayerReport.from_json(told), LayerReport.from_json(told | {"exchanged": 4})
+    assert exchanged([plain]) is None and exchanged([plain, refined, refined]) == 8 / 160
+    assert LayerReport.from_json(refined.to_json()) == refined
+    console = Console(file=io.StringIO(), width=200)
+    print_summary(console, [BlockReport(0, 1.0, (refined,))], solver="cg", perplexity={"dense": 1.0, "pruned": 2.0},
+                  evaluation="a text", memory={}, files={})
+    assert "masks       5.00% of the weights that stay came in by exchange" in console.file.getvalue()
 
 
 def test_the_settings():
