@@ -1,7 +1,8 @@
-"""A whole Wanda + cg run against a Wanda run that keeps the selector's weights, each in a process of its own.
+"""Whole runs against each other, each in a process of its own: Wanda's weights as they are, and with ``cg``.
 
     python -m benchmarks.whole_run
     python -m benchmarks.whole_run --repeats 3 -- --calibration.source c4 --mesh 2x1
+    python -m benchmarks.whole_run --variant="--preset fast" --variant="--preset best" -- --pattern 0.5/row
 
 Takes further settings of ``optima_tpu.launch`` after ``--``. Runs alternate; times are medians and ratios those of medians.
 "pruning" is that stage of the run: calibration, masks, solver, the pruned block's outputs, the journal, and what compiles.
@@ -10,6 +11,7 @@ Takes further settings of ``optima_tpu.launch`` after ``--``. Runs alternate; ti
 import argparse
 import json
 import os
+import shlex
 import statistics
 import subprocess
 import sys
@@ -19,7 +21,7 @@ from collections.abc import Sequence
 
 from optima_tpu.config import EMBEDDED
 
-SOLVERS = ("null", "cg")
+VARIANTS = ("--solver null", "--solver cg")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -29,21 +31,25 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--length", type=int, default=512, help="tokens in each")
     parser.add_argument("--windows", type=int, default=40, help="on which perplexity is measured")
     parser.add_argument("--repeats", type=int, default=1, help="runs of each")
+    parser.add_argument("--variant", action="append", metavar="SETTINGS",
+                        help=f"settings of one run; ratios are to the first; without one {' and '.join(VARIANTS)}")
     parser.add_argument("settings", nargs="*", help="further settings of optima_tpu.launch, after --")
     arguments = parser.parse_args(argv)
     command = [sys.executable, "-m", "optima_tpu.launch", "--model", EMBEDDED.model, "--calibration.source",
                EMBEDDED.calibration.source, "--calibration.samples", str(arguments.samples), "--calibration.length",
                str(arguments.length), "--evaluation.windows", str(arguments.windows), *arguments.settings]
-    found: dict[str, list[dict[str, float]]] = {solver: [] for solver in SOLVERS}
+    variants = arguments.variant or VARIANTS
+    found: dict[str, list[dict[str, float]]] = {variant: [] for variant in variants}
     for _ in range(arguments.repeats):
-        for solver in SOLVERS:
-            found[solver].append(timed([*command, "--solver", solver]))
-            print(solver, found[solver][-1], f"load {os.getloadavg()[0]:.1f}", file=sys.stderr, flush=True)
+        for variant in variants:
+            found[variant].append(timed([*command, *shlex.split(variant)]))
+            print(variant, found[variant][-1], f"load {os.getloadavg()[0]:.1f}", file=sys.stderr, flush=True)
     print(f"{' '.join(command[1:])}, medians of {arguments.repeats}.\n")
-    print("| stage | Wanda, s | Wanda + cg, s | ratio |\n|---|---|---|---|")
-    for stage in found["null"][0]:
-        wanda, both = (statistics.median(run[stage] for run in found[solver]) for solver in SOLVERS)
-        print(f"| {stage} | {wanda:.1f} | {both:.1f} | {both / wanda:.2f} |")
+    print("| stage |", *(f"{variant}, s |" for variant in variants), *(f"{variant}, ratio |" for variant in variants[1:]))
+    print("|---" * 2 * len(variants) + "|")
+    for stage in found[variants[0]][0]:
+        medians = [statistics.median(run[stage] for run in found[variant]) for variant in variants]
+        print(f"| {stage} |", *(f"{value:.1f} |" for value in medians), *(f"{value / medians[0]:.2f} |" for value in medians[1:]))
 
 
 def timed(command: list[str]) -> dict[str, float]:
