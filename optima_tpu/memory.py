@@ -140,8 +140,8 @@ def layout(name: str, d_in: int, rows: int, budget: float, mesh: Mesh, solver: A
     raise UserError(
         f"{name} has {d_in} inputs: with its Hessian {where}, {methods} would take {least / GIB:.3g} GiB a device, expected "
         f"at most {max(budget, 0) / GIB:.3g} GiB, what --device_memory leaves beside weights and Hessians. Take --selector "
-        "wanda, --refine null and --solver cg with a damping of 1e-4 or more, for which a Hessian can be split, on a --mesh with a "
-        f"larger model axis that divides {d_in}; or a larger --device_memory, or devices with more memory")
+        "wanda, --refine null and --solver cg with a damping of 1e-4 or more, for which a Hessian can be split, on a --mesh "
+        f"with a larger model axis that divides {d_in}; or a larger --device_memory, or devices with more memory")
 
 
 class Pass(NamedTuple):

@@ -31,7 +31,7 @@ from optima_tpu.patterns import NM, Pattern, lowest
 from optima_tpu.problem import LayerProblem, Pruned, Solution, drift
 from optima_tpu.sharding import Layout, over_rows, prepared, solution_specs
 from optima_tpu.solvers import Solver
-from optima_tpu.solvers.inverse import inverse_cholesky
+from optima_tpu.solvers.inverse import inverse
 from optima_tpu.solvers.scaling import unit_diagonal
 
 # Newton steps for t, from its value for an A without correlations.
@@ -86,8 +86,8 @@ class Refining:
 
     @property
     def footprint(self) -> Footprint:
-        # The damped Hessian, and before the loop A + t I and its inverse, while the solver's are there. A row's weights,
-        # residual, winnings, costs and what the selection makes of them.
+        # A + t I and its inverse, while the solver's are there. A row's weights, residual, winnings, costs and what the
+        # selection makes of them.
         solver = footprint_of(self.solver, None)
         return Footprint(solver.hessians + 2, solver.vectors + 8)
 
@@ -178,7 +178,7 @@ def exchange(win: Array, cost: Array, keep: Array, limit: Array, pattern: Patter
         enters, leaves = (chosen & (jnp.arange(pattern.m) == best[..., None])
                           for best in (jnp.argmax(win, axis=-1), jnp.argmin(cost, axis=-1)))
         return ((kept | enters) & ~leaves).reshape(keep.shape), count
-    size = min(most(share, keep.shape[1]), keep.shape[1])
+    size = most(share, keep.shape[1])
     pays = jax.lax.top_k(win, size)[0] > -jax.lax.top_k(-cost, size)[0]
     count = jnp.minimum(jnp.sum(pays, axis=1, dtype=jnp.int32), limit)
     return (keep | lowest(-win, count[:, None], "row")) & ~lowest(cost, count[:, None], "row"), count
@@ -203,17 +203,13 @@ def schur_diagonal(hessian: Array, damping: float, kept: float) -> Array:
     matrix = matrix + damping * eye
     kept = min(max(kept, 0.5 / size), 1 - 0.5 / size)
 
-    def inverse(ridge: Array) -> Array:
-        root = inverse_cholesky(matrix + ridge * eye)
-        return matmul(root.T, root)
-
     def newton(_, ridge: Array) -> Array:
         # Of size - t tr X - |K| as a function of log t, whose derivative is t^2 |X|^2 - t tr X < 0.
-        found = inverse(ridge)
+        found = inverse(matrix + ridge * eye)
         trace = ridge * jnp.trace(found)
         slope = trace - ridge**2 * jnp.sum(found * found)
         return ridge * jnp.exp(jnp.clip((size * (1 - kept) - trace) / jnp.maximum(slope, 1e-6 * size), -2.0, 2.0))
 
     ridge = jax.lax.fori_loop(0, _STEPS, newton, jnp.float32((1 + damping) * (1 - kept) / kept))
-    schur = 1 / jnp.diagonal(inverse(ridge)) - ridge
+    schur = 1 / jnp.diagonal(inverse(matrix + ridge * eye)) - ridge
     return jnp.where(live, scale**2 * schur, 0.0)

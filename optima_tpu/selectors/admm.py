@@ -12,7 +12,7 @@ from jax import Array
 from optima_tpu.errors import UserError
 from optima_tpu.patterns import Pattern, keep_mask
 from optima_tpu.problem import LayerProblem, Pruned, drift, matmul
-from optima_tpu.solvers.inverse import inverse_cholesky
+from optima_tpu.solvers.inverse import inverse
 from optima_tpu.solvers.scaling import unit_diagonal
 
 
@@ -86,11 +86,10 @@ class ADMM:
 
         # Everything is counted from the dense weights: a weight that has no reason to move does not move by rounding either.
         def level(state: _State, rho: Array) -> tuple[_State, None]:
-            root = inverse_cholesky(matrix + (self.damping + rho) * eye)
-            inverse = matmul(root.T, root)
+            solve = inverse(matrix + (self.damping + rho) * eye)
 
             def iteration(_, state: _State) -> _State:
-                move = matmul(pull + rho * state.move - state.dual, inverse) + state.dual / rho
+                move = matmul(pull + rho * state.move - state.dual, solve) + state.dual / rho
                 keep = keep_mask(jnp.abs(weight + move), pattern)
                 return _State(jnp.where(keep, move, -weight), jnp.where(keep, 0.0, rho * (weight + move)), keep)
 

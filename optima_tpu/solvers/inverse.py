@@ -1,4 +1,4 @@
-"""The inverse of a Cholesky factor, in matrix products."""
+"""Inverses of positive definite matrices, in matrix products."""
 
 import jax
 import jax.numpy as jnp
@@ -7,6 +7,12 @@ from jax import Array
 from optima_tpu.features import matmul
 
 _LEAF = 256  # matrices up to this size are factorised at once
+
+
+def inverse(matrix: Array) -> Array:
+    """``M^-1`` of a positive definite [d, d] float32; NaN where it is not positive definite in float32."""
+    root = inverse_cholesky(matrix)
+    return matmul(root.T, root)
 
 
 def inverse_cholesky(matrix: Array) -> Array:
