@@ -9,7 +9,7 @@ the custom metadata of RUN/checkpoint names them.
 
 import logging
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +78,7 @@ def _by_itself() -> ocp.Context:
     return context
 
 
-def write_checkpoint(journal, source, mesh: Mesh) -> None:
+def write_checkpoint(journal, source, mesh: Mesh, sparsity: Sequence[float | None] | None = None) -> None:
     """Writes RUN/checkpoint: the finished blocks, and every other tensor as the source has it.
 
     One block is in memory at a time; in a bucket, what belongs to no block. A checkpoint that is already there is complete and is
@@ -88,6 +88,7 @@ def write_checkpoint(journal, source, mesh: Mesh) -> None:
       journal: the ``Journal`` of the run, with every block of the model.
       source: the ``TensorSource`` that was pruned.
       mesh: whose devices the arrays pass.
+      sparsity: of every block, where they differ; None for a block whose layers all have rules.
 
     Raises:
       UserError: the disk is full or not writable. The finished blocks are intact.
@@ -107,7 +108,7 @@ def write_checkpoint(journal, source, mesh: Mesh) -> None:
     with writing(final, "all finished blocks are intact; make room and repeat the command"):
         first_only(lambda: begin(final))
         reports = [journal.report(index) for index in sorted(journal.finished)]
-        metadata = {"run": read_run(journal.directory) | {"blocks": reports}}
+        metadata = {"run": read_run(journal.directory) | {"blocks": reports, "sparsity": sparsity}}
         (_write_rest if in_bucket(final) else _write_whole)(staged(final), journal, source, on_mesh, metadata)
 
         def finish():
@@ -159,7 +160,7 @@ class CheckpointTensors:
     """The tensors of a finished run as a ``TensorSource``, read from RUN/checkpoint and its parts, to the host, when asked for.
 
     Attributes:
-      run: ``{"manifest": ..., "configuration": ..., "blocks": [report of each block]}``.
+      run: ``{"manifest": ..., "configuration": ..., "blocks": [report of each block], "sparsity": [of each block] or None}``.
 
     Raises:
       UserError: the run is not finished.

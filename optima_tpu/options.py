@@ -35,6 +35,7 @@ _TITLES = {
     "accept": "accept (when the solver's weights are taken)",
     "target": "target (what a layer is to reproduce)",
     "refine": "refine (whether the mask changes once its weights are solved)",
+    "allocation": "allocation (how the pattern's sparsity is shared out among the blocks)",
     "tuning": "tuning (what is chosen for each matrix on held-out tokens)",
     "calibration": "calibration (the text that the pruned model must reproduce)",
     "evaluation": "evaluation (the text on which perplexity is measured, before and after)",

@@ -14,6 +14,7 @@ import numpy as np
 from rich.console import Console
 
 from optima_tpu.activations import Activations
+from optima_tpu.allocation import Uniform
 from optima_tpu.calibrate import linear_groups
 from optima_tpu.checkpoint import CheckpointTensors, write_checkpoint
 from optima_tpu.config import RunConfig, to_dict, weights_settings
@@ -22,6 +23,7 @@ from optima_tpu.evaluate.perplexity import perplexity
 from optima_tpu.export import export, is_export_of
 from optima_tpu.files import only_program, refuse_unreachable, write_bytes
 from optima_tpu.finished import FinishedTensors
+from optima_tpu.importance import Allocated, allocated, allocation_steps, kept
 from optima_tpu.inputs import (Model, Texts, linear_shapes, manifest_of, open_model_on_mesh, read_texts,
                                token_digest)
 from optima_tpu.journal import DENSE, Journal, finished_blocks, open_journal, prepare_directory
@@ -34,6 +36,7 @@ from optima_tpu.processes import agree, first_only, from_first, is_first, togeth
 from optima_tpu.prune import ReadMask, block_passes, walk_block
 from optima_tpu.recipe import Recipe
 from optima_tpu.report.file import environment, memory_peaks, write_report
+from optima_tpu.report.numbers import percent
 from optima_tpu.report.progress import Progress, say
 from optima_tpu.report.records import BlockReport
 from optima_tpu.report.sinks import Steps, check_sinks, opened, write
@@ -70,8 +73,10 @@ def run(config: RunConfig, console: Console | None = None, model: Model | None =
     calibration, evaluation = texts
     manifest = manifest_of(config, model, texts)
     directory = prepare_directory(config.run_directory, manifest)
-    budget = device_budget(config.device_memory)
-    _greet(console, config, model, texts, directory, _fitted(decoder, recipe_of(config), budget))
+    budget, recipe = device_budget(config.device_memory), recipe_of(config)
+    if not isinstance(config.allocation, Uniform):
+        allocation_steps(decoder, recipe, config.allocation)
+    _greet(console, config, model, texts, directory, _fitted(decoder, recipe, budget))
     if report := from_first(lambda: _finished_report(config, directory, manifest, evaluation)):
         _tell(console, config, report)
         return report
@@ -87,10 +92,12 @@ def run(config: RunConfig, console: Console | None = None, model: Model | None =
         steps = Steps(sinks, journal)
         steps.follow()
         masks = open_masks(config.selector.path).read if isinstance(config.selector, Imported) else None
-        prune_model(decoder, calibration.ids, recipe_of(config), journal, progress, config.calibration.samples, masks,
-                    budget, steps.follow)
+        if allocation := _allocation(config, decoder, calibration, recipe, budget, journal.directory, progress):
+            recipe = dataclasses.replace(recipe, layers=allocation.rules(decoder, recipe.pattern) + recipe.layers)
+        prune_model(decoder, calibration.ids, recipe, journal, progress, config.calibration.samples, masks, budget,
+                    steps.follow)
         progress.stage("writing the checkpoint", 1)
-        write_checkpoint(journal, pretrained.tensors, decoder.mesh)
+        write_checkpoint(journal, pretrained.tensors, decoder.mesh, allocation and allocation.sparsity)
         progress.advance()
         pruned = _measure("pruned perplexity", dataclasses.replace(decoder, tensors=CheckpointTensors(journal.directory)),
                           evaluation, progress)
@@ -111,8 +118,8 @@ def run(config: RunConfig, console: Console | None = None, model: Model | None =
                        "architecture": (pretrained.config.architectures or [None])[0], "blocks": decoder.config.blocks},
                 calibration={"source": config.calibration.source, "how": calibration.how, "tokens": int(calibration.ids.size)},
                 evaluation={"how": evaluation.how, "tokens": int(evaluation.ids.size), "digest": token_digest(evaluation.ids)},
-                perplexity={"dense": dense, "pruned": pruned}, blocks=blocks, seconds=progress.seconds,
-                memory=memory, files=files))
+                perplexity={"dense": dense, "pruned": pruned}, allocation=allocation and allocation.to_json(),
+                blocks=blocks, seconds=progress.seconds, memory=memory, files=files))
 
         report = record()
         if config.export and not from_first(lambda: is_export_of(journal.directory, folder)):
@@ -213,6 +220,23 @@ def _finished_report(config: RunConfig, directory: Path, manifest: dict[str, Any
     return report if same else None
 
 
+def _allocation(config: RunConfig, decoder: Decoder, calibration: Tokens, recipe: Recipe, budget: float, directory: Path,
+                progress: Progress) -> Allocated | None:
+    """The sparsity of every block, None where all have the same. Made once a run, as the perplexity of the dense model."""
+    if isinstance(config.allocation, Uniform):
+        return None
+
+    def make() -> Allocated:
+        progress.stage("allocating", decoder.config.blocks)
+        samples = config.calibration.samples
+        return allocated(decoder, calibration.ids, recipe, config.allocation, samples, budget, progress.advance)
+
+    found = kept(directory / "allocation.json", make)
+    given = [sparsity for sparsity in found.sparsity if sparsity is not None]
+    progress.note(f"the blocks lose from {percent(min(given))} to {percent(max(given))}")
+    return found
+
+
 def _measure(name: str, decoder: Decoder, tokens: Tokens, progress: Progress) -> float:
     progress.stage(name, decoder.config.blocks + 1)
     return perplexity(decoder, tokens.ids, progress.advance)
@@ -265,6 +289,8 @@ def _beyond(config: RunConfig) -> str:
         words.append("recapture")
     if config.refine:
         words.append(f"{config.refine.rounds} rounds of exchanges")
+    if not isinstance(config.allocation, Uniform):
+        words.append(f"{weights_settings(config)['allocation']['name']} allocation")
     if (candidates := config.tuning.candidates(config.solver, config.target)) > 1:
         words.append(f"{candidates} candidates for each matrix")
     return "".join(f", {word}" for word in words)

@@ -202,7 +202,7 @@ def test_the_checkpoint_holds_pruned_blocks_and_the_source_otherwise(tmp_path):
         assert (tensors.shape(name), tensors.dtype(name)) == (source.shape(name), source.dtype(name))
         assert_same(tensors.read(name), pruned.get(name, source.tensors[name]))
     assert_same(tensors.read("model.norm.weight", (slice(2, 5),)), source.tensors["model.norm.weight"][2:5])
-    assert tensors.run == {"manifest": MANIFEST, "configuration": {"mesh": "4x2"},
+    assert tensors.run == {"manifest": MANIFEST, "configuration": {"mesh": "4x2"}, "sparsity": None,
                            "blocks": [pruned_block(source, block)[2] for block in range(BLOCKS)]}
     before = contents(tmp_path)
     write_checkpoint(journal, source, mesh(1, 1))

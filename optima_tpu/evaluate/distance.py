@@ -79,7 +79,7 @@ def distance(dense: Decoder, pruned: Decoder, tokens: np.ndarray, advance=lambda
         squares[index] = _squares(*streams)
         if per_block or index == count - 1:
             heads = heads or tuple(model.head() for model in models)
-            scores.append(_window_scores(heads, streams, tokens, dense.batch))
+            scores.append(window_scores(heads, streams, tokens, dense.batch))
         advance()
     last = scores[-1]
     check_finite(dense, tokens, last.dense_nll, "dense model")
@@ -92,7 +92,7 @@ def distance(dense: Decoder, pruned: Decoder, tokens: np.ndarray, advance=lambda
         perplexity_of(last.dense_nll, tokens), perplexity_of(last.pruned_nll, tokens))
 
 
-class _Sums(NamedTuple):
+class Sums(NamedTuple):
     """Sums over the predictions of every window, [windows] float32."""
 
     kl: np.ndarray | Array
@@ -101,8 +101,14 @@ class _Sums(NamedTuple):
     pruned_nll: np.ndarray | Array
 
 
-def _window_scores(heads: tuple[Head, Head], streams: Sequence[Activations], tokens: np.ndarray, size: int) -> _Sums:
-    sums = _Sums(*np.empty((len(_Sums._fields), len(tokens)), np.float32))
+def window_scores(heads: tuple[Head, Head], streams: Sequence[Activations], tokens: np.ndarray, size: int) -> Sums:
+    """What the heads make of two streams, the dense one first.
+
+    Args:
+      tokens: [windows, length] int32, of which the streams may be a stretch: the sums of the others mean nothing.
+      size: windows that a batch gives to one slice of the data axis.
+    """
+    sums = Sums(*np.empty((len(Sums._fields), len(tokens)), np.float32))
     for dense, pruned in zip(*(stream.batches(size) for stream in streams)):
         found = fetch(_batch_scores(heads, (dense.hidden, pruned.hidden), dense.place(tokens)))
         for whole, part in zip(sums, found):
@@ -111,12 +117,12 @@ def _window_scores(heads: tuple[Head, Head], streams: Sequence[Activations], tok
 
 
 @jax.jit
-def _batch_scores(heads: tuple[Head, Head], hidden: tuple[Array, Array], tokens: Array) -> _Sums:
+def _batch_scores(heads: tuple[Head, Head], hidden: tuple[Array, Array], tokens: Array) -> Sums:
     def score(targets, *states):
         logits = [head_logits(head, state) for head, state in zip(heads, states)]
         first = [values.argmax(axis=-1) for values in logits]
         p, q = (jax.nn.log_softmax(values, axis=-1) for values in logits)
-        return _Sums(jnp.sum(jnp.exp(p) * (p - q), axis=-1), first[0] == first[1], -picked(p, targets), -picked(q, targets))
+        return Sums(jnp.sum(jnp.exp(p) * (p - q), axis=-1), first[0] == first[1], -picked(p, targets), -picked(q, targets))
 
     return sum_over_windows(score, tokens, *hidden)
 

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import jax
 
+from optima_tpu.allocation import Uniform
 from optima_tpu.config import RunConfig
 from optima_tpu.models.decoder import run_block
 from optima_tpu.plan.model import Declared
@@ -274,6 +275,8 @@ def assumptions(config: RunConfig, target: Target) -> list[str]:
     if config.recapture:
         words.append("every pass of the calibration is counted as a whole block, also where it ends at an early input, and its "
                      "hidden states are not counted on their way to the devices")
+    if not isinstance(config.allocation, Uniform):
+        words.append("measuring the blocks for their sparsities is not counted, and every block is planned with the pattern's")
     words.append(f"a host moves {ASSUMED.transfer / 1e9:g} GB/s to its devices and reads {ASSUMED.reading / 1e9:g} GB/s of "
                  f"weights; the run directory takes {ASSUMED.writing / 1e9:g} GB/s; nothing overlaps")
     words.append("communication is not counted")
