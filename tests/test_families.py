@@ -111,7 +111,8 @@ def test_a_pruned_model_loads_in_transformers(saved, halved, family):
     linears = linears_of(Decoder.open(dense.config, dense.tensors, mesh(1, 1)))
     for name, array in folder_tensors(halved(family)).items():
         if name in linears:
-            assert ((array.reshape(-1, 4) != 0).sum(axis=1) == 2).all(), name
+            left = (array.reshape(-1, 4) != 0).sum(axis=1)
+            assert (left <= 2).all() and left.mean() > 1.99, name  # a weight that stays may round to 0
         else:
             assert np.array_equal(array, dense.tensors.read(name)), name
 

@@ -246,6 +246,19 @@ def test_what_is_missing_is_said_to_be_missing(tmp_path, unplotted):
     assert "No layer was pruned" in page.sections["layers"]
 
 
+def test_errors_against_the_dense_model_are_shown_of_the_runs_that_have_them(tmp_path, unplotted):
+    aiming = [dataclasses.replace(layer, dense_before=0.1, dense_after=0.0625, dense_drift=0.01 * (1 + layer.block))
+              for layer in layers(0)]
+    runs = write_run(tmp_path / "aiming", reports=aiming), write_run(tmp_path / "plain")
+    page = drawn(runs[0], to=tmp_path / "x.html")
+    kinds = {row[0]: row[6:9] for row in page.tables["Mean over blocks"]}
+    assert kinds["q_proj"] == kinds["all"] == ["10.0%", "6.25%", "2.00%"]
+    assert page.tables["Every layer"][-1][7:10] == ["10.0%", "6.25%", "3.00%"]
+    assert "With a dense target" in page.sections["layers"]
+    assert "against dense" in drawn(*runs, to=tmp_path / "y.html").words
+    assert "against dense" not in drawn(runs[1], to=tmp_path / "z.html").words
+
+
 def test_experts_are_one_kind_of_layer(tmp_path):
     reports = [dataclasses.replace(layer, name=f"mlp.experts.{expert}.up_proj") for expert in range(3)
                for layer in layers(expert) if layer.name == "mlp.up_proj"]

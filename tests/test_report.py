@@ -191,6 +191,13 @@ def printed(blocks, solver="cg", width=80) -> str:
     return out.file.getvalue()
 
 
+def test_the_summary_tells_errors_against_the_dense_model_where_there_are_some():
+    aiming = [BlockReport(0, 1.0, (layer(held_out_before=0.2, held_out_after=0.1, dense_before=0.3, dense_after=0.25),))]
+    row = next(line for line in printed(aiming).splitlines() if line.startswith("q_proj")).split()
+    assert row[4:6] == ["25.0%", "50.0%"] and "Against dense:" in printed(aiming)
+    assert "Against dense:" not in printed(BLOCKS) and "against" not in printed(BLOCKS)
+
+
 def test_the_summary_says_what_it_cost_what_was_unusual_and_where_it_is():
     text = printed(BLOCKS)
     rows = {line.split()[0]: line.split()[1:] for line in text.splitlines() if line}

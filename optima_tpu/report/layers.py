@@ -11,7 +11,7 @@ from optima_tpu.report.numbers import percent
 from optima_tpu.report.records import LayerReport
 from optima_tpu.report.results import mean_errors
 from optima_tpu.report.runs import Run
-from optima_tpu.report.summary import by_kind, exchanged, kind_name, mean_or_none, short_names, sparsity, unusual
+from optima_tpu.report.summary import LayerKind, by_kind, exchanged, kind_name, mean_or_none, short_names, sparsity, unusual
 from optima_tpu.report.table import TROUBLE, unusual_lines
 from optima_tpu.report.view import NONE, Key, Section, Table, figure
 
@@ -47,6 +47,10 @@ def layer_errors(runs: Sequence[Run]) -> Section:
     text = ["The error of a layer is the change of its output as a share of the output’s energy, ‖XW′ − XV′‖² / ‖XW′‖², with "
             "W the dense and V the pruned weights and X its inputs in the pruned model. Before: with the selector’s weights. "
             "After: with the solver’s. Held-out text is calibration text that no weight was fitted to."]
+    if any(map(_aims_at_dense, runs)):
+        text.append("With a dense target the solver minimises not this error, which may even rise, but the distance from the "
+                    "dense model’s output. Against dense: ‖X_d W′ − XV′‖² / ‖X_d W′‖² on held-out text, with X_d the layer’s "
+                    "inputs in the dense model; that of the dense weights W is what the layers before have lost.")
     text += [f"{run.label if several else 'This run'} held no text out: its errors are on the text that the weights were fitted "
              "to, and are too good for other text." for run in runs if run not in unseen]
     zeros = sum(layer.error_after == 0 for run in runs for layer in run.layers)
@@ -180,11 +184,12 @@ def _kind_table(run: Run, caption: str) -> Table:
     rows = []
     for kind in kinds:
         held_before = mean_or_none(layer.held_out_before for layer in run.layers if kind_name(layer.name) == kind.name)
-        errors = _errors(run, kind.error_before, kind.error_after, held_before, kind.held_out)
+        errors = _errors(run, kind.error_before, kind.error_after, held_before, kind.held_out) + _against_dense(run, kind)
         rows.append([short[kind.name], f"{kind.layers:,}", *errors, percent(kind.sparsity)])
     if rows:
-        rows.append(["all", f"{len(run.layers):,}", *_errors(run, *mean_errors(run)), percent(sparsity(run.layers))])
-    return Table(caption, ["layer", "matrices", *_ERRORS, "sparsity"], rows, "" if rows else "No layer was pruned.",
+        rows.append(["all", f"{len(run.layers):,}", *_errors(run, *mean_errors(run)), *_against_dense(run, None),
+                     percent(sparsity(run.layers))])
+    return Table(caption, ["layer", "matrices", *_errors_of(run), "sparsity"], rows, "" if rows else "No layer was pruned.",
                  total=bool(rows))
 
 
@@ -194,15 +199,38 @@ def _layer_table(run: Run, several: bool) -> Table:
         layers = sorted(layers, key=lambda layer: layer.error_after, reverse=True)
     rows = [[f"{layer.block} {layer.name}", "×".join(map(str, layer.shape)), percent(layer.sparsity),
              *_errors(run, layer.error_before, layer.error_after, layer.held_out_before, layer.held_out_after),
+             *_against_dense(run, layer),
              *([_steps(layer.steps_median), _steps(layer.steps_max), percent(layer.gap_max),
                 f"{layer.rows - layer.rows_converged:,}", f"{layer.rows_refused:,}"] if run.solver else [])]
             for layer in layers[:_LISTED]]
-    head = ["block and layer", "shape", "sparsity", *_ERRORS]
+    head = ["block and layer", "shape", "sparsity", *_errors_of(run)]
     head += ["median steps", "most steps", "largest gap", "not converged", "refused"] if run.solver else []
     return Table(f"Every layer{', ' + run.label if several else ''}", head, rows, note=_rest(len(layers), ", by their error"))
 
 
 _ERRORS = ("before", "after", "held out, before", "held out, after")
+_AGAINST_DENSE = {"dense_before": "against dense, before", "dense_after": "against dense, after",
+                  "dense_drift": "against dense, dense weights"}
+
+
+def _errors_of(run: Run) -> list[str]:
+    """The headings of a run's errors."""
+    return [*_ERRORS, *(_AGAINST_DENSE.values() if _aims_at_dense(run) else ())]
+
+
+def _aims_at_dense(run: Run) -> bool:
+    return any(layer.dense_after is not None for layer in run.layers)
+
+
+def _against_dense(run: Run, of: LayerReport | LayerKind | None) -> list[str]:
+    """The errors of a layer or a kind against the dense model, those of None over all layers; none without such a target."""
+    if not _aims_at_dense(run):
+        return []
+    values = {name: getattr(of, name) if of else mean_or_none(getattr(layer, name) for layer in run.layers)
+              for name in _AGAINST_DENSE}
+    if not run.solver:
+        values["dense_after"] = None
+    return [NONE if value is None else percent(value) for value in values.values()]
 
 
 def _errors(run: Run, before: float, after: float, held_before: float | None, held_after: float | None) -> list[str]:

@@ -18,6 +18,8 @@ class LayerKind(NamedTuple):
       error_before: mean over layers, of the selector's weights.
       error_after: mean over layers, of the final weights.
       held_out: mean over layers, of the final weights on held-out tokens; None where there are none.
+      dense_before, dense_after, dense_drift: means over layers, against the dense model on held-out tokens: of the selector's, of
+        the final and of the dense weights; None where they were not measured.
       sparsity: share of the weights of all of them that are pruned.
       gap_max: largest over rows and layers.
       steps_median: median over layers of the median over rows.
@@ -31,6 +33,9 @@ class LayerKind(NamedTuple):
     error_before: float
     error_after: float
     held_out: float | None
+    dense_before: float | None
+    dense_after: float | None
+    dense_drift: float | None
     sparsity: float
     gap_max: float
     steps_median: float
@@ -112,6 +117,9 @@ def _kind(name: str, layers: list[LayerReport]) -> LayerKind:
         error_before=statistics.fmean(layer.error_before for layer in layers),
         error_after=statistics.fmean(layer.error_after for layer in layers),
         held_out=mean_or_none(layer.held_out_after for layer in layers),
+        dense_before=mean_or_none(layer.dense_before for layer in layers),
+        dense_after=mean_or_none(layer.dense_after for layer in layers),
+        dense_drift=mean_or_none(layer.dense_drift for layer in layers),
         sparsity=sparsity(layers), gap_max=max(layer.gap_max for layer in layers),
         steps_median=statistics.median(layer.steps_median for layer in layers),
         rows=sum(layer.rows for layer in layers),

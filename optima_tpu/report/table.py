@@ -42,6 +42,9 @@ def print_summary(console: Console, blocks: Sequence[BlockReport], *, solver: st
              "mean over blocks."]
     if any(layer.held_out_after is not None for layer in layers):
         lines[0] += " Held out: on calibration text that no weight was fitted to."
+    if any(layer.dense_after is not None for layer in layers):
+        lines.append("Against dense: how far a layer's output on that text is from the dense model's, with what the layers "
+                     "before have lost.")
     if solver:
         lines.append(f"Gap: how far a row is from the best weights for its mask, at most, by {solver}'s own measure.")
     dense, pruned = perplexity["dense"], perplexity["pruned"]
@@ -62,12 +65,13 @@ def print_summary(console: Console, blocks: Sequence[BlockReport], *, solver: st
 
 def layer_table(blocks: Sequence[BlockReport], solver: str | None) -> Table:
     """One row for each kind of layer. Without a solver, only what the selector did."""
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
     table.add_column("layer", no_wrap=True, vertical="bottom")
     kinds = by_kind(blocks)
-    unseen = any(kind.held_out is not None for kind in kinds)
+    unseen, dense = (any(getattr(kind, name) is not None for kind in kinds) for name in ("held_out", "dense_after"))
     headings = ["error\nbefore", "error\nafter"] if solver else ["error"]
-    headings += ["error\nheld out"] if unseen else []
+    headings += ["held\nout"] if unseen else []
+    headings += ["against\ndense"] if dense else []
     headings += ["sparsity"]
     headings += ["largest\ngap", "median\nsteps", "rows not\nconverged", "rows\nrefused"] if solver else []
     for heading in headings:
@@ -78,7 +82,9 @@ def layer_table(blocks: Sequence[BlockReport], solver: str | None) -> Table:
         if solver:
             values += [percent(kind.error_after)]
         if unseen:
-            values += [percent(kind.held_out) if kind.held_out is not None else "-"]
+            values += ["-" if kind.held_out is None else percent(kind.held_out)]
+        if dense:
+            values += ["-" if kind.dense_after is None else percent(kind.dense_after)]
         values += [percent(kind.sparsity)]
         if solver:
             values += [percent(kind.gap_max), f"{kind.steps_median:.0f}", f"{kind.rows_not_converged:,}",

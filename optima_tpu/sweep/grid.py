@@ -14,9 +14,10 @@ its update, its samples and its seed, later ones over earlier ones; those of the
 """
 
 import dataclasses
+import functools
 import itertools
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -27,6 +28,7 @@ from optima_tpu.errors import UserError
 
 _AXES = {"pattern": "patterns", "mask": "masks", "update": "updates"}
 _COUNTS = {"samples": 1, "seeds": 0}  # the least that each may be
+_COUNTED = {"samples": "samples", "seeds": "seed"}  # settings under calibration
 _KEYS = ("run", *_AXES.values(), *_COUNTS, "leave_out", "output")
 
 
@@ -137,7 +139,9 @@ def _grid(document: Mapping[str, Any], argv: Sequence[str], output: str | None, 
     if not places:
         raise UserError("leave_out leaves no cell to run")
     _refuse_collapse(axes, counts, argv)
-    cells = [_cell(place, run, axes, argv) for place in places]
+    # Cells of the same labels differ in numbers alone: the settings, which take longest, are read once for all of them.
+    configured = functools.cache(lambda **labels: _configured(labels, {key: counts[key][0] for key in _COUNTS}, run, axes, argv))
+    cells = [_cell(place, configured, {key for key in _COUNTS if len(counts[key]) > 1}) for place in places]
     default = Path("runs", "tables", f"{name}-{cells[0].config.model_name}")
     directory = default if chosen is None else as_path(chosen)
     if in_bucket(directory):
@@ -201,20 +205,30 @@ def _known(number: int, rule: Mapping[str, Any], axes: Mapping[str, Mapping], co
         yield "seeds" if key == "seed" else key, value
 
 
-def _cell(place: Mapping[str, Any], run: Mapping[str, Any], axes: Mapping[str, Mapping], argv: Sequence[str]) -> Cell:
-    labels = {key: place[key] for key in _AXES}
-    numbers = {"samples": place["samples"], "seed": place["seeds"]}
-    document = _merged({"export": False}, run, *(axes[key][label] for key, label in labels.items()),
-                       {"calibration": {name: value for name, value in numbers.items() if value is not None}})
+def _configured(labels: Mapping[str, str], numbers: Mapping[str, int | None], run: Mapping[str, Any],
+                axes: Mapping[str, Mapping], argv: Sequence[str]) -> RunConfig:
+    """The run of a cell with these labels and numbers."""
+    calibration = {setting: numbers[key] for key, setting in _COUNTED.items() if numbers[key] is not None}
+    document = _merged({"export": False}, run, *(axes[key][label] for key, label in labels.items()), {"calibration": calibration})
     try:
-        config = configure(document, argv)
+        return configure(document, argv)
     except UserError as error:
         raise UserError(f"cell {labels['mask']} + {labels['update']}, {labels['pattern']}: {error}") from None
-    samples, seed = config.calibration.samples, config.calibration.seed
+
+
+def _cell(place: Mapping[str, Any], configured: Callable[..., RunConfig], varying: Collection[str]) -> Cell:
+    """The cell at a place of the grid.
+
+    Args:
+      varying: the axes of numbers with several values, which the command line therefore does not set.
+    """
+    labels = {key: place[key] for key in _AXES}
+    config = configured(**labels)
+    text = dataclasses.replace(config.calibration, **{_COUNTED[key]: place[key] for key in varying})
     # Also numbers that the file does not vary, so that a cell keeps its directory when it begins to.
-    parts = (*(_slug(labels[key]) for key in ("mask", "update", "pattern")), f"{samples}-samples", f"seed-{seed}")
-    config = dataclasses.replace(config, output=str(Path("cells", "_".join(parts))))
-    return Cell(**labels, samples=samples, seed=seed, config=config)
+    parts = (*(_slug(labels[key]) for key in ("mask", "update", "pattern")), f"{text.samples}-samples", f"seed-{text.seed}")
+    config = dataclasses.replace(config, calibration=text, output=str(Path("cells", "_".join(parts))))
+    return Cell(**labels, samples=text.samples, seed=text.seed, config=config)
 
 
 def _merged(*layers: Mapping[str, Any]) -> dict[str, Any]:
@@ -238,7 +252,7 @@ def _slug(label: str) -> str:
 
 def _refuse_collapse(axes: Mapping[str, Mapping], counts: Mapping[str, list], argv: Sequence[str]) -> None:
     """The command line may not give one value to what an axis varies: its labels would tell something else."""
-    varied = {"calibration.samples": counts["samples"], "calibration.seed": counts["seeds"]}
+    varied = {f"calibration.{setting}": list(counts[key]) for key, setting in _COUNTED.items()}
     for axis in axes.values():
         for settings in axis.values():
             for key, value in _flat(settings):
