@@ -20,7 +20,7 @@ PATTERNS = st.one_of(
 def test_counts_are_exact_and_no_pruned_score_beats_a_kept_one_of_its_group(pattern, rows, seed, levels):
     # Few distinct levels: ties everywhere, as in 4-bit checkpoints.
     scores = np.random.default_rng(seed).integers(0, levels, (rows, 32)).astype(np.float32)
-    keep = np.asarray(keep_mask(jnp.asarray(scores), pattern))
+    keep = np.asarray(jax.jit(keep_mask, static_argnums=1)(scores, pattern))
     assert (~keep).sum() == pattern.pruned_count(scores.shape)
     groups = {"row": (rows, 32), "layer": (1, -1)}[pattern.group] if isinstance(pattern, Unstructured) else (-1, pattern.m)
     for group_scores, group_keep in zip(scores.reshape(groups), keep.reshape(groups)):
