@@ -42,10 +42,19 @@ class Drift(NamedTuple):
       cross: ``B = D'X / n_tokens`` [d_in, d_in] float32, columns over the model axis.
       energy: of each layer of the group, each row's mean of ``(D w')^2`` with its dense weights ``w``, [d_out] float32; empty
         where it was not asked for.
+      residual: of each layer of the group ``Q = (R_d - R)'X / n_tokens`` [d_out, d_in] float32, columns over the model axis, with
+        ``R`` the residual stream that the layer's output is added to; None for a layer that adds to none, empty where it was not
+        asked for.
     """
 
     cross: Array
     energy: tuple[Array, ...] = ()
+    residual: tuple[Array | None, ...] = ()
+
+    def of(self, places: Sequence[int]) -> "Drift":
+        """That of some layers of the group, by their places in it."""
+        energy, residual = (tuple(values[place] for place in places) if values else () for values in self[1:])
+        return Drift(self.cross, energy, residual)
 
 
 def linear_groups(decoder: Decoder) -> Groups:
@@ -103,8 +112,8 @@ def accumulate_hessians(decoder: Decoder, index: int, parameters: Mapping[str, A
 
 
 def accumulate_drift(decoder: Decoder, index: int, parameters: Mapping[str, Array], hidden: Activations,
-                     dense_parameters: Mapping[str, Array], dense: Activations, groups: Groups, energy: bool = False
-                     ) -> tuple[tuple[Statistics, ...], tuple[Drift, ...]]:
+                     dense_parameters: Mapping[str, Array], dense: Activations, groups: Groups, energy: bool = False,
+                     residual: bool = False) -> tuple[tuple[Statistics, ...], tuple[Drift, ...]]:
     """The :class:`Statistics` of each group's input, as :func:`accumulate_hessians`, and its :class:`Drift`.
 
     Differences are in the model's dtype, where those of close numbers are exact. A token that either model does not send to an
@@ -116,6 +125,7 @@ def accumulate_drift(decoder: Decoder, index: int, parameters: Mapping[str, Arra
       dense_parameters: the block's in the dense model.
       dense: what enters it there, of the same samples.
       energy: whether the mean squares of the outputs' drift are wanted too.
+      residual: whether the drift of the residual stream is.
 
     Raises:
       UserError: as :func:`accumulate_hessians`.
@@ -124,12 +134,16 @@ def accumulate_drift(decoder: Decoder, index: int, parameters: Mapping[str, Arra
     positions, wanted = decoder.positions(index, length), groups if energy else ((),) * len(groups)
     weights = {name: dense_parameters[name + ".weight"] for names in wanted for name in names}
     everywhere = jax.NamedSharding(decoder.mesh, P())
-    drifts = tuple(Drift(empty.hessian, tuple(jnp.zeros(weights[name].shape[0], device=everywhere) for name in names))
-                   for empty, names in zip(_empty(decoder, groups), wanted))
-    sums = _empty(decoder, groups), drifts
+    residuals = residual_names(decoder, groups) if residual else ((),) * len(groups)
+    drifts = []
+    for (cross, _), names, places in zip(_empty(decoder, groups), wanted, residuals):
+        energies = tuple(jnp.zeros(weights[name].shape[0], device=everywhere) for name in names)
+        products = (place and jnp.zeros((decoder.config.d_model, len(cross)), device=cross.sharding) for place in places)
+        drifts.append(Drift(cross, energies, tuple(products)))
+    sums = _empty(decoder, groups), tuple(drifts)
     for batch, other in zip(hidden.batches(decoder.batch), dense.batches(decoder.batch)):
-        sums = add_drift(decoder.graph, decoder.mesh, groups, sums, states, (batch.hidden, other.hidden), weights, batch.valid,
-                         positions)
+        sums = add_drift(decoder.graph, decoder.mesh, groups, residuals, sums, states, (batch.hidden, other.hidden), weights,
+                         batch.valid, positions)
     tokens = np.float32(len(hidden) * length)
     statistics, drifts = _divide(sums[0], tokens), _divide_drift(sums[1], tokens)
     _refuse_infinite(decoder, index, groups, [found.hessian for found in statistics])
@@ -146,26 +160,36 @@ def add_batch(graph, mesh: Mesh, groups: Groups, sums, state, hidden, valid, pos
                  for x, total in zip(kept, sums))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=3)
-def add_drift(graph, mesh: Mesh, groups: Groups, sums, states, hidden, weights, valid, positions):
+def residual_names(decoder: Decoder, groups: Groups) -> tuple[tuple[str | None, ...], ...]:
+    """Of every layer of the groups, the name of the residual stream that it adds to; None where there is none."""
+    return tuple(tuple(decoder.family.residuals.get(name) for name in names) for names in groups)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), donate_argnums=4)
+def add_drift(graph, mesh: Mesh, groups: Groups, residuals, sums, states, hidden, weights, valid, positions):
     """One step of :func:`accumulate_drift`.
 
     Args:
+      residuals: from :func:`residual_names`, or empty for each group.
       sums: (Statistics of each group, Drift of each group), donated.
       states, hidden: of the pruned and of the dense stream.
       weights: dense ones, by name, of the layers whose drift has an energy.
     """
     streams = [forward(graph, state, x, positions)[1] for state, x in zip(states, hidden)]
     statistics, drifts = [], []
-    for names, total, drift in zip(groups, *sums):
+    for names, places, total, drift in zip(groups, residuals, *sums):
         x, other = (inputs[names[0]] * valid[:, None, None].astype(hidden[0].dtype) for inputs in streams)
         seen, there = (jnp.any(array != 0, axis=-1) for array in (x, other))
-        difference = jnp.where((seen & there)[..., None], other - x, 0)
+        both = (seen & there)[..., None]
+        difference = jnp.where(both, other - x, 0)
         statistics.append(Statistics(total.hessian + _gram(x, mesh), total.tokens + jnp.sum(seen, dtype=jnp.int32)))
         energy = (before + jnp.sum(jnp.square(project(difference, weights[name], jnp.float32)), axis=(0, 1))
                   for name, before in zip(names, drift.energy))
+        pruned, dense = streams
+        residual = (before if place is None else before + _gram(x, mesh, jnp.where(both, dense[place] - pruned[place], 0))
+                    for place, before in zip(places, drift.residual))
         drifts.append(Drift(drift.cross + _gram(x, mesh, difference), tuple(
-            jax.lax.with_sharding_constraint(rows, jax.NamedSharding(mesh, P())) for rows in energy)))
+            jax.lax.with_sharding_constraint(rows, jax.NamedSharding(mesh, P())) for rows in energy), tuple(residual)))
     return tuple(statistics), tuple(drifts)
 
 
@@ -201,7 +225,7 @@ def _columns(mesh: Mesh, size: int) -> P:
 
 
 def _gram(x: Array, mesh: Mesh, left: Array | None = None) -> Array:
-    """``X'X``, or ``L'X``, of x [batch, length, d] in float32.
+    """``X'X`` [d, d], or ``L'X`` [e, d] with ``left`` [batch, length, e], of x [batch, length, d] in float32.
 
     Each device of the model axis computes its own columns of the result; where the axis does not divide d, all of them.
     """
@@ -214,7 +238,7 @@ def _gram(x: Array, mesh: Mesh, left: Array | None = None) -> Array:
         first = jax.lax.axis_index(MODEL) * width if width < size else 0
         mine = jax.lax.dynamic_slice_in_dim(rows, first, width, axis=1)
         # bfloat16 products are exact in float32; float32 ones need the precision.
-        product = jax.lax.dot_general(left[0].reshape(-1, size) if left else rows, mine, (((0,), (0,)), ((), ())),
+        product = jax.lax.dot_general(left[0].reshape(-1, left[0].shape[-1]) if left else rows, mine, (((0,), (0,)), ((), ())),
                                       precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
         return jax.lax.psum(product, DATA)
 

@@ -22,13 +22,15 @@ class Aim(NamedTuple):
 
     Attributes:
       dense: [d_out, d_in] float32, the dense weights ``W``.
-      pull: [d_out, d_in] float32, ``alpha W B`` of the calibration tokens.
+      pull: [d_out, d_in] float32, ``alpha W B + gamma Q`` of the calibration tokens.
       unseen: of the held-out tokens, where there are any: ``W B`` [d_out, d_in], and each row's mean of ``(D w')^2`` [d_out].
+      unseen_residual: of the held-out tokens ``gamma Q`` [d_out, d_in], where that is aimed at.
     """
 
     dense: Array
     pull: Array
     unseen: tuple[Array, Array] | None
+    unseen_residual: Array | None = None
 
 
 def measure_rows(hessian: Array, features: Features) -> Callable[..., tuple[Array, Array, Array]]:
@@ -49,7 +51,9 @@ def judge_rows(pruned: Pruned, found: Solution | Refined, accept: Acceptance | N
       accept: None takes all of them.
       hessian, held_out: of the calibration and of the held-out tokens.
       aim: for a dense target. The acceptance then compares objectives of that target, and errors against the dense model's
-        outputs on held-out tokens: ``(v - w) H (v - w)' - 2 w B (v - w)' + mean (D w')^2``.
+        outputs on held-out tokens: ``(v - w) H (v - w)' - 2 w B (v - w)' + mean (D w')^2``. Where the drift of the residual
+        stream is aimed at, it compares these less ``2 gamma q (v - w)'``, the error against both but for a constant; reported
+        are the errors against the outputs.
     """
     refined = isinstance(found, Refined)
     solution, keep = found if refined else (found, pruned.keep)
@@ -69,14 +73,17 @@ def judge_rows(pruned: Pruned, found: Solution | Refined, accept: Acceptance | N
             # The dense outputs themselves are what is missed by v = 0.
             against = tuple(value - pulled(pull, aim.dense, end) + drift
                             for value, end in zip(unseen, (jnp.zeros_like(old), old, new)))
-    judged = against or unseen
-    accepted = accept(*aims, solution.converged, judged and judged[1:]) if accept else jnp.ones(before.shape, bool)
+    judged = (against or unseen) and (against or unseen)[1:]
+    if judged and aim is not None and aim.unseen_residual is not None:
+        judged = tuple(value - pulled(aim.unseen_residual, aim.dense, end) for value, end in zip(judged, (old, new)))
+    accepted = accept(*aims, solution.converged, judged) if accept else jnp.ones(before.shape, bool)
 
     def taken(values: tuple[Array, ...], *more: Array) -> Array:
         return jnp.stack((values[0], values[1], jnp.where(accepted, values[2], values[1]), *more))
 
     report = RowReport(energy, before, jnp.where(accepted, after, before), solution.gap, solution.steps, solution.converged,
-                       ~accepted, unseen and taken(unseen), against and taken(against, drift))
+                       ~accepted, unseen and taken(unseen), against and taken(against, drift),
+                       score=judged and jnp.where(accepted, judged[1], judged[0]))
     if refined:
         keep = jnp.where(accepted[:, None], keep, pruned.keep)
         report = report._replace(exchanged=jnp.sum(keep & ~pruned.keep, axis=1, dtype=jnp.int32))

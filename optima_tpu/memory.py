@@ -15,7 +15,7 @@ import dataclasses
 import functools
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -37,6 +37,8 @@ _BLOCK_COPIES = 2.5
 _HELD = 8
 # With a dense target: its pull on both sets of tokens, and the best so far where it is tuned.
 _HELD_FOR_TARGET = 3
+# Where the drift of the residual stream is aimed at: as it comes and as it is laid out, of both sets of tokens.
+_HELD_FOR_RESIDUAL = 4
 # Where the Hessian is split, its inverse is made with panels of so many columns, and this many of them exist at once.
 _PANEL, _PANELS = 128, 4
 # Fewer rows at once leave a device waiting for the bytes of the Hessian; it is done where nothing else fits.
@@ -85,14 +87,15 @@ def device_budget(gib: float | None, memory: float | None = None) -> float:
     return min(everyones(budget))
 
 
-def needed(d_in: int, rows: int, batch: int, mesh: Mesh, footprint: Footprint, split: bool, matrices: int = 1) -> float:
+def needed(d_in: int, rows: int, batch: int, mesh: Mesh, footprint: Footprint, split: bool, matrices: int = 1,
+           residual: bool = False) -> float:
     """The bytes on a device of pruning ``rows`` rows on a mesh, ``batch`` of a device's at once: the equation of the module."""
     model = mesh.shape[MODEL]
     features = d_in / model if split else d_in
     # A product with split features gathers the rows: a whole row for A and one for X are ``model`` parts each.
     vectors = footprint.vectors + (2 * model if split else 0)
     panels = 4 * d_in * _PANELS * min(_PANEL, features) if split else 0
-    held = _HELD + _HELD_FOR_TARGET * (matrices - 1)
+    held = _HELD + _HELD_FOR_TARGET * (matrices - 1) + _HELD_FOR_RESIDUAL * residual
     return panels + 4 * features * (
         d_in * (footprint.hessians + 2 * matrices - 1) + held * _each(rows, mesh, split) + vectors * batch)
 
@@ -104,7 +107,8 @@ def footprint_of(solver: Any, selector: Any) -> Footprint:
     return Footprint(max(footprint.hessians, chooser), footprint.vectors, footprint.split and not chooser)
 
 
-def layout(name: str, d_in: int, rows: int, budget: float, mesh: Mesh, solver: Any, selector: Any, matrices: int = 1) -> Layout:
+def layout(name: str, d_in: int, rows: int, budget: float, mesh: Mesh, solver: Any, selector: Any, matrices: int = 1,
+           residual: bool = False) -> Layout:
     """The layout of the matrices that read one input: the first that fits of
 
     the Hessian on every device and enough rows at once, the Hessian split, and both with few rows.
@@ -116,6 +120,7 @@ def layout(name: str, d_in: int, rows: int, budget: float, mesh: Mesh, solver: A
       solver, selector: of the recipe, None where it has none. A solver tells its ``footprint``; a selector tells as
         ``hessians`` how many matrices of that size it holds, 0 where it reads the diagonal alone.
       matrices: of that size that are held of each set of tokens.
+      residual: whether the drift of the residual stream is aimed at.
 
     Raises:
       UserError: none fits.
@@ -123,7 +128,7 @@ def layout(name: str, d_in: int, rows: int, budget: float, mesh: Mesh, solver: A
     if budget == math.inf:
         return ON_EVERY_DEVICE
     footprint = footprint_of(solver, selector)
-    take = functools.partial(needed, d_in, rows, mesh=mesh, footprint=footprint, matrices=matrices)
+    take = functools.partial(needed, d_in, rows, mesh=mesh, footprint=footprint, matrices=matrices, residual=residual)
     can_split = footprint.split and d_in % mesh.shape[MODEL] == 0 and mesh.shape[MODEL] > 1
     for few in (_FEW_ROWS, 1):
         for split in (False, True)[:1 + can_split]:
@@ -152,7 +157,8 @@ class Pass(NamedTuple):
 
 
 def passes(prefix: str, shapes: Mapping[str, tuple[int, ...]], groups: Sequence[tuple[str, ...]], weights: float,
-           budget: float, mesh: Mesh, solver: Any, selector: Any, matrices: int = 1) -> tuple[Pass, ...]:
+           budget: float, mesh: Mesh, solver: Any, selector: Any, matrices: int = 1, residuals: Collection[str] = ()
+           ) -> tuple[Pass, ...]:
     """Cuts the groups of a block, in their order, into passes whose Hessians fit a share of the budget.
 
     Args:
@@ -162,14 +168,16 @@ def passes(prefix: str, shapes: Mapping[str, tuple[int, ...]], groups: Sequence[
       weights: bytes of the block's parameters on a device; see :func:`block_bytes`.
       budget: see :func:`device_budget`; infinite for one pass with everything on every device.
       matrices: see :func:`layout`.
+      residuals: layers whose target holds the drift of the residual stream, by name.
 
     Raises:
       UserError: see :func:`layout`.
     """
     def hessians(names: tuple[str, ...]) -> float:
         d_in = shapes[names[0] + ".weight"][1]
+        rows = matrices * d_in + sum(shapes[name + ".weight"][0] for name in names if name in residuals)
         # Of the calibration and of the held-out tokens.
-        return 2 * matrices * 4 * d_in * d_in / (mesh.shape[MODEL] if d_in % mesh.shape[MODEL] == 0 else 1)
+        return 2 * 4 * rows * d_in / (mesh.shape[MODEL] if d_in % mesh.shape[MODEL] == 0 else 1)
 
     def fitted(share: float) -> tuple[Pass, ...]:
         cut: list[list[tuple[str, ...]]] = []
@@ -179,7 +187,8 @@ def passes(prefix: str, shapes: Mapping[str, tuple[int, ...]], groups: Sequence[
             cut[-1].append(names)
         return tuple(Pass(tuple(part), tuple(
             layout(prefix + names[0], shapes[names[0] + ".weight"][1], sum(shapes[name + ".weight"][0] for name in names),
-                   budget - _BLOCK_COPIES * weights - sum(map(hessians, part)), mesh, solver, selector, matrices)
+                   budget - _BLOCK_COPIES * weights - sum(map(hessians, part)), mesh, solver, selector, matrices,
+                   any(name in residuals for name in names))
             for names in part))
             for part in cut)
 

@@ -3,7 +3,7 @@
 import functools
 import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -55,7 +55,7 @@ def prune_layer(problem: LayerProblem, recipe: Recipe, dtype=jnp.float32) -> tup
 @functools.partial(jax.jit, static_argnames=("recipe", "mesh", "patterns", "layout"))
 def prune_group(weights: tuple[Array, ...], hessian: Array, recipe: Recipe, mesh: Mesh,
                 patterns: tuple[Pattern, ...] | None = None, masks: tuple[Array, ...] | None = None,
-                held_out: Array | None = None, layout: Layout = ON_EVERY_DEVICE, cross: Array | None = None,
+                held_out: Array | None = None, layout: Layout = ON_EVERY_DEVICE, drift: Drift | None = None,
                 held_out_drift: Drift | None = None
                 ) -> tuple[tuple[Array, ...], tuple[Array, ...], tuple[RowReport, ...]]:
     """Prunes the matrices that read one input, on the mesh.
@@ -70,7 +70,7 @@ def prune_group(weights: tuple[Array, ...], hessian: Array, recipe: Recipe, mesh
       masks: each [d_out, d_in] bool, for a recipe without a selector.
       held_out: [d_in, d_in] float32, the Hessian of tokens that no weight is fitted to.
       layout: where all matrices [d_in, d_in] lie, and how many rows a device takes at once; see ``memory.layout``.
-      cross: [d_in, d_in] float32, ``Drift.cross`` of the calibration tokens, for a dense target.
+      drift: of the calibration tokens, for a dense target.
       held_out_drift: of the held-out tokens, with energies, for a dense target.
 
     Returns:
@@ -79,7 +79,7 @@ def prune_group(weights: tuple[Array, ...], hessian: Array, recipe: Recipe, mesh
     def on_mesh(matrix: Array | None) -> Array | None:
         return None if matrix is None else jax.lax.with_sharding_constraint(matrix, NamedSharding(mesh, layout.hessian))
 
-    hessian, held_out, cross = map(on_mesh, (hessian, held_out, cross))
+    hessian, held_out, cross = map(on_mesh, (hessian, held_out, drift and drift.cross))
     spread = [NamedSharding(mesh, divisible(mesh, weight.shape, ROWS)) for weight in weights]
     wide = [jax.lax.with_sharding_constraint(weight.astype(jnp.float32), rows) for weight, rows in zip(weights, spread)]
     stack = _stack(wide)
@@ -87,9 +87,23 @@ def prune_group(weights: tuple[Array, ...], hessian: Array, recipe: Recipe, mesh
     pull = None if cross is None else product(cross, stack)
     unseen_pull = None if held_out_drift is None else product(on_mesh(held_out_drift.cross), stack)
 
+    def residual(drift: Drift | None) -> Array | None:
+        """``gamma Q`` of all rows, 0 for those that add to no residual stream; None where none does."""
+        if drift is None or all(found is None for found in drift.residual):
+            return None
+        return recipe.target.gamma * _stack([
+            jnp.zeros_like(weight) if found is None else jax.lax.with_sharding_constraint(found, rows)
+            for weight, found, rows in zip(wide, drift.residual, spread)])
+
+    own, unseen_own = residual(drift), residual(held_out_drift)
+
+    def aimed(alpha: Array | float) -> Array:
+        """What a dense target adds to the linear term of all rows."""
+        return alpha * pull if own is None else alpha * pull + own
+
     def problem(hessian: Array, alpha: Array | float) -> LayerProblem:
         linear = product(hessian, stack)
-        return LayerProblem(stack, hessian, linear if pull is None else linear + alpha * pull)
+        return LayerProblem(stack, hessian, linear if pull is None else linear + aimed(alpha))
 
     alpha = 0.0 if pull is None else recipe.target.alpha
     stacked = problem(hessian, alpha)
@@ -116,7 +130,7 @@ def prune_group(weights: tuple[Array, ...], hessian: Array, recipe: Recipe, mesh
         aim = None
         if pull is not None:
             unseen = None if unseen_pull is None else (unseen_pull[rows], held_out_drift.energy[index])
-            aim = Aim(dense, alpha * pull[rows], unseen)
+            aim = Aim(dense, aimed(alpha)[rows], unseen, None if unseen_own is None else unseen_own[rows])
         return judge_rows(
             choices[index], jax.tree.map(lambda array: array[rows], found), recipe.solver and recipe.accept, weights[index].dtype,
             lambda hessian, *ends: measure(hessian, dense, *ends), hessian, held_out, aim)
@@ -172,7 +186,8 @@ def walk_block(decoder: Decoder, index: int, hidden: Activations, groups: Groups
             seen = hidden.part(first, last)
             if not drifts:
                 return accumulate_hessians(decoder, index, captured, seen, part), None
-            return accumulate_drift(decoder, index, captured, seen, whole, dense.part(first, last), part, energy)
+            return accumulate_drift(decoder, index, captured, seen, whole, dense.part(first, last), part, energy,
+                                    recipe.target.gamma > 0)
 
         statistics, drift = capture(0, samples, energy=False)
         unseen = unseen_drift = None
@@ -200,7 +215,12 @@ def block_passes(decoder: Decoder, index: int, groups: Groups, recipe: Recipe, b
     parts = (pruned_groups(part, recipe, prefix) for part in (stages(groups) if recipe.recapture else (groups,)))
     return tuple(itertools.chain.from_iterable(
         passes(prefix, decoder.block_shapes, part, weights, budget, decoder.mesh, recipe.update(recipe.pattern), recipe.selector,
-               recipe.target.matrices) for part in parts if part))
+               recipe.target.matrices, aimed_residuals(decoder, recipe)) for part in parts if part))
+
+
+def aimed_residuals(decoder: Decoder, recipe: Recipe) -> Collection[str]:
+    """The layers whose target holds the drift of the residual stream."""
+    return decoder.family.residuals if getattr(recipe.target, "gamma", 0) else ()
 
 
 def prune_block(index: int, prefix: str, parameters: Mapping[str, Array], groups: Groups,
@@ -234,11 +254,11 @@ def prune_block(index: int, prefix: str, parameters: Mapping[str, Array], groups
             weights = tuple(parameters[key] for key in keys)
             patterns = tuple(pattern_of(recipe.layers, recipe.pattern, prefix + name, name) for name in together)
             given = masks and tuple(place(mesh, masks(prefix + key, weight.shape), ROWS) for key, weight in zip(keys, weights))
-            unseen = held_out_drift and held_out_drift[group]._replace(
-                energy=tuple(held_out_drift[group].energy[names.index(name)] for name in together))
+            places = [names.index(name) for name in together]
+            drifts = (found and found[group].of(places) for found in (drift, held_out_drift))
             new, keeps, rows = prune_group(weights, _informative(hessian), recipe, mesh, patterns, given,
                                            held_out and held_out[group], layouts[group] if layouts else ON_EVERY_DEVICE,
-                                           drift and drift[group].cross, unseen)
+                                           *drifts)
             alive, read, kept, rows = fetch((jnp.sum(live_features(hessian)), tokens,
                                              [jnp.sum(keep, dtype=jnp.int32) for keep in keeps], rows))
             for name, key, old, weight, keep, left, report in zip(together, keys, weights, new, keeps, kept, rows):

@@ -284,7 +284,8 @@ def _beyond(config: RunConfig) -> str:
     """What the recipe has beyond the paper's."""
     words = []
     if isinstance(config.target, DenseTarget):
-        words.append(f"dense target {config.target.alpha:g}")
+        words.append(f"dense target {config.target.alpha:g}" + f", of the residual stream {config.target.gamma:g}" * (
+            config.target.gamma > 0))
     if config.recapture:
         words.append("recapture")
     if config.refine:

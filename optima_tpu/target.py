@@ -8,6 +8,11 @@ mean squared distance of a row's outputs from a share ``alpha`` of the way to th
 
 which is ``problem.objective`` with ``g = w H + alpha w B``. Only the small matrix ``B`` is accumulated, not ``X_d'X``: the drift
 would be a difference of large numbers.
+
+A layer whose output is added to the residual stream can make up for the drift of that stream too. With ``s = R_d - R`` the drift
+of the one feature that a row adds to, and ``q`` the row of ``Q = (R_d - R)'X / n_tokens`` that belongs to it,
+
+    mean (X v - X w - alpha D w - gamma s)^2  =  (v - w) H (v - w)' - 2 (alpha w B + gamma q) (v - w)'  +  what v does not change
 """
 
 import dataclasses
@@ -37,15 +42,19 @@ class DenseTarget:
 
     Attributes:
       alpha: the share: 0 aims at the layer's own outputs and only measures, 1 aims at the dense model's.
+      gamma: layers that add to the residual stream also make up for this share of the stream's own drift. Families that have a
+        norm behind these layers (Gemma, OLMo 2) and routed experts have no such layers.
     """
 
     matrices: ClassVar[int] = 2
 
     alpha: float = 0.25
+    gamma: float = 0.0
 
     def __post_init__(self):
-        if not 0 <= self.alpha <= 1:
-            raise UserError(f"expected the target's alpha in [0, 1], got {self.alpha}")
+        for name, value in (("alpha", self.alpha), ("gamma", self.gamma)):
+            if not 0 <= value <= 1:
+                raise UserError(f"expected the target's {name} in [0, 1], got {value}")
 
 
 Target = SelfTarget | DenseTarget

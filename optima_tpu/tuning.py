@@ -150,11 +150,6 @@ def tuned(tuning: Grid, solver: Any, target: Target, hessian: Array, attempt: Ca
       attempt: ``(damped Hessian, alpha)`` -> weights and a report that knows of held-out tokens.
     """
     best = best_of([ridge(damping, solver) for damping in tuning.dampings(solver)], tuning.alphas(target),
-                   lambda amount, alpha: attempt(ridged(hessian, amount), alpha), lambda found: jnp.sum(held_out_error(found[1])))
+                   lambda amount, alpha: attempt(ridged(hessian, amount), alpha), lambda found: jnp.sum(found[1].score))
     weight, report = best.found
     return weight, report._replace(chosen=best.chosen)
-
-
-def held_out_error(report: RowReport) -> Array:
-    """Each row's error on held-out tokens, [d_out]: against the dense model's outputs where they are the target."""
-    return (report.held_out if report.dense is None else report.dense)[2]

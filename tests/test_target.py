@@ -71,7 +71,7 @@ def test_the_drift_is_that_of_the_inputs_in_both_streams():
     whole, groups = decoder.load_block(1), linear_groups(decoder)
     pruned = {name: jnp.where(jnp.abs(weight) > 0.1, weight, 0) for name, weight in whole.items()}
     statistics, drifts = accumulate_drift(decoder, 1, pruned, Activations.of(decoder.mesh, hidden), whole,
-                                          Activations.of(decoder.mesh, dense), groups, energy=True)
+                                          Activations.of(decoder.mesh, dense), groups, energy=True, residual=True)
     positions = decoder.positions(1, 11)
     inputs, theirs = (forward(decoder.graph, decoder.state(parameters), x, positions)[1]
                       for parameters, x in ((pruned, hidden), (whole, dense)))
@@ -84,6 +84,28 @@ def test_the_drift_is_that_of_the_inputs_in_both_streams():
         for name, energy in zip(names, drift.energy, strict=True):
             output = (other - x) @ np.asarray(whole[name + ".weight"], np.float64).T
             np.testing.assert_allclose(energy, (output**2).mean(axis=0), rtol=1e-5)
+        for name, residual in zip(names, drift.residual, strict=True):
+            place = {"self_attn.o_proj": "before_attention", "mlp.down_proj": "before_mlp"}.get(name)
+            assert (residual is None) == (place is None)
+            if place:
+                lost = (np.asarray(theirs[place], np.float64) - np.asarray(inputs[place], np.float64)).reshape(77, -1)
+                assert np.abs(residual - lost.T @ x / 77).max() < 1e-5 * np.abs(lost.T @ x / 77).max()
+
+
+@pytest.mark.parametrize("reference", REFERENCES, ids=lambda reference: reference.model)
+def test_a_residual_stream_is_what_the_outputs_are_added_to(reference):
+    config, _, tensors = tiny(reference, next(iter(reference.variants.values())))
+    decoder = Decoder.open(config, tensors, mesh(1, 1))
+    residuals = decoder.family.residuals
+    assert bool(residuals) != any(name in reference.model for name in ("Gemma", "Olmo2"))  # those have norms in between
+    parameters, width = decoder.load_block(0), decoder.config.d_model
+    x = np.random.default_rng(0).standard_normal((2, 9, width)).astype(np.float32)
+    output, taps = forward(decoder.graph, decoder.state(parameters), x, decoder.positions(0, 9))
+    after = [taps[place] for place in [*residuals.values()][1:]] + [output]
+    for (name, place), there in zip(residuals.items(), after):
+        if name in decoder.linears:  # not so the layers of experts
+            bias = parameters.get(name + ".bias", 0.0)
+            assert np.abs(taps[place] + taps[name] @ parameters[name + ".weight"].T + bias - there).max() < 1e-4
 
 
 def test_a_token_that_one_model_sends_elsewhere_has_no_drift():
@@ -114,18 +136,21 @@ def two_sets(rng, rows=12, size=24):
     return rng.standard_normal((rows, size)).astype(np.float32), sets
 
 
-def statistics_of(weight, x, other):
+def statistics_of(weight, x, other, lost=None):
+    """Of the inputs in both streams, and where the layer adds to a residual stream of what that has lost [tokens, d_out]."""
     difference = other - x
     return (jnp.asarray(x.T @ x / len(x), jnp.float32), Drift(
         jnp.asarray(difference.T @ x / len(x), jnp.float32),
-        (jnp.asarray(((difference @ weight.T)**2).mean(axis=0), jnp.float32),)))
+        (jnp.asarray(((difference @ weight.T)**2).mean(axis=0), jnp.float32),),
+        () if lost is None else (jnp.asarray(lost.T @ x / len(x), jnp.float32),)))
 
 
 def group_of(weight, sets, recipe, shape=(1, 1), layout=Layout()):
     (hessian, drift), (unseen, unseen_drift) = (statistics_of(weight, *streams) for streams in sets)
     (new,), (keep,), (rows,) = prune_group((jnp.asarray(weight),), hessian, recipe, mesh(*shape), held_out=unseen, layout=layout,
-                                           cross=drift.cross, held_out_drift=unseen_drift)
+                                           drift=drift, held_out_drift=unseen_drift)
     linear = weight @ hessian + recipe.target.alpha * weight @ drift.cross
+    linear += recipe.target.gamma * drift.residual[0] if drift.residual else 0
     return new, keep, rows, LayerProblem(jnp.asarray(weight), hessian, linear)
 
 
@@ -152,6 +177,41 @@ def test_the_minimiser_is_that_of_the_normal_equations(shape, layout):
     assert after.sum() < before.sum()
 
 
+@pytest.mark.parametrize("shape, layout", [((1, 1), Layout()), ((2, 4), Layout(split=True, rows=2))], ids=["whole", "split"])
+def test_the_residual_streams_drift_is_aimed_at_too(shape, layout):
+    rng = np.random.default_rng(2)
+    weight, sets = two_sets(rng)
+    through = rng.standard_normal((24, 12))
+    sets = [(x, other, (other - x) @ through + 0.3 * rng.standard_normal((len(x), 12))) for x, other in sets]
+    recipe = dataclasses.replace(BEYOND, target=DenseTarget(1.0, gamma=0.5))
+    new, keep, rows, problem = group_of(weight, sets, recipe, shape, layout)
+    best = oracle(problem, Pruned(new, keep), recipe.solver.damping)
+    assert np.abs(new - best).max() < 1e-3 * np.abs(best).max()
+    plain, same, others, _ = group_of(weight, sets, dataclasses.replace(recipe, target=DenseTarget(1.0)), shape, layout)
+    assert (same == keep).all()
+
+    def missed(found, x, other, lost):
+        """Each row's mean squared distance from the dense output and the half of what the stream has lost."""
+        return ((x @ np.asarray(found, np.float64).T - other @ weight.astype(np.float64).T - 0.5 * lost)**2).mean(axis=0)
+
+    assert missed(new, *sets[0]).sum() < 0.9 * missed(plain, *sets[0]).sum()
+    # What held-out tokens choose by is this distance there, but for what is the same for all weights of a row.
+    x, other, lost = sets[1]
+    constant = ((0.5 * lost)**2 + (other - x) @ weight.T * lost).mean(axis=0)
+    np.testing.assert_allclose(rows.score + constant, missed(new, *sets[1]), rtol=1e-3)
+    # The report tells the distance from the dense output alone.
+    np.testing.assert_allclose(rows.dense[2], dense_error(sets[1][:2], weight.astype(np.float64), new), rtol=1e-3)
+    assert others.score == pytest.approx(others.dense[2])
+
+
+def test_making_up_for_the_residual_stream_keeps_it_closer_to_the_dense_models():
+    apart = []
+    for gamma in (0.0, 0.5):
+        _, hidden, dense = walk(dataclasses.replace(BEYOND, target=DenseTarget(0.5, gamma)), blocks=3, samples=8)
+        apart.append(np.sum((hidden.values - dense.values)**2))
+    assert apart[1] < 0.97 * apart[0], apart
+
+
 def test_alpha_0_is_the_papers_target_to_the_last_bit():
     found, paper = walk(dataclasses.replace(TIGHT, target=DenseTarget(0.0)))[0], walk(TIGHT)[0]
     for (weights, _, reports), (others, _, papers) in zip(found, paper, strict=True):
@@ -164,7 +224,8 @@ def test_alpha_0_is_the_papers_target_to_the_last_bit():
 
 
 def test_the_mesh_changes_neither_the_choice_nor_the_weights():
-    recipe = dataclasses.replace(BEYOND, recapture=False, tuning=Grid((0.01, 0.1, 1.0), (0.0, 1.0)), accept=HeldOut())
+    recipe = dataclasses.replace(BEYOND, recapture=False, tuning=Grid((0.01, 0.1, 1.0), (0.0, 1.0)), accept=HeldOut(),
+                                 target=DenseTarget(0.5, 0.25))
     reference, hidden, dense = walk(recipe)
     chosen = {(report.damping, report.alpha) for _, _, reports in reference for report in reports}
     assert len(chosen) > 1, chosen
@@ -316,9 +377,16 @@ def test_the_matrices_of_a_dense_target_are_counted():
     hessian = jax.ShapeDtypeStruct((size, size), jnp.float32)
     drift = Drift(hessian, (jax.ShapeDtypeStruct((rows,), jnp.float32),))
     found = prune_group.lower((jax.ShapeDtypeStruct((rows, size), jnp.bfloat16),), hessian, BEYOND, mesh(1, 1), held_out=hessian,
-                              cross=hessian, held_out_drift=drift).compile().memory_analysis()
+                              drift=drift, held_out_drift=drift).compile().memory_analysis()
     total = found.argument_size_in_bytes + found.output_size_in_bytes + found.temp_size_in_bytes
     told = needed(size, rows, rows, mesh(1, 1), BEYOND.solver.footprint, False, 2)
+    assert total < told < 1.6 * total
+    drift = drift._replace(residual=(jax.ShapeDtypeStruct((rows, size), jnp.float32),))
+    found = prune_group.lower((jax.ShapeDtypeStruct((rows, size), jnp.bfloat16),), hessian,
+                              dataclasses.replace(BEYOND, target=DenseTarget(0.5, 0.5)), mesh(1, 1), held_out=hessian,
+                              drift=drift, held_out_drift=drift).compile().memory_analysis()
+    total = found.argument_size_in_bytes + found.output_size_in_bytes + found.temp_size_in_bytes
+    told = needed(size, rows, rows, mesh(1, 1), BEYOND.solver.footprint, False, 2, True)
     assert total < told < 1.6 * total
     shapes = {"a.weight": (8, 64), "b.weight": (8, 64)}
     budget = 4 * 2 * 2 * 4 * 64 * 64  # a quarter holds the Hessians of both
@@ -357,6 +425,7 @@ def test_the_settings_are_read_alike_from_the_command_line_and_a_file():
                         (["--tuning", "grid", "--solver", "null"], "--tuning fixed"),
                         (["--tuning", "grid", "--tuning.damping", "[0.001]"], "solver's own 0.01"),
                         (["--tuning", "grid", "--tuning.alpha", "[2]"], "in \\[0, 1\\], got 2"),
-                        (["--target", "dense", "--target.alpha", "-1"], "alpha in \\[0, 1\\], got -1")):
+                        (["--target", "dense", "--target.alpha", "-1"], "alpha in \\[0, 1\\], got -1"),
+                        (["--target", "dense", "--target.gamma", "1.5"], "gamma in \\[0, 1\\], got 1.5")):
         with pytest.raises(UserError, match=words):
             parse(argv)

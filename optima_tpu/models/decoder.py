@@ -248,12 +248,14 @@ def run_block(graph: nnx.GraphDef, state: nnx.State, hidden: Array, positions: P
 def forward(graph: nnx.GraphDef, state: nnx.State, hidden: Array, positions: Positions) -> tuple[Array, dict[str, Array]]:
     """The traceable part of :func:`run_block`, with what every linear layer read: {"self_attn.q_proj": [batch, length, d_in]}.
 
-    Layers that share an input map to the same array.
+    Layers that share an input map to the same array. Beside them, under the names of ``Family.residuals``, the residual stream
+    [batch, length, d_model] at these places.
     """
     # Float32 models keep float32 products on every platform; bfloat16 ones are not affected.
     with jax.default_matmul_precision("highest"):
         output, taps = nnx.capture(nnx.merge(graph, state), nnx.Intermediate)(hidden, positions)
-    return output, {_name(path[:-1]): value for path, (value,) in nnx.to_flat_state(taps)}
+    # A layer's input is an "x" inside the layer; what a block sows itself has a name of its own.
+    return output, {_name(path[:-1] if path[-1] == "x" else path): value for path, (value,) in nnx.to_flat_state(taps)}
 
 
 @jax.jit

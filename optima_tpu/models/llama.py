@@ -125,7 +125,9 @@ class PreNormBlock(nnx.Module):
         self.mlp = mlp
 
     def __call__(self, x: Array, positions: Positions) -> Array:
+        self.sow(nnx.Intermediate, "before_attention", x)
         x = x + self.self_attn(self.input_layernorm(x), positions)
+        self.sow(nnx.Intermediate, "before_mlp", x)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -147,4 +149,5 @@ class Final(nnx.Module):
         return self.norm(x)
 
 
-FAMILY = Family(read_config=read_config, block=block, linears=LINEARS, sharding=SHARDING, final=Final)
+FAMILY = Family(read_config=read_config, block=block, linears=LINEARS, sharding=SHARDING, final=Final,
+                residuals={"self_attn.o_proj": "before_attention", "mlp.down_proj": "before_mlp"})

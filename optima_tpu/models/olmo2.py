@@ -50,4 +50,4 @@ class Block(nnx.Module):
         return x + self.post_feedforward_layernorm(self.mlp(x))
 
 
-FAMILY = dataclasses.replace(llama.FAMILY, read_config=read_config, block=Block)
+FAMILY = dataclasses.replace(llama.FAMILY, read_config=read_config, block=Block, residuals={})  # norms come between

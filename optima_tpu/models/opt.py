@@ -97,10 +97,14 @@ class Block(nnx.Module):
         self.final_layer_norm = LayerNorm(config.d_model, affine=config.affine)
 
     def __call__(self, x: Array, positions: Positions) -> Array:
+        self.sow(nnx.Intermediate, "before_attention", x)
         if self.norm_first:
             x = x + self.self_attn(self.self_attn_layer_norm(x), positions)
+        else:
+            x = self.self_attn_layer_norm(x + self.self_attn(x, positions))
+        self.sow(nnx.Intermediate, "before_mlp", x)
+        if self.norm_first:
             return x + self._feed_forward(self.final_layer_norm(x))
-        x = self.self_attn_layer_norm(x + self.self_attn(x, positions))
         return self.final_layer_norm(x + self._feed_forward(x))
 
     def _feed_forward(self, x: Array) -> Array:
@@ -136,4 +140,5 @@ FAMILY = Family(
     read_config=read_config, block=Block, sharding=SHARDING, final=Final,
     linears=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj", "fc1", "fc2"),
     # The second: saved without its head, as some of the published ones are.
-    roots=("model.decoder.", "decoder."), embedding=EMBEDDING, embedding_extras=embedding_extras, embed=embed)
+    roots=("model.decoder.", "decoder."), embedding=EMBEDDING, embedding_extras=embedding_extras, embed=embed,
+    residuals={"self_attn.out_proj": "before_attention", "fc2": "before_mlp"})

@@ -11,11 +11,11 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from optima_tpu.calibrate import Drift, Groups, Statistics, add_batch, add_drift
+from optima_tpu.calibrate import Drift, Groups, Statistics, add_batch, add_drift, residual_names
 from optima_tpu.models.decoder import Decoder
 from optima_tpu.patterns import Pattern
 from optima_tpu.plan.hlo import collectives
-from optima_tpu.prune import prune_group
+from optima_tpu.prune import aimed_residuals, prune_group
 from optima_tpu.recipe import Recipe
 from optima_tpu.report.numbers import number
 from optima_tpu.sharding import DATA, MODEL, ROWS, Layout, divisible
@@ -89,12 +89,8 @@ def _parameter(decoder: Decoder, name: str) -> jax.ShapeDtypeStruct:
     return _like(decoder, decoder.block_shapes[name], decoder.tensors.dtype(decoder.prefix(0) + name), decoder.sharding(name))
 
 
-def lower_calibration(decoder: Decoder, groups: Groups, length: int, samples: int, dense: bool = False) -> jax.stages.Lowered:
-    """One step of the calibration, as ``calibrate.accumulate_hessians`` runs it over ``samples`` sequences.
-
-    Args:
-      dense: as ``calibrate.accumulate_drift`` runs it, with two streams.
-    """
+def lower_calibration(decoder: Decoder, groups: Groups, length: int, samples: int, recipe: Recipe) -> jax.stages.Lowered:
+    """One step over ``samples`` sequences of ``calibrate.accumulate_hessians``, or of ``accumulate_drift`` for a dense target."""
     parameters = {name: _parameter(decoder, name) for name in decoder.block_shapes}
     dtype = decoder.tensors.dtype(decoder.root + decoder.family.embedding)
     size = sequences_at_once(decoder, samples) * decoder.mesh.shape[DATA]
@@ -103,9 +99,12 @@ def lower_calibration(decoder: Decoder, groups: Groups, length: int, samples: in
     positions = jax.tree.map(lambda array: _like(decoder, array.shape, array.dtype, P()), decoder.config.positions(0, length))
     state, hidden = decoder.state(parameters), _like(decoder, (size, length, decoder.config.d_model), dtype, P(DATA))
     valid = _like(decoder, (size,), jnp.bool_, P(DATA))
-    if dense:
-        sums = sums, tuple(Drift(found.hessian) for found in sums)
-        return add_drift.lower(decoder.graph, decoder.mesh, groups, sums, (state, state), (hidden, hidden), {}, valid, positions)
+    if recipe.target.matrices > 1:
+        residuals = _residuals(decoder, groups, recipe)
+        sums = sums, tuple(Drift(found.hessian, (), _residual_sums(decoder, names, places))
+                           for names, places, found in zip(groups, residuals, sums))
+        return add_drift.lower(decoder.graph, decoder.mesh, groups, residuals, sums, (state, state), (hidden, hidden), {}, valid,
+                               positions)
     return add_batch.lower(decoder.graph, decoder.mesh, groups, sums, state, hidden, valid, positions)
 
 
@@ -120,12 +119,24 @@ def lower_pruning(decoder: Decoder, names: tuple[str, ...], patterns: tuple[Patt
     weights = tuple(_parameter(decoder, name + ".weight") for name in names)
     hessian = _hessian(decoder, weights[0].shape[1])
     masks = None if recipe.selector else tuple(_like(decoder, weight.shape, jnp.bool_, ROWS) for weight in weights)
-    cross = unseen = None
+    drift = unseen = None
     if recipe.target.matrices > 1:
         energy = tuple(_like(decoder, weight.shape[:1], jnp.float32, P()) for weight in weights)
-        cross, unseen = hessian, Drift(hessian, energy) if held_out else None
+        residual = _residual_sums(decoder, names, *_residuals(decoder, (names,), recipe))
+        drift, unseen = Drift(hessian, (), residual), Drift(hessian, energy, residual) if held_out else None
     return prune_group.lower(weights, hessian, recipe, decoder.mesh, patterns, masks, hessian if held_out else None, layout,
-                             cross, unseen)
+                             drift, unseen)
+
+
+def _residuals(decoder: Decoder, groups: Groups, recipe: Recipe) -> tuple[tuple[str | None, ...], ...]:
+    """As ``calibrate.accumulate_drift`` asks for them."""
+    return residual_names(decoder, groups) if aimed_residuals(decoder, recipe) else ((),) * len(groups)
+
+
+def _residual_sums(decoder: Decoder, names: tuple[str, ...], places: tuple[str | None, ...]) -> tuple:
+    """``Drift.residual`` of a group."""
+    return tuple(place and _like(decoder, decoder.block_shapes[name + ".weight"], jnp.float32, P(None, MODEL))
+                 for name, place in zip(names, places))
 
 
 def bytes_on_device(*arrays: jax.ShapeDtypeStruct) -> int:

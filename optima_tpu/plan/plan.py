@@ -18,7 +18,7 @@ from optima_tpu.plan.compile import Compiled, compiled, lower_calibration, lower
 from optima_tpu.plan.estimate import Storage, Work
 from optima_tpu.plan.model import Declared
 from optima_tpu.plan.topology import Target
-from optima_tpu.prune import block_passes
+from optima_tpu.prune import aimed_residuals, block_passes
 from optima_tpu.recipe import Recipe, pruned_groups, solved_together
 from optima_tpu.run import recipe_of
 from optima_tpu.sharding import DATA, MODEL, ON_EVERY_DEVICE, Layout
@@ -160,7 +160,8 @@ def _calibration(config: RunConfig, model: Declared, target: Target, block: floa
     memory = beside + estimate.calibration_memory(model, sizes, text.length, batch, streams)
     if target.compiles:
         tell(f"compiling the {name}: {batch} x {text.length} tokens a device")
-        found = compiled(lambda: lower_calibration(decoder, groups, text.length, text.samples, streams > 1), tell, target.options)
+        found = compiled(lambda: lower_calibration(decoder, groups, text.length, text.samples, recipe_of(config)), tell,
+                         target.options)
         memory = beside + found.memory if found.memory else memory
     work = estimate.calibration_work(model, block, sizes, text.length, batch, streams)
     return Program(name, blocks * steps, None, None, work, memory, found)
@@ -178,7 +179,8 @@ def _pruning(model: Declared, target: Target, recipe: Recipe, shape: _Shape, nam
     work = estimate.prune_work(rows / parts, d_in, update, recipe.selector, held_out, parts,
                                recipe.tuning.candidates(recipe.solver, recipe.target), matrices > 1)
     memory = round(resident(decoder, others, held_out, matrices) + needed(
-        d_in, every, layout.rows or rows, mesh, footprint_of(update, recipe.selector), layout.split, matrices))
+        d_in, every, layout.rows or rows, mesh, footprint_of(update, recipe.selector), layout.split, matrices,
+        any(name in aimed_residuals(decoder, recipe) for name in names)))
     found = None
     if target.compiles:
         tell(f"compiling the solver for {name}: {rows:,} rows a device")

@@ -21,6 +21,7 @@ class RowReport(NamedTuple):
     held_out: Array | None = None  # [3, d_out] float32: energy, before and after on held-out tokens
     dense: Array | None = None  # [4, d_out] float32, there against the dense model's outputs: these three, and of dense weights
     exchanged: Array | None = None  # int32, kept weights that the selector had pruned, where masks are refined
+    score: Array | None = None  # float32, by what held-out tokens choose between final weights, up to a constant
     chosen: Array | None = None  # [2] int32, not of rows: which damping and which alpha of the tuning
 
 
