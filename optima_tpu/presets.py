@@ -26,7 +26,7 @@ PRESETS: Mapping[str, Preset] = MappingProxyType({
         "selector": {"name": "wanda"}, "solver": {"name": "cg"}, "accept": {"name": "per_row"}}),
     "best": Preset("what measured best", {
         "selector": {"name": "wanda"}, "solver": {"name": "cg", "damping": 0.03}, "accept": {"name": "per_row"},
-        "refine": {"name": "swaps"}, "target": {"name": "dense", "alpha": 0.5}, "recapture": True}),
+        "refine": {"name": "swaps"}, "target": {"name": "dense", "alpha": 0.5, "gamma": 0.5}, "recapture": True}),
 })
 
 
