@@ -402,10 +402,10 @@ def test_the_plan_counts_both_streams(tmp_path):
         config = run_config(folder, layers=(), **settings)
         return make_plan(config, open_declared(config.model, None, config.batch).on(there.mesh), there)
 
-    paper, beyond = plan(), plan(target=DenseTarget(), recapture=True, tuning=Grid())
+    paper, beyond = plan(), plan(target=DenseTarget(gamma=0.5), recapture=True, tuning=Grid())
     assert beyond.storage.hidden == 2 * paper.storage.hidden
-    # One calibration, or one an input; four groups, or four shapes of a matrix: q and o, k and v, gate and up, down.
-    assert [len(each.programs) for each in (paper, beyond)] == [1 + 4, 4 + 4]
+    # One calibration, or one an input; four groups, or five kinds of a matrix: q, k and v, o, gate and up, down.
+    assert [len(each.programs) for each in (paper, beyond)] == [1 + 4, 4 + 5]
     assert beyond.seconds["pruning"] > 3 * paper.seconds["pruning"]
 
 

@@ -98,6 +98,7 @@ class _Shape(NamedTuple):
     shapes: tuple[tuple[int, int], ...]
     patterns: tuple[Pattern, ...]
     layout: Layout
+    residual: bool  # whether the drift of the residual stream is aimed at
 
 
 def make_plan(config: RunConfig, model: Declared, target: Target, tell: Callable[[str], None] = lambda line: None) -> Plan:
@@ -111,7 +112,7 @@ def make_plan(config: RunConfig, model: Declared, target: Target, tell: Callable
     """
     decoder, recipe, text = model.decoder, recipe_of(config), config.calibration
     patterns = check_layers(config.layers, config.pattern, linear_shapes(decoder))
-    held_out, names = text.held_out > 0, linear_groups(decoder)
+    held_out, names, residuals = text.held_out > 0, linear_groups(decoder), aimed_residuals(decoder, recipe)
     budget = device_budget(config.device_memory, None if target.here else target.chip.memory)
     kinds: dict[Groups, int] = collections.Counter()
     shapes: dict[_Shape, int] = collections.Counter()
@@ -129,7 +130,8 @@ def make_plan(config: RunConfig, model: Declared, target: Target, tell: Callable
             for group, layout in zip(*part):
                 for together in solved_together(group, recipe, prefix):
                     shape = _Shape(tuple(decoder.block_shapes[name + ".weight"] for name in together),
-                                   tuple(patterns[prefix + name] for name in together), layout)
+                                   tuple(patterns[prefix + name] for name in together), layout,
+                                   any(name in residuals for name in together))
                     shapes[shape] += 1
                     layers.setdefault(shape, (together, tuple(other for other in part.groups if other != group)))
 
@@ -179,8 +181,7 @@ def _pruning(model: Declared, target: Target, recipe: Recipe, shape: _Shape, nam
     work = estimate.prune_work(rows / parts, d_in, update, recipe.selector, held_out, parts,
                                recipe.tuning.candidates(recipe.solver, recipe.target), matrices > 1)
     memory = round(resident(decoder, others, held_out, matrices) + needed(
-        d_in, every, layout.rows or rows, mesh, footprint_of(update, recipe.selector), layout.split, matrices,
-        any(name in aimed_residuals(decoder, recipe) for name in names)))
+        d_in, every, layout.rows or rows, mesh, footprint_of(update, recipe.selector), layout.split, matrices, shape.residual))
     found = None
     if target.compiles:
         tell(f"compiling the solver for {name}: {rows:,} rows a device")
