@@ -259,6 +259,22 @@ def test_errors_against_the_dense_model_are_shown_of_the_runs_that_have_them(tmp
     assert "against dense" not in drawn(runs[1], to=tmp_path / "z.html").words
 
 
+def test_a_text_from_a_file_is_told_once_and_without_its_folder(tmp_path, unplotted):
+    run, how = write_run(tmp_path / "run"), "the first 2 windows of file:x.txt"
+    text = {"perplexity": 3.0, "tokens": 8, "how": how.replace("x.txt", "/home/me/x.txt"), "against": 2.0}
+    there = EVALUATION["distance"]["wikitext2"]
+    (run / "evaluation.json").write_text(json.dumps(EVALUATION | {
+        "perplexity": {"file:/home/me/x.txt": text}, "distance": {"file:/home/me/x.txt": there, "file:/home/you/y.txt": there}}))
+    page = drawn(run, to=tmp_path / "x.html")
+    assert page.tables["Perplexity, lower is better"][2][0] == how
+    assert [row[0] for row in page.tables["Distance to the dense model, ± one standard error"][1:]] == ["file:x.txt", "file:y.txt"]
+    # Two of one name keep what tells them apart.
+    (run / "evaluation.json").write_text(json.dumps(EVALUATION | {"distance": {"file:/a/x.txt": there, "file:/b/x.txt": there}}))
+    page = drawn(run, to=tmp_path / "y.html")
+    assert [row[0] for row in page.tables["Distance to the dense model, ± one standard error"][1:]] == [
+        "file:/a/x.txt", "file:/b/x.txt"]
+
+
 def test_experts_are_one_kind_of_layer(tmp_path):
     reports = [dataclasses.replace(layer, name=f"mlp.experts.{expert}.up_proj") for expert in range(3)
                for layer in layers(expert) if layer.name == "mlp.up_proj"]

@@ -58,8 +58,9 @@ def outcome(runs: Sequence[Run]) -> Section:
         report, label = run.report, [run.label] if several else []
         texts = [(without_folders(report["evaluation"]["how"]), report["perplexity"]["dense"], report["perplexity"]["pruned"],
                   report["evaluation"].get("tokens"))]
-        texts += [(f"{name}: {without_folders(found['how'])}", found.get("against"), found["perplexity"], found.get("tokens"))
-                  for name, found in _part(run, "perplexity").items()]
+        for name, found in _part(run, "perplexity").items():
+            how = without_folders(found["how"])
+            texts.append((how if name in how else f"{name}: {how}", found.get("against"), found["perplexity"], found.get("tokens")))
         for how, dense, pruned, tokens in texts:
             rows.append([*label, how, NONE if dense is None else number(dense, 4), number(pruned, 4),
                          NONE if dense is None else f"{number(pruned / dense)}×", NONE if tokens is None else f"{tokens:,}"])
@@ -182,8 +183,10 @@ def _error(value: float | None, scale: float = 1) -> str:
 
 
 def _part(run: Run, name: str) -> Mapping[str, Any]:
-    """A part of evaluation.json; nothing where it is missing."""
-    return (run.evaluation or {}).get(name) or {}
+    """A part of evaluation.json; nothing where it is missing. Texts from files without their folders, where that tells them apart."""
+    found = (run.evaluation or {}).get(name) or {}
+    short = {without_folders(text): value for text, value in found.items()}
+    return short if len(short) == len(found) else found
 
 
 def _elsewhere(run: Run) -> dict[str, Any]:
