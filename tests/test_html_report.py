@@ -267,12 +267,12 @@ def test_a_text_from_a_file_is_told_once_and_without_its_folder(tmp_path, unplot
         "perplexity": {"file:/home/me/x.txt": text}, "distance": {"file:/home/me/x.txt": there, "file:/home/you/y.txt": there}}))
     page = drawn(run, to=tmp_path / "x.html")
     assert page.tables["Perplexity, lower is better"][2][0] == how
-    assert [row[0] for row in page.tables["Distance to the dense model, ± one standard error"][1:]] == ["file:x.txt", "file:y.txt"]
+    caption = "Distance to the dense model, ± one standard error"
+    assert [row[0] for row in page.tables[caption][1:]] == ["file:x.txt", "file:y.txt"]
     # Two of one name keep what tells them apart.
     (run / "evaluation.json").write_text(json.dumps(EVALUATION | {"distance": {"file:/a/x.txt": there, "file:/b/x.txt": there}}))
     page = drawn(run, to=tmp_path / "y.html")
-    assert [row[0] for row in page.tables["Distance to the dense model, ± one standard error"][1:]] == [
-        "file:/a/x.txt", "file:/b/x.txt"]
+    assert [row[0] for row in page.tables[caption][1:]] == ["file:/a/x.txt", "file:/b/x.txt"]
 
 
 def test_experts_are_one_kind_of_layer(tmp_path):

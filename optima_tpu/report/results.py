@@ -60,7 +60,8 @@ def outcome(runs: Sequence[Run]) -> Section:
                   report["evaluation"].get("tokens"))]
         for name, found in _part(run, "perplexity").items():
             how = without_folders(found["how"])
-            texts.append((how if name in how else f"{name}: {how}", found.get("against"), found["perplexity"], found.get("tokens")))
+            told = how if name in how else f"{name}: {how}"
+            texts.append((told, found.get("against"), found["perplexity"], found.get("tokens")))
         for how, dense, pruned, tokens in texts:
             rows.append([*label, how, NONE if dense is None else number(dense, 4), number(pruned, 4),
                          NONE if dense is None else f"{number(pruned / dense)}×", NONE if tokens is None else f"{tokens:,}"])
@@ -183,7 +184,7 @@ def _error(value: float | None, scale: float = 1) -> str:
 
 
 def _part(run: Run, name: str) -> Mapping[str, Any]:
-    """A part of evaluation.json; nothing where it is missing. Texts from files without their folders, where that tells them apart."""
+    """A part of evaluation.json; nothing where it is missing. Texts from files without their folders if their names differ."""
     found = (run.evaluation or {}).get(name) or {}
     short = {without_folders(text): value for text, value in found.items()}
     return short if len(short) == len(found) else found
