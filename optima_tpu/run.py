@@ -9,7 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from rich.console import Console
 
@@ -17,17 +16,16 @@ from optima_tpu.activations import Activations
 from optima_tpu.allocation import Uniform
 from optima_tpu.calibrate import linear_groups
 from optima_tpu.checkpoint import CheckpointTensors, write_checkpoint
-from optima_tpu.config import RunConfig, to_dict, weights_settings
+from optima_tpu.config import RunConfig, to_dict
 from optima_tpu.data import Tokens
 from optima_tpu.evaluate.perplexity import perplexity
 from optima_tpu.export import export, is_export_of
 from optima_tpu.files import only_program, refuse_unreachable, write_bytes
 from optima_tpu.finished import FinishedTensors
+from optima_tpu.greeting import greet
 from optima_tpu.importance import Allocated, allocated, allocation_steps, kept
-from optima_tpu.inputs import (Model, Texts, linear_shapes, manifest_of, open_model_on_mesh, read_texts,
-                               token_digest)
-from optima_tpu.journal import DENSE, Journal, finished_blocks, open_journal, prepare_directory
-from optima_tpu.layer_rules import check_layers
+from optima_tpu.inputs import Model, Texts, manifest_of, open_model_on_mesh, read_texts, token_digest
+from optima_tpu.journal import DENSE, Journal, open_journal, prepare_directory
 from optima_tpu.manifest import code_version, flat
 from optima_tpu.masks import open_masks
 from optima_tpu.memory import described, device_budget
@@ -37,13 +35,12 @@ from optima_tpu.prune import ReadMask, block_passes, walk_block
 from optima_tpu.recipe import Recipe
 from optima_tpu.report.file import environment, memory_peaks, write_report
 from optima_tpu.report.numbers import percent
-from optima_tpu.report.progress import Progress, say
+from optima_tpu.report.progress import Progress
 from optima_tpu.report.records import BlockReport
 from optima_tpu.report.sinks import Steps, check_sinks, opened, write
 from optima_tpu.report.table import print_summary
 from optima_tpu.selectors import Imported
 from optima_tpu.self_calibration import keep_calibration
-from optima_tpu.target import DenseTarget
 
 
 def run(config: RunConfig, console: Console | None = None, model: Model | None = None, texts: Texts | None = None,
@@ -76,7 +73,7 @@ def run(config: RunConfig, console: Console | None = None, model: Model | None =
     budget, recipe = device_budget(config.device_memory), recipe_of(config)
     if not isinstance(config.allocation, Uniform):
         allocation_steps(decoder, recipe, config.allocation)
-    _greet(console, config, model, texts, directory, _fitted(decoder, recipe, budget))
+    greet(console, config, model, texts, directory, _fitted(decoder, recipe, budget))
     if report := from_first(lambda: _finished_report(config, directory, manifest, evaluation)):
         _tell(console, config, report)
         return report
@@ -257,44 +254,6 @@ def _keep_dense(value: float, tokens: Tokens, directory: Path) -> None:
     path, record = directory / "dense.json", json.dumps({"tokens": token_digest(tokens.ids), "perplexity": value}).encode()
     if not path.exists() or path.read_bytes() != record:
         write_bytes(path, record)
-
-
-def _greet(console: Console, config: RunConfig, model: Model, texts: Texts, directory: Path, fitted: str) -> None:
-    """What is about to happen, before the first long silence."""
-    decoder = model.decoder
-    shapes = {path: shape for path, _, shape in linear_shapes(decoder)}
-    weights = sum(math.prod(shapes[path]) for path in check_layers(config.layers, config.pattern, linear_shapes(decoder)))
-    settings = weights_settings(config)
-    names = [settings[key]["name"] for key in ("selector", "solver") if settings[key]]
-    rules = f", {to_dict(config)['layers']}" if config.layers else ""
-    shape, several = decoder.mesh.shape, "" if jax.process_count() == 1 else f" in {jax.process_count()} processes"
-    lines = [f"model        {model.pretrained.origin}: {decoder.config.blocks} blocks, {weights:,} weights to prune",
-             f"recipe       {' + '.join(names)}, {config.pattern}{rules}{_beyond(config)}",
-             f"calibration  {', '.join(filter(None, (texts.calibration.how, texts.calibration.cache)))}",
-             f"devices      {decoder.mesh.size} x {jax.devices()[0].device_kind}, mesh {shape['data']}x{shape['model']}{several}",
-             f"run          {directory}"]
-    if fitted:
-        lines.append(f"solver       {fitted}")
-    if finished := finished_blocks(directory):
-        lines.append(f"resuming     {len(finished)} of {decoder.config.blocks} blocks are done")
-    say(console, "\n".join(lines) + "\n")
-
-
-def _beyond(config: RunConfig) -> str:
-    """What the recipe has beyond the paper's."""
-    words = []
-    if isinstance(config.target, DenseTarget):
-        words.append(f"dense target {config.target.alpha:g}" + f", of the residual stream {config.target.gamma:g}" * (
-            config.target.gamma > 0))
-    if config.recapture:
-        words.append("recapture")
-    if config.refine:
-        words.append(f"{config.refine.rounds} rounds of exchanges")
-    if not isinstance(config.allocation, Uniform):
-        words.append(f"{weights_settings(config)['allocation']['name']} allocation")
-    if (candidates := config.tuning.candidates(config.solver, config.target)) > 1:
-        words.append(f"{candidates} candidates for each matrix")
-    return "".join(f", {word}" for word in words)
 
 
 def _tell(console: Console, config: RunConfig, report: dict[str, Any]) -> None:

@@ -1,0 +1,57 @@
+"""What a run says of itself before the first long silence."""
+
+import math
+from pathlib import Path
+
+import jax
+from rich.console import Console
+
+from optima_tpu.allocation import Uniform
+from optima_tpu.config import RunConfig, to_dict, weights_settings
+from optima_tpu.inputs import Model, Texts, linear_shapes
+from optima_tpu.journal import finished_blocks
+from optima_tpu.layer_rules import check_layers
+from optima_tpu.report.progress import say
+from optima_tpu.target import DenseTarget
+
+
+def greet(console: Console, config: RunConfig, model: Model, texts: Texts, directory: Path, fitted: str) -> None:
+    """Tells model, recipe, calibration, devices and place of a run, and what is done of it.
+
+    Args:
+      fitted: what is split or done in parts to fit the devices; empty where nothing is.
+    """
+    decoder = model.decoder
+    shapes = {path: shape for path, _, shape in linear_shapes(decoder)}
+    weights = sum(math.prod(shapes[path]) for path in check_layers(config.layers, config.pattern, linear_shapes(decoder)))
+    settings = weights_settings(config)
+    names = [settings[key]["name"] for key in ("selector", "solver") if settings[key]]
+    rules = f", {to_dict(config)['layers']}" if config.layers else ""
+    shape, several = decoder.mesh.shape, "" if jax.process_count() == 1 else f" in {jax.process_count()} processes"
+    lines = [f"model        {model.pretrained.origin}: {decoder.config.blocks} blocks, {weights:,} weights to prune",
+             f"recipe       {' + '.join(names)}, {config.pattern}{rules}{_beyond(config)}",
+             f"calibration  {', '.join(filter(None, (texts.calibration.how, texts.calibration.cache)))}",
+             f"devices      {decoder.mesh.size} x {jax.devices()[0].device_kind}, mesh {shape['data']}x{shape['model']}{several}",
+             f"run          {directory}"]
+    if fitted:
+        lines.append(f"solver       {fitted}")
+    if finished := finished_blocks(directory):
+        lines.append(f"resuming     {len(finished)} of {decoder.config.blocks} blocks are done")
+    say(console, "\n".join(lines) + "\n")
+
+
+def _beyond(config: RunConfig) -> str:
+    """What the recipe has beyond the paper's."""
+    words = []
+    if isinstance(config.target, DenseTarget):
+        words.append(f"dense target {config.target.alpha:g}")
+        words += [f"of the residual stream {config.target.gamma:g}"] if config.target.gamma else []
+    if config.recapture:
+        words.append("recapture")
+    if config.refine:
+        words.append(f"{config.refine.rounds} rounds of exchanges")
+    if not isinstance(config.allocation, Uniform):
+        words.append(f"{weights_settings(config)['allocation']['name']} allocation")
+    if (candidates := config.tuning.candidates(config.solver, config.target)) > 1:
+        words.append(f"{candidates} candidates for each matrix")
+    return "".join(f", {word}" for word in words)
