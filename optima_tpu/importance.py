@@ -124,7 +124,7 @@ def _losses(decoder: Decoder, tokens: np.ndarray, recipe: Recipe, trials: tuple[
     All these models walk side by side, so that every block is read once.
     """
     # In the dense stream the layers' own outputs are the dense model's, and nothing is held out from the judges of an update.
-    recipe = dataclasses.replace(recipe, accept=PerRow(), target=SelfTarget(), recapture=False, tuning=Fixed())
+    recipe = dataclasses.replace(recipe, accept=PerRow(), target=SelfTarget(), tuning=Fixed())
     recipes = [dataclasses.replace(recipe, pattern=pattern) for pattern in trials]
     hidden, streams = decoder.embed(tokens), {}
     for index, parameters in enumerate(decoder.blocks(range(decoder.config.blocks))):
