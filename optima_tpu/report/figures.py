@@ -114,7 +114,7 @@ def _figure(count: int, columns: int, panel: tuple[float, float], title: str, ac
     """A figure of ``count`` panels, each of ``panel`` inches, with the legend below them.
 
     Args:
-      title: wrapped to the width of the figure.
+      title: wrapped to the width of the figure, as the labels of the legend.
       across: what the horizontal axes show.
       up: what the vertical axes show.
       entries: of the legend.
@@ -123,9 +123,13 @@ def _figure(count: int, columns: int, panel: tuple[float, float], title: str, ac
     rows, width = math.ceil(count / columns), 0.8 + columns * panel[0]
     # In inches: a character of the title is 0.09 wide, one of the legend 0.075, the legend's line with its gaps 0.7.
     title = "\n".join(textwrap.fill(line, int(width / 0.09)) for line in title.splitlines())
-    widest = 0.7 + 0.075 * max(len(entry.get_label()) for entry in entries)
+    for entry in entries:
+        entry.set_label(textwrap.fill(entry.get_label(), int((width - 0.7) / 0.075)))
+    labels = [entry.get_label().splitlines() for entry in entries]
+    widest = 0.7 + 0.075 * max(len(line) for label in labels for line in label)
     below = math.ceil(len(entries) / max(1, int(width / widest)))
-    height = 0.2 + 0.2 * len(title.splitlines()) + rows * panel[1] + below * 0.21
+    wrapped = sum(map(len, labels)) - len(labels)  # there is one column where a label has several lines
+    height = 0.2 + 0.2 * len(title.splitlines()) + rows * panel[1] + (below + wrapped) * 0.21
     figure = Figure(figsize=(width, height), layout="constrained")
     grid = list(figure.subplots(rows, columns, sharex=share, sharey=share, squeeze=False).flat)
     for axes in grid[count:]:

@@ -119,7 +119,7 @@ def names(configurations: Mapping[str, Mapping[str, Any]]) -> tuple[str, dict[st
         if len(alike) > 1:  # told apart by whatever settings differ
             differing = differences({run: {key: value for key, value in values.items() if key not in _ELSEWHERE}
                                      for run, values in alike.items()})
-            named |= {run: ", ".join([name, *(f"{key} {values[run]}" for key, values in differing.items() if run in values)])
+            named |= {run: ", ".join([name, *(_setting(key, values[run]) for key, values in differing.items() if run in values)])
                       for run in alike}
     return ", ".join(first[fact] for fact in common), named
 
@@ -144,6 +144,11 @@ def method(configuration: Mapping[str, Any]) -> str:
     """"wanda + cg"."""
     solver = configuration["solver"]
     return f"{configuration['selector']['name']} + {solver['name'] if solver else 'none'}"
+
+
+def _setting(key: str, value: Any) -> str:
+    """As the command line has it: "target dense", "recapture true"."""
+    return f"{key.removesuffix('.name')} {str(value).lower() if isinstance(value, bool) else value}"
 
 
 def _facts(configuration: Mapping[str, Any]) -> dict[str, str]:
