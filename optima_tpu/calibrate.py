@@ -27,7 +27,8 @@ class Statistics(NamedTuple):
     """What is known of the inputs of a group of layers.
 
     Attributes:
-      hessian: ``H = X'X / n_tokens`` [d_in, d_in] float32, columns over the model axis.
+      hessian: ``H = X'X / n_tokens`` [d_in, d_in] float32, columns over the model axis; the mean over tokens is a weighted one
+        where they are weighed.
       tokens: how many inputs were not zero, int32: all tokens, or those that were routed to an expert.
     """
 
@@ -106,14 +107,14 @@ def accumulate_hessians(decoder: Decoder, index: int, parameters: Mapping[str, A
     positions, sums = decoder.positions(index, length), _empty(decoder, groups)
     for batch in hidden.batches(decoder.batch):
         sums = add_batch(decoder.graph, decoder.mesh, groups, sums, state, batch.hidden, batch.valid, positions)
-    statistics = _divide(sums, np.float32(len(hidden) * length))
+    statistics = _divide(sums, (np.float32(len(hidden) * length),) * len(sums))
     _refuse_infinite(decoder, index, groups, [found.hessian for found in statistics])
     return statistics
 
 
 def accumulate_drift(decoder: Decoder, index: int, parameters: Mapping[str, Array], hidden: Activations,
                      dense_parameters: Mapping[str, Array], dense: Activations, groups: Groups, energy: bool = False,
-                     residual: bool = False) -> tuple[tuple[Statistics, ...], tuple[Drift, ...]]:
+                     residual: bool = False, weigh: bool = False) -> tuple[tuple[Statistics, ...], tuple[Drift, ...]]:
     """The :class:`Statistics` of each group's input, as :func:`accumulate_hessians`, and its :class:`Drift`.
 
     Differences are in the model's dtype, where those of close numbers are exact. A token that either model does not send to an
@@ -126,6 +127,8 @@ def accumulate_drift(decoder: Decoder, index: int, parameters: Mapping[str, Arra
       dense: what enters it there, of the same samples.
       energy: whether the mean squares of the outputs' drift are wanted too.
       residual: whether the drift of the residual stream is.
+      weigh: whether the tokens are weighed where all layers of a group add to one residual stream: by one over the mean square
+        of the dense model's stream behind them.
 
     Raises:
       UserError: as :func:`accumulate_hessians`.
@@ -134,18 +137,20 @@ def accumulate_drift(decoder: Decoder, index: int, parameters: Mapping[str, Arra
     positions, wanted = decoder.positions(index, length), groups if energy else ((),) * len(groups)
     weights = {name: dense_parameters[name + ".weight"] for names in wanted for name in names}
     everywhere = jax.NamedSharding(decoder.mesh, P())
-    residuals = residual_names(decoder, groups) if residual else ((),) * len(groups)
+    places = residual_names(decoder, groups, residual, weigh)
     drifts = []
-    for (cross, _), names, places in zip(_empty(decoder, groups), wanted, residuals):
+    for (cross, _), names, (before, _) in zip(_empty(decoder, groups), wanted, places):
         energies = tuple(jnp.zeros(weights[name].shape[0], device=everywhere) for name in names)
-        products = (place and jnp.zeros((decoder.config.d_model, len(cross)), device=cross.sharding) for place in places)
+        products = (place and jnp.zeros((decoder.config.d_model, len(cross)), device=cross.sharding) for place in before)
         drifts.append(Drift(cross, energies, tuple(products)))
-    sums = _empty(decoder, groups), tuple(drifts)
+    totals = tuple(after and jnp.zeros((), device=everywhere) for _, after in places)
+    sums = _empty(decoder, groups), tuple(drifts), totals
     for batch, other in zip(hidden.batches(decoder.batch), dense.batches(decoder.batch)):
-        sums = add_drift(decoder.graph, decoder.mesh, groups, residuals, sums, states, (batch.hidden, other.hidden), weights,
+        sums = add_drift(decoder.graph, decoder.mesh, groups, places, sums, states, (batch.hidden, other.hidden), weights,
                          batch.valid, positions)
     tokens = np.float32(len(hidden) * length)
-    statistics, drifts = _divide(sums[0], tokens), _divide_drift(sums[1], tokens)
+    totals = tuple(tokens if total is None else total for total in sums[2])
+    statistics, drifts = _divide(sums[0], totals), _divide_drift(sums[1], totals)
     _refuse_infinite(decoder, index, groups, [found.hessian for found in statistics])
     _refuse_infinite(decoder, index, groups, [found.cross for found in drifts])
     return statistics, drifts
@@ -160,37 +165,75 @@ def add_batch(graph, mesh: Mesh, groups: Groups, sums, state, hidden, valid, pos
                  for x, total in zip(kept, sums))
 
 
-def residual_names(decoder: Decoder, groups: Groups) -> tuple[tuple[str | None, ...], ...]:
-    """Of every layer of the groups, the name of the residual stream that it adds to; None where there is none."""
-    return tuple(tuple(decoder.family.residuals.get(name) for name in names) for names in groups)
+class ResidualNames(NamedTuple):
+    """Where the residual stream of a group of layers is sown.
+
+    Attributes:
+      before: for every layer of the group the stream that its output is added to, None where there is none; empty where the
+        stream's drift was not asked for.
+      after: the stream behind all of them where the tokens are weighed by it, else None.
+    """
+
+    before: tuple[str | None, ...]
+    after: str | None
+
+
+def residual_names(decoder: Decoder, groups: Groups, drift: bool, weigh: bool) -> tuple[ResidualNames, ...]:
+    """What :func:`add_drift` reads of the residual stream, for each group.
+
+    Args:
+      drift: whether the stream's drift is wanted.
+      weigh: whether tokens are to be weighed.
+    """
+    found = []
+    for names in groups:
+        around = [decoder.family.residuals.get(name) for name in names]
+        same = weigh and around[0] is not None and len(set(around)) == 1
+        found.append(ResidualNames(tuple(place and place.before for place in around) if drift else (),
+                                   around[0].after if same else None))
+    return tuple(found)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), donate_argnums=4)
-def add_drift(graph, mesh: Mesh, groups: Groups, residuals, sums, states, hidden, weights, valid, positions):
+def add_drift(graph, mesh: Mesh, groups: Groups, residuals: tuple[ResidualNames, ...], sums, states, hidden, weights, valid,
+              positions):
     """One step of :func:`accumulate_drift`.
 
     Args:
-      residuals: from :func:`residual_names`, or empty for each group.
-      sums: (Statistics of each group, Drift of each group), donated.
+      residuals: from :func:`residual_names`.
+      sums: (Statistics, Drift, and the tokens' weights or None) of each group, donated.
       states, hidden: of the pruned and of the dense stream.
       weights: dense ones, by name, of the layers whose drift has an energy.
     """
-    streams = [forward(graph, state, x, positions)[1] for state, x in zip(states, hidden)]
-    statistics, drifts = [], []
-    for names, places, total, drift in zip(groups, residuals, *sums):
+    pruned, dense = streams = [forward(graph, state, x, positions)[1] for state, x in zip(states, hidden)]
+    statistics, drifts, totals = [], [], []
+    for names, places, total, drift, weight in zip(groups, residuals, *sums):
         x, other = (inputs[names[0]] * valid[:, None, None].astype(hidden[0].dtype) for inputs in streams)
         seen, there = (jnp.any(array != 0, axis=-1) for array in (x, other))
         both = (seen & there)[..., None]
+        lost = [before and jnp.where(both, dense[before] - pruned[before], 0) for before in places.before]
         difference = jnp.where(both, other - x, 0)
+        if places.after:
+            scale = jnp.where(valid[:, None], _inverse_norm(dense[places.after]), 0)
+            weight = weight + jnp.sum(jnp.square(scale))
+            # To the model's dtype again: a rounding like that of the activations themselves, and the same on both sides of H.
+            x, difference, *lost = ((array * scale[..., None]).astype(x.dtype) if array is not None else None
+                                    for array in (x, difference, *lost))
+        totals.append(weight)
         statistics.append(Statistics(total.hessian + _gram(x, mesh), total.tokens + jnp.sum(seen, dtype=jnp.int32)))
         energy = (before + jnp.sum(jnp.square(project(difference, weights[name], jnp.float32)), axis=(0, 1))
                   for name, before in zip(names, drift.energy))
-        pruned, dense = streams
-        residual = (before if place is None else before + _gram(x, mesh, jnp.where(both, dense[place] - pruned[place], 0))
-                    for place, before in zip(places, drift.residual))
+        residual = (None if found is None else before + _gram(x, mesh, found)
+                    for found, before in zip(lost, drift.residual, strict=True))
         drifts.append(Drift(drift.cross + _gram(x, mesh, difference), tuple(
             jax.lax.with_sharding_constraint(rows, jax.NamedSharding(mesh, P())) for rows in energy), tuple(residual)))
-    return tuple(statistics), tuple(drifts)
+    return tuple(statistics), tuple(drifts), tuple(totals)
+
+
+def _inverse_norm(stream: Array) -> Array:
+    """One over the root mean square of every token, [batch, length] float32; 0 for a token that is 0."""
+    square = jnp.mean(jnp.square(stream.astype(jnp.float32)), axis=-1)
+    return jnp.where(square > 0, jax.lax.rsqrt(jnp.where(square > 0, square, 1)), 0)
 
 
 def _empty(decoder: Decoder, groups: Groups) -> tuple[Statistics, ...]:
@@ -211,13 +254,13 @@ def _refuse_infinite(decoder: Decoder, index: int, groups: Groups, matrices: Seq
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def _divide(sums, tokens):
-    return tuple(total._replace(hessian=total.hessian / tokens) for total in sums)
+def _divide(sums, totals):
+    return tuple(found._replace(hessian=found.hessian / total) for found, total in zip(sums, totals))
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def _divide_drift(drifts, tokens):
-    return jax.tree.map(lambda total: total / tokens, drifts)
+def _divide_drift(drifts, totals):
+    return tuple(jax.tree.map(lambda array: array / total, drift) for drift, total in zip(drifts, totals))
 
 
 def _columns(mesh: Mesh, size: int) -> P:

@@ -46,6 +46,7 @@ def _beyond(config: RunConfig) -> str:
     if isinstance(config.target, DenseTarget):
         words.append(f"dense target {config.target.alpha:g}")
         words += [f"of the residual stream {config.target.gamma:g}"] if config.target.gamma else []
+        words += ["weighed tokens"] if config.target.weigh_tokens else []
     if config.recapture:
         words.append("recapture")
     if config.refine:

@@ -187,7 +187,7 @@ def walk_block(decoder: Decoder, index: int, hidden: Activations, groups: Groups
             if not drifts:
                 return accumulate_hessians(decoder, index, captured, seen, part), None
             return accumulate_drift(decoder, index, captured, seen, whole, dense.part(first, last), part, energy,
-                                    recipe.target.gamma > 0)
+                                    recipe.target.gamma > 0, recipe.target.weigh_tokens)
 
         statistics, drift = capture(0, samples, energy=False)
         unseen = unseen_drift = None

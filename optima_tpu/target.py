@@ -13,6 +13,10 @@ A layer whose output is added to the residual stream can make up for the drift o
 of the one feature that a row adds to, and ``q`` the row of ``Q = (R_d - R)'X / n_tokens`` that belongs to it,
 
     mean (X v - X w - alpha D w - gamma s)^2  =  (v - w) H (v - w)' - 2 (alpha w B + gamma q) (v - w)'  +  what v does not change
+
+Behind such a layer comes a norm, which divides every token by its own size, so an error is worth what it is in relation to that.
+A few tokens with massive activations are hundreds of times as large as the others and rule all the means above. With the tokens
+weighed by ``1 / mean(R_d^2)``, of the stream behind the layer, the means are those of relative errors.
 """
 
 import dataclasses
@@ -44,12 +48,15 @@ class DenseTarget:
       alpha: the share: 0 aims at the layer's own outputs and only measures, 1 aims at the dense model's.
       gamma: layers that add to the residual stream also make up for this share of the stream's own drift. Families that have a
         norm behind these layers (Gemma, OLMo 2) and routed experts have no such layers.
+      weigh_tokens: of these layers, weigh a token's error by one over the mean square of the dense model's stream behind them,
+        as the next norm does. Their reported errors are weighed too.
     """
 
     matrices: ClassVar[int] = 2
 
     alpha: float = 0.25
     gamma: float = 0.0
+    weigh_tokens: bool = False
 
     def __post_init__(self):
         for name, value in (("alpha", self.alpha), ("gamma", self.gamma)):

@@ -63,7 +63,8 @@ def walk(recipe, shape=(1, 1), blocks=2, samples=5, groups=GROUPS):
     return found, hidden, dense
 
 
-def test_the_drift_is_that_of_the_inputs_in_both_streams():
+@pytest.mark.parametrize("weigh", [False, True])
+def test_the_drift_is_that_of_the_inputs_in_both_streams(weigh):
     """In float64 from the very inputs; 7 samples divide no mesh."""
     decoder, rng = Decoder.open(*tiny_llama(), mesh(4, 2), batch=1), np.random.default_rng(0)
     hidden = rng.standard_normal((7, 11, 36)).astype(np.float32)
@@ -71,25 +72,33 @@ def test_the_drift_is_that_of_the_inputs_in_both_streams():
     whole, groups = decoder.load_block(1), linear_groups(decoder)
     pruned = {name: jnp.where(jnp.abs(weight) > 0.1, weight, 0) for name, weight in whole.items()}
     statistics, drifts = accumulate_drift(decoder, 1, pruned, Activations.of(decoder.mesh, hidden), whole,
-                                          Activations.of(decoder.mesh, dense), groups, energy=True, residual=True)
+                                          Activations.of(decoder.mesh, dense), groups, energy=True, residual=True, weigh=weigh)
     positions = decoder.positions(1, 11)
     inputs, theirs = (forward(decoder.graph, decoder.state(parameters), x, positions)[1]
                       for parameters, x in ((pruned, hidden), (whole, dense)))
     for names, (hessian, _), drift in zip(groups, statistics, drifts, strict=True):
         x, other = (np.asarray(found[names[0]], np.float64).reshape(77, -1) for found in (inputs, theirs))
-        expected = (other - x).T @ x / 77
-        assert drift.cross.dtype == np.float32
-        assert np.abs(drift.cross - expected).max() < 1e-5 * np.abs(expected).max()
-        assert np.abs(hessian - x.T @ x / 77).max() < 1e-5 * np.abs(x.T @ x / 77).max()
+        around = {"self_attn.o_proj": ("before_attention", "after_attention"),
+                  "mlp.down_proj": ("after_attention", "after_mlp")}.get(names[0])
+        share = np.full((77, 1), 1 / 77)  # of every token in a mean
+        if weigh and around:
+            share = 1 / np.mean(np.asarray(theirs[around[1]], np.float64).reshape(77, -1)**2, axis=1, keepdims=True)
+            assert share.max() > 1.5 * share.min()
+            share /= share.sum()
+
+        def same(found, left, right):
+            expected = left.T @ (share * right)
+            return found.dtype == np.float32 and np.abs(found - expected).max() < 1e-5 * np.abs(expected).max()
+
+        assert same(hessian, x, x) and same(drift.cross, other - x, x)
         for name, energy in zip(names, drift.energy, strict=True):
             output = (other - x) @ np.asarray(whole[name + ".weight"], np.float64).T
-            np.testing.assert_allclose(energy, (output**2).mean(axis=0), rtol=1e-5)
-        for name, residual in zip(names, drift.residual, strict=True):
-            place = {"self_attn.o_proj": "before_attention", "mlp.down_proj": "before_mlp"}.get(name)
-            assert (residual is None) == (place is None)
-            if place:
-                lost = (np.asarray(theirs[place], np.float64) - np.asarray(inputs[place], np.float64)).reshape(77, -1)
-                assert np.abs(residual - lost.T @ x / 77).max() < 1e-5 * np.abs(lost.T @ x / 77).max()
+            np.testing.assert_allclose(energy, (share * output**2).sum(axis=0), rtol=1e-5)
+        for residual in drift.residual:
+            assert (residual is None) == (around is None)
+            if around:
+                lost = (np.asarray(theirs[around[0]], np.float64) - np.asarray(inputs[around[0]], np.float64)).reshape(77, -1)
+                assert same(residual, lost, x)
 
 
 @pytest.mark.parametrize("reference", REFERENCES, ids=lambda reference: reference.model)
@@ -101,11 +110,12 @@ def test_a_residual_stream_is_what_the_outputs_are_added_to(reference):
     parameters, width = decoder.load_block(0), decoder.config.d_model
     x = np.random.default_rng(0).standard_normal((2, 9, width)).astype(np.float32)
     output, taps = forward(decoder.graph, decoder.state(parameters), x, decoder.positions(0, 9))
-    after = [taps[place] for place in [*residuals.values()][1:]] + [output]
-    for (name, place), there in zip(residuals.items(), after):
+    for name, (before, after) in residuals.items():
         if name in decoder.linears:  # not so the layers of experts
             bias = parameters.get(name + ".bias", 0.0)
-            assert np.abs(taps[place] + taps[name] @ parameters[name + ".weight"].T + bias - there).max() < 1e-4
+            assert np.abs(taps[before] + taps[name] @ parameters[name + ".weight"].T + bias - taps[after]).max() < 1e-4
+    if residuals and getattr(config, "do_layer_norm_before", True):
+        assert (taps[[*residuals.values()][-1].after] == output).all()
 
 
 def test_a_token_that_one_model_sends_elsewhere_has_no_drift():
@@ -225,7 +235,7 @@ def test_alpha_0_is_the_papers_target_to_the_last_bit():
 
 def test_the_mesh_changes_neither_the_choice_nor_the_weights():
     recipe = dataclasses.replace(BEYOND, recapture=False, tuning=Grid((0.01, 0.1, 1.0), (0.0, 1.0)), accept=HeldOut(),
-                                 target=DenseTarget(0.5, 0.25))
+                                 target=DenseTarget(0.5, 0.25, weigh_tokens=True))
     reference, hidden, dense = walk(recipe)
     chosen = {(report.damping, report.alpha) for _, _, reports in reference for report in reports}
     assert len(chosen) > 1, chosen
@@ -402,7 +412,7 @@ def test_the_plan_counts_both_streams(tmp_path):
         config = run_config(folder, layers=(), **settings)
         return make_plan(config, open_declared(config.model, None, config.batch).on(there.mesh), there)
 
-    paper, beyond = plan(), plan(target=DenseTarget(gamma=0.5), recapture=True, tuning=Grid())
+    paper, beyond = plan(), plan(target=DenseTarget(gamma=0.5, weigh_tokens=True), recapture=True, tuning=Grid())
     assert beyond.storage.hidden == 2 * paper.storage.hidden
     # One calibration, or one an input; four groups, or five kinds of a matrix: q, k and v, o, gate and up, down.
     assert [len(each.programs) for each in (paper, beyond)] == [1 + 4, 4 + 5]

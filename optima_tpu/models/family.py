@@ -64,6 +64,18 @@ class DecoderConfig:
 ReadTensor = Callable[[str], Array | np.ndarray]
 
 
+class Residual(NamedTuple):
+    """The residual stream [batch, length, d_model] around a layer that adds to it, as names of ``nnx.Intermediate``.
+
+    Attributes:
+      before: without the layer's output.
+      after: with it, what the next norm reads.
+    """
+
+    before: str
+    after: str
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Family:
     """One decoder family. What is declared here is all that the rest of the program knows of it.
@@ -85,8 +97,8 @@ class Family:
       embed: (config, read, tokens [samples, length], places [length]) -> [samples, length, d_model]; None for the plain table.
         It computes where its arrays are: those of numpy on the host, those of jax in a traced program.
       head: whole name of the output projection, [vocab, d_embedding]; not read where it is tied.
-      residuals: layers whose outputs are added, as they are, to the residual stream -> under what name the block sows that
-        stream, as it is before. Not those that a norm or a router's share comes after.
+      residuals: layers whose outputs are added, as they are, to the residual stream -> the names under which the block sows
+        that stream. Not those that a norm or a router's share comes after.
       ignored: regular expression of a tensor's whole name -> why a checkpoint may hold it though nothing reads it.
       needs_bos: whether every text must begin with the BOS token for the model to work.
     """
@@ -102,6 +114,6 @@ class Family:
     embedding_extras: Callable[[Any], dict[str, Shape]] = lambda config: {}
     embed: Callable[[Any, ReadTensor, ArrayLike, ArrayLike], Array | np.ndarray] | None = None
     head: str = "lm_head.weight"
-    residuals: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    residuals: Mapping[str, Residual] = dataclasses.field(default_factory=dict)
     ignored: Mapping[str, str] = dataclasses.field(default_factory=dict)
     needs_bos: bool = False

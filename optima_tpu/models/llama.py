@@ -14,7 +14,7 @@ from jax import Array
 from jax.sharding import PartitionSpec as P
 
 from optima_tpu.errors import UserError
-from optima_tpu.models.family import DecoderConfig, Family, Positions
+from optima_tpu.models.family import DecoderConfig, Family, Positions, Residual
 from optima_tpu.models.layers import GatedMLP, RMSNorm, RotaryAttention
 from optima_tpu.models.rope import Rope
 from optima_tpu.sharding import MODEL
@@ -127,8 +127,10 @@ class PreNormBlock(nnx.Module):
     def __call__(self, x: Array, positions: Positions) -> Array:
         self.sow(nnx.Intermediate, "before_attention", x)
         x = x + self.self_attn(self.input_layernorm(x), positions)
-        self.sow(nnx.Intermediate, "before_mlp", x)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        self.sow(nnx.Intermediate, "after_attention", x)
+        x = x + self.mlp(self.post_attention_layernorm(x))
+        self.sow(nnx.Intermediate, "after_mlp", x)
+        return x
 
 
 def block(config: Config) -> PreNormBlock:
@@ -150,4 +152,5 @@ class Final(nnx.Module):
 
 
 FAMILY = Family(read_config=read_config, block=block, linears=LINEARS, sharding=SHARDING, final=Final,
-                residuals={"self_attn.o_proj": "before_attention", "mlp.down_proj": "before_mlp"})
+                residuals={"self_attn.o_proj": Residual("before_attention", "after_attention"),
+                           "mlp.down_proj": Residual("after_attention", "after_mlp")})

@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import ArrayLike
 
 from optima_tpu.errors import UserError
-from optima_tpu.models.family import DecoderConfig, Family, Positions, ReadTensor, Shape
+from optima_tpu.models.family import DecoderConfig, Family, Positions, ReadTensor, Residual, Shape
 from optima_tpu.models.layers import ACTIVATIONS, LayerNorm, Linear, attention, project, split_heads
 from optima_tpu.sharding import MODEL
 
@@ -98,14 +98,13 @@ class Block(nnx.Module):
 
     def __call__(self, x: Array, positions: Positions) -> Array:
         self.sow(nnx.Intermediate, "before_attention", x)
-        if self.norm_first:
-            x = x + self.self_attn(self.self_attn_layer_norm(x), positions)
-        else:
-            x = self.self_attn_layer_norm(x + self.self_attn(x, positions))
+        x = x + self.self_attn(self.self_attn_layer_norm(x) if self.norm_first else x, positions)
+        self.sow(nnx.Intermediate, "after_attention", x)
+        x = x if self.norm_first else self.self_attn_layer_norm(x)
         self.sow(nnx.Intermediate, "before_mlp", x)
-        if self.norm_first:
-            return x + self._feed_forward(self.final_layer_norm(x))
-        return self.final_layer_norm(x + self._feed_forward(x))
+        x = x + self._feed_forward(self.final_layer_norm(x) if self.norm_first else x)
+        self.sow(nnx.Intermediate, "after_mlp", x)
+        return x if self.norm_first else self.final_layer_norm(x)
 
     def _feed_forward(self, x: Array) -> Array:
         return self.fc2(self.activation(self.fc1(x)))
@@ -141,4 +140,5 @@ FAMILY = Family(
     linears=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj", "fc1", "fc2"),
     # The second: saved without its head, as some of the published ones are.
     roots=("model.decoder.", "decoder."), embedding=EMBEDDING, embedding_extras=embedding_extras, embed=embed,
-    residuals={"self_attn.out_proj": "before_attention", "fc2": "before_mlp"})
+    residuals={"self_attn.out_proj": Residual("before_attention", "after_attention"),
+               "fc2": Residual("before_mlp", "after_mlp")})

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from optima_tpu.calibrate import Drift, Groups, Statistics, add_batch, add_drift, residual_names
+from optima_tpu.calibrate import Drift, Groups, ResidualNames, Statistics, add_batch, add_drift, residual_names
 from optima_tpu.models.decoder import Decoder
 from optima_tpu.patterns import Pattern
 from optima_tpu.plan.hlo import collectives
@@ -101,8 +101,9 @@ def lower_calibration(decoder: Decoder, groups: Groups, length: int, samples: in
     valid = _like(decoder, (size,), jnp.bool_, P(DATA))
     if recipe.target.matrices > 1:
         residuals = _residuals(decoder, groups, recipe)
-        sums = sums, tuple(Drift(found.hessian, (), _residual_sums(decoder, names, places))
-                           for names, places, found in zip(groups, residuals, sums))
+        drifts = tuple(Drift(found.hessian, (), _residual_sums(decoder, names, places))
+                       for names, places, found in zip(groups, residuals, sums))
+        sums = sums, drifts, tuple(places.after and _like(decoder, (), jnp.float32, P()) for places in residuals)
         return add_drift.lower(decoder.graph, decoder.mesh, groups, residuals, sums, (state, state), (hidden, hidden), {}, valid,
                                positions)
     return add_batch.lower(decoder.graph, decoder.mesh, groups, sums, state, hidden, valid, positions)
@@ -128,15 +129,15 @@ def lower_pruning(decoder: Decoder, names: tuple[str, ...], patterns: tuple[Patt
                              drift, unseen)
 
 
-def _residuals(decoder: Decoder, groups: Groups, recipe: Recipe) -> tuple[tuple[str | None, ...], ...]:
+def _residuals(decoder: Decoder, groups: Groups, recipe: Recipe) -> tuple[ResidualNames, ...]:
     """As ``calibrate.accumulate_drift`` asks for them."""
-    return residual_names(decoder, groups) if aimed_residuals(decoder, recipe) else ((),) * len(groups)
+    return residual_names(decoder, groups, bool(aimed_residuals(decoder, recipe)), recipe.target.weigh_tokens)
 
 
-def _residual_sums(decoder: Decoder, names: tuple[str, ...], places: tuple[str | None, ...]) -> tuple:
+def _residual_sums(decoder: Decoder, names: tuple[str, ...], places: ResidualNames) -> tuple:
     """``Drift.residual`` of a group."""
-    return tuple(place and _like(decoder, decoder.block_shapes[name + ".weight"], jnp.float32, P(None, MODEL))
-                 for name, place in zip(names, places))
+    return tuple(before and _like(decoder, decoder.block_shapes[name + ".weight"], jnp.float32, P(None, MODEL))
+                 for name, before in zip(names, places.before))
 
 
 def bytes_on_device(*arrays: jax.ShapeDtypeStruct) -> int:
