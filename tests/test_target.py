@@ -417,6 +417,12 @@ def test_the_plan_counts_both_streams(tmp_path):
     # One calibration, or one an input; four groups, or five kinds of a matrix: q, k and v, o, gate and up, down.
     assert [len(each.programs) for each in (paper, beyond)] == [1 + 4, 4 + 5]
     assert beyond.seconds["pruning"] > 3 * paper.seconds["pruning"]
+    # What o and down add for the residual stream's drift, of every token of a step: [d_model, d_in] products.
+    whole, drifting = plan(target=DenseTarget()), plan(target=DenseTarget(gamma=0.5))
+    more = drifting.programs[0].work.flops - whole.programs[0].work.flops
+    model = whole.model.decoder
+    read = sum(model.block_shapes[name + ".weight"][1] for name in model.family.residuals)
+    assert more == pytest.approx(whole.batch * 32 * 2 * model.config.d_model * read / 2)  # 32 tokens each, over 2 of the model axis
 
 
 def test_the_settings_are_read_alike_from_the_command_line_and_a_file():

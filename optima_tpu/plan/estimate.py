@@ -155,7 +155,7 @@ def products(model: Declared, flops: float) -> Work:
 
 
 def calibration_work(model: Declared, block: float, sizes: tuple[int, ...], length: int, sequences: float,
-                     streams: int = 1) -> Work:
+                     streams: int = 1, residuals: tuple[int, ...] = ()) -> Work:
     """Of ``calibrate.add_batch`` with so many sequences on each slice of the data axis.
 
     Args:
@@ -163,9 +163,11 @@ def calibration_work(model: Declared, block: float, sizes: tuple[int, ...], leng
         comes early in the block.
       sizes: d_in of each distinct input, for its Gram matrix.
       streams: 2 for ``calibrate.add_drift``.
+      residuals: d_in of each layer for which the drift of the residual stream is accumulated too.
     """
     grams = sum(2.0 * length * size * size / _columns(model, size) for size in sizes)
-    return products(model, streams * sequences * (block / model.decoder.mesh.shape[MODEL] + grams))
+    drift = sum(2.0 * length * size * model.decoder.config.d_model / _columns(model, size) for size in residuals)
+    return products(model, sequences * (streams * (block / model.decoder.mesh.shape[MODEL] + grams) + drift))
 
 
 def _columns(model: Declared, size: int) -> int:

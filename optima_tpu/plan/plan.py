@@ -165,7 +165,9 @@ def _calibration(config: RunConfig, model: Declared, target: Target, block: floa
         found = compiled(lambda: lower_calibration(decoder, groups, text.length, text.samples, recipe_of(config)), tell,
                          target.options)
         memory = beside + found.memory if found.memory else memory
-    work = estimate.calibration_work(model, block, sizes, text.length, batch, streams)
+    added = aimed_residuals(decoder, recipe_of(config))
+    drifting = tuple(decoder.block_shapes[name + ".weight"][1] for names in groups for name in names if name in added)
+    work = estimate.calibration_work(model, block, sizes, text.length, batch, streams, drifting)
     return Program(name, blocks * steps, None, None, work, memory, found)
 
 
