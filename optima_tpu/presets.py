@@ -25,8 +25,8 @@ PRESETS: Mapping[str, Preset] = MappingProxyType({
     "fast": Preset("certified weights for Wanda's masks", {
         "selector": {"name": "wanda"}, "solver": {"name": "cg"}, "accept": {"name": "per_row"}}),
     "best": Preset("what measured best", {
-        "selector": {"name": "wanda"}, "solver": {"name": "cg", "damping": 0.03}, "accept": {"name": "per_row"},
-        "refine": {"name": "swaps"}, "target": {"name": "dense", "alpha": 0.5, "gamma": 0.5}, "recapture": True}),
+        "selector": {"name": "wanda"}, "solver": {"name": "cg", "damping": 0.3}, "accept": {"name": "per_row"},
+        "refine": {"name": "swaps"}, "target": {"name": "dense", "alpha": 0.5, "gamma": 0.5, "weigh_tokens": True}, "recapture": True}),
 })
 
 
