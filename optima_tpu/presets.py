@@ -26,7 +26,8 @@ PRESETS: Mapping[str, Preset] = MappingProxyType({
         "selector": {"name": "wanda"}, "solver": {"name": "cg"}, "accept": {"name": "per_row"}}),
     "best": Preset("what measured best", {
         "selector": {"name": "wanda"}, "solver": {"name": "cg", "damping": 0.3}, "accept": {"name": "per_row"},
-        "refine": {"name": "swaps"}, "target": {"name": "dense", "alpha": 0.5, "gamma": 0.5, "weigh_tokens": True}, "recapture": True}),
+        "refine": {"name": "swaps"}, "recapture": True,
+        "target": {"name": "dense", "alpha": 0.5, "gamma": 0.5, "weigh_tokens": True}}),
 })
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from optima_tpu.accept import PerLayer, PerRow
-from optima_tpu.config import Calibration, Evaluation
+from optima_tpu.cli import parse
+from optima_tpu.config import Calibration, Evaluation, weights_settings
 from optima_tpu.layer_rules import pattern_of
 from optima_tpu.patterns import NM, Unstructured
 from optima_tpu.selectors import Magnitude, SparseGPT, Thanos, Wanda
@@ -115,6 +116,12 @@ def test_the_grids_are_the_tables():
     assert methods("adam") == two | {("wanda", "adam"), ("sparsegpt", "adam")}
     assert methods("smollm2") == methods("adam") | three | {("magnitude", update) for update in ("none", "mpax", "cg")}
     assert grid_of("smollm2").patterns == ("0.5", "0.6", "2:4 MLP", "2:4")
+
+
+def test_the_last_of_the_levers_is_the_best_preset():
+    best = weights_settings(parse(["--preset", "best"]))
+    cells = [cell for cell in grid_of("levers").cells if (cell.mask, cell.update) == ("wanda", "more damping")]
+    assert cells and all(weights_settings(cell.config) | {"pattern": best["pattern"]} == best for cell in cells)
 
 
 @pytest.mark.parametrize("name", sorted(OFFLINE))
