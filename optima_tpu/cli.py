@@ -7,8 +7,9 @@ options sit beside it:
     selector: magnitude                 --selector magnitude
     solver: {name: cg, damping: 0.1}    --solver cg --solver.damping 0.1
 
-The command line goes over the file, the file over a preset (``presets``), that over the defaults. Options belong to a
-method: whoever chooses another one on the command line drops those that the file gives to its own.
+The command line goes over the file, the file over a preset (``presets``), that over the defaults. A command that names no
+method gets the best preset. Options belong to a method: whoever chooses another one on the command line drops those that the
+file gives to its own.
 """
 
 import argparse
@@ -33,14 +34,15 @@ from optima_tpu.options import PARTS, alternatives, fields, kinds, make_parser, 
 from optima_tpu.layer_rules import parse_layers
 from optima_tpu.manifest import flat
 from optima_tpu.patterns import parse_pattern
-from optima_tpu.presets import with_preset
+from optima_tpu.presets import DEFAULT, PLAIN, with_preset
 
 
 def parse(argv: Sequence[str]) -> RunConfig:
     """The run that a command line asks for.
 
     ``--help`` and ``--print_config`` print and raise SystemExit(0). Without ``--model``, and without a model in the
-    file, the settings are changes to ``EMBEDDED``.
+    file, the settings are changes to ``EMBEDDED``. Where neither names a preset or a method, ``presets.DEFAULT`` is meant:
+    whoever compares methods gets the one that was named and nothing beside it.
 
     Raises:
       UserError: a setting that does not exist, or a value that it cannot have.
@@ -49,7 +51,10 @@ def parse(argv: Sequence[str]) -> RunConfig:
     early = _early(argv)
     # jsonargparse takes --print_config for its own, which prints a layout of its own.
     rest = [argument for argument in argv if argument != "--print_config"]
-    config = configure(_read(early.config) if early.config else {}, rest)
+    document = _read(early.config) if early.config else {}
+    if early.preset is None and "preset" not in document and not _names_method([*document, *_options(rest)]):
+        document["preset"] = DEFAULT
+    config = configure(document, rest)
     if len(rest) < len(argv):
         print(dump(config), end="")
         raise SystemExit(0)
@@ -70,7 +75,8 @@ def configure(document: Mapping[str, Any], argv: Sequence[str] = ()) -> RunConfi
     early = _early(argv)
     document = _long(copy.deepcopy(dict(document)), "the settings")
     given = document.pop("preset", None)
-    document = with_preset(given if early.preset is None else early.preset, document)
+    preset = given if early.preset is None else early.preset
+    document = with_preset(preset, document)
     model = early.model if early.model is not None else document.get("model")
     base = to_dict(EMBEDDED if model is None else RunConfig(model=str(model)))
     chosen = {}
@@ -85,12 +91,16 @@ def configure(document: Mapping[str, Any], argv: Sequence[str] = ()) -> RunConfi
             cls = methods[chosen[setting]]
             base[setting] = options_of(cls()) if cls else {}
         document.setdefault(setting, {})["name"] = chosen[setting]
+    for setting, value in with_preset(preset, {}).items():  # for --help, which tells the defaults
+        if not isinstance(value, dict):
+            base[setting] = value
+        elif value["name"] == chosen[setting]:
+            base[setting] = base[setting] | value
 
     parser = make_parser(chosen, base)
     known = {*(f"{setting}.name" for setting in CHOICES), *kinds(chosen)}
     _check_known(_flat(document), known, chosen, "")
-    options = [argument[2:].partition("=")[0] for argument in argv if argument.startswith("--")]
-    _check_known(options, known | {"help", "config", "preset", "print_config"}, chosen, "--")
+    _check_known(_options(argv), known | {"help", "config", "preset", "print_config"}, chosen, "--")
     try:
         namespace = parser.parse_args(argv, namespace=parser.parse_object(document, defaults=False))
     except argparse.ArgumentError as error:
@@ -114,7 +124,10 @@ def flags(config: RunConfig) -> list[str]:
             cls = methods[values[setting]["name"]]
             base[setting] = options_of(cls()) if cls else {}
     default = flat(base)
-    return [word for key, value in flat(values).items() if key == "model" or value != default.get(key)
+    told = {key: value for key, value in flat(values).items() if key == "model" or value != default.get(key)}
+    if not _names_method(told):  # without a method it would be the default preset
+        told["preset"] = PLAIN
+    return [word for key, value in told.items()
             for word in ("--" + key.removesuffix(".name"), value if isinstance(value, str) else json.dumps(value))]
 
 
@@ -165,6 +178,16 @@ def spelled(argument: str) -> str:
     option, equals, value = argument.partition("=")
     option = "--" + option[2:].replace("-", "_")
     return option + (".name" if option[2:] in CHOICES else "") + equals + value
+
+
+def _options(argv: Sequence[str]) -> list[str]:
+    """The settings that a command line names, after ``spelled``."""
+    return [argument[2:].partition("=")[0] for argument in argv if argument.startswith("--")]
+
+
+def _names_method(settings: Iterable[str]) -> bool:
+    """Whether one of the settings is a method, or an option of one."""
+    return any(setting.partition(".")[0] in {*CHOICES, "recapture"} for setting in settings)
 
 
 def _early(argv: Sequence[str]) -> argparse.Namespace:

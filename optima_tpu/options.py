@@ -14,7 +14,7 @@ import docstring_parser
 import jsonargparse
 
 from optima_tpu.config import CHOICES, Calibration, Evaluation, RunConfig, Sinks
-from optima_tpu.presets import PRESETS
+from optima_tpu.presets import DEFAULT, PRESETS
 
 _PROGRAM = "python -m optima_tpu.launch"
 _DESCRIPTION = f"""\
@@ -53,7 +53,7 @@ def make_parser(chosen: Mapping[str, str], base: Mapping[str, Any]) -> jsonargpa
         epilog=_EPILOG, formatter_class=Formatter, exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", metavar="FILE", help="read settings from a YAML file; those given here go over it")
     parser.add_argument("--preset", metavar="NAME", help=", ".join(f"{name}: {text}" for name, (text, _) in PRESETS.items())
-                        + "; settings that are given go over its own")
+                        + f"; settings that are given go over its own (default: {DEFAULT} where no method is named, else none)")
     parser.add_argument("--print_config", action="store_true", help="print the settings as a YAML file and exit")
     add_fields(parser.add_argument_group("the run"), RunConfig, "", base)
     for setting, methods in CHOICES.items():

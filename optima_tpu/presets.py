@@ -30,6 +30,11 @@ PRESETS: Mapping[str, Preset] = MappingProxyType({
         "target": {"name": "dense", "alpha": 0.5, "gamma": 0.5, "weigh_tokens": True}}),
 })
 
+DEFAULT = "best"
+"""The preset of a command line that names no method."""
+PLAIN = "fast"
+"""The preset whose settings are the defaults of ``RunConfig``."""
+
 
 def with_preset(name: str | None, document: Mapping[str, Any]) -> dict[str, Any]:
     """Settings over those of a preset. Another method than the preset's drops the options that the preset gives to its own.

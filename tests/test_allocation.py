@@ -179,5 +179,5 @@ def test_the_settings():
     assert config.allocation == OWL(limit=0.04)
     assert configure({"allocation": {"name": "owl", "limit": 0.04}, "pattern": 0.7}) == config
     assert configure({}, flags(config)[2:]) == config and "owl" in str(config.run_directory)
-    plain = parse(["--pattern", "0.7"])
+    plain = parse(["--pattern", "0.7", "--preset", "fast"])
     assert plain.allocation == Uniform() and weights_settings(config) != weights_settings(plain)

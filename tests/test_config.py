@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -45,8 +46,29 @@ def refusal(*argv: str) -> str:
     return str(caught.value)
 
 
-def test_nothing_named_is_the_embedded_default():
-    assert parse([]) == EMBEDDED
+def test_who_names_no_method_gets_the_best_preset(file):
+    best = parse(["--preset", "best"])
+    assert best.refine and best.model == EMBEDDED.model and best.calibration == EMBEDDED.calibration
+    assert parse([]) == best
+    for argv in (["--model", "a", "--pattern", "2:4"], ["--config", file("model: a\npattern: 2:4")]):
+        assert parse(argv) == dataclasses.replace(best, model="a", pattern=NM(2, 4), calibration=Calibration())
+
+
+@pytest.mark.parametrize("argv, damping", [([], 0.3), (["--solver", "cg"], 0.01), (["--preset", "paper", "--solver", "cg"], 0.01)])
+def test_the_help_tells_the_defaults_that_hold(argv, damping, capsys):
+    with pytest.raises(SystemExit):
+        parse([*argv, "--help"])
+    told = re.search(r"--solver.damping X .*?\(default: (.*?)\)", " ".join(capsys.readouterr().out.split()))
+    assert float(told[1]) == damping
+
+
+@pytest.mark.parametrize("argv", [["--solver", "cg"], ["--selector", "wanda"], ["--accept=per_row"], ["--recapture", "false"],
+                                  ["--selector.shift_zero", "false"], ["--refine", "null"], ["--preset", "fast"]])
+def test_a_method_that_is_named_goes_with_the_plain_ones(argv, file):
+    assert parse(argv) == EMBEDDED
+    setting, _, option = argv[0][2:].partition("=")[0].partition(".")
+    value = argv[-1].rpartition("=")[2]
+    assert parse(["--config", file(f"{setting}: {{{option}: {value}}}" if option else f"{setting}: {value}")]) == EMBEDDED
 
 
 def test_overrides_without_a_model_change_the_embedded_default(file):
@@ -57,7 +79,7 @@ def test_overrides_without_a_model_change_the_embedded_default(file):
 @pytest.mark.parametrize("where", ["command line", "file"])
 def test_a_model_brings_the_general_defaults(where, file):
     argv = ["--model", "org/name"] if where == "command line" else ["--config", file("model: org/name")]
-    assert parse(argv) == RunConfig(model="org/name")
+    assert parse([*argv, "--preset", "fast"]) == RunConfig(model="org/name")
 
 
 @pytest.mark.parametrize("text, pattern", [
@@ -154,7 +176,7 @@ def test_a_preset_is_below_the_file_and_the_command_line(file):
 
 
 def test_dashes_and_underscores_are_the_same_on_the_command_line():
-    assert parse(["--cpu-devices", "8"]) == parse(["--cpu_devices=8"]) == dataclasses.replace(EMBEDDED, cpu_devices=8)
+    assert parse(["--cpu-devices", "8"]) == parse(["--cpu_devices=8"]) == dataclasses.replace(parse([]), cpu_devices=8)
 
 
 @pytest.mark.parametrize("argv", [[], ["--pattern", "2:4", "--solver", "null"],
@@ -305,7 +327,7 @@ def test_every_config_is_a_run_that_says_how_to_start_it(path):
     assert f"--config configs/{path.relative_to(CONFIGS).as_posix()}" in path.read_text()
 
 
-def test_smollm2_yaml_spells_out_the_embedded_default():
+def test_smollm2_yaml_spells_out_the_embedded_run():
     assert parse(["--config", str(CONFIGS / "smollm2.yaml")]) == EMBEDDED
 
 

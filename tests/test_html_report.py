@@ -287,7 +287,7 @@ def test_experts_are_one_kind_of_layer(tmp_path):
 
 
 @pytest.mark.parametrize("argv", [
-    [], ["--solver", "null"], ["--solver", "mpax", "--solver.eps_abs", "1e-05", "--accept", "per_layer"],
+    [], ["--preset", "fast"], ["--solver", "null"], ["--solver", "mpax", "--solver.eps_abs", "1e-05", "--accept", "per_layer"],
     ["--model", "a b'c", "--pattern", "2:4", "--layers", "self_attn.*=dense,mlp.*=0.3", "--export", "false", "--mesh", "4x2"],
     ["--selector", "imported", "--selector.path", "./m.npz", "--evaluation.source", "file:x.txt", "--device_memory", "1.5"],
     ["--solver", "adam", "--pattern", "0.5/layer", "--calibration.source", "wikitext2", "--output", "runs/$x"]])

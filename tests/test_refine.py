@@ -173,7 +173,7 @@ def test_the_settings():
     config = parse(["--refine", "swaps", "--refine.rounds", "2"])
     assert config.refine == Swaps(2) and configure({"refine": {"name": "swaps", "rounds": 2}}) == config
     assert configure({}, flags(config)[2:]) == config
-    plain = parse([])
+    plain = parse(["--preset", "fast"])
     assert plain.refine is None and weights_settings(config) != weights_settings(plain)
     for argv, words in ((["--solver", "null"], "--refine null"), (["--refine.rounds", "0"], "at least 1, got 0"),
                         (["--refine.share", "0.7"], "at most 0.5, got 0.7")):

@@ -432,7 +432,7 @@ def test_the_settings_are_read_alike_from_the_command_line_and_a_file():
         DenseTarget(0.5), True, Grid((0.01, 0.1), ()), HeldOut())
     assert configure({"target": {"name": "dense", "alpha": 0.5}, "recapture": True, "accept": "held_out",
                       "tuning": {"name": "grid", "damping": [0.01, 0.1], "alpha": []}}) == config
-    plain = parse([])
+    plain = parse(["--preset", "fast"])
     assert (plain.target, plain.recapture, plain.tuning) == (SelfTarget(), False, Fixed())
     for change in ({"target": DenseTarget()}, {"recapture": True}, {"tuning": Grid()}):
         assert weights_settings(dataclasses.replace(plain, **change)) != weights_settings(plain)
