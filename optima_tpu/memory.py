@@ -207,14 +207,19 @@ def block_bytes(decoder: Any, index: int) -> float:
     return sum(size(name, shape) for name, shape in decoder.block_shapes.items())
 
 
-def described(found: Sequence[Pass]) -> str:
-    """What is split or done in parts, for the person who reads; empty in the ordinary case."""
+def described(found: Sequence[Pass], ordinary: int = 1) -> str:
+    """What is split or done in parts, for the person who reads; empty in the ordinary case.
+
+    Args:
+      found: of a block.
+      ordinary: how many passes there are with memory enough.
+    """
     told = {}  # in the order of the layers, each once
     for names, where in (pair for each in found for pair in zip(*each)):
         words = [f"{where.rows} rows at once"] * (where.rows is not None) + ["Hessian split over model"] * where.split
         if words:
             told[f"{names[0]}: {', '.join(words)}"] = None
-    if len(found) > 1:
+    if len(found) > ordinary:
         told[f"Hessians of a block in {len(found)} passes"] = None
     return "; ".join(told)
 

@@ -202,7 +202,9 @@ def _fitted(decoder: Decoder, recipe: Recipe, budget: float) -> str:
     """What of the run is split or done in parts to fit the devices. Raises UserError where a layer does not."""
     groups = linear_groups(decoder)
     # Blocks differ only where rules or dtypes do: each text once.
-    told = [described(block_passes(decoder, index, groups, recipe, budget)) for index in range(decoder.config.blocks)]
+    found = ([block_passes(decoder, index, groups, recipe, limit) for limit in (budget, math.inf)]
+             for index in range(decoder.config.blocks))
+    told = [described(here, len(ample)) for here, ample in found]
     return "; ".join(filter(None, dict.fromkeys(told)))
 
 

@@ -150,7 +150,7 @@ def test_the_hessians_of_a_pass_fit_a_share_of_the_budget():
     assert described(cut(math.inf)) == ""
     found = cut(4 * 2 * 4 * 256 * 256)  # a quarter is what the last one takes
     assert [each.groups for each in found] == [(("a",), ("b",)), (("c",),)]
-    assert "in 2 passes" in described(found)
+    assert "in 2 passes" in described(found) and described(found, 2) == ""
 
 
 def test_a_block_pruned_in_a_small_budget_is_the_same_block(monkeypatch):
