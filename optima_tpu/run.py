@@ -263,4 +263,5 @@ def _tell(console: Console, config: RunConfig, report: dict[str, Any]) -> None:
     console.print()
     print_summary(console, [BlockReport.from_json(block) for block in report["blocks"]],
                   solver=config.solver and type(config.solver).__name__.lower(), perplexity=report["perplexity"],
-                  evaluation=report["evaluation"]["how"], memory=report["memory"], files=report["files"])
+                  evaluation=report["evaluation"]["how"], memory=report["memory"], files=report["files"],
+                  weighed=getattr(config.target, "weigh_tokens", False))

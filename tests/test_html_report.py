@@ -24,6 +24,7 @@ from optima_tpu.report.records import BlockReport
 from optima_tpu.report.runs import read_runs
 from optima_tpu.report.summary import by_kind
 from optima_tpu.solvers import MPAX
+from optima_tpu.target import DenseTarget
 from tests.fake_reports import layers, write_other_places, write_run
 
 SECTIONS = ("outcome", "layers", "maps", "solver", "unusual", "cost", "origin")
@@ -257,6 +258,13 @@ def test_errors_against_the_dense_model_are_shown_of_the_runs_that_have_them(tmp
     assert "With a dense target" in page.sections["layers"]
     assert "against dense" in drawn(*runs, to=tmp_path / "y.html").words
     assert "against dense" not in drawn(runs[1], to=tmp_path / "z.html").words
+
+
+def test_errors_that_are_weighed_are_said_to_be(tmp_path, unplotted):
+    weighing = dataclasses.replace(EMBEDDED, target=DenseTarget(weigh_tokens=True))
+    for config, weighs in ((weighing, True), (dataclasses.replace(EMBEDDED, target=DenseTarget()), False), (EMBEDDED, False)):
+        page = drawn(write_run(tmp_path / f"{config.target}", config), to=tmp_path / "x.html")
+        assert ("Where the target weighs tokens" in page.sections["layers"]) == weighs
 
 
 def test_a_text_from_a_file_is_told_once_and_without_its_folder(tmp_path, unplotted):

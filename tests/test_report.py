@@ -184,10 +184,10 @@ def test_an_exception_passes_and_leaves_the_terminal_usable(clock):
     assert out.file.getvalue().rindex("\x1b[?25h") > out.file.getvalue().rindex("\x1b[?25l")  # the cursor is back
 
 
-def printed(blocks, solver="cg", width=80) -> str:
+def printed(blocks, solver="cg", width=80, **settings) -> str:
     out = Console(file=io.StringIO(), width=width)
     print_summary(out, blocks, solver=solver, perplexity={"dense": 29.187, "pruned": 48.351},
-                  evaluation="pydoc, 40 windows of 512", memory={"host_peak": 3 * 2**29}, files={"report": "runs/x/report.json"})
+                  evaluation="pydoc, 40 windows of 512", memory={"host_peak": 3 * 2**29}, files={"report": "runs/x/report.json"}, **settings)
     return out.file.getvalue()
 
 
@@ -196,6 +196,7 @@ def test_the_summary_tells_errors_against_the_dense_model_where_there_are_some()
     row = next(line for line in printed(aiming).splitlines() if line.startswith("q_proj")).split()
     assert row[4:6] == ["25.0%", "50.0%"] and "Against dense:" in printed(aiming)
     assert "Against dense:" not in printed(BLOCKS) and "against" not in printed(BLOCKS)
+    assert "tokens weighed" in printed(aiming, weighed=True) and "weighed" not in printed(aiming)
 
 
 def test_the_summary_says_what_it_cost_what_was_unusual_and_where_it_is():

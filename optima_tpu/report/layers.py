@@ -51,6 +51,9 @@ def layer_errors(runs: Sequence[Run]) -> Section:
         text.append("With a dense target the solver minimises not this error, which may even rise, but the distance from the "
                     "dense model’s output. Against dense: ‖X_d W′ − XV′‖² / ‖X_d W′‖² on held-out text, with X_d the layer’s "
                     "inputs in the dense model; that of the dense weights W is what the layers before have lost.")
+    if any(map(_weighs_tokens, runs)):
+        text.append("Where the target weighs tokens, the errors of layers that add to the residual stream are weighed too: a token "
+                    "counts one over the mean square of the stream behind the layer.")
     text += [f"{run.label if several else 'This run'} held no text out: its errors are on the text that the weights were fitted "
              "to, and are too good for other text." for run in runs if run not in unseen]
     zeros = sum(layer.error_after == 0 for run in runs for layer in run.layers)
@@ -220,6 +223,10 @@ def _errors_of(run: Run) -> list[str]:
 
 def _aims_at_dense(run: Run) -> bool:
     return any(layer.dense_after is not None for layer in run.layers)
+
+
+def _weighs_tokens(run: Run) -> bool:
+    return bool(run.report["configuration"].get("target", {}).get("weigh_tokens"))
 
 
 def _against_dense(run: Run, of: LayerReport | LayerKind | None) -> list[str]:
