@@ -54,7 +54,8 @@ def test_who_names_no_method_gets_the_best_preset(file):
         assert parse(argv) == dataclasses.replace(best, model="a", pattern=NM(2, 4), calibration=Calibration())
 
 
-@pytest.mark.parametrize("argv, damping", [([], 0.3), (["--solver", "cg"], 0.01), (["--preset", "paper", "--solver", "cg"], 0.01)])
+@pytest.mark.parametrize("argv, damping", [
+    ([], 0.3), (["--solver", "cg"], 0.01), (["--preset", "paper", "--solver", "cg"], 0.01)])
 def test_the_help_tells_the_defaults_that_hold(argv, damping, capsys):
     with pytest.raises(SystemExit):
         parse([*argv, "--help"])

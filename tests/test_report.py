@@ -187,7 +187,8 @@ def test_an_exception_passes_and_leaves_the_terminal_usable(clock):
 def printed(blocks, solver="cg", width=80, **settings) -> str:
     out = Console(file=io.StringIO(), width=width)
     print_summary(out, blocks, solver=solver, perplexity={"dense": 29.187, "pruned": 48.351},
-                  evaluation="pydoc, 40 windows of 512", memory={"host_peak": 3 * 2**29}, files={"report": "runs/x/report.json"}, **settings)
+                  evaluation="pydoc, 40 windows of 512", memory={"host_peak": 3 * 2**29}, files={"report": "runs/x/report.json"},
+                  **settings)
     return out.file.getvalue()
 
 

@@ -422,7 +422,7 @@ def test_the_plan_counts_both_streams(tmp_path):
     more = drifting.programs[0].work.flops - whole.programs[0].work.flops
     model = whole.model.decoder
     read = sum(model.block_shapes[name + ".weight"][1] for name in model.family.residuals)
-    assert more == pytest.approx(whole.batch * 32 * 2 * model.config.d_model * read / 2)  # 32 tokens each, over 2 of the model axis
+    assert more == pytest.approx(whole.batch * 32 * 2 * model.config.d_model * read / 2)  # 32 tokens each, a model axis of 2
 
 
 def test_the_settings_are_read_alike_from_the_command_line_and_a_file():

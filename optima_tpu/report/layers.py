@@ -52,8 +52,8 @@ def layer_errors(runs: Sequence[Run]) -> Section:
                     "dense model’s output. Against dense: ‖X_d W′ − XV′‖² / ‖X_d W′‖² on held-out text, with X_d the layer’s "
                     "inputs in the dense model; that of the dense weights W is what the layers before have lost.")
     if any(map(_weighs_tokens, runs)):
-        text.append("Where the target weighs tokens, the errors of layers that add to the residual stream are weighed too: a token "
-                    "counts one over the mean square of the stream behind the layer.")
+        text.append("Where the target weighs tokens, the errors of layers that add to the residual stream are weighed too: a "
+                    "token counts one over the mean square of the stream behind the layer.")
     text += [f"{run.label if several else 'This run'} held no text out: its errors are on the text that the weights were fitted "
              "to, and are too good for other text." for run in runs if run not in unseen]
     zeros = sum(layer.error_after == 0 for run in runs for layer in run.layers)
