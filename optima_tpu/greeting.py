@@ -29,7 +29,7 @@ def greet(console: Console, config: RunConfig, model: Model, texts: Texts, direc
     rules = f", {to_dict(config)['layers']}" if config.layers else ""
     shape, several = decoder.mesh.shape, "" if jax.process_count() == 1 else f" in {jax.process_count()} processes"
     lines = [f"model        {model.pretrained.origin}: {decoder.config.blocks} blocks, {weights:,} weights to prune",
-             f"recipe       {' + '.join(names)}, {config.pattern}{rules}{_beyond(config)}",
+             f"recipe       {' + '.join(names)}, {config.pattern}{rules}{_beyond(config, bool(decoder.family.residuals))}",
              f"calibration  {', '.join(filter(None, (texts.calibration.how, texts.calibration.cache)))}",
              f"devices      {decoder.mesh.size} x {jax.devices()[0].device_kind}, mesh {shape['data']}x{shape['model']}{several}",
              f"run          {directory}"]
@@ -40,13 +40,13 @@ def greet(console: Console, config: RunConfig, model: Model, texts: Texts, direc
     say(console, "\n".join(lines) + "\n")
 
 
-def _beyond(config: RunConfig) -> str:
-    """What the recipe has beyond the paper's."""
+def _beyond(config: RunConfig, adding: bool) -> str:
+    """What the recipe has beyond the paper's, for a family that has layers adding to the residual stream or none."""
     words = []
     if isinstance(config.target, DenseTarget):
         words.append(f"dense target {config.target.alpha:g}")
-        words += [f"of the residual stream {config.target.gamma:g}"] if config.target.gamma else []
-        words += ["weighed tokens"] if config.target.weigh_tokens else []
+        words += [f"of the residual stream {config.target.gamma:g}"] if config.target.gamma and adding else []
+        words += ["weighed tokens"] if config.target.weigh_tokens and adding else []
     if config.recapture:
         words.append("recapture")
     if config.refine:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from optima_tpu.cli import configure, parse
 from optima_tpu.config import weights_settings
 from optima_tpu.errors import UserError
 from optima_tpu.features import WHOLE
+from optima_tpu.greeting import greet
 from optima_tpu.journal import DENSE, Journal, open_journal
 from optima_tpu.judge import Aim, judge_rows, measure_rows
 from optima_tpu.memory import needed, passes
@@ -116,6 +118,17 @@ def test_a_residual_stream_is_what_the_outputs_are_added_to(reference):
             assert np.abs(taps[before] + taps[name] @ parameters[name + ".weight"].T + bias - taps[after]).max() < 1e-4
     if residuals and getattr(config, "do_layer_norm_before", True):
         assert (taps[[*residuals.values()][-1].after] == output).all()
+
+
+@pytest.mark.parametrize("architecture, told", [("Llama", True), ("Gemma2", False)])
+def test_a_run_does_not_say_that_it_aims_at_a_stream_to_which_no_layer_adds(architecture, told, tmp_path):
+    reference = next(reference for reference in REFERENCES if reference.model.startswith(architecture))
+    config, _, tensors = tiny(reference, next(iter(reference.variants.values())))
+    model = SimpleNamespace(decoder=Decoder.open(config, tensors, mesh(1, 1)), pretrained=SimpleNamespace(origin="a model"))
+    texts, console = SimpleNamespace(calibration=SimpleNamespace(how="a text", cache="")), Console(file=io.StringIO(), width=200)
+    greet(console, parse(["--preset", "best", "--pattern", "2:4"]), model, texts, tmp_path, "")
+    assert "dense target 0.5" in console.file.getvalue()
+    assert ("of the residual stream 0.5, weighed tokens" in console.file.getvalue()) == told
 
 
 def test_a_token_that_one_model_sends_elsewhere_has_no_drift():
