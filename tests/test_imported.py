@@ -11,7 +11,7 @@ from tests.helpers import SMALL, folder_tensors
 
 
 def prune(model, output, *arguments):
-    return main(["--model", str(model), "--output", str(output), *SMALL, *arguments])
+    return main(["--model", str(model), "--output", str(output), "--preset", "fast", *SMALL, *arguments])
 
 
 @pytest.fixture(scope="module")

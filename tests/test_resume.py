@@ -51,10 +51,9 @@ sys.exit(optima_tpu.launch.main(sys.argv[2:]))
 
 
 @pytest.fixture(scope="module")
-def environment(tmp_path_factory) -> dict[str, str]:
-    """Of the processes that are killed. What the first one compiles, the others find."""
+def environment() -> dict[str, str]:
+    """Of the processes that are killed. What the first one compiles, the others find, however small."""
     return os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(sys.path),
-                         "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled")),
                          "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
 
 
