@@ -116,6 +116,7 @@ def run(config: RunConfig, console: Console | None = None, model: Model | None =
                 calibration={"source": config.calibration.source, "how": calibration.how, "tokens": int(calibration.ids.size)},
                 evaluation={"how": evaluation.how, "tokens": int(evaluation.ids.size), "digest": token_digest(evaluation.ids)},
                 perplexity={"dense": dense, "pruned": pruned}, allocation=allocation and allocation.to_json(),
+                weighed=_weighed(config, decoder),
                 blocks=blocks, seconds=progress.seconds, memory=memory, files=files))
 
         report = record()
@@ -258,10 +259,16 @@ def _keep_dense(value: float, tokens: Tokens, directory: Path) -> None:
         write_bytes(path, record)
 
 
+def _weighed(config: RunConfig, decoder: Decoder) -> list[str]:
+    """The layers in a block whose tokens the target weighs: none in a family whose layers add to no residual stream."""
+    residuals = decoder.family.residuals if getattr(config.target, "weigh_tokens", False) else ()
+    return [name for name in residuals if name in decoder.linears]
+
+
 def _tell(console: Console, config: RunConfig, report: dict[str, Any]) -> None:
     """What came out."""
     console.print()
     print_summary(console, [BlockReport.from_json(block) for block in report["blocks"]],
                   solver=config.solver and type(config.solver).__name__.lower(), perplexity=report["perplexity"],
                   evaluation=report["evaluation"]["how"], memory=report["memory"], files=report["files"],
-                  weighed=getattr(config.target, "weigh_tokens", False))
+                  weighed=report["weighed_layers"])

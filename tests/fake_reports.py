@@ -1,6 +1,7 @@
 """Run directories with nothing but what a report is drawn from."""
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,8 @@ def layers(seed: int, blocks: int = 3, **changes) -> list[LayerReport]:
     return made
 
 
-def write_run(directory: Path, config=EMBEDDED, reports: list[LayerReport] | None = None) -> Path:
+def write_run(directory: Path, config=EMBEDDED, reports: list[LayerReport] | None = None,
+              weighed: Sequence[str] = ()) -> Path:
     """A run directory with nothing but its report, as ``optima_tpu.run`` writes it."""
     reports = layers(0) if reports is None else reports
     directory.mkdir(parents=True)
@@ -34,7 +36,7 @@ def write_run(directory: Path, config=EMBEDDED, reports: list[LayerReport] | Non
               for index in dict.fromkeys(layer.block for layer in reports)]
     write_report(directory / "report.json", manifest={}, configuration=to_dict(config), environment={}, model={},
                  calibration={}, evaluation={"how": "the first 4 windows of pydoc"},
-                 perplexity={"dense": 2.0, "pruned": 3.0}, blocks=blocks, seconds={}, memory={}, files={})
+                 perplexity={"dense": 2.0, "pruned": 3.0}, blocks=blocks, seconds={}, memory={}, files={}, weighed=weighed)
     return directory
 
 

@@ -138,7 +138,19 @@ def test_every_solver_runs_end_to_end(tmp_path, dtype, pattern, options, untied)
     tensors = folder_tensors(run / "hf")
     assert {tensor.dtype for tensor in tensors.values()} == {DTYPES[dtype]} and ("lm_head.weight" in tensors) == untied
     report = json.loads((run / "report.json").read_text())
+    assert report["weighed_layers"] == []
     for layer in (layer for block in report["blocks"] for layer in block["layers"]):
         assert layer["error_after"] <= layer["error_before"]
         if "null" in options:
             assert layer["error_after"] == layer["error_before"]
+
+
+def test_what_runs_where_no_method_is_named_is_the_best_preset(tmp_path, capsys):
+    model, run = tiny_folder(tmp_path / "model"), tmp_path / "run"
+    assert main(["--model", str(model), "--output", str(run), "--mesh", "4x2", *SMALL]) == 0
+    assert_pruned(model, run / "hf", "0.5")
+    report, printed = json.loads((run / "report.json").read_text()), capsys.readouterr().out
+    assert report["weighed_layers"] == ["self_attn.o_proj", "mlp.down_proj"]
+    assert "o_proj and down_proj: tokens weighed" in printed and "came in by exchange" in printed
+    for layer in (layer for block in report["blocks"] for layer in block["layers"]):
+        assert layer["dense_after"] is not None

@@ -197,7 +197,8 @@ def test_the_summary_tells_errors_against_the_dense_model_where_there_are_some()
     row = next(line for line in printed(aiming).splitlines() if line.startswith("q_proj")).split()
     assert row[4:6] == ["25.0%", "50.0%"] and "Against dense:" in printed(aiming)
     assert "Against dense:" not in printed(BLOCKS) and "against" not in printed(BLOCKS)
-    assert "tokens weighed" in printed(aiming, weighed=True) and "weighed" not in printed(aiming)
+    weighing = printed(aiming, weighed=["self_attn.o_proj", "mlp.down_proj"])
+    assert "o_proj and down_proj: tokens weighed" in weighing and "weighed" not in printed(aiming)
 
 
 def test_the_summary_says_what_it_cost_what_was_unusual_and_where_it_is():

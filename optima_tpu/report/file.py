@@ -54,7 +54,7 @@ def write_report(path: Path, *, manifest: Mapping[str, Any], configuration: Mapp
                  model: Mapping[str, Any], calibration: Mapping[str, Any], evaluation: Mapping[str, Any],
                  perplexity: Mapping[str, float], blocks: Sequence[BlockReport], seconds: Mapping[str, float],
                  memory: Mapping[str, int | None], files: Mapping[str, str],
-                 allocation: Mapping[str, Any] | None = None) -> dict[str, Any]:
+                 allocation: Mapping[str, Any] | None = None, weighed: Sequence[str] = ()) -> dict[str, Any]:
     """Writes the report in one step: afterwards it is complete, or the old one is still there.
 
     Args:
@@ -71,6 +71,7 @@ def write_report(path: Path, *, manifest: Mapping[str, Any], configuration: Mapp
       memory: from :func:`memory_peaks`.
       files: what the run left -> path.
       allocation: from ``importance.Allocated.to_json``; None where every block has the pattern's sparsity.
+      weighed: the layers in a block whose tokens the target weighs.
 
     Returns:
       What was written. Numbers that JSON cannot hold are null.
@@ -82,7 +83,8 @@ def write_report(path: Path, *, manifest: Mapping[str, Any], configuration: Mapp
     report = {
         "manifest": dict(manifest), "configuration": dict(configuration), "environment": dict(environment), "model": dict(model),
         "calibration": dict(calibration), "evaluation": dict(evaluation), "perplexity": dict(perplexity),
-        "sparsity": sparsity(layers), "allocation": allocation, "weights": sum(math.prod(layer.shape) for layer in layers),
+        "sparsity": sparsity(layers), "allocation": allocation, "weighed_layers": list(weighed),
+        "weights": sum(math.prod(layer.shape) for layer in layers),
         "pruned": sum(layer.pruned for layer in layers), "unusual": unusual(blocks),
         "layer_kinds": [finite(kind._asdict()) for kind in by_kind(blocks)], "seconds": dict(seconds),
         "memory": dict(memory), "files": dict(files), "blocks": [block.to_json() for block in blocks],

@@ -226,7 +226,7 @@ def _aims_at_dense(run: Run) -> bool:
 
 
 def _weighs_tokens(run: Run) -> bool:
-    return bool(run.report["configuration"].get("target", {}).get("weigh_tokens"))
+    return bool(run.report.get("weighed_layers"))
 
 
 def _against_dense(run: Run, of: LayerReport | LayerKind | None) -> list[str]:

@@ -25,7 +25,7 @@ TROUBLE = {
 
 def print_summary(console: Console, blocks: Sequence[BlockReport], *, solver: str | None,
                   perplexity: Mapping[str, float], evaluation: str, memory: Mapping[str, int | None],
-                  files: Mapping[str, str], weighed: bool = False) -> None:
+                  files: Mapping[str, str], weighed: Sequence[str] = ()) -> None:
     """Prints the table of layers, what the pruning cost, what was unusual and where the files are.
 
     Args:
@@ -35,7 +35,7 @@ def print_summary(console: Console, blocks: Sequence[BlockReport], *, solver: st
       evaluation: the text that it was measured on, in words.
       memory: as report.json has it; nothing is said where it is empty.
       files: what is there -> path.
-      weighed: whether the target weighs the tokens of some layers.
+      weighed: the layers in a block whose tokens the target weighs.
     """
     layers = all_layers(blocks)
     console.print(layer_table(blocks, solver), highlight=False)
@@ -47,7 +47,8 @@ def print_summary(console: Console, blocks: Sequence[BlockReport], *, solver: st
         lines.append("Against dense: how far a layer's output on that text is from the dense model's, with what the layers "
                      "before have lost.")
     if weighed:
-        lines.append("Layers that add to the residual stream: tokens weighed by one over its mean square.")
+        names = " and ".join(short_names(weighed).values())
+        lines.append(f"{names}: tokens weighed by one over the mean square of the residual stream.")
     if solver:
         lines.append(f"Gap: how far a row is from the best weights for its mask, at most, by {solver}'s own measure.")
     dense, pruned = perplexity["dense"], perplexity["pruned"]
