@@ -67,7 +67,7 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--output", metavar="DIR", help="directory of the tables and of the cells (default: the file's "
                         "output, or runs/tables/FILE)")
     parser.add_argument("--only", metavar="TEXT", action="append", default=[], help="run the cells in whose name the "
-                        "text stands, such as 'sparsegpt + cg'; may be given several times")
+                        "text stands, such as 'sparsegpt + cg'; given several times, those with any of the texts")
     parser.add_argument("--dry-run", "--dry_run", action="store_true", help="list the cells, and run none")
     parser.add_argument("--keep-checkpoints", "--keep_checkpoints", action="store_true", help="keep the pruned models; "
                         "else only the reports of finished cells stay")
