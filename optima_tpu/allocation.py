@@ -145,8 +145,13 @@ def steps_of(allocation: OWL | Measured, sparsity: float, inputs: Iterable[int])
     Raises:
       UserError: the limit allows not even one, or sparsities below 0 or above 1.
     """
-    size = grain(tuple(inputs))
+    inputs = tuple(inputs)
+    size = grain(inputs)
     steps = Steps(size, math.floor(allocation.limit / size + 1e-9))
+    if size >= 0.5:
+        raise UserError("expected layers whose numbers of inputs have a large common divisor, so that all of them can lose the "
+                        f"same share of whole weights more, got {', '.join(map(str, sorted(set(inputs))))}: take --allocation "
+                        "uniform")
     if not steps.most:
         raise UserError(f"expected allocation.limit of at least {size:.3g}, the least by which rows of this model lose "
                         f"whole weights more, got {allocation.limit:g}")

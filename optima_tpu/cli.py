@@ -228,6 +228,9 @@ def _name(setting: str, text: str) -> str:
 
 
 def _build(namespace: jsonargparse.Namespace, chosen: Mapping[str, str]) -> RunConfig:
+    for name, kind in kinds(chosen).items():
+        if namespace[name] is None and type(None) not in alternatives(kind):
+            raise UserError(f"expected a value for {name}, got none; leave the line out for its default")
     values = {name: namespace[name] for name in fields(RunConfig)} | dict.fromkeys(CHOICES)
     for setting, cls in parts(chosen).items():
         options = {name: namespace[f"{setting}.{name}"] for name in fields(cls)}

@@ -171,6 +171,7 @@ def _manifest(config: RunConfig, model: Model, texts: Texts) -> dict[str, Any]:
         manifest["masks"] = check_masks(
             open_masks(config.selector.path), {path + ".weight": shapes[path] for path in patterns},
             {path + ".weight": pattern for path, pattern in patterns.items()}, model.pretrained.tensors)
+        del manifest["recipe"]["selector"]["path"]  # it is the masks that decide, wherever they lie
     return json.loads(json.dumps(manifest))  # as a file holds it, without tuples
 
 

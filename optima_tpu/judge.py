@@ -1,12 +1,14 @@
 """How good the weights of a matrix are, as they will be stored, and which of its rows are updated."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from optima_tpu.accept import Acceptance
+from optima_tpu.errors import UserError
 from optima_tpu.features import Features
 from optima_tpu.problem import Pruned, Solution, objective, output_energy, self_target
 from optima_tpu.refine import Refined
@@ -88,3 +90,17 @@ def judge_rows(pruned: Pruned, found: Solution | Refined, accept: Acceptance | N
         keep = jnp.where(accepted[:, None], keep, pruned.keep)
         report = report._replace(exchanged=jnp.sum(keep & ~pruned.keep, axis=1, dtype=jnp.int32))
     return Pruned(jnp.where(accepted[:, None], new, old), keep), report
+
+
+def refuse_broken(prefix: str, names: Sequence[str], rows: Sequence[RowReport]) -> None:
+    """For what is on the host, before anything of it is saved.
+
+    Raises:
+      UserError: a selector's weights are no numbers, as those of one that factorises an almost singular Hessian may be.
+    """
+    for name, report in zip(names, rows):
+        broken = np.sum(~np.isfinite(report.before))
+        if broken:
+            raise UserError(f"{prefix}{name}: expected finite weights from the selector, got others in {broken:,} of "
+                            f"{len(report.before):,} rows: its Hessian is too close to singular; raise --selector.damping, or take "
+                            "more calibration text")

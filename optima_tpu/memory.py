@@ -140,13 +140,19 @@ def layout(name: str, d_in: int, rows: int, budget: float, mesh: Mesh, solver: A
             if most:
                 return Layout(split, None if most >= each else -(-each // -(-each // most)))
     least = take(1, split=can_split)
-    methods = " and ".join(type(method).__name__ for method in (selector, solver) if method is not None)
+    methods = " and ".join(_named(method) for method in (selector, solver) if method is not None)
     where = "split over the model axis" if can_split else "on every device"
     raise UserError(
         f"{name} has {d_in} inputs: with its Hessian {where}, {methods} would take {least / GIB:.3g} GiB a device, expected "
         f"at most {max(budget, 0) / GIB:.3g} GiB, what --device_memory leaves beside weights and Hessians. Take --selector "
         "wanda, --refine null and --solver cg with a damping of 1e-4 or more, for which a Hessian can be split, on a --mesh "
         f"with a larger model axis that divides {d_in}; or a larger --device_memory, or devices with more memory")
+
+
+def _named(method: Any) -> str:
+    """A selector or a solver, also one with exchanges around it."""
+    inner = getattr(method, "solver", None)
+    return type(method).__name__ if inner is None else f"{type(inner).__name__} with exchanges"
 
 
 class Pass(NamedTuple):

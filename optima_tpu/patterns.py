@@ -40,9 +40,10 @@ class Unstructured:
     def pruned_in(self, size: int) -> int:
         """How many weights a group of ``size`` loses: ``floor(size * sparsity)`` in exact arithmetic.
 
-        Decimal sparsities are not exact in binary (100 * 0.29 is 28.999...), so the product is rounded first.
+        Decimal sparsities are not exact in binary (100 * 0.29 is 28.999...), so the product is rounded first. One weight always
+        stays, as a sparsity below 1 says.
         """
-        return math.floor(round(size * self.sparsity, 6))
+        return min(math.floor(round(size * self.sparsity, 6)), size - 1)
 
     def pruned_count(self, shape: tuple[int, int]) -> int:
         """How many weights a [d_out, d_in] matrix loses."""

@@ -44,7 +44,7 @@ def with_preset(name: str | None, document: Mapping[str, Any]) -> dict[str, Any]
     """
     if name is None:
         return dict(document)
-    if name not in PRESETS:
+    if not isinstance(name, str) or name not in PRESETS:
         raise UserError(f"expected preset to be one of {', '.join(PRESETS)}, got {name!r}")
     settings = {setting: dict(value) if isinstance(value, dict) else value for setting, value in PRESETS[name].settings.items()}
     for setting, value in document.items():

@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 from optima_tpu.activations import Activations
 from optima_tpu.calibrate import Drift, Groups, Statistics, accumulate_drift, accumulate_hessians, stages
 from optima_tpu.features import WHOLE
-from optima_tpu.judge import Aim, judge_rows, measure_rows
+from optima_tpu.judge import Aim, judge_rows, measure_rows, refuse_broken
 from optima_tpu.layer_rules import pattern_of
 from optima_tpu.memory import Pass, block_bytes, passes
 from optima_tpu.models.decoder import Decoder
@@ -261,6 +261,7 @@ def prune_block(index: int, prefix: str, parameters: Mapping[str, Array], groups
                                            *drifts)
             alive, read, kept, rows = fetch((jnp.sum(live_features(hessian)), tokens,
                                              [jnp.sum(keep, dtype=jnp.int32) for keep in keeps], rows))
+            refuse_broken(prefix, together, rows)
             for name, key, old, weight, keep, left, report in zip(together, keys, weights, new, keeps, kept, rows):
                 chosen = report.chosen is not None and recipe.tuning.chosen(report.chosen, recipe.solver, recipe.target)
                 # By way of whole copies: XLA finds no other from rows over all devices to columns, and complains of it.

@@ -15,12 +15,12 @@ from rich.console import Console
 from optima_tpu.activations import Activations
 from optima_tpu.allocation import Uniform
 from optima_tpu.calibrate import linear_groups
-from optima_tpu.checkpoint import CheckpointTensors, write_checkpoint
+from optima_tpu.checkpoint import CHECKPOINT, CheckpointTensors, write_checkpoint
 from optima_tpu.config import RunConfig, to_dict
 from optima_tpu.data import Tokens
 from optima_tpu.evaluate.perplexity import perplexity
 from optima_tpu.export import export, is_export_of
-from optima_tpu.files import only_program, refuse_unreachable, write_bytes
+from optima_tpu.files import complete, only_program, refuse_unreachable, write_bytes
 from optima_tpu.finished import FinishedTensors
 from optima_tpu.greeting import greet
 from optima_tpu.importance import Allocated, allocated, allocation_steps, kept
@@ -33,7 +33,7 @@ from optima_tpu.models.decoder import Decoder
 from optima_tpu.processes import agree, first_only, from_first, is_first, together
 from optima_tpu.prune import ReadMask, block_passes, walk_block
 from optima_tpu.recipe import Recipe
-from optima_tpu.report.file import environment, memory_peaks, write_report
+from optima_tpu.report.file import environment, files_in, memory_peaks, write_report
 from optima_tpu.report.numbers import percent
 from optima_tpu.report.progress import Progress
 from optima_tpu.report.records import BlockReport
@@ -75,7 +75,7 @@ def run(config: RunConfig, console: Console | None = None, model: Model | None =
         allocation_steps(decoder, recipe, config.allocation)
     greet(console, config, model, texts, directory, _fitted(decoder, recipe, budget))
     if report := from_first(lambda: _finished_report(config, directory, manifest, evaluation)):
-        _tell(console, config, report)
+        _tell(console, config, directory, report)
         return report
 
     with only_program(directory), Progress(console) as progress, contextlib.ExitStack() as stack:
@@ -125,7 +125,7 @@ def run(config: RunConfig, console: Console | None = None, model: Model | None =
             first_only(lambda: export(journal.directory, folder))
             progress.advance()
     report = record()  # again, now that every stage has its time
-    _tell(console, config, report)
+    _tell(console, config, directory, report)
     return report
 
 
@@ -217,7 +217,9 @@ def _finished_report(config: RunConfig, directory: Path, manifest: dict[str, Any
         return None
     report = json.loads(path.read_bytes())
     same = report["manifest"] == manifest and report["evaluation"]["digest"] == token_digest(evaluation.ids)
-    return report if same else None
+    # A sweep keeps the reports of finished cells, without their models.
+    whole = "checkpoint" not in report["files"] or complete(directory / CHECKPOINT)
+    return report if same and whole else None
 
 
 def _allocation(config: RunConfig, decoder: Decoder, calibration: Tokens, recipe: Recipe, budget: float, directory: Path,
@@ -265,10 +267,10 @@ def _weighed(config: RunConfig, decoder: Decoder) -> list[str]:
     return [name for name in residuals if name in decoder.linears]
 
 
-def _tell(console: Console, config: RunConfig, report: dict[str, Any]) -> None:
+def _tell(console: Console, config: RunConfig, directory: Path, report: dict[str, Any]) -> None:
     """What came out."""
     console.print()
     print_summary(console, [BlockReport.from_json(block) for block in report["blocks"]],
                   solver=config.solver and type(config.solver).__name__.lower(), perplexity=report["perplexity"],
-                  evaluation=report["evaluation"]["how"], memory=report["memory"], files=report["files"],
+                  evaluation=report["evaluation"]["how"], memory=report["memory"], files=files_in(directory, report["files"]),
                   weighed=report["weighed_layers"])

@@ -32,15 +32,16 @@ class Grid:
     selector's weights, goes through the acceptance, and is judged as it would be stored.
 
     Attributes:
-      damping: what is tried as ``solver.damping``, each at least what the solver has; an empty list leaves the solver's own.
+      damping: what is tried as ``solver.damping``, each at least what the solver has; null tries 1, 3 and 10 times that (0.01,
+        0.03 and 0.1 where it has none), an empty list leaves the solver's own.
       alpha: what is tried as ``target.alpha`` beside the target's own, where the target is the dense model.
     """
 
-    damping: tuple[float, ...] = (0.01, 0.03, 0.1)
+    damping: tuple[float, ...] | None = None
     alpha: tuple[float, ...] = (0.0, 0.25, 0.5)
 
     def __post_init__(self):
-        for damping in self.damping:
+        for damping in self.damping or ():
             if not 0 <= damping < math.inf:
                 raise UserError(f"expected tuning.damping to hold numbers of at least 0, got {damping}")
         for alpha in self.alpha:
@@ -56,10 +57,13 @@ class Grid:
         if solver is None:
             raise UserError("expected a solver where tuning is grid, got none: there is nothing to tune; take --tuning fixed")
         own = getattr(solver, "damping", 0.0)
+        if self.damping is None:
+            least = own or 0.01
+            return tuple(float(f"{times * least:.6g}") for times in (1, 3, 10))
         for damping in self.damping:
             if damping < own:
-                raise UserError(f"expected tuning.damping of at least the solver's own {own}, got {damping}: "
-                                "lower --solver.damping")
+                raise UserError(f"expected tuning.damping of at least the solver's own {own}, got {damping}: raise it, or lower "
+                                "--solver.damping")
         return self.damping or (own,)
 
     def alphas(self, target: Target) -> tuple[float, ...]:
@@ -118,7 +122,8 @@ def best_of(ridges: Sequence[float], alphas: Sequence[float], attempt: Callable[
 
     Args:
       attempt: ``(ridge, alpha) -> found``, a tree of arrays.
-      score: of what was found, float32 scalar; of equal ones the first counts. The first candidate counts whatever its score is.
+      score: of what was found, float32 scalar; of equal ones the first counts. The first candidate counts whatever its score is,
+        until another one has a number.
     """
     others = len(alphas) - 1
     trials = (jnp.asarray([*ridges, *[0.0] * others], jnp.float32),
@@ -131,7 +136,7 @@ def best_of(ridges: Sequence[float], alphas: Sequence[float], attempt: Callable[
         amount = jnp.where(later, best.ridge, amount)
         found = attempt(amount, alpha)
         value = score(found)
-        better = (value < best.score) | jnp.all(number == 0)
+        better = (value < best.score) | (jnp.isnan(best.score) & ~jnp.isnan(value)) | jnp.all(number == 0)
         new = Best(value, amount, number.at[0].set(jnp.where(later, best.chosen[0], number[0])), found)
         return jax.tree.map(lambda a, b: jnp.where(better, a, b), new, best), None
 

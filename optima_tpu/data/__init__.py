@@ -126,8 +126,8 @@ def refuse_overlap(calibration: Source, evaluation: Source) -> None:
     held = list(evaluation.parts("evaluation"))
     for part in calibration.parts("calibration"):
         if any(part.overlaps(other) for other in held):
-            raise UserError(f"calibration and evaluation would both read {part.place}: expected two different "
-                            "texts; split it or choose another source for one of them")
+            raise UserError(f"calibration and evaluation would both read {part.place}: expected two different texts; give "
+                            "--evaluation.source another one, such as wikitext2 or pydoc")
 
 
 def _text_length(length: int, bos: int | None) -> int:

@@ -40,4 +40,4 @@ class SelfGenerated:
     def documents(self, split: Split) -> Iterator[str]:
         """Always a UserError: only a run, which has the model, makes this text, and no model is scored on what it says itself."""
         raise UserError(f"{self} is text for calibration in a run, no text to measure a model on or to read without one: give "
-                        "--evaluation.source, such as wikitext2, pydoc or file:PATH")
+                        "another source, such as wikitext2, pydoc or file:PATH")

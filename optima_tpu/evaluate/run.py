@@ -24,7 +24,7 @@ from optima_tpu.evaluate.table import print_evaluation
 from optima_tpu.evaluate.tasks import load_tasks, metrics, paper_average, run_tasks
 from optima_tpu.files import write_bytes, writing
 from optima_tpu.inputs import check_ids, window_bos
-from optima_tpu.manifest import code_version, flat
+from optima_tpu.manifest import RUN, code_version, flat
 from optima_tpu.processes import agree, first_only, from_first, is_first
 from optima_tpu.report.file import environment
 from optima_tpu.report.page import PAGE, write_page
@@ -165,6 +165,8 @@ def _write(folder: Path, record: Mapping[str, Any], results: Mapping[str, Any], 
 def _folder(model: str) -> Path:
     """Where the evaluation of something that is no run goes."""
     name = Path(model.removeprefix("wheel:")).expanduser().resolve()
+    if (name.parent / RUN).is_file():  # the exported folders of all runs have one name
+        name = name.parent
     return Path("runs", f"evaluate-{name.stem if name.suffix == '.gguf' else name.name.partition('@')[0]}")
 
 
@@ -176,4 +178,4 @@ def _greeting(config: EvaluateConfig, models: Mapping[str, Evaluated], mesh, fol
     lines += [f"perplexity   {', '.join(config.texts)}"] if config.texts else []
     lines += [f"tasks        {', '.join(config.task_names)}"] if config.task_names else []
     return [*lines, f"devices      {mesh.size} x {jax.devices()[0].device_kind}, mesh {mesh.shape['data']}x{mesh.shape['model']}"
-            f"{several}", f"output       {folder}"]
+            f"{several}", f"output       {folder}" + (f", whose {RECORD} is replaced" if (folder / RECORD).exists() else "")]

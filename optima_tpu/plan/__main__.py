@@ -12,7 +12,7 @@ from rich.console import Console
 
 from optima_tpu.cli import parse
 from optima_tpu.errors import UserError
-from optima_tpu.files import write_bytes
+from optima_tpu.files import write_bytes, writing
 from optima_tpu.report.progress import say
 from optima_tpu.sharding import simulate_devices
 
@@ -36,6 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         options, settings = _parse(list(sys.argv[1:] if argv is None else argv))
         config = parse(settings)
+        if options.json and not options.json.parent.is_dir():
+            raise UserError(f"expected --json in an existing folder, got {options.json}; make {options.json.parent} first")
         simulate_devices(config.cpu_devices)
         if options.topology:  # its devices need not be here, and a TPU that is stays free
             jax.config.update("jax_platforms", "cpu")
@@ -56,8 +58,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             console.print()
         print_plan(console, plan)
         if options.json:
-            write_bytes(Path(options.json), (json.dumps(plan.to_json(), indent=2) + "\n").encode())
-        return 1 if plan.too_large else 0
+            with writing(options.json, "choose another --json"):
+                write_bytes(options.json, (json.dumps(plan.to_json(), indent=2) + "\n").encode())
+        return 1 if plan.too_large or plan.refused else 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -73,7 +76,8 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--topology", metavar="KIND:AxB", help="a TPU slice: v4, v5e, v5p or v6e and its shape, such "
                         "as v5e:4x2 or v5p:4x4x4 (default: the devices that are here)")
-    parser.add_argument("--json", metavar="FILE", help="write the plan there too")
+    parser.add_argument("--json", metavar="FILE", type=lambda text: Path(text).expanduser(), help="write the plan "
+                        "there too")
     parser.add_argument("--no-compile", "--no_compile", action="store_true",
                         help="count instead of compiling, which takes seconds and is rough")
     parser.add_argument("--quick", action="store_true",

@@ -7,7 +7,7 @@ import platform
 import resource
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import jax
@@ -48,6 +48,11 @@ def memory_peaks() -> dict[str, int | None]:
     device = max(count.get("peak_bytes_in_use", 0) for count in counts)
     host, device = (max(values) for values in zip(*everyones((host, device))))
     return {"host_peak": host, "device_peak": device or None}
+
+
+def files_in(directory: Path, files: Mapping[str, str]) -> dict[str, str]:
+    """What a report says that the run left, where it is now: a run directory may have been moved."""
+    return {what: str(directory / PurePath(path).name) for what, path in files.items()}
 
 
 def write_report(path: Path, *, manifest: Mapping[str, Any], configuration: Mapping[str, Any], environment: Mapping[str, Any],

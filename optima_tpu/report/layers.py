@@ -11,7 +11,7 @@ from optima_tpu.report.numbers import percent
 from optima_tpu.report.records import LayerReport
 from optima_tpu.report.results import mean_errors
 from optima_tpu.report.runs import Run
-from optima_tpu.report.summary import LayerKind, by_kind, exchanged, kind_name, mean_or_none, short_names, sparsity, unusual
+from optima_tpu.report.summary import HELD_OUT, LayerKind, by_kind, exchanged, kind_name, means, short_names, sparsity, unusual
 from optima_tpu.report.table import TROUBLE, unusual_lines
 from optima_tpu.report.view import NONE, Key, Section, Table, figure
 
@@ -30,10 +30,10 @@ def layer_errors(runs: Sequence[Run]) -> Section:
         for index, run in enumerate(runs):
             layers = [layer for layer in run.layers if kind_name(layer.name) == kind]
             curves = {} if several or not run.solver else {
-                "before, calibration text": (_BEFORE, lambda layer: layer.error_before),
+                "before, calibration text": (_BEFORE, _fitted("error_before")),
                 "before, held-out text": (_BEFORE, lambda layer: layer.held_out_before)}
             after = "after" if run.solver else "of the selector's weights"
-            curves |= {f"{after}, calibration text": (index, lambda layer: layer.error_after),
+            curves |= {f"{after}, calibration text": (index, _fitted("error_after")),
                        f"{after}, held-out text": (index, lambda layer: layer.held_out_after)}
             for name, (series, value) in curves.items():
                 blocks, values = _by_block(layers, value)
@@ -71,7 +71,7 @@ def maps(runs: Sequence[Run]) -> Section:
     several, elements = len(runs) > 1, []
     kinds = _kinds(runs)
     blocks = 1 + max((layer.block for run in runs for layer in run.layers), default=0)
-    unseen = all(layer.held_out_after is not None for run in runs for layer in run.layers)
+    unseen = all(any(layer.held_out_after is not None for layer in run.layers) for run in runs)
 
     def grid(run: Run, value: Callable[[LayerReport], float | None]) -> np.ndarray:
         cells = np.full((len(kinds), blocks), np.nan)
@@ -80,7 +80,7 @@ def maps(runs: Sequence[Run]) -> Section:
             cells[row, where] = values
         return cells
 
-    errors = [grid(run, lambda layer: layer.held_out_after if unseen else layer.error_after) for run in runs]
+    errors = [grid(run, (lambda layer: layer.held_out_after) if unseen else _fitted("error_after")) for run in runs]
     found = np.concatenate([values[np.isfinite(values) & (values > 0)] for values in errors]) if kinds else np.array([])
     limits = (float(found.min()), float(found.max())) if found.size else None
     for index, (run, error) in enumerate(zip(runs, errors) if kinds else ()):
@@ -171,14 +171,21 @@ def _kinds(runs: Sequence[Run]) -> dict[str, str]:
     return short_names(list(dict.fromkeys(kind_name(layer.name) for run in runs for layer in run.layers)))
 
 
+def _fitted(name: str) -> Callable[[LayerReport], float | None]:
+    """An error on the calibration text; None for an expert that none of it reached."""
+    return lambda layer: getattr(layer, name) if layer.tokens != 0 else None
+
+
 def _by_block(layers: Sequence[LayerReport], value: Callable[[LayerReport], float | None],
               of: Callable[[Sequence[float]], float] = statistics.fmean) -> tuple[list[int], list[float]]:
-    """Blocks, and for each the mean over its layers, or what ``of`` says; NaN where one of them has no finite value."""
+    """Blocks, and for each the mean over its layers that have a value, or what ``of`` says; NaN where none has or one is not finite."""
     found: dict[int, list[float]] = {}
     for layer in layers:
-        own = value(layer)
-        found.setdefault(layer.block, []).append(math.nan if own is None or not math.isfinite(own) else own)
-    return sorted(found), [math.nan if np.isnan(found[block]).any() else of(found[block]) for block in sorted(found)]
+        own, values = value(layer), found.setdefault(layer.block, [])
+        if own is not None:
+            values.append(own if math.isfinite(own) else math.nan)
+    return sorted(found), [of(found[block]) if found[block] and not np.isnan(found[block]).any() else math.nan
+                           for block in sorted(found)]
 
 
 def _kind_table(run: Run, caption: str) -> Table:
@@ -186,7 +193,7 @@ def _kind_table(run: Run, caption: str) -> Table:
     short = short_names([kind.name for kind in kinds])
     rows = []
     for kind in kinds:
-        held_before = mean_or_none(layer.held_out_before for layer in run.layers if kind_name(layer.name) == kind.name)
+        held_before, _ = means([layer for layer in run.layers if kind_name(layer.name) == kind.name], HELD_OUT)
         errors = _errors(run, kind.error_before, kind.error_after, held_before, kind.held_out) + _against_dense(run, kind)
         rows.append([short[kind.name], f"{kind.layers:,}", *errors, percent(kind.sparsity)])
     if rows:
@@ -233,8 +240,8 @@ def _against_dense(run: Run, of: LayerReport | LayerKind | None) -> list[str]:
     """The errors of a layer or a kind against the dense model, those of None over all layers; none without such a target."""
     if not _aims_at_dense(run):
         return []
-    values = {name: getattr(of, name) if of else mean_or_none(getattr(layer, name) for layer in run.layers)
-              for name in _AGAINST_DENSE}
+    values = dict(zip(_AGAINST_DENSE, [getattr(of, name) for name in _AGAINST_DENSE] if of else
+                      means(run.layers, list(_AGAINST_DENSE))))
     if not run.solver:
         values["dense_after"] = None
     return [NONE if value is None else percent(value) for value in values.values()]

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from optima_tpu.report.numbers import duration, percent
 from optima_tpu.report.records import LayerReport
-from optima_tpu.report.summary import sparsity
+from optima_tpu.report.summary import calibrated, sparsity
 
 
 def say(console: Console, text: str) -> None:
@@ -129,6 +129,6 @@ class _Bars(Bars):
 
 
 def _outcome(layers: list[LayerReport]) -> str:
-    before = statistics.fmean(layer.error_before for layer in layers)
-    after = statistics.fmean(layer.error_after for layer in layers)
+    before, after = (statistics.fmean(getattr(layer, name) for layer in calibrated(layers))
+                     for name in ("error_before", "error_after"))
     return f"error {percent(before)} -> {percent(after)}, sparsity {percent(sparsity(layers))}"

@@ -22,7 +22,8 @@ class LayerReport:
       shape: (d_out, d_in).
       pruned: number of weights that are zero by the mask.
       sparsity: ``pruned / (d_out d_in)``.
-      error_before: error of the selector's weights.
+      error_before: error of the selector's weights. Of an expert that no token reached: of its weights alone, as if all inputs
+        were of one size and independent; it is in no mean.
       error_after: error of the final weights.
       gap_median: median over rows of the solver's measure of suboptimality.
       gap_max: largest over rows; infinite where the solver found nothing.

@@ -8,7 +8,7 @@ from typing import Any
 from optima_tpu.report import plots
 from optima_tpu.report.numbers import duration, number, percent, plural
 from optima_tpu.report.runs import Run, differences
-from optima_tpu.report.summary import mean_or_none, unusual
+from optima_tpu.report.summary import HELD_OUT, calibrated, means, unusual
 from optima_tpu.report.view import NONE, Key, Section, Table, Tile, commands, figure, without_folders
 
 _SIZE = ("The pruned file is as large as the dense one and runs as fast: zeros are stored like other numbers. They pay off only "
@@ -115,8 +115,9 @@ def mean_errors(run: Run) -> tuple[float, float, float | None, float | None]:
     layers = run.layers
     if not layers:
         return 0.0, 0.0, None, None
-    return (statistics.fmean(layer.error_before for layer in layers), statistics.fmean(layer.error_after for layer in layers),
-            mean_or_none(layer.held_out_before for layer in layers), mean_or_none(layer.held_out_after for layer in layers))
+    reached = calibrated(layers)
+    return (statistics.fmean(layer.error_before for layer in reached), statistics.fmean(layer.error_after for layer in reached),
+            *means(layers, HELD_OUT))
 
 
 def devices(run: Run) -> str:

@@ -44,7 +44,9 @@ def layer_report(index: int, name: str, shape: tuple[int, int], kept: int, rows:
         return float(np.sum(values, dtype=np.float64)) / energy if energy > 0 else 0.0
 
     def shares(found: np.ndarray | None, count: int) -> tuple[float | None, ...]:
-        return (None,) * count if found is None else tuple(share(values, found[0]) for values in found[1:])
+        if found is None or not np.any(found[0]):  # no held-out tokens, or none that was routed to this expert
+            return (None,) * count
+        return tuple(share(values, found[0]) for values in found[1:])
 
     unseen, dense = shares(rows.held_out, 2), shares(rows.dense, 3)
     return LayerReport(

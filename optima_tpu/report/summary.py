@@ -3,10 +3,14 @@
 import math
 import re
 import statistics
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 from optima_tpu.report.records import BlockReport, LayerReport
+
+T = TypeVar("T")
+HELD_OUT = ("held_out_before", "held_out_after")
+"""The errors on held-out tokens, for :func:`means`."""
 
 
 class LayerKind(NamedTuple):
@@ -15,9 +19,9 @@ class LayerKind(NamedTuple):
     Attributes:
       name: "self_attn.q_proj", for experts "mlp.experts.*.up_proj".
       layers: how many there are, one for each block, or each of its experts.
-      error_before: mean over layers, of the selector's weights.
-      error_after: mean over layers, of the final weights.
-      held_out: mean over layers, of the final weights on held-out tokens; None where there are none.
+      error_before: mean over layers that calibration tokens reached, of the selector's weights.
+      error_after: likewise, of the final weights.
+      held_out: mean over layers that held-out tokens reached, of the final weights on these; None where there are none.
       dense_before, dense_after, dense_drift: means over layers, against the dense model on held-out tokens: of the selector's, of
         the final and of the dense weights; None where they were not measured.
       sparsity: share of the weights of all of them that are pruned.
@@ -105,6 +109,25 @@ def unusual(blocks: Sequence[BlockReport]) -> dict[str, dict[str, int]]:
     return found
 
 
+def calibrated(layers: Sequence[T], get: Callable[[T, str], Any] = getattr) -> Sequence[T]:
+    """The layers that calibration tokens reached: all but experts without any. All layers where none was reached.
+
+    Args:
+      get: ``(layer, name) -> value``, for layers that are dictionaries ``dict.get``.
+    """
+    return [layer for layer in layers if get(layer, "tokens") != 0] or layers
+
+
+def means(layers: Iterable[T], names: Sequence[str], get: Callable[[T, str], Any] = getattr) -> tuple[float | None, ...]:
+    """The mean of each of several errors over the layers that have them; see :func:`mean_or_none`.
+
+    A layer without any of them has none: there were no held-out tokens, or none was routed to this expert.
+    """
+    rows = [[get(layer, name) for name in names] for layer in layers]
+    rows = [row for row in rows if any(value is not None for value in row)]
+    return tuple(mean_or_none(row[place] for row in rows) for place in range(len(names)))
+
+
 def mean_or_none(values: Iterable[float | None]) -> float | None:
     """The mean; None where there are no values, or one is missing or was not finite, which JSON does not have."""
     values = list(values)
@@ -112,14 +135,13 @@ def mean_or_none(values: Iterable[float | None]) -> float | None:
 
 
 def _kind(name: str, layers: list[LayerReport]) -> LayerKind:
+    reached = calibrated(layers)
+    dense_before, dense_after, dense_drift = means(layers, ("dense_before", "dense_after", "dense_drift"))
     return LayerKind(
         name=name, layers=len(layers),
-        error_before=statistics.fmean(layer.error_before for layer in layers),
-        error_after=statistics.fmean(layer.error_after for layer in layers),
-        held_out=mean_or_none(layer.held_out_after for layer in layers),
-        dense_before=mean_or_none(layer.dense_before for layer in layers),
-        dense_after=mean_or_none(layer.dense_after for layer in layers),
-        dense_drift=mean_or_none(layer.dense_drift for layer in layers),
+        error_before=statistics.fmean(layer.error_before for layer in reached),
+        error_after=statistics.fmean(layer.error_after for layer in reached),
+        held_out=means(layers, HELD_OUT)[1], dense_before=dense_before, dense_after=dense_after, dense_drift=dense_drift,
         sparsity=sparsity(layers), gap_max=max(layer.gap_max for layer in layers),
         steps_median=statistics.median(layer.steps_median for layer in layers),
         rows=sum(layer.rows for layer in layers),

@@ -77,7 +77,7 @@ def layer_table(blocks: Sequence[BlockReport], solver: str | None) -> Table:
     headings += ["held\nout"] if unseen else []
     headings += ["against\ndense"] if dense else []
     headings += ["sparsity"]
-    headings += ["largest\ngap", "median\nsteps", "rows not\nconverged", "rows\nrefused"] if solver else []
+    headings += ["largest\ngap", "median\nsteps", "not con-\nverged", "rows\nrefused"] if solver else []
     for heading in headings:
         table.add_column(heading, justify="right", no_wrap=True)
     short = short_names([kind.name for kind in kinds])

@@ -50,7 +50,7 @@ class CG:
       damping: ridge that pulls a row toward its *dense* weights, as a share of the Hessian's diagonal. Without any, a nearly
         singular layer fits the calibration set with huge weights and ruins the model.
       tolerance: certified relative gap at which a row stops.
-      max_steps: most iterations for a row; rows that need more are reported as not converged.
+      max_steps: most iterations for a row, rounded up to whole cycles; rows that need more are reported as not converged.
       cycle: iterations between two exact recomputations of residual, objective and certificate, which also undo the drift of
         the recurrences in float32.
     """

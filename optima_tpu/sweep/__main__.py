@@ -65,7 +65,7 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("file", metavar="FILE", help="the table, as above")
     parser.add_argument("--output", metavar="DIR", help="directory of the tables and of the cells (default: the file's "
-                        "output, or runs/tables/FILE)")
+                        "output, or runs/tables/FILE-MODEL)")
     parser.add_argument("--only", metavar="TEXT", action="append", default=[], help="run the cells in whose name the "
                         "text stands, such as 'sparsegpt + cg'; given several times, those with any of the texts")
     parser.add_argument("--dry-run", "--dry_run", action="store_true", help="list the cells, and run none")
