@@ -102,5 +102,5 @@ def refuse_broken(prefix: str, names: Sequence[str], rows: Sequence[RowReport]) 
         broken = np.sum(~np.isfinite(report.before))
         if broken:
             raise UserError(f"{prefix}{name}: expected finite weights from the selector, got others in {broken:,} of "
-                            f"{len(report.before):,} rows: its Hessian is too close to singular; raise --selector.damping, or take "
-                            "more calibration text")
+                            f"{len(report.before):,} rows: its Hessian is too close to singular; raise --selector.damping, or "
+                            "take more calibration text")

@@ -43,7 +43,7 @@ class Unstructured:
         Decimal sparsities are not exact in binary (100 * 0.29 is 28.999...), so the product is rounded first. One weight always
         stays, as a sparsity below 1 says.
         """
-        return min(math.floor(round(size * self.sparsity, 6)), size - 1)
+        return min(math.floor(round(size * self.sparsity, 6)), max(size - 1, 0))
 
     def pruned_count(self, shape: tuple[int, int]) -> int:
         """How many weights a [d_out, d_in] matrix loses."""

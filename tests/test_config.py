@@ -46,6 +46,13 @@ def refusal(*argv: str) -> str:
     return str(caught.value)
 
 
+@pytest.mark.parametrize("text, said", [
+    ("layers:", "layers"), ("export:", "export"), ("batch: null", "batch"), ("calibration: {seed: null}", "calibration.seed"),
+    ("solver: {name: cg, damping: null}", "solver.damping"), ("model:", "model")])
+def test_a_setting_without_a_value_is_refused(file, text, said):
+    assert f"expected a value for {said}, got none" in refusal("--config", file(text))
+
+
 def test_who_names_no_method_gets_the_best_preset(file):
     best = parse(["--preset", "best"])
     assert best.refine and best.model == EMBEDDED.model and best.calibration == EMBEDDED.calibration

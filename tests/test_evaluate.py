@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from optima_tpu.evaluate.__main__ import main
 from optima_tpu.evaluate.config import EvaluateConfig, parse
+from optima_tpu.evaluate.run import default_folder
 from optima_tpu.evaluate.tasks import PAPER, paper_average
 from tests.test_processes import free_port, process_environment
 
@@ -152,6 +153,15 @@ def test_every_form_of_a_run_is_the_same_model_on_every_mesh(evaluated, finished
         assert record["tasks"]["tiny_choice"]["acc"] == expected["tasks"]["tiny_group"]["acc"]
         assert record["perplexity"][f"file:{text}"]["perplexity"] == pytest.approx(
             expected["perplexity"][f"file:{text}"]["perplexity"], rel=1e-5)
+
+
+def test_the_exports_of_two_runs_are_recorded_apart(tmp_path):
+    folders = [tmp_path / name / "hf" for name in ("one", "two")]
+    for folder in folders:
+        folder.mkdir(parents=True)
+        (folder.parent / "run.json").write_text("{}")
+    assert [str(default_folder(str(folder))) for folder in folders] == ["runs/evaluate-one", "runs/evaluate-two"]
+    assert str(default_folder("org/name@main")) == "runs/evaluate-name"
 
 
 def test_files_stand_in_for_the_data_set_of_a_task(finished, tasks, tmp_path):

@@ -72,3 +72,7 @@ def test_the_lowest_of_every_group_are_found_with_ties_by_index(shape, levels, g
         found[np.argsort(line, kind="stable")[:count]] = True
     found = jax.jit(lowest, static_argnames="group")(scores, counts, group)
     assert (np.asarray(found).reshape(flat.shape) == expected).all()
+
+
+def test_a_sparsity_below_one_leaves_a_weight():
+    assert Unstructured(1 - 1e-12).pruned_in(4096) == 4095 and Unstructured(0.5).pruned_in(0) == 0

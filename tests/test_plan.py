@@ -146,6 +146,10 @@ def test_without_libtpu_the_plan_is_counted_and_says_so(tmp_path, capsys, monkey
     # q, k, v; o; gate and up; down, in each of three blocks.
     assert [program["calls"] for program in plan["programs"]][1:] == [3, 3, 3, 3]
     assert all(stage in printed for stage in plan["seconds"]) and plan["assumptions"][0] in printed
+    assert main([*arguments, "--device_memory", "0.000001"]) == 1
+    assert "q_proj has 36 inputs" in " ".join(capsys.readouterr().out.split())
+    assert main([*arguments, "--json", str(tmp_path / "no" / "plan.json")]) == 2
+    assert "expected --json in an existing folder" in capsys.readouterr().err
     assert main([*arguments[:2], "--topology", "v5e-8"]) == 2
     assert "expected a topology KIND:AxB" in capsys.readouterr().err
 

@@ -7,6 +7,7 @@ import pytest
 
 from optima_tpu.accept import PerLayer, PerRow
 from optima_tpu.calibrate import Statistics, linear_groups
+from optima_tpu.errors import UserError
 from optima_tpu.layer_rules import LayerRule
 from optima_tpu.models.decoder import Decoder
 from optima_tpu.patterns import NM, Unstructured
@@ -14,7 +15,7 @@ from optima_tpu.prune import prune_block, prune_group, prune_layer, walk_block
 from optima_tpu.recipe import Recipe
 from optima_tpu.report.records import BlockReport
 from optima_tpu.report.summary import unusual
-from optima_tpu.selectors import Magnitude, Wanda
+from optima_tpu.selectors import Magnitude, SparseGPT, Wanda
 from optima_tpu.solvers import CG, MPAX
 from tests.helpers import COLLECTIVE, layer, mesh, text_inside_loops, tiny_llama
 
@@ -115,6 +116,17 @@ def test_an_expert_that_saw_no_token_is_pruned_by_magnitude_and_named():
     assert np.abs(parameters[name + ".weight"] - np.where(kept, weight, 0)).max() < 1e-6
     assert (report.dead_inputs, report.tokens) == (weight.shape[1], 0)
     assert unusual([BlockReport(0, 0.0, (report,))])["few_tokens"] == {"block 0 self_attn.o_proj": 0}
+
+
+def test_weights_of_a_selector_that_are_no_numbers_are_refused():
+    """All inputs of a layer are one: its Hessian cannot be factorised without a damping worth the name."""
+    decoder = Decoder.open(*tiny_llama(), mesh(1, 1))
+    parameters, name = decoder.load_block(0), "self_attn.o_proj"
+    singular = (Statistics(jnp.ones((parameters[name + ".weight"].shape[1],) * 2), jnp.int32(99)),)
+    for solver in (None, CG()):
+        recipe = Recipe(Unstructured(0.5), SparseGPT(damping=1e-12), solver)
+        with pytest.raises(UserError, match=r"model.layers.0.self_attn.o_proj: expected finite .* raise --selector.damping"):
+            prune_block(0, decoder.prefix(0), parameters, ((name,),), singular, recipe, decoder.mesh)
 
 
 def test_rows_that_the_mesh_does_not_divide_are_solved_alike():

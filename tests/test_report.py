@@ -6,6 +6,7 @@ import json
 import math
 
 import jax
+import numpy as np
 import pytest
 from rich.console import Console
 
@@ -13,6 +14,7 @@ from optima_tpu.report import file, summary
 from optima_tpu.report.numbers import duration, number, percent
 from optima_tpu.report.progress import Progress
 from optima_tpu.report.records import BlockReport, LayerReport
+from optima_tpu.report.rows import RowReport, layer_report
 from optima_tpu.report.table import print_summary
 from tests.helpers import mesh
 
@@ -83,6 +85,27 @@ def test_summary_by_layer_kind():
     assert (query.layers, query.rows, query.rows_not_converged, query.rows_refused) == (2, 8, 3, 3)
     assert (query.gap_max, query.steps_median) == (math.inf, 9)
     assert down.sparsity == 0.5
+
+
+def test_experts_that_no_token_reached_are_in_no_mean():
+    seen = layer(error_before=0.2, error_after=0.1, tokens=9, held_out_before=0.4, held_out_after=0.3, dense_before=0.5,
+                 dense_after=0.4, dense_drift=0.2)
+    unseen, never = dataclasses.replace(layer(tokens=9), error_before=0.4, error_after=0.3), layer(error_after=0.9, tokens=0)
+    (kind,) = summary.by_kind([BlockReport(0, 1.0, (seen, unseen, never))])
+    assert (kind.layers, kind.error_before, kind.error_after) == (3, pytest.approx(0.3), pytest.approx(0.2))
+    assert (kind.held_out, kind.dense_before, kind.dense_after, kind.dense_drift) == (0.3, 0.5, 0.4, 0.2)
+    assert summary.means([seen, dataclasses.replace(seen, held_out_after=None)], summary.HELD_OUT) == (0.4, None)
+    (lonely,) = summary.by_kind([BlockReport(0, 1.0, (never,))])
+    assert lonely.error_after == 0.9 and lonely.held_out is None
+
+
+def test_a_layer_without_held_out_tokens_has_no_error_on_them():
+    ones, nothing = np.ones(4), np.zeros((4, 4))
+    rows = RowReport(ones, ones, ones, ones, ones, ones > 0, ones < 0, nothing[:3], nothing)
+    found = layer_report(0, "mlp.experts.0.up_proj", (4, 8), 16, rows, 0, 9)
+    assert {found.held_out_before, found.held_out_after, found.dense_before, found.dense_after, found.dense_drift} == {None}
+    found = layer_report(0, "mlp.experts.0.up_proj", (4, 8), 16, rows._replace(held_out=nothing[:3] + 2), 0, 9)
+    assert (found.held_out_before, found.held_out_after, found.dense_after) == (1, 1, None)
 
 
 def test_sparsity_counts_weights_not_layers():

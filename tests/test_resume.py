@@ -1,6 +1,7 @@
 """A run that was stopped goes on to the same bits with the same command, and to nothing else with another one."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -94,6 +95,20 @@ def test_a_finished_run_is_not_done_again(finished, monkeypatch):
     before = files()
     assert main([*finished.arguments, "--output", str(finished.directory)]) == 0
     assert files() == before
+
+
+def test_a_finished_run_may_be_moved_and_a_lost_checkpoint_is_written_again(finished, tmp_path, capsys):
+    moved = tmp_path / "moved"
+    shutil.copytree(finished.directory, moved)
+    command = [*finished.arguments, "--output", str(moved)]
+    for lost in (False, True):
+        if lost:
+            shutil.rmtree(moved / "checkpoint")
+        assert main(command) == 0
+        printed = capsys.readouterr().out
+        assert str(finished.directory) not in printed
+        assert all(str(moved / file) in printed for file in ("report.json", "checkpoint", "hf"))
+        assert_same_weights(moved, finished.directory)
 
 
 @pytest.mark.parametrize(("change", "said"), [

@@ -36,9 +36,9 @@ from optima_tpu.report.summary import unusual
 from optima_tpu.run import prune_model
 from optima_tpu.selectors import Wanda
 from optima_tpu.sharding import Layout
-from optima_tpu.solvers import CG
+from optima_tpu.solvers import CG, MPAX
 from optima_tpu.target import DenseTarget, SelfTarget
-from optima_tpu.tuning import Fixed, Grid, ridge
+from optima_tpu.tuning import Fixed, Grid, best_of, ridge
 from tests.helpers import mesh, oracle, tiny_llama
 from tests.test_models import REFERENCES, tiny
 from tests.test_plan import config_folder, run_config
@@ -314,8 +314,18 @@ def test_a_ridge_on_the_problem_is_the_solvers_damping():
     with pytest.raises(UserError, match="lower --solver.damping"):
         Grid((0.001, 0.1)).dampings(CG())
     assert Grid((), ()).dampings(CG(damping=0.3)) == (0.3,)
+    assert Grid().dampings(CG(damping=0.3)) == (0.3, 0.9, 3.0) and Grid().dampings(MPAX()) == (0.01, 0.03, 0.1)
+    assert parse(["--preset", "best", "--tuning", "grid"]).tuning == Grid()  # with a damping above the smallest of a plain grid
     assert Grid().alphas(DenseTarget(0.5)) == (0.5, 0.0, 0.25) and Grid().alphas(SelfTarget()) == (0.0,)
     assert (Fixed().candidates(CG(), SelfTarget()), Grid().candidates(CG(), DenseTarget(0.5))) == (1, 5)
+
+
+def test_a_first_candidate_without_a_score_is_left():
+    scores = jnp.asarray([jnp.nan, 2.0, 1.0])
+    best = best_of([0.0, 1.0, 2.0], [0.0], lambda ridge, alpha: ridge, lambda ridge: scores[ridge.astype(int)])
+    assert (best.score, best.ridge, best.chosen.tolist()) == (1, 2, [2, 0])
+    only = best_of([0.0], [0.0], lambda ridge, alpha: ridge, lambda ridge: scores[ridge.astype(int)])
+    assert jnp.isnan(only.score) and only.chosen.tolist() == [0, 0]
 
 
 def test_an_update_that_the_held_out_tokens_refuse_is_named():

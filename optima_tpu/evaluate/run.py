@@ -56,7 +56,7 @@ def evaluate(config: EvaluateConfig, console: Console | None = None) -> dict[str
         models["against"] = open_evaluated(config.against, mesh, config.dtype, config.batch)
         _check_pair(**models)
     texts = from_first(lambda: {source: _read(source, config, models) for source in config.texts})
-    folder = as_path(config.output) if config.output else models["model"].run or _folder(config.model)
+    folder = as_path(config.output) if config.output else models["model"].run or default_folder(config.model)
     with writing(folder, "choose another --output"):
         first_only(lambda: folder.mkdir(parents=True, exist_ok=True))
     say(console, "\n".join(_greeting(config, models, mesh, folder)) + "\n")
@@ -162,7 +162,7 @@ def _write(folder: Path, record: Mapping[str, Any], results: Mapping[str, Any], 
             write_bytes(path, json.dumps(result, indent=2, default=handle_non_serializable, ensure_ascii=False).encode())
 
 
-def _folder(model: str) -> Path:
+def default_folder(model: str) -> Path:
     """Where the evaluation of something that is no run goes."""
     name = Path(model.removeprefix("wheel:")).expanduser().resolve()
     if (name.parent / RUN).is_file():  # the exported folders of all runs have one name

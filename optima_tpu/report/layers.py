@@ -178,7 +178,10 @@ def _fitted(name: str) -> Callable[[LayerReport], float | None]:
 
 def _by_block(layers: Sequence[LayerReport], value: Callable[[LayerReport], float | None],
               of: Callable[[Sequence[float]], float] = statistics.fmean) -> tuple[list[int], list[float]]:
-    """Blocks, and for each the mean over its layers that have a value, or what ``of`` says; NaN where none has or one is not finite."""
+    """Blocks, and for each the mean over its layers that have a value, or what ``of`` says.
+
+    NaN where none has one, or one is not finite.
+    """
     found: dict[int, list[float]] = {}
     for layer in layers:
         own, values = value(layer), found.setdefault(layer.block, [])
