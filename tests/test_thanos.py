@@ -1,6 +1,7 @@
 """Thanos against a float64 port of its paper's algorithm, and what must hold whatever the port says."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -137,3 +138,11 @@ def test_settings_without_meaning_are_refused(settings):
 def test_an_nm_group_that_does_not_divide_the_inputs_is_refused():
     with pytest.raises(UserError, match="divisible by 8, got a layer with 12"):
         Thanos()(problem_of(4, 12), NM(4, 8))
+
+
+def test_factorisations_that_run_side_by_side_are_done_where_they_are_called(monkeypatch):
+    """The masks of a group are chosen at the same time; two batches would wait for the same threads, and may for ever."""
+    monkeypatch.setattr(jax, "device_count", lambda: 1)  # as where this was seen
+    text = jax.jit(Thanos(block=16), static_argnums=1).lower(problem_of(24, 40), Unstructured(0.5)).as_text()
+    calls = [line for line in text.splitlines() if "custom_call @lapack" in line and 'num_batch_dims = "1"' in line]
+    assert calls and all(re.search(r"-> \(?tensor<1x", call) for call in calls), calls

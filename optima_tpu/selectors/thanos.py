@@ -131,7 +131,8 @@ def _solve_rows(inverse: Array, lost: Array, target: Array) -> Array:
         factor = jax.lax.linalg.cholesky(system, symmetrize_input=False)
         return jax.scipy.linalg.cho_solve((factor, True), target)
 
-    batches = -(-rows // rows_at_once(size, inverse.dtype))
+    # Not alone: the matrices of a group are pruned by one program, at the same time.
+    batches = -(-rows // rows_at_once(size, inverse.dtype, alone=False))
     batch = -(-rows // batches)
 
     def split(array: Array) -> Array:

@@ -74,7 +74,7 @@ class Exact:
             return jnp.where(free & solved, moved, unmoved), jnp.where(solved, gap, jnp.inf), solved
 
         rows = problem.weight.shape[0]
-        batch = min(rows_at_once(size, wide), rows)  # whole batches only, see there
+        batch = min(rows_at_once(size, wide, alone=True), rows)  # whole batches only, see there
         padding = ((0, -rows % batch), (0, 0))
         arrays = (problem.weight, pruned.weight, pruned.keep, pull)
         weight, gap, solved = jax.lax.map(lambda each: row(*each), tuple(jnp.pad(array, padding) for array in arrays),

@@ -23,15 +23,18 @@ def require(holds: bool, name: str, expected: str, value: float) -> None:
         raise UserError(f"expected the solver's {name} to be {expected}, got {value}")
 
 
-def rows_at_once(size: int, dtype: jnp.dtype) -> int:
+def rows_at_once(size: int, dtype: jnp.dtype, *, alone: bool) -> int:
     """How many rows with a [size, size] factorisation each may be solved in one batch, at least 1.
 
-    On the CPU, LAPACK calls of several devices, or of a batch and a remainder compiled beside it, wait in the one thread pool
-    for its other threads to work on their batches: where all wait, none is left (jax 0.10). So whole batches only, and
-    batches of one, which are done where they are called, where there are several devices.
+    On the CPU, LAPACK calls of several devices, of several matrices in one program, or of a batch and a remainder compiled
+    beside it, wait in the one thread pool for its other threads to work on their batches: where all wait, none is left
+    (jax 0.10). So whole batches only, and batches of one, which are done where they are called, where there may be several.
+
+    Args:
+      alone: no other factorisations of this program run at the same time on one device.
     """
-    alone = jax.default_backend() == "cpu" and jax.device_count() > 1
-    return 1 if alone else max(1, _BATCH_BYTES // (size * size * jnp.dtype(dtype).itemsize))
+    inline = jax.default_backend() == "cpu" and (jax.device_count() > 1 or not alone)
+    return 1 if inline else max(1, _BATCH_BYTES // (size * size * jnp.dtype(dtype).itemsize))
 
 
 def live_features(hessian: Array, features: Features = WHOLE) -> Array:
