@@ -40,4 +40,5 @@ class SelfGenerated:
     def documents(self, split: Split) -> Iterator[str]:
         """Always a UserError: only a run, which has the model, makes this text, and no model is scored on what it says itself."""
         raise UserError(f"{self} is text for calibration in a run, no text to measure a model on or to read without one: give "
-                        "another source, such as wikitext2, pydoc or file:PATH")
+                        "--evaluation.source of a run, or --perplexity of optima_tpu.evaluate, another one, such as wikitext2, "
+                        "pydoc or file:PATH")
