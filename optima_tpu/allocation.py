@@ -143,7 +143,7 @@ def steps_of(allocation: OWL | Measured, sparsity: float, inputs: Iterable[int])
       inputs: how many inputs each layer has.
 
     Raises:
-      UserError: the limit allows not even one, or sparsities below 0 or above 1.
+      UserError: the limit allows not even one, or sparsities below 0 or above 1; no limit would, with these inputs.
     """
     inputs = tuple(inputs)
     size = grain(inputs)

@@ -11,7 +11,7 @@ from huggingface_hub import ModelCardData
 
 from optima_tpu.patterns import parse_pattern
 from optima_tpu.report.numbers import percent
-from optima_tpu.report.summary import HELD_OUT, calibrated, means
+from optima_tpu.report.summary import fitted_errors, held_out_errors
 from optima_tpu.report.view import without_folders
 
 _LICENCES = {"Apache License": "apache-2.0", "MIT License": "mit"}
@@ -65,9 +65,8 @@ def model_card(folder: str, sidecar: Mapping[str, Any], assets: Mapping[str, byt
 def _layer_errors(layers: Sequence[Mapping[str, Any]]) -> list[str]:
     """Means over the pruned layers, before and after the update, on the text that weights were fitted to and on other text."""
     rows = []
-    for text, of, keys in (("calibration", calibrated(layers, dict.get), ("error_before", "error_after")),
-                           ("held out", layers, HELD_OUT)):
-        rows.append((text, *("not measured" if mean is None else percent(mean) for mean in means(of, keys, dict.get))))
+    for text, errors in (("calibration", fitted_errors), ("held out", held_out_errors)):
+        rows.append((text, *("not measured" if mean is None else percent(mean) for mean in errors(layers, dict.get))))
     return ["The change of a layer's output as a share of the output's energy, mean over the pruned matrices: with the "
             "selector's weights, and with the final ones.\n", _table(("text", "selector's", "final"), rows)]
 

@@ -11,7 +11,8 @@ from optima_tpu.report.numbers import percent
 from optima_tpu.report.records import LayerReport
 from optima_tpu.report.results import mean_errors
 from optima_tpu.report.runs import Run
-from optima_tpu.report.summary import HELD_OUT, LayerKind, by_kind, exchanged, kind_name, means, short_names, sparsity, unusual
+from optima_tpu.report.summary import (
+    LayerKind, by_kind, exchanged, held_out_errors, kind_name, means, short_names, sparsity, unusual)
 from optima_tpu.report.table import TROUBLE, unusual_lines
 from optima_tpu.report.view import NONE, Key, Section, Table, figure
 
@@ -196,7 +197,7 @@ def _kind_table(run: Run, caption: str) -> Table:
     short = short_names([kind.name for kind in kinds])
     rows = []
     for kind in kinds:
-        held_before, _ = means([layer for layer in run.layers if kind_name(layer.name) == kind.name], HELD_OUT)
+        held_before, _ = held_out_errors([layer for layer in run.layers if kind_name(layer.name) == kind.name])
         errors = _errors(run, kind.error_before, kind.error_after, held_before, kind.held_out) + _against_dense(run, kind)
         rows.append([short[kind.name], f"{kind.layers:,}", *errors, percent(kind.sparsity)])
     if rows:

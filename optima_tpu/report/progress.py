@@ -1,6 +1,5 @@
 """What the person at the terminal sees while a run goes on."""
 
-import statistics
 import time
 from collections.abc import Callable, Iterable
 from typing import Self
@@ -13,7 +12,7 @@ from rich.text import Text
 
 from optima_tpu.report.numbers import duration, percent
 from optima_tpu.report.records import LayerReport
-from optima_tpu.report.summary import calibrated, sparsity
+from optima_tpu.report.summary import fitted_errors, sparsity
 
 
 def say(console: Console, text: str) -> None:
@@ -129,6 +128,5 @@ class _Bars(Bars):
 
 
 def _outcome(layers: list[LayerReport]) -> str:
-    before, after = (statistics.fmean(getattr(layer, name) for layer in calibrated(layers))
-                     for name in ("error_before", "error_after"))
+    before, after = fitted_errors(layers)
     return f"error {percent(before)} -> {percent(after)}, sparsity {percent(sparsity(layers))}"

@@ -1,14 +1,13 @@
 """The sections on what came out: dense against pruned, distance and tasks, and several runs side by side."""
 
 import json
-import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from optima_tpu.report import plots
 from optima_tpu.report.numbers import duration, number, percent, plural
 from optima_tpu.report.runs import Run, differences
-from optima_tpu.report.summary import HELD_OUT, calibrated, means, unusual
+from optima_tpu.report.summary import fitted_errors, held_out_errors, unusual
 from optima_tpu.report.view import NONE, Key, Section, Table, Tile, commands, figure, without_folders
 
 _SIZE = ("The pruned file is as large as the dense one and runs as fast: zeros are stored like other numbers. They pay off only "
@@ -113,11 +112,7 @@ def distance(runs: Sequence[Run]) -> list[Section]:
 def mean_errors(run: Run) -> tuple[float, float, float | None, float | None]:
     """Mean over layers: before and after on the calibration text, before and after on held-out text."""
     layers = run.layers
-    if not layers:
-        return 0.0, 0.0, None, None
-    reached = calibrated(layers)
-    return (statistics.fmean(layer.error_before for layer in reached), statistics.fmean(layer.error_after for layer in reached),
-            *means(layers, HELD_OUT))
+    return (*fitted_errors(layers), *held_out_errors(layers)) if layers else (0.0, 0.0, None, None)
 
 
 def devices(run: Run) -> str:

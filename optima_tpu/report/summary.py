@@ -9,8 +9,8 @@ from typing import Any, NamedTuple, TypeVar
 from optima_tpu.report.records import BlockReport, LayerReport
 
 T = TypeVar("T")
-HELD_OUT = ("held_out_before", "held_out_after")
-"""The errors on held-out tokens, for :func:`means`."""
+FITTED, HELD_OUT = ("error_before", "error_after"), ("held_out_before", "held_out_after")
+"""The errors on calibration and on held-out tokens, with the selector's weights and with the final ones."""
 
 
 class LayerKind(NamedTuple):
@@ -109,13 +109,20 @@ def unusual(blocks: Sequence[BlockReport]) -> dict[str, dict[str, int]]:
     return found
 
 
-def calibrated(layers: Sequence[T], get: Callable[[T, str], Any] = getattr) -> Sequence[T]:
-    """The layers that calibration tokens reached: all but experts without any. All layers where none was reached.
+def fitted_errors(layers: Sequence[T], get: Callable[[T, str], Any] = getattr) -> tuple[float | None, ...]:
+    """The mean of both ``FITTED`` over the layers that calibration tokens reached: all but experts without any.
+
+    Over all layers where none was reached.
 
     Args:
       get: ``(layer, name) -> value``, for layers that are dictionaries ``dict.get``.
     """
-    return [layer for layer in layers if get(layer, "tokens") != 0] or layers
+    return means([layer for layer in layers if get(layer, "tokens") != 0] or layers, FITTED, get)
+
+
+def held_out_errors(layers: Sequence[T], get: Callable[[T, str], Any] = getattr) -> tuple[float | None, ...]:
+    """The mean of both ``HELD_OUT`` over the layers that held-out tokens reached; as :func:`fitted_errors`."""
+    return means(layers, HELD_OUT, get)
 
 
 def means(layers: Iterable[T], names: Sequence[str], get: Callable[[T, str], Any] = getattr) -> tuple[float | None, ...]:
@@ -135,13 +142,12 @@ def mean_or_none(values: Iterable[float | None]) -> float | None:
 
 
 def _kind(name: str, layers: list[LayerReport]) -> LayerKind:
-    reached = calibrated(layers)
+    before, after = fitted_errors(layers)
     dense_before, dense_after, dense_drift = means(layers, ("dense_before", "dense_after", "dense_drift"))
     return LayerKind(
         name=name, layers=len(layers),
-        error_before=statistics.fmean(layer.error_before for layer in reached),
-        error_after=statistics.fmean(layer.error_after for layer in reached),
-        held_out=means(layers, HELD_OUT)[1], dense_before=dense_before, dense_after=dense_after, dense_drift=dense_drift,
+        error_before=before, error_after=after, held_out=held_out_errors(layers)[1],
+        dense_before=dense_before, dense_after=dense_after, dense_drift=dense_drift,
         sparsity=sparsity(layers), gap_max=max(layer.gap_max for layer in layers),
         steps_median=statistics.median(layer.steps_median for layer in layers),
         rows=sum(layer.rows for layer in layers),

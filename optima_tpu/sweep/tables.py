@@ -13,7 +13,7 @@ from rich.table import Table
 
 from optima_tpu.files import write_bytes, writing
 from optima_tpu.report.numbers import number
-from optima_tpu.report.summary import HELD_OUT, calibrated, means
+from optima_tpu.report.summary import FITTED, HELD_OUT, fitted_errors, held_out_errors
 from optima_tpu.sweep.grid import Cell, Grid
 
 
@@ -93,9 +93,7 @@ def finished(cell: Cell, report: Mapping[str, Any], output: Path) -> Result:
       output: directory of the tables.
     """
     layers = [layer for block in report["blocks"] for layer in block["layers"]]
-    fitted = ("error_before", "error_after")
-    errors = dict(zip(fitted + HELD_OUT, (*means(calibrated(layers, dict.get), fitted, dict.get),
-                                          *means(layers, HELD_OUT, dict.get))))
+    errors = dict(zip(FITTED + HELD_OUT, fitted_errors(layers, dict.get) + held_out_errors(layers, dict.get)))
     return dataclasses.replace(
         missing(cell), state="finished", perplexity=report["perplexity"]["pruned"], dense=report["perplexity"]["dense"],
         **errors, seconds=sum(block["seconds"] for block in report["blocks"]),
