@@ -155,6 +155,14 @@ def test_every_form_of_a_run_is_the_same_model_on_every_mesh(evaluated, finished
             expected["perplexity"][f"file:{text}"]["perplexity"], rel=1e-5)
 
 
+def test_an_evaluation_without_tasks_leaves_no_earlier_ones_results_beside_it(finished, text, tmp_path):
+    for name in ("lm_eval.json", "lm_eval_against.json"):
+        (tmp_path / name).write_text("{}")
+    assert main([str(finished.directory), "--perplexity", f"file:{text}", "--length", "64", "--windows", "1", "--output",
+                 str(tmp_path)]) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["evaluation.json"]
+
+
 def test_the_exports_of_two_runs_are_recorded_apart(tmp_path):
     folders = [tmp_path / name / "hf" for name in ("one", "two")]
     for folder in folders:

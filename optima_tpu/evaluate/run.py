@@ -31,7 +31,9 @@ from optima_tpu.report.page import PAGE, write_page
 from optima_tpu.report.progress import Progress, say
 from optima_tpu.sharding import make_mesh
 
-RECORD, HARNESS = "evaluation.json", "lm_eval.json"
+RECORD = "evaluation.json"
+HARNESS = {"model": "lm_eval.json", "against": "lm_eval_against.json"}
+"""What the evaluation harness itself says of each of the two models."""
 LENGTH = 2048
 """Tokens in a window where nobody says: what SparseGPT, Wanda and OPTIMA report perplexity on."""
 
@@ -82,7 +84,7 @@ def evaluate(config: EvaluateConfig, console: Console | None = None) -> dict[str
         "model": config.model, "against": config.against, "configuration": settings, "environment": environment(mesh),
         "perplexity": perplexities, "distance": distances, **_task_numbers(tasks, results)}
     first_only(lambda: _write(folder, record, results, config))
-    files = {"record": str(folder / RECORD)} | ({"harness": str(folder / HARNESS)} if results else {})
+    files = {"record": str(folder / RECORD)} | ({"harness": str(folder / HARNESS["model"])} if results else {})
     if is_first() and (folder / "report.json").exists():  # of a finished run, whose page shows the evaluation too
         try:
             write_page([folder], folder / PAGE)
@@ -155,11 +157,13 @@ def _task_numbers(tasks: TaskDict | None, results: Mapping[str, Mapping[str, Any
 
 def _write(folder: Path, record: Mapping[str, Any], results: Mapping[str, Any], config: EvaluateConfig) -> None:
     with writing(folder, "choose another --output"):
+        for path in HARNESS.values():  # those of an earlier evaluation would pass for this one's
+            (folder / path).unlink(missing_ok=True)
         write_bytes(folder / RECORD, (json.dumps(record, indent=2, allow_nan=False) + "\n").encode())
         for name, result in results.items():
             result["config"]["model_args"] = {"pretrained": getattr(config, name)}
-            path = folder / (HARNESS if name == "model" else f"lm_eval_{name}.json")
-            write_bytes(path, json.dumps(result, indent=2, default=handle_non_serializable, ensure_ascii=False).encode())
+            write_bytes(folder / HARNESS[name],
+                        json.dumps(result, indent=2, default=handle_non_serializable, ensure_ascii=False).encode())
 
 
 def default_folder(model: str) -> Path:
