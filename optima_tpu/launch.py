@@ -19,6 +19,10 @@ from optima_tpu.sharding import simulate_devices
 
 RESUME = 75
 """The exit status of a run that was told to stop: sysexits.h calls it a temporary failure. The same command goes on."""
+LOST = 69
+"""That of a process whose peers have ended (in sysexits.h: something is unavailable). Not ``RESUME``: whoever starts a job again
+at 75 would start one again for ever in which a process fails each time. And below it: of several statuses srun has the highest,
+which is to be 75 where a process was told to stop and the others lost it."""
 
 _LAST = 3.0  # seconds in which the other processes notice for themselves that a run has ended
 # What gloo, NCCL and jax's coordination service say when the other end is gone.
@@ -30,7 +34,8 @@ class Stopped(BaseException):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit status: 0 done, 2 for something the user can mend, 75 after SIGTERM, 130 for Ctrl-C."""
+    """Returns the exit status: 0 done, 2 for something the user can mend, 69 where another process has ended, 75 after SIGTERM,
+    130 for Ctrl-C."""
     return guarded(lambda: _launch(sys.argv[1:] if argv is None else argv),
                    "the same command goes on after the last finished block")
 
@@ -77,7 +82,7 @@ def guarded(command: Callable[[], None], again: str) -> int:
             raise
         if not _PEER_GONE.search(str(error)):
             return _ended(1, traceback.format_exc())
-        return _ended(RESUME, f"process {jax.process_index()}: another process has ended, see its message; {again}")
+        return _ended(LOST, f"process {jax.process_index()}: another process has ended, see its message; {again}")
     finally:
         signal.signal(signal.SIGTERM, before)
     return 0

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from optima_tpu.launch import LOST, RESUME
+
 LAUNCH = Path(__file__).parent.parent / "launch"
 SCRIPTS = sorted(path.name for path in LAUNCH.iterdir() if path.suffix in (".sh", ".sbatch"))
 COMMAND = ["-m", "optima_tpu.launch"]
@@ -95,7 +97,7 @@ def test_jobset_resumes_what_was_stopped_and_not_what_needs_mending():
     spec = yaml.safe_load((LAUNCH / "gke_jobset.yaml").read_text())["spec"]
     job = spec["replicatedJobs"][0]["template"]["spec"]
     codes = job["podFailurePolicy"]["rules"][0]
-    assert codes["action"] == "FailJob" and codes["onExitCodes"]["values"] == [2, 75]
+    assert codes["action"] == "FailJob" and codes["onExitCodes"]["values"] == [2, RESUME]
     assert codes["onExitCodes"]["containerName"] == container({"spec": spec})["name"]
     mend, resume = spec["failurePolicy"]["rules"]
     assert mend["action"] == "FailJobSet" and resume["action"] == "RestartJobSetAndIgnoreMaxRestarts"
@@ -127,10 +129,15 @@ def test_slurm_requeues_what_is_to_be_resumed(tmp_path):
     for name, text in (("srun", 'exit "$CODE"'), ("scontrol", 'echo "scontrol $*"')):
         (tmp_path / name).write_text("#!/usr/bin/env bash\n" + text + "\n")
         (tmp_path / name).chmod(0o755)
-    for code in (0, 2, 75):
+    for code in (0, 1, 2, LOST, RESUME):
         result = run("slurm_gpu.sbatch", PATH=f"{tmp_path}:{os.environ['PATH']}", SLURM_JOB_ID="7", CODE=str(code))
         assert result.returncode == code
-        assert result.stdout == ("scontrol requeue 7\n" if code == 75 else "")
+        assert result.stdout == ("scontrol requeue 7\n" if code == RESUME else "")
+
+
+def test_of_several_statuses_srun_has_that_which_decides():
+    # It has the highest: of a failure and those that lost the failed one not that of resuming, of a stop that of resuming.
+    assert 2 < LOST < RESUME
 
 
 def test_local_processes_share_a_coordinator_and_only_the_first_writes_to_stdout(stub, tmp_path):
@@ -152,7 +159,7 @@ def test_local_processes_stop_when_one_fails_and_return_its_status(stub, others)
     assert "a process ended with status 7" in result.stderr
 
 
-@pytest.mark.parametrize("sent, status", [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+@pytest.mark.parametrize("sent, status", [(signal.SIGTERM, RESUME), (signal.SIGINT, 130)])
 def test_local_processes_pass_signals_on(stub, sent, status):
     program = "trap 'echo TERM; exit 75' TERM; trap 'echo INT; exit 130' INT; echo ready; for ((;;)); do sleep 0.05; done"
     process = started("2", STUB=program, **stub)
