@@ -21,7 +21,7 @@ from optima_tpu.processes import SharedError, agree, alone, from_first, spread, 
 from optima_tpu.selectors import Imported
 from optima_tpu.self_calibration import generated_by, self_calibration
 from optima_tpu.sharding import make_mesh
-from optima_tpu.weights import Pretrained, check_names, load_tokenizer, open_model
+from optima_tpu.weights import Pretrained, check_dtypes, check_names, load_tokenizer, open_model
 
 
 class Model(NamedTuple):
@@ -50,6 +50,7 @@ def open_model_on_mesh(config: RunConfig) -> Model:
         pretrained = open_model(config.model, config.dtype)
         decoder = Decoder.open(pretrained.config, pretrained.tensors, mesh, config.batch)
         check_names(decoder.tensor_names(), pretrained.tensors, decoder.family.ignored)
+        check_dtypes(decoder.tensor_names(), pretrained.tensors)
         return Model(pretrained, decoder)
 
     return together(open_here)

@@ -38,6 +38,8 @@ from optima_tpu.solvers.scaling import unit_diagonal
 _STEPS = 6
 FACTORISATIONS = _STEPS + 1
 """Of matrices of the Hessian's size, for the estimate of ``s``."""
+# The estimate's least damping: with none there is no t where a row keeps more inputs than the Hessian has directions.
+_LEAST_DAMPING = 1e-3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,7 +202,7 @@ def schur_diagonal(hessian: Array, damping: float, kept: float) -> Array:
     matrix, scale, live = unit_diagonal(hessian)
     size = matrix.shape[0]
     eye = jnp.eye(size, dtype=matrix.dtype)
-    matrix = matrix + damping * eye
+    matrix = matrix + max(damping, _LEAST_DAMPING) * eye
     kept = min(max(kept, 0.5 / size), 1 - 0.5 / size)
 
     def newton(_, ridge: Array) -> Array:
@@ -211,5 +213,5 @@ def schur_diagonal(hessian: Array, damping: float, kept: float) -> Array:
         return ridge * jnp.exp(jnp.clip((size * (1 - kept) - trace) / jnp.maximum(slope, 1e-6 * size), -2.0, 2.0))
 
     ridge = jax.lax.fori_loop(0, _STEPS, newton, jnp.float32((1 + damping) * (1 - kept) / kept))
-    schur = 1 / jnp.diagonal(inverse(matrix + ridge * eye)) - ridge
+    schur = jnp.maximum(1 / jnp.diagonal(inverse(matrix + ridge * eye)) - ridge, 0.0)
     return jnp.where(live, scale**2 * schur, 0.0)

@@ -85,6 +85,14 @@ def test_hidden_states_come_back_on_another_mesh(tmp_path, shapes):
     assert_same(open_journal(tmp_path, MANIFEST, ASSETS).activations(mesh(*shapes[1]), 0, 7).values, states)
 
 
+def test_a_process_without_samples_gets_none_of_the_right_shape(tmp_path, monkeypatch):
+    states = np.zeros((2, 3, 4), np.float32)
+    weights, masks, report, _ = pruned_block(small_model(), 0)
+    open_journal(tmp_path, MANIFEST, ASSETS).save(0, weights, masks, report, Activations.of(mesh(1, 1), states))
+    monkeypatch.setattr("optima_tpu.journal.held_rows", lambda *of: np.zeros(0, np.int64))  # as where the data axis is longer
+    assert open_journal(tmp_path, MANIFEST, ASSETS).activations(mesh(1, 1), 0, 2).values.shape == (0, 3, 4)
+
+
 def test_a_mask_without_its_weight_is_refused(tmp_path):
     journal = started(tmp_path, 1)
     weights, masks, *rest = pruned_block(small_model(), 1)

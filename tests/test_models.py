@@ -1,8 +1,11 @@
 """Our decoders against transformers' (torch), on tiny random models."""
 
+import importlib
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -11,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 from optima_tpu.errors import UserError
 from optima_tpu.models import family_of
 from optima_tpu.models.decoder import Decoder
+from optima_tpu.models.layers import RMSNorm, ShiftedRMSNorm, WideRMSNorm
 from tests.helpers import MemoryTensors, mesh
 
 torch = pytest.importorskip("torch")
@@ -148,6 +152,24 @@ def test_bfloat16_logits_agree_within_its_rounding(reference):
     near = compared(reference, next(iter(reference.variants.values())), dtype=torch.bfloat16) < 16 * 2**-9
     # Rounding sends a token to another expert where two are nearly equal; the others must agree.
     assert near.mean() > 0.8 if "Moe" in reference.model else near.all()
+
+
+@pytest.mark.parametrize("norm, theirs", [(RMSNorm, "llama.modeling_llama.LlamaRMSNorm"),
+                                          (WideRMSNorm, "olmo2.modeling_olmo2.Olmo2RMSNorm"),
+                                          (ShiftedRMSNorm, "gemma2.modeling_gemma2.Gemma2RMSNorm")], ids=str)
+def test_norms_round_where_the_reference_does(norm, theirs):
+    """In bfloat16, bit for bit but where float32 sums in another order fall on the other side of a rounding."""
+    module, _, name = theirs.rpartition(".")
+    expected = getattr(importlib.import_module("transformers.models." + module), name)(64, eps=1e-5).to(torch.bfloat16)
+    rng = np.random.default_rng(0)
+    weight, x = rng.standard_normal(64).astype(ml_dtypes.bfloat16), rng.standard_normal((256, 64)).astype(ml_dtypes.bfloat16)
+    ours = norm(64, eps=1e-5)
+    ours.weight[...] = jnp.asarray(weight)
+    with torch.no_grad():
+        expected.weight.copy_(torch.from_numpy(weight.astype(np.float32)))
+        wanted = expected(torch.from_numpy(x.astype(np.float32)).to(torch.bfloat16)).float().numpy()
+    found = np.asarray(ours(jnp.asarray(x)).astype(jnp.float32))
+    assert (found != wanted).mean() < 0.005
 
 
 @pytest.mark.parametrize(("reference", "settings"), CASES)

@@ -67,6 +67,13 @@ def test_no_row_gets_worse_than_the_solved_start_and_the_numbers_stay(pattern, s
         assert converged.all() and (steps > 0).any()
 
 
+@pytest.mark.parametrize("kept", [0.5, 0.95, 1.0])
+def test_no_schur_complement_is_negative_where_a_row_keeps_more_than_the_hessian_has_directions(kept):
+    x = np.random.default_rng(0).standard_normal((8, 32)).astype(np.float32)
+    found = np.asarray(schur_diagonal(jnp.asarray(x.T @ x), 0.0, kept))
+    assert np.isfinite(found).all() and (found >= 0).all()
+
+
 def test_the_schur_complements_are_those_of_the_deterministic_equivalent():
     """Against eigenvalues in float64, and against what exchanges really cost on random sets of inputs."""
     rng = np.random.default_rng(2)

@@ -9,6 +9,7 @@ from optima_tpu.patterns import Unstructured
 from optima_tpu.problem import LayerProblem, Pruned, optimality_residual, self_target
 from optima_tpu.prune import prune_layer
 from optima_tpu.recipe import Recipe
+from optima_tpu.refine import Swaps
 from optima_tpu.selectors import Magnitude, Wanda
 from optima_tpu.solvers import CG, MPAX, Adam, Exact
 from tests.helpers import PATTERNS, layer, oracle, row_objective, select, solve, wide
@@ -175,6 +176,16 @@ def test_cg_reports_what_it_could_not_finish():
     problem, pruned = problem_and_mask(8, spread=2.0)
     solution = solve(CG(tolerance=1e-6, max_steps=4), problem, pruned)
     assert not solution.converged.any() and (solution.gap > 1e-6).all() and (solution.steps == 4).all()
+
+
+@pytest.mark.parametrize("refine", [None, Swaps()], ids=["alone", "with exchanges"])
+def test_cg_certifies_nothing_where_the_hessian_is_none(refine):
+    """A matrix that is not positive definite has no factor: a hand-made one here, rounding makes one of a large singular one."""
+    problem = self_target(jnp.ones((3, 2)), jnp.array([[1, 1.02], [1.02, 1]], jnp.float32))
+    recipe = Recipe(Unstructured(0.5, "row"), Wanda(), CG(damping=1e-2), refine=refine)
+    pruned, rows = prune_layer(problem, recipe)
+    assert not np.asarray(rows.converged).any() and np.isinf(rows.gap).all()
+    assert np.isfinite(pruned.weight).all()
 
 
 def test_damping_bounds_how_far_weights_move():

@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from optima_tpu.errors import UserError
-from optima_tpu.weights import check_names, hub, load_tokenizer, open_model
+from optima_tpu.weights import check_dtypes, check_names, hub, load_tokenizer, open_model
 from optima_tpu.weights.source import whole_slices
 
 HEADS, KV_HEADS, D_HEAD, D_MODEL, D_FF, LAYERS = 4, 2, 8, 32, 64, 2
@@ -213,6 +213,15 @@ def test_missing_and_unexpected_names_are_reported_together(folder):
     check_names(names, tensors)
     with pytest.raises(UserError, match=r"1 tensors missing \(extra\); 1 tensors unexpected \(model.norm.weight\)"):
         check_names([*(set(names) - {"model.norm.weight"}), "extra"], tensors)
+
+
+def test_float64_is_refused_before_anything_runs_and_read_as_another_dtype(tmp_path):
+    stored = llama_tensors()
+    stored["model.norm.weight"] = stored["model.norm.weight"].astype(np.float64)
+    path = str(write_folder(tmp_path / "model", stored))
+    with pytest.raises(UserError, match=r"1 tensors .* float64 \(model.norm.weight\).* --dtype float32"):
+        check_dtypes(stored, open_model(path).tensors)
+    check_dtypes(stored, open_model(path, "float32").tensors)
 
 
 def test_a_stored_copy_of_a_tied_head_is_not_unexpected(tmp_path):

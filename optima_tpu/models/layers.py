@@ -49,17 +49,25 @@ class RMSNorm(nnx.Module):
         return self.weight[...].astype(x.dtype) * normed.astype(x.dtype)
 
 
-class ShiftedRMSNorm(nnx.Module):
-    """``x / rms(x) * (1 + w)`` in float32, rounded once: the norm of the Gemma family."""
+class WideRMSNorm(nnx.Module):
+    """``x / rms(x) * (shift + w)`` in float32, rounded once: the norm of OLMo 2."""
+
+    shift = 0.0
 
     def __init__(self, d: int, *, eps: float):
-        self.weight = nnx.Param(jnp.zeros((d,)))
+        self.weight = nnx.Param(jnp.full((d,), 1 - self.shift))
         self.eps = eps
 
     def __call__(self, x: Array) -> Array:
         wide = x.astype(jnp.float32)
         normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
-        return (normed * (1 + self.weight[...].astype(jnp.float32))).astype(x.dtype)
+        return (normed * (self.shift + self.weight[...].astype(jnp.float32))).astype(x.dtype)
+
+
+class ShiftedRMSNorm(WideRMSNorm):
+    """The same with a shift of 1: the norm of the Gemma family."""
+
+    shift = 1.0
 
 
 class LayerNorm(nnx.Module):

@@ -106,12 +106,13 @@ class CG:
             residual = jnp.where(free, pull - image, 0.0)
             value, decrement, length = features.sums(
                 change * (image - 2 * pull), _square(features.product(residual, shared.root)), _square(change))
-            noise = shared.noise * jnp.sqrt(length)
-            bound = jnp.where(choices > 0, shared.looseness * (jnp.sqrt(decrement) + noise) ** 2, 0.0)
+            distance = jnp.sqrt(decrement) + shared.noise * jnp.sqrt(length)
+            bound = jnp.where((choices > 0) & (distance != 0), shared.looseness * distance**2, 0.0)
             # With a target of its own, f is a difference of large numbers: only what rounding cannot fake counts.
             optimum = value + offset - bound - rounding * (jnp.abs(value) + offset)
-            gap = jnp.where(bound > 0, bound / jnp.maximum(optimum, jnp.maximum(resolution, _TINY)), 0.0)
-            return residual, value, gap
+            gap = jnp.where(bound == 0, 0.0, bound / jnp.maximum(optimum, jnp.maximum(resolution, _TINY)))
+            # Where float32 found no factor of A, or the weights are broken, nothing is certified.
+            return residual, value, jnp.where(jnp.isfinite(value) & ~jnp.isnan(gap), gap, jnp.inf)
 
         def step(_, carry):
             change, residual, direction, active = carry
@@ -147,7 +148,6 @@ class CG:
                 steps=state.steps + self.cycle * state.active)
 
         residual, value, gap = measure(start)
-        gap = jnp.where(jnp.isfinite(value), gap, jnp.inf)
         state = _State(count=0, best=start, value=value, gap=gap, residual=residual, direction=precondition(residual),
                        active=jnp.isfinite(value) & (gap > self.tolerance), steps=jnp.zeros(value.shape, jnp.int32))
         limit = -(-self.max_steps // self.cycle)

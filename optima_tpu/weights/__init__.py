@@ -7,10 +7,10 @@ from optima_tpu.errors import UserError
 from optima_tpu.weights import hub
 from optima_tpu.weights.folder import open_folder
 from optima_tpu.weights.gguf_file import open_gguf
-from optima_tpu.weights.source import Pretrained, TensorSource, check_names, parse_dtype
+from optima_tpu.weights.source import Pretrained, TensorSource, check_dtypes, check_names, parse_dtype
 from optima_tpu.weights.tokenizer import load_tokenizer
 
-__all__ = ["Pretrained", "TensorSource", "check_names", "load_tokenizer", "open_model"]
+__all__ = ["Pretrained", "TensorSource", "check_dtypes", "check_names", "load_tokenizer", "open_model"]
 
 
 def open_model(spec: str, dtype: str | None = None) -> Pretrained:

@@ -170,6 +170,18 @@ def check_names(expected: Iterable[str], source: TensorSource, ignored: Mapping[
         raise UserError(f"the weights don't match the model that config.json describes: {'; '.join(report)}")
 
 
+def check_dtypes(expected: Iterable[str], source: TensorSource) -> None:
+    """Refuses what JAX would make another dtype of: the pruned tensors could not be put back into such a checkpoint.
+
+    Raises:
+      UserError: a tensor that the model wants would be read as float64.
+    """
+    wide = [name for name in expected if source.dtype(name) == np.float64]
+    if wide:
+        raise UserError(f"{len(wide)} tensors are stored as float64 ({_some(wide)}), in which nothing is computed here; take "
+                        "--dtype float32")
+
+
 def _some(names: Iterable[str], count: int = 4) -> str:
     names = sorted(names)
     return ", ".join(names[:count]) + (", ..." if len(names) > count else "")
