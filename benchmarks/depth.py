@@ -15,7 +15,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-SETTINGS = ["--mesh", "4x2", "--cpu-devices", "8", "--export", "false", "--calibration.source", "random",
+SETTINGS = ["--preset", "fast", "--mesh", "4x2", "--cpu-devices", "8", "--export", "false", "--calibration.source", "random",
             "--calibration.samples", "16", "--calibration.length", "256",
             "--evaluation.source", "random", "--evaluation.windows", "8"]
 

@@ -30,6 +30,9 @@ BESIDE = {"cg": CG(), "cg-undamped": CG(damping=0.0), "exact": Exact(damping=0.0
 def main(argv: list[str]) -> None:
     beside = argv.pop(argv.index("--beside") + 1).split(",") if "--beside" in argv else []
     blocks, config = int(argv[0]), parse([argument for argument in argv[1:] if argument != "--beside"])
+    if config.target.matrices > 1:
+        sys.exit("expected a recipe that aims at a layer's own outputs, whose errors are compared here: name a method, such as "
+                 "--preset fast")
     model = open_model_on_mesh(config)
     decoder, samples = model.decoder, config.calibration.samples
     recipe = recipe_of(config)

@@ -156,6 +156,18 @@ def _leaves(trees: Mapping[Path, Mapping[str, Any]], group: str) -> dict[str, An
     return {name: leaf for tree in trees.values() for name, leaf in (tree.get(group) or {}).items()}
 
 
+def checkpointed_blocks(directory: Path) -> list[dict[str, Any]] | None:
+    """The report of every block of RUN/checkpoint; None where it is not there: its own blocks are all that it needs.
+
+    In a bucket those in the journal are parts of it, and a checkpoint without one of them is none.
+    """
+    path = directory / CHECKPOINT
+    if not complete(path):
+        return None
+    parts = read_metadata(path).custom_metadata.get(_PARTS, ())
+    return _read(path)[0]["blocks"] if all(complete(directory / part) for part in parts) else None
+
+
 class CheckpointTensors:
     """The tensors of a finished run as a ``TensorSource``, read from RUN/checkpoint and its parts, to the host, when asked for.
 
@@ -170,6 +182,10 @@ class CheckpointTensors:
         path = as_path(directory).absolute() / CHECKPOINT
         if not complete(path):
             read_run(directory)
+            if (path.parent / "report.json").exists():
+                raise UserError(f"expected a run with its pruned model, got {directory}, which holds the report alone: a sweep "
+                                "removes the models of its finished cells; repeat it with --keep-checkpoints, which makes them "
+                                "again, or of a lost model the run's own command")
             raise UserError(f"expected a finished run, got {directory}, which has no checkpoint yet; repeat its "
                             "command to finish it")
         self.run, self._trees = _read(path)

@@ -28,7 +28,7 @@ from optima_tpu.buckets import as_path
 from optima_tpu.card import HUB_ID, model_card
 from optima_tpu.checkpoint import CheckpointTensors, quiet_orbax
 from optima_tpu.errors import UserError
-from optima_tpu.files import PARTIAL, begin, commit, complete, remove, split_by_size, writing, written_here
+from optima_tpu.files import PARTIAL, begin, commit, complete, files_in, read_json, remove, split_by_size, writing, written_here
 from optima_tpu.layer_rules import parse_layers, pattern_of
 from optima_tpu.manifest import read_assets, read_run
 from optima_tpu.patterns import NM, Pattern, Unstructured, parse_pattern
@@ -53,6 +53,8 @@ def export(run_directory: str | Path, out: str | Path, max_shard_size: int | str
     source = CheckpointTensors(run_directory)
     patterns = _patterns(source)
     with writing(out, "nothing was left there; make room or choose another folder, and repeat the command"):
+        if _manifest_of(out) == source.run["manifest"] and not is_export_of(run_directory, out):
+            remove(out)  # the export of this very run, of which something was lost
         if complete(out) and any(out.iterdir()):
             raise UserError(f"expected a new or empty folder to export to, got {out}, which is not empty; choose "
                             "another folder")
@@ -66,10 +68,10 @@ def export(run_directory: str | Path, out: str | Path, max_shard_size: int | str
             zeros = _write_shards(source, patterns, partial, max_shard_size)
             _write_masks(source, partial / MASKS)
             sidecar = _sidecar(source, zeros)
-            (partial / SIDECAR).write_text(json.dumps(sidecar, indent=2, allow_nan=False))
-            path = as_path(run_directory) / "report.json"
-            report = json.loads(path.read_text()) if path.exists() else {}
+            report = read_json(as_path(run_directory) / "report.json") or {}
             (partial / "README.md").write_text(model_card(out.name, sidecar, assets, report), encoding="utf-8")
+            sidecar["files"] = sorted(str(path.relative_to(partial)) for path in files_in(partial))
+            (partial / SIDECAR).write_text(json.dumps(sidecar, indent=2, allow_nan=False))
             commit(partial, out)
         except BaseException:
             for left in (partial, out.with_name(out.name + PARTIAL)):  # one path, but in a bucket
@@ -78,11 +80,19 @@ def export(run_directory: str | Path, out: str | Path, max_shard_size: int | str
 
 
 def is_export_of(run_directory: str | Path, out: str | Path) -> bool:
-    """Whether ``out`` already holds the export of this run, so that a repeated command need not write it again."""
-    path = as_path(out) / SIDECAR
-    if not (complete(path.parent) and path.exists()):
+    """Whether ``out`` already holds the export of this run, so that a repeated command need not write it again.
+
+    That every file is there is looked at, not what is in it.
+    """
+    out = as_path(out)
+    if not complete(out) or _manifest_of(out) != read_run(run_directory)["manifest"]:
         return False
-    return json.loads(path.read_text())["manifest"] == read_run(run_directory)["manifest"]
+    return all((out / name).exists() for name in read_json(out / SIDECAR)["files"])
+
+
+def _manifest_of(out: Path) -> dict[str, Any] | None:
+    """That of the run whose export a folder holds; None of any other folder."""
+    return (read_json(out / SIDECAR) or {}).get("manifest")
 
 
 def read_masks(path: str | Path) -> dict[str, np.ndarray]:

@@ -7,6 +7,7 @@ That object has the name that the unfinished folder has on a file system.
 
 import contextlib
 import hashlib
+import json
 import math
 import os
 import re
@@ -16,6 +17,7 @@ import tempfile
 import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import filelock
 from huggingface_hub import StateDictSplit, split_state_dict_into_shards_factory
@@ -204,6 +206,14 @@ def write_bytes(path: Path, data: bytes) -> None:
     partial = staged(path)
     partial.write_bytes(data)
     commit(partial, path)
+
+
+def read_json(path: Path) -> Any | None:
+    """What a small record holds; None where it is not there, or damaged: then it is made again like one that never was."""
+    try:
+        return json.loads(path.read_bytes())
+    except (FileNotFoundError, ValueError):
+        return None
 
 
 def files_in(folder: Path) -> Iterator[Path]:

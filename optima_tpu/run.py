@@ -15,12 +15,12 @@ from rich.console import Console
 from optima_tpu.activations import Activations
 from optima_tpu.allocation import Uniform
 from optima_tpu.calibrate import linear_groups
-from optima_tpu.checkpoint import CHECKPOINT, CheckpointTensors, write_checkpoint
+from optima_tpu.checkpoint import CHECKPOINT, CheckpointTensors, checkpointed_blocks, write_checkpoint
 from optima_tpu.config import RunConfig, to_dict
 from optima_tpu.data import Tokens
 from optima_tpu.evaluate.perplexity import perplexity
 from optima_tpu.export import export, is_export_of
-from optima_tpu.files import complete, only_program, refuse_unreachable, write_bytes
+from optima_tpu.files import complete, only_program, read_json, refuse_unreachable, write_bytes
 from optima_tpu.finished import FinishedTensors
 from optima_tpu.greeting import greet
 from optima_tpu.importance import Allocated, allocated, allocation_steps, kept
@@ -91,11 +91,14 @@ def run(config: RunConfig, console: Console | None = None, model: Model | None =
         masks = open_masks(config.selector.path).read if isinstance(config.selector, Imported) else None
         if allocation := _allocation(config, decoder, calibration, recipe, budget, journal.directory, progress):
             recipe = dataclasses.replace(recipe, layers=allocation.rules(decoder, recipe.pattern) + recipe.layers)
-        prune_model(decoder, calibration.ids, recipe, journal, progress, config.calibration.samples, masks, budget,
-                    steps.follow)
-        progress.stage("writing the checkpoint", 1)
-        write_checkpoint(journal, pretrained.tensors, decoder.mesh, allocation and allocation.sparsity)
-        progress.advance()
+        blocks = from_first(lambda: checkpointed_blocks(directory))
+        if blocks is None:
+            prune_model(decoder, calibration.ids, recipe, journal, progress, config.calibration.samples, masks, budget,
+                        steps.follow)
+            progress.stage("writing the checkpoint", 1)
+            write_checkpoint(journal, pretrained.tensors, decoder.mesh, allocation and allocation.sparsity)
+            progress.advance()
+            blocks = from_first(lambda: checkpointed_blocks(directory))
         pruned = _measure("pruned perplexity", dataclasses.replace(decoder, tensors=CheckpointTensors(journal.directory)),
                           evaluation, progress)
         write(sinks, decoder.config.blocks, {"perplexity/dense": dense, "perplexity/pruned": pruned})
@@ -103,8 +106,6 @@ def run(config: RunConfig, console: Console | None = None, model: Model | None =
         files = {"report": str(journal.directory / "report.json"), "checkpoint": str(journal.directory / "checkpoint")}
         if config.export:
             files["transformers"] = str(folder)
-
-        blocks = from_first(lambda: [BlockReport.from_json(journal.report(i)) for i in range(decoder.config.blocks)])
 
         def record() -> dict[str, Any]:
             memory = memory_peaks()  # of all processes, where only the first one writes
@@ -117,7 +118,7 @@ def run(config: RunConfig, console: Console | None = None, model: Model | None =
                 evaluation={"how": evaluation.how, "tokens": int(evaluation.ids.size), "digest": token_digest(evaluation.ids)},
                 perplexity={"dense": dense, "pruned": pruned}, allocation=allocation and allocation.to_json(),
                 weighed=_weighed(config, decoder),
-                blocks=blocks, seconds=progress.seconds, memory=memory, files=files))
+                blocks=list(map(BlockReport.from_json, blocks)), seconds=progress.seconds, memory=memory, files=files))
 
         report = record()
         if config.export and not from_first(lambda: is_export_of(journal.directory, folder)):
@@ -212,10 +213,9 @@ def _fitted(decoder: Decoder, recipe: Recipe, budget: float) -> str:
 def _finished_report(config: RunConfig, directory: Path, manifest: dict[str, Any], evaluation: Tokens
                      ) -> dict[str, Any] | None:
     """report.json of a run that has nothing left to do, None of any other."""
-    path = directory / "report.json"
-    if not path.exists() or (config.export and not is_export_of(directory, directory / "hf")):
+    report = read_json(directory / "report.json")
+    if report is None or (config.export and not is_export_of(directory, directory / "hf")):
         return None
-    report = json.loads(path.read_bytes())
     same = report["manifest"] == manifest and report["evaluation"]["digest"] == token_digest(evaluation.ids)
     # A sweep keeps the reports of finished cells, without their models.
     whole = "checkpoint" not in report["files"] or complete(directory / CHECKPOINT)
@@ -247,8 +247,7 @@ def _measure(name: str, decoder: Decoder, tokens: Tokens, progress: Progress) ->
 def _dense_perplexity(decoder: Decoder, tokens: Tokens, directory: Path, progress: Progress) -> float:
     """Measured once a run: a resumed one finds it in the run directory."""
     def known() -> float | None:
-        path = directory / "dense.json"
-        record = json.loads(path.read_bytes()) if path.exists() else {}
+        record = read_json(directory / "dense.json") or {}
         return record.get("perplexity") if record.get("tokens") == token_digest(tokens.ids) else None
 
     value = from_first(known)

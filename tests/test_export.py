@@ -159,6 +159,16 @@ def test_what_exists_is_not_overwritten(run, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def test_an_export_of_the_same_run_that_lost_a_file_is_made_again(run, tmp_path):
+    export(run, tmp_path / "out")
+    with pytest.raises(UserError, match="not empty"):
+        export(run, tmp_path / "out")
+    (tmp_path / "out" / "model.safetensors").unlink()
+    assert not is_export_of(run, tmp_path / "out")
+    export(run, tmp_path / "out")
+    assert is_export_of(run, tmp_path / "out")
+
+
 def test_a_full_disk_leaves_nothing(run, tmp_path, monkeypatch):
     def full(*arguments, **keywords):
         raise OSError(28, "No space left on device")

@@ -1,5 +1,6 @@
 """A run that was stopped goes on to the same bits with the same command, and to nothing else with another one."""
 
+import json
 import os
 import shutil
 import signal
@@ -12,6 +13,7 @@ import pytest
 
 from optima_tpu.checkpoint import CheckpointTensors
 from optima_tpu.export import read_masks
+from optima_tpu.files import remove
 from optima_tpu.journal import Journal, finished_blocks
 from optima_tpu.launch import main
 from tests.helpers import folder_tensors, snapshot
@@ -109,6 +111,34 @@ def test_a_finished_run_may_be_moved_and_a_lost_checkpoint_is_written_again(fini
         assert str(finished.directory) not in printed
         assert all(str(moved / file) in printed for file in ("report.json", "checkpoint", "hf"))
         assert_same_weights(moved, finished.directory)
+
+
+@pytest.mark.parametrize("lost", [["hf/model.safetensors"], ["hf/README.md", "hf/pruning_masks.npz"],
+                                  ["journal", "activations", "hf", "report.json"]], ids=" ".join)
+def test_what_a_finished_run_lost_is_made_again_and_nothing_else(finished, tmp_path, monkeypatch, lost):
+    run = tmp_path / "run"
+    shutil.copytree(finished.directory, run)
+    for name in lost:
+        remove(run / name)
+    monkeypatch.setattr(Journal, "save", None)  # no block is pruned again
+    assert main([*finished.arguments, "--output", str(run)]) == 0
+    assert_same_weights(run, finished.directory)
+    names = [path.relative_to(finished.directory / "hf") for path in (finished.directory / "hf").rglob("*")]
+    assert all((run / "hf" / name).exists() for name in names)
+    assert len(json.loads((run / "report.json").read_text())["blocks"]) == 3
+
+
+@pytest.mark.parametrize("record", ["report.json", "dense.json", "hf/optima_tpu.json"])
+def test_a_damaged_record_is_no_traceback(finished, tmp_path, capsys, record):
+    run = tmp_path / "run"
+    shutil.copytree(finished.directory, run)
+    (run / record).write_text('{"manifest')
+    if record == "dense.json":  # which only a run without a report looks for
+        (run / "report.json").unlink()
+    status = main([*finished.arguments, "--output", str(run)])
+    # A folder that no longer says whose export it is may be anyone's.
+    assert status == (2 if record.startswith("hf") else 0)
+    assert status == 0 or "hf, which is not empty" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("change", "said"), [

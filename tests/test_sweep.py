@@ -216,6 +216,34 @@ def test_kept_checkpoints_stay(sweep, stand_in, tmp_path):
     assert {path.name for path in cell.iterdir()} == {"report.json", "run.json", "journal", "checkpoint", "assets"}
 
 
+def test_models_that_were_removed_are_made_again_where_they_are_to_be_kept(sweep, stand_in, tmp_path, capsys):
+    one = {"updates": {"cg": {}}, "masks": {"wanda": {}}}
+    assert sweep(**one) == 0
+    assert sweep("--keep-checkpoints", **one) == 0
+    assert "was removed by an earlier sweep, it is made again" in capsys.readouterr().out
+    assert len(stand_in.ran) == 2 and (tmp_path / "out" / "cells" / stand_in.ran[0] / "checkpoint").exists()
+    assert sweep("--keep-checkpoints", **one) == 0
+    assert len(stand_in.ran) == 2
+
+
+def test_what_does_not_fit_the_model_is_said_before_the_first_cell_runs(sweep, stand_in, monkeypatch, capsys):
+    def manifest_of(config, model, texts):
+        if config.solver is None:
+            raise UserError("the rule fits no layer")
+        return stand_in.manifest_of(config, model, texts)
+
+    monkeypatch.setattr(runner, "manifest_of", manifest_of)
+    assert sweep(updates={"cg": {}, "none": {"solver": None}}, masks={"wanda": {}}) == 2
+    assert "the rule fits no layer" in capsys.readouterr().err and not stand_in.ran
+
+
+def test_a_cell_whose_report_is_damaged_is_run_again(sweep, stand_in, tmp_path):
+    one = {"updates": {"cg": {}}, "masks": {"wanda": {}}}
+    assert sweep(**one) == 0
+    (tmp_path / "out" / "cells" / stand_in.ran[0] / "report.json").write_text('{"manifest')
+    assert sweep(**one) == 0 and len(stand_in.ran) == 2
+
+
 def test_only_the_cells_that_were_asked_for_run(sweep, stand_in, tmp_path):
     assert sweep("--only", "magnitude + none") == 0
     assert stand_in.ran == ["magnitude_none_50_4-samples_seed-0"]

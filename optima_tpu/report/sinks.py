@@ -6,6 +6,7 @@ blocks that the journal holds first, so that a run that was stopped has every bl
 
 import contextlib
 import hashlib
+import json
 import math
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -16,6 +17,7 @@ from typing import Any, Protocol
 from optima_tpu.config import Sinks
 from optima_tpu.errors import UserError
 from optima_tpu.journal import Journal
+from optima_tpu.manifest import read_run
 from optima_tpu.processes import is_first, together
 from optima_tpu.report.records import BlockReport
 
@@ -63,9 +65,10 @@ class WeightsAndBiases:
         if folder.exists():  # of an earlier start; all of its steps come again
             shutil.rmtree(folder)
         folder.mkdir(parents=True)
-        place = str(directory.resolve())
+        # The place alone would be that of any run that was there before.
+        which = f"{directory.resolve()}\n{json.dumps(read_run(directory)['manifest'], sort_keys=True)}"
         try:
-            self._run = wandb.init(project=project, name=directory.name, id=hashlib.sha256(place.encode()).hexdigest()[:16],
+            self._run = wandb.init(project=project, name=directory.name, id=hashlib.sha256(which.encode()).hexdigest()[:16],
                                    dir=str(directory), config=dict(configuration), resume="allow",
                                    settings=wandb.Settings(console="off", silent=True))
         except wandb.Error as error:

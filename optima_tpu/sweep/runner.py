@@ -11,7 +11,7 @@ from rich.console import Console
 from optima_tpu.config import RunConfig
 from optima_tpu.errors import UserError
 from optima_tpu.export import is_export_of
-from optima_tpu.files import write_bytes, writing
+from optima_tpu.files import read_json, write_bytes, writing
 from optima_tpu.inputs import Model, Texts, manifest_of, open_model_on_mesh, read_texts, token_digest
 from optima_tpu.manifest import ASSETS, RUN, refuse_another
 from optima_tpu.report.progress import say
@@ -67,7 +67,8 @@ class Sweep:
       chosen: the cells that will be run; the others appear in the tables with what is known of them.
 
     Raises:
-      UserError: a model or a text cannot be read, or a cell's directory holds a run with other settings or other code.
+      UserError: a model or a text cannot be read, a pattern, rule or mask does not fit the model, or a cell's directory holds
+        a run with other settings or other code.
     """
 
     def __init__(self, grid: Grid, chosen: Collection[Cell]):
@@ -79,7 +80,7 @@ class Sweep:
         for cell in grid.cells:
             started = (cell.directory / RUN).exists()
             if started or cell in chosen:
-                self._shared.texts(cell.config)
+                manifest_of(cell.config, self._shared.model(cell.config), self._shared.texts(cell.config))
             if started and (report := _finished_report(cell, self._shared)):
                 self._know(cell, report)
 
@@ -116,9 +117,14 @@ class Sweep:
           UserError: the tables cannot be written. What is wrong with a single cell is kept in its result.
         """
         cells = self.grid.cells
-        for cell, report in self._reports.items():
+        for cell, report in list(self._reports.items()):
             if "checkpoint" not in report["files"]:
                 _remove_heavy(cell.directory)  # where that was interrupted
+                if keep_checkpoints and cell in self._chosen:
+                    say(console, f"{cell}: its pruned model was removed by an earlier sweep, it is made again")
+                    with writing(cell.directory, "remove the cell's folder by hand"):
+                        (cell.directory / "report.json").unlink()
+                    del self._reports[cell]
         for number, cell in enumerate(cells, 1):
             if cell not in self._chosen or cell in self._reports:
                 continue
@@ -151,12 +157,11 @@ def _finished_report(cell: Cell, shared: Shared) -> dict[str, Any] | None:
     Raises:
       UserError: the directory holds a run with other settings, other code, or measured on another text.
     """
-    directory, path = cell.directory, cell.directory / "report.json"
+    directory = cell.directory
     texts = shared.texts(cell.config)
     refuse_another(directory, manifest_of(cell.config, shared.model(cell.config), texts))
-    if not path.exists():
+    if (report := read_json(directory / "report.json")) is None:
         return None
-    report = json.loads(path.read_bytes())
     if report["evaluation"]["digest"] != token_digest(texts.evaluation.ids):
         raise UserError(f"{directory} was measured on another text ({report['evaluation']['how']} there, "
                         f"{texts.evaluation.how} here); choose another --output")
