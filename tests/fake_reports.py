@@ -28,15 +28,16 @@ def layers(seed: int, blocks: int = 3, **changes) -> list[LayerReport]:
 
 
 def write_run(directory: Path, config=EMBEDDED, reports: list[LayerReport] | None = None,
-              weighed: Sequence[str] = ()) -> Path:
-    """A run directory with nothing but its report, as ``optima_tpu.run`` writes it."""
+              weighed: Sequence[str] = (), pruning: float = 3.0) -> Path:
+    """A run directory with nothing but its report, as ``optima_tpu.run`` writes it: a second for each block."""
     reports = layers(0) if reports is None else reports
     directory.mkdir(parents=True)
     blocks = [BlockReport(index, 1.0, tuple(layer for layer in reports if layer.block == index))
               for index in dict.fromkeys(layer.block for layer in reports)]
     write_report(directory / "report.json", manifest={}, configuration=to_dict(config), environment={}, model={},
                  calibration={}, evaluation={"how": "the first 4 windows of pydoc"},
-                 perplexity={"dense": 2.0, "pruned": 3.0}, blocks=blocks, seconds={}, memory={}, files={}, weighed=weighed)
+                 perplexity={"dense": 2.0, "pruned": 3.0}, blocks=blocks, seconds={"pruning": pruning}, memory={}, files={},
+                 weighed=weighed)
     return directory
 
 

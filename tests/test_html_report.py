@@ -234,6 +234,16 @@ def test_runs_of_the_same_settings_are_told_apart_by_their_place(tmp_path, unplo
     assert "the same settings, code and devices" in page.words
 
 
+def test_the_time_of_a_run_that_went_on_counts_the_blocks_done_before(tmp_path, unplotted):
+    whole, resumed = write_run(tmp_path / "whole", pruning=70.0), write_run(tmp_path / "resumed", pruning=1.0)
+    page = drawn(resumed, to=tmp_path / "x.html")
+    assert "Timeat least 0:03on devices that were not recorded, with the parts before it was stopped" in page.words
+    assert "With the blocks done before, it took at least 0:03" in page.sections["cost"]
+    assert "was stopped" not in drawn(whole, to=tmp_path / "y.html").words
+    results = {row[0]: row[1:] for row in drawn(whole, resumed, to=tmp_path / "z.html").tables["Results"]}
+    assert results["time"] == ["1:10", "at least 0:03"]
+
+
 def test_what_is_missing_is_said_to_be_missing(tmp_path, unplotted):
     reports = layers(0, held_out_before=None, held_out_after=None, error_after=math.inf, rows_converged=1, dead_inputs=2)
     page = drawn(write_run(tmp_path / "run", reports=reports), to=tmp_path / "x.html")

@@ -26,10 +26,9 @@ def cost(runs: Sequence[Run]) -> Section:
     peaks = [[name, *(_gib(run, key) for run in runs)] for name, key in (("host", "host_peak"), ("one device", "device_peak"))]
     text = []
     for run in runs:
-        blocks, walk = sum(block.seconds for block in run.blocks), run.report["seconds"].get("pruning", 0.0)
-        if blocks > 1.05 * walk:
+        if run.earlier:
             text.append(f"{run.label if several else 'This run'} was stopped and went on: the stages below are those of its last "
-                        f"part; its blocks took {duration(blocks)} in all.")
+                        f"part. With the blocks done before, it took {run.time}; what else was done before was not recorded.")
     panel = plots.Panel("Seconds for a block", [
         plots.Line(run.label if several else "seconds", [block.index for block in run.blocks],
                    [block.seconds for block in run.blocks], index) for index, run in enumerate(runs)], _seconds)

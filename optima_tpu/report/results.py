@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from optima_tpu.report import plots
-from optima_tpu.report.numbers import duration, number, percent, plural
+from optima_tpu.report.numbers import number, percent, plural
 from optima_tpu.report.runs import Run, differences
 from optima_tpu.report.summary import fitted_errors, held_out_errors, unusual
 from optima_tpu.report.view import NONE, Key, Section, Table, Tile, commands, figure, without_folders
@@ -29,7 +29,7 @@ def tiles(run: Run) -> list[Tile]:
     shown += [Tile("Layer error", f"{percent(before)} → {percent(after)}" if run.solver else percent(after),
                    f"{'before → after the update, ' if run.solver else ''}mean of {len(run.layers):,} matrices, on {text}"),
               Tile("Sparsity", percent(report["sparsity"]), f"{report['pruned']:,} of {report['weights']:,} weights in them"),
-              Tile("Time", duration(sum(report["seconds"].values())), f"on {devices(run)}")]
+              Tile("Time", run.time, f"on {devices(run)}" + (", with the parts before it was stopped" if run.earlier else ""))]
     if peak := (report.get("memory") or {}).get("host_peak"):
         shown.append(Tile("Memory", f"{number(peak / 2**30)} GiB", "of the host, at the peak"))
     count = unusual_count(run)
@@ -153,7 +153,7 @@ def _headlines(runs: Sequence[Run]) -> dict[str, list[str]]:
             "on held-out text after": NONE if held_after is None or not run.solver else percent(held_after),
             "sparsity": percent(report["sparsity"]), "matrices": f"{len(run.layers):,}",
             "layers with anything unusual": f"{unusual_count(run):,}",
-            "time": duration(sum(report["seconds"].values())),
+            "time": run.time,
             "host memory, peak": f"{number(memory['host_peak'] / 2**30)} GiB" if memory.get("host_peak") else NONE}
         for name, value in values.items():
             rows.setdefault(name, [NONE] * len(runs))[runs.index(run)] = value

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from optima_tpu.buckets import as_path
 from optima_tpu.errors import UserError
 from optima_tpu.manifest import RUN, flat
+from optima_tpu.report.numbers import duration
 from optima_tpu.report.records import BlockReport, LayerReport
 from optima_tpu.report.summary import all_layers
 
@@ -48,6 +49,17 @@ class Run(NamedTuple):
         """Its name; None where the weights are the selector's own."""
         solver = self.report["configuration"]["solver"]
         return solver and solver["name"]
+
+    @property
+    def earlier(self) -> float:
+        """Seconds, at least, of the blocks that were done before the run was stopped and went on; 0 where it never was."""
+        return max(0.0, sum(block.seconds for block in self.blocks) - self.report["seconds"].get("pruning", 0.0))
+
+    @property
+    def time(self) -> str:
+        """Of its stages and the blocks done earlier, in words. What else earlier parts did was not recorded: it took more."""
+        told = duration(sum(self.report["seconds"].values()) + self.earlier)
+        return f"at least {told}" if self.earlier else told
 
 
 def read_runs(places: Sequence[str | Path]) -> tuple[str, list[Run]]:
