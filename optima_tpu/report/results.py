@@ -7,6 +7,7 @@ from typing import Any
 from optima_tpu.report import plots
 from optima_tpu.report.numbers import number, percent, plural
 from optima_tpu.report.runs import Run, differences
+from optima_tpu.report.scores import how_asked, scores
 from optima_tpu.report.summary import fitted_errors, held_out_errors, unusual
 from optima_tpu.report.view import NONE, Key, Section, Table, Tile, commands, figure, without_folders
 
@@ -22,7 +23,7 @@ def tiles(run: Run) -> list[Tile]:
     for text, found in _part(run, "distance").items():
         shown.append(Tile("Divergence from dense", number(found["kl"]), f"nats per token, on {text}"))
     if run.evaluation and run.evaluation.get("average") is not None:
-        shown.append(Tile("Six tasks", percent(run.evaluation["average"]), "mean accuracy, zero-shot"))
+        shown.append(Tile("Six tasks", percent(run.evaluation["average"]), f"mean accuracy, {how_asked(run.evaluation)}"))
     before, after, held_before, held_after = mean_errors(run)
     text = "the calibration text, none was held out" if held_after is None else "held-out text"
     before, after = (before, after) if held_after is None else (held_before, held_after)
@@ -69,9 +70,12 @@ def outcome(runs: Sequence[Run]) -> Section:
                     names=len(first))]
     tasks = [row for run in runs for row in _tasks(run, [run.label] if several else [])]
     if tasks:
-        head = ["run", "task"] if several else ["task"]
-        tables.append(Table("Zero-shot tasks, accuracy ± one standard error", [
-            *head, "documents", "dense", "pruned", "dense, normalised", "pruned, normalised"], tasks, names=len(head)))
+        head = ["run", "task", "metric"] if several else ["task", "metric"]
+        asked = {run.label: how_asked(run.evaluation) for run in runs if _part(run, "tasks")}
+        alike = set(asked.values()) if len(set(asked.values())) == 1 else ()
+        tables.append(Table(", ".join(["Tasks", *alike, "± one standard error"]), [
+            *head, "documents", "dense", "pruned"], tasks, names=len(head),
+            note="" if alike else " ".join(f"{label}: {how}." for label, how in asked.items())))
     missing = [run for run in runs if not run.evaluation]
     who = "This run was" if not several else "These runs were" if missing == list(runs) else f"{len(missing)} of these runs were"
     text = [commands(f"{who} not evaluated on tasks and other texts: `python -m optima_tpu.evaluate RUN --against MODEL` does "
@@ -146,7 +150,7 @@ def _headlines(runs: Sequence[Run]) -> dict[str, list[str]]:
         for text, found in _part(run, "distance").items():
             values |= {f"divergence on {text}, nats": number(found["kl"]), f"same token on {text}": percent(found["agreement"])}
         if run.evaluation and run.evaluation.get("average") is not None:
-            values["mean accuracy of six tasks"] = percent(run.evaluation["average"])
+            values[f"mean accuracy of six tasks, {how_asked(run.evaluation)}"] = percent(run.evaluation["average"])
         values |= {
             "layer error before the update": percent(before), "layer error after": percent(after) if run.solver else NONE,
             "on held-out text before": NONE if held_before is None else percent(held_before),
@@ -161,16 +165,15 @@ def _headlines(runs: Sequence[Run]) -> dict[str, list[str]]:
 
 
 def _tasks(run: Run, label: list[str]) -> list[list[str]]:
-    def measured(found: Mapping[str, Any] | None, key: str) -> str:
-        if not found or found.get(key) is None:
+    def told(metric: str, value: float | None, error: float | None) -> str:
+        if value is None:
             return NONE
-        return percent(found[key]) + _error(found.get(f"{key}_stderr"), 100)
+        return percent(value) + _error(error, 100) if metric.startswith("acc") else number(value, 4) + _error(error)
 
-    rows = [[*label, name, f"{found['documents']:,}", measured(found.get("against"), "acc"), measured(found, "acc"),
-             measured(found.get("against"), "acc_norm"), measured(found, "acc_norm")]
-            for name, found in _part(run, "tasks").items()]
+    rows = [[*label, score.task, score.metric, f"{score.documents:,}", told(score.metric, score.against, score.against_error),
+             told(score.metric, score.value, score.error)] for score in scores(_part(run, "tasks"))]
     if rows and run.evaluation.get("average") is not None:
-        rows.append([*label, "mean of the six", NONE, NONE, percent(run.evaluation["average"]), NONE, NONE])
+        rows.append([*label, "mean of the six", "acc", NONE, NONE, percent(run.evaluation["average"])])
     return rows
 
 
