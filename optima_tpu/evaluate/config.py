@@ -45,7 +45,8 @@ class EvaluateConfig:
       tasks: tasks of the harness, with commas between them; the paper's are mmlu, piqa, arc_easy, arc_challenge,
         winogrande and openbookqa.
       include_path: a folder with task files (YAML) of your own, which go over the harness's.
-      data: TASK=FOLDER with commas between; the task's data set is read from files SPLIT.jsonl in the folder.
+      data: TASK=FOLDER with commas between; the task's data set is read from files SPLIT.jsonl in the folder. Of a group,
+        tasks names the single tasks instead, and each has a folder.
       limit: documents of each task, the first ones; null takes all.
       fewshot: examples before each question; null takes what the task says, mostly 0.
       context: tokens that the model reads at once in a task; null takes as many as it can.

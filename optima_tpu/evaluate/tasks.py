@@ -92,6 +92,10 @@ def _local(manager: TaskManager, name: str, folder: Path) -> dict[str, Any]:
     files = {path.stem: path for path in sorted(folder.iterdir()) if path.suffix in _SUFFIXES}
     settings = manager.task_index[name].cfg or {}
     wanted = {key: settings[key] for key in _SPLITS if settings.get(key)}
+    if not wanted:
+        raise UserError(f"expected --data {name}=FOLDER of a task whose file names its splits, got a group of tasks or one that "
+                        "names none: give --tasks the group's single tasks, each with a --data NAME=FOLDER of its own "
+                        "(`lm-eval ls subtasks` lists them)")
     if not any(wanted.get(key) in files for key in ("test_split", "validation_split")):
         raise UserError(f"expected {' or '.join(f'{split}.jsonl' for split in wanted.values())} in {folder}, got "
                         f"{', '.join(path.name for path in files.values()) or 'no data files'}")
