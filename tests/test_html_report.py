@@ -23,6 +23,7 @@ from optima_tpu.report.page import write_page
 from optima_tpu.report.records import BlockReport
 from optima_tpu.report.runs import read_runs
 from optima_tpu.report.summary import by_kind
+from optima_tpu.report.view import without_folders
 from optima_tpu.solvers import MPAX
 from optima_tpu.target import DenseTarget
 from tests.fake_reports import layers, write_other_places, write_run
@@ -312,6 +313,17 @@ def test_a_text_from_a_file_is_told_once_and_without_its_folder(tmp_path, unplot
     (run / "evaluation.json").write_text(json.dumps(EVALUATION | {"distance": {"file:/a/x.txt": there, "file:/b/x.txt": there}}))
     page = drawn(run, to=tmp_path / "y.html")
     assert [row[0] for row in page.tables[caption][1:]] == ["file:/a/x.txt", "file:/b/x.txt"]
+
+
+@pytest.mark.parametrize(("text", "told"), [
+    ("the first 2 windows of file:/home/me/x.txt, a BOS token before each",
+     "the first 2 windows of file:x.txt, a BOS token before each"),
+    ("file:/home/me/my texts/of 2:4/x.jsonl?field=a/b", "file:x.jsonl?field=a/b"), ("npy:here/x y.npy", "npy:x y.npy"),
+    ("tfds:mine/plain:1.0.0@/home/me/my data/sets?split=a", "tfds:mine/plain:1.0.0@sets?split=a"),
+    *((text, text) for text in ("wanda + cg, 2:4, calibrated on file:x.txt, 16 x 512 tokens", "wikitext2",
+                                "the first 2 windows of hub:Salesforce/wikitext/wikitext-2-raw-v1@test[:9]"))])
+def test_folders_are_cut_from_paths_and_not_from_the_names_of_data_sets(text, told):
+    assert without_folders(text) == told
 
 
 def test_experts_are_one_kind_of_layer(tmp_path):

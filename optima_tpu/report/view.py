@@ -96,8 +96,12 @@ def commands(text: str) -> Markup:
 
 
 def without_folders(text: str) -> str:
-    """"40 windows of file:/home/me/x.txt" as "40 windows of file:x.txt"."""
-    return re.sub(r"\b(\w+):\S*/", r"\1:", text)
+    """"40 windows of file:/home/me/x.txt" as "40 windows of file:x.txt", for a text that names one source, before any other "/".
+
+    The names of data sets stay whole: "tfds:mine/plain@/home/me/data" is "tfds:mine/plain@data", and "hub:" has no folders.
+    """
+    # Folders may have spaces; what follows the source has no "/", but an option behind its "?" may.
+    return re.sub(r"\b(file:|npy:|tfds:[^@]*@)[^?]*/", r"\1", text)
 
 
 def figure(elements: Sequence[tuple[str, str]], **options) -> Plots:
