@@ -144,7 +144,7 @@ def prune_model(decoder: Decoder, tokens: np.ndarray, recipe: Recipe, journal: J
     """
     count = decoder.config.blocks
     for index, reason in journal.damaged.items():
-        progress.note(f"block {index + 1} was damaged since it was saved ({reason}): it is done again")
+        progress.note(f"block {index} was damaged since it was saved ({reason}): it is done again")
     progress.stage("pruning", count)
     missing = [index for index in range(count) if index not in journal.finished]
     if not missing:
@@ -175,7 +175,7 @@ def _states_before(decoder: Decoder, tokens: np.ndarray, index: int, journal: Jo
         return decoder.embed(tokens)
     if (saved := journal.activations(decoder.mesh, index - 1, len(tokens))) is not None:
         return saved
-    progress.note(f"the hidden states after block {index} are not there or damaged: they are computed again")
+    progress.note(f"the hidden states after block {index - 1} are not there or damaged: they are computed again")
     return _through(dataclasses.replace(decoder, tensors=FinishedTensors(journal)), index, decoder.embed(tokens))
 
 

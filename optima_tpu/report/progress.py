@@ -85,7 +85,7 @@ class Progress:
     def layer(self, report: LayerReport) -> None:
         """A layer of the block is finished."""
         self._layers.append(report)
-        self._bars.last_layer = f"block {report.block + 1} {report.name}: {_outcome([report])}"
+        self._bars.last_layer = f"block {report.block} {report.name}: {_outcome([report])}"
 
     def advance(self) -> None:
         """A step of the stage is finished: the block, in the walk."""
@@ -95,7 +95,7 @@ class Progress:
         if self._block is not None:
             parts = [_outcome(self._layers)] if self._layers else []
             parts += [f"{self._clock() - self._block_start:.1f} s", *([left] if left else [])]
-            self._say(f"block {self._block + 1} of {self._total}: {', '.join(parts)}")
+            self._say(f"block {self._block} ({self._block + 1} of {self._total}): {', '.join(parts)}")
             self._block = None
 
     def _left(self) -> str:
