@@ -190,7 +190,8 @@ def test_files_stand_in_for_the_data_set_of_a_task(finished, tasks, tmp_path):
 def refused(capfd, tmp_path, tasks):
     """Runs the command line; returns the line that it is refused with."""
     def run(*arguments, output=tmp_path / "out"):
-        assert main([*map(str, arguments), "--include-path", str(tasks), "--output", str(output)]) == 2
+        own = ["--include-path", str(tasks)] if "--tasks" in arguments else []
+        assert main([*map(str, arguments), *own, "--output", str(output)]) == 2
         said = capfd.readouterr().err
         assert said.startswith("error: ") and said.count("\n") == 1, said
         assert not list(output.glob("*"))
@@ -209,6 +210,15 @@ def refused(capfd, tmp_path, tasks):
     (["--tasks", "tiny_choice", "--data", "tiny_choice=/no"], "expected --data tiny_choice=FOLDER with a folder, got /no"),
     (["--tasks", "tiny_group", "--data", "tiny_group=/"], "give --tasks the group's single tasks, each with a --data"),
     (["--data", "tiny_choice=/tmp"], "expected --data for tasks that are run (none), got it for tiny_choice"),
+    (["--include-path", "/tmp"], "expected --include-path for tasks that are run (none), got /tmp: give --tasks too"),
+    (["--limit", "5"], "expected --limit for tasks that are run (none), got 5"),
+    (["--fewshot", "0"], "expected --fewshot for tasks that are run (none), got 0"),
+    (["--context", "64"], "expected --context for tasks that are run (none), got 64"),
+    (["--tasks", "tiny_choice", "--length", "64"], "expected --length for texts that perplexity is measured on (none), got 64"),
+    (["--tasks", "tiny_choice", "--windows", "2"], "expected --windows for texts that perplexity is measured on (none), got 2"),
+    (["--tasks", "tiny_choice", "--bos", "text"], "expected --bos for texts that perplexity is measured on (none), got text"),
+    (["--per-block", "true"], "expected --per-block for a distance that is measured (none), got True: give --against"),
+    (["--tasks", "tiny_choice", "--against", "x", "--per-block", "true"], "expected --per-block for a distance that is measured"),
     (["--perplexity", "random", "--length", "129"], "expected --length of at most 128, the model's context, got 129"),
     (["--perplexity", "file:/nowhere.txt", "--length", "64"], "expected a text file, but /nowhere.txt does not exist"),
     (["--perplexity", "wikitext3"], "expected a text source (pydoc, c4, wikitext2, random, self, file:PATH"),
@@ -292,7 +302,8 @@ def test_the_settings_are_one_dataclass():
     assert config == EvaluateConfig("runs/a", tasks="piqa, arc_easy", cpu_devices=8, data="piqa=data/piqa")
     assert config.task_names == ("piqa", "arc_easy") and config.texts == ()
     assert str(config.folders["piqa"]) == "data/piqa"
-    assert EvaluateConfig("runs/a").texts == ("wikitext2",)
+    assert EvaluateConfig("runs/a", length=64, bos="text", against="x", per_block=True).texts == ("wikitext2",)
+    assert EvaluateConfig("runs/a", tasks="piqa", perplexity="c4", limit=2, fewshot=0, windows=1).texts == ("c4",)
 
 
 def test_the_paper_average_is_over_its_six_tasks():

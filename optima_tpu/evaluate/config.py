@@ -95,6 +95,15 @@ class EvaluateConfig:
         if unused := sorted(set(self.folders) - set(self.task_names)):
             raise UserError(f"expected --data for tasks that are run ({', '.join(self.task_names) or 'none'}), got it for "
                             f"{', '.join(unused)}")
+        for names, used, what, remedy in (
+                (("include_path", "limit", "fewshot", "context"), self.task_names, "tasks that are run", "--tasks"),
+                (("length", "windows", "bos"), self.texts, "texts that perplexity is measured on", "--perplexity"),
+                (("per_block",), self.against and self.texts, "a distance that is measured",
+                 "--perplexity" if self.against else "--against")):
+            for name in names:
+                if not used and (value := getattr(self, name)) != getattr(type(self), name):
+                    raise UserError(f"expected --{name.replace('_', '-')} for {what} (none), got {value}: give {remedy} too, or "
+                                    "leave it out")
 
     @property
     def task_names(self) -> tuple[str, ...]:
