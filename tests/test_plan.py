@@ -102,6 +102,12 @@ def test_what_does_not_fit_is_said_with_numbers(tmp_path):
     said = "\n".join(summary(plan))
     assert "does not fit down [36, 60]" in said and "--batch 1 and more devices" in said
 
+    text = dataclasses.replace(config.calibration, source="self")
+    whole = make_plan(dataclasses.replace(config, calibration=text, device_memory=1e-5),
+                      open_declared(config.model, None, config.batch).on(small.mesh), small._replace(chip=CHIPS["v5e"]))
+    assert "to write its own calibration text" in whole.refused and not whole.to_json()["fits"]
+    assert any("writes its calibration text" in words for words in whole.assumptions)
+
     def refuse():
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO "
                                          "temporaries (37.29G) exceeds available HBM (15.75G).")

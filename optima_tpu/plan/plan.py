@@ -8,7 +8,9 @@ from typing import Any, NamedTuple
 
 from optima_tpu.calibrate import Groups, linear_groups
 from optima_tpu.config import RunConfig
+from optima_tpu.data import SelfGenerated, parse_source
 from optima_tpu.errors import UserError
+from optima_tpu.generate import cache_structs, windows_at_once
 from optima_tpu.inputs import linear_shapes
 from optima_tpu.layer_rules import check_layers
 from optima_tpu.memory import Pass, device_budget, footprint_of, needed
@@ -135,6 +137,11 @@ def make_plan(config: RunConfig, model: Declared, target: Target, tell: Callable
                     shapes[shape] += 1
                     layers.setdefault(shape, (together, tuple(other for other in part.groups if other != group)))
 
+    if isinstance(parse_source(text.source), SelfGenerated):
+        try:
+            windows_at_once(decoder, text.samples + text.held_out, cache_structs(decoder, text.length), budget)
+        except UserError as error:
+            refused = str(error)  # a run writes its text first
     block = estimate.sequence_flops(model, text.length)
     programs = [_calibration(config, model, target, block, groups, count, tell) for groups, count in kinds.items()]
     programs += [_pruning(model, target, recipe, shape, *layers[shape], count, held_out, tell) for shape, count in shapes.items()]

@@ -62,7 +62,7 @@ def summary(plan: Plan) -> list[str]:
                  for program in plan.too_large]
         lines.append(f"             {_advice(plan)}")
     if plan.refused:
-        lines.append(f"a run refuses {plan.refused}")
+        lines.append(f"a run is refused: {plan.refused}")
     parts = [f"{program.layout.rows or 'all'} of {program.name}" + ", Hessian split over model" * program.layout.split
              for program in plan.programs if program.layout and (program.layout.rows or program.layout.split)]
     rows = "; ".join([*parts, "all others"]) if parts else "all rows of a group"
