@@ -11,11 +11,14 @@ each: the Hessian, and with a dense target the cross term. The numbers were fitt
 (arguments, outputs and temporaries; CPU, jax 0.10) and rounded up.
 """
 
+import contextlib
 import dataclasses
 import functools
 import math
 import os
+import platform
 from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -43,6 +46,10 @@ _HELD_FOR_RESIDUAL = 4
 _PANEL, _PANELS = 128, 4
 # Fewer rows at once leave a device waiting for the bytes of the Hessian; it is done where nothing else fits.
 _FEW_ROWS = 64
+
+
+# Of a container, in both versions of Linux' control groups.
+_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,9 +89,23 @@ def device_budget(gib: float | None, memory: float | None = None) -> float:
     if all(limits):
         budget = _DEVICE_SHARE * min(limits)
     else:
-        budget = _CPU_SHARE * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / len(devices)
+        beside = everyones(platform.node()).count(platform.node())  # processes on this machine
+        budget = _CPU_SHARE * host_memory() / (len(devices) * beside)
     # All processes must run one program.
     return min(everyones(budget))
+
+
+def host_memory(limits: Sequence[str] = _LIMITS) -> int:
+    """Bytes of memory of this machine, or fewer where a container may have no more.
+
+    Args:
+      limits: files that may hold a limit; those that are missing or say "max" hold none.
+    """
+    found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for path in limits:
+        with contextlib.suppress(OSError, ValueError):
+            found.append(int(Path(path).read_text()))
+    return min(found)
 
 
 def needed(d_in: int, rows: int, batch: int, mesh: Mesh, footprint: Footprint, split: bool, matrices: int = 1,

@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 from optima_tpu.errors import UserError
 from optima_tpu.features import Features
 from optima_tpu.launch import main
-from optima_tpu.memory import GIB, described, device_budget, layout, needed, passes
+from optima_tpu.memory import GIB, described, device_budget, host_memory, layout, needed, passes
 from optima_tpu.models.decoder import Decoder
 from optima_tpu.patterns import Unstructured
 from optima_tpu.prune import prune_group, walk_block
@@ -141,6 +141,21 @@ def test_undamped_cg_refuses_a_split_hessian():
 def test_the_budget_is_what_the_user_says_or_a_share_of_the_machine():
     assert device_budget(2.5) == 2.5 * GIB
     assert 0 < device_budget(None) * jax.device_count() < 2**50
+    assert device_budget(None) == 0.5 * host_memory() / jax.device_count()
+
+
+@pytest.mark.parametrize("text, limited", [("1048576\n", True), ("max\n", False), (None, False)], ids=str)
+def test_a_container_has_no_more_memory_than_its_limit(tmp_path, text, limited):
+    path = tmp_path / "memory.max"
+    if text:
+        path.write_text(text)
+    assert (host_memory([str(path)]) == 2**20) == limited and (limited or host_memory([str(path)]) == host_memory([]))
+
+
+def test_processes_on_one_machine_share_its_memory(monkeypatch):
+    alone = device_budget(None)
+    monkeypatch.setattr("optima_tpu.memory.everyones", lambda value: [value, value])
+    assert device_budget(None) == alone / 2
 
 
 def test_the_hessians_of_a_pass_fit_a_share_of_the_budget():

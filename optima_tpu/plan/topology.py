@@ -16,6 +16,7 @@ from jax.experimental import topologies
 from jax.sharding import AbstractMesh, Mesh
 
 from optima_tpu.errors import UserError
+from optima_tpu.memory import host_memory
 from optima_tpu.sharding import DATA, MODEL, make_mesh, parse_mesh
 
 GIB = 2**30
@@ -210,7 +211,7 @@ def local_target(mesh: str | None, dtype: jnp.dtype, compiling: bool = True) -> 
     stats = first.memory_stats() or {}
     # Simulated devices share the memory and the cores of the host.
     sharing = count if first.platform == "cpu" else 1
-    memory = stats.get("bytes_limit") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // sharing
+    memory = stats.get("bytes_limit") or host_memory() // sharing
     narrow, wide, bandwidth = (rate / sharing for rate in _measure(dtype))
     chip = Chip(first.device_kind, memory, narrow, wide, 0.3 * wide, bandwidth, None, "measured here")
     made = make_mesh(f"{data}x{model}") if compiling else AbstractMesh((data, model), (DATA, MODEL))
