@@ -33,7 +33,7 @@ class ADMM:
     A small ``rho`` lets the mask move far, a large one makes it settle: ``rho`` rises from ``rho_first`` to ``rho_last`` in
     ``levels`` equal ratios. Without correlation a mask is at rest once every kept ``|w_j|`` is at least ``(1 + damping) / rho``
     times every pruned one: about the best mask at 1, while above it worse ones rest too and well below it none does. Every level
-    costs one inverse, every iteration one product for all rows.
+    costs one inverse for each matrix, also of those that share a Hessian, every iteration one product for all its rows.
 
     ``problem.linear`` is what is aimed at. The weights are ``z`` after the last iteration: near the damped optimum on the mask
     where the mask had come to rest. ``CG`` goes on from there and certifies how near.
