@@ -21,7 +21,7 @@ from optima_tpu.errors import UserError
 from optima_tpu.evaluate.distance import window_scores
 from optima_tpu.files import read_json, write_bytes
 from optima_tpu.layer_rules import LayerRule
-from optima_tpu.memory import Pass
+from optima_tpu.memory import Pass, block_bytes
 from optima_tpu.models.decoder import Decoder
 from optima_tpu.patterns import Unstructured
 from optima_tpu.processes import fetch, first_only, from_first
@@ -134,7 +134,8 @@ def _losses(decoder: Decoder, tokens: np.ndarray, recipe: Recipe, trials: tuple[
             decoder.apply(index, parameters, stream)
         if free[index]:
             pruned = [parameters] * len(trials)
-            for part, statistics in _calibrated(decoder, index, parameters, hidden.part(0, samples), recipe, budget):
+            rest = budget - (len(trials) - 1) * block_bytes(decoder, index)  # one pruned block is in the budget of any pass
+            for part, statistics in _calibrated(decoder, index, parameters, hidden.part(0, samples), recipe, rest):
                 pruned = [prune_block(index, decoder.prefix(index), changed, part.groups, statistics, mine, decoder.mesh,
                                       layouts=part.layouts)[0] for changed, mine in zip(pruned, recipes)]
             for trial, changed in enumerate(pruned):
