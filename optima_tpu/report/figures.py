@@ -20,6 +20,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocat
 from optima_tpu.files import write_bytes, writing
 from optima_tpu.report.curves import LayerErrors, Samples
 from optima_tpu.report.summary import short_names
+from optima_tpu.report.view import without_folders
 
 # Okabe and Ito's colours, which people tell apart however they see red and green, without the too light yellow.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#222222")
@@ -122,7 +123,7 @@ def _figure(count: int, columns: int, panel: tuple[float, float], title: str, ac
     """
     rows, width = math.ceil(count / columns), 0.8 + columns * panel[0]
     # In inches: a character of the title is 0.09 wide, one of the legend 0.075, the legend's line with its gaps 0.7.
-    title = "\n".join(textwrap.fill(line, int(width / 0.09)) for line in title.splitlines())
+    title = "\n".join(textwrap.fill(without_folders(line), int(width / 0.09)) for line in title.splitlines())
     for entry in entries:
         entry.set_label(textwrap.fill(entry.get_label(), int((width - 0.7) / 0.075)))
     labels = [entry.get_label().splitlines() for entry in entries]
