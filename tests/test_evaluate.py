@@ -247,6 +247,8 @@ def test_a_model_that_is_none(finished, refused, tmp_path):
     shutil.copytree(finished.directory / "checkpoint", tmp_path / "alone")
     assert "expected an Orbax checkpoint named checkpoint in its run directory" in refused(tmp_path / "alone")
     shutil.rmtree(run / "checkpoint")
+    assert f"expected a run with its pruned model, got {run}, which holds the report alone" in refused(run)
+    (run / "report.json").unlink()
     assert f"expected a finished run, got {run}, which has no checkpoint yet" in refused(run)
     (run / "run.json").write_text("{")
     assert f"{run / 'run.json'} is damaged" in refused(run)
