@@ -164,8 +164,8 @@ def checkpointed_blocks(directory: Path) -> list[dict[str, Any]] | None:
     path = directory / CHECKPOINT
     if not complete(path):
         return None
-    parts = read_metadata(path).custom_metadata.get(_PARTS, ())
-    return _read(path)[0]["blocks"] if all(complete(directory / part) for part in parts) else None
+    record = read_metadata(path).custom_metadata
+    return record["run"]["blocks"] if all(complete(directory / part) for part in record.get(_PARTS, ())) else None
 
 
 class CheckpointTensors:

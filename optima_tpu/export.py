@@ -28,7 +28,7 @@ from optima_tpu.buckets import as_path
 from optima_tpu.card import HUB_ID, model_card
 from optima_tpu.checkpoint import CheckpointTensors, quiet_orbax
 from optima_tpu.errors import UserError
-from optima_tpu.files import PARTIAL, begin, commit, complete, files_in, read_json, remove, split_by_size, writing, written_here
+from optima_tpu.files import PARTIAL, begin, commit, complete, files_in, read_record, remove, split_by_size, writing, written_here
 from optima_tpu.layer_rules import parse_layers, pattern_of
 from optima_tpu.manifest import read_assets, read_run
 from optima_tpu.patterns import NM, Pattern, Unstructured, parse_pattern
@@ -42,7 +42,8 @@ def export(run_directory: str | Path, out: str | Path, max_shard_size: int | str
 
     Args:
       run_directory: a finished run; only its checkpoint, assets and report.json (if there is one) are read.
-      out: does not exist, or is an empty folder, or in a bucket what an export that was killed left.
+      out: does not exist, or is an empty folder, or holds what is left of this run's export and nothing else, or in a bucket
+        what an export that was killed left.
       max_shard_size: bytes, or a text such as "5GB". One shard is in memory at a time.
 
     Raises:
@@ -53,8 +54,8 @@ def export(run_directory: str | Path, out: str | Path, max_shard_size: int | str
     source = CheckpointTensors(run_directory)
     patterns = _patterns(source)
     with writing(out, "nothing was left there; make room or choose another folder, and repeat the command"):
-        if _manifest_of(out) == source.run["manifest"] and not is_export_of(run_directory, out):
-            remove(out)  # the export of this very run, of which something was lost
+        if _lost_some(out, source.run["manifest"]):
+            remove(out)
         if complete(out) and any(out.iterdir()):
             raise UserError(f"expected a new or empty folder to export to, got {out}, which is not empty; choose "
                             "another folder")
@@ -68,7 +69,7 @@ def export(run_directory: str | Path, out: str | Path, max_shard_size: int | str
             zeros = _write_shards(source, patterns, partial, max_shard_size)
             _write_masks(source, partial / MASKS)
             sidecar = _sidecar(source, zeros)
-            report = read_json(as_path(run_directory) / "report.json") or {}
+            report = read_record(as_path(run_directory) / "report.json") or {}
             (partial / "README.md").write_text(model_card(out.name, sidecar, assets, report), encoding="utf-8")
             sidecar["files"] = sorted(str(path.relative_to(partial)) for path in files_in(partial))
             (partial / SIDECAR).write_text(json.dumps(sidecar, indent=2, allow_nan=False))
@@ -85,14 +86,20 @@ def is_export_of(run_directory: str | Path, out: str | Path) -> bool:
     That every file is there is looked at, not what is in it.
     """
     out = as_path(out)
-    if not complete(out) or _manifest_of(out) != read_run(run_directory)["manifest"]:
-        return False
-    return all((out / name).exists() for name in read_json(out / SIDECAR)["files"])
+    written = _written(out, read_run(run_directory)["manifest"])
+    return written is not None and complete(out) and all((out / name).exists() for name in written)
 
 
-def _manifest_of(out: Path) -> dict[str, Any] | None:
-    """That of the run whose export a folder holds; None of any other folder."""
-    return (read_json(out / SIDECAR) or {}).get("manifest")
+def _lost_some(out: Path, manifest: Mapping[str, Any]) -> bool:
+    """Whether a folder holds what is left of the export of that run, and nothing of anyone else's."""
+    written, there = _written(out, manifest), {str(path.relative_to(out)) for path in files_in(out)}
+    return written is not None and complete(out) and there < written | {SIDECAR}
+
+
+def _written(out: Path, manifest: Mapping[str, Any]) -> set[str] | None:
+    """The files that the export of the run with that manifest wrote to a folder; None of any other folder."""
+    sidecar = read_record(out / SIDECAR)
+    return set(sidecar["files"]) if sidecar and sidecar["manifest"] == manifest else None
 
 
 def read_masks(path: str | Path) -> dict[str, np.ndarray]:

@@ -208,7 +208,7 @@ def write_bytes(path: Path, data: bytes) -> None:
     commit(partial, path)
 
 
-def read_json(path: Path) -> Any | None:
+def read_record(path: Path) -> Any | None:
     """What a small record holds; None where it is not there, or damaged: then it is made again like one that never was."""
     try:
         return json.loads(path.read_bytes())

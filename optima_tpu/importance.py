@@ -19,7 +19,7 @@ from optima_tpu.allocation import OWL, Measured, Steps, allocate, steps_of
 from optima_tpu.calibrate import Statistics, accumulate_hessians, linear_groups
 from optima_tpu.errors import UserError
 from optima_tpu.evaluate.distance import window_scores
-from optima_tpu.files import read_json, write_bytes
+from optima_tpu.files import read_record, write_bytes
 from optima_tpu.layer_rules import LayerRule
 from optima_tpu.memory import Pass, block_bytes
 from optima_tpu.models.decoder import Decoder
@@ -78,7 +78,7 @@ def allocated(decoder: Decoder, tokens: np.ndarray, recipe: Recipe, allocation: 
 
 def kept(path: Path, make: Callable[[], Allocated]) -> Allocated:
     """What a file holds, or what is made and written there: on all processes the same."""
-    if (known := from_first(lambda: read_json(path))) is not None:
+    if (known := from_first(lambda: read_record(path))) is not None:
         return Allocated(**known)
     if from_first(path.exists):  # finished blocks have what it said, and another one might say otherwise
         raise UserError(f"{path} is damaged and the run cannot be resumed; choose another --output")

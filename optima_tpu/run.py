@@ -20,7 +20,7 @@ from optima_tpu.config import RunConfig, to_dict
 from optima_tpu.data import Tokens
 from optima_tpu.evaluate.perplexity import perplexity
 from optima_tpu.export import export, is_export_of
-from optima_tpu.files import complete, only_program, read_json, refuse_unreachable, write_bytes
+from optima_tpu.files import complete, only_program, read_record, refuse_unreachable, write_bytes
 from optima_tpu.finished import FinishedTensors
 from optima_tpu.greeting import greet
 from optima_tpu.importance import Allocated, allocated, allocation_steps, kept
@@ -213,7 +213,7 @@ def _fitted(decoder: Decoder, recipe: Recipe, budget: float) -> str:
 def _finished_report(config: RunConfig, directory: Path, manifest: dict[str, Any], evaluation: Tokens
                      ) -> dict[str, Any] | None:
     """report.json of a run that has nothing left to do, None of any other."""
-    report = read_json(directory / "report.json")
+    report = read_record(directory / "report.json")
     if report is None or (config.export and not is_export_of(directory, directory / "hf")):
         return None
     same = report["manifest"] == manifest and report["evaluation"]["digest"] == token_digest(evaluation.ids)
@@ -247,7 +247,7 @@ def _measure(name: str, decoder: Decoder, tokens: Tokens, progress: Progress) ->
 def _dense_perplexity(decoder: Decoder, tokens: Tokens, directory: Path, progress: Progress) -> float:
     """Measured once a run: a resumed one finds it in the run directory."""
     def known() -> float | None:
-        record = read_json(directory / "dense.json") or {}
+        record = read_record(directory / "dense.json") or {}
         return record.get("perplexity") if record.get("tokens") == token_digest(tokens.ids) else None
 
     value = from_first(known)

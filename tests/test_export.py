@@ -167,6 +167,11 @@ def test_an_export_of_the_same_run_that_lost_a_file_is_made_again(run, tmp_path)
     assert not is_export_of(run, tmp_path / "out")
     export(run, tmp_path / "out")
     assert is_export_of(run, tmp_path / "out")
+    (tmp_path / "out" / "model.safetensors").unlink()
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="not empty"):
+        export(run, tmp_path / "out")
+    assert (tmp_path / "out" / "notes.txt").read_text() == "mine"
 
 
 def test_a_full_disk_leaves_nothing(run, tmp_path, monkeypatch):

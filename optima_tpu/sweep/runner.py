@@ -11,7 +11,7 @@ from rich.console import Console
 from optima_tpu.config import RunConfig
 from optima_tpu.errors import UserError
 from optima_tpu.export import is_export_of
-from optima_tpu.files import read_json, write_bytes, writing
+from optima_tpu.files import read_record, write_bytes, writing
 from optima_tpu.inputs import Model, Texts, manifest_of, open_model_on_mesh, read_texts, token_digest
 from optima_tpu.manifest import ASSETS, RUN, refuse_another
 from optima_tpu.report.progress import say
@@ -79,9 +79,11 @@ class Sweep:
         self._failures: dict[Cell, str] = {}
         for cell in grid.cells:
             started = (cell.directory / RUN).exists()
-            if started or cell in chosen:
-                manifest_of(cell.config, self._shared.model(cell.config), self._shared.texts(cell.config))
-            if started and (report := _finished_report(cell, self._shared)):
+            if not started and cell not in chosen:
+                continue
+            texts = self._shared.texts(cell.config)
+            manifest = manifest_of(cell.config, self._shared.model(cell.config), texts)
+            if started and (report := _finished_report(cell.directory, manifest, texts)):
                 self._know(cell, report)
 
     @property
@@ -151,16 +153,14 @@ def _model_key(config: RunConfig) -> tuple:
     return config.model, config.dtype, config.mesh, config.batch
 
 
-def _finished_report(cell: Cell, shared: Shared) -> dict[str, Any] | None:
+def _finished_report(directory: Path, manifest: Mapping[str, Any], texts: Texts) -> dict[str, Any] | None:
     """report.json of a finished cell, None of one that has to go on.
 
     Raises:
       UserError: the directory holds a run with other settings, other code, or measured on another text.
     """
-    directory = cell.directory
-    texts = shared.texts(cell.config)
-    refuse_another(directory, manifest_of(cell.config, shared.model(cell.config), texts))
-    if (report := read_json(directory / "report.json")) is None:
+    refuse_another(directory, manifest)
+    if (report := read_record(directory / "report.json")) is None:
         return None
     if report["evaluation"]["digest"] != token_digest(texts.evaluation.ids):
         raise UserError(f"{directory} was measured on another text ({report['evaluation']['how']} there, "
