@@ -11,12 +11,12 @@ import jax
 
 from optima_tpu.allocation import Uniform
 from optima_tpu.config import RunConfig
-from optima_tpu.data import SelfGenerated, parse_source
 from optima_tpu.models.decoder import run_block
 from optima_tpu.plan.model import Declared
 from optima_tpu.plan.topology import GIB, Target
 from optima_tpu.refine import FACTORISATIONS, Refining
 from optima_tpu.selectors import ADMM, Magnitude, MaskSelector, Wanda
+from optima_tpu.self_calibration import generated_by
 from optima_tpu.sharding import MODEL
 from optima_tpu.solvers import CG, MPAX, Adam, Exact, Solver
 
@@ -275,7 +275,7 @@ def assumptions(config: RunConfig, target: Target) -> list[str]:
                      "so, since the compiler's own count takes a loop once")
     if not config.evaluation.windows:
         words.append(f"a perplexity text of {ASSUMED.evaluation_tokens:,} tokens (evaluation.windows is null)")
-    if isinstance(parse_source(config.calibration.source), SelfGenerated):
+    if generated_by(config):
         words.append("the time in which the model writes its calibration text is not counted")
     if config.recapture:
         words.append("every pass of the calibration is counted as a whole block, also where it ends at an early input, and its "

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 from optima_tpu.calibrate import Groups, linear_groups
 from optima_tpu.config import RunConfig
-from optima_tpu.data import SelfGenerated, parse_source
 from optima_tpu.errors import UserError
 from optima_tpu.generate import cache_structs, windows_at_once
 from optima_tpu.inputs import linear_shapes
@@ -23,6 +22,7 @@ from optima_tpu.plan.topology import Target
 from optima_tpu.prune import aimed_residuals, block_passes
 from optima_tpu.recipe import Recipe, pruned_groups, solved_together
 from optima_tpu.run import recipe_of
+from optima_tpu.self_calibration import generated_by
 from optima_tpu.sharding import DATA, MODEL, ON_EVERY_DEVICE, Layout
 
 
@@ -137,7 +137,7 @@ def make_plan(config: RunConfig, model: Declared, target: Target, tell: Callable
                     shapes[shape] += 1
                     layers.setdefault(shape, (together, tuple(other for other in part.groups if other != group)))
 
-    if isinstance(parse_source(text.source), SelfGenerated):
+    if generated_by(config):
         try:
             windows_at_once(decoder, text.samples + text.held_out, cache_structs(decoder, text.length), budget)
         except UserError as error:
