@@ -1,0 +1,76 @@
+"""How far recipes drift from the dense model over the first blocks, without pruning the rest: a look before a whole run.
+
+    python -m benchmarks.stream_error --blocks 8 --variant="" --variant="--selector admm" -- --preset best --pattern 2:4
+
+After every block, for each variant, the relative error of the hidden state, averaged over tokens
+
+    ||x_pruned - x_dense||^2 / ||x_dense||^2
+
+on the held-out windows of the calibration text and on the text of ``--evaluation.source``, which nothing is fitted to either. Let
+that be another text than the one that is reported in the end: what is chosen by a text flatters the recipe on it. A full run
+gives the same errors: a block does not depend on later ones.
+"""
+
+import argparse
+import shlex
+import sys
+import time
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from optima_tpu.activations import Activations
+from optima_tpu.allocation import Uniform
+from optima_tpu.calibrate import linear_groups
+from optima_tpu.cli import parse
+from optima_tpu.config import RunConfig
+from optima_tpu.inputs import Model, Texts, open_model_on_mesh, read_texts
+from optima_tpu.prune import walk_block
+from optima_tpu.run import recipe_of
+from optima_tpu.selectors import Imported
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.stream_error", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--blocks", type=int, default=8, help="so many of the first ones")
+    parser.add_argument("--variant", action="append", metavar="SETTINGS", help="further settings of one recipe")
+    parser.add_argument("settings", nargs="*", help="settings of optima_tpu.launch that all share, after --")
+    arguments = parser.parse_args(argv)
+    variants = arguments.variant or [""]
+    configs = [parse([*arguments.settings, *shlex.split(variant)]) for variant in variants]
+    for config in configs:
+        if isinstance(config.selector, Imported) or not isinstance(config.allocation, Uniform):
+            sys.exit("expected masks that are chosen here and the same sparsity for every block: nothing else is compared")
+    model = open_model_on_mesh(configs[0])
+    for variant, config in zip(variants, configs):
+        print(variant or "(as they are)", flush=True)
+        started = time.perf_counter()
+        for index, (held_out, other) in enumerate(stream_errors(config, model, read_texts(config, model), arguments.blocks)):
+            print(f"  block {index}: held out {held_out:.2%}, evaluation text {other:.2%}, {time.perf_counter() - started:.0f} s",
+                  flush=True)
+
+
+def stream_errors(config: RunConfig, model: Model, texts: Texts, blocks: int) -> Iterator[tuple[float, float]]:
+    """The two errors after every block, of the held-out windows and of the evaluation text."""
+    decoder, samples, recipe = model.decoder, config.calibration.samples, recipe_of(config)
+    groups = linear_groups(decoder)
+    hidden, other = (decoder.embed(text.ids) for text in texts)
+    dense, other_dense = hidden.copy(), other.copy()
+    for index in range(blocks):
+        whole = decoder.load_block(index)
+        before = dense.copy() if recipe.target.matrices > 1 else None
+        pruned, _, _ = walk_block(decoder, index, hidden, groups, recipe, samples=samples, parameters=whole, dense=before)
+        decoder.apply(index, pruned, other)
+        for states in (dense, other_dense):
+            decoder.apply(index, whole, states)
+        yield _error(hidden.part(samples, len(hidden)), dense.part(samples, len(dense))), _error(other, other_dense)
+
+
+def _error(pruned: Activations, dense: Activations) -> float:
+    """Mean over tokens, in one process."""
+    x, y = (np.asarray(states.values, np.float32) for states in (pruned, dense))
+    return float(np.mean(np.sum((x - y)**2, axis=-1) / np.sum(y**2, axis=-1)))
+
+
+if __name__ == "__main__":
+    main()
