@@ -24,10 +24,13 @@ from optima_tpu.allocation import Uniform
 from optima_tpu.calibrate import linear_groups
 from optima_tpu.cli import parse
 from optima_tpu.config import RunConfig
-from optima_tpu.inputs import Model, Texts, open_model_on_mesh, read_texts
+from optima_tpu.errors import UserError
+from optima_tpu.inputs import Model, Texts, linear_shapes
+from optima_tpu.layer_rules import check_layers
 from optima_tpu.prune import walk_block
 from optima_tpu.run import recipe_of
 from optima_tpu.selectors import Imported
+from optima_tpu.sweep.runner import Shared
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -36,18 +39,32 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--variant", action="append", metavar="SETTINGS", help="further settings of one recipe")
     parser.add_argument("settings", nargs="*", help="settings of optima_tpu.launch that all share, after --")
     arguments = parser.parse_args(argv)
-    variants = arguments.variant or [""]
-    configs = [parse([*arguments.settings, *shlex.split(variant)]) for variant in variants]
-    for config in configs:
-        if isinstance(config.selector, Imported) or not isinstance(config.allocation, Uniform):
-            sys.exit("expected masks that are chosen here and the same sparsity for every block: nothing else is compared")
-    model = open_model_on_mesh(configs[0])
+    variants, shared = arguments.variant or [""], Shared()
+    try:
+        configs = [parse([*arguments.settings, *shlex.split(variant)]) for variant in variants]
+        for config in configs:  # before the first one takes minutes
+            _check(config, shared.model(config), arguments.blocks)
+            shared.texts(config)
+    except UserError as error:
+        sys.exit(f"error: {error}")
     for variant, config in zip(variants, configs):
         print(variant or "(as they are)", flush=True)
         started = time.perf_counter()
-        for index, (held_out, other) in enumerate(stream_errors(config, model, read_texts(config, model), arguments.blocks)):
+        found = stream_errors(config, shared.model(config), shared.texts(config), arguments.blocks)
+        for index, (held_out, other) in enumerate(found):
             print(f"  block {index}: held out {held_out:.2%}, evaluation text {other:.2%}, {time.perf_counter() - started:.0f} s",
                   flush=True)
+
+
+def _check(config: RunConfig, model: Model, blocks: int) -> None:
+    """Raises UserError for what is not compared here."""
+    if isinstance(config.selector, Imported) or not isinstance(config.allocation, Uniform):
+        raise UserError("expected masks that are chosen here and the same sparsity for every block: nothing else is compared")
+    if not config.calibration.held_out:
+        raise UserError("expected calibration.held_out of at least 1, got 0: the errors are those of windows that are held out")
+    if not 1 <= blocks <= model.decoder.config.blocks:
+        raise UserError(f"expected --blocks of 1 to {model.decoder.config.blocks}, the model's, got {blocks}")
+    check_layers(config.layers, config.pattern, linear_shapes(model.decoder))
 
 
 def stream_errors(config: RunConfig, model: Model, texts: Texts, blocks: int) -> Iterator[tuple[float, float]]:
@@ -67,9 +84,12 @@ def stream_errors(config: RunConfig, model: Model, texts: Texts, blocks: int) ->
 
 
 def _error(pruned: Activations, dense: Activations) -> float:
-    """Mean over tokens, in one process."""
-    x, y = (np.asarray(states.values, np.float32) for states in (pruned, dense))
-    return float(np.mean(np.sum((x - y)**2, axis=-1) / np.sum(y**2, axis=-1)))
+    """The error above, in one process.
+
+    ``evaluate.distance`` divides sums over all tokens instead, which a few with massive activations rule.
+    """
+    ours, theirs = (np.asarray(states.values, np.float32) for states in (pruned, dense))
+    return float(np.mean(np.sum((ours - theirs)**2, axis=-1) / np.sum(theirs**2, axis=-1)))
 
 
 if __name__ == "__main__":
