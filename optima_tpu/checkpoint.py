@@ -8,6 +8,7 @@ the custom metadata of RUN/checkpoint names them.
 """
 
 import logging
+import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -30,6 +31,8 @@ CHECKPOINT = "checkpoint"
 _PARTS = "parts"
 _UNTOUCHED_AT_ONCE = 1 << 30
 """Bytes of unpruned tensors that are read before they are written."""
+_BLOCK = re.compile(r"(.*?\.\d+)\.")
+"""The beginning of the name of a block's tensor, up to the block's number."""
 
 
 def quiet_orbax() -> None:
@@ -190,7 +193,7 @@ class CheckpointTensors:
                             "command to finish it")
         self.run, self._trees = _read(path)
         self._weights, self._masks = (_leaves(self._trees, group) for group in ("weights", "masks"))
-        self._held: tuple[str, np.ndarray] = "", np.empty(0)
+        self._held: tuple[tuple[str, str], dict[str, np.ndarray]] = ("", ""), {}
 
     def names(self) -> tuple[str, ...]:
         return tuple(sorted(self._weights))
@@ -204,11 +207,14 @@ class CheckpointTensors:
     def read(self, name: str, index=(...,)) -> np.ndarray:
         """A tensor, cut to ``index`` after the whole of it was read: Orbax reads no less onto the host.
 
-        The last one is held, since every device of a mesh asks for its own slice.
+        The tensors of a block are read together, and held until another block's are asked for: a read costs Orbax some 30 ms
+        whatever its size, a forward pass asks for all of a block, and every device of a mesh for its own slice.
         """
-        if self._held[0] != name:
-            self._held = name, self.load([name])[name]
-        return self._held[1][index]
+        return self._with_its_block("weights", name)[index]
+
+    def mask(self, name: str) -> np.ndarray:
+        """The mask of a pruned weight, [d_out, d_in] bool, True where kept; read and held as by :meth:`read`."""
+        return self._with_its_block("masks", name)
 
     def load(self, names: Iterable[str]) -> dict[str, np.ndarray]:
         """Several tensors at once, which is faster than one after the other."""
@@ -222,8 +228,21 @@ class CheckpointTensors:
         """The masks of pruned weights, [d_out, d_in] bool, True where kept."""
         return self._load("masks", set(names))
 
+    def _with_its_block(self, group: str, name: str) -> np.ndarray:
+        wanted = group, _block_of(name)
+        if self._held[0] != wanted:
+            of_group = self._weights if group == "weights" else self._masks
+            self._held = wanted, self._load(group, {other for other in of_group if _block_of(other) == wanted[1]})
+        return self._held[1][name]
+
     def _load(self, group: str, names: set[str]) -> dict[str, np.ndarray]:
         found = {}
         for path, tree in self._trees.items():
             found |= load_group(path, group, {name: leaf for name, leaf in _leaves({path: tree}, group).items() if name in names})
         return found
+
+
+def _block_of(name: str) -> str:
+    """What a tensor shares with those of its block alone; the name itself where it belongs to none."""
+    match = _BLOCK.match(name)
+    return match[1] if match else name

@@ -217,7 +217,7 @@ def _write_masks(source: CheckpointTensors, path: Path) -> None:
     # Entry by entry where np.savez would want all of them in memory.
     with written_here(path) as here, zipfile.ZipFile(here, "w") as archive:
         for name in source.pruned():
-            keep = source.masks([name])[name]
+            keep = source.mask(name)
             for entry, array in ((name, np.packbits(keep, axis=1)), (name + _SHAPE, np.asarray(keep.shape))):
                 with archive.open(zipfile.ZipInfo(entry + ".npy"), "w", force_zip64=True) as file:
                     np.lib.format.write_array(file, array, allow_pickle=False)

@@ -205,6 +205,7 @@ def test_the_checkpoint_holds_pruned_blocks_and_the_source_otherwise(tmp_path):
         pruned |= weights
         for name, keep in masks.items():
             assert_same(tensors.masks([name])[name], keep)
+            assert_same(tensors.mask(name), keep)
     assert tensors.pruned() == tuple(sorted(pruned))
     for name in source.names():
         assert (tensors.shape(name), tensors.dtype(name)) == (source.shape(name), source.dtype(name))
@@ -215,6 +216,28 @@ def test_the_checkpoint_holds_pruned_blocks_and_the_source_otherwise(tmp_path):
     before = contents(tmp_path)
     write_checkpoint(journal, source, mesh(1, 1))
     assert contents(tmp_path) == before
+
+
+def test_the_tensors_of_a_block_are_read_at_once_and_other_blocks_apart(tmp_path, monkeypatch):
+    source = small_model()
+    fake_run.finished_run(tmp_path, source)
+    read, reads = checkpoint.load_group, []
+
+    def noted(path, group, wanted):
+        reads.append(set(wanted))
+        return read(path, group, wanted)
+
+    monkeypatch.setattr(checkpoint, "load_group", noted)
+    tensors = CheckpointTensors(tmp_path)
+    for name in (*source.names(), "model.layers.2.mlp.down_proj.weight"):
+        tensors.read(name)
+        tensors.read(name, (slice(0, 1),))
+    of_blocks = [{name for name in source.names() if name.startswith(f"model.layers.{block}.")} for block in range(BLOCKS)]
+    assert reads == [{"model.embed_tokens.weight"}, *of_blocks, {"model.norm.weight"}, of_blocks[2]]
+    reads.clear()
+    for name in tensors.pruned():
+        tensors.mask(name)
+    assert reads == [names.intersection(tensors.pruned()) for names in of_blocks]
 
 
 def test_blocks_without_masks_and_scalars_are_kept(tmp_path):

@@ -22,4 +22,4 @@ class RunMasks:
         return self.tensors.pruned()
 
     def read(self, name: str, shape: tuple[int, int]) -> np.ndarray:
-        return checked(self.tensors.masks([name])[name], name, shape, self.origin)
+        return checked(self.tensors.mask(name), name, shape, self.origin)
