@@ -25,7 +25,7 @@ PRESETS: Mapping[str, Preset] = MappingProxyType({
     "fast": Preset("certified weights for Wanda's masks", {
         "selector": {"name": "wanda"}, "solver": {"name": "cg"}, "accept": {"name": "per_row"}}),
     "best": Preset("what measured best", {
-        "selector": {"name": "wanda"}, "solver": {"name": "cg", "damping": 0.3}, "accept": {"name": "per_row"},
+        "selector": {"name": "admm", "damping": 0.3}, "solver": {"name": "cg", "damping": 0.3}, "accept": {"name": "per_row"},
         "refine": {"name": "swaps"}, "recapture": True,
         "target": {"name": "dense", "alpha": 0.5, "gamma": 0.5, "weigh_tokens": True}}),
 })

@@ -19,7 +19,7 @@ from optima_tpu.layer_rules import parse_layers
 from optima_tpu.patterns import NM, Unstructured
 from optima_tpu.presets import PRESETS
 from optima_tpu.refine import Swaps
-from optima_tpu.selectors import Magnitude, SparseGPT, Wanda
+from optima_tpu.selectors import ADMM, Magnitude, SparseGPT, Wanda
 from optima_tpu.solvers import CG, MPAX, Adam, Exact
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -91,8 +91,9 @@ def test_a_model_brings_the_general_defaults(where, file):
 
 
 @pytest.mark.parametrize("text, pattern", [
-    ("2:4", NM(2, 4)), ("4:8", NM(4, 8)), ("8:16", NM(8, 16)), ("0.5", Unstructured(0.5)), ("5e-1", Unstructured(0.5)),
-    ("0", Unstructured(0.0)), ("0.6/layer", Unstructured(0.6, "layer"))])
+    ("2:4", NM(2, 4)), ("4:8", NM(4, 8)), ("8:16", NM(8, 16)), ("0.6/layer", Unstructured(0.6, "layer")), ("0.6/row", Unstructured(0.6, "row")),
+    # Without a group it is that of the default preset's selector.
+    ("0.5", Unstructured(0.5, ADMM.group)), ("5e-1", Unstructured(0.5, ADMM.group)), ("0", Unstructured(0.0, ADMM.group))])
 def test_a_pattern_is_read_alike_from_the_command_line_and_unquoted_from_a_file(text, pattern, file):
     assert parse(["--pattern", text]).pattern == pattern
     assert parse([f"--pattern={text}"]).pattern == pattern

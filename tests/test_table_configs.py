@@ -120,7 +120,7 @@ def test_the_grids_are_the_tables():
 
 def test_the_last_of_the_levers_is_the_best_preset():
     best = weights_settings(parse(["--preset", "best"]))
-    cells = [cell for cell in grid_of("levers").cells if (cell.mask, cell.update) == ("wanda", "more damping")]
+    cells = [cell for cell in grid_of("levers").cells if (cell.mask, cell.update) == ("damped admm", "more damping")]
     assert cells and all(weights_settings(cell.config) | {"pattern": best["pattern"]} == best for cell in cells)
 
 
