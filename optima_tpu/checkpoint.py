@@ -192,17 +192,17 @@ class CheckpointTensors:
             raise UserError(f"expected a finished run, got {directory}, which has no checkpoint yet; repeat its "
                             "command to finish it")
         self.run, self._trees = _read(path)
-        self._weights, self._masks = (_leaves(self._trees, group) for group in ("weights", "masks"))
+        self._found = {group: _leaves(self._trees, group) for group in ("weights", "masks")}
         self._held: tuple[tuple[str, str], dict[str, np.ndarray]] = ("", ""), {}
 
     def names(self) -> tuple[str, ...]:
-        return tuple(sorted(self._weights))
+        return tuple(sorted(self._found["weights"]))
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._weights[name].shape)
+        return tuple(self._found["weights"][name].shape)
 
     def dtype(self, name: str) -> np.dtype:
-        return np.dtype(self._weights[name].dtype)
+        return np.dtype(self._found["weights"][name].dtype)
 
     def read(self, name: str, index=(...,)) -> np.ndarray:
         """A tensor, cut to ``index`` after the whole of it was read: Orbax reads no less onto the host.
@@ -222,7 +222,7 @@ class CheckpointTensors:
 
     def pruned(self) -> tuple[str, ...]:
         """The names of the pruned weights."""
-        return tuple(sorted(self._masks))
+        return tuple(sorted(self._found["masks"]))
 
     def masks(self, names: Iterable[str]) -> dict[str, np.ndarray]:
         """The masks of pruned weights, [d_out, d_in] bool, True where kept."""
@@ -231,8 +231,8 @@ class CheckpointTensors:
     def _with_its_block(self, group: str, name: str) -> np.ndarray:
         wanted = group, _block_of(name)
         if self._held[0] != wanted:
-            of_group = self._weights if group == "weights" else self._masks
-            self._held = wanted, self._load(group, {other for other in of_group if _block_of(other) == wanted[1]})
+            together = {other for other in self._found[group] if _block_of(other) == _block_of(name)}
+            self._held = wanted, self._load(group, together)
         return self._held[1][name]
 
     def _load(self, group: str, names: set[str]) -> dict[str, np.ndarray]:
