@@ -16,17 +16,18 @@ os.environ["OPTIMA_TPU_CACHE"] = os.path.join(_COMPILED.name, "texts")  # not th
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 # Most of the time here goes to compiling small programs. XLA's passes all run, collectives and fusions are what they are in
 # a run; only LLVM optimises the machine code less, and fusions get it from XLA's older emitters, which need less than half of the
-# time. Those are on their way out, and XLA aborts at a flag that it does not know.
-_QUICKER = ("--xla_backend_optimization_level=0", "--xla_cpu_use_fusion_emitters=false")
+# time. Those are on their way out, and XLA ends a process that gives it a flag it does not know.
+_LESS_LLVM, _OLDER_EMITTERS = "--xla_backend_optimization_level=0", "--xla_cpu_use_fusion_emitters=false"
 
 
-def _known(flags: str) -> bool:
-    start = [sys.executable, "-c", "import jax; jax.config.update('jax_platforms', 'cpu'); jax.devices()"]
-    return subprocess.run(start, env=os.environ | {"XLA_FLAGS": flags}, capture_output=True).returncode == 0
+def _known(flag: str) -> bool:
+    read_flags = "from jaxlib import xla_client; xla_client.CompileOptions()"  # without starting a backend
+    environment = os.environ | {"XLA_FLAGS": flag}
+    return subprocess.run([sys.executable, "-c", read_flags], env=environment, capture_output=True).returncode == 0
 
 
-if _QUICKER[0] not in os.environ.get("XLA_FLAGS", ""):  # the workers have it from the process that starts them
-    os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *(flag for flag in _QUICKER if _known(flag))])
+if _LESS_LLVM not in os.environ.get("XLA_FLAGS", ""):  # the workers have them from the process that starts them
+    os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), _LESS_LLVM, *filter(_known, [_OLDER_EMITTERS])])
 
 import jax  # noqa: E402
 import pytest  # noqa: E402

@@ -91,7 +91,8 @@ def test_a_model_brings_the_general_defaults(where, file):
 
 
 @pytest.mark.parametrize("text, pattern", [
-    ("2:4", NM(2, 4)), ("4:8", NM(4, 8)), ("8:16", NM(8, 16)), ("0.6/layer", Unstructured(0.6, "layer")), ("0.6/row", Unstructured(0.6, "row")),
+    ("2:4", NM(2, 4)), ("4:8", NM(4, 8)), ("8:16", NM(8, 16)), ("0.6/layer", Unstructured(0.6, "layer")),
+    ("0.6/row", Unstructured(0.6, "row")),
     # Without a group it is that of the default preset's selector.
     ("0.5", Unstructured(0.5, ADMM.group)), ("5e-1", Unstructured(0.5, ADMM.group)), ("0", Unstructured(0.0, ADMM.group))])
 def test_a_pattern_is_read_alike_from_the_command_line_and_unquoted_from_a_file(text, pattern, file):

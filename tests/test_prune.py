@@ -175,11 +175,11 @@ def test_held_out_samples_do_not_touch_the_weights():
     assert (hidden == same_hidden).all()
     for name, weight in weights.items():
         assert (weight == same[name]).all()
-        # What judges nothing is another program, which may round otherwise.
-        assert np.abs(weight - alone[name]).max() < 1e-4 * np.abs(weight).max()
+        # What judges nothing is another program, in which XLA may round a weight otherwise: one in its last bit was seen.
+        assert np.abs(weight - alone[name]).max() < 1e-6 * np.abs(weight).max()
     for report, other, bare in zip(reports, other_reports, without):
         assert bare.held_out_before is bare.held_out_after is None
-        assert report.error_after == other.error_after == pytest.approx(bare.error_after, rel=1e-4)
+        assert report.error_after == other.error_after == pytest.approx(bare.error_after, rel=1e-6)
         assert report.held_out_after != other.held_out_after
         # Fitted to the others, 144 tokens: an error there says more of the tokens than of the layer.
         assert report.error_after < report.held_out_after
