@@ -1,6 +1,6 @@
 """How far recipes drift from the dense model over the first blocks, without pruning the rest: a look before a whole run.
 
-    python -m benchmarks.stream_error --blocks 8 --variant="" --variant="--selector admm" -- --preset best --pattern 2:4
+    python -m benchmarks.stream_error --blocks 8 --variant="" --variant="--selector wanda" -- --preset best --pattern 2:4
 
 After every block, for each variant, the relative error of the hidden state, averaged over tokens
 
