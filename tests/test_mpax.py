@@ -13,7 +13,7 @@ from optima_tpu.patterns import Unstructured
 from optima_tpu.problem import LayerProblem, Pruned, objective, output_energy, self_target
 from optima_tpu.selectors import Wanda
 from optima_tpu.sharding import ROWS, make_mesh, over_rows
-from optima_tpu.solvers import MPAX, Exact
+from optima_tpu.solvers import MPAX, Exact, mpax
 from tests.helpers import COLLECTIVE, text_inside_loops
 
 ROW_COUNT, SIZE = 12, 32
@@ -72,6 +72,27 @@ def test_a_row_at_the_iteration_limit_is_not_converged(layer):
     assert 70 <= int(solution.steps[1:].min()) <= int(solution.steps[1:].max()) < 70 + 2 * 64
     np.testing.assert_array_equal(solution.weight[0], problem.weight[0])
     assert bool(jnp.all(jnp.isfinite(solution.weight)))
+
+
+@pytest.mark.parametrize("limit", [70, 600, 20_000])
+@pytest.mark.parametrize("count", [1, 7, 12, 37])
+def test_the_rounds_end_every_row_where_one_loop_would(layer, count, limit):
+    rng = np.random.default_rng(count)
+    hessian = layer[0].hessian
+    # Rows of very different size: by MPAX's test some are done at once and some take thousands of iterations.
+    weight = jnp.asarray(rng.standard_normal((count, SIZE)) * np.logspace(-3, 1, count)[:, None], jnp.float32)
+    fixed = jnp.where(jnp.asarray(rng.random(weight.shape) < 0.5), -weight, jnp.nan)
+    rows = mpax._Rows(jnp.zeros_like(weight), *(jnp.where(jnp.isnan(fixed), end, fixed) for end in (-jnp.inf, jnp.inf)))
+    options = {"eps_abs": 1e-3, "eps_rel": 1e-3, "iteration_limit": limit, "primal_importance": 1.0}
+    with jax.default_matmul_precision("highest"):
+        found = jax.jit(mpax._solve_rows)(options, hessian, rows)
+        one_loop = jax.jit(jax.vmap(mpax._solve_row, in_axes=(None, None, 0)))(options, hessian, rows)
+    np.testing.assert_array_equal(found.steps, one_loop.steps)
+    np.testing.assert_array_equal(found.status, one_loop.status)
+    size = jnp.linalg.norm(one_loop.change, axis=1, keepdims=True)
+    np.testing.assert_allclose(found.change / size, one_loop.change / size, atol=1e-5)
+    if count > 1:  # some rows end in the first round and, where the limit is high, some in every other one
+        assert int(found.steps.min()) < 128 and int(found.steps.max()) >= limit
 
 
 def test_data_that_is_not_finite_stops_at_the_first_test(layer):

@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import functools
 import logging
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +30,8 @@ _FLOOR = -1e5
 # Below this the power iteration on H squares numbers that float32 cannot hold, with the same NaN. Such a Hessian is
 # scaled up, which moves no minimum, and the paper's absolute tolerance is met by any point either way.
 _SMALLEST_DIAGONAL = 1e-6
+# The rounds of _solve_rows. Rows that are there at MPAX's third test, made after 137 iterations, end in the first.
+_FIRST_LIMIT, _GROWTH, _PARTS = 128, 4, 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +46,7 @@ class MPAX:
     the denominators, so it depends on the scale of weights and activations: a layer with small ones stops at the first
     test, after 73 iterations, wherever it is. The point returned is 64 iterations past the one tested. ``gap`` is
     ``optimality_residual`` of the (damped) problem: the relative KKT residual, dimensionless, whatever MPAX tested.
-    ``steps`` counts MPAX's iterations, one product with ``H`` each. A row whose result or data is not finite keeps its
+    ``steps`` counts MPAX's iterations, one product with ``H`` each, in the round that ended it. A row whose result or data is not finite keeps its
     pruned weights.
 
     Attributes:
@@ -116,8 +118,7 @@ def _solve(problem: LayerProblem, pruned: Pruned, in_unit_diagonal: bool, dampin
     # Products in full float32: TF32 and bfloat16, the defaults of GPU and TPU, stall or diverge on ill-conditioned
     # layers.
     with jax.default_matmul_precision("highest"), _root_logger_kept():
-        change, status, steps = jax.vmap(functools.partial(_solve_row, options), in_axes=(None, 0, 0, 0))(
-            matrix, slope, lower, upper)
+        change, status, steps = _solve_rows(options, matrix, _Rows(slope, lower, upper))
 
     solved = sound & jnp.all(jnp.isfinite(change), axis=1, keepdims=True)
     moved = jnp.where(free & solved, weight + change * unit, jnp.where(pruned.keep, pruned.weight, 0.0))
@@ -128,9 +129,63 @@ def _solve(problem: LayerProblem, pruned: Pruned, in_unit_diagonal: bool, dampin
     return Solution(moved, gap, steps.astype(jnp.int32), converged)
 
 
-def _solve_row(options: dict[str, Array], matrix: Array, slope: Array, lower: Array, upper: Array
-               ) -> tuple[Array, Array, Array]:
-    """(d [d_in], termination status, iterations) of ``min 1/2 d H d' - slope d'`` between the bounds."""
+class _Rows(NamedTuple):
+    """The rows' own parts of ``min 1/2 d H d' - slope d'`` with ``lower <= d <= upper``, each [rows, d_in]."""
+
+    slope: Array
+    lower: Array
+    upper: Array
+
+
+class _Found(NamedTuple):
+    """What MPAX found."""
+
+    change: Array  # d [rows, d_in]
+    status: Array  # [rows], a TerminationStatus
+    steps: Array  # [rows], iterations
+
+
+def _solve_rows(options: dict[str, Array], matrix: Array, rows: _Rows) -> _Found:
+    """All rows, in rounds, so that the many that converge soon do not iterate on beside the few that do not.
+
+    A vmapped loop ends with its last row, and of a real layer most rows need 73 or 137 iterations where the last one
+    needs thousands. So all of them are solved with a low limit, and those that meet it again from the start, a fraction
+    of the rows at a time, with a limit that grows by ``_GROWTH`` to the one that was asked for. MPAX's iterates depend
+    neither on the limit nor on the rows beside: every row ends where it would have in one loop, within rounding.
+    """
+    solve = jax.vmap(_solve_row, in_axes=(None, None, 0))
+    last = options["iteration_limit"]
+    count = len(rows.slope)
+    at_a_time = max(count // _PARTS, min(count, _PARTS))
+
+    def late(found: _Found) -> Array:
+        return found.status == TerminationStatus.ITERATION_LIMIT
+
+    def one_round(state: tuple[Array, _Found]) -> tuple[Array, _Found]:
+        limit, found = state
+        limit = jnp.where(limit > last // _GROWTH, last, limit * _GROWTH)
+        # Late rows first, and behind them the number of no row, which a read clips and a write drops.
+        waiting = jnp.nonzero(late(found), size=count + at_a_time, fill_value=count)[0]
+
+        def one_part(state: tuple[Array, _Found]) -> tuple[Array, _Found]:
+            start, found = state
+            part = jax.lax.dynamic_slice_in_dim(waiting, start, at_a_time)
+            again = solve(options | {"iteration_limit": limit}, matrix,
+                          jax.tree.map(lambda all_rows: all_rows.at[part].get(mode="clip"), rows))
+            return start + at_a_time, jax.tree.map(
+                lambda all_rows, some: all_rows.at[part].set(some, mode="drop"), found, again)
+
+        return limit, jax.lax.while_loop(lambda state: waiting[state[0]] < count, one_part, (0, found))[1]
+
+    first = jnp.minimum(last, _FIRST_LIMIT)
+    found = solve(options | {"iteration_limit": first}, matrix, rows)
+    return jax.lax.while_loop(
+        lambda state: (state[0] < last) & jnp.any(late(state[1])), one_round, (first, found))[1]
+
+
+def _solve_row(options: dict[str, Array], matrix: Array, row: _Rows) -> _Found:
+    """One row: every array has an axis less."""
+    slope, lower, upper = row
     size = slope.shape[0]
     constraint = jnp.ones((1, size))
     # Built by hand: mpax.create_qp asks whether all of H is zero, which cannot be asked of a traced array.
@@ -144,7 +199,7 @@ def _solve_row(options: dict[str, Array], matrix: Array, slope: Array, lower: Ar
     # MPAX's scale-invariant weight would multiply primal_importance by |e| / |_FLOOR|: it overflows where e is rounding
     # noise.
     found = raPDHG(**options, scale_invariant_initial_primal_weight=False).optimize(program)
-    return found.primal_solution, found.termination_status, found.iteration_count
+    return _Found(found.primal_solution, found.termination_status, found.iteration_count)
 
 
 @contextlib.contextmanager
