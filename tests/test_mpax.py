@@ -38,6 +38,8 @@ def excess(layer, solver: MPAX) -> float:
 
 
 exact = jax.jit(Exact())
+in_rounds = jax.jit(mpax._solve_rows)
+in_one_loop = jax.jit(jax.vmap(mpax._solve_row, in_axes=(None, None, 0)))
 
 
 def test_a_tighter_tolerance_comes_closer(layer):
@@ -75,7 +77,7 @@ def test_a_row_at_the_iteration_limit_is_not_converged(layer):
 
 
 @pytest.mark.parametrize("limit", [70, 600, 20_000])
-@pytest.mark.parametrize("count", [1, 7, 12, 37])
+@pytest.mark.parametrize("count", [1, 37, 150])
 def test_the_rounds_end_every_row_where_one_loop_would(layer, count, limit):
     rng = np.random.default_rng(count)
     hessian = layer[0].hessian
@@ -85,8 +87,7 @@ def test_the_rounds_end_every_row_where_one_loop_would(layer, count, limit):
     rows = mpax._Rows(jnp.zeros_like(weight), *(jnp.where(jnp.isnan(fixed), end, fixed) for end in (-jnp.inf, jnp.inf)))
     options = {"eps_abs": 1e-3, "eps_rel": 1e-3, "iteration_limit": limit, "primal_importance": 1.0}
     with jax.default_matmul_precision("highest"):
-        found = jax.jit(mpax._solve_rows)(options, hessian, rows)
-        one_loop = jax.jit(jax.vmap(mpax._solve_row, in_axes=(None, None, 0)))(options, hessian, rows)
+        found, one_loop = in_rounds(options, hessian, rows), in_one_loop(options, hessian, rows)
     np.testing.assert_array_equal(found.steps, one_loop.steps)
     np.testing.assert_array_equal(found.status, one_loop.status)
     size = jnp.linalg.norm(one_loop.change, axis=1, keepdims=True)

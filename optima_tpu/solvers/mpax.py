@@ -30,8 +30,9 @@ _FLOOR = -1e5
 # Below this the power iteration on H squares numbers that float32 cannot hold, with the same NaN. Such a Hessian is
 # scaled up, which moves no minimum, and the paper's absolute tolerance is met by any point either way.
 _SMALLEST_DIAGONAL = 1e-6
-# The rounds of _solve_rows. Rows that are there at MPAX's third test, made after 137 iterations, end in the first.
-_FIRST_LIMIT, _GROWTH, _PARTS = 128, 4, 8
+# The rounds of _solve_rows. A row that passes MPAX's third test, made after 137 iterations, ends in the first. An eighth
+# of the rows of a wide layer fills an accelerator; with fewer than 64 at a time it would wait for the Hessian.
+_FIRST_LIMIT, _GROWTH, _PARTS, _LEAST = 128, 4, 8, 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,38 +150,37 @@ def _solve_rows(options: dict[str, Array], matrix: Array, rows: _Rows) -> _Found
     """All rows, in rounds, so that the many that converge soon do not iterate on beside the few that do not.
 
     A vmapped loop ends with its last row, and of a real layer most rows need 73 or 137 iterations where the last one
-    needs thousands. So all of them are solved with a low limit, and those that meet it again from the start, a fraction
-    of the rows at a time, with a limit that grows by ``_GROWTH`` to the one that was asked for. MPAX's iterates depend
+    needs thousands. So all of them are solved with a low limit, and those that meet it again from the start with a
+    higher one, until it is the one that was asked for; always a part of the rows at a time. MPAX's iterates depend
     neither on the limit nor on the rows beside: every row ends where it would have in one loop, within rounding.
     """
     solve = jax.vmap(_solve_row, in_axes=(None, None, 0))
-    last = options["iteration_limit"]
-    count = len(rows.slope)
-    at_a_time = max(count // _PARTS, min(count, _PARTS))
+    count, last = len(rows.slope), jnp.asarray(options["iteration_limit"])
+    at_a_time = min(count, max(count // _PARTS, _LEAST))
 
     def late(found: _Found) -> Array:
         return found.status == TerminationStatus.ITERATION_LIMIT
 
     def one_round(state: tuple[Array, _Found]) -> tuple[Array, _Found]:
-        limit, found = state
-        limit = jnp.where(limit > last // _GROWTH, last, limit * _GROWTH)
+        before, found = state
+        higher = jnp.where(before > last // _GROWTH, last, before * _GROWTH)  # compared first: the product could overflow
+        limit = jnp.minimum(last, jnp.maximum(higher, _FIRST_LIMIT))
         # Late rows first, and behind them the number of no row, which a read clips and a write drops.
         waiting = jnp.nonzero(late(found), size=count + at_a_time, fill_value=count)[0]
 
         def one_part(state: tuple[Array, _Found]) -> tuple[Array, _Found]:
             start, found = state
             part = jax.lax.dynamic_slice_in_dim(waiting, start, at_a_time)
-            again = solve(options | {"iteration_limit": limit}, matrix,
-                          jax.tree.map(lambda all_rows: all_rows.at[part].get(mode="clip"), rows))
+            some = solve(options | {"iteration_limit": limit}, matrix,
+                         jax.tree.map(lambda every: every.at[part].get(mode="clip"), rows))
             return start + at_a_time, jax.tree.map(
-                lambda all_rows, some: all_rows.at[part].set(some, mode="drop"), found, again)
+                lambda every, new: every.at[part].set(new, mode="drop"), found, some)
 
         return limit, jax.lax.while_loop(lambda state: waiting[state[0]] < count, one_part, (0, found))[1]
 
-    first = jnp.minimum(last, _FIRST_LIMIT)
-    found = solve(options | {"iteration_limit": first}, matrix, rows)
+    unsolved = _Found(jnp.zeros_like(rows.slope), jnp.full(count, TerminationStatus.ITERATION_LIMIT), jnp.zeros(count, jnp.int32))
     return jax.lax.while_loop(
-        lambda state: (state[0] < last) & jnp.any(late(state[1])), one_round, (first, found))[1]
+        lambda state: (state[0] < last) & jnp.any(late(state[1])), one_round, (jnp.zeros_like(last), unsolved))[1]
 
 
 def _solve_row(options: dict[str, Array], matrix: Array, row: _Rows) -> _Found:
