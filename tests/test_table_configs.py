@@ -76,8 +76,7 @@ def test_every_figure_of_a_header_is_one_of_the_sweep_s(name):
 
 @pytest.mark.parametrize("name", sorted(OFFLINE + PUBLISHED))
 def test_masks_and_updates_are_the_published_ones(name):
-    limit = 1000 if name in OFFLINE else 100_000
-    methods = {"none": (None, PerRow()), "mpax": (MPAX(1e-2, 1e-2, limit), PerLayer(0.95)),
+    methods = {"none": (None, PerRow()), "mpax": (MPAX(1e-2, 1e-2, 100_000), PerLayer(0.95)),
                "cg": (CG(damping=1e-2), PerRow()), "adam": (Adam(20, (1e-2, 1e-3, 1e-4, 1e-5)), PerLayer(0))}
     for cell in grid_of(name).cells:
         assert cell.config.selector == SELECTORS[cell.mask]

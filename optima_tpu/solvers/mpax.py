@@ -47,8 +47,8 @@ class MPAX:
     the denominators, so it depends on the scale of weights and activations: a layer with small ones stops at the first
     test, after 73 iterations, wherever it is. The point returned is 64 iterations past the one tested. ``gap`` is
     ``optimality_residual`` of the (damped) problem: the relative KKT residual, dimensionless, whatever MPAX tested.
-    ``steps`` counts MPAX's iterations, one product with ``H`` each, in the round that ended it. A row whose result or data is not finite keeps its
-    pruned weights.
+    ``steps`` counts MPAX's iterations, one product with ``H`` each, in the round that ended it (``_solve_rows``). A row
+    whose result or data is not finite keeps its pruned weights.
 
     Attributes:
       eps_abs: absolute tolerance of MPAX.
