@@ -2,8 +2,8 @@
 
     python -m benchmarks.solver 10 --out solver.md
 
-Two baselines: the paper's own call of MPAX, which is not compiled as a whole, and the same method compiled (``mpax``).
-All solve the same rows with the same Hessians and masks, and are measured against the exact optimum in float64.
+Two baselines: the paper's own call of MPAX, which is not compiled as a whole, and the same method compiled and in rounds
+(``mpax``). All solve the same rows with the same Hessians and masks, and are measured against the exact optimum in float64.
 """
 
 import argparse
