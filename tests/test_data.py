@@ -384,8 +384,11 @@ def test_other_source_texts_are_refused(text):
 def test_calibration_and_evaluation_on_the_same_file_are_refused(tmp_path):
     (tmp_path / "link.txt").symlink_to(tmp_path / "a.txt")
     a, link, b = (data.parse_source(f"file:{tmp_path}/{name}.txt") for name in ("a", "link", "b"))
+    with pytest.raises(UserError, match="a.txt does not exist"):  # nor would a second text help
+        data.refuse_overlap(a, a)
+    (tmp_path / "a.txt").touch()
     for second in (a, link):
-        with pytest.raises(UserError, match="a.txt"):
+        with pytest.raises(UserError, match="both read .*a.txt"):
             data.refuse_overlap(a, second)
     with pytest.raises(UserError, match="x.npy"):
         data.refuse_overlap(data.parse_source("npy:x.npy"), data.parse_source("npy:./x.npy"))
