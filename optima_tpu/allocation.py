@@ -79,9 +79,10 @@ class OWL:
 class Measured:
     """Each block loses as much as makes the sum of the losses smallest, by what two trials of it have cost the model.
 
-    Block by block, the dense model runs with this block alone pruned, once below and once above the pattern's sparsity, by the
-    run's own selector and solver. Its loss ``L_b`` is the divergence ``KL(dense || pruned)`` of the next-token distribution on
-    the held-out sequences. Between both trials ``log L_b`` is taken for linear in the sparsity, and the losses for additive:
+    Block by block, the dense model runs with this block alone pruned, once below and once above the pattern's sparsity, by
+    Wanda's masks and ``cg`` whatever the run's own methods are: it costs little, and runs that compare methods have the same
+    sparsities. Its loss ``L_b`` is the divergence ``KL(dense || pruned)`` of the next-token distribution on the held-out
+    sequences. Between both trials ``log L_b`` is taken for linear in the sparsity, and the losses for additive:
 
         minimise  sum_b L_b(s_b)     subject to     mean s_b = s,   |s_b - s| <= limit
 

@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from optima_tpu.accept import PerRow
 from optima_tpu.activations import Activations
 from optima_tpu.allocation import OWL, Measured, Steps, allocate, steps_of
 from optima_tpu.calibrate import Statistics, accumulate_hessians, linear_groups
@@ -27,8 +26,8 @@ from optima_tpu.patterns import Unstructured
 from optima_tpu.processes import fetch, first_only, from_first
 from optima_tpu.prune import block_passes, prune_block
 from optima_tpu.recipe import Recipe
-from optima_tpu.target import SelfTarget
-from optima_tpu.tuning import Fixed
+from optima_tpu.selectors import Wanda
+from optima_tpu.solvers import CG
 
 
 class Allocated(NamedTuple):
@@ -125,9 +124,7 @@ def _losses(decoder: Decoder, tokens: np.ndarray, recipe: Recipe, trials: tuple[
 
     All these models walk side by side, so that every block is read once.
     """
-    # In the dense stream the layers' own outputs are the dense model's, and nothing is held out from the judges of an update.
-    recipe = dataclasses.replace(recipe, accept=PerRow(), target=SelfTarget(), tuning=Fixed())
-    recipes = [dataclasses.replace(recipe, pattern=pattern) for pattern in trials]
+    recipes = [Recipe(pattern, Wanda(), CG(), layers=recipe.layers) for pattern in trials]
     hidden, streams = decoder.embed(tokens), {}
     for index, parameters in enumerate(decoder.blocks(range(decoder.config.blocks))):
         for stream in streams.values():
@@ -135,7 +132,7 @@ def _losses(decoder: Decoder, tokens: np.ndarray, recipe: Recipe, trials: tuple[
         if free[index]:
             pruned = [parameters] * len(trials)
             rest = budget - (len(trials) - 1) * block_bytes(decoder, index)  # one pruned block is in the budget of any pass
-            for part, statistics in _calibrated(decoder, index, parameters, hidden.part(0, samples), recipe, rest):
+            for part, statistics in _calibrated(decoder, index, parameters, hidden.part(0, samples), recipes[0], rest):
                 pruned = [prune_block(index, decoder.prefix(index), changed, part.groups, statistics, mine, decoder.mesh,
                                       layouts=part.layouts)[0] for changed, mine in zip(pruned, recipes)]
             for trial, changed in enumerate(pruned):
