@@ -93,7 +93,7 @@ class Measured:
       limit: how far a block's sparsity may be from the pattern's.
     """
 
-    limit: float = 0.08
+    limit: float = 0.16
 
     def __post_init__(self):
         _check_limit(self.limit)

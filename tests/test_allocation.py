@@ -171,7 +171,7 @@ def test_settings_that_do_not_go_together_are_one_line(argv, words):
 @pytest.mark.parametrize("allocation, sparsity, inputs, words", [
     (OWL(limit=0.01), 0.6, (48,), "limit of at least 0.0208"),
     (OWL(), 0.6, (1023, 1024), "got 1023, 1024: take --allocation"), (OWL(), 0.85, (48,), "more than 0.181 from 0 and 1"),
-    (Measured(), 0.06, (48,), "more than 0.101 from 0 and 1")])
+    (Measured(), 0.06, (48,), "more than 0.181 from 0 and 1")])
 def test_sparsities_without_room_are_refused(allocation, sparsity, inputs, words):
     with pytest.raises(UserError, match=words):
         steps_of(allocation, sparsity, inputs)
