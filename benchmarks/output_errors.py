@@ -1,0 +1,113 @@
+"""How far every layer's output is from the dense model's, in finished runs side by side.
+
+    python -m benchmarks.output_errors runs/paper runs/best
+
+For each layer the relative error ``||X_d W' - X V'||^2 / ||X_d W'||^2`` of the pruned weights ``V`` on what the layer reads in the
+pruned model, against the dense weights ``W`` on what it reads in the dense one: what it and all layers before it have lost. Over
+the tokens of the first run's held-out windows, and over the same weighed by one over the mean square of the dense model's residual
+stream behind the attention or the MLP that the layer is in; ``--target.weigh_tokens`` does so in the layers that add to the stream.
+Prints the means over layers, and the layers in which a later run has a larger error than the first.
+"""
+
+import argparse
+import functools
+import sys
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from optima_tpu.calibrate import linear_groups
+from optima_tpu.cli import configure
+from optima_tpu.errors import UserError
+from optima_tpu.evaluate.model import open_evaluated
+from optima_tpu.inputs import open_model_on_mesh, read_texts
+from optima_tpu.models.decoder import Decoder, forward
+from optima_tpu.models.layers import project
+from optima_tpu.report.runs import read_report
+
+Errors = dict[str, np.ndarray]
+"""Of a layer the two relative errors, over tokens and over weighed ones, for each run: [runs, 2] float64."""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.output_errors", description=__doc__.split("\n\n")[0])
+    parser.add_argument("runs", nargs="+", help="run directories of one model; the first says which text")
+    names = parser.parse_args(argv).runs
+    try:
+        config = configure(read_report(names[0])["configuration"])
+        if not config.calibration.held_out:
+            raise UserError(f"expected a run with held-out windows, got {names[0]} without any")
+        model = open_model_on_mesh(config)
+        runs = [open_evaluated(name, model.decoder.mesh, config.dtype, config.batch).model.decoder for name in names]
+        tokens = read_texts(config, model).calibration.ids[config.calibration.samples:]
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    errors = output_errors(model.decoder, runs, tokens)
+    means = np.mean(list(errors.values()), axis=0)
+    for place, name in enumerate(names):
+        print(f"{name}: {means[place][0]:.2%}, tokens weighed {means[place][1]:.2%}, means over {len(errors)} layers")
+        for kind, what in enumerate(("", ", tokens weighed") if place else ()):
+            worse = {layer: found[[0, place], kind] for layer, found in errors.items() if found[place, kind] > found[0, kind]}
+            print(f"  larger than in {names[0]}{what}: {len(worse)} layers",
+                  *(f"{layer} {mine:.4f} for {first:.4f}" for layer, (first, mine) in worse.items()), sep="  ")
+
+
+def output_errors(dense: Decoder, runs: Sequence[Decoder], tokens: np.ndarray) -> Errors:
+    """The errors above of every layer that is pruned, by its name; in one process.
+
+    Args:
+      tokens: [windows, length] int32.
+    """
+    models, found = (dense, *runs), {}
+    streams, linears = [model.embed(tokens) for model in models], sum(linear_groups(dense), ())
+    count = dense.config.blocks
+    for index, blocks in enumerate(zip(*(model.blocks(range(count)) for model in models))):
+        sums, positions = np.zeros((len(linears), len(models), 2)), dense.positions(index, tokens.shape[1])
+        states = tuple(model.state(parameters) for model, parameters in zip(models, blocks))
+        weights = tuple({name: parameters[name + ".weight"] for name in linears} for parameters in blocks)
+        for batch in zip(*(stream.batches(dense.batch) for stream in streams)):
+            some = _sums(dense.graph, linears, _streams_behind(dense, linears), states, weights,
+                         tuple(part.hidden for part in batch), batch[0].valid, positions)
+            sums += np.asarray(some, np.float64)
+        for name, (reference, *lost) in zip(linears, sums):
+            found[dense.prefix(index) + name] = np.stack(lost) / reference
+        for model, parameters, stream in zip(models, blocks, streams):
+            model.apply(index, parameters, stream)
+    return found
+
+
+def _streams_behind(decoder: Decoder, linears: Sequence[str]) -> tuple[str | None, ...]:
+    """For every layer the name of the residual stream behind the part of the block that it is in; None where there is none."""
+    behind = {name.split(".")[0]: residual.after for name, residual in decoder.family.residuals.items()}
+    return tuple(behind.get(name.split(".")[0]) for name in linears)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _sums(graph, linears, behind, states, weights, hidden, valid, positions) -> Array:
+    """Over the tokens of a batch, plain and weighed, of each layer: squares of the dense outputs, then of every run's difference.
+
+    Args:
+      linears: names of layers.
+      behind: of each the residual stream that weighs its tokens; without one they are not weighed.
+      states, weights, hidden: of the dense model and of the runs.
+
+    Returns:
+      [layers, models, 2] float32.
+    """
+    inputs = [forward(graph, state, x, positions)[1] for state, x in zip(states, hidden)]
+
+    def of_layer(name: str, stream: str | None) -> Array:
+        dense, *others = (project(read[name], weight[name], jnp.float32) for read, weight in zip(inputs, weights))
+        scale = jnp.broadcast_to(valid[:, None], dense.shape[:2]).astype(jnp.float32)
+        weighed = scale if stream is None else scale / jnp.mean(jnp.square(inputs[0][stream].astype(jnp.float32)), axis=-1)
+        squares = [jnp.sum(jnp.square(output), axis=-1) for output in (dense, *(other - dense for other in others))]
+        return jnp.stack([jnp.stack([jnp.sum(square * scale), jnp.sum(square * weighed)]) for square in squares])
+
+    return jnp.stack([of_layer(*layer) for layer in zip(linears, behind)])
+
+
+if __name__ == "__main__":
+    main()
