@@ -69,11 +69,12 @@ def run(config: RunConfig, console: Console | None = None, model: Model | None =
     texts = texts or read_texts(config, model, console)
     calibration, evaluation = texts
     manifest = manifest_of(config, model, texts)
-    directory = prepare_directory(config.run_directory, manifest)
     budget, recipe = device_budget(config.device_memory), recipe_of(config)
     if not isinstance(config.allocation, Uniform):
         allocation_steps(decoder, recipe, config.allocation)
-    greet(console, config, model, texts, directory, _fitted(decoder, recipe, budget))
+    fitted = _fitted(decoder, recipe, budget)
+    directory = prepare_directory(config.run_directory, manifest)
+    greet(console, config, model, texts, directory, fitted)
     if report := from_first(lambda: _finished_report(config, directory, manifest, evaluation)):
         _tell(console, config, directory, report)
         return report

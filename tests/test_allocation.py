@@ -177,6 +177,14 @@ def test_sparsities_without_room_are_refused(allocation, sparsity, inputs, words
         steps_of(allocation, sparsity, inputs)
 
 
+def test_a_refused_run_leaves_no_directory(tmp_path, capsys):
+    model, output = tiny_folder(tmp_path / "model", **WIDE), tmp_path / "run"
+    command = ["--model", str(model), "--output", str(output), "--allocation", "measured", *SMALL]
+    assert main([*command, "--pattern", "0.06/row"]) != 0
+    assert "from 0 and 1" in capsys.readouterr().err
+    assert not output.exists()
+
+
 def test_the_settings():
     config = parse(["--allocation", "owl", "--allocation.limit", "0.04", "--pattern", "0.7"])
     assert config.allocation == OWL(limit=0.04)

@@ -390,8 +390,12 @@ def test_calibration_and_evaluation_on_the_same_file_are_refused(tmp_path):
     for second in (a, link):
         with pytest.raises(UserError, match="both read .*a.txt"):
             data.refuse_overlap(a, second)
-    with pytest.raises(UserError, match="x.npy"):
-        data.refuse_overlap(data.parse_source("npy:x.npy"), data.parse_source("npy:./x.npy"))
+    ids = data.parse_source(f"npy:{tmp_path}/x.npy")
+    with pytest.raises(UserError, match="x.npy does not exist"):
+        data.refuse_overlap(ids, ids)
+    (tmp_path / "x.npy").touch()
+    with pytest.raises(UserError, match="both read .*x.npy"):
+        data.refuse_overlap(ids, data.parse_source(f"npy:{tmp_path}/../{tmp_path.name}/x.npy"))
     data.refuse_overlap(a, b)
     for text in ("pydoc", "c4", "wikitext2", "random"):
         data.refuse_overlap(data.parse_source(text), data.parse_source(text))

@@ -126,7 +126,7 @@ def refuse_overlap(calibration: Source, evaluation: Source) -> None:
     held = list(evaluation.parts("evaluation"))
     for part in calibration.parts("calibration"):
         if any(part.overlaps(other) for other in held):
-            if isinstance(calibration, File):
+            if isinstance(calibration, File | Npy):
                 calibration.check()  # a path that does not exist needs no second one
             raise UserError(f"calibration and evaluation would both read {part.place}: expected two different texts; give "
                             "--evaluation.source another one, such as wikitext2 or pydoc")

@@ -54,9 +54,13 @@ class Npy:
         how = f"the first {len(ids)} windows of {length} tokens of {self}"
         return Tokens(ids.astype(np.int32), how, int(array.size))
 
-    def _load(self) -> np.ndarray:
+    def check(self) -> None:
+        """Raises UserError where there is no such file."""
         if not self.path.is_file():
             raise UserError(f"expected an .npy file of token ids, but {self.path} does not exist: check the path")
+
+    def _load(self) -> np.ndarray:
+        self.check()
         try:
             array = np.load(self.path, mmap_mode="r", allow_pickle=False)
         except (ValueError, OSError, EOFError) as error:
