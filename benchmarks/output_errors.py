@@ -19,9 +19,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from optima_tpu.calibrate import linear_groups
+from optima_tpu.calibrate import inverse_norm, linear_groups
 from optima_tpu.cli import configure
 from optima_tpu.errors import UserError
+from optima_tpu.evaluate.distance import check_same_shape
 from optima_tpu.evaluate.model import open_evaluated
 from optima_tpu.inputs import open_model_on_mesh, read_texts
 from optima_tpu.models.decoder import Decoder, forward
@@ -42,10 +43,12 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise UserError(f"expected a run with held-out windows, got {names[0]} without any")
         model = open_model_on_mesh(config)
         runs = [open_evaluated(name, model.decoder.mesh, config.dtype, config.batch).model.decoder for name in names]
+        for run in runs:
+            check_same_shape(model.decoder, run)
         tokens = read_texts(config, model).calibration.ids[config.calibration.samples:]
+        errors = output_errors(model.decoder, runs, tokens)
     except UserError as error:
         sys.exit(f"error: {error}")
-    errors = output_errors(model.decoder, runs, tokens)
     means = np.mean(list(errors.values()), axis=0)
     for place, name in enumerate(names):
         print(f"{name}: {means[place][0]:.2%}, tokens weighed {means[place][1]:.2%}, means over {len(errors)} layers")
@@ -63,15 +66,14 @@ def output_errors(dense: Decoder, runs: Sequence[Decoder], tokens: np.ndarray) -
     """
     models, found = (dense, *runs), {}
     streams, linears = [model.embed(tokens) for model in models], sum(linear_groups(dense), ())
-    count = dense.config.blocks
+    count, behind = dense.config.blocks, _streams_behind(dense, linears)
     for index, blocks in enumerate(zip(*(model.blocks(range(count)) for model in models))):
         sums, positions = np.zeros((len(linears), len(models), 2)), dense.positions(index, tokens.shape[1])
         states = tuple(model.state(parameters) for model, parameters in zip(models, blocks))
         weights = tuple({name: parameters[name + ".weight"] for name in linears} for parameters in blocks)
         for batch in zip(*(stream.batches(dense.batch) for stream in streams)):
-            some = _sums(dense.graph, linears, _streams_behind(dense, linears), states, weights,
-                         tuple(part.hidden for part in batch), batch[0].valid, positions)
-            sums += np.asarray(some, np.float64)
+            hidden = tuple(part.hidden for part in batch)
+            sums += np.asarray(_sums(dense.graph, linears, behind, states, weights, hidden, batch[0].valid, positions), np.float64)
         for name, (reference, *lost) in zip(linears, sums):
             found[dense.prefix(index) + name] = np.stack(lost) / reference
         for model, parameters, stream in zip(models, blocks, streams):
@@ -102,7 +104,7 @@ def _sums(graph, linears, behind, states, weights, hidden, valid, positions) -> 
     def of_layer(name: str, stream: str | None) -> Array:
         dense, *others = (project(read[name], weight[name], jnp.float32) for read, weight in zip(inputs, weights))
         scale = jnp.broadcast_to(valid[:, None], dense.shape[:2]).astype(jnp.float32)
-        weighed = scale if stream is None else scale / jnp.mean(jnp.square(inputs[0][stream].astype(jnp.float32)), axis=-1)
+        weighed = scale if stream is None else scale * jnp.square(inverse_norm(inputs[0][stream]))
         squares = [jnp.sum(jnp.square(output), axis=-1) for output in (dense, *(other - dense for other in others))]
         return jnp.stack([jnp.stack([jnp.sum(square * scale), jnp.sum(square * weighed)]) for square in squares])
 

@@ -214,7 +214,7 @@ def add_drift(graph, mesh: Mesh, groups: Groups, residuals: tuple[ResidualNames,
         lost = [before and jnp.where(both, dense[before] - pruned[before], 0) for before in places.before]
         difference = jnp.where(both, other - x, 0)
         if places.after:
-            scale = jnp.where(valid[:, None], _inverse_norm(dense[places.after]), 0)
+            scale = jnp.where(valid[:, None], inverse_norm(dense[places.after]), 0)
             weight = weight + jnp.sum(jnp.square(scale))
             # To the model's dtype again: a rounding like that of the activations themselves, and the same on both sides of H.
             x, difference, *lost = ((array * scale[..., None]).astype(x.dtype) if array is not None else None
@@ -230,7 +230,7 @@ def add_drift(graph, mesh: Mesh, groups: Groups, residuals: tuple[ResidualNames,
     return tuple(statistics), tuple(drifts), tuple(totals)
 
 
-def _inverse_norm(stream: Array) -> Array:
+def inverse_norm(stream: Array) -> Array:
     """One over the root mean square of every token, [batch, length] float32; 0 for a token that is 0."""
     square = jnp.mean(jnp.square(stream.astype(jnp.float32)), axis=-1)
     return jnp.where(square > 0, jax.lax.rsqrt(jnp.where(square > 0, square, 1)), 0)

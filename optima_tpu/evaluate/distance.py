@@ -68,7 +68,7 @@ def distance(dense: Decoder, pruned: Decoder, tokens: np.ndarray, advance=lambda
       UserError: the models differ in depth, width or vocabulary; or an output of one is not finite, names the first layer
         with such an input.
     """
-    _check_same_shape(dense, pruned)
+    check_same_shape(dense, pruned)
     models, count = (dense, pruned), dense.config.blocks
     streams = [model.embed(tokens) for model in models]
     squares = np.empty((count, len(streams[0].rows), 2))  # float64
@@ -152,7 +152,8 @@ def _ratios(rows: np.ndarray, squares: np.ndarray, windows: int) -> list[float]:
     return (error / norm).tolist()
 
 
-def _check_same_shape(dense: Decoder, pruned: Decoder) -> None:
+def check_same_shape(dense: Decoder, pruned: Decoder) -> None:
+    """Raises UserError where the models differ in depth, width or vocabulary."""
     for name, what in (("blocks", "blocks"), ("d_model", "features"), ("vocab", "tokens in the vocabulary")):
         expected, came = getattr(dense.config, name), getattr(pruned.config, name)
         if came != expected:
