@@ -2,11 +2,11 @@
 
     python -m benchmarks.output_errors runs/paper runs/best
 
-For each layer the relative error ``||X_d W' - X V'||^2 / ||X_d W'||^2`` of the pruned weights ``V`` on what the layer reads in the
-pruned model, against the dense weights ``W`` on what it reads in the dense one: what it and all layers before it have lost. Over
-the tokens of the first run's held-out windows, and over the same weighed by one over the mean square of the dense model's residual
-stream behind the attention or the MLP that the layer is in; ``--target.weigh_tokens`` does so in the layers that add to the stream.
-Prints the means over layers, and the layers in which a later run has a larger error than the first.
+For each layer the relative error ``||X_d W' - X V'||^2 / ||X_d W'||^2`` of the pruned weights ``V`` on what the layer reads in
+the pruned model, against the dense weights ``W`` on what it reads in the dense one: what it and all layers before it have lost.
+Over the tokens of the first run's held-out windows, and over the same weighed by one over the mean square of the dense model's
+residual stream behind the attention or the MLP that the layer is in; ``--target.weigh_tokens`` does so in the layers that add
+to the stream. Prints the means over layers, and the layers in which a later run has a larger error than the first.
 """
 
 import argparse
@@ -72,8 +72,8 @@ def output_errors(dense: Decoder, runs: Sequence[Decoder], tokens: np.ndarray) -
         states = tuple(model.state(parameters) for model, parameters in zip(models, blocks))
         weights = tuple({name: parameters[name + ".weight"] for name in linears} for parameters in blocks)
         for batch in zip(*(stream.batches(dense.batch) for stream in streams)):
-            hidden = tuple(part.hidden for part in batch)
-            sums += np.asarray(_sums(dense.graph, linears, behind, states, weights, hidden, batch[0].valid, positions), np.float64)
+            hidden, valid = tuple(part.hidden for part in batch), batch[0].valid
+            sums += np.asarray(_sums(dense.graph, linears, behind, states, weights, hidden, valid, positions), np.float64)
         for name, (reference, *lost) in zip(linears, sums):
             found[dense.prefix(index) + name] = np.stack(lost) / reference
         for model, parameters, stream in zip(models, blocks, streams):
