@@ -1,53 +1,93 @@
-"""Layer errors of the first blocks, without pruning the rest.
+"""Layer errors of the first blocks, without pruning the rest; of all blocks, the perplexity too.
 
     python -m benchmarks.layer_errors 11 --solver mpax --accept per_layer --selector.shift_zero true
-    python -m benchmarks.layer_errors 11 --selector sparsegpt --solver mpax --accept per_layer --beside cg,cg-undamped
+    python -m benchmarks.layer_errors 30 --selector sparsegpt --solver mpax --accept per_layer --beside cg,cg-undamped
 
 Takes the settings of ``optima_tpu.launch`` after the number of blocks, and prints the mean over all layers of the relative error
-``||X W' - X V'||^2 / ||X W'||^2`` of the selector's and of the final weights. A full run gives the same: a block does not
-depend on later ones.
+``||X W' - X V'||^2 / ||X W'||^2`` of the selector's and of the final weights, and that of the final weights on held-out windows. A
+full run gives the same: a block does not depend on later ones. Where no later ones are left, the perplexity on
+``--evaluation.source`` is that of a full run too.
 
 ``--beside`` solves every layer with other solvers too, on the same inputs and from the same mask, and counts the layers in
 which one of them leaves a larger error than the solver of the run, which is the one that later blocks see.
 """
 
+import argparse
 import dataclasses
 import statistics
 import sys
 from collections import defaultdict
+from collections.abc import Mapping, Sequence
 
 from optima_tpu.accept import PerRow
+from optima_tpu.allocation import Uniform
 from optima_tpu.calibrate import linear_groups
 from optima_tpu.cli import parse
+from optima_tpu.errors import UserError
+from optima_tpu.evaluate.perplexity import perplexity_of, window_nll
 from optima_tpu.inputs import open_model_on_mesh, read_texts
 from optima_tpu.prune import walk_block
+from optima_tpu.report.records import LayerReport
 from optima_tpu.run import recipe_of
+from optima_tpu.selectors import Imported
 from optima_tpu.solvers import CG, Exact
 
 BESIDE = {"cg": CG(), "cg-undamped": CG(damping=0.0), "exact": Exact(damping=0.0)}
 
 
-def main(argv: list[str]) -> None:
-    beside = argv.pop(argv.index("--beside") + 1).split(",") if "--beside" in argv else []
-    blocks, config = int(argv[0]), parse([argument for argument in argv[1:] if argument != "--beside"])
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.layer_errors", description=__doc__.split("\n\n")[0],
+                                     epilog="All else are settings of optima_tpu.launch.", allow_abbrev=False)
+    parser.add_argument("blocks", type=int, help="so many of the first ones")
+    parser.add_argument("--beside", default="", metavar="SOLVER[,SOLVER]", help=", ".join(BESIDE))
+    arguments, settings = parser.parse_known_args(argv)
+    try:
+        walk(arguments.blocks, tuple(filter(None, arguments.beside.split(","))), settings)
+    except UserError as error:
+        sys.exit(f"error: {error}")
+
+
+def walk(blocks: int, beside: Sequence[str], settings: Sequence[str]) -> None:
+    """Walks the blocks and prints what is described above.
+
+    Raises:
+      UserError: a setting that is wrong, or that is not compared here.
+    """
+    if unknown := sorted(set(beside) - set(BESIDE)):
+        raise UserError(f"expected --beside with solvers out of {', '.join(BESIDE)}, got {', '.join(unknown)}")
+    config = parse(list(settings))
     if config.target.matrices > 1:
-        sys.exit("expected a recipe that aims at a layer's own outputs, whose errors are compared here: name a method, such as "
-                 "--preset fast")
+        raise UserError("expected a recipe that aims at a layer's own outputs, whose errors are compared here: name a method, "
+                        "such as --preset fast")
+    if isinstance(config.selector, Imported) or not isinstance(config.allocation, Uniform):
+        raise UserError("expected masks that are chosen here and the same sparsity for every block: nothing else is walked")
     model = open_model_on_mesh(config)
-    decoder, samples = model.decoder, config.calibration.samples
-    recipe = recipe_of(config)
+    decoder, samples, recipe = model.decoder, config.calibration.samples, recipe_of(config)
+    if not 1 <= blocks <= decoder.config.blocks:
+        raise UserError(f"expected 1 to {decoder.config.blocks} blocks, the model's, got {blocks}")
     others = {name: dataclasses.replace(recipe, solver=BESIDE[name], accept=PerRow()) for name in beside}
-    hidden = decoder.embed(read_texts(config, model).calibration.ids[:samples])
+    calibration, evaluation = read_texts(config, model)
+    hidden, other = decoder.embed(calibration.ids), decoder.embed(evaluation.ids)
     groups, layers, found = linear_groups(decoder), [], defaultdict(list)
     for index in range(blocks):
-        for name, other in others.items():
-            found[name] += walk_block(decoder, index, hidden.copy(), groups, other)[2]
-        reports = walk_block(decoder, index, hidden, groups, recipe)[2]
+        for name, rival in others.items():
+            found[name] += walk_block(decoder, index, hidden.copy(), groups, rival, samples=samples)[2]
+        pruned, _, reports = walk_block(decoder, index, hidden, groups, recipe, samples=samples)
+        decoder.apply(index, pruned, other)
         layers += reports
         print(f"block {index}", *(f"{r.name} {r.error_before:.4f} {r.error_after:.4f} ({r.rows_refused}/{r.rows} refused)"
                                   for r in reports), sep="  ", flush=True)
+    _print_means(layers, found)
+    if blocks == decoder.config.blocks:
+        value = perplexity_of(window_nll(decoder, other, evaluation.ids), evaluation.ids)
+        print(f"perplexity {value:.3f}, on {evaluation.how}")
+
+
+def _print_means(layers: Sequence[LayerReport], found: Mapping[str, Sequence[LayerReport]]) -> None:
     before, after = (statistics.fmean(getattr(r, name) for r in layers) for name in ("error_before", "error_after"))
-    print(f"mean over {len(layers)} layers: selector {before:.4f}, final {after:.4f}")
+    held_out = [r.held_out_after for r in layers if r.held_out_after is not None]
+    print(f"mean over {len(layers)} layers: selector {before:.4f}, final {after:.4f}"
+          + (f", held out {statistics.fmean(held_out):.4f}" if held_out else ""))
     for name, reports in found.items():
         ratios = {f"block {r.block} {r.name}": r.error_after / s.error_after for r, s in zip(reports, layers)}
         worse = {layer: ratio for layer, ratio in ratios.items() if ratio > 1}
@@ -57,4 +97,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from optima_tpu.activations import Activations
 from optima_tpu.errors import UserError
 from optima_tpu.evaluate.predictions import picked, sum_over_windows
 from optima_tpu.models.decoder import Decoder, Head, forward, head_logits
@@ -32,18 +33,31 @@ def perplexity(decoder: Decoder, tokens: np.ndarray, advance=lambda: None) -> fl
     for index, parameters in enumerate(decoder.blocks(range(decoder.config.blocks))):
         decoder.apply(index, parameters, hidden)
         advance()
-    # Sums over a window in float32, their total in float64 on the host.
-    head, windows = decoder.head(), np.empty(len(tokens), np.float32)
-    for batch in hidden.batches(decoder.batch):
-        sums = fetch(_window_nll(head, batch.hidden, batch.place(tokens)))
-        windows[batch.rows[batch.there]] = sums[batch.there]
+    windows = window_nll(decoder, hidden, tokens)
     advance()
     check_finite(decoder, tokens, windows)
     return perplexity_of(windows, tokens)
 
 
+def window_nll(decoder: Decoder, hidden: Activations, tokens: np.ndarray) -> np.ndarray:
+    """Summed negative log-likelihood of tokens 1.. of every window, [windows] float32.
+
+    Args:
+      hidden: what leaves the last block.
+      tokens: [windows, length] int32.
+    """
+    head, windows = decoder.head(), np.empty(len(tokens), np.float32)
+    for batch in hidden.batches(decoder.batch):
+        sums = fetch(_batch_nll(head, batch.hidden, batch.place(tokens)))
+        windows[batch.rows[batch.there]] = sums[batch.there]
+    return windows
+
+
 def perplexity_of(windows: np.ndarray, tokens: np.ndarray) -> float:
-    """The perplexity by the summed negative log-likelihoods [windows] of token windows [windows, length]."""
+    """The perplexity by the summed negative log-likelihoods [windows] of token windows [windows, length].
+
+    Their total is taken in float64.
+    """
     return math.exp(np.mean(windows, dtype=np.float64) / (tokens.shape[1] - 1))
 
 
@@ -80,8 +94,8 @@ def _finite_inputs(graph, state, hidden: Array, positions: Positions) -> dict[st
 
 
 @jax.jit
-def _window_nll(head: Head, hidden: Array, tokens: Array) -> Array:
-    """Summed negative log-likelihood of tokens 1.. of every window, [windows] float32."""
+def _batch_nll(head: Head, hidden: Array, tokens: Array) -> Array:
+    """As :func:`window_nll`, of the windows that are on the devices."""
     def score(targets, states):
         logits = head_logits(head, states)
         return jax.nn.logsumexp(logits, axis=-1) - picked(logits, targets)
