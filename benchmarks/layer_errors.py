@@ -4,8 +4,8 @@
     python -m benchmarks.layer_errors 30 --selector sparsegpt --solver mpax --accept per_layer --beside cg,cg-undamped
 
 Takes the settings of ``optima_tpu.launch`` after the number of blocks, and prints the mean over all layers of the relative error
-``||X W' - X V'||^2 / ||X W'||^2`` of the selector's and of the final weights, and that of the final weights on held-out windows. A
-full run gives the same: a block does not depend on later ones. Where no later ones are left, the perplexity on
+``||X W' - X V'||^2 / ||X W'||^2`` of the selector's and of the final weights, and that of the final ones on held-out windows.
+A full run gives the same: a block does not depend on later ones. Where no later ones are left, the perplexity on
 ``--evaluation.source`` is that of a full run too.
 
 ``--beside`` solves every layer with other solvers too, on the same inputs and from the same mask, and counts the layers in
