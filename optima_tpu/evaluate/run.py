@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import lm_eval
 from lm_eval.tasks.manager import TaskDict
 from lm_eval.utils import handle_non_serializable
 from rich.console import Console
@@ -18,6 +19,7 @@ from optima_tpu.errors import UserError
 from optima_tpu.evaluate.config import EvaluateConfig
 from optima_tpu.evaluate.distance import Distance, distance
 from optima_tpu.evaluate.harness import DecoderLM
+from optima_tpu.evaluate.known import check_known, read_known
 from optima_tpu.evaluate.model import Evaluated, open_evaluated
 from optima_tpu.evaluate.perplexity import perplexity
 from optima_tpu.evaluate.table import print_evaluation
@@ -57,6 +59,10 @@ def evaluate(config: EvaluateConfig, console: Console | None = None) -> dict[str
     if config.against is not None:
         models["against"] = open_evaluated(config.against, mesh, config.dtype, config.batch)
         _check_pair(**models)
+    known = {}
+    if config.against_results is not None:
+        fingerprint = models["against"].model.pretrained.fingerprint
+        known["against"] = from_first(lambda: read_known(config.against_results, [*HARNESS.values()], fingerprint))
     texts = from_first(lambda: {source: _read(source, config, models) for source in config.texts})
     folder = as_path(config.output) if config.output else models["model"].run or default_folder(config.model)
     with writing(folder, "choose another --output"):
@@ -66,10 +72,10 @@ def evaluate(config: EvaluateConfig, console: Console | None = None) -> dict[str
         testers, tasks = {}, None
         if config.task_names:
             testers = {name: DecoderLM(opened.model, opened.tokenizer, progress, name, config.context)
-                       for name, opened in models.items()}
+                       for name, opened in models.items() if name not in known}
             # The others get no tasks, only what is asked of the model.
             progress.stage("preparing the tasks", 1)
-            tasks = _of_first(lambda: load_tasks(config.task_names, config.include_path, config.folders, config.fewshot))
+            tasks = _of_first(lambda: _load_tasks(config, known, testers["model"].max_length))
             progress.advance()
         if config.against is None:
             perplexities, distances = {source: _perplexity(source, tokens, models["model"], progress)
@@ -79,11 +85,11 @@ def evaluate(config: EvaluateConfig, console: Console | None = None) -> dict[str
             perplexities = {source: _entry(texts[source], apart.pruned_perplexity, apart.dense_perplexity)
                             for source, apart in found.items()}
             distances = {source: _distance_entry(apart) for source, apart in found.items()}
-        results = {name: run_tasks(tester, tasks, config.limit) for name, tester in testers.items()}
+        results = {name: run_tasks(tester, tasks, config.limit) for name, tester in testers.items()} | known
     record = {
         "model": config.model, "against": config.against, "configuration": settings, "environment": environment(mesh),
         "perplexity": perplexities, "distance": distances, **_task_numbers(tasks, results)}
-    first_only(lambda: _write(folder, record, results, config))
+    first_only(lambda: _write(folder, record, results, models))
     files = {"record": str(folder / RECORD)} | ({"harness": str(folder / HARNESS["model"])} if results else {})
     if is_first() and (folder / "report.json").exists():  # of a finished run, whose page shows the evaluation too
         try:
@@ -138,6 +144,13 @@ def _distance_entry(apart: Distance) -> dict[str, Any]:
     return {name: value for name, value in apart._asdict().items() if not name.endswith("perplexity")}
 
 
+def _load_tasks(config: EvaluateConfig, known: Mapping[str, Mapping[str, Any]], max_length: int) -> TaskDict:
+    tasks = load_tasks(config.task_names, config.include_path, config.folders, config.fewshot)
+    for results in known.values():
+        check_known(results, tasks, config.limit, max_length, lm_eval.__version__)
+    return tasks
+
+
 def _of_first(work):
     """``work()`` in process 0, None in the others, which hear of its failure."""
     result = []
@@ -155,13 +168,14 @@ def _task_numbers(tasks: TaskDict | None, results: Mapping[str, Mapping[str, Any
     return {"tasks": both, "average": paper_average(found["model"])}
 
 
-def _write(folder: Path, record: Mapping[str, Any], results: Mapping[str, Any], config: EvaluateConfig) -> None:
+def _write(folder: Path, record: Mapping[str, Any], results: Mapping[str, Any], models: Mapping[str, Evaluated]) -> None:
     with writing(folder, "choose another --output"):
         for path in HARNESS.values():  # those of an earlier evaluation would pass for this one's
             (folder / path).unlink(missing_ok=True)
         write_bytes(folder / RECORD, (json.dumps(record, indent=2, allow_nan=False) + "\n").encode())
         for name, result in results.items():
-            result["config"]["model_args"] = {"pretrained": getattr(config, name)}
+            result["config"]["model_args"] = {"pretrained": record[name],
+                                              "fingerprint": models[name].model.pretrained.fingerprint}
             write_bytes(folder / HARNESS[name],
                         json.dumps(result, indent=2, default=handle_non_serializable, ensure_ascii=False).encode())
 
@@ -180,6 +194,8 @@ def _greeting(config: EvaluateConfig, models: Mapping[str, Evaluated], mesh, fol
     lines = [f"{name:<12} {opened.model.pretrained.origin}: {opened.model.decoder.config.blocks} blocks"
              for name, opened in models.items()]
     lines += [f"perplexity   {', '.join(config.texts)}"] if config.texts else []
-    lines += [f"tasks        {', '.join(config.task_names)}"] if config.task_names else []
+    lines += [f"tasks        {', '.join(config.task_names)}" + (
+        f"; those of {config.against} from {config.against_results}" if config.against_results else "")
+              ] if config.task_names else []
     return [*lines, f"devices      {mesh.size} x {jax.devices()[0].device_kind}, mesh {mesh.shape['data']}x{mesh.shape['model']}"
             f"{several}", f"output       {folder}" + (f", whose {RECORD} is replaced" if (folder / RECORD).exists() else "")]
