@@ -19,8 +19,8 @@ import sys
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
+from benchmarks.stream_error import check_walk
 from optima_tpu.accept import PerRow
-from optima_tpu.allocation import Uniform
 from optima_tpu.calibrate import linear_groups
 from optima_tpu.cli import parse
 from optima_tpu.errors import UserError
@@ -29,7 +29,6 @@ from optima_tpu.inputs import open_model_on_mesh, read_texts
 from optima_tpu.prune import walk_block
 from optima_tpu.report.records import LayerReport
 from optima_tpu.run import recipe_of
-from optima_tpu.selectors import Imported
 from optima_tpu.solvers import CG, Exact
 
 BESIDE = {"cg": CG(), "cg-undamped": CG(damping=0.0), "exact": Exact(damping=0.0)}
@@ -59,12 +58,9 @@ def walk(blocks: int, beside: Sequence[str], settings: Sequence[str]) -> None:
     if config.target.matrices > 1:
         raise UserError("expected a recipe that aims at a layer's own outputs, whose errors are compared here: name a method, "
                         "such as --preset fast")
-    if isinstance(config.selector, Imported) or not isinstance(config.allocation, Uniform):
-        raise UserError("expected masks that are chosen here and the same sparsity for every block: nothing else is walked")
     model = open_model_on_mesh(config)
+    check_walk(config, model, blocks)
     decoder, samples, recipe = model.decoder, config.calibration.samples, recipe_of(config)
-    if not 1 <= blocks <= decoder.config.blocks:
-        raise UserError(f"expected 1 to {decoder.config.blocks} blocks, the model's, got {blocks}")
     others = {name: dataclasses.replace(recipe, solver=BESIDE[name], accept=PerRow()) for name in beside}
     calibration, evaluation = read_texts(config, model)
     hidden, other = decoder.embed(calibration.ids), decoder.embed(evaluation.ids)

@@ -43,7 +43,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         configs = [parse([*arguments.settings, *shlex.split(variant)]) for variant in variants]
         for config in configs:  # before the first one takes minutes
-            _check(config, shared.model(config), arguments.blocks)
+            check_walk(config, shared.model(config), arguments.blocks)
+            if not config.calibration.held_out:
+                raise UserError("expected calibration.held_out of at least 1, got 0: the errors are those of held-out windows")
             shared.texts(config)
     except UserError as error:
         sys.exit(f"error: {error}")
@@ -56,14 +58,12 @@ def main(argv: Sequence[str] | None = None) -> None:
                   flush=True)
 
 
-def _check(config: RunConfig, model: Model, blocks: int) -> None:
-    """Raises UserError for what is not compared here."""
+def check_walk(config: RunConfig, model: Model, blocks: int) -> None:
+    """Raises UserError for a recipe that is not walked by itself, and for more blocks than there are."""
     if isinstance(config.selector, Imported) or not isinstance(config.allocation, Uniform):
-        raise UserError("expected masks that are chosen here and the same sparsity for every block: nothing else is compared")
-    if not config.calibration.held_out:
-        raise UserError("expected calibration.held_out of at least 1, got 0: the errors are those of windows that are held out")
+        raise UserError("expected masks that are chosen here and the same sparsity for every block: nothing else is walked")
     if not 1 <= blocks <= model.decoder.config.blocks:
-        raise UserError(f"expected --blocks of 1 to {model.decoder.config.blocks}, the model's, got {blocks}")
+        raise UserError(f"expected 1 to {model.decoder.config.blocks} blocks, the model's, got {blocks}")
     check_layers(config.layers, config.pattern, linear_shapes(model.decoder))
 
 

@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import lm_eval
 from lm_eval.tasks.manager import TaskDict
 from lm_eval.utils import handle_non_serializable
 
@@ -27,22 +28,23 @@ def read_known(folder: str, files: Sequence[str], fingerprint: str) -> dict[str,
     for path in (as_path(folder) / file for file in files):
         try:
             if path.exists():
-                found.append(json.loads(path.read_bytes()))
-        except (OSError, ValueError) as error:
-            raise UserError(f"{path} can't be read ({first_line(error)}): leave --against-results out") from error
+                known = json.loads(path.read_bytes())
+                found.append((known["config"]["model_args"], known))
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError(f"expected what an evaluation wrote in {path}, which can't be read ({type(error).__name__}: "
+                            f"{first_line(error)}): leave --against-results out") from error
     if not found:
         raise UserError("expected --against-results with the directory of an earlier evaluation with --tasks, got "
                         f"{folder}, which has no {files[0]}")
-    measured = [known["config"]["model_args"] for known in found]
-    for known, arguments in zip(found, measured):
+    for arguments, known in found:
         if arguments.get("fingerprint") == fingerprint:
             return known
     raise UserError(f"expected --against-results with results of the model that --against names, got {folder} with those of "
-                    f"{' and '.join(arguments['pretrained'] for arguments in measured)}, of other weights, dtype or "
-                    "version: give another, or leave it out")
+                    f"{' and '.join(arguments['pretrained'] for arguments, _ in found)}, of other weights or another dtype, or "
+                    "older than fingerprints in these files: give another, or leave it out")
 
 
-def check_known(known: Mapping[str, Any], tasks: TaskDict, limit: int | None, max_length: int, version: str) -> None:
+def check_known(known: Mapping[str, Any], tasks: TaskDict, limit: int | None, max_length: int) -> None:
     """Compares what the tasks were with what they are now.
 
     Args:
@@ -50,7 +52,6 @@ def check_known(known: Mapping[str, Any], tasks: TaskDict, limit: int | None, ma
       tasks: from ``tasks.load_tasks``.
       limit: documents of each task.
       max_length: tokens that the model reads at once.
-      version: of the harness.
 
     Raises:
       UserError: the numbers would not be those of these tasks.
@@ -61,7 +62,7 @@ def check_known(known: Mapping[str, Any], tasks: TaskDict, limit: int | None, ma
         raise UserError(f"expected --against-results with results of {', '.join(missing)}, which are not there: give the same "
                         "--tasks as there, or leave it out")
     compared = {"number of documents": (known["config"]["limit"], limit), "context": (known["max_length"], max_length),
-                "lm-eval": (known["lm_eval_version"], version)}
+                "lm-eval": (known["lm_eval_version"], lm_eval.__version__)}
     for name, task in tasks["tasks"].items():
         compared[f"number of documents of task {name}"] = known["n-samples"][name]["original"], len(task.eval_docs)
     for what, (then, now) in compared.items():

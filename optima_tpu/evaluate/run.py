@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import lm_eval
 from lm_eval.tasks.manager import TaskDict
 from lm_eval.utils import handle_non_serializable
 from rich.console import Console
@@ -147,7 +146,7 @@ def _distance_entry(apart: Distance) -> dict[str, Any]:
 def _load_tasks(config: EvaluateConfig, known: Mapping[str, Mapping[str, Any]], max_length: int) -> TaskDict:
     tasks = load_tasks(config.task_names, config.include_path, config.folders, config.fewshot)
     for results in known.values():
-        check_known(results, tasks, config.limit, max_length, lm_eval.__version__)
+        check_known(results, tasks, config.limit, max_length)
     return tasks
 
 
@@ -194,8 +193,7 @@ def _greeting(config: EvaluateConfig, models: Mapping[str, Evaluated], mesh, fol
     lines = [f"{name:<12} {opened.model.pretrained.origin}: {opened.model.decoder.config.blocks} blocks"
              for name, opened in models.items()]
     lines += [f"perplexity   {', '.join(config.texts)}"] if config.texts else []
-    lines += [f"tasks        {', '.join(config.task_names)}" + (
-        f"; those of {config.against} from {config.against_results}" if config.against_results else "")
-              ] if config.task_names else []
+    known = f"; those of {config.against} from {config.against_results}" if config.against_results else ""
+    lines += [f"tasks        {', '.join(config.task_names)}{known}"] if config.task_names else []
     return [*lines, f"devices      {mesh.size} x {jax.devices()[0].device_kind}, mesh {mesh.shape['data']}x{mesh.shape['model']}"
             f"{several}", f"output       {folder}" + (f", whose {RECORD} is replaced" if (folder / RECORD).exists() else "")]
