@@ -1,6 +1,7 @@
 """Whether a solver's weights replace the selector's: the last word on every row.
 
-Both are judged as they will be stored (after the cast to the checkpoint's dtype), on the undamped objective.
+Both are judged as they will be stored (after the cast to the checkpoint's dtype), on the objective of the solver, its damping
+included: a solver with more damping than the selector had gives some of the calibration error back on purpose.
 """
 
 import dataclasses
@@ -16,7 +17,7 @@ class Acceptance(Protocol):
     """Says which rows of one matrix take the solver's weights.
 
     Args:
-      before: [d_out] float32, the objective of the selector's weights.
+      before: [d_out] float32, the objective of the selector's weights, with the solver's damping.
       after: [d_out] float32, the objective of the solver's weights; NaN where they are not finite.
       converged: [d_out] bool, the solver's own verdict.
       held_out: errors of both on held-out tokens, [d_out] float32 each, against the dense model's outputs where those are the
@@ -31,7 +32,7 @@ class Acceptance(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class PerRow:
-    """A row is updated when its own objective did not rise. No row of any layer ever gets worse."""
+    """A row is updated when its own objective did not rise, the solver's damping included. So no row gets worse."""
 
     def __call__(self, before: Array, after: Array, converged: Array, held_out: tuple[Array, Array] | None = None) -> Array:
         return after <= before
@@ -39,7 +40,7 @@ class PerRow:
 
 @dataclasses.dataclass(frozen=True)
 class PerLayer:
-    """The paper's rule: a matrix is updated as a whole, when enough rows converged and its total error fell.
+    """The paper's rule: a matrix is updated as a whole, when enough rows converged and its total objective fell.
 
     Attributes:
       min_converged: share of rows that must have converged, 0.95 in the paper's code.

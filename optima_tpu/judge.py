@@ -10,13 +10,10 @@ from jax import Array
 from optima_tpu.accept import Acceptance
 from optima_tpu.errors import UserError
 from optima_tpu.features import Features
-from optima_tpu.problem import Pruned, Solution, objective, output_energy, self_target
+from optima_tpu.problem import Pruned, Solution, displacement, objective, output_energy, self_target
 from optima_tpu.refine import Refined
 from optima_tpu.report.rows import RowReport
 from optima_tpu.target import pulled
-
-Measure = Callable[..., tuple[Array, Array, Array]]
-"""(Hessian, old weights, new weights) -> what :func:`measure_rows` says of a matrix."""
 
 
 class Aim(NamedTuple):
@@ -35,17 +32,38 @@ class Aim(NamedTuple):
     unseen_residual: Array | None = None
 
 
-def measure_rows(hessian: Array, features: Features) -> Callable[..., tuple[Array, Array, Array]]:
-    """Of each row: the mean square of its dense output, and the mean squared change of it by two others, [rows] each."""
-    def measure(dense: Array, old: Array, new: Array) -> tuple[Array, Array, Array]:
+class RowErrors(NamedTuple):
+    """Of the rows of a matrix and of two others in their place, old and new, [rows] float32 each.
+
+    Attributes:
+      energy: the mean square of the dense output.
+      old, new: the mean squared change of the output.
+      old_displacement, new_displacement: ``sum_j H_jj (v_j - w_j)^2``.
+    """
+
+    energy: Array
+    old: Array
+    new: Array
+    old_displacement: Array
+    new_displacement: Array
+
+
+Measure = Callable[[Array, Array, Array], RowErrors]
+"""Of a Hessian, old and new weights."""
+
+
+def measure_rows(hessian: Array, features: Features) -> Callable[[Array, Array, Array], RowErrors]:
+    """Of dense, old and new weights."""
+    def measure(dense: Array, old: Array, new: Array) -> RowErrors:
         problem = self_target(dense, hessian, features)
-        return output_energy(problem, features), objective(problem, old, features), objective(problem, new, features)
+        return RowErrors(output_energy(problem, features), *(
+            of(problem, end, features) for of in (objective, displacement) for end in (old, new)))
 
     return measure
 
 
 def judge_rows(pruned: Pruned, found: Solution | Refined, accept: Acceptance | None, dtype, measure: Measure, hessian: Array,
-               held_out: Array | None = None, aim: Aim | None = None) -> tuple[Pruned, RowReport]:
+               held_out: Array | None = None, aim: Aim | None = None, damping: Array | float = 0.0) -> tuple[Pruned, RowReport]:
     """Takes the solver's weights, and its mask where it has one, where they are accepted, after the cast to what is stored.
 
     Args:
@@ -56,6 +74,7 @@ def judge_rows(pruned: Pruned, found: Solution | Refined, accept: Acceptance | N
         outputs on held-out tokens: ``(v - w) H (v - w)' - 2 w B (v - w)' + mean (D w')^2``. Where the drift of the residual
         stream is aimed at, it compares these less ``2 gamma q (v - w)'``, the error against both but for a constant; reported
         are the errors against the outputs.
+      damping: the solver's; the objectives that are compared have it, no error that is reported does.
     """
     refined = isinstance(found, Refined)
     solution, keep = found if refined else (found, pruned.keep)
@@ -65,8 +84,9 @@ def judge_rows(pruned: Pruned, found: Solution | Refined, accept: Acceptance | N
         return jnp.where(keep, weight, 0.0).astype(dtype).astype(jnp.float32) + 0.0
 
     old, new = stored(pruned.weight, pruned.keep), stored(solution.weight, keep)
-    energy, before, after = measure(hessian, old, new)
-    aims, unseen = (before, after), None if held_out is None else measure(held_out, old, new)
+    energy, before, after, *displacements = measure(hessian, old, new)
+    aims = tuple(value + damping * displaced for value, displaced in zip((before, after), displacements))
+    unseen = None if held_out is None else measure(held_out, old, new)[:3]
     against = drift = None
     if aim is not None:
         aims = tuple(value - pulled(aim.pull, aim.dense, end) for value, end in zip(aims, (old, new)))

@@ -89,6 +89,11 @@ def objective(problem: LayerProblem, weight: Array, features: Features = WHOLE) 
     return features.sums(change * (features.product(change, problem.hessian) - 2 * drift(problem, features)))[0]
 
 
+def displacement(problem: LayerProblem, weight: Array, features: Features = WHOLE) -> Array:
+    """Each row's ``sum_j H_jj (v_j - w_j)^2``, [d_out] float32: what a solver's damping adds to the objective, a share of it."""
+    return features.sums((weight - problem.weight)**2 * features.diagonal(problem.hessian))[0]
+
+
 def output_energy(problem: LayerProblem, features: Features = WHOLE) -> Array:
     """Each row's ``w H w'``, [d_out] float32: the mean square of its output, the scale of a relative layer error."""
     return features.sums(problem.weight * features.product(problem.weight, problem.hessian))[0]

@@ -15,12 +15,12 @@ from jax.sharding import PartitionSpec as P
 from optima_tpu.activations import Activations
 from optima_tpu.calibrate import Drift, Groups, Statistics, accumulate_drift, accumulate_hessians, stages
 from optima_tpu.features import WHOLE
-from optima_tpu.judge import Aim, judge_rows, measure_rows, refuse_broken
+from optima_tpu.judge import Aim, RowErrors, judge_rows, measure_rows, refuse_broken
 from optima_tpu.layer_rules import pattern_of
 from optima_tpu.memory import Pass, block_bytes, passes
 from optima_tpu.models.decoder import Decoder
 from optima_tpu.patterns import Pattern
-from optima_tpu.problem import LayerProblem, Pruned, Solution, objective, output_energy
+from optima_tpu.problem import LayerProblem, Pruned, Solution, displacement, objective, output_energy
 from optima_tpu.processes import fetch
 from optima_tpu.recipe import Recipe, pruned_groups, solved_together
 from optima_tpu.refine import Refined, Refining, refining_over_rows
@@ -28,8 +28,9 @@ from optima_tpu.report.records import LayerReport
 from optima_tpu.report.rows import RowReport, layer_report
 from optima_tpu.selectors import MaskSelector
 from optima_tpu.sharding import ON_EVERY_DEVICE, ROWS, Layout, divisible, map_rows, over_rows, place, prepared
+from optima_tpu.solvers import damping_of
 from optima_tpu.solvers.scaling import live_features
-from optima_tpu.tuning import Grid, tuned
+from optima_tpu.tuning import Grid, damping_with, ridged, tuned
 
 ReadMask = Callable[[str, tuple[int, int]], np.ndarray]
 """Name of a weight ("model.layers.0.mlp.up_proj.weight") and its shape -> mask [d_out, d_in] bool, True where it stays."""
@@ -48,8 +49,9 @@ def prune_layer(problem: LayerProblem, recipe: Recipe, dtype=jnp.float32) -> tup
     pruned = _select(problem, recipe.pattern, recipe.selector, None)
     update = recipe.update(recipe.pattern)
     found = prepared(update, problem.hessian, WHOLE)(problem, pruned) if update else _unsolved(pruned)
-    return judge_rows(pruned, found, recipe.solver and recipe.accept, dtype, lambda hessian, old, new: (
-        output_energy(problem), objective(problem, old), objective(problem, new)), problem.hessian)
+    return judge_rows(pruned, found, recipe.solver and recipe.accept, dtype, lambda hessian, old, new: RowErrors(
+        output_energy(problem), objective(problem, old), objective(problem, new), displacement(problem, old),
+        displacement(problem, new)), problem.hessian, damping=damping_of(recipe.solver))
 
 
 @functools.partial(jax.jit, static_argnames=("recipe", "mesh", "patterns", "layout"))
@@ -123,9 +125,9 @@ def prune_group(weights: tuple[Array, ...], hessian: Array, recipe: Recipe, mesh
         solve = refining_over_rows(update, mesh, layout)
     else:
         solve = over_rows(update, mesh, layout) if update else lambda problem, pruned: _unsolved(pruned)
-    measure = map_rows(measure_rows, mesh, layout, (layout.vector,) * 3)
+    measure = map_rows(measure_rows, mesh, layout, RowErrors(*[layout.vector] * len(RowErrors._fields)))
 
-    def judge(index: int, found: Solution | Refined, alpha: Array | float) -> tuple[Pruned, RowReport]:
+    def judge(index: int, found: Solution | Refined, alpha: Array | float, damping: Array | float) -> tuple[Pruned, RowReport]:
         dense, rows = wide[index], slices[index]
         aim = None
         if pull is not None:
@@ -133,20 +135,21 @@ def prune_group(weights: tuple[Array, ...], hessian: Array, recipe: Recipe, mesh
             aim = Aim(dense, aimed(alpha)[rows], unseen, None if unseen_own is None else unseen_own[rows])
         return judge_rows(
             choices[index], jax.tree.map(lambda array: array[rows], found), recipe.solver and recipe.accept, weights[index].dtype,
-            lambda hessian, *ends: measure(hessian, dense, *ends), hessian, held_out, aim)
+            lambda hessian, *ends: measure(hessian, dense, *ends), hessian, held_out, aim, damping)
 
     if isinstance(recipe.tuning, Grid):
         if held_out is None or len(weights) > 1:
             raise ValueError("tuning needs held-out tokens, and one matrix at a time")
 
-        def attempt(hessian: Array, alpha: Array) -> tuple[Pruned, RowReport]:
-            final, report = judge(0, solve(problem(hessian, alpha), pruned), alpha)
+        def attempt(amount: Array, alpha: Array) -> tuple[Pruned, RowReport]:
+            found = solve(problem(ridged(hessian, amount), alpha), pruned)
+            final, report = judge(0, found, alpha, damping_with(amount, recipe.solver))
             return Pruned(*(jax.lax.with_sharding_constraint(array, spread[0]) for array in final)), report
 
-        judged = [tuned(recipe.tuning, recipe.solver, recipe.target, hessian, attempt)]
+        judged = [tuned(recipe.tuning, recipe.solver, recipe.target, attempt)]
     else:
         found = solve(stacked, pruned)
-        judged = [judge(index, found, alpha) for index in range(len(weights))]
+        judged = [judge(index, found, alpha, damping_of(recipe.solver)) for index in range(len(weights))]
     return (tuple(final.weight.astype(weight.dtype) for (final, _), weight in zip(judged, weights)),
             tuple(final.keep for final, _ in judged), tuple(report for _, report in judged))
 

@@ -30,7 +30,7 @@ from optima_tpu.memory import Footprint, footprint_of
 from optima_tpu.patterns import NM, Pattern, lowest
 from optima_tpu.problem import LayerProblem, Pruned, Solution, drift
 from optima_tpu.sharding import Layout, over_rows, prepared, solution_specs
-from optima_tpu.solvers import Solver
+from optima_tpu.solvers import Solver, damping_of
 from optima_tpu.solvers.inverse import inverse
 from optima_tpu.solvers.scaling import unit_diagonal
 
@@ -97,7 +97,7 @@ class Refining:
         """What depends on the Hessian alone is done here, once; see :meth:`solvers.CG.prepare`."""
         if features != WHOLE:
             raise ValueError("exchanges compare all features of a row: they cannot be split over devices")
-        solve, damping = prepared(self.solver, hessian, features), getattr(self.solver, "damping", 0.0)
+        solve, damping = prepared(self.solver, hessian, features), damping_of(self.solver)
         schur = schur_diagonal(hessian, damping, kept_share(self.pattern, hessian.shape[0]))
         return lambda problem, pruned: self._refine(problem, pruned, solve, damping, schur)
 

@@ -11,6 +11,7 @@ from jax import Array
 
 from optima_tpu.errors import UserError
 from optima_tpu.report.rows import RowReport
+from optima_tpu.solvers import damping_of
 from optima_tpu.target import DenseTarget, Target
 
 
@@ -56,7 +57,7 @@ class Grid:
         """
         if solver is None:
             raise UserError("expected a solver where tuning is grid, got none: there is nothing to tune; take --tuning fixed")
-        own = getattr(solver, "damping", 0.0)
+        own = damping_of(solver)
         if self.damping is None:
             least = own or 0.01
             return tuple(float(f"{times * least:.6g}") for times in (1, 3, 10))
@@ -90,8 +91,14 @@ def ridge(damping: float, solver: Any) -> float:
 
     A solver with damping ``d`` then has ``H + r diag H + d (1 + r) diag H``. So the damping may vary within one program.
     """
-    own = getattr(solver, "damping", 0.0)
+    own = damping_of(solver)
     return (damping - own) / (1 + own)
+
+
+def damping_with(amount: Array, solver: Any) -> Array:
+    """The damping to which a ridge of that amount on the problem raises a solver's own: the inverse of :func:`ridge`."""
+    own = damping_of(solver)
+    return own + amount * (1 + own)
 
 
 def ridged(hessian: Array, amount: Array) -> Array:
@@ -146,15 +153,14 @@ def best_of(ridges: Sequence[float], alphas: Sequence[float], attempt: Callable[
     return jax.lax.scan(step, nothing, trials)[0]
 
 
-def tuned(tuning: Grid, solver: Any, target: Target, hessian: Array, attempt: Callable[[Array, Array], tuple[Array, RowReport]]
+def tuned(tuning: Grid, solver: Any, target: Target, attempt: Callable[[Array, Array], tuple[Array, RowReport]]
           ) -> tuple[Array, RowReport]:
     """The weights and the report of the candidate that is best on held-out tokens.
 
     Args:
-      hessian: [d_in, d_in] float32, undamped.
-      attempt: ``(damped Hessian, alpha)`` -> weights and a report that knows of held-out tokens.
+      attempt: ``(ridge, alpha)`` -> weights and a report that knows of held-out tokens; see :func:`best_of`.
     """
-    best = best_of([ridge(damping, solver) for damping in tuning.dampings(solver)], tuning.alphas(target),
-                   lambda amount, alpha: attempt(ridged(hessian, amount), alpha), lambda found: jnp.sum(found[1].score))
+    best = best_of([ridge(damping, solver) for damping in tuning.dampings(solver)], tuning.alphas(target), attempt,
+                   lambda found: jnp.sum(found[1].score))
     weight, report = best.found
     return weight, report._replace(chosen=best.chosen)

@@ -8,16 +8,19 @@ import pytest
 from optima_tpu.accept import PerLayer, PerRow
 from optima_tpu.calibrate import Statistics, linear_groups
 from optima_tpu.errors import UserError
+from optima_tpu.features import WHOLE
+from optima_tpu.judge import judge_rows, measure_rows
 from optima_tpu.layer_rules import LayerRule
 from optima_tpu.models.decoder import Decoder
 from optima_tpu.patterns import NM, Unstructured
+from optima_tpu.problem import Pruned
 from optima_tpu.prune import prune_block, prune_group, prune_layer, walk_block
 from optima_tpu.recipe import Recipe
 from optima_tpu.report.records import BlockReport
 from optima_tpu.report.summary import unusual
-from optima_tpu.selectors import Magnitude, SparseGPT, Wanda
-from optima_tpu.solvers import CG, MPAX
-from tests.helpers import COLLECTIVE, layer, mesh, text_inside_loops, tiny_llama
+from optima_tpu.selectors import ADMM, Magnitude, SparseGPT, Wanda
+from optima_tpu.solvers import CG, MPAX, Exact
+from tests.helpers import COLLECTIVE, layer, mesh, row_objective, select, solve, text_inside_loops, tiny_llama
 
 RECIPES = {
     # Tight tolerances: rows that stop at a threshold may stop a step apart on two meshes, and then differ by the threshold.
@@ -183,6 +186,31 @@ def test_held_out_samples_do_not_touch_the_weights():
         assert report.held_out_after != other.held_out_after
         # Fitted to the others, 144 tokens: an error there says more of the tokens than of the layer.
         assert report.error_after < report.held_out_after
+
+
+@pytest.mark.parametrize("accept", [PerRow(), PerLayer()], ids=["per row", "per layer"])
+def test_a_solver_is_judged_by_its_own_damped_objective(accept):
+    """ADMM without damping leaves less of the undamped error than a damped solver does on any mask near by."""
+    problem = layer(np.random.default_rng(3), 12, 32, tokens=48, spread=2.0)
+    selector, pattern = ADMM(damping=0.0), Unstructured(0.5)
+    start = prune_layer(problem, Recipe(pattern, selector, None))[0].weight
+    final, rows = prune_layer(problem, Recipe(pattern, selector, Exact(damping=1.0), accept))
+    assert not rows.refused.any()
+    assert (row_objective(problem, final.weight, 1.0) <= row_objective(problem, start, 1.0) * (1 + 1e-5)).all()
+    assert (row_objective(problem, final.weight) > row_objective(problem, start)).all()
+    assert np.allclose(rows.after, row_objective(problem, final.weight), rtol=1e-3)  # no damping in what is reported
+
+
+@pytest.mark.parametrize("accept", [PerRow(), PerLayer()], ids=["per row", "per layer"])
+def test_what_is_better_without_the_solvers_damping_alone_is_refused(accept):
+    problem = layer(np.random.default_rng(3), 12, 32, tokens=48, spread=2.0)
+    pruned = select(Wanda(), problem, Unstructured(0.5))
+    ends = [solve(Exact(damping), problem, pruned) for damping in (1.0, 0.0)]
+    damped = Pruned(ends[0].weight, pruned.keep)
+    for damping, refused in ((0.0, False), (1.0, True)):
+        _, rows = judge_rows(damped, ends[1], accept, jnp.float32, lambda hessian, *each: measure_rows(hessian, WHOLE)(
+            problem.weight, *each), problem.hessian, damping=damping)
+        assert rows.refused.all() if refused else not rows.refused.any()
 
 
 def test_the_papers_rule_refuses_whole_layers_and_the_row_rule_single_rows():

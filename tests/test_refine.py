@@ -14,7 +14,7 @@ from optima_tpu.cli import configure, flags, parse
 from optima_tpu.config import weights_settings
 from optima_tpu.errors import UserError
 from optima_tpu.features import WHOLE
-from optima_tpu.judge import judge_rows
+from optima_tpu.judge import RowErrors, judge_rows
 from optima_tpu.layer_rules import LayerRule
 from optima_tpu.memory import footprint_of, needed
 from optima_tpu.patterns import NM, Unstructured
@@ -134,8 +134,8 @@ def test_a_refused_row_has_the_selectors_mask_back():
     new = jnp.roll(pruned.keep, 1, axis=1)
     solution = Solution(jnp.where(new, problem.weight, 0.0), jnp.zeros(6), jnp.ones(6, jnp.int32), jnp.ones(6, bool))
     better = jnp.array([True, False] * 3)
-    final, rows = judge_rows(pruned, Refined(solution, new), PerRow(), jnp.float32, lambda hessian, old, new: (
-        jnp.ones(6), jnp.ones(6), jnp.where(better, 0.5, 2.0)), problem.hessian)
+    final, rows = judge_rows(pruned, Refined(solution, new), PerRow(), jnp.float32, lambda hessian, old, new: RowErrors(
+        jnp.ones(6), jnp.ones(6), jnp.where(better, 0.5, 2.0), jnp.ones(6), jnp.ones(6)), problem.hessian)
     assert (final.keep == jnp.where(better[:, None], new, pruned.keep)).all()
     assert (final.weight == jnp.where(final.keep, problem.weight, 0.0)).all()
     assert (rows.exchanged == jnp.where(better, jnp.sum(new & ~pruned.keep, axis=1), 0)).all() and rows.exchanged.sum() > 0

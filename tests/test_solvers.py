@@ -11,7 +11,7 @@ from optima_tpu.prune import prune_layer
 from optima_tpu.recipe import Recipe
 from optima_tpu.refine import Swaps
 from optima_tpu.selectors import Magnitude, Wanda
-from optima_tpu.solvers import CG, MPAX, Adam, Exact
+from optima_tpu.solvers import CG, MPAX, Adam, Exact, damping_of
 from tests.helpers import PATTERNS, layer, oracle, row_objective, select, solve, wide
 
 ROWS, SIZE = 24, 32
@@ -33,10 +33,6 @@ optimal = pytest.mark.parametrize("solver, gap, residual",
                                   [(SOLVERS[name][0], *goal) for name, goal in OPTIMAL.items()], ids=OPTIMAL)
 patterns = pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 targets = pytest.mark.parametrize("target", ["self", "other"])
-
-
-def damping_of(solver) -> float:
-    return getattr(solver, "damping", 0.0)
 
 
 def problem_and_mask(seed=0, target="self", rows=ROWS, **hessian):

@@ -34,11 +34,11 @@ from optima_tpu.report.progress import Progress
 from optima_tpu.report.records import BlockReport, LayerReport
 from optima_tpu.report.summary import unusual
 from optima_tpu.run import prune_model
-from optima_tpu.selectors import Wanda
+from optima_tpu.selectors import ADMM, Wanda
 from optima_tpu.sharding import Layout
 from optima_tpu.solvers import CG, MPAX
 from optima_tpu.target import DenseTarget, SelfTarget
-from optima_tpu.tuning import Fixed, Grid, best_of, ridge
+from optima_tpu.tuning import Fixed, Grid, best_of, damping_with, ridge
 from tests.helpers import mesh, oracle, tiny_llama
 from tests.test_models import REFERENCES, tiny
 from tests.test_plan import config_folder, run_config
@@ -307,10 +307,18 @@ def test_a_tuned_matrix_is_the_best_of_its_candidates_on_held_out_tokens():
     assert np.asarray(rows.dense[2]).sum() == pytest.approx(then[alpha], rel=1e-3)
 
 
+def test_a_candidate_with_more_damping_than_the_selector_is_not_refused_for_it():
+    weight, sets = two_sets(np.random.default_rng(3))
+    recipe = dataclasses.replace(BEYOND, selector=ADMM(damping=0.0), tuning=Grid((3.0,), (0.5,)), accept=PerRow())
+    new, keep, rows, problem = group_of(weight, sets, recipe)
+    assert not rows.refused.any()
+    assert np.abs(new - oracle(problem, Pruned(new, keep), 3.0)).max() < 1e-3 * np.abs(new).max()
+
+
 def test_a_ridge_on_the_problem_is_the_solvers_damping():
     assert ridge(0.01, CG()) == 0
     amount, own = ridge(0.5, CG(damping=0.1)), 0.1
-    assert amount + own * (1 + amount) == pytest.approx(0.5)
+    assert amount + own * (1 + amount) == pytest.approx(0.5) == damping_with(amount, CG(damping=0.1))
     with pytest.raises(UserError, match="lower --solver.damping"):
         Grid((0.001, 0.1)).dampings(CG())
     assert Grid((), ()).dampings(CG(damping=0.3)) == (0.3,)

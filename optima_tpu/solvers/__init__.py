@@ -8,7 +8,7 @@ from optima_tpu.solvers.cg import CG
 from optima_tpu.solvers.exact import Exact
 from optima_tpu.solvers.mpax import MPAX
 
-__all__ = ["Adam", "CG", "Exact", "MPAX", "Solver"]
+__all__ = ["Adam", "CG", "Exact", "MPAX", "Solver", "damping_of"]
 
 
 class Solver(Protocol):
@@ -17,8 +17,14 @@ class Solver(Protocol):
     Rows are independent: a solver may be given any subset of a layer's rows, or rows of several layers with one input,
     and returns the same for each. It traces under ``jit`` and ``shard_map``.
 
-    Optional: ``footprint``, what it holds on a device (``memory.Footprint``), and ``prepare(hessian, features)``, which does once
-    what depends on the Hessian alone, maybe from its columns, and returns the solver of any rows (``CG.prepare``).
+    Optional: ``footprint``, what it holds on a device (``memory.Footprint``), ``damping`` (:func:`damping_of`), and
+    ``prepare(hessian, features)``, which does once what depends on the Hessian alone, maybe from its columns, and returns the
+    solver of any rows (``CG.prepare``).
     """
 
     def __call__(self, problem: LayerProblem, pruned: Pruned) -> Solution: ...
+
+
+def damping_of(solver: Solver | None) -> float:
+    """The ridge in a solver's objective that pulls toward the dense weights, as a share of the Hessian's diagonal."""
+    return getattr(solver, "damping", 0.0)
