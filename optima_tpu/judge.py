@@ -9,8 +9,8 @@ from jax import Array
 
 from optima_tpu.accept import Acceptance
 from optima_tpu.errors import UserError
-from optima_tpu.features import Features
-from optima_tpu.problem import Pruned, Solution, displacement, objective, output_energy, self_target
+from optima_tpu.features import WHOLE, Features
+from optima_tpu.problem import LayerProblem, Pruned, Solution, displacement, objective, output_energy, self_target
 from optima_tpu.refine import Refined
 from optima_tpu.report.rows import RowReport
 from optima_tpu.target import pulled
@@ -52,14 +52,15 @@ Measure = Callable[[Array, Array, Array], RowErrors]
 """Of a Hessian, old and new weights."""
 
 
+def row_errors(problem: LayerProblem, old: Array, new: Array, features: Features = WHOLE) -> RowErrors:
+    """Of the problem's weights; where it aims at more than its own outputs, ``old`` and ``new`` are its objectives."""
+    return RowErrors(output_energy(problem, features), *(
+        of(problem, end, features) for of in (objective, displacement) for end in (old, new)))
+
+
 def measure_rows(hessian: Array, features: Features) -> Callable[[Array, Array, Array], RowErrors]:
     """Of dense, old and new weights."""
-    def measure(dense: Array, old: Array, new: Array) -> RowErrors:
-        problem = self_target(dense, hessian, features)
-        return RowErrors(output_energy(problem, features), *(
-            of(problem, end, features) for of in (objective, displacement) for end in (old, new)))
-
-    return measure
+    return lambda dense, old, new: row_errors(self_target(dense, hessian, features), old, new, features)
 
 
 def judge_rows(pruned: Pruned, found: Solution | Refined, accept: Acceptance | None, dtype, measure: Measure, hessian: Array,

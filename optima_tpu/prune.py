@@ -15,12 +15,12 @@ from jax.sharding import PartitionSpec as P
 from optima_tpu.activations import Activations
 from optima_tpu.calibrate import Drift, Groups, Statistics, accumulate_drift, accumulate_hessians, stages
 from optima_tpu.features import WHOLE
-from optima_tpu.judge import Aim, RowErrors, judge_rows, measure_rows, refuse_broken
+from optima_tpu.judge import Aim, RowErrors, judge_rows, measure_rows, refuse_broken, row_errors
 from optima_tpu.layer_rules import pattern_of
 from optima_tpu.memory import Pass, block_bytes, passes
 from optima_tpu.models.decoder import Decoder
 from optima_tpu.patterns import Pattern
-from optima_tpu.problem import LayerProblem, Pruned, Solution, displacement, objective, output_energy
+from optima_tpu.problem import LayerProblem, Pruned, Solution
 from optima_tpu.processes import fetch
 from optima_tpu.recipe import Recipe, pruned_groups, solved_together
 from optima_tpu.refine import Refined, Refining, refining_over_rows
@@ -49,9 +49,8 @@ def prune_layer(problem: LayerProblem, recipe: Recipe, dtype=jnp.float32) -> tup
     pruned = _select(problem, recipe.pattern, recipe.selector, None)
     update = recipe.update(recipe.pattern)
     found = prepared(update, problem.hessian, WHOLE)(problem, pruned) if update else _unsolved(pruned)
-    return judge_rows(pruned, found, recipe.solver and recipe.accept, dtype, lambda hessian, old, new: RowErrors(
-        output_energy(problem), objective(problem, old), objective(problem, new), displacement(problem, old),
-        displacement(problem, new)), problem.hessian, damping=damping_of(recipe.solver))
+    return judge_rows(pruned, found, recipe.solver and recipe.accept, dtype,
+                      lambda hessian, old, new: row_errors(problem, old, new), problem.hessian, damping=damping_of(recipe.solver))
 
 
 @functools.partial(jax.jit, static_argnames=("recipe", "mesh", "patterns", "layout"))

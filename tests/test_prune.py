@@ -8,8 +8,7 @@ import pytest
 from optima_tpu.accept import PerLayer, PerRow
 from optima_tpu.calibrate import Statistics, linear_groups
 from optima_tpu.errors import UserError
-from optima_tpu.features import WHOLE
-from optima_tpu.judge import judge_rows, measure_rows
+from optima_tpu.judge import judge_rows, row_errors
 from optima_tpu.layer_rules import LayerRule
 from optima_tpu.models.decoder import Decoder
 from optima_tpu.patterns import NM, Unstructured
@@ -208,8 +207,8 @@ def test_what_is_better_without_the_solvers_damping_alone_is_refused(accept):
     ends = [solve(Exact(damping), problem, pruned) for damping in (1.0, 0.0)]
     damped = Pruned(ends[0].weight, pruned.keep)
     for damping, refused in ((0.0, False), (1.0, True)):
-        _, rows = judge_rows(damped, ends[1], accept, jnp.float32, lambda hessian, *each: measure_rows(hessian, WHOLE)(
-            problem.weight, *each), problem.hessian, damping=damping)
+        _, rows = judge_rows(damped, ends[1], accept, jnp.float32, lambda hessian, *each: row_errors(problem, *each),
+                             problem.hessian, damping=damping)
         assert rows.refused.all() if refused else not rows.refused.any()
 
 
