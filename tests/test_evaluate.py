@@ -173,11 +173,13 @@ def test_the_tasks_of_the_other_model_are_taken_from_an_earlier_evaluation(evalu
     # And not where they would be others.
     (tmp_path / "pruned").mkdir()
     shutil.copy(earlier / "lm_eval.json", tmp_path / "pruned")
-    (tmp_path / "damaged").mkdir()
-    (tmp_path / "damaged" / "lm_eval.json").write_text("{}")
+    for name, text in (("damaged", "{}"), ("another", "[]")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "lm_eval.json").write_text(text)
     for arguments, expected in (
             (["--against-results", str(tmp_path)], "which has no lm_eval.json"),
             (["--against-results", str(tmp_path / "damaged")], "lm_eval.json, which can't be read (KeyError: 'config')"),
+            (["--against-results", str(tmp_path / "another")], "lm_eval.json, which can't be read (TypeError: list indices"),
             (["--against-results", str(tmp_path / "pruned")], f"with those of {finished.directory}, of other weights"),
             (["--against-results", str(earlier), "--limit", "5"], "got another number of documents, None there, 5 here"),
             (["--against-results", str(earlier), "--context", "64"], "got another context, 128 there, 64 here"),

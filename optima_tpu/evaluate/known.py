@@ -30,7 +30,7 @@ def read_known(folder: str, files: Sequence[str], fingerprint: str) -> dict[str,
             if path.exists():
                 known = json.loads(path.read_bytes())
                 found.append((known["config"]["model_args"], known))
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"expected what an evaluation wrote in {path}, which can't be read ({type(error).__name__}: "
                             f"{first_line(error)}): leave --against-results out") from error
     if not found:
