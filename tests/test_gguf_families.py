@@ -125,6 +125,22 @@ def test_a_stretched_gemma_is_read_and_a_stretched_qwen_refused(tmp_path):
         open_model(str(tmp_path / "qwen.gguf"))
 
 
+@pytest.mark.parametrize(("factor", "kind", "expected"), [
+    (8.0, None, 8.0), (8.0, gguf.RopeScalingType.NONE, None), (None, gguf.RopeScalingType.LINEAR, None),
+    (0.0, gguf.RopeScalingType.LINEAR, None)])
+def test_half_a_statement_of_the_stretch_is_read_as_llama_cpp_does(tmp_path, factor, kind, expected):
+    """A factor without a type is linear; a type without a factor is nothing."""
+    def stretch(writer):
+        if kind is not None:
+            writer.add_rope_scaling_type(kind)
+        if factor is not None:
+            writer.add_rope_scaling_factor(factor)
+
+    write(tmp_path / "m.gguf", "gemma3", stretch)
+    rope = open_model(str(tmp_path / "m.gguf")).config.rope_parameters["full_attention"]
+    assert (rope["rope_type"], rope.get("factor")) == (("linear", expected) if expected else ("default", None))
+
+
 def test_a_gemma_without_the_size_of_its_heads_is_refused_by_name(tmp_path):
     write(tmp_path / "m.gguf", "gemma3", without=("key_length",))
     with pytest.raises(UserError, match="lacks gemma3.attention.key_length"):

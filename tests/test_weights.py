@@ -347,6 +347,7 @@ def test_transformers_reads_the_same_gguf_tensors(tmp_path):
     ("gpt-2", None, ["c", "a", "t", "Ġth", "12"]),
     ("llama-bpe", None, ["<|start|>", "cat", "Ġth", "12"]),  # a word in the vocabulary needs no merge
     ("llama-bpe", False, ["cat", "Ġth", "12"]),
+    ("midm-2.0", None, ["<|start|>", "cat", "Ġth", "12"]),
     ("smollm", True, ["<|start|>", "c", "a", "t", "Ġth", "1", "2"]),
 ])
 def test_the_tokenizer_of_a_gguf_file_survives_its_files(tmp_path, split, add_bos, ids):

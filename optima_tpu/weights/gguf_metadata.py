@@ -126,8 +126,10 @@ def _refuse_unknown(own: dict[str, Any], architecture: Architecture) -> None:
 def _rope_scaling(own: dict[str, Any], factors: np.ndarray | None, theta: float, d_head: int) -> dict[str, Any] | None:
     if factors is not None:
         return _llama3_scaling(factors, theta, d_head)
-    if own.get("rope.scaling.type") == "linear":
-        return {"rope_type": "linear", "factor": own["rope.scaling.factor"]}
+    # As llama.cpp (src/llama-model.cpp): a factor without a type is linear, and a type without a factor, or with 0, is nothing.
+    factor = own.get("rope.scaling.factor")
+    if factor and own.get("rope.scaling.type", "linear") == "linear":
+        return {"rope_type": "linear", "factor": factor}
     return None
 
 

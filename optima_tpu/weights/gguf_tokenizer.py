@@ -16,7 +16,7 @@ from optima_tpu.errors import UserError
 from optima_tpu.weights.gguf_architectures import Architecture
 from optima_tpu.weights.gguf_metadata import INSTEAD
 
-LLAMA3 = ("llama3", "llama-v3", "llama-bpe", "falcon3", "pixtral", "tekken")
+LLAMA3 = ("llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "jina-v5-nano", "tekken")
 """Splits whose models take a whole word that is in the vocabulary before any merge, and start a text with BOS unless
 the file says otherwise (llama.cpp, src/llama-vocab.cpp)."""
 
