@@ -16,12 +16,13 @@ from optima_tpu.errors import UserError
 from optima_tpu.layer_rules import check_layers
 from optima_tpu.manifest import code_version, flat
 from optima_tpu.masks import check_masks, open_masks
+from optima_tpu.models.check import check_checkpoint
 from optima_tpu.models.decoder import Decoder
 from optima_tpu.processes import SharedError, agree, alone, from_first, spread, together
 from optima_tpu.selectors import Imported
 from optima_tpu.self_calibration import generated_by, self_calibration
 from optima_tpu.sharding import make_mesh
-from optima_tpu.weights import Pretrained, check_dtypes, check_names, load_tokenizer, open_model
+from optima_tpu.weights import Pretrained, load_tokenizer, open_model
 
 
 class Model(NamedTuple):
@@ -49,8 +50,7 @@ def open_model_on_mesh(config: RunConfig) -> Model:
     def open_here() -> Model:
         pretrained = open_model(config.model, config.dtype)
         decoder = Decoder.open(pretrained.config, pretrained.tensors, mesh, config.batch)
-        check_names(decoder.tensor_names(), pretrained.tensors, decoder.family.ignored)
-        check_dtypes(decoder.tensor_names(), pretrained.tensors)
+        check_checkpoint(decoder)
         return Model(pretrained, decoder)
 
     return together(open_here)

@@ -53,6 +53,8 @@ REFERENCES = [
     Reference("MistralForCausalLM", "MistralConfig", BASE, {
         "window": dict(sliding_window=7), "no window": dict(sliding_window=None), "head_dim": dict(head_dim=16),
         "tied": dict(tie_word_embeddings=True)}),
+    Reference("MinistralForCausalLM", "MinistralConfig", BASE | dict(head_dim=8), {
+        "one window": dict(sliding_window=7, layer_types=["full_attention", "sliding_attention"])}),
     Reference("Qwen2ForCausalLM", "Qwen2Config", BASE, {
         "plain": {}, "tied": dict(tie_word_embeddings=True), "linear rope": dict(rope_parameters=LINEAR),
         "window above": dict(use_sliding_window=True, sliding_window=7, max_window_layers=1)}),

@@ -15,9 +15,10 @@ from optima_tpu.checkpoint import CHECKPOINT, CheckpointTensors
 from optima_tpu.errors import UserError
 from optima_tpu.inputs import Model
 from optima_tpu.manifest import ASSETS, RUN, read_assets, read_run
+from optima_tpu.models.check import check_checkpoint
 from optima_tpu.models.decoder import Decoder
 from optima_tpu.processes import together
-from optima_tpu.weights import Pretrained, TensorSource, check_dtypes, check_names, load_tokenizer, open_model
+from optima_tpu.weights import Pretrained, TensorSource, load_tokenizer, open_model
 from optima_tpu.weights.source import DTYPES, Index, first_line, parse_dtype, read_config
 
 _ORBAX = "_CHECKPOINT_METADATA"
@@ -52,8 +53,7 @@ def open_evaluated(spec: str, mesh: Mesh, dtype: str | None = None, batch: int =
     def open_here() -> Evaluated:
         pretrained, run = _open(spec, dtype)
         decoder = Decoder.open(pretrained.config, pretrained.tensors, mesh, batch)
-        check_names(decoder.tensor_names(), pretrained.tensors, decoder.family.ignored)
-        check_dtypes(decoder.tensor_names(), pretrained.tensors)
+        check_checkpoint(decoder)
         return Evaluated(Model(pretrained, decoder), load_tokenizer(pretrained), run)
 
     return together(open_here)

@@ -1,29 +1,47 @@
 """The decoder families, one file each; a family is a :class:`~optima_tpu.models.family.Family`."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from optima_tpu.errors import UserError
 from optima_tpu.models import gemma, llama, mistral, olmo2, opt, phi3, qwen, qwen_moe
 from optima_tpu.models.family import Family
 
-FAMILIES: dict[str, Family] = {
-    "LlamaForCausalLM": llama.FAMILY,
-    "MistralForCausalLM": mistral.FAMILY,
-    "Qwen2ForCausalLM": qwen.QWEN2,
-    "Qwen3ForCausalLM": qwen.QWEN3,
-    "Qwen3MoeForCausalLM": qwen_moe.FAMILY,
-    "Gemma2ForCausalLM": gemma.GEMMA2,
-    "Gemma3ForCausalLM": gemma.GEMMA3,
-    "Gemma3ForConditionalGeneration": gemma.GEMMA3_MULTIMODAL,
-    "Olmo2ForCausalLM": olmo2.FAMILY,
-    "OPTForCausalLM": opt.FAMILY,
-    "Phi3ForCausalLM": phi3.FAMILY,
+FAMILIES: Mapping[str, Mapping[str, Family]] = {
+    "LlamaForCausalLM": {"llama": llama.FAMILY},
+    # transformers reads a Mistral's config.json that has layer_types as a Ministral's.
+    "MistralForCausalLM": {"mistral": mistral.MISTRAL, "ministral": mistral.MINISTRAL},
+    "MinistralForCausalLM": {"ministral": mistral.MINISTRAL},
+    "Qwen2ForCausalLM": {"qwen2": qwen.QWEN2},
+    "Qwen3ForCausalLM": {"qwen3": qwen.QWEN3},
+    "Qwen3MoeForCausalLM": {"qwen3_moe": qwen_moe.FAMILY},
+    "Gemma2ForCausalLM": {"gemma2": gemma.GEMMA2},
+    "Gemma3ForCausalLM": {"gemma3_text": gemma.GEMMA3},
+    "Gemma3ForConditionalGeneration": {"gemma3": gemma.GEMMA3_MULTIMODAL},
+    "Olmo2ForCausalLM": {"olmo2": olmo2.FAMILY},
+    "OPTForCausalLM": {"opt": opt.FAMILY},
+    "Phi3ForCausalLM": {"phi3": phi3.FAMILY},
 }
-"""The architecture that a checkpoint's config.json names, to the family that reads it."""
+"""The architecture that a checkpoint's config.json names, and the model type that transformers reads in it, to the family.
+
+Both, as the first is what was trained and the second what transformers' Auto classes open.
+"""
 
 
-def family_of(config) -> Family:
-    """The family of a ``transformers`` configuration. Raises UserError, listing what is supported, for any other."""
+def family_of(config: Any) -> Family:
+    """The family of a ``transformers`` configuration.
+
+    Raises:
+      UserError: it names another architecture, listing what is supported, or another model type than belongs to it, or attention
+        to later tokens.
+    """
     names = config.architectures or [type(config).__name__]
-    for name in names:
-        if name in FAMILIES:
-            return FAMILIES[name]
-    raise UserError(f"expected a model of architecture {', '.join(FAMILIES)}, got {', '.join(names)}: not supported")
+    name = next((name for name in names if name in FAMILIES), None)
+    if name is None:
+        raise UserError(f"expected a model of architecture {', '.join(FAMILIES)}, got {', '.join(names)}: not supported")
+    if config.model_type not in FAMILIES[name]:
+        raise UserError(f"expected the model_type {' or '.join(FAMILIES[name])} of a {name}, got {config.model_type!r}, as which "
+                        "transformers would open it: correct one of the two in config.json")
+    if not getattr(config.get_text_config(), "is_causal", True):
+        raise UserError("expected is_causal true, got false: only causal models are supported")
+    return FAMILIES[name][config.model_type]

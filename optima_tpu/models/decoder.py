@@ -297,4 +297,5 @@ def _name(path: tuple) -> str:
 def _check(name: str, array: np.ndarray) -> None:
     if not np.isfinite(array).all():
         bad = int(np.size(array) - np.isfinite(array).sum())
-        raise UserError(f"{name} holds {bad} values that are NaN or infinite: the checkpoint is damaged, get it again")
+        raise UserError(f"{name} holds {bad} values that are NaN or infinite in {array.dtype}: "
+                        "the checkpoint is damaged, or they do not fit --dtype")

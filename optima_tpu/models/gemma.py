@@ -64,6 +64,12 @@ def read_gemma3(config: Any) -> Config:
     return _read(config, score_cap=None, ropes=ropes, qk_norm=True)
 
 
+def read_multimodal(config: Any) -> Config:
+    """From ``transformers.Gemma3Config``, the text half. Raises UserError, by name, for a setting that is not supported."""
+    # Whether the head is tied stands beside the text's settings. The cap of its logits is never applied (transformers 5.24).
+    return dataclasses.replace(read_gemma3(config.get_text_config()), logit_cap=None, tied=config.tie_word_embeddings)
+
+
 def embed(config: Config, read: ReadTensor, tokens: ArrayLike, places: ArrayLike) -> Array | np.ndarray:
     """Embeddings times ``sqrt(d_model)``, which is rounded to their dtype first, as the model was trained."""
     table = read(llama.FAMILY.embedding)
@@ -93,7 +99,7 @@ GEMMA2 = Family(read_config=read_gemma2, block=Block, linears=llama.LINEARS, sha
                 final=functools.partial(llama.Final, norm=ShiftedRMSNorm), needs_bos=True)
 GEMMA3 = dataclasses.replace(GEMMA2, read_config=read_gemma3)
 GEMMA3_MULTIMODAL = dataclasses.replace(
-    GEMMA3, read_config=lambda config: read_gemma3(config.get_text_config()),
+    GEMMA3, read_config=read_multimodal,
     # As published, and as later versions of transformers name them.
     roots=("language_model.model.", "model.language_model."), ignored={
         r"(model\.)?(vision_tower|multi_modal_projector)\..*": "the half that sees images: text does not pass through it"})

@@ -1,4 +1,4 @@
-"""Mistral: a Llama without biases, whose positions see a sliding window."""
+"""Mistral and Ministral: Llamas without biases, whose positions see a sliding window."""
 
 import dataclasses
 from typing import Any
@@ -7,10 +7,19 @@ from optima_tpu.models import llama
 from optima_tpu.models.rope import Rope
 
 
-def read_config(config: Any) -> llama.Config:
+def read_mistral(config: Any) -> llama.Config:
     """From ``transformers.MistralConfig``; every block has the same window, or none."""
-    return llama.Config(**llama.read_sizes(config), rope=Rope.from_hf(config.rope_parameters),
-                        windows=llama.same_windows(config))
+    return _read(config, llama.same_windows(config))
 
 
-FAMILY = dataclasses.replace(llama.FAMILY, read_config=read_config)
+def read_ministral(config: Any) -> llama.Config:
+    """From ``transformers.MinistralConfig``; some blocks have the window. Raises UserError for another kind of attention."""
+    return _read(config, llama.windows_by_type(config))
+
+
+def _read(config: Any, windows: tuple[int | None, ...]) -> llama.Config:
+    return llama.Config(**llama.read_sizes(config), rope=Rope.from_hf(config.rope_parameters), windows=windows)
+
+
+MISTRAL = dataclasses.replace(llama.FAMILY, read_config=read_mistral)
+MINISTRAL = dataclasses.replace(llama.FAMILY, read_config=read_ministral)

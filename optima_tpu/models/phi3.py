@@ -24,7 +24,8 @@ def read_config(config: Any) -> llama.Config:
     parameters = dict(config.rope_parameters)
     # Both may be attributes of the configuration alone; the stretch is then their ratio.
     original = parameters.setdefault("original_max_position_embeddings", config.original_max_position_embeddings)
-    parameters.setdefault("factor", config.max_position_embeddings / original)
+    if parameters.get("factor") is None:
+        parameters["factor"] = config.max_position_embeddings / original
     return llama.Config(**llama.read_sizes(config), windows=llama.same_windows(config),
                         rope=Rope.from_hf(parameters, ("default", "longrope")))
 

@@ -112,6 +112,8 @@ def read_config(config: bytes, where: str, dtype: str | None = None) -> tuple[Pr
     if record.get("quantization_config"):
         method = record["quantization_config"].get("quant_method", "an unnamed method")
         raise UserError(f"{where}: the weights are quantised ({method}): give the unquantised model")
+    # Again, as transformers does when it builds the model: it puts what stands beside the rope's settings among them.
+    parsed.get_text_config().standardize_rope_params()
     return parsed, config
 
 
