@@ -6,6 +6,7 @@ That object has the name that the unfinished folder has on a file system.
 """
 
 import contextlib
+import glob
 import hashlib
 import json
 import math
@@ -28,6 +29,8 @@ from optima_tpu.processes import first_only
 
 PARTIAL = ".partial"
 """Suffix of what is still being written. Such a name may be deleted by whoever writes the real one."""
+
+_ORBAX = ".orbax-checkpoint-tmp*"  # what Orbax puts behind the name of a folder that it is still writing
 
 LOCK = "run.lock"
 """Held by the process that works in a directory."""
@@ -90,7 +93,8 @@ def only_program(directory: Path) -> Iterator[None]:
         first_only(lambda: take_over(directory / LOCK))
         yield
         return
-    lock = filelock.FileLock(directory / LOCK, timeout=0)
+    # The other kind of lock would outlive a program that was killed, and nobody would remove it.
+    lock = filelock.FileLock(directory / LOCK, timeout=0, fallback_to_soft=False)
 
     def acquire():
         try:
@@ -161,7 +165,8 @@ def begin(path: Path) -> Path:
             remove(path)
         partial.write_bytes(b"")
     else:
-        for left in path.parent.glob(partial.name + "*"):
+        remove(partial)
+        for left in path.parent.glob(glob.escape(partial.name) + _ORBAX):
             remove(left)
     return staged(path)
 

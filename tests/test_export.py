@@ -12,6 +12,7 @@ from safetensors import safe_open
 from optima_tpu.checkpoint import CheckpointTensors, write_checkpoint
 from optima_tpu.errors import UserError
 from optima_tpu.export import _holds, export, is_export_of, main, read_masks
+from optima_tpu.files import begin
 from optima_tpu.journal import open_journal
 from optima_tpu.patterns import NM, Unstructured
 from tests.fake_run import (
@@ -172,6 +173,16 @@ def test_an_export_of_the_same_run_that_lost_a_file_is_made_again(run, tmp_path)
     with pytest.raises(UserError, match="not empty"):
         export(run, tmp_path / "out")
     assert (tmp_path / "out" / "notes.txt").read_text() == "mine"
+
+
+def test_what_an_interrupted_write_left_is_removed_and_nothing_beside_it(tmp_path):
+    kept = [tmp_path / name for name in ("out1.partial", "out[1].partial-notes.txt", "out[1]")]
+    left = [tmp_path / name for name in ("out[1].partial", "out[1].partial.orbax-checkpoint-tmp-17")]
+    for path in (*kept, *left):
+        path.mkdir()
+        (path / "file").write_text("text")
+    begin(tmp_path / "out[1]")
+    assert sorted(tmp_path.iterdir()) == sorted(kept)
 
 
 def test_a_full_disk_leaves_nothing(run, tmp_path, monkeypatch):
