@@ -18,7 +18,7 @@ from optima_tpu.allocation import OWL, Measured, Steps, allocate, steps_of
 from optima_tpu.calibrate import Statistics, accumulate_hessians, linear_groups
 from optima_tpu.errors import UserError
 from optima_tpu.evaluate.distance import window_scores
-from optima_tpu.files import read_record, write_bytes
+from optima_tpu.files import read_record, write_bytes, writing
 from optima_tpu.layer_rules import LayerRule
 from optima_tpu.memory import Pass, block_bytes
 from optima_tpu.models.decoder import Decoder
@@ -82,7 +82,12 @@ def kept(path: Path, make: Callable[[], Allocated]) -> Allocated:
     if from_first(path.exists):  # finished blocks have what it said, and another one might say otherwise
         raise UserError(f"{path} is damaged and the run cannot be resumed; choose another --output")
     found = make()
-    first_only(lambda: write_bytes(path, json.dumps(found.to_json(), allow_nan=False).encode()))
+
+    def write():
+        with writing(path, "make room and repeat the command"):
+            write_bytes(path, json.dumps(found.to_json(), allow_nan=False).encode())
+
+    first_only(write)
     return found
 
 

@@ -20,7 +20,7 @@ from optima_tpu.config import RunConfig, to_dict
 from optima_tpu.data import Tokens
 from optima_tpu.evaluate.perplexity import perplexity
 from optima_tpu.export import export, is_export_of
-from optima_tpu.files import complete, only_program, read_record, refuse_unreachable, write_bytes
+from optima_tpu.files import complete, only_program, read_record, refuse_unreachable, write_bytes, writing
 from optima_tpu.finished import FinishedTensors
 from optima_tpu.greeting import greet
 from optima_tpu.importance import Allocated, allocated, allocation_steps, kept
@@ -80,12 +80,18 @@ def run(config: RunConfig, console: Console | None = None, model: Model | None =
         return report
 
     with only_program(directory), Progress(console) as progress, contextlib.ExitStack() as stack:
+        def begin() -> Journal:
+            journal = open_journal(directory, manifest, pretrained.assets, to_dict(config))
+            first_only(lambda: keep_calibration(directory, manifest, calibration))
+            return journal
+
+        # Nothing is written before every weight was read and the model works in this dtype: after the dense perplexity, or where
+        # the model has written the calibration text, which is not to be lost with it.
+        journal = begin() if "generated" in manifest else None
         if dense is None:
             dense = _dense_perplexity(decoder, evaluation, directory, progress)
-        # Only now is anything written: every weight was read, and the model works in this dtype.
-        journal = open_journal(directory, manifest, pretrained.assets, to_dict(config))
+        journal = journal or begin()
         first_only(lambda: _keep_dense(dense, evaluation, directory))
-        first_only(lambda: keep_calibration(directory, manifest, calibration))
         sinks = stack.enter_context(opened(config.sinks, directory, to_dict(config)))
         steps = Steps(sinks, journal)
         steps.follow()
@@ -258,7 +264,8 @@ def _dense_perplexity(decoder: Decoder, tokens: Tokens, directory: Path, progres
 def _keep_dense(value: float, tokens: Tokens, directory: Path) -> None:
     path, record = directory / "dense.json", json.dumps({"tokens": token_digest(tokens.ids), "perplexity": value}).encode()
     if not path.exists() or path.read_bytes() != record:
-        write_bytes(path, record)
+        with writing(path, "make room and repeat the command"):
+            write_bytes(path, record)
 
 
 def _weighed(config: RunConfig, decoder: Decoder) -> list[str]:

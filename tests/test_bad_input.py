@@ -1,9 +1,11 @@
 """Whatever is wrong with the input is one line that says so, and nothing on the disk changes."""
 
+import errno
 import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -169,6 +171,37 @@ def test_activations_that_overflow(refused, tmp_path, norm, layer):
 
 
 # In a process of its own, since the hub's client reads its setting once; also what a library would print is seen so.
+@pytest.mark.parametrize("name", ["dense.json", "allocation.json", "report.json"])
+def test_no_room_for_a_small_file(model, tmp_path, monkeypatch, capsys, name):
+    def full(path, data, write=Path.write_bytes):
+        if path.name.startswith(name):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(path, data)
+
+    command = ["--model", str(model), *SMALL, "--selector", "magnitude", "--solver", "null", "--allocation", "owl", "--output",
+               str(tmp_path / "run")]
+    monkeypatch.setattr(Path, "write_bytes", full)
+    assert main(command) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: could not write {tmp_path / 'run' / name}: No space left on device; ")
+    assert said.count("\n") == 1
+    monkeypatch.undo()
+    assert main(command) == 0
+
+
+@pytest.mark.parametrize("name", ["config.json", "model-00002-of-00002.safetensors"])
+def test_a_file_of_the_model_that_may_not_be_read(refused, tmp_path, monkeypatch, name):
+    folder = tiny_folder(tmp_path / "model")
+
+    def forbidden(path, *arguments, open=Path.open, **options):
+        if path == folder / name:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return open(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", forbidden)
+    assert f"{folder / name} can't be read: Permission denied" in refused("--model", folder, *SMALL)
+
+
 def test_a_hub_that_is_not_reached(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))

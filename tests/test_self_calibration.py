@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from optima_tpu import data, self_calibration
+from optima_tpu import run as run_module
 from optima_tpu.errors import UserError
 from optima_tpu.generate import cache_structs, draw, generate, load, step, windows_at_once
 from optima_tpu.journal import Journal
@@ -133,6 +134,18 @@ def arguments(folder) -> list[str]:
     settings = [*SMALL]
     settings[settings.index("random")] = "self"
     return ["--model", str(folder), "--mesh", "4x2", "--solver", "null", *settings]
+
+
+def test_text_is_kept_before_the_dense_model_is_measured(tmp_path, monkeypatch):
+    def stopped(*arguments):
+        raise KeyboardInterrupt
+
+    command = [*arguments(tiny_folder(tmp_path / "model")), "--output", str(tmp_path / "run")]
+    monkeypatch.setattr(run_module, "_dense_perplexity", stopped)
+    assert main(command) == 130
+    monkeypatch.undo()
+    monkeypatch.setattr(self_calibration, "generate", None)
+    assert main(command) == 0
 
 
 def test_a_run_keeps_its_text_and_goes_on_with_it(tmp_path, monkeypatch, capsys):

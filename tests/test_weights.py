@@ -1,6 +1,8 @@
 """Checkpoints: what is read is what was stored, and a file that is not whole is named."""
 
+import errno
 import json
+import os
 import shutil
 from types import SimpleNamespace
 
@@ -10,12 +12,14 @@ import numpy as np
 import pytest
 from huggingface_hub import constants
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.numpy import save_file
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from optima_tpu.errors import UserError
 from optima_tpu.weights import check_dtypes, check_names, hub, load_tokenizer, open_model
 from optima_tpu.weights.source import whole_slices
+from tests.helpers import tiny_folder
 
 HEADS, KV_HEADS, D_HEAD, D_MODEL, D_FF, LAYERS = 4, 2, 8, 32, 64, 2
 ALPHABET = sorted(bytes_to_unicode().values())
@@ -206,6 +210,29 @@ def test_a_refusal_of_the_hub_says_what_to_do(monkeypatch, kind, message):
     monkeypatch.setattr(hub, "snapshot_download", refuse)
     with pytest.raises(UserError, match=message):
         open_model("org/name")
+
+
+def test_a_download_that_ends_early_is_one_line(monkeypatch):
+    def full(*arguments, **options):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(hub, "snapshot_download", full)
+    with pytest.raises(UserError, match="org/name could not be downloaded .*No space left on device"):
+        open_model("org/name")
+
+
+def test_named_chat_templates_are_downloaded_read_and_exported(tmp_path):
+    names = ["config.json", "chat_template.jinja", "additional_chat_templates/tool_use.jinja", "onnx/config.json",
+             "onnx/model.safetensors", "consolidated.safetensors", "model.safetensors", "README.md"]
+    wanted = filter_repo_objects(names, allow_patterns=hub.WANTED, ignore_patterns=hub.UNWANTED)
+    assert sorted(wanted) == [names[2], names[1], names[0], names[6]]
+    folder = tiny_folder(tmp_path / "model")
+    tokenizer = load_tokenizer(open_model(str(folder)))
+    tokenizer.chat_template = {"default": "{{ messages }}", "tool_use": "{{ tools }}"}
+    tokenizer.save_pretrained(folder)
+    opened = open_model(str(folder))
+    assert opened.assets["additional_chat_templates/tool_use.jinja"] == b"{{ tools }}"
+    assert load_tokenizer(opened).chat_template == tokenizer.chat_template
 
 
 def test_missing_and_unexpected_names_are_reported_together(folder):

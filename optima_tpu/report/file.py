@@ -13,7 +13,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from optima_tpu.files import write_bytes
+from optima_tpu.files import write_bytes, writing
 from optima_tpu.processes import everyones
 from optima_tpu.report.records import BlockReport, finite
 from optima_tpu.report.summary import all_layers, by_kind, sparsity, unusual
@@ -94,5 +94,6 @@ def write_report(path: Path, *, manifest: Mapping[str, Any], configuration: Mapp
         "layer_kinds": [finite(kind._asdict()) for kind in by_kind(blocks)], "seconds": dict(seconds),
         "memory": dict(memory), "files": dict(files), "blocks": [block.to_json() for block in blocks],
     }
-    write_bytes(path, (json.dumps(report, indent=2, allow_nan=False) + "\n").encode())
+    with writing(path, "all finished blocks are intact; make room and repeat the command"):
+        write_bytes(path, (json.dumps(report, indent=2, allow_nan=False) + "\n").encode())
     return report

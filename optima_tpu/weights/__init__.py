@@ -33,15 +33,18 @@ def open_model(spec: str, dtype: str | None = None) -> Pretrained:
     if spec and path.exists():
         return _open(path, spec, dtype)
     if hub.is_hub_id(spec):
-        return open_folder(hub.download(spec), spec, dtype)
+        return _open(hub.download(spec), spec, dtype)
     raise UserError(f"no such path: {spec!r}; expected a folder, a .gguf file, a hub id org/name or wheel:NAME")
 
 
 def _open(path: Path, origin: str, dtype: str | None) -> Pretrained:
-    if path.is_dir():
-        return open_folder(path, origin, dtype)
-    if path.suffix == ".gguf":
-        return open_gguf(path, origin, dtype)
+    try:
+        if path.is_dir():
+            return open_folder(path, origin, dtype)
+        if path.suffix == ".gguf":
+            return open_gguf(path, origin, dtype)
+    except OSError as error:
+        raise UserError(f"{error.filename or path} can't be read: {error.strerror or error}") from error
     raise UserError(f"{path} is neither a folder nor a .gguf file: for safetensors files give the folder they are in")
 
 

@@ -12,6 +12,9 @@ from optima_tpu.weights.source import (DTYPES, Index, Pretrained, fingerprint, p
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
+CHAT_TEMPLATES = "additional_chat_templates"
+"""The folder beside config.json in which transformers keeps the chat templates that have a name."""
+
 _STORED = {
     "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16,
     "F8_E4M3": ml_dtypes.float8_e4m3fn, "F8_E5M2": ml_dtypes.float8_e5m2,
@@ -29,6 +32,7 @@ class SafetensorsSource:
       dtype: what float tensors are cast to (one rounding); None keeps the dtypes of the file.
 
     Raises:
+      OSError: a file may not be read.
       UserError: a file is missing, truncated or damaged, two files hold the same tensor, or one has a dtype that
         numpy can't represent. The message names the file.
     """
@@ -38,6 +42,8 @@ class SafetensorsSource:
         for path in shards:
             if not path.is_file():
                 raise UserError(f"{path} is missing, though {INDEX} beside it names it: download the folder again")
+            with path.open("rb"):  # or a file that may not be read would be called damaged
+                pass
             try:
                 file = safe_open(path, framework="numpy")
             except (SafetensorError, OSError) as error:
@@ -75,7 +81,8 @@ def open_folder(folder: Path, origin: str, dtype: str | None = None) -> Pretrain
     cast = parse_dtype(dtype)
     if not (folder / "config.json").is_file():
         raise UserError(_not_a_model(folder))
-    assets = {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if _is_asset(path)}
+    found = sorted([*filter(_is_asset, folder.iterdir()), *folder.glob(f"{CHAT_TEMPLATES}/*.jinja")])
+    assets = {path.relative_to(folder).as_posix(): path.read_bytes() for path in found}
     config, assets["config.json"] = read_config(assets["config.json"], str(folder), dtype)
     shards, weight_map = _shards(folder)
     tensors = SafetensorsSource(shards, cast)

@@ -12,8 +12,9 @@ from optima_tpu.errors import UserError
 from optima_tpu.weights.source import first_line
 
 WANTED = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "NOTICE*"]
-# Subfolders hold other formats of the same model; consolidated* is a second copy in Mistral's own layout.
-UNWANTED = ["*/*", "consolidated*"]
+# Subfolders hold other formats of the same model; only the chat templates in one belong to it.
+# consolidated* is a second copy in Mistral's own layout.
+UNWANTED = [*(f"*/{pattern}" for pattern in WANTED if pattern != "*.jinja"), "consolidated*"]
 
 
 def is_hub_id(spec: str) -> bool:
@@ -46,6 +47,9 @@ def download(spec: str, wanted: Sequence[str] = WANTED) -> Path:
         raise UserError(_unreachable(name)) from error
     except HfHubHTTPError as error:
         raise UserError(f"the hub refused {name}: {first_line(error)}") from error
+    except Exception as error:  # a full or forbidden cache, or the HTTP library's own, which has another name in every version
+        raise UserError(f"{name} could not be downloaded ({first_line(error)}): what has arrived is kept, and the same command "
+                        "goes on; HF_HOME is the folder of the cache") from error
 
 
 def _unreachable(name: str) -> str:

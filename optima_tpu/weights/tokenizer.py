@@ -23,7 +23,9 @@ def load_tokenizer(pretrained: Pretrained) -> PreTrainedTokenizerBase:
                         "weights; copy the tokenizer files of the base model there")
     with tempfile.TemporaryDirectory() as folder:
         for name, content in pretrained.assets.items():
-            (Path(folder) / name).write_bytes(content)
+            path = Path(folder) / name
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(content)
         try:
             return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         except Exception as error:  # the tokenizers library raises plain Exception on a damaged file
