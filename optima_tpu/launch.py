@@ -25,6 +25,7 @@ at 75 would start one again for ever in which a process fails each time. And bel
 which is to be 75 where a process was told to stop and the others lost it."""
 
 _LAST = 3.0  # seconds in which the other processes notice for themselves that a run has ended
+_SHOWN = 400  # characters of an error that stands in one line
 # What gloo, NCCL and jax's coordination service say when the other end is gone.
 _PEER_GONE = re.compile("gloo|nccl|connection (closed|reset|refused)|coordination|heartbeat|socket closed|broken pipe", re.I)
 
@@ -82,7 +83,9 @@ def guarded(command: Callable[[], None], again: str) -> int:
             raise
         if not _PEER_GONE.search(str(error)):
             return _ended(1, traceback.format_exc())
-        return _ended(LOST, f"process {jax.process_index()}: another process has ended, see its message; {again}")
+        # What was caught is said too: it may be this process's own, a download that broke off or an NCCL that found no network.
+        found = " ".join(f"{type(error).__name__}: {error}".split())[:_SHOWN]
+        return _ended(LOST, f"process {jax.process_index()}: another process has ended, see its message (here: {found}); {again}")
     finally:
         signal.signal(signal.SIGTERM, before)
     return 0
@@ -112,6 +115,7 @@ def _ended(status: int, message: str) -> int:
         # An orderly end would wait for processes that may never come. Process 0 goes last: without it jax aborts the others,
         # which then could not say how they ended.
         sys.stdout.flush()
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one would change how this ends
         if processes.is_first():
             time.sleep(_LAST)
         os._exit(status)

@@ -16,7 +16,7 @@ from optima_tpu.activations import Activations
 from optima_tpu.errors import UserError
 from optima_tpu.export import read_masks
 from optima_tpu.journal import Journal, finished_blocks
-from optima_tpu.launch import LOST, RESUME, main
+from optima_tpu.launch import LOST, RESUME, guarded, main
 from tests.helpers import folder_tensors, mesh
 from tests.test_resume import assert_same_weights
 
@@ -117,6 +117,17 @@ def test_two_processes_lose_nothing_when_one_is_killed_and_give_the_weights_of_o
     assert main([*finished.arguments, "--output", str(tmp_path / "other")]) == 0
     assert "2 of 3 blocks are done" in capsys.readouterr().out
     assert_close_weights(tmp_path / "other", finished.directory)
+
+
+def test_what_looks_like_the_end_of_a_peer_is_told_as_well(monkeypatch, capsys):
+    """It may be an error of this process alone, which no other one has a message of."""
+    def command():
+        raise RuntimeError("NCCL operation failed:\nno socket interface found")
+
+    monkeypatch.setattr(processes, "alone", lambda: False)
+    assert guarded(command, "the same command goes on") == LOST
+    said = capsys.readouterr().err
+    assert "(here: RuntimeError: NCCL operation failed: no socket interface found); the same" in said and said.count("\n") == 1
 
 
 def test_processes_with_other_settings_are_refused_in_one_message(finished, tmp_path):
