@@ -20,7 +20,7 @@ from optima_tpu.layer_rules import pattern_of
 from optima_tpu.memory import Pass, block_bytes, passes
 from optima_tpu.models.decoder import Decoder
 from optima_tpu.patterns import Pattern
-from optima_tpu.problem import LayerProblem, Pruned, Solution
+from optima_tpu.problem import LayerProblem, Pruned, Solution, self_target
 from optima_tpu.processes import fetch
 from optima_tpu.recipe import Recipe, pruned_groups, solved_together
 from optima_tpu.refine import Refined, Refining, refining_over_rows
@@ -110,9 +110,12 @@ def prune_group(weights: tuple[Array, ...], hessian: Array, recipe: Recipe, mesh
     stacked = problem(hessian, alpha)
     slices = list(itertools.starmap(slice, itertools.pairwise(itertools.accumulate(map(len, weights), initial=0))))
     patterns = patterns or (recipe.pattern,) * len(weights)
-    choices = [_select(LayerProblem(weight, hessian, stacked.linear[rows]), patterns[index], recipe.selector,
+    # Without a pull from the product that selectors take again: another one, of the rows on each device, would leave rounding.
+    singles = [self_target(weight, hessian) if pull is None else LayerProblem(weight, hessian, stacked.linear[rows])
+               for weight, rows in zip(wide, slices)]
+    choices = [_select(single, patterns[index], recipe.selector,
                        masks and jax.lax.with_sharding_constraint(masks[index], spread[index]))
-               for index, (weight, rows) in enumerate(zip(wide, slices))]
+               for index, single in enumerate(singles)]
     # Said again: a sort between two layouts would be done on every device for all rows.
     choices = [Pruned(*(jax.lax.with_sharding_constraint(array, rows) for array in choice))
                for choice, rows in zip(choices, spread)]

@@ -19,7 +19,7 @@ from optima_tpu.report.records import BlockReport
 from optima_tpu.report.summary import unusual
 from optima_tpu.selectors import ADMM, Magnitude, SparseGPT, Wanda
 from optima_tpu.solvers import CG, MPAX, Exact
-from tests.helpers import COLLECTIVE, layer, mesh, row_objective, select, solve, text_inside_loops, tiny_llama
+from tests.helpers import COLLECTIVE, correlated_hessian, layer, mesh, row_objective, select, solve, text_inside_loops, tiny_llama
 
 RECIPES = {
     # Tight tolerances: rows that stop at a threshold may stop a step apart on two meshes, and then differ by the threshold.
@@ -138,6 +138,16 @@ def test_rows_that_the_mesh_does_not_divide_are_solved_alike():
     (weight,), (keep,), _ = prune_group((problem.weight,), problem.hessian, recipe, mesh(4, 2))
     assert (keep == alone.keep).all()
     assert np.abs(weight - alone.weight).max() < 1e-4 * np.abs(alone.weight).max()
+
+
+def test_nothing_moves_where_nothing_goes_on_any_mesh():
+    """A linear term from one product less the same from another leaves rounding, which ADMM would follow."""
+    rng = np.random.default_rng(3)
+    weights = tuple(jnp.asarray(rng.standard_normal((rows, 256)), jnp.float32) for rows in (576, 192, 192))
+    hessian = jnp.asarray(correlated_hessian(rng, 256), jnp.float32)
+    recipe = Recipe(Unstructured(0.0, "layer"), ADMM(levels=2), None)
+    new, _, _ = prune_group(weights, hessian, recipe, mesh(8, 1))
+    assert all((one == other).all() for one, other in zip(new, weights, strict=True))
 
 
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)

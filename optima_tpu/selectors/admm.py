@@ -24,7 +24,8 @@ class ADMM:
 
         1/2 v A v' - v g' + damping/2 |v - w|^2  +  [z obeys the pattern]      subject to   v = z
 
-    by three steps, with a dual ``y`` and a penalty ``rho``, from ``z = w`` and ``y = 0``, so that the first mask is Wanda's:
+    by three steps, with a dual ``y`` and a penalty ``rho``, from ``z = w`` and ``y = 0``, so that the first mask is Wanda's
+    where the target is the layer's own output:
 
         v = (g + damping w + rho z - y) (A + (damping + rho) I)^-1
         z = v + y / rho  where that is largest in its comparison group, 0 elsewhere

@@ -7,7 +7,7 @@ from jax import Array
 from optima_tpu.errors import UserError
 from optima_tpu.features import WHOLE, Features
 
-# A feature whose energy is this share of the largest one's, or less, is dead: its column is rounding noise.
+# A feature whose energy is this share of the largest one's, or less, is dead: no solver moves its weights, and no gap counts it.
 DEAD = 1e-12
 # Gaps are relative to f*, but never to less than this share of sum_j w_j^2 H_jj, what the row's output energy would be if its
 # inputs were uncorrelated: below it a layer is exact for any use.
