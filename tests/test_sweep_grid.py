@@ -176,9 +176,6 @@ def test_a_wrong_file_is_one_line_that_names_it(file, changes, said):
 
 
 @pytest.mark.parametrize(("argv", "said"), [
-    (["--pattern", "0.6"], "--pattern would make cells alike"),
-    (["--selector=magnitude"], "--selector would make cells alike"),
-    (["--solver", "exact"], "--solver would make cells alike"),
     (["--calibration.seed", "5"], "--calibration.seed would make cells alike"),
     (["--solver.damping", "0.1"], "cell wanda + none, 50%: --solver.damping is an option of solver"),
     (["--batch", "many"], "cell wanda + none, 50%: expected batch to be a whole number"),

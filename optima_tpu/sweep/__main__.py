@@ -61,7 +61,8 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         prog=_PROGRAM, usage=f"{_PROGRAM} FILE [--SETTING VALUE ...] [--output DIR] [--only TEXT] [--dry-run]",
         description="Runs a table of masks x updates x patterns over one model, or goes on with it, and writes it as "
                     "Markdown, CSV and JSON.\n\n" + grids.__doc__.strip(),
-        epilog="Any setting of optima_tpu.launch goes over the file's, in all cells: --model org/name --mesh 4x2",
+        epilog="Any setting of optima_tpu.launch that stands under no label goes over the file's, in all cells: --model org/name "
+               "--mesh 4x2",
         formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("file", metavar="FILE", help="the table, as above")
     parser.add_argument("--output", metavar="DIR", help="directory of the tables and of the cells (default: the file's "

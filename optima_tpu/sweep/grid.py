@@ -10,7 +10,8 @@
     output:    runs/tables/NAME                       # optional, of the file and the model where there is none
 
 Under each label stand settings as in the file of a single run. A cell's are those of ``run``, its pattern, its mask and
-its update, its samples and its seed, later ones over earlier ones; those of the command line go over all of them.
+its update, its samples and its seed, later ones over earlier ones; those of the command line go over all of them, but may
+not change a setting that stands under a label.
 """
 
 import dataclasses
@@ -22,9 +23,10 @@ from pathlib import Path
 from typing import Any, Self
 
 from optima_tpu.buckets import as_path, in_bucket
-from optima_tpu.cli import configure, load, method_settings, plain_name
+from optima_tpu.cli import configure, load, method_settings, plain_name, spelled
 from optima_tpu.config import CHOICES, RunConfig, to_dict
 from optima_tpu.errors import UserError
+from optima_tpu.sweep.labels import labelled_settings, refuse_relabelled
 
 _AXES = {"pattern": "patterns", "mask": "masks", "update": "updates"}
 _COUNTS = {"samples": 1, "seeds": 0}  # the least that each may be
@@ -138,7 +140,7 @@ def _grid(document: Mapping[str, Any], argv: Sequence[str], output: str | None, 
         places = left
     if not places:
         raise UserError("leave_out leaves no cell to run")
-    _refuse_collapse(axes, counts, argv)
+    _refuse_collapse(counts, argv)
     # Cells of the same labels differ in numbers alone: the settings, which take longest, are read once for all of them.
     configured = functools.cache(lambda **labels: _configured(labels, {key: counts[key][0] for key in _COUNTS}, run, axes, argv))
     cells = [_cell(place, configured, {key for key in _COUNTS if len(counts[key]) > 1}) for place in places]
@@ -211,7 +213,9 @@ def _configured(labels: Mapping[str, str], numbers: Mapping[str, int | None], ru
     calibration = {setting: numbers[key] for key, setting in _COUNTED.items() if numbers[key] is not None}
     document = _merged({"export": False}, run, *(axes[key][label] for key, label in labels.items()), {"calibration": calibration})
     try:
-        return configure(document, argv)
+        config = configure(document, argv)
+        refuse_relabelled(config, document, argv, labelled_settings(axes))
+        return config
     except UserError as error:
         raise UserError(f"cell {labels['mask']} + {labels['update']}, {labels['pattern']}: {error}") from None
 
@@ -250,28 +254,12 @@ def _slug(label: str) -> str:
     return re.sub(r"[^\w.]+|_+", "-", label.lower().replace(":", "of")).strip("-.")
 
 
-def _refuse_collapse(axes: Mapping[str, Mapping], counts: Mapping[str, list], argv: Sequence[str]) -> None:
-    """The command line may not give one value to what an axis varies: its labels would tell something else."""
-    varied = {f"calibration.{setting}": list(counts[key]) for key, setting in _COUNTED.items()}
-    for axis in axes.values():
-        for settings in axis.values():
-            for key, value in _flat(settings):
-                varied.setdefault(key, []).append(value)
-    for word in argv:
-        option = word.partition("=")[0]
-        key = option.removeprefix("--").replace("-", "_")
-        if option.startswith("--") and len({str(value) for value in varied.get(key, ())}) > 1:
+def _refuse_collapse(counts: Mapping[str, list], argv: Sequence[str]) -> None:
+    """The command line may not give one value to numbers that the file varies."""
+    given = {spelled(word).partition("=")[0] for word in argv}
+    for key, setting in _COUNTED.items():
+        if len(counts[key]) > 1 and (option := f"--calibration.{setting}") in given:
             raise UserError(f"{option} would make cells alike that the file tells apart by it; change the file instead")
-
-
-def _flat(settings: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Settings under the names that they have on the command line."""
-    for key, value in settings.items():
-        if not isinstance(value, dict):
-            yield key, value
-            continue
-        for name, inner in value.items():
-            yield (key, inner) if key in CHOICES and name == "name" else (f"{key}.{name}", inner)
 
 
 def _refuse_twins(cells: Sequence[Cell]) -> None:
