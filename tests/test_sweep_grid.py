@@ -13,7 +13,8 @@ from optima_tpu.errors import UserError
 from optima_tpu.patterns import NM, Unstructured
 from optima_tpu.selectors import Magnitude, Wanda
 from optima_tpu.solvers import CG, MPAX
-from optima_tpu.sweep.grid import Cell, differences, read_grid
+from optima_tpu.sweep.cells import Cell, differences
+from optima_tpu.sweep.grid import read_grid
 from optima_tpu.sweep.tables import Result, csv_text, layout, markdown
 
 TABLE = {
@@ -102,6 +103,17 @@ def test_the_command_line_goes_over_all_cells(file):
     grid = read_grid(file(samples=[2]), ["--model", "other", "--mesh=4x2", "--calibration.samples", "3", "--cpu-devices", "8"])
     assert {(cell.config.model, cell.config.mesh, cell.samples, cell.config.cpu_devices) for cell in grid.cells} == {
         ("other", "4x2", 3, 8)}
+
+
+def test_seeds_that_draw_the_same_tokens_are_no_repetitions(file):
+    path = file(seeds=[0, 1])
+    said = ("expected one seed where calibration.source is npy:ids.npy, got 0 and 1: a source of token ids draws the same tokens "
+            "for every seed; write seeds: [0]")
+    with pytest.raises(UserError, match=re.escape(said)):
+        read_grid(path, ["--calibration.source", "npy:ids.npy"])
+    rules = [{"seed": 1, "mask": "magnitude"}, {"seed": 0, "mask": "wanda"}]
+    assert len(read_grid(file(seeds=[0, 1], leave_out=rules), ["--calibration.source", "npy:ids.npy"]).cells) == 8
+    assert len(read_grid(file(seeds=[1], samples=[2, 4]), ["--calibration.source", "npy:ids.npy"]).cells) == 16
 
 
 def test_left_out_cells_match_every_given_key(file):

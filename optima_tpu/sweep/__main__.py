@@ -12,7 +12,8 @@ from optima_tpu.errors import UserError
 from optima_tpu.report.progress import say
 from optima_tpu.sharding import simulate_devices
 from optima_tpu.sweep import grid as grids
-from optima_tpu.sweep.grid import Cell, Grid, differences, read_grid
+from optima_tpu.sweep.cells import Cell, differences
+from optima_tpu.sweep.grid import Grid, read_grid
 from optima_tpu.sweep.tables import failure_lines, layout, terminal_table
 
 _PROGRAM = "python -m optima_tpu.sweep"

@@ -20,51 +20,19 @@ import itertools
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from optima_tpu.buckets import as_path, in_bucket
 from optima_tpu.cli import configure, load, method_settings, plain_name, spelled
-from optima_tpu.config import CHOICES, RunConfig, to_dict
+from optima_tpu.config import CHOICES, RunConfig
 from optima_tpu.errors import UserError
+from optima_tpu.sweep.cells import Cell, refuse_idle_seeds, refuse_twins
 from optima_tpu.sweep.labels import labelled_settings, refuse_relabelled
 
 _AXES = {"pattern": "patterns", "mask": "masks", "update": "updates"}
 _COUNTS = {"samples": 1, "seeds": 0}  # the least that each may be
 _COUNTED = {"samples": "samples", "seeds": "seed"}  # settings under calibration
 _KEYS = ("run", *_AXES.values(), *_COUNTS, "leave_out", "output")
-
-
-@dataclasses.dataclass(frozen=True)
-class Cell:
-    """One run of the grid.
-
-    Attributes:
-      pattern: its label.
-      mask: its label.
-      update: its label.
-      samples: calibration sequences.
-      seed: which ones are drawn.
-      config: all settings; ``output`` is the cell's own directory.
-    """
-
-    pattern: str
-    mask: str
-    update: str
-    samples: int
-    seed: int
-    config: RunConfig
-
-    def __str__(self) -> str:
-        return f"{self.mask} + {self.update}, {self.pattern}, {self.samples} samples, seed {self.seed}"
-
-    def inside(self, output: Path) -> Self:
-        """The cell with its directory inside ``output``."""
-        return dataclasses.replace(self, config=dataclasses.replace(self.config, output=str(output / self.directory)))
-
-    @property
-    def directory(self) -> Path:
-        """Where its run is kept."""
-        return self.config.run_directory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,17 +76,6 @@ def read_grid(path: str | Path, argv: Sequence[str] = (), output: str | None = N
         raise UserError(f"{path}: {error}") from None
 
 
-def differences(cells: Sequence[Cell]) -> list[str]:
-    """For every cell, the settings in which the cells differ: "pattern 2:4, solver cg, solver.damping 0.1".
-
-    Without samples and seed, which are in its name. Options of a method are told where they are not its defaults.
-    """
-    settings = [dict(_told(cell.config)) for cell in cells]
-    varying = [key for key in dict.fromkeys(key for told in settings for key in told)
-               if len({str(told.get(key)) for told in settings}) > 1]
-    return [", ".join(f"{key} {told[key]}" for key in varying if told.get(key, "") != "") for told in settings]
-
-
 def _grid(document: Mapping[str, Any], argv: Sequence[str], output: str | None, name: str) -> Grid:
     if unknown := [key for key in document if key not in _KEYS]:
         raise UserError(f"there is no {unknown[0]} in a sweep, expected some of {', '.join(_KEYS)}; settings of the "
@@ -149,7 +106,8 @@ def _grid(document: Mapping[str, Any], argv: Sequence[str], output: str | None, 
     if in_bucket(directory):
         raise UserError(f"expected a folder for the tables and runs of a sweep, got {chosen}; single runs go to a bucket")
     cells = [cell.inside(directory) for cell in cells]
-    _refuse_twins(cells)
+    refuse_twins(cells)
+    refuse_idle_seeds(cells)
     return Grid(directory, tuple(axes["mask"]), tuple(axes["update"]), tuple(axes["pattern"]), tuple(cells))
 
 
@@ -260,32 +218,3 @@ def _refuse_collapse(counts: Mapping[str, list], argv: Sequence[str]) -> None:
     for key, setting in _COUNTED.items():
         if len(counts[key]) > 1 and (option := f"--calibration.{setting}") in given:
             raise UserError(f"{option} would make cells alike that the file tells apart by it; change the file instead")
-
-
-def _refuse_twins(cells: Sequence[Cell]) -> None:
-    """No two cells may share a directory, or be the same run under two names."""
-    places: dict[Path, Cell] = {}
-    runs: dict[RunConfig, Cell] = {}
-    for cell in cells:
-        if (other := places.setdefault(cell.directory, cell)) is not cell:
-            raise UserError(f"the cells {other} and {cell} would share the directory {cell.directory}; change a label")
-        if (other := runs.setdefault(dataclasses.replace(cell.config, output=None), cell)) is not cell:
-            raise UserError(f"the cells {other} and {cell} have the same settings; leave one out")
-
-
-def _told(config: RunConfig) -> Iterator[tuple[str, Any]]:
-    """The settings that are worth telling, but for what is in a cell's name."""
-    values = to_dict(config)
-    for name in ("samples", "seed"):
-        del values["calibration"][name]
-    for key, value in values.items():
-        if key in CHOICES:
-            yield key, value["name"] if value else "null"
-            method = getattr(config, key)
-            for field in dataclasses.fields(method) if method is not None else ():
-                if getattr(method, field.name) != field.default:
-                    yield f"{key}.{field.name}", value[field.name]
-        elif isinstance(value, dict):
-            yield from ((f"{key}.{name}", inner) for name, inner in value.items())
-        elif key != "output":
-            yield key, value

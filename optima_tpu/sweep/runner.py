@@ -16,7 +16,8 @@ from optima_tpu.inputs import Model, Texts, manifest_of, open_model_on_mesh, rea
 from optima_tpu.manifest import ASSETS, RUN, refuse_another
 from optima_tpu.report.progress import say
 from optima_tpu.run import run
-from optima_tpu.sweep.grid import Cell, Grid
+from optima_tpu.sweep.cells import Cell
+from optima_tpu.sweep.grid import Grid
 from optima_tpu.sweep.tables import Result, describe, failed, finished, missing, write_tables
 
 _HEAVY = ("journal", "activations", "checkpoint", "hf", ASSETS)

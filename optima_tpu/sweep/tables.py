@@ -14,7 +14,8 @@ from rich.table import Table
 from optima_tpu.files import write_bytes, writing
 from optima_tpu.report.numbers import number
 from optima_tpu.report.summary import FITTED, HELD_OUT, fitted_errors, held_out_errors
-from optima_tpu.sweep.grid import Cell, Grid
+from optima_tpu.sweep.cells import Cell
+from optima_tpu.sweep.grid import Grid
 
 
 @dataclasses.dataclass(frozen=True)
