@@ -110,6 +110,14 @@ def only_program(directory: Path) -> Iterator[None]:
         lock.release()
 
 
+@contextlib.contextmanager
+def in_turn(directory: Path) -> Iterator[None]:
+    """Lets one program after the other into a folder on a file system, which is made where there is none."""
+    directory.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(directory / LOCK):
+        yield
+
+
 def still_only_program(directory: Path) -> None:
     """To be called before something in a directory is replaced.
 

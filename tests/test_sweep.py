@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from collections import Counter
 from types import SimpleNamespace
 
@@ -14,6 +15,7 @@ from optima_tpu.journal import Journal
 from optima_tpu.config import to_dict, weights_settings
 from optima_tpu.data import Tokens
 from optima_tpu.errors import UserError
+from optima_tpu.files import in_turn
 from optima_tpu.inputs import Texts, token_digest
 from optima_tpu.manifest import refuse_another, write_run
 from optima_tpu.selectors import Magnitude
@@ -252,6 +254,56 @@ def test_only_the_cells_that_were_asked_for_run(sweep, stand_in, tmp_path):
         "wanda_none", "wanda_cg", "magnitude_none", "magnitude_cg"))]
     states = {(entry["mask"], entry["update"], entry["seed"]): entry["state"] for entry in read_results(tmp_path)}
     assert [key for key, state in states.items() if state == "missing"] == [("wanda", "none", 0), ("magnitude", "cg", 0)]
+
+
+@pytest.fixture
+def beside(sweep, stand_in, monkeypatch):
+    """A command of another terminal, from its beginning to its end inside the first cell that is run."""
+    def call(*argv, code="0+1", then=None):
+        def run(config, **inputs):
+            monkeypatch.setattr(runner, "run", stand_in.run)
+            stand_in.code = code
+            assert sweep(*argv) == 0
+            stand_in.code, stand_in.stop = "0+1", then or {}
+            return stand_in.run(config, **inputs)
+
+        monkeypatch.setattr(runner, "run", run)
+    return call
+
+
+def test_the_last_to_write_keeps_what_another_terminal_has_finished(sweep, stand_in, beside, tmp_path):
+    beside("--only", "magnitude")
+    assert sweep("--only", "wanda") == 0
+    assert [name.partition("_50")[0] for name in stand_in.ran] == ["magnitude_none", "magnitude_cg", "wanda_none", "wanda_cg"]
+    assert [(entry["state"], entry["perplexity"]) for entry in read_results(tmp_path)] == [
+        ("finished", 24), ("finished", 20), ("finished", 26), ("finished", 22)]
+
+
+def test_a_cell_that_was_another_terminal_s_has_not_failed_once_that_has_finished_it(sweep, beside, tmp_path):
+    beside("--only", "magnitude + none", then={"magnitude_none_50_4-samples_seed-0": UserError("another process is at work")})
+    assert sweep() == 0
+    assert [entry["state"] for entry in read_results(tmp_path)] == ["finished"] * 4
+
+
+def test_a_cell_that_another_terminal_has_run_otherwise_is_not_taken(sweep, beside, tmp_path):
+    beside("--only", "magnitude", code="0+2")
+    assert sweep("--only", "wanda") == 0
+    assert [entry["state"] for entry in read_results(tmp_path)] == ["finished", "finished", "missing", "missing"]
+
+
+def test_the_tables_are_written_by_one_process_after_the_other(tmp_path):
+    entered = threading.Event()
+
+    def enter():
+        with in_turn(tmp_path / "out"):
+            entered.set()
+
+    with in_turn(tmp_path / "out"):
+        other = threading.Thread(target=enter)
+        other.start()
+        assert not entered.wait(0.3)
+    other.join(10)
+    assert entered.is_set()
 
 
 def test_only_with_a_name_of_no_cell_is_an_error(sweep, stand_in, capsys):

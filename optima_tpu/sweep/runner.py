@@ -11,7 +11,7 @@ from rich.console import Console
 from optima_tpu.config import RunConfig
 from optima_tpu.errors import UserError
 from optima_tpu.export import is_export_of
-from optima_tpu.files import read_record, write_bytes, writing
+from optima_tpu.files import in_turn, read_record, write_bytes, writing
 from optima_tpu.inputs import Model, Texts, manifest_of, open_model_on_mesh, read_texts, token_digest
 from optima_tpu.manifest import ASSETS, RUN, refuse_another
 from optima_tpu.report.progress import say
@@ -105,10 +105,17 @@ class Sweep:
     def write(self, command: str) -> dict[str, Path]:
         """Writes the tables as they are now, and returns their paths by name.
 
+        What another process has finished since, which runs other cells of the same grid, is in them too.
+
         Args:
           command: what makes the whole table, for its header.
+
+        Raises:
+          UserError: the directory cannot be written.
         """
-        return write_tables(self.grid, self.results, describe(list(self._reports.values())) | {"command": command})
+        with writing(self.grid.output, "the cells are intact; make room, or choose another --output"), in_turn(self.grid.output):
+            self._look_again()
+            return write_tables(self.grid, self.results, describe(list(self._reports.values())) | {"command": command})
 
     def run(self, console: Console, command: str, keep_checkpoints: bool) -> None:
         """Runs the chosen cells that are not finished, and writes the tables after each.
@@ -144,6 +151,20 @@ class Sweep:
                 self._failures[cell] = str(error)
                 say(console, f"failed: {error}")
             self.write(command)
+
+    def _look_again(self) -> None:
+        """Finds the cells that another process has finished, among those that are not run here, or could not be."""
+        for cell in self.grid.cells:
+            waits = cell in self._chosen and cell not in self._failures
+            if cell in self._reports or waits or not (cell.directory / "report.json").exists():
+                continue
+            try:
+                texts = self._shared.texts(cell.config)
+                manifest = manifest_of(cell.config, self._shared.model(cell.config), texts)
+                if report := _finished_report(cell.directory, manifest, texts):
+                    self._know(cell, report)
+            except UserError:  # of other settings or other code, which the next start refuses
+                pass
 
     def _know(self, cell: Cell, report: Mapping[str, Any]) -> None:
         self._reports[cell] = report

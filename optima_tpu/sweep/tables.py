@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from rich.table import Table
 
-from optima_tpu.files import write_bytes, writing
+from optima_tpu.files import write_bytes
 from optima_tpu.report.numbers import number
 from optima_tpu.report.summary import FITTED, HELD_OUT, fitted_errors, held_out_errors
 from optima_tpu.sweep.cells import Cell
@@ -186,19 +186,13 @@ def terminal_table(table: Layout) -> Table:
 
 
 def write_tables(grid: Grid, results: Sequence[Result], header: Mapping[str, str]) -> dict[str, Path]:
-    """Writes table.md, table.csv and results.json (a list of every :class:`Result`), each in one step.
-
-    Raises:
-      UserError: the directory cannot be written.
-    """
+    """Writes table.md, table.csv and results.json (a list of every :class:`Result`), each in one step; the folder is there."""
     texts = {
         "table.md": markdown(grid.output.absolute().name, header, layout(grid, results), results),
         "table.csv": csv_text(results),
         "results.json": json.dumps(list(map(dataclasses.asdict, results)), indent=2, allow_nan=False) + "\n"}
-    with writing(grid.output, "the cells are intact; make room, or choose another --output"):
-        grid.output.mkdir(parents=True, exist_ok=True)
-        for name, text in texts.items():
-            write_bytes(grid.output / name, text.encode())
+    for name, text in texts.items():
+        write_bytes(grid.output / name, text.encode())
     return {name: grid.output / name for name in texts}
 
 
