@@ -200,6 +200,33 @@ def test_cells_of_another_sweep_are_refused(sweep, stand_in, tmp_path, capsys, c
     assert not stand_in.ran and snapshot(tmp_path / "out") == before
 
 
+def test_a_table_with_finished_cells_of_another_sweep_is_not_replaced(sweep, stand_in, tmp_path, capsys):
+    assert sweep("--only", "wanda") == 0
+    before, stand_in.ran = snapshot(tmp_path / "out"), []
+    exact = {"exact": {"solver": "exact"}}
+    for argv in ([], ["--only", "magnitude"], ["--dry-run"]):
+        capsys.readouterr()
+        assert sweep(*argv, updates=exact) == 2
+        assert capsys.readouterr().err == (
+            f"error: expected a sweep with all finished cells of {tmp_path / 'out' / 'results.json'}, got one without "
+            "wanda + none, 50%, 4 samples, seed 0 and 1 more; choose another --output, put them back into the file, or delete "
+            "results.json to go on without them (their runs stay)\n")
+    assert not stand_in.ran and snapshot(tmp_path / "out") == before
+
+    assert sweep(masks={"wanda": {}}, updates=TABLE["updates"] | exact) == 0  # a row more, and none that was run less
+    assert stand_in.ran == ["wanda_exact_50_4-samples_seed-0"]
+    (tmp_path / "out" / "results.json").unlink()
+    assert sweep(masks={"wanda": {}}, updates=exact) == 0 and len(stand_in.ran) == 1
+    assert [entry["update"] for entry in read_results(tmp_path)] == ["exact"]
+
+
+@pytest.mark.parametrize("text", ["[", "3", "{}", "[3]", '[{"mask": "wanda"}]', '[{"perplexity": 3.5}]'])
+def test_a_results_json_that_is_no_table_s_is_replaced(sweep, stand_in, tmp_path, text):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "results.json").write_text(text)
+    assert sweep() == 0 and len(read_results(tmp_path)) == 4
+
+
 def test_the_pruned_models_of_finished_cells_are_removed(sweep, stand_in, tmp_path):
     assert sweep(updates={"cg": {}}, masks={"wanda": {}}) == 0
     cell = tmp_path / "out" / "cells" / "wanda_cg_50_4-samples_seed-0"

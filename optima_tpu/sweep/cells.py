@@ -30,7 +30,7 @@ class Cell:
     config: RunConfig
 
     def __str__(self) -> str:
-        return f"{self.mask} + {self.update}, {self.pattern}, {self.samples} samples, seed {self.seed}"
+        return cell_name(self.mask, self.update, self.pattern, self.samples, self.seed)
 
     def inside(self, output: Path) -> Self:
         """The cell with its directory inside ``output``."""
@@ -40,6 +40,11 @@ class Cell:
     def directory(self) -> Path:
         """Where its run is kept."""
         return self.config.run_directory
+
+
+def cell_name(mask: str, update: str, pattern: str, samples: int, seed: int) -> str:
+    """What a cell is called, also where its configuration is not at hand."""
+    return f"{mask} + {update}, {pattern}, {samples} samples, seed {seed}"
 
 
 def differences(cells: Sequence[Cell]) -> list[str]:

@@ -18,7 +18,7 @@ from optima_tpu.report.progress import say
 from optima_tpu.run import run
 from optima_tpu.sweep.cells import Cell
 from optima_tpu.sweep.grid import Grid
-from optima_tpu.sweep.tables import Result, describe, failed, finished, missing, write_tables
+from optima_tpu.sweep.tables import Result, describe, failed, finished, missing, refuse_loss, write_tables
 
 _HEAVY = ("journal", "activations", "checkpoint", "hf", ASSETS)
 """The folders of a run directory, see ``optima_tpu.checkpoint``. What a report needs lies beside them."""
@@ -68,11 +68,12 @@ class Sweep:
       chosen: the cells that will be run; the others appear in the tables with what is known of them.
 
     Raises:
-      UserError: a model or a text cannot be read, a pattern, rule or mask does not fit the model, or a cell's directory holds
-        a run with other settings or other code.
+      UserError: the directory has a table with finished cells that the grid has not, a model or a text cannot be read, a
+        pattern, rule or mask does not fit the model, or a cell's directory holds a run with other settings or other code.
     """
 
     def __init__(self, grid: Grid, chosen: Collection[Cell]):
+        refuse_loss(grid)
         self.grid = grid
         self._chosen = chosen
         self._shared = Shared()

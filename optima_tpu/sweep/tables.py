@@ -11,11 +11,14 @@ from typing import Any, Literal
 
 from rich.table import Table
 
-from optima_tpu.files import write_bytes
+from optima_tpu.errors import UserError
+from optima_tpu.files import read_record, write_bytes
 from optima_tpu.report.numbers import number
 from optima_tpu.report.summary import FITTED, HELD_OUT, fitted_errors, held_out_errors
-from optima_tpu.sweep.cells import Cell
+from optima_tpu.sweep.cells import Cell, cell_name
 from optima_tpu.sweep.grid import Grid
+
+_RESULTS = "results.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +64,9 @@ class Result:
     sparsity: float | None = None
     reason: str | None = None
     report: str | None = None
+
+    def __str__(self) -> str:
+        return cell_name(self.mask, self.update, self.pattern, self.samples, self.seed)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,8 +168,7 @@ def markdown(title: str, header: Mapping[str, str], table: Layout, results: Sequ
 
 def failure_lines(results: Iterable[Result]) -> list[str]:
     """One line for each failed cell, with the reason."""
-    return [f"{result.mask} + {result.update}, {result.pattern}, {result.samples} samples, seed {result.seed}: "
-            f"{result.reason}" for result in results if result.state == "failed"]
+    return [f"{result}: {result.reason}" for result in results if result.state == "failed"]
 
 
 def csv_text(results: Sequence[Result]) -> str:
@@ -190,10 +195,34 @@ def write_tables(grid: Grid, results: Sequence[Result], header: Mapping[str, str
     texts = {
         "table.md": markdown(grid.output.absolute().name, header, layout(grid, results), results),
         "table.csv": csv_text(results),
-        "results.json": json.dumps(list(map(dataclasses.asdict, results)), indent=2, allow_nan=False) + "\n"}
+        _RESULTS: json.dumps(list(map(dataclasses.asdict, results)), indent=2, allow_nan=False) + "\n"}
     for name, text in texts.items():
         write_bytes(grid.output / name, text.encode())
     return {name: grid.output / name for name in texts}
+
+
+def refuse_loss(grid: Grid) -> None:
+    """The tables of a grid may not replace those of another one.
+
+    Raises:
+      UserError: its directory has a table with finished cells that the grid has not.
+    """
+    cells = {str(cell) for cell in grid.cells}
+    lost = [str(result) for result in _results(grid.output / _RESULTS)
+            if result.state == "finished" and str(result) not in cells]
+    if lost:
+        more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
+        raise UserError(f"expected a sweep with all finished cells of {grid.output / _RESULTS}, got one without {lost[0]}{more}; "
+                        f"choose another --output, put them back into the file, or delete {_RESULTS} to go on without them "
+                        "(their runs stay)")
+
+
+def _results(path: Path) -> list[Result]:
+    """What results.json holds; nothing of a file that is not there, is damaged or has other fields."""
+    try:
+        return [Result(**entry) for entry in read_record(path) or ()]
+    except TypeError:
+        return []
 
 
 def _entry(group: Sequence[Result]) -> str:
