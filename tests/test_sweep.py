@@ -113,6 +113,13 @@ def test_other_models_and_texts_are_opened_apart(sweep, stand_in):
     assert stand_in.counts == {"model": 3, "texts": 3, "dense": 3}
 
 
+@pytest.mark.parametrize(("source", "texts"), [("self", 2), ("self?temperature=0.5", 2), ("random", 1)])
+def test_a_model_of_another_dtype_writes_its_own_text(sweep, stand_in, source, texts):
+    run = TABLE["run"] | {"dtype": "float32", "calibration": {"source": source, "samples": 4}, "evaluation": {"source": "pydoc"}}
+    assert sweep(run=run, updates={"none": {"solver": None}, "cg": {}, "half": {"dtype": "bfloat16"}}) == 0
+    assert len(stand_in.ran) == 6 and stand_in.counts["texts"] == texts
+
+
 def test_the_files_hold_what_the_runs_found(sweep, stand_in, tmp_path, capsys):
     assert sweep("--batch", "3", seeds=[0, 1], leave_out=[{"mask": "magnitude", "update": "cg"}]) == 0
     results = read_results(tmp_path)

@@ -16,6 +16,7 @@ from optima_tpu.inputs import Model, Texts, manifest_of, open_model_on_mesh, rea
 from optima_tpu.manifest import ASSETS, RUN, refuse_another
 from optima_tpu.report.progress import say
 from optima_tpu.run import run
+from optima_tpu.self_calibration import generated_by
 from optima_tpu.sweep.cells import Cell
 from optima_tpu.sweep.grid import Grid
 from optima_tpu.sweep.tables import Result, describe, failed, finished, missing, refuse_loss, write_tables
@@ -41,7 +42,9 @@ class Shared:
 
     def texts(self, config: RunConfig) -> Texts:
         """The texts of a cell, as the model's tokenizer reads them."""
-        key = config.model, config.calibration, config.evaluation
+        # What a model writes is another text in another dtype, and by rounding on another mesh.
+        writer = _model_key(config) if generated_by(config) else (config.model,)
+        key = *writer, config.calibration, config.evaluation
         if key not in self._texts:
             self._texts[key] = read_texts(config, self.model(config))
         return self._texts[key]
