@@ -35,7 +35,7 @@ class StandIn:
 
     def __init__(self, monkeypatch):
         self.counts, self.ran, self.stop, self.code = Counter(), [], {}, "0+1"
-        for name in ("open_model_on_mesh", "read_texts", "manifest_of", "run"):
+        for name in ("open_model_on_mesh", "read_texts", "manifest_of", "run", "is_export_of"):
             monkeypatch.setattr(runner, name, getattr(self, name))
 
     def open_model_on_mesh(self, config):
@@ -51,6 +51,9 @@ class StandIn:
     def manifest_of(self, config, model, texts):
         return json.loads(json.dumps({"recipe": weights_settings(config), "calibration": token_digest(texts.calibration.ids),
                                       "code": self.code}))
+
+    def is_export_of(self, directory, folder):
+        return folder.exists()
 
     def run(self, config, console, model, texts, dense):
         directory, manifest = config.run_directory, self.manifest_of(config, model, texts)
@@ -78,6 +81,9 @@ class StandIn:
             "evaluation": {"how": texts.evaluation.how, "tokens": 16, "digest": token_digest(texts.evaluation.ids)},
             "perplexity": {"dense": 10.0, "pruned": perplexity_of(config)},
             "files": {"report": str(directory / "report.json"), "checkpoint": str(directory / "checkpoint")}}
+        if config.export:
+            (directory / "hf").mkdir(exist_ok=True)
+            report["files"]["transformers"] = str(directory / "hf")
         (directory / "report.json").write_text(json.dumps(report))
         return report
 
@@ -250,6 +256,17 @@ def test_kept_checkpoints_stay(sweep, stand_in, tmp_path):
     assert sweep(**one) == 0  # also when the table is made again without the option
     cell = tmp_path / "out" / "cells" / "wanda_cg_50_4-samples_seed-0"
     assert {path.name for path in cell.iterdir()} == {"report.json", "run.json", "journal", "checkpoint", "assets"}
+
+
+def test_kept_models_are_exported_where_that_is_asked_for_later(sweep, stand_in, tmp_path, capsys):
+    one = {"updates": {"cg": {}}, "masks": {"wanda": {}}}
+    assert sweep("--keep-checkpoints", **one) == 0
+    assert sweep("--export", "true", **one) == 0 and len(stand_in.ran) == 1  # without checkpoints there are no exports
+    assert sweep("--keep-checkpoints", "--export", "true", "--only", "wanda", **one) == 0
+    assert len(stand_in.ran) == 2 and (tmp_path / "out" / "cells" / stand_in.ran[0] / "hf").exists()
+    capsys.readouterr()
+    assert sweep("--keep-checkpoints", "--export", "true", **one) == 0
+    assert len(stand_in.ran) == 2 and "resuming  1 of 1 cells are done" in capsys.readouterr().out
 
 
 def test_models_that_were_removed_are_made_again_where_they_are_to_be_kept(sweep, stand_in, tmp_path, capsys):

@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from optima_tpu.sweep.runner import Sweep
 
         quiet_orbax()
-        sweep = Sweep(grid, () if options.dry_run else chosen)
+        sweep = Sweep(grid, () if options.dry_run else chosen, options.keep_checkpoints)
         console = Console()
         if options.dry_run:
             _list(console, grid, chosen, sweep.finished)
@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if sweep.finished:
             say(console, f"resuming  {len(sweep.finished)} of {len(grid.cells)} cells are done")
         command = shlex.join(_command(options, settings))
-        sweep.run(console, command, options.keep_checkpoints)
+        sweep.run(console, command)
         files = sweep.write(command)
         console.print()
         console.print(terminal_table(layout(grid, sweep.results)), highlight=False)

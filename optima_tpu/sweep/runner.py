@@ -69,16 +69,18 @@ class Sweep:
 
     Args:
       chosen: the cells that will be run; the others appear in the tables with what is known of them.
+      keep_checkpoints: keep the pruned models, not only the reports, and with them their exports.
 
     Raises:
       UserError: the directory has a table with finished cells that the grid has not, a model or a text cannot be read, a
         pattern, rule or mask does not fit the model, or a cell's directory holds a run with other settings or other code.
     """
 
-    def __init__(self, grid: Grid, chosen: Collection[Cell]):
+    def __init__(self, grid: Grid, chosen: Collection[Cell], keep_checkpoints: bool = False):
         refuse_loss(grid)
         self.grid = grid
         self._chosen = chosen
+        self._keep_checkpoints = keep_checkpoints
         self._shared = Shared()
         self._reports: dict[Cell, Mapping[str, Any]] = {}
         self._failures: dict[Cell, str] = {}
@@ -88,7 +90,7 @@ class Sweep:
                 continue
             texts = self._shared.texts(cell.config)
             manifest = manifest_of(cell.config, self._shared.model(cell.config), texts)
-            if started and (report := _finished_report(cell.directory, manifest, texts)):
+            if started and (report := self._finished_report(cell, manifest, texts)):
                 self._know(cell, report)
 
     @property
@@ -121,11 +123,8 @@ class Sweep:
             self._look_again()
             return write_tables(self.grid, self.results, describe(list(self._reports.values())) | {"command": command})
 
-    def run(self, console: Console, command: str, keep_checkpoints: bool) -> None:
+    def run(self, console: Console, command: str) -> None:
         """Runs the chosen cells that are not finished, and writes the tables after each.
-
-        Args:
-          keep_checkpoints: keep the pruned models, not only the reports.
 
         Raises:
           UserError: the tables cannot be written. What is wrong with a single cell is kept in its result.
@@ -134,7 +133,7 @@ class Sweep:
         for cell, report in list(self._reports.items()):
             if "checkpoint" not in report["files"]:
                 _remove_heavy(cell.directory)  # where that was interrupted
-                if keep_checkpoints and cell in self._chosen:
+                if self._keep_checkpoints and cell in self._chosen:
                     say(console, f"{cell}: its pruned model was removed by an earlier sweep, it is made again")
                     with writing(cell.directory, "remove the cell's folder by hand"):
                         (cell.directory / "report.json").unlink()
@@ -147,7 +146,7 @@ class Sweep:
             try:
                 report = run(config, console=console, model=shared.model(config), texts=shared.texts(config),
                              dense=shared.dense(config))
-                if not keep_checkpoints:
+                if not self._keep_checkpoints:
                     report = _lighten(cell.directory, report)
                     say(console, "the pruned model is removed; --keep-checkpoints keeps it")
                 self._know(cell, report)
@@ -165,10 +164,28 @@ class Sweep:
             try:
                 texts = self._shared.texts(cell.config)
                 manifest = manifest_of(cell.config, self._shared.model(cell.config), texts)
-                if report := _finished_report(cell.directory, manifest, texts):
+                if report := self._finished_report(cell, manifest, texts):
                     self._know(cell, report)
             except UserError:  # of other settings or other code, which the next start refuses
                 pass
+
+    def _finished_report(self, cell: Cell, manifest: Mapping[str, Any], texts: Texts) -> dict[str, Any] | None:
+        """report.json of a finished cell, None of one that has to go on.
+
+        Raises:
+          UserError: the directory holds a run with other settings, other code, or measured on another text.
+        """
+        directory = cell.directory
+        refuse_another(directory, manifest)
+        if (report := read_record(directory / "report.json")) is None:
+            return None
+        if report["evaluation"]["digest"] != token_digest(texts.evaluation.ids):
+            raise UserError(f"{directory} was measured on another text ({report['evaluation']['how']} there, "
+                            f"{texts.evaluation.how} here); choose another --output")
+        # Of a model that was kept before, an export may be asked for only now.
+        asked = self._keep_checkpoints and cell in self._chosen and cell.config.export and "checkpoint" in report["files"]
+        unfinished = (asked or "transformers" in report["files"]) and not is_export_of(directory, directory / "hf")
+        return None if unfinished else report
 
     def _know(self, cell: Cell, report: Mapping[str, Any]) -> None:
         self._reports[cell] = report
@@ -177,22 +194,6 @@ class Sweep:
 
 def _model_key(config: RunConfig) -> tuple:
     return config.model, config.dtype, config.mesh, config.batch
-
-
-def _finished_report(directory: Path, manifest: Mapping[str, Any], texts: Texts) -> dict[str, Any] | None:
-    """report.json of a finished cell, None of one that has to go on.
-
-    Raises:
-      UserError: the directory holds a run with other settings, other code, or measured on another text.
-    """
-    refuse_another(directory, manifest)
-    if (report := read_record(directory / "report.json")) is None:
-        return None
-    if report["evaluation"]["digest"] != token_digest(texts.evaluation.ids):
-        raise UserError(f"{directory} was measured on another text ({report['evaluation']['how']} there, "
-                        f"{texts.evaluation.how} here); choose another --output")
-    unfinished = "transformers" in report["files"] and not is_export_of(directory, directory / "hf")
-    return None if unfinished else report
 
 
 def _lighten(directory: Path, report: Mapping[str, Any]) -> dict[str, Any]:
