@@ -114,7 +114,7 @@ def only_program(directory: Path) -> Iterator[None]:
 def in_turn(directory: Path) -> Iterator[None]:
     """Lets one program after the other into a folder on a file system, which is made where there is none."""
     directory.mkdir(parents=True, exist_ok=True)
-    with filelock.FileLock(directory / LOCK):
+    with filelock.FileLock(directory / LOCK, fallback_to_soft=False):
         yield
 
 
