@@ -61,7 +61,9 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) == 3:
+    if "-h" in sys.argv or "--help" in sys.argv:
+        print(__doc__)
+    elif len(sys.argv) == 3:
         measure(Path(sys.argv[1]), Path(sys.argv[2]))
     else:
         with tempfile.TemporaryDirectory() as temporary:

@@ -26,7 +26,7 @@ class Fixed:
 
 @dataclasses.dataclass(frozen=True)
 class Grid:
-    """Both are chosen for each matrix, from a few, by its error on the held-out tokens.
+    """The damping, and of a dense target alpha, are chosen for each matrix, from a few, by its error on the held-out tokens.
 
     The error is the distance from the dense model's outputs where there is a dense target, whatever alpha, else from the layer's
     own. First the damping is chosen, at the target's own alpha, then alpha at that damping; each candidate is solved from the
