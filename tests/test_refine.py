@@ -27,7 +27,7 @@ from optima_tpu.report.summary import exchanged
 from optima_tpu.report.table import print_summary
 from optima_tpu.selectors import Magnitude, Wanda
 from optima_tpu.solvers import CG, Exact
-from tests.helpers import correlated_hessian, layer, mesh, oracle, row_objective, select
+from tests.helpers import correlated_hessian, layer, mesh, oracle, row_objective, select, wide
 
 ROUNDS = 4
 
@@ -35,6 +35,31 @@ ROUNDS = 4
 @functools.partial(jax.jit, static_argnums=0)
 def refined(refining, problem, pruned) -> Refined:
     return refining.prepare(problem.hessian, WHOLE)(problem, pruned)
+
+
+def schur_by_eigenvalues(hessian: np.ndarray, damping: float, kept: float) -> np.ndarray:
+    """``s_j H_jj`` of the deterministic equivalent in float64; 0 for a dead input."""
+    diagonal = np.diagonal(hessian).astype(np.float64)
+    scale = np.sqrt(np.where(diagonal > 0, diagonal, 1.0))
+    values, vectors = np.linalg.eigh(np.where(np.eye(len(scale)) > 0, 1 + damping, hessian / scale / scale[:, None]))
+    low, high = -30.0, 10.0
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (middle, high) if (values / (values + np.exp(middle))).sum() > kept * len(scale) else (low, middle)
+    return diagonal * (1 / ((vectors**2) @ (1 / (values + np.exp(low)))) - np.exp(low))
+
+
+def best_pairs(win: np.ndarray, cost: np.ndarray, keep: np.ndarray, limit: int, pattern) -> list[tuple[int, int]]:
+    """The best (enters, leaves) of one row that win more than they cost, at most ``limit``."""
+    if isinstance(pattern, NM):
+        groups = np.arange(len(keep)).reshape(-1, pattern.m).tolist()
+        pairs = [(max((i for i in group if not keep[i]), key=lambda i: (win[i], -i)),
+                  min((j for j in group if keep[j]), key=lambda j: (cost[j], j))) for group in groups]
+        pairs.sort(key=lambda pair: -(win[pair[0]] - cost[pair[1]]))
+    else:
+        enter, leave = np.flatnonzero(~keep), np.flatnonzero(keep)
+        pairs = list(zip(sorted(enter, key=lambda i: -win[i]), sorted(leave, key=lambda j: cost[j])))
+    return [(i, j) for i, j in pairs if win[i] > cost[j]][:limit]
 
 
 @pytest.mark.parametrize("pattern, solver, selector, target", [
@@ -79,21 +104,13 @@ def test_the_schur_complements_are_those_of_the_deterministic_equivalent():
     rng = np.random.default_rng(2)
     hessian, damping = correlated_hessian(rng, 60), 0.01
     hessian[5] = hessian[:, 5] = 0.0
-    wide = hessian.astype(np.float64)
-    diagonal = np.diagonal(wide)
+    diagonal = np.diagonal(hessian).astype(np.float64)
     live = diagonal > 0
-    scale = np.sqrt(np.where(live, diagonal, 1.0))
-    matrix = np.where(np.eye(60) > 0, 1.0, wide / scale / scale[:, None]) + damping * np.eye(60)
-    values, vectors = np.linalg.eigh(matrix)
     for kept in (0.3, 0.5, 0.75):
-        low, high = -30.0, 10.0
-        for _ in range(100):
-            middle = (low + high) / 2
-            low, high = (middle, high) if (values / (values + np.exp(middle))).sum() > kept * 60 else (low, middle)
-        ridge = np.exp(low)
-        expected = np.where(live, diagonal * (1 / ((vectors**2) @ (1 / (values + ridge))) - ridge), 0.0)
         found = np.asarray(schur_diagonal(jnp.asarray(hessian), damping, kept))
-        np.testing.assert_allclose(found, expected, rtol=1e-3)
+        np.testing.assert_allclose(found, schur_by_eigenvalues(hessian, damping, kept), rtol=1e-3)
+    scale = np.sqrt(np.where(live, diagonal, 1.0))
+    matrix = np.where(np.eye(60) > 0, 1.0, hessian / scale / scale[:, None]) + damping * np.eye(60)
     costs = [[] for _ in range(60)]
     for _ in range(200):
         inside = rng.permutation(60)[:45]
@@ -113,19 +130,40 @@ def test_exchanges_are_the_best_pairs_that_pay():
         limit = np.array([0, 1, 2, 3, 4, 4], np.int32)
         found, count = exchange(jnp.asarray(win), jnp.asarray(cost), jnp.asarray(keep), jnp.asarray(limit), pattern, 0.2)
         for row, most in enumerate(limit):
-            if isinstance(pattern, NM):
-                groups = [range(first, first + 4) for first in range(0, size, 4)]
-                pairs = [(max((i for i in group if not keep[row, i]), key=lambda i: (win[row, i], -i)),
-                          min((j for j in group if keep[row, j]), key=lambda j: (cost[row, j], j))) for group in groups]
-                pairs.sort(key=lambda pair: -(win[row, pair[0]] - cost[row, pair[1]]))
-            else:
-                pairs = list(zip(sorted((i for i in range(size) if not keep[row, i]), key=lambda i: -win[row, i]),
-                                 sorted((j for j in range(size) if keep[row, j]), key=lambda j: cost[row, j])))
+            pairs = best_pairs(win[row], cost[row], keep[row], most, pattern)
             expected = keep[row].copy()
-            pairs = [(i, j) for i, j in pairs if win[row, i] > cost[row, j]][:most]
             for i, j in pairs:
                 expected[i], expected[j] = True, False
             assert (np.asarray(found)[row] == expected).all() and count[row] == len(pairs)
+
+
+@pytest.mark.parametrize("rounds", [1, 5])
+@pytest.mark.parametrize("pattern", [Unstructured(0.5), NM(2, 4)], ids=["row", "2:4"])
+def test_a_round_is_that_of_the_docstring(pattern, rounds):
+    """Against rounds in float64, with so many exchanges at once that they are too much for some rows, which then try half."""
+    damping, share = 0.3, 0.4
+    problem = layer(np.random.default_rng(7), 24, 40, target="other")
+    pruned = select(Wanda(), problem, pattern)
+    dense, hessian, pull = wide(problem, damping)
+    schur = schur_by_eigenvalues(np.asarray(problem.hessian), damping, 0.5)
+    keep = np.asarray(pruned.keep)
+    weight, limit, halved = oracle(problem, pruned, damping), np.full(len(keep), int(share * 40)), 0
+    for _ in range(rounds):
+        residual, new = pull - (weight - dense) @ hessian, keep.copy()
+        pairs = [best_pairs(*row, pattern) for row in zip(residual**2 / schur, weight**2 * schur, keep, limit)]
+        for row, exchanges in zip(new, pairs):
+            for i, j in exchanges:
+                row[i], row[j] = True, False
+        solved = oracle(problem, Pruned(None, new), damping)
+        better = row_objective(problem, solved, damping) < row_objective(problem, weight, damping)
+        halved += (better & (limit < int(share * 40))).sum()
+        limit = np.where(better, limit, [len(exchanges) // 2 for exchanges in pairs])
+        weight, keep = (np.where(better[:, None], taken, old) for taken, old in ((solved, weight), (new, keep)))
+    assert (keep != np.asarray(pruned.keep)).any() and (halved > 0) == (rounds > 1)
+    solution, found = refined(Refining(Exact(damping), Swaps(rounds, share), pattern), problem, pruned)
+    assert (np.asarray(found) == keep).all()
+    assert np.abs(solution.weight - weight).max() < 1e-4 * np.abs(weight).max()
+    assert (solution.steps == 1 + rounds).all()
 
 
 def test_a_refused_row_has_the_selectors_mask_back():
