@@ -114,9 +114,9 @@ def test_what_cells_have_in_common_is_opened_and_measured_once(sweep, stand_in):
 
 def test_other_models_and_texts_are_opened_apart(sweep, stand_in):
     patterns = {"a": {"dtype": "bfloat16"}, "b": {"evaluation": {"windows": 3}},
-                "c": {"evaluation": {"windows": 4}, "mesh": "8x1"}}
+                "c": {"evaluation": {"windows": 4}, "mesh": "8x1"}, "d": {"evaluation": {"windows": 5}}}
     assert sweep(patterns=patterns, updates={"cg": {}}) == 0
-    assert stand_in.counts == {"model": 3, "texts": 3, "dense": 3}
+    assert stand_in.counts == {"model": 3, "texts": 4, "dense": 4}  # b and d differ in the text that they are measured on alone
 
 
 @pytest.mark.parametrize(("source", "texts"), [("self", 2), ("self?temperature=0.5", 2), ("random", 1)])
