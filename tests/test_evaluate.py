@@ -176,8 +176,18 @@ def test_the_tasks_of_the_other_model_are_taken_from_an_earlier_evaluation(evalu
     for name, text in (("damaged", "{}"), ("another", "[]")):
         (tmp_path / name).mkdir()
         (tmp_path / name / "lm_eval.json").write_text(text)
+    changes = {"no group": lambda known: known["results"].pop("tiny_group"),
+               "old": lambda known: known.update(lm_eval_version="0"),
+               "longer": lambda known: known["n-samples"]["tiny_choice"].update(original=31)}
+    for name, change in changes.items():
+        (tmp_path / name).mkdir()
+        change(known := json.loads((earlier / "lm_eval_against.json").read_text()))
+        (tmp_path / name / "lm_eval_against.json").write_text(json.dumps(known))
     for arguments, expected in (
             (["--against-results", str(tmp_path)], "which has no lm_eval.json"),
+            (["--against-results", str(tmp_path / "no group")], "results of tiny_group, which are"),
+            (["--against-results", str(tmp_path / "old")], "got another lm-eval, 0 there"),
+            (["--against-results", str(tmp_path / "longer")], "documents of task tiny_choice, 31 there, 30 here"),
             (["--against-results", str(tmp_path / "damaged")], "lm_eval.json, which can't be read (KeyError: 'config')"),
             (["--against-results", str(tmp_path / "another")], "lm_eval.json, which can't be read (TypeError: list indices"),
             (["--against-results", str(tmp_path / "pruned")], f"with those of {finished.directory}, of other weights"),
