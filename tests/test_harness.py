@@ -68,17 +68,21 @@ def test_likelihoods_are_those_of_transformers(folder, reference):
 
 def test_the_likeliest_continuation_is_called_greedy(folder, reference):
     lm, rng, asked = opened(folder), np.random.default_rng(0), []
+
+    def likeliest(tokens):
+        padded = np.pad(np.asarray([tokens], np.int32), ((0, 0), (0, 48 - len(tokens))))
+        return int(lm._decoder.logits(padded)[0, len(tokens) - 1].argmax())
+
     for size in (1, 5, 20, 40):
-        context = rng.integers(0, 256, size).tolist()
-        longer = list(context)
-        for place in range(size, size + 3):
-            padded = np.pad(np.asarray([longer], np.int32), ((0, 0), (0, 48 - place)))
-            longer.append(int(lm._decoder.logits(padded)[0, place - 1].argmax()))
-        greedy = longer[size:]
-        asked += [(("", ""), context, tokens) for tokens in (greedy, greedy[:1], [*greedy[:2], (greedy[2] + 1) % 256])]
+        context, greedy = rng.integers(0, 256, size).tolist(), []
+        for _ in range(3):
+            greedy.append(likeliest(context + greedy))
+        other = [greedy[0], (greedy[1] + 1) % 256]
+        other.append(likeliest(context + other))  # after another token in the middle
+        asked += [(("", ""), context, tokens) for tokens in (greedy, greedy[:1], [*greedy[:2], (greedy[2] + 1) % 256], other)]
     found = lm._loglikelihood_tokens(asked)
     assert_close(found, reference._loglikelihood_tokens(asked, disable_tqdm=True))
-    assert [greedy for _, greedy in found] == [True, True, False] * 4
+    assert [greedy for _, greedy in found] == [True, True, False, False] * 4
 
 
 def test_the_mesh_does_not_change_likelihoods(tmp_path):
