@@ -82,6 +82,8 @@ def test_pruned_entries_are_positive_zeros_and_kept_ones_keep_their_sign(tmp_pat
     write_checkpoint(journal, source, mesh(1, 1))
     export(tmp_path / "run", tmp_path / "out")
     assert_same(exported(tmp_path / "out")[name], np.array([[0.0, -0.0, -1, 0.0]], ml_dtypes.bfloat16))
+    layer, = json.loads((tmp_path / "out" / "optima_tpu.json").read_text())["layers"]
+    assert (layer["pruned"], layer["sparsity"]) == (3, 0.75)  # zeros of the file, a kept one too
 
 
 def test_a_transposed_view_is_exported_as_it_looks(run, tmp_path, monkeypatch):
