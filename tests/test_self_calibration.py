@@ -7,12 +7,14 @@ import pytest
 
 from optima_tpu import data, self_calibration
 from optima_tpu import run as run_module
+from optima_tpu.config import Calibration, RunConfig
 from optima_tpu.errors import UserError
 from optima_tpu.generate import cache_structs, draw, generate, load, step, windows_at_once
+from optima_tpu.inputs import open_model_on_mesh
 from optima_tpu.journal import Journal
 from optima_tpu.launch import main
 from optima_tpu.models.decoder import Decoder
-from tests.helpers import SMALL, byte_tokenizer, folder_tensors, mesh, snapshot, tiny_folder, tiny_llama
+from tests.helpers import SMALL, byte_tokenizer, folder_tensors, mesh, snapshot, tiny_folder, tiny_llama, with_bos
 from tests.test_models import REFERENCES, tiny
 from tests.test_processes import several
 
@@ -134,6 +136,18 @@ def arguments(folder) -> list[str]:
     settings = [*SMALL]
     settings[settings.index("random")] = "self"
     return ["--model", str(folder), "--mesh", "4x2", "--solver", "null", *settings]
+
+
+@pytest.mark.parametrize("bos", [True, False], ids=["with BOS", "without BOS"])
+def test_a_document_begins_as_the_tokenizer_begins_a_text(tmp_path, bos):
+    """After an EOS in the middle of a window comes a BOS where every text has one, and what the model draws where none has."""
+    folder = tiny_folder(tmp_path / "model")
+    text = Calibration("self?temperature=9", samples=16, length=64)
+    config = RunConfig(model=str(with_bos(folder) if bos else folder), output=str(tmp_path / "run"), calibration=text)
+    model = open_model_on_mesh(config)
+    ids = self_calibration.self_calibration(config, model.pretrained, model.decoder).ids
+    first = ids[:, 1:][ids[:, :-1] == 257]
+    assert (ids[:, 0] == 256).all() and len(first) > 1 and (first == 256).all() == bos
 
 
 def test_text_is_kept_before_the_dense_model_is_measured(tmp_path, monkeypatch):
