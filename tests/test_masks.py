@@ -1,5 +1,6 @@
 """Imported masks: every format comes back bit for bit, and what does not fit is refused by name."""
 
+import contextlib
 import hashlib
 import sys
 
@@ -436,6 +437,15 @@ def test_a_random_mask_is_not_taken_for_a_flipped_one(tmp_path):
     np.savez(tmp_path / "masks.npz", **{Q: keep})
     check_masks(open_masks(str(tmp_path / "masks.npz")), {Q: (200, 200)}, {Q: Unstructured(0.5)},
                 MemoryTensors({Q: weight}))
+
+
+@pytest.mark.parametrize("share, flipped", [(0.89, True), (0.91, False)])
+def test_a_mask_is_flipped_where_it_keeps_less_than_nine_tenths_of_what_it_drops(tmp_path, share, flipped):
+    keep = np.tile(np.arange(20) % 2 == 0, (40, 1))
+    model = MemoryTensors({DOWN: np.where(keep, share, -1.0).astype(np.float32)})
+    np.savez(tmp_path / "masks.npz", **{DOWN: keep})
+    with pytest.raises(UserError, match="keeps the smaller weights") if flipped else contextlib.nullcontext():
+        check_masks(open_masks(str(tmp_path / "masks.npz")), {DOWN: (40, 20)}, {DOWN: NM(2, 4)}, model)
 
 
 def test_masks_are_read_once_and_one_at_a_time(tmp_path):

@@ -1,6 +1,7 @@
 """Tokens from the cache are the tokens that would be drawn, whatever happens to the cache or the text."""
 
 import dataclasses
+import importlib.metadata
 import os
 import threading
 
@@ -10,7 +11,7 @@ import pytest
 from optima_tpu import data
 from optima_tpu.config import Calibration, Evaluation, RunConfig
 from optima_tpu.data import build
-from optima_tpu.data.cache import TokenCache, token_key
+from optima_tpu.data.cache import TokenCache, _code, token_key
 from optima_tpu.data.source import Tokens
 from optima_tpu.inputs import manifest_of, open_model_on_mesh, read_texts
 from tests.helpers import tiny_folder
@@ -83,6 +84,15 @@ def test_another_tokenizer_has_another_key(texts, model):
     source, assets = data.parse_source(texts.calibration.source), model.pretrained.assets
     other = dataclasses.replace(model.pretrained, assets={**assets, "tokenizer.json": assets["tokenizer.json"] + b" "})
     assert token_key(source, "calibration", model.pretrained, **DRAW) != token_key(source, "calibration", other, **DRAW)
+
+
+@pytest.mark.parametrize("name", ["numpy", "tokenizers", "transformers"])
+def test_another_version_of_a_library_has_another_key(texts, model, monkeypatch, name):
+    source, version = data.parse_source(texts.calibration.source), importlib.metadata.version
+    monkeypatch.setattr("optima_tpu.data.cache._code", _code.__wrapped__)  # asked for anew
+    key = token_key(source, "calibration", model.pretrained, **DRAW)
+    monkeypatch.setattr(importlib.metadata, "version", lambda asked: version(asked) + "+2" * (asked == name))
+    assert key != token_key(source, "calibration", model.pretrained, **DRAW)
 
 
 @pytest.mark.parametrize("name", ["pydoc", "random", "npy:a.npy"])
