@@ -125,6 +125,23 @@ def test_dead_inputs_do_not_keep_the_others_from_the_optimum(solver, gap, residu
     assert (row_objective(problem, solution.weight, damping) <= best * (1 + 10 * gap) + 1e-6).all()
 
 
+@pytest.mark.parametrize("solver, wobble", [SOLVERS[name] for name in OPTIMAL], ids=OPTIMAL)
+@pytest.mark.parametrize("power, dead", [(-14, False), (-22, True)])
+def test_an_input_is_dead_whose_energy_is_nothing_beside_the_largest(solver, wobble, power, dead):
+    """An input in other units has its weights in other units: 4e-9 of the energy it had is enough, 6e-14 is not."""
+    problem = layer(np.random.default_rng(5), ROWS, SIZE, spread=0.0)
+    pruned = Magnitude()(problem, Unstructured(0.5))
+    once = solve(solver, problem, pruned).weight
+    units = jnp.ones(SIZE).at[3].set(2.0**power)
+    weight, linear = problem.weight / units, problem.linear * units
+    again = solve(solver, LayerProblem(weight, problem.hessian * units * units[:, None], linear),
+                  Pruned(pruned.weight / units, pruned.keep)).weight * units
+    if dead:
+        assert (again[:, 3] == pruned.weight[:, 3]).all()
+    else:
+        assert np.abs(again - once).max() <= wobble * np.abs(once).max() < np.abs(once - pruned.weight)[:, 3].max()
+
+
 @contract
 def test_a_layer_that_sees_nothing_is_left_alone(solver):
     problem, _ = problem_and_mask(6)
