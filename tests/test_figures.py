@@ -220,6 +220,8 @@ def test_a_figure_is_written_in_the_format_of_its_suffix_and_is_the_same_again(s
     (["layer-errors", "cg", "same"], ["cg and", "same"]),
     (["layer-errors", "cg", "--against", "longer"], ["same layers", "cg", "longer"]),
     (["layer-errors", "cg", "--against", "none", "longer"], ["--against", "got 2"]),
+    (["layer-errors", "odd"], ["the report of odd", "another version", "surprise"]),
+    (["layer-errors", "cg", "--against", "odd"], ["the report of odd", "another version", "surprise"]),
     (["samples", "nowhere"], ["nowhere"]),
     (["samples", "cg"], ["cg", "results.json"]),
     (["samples", "cg/report.json"], ["report.json", "results of a sweep"]),
@@ -233,6 +235,9 @@ def test_what_cannot_be_drawn_is_refused_in_one_line(argv, words, tmp_path, monk
     write_run(Path("none"), dataclasses.replace(EMBEDDED, solver=None))
     write_run(Path("longer"), WANDA_MPAX, layers(0, blocks=4))
     write_run(Path("zero"), reports=layers(0, error_before=0.0, error_after=0.0))
+    odd = json.loads((write_run(Path("odd"), WANDA_MPAX) / "report.json").read_text())
+    odd["blocks"][0]["layers"][0]["surprise"] = 1
+    Path("odd/report.json").write_text(json.dumps(odd))
     write_sweep(Path("sweep"), [result("wanda", "cg", 16, seed, 20.0) for seed in (0, 1)])
     write_sweep(Path("unfinished"), [result("wanda", "cg", samples, 0, None) for samples in (16, 64)])
     message = refusal(capsys, *argv, "-o", "x.png")

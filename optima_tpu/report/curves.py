@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 from optima_tpu.errors import UserError
 from optima_tpu.report.numbers import number, plural
-from optima_tpu.report.records import BlockReport, LayerReport
-from optima_tpu.report.runs import model_name, names, read_json, read_report
+from optima_tpu.report.records import LayerReport
+from optima_tpu.report.runs import model_name, names, read_blocks, read_json, read_report
 from optima_tpu.report.summary import all_layers
 
 
@@ -86,7 +86,8 @@ def layer_errors(runs: Sequence[str | Path], against: Sequence[str | Path] = ())
         other, each in its own stream.
 
     Raises:
-      UserError: a run is not finished or has no update, or two of them cannot be compared.
+      UserError: a run is not finished, has no update or is of a version that wrote other things, or two of them cannot be
+        compared.
     """
     runs, against = [str(run) for run in runs], [str(run) for run in against]
     if len(against) not in (0, 1, len(runs)):
@@ -101,9 +102,9 @@ def layer_errors(runs: Sequence[str | Path], against: Sequence[str | Path] = ())
     others = against * len(runs) if len(against) == 1 else against or [None] * len(runs)
     lines = {}
     for run, other in zip(runs, others, strict=True):
-        layers = _layers(reports[run])
+        layers = all_layers(read_blocks(run, reports[run]))
         if other is not None:
-            below = _counterparts(run, layers, other, _layers(reports[other]))
+            below = _counterparts(run, layers, other, all_layers(read_blocks(other, reports[other])))
             lines[f"{named[run]} / {named[other]}"] = _lines(layers, below)
         elif reports[run]["configuration"]["solver"] is None:
             raise UserError(f"{run} has no solver, its weights are the selector's own: there is no error ratio; choose "
@@ -156,10 +157,6 @@ def samples(sweep: str | Path) -> Samples:
     left = len(results) - len(done)
     remarks = [f"{plural(left, 'cell')} of {len(results)} not finished, left out"] if left else []
     return Samples(_samples_title(path.parent, done) + spread, "perplexity", panels, remarks)
-
-
-def _layers(report: Mapping[str, Any]) -> list[LayerReport]:
-    return all_layers(BlockReport.from_json(block) for block in report["blocks"])
 
 
 def _counterparts(run: str, layers: list[LayerReport], other: str, others: list[LayerReport]

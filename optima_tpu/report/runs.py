@@ -79,7 +79,7 @@ def read_runs(places: Sequence[str | Path]) -> tuple[str, list[Run]]:
     title, labels = names({place: report["configuration"] for place, report in reports.items()})
     twins = {place for place, label in labels.items() if list(labels.values()).count(label) > 1}
     labels |= {place: f"{labels[place]}, {place}" for place in twins}  # the same settings: told apart by where they are
-    return title, [Run(labels[place], place, report, _blocks(place, report), _evaluation(place))
+    return title, [Run(labels[place], place, report, read_blocks(place, report), _evaluation(place))
                    for place, report in reports.items()]
 
 
@@ -111,6 +111,15 @@ def read_report(run: str) -> dict[str, Any]:
         raise UserError(f"{path} is of another version of OPTIMA-TPU, it lacks {', '.join(missing)}; read it with that version, "
                         "or repeat the run with another --output")
     return report
+
+
+def read_blocks(run: str, report: Mapping[str, Any]) -> tuple[BlockReport, ...]:
+    """The blocks in the report of a run, as :func:`read_report` returns it. Raises UserError where other things are in them."""
+    try:
+        return tuple(BlockReport.from_json(block) for block in report["blocks"])
+    except (KeyError, TypeError) as error:
+        raise UserError(f"the layers in the report of {run} are of another version of OPTIMA-TPU ({error}); read it with that "
+                        "version, or repeat the run with another --output") from None
 
 
 def names(configurations: Mapping[str, Mapping[str, Any]]) -> tuple[str, dict[str, str]]:
@@ -170,14 +179,6 @@ def _facts(configuration: Mapping[str, Any]) -> dict[str, str]:
     pattern = configuration["pattern"] if ":" in configuration["pattern"] else f"sparsity {configuration['pattern']}"
     return {"model": model_name(configuration), "pattern": pattern + (f" ({layers})" if layers else ""),
             "calibration": f"calibrated on {text['source']}, {text['samples']} x {text['length']} tokens"}
-
-
-def _blocks(place: str, report: Mapping[str, Any]) -> tuple[BlockReport, ...]:
-    try:
-        return tuple(BlockReport.from_json(block) for block in report["blocks"])
-    except (KeyError, TypeError) as error:
-        raise UserError(f"the layers in the report of {place} are of another version of OPTIMA-TPU ({error}); read it with that "
-                        "version, or repeat the run with another --output") from None
 
 
 def _evaluation(place: str) -> dict[str, Any] | None:
