@@ -1,6 +1,8 @@
 """The command line of an evaluation: models of every kind, tasks with local data, the record, and what is refused."""
 
+import contextlib
 import functools
+import io
 import json
 import shutil
 import subprocess
@@ -10,10 +12,11 @@ import numpy as np
 import pytest
 from tqdm import tqdm
 
+from optima_tpu.errors import UserError
 from optima_tpu.evaluate.__main__ import main
 from optima_tpu.evaluate.config import EvaluateConfig, parse
 from optima_tpu.evaluate.run import default_folder
-from optima_tpu.evaluate.tasks import PAPER, paper_average
+from optima_tpu.evaluate.tasks import PAPER, load_tasks, paper_average
 from tests.test_processes import free_port, process_environment
 
 CHOICE = """
@@ -98,9 +101,6 @@ def text(tmp_path_factory):
 def evaluated(finished, tasks, text, tmp_path_factory):
     """(record, harness's own results, what was printed, directory) of the finished run against its dense model, by the command
     line."""
-    import contextlib
-    import io
-
     out, printed = tmp_path_factory.mktemp("evaluated"), io.StringIO()
     with contextlib.redirect_stdout(printed):
         assert main([str(finished.directory), "--against", str(finished.model), "--mesh", "4x2", "--perplexity", f"file:{text}",
@@ -228,6 +228,32 @@ def test_files_stand_in_for_the_data_set_of_a_task(finished, tasks, tmp_path):
                  f"far={tmp_path / 'data'}", "--limit", "7", "--output", str(tmp_path / "out")]) == 0
     record = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     assert record["tasks"]["far"]["documents"] == 7
+
+
+@pytest.mark.parametrize("named, files, told", [
+    ("training_split: train\ntest_split: test", "validation", "expected train.jsonl in {}"),
+    ("training_split: train\ntest_split: test", "validation,test", "drawn from validation; add it"),
+    ("training_split: train\ntest_split: test", "train,validation", None),
+    ("training_split: train\nfewshot_split: dev", "validation", "expected dev.jsonl or train.jsonl in {}"),
+    ("training_split: train\nfewshot_split: dev", "validation,train", None),
+    ("training_split: train\nfewshot_split: dev", "validation,dev", None),
+    ("test_split: test", "validation", "expected test.jsonl in {}"),
+    ("test_split: test", "test", "expected validation.jsonl in {}"),
+    ("fewshot_split: validation\ntest_split: test", "test,validation", None),
+    ("fewshot_config: {samples: [{question: a?, choices: [b, c], answer: 1}]}", "validation", None),
+    ("", "validation", None)])  # as the task's file has it
+def test_files_of_a_data_set_hold_the_examples_before_a_question(named, files, told, tasks, tmp_path):
+    """Without them the harness draws examples from the documents that are scored."""
+    (tmp_path / "far.yaml").write_text(CHOICE.replace("tiny_choice", "far").replace("path: json", f"path: no/such\n{named}"))
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for split in files.split(","):
+        shutil.copy(tasks / "choice.jsonl", folder / f"{split}.jsonl")
+    load_tasks(["far"], str(tmp_path), {"far": folder}, fewshot=0)
+    with contextlib.nullcontext() if told is None else pytest.raises(UserError) as refusal:
+        load_tasks(["far"], str(tmp_path), {"far": folder}, fewshot=1)
+    if told is not None:
+        assert told.format(folder) in str(refusal.value) and "\n" not in str(refusal.value)
 
 
 @pytest.fixture

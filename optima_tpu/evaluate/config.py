@@ -50,7 +50,7 @@ class EvaluateConfig:
       data: TASK=FOLDER with commas between; the task's data set is read from files SPLIT.jsonl in the folder. Of a group,
         tasks names the single tasks instead, and each has a folder.
       limit: documents of each task, the first ones; null takes all.
-      fewshot: examples before each question; null takes what the task says, mostly 0.
+      fewshot: examples before each question; null takes what the task says, mostly 0. With data, their split is a file too.
       context: tokens that the model reads at once in a task; null takes as many as it can.
       dtype: compute in this type; null keeps the checkpoint's own.
       output: directory of evaluation.json; null takes the run directory, or runs/evaluate-MODEL for other models.

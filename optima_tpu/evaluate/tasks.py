@@ -24,7 +24,9 @@ PAPER = ("mmlu", "piqa", "arc_easy", "arc_challenge", "winogrande", "openbookqa"
 BOOTSTRAP = 1000
 """Draws for the standard error of a metric that has no formula for it; accuracies have one."""
 
-_SPLITS = ("training_split", "validation_split", "test_split", "fewshot_split")
+_SCORED = ("test_split", "validation_split")
+_EXAMPLES = ("fewshot_split", "training_split", "validation_split", "test_split")
+"""Where the harness takes what is scored and what stands before it: from the first of these splits that there is."""
 _SUFFIXES = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 
 
@@ -64,6 +66,9 @@ def load_tasks(names: Sequence[str], include_path: str | None = None, data: Mapp
             task.set_config(key="num_fewshot", value=fewshot)
         elif task.get_config("num_fewshot") is None:
             task.set_config(key="num_fewshot", value=0)
+        # Of a rolling likelihood the examples are no part.
+        if task.get_config("num_fewshot") and name in data and task.OUTPUT_TYPE != "loglikelihood_rolling":
+            _check_examples(manager, name, data[name])
         task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
     return found
 
@@ -89,14 +94,12 @@ def _local(manager: TaskManager, name: str, folder: Path) -> dict[str, Any]:
     """The settings that make a task read the files of a folder."""
     if not folder.is_dir():
         raise UserError(f"expected --data {name}=FOLDER with a folder, got {folder}: there is none")
-    files = {path.stem: path for path in sorted(folder.iterdir()) if path.suffix in _SUFFIXES}
-    settings = manager.task_index[name].cfg or {}
-    wanted = {key: settings[key] for key in _SPLITS if settings.get(key)}
+    files, wanted = _files(folder), _named_splits(manager, name)
     if not wanted:
         raise UserError(f"expected --data {name}=FOLDER of a task whose file names its splits, got a group of tasks or one that "
                         "names none: give --tasks the group's single tasks, each with a --data NAME=FOLDER of its own "
                         "(`lm-eval ls subtasks` lists them)")
-    if not any(wanted.get(key) in files for key in ("test_split", "validation_split")):
+    if not any(wanted.get(key) in files for key in _SCORED):
         raise UserError(f"expected {' or '.join(f'{split}.jsonl' for split in wanted.values())} in {folder}, got "
                         f"{', '.join(path.name for path in files.values()) or 'no data files'}")
     files = {split: path for split, path in files.items() if split in wanted.values()}
@@ -106,6 +109,41 @@ def _local(manager: TaskManager, name: str, folder: Path) -> dict[str, Any]:
     return {"dataset_path": kinds.pop(), "dataset_name": None,
             "dataset_kwargs": {"data_files": {split: str(path) for split, path in files.items()}},
             **{key: None for key, split in wanted.items() if split not in files}}
+
+
+def _check_examples(manager: TaskManager, name: str, folder: Path) -> None:
+    """Refuses files with which examples come from another split than the task's file says, or from what is scored.
+
+    Left to itself the harness takes the next split that there is. The training split may stand for the split of the examples.
+    """
+    if (manager.task_index[name].cfg.get("fewshot_config") or {}).keys() & {"samples", "split"}:
+        return  # the task has examples of its own, or could not have been made without that split
+    files, named = _files(folder), _named_splits(manager, name)
+    there = {key: split for key, split in named.items() if split in files}
+    drawn, scored = _first(there, _EXAMPLES), _first(there, _SCORED)
+    expected = list(filter(None, dict.fromkeys([_first(named, _EXAMPLES), named.get("training_split")])))
+    if drawn in expected:
+        if drawn != scored or drawn == _first(named, _SCORED):
+            return
+        expected = [_first(named, _SCORED)]
+    raise UserError(f"expected {' or '.join(f'{split}.jsonl' for split in expected)} in {folder} for a task with examples before "
+                    f"each question, got {', '.join(path.name for path in files.values())}: the examples of {name} would be "
+                    f"drawn from {drawn}{', whose documents are scored' if drawn == scored else ''}; add it, or give --fewshot 0")
+
+
+def _files(folder: Path) -> dict[str, Path]:
+    """Split -> its file."""
+    return {path.stem: path for path in sorted(folder.iterdir()) if path.suffix in _SUFFIXES}
+
+
+def _named_splits(manager: TaskManager, name: str) -> dict[str, str]:
+    """The splits that a task's file names."""
+    settings = manager.task_index[name].cfg or {}
+    return {key: settings[key] for key in _EXAMPLES if settings.get(key)}
+
+
+def _first(splits: Mapping[str, str], keys: Sequence[str]) -> str | None:
+    return next((splits[key] for key in keys if key in splits), None)
 
 
 def run_tasks(lm: DecoderLM, tasks: TaskDict | None, limit: int | None = None, samples: bool = False) -> dict[str, Any]:
