@@ -49,6 +49,9 @@ OTHERS = {
     "tiny_empty": ROLLING.replace("tiny_rolling", "tiny_empty").replace("rolling.jsonl", "empty.jsonl"),
     "tiny_missing": ROLLING.replace("tiny_rolling", "tiny_missing").replace("rolling.jsonl", "missing.jsonl"),
     "tiny_fields": ROLLING.replace("tiny_rolling", "tiny_fields").replace("{{text}}", "{{txet.upper()}}"),
+    "tiny_unasked": CHOICE.replace("tiny_choice", "tiny_unasked").replace("choice.jsonl", "unasked.jsonl"),
+    "tiny_nothing": CHOICE.replace("tiny_choice", "tiny_nothing").replace("choice.jsonl", "nothing.jsonl"),
+    "tiny_late": CHOICE.replace("tiny_choice", "tiny_late") + "process_results: !function late.results\n",
     "tiny_hub": ROLLING.replace("tiny_rolling", "tiny_hub").replace("path: json", "path: no-such-owner/no-such-set"),
 }
 
@@ -69,6 +72,10 @@ def tasks(tmp_path_factory):
                             "answer": int(rng.integers(0, 3))} for _ in range(30)])
     write("rolling.jsonl", [{"text": " ".join(word() for _ in range(size))} for size in (3, 60)])
     write("empty.jsonl", [{"text": "a"}, {"text": ""}])
+    asked = {"question": "a?", "choices": ["b", "c"], "answer": "b"}
+    for name, choices in (("unasked", None), ("nothing", [])):
+        write(f"{name}.jsonl", [asked, asked | {"choices": choices}])
+    (folder / "late.py").write_text("def results(document, likelihoods):\n    return {'acc': document['level']}\n")
     for name, text in {"tiny_choice": CHOICE, "tiny_rolling": ROLLING, **OTHERS}.items():
         (folder / f"{name}.yaml").write_text(text.replace("FOLDER", str(folder)))
     return folder
@@ -240,7 +247,8 @@ def test_files_stand_in_for_the_data_set_of_a_task(finished, tasks, tmp_path):
     ("test_split: test", "validation", "expected test.jsonl in {}"),
     ("test_split: test", "test", "expected validation.jsonl in {}"),
     ("fewshot_split: validation\ntest_split: test", "test,validation", None),
-    ("fewshot_config: {samples: [{question: a?, choices: [b, c], answer: 1}]}", "validation", None),
+    ("fewshot_config: {samples: [{question: a, choices: [b], answer: 0}, {question: c, choices: [d], answer: 0}]}",
+     "validation", None),
     ("", "validation", None)])  # as the task's file has it
 def test_files_of_a_data_set_hold_the_examples_before_a_question(named, files, told, tasks, tmp_path):
     """Without them the harness draws examples from the documents that are scored."""
@@ -276,6 +284,11 @@ def refused(capfd, tmp_path, tasks):
     (["--tasks", "tiny_fields"], "task tiny_fields can't be made from its data (UndefinedError: 'txet' is undefined)"),
     (["--tasks", "tiny_writing"], "task tiny_writing lets the model write"),
     (["--tasks", "tiny_empty"], "document 1 of task tiny_empty: expected a text to score, got an empty document"),
+    (["--tasks", "tiny_unasked"], "task tiny_unasked can't be made from its data (TypeError: "),
+    (["--tasks", "tiny_nothing"], "document 1 of task tiny_nothing: expected a text to score, got no choices; mend the data set"),
+    (["--tasks", "tiny_late"], "task tiny_late can't be scored on its data (KeyError: 'level')"),
+    (["--tasks", "tiny_choice", "--fewshot", "30"], "expected at most 29 examples before a question of task tiny_choice, which "
+     "are drawn from 30 documents, got 30: give a smaller --fewshot"),
     (["--tasks", "tiny_choice", "--context", "129"], "expected --context of at most 128, the model's context, got 129"),
     (["--tasks", "tiny_choice", "--data", "tiny_choice=/no"], "expected --data tiny_choice=FOLDER with a folder, got /no"),
     (["--tasks", "tiny_group", "--data", "tiny_group=/"], "give --tasks the group's single tasks, each with a --data"),
@@ -366,8 +379,9 @@ def test_two_processes_measure_what_one_does(evaluated, finished, tasks, text, t
     for path in (("tasks", "tiny_rolling", "byte_perplexity"), ("perplexity", f"file:{text}", "perplexity")):
         found, wanted = (functools.reduce(lambda part, key: part[key], path, whole) for whole in (record, expected))
         assert found == pytest.approx(wanted, rel=1e-5)
-    (_, said, first), (_, other, second) = run("tiny_empty")
-    assert (first, second, other) == (2, 2, "") and "document 1 of task tiny_empty" in said
+    for task, told in (("tiny_empty", "document 1 of task tiny_empty"), ("tiny_late", "task tiny_late can't be scored")):
+        (_, said, first), (_, other, second) = run(task)
+        assert (first, second, other) == (2, 2, "") and told in said
 
 
 def test_the_settings_are_one_dataclass():

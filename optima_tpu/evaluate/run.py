@@ -144,7 +144,7 @@ def _distance_entry(apart: Distance) -> dict[str, Any]:
 
 
 def _load_tasks(config: EvaluateConfig, known: Mapping[str, Mapping[str, Any]], max_length: int) -> TaskDict:
-    tasks = load_tasks(config.task_names, config.include_path, config.folders, config.fewshot)
+    tasks = load_tasks(config.task_names, config.include_path, config.folders, config.fewshot, config.limit)
     for results in known.values():
         check_known(results, tasks, config.limit, max_length)
     return tasks

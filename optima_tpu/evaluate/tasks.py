@@ -1,13 +1,15 @@
 """The tasks of the Language Model Evaluation Harness: found, given their data, run, and told in numbers."""
 
 import difflib
+import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import lm_eval
 import numpy as np
+from lm_eval.api.task import Task
 from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
 from lm_eval.evaluator import evaluate
 from lm_eval.tasks import TaskManager
@@ -16,6 +18,7 @@ from lm_eval.tasks.manager import TaskDict
 from optima_tpu.errors import UserError
 from optima_tpu.evaluate.harness import DecoderLM
 from optima_tpu.processes import from_first, is_first
+from optima_tpu.report.numbers import plural
 from optima_tpu.weights.source import first_line
 
 PAPER = ("mmlu", "piqa", "arc_easy", "arc_challenge", "winogrande", "openbookqa")
@@ -31,16 +34,18 @@ _SUFFIXES = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 
 
 def load_tasks(names: Sequence[str], include_path: str | None = None, data: Mapping[str, Path] = {},
-               fewshot: int | None = None) -> TaskDict:
-    """Tasks and groups of the harness by their names, with their data sets.
+               fewshot: int | None = None, limit: int | None = None) -> TaskDict:
+    """Tasks and groups of the harness by their names, with their data sets. Each has asked its questions once, to nobody.
 
     Args:
       include_path: a folder with task files (YAML) that go over the harness's own.
       data: task out of ``names`` -> a folder with its data set in files SPLIT.jsonl, SPLIT.json or SPLIT.parquet.
       fewshot: examples before every question; None takes what the task says. A task that says 0 keeps it.
+      limit: documents of each task, the first ones; None takes all.
 
     Raises:
-      UserError: there is no such task or folder, a data set can't be had, or a task is not one that scores texts.
+      UserError: there is no such task or folder, a data set can't be had, a document or the number of examples does not fit a
+        task, or a task is not one that scores texts.
     """
     if include_path is not None and not Path(include_path).expanduser().is_dir():
         raise UserError(f"expected --include-path with a folder of task files, got {include_path}: there is no such folder")
@@ -69,6 +74,11 @@ def load_tasks(names: Sequence[str], include_path: str | None = None, data: Mapp
         # Of a rolling likelihood the examples are no part.
         if task.get_config("num_fewshot") and name in data and task.OUTPUT_TYPE != "loglikelihood_rolling":
             _check_examples(manager, name, data[name])
+        # The harness runs the steps of all tasks, and what they raise names none of them.
+        task.build_all_requests = _named(task.build_all_requests, name, "made from")
+        task.process_results = _named(task.process_results, name, "scored on")
+        _check_number(task, name)
+        _check_documents(task, name, limit)
         task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
     return found
 
@@ -86,8 +96,25 @@ def _load(manager: TaskManager, name: str, folder: Path | None) -> TaskDict:
         raise UserError(f"the data of task {name} are not here and can't be had ({first_line(error)}): fill the Hugging Face "
                         f"cache where there is a network, or give them as files with --data {name}=FOLDER") from error
     except Exception as error:  # anything, from templates and data that do not fit each other
-        raise UserError(f"task {name} can't be made from its data ({type(error).__name__}: {first_line(error)}): expected the "
-                        "fields and splits that its task file names") from error
+        raise _unfit(name, error) from error
+
+
+def _named(work: Callable[..., Any], name: str, what: str) -> Callable[..., Any]:
+    """A step of a task that tells of its errors by the task's name; ``what`` it does with the data."""
+    def step(*arguments, **options):
+        try:
+            return work(*arguments, **options)
+        except UserError:
+            raise
+        except Exception as error:  # as in _load
+            raise _unfit(name, error, what) from error
+
+    return step
+
+
+def _unfit(name: str, error: Exception, what: str = "made from") -> UserError:
+    return UserError(f"task {name} can't be {what} its data ({type(error).__name__}: {first_line(error)}): expected the fields "
+                     "and splits that its task file names")
 
 
 def _local(manager: TaskManager, name: str, folder: Path) -> dict[str, Any]:
@@ -129,6 +156,29 @@ def _check_examples(manager: TaskManager, name: str, folder: Path) -> None:
     raise UserError(f"expected {' or '.join(f'{split}.jsonl' for split in expected)} in {folder} for a task with examples before "
                     f"each question, got {', '.join(path.name for path in files.values())}: the examples of {name} would be "
                     f"drawn from {drawn}{', whose documents are scored' if drawn == scored else ''}; add it, or give --fewshot 0")
+
+
+def _check_number(task: Task, name: str) -> None:
+    """Refuses more examples before a question than there are documents to draw them from."""
+    shots, sampler = task.get_config("num_fewshot"), getattr(task, "sampler", None)
+    if shots and sampler is not None:
+        # As the harness has it: one more is drawn, in case that it is the document of the question.
+        most = len(sampler.df) - (task.fewshot_cfg.split == task.config.test_split)
+        if shots > most:
+            raise UserError(f"expected at most {most} examples before a question of task {name}, which are drawn from "
+                            f"{plural(len(sampler.df), 'document')}, got {shots}: give a smaller --fewshot")
+
+
+def _check_documents(task: Task, name: str, limit: int | None) -> None:
+    """Makes all requests once, so that a document that does not fit the task is found before the model has run."""
+    states = random.getstate(), np.random.get_state()
+    task.build_all_requests(limit=limit, rank=0, world_size=1)
+    count, asked = min(limit or math.inf, len(task.eval_docs)), {request.doc_id for request in task.instances}
+    random.setstate(states[0])  # tasks that shuffle do it as if nothing had been asked before
+    np.random.set_state(states[1])
+    for number in range(count):
+        if number not in asked:
+            raise UserError(f"document {number} of task {name}: expected a text to score, got no choices; mend the data set")
 
 
 def _files(folder: Path) -> dict[str, Path]:
