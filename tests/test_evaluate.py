@@ -16,7 +16,7 @@ from optima_tpu.errors import UserError
 from optima_tpu.evaluate.__main__ import main
 from optima_tpu.evaluate.config import EvaluateConfig, parse
 from optima_tpu.evaluate.run import default_folder
-from optima_tpu.evaluate.tasks import PAPER, load_tasks, paper_average
+from optima_tpu.evaluate.tasks import PAPER, load_tasks, paper_average, run_tasks
 from tests.test_processes import free_port, process_environment
 
 CHOICE = """
@@ -262,6 +262,20 @@ def test_files_of_a_data_set_hold_the_examples_before_a_question(named, files, t
         load_tasks(["far"], str(tmp_path), {"far": folder}, fewshot=1)
     if told is not None:
         assert told.format(folder) in str(refusal.value) and "\n" not in str(refusal.value)
+
+
+def test_every_model_sees_the_same_examples_before_a_question(tasks):
+    class Asked:
+        rank, world_size, max_length = 0, 1, 9
+
+        def loglikelihood(self, requests):
+            self.texts = [request.args for request in requests]
+            return [(0.0, False)] * len(requests)
+
+    loaded, models = load_tasks(["tiny_choice"], str(tasks), fewshot=3), (Asked(), Asked())
+    for model in models:
+        run_tasks(model, loaded)
+    assert models[0].texts == models[1].texts and models[0].texts[0][0].count("?") == 4
 
 
 @pytest.fixture

@@ -79,7 +79,6 @@ def load_tasks(names: Sequence[str], include_path: str | None = None, data: Mapp
         task.process_results = _named(task.process_results, name, "scored on")
         _check_number(task, name)
         _check_documents(task, name, limit)
-        task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
     return found
 
 
@@ -213,6 +212,8 @@ def run_tasks(lm: DecoderLM, tasks: TaskDict | None, limit: int | None = None, s
     if not is_first():
         lm.follow()
         return {}
+    for task in tasks["tasks"].values():  # each model sees the same examples
+        task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
     try:
         results = evaluate(lm, tasks, limit=limit, bootstrap_iters=BOOTSTRAP, log_samples=samples)
     except UserError as error:
