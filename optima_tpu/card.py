@@ -11,7 +11,7 @@ from huggingface_hub import ModelCardData
 
 from optima_tpu.patterns import parse_pattern
 from optima_tpu.report.numbers import percent
-from optima_tpu.report.summary import fitted_errors, held_out_errors
+from optima_tpu.report.summary import fitted_errors, held_out_caveat, held_out_errors
 from optima_tpu.report.view import without_folders
 
 _LICENCES = {"Apache License": "apache-2.0", "MIT License": "mit"}
@@ -50,7 +50,7 @@ def model_card(folder: str, sidecar: Mapping[str, Any], assets: Mapping[str, byt
         # Of a file only its name: the card is made to be published.
         how = without_folders(report.get("evaluation", {}).get("how", ""))
         parts += ["## Perplexity\n", *([f"On {how}.\n"] if how else []), _table(("model", "perplexity"), rows)]
-    parts += ["## Layer errors\n", *_layer_errors(layers)]
+    parts += ["## Layer errors\n", *_layer_errors(layers, held_out_caveat(recipe))]
     parts += [
         "## Files\n",
         "- `optima_tpu.json`: the recipe in full, and sparsity and reconstruction error of every layer.\n"
@@ -62,13 +62,14 @@ def model_card(folder: str, sidecar: Mapping[str, Any], assets: Mapping[str, byt
     return "\n".join(parts)
 
 
-def _layer_errors(layers: Sequence[Mapping[str, Any]]) -> list[str]:
+def _layer_errors(layers: Sequence[Mapping[str, Any]], caveat: str) -> list[str]:
     """Means over the pruned layers, before and after the update, on the text that weights were fitted to and on other text."""
     rows = []
     for text, errors in (("calibration", fitted_errors), ("held out", held_out_errors)):
         rows.append((text, *("not measured" if mean is None else percent(mean) for mean in errors(layers, dict.get))))
+    said = f" The held-out text {caveat}." if caveat else ""
     return ["The change of a layer's output as a share of the output's energy, mean over the pruned matrices: with the "
-            "selector's weights, and with the final ones.\n", _table(("text", "selector's", "final"), rows)]
+            f"selector's weights, and with the final ones.{said}\n", _table(("text", "selector's", "final"), rows)]
 
 
 def _title(origin: str | None, folder: str) -> str:

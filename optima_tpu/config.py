@@ -33,6 +33,9 @@ CHOICES: Mapping[str, Mapping[str, type | None]] = MappingProxyType({
 })
 """The settings that are one of several methods, and the name of each method in YAML files and on the command line."""
 
+BY_HELD_OUT: Mapping[str, str] = MappingProxyType({"tuning": "grid", "accept": "held_out", "allocation": "measured"})
+"""The methods that choose by the held-out tokens: setting -> the method's name."""
+
 
 def at_least(least: int, name: str, value: int | None) -> None:
     """Raises UserError for a setting below what it can be."""
@@ -199,10 +202,9 @@ class RunConfig:
                 raise UserError(f"expected a selector that chooses masks where allocation is {name}, got imported: those say "
                                 "themselves what each block loses; take --allocation uniform")
         if not self.calibration.held_out:
-            for setting, method in (("tuning", Grid), ("accept", HeldOut), ("allocation", Measured)):
-                if isinstance(getattr(self, setting), method):
-                    raise UserError(f"expected calibration.held_out of at least 1 where {setting} is "
-                                    f"{_method_name(setting, method())}, got 0")
+            for setting, name in BY_HELD_OUT.items():
+                if isinstance(getattr(self, setting), CHOICES[setting][name]):
+                    raise UserError(f"expected calibration.held_out of at least 1 where {setting} is {name}, got 0")
 
     @property
     def model_name(self) -> str:
@@ -243,6 +245,12 @@ def to_dict(config: RunConfig) -> dict[str, Any]:
     return values | {"pattern": pattern_text(config.pattern, group), "layers": layers_text(config.layers, group),
                      "calibration": dataclasses.asdict(config.calibration),
                      "evaluation": dataclasses.asdict(config.evaluation), "sinks": dataclasses.asdict(config.sinks)}
+
+
+def chosen_by_held_out(configuration: Mapping[str, Any]) -> list[str]:
+    """The settings for which the held-out tokens chose something, by :func:`to_dict`, or a part of it from an older version."""
+    return [setting for setting, name in BY_HELD_OUT.items() if (configuration.get(setting) or {}).get("name") == name
+            and (configuration.get("solver") or setting != "accept")]  # without a solver nothing is there to accept
 
 
 def options_of(method: object) -> dict[str, Any]:

@@ -280,4 +280,4 @@ def _tell(console: Console, config: RunConfig, directory: Path, report: dict[str
     print_summary(console, [BlockReport.from_json(block) for block in report["blocks"]],
                   solver=config.solver and type(config.solver).__name__.lower(), perplexity=report["perplexity"],
                   evaluation=report["evaluation"]["how"], memory=report["memory"], files=files_in(directory, report["files"]),
-                  weighed=report["weighed_layers"])
+                  weighed=report["weighed_layers"], configuration=report["configuration"])

@@ -58,7 +58,7 @@ def _tell(console: Console, run: Run) -> None:
     directory = place if place.is_dir() else place.parent
     print_summary(console, run.blocks, solver=run.solver, perplexity=report["perplexity"], evaluation=report["evaluation"]["how"],
                   memory=report.get("memory", {}), files=files_in(directory, report.get("files", {})),
-                  weighed=report.get("weighed_layers", ()))
+                  weighed=report.get("weighed_layers", ()), configuration=report["configuration"])
 
 
 def _compare(console: Console, runs: Sequence[Run]) -> None:

@@ -12,7 +12,7 @@ from optima_tpu.report.records import LayerReport
 from optima_tpu.report.results import mean_errors
 from optima_tpu.report.runs import Run
 from optima_tpu.report.summary import (
-    LayerKind, by_kind, exchanged, held_out_errors, kind_name, means, short_names, sparsity, unusual)
+    LayerKind, by_kind, exchanged, held_out_caveat, held_out_errors, kind_name, means, short_names, sparsity, unusual)
 from optima_tpu.report.table import TROUBLE, unusual_lines
 from optima_tpu.report.view import NONE, Key, Section, Table, figure
 
@@ -48,6 +48,9 @@ def layer_errors(runs: Sequence[Run]) -> Section:
     text = ["The error of a layer is the change of its output as a share of the output’s energy, ‖XW′ − XV′‖² / ‖XW′‖², with "
             "W the dense and V the pruned weights and X its inputs in the pruned model. Before: with the selector’s weights. "
             "After: with the solver’s. Held-out text is calibration text that no weight was fitted to."]
+    for run in runs:
+        if caveat := held_out_caveat(run.report["configuration"]):
+            text.append(f"{f'That of {run.label}' if several else 'It'} {caveat}.")
     if any(map(_aims_at_dense, runs)):
         text.append("With a dense target the solver minimises not this error, which may even rise, but the distance from the "
                     "dense model’s output. Against dense: ‖X_d W′ − XV′‖² / ‖X_d W′‖² on held-out text, with X_d the layer’s "

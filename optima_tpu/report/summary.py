@@ -3,14 +3,17 @@
 import math
 import re
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
+from optima_tpu.config import chosen_by_held_out
 from optima_tpu.report.records import BlockReport, LayerReport
 
 T = TypeVar("T")
 FITTED, HELD_OUT = ("error_before", "error_after"), ("held_out_before", "held_out_after")
 """The errors on calibration and on held-out tokens, with the selector's weights and with the final ones."""
+
+_CHOSEN = {"tuning": "the tuning", "accept": "the acceptance", "allocation": "the sparsities"}
 
 
 class LayerKind(NamedTuple):
@@ -123,6 +126,13 @@ def fitted_errors(layers: Sequence[T], get: Callable[[T, str], Any] = getattr) -
 def held_out_errors(layers: Sequence[T], get: Callable[[T, str], Any] = getattr) -> tuple[float | None, ...]:
     """The mean of both ``HELD_OUT`` over the layers that held-out tokens reached; as :func:`fitted_errors`."""
     return means(layers, HELD_OUT, get)
+
+
+def held_out_caveat(configuration: Mapping[str, Any]) -> str:
+    """What held-out text did beside being measured on, to be said of it: "also chose the tuning, ..."; empty for nothing."""
+    chosen = [_CHOSEN[setting] for setting in chosen_by_held_out(configuration)]
+    listed = " and ".join(filter(None, [", ".join(chosen[:-1]), *chosen[-1:]]))
+    return f"also chose {listed}, so the error on it is a little too small" if chosen else ""
 
 
 def means(layers: Iterable[T], names: Sequence[str], get: Callable[[T, str], Any] = getattr) -> tuple[float | None, ...]:

@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from optima_tpu.report.numbers import number, percent, plural
 from optima_tpu.report.records import BlockReport
-from optima_tpu.report.summary import all_layers, by_kind, exchanged, short_names, sparsity, unusual
+from optima_tpu.report.summary import all_layers, by_kind, exchanged, held_out_caveat, short_names, sparsity, unusual
 
 _NAMED = 4
 """So many layers are named for each kind of trouble; report.json has them all."""
@@ -25,7 +26,7 @@ TROUBLE = {
 
 def print_summary(console: Console, blocks: Sequence[BlockReport], *, solver: str | None,
                   perplexity: Mapping[str, float], evaluation: str, memory: Mapping[str, int | None],
-                  files: Mapping[str, str], weighed: Sequence[str] = ()) -> None:
+                  files: Mapping[str, str], weighed: Sequence[str] = (), configuration: Mapping[str, Any] = {}) -> None:
     """Prints the table of layers, what the pruning cost, what was unusual and where the files are.
 
     Args:
@@ -36,13 +37,15 @@ def print_summary(console: Console, blocks: Sequence[BlockReport], *, solver: st
       memory: as report.json has it; nothing is said where it is empty.
       files: what is there -> path.
       weighed: the layers in a block whose tokens the target weighs.
+      configuration: of the run, as report.json has it.
     """
     layers = all_layers(blocks)
     console.print(layer_table(blocks, solver), highlight=False)
     lines = ["Errors: the change of a layer's output on the calibration text, in percent of the output's energy, "
              "mean over blocks."]
     if any(layer.held_out_after is not None for layer in layers):
-        lines[0] += " Held out: on calibration text that no weight was fitted to."
+        caveat = held_out_caveat(configuration)
+        lines[0] += f" Held out: on calibration text that no weight was fitted to{caveat and f'; it {caveat}'}."
     if any(layer.dense_after is not None for layer in layers):
         lines.append("Against dense: how far a layer's output on that text is from the dense model's, with what the layers "
                      "before have lost.")
