@@ -419,3 +419,16 @@ def test_calibration_and_evaluation_on_the_same_file_are_refused(tmp_path):
     data.refuse_overlap(a, b)
     for text in ("pydoc", "c4", "wikitext2", "random"):
         data.refuse_overlap(data.parse_source(text), data.parse_source(text))
+
+
+@pytest.mark.parametrize(("calibration", "evaluation", "place"), [
+    ("c4", "hub:Allenai/C4/en@train", "allenai/c4@train"), ("hub:a/b/c@train", "hub:A/B/c@train[:9]", "a/b@train"),
+    ("hub:a/b@train", "hub:a/b/default@train", "a/b@train"), ("hub:a/b/default@train", "hub:a/b@train", "a/b@train"),
+    ("hub:a/b/c@train", "hub:a/b/d@train", None), ("hub:a/b@train", "hub:a/b/c@test", None)])
+def test_a_data_set_is_the_same_in_any_case_and_with_no_configuration_named(calibration, evaluation, place):
+    sources = data.parse_source(calibration), data.parse_source(evaluation)
+    part = data.shared(*sources)
+    assert (part and part.place) == place
+    if place:
+        with pytest.raises(UserError, match=f"would both read {place}: "):
+            data.refuse_overlap(*sources)

@@ -330,6 +330,27 @@ def test_what_is_wrong_is_one_line(finished, refused, arguments, expected):
     assert expected in refused(finished.model, *arguments)
 
 
+def test_a_text_that_a_model_was_calibrated_on_is_refused(finished, refused, text, tmp_path):
+    """By whatever name both come. A data set that is not on this machine is none that is read."""
+    run, link = tmp_path / "run", tmp_path / "link.txt"
+    shutil.copytree(finished.directory, run)
+    link.symlink_to(text)
+    record = json.loads((run / "run.json").read_text())
+
+    def calibrated(source):
+        record["configuration"]["calibration"]["source"] = source
+        (run / "run.json").write_text(json.dumps(record))
+
+    calibrated(f"file:{text}")
+    for number, models in enumerate([[run], [run / "checkpoint"], [run / "hf"], [finished.model, "--against", run]]):
+        said = refused(*models, "--perplexity", f"random,file:{link}", "--length", "32", output=tmp_path / str(number))
+        assert f"expected --perplexity with a text that {models[-1]} was not calibrated on, got file:{link}, where that " in said
+    for source in ("tfds:gone@/nowhere", "file:/nowhere.txt", "self", "a source of another version"):
+        calibrated(source)
+        assert main([str(run), "--perplexity", f"file:{link}", "--length", "32", "--windows", "1", "--output",
+                     str(tmp_path / "out")]) == 0
+
+
 def test_a_model_that_is_none(finished, refused, tmp_path):
     assert f"no such path: '{tmp_path / 'nowhere'}'" in refused(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()

@@ -13,7 +13,7 @@ from optima_tpu.data.npy import Npy
 from optima_tpu.data.pydoc import PyDoc
 from optima_tpu.data.random import Random
 from optima_tpu.data.self_generated import SelfGenerated
-from optima_tpu.data.source import Located, Source, Split, TextSource, Tokens, TokenSource, token_digest
+from optima_tpu.data.source import Located, Part, Source, Split, TextSource, Tokens, TokenSource, token_digest
 from optima_tpu.data.tfds import TFDS
 from optima_tpu.data.wikitext2 import WikiText2
 from optima_tpu.errors import UserError
@@ -23,7 +23,7 @@ if TYPE_CHECKING:  # it takes seconds, and says that torch is missing, to progra
 
 __all__ = ["C4", "File", "Hub", "Npy", "PyDoc", "Random", "SelfGenerated", "Source", "Split", "TFDS", "TextSource",
            "TokenSource", "Tokens", "WikiText2", "calibration_tokens", "evaluation_tokens", "parse_source", "read_by_all",
-           "refuse_overlap", "token_digest"]
+           "refuse_overlap", "shared", "token_digest"]
 
 NAMED: dict[str, Source] = {str(source): source for source in (PyDoc(), C4(), WikiText2(), Random())}
 WITH_PATH: dict[str, Callable[[str], Source]] = {
@@ -118,18 +118,27 @@ def evaluation_tokens(source: Source, tokenizer: "PreTrainedTokenizerBase", *, l
 def refuse_overlap(calibration: Source, evaluation: Source) -> None:
     """Raises UserError where both sources would read the same documents: no model is scored on what it has seen.
 
-    The same file, the same split of a data set, also by another source of it, or parts of a split that overlap. The splits of
-    the other sources are disjoint.
+    See :func:`shared`. The splits of the sources that cannot tell where they read are disjoint.
+    """
+    if part := shared(calibration, evaluation):
+        if isinstance(calibration, File | Npy):
+            calibration.check()  # a path that does not exist needs no second one
+        raise UserError(f"calibration and evaluation would both read {part.place}: expected two different texts; give "
+                        "--evaluation.source another one, such as wikitext2 or pydoc")
+
+
+def shared(calibration: Source, evaluation: Source) -> Part | None:
+    """What both sources would read; None where that is nothing.
+
+    The same file, the same split of a data set, also by another source of it, or parts of a split that overlap.
+
+    Raises:
+      UserError: one of them can't tell where it reads: there is no such data set here.
     """
     if not (isinstance(calibration, Located) and isinstance(evaluation, Located)):
-        return
+        return None
     held = list(evaluation.parts("evaluation"))
-    for part in calibration.parts("calibration"):
-        if any(part.overlaps(other) for other in held):
-            if isinstance(calibration, File | Npy):
-                calibration.check()  # a path that does not exist needs no second one
-            raise UserError(f"calibration and evaluation would both read {part.place}: expected two different texts; give "
-                            "--evaluation.source another one, such as wikitext2 or pydoc")
+    return next((part for part in calibration.parts("calibration") if any(map(part.overlaps, held))), None)
 
 
 def _text_length(length: int, bos: int | None) -> int:

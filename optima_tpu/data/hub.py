@@ -123,8 +123,8 @@ class Hub:
 
 
 def part(repository: str, config: str | None, split: str) -> Part:
-    """All documents of a split, under one name for every source that reads them."""
-    return Part(f"{repository}/{config}@{split}" if config else f"{repository}@{split}")
+    """All documents of a split, under one name for every source that reads them: the hub takes a repository in any case."""
+    return Part(f"{repository.lower()}@{split}", config=config)
 
 
 def download(repository: str, name: str) -> Path:

@@ -57,16 +57,20 @@ Source = TextSource | TokenSource
 
 
 class Part(NamedTuple):
-    """Documents ``first`` to ``last - 1`` of what is kept at one place; all from ``first`` on where ``last`` is None."""
+    """Documents ``first`` to ``last - 1`` of what is kept at one place; all from ``first`` on where ``last`` is None.
+
+    The configuration of a data set is None where none was named: it may be any.
+    """
 
     place: str
     first: int = 0
     last: int | None = None
+    config: str | None = None
 
     def overlaps(self, other: "Part") -> bool:
-        """Whether a document is in both."""
-        return (self.place == other.place and (self.last is None or other.first < self.last)
-                and (other.last is None or self.first < other.last))
+        """Whether a document may be in both."""
+        return (self.place == other.place and (None in (self.config, other.config) or self.config == other.config)
+                and (self.last is None or other.first < self.last) and (other.last is None or self.first < other.last))
 
 
 @runtime_checkable

@@ -3,8 +3,9 @@
 import dataclasses
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jax.sharding import Mesh
@@ -13,6 +14,8 @@ from transformers import PreTrainedTokenizerBase
 from optima_tpu.buckets import as_path
 from optima_tpu.checkpoint import CHECKPOINT, CheckpointTensors
 from optima_tpu.errors import UserError
+from optima_tpu.export import SIDECAR
+from optima_tpu.files import read_record
 from optima_tpu.inputs import Model
 from optima_tpu.manifest import ASSETS, RUN, read_assets, read_run
 from optima_tpu.models.check import check_checkpoint
@@ -24,18 +27,31 @@ from optima_tpu.weights.source import DTYPES, Index, first_line, parse_dtype, re
 _ORBAX = "_CHECKPOINT_METADATA"
 
 
+class MadeBy(NamedTuple):
+    """The run that a model was made in, as far as it is known; nothing of any other model.
+
+    Attributes:
+      directory: where the run itself was given, or its checkpoint.
+      calibration: the text that the model was calibrated on, as ``calibration.source`` names it; not known of an exported
+        folder that has left its run directory.
+    """
+
+    directory: Path | None = None
+    calibration: str | None = None
+
+
 class Evaluated(NamedTuple):
     """An opened model.
 
     Attributes:
       model: the checkpoint and its decoder on the mesh.
       tokenizer: of the checkpoint.
-      run: the run directory that it was made in; None for any other model.
+      run: that it was made in.
     """
 
     model: Model
     tokenizer: PreTrainedTokenizerBase
-    run: Path | None
+    run: MadeBy
 
 
 def open_evaluated(spec: str, mesh: Mesh, dtype: str | None = None, batch: int = 4) -> Evaluated:
@@ -59,21 +75,32 @@ def open_evaluated(spec: str, mesh: Mesh, dtype: str | None = None, batch: int =
     return together(open_here)
 
 
-def _open(spec: str, dtype: str | None) -> tuple[Pretrained, Path | None]:
+def _open(spec: str, dtype: str | None) -> tuple[Pretrained, MadeBy]:
     path = as_path(spec)
     if (path / RUN).is_file():
-        return _open_run(path, spec, dtype), path
+        return _open_run(path, spec, dtype), MadeBy(path, _calibration(read_run(path)))
     if (path / _ORBAX).is_file():
         run = path.absolute().parent
         if path.absolute().name != CHECKPOINT or not (run / RUN).is_file() or not (run / ASSETS).is_dir():
             raise UserError(f"expected an Orbax checkpoint named {CHECKPOINT} in its run directory, beside {RUN} and {ASSETS}/ "
                             f"with configuration and tokenizer, got {path} without them: copy the run directory, of which "
                             "journal/ and activations/ are not needed")
-        return _open_run(run, spec, dtype), run
+        return _open_run(run, spec, dtype), MadeBy(run, _calibration(read_run(run)))
     if path.is_dir() and not (path / "config.json").is_file():
         raise UserError(f"expected a run directory ({RUN}), an Orbax checkpoint in one, or a Hugging Face folder (config.json), "
                         f"got {path}, which is none of these")
-    return open_model(spec, dtype), None
+    return open_model(spec, dtype), _made_by(path) if path.is_dir() else MadeBy()
+
+
+def _made_by(folder: Path) -> MadeBy:
+    """The run that exported a folder."""
+    exported, run = (read_record(path) or {} for path in (folder / SIDECAR, folder.resolve().parent / RUN))
+    same = exported and exported.get("manifest") == run.get("manifest")
+    return MadeBy(calibration=_calibration(run)) if same else MadeBy()
+
+
+def _calibration(run: Mapping[str, Any]) -> str | None:
+    return run["configuration"].get("calibration", {}).get("source")
 
 
 def _open_run(run: Path, origin: str, dtype: str | None) -> Pretrained:

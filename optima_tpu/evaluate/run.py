@@ -62,8 +62,9 @@ def evaluate(config: EvaluateConfig, console: Console | None = None) -> dict[str
     if config.against_results is not None:
         fingerprint = models["against"].model.pretrained.fingerprint
         known["against"] = from_first(lambda: read_known(config.against_results, [*HARNESS.values()], fingerprint))
+    from_first(lambda: [_check_text(source, models) for source in config.texts])
     texts = from_first(lambda: {source: _read(source, config, models) for source in config.texts})
-    folder = as_path(config.output) if config.output else models["model"].run or default_folder(config.model)
+    folder = as_path(config.output) if config.output else models["model"].run.directory or default_folder(config.model)
     with writing(folder, "choose another --output"):
         first_only(lambda: folder.mkdir(parents=True, exist_ok=True))
     say(console, "\n".join(_greeting(config, models, mesh, folder)) + "\n")
@@ -105,6 +106,20 @@ def _check_pair(model: Evaluated, against: Evaluated) -> None:
     if model.tokenizer.get_vocab() != against.tokenizer.get_vocab():
         raise UserError(f"expected --against with the tokenizer of {model.model.pretrained.origin}, got another one in "
                         f"{against.model.pretrained.origin}: give the model that was pruned")
+
+
+def _check_text(source: str, models: Mapping[str, Evaluated]) -> None:
+    """No model is scored on what it was calibrated on."""
+    text = data.parse_source(source)
+    for opened in models.values():
+        calibration = opened.run.calibration
+        try:
+            seen = calibration and data.shared(data.parse_source(calibration), text)
+        except UserError:  # a data set that is not on this machine is not the one that is read here
+            continue
+        if seen:
+            raise UserError(f"expected --perplexity with a text that {opened.model.pretrained.origin} was not calibrated on, got "
+                            f"{source}, where that was {calibration}: give another one, such as wikitext2 or pydoc")
 
 
 def _read(source: str, config: EvaluateConfig, models: Mapping[str, Evaluated]) -> Tokens:
