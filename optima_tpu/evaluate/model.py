@@ -32,11 +32,13 @@ class MadeBy(NamedTuple):
 
     Attributes:
       directory: where the run itself was given, or its checkpoint.
+      manifest: of the run.
       calibration: the text that the model was calibrated on, as ``calibration.source`` names it; not known of an exported
         folder that has left its run directory.
     """
 
     directory: Path | None = None
+    manifest: Mapping[str, Any] | None = None
     calibration: str | None = None
 
 
@@ -78,25 +80,29 @@ def open_evaluated(spec: str, mesh: Mesh, dtype: str | None = None, batch: int =
 def _open(spec: str, dtype: str | None) -> tuple[Pretrained, MadeBy]:
     path = as_path(spec)
     if (path / RUN).is_file():
-        return _open_run(path, spec, dtype), MadeBy(path, _calibration(read_run(path)))
+        return _open_run(path, spec, dtype), _made_by(path)
     if (path / _ORBAX).is_file():
         run = path.absolute().parent
         if path.absolute().name != CHECKPOINT or not (run / RUN).is_file() or not (run / ASSETS).is_dir():
             raise UserError(f"expected an Orbax checkpoint named {CHECKPOINT} in its run directory, beside {RUN} and {ASSETS}/ "
                             f"with configuration and tokenizer, got {path} without them: copy the run directory, of which "
                             "journal/ and activations/ are not needed")
-        return _open_run(run, spec, dtype), MadeBy(run, _calibration(read_run(run)))
+        return _open_run(run, spec, dtype), _made_by(run)
     if path.is_dir() and not (path / "config.json").is_file():
         raise UserError(f"expected a run directory ({RUN}), an Orbax checkpoint in one, or a Hugging Face folder (config.json), "
                         f"got {path}, which is none of these")
-    return open_model(spec, dtype), _made_by(path) if path.is_dir() else MadeBy()
+    return open_model(spec, dtype), _exported_by(path) if path.is_dir() else MadeBy()
 
 
-def _made_by(folder: Path) -> MadeBy:
-    """The run that exported a folder."""
+def _made_by(directory: Path) -> MadeBy:
+    run = read_run(directory)
+    return MadeBy(directory, run["manifest"], _calibration(run))
+
+
+def _exported_by(folder: Path) -> MadeBy:
     exported, run = (read_record(path) or {} for path in (folder / SIDECAR, folder.resolve().parent / RUN))
-    same = exported and exported.get("manifest") == run.get("manifest")
-    return MadeBy(calibration=_calibration(run)) if same else MadeBy()
+    manifest = exported.get("manifest")
+    return MadeBy(None, manifest, _calibration(run) if manifest and manifest == run.get("manifest") else None)
 
 
 def _calibration(run: Mapping[str, Any]) -> str | None:

@@ -87,14 +87,17 @@ def evaluate(config: EvaluateConfig, console: Console | None = None) -> dict[str
             distances = {source: _distance_entry(apart) for source, apart in found.items()}
         results = {name: run_tasks(tester, tasks, config.limit) for name, tester in testers.items()} | known
     record = {
-        "model": config.model, "against": config.against, "configuration": settings, "environment": environment(mesh),
+        "model": config.model, "against": config.against, "evaluated": _evaluated(models), "configuration": settings,
+        "environment": environment(mesh),
         "perplexity": perplexities, "distance": distances, **_task_numbers(tasks, results)}
     first_only(lambda: _write(folder, record, results, models))
     files = {"record": str(folder / RECORD)} | ({"harness": str(folder / HARNESS["model"])} if results else {})
     if is_first() and (folder / "report.json").exists():  # of a finished run, whose page shows the evaluation too
         try:
-            write_page([folder], folder / PAGE)
+            (run,) = write_page([folder], folder / PAGE)
             files["report"] = str(folder / PAGE)
+            if run.another:
+                say(console, f"{PAGE} does not show this evaluation: {config.model} is not what the run in {folder} made")
         except UserError as error:
             say(console, f"{PAGE} was not drawn: {error}")
     print_evaluation(console, record, files)
@@ -134,6 +137,12 @@ def _read(source: str, config: EvaluateConfig, models: Mapping[str, Evaluated]) 
     for opened in models.values():
         check_ids([tokens], opened.model)
     return tokens
+
+
+def _evaluated(models: Mapping[str, Evaluated]) -> dict[str, Any]:
+    """What the names in the record stood for: the checkpoint, and of a pruned one the run, wherever it is now."""
+    return {name: {"fingerprint": opened.model.pretrained.fingerprint, "manifest": opened.run.manifest}
+            for name, opened in models.items()}
 
 
 def _perplexity(source: str, tokens: Tokens, opened: Evaluated, progress: Progress) -> dict[str, Any]:

@@ -21,7 +21,7 @@ def tiles(run: Run) -> list[Tile]:
     shown = [Tile("Perplexity", f"{number(dense, 4)} → {number(pruned, 4)}",
                   f"dense → pruned, {number(pruned / dense)} times, on {without_folders(report['evaluation']['how'])}")]
     for text, found in _part(run, "distance").items():
-        shown.append(Tile("Divergence from dense", number(found["kl"]), f"nats per token, on {text}"))
+        shown.append(Tile(f"Divergence from {run.beside}", number(found["kl"]), f"nats per token, on {text}"))
     if run.evaluation and run.evaluation.get("average") is not None:
         shown.append(Tile("Six tasks", percent(run.evaluation["average"]), f"mean accuracy, {how_asked(run.evaluation)}"))
     before, after, held_before, held_after = mean_errors(run)
@@ -53,64 +53,69 @@ def comparison(runs: Sequence[Run]) -> Section:
 
 def outcome(runs: Sequence[Run]) -> Section:
     """Perplexity and tasks, dense against pruned."""
-    several, rows = len(runs) > 1, []
+    several, rows = len(runs) > 1, {"dense": []}
     for run in runs:
         report, label = run.report, [run.label] if several else []
-        texts = [(without_folders(report["evaluation"]["how"]), report["perplexity"]["dense"], report["perplexity"]["pruned"],
-                  report["evaluation"].get("tokens"))]
+        texts = [("dense", without_folders(report["evaluation"]["how"]), report["perplexity"]["dense"],
+                  report["perplexity"]["pruned"], report["evaluation"].get("tokens"))]
         for name, found in _part(run, "perplexity").items():
             how = without_folders(found["how"])
             told = how if name in how else f"{name}: {how}"
-            texts.append((told, found.get("against"), found["perplexity"], found.get("tokens")))
-        for how, dense, pruned, tokens in texts:
-            rows.append([*label, how, NONE if dense is None else number(dense, 4), number(pruned, 4),
-                         NONE if dense is None else f"{number(pruned / dense)}×", NONE if tokens is None else f"{tokens:,}"])
+            texts.append((run.beside, told, found.get("against"), found["perplexity"], found.get("tokens")))
+        for other, how, before, pruned, tokens in texts:
+            rows.setdefault(other, []).append([
+                *label, how, NONE if before is None else number(before, 4), number(pruned, 4),
+                NONE if before is None else f"{number(pruned / before)}×", NONE if tokens is None else f"{tokens:,}"])
     first = ["run", "text"] if several else ["text"]
-    tables = [Table("Perplexity, lower is better", [*first, "dense", "pruned", "pruned / dense", "tokens"], rows,
-                    names=len(first))]
-    tasks = [row for run in runs for row in _tasks(run, [run.label] if several else [])]
-    if tasks:
-        head = ["run", "task", "metric"] if several else ["task", "metric"]
-        asked = {run.label: how_asked(run.evaluation) for run in runs if _part(run, "tasks")}
-        alike = set(asked.values()) if len(set(asked.values())) == 1 else ()
-        tables.append(Table(", ".join(["Tasks", *alike, "± one standard error"]), [
-            *head, "documents", "dense", "pruned"], tasks, names=len(head),
-            note="" if alike else " ".join(f"{label}: {how}." for label, how in asked.items())))
+    tables = [Table(f"Perplexity{_against(other)}, lower is better", [*first, other, "pruned", f"pruned / {other}", "tokens"],
+                    own, names=len(first)) for other, own in rows.items()]
+    asked = {run.label: how_asked(run.evaluation) for run in runs if _part(run, "tasks")}
+    alike = set(asked.values()) if len(set(asked.values())) == 1 else ()
+    for other in dict.fromkeys(run.beside for run in runs):
+        tasks = [row for run in runs if run.beside == other for row in _tasks(run, [run.label] if several else [])]
+        if tasks:
+            head = ["run", "task", "metric"] if several else ["task", "metric"]
+            tables.append(Table(", ".join([f"Tasks{_against(other)}", *alike, "± one standard error"]), [
+                *head, "documents", other, "pruned"], tasks, names=len(head),
+                note="" if alike else " ".join(f"{label}: {how}." for label, how in asked.items())))
     missing = [run for run in runs if not run.evaluation]
     who = "This run was" if not several else "These runs were" if missing == list(runs) else f"{len(missing)} of these runs were"
     text = [commands(f"{who} not evaluated on tasks and other texts: `python -m optima_tpu.evaluate RUN --against MODEL` does "
                      "that, and `python -m optima_tpu.report` draws this page again.")] if missing else []
+    text += [f"The evaluation.json of {run.label if several else 'this run'} is of {run.another}, which is not what it made, and "
+             "is not shown." for run in runs if run.another]
     return Section("outcome", "Dense against pruned", [*text, _SIZE], tables=tables)
 
 
 def distance(runs: Sequence[Run]) -> list[Section]:
-    """How far from the dense model, block by block: one section, or none where it was not measured."""
-    several, rows, curves = len(runs) > 1, [], {}
+    """How far from the dense model or another one, block by block: one section, or none where it was not measured."""
+    several, rows, curves = len(runs) > 1, {}, {}
     for index, run in enumerate(runs):
         for text, found in _part(run, "distance").items():
             last = found["hidden_errors"][-1] if found.get("hidden_errors") else None
-            rows.append([*([run.label] if several else []), text,
-                         number(found["kl"]) + _error(found["kl_stderr"]), percent(found["agreement"]) + _error(
-                             found["agreement_stderr"], 100),
-                         NONE if last is None else percent(last), f"{found['tokens']:,}"])
+            rows.setdefault(run.beside, []).append([
+                *([run.label] if several else []), text, number(found["kl"]) + _error(found["kl_stderr"]),
+                percent(found["agreement"]) + _error(found["agreement_stderr"], 100),
+                NONE if last is None else percent(last), f"{found['tokens']:,}"])
             for key, name in _BY_BLOCK.items():
                 if values := found.get(key):
                     line = plots.Line(run.label if several else "pruned", range(len(values)), values, index)
-                    curves.setdefault((key, f"{name}, {text}"), []).append(line)
+                    curves.setdefault((key, f"{name}, {text}{_against(run.beside)}"), []).append(line)
     if not rows:
         return []
     panels = [plots.Panel(title, lines, **_UNITS[key]) for (key, title), lines in curves.items()]
     elements = list(zip([panel.title for panel in panels], plots.lines(panels, "distance")))
     legend = [Key(run.label, index) for index, run in enumerate(runs)] if several else []
     first = ["run", "text"] if several else ["text"]
-    table = Table("Distance to the dense model, ± one standard error", [
-        *first, "divergence, nats per token", "same most likely token", "error of the last hidden state", "tokens"], rows,
-                  names=len(first))
-    text = ("Divergence is the mean over tokens of KL(dense ‖ pruned) of the next token’s distribution, 0 where they are the "
-            "same. The error of the hidden state after a block is ‖H′ − H‖² / ‖H‖², with H the dense model’s: where the damage "
-            "is done.")
+    tables = [Table(f"Distance to {'the dense model' if other == 'dense' else other}, ± one standard error", [
+        *first, "divergence, nats per token", "same most likely token", "error of the last hidden state", "tokens"], own,
+                    names=len(first)) for other, own in rows.items()]
+    other = "dense" if rows.keys() == {"dense"} else "other"
+    text = (f"Divergence is the mean over tokens of KL({other} ‖ pruned) of the next token’s distribution, 0 where they are the "
+            f"same. The error of the hidden state after a block is ‖H′ − H‖² / ‖H‖², with H the {other} model’s: where the "
+            "damage is done.")
     drawn = [figure(elements, legend=legend)] if elements else []
-    return [Section("distance", "Distance to the dense model", [text], drawn, [table])]
+    return [Section("distance", f"Distance to the {other} model", [text], drawn, tables)]
 
 
 def mean_errors(run: Run) -> tuple[float, float, float | None, float | None]:
@@ -148,7 +153,8 @@ def _headlines(runs: Sequence[Run]) -> dict[str, list[str]]:
             "perplexity, dense": number(dense, 4), "perplexity, pruned": number(pruned, 4),
             "pruned / dense": f"{number(pruned / dense)}×"}
         for text, found in _part(run, "distance").items():
-            values |= {f"divergence on {text}, nats": number(found["kl"]), f"same token on {text}": percent(found["agreement"])}
+            where = f"{_against(run.beside)} on {text}"
+            values |= {f"divergence{where}, nats": number(found["kl"]), f"same token{where}": percent(found["agreement"])}
         if run.evaluation and run.evaluation.get("average") is not None:
             values[f"mean accuracy of six tasks, {how_asked(run.evaluation)}"] = percent(run.evaluation["average"])
         values |= {
@@ -175,6 +181,11 @@ def _tasks(run: Run, label: list[str]) -> list[list[str]]:
     if rows and run.evaluation.get("average") is not None:
         rows.append([*label, "mean of the six", "acc", NONE, NONE, percent(run.evaluation["average"])])
     return rows
+
+
+def _against(other: str) -> str:
+    """What a caption adds where the other model is not the dense one."""
+    return "" if other == "dense" else f" against {other}"
 
 
 def _error(value: float | None, scale: float = 1) -> str:

@@ -31,6 +31,7 @@ class Run(NamedTuple):
       report: report.json.
       blocks: the blocks in it.
       evaluation: evaluation.json, None where the run was not evaluated beyond its own perplexity.
+      another: the model that evaluation.json there is of, where it is not the run's.
     """
 
     label: str
@@ -38,6 +39,7 @@ class Run(NamedTuple):
     report: Mapping[str, Any]
     blocks: tuple[BlockReport, ...]
     evaluation: Mapping[str, Any] | None
+    another: str | None = None
 
     @property
     def layers(self) -> list[LayerReport]:
@@ -49,6 +51,15 @@ class Run(NamedTuple):
         """Its name; None where the weights are the selector's own."""
         solver = self.report["configuration"]["solver"]
         return solver and solver["name"]
+
+    @property
+    def beside(self) -> str:
+        """What its evaluation compares it with: "dense" for the model that was pruned, another one as it was named."""
+        evaluation, model = self.evaluation or {}, self.report["model"].get("fingerprint")
+        against = evaluation.get("against")
+        found = evaluation.get("evaluated", {}).get("against", {}).get("fingerprint")
+        own = against in (None, self.report["configuration"]["model"]) or found is not None and found == model
+        return "dense" if own else against
 
     @property
     def earlier(self) -> float:
@@ -79,7 +90,7 @@ def read_runs(places: Sequence[str | Path]) -> tuple[str, list[Run]]:
     title, labels = names({place: report["configuration"] for place, report in reports.items()})
     twins = {place for place, label in labels.items() if list(labels.values()).count(label) > 1}
     labels |= {place: f"{labels[place]}, {place}" for place in twins}  # the same settings: told apart by where they are
-    return title, [Run(labels[place], place, report, read_blocks(place, report), _evaluation(place))
+    return title, [Run(labels[place], place, report, read_blocks(place, report), *_evaluation(place, report))
                    for place, report in reports.items()]
 
 
@@ -181,14 +192,17 @@ def _facts(configuration: Mapping[str, Any]) -> dict[str, str]:
             "calibration": f"calibrated on {text['source']}, {text['samples']} x {text['length']} tokens"}
 
 
-def _evaluation(place: str) -> dict[str, Any] | None:
-    """evaluation.json beside report.json."""
+def _evaluation(place: str, report: Mapping[str, Any]) -> tuple[dict[str, Any] | None, str | None]:
+    """evaluation.json beside report.json; or, where it is of something else, the name of that."""
     path = as_path(place)
     path = (path if path.is_dir() else path.parent) / "evaluation.json"
     if not path.exists():
-        return None
+        return None, None
     values = read_json(path)
     if not isinstance(values, dict) or not {"perplexity", "distance", "tasks"} & values.keys():
         raise UserError(f"expected what optima_tpu.evaluate writes in {path}, got something else; move it away, or evaluate "
                         "again")
-    return values
+    of, manifest, model = values.get("evaluated"), report.get("manifest"), values.get("model")
+    # Earlier versions recorded the name alone, which may be any name of the run, but not that of the model it pruned.
+    same = of["model"]["manifest"] == manifest if of and manifest else model != report["configuration"]["model"]
+    return (values, None) if same else (None, model)
