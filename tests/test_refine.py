@@ -10,6 +10,7 @@ import pytest
 from rich.console import Console
 
 from optima_tpu.accept import PerRow
+from optima_tpu.calibrate import Statistics
 from optima_tpu.cli import configure, flags, parse
 from optima_tpu.config import weights_settings
 from optima_tpu.errors import UserError
@@ -17,9 +18,10 @@ from optima_tpu.features import WHOLE
 from optima_tpu.judge import RowErrors, judge_rows
 from optima_tpu.layer_rules import LayerRule
 from optima_tpu.memory import footprint_of, needed
+from optima_tpu.models.decoder import Decoder
 from optima_tpu.patterns import NM, Unstructured
 from optima_tpu.problem import Pruned, Solution, self_target
-from optima_tpu.prune import prune_group
+from optima_tpu.prune import prune_block, prune_group
 from optima_tpu.recipe import Recipe, solved_together
 from optima_tpu.refine import Refined, Refining, Swaps, exchange, schur_diagonal
 from optima_tpu.report.records import BlockReport, LayerReport
@@ -27,7 +29,7 @@ from optima_tpu.report.summary import exchanged
 from optima_tpu.report.table import print_summary
 from optima_tpu.selectors import Magnitude, Wanda
 from optima_tpu.solvers import CG, Exact
-from tests.helpers import correlated_hessian, layer, mesh, oracle, row_objective, select, wide
+from tests.helpers import correlated_hessian, layer, mesh, oracle, row_objective, select, tiny_llama, wide
 
 ROUNDS = 4
 
@@ -189,6 +191,16 @@ def test_the_mesh_does_not_change_the_mask():
     for weight, keep, same, same_keep, rows in zip(reference, keeps, other, other_keeps, reports):
         assert (keep == same_keep).all() and np.abs(weight - same).max() < 1e-4 * np.abs(weight).max()
         assert (rows.after < rows.before).all() and rows.exchanged.sum() > 0
+
+
+def test_a_layer_with_another_pattern_keeps_it():
+    decoder, groups = Decoder.open(*tiny_llama(), mesh(1, 1)), (("mlp.gate_proj", "mlp.up_proj"),)
+    recipe = Recipe(Unstructured(0.5), Wanda(), CG(), layers=(LayerRule("mlp.up_proj", NM(2, 4)),), refine=Swaps(2, 0.1))
+    statistics = (Statistics(jnp.asarray(correlated_hessian(np.random.default_rng(6), 36)), jnp.int32(99)),)
+    _, keeps, reports = prune_block(0, decoder.prefix(0), decoder.load_block(0), groups, statistics, recipe, decoder.mesh)
+    gate, up = (np.asarray(keeps[name + ".weight"]) for name in groups[0])
+    assert (up.reshape(-1, 4).sum(axis=1) == 2).all() and (gate.sum(axis=1) == 18).all()
+    assert (gate.reshape(-1, 4).sum(axis=1) != 2).any() and all(report.exchanged > 0 for report in reports)
 
 
 def test_its_memory_is_counted():
