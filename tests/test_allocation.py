@@ -141,10 +141,12 @@ def test_layers_with_a_rule_are_left_out():
 def test_a_run_loses_as_many_weights_as_without(tmp_path, monkeypatch):
     model, output = tiny_folder(tmp_path / "model", **WIDE), tmp_path / "run"
     command = ["--model", str(model), "--output", str(output), "--pattern", "0.6/row", "--allocation", "measured", "--solver",
-               "null", *SMALL]
+               "null", "--layers", "self_attn.*=dense", *SMALL]
     assert main(command) == 0
     report = json.loads((output / "report.json").read_text())
-    shapes = [tuple(layer["shape"]) for block in report["blocks"] for layer in block["layers"]]
+    layers = [layer for block in report["blocks"] for layer in block["layers"]]
+    assert {layer["name"] for layer in layers} == {"mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"}  # --layers goes over it
+    shapes = [tuple(layer["shape"]) for layer in layers]
     assert report["pruned"] == sum(Unstructured(0.6).pruned_count(shape) for shape in shapes)
     for sparsity, block in zip(report["allocation"]["sparsity"], report["blocks"]):
         assert all(layer["sparsity"] == pytest.approx(sparsity, abs=1 / 48) for layer in block["layers"])
