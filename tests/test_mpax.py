@@ -14,7 +14,7 @@ from optima_tpu.problem import LayerProblem, Pruned, objective, output_energy, s
 from optima_tpu.selectors import Wanda
 from optima_tpu.sharding import ROWS, make_mesh, over_rows
 from optima_tpu.solvers import MPAX, Exact, mpax
-from tests.helpers import COLLECTIVE, text_inside_loops
+from tests.helpers import COLLECTIVE, text_inside_loops, wide
 
 ROW_COUNT, SIZE = 12, 32
 
@@ -94,6 +94,19 @@ def test_the_rounds_end_every_row_where_one_loop_would(layer, count, limit):
     np.testing.assert_allclose(found.change / size, one_loop.change / size, atol=1e-5)
     if count > 1:  # some rows end in the first round and, where the limit is high, some in every other one
         assert int(found.steps.min()) < 128 and int(found.steps.max()) >= limit
+
+
+@pytest.mark.parametrize("damping", [0.0, 0.3])
+def test_the_gap_is_the_residual_of_the_damped_problem(layer, damping):
+    """In float64: of the optimality of the kept weights, as a share of the size of a row's output."""
+    problem, pruned = layer
+    found = MPAX(damping=damping)(problem, pruned)
+    weight, hessian, _ = wide(problem, damping)
+    residual = (np.asarray(found.weight, np.float64) - weight) @ hessian / np.sqrt(np.diagonal(hessian))
+    size = np.sqrt(np.sum(weight * (weight @ hessian), axis=1))
+    expected = np.where(pruned.keep, np.abs(residual), 0).max(axis=1) / size
+    assert expected.min() > 1e-4
+    np.testing.assert_allclose(found.gap, expected, rtol=1e-2)
 
 
 def test_data_that_is_not_finite_stops_at_the_first_test(layer):

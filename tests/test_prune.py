@@ -230,6 +230,6 @@ def test_the_papers_rule_refuses_whole_layers_and_the_row_rule_single_rows():
     assert PerLayer(0.95)(before, mixed, yes).all()
     assert not PerLayer(0.95)(before, mixed, few).any()
     assert PerLayer(0.75)(before, mixed, few).all()
-    assert not PerLayer(0.95)(before, before, yes).any()
+    assert not PerLayer(0.95)(before, before, yes).any() and PerRow()(before, before, few).all()
     broken = mixed.at[0].set(jnp.nan)
     assert not PerLayer(0.0)(before, broken, yes).any() and not PerRow()(before, broken, yes)[0]
