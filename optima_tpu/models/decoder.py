@@ -296,6 +296,5 @@ def _name(path: tuple) -> str:
 
 def _check(name: str, array: np.ndarray) -> None:
     if not np.isfinite(array).all():
-        bad = int(np.size(array) - np.isfinite(array).sum())
-        raise UserError(f"{name} holds {bad} values that are NaN or infinite in {array.dtype}: "
+        raise UserError(f"{name} holds {np.sum(~np.isfinite(array))} values that are NaN or infinite in {array.dtype}: "
                         "the checkpoint is damaged, or they do not fit --dtype")
