@@ -30,7 +30,7 @@ from optima_tpu.processes import first_only
 PARTIAL = ".partial"
 """Suffix of what is still being written. Such a name may be deleted by whoever writes the real one."""
 
-_ORBAX = ".orbax-checkpoint-tmp*"  # what Orbax puts behind the name of a folder that it is still writing
+_ORBAX = (".partial_save*", ".orbax-checkpoint-tmp*")  # what Orbax puts behind the name of a folder while it writes to it
 
 LOCK = "run.lock"
 """Held by the process that works in a directory."""
@@ -174,8 +174,9 @@ def begin(path: Path) -> Path:
         partial.write_bytes(b"")
     else:
         remove(partial)
-        for left in path.parent.glob(glob.escape(partial.name) + _ORBAX):
-            remove(left)
+        for suffix in _ORBAX:
+            for left in path.parent.glob(glob.escape(partial.name) + suffix):
+                remove(left)
     return staged(path)
 
 

@@ -179,7 +179,8 @@ def test_an_export_of_the_same_run_that_lost_a_file_is_made_again(run, tmp_path)
 
 def test_what_an_interrupted_write_left_is_removed_and_nothing_beside_it(tmp_path):
     kept = [tmp_path / name for name in ("out1.partial", "out[1].partial-notes.txt", "out[1]")]
-    left = [tmp_path / name for name in ("out[1].partial", "out[1].partial.orbax-checkpoint-tmp-17")]
+    left = [tmp_path / name for name in ("out[1].partial", "out[1].partial.partial_save",
+                                       "out[1].partial.partial_save.orbax-checkpoint-tmp", "out[1].partial.orbax-checkpoint-tmp")]
     for path in (*kept, *left):
         path.mkdir()
         (path / "file").write_text("text")
