@@ -1,6 +1,7 @@
 """A saved folder against what transformers' Auto classes make of the same folder, where config.json is not in their own form."""
 
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
@@ -76,6 +77,12 @@ def test_whether_a_multimodal_head_is_tied_stands_beside_the_text_config(tmp_pat
     folder = saved(tmp_path, "Gemma3ForConditionalGeneration", {}, lambda record: record.update(tie_word_embeddings=False))
     store(folder, "lm_head.weight", reverse)
     assert "lm_head.weight" in opened(folder).tensor_names()
+
+
+def test_a_config_without_rotary_embedding_is_read_without_a_warning(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    opened(saved(tmp_path, "OPTForCausalLM", {}, lambda record: None))
+    assert not [record for record in caplog.records if "rope" in record.getMessage().lower()]
 
 
 @pytest.mark.parametrize(("change", "message"), [

@@ -113,7 +113,9 @@ def read_config(config: bytes, where: str, dtype: str | None = None) -> tuple[Pr
         method = record["quantization_config"].get("quant_method", "an unnamed method")
         raise UserError(f"{where}: the weights are quantised ({method}): give the unquantised model")
     # Again, as transformers does when it builds the model: it puts what stands beside the rope's settings among them.
-    parsed.get_text_config().standardize_rope_params()
+    text = parsed.get_text_config()
+    if getattr(text, "rope_parameters", None):  # without any it would warn
+        text.standardize_rope_params()
     return parsed, config
 
 
