@@ -85,13 +85,8 @@ class Sweep:
         self._reports: dict[Cell, Mapping[str, Any]] = {}
         self._failures: dict[Cell, str] = {}
         for cell in grid.cells:
-            started = (cell.directory / RUN).exists()
-            if not started and cell not in chosen:
-                continue
-            texts = self._shared.texts(cell.config)
-            manifest = manifest_of(cell.config, self._shared.model(cell.config), texts)
-            if started and (report := self._finished_report(cell, manifest, texts)):
-                self._know(cell, report)
+            if cell in chosen or (cell.directory / RUN).exists():
+                self._look(cell)
 
     @property
     def finished(self) -> Collection[Cell]:
@@ -155,6 +150,13 @@ class Sweep:
                 say(console, f"failed: {error}")
             self.write(command)
 
+    def _look(self, cell: Cell) -> None:
+        """Opens what a cell needs, and finds out whether it is finished. Raises UserError as the constructor."""
+        texts = self._shared.texts(cell.config)
+        manifest = manifest_of(cell.config, self._shared.model(cell.config), texts)
+        if (cell.directory / RUN).exists() and (report := self._finished_report(cell, manifest, texts)):
+            self._know(cell, report)
+
     def _look_again(self) -> None:
         """Finds the cells that another process has finished, among those that are not run here, or could not be."""
         for cell in self.grid.cells:
@@ -162,10 +164,7 @@ class Sweep:
             if cell in self._reports or waits or not (cell.directory / "report.json").exists():
                 continue
             try:
-                texts = self._shared.texts(cell.config)
-                manifest = manifest_of(cell.config, self._shared.model(cell.config), texts)
-                if report := self._finished_report(cell, manifest, texts):
-                    self._know(cell, report)
+                self._look(cell)
             except UserError:  # of other settings or other code, which the next start refuses
                 pass
 
