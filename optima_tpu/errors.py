@@ -1,4 +1,4 @@
-"""The one exception that is meant for the person at the terminal."""
+"""The one exception that is meant for the person at the terminal, and how others are told in a line."""
 
 
 class UserError(Exception):
@@ -7,3 +7,8 @@ class UserError(Exception):
     The command line prints the message alone, without a traceback, and exits with status 2. Anything else that is
     raised is a defect of this program and keeps its traceback.
     """
+
+
+def one_line(error: BaseException) -> str:
+    """What an exception says, in one line of at most 400 characters; its name where it says nothing."""
+    return " ".join(str(error).split())[:400] or type(error).__name__

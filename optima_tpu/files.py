@@ -93,8 +93,7 @@ def only_program(directory: Path) -> Iterator[None]:
         first_only(lambda: take_over(directory / LOCK))
         yield
         return
-    # The other kind of lock would outlive a program that was killed, and nobody would remove it.
-    lock = filelock.FileLock(directory / LOCK, timeout=0, fallback_to_soft=False)
+    lock = _lock(directory, timeout=0)
 
     def acquire():
         try:
@@ -114,8 +113,14 @@ def only_program(directory: Path) -> Iterator[None]:
 def in_turn(directory: Path) -> Iterator[None]:
     """Lets one program after the other into a folder on a file system, which is made where there is none."""
     directory.mkdir(parents=True, exist_ok=True)
-    with filelock.FileLock(directory / LOCK, fallback_to_soft=False):
+    with _lock(directory, timeout=-1):
         yield
+
+
+def _lock(directory: Path, timeout: float) -> filelock.BaseFileLock:
+    """The lock of a folder, which ends with its program; ``timeout`` in seconds, below 0 as long as it takes."""
+    # The soft kind would outlive a program that was killed, and nobody would remove it.
+    return filelock.FileLock(directory / LOCK, timeout=timeout, fallback_to_soft=False)
 
 
 def still_only_program(directory: Path) -> None:

@@ -14,7 +14,7 @@ import jax
 
 from optima_tpu import processes
 from optima_tpu.cli import parse
-from optima_tpu.errors import UserError
+from optima_tpu.errors import UserError, one_line
 from optima_tpu.sharding import simulate_devices
 
 RESUME = 75
@@ -25,7 +25,6 @@ at 75 would start one again for ever in which a process fails each time. And bel
 which is to be 75 where a process was told to stop and the others lost it."""
 
 _LAST = 3.0  # seconds in which the other processes notice for themselves that a run has ended
-_SHOWN = 400  # characters of an error that stands in one line
 # What gloo, NCCL and jax's coordination service say when the other end is gone.
 _PEER_GONE = re.compile("gloo|nccl|connection (closed|reset|refused)|coordination|heartbeat|socket closed|broken pipe", re.I)
 
@@ -84,7 +83,7 @@ def guarded(command: Callable[[], None], again: str) -> int:
         if not _PEER_GONE.search(str(error)):
             return _ended(1, traceback.format_exc())
         # What was caught is said too: it may be this process's own, a download that broke off or an NCCL that found no network.
-        found = " ".join(f"{type(error).__name__}: {error}".split())[:_SHOWN]
+        found = f"{type(error).__name__}: {one_line(error)}"
         return _ended(LOST, f"process {jax.process_index()}: another process has ended, see its message (here: {found}); {again}")
     finally:
         signal.signal(signal.SIGTERM, before)

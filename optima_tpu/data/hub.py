@@ -9,7 +9,7 @@ import huggingface_hub
 from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
 
 from optima_tpu.data.source import Documents, Part, Split, split_options
-from optima_tpu.errors import UserError
+from optima_tpu.errors import UserError, one_line
 
 _FORM = "hub:ORG/NAME[/CONFIG]@SPLIT, such as hub:allenai/c4/en@train[:20000], and perhaps ?field=NAME"
 
@@ -118,7 +118,7 @@ class Hub:
             raise UserError(f"{self.repository} has no column {self.field!r}, it has {', '.join(columns)}: write ?field=NAME")
 
     def _unreadable(self, error: Exception) -> UserError:
-        return UserError(f"{self} can't be read ({_reason(error)}): check its name, configuration and split; without a network "
+        return UserError(f"{self} can't be read ({one_line(error)}): check its name, configuration and split; without a network "
                          "HF_HUB_OFFLINE=1 takes what `datasets` has in its cache, and file:PATH a file")
 
 
@@ -142,10 +142,5 @@ def download(repository: str, name: str) -> Path:
         return Path(hf_hub_download(repository, name, repo_type="dataset"))
     except Exception as error:  # the HTTP library below has exceptions of its own, and another name in every version
         raise UserError(f"{name} of the data set {repository} is not in the hub's cache and can't be downloaded "
-                        f"({_reason(error)}): download the file elsewhere with `hf download --repo-type dataset {repository} "
+                        f"({one_line(error)}): download the file elsewhere with `hf download --repo-type dataset {repository} "
                         f"{name}` and give it as file:PATH") from error
-
-
-def _reason(error: Exception) -> str:
-    """What an exception says, in one line."""
-    return " ".join(str(error).split())[:400] or type(error).__name__
