@@ -8,8 +8,8 @@ options sit beside it:
     solver: {name: cg, damping: 0.1}    --solver cg --solver.damping 0.1
 
 The command line goes over the file, the file over a preset (``presets``), that over the defaults. A command that names no
-method gets the best preset. Options belong to a method: whoever chooses another one on the command line drops those that the
-file gives to its own.
+method gets the best preset, whatever options of its methods it changes. Options belong to a method: whoever chooses another
+one on the command line drops those that the file gives to its own.
 """
 
 import argparse
@@ -52,7 +52,7 @@ def parse(argv: Sequence[str]) -> RunConfig:
     # jsonargparse takes --print_config for its own, which prints a layout of its own.
     rest = [argument for argument in argv if argument != "--print_config"]
     document = _read(early.config) if early.config else {}
-    if early.preset is None and "preset" not in document and not _names_method([*document, *_options(rest)]):
+    if early.preset is None and "preset" not in document and not _names_method([*_flat(document), *_options(rest)]):
         document["preset"] = DEFAULT
     config = configure(document, rest)
     if len(rest) < len(argv):
@@ -186,8 +186,8 @@ def _options(argv: Sequence[str]) -> list[str]:
 
 
 def _names_method(settings: Iterable[str]) -> bool:
-    """Whether one of the settings is a method, or an option of one."""
-    return any(setting.partition(".")[0] in {*CHOICES, "recapture"} for setting in settings)
+    """Whether one of the settings chooses a method; an option alone changes the one that there is."""
+    return not {f"{setting}.name" for setting in CHOICES}.isdisjoint(settings)
 
 
 def _early(argv: Sequence[str]) -> argparse.Namespace:

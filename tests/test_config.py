@@ -70,8 +70,25 @@ def test_the_help_tells_the_defaults_that_hold(argv, damping, capsys):
     assert float(told[1]) == damping
 
 
-@pytest.mark.parametrize("argv", [["--solver", "cg"], ["--selector", "wanda"], ["--accept=per_row"], ["--recapture", "false"],
-                                  ["--selector.shift_zero", "false"], ["--refine", "null"], ["--preset", "fast"]])
+@pytest.mark.parametrize("argv, changed", [
+    (["--solver.damping", "0.1"], dict(solver=CG(damping=0.1))), (["--refine.rounds", "8"], dict(refine=Swaps(rounds=8))),
+    (["--recapture", "false"], dict(recapture=False))])
+def test_an_option_without_its_method_changes_the_best_preset(argv, changed, file):
+    best = parse(["--preset", "best"])
+    expected = dataclasses.replace(best, **changed)
+    assert expected != best
+    assert parse(argv) == expected
+    setting, _, option = argv[0][2:].partition(".")
+    assert parse(["--config", file(f"{setting}: {{{option}: {argv[1]}}}" if option else f"{setting}: {argv[1]}")]) == expected
+
+
+def test_an_option_of_another_method_than_the_best_presets_is_refused():
+    assert "--selector.shift_zero is an option of selector wanda, but selector is admm here; choose wanda" in refusal(
+        "--selector.shift_zero", "true")
+
+
+@pytest.mark.parametrize("argv", [["--solver", "cg"], ["--selector", "wanda"], ["--accept=per_row"], ["--refine", "null"],
+                                  ["--preset", "fast"]])
 def test_a_method_that_is_named_goes_with_the_plain_ones(argv, file):
     assert parse(argv) == EMBEDDED
     setting, _, option = argv[0][2:].partition("=")[0].partition(".")
@@ -80,7 +97,7 @@ def test_a_method_that_is_named_goes_with_the_plain_ones(argv, file):
 
 
 def test_overrides_without_a_model_change_the_embedded_default(file):
-    assert parse(["--config", file("batch: 2"), "--solver.damping", "0.1"]) == dataclasses.replace(
+    assert parse(["--config", file("batch: 2"), "--solver", "cg", "--solver.damping", "0.1"]) == dataclasses.replace(
         EMBEDDED, batch=2, solver=CG(damping=0.1))
 
 
