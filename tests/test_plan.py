@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import AbstractMesh
 
-from optima_tpu.config import Calibration, RunConfig
+from optima_tpu.config import CHOICES, Calibration, RunConfig
 from optima_tpu.errors import UserError
 from optima_tpu.layer_rules import parse_layers
 from optima_tpu.patterns import Unstructured
@@ -17,7 +17,7 @@ from optima_tpu.memory import needed
 from optima_tpu.plan import topology
 from optima_tpu.plan.__main__ import main
 from optima_tpu.plan.compile import compiled
-from optima_tpu.plan.estimate import prune_work, storage
+from optima_tpu.plan.estimate import prune_work, solver_cost, storage
 from optima_tpu.plan.hlo import collectives
 from optima_tpu.plan.model import open_declared
 from optima_tpu.plan.plan import make_plan
@@ -42,6 +42,16 @@ def config_folder(path, **settings):
 def run_config(folder, **settings):
     text = Calibration("random", samples=16, length=32, held_out=4)
     return RunConfig(folder, **dict(batch=2, calibration=text, layers=parse_layers(LAST, "row")) | settings)
+
+
+def test_every_solver_has_a_cost_and_an_unknown_one_is_named():
+    for cls in CHOICES["solver"].values():
+        assert solver_cost(cls and cls()).products >= 0
+
+    class Mine: ...
+
+    with pytest.raises(UserError, match="a solver whose cost is known, got Mine: add what it does to plan.estimate.solver_cost"):
+        solver_cost(Mine())
 
 
 @pytest.mark.parametrize("text", ["v5e-8", "v5litepod-8", "v5e:8", "v5e:0x2", "v5e:", "tpu7x:2x2x1", "h100:2x2"])

@@ -395,6 +395,12 @@ def test_all_cells_have_the_devices_of_one_process(sweep, stand_in, capsys):
     assert "expected one cpu_devices for all cells" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("options", [["--num-processes", "2"], ["--coordinator", "localhost:1"], ["--process-id=0"]])
+def test_a_sweep_in_several_processes_is_refused(sweep, stand_in, capsys, options):
+    assert sweep(*options) == 2
+    assert "expected a sweep in one process" in capsys.readouterr().err and not stand_in.ran
+
+
 def test_a_real_sweep_is_the_runs_it_names(finished, tmp_path, monkeypatch, capsys):
     """Interrupted inside its third cell; its cells are what the command line of a single run gives."""
     run = {"model": str(finished.model), "mesh": "4x2", "calibration": {"source": "random", "samples": 8, "length": 32},

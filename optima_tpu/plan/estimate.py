@@ -11,6 +11,7 @@ import jax
 
 from optima_tpu.allocation import Uniform
 from optima_tpu.config import RunConfig
+from optima_tpu.errors import UserError
 from optima_tpu.models.decoder import run_block
 from optima_tpu.plan.model import Declared
 from optima_tpu.plan.topology import GIB, Target
@@ -87,7 +88,11 @@ class SolverCost(NamedTuple):
 
 
 def solver_cost(solver: Solver | Refining | None) -> SolverCost:
-    """What a solver does with the rows of a layer, if all goes as assumed."""
+    """What a solver does with the rows of a layer, if all goes as assumed.
+
+    Raises:
+      UserError: nothing is known of this one.
+    """
     match solver:
         case None:
             return SolverCost(0, 0)
@@ -106,7 +111,8 @@ def solver_cost(solver: Solver | Refining | None) -> SolverCost:
             each, solves = solver_cost(solver.solver), solver.swaps.rounds + 1
             return SolverCost(solves * (each.products + 1), solves * (each.passes + 2 * _PASSES_OF_A_MASK),
                               each.shared + FACTORISATIONS, solves * each.each_row)
-    raise TypeError(f"no cost is known for {solver}")
+    name = type(solver).__name__
+    raise UserError(f"expected a solver whose cost is known, got {name}: add what it does to plan.estimate.solver_cost")
 
 
 def prune_work(rows: float, d_in: int, solver: Solver | Refining | None, selector: MaskSelector | None, held_out: bool,

@@ -12,7 +12,7 @@ from optima_tpu.report.records import LayerReport
 from optima_tpu.report.results import mean_errors
 from optima_tpu.report.runs import Run
 from optima_tpu.report.summary import (
-    LayerKind, by_kind, exchanged, held_out_caveat, held_out_errors, kind_name, means, short_names, sparsity, unusual)
+    LayerKind, by_kind, exchanged, gap_meaning, held_out_caveat, held_out_errors, kind_name, means, short_names, sparsity, unusual)
 from optima_tpu.report.table import TROUBLE, unusual_lines
 from optima_tpu.report.view import NONE, Key, Section, Table, figure
 
@@ -114,9 +114,7 @@ def solver(runs: Sequence[Run]) -> Section:
     if not solved:
         return Section("solver", "Solver", ["No solver moved the weights: they are the selector’s own."])
     used = sorted({run.solver for _, run in solved})
-    text = [f"The gap says how far a row is from the best weights for its mask, by the measure of {' and '.join(used)}"
-            + (", which is a certified upper bound." if used == ["cg"] else
-               "; the measures of different solvers do not compare." if len(used) > 1 else ".")]
+    text = [f"The gap is {gap_meaning(used)}."]
     for _, run in solved:
         if (share := exchanged(run.layers)) is not None:
             text.append(f"{run.label + ': ' if several else ''}{percent(share)} of the weights that stay came in by exchange for "

@@ -77,8 +77,8 @@ class LayerReport:
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Self:
         """From :meth:`to_json`; None is read as infinity, but for what there may be none of."""
-        optional = ("held_out", "tokens", "dense", "damping", "alpha", "exchanged")
-        read = {key: math.inf if value is None and not key.startswith(optional) else value for key, value in values.items()}
+        optional = {field.name for field in dataclasses.fields(cls) if field.default is None}
+        read = {key: math.inf if value is None and key not in optional else value for key, value in values.items()}
         return cls(**read | {"shape": tuple(read["shape"])})
 
 

@@ -89,6 +89,18 @@ def exchanged(layers: Iterable[LayerReport]) -> float | None:
     return sum(layer.exchanged for layer in refined) / kept if kept else None
 
 
+def gap_meaning(solvers: Sequence[str]) -> str:
+    """What the gaps of these solvers tell, without a stop."""
+    distance = "how far a row is from the best weights for its mask"
+    match sorted(set(solvers)):
+        case ["cg"]:
+            return f"{distance}, at most: a certified bound, as a share of the optimum"
+        case [one]:
+            return f"{distance}, by {one}'s own measure"
+        case several:
+            return f"{distance}, by the measures of {' and '.join(several)}, which do not compare"
+
+
 def unusual(blocks: Sequence[BlockReport]) -> dict[str, dict[str, int]]:
     """What a person should look at, by layer: {"rows_not_converged": {"block 3 mlp.down_proj": 12}, ...}.
 

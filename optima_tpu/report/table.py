@@ -9,7 +9,8 @@ from rich.table import Table
 
 from optima_tpu.report.numbers import number, percent, plural
 from optima_tpu.report.records import BlockReport
-from optima_tpu.report.summary import all_layers, by_kind, exchanged, held_out_caveat, short_names, sparsity, unusual
+from optima_tpu.report.summary import (
+    all_layers, by_kind, exchanged, gap_meaning, held_out_caveat, short_names, sparsity, unusual)
 
 _NAMED = 4
 """So many layers are named for each kind of trouble; report.json has them all."""
@@ -53,7 +54,7 @@ def print_summary(console: Console, blocks: Sequence[BlockReport], *, solver: st
         names = " and ".join(short_names(weighed).values())
         lines.append(f"{names}: tokens weighed by one over the mean square of the residual stream.")
     if solver:
-        lines.append(f"Gap: how far a row is from the best weights for its mask, at most, by {solver}'s own measure.")
+        lines.append(f"Gap: {gap_meaning([solver])}.")
     dense, pruned = perplexity["dense"], perplexity["pruned"]
     weights = sum(math.prod(layer.shape) for layer in layers)
     ratio = number(pruned / dense)

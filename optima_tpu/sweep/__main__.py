@@ -105,6 +105,10 @@ def _set_devices(grid: Grid) -> None:
     if len(counts) > 1:
         raise UserError(f"expected one cpu_devices for all cells, which run in one process, got "
                         f"{', '.join(map(str, counts))}")
+    if any((config.coordinator, config.num_processes, config.process_id) != (None, None, None) for config in
+           (cell.config for cell in grid.cells)):
+        raise UserError("expected a sweep in one process, got --coordinator, --num-processes or --process-id: run single cells in "
+                        "several processes with optima_tpu.launch (--dry-run tells their settings)")
     simulate_devices(counts.pop())
 
 
