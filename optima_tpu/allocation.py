@@ -43,7 +43,8 @@ class OWL:
 
     A block's outliers are the weights whose ``|w_ij| ||x_j||`` is more than ``outlier`` times the block's mean, with the dense
     model's inputs ``x``. From the least to the largest share of outliers the density rises by ``2 * limit``. It costs a pass of
-    the calibration samples through the dense model.
+    the calibration samples through the dense model. The published code gives every block its own share, to the weight, and all
+    blocks one mean; here it is rounded to the steps of this module, and only blocks of one size trade.
 
     Attributes:
       outlier: how many times the mean; the paper's M.

@@ -17,7 +17,8 @@ EVALUATION_DOCUMENTS = 1100
 class C4:
     """The first shard of the training set (356,317 documents); for evaluation the first shard of the validation set.
 
-    Evaluation takes its first 1100 documents joined by a space, as SparseGPT does, who report on 256 windows of 2048.
+    Evaluation takes its first 1100 documents joined by a space, as SparseGPT does, and all of their windows; SparseGPT takes at
+    most 256, which matters for windows much shorter than its 2048 tokens.
     """
 
     def __str__(self) -> str:

@@ -46,10 +46,14 @@ class ADMM:
     Nothing here depends on the mesh but the rounding of products. Where that decides between two scores, the iterations carry
     the difference on to all that competes: with the group "row" it stays in that row, which then has another mask, as good.
 
-    It departs from the published code (mazumder-lab/ALPS ``alps.py``) in four things. The penalty follows a fixed plan instead
-    of how much of the mask changed, so that no row waits for another, and no eigendecomposition is needed. Damping pulls toward
-    the dense weights instead of toward zero, and is a share of each input's own energy. There are no conjugate gradients at the
-    end. Unstructured masks may be chosen row by row too, where the code compares over the layer.
+    It departs from the published code (mazumder-lab/ALPS ``alps.py``) in these things:
+
+    - The penalty follows a fixed plan, where the code's follows how much of the mask changed, for up to 300 iterations. So no
+      row waits for another, and no eigendecomposition is needed.
+    - Damping is a share of each input's own energy, there of the mean energy. Both pull toward the dense weights.
+    - It starts from ``z = w``, the code from the pruned ``w``; the last mask is that of ``z``, there that of ``v``.
+    - There are no conjugate gradients at the end: ``CG`` as the solver stands for them, as a row of ALPS in a table needs.
+    - Unstructured masks may be chosen row by row too, where the code compares over the layer.
 
     Attributes:
       damping: ridge that pulls a row toward its *dense* weights, as a share of the Hessian's diagonal.

@@ -13,7 +13,9 @@ from optima_tpu.problem import LayerProblem, Pruned
 class Magnitude:
     """Keeps the weights with the largest ``|w|``; the kept ones do not move.
 
-    The published baseline compares over the whole matrix: ``Unstructured(sparsity, group="layer")``.
+    The published baseline compares over the whole matrix: ``Unstructured(sparsity, group="layer")``. Its code (locuslab/wanda
+    ``lib/prune.py``) prunes one weight more, and all that are as small as the largest of them: of a quantised model visibly more
+    than asked. Here the count is exact, and of equal ones the lower index goes first.
     """
 
     group: ClassVar[str] = "layer"

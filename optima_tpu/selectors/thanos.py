@@ -32,14 +32,16 @@ class Thanos:
     Source: Ilin and Richtarik, arXiv 2504.05346. It departs from the published code (vectozavr/thanos
     ``lib/thanos.py``, and paramathic/optima ``optima/thanos.py`` after it) in three things:
 
-    - N:M prunes every row, as the pattern says. The code leaves the tenth of the rows with the largest errors dense by
-      default, and one row more; paramathic/optima calls it so that 2:4 removes whole columns.
+    - N:M prunes every row, as the pattern says. The code leaves one row dense, and a tenth of the rows more where it is asked
+      for outliers, as it is by default but not in all of its authors' runs; paramathic/optima calls it so that 2:4 removes
+      whole columns.
     - Every block's inverse is read from one triangular factor, not computed anew. The update is the same.
     - Weights of dead inputs (``H_jj = 0``) score zero and go first; those that the pattern lets stay keep their value,
       where the code sets them to zero and prunes more than asked.
 
     Attributes:
-      block: columns pruned together, 256 in the published code; N:M rounds it up to whole groups.
+      block: columns pruned together, 256 in OPTIMA's runs and by default in the published code, 512 in the runs of its authors;
+        N:M rounds it up to whole groups.
       damping: ridge on the Hessian, as a share of the mean of its diagonal.
     """
 

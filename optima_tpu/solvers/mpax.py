@@ -39,6 +39,10 @@ _FIRST_LIMIT, _GROWTH, _PARTS, _LEAST = 128, 4, 8, 64
 class MPAX:
     """The paper's method, for comparison with it. The defaults are the paper's.
 
+    Departures from the published code (paramathic/optima ``optima/weight_update.py``), which works in bfloat16 around the same
+    call of MPAX: the Hessian is summed from float32 products and the change is added in float32; a pruned entry's bounds are
+    equal, there 1e-4 apart, with zeros written over what comes out; there is no equality constraint, there one of zeros.
+
     Every row starts at its dense weights (``d = 0``); the first projection zeroes the pruned ones. The selector's own
     weights are not a start. Nothing makes a row end below the selector's objective: whoever calls decides what to
     accept.
