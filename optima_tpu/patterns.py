@@ -85,7 +85,16 @@ class NM:
     def keep_mask(self, scores: Array) -> Array:
         """The mask that keeps the highest scores of every group. See :func:`keep_mask`."""
         self.pruned_count(scores.shape)
-        return ~lowest(scores.reshape(-1, self.m), self.m - self.n, "row").reshape(scores.shape)
+        order, place = _order(scores), jnp.arange(scores.shape[1]) % self.m
+
+        # Not a view [groups, m]: a TPU would give its last axis 128 places.
+        def count(shift: Array, before: Array) -> Array:
+            """Adds those of the same group, ``shift`` places to the left and to the right, that go before a weight."""
+            left, right = jnp.roll(order, shift, axis=1), jnp.roll(order, -shift, axis=1)
+            return before + ((place >= shift) & (left <= order)) + ((place < self.m - shift) & (right < order))
+
+        before = jax.lax.fori_loop(1, self.m, count, jnp.zeros(scores.shape, jnp.int32))
+        return before >= self.m - self.n
 
 
 Pattern = Unstructured | NM
@@ -144,10 +153,7 @@ def lowest(scores: Array, count: Array | int, group: str) -> Array:
       scores: [rows, columns] float32; NaN counts as the smallest of all.
       count: int32, [rows, 1] or [] for the group "row", [1, 1] or [] for "layer", where the index runs row by row.
     """
-    scores = jnp.where(jnp.isnan(scores), -jnp.inf, jnp.where(scores == 0, 0.0, scores))  # one zero, without a sign
-    # The bits of positive floats are in the order of the floats, those of negative ones in the opposite order.
-    bits = jax.lax.bitcast_convert_type(scores.astype(jnp.float32), jnp.uint32)
-    order = jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
+    order = _order(scores)
     axis = 1 if group == "row" else None
 
     def number(mask: Array) -> Array:
@@ -165,3 +171,11 @@ def lowest(scores: Array, count: Array | int, group: str) -> Array:
         in_row = rank[:, -1:]
         rank = rank + jnp.cumsum(in_row, axis=0, dtype=jnp.int32) - in_row
     return below | (ties & (rank <= count - number(below)))
+
+
+def _order(scores: Array) -> Array:
+    """uint32 numbers in the order of the scores; NaN is the smallest."""
+    scores = jnp.where(jnp.isnan(scores), -jnp.inf, jnp.where(scores == 0, 0.0, scores))  # one zero, without a sign
+    # The bits of positive floats are in the order of the floats, those of negative ones in the opposite order.
+    bits = jax.lax.bitcast_convert_type(scores.astype(jnp.float32), jnp.uint32)
+    return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
