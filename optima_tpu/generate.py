@@ -117,7 +117,7 @@ def load(decoder: Decoder, length: int) -> Resident:
     tied = {decoder.family.embedding: head.projection} if config.tied else {}
     ends = decoder.place_ends({decoder.root + name: P(MODEL, None) for name in _embedding_names(decoder) if name not in tied})
     embedding = tied | {name.removeprefix(decoder.root): array for name, array in ends.items()}
-    positions = jax.device_put(_positions(decoder, length), NamedSharding(mesh, P()))
+    positions = jax.tree.map(lambda array: place(mesh, array, P()), _positions(decoder, length))
     return Resident(decoder.state(blocks), positions, embedding, head)
 
 

@@ -62,19 +62,29 @@ def make_mesh(text: str | None) -> Mesh:
         hint = f", or --cpu-devices {data * model} to simulate it" if kind == "cpu" else ""
         raise UserError(f"mesh {data}x{model} needs {data * model} devices, there are {count} ({kind}): "
                         f"choose a mesh whose product is {count}{hint}")
-    slices = {getattr(device, "slice_index", 0) for device in jax.devices()}
-    if len(slices) > 1:  # TPU slices that reach each other through the data centre's network: only sums over data cross it
-        if data % len(slices):
-            raise UserError(f"mesh {data}x{model} does not fit {len(slices)} slices of {count // len(slices)} devices: "
-                            f"choose one whose first number is a multiple of {len(slices)}")
-        devices = mesh_utils.create_hybrid_device_mesh((data // len(slices), model), (len(slices), 1))
-        return Mesh(devices, (DATA, MODEL), axis_types=(AxisType.Auto,) * 2)
     # Auto axes: the model code is written without shardings and XLA places its collectives. make_mesh's default is Explicit.
+    auto = (AxisType.Auto,) * 2
     try:
-        return jax.make_mesh((data, model), (DATA, MODEL), axis_types=(AxisType.Auto,) * 2)
+        grid = _between_hosts(data, model)
+        return jax.make_mesh((data, model), (DATA, MODEL), auto) if grid is None else Mesh(grid, (DATA, MODEL), axis_types=auto)
     except NotImplementedError:  # an axis takes whole dimensions of a TPU slice
         raise UserError(f"mesh {data}x{model} cannot be laid on this slice of {count} chips, whose dimensions it would cut: "
                         "choose one whose numbers are products of them; optima_tpu.plan names the nearest") from None
+
+
+def _between_hosts(data: int, model: int) -> np.ndarray | None:
+    """All devices [data, model] where ``jax.make_mesh`` does not do it: they belong to several slices. Else None."""
+    devices = jax.devices()
+    slices = {getattr(device, "slice_index", 0) for device in devices}
+    if len(slices) == 1:
+        return None
+    if devices[0].platform != "tpu":  # XLA numbers hosts of GPUs so; NCCL reaches them all, those of one host are consecutive
+        return np.array(devices).reshape(data, model)
+    # TPU slices, which reach each other through the data centre's network: only sums over data cross it.
+    if data % len(slices):
+        raise UserError(f"mesh {data}x{model} does not fit {len(slices)} slices of {len(devices) // len(slices)} devices: "
+                        f"choose one whose first number is a multiple of {len(slices)}")
+    return mesh_utils.create_hybrid_device_mesh((data // len(slices), model), (len(slices), 1), devices)
 
 
 def simulate_devices(count: int | None) -> None:
@@ -111,8 +121,10 @@ def spread(mesh: Mesh, shape: tuple[int, ...], spec: P = P()) -> P:
 
 
 def place(mesh: Mesh, array: np.ndarray, spec: P) -> jax.Array:
-    """Puts a host array on the mesh; dimensions that do not divide are replicated."""
-    return jax.device_put(array, NamedSharding(mesh, divisible(mesh, array.shape, spec)))
+    """Puts a host array, the same in every process, on the mesh; dimensions that do not divide are replicated."""
+    sharding = NamedSharding(mesh, divisible(mesh, array.shape, spec))
+    # device_put would gather the whole array from every process to compare them.
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
 def padded(count: int, multiple: int) -> int:

@@ -1,5 +1,6 @@
 """Whatever is wrong with the input is one line that says so, and nothing on the disk changes."""
 
+import dataclasses
 import errno
 import json
 import os
@@ -14,7 +15,7 @@ import pytest
 from optima_tpu.errors import UserError
 from optima_tpu.files import LOCK, only_program
 from optima_tpu.launch import main
-from optima_tpu.sharding import make_mesh
+from optima_tpu.sharding import _between_hosts, make_mesh
 from tests.helpers import SMALL, snapshot, tiny_folder
 
 TENSOR = "model.layers.1.mlp.up_proj.weight"
@@ -212,6 +213,40 @@ def test_a_hub_that_is_not_reached(tmp_path, monkeypatch):
     assert result.stderr.startswith("error: ")
     assert "the hub can't be reached and its cache does not hold no-such-owner/no-such-model" in result.stderr
     assert not (tmp_path / "run").exists()
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """What a mesh asks of a device."""
+
+    id: int
+    platform: str
+    device_kind: str
+    slice_index: int
+    coords: tuple[int, int, int]
+    core_on_chip: int = 0
+    process_index: int = 0
+
+
+def devices(platform: str, slices: int, each: int) -> list[Device]:
+    return [Device(number, platform, "some", number // each, (number % 2, number // 2 % 2, number % each // 4))
+            for number in range(slices * each)]
+
+
+@pytest.mark.parametrize("data, model", [(1, 8), (2, 4), (8, 1), (4, 2)])
+def test_any_mesh_of_gpus_on_several_hosts(monkeypatch, data, model):
+    monkeypatch.setattr(jax, "devices", lambda: devices("gpu", 2, 4))
+    found = _between_hosts(data, model)
+    assert found.shape == (data, model) and [device.id for device in found.flat] == list(range(8))
+
+
+def test_only_the_data_axis_of_a_mesh_goes_over_tpu_slices(monkeypatch):
+    monkeypatch.setattr(jax, "devices", lambda: devices("tpu", 2, 4))
+    assert [{device.slice_index for device in row} for row in _between_hosts(4, 2)] == [{0}, {0}, {1}, {1}]
+    with pytest.raises(UserError, match="mesh 1x8 does not fit 2 slices of 4 devices"):
+        _between_hosts(1, 8)
+    monkeypatch.setattr(jax, "devices", lambda: devices("tpu", 1, 8))
+    assert _between_hosts(1, 8) is None
 
 
 def test_a_mesh_that_would_cut_the_dimensions_of_a_slice(monkeypatch):

@@ -44,6 +44,14 @@ def run_config(folder, **settings):
     return RunConfig(folder, **dict(batch=2, calibration=text, layers=parse_layers(LAST, "row")) | settings)
 
 
+@pytest.mark.parametrize("topology, splits", [("v5e:4x4", True), ("v6e:4x4", False), ("v5p:4x4x1", False)])
+def test_a_mesh_splits_the_dimensions_of_a_v5e_alone(topology, splits):
+    """As ``jax.make_mesh`` does."""
+    target = topology_target(topology, "8x2", compiling=False)
+    assert (tuple(target.mesh.shape.values()) == (8, 2)) == splits
+    assert any("splits a dimension" in note for note in target.notes) != splits
+
+
 def test_every_solver_has_a_cost_and_an_unknown_one_is_named():
     for cls in CHOICES["solver"].values():
         assert solver_cost(cls and cls()).products >= 0

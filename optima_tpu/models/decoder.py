@@ -25,7 +25,7 @@ from optima_tpu.models import family_of
 from optima_tpu.models.family import DecoderConfig, Family, Positions, ReadTensor
 from optima_tpu.models.layers import project
 from optima_tpu.processes import fetch, together
-from optima_tpu.sharding import MODEL, divisible, spread
+from optima_tpu.sharding import MODEL, divisible, place, spread
 from optima_tpu.weights.source import TensorSource
 
 
@@ -155,7 +155,7 @@ class Decoder:
 
     def positions(self, index: int, length: int) -> Positions:
         """What block ``index`` knows of the first ``length`` places, on every device."""
-        return jax.device_put(self.config.positions(index, length), NamedSharding(self.mesh, P()))
+        return jax.tree.map(lambda array: place(self.mesh, array, P()), self.config.positions(index, length))
 
     def head(self) -> "Head":
         """What turns the last block's output into logits, on the mesh."""

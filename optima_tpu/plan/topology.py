@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
-from jax.sharding import AbstractMesh, Mesh
+from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from optima_tpu.errors import UserError
 from optima_tpu.memory import host_memory
@@ -141,9 +141,10 @@ def topology_target(text: str, mesh: str | None, compiling: bool = True, quick: 
                 rate: getattr(chip, rate) / cores for rate in ("narrow", "wide", "factor", "bandwidth")})
             notes.append(f"a {kind} chip is {cores} devices here: figures are per device")
     cores = len(devices) // math.prod(shape) if devices else 1
-    sizes, note = fitting_mesh(mesh, (*shape, cores), text)
+    # jax.make_mesh splits the dimensions of a v5e as it needs them, and of no other.
+    sizes, note = fitting_mesh(mesh, _primes(math.prod(shape)) if kind == "v5e" else (*shape, cores), text)
     if devices:
-        made = topologies.make_mesh(described, sizes, (DATA, MODEL))
+        made = jax.make_mesh(sizes, (DATA, MODEL), (AxisType.Auto,) * 2, devices=devices)
     else:
         made = AbstractMesh(sizes, (DATA, MODEL))
     if devices and quick:
@@ -161,6 +162,8 @@ def _describe(text: str, kind: str, shape: tuple[int, ...]) -> topologies.Topolo
     # A host has 2x2 chips, in slices smaller than that as many as there are.
     host = [size if size < 2 else 2 for size in shape[:2]] + [1]
     options = {} if math.prod(host) == 4 else {"chips_per_host_bounds": host}
+    if kind == "v4":  # a slice shows the two cores of a chip as one device, this description by default does not
+        options["chip_config_name"] = "megacore"
     try:
         return topologies.get_topology_desc(slice_name, platform="tpu", **options)
     except jax.errors.JaxRuntimeError as error:
@@ -176,7 +179,7 @@ def fitting_mesh(text: str | None, shape: tuple[int, ...], where: str) -> tuple[
 
     Args:
       text: see ``sharding.parse_mesh``; None puts all devices on data.
-      shape: of the devices; an axis of a mesh takes whole dimensions of it, since ``jax.make_mesh`` splits none.
+      shape: of the devices; an axis of a mesh takes whole dimensions of it.
       where: what has the devices, for the note.
     """
     count = math.prod(shape)
@@ -187,7 +190,7 @@ def fitting_mesh(text: str | None, shape: tuple[int, ...], where: str) -> tuple[
     if best == asked:
         return best, ()
     why = (f"needs {math.prod(asked)} devices, {where} has {count}" if math.prod(asked) != count else
-           f"splits a dimension of {where}, which jax.make_mesh does not do")
+           f"splits a dimension of {where}, which jax.make_mesh does not do there")
     return best, (f"mesh {asked[0]}x{asked[1]} {why}: planned for {best[0]}x{best[1]}",)
 
 
