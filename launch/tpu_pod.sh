@@ -9,8 +9,10 @@
 #
 #   gcloud compute tpus tpu-vm scp --recurse . "$TPU_NAME:optima-tpu" --zone="$ZONE" --worker=all
 #   gcloud compute tpus tpu-vm ssh "$TPU_NAME" --zone="$ZONE" --worker=all --command='
-#     python3 -m venv ~/optima && ~/optima/bin/pip install -q "./optima-tpu[tpu,gcs]"'
+#     curl -LsSf https://astral.sh/uv/install.sh | sh && ~/.local/bin/uv venv -q --python 3.12 ~/optima &&
+#     ~/.local/bin/uv pip install -q --python ~/optima "./optima-tpu[tpu,gcs]"'
 #
+# (uv, since this needs Python 3.11 or newer and the images of TPU VMs have had 3.10)
 # and a run directory (--output) that every worker sees: gs://BUCKET/FOLDER, or an NFS mount such as Filestore. A gated model
 # needs a token on every worker (~/optima/bin/hf auth login). OPTIMA_PYTHON names another interpreter on the workers.
 #

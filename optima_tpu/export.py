@@ -27,6 +27,7 @@ import safetensors.numpy
 from optima_tpu.buckets import as_path
 from optima_tpu.card import HUB_ID, model_card
 from optima_tpu.checkpoint import CheckpointTensors, quiet_orbax
+from optima_tpu.command import guarded
 from optima_tpu.errors import UserError
 from optima_tpu.files import PARTIAL, begin, commit, complete, files_in, read_record, remove, split_by_size, writing, written_here
 from optima_tpu.layer_rules import parse_layers, pattern_of
@@ -237,7 +238,11 @@ def _sidecar(source: CheckpointTensors, zeros: Mapping[str, int]) -> dict[str, A
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line. Returns the exit status."""
+    """The command line. Returns the exit status, see :func:`guarded`."""
+    return guarded(lambda: _export(arguments), "the same command does it again")
+
+
+def _export(arguments: list[str] | None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m optima_tpu.export",
         description="Makes the folder that transformers loads from a finished pruning run. The source is not needed.")
@@ -247,13 +252,8 @@ def main(arguments: list[str] | None = None) -> int:
     chosen = parser.parse_args(arguments)
     jax.config.update("jax_platforms", "cpu")  # Orbax starts JAX, and an accelerator may be busy with another run
     quiet_orbax()
-    try:
-        export(chosen.run_dir, chosen.out, chosen.max_shard_size)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    export(chosen.run_dir, chosen.out, chosen.max_shard_size)
     print(f"wrote {chosen.out}")
-    return 0
 
 
 if __name__ == "__main__":

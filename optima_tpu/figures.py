@@ -8,8 +8,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from types import ModuleType
 
+from optima_tpu.command import guarded
 from optima_tpu.errors import UserError
 from optima_tpu.report import curves
 
@@ -17,21 +17,21 @@ _SUFFIXES = (".png", ".svg", ".pdf")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line. Returns the exit status."""
+    """The command line. Returns the exit status, see :func:`guarded`."""
+    return guarded(lambda: _draw(arguments), "the same command does it again")
+
+
+def _draw(arguments: Sequence[str] | None) -> None:
     chosen = _parser().parse_args(arguments)
-    try:
-        path = check_output(chosen.output)
-        layers = chosen.figure == "layer-errors"
-        data = curves.layer_errors(chosen.runs, chosen.against) if layers else curves.samples(chosen.sweep)
-        drawing = _drawing()
-        drawing.write(drawing.layer_errors(data) if layers else drawing.samples(data), path)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    path = check_output(chosen.output)
+    layers = chosen.figure == "layer-errors"
+    data = curves.layer_errors(chosen.runs, chosen.against) if layers else curves.samples(chosen.sweep)
+    from optima_tpu.report import figures  # matplotlib takes a moment, which --help and errors do not wait for
+
+    figures.write(figures.layer_errors(data) if layers else figures.samples(data), path)
     for remark in data.remarks:
         print(remark)
     print(f"wrote {path}")
-    return 0
 
 
 def check_output(path: str | Path) -> Path:
@@ -48,17 +48,6 @@ def check_output(path: str | Path) -> Path:
     if path.is_dir():
         raise UserError(f"expected --output to be a file, got the folder {path}")
     return path
-
-
-def _drawing() -> ModuleType:
-    """The module that draws. Imported only now: matplotlib takes a moment, which --help and errors do not wait for."""
-    try:
-        from optima_tpu.report import figures
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] != "matplotlib":
-            raise
-        raise UserError("figures are drawn by matplotlib, which is not installed: pip install matplotlib") from None
-    return figures
 
 
 def _parser() -> argparse.ArgumentParser:

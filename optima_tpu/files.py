@@ -123,6 +123,12 @@ def _lock(directory: Path, timeout: float) -> filelock.BaseFileLock:
     return filelock.FileLock(directory / LOCK, timeout=timeout, fallback_to_soft=False)
 
 
+def user_cache() -> Path:
+    """OPTIMA_TPU_CACHE, or optima-tpu in XDG_CACHE_HOME, which is ~/.cache where it is not set. It may not be there yet."""
+    home = os.environ.get("OPTIMA_TPU_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "optima-tpu"
+    return Path(home).expanduser()
+
+
 def still_only_program(directory: Path) -> None:
     """To be called before something in a directory is replaced.
 

@@ -4,13 +4,11 @@ import dataclasses
 import json
 import math
 import statistics
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-import optima_tpu.report
 from optima_tpu.config import EMBEDDED
 from optima_tpu.errors import UserError
 from optima_tpu.figures import main
@@ -253,14 +251,6 @@ def test_an_output_that_cannot_be_is_refused_before_anything_is_read(output, wor
     Path("folder.png").mkdir()
     message = refusal(capsys, "layer-errors", "nowhere", "-o", output)
     assert [word for word in words if word not in message] == []
-
-
-def test_without_matplotlib_it_is_named(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.delitem(sys.modules, "optima_tpu.report.figures")
-    monkeypatch.delattr(optima_tpu.report, "figures")
-    message = refusal(capsys, "layer-errors", write_run(tmp_path / "a"), "-o", tmp_path / "x.png")
-    assert "pip install matplotlib" in message
 
 
 def test_a_folder_that_is_not_writable_is_the_users_concern(tmp_path, monkeypatch):

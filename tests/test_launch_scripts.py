@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from optima_tpu.launch import LOST, RESUME
+from optima_tpu.command import LOST, RESUME
 
 LAUNCH = Path(__file__).parent.parent / "launch"
 SCRIPTS = sorted(path.name for path in LAUNCH.iterdir() if path.suffix in (".sh", ".sbatch"))

@@ -11,12 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from optima_tpu import launch, processes
+from optima_tpu import processes
 from optima_tpu.activations import Activations
 from optima_tpu.errors import UserError
 from optima_tpu.export import read_masks
 from optima_tpu.journal import Journal, finished_blocks
-from optima_tpu.launch import LOST, RESUME, guarded, main
+from optima_tpu.command import LOST, RESUME, _stop, guarded
+from optima_tpu.launch import main
 from tests.helpers import folder_tensors, mesh
 from tests.test_resume import assert_same_weights
 
@@ -183,7 +184,7 @@ def test_sigterm_ends_a_run_with_its_own_status_and_a_save_is_finished_first(fin
     assert main(command) == RESUME
     assert "SIGTERM; the same command goes on" in capsys.readouterr().err
     assert finished_blocks(tmp_path / "run") == ([0, 1] if inside else [0])
-    assert signal.getsignal(signal.SIGTERM) is not launch._stop
+    assert signal.getsignal(signal.SIGTERM) is not _stop
 
 
 @pytest.mark.parametrize("harmed", ["block", "states"])

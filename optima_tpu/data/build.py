@@ -16,6 +16,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import Progress, TextColumn, TimeElapsedColumn
 
+from optima_tpu.command import guarded
 from optima_tpu.data.file import File
 from optima_tpu.data.tfds import TFDS
 from optima_tpu.errors import UserError
@@ -119,7 +120,11 @@ def _features():
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line. Returns the exit status."""
+    """The command line. Returns the exit status, see :func:`guarded`."""
+    return guarded(lambda: _build(arguments), "the same command does it again")
+
+
+def _build(arguments: list[str] | None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m optima_tpu.data.build",
         description="Makes a data set of text files, for --calibration.source tfds:NAME@DIR. No TensorFlow is needed.")
@@ -134,20 +139,14 @@ def main(arguments: list[str] | None = None) -> int:
     console = Console()
     progress = Progress(TextColumn("{task.completed:,} documents written"), TimeElapsedColumn(), console=console, transient=True,
                         disable=not console.is_terminal)
-    try:
-        target = TFDS.parse(chosen.target)
-        files, others = ([File(Path(path).expanduser(), chosen.field) for path in paths]
-                         for paths in (chosen.files, chosen.validation_files))
-        with progress:
-            task = progress.add_task("", total=None)
-            counts = build(target, files, others, chosen.validation_share,
-                           lambda count: progress.update(task, completed=count))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    target = TFDS.parse(chosen.target)
+    files, others = ([File(Path(path).expanduser(), chosen.field) for path in paths]
+                     for paths in (chosen.files, chosen.validation_files))
+    with progress:
+        task = progress.add_task("", total=None)
+        counts = build(target, files, others, chosen.validation_share, lambda count: progress.update(task, completed=count))
     held = ", ".join(f"{count:,} documents in {split}" for split, count in counts.items())
     print(f"wrote {target.directory / target.name / VERSION}: {held}; read it by --calibration.source {target}")
-    return 0
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ import functools
 import hashlib
 import importlib.metadata
 import json
-import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +14,7 @@ import safetensors
 import safetensors.numpy
 
 from optima_tpu.data.source import Fingerprinted, Source, Split, Tokens
-from optima_tpu.files import PARTIAL, commit
+from optima_tpu.files import PARTIAL, commit, user_cache
 from optima_tpu.processes import from_first
 from optima_tpu.weights import Pretrained
 
@@ -32,9 +31,8 @@ class TokenCache:
 
     @staticmethod
     def of_user() -> "TokenCache":
-        """In OPTIMA_TPU_CACHE, or in optima-tpu in XDG_CACHE_HOME, which is ~/.cache where it is not set."""
-        home = os.environ.get("OPTIMA_TPU_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "optima-tpu"
-        return TokenCache(Path(home).expanduser() / "tokens")
+        """In the user's cache."""
+        return TokenCache(user_cache() / "tokens")
 
     def tokens(self, key: Callable[[], str | None], draw: Callable[[], Tokens]) -> Tokens:
         """What ``draw()`` returns, from the cache where it is there; its ``cache`` says so. Every process calls it.

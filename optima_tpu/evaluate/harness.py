@@ -105,7 +105,8 @@ class DecoderLM(TemplateLM):
             if not continuation:
                 raise UserError(f"expected a continuation with tokens of its own, got {shown}, which has none after its context")
             if not context:  # white space before a text goes to it, and a tokenizer without BOS leaves nothing
-                raise UserError(f"expected a context with tokens of its own before {shown}, got {texts[0]!r:.60}; mend the data set")
+                raise UserError(f"expected a context with tokens of its own before {shown}, got {texts[0]!r:.60}; mend the data "
+                                "set")
             if len(continuation) > limit:
                 raise UserError(f"expected continuations of at most {limit} tokens, the model's context, got {shown} with "
                                 f"{len(continuation)}: leave the task out")

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ import jax
 from rich.console import Console
 
 from optima_tpu.cli import parse
+from optima_tpu.command import guarded
 from optima_tpu.errors import UserError
 from optima_tpu.files import write_bytes, writing
 from optima_tpu.report.progress import say
@@ -30,42 +30,38 @@ examples:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit status: 0 planned, 1 when something does not fit, 2 for something the user can mend."""
-    # Or transformers, when it is first imported, says that torch is missing, which is as it should be.
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    try:
-        options, settings = _parse(list(sys.argv[1:] if argv is None else argv))
-        config = parse(settings)
-        if options.json and not options.json.parent.is_dir():
-            raise UserError(f"expected --json in an existing folder, got {options.json}; make {options.json.parent} first")
-        simulate_devices(config.cpu_devices)
-        if options.topology:  # its devices need not be here, and a TPU that is stays free
-            jax.config.update("jax_platforms", "cpu")
-        # Only now: what these import asks for the devices.
-        from optima_tpu.plan.model import open_declared
-        from optima_tpu.plan.plan import make_plan
-        from optima_tpu.plan.table import greeting, print_plan
-        from optima_tpu.plan.topology import local_target, topology_target
+    """Returns the exit status: 1 when something does not fit, else see :func:`guarded`."""
+    return guarded(lambda: _plan(sys.argv[1:] if argv is None else argv), "the same command does it again")
 
-        console = Console()
-        model, compiling = open_declared(config.model, config.dtype, config.batch), not options.no_compile
-        target = (topology_target(options.topology, config.mesh, compiling, options.quick) if options.topology
-                  else local_target(config.mesh, model.dtype, compiling))
-        model = model.on(target.mesh)
-        say(console, "\n".join([*greeting(model.origin, model.decoder.config.blocks, target), ""]))
-        plan = make_plan(config, model, target, lambda line: say(console, line))
-        if target.compiles:
-            console.print()
-        print_plan(console, plan)
-        if options.json:
-            with writing(options.json, "choose another --json"):
-                write_bytes(options.json, (json.dumps(plan.to_json(), indent=2) + "\n").encode())
-        return 1 if plan.too_large or plan.refused else 0
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+
+def _plan(argv: Sequence[str]) -> int:
+    options, settings = _parse(list(argv))
+    config = parse(settings)
+    if options.json and not options.json.parent.is_dir():
+        raise UserError(f"expected --json in an existing folder, got {options.json}; make {options.json.parent} first")
+    simulate_devices(config.cpu_devices)
+    if options.topology:  # its devices need not be here, and a TPU that is stays free
+        jax.config.update("jax_platforms", "cpu")
+    # Only now: what these import asks for the devices.
+    from optima_tpu.plan.model import open_declared
+    from optima_tpu.plan.plan import make_plan
+    from optima_tpu.plan.table import greeting, print_plan
+    from optima_tpu.plan.topology import local_target, topology_target
+
+    console = Console()
+    model, compiling = open_declared(config.model, config.dtype, config.batch), not options.no_compile
+    target = (topology_target(options.topology, config.mesh, compiling, options.quick) if options.topology
+              else local_target(config.mesh, model.dtype, compiling))
+    model = model.on(target.mesh)
+    say(console, "\n".join([*greeting(model.origin, model.decoder.config.blocks, target), ""]))
+    plan = make_plan(config, model, target, lambda line: say(console, line))
+    if target.compiles:
+        console.print()
+    print_plan(console, plan)
+    if options.json:
+        with writing(options.json, "choose another --json"):
+            write_bytes(options.json, (json.dumps(plan.to_json(), indent=2) + "\n").encode())
+    return 1 if plan.too_large or plan.refused else 0
 
 
 def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:

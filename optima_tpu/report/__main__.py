@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table as RichTable
 
 from optima_tpu.buckets import as_path, in_bucket
+from optima_tpu.command import guarded
 from optima_tpu.errors import UserError
 from optima_tpu.report.file import files_in
 from optima_tpu.report.page import PAGE, write_page
@@ -19,21 +20,20 @@ from optima_tpu.report.table import print_summary
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line. Returns the exit status: 0 done, 2 for something the user can mend."""
+    """The command line. Returns the exit status, see :func:`guarded`."""
+    return guarded(lambda: _report(arguments), "the same command does it again")
+
+
+def _report(arguments: Sequence[str] | None) -> None:
     chosen = _parser().parse_args(arguments)
     console = Console()
-    try:
-        path = output_path(chosen.runs, chosen.output)
-        runs = write_page(chosen.runs, path)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    path = output_path(chosen.runs, chosen.output)
+    runs = write_page(chosen.runs, path)
     if len(runs) == 1:
         _tell(console, runs[0])
     else:
         _compare(console, runs)
     say(console, f"\nwrote {path}")
-    return 0
 
 
 def output_path(runs: Sequence[str], output: str | None) -> Path:

@@ -12,7 +12,8 @@ from optima_tpu.report.records import LayerReport
 from optima_tpu.report.results import mean_errors
 from optima_tpu.report.runs import Run
 from optima_tpu.report.summary import (
-    LayerKind, by_kind, exchanged, gap_meaning, held_out_caveat, held_out_errors, kind_name, means, short_names, sparsity, unusual)
+    LayerKind, by_kind, exchanged, gap_meaning, held_out_caveat, held_out_errors, kind_name, means, short_names, sparsity,
+    unusual)
 from optima_tpu.report.table import TROUBLE, unusual_lines
 from optima_tpu.report.view import NONE, Key, Section, Table, figure
 

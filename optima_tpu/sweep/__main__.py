@@ -1,16 +1,15 @@
 """The command line of a sweep: ``python -m optima_tpu.sweep FILE``."""
 
 import argparse
-import os
 import shlex
 import sys
 from collections.abc import Collection, Sequence
 
 from rich.console import Console
 
+from optima_tpu.command import guarded, take_devices
 from optima_tpu.errors import UserError
 from optima_tpu.report.progress import say
-from optima_tpu.sharding import simulate_devices
 from optima_tpu.sweep import grid as grids
 from optima_tpu.sweep.cells import Cell, differences
 from optima_tpu.sweep.grid import Grid, read_grid
@@ -20,40 +19,36 @@ _PROGRAM = "python -m optima_tpu.sweep"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit status: 0 done, 1 with failed cells, 2 for something the user can mend, 130 for Ctrl-C."""
-    # Or transformers, when it is first imported, says that torch is missing, which is as it should be.
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    try:
-        options, settings = _parse(list(sys.argv[1:] if argv is None else argv))
-        grid = read_grid(options.file, settings, options.output)
-        chosen = _chosen(grid, options.only)
-        _set_devices(grid)
-        # Only now: what these import asks for the devices.
-        from optima_tpu.checkpoint import quiet_orbax
-        from optima_tpu.sweep.runner import Sweep
+    """Returns the exit status: 1 with failed cells, else see :func:`guarded`."""
+    return guarded(lambda: _sweep(sys.argv[1:] if argv is None else argv),
+                   "the same command goes on after the last finished block")
 
-        quiet_orbax()
-        sweep = Sweep(grid, () if options.dry_run else chosen, options.keep_checkpoints)
-        console = Console()
-        if options.dry_run:
-            _list(console, grid, chosen, sweep.finished)
-            return 0
-        if sweep.finished:
-            say(console, f"resuming  {len(sweep.finished)} of {len(grid.cells)} cells are done")
-        command = shlex.join(_command(options, settings))
-        sweep.run(console, command)
-        files = sweep.write(command)
-        console.print()
-        console.print(terminal_table(layout(grid, sweep.results)), highlight=False)
-        failures = failure_lines(sweep.results)
-        say(console, "\n".join(["", *(f"failed  {line}" for line in failures), *map(str, files.values())]))
-        return 1 if failures else 0
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on from the last finished block", file=sys.stderr)
-        return 130
+
+def _sweep(argv: Sequence[str]) -> int:
+    options, settings = _parse(list(argv))
+    grid = read_grid(options.file, settings, options.output)
+    chosen = _chosen(grid, options.only)
+    _set_devices(grid)
+    # Only now: what these import asks for the devices.
+    from optima_tpu.checkpoint import quiet_orbax
+    from optima_tpu.sweep.runner import Sweep
+
+    quiet_orbax()
+    sweep = Sweep(grid, () if options.dry_run else chosen, options.keep_checkpoints)
+    console = Console()
+    if options.dry_run:
+        _list(console, grid, chosen, sweep.finished)
+        return 0
+    if sweep.finished:
+        say(console, f"resuming  {len(sweep.finished)} of {len(grid.cells)} cells are done")
+    command = shlex.join(_command(options, settings))
+    sweep.run(console, command)
+    files = sweep.write(command)
+    console.print()
+    console.print(terminal_table(layout(grid, sweep.results)), highlight=False)
+    failures = failure_lines(sweep.results)
+    say(console, "\n".join(["", *(f"failed  {line}" for line in failures), *map(str, files.values())]))
+    return 1 if failures else 0
 
 
 def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -105,11 +100,11 @@ def _set_devices(grid: Grid) -> None:
     if len(counts) > 1:
         raise UserError(f"expected one cpu_devices for all cells, which run in one process, got "
                         f"{', '.join(map(str, counts))}")
-    if any((config.coordinator, config.num_processes, config.process_id) != (None, None, None) for config in
-           (cell.config for cell in grid.cells)):
-        raise UserError("expected a sweep in one process, got --coordinator, --num-processes or --process-id: run single cells in "
-                        "several processes with optima_tpu.launch (--dry-run tells their settings)")
-    simulate_devices(counts.pop())
+    first = grid.cells[0].config
+    if (first.coordinator, first.num_processes, first.process_id) != (None, None, None):
+        raise UserError("expected a sweep in one process, got --coordinator, --num-processes or --process-id: run single cells "
+                        "in several processes with optima_tpu.launch (--dry-run tells their settings)")
+    take_devices(first, alone=True)
 
 
 def _list(console: Console, grid: Grid, chosen: Sequence[Cell], finished: Collection[Cell]) -> None:
