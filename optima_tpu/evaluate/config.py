@@ -38,7 +38,8 @@ class EvaluateConfig:
       against: another model that is measured in the same way, as a rule the dense one; on the texts also the distance to it.
       against_results: directory of an earlier evaluation of that model with the same tasks, whose numbers are taken in the
         place of running the tasks on it again.
-      perplexity: texts, with commas between them: wikitext2, c4, pydoc, file:PATH or npy:PATH.
+      perplexity: texts, with commas between them, as evaluation.source of a run: wikitext2, c4, pydoc, file:PATH, npy:PATH,
+        tfds:NAME@DIR, hub:NAME@SPLIT.
       length: tokens in a window of these texts; null takes 2048, or the model's context where it is shorter.
       windows: measure on the first so many windows of each text; null takes all.
       bos: a BOS token before every "window", or only where the tokenizer puts one before the whole "text", as published

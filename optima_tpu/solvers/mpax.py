@@ -59,7 +59,7 @@ class MPAX:
       eps_rel: relative tolerance of MPAX.
       iteration_limit: rows that reach it are returned as they are, not converged. The test is made every 64 iterations.
       unit_diagonal: solve in ``d_j sqrt(H_jj)``, in units of the row's output ``sqrt(w H w')``. The tolerance is then
-        free of scale, and ``gap`` is what it bounds, up to the ``1 +``.
+        free of scale, and bounds ``gap`` but for the 1 that MPAX adds to its denominators.
       damping: as in ``CG``: ridge toward the dense weights, as a share of the Hessian's diagonal. The paper has none.
       primal_importance: MPAX's initial balance of primal against dual steps; 1 is MPAX's default and the paper's. Here
         the dual stays 0, so the balance never adapts, and at 1 the constraint that does nothing still limits the primal
