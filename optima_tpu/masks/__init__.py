@@ -11,9 +11,7 @@ from optima_tpu.errors import UserError
 from optima_tpu.export import MASKS
 from optima_tpu.manifest import RUN
 from optima_tpu.masks.check import check_masks
-from optima_tpu.masks.checkpoint_zeros import CheckpointZeros
 from optima_tpu.masks.npz import MASKLLM, open_npz
-from optima_tpu.masks.run_directory import RunMasks
 from optima_tpu.masks.safetensors_file import open_safetensors
 from optima_tpu.masks.source import UNDERSTOOD, MaskSource
 from optima_tpu.masks.torch_files import open_torch_file, open_torch_folder
@@ -51,7 +49,7 @@ def open_masks(spec: str | None) -> MaskSource:
                             f"understood are {UNDERSTOOD}")
         if published := _published(spec):
             return open_npz(published, spec)
-    return CheckpointZeros(open_model(spec).tensors, spec)
+    return _zeros(spec, spec)
 
 
 def _open_folder(folder: Path, spec: str) -> MaskSource:
@@ -61,12 +59,21 @@ def _open_folder(folder: Path, spec: str) -> MaskSource:
     if files:
         return open_npz(files[0], spec)
     if (folder / RUN).is_file():
-        return RunMasks(CheckpointTensors(folder), spec)
+        tensors = CheckpointTensors(folder)
+        return MaskSource(spec, "masks of a run directory", {name: name for name in tensors.pruned()},
+                          lambda name, shape: tensors.mask(name))
     if (folder / "config.json").is_file():
-        return CheckpointZeros(open_model(str(folder)).tensors, spec)
+        return _zeros(str(folder), spec)
     if any(folder.glob("*.pt")):
         return open_torch_folder(folder, spec)
     raise UserError(f"{spec} is no folder of masks that is understood; understood are {UNDERSTOOD}")
+
+
+def _zeros(model: str, origin: str) -> MaskSource:
+    """Of every matrix of a checkpoint what is not exactly zero."""
+    tensors = open_model(model).tensors
+    return MaskSource(origin, "zeros of a checkpoint", {name: name for name in tensors.names() if len(tensors.shape(name)) == 2},
+                      lambda name, shape: tensors.read(name) != 0, from_zeros=True)
 
 
 def _published(spec: str) -> Path | None:

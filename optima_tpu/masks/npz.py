@@ -1,17 +1,15 @@
 """Masks in npz files: MaskLLM's, this program's own, and plain matrices."""
 
-import dataclasses
 import zipfile
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import ClassVar
 
 import numpy as np
 
 from optima_tpu.errors import UserError
 from optima_tpu.export import MASKS
-from optima_tpu.masks.source import UNDERSTOOD, checked, weight_names
+from optima_tpu.masks.source import UNDERSTOOD, MaskSource, weight_names
 from optima_tpu.weights.source import first_line
 
 MASKLLM = "mask_compressed.npz"
@@ -23,31 +21,7 @@ _DAMAGE = (zipfile.BadZipFile, zlib.error, ValueError, KeyError, EOFError, OSErr
 Entries = Mapping[str, tuple[tuple[int, ...], np.dtype]]
 
 
-@dataclasses.dataclass(frozen=True)
-class NpzMasks:
-    """The masks of one npz file; see :func:`open_npz`."""
-
-    path: Path
-    origin: str
-    how: str
-    keys: Mapping[str, str]
-    unpack: Callable[[np.lib.npyio.NpzFile, str, tuple[int, int]], np.ndarray]
-    from_zeros: ClassVar[bool] = False
-
-    def names(self) -> tuple[str, ...]:
-        return tuple(sorted(self.keys))
-
-    def read(self, name: str, shape: tuple[int, int]) -> np.ndarray:
-        try:
-            with np.load(self.path, allow_pickle=False) as file:
-                mask = self.unpack(file, self.keys[name], shape)
-        except _DAMAGE as error:
-            raise UserError(f"{name}: can't be read from {self.path} ({first_line(error)}): "
-                            "get or write the file again") from error
-        return checked(mask, name, shape, self.origin)
-
-
-def open_npz(path: Path, origin: str) -> NpzMasks:
+def open_npz(path: Path, origin: str) -> MaskSource:
     """Recognises one of three layouts by the shapes and dtypes of all entries; 1 means kept in each.
 
     MaskLLM (NVlabs/MaskLLM, tool_compress_mask.py): "<parameter>.mask" -> [ceil(d_out d_in / 8)] uint8,
@@ -76,7 +50,15 @@ def open_npz(path: Path, origin: str) -> NpzMasks:
                 raise UserError(f"{path} holds no masks that are understood: {key!r} is {dtype}{list(shape)}; "
                                 f"understood are {UNDERSTOOD}")
         how, keys, unpack = "npz of 0/1 matrices", list(entries), _plain
-    return NpzMasks(path, origin, how, weight_names(keys, origin), unpack)
+
+    def load(key: str, shape: tuple[int, int]) -> np.ndarray:
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                return unpack(file, key, shape)
+        except _DAMAGE as error:
+            raise UserError(f"{key}: can't be read from {path} ({first_line(error)}): get or write the file again") from error
+
+    return MaskSource(origin, how, weight_names(keys, origin), load)
 
 
 def _entries(path: Path) -> Entries:

@@ -1,7 +1,7 @@
 """What imported masks are to the rest of the program, whatever file they come from."""
 
-from collections.abc import Iterable
-from typing import Protocol
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 
@@ -12,22 +12,28 @@ UNDERSTOOD = ("a MaskLLM npz, an npz or safetensors file of 0/1 matrices, prunin
               "checkpoint (folder, .gguf file or hub id)")
 
 
-class MaskSource(Protocol):
+@dataclasses.dataclass(frozen=True)
+class MaskSource:
     """The masks of pruned weights; only :meth:`read` reads, and nothing is held.
 
     Attributes:
       origin: what the user typed.
       how: what it was taken for, such as "MaskLLM npz".
+      keys: name of each weight, "model.layers.0.mlp.up_proj.weight" -> what it is called in the source.
+      load: reads one mask by that name; the shape of the weight is beside it for formats that do not hold it.
       from_zeros: the masks are the zeros of a checkpoint. It has a tensor for every layer, pruned or not, and a weight
         that was kept may be zero all the same.
     """
 
     origin: str
     how: str
-    from_zeros: bool
+    keys: Mapping[str, str]
+    load: Callable[[str, tuple[int, int]], np.ndarray]
+    from_zeros: bool = False
 
     def names(self) -> tuple[str, ...]:
-        """The names of the weights, sorted: "model.layers.0.mlp.up_proj.weight"."""
+        """The names of the weights, sorted."""
+        return tuple(sorted(self.keys))
 
     def read(self, name: str, shape: tuple[int, int]) -> np.ndarray:
         """One mask, [d_out, d_in] bool, True where the weight is kept.
@@ -38,6 +44,7 @@ class MaskSource(Protocol):
         Raises:
           UserError: the mask has another shape or other values than 0 and 1, or its file is damaged.
         """
+        return checked(self.load(self.keys[name], shape), name, shape, self.origin)
 
 
 def weight_names(keys: Iterable[str], origin: str) -> dict[str, str]:

@@ -1,57 +1,19 @@
 """Masks that torch.save wrote. The format is torch's own, so torch reads it, imported no earlier than that."""
 
-import dataclasses
 import pickle
 import zipfile
-from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
 from optima_tpu.errors import UserError
-from optima_tpu.masks.source import UNDERSTOOD, checked, weight_names
+from optima_tpu.masks.source import UNDERSTOOD, MaskSource, weight_names
 from optima_tpu.weights.source import first_line
 
 
-@dataclasses.dataclass(frozen=True)
-class TorchFolderMasks:
-    """One file for each weight; see :func:`open_torch_folder`."""
-
-    folder: Path
-    origin: str
-    keys: Mapping[str, str]
-    how: ClassVar[str] = "ProxSparse .pt files"
-    from_zeros: ClassVar[bool] = False
-
-    def names(self) -> tuple[str, ...]:
-        return tuple(sorted(self.keys))
-
-    def read(self, name: str, shape: tuple[int, int]) -> np.ndarray:
-        path = self.folder / (self.keys[name] + ".pt")
-        return checked(_matrix(_load(path), name, path), name, shape, self.origin)
-
-
-@dataclasses.dataclass(frozen=True)
-class TorchFileMasks:
-    """A dictionary in one file, mapped into memory and not read; see :func:`open_torch_file`."""
-
-    path: Path
-    origin: str
-    keys: Mapping[str, str]
-    tensors: Mapping[str, Any]
-    how: ClassVar[str] = "PyTorch dictionary of masks"
-    from_zeros: ClassVar[bool] = False
-
-    def names(self) -> tuple[str, ...]:
-        return tuple(sorted(self.keys))
-
-    def read(self, name: str, shape: tuple[int, int]) -> np.ndarray:
-        return checked(_matrix(self.tensors[self.keys[name]], name, self.path), name, shape, self.origin)
-
-
-def open_torch_folder(folder: Path, origin: str) -> TorchFolderMasks:
+def open_torch_folder(folder: Path, origin: str) -> MaskSource:
     """ProxSparse's layout (amazon-science/ProxSparse, end-to-end/mask_op.py): "<parameter>.pt" holds [d_out, d_in] of
     0 and 1 in the dtype of the weight; 1 means kept.
 
@@ -59,12 +21,18 @@ def open_torch_folder(folder: Path, origin: str) -> TorchFolderMasks:
       UserError: torch is not installed.
     """
     _torch(folder)
-    return TorchFolderMasks(folder, origin, weight_names((path.stem for path in sorted(folder.glob("*.pt"))), origin))
+
+    def load(key: str, shape: tuple[int, int]) -> np.ndarray:
+        path = folder / (key + ".pt")
+        return _matrix(_load(path), key, path)
+
+    keys = weight_names((path.stem for path in sorted(folder.glob("*.pt"))), origin)
+    return MaskSource(origin, "ProxSparse .pt files", keys, load)
 
 
-def open_torch_file(path: Path, origin: str) -> TorchFileMasks:
-    """Opens {"<parameter>": [d_out, d_in] of 0 and 1}; 1 means kept. MaskLLM's masks before they are packed, and
-    ProxSparse's when merged for the code of OPTIMA's paper.
+def open_torch_file(path: Path, origin: str) -> MaskSource:
+    """Opens {"<parameter>": [d_out, d_in] of 0 and 1}, mapped into memory and not read; 1 means kept. MaskLLM's masks before they
+    are packed, and ProxSparse's when merged for the code of OPTIMA's paper.
 
     Raises:
       UserError: torch is not installed, the file is damaged, or it holds something else.
@@ -73,7 +41,8 @@ def open_torch_file(path: Path, origin: str) -> TorchFileMasks:
     if not isinstance(tensors, dict) or not all(isinstance(key, str) for key in tensors):
         raise UserError(f"expected a dictionary of masks by the names of their weights in {path}, got "
                         f"{type(tensors).__name__}; understood are {UNDERSTOOD}")
-    return TorchFileMasks(path, origin, weight_names(tensors, origin), tensors)
+    return MaskSource(origin, "PyTorch dictionary of masks", weight_names(tensors, origin),
+                      lambda key, shape: _matrix(tensors[key], key, path))
 
 
 def _torch(path: Path) -> ModuleType:
