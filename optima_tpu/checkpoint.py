@@ -171,28 +171,16 @@ def checkpointed_blocks(directory: Path) -> list[dict[str, Any]] | None:
     return record["run"]["blocks"] if all(complete(directory / part) for part in record.get(_PARTS, ())) else None
 
 
-class CheckpointTensors:
-    """The tensors of a finished run as a ``TensorSource``, read from RUN/checkpoint and its parts, to the host, when asked for.
+class OrbaxTensors:
+    """The tensors in Orbax checkpoints as a ``TensorSource``, read to the host when asked for.
 
-    Attributes:
-      run: ``{"manifest": ..., "configuration": ..., "blocks": [report of each block], "sparsity": [of each block] or None}``.
-
-    Raises:
-      UserError: the run is not finished.
+    Args:
+      trees: each checkpoint -> the tree that ``read_metadata`` says is in it: groups "weights" and "masks" by name.
     """
 
-    def __init__(self, directory: str | Path):
-        path = as_path(directory).absolute() / CHECKPOINT
-        if not complete(path):
-            read_run(directory)
-            if (path.parent / "report.json").exists():
-                raise UserError(f"expected a run with its pruned model, got {directory}, which holds the report alone: a sweep "
-                                "removes the models of its finished cells; repeat it with --keep-checkpoints, which makes them "
-                                "again, or of a lost model the run's own command")
-            raise UserError(f"expected a finished run, got {directory}, which has no checkpoint yet; repeat its "
-                            "command to finish it")
-        self.run, self._trees = _read(path)
-        self._found = {group: _leaves(self._trees, group) for group in ("weights", "masks")}
+    def __init__(self, trees: Mapping[Path, Mapping[str, Any]]):
+        self._trees = trees
+        self._found = {group: _leaves(trees, group) for group in ("weights", "masks")}
         self._held: tuple[tuple[str, str], dict[str, np.ndarray]] = ("", ""), {}
 
     def names(self) -> tuple[str, ...]:
@@ -240,6 +228,30 @@ class CheckpointTensors:
         for path, tree in self._trees.items():
             found |= load_group(path, group, {name: leaf for name, leaf in _leaves({path: tree}, group).items() if name in names})
         return found
+
+
+class CheckpointTensors(OrbaxTensors):
+    """The tensors of a finished run, in RUN/checkpoint and its parts.
+
+    Attributes:
+      run: ``{"manifest": ..., "configuration": ..., "blocks": [report of each block], "sparsity": [of each block] or None}``.
+
+    Raises:
+      UserError: the run is not finished.
+    """
+
+    def __init__(self, directory: str | Path):
+        path = as_path(directory).absolute() / CHECKPOINT
+        if not complete(path):
+            read_run(directory)
+            if (path.parent / "report.json").exists():
+                raise UserError(f"expected a run with its pruned model, got {directory}, which holds the report alone: a sweep "
+                                "removes the models of its finished cells; repeat it with --keep-checkpoints, which makes them "
+                                "again, or of a lost model the run's own command")
+            raise UserError(f"expected a finished run, got {directory}, which has no checkpoint yet; repeat its "
+                            "command to finish it")
+        self.run, trees = _read(path)
+        super().__init__(trees)
 
 
 def _block_of(name: str) -> str:

@@ -32,7 +32,7 @@ from jax.sharding import Mesh
 
 from optima_tpu.activations import Activations, held_rows
 from optima_tpu.buckets import as_path
-from optima_tpu.checkpoint import load_group, read_metadata, save_tree
+from optima_tpu.checkpoint import OrbaxTensors, load_group, read_metadata, save_tree
 from optima_tpu.errors import UserError
 from optima_tpu.files import (LOCK, PARTIAL, begin, commit, digest, files_in, read_here, remove, staged, still_only_program,
                               uninterrupted, write_bytes, writing, written_here)
@@ -188,6 +188,10 @@ class Journal:
     def masks(self, index: int) -> dict[str, np.ndarray]:
         """The masks of a finished block by the HF name of the weight, [d_out, d_in] bool, True where kept."""
         return self._group(index, "masks")
+
+    def tensors(self) -> OrbaxTensors:
+        """The pruned weights of all finished blocks."""
+        return OrbaxTensors({self.entry(index): read_metadata(self.entry(index)).metadata for index in sorted(self.finished)})
 
     def report(self, index: int) -> dict:
         """The report of a finished block, as it was saved."""

@@ -21,7 +21,6 @@ from optima_tpu.data import Tokens
 from optima_tpu.evaluate.perplexity import perplexity
 from optima_tpu.export import export, is_export_of
 from optima_tpu.files import complete, only_program, read_record, refuse_unreachable, write_bytes, writing
-from optima_tpu.finished import FinishedTensors
 from optima_tpu.greeting import greet
 from optima_tpu.importance import Allocated, allocated, allocation_steps, kept
 from optima_tpu.inputs import Model, Texts, manifest_of, open_model_on_mesh, read_texts, token_digest
@@ -183,7 +182,7 @@ def _states_before(decoder: Decoder, tokens: np.ndarray, index: int, journal: Jo
     if (saved := journal.activations(decoder.mesh, index - 1, len(tokens))) is not None:
         return saved
     progress.note(f"the hidden states after block {index - 1} are not there or damaged: they are computed again")
-    return _through(dataclasses.replace(decoder, tensors=FinishedTensors(journal)), index, decoder.embed(tokens))
+    return _through(dataclasses.replace(decoder, tensors=journal.tensors()), index, decoder.embed(tokens))
 
 
 def _dense_states_before(decoder: Decoder, tokens: np.ndarray, index: int, journal: Journal) -> Activations:
