@@ -18,7 +18,7 @@ from etils.epath.gpath import PosixGPath
 from fsspec.config import conf
 from fsspec.core import url_to_fs
 
-from optima_tpu.errors import UserError
+from optima_tpu.errors import UserError, one_line
 
 _THIS_PROGRAM = uuid.uuid4().hex
 _BLOCK = 64 << 20
@@ -81,7 +81,7 @@ def stored_digest(path: Path) -> tuple[int, str]:
 def refusal(error: Exception) -> str:
     """What a bucket, or something on the way to it, answered, in one line; empty for an error of another kind."""
     if isinstance(error, OSError) or type(error).__module__.partition(".")[0] in ("gcsfs", "google") or "gs://" in str(error):
-        return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        return f"{type(error).__name__}: {one_line(error)}"
     return ""
 
 

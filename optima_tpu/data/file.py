@@ -12,7 +12,7 @@ import pyarrow
 import pyarrow.parquet
 
 from optima_tpu.data.source import Part, Split, split_options
-from optima_tpu.errors import UserError
+from optima_tpu.errors import UserError, one_line
 
 SUFFIXES = (".txt", ".txt.gz", ".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
 
@@ -51,9 +51,8 @@ class File:
         try:
             yield from read()
         except (OSError, EOFError, zlib.error, UnicodeError, pyarrow.ArrowException) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise UserError(f"expected {'a Parquet file' if parquet else 'UTF-8 text'} in {self.path}, but it can't be "
-                            f"read ({reason}): download or convert it again") from error
+                            f"read ({one_line(error)}): download or convert it again") from error
 
     def check(self) -> None:
         """Raises UserError where there is no such file, or none of a known format."""

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from optima_tpu.data.source import Part, Split, Tokens
-from optima_tpu.errors import UserError
+from optima_tpu.errors import UserError, one_line
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Npy:
         try:
             array = np.load(self.path, mmap_mode="r", allow_pickle=False)
         except (ValueError, OSError, EOFError) as error:
-            raise UserError(f"{self.path} can't be read as an .npy file ({str(error).splitlines()[0]}): "
+            raise UserError(f"{self.path} can't be read as an .npy file ({one_line(error)}): "
                             "write it with numpy.save") from error
         if not isinstance(array, np.ndarray) or array.ndim != 2 or not np.issubdtype(array.dtype, np.integer):
             came = f"{array.dtype}{array.shape}" if isinstance(array, np.ndarray) else "an archive of arrays"

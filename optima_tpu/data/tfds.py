@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from optima_tpu.data.source import Documents, Part, Split, split_options
-from optima_tpu.errors import UserError
+from optima_tpu.errors import UserError, one_line
 
 _FORM = "tfds:NAME@DIR, tfds:NAME/CONFIG:VERSION@DIR, and perhaps ?split=NAME, ?field=NAME or ?split=NAME&field=NAME"
 
@@ -131,8 +131,7 @@ class TFDS:
             raise self._unreadable(error) from error
 
     def _unreadable(self, error: Exception) -> UserError:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        return UserError(f"{self} can't be read ({reason}): make the data set again, in the format array_record")
+        return UserError(f"{self} can't be read ({one_line(error)}): make the data set again, in the format array_record")
 
 
 def _prepared(directory: Path) -> Iterator[str]:

@@ -9,8 +9,7 @@ from lm_eval.tasks.manager import TaskDict
 from lm_eval.utils import handle_non_serializable
 
 from optima_tpu.buckets import as_path
-from optima_tpu.errors import UserError
-from optima_tpu.weights.source import first_line
+from optima_tpu.errors import UserError, one_line
 
 
 def read_known(folder: str, files: Sequence[str], fingerprint: str) -> dict[str, Any]:
@@ -32,7 +31,7 @@ def read_known(folder: str, files: Sequence[str], fingerprint: str) -> dict[str,
                 found.append((known["config"]["model_args"], known))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"expected what an evaluation wrote in {path}, which can't be read ({type(error).__name__}: "
-                            f"{first_line(error)}): leave --against-results out") from error
+                            f"{one_line(error)}): leave --against-results out") from error
     if not found:
         raise UserError("expected --against-results with the directory of an earlier evaluation with --tasks, got "
                         f"{folder}, which has no {files[0]}")

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from optima_tpu.buckets import as_path
 from optima_tpu.checkpoint import CHECKPOINT, CheckpointTensors
-from optima_tpu.errors import UserError
+from optima_tpu.errors import UserError, one_line
 from optima_tpu.export import SIDECAR
 from optima_tpu.files import read_record
 from optima_tpu.inputs import Model
@@ -22,7 +22,7 @@ from optima_tpu.models.check import check_checkpoint
 from optima_tpu.models.decoder import Decoder
 from optima_tpu.processes import together
 from optima_tpu.weights import Pretrained, TensorSource, load_tokenizer, open_model
-from optima_tpu.weights.source import DTYPES, Index, first_line, parse_dtype, read_config
+from optima_tpu.weights.source import DTYPES, Index, parse_dtype, read_config
 
 _ORBAX = "_CHECKPOINT_METADATA"
 
@@ -151,5 +151,5 @@ class RunTensors:
 
 
 def _damaged(run: Path, error: Exception) -> str:
-    return (f"the checkpoint in {run} can't be read ({first_line(error):.200}): it is damaged or not complete; remove "
+    return (f"the checkpoint in {run} can't be read ({one_line(error):.200}): it is damaged or not complete; remove "
             f"{run / CHECKPOINT} and repeat the run's command, which writes it again from its journal")

@@ -15,11 +15,10 @@ from lm_eval.evaluator import evaluate
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks.manager import TaskDict
 
-from optima_tpu.errors import UserError
+from optima_tpu.errors import UserError, one_line
 from optima_tpu.evaluate.harness import DecoderLM
 from optima_tpu.processes import from_first, is_first
 from optima_tpu.report.numbers import plural
-from optima_tpu.weights.source import first_line
 
 PAPER = ("mmlu", "piqa", "arc_easy", "arc_challenge", "winogrande", "openbookqa")
 """The zero-shot tasks whose mean accuracy OPTIMA reports."""
@@ -92,7 +91,7 @@ def _load(manager: TaskManager, name: str, folder: Path | None) -> TaskDict:
     except UserError:
         raise
     except OSError as error:  # no network, no such data set, a gated one, a file that is not there
-        raise UserError(f"the data of task {name} are not here and can't be had ({first_line(error)}): fill the Hugging Face "
+        raise UserError(f"the data of task {name} are not here and can't be had ({one_line(error)}): fill the Hugging Face "
                         f"cache where there is a network, or give them as files with --data {name}=FOLDER") from error
     except Exception as error:  # anything, from templates and data that do not fit each other
         raise _unfit(name, error) from error
@@ -112,7 +111,7 @@ def _named(work: Callable[..., Any], name: str, what: str) -> Callable[..., Any]
 
 
 def _unfit(name: str, error: Exception, what: str = "made from") -> UserError:
-    return UserError(f"task {name} can't be {what} its data ({type(error).__name__}: {first_line(error)}): expected the fields "
+    return UserError(f"task {name} can't be {what} its data ({type(error).__name__}: {one_line(error)}): expected the fields "
                      "and splits that its task file names")
 
 

@@ -7,7 +7,7 @@ from huggingface_hub.errors import (EntryNotFoundError, HfHubHTTPError, HFValida
                                     RevisionNotFoundError)
 
 from optima_tpu.checkpoint import CheckpointTensors
-from optima_tpu.errors import UserError
+from optima_tpu.errors import UserError, one_line
 from optima_tpu.export import MASKS
 from optima_tpu.manifest import RUN
 from optima_tpu.masks.check import check_masks
@@ -16,7 +16,6 @@ from optima_tpu.masks.safetensors_file import open_safetensors
 from optima_tpu.masks.source import UNDERSTOOD, MaskSource
 from optima_tpu.masks.torch_files import open_torch_file, open_torch_folder
 from optima_tpu.weights import hub, open_model
-from optima_tpu.weights.source import first_line
 
 __all__ = ["MaskSource", "check_masks", "open_masks"]
 
@@ -87,6 +86,6 @@ def _published(spec: str) -> Path | None:
         except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError):
             return None  # open_model asks for the same, and says what to do
         except HfHubHTTPError as error:
-            raise UserError(f"the hub refused {file} of {name} ({first_line(error)}): try again, or download it with "
+            raise UserError(f"the hub refused {file} of {name} ({one_line(error)}): try again, or download it with "
                             f"`hf download {name} {file}` elsewhere and give the file") from error
     return None

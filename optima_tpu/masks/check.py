@@ -5,8 +5,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from optima_tpu.errors import UserError
-from optima_tpu.masks.source import MaskSource, some
+from optima_tpu.errors import UserError, some
+from optima_tpu.masks.source import MaskSource
 from optima_tpu.patterns import NM, Pattern, Unstructured
 from optima_tpu.weights import TensorSource
 

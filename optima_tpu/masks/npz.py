@@ -7,10 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from optima_tpu.errors import UserError
+from optima_tpu.errors import UserError, one_line
 from optima_tpu.export import MASKS
 from optima_tpu.masks.source import UNDERSTOOD, MaskSource, weight_names
-from optima_tpu.weights.source import first_line
 
 MASKLLM = "mask_compressed.npz"
 """The file that MaskLLM publishes beside or without a model."""
@@ -56,7 +55,7 @@ def open_npz(path: Path, origin: str) -> MaskSource:
             with np.load(path, allow_pickle=False) as file:
                 return unpack(file, key, shape)
         except _DAMAGE as error:
-            raise UserError(f"{key}: can't be read from {path} ({first_line(error)}): get or write the file again") from error
+            raise UserError(f"{key}: can't be read from {path} ({one_line(error)}): get or write the file again") from error
 
     return MaskSource(origin, how, weight_names(keys, origin), load)
 
@@ -74,7 +73,7 @@ def _entries(path: Path) -> Entries:
                     shape, _, dtype = read(file)
                     found[entry.removesuffix(".npy")] = shape, dtype
     except _DAMAGE as error:
-        raise UserError(f"{path} can't be read as an npz file ({first_line(error)}): get or write it again") from error
+        raise UserError(f"{path} can't be read as an npz file ({one_line(error)}): get or write it again") from error
     return found
 
 

@@ -82,9 +82,3 @@ def checked(mask: np.ndarray, name: str, shape: tuple[int, int], origin: str) ->
         raise UserError(f"{name}: expected a mask of 0 and 1, {origin} holds {mask[other][0]}; "
                         "to take the zeros of a pruned model, give its folder")
     return keep
-
-
-def some(names: Iterable[str], count: int = 4) -> str:
-    """The first few names, for a message."""
-    names = sorted(names)
-    return ", ".join(names[:count]) + (", ..." if len(names) > count else "")

@@ -8,9 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from optima_tpu.errors import UserError
+from optima_tpu.errors import UserError, one_line
 from optima_tpu.masks.source import UNDERSTOOD, MaskSource, weight_names
-from optima_tpu.weights.source import first_line
 
 
 def open_torch_folder(folder: Path, origin: str) -> MaskSource:
@@ -66,7 +65,7 @@ def _load(path: Path) -> Any:
         raise UserError(f"{path} is damaged or holds other objects than tensors, which are not loaded since they "
                         "could run code: save the masks alone") from error
     except (RuntimeError, ValueError, KeyError, EOFError, OSError) as error:
-        raise UserError(f"{path} can't be read ({first_line(error)}): get or save it again") from error
+        raise UserError(f"{path} can't be read ({one_line(error)}): get or save it again") from error
 
 
 def _matrix(tensor: Any, name: str, path: Path) -> np.ndarray:

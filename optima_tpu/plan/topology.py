@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
-from optima_tpu.errors import UserError
+from optima_tpu.errors import UserError, one_line
 from optima_tpu.memory import host_memory
 from optima_tpu.sharding import DATA, MODEL, make_mesh, parse_mesh
 
@@ -168,7 +168,7 @@ def _describe(text: str, kind: str, shape: tuple[int, ...]) -> topologies.Topolo
         return topologies.get_topology_desc(slice_name, platform="tpu", **options)
     except jax.errors.JaxRuntimeError as error:
         raise UserError(f"expected a TPU slice that exists, such as {kind}:2x2, got {text!r}: "
-                        f"{str(error).splitlines()[0]}") from error
+                        f"{one_line(error)}") from error
 
 
 def fitting_mesh(text: str | None, shape: tuple[int, ...], where: str) -> tuple[tuple[int, int], tuple[str, ...]]:

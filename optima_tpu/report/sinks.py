@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from optima_tpu.config import Sinks
-from optima_tpu.errors import UserError
+from optima_tpu.errors import UserError, one_line
 from optima_tpu.journal import Journal
 from optima_tpu.manifest import read_run
 from optima_tpu.processes import is_first, together
@@ -72,7 +72,7 @@ class WeightsAndBiases:
                                    dir=str(directory), config=dict(configuration), resume="allow",
                                    settings=wandb.Settings(console="off", silent=True))
         except wandb.Error as error:
-            raise UserError(f"Weights & Biases does not start: {' '.join(str(error).split())} Log in by 'wandb login', or set "
+            raise UserError(f"Weights & Biases does not start: {one_line(error)} Log in by 'wandb login', or set "
                             "WANDB_MODE=offline") from None
 
     def write(self, step: int, values: Mapping[str, float]) -> None:

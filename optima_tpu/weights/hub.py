@@ -8,8 +8,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import (GatedRepoError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError,
                                     OfflineModeIsEnabled, RepositoryNotFoundError, RevisionNotFoundError)
 
-from optima_tpu.errors import UserError
-from optima_tpu.weights.source import first_line
+from optima_tpu.errors import UserError, one_line
 
 WANTED = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "NOTICE*"]
 # Subfolders hold other formats of the same model; only the chat templates in one belong to it.
@@ -46,9 +45,9 @@ def download(spec: str, wanted: Sequence[str] = WANTED) -> Path:
     except (LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError, TimeoutError) as error:
         raise UserError(_unreachable(name)) from error
     except HfHubHTTPError as error:
-        raise UserError(f"the hub refused {name}: {first_line(error)}") from error
+        raise UserError(f"the hub refused {name}: {one_line(error)}") from error
     except Exception as error:  # a full or forbidden cache, or the HTTP library's own, which has another name in every version
-        raise UserError(f"{name} could not be downloaded ({first_line(error)}): what has arrived is kept, and the same command "
+        raise UserError(f"{name} could not be downloaded ({one_line(error)}): what has arrived is kept, and the same command "
                         "goes on; HF_HOME is the folder of the cache") from error
 
 

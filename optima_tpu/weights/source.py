@@ -13,7 +13,7 @@ import ml_dtypes
 import numpy as np
 from transformers import AutoConfig, PretrainedConfig
 
-from optima_tpu.errors import UserError
+from optima_tpu.errors import UserError, one_line, some
 
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16)}
 """The floating dtypes a checkpoint can be read in, by the names that config.json uses."""
@@ -106,7 +106,7 @@ def read_config(config: bytes, where: str, dtype: str | None = None) -> tuple[Pr
             parsed = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # transformers raises anything from KeyError to its own classes on a broken config
         raise UserError(f"{where}: config.json is not a model configuration that transformers can read "
-                        f"({first_line(error)})") from error
+                        f"({one_line(error)})") from error
     if not record.get("architectures"):
         raise UserError(f'{where}: config.json names no model under "architectures": add it, e.g. ["LlamaForCausalLM"]')
     if record.get("quantization_config"):
@@ -117,11 +117,6 @@ def read_config(config: bytes, where: str, dtype: str | None = None) -> tuple[Pr
     if getattr(text, "rope_parameters", None):  # without any it would warn
         text.standardize_rope_params()
     return parsed, config
-
-
-def first_line(error: Exception) -> str:
-    """An exception in one line, for a message that has one."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 _PIECES, _PIECE = 16, 1 << 16
@@ -168,7 +163,7 @@ def check_names(expected: Iterable[str], source: TensorSource, ignored: Mapping[
     missing = expected - present
     rules = [*IGNORABLE, *ignored]
     unexpected = {name for name in present - expected if not any(re.fullmatch(rule, name) for rule in rules)}
-    report = [f"{len(names)} tensors {kind} ({_some(names)})"
+    report = [f"{len(names)} tensors {kind} ({some(names)})"
               for kind, names in (("missing", missing), ("unexpected", unexpected)) if names]
     if report:
         raise UserError(f"the weights don't match the model that config.json describes: {'; '.join(report)}")
@@ -182,10 +177,5 @@ def check_dtypes(expected: Iterable[str], source: TensorSource) -> None:
     """
     wide = [name for name in expected if source.dtype(name) == np.float64]
     if wide:
-        raise UserError(f"{len(wide)} tensors are stored as float64 ({_some(wide)}), in which nothing is computed here; take "
+        raise UserError(f"{len(wide)} tensors are stored as float64 ({some(wide)}), in which nothing is computed here; take "
                         "--dtype float32")
-
-
-def _some(names: Iterable[str], count: int = 4) -> str:
-    names = sorted(names)
-    return ", ".join(names[:count]) + (", ..." if len(names) > count else "")

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from optima_tpu.errors import UserError
-from optima_tpu.weights.source import Pretrained, first_line
+from optima_tpu.errors import UserError, one_line
+from optima_tpu.weights.source import Pretrained
 
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 
@@ -29,5 +29,5 @@ def load_tokenizer(pretrained: Pretrained) -> PreTrainedTokenizerBase:
         try:
             return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         except Exception as error:  # the tokenizers library raises plain Exception on a damaged file
-            raise UserError(f"the tokenizer of {pretrained.origin} can't be read ({first_line(error)}): "
+            raise UserError(f"the tokenizer of {pretrained.origin} can't be read ({one_line(error)}): "
                             "download its tokenizer files again") from error
