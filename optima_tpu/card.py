@@ -9,6 +9,7 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
+from optima_tpu.manifest import flat
 from optima_tpu.patterns import parse_pattern
 from optima_tpu.report.numbers import percent
 from optima_tpu.report.summary import fitted_errors, held_out_caveat, held_out_errors
@@ -43,7 +44,7 @@ def model_card(folder: str, sidecar: Mapping[str, Any], assets: Mapping[str, byt
         "source.\n",
         "The file is not smaller than the source's and inference is not faster: zeros are stored like any other "
         "number. They help only together with a kernel or a compressor that uses them.\n",
-        "## Recipe\n", _table(("setting", "value"), _rows(recipe)),
+        "## Recipe\n", _table(("setting", "value"), [(name, str(value)) for name, value in flat(recipe).items()]),
     ]
     if perplexity := report.get("perplexity"):
         rows = [(model, f"{perplexity[model]:.3f}") for model in ("dense", "pruned")]
@@ -91,13 +92,6 @@ def _licence(assets: Mapping[str, bytes]) -> dict[str, str]:
     head = assets[file][:400].decode("utf-8", "replace")
     known = next((id_ for title, id_ in _LICENCES.items() if title in head), None)
     return {"license": known} if known else {"license": "other", "license_name": "source-licence", "license_link": file}
-
-
-def _rows(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    rows = []
-    for key, value in values.items():
-        rows += _rows(value, f"{prefix}{key}.") if isinstance(value, Mapping) else [(prefix + key, str(value))]
-    return rows
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

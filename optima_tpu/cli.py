@@ -52,7 +52,7 @@ def parse(argv: Sequence[str]) -> RunConfig:
     # jsonargparse takes --print_config for its own, which prints a layout of its own.
     rest = [argument for argument in argv if argument != "--print_config"]
     document = _read(early.config) if early.config else {}
-    if early.preset is None and "preset" not in document and not _names_method([*_flat(document), *_options(rest)]):
+    if early.preset is None and "preset" not in document and not _names_method([*flat(document), *_options(rest)]):
         document["preset"] = DEFAULT
     config = configure(document, rest)
     if len(rest) < len(argv):
@@ -99,7 +99,7 @@ def configure(document: Mapping[str, Any], argv: Sequence[str] = ()) -> RunConfi
 
     parser = make_parser(chosen, base)
     known = {*(f"{setting}.name" for setting in CHOICES), *kinds(chosen)}
-    _check_known(_flat(document), known, chosen, "")
+    _check_known(flat(document), known, chosen, "")
     _check_known(_options(argv), known | {"help", "config", "preset", "print_config"}, chosen, "--")
     try:
         namespace = parser.parse_args(argv, namespace=parser.parse_object(document, defaults=False))
@@ -249,14 +249,6 @@ def _check_sources(config: RunConfig) -> None:
     for source in (config.calibration.source, config.evaluation.source):
         if source is not None:
             parse_source(source)
-
-
-def _flat(document: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """The names of all settings in a file, nested ones with dots."""
-    names = []
-    for key, value in document.items():
-        names += _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else [f"{prefix}{key}"]
-    return names
 
 
 def _check_known(names: Iterable[str], known: set[str], chosen: Mapping[str, str], dashes: str) -> None:

@@ -2,12 +2,13 @@
 
 import argparse
 import json
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from optima_tpu.cli import configure, spelled
 from optima_tpu.config import CHOICES, RunConfig, to_dict
 from optima_tpu.errors import UserError
+from optima_tpu.manifest import flat
 from optima_tpu.presets import PRESETS
 
 
@@ -16,7 +17,7 @@ def labelled_settings(axes: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> li
     labels = [settings for axis in axes.values() for settings in axis.values()]
     if any("preset" in settings for settings in labels):
         labels += [preset.settings for preset in PRESETS.values()]
-    names = {name for settings in labels for name, _ in _flat(settings)}
+    names = {name for settings in labels for name in _flat(settings)}
     return sorted(names | {name.partition(".")[0] for name in names if name.partition(".")[0] in CHOICES})
 
 
@@ -41,11 +42,11 @@ def refuse_relabelled(config: RunConfig, document: Mapping[str, Any], argv: Sequ
         return
     given = [options[option] for word in words if (option := word.partition("=")[0]) in options]
     try:
-        labelled = dict(_flat(to_dict(configure(document, others))))
+        labelled = _flat(to_dict(configure(document, others)))
     except UserError as error:
         raise UserError(f"{', '.join(given)} would change what labels of the file stand for; change the file instead (without: "
                         f"{error})") from None
-    found = dict(_flat(to_dict(config)))
+    found = _flat(to_dict(config))
     for name in names:
         if found.get(name) != labelled.get(name):
             option = f"--{name}" if f"--{name}" in given else "--preset"
@@ -53,14 +54,9 @@ def refuse_relabelled(config: RunConfig, document: Mapping[str, Any], argv: Sequ
                             f"{_shown(found.get(name))}; leave {option} out, or change the file")
 
 
-def _flat(settings: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Settings under the names that they have on the command line."""
-    for key, value in settings.items():
-        if not isinstance(value, Mapping):
-            yield key, value
-            continue
-        for name, inner in value.items():
-            yield (key, inner) if key in CHOICES and name == "name" else (f"{key}.{name}", inner)
+    return {name.removesuffix(".name"): value for name, value in flat(settings).items()}
 
 
 def _shown(value: Any) -> str:
