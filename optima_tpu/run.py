@@ -32,7 +32,7 @@ from optima_tpu.models.decoder import Decoder
 from optima_tpu.processes import agree, first_only, from_first, is_first, together
 from optima_tpu.prune import ReadMask, block_passes, walk_block
 from optima_tpu.recipe import Recipe
-from optima_tpu.report.file import environment, files_in, memory_peaks, write_report
+from optima_tpu.report.file import environment, memory_peaks, write_report
 from optima_tpu.report.numbers import percent
 from optima_tpu.report.progress import Progress
 from optima_tpu.report.records import BlockReport
@@ -75,7 +75,8 @@ def run(config: RunConfig, console: Console | None = None, model: Model | None =
     directory = prepare_directory(config.run_directory, manifest)
     greet(console, config, model, texts, directory, fitted)
     if report := from_first(lambda: _finished_report(config, directory, manifest, evaluation)):
-        _tell(console, config, directory, report)
+        console.print()
+        print_summary(console, report, directory)
         return report
 
     with only_program(directory), Progress(console) as progress, contextlib.ExitStack() as stack:
@@ -132,7 +133,8 @@ def run(config: RunConfig, console: Console | None = None, model: Model | None =
             first_only(lambda: export(journal.directory, folder))
             progress.advance()
     report = record()  # again, now that every stage has its time
-    _tell(console, config, directory, report)
+    console.print()
+    print_summary(console, report, directory)
     return report
 
 
@@ -271,12 +273,3 @@ def _weighed(config: RunConfig, decoder: Decoder) -> list[str]:
     """The layers in a block whose tokens the target weighs: none in a family whose layers add to no residual stream."""
     residuals = decoder.family.residuals if getattr(config.target, "weigh_tokens", False) else ()
     return [name for name in residuals if name in decoder.linears]
-
-
-def _tell(console: Console, config: RunConfig, directory: Path, report: dict[str, Any]) -> None:
-    """What came out."""
-    console.print()
-    print_summary(console, [BlockReport.from_json(block) for block in report["blocks"]],
-                  solver=config.solver and type(config.solver).__name__.lower(), perplexity=report["perplexity"],
-                  evaluation=report["evaluation"]["how"], memory=report["memory"], files=files_in(directory, report["files"]),
-                  weighed=report["weighed_layers"], configuration=report["configuration"])

@@ -28,8 +28,7 @@ def test_what_held_out_text_chose_is_said_of_the_errors_on_it(changes, chosen, t
     config = dataclasses.replace(EMBEDDED, pattern=Unstructured(0.5), **changes)
     title, (run,) = read_runs([write_run(tmp_path / "run", config)])
     out = Console(file=io.StringIO(), width=80)
-    print_summary(out, run.blocks, solver=run.solver, perplexity={"dense": 1, "pruned": 2}, evaluation="", memory={}, files={},
-                  configuration=run.report["configuration"])
+    print_summary(out, run.report, tmp_path)
     layers = [layer.to_json() for layer in run.layers]
     card = model_card("x", {"model": None, "manifest": {"recipe": weights_settings(config)}, "layers": layers}, {}, {})
     page = render(title, [run])

@@ -214,15 +214,16 @@ def test_its_memory_is_counted():
     assert total < told < 1.6 * total
 
 
-def test_the_summary_tells_how_much_came_in():
+def test_the_summary_tells_how_much_came_in(tmp_path):
     told = dict(block=0, name="a", shape=[8, 20], pruned=80, sparsity=0.5, error_before=0.1, error_after=0.1, gap_median=0.0,
                 gap_max=0.0, steps_median=1, steps_max=1, rows=8, rows_converged=8, rows_refused=0, dead_inputs=0)
     plain, refined = LayerReport.from_json(told), LayerReport.from_json(told | {"exchanged": 4})
     assert exchanged([plain]) is None and exchanged([plain, refined, refined]) == 8 / 160
     assert LayerReport.from_json(refined.to_json()) == refined
     console = Console(file=io.StringIO(), width=200)
-    print_summary(console, [BlockReport(0, 1.0, (refined,))], solver="cg", perplexity={"dense": 1.0, "pruned": 2.0},
-                  evaluation="a text", memory={}, files={})
+    print_summary(console, {
+        "blocks": [BlockReport(0, 1.0, (refined,)).to_json()], "configuration": {"solver": {"name": "cg"}},
+        "perplexity": {"dense": 1.0, "pruned": 2.0}, "evaluation": {"how": "a text"}}, tmp_path)
     assert "masks       5.00% of the weights that stay came in by exchange" in console.file.getvalue()
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import math
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -207,11 +208,12 @@ def test_an_exception_passes_and_leaves_the_terminal_usable(clock):
     assert out.file.getvalue().rindex("\x1b[?25h") > out.file.getvalue().rindex("\x1b[?25l")  # the cursor is back
 
 
-def printed(blocks, solver="cg", width=80, **settings) -> str:
+def printed(blocks, solver="cg", width=80, **changes) -> str:
     out = Console(file=io.StringIO(), width=width)
-    print_summary(out, blocks, solver=solver, perplexity={"dense": 29.187, "pruned": 48.351},
-                  evaluation="pydoc, 40 windows of 512", memory={"host_peak": 3 * 2**29}, files={"report": "runs/x/report.json"},
-                  **settings)
+    report = {"blocks": [block.to_json() for block in blocks], "configuration": {"solver": solver and {"name": solver}},
+              "perplexity": {"dense": 29.187, "pruned": 48.351}, "evaluation": {"how": "pydoc, 40 windows of 512"},
+              "memory": {"host_peak": 3 * 2**29}, "files": {"report": "elsewhere/report.json"}}
+    print_summary(out, report | changes, Path("runs/x"))
     return out.file.getvalue()
 
 
@@ -220,7 +222,7 @@ def test_the_summary_tells_errors_against_the_dense_model_where_there_are_some()
     row = next(line for line in printed(aiming).splitlines() if line.startswith("q_proj")).split()
     assert row[4:6] == ["25.0%", "50.0%"] and "Against dense:" in printed(aiming)
     assert "Against dense:" not in printed(BLOCKS) and "against" not in printed(BLOCKS)
-    weighing = printed(aiming, weighed=["self_attn.o_proj", "mlp.down_proj"])
+    weighing = printed(aiming, weighed_layers=["self_attn.o_proj", "mlp.down_proj"])
     assert "o_proj and down_proj: tokens weighed" in weighing and "weighed" not in printed(aiming)
 
 

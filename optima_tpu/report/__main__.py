@@ -11,7 +11,6 @@ from rich.table import Table as RichTable
 from optima_tpu.buckets import as_path, in_bucket
 from optima_tpu.command import guarded
 from optima_tpu.errors import UserError
-from optima_tpu.report.file import files_in
 from optima_tpu.report.page import PAGE, write_page
 from optima_tpu.report.progress import say
 from optima_tpu.report.results import comparison
@@ -54,11 +53,8 @@ def output_path(runs: Sequence[str], output: str | None) -> Path:
 
 
 def _tell(console: Console, run: Run) -> None:
-    report, place = run.report, as_path(run.place)
-    directory = place if place.is_dir() else place.parent
-    print_summary(console, run.blocks, solver=run.solver, perplexity=report["perplexity"], evaluation=report["evaluation"]["how"],
-                  memory=report.get("memory", {}), files=files_in(directory, report.get("files", {})),
-                  weighed=report.get("weighed_layers", ()), configuration=report["configuration"])
+    place = as_path(run.place)
+    print_summary(console, run.report, place if place.is_dir() else place.parent)
 
 
 def _compare(console: Console, runs: Sequence[Run]) -> None:

@@ -2,11 +2,13 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from optima_tpu.report.file import files_in
 from optima_tpu.report.numbers import number, percent, plural
 from optima_tpu.report.records import BlockReport
 from optima_tpu.report.summary import (
@@ -25,21 +27,16 @@ TROUBLE = {
 """The kinds of ``summary.unusual`` in words, and what is counted."""
 
 
-def print_summary(console: Console, blocks: Sequence[BlockReport], *, solver: str | None,
-                  perplexity: Mapping[str, float], evaluation: str, memory: Mapping[str, int | None],
-                  files: Mapping[str, str], weighed: Sequence[str] = (), configuration: Mapping[str, Any] = {}) -> None:
+def print_summary(console: Console, report: Mapping[str, Any], directory: Path) -> None:
     """Prints the table of layers, what the pruning cost, what was unusual and where the files are.
 
     Args:
-      blocks: of the whole model.
-      solver: its name, None when there was none: the columns that it fills are then left out.
-      perplexity: "dense" and "pruned".
-      evaluation: the text that it was measured on, in words.
-      memory: as report.json has it; nothing is said where it is empty.
-      files: what is there -> path.
-      weighed: the layers in a block whose tokens the target weighs.
-      configuration: of the run, as report.json has it.
+      report: as report.json has it.
+      directory: where the run is now.
     """
+    blocks = [BlockReport.from_json(block) for block in report["blocks"]]
+    configuration, perplexity, memory = report["configuration"], report["perplexity"], report.get("memory", {})
+    solver, files = configuration["solver"] and configuration["solver"]["name"], files_in(directory, report.get("files", {}))
     layers = all_layers(blocks)
     console.print(layer_table(blocks, solver), highlight=False)
     lines = ["Errors: the change of a layer's output on the calibration text, in percent of the output's energy, "
@@ -50,7 +47,7 @@ def print_summary(console: Console, blocks: Sequence[BlockReport], *, solver: st
     if any(layer.dense_after is not None for layer in layers):
         lines.append("Against dense: how far a layer's output on that text is from the dense model's, with what the layers "
                      "before have lost.")
-    if weighed:
+    if weighed := report.get("weighed_layers"):
         names = " and ".join(short_names(weighed).values())
         lines.append(f"{names}: tokens weighed by one over the mean square of the residual stream.")
     if solver:
@@ -58,7 +55,8 @@ def print_summary(console: Console, blocks: Sequence[BlockReport], *, solver: st
     dense, pruned = perplexity["dense"], perplexity["pruned"]
     weights = sum(math.prod(layer.shape) for layer in layers)
     ratio = number(pruned / dense)
-    lines += ["", f"perplexity  dense {number(dense, 4)}, pruned {number(pruned, 4)} ({ratio} times), on {evaluation}",
+    lines += ["", f"perplexity  dense {number(dense, 4)}, pruned {number(pruned, 4)} ({ratio} times), on "
+              f"{report['evaluation']['how']}",
               f"sparsity    {percent(sparsity(layers))} of the {weights:,} weights in {len(layers)} matrices"]
     if (share := exchanged(layers)) is not None:
         lines += [f"masks       {percent(share)} of the weights that stay came in by exchange for others of their row"]
