@@ -1,7 +1,6 @@
 """Hessians of a block's linear layers from the activations that run through it."""
 
 import functools
-import re
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -14,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from optima_tpu.activations import Activations
 from optima_tpu.errors import UserError
+from optima_tpu.layer_rules import kind_name
 from optima_tpu.models.decoder import Decoder, forward
 from optima_tpu.models.layers import project
 from optima_tpu.processes import fetch
@@ -83,7 +83,7 @@ def stages(groups: Groups) -> tuple[Groups, ...]:
     """The groups in parts that follow each other in the forward pass; layers of all experts that are alike make one part."""
     found: dict[str, list[tuple[str, ...]]] = {}
     for names in groups:
-        found.setdefault(re.sub(r"\.\d+\.", ".*.", names[0]), []).append(names)
+        found.setdefault(kind_name(names[0]), []).append(names)
     return tuple(map(tuple, found.values()))
 
 

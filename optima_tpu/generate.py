@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from rich.console import Console
 
@@ -25,7 +25,7 @@ from optima_tpu.models.decoder import Decoder, Head, forward, head_logits
 from optima_tpu.models.family import Positions
 from optima_tpu.processes import fetch
 from optima_tpu.report.progress import Progress
-from optima_tpu.sharding import DATA, MODEL, divisible, padded, place
+from optima_tpu.sharding import DATA, MODEL, bytes_on_device, padded, place, struct_on
 
 _STRETCH = 128
 """Tokens of every window that one call of the compiled program writes: after each the person hears how far it is."""
@@ -197,14 +197,14 @@ def windows_at_once(decoder: Decoder, samples: int, cache: Sequence[jax.ShapeDty
       UserError: the model and one window on each slice of the data axis do not fit.
     """
     mesh, config, length = decoder.mesh, decoder.config, cache[0].shape[3]
-    blocks = [_held(mesh, struct) for struct in _block_structs(decoder).values()]
+    blocks = [bytes_on_device(each) for each in _block_structs(decoder).values()]
     dtype = np.dtype(decoder.tensors.dtype(decoder.root + decoder.family.embedding))
-    tables = (2 - config.tied) * _held(mesh, _struct(mesh, (config.vocab, config.d_embedding), dtype, P(MODEL, None)))
+    tables = (2 - config.tied) * bytes_on_device(struct_on(mesh, (config.vocab, config.d_embedding), dtype, P(MODEL, None)))
     positions = sum(array.nbytes for array in jax.tree.leaves(_positions(decoder, length)))
     # One block more: while they are read, and while one is worked on.
     whole = sum(blocks) * (1 + 1 / config.blocks) + tables + positions
     slices = mesh.shape[DATA]
-    each = sum(_held(mesh, _of_windows(struct, slices, mesh)) for struct in cache) + _LOGITS * 4 * config.vocab
+    each = sum(bytes_on_device(_of_windows(each, slices, mesh)) for each in cache) + _LOGITS * 4 * config.vocab
     most = samples if budget == math.inf else int((budget - whole) // each) * slices
     if most < 1:
         raise UserError(
@@ -228,23 +228,15 @@ def _block_structs(decoder: Decoder) -> dict[str, jax.ShapeDtypeStruct]:
     """The parameters of all blocks, each [blocks, ...], on the mesh. Where blocks differ in dtype, in one that holds all."""
     def struct(name: str, shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
         dtypes = {decoder.tensors.dtype(decoder.prefix(index) + name) for index in range(decoder.config.blocks)}
-        return _struct(decoder.mesh, (decoder.config.blocks, *shape), jnp.result_type(*dtypes), P(None, *decoder.sharding(name)))
+        spec = P(None, *decoder.sharding(name))
+        return struct_on(decoder.mesh, (decoder.config.blocks, *shape), jnp.result_type(*dtypes), spec)
 
     return {name: struct(name, shape) for name, shape in decoder.block_shapes.items()}
 
 
 def _of_windows(struct: jax.ShapeDtypeStruct, windows: int, mesh: Mesh) -> jax.ShapeDtypeStruct:
     """Keys or values of many windows, where those of one are given: windows split over data, heads over model."""
-    return _struct(mesh, (struct.shape[0], windows, *struct.shape[2:]), struct.dtype, P(None, DATA, MODEL))
-
-
-def _struct(mesh: Mesh, shape: tuple[int, ...], dtype, spec: P) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, divisible(mesh, shape, spec)))
-
-
-def _held(mesh: Mesh, struct: jax.ShapeDtypeStruct) -> int:
-    """Bytes on each device."""
-    return math.prod(struct.sharding.shard_shape(struct.shape)) * np.dtype(struct.dtype).itemsize
+    return struct_on(mesh, (struct.shape[0], windows, *struct.shape[2:]), struct.dtype, P(None, DATA, MODEL))
 
 
 def _zeros(structs: Iterable[jax.ShapeDtypeStruct]) -> list[Array]:

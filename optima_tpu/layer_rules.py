@@ -1,6 +1,7 @@
 """Layers that are not pruned like the rest: "self_attn.*=dense, mlp.down_proj=0.6"."""
 
 import dataclasses
+import re
 from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 
@@ -8,6 +9,11 @@ from optima_tpu.errors import UserError
 from optima_tpu.patterns import Pattern, parse_pattern, pattern_text
 
 DENSE = "dense"
+
+
+def kind_name(name: str) -> str:
+    """A layer's name without its number, where a block has many: "mlp.experts.7.up_proj" as "mlp.experts.*.up_proj"."""
+    return re.sub(r"\.\d+(?=\.|$)", ".*", name)
 
 
 @dataclasses.dataclass(frozen=True)

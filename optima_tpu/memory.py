@@ -22,12 +22,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from optima_tpu.errors import UserError
 from optima_tpu.processes import everyones
-from optima_tpu.sharding import DATA, MODEL, ON_EVERY_DEVICE, Layout, divisible
+from optima_tpu.sharding import DATA, MODEL, ON_EVERY_DEVICE, Layout, bytes_on_device, struct_on
 
 GIB = 2**30
 # The rest is for compiled programs, fragmentation and what XLA's scheduling adds; on the CPU also for what the host holds.
@@ -227,11 +226,9 @@ def passes(prefix: str, shapes: Mapping[str, tuple[int, ...]], groups: Sequence[
 
 def block_bytes(decoder: Any, index: int) -> float:
     """The bytes on each device of a block's parameters as they are read."""
-    def size(name: str, shape: tuple[int, ...]) -> int:
-        part = NamedSharding(decoder.mesh, divisible(decoder.mesh, shape, decoder.sharding(name))).shard_shape(shape)
-        return math.prod(part) * np.dtype(decoder.tensors.dtype(decoder.prefix(index) + name)).itemsize
-
-    return sum(size(name, shape) for name, shape in decoder.block_shapes.items())
+    prefix, tensors = decoder.prefix(index), decoder.tensors
+    return bytes_on_device(*(struct_on(decoder.mesh, shape, tensors.dtype(prefix + name), decoder.sharding(name))
+                             for name, shape in decoder.block_shapes.items()))
 
 
 def described(found: Sequence[Pass], ordinary: int = 1) -> str:

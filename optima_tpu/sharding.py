@@ -127,6 +127,16 @@ def place(mesh: Mesh, array: np.ndarray, spec: P) -> jax.Array:
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
+def struct_on(mesh: Mesh, shape: tuple[int, ...], dtype: np.dtype, spec: P) -> jax.ShapeDtypeStruct:
+    """Shape, dtype and place of an array that :func:`place` would put there."""
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, divisible(mesh, shape, spec)))
+
+
+def bytes_on_device(*arrays: jax.ShapeDtypeStruct) -> int:
+    """What arrays take on each device."""
+    return sum(math.prod(array.sharding.shard_shape(array.shape)) * array.dtype.itemsize for array in arrays)
+
+
 def padded(count: int, multiple: int) -> int:
     """The smallest multiple of ``multiple`` that is at least ``count``."""
     return -(-count // multiple) * multiple

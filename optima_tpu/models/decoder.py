@@ -8,6 +8,7 @@ import collections
 import concurrent.futures
 import dataclasses
 import functools
+import re
 from collections.abc import Iterator, Mapping, Sequence
 
 import jax
@@ -21,6 +22,7 @@ from jax.typing import ArrayLike
 
 from optima_tpu.activations import Activations, held_rows
 from optima_tpu.errors import UserError
+from optima_tpu.layer_rules import kind_name
 from optima_tpu.models import family_of
 from optima_tpu.models.family import DecoderConfig, Family, Positions, ReadTensor
 from optima_tpu.models.layers import project
@@ -80,12 +82,12 @@ class Decoder:
         """The layers of a block that are pruned, by their path in it."""
         kinds = {kind: position for position, kind in enumerate(self.family.linears)}
         names = [name.removesuffix(".weight") for name in self.block_shapes if name.endswith(".weight")]
-        found = [(numbers, kinds[kind], name) for name in names for kind, numbers in [_kind(name)] if kind in kinds]
-        return tuple(name for _, _, name in sorted(found))
+        found = [name for name in names if kind_name(name) in kinds]
+        return tuple(sorted(found, key=lambda name: (list(map(int, re.findall(r"\d+", name))), kinds[kind_name(name)])))
 
     def sharding(self, name: str) -> P:
         """How a parameter of a block is to lie on the mesh; dimensions that do not divide are replicated all the same."""
-        return self.family.sharding.get(_kind(name)[0], P())
+        return self.family.sharding.get(kind_name(name), P())
 
     def prefix(self, index: int) -> str:
         """What stands before a block's parameter names in the checkpoint."""
@@ -282,12 +284,6 @@ def _shapes(state: nnx.State) -> dict[str, tuple[int, ...]]:
 
 def _filled(state: nnx.State, parameters: Mapping[str, Array]) -> nnx.State:
     return nnx.from_flat_state([(path, leaf.replace(parameters[_name(path)])) for path, leaf in nnx.to_flat_state(state)])
-
-
-def _kind(name: str) -> tuple[str, tuple[int, ...]]:
-    """A name as a family declares it, and its numbers: "experts.3.up_proj" is ("experts.*.up_proj", (3,))."""
-    parts = name.split(".")
-    return ".".join("*" if part.isdigit() else part for part in parts), tuple(int(part) for part in parts if part.isdigit())
 
 
 def _name(path: tuple) -> str:

@@ -1,6 +1,5 @@
 """The programs of a run, compiled for devices that need not be here."""
 
-import math
 import re
 import time
 from collections.abc import Callable, Mapping
@@ -8,7 +7,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from optima_tpu.calibrate import Drift, Groups, ResidualNames, Statistics, add_batch, add_drift, residual_names
@@ -18,7 +16,7 @@ from optima_tpu.plan.hlo import collectives
 from optima_tpu.prune import aimed_residuals, prune_group
 from optima_tpu.recipe import Recipe
 from optima_tpu.report.numbers import number
-from optima_tpu.sharding import DATA, MODEL, ROWS, Layout, divisible
+from optima_tpu.sharding import DATA, MODEL, ROWS, Layout, bytes_on_device, struct_on
 
 
 class Compiled(NamedTuple):
@@ -77,36 +75,33 @@ def _reason(message: str) -> str:
     return f"needs {found[1]}iB of {found[2]}iB" if found else message.splitlines()[0][:100]
 
 
-def _like(decoder: Decoder, shape: tuple[int, ...], dtype, spec: P) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(decoder.mesh, divisible(decoder.mesh, shape, spec)))
-
-
 def _hessian(decoder: Decoder, size: int) -> jax.ShapeDtypeStruct:
-    return _like(decoder, (size, size), jnp.float32, P(None, MODEL))
+    return struct_on(decoder.mesh, (size, size), jnp.float32, P(None, MODEL))
 
 
 def _parameter(decoder: Decoder, name: str) -> jax.ShapeDtypeStruct:
-    return _like(decoder, decoder.block_shapes[name], decoder.tensors.dtype(decoder.prefix(0) + name), decoder.sharding(name))
+    dtype = decoder.tensors.dtype(decoder.prefix(0) + name)
+    return struct_on(decoder.mesh, decoder.block_shapes[name], dtype, decoder.sharding(name))
 
 
 def lower_calibration(decoder: Decoder, groups: Groups, length: int, samples: int, recipe: Recipe) -> jax.stages.Lowered:
     """One step over ``samples`` sequences of ``calibrate.accumulate_hessians``, or of ``accumulate_drift`` for a dense target."""
     parameters = {name: _parameter(decoder, name) for name in decoder.block_shapes}
-    dtype = decoder.tensors.dtype(decoder.root + decoder.family.embedding)
-    size = sequences_at_once(decoder, samples) * decoder.mesh.shape[DATA]
-    sums = tuple(Statistics(_hessian(decoder, decoder.block_shapes[names[0] + ".weight"][1]), _like(decoder, (), jnp.int32, P()))
+    mesh, dtype = decoder.mesh, decoder.tensors.dtype(decoder.root + decoder.family.embedding)
+    size = sequences_at_once(decoder, samples) * mesh.shape[DATA]
+    sums = tuple(Statistics(_hessian(decoder, decoder.block_shapes[names[0] + ".weight"][1]), struct_on(mesh, (), jnp.int32, P()))
                  for names in groups)
-    positions = jax.tree.map(lambda array: _like(decoder, array.shape, array.dtype, P()), decoder.config.positions(0, length))
-    state, hidden = decoder.state(parameters), _like(decoder, (size, length, decoder.config.d_model), dtype, P(DATA))
-    valid = _like(decoder, (size,), jnp.bool_, P(DATA))
+    positions = jax.tree.map(lambda array: struct_on(mesh, array.shape, array.dtype, P()), decoder.config.positions(0, length))
+    state, hidden = decoder.state(parameters), struct_on(mesh, (size, length, decoder.config.d_model), dtype, P(DATA))
+    valid = struct_on(mesh, (size,), jnp.bool_, P(DATA))
     if recipe.target.matrices > 1:
         residuals = _residuals(decoder, groups, recipe)
         drifts = tuple(Drift(found.hessian, (), _residual_sums(decoder, names, places))
                        for names, places, found in zip(groups, residuals, sums))
-        sums = sums, drifts, tuple(places.after and _like(decoder, (), jnp.float32, P()) for places in residuals)
-        return add_drift.lower(decoder.graph, decoder.mesh, groups, residuals, sums, (state, state), (hidden, hidden), {}, valid,
+        sums = sums, drifts, tuple(places.after and struct_on(mesh, (), jnp.float32, P()) for places in residuals)
+        return add_drift.lower(decoder.graph, mesh, groups, residuals, sums, (state, state), (hidden, hidden), {}, valid,
                                positions)
-    return add_batch.lower(decoder.graph, decoder.mesh, groups, sums, state, hidden, valid, positions)
+    return add_batch.lower(decoder.graph, mesh, groups, sums, state, hidden, valid, positions)
 
 
 def sequences_at_once(decoder: Decoder, samples: int) -> int:
@@ -119,10 +114,10 @@ def lower_pruning(decoder: Decoder, names: tuple[str, ...], patterns: tuple[Patt
     """``prune_group`` of the layers ``names`` of a block, as ``prune.prune_block`` calls it."""
     weights = tuple(_parameter(decoder, name + ".weight") for name in names)
     hessian = _hessian(decoder, weights[0].shape[1])
-    masks = None if recipe.selector else tuple(_like(decoder, weight.shape, jnp.bool_, ROWS) for weight in weights)
+    masks = None if recipe.selector else tuple(struct_on(decoder.mesh, weight.shape, jnp.bool_, ROWS) for weight in weights)
     drift = unseen = None
     if recipe.target.matrices > 1:
-        energy = tuple(_like(decoder, weight.shape[:1], jnp.float32, P()) for weight in weights)
+        energy = tuple(struct_on(decoder.mesh, weight.shape[:1], jnp.float32, P()) for weight in weights)
         residual = _residual_sums(decoder, names, *_residuals(decoder, (names,), recipe))
         drift, unseen = Drift(hessian, (), residual), Drift(hessian, energy, residual) if held_out else None
     return prune_group.lower(weights, hessian, recipe, decoder.mesh, patterns, masks, hessian if held_out else None, layout,
@@ -136,13 +131,8 @@ def _residuals(decoder: Decoder, groups: Groups, recipe: Recipe) -> tuple[Residu
 
 def _residual_sums(decoder: Decoder, names: tuple[str, ...], places: ResidualNames) -> tuple:
     """``Drift.residual`` of a group."""
-    return tuple(before and _like(decoder, decoder.block_shapes[name + ".weight"], jnp.float32, P(None, MODEL))
+    return tuple(before and struct_on(decoder.mesh, decoder.block_shapes[name + ".weight"], jnp.float32, P(None, MODEL))
                  for name, before in zip(names, places.before))
-
-
-def bytes_on_device(*arrays: jax.ShapeDtypeStruct) -> int:
-    """What arrays take on each device."""
-    return sum(math.prod(array.sharding.shard_shape(array.shape)) * array.dtype.itemsize for array in arrays)
 
 
 def resident(decoder: Decoder, groups: Groups, held_out: bool, matrices: int = 1) -> int:

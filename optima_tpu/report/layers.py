@@ -6,13 +6,14 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from optima_tpu.layer_rules import kind_name
 from optima_tpu.report import plots
 from optima_tpu.report.numbers import percent
 from optima_tpu.report.records import LayerReport
 from optima_tpu.report.results import mean_errors
 from optima_tpu.report.runs import Run
 from optima_tpu.report.summary import (
-    LayerKind, by_kind, exchanged, gap_meaning, held_out_caveat, held_out_errors, kind_name, means, short_names, sparsity,
+    LayerKind, by_kind, exchanged, gap_meaning, held_out_caveat, held_out_errors, means, short_names, sparsity,
     unusual)
 from optima_tpu.report.table import TROUBLE, unusual_lines
 from optima_tpu.report.view import NONE, Key, Section, Table, figure

@@ -1,12 +1,12 @@
 """Block reports, summed up."""
 
 import math
-import re
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 from optima_tpu.config import chosen_by_held_out
+from optima_tpu.layer_rules import kind_name
 from optima_tpu.report.records import BlockReport, LayerReport
 
 T = TypeVar("T")
@@ -62,11 +62,6 @@ def by_kind(blocks: Sequence[BlockReport]) -> tuple[LayerKind, ...]:
     for layer in all_layers(blocks):
         kinds.setdefault(kind_name(layer.name), []).append(layer)
     return tuple(_kind(name, layers) for name, layers in kinds.items())
-
-
-def kind_name(name: str) -> str:
-    """A layer's name without its number, where a block has many: "mlp.experts.7.up_proj" as "mlp.experts.*.up_proj"."""
-    return re.sub(r"\.\d+(?=\.|$)", ".*", name)
 
 
 def short_names(names: Sequence[str]) -> dict[str, str]:
