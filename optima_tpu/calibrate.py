@@ -18,6 +18,7 @@ from optima_tpu.models.decoder import Decoder, forward
 from optima_tpu.models.layers import project
 from optima_tpu.processes import fetch
 from optima_tpu.sharding import DATA, MODEL
+from optima_tpu.target import DenseTarget
 
 Groups = tuple[tuple[str, ...], ...]
 """The linear layers of a block, those that read the same input together: (("self_attn.q_proj", ...), ...)."""
@@ -113,8 +114,8 @@ def accumulate_hessians(decoder: Decoder, index: int, parameters: Mapping[str, A
 
 
 def accumulate_drift(decoder: Decoder, index: int, parameters: Mapping[str, Array], hidden: Activations,
-                     dense_parameters: Mapping[str, Array], dense: Activations, groups: Groups, energy: bool = False,
-                     residual: bool = False, weigh: bool = False) -> tuple[tuple[Statistics, ...], tuple[Drift, ...]]:
+                     dense_parameters: Mapping[str, Array], dense: Activations, groups: Groups, target: DenseTarget,
+                     energy: bool = False) -> tuple[tuple[Statistics, ...], tuple[Drift, ...]]:
     """The :class:`Statistics` of each group's input, as :func:`accumulate_hessians`, and its :class:`Drift`.
 
     Differences are in the model's dtype, where those of close numbers are exact. A token that either model does not send to an
@@ -125,10 +126,9 @@ def accumulate_drift(decoder: Decoder, index: int, parameters: Mapping[str, Arra
       hidden: what enters it behind the pruned blocks.
       dense_parameters: the block's in the dense model.
       dense: what enters it there, of the same samples.
+      target: whether it aims at the drift of the residual stream, and whether it weighs tokens: where all layers of a group add
+        to one residual stream, by one over the mean square of the dense model's stream behind them.
       energy: whether the mean squares of the outputs' drift are wanted too.
-      residual: whether the drift of the residual stream is.
-      weigh: whether the tokens are weighed where all layers of a group add to one residual stream: by one over the mean square
-        of the dense model's stream behind them.
 
     Raises:
       UserError: as :func:`accumulate_hessians`.
@@ -137,7 +137,7 @@ def accumulate_drift(decoder: Decoder, index: int, parameters: Mapping[str, Arra
     positions, wanted = decoder.positions(index, length), groups if energy else ((),) * len(groups)
     weights = {name: dense_parameters[name + ".weight"] for names in wanted for name in names}
     everywhere = jax.NamedSharding(decoder.mesh, P())
-    places = residual_names(decoder, groups, residual, weigh)
+    places = residual_names(decoder, groups, target)
     drifts = []
     for (cross, _), names, (before, _) in zip(_empty(decoder, groups), wanted, places):
         energies = tuple(jnp.zeros(weights[name].shape[0], device=everywhere) for name in names)
@@ -178,18 +178,13 @@ class ResidualNames(NamedTuple):
     after: str | None
 
 
-def residual_names(decoder: Decoder, groups: Groups, drift: bool, weigh: bool) -> tuple[ResidualNames, ...]:
-    """What :func:`add_drift` reads of the residual stream, for each group.
-
-    Args:
-      drift: whether the stream's drift is wanted.
-      weigh: whether tokens are to be weighed.
-    """
+def residual_names(decoder: Decoder, groups: Groups, target: DenseTarget) -> tuple[ResidualNames, ...]:
+    """What :func:`add_drift` reads of the residual stream, for each group."""
     found = []
     for names in groups:
         around = [decoder.family.residuals.get(name) for name in names]
-        same = weigh and around[0] is not None and len(set(around)) == 1
-        found.append(ResidualNames(tuple(place and place.before for place in around) if drift else (),
+        same = target.weigh_tokens and around[0] is not None and len(set(around)) == 1
+        found.append(ResidualNames(tuple(place and place.before for place in around) if target.gamma else (),
                                    around[0].after if same else None))
     return tuple(found)
 

@@ -13,7 +13,7 @@ from optima_tpu.features import WHOLE, Features
 from optima_tpu.problem import LayerProblem, Pruned, Solution, displacement, objective, output_energy, self_target
 from optima_tpu.refine import Refined
 from optima_tpu.report.rows import RowReport
-from optima_tpu.target import pulled
+from optima_tpu.target import LinearTerm, pulled
 
 
 class Aim(NamedTuple):
@@ -22,14 +22,14 @@ class Aim(NamedTuple):
     Attributes:
       dense: [d_out, d_in] float32, the dense weights ``W``.
       pull: [d_out, d_in] float32, ``alpha W B + gamma Q`` of the calibration tokens.
-      unseen: of the held-out tokens, where there are any: ``W B`` [d_out, d_in], and each row's mean of ``(D w')^2`` [d_out].
-      unseen_residual: of the held-out tokens ``gamma Q`` [d_out, d_in], where that is aimed at.
+      unseen: of the held-out tokens, where there are any.
+      unseen_drift: of the held-out tokens each row's mean of ``(D w')^2``, [d_out] float32.
     """
 
     dense: Array
     pull: Array
-    unseen: tuple[Array, Array] | None
-    unseen_residual: Array | None = None
+    unseen: LinearTerm | None = None
+    unseen_drift: Array | None = None
 
 
 class RowErrors(NamedTuple):
@@ -88,24 +88,23 @@ def judge_rows(pruned: Pruned, found: Solution | Refined, accept: Acceptance | N
     energy, before, after, *displacements = measure(hessian, old, new)
     aims = tuple(value + damping * displaced for value, displaced in zip((before, after), displacements))
     unseen = None if held_out is None else measure(held_out, old, new)[:3]
-    against = drift = None
+    against = None
     if aim is not None:
         aims = tuple(value - pulled(aim.pull, aim.dense, end) for value, end in zip(aims, (old, new)))
         if unseen is not None:
-            pull, drift = aim.unseen
             # The dense outputs themselves are what is missed by v = 0.
-            against = tuple(value - pulled(pull, aim.dense, end) + drift
+            against = tuple(value - pulled(aim.unseen.outputs, aim.dense, end) + aim.unseen_drift
                             for value, end in zip(unseen, (jnp.zeros_like(old), old, new)))
     judged = (against or unseen) and (against or unseen)[1:]
-    if judged and aim is not None and aim.unseen_residual is not None:
-        judged = tuple(value - pulled(aim.unseen_residual, aim.dense, end) for value, end in zip(judged, (old, new)))
+    if against and aim.unseen.stream is not None:
+        judged = tuple(value - pulled(aim.unseen.stream, aim.dense, end) for value, end in zip(judged, (old, new)))
     accepted = accept(*aims, solution.converged, judged) if accept else jnp.ones(before.shape, bool)
 
     def taken(values: tuple[Array, ...], *more: Array) -> Array:
         return jnp.stack((values[0], values[1], jnp.where(accepted, values[2], values[1]), *more))
 
     report = RowReport(energy, before, jnp.where(accepted, after, before), solution.gap, solution.steps, solution.converged,
-                       ~accepted, unseen and taken(unseen), against and taken(against, drift),
+                       ~accepted, unseen and taken(unseen), against and taken(against, aim.unseen_drift),
                        score=judged and jnp.where(accepted, judged[1], judged[0]))
     if refined:
         keep = jnp.where(accepted[:, None], keep, pruned.keep)

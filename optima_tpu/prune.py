@@ -30,6 +30,7 @@ from optima_tpu.selectors import MaskSelector
 from optima_tpu.sharding import ON_EVERY_DEVICE, ROWS, Layout, divisible, map_rows, over_rows, place, prepared
 from optima_tpu.solvers import damping_of
 from optima_tpu.solvers.scaling import live_features
+from optima_tpu.target import DenseTarget, LinearTerm
 from optima_tpu.tuning import Grid, damping_with, ridged, tuned
 
 ReadMask = Callable[[str, tuple[int, int]], np.ndarray]
@@ -80,38 +81,35 @@ def prune_group(weights: tuple[Array, ...], hessian: Array, recipe: Recipe, mesh
     def on_mesh(matrix: Array | None) -> Array | None:
         return None if matrix is None else jax.lax.with_sharding_constraint(matrix, NamedSharding(mesh, layout.hessian))
 
-    hessian, held_out, cross = map(on_mesh, (hessian, held_out, drift and drift.cross))
+    hessian, held_out = map(on_mesh, (hessian, held_out))
     spread = [NamedSharding(mesh, divisible(mesh, weight.shape, ROWS)) for weight in weights]
     wide = [jax.lax.with_sharding_constraint(weight.astype(jnp.float32), rows) for weight, rows in zip(weights, spread)]
     stack = _stack(wide)
     product = map_rows(lambda matrix, features: lambda rows: features.product(rows, matrix), mesh, layout, layout.matrix)
-    pull = None if cross is None else product(cross, stack)
-    unseen_pull = None if held_out_drift is None else product(on_mesh(held_out_drift.cross), stack)
 
-    def residual(drift: Drift | None) -> Array | None:
-        """``gamma Q`` of all rows, 0 for those that add to no residual stream; None where none does."""
-        if drift is None or all(found is None for found in drift.residual):
+    def linear_term(drift: Drift | None) -> LinearTerm | None:
+        """Of all rows, for one set of tokens."""
+        if drift is None:
             return None
-        return recipe.target.gamma * _stack([
-            jnp.zeros_like(weight) if found is None else jax.lax.with_sharding_constraint(found, rows)
-            for weight, found, rows in zip(wide, drift.residual, spread)])
+        stream = None
+        if any(found is not None for found in drift.residual):
+            stream = recipe.target.gamma * _stack([
+                jnp.zeros_like(weight) if found is None else jax.lax.with_sharding_constraint(found, rows)
+                for weight, found, rows in zip(wide, drift.residual, spread)])
+        return LinearTerm(product(on_mesh(drift.cross), stack), stream)
 
-    own, unseen_own = residual(drift), residual(held_out_drift)
-
-    def aimed(alpha: Array | float) -> Array:
-        """What a dense target adds to the linear term of all rows."""
-        return alpha * pull if own is None else alpha * pull + own
+    term, unseen = linear_term(drift), linear_term(held_out_drift)
 
     def problem(hessian: Array, alpha: Array | float) -> LayerProblem:
         linear = product(hessian, stack)
-        return LayerProblem(stack, hessian, linear if pull is None else linear + aimed(alpha))
+        return LayerProblem(stack, hessian, linear if term is None else linear + term.at(alpha))
 
-    alpha = 0.0 if pull is None else recipe.target.alpha
+    alpha = 0.0 if term is None else recipe.target.alpha
     stacked = problem(hessian, alpha)
     slices = list(itertools.starmap(slice, itertools.pairwise(itertools.accumulate(map(len, weights), initial=0))))
     patterns = patterns or (recipe.pattern,) * len(weights)
-    # Without a pull from the product that selectors take again: another one, of the rows on each device, would leave rounding.
-    singles = [self_target(weight, hessian) if pull is None else LayerProblem(weight, hessian, stacked.linear[rows])
+    # Without a term from the product that selectors take again: another one, of the rows on each device, would leave rounding.
+    singles = [self_target(weight, hessian) if term is None else LayerProblem(weight, hessian, stacked.linear[rows])
                for weight, rows in zip(wide, slices)]
     choices = [_select(single, patterns[index], recipe.selector,
                        masks and jax.lax.with_sharding_constraint(masks[index], spread[index]))
@@ -131,10 +129,7 @@ def prune_group(weights: tuple[Array, ...], hessian: Array, recipe: Recipe, mesh
 
     def judge(index: int, found: Solution | Refined, alpha: Array | float, damping: Array | float) -> tuple[Pruned, RowReport]:
         dense, rows = wide[index], slices[index]
-        aim = None
-        if pull is not None:
-            unseen = None if unseen_pull is None else (unseen_pull[rows], held_out_drift.energy[index])
-            aim = Aim(dense, aimed(alpha)[rows], unseen, None if unseen_own is None else unseen_own[rows])
+        aim = term and Aim(dense, term.at(alpha)[rows], unseen and unseen.of(rows), unseen and held_out_drift.energy[index])
         return judge_rows(
             choices[index], jax.tree.map(lambda array: array[rows], found), recipe.solver and recipe.accept, weights[index].dtype,
             lambda hessian, *ends: measure(hessian, dense, *ends), hessian, held_out, aim, damping)
@@ -180,7 +175,7 @@ def walk_block(decoder: Decoder, index: int, hidden: Activations, groups: Groups
     """
     whole = parameters = decoder.load_block(index) if parameters is None else parameters
     samples = len(hidden) if samples is None else samples
-    drifts = recipe.target.matrices > 1
+    drifts = isinstance(recipe.target, DenseTarget)
     if drifts and dense is None:
         raise ValueError("a dense target needs the hidden states of the dense model")
     prefix, keeps, layers = decoder.prefix(index), {}, ()
@@ -191,8 +186,7 @@ def walk_block(decoder: Decoder, index: int, hidden: Activations, groups: Groups
             seen = hidden.part(first, last)
             if not drifts:
                 return accumulate_hessians(decoder, index, captured, seen, part), None
-            return accumulate_drift(decoder, index, captured, seen, whole, dense.part(first, last), part, energy,
-                                    recipe.target.gamma > 0, recipe.target.weigh_tokens)
+            return accumulate_drift(decoder, index, captured, seen, whole, dense.part(first, last), part, recipe.target, energy)
 
         statistics, drift = capture(0, samples, energy=False)
         unseen = unseen_drift = None
@@ -225,7 +219,7 @@ def block_passes(decoder: Decoder, index: int, groups: Groups, recipe: Recipe, b
 
 def aimed_residuals(decoder: Decoder, recipe: Recipe) -> Collection[str]:
     """The layers whose target holds the drift of the residual stream."""
-    return decoder.family.residuals if getattr(recipe.target, "gamma", 0) else ()
+    return decoder.family.residuals if isinstance(recipe.target, DenseTarget) and recipe.target.gamma else ()
 
 
 def prune_block(index: int, prefix: str, parameters: Mapping[str, Array], groups: Groups,

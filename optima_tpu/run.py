@@ -40,6 +40,7 @@ from optima_tpu.report.sinks import Steps, check_sinks, opened, write
 from optima_tpu.report.table import print_summary
 from optima_tpu.selectors import Imported
 from optima_tpu.self_calibration import keep_calibration
+from optima_tpu.target import DenseTarget
 
 
 def run(config: RunConfig, console: Console | None = None, model: Model | None = None, texts: Texts | None = None,
@@ -161,7 +162,7 @@ def prune_model(decoder: Decoder, tokens: np.ndarray, recipe: Recipe, journal: J
     for index, parameters in zip(missing, decoder.blocks(missing)):
         if hidden is None or following != index:
             hidden = _states_before(decoder, tokens, index, journal, progress)
-            if recipe.target.matrices > 1:
+            if isinstance(recipe.target, DenseTarget):
                 dense = _dense_states_before(decoder, tokens, index, journal)
         progress.block(index, count)
         started = time.monotonic()
@@ -271,5 +272,5 @@ def _keep_dense(value: float, tokens: Tokens, directory: Path) -> None:
 
 def _weighed(config: RunConfig, decoder: Decoder) -> list[str]:
     """The layers in a block whose tokens the target weighs: none in a family whose layers add to no residual stream."""
-    residuals = decoder.family.residuals if getattr(config.target, "weigh_tokens", False) else ()
+    residuals = decoder.family.residuals if isinstance(config.target, DenseTarget) and config.target.weigh_tokens else ()
     return [name for name in residuals if name in decoder.linears]

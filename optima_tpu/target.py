@@ -20,7 +20,7 @@ weighed by ``1 / mean(R_d^2)``, of the stream behind the layer, the means are th
 """
 
 import dataclasses
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import jax.numpy as jnp
 from jax import Array
@@ -65,6 +65,27 @@ class DenseTarget:
 
 
 Target = SelfTarget | DenseTarget
+
+
+class LinearTerm(NamedTuple):
+    """What a dense target adds to the linear term ``g`` of some rows.
+
+    Attributes:
+      outputs: [rows, d_in] float32, ``W B``: all of the way to the dense model's outputs.
+      stream: [rows, d_in] float32, ``gamma Q``: the share of the residual stream's drift, 0 for rows that add to none; None where
+        no row does, or it is not aimed at.
+    """
+
+    outputs: Array
+    stream: Array | None
+
+    def at(self, alpha: Array | float) -> Array:
+        """``e = alpha W B + gamma Q``, [rows, d_in]."""
+        return alpha * self.outputs if self.stream is None else alpha * self.outputs + self.stream
+
+    def of(self, rows: slice) -> "LinearTerm":
+        """That of some of the rows."""
+        return LinearTerm(self.outputs[rows], None if self.stream is None else self.stream[rows])
 
 
 def pulled(pull: Array, dense: Array, weight: Array) -> Array:

@@ -37,7 +37,7 @@ from optima_tpu.run import prune_model, recipe_of
 from optima_tpu.selectors import ADMM, Wanda
 from optima_tpu.sharding import Layout
 from optima_tpu.solvers import CG, MPAX
-from optima_tpu.target import DenseTarget, SelfTarget
+from optima_tpu.target import DenseTarget, LinearTerm, SelfTarget
 from optima_tpu.tuning import Fixed, Grid, best_of, damping_with, ridge
 from tests import ports
 from tests.helpers import mesh, oracle, tiny_llama
@@ -76,7 +76,8 @@ def test_the_drift_is_that_of_the_inputs_in_both_streams(architecture, weigh):
     whole, groups = decoder.load_block(1), linear_groups(decoder)
     pruned = {name: jnp.where(jnp.abs(weight) > 0.1, weight, 0) for name, weight in whole.items()}
     statistics, drifts = accumulate_drift(decoder, 1, pruned, Activations.of(decoder.mesh, hidden), whole,
-                                          Activations.of(decoder.mesh, dense), groups, energy=True, residual=True, weigh=weigh)
+                                          Activations.of(decoder.mesh, dense), groups,
+                                          DenseTarget(gamma=0.5, weigh_tokens=weigh), energy=True)
     positions = decoder.positions(1, 11)
     inputs, theirs = (forward(decoder.graph, decoder.state(parameters), x, positions)[1]
                       for parameters, x in ((pruned, hidden), (whole, dense)))
@@ -143,7 +144,7 @@ def test_a_token_that_one_model_sends_elsewhere_has_no_drift():
     dense = hidden + 0.5 * rng.standard_normal(hidden.shape).astype(np.float32)
     whole, groups = decoder.load_block(0), (("mlp.experts.0.up_proj",), ("mlp.experts.1.up_proj",))
     _, drifts = accumulate_drift(decoder, 0, whole, Activations.of(decoder.mesh, hidden), whole,
-                                 Activations.of(decoder.mesh, dense), groups)
+                                 Activations.of(decoder.mesh, dense), groups, DenseTarget())
     inputs, theirs = (forward(decoder.graph, decoder.state(whole), x, decoder.positions(0, 11))[1] for x in (hidden, dense))
     for (name,), drift in zip(groups, drifts):
         x, other = (np.asarray(found[name], np.float64).reshape(77, -1) for found in (inputs, theirs))
@@ -311,8 +312,8 @@ def test_a_dense_target_is_a_walk_of_two_streams():
         whole = parameters = decoder.load_block(index)
         for group in GROUPS:
             (seen, drift), (unseen, unseen_drift) = (
-                accumulate_drift(decoder, index, parameters, again.part(*ends), whole, still.part(*ends), (group,), energy=energy,
-                                 residual=True, weigh=True)
+                accumulate_drift(decoder, index, parameters, again.part(*ends), whole, still.part(*ends), (group,), recipe.target,
+                                 energy)
                 for ends, energy in (((0, 5), False), ((5, 8), True)))
             parameters, keeps, _ = prune_block(index, decoder.prefix(index), parameters, (group,), seen, recipe, decoder.mesh,
                                                held_out=(unseen[0].hessian,), drift=drift, held_out_drift=unseen_drift)
@@ -390,7 +391,7 @@ def test_an_update_that_the_held_out_tokens_refuse_is_named():
     def measure(hessian, *ends):
         return measure_rows(hessian, WHOLE)(jnp.asarray(weight), *ends)
 
-    aim = Aim(jnp.asarray(weight), weight @ drift.cross, (weight @ none.cross, none.energy[0]))
+    aim = Aim(jnp.asarray(weight), weight @ drift.cross, LinearTerm(weight @ none.cross, None), none.energy[0])
     for accept, refused in ((PerRow(), False), (HeldOut(), True)):
         final, rows = judge_rows(pruned, solution, accept, jnp.float32, measure, hessian, unseen, aim)
         assert rows.refused.all() if refused else not rows.refused.any()

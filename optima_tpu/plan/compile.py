@@ -13,10 +13,11 @@ from optima_tpu.calibrate import Drift, Groups, ResidualNames, Statistics, add_b
 from optima_tpu.models.decoder import Decoder
 from optima_tpu.patterns import Pattern
 from optima_tpu.plan.hlo import collectives
-from optima_tpu.prune import aimed_residuals, prune_group
+from optima_tpu.prune import prune_group
 from optima_tpu.recipe import Recipe
 from optima_tpu.report.numbers import number
 from optima_tpu.sharding import DATA, MODEL, ROWS, Layout, bytes_on_device, struct_on
+from optima_tpu.target import DenseTarget
 
 
 class Compiled(NamedTuple):
@@ -94,8 +95,8 @@ def lower_calibration(decoder: Decoder, groups: Groups, length: int, samples: in
     positions = jax.tree.map(lambda array: struct_on(mesh, array.shape, array.dtype, P()), decoder.config.positions(0, length))
     state, hidden = decoder.state(parameters), struct_on(mesh, (size, length, decoder.config.d_model), dtype, P(DATA))
     valid = struct_on(mesh, (size,), jnp.bool_, P(DATA))
-    if recipe.target.matrices > 1:
-        residuals = _residuals(decoder, groups, recipe)
+    if isinstance(recipe.target, DenseTarget):
+        residuals = residual_names(decoder, groups, recipe.target)
         drifts = tuple(Drift(found.hessian, (), _residual_sums(decoder, names, places))
                        for names, places, found in zip(groups, residuals, sums))
         sums = sums, drifts, tuple(places.after and struct_on(mesh, (), jnp.float32, P()) for places in residuals)
@@ -116,17 +117,12 @@ def lower_pruning(decoder: Decoder, names: tuple[str, ...], patterns: tuple[Patt
     hessian = _hessian(decoder, weights[0].shape[1])
     masks = None if recipe.selector else tuple(struct_on(decoder.mesh, weight.shape, jnp.bool_, ROWS) for weight in weights)
     drift = unseen = None
-    if recipe.target.matrices > 1:
+    if isinstance(recipe.target, DenseTarget):
         energy = tuple(struct_on(decoder.mesh, weight.shape[:1], jnp.float32, P()) for weight in weights)
-        residual = _residual_sums(decoder, names, *_residuals(decoder, (names,), recipe))
+        residual = _residual_sums(decoder, names, *residual_names(decoder, (names,), recipe.target))
         drift, unseen = Drift(hessian, (), residual), Drift(hessian, energy, residual) if held_out else None
     return prune_group.lower(weights, hessian, recipe, decoder.mesh, patterns, masks, hessian if held_out else None, layout,
                              drift, unseen)
-
-
-def _residuals(decoder: Decoder, groups: Groups, recipe: Recipe) -> tuple[ResidualNames, ...]:
-    """As ``calibrate.accumulate_drift`` asks for them."""
-    return residual_names(decoder, groups, bool(aimed_residuals(decoder, recipe)), recipe.target.weigh_tokens)
 
 
 def _residual_sums(decoder: Decoder, names: tuple[str, ...], places: ResidualNames) -> tuple:
