@@ -76,7 +76,7 @@ class Evaluation:
 
     Attributes:
       source: as calibration.source, but not self; null takes the evaluation text of calibration.source;
-        file:, npy: and hub: have none and need a source here.
+        file:, npy:, hub: and self have none and need a source here.
       length: tokens in a window; null takes calibration.length.
       windows: measure on the first so many windows; null takes all.
       bos: a BOS token before every "window", or only where the tokenizer puts one before the whole "text", as published

@@ -84,7 +84,7 @@ def open_journal(directory: str | Path, manifest: Mapping[str, Any], assets: Map
       UserError: the directory holds a run with another manifest (every differing key is named with both values) or
         something else than a run, or cannot be written, or not every process sees it. Nothing in it was touched.
     """
-    directory = prepare_directory(directory, manifest)
+    directory = prepare_directory(directory, manifest)  # again: what opens a journal need not have asked before
 
     def begin():
         with writing(directory, "choose another --output"):

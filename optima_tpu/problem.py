@@ -68,8 +68,8 @@ def self_target(weight: Array, hessian: Array, features: Features = WHOLE) -> La
     return LayerProblem(weight, hessian, features.product(weight, hessian))
 
 
-def drift(problem: LayerProblem, features: Features = WHOLE) -> Array:
-    """``e = g - W H``, [d_out, d_in]: what the target asks for beyond the layer's own outputs.
+def pull_of(problem: LayerProblem, features: Features = WHOLE) -> Array:
+    """The pull ``e = g - W H``, [d_out, d_in]: what the target asks for beyond the layer's own outputs.
 
     Zero for :func:`self_target`. Computed by the same product as ``g`` there, so that it is then exactly zero.
     """
@@ -86,7 +86,7 @@ def objective(problem: LayerProblem, weight: Array, features: Features = WHOLE) 
       weight: [d_out, d_in] float32, the ``v`` of each row.
     """
     change = weight - problem.weight
-    return features.sums(change * (features.product(change, problem.hessian) - 2 * drift(problem, features)))[0]
+    return features.sums(change * (features.product(change, problem.hessian) - 2 * pull_of(problem, features)))[0]
 
 
 def displacement(problem: LayerProblem, weight: Array, features: Features = WHOLE) -> Array:
@@ -105,7 +105,7 @@ def optimality_residual(problem: LayerProblem, pruned: Pruned, weight: Array) ->
     ``max_K |r_j| / sqrt(H_jj)  /  sqrt(w H w')`` with ``r = g - v H``: dimensionless, unchanged when ``H`` or any single
     feature is rescaled. Rows with no output energy, or with nothing kept, have residual 0.
     """
-    residual = matmul(problem.weight - weight, problem.hessian) + drift(problem)
+    residual = matmul(problem.weight - weight, problem.hessian) + pull_of(problem)
     diagonal = jnp.diagonal(problem.hessian)
     alive = diagonal > 0
     scaled = jnp.where(pruned.keep & alive, jnp.abs(residual) * jax.lax.rsqrt(jnp.where(alive, diagonal, 1.0)), 0.0)

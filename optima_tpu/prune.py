@@ -38,7 +38,7 @@ ReadMask = Callable[[str, tuple[int, int]], np.ndarray]
 
 
 def prune_layer(problem: LayerProblem, recipe: Recipe, dtype=jnp.float32) -> tuple[Pruned, RowReport]:
-    """Prunes one matrix on one device: selector, solver, cast, acceptance.
+    """Prunes one matrix on one device: selector, solver, cast, acceptance. What :func:`prune_group` does on a mesh is the same.
 
     Args:
       problem: the rows of one matrix.

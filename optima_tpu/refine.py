@@ -28,7 +28,7 @@ from optima_tpu.errors import UserError
 from optima_tpu.features import WHOLE, Features, matmul
 from optima_tpu.memory import Footprint, footprint_of
 from optima_tpu.patterns import NM, Pattern, lowest
-from optima_tpu.problem import LayerProblem, Pruned, Solution, drift
+from optima_tpu.problem import LayerProblem, Pruned, Solution, pull_of
 from optima_tpu.sharding import Layout, over_rows, prepared, solution_specs
 from optima_tpu.solvers import Solver, damping_of
 from optima_tpu.solvers.inverse import inverse
@@ -102,7 +102,7 @@ class Refining:
         return lambda problem, pruned: self._refine(problem, pruned, solve, damping, schur)
 
     def _refine(self, problem: LayerProblem, pruned: Pruned, solve: Solver, damping: float, schur: Array) -> Refined:
-        pull, ridge = drift(problem), damping * jnp.diagonal(problem.hessian)
+        pull, ridge = pull_of(problem), damping * jnp.diagonal(problem.hessian)
 
         def measure(weight: Array) -> tuple[Array, Array]:
             """Objective and residual of every row."""

@@ -12,7 +12,7 @@ from jax.sharding import AxisType, Mesh
 
 from optima_tpu.patterns import NM, Unstructured
 from optima_tpu.plan.hlo import COLLECTIVE, text_inside_loops  # noqa: F401
-from optima_tpu.problem import LayerProblem, Pruned, Solution, drift, self_target
+from optima_tpu.problem import LayerProblem, Pruned, Solution, pull_of, self_target
 
 PATTERNS = [*(Unstructured(sparsity, group) for group in ("row", "layer") for sparsity in (0.5, 0.6, 0.7)),
             NM(2, 4), NM(4, 8), NM(6, 8)]
@@ -59,7 +59,7 @@ def wide(problem: LayerProblem, damping: float = 0.0) -> tuple[np.ndarray, np.nd
     """(weight, damped Hessian, e) in float64, with ``e = g - W H`` as float32 holds it."""
     hessian = np.asarray(problem.hessian, np.float64)
     return (np.asarray(problem.weight, np.float64), hessian + damping * np.diag(np.diag(hessian)),
-            np.asarray(drift(problem), np.float64))
+            np.asarray(pull_of(problem), np.float64))
 
 
 def oracle(problem: LayerProblem, pruned: Pruned, damping: float = 0.0) -> np.ndarray:

@@ -20,7 +20,7 @@ from optima_tpu.models.rope import Rope, rotate
 def read_config(config: Any) -> llama.Config:
     """From ``transformers.Olmo2Config``."""
     return llama.Config(**llama.read_sizes(config), rope=Rope.from_hf(config.rope_parameters), qkv_bias=config.attention_bias,
-                        o_bias=config.attention_bias, qk_norm=True)
+                        o_bias=config.attention_bias)
 
 
 class Attention(nnx.Module):

@@ -46,7 +46,7 @@ def read_config(config: Any) -> Config:
         raise UserError(f"expected use_sliding_window false, got a window of {config.sliding_window}: not supported")
     sizes = llama.read_sizes(config) | dict(d_ff=config.moe_intermediate_size)
     return Config(**sizes, rope=Rope.from_hf(config.rope_parameters), qkv_bias=config.attention_bias,
-                  o_bias=config.attention_bias, qk_norm=True, experts=config.num_experts,
+                  o_bias=config.attention_bias, experts=config.num_experts,
                   experts_per_token=config.num_experts_per_tok, normalise=config.norm_topk_prob)
 
 

@@ -28,7 +28,7 @@ def environment(mesh: Mesh) -> dict[str, Any]:
         try:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
-            versions[package] = None  # run from a checkout, or without the optional solver
+            versions[package] = None  # run from a checkout
     return {
         "python": platform.python_version(), "system": platform.platform(), "packages": versions,
         "platform": jax.default_backend(), "device": jax.devices()[0].device_kind, "devices": jax.device_count(),
@@ -67,7 +67,7 @@ def write_report(path: Path, *, manifest: Mapping[str, Any], configuration: Mapp
       manifest: what decides the result, see ``inputs.manifest_of``.
       configuration: from ``config.to_dict``.
       environment: from :func:`environment`.
-      model: what was pruned: origin, fingerprint, family, dtype, ...
+      model: what was pruned: origin, fingerprint, architecture, blocks.
       calibration: the text the model had to reproduce, and how it was sampled.
       evaluation: the text perplexity was measured on.
       perplexity: "dense" and "pruned".

@@ -1,4 +1,4 @@
-"""What the plots of the page look like: numbers in, SVG elements out. Which numbers is in ``report.page``.
+"""What the plots of the page look like: numbers in, SVG elements out. Which numbers is in ``report.layers`` and ``results``.
 
 An element stands in an HTML page: it takes the page's font and colours, light or dark, has a title and a description for those
 who do not see it, and no ids that another one has. Figures are made without pyplot, so there is no state outside of them.

@@ -11,7 +11,7 @@ from jax import Array
 
 from optima_tpu.errors import UserError
 from optima_tpu.patterns import Pattern, keep_mask
-from optima_tpu.problem import LayerProblem, Pruned, drift, matmul
+from optima_tpu.problem import LayerProblem, Pruned, matmul, pull_of
 from optima_tpu.solvers.inverse import inverse
 from optima_tpu.solvers.scaling import unit_diagonal
 
@@ -86,7 +86,7 @@ class ADMM:
     def __call__(self, problem: LayerProblem, pattern: Pattern) -> Pruned:
         matrix, scale, live = unit_diagonal(problem.hessian)
         weight = jnp.where(live, problem.weight * scale, 0.0)
-        pull = jnp.where(live, drift(problem) / scale, 0.0)
+        pull = jnp.where(live, pull_of(problem) / scale, 0.0)
         eye = jnp.eye(len(scale), dtype=matrix.dtype)
 
         # Everything is counted from the dense weights: a weight that has no reason to move does not move by rounding either.

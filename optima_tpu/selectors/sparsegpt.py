@@ -76,7 +76,7 @@ class SparseGPT:
         diagonal = jnp.pad(jnp.diagonal(factor), (0, extra), constant_values=1.0)
         blocks = _Block(
             start=jnp.asarray(starts),
-            count=jnp.asarray(_pruned_in_blocks(pattern, (rows, inputs), starts, size)),
+            count=jnp.asarray(_pruned_in_blocks(pattern, (rows, inputs), starts)),
             factor=jnp.pad(factor, ((0, extra), (0, extra))).reshape(len(starts), size, -1),
             diagonal=diagonal.reshape(-1, size),
             live=jnp.pad(live_features(problem.hessian), (0, extra)).reshape(-1, size),
@@ -112,7 +112,7 @@ class _Swept(NamedTuple):
     keep: Array  # bool
 
 
-def _pruned_in_blocks(pattern: Pattern, shape: tuple[int, int], starts: np.ndarray, size: int) -> np.ndarray:
+def _pruned_in_blocks(pattern: Pattern, shape: tuple[int, int], starts: np.ndarray) -> np.ndarray:
     """How many weights a comparison group loses in every block, [blocks] int32."""
     if isinstance(pattern, NM):
         return np.zeros(len(starts), np.int32)

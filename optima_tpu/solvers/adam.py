@@ -17,7 +17,7 @@ import optax
 from jax import Array
 
 from optima_tpu.memory import Footprint
-from optima_tpu.problem import LayerProblem, Pruned, Solution, drift, matmul, optimality_residual
+from optima_tpu.problem import LayerProblem, Pruned, Solution, matmul, optimality_residual, pull_of
 from optima_tpu.solvers.scaling import live_features, require
 
 
@@ -65,7 +65,7 @@ class Adam:
         live = live_features(problem.hessian)
         hessian = jnp.where(live[:, None] & live, problem.hessian, 0.0)
         free = pruned.keep & live
-        pull = drift(problem)
+        pull = pull_of(problem)
         sound = jnp.all(jnp.isfinite(pull), axis=1)
         slope = jnp.where(free & sound[:, None], matmul(pruned.weight - problem.weight, hessian) - pull, 0.0)
         largest = jnp.max(jnp.abs(slope), axis=1, keepdims=True)

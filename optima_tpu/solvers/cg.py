@@ -28,7 +28,7 @@ from jax import Array
 from optima_tpu.errors import UserError
 from optima_tpu.features import WHOLE, Features
 from optima_tpu.memory import Footprint
-from optima_tpu.problem import LayerProblem, Pruned, Solution, drift, matmul
+from optima_tpu.problem import LayerProblem, Pruned, Solution, matmul, pull_of
 from optima_tpu.solvers.inverse import inverse_cholesky
 from optima_tpu.solvers.scaling import RESOLUTION, require, unit_diagonal
 from optima_tpu.solvers.split_inverse import split_inverse
@@ -88,7 +88,7 @@ class CG:
     def _solve(self, problem: LayerProblem, pruned: Pruned, shared: "_Shared", features: Features) -> Solution:
         free = pruned.keep & shared.live
         start = jnp.where(shared.live, (pruned.weight - problem.weight) * shared.scale, 0.0)
-        pull = jnp.where(shared.live, drift(problem, features) / shared.scale, 0.0)
+        pull = jnp.where(shared.live, pull_of(problem, features) / shared.scale, 0.0)
         # f counted from the unconstrained optimum is f + e A^-1 e'; X <= A^-1 keeps the certified gap an upper bound.
         # It is zero, at no cost, where the target is the layer's own output.
         offset = jax.lax.cond(features.any(pull != 0), lambda: features.sums(_square(features.product(pull, shared.root)))[0],

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from optima_tpu.memory import Footprint
-from optima_tpu.problem import LayerProblem, Pruned, Solution, drift
+from optima_tpu.problem import LayerProblem, Pruned, Solution, pull_of
 from optima_tpu.solvers.scaling import RESOLUTION, require, rows_at_once, unit_diagonal
 
 
@@ -45,7 +45,7 @@ class Exact:
         # What rounding does to a singular block, made definite on purpose: about one ulp of the largest eigenvalue.
         ridge = size * jnp.finfo(wide).eps
         # In float32 as the other solvers see it: exactly zero where the target is the layer's own output.
-        pull = drift(problem).astype(wide)
+        pull = pull_of(problem).astype(wide)
 
         def row(weight: Array, pruned_weight: Array, keep: Array, pull: Array):
             free = keep & live

@@ -20,7 +20,7 @@ from mpax import raPDHG
 from mpax.utils import QuadraticProgrammingProblem, TerminationStatus
 
 from optima_tpu.memory import Footprint
-from optima_tpu.problem import LayerProblem, Pruned, Solution, drift, matmul, optimality_residual
+from optima_tpu.problem import LayerProblem, Pruned, Solution, matmul, optimality_residual, pull_of
 from optima_tpu.solvers.scaling import RESOLUTION, live_features, require, unit_diagonal
 
 # The one constraint, sum(d) >= _FLOOR, never binds. MPAX estimates the norm of the constraint matrix by power
@@ -93,7 +93,7 @@ class MPAX:
 @functools.partial(jax.jit, static_argnames="in_unit_diagonal")
 def _solve(problem: LayerProblem, pruned: Pruned, in_unit_diagonal: bool, damping: Array,
            options: dict[str, Array]) -> Solution:
-    weight, pull = problem.weight, drift(problem)
+    weight, pull = problem.weight, pull_of(problem)
     live = live_features(problem.hessian)
     diagonal = jnp.where(live, jnp.diagonal(problem.hessian), 0.0)
     hessian = jnp.where(live[:, None] & live, problem.hessian, 0.0) + jnp.diag(damping * diagonal)

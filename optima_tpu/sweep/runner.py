@@ -22,7 +22,7 @@ from optima_tpu.sweep.grid import Grid
 from optima_tpu.sweep.tables import Result, describe, failed, finished, missing, refuse_loss, write_tables
 
 _HEAVY = ("journal", "activations", "checkpoint", "hf", ASSETS)
-"""The folders of a run directory, see ``optima_tpu.checkpoint``. What a report needs lies beside them."""
+"""The folders of a run directory, see ``optima_tpu.journal``. What a report needs lies beside them."""
 
 
 class Shared:
