@@ -266,9 +266,7 @@ def weights_settings(config: RunConfig) -> dict[str, Any]:
     """
     values = to_dict(config)
     explicit = {"pattern": pattern_text(config.pattern), "layers": layers_text(config.layers)}
-    return {key: (values | explicit)[key] for key in (
-        "dtype", "pattern", "layers", "selector", "solver", "accept", "target", "recapture", "tuning", "refine",
-        "allocation")}
+    return {key: (values | explicit)[key] for key in ("dtype", "pattern", "layers", *CHOICES, "recapture")}
 
 
 def _method_name(setting: str, method: object) -> str:

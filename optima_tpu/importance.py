@@ -75,7 +75,7 @@ def allocated(decoder: Decoder, tokens: np.ndarray, recipe: Recipe, allocation: 
                      [row.tolist() if names else None for row, names in zip(scores, free)])
 
 
-def kept(path: Path, make: Callable[[], Allocated]) -> Allocated:
+def read_or_make(path: Path, make: Callable[[], Allocated]) -> Allocated:
     """What a file holds, or what is made and written there: on all processes the same."""
     if (known := from_first(lambda: read_record(path))) is not None:
         return Allocated(**known)

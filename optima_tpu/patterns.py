@@ -51,7 +51,14 @@ class Unstructured:
         return rows * self.pruned_in(columns) if self.group == "row" else self.pruned_in(rows * columns)
 
     def keep_mask(self, scores: Array) -> Array:
-        """The mask that keeps the highest scores. See :func:`keep_mask`."""
+        """The mask with the largest total score.
+
+        Args:
+          scores: [d_out, d_in] float32, larger is more worth keeping; NaN counts as the smallest of all.
+
+        Returns:
+          [d_out, d_in] bool with exactly ``pruned_count(shape)`` False entries.
+        """
         return ~lowest(scores, self.pruned_in(scores.shape[1] if self.group == "row" else scores.size), self.group)
 
 
@@ -83,7 +90,7 @@ class NM:
         return rows * (columns // self.m) * (self.m - self.n)
 
     def keep_mask(self, scores: Array) -> Array:
-        """The mask that keeps the highest scores of every group. See :func:`keep_mask`."""
+        """The mask with the largest total score, see ``Unstructured.keep_mask``. Raises UserError as :meth:`pruned_count`."""
         self.pruned_count(scores.shape)
         order, place = _order(scores), jnp.arange(scores.shape[1]) % self.m
 
@@ -123,24 +130,8 @@ def parse_pattern(text: str, group: str = "row") -> Pattern:
 def pattern_text(pattern: Pattern, group: str | None = None) -> str:
     """The text that ``parse_pattern`` reads back: "0.5/row", "2:4"; "0.5" where the pattern compares in ``group``."""
     if isinstance(pattern, NM):
-        return f"{pattern.n}:{pattern.m}"
+        return str(pattern)
     return repr(float(pattern.sparsity)) + ("" if pattern.group == group else f"/{pattern.group}")
-
-
-def keep_mask(scores: Array, pattern: Pattern) -> Array:
-    """The mask of ``pattern`` with the largest total score.
-
-    Args:
-      scores: [d_out, d_in] float32, larger is more worth keeping; NaN counts as the smallest of all.
-      pattern: what may stay.
-
-    Returns:
-      [d_out, d_in] bool with exactly ``pattern.pruned_count(shape)`` False entries.
-
-    Raises:
-      UserError: an N:M pattern whose M does not divide d_in.
-    """
-    return pattern.keep_mask(scores)
 
 
 def lowest(scores: Array, count: Array | int, group: str) -> Array:

@@ -22,7 +22,7 @@ from optima_tpu.evaluate.perplexity import perplexity
 from optima_tpu.export import export, is_export_of
 from optima_tpu.files import complete, only_program, read_record, refuse_unreachable, write_bytes, writing
 from optima_tpu.greeting import greet
-from optima_tpu.importance import Allocated, allocated, allocation_steps, kept
+from optima_tpu.importance import Allocated, allocated, allocation_steps, read_or_make
 from optima_tpu.inputs import Model, Texts, manifest_of, open_model_on_mesh, read_texts, token_digest
 from optima_tpu.journal import DENSE, Journal, open_journal, prepare_directory
 from optima_tpu.manifest import code_version, flat
@@ -242,7 +242,7 @@ def _allocation(config: RunConfig, decoder: Decoder, calibration: Tokens, recipe
         samples = config.calibration.samples
         return allocated(decoder, calibration.ids, recipe, config.allocation, samples, budget, progress.advance)
 
-    found = kept(directory / "allocation.json", make)
+    found = read_or_make(directory / "allocation.json", make)
     given = [sparsity for sparsity in found.sparsity if sparsity is not None]
     progress.note(f"the blocks lose from {percent(min(given))} to {percent(max(given))}")
     return found

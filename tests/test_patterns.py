@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from optima_tpu.errors import UserError
-from optima_tpu.patterns import NM, Unstructured, keep_mask, lowest, parse_pattern
+from optima_tpu.patterns import NM, Unstructured, lowest, parse_pattern
 
 PATTERNS = st.one_of(
     st.builds(Unstructured, st.floats(0, 0.99), st.sampled_from(["row", "layer"])),
@@ -20,7 +20,7 @@ PATTERNS = st.one_of(
 def test_counts_are_exact_and_no_pruned_score_beats_a_kept_one_of_its_group(pattern, rows, seed, levels):
     # Few distinct levels: ties everywhere, as in 4-bit checkpoints.
     scores = np.random.default_rng(seed).integers(0, levels, (rows, 32)).astype(np.float32)
-    keep = np.asarray(jax.jit(keep_mask, static_argnums=1)(scores, pattern))
+    keep = np.asarray(jax.jit(pattern.keep_mask)(scores))
     assert (~keep).sum() == pattern.pruned_count(scores.shape)
     groups = {"row": (rows, 32), "layer": (1, -1)}[pattern.group] if isinstance(pattern, Unstructured) else (-1, pattern.m)
     for group_scores, group_keep in zip(scores.reshape(groups), keep.reshape(groups)):
@@ -30,18 +30,19 @@ def test_counts_are_exact_and_no_pruned_score_beats_a_kept_one_of_its_group(patt
         assert sorted(np.flatnonzero(~group_keep)) == sorted(order[:expected])
 
 
-@pytest.mark.parametrize("columns, sparsity, expected", [(100, 0.29, 29), (576, 0.5, 288), (10, 0.0, 0), (3, 0.99, 2), (1000, 0.7, 700)])
+@pytest.mark.parametrize("columns, sparsity, expected", [
+    (100, 0.29, 29), (576, 0.5, 288), (10, 0.0, 0), (3, 0.99, 2), (1000, 0.7, 700)])
 def test_decimal_sparsities_count_as_written(columns, sparsity, expected):
     assert Unstructured(sparsity).pruned_count((2, columns)) == 2 * expected
 
 
 def test_nan_scores_go_first():
-    keep = keep_mask(jnp.array([[jnp.nan, -5.0, 3.0, jnp.nan]]), Unstructured(0.5))
+    keep = Unstructured(0.5).keep_mask(jnp.array([[jnp.nan, -5.0, 3.0, jnp.nan]]))
     assert keep.tolist() == [[False, True, True, False]]
 
 
-@pytest.mark.parametrize("text, expected", [("0.5", Unstructured(0.5)), ("0.6/layer", Unstructured(0.6, "layer")), ("2:4", NM(2, 4)),
-                                            ("6:8", NM(6, 8))])
+@pytest.mark.parametrize("text, expected", [
+    ("0.5", Unstructured(0.5)), ("0.6/layer", Unstructured(0.6, "layer")), ("2:4", NM(2, 4)), ("6:8", NM(6, 8))])
 def test_patterns_are_read_from_text(text, expected):
     assert parse_pattern(text) == expected
 
@@ -54,7 +55,7 @@ def test_what_is_no_pattern_is_refused(text):
 
 def test_an_nm_group_that_does_not_divide_the_inputs_is_refused():
     with pytest.raises(UserError, match="divisible by 4, got a layer with 6"):
-        keep_mask(jnp.ones((2, 6)), NM(2, 4))
+        NM(2, 4).keep_mask(jnp.ones((2, 6)))
 
 
 # Few shapes: each is compiled.
@@ -63,7 +64,8 @@ def test_an_nm_group_that_does_not_divide_the_inputs_is_refused():
 def test_the_lowest_of_every_group_are_found_with_ties_by_index(shape, levels, group, seed):
     rows, columns = shape
     rng = np.random.default_rng(seed)
-    scores = rng.choice([-np.inf, -3e20, -1.0, -0.0, 0.0, 1e-30, 1.0, 3e20, np.inf], size=levels)[rng.integers(0, levels, (rows, columns))].astype(np.float32)
+    values = rng.choice([-np.inf, -3e20, -1.0, -0.0, 0.0, 1e-30, 1.0, 3e20, np.inf], size=levels)
+    scores = values[rng.integers(0, levels, (rows, columns))].astype(np.float32)
     scores[rng.random(scores.shape) < 0.1] = np.nan
     flat = np.where(np.isnan(scores), -np.inf, scores).reshape((rows, columns) if group == "row" else (1, -1))
     counts = rng.integers(0, flat.shape[1] + 1, (len(flat), 1)).astype(np.int32)

@@ -10,7 +10,7 @@ import numpy as np
 from jax import Array
 
 from optima_tpu.errors import UserError
-from optima_tpu.patterns import Pattern, keep_mask
+from optima_tpu.patterns import Pattern
 from optima_tpu.problem import LayerProblem, Pruned, matmul, pull_of
 from optima_tpu.solvers.inverse import inverse
 from optima_tpu.solvers.scaling import unit_diagonal
@@ -95,7 +95,7 @@ class ADMM:
 
             def iteration(_, state: _State) -> _State:
                 move = matmul(pull + rho * state.move - state.dual, solve) + state.dual / rho
-                keep = keep_mask(jnp.abs(weight + move), pattern)
+                keep = pattern.keep_mask(jnp.abs(weight + move))
                 return _State(jnp.where(keep, move, -weight), jnp.where(keep, 0.0, rho * (weight + move)), keep)
 
             return jax.lax.fori_loop(0, self.iterations, iteration, state), None

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 import jax.numpy as jnp
 
-from optima_tpu.patterns import Pattern, keep_mask
+from optima_tpu.patterns import Pattern
 from optima_tpu.problem import LayerProblem, Pruned
 
 
@@ -22,5 +22,5 @@ class Magnitude:
     hessians: ClassVar[int] = 0
 
     def __call__(self, problem: LayerProblem, pattern: Pattern) -> Pruned:
-        keep = keep_mask(jnp.abs(problem.weight), pattern)
+        keep = pattern.keep_mask(jnp.abs(problem.weight))
         return Pruned(jnp.where(keep, problem.weight, 0.0), keep)

@@ -10,7 +10,7 @@ import numpy as np
 from jax import Array
 
 from optima_tpu.errors import UserError
-from optima_tpu.patterns import NM, Pattern, keep_mask, lowest
+from optima_tpu.patterns import NM, Pattern, lowest
 from optima_tpu.problem import LayerProblem, Pruned, matmul
 from optima_tpu.selectors.inverse import inverse_factor
 from optima_tpu.sharding import padded
@@ -150,4 +150,4 @@ def _sweep_block(weight: Array, block: _Block, pattern: Pattern) -> _Swept:
 
 def _choose(scores: Array, count: Array, pattern: Pattern) -> Array:
     """Which weights of [rows, width] stay: all but the ``count`` lowest of every comparison group, or N of M."""
-    return keep_mask(scores, pattern) if isinstance(pattern, NM) else ~lowest(scores, count, pattern.group)
+    return pattern.keep_mask(scores) if isinstance(pattern, NM) else ~lowest(scores, count, pattern.group)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from optima_tpu.errors import UserError
-from optima_tpu.patterns import NM, Pattern, keep_mask, lowest
+from optima_tpu.patterns import NM, Pattern, lowest
 from optima_tpu.problem import LayerProblem, Pruned, matmul
 from optima_tpu.selectors.inverse import inverse_factor
 from optima_tpu.sharding import padded
@@ -68,7 +68,7 @@ class Thanos:
         def choose(scores: Array, first: int | Array, size: int, left: Array) -> Array:
             """The weights that the block from ``first`` on loses, [rows, size]."""
             if isinstance(pattern, NM):
-                return ~keep_mask(_block(scores, first, size), pattern)
+                return ~pattern.keep_mask(_block(scores, first, size))
             residual = jnp.where(jnp.arange(columns) >= first, scores, jnp.inf)
             return _block(lowest(residual, left, pattern.group), first, size)
 

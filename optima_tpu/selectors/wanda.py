@@ -5,7 +5,7 @@ from typing import ClassVar
 
 import jax.numpy as jnp
 
-from optima_tpu.patterns import Pattern, keep_mask
+from optima_tpu.patterns import Pattern
 from optima_tpu.problem import LayerProblem, Pruned
 
 
@@ -31,5 +31,5 @@ class Wanda:
         if self.shift_zero:
             smallest = jnp.min(jnp.where(energy > 0, energy, jnp.inf))
             energy = energy + jnp.where(jnp.isfinite(smallest), smallest, 1.0)
-        keep = keep_mask(jnp.abs(problem.weight) * jnp.sqrt(energy), pattern)
+        keep = pattern.keep_mask(jnp.abs(problem.weight) * jnp.sqrt(energy))
         return Pruned(jnp.where(keep, problem.weight, 0.0), keep)
