@@ -27,6 +27,17 @@ class Features:
 
     axis: str | None = None
 
+    @property
+    def devices(self) -> int:
+        """How many share the features."""
+        return 1 if self.axis is None else jax.lax.axis_size(self.axis)
+
+    def from_owner(self, part: Array, owner: Array) -> Array:
+        """``part`` of the device with that number, on every device, by one all-reduce."""
+        if self.axis is None:
+            return part
+        return jax.lax.psum(jnp.where(owner == jax.lax.axis_index(self.axis), part, 0.0), self.axis)
+
     def whole(self, part: Array) -> Array:
         """[..., d] -> [..., d_in], by one all-gather."""
         return part if self.axis is None else jax.lax.all_gather(part, self.axis, axis=part.ndim - 1, tiled=True)

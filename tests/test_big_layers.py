@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from optima_tpu.errors import UserError
-from optima_tpu.features import Features
+from optima_tpu.features import WHOLE, Features
 from optima_tpu.launch import main
 from optima_tpu.memory import GIB, described, device_budget, host_memory, layout, needed, passes
 from optima_tpu.models.decoder import Decoder
@@ -23,7 +23,8 @@ from optima_tpu.recipe import Recipe
 from optima_tpu.selectors import SparseGPT, Thanos, Wanda
 from optima_tpu.sharding import MODEL, Layout, over_rows
 from optima_tpu.solvers import CG, MPAX, Adam, Exact
-from optima_tpu.solvers.split_inverse import split_inverse
+from optima_tpu.solvers.inverse import inverse_cholesky
+from optima_tpu.solvers.panels import inverse_by_panels
 from tests.helpers import (COLLECTIVE, SMALL, correlated_hessian, layer, mesh, oracle, row_objective, select, tiny_folder,
                            tiny_llama, wide)
 
@@ -36,12 +37,34 @@ def test_the_inverse_of_a_matrix_in_columns(devices, size, panel):
     """Nine columns a device, in three panels of three, and thirteen in one."""
     matrix = correlated_hessian(np.random.default_rng(0), size) + 0.01 * np.eye(size, dtype=np.float32)
     inverse, root = jax.jit(jax.shard_map(
-        lambda columns: split_inverse(columns, Features(MODEL), panel), mesh=mesh(1, devices), in_specs=P(None, MODEL),
+        lambda columns: inverse_by_panels(columns, Features(MODEL), panel), mesh=mesh(1, devices), in_specs=P(None, MODEL),
         out_specs=P(None, MODEL), check_vma=False))(matrix)
     exact = np.linalg.inv(matrix.astype(np.float64))
     for found in (inverse, np.asarray(root, np.float64).T @ root):
         assert np.abs(found - exact).max() < 2e-6 * np.abs(exact).max()
     assert (np.triu(root, 1) == 0).all()
+
+
+@pytest.mark.parametrize("size, panel", [(26, 8), (36, 128), (300, 128)])
+def test_halves_and_panels_of_a_whole_matrix_give_the_same_inverse(size, panel):
+    """26 is grown to 32; 300 is more than one leaf. The first is what runs on CPUs and GPUs, the second on TPUs."""
+    matrix = correlated_hessian(np.random.default_rng(0), size) + 0.01 * np.eye(size, dtype=np.float32)
+    exact = np.linalg.inv(np.linalg.cholesky(matrix.astype(np.float64)))
+    whole, by_panels = jax.jit(lambda matrix: inverse_by_panels(matrix, WHOLE, panel))(matrix)
+    for root in (by_panels, inverse_cholesky(jnp.asarray(matrix))):
+        assert np.abs(root - exact).max() < 1e-5 * np.abs(exact).max() and (np.triu(root, 1) == 0).all()
+    assert np.abs(whole - exact.T @ exact).max() < 1e-5 * np.abs(exact.T @ exact).max()
+    assert np.isnan(inverse_by_panels(-jnp.asarray(matrix), WHOLE, panel)[1]).any()
+
+
+def test_a_tpu_gets_the_small_program():
+    """Lowered for it without one: a loop where the other platforms have the halves, whose program grows with the matrix."""
+    def lowered(platform: str, size: int) -> str:
+        matrix = jax.ShapeDtypeStruct((size, size), jnp.float32)
+        return jax.jit(inverse_cholesky).trace(matrix).lower(lowering_platforms=(platform,)).as_text()
+
+    assert lowered("tpu", 2048).count("\n") < 1.1 * lowered("tpu", 512).count("\n")
+    assert lowered("cuda", 2048).count("\n") > 2 * lowered("cuda", 512).count("\n")
 
 
 def test_panels_that_do_not_divide_the_columns():

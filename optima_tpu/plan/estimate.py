@@ -116,12 +116,13 @@ def solver_cost(solver: Solver | Refining | None) -> SolverCost:
 
 
 def prune_work(rows: float, d_in: int, solver: Solver | Refining | None, selector: MaskSelector | None, held_out: bool,
-               parts: int = 1, candidates: int = 1, dense: bool = False) -> Work:
+               parts: int = 1, candidates: int = 1, dense: bool = False, panels: bool = False) -> Work:
     """Of ``prune_group``, for ``rows`` rows on a device.
 
     Args:
       candidates: how often the rows are solved and judged.
       dense: with a dense target.
+      panels: a matrix that no mesh axis splits is inverted by panels too, as on a TPU; see ``solvers.inverse``.
       parts: into how many the Hessian and the features are split; a device then does a part of that many times the rows.
     """
     cost = solver_cost(solver)
@@ -138,11 +139,12 @@ def prune_work(rows: float, d_in: int, solver: Solver | Refining | None, selecto
             passes += iterations * (_PASSES_OF_A_MASK + 8)
         case _:  # a factorisation and a sweep over the columns
             times, shared = times + 2, shared + 1
-    if parts == 1:
-        # Cholesky, and a triangular solve with the identity; the inverse is then one more product.
-        factor, inverse = (shared * 4 / 3 + candidates * cost.each_row * rows / 3) * d_in**3, 2.0 * shared * d_in**3
+    factor = candidates * cost.each_row * rows / 3 * d_in**3
+    if parts > 1 or panels:
+        inverse = 6.0 * shared * d_in**3 / parts  # see solvers/panels.py
     else:
-        factor, inverse = 0.0, 6.0 * shared * d_in**3 / parts  # see solvers/split_inverse.py
+        # Cholesky, and a triangular solve with the identity; the inverse is then one more product.
+        factor, inverse = factor + shared * 4 / 3 * d_in**3, 2.0 * shared * d_in**3
     return Work(wide=2.0 * d_in * d_in * times * rows + inverse, factor=factor,
                 traffic=4.0 * (passes * rows * d_in + times * d_in * d_in / parts))
 

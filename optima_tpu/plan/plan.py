@@ -188,7 +188,7 @@ def _pruning(model: Declared, target: Target, recipe: Recipe, shape: _Shape, nam
     matrices = recipe.target.matrices
     update = recipe.update(shape.patterns[0])
     work = estimate.prune_work(rows / parts, d_in, update, recipe.selector, held_out, parts,
-                               recipe.tuning.candidates(recipe.solver, recipe.target), matrices > 1)
+                               recipe.tuning.candidates(recipe.solver, recipe.target), matrices > 1, target.is_tpu)
     memory = round(resident(decoder, others, held_out, matrices) + needed(
         d_in, every, layout.rows or rows, mesh, footprint_of(update, recipe.selector), layout.split, matrices, shape.residual))
     found = None

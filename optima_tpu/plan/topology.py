@@ -85,6 +85,11 @@ class Target(NamedTuple):
     here: bool = False
 
     @property
+    def is_tpu(self) -> bool:
+        """Whether the devices are TPUs, as all are that are not here."""
+        return not self.here or jax.default_backend() == "tpu"
+
+    @property
     def compiles(self) -> bool:
         """Whether programs can be compiled for the mesh."""
         return isinstance(self.mesh, Mesh)

@@ -1,9 +1,9 @@
 """The inverse Hessian that OBS methods read their scores and updates from."""
 
-import jax
 import jax.numpy as jnp
 from jax import Array
 
+from optima_tpu.solvers.inverse import inverse_cholesky
 from optima_tpu.solvers.scaling import live_features
 
 
@@ -13,8 +13,8 @@ def inverse_factor(hessian: Array, damping: float) -> Array:
     One factor holds every inverse that a sweep over the columns needs, after SparseGPT (Frantar and Alistarh, 2023,
     section 3.3): once the inputs before ``i`` are fixed, the inverse over the rest is ``U[i:, i:]' U[i:, i:]``.
 
-    One factorisation and one triangular solve give it: there is no explicit inverse whose rounding would have to be
-    factorised again.
+    The inverse of one factor gives it: there is no explicit inverse of the matrix whose rounding would have to be factorised
+    again.
 
     Args:
       hessian: [d_in, d_in] float32. Dead inputs (``scaling.live_features``) are decoupled, with 1 on the diagonal.
@@ -25,5 +25,4 @@ def inverse_factor(hessian: Array, damping: float) -> Array:
     damped = jnp.where(live[:, None] & live, hessian, 0.0)
     damped = damped + jnp.diag(jnp.where(live, damping * jnp.mean(diagonal), 1.0))
     # With J the reversal and J H J = L L':  H^-1 = (J L^-1 J)' (J L^-1 J), and J L^-1 J is upper triangular.
-    lower = jnp.linalg.cholesky(damped[::-1, ::-1])
-    return jax.scipy.linalg.solve_triangular(lower, jnp.eye(lower.shape[0], dtype=lower.dtype), lower=True)[::-1, ::-1]
+    return inverse_cholesky(damped[::-1, ::-1])[::-1, ::-1]

@@ -31,7 +31,7 @@ from optima_tpu.memory import Footprint
 from optima_tpu.problem import LayerProblem, Pruned, Solution, matmul, pull_of
 from optima_tpu.solvers.inverse import inverse_cholesky
 from optima_tpu.solvers.scaling import RESOLUTION, require, unit_diagonal
-from optima_tpu.solvers.split_inverse import split_inverse
+from optima_tpu.solvers.panels import inverse_by_panels
 
 # Below this damping a float32 inverse of A is not accurate enough to certify with, and X gets a ridge of its own.
 SAFE_DAMPING = 1e-4
@@ -205,7 +205,7 @@ def _share(hessian: Array, damping: float, features: Features) -> _Shared:
         root = inverse_cholesky(matrix + ridge * eye).T
         inverse = matmul(root, root.T)
     else:
-        inverse, root = split_inverse(matrix, features)
+        inverse, root = inverse_by_panels(matrix, features)
         root = features.transpose(root)
     return _Shared(matrix, inverse, root, scale, live, looseness, noise)
 

@@ -1,15 +1,16 @@
-"""The inverse of a positive definite matrix whose columns are split over a mesh axis, by blocked Cholesky.
+"""The inverse of a positive definite matrix by blocked Cholesky, in a loop; its columns may be split over a mesh axis.
 
-With ``A = L L'`` and ``R = L^-1`` the inverse is ``X = R'R``. Panels of columns are taken one after the other: the device that
-owns a panel broadcasts it, and every device updates its own columns.
+With ``A = L L'`` and ``R = L^-1`` the inverse is ``X = R'R``. Panels of columns are taken one after the other: where columns are
+split the device that owns a panel broadcasts it, and every device updates its own columns.
 
     L_kk L_kk' = A_kk       L_ik = A_ik L_kk^-T         A_ij -= L_ik L_jk'          (right-looking Cholesky)
     R_k: = L_kk^-1 R_k:     R_i: -= L_ik R_k:           from R = I                  (forward substitution with the same panel)
     X_k: = R_:k' R                                                                  (with the panels of R, afterwards)
 
 No device ever holds more than its own columns of ``A``, ``R`` and ``X``, and a panel. Updates are masked over the full height of
-a matrix, which keeps shapes fixed: ``6 d_in^3 / n`` operations on each of ``n`` devices, where one device that skips the
-zeros needs ``5/3 d_in^3`` for the same; and ``2 d_in^2`` numbers are broadcast.
+a matrix, which keeps shapes fixed, and the program small however large the matrix: ``6 d_in^3 / n`` operations on each of ``n``
+devices, where one that skips the zeros (``inverse.inverse``) needs ``5/3 d_in^3`` for the same; and ``2 d_in^2`` numbers are
+broadcast.
 """
 
 import jax
@@ -19,29 +20,29 @@ from jax import Array
 from optima_tpu.features import Features, matmul
 
 
-def split_inverse(columns: Array, features: Features, panel: int = 128) -> tuple[Array, Array]:
-    """The columns of ``X = A^-1`` and of ``R``, lower triangular with ``X = R'R``. To be called inside ``shard_map``.
+def inverse_by_panels(columns: Array, features: Features, panel: int = 128) -> tuple[Array, Array]:
+    """The columns of ``X = A^-1`` and of ``R``, lower triangular with ``X = R'R``. To be called
+    inside ``shard_map`` where features are split.
 
     Args:
       columns: [d_in, d] float32, a device's ``d = d_in / n`` columns of ``A``.
-      features: split over the axis of the ``n`` devices.
+      features: how they are split over the ``n`` devices.
       panel: the most columns that are broadcast at once. Where equal panels do not divide ``d`` every device gets a few
         columns of the identity in addition, which are coupled to nothing.
 
     Returns:
       (X, R), each [d_in, d] float32; NaN where ``A`` is not positive definite in float32.
     """
-    devices, size = jax.lax.axis_size(features.axis), columns.shape[1]
+    devices, size = features.devices, columns.shape[1]
     count = -(-size // panel)  # panels of a device
     width = -(-size // count)
     extra = count * width - size
     columns = _grown(columns, features, extra)
-    me, place = jax.lax.axis_index(features.axis), jnp.arange(columns.shape[0])
+    place = jnp.arange(columns.shape[0])
 
     def broadcast(columns: Array, k: Array) -> Array:
         """Panel k [d_in, width], from its owner to all."""
-        own = jax.lax.dynamic_slice_in_dim(columns, k % count * width, width, axis=1)
-        return jax.lax.psum(jnp.where(k // count == me, own, 0.0), features.axis)
+        return features.from_owner(jax.lax.dynamic_slice_in_dim(columns, k % count * width, width, axis=1), k // count)
 
     def factor(k: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
         rest, root = carry
