@@ -55,7 +55,8 @@ def take_devices(config: OnDevices, alone: bool = False) -> None:
       UserError: see :func:`processes.start`.
     """
     # Of a GPU XLA would leave a quarter unused; what is left here is for what it does not allocate itself (cuBLAS, NCCL).
-    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9")
+    if "XLA_PYTHON_CLIENT_MEM_FRACTION" not in os.environ:  # its old name; XLA refuses both together
+        os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", "0.9")
     simulate_devices(config.cpu_devices)
     if not alone:
         processes.start(config.coordinator, config.num_processes, config.process_id, config.join_timeout)

@@ -1,5 +1,6 @@
 """How a command ends, and what it takes of the machine."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -60,6 +61,19 @@ def test_ctrl_c_is_one_line(capsys):
 
     assert guarded(stopped, "the same command does it again") == 130
     assert capsys.readouterr().err == "stopped; the same command does it again\n"
+
+
+@pytest.mark.parametrize("given, found", [
+    ({}, {"XLA_CLIENT_MEM_FRACTION": "0.9"}), ({"XLA_CLIENT_MEM_FRACTION": "0.5"}, {"XLA_CLIENT_MEM_FRACTION": "0.5"}),
+    ({"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.5"}, {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.5"})])
+def test_the_share_of_a_gpu_is_left_to_who_names_one(given, found, monkeypatch):
+    for name in ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    take_devices(RunConfig(model="a"))
+    assert {name: value for name, value in os.environ.items() if name.endswith("CLIENT_MEM_FRACTION")} == found
+    os.environ.pop("XLA_CLIENT_MEM_FRACTION", None)
 
 
 @pytest.mark.parametrize("platform, given, kept", [
