@@ -3,22 +3,25 @@
     RUN/run.json                what a resume must agree with, and the full configuration
     RUN/assets/                 the source's configuration, tokenizer and licence files, byte for byte
     RUN/journal/block_0000/     one Orbax checkpoint for each finished block: its weights, masks and report
-    RUN/activations/block_0000/ the hidden states after the block that was saved last, one file of each process; with a dense
-                                target those of the dense model too
+    RUN/activations/block_0000/ the hidden states after one of the last blocks, one file of each process; with a dense target
+                                those of the dense model too
 
 Each of these appears under its name in one step, after its contents are on the disk (in a bucket it counts from one step on,
 see ``optima_tpu.files``), so kill -9 at any moment leaves a directory from which the same command goes on. Each carries the
 SHA-256 of its files (in a bucket the CRC32C that the store has of each): what was damaged since is found when the journal is
-opened, and done again. The hidden states after a block are written before the block's journal entry, and older ones are removed
-after it: as a rule the last finished block has its hidden states. Where they are missing or damaged, they are computed again from
-the finished blocks.
+opened, and done again. Hidden states are written before the journal entry of their block, and older ones are removed after it;
+those after the next blocks, or missing and damaged ones, are computed again from the finished blocks. Of many samples they are
+larger than a block, so where blocks take seconds they are not written after each: what is computed again takes less time than
+``STATES_EVERY``.
 
-Saves are synchronous: one takes a fraction of a second where a block takes many, and an asynchronous one would have to
+Saves are synchronous: a block takes a fraction of a second where pruning it takes many, and an asynchronous one would have to
 be waited for before the old hidden states are removed. SIGTERM waits for the end of a save.
 """
 
 import json
+import math
 import re
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -41,6 +44,9 @@ from optima_tpu.processes import everywhere, first_only, from_first, is_first, t
 
 HIDDEN, DENSE = "hidden_states", "dense_states"
 """Names of the two streams of hidden states: through the pruned blocks, and through the dense ones."""
+
+STATES_EVERY = 60.0
+"""Seconds between two saves of hidden states."""
 
 _JOURNAL, _ACTIVATIONS = "journal", "activations"
 _ENTRY = re.compile(r"block_(\d{4,})")
@@ -128,10 +134,13 @@ class Journal:
         saved = from_first(lambda: {index: _damage(self.entry(index)) for index in finished_blocks(directory)})
         self.damaged = {index: reason for index, reason in saved.items() if reason}
         self.finished = saved.keys() - self.damaged.keys()
+        self._states_saved = -math.inf  # when, by time.monotonic() of the first process
 
     def save(self, index: int, weights: Mapping[str, Array], masks: Mapping[str, Array], report: Mapping[str, Any],
              activations: Activations, dense: Activations | None = None) -> None:
         """Makes a block durable. When this returns, the run can be stopped without losing it. Every process calls it.
+
+        The hidden states are written where it is long enough since the last ones were.
 
         Args:
           index: the block.
@@ -150,13 +159,16 @@ class Journal:
         partial, partial_states = staged(entry), staged(states)
         remedy = f"the {len(self.finished)} finished blocks are intact; make room and repeat the command"
 
+        due = from_first(lambda: time.monotonic() - self._states_saved >= STATES_EVERY)
+
         def clear():
             still_only_program(self.directory)
             with writing(entry, remedy):
                 for path in (entry, states):
                     begin(path)
                     remove(path)  # damaged, or of a block that was not finished
-                partial_states.mkdir()
+                if due:
+                    partial_states.mkdir()
 
         def write_states():
             with writing(entry, remedy):
@@ -164,22 +176,25 @@ class Journal:
 
         def finish():
             with writing(entry, remedy):
-                commit(partial_states, states)
+                if due:
+                    commit(partial_states, states)
                 _write_sums(partial)
                 commit(partial, entry)
 
         with uninterrupted():
             first_only(clear)
-            together(write_states)
+            if due:
+                together(write_states)
             with writing(entry, remedy):
                 save_tree(partial, {"weights": dict(weights), "masks": dict(masks)}, {"report": dict(report)})
             first_only(finish)
             self.finished.add(index)
             self.damaged.pop(index, None)
-            if is_first():
+            if due and is_first():
                 for old in states.parent.iterdir():
                     if old != states:
                         remove(old)
+                self._states_saved = time.monotonic()
 
     def weights(self, index: int) -> dict[str, np.ndarray]:
         """The pruned weights of a finished block by HF name."""
@@ -196,6 +211,13 @@ class Journal:
     def report(self, index: int) -> dict:
         """The report of a finished block, as it was saved."""
         return read_metadata(self.entry(index)).custom_metadata["report"]
+
+    def last_activations(self, mesh: Mesh, before: int, samples: int, name: str = HIDDEN) -> tuple[int, Activations] | None:
+        """The last block before the given one whose hidden states are there and whole, and these; None where there is none."""
+        for index in reversed(range(before)):
+            if (found := self.activations(mesh, index, samples, name)) is not None:
+                return index, found
+        return None
 
     def activations(self, mesh: Mesh, index: int, samples: int, name: str = HIDDEN) -> Activations | None:
         """The hidden states after a finished block, those of this process; None where they are not there or not whole.

@@ -24,7 +24,7 @@ from optima_tpu.files import complete, only_program, read_record, refuse_unreach
 from optima_tpu.greeting import greet
 from optima_tpu.importance import Allocated, allocated, allocation_steps, read_or_make
 from optima_tpu.inputs import Model, Texts, manifest_of, open_model_on_mesh, read_texts, token_digest
-from optima_tpu.journal import DENSE, Journal, open_journal, prepare_directory
+from optima_tpu.journal import DENSE, HIDDEN, Journal, open_journal, prepare_directory
 from optima_tpu.manifest import code_version, flat
 from optima_tpu.masks import open_masks
 from optima_tpu.memory import described, device_budget
@@ -180,24 +180,28 @@ def prune_model(decoder: Decoder, tokens: np.ndarray, recipe: Recipe, journal: J
 
 def _states_before(decoder: Decoder, tokens: np.ndarray, index: int, journal: Journal, progress: Progress) -> Activations:
     """The hidden states that enter a block: from the journal, or, where it does not have them, through the finished blocks."""
-    if index == 0:
-        return decoder.embed(tokens)
-    if (saved := journal.activations(decoder.mesh, index - 1, len(tokens))) is not None:
-        return saved
-    progress.note(f"the hidden states after block {index - 1} are not there or damaged: they are computed again")
-    return _through(dataclasses.replace(decoder, tensors=journal.tensors()), index, decoder.embed(tokens))
+    first, hidden = _saved_states(decoder, tokens, index, journal, HIDDEN)
+    if first < index:
+        progress.note(f"the hidden states after block {index - 1} were not saved or are damaged: they are computed from those "
+                      + (f"after block {first - 1}" if first else "that enter the model"))
+    return _through(dataclasses.replace(decoder, tensors=journal.tensors()), range(first, index), hidden)
 
 
 def _dense_states_before(decoder: Decoder, tokens: np.ndarray, index: int, journal: Journal) -> Activations:
     """What enters a block in the dense model: from the journal, or through the dense blocks before it."""
-    if index and (saved := journal.activations(decoder.mesh, index - 1, len(tokens), DENSE)) is not None:
-        return saved
-    return _through(decoder, index, decoder.embed(tokens))
+    first, hidden = _saved_states(decoder, tokens, index, journal, DENSE)
+    return _through(decoder, range(first, index), hidden)
 
 
-def _through(decoder: Decoder, count: int, hidden: Activations) -> Activations:
-    """The hidden states, which it changes, behind the first ``count`` blocks."""
-    for index, parameters in enumerate(decoder.blocks(range(count))):
+def _saved_states(decoder: Decoder, tokens: np.ndarray, index: int, journal: Journal, name: str) -> tuple[int, Activations]:
+    """The last block up to the given one that hidden states can enter without computing, and these."""
+    block, hidden = journal.last_activations(decoder.mesh, index, len(tokens), name) or (-1, decoder.embed(tokens))
+    return block + 1, hidden
+
+
+def _through(decoder: Decoder, blocks: range, hidden: Activations) -> Activations:
+    """The hidden states, which it changes, behind these blocks."""
+    for index, parameters in zip(blocks, decoder.blocks(blocks)):
         decoder.apply(index, parameters, hidden)
     return hidden
 

@@ -70,11 +70,20 @@ def test_arrays_on_a_mesh_and_views_are_saved_like_host_arrays(tmp_path):
     assert_same(states_of(journal), activations_after(0))
 
 
-def test_only_the_last_hidden_states_are_kept(tmp_path):
+@pytest.mark.parametrize("every, last", [(0.0, 2), (60.0, 0)])
+def test_only_the_last_hidden_states_are_kept_and_none_too_often(tmp_path, monkeypatch, every, last):
+    monkeypatch.setattr("optima_tpu.journal.STATES_EVERY", every)
     journal = started(tmp_path, 3)
-    assert len(list((tmp_path / "activations").iterdir())) == 1
-    assert_same(states_of(journal), activations_after(2))
-    assert journal.activations(mesh(1, 1), 1, 2) is None
+    assert [path.name for path in (tmp_path / "activations").iterdir()] == [f"block_{last:04d}"]
+    again = open_journal(tmp_path, MANIFEST, ASSETS)
+    for opened in (journal, again):
+        index, states = opened.last_activations(mesh(1, 1), 3, 2)
+        assert index == last and opened.last_activations(mesh(1, 1), last, 2) is None
+        assert_same(states.values, activations_after(last))
+        assert opened.activations(mesh(1, 1), 1, 2) is None
+    # A program that goes on saves them with its first block.
+    again.save(3, *pruned_block(small_model(), 0))
+    assert [path.name for path in (tmp_path / "activations").iterdir()] == ["block_0003"]
 
 
 @pytest.mark.parametrize("shapes", [((4, 2), (2, 4)), ((1, 1), (8, 1)), ((2, 1), (1, 1))], ids=str)

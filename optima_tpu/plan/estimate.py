@@ -12,6 +12,7 @@ import jax
 from optima_tpu.allocation import Uniform
 from optima_tpu.config import RunConfig
 from optima_tpu.errors import UserError
+from optima_tpu.journal import STATES_EVERY
 from optima_tpu.models.decoder import run_block
 from optima_tpu.plan.model import Declared
 from optima_tpu.plan.topology import GIB, Target
@@ -257,16 +258,18 @@ def run_seconds(model: Declared, config: RunConfig, target: Target, stored: Stor
     head = products(model, 2.0 * tokens * decoder.config.vocab * decoder.config.d_embedding / target.mesh.size).seconds(target)
     streams = config.target.matrices
     moved = 3 * stored.hidden + 4 * tokens * stored.hidden / streams / ((text.samples + text.held_out) * text.length)
+    walk = {"calibration": calibrating, "pruning": pruning,
+            "pruned blocks forward": streams * forward((text.samples + text.held_out) * text.length),
+            "hidden states to and from the devices": blocks * moved / (ASSUMED.transfer * target.hosts)}
+    saves = min(blocks, 1 + int(sum(walk.values()) / STATES_EVERY))
+    written = sum(stored.disk.values()) - stored.disk["hidden states"] + saves * stored.hidden
     # The weights are read for both perplexities, for the walk and for the checkpoint.
     stages = {
         "compiling (as here)": compiling,
         "perplexity, dense and pruned": 2 * (forward(tokens) + head),
-        "calibration": calibrating,
-        "pruning": pruning,
-        "pruned blocks forward": streams * forward((text.samples + text.held_out) * text.length),
-        "hidden states to and from the devices": blocks * moved / (ASSUMED.transfer * target.hosts),
+        **walk,
         "reading weights": 4 * weights / (ASSUMED.reading * target.hosts),
-        "writing": (sum(stored.disk.values()) + (blocks - 2) * stored.hidden) / ASSUMED.writing,
+        "writing": written / ASSUMED.writing,
     }
     return {name: seconds for name, seconds in stages.items() if seconds is not None}
 
