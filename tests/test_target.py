@@ -415,7 +415,7 @@ def test_an_update_that_the_held_out_tokens_refuse_is_named():
 
 
 def test_a_stopped_walk_goes_on_to_the_same_bits(tmp_path, monkeypatch):
-    """With the hidden states of both models, and without them."""
+    """After two blocks: with the hidden states of both models behind the first one, and without them."""
     decoder, recipe = decoder_on((1, 1)), dataclasses.replace(BEYOND, recapture=False)
     monkeypatch.setattr("optima_tpu.run.linear_groups", lambda decoder: GROUPS)
 
@@ -425,9 +425,10 @@ def test_a_stopped_walk_goes_on_to_the_same_bits(tmp_path, monkeypatch):
             prune_model(decoder, tokens(), recipe, journal, progress, samples=5)
         return journal
 
-    def stopped(journal, *rest):
-        save(journal, *rest)
-        raise KeyboardInterrupt
+    def stopped(journal, index, *rest):
+        save(journal, index, *rest)
+        if index == 1:
+            raise KeyboardInterrupt
 
     journal, save = prune("whole"), Journal.save
     for path in ("kept", "lost"):
@@ -435,6 +436,7 @@ def test_a_stopped_walk_goes_on_to_the_same_bits(tmp_path, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             prune(path)
         monkeypatch.setattr(Journal, "save", save)
+        assert [folder.name for folder in (tmp_path / path / "activations").iterdir()] == ["block_0000"]
         if path == "lost":
             for file in (tmp_path / path / "activations").rglob("*.safetensors"):
                 file.unlink()
