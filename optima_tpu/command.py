@@ -114,6 +114,8 @@ def _stoppable(again: str) -> Iterator[None]:
     done = threading.Event()
     listener = threading.Thread(target=_listen, args=(ear, done, again), daemon=True)
     listener.start()
+    # A forked child has the pipe too: its own SIGTERM, such as that at the end of a pool, would be heard here.
+    os.register_at_fork(after_in_child=lambda: done.is_set() or signal.signal(signal.SIGTERM, before))
     try:
         yield
     finally:

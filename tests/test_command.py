@@ -14,7 +14,7 @@ from tests.test_processes import process_environment
 
 # A loop on the device that never ends, in which Python hears no signal; and a save that takes longer than the grace.
 WORKING = """
-import sys, threading, time, jax
+import os, signal, sys, threading, time, jax
 from optima_tpu import command
 from optima_tpu.files import uninterrupted
 
@@ -30,6 +30,13 @@ def saving():
         print("working", flush=True)
         time.sleep(3)
         print("saved", flush=True)
+
+def forking():
+    if not (child := os.fork()):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+    print(signal.Signals(os.WTERMSIG(os.waitpid(child, 0)[1])).name, flush=True)
+    time.sleep(5 * command._GRACE)
 
 sys.exit(command.guarded(globals()[sys.argv[1]], "the same command goes on"))
 """
@@ -48,6 +55,12 @@ def test_sigterm_is_heard_while_the_devices_work_and_waits_for_a_save(work, out,
         assert process.returncode == RESUME
     finally:
         process.kill()
+
+
+def test_sigterm_of_a_forked_child_is_its_own():
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", WORKING, "forking"], env=process_environment(), text=True,
+                          capture_output=True, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "SIGTERM\n", "")
 
 
 @pytest.mark.parametrize("status, found", [(None, 0), (1, 1)])
