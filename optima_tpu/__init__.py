@@ -11,6 +11,7 @@ Where to begin, in the order in which a run uses them:
 - ``sharding``, ``features``, ``memory``, ``activations``: where it lies on the mesh, and whether it fits.
 - ``run``: ``inputs``, the walk, ``journal`` (every finished block, to go on from), ``checkpoint``, ``export``.
 - ``launch``, ``command``, ``cli``, ``options``, ``presets``, ``config``: from a command line to the ``RunConfig`` of a run.
+  ``processes``, ``collective_timeouts``: several of them, several devices in one.
 - ``models``, ``weights``, ``masks``, ``data``, ``generate``: what is read. ``report``, ``evaluate``, ``sweep``, ``plan``: what
   is told.
 """

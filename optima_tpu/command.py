@@ -14,6 +14,7 @@ from typing import Protocol
 import jax
 
 from optima_tpu import processes
+from optima_tpu.collective_timeouts import raise_collective_timeouts
 from optima_tpu.errors import UserError, one_line
 from optima_tpu.files import user_cache
 from optima_tpu.sharding import simulate_devices
@@ -57,6 +58,7 @@ def take_devices(config: OnDevices, alone: bool = False) -> None:
     # Of a GPU XLA would leave a quarter unused; what is left here is for what it does not allocate itself (cuBLAS, NCCL).
     if "XLA_PYTHON_CLIENT_MEM_FRACTION" not in os.environ:  # its old name; XLA refuses both together
         os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", "0.9")
+    raise_collective_timeouts(config.cpu_devices)
     simulate_devices(config.cpu_devices)
     if not alone:
         processes.start(config.coordinator, config.num_processes, config.process_id, config.join_timeout)

@@ -3,11 +3,11 @@
 import contextlib
 import io
 import os
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import NamedTuple
+
+from optima_tpu.collective_timeouts import is_known
 
 # Before jax is imported: what several tests compile alike, and the processes that they start, is compiled once.
 _COMPILED = tempfile.TemporaryDirectory(prefix="optima-tpu-tests-")
@@ -19,15 +19,8 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 # time. Those are on their way out, and XLA ends a process that gives it a flag it does not know.
 _LESS_LLVM, _OLDER_EMITTERS = "--xla_backend_optimization_level=0", "--xla_cpu_use_fusion_emitters=false"
 
-
-def _known(flag: str) -> bool:
-    read_flags = "from jaxlib import xla_client; xla_client.CompileOptions()"  # without starting a backend
-    environment = os.environ | {"XLA_FLAGS": flag}
-    return subprocess.run([sys.executable, "-c", read_flags], env=environment, capture_output=True).returncode == 0
-
-
 if _LESS_LLVM not in os.environ.get("XLA_FLAGS", ""):  # the workers have them from the process that starts them
-    os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), _LESS_LLVM, *filter(_known, [_OLDER_EMITTERS])])
+    os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), _LESS_LLVM, *filter(is_known, [_OLDER_EMITTERS])])
 
 import jax  # noqa: E402
 import pytest  # noqa: E402

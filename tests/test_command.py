@@ -1,5 +1,6 @@
 """How a command ends, and what it takes of the machine."""
 
+import importlib.metadata
 import os
 import signal
 import subprocess
@@ -8,6 +9,7 @@ import sys
 import jax
 import pytest
 
+from optima_tpu.collective_timeouts import raise_collective_timeouts
 from optima_tpu.command import RESUME, guarded, take_devices
 from optima_tpu.config import RunConfig
 from tests.test_processes import process_environment
@@ -87,6 +89,52 @@ def test_the_share_of_a_gpu_is_left_to_who_names_one(given, found, monkeypatch):
     take_devices(RunConfig(model="a"))
     assert {name: value for name, value in os.environ.items() if name.endswith("CLIENT_MEM_FRACTION")} == found
     os.environ.pop("XLA_CLIENT_MEM_FRACTION", None)
+
+
+UNEVEN = """
+import sys, time, jax, jax.numpy as jnp
+from optima_tpu import collective_timeouts
+from optima_tpu.command import take_devices
+from optima_tpu.config import RunConfig
+
+for name in collective_timeouts._CPU:
+    collective_timeouts._CPU[name] = int(sys.argv[1])
+take_devices(RunConfig(model="a", cpu_devices=2))
+
+def late():
+    index = jax.lax.axis_index("data")
+    return jax.lax.psum(jax.pure_callback(lambda i: (time.sleep(4 * int(i)), i)[1], index, index), "data")
+
+everywhere = jax.shard_map(late, mesh=jax.make_mesh((2,), ("data",)), in_specs=(), out_specs=jax.sharding.PartitionSpec())
+print(jax.jit(everywhere)())
+"""
+
+
+@pytest.mark.parametrize("seconds, status, out", [(60, 0, "1\n"), (1, -signal.SIGABRT, "")])
+def test_devices_wait_for_one_that_is_late_as_long_as_they_are_told(seconds, status, out):
+    environment = process_environment()
+    environment.pop("XLA_FLAGS", None)
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", UNEVEN, str(seconds)], env=environment, text=True,
+                          capture_output=True, timeout=120)
+    assert (done.returncode, done.stdout) == (status, out), done.stderr
+
+
+@pytest.mark.parametrize("simulated, plugins, given, kept", [
+    (1, ["xla_cuda12"], None, None), (None, [], None, None), (2, [], "flags.txt", "flags.txt"),
+    (2, [], "--xla_cpu_collective_call_warn_stuck_timeout_seconds=5",
+     "--xla_cpu_collective_call_warn_stuck_timeout_seconds=5 --xla_cpu_collective_call_terminate_timeout_seconds=86400"),
+    (None, ["xla_cuda13"],
+     "--xla_gpu_first_collective_call_warn_stuck_timeout_seconds=5 --xla_gpu_executable_terminate_timeout=6",
+     "--xla_gpu_first_collective_call_warn_stuck_timeout_seconds=5 --xla_gpu_executable_terminate_timeout=6 "
+     "--xla_gpu_executable_warn_stuck_timeout=3600 --xla_gpu_first_collective_call_terminate_timeout_seconds=86400")])
+def test_timeouts_are_raised_where_several_devices_are_in_one_process(simulated, plugins, given, kept, monkeypatch):
+    monkeypatch.setattr(importlib.metadata, "entry_points",
+                        lambda group: [importlib.metadata.EntryPoint(name, "a", group) for name in plugins])
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+    if given is not None:
+        monkeypatch.setenv("XLA_FLAGS", given)
+    raise_collective_timeouts(simulated)
+    assert os.environ.get("XLA_FLAGS") == kept
 
 
 @pytest.mark.parametrize("platform, given, kept", [
