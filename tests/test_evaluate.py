@@ -17,7 +17,7 @@ from optima_tpu.evaluate.__main__ import main
 from optima_tpu.evaluate.config import EvaluateConfig, parse
 from optima_tpu.evaluate.run import default_folder
 from optima_tpu.evaluate.tasks import PAPER, load_tasks, paper_average, run_tasks
-from tests.test_processes import free_port, process_environment
+from tests.test_processes import free_port, process_environment, without_gloo
 
 CHOICE = """
 task: tiny_choice
@@ -427,7 +427,7 @@ def test_two_processes_measure_what_one_does(evaluated, finished, tasks, text, t
 
     (printed, _, first), (other, _, second) = run("tiny_group,tiny_rolling")
     assert (first, second) == (0, 0) and "byte_perplexity" in printed
-    assert not [line for line in other.splitlines() if "[Gloo]" not in line]
+    assert without_gloo(other) == []
     record, expected = json.loads((tmp_path / "out" / "evaluation.json").read_text()), evaluated[0]
     assert record["tasks"]["tiny_group"]["acc"] == expected["tasks"]["tiny_group"]["acc"]
     for path in (("tasks", "tiny_rolling", "byte_perplexity"), ("perplexity", f"file:{text}", "perplexity")):
