@@ -1,4 +1,4 @@
-"""Where the features of a layer's rows are: all on the device, or split evenly over a mesh axis.
+"""Where the features of a layer's rows are: all on the device, or split evenly over axes of the mesh.
 
 Written with a :class:`Features`, a computation on rows is one text for both. Inside ``shard_map``, with ``n`` devices on the
 axis, a device holds ``d = d_in / n`` features of its rows and the same ``d`` columns of every [d_in, d_in] matrix; where nothing
@@ -22,10 +22,10 @@ class Features:
     """See the module. Every method is called inside ``shard_map`` over ``axis``.
 
     Attributes:
-      axis: the mesh axis that splits the features; None where a device holds all of them.
+      axis: the mesh axis or axes that split the features; None where a device holds all of them.
     """
 
-    axis: str | None = None
+    axis: str | tuple[str, ...] | None = None
 
     @property
     def devices(self) -> int:

@@ -111,9 +111,10 @@ def prune_group(weights: tuple[Array, ...], hessian: Array, recipe: Recipe, mesh
     # Without a term from the product that selectors take again: another one, of the rows on each device, would leave rounding.
     singles = [self_target(weight, hessian) if term is None else LayerProblem(weight, hessian, stacked.linear[rows])
                for weight, rows in zip(wide, slices)]
-    choices = [_select(single, patterns[index], recipe.selector,
-                       masks and jax.lax.with_sharding_constraint(masks[index], spread[index]))
-               for index, single in enumerate(singles)]
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # for inverses, see solvers/inverse.py
+        choices = [_select(single, patterns[index], recipe.selector,
+                           masks and jax.lax.with_sharding_constraint(masks[index], spread[index]))
+                   for index, single in enumerate(singles)]
     # Said again: a sort between two layouts would be done on every device for all rows.
     choices = [Pruned(*(jax.lax.with_sharding_constraint(array, rows) for array in choice))
                for choice, rows in zip(choices, spread)]

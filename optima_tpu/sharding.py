@@ -222,8 +222,8 @@ def over_rows(solve: Callable, mesh: Mesh, layout: Layout = ON_EVERY_DEVICE, out
     """Runs a row solver with its rows split over the mesh: ``(problem, pruned) -> Solution``.
 
     Each device runs the solver's loop on its own rows and stops on its own. There is no communication inside where every device
-    has the Hessian; where it is split, the devices of one row of the mesh step together. Rows that are padded have nothing to
-    solve: weights and mask are all zero.
+    has the Hessian, but for inverses that are made before it (``solvers.inverse``); where it is split, the devices of one row of
+    the mesh step together. Rows that are padded have nothing to solve: weights and mask are all zero.
 
     Args:
       solve: ``(problem, pruned) -> Solution``; see ``optima_tpu.solvers.Solver``.

@@ -1,5 +1,6 @@
 """Layers whose Hessian is split over the model axis, and rows that are solved in batches: the same solution, in less memory."""
 
+import contextlib
 import functools
 import math
 import re
@@ -20,10 +21,12 @@ from optima_tpu.models.decoder import Decoder
 from optima_tpu.patterns import Unstructured
 from optima_tpu.prune import prune_group, walk_block
 from optima_tpu.recipe import Recipe
-from optima_tpu.selectors import SparseGPT, Thanos, Wanda
+from optima_tpu.refine import Swaps
+from optima_tpu.selectors import ADMM, SparseGPT, Thanos, Wanda
 from optima_tpu.sharding import MODEL, Layout, over_rows
 from optima_tpu.solvers import CG, MPAX, Adam, Exact
-from optima_tpu.solvers.inverse import inverse_cholesky
+from optima_tpu.solvers import inverse as shared
+from optima_tpu.solvers.inverse import inverse_cholesky, together
 from optima_tpu.solvers.panels import inverse_by_panels
 from tests.helpers import (COLLECTIVE, SMALL, correlated_hessian, layer, mesh, oracle, row_objective, select, tiny_folder,
                            tiny_llama, wide)
@@ -65,6 +68,49 @@ def test_a_tpu_gets_the_small_program():
 
     assert lowered("tpu", 2048).count("\n") < 1.1 * lowered("tpu", 512).count("\n")
     assert lowered("cuda", 2048).count("\n") > 2 * lowered("cuda", 512).count("\n")
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_all_devices_make_an_inverse_together(inside):
+    """Where rows are split by hand, as for solvers, and where the compiler does it, as for selectors: five columns a device."""
+    grid, matrix = mesh(4, 2), correlated_hessian(np.random.default_rng(0), 40) + 0.01 * np.eye(40, dtype=np.float32)
+    by_hand = jax.shard_map(together, mesh=grid, in_specs=P(), out_specs=P(), check_vma=False)
+    with contextlib.nullcontext() if inside else jax.sharding.use_abstract_mesh(grid.abstract_mesh):
+        inverse, root = jax.jit(by_hand if inside else together)(jax.device_put(matrix, NamedSharding(grid, P())))
+    exact = np.linalg.inv(matrix.astype(np.float64))
+    for found in (inverse, np.asarray(root, np.float64).T @ root):
+        assert np.abs(found - exact).max() < 2e-6 * np.abs(exact).max()
+    assert (np.triu(root, 1) == 0).all()
+
+
+@pytest.mark.parametrize("recipe", [
+    Recipe(Unstructured(0.5), ADMM(), None), Recipe(Unstructured(0.5), SparseGPT(), None),
+    Recipe(Unstructured(0.5), Wanda(), CG()), Recipe(Unstructured(0.5), Wanda(), CG(), refine=Swaps())])
+def test_tpus_share_every_inverse_of_a_layer(recipe):
+    """Lowered for them without any. Others, and TPUs for which panels would be narrow, make their own."""
+    def reductions(platform: str, size: int) -> int:
+        arrays = (jax.ShapeDtypeStruct((64, size), jnp.float32),), jax.ShapeDtypeStruct((size, size), jnp.float32)
+        return prune_group.trace(*arrays, recipe, mesh(4, 2)).lower(lowering_platforms=(platform,)).as_text().count("all_reduce")
+
+    assert reductions("tpu", 1024) > 0
+    assert reductions("tpu", 1000) == reductions("tpu", 512) == reductions("cuda", 1024) == reductions("cpu", 1024) == 0
+
+
+def test_shared_inverses_give_the_weights_of_those_that_every_device_makes(monkeypatch):
+    """Masks, exchanges and solves of one layer; here the simulated devices are told to share."""
+    problem = layer(np.random.default_rng(5), 24, 64, spread=0.5)
+    recipe = Recipe(Unstructured(0.5, "row"), ADMM(), CG(), refine=Swaps())
+
+    def pruned(grid):
+        hessian = jax.device_put(problem.hessian, NamedSharding(grid, P()))
+        return jax.device_get(prune_group((problem.weight,), hessian, recipe, grid))
+
+    (alone,), (kept,), _ = pruned(mesh(1, 1))
+    monkeypatch.setattr(shared, "_FEWEST_COLUMNS", 8)
+    monkeypatch.setattr(shared, "_alone", together)
+    (found,), (keep,), _ = pruned(mesh(4, 2))
+    np.testing.assert_array_equal(keep, kept)
+    np.testing.assert_allclose(found, alone, atol=1e-4)
 
 
 def test_panels_that_do_not_divide_the_columns():

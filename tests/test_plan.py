@@ -1,6 +1,7 @@
 """A plan is made from config.json alone, and says what the programs of a run need."""
 
 import dataclasses
+import functools
 import json
 import math
 
@@ -25,7 +26,7 @@ from optima_tpu.plan.table import summary
 from optima_tpu.plan.topology import CHIPS, Target, fitting_mesh, parse_topology, topology_target
 from optima_tpu.prune import prune_group
 from optima_tpu.recipe import Recipe
-from optima_tpu.selectors import Wanda
+from optima_tpu.selectors import ADMM, SparseGPT, Wanda
 from optima_tpu.solvers import CG
 from tests.helpers import mesh, tiny_llama
 
@@ -155,6 +156,13 @@ def test_counted_products_and_memory_agree_with_the_compiler():
     assert 0.95 < work.flops / found.flops < 1.05
     with_solver = compiled(lambda: prune_group.lower((problem,), hessian, Recipe(Unstructured(0.5), Wanda(), CG()), mesh(1, 1)))
     assert 0.5 < needed(size, rows, rows, mesh(1, 1), CG().footprint, False) / with_solver.memory < 2
+
+
+def test_inverses_are_counted_for_every_matrix_and_shared_by_the_devices_that_make_them():
+    count = functools.partial(prune_work, 0, 64, None, held_out=False, panels=True)
+    assert count(ADMM(levels=5), matrices=3).wide == 3 * 5 * 6 * 64**3
+    assert count(ADMM(levels=5), matrices=3, together=8).wide == 3 * 5 * 6 * 64**3 / 8
+    assert count(SparseGPT(), matrices=2).wide == 2 * 6 * 64**3 and count(Wanda(), matrices=2).wide == 0
 
 
 def test_without_libtpu_the_plan_is_counted_and_says_so(tmp_path, capsys, monkeypatch):

@@ -117,14 +117,17 @@ def solver_cost(solver: Solver | Refining | None) -> SolverCost:
 
 
 def prune_work(rows: float, d_in: int, solver: Solver | Refining | None, selector: MaskSelector | None, held_out: bool,
-               parts: int = 1, candidates: int = 1, dense: bool = False, panels: bool = False) -> Work:
+               parts: int = 1, candidates: int = 1, dense: bool = False, panels: bool = False, matrices: int = 1,
+               together: int = 1) -> Work:
     """Of ``prune_group``, for ``rows`` rows on a device.
 
     Args:
       candidates: how often the rows are solved and judged.
       dense: with a dense target.
       panels: a matrix that no mesh axis splits is inverted by panels too, as on a TPU; see ``solvers.inverse``.
+      matrices: which the selector takes one by one.
       parts: into how many the Hessian and the features are split; a device then does a part of that many times the rows.
+      together: so many devices make an inverse of a matrix that no mesh axis splits; see ``solvers.inverse``.
     """
     cost = solver_cost(solver)
     # Beside the solver: the target, and the objective before and after, which are one where there is no solver.
@@ -136,13 +139,13 @@ def prune_work(rows: float, d_in: int, solver: Solver | Refining | None, selecto
             pass
         case ADMM():  # the target, and every iteration chooses a mask
             iterations = selector.levels * selector.iterations
-            times, shared = times + iterations + 1, shared + selector.levels
+            times, shared = times + iterations + 1, shared + selector.levels * matrices
             passes += iterations * (_PASSES_OF_A_MASK + 8)
         case _:  # a factorisation and a sweep over the columns
-            times, shared = times + 2, shared + 1
+            times, shared = times + 2, shared + matrices
     factor = candidates * cost.each_row * rows / 3 * d_in**3
-    if parts > 1 or panels:
-        inverse = 6.0 * shared * d_in**3 / parts  # see solvers/panels.py
+    if parts > 1 or panels or together > 1:
+        inverse = 6.0 * shared * d_in**3 / max(parts, together)  # see solvers/panels.py
     else:
         # Cholesky, and a triangular solve with the identity; the inverse is then one more product.
         factor, inverse = factor + shared * 4 / 3 * d_in**3, 2.0 * shared * d_in**3

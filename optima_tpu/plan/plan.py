@@ -24,6 +24,7 @@ from optima_tpu.recipe import Recipe, pruned_groups, solved_together
 from optima_tpu.run import recipe_of
 from optima_tpu.self_calibration import generated_by
 from optima_tpu.sharding import DATA, MODEL, ON_EVERY_DEVICE, Layout
+from optima_tpu.solvers.inverse import divided
 
 
 class Program(NamedTuple):
@@ -188,7 +189,8 @@ def _pruning(model: Declared, target: Target, recipe: Recipe, shape: _Shape, nam
     matrices = recipe.target.matrices
     update = recipe.update(shape.patterns[0])
     work = estimate.prune_work(rows / parts, d_in, update, recipe.selector, held_out, parts,
-                               recipe.tuning.candidates(recipe.solver, recipe.target), matrices > 1, target.is_tpu)
+                               recipe.tuning.candidates(recipe.solver, recipe.target), matrices > 1, target.is_tpu,
+                               len(shape.shapes), mesh.size if target.is_tpu and divided(d_in, mesh.size) else 1)
     memory = round(resident(decoder, others, held_out, matrices) + needed(
         d_in, every, layout.rows or rows, mesh, footprint_of(update, recipe.selector), layout.split, matrices, shape.residual))
     found = None

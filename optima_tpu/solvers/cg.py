@@ -28,8 +28,8 @@ from jax import Array
 from optima_tpu.errors import UserError
 from optima_tpu.features import WHOLE, Features
 from optima_tpu.memory import Footprint
-from optima_tpu.problem import LayerProblem, Pruned, Solution, matmul, pull_of
-from optima_tpu.solvers.inverse import inverse_cholesky
+from optima_tpu.problem import LayerProblem, Pruned, Solution, pull_of
+from optima_tpu.solvers.inverse import inverse_and_root
 from optima_tpu.solvers.scaling import RESOLUTION, require, unit_diagonal
 from optima_tpu.solvers.panels import inverse_by_panels
 
@@ -202,11 +202,10 @@ def _share(hessian: Array, damping: float, features: Features) -> _Shared:
     looseness = jnp.where(smallest > 0, 1 + (ridge + error) / jnp.where(smallest > 0, smallest, 1.0), jnp.inf)
     noise = error * jax.lax.rsqrt(jnp.maximum(smallest, 0.0) + ridge)
     if features == WHOLE:
-        root = inverse_cholesky(matrix + ridge * eye).T
-        inverse = matmul(root, root.T)
+        inverse, root = inverse_and_root(matrix + ridge * eye)
     else:
         inverse, root = inverse_by_panels(matrix, features)
-        root = features.transpose(root)
+    root = features.transpose(root)
     return _Shared(matrix, inverse, root, scale, live, looseness, noise)
 
 

@@ -1,35 +1,78 @@
-"""Inverses of positive definite matrices, in matrix products."""
+"""Inverses of positive definite matrices, in matrix products; on TPUs by all devices of the mesh together."""
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.sharding import PartitionSpec as P
 
-from optima_tpu.features import WHOLE, matmul
+from optima_tpu.features import WHOLE, Features, matmul
 from optima_tpu.solvers.panels import inverse_by_panels
 
 _LEAF = 256  # matrices up to this size are factorised at once
+# With fewer columns a device the panels, one after the other, would take as long as all of it does alone: an estimate for a TPU
+# v5e, not measured.
+_FEWEST_COLUMNS = 128
 
 
 def inverse(matrix: Array) -> Array:
     """``M^-1`` of a positive definite [d, d] float32; NaN where it is not positive definite in float32."""
-    root = inverse_cholesky(matrix)
-    return matmul(root.T, root)
+    return inverse_and_root(matrix)[0]
 
 
 def inverse_cholesky(matrix: Array) -> Array:
-    """``L^-1`` where ``matrix = L L'``, of a [d, d] float32; NaN where it is not positive definite in float32.
+    """``L^-1`` where ``matrix = L L'``, of a [d, d] float32; NaN where it is not positive definite in float32."""
+    return inverse_and_root(matrix)[1]
 
-    By halves: as many operations as a factorisation and a triangular solve, in products. LAPACK's threads and those of XLA wait
-    for each other's cores, and accelerators have no fast factorisation of large matrices. A TPU's compiler takes minutes for the
-    many programs that this makes of a large matrix, so there it is done by panels, in a loop with 3.6 times the operations.
+
+def inverse_and_root(matrix: Array) -> tuple[Array, Array]:
+    """Both of the above, ``X = R'R`` and ``R``, of a matrix that every device has.
+
+    Traced on a mesh, be it inside ``shard_map``, where all devices must come here, or where ``jax.sharding.use_abstract_mesh``
+    names one, TPUs make it :func:`together`: else it is the one thing that a layer costs every device, however many share its
+    rows. Each does all of it where there is no mesh, where :func:`divided` is False, and on other devices: those of a CPU wait
+    for each other's threads at every panel, and GPUs, which have less to do alone, may be joined by a slow network.
     """
-    if matrix.shape[0] <= _LEAF:
+    if not divided(len(matrix), jax.sharding.get_abstract_mesh().size):
+        return _alone(matrix)
+    return jax.lax.platform_dependent(matrix, tpu=together, default=_alone)
+
+
+def divided(size: int, devices: int) -> bool:
+    """Whether the inverse of a [size, size] is divided among so many TPUs."""
+    return devices > 1 and size % devices == 0 and size >= _FEWEST_COLUMNS * devices
+
+
+def together(matrix: Array) -> tuple[Array, Array]:
+    """As :func:`inverse_and_root`: every device of the mesh makes its share of the columns, and gets those of the others."""
+    mesh = jax.sharding.get_abstract_mesh()
+
+    def share(matrix: Array) -> tuple[Array, Array]:
+        features = Features(mesh.axis_names)
+        columns = features.mine(matrix).T  # it is symmetric
+        return tuple(map(features.whole, inverse_by_panels(columns, features)))
+
+    return share(matrix) if mesh.manual_axes else jax.shard_map(share, in_specs=P(), out_specs=P(), check_vma=False)(matrix)
+
+
+def _alone(matrix: Array) -> tuple[Array, Array]:
+    root = _root(matrix)
+    return matmul(root.T, root), root
+
+
+def _root(matrix: Array) -> Array:
+    """``L^-1``, by halves: as many operations as a factorisation and a triangular solve, in products.
+
+    LAPACK's threads and those of XLA wait for each other's cores, and accelerators have no fast factorisation of large matrices.
+    A TPU's compiler takes minutes for the many programs that this makes of a large matrix, so there it is done by panels, in a
+    loop with 3.6 times the operations.
+    """
+    if len(matrix) <= _LEAF:
         return _at_once(matrix)
     return jax.lax.platform_dependent(matrix, tpu=lambda matrix: inverse_by_panels(matrix, WHOLE)[1], default=_by_halves)
 
 
 def _by_halves(matrix: Array) -> Array:
-    size = matrix.shape[0]
+    size = len(matrix)
     if size <= _LEAF:
         return _at_once(matrix)
     half = size // 2
@@ -40,5 +83,5 @@ def _by_halves(matrix: Array) -> Array:
 
 
 def _at_once(matrix: Array) -> Array:
-    identity = jnp.eye(matrix.shape[0], dtype=matrix.dtype)
+    identity = jnp.eye(len(matrix), dtype=matrix.dtype)
     return jax.scipy.linalg.solve_triangular(jnp.linalg.cholesky(matrix), identity, lower=True)
