@@ -85,3 +85,12 @@ class Features:
 
 WHOLE = Features()
 """All features on every device."""
+
+# With fewer columns a device the panels of an inverse, one after the other, would take as long as all of it does alone: an
+# estimate for a TPU v5e, not measured.
+_FEWEST_COLUMNS = 128
+
+
+def divided(size: int, devices: int) -> bool:
+    """Whether TPUs make the inverse of a [size, size] together, each some of its columns; see ``solvers.inverse``."""
+    return devices > 1 and size % devices == 0 and size >= _FEWEST_COLUMNS * devices

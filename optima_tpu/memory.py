@@ -25,6 +25,7 @@ import jax
 from jax.sharding import Mesh
 
 from optima_tpu.errors import UserError
+from optima_tpu.features import divided
 from optima_tpu.processes import everyones
 from optima_tpu.sharding import DATA, MODEL, ON_EVERY_DEVICE, Layout, bytes_on_device, struct_on
 
@@ -205,6 +206,13 @@ def passes(prefix: str, shapes: Mapping[str, tuple[int, ...]], groups: Sequence[
         # Of the calibration and of the held-out tokens.
         return 2 * 4 * rows * d_in / (mesh.shape[MODEL] if d_in % mesh.shape[MODEL] == 0 else 1)
 
+    def beside(names: tuple[str, ...], part: Sequence[tuple[str, ...]]) -> float:
+        """Bytes of the pass' Hessians that are not counted by :func:`needed`."""
+        # Those of the input itself are counted there. But in columns they are gathered from others that stay, and a TPU that
+        # makes its inverses alone takes about as much again for panels, which were not fitted.
+        as_they_come = mesh.shape[MODEL] == 1 and divided(shapes[names[0] + ".weight"][1], mesh.size)
+        return sum(hessians(other) for other in part if other != names or not as_they_come)
+
     def fitted(share: float) -> tuple[Pass, ...]:
         cut: list[list[tuple[str, ...]]] = []
         for names in groups:
@@ -213,7 +221,7 @@ def passes(prefix: str, shapes: Mapping[str, tuple[int, ...]], groups: Sequence[
             cut[-1].append(names)
         return tuple(Pass(tuple(part), tuple(
             layout(prefix + names[0], shapes[names[0] + ".weight"][1], sum(shapes[name + ".weight"][0] for name in names),
-                   budget - _BLOCK_COPIES * weights - sum(map(hessians, part)), mesh, solver, selector, matrices,
+                   budget - _BLOCK_COPIES * weights - beside(names, part), mesh, solver, selector, matrices,
                    any(name in residuals for name in names))
             for names in part))
             for part in cut)

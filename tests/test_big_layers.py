@@ -16,12 +16,12 @@ from jax.sharding import PartitionSpec as P
 from optima_tpu.errors import UserError
 from optima_tpu.features import WHOLE, Features
 from optima_tpu.launch import main
-from optima_tpu.memory import GIB, described, device_budget, host_memory, layout, needed, passes
+from optima_tpu.memory import GIB, described, device_budget, footprint_of, host_memory, layout, needed, passes
 from optima_tpu.models.decoder import Decoder
 from optima_tpu.patterns import Unstructured
 from optima_tpu.prune import prune_group, walk_block
 from optima_tpu.recipe import Recipe
-from optima_tpu.refine import Swaps
+from optima_tpu.refine import Refining, Swaps
 from optima_tpu.selectors import ADMM, SparseGPT, Thanos, Wanda
 from optima_tpu.sharding import MODEL, Layout, over_rows
 from optima_tpu.solvers import CG, MPAX, Adam, Exact
@@ -106,7 +106,7 @@ def test_shared_inverses_give_the_weights_of_those_that_every_device_makes(monke
         return jax.device_get(prune_group((problem.weight,), hessian, recipe, grid))
 
     (alone,), (kept,), _ = pruned(mesh(1, 1))
-    monkeypatch.setattr(shared, "_FEWEST_COLUMNS", 8)
+    monkeypatch.setattr("optima_tpu.features._FEWEST_COLUMNS", 8)
     monkeypatch.setattr(shared, "_alone", together)
     (found,), (keep,), _ = pruned(mesh(4, 2))
     np.testing.assert_array_equal(keep, kept)
@@ -235,6 +235,20 @@ def test_the_hessians_of_a_pass_fit_a_share_of_the_budget():
     found = cut(4 * 2 * 4 * 256 * 256)  # a quarter is what the last one takes
     assert [each.groups for each in found] == [(("a",), ("b",)), (("c",),)]
     assert "in 2 passes" in described(found) and described(found, 2) == ""
+
+
+@pytest.mark.parametrize("shape, times", [((8, 1), 1), ((4, 2), 1.5), ((1, 1), 2)])
+def test_a_layers_own_hessians_are_counted_once_where_they_are_used_as_they_come(shape, times):
+    """In columns they are gathered first: another copy. And alone a TPU's panels take as much again."""
+    size, rows = 2048, 64
+    solver = Refining(CG(), Swaps(), Unstructured(0.5, "row"))
+    take = needed(size, rows, -(-rows // math.prod(shape)), mesh(*shape), footprint_of(solver, ADMM()), False)
+    cut = functools.partial(
+        passes, "", {"a.weight": (rows, size)}, (("a",),), 0, mesh=mesh(*shape), solver=solver, selector=ADMM())
+    least = take + (times - 1) * 2 * 4 * size**2  # the calibration's and that of the held-out tokens
+    assert cut(least * 1.001)[0].layouts == (Layout(),)
+    with contextlib.suppress(UserError):
+        assert cut(least * 0.98)[0].layouts != (Layout(),)
 
 
 def test_a_block_pruned_in_a_small_budget_is_the_same_block(monkeypatch):

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from optima_tpu.calibrate import Groups, linear_groups
 from optima_tpu.config import RunConfig
 from optima_tpu.errors import UserError
+from optima_tpu.features import divided
 from optima_tpu.generate import cache_structs, windows_at_once
 from optima_tpu.inputs import linear_shapes
 from optima_tpu.layer_rules import check_layers
@@ -24,7 +25,6 @@ from optima_tpu.recipe import Recipe, pruned_groups, solved_together
 from optima_tpu.run import recipe_of
 from optima_tpu.self_calibration import generated_by
 from optima_tpu.sharding import DATA, MODEL, ON_EVERY_DEVICE, Layout
-from optima_tpu.solvers.inverse import divided
 
 
 class Program(NamedTuple):

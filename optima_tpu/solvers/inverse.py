@@ -5,13 +5,10 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import PartitionSpec as P
 
-from optima_tpu.features import WHOLE, Features, matmul
+from optima_tpu.features import WHOLE, Features, divided, matmul
 from optima_tpu.solvers.panels import inverse_by_panels
 
 _LEAF = 256  # matrices up to this size are factorised at once
-# With fewer columns a device the panels, one after the other, would take as long as all of it does alone: an estimate for a TPU
-# v5e, not measured.
-_FEWEST_COLUMNS = 128
 
 
 def inverse(matrix: Array) -> Array:
@@ -29,17 +26,12 @@ def inverse_and_root(matrix: Array) -> tuple[Array, Array]:
 
     Traced on a mesh, be it inside ``shard_map``, where all devices must come here, or where ``jax.sharding.use_abstract_mesh``
     names one, TPUs make it :func:`together`: else it is the one thing that a layer costs every device, however many share its
-    rows. Each does all of it where there is no mesh, where :func:`divided` is False, and on other devices: those of a CPU wait
+    rows. Each does all of it where there is no mesh, where ``divided`` is False, and on other devices: those of a CPU wait
     for each other's threads at every panel, and GPUs, which have less to do alone, may be joined by a slow network.
     """
     if not divided(len(matrix), jax.sharding.get_abstract_mesh().size):
         return _alone(matrix)
     return jax.lax.platform_dependent(matrix, tpu=together, default=_alone)
-
-
-def divided(size: int, devices: int) -> bool:
-    """Whether the inverse of a [size, size] is divided among so many TPUs."""
-    return devices > 1 and size % devices == 0 and size >= _FEWEST_COLUMNS * devices
 
 
 def together(matrix: Array) -> tuple[Array, Array]:
