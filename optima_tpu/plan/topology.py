@@ -115,7 +115,8 @@ def has_libtpu() -> bool:
 
 
 QUICK: Mapping[str, Any] = MappingProxyType({"exec_time_optimization_effort": -1.0})
-"""The TPU compiler's least effort: minutes where the full effort took more than five for one solver. Its programs are larger."""
+"""The TPU compiler's least effort: minutes where the full effort took more than five for one solver. The full one asked for
+0.65 to 1.27 times the memory."""
 
 
 def topology_target(text: str, mesh: str | None, compiling: bool = True, quick: bool = False) -> Target:
@@ -153,7 +154,8 @@ def topology_target(text: str, mesh: str | None, compiling: bool = True, quick: 
     else:
         made = AbstractMesh(sizes, (DATA, MODEL))
     if devices and quick:
-        notes.append("compiled with the least effort (--quick): a run, which takes the full one, needs less memory")
+        notes.append("compiled with the least effort (--quick): the full one, which a run takes, asked for 0.65 to 1.27 times "
+                     "the memory")
     return Target(text, chip, made, hosts, 0.5, (*notes, *note), QUICK if quick else None)
 
 
