@@ -21,13 +21,16 @@ def raise_collective_timeouts(simulated: int | None) -> None:
     To be called before anything asks jax for its devices.
 
     Args:
-      simulated: so many devices of the CPU, and no other; None stands for those of the machine.
+      simulated: so many devices of the CPU, and no other; None stands for those of the machine, whose CPU the environment may
+        divide.
     """
     given, flags = os.environ.get("XLA_FLAGS", "").strip(), {}
-    if simulated is not None:
-        flags = _CPU if simulated > 1 else {}
-    elif any("cuda" in plugin.name or "rocm" in plugin.name for plugin in importlib.metadata.entry_points(group="jax_plugins")):
-        flags = _GPU
+    if simulated is None and any("cuda" in plugin.name or "rocm" in plugin.name
+                                 for plugin in importlib.metadata.entry_points(group="jax_plugins")):
+        flags |= _GPU
+    divided = "--xla_force_host_platform_device_count" in given or "JAX_NUM_CPU_DEVICES" in os.environ
+    if simulated != 1 and (simulated or divided):
+        flags |= _CPU
     wanted = [f"--{name}={seconds}" for name, seconds in flags.items() if name not in given]
     if wanted and (not given or given.startswith("-")):
         os.environ["XLA_FLAGS"] = " ".join([given, *filter(is_known, wanted)]).strip()

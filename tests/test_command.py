@@ -119,8 +119,13 @@ def test_devices_wait_for_one_that_is_late_as_long_as_they_are_told(seconds, sta
     assert (done.returncode, done.stdout) == (status, out), done.stderr
 
 
+DIVIDED, WAITS = "--xla_force_host_platform_device_count=2", ("--xla_cpu_collective_call_warn_stuck_timeout_seconds=3600 "
+                                                              "--xla_cpu_collective_call_terminate_timeout_seconds=86400")
+
+
 @pytest.mark.parametrize("simulated, plugins, given, kept", [
-    (1, ["xla_cuda12"], None, None), (None, [], None, None), (2, [], "flags.txt", "flags.txt"),
+    (1, ["xla_cuda12"], None, None), (None, [], None, None), (2, [], "flags.txt", "flags.txt"), (2, [], None, WAITS),
+    (None, [], DIVIDED, f"{DIVIDED} {WAITS}"), (1, [], DIVIDED, DIVIDED),
     (2, [], "--xla_cpu_collective_call_warn_stuck_timeout_seconds=5",
      "--xla_cpu_collective_call_warn_stuck_timeout_seconds=5 --xla_cpu_collective_call_terminate_timeout_seconds=86400"),
     (None, ["xla_cuda13"],
@@ -135,6 +140,14 @@ def test_timeouts_are_raised_where_several_devices_are_in_one_process(simulated,
         monkeypatch.setenv("XLA_FLAGS", given)
     raise_collective_timeouts(simulated)
     assert os.environ.get("XLA_FLAGS") == kept
+
+
+def test_timeouts_are_raised_where_the_environment_divides_the_cpu(monkeypatch):
+    monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: [])
+    monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "2")
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+    raise_collective_timeouts(None)
+    assert os.environ["XLA_FLAGS"] == WAITS
 
 
 @pytest.mark.parametrize("platform, given, kept", [

@@ -127,7 +127,7 @@ def prune_work(rows: float, d_in: int, solver: Solver | Refining | None, selecto
       panels: a matrix that no mesh axis splits is inverted by panels too, as on a TPU; see ``solvers.inverse``.
       matrices: which the selector takes one by one.
       parts: into how many the Hessian and the features are split; a device then does a part of that many times the rows.
-      together: so many devices make an inverse of a matrix that no mesh axis splits; see ``solvers.inverse``.
+      together: so many devices share those panels.
     """
     cost = solver_cost(solver)
     # Beside the solver: the target, and the objective before and after, which are one where there is no solver.
@@ -144,7 +144,7 @@ def prune_work(rows: float, d_in: int, solver: Solver | Refining | None, selecto
         case _:  # a factorisation and a sweep over the columns
             times, shared = times + 2, shared + matrices
     factor = candidates * cost.each_row * rows / 3 * d_in**3
-    if parts > 1 or panels or together > 1:
+    if parts > 1 or panels:
         inverse = 6.0 * shared * d_in**3 / max(parts, together)  # see solvers/panels.py
     else:
         # Cholesky, and a triangular solve with the identity; the inverse is then one more product.
