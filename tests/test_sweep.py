@@ -144,7 +144,12 @@ def test_the_files_hold_what_the_runs_found(sweep, stand_in, tmp_path, capsys):
     for line in ("model: org/name, 2 blocks", "calibration: random windows", "evaluation: other windows, 16 tokens", "code: 0+1",
                  "hardware: 8 x cpu (cpu), mesh 4x2, jax 0.10", f"command: {command}"):
         assert f"- {line}\n" in text
-    assert len((tmp_path / "out" / "table.csv").read_text().splitlines()) == 1 + 6
+    assert len((tmp_path / "out" / "results.csv").read_text().splitlines()) == 1 + 6
+    fields = json.loads((tmp_path / "out" / "table.json").read_text())
+    assert [(field["update"], field["seeds"], field["perplexity"]) for field in fields] == [
+        ("none", 2, 24.5), ("cg", 2, 20.5), ("none", 2, 26.5)]
+    assert fields[2]["perplexity_spread"] == pytest.approx(0.5**0.5) and fields[2]["error_after"] is None
+    assert len((tmp_path / "out" / "table.csv").read_text().splitlines()) == 1 + 3
     printed = capsys.readouterr().out
     assert "cell 5 of 6: wanda + cg, 50%, 4 samples, seed 1\n" in printed
     assert "26.50 ± 0.71 (n=2)" in printed and str(tmp_path / "out" / "table.md") in printed
@@ -287,7 +292,8 @@ def test_what_does_not_fit_the_model_is_said_before_the_first_cell_runs(sweep, s
 
     monkeypatch.setattr(runner, "manifest_of", manifest_of)
     assert sweep(updates={"cg": {}, "none": {"solver": None}}, masks={"wanda": {}}) == 2
-    assert "the rule fits no layer" in capsys.readouterr().err and not stand_in.ran
+    assert capsys.readouterr().err == "error: wanda + none, 50%, 4 samples, seed 0: the rule fits no layer\n"
+    assert not stand_in.ran
 
 
 def test_a_cell_whose_report_is_damaged_is_run_again(sweep, stand_in, tmp_path):
@@ -295,6 +301,16 @@ def test_a_cell_whose_report_is_damaged_is_run_again(sweep, stand_in, tmp_path):
     assert sweep(**one) == 0
     (tmp_path / "out" / "cells" / stand_in.ran[0] / "report.json").write_text('{"manifest')
     assert sweep(**one) == 0 and len(stand_in.ran) == 2
+
+
+def test_any_error_of_a_cell_is_its_own(sweep, stand_in, tmp_path, capsys):
+    stand_in.stop = {"wanda_cg_50_4-samples_seed-0": RuntimeError("RESOURCE_EXHAUSTED: out of\nmemory")}
+    assert sweep() == 1 and len(stand_in.ran) == 4
+    told = capsys.readouterr()
+    assert "failed: RuntimeError: RESOURCE_EXHAUSTED: out of memory\n" in told.out and "Traceback" in told.err
+    assert [entry["state"] for entry in read_results(tmp_path)] == ["finished", "failed", "finished", "finished"]
+    stand_in.stop = {}
+    assert sweep() == 0 and stand_in.ran[4:] == ["wanda_cg_50_4-samples_seed-0"]
 
 
 def test_only_the_cells_that_were_asked_for_run(sweep, stand_in, tmp_path):

@@ -1,6 +1,7 @@
 """A sweep's file says which cells there are, and the table says what came out of each."""
 
 import csv
+import dataclasses
 import functools
 import re
 from pathlib import Path
@@ -15,7 +16,7 @@ from optima_tpu.selectors import Magnitude, Wanda
 from optima_tpu.solvers import CG, MPAX
 from optima_tpu.sweep.cells import Cell, differences
 from optima_tpu.sweep.grid import read_grid
-from optima_tpu.sweep.tables import Result, csv_text, layout, markdown
+from optima_tpu.sweep.tables import Result, averages, csv_text, layout, markdown
 
 TABLE = {
     "run": {"model": "org/name", "calibration": {"source": "random", "samples": 4, "length": 8}},
@@ -257,6 +258,17 @@ def test_markdown_has_the_header_the_rows_and_the_failures(file):
 
 
 def test_csv_has_a_line_for_each_cell():
-    rows = list(csv.DictReader(csv_text(RESULTS).splitlines()))
+    rows = list(csv.DictReader(csv_text(list(map(dataclasses.asdict, RESULTS))).splitlines()))
     assert [row["state"] for row in rows] == [result.state for result in RESULTS]
     assert rows[1]["perplexity"] == "23.0" and rows[4]["perplexity"] == "" and rows[3]["reason"] == "it | diverged"
+
+
+def test_averages_are_mean_and_sample_deviation_of_the_seeds_that_are_finished():
+    fields = {(field["mask"], field["update"], field["pattern"]): field for field in averages(RESULTS)}
+    assert len(fields) == len(averages(RESULTS)) == 5
+    whole, half = fields["wanda", "cg", "2:4 MLP"], fields["wanda", "cg", "50%"]
+    none = fields["magnitude", "none", "50%"]
+    assert (whole["seeds"], whole["failed"], whole["samples"]) == (2, 0, 4)
+    assert whole["perplexity"] == 30.5 and whole["perplexity_spread"] == pytest.approx(np.std([30.25, 30.75], ddof=1))
+    assert (half["seeds"], half["failed"], half["perplexity"], half["perplexity_spread"]) == (1, 1, 1234567.8, None)
+    assert (none["seeds"], none["perplexity"], none["perplexity_spread"]) == (0, None, None)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from optima_tpu.errors import UserError
+from optima_tpu.layer_rules import kind_name
 from optima_tpu.report.numbers import number, plural
 from optima_tpu.report.records import LayerReport
 from optima_tpu.report.runs import model_name, names, read_blocks, read_json, read_report
@@ -33,7 +34,7 @@ class LayerErrors(NamedTuple):
     Attributes:
       title: what all runs have in common.
       quantity: what the lines show.
-      runs: label -> layer name -> line.
+      runs: label -> kind of layer -> line.
       remarks: what the figure does not show.
     """
 
@@ -152,8 +153,9 @@ def samples(sweep: str | Path) -> Samples:
         method.setdefault(result["samples"], []).append(result["perplexity"])
     panels = {pattern: [_samples_line(*method, values) for method, values in methods.items()]
               for pattern, methods in groups.items()}
-    seeds = len({result["seed"] for result in done})
-    spread = f"\nmean and standard deviation over {seeds} seeds" if seeds > 1 else ""
+    seeds = sorted({len(found) for methods in groups.values() for method in methods.values() for found in method.values()})
+    counted = " to ".join(map(str, dict.fromkeys((seeds[0], seeds[-1]))))
+    spread = f"\nmean and standard deviation over {counted} seeds" if seeds[-1] > 1 else ""
     left = len(results) - len(done)
     remarks = [f"{plural(left, 'cell')} of {len(results)} not finished, left out"] if left else []
     return Samples(_samples_title(path.parent, done) + spread, "perplexity", panels, remarks)
@@ -169,12 +171,27 @@ def _counterparts(run: str, layers: list[LayerReport], other: str, others: list[
 
 
 def _lines(layers: Sequence[LayerReport], below: Sequence[tuple[float, float | None]]) -> dict[str, LayerLine]:
-    """One line for each layer name; ``below`` is what final errors are divided by, on calibration and held-out text."""
-    points: dict[str, list[tuple[int, float, float]]] = {}
+    """One line for each kind of layer; ``below`` is what final errors are divided by, on calibration and held-out text.
+
+    Where a block has several layers of a kind, such as experts, the line is the mean of their ratios.
+    """
+    points: dict[str, dict[int, list[tuple[float, float]]]] = {}
     for layer, (calibration, held_out) in zip(layers, below, strict=True):
-        points.setdefault(layer.name, []).append(
-            (layer.block, _ratio(layer.error_after, calibration), _ratio(layer.held_out_after, held_out)))
-    return {name: LayerLine(*map(list, zip(*sorted(own)))) for name, own in points.items()}
+        points.setdefault(kind_name(layer.name), {}).setdefault(layer.block, []).append(
+            (_ratio(layer.error_after, calibration), _ratio(layer.held_out_after, held_out)))
+
+    def line(own: Mapping[int, list[tuple[float, float]]]) -> LayerLine:
+        blocks = sorted(own)
+        calibration, held_out = zip(*(map(_mean, zip(*own[block])) for block in blocks))
+        return LayerLine(blocks, list(calibration), list(held_out))
+
+    return {kind: line(own) for kind, own in points.items()}
+
+
+def _mean(values: Sequence[float]) -> float:
+    """Of those that are numbers; NaN where none is."""
+    found = [value for value in values if not math.isnan(value)]
+    return statistics.fmean(found) if found else math.nan
 
 
 def _ratio(above: float | None, below: float | None) -> float:

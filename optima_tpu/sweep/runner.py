@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import traceback
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 from rich.console import Console
 
 from optima_tpu.config import RunConfig
-from optima_tpu.errors import UserError
+from optima_tpu.errors import UserError, one_line
 from optima_tpu.export import is_export_of
 from optima_tpu.files import in_turn, read_record, write_bytes, writing
 from optima_tpu.inputs import Model, Texts, manifest_of, open_model_on_mesh, read_texts, token_digest
@@ -86,7 +87,10 @@ class Sweep:
         self._failures: dict[Cell, str] = {}
         for cell in grid.cells:
             if cell in chosen or (cell.directory / RUN).exists():
-                self._look(cell)
+                try:
+                    self._look(cell)
+                except UserError as error:
+                    raise UserError(f"{cell}: {error}") from error
 
     @property
     def finished(self) -> Collection[Cell]:
@@ -121,8 +125,11 @@ class Sweep:
     def run(self, console: Console, command: str) -> None:
         """Runs the chosen cells that are not finished, and writes the tables after each.
 
+        An error in a cell, such as a device without enough memory, is kept in its result and the others go on; the same command
+        tries that cell again.
+
         Raises:
-          UserError: the tables cannot be written. What is wrong with a single cell is kept in its result.
+          UserError: the tables cannot be written.
         """
         cells = self.grid.cells
         for cell, report in list(self._reports.items()):
@@ -146,9 +153,15 @@ class Sweep:
                     say(console, "the pruned model is removed; --keep-checkpoints keeps it")
                 self._know(cell, report)
             except UserError as error:
-                self._failures[cell] = str(error)
-                say(console, f"failed: {error}")
+                self._fail(console, cell, str(error))
+            except Exception as error:
+                traceback.print_exc()
+                self._fail(console, cell, f"{type(error).__name__}: {one_line(error)}")
             self.write(command)
+
+    def _fail(self, console: Console, cell: Cell, reason: str) -> None:
+        self._failures[cell] = reason
+        say(console, f"failed: {reason}")
 
     def _look(self, cell: Cell) -> None:
         """Opens what a cell needs, and finds out whether it is finished. Raises UserError as the constructor."""

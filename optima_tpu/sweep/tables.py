@@ -19,6 +19,7 @@ from optima_tpu.sweep.cells import Cell, cell_name
 from optima_tpu.sweep.grid import Grid
 
 _RESULTS = "results.json"
+_MEASURED = ("perplexity", "dense", "error_before", "error_after", "held_out_before", "held_out_after", "seconds", "sparsity")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,12 +172,35 @@ def failure_lines(results: Iterable[Result]) -> list[str]:
     return [f"{result}: {result.reason}" for result in results if result.state == "failed"]
 
 
-def csv_text(results: Sequence[Result]) -> str:
-    """A line for each cell, a column for each field of :class:`Result`."""
+def averages(results: Iterable[Result]) -> list[dict[str, Any]]:
+    """The fields of the table: what the seeds of one mask, update, pattern and number of samples found.
+
+    ``seeds`` and ``failed`` count those that are finished and those that failed. Under the name of each number of
+    :class:`Result` stands its mean over the finished ones, with ``_spread`` the sample standard deviation, None of fewer than
+    two.
+    """
+    groups: dict[tuple, list[Result]] = {}
+    for result in results:
+        groups.setdefault((result.mask, result.update, result.pattern, result.samples), []).append(result)
+    fields = []
+    for key, group in groups.items():
+        states = [result.state for result in group]
+        field = dict(zip(("mask", "update", "pattern", "samples"), key))
+        field |= {"seeds": states.count("finished"), "failed": states.count("failed")}
+        for name in _MEASURED:
+            values = [value for result in group if (value := getattr(result, name)) is not None]
+            field |= {name: statistics.fmean(values) if values else None,
+                      f"{name}_spread": statistics.stdev(values) if len(values) > 1 else None}
+        fields.append(field)
+    return fields
+
+
+def csv_text(records: Sequence[Mapping[str, Any]]) -> str:
+    """A line for each record, a column for each of their keys, which are the same."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, [field.name for field in dataclasses.fields(Result)], lineterminator="\n")
+    writer = csv.DictWriter(text, list(records[0]), lineterminator="\n")
     writer.writeheader()
-    writer.writerows(map(dataclasses.asdict, results))
+    writer.writerows(records)
     return text.getvalue()
 
 
@@ -191,11 +215,14 @@ def terminal_table(table: Layout) -> Table:
 
 
 def write_tables(grid: Grid, results: Sequence[Result], header: Mapping[str, str]) -> dict[str, Path]:
-    """Writes table.md, table.csv and results.json (a list of every :class:`Result`), each in one step; the folder is there."""
-    texts = {
-        "table.md": markdown(grid.output.absolute().name, header, layout(grid, results), results),
-        "table.csv": csv_text(results),
-        _RESULTS: json.dumps(list(map(dataclasses.asdict, results)), indent=2, allow_nan=False) + "\n"}
+    """Writes the table and what it is made of, each file in one step; the folder is there.
+
+    table.md is for reading, table.csv and table.json hold :func:`averages`, results.csv and results.json every :class:`Result`.
+    """
+    texts = {"table.md": markdown(grid.output.absolute().name, header, layout(grid, results), results)}
+    for name, records in (("table", averages(results)), ("results", list(map(dataclasses.asdict, results)))):
+        texts |= {f"{name}.csv": csv_text(records),
+                  f"{name}.json": json.dumps(records, indent=2, allow_nan=False) + "\n"}
     for name, text in texts.items():
         write_bytes(grid.output / name, text.encode())
     return {name: grid.output / name for name in texts}
