@@ -21,7 +21,8 @@ class Acceptance(Protocol):
       after: [d_out] float32, the objective of the solver's weights; NaN where they are not finite.
       converged: [d_out] bool, the solver's own verdict.
       held_out: errors of both on held-out tokens, [d_out] float32 each, against the dense model's outputs where those are the
-        target; None where there are no such tokens.
+        target, less what the rows make up for of the residual stream's drift where that is aimed at (see ``judge.judge_rows``);
+        None where there are no such tokens.
 
     Returns:
       [d_out] bool.
@@ -65,7 +66,11 @@ class PerLayer:
 
 @dataclasses.dataclass(frozen=True)
 class HeldOut:
-    """Rows whose own objective did not rise are updated, all of a matrix or none: its error on held-out tokens must not rise."""
+    """Rows whose own objective did not rise are updated, all of a matrix or none: its error on held-out tokens must not rise.
+
+    That of a layer which is to make up for the residual stream's drift is counted against its outputs together with that, so that
+    the errors in the report, against the outputs alone, may rise. An expert that no held-out token reached has errors of 0.
+    """
 
     def __call__(self, before: Array, after: Array, converged: Array, held_out: tuple[Array, Array] | None = None) -> Array:
         if held_out is None:

@@ -27,8 +27,8 @@ def model_card(folder: str, sidecar: Mapping[str, Any], assets: Mapping[str, byt
       folder: name of the exported folder, the title where the model has no name.
       sidecar: optima_tpu.json: ``model``, ``manifest``, ``layers``.
       assets: the source's files; config.json and the licence are looked into.
-      report: report.json of the run; ``perplexity`` with ``dense`` and ``pruned`` is shown if it is there, and the text that it
-        was measured on.
+      report: report.json of the run; ``recipe`` and ``perplexity``, with ``dense`` and ``pruned``, are shown if they are there,
+        and the text that it was measured on.
     """
     recipe = sidecar["manifest"]["recipe"]
     origin = sidecar["model"]
@@ -44,7 +44,8 @@ def model_card(folder: str, sidecar: Mapping[str, Any], assets: Mapping[str, byt
         "source.\n",
         "The file is not smaller than the source's and inference is not faster: zeros are stored like any other "
         "number. They help only together with a kernel or a compressor that uses them.\n",
-        "## Recipe\n", _table(("setting", "value"), [(name, str(value)) for name, value in flat(recipe).items()]),
+        "## Recipe\n", *([f"{done}. The settings in full:\n"] if (done := report.get("recipe")) else []),
+        _table(("setting", "value"), [(name, str(value)) for name, value in flat(recipe).items()]),
     ]
     if perplexity := report.get("perplexity"):
         rows = [(model, f"{perplexity[model]:.3f}") for model in ("dense", "pruned")]

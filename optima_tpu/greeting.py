@@ -11,6 +11,7 @@ from optima_tpu.config import RunConfig, to_dict, weights_settings
 from optima_tpu.inputs import Model, Texts, linear_shapes
 from optima_tpu.journal import finished_blocks
 from optima_tpu.layer_rules import check_layers
+from optima_tpu.models.decoder import Decoder
 from optima_tpu.report.progress import say
 from optima_tpu.target import DenseTarget
 
@@ -24,12 +25,9 @@ def greet(console: Console, config: RunConfig, model: Model, texts: Texts, direc
     decoder = model.decoder
     shapes = {path: shape for path, _, shape in linear_shapes(decoder)}
     weights = sum(math.prod(shapes[path]) for path in check_layers(config.layers, config.pattern, linear_shapes(decoder)))
-    settings = weights_settings(config)
-    names = [settings[key]["name"] for key in ("selector", "solver") if settings[key]]
-    rules = f", {to_dict(config)['layers']}" if config.layers else ""
     shape, several = decoder.mesh.shape, "" if jax.process_count() == 1 else f" in {jax.process_count()} processes"
     lines = [f"model        {model.pretrained.origin}: {decoder.config.blocks} blocks, {weights:,} weights to prune",
-             f"recipe       {' + '.join(names)}, {config.pattern}{rules}{_beyond(config, bool(decoder.family.residuals))}",
+             f"recipe       {recipe_line(config, decoder)}",
              f"calibration  {', '.join(filter(None, (texts.calibration.how, texts.calibration.cache)))}",
              f"devices      {decoder.mesh.size} x {jax.devices()[0].device_kind}, mesh {shape['data']}x{shape['model']}{several}",
              f"run          {directory}"]
@@ -40,9 +38,11 @@ def greet(console: Console, config: RunConfig, model: Model, texts: Texts, direc
     say(console, "\n".join(lines) + "\n")
 
 
-def _beyond(config: RunConfig, adding: bool) -> str:
-    """What the recipe has beyond the paper's, for a family that has layers adding to the residual stream or none."""
-    words = []
+def recipe_line(config: RunConfig, decoder: Decoder) -> str:
+    """What is done to this model: mask, update and pattern, and of what goes beyond the paper all that acts on its family."""
+    settings, adding = weights_settings(config), bool(decoder.family.residuals)
+    words = [" + ".join(settings[key]["name"] for key in ("selector", "solver") if settings[key]), str(config.pattern)]
+    words += [to_dict(config)["layers"]] if config.layers else []
     if isinstance(config.target, DenseTarget):
         words.append(f"dense target {config.target.alpha:g}")
         words += [f"of the residual stream {config.target.gamma:g}"] if config.target.gamma and adding else []
@@ -55,4 +55,4 @@ def _beyond(config: RunConfig, adding: bool) -> str:
         words.append(f"{weights_settings(config)['allocation']['name']} allocation")
     if (candidates := config.tuning.candidates(config.solver, config.target)) > 1:
         words.append(f"{candidates} candidates for each matrix")
-    return "".join(f", {word}" for word in words)
+    return ", ".join(words)

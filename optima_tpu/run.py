@@ -21,7 +21,7 @@ from optima_tpu.data import Tokens
 from optima_tpu.evaluate.perplexity import perplexity
 from optima_tpu.export import export, is_export_of
 from optima_tpu.files import complete, only_program, read_record, refuse_unreachable, write_bytes, writing
-from optima_tpu.greeting import greet
+from optima_tpu.greeting import greet, recipe_line
 from optima_tpu.importance import Allocated, allocated, allocation_steps, read_or_make
 from optima_tpu.inputs import Model, Texts, manifest_of, open_model_on_mesh, read_texts, token_digest
 from optima_tpu.journal import DENSE, HIDDEN, Journal, open_journal, prepare_directory
@@ -125,7 +125,7 @@ def run(config: RunConfig, console: Console | None = None, model: Model | None =
                 calibration={"source": config.calibration.source, "how": calibration.how, "tokens": int(calibration.ids.size)},
                 evaluation={"how": evaluation.how, "tokens": int(evaluation.ids.size), "digest": token_digest(evaluation.ids)},
                 perplexity={"dense": dense, "pruned": pruned}, allocation=allocation and allocation.to_json(),
-                weighed=_weighed(config, decoder),
+                weighed=_weighed(config, decoder), recipe=recipe_line(config, decoder),
                 blocks=list(map(BlockReport.from_json, blocks)), seconds=progress.seconds, memory=memory, files=files))
 
         report = record()

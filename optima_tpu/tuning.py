@@ -28,9 +28,10 @@ class Fixed:
 class Grid:
     """The damping, and of a dense target alpha, are chosen for each matrix, from a few, by its error on the held-out tokens.
 
-    The error is the distance from the dense model's outputs where there is a dense target, whatever alpha, else from the layer's
-    own. First the damping is chosen, at the target's own alpha, then alpha at that damping; each candidate is solved from the
-    selector's weights, goes through the acceptance, and is judged as it would be stored.
+    The error is the distance from the dense model's outputs where there is a dense target, whatever alpha, and with
+    ``target.gamma`` from these and that share of the residual stream's drift; else from the layer's own. First the damping is
+    chosen, at the target's own alpha, then alpha at that damping; each candidate is solved from the selector's weights, goes
+    through the acceptance, and is judged as it would be stored. An expert that no held-out token reached takes the first of both.
 
     Attributes:
       damping: what is tried as ``solver.damping``, each at least what the solver has; null tries 1, 3 and 10 times that (0.01,

@@ -404,6 +404,7 @@ def test_a_finished_run_leaves_its_page_and_says_where(finished):
     assert f"python -m optima_tpu.report {finished.directory}" in finished.printed
     assert number(report["perplexity"]["pruned"], 4) in page.words and report["manifest"]["code"] in page.words
     assert f"--model {finished.model}" in page.sections["origin"] and "mesh 4x2" in page.words
+    assert ["recipe", report["recipe"]] in page.tables["What was run"]
     card = (finished.directory / "hf" / "README.md").read_text()
     every = [layer for block in report["blocks"] for layer in block["layers"]]
     for key in ("error_before", "error_after", "held_out_before", "held_out_after"):

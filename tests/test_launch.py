@@ -63,6 +63,9 @@ def test_the_report_is_complete(finished):
     size = sum(weight.size for name, weight in folder_tensors(finished.model).items() if "_proj" in name)
     assert (report["weights"], report["pruned"], report["sparsity"]) == (size, size // 2, 0.5)
     assert report["perplexity"]["pruned"] > 0 and report["perplexity"]["dense"] > 0
+    recipe = "wanda + cg, 0.5 per row"
+    assert report["recipe"] == recipe and f"recipe       {recipe}\n" in finished.printed
+    assert f"\n{recipe}. The settings" in (finished.directory / "hf" / "README.md").read_text()
     assert report["configuration"]["pattern"] == "0.5" and report["configuration"]["model"] == str(finished.model)
     assert report["environment"]["mesh"] == {"data": 4, "model": 2}
     assert set(report["seconds"]) >= {"dense perplexity", "pruning", "writing the checkpoint", "pruned perplexity",

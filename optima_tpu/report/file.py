@@ -59,7 +59,7 @@ def write_report(path: Path, *, manifest: Mapping[str, Any], configuration: Mapp
                  model: Mapping[str, Any], calibration: Mapping[str, Any], evaluation: Mapping[str, Any],
                  perplexity: Mapping[str, float], blocks: Sequence[BlockReport], seconds: Mapping[str, float],
                  memory: Mapping[str, int | None], files: Mapping[str, str],
-                 allocation: Mapping[str, Any] | None = None, weighed: Sequence[str] = ()) -> dict[str, Any]:
+                 allocation: Mapping[str, Any] | None = None, weighed: Sequence[str] = (), recipe: str = "") -> dict[str, Any]:
     """Writes the report in one step: afterwards it is complete, or the old one is still there.
 
     Args:
@@ -77,6 +77,7 @@ def write_report(path: Path, *, manifest: Mapping[str, Any], configuration: Mapp
       files: what the run left -> path.
       allocation: from ``importance.Allocated.to_json``; None where every block has the pattern's sparsity.
       weighed: the layers in a block whose tokens the target weighs.
+      recipe: what was done, in a line: of the settings only those that act on the model's family.
 
     Returns:
       What was written. Numbers that JSON cannot hold are null.
@@ -89,6 +90,7 @@ def write_report(path: Path, *, manifest: Mapping[str, Any], configuration: Mapp
         "manifest": dict(manifest), "configuration": dict(configuration), "environment": dict(environment), "model": dict(model),
         "calibration": dict(calibration), "evaluation": dict(evaluation), "perplexity": dict(perplexity),
         "sparsity": sparsity(layers), "allocation": allocation, "weighed_layers": list(weighed),
+        "recipe": recipe,
         "weights": sum(math.prod(layer.shape) for layer in layers),
         "pruned": sum(layer.pruned for layer in layers), "unusual": unusual(blocks),
         "layer_kinds": [finite(kind._asdict()) for kind in by_kind(blocks)], "seconds": dict(seconds),

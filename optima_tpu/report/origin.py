@@ -78,6 +78,7 @@ def _facts(run: Run) -> list[list[str]]:
     facts: Mapping[str, str | None] = {
         "model": report["model"].get("origin") or report["configuration"]["model"],
         "its contents": _digest(report["model"].get("fingerprint")),
+        "recipe": report.get("recipe"),
         "calibration text": report["calibration"].get("how"),
         "evaluation text": report["evaluation"]["how"],
         "devices": devices(run) + (f", {place['processes']} processes" if place.get("processes", 1) > 1 else ""),
