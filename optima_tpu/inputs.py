@@ -15,7 +15,7 @@ from optima_tpu.data.cache import TokenCache, token_key
 from optima_tpu.errors import UserError
 from optima_tpu.layer_rules import check_layers
 from optima_tpu.manifest import code_version, flat
-from optima_tpu.masks import check_masks, open_masks
+from optima_tpu.masks import check_masks, check_weights, open_given, open_masks
 from optima_tpu.models.check import check_checkpoint
 from optima_tpu.models.decoder import Decoder
 from optima_tpu.processes import SharedError, agree, alone, from_first, spread, together
@@ -169,9 +169,12 @@ def _manifest(config: RunConfig, model: Model, texts: Texts) -> dict[str, Any]:
                 **generated_by(config)}
     if isinstance(config.selector, Imported):
         shapes = {path: shape for path, _, shape in linear_shapes(model.decoder)}
+        pruned = {path + ".weight": shapes[path] for path in patterns}
         manifest["masks"] = check_masks(
-            open_masks(config.selector.path), {path + ".weight": shapes[path] for path in patterns},
-            {path + ".weight": pattern for path, pattern in patterns.items()}, model.pretrained.tensors)
+            open_masks(config.selector.path), pruned, {path + ".weight": pattern for path, pattern in patterns.items()},
+            model.pretrained.tensors)
+        if config.selector.weights:
+            manifest["weights"] = check_weights(open_given(config.selector), pruned)
         del manifest["recipe"]["selector"]["path"]  # it is the masks that decide, wherever they lie
     return json.loads(json.dumps(manifest))  # as a file holds it, without tuples
 

@@ -11,13 +11,31 @@ Everything here works on the difference ``v - w`` and on ``e = g - w H``, never 
 output is a small difference of large numbers, and float32 would lose it otherwise.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from optima_tpu.features import WHOLE, Features, matmul
+
+
+class Given(NamedTuple):
+    """What was chosen elsewhere for one matrix.
+
+    Attributes:
+      keep: [d_out, d_in] bool.
+      weight: [d_out, d_in], read where ``keep`` is True; None stands for the dense weights.
+    """
+
+    keep: Array | np.ndarray
+    weight: Array | np.ndarray | None = None
+
+
+ReadGiven = Callable[[str, tuple[int, int]], Given]
+"""Reads what was chosen elsewhere for a matrix, by its whole name and its shape."""
 
 
 class LayerProblem(NamedTuple):

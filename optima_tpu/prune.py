@@ -7,7 +7,6 @@ from collections.abc import Callable, Collection, Mapping
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -20,7 +19,7 @@ from optima_tpu.layer_rules import pattern_of
 from optima_tpu.memory import Pass, block_bytes, passes
 from optima_tpu.models.decoder import Decoder
 from optima_tpu.patterns import Pattern
-from optima_tpu.problem import LayerProblem, Pruned, Solution, self_target
+from optima_tpu.problem import Given, LayerProblem, Pruned, ReadGiven, Solution, self_target
 from optima_tpu.processes import fetch
 from optima_tpu.recipe import Recipe, pruned_groups, solved_together
 from optima_tpu.refine import Refined, Refining, refining_over_rows
@@ -33,7 +32,6 @@ from optima_tpu.solvers.scaling import live_features
 from optima_tpu.target import DenseTarget, LinearTerm
 from optima_tpu.tuning import Grid, damping_with, ridged, tuned
 
-ReadMask = Callable[[str, tuple[int, int]], np.ndarray]
 """Name of a weight ("model.layers.0.mlp.up_proj.weight") and its shape -> mask [d_out, d_in] bool, True where it stays."""
 
 
@@ -56,7 +54,7 @@ def prune_layer(problem: LayerProblem, recipe: Recipe, dtype=jnp.float32) -> tup
 
 @functools.partial(jax.jit, static_argnames=("recipe", "mesh", "patterns", "layout"))
 def prune_group(weights: tuple[Array, ...], hessian: Array, recipe: Recipe, mesh: Mesh,
-                patterns: tuple[Pattern, ...] | None = None, masks: tuple[Array, ...] | None = None,
+                patterns: tuple[Pattern, ...] | None = None, given: tuple[Given, ...] | None = None,
                 held_out: Array | None = None, layout: Layout = ON_EVERY_DEVICE, drift: Drift | None = None,
                 held_out_drift: Drift | None = None
                 ) -> tuple[tuple[Array, ...], tuple[Array, ...], tuple[RowReport, ...]]:
@@ -69,7 +67,7 @@ def prune_group(weights: tuple[Array, ...], hessian: Array, recipe: Recipe, mesh
       weights: each [d_out, d_in], dense, in the checkpoint's dtype; one where the recipe tunes.
       hessian: [d_in, d_in] float32.
       patterns: of each matrix; None stands for the recipe's. All the same where the recipe refines masks.
-      masks: each [d_out, d_in] bool, for a recipe without a selector.
+      given: of each matrix, for a recipe without a selector.
       held_out: [d_in, d_in] float32, the Hessian of tokens that no weight is fitted to.
       layout: where all matrices [d_in, d_in] lie, and how many rows a device takes at once; see ``memory.layout``.
       drift: of the calibration tokens, for a dense target.
@@ -113,7 +111,7 @@ def prune_group(weights: tuple[Array, ...], hessian: Array, recipe: Recipe, mesh
                for weight, rows in zip(wide, slices)]
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # for inverses, see solvers/inverse.py
         choices = [_select(single, patterns[index], recipe.selector,
-                           masks and jax.lax.with_sharding_constraint(masks[index], spread[index]))
+                           given and jax.lax.with_sharding_constraint(given[index], spread[index]))
                    for index, single in enumerate(singles)]
     # Said again: a sort between two layouts would be done on every device for all rows.
     choices = [Pruned(*(jax.lax.with_sharding_constraint(array, rows) for array in choice))
@@ -154,7 +152,7 @@ def prune_group(weights: tuple[Array, ...], hessian: Array, recipe: Recipe, mesh
 
 def walk_block(decoder: Decoder, index: int, hidden: Activations, groups: Groups, recipe: Recipe,
                tell: Callable[[LayerReport], None] = lambda report: None, *, samples: int | None = None,
-               masks: ReadMask | None = None, parameters: Mapping[str, Array] | None = None, budget: float = math.inf,
+               given: ReadGiven | None = None, parameters: Mapping[str, Array] | None = None, budget: float = math.inf,
                dense: Activations | None = None) -> tuple[dict[str, Array], dict[str, Array], tuple[LayerReport, ...]]:
     """One step of the walk: calibrates a block, prunes it, and sends the hidden states through what is left of it.
 
@@ -166,7 +164,7 @@ def walk_block(decoder: Decoder, index: int, hidden: Activations, groups: Groups
       hidden: what enters the block; afterwards what leaves it pruned.
       groups: from ``calibrate.linear_groups``.
       samples: the first so many samples calibrate, the others are held out; None stands for all of them.
-      masks: for a recipe without a selector.
+      given: masks, and weights, for a recipe without a selector.
       parameters: the block's, on the mesh, where they were read before.
       budget: bytes that may be used of each device; see ``memory.passes``.
       dense: for a dense target what enters the block in the dense model; afterwards what leaves it there.
@@ -195,7 +193,7 @@ def walk_block(decoder: Decoder, index: int, hidden: Activations, groups: Groups
             unseen, unseen_drift = capture(samples, len(hidden), energy=True)
             unseen = tuple(found.hessian for found in unseen)
         parameters, kept, reports = prune_block(index, prefix, parameters, part, statistics, recipe, decoder.mesh, tell,
-                                                held_out=unseen, masks=masks, layouts=layouts, drift=drift,
+                                                held_out=unseen, given=given, layouts=layouts, drift=drift,
                                                 held_out_drift=unseen_drift)
         keeps, layers = keeps | kept, layers + reports
         del statistics, drift, unseen, unseen_drift  # not to be held while the next ones are made
@@ -226,7 +224,7 @@ def aimed_residuals(decoder: Decoder, recipe: Recipe) -> Collection[str]:
 def prune_block(index: int, prefix: str, parameters: Mapping[str, Array], groups: Groups,
                 statistics: tuple[Statistics, ...], recipe: Recipe, mesh: Mesh,
                 tell: Callable[[LayerReport], None] = lambda report: None, *,
-                held_out: tuple[Array, ...] | None = None, masks: ReadMask | None = None,
+                held_out: tuple[Array, ...] | None = None, given: ReadGiven | None = None,
                 layouts: tuple[Layout, ...] | None = None, drift: tuple[Drift, ...] | None = None,
                 held_out_drift: tuple[Drift, ...] | None = None
                 ) -> tuple[dict[str, Array], dict[str, Array], tuple[LayerReport, ...]]:
@@ -239,7 +237,7 @@ def prune_block(index: int, prefix: str, parameters: Mapping[str, Array], groups
       groups: layers that are pruned and read one input together, with one of ``statistics`` each; see :func:`pruned_groups`.
       tell: called with every layer's report as soon as the layer is done.
       held_out: Hessians of the held-out tokens.
-      masks: for a recipe without a selector.
+      given: masks, and weights, for a recipe without a selector.
       layouts: one for each group; None stands for the ordinary one.
       drift, held_out_drift: of both sets of tokens, for a dense target; that of the held-out tokens with energies.
 
@@ -253,10 +251,11 @@ def prune_block(index: int, prefix: str, parameters: Mapping[str, Array], groups
             keys = [name + ".weight" for name in together]
             weights = tuple(parameters[key] for key in keys)
             patterns = tuple(pattern_of(recipe.layers, recipe.pattern, prefix + name, name) for name in together)
-            given = masks and tuple(place(mesh, masks(prefix + key, weight.shape), ROWS) for key, weight in zip(keys, weights))
+            choices = given and jax.tree.map(lambda array: place(mesh, array, ROWS),
+                                             tuple(given(prefix + key, weight.shape) for key, weight in zip(keys, weights)))
             places = [names.index(name) for name in together]
             drifts = (found and found[group].of(places) for found in (drift, held_out_drift))
-            new, keeps, rows = prune_group(weights, _informative(hessian), recipe, mesh, patterns, given,
+            new, keeps, rows = prune_group(weights, _informative(hessian), recipe, mesh, patterns, choices,
                                            held_out and held_out[group], layouts[group] if layouts else ON_EVERY_DEVICE,
                                            *drifts)
             alive, read, kept, rows = fetch((jnp.sum(live_features(hessian)), tokens,
@@ -278,8 +277,11 @@ def _informative(hessian: Array) -> Array:
     return hessian if fetch(jnp.trace(hessian)) > 0 else jnp.eye(hessian.shape[0], dtype=hessian.dtype, device=hessian.sharding)
 
 
-def _select(problem: LayerProblem, pattern: Pattern, selector: MaskSelector | None, keep: Array | None) -> Pruned:
-    return selector(problem, pattern) if selector else Pruned(jnp.where(keep, problem.weight, 0.0), keep)
+def _select(problem: LayerProblem, pattern: Pattern, selector: MaskSelector | None, given: Given | None) -> Pruned:
+    if selector:
+        return selector(problem, pattern)
+    weight = problem.weight if given.weight is None else given.weight.astype(jnp.float32)
+    return Pruned(jnp.where(given.keep, weight, 0.0), given.keep)
 
 
 def _unsolved(pruned: Pruned) -> Solution:

@@ -26,11 +26,12 @@ from optima_tpu.importance import Allocated, allocated, allocation_steps, read_o
 from optima_tpu.inputs import Model, Texts, manifest_of, open_model_on_mesh, read_texts, token_digest
 from optima_tpu.journal import DENSE, HIDDEN, Journal, open_journal, prepare_directory
 from optima_tpu.manifest import code_version, flat
-from optima_tpu.masks import open_masks
+from optima_tpu.masks import open_given
 from optima_tpu.memory import described, device_budget
 from optima_tpu.models.decoder import Decoder
 from optima_tpu.processes import agree, first_only, from_first, is_first, together
-from optima_tpu.prune import ReadMask, block_passes, walk_block
+from optima_tpu.problem import ReadGiven
+from optima_tpu.prune import block_passes, walk_block
 from optima_tpu.recipe import Recipe
 from optima_tpu.report.file import environment, memory_peaks, write_report
 from optima_tpu.report.numbers import percent
@@ -96,12 +97,12 @@ def run(config: RunConfig, console: Console | None = None, model: Model | None =
         sinks = stack.enter_context(opened(config.sinks, directory, to_dict(config)))
         steps = Steps(sinks, journal)
         steps.follow()
-        masks = open_masks(config.selector.path).read if isinstance(config.selector, Imported) else None
+        given = open_given(config.selector) if isinstance(config.selector, Imported) else None
         if allocation := _allocation(config, decoder, calibration, recipe, budget, journal.directory, progress):
             recipe = dataclasses.replace(recipe, layers=allocation.rules(decoder, recipe.pattern) + recipe.layers)
         blocks = from_first(lambda: checkpointed_blocks(directory))
         if blocks is None:
-            prune_model(decoder, calibration.ids, recipe, journal, progress, config.calibration.samples, masks, budget,
+            prune_model(decoder, calibration.ids, recipe, journal, progress, config.calibration.samples, given, budget,
                         steps.follow)
             progress.stage("writing the checkpoint", 1)
             write_checkpoint(journal, pretrained.tensors, decoder.mesh, allocation and allocation.sparsity)
@@ -140,14 +141,14 @@ def run(config: RunConfig, console: Console | None = None, model: Model | None =
 
 
 def prune_model(decoder: Decoder, tokens: np.ndarray, recipe: Recipe, journal: Journal, progress: Progress,
-                samples: int | None = None, masks: ReadMask | None = None, budget: float = math.inf,
+                samples: int | None = None, given: ReadGiven | None = None, budget: float = math.inf,
                 saved: Callable[[], None] = lambda: None) -> None:
     """Prunes into the journal the blocks that it does not hold, one after the other.
 
     Args:
       tokens: [samples + held out, length] int32, the calibration set and the held-out windows after it.
       samples: how many of them calibrate; None stands for all.
-      masks: for a recipe without a selector.
+      given: masks, and weights, for a recipe without a selector.
       budget: bytes that may be used of each device.
       saved: called after every block that the journal has got.
     """
@@ -167,7 +168,7 @@ def prune_model(decoder: Decoder, tokens: np.ndarray, recipe: Recipe, journal: J
         progress.block(index, count)
         started = time.monotonic()
         parameters, keeps, layers = walk_block(decoder, index, hidden, groups, recipe, progress.layer, samples=samples,
-                                               masks=masks, parameters=parameters, budget=budget, dense=dense)
+                                               given=given, parameters=parameters, budget=budget, dense=dense)
         report = BlockReport(index, time.monotonic() - started, layers)
         prefix = decoder.prefix(index)
         journal.save(index, {prefix + name: value for name, value in parameters.items()},

@@ -1,9 +1,11 @@
 """Masks that travel from one run to another, and masks that do not fit."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from optima_tpu.export import read_masks
 from optima_tpu.launch import main
@@ -44,6 +46,46 @@ def test_the_masks_of_one_run_are_those_of_another(finished, tmp_path, capsys):
     for solved, masked in zip(file["blocks"][0]["layers"], zeros["blocks"][0]["layers"]):
         assert solved["error_before"] == pytest.approx(masked["error_after"], rel=1e-5)
         assert solved["error_after"] < solved["error_before"]
+
+
+@pytest.mark.parametrize("place", ["hf", ""])
+def test_with_its_weights_a_pruned_model_is_itself_again(place, finished, tmp_path):
+    """From the exported model, and from the run's own checkpoint."""
+    arguments = ("--selector", "imported", "--selector.path", str(finished.directory / place), "--selector.weights", "true")
+    assert prune(finished.model, tmp_path / "same", *arguments, "--solver", "null") == 0
+    source, again = folder_tensors(finished.directory / "hf"), folder_tensors(tmp_path / "same" / "hf")
+    assert source.keys() == again.keys() and all((again[name] == weight).all() for name, weight in source.items())
+    first, same = (json.loads((directory / "report.json").read_text()) for directory in (finished.directory, tmp_path / "same"))
+    assert same["perplexity"] == pytest.approx(first["perplexity"], rel=1e-5)
+    errors = [[layer["error_after"] for block in report["blocks"] for layer in block["layers"]] for report in (first, same)]
+    assert errors[1] == pytest.approx(errors[0], rel=1e-3)
+    if place:
+        assert prune(finished.model, tmp_path / "solved", *arguments) == 0  # a start like that of any selector
+        solved = json.loads((tmp_path / "solved" / "report.json").read_text())
+        first = [block["layers"] for block in solved["blocks"]][0]
+        assert [layer["error_before"] for layer in first] == pytest.approx(errors[0][:len(first)], rel=1e-3)
+        assert all(layer["error_after"] <= layer["error_before"] * 1.001 for layer in first)
+
+
+def test_weights_that_do_not_fit_are_one_line(finished, masks, tmp_path, capsys):
+    np.savez(tmp_path / "masks.npz", **masks)
+    shutil.copytree(finished.directory / "hf", tmp_path / "hf")
+    name = next(name for name in masks if "up_proj" in name)
+    arrays = folder_tensors(tmp_path / "hf")
+    for file in (tmp_path / "hf").glob("*.safetensors*"):
+        file.unlink()
+    row, column = np.argwhere(masks[name])[0]
+    for path, change, words in (
+            (tmp_path / "masks.npz", None, "which has masks alone; take --selector.weights false"),
+            (tmp_path / "hf", lambda weight: np.where((np.indices(weight.shape) == [[[row]], [[column]]]).all(0), np.nan, weight),
+             f"{name}: expected finite weights where selector.weights is true, got nan"),
+            (tmp_path / "hf", lambda weight: weight[:-1], f"{name}: expected weights {masks[name].shape}, got ")):
+        if change:
+            save_file(arrays | {name: np.ascontiguousarray(change(arrays[name]))}, tmp_path / "hf" / "model.safetensors")
+        assert prune(finished.model, tmp_path / "run", "--selector", "imported", "--selector.path", str(path),
+                     "--selector.weights", "true") == 2
+        error = capsys.readouterr().err
+        assert words in error and error.count("\n") == 1 and not (tmp_path / "run").exists()
 
 
 def test_a_run_with_other_masks_is_another_run(finished, masks, tmp_path, capsys):

@@ -10,14 +10,16 @@ from optima_tpu.checkpoint import CheckpointTensors
 from optima_tpu.errors import UserError, one_line
 from optima_tpu.export import MASKS
 from optima_tpu.manifest import RUN
-from optima_tpu.masks.check import check_masks
+from optima_tpu.masks.check import check_masks, check_weights
 from optima_tpu.masks.npz import MASKLLM, open_npz
 from optima_tpu.masks.safetensors_file import open_safetensors
 from optima_tpu.masks.source import UNDERSTOOD, MaskSource
 from optima_tpu.masks.torch_files import open_torch_file, open_torch_folder
-from optima_tpu.weights import hub, open_model
+from optima_tpu.problem import Given, ReadGiven
+from optima_tpu.selectors import Imported
+from optima_tpu.weights import TensorSource, hub, open_model
 
-__all__ = ["MaskSource", "check_masks", "open_masks"]
+__all__ = ["MaskSource", "check_masks", "check_weights", "open_given", "open_masks"]
 
 _FILES = {".npz": open_npz, ".safetensors": open_safetensors, ".pt": open_torch_file, ".pth": open_torch_file}
 
@@ -49,6 +51,39 @@ def open_masks(spec: str | None) -> MaskSource:
         if published := _published(spec):
             return open_npz(published, spec)
     return _zeros(spec, spec)
+
+
+def open_given(imported: Imported) -> ReadGiven:
+    """What a run takes from elsewhere, each matrix read when it is asked for: masks, and weights where these are wanted.
+
+    Raises:
+      UserError: as :func:`open_masks`, or weights are wanted of something that has none.
+    """
+    masks = open_masks(imported.path)
+    if not imported.weights:
+        return lambda name, shape: Given(masks.read(name, shape))
+    tensors = _open_weights(imported.path)
+
+    def read(name: str, shape: tuple[int, int]) -> Given:
+        if name not in tensors.names():
+            raise UserError(f"{name}: expected its weights in {imported.path}, which has no such tensor; take "
+                            "--selector.weights false for its masks alone")
+        if tuple(tensors.shape(name)) != tuple(shape):
+            raise UserError(f"{name}: expected weights {tuple(shape)}, got {tuple(tensors.shape(name))} in {imported.path}; "
+                            "give a pruned model of the same size")
+        return Given(masks.read(name, shape), tensors.read(name))
+
+    return read
+
+
+def _open_weights(spec: str) -> TensorSource:
+    path = Path(spec).expanduser()
+    if (path / RUN).is_file():
+        return CheckpointTensors(path)
+    if path.is_file() and path.suffix != ".gguf" or path.is_dir() and not (path / "config.json").is_file():
+        raise UserError(f"expected a run directory or a checkpoint where selector.weights is true, got {spec}, which has masks "
+                        "alone; take --selector.weights false")
+    return open_model(spec).tensors
 
 
 def _open_folder(folder: Path, spec: str) -> MaskSource:

@@ -8,6 +8,7 @@ import numpy as np
 from optima_tpu.errors import UserError, some
 from optima_tpu.masks.source import MaskSource
 from optima_tpu.patterns import NM, Pattern, Unstructured
+from optima_tpu.problem import ReadGiven
 from optima_tpu.weights import TensorSource
 
 _TOLERANCE = 0.01
@@ -49,6 +50,27 @@ def check_masks(source: MaskSource, shapes: Mapping[str, tuple[int, int]], patte
         keep = source.read(name, shapes[name])
         _check_mask(keep, name, patterns[name], source, weights)
         digest.update(f"{name} {tuple(keep.shape)}\n".encode() + np.packbits(keep).tobytes())
+    return digest.hexdigest()
+
+
+def check_weights(read: ReadGiven, shapes: Mapping[str, tuple[int, int]]) -> str:
+    """Reads the weights that come with masks once, one matrix at a time.
+
+    Returns:
+      SHA-256 over names and weights in float32, zero where they are pruned.
+
+    Raises:
+      UserError: one is missing, has another shape or is not finite. The message names the tensor.
+    """
+    digest = hashlib.sha256()
+    for name in sorted(shapes):
+        keep, weight = read(name, shapes[name])
+        weight = np.where(keep, weight.astype(np.float32), 0)
+        if not np.isfinite(weight).all():
+            raise UserError(f"{name}: expected finite weights where selector.weights is true, got "
+                            f"{weight[~np.isfinite(weight)][0]}; take another pruned model, or --selector.weights false for its "
+                            "masks alone")
+        digest.update(name.encode() + weight.tobytes())
     return digest.hexdigest()
 
 

@@ -13,6 +13,7 @@ from optima_tpu.calibrate import Drift, Groups, ResidualNames, Statistics, add_b
 from optima_tpu.models.decoder import Decoder
 from optima_tpu.patterns import Pattern
 from optima_tpu.plan.hlo import collectives
+from optima_tpu.problem import Given
 from optima_tpu.prune import prune_group
 from optima_tpu.recipe import Recipe
 from optima_tpu.report.numbers import number
@@ -115,13 +116,14 @@ def lower_pruning(decoder: Decoder, names: tuple[str, ...], patterns: tuple[Patt
     """``prune_group`` of the layers ``names`` of a block, as ``prune.prune_block`` calls it."""
     weights = tuple(_parameter(decoder, name + ".weight") for name in names)
     hessian = _hessian(decoder, weights[0].shape[1])
-    masks = None if recipe.selector else tuple(struct_on(decoder.mesh, weight.shape, jnp.bool_, ROWS) for weight in weights)
+    given = None if recipe.selector else tuple(
+        Given(struct_on(decoder.mesh, weight.shape, jnp.bool_, ROWS)) for weight in weights)
     drift = unseen = None
     if isinstance(recipe.target, DenseTarget):
         energy = tuple(struct_on(decoder.mesh, weight.shape[:1], jnp.float32, P()) for weight in weights)
         residual = _residual_sums(decoder, names, *residual_names(decoder, (names,), recipe.target))
         drift, unseen = Drift(hessian, (), residual), Drift(hessian, energy, residual) if held_out else None
-    return prune_group.lower(weights, hessian, recipe, decoder.mesh, patterns, masks, hessian if held_out else None, layout,
+    return prune_group.lower(weights, hessian, recipe, decoder.mesh, patterns, given, hessian if held_out else None, layout,
                              drift, unseen)
 
 
