@@ -40,7 +40,8 @@ class SelfTarget:
 class DenseTarget:
     """A share of the way from the layer's own outputs to those of the dense model.
 
-    It makes up for what the layers before have lost; the whole way, or without damping, fits small calibration sets too well. All
+    It makes up for what the layers before have lost; the whole way, or without damping, fits small calibration sets too well.
+    Belongs with ``recapture``: without it every layer of a block makes up for the same loss again (configs/tables/levers.md). All
     tokens run through the dense blocks too, and the report has every layer's error against the dense model on the held-out ones.
     Tokens that only one of both models sends to an expert have no part in its drift.
 
