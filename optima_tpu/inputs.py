@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any, Literal, NamedTuple
 
 from rich.console import Console
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from optima_tpu import data
 from optima_tpu.config import RunConfig, weights_settings
@@ -106,6 +106,15 @@ class _Reading(NamedTuple):
     score: dict[str, int | None]
 
 
+def refuse_beyond_context(config: RunConfig, model: PreTrainedConfig) -> None:
+    """Raises UserError where windows are longer than the context that a model's config.json names."""
+    limit = getattr(model.get_text_config(), "max_position_embeddings", None)
+    for name in ("calibration", "evaluation"):
+        length = getattr(config, name).length
+        if limit and length and length > limit:
+            raise UserError(f"expected {name}.length of at most {limit}, the model's context, got {length}")
+
+
 def _plan_reading(config: RunConfig, model: Model) -> _Reading:
     tokenizer = load_tokenizer(model.pretrained)
     source = data.parse_source(config.calibration.source)
@@ -113,10 +122,7 @@ def _plan_reading(config: RunConfig, model: Model) -> _Reading:
     data.refuse_overlap(source, other)
     text = config.calibration
     length = config.evaluation.length or text.length
-    limit = getattr(model.pretrained.config.get_text_config(), "max_position_embeddings", None)
-    for name, value in (("calibration.length", text.length), ("evaluation.length", length)):
-        if limit and value > limit:
-            raise UserError(f"expected {name} of at most {limit}, the model's context, got {value}")
+    refuse_beyond_context(config, model.pretrained.config)
     return _Reading(source, other, tokenizer,
                     dict(samples=text.samples, length=text.length, seed=text.seed, held_out=text.held_out,
                          bos=window_bos(model, tokenizer)),

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 import pytest
 
+from optima_tpu.config import RunConfig
 from optima_tpu.errors import UserError
 from optima_tpu.files import LOCK, only_program
 from optima_tpu.launch import main
@@ -105,6 +106,16 @@ def test_a_calibration_text_that_is_too_short(model, refused, tmp_path):
     assert "holds 17 tokens of evaluation text, one window needs 32" in message
 
 
+@pytest.mark.parametrize("name", ["[1]", "a[", "a\\b", "[1]/run"])
+def test_a_path_in_which_orbax_would_not_find_its_files(model, refused, tmp_path, name, monkeypatch):
+    message = refused("--model", model, *SMALL, output=tmp_path / name)
+    assert f"without {'[' if '[' in name else chr(92)} in its path" in message and "choose another --output" in message
+    (tmp_path / "p[x]").mkdir()
+    monkeypatch.chdir(tmp_path / "p[x]")
+    assert "without [ in its path" in refused("--model", model, *SMALL, output=Path("run"))
+    assert RunConfig(model="models/a [1]\\b").run_directory.name.startswith("a _1__b-wanda")
+
+
 def test_an_output_directory_in_use(model, finished, refused, tmp_path):
     other = tiny_folder(tmp_path / "other", seed=1)
     message = refused("--model", other, *finished.arguments[2:], output=finished.directory)
@@ -157,6 +168,14 @@ def test_a_weight_that_is_not_finite(refused, tmp_path, name, value):
     folder = tiny_folder(tmp_path / "model", change=lambda arrays: arrays[name].reshape(-1).__setitem__(5, value))
     message = refused("--model", folder, "--mesh", "4x2", *SMALL)
     assert f"{name} holds 1 values that are NaN or infinite" in message
+
+
+def test_a_weight_of_whole_numbers(refused, tmp_path):
+    def change(arrays):
+        arrays[TENSOR] = arrays[TENSOR].astype(np.int8)
+
+    message = refused("--model", tiny_folder(tmp_path / "model", change=change), *SMALL)
+    assert f"1 tensors are stored as int8 ({TENSOR}), in which nothing is computed here" in message and "quantised" in message
 
 
 @pytest.mark.parametrize(("norm", "layer"), [("post_attention_layernorm", "mlp.gate_proj"),

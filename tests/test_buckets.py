@@ -77,6 +77,7 @@ def fetched(directory: Path, folder: Path) -> Path:
 @pytest.mark.parametrize(("output", "said"), [
     ("s3://bucket/run", "expected a folder or gs://BUCKET/FOLDER, got s3://bucket/run"),
     ("gs://bucket", "expected gs://BUCKET/FOLDER, got gs://bucket"),
+    ("gs:/bucket/run", "expected a folder or gs://BUCKET/FOLDER, got gs:/bucket/run, which has one slash"),
     ("gs://bucket/run", "gs://bucket/run needs a package that is not installed: pip install gcsfs")])
 def test_a_store_that_cannot_be_used_is_one_line(tmp_path, monkeypatch, capsys, output, said):
     find = importlib.util.find_spec

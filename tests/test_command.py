@@ -1,5 +1,6 @@
 """How a command ends, and what it takes of the machine."""
 
+import errno
 import importlib.metadata
 import os
 import signal
@@ -117,6 +118,15 @@ def test_devices_wait_for_one_that_is_late_as_long_as_they_are_told(seconds, sta
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", UNEVEN, str(seconds)], env=environment, text=True,
                           capture_output=True, timeout=120)
     assert (done.returncode, done.stdout) == (status, out), done.stderr
+
+
+def test_a_file_that_may_not_be_read_is_one_line(capsys):
+    def command():
+        raise PermissionError(errno.EACCES, "Permission denied", "runs/a/run.json")
+
+    assert guarded(command, "again") == 2
+    assert capsys.readouterr().err == (
+        "error: runs/a/run.json: Permission denied; expected files that this user may read\n")
 
 
 DIVIDED, WAITS = "--xla_force_host_platform_device_count=2", ("--xla_cpu_collective_call_warn_stuck_timeout_seconds=3600 "

@@ -1,20 +1,25 @@
 """The command line of an evaluation: models of every kind, tasks with local data, the record, and what is refused."""
 
 import contextlib
+import errno
 import functools
 import io
 import json
+import math
 import shutil
 import subprocess
 import sys
+import tempfile
 
 import numpy as np
 import pytest
 from tqdm import tqdm
 
 from optima_tpu.errors import UserError
+from optima_tpu.evaluate import run as evaluation
 from optima_tpu.evaluate.__main__ import main
 from optima_tpu.evaluate.config import EvaluateConfig, parse
+from optima_tpu.evaluate.perplexity import perplexity_of
 from optima_tpu.evaluate.run import default_folder
 from optima_tpu.evaluate.tasks import PAPER, load_tasks, paper_average, run_tasks
 from tests.test_processes import free_port, process_environment, without_gloo
@@ -349,6 +354,21 @@ def test_what_is_wrong_is_one_line(finished, refused, arguments, expected):
     assert expected in refused(finished.model, *arguments)
 
 
+def test_a_folder_that_cannot_be_written_is_found_before_anything_is_measured(
+        finished, refused, text, tmp_path, monkeypatch):
+    def full(dir):
+        raise PermissionError(errno.EACCES, "Permission denied", str(dir))
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", full)
+    monkeypatch.setattr(evaluation, "perplexity", None)
+    message = refused(finished.directory, "--perplexity", f"file:{text}", "--length", 32, "--output", tmp_path / "out")
+    assert f"could not write {tmp_path / 'out'}: Permission denied; choose another --output" in message
+
+
+def test_a_perplexity_beyond_all_numbers_is_the_largest():
+    assert perplexity_of(np.full(2, 1e6), np.zeros((2, 5))) == math.exp(709)
+
+
 def test_a_text_that_a_model_was_calibrated_on_is_refused(finished, refused, text, tmp_path):
     """By whatever name both come. A data set that is not on this machine is none that is read."""
     run, link = tmp_path / "run", tmp_path / "link.txt"
@@ -379,9 +399,10 @@ def test_a_model_that_is_none(finished, refused, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(finished.directory, run)
     (run / "checkpoint" / "state" / "manifest.ocdbt").write_bytes(b"nothing")
-    assert f"the checkpoint in {run} can't be read (" in refused(run, "--perplexity", "random", "--length", "32")
+    assert f"{run / 'checkpoint'} is damaged: expected a checkpoint of arrays, found none; remove it" in refused(
+        run, "--perplexity", "random", "--length", "32")
     (run / "checkpoint" / "_CHECKPOINT_METADATA").write_text("{")
-    assert f"the checkpoint in {run} can't be read (" in refused(run)
+    assert f"{run / 'checkpoint'} is damaged" in refused(run)
     shutil.copytree(finished.directory / "checkpoint", tmp_path / "alone")
     assert "expected an Orbax checkpoint named checkpoint in its run directory" in refused(tmp_path / "alone")
     shutil.rmtree(run / "checkpoint")

@@ -1,4 +1,5 @@
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -248,6 +249,17 @@ def test_the_command(run, tmp_path, capsys, monkeypatch):
         error = capsys.readouterr().err
         assert error.startswith("error: ") and said in error and error.count("\n") == 1
     assert not (tmp_path / "new").exists()
+
+
+def test_a_damaged_checkpoint_is_one_line(run, tmp_path, capsys):
+    copy = shutil.copytree(run, tmp_path / "run")
+    file = copy / "checkpoint" / "state" / "_sharding"
+    file.write_bytes(b"none" + file.read_bytes()[4:])
+    for path in copy.joinpath("checkpoint").rglob("_METADATA"):
+        path.write_bytes(b"none")
+    assert main([str(copy), str(tmp_path / "new")]) == 2
+    error = capsys.readouterr().err
+    assert "checkpoint is damaged" in error and "remove it and repeat the run's command" in error and error.count("\n") == 1
 
 
 def test_the_command_needs_no_torch(run, tmp_path):

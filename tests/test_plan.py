@@ -169,7 +169,7 @@ def test_without_libtpu_the_plan_is_counted_and_says_so(tmp_path, capsys, monkey
     monkeypatch.setattr(topology, "has_libtpu", lambda: False)
     folder, file = config_folder(tmp_path), tmp_path / "plan.json"
     arguments = ["--model", folder, "--topology", "v5e:4x2", "--mesh", "4x4", "--preset", "fast", "--calibration.source",
-                 "random"]
+                 "random", "--calibration.length", "128"]
     assert main([*arguments, "--json", str(file)]) == 0
     printed, plan = capsys.readouterr().out, json.loads(file.read_text())
     assert "libtpu is not installed, so nothing was compiled" in printed and "optima-tpu[tpu]" in printed
@@ -182,6 +182,8 @@ def test_without_libtpu_the_plan_is_counted_and_says_so(tmp_path, capsys, monkey
     assert "q_proj has 36 inputs" in " ".join(capsys.readouterr().out.split())
     assert main([*arguments, "--json", str(tmp_path / "no" / "plan.json")]) == 2
     assert "expected --json in an existing folder" in capsys.readouterr().err
+    assert main([*arguments, "--calibration.length", "129"]) == 2
+    assert "expected calibration.length of at most 128, the model's context, got 129" in capsys.readouterr().err
     assert main([*arguments[:2], "--topology", "v5e-8"]) == 2
     assert "expected a topology KIND:AxB" in capsys.readouterr().err
 

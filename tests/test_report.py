@@ -10,10 +10,11 @@ import jax
 import numpy as np
 import pytest
 from rich.console import Console
+from rich.table import Table
 
 from optima_tpu.report import file, summary
 from optima_tpu.report.numbers import duration, number, percent
-from optima_tpu.report.progress import Progress
+from optima_tpu.report.progress import Progress, show
 from optima_tpu.report.records import BlockReport, LayerReport
 from optima_tpu.report.rows import RowReport, layer_report
 from optima_tpu.report.table import print_summary
@@ -51,6 +52,21 @@ def clock():
 
 def console(**options) -> Console:
     return Console(file=io.StringIO(), width=100, **options)
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_a_table_keeps_its_digits_whatever_the_width(terminal):
+    numbers = [f"{1234567 + index:,}" for index in range(9)]
+    table = Table("program", *(f"column {index}" for index in range(9)), box=None)
+    table.add_row("down", *numbers)
+    out = Console(file=io.StringIO(), width=60, force_terminal=terminal, color_system=None)
+    show(out, table)
+    lines = out.file.getvalue().splitlines()
+    if terminal:  # folded
+        assert max(map(len, lines)) <= 60
+        assert all(out.file.getvalue().count(digit) >= 9 for digit in "2345")
+    else:
+        assert lines[1].split() == ["down", *numbers]
 
 
 @pytest.mark.parametrize("value, text", [

@@ -56,9 +56,9 @@ def window_nll(decoder: Decoder, hidden: Activations, tokens: np.ndarray) -> np.
 def perplexity_of(windows: np.ndarray, tokens: np.ndarray) -> float:
     """The perplexity by the summed negative log-likelihoods [windows] of token windows [windows, length].
 
-    Their total is taken in float64.
+    Their total is taken in float64, in which a perplexity ends at ``e^709``: what is beyond is that.
     """
-    return math.exp(np.mean(windows, dtype=np.float64) / (tokens.shape[1] - 1))
+    return math.exp(min(np.mean(windows, dtype=np.float64) / (tokens.shape[1] - 1), 709.0))
 
 
 def check_finite(decoder: Decoder, tokens: np.ndarray, windows: np.ndarray, which: str = "model") -> None:

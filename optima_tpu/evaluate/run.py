@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from lm_eval.utils import handle_non_serializable
 from rich.console import Console
 
 from optima_tpu import data
-from optima_tpu.buckets import as_path
+from optima_tpu.buckets import as_path, in_bucket
 from optima_tpu.data import Tokens
 from optima_tpu.errors import UserError
 from optima_tpu.evaluate.config import EvaluateConfig
@@ -23,7 +24,7 @@ from optima_tpu.evaluate.model import Evaluated, open_evaluated
 from optima_tpu.evaluate.perplexity import perplexity
 from optima_tpu.evaluate.table import print_evaluation
 from optima_tpu.evaluate.tasks import load_tasks, metrics, paper_average, run_tasks
-from optima_tpu.files import write_bytes, writing
+from optima_tpu.files import refuse_unreachable, write_bytes, writing
 from optima_tpu.inputs import check_ids, window_bos
 from optima_tpu.manifest import RUN, code_version, flat
 from optima_tpu.processes import agree, first_only, from_first, is_first
@@ -66,7 +67,7 @@ def evaluate(config: EvaluateConfig, console: Console | None = None) -> dict[str
     texts = from_first(lambda: {source: _read(source, config, models) for source in config.texts})
     folder = as_path(config.output) if config.output else models["model"].run.directory or default_folder(config.model)
     with writing(folder, "choose another --output"):
-        first_only(lambda: folder.mkdir(parents=True, exist_ok=True))
+        first_only(lambda: _make_writable(folder))
     say(console, "\n".join(_greeting(config, models, mesh, folder)) + "\n")
     with Progress(console) as progress:
         testers, tasks = {}, None
@@ -189,6 +190,15 @@ def _task_numbers(tasks: TaskDict | None, results: Mapping[str, Mapping[str, Any
     against = found.get("against", {})
     both = {task: numbers | {"against": against.get(task)} for task, numbers in found["model"].items()}
     return {"tasks": both, "average": paper_average(found["model"])}
+
+
+def _make_writable(folder: Path) -> None:
+    """Makes the folder, and finds out now whether the numbers of hours can be written there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if in_bucket(folder):
+        refuse_unreachable(folder)
+    else:
+        tempfile.TemporaryFile(dir=folder).close()
 
 
 def _write(folder: Path, record: Mapping[str, Any], results: Mapping[str, Any], models: Mapping[str, Evaluated]) -> None:

@@ -43,6 +43,7 @@ def _plan(argv: Sequence[str]) -> int:
     if options.topology:  # its devices need not be here, and a TPU that is stays free
         jax.config.update("jax_platforms", "cpu")
     # Only now: what these import asks for the devices.
+    from optima_tpu.inputs import refuse_beyond_context
     from optima_tpu.plan.model import open_declared
     from optima_tpu.plan.plan import make_plan
     from optima_tpu.plan.table import greeting, print_plan
@@ -52,6 +53,7 @@ def _plan(argv: Sequence[str]) -> int:
     model, compiling = open_declared(config.model, config.dtype, config.batch), not options.no_compile
     target = (topology_target(options.topology, config.mesh, compiling, options.quick) if options.topology
               else local_target(config.mesh, model.dtype, compiling))
+    refuse_beyond_context(config, model.config)
     model = model.on(target.mesh)
     say(console, "\n".join([*greeting(model.origin, model.decoder.config.blocks, target), ""]))
     plan = make_plan(config, model, target, lambda line: say(console, line))

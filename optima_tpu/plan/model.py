@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh
+from transformers import PreTrainedConfig
 
 from optima_tpu.errors import UserError
 from optima_tpu.models.decoder import Decoder
@@ -45,14 +46,16 @@ class Declared(NamedTuple):
     Attributes:
       origin: what the user typed.
       decoder: its batch is that of the run.
+      config: what config.json says.
     """
 
     origin: str
     decoder: Decoder
+    config: PreTrainedConfig
 
     def on(self, mesh: Mesh | AbstractMesh) -> "Declared":
         """The model on another mesh."""
-        return Declared(self.origin, dataclasses.replace(self.decoder, mesh=mesh))
+        return self._replace(decoder=dataclasses.replace(self.decoder, mesh=mesh))
 
     @property
     def dtype(self) -> np.dtype:
@@ -91,7 +94,7 @@ def open_declared(spec: str, dtype: str | None, batch: int) -> Declared:
     path = Path(spec).expanduser()
     if spec.startswith("wheel:") or path.is_file():
         pretrained = open_model(spec, dtype)
-        return Declared(spec, Decoder.open(pretrained.config, pretrained.tensors, _NOWHERE, batch))
+        return Declared(spec, Decoder.open(pretrained.config, pretrained.tensors, _NOWHERE, batch), pretrained.config)
     if not path.exists() and hub.is_hub_id(spec):
         path = hub.download(spec, ["config.json"])
     file = path / "config.json"
@@ -103,7 +106,7 @@ def open_declared(spec: str, dtype: str | None, batch: int) -> Declared:
     blocks = {decoder.prefix(index) + name: shape for index in range(decoder.config.blocks)
               for name, shape in decoder.block_shapes.items()}
     tensors = DeclaredTensors(decoder.end_shapes | blocks, DTYPES[dtype or _named_dtype(config)])
-    return Declared(spec, Decoder.open(config, tensors, _NOWHERE, batch))
+    return Declared(spec, Decoder.open(config, tensors, _NOWHERE, batch), config)
 
 
 def _named_dtype(config) -> str:

@@ -8,12 +8,12 @@ from rich.table import Table
 from optima_tpu.plan.plan import Plan, Program
 from optima_tpu.plan.topology import GIB
 from optima_tpu.report.numbers import duration, number
-from optima_tpu.report.progress import say
+from optima_tpu.report.progress import say, show
 
 
 def print_plan(console: Console, plan: Plan) -> None:
     """Prints what each program needs, what the run takes, and what that rests on."""
-    console.print(program_table(plan), highlight=False)
+    show(console, program_table(plan))
     say(console, "\n".join(["", *_legend(plan), "", *summary(plan)]))
     say(console, "\n".join([
         "", f"Time, about {duration(sum(plan.seconds.values()))} in all:",

@@ -6,8 +6,10 @@ from typing import Self
 
 import jax
 from rich.console import Console, RenderableType
+from rich.measure import Measurement
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bars
+from rich.table import Table
 from rich.text import Text
 
 from optima_tpu.report.numbers import duration, percent
@@ -18,6 +20,15 @@ from optima_tpu.report.summary import fitted_errors, sparsity
 def say(console: Console, text: str) -> None:
     """Prints text as it is: paths in it are neither wrapped nor coloured, and brackets are no markup."""
     console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def show(console: Console, table: Table) -> None:
+    """Prints a table, with all its digits: a file or a pipe has no width, and on a narrow terminal cells are folded."""
+    if not console.is_terminal:
+        console.width = max(console.width, Measurement.get(console, console.options.update(max_width=1000), table).maximum)
+    for column in table.columns:
+        column.no_wrap, column.overflow = False, "fold"
+    console.print(table, highlight=False)
 
 
 class Progress:

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from optima_tpu.command import guarded, take_devices
 from optima_tpu.errors import UserError
-from optima_tpu.report.progress import say
+from optima_tpu.report.progress import say, show
 from optima_tpu.sweep import grid as grids
 from optima_tpu.sweep.cells import Cell, differences
 from optima_tpu.sweep.grid import Grid, read_grid
@@ -45,7 +45,7 @@ def _sweep(argv: Sequence[str]) -> int:
     sweep.run(console, command)
     files = sweep.write(command)
     console.print()
-    console.print(terminal_table(layout(grid, sweep.results)), highlight=False)
+    show(console, terminal_table(layout(grid, sweep.results)))
     failures = failure_lines(sweep.results)
     say(console, "\n".join(["", *(f"failed  {line}" for line in failures), *map(str, files.values())]))
     return 1 if failures else 0

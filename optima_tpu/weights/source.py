@@ -170,12 +170,15 @@ def check_names(expected: Iterable[str], source: TensorSource, ignored: Mapping[
 
 
 def check_dtypes(expected: Iterable[str], source: TensorSource) -> None:
-    """Refuses what JAX would make another dtype of: the pruned tensors could not be put back into such a checkpoint.
+    """Refuses dtypes in which nothing is computed here: pruned weights could not be put back into such a checkpoint.
 
     Raises:
-      UserError: a tensor that the model wants would be read as float64.
+      UserError: a tensor that the model wants would be read as something else than float32, bfloat16 or float16.
     """
-    wide = [name for name in expected if source.dtype(name) == np.float64]
-    if wide:
-        raise UserError(f"{len(wide)} tensors are stored as float64 ({some(wide)}), in which nothing is computed here; take "
-                        "--dtype float32")
+    found: dict[np.dtype, list[str]] = {}
+    for name in expected:
+        found.setdefault(np.dtype(source.dtype(name)), []).append(name)
+    for dtype in found.keys() - set(DTYPES.values()):
+        remedy = "take --dtype float32" if dtype == np.float64 else "give the model as it was before it was quantised"
+        raise UserError(f"{len(found[dtype])} tensors are stored as {dtype} ({some(found[dtype])}), in which nothing is computed "
+                        f"here; {remedy}")
