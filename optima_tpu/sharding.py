@@ -59,7 +59,9 @@ def make_mesh(text: str | None) -> Mesh:
     data, model = parse_mesh(text) if text else (count, 1)
     if data * model != count:
         kind = jax.devices()[0].platform
-        hint = f", or --cpu-devices {data * model} to simulate it" if kind == "cpu" else ""
+        each, left = divmod(data * model, jax.process_count())
+        where = " in every process" if jax.process_count() > 1 else ""
+        hint = f", or --cpu-devices {each}{where} to simulate it" if kind == "cpu" and each and not left else ""
         raise UserError(f"mesh {data}x{model} needs {data * model} devices, there are {count} ({kind}): "
                         f"choose a mesh whose product is {count}{hint}")
     # Auto axes: the model code is written without shardings and XLA places its collectives. make_mesh's default is Explicit.

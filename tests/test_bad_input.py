@@ -259,6 +259,15 @@ def test_any_mesh_of_gpus_on_several_hosts(monkeypatch, data, model):
     assert found.shape == (data, model) and [device.id for device in found.flat] == list(range(8))
 
 
+@pytest.mark.parametrize("processes, needed, hint", [(1, "2x2", ", or --cpu-devices 4 to simulate it"), (2, "2x1", (
+    ", or --cpu-devices 1 in every process to simulate it")), (2, "3x1", "")])
+def test_the_devices_to_simulate_are_those_of_each_process(monkeypatch, processes, needed, hint):
+    monkeypatch.setattr(jax, "process_count", lambda: processes)
+    with pytest.raises(UserError) as error:
+        make_mesh(needed)
+    assert str(error.value).endswith(f"choose a mesh whose product is 8{hint}")
+
+
 def test_only_the_data_axis_of_a_mesh_goes_over_tpu_slices(monkeypatch):
     monkeypatch.setattr(jax, "devices", lambda: devices("tpu", 2, 4))
     assert [{device.slice_index for device in row} for row in _between_hosts(4, 2)] == [{0}, {0}, {1}, {1}]

@@ -162,7 +162,7 @@ def test_what_cannot_be_scored_is_refused_in_one_line(tmp_path):
         lm.loglikelihood, instances("loglikelihood", [("a", "b"), ("a", "")]))
     assert "expected a context with tokens of its own before 'b', got '  '; mend the data set" in said(
         lm.loglikelihood, instances("loglikelihood", [("  ", "b")]))
-    assert "expected continuations of at most 128 tokens, the model's context, got 'yyyy" in said(
+    assert "of at most 128 tokens, which is the context (--context, at most the model's), got 'yyyy" in said(
         lm.loglikelihood, instances("loglikelihood", [("x", "y" * 129)]))
     assert "document 0 of task a_task: this task lets the model write" in said(
         lm.generate_until, instances("generate_until", [("a", {})]))

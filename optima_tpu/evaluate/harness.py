@@ -108,8 +108,8 @@ class DecoderLM(TemplateLM):
                 raise UserError(f"expected a context with tokens of its own before {shown}, got {texts[0]!r:.60}; mend the data "
                                 "set")
             if len(continuation) > limit:
-                raise UserError(f"expected continuations of at most {limit} tokens, the model's context, got {shown} with "
-                                f"{len(continuation)}: leave the task out")
+                raise UserError(f"expected continuations of at most {limit} tokens, which is the context (--context, at most the "
+                                f"model's), got {shown} with {len(continuation)}: raise it, or leave the task out")
             whole = (context + continuation)[-(limit + 1):]
             if max(whole) >= vocab:
                 raise UserError(f"expected token ids below {vocab}, the rows of the model's embedding, got {max(whole)}: "
