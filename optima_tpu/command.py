@@ -90,7 +90,8 @@ def guarded(command: Callable[[], int | None], again: str) -> int:
         told = isinstance(error, processes.SharedError) and not processes.is_first()
         return _ended(2, "" if told else f"error: {error}")
     except PermissionError as error:
-        return _ended(2, f"error: {error.filename or 'a file'}: {error.strerror}; expected files that this user may read")
+        place = error.filename or "a file"
+        return _ended(2, f"error: {place}: {error.strerror}; expected files that this user may read and write")
     except Stopped:
         return _ended(RESUME, f"stopped by SIGTERM; {again}")
     except KeyboardInterrupt:

@@ -75,6 +75,7 @@ def refuse_unreachable(directory: Path) -> None:
     if not in_bucket(directory) and (found := re.search(r"[\[\\]", str(directory.absolute()))):
         raise UserError(f"expected a directory without {found[0]} in its path, in which Orbax would not find its own files, got "
                         f"{directory.absolute()}; choose another --output")
+
     def attempt():
         with writing(directory, "look at the bucket's name, and at `gcloud auth application-default login`"):
             (directory / (LOCK + PARTIAL)).write_bytes(b"")

@@ -41,7 +41,8 @@ def greet(console: Console, config: RunConfig, model: Model, texts: Texts, direc
 def recipe_line(config: RunConfig, decoder: Decoder) -> str:
     """What is done to this model: mask, update and pattern, and of what goes beyond the paper all that acts on its family."""
     settings, adding = weights_settings(config), bool(decoder.family.residuals)
-    words = [" + ".join(settings[key]["name"] for key in ("selector", "solver") if settings[key]), str(config.pattern)]
+    methods = [settings[key] for key in ("selector", "solver") if settings[key]]
+    words = [" + ".join(method["name"] + " weights" * method.get("weights", False) for method in methods), str(config.pattern)]
     words += [to_dict(config)["layers"]] if config.layers else []
     if isinstance(config.target, DenseTarget):
         words.append(f"dense target {config.target.alpha:g}")

@@ -35,7 +35,7 @@ class Given(NamedTuple):
 
 
 ReadGiven = Callable[[str, tuple[int, int]], Given]
-"""Reads what was chosen elsewhere for a matrix, by its whole name and its shape."""
+"""Name of a weight ("model.layers.0.mlp.up_proj.weight") and its shape -> what was chosen elsewhere for it."""
 
 
 class LayerProblem(NamedTuple):

@@ -32,8 +32,6 @@ from optima_tpu.solvers.scaling import live_features
 from optima_tpu.target import DenseTarget, LinearTerm
 from optima_tpu.tuning import Grid, damping_with, ridged, tuned
 
-"""Name of a weight ("model.layers.0.mlp.up_proj.weight") and its shape -> mask [d_out, d_in] bool, True where it stays."""
-
 
 def prune_layer(problem: LayerProblem, recipe: Recipe, dtype=jnp.float32) -> tuple[Pruned, RowReport]:
     """Prunes one matrix on one device: selector, solver, cast, acceptance. What :func:`prune_group` does on a mesh is the same.

@@ -126,7 +126,7 @@ def test_a_file_that_may_not_be_read_is_one_line(capsys):
 
     assert guarded(command, "again") == 2
     assert capsys.readouterr().err == (
-        "error: runs/a/run.json: Permission denied; expected files that this user may read\n")
+        "error: runs/a/run.json: Permission denied; expected files that this user may read and write\n")
 
 
 DIVIDED, WAITS = "--xla_force_host_platform_device_count=2", ("--xla_cpu_collective_call_warn_stuck_timeout_seconds=3600 "

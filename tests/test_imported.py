@@ -56,6 +56,7 @@ def test_with_its_weights_a_pruned_model_is_itself_again(place, finished, tmp_pa
     source, again = folder_tensors(finished.directory / "hf"), folder_tensors(tmp_path / "same" / "hf")
     assert source.keys() == again.keys() and all((again[name] == weight).all() for name, weight in source.items())
     first, same = (json.loads((directory / "report.json").read_text()) for directory in (finished.directory, tmp_path / "same"))
+    assert same["recipe"] == "imported weights, 0.5 per layer" and first["recipe"] == "wanda + cg, 0.5 per row"
     assert same["perplexity"] == pytest.approx(first["perplexity"], rel=1e-5)
     errors = [[layer["error_after"] for block in report["blocks"] for layer in block["layers"]] for report in (first, same)]
     assert errors[1] == pytest.approx(errors[0], rel=1e-3)
