@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from optima_tpu.errors import UserError
+from optima_tpu.ranking import lowest, order_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +93,7 @@ class NM:
     def keep_mask(self, scores: Array) -> Array:
         """The mask with the largest total score, see ``Unstructured.keep_mask``. Raises UserError as :meth:`pruned_count`."""
         self.pruned_count(scores.shape)
-        order, place = _order(scores), jnp.arange(scores.shape[1]) % self.m
+        order, place = order_of(scores), jnp.arange(scores.shape[1]) % self.m
 
         # Not a view [groups, m]: a TPU would give its last axis 128 places.
         def count(shift: Array, before: Array) -> Array:
@@ -132,41 +133,3 @@ def pattern_text(pattern: Pattern, group: str | None = None) -> str:
     if isinstance(pattern, NM):
         return str(pattern)
     return repr(float(pattern.sparsity)) + ("" if pattern.group == group else f"/{pattern.group}")
-
-
-def lowest(scores: Array, count: Array | int, group: str) -> Array:
-    """True at exactly ``count`` entries of every row or of the matrix, the lowest; of equals those with the lower index.
-
-    The ``count``-th value is found bit by bit. A sort would gather the rows of all devices, where this only adds up counts, and
-    on a CPU it would take some fifty times as long.
-
-    Args:
-      scores: [rows, columns] float32; NaN counts as the smallest of all.
-      count: int32, [rows, 1] or [] for the group "row", [1, 1] or [] for "layer", where the index runs row by row.
-    """
-    order = _order(scores)
-    axis = 1 if group == "row" else None
-
-    def number(mask: Array) -> Array:
-        return jnp.sum(mask, axis=axis, keepdims=True, dtype=jnp.int32)
-
-    def bit(index: int, value: Array) -> Array:
-        half = jnp.left_shift(jnp.uint32(1), jnp.uint32(31 - index))
-        return jnp.where(number(order < value + half) < count, value + half, value)
-
-    start = jnp.zeros_like(order[:, :1] if group == "row" else order[:1, :1])
-    value = jax.lax.fori_loop(0, 32, bit, start)
-    below, ties = order < value, order == value
-    rank = jnp.cumsum(ties, axis=1, dtype=jnp.int32)
-    if group == "layer":
-        in_row = rank[:, -1:]
-        rank = rank + jnp.cumsum(in_row, axis=0, dtype=jnp.int32) - in_row
-    return below | (ties & (rank <= count - number(below)))
-
-
-def _order(scores: Array) -> Array:
-    """uint32 numbers in the order of the scores; NaN is the smallest."""
-    scores = jnp.where(jnp.isnan(scores), -jnp.inf, jnp.where(scores == 0, 0.0, scores))  # one zero, without a sign
-    # The bits of positive floats are in the order of the floats, those of negative ones in the opposite order.
-    bits = jax.lax.bitcast_convert_type(scores.astype(jnp.float32), jnp.uint32)
-    return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))

@@ -27,8 +27,9 @@ from jax.sharding import Mesh
 from optima_tpu.errors import UserError
 from optima_tpu.features import WHOLE, Features, matmul
 from optima_tpu.memory import Footprint, footprint_of
-from optima_tpu.patterns import NM, Pattern, lowest
+from optima_tpu.patterns import NM, Pattern
 from optima_tpu.problem import LayerProblem, Pruned, Solution, pull_of
+from optima_tpu.ranking import lowest, pairs_that_pay
 from optima_tpu.sharding import Layout, over_rows, prepared, solution_specs
 from optima_tpu.solvers import Solver, damping_of
 from optima_tpu.solvers.inverse import inverse
@@ -110,9 +111,13 @@ class Refining:
             image = matmul(change, problem.hessian) + ridge * change
             return jnp.sum(change * (image - 2 * pull), axis=1), pull - image
 
-        def one_round(_, state: _State) -> _State:
+        def exchanged(state: _State) -> tuple[Array, Array]:
             win = jnp.where(schur > 0, state.residual**2 / jnp.where(schur > 0, schur, 1.0), 0.0)
-            keep, count = exchange(win, state.weight**2 * schur, state.keep, state.limit, self.pattern, self.swaps.share)
+            return exchange(win, state.weight**2 * schur, state.keep, state.limit, self.pattern)
+
+        def one_round(index: int, state: _State) -> _State:
+            # The first one solves on the mask that came.
+            keep, count = jax.lax.cond(index > 0, exchanged, lambda state: (state.keep, jnp.zeros_like(state.limit)), state)
             found = solve(problem, Pruned(jnp.where(keep, state.weight, 0.0), keep))
             value, residual = measure(found.weight)
             better = value < state.value
@@ -120,16 +125,16 @@ class Refining:
             def taken(new: Array, old: Array) -> Array:
                 return jnp.where(better.reshape(-1, *[1] * (new.ndim - 1)), new, old)
 
-            first = jnp.isinf(state.value)  # solved on the mask that came, with a limit of 0
             return _State(
                 weight=taken(found.weight, state.weight), keep=taken(keep, state.keep), value=taken(value, state.value),
                 residual=taken(residual, state.residual), gap=taken(found.gap, state.gap),
                 steps=state.steps + found.steps, converged=taken(found.converged, state.converged),
-                limit=jnp.where(first, most(self.swaps.share, keep.shape[1]), jnp.where(better, state.limit, count // 2)))
+                limit=jnp.where(better, state.limit, count // 2))
 
-        rows = pruned.keep.shape[0]
+        rows, inputs = pruned.keep.shape
         state = _State(pruned.weight, pruned.keep, jnp.full(rows, jnp.inf), jnp.zeros(pruned.keep.shape),
-                       jnp.full(rows, jnp.inf), jnp.zeros(rows, jnp.int32), jnp.zeros(rows, bool), jnp.zeros(rows, jnp.int32))
+                       jnp.full(rows, jnp.inf), jnp.zeros(rows, jnp.int32), jnp.zeros(rows, bool),
+                       jnp.full(rows, max(1, int(self.swaps.share * inputs)), jnp.int32))
         state = jax.lax.fori_loop(0, self.swaps.rounds + 1, one_round, state)
         return Refined(Solution(state.weight, state.gap, state.steps, state.converged), state.keep)
 
@@ -150,12 +155,7 @@ def refining_over_rows(refining: Refining, mesh: Mesh, layout: Layout) -> Callab
     return over_rows(refining, mesh, layout, Refined(solution_specs(layout), layout.matrix))
 
 
-def most(share: float, inputs: int) -> int:
-    """The most exchanges in a row of so many inputs."""
-    return max(1, int(share * inputs))
-
-
-def exchange(win: Array, cost: Array, keep: Array, limit: Array, pattern: Pattern, share: float) -> tuple[Array, Array]:
+def exchange(win: Array, cost: Array, keep: Array, limit: Array, pattern: Pattern) -> tuple[Array, Array]:
     """The mask after the exchanges that win more than they cost, the best ``limit`` of each row, and their number.
 
     Pairs are the dearest to let in with the cheapest to let go, the second with the second, and so on; in an N:M one pair in each
@@ -165,7 +165,7 @@ def exchange(win: Array, cost: Array, keep: Array, limit: Array, pattern: Patter
       win: [rows, d_in] float32, at least 0, read where a weight is pruned.
       cost: [rows, d_in] float32, at least 0, read where it is kept.
       keep: [rows, d_in] bool.
-      limit: [rows] int32, at most ``most(share, d_in)``.
+      limit: [rows] int32, at least 0.
 
     Returns:
       [rows, d_in] bool and [rows] int32.
@@ -180,9 +180,7 @@ def exchange(win: Array, cost: Array, keep: Array, limit: Array, pattern: Patter
         enters, leaves = (chosen & (jnp.arange(pattern.m) == best[..., None])
                           for best in (jnp.argmax(win, axis=-1), jnp.argmin(cost, axis=-1)))
         return ((kept | enters) & ~leaves).reshape(keep.shape), count
-    size = most(share, keep.shape[1])
-    pays = jax.lax.top_k(win, size)[0] > -jax.lax.top_k(-cost, size)[0]
-    count = jnp.minimum(jnp.sum(pays, axis=1, dtype=jnp.int32), limit)
+    count = jnp.minimum(pairs_that_pay(win, cost), limit)
     return (keep | lowest(-win, count[:, None], "row")) & ~lowest(cost, count[:, None], "row"), count
 
 

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from optima_tpu.errors import UserError
-from optima_tpu.patterns import NM, Unstructured, lowest, parse_pattern
+from optima_tpu.patterns import NM, Unstructured, parse_pattern
+from optima_tpu.ranking import lowest, pairs_that_pay
 
 PATTERNS = st.one_of(
     st.builds(Unstructured, st.floats(0, 0.99), st.sampled_from(["row", "layer"])),
@@ -74,6 +75,19 @@ def test_the_lowest_of_every_group_are_found_with_ties_by_index(shape, levels, g
         found[np.argsort(line, kind="stable")[:count]] = True
     found = jax.jit(lowest, static_argnames="group")(scores, counts, group)
     assert (np.asarray(found).reshape(flat.shape) == expected).all()
+
+
+@given(st.integers(0, 2**32 - 1))
+@settings(max_examples=60, deadline=None)
+def test_the_pairs_that_pay_are_those_of_two_sorted_lists(seed):
+    """With ties, and with infinities, as of what is kept already or pruned already; some rows are all of one kind."""
+    rng = np.random.default_rng(seed)
+    win, cost = rng.choice([0.0, 1e-30, 0.5, 1.0, 3e20], size=(2, 5, 8)).astype(np.float32)
+    keep = rng.random((5, 8)) < rng.choice([0.0, 0.5, 1.0], size=(5, 1))
+    win[keep], cost[~keep] = -np.inf, np.inf
+    pairs = zip(np.sort(-win, axis=1), np.sort(cost, axis=1))
+    found = jax.jit(pairs_that_pay)(win, cost)
+    assert found.tolist() == [np.sum(-dearest > cheapest) for dearest, cheapest in pairs] and found.dtype == jnp.int32
 
 
 def test_a_sparsity_below_one_leaves_a_weight():

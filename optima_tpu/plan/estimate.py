@@ -16,6 +16,7 @@ from optima_tpu.journal import STATES_EVERY
 from optima_tpu.models.decoder import run_block
 from optima_tpu.plan.model import Declared
 from optima_tpu.plan.topology import GIB, Target
+from optima_tpu.ranking import PASSES
 from optima_tpu.refine import FACTORISATIONS, Refining
 from optima_tpu.selectors import ADMM, Magnitude, MaskSelector, Wanda
 from optima_tpu.self_calibration import generated_by
@@ -76,7 +77,7 @@ class Work(NamedTuple):
         return products + self.factor / chip.factor + self.traffic / (chip.bandwidth * target.utilisation)
 
 
-_PASSES_OF_A_MASK = 32 + 4  # over the scores: the value at the border is found bit by bit, see patterns.lowest
+_PASSES_OF_A_MASK = PASSES + 4  # over the scores, see ranking.lowest
 
 
 class SolverCost(NamedTuple):
@@ -110,7 +111,7 @@ def solver_cost(solver: Solver | Refining | None) -> SolverCost:
             return SolverCost(6, 20, each_row=1)
         case Refining():
             each, solves = solver_cost(solver.solver), solver.swaps.rounds + 1
-            return SolverCost(solves * (each.products + 1), solves * (each.passes + 2 * _PASSES_OF_A_MASK),
+            return SolverCost(solves * (each.products + 1), solves * (each.passes + 4 * _PASSES_OF_A_MASK),
                               each.shared + FACTORISATIONS, solves * each.each_row)
     name = type(solver).__name__
     raise UserError(f"expected a solver whose cost is known, got {name}: add what it does to plan.estimate.solver_cost")

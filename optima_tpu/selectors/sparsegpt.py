@@ -10,8 +10,9 @@ import numpy as np
 from jax import Array
 
 from optima_tpu.errors import UserError
-from optima_tpu.patterns import NM, Pattern, lowest
+from optima_tpu.patterns import NM, Pattern
 from optima_tpu.problem import LayerProblem, Pruned, matmul
+from optima_tpu.ranking import lowest
 from optima_tpu.selectors.inverse import inverse_factor
 from optima_tpu.sharding import padded
 from optima_tpu.solvers.scaling import live_features
