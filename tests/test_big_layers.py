@@ -26,7 +26,7 @@ from optima_tpu.selectors import ADMM, SparseGPT, Thanos, Wanda
 from optima_tpu.sharding import MODEL, Layout, over_rows
 from optima_tpu.solvers import CG, MPAX, Adam, Exact
 from optima_tpu.solvers import inverse as shared
-from optima_tpu.solvers.inverse import inverse_cholesky, together
+from optima_tpu.solvers.inverse import inverse, inverse_cholesky, together
 from optima_tpu.solvers.panels import inverse_by_panels
 from tests.helpers import (COLLECTIVE, SMALL, correlated_hessian, layer, mesh, oracle, row_objective, select, tiny_folder,
                            tiny_llama, wide)
@@ -48,23 +48,25 @@ def test_the_inverse_of_a_matrix_in_columns(devices, size, panel):
     assert (np.triu(root, 1) == 0).all()
 
 
-@pytest.mark.parametrize("size, panel", [(26, 8), (36, 128), (300, 128)])
+@pytest.mark.parametrize("size, panel", [(26, 8), (36, 128), (600, 128)])
 def test_halves_and_panels_of_a_whole_matrix_give_the_same_inverse(size, panel):
-    """26 is grown to 32; 300 is more than one leaf. The first is what runs on CPUs and GPUs, the second on TPUs."""
+    """26 is grown to 32; 600 is more than two leaves. The first is what runs on CPUs and GPUs, the second on TPUs."""
     matrix = correlated_hessian(np.random.default_rng(0), size) + 0.01 * np.eye(size, dtype=np.float32)
     exact = np.linalg.inv(np.linalg.cholesky(matrix.astype(np.float64)))
     whole, by_panels = jax.jit(lambda matrix: inverse_by_panels(matrix, WHOLE, panel))(matrix)
     for root in (by_panels, inverse_cholesky(jnp.asarray(matrix))):
         assert np.abs(root - exact).max() < 1e-5 * np.abs(exact).max() and (np.triu(root, 1) == 0).all()
-    assert np.abs(whole - exact.T @ exact).max() < 1e-5 * np.abs(exact.T @ exact).max()
+    for found in (whole, inverse(jnp.asarray(matrix))):
+        assert np.abs(found - exact.T @ exact).max() < 1e-5 * np.abs(exact.T @ exact).max()
     assert np.isnan(inverse_by_panels(-jnp.asarray(matrix), WHOLE, panel)[1]).any()
 
 
-def test_a_tpu_gets_the_small_program():
+@pytest.mark.parametrize("make", [inverse, inverse_cholesky])
+def test_a_tpu_gets_the_small_program(make):
     """Lowered for it without one: a loop where the other platforms have the halves, whose program grows with the matrix."""
     def lowered(platform: str, size: int) -> str:
         matrix = jax.ShapeDtypeStruct((size, size), jnp.float32)
-        return jax.jit(inverse_cholesky).trace(matrix).lower(lowering_platforms=(platform,)).as_text()
+        return jax.jit(make).trace(matrix).lower(lowering_platforms=(platform,)).as_text()
 
     assert lowered("tpu", 2048).count("\n") < 1.1 * lowered("tpu", 512).count("\n")
     assert lowered("cuda", 2048).count("\n") > 2 * lowered("cuda", 512).count("\n")
@@ -107,7 +109,7 @@ def test_shared_inverses_give_the_weights_of_those_that_every_device_makes(monke
 
     (alone,), (kept,), _ = pruned(mesh(1, 1))
     monkeypatch.setattr("optima_tpu.features._FEWEST_COLUMNS", 8)
-    monkeypatch.setattr(shared, "_alone", together)
+    monkeypatch.setattr(shared, "_made", lambda matrix, each, by_all: by_all(matrix))
     (found,), (keep,), _ = pruned(mesh(4, 2))
     np.testing.assert_array_equal(keep, kept)
     np.testing.assert_allclose(found, alone, atol=1e-4)
