@@ -115,7 +115,7 @@ def accumulate_hessians(decoder: Decoder, index: int, parameters: Mapping[str, A
 
 def accumulate_drift(decoder: Decoder, index: int, parameters: Mapping[str, Array], hidden: Activations,
                      dense_parameters: Mapping[str, Array], dense: Activations, groups: Groups, target: DenseTarget,
-                     energy: bool = False) -> tuple[tuple[Statistics, ...], tuple[Drift, ...]]:
+                     energy: bool = False, advance: bool = False) -> tuple[tuple[Statistics, ...], tuple[Drift, ...]]:
     """The :class:`Statistics` of each group's input, as :func:`accumulate_hessians`, and its :class:`Drift`.
 
     Differences are in the model's dtype, where those of close numbers are exact. A token that either model does not send to an
@@ -125,10 +125,11 @@ def accumulate_drift(decoder: Decoder, index: int, parameters: Mapping[str, Arra
       parameters: the block's, as pruned so far.
       hidden: what enters it behind the pruned blocks.
       dense_parameters: the block's in the dense model.
-      dense: what enters it there, of the same samples.
+      dense: what enters it there, of the same samples; with ``advance`` afterwards what leaves it.
       target: whether it aims at the drift of the residual stream, and whether it weighs tokens: where all layers of a group add
         to one residual stream, by one over the mean square of the dense model's stream behind them.
       energy: whether the mean squares of the outputs' drift are wanted too.
+      advance: whether to save another pass through the dense block, as :meth:`Decoder.apply` would make it.
 
     Raises:
       UserError: as :func:`accumulate_hessians`.
@@ -144,10 +145,15 @@ def accumulate_drift(decoder: Decoder, index: int, parameters: Mapping[str, Arra
         products = (place and jnp.zeros((decoder.config.d_model, len(cross)), device=cross.sharding) for place in before)
         drifts.append(Drift(cross, energies, tuple(products)))
     totals = tuple(after and jnp.zeros((), device=everywhere) for _, after in places)
-    sums = _empty(decoder, groups), tuple(drifts), totals
+    sums, waiting = (_empty(decoder, groups), tuple(drifts), totals), None
     for batch, other in zip(hidden.batches(decoder.batch), dense.batches(decoder.batch)):
-        sums = add_drift(decoder.graph, decoder.mesh, groups, places, sums, states, (batch.hidden, other.hidden), weights,
-                         batch.valid, positions)
+        sums, output = add_drift(decoder.graph, decoder.mesh, groups, places, advance, sums, states,
+                                 (batch.hidden, other.hidden), weights, batch.valid, positions)
+        if waiting:  # fetched while the devices compute the next one
+            dense.put(*waiting)
+        waiting = (other.rows, output) if advance else None
+    if waiting:
+        dense.put(*waiting)
     tokens = np.float32(len(hidden) * length)
     totals = tuple(tokens if total is None else total for total in sums[2])
     statistics, drifts = _divide(sums[0], totals), _divide_drift(sums[1], totals)
@@ -189,10 +195,10 @@ def residual_names(decoder: Decoder, groups: Groups, target: DenseTarget) -> tup
     return tuple(found)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), donate_argnums=4)
-def add_drift(graph, mesh: Mesh, groups: Groups, residuals: tuple[ResidualNames, ...], sums, states, hidden, weights, valid,
-              positions):
-    """One step of :func:`accumulate_drift`.
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4), donate_argnums=5)
+def add_drift(graph, mesh: Mesh, groups: Groups, residuals: tuple[ResidualNames, ...], advance: bool, sums, states, hidden,
+              weights, valid, positions):
+    """One step of :func:`accumulate_drift`: the new ``sums``, and with ``advance`` what leaves the dense block, else None.
 
     Args:
       residuals: from :func:`residual_names`.
@@ -200,7 +206,8 @@ def add_drift(graph, mesh: Mesh, groups: Groups, residuals: tuple[ResidualNames,
       states, hidden: of the pruned and of the dense stream.
       weights: dense ones, by name, of the layers whose drift has an energy.
     """
-    pruned, dense = streams = [forward(graph, state, x, positions)[1] for state, x in zip(states, hidden)]
+    (_, pruned), (output, dense) = (forward(graph, state, x, positions) for state, x in zip(states, hidden))
+    streams = pruned, dense
     statistics, drifts, totals = [], [], []
     for names, places, total, drift, weight in zip(groups, residuals, *sums):
         x, other = (inputs[names[0]] * valid[:, None, None].astype(hidden[0].dtype) for inputs in streams)
@@ -222,7 +229,8 @@ def add_drift(graph, mesh: Mesh, groups: Groups, residuals: tuple[ResidualNames,
                     for found, before in zip(lost, drift.residual, strict=True))
         drifts.append(Drift(drift.cross + _gram(x, mesh, difference), tuple(
             jax.lax.with_sharding_constraint(rows, jax.NamedSharding(mesh, P())) for rows in energy), tuple(residual)))
-    return tuple(statistics), tuple(drifts), tuple(totals)
+    output = jax.lax.with_sharding_constraint(output, jax.NamedSharding(mesh, P(DATA))) if advance else None
+    return (tuple(statistics), tuple(drifts), tuple(totals)), output
 
 
 def inverse_norm(stream: Array) -> Array:

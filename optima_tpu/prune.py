@@ -176,14 +176,16 @@ def walk_block(decoder: Decoder, index: int, hidden: Activations, groups: Groups
     if drifts and dense is None:
         raise ValueError("a dense target needs the hidden states of the dense model")
     prefix, keeps, layers = decoder.prefix(index), {}, ()
-    for part, layouts in block_passes(decoder, index, groups, recipe, budget):
+    visits = block_passes(decoder, index, groups, recipe, budget)
+    for number, (part, layouts) in enumerate(visits, 1):
         captured = parameters if recipe.recapture else whole
 
         def capture(first: int, last: int, energy: bool) -> tuple[tuple[Statistics, ...], tuple[Drift, ...] | None]:
             seen = hidden.part(first, last)
             if not drifts:
                 return accumulate_hessians(decoder, index, captured, seen, part), None
-            return accumulate_drift(decoder, index, captured, seen, whole, dense.part(first, last), part, recipe.target, energy)
+            return accumulate_drift(decoder, index, captured, seen, whole, dense.part(first, last), part, recipe.target, energy,
+                                    advance=number == len(visits))
 
         statistics, drift = capture(0, samples, energy=False)
         unseen = unseen_drift = None
@@ -196,7 +198,7 @@ def walk_block(decoder: Decoder, index: int, hidden: Activations, groups: Groups
         keeps, layers = keeps | kept, layers + reports
         del statistics, drift, unseen, unseen_drift  # not to be held while the next ones are made
     decoder.apply(index, parameters, hidden)
-    if drifts:
+    if drifts and not visits:
         decoder.apply(index, whole, dense)
     return dict(parameters), keeps, layers
 

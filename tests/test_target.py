@@ -75,9 +75,12 @@ def test_the_drift_is_that_of_the_inputs_in_both_streams(architecture, weigh):
     dense = hidden + 0.3 * rng.standard_normal(hidden.shape).astype(np.float32)
     whole, groups = decoder.load_block(1), linear_groups(decoder)
     pruned = {name: jnp.where(jnp.abs(weight) > 0.1, weight, 0) for name, weight in whole.items()}
-    statistics, drifts = accumulate_drift(decoder, 1, pruned, Activations.of(decoder.mesh, hidden), whole,
-                                          Activations.of(decoder.mesh, dense), groups,
-                                          DenseTarget(gamma=0.5, weigh_tokens=weigh), energy=True)
+    target, further = DenseTarget(gamma=0.5, weigh_tokens=weigh), Activations.of(decoder.mesh, dense.copy())
+    statistics, drifts = accumulate_drift(decoder, 1, pruned, Activations.of(decoder.mesh, hidden), whole, further, groups,
+                                          target, energy=True, advance=True)
+    behind = Activations.of(decoder.mesh, dense.copy())
+    decoder.apply(1, whole, behind)
+    assert np.abs(further.values - behind.values).max() < 1e-5 * np.abs(behind.values).max()
     positions = decoder.positions(1, 11)
     inputs, theirs = (forward(decoder.graph, decoder.state(parameters), x, positions)[1]
                       for parameters, x in ((pruned, hidden), (whole, dense)))

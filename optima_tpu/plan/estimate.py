@@ -148,8 +148,9 @@ def prune_work(rows: float, d_in: int, solver: Solver | Refining | None, selecto
     if parts > 1 or panels:
         inverse = 6.0 * shared * d_in**3 / max(parts, together)  # see solvers/panels.py
     else:
-        # Cholesky, and a triangular solve with the identity; the inverse is then one more product.
-        factor, inverse = factor + shared * 4 / 3 * d_in**3, 2.0 * shared * d_in**3
+        # Cholesky, and a triangular solve with the identity; the inverse is then a product of triangles. (One for a solver's
+        # certificate takes three times as much, see solvers.inverse: it is one among many, or few beside the rest.)
+        factor, inverse = factor + shared * 4 / 3 * d_in**3, 2 / 3 * shared * d_in**3
     return Work(wide=2.0 * d_in * d_in * times * rows + inverse, factor=factor,
                 traffic=4.0 * (passes * rows * d_in + times * d_in * d_in / parts))
 
@@ -258,12 +259,13 @@ def run_seconds(model: Declared, config: RunConfig, target: Target, stored: Stor
     def forward(tokens: float) -> float:
         return blocks * products(model, block * tokens / text.length / target.mesh.size).seconds(target)
 
-    tokens = evaluation_tokens(config)
+    tokens, calibrated = evaluation_tokens(config), (text.samples + text.held_out) * text.length
     head = products(model, 2.0 * tokens * decoder.config.vocab * decoder.config.d_embedding / target.mesh.size).seconds(target)
     streams = config.target.matrices
-    moved = 3 * stored.hidden + 4 * tokens * stored.hidden / streams / ((text.samples + text.held_out) * text.length)
+    # Into every pass, and out of that through the pruned block; the calibration's last one takes the dense stream further.
+    moved = (2 + 1 / streams) * stored.hidden + 4 * tokens * stored.hidden / streams / calibrated
     walk = {"calibration": calibrating, "pruning": pruning,
-            "pruned blocks forward": streams * forward((text.samples + text.held_out) * text.length),
+            "pruned blocks forward": forward(calibrated),
             "hidden states to and from the devices": blocks * moved / (ASSUMED.transfer * target.hosts)}
     saves = min(blocks, 1 + int(sum(walk.values()) / STATES_EVERY))
     written = sum(stored.disk.values()) - stored.disk["hidden states"] + saves * stored.hidden
