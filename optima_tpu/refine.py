@@ -35,10 +35,11 @@ from optima_tpu.solvers import Solver, damping_of
 from optima_tpu.solvers.inverse import inverse
 from optima_tpu.solvers.scaling import unit_diagonal
 
-# Newton steps for t, from its value for an A without correlations.
-_STEPS = 6
-FACTORISATIONS = _STEPS + 1
-"""Of matrices of the Hessian's size, for the estimate of ``s``."""
+# Newton steps for log t, from its value for an A without correlations: until one is short, as errors are squared by each.
+_MOST_STEPS = 6
+_SHORT_STEP = 3e-2
+FACTORISATIONS = 4
+"""Of matrices of the Hessian's size, for the estimate of ``s``: 3 or 4 for layers of SmolLM2, at most ``_MOST_STEPS + 1``."""
 # The estimate's least damping: with none there is no t where a row keeps more inputs than the Hessian has directions.
 _LEAST_DAMPING = 1e-3
 
@@ -203,13 +204,16 @@ def schur_diagonal(hessian: Array, damping: float, kept: float) -> Array:
     matrix = matrix + max(damping, _LEAST_DAMPING) * eye
     kept = min(max(kept, 0.5 / size), 1 - 0.5 / size)
 
-    def newton(_, ridge: Array) -> Array:
+    def newton(state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         # Of size - t tr X - |K| as a function of log t, whose derivative is t^2 |X|^2 - t tr X < 0.
+        steps, ridge, _ = state
         found = inverse(matrix + ridge * eye)
         trace = ridge * jnp.trace(found)
         slope = trace - ridge**2 * jnp.sum(found * found)
-        return ridge * jnp.exp(jnp.clip((size * (1 - kept) - trace) / jnp.maximum(slope, 1e-6 * size), -2.0, 2.0))
+        step = jnp.clip((size * (1 - kept) - trace) / jnp.maximum(slope, 1e-6 * size), -2.0, 2.0)
+        return steps + 1, ridge * jnp.exp(step), jnp.abs(step)
 
-    ridge = jax.lax.fori_loop(0, _STEPS, newton, jnp.float32((1 + damping) * (1 - kept) / kept))
+    _, ridge, _ = jax.lax.while_loop(lambda state: (state[0] < _MOST_STEPS) & (state[2] > _SHORT_STEP), newton,
+                                     (0, jnp.float32((1 + damping) * (1 - kept) / kept), jnp.float32(jnp.inf)))
     schur = jnp.maximum(1 / jnp.diagonal(inverse(matrix + ridge * eye)) - ridge, 0.0)
     return jnp.where(live, scale**2 * schur, 0.0)
