@@ -49,6 +49,7 @@ metric_list: [{metric: byte_perplexity, aggregation: weighted_perplexity, higher
 """
 OTHERS = {
     "tiny_group": "group: tiny_group\ntask: [tiny_choice]\naggregate_metric_list: [{metric: acc, weight_by_size: true}]\n",
+    "tiny_gone": "group: tiny_gone\ntask: [tiny_missing]\n",
     "tiny_writing": CHOICE.replace("tiny_choice", "tiny_writing").replace("multiple_choice", "generate_until").replace(
         "doc_to_choice", "description"),
     "tiny_empty": ROLLING.replace("tiny_rolling", "tiny_empty").replace("rolling.jsonl", "empty.jsonl"),
@@ -318,7 +319,8 @@ def refused(capfd, tmp_path, tasks):
 
 @pytest.mark.parametrize(("arguments", "expected"), [
     (["--tasks", "tiny_chioce"], "there is no task 'tiny_chioce'; did you mean tiny_choice"),
-    (["--tasks", "tiny_missing"], "the data of task tiny_missing are not here and can't be had ("),
+    (["--tasks", "tiny_missing"], "or give them as files with --data tiny_missing=FOLDER"),
+    (["--tasks", "tiny_gone"], "or give them as files with --data, for which give --tasks the group's single tasks, each with"),
     (["--tasks", "tiny_fields"], "task tiny_fields can't be made from its data (UndefinedError: 'txet' is undefined)"),
     (["--tasks", "tiny_writing"], "task tiny_writing lets the model write"),
     (["--tasks", "tiny_empty"], "document 1 of task tiny_empty: expected a text to score, got an empty document"),

@@ -29,6 +29,8 @@ BOOTSTRAP = 1000
 _SCORED = ("test_split", "validation_split")
 _EXAMPLES = ("fewshot_split", "training_split", "validation_split", "test_split")
 """Where the harness takes what is scored and what stands before it: from the first of these splits that there is."""
+_SINGLE_TASKS = ("give --tasks the group's single tasks, each with a --data NAME=FOLDER of its own (`lm-eval ls subtasks` lists "
+                 "them)")
 _SUFFIXES = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 
 
@@ -91,8 +93,9 @@ def _load(manager: TaskManager, name: str, folder: Path | None) -> TaskDict:
     except UserError:
         raise
     except OSError as error:  # no network, no such data set, a gated one, a file that is not there
+        files = f"--data {name}=FOLDER" if _named_splits(manager, name) else f"--data, for which {_SINGLE_TASKS}"
         raise UserError(f"the data of task {name} are not here and can't be had ({one_line(error)}): fill the Hugging Face "
-                        f"cache where there is a network, or give them as files with --data {name}=FOLDER") from error
+                        f"cache where there is a network, or give them as files with {files}") from error
     except Exception as error:  # anything, from templates and data that do not fit each other
         raise _unfit(name, error) from error
 
@@ -122,8 +125,7 @@ def _local(manager: TaskManager, name: str, folder: Path) -> dict[str, Any]:
     files, wanted = _files(folder), _named_splits(manager, name)
     if not wanted:
         raise UserError(f"expected --data {name}=FOLDER of a task whose file names its splits, got a group of tasks or one that "
-                        "names none: give --tasks the group's single tasks, each with a --data NAME=FOLDER of its own "
-                        "(`lm-eval ls subtasks` lists them)")
+                        f"names none: {_SINGLE_TASKS}")
     if not any(wanted.get(key) in files for key in _SCORED):
         raise UserError(f"expected {' or '.join(f'{split}.jsonl' for split in wanted.values())} in {folder}, got "
                         f"{', '.join(path.name for path in files.values()) or 'no data files'}")
