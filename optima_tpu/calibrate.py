@@ -129,7 +129,7 @@ def accumulate_drift(decoder: Decoder, index: int, parameters: Mapping[str, Arra
       target: whether it aims at the drift of the residual stream, and whether it weighs tokens: where all layers of a group add
         to one residual stream, by one over the mean square of the dense model's stream behind them.
       energy: whether the mean squares of the outputs' drift are wanted too.
-      advance: whether to save another pass through the dense block, as :meth:`Decoder.apply` would make it.
+      advance: whether this pass takes ``dense`` through the block too, which spares it a :meth:`Decoder.apply`.
 
     Raises:
       UserError: as :func:`accumulate_hessians`.

@@ -184,6 +184,7 @@ def walk_block(decoder: Decoder, index: int, hidden: Activations, groups: Groups
             seen = hidden.part(first, last)
             if not drifts:
                 return accumulate_hessians(decoder, index, captured, seen, part), None
+            # The last pass goes through all of the dense block, or nearly.
             return accumulate_drift(decoder, index, captured, seen, whole, dense.part(first, last), part, recipe.target, energy,
                                     advance=number == len(visits))
 

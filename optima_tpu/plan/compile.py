@@ -101,6 +101,7 @@ def lower_calibration(decoder: Decoder, groups: Groups, length: int, samples: in
         drifts = tuple(Drift(found.hessian, (), _residual_sums(decoder, names, places))
                        for names, places, found in zip(groups, residuals, sums))
         sums = sums, drifts, tuple(places.after and struct_on(mesh, (), jnp.float32, P()) for places in residuals)
+        # As the last pass through a block, which takes the dense stream further.
         return add_drift.lower(decoder.graph, mesh, groups, residuals, True, sums, (state, state), (hidden, hidden), {}, valid,
                                positions)
     return add_batch.lower(decoder.graph, mesh, groups, sums, state, hidden, valid, positions)

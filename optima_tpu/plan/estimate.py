@@ -148,8 +148,8 @@ def prune_work(rows: float, d_in: int, solver: Solver | Refining | None, selecto
     if parts > 1 or panels:
         inverse = 6.0 * shared * d_in**3 / max(parts, together)  # see solvers/panels.py
     else:
-        # Cholesky, and a triangular solve with the identity; the inverse is then a product of triangles. (One for a solver's
-        # certificate takes three times as much, see solvers.inverse: it is one among many, or few beside the rest.)
+        # Cholesky, a triangular solve with the identity, and a product of triangles. The one with a solver's certificate takes
+        # three times as many operations, see solvers.inverse, but it is one.
         factor, inverse = factor + shared * 4 / 3 * d_in**3, 2 / 3 * shared * d_in**3
     return Work(wide=2.0 * d_in * d_in * times * rows + inverse, factor=factor,
                 traffic=4.0 * (passes * rows * d_in + times * d_in * d_in / parts))
