@@ -111,7 +111,7 @@ def prune_group(weights: tuple[Array, ...], hessian: Array, recipe: Recipe, mesh
         choices = [_select(single, patterns[index], recipe.selector,
                            given and jax.lax.with_sharding_constraint(given[index], spread[index]))
                    for index, single in enumerate(singles)]
-    # Said again: a sort between two layouts would be done on every device for all rows.
+    # Said again: masks chosen between two layouts would be chosen on every device for all rows.
     choices = [Pruned(*(jax.lax.with_sharding_constraint(array, rows) for array in choice))
                for choice, rows in zip(choices, spread)]
     pruned = Pruned(_stack([c.weight for c in choices]), _stack([c.keep for c in choices]))
@@ -184,7 +184,7 @@ def walk_block(decoder: Decoder, index: int, hidden: Activations, groups: Groups
             seen = hidden.part(first, last)
             if not drifts:
                 return accumulate_hessians(decoder, index, captured, seen, part), None
-            # The last pass goes through all of the dense block, or nearly.
+            # The last pass computes nearly all of the dense block anyway, so it takes the dense stream out of it, too.
             return accumulate_drift(decoder, index, captured, seen, whole, dense.part(first, last), part, recipe.target, energy,
                                     advance=number == len(visits))
 

@@ -1,8 +1,8 @@
 """Which entries of a row, or of a matrix, are the lowest: by counts alone.
 
-A value at which so many entries are lower is found bit by bit, by counting. A sort would gather the rows of all devices, where
-counts are only added up, and on a CPU it takes sixteen times as long. Two bits are found in one pass over the entries, by three
-counts: with one bit a pass it takes three times as long there.
+The value below which so many entries lie is found bit by bit, by counting. A sort would gather the rows of all devices, where
+only counts are exchanged, and on a CPU it takes at least sixteen times as long. Two bits are found in one pass over the entries,
+by three counts: with one bit a pass it takes three times as long there.
 """
 
 from collections.abc import Callable
@@ -36,7 +36,7 @@ def lowest(scores: Array, count: Array | int, group: str) -> Array:
             rank = rank + jnp.cumsum(in_row, axis=0, dtype=jnp.int32) - in_row
         return below | (ties & (rank <= count - fewer))
 
-    # Ranks among equals take as long as all the rest, and few scores have any.
+    # Ranks take as long as all the rest, and are only needed where not all equals at the border are among the lowest.
     return jax.lax.cond(jnp.any(equal > count - fewer), by_index, lambda: below | ties)
 
 
@@ -65,7 +65,7 @@ def pairs_that_pay(win: Array, cost: Array) -> Array:
 
 
 def _largest(like: Array, holds: Callable[[list[Array]], list[Array]]) -> Array:
-    """The largest uint32 up to which ``holds`` is true, in the shape of ``like``; it holds at 0.
+    """The largest uint32 up to which ``holds`` is true, in the shape of ``like``; 0 where it never is.
 
     Args:
       holds: of several values at once, each of that shape.

@@ -39,7 +39,7 @@ from optima_tpu.solvers.scaling import unit_diagonal
 _MOST_STEPS = 6
 _SHORT_STEP = 3e-2
 FACTORISATIONS = 4
-"""Of matrices of the Hessian's size, for the estimate of ``s``: 3 or 4 for layers of SmolLM2, at most ``_MOST_STEPS + 1``."""
+"""Of matrices of the Hessian's size, for the estimate of ``s``: with the last one 3 or 4 for layers of SmolLM2, at most 7."""
 # The estimate's least damping: with none there is no t where a row keeps more inputs than the Hessian has directions.
 _LEAST_DAMPING = 1e-3
 
@@ -216,4 +216,5 @@ def schur_diagonal(hessian: Array, damping: float, kept: float) -> Array:
     _, ridge, _ = jax.lax.while_loop(lambda state: (state[0] < _MOST_STEPS) & (state[2] > _SHORT_STEP), newton,
                                      (0, jnp.float32((1 + damping) * (1 - kept) / kept), jnp.float32(jnp.inf)))
     schur = jnp.maximum(1 / jnp.diagonal(inverse(matrix + ridge * eye)) - ridge, 0.0)
-    return jnp.where(live, scale**2 * schur, 0.0)
+    # Where float32 finds no inverse, so that all is NaN, nothing is exchanged.
+    return jnp.where(live & (schur > 0), scale**2 * schur, 0.0)

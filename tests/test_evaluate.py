@@ -319,8 +319,9 @@ def refused(capfd, tmp_path, tasks):
 
 @pytest.mark.parametrize(("arguments", "expected"), [
     (["--tasks", "tiny_chioce"], "there is no task 'tiny_chioce'; did you mean tiny_choice"),
-    (["--tasks", "tiny_missing"], "or give them as files with --data tiny_missing=FOLDER"),
-    (["--tasks", "tiny_gone"], "or give them as files with --data, for which give --tasks the group's single tasks, each with"),
+    (["--tasks", "tiny_missing"], "the data of task tiny_missing are not here and can't be had ("),
+    (["--tasks", "tiny_missing"], "where there is a network, or give them as files with --data tiny_missing=FOLDER"),
+    (["--tasks", "tiny_gone"], "where there is a network, or give them as files with --data: give --tasks the group's single"),
     (["--tasks", "tiny_fields"], "task tiny_fields can't be made from its data (UndefinedError: 'txet' is undefined)"),
     (["--tasks", "tiny_writing"], "task tiny_writing lets the model write"),
     (["--tasks", "tiny_empty"], "document 1 of task tiny_empty: expected a text to score, got an empty document"),

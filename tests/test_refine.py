@@ -101,6 +101,11 @@ def test_no_schur_complement_is_negative_where_a_row_keeps_more_than_the_hessian
     assert np.isfinite(found).all() and (found >= 0).all()
 
 
+def test_nothing_is_exchanged_where_float32_finds_no_inverse():
+    broken = jnp.asarray(np.eye(32, dtype=np.float32) + 5 * (1 - np.eye(32, dtype=np.float32)))
+    assert (schur_diagonal(broken, 0.01, 0.5) == 0).all()
+
+
 def test_the_schur_complements_are_those_of_the_deterministic_equivalent():
     """Against eigenvalues in float64, and against what exchanges really cost on random sets of inputs."""
     rng = np.random.default_rng(2)

@@ -22,6 +22,7 @@ from optima_tpu.greeting import greet
 from optima_tpu.journal import DENSE, Journal, open_journal
 from optima_tpu.judge import Aim, judge_rows, measure_rows
 from optima_tpu.memory import needed, passes
+from optima_tpu.layer_rules import parse_layers
 from optima_tpu.models.decoder import Decoder, forward
 from optima_tpu.patterns import Unstructured
 from optima_tpu.plan.model import open_declared
@@ -338,6 +339,14 @@ def test_a_dense_target_is_a_walk_of_two_streams():
         decoder.apply(index, parameters, again)
         decoder.apply(index, whole, still)
     assert (hidden.values == again.values).all() and (dense.values == still.values).all()
+
+
+def test_the_dense_stream_goes_through_a_block_that_stays_dense():
+    decoder, recipe = decoder_on((1, 1)), dataclasses.replace(BEYOND, layers=parse_layers("*.0.*=dense"))
+    hidden, dense, still = (decoder.embed(tokens()) for _ in range(3))
+    weights, masks, reports = walk_block(decoder, 0, hidden, GROUPS, recipe, samples=5, dense=dense)
+    decoder.apply(0, decoder.load_block(0), still)
+    assert not masks and not reports and (dense.values == still.values).all() and (hidden.values == still.values).all()
 
 
 def test_a_tuned_matrix_is_the_best_of_its_candidates_on_held_out_tokens():

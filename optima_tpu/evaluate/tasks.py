@@ -93,9 +93,8 @@ def _load(manager: TaskManager, name: str, folder: Path | None) -> TaskDict:
     except UserError:
         raise
     except OSError as error:  # no network, no such data set, a gated one, a file that is not there
-        files = f"--data {name}=FOLDER" if _named_splits(manager, name) else f"--data, for which {_SINGLE_TASKS}"
         raise UserError(f"the data of task {name} are not here and can't be had ({one_line(error)}): fill the Hugging Face "
-                        f"cache where there is a network, or give them as files with {files}") from error
+                        f"cache where there is a network{_or_files(manager, name)}") from error
     except Exception as error:  # anything, from templates and data that do not fit each other
         raise _unfit(name, error) from error
 
@@ -116,6 +115,14 @@ def _named(work: Callable[..., Any], name: str, what: str) -> Callable[..., Any]
 def _unfit(name: str, error: Exception, what: str = "made from") -> UserError:
     return UserError(f"task {name} can't be {what} its data ({type(error).__name__}: {one_line(error)}): expected the fields "
                      "and splits that its task file names")
+
+
+def _or_files(manager: TaskManager, name: str) -> str:
+    """How the data are given as files, for the end of a message; nothing for a task in Python, which reads them itself."""
+    if _named_splits(manager, name):
+        return f", or give them as files with --data {name}=FOLDER"
+    single = manager.task_index[name].kind.name.endswith("TASK")
+    return "" if single else f", or give them as files with --data: {_SINGLE_TASKS}"
 
 
 def _local(manager: TaskManager, name: str, folder: Path) -> dict[str, Any]:

@@ -111,7 +111,8 @@ def solver_cost(solver: Solver | Refining | None) -> SolverCost:
             return SolverCost(6, 20, each_row=1)
         case Refining():
             each, solves = solver_cost(solver.solver), solver.swaps.rounds + 1
-            return SolverCost(solves * (each.products + 1), solves * (each.passes + 4 * _PASSES_OF_A_MASK),
+            # A round counts its pairs in two arrays, and makes two masks.
+            return SolverCost(solves * (each.products + 1), solves * each.passes + 4 * (solves - 1) * _PASSES_OF_A_MASK,
                               each.shared + FACTORISATIONS, solves * each.each_row)
     name = type(solver).__name__
     raise UserError(f"expected a solver whose cost is known, got {name}: add what it does to plan.estimate.solver_cost")
@@ -148,8 +149,8 @@ def prune_work(rows: float, d_in: int, solver: Solver | Refining | None, selecto
     if parts > 1 or panels:
         inverse = 6.0 * shared * d_in**3 / max(parts, together)  # see solvers/panels.py
     else:
-        # Cholesky, a triangular solve with the identity, and a product of triangles. The one with a solver's certificate takes
-        # three times as many operations, see solvers.inverse, but it is one.
+        # Cholesky, a triangular solve with the identity, and a product of triangles. Not counted are the 4/3 d_in^3 that the
+        # inverse with a solver's certificate takes beyond that, see solvers.inverse.
         factor, inverse = factor + shared * 4 / 3 * d_in**3, 2 / 3 * shared * d_in**3
     return Work(wide=2.0 * d_in * d_in * times * rows + inverse, factor=factor,
                 traffic=4.0 * (passes * rows * d_in + times * d_in * d_in / parts))
@@ -262,7 +263,7 @@ def run_seconds(model: Declared, config: RunConfig, target: Target, stored: Stor
     tokens, calibrated = evaluation_tokens(config), (text.samples + text.held_out) * text.length
     head = products(model, 2.0 * tokens * decoder.config.vocab * decoder.config.d_embedding / target.mesh.size).seconds(target)
     streams = config.target.matrices
-    # Into every pass, and out of that through the pruned block; the calibration's last one takes the dense stream further.
+    # Both streams into the calibration, the dense one out of its last pass, the pruned one in and out of the pruned block.
     moved = (2 + 1 / streams) * stored.hidden + 4 * tokens * stored.hidden / streams / calibrated
     walk = {"calibration": calibrating, "pruning": pruning,
             "pruned blocks forward": forward(calibrated),

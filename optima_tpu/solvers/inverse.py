@@ -47,9 +47,11 @@ def together(matrix: Array) -> tuple[Array, Array]:
 
 
 _Made = Array | tuple[Array, Array]
+"""An inverse, or an inverse and R."""
 
 
 def _made(matrix: Array, each: Callable[[Array], _Made], shared: Callable[[Array], _Made]) -> _Made:
+    """By ``shared`` on TPUs of one mesh, by ``each`` elsewhere; see :func:`inverse_and_root`."""
     if not divided(len(matrix), jax.sharding.get_abstract_mesh().size):
         return each(matrix)
     return jax.lax.platform_dependent(matrix, tpu=shared, default=each)
@@ -57,7 +59,7 @@ def _made(matrix: Array, each: Callable[[Array], _Made], shared: Callable[[Array
 
 def _both(matrix: Array) -> tuple[Array, Array]:
     root = _root(matrix)
-    # Not by halves: what they are put together from would be there beside both, where a solver holds most.
+    # Not by halves: their parts would lie beside X and R, where a solver needs the most memory.
     return matmul(root.T, root), root
 
 
