@@ -1,5 +1,6 @@
 """Hidden states on the hosts, each process with those of its own devices' samples, and how they visit the devices."""
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator
@@ -74,6 +75,20 @@ class Activations:
             kept = np.isin(mine, self.rows)
             positions = np.searchsorted(self.rows, mine[kept])
             self.values[(positions, *shard.index[1:])] = np.asarray(shard.data)[kept]
+
+    @contextlib.contextmanager
+    def put_behind(self) -> Iterator[Callable[[np.ndarray, Array], None]]:
+        """Gives a :meth:`put` that waits for its next call: what it fetches is fetched while the devices compute that."""
+        waiting: list[tuple[np.ndarray, Array]] = []
+
+        def put(rows: np.ndarray, output: Array) -> None:
+            waiting.append((rows, output))
+            if len(waiting) > 1:
+                self.put(*waiting.pop(0))
+
+        yield put
+        for last in waiting:
+            self.put(*last)
 
     def batches(self, size: int) -> Iterator["Batch"]:
         """Cuts the samples into batches of one shape, the last one filled up with zeros.

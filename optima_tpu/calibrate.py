@@ -145,15 +145,13 @@ def accumulate_drift(decoder: Decoder, index: int, parameters: Mapping[str, Arra
         products = (place and jnp.zeros((decoder.config.d_model, len(cross)), device=cross.sharding) for place in before)
         drifts.append(Drift(cross, energies, tuple(products)))
     totals = tuple(after and jnp.zeros((), device=everywhere) for _, after in places)
-    sums, waiting = (_empty(decoder, groups), tuple(drifts), totals), None
-    for batch, other in zip(hidden.batches(decoder.batch), dense.batches(decoder.batch)):
-        sums, output = add_drift(decoder.graph, decoder.mesh, groups, places, advance, sums, states,
-                                 (batch.hidden, other.hidden), weights, batch.valid, positions)
-        if waiting:  # fetched while the devices compute the next one
-            dense.put(*waiting)
-        waiting = (other.rows, output) if advance else None
-    if waiting:
-        dense.put(*waiting)
+    sums = _empty(decoder, groups), tuple(drifts), totals
+    with dense.put_behind() as put:
+        for batch, other in zip(hidden.batches(decoder.batch), dense.batches(decoder.batch)):
+            sums, output = add_drift(decoder.graph, decoder.mesh, groups, places, advance, sums, states,
+                                     (batch.hidden, other.hidden), weights, batch.valid, positions)
+            if advance:
+                put(other.rows, output)
     tokens = np.float32(len(hidden) * length)
     totals = tuple(tokens if total is None else total for total in sums[2])
     statistics, drifts = _divide(sums[0], totals), _divide_drift(sums[1], totals)

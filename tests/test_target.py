@@ -21,8 +21,8 @@ from optima_tpu.features import WHOLE
 from optima_tpu.greeting import greet
 from optima_tpu.journal import DENSE, Journal, open_journal
 from optima_tpu.judge import Aim, judge_rows, measure_rows
-from optima_tpu.memory import needed, passes
 from optima_tpu.layer_rules import parse_layers
+from optima_tpu.memory import needed, passes
 from optima_tpu.models.decoder import Decoder, forward
 from optima_tpu.patterns import Unstructured
 from optima_tpu.plan.model import open_declared

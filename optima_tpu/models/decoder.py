@@ -142,14 +142,10 @@ class Decoder:
 
     def apply(self, index: int, parameters: Mapping[str, Array], hidden: Activations, batch: int | None = None) -> None:
         """Runs block ``index`` over the hidden states, in place; ``batch`` stands in for the decoder's."""
-        positions, state, waiting = self.positions(index, hidden.values.shape[1]), self.state(parameters), None
-        for part in hidden.batches(batch or self.batch):
-            output = run_block(self.graph, state, part.hidden, positions)
-            if waiting:  # fetched while the devices compute the next one
-                hidden.put(*waiting)
-            waiting = part.rows, output
-        if waiting:
-            hidden.put(*waiting)
+        positions, state = self.positions(index, hidden.values.shape[1]), self.state(parameters)
+        with hidden.put_behind() as put:
+            for part in hidden.batches(batch or self.batch):
+                put(part.rows, run_block(self.graph, state, part.hidden, positions))
 
     def state(self, parameters: Mapping[str, Array]) -> nnx.State:
         """The parameters as the state that belongs to ``graph``."""
