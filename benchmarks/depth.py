@@ -15,9 +15,26 @@ import sys
 import tempfile
 from pathlib import Path
 
-SETTINGS = ["--preset", "fast", "--mesh", "4x2", "--cpu-devices", "8", "--export", "false", "--calibration.source", "random",
-            "--calibration.samples", "16", "--calibration.length", "256",
-            "--evaluation.source", "random", "--evaluation.windows", "8"]
+SETTINGS = [
+    "--preset",
+    "fast",
+    "--mesh",
+    "4x2",
+    "--cpu-devices",
+    "8",
+    "--export",
+    "false",
+    "--calibration.source",
+    "random",
+    "--calibration.samples",
+    "16",
+    "--calibration.length",
+    "256",
+    "--evaluation.source",
+    "random",
+    "--evaluation.windows",
+    "8",
+]
 
 
 def measure(model: Path, out: Path) -> None:
@@ -51,10 +68,21 @@ def main(folder: Path) -> None:
 
     print("blocks  peak of the process, MiB  without files, MiB  arrays on the devices, MiB  programs compiled")
     for blocks in (4, 8, 16):
-        model = tiny_folder(folder / f"model{blocks}", hidden_size=512, intermediate_size=1536, num_attention_heads=8,
-                            num_key_value_heads=4, num_hidden_layers=blocks, max_position_embeddings=512)
-        done = subprocess.run([sys.executable, "-m", "benchmarks.depth", str(model), str(folder / f"run{blocks}")], check=True,
-                              stdout=subprocess.PIPE, text=True)
+        model = tiny_folder(
+            folder / f"model{blocks}",
+            hidden_size=512,
+            intermediate_size=1536,
+            num_attention_heads=8,
+            num_key_value_heads=4,
+            num_hidden_layers=blocks,
+            max_position_embeddings=512,
+        )
+        done = subprocess.run(
+            [sys.executable, "-m", "benchmarks.depth", str(model), str(folder / f"run{blocks}")],
+            check=True,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
         found = json.loads(done.stdout.splitlines()[-1])
         sizes = [found[key] / 2**20 for key in ("host", "own", "arrays")]
         print("{:>6}  {:>24.0f}  {:>18.0f}  {:>26.1f}".format(blocks, *sizes), f"{found['compilations']:>18}", flush=True)

@@ -20,16 +20,19 @@ import torch
 import transformers
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
-from optima_tpu.calibrate import accumulate_hessians, linear_groups
-from optima_tpu.config import EMBEDDED
+from optima_tpu.config.run_config import EMBEDDED
+from optima_tpu.models.checkpoints import open_model
 from optima_tpu.models.decoder import Decoder
-from optima_tpu.sharding import make_mesh
-from optima_tpu.weights import open_model
+from optima_tpu.pipeline.calibrate import accumulate_hessians, linear_groups
+from optima_tpu.runtime.mesh import make_mesh
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.forward", description=__doc__.split("\n\n")[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.forward",
+        description=__doc__.split("\n\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
     parser.add_argument("block", type=int, help="index of the block")
     parser.add_argument("--model", default=EMBEDDED.model, help="a Llama, as in optima_tpu.launch")
     parser.add_argument("--samples", type=int, default=8, help="sequences")
@@ -46,8 +49,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     for index in range(arguments.block):
         decoder.apply(index, decoder.load_block(index), hidden)
     parameters, groups = decoder.load_block(arguments.block), linear_groups(decoder)
-    peer = Peer(pretrained.config, arguments, {name: np.array(value) for name, value in parameters.items()},
-                [names[0] for names in groups])
+    peer = Peer(
+        pretrained.config,
+        arguments,
+        {name: np.array(value) for name, value in parameters.items()},
+        [names[0] for names in groups],
+    )
 
     def forward() -> np.ndarray:
         output = hidden.copy()
@@ -57,14 +64,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     def calibrate() -> list[np.ndarray]:
         return [np.asarray(s.hessian) for s in accumulate_hessians(decoder, arguments.block, parameters, hidden, groups)]
 
-    differences = [largest_difference([forward()], [peer.forward(hidden.values)]),
-                   largest_difference(calibrate(), peer.calibrate(hidden.values))]
-    print(f"Block {arguments.block} of {pretrained.origin}, {arguments.samples} x {arguments.length} tokens in batches of "
-          f"{arguments.batch}, float32. jax {jax.__version__}, torch {torch.__version__}, transformers "
-          f"{transformers.__version__}, {torch.get_num_threads()} cores, load {os.getloadavg()[0]:.1f}.\n")
+    differences = [
+        largest_difference([forward()], [peer.forward(hidden.values)]),
+        largest_difference(calibrate(), peer.calibrate(hidden.values)),
+    ]
+    print(
+        f"Block {arguments.block} of {pretrained.origin}, {arguments.samples} x {arguments.length} tokens in batches of "
+        f"{arguments.batch}, float32. jax {jax.__version__}, torch {torch.__version__}, transformers "
+        f"{transformers.__version__}, {torch.get_num_threads()} cores, load {os.getloadavg()[0]:.1f}.\n"
+    )
     print("| step | tokens/s | torch, tokens/s | ratio | largest difference |\n|---|---|---|---|---|")
-    for name, ours, theirs, difference in (("forward", forward, peer.forward, differences[0]),
-                                           ("calibration", calibrate, peer.calibrate, differences[1])):
+    for name, ours, theirs, difference in (
+        ("forward", forward, peer.forward, differences[0]),
+        ("calibration", calibrate, peer.calibrate, differences[1]),
+    ):
         pairs = [(seconds(ours), seconds(theirs, hidden.values)) for _ in range(arguments.repeats)]
         mine, other = (tokens.size / statistics.median(times) for times in zip(*pairs))
         ratio = statistics.median(second / first for first, second in pairs)
@@ -112,6 +125,7 @@ class Peer:
             def hook(layer, inputs):
                 rows = inputs[0].reshape(-1, total.shape[0])
                 total.addmm_(rows.T, rows)
+
             return hook
 
         hooks = [layer.register_forward_pre_hook(add(total)) for layer, total in zip(self.layers, sums)]

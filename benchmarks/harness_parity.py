@@ -22,9 +22,9 @@ from optima_tpu.evaluate.config import EvaluateConfig
 from optima_tpu.evaluate.harness import DecoderLM
 from optima_tpu.evaluate.model import open_evaluated
 from optima_tpu.evaluate.tasks import load_tasks, metrics, run_tasks
+from optima_tpu.models.checkpoints import open_model
 from optima_tpu.report.progress import Progress
-from optima_tpu.sharding import make_mesh, simulate_devices
-from optima_tpu.weights import open_model
+from optima_tpu.runtime.mesh import make_mesh, simulate_devices
 
 
 def write_folder(model: str, folder: Path) -> Path:
@@ -57,8 +57,12 @@ def main() -> None:
     parser.add_argument("--mesh")
     parser.add_argument("--cpu-devices", type=int)
     chosen = parser.parse_args()
-    config = EvaluateConfig(chosen.model, data=chosen.data, limit=chosen.limit, tasks=",".join(
-        entry.partition("=")[0] for entry in chosen.data.split(",")))
+    config = EvaluateConfig(
+        chosen.model,
+        data=chosen.data,
+        limit=chosen.limit,
+        tasks=",".join(entry.partition("=")[0] for entry in chosen.data.split(",")),
+    )
     simulate_devices(chosen.cpu_devices)
     with tempfile.TemporaryDirectory() as place, Progress() as progress:
         folder = str(write_folder(config.model, Path(place)))
@@ -74,8 +78,10 @@ def main() -> None:
     for task in config.task_names:
         (found, greedy), (expected, likeliest) = answers(ours["samples"][task]), answers(theirs["samples"][task])
         error = np.abs(found - expected) / np.abs(expected)
-        print(f"{task}: {len(found)} log-likelihoods, largest relative difference {error.max():.1e}, greedy flags "
-              f"{'the same' if greedy == likeliest else 'DIFFER'}")
+        print(
+            f"{task}: {len(found)} log-likelihoods, largest relative difference {error.max():.1e}, greedy flags "
+            f"{'the same' if greedy == likeliest else 'DIFFER'}"
+        )
         for name, result in (("here", ours), ("transformers", theirs)):
             print(f"  {name:<13}" + ", ".join(f"{key} {value}" for key, value in metrics(tasks, result)[task].items()))
 

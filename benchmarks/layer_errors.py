@@ -20,23 +20,27 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
 from benchmarks.stream_error import check_walk
-from optima_tpu.accept import PerRow
-from optima_tpu.calibrate import linear_groups
-from optima_tpu.cli import parse
+from optima_tpu.config.parse import parse
 from optima_tpu.errors import UserError
 from optima_tpu.evaluate.perplexity import perplexity_of, window_nll
-from optima_tpu.inputs import open_model_on_mesh, read_texts
-from optima_tpu.prune import walk_block
+from optima_tpu.method.acceptance import PerRow
+from optima_tpu.method.solvers import CG, Exact
+from optima_tpu.pipeline.calibrate import linear_groups
+from optima_tpu.pipeline.inputs import open_model_on_mesh, read_texts
+from optima_tpu.pipeline.run import recipe_of
+from optima_tpu.pipeline.walk import walk_block
 from optima_tpu.report.records import LayerReport
-from optima_tpu.run import recipe_of
-from optima_tpu.solvers import CG, Exact
 
 BESIDE = {"cg": CG(), "cg-undamped": CG(damping=0.0), "exact": Exact(damping=0.0)}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.layer_errors", description=__doc__.split("\n\n")[0],
-                                     epilog="All else are settings of optima_tpu.launch.", allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.layer_errors",
+        description=__doc__.split("\n\n")[0],
+        epilog="All else are settings of optima_tpu.launch.",
+        allow_abbrev=False,
+    )
     parser.add_argument("blocks", type=int, help="so many of the first ones")
     parser.add_argument("--beside", default="", metavar="SOLVER[,SOLVER]", help=", ".join(BESIDE))
     arguments, settings = parser.parse_known_args(argv)
@@ -56,8 +60,10 @@ def walk(blocks: int, beside: Sequence[str], settings: Sequence[str]) -> None:
         raise UserError(f"expected --beside with solvers out of {', '.join(BESIDE)}, got {', '.join(unknown)}")
     config = parse(list(settings))
     if config.target.matrices > 1:
-        raise UserError("expected a recipe that aims at a layer's own outputs, whose errors are compared here: name a method, "
-                        "such as --preset fast")
+        raise UserError(
+            "expected a recipe that aims at a layer's own outputs, whose errors are compared here: name a method, "
+            "such as --preset fast"
+        )
     model = open_model_on_mesh(config)
     check_walk(config, model, blocks)
     decoder, samples, recipe = model.decoder, config.calibration.samples, recipe_of(config)
@@ -71,8 +77,12 @@ def walk(blocks: int, beside: Sequence[str], settings: Sequence[str]) -> None:
         pruned, _, reports = walk_block(decoder, index, hidden, groups, recipe, samples=samples)
         decoder.apply(index, pruned, other)
         layers += reports
-        print(f"block {index}", *(f"{r.name} {r.error_before:.4f} {r.error_after:.4f} ({r.rows_refused}/{r.rows} refused)"
-                                  for r in reports), sep="  ", flush=True)
+        print(
+            f"block {index}",
+            *(f"{r.name} {r.error_before:.4f} {r.error_after:.4f} ({r.rows_refused}/{r.rows} refused)" for r in reports),
+            sep="  ",
+            flush=True,
+        )
     _print_means(layers, found)
     if blocks == decoder.config.blocks:
         value = perplexity_of(window_nll(decoder, other, evaluation.ids), evaluation.ids)
@@ -82,14 +92,20 @@ def walk(blocks: int, beside: Sequence[str], settings: Sequence[str]) -> None:
 def _print_means(layers: Sequence[LayerReport], found: Mapping[str, Sequence[LayerReport]]) -> None:
     before, after = (statistics.fmean(getattr(r, name) for r in layers) for name in ("error_before", "error_after"))
     held_out = [r.held_out_after for r in layers if r.held_out_after is not None]
-    print(f"mean over {len(layers)} layers: selector {before:.4f}, final {after:.4f}"
-          + (f", held out {statistics.fmean(held_out):.4f}" if held_out else ""))
+    print(
+        f"mean over {len(layers)} layers: selector {before:.4f}, final {after:.4f}"
+        + (f", held out {statistics.fmean(held_out):.4f}" if held_out else "")
+    )
     for name, reports in found.items():
         ratios = {f"block {r.block} {r.name}": r.error_after / s.error_after for r, s in zip(reports, layers)}
         worse = {layer: ratio for layer, ratio in ratios.items() if ratio > 1}
-        print(f"{name}: mean error {statistics.fmean(r.error_after for r in reports):.4f}, "
-              f"{statistics.geometric_mean(ratios.values()):.3f} of the run's (geometric mean over layers), "
-              f"larger in {len(worse)} layers", *(f"{layer} {ratio:.4f}" for layer, ratio in worse.items()), sep="  ")
+        print(
+            f"{name}: mean error {statistics.fmean(r.error_after for r in reports):.4f}, "
+            f"{statistics.geometric_mean(ratios.values()):.3f} of the run's (geometric mean over layers), "
+            f"larger in {len(worse)} layers",
+            *(f"{layer} {ratio:.4f}" for layer, ratio in worse.items()),
+            sep="  ",
+        )
 
 
 if __name__ == "__main__":

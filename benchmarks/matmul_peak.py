@@ -17,15 +17,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optima_tpu.patterns import Unstructured
-from optima_tpu.problem import matmul, self_target
-from optima_tpu.selectors import Wanda
-from optima_tpu.solvers import CG
+from optima_tpu.method.patterns import Unstructured
+from optima_tpu.method.problem import matmul, self_target
+from optima_tpu.method.selectors import Wanda
+from optima_tpu.method.solvers import CG
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.matmul_peak", description=__doc__.split("\n\n")[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.matmul_peak",
+        description=__doc__.split("\n\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
     parser.add_argument("--sizes", type=int, nargs="+", default=[1536, 4096], help="d_in")
     parser.add_argument("--rows", type=int, default=1024, help="rows of the problem")
     parser.add_argument("--cycles", type=int, default=3, help="of the longer run; the shorter one has one")
@@ -43,17 +46,29 @@ def main(argv: Sequence[str] | None = None) -> None:
         assert taken == 4 * (arguments.cycles - 1), f"the run stopped early, after {taken} more iterations"
         best = {}
         for _ in range(arguments.repeats):
-            for name, run in (("few", lambda: few(*inputs)), ("many", lambda: many(*inputs)),
-                              *((square.shape[0], lambda square=square: product(square, square)) for square in squares)):
+            for name, run in (
+                ("few", lambda: few(*inputs)),
+                ("many", lambda: many(*inputs)),
+                *((square.shape[0], lambda square=square: product(square, square)) for square in squares),
+            ):
                 best[name] = min(best.get(name, float("inf")), seconds(run))
         peak = max(2 * width**3 / best[width] for width in arguments.peak)
         products = 10 * (arguments.cycles - 1)
         loop = products * 2 * arguments.rows * size**2 / (best["many"] - best["few"])
         lines.append(f"| {size} | {loop / 1e9:.1f} | {peak / 1e9:.1f} | {loop / peak:.0%} | {best['few']:.2f} |")
-    print(f"{arguments.rows} rows, float32, jax {jax.__version__}, {jax.devices()[0].device_kind}, {os.cpu_count()} cores, "
-          f"load {os.getloadavg()[0]:.1f}.\n")
-    print("\n".join(("| d_in | inner loop, GFLOP/s | matrix product, GFLOP/s | share | factorisation and one cycle, s |",
-                     "|---|---|---|---|---|", *lines)))
+    print(
+        f"{arguments.rows} rows, float32, jax {jax.__version__}, {jax.devices()[0].device_kind}, {os.cpu_count()} cores, "
+        f"load {os.getloadavg()[0]:.1f}.\n"
+    )
+    print(
+        "\n".join(
+            (
+                "| d_in | inner loop, GFLOP/s | matrix product, GFLOP/s | share | factorisation and one cycle, s |",
+                "|---|---|---|---|---|",
+                *lines,
+            )
+        )
+    )
 
 
 def random_problem(size: int, rows: int):

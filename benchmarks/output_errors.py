@@ -19,14 +19,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from optima_tpu.calibrate import inverse_norm, linear_groups
-from optima_tpu.cli import configure
+from optima_tpu.config.parse import configure
 from optima_tpu.errors import UserError
 from optima_tpu.evaluate.distance import check_same_shape
 from optima_tpu.evaluate.model import open_evaluated
-from optima_tpu.inputs import open_model_on_mesh, read_texts
 from optima_tpu.models.decoder import Decoder, forward
 from optima_tpu.models.layers import project
+from optima_tpu.pipeline.calibrate import inverse_norm, linear_groups
+from optima_tpu.pipeline.inputs import open_model_on_mesh, read_texts
 from optima_tpu.report.runs import read_report
 
 Errors = dict[str, np.ndarray]
@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         runs = [open_evaluated(name, model.decoder.mesh, config.dtype, config.batch).model.decoder for name in names]
         for run in runs:
             check_same_shape(model.decoder, run)
-        tokens = read_texts(config, model).calibration.ids[config.calibration.samples:]
+        tokens = read_texts(config, model).calibration.ids[config.calibration.samples :]
         errors = output_errors(model.decoder, runs, tokens)
     except UserError as error:
         sys.exit(f"error: {error}")
@@ -54,8 +54,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"{name}: {means[place][0]:.2%}, tokens weighed {means[place][1]:.2%}, means over {len(errors)} layers")
         for kind, what in enumerate(("", ", tokens weighed") if place else ()):
             worse = {layer: found[[0, place], kind] for layer, found in errors.items() if found[place, kind] > found[0, kind]}
-            print(f"  larger than in {names[0]}{what}: {len(worse)} layers",
-                  *(f"{layer} {mine:.4f} for {first:.4f}" for layer, (first, mine) in worse.items()), sep="  ")
+            print(
+                f"  larger than in {names[0]}{what}: {len(worse)} layers",
+                *(f"{layer} {mine:.4f} for {first:.4f}" for layer, (first, mine) in worse.items()),
+                sep="  ",
+            )
 
 
 def output_errors(dense: Decoder, runs: Sequence[Decoder], tokens: np.ndarray) -> Errors:

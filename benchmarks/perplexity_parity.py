@@ -19,16 +19,20 @@ import torch
 import transformers
 
 from optima_tpu import data
-from optima_tpu.config import EMBEDDED, RunConfig
+from optima_tpu.config.run_config import EMBEDDED, RunConfig
 from optima_tpu.evaluate.perplexity import perplexity
-from optima_tpu.inputs import open_model_on_mesh, window_bos
+from optima_tpu.models.checkpoints import Pretrained, load_tokenizer
+from optima_tpu.models.model import window_bos
+from optima_tpu.pipeline.inputs import open_model_on_mesh
 from optima_tpu.report.progress import Progress
-from optima_tpu.weights import Pretrained, load_tokenizer
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.perplexity_parity", description=__doc__.split("\n\n")[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.perplexity_parity",
+        description=__doc__.split("\n\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
     parser.add_argument("--model", default=EMBEDDED.model, help="as in optima_tpu.launch")
     parser.add_argument("--text", default="wikitext2", help="as --evaluation.source of optima_tpu.launch, but no npy:")
     parser.add_argument("--length", type=int, default=2048, help="tokens in a window")
@@ -48,11 +52,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         progress.note(f"perplexity {ours:.6f}")
         progress.stage("transformers", len(tokens.ids))
         theirs = published(peer(model.pretrained), ids, arguments.length, arguments.windows, bos, progress.advance)
-    print(f"\n{model.pretrained.origin}, {tokens.how}, float32. jax {jax.__version__}, torch {torch.__version__}, transformers "
-          f"{transformers.__version__}.\n")
+    print(
+        f"\n{model.pretrained.origin}, {tokens.how}, float32. jax {jax.__version__}, torch {torch.__version__}, transformers "
+        f"{transformers.__version__}.\n"
+    )
     print("| optima_tpu | seconds | transformers | seconds | relative difference |\n|---|---|---|---|---|")
-    print(f"| {ours:.6f} | {progress.seconds['optima_tpu']:.0f} | {theirs:.6f} | {progress.seconds['transformers']:.0f} | "
-          f"{abs(ours / theirs - 1):.1e} |")
+    print(
+        f"| {ours:.6f} | {progress.seconds['optima_tpu']:.0f} | {theirs:.6f} | {progress.seconds['transformers']:.0f} | "
+        f"{abs(ours / theirs - 1):.1e} |"
+    )
 
 
 def peer(pretrained: Pretrained) -> torch.nn.Module:
@@ -66,8 +74,14 @@ def peer(pretrained: Pretrained) -> torch.nn.Module:
 
 
 @torch.inference_mode()
-def published(model: torch.nn.Module, ids: Sequence[int], length: int, windows: int | None = None, bos: int | None = None,
-              advance: Callable[[], None] = lambda: None) -> float:
+def published(
+    model: torch.nn.Module,
+    ids: Sequence[int],
+    length: int,
+    windows: int | None = None,
+    bos: int | None = None,
+    advance: Callable[[], None] = lambda: None,
+) -> float:
     """The perplexity of a text, given as its token ids, as SparseGPT's and Wanda's scripts have it.
 
     Args:
@@ -79,7 +93,7 @@ def published(model: torch.nn.Module, ids: Sequence[int], length: int, windows: 
     count = min(windows or len(ids), len(ids) // size)
     total = 0.0
     for index in range(count):
-        window = torch.tensor([*first, *ids[index * size:(index + 1) * size]])
+        window = torch.tensor([*first, *ids[index * size : (index + 1) * size]])
         logits = model(window[None]).logits[0, :-1]
         total += float(torch.nn.functional.cross_entropy(logits, window[1:], reduction="sum"))
         advance()

@@ -20,8 +20,8 @@ from pathlib import Path
 
 import numpy as np
 
-from optima_tpu.config import Calibration, RunConfig
-from optima_tpu.sharding import simulate_devices
+from optima_tpu.config.run_config import Calibration, RunConfig
+from optima_tpu.runtime.mesh import simulate_devices
 
 
 class RandomTensors:
@@ -57,8 +57,11 @@ def settle() -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.plan_memory", description=__doc__.split("\n\n")[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.plan_memory",
+        description=__doc__.split("\n\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
     parser.add_argument("--mesh", default="4x2")
     parser.add_argument("--d-model", type=int, default=768)
     parser.add_argument("--d-ff", type=int, default=2048)
@@ -71,21 +74,31 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from transformers import LlamaConfig
 
-    from optima_tpu.activations import Activations
-    from optima_tpu.calibrate import linear_groups
-    from optima_tpu.plan.model import open_declared
-    from optima_tpu.plan.plan import make_plan
-    from optima_tpu.plan.topology import local_target
-    from optima_tpu.prune import walk_block
-    from optima_tpu.run import recipe_of
+    from optima_tpu.models.activations import Activations
+    from optima_tpu.pipeline.calibrate import linear_groups
+    from optima_tpu.pipeline.plan.model import open_declared
+    from optima_tpu.pipeline.plan.plan import make_plan
+    from optima_tpu.pipeline.plan.topology import local_target
+    from optima_tpu.pipeline.run import recipe_of
+    from optima_tpu.pipeline.walk import walk_block
 
-    hf = LlamaConfig(vocab_size=512, hidden_size=options.d_model, intermediate_size=options.d_ff, num_hidden_layers=2,
-                     num_attention_heads=options.d_model // 64, num_key_value_heads=options.d_model // 192)
+    hf = LlamaConfig(
+        vocab_size=512,
+        hidden_size=options.d_model,
+        intermediate_size=options.d_ff,
+        num_hidden_layers=2,
+        num_attention_heads=options.d_model // 64,
+        num_key_value_heads=options.d_model // 192,
+    )
     hf.architectures = ["LlamaForCausalLM"]
     with tempfile.TemporaryDirectory() as folder:
         hf.save_pretrained(folder)
-        config = RunConfig(folder, mesh=options.mesh, batch=2,
-                           calibration=Calibration("random", samples=8 * data, length=options.length, held_out=data))
+        config = RunConfig(
+            folder,
+            mesh=options.mesh,
+            batch=2,
+            calibration=Calibration("random", samples=8 * data, length=options.length, held_out=data),
+        )
         model = open_declared(folder, "float32", config.batch)
     target = local_target(config.mesh, model.dtype)
     model = model.on(target.mesh)

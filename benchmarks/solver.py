@@ -23,17 +23,17 @@ from jax import Array
 from mpax import create_qp, raPDHG
 from mpax.utils import TerminationStatus
 
-from optima_tpu.calibrate import accumulate_hessians, linear_groups
-from optima_tpu.config import EMBEDDED
+from optima_tpu.config.run_config import EMBEDDED
 from optima_tpu.data import calibration_tokens, parse_source
 from optima_tpu.errors import UserError
+from optima_tpu.method.patterns import Unstructured
+from optima_tpu.method.problem import LayerProblem, Pruned, self_target
+from optima_tpu.method.selectors import Wanda
+from optima_tpu.method.solvers import CG, MPAX, Exact
+from optima_tpu.models.checkpoints import load_tokenizer, open_model
 from optima_tpu.models.decoder import Decoder
-from optima_tpu.patterns import Unstructured
-from optima_tpu.problem import LayerProblem, Pruned, self_target
-from optima_tpu.selectors import Wanda
-from optima_tpu.sharding import make_mesh
-from optima_tpu.solvers import CG, MPAX, Exact
-from optima_tpu.weights import load_tokenizer, open_model
+from optima_tpu.pipeline.calibrate import accumulate_hessians, linear_groups
+from optima_tpu.runtime.mesh import make_mesh
 
 PAPER, REFERENCE = "mpax", "exact"
 SOLVERS = {
@@ -76,17 +76,24 @@ class Timing(NamedTuple):
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.solver", description=__doc__.split("\n\n")[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.solver",
+        description=__doc__.split("\n\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
     parser.add_argument("block", type=int, help="index of the block")
     parser.add_argument("--model", default=EMBEDDED.model, help="as in optima_tpu.launch")
     parser.add_argument("--source", default=EMBEDDED.calibration.source, help="calibration text")
     parser.add_argument("--samples", type=int, default=EMBEDDED.calibration.samples, help="calibration windows")
     parser.add_argument("--length", type=int, default=EMBEDDED.calibration.length, help="tokens in each")
     parser.add_argument("--sparsity", type=float, default=0.5, help="of every row, chosen by Wanda")
-    parser.add_argument("--rows", type=int, default=None,
-                        help="give the paper's call the first ROWS rows of each matrix (it compiles anew for every "
-                             "mini-batch: minutes in all); 0 leaves it out; without the option it gets all")
+    parser.add_argument(
+        "--rows",
+        type=int,
+        default=None,
+        help="give the paper's call the first ROWS rows of each matrix (it compiles anew for every "
+        "mini-batch: minutes in all); 0 leaves it out; without the option it gets all",
+    )
     parser.add_argument("--repeats", type=int, default=5, help=f"runs of each solver (one if it takes over {SLOW:g} s)")
     parser.add_argument("--out", type=Path, help="write the table here too")
     arguments = parser.parse_args(argv)
@@ -104,24 +111,28 @@ def load_block(arguments) -> tuple[list[tuple[list[Array], Array]], str]:
     decoder = Decoder.open(pretrained.config, pretrained.tensors, make_mesh(None))
     if not 0 <= arguments.block < decoder.config.blocks:
         raise UserError(f"expected a block in 0 .. {decoder.config.blocks - 1}, got {arguments.block}")
-    tokens = calibration_tokens(parse_source(arguments.source), load_tokenizer(pretrained), seed=0,
-                                samples=arguments.samples, length=arguments.length)
+    tokens = calibration_tokens(
+        parse_source(arguments.source), load_tokenizer(pretrained), seed=0, samples=arguments.samples, length=arguments.length
+    )
     hidden = decoder.embed(tokens.ids)
     for index in range(arguments.block):
         decoder.apply(index, decoder.load_block(index), hidden)
     parameters, names = decoder.load_block(arguments.block), linear_groups(decoder)
-    layers = [([parameters[name + ".weight"] for name in group], hessian) for group, (hessian, _) in zip(
-        names, accumulate_hessians(decoder, arguments.block, parameters, hidden, names))]
-    return layers, (f"Block {arguments.block} of {pretrained.origin} after its dense predecessors, Wanda "
-                    f"{arguments.sparsity:.0%}, {arguments.samples} x {arguments.length} tokens of {arguments.source}.")
+    layers = [
+        ([parameters[name + ".weight"] for name in group], hessian)
+        for group, (hessian, _) in zip(names, accumulate_hessians(decoder, arguments.block, parameters, hidden, names))
+    ]
+    return layers, (
+        f"Block {arguments.block} of {pretrained.origin} after its dense predecessors, Wanda "
+        f"{arguments.sparsity:.0%}, {arguments.samples} x {arguments.length} tokens of {arguments.source}."
+    )
 
 
 def make_group(weights: list[Array], hessian: Array, arguments, rows: int | None = None) -> Group:
     """The matrices that read one input; ``rows`` takes the first so many of each. Wanda chooses row by row."""
     problems = [self_target(weight[:rows].astype(jnp.float32), hessian) for weight in weights]
     pruned = [Wanda()(problem, Unstructured(arguments.sparsity)) for problem in problems]
-    problem = LayerProblem(jnp.concatenate([p.weight for p in problems]), hessian,
-                           jnp.concatenate([p.linear for p in problems]))
+    problem = LayerProblem(jnp.concatenate([p.weight for p in problems]), hessian, jnp.concatenate([p.linear for p in problems]))
     stacked = Pruned(*(jnp.concatenate(arrays) for arrays in zip(*pruned)))
     return Group(tuple(p.weight.shape[0] for p in problems), problem, stacked)
 
@@ -140,12 +151,12 @@ def measure(solver, groups: list[Group], repeats: int) -> Timing:
     solutions, first = run()
     seconds = [first] if first > SLOW else [run()[1] for _ in range(repeats)]
     converged = np.concatenate([solution.converged for solution in solutions])
-    return Timing(statistics.median(seconds), compiling, len(seconds), [s.weight for s in solutions],
-                  float(converged.mean()))
+    return Timing(statistics.median(seconds), compiling, len(seconds), [s.weight for s in solutions], float(converged.mean()))
 
 
 def measure_paper_call(groups: list[Group]) -> Timing:
     """The paper's call, one run over all matrices after a first one over the first matrix to warm up."""
+
     def matrices():
         for group in groups:
             first = 0
@@ -161,7 +172,7 @@ def measure_paper_call(groups: list[Group]) -> Timing:
     seconds = time.perf_counter() - started
     weights, first = [], 0
     for group in groups:
-        weights.append(jnp.concatenate([weight for weight, _ in found[first:first + len(group.rows)]]))
+        weights.append(jnp.concatenate([weight for weight, _ in found[first : first + len(group.rows)]]))
         first += len(group.rows)
     return Timing(seconds, None, 1, weights, float(np.concatenate([converged for _, converged in found]).mean()))
 
@@ -180,13 +191,23 @@ def paper_call(weight: Array, hessian: Array, keep: Array) -> tuple[Array, Array
     zero, ones = jnp.zeros((1, size)), jnp.ones((1, size))
     changes, converged = [], []
     for first in range(0, weight.shape[0], batch):
+
         def single_optimize(lower_bound, upper_bound):
-            program = create_qp(hessian, jnp.zeros(size), zero, jnp.zeros(1), ones, jnp.full(1, -1e5), lower_bound,
-                                upper_bound, use_sparse_matrix=False)
+            program = create_qp(
+                hessian,
+                jnp.zeros(size),
+                zero,
+                jnp.zeros(1),
+                ones,
+                jnp.full(1, -1e5),
+                lower_bound,
+                upper_bound,
+                use_sparse_matrix=False,
+            )
             found = raPDHG(eps_abs=1e-2, eps_rel=1e-2, iteration_limit=100_000).optimize(program)
             return found.primal_solution, found.termination_status
 
-        change, status = jax.vmap(single_optimize)(lower[first:first + batch], upper[first:first + batch])
+        change, status = jax.vmap(single_optimize)(lower[first : first + batch], upper[first : first + batch])
         changes.append(change)
         converged.append(status == TerminationStatus.OPTIMAL)
     return jnp.where(keep, weight + jnp.concatenate(changes), 0.0), jnp.concatenate(converged)
@@ -203,13 +224,13 @@ def total_objective(groups: list[Group], weights: list[Array]) -> float:
 
 def report(layers: list[tuple[list[Array], Array]], origin: str, arguments) -> list[str]:
     """Runs everything; the lines of the Markdown table."""
+
     def timed(name: str, run: Callable[..., Timing], *inputs) -> Timing:
         print(f"{name} ...", file=sys.stderr, flush=True)
         return run(*inputs)
 
     groups = [make_group(weights, hessian, arguments) for weights, hessian in layers]
-    timings = {name: timed(name, measure, solver, groups, arguments.repeats)
-               for name, solver in SOLVERS.items()}
+    timings = {name: timed(name, measure, solver, groups, arguments.repeats) for name, solver in SOLVERS.items()}
     optimum = total_objective(groups, timings[REFERENCE].weights)
     paper, some, some_optimum = None, groups, optimum
     if arguments.rows is not None and arguments.rows > 0:
@@ -221,27 +242,39 @@ def report(layers: list[tuple[list[Array], Array]], origin: str, arguments) -> l
     def line(name: str, timing: Timing, value: float) -> str:
         compiling = "every run" if timing.compiling is None else f"{timing.compiling:.1f}"
         to_paper = f"{timing.seconds / paper.seconds:.3g}" if paper else "not run"
-        return (f"| {name} | {timing.seconds:.3g} | {timing.runs} | {compiling} | {to_paper} | "
-                f"{timing.seconds / timings[PAPER].seconds:.3g} | {value:.2e} | {timing.converged:.1%} |")
+        return (
+            f"| {name} | {timing.seconds:.3g} | {timing.runs} | {compiling} | {to_paper} | "
+            f"{timing.seconds / timings[PAPER].seconds:.3g} | {value:.2e} | {timing.converged:.1%} |"
+        )
 
-    table = [line(name, timing, total_objective(groups, timing.weights) / optimum - 1)
-             for name, timing in timings.items()]
+    table = [line(name, timing, total_objective(groups, timing.weights) / optimum - 1) for name, timing in timings.items()]
     masks = total_objective(groups, [group.pruned.weight for group in groups]) / optimum - 1
     count = sum(sum(group.rows) for group in groups)
-    notes = [f"{count} rows in {sum(len(group.rows) for group in groups)} matrices. jax {jax.__version__}, mpax "
-             f"{importlib.metadata.version('mpax')}, {jax.devices()[0].device_kind}, {os.cpu_count()} CPU cores. "
-             f"Objectives are undamped; `{REFERENCE}` is the optimum and the masks alone are at {masks:.2e}."]
+    notes = [
+        f"{count} rows in {sum(len(group.rows) for group in groups)} matrices. jax {jax.__version__}, mpax "
+        f"{importlib.metadata.version('mpax')}, {jax.devices()[0].device_kind}, {os.cpu_count()} CPU cores. "
+        f"Objectives are undamped; `{REFERENCE}` is the optimum and the masks alone are at {masks:.2e}."
+    ]
     if paper:
         taken = sum(sum(group.rows) for group in some)
         value = total_objective(some, paper.weights) / some_optimum - 1
         table.append(line(f"paper's call, {taken} rows", paper, value))
         if taken < count:
-            notes.append(f"The paper's call got the first {arguments.rows} rows of each matrix, the solvers all rows; "
-                         "its seconds are not scaled up, so the ratios to it are larger than they should be.")
-    return [origin, *notes, "",
-            "| solver | seconds (median) | runs | compile, s | time / paper's call | time / mpax | "
-            "objective / optimum - 1 | rows converged |", "|---|---|---|---|---|---|---|---|", *table, "",
-            *(f"- {name}: `{solver!r}`" for name, solver in SOLVERS.items())]
+            notes.append(
+                f"The paper's call got the first {arguments.rows} rows of each matrix, the solvers all rows; "
+                "its seconds are not scaled up, so the ratios to it are larger than they should be."
+            )
+    return [
+        origin,
+        *notes,
+        "",
+        "| solver | seconds (median) | runs | compile, s | time / paper's call | time / mpax | "
+        "objective / optimum - 1 | rows converged |",
+        "|---|---|---|---|---|---|---|---|",
+        *table,
+        "",
+        *(f"- {name}: `{solver!r}`" for name, solver in SOLVERS.items()),
+    ]
 
 
 if __name__ == "__main__":

@@ -19,18 +19,19 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from optima_tpu.activations import Activations
-from optima_tpu.allocation import Uniform
-from optima_tpu.calibrate import linear_groups
-from optima_tpu.cli import parse
-from optima_tpu.config import RunConfig
+from optima_tpu.config.parse import parse
+from optima_tpu.config.run_config import RunConfig
 from optima_tpu.errors import UserError
-from optima_tpu.inputs import Model, Texts, linear_shapes
-from optima_tpu.layer_rules import check_layers
-from optima_tpu.prune import walk_block
-from optima_tpu.run import recipe_of
-from optima_tpu.selectors import Imported
-from optima_tpu.sweep.runner import Shared
+from optima_tpu.method.allocation import Uniform
+from optima_tpu.method.layer_rules import check_layers
+from optima_tpu.method.selectors import Imported
+from optima_tpu.models.activations import Activations
+from optima_tpu.models.model import Model
+from optima_tpu.pipeline.calibrate import linear_groups
+from optima_tpu.pipeline.inputs import Texts, linear_shapes
+from optima_tpu.pipeline.run import recipe_of
+from optima_tpu.pipeline.sweep.runner import Shared
+from optima_tpu.pipeline.walk import walk_block
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -54,8 +55,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         started = time.perf_counter()
         found = stream_errors(config, shared.model(config), shared.texts(config), arguments.blocks)
         for index, (held_out, other) in enumerate(found):
-            print(f"  block {index}: held out {held_out:.2%}, evaluation text {other:.2%}, {time.perf_counter() - started:.0f} s",
-                  flush=True)
+            print(
+                f"  block {index}: held out {held_out:.2%}, evaluation text {other:.2%}, {time.perf_counter() - started:.0f} s",
+                flush=True,
+            )
 
 
 def check_walk(config: RunConfig, model: Model, blocks: int) -> None:
@@ -89,7 +92,7 @@ def _error(pruned: Activations, dense: Activations) -> float:
     ``evaluate.distance`` divides sums over all tokens instead, which a few with massive activations rule.
     """
     ours, theirs = (np.asarray(states.values, np.float32) for states in (pruned, dense))
-    return float(np.mean(np.sum((ours - theirs)**2, axis=-1) / np.sum(theirs**2, axis=-1)))
+    return float(np.mean(np.sum((ours - theirs) ** 2, axis=-1) / np.sum(theirs**2, axis=-1)))
 
 
 if __name__ == "__main__":

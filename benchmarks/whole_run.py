@@ -19,25 +19,45 @@ import tempfile
 import time
 from collections.abc import Sequence
 
-from optima_tpu.config import EMBEDDED
+from optima_tpu.config.run_config import EMBEDDED
 
 VARIANTS = ("--solver null", "--solver cg")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.whole_run", description=__doc__.split("\n\n")[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.whole_run",
+        description=__doc__.split("\n\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
     parser.add_argument("--samples", type=int, default=32, help="calibration windows")
     parser.add_argument("--length", type=int, default=512, help="tokens in each")
     parser.add_argument("--windows", type=int, default=40, help="on which perplexity is measured")
     parser.add_argument("--repeats", type=int, default=1, help="runs of each")
-    parser.add_argument("--variant", action="append", metavar="SETTINGS",
-                        help=f"settings of one run; ratios are to the first; without one {' and '.join(VARIANTS)}")
+    parser.add_argument(
+        "--variant",
+        action="append",
+        metavar="SETTINGS",
+        help=f"settings of one run; ratios are to the first; without one {' and '.join(VARIANTS)}",
+    )
     parser.add_argument("settings", nargs="*", help="further settings of optima_tpu.launch, after --")
     arguments = parser.parse_args(argv)
-    command = [sys.executable, "-m", "optima_tpu.launch", "--model", EMBEDDED.model, "--calibration.source",
-               EMBEDDED.calibration.source, "--calibration.samples", str(arguments.samples), "--calibration.length",
-               str(arguments.length), "--evaluation.windows", str(arguments.windows), *arguments.settings]
+    command = [
+        sys.executable,
+        "-m",
+        "optima_tpu.launch",
+        "--model",
+        EMBEDDED.model,
+        "--calibration.source",
+        EMBEDDED.calibration.source,
+        "--calibration.samples",
+        str(arguments.samples),
+        "--calibration.length",
+        str(arguments.length),
+        "--evaluation.windows",
+        str(arguments.windows),
+        *arguments.settings,
+    ]
     variants = arguments.variant or VARIANTS
     found: dict[str, list[dict[str, float]]] = {variant: [] for variant in variants}
     for _ in range(arguments.repeats):

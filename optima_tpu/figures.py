@@ -1,7 +1,7 @@
 """The figures of the paper from finished runs: ``python -m optima_tpu.figures``.
 
-    layer-errors RUN [RUN ...] -o layer_errors.png     its Figure 2: what the update leaves of every layer's error
-    samples SWEEP -o samples.png                       its Figure 3: perplexity against calibration samples
+layer-errors RUN [RUN ...] -o layer_errors.png     its Figure 2: what the update leaves of every layer's error
+samples SWEEP -o samples.png                       its Figure 3: perplexity against calibration samples
 """
 
 import argparse
@@ -9,9 +9,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from optima_tpu.command import guarded
 from optima_tpu.errors import UserError
 from optima_tpu.report import curves
+from optima_tpu.runtime.command import guarded
 
 _SUFFIXES = (".png", ".svg", ".pdf")
 
@@ -52,20 +52,30 @@ def check_output(path: str | Path) -> Path:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m optima_tpu.figures", description="Draws the paper's figures from finished runs.")
+        prog="python -m optima_tpu.figures", description="Draws the paper's figures from finished runs."
+    )
     commands = parser.add_subparsers(dest="figure", required=True, metavar="FIGURE")
     layers = commands.add_parser(
-        "layer-errors", help="what the update leaves of every layer's error (the paper's Figure 2)",
+        "layer-errors",
+        help="what the update leaves of every layer's error (the paper's Figure 2)",
         description="The error of every layer after the update over its error before, on the same stream, block by "
-                    "block: on the calibration text, and dashed on held-out text. Below 1 the update helps; exactly 1 is "
-                    "an update that was not accepted.")
+        "block: on the calibration text, and dashed on held-out text. Below 1 the update helps; exactly 1 is "
+        "an update that was not accepted.",
+    )
     layers.add_argument("runs", nargs="+", metavar="RUN", help="run directory, or its report.json")
-    layers.add_argument("--against", nargs="+", default=[], metavar="RUN",
-                        help="divide by the final errors of other runs instead: one run for all, or one for each RUN")
+    layers.add_argument(
+        "--against",
+        nargs="+",
+        default=[],
+        metavar="RUN",
+        help="divide by the final errors of other runs instead: one run for all, or one for each RUN",
+    )
     samples = commands.add_parser(
-        "samples", help="perplexity against the number of calibration samples (the paper's Figure 3)",
+        "samples",
+        help="perplexity against the number of calibration samples (the paper's Figure 3)",
         description="Perplexity of the pruned model against the number of calibration samples, for each mask and "
-                    "update of a sweep that has several: mean and standard deviation over seeds.")
+        "update of a sweep that has several: mean and standard deviation over seeds.",
+    )
     samples.add_argument("sweep", metavar="SWEEP", help="directory of a sweep, or its results.json")
     for command in (layers, samples):
         command.add_argument("-o", "--output", required=True, metavar="FILE", help="what to write: .png, .svg or .pdf")

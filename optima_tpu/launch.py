@@ -1,28 +1,32 @@
-"""The command line: ``python -m optima_tpu.launch``. Kept short; what happens is in ``optima_tpu.run``."""
+"""The command line: ``python -m optima_tpu.launch``. Kept short; what happens is in ``optima_tpu.pipeline.run``."""
 
 import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from optima_tpu import processes
-from optima_tpu.cli import parse
-from optima_tpu.command import guarded, take_devices
+from optima_tpu.config.parse import parse
 from optima_tpu.errors import UserError
+from optima_tpu.runtime import processes
+from optima_tpu.runtime.command import guarded, take_devices
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status, see :func:`guarded`."""
-    return guarded(lambda: _launch(sys.argv[1:] if argv is None else argv),
-                   "the same command goes on after the last finished block")
+    return guarded(
+        lambda: _launch(sys.argv[1:] if argv is None else argv), "the same command goes on after the last finished block"
+    )
 
 
 def _launch(argv: Sequence[str]) -> None:
     config = parse(argv)
+    from optima_tpu.data import check_sources  # imports pyarrow and more, which --help does not wait for
+
+    check_sources(config.calibration.source, config.evaluation.source)
     take_devices(config)
     # Only now: what these import asks for the devices.
-    from optima_tpu.checkpoint import quiet_orbax
-    from optima_tpu.run import run
+    from optima_tpu.models.checkpoints.orbax import quiet_orbax
+    from optima_tpu.pipeline.run import run
 
     quiet_orbax()
     run(config)

@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
-from optima_tpu.collective_timeouts import is_known
+from optima_tpu.runtime.xla_flags import is_known
 
 # Before jax is imported: what several tests compile alike, and the processes that they start, is compiled once.
 _COMPILED = tempfile.TemporaryDirectory(prefix="optima-tpu-tests-")

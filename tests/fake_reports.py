@@ -6,12 +6,19 @@ from pathlib import Path
 
 import numpy as np
 
-from optima_tpu.config import EMBEDDED, to_dict
+from optima_tpu.config.run_config import EMBEDDED, to_dict
 from optima_tpu.report.file import write_report
 from optima_tpu.report.records import BlockReport, LayerReport
 
-NAMES = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj",
-         "mlp.down_proj")
+NAMES = (
+    "self_attn.q_proj",
+    "self_attn.k_proj",
+    "self_attn.v_proj",
+    "self_attn.o_proj",
+    "mlp.gate_proj",
+    "mlp.up_proj",
+    "mlp.down_proj",
+)
 
 
 def layers(seed: int, blocks: int = 3, **changes) -> list[LayerReport]:
@@ -20,24 +27,58 @@ def layers(seed: int, blocks: int = 3, **changes) -> list[LayerReport]:
     for block in range(blocks):
         for name in NAMES:
             before, after, held_before, held_after = np.sort(random.uniform(0.01, 0.05, 4))[[2, 0, 3, 1]].tolist()
-            made.append(dataclasses.replace(LayerReport(
-                block=block, name=name, shape=(4, 10), pruned=20, sparsity=0.5, error_before=before, error_after=after,
-                gap_median=1e-5, gap_max=1e-3, steps_median=8, steps_max=12, rows=4, rows_converged=4, rows_refused=0,
-                dead_inputs=0, held_out_before=held_before, held_out_after=held_after), **changes))
+            made.append(
+                dataclasses.replace(
+                    LayerReport(
+                        block=block,
+                        name=name,
+                        shape=(4, 10),
+                        pruned=20,
+                        sparsity=0.5,
+                        error_before=before,
+                        error_after=after,
+                        gap_median=1e-5,
+                        gap_max=1e-3,
+                        steps_median=8,
+                        steps_max=12,
+                        rows=4,
+                        rows_converged=4,
+                        rows_refused=0,
+                        dead_inputs=0,
+                        held_out_before=held_before,
+                        held_out_after=held_after,
+                    ),
+                    **changes,
+                )
+            )
     return made
 
 
-def write_run(directory: Path, config=EMBEDDED, reports: list[LayerReport] | None = None,
-              weighed: Sequence[str] = (), pruning: float = 3.0) -> Path:
-    """A run directory with nothing but its report, as ``optima_tpu.run`` writes it: a second for each block."""
+def write_run(
+    directory: Path, config=EMBEDDED, reports: list[LayerReport] | None = None, weighed: Sequence[str] = (), pruning: float = 3.0
+) -> Path:
+    """A run directory with nothing but its report, as ``optima_tpu.pipeline.run`` writes it: a second for each block."""
     reports = layers(0) if reports is None else reports
     directory.mkdir(parents=True)
-    blocks = [BlockReport(index, 1.0, tuple(layer for layer in reports if layer.block == index))
-              for index in dict.fromkeys(layer.block for layer in reports)]
-    write_report(directory / "report.json", manifest={}, configuration=to_dict(config), environment={}, model={},
-                 calibration={}, evaluation={"how": "the first 4 windows of pydoc"},
-                 perplexity={"dense": 2.0, "pruned": 3.0}, blocks=blocks, seconds={"pruning": pruning}, memory={}, files={},
-                 weighed=weighed)
+    blocks = [
+        BlockReport(index, 1.0, tuple(layer for layer in reports if layer.block == index))
+        for index in dict.fromkeys(layer.block for layer in reports)
+    ]
+    write_report(
+        directory / "report.json",
+        manifest={},
+        configuration=to_dict(config),
+        environment={},
+        model={},
+        calibration={},
+        evaluation={"how": "the first 4 windows of pydoc"},
+        perplexity={"dense": 2.0, "pruned": 3.0},
+        blocks=blocks,
+        seconds={"pruning": pruning},
+        memory={},
+        files={},
+        weighed=weighed,
+    )
     return directory
 
 

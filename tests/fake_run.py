@@ -5,14 +5,14 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from optima_tpu.activations import Activations
-from optima_tpu.checkpoint import write_checkpoint
-from optima_tpu.journal import Journal, open_journal
+from optima_tpu.models.activations import Activations
+from optima_tpu.models.checkpoints.orbax import write_checkpoint
+from optima_tpu.pipeline.journal import Journal, open_journal
 from tests.helpers import mesh
 
 BLOCKS = 3
 MANIFEST = {"model": "ab" * 32, "recipe": {"pattern": "0.5", "selector": {"name": "wanda"}}, "tokens": "cd" * 32, "code": "0+1"}
-ASSETS = {"config.json": b'{"architectures":  ["LlamaForCausalLM"]}\r\n', "tokenizer.json": "{\"\u00e9\": 1}".encode()}
+ASSETS = {"config.json": b'{"architectures":  ["LlamaForCausalLM"]}\r\n', "tokenizer.json": '{"\u00e9": 1}'.encode()}
 LINEARS = ("self_attn.q_proj", "mlp.down_proj")
 
 
@@ -37,8 +37,10 @@ class MemorySource:
 
 def small_model(dtype=ml_dtypes.bfloat16) -> MemorySource:
     random = np.random.default_rng(0)
-    tensors = {"model.embed_tokens.weight": random.standard_normal((40, 12)).astype(dtype),
-               "model.norm.weight": random.standard_normal(12).astype(np.float32)}
+    tensors = {
+        "model.embed_tokens.weight": random.standard_normal((40, 12)).astype(dtype),
+        "model.norm.weight": random.standard_normal(12).astype(np.float32),
+    }
     for block in range(BLOCKS):
         for name, shape in zip(LINEARS, ((12, 12), (12, 20)), strict=True):
             tensors[f"model.layers.{block}.{name}.weight"] = random.standard_normal(shape).astype(dtype)
@@ -73,8 +75,9 @@ def states_of(journal: Journal) -> np.ndarray:
     return journal.activations(mesh(1, 1), max(journal.finished), 2).values
 
 
-def finished_run(directory: Path, source: MemorySource, manifest=MANIFEST, assets=ASSETS, blocks=BLOCKS,
-                 **configuration) -> Journal:
+def finished_run(
+    directory: Path, source: MemorySource, manifest=MANIFEST, assets=ASSETS, blocks=BLOCKS, **configuration
+) -> Journal:
     journal = open_journal(directory, manifest, assets, configuration)
     for block in range(len(journal.finished), blocks):
         journal.save(block, *pruned_block(source, block))

@@ -10,12 +10,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh
 
-from optima_tpu.patterns import NM, Unstructured
-from optima_tpu.plan.hlo import COLLECTIVE, text_inside_loops  # noqa: F401
-from optima_tpu.problem import LayerProblem, Pruned, Solution, pull_of, self_target
+from optima_tpu.method.patterns import NM, Unstructured
+from optima_tpu.method.problem import LayerProblem, Pruned, Solution, pull_of, self_target
+from optima_tpu.pipeline.plan.hlo import COLLECTIVE, text_inside_loops  # noqa: F401
 
-PATTERNS = [*(Unstructured(sparsity, group) for group in ("row", "layer") for sparsity in (0.5, 0.6, 0.7)),
-            NM(2, 4), NM(4, 8), NM(6, 8)]
+PATTERNS = [
+    *(Unstructured(sparsity, group) for group in ("row", "layer") for sparsity in (0.5, 0.6, 0.7)),
+    NM(2, 4),
+    NM(4, 8),
+    NM(6, 8),
+]
 """What contracts of selectors and solvers hold for: the patterns of the paper's tables, both comparison groups, and 6:8."""
 
 
@@ -35,8 +39,9 @@ def correlated_hessian(rng: np.random.Generator, size: int, tokens: int | None =
 
 def layer(rng: np.random.Generator, rows: int, size: int, *, target: str = "self", **hessian) -> LayerProblem:
     """A random layer; ``target="other"`` asks for something else than its own outputs."""
-    problem = self_target(jnp.asarray(rng.standard_normal((rows, size)), jnp.float32),
-                          jnp.asarray(correlated_hessian(rng, size, **hessian)))
+    problem = self_target(
+        jnp.asarray(rng.standard_normal((rows, size)), jnp.float32), jnp.asarray(correlated_hessian(rng, size, **hessian))
+    )
     if target == "other":
         shift = jnp.asarray(0.1 * rng.standard_normal((rows, size)), jnp.float32)
         problem = problem._replace(linear=problem.linear + shift @ problem.hessian)
@@ -58,8 +63,11 @@ def select(selector, problem: LayerProblem, pattern) -> Pruned:
 def wide(problem: LayerProblem, damping: float = 0.0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(weight, damped Hessian, e) in float64, with ``e = g - W H`` as float32 holds it."""
     hessian = np.asarray(problem.hessian, np.float64)
-    return (np.asarray(problem.weight, np.float64), hessian + damping * np.diag(np.diag(hessian)),
-            np.asarray(pull_of(problem), np.float64))
+    return (
+        np.asarray(problem.weight, np.float64),
+        hessian + damping * np.diag(np.diag(hessian)),
+        np.asarray(pull_of(problem), np.float64),
+    )
 
 
 def oracle(problem: LayerProblem, pruned: Pruned, damping: float = 0.0) -> np.ndarray:
@@ -105,23 +113,49 @@ def tiny_llama(seed: int = 0, **settings):
 
     from optima_tpu.models.decoder import Decoder
 
-    config = LlamaConfig(**(dict(vocab_size=64, hidden_size=36, intermediate_size=60, num_hidden_layers=3, num_attention_heads=9,
-                                 num_key_value_heads=3, max_position_embeddings=128, tie_word_embeddings=True) | settings))
+    config = LlamaConfig(
+        **(
+            dict(
+                vocab_size=64,
+                hidden_size=36,
+                intermediate_size=60,
+                num_hidden_layers=3,
+                num_attention_heads=9,
+                num_key_value_heads=3,
+                max_position_embeddings=128,
+                tie_word_embeddings=True,
+            )
+            | settings
+        )
+    )
     config.architectures = ["LlamaForCausalLM"]
     rng = np.random.default_rng(seed)
     shapes = Decoder.open(config, MemoryTensors({}), mesh(1, 1))
     arrays = {}
     for name in shapes.tensor_names():
         inner = name.split(".", 3)[3] if name.startswith("model.layers.") else None
-        shape = shapes.block_shapes[inner] if inner else {
-            "model.norm.weight": (config.hidden_size,)}.get(name, (config.vocab_size, config.hidden_size))
+        shape = (
+            shapes.block_shapes[inner]
+            if inner
+            else {"model.norm.weight": (config.hidden_size,)}.get(name, (config.vocab_size, config.hidden_size))
+        )
         noise = rng.standard_normal(shape).astype(np.float32)
         arrays[name] = (1 + 0.1 * noise if "norm" in name else noise / np.sqrt(shape[-1])).astype(np.float32)
     return config, MemoryTensors(arrays)
 
 
-SMALL = ["--calibration.source", "random", "--calibration.samples", "8", "--calibration.length", "32",
-         "--evaluation.source", "random", "--evaluation.windows", "4"]
+SMALL = [
+    "--calibration.source",
+    "random",
+    "--calibration.samples",
+    "8",
+    "--calibration.length",
+    "32",
+    "--evaluation.source",
+    "random",
+    "--evaluation.windows",
+    "4",
+]
 """The settings of a run over a :func:`tiny_folder` that takes a second or two."""
 
 
@@ -138,15 +172,17 @@ def byte_tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>")
 
 
-def tiny_folder(path: Path, *, dtype: str = "float32", change: Callable[[dict[str, np.ndarray]], None] = lambda arrays: None,
-                **settings) -> Path:
+def tiny_folder(
+    path: Path, *, dtype: str = "float32", change: Callable[[dict[str, np.ndarray]], None] = lambda arrays: None, **settings
+) -> Path:
     """Writes a :func:`tiny_llama` as a Hugging Face folder: two shards, and a tokenizer of one token a byte; no torch needed.
 
     Args:
       change: edits the tensors, by name, before they are written.
     """
     import safetensors.numpy
-    from optima_tpu.weights.source import DTYPES
+
+    from optima_tpu.models.checkpoints.source import DTYPES
 
     # o_proj and down_proj of one shape: the solver is compiled once less.
     config, source = tiny_llama(**(dict(vocab_size=258, intermediate_size=36) | settings))

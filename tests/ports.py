@@ -2,11 +2,12 @@
 
 import numpy as np
 
-from optima_tpu.patterns import NM, Pattern
+from optima_tpu.method.patterns import NM, Pattern
 
 
-def thanos(weight: np.ndarray, hessian: np.ndarray, pattern: Pattern, block: int, damping: float
-           ) -> tuple[np.ndarray, np.ndarray]:
+def thanos(
+    weight: np.ndarray, hessian: np.ndarray, pattern: Pattern, block: int, damping: float
+) -> tuple[np.ndarray, np.ndarray]:
     """Thanos (Ilin and Richtarik, arXiv 2504.05346, without outlier rows): one inverse a block, one linear solve a row.
 
     Returns:
@@ -26,7 +27,7 @@ def thanos(weight: np.ndarray, hessian: np.ndarray, pattern: Pattern, block: int
         if isinstance(pattern, NM):
             for row in range(rows):
                 for group in range(0, last - first, pattern.m):
-                    order = np.argsort(scores[row, group: group + pattern.m], kind="stable")
+                    order = np.argsort(scores[row, group : group + pattern.m], kind="stable")
                     lost[row, group + order[: pattern.m - pattern.n]] = True
         elif pattern.group == "row":
             for row in range(rows):
@@ -45,8 +46,9 @@ def thanos(weight: np.ndarray, hessian: np.ndarray, pattern: Pattern, block: int
     return weight, keep
 
 
-def sparsegpt(weight: np.ndarray, hessian: np.ndarray, pattern: Pattern, block: int, damping: float
-              ) -> tuple[np.ndarray, np.ndarray]:
+def sparsegpt(
+    weight: np.ndarray, hessian: np.ndarray, pattern: Pattern, block: int, damping: float
+) -> tuple[np.ndarray, np.ndarray]:
     """SparseGPT (Frantar and Alistarh, 2023, algorithm 1): an explicit inverse, input after input, no lazy updates.
 
     With exact counts where the published code prunes one more a block, and dead inputs scored 0 but not set to zero.
@@ -72,7 +74,7 @@ def sparsegpt(weight: np.ndarray, hessian: np.ndarray, pattern: Pattern, block: 
         if isinstance(pattern, NM):
             if j % pattern.m == 0:
                 for row, score in enumerate(scores(j, j + pattern.m)):
-                    prune(keep[row, j: j + pattern.m], pattern.m - pattern.n, score)
+                    prune(keep[row, j : j + pattern.m], pattern.m - pattern.n, score)
         elif j % block == 0 and pattern.group == "row":
             for row, score in enumerate(scores(j, last)):
                 prune(keep[row, j:last], pattern.pruned_in(last) - pattern.pruned_in(j), score)
@@ -85,8 +87,15 @@ def sparsegpt(weight: np.ndarray, hessian: np.ndarray, pattern: Pattern, block: 
     return weight, keep
 
 
-def admm(weight: np.ndarray, hessian: np.ndarray, linear: np.ndarray, pattern: Pattern, damping: float, penalties: np.ndarray,
-         iterations: int) -> tuple[np.ndarray, np.ndarray]:
+def admm(
+    weight: np.ndarray,
+    hessian: np.ndarray,
+    linear: np.ndarray,
+    pattern: Pattern,
+    damping: float,
+    penalties: np.ndarray,
+    iterations: int,
+) -> tuple[np.ndarray, np.ndarray]:
     """ADMM for mask and weights (Meng et al., ALPS, 2024, equation 5), ``iterations`` of each penalty; no dead inputs.
 
     Returns:
@@ -102,8 +111,11 @@ def admm(weight: np.ndarray, hessian: np.ndarray, linear: np.ndarray, pattern: P
             v = (target - dual + rho * z) @ inverse
             z = v + dual / rho
             keep = np.zeros(z.shape, bool)
-            groups = keep.reshape(z.size // pattern.m, pattern.m) if isinstance(pattern, NM) else (
-                keep if pattern.group == "row" else keep.reshape(1, -1))
+            groups = (
+                keep.reshape(z.size // pattern.m, pattern.m)
+                if isinstance(pattern, NM)
+                else (keep if pattern.group == "row" else keep.reshape(1, -1))
+            )
             lost = pattern.m - pattern.n if isinstance(pattern, NM) else pattern.pruned_in(groups.shape[1])
             order = np.argsort(np.abs(z).reshape(groups.shape), axis=1, kind="stable")
             np.put_along_axis(groups, order[:, lost:], True, axis=1)

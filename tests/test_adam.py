@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 
 from optima_tpu.errors import UserError
-from optima_tpu.patterns import Unstructured
-from optima_tpu.problem import LayerProblem, Pruned, optimality_residual, self_target
-from optima_tpu.selectors import Wanda
-from optima_tpu.sharding import make_mesh, over_rows
-from optima_tpu.solvers import Adam, Exact
+from optima_tpu.method.patterns import Unstructured
+from optima_tpu.method.problem import LayerProblem, Pruned, optimality_residual, self_target
+from optima_tpu.method.row_sharding import over_rows
+from optima_tpu.method.selectors import Wanda
+from optima_tpu.method.solvers import Adam, Exact
+from optima_tpu.runtime.mesh import make_mesh
 from tests.helpers import COLLECTIVE, layer, row_objective, solve, text_inside_loops
 
 ROWS, SIZE, TOKENS = 10, 32, 300
@@ -199,10 +200,16 @@ def test_a_mesh_changes_nothing_and_no_loop_communicates(shape):
     assert inside and not COLLECTIVE.search(inside)
 
 
-@pytest.mark.parametrize("settings, words", [
-    ({"steps": 0}, "steps"), ({"learning_rates": ()}, "one number or more"),
-    ({"learning_rates": (1e-2, 0.0)}, "above 0"), ({"learning_rates": (float("nan"),)}, "finite"),
-    ({"learning_rates": (float("inf"),)}, "finite")])
+@pytest.mark.parametrize(
+    "settings, words",
+    [
+        ({"steps": 0}, "steps"),
+        ({"learning_rates": ()}, "one number or more"),
+        ({"learning_rates": (1e-2, 0.0)}, "above 0"),
+        ({"learning_rates": (float("nan"),)}, "finite"),
+        ({"learning_rates": (float("inf"),)}, "finite"),
+    ],
+)
 def test_settings_are_checked(settings, words):
     with pytest.raises(UserError, match=words):
         Adam(**settings)

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from optima_tpu.errors import UserError
-from optima_tpu.patterns import NM, Unstructured
-from optima_tpu.problem import self_target
-from optima_tpu.selectors import ADMM, Wanda
+from optima_tpu.method.patterns import NM, Unstructured
+from optima_tpu.method.problem import self_target
+from optima_tpu.method.selectors import ADMM, Wanda
 from tests import ports
 from tests.helpers import layer, oracle, row_objective, select
 
@@ -22,8 +22,13 @@ def test_mask_and_weights_are_those_of_the_algorithm(pattern):
     for seed, target in enumerate(("self", "other", "other")):  # no two scores are so close that rounding could decide
         problem = layer(np.random.default_rng(seed), ROWS, INPUTS, target=target)
         pruned = select(SELECTOR, problem, pattern)
-        weight, keep = ports.admm(*map(np.asarray, problem), pattern, SELECTOR.damping,
-                                  np.geomspace(SELECTOR.rho_first, SELECTOR.rho_last, SELECTOR.levels), SELECTOR.iterations)
+        weight, keep = ports.admm(
+            *map(np.asarray, problem),
+            pattern,
+            SELECTOR.damping,
+            np.geomspace(SELECTOR.rho_first, SELECTOR.rho_last, SELECTOR.levels),
+            SELECTOR.iterations,
+        )
         assert (np.asarray(pruned.keep) == keep).all()
         assert np.abs(np.asarray(pruned.weight) - weight).max() <= 1e-4 * np.abs(weight).max()
 
@@ -48,9 +53,16 @@ def test_its_mask_is_better_than_wandas_and_its_weights_are_near_the_best_on_it(
     assert best < 0.8 * theirs and best <= ours < 1.02 * best
 
 
-@pytest.mark.parametrize("options, expected", [
-    ({"damping": -0.1}, "damping to be at least 0 and finite, got -0.1"), ({"rho_first": 2.0}, "at most rho_last"),
-    ({"rho_last": float("inf")}, "finite"), ({"rho_last": float("nan")}, "rho_first"), ({"levels": 0}, "at least 1")])
+@pytest.mark.parametrize(
+    "options, expected",
+    [
+        ({"damping": -0.1}, "damping to be at least 0 and finite, got -0.1"),
+        ({"rho_first": 2.0}, "at most rho_last"),
+        ({"rho_last": float("inf")}, "finite"),
+        ({"rho_last": float("nan")}, "rho_first"),
+        ({"levels": 0}, "at least 1"),
+    ],
+)
 def test_impossible_settings_are_refused(options, expected):
     with pytest.raises(UserError, match=expected):
         ADMM(**options)

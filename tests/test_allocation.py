@@ -10,21 +10,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from optima_tpu.allocation import OWL, Measured, Steps, Uniform, allocate, grain, rounded, steps_of
-from optima_tpu.calibrate import accumulate_hessians, linear_groups
-from optima_tpu.cli import configure, flags, parse
-from optima_tpu.config import weights_settings
+from optima_tpu.config.parse import configure, flags, parse
+from optima_tpu.config.run_config import weights_settings
 from optima_tpu.errors import UserError
 from optima_tpu.evaluate.distance import distance
-from optima_tpu.importance import allocated
 from optima_tpu.launch import main
-from optima_tpu.layer_rules import parse_layers
+from optima_tpu.method.allocation import OWL, Measured, Steps, Uniform, allocate, grain, rounded, steps_of
+from optima_tpu.method.layer_rules import parse_layers
+from optima_tpu.method.patterns import Unstructured
+from optima_tpu.method.recipe import Recipe
+from optima_tpu.method.selectors import Magnitude, Wanda
+from optima_tpu.method.solvers import CG
 from optima_tpu.models.decoder import Decoder
-from optima_tpu.patterns import Unstructured
-from optima_tpu.prune import prune_block
-from optima_tpu.recipe import Recipe
-from optima_tpu.selectors import Magnitude, Wanda
-from optima_tpu.solvers import CG
+from optima_tpu.pipeline.allocate import allocated
+from optima_tpu.pipeline.calibrate import accumulate_hessians, linear_groups
+from optima_tpu.pipeline.walk import prune_block
 from tests.helpers import SMALL, MemoryTensors, mesh, tiny_folder, tiny_llama
 
 RECIPE = Recipe(Unstructured(0.6), Wanda(), CG(tolerance=1e-6))
@@ -97,9 +97,13 @@ def test_outliers_are_counted_as_published():
         block = model.load_block(index)
         statistics = accumulate_hessians(model, index, block, hidden, groups)
         wide = {name: np.asarray(value, np.float64) for name, value in block.items()}
-        scores = np.concatenate([
-            np.ravel(np.abs(wide[name + ".weight"]) * np.sqrt(np.diag(np.asarray(one.hessian, np.float64))))
-            for names, one in zip(groups, statistics) for name in names])
+        scores = np.concatenate(
+            [
+                np.ravel(np.abs(wide[name + ".weight"]) * np.sqrt(np.diag(np.asarray(one.hessian, np.float64))))
+                for names, one in zip(groups, statistics)
+                for name in names
+            ]
+        )
         assert found.scores[index] == pytest.approx([np.mean(scores > 2 * scores.mean())], abs=2 / scores.size)
         model.apply(index, block, hidden)
 
@@ -140,8 +144,21 @@ def test_layers_with_a_rule_are_left_out():
 
 def test_a_run_loses_as_many_weights_as_without(tmp_path, monkeypatch):
     model, output = tiny_folder(tmp_path / "model", **WIDE), tmp_path / "run"
-    command = ["--model", str(model), "--output", str(output), "--pattern", "0.6/row", "--allocation", "measured", "--solver",
-               "null", "--layers", "self_attn.*=dense", *SMALL]
+    command = [
+        "--model",
+        str(model),
+        "--output",
+        str(output),
+        "--pattern",
+        "0.6/row",
+        "--allocation",
+        "measured",
+        "--solver",
+        "null",
+        "--layers",
+        "self_attn.*=dense",
+        *SMALL,
+    ]
     assert main(command) == 0
     report = json.loads((output / "report.json").read_text())
     layers = [layer for block in report["blocks"] for layer in block["layers"]]
@@ -154,26 +171,35 @@ def test_a_run_loses_as_many_weights_as_without(tmp_path, monkeypatch):
     # Stopped before its first block, a run goes on with the blocks' sparsities that it had made.
     for file in ("report.json", "journal", "activations", "hf", "checkpoint"):
         (output / file).rename(tmp_path / ("old " + file))
-    monkeypatch.setattr("optima_tpu.run.allocated", lambda *_: pytest.fail("made again"))
+    monkeypatch.setattr("optima_tpu.pipeline.run.allocated", lambda *_: pytest.fail("made again"))
     jax.clear_caches()
     assert main(command) == 0
     assert json.loads((output / "report.json").read_text())["allocation"] == report["allocation"]
 
 
-@pytest.mark.parametrize("argv, words", [
-    (["--pattern", "2:4"], "got 2:4, which fixes what every row loses"),
-    (["--selector", "imported", "--selector.path", "x"], "got imported"),
-    (["--allocation.limit", "0.6"], "below 0.5, got 0.6"),
-    (["--calibration.held_out", "0"], "held_out of at least 1 where allocation is measured")])
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        (["--pattern", "2:4"], "got 2:4, which fixes what every row loses"),
+        (["--selector", "imported", "--selector.path", "x"], "got imported"),
+        (["--allocation.limit", "0.6"], "below 0.5, got 0.6"),
+        (["--calibration.held_out", "0"], "held_out of at least 1 where allocation is measured"),
+    ],
+)
 def test_settings_that_do_not_go_together_are_one_line(argv, words):
     with pytest.raises(UserError, match=words):
         parse(["--allocation", "measured", *argv])
 
 
-@pytest.mark.parametrize("allocation, sparsity, inputs, words", [
-    (OWL(limit=0.01), 0.6, (48,), "limit of at least 0.0208"),
-    (OWL(), 0.6, (1023, 1024), "got 1023, 1024: take --allocation"), (OWL(), 0.85, (48,), "more than 0.181 from 0 and 1"),
-    (Measured(), 0.06, (48,), "more than 0.181 from 0 and 1")])
+@pytest.mark.parametrize(
+    "allocation, sparsity, inputs, words",
+    [
+        (OWL(limit=0.01), 0.6, (48,), "limit of at least 0.0208"),
+        (OWL(), 0.6, (1023, 1024), "got 1023, 1024: take --allocation"),
+        (OWL(), 0.85, (48,), "more than 0.181 from 0 and 1"),
+        (Measured(), 0.06, (48,), "more than 0.181 from 0 and 1"),
+    ],
+)
 def test_sparsities_without_room_are_refused(allocation, sparsity, inputs, words):
     with pytest.raises(UserError, match=words):
         steps_of(allocation, sparsity, inputs)

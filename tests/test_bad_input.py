@@ -12,11 +12,11 @@ import jax
 import numpy as np
 import pytest
 
-from optima_tpu.config import RunConfig
+from optima_tpu.config.run_config import RunConfig
 from optima_tpu.errors import UserError
-from optima_tpu.files import LOCK, only_program
 from optima_tpu.launch import main
-from optima_tpu.sharding import _between_hosts, make_mesh
+from optima_tpu.runtime.files import LOCK, only_program
+from optima_tpu.runtime.mesh import _between_hosts, make_mesh
 from tests.helpers import SMALL, snapshot, tiny_folder
 
 TENSOR = "model.layers.1.mlp.up_proj.weight"
@@ -30,6 +30,7 @@ def model(tmp_path_factory):
 @pytest.fixture
 def refused(tmp_path, capfd):
     """Runs the command line; returns the message that it is refused with."""
+
     def run(*arguments, output=tmp_path / "run"):
         before = snapshot(output)
         status = main([*map(str, arguments), "--output", str(output)])
@@ -44,40 +45,47 @@ def refused(tmp_path, capfd):
     return run
 
 
-@pytest.mark.parametrize(("settings", "expected"), [
-    (["--pattern", "1.0"], "expected a sparsity in [0, 1), got 1.0"),
-    (["--pattern=-0.1"], "expected a sparsity in [0, 1), got -0.1"),
-    (["--pattern", "4:2"], "expected a pattern N:M with 0 < N < M, got 4:2"),
-    (["--pattern", "half"], "expected a pattern such as 0.5, 0.5/layer or 2:4, got 'half'"),
-    (["--pattern", "3:8"], "divisible by 8, got a layer with 36"),
-    (["--mesh", "2x2"], "mesh 2x2 needs 4 devices, there are 8 (cpu): choose a mesh whose product is 8"),
-    (["--mesh", "2x2x2"], "expected a mesh such as 4x2 or data=4,model=2, got '2x2x2'"),
-    (["--calibration.length", "129"], "expected calibration.length of at most 128, the model's context, got 129"),
-    (["--evaluation.length", "129"], "expected evaluation.length of at most 128, the model's context, got 129"),
-    (["--sparsity", "0.5"], "there is no setting --sparsity; see --help for all of them"),
-    (["--solver.dampnig", "0.1"], "there is no setting --solver.dampnig; did you mean --solver.damping or "),
-    (["--calibration.sample", "8"], "did you mean --calibration.samples or "),
-    (["--solver.damping", "-1"], "damping"),
-    (["--solver", "gurobi"], "expected solver to be one of cg, mpax, exact, adam, null, got 'gurobi'"),
-    (["--solver.eps_abs", "0.1"], "--solver.eps_abs is an option of solver mpax, but solver is cg here"),
-    (["--batch", "many"], "expected batch to be a whole number, got many"),
-    (["--batch"], "batch"),
-    (["--dtype", "int8"], "expected dtype to be"),
-    (["--config", "nowhere.yaml"], "expected a YAML file, cannot read nowhere.yaml"),
-    (["--calibration.source", "file:nowhere.txt"], "nowhere.txt"),
-    (["--calibration.source", "shakespeare"], "expected a text source (pydoc, c4, wikitext2, random, self, file:PATH"),
-], ids=lambda value: " ".join(value) if isinstance(value, list) else "")
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        (["--pattern", "1.0"], "expected a sparsity in [0, 1), got 1.0"),
+        (["--pattern=-0.1"], "expected a sparsity in [0, 1), got -0.1"),
+        (["--pattern", "4:2"], "expected a pattern N:M with 0 < N < M, got 4:2"),
+        (["--pattern", "half"], "expected a pattern such as 0.5, 0.5/layer or 2:4, got 'half'"),
+        (["--pattern", "3:8"], "divisible by 8, got a layer with 36"),
+        (["--mesh", "2x2"], "mesh 2x2 needs 4 devices, there are 8 (cpu): choose a mesh whose product is 8"),
+        (["--mesh", "2x2x2"], "expected a mesh such as 4x2 or data=4,model=2, got '2x2x2'"),
+        (["--calibration.length", "129"], "expected calibration.length of at most 128, the model's context, got 129"),
+        (["--evaluation.length", "129"], "expected evaluation.length of at most 128, the model's context, got 129"),
+        (["--sparsity", "0.5"], "there is no setting --sparsity; see --help for all of them"),
+        (["--solver.dampnig", "0.1"], "there is no setting --solver.dampnig; did you mean --solver.damping or "),
+        (["--calibration.sample", "8"], "did you mean --calibration.samples or "),
+        (["--solver.damping", "-1"], "damping"),
+        (["--solver", "gurobi"], "expected solver to be one of cg, mpax, exact, adam, null, got 'gurobi'"),
+        (["--solver.eps_abs", "0.1"], "--solver.eps_abs is an option of solver mpax, but solver is cg here"),
+        (["--batch", "many"], "expected batch to be a whole number, got many"),
+        (["--batch"], "batch"),
+        (["--dtype", "int8"], "expected dtype to be"),
+        (["--config", "nowhere.yaml"], "expected a YAML file, cannot read nowhere.yaml"),
+        (["--calibration.source", "file:nowhere.txt"], "nowhere.txt"),
+        (["--calibration.source", "shakespeare"], "expected a text source (pydoc, c4, wikitext2, random, self, file:PATH"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
 def test_a_setting_that_cannot_be(model, refused, settings, expected):
     assert expected in refused("--model", model, *SMALL, *settings)
 
 
-@pytest.mark.parametrize(("text", "expected"), [
-    ("solver: {dampnig: 0.1}", "there is no setting solver.dampnig; did you mean solver.damping or "),
-    ("patern: 0.5", "there is no setting patern; did you mean pattern?"),
-    ("pattern: 1.5", "expected a sparsity in [0, 1), got 1.5"),
-    ("pattern: [", "line 1: expected YAML, got something else"),
-    ("calibration: c4", "expected settings under calibration, such as 'source: c4', got 'c4'"),
-])
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("solver: {dampnig: 0.1}", "there is no setting solver.dampnig; did you mean solver.damping or "),
+        ("patern: 0.5", "there is no setting patern; did you mean pattern?"),
+        ("pattern: 1.5", "expected a sparsity in [0, 1), got 1.5"),
+        ("pattern: [", "line 1: expected YAML, got something else"),
+        ("calibration: c4", "expected settings under calibration, such as 'source: c4', got 'c4'"),
+    ],
+)
 def test_a_file_with_a_setting_that_cannot_be(model, refused, tmp_path, text, expected):
     (tmp_path / "settings.yaml").write_text(text)
     assert expected in refused("--model", model, "--config", tmp_path / "settings.yaml")
@@ -130,10 +138,19 @@ def test_an_output_directory_in_use(model, finished, refused, tmp_path):
 
 def test_an_output_directory_that_another_process_is_at_work_in(model, refused, tmp_path):
     (tmp_path / "run").mkdir()
-    holder = subprocess.Popen([sys.executable, "-c", "import sys; from pathlib import Path\n"
-                               "from optima_tpu.files import only_program\n"
-                               "with only_program(Path(sys.argv[1])): print(flush=True); input()", str(tmp_path / "run")],
-                              stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": ":".join(sys.path)})
+    holder = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            "import sys; from pathlib import Path\n"
+            "from optima_tpu.runtime.files import only_program\n"
+            "with only_program(Path(sys.argv[1])): print(flush=True); input()",
+            str(tmp_path / "run"),
+        ],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": ":".join(sys.path)},
+    )
     holder.stdout.readline()
     assert f"another process is at work in {tmp_path / 'run'}; wait for it" in refused("--model", model, *SMALL)
     holder.kill()
@@ -162,8 +179,9 @@ def test_weights_of_another_model(refused, tmp_path):
     assert "9 tensors missing (model.layers.3.input_layernorm.weight" in refused("--model", folder, *SMALL)
 
 
-@pytest.mark.parametrize(("name", "value"), [(TENSOR, np.nan), (TENSOR, -np.inf), ("model.norm.weight", np.nan),
-                                             ("model.embed_tokens.weight", np.inf)])
+@pytest.mark.parametrize(
+    ("name", "value"), [(TENSOR, np.nan), (TENSOR, -np.inf), ("model.norm.weight", np.nan), ("model.embed_tokens.weight", np.inf)]
+)
 def test_a_weight_that_is_not_finite(refused, tmp_path, name, value):
     folder = tiny_folder(tmp_path / "model", change=lambda arrays: arrays[name].reshape(-1).__setitem__(5, value))
     message = refused("--model", folder, "--mesh", "4x2", *SMALL)
@@ -178,10 +196,12 @@ def test_a_weight_of_whole_numbers(refused, tmp_path):
     assert f"1 tensors are stored as int8 ({TENSOR}), in which nothing is computed here" in message and "quantised" in message
 
 
-@pytest.mark.parametrize(("norm", "layer"), [("post_attention_layernorm", "mlp.gate_proj"),
-                                             ("input_layernorm", "self_attn.q_proj")])
+@pytest.mark.parametrize(
+    ("norm", "layer"), [("post_attention_layernorm", "mlp.gate_proj"), ("input_layernorm", "self_attn.q_proj")]
+)
 def test_activations_that_overflow(refused, tmp_path, norm, layer):
     """Every weight is a finite float16, but not the activations behind it."""
+
     def change(arrays):
         arrays[f"model.layers.1.{norm}.weight"][:] = 6e4
 
@@ -198,8 +218,19 @@ def test_no_room_for_a_small_file(model, tmp_path, monkeypatch, capsys, name):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return write(path, data)
 
-    command = ["--model", str(model), *SMALL, "--selector", "magnitude", "--solver", "null", "--allocation", "owl", "--output",
-               str(tmp_path / "run")]
+    command = [
+        "--model",
+        str(model),
+        *SMALL,
+        "--selector",
+        "magnitude",
+        "--solver",
+        "null",
+        "--allocation",
+        "owl",
+        "--output",
+        str(tmp_path / "run"),
+    ]
     monkeypatch.setattr(Path, "write_bytes", full)
     assert main(command) == 2
     said = capsys.readouterr().err
@@ -226,8 +257,12 @@ def test_a_hub_that_is_not_reached(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("PYTHONPATH", ":".join(sys.path))
-    result = subprocess.run([sys.executable, "-m", "optima_tpu.launch", "--model", "no-such-owner/no-such-model", "--output",
-                             str(tmp_path / "run")], capture_output=True, text=True, timeout=300)
+    result = subprocess.run(
+        [sys.executable, "-m", "optima_tpu.launch", "--model", "no-such-owner/no-such-model", "--output", str(tmp_path / "run")],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert (result.returncode, result.stdout, result.stderr.count("\n")) == (2, "", 1), result.stderr
     assert result.stderr.startswith("error: ")
     assert "the hub can't be reached and its cache does not hold no-such-owner/no-such-model" in result.stderr
@@ -248,8 +283,10 @@ class Device:
 
 
 def devices(platform: str, slices: int, each: int) -> list[Device]:
-    return [Device(number, platform, "some", number // each, (number % 2, number // 2 % 2, number % each // 4))
-            for number in range(slices * each)]
+    return [
+        Device(number, platform, "some", number // each, (number % 2, number // 2 % 2, number % each // 4))
+        for number in range(slices * each)
+    ]
 
 
 @pytest.mark.parametrize("data, model", [(1, 8), (2, 4), (8, 1), (4, 2)])
@@ -259,8 +296,14 @@ def test_any_mesh_of_gpus_on_several_hosts(monkeypatch, data, model):
     assert found.shape == (data, model) and [device.id for device in found.flat] == list(range(8))
 
 
-@pytest.mark.parametrize("processes, needed, hint", [(1, "2x2", ", or --cpu-devices 4 to simulate it"), (2, "2x1", (
-    ", or --cpu-devices 1 in every process to simulate it")), (2, "3x1", "")])
+@pytest.mark.parametrize(
+    "processes, needed, hint",
+    [
+        (1, "2x2", ", or --cpu-devices 4 to simulate it"),
+        (2, "2x1", (", or --cpu-devices 1 in every process to simulate it")),
+        (2, "3x1", ""),
+    ],
+)
 def test_the_devices_to_simulate_are_those_of_each_process(monkeypatch, processes, needed, hint):
     monkeypatch.setattr(jax, "process_count", lambda: processes)
     with pytest.raises(UserError) as error:

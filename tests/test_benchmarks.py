@@ -14,8 +14,9 @@ def test_layer_errors_are_those_of_a_whole_run(finished, capsys):
     layers = [layer for block in report["blocks"] for layer in block["layers"]]
     layer_errors.main([str(len(report["blocks"])), "--beside", "cg,cg-undamped", *finished.arguments])
     printed = capsys.readouterr().out
-    means = {name: statistics.fmean(layer[name] for layer in layers)
-             for name in ("error_before", "error_after", "held_out_after")}
+    means = {
+        name: statistics.fmean(layer[name] for layer in layers) for name in ("error_before", "error_after", "held_out_after")
+    }
     found = re.search(r"selector (\S+), final (\S+), held out (\S+)", printed).groups()
     assert [float(value) for value in found] == pytest.approx(list(means.values()), abs=6e-5)
     assert float(re.search(r"perplexity (\S+),", printed)[1]) == pytest.approx(report["perplexity"]["pruned"], abs=6e-4)
@@ -25,9 +26,16 @@ def test_layer_errors_are_those_of_a_whole_run(finished, capsys):
     assert beside["cg-undamped"] <= means["error_after"] + 6e-5  # printed with four digits
 
 
-@pytest.mark.parametrize("arguments, expected", [
-    (["9"], "expected 1 to"), (["1", "--beside", "mpax"], "got mpax"), (["1", "--target", "dense"], "own outputs"),
-    (["1", "--allocation", "owl"], "the same sparsity for every block"), (["1", "--no-such", "2"], "no setting")])
+@pytest.mark.parametrize(
+    "arguments, expected",
+    [
+        (["9"], "expected 1 to"),
+        (["1", "--beside", "mpax"], "got mpax"),
+        (["1", "--target", "dense"], "own outputs"),
+        (["1", "--allocation", "owl"], "the same sparsity for every block"),
+        (["1", "--no-such", "2"], "no setting"),
+    ],
+)
 def test_what_layer_errors_refuses(finished, arguments, expected):
     with pytest.raises(SystemExit, match=expected):
         layer_errors.main([*arguments, *finished.arguments])

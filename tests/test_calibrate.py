@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from optima_tpu.activations import Activations
-from optima_tpu.calibrate import accumulate_hessians, linear_groups
 from optima_tpu.errors import UserError
+from optima_tpu.models.activations import Activations
 from optima_tpu.models.decoder import Decoder, forward
+from optima_tpu.pipeline.calibrate import accumulate_hessians, linear_groups
 from tests.helpers import mesh, tiny_llama
 from tests.test_models import REFERENCES, tiny
 
@@ -22,12 +22,16 @@ def small(architecture: str):
 def test_layers_that_read_one_input_are_found():
     groups = linear_groups(Decoder.open(*tiny_llama(), mesh(1, 1)))
     assert [set(names) for names in groups] == [
-        {"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"}, {"self_attn.o_proj"},
-        {"mlp.gate_proj", "mlp.up_proj"}, {"mlp.down_proj"}]
+        {"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"},
+        {"self_attn.o_proj"},
+        {"mlp.gate_proj", "mlp.up_proj"},
+        {"mlp.down_proj"},
+    ]
 
 
-@pytest.mark.parametrize("architecture, shape", [("Llama", (1, 1)), ("Llama", (4, 2)), ("Llama", (2, 4)), ("OPT", (4, 2))],
-                         ids=str)
+@pytest.mark.parametrize(
+    "architecture, shape", [("Llama", (1, 1)), ("Llama", (4, 2)), ("Llama", (2, 4)), ("OPT", (4, 2))], ids=str
+)
 def test_hessians_are_the_mean_outer_product_of_the_inputs(architecture, shape):
     # 7 samples divide no mesh; d_model 36 is not divisible by 8; 9 heads and 3 key-value heads divide none. OPT's biases make
     # something of the zeros behind the last sample.

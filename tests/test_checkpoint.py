@@ -9,12 +9,13 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from optima_tpu import checkpoint, manifest
-from optima_tpu.activations import Activations
-from optima_tpu.checkpoint import CheckpointTensors, write_checkpoint
 from optima_tpu.errors import UserError
-from optima_tpu.journal import open_journal
-from optima_tpu.manifest import code_version, read_run
+from optima_tpu.models.activations import Activations
+from optima_tpu.models.checkpoints import orbax as checkpoint
+from optima_tpu.models.checkpoints.orbax import CheckpointTensors, write_checkpoint
+from optima_tpu.pipeline.journal import open_journal
+from optima_tpu.report import run_record as manifest
+from optima_tpu.report.run_record import code_version, read_run
 from tests import fake_run
 from tests.fake_run import (
     ASSETS,
@@ -72,7 +73,7 @@ def test_arrays_on_a_mesh_and_views_are_saved_like_host_arrays(tmp_path):
 
 @pytest.mark.parametrize("every, last", [(0.0, 2), (60.0, 0)])
 def test_only_the_last_hidden_states_are_kept_and_none_too_often(tmp_path, monkeypatch, every, last):
-    monkeypatch.setattr("optima_tpu.journal.STATES_EVERY", every)
+    monkeypatch.setattr("optima_tpu.pipeline.journal.STATES_EVERY", every)
     journal = started(tmp_path, 3)
     assert [path.name for path in (tmp_path / "activations").iterdir()] == [f"block_{last:04d}"]
     again = open_journal(tmp_path, MANIFEST, ASSETS)
@@ -98,7 +99,9 @@ def test_a_process_without_samples_gets_none_of_the_right_shape(tmp_path, monkey
     states = np.zeros((2, 3, 4), np.float32)
     weights, masks, report, _ = pruned_block(small_model(), 0)
     open_journal(tmp_path, MANIFEST, ASSETS).save(0, weights, masks, report, Activations.of(mesh(1, 1), states))
-    monkeypatch.setattr("optima_tpu.journal.held_rows", lambda *of: np.zeros(0, np.int64))  # as where the data axis is longer
+    monkeypatch.setattr(
+        "optima_tpu.pipeline.journal.held_rows", lambda *of: np.zeros(0, np.int64)
+    )  # as where the data axis is longer
     assert open_journal(tmp_path, MANIFEST, ASSETS).activations(mesh(1, 1), 0, 2).values.shape == (0, 3, 4)
 
 
@@ -120,8 +123,11 @@ def flip(path: Path) -> None:
     path.write_bytes(data)
 
 
-@pytest.mark.parametrize(("harm", "reason"), [
-    (truncate, "bytes where"), (flip, "not what was written"), (Path.unlink, "is missing")], ids=["truncated", "flipped", "gone"])
+@pytest.mark.parametrize(
+    ("harm", "reason"),
+    [(truncate, "bytes where"), (flip, "not what was written"), (Path.unlink, "is missing")],
+    ids=["truncated", "flipped", "gone"],
+)
 def test_a_damaged_block_counts_as_not_done_and_the_others_stay(tmp_path, harm, reason):
     started(tmp_path, 3)
     files = [path for path in (tmp_path / "journal" / "block_0001").rglob("*") if path.is_file() and "sha256" not in path.name]
@@ -220,8 +226,12 @@ def test_the_checkpoint_holds_pruned_blocks_and_the_source_otherwise(tmp_path):
         assert (tensors.shape(name), tensors.dtype(name)) == (source.shape(name), source.dtype(name))
         assert_same(tensors.read(name), pruned.get(name, source.tensors[name]))
     assert_same(tensors.read("model.norm.weight", (slice(2, 5),)), source.tensors["model.norm.weight"][2:5])
-    assert tensors.run == {"manifest": MANIFEST, "configuration": {"mesh": "4x2"}, "sparsity": None,
-                           "blocks": [pruned_block(source, block)[2] for block in range(BLOCKS)]}
+    assert tensors.run == {
+        "manifest": MANIFEST,
+        "configuration": {"mesh": "4x2"},
+        "sparsity": None,
+        "blocks": [pruned_block(source, block)[2] for block in range(BLOCKS)],
+    }
     before = contents(tmp_path)
     write_checkpoint(journal, source, mesh(1, 1))
     assert contents(tmp_path) == before

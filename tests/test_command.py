@@ -10,16 +10,16 @@ import sys
 import jax
 import pytest
 
-from optima_tpu.collective_timeouts import raise_collective_timeouts
-from optima_tpu.command import RESUME, guarded, take_devices
-from optima_tpu.config import RunConfig
+from optima_tpu.config.run_config import RunConfig
+from optima_tpu.runtime.command import RESUME, guarded, take_devices
+from optima_tpu.runtime.xla_flags import raise_collective_timeouts
 from tests.test_processes import process_environment
 
 # A loop on the device that never ends, in which Python hears no signal; and a save that takes longer than the grace.
 WORKING = """
 import os, signal, sys, threading, time, jax
-from optima_tpu import command
-from optima_tpu.files import uninterrupted
+from optima_tpu.runtime import command
+from optima_tpu.runtime.files import uninterrupted
 
 command._GRACE = 0.2
 
@@ -45,12 +45,21 @@ sys.exit(command.guarded(globals()[sys.argv[1]], "the same command goes on"))
 """
 
 
-@pytest.mark.parametrize("work, out, said", [
-    ("devices", "", "stopped by SIGTERM while the devices worked; the same command goes on"),
-    ("saving", "saved\n", "stopped by SIGTERM; the same command goes on")])
+@pytest.mark.parametrize(
+    "work, out, said",
+    [
+        ("devices", "", "stopped by SIGTERM while the devices worked; the same command goes on"),
+        ("saving", "saved\n", "stopped by SIGTERM; the same command goes on"),
+    ],
+)
 def test_sigterm_is_heard_while_the_devices_work_and_waits_for_a_save(work, out, said):
-    process = subprocess.Popen([sys.executable, "-W", "ignore", "-c", WORKING, work], env=process_environment(), text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-c", WORKING, work],
+        env=process_environment(),
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
     try:
         assert process.stdout.readline() == "working\n"
         process.send_signal(signal.SIGTERM)
@@ -61,8 +70,13 @@ def test_sigterm_is_heard_while_the_devices_work_and_waits_for_a_save(work, out,
 
 
 def test_sigterm_of_a_forked_child_is_its_own():
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", WORKING, "forking"], env=process_environment(), text=True,
-                          capture_output=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", WORKING, "forking"],
+        env=process_environment(),
+        text=True,
+        capture_output=True,
+        timeout=120,
+    )
     assert (done.returncode, done.stdout, done.stderr) == (0, "SIGTERM\n", "")
 
 
@@ -79,9 +93,14 @@ def test_ctrl_c_is_one_line(capsys):
     assert capsys.readouterr().err == "stopped; the same command does it again\n"
 
 
-@pytest.mark.parametrize("given, found", [
-    ({}, {"XLA_CLIENT_MEM_FRACTION": "0.9"}), ({"XLA_CLIENT_MEM_FRACTION": "0.5"}, {"XLA_CLIENT_MEM_FRACTION": "0.5"}),
-    ({"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.5"}, {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.5"})])
+@pytest.mark.parametrize(
+    "given, found",
+    [
+        ({}, {"XLA_CLIENT_MEM_FRACTION": "0.9"}),
+        ({"XLA_CLIENT_MEM_FRACTION": "0.5"}, {"XLA_CLIENT_MEM_FRACTION": "0.5"}),
+        ({"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.5"}, {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.5"}),
+    ],
+)
 def test_the_share_of_a_gpu_is_left_to_who_names_one(given, found, monkeypatch):
     for name in ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"):
         monkeypatch.delenv(name, raising=False)
@@ -94,9 +113,9 @@ def test_the_share_of_a_gpu_is_left_to_who_names_one(given, found, monkeypatch):
 
 UNEVEN = """
 import sys, time, jax, jax.numpy as jnp
-from optima_tpu import collective_timeouts
-from optima_tpu.command import take_devices
-from optima_tpu.config import RunConfig
+from optima_tpu.runtime import xla_flags as collective_timeouts
+from optima_tpu.runtime.command import take_devices
+from optima_tpu.config.run_config import RunConfig
 
 for name in collective_timeouts._CPU:
     collective_timeouts._CPU[name] = int(sys.argv[1])
@@ -115,8 +134,9 @@ print(jax.jit(everywhere)())
 def test_devices_wait_for_one_that_is_late_as_long_as_they_are_told(seconds, status, out):
     environment = process_environment()
     environment.pop("XLA_FLAGS", None)
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", UNEVEN, str(seconds)], env=environment, text=True,
-                          capture_output=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", UNEVEN, str(seconds)], env=environment, text=True, capture_output=True, timeout=120
+    )
     assert (done.returncode, done.stdout) == (status, out), done.stderr
 
 
@@ -126,25 +146,44 @@ def test_a_file_that_may_not_be_read_is_one_line(capsys):
 
     assert guarded(command, "again") == 2
     assert capsys.readouterr().err == (
-        "error: runs/a/run.json: Permission denied; expected files that this user may read and write\n")
+        "error: runs/a/run.json: Permission denied; expected files that this user may read and write\n"
+    )
 
 
-DIVIDED, WAITS = "--xla_force_host_platform_device_count=2", ("--xla_cpu_collective_call_warn_stuck_timeout_seconds=3600 "
-                                                              "--xla_cpu_collective_call_terminate_timeout_seconds=86400")
+DIVIDED, WAITS = (
+    "--xla_force_host_platform_device_count=2",
+    ("--xla_cpu_collective_call_warn_stuck_timeout_seconds=3600 --xla_cpu_collective_call_terminate_timeout_seconds=86400"),
+)
 
 
-@pytest.mark.parametrize("simulated, plugins, given, kept", [
-    (1, ["xla_cuda12"], None, None), (None, [], None, None), (2, [], "flags.txt", "flags.txt"), (2, [], None, WAITS),
-    (None, [], DIVIDED, f"{DIVIDED} {WAITS}"), (1, [], DIVIDED, DIVIDED),
-    (2, [], "--xla_cpu_collective_call_warn_stuck_timeout_seconds=5",
-     "--xla_cpu_collective_call_warn_stuck_timeout_seconds=5 --xla_cpu_collective_call_terminate_timeout_seconds=86400"),
-    (None, ["xla_cuda13"],
-     "--xla_gpu_first_collective_call_warn_stuck_timeout_seconds=5 --xla_gpu_executable_terminate_timeout=6",
-     "--xla_gpu_first_collective_call_warn_stuck_timeout_seconds=5 --xla_gpu_executable_terminate_timeout=6 "
-     "--xla_gpu_executable_warn_stuck_timeout=3600 --xla_gpu_first_collective_call_terminate_timeout_seconds=86400")])
+@pytest.mark.parametrize(
+    "simulated, plugins, given, kept",
+    [
+        (1, ["xla_cuda12"], None, None),
+        (None, [], None, None),
+        (2, [], "flags.txt", "flags.txt"),
+        (2, [], None, WAITS),
+        (None, [], DIVIDED, f"{DIVIDED} {WAITS}"),
+        (1, [], DIVIDED, DIVIDED),
+        (
+            2,
+            [],
+            "--xla_cpu_collective_call_warn_stuck_timeout_seconds=5",
+            "--xla_cpu_collective_call_warn_stuck_timeout_seconds=5 --xla_cpu_collective_call_terminate_timeout_seconds=86400",
+        ),
+        (
+            None,
+            ["xla_cuda13"],
+            "--xla_gpu_first_collective_call_warn_stuck_timeout_seconds=5 --xla_gpu_executable_terminate_timeout=6",
+            "--xla_gpu_first_collective_call_warn_stuck_timeout_seconds=5 --xla_gpu_executable_terminate_timeout=6 "
+            "--xla_gpu_executable_warn_stuck_timeout=3600 --xla_gpu_first_collective_call_terminate_timeout_seconds=86400",
+        ),
+    ],
+)
 def test_timeouts_are_raised_where_several_devices_are_in_one_process(simulated, plugins, given, kept, monkeypatch):
-    monkeypatch.setattr(importlib.metadata, "entry_points",
-                        lambda group: [importlib.metadata.EntryPoint(name, "a", group) for name in plugins])
+    monkeypatch.setattr(
+        importlib.metadata, "entry_points", lambda group: [importlib.metadata.EntryPoint(name, "a", group) for name in plugins]
+    )
     monkeypatch.delenv("XLA_FLAGS", raising=False)
     if given is not None:
         monkeypatch.setenv("XLA_FLAGS", given)
@@ -160,8 +199,9 @@ def test_timeouts_are_raised_where_the_environment_divides_the_cpu(monkeypatch):
     assert os.environ["XLA_FLAGS"] == WAITS
 
 
-@pytest.mark.parametrize("platform, given, kept", [
-    ("tpu", None, "mine/xla"), ("gpu", "elsewhere", "elsewhere"), ("cpu", None, None)])
+@pytest.mark.parametrize(
+    "platform, given, kept", [("tpu", None, "mine/xla"), ("gpu", "elsewhere", "elsewhere"), ("cpu", None, None)]
+)
 def test_programs_of_accelerators_are_kept(platform, given, kept, monkeypatch):
     monkeypatch.setenv("OPTIMA_TPU_CACHE", "mine")
     monkeypatch.setattr(jax, "default_backend", lambda: platform)

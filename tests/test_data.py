@@ -48,8 +48,7 @@ def places(window: np.ndarray, stream: np.ndarray) -> np.ndarray:
 
 
 def sample(documents, *, samples, length, seed=0, separator=EOS):
-    return calibration_windows(documents, encode, separator=separator, samples=samples, length=length, seed=seed,
-                               origin="test")
+    return calibration_windows(documents, encode, separator=separator, samples=samples, length=length, seed=seed, origin="test")
 
 
 def save(path, documents, field="text"):
@@ -95,7 +94,7 @@ def test_every_window_is_a_piece_of_one_document_or_of_the_packed_stream(documen
     for piece in pieces:
         left.remove(piece)
     end = tuple(last[last != EOS])
-    assert any(ids[:len(end)] == end for ids in left) or not end
+    assert any(ids[: len(end)] == end for ids in left) or not end
 
 
 def test_long_documents_give_one_window_each_and_the_rest_is_not_read():
@@ -117,14 +116,17 @@ def test_long_documents_give_one_window_each_and_the_rest_is_not_read():
 @given(documents_strategy, st.integers(1, 5), st.integers(1, 4), st.integers(1, 8), st.integers(0, 3))
 def test_held_out_windows_share_no_token_with_the_others(documents, samples, held_out, length, seed):
     """Every document has letters of its own, and one token a letter, so a window tells its place."""
+
     def encode(text):
         return np.array([BOS, *map(ord, text)], np.int32)
 
-    documents = ["".join(chr(1000 * index + place + 300) for place in range(len(document)))
-                 for index, document in enumerate(documents)]
+    documents = [
+        "".join(chr(1000 * index + place + 300) for place in range(len(document))) for index, document in enumerate(documents)
+    ]
     try:
-        result = calibration_windows(documents, encode, separator=None, samples=samples, held_out=held_out, length=length,
-                                     seed=seed, origin="test")
+        result = calibration_windows(
+            documents, encode, separator=None, samples=samples, held_out=held_out, length=length, seed=seed, origin="test"
+        )
     except UserError as error:
         assert re.search("no room for|tokens of calibration text", str(error))
         return
@@ -136,13 +138,19 @@ def test_held_out_windows_share_no_token_with_the_others(documents, samples, hel
 @pytest.mark.parametrize("documents", [["".join(map(chr, range(33, 120)))], [chr(97 + i) * 30 for i in range(26)]])
 def test_holding_out_does_not_change_the_windows_that_calibrate(documents):
     draw = dict(encode=encode, separator=EOS, samples=4, length=6, seed=1, origin="test")
-    np.testing.assert_array_equal(calibration_windows(documents, held_out=2, **draw).ids[:4],
-                                  calibration_windows(documents, **draw).ids)
+    np.testing.assert_array_equal(
+        calibration_windows(documents, held_out=2, **draw).ids[:4], calibration_windows(documents, **draw).ids
+    )
 
 
-@pytest.mark.parametrize("documents, samples", [(["".join(map(chr, range(33, 120)))], 4),
-                                                ([chr(97 + i) * 30 for i in range(26)], 4),
-                                                ([chr(97 + i) * 3 for i in range(26)], 5)])
+@pytest.mark.parametrize(
+    "documents, samples",
+    [
+        (["".join(map(chr, range(33, 120)))], 4),
+        ([chr(97 + i) * 30 for i in range(26)], 4),
+        ([chr(97 + i) * 3 for i in range(26)], 5),
+    ],
+)
 def test_another_seed_gives_other_windows(documents, samples):
     first, second = (sample(documents, samples=samples, length=20, seed=seed) for seed in (0, 1))
     assert (first.ids != second.ids).any()
@@ -195,7 +203,7 @@ def test_evaluation_windows_are_the_text_cut_in_order(documents, length, windows
         return
     every = evaluation_windows(documents, encode, length=length, windows=None, origin="test")
     assert every.ids.shape == (stream.size // length, length) and every.ids.dtype == np.int32
-    np.testing.assert_array_equal(every.ids.ravel(), stream[:every.ids.size])
+    np.testing.assert_array_equal(every.ids.ravel(), stream[: every.ids.size])
     first = evaluation_windows(iter(documents), encode, length=length, windows=windows, origin="test")
     np.testing.assert_array_equal(first.ids, every.ids[:windows])
 
@@ -210,6 +218,7 @@ def test_evaluation_reads_on_where_a_token_is_long():
 
 def test_what_the_tokenizer_puts_at_the_end_of_a_text_is_in_no_window_before_that():
     """Of the first document alone it would be the last token of the last window."""
+
     def with_eos(text):
         return np.array([*range(len(text) // 10), EOS], np.int32)
 
@@ -294,17 +303,20 @@ def test_a_missing_field_is_refused_with_those_there_are(tmp_path, name):
         list(data.File(save(tmp_path / name, DOCUMENTS), "body").documents("calibration"))
 
 
-@pytest.mark.parametrize("name, content, message", [
-    ("a.txt", b"\xff\xfe\xff", "UTF-8"),
-    ("a.txt.gz", b"no gzip", "a.txt.gz"),
-    ("a.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 99, mtime=0)[:-9], "a.jsonl.gz"),
-    ("a.parquet", b"no parquet", "Parquet"),
-    ("a.jsonl", b'{"text": "a"}\n{"text":', "line 2"),
-    ("a.jsonl", b'["a"]\n', "line 1"),
-    ("a.jsonl", b'{"text": null}\n', "NoneType"),
-    ("a.jsonl", b'{"text": "\\ud800"}\n', "surrogates"),
-    ("a.csv", b"text\na\n", r"\.parquet"),
-])
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("a.txt", b"\xff\xfe\xff", "UTF-8"),
+        ("a.txt.gz", b"no gzip", "a.txt.gz"),
+        ("a.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 99, mtime=0)[:-9], "a.jsonl.gz"),
+        ("a.parquet", b"no parquet", "Parquet"),
+        ("a.jsonl", b'{"text": "a"}\n{"text":', "line 2"),
+        ("a.jsonl", b'["a"]\n', "line 1"),
+        ("a.jsonl", b'{"text": null}\n', "NoneType"),
+        ("a.jsonl", b'{"text": "\\ud800"}\n', "surrogates"),
+        ("a.csv", b"text\na\n", r"\.parquet"),
+    ],
+)
 def test_a_damaged_or_unknown_file_is_refused_in_one_line(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=message) as raised:
@@ -334,10 +346,16 @@ def test_npy_rows_are_used_as_they_are(tmp_path, tokenizer):
         data.calibration_tokens(source, tokenizer, samples=1, length=8, seed=0)
 
 
-@pytest.mark.parametrize("array, message", [
-    (np.array([[0, 258]]), "258"), (np.array([[-1, 3]]), "-1"), (np.zeros((2, 2)), "float64"),
-    (np.zeros(2, int), "integer array"), (np.array([["a", None]], object), "numpy.save"),
-])
+@pytest.mark.parametrize(
+    "array, message",
+    [
+        (np.array([[0, 258]]), "258"),
+        (np.array([[-1, 3]]), "-1"),
+        (np.zeros((2, 2)), "float64"),
+        (np.zeros(2, int), "integer array"),
+        (np.array([["a", None]], object), "numpy.save"),
+    ],
+)
 def test_npy_that_is_no_matrix_of_ids_is_refused(tmp_path, tokenizer, array, message):
     np.save(tmp_path / "a.npy", array)
     with pytest.raises(UserError, match=message):
@@ -388,14 +406,25 @@ def test_a_file_in_the_cache_needs_no_hub(hub_cache):
 # The command line's strings
 
 
-@pytest.mark.parametrize("text", ["pydoc", "c4", "wikitext2", "random", "file:a/b.txt", "file:b.jsonl?field=page",
-                                  "npy:x.npy", "self", "self?temperature=0.8"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "pydoc",
+        "c4",
+        "wikitext2",
+        "random",
+        "file:a/b.txt",
+        "file:b.jsonl?field=page",
+        "npy:x.npy",
+        "self",
+        "self?temperature=0.8",
+    ],
+)
 def test_a_source_is_written_as_it_is_read(text):
     assert str(data.parse_source(text)) == text
 
 
-@pytest.mark.parametrize("text", ["", "c5", "a.txt", "file:", "npy:", "c4:x", "file:a.jsonl?page",
-                                  "file:a.jsonl?field="])
+@pytest.mark.parametrize("text", ["", "c5", "a.txt", "file:", "npy:", "c4:x", "file:a.jsonl?page", "file:a.jsonl?field="])
 def test_other_source_texts_are_refused(text):
     with pytest.raises(UserError, match="file:PATH"):
         data.parse_source(text)
@@ -421,10 +450,17 @@ def test_calibration_and_evaluation_on_the_same_file_are_refused(tmp_path):
         data.refuse_overlap(data.parse_source(text), data.parse_source(text))
 
 
-@pytest.mark.parametrize(("calibration", "evaluation", "place"), [
-    ("c4", "hub:Allenai/C4/en@train", "allenai/c4@train"), ("hub:a/b/c@train", "hub:A/B/c@train[:9]", "a/b@train"),
-    ("hub:a/b@train", "hub:a/b/default@train", "a/b@train"), ("hub:a/b/default@train", "hub:a/b@train", "a/b@train"),
-    ("hub:a/b/c@train", "hub:a/b/d@train", None), ("hub:a/b@train", "hub:a/b/c@test", None)])
+@pytest.mark.parametrize(
+    ("calibration", "evaluation", "place"),
+    [
+        ("c4", "hub:Allenai/C4/en@train", "allenai/c4@train"),
+        ("hub:a/b/c@train", "hub:A/B/c@train[:9]", "a/b@train"),
+        ("hub:a/b@train", "hub:a/b/default@train", "a/b@train"),
+        ("hub:a/b/default@train", "hub:a/b@train", "a/b@train"),
+        ("hub:a/b/c@train", "hub:a/b/d@train", None),
+        ("hub:a/b@train", "hub:a/b/c@test", None),
+    ],
+)
 def test_a_data_set_is_the_same_in_any_case_and_with_no_configuration_named(calibration, evaluation, place):
     sources = data.parse_source(calibration), data.parse_source(evaluation)
     part = data.shared(*sources)

@@ -21,8 +21,10 @@ def models(shape=(1, 1), change=lambda arrays: None):
     """A tiny Llama, and the same without one in twenty of the weights of its linear layers."""
     config, tensors = tiny_llama()
     rng = np.random.default_rng(2)
-    arrays = {name: array * (rng.random(array.shape) > 0.05) if "_proj" in name else array.copy()
-              for name, array in tensors.arrays.items()}
+    arrays = {
+        name: array * (rng.random(array.shape) > 0.05) if "_proj" in name else array.copy()
+        for name, array in tensors.arrays.items()
+    }
     change(arrays)
     return [Decoder.open(config, source, mesh(*shape), batch=1) for source in (tensors, MemoryTensors(arrays))]
 
@@ -46,7 +48,7 @@ def log_probabilities(decoder: Decoder, hidden: np.ndarray) -> np.ndarray:
 def clustered(values: np.ndarray) -> tuple[float, float]:
     """Mean of [windows, positions] and its cluster-robust standard error, from the residuals."""
     windows, residuals = len(values), values - values.mean()
-    variance = windows / (windows - 1) * np.sum(residuals.sum(axis=1) ** 2) / values.size ** 2
+    variance = windows / (windows - 1) * np.sum(residuals.sum(axis=1) ** 2) / values.size**2
     return values.mean(), np.sqrt(variance)
 
 
@@ -57,8 +59,13 @@ def expected():
     for dense, pruned in zip(*map(streams, models())):
         p, q = (log_probabilities(decoder, hidden) for decoder, hidden in zip(models(), (dense, pruned)))
         error = np.sum((pruned.astype(np.float64) - dense) ** 2) / np.sum(dense.astype(np.float64) ** 2)
-        found.append((error, clustered(np.sum(np.exp(p) * (p - q), axis=-1)),
-                      clustered((p.argmax(axis=-1) == q.argmax(axis=-1)).astype(float))))
+        found.append(
+            (
+                error,
+                clustered(np.sum(np.exp(p) * (p - q), axis=-1)),
+                clustered((p.argmax(axis=-1) == q.argmax(axis=-1)).astype(float)),
+            )
+        )
     return *zip(*found), [perplexity(decoder, TOKENS) for decoder in models()]
 
 
@@ -110,6 +117,7 @@ def test_models_that_do_not_belong_together_are_refused():
 def test_a_model_that_overflows_is_named():
     def change(arrays):
         arrays["model.layers.1.mlp.up_proj.weight"] *= np.float32(1e38)
+
     with pytest.raises(UserError, match=r"model\.layers\.1\.mlp\.down_proj .* the pruned model overflows"):
         distance(*models(change=change), TOKENS)
 
@@ -118,6 +126,7 @@ def test_a_second_pair_of_models_compiles_nothing():
     compiled = []
     distance(*models(), TOKENS)
     jax.monitoring.register_event_duration_secs_listener(
-        lambda event, seconds, **_: compiled.append(event) if "backend_compile" in event else None)
+        lambda event, seconds, **_: compiled.append(event) if "backend_compile" in event else None
+    )
     distance(*models(), TOKENS)
     assert not compiled

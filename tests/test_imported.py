@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from optima_tpu.export import read_masks
 from optima_tpu.launch import main
+from optima_tpu.models.checkpoints.export import read_masks
 from tests.helpers import SMALL, folder_tensors
 
 
@@ -27,12 +27,18 @@ def test_the_masks_of_one_run_are_those_of_another(finished, tmp_path, capsys):
     exported = finished.directory / "hf"
     reference = read_masks(exported)
     dense = folder_tensors(finished.model)
-    assert prune(finished.model, tmp_path / "file", "--selector", "imported", "--selector.path",
-                 str(exported / "pruning_masks.npz")) == 0
+    assert (
+        prune(finished.model, tmp_path / "file", "--selector", "imported", "--selector.path", str(exported / "pruning_masks.npz"))
+        == 0
+    )
     (exported / "pruning_masks.npz").rename(tmp_path / "away.npz")
     try:
-        assert prune(finished.model, tmp_path / "zeros", "--selector", "imported", "--selector.path", str(exported),
-                     "--solver", "null") == 0
+        assert (
+            prune(
+                finished.model, tmp_path / "zeros", "--selector", "imported", "--selector.path", str(exported), "--solver", "null"
+            )
+            == 0
+        )
     finally:
         (tmp_path / "away.npz").rename(exported / "pruning_masks.npz")
     for name in ("file", "zeros"):
@@ -64,7 +70,7 @@ def test_with_its_weights_a_pruned_model_is_itself_again(place, finished, tmp_pa
         assert prune(finished.model, tmp_path / "solved", *arguments) == 0  # a start like that of any selector
         solved = json.loads((tmp_path / "solved" / "report.json").read_text())
         first = [block["layers"] for block in solved["blocks"]][0]
-        assert [layer["error_before"] for layer in first] == pytest.approx(errors[0][:len(first)], rel=1e-3)
+        assert [layer["error_before"] for layer in first] == pytest.approx(errors[0][: len(first)], rel=1e-3)
         assert all(layer["error_after"] <= layer["error_before"] * 1.001 for layer in first)
 
 
@@ -77,14 +83,29 @@ def test_weights_that_do_not_fit_are_one_line(finished, masks, tmp_path, capsys)
         file.unlink()
     row, column = np.argwhere(masks[name])[0]
     for path, change, words in (
-            (tmp_path / "masks.npz", None, "which has masks alone; take --selector.weights false"),
-            (tmp_path / "hf", lambda weight: np.where((np.indices(weight.shape) == [[[row]], [[column]]]).all(0), np.nan, weight),
-             f"{name}: expected finite weights where selector.weights is true, got nan"),
-            (tmp_path / "hf", lambda weight: weight[:-1], f"{name}: expected weights {masks[name].shape}, got ")):
+        (tmp_path / "masks.npz", None, "which has masks alone; take --selector.weights false"),
+        (
+            tmp_path / "hf",
+            lambda weight: np.where((np.indices(weight.shape) == [[[row]], [[column]]]).all(0), np.nan, weight),
+            f"{name}: expected finite weights where selector.weights is true, got nan",
+        ),
+        (tmp_path / "hf", lambda weight: weight[:-1], f"{name}: expected weights {masks[name].shape}, got "),
+    ):
         if change:
             save_file(arrays | {name: np.ascontiguousarray(change(arrays[name]))}, tmp_path / "hf" / "model.safetensors")
-        assert prune(finished.model, tmp_path / "run", "--selector", "imported", "--selector.path", str(path),
-                     "--selector.weights", "true") == 2
+        assert (
+            prune(
+                finished.model,
+                tmp_path / "run",
+                "--selector",
+                "imported",
+                "--selector.path",
+                str(path),
+                "--selector.weights",
+                "true",
+            )
+            == 2
+        )
         error = capsys.readouterr().err
         assert words in error and error.count("\n") == 1 and not (tmp_path / "run").exists()
 
@@ -117,18 +138,22 @@ def lost(masks):
     return {name: keep for name, keep in masks.items() if name != "model.layers.2.self_attn.o_proj.weight"}
 
 
-@pytest.mark.parametrize("damage, pattern, words", [
-    (flipped, "0.5", "model.layers.0.mlp.down_proj.weight: the mask looks flipped"),
-    (cut, "0.5", "model.layers.1.mlp.up_proj.weight: expected a mask of the weight's shape"),
-    (lost, "0.5", "no mask for 1 pruned layers (model.layers.2.self_attn.o_proj.weight)"),
-    (dict, "2:4", "model.layers.0.mlp.down_proj.weight: expected 2 kept of every 4, got"),
-    (dict, "0.6", "model.layers.0.mlp.down_proj.weight: expected 60.00% of the weights pruned, got 50.00%"),
-])
+@pytest.mark.parametrize(
+    "damage, pattern, words",
+    [
+        (flipped, "0.5", "model.layers.0.mlp.down_proj.weight: the mask looks flipped"),
+        (cut, "0.5", "model.layers.1.mlp.up_proj.weight: expected a mask of the weight's shape"),
+        (lost, "0.5", "no mask for 1 pruned layers (model.layers.2.self_attn.o_proj.weight)"),
+        (dict, "2:4", "model.layers.0.mlp.down_proj.weight: expected 2 kept of every 4, got"),
+        (dict, "0.6", "model.layers.0.mlp.down_proj.weight: expected 60.00% of the weights pruned, got 50.00%"),
+    ],
+)
 def test_masks_that_do_not_fit_are_one_line_before_anything_is_written(damage, pattern, words, finished, masks, tmp_path, capsys):
     path = tmp_path / "masks.npz"
     np.savez(path, **damage(masks))
-    assert prune(finished.model, tmp_path / "run", "--selector", "imported", "--selector.path", str(path), "--pattern",
-                 pattern) == 2
+    assert (
+        prune(finished.model, tmp_path / "run", "--selector", "imported", "--selector.path", str(path), "--pattern", pattern) == 2
+    )
     error = capsys.readouterr().err
     assert words in error and error.count("\n") == 1 and not (tmp_path / "run").exists()
 

@@ -6,8 +6,8 @@ import sys
 from pathlib import Path
 
 import optima_tpu
-from optima_tpu.checkpoint import CheckpointTensors
-from optima_tpu.journal import open_journal
+from optima_tpu.models.checkpoints.orbax import CheckpointTensors
+from optima_tpu.pipeline.journal import open_journal
 from tests.fake_run import ASSETS, MANIFEST, activations_after, assert_same, finished_run, small_model, states_of
 
 # A limit on the size of files stands for the full disk: the same calls fail, with another error number.
@@ -15,13 +15,13 @@ FULL_DISK = """
 import resource, sys
 from pathlib import Path
 import numpy as np
-from optima_tpu.checkpoint import quiet_orbax, write_checkpoint
-from optima_tpu.journal import open_journal
+from optima_tpu.models.checkpoints.orbax import quiet_orbax, write_checkpoint
+from optima_tpu.pipeline.journal import open_journal
 from optima_tpu.errors import UserError
-import optima_tpu.journal
+import optima_tpu.pipeline.journal
 from tests import fake_run
 
-optima_tpu.journal.STATES_EVERY = 0
+optima_tpu.pipeline.journal.STATES_EVERY = 0
 quiet_orbax()
 source, big = fake_run.small_model(), np.random.default_rng(0).standard_normal((256, 256))
 source.tensors["model.embed_tokens.weight"] = big
@@ -46,8 +46,13 @@ for journal, write in zip(journals, writes):
 def in_its_own_process(code: str, *arguments) -> subprocess.CompletedProcess:
     paths = [str(Path(__file__).parents[1]), str(Path(optima_tpu.__path__[0]).parent), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "JAX_PLATFORMS": "cpu"}
-    return subprocess.run([sys.executable, "-W", "ignore", "-c", code, *map(str, arguments)], env=environment,
-                          text=True, capture_output=True, timeout=300)
+    return subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code, *map(str, arguments)],
+        env=environment,
+        text=True,
+        capture_output=True,
+        timeout=300,
+    )
 
 
 def test_a_full_disk_is_one_line_and_costs_no_finished_block(tmp_path):
@@ -68,12 +73,12 @@ def test_a_full_disk_is_one_line_and_costs_no_finished_block(tmp_path):
 KILLED_RUNS = """
 import os, random, signal, sys, time
 from pathlib import Path
-from optima_tpu.checkpoint import CheckpointTensors
-from optima_tpu.journal import open_journal
-import optima_tpu.journal
+from optima_tpu.models.checkpoints.orbax import CheckpointTensors
+from optima_tpu.pipeline.journal import open_journal
+import optima_tpu.pipeline.journal
 from tests import fake_run
 
-optima_tpu.journal.STATES_EVERY = 0
+optima_tpu.pipeline.journal.STATES_EVERY = 0
 SOURCE, BLOCKS = fake_run.small_model(), 2
 EVENTS = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "shutil.rmtree"}
 

@@ -1,6 +1,6 @@
 """Twenty kills of a run in two processes, at random times: every one goes on to the bits of a run that nothing stopped.
 
-    python -m pytest -m slow tests/test_kills.py
+python -m pytest -m slow tests/test_kills.py
 """
 
 import random
@@ -21,9 +21,15 @@ VICTIMS = ((0,), (1,), (0, 1))
 
 def start(arguments: list[str]) -> list[subprocess.Popen]:
     several = ["--mesh", "2x2", "--cpu-devices", "2", "--coordinator", f"localhost:{free_port()}", "--num-processes", "2"]
-    return [subprocess.Popen([sys.executable, "-m", "optima_tpu.launch", *arguments, *several, "--process-id", str(number)],
-                             env=process_environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-            for number in range(2)]
+    return [
+        subprocess.Popen(
+            [sys.executable, "-m", "optima_tpu.launch", *arguments, *several, "--process-id", str(number)],
+            env=process_environment(),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        for number in range(2)
+    ]
 
 
 @pytest.fixture(scope="module")

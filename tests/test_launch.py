@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from optima_tpu.export import read_masks
 from optima_tpu.launch import main
+from optima_tpu.method.patterns import parse_pattern
+from optima_tpu.models.checkpoints import open_model
+from optima_tpu.models.checkpoints.export import read_masks
+from optima_tpu.models.checkpoints.source import DTYPES
 from optima_tpu.models.decoder import Decoder
-from optima_tpu.patterns import parse_pattern
-from optima_tpu.weights import open_model
-from optima_tpu.weights.source import DTYPES
 from tests.helpers import SMALL, folder_tensors, mesh, tiny_folder
 
 LAYERS = 7
@@ -24,8 +24,9 @@ BLOCKS = 3
 def command(module: str, *arguments) -> subprocess.CompletedProcess:
     """``python -m module`` as a person types it, with its output piped."""
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(sys.path)}
-    return subprocess.run([sys.executable, "-m", module, *map(str, arguments)], env=environment, capture_output=True, text=True,
-                          timeout=300)
+    return subprocess.run(
+        [sys.executable, "-m", module, *map(str, arguments)], env=environment, capture_output=True, text=True, timeout=300
+    )
 
 
 def assert_pruned(source: Path, exported: Path, pattern: str) -> None:
@@ -68,8 +69,13 @@ def test_the_report_is_complete(finished):
     assert f"\n{recipe}. The settings" in (finished.directory / "hf" / "README.md").read_text()
     assert report["configuration"]["pattern"] == "0.5" and report["configuration"]["model"] == str(finished.model)
     assert report["environment"]["mesh"] == {"data": 4, "model": 2}
-    assert set(report["seconds"]) >= {"dense perplexity", "pruning", "writing the checkpoint", "pruned perplexity",
-                                      "exporting for transformers"}
+    assert set(report["seconds"]) >= {
+        "dense perplexity",
+        "pruning",
+        "writing the checkpoint",
+        "pruned perplexity",
+        "exporting for transformers",
+    }
     assert [block["index"] for block in report["blocks"]] == list(range(BLOCKS))
     for block in report["blocks"]:
         assert len(block["layers"]) == LAYERS
@@ -128,11 +134,15 @@ def test_one_device_in_a_process_of_its_own_agrees_with_eight(finished, tmp_path
         assert np.abs(other[name] - expected[name]).max() < 1e-3 * np.abs(expected[name]).max(), name
 
 
-@pytest.mark.parametrize(("dtype", "pattern", "options", "untied"), [
-    ("float16", "0.6/layer", ["--selector", "magnitude", "--solver", "null"], False),
-    ("float32", "2:4", ["--solver", "exact"], True),
-    ("bfloat16", "2:4", ["--solver", "mpax", "--accept", "per_layer"], False),
-], ids=["null in float16", "exact", "mpax in bfloat16"])
+@pytest.mark.parametrize(
+    ("dtype", "pattern", "options", "untied"),
+    [
+        ("float16", "0.6/layer", ["--selector", "magnitude", "--solver", "null"], False),
+        ("float32", "2:4", ["--solver", "exact"], True),
+        ("bfloat16", "2:4", ["--solver", "mpax", "--accept", "per_layer"], False),
+    ],
+    ids=["null in float16", "exact", "mpax in bfloat16"],
+)
 def test_every_solver_runs_end_to_end(tmp_path, dtype, pattern, options, untied):
     model = tiny_folder(tmp_path / "model", dtype=dtype, tie_word_embeddings=not untied)
     run = tmp_path / "run"

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from optima_tpu.command import LOST, RESUME
+from optima_tpu.runtime.command import LOST, RESUME
 
 LAUNCH = Path(__file__).parent.parent / "launch"
 SCRIPTS = sorted(path.name for path in LAUNCH.iterdir() if path.suffix in (".sh", ".sbatch"))
@@ -36,16 +36,21 @@ def stub(tmp_path):
 
 
 def run(script, *arguments, **environment):
-    return subprocess.run([LAUNCH / script, *arguments], capture_output=True, text=True, timeout=20,
-                          env={"PATH": os.environ["PATH"], **environment})
+    return subprocess.run(
+        [LAUNCH / script, *arguments], capture_output=True, text=True, timeout=20, env={"PATH": os.environ["PATH"], **environment}
+    )
 
 
 def started(*arguments, **environment):
     pipes = dict.fromkeys(("stdout", "stderr"), subprocess.PIPE)
     # A shell cannot trap what was ignored when it began: SIGINT, where the tests run in the background of another shell.
     heard = "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv(sys.argv[1], sys.argv[1:])"
-    return subprocess.Popen([sys.executable, "-c", heard, LAUNCH / "local_processes.sh", *arguments], **pipes, text=True,
-                            env={"PATH": os.environ["PATH"], **environment})
+    return subprocess.Popen(
+        [sys.executable, "-c", heard, LAUNCH / "local_processes.sh", *arguments],
+        **pipes,
+        text=True,
+        env={"PATH": os.environ["PATH"], **environment},
+    )
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
@@ -64,12 +69,13 @@ def test_dry_run_of_local_processes():
     result = run("local_processes.sh", "--dry-run", "3", *ARGUMENTS, OPTIMA_PYTHON="bash")
     assert [shlex.split(line) for line in result.stdout.splitlines()] == [
         ["bash", *COMMAND, "--coordinator", "127.0.0.1:PORT", "--num-processes", "3", "--process-id", str(k), *ARGUMENTS]
-        for k in range(3)]
+        for k in range(3)
+    ]
 
 
 def test_dry_run_of_slurm():
     command = shlex.split(run("slurm_gpu.sbatch", "--dry-run", *ARGUMENTS).stdout)
-    assert command[0] == "srun" and command[-len(ARGUMENTS) - 3:] == ["python", *COMMAND, *ARGUMENTS]
+    assert command[0] == "srun" and command[-len(ARGUMENTS) - 3 :] == ["python", *COMMAND, *ARGUMENTS]
 
 
 def test_dry_run_of_a_tpu_pod():
@@ -106,18 +112,21 @@ def test_jobset_resumes_what_was_stopped_and_not_what_needs_mending():
     assert job["parallelism"] == job["completions"] and job["template"]["spec"]["restartPolicy"] == "Never"
 
 
-@pytest.mark.parametrize("script, arguments, environment, needed", [
-    ("tpu_pod.sh", ["--model", "x"], {}, "TPU_NAME"),
-    ("tpu_pod.sh", ["--model", "x"], {"TPU_NAME": "x"}, "ZONE"),
-    ("tpu_pod.sh", ["--model", "x"], {"TPU_NAME": "x", "ZONE": "z"}, "needs gcloud"),
-    ("gke.sh", ["--model", "x"], {}, "OPTIMA_IMAGE"),
-    ("gke.sh", ["--model", "x"], {"OPTIMA_IMAGE": "x"}, "needs kubectl"),
-    ("gke.sh", ["--model", "x\ny"], {"OPTIMA_IMAGE": "x"}, "control characters"),
-    ("slurm_gpu.sbatch", ["--model", "x"], {}, "submit it with sbatch"),
-    ("slurm_gpu.sbatch", ["--model", "x"], {"SLURM_JOB_ID": "1"}, "needs srun"),
-    ("local_processes.sh", ["--model", "x"], {}, "expected N"),
-    ("local_processes.sh", ["2"], {"OPTIMA_PYTHON": "/no/python"}, "needs the program '/no/python'"),
-])
+@pytest.mark.parametrize(
+    "script, arguments, environment, needed",
+    [
+        ("tpu_pod.sh", ["--model", "x"], {}, "TPU_NAME"),
+        ("tpu_pod.sh", ["--model", "x"], {"TPU_NAME": "x"}, "ZONE"),
+        ("tpu_pod.sh", ["--model", "x"], {"TPU_NAME": "x", "ZONE": "z"}, "needs gcloud"),
+        ("gke.sh", ["--model", "x"], {}, "OPTIMA_IMAGE"),
+        ("gke.sh", ["--model", "x"], {"OPTIMA_IMAGE": "x"}, "needs kubectl"),
+        ("gke.sh", ["--model", "x\ny"], {"OPTIMA_IMAGE": "x"}, "control characters"),
+        ("slurm_gpu.sbatch", ["--model", "x"], {}, "submit it with sbatch"),
+        ("slurm_gpu.sbatch", ["--model", "x"], {"SLURM_JOB_ID": "1"}, "needs srun"),
+        ("local_processes.sh", ["--model", "x"], {}, "expected N"),
+        ("local_processes.sh", ["2"], {"OPTIMA_PYTHON": "/no/python"}, "needs the program '/no/python'"),
+    ],
+)
 def test_what_is_missing_is_said(tmp_path, script, arguments, environment, needed):
     for name in ("bash", "env", "dirname"):  # and nothing else, whatever this host has installed
         (tmp_path / name).symlink_to(shutil.which(name))
@@ -147,7 +156,8 @@ def test_local_processes_share_a_coordinator_and_only_the_first_writes_to_stdout
     address = commands[0][3]
     assert address.startswith("127.0.0.1:") and 0 < int(address.partition(":")[2]) < 2**16
     assert commands == [
-        [*COMMAND, "--coordinator", address, "--num-processes", "3", "--process-id", str(k), *ARGUMENTS] for k in range(3)]
+        [*COMMAND, "--coordinator", address, "--num-processes", "3", "--process-id", str(k), *ARGUMENTS] for k in range(3)
+    ]
     assert result.stdout == "this is 0\n"
     assert sorted(result.stderr.splitlines()) == ["[1] this is 1", "[2] this is 2"]
 

@@ -5,24 +5,32 @@ import json
 import pytest
 
 from optima_tpu.errors import UserError
-from optima_tpu.export import read_masks
 from optima_tpu.launch import main
-from optima_tpu.layer_rules import LayerRule, check_layers, layers_text, parse_layers, pattern_of
-from optima_tpu.patterns import NM, Unstructured
+from optima_tpu.method.layer_rules import LayerRule, check_layers, layers_text, parse_layers, pattern_of
+from optima_tpu.method.patterns import NM, Unstructured
+from optima_tpu.models.checkpoints.export import read_masks
 from tests.helpers import SMALL, folder_tensors, tiny_folder
 
 HALF = Unstructured(0.5)
-SHAPES = [(f"model.layers.{index}.{name}", name, (12, 20)) for index in range(12)
-          for name in ("self_attn.q_proj", "mlp.up_proj", "mlp.down_proj")]
+SHAPES = [
+    (f"model.layers.{index}.{name}", name, (12, 20))
+    for index in range(12)
+    for name in ("self_attn.q_proj", "mlp.up_proj", "mlp.down_proj")
+]
 
 
-@pytest.mark.parametrize("text, rules", [
-    ("", ()),
-    ("self_attn.*=dense", (LayerRule("self_attn.*", None),)),
-    (" mlp.down_proj = 0.6 , model.layers.0.*=2:4,", (LayerRule("mlp.down_proj", Unstructured(0.6, "layer")),
-                                                      LayerRule("model.layers.0.*", NM(2, 4)))),
-    ("*=0.3/row", (LayerRule("*", Unstructured(0.3, "row")),)),
-])
+@pytest.mark.parametrize(
+    "text, rules",
+    [
+        ("", ()),
+        ("self_attn.*=dense", (LayerRule("self_attn.*", None),)),
+        (
+            " mlp.down_proj = 0.6 , model.layers.0.*=2:4,",
+            (LayerRule("mlp.down_proj", Unstructured(0.6, "layer")), LayerRule("model.layers.0.*", NM(2, 4))),
+        ),
+        ("*=0.3/row", (LayerRule("*", Unstructured(0.3, "row")),)),
+    ],
+)
 def test_rules_are_read_and_written(text, rules):
     assert parse_layers(text, "layer") == rules
     assert parse_layers(layers_text(rules, "layer"), "layer") == parse_layers(layers_text(rules)) == rules
@@ -62,8 +70,24 @@ def test_check_names_what_is_wrong():
 def test_a_run_leaves_alone_what_it_is_told_to(tmp_path, capsys):
     model = tiny_folder(tmp_path / "model")
     rules = "self_attn.*=dense,mlp.down_proj=0.25,model.layers.2.*=dense"
-    assert main(["--model", str(model), "--output", str(tmp_path / "run"), "--preset", "fast", "--pattern", "2:4", "--layers",
-                 rules, *SMALL]) == 0
+    assert (
+        main(
+            [
+                "--model",
+                str(model),
+                "--output",
+                str(tmp_path / "run"),
+                "--preset",
+                "fast",
+                "--pattern",
+                "2:4",
+                "--layers",
+                rules,
+                *SMALL,
+            ]
+        )
+        == 0
+    )
     before, after = folder_tensors(model), folder_tensors(tmp_path / "run" / "hf")
     masks = read_masks(tmp_path / "run" / "hf")
     pruned = {f"model.layers.{index}.mlp.{name}_proj.weight" for index in (0, 1) for name in ("gate", "up", "down")}
@@ -82,11 +106,14 @@ def test_a_run_leaves_alone_what_it_is_told_to(tmp_path, capsys):
     assert rules in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("arguments, words", [
-    (("--layers", "attention.*=dense"), "no layer matches 'attention.*'"),
-    (("--layers", "*=dense"), "leaves all of them dense"),
-    (("--layers", "mlp.down_proj=5:7"), "down_proj: pattern 5:7 needs a number of inputs divisible by 7"),
-])
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (("--layers", "attention.*=dense"), "no layer matches 'attention.*'"),
+        (("--layers", "*=dense"), "leaves all of them dense"),
+        (("--layers", "mlp.down_proj=5:7"), "down_proj: pattern 5:7 needs a number of inputs divisible by 7"),
+    ],
+)
 def test_rules_that_do_not_fit_the_model_are_one_line_before_anything_is_written(arguments, words, tmp_path, capsys):
     model = tiny_folder(tmp_path / "model")
     assert main(["--model", str(model), "--output", str(tmp_path / "run"), *SMALL, *arguments]) == 2

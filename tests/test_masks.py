@@ -8,21 +8,24 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
+from huggingface_hub.errors import EntryNotFoundError
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from huggingface_hub.errors import EntryNotFoundError
 
-import optima_tpu.masks
+import optima_tpu.models.masks
 from optima_tpu.errors import UserError
-from optima_tpu.export import export, read_masks
-from optima_tpu.masks import check_masks, open_masks
-from optima_tpu.patterns import NM, Unstructured
-from optima_tpu.selectors.imported import Imported
+from optima_tpu.method.patterns import NM, Unstructured
+from optima_tpu.method.selectors.imported import Imported
+from optima_tpu.models.checkpoints.export import export, read_masks
+from optima_tpu.models.masks import check_masks, open_masks
 from tests.fake_run import ASSETS, BLOCKS, MANIFEST, finished_run, open_journal, pruned_block, small_model
 from tests.helpers import MemoryTensors, folder_tensors, tiny_folder
 
-SHAPES = {"model.layers.0.self_attn.q_proj.weight": (6, 12), "model.layers.0.mlp.down_proj.weight": (5, 20),
-          "model.layers.10.mlp.down_proj.weight": (3, 4)}  # 12 bits: the last byte of a packed mask is not full
+SHAPES = {
+    "model.layers.0.self_attn.q_proj.weight": (6, 12),
+    "model.layers.0.mlp.down_proj.weight": (5, 20),
+    "model.layers.10.mlp.down_proj.weight": (3, 4),
+}  # 12 bits: the last byte of a packed mask is not full
 Q, DOWN, LAST = SHAPES
 
 
@@ -64,6 +67,7 @@ def write_maskllm(path, masks, suffix=".mask"):
 
 
 # Formats
+
 
 @pytest.mark.parametrize("suffix", [".mask", ""])
 def test_maskllm(tmp_path, suffix):
@@ -113,9 +117,11 @@ def test_a_run_and_its_export_give_the_masks_of_the_run(tmp_path):
     # What this random mask keeps is no larger than what it prunes: only magnitudes that agree pass for one.
     dense = MemoryTensors({name: keep + 0.5 for name, keep in masks.items()})
     digests = set()
-    for path, how in ((tmp_path / "run", "masks of a run directory"),
-                      (tmp_path / "out", "pruning_masks.npz of this program"),
-                      (tmp_path / "out" / "pruning_masks.npz", "pruning_masks.npz of this program")):
+    for path, how in (
+        (tmp_path / "run", "masks of a run directory"),
+        (tmp_path / "out", "pruning_masks.npz of this program"),
+        (tmp_path / "out" / "pruning_masks.npz", "pruning_masks.npz of this program"),
+    ):
         source = open_masks(str(path))
         assert (source.how, source.from_zeros) == (how, False)
         assert_holds(source, masks)
@@ -166,6 +172,7 @@ def test_a_dense_checkpoint_has_no_masks(tmp_path):
 
 
 # PyTorch's files
+
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "bool", "uint8", "float32"])
 def test_proxsparse(tmp_path, dtype):
@@ -245,6 +252,7 @@ def test_without_torch_its_files_say_what_to_do_and_the_others_open(tmp_path, mo
 
 # The hub
 
+
 def test_the_mask_file_of_a_hub_model_is_taken_and_only_without_one_its_zeros(tmp_path, monkeypatch):
     masks = masks_of(dense_model())
     write_maskllm(tmp_path / "mask_compressed.npz", masks)
@@ -256,15 +264,16 @@ def test_the_mask_file_of_a_hub_model_is_taken_and_only_without_one_its_zeros(tm
             return str(tmp_path / file)
         raise EntryNotFoundError("404")
 
-    monkeypatch.setattr(optima_tpu.masks, "hf_hub_download", download)
+    monkeypatch.setattr(optima_tpu.models.masks, "hf_hub_download", download)
     source = open_masks("org/masks@main")
     assert (source.how, source.origin) == ("MaskLLM npz", "org/masks@main") and asked[-1][2] == "main"
     assert_holds(source, masks)
-    monkeypatch.setattr(optima_tpu.masks.hub, "download", lambda spec: tiny_folder(tmp_path / "model"))
+    monkeypatch.setattr(optima_tpu.models.masks.hub, "download", lambda spec: tiny_folder(tmp_path / "model"))
     assert open_masks("org/pruned").how == "zeros of a checkpoint"
 
 
 # What is not understood
+
 
 def test_what_is_no_mask_file_is_refused_with_a_list_of_what_is(tmp_path):
     (tmp_path / "notes.txt").write_text("masks")
@@ -279,11 +288,16 @@ def test_what_is_no_mask_file_is_refused_with_a_list_of_what_is(tmp_path):
 
 
 def test_npz_files_that_hold_something_else(tmp_path):
-    for arrays, message in (({}, "it holds none"), ({Q: np.zeros((2, 2, 2))}, r"is float64\[2, 2, 2\]"),
-                            ({Q: np.array([None])}, r"is object\[1\]"),
-                            ({Q: np.zeros((6, 2), np.uint8), f"{Q}.shape": np.array([6, 12]), DOWN: np.eye(2)},
-                             rf"holds '{DOWN}' without '{DOWN}.shape'"),
-                            ({Q: np.eye(3), f"{Q}.mask": np.eye(3)}, f"two masks for {Q}")):
+    for arrays, message in (
+        ({}, "it holds none"),
+        ({Q: np.zeros((2, 2, 2))}, r"is float64\[2, 2, 2\]"),
+        ({Q: np.array([None])}, r"is object\[1\]"),
+        (
+            {Q: np.zeros((6, 2), np.uint8), f"{Q}.shape": np.array([6, 12]), DOWN: np.eye(2)},
+            rf"holds '{DOWN}' without '{DOWN}.shape'",
+        ),
+        ({Q: np.eye(3), f"{Q}.mask": np.eye(3)}, f"two masks for {Q}"),
+    ):
         np.savez(tmp_path / "masks.npz", **arrays)
         with pytest.raises(UserError, match=message):
             open_masks(str(tmp_path / "masks.npz"))
@@ -323,6 +337,7 @@ def test_two_mask_files_in_one_folder_are_ambiguous(tmp_path):
 
 # Checks against model and pattern
 
+
 def test_the_digest_is_that_of_the_masks_and_not_of_the_file(tmp_path):
     masks = masks_of(dense_model())
     write_maskllm(tmp_path / "a.npz", masks)
@@ -342,16 +357,18 @@ def test_missing_and_unexpected_masks(tmp_path):
     np.savez(tmp_path / "masks.npz", **{Q: masks[Q], "model.layers.7.mlp.up_proj.weight": masks[DOWN]})
     with pytest.raises(UserError) as error:
         check(tmp_path / "masks.npz")
-    for part in (f"no mask for 2 pruned layers ({DOWN}, {LAST}); it holds {Q}, model.layers.7",
-                 "masks for 1 layers that are not pruned (model.layers.7.mlp.up_proj.weight)", "npz of 0/1 matrices"):
+    for part in (
+        f"no mask for 2 pruned layers ({DOWN}, {LAST}); it holds {Q}, model.layers.7",
+        "masks for 1 layers that are not pruned (model.layers.7.mlp.up_proj.weight)",
+        "npz of 0/1 matrices",
+    ):
         assert part in str(error.value)
     with pytest.raises(UserError, match="that are not pruned") as error:
         check(tmp_path / "masks.npz", shapes={Q: SHAPES[Q]})
     assert "no mask for" not in str(error.value)
 
 
-@pytest.mark.parametrize("shape, said", [((12, 6), r"got \(12, 6\) \(it looks transposed\)"),
-                                         ((6, 8), r"got \(6, 8\) in")])
+@pytest.mark.parametrize("shape, said", [((12, 6), r"got \(12, 6\) \(it looks transposed\)"), ((6, 8), r"got \(6, 8\) in")])
 def test_a_mask_of_another_shape(tmp_path, shape, said):
     masks = masks_of(dense_model()) | {Q: np.ones(shape, bool)}
     np.savez(tmp_path / "masks.npz", **masks)
@@ -374,8 +391,11 @@ def test_a_group_that_keeps_too_many_or_too_few(tmp_path, change):
     group[np.flatnonzero(group != change)[0]] = change
     np.savez(tmp_path / "masks.npz", **masks)
     count = 3 if change else 1
-    with pytest.raises(UserError, match=rf"{DOWN}: expected 2 kept of every 4, got {count} in row 3, group 2 \(inputs 8 "
-                                        r"to 11\), and 1 such groups in all in .* \(npz of 0/1 matrices\)"):
+    with pytest.raises(
+        UserError,
+        match=rf"{DOWN}: expected 2 kept of every 4, got {count} in row 3, group 2 \(inputs 8 "
+        r"to 11\), and 1 such groups in all in .* \(npz of 0/1 matrices\)",
+    ):
         check(tmp_path / "masks.npz")
 
 
@@ -391,10 +411,14 @@ def test_sparsity_may_miss_the_pattern_by_one_percentage_point(tmp_path, off, ac
     weight = np.random.default_rng(0).standard_normal((20, 50))
     order = np.abs(weight).ravel().argsort()
     keep = np.ones(1000, bool)
-    keep[order[:600 + off]] = False
+    keep[order[: 600 + off]] = False
     np.savez(tmp_path / "masks.npz", **{Q: keep.reshape(20, 50)})
-    arguments = (open_masks(str(tmp_path / "masks.npz")), {Q: (20, 50)}, {Q: Unstructured(0.6, group)},
-                 MemoryTensors({Q: weight}))
+    arguments = (
+        open_masks(str(tmp_path / "masks.npz")),
+        {Q: (20, 50)},
+        {Q: Unstructured(0.6, group)},
+        MemoryTensors({Q: weight}),
+    )
     if accepted:
         check_masks(*arguments)
         return
@@ -412,8 +436,9 @@ def test_a_count_rounded_down_in_every_row_is_the_pattern(tmp_path):
         check_masks(source, {Q: (6, 12)}, {Q: Unstructured(0.6, "layer")}, MemoryTensors({Q: weight}))
 
 
-@pytest.mark.parametrize("pattern, n, m", [(NM(2, 4), 2, 4), (Unstructured(0.5), 2, 4), (NM(1, 4), 1, 4),
-                                           (Unstructured(0.75, "layer"), 1, 4)])
+@pytest.mark.parametrize(
+    "pattern, n, m", [(NM(2, 4), 2, 4), (Unstructured(0.5), 2, 4), (NM(1, 4), 1, 4), (Unstructured(0.75, "layer"), 1, 4)]
+)
 def test_flipped_masks_are_refused_at_any_sparsity(tmp_path, pattern, n, m):
     rng = np.random.default_rng(0)
     model = MemoryTensors({DOWN: rng.standard_normal((40, 20)).astype(ml_dtypes.bfloat16)})
@@ -435,8 +460,7 @@ def test_a_random_mask_is_not_taken_for_a_flipped_one(tmp_path):
     means = [np.abs(weight[chosen]).mean() for chosen in (keep, ~keep)]
     keep = keep if means[0] < means[1] else ~keep  # by chance it keeps the smaller ones
     np.savez(tmp_path / "masks.npz", **{Q: keep})
-    check_masks(open_masks(str(tmp_path / "masks.npz")), {Q: (200, 200)}, {Q: Unstructured(0.5)},
-                MemoryTensors({Q: weight}))
+    check_masks(open_masks(str(tmp_path / "masks.npz")), {Q: (200, 200)}, {Q: Unstructured(0.5)}, MemoryTensors({Q: weight}))
 
 
 @pytest.mark.parametrize("share, flipped", [(0.89, True), (0.91, False)])
@@ -466,6 +490,7 @@ def test_masks_are_read_once_and_one_at_a_time(tmp_path):
 
 
 # The choice
+
 
 def test_the_choice_of_imported_masks():
     assert Imported.group == "layer" and Imported("masks.npz").path == "masks.npz" and Imported().path is None

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-
 from jax.sharding import PartitionSpec as P
 
 from optima_tpu.errors import UserError
@@ -20,15 +19,36 @@ from tests.helpers import MemoryTensors, mesh
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-BASE = dict(vocab_size=64, hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=6,
-            num_key_value_heads=3, max_position_embeddings=128)
-LLAMA3 = dict(rope_type="llama3", rope_theta=10000.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
-              original_max_position_embeddings=16)
+BASE = dict(
+    vocab_size=64,
+    hidden_size=48,
+    intermediate_size=80,
+    num_hidden_layers=2,
+    num_attention_heads=6,
+    num_key_value_heads=3,
+    max_position_embeddings=128,
+)
+LLAMA3 = dict(
+    rope_type="llama3",
+    rope_theta=10000.0,
+    factor=8.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+    original_max_position_embeddings=16,
+)
 LINEAR = dict(rope_type="linear", rope_theta=10000.0, factor=2.0)
-GEMMA = BASE | dict(head_dim=12, query_pre_attn_scalar=20, sliding_window=7, final_logit_softcapping=None,
-                    tie_word_embeddings=True)
-OPT = dict(vocab_size=64, hidden_size=48, ffn_dim=80, num_hidden_layers=2, num_attention_heads=6, max_position_embeddings=128,
-           word_embed_proj_dim=48)
+GEMMA = BASE | dict(
+    head_dim=12, query_pre_attn_scalar=20, sliding_window=7, final_logit_softcapping=None, tie_word_embeddings=True
+)
+OPT = dict(
+    vocab_size=64,
+    hidden_size=48,
+    ffn_dim=80,
+    num_hidden_layers=2,
+    num_attention_heads=6,
+    max_position_embeddings=128,
+    word_embed_proj_dim=48,
+)
 LONG = dict(rope_type="longrope", rope_theta=10000.0, short_factor=[1.0, 1.1, 1.3, 1.6], long_factor=[1.0, 2.0, 4.0, 6.0])
 
 
@@ -45,51 +65,144 @@ class Reference(NamedTuple):
 
 
 REFERENCES = [
-    Reference("LlamaForCausalLM", "LlamaConfig", BASE, {
-        "gqa": {}, "tied": dict(tie_word_embeddings=True), "multi-head": dict(num_key_value_heads=6),
-        "biases": dict(attention_bias=True, mlp_bias=True), "head_dim": dict(head_dim=16),
-        "llama3 rope": dict(rope_parameters=LLAMA3), "linear rope": dict(rope_parameters=LINEAR),
-        "nine heads": dict(hidden_size=36, num_attention_heads=9, num_key_value_heads=3)}),
-    Reference("MistralForCausalLM", "MistralConfig", BASE, {
-        "window": dict(sliding_window=7), "no window": dict(sliding_window=None), "head_dim": dict(head_dim=16),
-        "tied": dict(tie_word_embeddings=True)}),
-    Reference("MinistralForCausalLM", "MinistralConfig", BASE | dict(head_dim=8), {
-        "one window": dict(sliding_window=7, layer_types=["full_attention", "sliding_attention"])}),
-    Reference("Qwen2ForCausalLM", "Qwen2Config", BASE, {
-        "plain": {}, "tied": dict(tie_word_embeddings=True), "linear rope": dict(rope_parameters=LINEAR),
-        "window above": dict(use_sliding_window=True, sliding_window=7, max_window_layers=1)}),
-    Reference("Qwen3ForCausalLM", "Qwen3Config", BASE | dict(head_dim=16), {
-        "plain": {}, "biases": dict(attention_bias=True), "tied": dict(tie_word_embeddings=True),
-        "window above": dict(use_sliding_window=True, sliding_window=7, max_window_layers=1)}),
-    Reference("Qwen3MoeForCausalLM", "Qwen3MoeConfig", BASE | dict(
-        head_dim=16, moe_intermediate_size=24, num_experts=5, num_experts_per_tok=2, norm_topk_prob=True), {
-        "plain": {}, "shares as they are": dict(norm_topk_prob=False), "biases": dict(attention_bias=True),
-        "one expert": dict(num_experts_per_tok=1), "tied": dict(tie_word_embeddings=True)}),
-    Reference("Gemma2ForCausalLM", "Gemma2Config", GEMMA, {
-        "no caps": dict(attn_logit_softcapping=None), "caps": dict(attn_logit_softcapping=1.5, final_logit_softcapping=2.5),
-        "untied": dict(tie_word_embeddings=False), "biases": dict(attention_bias=True),
-        "exact gelu": dict(hidden_activation="gelu"), "linear rope": dict(rope_parameters=LINEAR)}),
-    Reference("Gemma3ForCausalLM", "Gemma3TextConfig", GEMMA | dict(num_hidden_layers=3, sliding_window_pattern=3), {
-        "two bases": {}, "final cap": dict(final_logit_softcapping=2.5), "untied": dict(tie_word_embeddings=False),
-        "stretched global base": dict(rope_parameters=dict(
-            full_attention=LINEAR, sliding_attention=dict(rope_type="default", rope_theta=100.0))),
-        "no window": dict(layer_types=["full_attention"] * 3)}),
-    Reference("Olmo2ForCausalLM", "Olmo2Config", BASE | dict(pad_token_id=0, eos_token_id=1), {
-        "plain": {}, "biases": dict(attention_bias=True), "tied": dict(tie_word_embeddings=True),
-        "llama3 rope": dict(rope_parameters=LLAMA3)}),
-    Reference("OPTForCausalLM", "OPTConfig", OPT, {
-        "125m": {}, "350m": dict(do_layer_norm_before=False, word_embed_proj_dim=16),
-        "projected, norm first": dict(word_embed_proj_dim=16), "no final norm": dict(_remove_final_layer_norm=True),
-        "no biases": dict(enable_bias=False), "plain norms": dict(layer_norm_elementwise_affine=False),
-        "untied": dict(tie_word_embeddings=False), "gelu": dict(activation_function="gelu")}),
-    Reference("Phi3ForCausalLM", "Phi3Config", BASE | dict(pad_token_id=0), {
-        "plain": {}, "window": dict(sliding_window=7), "tied": dict(tie_word_embeddings=True),
-        "partial rotation": dict(rope_parameters=dict(rope_type="default", rope_theta=10000.0, partial_rotary_factor=0.5)),
-        "long text": dict(rope_parameters=LONG, original_max_position_embeddings=16),
-        "short text": dict(rope_parameters=LONG, original_max_position_embeddings=64)}),
+    Reference(
+        "LlamaForCausalLM",
+        "LlamaConfig",
+        BASE,
+        {
+            "gqa": {},
+            "tied": dict(tie_word_embeddings=True),
+            "multi-head": dict(num_key_value_heads=6),
+            "biases": dict(attention_bias=True, mlp_bias=True),
+            "head_dim": dict(head_dim=16),
+            "llama3 rope": dict(rope_parameters=LLAMA3),
+            "linear rope": dict(rope_parameters=LINEAR),
+            "nine heads": dict(hidden_size=36, num_attention_heads=9, num_key_value_heads=3),
+        },
+    ),
+    Reference(
+        "MistralForCausalLM",
+        "MistralConfig",
+        BASE,
+        {
+            "window": dict(sliding_window=7),
+            "no window": dict(sliding_window=None),
+            "head_dim": dict(head_dim=16),
+            "tied": dict(tie_word_embeddings=True),
+        },
+    ),
+    Reference(
+        "MinistralForCausalLM",
+        "MinistralConfig",
+        BASE | dict(head_dim=8),
+        {"one window": dict(sliding_window=7, layer_types=["full_attention", "sliding_attention"])},
+    ),
+    Reference(
+        "Qwen2ForCausalLM",
+        "Qwen2Config",
+        BASE,
+        {
+            "plain": {},
+            "tied": dict(tie_word_embeddings=True),
+            "linear rope": dict(rope_parameters=LINEAR),
+            "window above": dict(use_sliding_window=True, sliding_window=7, max_window_layers=1),
+        },
+    ),
+    Reference(
+        "Qwen3ForCausalLM",
+        "Qwen3Config",
+        BASE | dict(head_dim=16),
+        {
+            "plain": {},
+            "biases": dict(attention_bias=True),
+            "tied": dict(tie_word_embeddings=True),
+            "window above": dict(use_sliding_window=True, sliding_window=7, max_window_layers=1),
+        },
+    ),
+    Reference(
+        "Qwen3MoeForCausalLM",
+        "Qwen3MoeConfig",
+        BASE | dict(head_dim=16, moe_intermediate_size=24, num_experts=5, num_experts_per_tok=2, norm_topk_prob=True),
+        {
+            "plain": {},
+            "shares as they are": dict(norm_topk_prob=False),
+            "biases": dict(attention_bias=True),
+            "one expert": dict(num_experts_per_tok=1),
+            "tied": dict(tie_word_embeddings=True),
+        },
+    ),
+    Reference(
+        "Gemma2ForCausalLM",
+        "Gemma2Config",
+        GEMMA,
+        {
+            "no caps": dict(attn_logit_softcapping=None),
+            "caps": dict(attn_logit_softcapping=1.5, final_logit_softcapping=2.5),
+            "untied": dict(tie_word_embeddings=False),
+            "biases": dict(attention_bias=True),
+            "exact gelu": dict(hidden_activation="gelu"),
+            "linear rope": dict(rope_parameters=LINEAR),
+        },
+    ),
+    Reference(
+        "Gemma3ForCausalLM",
+        "Gemma3TextConfig",
+        GEMMA | dict(num_hidden_layers=3, sliding_window_pattern=3),
+        {
+            "two bases": {},
+            "final cap": dict(final_logit_softcapping=2.5),
+            "untied": dict(tie_word_embeddings=False),
+            "stretched global base": dict(
+                rope_parameters=dict(full_attention=LINEAR, sliding_attention=dict(rope_type="default", rope_theta=100.0))
+            ),
+            "no window": dict(layer_types=["full_attention"] * 3),
+        },
+    ),
+    Reference(
+        "Olmo2ForCausalLM",
+        "Olmo2Config",
+        BASE | dict(pad_token_id=0, eos_token_id=1),
+        {
+            "plain": {},
+            "biases": dict(attention_bias=True),
+            "tied": dict(tie_word_embeddings=True),
+            "llama3 rope": dict(rope_parameters=LLAMA3),
+        },
+    ),
+    Reference(
+        "OPTForCausalLM",
+        "OPTConfig",
+        OPT,
+        {
+            "125m": {},
+            "350m": dict(do_layer_norm_before=False, word_embed_proj_dim=16),
+            "projected, norm first": dict(word_embed_proj_dim=16),
+            "no final norm": dict(_remove_final_layer_norm=True),
+            "no biases": dict(enable_bias=False),
+            "plain norms": dict(layer_norm_elementwise_affine=False),
+            "untied": dict(tie_word_embeddings=False),
+            "gelu": dict(activation_function="gelu"),
+        },
+    ),
+    Reference(
+        "Phi3ForCausalLM",
+        "Phi3Config",
+        BASE | dict(pad_token_id=0),
+        {
+            "plain": {},
+            "window": dict(sliding_window=7),
+            "tied": dict(tie_word_embeddings=True),
+            "partial rotation": dict(rope_parameters=dict(rope_type="default", rope_theta=10000.0, partial_rotary_factor=0.5)),
+            "long text": dict(rope_parameters=LONG, original_max_position_embeddings=16),
+            "short text": dict(rope_parameters=LONG, original_max_position_embeddings=64),
+        },
+    ),
 ]
-CASES = [pytest.param(reference, settings, id=f"{reference.model.removesuffix('ForCausalLM')}-{name}")
-         for reference in REFERENCES for name, settings in reference.variants.items()]
+CASES = [
+    pytest.param(reference, settings, id=f"{reference.model.removesuffix('ForCausalLM')}-{name}")
+    for reference in REFERENCES
+    for name, settings in reference.variants.items()
+]
 
 
 def tiny(reference: Reference, settings: dict, dtype=torch.float32):
@@ -101,9 +214,11 @@ def tiny(reference: Reference, settings: dict, dtype=torch.float32):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
-    tensors = {name: value.float().numpy().astype(jax.numpy.dtype(str(dtype).removeprefix("torch.")))
-               for name, value in model.state_dict().items()
-               if not (config.tie_word_embeddings and name == "lm_head.weight")}
+    tensors = {
+        name: value.float().numpy().astype(jax.numpy.dtype(str(dtype).removeprefix("torch.")))
+        for name, value in model.state_dict().items()
+        if not (config.tie_word_embeddings and name == "lm_head.weight")
+    }
     return config, model, MemoryTensors(as_saved(tensors))
 
 
@@ -140,9 +255,11 @@ def test_logits_agree_with_transformers(reference, settings):
     assert (compared(reference, settings) < 1e-4).all()
 
 
-@pytest.mark.parametrize(("reference", "shape"), [
-    *((reference, (4, 2)) for reference in REFERENCES), (REFERENCES[0], (2, 4))],
-    ids=lambda value: getattr(value, "model", str(value)))
+@pytest.mark.parametrize(
+    ("reference", "shape"),
+    [*((reference, (4, 2)) for reference in REFERENCES), (REFERENCES[0], (2, 4))],
+    ids=lambda value: getattr(value, "model", str(value)),
+)
 def test_logits_do_not_depend_on_the_mesh(reference, shape):
     """Three key-value heads do not divide two or four slices of the model axis, six heads do not divide four."""
     assert (compared(reference, next(iter(reference.variants.values())), shape=shape) < 1e-4).all()
@@ -156,9 +273,15 @@ def test_bfloat16_logits_agree_within_its_rounding(reference):
     assert near.mean() > 0.8 if "Moe" in reference.model else near.all()
 
 
-@pytest.mark.parametrize("norm, theirs", [(RMSNorm, "llama.modeling_llama.LlamaRMSNorm"),
-                                          (WideRMSNorm, "olmo2.modeling_olmo2.Olmo2RMSNorm"),
-                                          (ShiftedRMSNorm, "gemma2.modeling_gemma2.Gemma2RMSNorm")], ids=str)
+@pytest.mark.parametrize(
+    "norm, theirs",
+    [
+        (RMSNorm, "llama.modeling_llama.LlamaRMSNorm"),
+        (WideRMSNorm, "olmo2.modeling_olmo2.Olmo2RMSNorm"),
+        (ShiftedRMSNorm, "gemma2.modeling_gemma2.Gemma2RMSNorm"),
+    ],
+    ids=str,
+)
 def test_norms_round_where_the_reference_does(norm, theirs):
     """In bfloat16, bit for bit but where float32 sums in another order fall on the other side of a rounding."""
     module, _, name = theirs.rpartition(".")
@@ -192,11 +315,18 @@ def test_an_unsupported_rope_type_is_refused_by_name():
         family_of(config).read_config(config)
 
 
-@pytest.mark.parametrize(("model", "setting", "value"), [
-    ("LlamaForCausalLM", "hidden_act", "relu"), ("Qwen2ForCausalLM", "layer_types", ["full_attention", "linear_attention"]),
-    ("Qwen3MoeForCausalLM", "mlp_only_layers", [0]), ("Gemma3ForCausalLM", "attn_logit_softcapping", 50.0),
-    ("Gemma2ForCausalLM", "hidden_activation", "mish"), ("OPTForCausalLM", "activation_function", "mish"),
-    ("MistralForCausalLM", "rope_parameters", dict(rope_type="default", rope_theta=1e4, partial_rotary_factor=0.5))])
+@pytest.mark.parametrize(
+    ("model", "setting", "value"),
+    [
+        ("LlamaForCausalLM", "hidden_act", "relu"),
+        ("Qwen2ForCausalLM", "layer_types", ["full_attention", "linear_attention"]),
+        ("Qwen3MoeForCausalLM", "mlp_only_layers", [0]),
+        ("Gemma3ForCausalLM", "attn_logit_softcapping", 50.0),
+        ("Gemma2ForCausalLM", "hidden_activation", "mish"),
+        ("OPTForCausalLM", "activation_function", "mish"),
+        ("MistralForCausalLM", "rope_parameters", dict(rope_type="default", rope_theta=1e4, partial_rotary_factor=0.5)),
+    ],
+)
 def test_an_unsupported_setting_is_refused_by_name(model, setting, value):
     config, *_ = tiny(next(reference for reference in REFERENCES if reference.model == model), {})
     setattr(config, setting, value)

@@ -9,11 +9,12 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from optima_tpu.patterns import Unstructured
-from optima_tpu.problem import LayerProblem, Pruned, objective, output_energy, self_target
-from optima_tpu.selectors import Wanda
-from optima_tpu.sharding import ROWS, make_mesh, over_rows
-from optima_tpu.solvers import MPAX, Exact, mpax
+from optima_tpu.method.patterns import Unstructured
+from optima_tpu.method.problem import LayerProblem, Pruned, objective, output_energy, self_target
+from optima_tpu.method.row_sharding import over_rows
+from optima_tpu.method.selectors import Wanda
+from optima_tpu.method.solvers import MPAX, Exact, mpax
+from optima_tpu.runtime.mesh import ROWS, make_mesh
 from tests.helpers import COLLECTIVE, text_inside_loops, wide
 
 ROW_COUNT, SIZE = 12, 32
@@ -138,6 +139,7 @@ def test_no_collective_inside_the_loop_on_a_mesh(layer):
     sharded = jax.jit(over_rows(MPAX(), mesh))
     inside = text_inside_loops(sharded.lower(problem, pruned).compile().as_text())
     assert inside and not COLLECTIVE.search(inside)
+
     # Left to the compiler, the devices agree on the end of every loop: what the test looks for is there to be found.
     def split(array):
         return jax.device_put(array[:8], NamedSharding(mesh, ROWS))
@@ -152,7 +154,8 @@ def test_one_shape_is_compiled_once(layer):
     MPAX()(problem, pruned)
     compiled = []
     jax.monitoring.register_event_duration_secs_listener(
-        lambda event, seconds, **_: compiled.append(event) if "backend_compile" in event else None)
+        lambda event, seconds, **_: compiled.append(event) if "backend_compile" in event else None
+    )
     MPAX()(problem, pruned)
     MPAX(1e-3, 1e-3, 1000)(problem, pruned)  # tolerances and limits are arguments of the program
     assert not compiled

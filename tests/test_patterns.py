@@ -8,12 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from optima_tpu.errors import UserError
-from optima_tpu.patterns import NM, Unstructured, parse_pattern
-from optima_tpu.ranking import lowest, pairs_that_pay
+from optima_tpu.method.linalg.smallest import lowest, pairs_that_pay
+from optima_tpu.method.patterns import NM, Unstructured, parse_pattern
 
 PATTERNS = st.one_of(
     st.builds(Unstructured, st.floats(0, 0.99), st.sampled_from(["row", "layer"])),
-    st.sampled_from([NM(2, 4), NM(4, 8), NM(6, 8), NM(1, 4), NM(8, 16)]))
+    st.sampled_from([NM(2, 4), NM(4, 8), NM(6, 8), NM(1, 4), NM(8, 16)]),
+)
 
 
 @settings(max_examples=30, deadline=None)
@@ -31,8 +32,9 @@ def test_counts_are_exact_and_no_pruned_score_beats_a_kept_one_of_its_group(patt
         assert sorted(np.flatnonzero(~group_keep)) == sorted(order[:expected])
 
 
-@pytest.mark.parametrize("columns, sparsity, expected", [
-    (100, 0.29, 29), (576, 0.5, 288), (10, 0.0, 0), (3, 0.99, 2), (1000, 0.7, 700)])
+@pytest.mark.parametrize(
+    "columns, sparsity, expected", [(100, 0.29, 29), (576, 0.5, 288), (10, 0.0, 0), (3, 0.99, 2), (1000, 0.7, 700)]
+)
 def test_decimal_sparsities_count_as_written(columns, sparsity, expected):
     assert Unstructured(sparsity).pruned_count((2, columns)) == 2 * expected
 
@@ -42,8 +44,10 @@ def test_nan_scores_go_first():
     assert keep.tolist() == [[False, True, True, False]]
 
 
-@pytest.mark.parametrize("text, expected", [
-    ("0.5", Unstructured(0.5)), ("0.6/layer", Unstructured(0.6, "layer")), ("2:4", NM(2, 4)), ("6:8", NM(6, 8))])
+@pytest.mark.parametrize(
+    "text, expected",
+    [("0.5", Unstructured(0.5)), ("0.6/layer", Unstructured(0.6, "layer")), ("2:4", NM(2, 4)), ("6:8", NM(6, 8))],
+)
 def test_patterns_are_read_from_text(text, expected):
     assert parse_pattern(text) == expected
 

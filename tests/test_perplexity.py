@@ -5,9 +5,9 @@ import json
 
 import pytest
 
-from optima_tpu.config import Calibration, Evaluation, RunConfig
+from optima_tpu.config.run_config import Calibration, Evaluation, RunConfig
 from optima_tpu.evaluate.perplexity import perplexity
-from optima_tpu.inputs import read_texts
+from optima_tpu.pipeline.inputs import read_texts
 from tests.helpers import byte_tokenizer
 from tests.test_families import SIZES, opened
 from tests.test_models import REFERENCES, tiny
@@ -46,8 +46,11 @@ def test_perplexity_is_that_of_torch_with_bos_before_the_text_or_every_window(sa
     folder, reference = saved(family)
     found = {}
     for bos in ("text", "window", None):
-        config = RunConfig(str(folder), calibration=Calibration("random", samples=1, length=LENGTH, held_out=0),
-                           evaluation=Evaluation(f"file:{folder}/text.jsonl", bos=bos))
+        config = RunConfig(
+            str(folder),
+            calibration=Calibration("random", samples=1, length=LENGTH, held_out=0),
+            evaluation=Evaluation(f"file:{folder}/text.jsonl", bos=bos),
+        )
         model = opened(config, (1, 1))
         tokens = read_texts(config, model).evaluation
         assert ("BOS" in tokens.how) == (bos == "window" or (bos is None and "Gemma" in family))

@@ -10,24 +10,24 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import AbstractMesh
 
-from optima_tpu.config import CHOICES, Calibration, RunConfig
+from optima_tpu.config.run_config import CHOICES, Calibration, RunConfig
 from optima_tpu.errors import UserError
-from optima_tpu.layer_rules import parse_layers
-from optima_tpu.patterns import Unstructured
-from optima_tpu.memory import needed
-from optima_tpu.plan import topology
-from optima_tpu.plan.__main__ import main
-from optima_tpu.plan.compile import compiled
-from optima_tpu.plan.estimate import prune_work, solver_cost, storage
-from optima_tpu.plan.hlo import collectives
-from optima_tpu.plan.model import open_declared
-from optima_tpu.plan.plan import make_plan
-from optima_tpu.plan.table import summary
-from optima_tpu.plan.topology import CHIPS, Target, fitting_mesh, parse_topology, topology_target
-from optima_tpu.prune import prune_group
-from optima_tpu.recipe import Recipe
-from optima_tpu.selectors import ADMM, SparseGPT, Wanda
-from optima_tpu.solvers import CG
+from optima_tpu.method.layer_rules import parse_layers
+from optima_tpu.method.patterns import Unstructured
+from optima_tpu.method.recipe import Recipe
+from optima_tpu.method.selectors import ADMM, SparseGPT, Wanda
+from optima_tpu.method.solvers import CG
+from optima_tpu.pipeline.memory_plan import needed
+from optima_tpu.pipeline.plan import topology
+from optima_tpu.pipeline.plan.compile import compiled
+from optima_tpu.pipeline.plan.estimate import prune_work, solver_cost, storage
+from optima_tpu.pipeline.plan.hlo import collectives
+from optima_tpu.pipeline.plan.model import open_declared
+from optima_tpu.pipeline.plan.plan import make_plan
+from optima_tpu.pipeline.plan.table import summary
+from optima_tpu.pipeline.plan.topology import CHIPS, Target, fitting_mesh, parse_topology, topology_target
+from optima_tpu.pipeline.walk import prune_group
+from optima_tpu.plan import main
 from tests.helpers import mesh, tiny_llama
 
 LAST = "self_attn.*=dense,mlp.gate_proj=dense,mlp.up_proj=dense"
@@ -70,9 +70,20 @@ def test_a_topology_has_one_form(text):
     assert parse_topology("V5p:4x4x4") == ("v5p", (4, 4, 4))
 
 
-@pytest.mark.parametrize("asked, shape, found", [
-    (None, (4, 2), (8, 1)), ("4x2", (4, 2), (4, 2)), ("4x4", (4, 2), (2, 4)), ("2x1", (4, 2), (4, 2)), ("64x2", (4, 2), (8, 1)),
-    ("1x8", (4, 2), (1, 8)), ("3x2", (1, 1), (1, 1)), ("8x8", (4, 4, 4), (4, 16)), ("16x4", (4, 4, 4), (16, 4))])
+@pytest.mark.parametrize(
+    "asked, shape, found",
+    [
+        (None, (4, 2), (8, 1)),
+        ("4x2", (4, 2), (4, 2)),
+        ("4x4", (4, 2), (2, 4)),
+        ("2x1", (4, 2), (4, 2)),
+        ("64x2", (4, 2), (8, 1)),
+        ("1x8", (4, 2), (1, 8)),
+        ("3x2", (1, 1), (1, 1)),
+        ("8x8", (4, 4, 4), (4, 16)),
+        ("16x4", (4, 4, 4), (16, 4)),
+    ],
+)
 def test_a_mesh_that_does_not_fit_is_replaced_by_the_nearest(asked, shape, found):
     sizes, note = fitting_mesh(asked, shape, "v5e:4x2")
     assert sizes == found
@@ -122,14 +133,19 @@ def test_what_does_not_fit_is_said_with_numbers(tmp_path):
     assert "does not fit down [36, 60]" in said and "--batch 1 and more devices" in said
 
     text = dataclasses.replace(config.calibration, source="self")
-    whole = make_plan(dataclasses.replace(config, calibration=text, device_memory=1e-5),
-                      open_declared(config.model, None, config.batch).on(small.mesh), small._replace(chip=CHIPS["v5e"]))
+    whole = make_plan(
+        dataclasses.replace(config, calibration=text, device_memory=1e-5),
+        open_declared(config.model, None, config.batch).on(small.mesh),
+        small._replace(chip=CHIPS["v5e"]),
+    )
     assert "to write its own calibration text" in whole.refused and not whole.to_json()["fits"]
     assert any("writes its calibration text" in words for words in whole.assumptions)
 
     def refuse():
-        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO "
-                                         "temporaries (37.29G) exceeds available HBM (15.75G).")
+        raise jax.errors.JaxRuntimeError(
+            "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO "
+            "temporaries (37.29G) exceeds available HBM (15.75G)."
+        )
 
     assert compiled(refuse).refused == "needs 37.29GiB of 15.75GiB"
     full = dataclasses.replace(plan, programs=(plan.programs[0]._replace(compiled=compiled(refuse)),))
@@ -168,8 +184,20 @@ def test_inverses_are_counted_for_every_matrix_and_shared_by_the_devices_that_ma
 def test_without_libtpu_the_plan_is_counted_and_says_so(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(topology, "has_libtpu", lambda: False)
     folder, file = config_folder(tmp_path), tmp_path / "plan.json"
-    arguments = ["--model", folder, "--topology", "v5e:4x2", "--mesh", "4x4", "--preset", "fast", "--calibration.source",
-                 "random", "--calibration.length", "128"]
+    arguments = [
+        "--model",
+        folder,
+        "--topology",
+        "v5e:4x2",
+        "--mesh",
+        "4x4",
+        "--preset",
+        "fast",
+        "--calibration.source",
+        "random",
+        "--calibration.length",
+        "128",
+    ]
     assert main([*arguments, "--json", str(file)]) == 0
     printed, plan = capsys.readouterr().out, json.loads(file.read_text())
     assert "libtpu is not installed, so nothing was compiled" in printed and "optima-tpu[tpu]" in printed

@@ -12,13 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from optima_tpu import processes
-from optima_tpu.activations import Activations
 from optima_tpu.errors import UserError
-from optima_tpu.export import read_masks
-from optima_tpu.journal import Journal, finished_blocks
-from optima_tpu.command import LOST, RESUME, _stop, guarded
 from optima_tpu.launch import main
+from optima_tpu.models.activations import Activations
+from optima_tpu.models.checkpoints.export import read_masks
+from optima_tpu.pipeline.journal import Journal, finished_blocks
+from optima_tpu.runtime import processes
+from optima_tpu.runtime.command import LOST, RESUME, _stop, guarded
 from tests.helpers import folder_tensors, mesh
 from tests.test_resume import assert_same_weights
 
@@ -26,7 +26,8 @@ from tests.test_resume import assert_same_weights
 WATCHED = """
 import os, signal, sys
 import numpy as np
-from optima_tpu import launch, run
+from optima_tpu import launch
+from optima_tpu.pipeline import run
 from optima_tpu.models.decoder import Decoder
 
 read_parts, walk, count = Decoder._read_parts, run.walk_block, 0
@@ -68,8 +69,9 @@ def process_environment() -> dict[str, str]:
     return os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])}
 
 
-def several(arguments: list[str], *, killed_at: str = "", own: tuple[tuple[str, ...], ...] = ((), ())
-            ) -> list[tuple[int, str, str]]:
+def several(
+    arguments: list[str], *, killed_at: str = "", own: tuple[tuple[str, ...], ...] = ((), ())
+) -> list[tuple[int, str, str]]:
     """Runs the command in two processes of four devices. Returns the exit status and the output of each.
 
     Args:
@@ -77,11 +79,16 @@ def several(arguments: list[str], *, killed_at: str = "", own: tuple[tuple[str, 
       own: what each process is told that the others are not.
     """
     start = ["--cpu-devices", "4", "--coordinator", f"localhost:{free_port()}", "--num-processes", str(len(own))]
-    started = [subprocess.Popen(
-        [sys.executable, "-c", WATCHED, *arguments, *start, "--process-id", str(number), *more],
-        env=process_environment() | {"KILLED_AT": killed_at if number == 1 else ""},
-        text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        for number, more in enumerate(own)]
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", WATCHED, *arguments, *start, "--process-id", str(number), *more],
+            env=process_environment() | {"KILLED_AT": killed_at if number == 1 else ""},
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        for number, more in enumerate(own)
+    ]
     outputs = [process.communicate(timeout=300) for process in started]
     return [(process.returncode, *output) for process, output in zip(started, outputs)]
 
@@ -127,6 +134,7 @@ def test_two_processes_lose_nothing_when_one_is_killed_and_give_the_weights_of_o
 
 def test_what_looks_like_the_end_of_a_peer_is_told_as_well(monkeypatch, capsys):
     """It may be an error of this process alone, which no other one has a message of."""
+
     def command():
         raise RuntimeError("NCCL operation failed:\nno socket interface found")
 
@@ -137,8 +145,7 @@ def test_what_looks_like_the_end_of_a_peer_is_told_as_well(monkeypatch, capsys):
 
 
 def test_processes_with_other_settings_are_refused_in_one_message(finished, tmp_path):
-    first, second = several([*finished.arguments, "--output", str(tmp_path / "run")],
-                            own=((), ("--solver.damping", "0.5")))
+    first, second = several([*finished.arguments, "--output", str(tmp_path / "run")], own=((), ("--solver.damping", "0.5")))
     assert (first[0], second[0]) == (2, 2)
     assert "solver.damping: 0.01 in process 0, 0.5 in process 1" in first[2]
     assert "error:" not in second[2]
@@ -176,7 +183,7 @@ def test_sigterm_ends_a_run_with_its_own_status_and_a_save_is_finished_first(fin
             signal.raise_signal(signal.SIGTERM)
         save(journal, index, *rest)
 
-    write_states = sys.modules["optima_tpu.journal"]._write_states
+    write_states = sys.modules["optima_tpu.pipeline.journal"]._write_states
 
     def told_while_writing(folder, *streams):
         if inside and folder.name.startswith("block_0001"):
@@ -184,9 +191,9 @@ def test_sigterm_ends_a_run_with_its_own_status_and_a_save_is_finished_first(fin
         write_states(folder, *streams)
 
     command = [*finished.arguments, "--output", str(tmp_path / "run")]
-    monkeypatch.setattr("optima_tpu.journal.STATES_EVERY", 0)
+    monkeypatch.setattr("optima_tpu.pipeline.journal.STATES_EVERY", 0)
     monkeypatch.setattr(Journal, "save", told_to_stop)
-    monkeypatch.setattr("optima_tpu.journal._write_states", told_while_writing)
+    monkeypatch.setattr("optima_tpu.pipeline.journal._write_states", told_while_writing)
     assert main(command) == RESUME
     assert "SIGTERM; the same command goes on" in capsys.readouterr().err
     assert finished_blocks(tmp_path / "run") == ([0, 1] if inside else [0])

@@ -5,20 +5,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from optima_tpu.accept import PerLayer, PerRow
-from optima_tpu.calibrate import Statistics, linear_groups
 from optima_tpu.errors import UserError
-from optima_tpu.judge import judge_rows, row_errors
-from optima_tpu.layer_rules import LayerRule
+from optima_tpu.method.acceptance import PerLayer, PerRow
+from optima_tpu.method.judge import judge_rows, row_errors
+from optima_tpu.method.layer_rules import LayerRule
+from optima_tpu.method.patterns import NM, Unstructured
+from optima_tpu.method.problem import Pruned
+from optima_tpu.method.recipe import Recipe
+from optima_tpu.method.selectors import ADMM, Magnitude, SparseGPT, Wanda
+from optima_tpu.method.solvers import CG, MPAX, Exact
+from optima_tpu.method.statistics import Statistics
 from optima_tpu.models.decoder import Decoder
-from optima_tpu.patterns import NM, Unstructured
-from optima_tpu.problem import Pruned
-from optima_tpu.prune import prune_block, prune_group, prune_layer, walk_block
-from optima_tpu.recipe import Recipe
+from optima_tpu.pipeline.calibrate import linear_groups
+from optima_tpu.pipeline.walk import prune_block, prune_group, prune_layer, walk_block
 from optima_tpu.report.records import BlockReport
 from optima_tpu.report.summary import unusual
-from optima_tpu.selectors import ADMM, Magnitude, SparseGPT, Wanda
-from optima_tpu.solvers import CG, MPAX, Exact
 from tests.helpers import COLLECTIVE, correlated_hessian, layer, mesh, row_objective, select, solve, text_inside_loops, tiny_llama
 
 RECIPES = {
@@ -26,8 +27,9 @@ RECIPES = {
     "wanda cg": Recipe(Unstructured(0.5), Wanda(), CG(tolerance=1e-6)),
     "magnitude per layer": Recipe(Unstructured(0.6, "layer"), Magnitude(), None),
     # The paper's 2:4, attention dense.
-    "2:4 mpax": Recipe(NM(2, 4), Wanda(), MPAX(eps_abs=1e-4, eps_rel=1e-4, unit_diagonal=True), PerLayer(),
-                       (LayerRule("self_attn.*", None),)),
+    "2:4 mpax": Recipe(
+        NM(2, 4), Wanda(), MPAX(eps_abs=1e-4, eps_rel=1e-4, unit_diagonal=True), PerLayer(), (LayerRule("self_attn.*", None),)
+    ),
 }
 
 
@@ -85,8 +87,9 @@ def test_the_hessian_is_not_copied_per_row(solver):
 
 def compiled(recipe, shape, rows=64, size=32):
     grid = mesh(*shape)
-    return prune_group.lower((jax.ShapeDtypeStruct((rows, size), jnp.float32),), jax.ShapeDtypeStruct((size, size), jnp.float32),
-                             recipe, grid).compile()
+    return prune_group.lower(
+        (jax.ShapeDtypeStruct((rows, size), jnp.float32),), jax.ShapeDtypeStruct((size, size), jnp.float32), recipe, grid
+    ).compile()
 
 
 def test_the_second_block_compiles_nothing(caplog):
@@ -110,11 +113,20 @@ def test_an_expert_that_saw_no_token_is_pruned_by_magnitude_and_named():
     parameters, name = decoder.load_block(0), "self_attn.o_proj"
     weight = np.asarray(parameters[name + ".weight"])
     nothing = jax.device_put(np.zeros((weight.shape[1],) * 2, np.float32), jax.NamedSharding(decoder.mesh, jax.P()))
-    parameters, keeps, (report,) = prune_block(0, decoder.prefix(0), parameters, ((name,),), (Statistics(nothing, jnp.int32(0)),),
-                                               Recipe(Unstructured(0.5), Wanda(), CG()), decoder.mesh)
+    parameters, keeps, (report,) = prune_block(
+        0,
+        decoder.prefix(0),
+        parameters,
+        ((name,),),
+        (Statistics(nothing, jnp.int32(0)),),
+        Recipe(Unstructured(0.5), Wanda(), CG()),
+        decoder.mesh,
+    )
     kept = np.asarray(keeps[name + ".weight"])
-    assert (np.sort(np.abs(np.where(kept, weight, 0)), axis=1) == np.sort(np.abs(weight), axis=1) * (
-        np.arange(weight.shape[1]) >= weight.shape[1] // 2)).all()
+    assert (
+        np.sort(np.abs(np.where(kept, weight, 0)), axis=1)
+        == np.sort(np.abs(weight), axis=1) * (np.arange(weight.shape[1]) >= weight.shape[1] // 2)
+    ).all()
     assert np.abs(parameters[name + ".weight"] - np.where(kept, weight, 0)).max() < 1e-6
     assert (report.dead_inputs, report.tokens) == (weight.shape[1], 0)
     assert unusual([BlockReport(0, 0.0, (report,))])["few_tokens"] == {"block 0 self_attn.o_proj": 0}
@@ -161,8 +173,7 @@ def test_the_report_holds_the_errors_on_both_texts_in_float64(recipe):
     masked, _, _ = prune_group(dense, hessian, Recipe(recipe.pattern, recipe.selector, None), mesh(2, 2))
     for weight, before, after, rows in zip(dense, masked, new, reports):
         bias = rng.standard_normal(len(weight))
-        for x, energy, told in ((inputs, rows.energy, (rows.before, rows.after)),
-                                (unseen, rows.held_out[0], rows.held_out[1:])):
+        for x, energy, told in ((inputs, rows.energy, (rows.before, rows.after)), (unseen, rows.held_out[0], rows.held_out[1:])):
             output = x @ np.asarray(weight, np.float64).T
             np.testing.assert_allclose(energy, (output**2).mean(axis=0), rtol=1e-4)
             for final, value in zip((before, after), told):
@@ -217,8 +228,15 @@ def test_what_is_better_without_the_solvers_damping_alone_is_refused(accept):
     ends = [solve(Exact(damping), problem, pruned) for damping in (1.0, 0.0)]
     damped = Pruned(ends[0].weight, pruned.keep)
     for damping, refused in ((0.0, False), (1.0, True)):
-        _, rows = judge_rows(damped, ends[1], accept, jnp.float32, lambda hessian, *each: row_errors(problem, *each),
-                             problem.hessian, damping=damping)
+        _, rows = judge_rows(
+            damped,
+            ends[1],
+            accept,
+            jnp.float32,
+            lambda hessian, *each: row_errors(problem, *each),
+            problem.hessian,
+            damping=damping,
+        )
         assert rows.refused.all() if refused else not rows.refused.any()
 
 

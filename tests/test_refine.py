@@ -9,26 +9,27 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from optima_tpu.accept import PerRow
-from optima_tpu.calibrate import Statistics
-from optima_tpu.cli import configure, flags, parse
-from optima_tpu.config import weights_settings
+from optima_tpu.config.parse import configure, flags, parse
+from optima_tpu.config.run_config import weights_settings
 from optima_tpu.errors import UserError
-from optima_tpu.features import WHOLE
-from optima_tpu.judge import RowErrors, judge_rows
-from optima_tpu.layer_rules import LayerRule
-from optima_tpu.memory import footprint_of, needed
+from optima_tpu.method.acceptance import PerRow
+from optima_tpu.method.footprint import footprint_of
+from optima_tpu.method.judge import RowErrors, judge_rows
+from optima_tpu.method.layer_rules import LayerRule
+from optima_tpu.method.linalg.features import WHOLE
+from optima_tpu.method.mask_swaps import Refined, Refining, Swaps, exchange, schur_diagonal
+from optima_tpu.method.patterns import NM, Unstructured
+from optima_tpu.method.problem import Pruned, Solution, self_target
+from optima_tpu.method.recipe import Recipe, solved_together
+from optima_tpu.method.selectors import Magnitude, Wanda
+from optima_tpu.method.solvers import CG, Exact
+from optima_tpu.method.statistics import Statistics
 from optima_tpu.models.decoder import Decoder
-from optima_tpu.patterns import NM, Unstructured
-from optima_tpu.problem import Pruned, Solution, self_target
-from optima_tpu.prune import prune_block, prune_group
-from optima_tpu.recipe import Recipe, solved_together
-from optima_tpu.refine import Refined, Refining, Swaps, exchange, schur_diagonal
+from optima_tpu.pipeline.memory_plan import needed
+from optima_tpu.pipeline.walk import prune_block, prune_group
 from optima_tpu.report.records import BlockReport, LayerReport
 from optima_tpu.report.summary import exchanged
 from optima_tpu.report.table import print_summary
-from optima_tpu.selectors import Magnitude, Wanda
-from optima_tpu.solvers import CG, Exact
 from tests.helpers import correlated_hessian, layer, mesh, oracle, row_objective, select, tiny_llama, wide
 
 ROUNDS = 4
@@ -55,8 +56,13 @@ def best_pairs(win: np.ndarray, cost: np.ndarray, keep: np.ndarray, limit: int, 
     """The best (enters, leaves) of one row that win more than they cost, at most ``limit``."""
     if isinstance(pattern, NM):
         groups = np.arange(len(keep)).reshape(-1, pattern.m).tolist()
-        pairs = [(max((i for i in group if not keep[i]), key=lambda i: (win[i], -i)),
-                  min((j for j in group if keep[j]), key=lambda j: (cost[j], j))) for group in groups]
+        pairs = [
+            (
+                max((i for i in group if not keep[i]), key=lambda i: (win[i], -i)),
+                min((j for j in group if keep[j]), key=lambda j: (cost[j], j)),
+            )
+            for group in groups
+        ]
         pairs.sort(key=lambda pair: -(win[pair[0]] - cost[pair[1]]))
     else:
         enter, leave = np.flatnonzero(~keep), np.flatnonzero(keep)
@@ -64,18 +70,26 @@ def best_pairs(win: np.ndarray, cost: np.ndarray, keep: np.ndarray, limit: int, 
     return [(i, j) for i, j in pairs if win[i] > cost[j]][:limit]
 
 
-@pytest.mark.parametrize("pattern, solver, selector, target", [
-    (Unstructured(0.5), CG(tolerance=1e-6), Wanda(), "self"),
-    (Unstructured(0.7, "layer"), CG(tolerance=1e-6), Magnitude(), "other"),
-    (NM(2, 4), Exact(), Wanda(), "other")], ids=["row cg", "layer cg", "2:4 exact"])
+@pytest.mark.parametrize(
+    "pattern, solver, selector, target",
+    [
+        (Unstructured(0.5), CG(tolerance=1e-6), Wanda(), "self"),
+        (Unstructured(0.7, "layer"), CG(tolerance=1e-6), Magnitude(), "other"),
+        (NM(2, 4), Exact(), Wanda(), "other"),
+    ],
+    ids=["row cg", "layer cg", "2:4 exact"],
+)
 def test_no_row_gets_worse_than_the_solved_start_and_the_numbers_stay(pattern, solver, selector, target):
     """Against the exact minimiser on the mask that came, in float64; the second layer's inputs have a dead one among them."""
     damping = getattr(solver, "damping", 0.0)
     for seed, dead in ((0, []), (1, [3])):
         problem = layer(np.random.default_rng(seed), 12, 40, target=target)
         hessian = problem.hessian.at[jnp.array(dead, int)].set(0.0).at[:, jnp.array(dead, int)].set(0.0)
-        problem = problem._replace(hessian=hessian, linear=problem.weight @ hessian + (problem.linear - self_target(
-            problem.weight, problem.hessian).linear) * (jnp.diagonal(hessian) > 0))
+        problem = problem._replace(
+            hessian=hessian,
+            linear=problem.weight @ hessian
+            + (problem.linear - self_target(problem.weight, problem.hessian).linear) * (jnp.diagonal(hessian) > 0),
+        )
         live, pruned = np.asarray(jnp.diagonal(hessian) > 0), select(selector, problem, pattern)
         (weight, _, steps, converged), keep = refined(Refining(solver, Swaps(ROUNDS, 0.1), pattern), problem, pruned)
         weight, keep, before = np.asarray(weight), np.asarray(keep), np.asarray(pruned.keep)
@@ -83,8 +97,9 @@ def test_no_row_gets_worse_than_the_solved_start_and_the_numbers_stay(pattern, s
         if isinstance(pattern, NM):
             assert (keep.reshape(-1, pattern.m).sum(axis=1) == pattern.n).all()
         assert (keep.sum(axis=1) == before.sum(axis=1)).all()
-        start, solved = (row_objective(problem, oracle(problem, Pruned(None, mask & live), damping), damping)
-                         for mask in (before, keep))
+        start, solved = (
+            row_objective(problem, oracle(problem, Pruned(None, mask & live), damping), damping) for mask in (before, keep)
+        )
         found = row_objective(problem, weight, damping)
         scale = row_objective(problem, np.asarray(pruned.weight), damping)
         assert (np.abs(found - solved) <= 1e-3 * np.abs(scale)).all(), "not solved on the mask that is returned"
@@ -179,8 +194,14 @@ def test_a_refused_row_has_the_selectors_mask_back():
     new = jnp.roll(pruned.keep, 1, axis=1)
     solution = Solution(jnp.where(new, problem.weight, 0.0), jnp.zeros(6), jnp.ones(6, jnp.int32), jnp.ones(6, bool))
     better = jnp.array([True, False] * 3)
-    final, rows = judge_rows(pruned, Refined(solution, new), PerRow(), jnp.float32, lambda hessian, old, new: RowErrors(
-        jnp.ones(6), jnp.ones(6), jnp.where(better, 0.5, 2.0), jnp.ones(6), jnp.ones(6)), problem.hessian)
+    final, rows = judge_rows(
+        pruned,
+        Refined(solution, new),
+        PerRow(),
+        jnp.float32,
+        lambda hessian, old, new: RowErrors(jnp.ones(6), jnp.ones(6), jnp.where(better, 0.5, 2.0), jnp.ones(6), jnp.ones(6)),
+        problem.hessian,
+    )
     assert (final.keep == jnp.where(better[:, None], new, pruned.keep)).all()
     assert (final.weight == jnp.where(final.keep, problem.weight, 0.0)).all()
     assert (rows.exchanged == jnp.where(better, jnp.sum(new & ~pruned.keep, axis=1), 0)).all() and rows.exchanged.sum() > 0
@@ -192,7 +213,8 @@ def test_the_mesh_does_not_change_the_mask():
     problem = layer(np.random.default_rng(5), 15, 40)
     weights = (problem.weight[:9], problem.weight[9:])
     (reference, keeps, reports), (other, other_keeps, _) = (
-        jax.device_get(prune_group(weights, problem.hessian, recipe, mesh(*shape))) for shape in ((1, 1), (2, 4)))
+        jax.device_get(prune_group(weights, problem.hessian, recipe, mesh(*shape))) for shape in ((1, 1), (2, 4))
+    )
     for weight, keep, same, same_keep, rows in zip(reference, keeps, other, other_keeps, reports):
         assert (keep == same_keep).all() and np.abs(weight - same).max() < 1e-4 * np.abs(weight).max()
         assert (rows.after < rows.before).all() and rows.exchanged.sum() > 0
@@ -212,23 +234,48 @@ def test_its_memory_is_counted():
     rows, size = 320, 192
     recipe = Recipe(Unstructured(0.5), Wanda(), CG(), refine=Swaps())
     hessian = jax.ShapeDtypeStruct((size, size), jnp.float32)
-    found = prune_group.lower((jax.ShapeDtypeStruct((rows, size), jnp.bfloat16),), hessian, recipe, mesh(1, 1), held_out=hessian
-                              ).compile().memory_analysis()
+    found = (
+        prune_group.lower((jax.ShapeDtypeStruct((rows, size), jnp.bfloat16),), hessian, recipe, mesh(1, 1), held_out=hessian)
+        .compile()
+        .memory_analysis()
+    )
     total = found.argument_size_in_bytes + found.output_size_in_bytes + found.temp_size_in_bytes
     told = needed(size, rows, rows, mesh(1, 1), footprint_of(recipe.update(recipe.pattern), recipe.selector), False)
     assert total < told < 1.6 * total
 
 
 def test_the_summary_tells_how_much_came_in(tmp_path):
-    told = dict(block=0, name="a", shape=[8, 20], pruned=80, sparsity=0.5, error_before=0.1, error_after=0.1, gap_median=0.0,
-                gap_max=0.0, steps_median=1, steps_max=1, rows=8, rows_converged=8, rows_refused=0, dead_inputs=0)
+    told = dict(
+        block=0,
+        name="a",
+        shape=[8, 20],
+        pruned=80,
+        sparsity=0.5,
+        error_before=0.1,
+        error_after=0.1,
+        gap_median=0.0,
+        gap_max=0.0,
+        steps_median=1,
+        steps_max=1,
+        rows=8,
+        rows_converged=8,
+        rows_refused=0,
+        dead_inputs=0,
+    )
     plain, refined = LayerReport.from_json(told), LayerReport.from_json(told | {"exchanged": 4})
     assert exchanged([plain]) is None and exchanged([plain, refined, refined]) == 8 / 160
     assert LayerReport.from_json(refined.to_json()) == refined
     console = Console(file=io.StringIO(), width=200)
-    print_summary(console, {
-        "blocks": [BlockReport(0, 1.0, (refined,)).to_json()], "configuration": {"solver": {"name": "cg"}},
-        "perplexity": {"dense": 1.0, "pruned": 2.0}, "evaluation": {"how": "a text"}}, tmp_path)
+    print_summary(
+        console,
+        {
+            "blocks": [BlockReport(0, 1.0, (refined,)).to_json()],
+            "configuration": {"solver": {"name": "cg"}},
+            "perplexity": {"dense": 1.0, "pruned": 2.0},
+            "evaluation": {"how": "a text"},
+        },
+        tmp_path,
+    )
     assert "masks       5.00% of the weights that stay came in by exchange" in console.file.getvalue()
 
 
@@ -238,8 +285,11 @@ def test_the_settings():
     assert configure({}, flags(config)[2:]) == config
     plain = parse(["--preset", "fast"])
     assert plain.refine is None and weights_settings(config) != weights_settings(plain)
-    for argv, words in ((["--solver", "null"], "--refine null"), (["--refine.rounds", "0"], "at least 1, got 0"),
-                        (["--refine.share", "0.7"], "at most 0.5, got 0.7")):
+    for argv, words in (
+        (["--solver", "null"], "--refine null"),
+        (["--refine.rounds", "0"], "at least 1, got 0"),
+        (["--refine.share", "0.7"], "at most 0.5, got 0.7"),
+    ):
         with pytest.raises(UserError, match=words):
             parse(["--refine", "swaps", *argv])
     recipe = Recipe(Unstructured(0.5), Wanda(), CG(), layers=(LayerRule("b", NM(2, 4)),), refine=Swaps())

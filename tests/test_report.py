@@ -12,28 +12,50 @@ import pytest
 from rich.console import Console
 from rich.table import Table
 
+from optima_tpu.method.row_report import RowReport
 from optima_tpu.report import file, summary
 from optima_tpu.report.numbers import duration, number, percent
 from optima_tpu.report.progress import Progress, show
 from optima_tpu.report.records import BlockReport, LayerReport
-from optima_tpu.report.rows import RowReport, layer_report
+from optima_tpu.report.rows import layer_report
 from optima_tpu.report.table import print_summary
 from tests.helpers import mesh
 
 
 def layer(block: int = 0, name: str = "self_attn.q_proj", **changes) -> LayerReport:
-    return dataclasses.replace(LayerReport(
-        block=block, name=name, shape=(4, 10), pruned=20, sparsity=0.5, error_before=0.1234, error_after=0.05,
-        gap_median=1e-5, gap_max=1e-3, steps_median=8, steps_max=12, rows=4, rows_converged=4, rows_refused=0,
-        dead_inputs=0), **changes)
+    return dataclasses.replace(
+        LayerReport(
+            block=block,
+            name=name,
+            shape=(4, 10),
+            pruned=20,
+            sparsity=0.5,
+            error_before=0.1234,
+            error_after=0.05,
+            gap_median=1e-5,
+            gap_max=1e-3,
+            steps_median=8,
+            steps_max=12,
+            rows=4,
+            rows_converged=4,
+            rows_refused=0,
+            dead_inputs=0,
+        ),
+        **changes,
+    )
 
 
 DOWN = {"name": "mlp.down_proj", "shape": (2, 30), "rows": 2, "rows_converged": 2, "pruned": 30}
 BLOCKS = (
     BlockReport(0, 1.5, (layer(0), layer(0, **DOWN, error_before=0.3, dead_inputs=7))),
-    BlockReport(1, 2.5, (
-        layer(1, error_before=0.2, rows_converged=1, gap_max=math.inf, steps_median=10, rows_refused=3),
-        layer(1, **DOWN, rows_refused=2))),
+    BlockReport(
+        1,
+        2.5,
+        (
+            layer(1, error_before=0.2, rows_converged=1, gap_max=math.inf, steps_median=10, rows_refused=3),
+            layer(1, **DOWN, rows_refused=2),
+        ),
+    ),
 )
 
 
@@ -69,18 +91,35 @@ def test_a_table_keeps_its_digits_whatever_the_width(terminal):
         assert lines[1].split() == ["down", *numbers]
 
 
-@pytest.mark.parametrize("value, text", [
-    (0, "0"), (1, "1.00"), (12.345, "12.3"), (9.996, "10.0"), (0.09996, "0.100"), (0.0001234, "0.000123"),
-    (1234.5, "1234"), (-0.5, "-0.500"), (math.inf, "not finite"), (math.nan, "not finite")])
+@pytest.mark.parametrize(
+    "value, text",
+    [
+        (0, "0"),
+        (1, "1.00"),
+        (12.345, "12.3"),
+        (9.996, "10.0"),
+        (0.09996, "0.100"),
+        (0.0001234, "0.000123"),
+        (1234.5, "1234"),
+        (-0.5, "-0.500"),
+        (math.inf, "not finite"),
+        (math.nan, "not finite"),
+    ],
+)
 def test_numbers_have_three_significant_digits_and_no_exponent(value, text):
     assert number(value) == text
 
 
 def test_percent_and_duration():
     assert [percent(share) for share in (0, 0.5, 0.07123, 1e-6, 1e-9, 1)] == [
-        "0%", "50.0%", "7.12%", "0.000100%", "< 0.00001%", "100%"]
-    assert [duration(seconds) for seconds in (0.4, 7, 725, 3599.7, 3723)] == [
-        "0:00", "0:07", "12:05", "1:00:00", "1:02:03"]
+        "0%",
+        "50.0%",
+        "7.12%",
+        "0.000100%",
+        "< 0.00001%",
+        "100%",
+    ]
+    assert [duration(seconds) for seconds in (0.4, 7, 725, 3599.7, 3723)] == ["0:00", "0:07", "12:05", "1:00:00", "1:02:03"]
 
 
 @pytest.mark.parametrize("block", BLOCKS)
@@ -105,8 +144,16 @@ def test_summary_by_layer_kind():
 
 
 def test_experts_that_no_token_reached_are_in_no_mean():
-    seen = layer(error_before=0.2, error_after=0.1, tokens=9, held_out_before=0.4, held_out_after=0.3, dense_before=0.5,
-                 dense_after=0.4, dense_drift=0.2)
+    seen = layer(
+        error_before=0.2,
+        error_after=0.1,
+        tokens=9,
+        held_out_before=0.4,
+        held_out_after=0.3,
+        dense_before=0.5,
+        dense_after=0.4,
+        dense_drift=0.2,
+    )
     unseen, never = dataclasses.replace(layer(tokens=9), error_before=0.4, error_after=0.3), layer(error_after=0.9, tokens=0)
     (kind,) = summary.by_kind([BlockReport(0, 1.0, (seen, unseen, never))])
     assert (kind.layers, kind.error_before, kind.error_after) == (3, pytest.approx(0.3), pytest.approx(0.2))
@@ -132,8 +179,12 @@ def test_sparsity_counts_weights_not_layers():
 
 def test_unusual_is_named_and_only_unusual_is():
     assert summary.unusual(BLOCKS) == {
-        "few_tokens": {}, "dead_inputs": {"block 0 mlp.down_proj": 7}, "rows_not_converged": {"block 1 self_attn.q_proj": 3},
-        "rows_refused": {"block 1 self_attn.q_proj": 3}, "layers_refused": {"block 1 mlp.down_proj": 2}}
+        "few_tokens": {},
+        "dead_inputs": {"block 0 mlp.down_proj": 7},
+        "rows_not_converged": {"block 1 self_attn.q_proj": 3},
+        "rows_refused": {"block 1 self_attn.q_proj": 3},
+        "layers_refused": {"block 1 mlp.down_proj": 2},
+    }
     assert not any(summary.unusual([BlockReport(0, 1.0, (layer(),))]).values())
 
 
@@ -226,9 +277,14 @@ def test_an_exception_passes_and_leaves_the_terminal_usable(clock):
 
 def printed(blocks, solver="cg", width=80, **changes) -> str:
     out = Console(file=io.StringIO(), width=width)
-    report = {"blocks": [block.to_json() for block in blocks], "configuration": {"solver": solver and {"name": solver}},
-              "perplexity": {"dense": 29.187, "pruned": 48.351}, "evaluation": {"how": "pydoc, 40 windows of 512"},
-              "memory": {"host_peak": 3 * 2**29}, "files": {"report": "elsewhere/report.json"}}
+    report = {
+        "blocks": [block.to_json() for block in blocks],
+        "configuration": {"solver": solver and {"name": solver}},
+        "perplexity": {"dense": 29.187, "pruned": 48.351},
+        "evaluation": {"how": "pydoc, 40 windows of 512"},
+        "memory": {"host_peak": 3 * 2**29},
+        "files": {"report": "elsewhere/report.json"},
+    }
     print_summary(out, report | changes, Path("runs/x"))
     return out.file.getvalue()
 
@@ -250,8 +306,13 @@ def test_the_summary_says_what_it_cost_what_was_unusual_and_where_it_is():
     assert "dense 29.19, pruned 48.35 (1.66 times), on pydoc, 40 windows of 512" in text
     assert "50.0% of the 200 weights in 4 matrices" in text
     assert "1.50 GiB on the host" in text
-    for words in ("block 0 mlp.down_proj (7 inputs)", "block 1 self_attn.q_proj (3 rows)",
-                  "block 1 mlp.down_proj (2 rows)", "report  runs/x/report.json", "in percent of the output's energy"):
+    for words in (
+        "block 0 mlp.down_proj (7 inputs)",
+        "block 1 self_attn.q_proj (3 rows)",
+        "block 1 mlp.down_proj (2 rows)",
+        "report  runs/x/report.json",
+        "in percent of the output's energy",
+    ):
         assert words in text
 
 
@@ -281,13 +342,23 @@ def test_many_troubles_are_counted_not_listed():
 
 
 def written(path, **changes):
-    return file.write_report(path, **{
-        "manifest": {"code": "0"}, "configuration": {"pattern": "2:4"}, "environment": file.environment(mesh(4, 2)),
-        "model": {"origin": "x"},
-        "calibration": {"source": "c4"}, "evaluation": {"source": "wikitext2"},
-        "perplexity": {"dense": 2.0, "pruned": 3.0}, "blocks": BLOCKS, "seconds": {"pruning": 4.0},
-        "memory": file.memory_peaks(),
-        "files": {"report": "r"}} | changes)
+    return file.write_report(
+        path,
+        **{
+            "manifest": {"code": "0"},
+            "configuration": {"pattern": "2:4"},
+            "environment": file.environment(mesh(4, 2)),
+            "model": {"origin": "x"},
+            "calibration": {"source": "c4"},
+            "evaluation": {"source": "wikitext2"},
+            "perplexity": {"dense": 2.0, "pruned": 3.0},
+            "blocks": BLOCKS,
+            "seconds": {"pruning": 4.0},
+            "memory": file.memory_peaks(),
+            "files": {"report": "r"},
+        }
+        | changes,
+    )
 
 
 def test_report_json_holds_it_all(tmp_path):

@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from optima_tpu.checkpoint import CheckpointTensors
-from optima_tpu.export import read_masks
-from optima_tpu.files import remove
-from optima_tpu.journal import Journal, finished_blocks
 from optima_tpu.launch import main
+from optima_tpu.models.checkpoints.export import read_masks
+from optima_tpu.models.checkpoints.orbax import CheckpointTensors
+from optima_tpu.pipeline.journal import Journal, finished_blocks
+from optima_tpu.runtime.files import remove
 from tests.helpers import folder_tensors, snapshot
 
 # Kills itself in the middle of a run. Every layer of a block is one of four calls of prune_group; commit is called for the hidden
@@ -24,7 +24,7 @@ KILLED = """
 import os, signal, sys
 import jax
 jax.config.update("jax_num_cpu_devices", 8)
-import optima_tpu.journal, optima_tpu.launch, optima_tpu.prune
+import optima_tpu.pipeline.journal, optima_tpu.launch, optima_tpu.pipeline.walk
 
 def kill():
     os.kill(os.getpid(), signal.SIGKILL)
@@ -44,12 +44,12 @@ def patch(owner, name, call, before):
 
 match sys.argv[1]:
     case "inside a block":   # the second of the second block's four solves was started
-        patch(optima_tpu.prune, "prune_group", 6, before=False)
+        patch(optima_tpu.pipeline.walk, "prune_group", 6, before=False)
     case "while saving":     # Orbax has written the second block's entry, which does not have its name yet
-        optima_tpu.journal.STATES_EVERY = 0  # else the second block's hidden states would not be saved
-        patch(optima_tpu.journal, "commit", 4, before=True)
+        optima_tpu.pipeline.journal.STATES_EVERY = 0  # else the second block's hidden states would not be saved
+        patch(optima_tpu.pipeline.journal, "commit", 4, before=True)
     case "between blocks":   # the second block's entry is durable
-        patch(optima_tpu.journal.Journal, "save", 2, before=False)
+        patch(optima_tpu.pipeline.journal.Journal, "save", 2, before=False)
 sys.exit(optima_tpu.launch.main(sys.argv[2:]))
 """
 
@@ -57,8 +57,11 @@ sys.exit(optima_tpu.launch.main(sys.argv[2:]))
 @pytest.fixture(scope="module")
 def environment() -> dict[str, str]:
     """Of the processes that are killed. What the first one compiles, the others find, however small."""
-    return os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(sys.path),
-                         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    return os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": os.pathsep.join(sys.path),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
 
 
 def assert_same_weights(directory: Path, expected: Path) -> None:
@@ -76,8 +79,9 @@ def assert_same_weights(directory: Path, expected: Path) -> None:
 @pytest.mark.parametrize(("moment", "blocks"), [("inside a block", 1), ("while saving", 1), ("between blocks", 2)])
 def test_a_killed_run_goes_on_to_the_same_bits(finished, tmp_path, environment, capsys, moment, blocks):
     command = [*finished.arguments, "--output", str(tmp_path / "run")]
-    killed = subprocess.run([sys.executable, "-c", KILLED, moment, *command], env=environment, capture_output=True, text=True,
-                            timeout=300)
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED, moment, *command], env=environment, capture_output=True, text=True, timeout=300
+    )
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert finished_blocks(tmp_path / "run") == list(range(blocks))
     left = [path for path in (tmp_path / "run" / "journal").iterdir() if "partial" in path.name]
@@ -90,9 +94,13 @@ def test_a_killed_run_goes_on_to_the_same_bits(finished, tmp_path, environment, 
 
 def test_a_finished_run_is_not_done_again(finished, monkeypatch):
     """Only the perplexity, which another evaluation text may have been given for, is measured and reported again."""
+
     def files():
-        return {name: state for name, state in snapshot(finished.directory).items()
-                if Path(name) not in (finished.directory, finished.directory / "report.json")}
+        return {
+            name: state
+            for name, state in snapshot(finished.directory).items()
+            if Path(name) not in (finished.directory, finished.directory / "report.json")
+        }
 
     monkeypatch.setattr(Journal, "save", None)
     before = files()
@@ -114,8 +122,11 @@ def test_a_finished_run_may_be_moved_and_a_lost_checkpoint_is_written_again(fini
         assert_same_weights(moved, finished.directory)
 
 
-@pytest.mark.parametrize("lost", [["hf/model.safetensors"], ["hf/README.md", "hf/pruning_masks.npz"],
-                                  ["journal", "activations", "hf", "report.json"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "lost",
+    [["hf/model.safetensors"], ["hf/README.md", "hf/pruning_masks.npz"], ["journal", "activations", "hf", "report.json"]],
+    ids=" ".join,
+)
 def test_what_a_finished_run_lost_is_made_again_and_nothing_else(finished, tmp_path, monkeypatch, lost):
     run = tmp_path / "run"
     shutil.copytree(finished.directory, run)
@@ -142,15 +153,18 @@ def test_a_damaged_record_is_no_traceback(finished, tmp_path, capsys, record):
     assert status == 0 or "hf, which is not empty" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("change", "said"), [
-    (["--pattern", "0.6"], ["recipe.pattern: 0.5/row there, 0.6/row here"]),
-    (["--solver.damping", "0.5"], ["recipe.solver.damping: ", "0.5 here"]),
-    (["--solver", "exact"], ["recipe.solver.name: cg there, exact here"]),
-    (["--selector", "magnitude"], ["recipe.selector.name: wanda there, magnitude here"]),
-    (["--dtype", "bfloat16"], ["recipe.dtype: null there, bfloat16 here", "model: "]),
-    (["--calibration.seed", "1"], ["calibration: ", " there, "]),
-    (["--calibration.samples", "9"], ["calibration: ", " there, "]),
-])
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (["--pattern", "0.6"], ["recipe.pattern: 0.5/row there, 0.6/row here"]),
+        (["--solver.damping", "0.5"], ["recipe.solver.damping: ", "0.5 here"]),
+        (["--solver", "exact"], ["recipe.solver.name: cg there, exact here"]),
+        (["--selector", "magnitude"], ["recipe.selector.name: wanda there, magnitude here"]),
+        (["--dtype", "bfloat16"], ["recipe.dtype: null there, bfloat16 here", "model: "]),
+        (["--calibration.seed", "1"], ["calibration: ", " there, "]),
+        (["--calibration.samples", "9"], ["calibration: ", " there, "]),
+    ],
+)
 def test_another_recipe_is_refused_in_one_line(finished, capfd, change, said):
     arguments = finished.arguments
     if "--solver" in change:  # whose options the other solver does not have

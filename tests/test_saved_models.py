@@ -11,8 +11,8 @@ from safetensors.numpy import load_file, save_file
 
 from optima_tpu.errors import UserError
 from optima_tpu.models.check import check_checkpoint
+from optima_tpu.models.checkpoints import open_model
 from optima_tpu.models.decoder import Decoder
-from optima_tpu.weights import open_model
 from tests.helpers import mesh
 from tests.test_families import MULTIMODAL
 from tests.test_models import LLAMA3, LONG, REFERENCES, tiny
@@ -51,19 +51,43 @@ def reverse(array: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(array[::-1])
 
 
-@pytest.mark.parametrize(("model", "settings", "change"), [
-    pytest.param("MistralForCausalLM", dict(sliding_window=7), lambda record: record.update(
-        layer_types=["full_attention", "sliding_attention"]), id="Mistral with the windows of a Ministral"),
-    pytest.param("LlamaForCausalLM", dict(rope_parameters=LLAMA3), lambda record: record.update(
-        rope_parameters=BARE | dict(original_max_position_embeddings=64), original_max_position_embeddings=16),
-        id="original length beside the rope's settings, and in them"),
-    pytest.param("LlamaForCausalLM", dict(rope_parameters=LLAMA3), lambda record: record.update(
-        rope_parameters=BARE, original_max_position_embeddings=16), id="original length beside the rope's settings alone"),
-    pytest.param("Phi3ForCausalLM", dict(rope_parameters=LONG, original_max_position_embeddings=16), lambda record: record[
-        "rope_parameters"].update(factor=None), id="factor null"),
-    pytest.param("Gemma3ForConditionalGeneration", {}, lambda record: record["text_config"].update(
-        final_logit_softcapping=2.5), id="a cap that the multimodal Gemma 3 does not apply"),
-])
+@pytest.mark.parametrize(
+    ("model", "settings", "change"),
+    [
+        pytest.param(
+            "MistralForCausalLM",
+            dict(sliding_window=7),
+            lambda record: record.update(layer_types=["full_attention", "sliding_attention"]),
+            id="Mistral with the windows of a Ministral",
+        ),
+        pytest.param(
+            "LlamaForCausalLM",
+            dict(rope_parameters=LLAMA3),
+            lambda record: record.update(
+                rope_parameters=BARE | dict(original_max_position_embeddings=64), original_max_position_embeddings=16
+            ),
+            id="original length beside the rope's settings, and in them",
+        ),
+        pytest.param(
+            "LlamaForCausalLM",
+            dict(rope_parameters=LLAMA3),
+            lambda record: record.update(rope_parameters=BARE, original_max_position_embeddings=16),
+            id="original length beside the rope's settings alone",
+        ),
+        pytest.param(
+            "Phi3ForCausalLM",
+            dict(rope_parameters=LONG, original_max_position_embeddings=16),
+            lambda record: record["rope_parameters"].update(factor=None),
+            id="factor null",
+        ),
+        pytest.param(
+            "Gemma3ForConditionalGeneration",
+            {},
+            lambda record: record["text_config"].update(final_logit_softcapping=2.5),
+            id="a cap that the multimodal Gemma 3 does not apply",
+        ),
+    ],
+)
 def test_logits_are_those_of_transformers(tmp_path, model, settings, change):
     folder = saved(tmp_path, model, settings, change)
     tokens = np.random.default_rng(0).integers(1, 60, (2, 40)).astype(np.int32)
@@ -85,9 +109,17 @@ def test_a_config_without_rotary_embedding_is_read_without_a_warning(tmp_path, m
     assert not [record for record in caplog.records if "rope" in record.getMessage().lower()]
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    (lambda record: record.update(model_type="mistral"), "expected the model_type llama of a LlamaForCausalLM, got 'mistral'"),
-    (lambda record: record.update(is_causal=False), "expected is_causal true, got false")], ids=["model_type", "is_causal"])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda record: record.update(model_type="mistral"),
+            "expected the model_type llama of a LlamaForCausalLM, got 'mistral'",
+        ),
+        (lambda record: record.update(is_causal=False), "expected is_causal true, got false"),
+    ],
+    ids=["model_type", "is_causal"],
+)
 def test_a_config_that_transformers_reads_as_another_model_is_refused(tmp_path, change, message):
     with pytest.raises(UserError, match=message):
         opened(saved(tmp_path, "LlamaForCausalLM", {}, change))

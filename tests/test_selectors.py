@@ -7,10 +7,10 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from optima_tpu.patterns import NM, Pattern, Unstructured
-from optima_tpu.problem import LayerProblem, Pruned, self_target
-from optima_tpu.selectors import ADMM, Magnitude, MaskSelector, SparseGPT, Thanos, Wanda
-from optima_tpu.sharding import ROWS, make_mesh
+from optima_tpu.method.patterns import NM, Pattern, Unstructured
+from optima_tpu.method.problem import LayerProblem, Pruned, self_target
+from optima_tpu.method.selectors import ADMM, Magnitude, MaskSelector, SparseGPT, Thanos, Wanda
+from optima_tpu.runtime.mesh import ROWS, make_mesh
 from tests.helpers import PATTERNS, layer, select
 
 COUNT, SIZE = 8, 32
@@ -31,8 +31,10 @@ patterns = pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 
 def problem_of(seed: int, weight: np.ndarray | None = None, hessian: np.ndarray | None = None) -> LayerProblem:
     random = layer(np.random.default_rng(seed), COUNT, SIZE)
-    return self_target(random.weight if weight is None else jnp.asarray(weight, jnp.float32),
-                       random.hessian if hessian is None else jnp.asarray(hessian, jnp.float32))
+    return self_target(
+        random.weight if weight is None else jnp.asarray(weight, jnp.float32),
+        random.hessian if hessian is None else jnp.asarray(hessian, jnp.float32),
+    )
 
 
 def four_bits(seed: int) -> np.ndarray:
@@ -61,8 +63,9 @@ def assert_obeys(pruned: Pruned, pattern: Pattern):
     assert (weight[~keep] == 0).all() and not np.signbit(weight[~keep]).any()
 
 
-def assert_prunes_the_smallest(scores: np.ndarray, keep: np.ndarray, selector: MaskSelector, pattern: Pattern,
-                               by_index: bool = True):
+def assert_prunes_the_smallest(
+    scores: np.ndarray, keep: np.ndarray, selector: MaskSelector, pattern: Pattern, by_index: bool = True
+):
     """Of what competes at once the smallest scores go, of equal ones those with the lower index, or any.
 
     An unstructured mask may be chosen block by block of inputs.

@@ -5,15 +5,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from optima_tpu import data, self_calibration
-from optima_tpu import run as run_module
-from optima_tpu.config import Calibration, RunConfig
+from optima_tpu import data
+from optima_tpu.config.run_config import Calibration, RunConfig
 from optima_tpu.errors import UserError
-from optima_tpu.generate import cache_structs, draw, generate, load, step, windows_at_once
-from optima_tpu.inputs import open_model_on_mesh
-from optima_tpu.journal import Journal
 from optima_tpu.launch import main
 from optima_tpu.models.decoder import Decoder
+from optima_tpu.models.generate import cache_structs, draw, generate, load, step, windows_at_once
+from optima_tpu.pipeline import run as run_module
+from optima_tpu.pipeline import self_calibration
+from optima_tpu.pipeline.inputs import open_model_on_mesh
+from optima_tpu.pipeline.journal import Journal
 from tests.helpers import SMALL, byte_tokenizer, folder_tensors, mesh, snapshot, tiny_folder, tiny_llama, with_bos
 from tests.test_models import REFERENCES, tiny
 from tests.test_processes import several
@@ -21,8 +22,13 @@ from tests.test_processes import several
 torch = pytest.importorskip("torch")
 
 # Of the families whose first variant does not have what a cache could get wrong: caps, places in the embedding, windows.
-VARIANTS = {"Gemma2ForCausalLM": "caps", "OPTForCausalLM": "350m", "Phi3ForCausalLM": "long text",
-            "Qwen2ForCausalLM": "window above", "Qwen3ForCausalLM": "window above"}
+VARIANTS = {
+    "Gemma2ForCausalLM": "caps",
+    "OPTForCausalLM": "350m",
+    "Phi3ForCausalLM": "long text",
+    "Qwen2ForCausalLM": "window above",
+    "Qwen3ForCausalLM": "window above",
+}
 START, END = 3, 5
 
 
@@ -35,10 +41,12 @@ def logits_by_cache(decoder: Decoder, tokens: np.ndarray) -> np.ndarray:
         def one(cache, at):
             logits, *cache = step(decoder, model, *cache, tokens[:, at], at)
             return tuple(cache), logits
+
         return jax.lax.scan(one, cache, jnp.arange(length))[1]
 
-    cache = tuple(jnp.zeros((struct.shape[0], windows, *struct.shape[2:]), struct.dtype)
-                  for struct in cache_structs(decoder, length))
+    cache = tuple(
+        jnp.zeros((struct.shape[0], windows, *struct.shape[2:]), struct.dtype) for struct in cache_structs(decoder, length)
+    )
     return np.asarray(run(load(decoder, length), cache, tokens)).swapaxes(0, 1)
 
 
@@ -72,8 +80,17 @@ def written():
 
 
 def write(model, shape: tuple[int, int], samples: int, **options) -> np.ndarray:
-    return generate(Decoder.open(*model, mesh(*shape)), samples=samples, length=24, start=START, seed=7, vocabulary=60,
-                    temperature=1.5, restart=END, **options)
+    return generate(
+        Decoder.open(*model, mesh(*shape)),
+        samples=samples,
+        length=24,
+        start=START,
+        seed=7,
+        vocabulary=60,
+        temperature=1.5,
+        restart=END,
+        **options,
+    )
 
 
 def test_every_token_follows_the_logits_of_those_before_it(written):
@@ -108,8 +125,9 @@ def test_logits_that_are_not_finite_are_told():
         write((config, tensors), (1, 1), 5)
 
 
-@pytest.mark.parametrize("text", ["self?", "self?temperature=0", "self?temperature=hot", "self?temperature=nan", "self?top=3",
-                                  "self?field=0.5"])
+@pytest.mark.parametrize(
+    "text", ["self?", "self?temperature=0", "self?temperature=hot", "self?temperature=nan", "self?top=3", "self?field=0.5"]
+)
 def test_another_spelling_is_refused(text):
     with pytest.raises(UserError, match="self.temperature=NUMBER"):
         data.parse_source(text)
@@ -119,8 +137,22 @@ def test_another_spelling_is_refused(text):
 def test_no_model_is_scored_on_what_it_says_itself(tmp_path, capsys, monkeypatch, evaluation):
     monkeypatch.setattr(self_calibration, "generate", None)
     folder = tiny_folder(tmp_path / "model")
-    assert main(["--model", str(folder), "--calibration.source", "self", "--calibration.length", "16", *evaluation,
-                 "--output", str(tmp_path / "run")]) == 2
+    assert (
+        main(
+            [
+                "--model",
+                str(folder),
+                "--calibration.source",
+                "self",
+                "--calibration.length",
+                "16",
+                *evaluation,
+                "--output",
+                str(tmp_path / "run"),
+            ]
+        )
+        == 2
+    )
     assert "give --evaluation.source" in capsys.readouterr().err and not (tmp_path / "run").exists()
 
 

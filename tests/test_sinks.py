@@ -10,9 +10,9 @@ import pytest
 
 from optima_tpu.errors import UserError
 from optima_tpu.launch import main
-from optima_tpu.manifest import write_run
 from optima_tpu.report import sinks
 from optima_tpu.report.records import BlockReport
+from optima_tpu.report.run_record import write_run
 from tests.fake_reports import layers
 
 BLOCKS = [BlockReport(block, 1.5, tuple(layer for layer in layers(0) if layer.block == block)) for block in range(3)]
@@ -89,9 +89,9 @@ def scalars(folder) -> list[tuple[int, str, float]]:
         data = path.read_bytes()
         while data:  # records of a length, its checksum, an event, its checksum
             (length,) = struct.unpack("<Q", data[:8])
-            event = Event.FromString(data[12:12 + length])
+            event = Event.FromString(data[12 : 12 + length])
             found += [(event.step, value.tag, value.simple_value) for value in event.summary.value]
-            data = data[16 + length:]
+            data = data[16 + length :]
     return found
 
 
@@ -104,8 +104,9 @@ def test_event_files_hold_every_step_once_also_after_a_second_start(tmp_path):
         sink.close()
     found = scalars(tmp_path / "tensorboard")
     assert len(found) == len({(step, name) for step, name, _ in found}) == 3 * (1 + 11 * 7)
-    assert {(layer.block, f"error_after/{layer.name}", np.float32(layer.error_after))
-            for block in BLOCKS for layer in block.layers} <= set(found)
+    assert {
+        (layer.block, f"error_after/{layer.name}", np.float32(layer.error_after)) for block in BLOCKS for layer in block.layers
+    } <= set(found)
 
 
 def test_a_run_of_weights_and_biases_that_went_on_is_sent_only_what_it_lacks(tmp_path, monkeypatch):

@@ -4,14 +4,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from optima_tpu.accept import PerRow
-from optima_tpu.patterns import Unstructured
-from optima_tpu.problem import LayerProblem, Pruned, optimality_residual, self_target
-from optima_tpu.prune import prune_layer
-from optima_tpu.recipe import Recipe
-from optima_tpu.refine import Swaps
-from optima_tpu.selectors import Magnitude, Wanda
-from optima_tpu.solvers import CG, MPAX, Adam, Exact, damping_of
+from optima_tpu.method.acceptance import PerRow
+from optima_tpu.method.mask_swaps import Swaps
+from optima_tpu.method.patterns import Unstructured
+from optima_tpu.method.problem import LayerProblem, Pruned, optimality_residual, self_target
+from optima_tpu.method.recipe import Recipe
+from optima_tpu.method.selectors import Magnitude, Wanda
+from optima_tpu.method.solvers import CG, MPAX, Adam, Exact, damping_of
+from optima_tpu.pipeline.walk import prune_layer
 from tests.helpers import PATTERNS, layer, oracle, row_objective, select, solve, wide
 
 ROWS, SIZE = 24, 32
@@ -26,11 +26,17 @@ SOLVERS = {
 }
 # Those that reach the optimum, with what they must come to on these problems: the gap relative to what can be gained, and
 # the residual. CG's tolerance is relative to the error of the optimum, which is more than the gain where much is pruned.
-OPTIMAL = {"cg": (1e-4, 1e-2), "cg undamped": (1e-4, 1e-2), "mpax": (1e-3, 1e-2), "exact": (1e-5, 1e-4),
-           "exact damped": (1e-5, 1e-4)}
+OPTIMAL = {
+    "cg": (1e-4, 1e-2),
+    "cg undamped": (1e-4, 1e-2),
+    "mpax": (1e-3, 1e-2),
+    "exact": (1e-5, 1e-4),
+    "exact damped": (1e-5, 1e-4),
+}
 contract = pytest.mark.parametrize("solver", [solver for solver, _ in SOLVERS.values()], ids=SOLVERS)
-optimal = pytest.mark.parametrize("solver, gap, residual",
-                                  [(SOLVERS[name][0], *goal) for name, goal in OPTIMAL.items()], ids=OPTIMAL)
+optimal = pytest.mark.parametrize(
+    "solver, gap, residual", [(SOLVERS[name][0], *goal) for name, goal in OPTIMAL.items()], ids=OPTIMAL
+)
 patterns = pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 targets = pytest.mark.parametrize("target", ["self", "other"])
 
@@ -75,8 +81,11 @@ def test_rows_do_not_know_each_other(solver):
     problem, pruned = problem_and_mask(2)
     whole = solve(solver, problem, pruned).weight
     order = np.random.default_rng(0).permutation(ROWS)[: ROWS // 2]
-    part = solve(solver, LayerProblem(problem.weight[order], problem.hessian, problem.linear[order]),
-                           Pruned(*(array[order] for array in pruned))).weight
+    part = solve(
+        solver,
+        LayerProblem(problem.weight[order], problem.hessian, problem.linear[order]),
+        Pruned(*(array[order] for array in pruned)),
+    ).weight
     assert np.abs(part - whole[order]).max() <= 1e-4 * np.abs(whole).max()
 
 
@@ -134,8 +143,14 @@ def test_an_input_is_dead_whose_energy_is_nothing_beside_the_largest(solver, wob
     once = solve(solver, problem, pruned).weight
     units = jnp.ones(SIZE).at[3].set(2.0**power)
     weight, linear = problem.weight / units, problem.linear * units
-    again = solve(solver, LayerProblem(weight, problem.hessian * units * units[:, None], linear),
-                  Pruned(pruned.weight / units, pruned.keep)).weight * units
+    again = (
+        solve(
+            solver,
+            LayerProblem(weight, problem.hessian * units * units[:, None], linear),
+            Pruned(pruned.weight / units, pruned.keep),
+        ).weight
+        * units
+    )
     if dead:
         assert (again[:, 3] == pruned.weight[:, 3]).all()
     else:

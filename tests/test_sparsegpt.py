@@ -10,17 +10,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from optima_tpu.errors import UserError
-from optima_tpu.patterns import NM, Unstructured
-from optima_tpu.problem import LayerProblem
-from optima_tpu.prune import prune_group
-from optima_tpu.recipe import Recipe
-from optima_tpu.selectors import SparseGPT, Wanda
+from optima_tpu.method.patterns import NM, Unstructured
+from optima_tpu.method.problem import LayerProblem
+from optima_tpu.method.recipe import Recipe
+from optima_tpu.method.selectors import SparseGPT, Wanda
+from optima_tpu.pipeline.walk import prune_group
 from tests import ports
 from tests.helpers import correlated_hessian, layer, mesh, row_objective
 
 ROWS, INPUTS, SELECTOR = 24, 72, SparseGPT(block=16)
-PATTERNS = [*(Unstructured(share, group) for share in (0.5, 0.6, 0.7) for group in ("layer", "row")),
-            NM(2, 4), NM(4, 8), NM(6, 8)]
+PATTERNS = [
+    *(Unstructured(share, group) for share in (0.5, 0.6, 0.7) for group in ("layer", "row")),
+    NM(2, 4),
+    NM(4, 8),
+    NM(6, 8),
+]
 patterns = pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 
 
@@ -38,8 +42,9 @@ def with_dead_inputs(problem, dead):
 
 def assert_same_as_port(problem, pattern, selector):
     pruned = select(selector, problem, pattern)
-    weight, keep = ports.sparsegpt(np.asarray(problem.weight), np.asarray(problem.hessian), pattern,
-                                   selector.block, selector.damping)
+    weight, keep = ports.sparsegpt(
+        np.asarray(problem.weight), np.asarray(problem.hessian), pattern, selector.block, selector.damping
+    )
     assert (np.asarray(pruned.keep) == keep).all()
     assert np.abs(np.asarray(pruned.weight) - weight).max() <= 1e-4 * np.abs(weight).max()
     zeros = np.asarray(pruned.weight)[~keep]
@@ -53,13 +58,17 @@ def test_mask_and_weights_are_those_of_the_published_algorithm(pattern):
         assert_same_as_port(layer(np.random.default_rng(seed), ROWS, INPUTS), pattern, SELECTOR)
 
 
-@pytest.mark.parametrize("pattern, rows, inputs, block", [
-    (Unstructured(0.5, "layer"), 24, 32, 128),  # one block
-    (Unstructured(0.5, "layer"), 10, 64, 16),  # whole blocks
-    (Unstructured(0.5, "layer"), 7, 24, 3),
-    (NM(4, 8), 16, 48, 21),  # groups that do not divide the block
-    (NM(4, 8), 7, 24, 3),  # a block below one group
-], ids=str)
+@pytest.mark.parametrize(
+    "pattern, rows, inputs, block",
+    [
+        (Unstructured(0.5, "layer"), 24, 32, 128),  # one block
+        (Unstructured(0.5, "layer"), 10, 64, 16),  # whole blocks
+        (Unstructured(0.5, "layer"), 7, 24, 3),
+        (NM(4, 8), 16, 48, 21),  # groups that do not divide the block
+        (NM(4, 8), 7, 24, 3),  # a block below one group
+    ],
+    ids=str,
+)
 def test_every_shape_is_pruned_as_published(pattern, rows, inputs, block):
     assert_same_as_port(layer(np.random.default_rng(3), rows, inputs), pattern, SparseGPT(block=block))
 
@@ -87,9 +96,16 @@ def test_dead_inputs_go_first_and_move_nothing(pattern):
 
 
 @settings(max_examples=10, deadline=None)
-@given(st.one_of(st.builds(Unstructured, st.floats(0, 0.99), st.sampled_from(["row", "layer"])),
-                 st.sampled_from([NM(2, 4), NM(1, 4), NM(6, 8)])),
-       st.integers(1, 6), st.integers(1, 5), st.integers(1, 50), st.integers(0, 2**31))
+@given(
+    st.one_of(
+        st.builds(Unstructured, st.floats(0, 0.99), st.sampled_from(["row", "layer"])),
+        st.sampled_from([NM(2, 4), NM(1, 4), NM(6, 8)]),
+    ),
+    st.integers(1, 6),
+    st.integers(1, 5),
+    st.integers(1, 50),
+    st.integers(0, 2**31),
+)
 def test_counts_are_exact_whatever_the_shape(pattern, rows, eighths, block, seed):
     rng = np.random.default_rng(seed)
     inputs = 8 * eighths if isinstance(pattern, NM) else int(rng.integers(1, 8 * eighths + 1))
@@ -136,8 +152,10 @@ def test_the_layers_error_is_below_wandas(pattern):
     for seed in range(4):
         # Inputs of like energy: every block loses the same share of its weights, whatever they carry.
         problem = layer(np.random.default_rng(seed), ROWS, INPUTS, spread=0.2)
-        ours, wandas = (row_objective(problem, selector(problem, pattern).weight).sum()
-                        for selector in (functools.partial(select, SELECTOR), Wanda()))
+        ours, wandas = (
+            row_objective(problem, selector(problem, pattern).weight).sum()
+            for selector in (functools.partial(select, SELECTOR), Wanda())
+        )
         ratios.append(ours / wandas)
     assert np.mean(ratios) < 0.95
 
@@ -161,9 +179,15 @@ def test_the_mesh_does_not_change_the_result(pattern, rows):
         assert np.abs(np.asarray(weight) - np.asarray(alone.weight)).max() <= 1e-5 * np.abs(alone.weight).max()
 
 
-@pytest.mark.parametrize("options, expected", [
-    ({"block": 0}, "block to be at least 1, got 0"), ({"damping": 0.0}, "above 0"),
-    ({"damping": float("nan")}, "above 0"), ({"damping": float("inf")}, "finite")])
+@pytest.mark.parametrize(
+    "options, expected",
+    [
+        ({"block": 0}, "block to be at least 1, got 0"),
+        ({"damping": 0.0}, "above 0"),
+        ({"damping": float("nan")}, "above 0"),
+        ({"damping": float("inf")}, "finite"),
+    ],
+)
 def test_impossible_settings_are_refused(options, expected):
     with pytest.raises(UserError, match=expected):
         SparseGPT(**options)

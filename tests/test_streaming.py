@@ -7,12 +7,12 @@ import weakref
 import numpy as np
 from rich.console import Console
 
-from optima_tpu.config import Calibration, Evaluation, RunConfig
-from optima_tpu.inputs import Model
+from optima_tpu.config.run_config import Calibration, Evaluation, RunConfig
+from optima_tpu.method.selectors import Magnitude
+from optima_tpu.models.checkpoints import open_model
 from optima_tpu.models.decoder import Decoder
-from optima_tpu.run import run
-from optima_tpu.selectors import Magnitude
-from optima_tpu.weights import open_model
+from optima_tpu.models.model import Model
+from optima_tpu.pipeline.run import run
 from tests.helpers import mesh, tiny_folder
 
 
@@ -35,9 +35,15 @@ class Watched:
 
 def test_a_run_never_holds_more_of_the_checkpoint_than_two_blocks_and_the_embedding(tmp_path):
     model = tiny_folder(tmp_path / "model", num_hidden_layers=12, vocab_size=258)
-    config = RunConfig(model=str(model), output=str(tmp_path / "run"), selector=Magnitude(), solver=None, export=False,
-                       calibration=Calibration("random", samples=4, length=16, held_out=2),
-                       evaluation=Evaluation("random", windows=2))
+    config = RunConfig(
+        model=str(model),
+        output=str(tmp_path / "run"),
+        selector=Magnitude(),
+        solver=None,
+        export=False,
+        calibration=Calibration("random", samples=4, length=16, held_out=2),
+        evaluation=Evaluation("random", windows=2),
+    )
     pretrained = open_model(config.model)
     watched = Watched(pretrained.tensors)
     decoder = Decoder.open(pretrained.config, watched, mesh(4, 2))

@@ -11,16 +11,16 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from optima_tpu.journal import Journal
-from optima_tpu.config import to_dict, weights_settings
+from optima_tpu.config.run_config import to_dict, weights_settings
 from optima_tpu.data import Tokens
 from optima_tpu.errors import UserError
-from optima_tpu.files import in_turn
-from optima_tpu.inputs import Texts, token_digest
-from optima_tpu.manifest import refuse_another, write_run
-from optima_tpu.selectors import Magnitude
-from optima_tpu.sweep import runner
-from optima_tpu.sweep.__main__ import main
+from optima_tpu.method.selectors import Magnitude
+from optima_tpu.pipeline.inputs import Texts, token_digest
+from optima_tpu.pipeline.journal import Journal
+from optima_tpu.pipeline.sweep import runner
+from optima_tpu.report.run_record import refuse_another, write_run
+from optima_tpu.runtime.files import in_turn
+from optima_tpu.sweep import main
 from tests.helpers import snapshot
 from tests.test_sweep_grid import TABLE, write_sweep
 
@@ -49,8 +49,11 @@ class StandIn:
         return Texts(calibration, Tokens(np.full((config.evaluation.windows or 2, 8), 1), "other windows", 16))
 
     def manifest_of(self, config, model, texts):
-        return json.loads(json.dumps({"recipe": weights_settings(config), "calibration": token_digest(texts.calibration.ids),
-                                      "code": self.code}))
+        return json.loads(
+            json.dumps(
+                {"recipe": weights_settings(config), "calibration": token_digest(texts.calibration.ids), "code": self.code}
+            )
+        )
 
     def is_export_of(self, directory, folder):
         return folder.exists()
@@ -70,17 +73,35 @@ class StandIn:
         for folder in ("journal", "checkpoint", "assets"):
             (directory / folder / "inner").mkdir(parents=True, exist_ok=True)
         layer = {"rows": 4, "rows_converged": 3, "rows_refused": 2, "held_out_before": None, "held_out_after": 0.5}
-        blocks = [{"index": index, "seconds": 1.5, "layers": [layer | {"error_before": 0.2 + index, "error_after": 0.1},
-                                                              layer | {"error_before": 0.4, "error_after": None}]}
-                  for index in range(2)]
+        blocks = [
+            {
+                "index": index,
+                "seconds": 1.5,
+                "layers": [
+                    layer | {"error_before": 0.2 + index, "error_after": 0.1},
+                    layer | {"error_before": 0.4, "error_after": None},
+                ],
+            }
+            for index in range(2)
+        ]
         report = {
-            "manifest": manifest, "configuration": to_dict(config), "model": {"origin": config.model, "blocks": 2},
-            "environment": {"devices": 8, "device": "cpu", "platform": "cpu", "mesh": {"data": 4, "model": 2},
-                            "packages": {"jax": "0.10"}},
-            "calibration": {"how": texts.calibration.how}, "sparsity": 0.5, "blocks": blocks,
+            "manifest": manifest,
+            "configuration": to_dict(config),
+            "model": {"origin": config.model, "blocks": 2},
+            "environment": {
+                "devices": 8,
+                "device": "cpu",
+                "platform": "cpu",
+                "mesh": {"data": 4, "model": 2},
+                "packages": {"jax": "0.10"},
+            },
+            "calibration": {"how": texts.calibration.how},
+            "sparsity": 0.5,
+            "blocks": blocks,
             "evaluation": {"how": texts.evaluation.how, "tokens": 16, "digest": token_digest(texts.evaluation.ids)},
             "perplexity": {"dense": 10.0, "pruned": perplexity_of(config)},
-            "files": {"report": str(directory / "report.json"), "checkpoint": str(directory / "checkpoint")}}
+            "files": {"report": str(directory / "report.json"), "checkpoint": str(directory / "checkpoint")},
+        }
         if config.export:
             (directory / "hf").mkdir(exist_ok=True)
             report["files"]["transformers"] = str(directory / "hf")
@@ -96,9 +117,11 @@ def stand_in(monkeypatch):
 @pytest.fixture
 def sweep(tmp_path):
     """Runs the command line over a file with one pattern."""
+
     def call(*argv, **changes) -> int:
         path = write_sweep(tmp_path / "small.yaml", **({"patterns": {"50%": {"pattern": 0.5}}} | changes))
         return main([path, "--output", str(tmp_path / "out"), *argv])
+
     return call
 
 
@@ -113,8 +136,12 @@ def test_what_cells_have_in_common_is_opened_and_measured_once(sweep, stand_in):
 
 
 def test_other_models_and_texts_are_opened_apart(sweep, stand_in):
-    patterns = {"a": {"dtype": "bfloat16"}, "b": {"evaluation": {"windows": 3}},
-                "c": {"evaluation": {"windows": 4}, "mesh": "8x1"}, "d": {"evaluation": {"windows": 5}}}
+    patterns = {
+        "a": {"dtype": "bfloat16"},
+        "b": {"evaluation": {"windows": 3}},
+        "c": {"evaluation": {"windows": 4}, "mesh": "8x1"},
+        "d": {"evaluation": {"windows": 5}},
+    }
     assert sweep(patterns=patterns, updates={"cg": {}}) == 0
     assert stand_in.counts == {"model": 3, "texts": 4, "dense": 4}  # b and d differ in the text that they are measured on alone
 
@@ -130,24 +157,49 @@ def test_the_files_hold_what_the_runs_found(sweep, stand_in, tmp_path, capsys):
     assert sweep("--batch", "3", seeds=[0, 1], leave_out=[{"mask": "magnitude", "update": "cg"}]) == 0
     results = read_results(tmp_path)
     assert [(entry["mask"], entry["update"], entry["seed"]) for entry in results] == [
-        (mask, update, seed) for seed in (0, 1) for mask, update in (("wanda", "none"), ("wanda", "cg"), ("magnitude", "none"))]
+        (mask, update, seed) for seed in (0, 1) for mask, update in (("wanda", "none"), ("wanda", "cg"), ("magnitude", "none"))
+    ]
     last = results[-1]
     assert last == {
-        "mask": "magnitude", "update": "none", "pattern": "50%", "samples": 4, "seed": 1, "state": "finished", "perplexity": 27,
-        "dense": 10.0, "error_before": pytest.approx((0.2 + 0.4 + 1.2 + 0.4) / 4), "error_after": None, "held_out_before": None,
-        "held_out_after": 0.5, "seconds": 3.0, "rows_not_converged": 4, "rows_refused": 8, "sparsity": 0.5, "reason": None,
-        "report": "cells/magnitude_none_50_4-samples_seed-1/report.json"}
+        "mask": "magnitude",
+        "update": "none",
+        "pattern": "50%",
+        "samples": 4,
+        "seed": 1,
+        "state": "finished",
+        "perplexity": 27,
+        "dense": 10.0,
+        "error_before": pytest.approx((0.2 + 0.4 + 1.2 + 0.4) / 4),
+        "error_after": None,
+        "held_out_before": None,
+        "held_out_after": 0.5,
+        "seconds": 3.0,
+        "rows_not_converged": 4,
+        "rows_refused": 8,
+        "sparsity": 0.5,
+        "reason": None,
+        "report": "cells/magnitude_none_50_4-samples_seed-1/report.json",
+    }
     assert (tmp_path / "out" / last["report"]).exists()
     text = (tmp_path / "out" / "table.md").read_text()
     assert "| magnitude | none | 26.50 ± 0.71 (n=2) |" in text and "| dense |  | 10.00 |" in text
     command = f"python -m optima_tpu.sweep {tmp_path / 'small.yaml'} --batch 3 --output {tmp_path / 'out'}"
-    for line in ("model: org/name, 2 blocks", "calibration: random windows", "evaluation: other windows, 16 tokens", "code: 0+1",
-                 "hardware: 8 x cpu (cpu), mesh 4x2, jax 0.10", f"command: {command}"):
+    for line in (
+        "model: org/name, 2 blocks",
+        "calibration: random windows",
+        "evaluation: other windows, 16 tokens",
+        "code: 0+1",
+        "hardware: 8 x cpu (cpu), mesh 4x2, jax 0.10",
+        f"command: {command}",
+    ):
         assert f"- {line}\n" in text
     assert len((tmp_path / "out" / "results.csv").read_text().splitlines()) == 1 + 6
     fields = json.loads((tmp_path / "out" / "table.json").read_text())
     assert [(field["update"], field["seeds"], field["perplexity"]) for field in fields] == [
-        ("none", 2, 24.5), ("cg", 2, 20.5), ("none", 2, 26.5)]
+        ("none", 2, 24.5),
+        ("cg", 2, 20.5),
+        ("none", 2, 26.5),
+    ]
     assert fields[2]["perplexity_spread"] == pytest.approx(0.5**0.5) and fields[2]["error_after"] is None
     assert len((tmp_path / "out" / "table.csv").read_text().splitlines()) == 1 + 3
     printed = capsys.readouterr().out
@@ -174,7 +226,8 @@ def test_an_interrupted_sweep_goes_on_at_the_cell_that_is_not_finished(sweep, st
     assert sweep("--output", str(tmp_path / "whole")) == 0
     whole = (tmp_path / "whole" / "table.md").read_text()
     assert [line for line in whole.splitlines() if line.startswith("|")] == [
-        line for line in resumed.splitlines() if line.startswith("|")]
+        line for line in resumed.splitlines() if line.startswith("|")
+    ]
     assert json.loads((tmp_path / "whole" / "results.json").read_text()) == read_results(tmp_path)
 
 
@@ -187,7 +240,9 @@ def test_a_failed_cell_is_told_and_tried_again(sweep, stand_in, tmp_path, capsys
     text = (tmp_path / "out" / "table.md").read_text()
     assert "| wanda | cg | failed |" in text and "- wanda + cg, 50%, 4 samples, seed 0: expected 4, got 9" in text
     assert [(entry["state"], entry["reason"], entry["report"] is None) for entry in read_results(tmp_path)][:2] == [
-        ("finished", None, False), ("failed", "expected 4, got 9", True)]
+        ("finished", None, False),
+        ("failed", "expected 4, got 9", True),
+    ]
     stand_in.stop, stand_in.ran = {}, []
     assert sweep() == 0
     assert stand_in.ran == ["wanda_cg_50_4-samples_seed-0"]
@@ -201,12 +256,17 @@ def test_all_settings_are_looked_at_before_the_first_cell_runs(sweep, stand_in, 
     assert not stand_in.ran and not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(("change", "said"), [
-    (lambda stand_in: {"updates": {"none": {"solver": None}, "cg": {"solver": {"name": "cg", "damping": 0.5}}}},
-     ["wanda_cg_50_4-samples_seed-0", "recipe.solver.damping: 0.25 there, 0.5 here"]),
-    (lambda stand_in: setattr(stand_in, "code", "0+2"), ["wanda_none_50_4-samples_seed-0", "code: 0+1 there, 0+2 here"]),
-    (lambda stand_in: {"run": TABLE["run"] | {"evaluation": {"windows": 3}}}, ["measured on another text"]),
-])
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            lambda stand_in: {"updates": {"none": {"solver": None}, "cg": {"solver": {"name": "cg", "damping": 0.5}}}},
+            ["wanda_cg_50_4-samples_seed-0", "recipe.solver.damping: 0.25 there, 0.5 here"],
+        ),
+        (lambda stand_in: setattr(stand_in, "code", "0+2"), ["wanda_none_50_4-samples_seed-0", "code: 0+1 there, 0+2 here"]),
+        (lambda stand_in: {"run": TABLE["run"] | {"evaluation": {"windows": 3}}}, ["measured on another text"]),
+    ],
+)
 def test_cells_of_another_sweep_are_refused(sweep, stand_in, tmp_path, capsys, change, said):
     assert sweep() == 0
     before, stand_in.ran = snapshot(tmp_path / "out"), []
@@ -228,7 +288,8 @@ def test_a_table_with_finished_cells_of_another_sweep_is_not_replaced(sweep, sta
         assert capsys.readouterr().err == (
             f"error: expected a sweep with all finished cells of {tmp_path / 'out' / 'results.json'}, got one without "
             "wanda + none, 50%, 4 samples, seed 0 and 1 more; choose another --output, put them back into the file, or delete "
-            "results.json to go on without them (their runs stay)\n")
+            "results.json to go on without them (their runs stay)\n"
+        )
     assert not stand_in.ran and snapshot(tmp_path / "out") == before
 
     assert sweep(masks={"wanda": {}}, updates=TABLE["updates"] | exact) == 0  # a row more, and none that was run less
@@ -317,8 +378,10 @@ def test_only_the_cells_that_were_asked_for_run(sweep, stand_in, tmp_path):
     assert sweep("--only", "magnitude + none") == 0
     assert stand_in.ran == ["magnitude_none_50_4-samples_seed-0"]
     assert sweep("--only", "wanda + cg", "--only=seed 1", seeds=[0, 1]) == 0
-    assert stand_in.ran[1:] == ["wanda_cg_50_4-samples_seed-0", *(f"{name}_50_4-samples_seed-1" for name in (
-        "wanda_none", "wanda_cg", "magnitude_none", "magnitude_cg"))]
+    assert stand_in.ran[1:] == [
+        "wanda_cg_50_4-samples_seed-0",
+        *(f"{name}_50_4-samples_seed-1" for name in ("wanda_none", "wanda_cg", "magnitude_none", "magnitude_cg")),
+    ]
     states = {(entry["mask"], entry["update"], entry["seed"]): entry["state"] for entry in read_results(tmp_path)}
     assert [key for key, state in states.items() if state == "missing"] == [("wanda", "none", 0), ("magnitude", "cg", 0)]
 
@@ -326,6 +389,7 @@ def test_only_the_cells_that_were_asked_for_run(sweep, stand_in, tmp_path):
 @pytest.fixture
 def beside(sweep, stand_in, monkeypatch):
     """A command of another terminal, from its beginning to its end inside the first cell that is run."""
+
     def call(*argv, code="0+1", then=None):
         def run(config, **inputs):
             monkeypatch.setattr(runner, "run", stand_in.run)
@@ -335,6 +399,7 @@ def beside(sweep, stand_in, monkeypatch):
             return stand_in.run(config, **inputs)
 
         monkeypatch.setattr(runner, "run", run)
+
     return call
 
 
@@ -343,7 +408,11 @@ def test_the_last_to_write_keeps_what_another_terminal_has_finished(sweep, stand
     assert sweep("--only", "wanda") == 0
     assert [name.partition("_50")[0] for name in stand_in.ran] == ["magnitude_none", "magnitude_cg", "wanda_none", "wanda_cg"]
     assert [(entry["state"], entry["perplexity"]) for entry in read_results(tmp_path)] == [
-        ("finished", 24), ("finished", 20), ("finished", 26), ("finished", 22)]
+        ("finished", 24),
+        ("finished", 20),
+        ("finished", 26),
+        ("finished", 22),
+    ]
 
 
 def test_a_cell_that_was_another_terminal_s_has_not_failed_once_that_has_finished_it(sweep, beside, tmp_path):
@@ -392,13 +461,16 @@ def test_a_dry_run_lists_the_cells_and_runs_none(sweep, stand_in, tmp_path, caps
     assert snapshot(tmp_path / "out") == before and len(stand_in.ran) == 1
 
 
-@pytest.mark.parametrize(("argv", "said"), [
-    ([], "expected the file of the sweep before everything else, got nothing"),
-    (["--model", "x", "FILE"], "expected the file of the sweep before everything else, got --model"),
-    (["FILE", "--config", "x"], "a sweep has no --config"),
-    (["FILE", "--print_config"], "a sweep has no --print_config"),
-    (["FILE", "--output"], "--output"),
-])
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        ([], "expected the file of the sweep before everything else, got nothing"),
+        (["--model", "x", "FILE"], "expected the file of the sweep before everything else, got --model"),
+        (["FILE", "--config", "x"], "a sweep has no --config"),
+        (["FILE", "--print_config"], "a sweep has no --print_config"),
+        (["FILE", "--output"], "--output"),
+    ],
+)
 def test_a_wrong_command_line_is_one_line(stand_in, tmp_path, capsys, argv, said):
     path = write_sweep(tmp_path / "small.yaml")
     assert main([path if word == "FILE" else word for word in argv]) == 2
@@ -419,8 +491,12 @@ def test_a_sweep_in_several_processes_is_refused(sweep, stand_in, capsys, option
 
 def test_a_real_sweep_is_the_runs_it_names(finished, tmp_path, monkeypatch, capsys):
     """Interrupted inside its third cell; its cells are what the command line of a single run gives."""
-    run = {"model": str(finished.model), "mesh": "4x2", "calibration": {"source": "random", "samples": 8, "length": 32},
-           "evaluation": {"source": "random", "windows": 4}}
+    run = {
+        "model": str(finished.model),
+        "mesh": "4x2",
+        "calibration": {"source": "random", "samples": 8, "length": 32},
+        "evaluation": {"source": "random", "windows": 4},
+    }
     updates = {"none": {"solver": None}, "cg": {"solver": {"name": "cg", "tolerance": 1e-6}}}
     path = write_sweep(tmp_path / "real.yaml", run=run, updates=updates, patterns={"50%": {"pattern": 0.5}})
     out = tmp_path / "out"
@@ -455,8 +531,13 @@ def test_a_real_sweep_is_the_runs_it_names(finished, tmp_path, monkeypatch, caps
     # The finished table again, in a process with other devices.
     written = (out / "results.json").read_text()
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(sys.path)}
-    again = subprocess.run([sys.executable, "-m", "optima_tpu.sweep", path, "--output", str(out), "--mesh", "2x1",
-                            "--cpu-devices", "2"], env=environment, capture_output=True, text=True, timeout=300)
+    again = subprocess.run(
+        [sys.executable, "-m", "optima_tpu.sweep", path, "--output", str(out), "--mesh", "2x1", "--cpu-devices", "2"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert (again.returncode, again.stderr) == (0, "")
     assert "resuming  4 of 4 cells are done" in again.stdout and "\x1b" not in again.stdout
     assert (out / "results.json").read_text() == written

@@ -11,12 +11,12 @@ import pytest
 import yaml
 
 from optima_tpu.errors import UserError
-from optima_tpu.patterns import NM, Unstructured
-from optima_tpu.selectors import Magnitude, Wanda
-from optima_tpu.solvers import CG, MPAX
-from optima_tpu.sweep.cells import Cell, differences
-from optima_tpu.sweep.grid import read_grid
-from optima_tpu.sweep.tables import Result, averages, csv_text, layout, markdown
+from optima_tpu.method.patterns import NM, Unstructured
+from optima_tpu.method.selectors import Magnitude, Wanda
+from optima_tpu.method.solvers import CG, MPAX
+from optima_tpu.pipeline.sweep.cells import Cell, differences
+from optima_tpu.pipeline.sweep.grid import read_grid
+from optima_tpu.pipeline.sweep.tables import Result, averages, csv_text, layout, markdown
 
 TABLE = {
     "run": {"model": "org/name", "calibration": {"source": "random", "samples": 4, "length": 8}},
@@ -42,8 +42,12 @@ def test_cells_are_the_product_in_order_seed_by_seed(file):
     grid = read_grid(file(seeds=[0, 3], output="out"))
     assert (grid.masks, grid.updates, grid.patterns) == (("wanda", "magnitude"), ("none", "cg"), ("50%", "2:4 MLP"))
     assert [(cell.seed, cell.pattern, cell.mask, cell.update) for cell in grid.cells] == [
-        (seed, pattern, mask, update) for seed in (0, 3) for pattern in ("50%", "2:4 MLP") for mask in ("wanda", "magnitude")
-        for update in ("none", "cg")]
+        (seed, pattern, mask, update)
+        for seed in (0, 3)
+        for pattern in ("50%", "2:4 MLP")
+        for mask in ("wanda", "magnitude")
+        for update in ("none", "cg")
+    ]
     last = grid.cells[-1]
     assert last.config.pattern == NM(2, 4) and last.config.selector == Magnitude() and last.config.solver == CG(damping=0.25)
     assert [(rule.path, rule.pattern) for rule in last.config.layers] == [("self_attn.*", None)]
@@ -73,29 +77,36 @@ def test_a_cell_keeps_its_directory_when_the_table_grows(file):
 
 def only_cell(file, **changes) -> Cell:
     one = {"masks": {"m": {}}, "updates": {"u": {}}, "patterns": {"p": {}}}
-    cell, = read_grid(file(**(one | changes))).cells
+    (cell,) = read_grid(file(**(one | changes))).cells
     return cell
 
 
 def test_later_settings_go_over_earlier_ones(file):
     run = {"model": "org/name", "batch": 1, "dtype": "float32", "mesh": "1x1", "calibration": {"source": "pydoc", "length": 9}}
-    config = only_cell(file, run=run, patterns={"p": {"batch": 2, "dtype": "bfloat16", "mesh": "2x1"}},
-                       masks={"m": {"batch": 3, "dtype": "float16"}},
-                       updates={"u": {"batch": 4, "calibration": {"samples": 5}, "export": True}}).config
+    config = only_cell(
+        file,
+        run=run,
+        patterns={"p": {"batch": 2, "dtype": "bfloat16", "mesh": "2x1"}},
+        masks={"m": {"batch": 3, "dtype": "float16"}},
+        updates={"u": {"batch": 4, "calibration": {"samples": 5}, "export": True}},
+    ).config
     assert (config.mesh, config.dtype, config.batch, config.export) == ("2x1", "float16", 4, True)
     assert (config.calibration.source, config.calibration.length, config.calibration.samples) == ("pydoc", 9, 5)
 
 
-@pytest.mark.parametrize(("run", "update", "solver"), [
-    ({"name": "cg", "damping": 0.5}, {"name": "mpax", "eps_abs": 0.1}, MPAX(eps_abs=0.1)),   # another method: its own options
-    ({"name": "cg", "damping": 0.5}, {"name": "cg", "max_steps": 7}, CG(damping=0.5, max_steps=7)),
-    ({"name": "cg", "damping": 0.5}, {"name": "CG", "max_steps": 7}, CG(damping=0.5, max_steps=7)),
-    ({"name": "cg", "damping": 0.5}, {"max_steps": 7}, CG(damping=0.5, max_steps=7)),
-    ({"name": "cg", "damping": 0.5}, "cg", CG(damping=0.5)),
-    ({"name": "cg", "damping": 0.5}, None, None),
-    (None, "mpax", MPAX()),
-    ("mpax", {"eps_abs": 0.1}, MPAX(eps_abs=0.1)),
-])
+@pytest.mark.parametrize(
+    ("run", "update", "solver"),
+    [
+        ({"name": "cg", "damping": 0.5}, {"name": "mpax", "eps_abs": 0.1}, MPAX(eps_abs=0.1)),  # another method: its own options
+        ({"name": "cg", "damping": 0.5}, {"name": "cg", "max_steps": 7}, CG(damping=0.5, max_steps=7)),
+        ({"name": "cg", "damping": 0.5}, {"name": "CG", "max_steps": 7}, CG(damping=0.5, max_steps=7)),
+        ({"name": "cg", "damping": 0.5}, {"max_steps": 7}, CG(damping=0.5, max_steps=7)),
+        ({"name": "cg", "damping": 0.5}, "cg", CG(damping=0.5)),
+        ({"name": "cg", "damping": 0.5}, None, None),
+        (None, "mpax", MPAX()),
+        ("mpax", {"eps_abs": 0.1}, MPAX(eps_abs=0.1)),
+    ],
+)
 def test_a_method_takes_the_options_of_its_own_name_only(file, run, update, solver):
     assert only_cell(file, run={"model": "m", "solver": run}, updates={"u": {"solver": update}}).config.solver == solver
 
@@ -103,13 +114,16 @@ def test_a_method_takes_the_options_of_its_own_name_only(file, run, update, solv
 def test_the_command_line_goes_over_all_cells(file):
     grid = read_grid(file(samples=[2]), ["--model", "other", "--mesh=4x2", "--calibration.samples", "3", "--cpu-devices", "8"])
     assert {(cell.config.model, cell.config.mesh, cell.samples, cell.config.cpu_devices) for cell in grid.cells} == {
-        ("other", "4x2", 3, 8)}
+        ("other", "4x2", 3, 8)
+    }
 
 
 def test_seeds_that_draw_the_same_tokens_are_no_repetitions(file):
     path = file(seeds=[0, 1])
-    said = ("expected one seed where calibration.source is npy:ids.npy, got 0 and 1: a source of token ids draws the same tokens "
-            "for every seed; write seeds: [0]")
+    said = (
+        "expected one seed where calibration.source is npy:ids.npy, got 0 and 1: a source of token ids draws the same tokens "
+        "for every seed; write seeds: [0]"
+    )
     with pytest.raises(UserError, match=re.escape(said)):
         read_grid(path, ["--calibration.source", "npy:ids.npy"])
     rules = [{"seed": 1, "mask": "magnitude"}, {"seed": 0, "mask": "wanda"}]
@@ -121,8 +135,11 @@ def test_left_out_cells_match_every_given_key(file):
     whole = read_grid(file(seeds=[0, 1], samples=[2, 4])).cells
     rules = [{"mask": "magnitude", "update": "cg"}, {"pattern": "2:4 MLP", "seed": 1, "samples": 2}]
     left = read_grid(file(seeds=[0, 1], samples=[2, 4], leave_out=rules)).cells
-    assert list(left) == [cell for cell in whole if (cell.mask, cell.update) != ("magnitude", "cg")
-                          and (cell.pattern, cell.seed, cell.samples) != ("2:4 MLP", 1, 2)]
+    assert list(left) == [
+        cell
+        for cell in whole
+        if (cell.mask, cell.update) != ("magnitude", "cg") and (cell.pattern, cell.seed, cell.samples) != ("2:4 MLP", 1, 2)
+    ]
     assert len(left) == 32 - 8 - 3
 
 
@@ -188,19 +205,23 @@ def test_a_wrong_file_is_one_line_that_names_it(file, changes, said):
     assert message.startswith(path) and "\n" not in message and all(part in message for part in said), message
 
 
-@pytest.mark.parametrize(("argv", "said"), [
-    (["--calibration.seed", "5"], "--calibration.seed would make cells alike"),
-    (["--solver.damping", "0.1"], "cell wanda + none, 50%: --solver.damping is an option of solver"),
-    (["--batch", "many"], "cell wanda + none, 50%: expected batch to be a whole number"),
-    (["stray"], "stray"),
-])
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--calibration.seed", "5"], "--calibration.seed would make cells alike"),
+        (["--solver.damping", "0.1"], "cell wanda + none, 50%: --solver.damping is an option of solver"),
+        (["--batch", "many"], "cell wanda + none, 50%: expected batch to be a whole number"),
+        (["stray"], "stray"),
+    ],
+)
 def test_a_wrong_setting_on_the_command_line_is_one_line(file, argv, said):
     with pytest.raises(UserError, match=re.escape(said)):
         read_grid(file(seeds=[0, 1]), argv)
 
 
-@pytest.mark.parametrize(("text", "said"), [
-    ("masks: {a: {}, a: {}}", "a is given twice"), ("- 1", "expected settings"), ("a: [", "expected YAML")])
+@pytest.mark.parametrize(
+    ("text", "said"), [("masks: {a: {}, a: {}}", "a is given twice"), ("- 1", "expected settings"), ("a: [", "expected YAML")]
+)
 def test_what_is_not_a_sweep_is_said_with_the_file(tmp_path, text, said):
     path = tmp_path / "x.yaml"
     path.write_text(text)
@@ -234,12 +255,15 @@ def test_the_table_is_mean_and_sample_deviation_over_seeds(file):
         ("wanda", "none", "21.50 ± 2.12 (n=2)", "-"),
         ("wanda", "cg", "1234568 (n=1, 1 failed)", f"30.50 ± {spread:.2f} (n=2)"),
         ("magnitude", "none", "failed", "-"),
-        ("magnitude", "cg", "-", "-"))
+        ("magnitude", "cg", "-", "-"),
+    )
 
 
 def test_sample_counts_are_columns_and_one_seed_has_no_spread(file):
-    results = [Result("wanda", "cg", "50%", samples, 0, "finished", perplexity=20.0 + samples, dense=dense)
-               for samples, dense in ((16, 10.0), (2, 10.5))]
+    results = [
+        Result("wanda", "cg", "50%", samples, 0, "finished", perplexity=20.0 + samples, dense=dense)
+        for samples, dense in ((16, 10.0), (2, 10.5))
+    ]
     table = layout(read_grid(file()), results)
     assert table.headings == ("mask", "update", "50%, 2 samples", "50%, 16 samples")
     assert table.rows == (("dense", "", "10.50", "10.00"), ("wanda", "cg", "22.00", "36.00"))

@@ -8,15 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from optima_tpu.accept import PerLayer, PerRow
-from optima_tpu.cli import parse
-from optima_tpu.config import Calibration, Evaluation, weights_settings
-from optima_tpu.layer_rules import pattern_of
-from optima_tpu.patterns import NM, Unstructured
-from optima_tpu.selectors import Magnitude, SparseGPT, Thanos, Wanda
-from optima_tpu.solvers import CG, MPAX, Adam
-from optima_tpu.sweep.__main__ import main as sweep
-from optima_tpu.sweep.grid import Grid, read_grid
+from optima_tpu.config.parse import parse
+from optima_tpu.config.run_config import Calibration, Evaluation, weights_settings
+from optima_tpu.method.acceptance import PerLayer, PerRow
+from optima_tpu.method.layer_rules import pattern_of
+from optima_tpu.method.patterns import NM, Unstructured
+from optima_tpu.method.selectors import Magnitude, SparseGPT, Thanos, Wanda
+from optima_tpu.method.solvers import CG, MPAX, Adam
+from optima_tpu.pipeline.sweep.grid import Grid, read_grid
+from optima_tpu.sweep import main as sweep
 
 ROOT = Path(__file__).parents[1]
 TABLES = {path.stem: path for path in (ROOT / "configs/tables").glob("*.yaml")}
@@ -28,8 +28,12 @@ LAYERS = [*(f"self_attn.{name}_proj" for name in "qkvo"), *(f"mlp.{name}_proj" f
 MODELS = [f"meta-llama/Llama-{name}" for name in ("3.1-8B", "3.2-3B", "3.2-1B")]
 MODELS += ["google/gemma-3-1b-pt", "google/gemma-2-2b"]
 MODELS += [f"Qwen/Qwen2.5-{size}B" for size in ("0.5", "1.5", "3", "7", "14")]
-SELECTORS = {"magnitude": Magnitude(), "wanda": Wanda(shift_zero=True), "sparsegpt": SparseGPT(block=128, damping=0.01),
-             "thanos": Thanos(block=256, damping=0.01)}
+SELECTORS = {
+    "magnitude": Magnitude(),
+    "wanda": Wanda(shift_zero=True),
+    "sparsegpt": SparseGPT(block=128, damping=0.01),
+    "thanos": Thanos(block=256, damping=0.01),
+}
 
 
 @functools.cache
@@ -76,8 +80,12 @@ def test_every_figure_of_a_header_is_one_of_the_sweep_s(name):
 
 @pytest.mark.parametrize("name", sorted(OFFLINE + PUBLISHED))
 def test_masks_and_updates_are_the_published_ones(name):
-    methods = {"none": (None, PerRow()), "mpax": (MPAX(1e-2, 1e-2, 100_000), PerLayer(0.95)),
-               "cg": (CG(damping=1e-2), PerRow()), "adam": (Adam(20, (1e-2, 1e-3, 1e-4, 1e-5)), PerLayer(0))}
+    methods = {
+        "none": (None, PerRow()),
+        "mpax": (MPAX(1e-2, 1e-2, 100_000), PerLayer(0.95)),
+        "cg": (CG(damping=1e-2), PerRow()),
+        "adam": (Adam(20, (1e-2, 1e-3, 1e-4, 1e-5)), PerLayer(0)),
+    }
     for cell in grid_of(name).cells:
         assert cell.config.selector == SELECTORS[cell.mask]
         assert (cell.config.solver, cell.config.accept) == methods[cell.update]
@@ -95,8 +103,10 @@ def test_texts_are_the_published_ones(name):
         assert cell.config.evaluation == Evaluation("wikitext2", 2048)
 
 
-@pytest.mark.parametrize("name, models", [
-    ("unstructured", 2 * MODELS), ("two_four_mlp", MODELS), ("adam", ["google/gemma-3-1b-pt", "facebook/opt-125m"])])
+@pytest.mark.parametrize(
+    "name, models",
+    [("unstructured", 2 * MODELS), ("two_four_mlp", MODELS), ("adam", ["google/gemma-3-1b-pt", "facebook/opt-125m"])],
+)
 def test_every_model_of_a_table_has_its_numbers_and_another_model_is_one_setting(name, models):
     assert published_models(name) == models
     assert {cell.config.model for cell in grid_of(name).cells} < set(models)

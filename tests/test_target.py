@@ -11,35 +11,36 @@ import pytest
 from jax.sharding import AbstractMesh
 from rich.console import Console
 
-from optima_tpu.accept import HeldOut, PerRow
-from optima_tpu.activations import Activations
-from optima_tpu.calibrate import Drift, accumulate_drift, accumulate_hessians, linear_groups, stages
-from optima_tpu.cli import configure, parse
-from optima_tpu.config import weights_settings
+from optima_tpu.config.parse import configure, parse
+from optima_tpu.config.run_config import weights_settings
 from optima_tpu.errors import UserError
-from optima_tpu.features import WHOLE
-from optima_tpu.greeting import greet
-from optima_tpu.journal import DENSE, Journal, open_journal
-from optima_tpu.judge import Aim, judge_rows, measure_rows
-from optima_tpu.layer_rules import parse_layers
-from optima_tpu.memory import needed, passes
+from optima_tpu.method.acceptance import HeldOut, PerRow
+from optima_tpu.method.judge import Aim, judge_rows, measure_rows
+from optima_tpu.method.layer_rules import parse_layers
+from optima_tpu.method.linalg.features import WHOLE
+from optima_tpu.method.patterns import Unstructured
+from optima_tpu.method.problem import LayerProblem, Pruned, Solution
+from optima_tpu.method.recipe import Recipe
+from optima_tpu.method.row_sharding import Layout
+from optima_tpu.method.selectors import ADMM, Wanda
+from optima_tpu.method.solvers import CG, MPAX
+from optima_tpu.method.statistics import Drift
+from optima_tpu.method.targets import DenseTarget, LinearTerm, SelfTarget
+from optima_tpu.method.tuning import Fixed, Grid, best_of, damping_with, ridge
+from optima_tpu.models.activations import Activations
 from optima_tpu.models.decoder import Decoder, forward
-from optima_tpu.patterns import Unstructured
-from optima_tpu.plan.model import open_declared
-from optima_tpu.plan.plan import make_plan
-from optima_tpu.plan.topology import CHIPS, Target
-from optima_tpu.problem import LayerProblem, Pruned, Solution
-from optima_tpu.prune import prune_block, prune_group, walk_block
-from optima_tpu.recipe import Recipe
+from optima_tpu.pipeline.calibrate import accumulate_drift, accumulate_hessians, linear_groups, stages
+from optima_tpu.pipeline.greeting import greet
+from optima_tpu.pipeline.journal import DENSE, Journal, open_journal
+from optima_tpu.pipeline.memory_plan import needed, passes
+from optima_tpu.pipeline.plan.model import open_declared
+from optima_tpu.pipeline.plan.plan import make_plan
+from optima_tpu.pipeline.plan.topology import CHIPS, Target
+from optima_tpu.pipeline.run import prune_model, recipe_of
+from optima_tpu.pipeline.walk import prune_block, prune_group, walk_block
 from optima_tpu.report.progress import Progress
 from optima_tpu.report.records import BlockReport, LayerReport
 from optima_tpu.report.summary import unusual
-from optima_tpu.run import prune_model, recipe_of
-from optima_tpu.selectors import ADMM, Wanda
-from optima_tpu.sharding import Layout
-from optima_tpu.solvers import CG, MPAX
-from optima_tpu.target import DenseTarget, LinearTerm, SelfTarget
-from optima_tpu.tuning import Fixed, Grid, best_of, damping_with, ridge
 from tests import ports
 from tests.helpers import mesh, oracle, tiny_llama
 from tests.test_calibrate import small
@@ -63,8 +64,10 @@ def tokens(count=8):
 def walk(recipe, shape=(1, 1), blocks=2, samples=5, groups=GROUPS):
     decoder = decoder_on(shape)
     hidden, dense = decoder.embed(tokens()), decoder.embed(tokens())
-    found = [jax.device_get(walk_block(decoder, index, hidden, groups, recipe, samples=samples, dense=dense))
-             for index in range(blocks)]
+    found = [
+        jax.device_get(walk_block(decoder, index, hidden, groups, recipe, samples=samples, dense=dense))
+        for index in range(blocks)
+    ]
     return found, hidden, dense
 
 
@@ -77,23 +80,27 @@ def test_the_drift_is_that_of_the_inputs_in_both_streams(architecture, weigh):
     whole, groups = decoder.load_block(1), linear_groups(decoder)
     pruned = {name: jnp.where(jnp.abs(weight) > 0.1, weight, 0) for name, weight in whole.items()}
     target, further = DenseTarget(gamma=0.5, weigh_tokens=weigh), Activations.of(decoder.mesh, dense.copy())
-    statistics, drifts = accumulate_drift(decoder, 1, pruned, Activations.of(decoder.mesh, hidden), whole, further, groups,
-                                          target, energy=True, advance=True)
+    statistics, drifts = accumulate_drift(
+        decoder, 1, pruned, Activations.of(decoder.mesh, hidden), whole, further, groups, target, energy=True, advance=True
+    )
     behind = Activations.of(decoder.mesh, dense.copy())
     decoder.apply(1, whole, behind)
     assert np.abs(further.values - behind.values).max() < 1e-5 * np.abs(behind.values).max()
     positions = decoder.positions(1, 11)
-    inputs, theirs = (forward(decoder.graph, decoder.state(parameters), x, positions)[1]
-                      for parameters, x in ((pruned, hidden), (whole, dense)))
+    inputs, theirs = (
+        forward(decoder.graph, decoder.state(parameters), x, positions)[1] for parameters, x in ((pruned, hidden), (whole, dense))
+    )
     for names, (hessian, _), drift in zip(groups, statistics, drifts, strict=True):
         x, other = (np.asarray(found[names[0]], np.float64).reshape(77, -1) for found in (inputs, theirs))
-        around = {"self_attn.o_proj": ("before_attention", "after_attention"),
-                  "mlp.down_proj": ("after_attention", "after_mlp"),
-                  "self_attn.out_proj": ("before_attention", "after_attention"),
-                  "fc2": ("before_mlp", "after_mlp")}.get(names[0])
+        around = {
+            "self_attn.o_proj": ("before_attention", "after_attention"),
+            "mlp.down_proj": ("after_attention", "after_mlp"),
+            "self_attn.out_proj": ("before_attention", "after_attention"),
+            "fc2": ("before_mlp", "after_mlp"),
+        }.get(names[0])
         share = np.full((77, 1), 1 / 77)  # of every token in a mean
         if weigh and around:
-            share = 1 / np.mean(np.asarray(theirs[around[1]], np.float64).reshape(77, -1)**2, axis=1, keepdims=True)
+            share = 1 / np.mean(np.asarray(theirs[around[1]], np.float64).reshape(77, -1) ** 2, axis=1, keepdims=True)
             assert share.max() > 1.5 * share.min()
             share /= share.sum()
 
@@ -147,8 +154,9 @@ def test_a_token_that_one_model_sends_elsewhere_has_no_drift():
     hidden = rng.standard_normal((7, 11, config.hidden_size)).astype(np.float32)
     dense = hidden + 0.5 * rng.standard_normal(hidden.shape).astype(np.float32)
     whole, groups = decoder.load_block(0), (("mlp.experts.0.up_proj",), ("mlp.experts.1.up_proj",))
-    _, drifts = accumulate_drift(decoder, 0, whole, Activations.of(decoder.mesh, hidden), whole,
-                                 Activations.of(decoder.mesh, dense), groups, DenseTarget())
+    _, drifts = accumulate_drift(
+        decoder, 0, whole, Activations.of(decoder.mesh, hidden), whole, Activations.of(decoder.mesh, dense), groups, DenseTarget()
+    )
     inputs, theirs = (forward(decoder.graph, decoder.state(whole), x, decoder.positions(0, 11))[1] for x in (hidden, dense))
     for (name,), drift in zip(groups, drifts):
         x, other = (np.asarray(found[name], np.float64).reshape(77, -1) for found in (inputs, theirs))
@@ -171,16 +179,28 @@ def two_sets(rng, rows=12, size=24):
 def statistics_of(weight, x, other, lost=None):
     """Of the inputs in both streams, and where the layer adds to a residual stream of what that has lost [tokens, d_out]."""
     difference = other - x
-    return (jnp.asarray(x.T @ x / len(x), jnp.float32), Drift(
-        jnp.asarray(difference.T @ x / len(x), jnp.float32),
-        (jnp.asarray(((difference @ weight.T)**2).mean(axis=0), jnp.float32),),
-        () if lost is None else (jnp.asarray(lost.T @ x / len(x), jnp.float32),)))
+    return (
+        jnp.asarray(x.T @ x / len(x), jnp.float32),
+        Drift(
+            jnp.asarray(difference.T @ x / len(x), jnp.float32),
+            (jnp.asarray(((difference @ weight.T) ** 2).mean(axis=0), jnp.float32),),
+            () if lost is None else (jnp.asarray(lost.T @ x / len(x), jnp.float32),),
+        ),
+    )
 
 
 def group_of(weight, sets, recipe, shape=(1, 1), layout=Layout()):
     (hessian, drift), (unseen, unseen_drift) = (statistics_of(weight, *streams) for streams in sets)
-    (new,), (keep,), (rows,) = prune_group((jnp.asarray(weight),), hessian, recipe, mesh(*shape), held_out=unseen, layout=layout,
-                                           drift=drift, held_out_drift=unseen_drift)
+    (new,), (keep,), (rows,) = prune_group(
+        (jnp.asarray(weight),),
+        hessian,
+        recipe,
+        mesh(*shape),
+        held_out=unseen,
+        layout=layout,
+        drift=drift,
+        held_out_drift=unseen_drift,
+    )
     linear = weight @ hessian + recipe.target.alpha * weight @ drift.cross
     linear += recipe.target.gamma * drift.residual[0] if drift.residual else 0
     return new, keep, rows, LayerProblem(jnp.asarray(weight), hessian, linear)
@@ -189,7 +209,7 @@ def group_of(weight, sets, recipe, shape=(1, 1), layout=Layout()):
 def dense_error(streams, dense, weight):
     """Each row's mean squared distance from the dense model's output."""
     x, other = streams
-    return ((x @ np.asarray(weight, np.float64).T - other @ dense.T)**2).mean(axis=0)
+    return ((x @ np.asarray(weight, np.float64).T - other @ dense.T) ** 2).mean(axis=0)
 
 
 @pytest.mark.parametrize("shape, layout", [((1, 1), Layout()), ((2, 4), Layout(split=True, rows=2))], ids=["whole", "split"])
@@ -203,7 +223,7 @@ def test_the_minimiser_is_that_of_the_normal_equations(shape, layout):
     # And the report tells the errors against the dense model, from the inputs themselves.
     energy, before, after, drift = np.asarray(rows.dense, np.float64)
     dense = weight.astype(np.float64)
-    np.testing.assert_allclose(energy, ((sets[1][1] @ dense.T)**2).mean(axis=0), rtol=1e-4)
+    np.testing.assert_allclose(energy, ((sets[1][1] @ dense.T) ** 2).mean(axis=0), rtol=1e-4)
     for told, end in ((before, np.where(keep, weight, 0)), (after, new), (drift, weight)):
         np.testing.assert_allclose(told, dense_error(sets[1], dense, end), rtol=1e-3)
     assert after.sum() < before.sum()
@@ -224,12 +244,12 @@ def test_the_residual_streams_drift_is_aimed_at_too(shape, layout):
 
     def missed(found, x, other, lost):
         """Each row's mean squared distance from the dense output and the half of what the stream has lost."""
-        return ((x @ np.asarray(found, np.float64).T - other @ weight.astype(np.float64).T - 0.5 * lost)**2).mean(axis=0)
+        return ((x @ np.asarray(found, np.float64).T - other @ weight.astype(np.float64).T - 0.5 * lost) ** 2).mean(axis=0)
 
     assert missed(new, *sets[0]).sum() < 0.9 * missed(plain, *sets[0]).sum()
     # What held-out tokens choose by is this distance there, but for what is the same for all weights of a row.
     x, other, lost = sets[1]
-    constant = ((0.5 * lost)**2 + (other - x) @ weight.T * lost).mean(axis=0)
+    constant = ((0.5 * lost) ** 2 + (other - x) @ weight.T * lost).mean(axis=0)
     np.testing.assert_allclose(rows.score + constant, missed(new, *sets[1]), rtol=1e-3)
     # The report tells the distance from the dense output alone.
     np.testing.assert_allclose(rows.dense[2], dense_error(sets[1][:2], weight.astype(np.float64), new), rtol=1e-3)
@@ -243,8 +263,9 @@ def test_best_is_the_same_on_every_mesh(pattern):
     weight, sets = two_sets(rng, rows=15)
     sets = [(x, other, 0.3 * rng.standard_normal((len(x), 15))) for x, other in sets]
     recipe = recipe_of(parse(["--preset", "best", "--pattern", pattern, "--solver.tolerance", "1e-6", "--refine.share", "0.1"]))
-    (new, keep, rows), (other, other_keep, _) = (jax.device_get(group_of(weight, sets, recipe, shape)[:3])
-                                                 for shape in ((1, 1), (2, 4)))
+    (new, keep, rows), (other, other_keep, _) = (
+        jax.device_get(group_of(weight, sets, recipe, shape)[:3]) for shape in ((1, 1), (2, 4))
+    )
     assert (keep == other_keep).all() and rows.exchanged.sum() > 0
     assert np.abs(new - other).max() < 1e-4 * np.abs(new).max()
 
@@ -266,7 +287,7 @@ def test_making_up_for_the_residual_stream_keeps_it_closer_to_the_dense_models()
     apart = []
     for gamma in (0.0, 0.5):
         _, hidden, dense = walk(dataclasses.replace(BEYOND, target=DenseTarget(0.5, gamma)), blocks=3, samples=8)
-        apart.append(np.sum((hidden.values - dense.values)**2))
+        apart.append(np.sum((hidden.values - dense.values) ** 2))
     assert apart[1] < 0.97 * apart[0], apart
 
 
@@ -282,8 +303,13 @@ def test_alpha_0_is_the_papers_target_to_the_last_bit():
 
 
 def test_the_mesh_changes_neither_the_choice_nor_the_weights():
-    recipe = dataclasses.replace(BEYOND, recapture=False, tuning=Grid((0.01, 0.1, 1.0), (0.0, 1.0)), accept=HeldOut(),
-                                 target=DenseTarget(0.5, 0.25, weigh_tokens=True))
+    recipe = dataclasses.replace(
+        BEYOND,
+        recapture=False,
+        tuning=Grid((0.01, 0.1, 1.0), (0.0, 1.0)),
+        accept=HeldOut(),
+        target=DenseTarget(0.5, 0.25, weigh_tokens=True),
+    )
     reference, hidden, dense = walk(recipe)
     chosen = {(report.damping, report.alpha) for _, _, reports in reference for report in reports}
     assert len(chosen) > 1, chosen
@@ -310,8 +336,9 @@ def test_recapture_is_a_walk_from_input_to_input():
     parameters = decoder.load_block(0)
     for group in GROUPS:
         parts = [accumulate_hessians(decoder, 0, parameters, again.part(*ends), (group,)) for ends in ((0, 5), (5, 8))]
-        parameters, keeps, _ = prune_block(0, decoder.prefix(0), parameters, (group,), parts[0], recipe, decoder.mesh,
-                                           held_out=(parts[1][0].hessian,))
+        parameters, keeps, _ = prune_block(
+            0, decoder.prefix(0), parameters, (group,), parts[0], recipe, decoder.mesh, held_out=(parts[1][0].hessian,)
+        )
         assert all((keep == masks[name]).all() for name, keep in keeps.items())
     decoder.apply(0, parameters, again)
     assert (hidden.values == again.values).all()
@@ -329,11 +356,23 @@ def test_a_dense_target_is_a_walk_of_two_streams():
         whole = parameters = decoder.load_block(index)
         for group in GROUPS:
             (seen, drift), (unseen, unseen_drift) = (
-                accumulate_drift(decoder, index, parameters, again.part(*ends), whole, still.part(*ends), (group,), recipe.target,
-                                 energy)
-                for ends, energy in (((0, 5), False), ((5, 8), True)))
-            parameters, keeps, _ = prune_block(index, decoder.prefix(index), parameters, (group,), seen, recipe, decoder.mesh,
-                                               held_out=(unseen[0].hessian,), drift=drift, held_out_drift=unseen_drift)
+                accumulate_drift(
+                    decoder, index, parameters, again.part(*ends), whole, still.part(*ends), (group,), recipe.target, energy
+                )
+                for ends, energy in (((0, 5), False), ((5, 8), True))
+            )
+            parameters, keeps, _ = prune_block(
+                index,
+                decoder.prefix(index),
+                parameters,
+                (group,),
+                seen,
+                recipe,
+                decoder.mesh,
+                held_out=(unseen[0].hessian,),
+                drift=drift,
+                held_out_drift=unseen_drift,
+            )
             assert all((keep == masks[name]).all() for name, keep in keeps.items())
         assert all((weights[name] == parameter).all() for name, parameter in parameters.items())
         decoder.apply(index, parameters, again)
@@ -422,10 +461,25 @@ def test_an_update_that_the_held_out_tokens_refuse_is_named():
         assert rows.refused.all() if refused else not rows.refused.any()
         assert (final.weight == (pruned if refused else solution).weight).all()
         np.testing.assert_allclose(rows.score, dense_error((other, other), weight, final.weight), rtol=1e-3)
-    report = LayerReport.from_json(dict(
-        block=3, name="a", shape=[12, 24], pruned=0, sparsity=0.0, error_before=0.1, error_after=0.1, gap_median=0.0,
-        gap_max=None, steps_median=1, steps_max=1, rows=12, rows_converged=12,
-        rows_refused=int(rows.refused.sum()), dead_inputs=0))
+    report = LayerReport.from_json(
+        dict(
+            block=3,
+            name="a",
+            shape=[12, 24],
+            pruned=0,
+            sparsity=0.0,
+            error_before=0.1,
+            error_after=0.1,
+            gap_median=0.0,
+            gap_max=None,
+            steps_median=1,
+            steps_max=1,
+            rows=12,
+            rows_converged=12,
+            rows_refused=int(rows.refused.sum()),
+            dead_inputs=0,
+        )
+    )
     assert unusual([BlockReport(3, 0.0, (report,))])["layers_refused"] == {"block 3 a": 12}
     assert report.dense_after is report.alpha is report.damping is None  # as before there were such fields
     told = dataclasses.replace(report, dense_after=0.25, alpha=0.5)
@@ -442,7 +496,7 @@ def test_an_update_that_the_held_out_tokens_refuse_is_named():
 def test_a_stopped_walk_goes_on_to_the_same_bits(tmp_path, monkeypatch):
     """After two blocks: with the hidden states of both models behind the first one, and without them."""
     decoder, recipe = decoder_on((1, 1)), dataclasses.replace(BEYOND, recapture=False)
-    monkeypatch.setattr("optima_tpu.run.linear_groups", lambda decoder: GROUPS)
+    monkeypatch.setattr("optima_tpu.pipeline.run.linear_groups", lambda decoder: GROUPS)
 
     def prune(path):
         journal = open_journal(tmp_path / path, {"model": "a"}, {})
@@ -477,8 +531,14 @@ def test_a_stopped_walk_goes_on_to_the_same_bits(tmp_path, monkeypatch):
 
 
 def test_experts_that_are_alike_are_captured_together():
-    groups = (("self_attn.q_proj", "self_attn.k_proj"), ("self_attn.o_proj",), ("mlp.experts.0.gate_proj",),
-              ("mlp.experts.0.down_proj",), ("mlp.experts.1.gate_proj",), ("mlp.experts.1.down_proj",))
+    groups = (
+        ("self_attn.q_proj", "self_attn.k_proj"),
+        ("self_attn.o_proj",),
+        ("mlp.experts.0.gate_proj",),
+        ("mlp.experts.0.down_proj",),
+        ("mlp.experts.1.gate_proj",),
+        ("mlp.experts.1.down_proj",),
+    )
     assert stages(groups) == (groups[:1], groups[1:2], (groups[2], groups[4]), (groups[3], groups[5]))
 
 
@@ -486,15 +546,36 @@ def test_the_matrices_of_a_dense_target_are_counted():
     rows, size = 320, 192
     hessian = jax.ShapeDtypeStruct((size, size), jnp.float32)
     drift = Drift(hessian, (jax.ShapeDtypeStruct((rows,), jnp.float32),))
-    found = prune_group.lower((jax.ShapeDtypeStruct((rows, size), jnp.bfloat16),), hessian, BEYOND, mesh(1, 1), held_out=hessian,
-                              drift=drift, held_out_drift=drift).compile().memory_analysis()
+    found = (
+        prune_group.lower(
+            (jax.ShapeDtypeStruct((rows, size), jnp.bfloat16),),
+            hessian,
+            BEYOND,
+            mesh(1, 1),
+            held_out=hessian,
+            drift=drift,
+            held_out_drift=drift,
+        )
+        .compile()
+        .memory_analysis()
+    )
     total = found.argument_size_in_bytes + found.output_size_in_bytes + found.temp_size_in_bytes
     told = needed(size, rows, rows, mesh(1, 1), BEYOND.solver.footprint, False, 2)
     assert total < told < 1.6 * total
     drift = drift._replace(residual=(jax.ShapeDtypeStruct((rows, size), jnp.float32),))
-    found = prune_group.lower((jax.ShapeDtypeStruct((rows, size), jnp.bfloat16),), hessian,
-                              dataclasses.replace(BEYOND, target=DenseTarget(0.5, 0.5)), mesh(1, 1), held_out=hessian,
-                              drift=drift, held_out_drift=drift).compile().memory_analysis()
+    found = (
+        prune_group.lower(
+            (jax.ShapeDtypeStruct((rows, size), jnp.bfloat16),),
+            hessian,
+            dataclasses.replace(BEYOND, target=DenseTarget(0.5, 0.5)),
+            mesh(1, 1),
+            held_out=hessian,
+            drift=drift,
+            held_out_drift=drift,
+        )
+        .compile()
+        .memory_analysis()
+    )
     total = found.argument_size_in_bytes + found.output_size_in_bytes + found.temp_size_in_bytes
     told = needed(size, rows, rows, mesh(1, 1), BEYOND.solver.footprint, False, 2, True)
     assert total < told < 1.6 * total
@@ -526,22 +607,53 @@ def test_the_plan_counts_both_streams(tmp_path):
 
 
 def test_the_settings_are_read_alike_from_the_command_line_and_a_file():
-    config = parse(["--target", "dense", "--target.alpha", "0.5", "--recapture", "true", "--tuning", "grid", "--tuning.damping",
-                    "[0.01,0.1]", "--tuning.alpha", "[]", "--accept", "held_out"])
+    config = parse(
+        [
+            "--target",
+            "dense",
+            "--target.alpha",
+            "0.5",
+            "--recapture",
+            "true",
+            "--tuning",
+            "grid",
+            "--tuning.damping",
+            "[0.01,0.1]",
+            "--tuning.alpha",
+            "[]",
+            "--accept",
+            "held_out",
+        ]
+    )
     assert (config.target, config.recapture, config.tuning, config.accept) == (
-        DenseTarget(0.5), True, Grid((0.01, 0.1), ()), HeldOut())
-    assert configure({"target": {"name": "dense", "alpha": 0.5}, "recapture": True, "accept": "held_out",
-                      "tuning": {"name": "grid", "damping": [0.01, 0.1], "alpha": []}}) == config
+        DenseTarget(0.5),
+        True,
+        Grid((0.01, 0.1), ()),
+        HeldOut(),
+    )
+    assert (
+        configure(
+            {
+                "target": {"name": "dense", "alpha": 0.5},
+                "recapture": True,
+                "accept": "held_out",
+                "tuning": {"name": "grid", "damping": [0.01, 0.1], "alpha": []},
+            }
+        )
+        == config
+    )
     plain = parse(["--preset", "fast"])
     assert (plain.target, plain.recapture, plain.tuning) == (SelfTarget(), False, Fixed())
     for change in ({"target": DenseTarget()}, {"recapture": True}, {"tuning": Grid()}):
         assert weights_settings(dataclasses.replace(plain, **change)) != weights_settings(plain)
-    for argv, words in ((["--tuning", "grid", "--calibration.held_out", "0"], "held_out of at least 1 where tuning is grid"),
-                        (["--accept", "held_out", "--calibration.held_out", "0"], "where accept is held_out"),
-                        (["--tuning", "grid", "--solver", "null"], "--tuning fixed"),
-                        (["--tuning", "grid", "--tuning.damping", "[0.001]"], "solver's own 0.01"),
-                        (["--tuning", "grid", "--tuning.alpha", "[2]"], "in \\[0, 1\\], got 2"),
-                        (["--target", "dense", "--target.alpha", "-1"], "alpha in \\[0, 1\\], got -1"),
-                        (["--target", "dense", "--target.gamma", "1.5"], "gamma in \\[0, 1\\], got 1.5")):
+    for argv, words in (
+        (["--tuning", "grid", "--calibration.held_out", "0"], "held_out of at least 1 where tuning is grid"),
+        (["--accept", "held_out", "--calibration.held_out", "0"], "where accept is held_out"),
+        (["--tuning", "grid", "--solver", "null"], "--tuning fixed"),
+        (["--tuning", "grid", "--tuning.damping", "[0.001]"], "solver's own 0.01"),
+        (["--tuning", "grid", "--tuning.alpha", "[2]"], "in \\[0, 1\\], got 2"),
+        (["--target", "dense", "--target.alpha", "-1"], "alpha in \\[0, 1\\], got -1"),
+        (["--target", "dense", "--target.gamma", "1.5"], "gamma in \\[0, 1\\], got 1.5"),
+    ):
         with pytest.raises(UserError, match=words):
             parse(argv)

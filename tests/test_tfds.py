@@ -10,17 +10,25 @@ import threading
 import numpy as np
 import pytest
 
-from optima_tpu import data, processes
+from optima_tpu import data
 from optima_tpu.data import build
 from optima_tpu.errors import UserError
+from optima_tpu.runtime import processes
 from tests.helpers import byte_tokenizer, tiny_folder
 from tests.test_data import save
 from tests.test_processes import free_port, process_environment
 
-DOCUMENTS = ["first line\nsecond line\r\n", "", "Ünïcödé \u2028 and \x85 too",
-             *(chr(97 + i) * (1 + 7 * i % 60) for i in range(26))]
-DRAWS = {"one window of each long document": dict(samples=4, length=20), "many of few documents": dict(samples=15, length=30),
-         "packed": dict(samples=9, length=70)}
+DOCUMENTS = [
+    "first line\nsecond line\r\n",
+    "",
+    "Ünïcödé \u2028 and \x85 too",
+    *(chr(97 + i) * (1 + 7 * i % 60) for i in range(26)),
+]
+DRAWS = {
+    "one window of each long document": dict(samples=4, length=20),
+    "many of few documents": dict(samples=15, length=30),
+    "packed": dict(samples=9, length=70),
+}
 
 
 @pytest.fixture(scope="module")
@@ -59,8 +67,9 @@ def test_its_tokens_are_those_of_the_file(made, settings):
     np.testing.assert_array_equal(tokens.ids, expected.ids)
     assert tokens.how == expected.how.replace(str(file), str(source)) and tokens.available == expected.available
     score = dict(length=30, windows=None)
-    np.testing.assert_array_equal(data.evaluation_tokens(source, byte_tokenizer(), **score).ids,
-                                  data.evaluation_tokens(file, byte_tokenizer(), **score).ids)
+    np.testing.assert_array_equal(
+        data.evaluation_tokens(source, byte_tokenizer(), **score).ids, data.evaluation_tokens(file, byte_tokenizer(), **score).ids
+    )
 
 
 class Together:
@@ -137,18 +146,32 @@ def test_splits_are_disjoint_and_complete(split_set):
     assert list(last.documents("calibration")) == list(last.documents("evaluation")) == train[-2:]
 
 
-@pytest.mark.parametrize("calibration, evaluation, refused", [
-    ("", "", True), ("?split=train", "?split=train", True), ("", "?split=train[90%:]", True),
-    ("?split=train[:90%]", "?split=train[90%:]", False), ("?split=train[:20]", "?split=train[19:]", True)])
+@pytest.mark.parametrize(
+    "calibration, evaluation, refused",
+    [
+        ("", "", True),
+        ("?split=train", "?split=train", True),
+        ("", "?split=train[90%:]", True),
+        ("?split=train[:90%]", "?split=train[90%:]", False),
+        ("?split=train[:20]", "?split=train[19:]", True),
+    ],
+)
 def test_the_same_documents_are_not_calibration_and_evaluation_text(made, calibration, evaluation, refused):
     with pytest.raises(UserError, match="would both read.*mine") if refused else contextlib.nullcontext():
         data.refuse_overlap(*(data.parse_source(f"tfds:mine@{made}{rest}") for rest in (calibration, evaluation)))
 
 
-@pytest.mark.parametrize("text, message", [
-    ("tfds:yours@{}", "yours.*holds mine:1.0.0"), ("tfds:mine:2.0.0@{}", "mine:1.0.0"), ("tfds:mine@{}/none", "holds none"),
-    ("tfds:mine@{}?split=test", "'test'.*train"), ("tfds:mine@{}?split=train[5", "train.5"),
-    ("tfds:mine@{}?field=page", "'page'.*text")])
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("tfds:yours@{}", "yours.*holds mine:1.0.0"),
+        ("tfds:mine:2.0.0@{}", "mine:1.0.0"),
+        ("tfds:mine@{}/none", "holds none"),
+        ("tfds:mine@{}?split=test", "'test'.*train"),
+        ("tfds:mine@{}?split=train[5", "train.5"),
+        ("tfds:mine@{}?field=page", "'page'.*text"),
+    ],
+)
 def test_what_is_not_there_is_one_line(made, text, message):
     source = data.parse_source(text.format(made))
     with pytest.raises(UserError, match=message) as raised:
@@ -192,18 +215,37 @@ def test_what_a_killed_program_left_is_no_data_set_and_is_replaced(made, tmp_pat
         data.parse_source(f"tfds:mine@{tmp_path}").documents("calibration")
     files = [data.File(made / "a.jsonl")]
     assert build.build(data.TFDS("mine", tmp_path), files, validation_files=files) == dict.fromkeys(
-        ("train", "validation"), len(DOCUMENTS))
+        ("train", "validation"), len(DOCUMENTS)
+    )
     assert list(data.parse_source(f"tfds:mine@{tmp_path}").documents("evaluation")) == DOCUMENTS
 
 
-@pytest.mark.parametrize("text", ["tfds:mine@a/b", "tfds:mine/config:1.2.3@a?split=train[:90%]&field=page", "hub:org/name@train",
-                                  "hub:org/name/en@train[:20]?field=page"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "tfds:mine@a/b",
+        "tfds:mine/config:1.2.3@a?split=train[:90%]&field=page",
+        "hub:org/name@train",
+        "hub:org/name/en@train[:20]?field=page",
+    ],
+)
 def test_a_source_is_written_as_it_is_read(text):
     assert str(data.parse_source(text)) == text
 
 
-@pytest.mark.parametrize("text", ["tfds:mine", "tfds:@a", "tfds:mine@", "tfds:mine@a?page=1", "hub:name@train", "hub:org/name",
-                                  "hub:org/name@train[5:]", "hub:org/name@train?split=a"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "tfds:mine",
+        "tfds:@a",
+        "tfds:mine@",
+        "tfds:mine@a?page=1",
+        "hub:name@train",
+        "hub:org/name",
+        "hub:org/name@train[5:]",
+        "hub:org/name@train?split=a",
+    ],
+)
 def test_other_texts_are_refused(text):
     with pytest.raises(UserError, match="tfds:NAME@DIR|hub:ORG/NAME"):
         data.parse_source(text)
@@ -232,16 +274,22 @@ def test_a_hub_data_set_has_the_documents_of_its_files(hub_folder):
     assert whole.fingerprint("calibration") == whole.fingerprint("calibration") is not None
     with pytest.raises(UserError, match="would both read org/name@train"):
         data.refuse_overlap(whole, first)
-    for text, message in (("hub:org/name@test", "test"), ("hub:org/name@train?field=page", "'page'.*id, text"),
-                          ("hub:org/name@train[:5]?field=id", "text in column 'id'.*int"), ("hub:org/none@train", "org/none")):
+    for text, message in (
+        ("hub:org/name@test", "test"),
+        ("hub:org/name@train?field=page", "'page'.*id, text"),
+        ("hub:org/name@train[:5]?field=id", "text in column 'id'.*int"),
+        ("hub:org/none@train", "org/none"),
+    ):
         with pytest.raises(UserError, match=message) as raised:
             list(data.parse_source(text).documents("calibration"))
         assert "\n" not in str(raised.value)
 
 
 def test_a_split_of_another_source_is_known_again():
-    for name, text in (("wikitext2", "hub:Salesforce/wikitext/wikitext-2-raw-v1@test"),
-                       ("c4", "hub:allenai/c4/en@validation[:9]")):
+    for name, text in (
+        ("wikitext2", "hub:Salesforce/wikitext/wikitext-2-raw-v1@test"),
+        ("c4", "hub:allenai/c4/en@validation[:9]"),
+    ):
         source = data.parse_source(name)
         data.refuse_overlap(source, source)
         with pytest.raises(UserError, match="would both read"):
@@ -263,10 +311,10 @@ def test_an_unreachable_hub_is_one_line(monkeypatch):
 
 READER = """
 import json, sys
-from optima_tpu import processes
-from optima_tpu.config import Calibration, Evaluation, RunConfig
+from optima_tpu.runtime import processes
+from optima_tpu.config.run_config import Calibration, Evaluation, RunConfig
 from optima_tpu.data import TFDS
-from optima_tpu.inputs import manifest_of, open_model_on_mesh, read_texts
+from optima_tpu.pipeline.inputs import manifest_of, open_model_on_mesh, read_texts
 
 model, source, other, port, index = sys.argv[1:]
 if port != "0":
@@ -286,9 +334,16 @@ def test_two_real_processes_read_disjoint_parts_of_the_same_tokens(made, tmp_pat
     model, port, other = tiny_folder(tmp_path / "model"), free_port(), tmp_path / "b.txt"
     other.write_text("text to score " * 50)
     starts = [(f"tfds:mine@{made}", port, 0), (f"tfds:mine@{made}", port, 1), (f"file:{made}/a.jsonl", 0, 0)]
-    started = [subprocess.Popen([sys.executable, "-c", READER, str(model), source, f"file:{other}", str(port), str(index)],
-                                env=process_environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-               for source, port, index in starts]
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", READER, str(model), source, f"file:{other}", str(port), str(index)],
+            env=process_environment(),
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        for source, port, index in starts
+    ]
     outputs = [process.communicate(timeout=300) for process in started]
     assert not any(process.returncode for process in started), outputs
     first, second, file = (json.loads(output.splitlines()[-1]) for output, _ in outputs)

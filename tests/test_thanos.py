@@ -9,20 +9,23 @@ import numpy as np
 import pytest
 
 from optima_tpu.errors import UserError
-from optima_tpu.patterns import NM, Unstructured
-from optima_tpu.problem import LayerProblem, Pruned, self_target
-from optima_tpu.prune import prune_group
-from optima_tpu.recipe import Recipe
-from optima_tpu.selectors import Thanos, Wanda
+from optima_tpu.method.patterns import NM, Unstructured
+from optima_tpu.method.problem import LayerProblem, Pruned, self_target
+from optima_tpu.method.recipe import Recipe
+from optima_tpu.method.selectors import Thanos, Wanda
+from optima_tpu.pipeline.walk import prune_group
 from tests import ports
 from tests.helpers import layer, mesh, oracle
 
-PATTERNS = [*(Unstructured(share, group) for group in ("layer", "row") for share in (0.5, 0.6, 0.7)),
-            NM(2, 4), NM(4, 8), NM(6, 8)]
+PATTERNS = [
+    *(Unstructured(share, group) for group in ("layer", "row") for share in (0.5, 0.6, 0.7)),
+    NM(2, 4),
+    NM(4, 8),
+    NM(6, 8),
+]
 # (rows, columns, block, dead inputs): a last block of another size, dead inputs in two blocks; a block that no M
 # divides, more columns than rows; one block, wider than the layer.
-SHAPES = [((24, 40, 16, (3, 4, 35)), PATTERNS), ((11, 96, 18, ()), PATTERNS[1::3]),
-          ((32, 24, 256, (5,)), PATTERNS[::3])]
+SHAPES = [((24, 40, 16, (3, 4, 35)), PATTERNS), ((11, 96, 18, ()), PATTERNS[1::3]), ((32, 24, 256, (5,)), PATTERNS[::3])]
 patterns = pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 
 
@@ -113,8 +116,9 @@ def test_the_target_of_the_problem_is_not_read():
     assert (once.weight == again.weight).all() and (once.keep == again.keep).all()
 
 
-@pytest.mark.parametrize("pattern, rows", [(Unstructured(0.6, "layer"), 32), (Unstructured(0.6, "row"), 13),
-                                           (NM(2, 4), 32)], ids=str)
+@pytest.mark.parametrize(
+    "pattern, rows", [(Unstructured(0.6, "layer"), 32), (Unstructured(0.6, "row"), 13), (NM(2, 4), 32)], ids=str
+)
 def test_the_mesh_does_not_change_the_result(pattern, rows):
     """Also with rows that it does not divide. Eight devices factorise at once, and none waits for ever."""
     problem, recipe = problem_of(rows, 40), Recipe(pattern, Thanos(8), None)

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from optima_tpu import data
-from optima_tpu.config import Calibration, Evaluation, RunConfig
+from optima_tpu.config.run_config import Calibration, Evaluation, RunConfig
 from optima_tpu.data import build
 from optima_tpu.data.cache import TokenCache, _code, token_key
 from optima_tpu.data.source import Tokens
-from optima_tpu.inputs import manifest_of, open_model_on_mesh, read_texts
+from optima_tpu.pipeline.inputs import manifest_of, open_model_on_mesh, read_texts
 from tests.helpers import tiny_folder
 
 DRAW = dict(samples=4, length=20, held_out=2, seed=0, bos=None)
@@ -32,14 +32,20 @@ def texts(tmp_path, monkeypatch):
     monkeypatch.setenv("OPTIMA_TPU_CACHE", str(tmp_path / "cache"))
     for name in ("a", "b"):
         (tmp_path / f"{name}.txt").write_text(f"the text of file {name}; " * 40)
-    return RunConfig(model="unused", calibration=Calibration(f"file:{tmp_path}/a.txt", samples=4, length=20, held_out=2),
-                     evaluation=Evaluation(f"file:{tmp_path}/b.txt"))
+    return RunConfig(
+        model="unused",
+        calibration=Calibration(f"file:{tmp_path}/a.txt", samples=4, length=20, held_out=2),
+        evaluation=Evaluation(f"file:{tmp_path}/b.txt"),
+    )
 
 
 def damage(path, how):
     content = path.read_bytes()
-    path.write_bytes({"cut": content[:-3], "empty": b"", "other": b"x" * 99,
-                      "a bit": content[:-3] + bytes([content[-3] ^ 1]) + content[-2:]}[how])
+    path.write_bytes(
+        {"cut": content[:-3], "empty": b"", "other": b"x" * 99, "a bit": content[:-3] + bytes([content[-3] ^ 1]) + content[-2:]}[
+            how
+        ]
+    )
 
 
 def test_a_second_run_has_the_same_tokens_and_manifest_and_tokenises_nothing(texts, model, monkeypatch):

@@ -17,17 +17,26 @@ from safetensors.numpy import save_file
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from optima_tpu.errors import UserError
-from optima_tpu.weights import check_dtypes, check_names, hub, load_tokenizer, open_model
-from optima_tpu.weights.source import whole_slices
+from optima_tpu.models.checkpoints import check_dtypes, check_names, hub, load_tokenizer, open_model
+from optima_tpu.models.checkpoints.source import whole_slices
 from tests.helpers import tiny_folder
 
 HEADS, KV_HEADS, D_HEAD, D_MODEL, D_FF, LAYERS = 4, 2, 8, 32, 64, 2
 ALPHABET = sorted(bytes_to_unicode().values())
 TOKENS = ["<|start|>", "<|end|>", *ALPHABET, "Ġt", "th", "Ġth", "12", "cat"]  # no merge leads to the last
 CONFIG = {
-    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": D_MODEL, "intermediate_size": D_FF,
-    "num_hidden_layers": LAYERS, "num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS, "head_dim": D_HEAD,
-    "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "vocab_size": len(TOKENS), "tie_word_embeddings": True,
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": D_MODEL,
+    "intermediate_size": D_FF,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": HEADS,
+    "num_key_value_heads": KV_HEADS,
+    "head_dim": D_HEAD,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "vocab_size": len(TOKENS),
+    "tie_word_embeddings": True,
     "torch_dtype": "float32",
 }
 
@@ -36,12 +45,20 @@ def llama_tensors(dtype=np.float32, layers=LAYERS) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(0)
     shapes = {"model.embed_tokens.weight": (len(TOKENS), D_MODEL), "model.norm.weight": (D_MODEL,)}
     for i in range(layers):
-        shapes |= {f"model.layers.{i}.{name}.weight": shape for name, shape in {
-            "input_layernorm": (D_MODEL,), "post_attention_layernorm": (D_MODEL,),
-            "self_attn.q_proj": (HEADS * D_HEAD, D_MODEL), "self_attn.k_proj": (KV_HEADS * D_HEAD, D_MODEL),
-            "self_attn.v_proj": (KV_HEADS * D_HEAD, D_MODEL), "self_attn.o_proj": (D_MODEL, HEADS * D_HEAD),
-            "mlp.gate_proj": (D_FF, D_MODEL), "mlp.up_proj": (D_FF, D_MODEL), "mlp.down_proj": (D_MODEL, D_FF),
-        }.items()}
+        shapes |= {
+            f"model.layers.{i}.{name}.weight": shape
+            for name, shape in {
+                "input_layernorm": (D_MODEL,),
+                "post_attention_layernorm": (D_MODEL,),
+                "self_attn.q_proj": (HEADS * D_HEAD, D_MODEL),
+                "self_attn.k_proj": (KV_HEADS * D_HEAD, D_MODEL),
+                "self_attn.v_proj": (KV_HEADS * D_HEAD, D_MODEL),
+                "self_attn.o_proj": (D_MODEL, HEADS * D_HEAD),
+                "mlp.gate_proj": (D_FF, D_MODEL),
+                "mlp.up_proj": (D_FF, D_MODEL),
+                "mlp.down_proj": (D_MODEL, D_FF),
+            }.items()
+        }
     return {name: rng.standard_normal(shape).astype(dtype) for name, shape in shapes.items()}
 
 
@@ -157,11 +174,14 @@ def test_a_folder_with_pickled_weights_only_says_how_to_convert(tmp_path):
         open_model(str(tmp_path))
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    ({"architectures": None}, "architectures"),
-    ({"model_type": "no-such-model"}, "no-such-model"),
-    ({"quantization_config": {"quant_method": "gptq"}}, "quantised .gptq."),
-])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"architectures": None}, "architectures"),
+        ({"model_type": "no-such-model"}, "no-such-model"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "quantised .gptq."),
+    ],
+)
 def test_a_configuration_that_names_no_float_model_is_refused(folder, change, message):
     (folder / "config.json").write_text(json.dumps(CONFIG | change))
     with pytest.raises(UserError, match=message):
@@ -199,10 +219,9 @@ def test_a_hub_model_offline_says_what_to_do(monkeypatch, tmp_path):
         open_model("org/name")
 
 
-@pytest.mark.parametrize(("kind", "message"), [
-    (GatedRepoError, "is gated.*hf auth login"),
-    (RepositoryNotFoundError, "no public model"),
-])
+@pytest.mark.parametrize(
+    ("kind", "message"), [(GatedRepoError, "is gated.*hf auth login"), (RepositoryNotFoundError, "no public model")]
+)
 def test_a_refusal_of_the_hub_says_what_to_do(monkeypatch, kind, message):
     def refuse(*args, **kwargs):
         raise kind("no", response=SimpleNamespace(headers={}, request=None))
@@ -222,8 +241,16 @@ def test_a_download_that_ends_early_is_one_line(monkeypatch):
 
 
 def test_named_chat_templates_are_downloaded_read_and_exported(tmp_path):
-    names = ["config.json", "chat_template.jinja", "additional_chat_templates/tool_use.jinja", "onnx/config.json",
-             "onnx/model.safetensors", "consolidated.safetensors", "model.safetensors", "README.md"]
+    names = [
+        "config.json",
+        "chat_template.jinja",
+        "additional_chat_templates/tool_use.jinja",
+        "onnx/config.json",
+        "onnx/model.safetensors",
+        "consolidated.safetensors",
+        "model.safetensors",
+        "README.md",
+    ]
     wanted = filter_repo_objects(names, allow_patterns=hub.WANTED, ignore_patterns=hub.UNWANTED)
     assert sorted(wanted) == [names[2], names[1], names[0], names[6]]
     folder = tiny_folder(tmp_path / "model")
@@ -253,8 +280,7 @@ def test_float64_is_refused_before_anything_runs_and_read_as_another_dtype(tmp_p
 
 def test_a_stored_copy_of_a_tied_head_is_not_unexpected(tmp_path):
     stored = llama_tensors()
-    spare = {"lm_head.weight": stored["model.embed_tokens.weight"],
-             "model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(4)}
+    spare = {"lm_head.weight": stored["model.embed_tokens.weight"], "model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(4)}
     opened = open_model(str(write_folder(tmp_path / "model", stored | spare)))
     check_names(stored, opened.tensors)
     with pytest.raises(UserError, match="missing"):
@@ -272,9 +298,17 @@ def test_a_missing_or_damaged_tokenizer_is_a_user_error(folder):
 # GGUF
 
 Q = gguf.GGMLQuantizationType
-PARTS = {"self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
-         "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
-         "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
+PARTS = {
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+}
 
 
 def gguf_name(name):
@@ -289,8 +323,7 @@ def interleaved(weight, heads):
     return weight.reshape(heads, 2, weight.shape[0] // heads // 2, -1).swapaxes(1, 2).reshape(weight.shape)
 
 
-def write_gguf(path, tensors, kinds=lambda name: Q.F32, arch="llama", split="smollm", theta=10000.0,
-               extra=lambda writer: None):
+def write_gguf(path, tensors, kinds=lambda name: Q.F32, arch="llama", split="smollm", theta=10000.0, extra=lambda writer: None):
     """Writes the file as llama.cpp's converter does; returns what a reader should find, under Hugging Face names."""
     writer = gguf.GGUFWriter(path, arch)
     writer.add_context_length(128)
@@ -353,8 +386,15 @@ def test_the_configuration_of_a_gguf_file_is_the_models(tmp_path):
     write_gguf(tmp_path / "m.gguf", llama_tensors())
     opened = open_model(str(tmp_path / "m.gguf"))
     assert json.loads(opened.assets["config.json"]) == CONFIG | {
-        "hidden_act": "silu", "max_position_embeddings": 128, "rope_scaling": None, "attention_bias": False,
-        "mlp_bias": False, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": None}
+        "hidden_act": "silu",
+        "max_position_embeddings": 128,
+        "rope_scaling": None,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "pad_token_id": None,
+    }
     assert opened.config.rope_parameters["rope_theta"] == 10000.0
 
 
@@ -369,17 +409,24 @@ def test_transformers_reads_the_same_gguf_tensors(tmp_path):
         np.testing.assert_array_equal(ours.read(name), theirs[name].numpy(), err_msg=name)
 
 
-@pytest.mark.parametrize(("split", "add_bos", "ids"), [
-    ("smollm", None, ["c", "a", "t", "Ġth", "1", "2"]),  # every digit is cut out before any merge
-    ("gpt-2", None, ["c", "a", "t", "Ġth", "12"]),
-    ("llama-bpe", None, ["<|start|>", "cat", "Ġth", "12"]),  # a word in the vocabulary needs no merge
-    ("llama-bpe", False, ["cat", "Ġth", "12"]),
-    ("midm-2.0", None, ["<|start|>", "cat", "Ġth", "12"]),
-    ("smollm", True, ["<|start|>", "c", "a", "t", "Ġth", "1", "2"]),
-])
+@pytest.mark.parametrize(
+    ("split", "add_bos", "ids"),
+    [
+        ("smollm", None, ["c", "a", "t", "Ġth", "1", "2"]),  # every digit is cut out before any merge
+        ("gpt-2", None, ["c", "a", "t", "Ġth", "12"]),
+        ("llama-bpe", None, ["<|start|>", "cat", "Ġth", "12"]),  # a word in the vocabulary needs no merge
+        ("llama-bpe", False, ["cat", "Ġth", "12"]),
+        ("midm-2.0", None, ["<|start|>", "cat", "Ġth", "12"]),
+        ("smollm", True, ["<|start|>", "c", "a", "t", "Ġth", "1", "2"]),
+    ],
+)
 def test_the_tokenizer_of_a_gguf_file_survives_its_files(tmp_path, split, add_bos, ids):
-    write_gguf(tmp_path / "m.gguf", llama_tensors(), split=split,
-               extra=lambda writer: None if add_bos is None else writer.add_add_bos_token(add_bos))
+    write_gguf(
+        tmp_path / "m.gguf",
+        llama_tensors(),
+        split=split,
+        extra=lambda writer: None if add_bos is None else writer.add_add_bos_token(add_bos),
+    )
     tokenizer = load_tokenizer(open_model(str(tmp_path / "m.gguf")))
     assert tokenizer.convert_ids_to_tokens(tokenizer("cat th12").input_ids) == ids
     assert tokenizer("<|end|>", add_special_tokens=False).input_ids == [1] == [tokenizer.eos_token_id]
@@ -392,28 +439,43 @@ def test_llama3_rope_scaling_is_recovered_or_refused(tmp_path):
     from transformers import LlamaConfig
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-    theta, scaling = 500000.0, {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-                                "original_max_position_embeddings": 8192}
+    theta, scaling = (
+        500000.0,
+        {
+            "rope_type": "llama3",
+            "factor": 32.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        },
+    )
     changes = {"rope_theta": theta, "rope_scaling": dict(scaling), "max_position_embeddings": 131072}
     config = LlamaConfig(**CONFIG | changes)
     scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
     factors = (theta ** (-torch.arange(0, D_HEAD, 2) / D_HEAD) / scaled).numpy().astype(np.float32)
     assert factors[0] == 1 < factors[2] < factors[3] == 32  # all three regimes are there
     for name, values in (("a", factors), ("b", np.full_like(factors, 3))):
-        write_gguf(tmp_path / f"{name}.gguf", llama_tensors(), theta=theta,
-                   extra=lambda writer, values=values: writer.add_tensor("rope_freqs.weight", values))
+        write_gguf(
+            tmp_path / f"{name}.gguf",
+            llama_tensors(),
+            theta=theta,
+            extra=lambda writer, values=values: writer.add_tensor("rope_freqs.weight", values),
+        )
     assert json.loads(open_model(str(tmp_path / "a.gguf")).assets["config.json"])["rope_scaling"] == scaling
     with pytest.raises(UserError, match="rope_freqs.weight"):
         open_model(str(tmp_path / "b.gguf"))
 
 
-@pytest.mark.parametrize(("options", "message"), [
-    ({"arch": "gpt2"}, "'gpt2'; GGUF files are supported for llama, qwen2, gemma3"),
-    ({"split": "no-such-split"}, "no-such-split"),
-    ({"extra": lambda writer: writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)}, "rope.scaling.type"),
-    ({"extra": lambda writer: writer.add_sliding_window(64)}, "sliding_window"),
-    ({"extra": lambda writer: writer.add_tensor("blk.0.ffn_gate_inp.weight", np.ones((2, 4), "f"))}, "ffn_gate_inp"),
-])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"arch": "gpt2"}, "'gpt2'; GGUF files are supported for llama, qwen2, gemma3"),
+        ({"split": "no-such-split"}, "no-such-split"),
+        ({"extra": lambda writer: writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)}, "rope.scaling.type"),
+        ({"extra": lambda writer: writer.add_sliding_window(64)}, "sliding_window"),
+        ({"extra": lambda writer: writer.add_tensor("blk.0.ffn_gate_inp.weight", np.ones((2, 4), "f"))}, "ffn_gate_inp"),
+    ],
+)
 def test_a_gguf_file_that_is_no_plain_llama_is_refused(tmp_path, options, message):
     write_gguf(tmp_path / "m.gguf", llama_tensors(), **options)
     with pytest.raises(UserError, match=message):

@@ -21,13 +21,32 @@ from optima_tpu.errors import UserError
 if TYPE_CHECKING:  # it takes seconds, and says that torch is missing, to programs that tokenise nothing
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["C4", "File", "Hub", "Npy", "PyDoc", "Random", "SelfGenerated", "Source", "Split", "TFDS", "TextSource",
-           "TokenSource", "Tokens", "WikiText2", "calibration_tokens", "evaluation_tokens", "parse_source", "read_by_all",
-           "refuse_overlap", "shared", "token_digest"]
+__all__ = [
+    "C4",
+    "TFDS",
+    "File",
+    "Hub",
+    "Npy",
+    "PyDoc",
+    "Random",
+    "SelfGenerated",
+    "Source",
+    "Split",
+    "TextSource",
+    "TokenSource",
+    "Tokens",
+    "WikiText2",
+    "calibration_tokens",
+    "evaluation_tokens",
+    "parse_source",
+    "read_by_all",
+    "refuse_overlap",
+    "shared",
+    "token_digest",
+]
 
 NAMED: dict[str, Source] = {str(source): source for source in (PyDoc(), C4(), WikiText2(), Random())}
-WITH_PATH: dict[str, Callable[[str], Source]] = {
-    "file": File.parse, "npy": Npy.parse, "tfds": TFDS.parse, "hub": Hub.parse}
+WITH_PATH: dict[str, Callable[[str], Source]] = {"file": File.parse, "npy": Npy.parse, "tfds": TFDS.parse, "hub": Hub.parse}
 
 
 def parse_source(text: str) -> Source:
@@ -43,8 +62,10 @@ def parse_source(text: str) -> Source:
         return SelfGenerated.parse(text)
     if colon and path and kind in WITH_PATH:
         return WITH_PATH[kind](path)
-    raise UserError(f"expected a text source ({', '.join(NAMED)}, self, file:PATH, file:PATH?field=NAME, npy:PATH, "
-                    f"tfds:NAME@DIR or hub:ORG/NAME@SPLIT), got {text!r}; for a text of your own write file: before its path")
+    raise UserError(
+        f"expected a text source ({', '.join(NAMED)}, self, file:PATH, file:PATH?field=NAME, npy:PATH, "
+        f"tfds:NAME@DIR or hub:ORG/NAME@SPLIT), got {text!r}; for a text of your own write file: before its path"
+    )
 
 
 def read_by_all(source: Source) -> bool:
@@ -52,8 +73,17 @@ def read_by_all(source: Source) -> bool:
     return isinstance(source, TFDS)
 
 
-def calibration_tokens(source: Source, tokenizer: "PreTrainedTokenizerBase", *, samples: int, length: int, seed: int,
-                       held_out: int = 0, bos: int | None = None, over: sampling.Over = map) -> Tokens:
+def calibration_tokens(
+    source: Source,
+    tokenizer: "PreTrainedTokenizerBase",
+    *,
+    samples: int,
+    length: int,
+    seed: int,
+    held_out: int = 0,
+    bos: int | None = None,
+    over: sampling.Over = map,
+) -> Tokens:
     """The windows a model is calibrated on, and further ones held out. The same arguments give the same tokens.
 
     A text source is sampled by :func:`optima_tpu.data.sampling.calibration_windows`. Every document is tokenised with
@@ -83,14 +113,25 @@ def calibration_tokens(source: Source, tokenizer: "PreTrainedTokenizerBase", *, 
         tokens = source.tokens("calibration", vocabulary=len(tokenizer), windows=samples + held_out, length=length, seed=seed)
         return _replacing(tokens._replace(how=tokens.how + sampling.held_out_text(held_out)), bos)
     documents = source.documents("calibration")
-    return _preceded(sampling.calibration_windows(
-        documents if isinstance(documents, Sequence) else list(documents), _encoder(tokenizer, bos),
-        separator=tokenizer.eos_token_id, samples=samples, held_out=held_out, length=_text_length(length, bos), seed=seed,
-        origin=str(source), over=over), bos)
+    return _preceded(
+        sampling.calibration_windows(
+            documents if isinstance(documents, Sequence) else list(documents),
+            _encoder(tokenizer, bos),
+            separator=tokenizer.eos_token_id,
+            samples=samples,
+            held_out=held_out,
+            length=_text_length(length, bos),
+            seed=seed,
+            origin=str(source),
+            over=over,
+        ),
+        bos,
+    )
 
 
-def evaluation_tokens(source: Source, tokenizer: "PreTrainedTokenizerBase", *, length: int,
-                      windows: int | None, bos: int | None = None) -> Tokens:
+def evaluation_tokens(
+    source: Source, tokenizer: "PreTrainedTokenizerBase", *, length: int, windows: int | None, bos: int | None = None
+) -> Tokens:
     """The windows perplexity is measured on: the text cut into consecutive pieces, the last partial one dropped.
 
     The documents are joined by a blank line and tokenised as one text with the tokenizer's own special tokens, as
@@ -110,9 +151,16 @@ def evaluation_tokens(source: Source, tokenizer: "PreTrainedTokenizerBase", *, l
         raise UserError(f"expected at least one evaluation window of at least one token, got {windows} of {length}")
     if isinstance(source, TokenSource):
         return _replacing(source.tokens("evaluation", vocabulary=len(tokenizer), windows=windows, length=length, seed=0), bos)
-    return _preceded(sampling.evaluation_windows(
-        source.documents("evaluation"), _encoder(tokenizer, bos), length=_text_length(length, bos), windows=windows,
-        origin=str(source)), bos)
+    return _preceded(
+        sampling.evaluation_windows(
+            source.documents("evaluation"),
+            _encoder(tokenizer, bos),
+            length=_text_length(length, bos),
+            windows=windows,
+            origin=str(source),
+        ),
+        bos,
+    )
 
 
 def refuse_overlap(calibration: Source, evaluation: Source) -> None:
@@ -123,8 +171,10 @@ def refuse_overlap(calibration: Source, evaluation: Source) -> None:
     if part := shared(calibration, evaluation):
         if isinstance(calibration, File | Npy):
             calibration.check()  # a path that does not exist needs no second one
-        raise UserError(f"calibration and evaluation would both read {part.place}: expected two different texts; give "
-                        "--evaluation.source another one, such as wikitext2 or pydoc")
+        raise UserError(
+            f"calibration and evaluation would both read {part.place}: expected two different texts; give "
+            "--evaluation.source another one, such as wikitext2 or pydoc"
+        )
 
 
 def shared(calibration: Source, evaluation: Source) -> Part | None:
@@ -148,6 +198,13 @@ def _text_length(length: int, bos: int | None) -> int:
     return length if bos is None else length - 1
 
 
+def check_sources(*sources: str | None) -> None:
+    """Raises UserError where one of the texts of a run is named as no source is; None names none."""
+    for source in sources:
+        if source is not None:
+            parse_source(source)
+
+
 def _preceded(tokens: Tokens, bos: int | None) -> Tokens:
     if bos is None:
         return tokens
@@ -168,4 +225,5 @@ def _encoder(tokenizer: "PreTrainedTokenizerBase", bos: int | None) -> sampling.
         # Not verbose: transformers would warn that a document is longer than the model's context, which it may be here.
         encoded = tokenizer(text, add_special_tokens=bos is None, return_attention_mask=False, verbose=False)
         return np.asarray(encoded["input_ids"], np.int32)
+
     return encode

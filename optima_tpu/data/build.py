@@ -16,17 +16,22 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import Progress, TextColumn, TimeElapsedColumn
 
-from optima_tpu.command import guarded
 from optima_tpu.data.file import File
 from optima_tpu.data.tfds import TFDS
 from optima_tpu.errors import UserError
-from optima_tpu.files import PARTIAL, commit, writing
+from optima_tpu.runtime.command import guarded
+from optima_tpu.runtime.files import PARTIAL, commit, writing
 
 VERSION = "1.0.0"
 
 
-def build(target: TFDS, files: Sequence[File], validation_files: Sequence[File] = (), validation_share: float = 0.0,
-          advance: Callable[[int], None] = lambda count: None) -> dict[str, int]:
+def build(
+    target: TFDS,
+    files: Sequence[File],
+    validation_files: Sequence[File] = (),
+    validation_share: float = 0.0,
+    advance: Callable[[int], None] = lambda count: None,
+) -> dict[str, int]:
     """Writes the data set. It appears under its name when all of it is on the disk; the documents keep their order.
 
     Args:
@@ -48,8 +53,9 @@ def build(target: TFDS, files: Sequence[File], validation_files: Sequence[File] 
         raise UserError(f"expected a name of small letters, digits and _, got {target.name!r}")
     final = target.directory / target.name / VERSION
     if final.parent.exists() and any(final.parent.iterdir()):
-        raise UserError(f"there is a data set {target.name} in {target.directory} already: delete {final.parent} or choose "
-                        "another name")
+        raise UserError(
+            f"there is a data set {target.name} in {target.directory} already: delete {final.parent} or choose another name"
+        )
     for file in (*files, *validation_files):
         file.check()
     splits = {"train": 0} | ({"validation": 0} if validation_files or validation_share else {})
@@ -90,8 +96,9 @@ def _writers(folder: Path, name: str, splits: Iterable[str]) -> Iterator[Callabl
 
     features = _features()
     # One document a group, as TFDS writes them: any of them is then read alone.
-    writers = {split: ArrayRecordWriter(str(folder / f"{name}-{split}.array_record-00000-of-00001"), "group_size:1")
-               for split in splits}
+    writers = {
+        split: ArrayRecordWriter(str(folder / f"{name}-{split}.array_record-00000-of-00001"), "group_size:1") for split in splits
+    }
     try:
         yield lambda split, text: writers[split].write(features.serialize_example({"text": text}))
     finally:
@@ -108,9 +115,14 @@ def _describe(folder: Path, name: str, splits: dict[str, int]) -> None:
         return tfds.core.SplitInfo(name=split, shard_lengths=[splits[split]], num_bytes=size, filename_template=template)
 
     tfds.folder_dataset.write_metadata(
-        data_dir=folder, features=_features(), split_infos=[about(split) for split in splits], version=VERSION,
+        data_dir=folder,
+        features=_features(),
+        split_infos=[about(split) for split in splits],
+        version=VERSION,
         check_data=False,  # it would ask for TensorFlow
-        description="Documents of text files in their order.", disable_shuffling=True)
+        description="Documents of text files in their order.",
+        disable_shuffling=True,
+    )
 
 
 def _features():
@@ -127,21 +139,33 @@ def main(arguments: list[str] | None = None) -> int:
 def _build(arguments: list[str] | None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m optima_tpu.data.build",
-        description="Makes a data set of text files, for --calibration.source tfds:NAME@DIR. No TensorFlow is needed.")
+        description="Makes a data set of text files, for --calibration.source tfds:NAME@DIR. No TensorFlow is needed.",
+    )
     parser.add_argument("target", metavar="NAME@DIR", help="its name, and the directory that holds data sets")
     parser.add_argument("files", metavar="FILE", nargs="+", help=".txt (one document), .jsonl, .parquet (one a record); also .gz")
     parser.add_argument("--field", default="text", help="the field or column with the text (default: %(default)s)")
     validation = parser.add_mutually_exclusive_group()
-    validation.add_argument("--validation-share", metavar="SHARE", type=float, default=0.0,
-                            help="the part of the documents, such as 0.05, that go into the split for evaluation (default: none)")
+    validation.add_argument(
+        "--validation-share",
+        metavar="SHARE",
+        type=float,
+        default=0.0,
+        help="the part of the documents, such as 0.05, that go into the split for evaluation (default: none)",
+    )
     validation.add_argument("--validation-files", metavar="FILE", nargs="+", default=[], help="or the files for that split")
     chosen = parser.parse_args(arguments)
     console = Console()
-    progress = Progress(TextColumn("{task.completed:,} documents written"), TimeElapsedColumn(), console=console, transient=True,
-                        disable=not console.is_terminal)
+    progress = Progress(
+        TextColumn("{task.completed:,} documents written"),
+        TimeElapsedColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
     target = TFDS.parse(chosen.target)
-    files, others = ([File(Path(path).expanduser(), chosen.field) for path in paths]
-                     for paths in (chosen.files, chosen.validation_files))
+    files, others = (
+        [File(Path(path).expanduser(), chosen.field) for path in paths] for paths in (chosen.files, chosen.validation_files)
+    )
     with progress:
         task = progress.add_task("", total=None)
         counts = build(target, files, others, chosen.validation_share, lambda count: progress.update(task, completed=count))

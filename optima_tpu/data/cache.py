@@ -14,9 +14,9 @@ import safetensors
 import safetensors.numpy
 
 from optima_tpu.data.source import Fingerprinted, Source, Split, Tokens
-from optima_tpu.files import PARTIAL, commit, user_cache
-from optima_tpu.processes import from_first
-from optima_tpu.weights import Pretrained
+from optima_tpu.models.checkpoints import Pretrained
+from optima_tpu.runtime.files import PARTIAL, commit, user_cache
+from optima_tpu.runtime.processes import from_first
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +41,7 @@ class TokenCache:
           key: from :func:`token_key`, in process 0. None: nothing is kept.
           draw: returns the same in every process, which all call it, or none.
         """
+
         def found() -> tuple[str | None, Tokens | None]:
             name = key()
             return name, name and self.load(name)

@@ -51,8 +51,10 @@ class File:
         try:
             yield from read()
         except (OSError, EOFError, zlib.error, UnicodeError, pyarrow.ArrowException) as error:
-            raise UserError(f"expected {'a Parquet file' if parquet else 'UTF-8 text'} in {self.path}, but it can't be "
-                            f"read ({one_line(error)}): download or convert it again") from error
+            raise UserError(
+                f"expected {'a Parquet file' if parquet else 'UTF-8 text'} in {self.path}, but it can't be "
+                f"read ({one_line(error)}): download or convert it again"
+            ) from error
 
     def check(self) -> None:
         """Raises UserError where there is no such file, or none of a known format."""
@@ -60,8 +62,7 @@ class File:
             what = "is a folder" if self.path.is_dir() else "does not exist"
             raise UserError(f"expected a text file, but {self.path} {what}: check the path")
         if not self.path.name.endswith(SUFFIXES):
-            raise UserError(f"expected a file that ends in one of {', '.join(SUFFIXES)}, got {self.path}: "
-                            "rename or convert it")
+            raise UserError(f"expected a file that ends in one of {', '.join(SUFFIXES)}, got {self.path}: rename or convert it")
 
     def parts(self, split: Split) -> list[Part]:
         """The file, under whatever name."""
@@ -93,11 +94,13 @@ class File:
                 try:
                     record = json.loads(line)
                 except ValueError as error:
-                    raise UserError(f"expected a JSON object on every line of {self.path}, line {number} is none "
-                                    f"({error})") from error
+                    raise UserError(
+                        f"expected a JSON object on every line of {self.path}, line {number} is none ({error})"
+                    ) from error
                 if not isinstance(record, dict):
-                    raise UserError(f"expected a JSON object on every line of {self.path}, line {number} is a "
-                                    f"{type(record).__name__}")
+                    raise UserError(
+                        f"expected a JSON object on every line of {self.path}, line {number} is a {type(record).__name__}"
+                    )
                 self._check_field(record)
                 yield self._checked(record[self.field], f"line {number}")
 
@@ -112,12 +115,15 @@ class File:
 
     def _check_field(self, fields) -> None:
         if self.field not in fields:
-            raise UserError(f"{self.path} has no field {self.field!r}, it has {', '.join(fields) or 'none'}: "
-                            "write file:PATH?field=NAME")
+            raise UserError(
+                f"{self.path} has no field {self.field!r}, it has {', '.join(fields) or 'none'}: write file:PATH?field=NAME"
+            )
 
     def _checked(self, value, place: str) -> str:
         if not isinstance(value, str):
-            raise UserError(f"expected text in field {self.field!r} of {self.path}, {place} holds "
-                            f"{type(value).__name__}: correct or drop that record")
+            raise UserError(
+                f"expected text in field {self.field!r} of {self.path}, {place} holds "
+                f"{type(value).__name__}: correct or drop that record"
+            )
         value.encode()  # JSON can spell half a surrogate pair, which is no text: raises UnicodeError
         return value

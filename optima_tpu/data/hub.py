@@ -46,8 +46,13 @@ class Hub:
         return Hub(repository, config, split, first and int(first), **options)
 
     def __str__(self) -> str:
-        return (f"hub:{self.repository}" + (f"/{self.config}" if self.config else "") + f"@{self.split}"
-                + (f"[:{self.first}]" if self.first else "") + (f"?field={self.field}" if self.field != "text" else ""))
+        return (
+            f"hub:{self.repository}"
+            + (f"/{self.config}" if self.config else "")
+            + f"@{self.split}"
+            + (f"[:{self.first}]" if self.first else "")
+            + (f"?field={self.field}" if self.field != "text" else "")
+        )
 
     def documents(self, split: Split) -> Iterable[str]:
         """The documents in the order of the data set.
@@ -89,8 +94,9 @@ class Hub:
         import datasets  # takes seconds
 
         try:
-            rows = datasets.load_dataset(self.repository, self.config, split=self.split, revision=commit,
-                                         streaming=self.first is not None)
+            rows = datasets.load_dataset(
+                self.repository, self.config, split=self.split, revision=commit, streaming=self.first is not None
+            )
         except Exception as error:  # those of pyarrow, of fsspec and of the HTTP library among them
             raise self._unreadable(error) from error
         return rows.take(self.first) if self.first else rows
@@ -109,8 +115,10 @@ class Hub:
     def _text(self, row: dict) -> str:
         self._check_field(row)
         if not isinstance(row[self.field], str):
-            raise UserError(f"expected text in column {self.field!r} of {self.repository}, a row holds "
-                            f"{type(row[self.field]).__name__}: write ?field=NAME for another one")
+            raise UserError(
+                f"expected text in column {self.field!r} of {self.repository}, a row holds "
+                f"{type(row[self.field]).__name__}: write ?field=NAME for another one"
+            )
         return row[self.field]
 
     def _check_field(self, columns: Iterable[str]) -> None:
@@ -118,8 +126,10 @@ class Hub:
             raise UserError(f"{self.repository} has no column {self.field!r}, it has {', '.join(columns)}: write ?field=NAME")
 
     def _unreadable(self, error: Exception) -> UserError:
-        return UserError(f"{self} can't be read ({one_line(error)}): check its name, configuration and split; without a network "
-                         "HF_HUB_OFFLINE=1 takes what `datasets` has in its cache, and file:PATH a file")
+        return UserError(
+            f"{self} can't be read ({one_line(error)}): check its name, configuration and split; without a network "
+            "HF_HUB_OFFLINE=1 takes what `datasets` has in its cache, and file:PATH a file"
+        )
 
 
 def part(repository: str, config: str | None, split: str) -> Part:
@@ -141,6 +151,8 @@ def download(repository: str, name: str) -> Path:
         get_hf_file_metadata(hf_hub_url(repository, name, repo_type="dataset"))
         return Path(hf_hub_download(repository, name, repo_type="dataset"))
     except Exception as error:  # the HTTP library below has exceptions of its own, and another name in every version
-        raise UserError(f"{name} of the data set {repository} is not in the hub's cache and can't be downloaded "
-                        f"({one_line(error)}): download the file elsewhere with `hf download --repo-type dataset {repository} "
-                        f"{name}` and give it as file:PATH") from error
+        raise UserError(
+            f"{name} of the data set {repository} is not in the hub's cache and can't be downloaded "
+            f"({one_line(error)}): download the file elsewhere with `hf download --repo-type dataset {repository} "
+            f"{name}` and give it as file:PATH"
+        ) from error

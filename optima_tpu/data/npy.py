@@ -40,17 +40,23 @@ class Npy:
         """
         array = self._load()
         if array.shape[1] != length:
-            raise UserError(f"expected windows of {length} tokens in {self.path}, got an array of shape {array.shape}: "
-                            f"set the length to {array.shape[1]} or write the file again")
+            raise UserError(
+                f"expected windows of {length} tokens in {self.path}, got an array of shape {array.shape}: "
+                f"set the length to {array.shape[1]} or write the file again"
+            )
         required = windows if split == "calibration" and windows is not None else 1
         if len(array) < required:
-            raise UserError(f"{self.path} holds {len(array)} windows of {length} tokens, {required} are needed: "
-                            "ask for fewer (samples and held_out count together) or give more")
+            raise UserError(
+                f"{self.path} holds {len(array)} windows of {length} tokens, {required} are needed: "
+                "ask for fewer (samples and held_out count together) or give more"
+            )
         ids = np.asarray(array[:windows])
         low, high = int(ids.min()), int(ids.max())
         if low < 0 or high >= vocabulary:
-            raise UserError(f"expected token ids in [0, {vocabulary}), {self.path} holds {low if low < 0 else high}: "
-                            "make it with this model's tokenizer")
+            raise UserError(
+                f"expected token ids in [0, {vocabulary}), {self.path} holds {low if low < 0 else high}: "
+                "make it with this model's tokenizer"
+            )
         how = f"the first {len(ids)} windows of {length} tokens of {self}"
         return Tokens(ids.astype(np.int32), how, int(array.size))
 
@@ -64,8 +70,7 @@ class Npy:
         try:
             array = np.load(self.path, mmap_mode="r", allow_pickle=False)
         except (ValueError, OSError, EOFError) as error:
-            raise UserError(f"{self.path} can't be read as an .npy file ({one_line(error)}): "
-                            "write it with numpy.save") from error
+            raise UserError(f"{self.path} can't be read as an .npy file ({one_line(error)}): write it with numpy.save") from error
         if not isinstance(array, np.ndarray) or array.ndim != 2 or not np.issubdtype(array.dtype, np.integer):
             came = f"{array.dtype}{array.shape}" if isinstance(array, np.ndarray) else "an archive of arrays"
             raise UserError(f"expected an integer array [windows, length] in {self.path}, got {came}")

@@ -25,8 +25,9 @@ class PyDoc:
         try:
             from pydoc_data.topics import topics
         except ModuleNotFoundError as error:
-            raise UserError("this Python comes without pydoc_data, its documentation: choose another text source, "
-                            "such as file:PATH") from error
+            raise UserError(
+                "this Python comes without pydoc_data, its documentation: choose another text source, such as file:PATH"
+            ) from error
         for index, text in enumerate(_distinct([topics[name] for name in sorted(topics)])):
             if (index % 4 == 3) == (split == "evaluation"):
                 yield text

@@ -19,8 +19,10 @@ class Random:
     def tokens(self, split: Split, *, vocabulary: int, windows: int | None, length: int, seed: int) -> Tokens:
         """[windows, length] random ids. Raises UserError where ``windows`` is None: there is no end."""
         if windows is None:
-            raise UserError("the source random has no end: expected a number of windows, --evaluation.windows of a run, "
-                            "--windows of optima_tpu.evaluate")
+            raise UserError(
+                "the source random has no end: expected a number of windows, --evaluation.windows of a run, "
+                "--windows of optima_tpu.evaluate"
+            )
         rng = np.random.Generator(np.random.PCG64([seed, get_args(Split).index(split)]))
         ids = rng.integers(0, vocabulary, (windows, length), dtype=np.int32)
         return Tokens(ids, f"{windows} windows of {length} random token ids", ids.size)

@@ -24,8 +24,18 @@ _ATTEMPTS = 1000
 """Draws for each held-out window before it is said that there is no room for it."""
 
 
-def calibration_windows(documents: Sequence[str], encode: Encode, *, separator: int | None, samples: int, length: int,
-                        seed: int, origin: str, held_out: int = 0, over: Over = map) -> Tokens:
+def calibration_windows(
+    documents: Sequence[str],
+    encode: Encode,
+    *,
+    separator: int | None,
+    samples: int,
+    length: int,
+    seed: int,
+    origin: str,
+    held_out: int = 0,
+    over: Over = map,
+) -> Tokens:
     """``samples`` windows of ``length`` tokens, and ``held_out`` more that overlap none of them.
 
     The documents are visited in an order drawn with numpy's PCG64 from ``seed``. Blank ones are skipped. Then the first
@@ -74,7 +84,7 @@ def calibration_windows(documents: Sequence[str], encode: Encode, *, separator: 
     sizes = np.array([ids.size for ids in long], np.int64)
     if len(long) == count:
         starts = rng.integers(0, sizes - length, endpoint=True)
-        rows = [ids[start:start + length] for ids, start in zip(long, starts)]
+        rows = [ids[start : start + length] for ids, start in zip(long, starts)]
         how = f"{count} random {windows}, each of another document of {origin} that is longer than a window{more}"
         return Tokens(np.stack(rows), how, long_total)
     if long_total >= needed:
@@ -94,9 +104,11 @@ def calibration_windows(documents: Sequence[str], encode: Encode, *, separator: 
             if all(document != other or abs(start - begin) >= length for other, begin in places[:samples]):
                 places.append((document, start))
         if len(places) < count:
-            raise UserError(f"{origin} has no room for {held_out} held-out windows of {length} tokens beside the {samples} "
-                            "that calibrate: give a longer text, or ask for fewer")
-        rows = [long[document][start:start + length] for document, start in places]
+            raise UserError(
+                f"{origin} has no room for {held_out} held-out windows of {length} tokens beside the {samples} "
+                "that calibrate: give a longer text, or ask for fewer"
+            )
+        rows = [long[document][start : start + length] for document, start in places]
         which = "one document" if len(long) == 1 else f"{len(long)} documents"
         how = f"{count} random {windows} of {which} of {origin} longer than a window{more}"
         return Tokens(np.stack(rows), how, long_total)
@@ -104,8 +116,10 @@ def calibration_windows(documents: Sequence[str], encode: Encode, *, separator: 
         ids = np.concatenate(packed)[:needed].reshape(count, length)
         how = f"{count} consecutive {windows} of {read} documents of {origin}, packed in random order{more}"
         return Tokens(ids, how, total)
-    raise UserError(f"{origin} holds {total} tokens of calibration text, {count} windows of {length} need {needed}: "
-                    "give a longer text, or ask for fewer or shorter windows")
+    raise UserError(
+        f"{origin} holds {total} tokens of calibration text, {count} windows of {length} need {needed}: "
+        "give a longer text, or ask for fewer or shorter windows"
+    )
 
 
 def held_out_text(held_out: int) -> str:
@@ -113,8 +127,7 @@ def held_out_text(held_out: int) -> str:
     return f", the last {held_out} of them held out" if held_out else ""
 
 
-def evaluation_windows(documents: Iterable[str], encode: Encode, *, length: int, windows: int | None,
-                       origin: str) -> Tokens:
+def evaluation_windows(documents: Iterable[str], encode: Encode, *, length: int, windows: int | None, origin: str) -> Tokens:
     """The first ``windows`` consecutive windows of the documents joined by a blank line, tokenised as one text.
 
     Where ``windows`` is given, documents are read only until they hold more tokens than that.
@@ -141,7 +154,9 @@ def evaluation_windows(documents: Iterable[str], encode: Encode, *, length: int,
         limit = limit and 2 * limit
     count = ids.size // length if windows is None else min(windows, ids.size // length)
     if not count:
-        raise UserError(f"{origin} holds {ids.size} tokens of evaluation text, one window needs {length}: give a "
-                        "longer text or ask for shorter windows")
+        raise UserError(
+            f"{origin} holds {ids.size} tokens of evaluation text, one window needs {length}: give a "
+            "longer text or ask for shorter windows"
+        )
     how = f"the first {count} consecutive windows of {length} tokens of {origin}"
-    return Tokens(ids[:count * length].reshape(count, length), how, ids.size)
+    return Tokens(ids[: count * length].reshape(count, length), how, ids.size)

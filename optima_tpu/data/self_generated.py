@@ -12,7 +12,7 @@ from optima_tpu.errors import UserError
 class SelfGenerated:
     """Windows sampled from the dense model, as in self-calibration (Williams, Chrysostomou, Aletras, arXiv:2410.17170).
 
-    They are not made here, which takes the model: see ``optima_tpu.self_calibration``. Every token of a window is drawn at one
+    They are not made here, which takes the model: see ``optima_tpu.pipeline.self_calibration``. Every token of a window is drawn at one
     temperature; the paper also studies other ones for the first few tokens, which is not done here.
 
     Attributes:
@@ -39,6 +39,8 @@ class SelfGenerated:
 
     def documents(self, split: Split) -> Iterator[str]:
         """Always a UserError: only a run, which has the model, makes this text, and no model is scored on what it says itself."""
-        raise UserError(f"{self} is text for calibration in a run, no text to measure a model on or to read without one: give "
-                        "--evaluation.source of a run, or --perplexity of optima_tpu.evaluate, another one, such as wikitext2, "
-                        "pydoc or file:PATH")
+        raise UserError(
+            f"{self} is text for calibration in a run, no text to measure a model on or to read without one: give "
+            "--evaluation.source of a run, or --perplexity of optima_tpu.evaluate, another one, such as wikitext2, "
+            "pydoc or file:PATH"
+        )

@@ -69,8 +69,12 @@ class Part(NamedTuple):
 
     def overlaps(self, other: "Part") -> bool:
         """Whether a document may be in both."""
-        return (self.place == other.place and (None in (self.config, other.config) or self.config == other.config)
-                and (self.last is None or other.first < self.last) and (other.last is None or self.first < other.last))
+        return (
+            self.place == other.place
+            and (None in (self.config, other.config) or self.config == other.config)
+            and (self.last is None or other.first < self.last)
+            and (other.last is None or self.first < other.last)
+        )
 
 
 @runtime_checkable

@@ -58,8 +58,10 @@ class TFDS:
         """
         builder = self._builder()
         if self.field not in builder.info.features:
-            raise UserError(f"{self.name} in {self.directory} has no field {self.field!r}, it has "
-                            f"{', '.join(builder.info.features)}: write ?field=NAME")
+            raise UserError(
+                f"{self.name} in {self.directory} has no field {self.field!r}, it has "
+                f"{', '.join(builder.info.features)}: write ?field=NAME"
+            )
         self._instructions(builder, split)
         try:
             records = builder.as_data_source(self._spec(builder, split))
@@ -70,8 +72,10 @@ class TFDS:
     def parts(self, split: Split) -> list[Part]:
         """The numbers of the documents that are read, of each split of the data set."""
         builder = self._builder()
-        return [Part(f"{Path(builder.data_dir).resolve()}@{part.splitname}", part.from_ or 0, part.to)
-                for part in self._instructions(builder, split)]
+        return [
+            Part(f"{Path(builder.data_dir).resolve()}@{part.splitname}", part.from_ or 0, part.to)
+            for part in self._instructions(builder, split)
+        ]
 
     def fingerprint(self, split: Split) -> str:
         """A hash of the data set's description and of its files' names, sizes and times, not of their contents."""
@@ -97,8 +101,10 @@ class TFDS:
             return read_only_builder.builder_from_files(self.name, data_dir=str(self.directory))
         except registered.DatasetNotFoundError as error:
             there = ", ".join(_prepared(self.directory)) or "none"
-            raise UserError(f"expected a prepared data set {self.name} in {self.directory}, which holds {there}: check both, or "
-                            f"make one with python -m optima_tpu.data.build {self.name}@{self.directory} FILE...") from error
+            raise UserError(
+                f"expected a prepared data set {self.name} in {self.directory}, which holds {there}: check both, or "
+                f"make one with python -m optima_tpu.data.build {self.name}@{self.directory} FILE..."
+            ) from error
         except Exception as error:  # there is one of its own for every file of the description
             raise self._unreadable(error) from error
 
@@ -114,8 +120,10 @@ class TFDS:
         try:
             return splits.AbstractSplit.from_spec(self._spec(builder, split)).to_absolute(builder.info.splits)
         except Exception as error:  # ValueError, AssertionError, KeyError
-            raise UserError(f"{self.name} in {self.directory} has no split {self._spec(builder, split)!r}, it has "
-                            f"{', '.join(builder.info.splits)}: write ?split=NAME") from error
+            raise UserError(
+                f"{self.name} in {self.directory} has no split {self._spec(builder, split)!r}, it has "
+                f"{', '.join(builder.info.splits)}: write ?split=NAME"
+            ) from error
 
     def _text(self, records, number: int) -> str:
         try:
@@ -123,8 +131,10 @@ class TFDS:
         except Exception as error:  # array_record has no exceptions of its own for a damaged file
             raise self._unreadable(error) from error
         if not isinstance(value, bytes):
-            raise UserError(f"expected text in field {self.field!r} of {self.name}, document {number} holds "
-                            f"{type(value).__name__}: write ?field=NAME for another one")
+            raise UserError(
+                f"expected text in field {self.field!r} of {self.name}, document {number} holds "
+                f"{type(value).__name__}: write ?field=NAME for another one"
+            )
         try:
             return value.decode()
         except UnicodeDecodeError as error:

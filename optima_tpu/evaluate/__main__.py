@@ -5,8 +5,8 @@ import os
 import sys
 from collections.abc import Sequence
 
-from optima_tpu.command import guarded, take_devices
 from optima_tpu.evaluate.config import parse
+from optima_tpu.runtime.command import guarded, take_devices
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -22,8 +22,8 @@ def _evaluate(argv: Sequence[str]) -> None:
     # Only now: what these import asks for the devices.
     import datasets
 
-    from optima_tpu.checkpoint import quiet_orbax
     from optima_tpu.evaluate.run import evaluate
+    from optima_tpu.models.checkpoints.orbax import quiet_orbax
 
     quiet_orbax()
     datasets.disable_progress_bars()

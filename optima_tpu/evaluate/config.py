@@ -8,11 +8,11 @@ from typing import Literal
 
 import jsonargparse
 
-from optima_tpu.cli import one_line, refuse_unknown, spelled
-from optima_tpu.config import at_least
+from optima_tpu.config.options import Formatter, add_fields
+from optima_tpu.config.parse import one_line, refuse_unknown, spelled
+from optima_tpu.config.run_config import at_least
 from optima_tpu.errors import UserError
-from optima_tpu.options import Formatter, add_fields
-from optima_tpu.sharding import parse_mesh
+from optima_tpu.runtime.mesh import parse_mesh
 
 _PROGRAM = "python -m optima_tpu.evaluate"
 _DESCRIPTION = f"""\
@@ -91,25 +91,45 @@ class EvaluateConfig:
     def __post_init__(self):
         if not self.model.strip():
             raise UserError("expected a model: a run directory, a folder, a hub id, a .gguf file or wheel:NAME, got nothing")
-        for name, least in (("length", 2), ("windows", 1), ("limit", 1), ("fewshot", 0), ("context", 1), ("cpu_devices", 1),
-                            ("batch", 1), ("num_processes", 1), ("join_timeout", 1)):
+        for name, least in (
+            ("length", 2),
+            ("windows", 1),
+            ("limit", 1),
+            ("fewshot", 0),
+            ("context", 1),
+            ("cpu_devices", 1),
+            ("batch", 1),
+            ("num_processes", 1),
+            ("join_timeout", 1),
+        ):
             at_least(least, name, getattr(self, name))
         if self.mesh is not None:
             parse_mesh(self.mesh)
         if unused := sorted(set(self.folders) - set(self.task_names)):
-            raise UserError(f"expected --data for tasks that are run ({', '.join(self.task_names) or 'none'}), got it for "
-                            f"{', '.join(unused)}")
+            raise UserError(
+                f"expected --data for tasks that are run ({', '.join(self.task_names) or 'none'}), got it for {', '.join(unused)}"
+            )
         for names, used, what, remedy in (
-                (("include_path", "limit", "fewshot", "context"), self.task_names, "tasks that are run", "--tasks"),
-                (("length", "windows", "bos"), self.texts, "texts that perplexity is measured on", "--perplexity"),
-                (("against_results",), self.against and self.task_names, "tasks that are compared",
-                 "--tasks" if self.against else "--against"),
-                (("per_block",), self.against and self.texts, "a distance that is measured",
-                 "--perplexity" if self.against else "--against")):
+            (("include_path", "limit", "fewshot", "context"), self.task_names, "tasks that are run", "--tasks"),
+            (("length", "windows", "bos"), self.texts, "texts that perplexity is measured on", "--perplexity"),
+            (
+                ("against_results",),
+                self.against and self.task_names,
+                "tasks that are compared",
+                "--tasks" if self.against else "--against",
+            ),
+            (
+                ("per_block",),
+                self.against and self.texts,
+                "a distance that is measured",
+                "--perplexity" if self.against else "--against",
+            ),
+        ):
             for name in names:
                 if not used and (value := getattr(self, name)) != getattr(type(self), name):
-                    raise UserError(f"expected --{name.replace('_', '-')} for {what} (none), got {value}: give {remedy} too, or "
-                                    "leave it out")
+                    raise UserError(
+                        f"expected --{name.replace('_', '-')} for {what} (none), got {value}: give {remedy} too, or leave it out"
+                    )
 
     @property
     def task_names(self) -> tuple[str, ...]:
@@ -147,8 +167,13 @@ def parse(argv: Sequence[str]) -> EvaluateConfig:
     types = {field.name: field.type for field in dataclasses.fields(EvaluateConfig)}
     defaults = {field.name: field.default for field in dataclasses.fields(EvaluateConfig) if field.name != "model"}
     parser = jsonargparse.ArgumentParser(
-        prog=_PROGRAM, usage=f"{_PROGRAM} MODEL [--SETTING VALUE ...]", description=_DESCRIPTION, formatter_class=Formatter,
-        exit_on_error=False, allow_abbrev=False)
+        prog=_PROGRAM,
+        usage=f"{_PROGRAM} MODEL [--SETTING VALUE ...]",
+        description=_DESCRIPTION,
+        formatter_class=Formatter,
+        exit_on_error=False,
+        allow_abbrev=False,
+    )
     parser.add_argument("model", metavar="MODEL", type=str)
     add_fields(parser.add_argument_group("settings"), EvaluateConfig, "", defaults)
     refuse_unknown([argument[2:].partition("=")[0] for argument in argv if argument.startswith("--")], {*defaults, "help"}, "--")

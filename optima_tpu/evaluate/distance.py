@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from optima_tpu.activations import Activations
 from optima_tpu.errors import UserError
 from optima_tpu.evaluate.perplexity import check_finite, perplexity_of
 from optima_tpu.evaluate.predictions import picked, sum_over_windows
+from optima_tpu.models.activations import Activations
 from optima_tpu.models.decoder import Decoder, Head, head_logits
-from optima_tpu.processes import everyones, fetch
+from optima_tpu.runtime.processes import everyones, fetch
 
 
 class Distance(NamedTuple):
@@ -87,9 +87,14 @@ def distance(dense: Decoder, pruned: Decoder, tokens: np.ndarray, advance=lambda
     predictions = tokens.shape[1] - 1
     kls, agreements = ([_mean(getattr(score, name) / predictions) for score in scores] for name in ("kl", "agreement"))
     return Distance(
-        *kls[-1], *agreements[-1], len(tokens) * predictions, _ratios(streams[0].rows, squares, len(tokens)),
+        *kls[-1],
+        *agreements[-1],
+        len(tokens) * predictions,
+        _ratios(streams[0].rows, squares, len(tokens)),
         *([mean for mean, _ in values] if per_block else None for values in (kls, agreements)),
-        perplexity_of(last.dense_nll, tokens), perplexity_of(last.pruned_nll, tokens))
+        perplexity_of(last.dense_nll, tokens),
+        perplexity_of(last.pruned_nll, tokens),
+    )
 
 
 class Sums(NamedTuple):
@@ -157,5 +162,7 @@ def check_same_shape(dense: Decoder, pruned: Decoder) -> None:
     for name, what in (("blocks", "blocks"), ("d_model", "features"), ("vocab", "tokens in the vocabulary")):
         expected, came = getattr(dense.config, name), getattr(pruned.config, name)
         if came != expected:
-            raise UserError(f"expected a model of {expected} {what} as the dense one has, got {came}: compare a pruned model "
-                            "with the one that it was made from")
+            raise UserError(
+                f"expected a model of {expected} {what} as the dense one has, got {came}: compare a pruned model "
+                "with the one that it was made from"
+            )

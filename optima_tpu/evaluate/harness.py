@@ -15,10 +15,10 @@ from transformers import PreTrainedTokenizerBase
 
 from optima_tpu.errors import UserError
 from optima_tpu.evaluate.likelihood import Likelihood, Request, likelihoods, make_plan
-from optima_tpu.inputs import Model
-from optima_tpu.processes import from_first
+from optima_tpu.models.model import Model
 from optima_tpu.report.numbers import plural
 from optima_tpu.report.progress import Progress
+from optima_tpu.runtime.processes import from_first
 
 
 class DecoderLM(TemplateLM):
@@ -35,8 +35,14 @@ class DecoderLM(TemplateLM):
       UserError: ``context`` is more than the model can read, or the tokenizer has neither BOS nor EOS.
     """
 
-    def __init__(self, model: Model, tokenizer: PreTrainedTokenizerBase, progress: Progress, name: str = "model",
-                 context: int | None = None):
+    def __init__(
+        self,
+        model: Model,
+        tokenizer: PreTrainedTokenizerBase,
+        progress: Progress,
+        name: str = "model",
+        context: int | None = None,
+    ):
         super().__init__()
         self.tokenizer, self._decoder, self._progress, self._name = tokenizer, model.decoder, progress, name
         limit = resolve_max_length(model.pretrained.config, tokenizer)
@@ -44,8 +50,10 @@ class DecoderLM(TemplateLM):
             raise UserError(f"expected --context of at most {limit}, the model's context, got {context}")
         self.max_length = context or limit
         if self.prefix_token_id is None:
-            raise UserError(f"expected a tokenizer with a BOS or an EOS token in {model.pretrained.origin}, got one without: "
-                            "take the one that was published with the model")
+            raise UserError(
+                f"expected a tokenizer with a BOS or an EOS token in {model.pretrained.origin}, got one without: "
+                "take the one that was published with the model"
+            )
         # Of a family that does not work without BOS, whose tokenizer does not put it there.
         self._forced = tokenizer.bos_token_id if model.decoder.family.needs_bos else None
 
@@ -85,8 +93,9 @@ class DecoderLM(TemplateLM):
             tokens = self.tok_encode(request.args[0])
             if not tokens:
                 raise UserError(f"{_place(request)}: expected a text to score, got an empty document; mend the data set")
-            pairs = get_rolling_token_windows(token_list=tokens, prefix_token=self.prefix_token_id, max_seq_len=self.max_length,
-                                              context_len=1)
+            pairs = get_rolling_token_windows(
+                token_list=tokens, prefix_token=self.prefix_token_id, max_seq_len=self.max_length, context_len=1
+            )
             before = len(windows)
             windows += [(None, *make_disjoint_window(pair)) for pair in pairs]
             counts.append(len(windows) - before)
@@ -94,8 +103,10 @@ class DecoderLM(TemplateLM):
         return [sum(next(found)[0] for _ in range(count)) for count in counts]
 
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = True) -> list[str]:
-        raise UserError(f"{_place(requests[0])}: this task lets the model write, and texts are only scored here: choose tasks of "
-                        "multiple choice or of log-likelihood, or run lm-eval on the exported folder")
+        raise UserError(
+            f"{_place(requests[0])}: this task lets the model write, and texts are only scored here: choose tasks of "
+            "multiple choice or of log-likelihood, or run lm-eval on the exported folder"
+        )
 
     def _loglikelihood_tokens(self, requests, **kwargs) -> list[tuple[float, bool]]:
         """Of (texts or None, tokens of the context, tokens of the continuation)."""
@@ -105,20 +116,27 @@ class DecoderLM(TemplateLM):
             if not continuation:
                 raise UserError(f"expected a continuation with tokens of its own, got {shown}, which has none after its context")
             if not context:  # white space before a text goes to it, and a tokenizer without BOS leaves nothing
-                raise UserError(f"expected a context with tokens of its own before {shown}, got {texts[0]!r:.60}; mend the data "
-                                "set")
+                raise UserError(
+                    f"expected a context with tokens of its own before {shown}, got {texts[0]!r:.60}; mend the data set"
+                )
             if len(continuation) > limit:
-                raise UserError(f"expected continuations of at most {limit} tokens, which is the context (--context, at most the "
-                                f"model's), got {shown} with {len(continuation)}: raise it, or leave the task out")
-            whole = (context + continuation)[-(limit + 1):]
+                raise UserError(
+                    f"expected continuations of at most {limit} tokens, which is the context (--context, at most the "
+                    f"model's), got {shown} with {len(continuation)}: raise it, or leave the task out"
+                )
+            whole = (context + continuation)[-(limit + 1) :]
             if max(whole) >= vocab:
-                raise UserError(f"expected token ids below {vocab}, the rows of the model's embedding, got {max(whole)}: "
-                                "tokenizer and model do not belong together")
+                raise UserError(
+                    f"expected token ids below {vocab}, the rows of the model's embedding, got {max(whole)}: "
+                    "tokenizer and model do not belong together"
+                )
             long += len(context) + len(continuation) > limit + 1
             asked.append(Request(tuple(whole[:-1]), tuple(continuation)))
         if long:
-            self._progress.note(f"{long:,} of {len(asked):,} texts are longer than the {limit} tokens that the model reads: they "
-                                "lose their beginning")
+            self._progress.note(
+                f"{long:,} of {len(asked):,} texts are longer than the {limit} tokens that the model reads: they "
+                "lose their beginning"
+            )
         return [tuple(likelihood) for likelihood in self._compute(from_first(lambda: asked))]
 
     def follow(self) -> None:
@@ -129,8 +147,11 @@ class DecoderLM(TemplateLM):
     def _compute(self, requests: Sequence[Request]) -> list[Likelihood]:
         plan = make_plan(self._decoder, requests, self.max_length)
         lengths = [group.length for wave in plan.waves for group in wave]
-        self._progress.stage(f"{self._name}: {plural(len(requests), 'continuation')} in {plural(len(plan.texts), 'text')} of up "
-                             f"to {max(lengths)} tokens", len(plan.waves) * (self._decoder.config.blocks + 1))
+        self._progress.stage(
+            f"{self._name}: {plural(len(requests), 'continuation')} in {plural(len(plan.texts), 'text')} of up "
+            f"to {max(lengths)} tokens",
+            len(plan.waves) * (self._decoder.config.blocks + 1),
+        )
         return likelihoods(self._decoder, plan, self._progress.advance)
 
 

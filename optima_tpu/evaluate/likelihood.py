@@ -14,14 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from optima_tpu.activations import Activations, held_rows, on_mesh
 from optima_tpu.evaluate.perplexity import overflow
 from optima_tpu.evaluate.predictions import picked
+from optima_tpu.models.activations import Activations, held_rows, on_mesh
 from optima_tpu.models.decoder import Decoder, Head, head_logits
-from optima_tpu.processes import fetch
-from optima_tpu.sharding import DATA
+from optima_tpu.runtime.mesh import DATA
+from optima_tpu.runtime.processes import fetch
 
-LENGTHS = tuple(size for power in range(5, 31) for size in (2 ** power, 3 * 2 ** (power - 1)))
+LENGTHS = tuple(size for power in range(5, 31) for size in (2**power, 3 * 2 ** (power - 1)))
 """What texts are padded to: 32, 48, 64, 96, 128, ... A power of two where LongRoPE changes its factors."""
 
 TOKENS = 2048
@@ -81,8 +81,8 @@ class Plan:
         """[texts, length] int32 of a group, filled up with zeros to whole batches."""
         count = -(-(group.last - group.first) // group.batch) * group.batch
         tokens = np.zeros((count, group.length), np.int32)
-        for row, text in enumerate(self.texts[group.first:group.last]):
-            tokens[row, :len(text)] = text
+        for row, text in enumerate(self.texts[group.first : group.last]):
+            tokens[row, : len(text)] = text
         return tokens
 
     def places(self, group: Group) -> "Places":
@@ -92,9 +92,11 @@ class Plan:
         counts = [len(request.targets) for request in requests]
         ends = [len(request.inputs) for request in requests]
         return Places(
-            request=np.repeat(mine, counts), text=np.repeat(self.owners[mine] - group.first, counts),
+            request=np.repeat(mine, counts),
+            text=np.repeat(self.owners[mine] - group.first, counts),
             place=np.concatenate([np.arange(end - count, end) for end, count in zip(ends, counts)]),
-            target=np.concatenate([np.asarray(request.targets, np.int32) for request in requests]))
+            target=np.concatenate([np.asarray(request.targets, np.int32) for request in requests]),
+        )
 
 
 class Places(NamedTuple):
@@ -194,7 +196,7 @@ def _scores(head: Head, hidden: Activations, places: Places) -> Iterator[tuple[n
     columns = -(-max(map(len, mine)) // _PLACES) * _PLACES
     table = np.full((slices, columns), -1)
     for row, numbers in zip(table, mine):
-        row[:len(numbers)] = numbers
+        row[: len(numbers)] = numbers
 
     def states(numbers):
         found = np.zeros((len(numbers), hidden.values.shape[2]), hidden.values.dtype)
@@ -203,10 +205,15 @@ def _scores(head: Head, hidden: Activations, places: Places) -> Iterator[tuple[n
         return found
 
     for first in range(0, columns, _PLACES):
-        numbers = table[:, first:first + _PLACES].ravel()
+        numbers = table[:, first : first + _PLACES].ravel()
         there = numbers >= 0
-        found = fetch(_next_tokens(head, on_mesh(hidden.mesh, numbers, states, (hidden.values.shape[2],)),
-                                   on_mesh(hidden.mesh, numbers, lambda which: places.target[which], ())))
+        found = fetch(
+            _next_tokens(
+                head,
+                on_mesh(hidden.mesh, numbers, states, (hidden.values.shape[2],)),
+                on_mesh(hidden.mesh, numbers, lambda which: places.target[which], ()),
+            )
+        )
         yield numbers[there], *(values[there] for values in found)
 
 

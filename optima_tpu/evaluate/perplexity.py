@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from optima_tpu.activations import Activations
 from optima_tpu.errors import UserError
 from optima_tpu.evaluate.predictions import picked, sum_over_windows
+from optima_tpu.models.activations import Activations
 from optima_tpu.models.decoder import Decoder, Head, forward, head_logits
 from optima_tpu.models.family import Positions
-from optima_tpu.processes import fetch
+from optima_tpu.runtime.processes import fetch
 
 
 def perplexity(decoder: Decoder, tokens: np.ndarray, advance=lambda: None) -> float:
@@ -69,8 +69,10 @@ def check_finite(decoder: Decoder, tokens: np.ndarray, windows: np.ndarray, whic
 
 def overflow(decoder: Decoder, tokens: np.ndarray, which: str = "model") -> UserError:
     """What to raise where the output for a text [1, length] is not finite; names the first layer with such an input."""
-    return UserError(f"{_first_broken(decoder, tokens)} holds NaN or infinite values: the {which} overflows in its dtype or its "
-                     "weights are damaged; try --dtype float32")
+    return UserError(
+        f"{_first_broken(decoder, tokens)} holds NaN or infinite values: the {which} overflows in its dtype or its "
+        "weights are damaged; try --dtype float32"
+    )
 
 
 def _first_broken(decoder: Decoder, tokens: np.ndarray) -> str:
@@ -96,6 +98,7 @@ def _finite_inputs(graph, state, hidden: Array, positions: Positions) -> dict[st
 @jax.jit
 def _batch_nll(head: Head, hidden: Array, tokens: Array) -> Array:
     """As :func:`window_nll`, of the windows that are on the devices."""
+
     def score(targets, states):
         logits = head_logits(head, states)
         return jax.nn.logsumexp(logits, axis=-1) - picked(logits, targets)

@@ -13,7 +13,7 @@ from lm_eval.utils import handle_non_serializable
 from rich.console import Console
 
 from optima_tpu import data
-from optima_tpu.buckets import as_path, in_bucket
+from optima_tpu.config.flat import flat
 from optima_tpu.data import Tokens
 from optima_tpu.errors import UserError
 from optima_tpu.evaluate.config import EvaluateConfig
@@ -24,14 +24,15 @@ from optima_tpu.evaluate.model import Evaluated, open_evaluated
 from optima_tpu.evaluate.perplexity import perplexity
 from optima_tpu.evaluate.table import print_evaluation
 from optima_tpu.evaluate.tasks import load_tasks, metrics, paper_average, run_tasks
-from optima_tpu.files import refuse_unreachable, write_bytes, writing
-from optima_tpu.inputs import check_ids, window_bos
-from optima_tpu.manifest import RUN, code_version, flat
-from optima_tpu.processes import agree, first_only, from_first, is_first
+from optima_tpu.models.model import check_ids, window_bos
 from optima_tpu.report.file import environment
 from optima_tpu.report.page import PAGE, write_page
 from optima_tpu.report.progress import Progress, say
-from optima_tpu.sharding import make_mesh
+from optima_tpu.report.run_record import RUN, code_version
+from optima_tpu.runtime.buckets import as_path, in_bucket
+from optima_tpu.runtime.files import refuse_unreachable, write_bytes, writing
+from optima_tpu.runtime.mesh import make_mesh
+from optima_tpu.runtime.processes import agree, first_only, from_first, is_first
 
 RECORD = "evaluation.json"
 HARNESS = {"model": "lm_eval.json", "against": "lm_eval_against.json"}
@@ -72,25 +73,37 @@ def evaluate(config: EvaluateConfig, console: Console | None = None) -> dict[str
     with Progress(console) as progress:
         testers, tasks = {}, None
         if config.task_names:
-            testers = {name: DecoderLM(opened.model, opened.tokenizer, progress, name, config.context)
-                       for name, opened in models.items() if name not in known}
+            testers = {
+                name: DecoderLM(opened.model, opened.tokenizer, progress, name, config.context)
+                for name, opened in models.items()
+                if name not in known
+            }
             # The others get no tasks, only what is asked of the model.
             progress.stage("preparing the tasks", 1)
             tasks = _of_first(lambda: _load_tasks(config, known, testers["model"].max_length))
             progress.advance()
         if config.against is None:
-            perplexities, distances = {source: _perplexity(source, tokens, models["model"], progress)
-                                       for source, tokens in texts.items()}, {}
+            perplexities, distances = (
+                {source: _perplexity(source, tokens, models["model"], progress) for source, tokens in texts.items()},
+                {},
+            )
         else:
             found = {source: _distance(source, tokens, models, progress, config.per_block) for source, tokens in texts.items()}
-            perplexities = {source: _entry(texts[source], apart.pruned_perplexity, apart.dense_perplexity)
-                            for source, apart in found.items()}
+            perplexities = {
+                source: _entry(texts[source], apart.pruned_perplexity, apart.dense_perplexity) for source, apart in found.items()
+            }
             distances = {source: _distance_entry(apart) for source, apart in found.items()}
         results = {name: run_tasks(tester, tasks, config.limit) for name, tester in testers.items()} | known
     record = {
-        "model": config.model, "against": config.against, "evaluated": _evaluated(models), "configuration": settings,
+        "model": config.model,
+        "against": config.against,
+        "evaluated": _evaluated(models),
+        "configuration": settings,
         "environment": environment(mesh),
-        "perplexity": perplexities, "distance": distances, **_task_numbers(tasks, results)}
+        "perplexity": perplexities,
+        "distance": distances,
+        **_task_numbers(tasks, results),
+    }
     first_only(lambda: _write(folder, record, results, models))
     files = {"record": str(folder / RECORD)} | ({"harness": str(folder / HARNESS["model"])} if results else {})
     if is_first() and (folder / "report.json").exists():  # of a finished run, whose page shows the evaluation too
@@ -108,8 +121,10 @@ def evaluate(config: EvaluateConfig, console: Console | None = None) -> dict[str
 def _check_pair(model: Evaluated, against: Evaluated) -> None:
     """Two models are compared on the same tokens."""
     if model.tokenizer.get_vocab() != against.tokenizer.get_vocab():
-        raise UserError(f"expected --against with the tokenizer of {model.model.pretrained.origin}, got another one in "
-                        f"{against.model.pretrained.origin}: give the model that was pruned")
+        raise UserError(
+            f"expected --against with the tokenizer of {model.model.pretrained.origin}, got another one in "
+            f"{against.model.pretrained.origin}: give the model that was pruned"
+        )
 
 
 def _check_text(source: str, models: Mapping[str, Evaluated]) -> None:
@@ -122,8 +137,10 @@ def _check_text(source: str, models: Mapping[str, Evaluated]) -> None:
         except UserError:  # a data set that is not on this machine is not the one that is read here
             continue
         if seen:
-            raise UserError(f"expected --perplexity with a text that {opened.model.pretrained.origin} was not calibrated on, got "
-                            f"{source}, where that was {calibration}: give another one, such as wikitext2 or pydoc")
+            raise UserError(
+                f"expected --perplexity with a text that {opened.model.pretrained.origin} was not calibrated on, got "
+                f"{source}, where that was {calibration}: give another one, such as wikitext2 or pydoc"
+            )
 
 
 def _read(source: str, config: EvaluateConfig, models: Mapping[str, Evaluated]) -> Tokens:
@@ -133,17 +150,20 @@ def _read(source: str, config: EvaluateConfig, models: Mapping[str, Evaluated]) 
     length = config.length or min(LENGTH, limit)
     if length > limit:
         raise UserError(f"expected --length of at most {limit}, the model's context, got {length}")
-    tokens = data.evaluation_tokens(data.parse_source(source), tokenizer, length=length, windows=config.windows,
-                                    bos=window_bos(model, tokenizer, config.bos))
+    tokens = data.evaluation_tokens(
+        data.parse_source(source), tokenizer, length=length, windows=config.windows, bos=window_bos(model, tokenizer, config.bos)
+    )
     for opened in models.values():
-        check_ids([tokens], opened.model)
+        check_ids([tokens.ids], opened.model)
     return tokens
 
 
 def _evaluated(models: Mapping[str, Evaluated]) -> dict[str, Any]:
     """What the names in the record stood for: the checkpoint, and of a pruned one the run, wherever it is now."""
-    return {name: {"fingerprint": opened.model.pretrained.fingerprint, "manifest": opened.run.manifest}
-            for name, opened in models.items()}
+    return {
+        name: {"fingerprint": opened.model.pretrained.fingerprint, "manifest": opened.run.manifest}
+        for name, opened in models.items()
+    }
 
 
 def _perplexity(source: str, tokens: Tokens, opened: Evaluated, progress: Progress) -> dict[str, Any]:
@@ -207,10 +227,13 @@ def _write(folder: Path, record: Mapping[str, Any], results: Mapping[str, Any], 
             (folder / path).unlink(missing_ok=True)
         write_bytes(folder / RECORD, (json.dumps(record, indent=2, allow_nan=False) + "\n").encode())
         for name, result in results.items():
-            result["config"]["model_args"] = {"pretrained": record[name],
-                                              "fingerprint": models[name].model.pretrained.fingerprint}
-            write_bytes(folder / HARNESS[name],
-                        json.dumps(result, indent=2, default=handle_non_serializable, ensure_ascii=False).encode())
+            result["config"]["model_args"] = {
+                "pretrained": record[name],
+                "fingerprint": models[name].model.pretrained.fingerprint,
+            }
+            write_bytes(
+                folder / HARNESS[name], json.dumps(result, indent=2, default=handle_non_serializable, ensure_ascii=False).encode()
+            )
 
 
 def default_folder(model: str) -> Path:
@@ -224,10 +247,15 @@ def default_folder(model: str) -> Path:
 def _greeting(config: EvaluateConfig, models: Mapping[str, Evaluated], mesh, folder: Path) -> list[str]:
     """What is about to happen, before the first long silence."""
     several = "" if jax.process_count() == 1 else f" in {jax.process_count()} processes"
-    lines = [f"{name:<12} {opened.model.pretrained.origin}: {opened.model.decoder.config.blocks} blocks"
-             for name, opened in models.items()]
+    lines = [
+        f"{name:<12} {opened.model.pretrained.origin}: {opened.model.decoder.config.blocks} blocks"
+        for name, opened in models.items()
+    ]
     lines += [f"perplexity   {', '.join(config.texts)}"] if config.texts else []
     known = f"; those of {config.against} from {config.against_results}" if config.against_results else ""
     lines += [f"tasks        {', '.join(config.task_names)}{known}"] if config.task_names else []
-    return [*lines, f"devices      {mesh.size} x {jax.devices()[0].device_kind}, mesh {mesh.shape['data']}x{mesh.shape['model']}"
-            f"{several}", f"output       {folder}" + (f", whose {RECORD} is replaced" if (folder / RECORD).exists() else "")]
+    return [
+        *lines,
+        f"devices      {mesh.size} x {jax.devices()[0].device_kind}, mesh {mesh.shape['data']}x{mesh.shape['model']}{several}",
+        f"output       {folder}" + (f", whose {RECORD} is replaced" if (folder / RECORD).exists() else ""),
+    ]

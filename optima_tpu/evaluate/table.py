@@ -26,8 +26,10 @@ def print_evaluation(console: Console, record: Mapping[str, Any], files: Mapping
         lines.append(f"perplexity  {number(found['perplexity'], 4)}{beside}, on {found['how']}")
     for source, apart in record["distance"].items():
         kl, agreement = (number(apart[name], 4) + _error(apart[f"{name}_stderr"]) for name in ("kl", "agreement"))
-        lines.append(f"distance    KL divergence {kl} nats, the same likeliest token at {agreement} of {apart['tokens']:,} "
-                     f"places, hidden state after the last block off by {number(apart['hidden_errors'][-1])}, on {source}")
+        lines.append(
+            f"distance    KL divergence {kl} nats, the same likeliest token at {agreement} of {apart['tokens']:,} "
+            f"places, hidden state after the last block off by {number(apart['hidden_errors'][-1])}, on {source}"
+        )
     if lines:
         console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
     if record["tasks"]:
@@ -35,8 +37,12 @@ def print_evaluation(console: Console, record: Mapping[str, Any], files: Mapping
     if record["average"] is not None:
         console.print(f"average     {record['average']:.4f}, the mean accuracy over {', '.join(PAPER)}", highlight=False)
     width = max(map(len, files)) + 2
-    console.print("\n".join(["", *(f"{what:<{width}}{path}" for what, path in files.items())]), markup=False, highlight=False,
-                  soft_wrap=True)
+    console.print(
+        "\n".join(["", *(f"{what:<{width}}{path}" for what, path in files.items())]),
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 def task_table(tasks: Mapping[str, Mapping[str, Any]], compared: bool) -> Table:

@@ -17,8 +17,8 @@ from lm_eval.tasks.manager import TaskDict
 
 from optima_tpu.errors import UserError, one_line
 from optima_tpu.evaluate.harness import DecoderLM
-from optima_tpu.processes import from_first, is_first
 from optima_tpu.report.numbers import plural
+from optima_tpu.runtime.processes import from_first, is_first
 
 PAPER = ("mmlu", "piqa", "arc_easy", "arc_challenge", "winogrande", "openbookqa")
 """The zero-shot tasks whose mean accuracy OPTIMA reports."""
@@ -29,13 +29,19 @@ BOOTSTRAP = 1000
 _SCORED = ("test_split", "validation_split")
 _EXAMPLES = ("fewshot_split", "training_split", "validation_split", "test_split")
 """Where the harness takes what is scored and what stands before it: from the first of these splits that there is."""
-_SINGLE_TASKS = ("give --tasks the group's single tasks, each with a --data NAME=FOLDER of its own (`lm-eval ls subtasks` lists "
-                 "them)")
+_SINGLE_TASKS = (
+    "give --tasks the group's single tasks, each with a --data NAME=FOLDER of its own (`lm-eval ls subtasks` lists them)"
+)
 _SUFFIXES = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 
 
-def load_tasks(names: Sequence[str], include_path: str | None = None, data: Mapping[str, Path] = {},
-               fewshot: int | None = None, limit: int | None = None) -> TaskDict:
+def load_tasks(
+    names: Sequence[str],
+    include_path: str | None = None,
+    data: Mapping[str, Path] = {},
+    fewshot: int | None = None,
+    limit: int | None = None,
+) -> TaskDict:
     """Tasks and groups of the harness by their names, with their data sets. Each has asked its questions once, to nobody.
 
     Args:
@@ -66,8 +72,10 @@ def load_tasks(names: Sequence[str], include_path: str | None = None, data: Mapp
             found[part] |= loaded[part]
     for name, task in found["tasks"].items():
         if task.OUTPUT_TYPE == "generate_until" or getattr(task, "MULTIMODAL", False):
-            raise UserError(f"task {name} lets the model write or look at pictures, and here texts are only scored: leave it "
-                            "out, or run lm-eval on the exported folder")
+            raise UserError(
+                f"task {name} lets the model write or look at pictures, and here texts are only scored: leave it "
+                "out, or run lm-eval on the exported folder"
+            )
         if fewshot is not None and task.get_config("num_fewshot") != 0:
             task.set_config(key="num_fewshot", value=fewshot)
         elif task.get_config("num_fewshot") is None:
@@ -93,14 +101,17 @@ def _load(manager: TaskManager, name: str, folder: Path | None) -> TaskDict:
     except UserError:
         raise
     except OSError as error:  # no network, no such data set, a gated one, a file that is not there
-        raise UserError(f"the data of task {name} are not here and can't be had ({one_line(error)}): fill the Hugging Face "
-                        f"cache where there is a network{_or_files(manager, name)}") from error
+        raise UserError(
+            f"the data of task {name} are not here and can't be had ({one_line(error)}): fill the Hugging Face "
+            f"cache where there is a network{_or_files(manager, name)}"
+        ) from error
     except Exception as error:  # anything, from templates and data that do not fit each other
         raise _unfit(name, error) from error
 
 
 def _named(work: Callable[..., Any], name: str, what: str) -> Callable[..., Any]:
     """A step of a task that tells of its errors by the task's name; ``what`` it does with the data."""
+
     def step(*arguments, **options):
         try:
             return work(*arguments, **options)
@@ -113,8 +124,10 @@ def _named(work: Callable[..., Any], name: str, what: str) -> Callable[..., Any]
 
 
 def _unfit(name: str, error: Exception, what: str = "made from") -> UserError:
-    return UserError(f"task {name} can't be {what} its data ({type(error).__name__}: {one_line(error)}): expected the fields "
-                     "and splits that its task file names")
+    return UserError(
+        f"task {name} can't be {what} its data ({type(error).__name__}: {one_line(error)}): expected the fields "
+        "and splits that its task file names"
+    )
 
 
 def _or_files(manager: TaskManager, name: str) -> str:
@@ -131,18 +144,25 @@ def _local(manager: TaskManager, name: str, folder: Path) -> dict[str, Any]:
         raise UserError(f"expected --data {name}=FOLDER with a folder, got {folder}: there is none")
     files, wanted = _files(folder), _named_splits(manager, name)
     if not wanted:
-        raise UserError(f"expected --data {name}=FOLDER of a task whose file names its splits, got a group of tasks or one that "
-                        f"names none: {_SINGLE_TASKS}")
+        raise UserError(
+            f"expected --data {name}=FOLDER of a task whose file names its splits, got a group of tasks or one that "
+            f"names none: {_SINGLE_TASKS}"
+        )
     if not any(wanted.get(key) in files for key in _SCORED):
-        raise UserError(f"expected {' or '.join(f'{split}.jsonl' for split in wanted.values())} in {folder}, got "
-                        f"{', '.join(path.name for path in files.values()) or 'no data files'}")
+        raise UserError(
+            f"expected {' or '.join(f'{split}.jsonl' for split in wanted.values())} in {folder}, got "
+            f"{', '.join(path.name for path in files.values()) or 'no data files'}"
+        )
     files = {split: path for split, path in files.items() if split in wanted.values()}
     kinds = {_SUFFIXES[path.suffix] for path in files.values()}
     if len(kinds) > 1:
         raise UserError(f"expected files of one format in {folder}, got {', '.join(path.name for path in files.values())}")
-    return {"dataset_path": kinds.pop(), "dataset_name": None,
-            "dataset_kwargs": {"data_files": {split: str(path) for split, path in files.items()}},
-            **{key: None for key, split in wanted.items() if split not in files}}
+    return {
+        "dataset_path": kinds.pop(),
+        "dataset_name": None,
+        "dataset_kwargs": {"data_files": {split: str(path) for split, path in files.items()}},
+        **{key: None for key, split in wanted.items() if split not in files},
+    }
 
 
 def _check_examples(manager: TaskManager, name: str, folder: Path) -> None:
@@ -160,9 +180,11 @@ def _check_examples(manager: TaskManager, name: str, folder: Path) -> None:
         if drawn != scored or drawn == _first(named, _SCORED):
             return
         expected = [_first(named, _SCORED)]
-    raise UserError(f"expected {' or '.join(f'{split}.jsonl' for split in expected)} in {folder} for a task with examples before "
-                    f"each question, got {', '.join(path.name for path in files.values())}: the examples of {name} would be "
-                    f"drawn from {drawn}{', whose documents are scored' if drawn == scored else ''}; add it, or give --fewshot 0")
+    raise UserError(
+        f"expected {' or '.join(f'{split}.jsonl' for split in expected)} in {folder} for a task with examples before "
+        f"each question, got {', '.join(path.name for path in files.values())}: the examples of {name} would be "
+        f"drawn from {drawn}{', whose documents are scored' if drawn == scored else ''}; add it, or give --fewshot 0"
+    )
 
 
 def _check_number(task: Task, name: str) -> None:
@@ -172,8 +194,10 @@ def _check_number(task: Task, name: str) -> None:
         # As the harness has it: one more is drawn, in case that it is the document of the question.
         most = len(sampler.df) - (task.fewshot_cfg.split == task.config.test_split)
         if shots > most:
-            raise UserError(f"expected at most {most} examples before a question of task {name}, which are drawn from "
-                            f"{plural(len(sampler.df), 'document')}, got {shots}: give a smaller --fewshot")
+            raise UserError(
+                f"expected at most {most} examples before a question of task {name}, which are drawn from "
+                f"{plural(len(sampler.df), 'document')}, got {shots}: give a smaller --fewshot"
+            )
 
 
 def _check_documents(task: Task, name: str, limit: int | None) -> None:
@@ -229,9 +253,17 @@ def run_tasks(lm: DecoderLM, tasks: TaskDict | None, limit: int | None = None, s
         from_first(lambda: _raise(failure))
     from_first(lambda: None)
     return results | {
-        "config": {"model": "optima_tpu", "limit": limit, "bootstrap_iters": BOOTSTRAP,
-                   "random_seed": DEFAULT_RANDOM_SEED, "numpy_seed": DEFAULT_OTHER_SEED, "fewshot_seed": DEFAULT_OTHER_SEED},
-        "lm_eval_version": lm_eval.__version__, "max_length": lm.max_length}
+        "config": {
+            "model": "optima_tpu",
+            "limit": limit,
+            "bootstrap_iters": BOOTSTRAP,
+            "random_seed": DEFAULT_RANDOM_SEED,
+            "numpy_seed": DEFAULT_OTHER_SEED,
+            "fewshot_seed": DEFAULT_OTHER_SEED,
+        },
+        "lm_eval_version": lm_eval.__version__,
+        "max_length": lm.max_length,
+    }
 
 
 def _raise(error: UserError) -> None:
@@ -251,8 +283,11 @@ def metrics(tasks: TaskDict, results: Mapping[str, Any]) -> dict[str, dict[str, 
     for name in [*groups, *tasks["tasks"]]:
         if name not in inside:
             entry = results["results"][name]
-            found[name] = {key.removesuffix(",none"): value if isinstance(value, int | float) else None
-                           for key, value in entry.items() if "," in key} | {"documents": entry["sample_len"]}
+            found[name] = {
+                key.removesuffix(",none"): value if isinstance(value, int | float) else None
+                for key, value in entry.items()
+                if "," in key
+            } | {"documents": entry["sample_len"]}
     return found
 
 

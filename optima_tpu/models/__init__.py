@@ -40,8 +40,10 @@ def family_of(config: Any) -> Family:
     if name is None:
         raise UserError(f"expected a model of architecture {', '.join(FAMILIES)}, got {', '.join(names)}: not supported")
     if config.model_type not in FAMILIES[name]:
-        raise UserError(f"expected the model_type {' or '.join(FAMILIES[name])} of a {name}, got {config.model_type!r}, as which "
-                        "transformers would open it: correct one of the two in config.json")
+        raise UserError(
+            f"expected the model_type {' or '.join(FAMILIES[name])} of a {name}, got {config.model_type!r}, as which "
+            "transformers would open it: correct one of the two in config.json"
+        )
     if not getattr(config.get_text_config(), "is_causal", True):
         raise UserError("expected is_causal true, got false: only causal models are supported")
     return FAMILIES[name][config.model_type]

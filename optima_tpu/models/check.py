@@ -3,8 +3,8 @@
 import numpy as np
 
 from optima_tpu.errors import UserError
+from optima_tpu.models.checkpoints import check_dtypes, check_names
 from optima_tpu.models.decoder import Decoder
-from optima_tpu.weights import check_dtypes, check_names
 
 _ROWS = 4096  # compared at a time: 128 MiB of a model of width 8192 in float32
 
@@ -24,8 +24,10 @@ def check_checkpoint(decoder: Decoder) -> None:
     head, embedding = decoder.family.head, decoder.root + decoder.family.embedding
     # transformers 5 takes the stored head then, and the versions before it the embedding.
     if decoder.config.tied and head in decoder.tensors.names() and not _equal(decoder, head, embedding):
-        raise UserError(f"config.json ties {head} to {embedding}, and the checkpoint holds other values for it: set "
-                        "tie_word_embeddings to false in config.json if they are meant, or remove them if they are not")
+        raise UserError(
+            f"config.json ties {head} to {embedding}, and the checkpoint holds other values for it: set "
+            "tie_word_embeddings to false in config.json if they are meant, or remove them if they are not"
+        )
 
 
 def _equal(decoder: Decoder, first: str, second: str) -> bool:
@@ -33,4 +35,5 @@ def _equal(decoder: Decoder, first: str, second: str) -> bool:
     source = decoder.tensors
     parts = [(slice(start, start + _ROWS),) for start in range(0, source.shape(first)[0], _ROWS)]
     return source.shape(first) == source.shape(second) and all(
-        np.array_equal(source.read(first, part), source.read(second, part)) for part in parts)
+        np.array_equal(source.read(first, part), source.read(second, part)) for part in parts
+    )

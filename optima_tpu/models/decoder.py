@@ -20,15 +20,15 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.typing import ArrayLike
 
-from optima_tpu.activations import Activations, held_rows
 from optima_tpu.errors import UserError
-from optima_tpu.layer_rules import kind_name
+from optima_tpu.method.layer_rules import kind_name
 from optima_tpu.models import family_of
+from optima_tpu.models.activations import Activations, held_rows
+from optima_tpu.models.checkpoints.source import TensorSource
 from optima_tpu.models.family import DecoderConfig, Family, Positions, ReadTensor
 from optima_tpu.models.layers import project
-from optima_tpu.processes import fetch, together
-from optima_tpu.sharding import MODEL, divisible, place, spread
-from optima_tpu.weights.source import TensorSource
+from optima_tpu.runtime.mesh import MODEL, divisible, place, spread
+from optima_tpu.runtime.processes import fetch, together
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,12 +186,16 @@ class Decoder:
     def _check_shape(self, name: str, shape: tuple[int, ...]) -> None:
         found = tuple(self.tensors.shape(name))
         if found != shape:
-            raise UserError(f"{name}: expected shape {shape} from the model's configuration, got {found}; "
-                            "config.json and weights do not belong together")
+            raise UserError(
+                f"{name}: expected shape {shape} from the model's configuration, got {found}; "
+                "config.json and weights do not belong together"
+            )
 
     def _read_block(self, index: int) -> dict[str, "Parts"]:
-        return {name: self._read_parts(self.prefix(index) + name, shape, self.sharding(name))
-                for name, shape in self.block_shapes.items()}
+        return {
+            name: self._read_parts(self.prefix(index) + name, shape, self.sharding(name))
+            for name, shape in self.block_shapes.items()
+        }
 
     def _place_block(self, read: Mapping[str, "Parts"]) -> dict[str, Array]:
         return {name: self._place(read[name], shape, self.sharding(name)) for name, shape in self.block_shapes.items()}
@@ -288,5 +292,7 @@ def _name(path: tuple) -> str:
 
 def _check(name: str, array: np.ndarray) -> None:
     if not np.isfinite(array).all():
-        raise UserError(f"{name} holds {np.sum(~np.isfinite(array))} values that are NaN or infinite in {array.dtype}: "
-                        "the checkpoint is damaged, or they do not fit --dtype")
+        raise UserError(
+            f"{name} holds {np.sum(~np.isfinite(array))} values that are NaN or infinite in {array.dtype}: "
+            "the checkpoint is damaged, or they do not fit --dtype"
+        )

@@ -46,8 +46,14 @@ def _read(config: Any, **own) -> Config:
     if getattr(config, "use_bidirectional_attention", None):
         raise UserError("expected use_bidirectional_attention false, got true: only causal models are supported")
     return Config(
-        **llama.named_sizes(config), logit_cap=config.final_logit_softcapping, activation=config.hidden_activation,
-        scale=config.query_pre_attn_scalar ** -0.5, windows=llama.windows_by_type(config), bias=config.attention_bias, **own)
+        **llama.named_sizes(config),
+        logit_cap=config.final_logit_softcapping,
+        activation=config.hidden_activation,
+        scale=config.query_pre_attn_scalar**-0.5,
+        windows=llama.windows_by_type(config),
+        bias=config.attention_bias,
+        **own,
+    )
 
 
 def read_gemma2(config: Any) -> Config:
@@ -73,7 +79,7 @@ def read_multimodal(config: Any) -> Config:
 def embed(config: Config, read: ReadTensor, tokens: ArrayLike, places: ArrayLike) -> Array | np.ndarray:
     """Embeddings times ``sqrt(d_model)``, which is rounded to their dtype first, as the model was trained."""
     table = read(llama.FAMILY.embedding)
-    return table[tokens] * np.asarray(config.d_model ** 0.5).astype(table.dtype)
+    return table[tokens] * np.asarray(config.d_model**0.5).astype(table.dtype)
 
 
 class Block(nnx.Module):
@@ -83,8 +89,16 @@ class Block(nnx.Module):
         norm = functools.partial(ShiftedRMSNorm, eps=config.eps)
         self.input_layernorm = norm(config.d_model)
         self.self_attn = RotaryAttention(
-            config.d_model, config.heads, config.kv_heads, config.head_dim, qkv_bias=config.bias, o_bias=config.bias,
-            norm=norm if config.qk_norm else None, scale=config.scale, cap=config.score_cap)
+            config.d_model,
+            config.heads,
+            config.kv_heads,
+            config.head_dim,
+            qkv_bias=config.bias,
+            o_bias=config.bias,
+            norm=norm if config.qk_norm else None,
+            scale=config.scale,
+            cap=config.score_cap,
+        )
         self.post_attention_layernorm = norm(config.d_model)
         self.pre_feedforward_layernorm = norm(config.d_model)
         self.mlp = GatedMLP(config.d_model, config.d_ff, activation=config.activation)
@@ -95,12 +109,21 @@ class Block(nnx.Module):
         return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
 
 
-GEMMA2 = Family(read_config=read_gemma2, block=Block, linears=llama.LINEARS, sharding=llama.SHARDING, embed=embed,
-                final=functools.partial(llama.Final, norm=ShiftedRMSNorm), needs_bos=True)
+GEMMA2 = Family(
+    read_config=read_gemma2,
+    block=Block,
+    linears=llama.LINEARS,
+    sharding=llama.SHARDING,
+    embed=embed,
+    final=functools.partial(llama.Final, norm=ShiftedRMSNorm),
+    needs_bos=True,
+)
 GEMMA3 = dataclasses.replace(GEMMA2, read_config=read_gemma3)
 GEMMA3_MULTIMODAL = dataclasses.replace(
-    GEMMA3, read_config=read_multimodal,
+    GEMMA3,
+    read_config=read_multimodal,
     # As published, and as later versions of transformers name them.
-    roots=("language_model.model.", "model.language_model."), ignored={
-        r"(model\.)?(vision_tower|multi_modal_projector)\..*": "the half that sees images: text does not pass through it"})
+    roots=("language_model.model.", "model.language_model."),
+    ignored={r"(model\.)?(vision_tower|multi_modal_projector)\..*": "the half that sees images: text does not pass through it"},
+)
 """The text half of the checkpoints that also read images; the other half is exported as it came."""

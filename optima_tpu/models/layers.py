@@ -32,8 +32,12 @@ class Linear(nnx.Module):
 def project(x: Array, weight: Array, dtype=None) -> Array:
     """``x W'`` accumulated in float32, in ``dtype`` (x's by default). The precision matters for float32 models only."""
     return jax.lax.dot_general(
-        x, weight.astype(x.dtype), (((x.ndim - 1,), (1,)), ((), ())),
-        precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32).astype(dtype or x.dtype)
+        x,
+        weight.astype(x.dtype),
+        (((x.ndim - 1,), (1,)), ((), ())),
+        precision=jax.lax.Precision.HIGHEST,
+        preferred_element_type=jnp.float32,
+    ).astype(dtype or x.dtype)
 
 
 class RMSNorm(nnx.Module):
@@ -88,7 +92,9 @@ class LayerNorm(nnx.Module):
 
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
-    "silu": jax.nn.silu, "relu": jax.nn.relu, "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "silu": jax.nn.silu,
+    "relu": jax.nn.relu,
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
     "gelu_pytorch_tanh": functools.partial(jax.nn.gelu, approximate=True),
 }
 """By the names that config.json uses."""
@@ -116,8 +122,19 @@ class RotaryAttention(nnx.Module):
       cap: see :func:`attention`.
     """
 
-    def __init__(self, d_model: int, heads: int, kv_heads: int, head_dim: int, *, qkv_bias: bool = False, o_bias: bool = False,
-                 norm: Callable[[int], nnx.Module] | None = None, scale: float | None = None, cap: float | None = None):
+    def __init__(
+        self,
+        d_model: int,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        *,
+        qkv_bias: bool = False,
+        o_bias: bool = False,
+        norm: Callable[[int], nnx.Module] | None = None,
+        scale: float | None = None,
+        cap: float | None = None,
+    ):
         self.head_dim, self.scale, self.cap = head_dim, scale, cap
         self.q_proj = Linear(d_model, heads * head_dim, bias=qkv_bias)
         self.k_proj = Linear(d_model, kv_heads * head_dim, bias=qkv_bias)
@@ -140,8 +157,9 @@ def split_heads(x: Array, head_dim: int) -> Array:
     return x.reshape(*x.shape[:2], -1, head_dim)
 
 
-def attention(q: Array, k: Array, v: Array, positions: Positions, *, scale: float | None = None, cap: float | None = None
-              ) -> Array:
+def attention(
+    q: Array, k: Array, v: Array, positions: Positions, *, scale: float | None = None, cap: float | None = None
+) -> Array:
     """Causal softmax attention, [batch, length, heads, head_dim].
 
     Products and softmax in float32. A stretch of queries at a time, each with the keys that it can see: half the products of a
@@ -169,7 +187,7 @@ def attention(q: Array, k: Array, v: Array, positions: Positions, *, scale: floa
         if positions.window is not None:
             seen &= places - before < positions.window
         products = _einsum("bkgqd,bksd->bkgqs", queries[..., start:stop, :], keys[..., :end, :])
-        products = products * (size ** -0.5 if scale is None else scale)
+        products = products * (size**-0.5 if scale is None else scale)
         if cap is not None:
             products = cap * jnp.tanh(products / cap)
         products = jnp.where(seen, products, -jnp.inf)

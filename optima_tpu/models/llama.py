@@ -17,10 +17,17 @@ from optima_tpu.errors import UserError
 from optima_tpu.models.family import DecoderConfig, Family, Positions, Residual
 from optima_tpu.models.layers import GatedMLP, RMSNorm, RotaryAttention
 from optima_tpu.models.rope import Rope
-from optima_tpu.sharding import MODEL
+from optima_tpu.runtime.mesh import MODEL
 
-LINEARS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
-           "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+LINEARS = (
+    "self_attn.q_proj",
+    "self_attn.k_proj",
+    "self_attn.v_proj",
+    "self_attn.o_proj",
+    "mlp.gate_proj",
+    "mlp.up_proj",
+    "mlp.down_proj",
+)
 
 # Projections into heads or neurons split their outputs over the model axis, those out of them their inputs: one all-reduce a
 # sublayer. Everything else (norms, biases of the second kind) is replicated.
@@ -79,17 +86,28 @@ def read_sizes(config: Any) -> dict[str, Any]:
 def named_sizes(config: Any) -> dict[str, Any]:
     """What the configurations of transformers call by the same names in many families, as arguments of :class:`Sizes`."""
     return dict(
-        d_model=config.hidden_size, d_embedding=config.hidden_size, d_ff=config.intermediate_size,
-        heads=config.num_attention_heads, kv_heads=config.num_key_value_heads,
+        d_model=config.hidden_size,
+        d_embedding=config.hidden_size,
+        d_ff=config.intermediate_size,
+        heads=config.num_attention_heads,
+        kv_heads=config.num_key_value_heads,
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
-        blocks=config.num_hidden_layers, vocab=config.vocab_size, eps=config.rms_norm_eps,
-        tied=config.tie_word_embeddings)
+        blocks=config.num_hidden_layers,
+        vocab=config.vocab_size,
+        eps=config.rms_norm_eps,
+        tied=config.tie_word_embeddings,
+    )
 
 
 def read_config(config: Any) -> Config:
     """From ``transformers.LlamaConfig``."""
-    return Config(**read_sizes(config), rope=Rope.from_hf(config.rope_parameters), qkv_bias=config.attention_bias,
-                  o_bias=config.attention_bias, mlp_bias=config.mlp_bias)
+    return Config(
+        **read_sizes(config),
+        rope=Rope.from_hf(config.rope_parameters),
+        qkv_bias=config.attention_bias,
+        o_bias=config.attention_bias,
+        mlp_bias=config.mlp_bias,
+    )
 
 
 def same_windows(config: Any) -> tuple[int, ...]:
@@ -136,8 +154,15 @@ class PreNormBlock(nnx.Module):
 def block(config: Config) -> PreNormBlock:
     """One decoder block."""
     norm = functools.partial(RMSNorm, eps=config.eps)
-    attention = RotaryAttention(config.d_model, config.heads, config.kv_heads, config.head_dim, qkv_bias=config.qkv_bias,
-                                o_bias=config.o_bias, norm=norm if config.qk_norm else None)
+    attention = RotaryAttention(
+        config.d_model,
+        config.heads,
+        config.kv_heads,
+        config.head_dim,
+        qkv_bias=config.qkv_bias,
+        o_bias=config.o_bias,
+        norm=norm if config.qk_norm else None,
+    )
     return PreNormBlock(config, attention, GatedMLP(config.d_model, config.d_ff, activation="silu", bias=config.mlp_bias))
 
 
@@ -151,6 +176,14 @@ class Final(nnx.Module):
         return self.norm(x)
 
 
-FAMILY = Family(read_config=read_config, block=block, linears=LINEARS, sharding=SHARDING, final=Final,
-                residuals={"self_attn.o_proj": Residual("before_attention", "after_attention"),
-                           "mlp.down_proj": Residual("after_attention", "after_mlp")})
+FAMILY = Family(
+    read_config=read_config,
+    block=block,
+    linears=LINEARS,
+    sharding=SHARDING,
+    final=Final,
+    residuals={
+        "self_attn.o_proj": Residual("before_attention", "after_attention"),
+        "mlp.down_proj": Residual("after_attention", "after_mlp"),
+    },
+)

@@ -19,8 +19,12 @@ from optima_tpu.models.rope import Rope, rotate
 
 def read_config(config: Any) -> llama.Config:
     """From ``transformers.Olmo2Config``."""
-    return llama.Config(**llama.read_sizes(config), rope=Rope.from_hf(config.rope_parameters), qkv_bias=config.attention_bias,
-                        o_bias=config.attention_bias)
+    return llama.Config(
+        **llama.read_sizes(config),
+        rope=Rope.from_hf(config.rope_parameters),
+        qkv_bias=config.attention_bias,
+        o_bias=config.attention_bias,
+    )
 
 
 class Attention(nnx.Module):
@@ -55,5 +59,6 @@ class Block(nnx.Module):
         return x + self.post_feedforward_layernorm(self.mlp(x))
 
 
-FAMILY = dataclasses.replace(llama.FAMILY, read_config=read_config, block=Block,
-                             final=functools.partial(llama.Final, norm=WideRMSNorm), residuals={})  # norms come between
+FAMILY = dataclasses.replace(
+    llama.FAMILY, read_config=read_config, block=Block, final=functools.partial(llama.Final, norm=WideRMSNorm), residuals={}
+)  # norms come between

@@ -12,7 +12,7 @@ from jax.typing import ArrayLike
 from optima_tpu.errors import UserError
 from optima_tpu.models.family import DecoderConfig, Family, Positions, ReadTensor, Residual, Shape
 from optima_tpu.models.layers import ACTIVATIONS, LayerNorm, Linear, attention, project, split_heads
-from optima_tpu.sharding import MODEL
+from optima_tpu.runtime.mesh import MODEL
 
 EMBEDDING, POSITIONS, PROJECT_IN = "embed_tokens.weight", "embed_positions.weight", "project_in.weight"
 OFFSET = 2
@@ -46,14 +46,24 @@ class Config(DecoderConfig):
 def read_config(config: Any) -> Config:
     """From ``transformers.OPTConfig``. Raises UserError for an activation that is not supported."""
     if config.activation_function not in ACTIVATIONS:
-        raise UserError(f"expected activation_function {', '.join(ACTIVATIONS)}, got {config.activation_function!r}: "
-                        "not supported")
+        raise UserError(
+            f"expected activation_function {', '.join(ACTIVATIONS)}, got {config.activation_function!r}: not supported"
+        )
     return Config(
-        d_model=config.hidden_size, d_embedding=config.word_embed_proj_dim, d_ff=config.ffn_dim,
-        heads=config.num_attention_heads, blocks=config.num_hidden_layers, vocab=config.vocab_size,
-        tied=config.tie_word_embeddings, length=config.max_position_embeddings, activation=config.activation_function,
-        bias=config.enable_bias, affine=config.layer_norm_elementwise_affine, norm_first=config.do_layer_norm_before,
-        final_norm=config.do_layer_norm_before and not config._remove_final_layer_norm)
+        d_model=config.hidden_size,
+        d_embedding=config.word_embed_proj_dim,
+        d_ff=config.ffn_dim,
+        heads=config.num_attention_heads,
+        blocks=config.num_hidden_layers,
+        vocab=config.vocab_size,
+        tied=config.tie_word_embeddings,
+        length=config.max_position_embeddings,
+        activation=config.activation_function,
+        bias=config.enable_bias,
+        affine=config.layer_norm_elementwise_affine,
+        norm_first=config.do_layer_norm_before,
+        final_norm=config.do_layer_norm_before and not config._remove_final_layer_norm,
+    )
 
 
 def embedding_extras(config: Config) -> dict[str, Shape]:
@@ -78,11 +88,12 @@ class Attention(nnx.Module):
     def __init__(self, config: Config):
         self.head_dim = config.d_model // config.heads
         self.q_proj, self.k_proj, self.v_proj, self.out_proj = (
-            Linear(config.d_model, config.d_model, bias=config.bias) for _ in range(4))
+            Linear(config.d_model, config.d_model, bias=config.bias) for _ in range(4)
+        )
 
     def __call__(self, x: Array, positions: Positions) -> Array:
         q, k, v = (split_heads(projection(x), self.head_dim) for projection in (self.q_proj, self.k_proj, self.v_proj))
-        return self.out_proj(attention(q * self.head_dim ** -0.5, k, v, positions, scale=1.0).reshape(x.shape))
+        return self.out_proj(attention(q * self.head_dim**-0.5, k, v, positions, scale=1.0).reshape(x.shape))
 
 
 class Block(nnx.Module):
@@ -131,14 +142,21 @@ SHARDING = {
     **{f"self_attn.{name}_proj.weight": P(MODEL, None) for name in "qkv"},
     **{f"self_attn.{name}_proj.bias": P(MODEL) for name in "qkv"},
     "self_attn.out_proj.weight": P(None, MODEL),
-    "fc1.weight": P(MODEL, None), "fc1.bias": P(MODEL),
+    "fc1.weight": P(MODEL, None),
+    "fc1.bias": P(MODEL),
     "fc2.weight": P(None, MODEL),
 }
 
 FAMILY = Family(
-    read_config=read_config, block=Block, sharding=SHARDING, final=Final,
+    read_config=read_config,
+    block=Block,
+    sharding=SHARDING,
+    final=Final,
     linears=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj", "fc1", "fc2"),
     # The second: saved without its head, as some of the published ones are.
-    roots=("model.decoder.", "decoder."), embedding=EMBEDDING, embedding_extras=embedding_extras, embed=embed,
-    residuals={"self_attn.out_proj": Residual("before_attention", "after_attention"),
-               "fc2": Residual("before_mlp", "after_mlp")})
+    roots=("model.decoder.", "decoder."),
+    embedding=EMBEDDING,
+    embedding_extras=embedding_extras,
+    embed=embed,
+    residuals={"self_attn.out_proj": Residual("before_attention", "after_attention"), "fc2": Residual("before_mlp", "after_mlp")},
+)

@@ -16,7 +16,7 @@ from optima_tpu.models import llama
 from optima_tpu.models.family import Positions
 from optima_tpu.models.layers import Linear, attention, split_heads
 from optima_tpu.models.rope import Rope, rotate
-from optima_tpu.sharding import MODEL
+from optima_tpu.runtime.mesh import MODEL
 
 
 def read_config(config: Any) -> llama.Config:
@@ -26,8 +26,9 @@ def read_config(config: Any) -> llama.Config:
     original = parameters.setdefault("original_max_position_embeddings", config.original_max_position_embeddings)
     if parameters.get("factor") is None:
         parameters["factor"] = config.max_position_embeddings / original
-    return llama.Config(**llama.read_sizes(config), windows=llama.same_windows(config),
-                        rope=Rope.from_hf(parameters, ("default", "longrope")))
+    return llama.Config(
+        **llama.read_sizes(config), windows=llama.same_windows(config), rope=Rope.from_hf(parameters, ("default", "longrope"))
+    )
 
 
 class Attention(nnx.Module):
@@ -59,8 +60,15 @@ def block(config: llama.Config) -> llama.PreNormBlock:
 
 
 FAMILY = dataclasses.replace(
-    llama.FAMILY, read_config=read_config, block=block,
+    llama.FAMILY,
+    read_config=read_config,
+    block=block,
     linears=("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj"),
     # Slices of the model axis do not end where q, k and v do; XLA moves what it must.
-    sharding={"self_attn.qkv_proj.weight": P(MODEL, None), "self_attn.o_proj.weight": P(None, MODEL),
-              "mlp.gate_up_proj.weight": P(MODEL, None), "mlp.down_proj.weight": P(None, MODEL)})
+    sharding={
+        "self_attn.qkv_proj.weight": P(MODEL, None),
+        "self_attn.o_proj.weight": P(None, MODEL),
+        "mlp.gate_up_proj.weight": P(MODEL, None),
+        "mlp.down_proj.weight": P(None, MODEL),
+    },
+)

@@ -9,15 +9,24 @@ from optima_tpu.models.rope import Rope
 
 def read_qwen2(config: Any) -> llama.Config:
     """From ``transformers.Qwen2Config``; the biases are not a setting of it."""
-    return llama.Config(**llama.read_sizes(config), rope=Rope.from_hf(config.rope_parameters),
-                        windows=llama.windows_by_type(config), qkv_bias=True)
+    return llama.Config(
+        **llama.read_sizes(config),
+        rope=Rope.from_hf(config.rope_parameters),
+        windows=llama.windows_by_type(config),
+        qkv_bias=True,
+    )
 
 
 def read_qwen3(config: Any) -> llama.Config:
     """From ``transformers.Qwen3Config``."""
-    return llama.Config(**llama.read_sizes(config), rope=Rope.from_hf(config.rope_parameters),
-                        windows=llama.windows_by_type(config), qkv_bias=config.attention_bias, o_bias=config.attention_bias,
-                        qk_norm=True)
+    return llama.Config(
+        **llama.read_sizes(config),
+        rope=Rope.from_hf(config.rope_parameters),
+        windows=llama.windows_by_type(config),
+        qkv_bias=config.attention_bias,
+        o_bias=config.attention_bias,
+        qk_norm=True,
+    )
 
 
 QWEN2 = dataclasses.replace(llama.FAMILY, read_config=read_qwen2)

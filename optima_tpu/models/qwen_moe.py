@@ -19,7 +19,7 @@ from optima_tpu.errors import UserError
 from optima_tpu.models import llama
 from optima_tpu.models.layers import GatedMLP, RMSNorm, RotaryAttention, project
 from optima_tpu.models.rope import Rope
-from optima_tpu.sharding import MODEL
+from optima_tpu.runtime.mesh import MODEL
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,14 +40,22 @@ class Config(llama.Config):
 def read_config(config: Any) -> Config:
     """From ``transformers.Qwen3MoeConfig``. Raises UserError for a model in which some blocks have no experts."""
     if config.mlp_only_layers or config.decoder_sparse_step != 1:
-        raise UserError(f"expected experts in every block (mlp_only_layers empty, decoder_sparse_step 1), got "
-                        f"{config.mlp_only_layers} and {config.decoder_sparse_step}: not supported")
+        raise UserError(
+            f"expected experts in every block (mlp_only_layers empty, decoder_sparse_step 1), got "
+            f"{config.mlp_only_layers} and {config.decoder_sparse_step}: not supported"
+        )
     if config.sliding_window:
         raise UserError(f"expected use_sliding_window false, got a window of {config.sliding_window}: not supported")
     sizes = llama.read_sizes(config) | dict(d_ff=config.moe_intermediate_size)
-    return Config(**sizes, rope=Rope.from_hf(config.rope_parameters), qkv_bias=config.attention_bias,
-                  o_bias=config.attention_bias, experts=config.num_experts,
-                  experts_per_token=config.num_experts_per_tok, normalise=config.norm_topk_prob)
+    return Config(
+        **sizes,
+        rope=Rope.from_hf(config.rope_parameters),
+        qkv_bias=config.attention_bias,
+        o_bias=config.attention_bias,
+        experts=config.num_experts,
+        experts_per_token=config.num_experts_per_tok,
+        normalise=config.norm_topk_prob,
+    )
 
 
 class Router(nnx.Module):
@@ -81,13 +89,27 @@ class Mixture(nnx.Module):
 
 def block(config: Config) -> llama.PreNormBlock:
     """One decoder block."""
-    attention = RotaryAttention(config.d_model, config.heads, config.kv_heads, config.head_dim, qkv_bias=config.qkv_bias,
-                                o_bias=config.o_bias, norm=functools.partial(RMSNorm, eps=config.eps))
+    attention = RotaryAttention(
+        config.d_model,
+        config.heads,
+        config.kv_heads,
+        config.head_dim,
+        qkv_bias=config.qkv_bias,
+        o_bias=config.o_bias,
+        norm=functools.partial(RMSNorm, eps=config.eps),
+    )
     return llama.PreNormBlock(config, attention, Mixture(config))
 
 
 FAMILY = dataclasses.replace(
-    llama.FAMILY, read_config=read_config, block=block,
+    llama.FAMILY,
+    read_config=read_config,
+    block=block,
     linears=(*llama.LINEARS[:4], "mlp.experts.*.gate_proj", "mlp.experts.*.up_proj", "mlp.experts.*.down_proj"),
-    sharding={**llama.SHARDING, "mlp.experts.*.gate_proj.weight": P(MODEL, None), "mlp.experts.*.up_proj.weight": P(MODEL, None),
-              "mlp.experts.*.down_proj.weight": P(None, MODEL)})
+    sharding={
+        **llama.SHARDING,
+        "mlp.experts.*.gate_proj.weight": P(MODEL, None),
+        "mlp.experts.*.up_proj.weight": P(MODEL, None),
+        "mlp.experts.*.down_proj.weight": P(None, MODEL),
+    },
+)

@@ -72,16 +72,27 @@ class Rope:
         if kind == "linear":
             return cls(theta, factor=float(parameters["factor"]))
         if kind == "llama3":
-            return cls(theta, scaling=Llama3Scaling(
-                float(parameters["factor"]), float(parameters["low_freq_factor"]), float(parameters["high_freq_factor"]),
-                int(parameters["original_max_position_embeddings"])))
+            return cls(
+                theta,
+                scaling=Llama3Scaling(
+                    float(parameters["factor"]),
+                    float(parameters["low_freq_factor"]),
+                    float(parameters["high_freq_factor"]),
+                    int(parameters["original_max_position_embeddings"]),
+                ),
+            )
         if kind == "longrope":
             original, factor = int(parameters["original_max_position_embeddings"]), float(parameters["factor"])
             magnitude = parameters.get("attention_factor")
             if magnitude is None:
                 magnitude = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
-            return cls(theta, share=share, scaling=LongScaling(tuple(parameters["short_factor"]),
-                                                               tuple(parameters["long_factor"]), original, float(magnitude)))
+            return cls(
+                theta,
+                share=share,
+                scaling=LongScaling(
+                    tuple(parameters["short_factor"]), tuple(parameters["long_factor"]), original, float(magnitude)
+                ),
+            )
         return cls(theta, share=share)
 
     def tables(self, length: int, head_dim: int) -> tuple[np.ndarray, np.ndarray]:

@@ -8,14 +8,14 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table as RichTable
 
-from optima_tpu.buckets import as_path, in_bucket
-from optima_tpu.command import guarded
 from optima_tpu.errors import UserError
 from optima_tpu.report.page import PAGE, write_page
 from optima_tpu.report.progress import say
 from optima_tpu.report.results import comparison
 from optima_tpu.report.runs import Run
 from optima_tpu.report.table import print_summary
+from optima_tpu.runtime.buckets import as_path, in_bucket
+from optima_tpu.runtime.command import guarded
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -70,8 +70,10 @@ def _compare(console: Console, runs: Sequence[Run]) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m optima_tpu.report", description="Draws one self-contained page of finished runs: what was run, what it "
-        "cost and gained, layer by layer; several runs side by side. It opens from the disk and needs no network.")
+        prog="python -m optima_tpu.report",
+        description="Draws one self-contained page of finished runs: what was run, what it "
+        "cost and gained, layer by layer; several runs side by side. It opens from the disk and needs no network.",
+    )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run directory, or its report.json")
     parser.add_argument("-o", "--output", metavar="FILE", help=f"the page (default: RUN/{PAGE}, or ./{PAGE} for several runs)")
     return parser

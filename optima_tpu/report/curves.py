@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from optima_tpu.errors import UserError
-from optima_tpu.layer_rules import kind_name
+from optima_tpu.method.layer_rules import kind_name
 from optima_tpu.report.numbers import number, plural
 from optima_tpu.report.records import LayerReport
 from optima_tpu.report.runs import model_name, names, read_blocks, read_json, read_report
@@ -108,16 +108,20 @@ def layer_errors(runs: Sequence[str | Path], against: Sequence[str | Path] = ())
             below = _counterparts(run, layers, other, all_layers(read_blocks(other, reports[other])))
             lines[f"{named[run]} / {named[other]}"] = _lines(layers, below)
         elif reports[run]["configuration"]["solver"] is None:
-            raise UserError(f"{run} has no solver, its weights are the selector's own: there is no error ratio; choose "
-                            "runs with a solver, or name a run to compare it with by --against")
+            raise UserError(
+                f"{run} has no solver, its weights are the selector's own: there is no error ratio; choose "
+                "runs with a solver, or name a run to compare it with by --against"
+            )
         else:
             lines[named[run]] = _lines(layers, [(layer.error_before, layer.held_out_before) for layer in layers])
     ratios = [(label, value) for label, run in lines.items() for line in run.values() for value in line.calibration]
     gaps = [label for label, value in ratios if math.isnan(value)]
     if len(gaps) == len(ratios):
         raise UserError(f"no layer of {', '.join(runs)} has an error ratio: errors are zero or not finite")
-    remarks = [f"{label}: {plural(gaps.count(label), 'layer')} without an error ratio, zero or not finite, left out"
-               for label in dict.fromkeys(gaps)]
+    remarks = [
+        f"{label}: {plural(gaps.count(label), 'layer')} without an error ratio, zero or not finite, left out"
+        for label in dict.fromkeys(gaps)
+    ]
     quantity = "final layer error: run / other run" if against else "layer error: after the update / before"
     return LayerErrors(title, quantity, lines, remarks)
 
@@ -144,15 +148,18 @@ def samples(sweep: str | Path) -> Samples:
         raise UserError(f"no cell of {path} is finished yet; repeat the sweep's command")
     counts = sorted({result["samples"] for result in done})
     if len(counts) == 1:
-        raise UserError(f"expected several numbers of calibration samples, got {counts[0]} in all finished cells of "
-                        f"{path}; give the sweep some, such as samples: [16, 64]")
+        raise UserError(
+            f"expected several numbers of calibration samples, got {counts[0]} in all finished cells of "
+            f"{path}; give the sweep some, such as samples: [16, 64]"
+        )
     groups: dict[str, dict[tuple[str, str], dict[int, list[float]]]] = {}
     for result in done:
         methods = groups.setdefault(result["pattern"], {})
         method = methods.setdefault((result["mask"], result["update"]), {})
         method.setdefault(result["samples"], []).append(result["perplexity"])
-    panels = {pattern: [_samples_line(*method, values) for method, values in methods.items()]
-              for pattern, methods in groups.items()}
+    panels = {
+        pattern: [_samples_line(*method, values) for method, values in methods.items()] for pattern, methods in groups.items()
+    }
     seeds = sorted({len(found) for methods in groups.values() for method in methods.values() for found in method.values()})
     counted = " to ".join(map(str, dict.fromkeys((seeds[0], seeds[-1]))))
     spread = f"\nmean and standard deviation over {counted} seeds" if seeds[-1] > 1 else ""
@@ -161,8 +168,7 @@ def samples(sweep: str | Path) -> Samples:
     return Samples(_samples_title(path.parent, done) + spread, "perplexity", panels, remarks)
 
 
-def _counterparts(run: str, layers: list[LayerReport], other: str, others: list[LayerReport]
-                  ) -> list[tuple[float, float | None]]:
+def _counterparts(run: str, layers: list[LayerReport], other: str, others: list[LayerReport]) -> list[tuple[float, float | None]]:
     """The final errors of the other run, in the order of ``layers``."""
     there = {(layer.block, layer.name): (layer.error_after, layer.held_out_after) for layer in others}
     if {(layer.block, layer.name) for layer in layers} != there.keys():
@@ -178,7 +184,8 @@ def _lines(layers: Sequence[LayerReport], below: Sequence[tuple[float, float | N
     points: dict[str, dict[int, list[tuple[float, float]]]] = {}
     for layer, (calibration, held_out) in zip(layers, below, strict=True):
         points.setdefault(kind_name(layer.name), {}).setdefault(layer.block, []).append(
-            (_ratio(layer.error_after, calibration), _ratio(layer.held_out_after, held_out)))
+            (_ratio(layer.error_after, calibration), _ratio(layer.held_out_after, held_out))
+        )
 
     def line(own: Mapping[int, list[tuple[float, float]]]) -> LayerLine:
         blocks = sorted(own)
@@ -203,8 +210,13 @@ def _ratio(above: float | None, below: float | None) -> float:
 
 def _samples_line(mask: str, update: str, values: Mapping[int, Sequence[float]]) -> SamplesLine:
     counts = sorted(values)
-    return SamplesLine(mask, update, counts, [statistics.fmean(values[count]) for count in counts],
-                       [statistics.stdev(values[count]) if len(values[count]) > 1 else math.nan for count in counts])
+    return SamplesLine(
+        mask,
+        update,
+        counts,
+        [statistics.fmean(values[count]) for count in counts],
+        [statistics.stdev(values[count]) if len(values[count]) > 1 else math.nan for count in counts],
+    )
 
 
 def _samples_title(directory: Path, done: Sequence[Mapping[str, Any]]) -> str:
@@ -212,5 +224,7 @@ def _samples_title(directory: Path, done: Sequence[Mapping[str, Any]]) -> str:
     report = read_report(str(directory / done[0]["report"]))
     text = report["configuration"]["calibration"]
     dense = " or ".join(dict.fromkeys(number(result["dense"], 4) for result in done))
-    return (f"{model_name(report['configuration'])}, calibrated on {text['source']} in windows of {text['length']} tokens\n"
-            f"perplexity on {report['evaluation']['how']}, dense {dense}")
+    return (
+        f"{model_name(report['configuration'])}, calibrated on {text['source']} in windows of {text['length']} tokens\n"
+        f"perplexity on {report['evaluation']['how']}, dense {dense}"
+    )

@@ -17,10 +17,10 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
-from optima_tpu.files import write_bytes, writing
 from optima_tpu.report.curves import LayerErrors, Samples
 from optima_tpu.report.summary import short_names
 from optima_tpu.report.view import without_folders
+from optima_tpu.runtime.files import write_bytes, writing
 
 # Okabe and Ito's colours, which people tell apart however they see red and green, without the too light yellow.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#222222")
@@ -35,15 +35,18 @@ def layer_errors(data: LayerErrors) -> Figure:
     names = list(dict.fromkeys(name for lines in data.runs.values() for name in lines))
     # A marker of its own for each colour; when the colours come again, with other markers.
     count = len(_COLOURS)
-    looks = {label: {"color": _COLOURS[index % count], "marker": _MARKERS[(index + index // count) % len(_MARKERS)]}
-             for index, label in enumerate(data.runs)}
+    looks = {
+        label: {"color": _COLOURS[index % count], "marker": _MARKERS[(index + index // count) % len(_MARKERS)]}
+        for index, label in enumerate(data.runs)
+    }
     entries = [Line2D([], [], markersize=4, label=label, **look) for label, look in looks.items()]
     held_out = any(np.isfinite(line.held_out).any() for lines in data.runs.values() for line in lines.values())
     if held_out:
-        entries += [Line2D([], [], color=_GREY, label="calibration text"),
-                    Line2D([], [], color=_GREY, linestyle=_HELD_OUT, label="held-out text")]
-    figure, panels = _figure(len(names), min(4, len(names)), (2.8, 2.2), data.title, "block", data.quantity, entries,
-                             share=True)
+        entries += [
+            Line2D([], [], color=_GREY, label="calibration text"),
+            Line2D([], [], color=_GREY, linestyle=_HELD_OUT, label="held-out text"),
+        ]
+    figure, panels = _figure(len(names), min(4, len(names)), (2.8, 2.2), data.title, "block", data.quantity, entries, share=True)
     for axes, (name, short) in zip(panels, short_names(names).items()):
         axes.set_title(short, fontsize=10)
         axes.axhline(1, color=_GREY, linewidth=0.8, zorder=1)
@@ -52,11 +55,16 @@ def layer_errors(data: LayerErrors) -> Figure:
                 line = lines[name]
                 axes.plot(line.blocks, line.calibration, markersize=2.5, linewidth=1.2, label=label, **looks[label])
                 if np.isfinite(line.held_out).any():
-                    axes.plot(line.blocks, line.held_out, color=looks[label]["color"], linestyle=_HELD_OUT, linewidth=1,
-                              label=f"{label}, held-out")
+                    axes.plot(
+                        line.blocks,
+                        line.held_out,
+                        color=looks[label]["color"],
+                        linestyle=_HELD_OUT,
+                        linewidth=1,
+                        label=f"{label}, held-out",
+                    )
     panels[0].xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    values = [value for lines in data.runs.values() for line in lines.values()
-              for value in (*line.calibration, *line.held_out)]
+    values = [value for lines in data.runs.values() for line in lines.values() for value in (*line.calibration, *line.held_out)]
     largest = np.nanmax(values)
     # Logarithmic where an error doubles, as on held-out text it may.
     if largest > 2 and np.nanmin(values) > 0:
@@ -74,16 +82,28 @@ def samples(data: Samples) -> Figure:
     looks = {}
     for line in every:
         style, marker = styles[line.update]
-        looks[line.mask, line.update] = {"color": colours[line.mask], "linestyle": style, "marker": marker,
-                                         "markersize": 4.5, "linewidth": 1.4, "label": f"{line.mask} + {line.update}"}
-    figure, panels = _figure(len(data.panels), min(2, len(data.panels)), (4.8, 3.2), data.title, "calibration samples",
-                             data.quantity, [Line2D([], [], **look) for look in looks.values()])
+        looks[line.mask, line.update] = {
+            "color": colours[line.mask],
+            "linestyle": style,
+            "marker": marker,
+            "markersize": 4.5,
+            "linewidth": 1.4,
+            "label": f"{line.mask} + {line.update}",
+        }
+    figure, panels = _figure(
+        len(data.panels),
+        min(2, len(data.panels)),
+        (4.8, 3.2),
+        data.title,
+        "calibration samples",
+        data.quantity,
+        [Line2D([], [], **look) for look in looks.values()],
+    )
     for axes, (pattern, lines) in zip(panels, data.panels.items()):
         axes.set_title(f"pattern {pattern}", fontsize=10)
         for line in lines:
             bars = None if np.isnan(line.deviations).all() else line.deviations
-            axes.errorbar(line.samples, line.means, yerr=bars, capsize=2.5, elinewidth=1,
-                          **looks[line.mask, line.update])
+            axes.errorbar(line.samples, line.means, yerr=bars, capsize=2.5, elinewidth=1, **looks[line.mask, line.update])
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_locator(FixedLocator(sorted({count for line in lines for count in line.samples})))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0f}"))
@@ -110,8 +130,16 @@ def write(figure: Figure, path: Path) -> None:
         write_bytes(path, data.getvalue())
 
 
-def _figure(count: int, columns: int, panel: tuple[float, float], title: str, across: str, up: str,
-            entries: Sequence[Line2D], share: bool = False) -> tuple[Figure, Sequence[Axes]]:
+def _figure(
+    count: int,
+    columns: int,
+    panel: tuple[float, float],
+    title: str,
+    across: str,
+    up: str,
+    entries: Sequence[Line2D],
+    share: bool = False,
+) -> tuple[Figure, Sequence[Axes]]:
     """A figure of ``count`` panels, each of ``panel`` inches, with the legend below them.
 
     Args:
@@ -145,8 +173,14 @@ def _figure(count: int, columns: int, panel: tuple[float, float], title: str, ac
     figure.suptitle(title, fontsize=10)
     figure.supylabel(up, fontsize=10)
     # Spread evenly over the rows that are needed: 6 in two rows are 3 and 3, not 5 and 1.
-    figure.legend(handles=entries, loc="outside lower center", ncols=math.ceil(len(entries) / below), fontsize=9,
-                  frameon=False, handlelength=3)
+    figure.legend(
+        handles=entries,
+        loc="outside lower center",
+        ncols=math.ceil(len(entries) / below),
+        fontsize=9,
+        frameon=False,
+        handlelength=3,
+    )
     return figure, grid[:count]
 
 

@@ -13,10 +13,10 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from optima_tpu.files import write_bytes, writing
-from optima_tpu.processes import everyones
 from optima_tpu.report.records import BlockReport, finite
 from optima_tpu.report.summary import all_layers, by_kind, sparsity, unusual
+from optima_tpu.runtime.files import write_bytes, writing
+from optima_tpu.runtime.processes import everyones
 
 _PACKAGES = ("optima-tpu", "jax", "jaxlib", "flax", "orbax-checkpoint", "mpax", "transformers", "numpy")
 
@@ -30,9 +30,14 @@ def environment(mesh: Mesh) -> dict[str, Any]:
         except importlib.metadata.PackageNotFoundError:
             versions[package] = None  # run from a checkout
     return {
-        "python": platform.python_version(), "system": platform.platform(), "packages": versions,
-        "platform": jax.default_backend(), "device": jax.devices()[0].device_kind, "devices": jax.device_count(),
-        "processes": jax.process_count(), "mesh": dict(mesh.shape),
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "packages": versions,
+        "platform": jax.default_backend(),
+        "device": jax.devices()[0].device_kind,
+        "devices": jax.device_count(),
+        "processes": jax.process_count(),
+        "mesh": dict(mesh.shape),
     }
 
 
@@ -55,11 +60,24 @@ def files_in(directory: Path, files: Mapping[str, str]) -> dict[str, str]:
     return {what: str(directory / PurePath(path).name) for what, path in files.items()}
 
 
-def write_report(path: Path, *, manifest: Mapping[str, Any], configuration: Mapping[str, Any], environment: Mapping[str, Any],
-                 model: Mapping[str, Any], calibration: Mapping[str, Any], evaluation: Mapping[str, Any],
-                 perplexity: Mapping[str, float], blocks: Sequence[BlockReport], seconds: Mapping[str, float],
-                 memory: Mapping[str, int | None], files: Mapping[str, str],
-                 allocation: Mapping[str, Any] | None = None, weighed: Sequence[str] = (), recipe: str = "") -> dict[str, Any]:
+def write_report(
+    path: Path,
+    *,
+    manifest: Mapping[str, Any],
+    configuration: Mapping[str, Any],
+    environment: Mapping[str, Any],
+    model: Mapping[str, Any],
+    calibration: Mapping[str, Any],
+    evaluation: Mapping[str, Any],
+    perplexity: Mapping[str, float],
+    blocks: Sequence[BlockReport],
+    seconds: Mapping[str, float],
+    memory: Mapping[str, int | None],
+    files: Mapping[str, str],
+    allocation: Mapping[str, Any] | None = None,
+    weighed: Sequence[str] = (),
+    recipe: str = "",
+) -> dict[str, Any]:
     """Writes the report in one step: afterwards it is complete, or the old one is still there.
 
     Args:
@@ -87,14 +105,25 @@ def write_report(path: Path, *, manifest: Mapping[str, Any], configuration: Mapp
     """
     layers = all_layers(blocks)
     report = {
-        "manifest": dict(manifest), "configuration": dict(configuration), "environment": dict(environment), "model": dict(model),
-        "calibration": dict(calibration), "evaluation": dict(evaluation), "perplexity": dict(perplexity),
-        "sparsity": sparsity(layers), "allocation": allocation, "weighed_layers": list(weighed),
+        "manifest": dict(manifest),
+        "configuration": dict(configuration),
+        "environment": dict(environment),
+        "model": dict(model),
+        "calibration": dict(calibration),
+        "evaluation": dict(evaluation),
+        "perplexity": dict(perplexity),
+        "sparsity": sparsity(layers),
+        "allocation": allocation,
+        "weighed_layers": list(weighed),
         "recipe": recipe,
         "weights": sum(math.prod(layer.shape) for layer in layers),
-        "pruned": sum(layer.pruned for layer in layers), "unusual": unusual(blocks),
-        "layer_kinds": [finite(kind._asdict()) for kind in by_kind(blocks)], "seconds": dict(seconds),
-        "memory": dict(memory), "files": dict(files), "blocks": [block.to_json() for block in blocks],
+        "pruned": sum(layer.pruned for layer in layers),
+        "unusual": unusual(blocks),
+        "layer_kinds": [finite(kind._asdict()) for kind in by_kind(blocks)],
+        "seconds": dict(seconds),
+        "memory": dict(memory),
+        "files": dict(files),
+        "blocks": [block.to_json() for block in blocks],
     }
     with writing(path, "all finished blocks are intact; make room and repeat the command"):
         write_bytes(path, (json.dumps(report, indent=2, allow_nan=False) + "\n").encode())

@@ -6,15 +6,24 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from optima_tpu.layer_rules import kind_name
+from optima_tpu.method.layer_rules import kind_name
 from optima_tpu.report import plots
 from optima_tpu.report.numbers import percent
 from optima_tpu.report.records import LayerReport
 from optima_tpu.report.results import mean_errors
 from optima_tpu.report.runs import Run
 from optima_tpu.report.summary import (
-    LayerKind, by_kind, exchanged, gap_meaning, held_out_caveat, held_out_errors, means, short_names, sparsity,
-    unusual)
+    LayerKind,
+    by_kind,
+    exchanged,
+    gap_meaning,
+    held_out_caveat,
+    held_out_errors,
+    means,
+    short_names,
+    sparsity,
+    unusual,
+)
 from optima_tpu.report.table import TROUBLE, unusual_lines
 from optima_tpu.report.view import NONE, Key, Section, Table, figure
 
@@ -32,44 +41,71 @@ def layer_errors(runs: Sequence[Run]) -> Section:
         lines = []
         for index, run in enumerate(runs):
             layers = [layer for layer in run.layers if kind_name(layer.name) == kind]
-            curves = {} if several or not run.solver else {
-                "before, calibration text": (_BEFORE, _fitted("error_before")),
-                "before, held-out text": (_BEFORE, lambda layer: layer.held_out_before)}
+            curves = (
+                {}
+                if several or not run.solver
+                else {
+                    "before, calibration text": (_BEFORE, _fitted("error_before")),
+                    "before, held-out text": (_BEFORE, lambda layer: layer.held_out_before),
+                }
+            )
             after = "after" if run.solver else "of the selector's weights"
-            curves |= {f"{after}, calibration text": (index, _fitted("error_after")),
-                       f"{after}, held-out text": (index, lambda layer: layer.held_out_after)}
+            curves |= {
+                f"{after}, calibration text": (index, _fitted("error_after")),
+                f"{after}, held-out text": (index, lambda layer: layer.held_out_after),
+            }
             for name, (series, value) in curves.items():
                 blocks, values = _by_block(layers, value)
                 if not np.isnan(values).all():
-                    lines.append(plots.Line(f"{run.label}, {name}" if several else name, blocks, values, series,
-                                            dashed="held-out" in name))
+                    lines.append(
+                        plots.Line(f"{run.label}, {name}" if several else name, blocks, values, series, dashed="held-out" in name)
+                    )
         panels.append(plots.Panel(title, lines, log=True))
-    legend = [Key(run.label, index) for index, run in enumerate(runs)] if several else [
-        Key("before the update", _BEFORE), Key("after the update", _AFTER)] if runs[0].solver else []
+    legend = (
+        [Key(run.label, index) for index, run in enumerate(runs)]
+        if several
+        else [Key("before the update", _BEFORE), Key("after the update", _AFTER)]
+        if runs[0].solver
+        else []
+    )
     legend += [Key("calibration text"), Key("held-out text", dashed=True)] if unseen else []
-    text = ["The error of a layer is the change of its output as a share of the output’s energy, ‖XW′ − XV′‖² / ‖XW′‖², with "
-            "W the dense and V the pruned weights and X its inputs in the pruned model. Before: with the selector’s weights. "
-            "After: with the solver’s. Held-out text is calibration text that no weight was fitted to."]
+    text = [
+        "The error of a layer is the change of its output as a share of the output’s energy, ‖XW′ − XV′‖² / ‖XW′‖², with "
+        "W the dense and V the pruned weights and X its inputs in the pruned model. Before: with the selector’s weights. "
+        "After: with the solver’s. Held-out text is calibration text that no weight was fitted to."
+    ]
     for run in runs:
         if caveat := held_out_caveat(run.report["configuration"]):
             text.append(f"{f'That of {run.label}' if several else 'It'} {caveat}.")
     if any(map(_aims_at_dense, runs)):
-        text.append("With a dense target the solver minimises not this error, which may even rise, but the distance from the "
-                    "dense model’s output. Against dense: ‖X_d W′ − XV′‖² / ‖X_d W′‖² on held-out text, with X_d the layer’s "
-                    "inputs in the dense model; that of the dense weights W is what the layers before have lost.")
+        text.append(
+            "With a dense target the solver minimises not this error, which may even rise, but the distance from the "
+            "dense model’s output. Against dense: ‖X_d W′ − XV′‖² / ‖X_d W′‖² on held-out text, with X_d the layer’s "
+            "inputs in the dense model; that of the dense weights W is what the layers before have lost."
+        )
     if any(map(_weighs_tokens, runs)):
-        text.append("Where the target weighs tokens, the errors of layers that add to the residual stream are weighed too: a "
-                    "token counts one over the mean square of the stream behind the layer.")
-    text += [f"{run.label if several else 'This run'} held no text out: its errors are on the text that the weights were fitted "
-             "to, and are too good for other text." for run in runs if run not in unseen]
+        text.append(
+            "Where the target weighs tokens, the errors of layers that add to the residual stream are weighed too: a "
+            "token counts one over the mean square of the stream behind the layer."
+        )
+    text += [
+        f"{run.label if several else 'This run'} held no text out: its errors are on the text that the weights were fitted "
+        "to, and are too good for other text."
+        for run in runs
+        if run not in unseen
+    ]
     zeros = sum(layer.error_after == 0 for run in runs for layer in run.layers)
     notes = ["Errors are shown on a logarithmic scale, the same in all plots."]
     notes += [f"{zeros} errors of exactly 0 are not drawn."] if zeros else []
     elements = list(zip([panel.title for panel in panels], plots.lines(panels, "errors", share=True)))
-    return Section("layers", "Layer errors, " + ("after the update" if several else "before and after the update"), text,
-                   [figure(elements, legend=legend, note=" ".join(notes))] if elements else [],
-                   [_kind_table(run, run.label if several else "Mean over blocks") for run in runs],
-                   [_layer_table(run, several) for run in runs])
+    return Section(
+        "layers",
+        "Layer errors, " + ("after the update" if several else "before and after the update"),
+        text,
+        [figure(elements, legend=legend, note=" ".join(notes))] if elements else [],
+        [_kind_table(run, run.label if several else "Mean over blocks") for run in runs],
+        [_layer_table(run, several) for run in runs],
+    )
 
 
 def maps(runs: Sequence[Run]) -> Section:
@@ -95,7 +131,8 @@ def maps(runs: Sequence[Run]) -> Section:
         shares = grid(run, lambda layer: layer.sparsity)
         elements += [
             (share, plots.cells(share, shares, rows, f"map-{index}-sparsity", limits=(0.0, 1.0))),
-            (final, plots.cells(final, error, rows, f"map-{index}-error", log=True, limits=limits))]
+            (final, plots.cells(final, error, rows, f"map-{index}-error", log=True, limits=limits)),
+        ]
     text = []
     for run in runs:
         shares = [layer.sparsity for layer in run.layers] or [0.0]
@@ -103,11 +140,14 @@ def maps(runs: Sequence[Run]) -> Section:
         if several and low == high:
             continue  # said in the comparison
         spread = "the same share of each" if low == high else f"from {low} to {high} of each"
-        text.append(f"{run.label + ': ' if several else ''}{percent(sparsity(run.layers))} of the weights of {len(run.layers):,} "
-                    f"matrices are zero by the mask, {spread}.")
+        text.append(
+            f"{run.label + ': ' if several else ''}{percent(sparsity(run.layers))} of the weights of {len(run.layers):,} "
+            f"matrices are zero by the mask, {spread}."
+        )
     note = "Blank: not pruned. Where a block has several layers of a kind, such as experts, their mean is shown."
-    return Section("maps", "Where the zeros and the errors are", text,
-                   [figure(elements, wide=True, note=note)] if elements else [])
+    return Section(
+        "maps", "Where the zeros and the errors are", text, [figure(elements, wide=True, note=note)] if elements else []
+    )
 
 
 def solver(runs: Sequence[Run]) -> Section:
@@ -119,19 +159,25 @@ def solver(runs: Sequence[Run]) -> Section:
     text = [f"The gap is {gap_meaning(used)}."]
     for _, run in solved:
         if (share := exchanged(run.layers)) is not None:
-            text.append(f"{run.label + ': ' if several else ''}{percent(share)} of the weights that stay came in by exchange for "
-                        "others of their row, after the solver had seen what they are worth.")
+            text.append(
+                f"{run.label + ': ' if several else ''}{percent(share)} of the weights that stay came in by exchange for "
+                "others of their row, after the solver had seen what they are worth."
+            )
     if without := [run.label for run in runs if not run.solver]:
         text.append(f"No solver in {'; '.join(without)}.")
-    curves = {("Steps of a row", _steps, False): (lambda layer: layer.steps_median, lambda layer: layer.steps_max),
-              ("Gap of a row", percent, True): (lambda layer: layer.gap_median, lambda layer: layer.gap_max)}
+    curves = {
+        ("Steps of a row", _steps, False): (lambda layer: layer.steps_median, lambda layer: layer.steps_max),
+        ("Gap of a row", percent, True): (lambda layer: layer.gap_median, lambda layer: layer.gap_max),
+    }
     panels = []
     for (title, unit, log), (median, largest) in curves.items():
         lines = []
         for index, run in solved:
             label, series = (f"{run.label}, ", index) if several else ("", _AFTER)
-            lines += [plots.Line(f"{label}median", *_by_block(run.layers, median, statistics.median), series),
-                      plots.Line(f"{label}largest", *_by_block(run.layers, largest, max), series, dashed=True)]
+            lines += [
+                plots.Line(f"{label}median", *_by_block(run.layers, median, statistics.median), series),
+                plots.Line(f"{label}largest", *_by_block(run.layers, largest, max), series, dashed=True),
+            ]
         panels.append(plots.Panel(title, lines, unit, log))
     legend = [Key(run.label, index) for index, run in solved] if several else []
     legend += [Key("median of a block"), Key("largest of a block", dashed=True)]
@@ -141,11 +187,25 @@ def solver(runs: Sequence[Run]) -> Section:
         kinds = by_kind(run.blocks)
         short = short_names([kind.name for kind in kinds])
         most = {kind.name: max(layer.steps_max for layer in run.layers if kind_name(layer.name) == kind.name) for kind in kinds}
-        tables.append(Table(run.label if several else f"Rows, by {run.solver}", [
-            "layer", "rows", "median steps", "most steps", "largest gap", "not converged", "refused"], [
-            [short[kind.name], f"{kind.rows:,}", _steps(kind.steps_median), _steps(most[kind.name]), percent(kind.gap_max),
-             f"{kind.rows_not_converged:,}", f"{kind.rows_refused:,}"] for kind in kinds],
-            note="Refused rows keep the selector’s weights, by the acceptance rule of the run."))
+        tables.append(
+            Table(
+                run.label if several else f"Rows, by {run.solver}",
+                ["layer", "rows", "median steps", "most steps", "largest gap", "not converged", "refused"],
+                [
+                    [
+                        short[kind.name],
+                        f"{kind.rows:,}",
+                        _steps(kind.steps_median),
+                        _steps(most[kind.name]),
+                        percent(kind.gap_max),
+                        f"{kind.rows_not_converged:,}",
+                        f"{kind.rows_refused:,}",
+                    ]
+                    for kind in kinds
+                ],
+                note="Refused rows keep the selector’s weights, by the acceptance rule of the run.",
+            )
+        )
     return Section("solver", "Solver", text, [figure(elements, legend=legend)], tables)
 
 
@@ -163,10 +223,14 @@ def strange(runs: Sequence[Run]) -> Section:
         for line in unusual_lines(run.blocks):
             words = line.removeprefix("unusual").strip()
             text.append(f"{label}{words}." if several else f"{words[0].upper()}{words[1:]}.")
-        rows = [[name, TROUBLE[kind][0], f"{count:,} {TROUBLE[kind][1]}{'' if count == 1 else 's'}"]
-                for kind, layers in unusual(run.blocks).items() for name, count in layers.items()]
-        folded.append(Table(f"All of it, by layer{of}", ["layer", "what", "how many"], rows[:_LISTED], words=True,
-                            note=_rest(len(rows))))
+        rows = [
+            [name, TROUBLE[kind][0], f"{count:,} {TROUBLE[kind][1]}{'' if count == 1 else 's'}"]
+            for kind, layers in unusual(run.blocks).items()
+            for name, count in layers.items()
+        ]
+        folded.append(
+            Table(f"All of it, by layer{of}", ["layer", "what", "how many"], rows[:_LISTED], words=True, note=_rest(len(rows)))
+        )
     return Section("unusual", "Anything unusual", text, folded=folded)
 
 
@@ -180,8 +244,11 @@ def _fitted(name: str) -> Callable[[LayerReport], float | None]:
     return lambda layer: getattr(layer, name) if layer.tokens != 0 else None
 
 
-def _by_block(layers: Sequence[LayerReport], value: Callable[[LayerReport], float | None],
-              of: Callable[[Sequence[float]], float] = statistics.fmean) -> tuple[list[int], list[float]]:
+def _by_block(
+    layers: Sequence[LayerReport],
+    value: Callable[[LayerReport], float | None],
+    of: Callable[[Sequence[float]], float] = statistics.fmean,
+) -> tuple[list[int], list[float]]:
     """Blocks, and for each the mean over its layers that have a value, or what ``of`` says.
 
     NaN where none has one, or one is not finite.
@@ -191,8 +258,9 @@ def _by_block(layers: Sequence[LayerReport], value: Callable[[LayerReport], floa
         own, values = value(layer), found.setdefault(layer.block, [])
         if own is not None:
             values.append(own if math.isfinite(own) else math.nan)
-    return sorted(found), [of(found[block]) if found[block] and not np.isnan(found[block]).any() else math.nan
-                           for block in sorted(found)]
+    return sorted(found), [
+        of(found[block]) if found[block] and not np.isnan(found[block]).any() else math.nan for block in sorted(found)
+    ]
 
 
 def _kind_table(run: Run, caption: str) -> Table:
@@ -204,30 +272,60 @@ def _kind_table(run: Run, caption: str) -> Table:
         errors = _errors(run, kind.error_before, kind.error_after, held_before, kind.held_out) + _against_dense(run, kind)
         rows.append([short[kind.name], f"{kind.layers:,}", *errors, percent(kind.sparsity)])
     if rows:
-        rows.append(["all", f"{len(run.layers):,}", *_errors(run, *mean_errors(run)), *_against_dense(run, None),
-                     percent(sparsity(run.layers))])
-    return Table(caption, ["layer", "matrices", *_errors_of(run), "sparsity"], rows, "" if rows else "No layer was pruned.",
-                 total=bool(rows))
+        rows.append(
+            [
+                "all",
+                f"{len(run.layers):,}",
+                *_errors(run, *mean_errors(run)),
+                *_against_dense(run, None),
+                percent(sparsity(run.layers)),
+            ]
+        )
+    return Table(
+        caption,
+        ["layer", "matrices", *_errors_of(run), "sparsity"],
+        rows,
+        "" if rows else "No layer was pruned.",
+        total=bool(rows),
+    )
 
 
 def _layer_table(run: Run, several: bool) -> Table:
     layers = run.layers
     if len(layers) > _LISTED:
         layers = sorted(layers, key=lambda layer: layer.error_after, reverse=True)
-    rows = [[f"{layer.block} {layer.name}", "×".join(map(str, layer.shape)), percent(layer.sparsity),
-             *_errors(run, layer.error_before, layer.error_after, layer.held_out_before, layer.held_out_after),
-             *_against_dense(run, layer),
-             *([_steps(layer.steps_median), _steps(layer.steps_max), percent(layer.gap_max),
-                f"{layer.rows - layer.rows_converged:,}", f"{layer.rows_refused:,}"] if run.solver else [])]
-            for layer in layers[:_LISTED]]
+    rows = [
+        [
+            f"{layer.block} {layer.name}",
+            "×".join(map(str, layer.shape)),
+            percent(layer.sparsity),
+            *_errors(run, layer.error_before, layer.error_after, layer.held_out_before, layer.held_out_after),
+            *_against_dense(run, layer),
+            *(
+                [
+                    _steps(layer.steps_median),
+                    _steps(layer.steps_max),
+                    percent(layer.gap_max),
+                    f"{layer.rows - layer.rows_converged:,}",
+                    f"{layer.rows_refused:,}",
+                ]
+                if run.solver
+                else []
+            ),
+        ]
+        for layer in layers[:_LISTED]
+    ]
     head = ["block and layer", "shape", "sparsity", *_errors_of(run)]
     head += ["median steps", "most steps", "largest gap", "not converged", "refused"] if run.solver else []
     return Table(f"Every layer{', ' + run.label if several else ''}", head, rows, note=_rest(len(layers), ", by their error"))
 
 
 _ERRORS = ("before", "after", "held out, before", "held out, after")
-_AGAINST_DENSE = {"dense_before": "against dense, before", "dense_after": "against dense, after",
-                  "dense_drift": "against dense, dense weights"}
+_AGAINST_DENSE = {
+    "dense_before": "against dense, before",
+    "dense_after": "against dense, after",
+    "dense_drift": "against dense, dense weights",
+}
 
 
 def _errors_of(run: Run) -> list[str]:
@@ -247,8 +345,9 @@ def _against_dense(run: Run, of: LayerReport | LayerKind | None) -> list[str]:
     """The errors of a layer or a kind against the dense model, those of None over all layers; none without such a target."""
     if not _aims_at_dense(run):
         return []
-    values = dict(zip(_AGAINST_DENSE, [getattr(of, name) for name in _AGAINST_DENSE] if of else
-                      means(run.layers, list(_AGAINST_DENSE))))
+    values = dict(
+        zip(_AGAINST_DENSE, [getattr(of, name) for name in _AGAINST_DENSE] if of else means(run.layers, list(_AGAINST_DENSE)))
+    )
     if not run.solver:
         values["dense_after"] = None
     return [NONE if value is None else percent(value) for value in values.values()]

@@ -30,5 +30,5 @@ def duration(seconds: float) -> str:
 
 
 def plural(count: int, noun: str) -> str:
-    """"1 row", "2 rows", "1,234 rows"."""
+    """ "1 row", "2 rows", "1,234 rows"."""
     return f"{count:,} {noun}{'' if count == 1 else 's'}"

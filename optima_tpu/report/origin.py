@@ -3,7 +3,7 @@
 import shlex
 from collections.abc import Mapping, Sequence
 
-from optima_tpu.cli import configure, dump, flags
+from optima_tpu.config.parse import configure, dump, flags
 from optima_tpu.errors import UserError
 from optima_tpu.report import plots
 from optima_tpu.report.numbers import duration, number, percent
@@ -16,8 +16,10 @@ def cost(runs: Sequence[Run]) -> Section:
     """Time by stage and by block, and the peaks of memory."""
     several = len(runs) > 1
     stages = [run.report["seconds"] for run in runs]
-    rows = [[stage, *(duration(own[stage]) if stage in own else NONE for own in stages)]
-            for stage in dict.fromkeys(stage for own in stages for stage in own)]
+    rows = [
+        [stage, *(duration(own[stage]) if stage in own else NONE for own in stages)]
+        for stage in dict.fromkeys(stage for own in stages for stage in own)
+    ]
     totals = [sum(own.values()) for own in stages]
     rows.append(["all stages", *map(duration, totals)])
     if not several and totals[0] > 0:
@@ -27,18 +29,42 @@ def cost(runs: Sequence[Run]) -> Section:
     text = []
     for run in runs:
         if run.earlier:
-            text.append(f"{run.label if several else 'This run'} was stopped and went on: the stages below are those of its last "
-                        f"part. With the blocks done before, it took {run.time}; what else was done before was not recorded.")
-    panel = plots.Panel("Seconds for a block", [
-        plots.Line(run.label if several else "seconds", [block.index for block in run.blocks],
-                   [block.seconds for block in run.blocks], index) for index, run in enumerate(runs)], _seconds)
+            text.append(
+                f"{run.label if several else 'This run'} was stopped and went on: the stages below are those of its last "
+                f"part. With the blocks done before, it took {run.time}; what else was done before was not recorded."
+            )
+    panel = plots.Panel(
+        "Seconds for a block",
+        [
+            plots.Line(
+                run.label if several else "seconds",
+                [block.index for block in run.blocks],
+                [block.seconds for block in run.blocks],
+                index,
+            )
+            for index, run in enumerate(runs)
+        ],
+        _seconds,
+    )
     elements = [(panel.title, plots.lines([panel], "cost")[0])] if any(run.blocks for run in runs) else []
     legend = [Key(run.label, index) for index, run in enumerate(runs)] if several else []
     head = ["stage", *(run.label for run in runs)] if several else ["stage", "time", *(["share"] if totals[0] > 0 else [])]
-    return Section("cost", "Time and memory", text, [figure(elements, legend=legend)] if elements else [], [
-        Table("Time by stage", head, rows, total=True, runs=several),
-        Table("Memory at the peak", ["", *(run.label for run in runs)] if several else [], peaks, runs=several,
-              note="Of the host: a resident set, with mapped pages of checkpoint files in it. A CPU has no memory of its own.")])
+    return Section(
+        "cost",
+        "Time and memory",
+        text,
+        [figure(elements, legend=legend)] if elements else [],
+        [
+            Table("Time by stage", head, rows, total=True, runs=several),
+            Table(
+                "Memory at the peak",
+                ["", *(run.label for run in runs)] if several else [],
+                peaks,
+                runs=several,
+                note="Of the host: a resident set, with mapped pages of checkpoint files in it. A CPU has no memory of its own.",
+            ),
+        ],
+    )
 
 
 def origin(runs: Sequence[Run]) -> Section:
@@ -54,20 +80,35 @@ def origin(runs: Sequence[Run]) -> Section:
             continue
         code.append((f"Command{label}", _command(flags(config))))
         files.append((f"All settings{label}, as a file for --config", dump(config)))
-    text = [commands("In the directory in which it was run, the command makes the same run. As long as its own run directory is "
-                     "there, it only tells the result again; with another `--output` it does the work again.")]
+    text = [
+        commands(
+            "In the directory in which it was run, the command makes the same run. As long as its own run directory is "
+            "there, it only tells the result again; with another `--output` it does the work again."
+        )
+    ]
     if any(run.report["environment"].get("processes", 1) > 1 for run in runs):
-        text.append(commands("A run in several processes is started by the scripts in `launch/`, or with `--coordinator`, "
-                             "`--num-processes` and `--process-id` in each of them."))
-    return Section("origin", "What was run, and how to run it again", text, tables=() if several else tables,
-                   folded=tables if several else (), code=code, files=files)
+        text.append(
+            commands(
+                "A run in several processes is started by the scripts in `launch/`, or with `--coordinator`, "
+                "`--num-processes` and `--process-id` in each of them."
+            )
+        )
+    return Section(
+        "origin",
+        "What was run, and how to run it again",
+        text,
+        tables=() if several else tables,
+        folded=tables if several else (),
+        code=code,
+        files=files,
+    )
 
 
 def _command(words: Sequence[str]) -> str:
     """A command for a shell, one setting in a line where it is long."""
     program = "python -m optima_tpu.launch"
     line = f"{program} {shlex.join(words)}"
-    settings = [shlex.join(words[index:index + 2]) for index in range(0, len(words), 2)]
+    settings = [shlex.join(words[index : index + 2]) for index in range(0, len(words), 2)]
     return line if len(line) <= 100 else " \\\n    ".join([program, *settings])
 
 
@@ -86,7 +127,8 @@ def _facts(run: Run) -> list[list[str]]:
         "packages": packages or None,
         "system": f"Python {place['python']}, {place['system']}" if "python" in place else None,
         "read from": run.place,
-        **{f"left, {what}": path for what, path in report.get("files", {}).items()}}
+        **{f"left, {what}": path for what, path in report.get("files", {}).items()},
+    }
     return [[name, value or "not recorded"] for name, value in facts.items()]
 
 

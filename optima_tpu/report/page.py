@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 import jinja2
 
-from optima_tpu.files import write_bytes, writing
 from optima_tpu.report.layers import layer_errors, maps, solver, strange
 from optima_tpu.report.numbers import plural
 from optima_tpu.report.origin import cost, origin
@@ -17,6 +16,7 @@ from optima_tpu.report.plots import MARKERS, SERIES
 from optima_tpu.report.results import comparison, distance, outcome, tiles
 from optima_tpu.report.runs import Run, method, model_name, read_runs
 from optima_tpu.report.view import Section, Tile, without_folders
+from optima_tpu.runtime.files import write_bytes, writing
 
 PAGE = "report.html"
 """What the page of a run is called in its directory."""
@@ -64,8 +64,16 @@ def write_page(places: Sequence[str | Path], path: Path) -> list[Run]:
 
 def render(title: str, runs: Sequence[Run]) -> str:
     """The page as HTML. ``title`` is what the runs have in common."""
-    sections = [outcome(runs), *distance(runs), layer_errors(runs), maps(runs), solver(runs), strange(runs), cost(runs),
-                origin(runs)]
+    sections = [
+        outcome(runs),
+        *distance(runs),
+        layer_errors(runs),
+        maps(runs),
+        solver(runs),
+        strange(runs),
+        cost(runs),
+        origin(runs),
+    ]
     code = ", ".join(dict.fromkeys(run.report.get("manifest", {}).get("code", "of an unknown version") for run in runs))
     if len(runs) == 1:
         configuration = runs[0].report["configuration"]
@@ -75,6 +83,11 @@ def render(title: str, runs: Sequence[Run]) -> str:
     else:
         page = Page(f"{plural(len(runs), 'run')} side by side", without_folders(title), code, (), [comparison(runs), *sections])
     # Names of models and paths are what a person typed.
-    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True,
-                                     lstrip_blocks=True, undefined=jinja2.StrictUndefined)
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
     return environment.get_template("report.html.j2").render(page=page)

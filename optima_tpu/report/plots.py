@@ -27,13 +27,25 @@ MARKERS = {"o": "●", "s": "■", "^": "▲", "D": "◆", "v": "▼", "X": "✖
 """The marker of each, and a character that looks like it, for legends."""
 
 _INK, _GRID = "#222222", "#dddddd"
-_PAGE = {_INK: "var(--ink)", _GRID: "var(--line)"} | {
-    colour: f"var(--series-{index})" for index, colour in enumerate(SERIES)}
+_PAGE = {_INK: "var(--ink)", _GRID: "var(--line)"} | {colour: f"var(--series-{index})" for index, colour in enumerate(SERIES)}
 """The colours that the page may have otherwise, by their CSS variables."""
 
-_STYLE = {"svg.fonttype": "none", "font.size": 8, "text.parse_math": False, "text.color": _INK, "axes.edgecolor": _INK,
-          "axes.labelcolor": _INK, "xtick.color": _INK, "ytick.color": _INK, "axes.linewidth": 0.6, "xtick.major.width": 0.6,
-          "ytick.major.width": 0.6, "figure.facecolor": "none", "axes.facecolor": "none", "savefig.facecolor": "none"}
+_STYLE = {
+    "svg.fonttype": "none",
+    "font.size": 8,
+    "text.parse_math": False,
+    "text.color": _INK,
+    "axes.edgecolor": _INK,
+    "axes.labelcolor": _INK,
+    "xtick.color": _INK,
+    "ytick.color": _INK,
+    "axes.linewidth": 0.6,
+    "xtick.major.width": 0.6,
+    "ytick.major.width": 0.6,
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
+    "savefig.facecolor": "none",
+}
 _SHADES = matplotlib.colormaps["cividis"].resampled(32)
 
 
@@ -83,8 +95,9 @@ def lines(panels: Sequence[Panel], prefix: str, across: str = "block", share: bo
     return [_panel(panel, f"{prefix}-{index}", across, shared or _limits([panel])) for index, panel in enumerate(panels)]
 
 
-def cells(title: str, values: np.ndarray, rows: Sequence[str], prefix: str, log: bool = False,
-          limits: tuple[float, float] | None = None) -> str:
+def cells(
+    title: str, values: np.ndarray, rows: Sequence[str], prefix: str, log: bool = False, limits: tuple[float, float] | None = None
+) -> str:
     """A map of blocks and layers, every cell with its value when it is pointed at.
 
     Args:
@@ -101,8 +114,14 @@ def cells(title: str, values: np.ndarray, rows: Sequence[str], prefix: str, log:
         low, high = (low / 2, high * 2) if log else (low - 0.5, high + 0.5)
     names = max(map(len, rows))
     with matplotlib.rc_context(_STYLE):
-        figure, (axes, beside) = _figure(left=0.15 + 0.065 * names, right=0.6, bottom=0.42, top=0.06,
-                                         widths=(max(1.5, 0.15 * blocks), 0.1), height=0.19 * len(rows))
+        figure, (axes, beside) = _figure(
+            left=0.15 + 0.065 * names,
+            right=0.6,
+            bottom=0.42,
+            top=0.06,
+            widths=(max(1.5, 0.15 * blocks), 0.1),
+            height=0.19 * len(rows),
+        )
         norm = LogNorm(low, high) if log else Normalize(low, high)
         mesh = axes.pcolormesh(np.ma.masked_invalid(values), cmap=_SHADES, norm=norm, edgecolors="none")
         mesh.set_gid("cells")
@@ -119,8 +138,11 @@ def cells(title: str, values: np.ndarray, rows: Sequence[str], prefix: str, log:
         bar.ax.yaxis.set_major_locator(ticks if log else FixedLocator(np.linspace(low, high, 3)))
         bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _tick(value, percent)))
         bar.ax.yaxis.set_minor_locator(NullLocator())
-        told = [f"block {block}, {rows[row]}: {percent(value)}" for (row, block), value in np.ndenumerate(values)
-                if math.isfinite(value)]
+        told = [
+            f"block {block}, {rows[row]}: {percent(value)}"
+            for (row, block), value in np.ndenumerate(values)
+            if math.isfinite(value)
+        ]
         return _element(figure, prefix, title, f"{title}, by block and layer: {_range(values.ravel(), percent)}.", told)
 
 
@@ -129,8 +151,11 @@ def _panel(panel: Panel, prefix: str, across: str, limits: tuple[float, float]) 
         figure, (axes,) = _figure(left=0.56, right=0.06, bottom=0.42, top=0.06, widths=(2.3,), height=1.5)
         for line in panel.lines:
             colour = SERIES[line.series % len(SERIES)]
-            look = {"linestyle": (0, (3, 1.5)), "linewidth": 1.1} if line.dashed else {
-                "linewidth": 1.3, "markersize": 2.4, "marker": list(MARKERS)[line.series % len(MARKERS)]}
+            look = (
+                {"linestyle": (0, (3, 1.5)), "linewidth": 1.1}
+                if line.dashed
+                else {"linewidth": 1.3, "markersize": 2.4, "marker": list(MARKERS)[line.series % len(MARKERS)]}
+            )
             y = np.asarray(line.y, float)
             axes.plot(line.x, np.where(y > 0, y, np.nan) if panel.log else y, color=colour, **look)
         _scale(axes, panel, limits)
@@ -143,8 +168,9 @@ def _panel(panel: Panel, prefix: str, across: str, limits: tuple[float, float]) 
         return _element(figure, prefix, panel.title, f"{panel.title}, by {across}. {told}.")
 
 
-def _figure(left: float, right: float, bottom: float, top: float, widths: Sequence[float], height: float
-            ) -> tuple[Figure, list[Axes]]:
+def _figure(
+    left: float, right: float, bottom: float, top: float, widths: Sequence[float], height: float
+) -> tuple[Figure, list[Axes]]:
     """Axes side by side, of ``widths`` and ``height`` in inches, with margins and 0.08 inches between them.
 
     Fixed, and not laid out by matplotlib: plots beside each other have their axes in line, and three times as fast.
@@ -229,6 +255,11 @@ def _element(figure: Figure, prefix: str, title: str, description: str, told: Se
         root.insert(index, element)
     box = root.attrib["viewBox"]
     width, height = (number(1.4 * float(size), 4) for size in box.split()[2:])
-    root.attrib = {"viewBox": box, "width": width, "height": height, "role": "img",
-                   "aria-labelledby": f"{prefix}-title {prefix}-desc"}
+    root.attrib = {
+        "viewBox": box,
+        "width": width,
+        "height": height,
+        "role": "img",
+        "aria-labelledby": f"{prefix}-title {prefix}-desc",
+    }
     return ElementTree.tostring(root, encoding="unicode")

@@ -61,9 +61,15 @@ class Progress:
         self._total = self._skipped = self._done = 0
         self._layers: list[LayerReport] = []
         self._bars = _Bars(
-            TextColumn("{task.description}", markup=False), BarColumn(bar_width=20), MofNCompleteColumn(),
-            TimeElapsedColumn(), TextColumn("{task.fields[left]}", markup=False), console=self._console, transient=True,
-            disable=not (self._speaks and self._console.is_terminal))
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=20),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[left]}", markup=False),
+            console=self._console,
+            transient=True,
+            disable=not (self._speaks and self._console.is_terminal),
+        )
         self._task = self._bars.add_task("", total=None, visible=False, left="")
 
     def __enter__(self) -> Self:

@@ -109,5 +109,4 @@ class BlockReport:
 
 def finite(values: Mapping[str, Any]) -> dict[str, Any]:
     """``values`` with None for infinity and NaN, which JSON does not have."""
-    return {key: None if isinstance(value, float) and not math.isfinite(value) else value
-            for key, value in values.items()}
+    return {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in values.items()}

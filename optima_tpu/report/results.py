@@ -11,15 +11,22 @@ from optima_tpu.report.scores import how_asked, scores
 from optima_tpu.report.summary import fitted_errors, held_out_errors, unusual
 from optima_tpu.report.view import NONE, Key, Section, Table, Tile, commands, figure, without_folders
 
-_SIZE = ("The pruned file is as large as the dense one and runs as fast: zeros are stored like other numbers. They pay off only "
-         "with a kernel or a compressor that uses them.")
+_SIZE = (
+    "The pruned file is as large as the dense one and runs as fast: zeros are stored like other numbers. They pay off only "
+    "with a kernel or a compressor that uses them."
+)
 
 
 def tiles(run: Run) -> list[Tile]:
     """The headline of one run."""
     report, dense, pruned = run.report, run.report["perplexity"]["dense"], run.report["perplexity"]["pruned"]
-    shown = [Tile("Perplexity", f"{number(dense, 4)} → {number(pruned, 4)}",
-                  f"dense → pruned, {number(pruned / dense)} times, on {without_folders(report['evaluation']['how'])}")]
+    shown = [
+        Tile(
+            "Perplexity",
+            f"{number(dense, 4)} → {number(pruned, 4)}",
+            f"dense → pruned, {number(pruned / dense)} times, on {without_folders(report['evaluation']['how'])}",
+        )
+    ]
     for text, found in _part(run, "distance").items():
         shown.append(Tile(f"Divergence from {run.beside}", number(found["kl"]), f"nats per token, on {text}"))
     if run.evaluation and run.evaluation.get("average") is not None:
@@ -27,10 +34,15 @@ def tiles(run: Run) -> list[Tile]:
     before, after, held_before, held_after = mean_errors(run)
     text = "the calibration text, none was held out" if held_after is None else "held-out text"
     before, after = (before, after) if held_after is None else (held_before, held_after)
-    shown += [Tile("Layer error", f"{percent(before)} → {percent(after)}" if run.solver else percent(after),
-                   f"{'before → after the update, ' if run.solver else ''}mean of {len(run.layers):,} matrices, on {text}"),
-              Tile("Sparsity", percent(report["sparsity"]), f"{report['pruned']:,} of {report['weights']:,} weights in them"),
-              Tile("Time", run.time, f"on {devices(run)}" + (", with the parts before it was stopped" if run.earlier else ""))]
+    shown += [
+        Tile(
+            "Layer error",
+            f"{percent(before)} → {percent(after)}" if run.solver else percent(after),
+            f"{'before → after the update, ' if run.solver else ''}mean of {len(run.layers):,} matrices, on {text}",
+        ),
+        Tile("Sparsity", percent(report["sparsity"]), f"{report['pruned']:,} of {report['weights']:,} weights in them"),
+        Tile("Time", run.time, f"on {devices(run)}" + (", with the parts before it was stopped" if run.earlier else "")),
+    ]
     if peak := (report.get("memory") or {}).get("host_peak"):
         shown.append(Tile("Memory", f"{number(peak / 2**30)} GiB", "of the host, at the peak"))
     count = unusual_count(run)
@@ -45,10 +57,22 @@ def comparison(runs: Sequence[Run]) -> Section:
     labels = [run.label for run in runs]
     same = len({json.dumps(run.report["evaluation"].get("digest", run.report["evaluation"]["how"])) for run in runs}) == 1
     text = [] if same else ["These runs measured perplexity on different texts, and those numbers do not compare."]
-    return Section("comparison", "Side by side", text, tables=[
-        Table("Settings that differ", ["setting", *labels], rows, words=True, runs=True,
-              note="" if rows else "None: these runs have the same settings, code and devices."),
-        Table("Results", ["", *labels], [[name, *values] for name, values in _headlines(runs).items()], runs=True)])
+    return Section(
+        "comparison",
+        "Side by side",
+        text,
+        tables=[
+            Table(
+                "Settings that differ",
+                ["setting", *labels],
+                rows,
+                words=True,
+                runs=True,
+                note="" if rows else "None: these runs have the same settings, code and devices.",
+            ),
+            Table("Results", ["", *labels], [[name, *values] for name, values in _headlines(runs).items()], runs=True),
+        ],
+    )
 
 
 def outcome(runs: Sequence[Run]) -> Section:
@@ -56,34 +80,73 @@ def outcome(runs: Sequence[Run]) -> Section:
     several, rows = len(runs) > 1, {"dense": []}
     for run in runs:
         report, label = run.report, [run.label] if several else []
-        texts = [("dense", without_folders(report["evaluation"]["how"]), report["perplexity"]["dense"],
-                  report["perplexity"]["pruned"], report["evaluation"].get("tokens"))]
+        texts = [
+            (
+                "dense",
+                without_folders(report["evaluation"]["how"]),
+                report["perplexity"]["dense"],
+                report["perplexity"]["pruned"],
+                report["evaluation"].get("tokens"),
+            )
+        ]
         for name, found in _part(run, "perplexity").items():
             how = without_folders(found["how"])
             told = how if name in how else f"{name}: {how}"
             texts.append((run.beside, told, found.get("against"), found["perplexity"], found.get("tokens")))
         for other, how, before, pruned, tokens in texts:
-            rows.setdefault(other, []).append([
-                *label, how, NONE if before is None else number(before, 4), number(pruned, 4),
-                NONE if before is None else f"{number(pruned / before)}×", NONE if tokens is None else f"{tokens:,}"])
+            rows.setdefault(other, []).append(
+                [
+                    *label,
+                    how,
+                    NONE if before is None else number(before, 4),
+                    number(pruned, 4),
+                    NONE if before is None else f"{number(pruned / before)}×",
+                    NONE if tokens is None else f"{tokens:,}",
+                ]
+            )
     first = ["run", "text"] if several else ["text"]
-    tables = [Table(f"Perplexity{_against(other)}, lower is better", [*first, other, "pruned", f"pruned / {other}", "tokens"],
-                    own, names=len(first)) for other, own in rows.items()]
+    tables = [
+        Table(
+            f"Perplexity{_against(other)}, lower is better",
+            [*first, other, "pruned", f"pruned / {other}", "tokens"],
+            own,
+            names=len(first),
+        )
+        for other, own in rows.items()
+    ]
     asked = {run.label: how_asked(run.evaluation) for run in runs if _part(run, "tasks")}
     alike = set(asked.values()) if len(set(asked.values())) == 1 else ()
     for other in dict.fromkeys(run.beside for run in runs):
         tasks = [row for run in runs if run.beside == other for row in _tasks(run, [run.label] if several else [])]
         if tasks:
             head = ["run", "task", "metric"] if several else ["task", "metric"]
-            tables.append(Table(", ".join([f"Tasks{_against(other)}", *alike, "± one standard error"]), [
-                *head, "documents", other, "pruned"], tasks, names=len(head),
-                note="" if alike else " ".join(f"{label}: {how}." for label, how in asked.items())))
+            tables.append(
+                Table(
+                    ", ".join([f"Tasks{_against(other)}", *alike, "± one standard error"]),
+                    [*head, "documents", other, "pruned"],
+                    tasks,
+                    names=len(head),
+                    note="" if alike else " ".join(f"{label}: {how}." for label, how in asked.items()),
+                )
+            )
     missing = [run for run in runs if not run.evaluation]
     who = "This run was" if not several else "These runs were" if missing == list(runs) else f"{len(missing)} of these runs were"
-    text = [commands(f"{who} not evaluated on tasks and other texts: `python -m optima_tpu.evaluate RUN --against MODEL` does "
-                     "that, and `python -m optima_tpu.report` draws this page again.")] if missing else []
-    text += [f"The evaluation.json of {run.label if several else 'this run'} is of {run.another}, which is not what it made, and "
-             "is not shown." for run in runs if run.another]
+    text = (
+        [
+            commands(
+                f"{who} not evaluated on tasks and other texts: `python -m optima_tpu.evaluate RUN --against MODEL` does "
+                "that, and `python -m optima_tpu.report` draws this page again."
+            )
+        ]
+        if missing
+        else []
+    )
+    text += [
+        f"The evaluation.json of {run.label if several else 'this run'} is of {run.another}, which is not what it made, and "
+        "is not shown."
+        for run in runs
+        if run.another
+    ]
     return Section("outcome", "Dense against pruned", [*text, _SIZE], tables=tables)
 
 
@@ -93,10 +156,16 @@ def distance(runs: Sequence[Run]) -> list[Section]:
     for index, run in enumerate(runs):
         for text, found in _part(run, "distance").items():
             last = found["hidden_errors"][-1] if found.get("hidden_errors") else None
-            rows.setdefault(run.beside, []).append([
-                *([run.label] if several else []), text, number(found["kl"]) + _error(found["kl_stderr"]),
-                percent(found["agreement"]) + _error(found["agreement_stderr"], 100),
-                NONE if last is None else percent(last), f"{found['tokens']:,}"])
+            rows.setdefault(run.beside, []).append(
+                [
+                    *([run.label] if several else []),
+                    text,
+                    number(found["kl"]) + _error(found["kl_stderr"]),
+                    percent(found["agreement"]) + _error(found["agreement_stderr"], 100),
+                    NONE if last is None else percent(last),
+                    f"{found['tokens']:,}",
+                ]
+            )
             for key, name in _BY_BLOCK.items():
                 if values := found.get(key):
                     line = plots.Line(run.label if several else "pruned", range(len(values)), values, index)
@@ -107,13 +176,21 @@ def distance(runs: Sequence[Run]) -> list[Section]:
     elements = list(zip([panel.title for panel in panels], plots.lines(panels, "distance")))
     legend = [Key(run.label, index) for index, run in enumerate(runs)] if several else []
     first = ["run", "text"] if several else ["text"]
-    tables = [Table(f"Distance to {'the dense model' if other == 'dense' else other}, ± one standard error", [
-        *first, "divergence, nats per token", "same most likely token", "error of the last hidden state", "tokens"], own,
-                    names=len(first)) for other, own in rows.items()]
+    tables = [
+        Table(
+            f"Distance to {'the dense model' if other == 'dense' else other}, ± one standard error",
+            [*first, "divergence, nats per token", "same most likely token", "error of the last hidden state", "tokens"],
+            own,
+            names=len(first),
+        )
+        for other, own in rows.items()
+    ]
     other = "dense" if rows.keys() == {"dense"} else "other"
-    text = (f"Divergence is the mean over tokens of KL({other} ‖ pruned) of the next token’s distribution, 0 where they are the "
-            f"same. The error of the hidden state after a block is ‖H′ − H‖² / ‖H‖², with H the {other} model’s: where the "
-            "damage is done.")
+    text = (
+        f"Divergence is the mean over tokens of KL({other} ‖ pruned) of the next token’s distribution, 0 where they are the "
+        f"same. The error of the hidden state after a block is ‖H′ − H‖² / ‖H‖², with H the {other} model’s: where the "
+        "damage is done."
+    )
     drawn = [figure(elements, legend=legend)] if elements else []
     return [Section("distance", f"Distance to the {other} model", [text], drawn, tables)]
 
@@ -125,7 +202,7 @@ def mean_errors(run: Run) -> tuple[float, float, float | None, float | None]:
 
 
 def devices(run: Run) -> str:
-    """"8 × TPU v5e, mesh 4×2"."""
+    """ "8 × TPU v5e, mesh 4×2"."""
     place = run.report["environment"]
     if "device" not in place:
         return "devices that were not recorded"
@@ -139,8 +216,7 @@ def unusual_count(run: Run) -> int:
 
 
 _BY_BLOCK = {"hidden_errors": "Hidden state error", "kls": "Divergence", "agreements": "Same most likely token"}
-_UNITS: Mapping[str, Mapping[str, Any]] = {
-    "hidden_errors": {"log": True}, "kls": {"unit": number, "log": True}, "agreements": {}}
+_UNITS: Mapping[str, Mapping[str, Any]] = {"hidden_errors": {"log": True}, "kls": {"unit": number, "log": True}, "agreements": {}}
 
 
 def _headlines(runs: Sequence[Run]) -> dict[str, list[str]]:
@@ -150,21 +226,26 @@ def _headlines(runs: Sequence[Run]) -> dict[str, list[str]]:
         report, (before, after, held_before, held_after) = run.report, mean_errors(run)
         dense, pruned, memory = *(report["perplexity"][model] for model in ("dense", "pruned")), report.get("memory") or {}
         values = {
-            "perplexity, dense": number(dense, 4), "perplexity, pruned": number(pruned, 4),
-            "pruned / dense": f"{number(pruned / dense)}×"}
+            "perplexity, dense": number(dense, 4),
+            "perplexity, pruned": number(pruned, 4),
+            "pruned / dense": f"{number(pruned / dense)}×",
+        }
         for text, found in _part(run, "distance").items():
             where = f"{_against(run.beside)} on {text}"
             values |= {f"divergence{where}, nats": number(found["kl"]), f"same token{where}": percent(found["agreement"])}
         if run.evaluation and run.evaluation.get("average") is not None:
             values[f"mean accuracy of six tasks, {how_asked(run.evaluation)}"] = percent(run.evaluation["average"])
         values |= {
-            "layer error before the update": percent(before), "layer error after": percent(after) if run.solver else NONE,
+            "layer error before the update": percent(before),
+            "layer error after": percent(after) if run.solver else NONE,
             "on held-out text before": NONE if held_before is None else percent(held_before),
             "on held-out text after": NONE if held_after is None or not run.solver else percent(held_after),
-            "sparsity": percent(report["sparsity"]), "matrices": f"{len(run.layers):,}",
+            "sparsity": percent(report["sparsity"]),
+            "matrices": f"{len(run.layers):,}",
             "layers with anything unusual": f"{unusual_count(run):,}",
             "time": run.time,
-            "host memory, peak": f"{number(memory['host_peak'] / 2**30)} GiB" if memory.get("host_peak") else NONE}
+            "host memory, peak": f"{number(memory['host_peak'] / 2**30)} GiB" if memory.get("host_peak") else NONE,
+        }
         for name, value in values.items():
             rows.setdefault(name, [NONE] * len(runs))[runs.index(run)] = value
     return {name: values for name, values in rows.items() if set(values) != {NONE}}
@@ -176,8 +257,17 @@ def _tasks(run: Run, label: list[str]) -> list[list[str]]:
             return NONE
         return percent(value) + _error(error, 100) if metric.startswith("acc") else number(value, 4) + _error(error)
 
-    rows = [[*label, score.task, score.metric, f"{score.documents:,}", told(score.metric, score.against, score.against_error),
-             told(score.metric, score.value, score.error)] for score in scores(_part(run, "tasks"))]
+    rows = [
+        [
+            *label,
+            score.task,
+            score.metric,
+            f"{score.documents:,}",
+            told(score.metric, score.against, score.against_error),
+            told(score.metric, score.value, score.error),
+        ]
+        for score in scores(_part(run, "tasks"))
+    ]
     if rows and run.evaluation.get("average") is not None:
         rows.append([*label, "mean of the six", "acc", NONE, NONE, percent(run.evaluation["average"])])
     return rows
@@ -202,8 +292,11 @@ def _part(run: Run, name: str) -> Mapping[str, Any]:
 
 def _elsewhere(run: Run) -> dict[str, Any]:
     """What may differ beside the settings."""
-    return {"code": run.report.get("manifest", {}).get("code"), "model contents": run.report["model"].get("fingerprint", "")[:12],
-            "devices used": devices(run)}
+    return {
+        "code": run.report.get("manifest", {}).get("code"),
+        "model contents": run.report["model"].get("fingerprint", "")[:12],
+        "devices used": devices(run),
+    }
 
 
 def _setting(values: Mapping[str, Any], run: Run) -> str:

@@ -1,32 +1,21 @@
 """What happened to the rows of a layer, and its sum."""
 
-from typing import NamedTuple
-
 import numpy as np
-from jax import Array
 
+from optima_tpu.method.row_report import RowReport
 from optima_tpu.report.records import LayerReport
 
 
-class RowReport(NamedTuple):
-    """What happened to each row of a layer; every array is [d_out]."""
-
-    energy: Array  # float32, mean square of the dense output
-    before: Array  # float32, mean squared change of the output by the selector's weights
-    after: Array  # float32, by the final weights
-    gap: Array  # float32, the solver's
-    steps: Array  # int32
-    converged: Array  # bool
-    refused: Array  # bool, the solver's weights were not accepted
-    held_out: Array | None = None  # [3, d_out] float32: energy, before and after on held-out tokens
-    dense: Array | None = None  # [4, d_out] float32, there against the dense model's outputs: these three, and of dense weights
-    exchanged: Array | None = None  # int32, kept weights that the selector had pruned, where masks are refined
-    score: Array | None = None  # float32, by what held-out tokens choose between final weights, up to a constant
-    chosen: Array | None = None  # [2] int32, not of rows: which damping and which alpha of the tuning
-
-
-def layer_report(index: int, name: str, shape: tuple[int, int], kept: int, rows: RowReport, dead: int, tokens: int,
-                 chosen: tuple[float | None, float | None] = (None, None)) -> LayerReport:
+def layer_report(
+    index: int,
+    name: str,
+    shape: tuple[int, int],
+    kept: int,
+    rows: RowReport,
+    dead: int,
+    tokens: int,
+    chosen: tuple[float | None, float | None] = (None, None),
+) -> LayerReport:
     """The sum over rows, which are on the host.
 
     Args:
@@ -50,11 +39,28 @@ def layer_report(index: int, name: str, shape: tuple[int, int], kept: int, rows:
 
     unseen, dense = shares(rows.held_out, 2), shares(rows.dense, 3)
     return LayerReport(
-        block=index, name=name, shape=shape, pruned=size - kept, sparsity=(size - kept) / size,
-        error_before=share(rows.before), error_after=share(rows.after),
-        gap_median=float(np.median(rows.gap)), gap_max=float(np.max(rows.gap)),
-        steps_median=int(np.median(rows.steps)), steps_max=int(np.max(rows.steps)), rows=len(rows.gap),
-        rows_converged=int(np.sum(rows.converged)), rows_refused=int(np.sum(rows.refused)), dead_inputs=dead, tokens=tokens,
-        held_out_before=unseen[0], held_out_after=unseen[1],
-        dense_before=dense[0], dense_after=dense[1], dense_drift=dense[2], damping=chosen[0], alpha=chosen[1],
-        exchanged=None if rows.exchanged is None else int(np.sum(rows.exchanged)))
+        block=index,
+        name=name,
+        shape=shape,
+        pruned=size - kept,
+        sparsity=(size - kept) / size,
+        error_before=share(rows.before),
+        error_after=share(rows.after),
+        gap_median=float(np.median(rows.gap)),
+        gap_max=float(np.max(rows.gap)),
+        steps_median=int(np.median(rows.steps)),
+        steps_max=int(np.max(rows.steps)),
+        rows=len(rows.gap),
+        rows_converged=int(np.sum(rows.converged)),
+        rows_refused=int(np.sum(rows.refused)),
+        dead_inputs=dead,
+        tokens=tokens,
+        held_out_before=unseen[0],
+        held_out_after=unseen[1],
+        dense_before=dense[0],
+        dense_after=dense[1],
+        dense_drift=dense[2],
+        damping=chosen[0],
+        alpha=chosen[1],
+        exchanged=None if rows.exchanged is None else int(np.sum(rows.exchanged)),
+    )

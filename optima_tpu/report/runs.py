@@ -5,21 +5,44 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from optima_tpu.buckets import as_path
+from optima_tpu.config.flat import flat
 from optima_tpu.errors import UserError
-from optima_tpu.manifest import RUN, flat
 from optima_tpu.report.numbers import duration
 from optima_tpu.report.records import BlockReport, LayerReport
+from optima_tpu.report.run_record import RUN
 from optima_tpu.report.summary import all_layers
+from optima_tpu.runtime.buckets import as_path
 
 # Settings that change neither weights nor layer errors, so that no label has to tell them.
-_ELSEWHERE = ("output", "mesh", "cpu_devices", "batch", "export", "evaluation", "coordinator", "num_processes", "process_id",
-              "join_timeout", "device_memory", "sinks")
+_ELSEWHERE = (
+    "output",
+    "mesh",
+    "cpu_devices",
+    "batch",
+    "export",
+    "evaluation",
+    "coordinator",
+    "num_processes",
+    "process_id",
+    "join_timeout",
+    "device_memory",
+    "sinks",
+)
 
 # What every report.json has, with what is looked up in it.
-_NEEDED = {"configuration": ("model", "pattern", "selector", "solver", "calibration"), "environment": (), "model": (),
-           "calibration": (), "evaluation": ("how",), "perplexity": ("dense", "pruned"), "seconds": (), "blocks": (),
-           "weights": (), "pruned": (), "sparsity": ()}
+_NEEDED = {
+    "configuration": ("model", "pattern", "selector", "solver", "calibration"),
+    "environment": (),
+    "model": (),
+    "calibration": (),
+    "evaluation": ("how",),
+    "perplexity": ("dense", "pruned"),
+    "seconds": (),
+    "blocks": (),
+    "weights": (),
+    "pruned": (),
+    "sparsity": (),
+}
 
 
 class Run(NamedTuple):
@@ -90,8 +113,10 @@ def read_runs(places: Sequence[str | Path]) -> tuple[str, list[Run]]:
     title, labels = names({place: report["configuration"] for place, report in reports.items()})
     twins = {place for place, label in labels.items() if list(labels.values()).count(label) > 1}
     labels |= {place: f"{labels[place]}, {place}" for place in twins}  # the same settings: told apart by where they are
-    return title, [Run(labels[place], place, report, read_blocks(place, report), *_evaluation(place, report))
-                   for place, report in reports.items()]
+    return title, [
+        Run(labels[place], place, report, read_blocks(place, report), *_evaluation(place, report))
+        for place, report in reports.items()
+    ]
 
 
 def read_json(path: Path) -> Any:
@@ -116,11 +141,17 @@ def read_report(run: str) -> dict[str, Any]:
     report = read_json(path)
     if not isinstance(report, dict) or not {"configuration", "blocks"} <= report.keys():
         raise UserError(f"expected the report of a run, got {path}, which is something else")
-    missing = [".".join(filter(None, (key, name))) for key, own in _NEEDED.items() for name in (own or ("",))
-               if key not in report or name and name not in report[key]]
+    missing = [
+        ".".join(filter(None, (key, name)))
+        for key, own in _NEEDED.items()
+        for name in (own or ("",))
+        if key not in report or name and name not in report[key]
+    ]
     if missing:
-        raise UserError(f"{path} is of another version of OPTIMA-TPU, it lacks {', '.join(missing)}; read it with that version, "
-                        "or repeat the run with another --output")
+        raise UserError(
+            f"{path} is of another version of OPTIMA-TPU, it lacks {', '.join(missing)}; read it with that version, "
+            "or repeat the run with another --output"
+        )
     return report
 
 
@@ -129,8 +160,10 @@ def read_blocks(run: str, report: Mapping[str, Any]) -> tuple[BlockReport, ...]:
     try:
         return tuple(BlockReport.from_json(block) for block in report["blocks"])
     except (KeyError, TypeError) as error:
-        raise UserError(f"the layers in the report of {run} are of another version of OPTIMA-TPU ({error}); read it with that "
-                        "version, or repeat the run with another --output") from None
+        raise UserError(
+            f"the layers in the report of {run} are of another version of OPTIMA-TPU ({error}); read it with that "
+            "version, or repeat the run with another --output"
+        ) from None
 
 
 def names(configurations: Mapping[str, Mapping[str, Any]]) -> tuple[str, dict[str, str]]:
@@ -144,15 +177,20 @@ def names(configurations: Mapping[str, Mapping[str, Any]]) -> tuple[str, dict[st
     facts = {run: _facts(values) for run, values in configurations.items()}
     first = next(iter(facts.values()))
     common = [fact for fact in first if len({own[fact] for own in facts.values()}) == 1]
-    named = {run: ", ".join([method(configurations[run]), *(own[fact] for fact in own if fact not in common)])
-             for run, own in facts.items()}
+    named = {
+        run: ", ".join([method(configurations[run]), *(own[fact] for fact in own if fact not in common)])
+        for run, own in facts.items()
+    }
     for name in set(named.values()):
         alike = {run: configurations[run] for run in named if named[run] == name}
         if len(alike) > 1:  # told apart by whatever settings differ
-            differing = differences({run: {key: value for key, value in values.items() if key not in _ELSEWHERE}
-                                     for run, values in alike.items()})
-            named |= {run: ", ".join([name, *(_setting(key, values[run]) for key, values in differing.items() if run in values)])
-                      for run in alike}
+            differing = differences(
+                {run: {key: value for key, value in values.items() if key not in _ELSEWHERE} for run, values in alike.items()}
+            )
+            named |= {
+                run: ", ".join([name, *(_setting(key, values[run]) for key, values in differing.items() if run in values)])
+                for run in alike
+            }
     return ", ".join(first[fact] for fact in common), named
 
 
@@ -162,18 +200,20 @@ def differences(configurations: Mapping[str, Mapping[str, Any]]) -> dict[str, di
     A run without such a setting, of a method that it does not use, is left out there.
     """
     told = {run: flat(values) for run, values in configurations.items()}
-    return {key: {run: own[key] for run, own in told.items() if key in own}
-            for key in dict.fromkeys(key for own in told.values() for key in own)
-            if len({str(own.get(key)) for own in told.values()}) > 1}
+    return {
+        key: {run: own[key] for run, own in told.items() if key in own}
+        for key in dict.fromkeys(key for own in told.values() for key in own)
+        if len({str(own.get(key)) for own in told.values()}) > 1
+    }
 
 
 def model_name(configuration: Mapping[str, Any]) -> str:
-    """"org/name" and "wheel:name" as "name"."""
+    """ "org/name" and "wheel:name" as "name"."""
     return configuration["model"].removeprefix("wheel:").rstrip("/").rpartition("/")[2]
 
 
 def method(configuration: Mapping[str, Any]) -> str:
-    """"wanda + cg"."""
+    """ "wanda + cg"."""
     solver = configuration["solver"]
     return f"{configuration['selector']['name']} + {solver['name'] if solver else 'none'}"
 
@@ -188,8 +228,11 @@ def _facts(configuration: Mapping[str, Any]) -> dict[str, str]:
     layers = configuration.get("layers")
     text = configuration["calibration"]
     pattern = configuration["pattern"] if ":" in configuration["pattern"] else f"sparsity {configuration['pattern']}"
-    return {"model": model_name(configuration), "pattern": pattern + (f" ({layers})" if layers else ""),
-            "calibration": f"calibrated on {text['source']}, {text['samples']} x {text['length']} tokens"}
+    return {
+        "model": model_name(configuration),
+        "pattern": pattern + (f" ({layers})" if layers else ""),
+        "calibration": f"calibrated on {text['source']}, {text['samples']} x {text['length']} tokens",
+    }
 
 
 def _evaluation(place: str, report: Mapping[str, Any]) -> tuple[dict[str, Any] | None, str | None]:
@@ -200,8 +243,9 @@ def _evaluation(place: str, report: Mapping[str, Any]) -> tuple[dict[str, Any] |
         return None, None
     values = read_json(path)
     if not isinstance(values, dict) or not {"perplexity", "distance", "tasks"} & values.keys():
-        raise UserError(f"expected what optima_tpu.evaluate writes in {path}, got something else; move it away, or evaluate "
-                        "again")
+        raise UserError(
+            f"expected what optima_tpu.evaluate writes in {path}, got something else; move it away, or evaluate again"
+        )
     of, manifest, model = values.get("evaluated"), report.get("manifest"), values.get("model")
     # Earlier versions recorded the name alone, which may be any name of the run, but not that of the model it pruned.
     same = of["model"]["manifest"] == manifest if of and manifest else model != report["configuration"]["model"]

@@ -9,21 +9,30 @@ import hashlib
 import json
 import math
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
-from optima_tpu.config import Sinks
+from optima_tpu.config.run_config import Sinks
 from optima_tpu.errors import UserError, one_line
-from optima_tpu.journal import Journal
-from optima_tpu.manifest import read_run
-from optima_tpu.processes import is_first, together
 from optima_tpu.report.records import BlockReport
+from optima_tpu.report.run_record import read_run
+from optima_tpu.runtime.processes import is_first, together
 
 _PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb"}
-_MEASURES = ("error_before", "error_after", "held_out_before", "held_out_after", "sparsity", "gap_median", "gap_max",
-             "steps_median", "steps_max", "rows_refused")
+_MEASURES = (
+    "error_before",
+    "error_after",
+    "held_out_before",
+    "held_out_after",
+    "sparsity",
+    "gap_median",
+    "gap_max",
+    "steps_median",
+    "steps_max",
+    "rows_refused",
+)
 
 
 class Sink(Protocol):
@@ -68,12 +77,19 @@ class WeightsAndBiases:
         # The place alone would be that of any run that was there before.
         which = f"{directory.resolve()}\n{json.dumps(read_run(directory)['manifest'], sort_keys=True)}"
         try:
-            self._run = wandb.init(project=project, name=directory.name, id=hashlib.sha256(which.encode()).hexdigest()[:16],
-                                   dir=str(directory), config=dict(configuration), resume="allow",
-                                   settings=wandb.Settings(console="off", silent=True))
+            self._run = wandb.init(
+                project=project,
+                name=directory.name,
+                id=hashlib.sha256(which.encode()).hexdigest()[:16],
+                dir=str(directory),
+                config=dict(configuration),
+                resume="allow",
+                settings=wandb.Settings(console="off", silent=True),
+            )
         except wandb.Error as error:
-            raise UserError(f"Weights & Biases does not start: {one_line(error)} Log in by 'wandb login', or set "
-                            "WANDB_MODE=offline") from None
+            raise UserError(
+                f"Weights & Biases does not start: {one_line(error)} Log in by 'wandb login', or set WANDB_MODE=offline"
+            ) from None
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         if step >= self._run.step:  # a run that went on has the others already
@@ -90,8 +106,9 @@ def check_sinks(sinks: Sinks) -> None:
             continue
         spec = find_spec(package)
         if spec is None or spec.origin is None:  # a mere folder called wandb in the working directory has no file
-            raise UserError(f"expected the package {package} for sinks.{name}, it is not installed: "
-                            f"pip install 'optima-tpu[{name}]'")
+            raise UserError(
+                f"expected the package {package} for sinks.{name}, it is not installed: pip install 'optima-tpu[{name}]'"
+            )
 
 
 @contextlib.contextmanager
@@ -106,6 +123,7 @@ def opened(sinks: Sinks, directory: Path, configuration: Mapping[str, Any]) -> I
       UserError: one of them does not start.
     """
     with contextlib.ExitStack() as stack:
+
         def start() -> tuple[Sink, ...]:
             chosen = []
             if sinks.tensorboard:
@@ -117,10 +135,19 @@ def opened(sinks: Sinks, directory: Path, configuration: Mapping[str, Any]) -> I
         yield together(lambda: start() if is_first() else ())
 
 
+class FinishedBlocks(Protocol):
+    """What knows the finished blocks of a run: its journal."""
+
+    finished: Collection[int]
+
+    def report(self, index: int) -> Mapping[str, Any]:
+        """The record of a finished block."""
+
+
 class Steps:
     """Sends the finished blocks of a journal to sinks, in order, each once."""
 
-    def __init__(self, sinks: Sequence[Sink], journal: Journal):
+    def __init__(self, sinks: Sequence[Sink], journal: FinishedBlocks):
         self._sinks, self._journal, self._next = sinks, journal, 0
 
     def follow(self) -> None:

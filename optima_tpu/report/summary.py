@@ -5,8 +5,8 @@ import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
-from optima_tpu.config import chosen_by_held_out
-from optima_tpu.layer_rules import kind_name
+from optima_tpu.config.run_config import chosen_by_held_out
+from optima_tpu.method.layer_rules import kind_name
 from optima_tpu.report.records import BlockReport, LayerReport
 
 T = TypeVar("T")
@@ -65,7 +65,7 @@ def by_kind(blocks: Sequence[BlockReport]) -> tuple[LayerKind, ...]:
 
 
 def short_names(names: Sequence[str]) -> dict[str, str]:
-    """"self_attn.q_proj" -> "q_proj", where no other layer ends alike."""
+    """ "self_attn.q_proj" -> "q_proj", where no other layer ends alike."""
     last = [name.rpartition(".")[2] for name in names]
     return {name: short if last.count(short) == 1 else name for name, short in zip(names, last)}
 
@@ -104,7 +104,12 @@ def unusual(blocks: Sequence[BlockReport]) -> dict[str, dict[str, int]]:
     have inputs, which leaves their problems without a unique answer, with the number of those tokens.
     """
     found: dict[str, dict[str, int]] = {
-        "few_tokens": {}, "dead_inputs": {}, "rows_not_converged": {}, "rows_refused": {}, "layers_refused": {}}
+        "few_tokens": {},
+        "dead_inputs": {},
+        "rows_not_converged": {},
+        "rows_refused": {},
+        "layers_refused": {},
+    }
     for layer in all_layers(blocks):
         if layer.tokens is not None and layer.tokens < layer.shape[1]:
             found["few_tokens"][f"block {layer.block} {layer.name}"] = layer.tokens
@@ -162,11 +167,18 @@ def _kind(name: str, layers: list[LayerReport]) -> LayerKind:
     before, after = fitted_errors(layers)
     dense_before, dense_after, dense_drift = means(layers, ("dense_before", "dense_after", "dense_drift"))
     return LayerKind(
-        name=name, layers=len(layers),
-        error_before=before, error_after=after, held_out=held_out_errors(layers)[1],
-        dense_before=dense_before, dense_after=dense_after, dense_drift=dense_drift,
-        sparsity=sparsity(layers), gap_max=max(layer.gap_max for layer in layers),
+        name=name,
+        layers=len(layers),
+        error_before=before,
+        error_after=after,
+        held_out=held_out_errors(layers)[1],
+        dense_before=dense_before,
+        dense_after=dense_after,
+        dense_drift=dense_drift,
+        sparsity=sparsity(layers),
+        gap_max=max(layer.gap_max for layer in layers),
         steps_median=statistics.median(layer.steps_median for layer in layers),
         rows=sum(layer.rows for layer in layers),
         rows_not_converged=sum(layer.rows - layer.rows_converged for layer in layers),
-        rows_refused=sum(layer.rows_refused for layer in layers))
+        rows_refused=sum(layer.rows_refused for layer in layers),
+    )

@@ -11,8 +11,7 @@ from rich.table import Table
 from optima_tpu.report.file import files_in
 from optima_tpu.report.numbers import number, percent, plural
 from optima_tpu.report.records import BlockReport
-from optima_tpu.report.summary import (
-    all_layers, by_kind, exchanged, gap_meaning, held_out_caveat, short_names, sparsity, unusual)
+from optima_tpu.report.summary import all_layers, by_kind, exchanged, gap_meaning, held_out_caveat, short_names, sparsity, unusual
 
 _NAMED = 4
 """So many layers are named for each kind of trouble; report.json has them all."""
@@ -39,14 +38,17 @@ def print_summary(console: Console, report: Mapping[str, Any], directory: Path) 
     solver, files = configuration["solver"] and configuration["solver"]["name"], files_in(directory, report.get("files", {}))
     layers = all_layers(blocks)
     console.print(layer_table(blocks, solver), highlight=False)
-    lines = ["Errors: the change of a layer's output on the calibration text, in percent of the output's energy, "
-             "mean over blocks."]
+    lines = [
+        "Errors: the change of a layer's output on the calibration text, in percent of the output's energy, mean over blocks."
+    ]
     if any(layer.held_out_after is not None for layer in layers):
         caveat = held_out_caveat(configuration)
         lines[0] += f" Held out: on calibration text that no weight was fitted to{caveat and f'; it {caveat}'}."
     if any(layer.dense_after is not None for layer in layers):
-        lines.append("Against dense: how far a layer's output on that text is from the dense model's, with what the layers "
-                     "before have lost.")
+        lines.append(
+            "Against dense: how far a layer's output on that text is from the dense model's, with what the layers "
+            "before have lost."
+        )
     if weighed := report.get("weighed_layers"):
         names = " and ".join(short_names(weighed).values())
         lines.append(f"{names}: tokens weighed by one over the mean square of the residual stream.")
@@ -55,9 +57,11 @@ def print_summary(console: Console, report: Mapping[str, Any], directory: Path) 
     dense, pruned = perplexity["dense"], perplexity["pruned"]
     weights = sum(math.prod(layer.shape) for layer in layers)
     ratio = number(pruned / dense)
-    lines += ["", f"perplexity  dense {number(dense, 4)}, pruned {number(pruned, 4)} ({ratio} times), on "
-              f"{report['evaluation']['how']}",
-              f"sparsity    {percent(sparsity(layers))} of the {weights:,} weights in {len(layers)} matrices"]
+    lines += [
+        "",
+        f"perplexity  dense {number(dense, 4)}, pruned {number(pruned, 4)} ({ratio} times), on {report['evaluation']['how']}",
+        f"sparsity    {percent(sparsity(layers))} of the {weights:,} weights in {len(layers)} matrices",
+    ]
     if (share := exchanged(layers)) is not None:
         lines += [f"masks       {percent(share)} of the weights that stay came in by exchange for others of their row"]
     device = f", {number(memory['device_peak'] / 2**30)} GiB on a device" if memory.get("device_peak") else ""
@@ -93,8 +97,12 @@ def layer_table(blocks: Sequence[BlockReport], solver: str | None) -> Table:
             values += ["-" if kind.dense_after is None else percent(kind.dense_after)]
         values += [percent(kind.sparsity)]
         if solver:
-            values += [percent(kind.gap_max), f"{kind.steps_median:.0f}", f"{kind.rows_not_converged:,}",
-                       f"{kind.rows_refused:,}"]
+            values += [
+                percent(kind.gap_max),
+                f"{kind.steps_median:.0f}",
+                f"{kind.rows_not_converged:,}",
+                f"{kind.rows_refused:,}",
+            ]
         table.add_row(short[kind.name], *values)
     return table
 

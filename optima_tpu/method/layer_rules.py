@@ -1,0 +1,106 @@
+"""Layers that are not pruned like the rest: "self_attn.*=dense, mlp.down_proj=0.6"."""
+
+import dataclasses
+import re
+from collections.abc import Iterable, Sequence
+from fnmatch import fnmatchcase
+
+from optima_tpu.errors import UserError
+from optima_tpu.method.patterns import Pattern, parse_pattern, pattern_text
+
+DENSE = "dense"
+
+
+def kind_name(name: str) -> str:
+    """A layer's name without its number, where a block has many: "mlp.experts.7.up_proj" as "mlp.experts.*.up_proj"."""
+    return re.sub(r"\.\d+(?=\.|$)", ".*", name)
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerRule:
+    """What is done to the layers whose path matches.
+
+    Attributes:
+      path: a shell pattern (``*``, ``?``, ``[...]``) for the path inside the block, "self_attn.*", or for the whole path,
+        "model.layers.0.*". Letters are compared as they are.
+      pattern: which of their weights go; None leaves them dense.
+    """
+
+    path: str
+    pattern: Pattern | None
+
+    def matches(self, path: str, name: str) -> bool:
+        """Whether the rule is about the layer ``path``, which is ``name`` inside its block."""
+        return fnmatchcase(path, self.path) or fnmatchcase(name, self.path)
+
+
+def parse_layers(text: str, group: str = "row") -> tuple[LayerRule, ...]:
+    """Reads "PATH=PATTERN, PATH=dense": rules from left to right, of which the last that matches a layer holds.
+
+    Args:
+      group: as in ``parse_pattern``.
+
+    Raises:
+      UserError: the text is something else.
+    """
+    rules = []
+    for part in filter(None, map(str.strip, text.split(","))):
+        path, equals, value = (piece.strip() for piece in part.partition("="))
+        if not (path and equals and value):
+            raise UserError(
+                "expected layers as PATH=PATTERN or PATH=dense with commas between, such as "
+                f"self_attn.*=dense,mlp.down_proj=0.6, got {part!r}"
+            )
+        rules.append(LayerRule(path, None if value == DENSE else parse_pattern(value, group)))
+    return tuple(rules)
+
+
+def layers_text(rules: Sequence[LayerRule], group: str | None = None) -> str:
+    """The text that :func:`parse_layers` reads back."""
+    return ",".join(f"{rule.path}={pattern_text(rule.pattern, group) if rule.pattern else DENSE}" for rule in rules)
+
+
+def pattern_of(rules: Sequence[LayerRule], default: Pattern, path: str, name: str) -> Pattern | None:
+    """The pattern of one layer; None where it stays dense.
+
+    Args:
+      path: the whole path, "model.layers.0.mlp.up_proj".
+      name: the path inside the block, "mlp.up_proj".
+    """
+    for rule in reversed(rules):
+        if rule.matches(path, name):
+            return rule.pattern
+    return default
+
+
+def check_layers(
+    rules: Sequence[LayerRule], default: Pattern, shapes: Iterable[tuple[str, str, tuple[int, int]]]
+) -> dict[str, Pattern]:
+    """The pattern of every layer that is pruned, by its whole path.
+
+    Args:
+      shapes: (whole path, path inside the block, [d_out, d_in]) of every linear layer of the model.
+
+    Raises:
+      UserError: a rule that matches no layer, nothing left to prune, or an N:M that does not divide a layer.
+    """
+    layers = list(shapes)
+    for rule in rules:
+        if not any(rule.matches(path, name) for path, name, _ in layers):
+            names = dict.fromkeys(name for _, name, _ in layers)
+            raise UserError(
+                f"no layer matches {rule.path!r} of --layers; the layers of a block are {', '.join(names)}, "
+                f"the first of all is {layers[0][0]}"
+            )
+    patterns = {}
+    for path, name, shape in layers:
+        pattern = pattern_of(rules, default, path, name)
+        if pattern is not None:
+            try:
+                pattern.pruned_count(shape)
+            except UserError as error:
+                raise UserError(f"{path}: {error}") from None
+            patterns[path] = pattern
+    if not patterns:
+        raise UserError(f"expected a layer to prune, but --layers {layers_text(rules)} leaves all of them dense")
+    return patterns

@@ -1,0 +1,115 @@
+"""ADMM: mask and weights together, by splitting (after ALPS, Meng et al., 2024, algorithm 1, and Boza, 2024)."""
+
+import dataclasses
+import math
+from typing import ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from optima_tpu.errors import UserError
+from optima_tpu.method.linalg.inverses import inverse
+from optima_tpu.method.linalg.scaling import unit_diagonal
+from optima_tpu.method.patterns import Pattern
+from optima_tpu.method.problem import LayerProblem, Pruned, matmul, pull_of
+
+
+@dataclasses.dataclass(frozen=True)
+class ADMM:
+    """Minimises the layer's error over mask and weights at once; the mask is revised in every iteration.
+
+    In variables that give the Hessian a unit diagonal (``v_j sqrt(H_jj)``), with ``A`` the scaled Hessian, all rows minimise
+
+        1/2 v A v' - v g' + damping/2 |v - w|^2  +  [z obeys the pattern]      subject to   v = z
+
+    by three steps, with a dual ``y`` and a penalty ``rho``, from ``z = w`` and ``y = 0``, so that the first mask is Wanda's
+    where the target is the layer's own output:
+
+        v = (g + damping w + rho z - y) (A + (damping + rho) I)^-1
+        z = v + y / rho  where that is largest in its comparison group, 0 elsewhere
+        y = y + rho (v - z)
+
+    A small ``rho`` lets the mask move far, a large one makes it settle: ``rho`` rises from ``rho_first`` to ``rho_last`` in
+    ``levels`` equal ratios. Without correlation a mask is at rest once every kept ``|w_j|`` is at least ``(1 + damping) / rho``
+    times every pruned one: about the best mask at 1, while above it worse ones rest too and well below it none does. Every level
+    costs one inverse for each matrix, also of those that share a Hessian, every iteration one product for all its rows.
+
+    ``problem.linear`` is what is aimed at. The weights are ``z`` after the last iteration: near the damped optimum on the mask
+    where the mask had come to rest. ``CG`` goes on from there and certifies how near.
+
+    Dead inputs (``scaling.live_features``) score 0: they are pruned first, and those that stay keep their weights. Of equal
+    scores the lower index goes first; but a weight that was just pruned scores otherwise than its equal that was kept, so that
+    between equal weights the iteration decides, not the index.
+
+    Nothing here depends on the mesh but the rounding of products. Where that decides between two scores, the iterations carry
+    the difference on to all that competes: with the group "row" it stays in that row, which then has another mask, as good.
+
+    It departs from the published code (mazumder-lab/ALPS ``alps.py``) in these things:
+
+    - The penalty follows a fixed plan, where the code's follows how much of the mask changed, for up to 300 iterations. So no
+      row waits for another, and no eigendecomposition is needed.
+    - Damping is a share of each input's own energy, there of the mean energy. Both pull toward the dense weights.
+    - It starts from ``z = w``, the code from the pruned ``w``; the last mask is that of ``z``, there that of ``v``.
+    - There are no conjugate gradients at the end: ``CG`` as the solver stands for them, as a row of ALPS in a table needs.
+    - Unstructured masks may be chosen row by row too, where the code compares over the layer.
+
+    Attributes:
+      damping: ridge that pulls a row toward its *dense* weights, as a share of the Hessian's diagonal.
+      rho_first: the penalty at first, as a share of the Hessian's diagonal. Less finds better masks where inputs are strongly
+        correlated, and takes more levels.
+      rho_last: the penalty at the end. Below 1 the mask may not come to rest.
+      levels: how many penalties from the first to the last.
+      iterations: of each penalty.
+    """
+
+    group: ClassVar[str] = "layer"
+    hessians: ClassVar[int] = 5
+
+    damping: float = 0.01
+    rho_first: float = 0.03
+    rho_last: float = 1.0
+    levels: int = 12
+    iterations: int = 3
+
+    def __post_init__(self):
+        for name, holds, expected in (
+            ("damping", 0 <= self.damping < math.inf, "at least 0 and finite"),
+            ("rho_first", 0 < self.rho_first <= self.rho_last, "above 0 and at most rho_last"),
+            ("rho_last", self.rho_last < math.inf, "finite"),
+            ("levels", self.levels >= 1, "at least 1"),
+            ("iterations", self.iterations >= 1, "at least 1"),
+        ):
+            if not holds:
+                raise UserError(f"expected ADMM's {name} to be {expected}, got {getattr(self, name)}")
+
+    def __call__(self, problem: LayerProblem, pattern: Pattern) -> Pruned:
+        matrix, scale, live = unit_diagonal(problem.hessian)
+        weight = jnp.where(live, problem.weight * scale, 0.0)
+        pull = jnp.where(live, pull_of(problem) / scale, 0.0)
+        eye = jnp.eye(len(scale), dtype=matrix.dtype)
+
+        # Everything is counted from the dense weights: a weight that has no reason to move does not move by rounding either.
+        def level(state: _State, rho: Array) -> tuple[_State, None]:
+            solve = inverse(matrix + (self.damping + rho) * eye)
+
+            def iteration(_, state: _State) -> _State:
+                move = matmul(pull + rho * state.move - state.dual, solve) + state.dual / rho
+                keep = pattern.keep_mask(jnp.abs(weight + move))
+                return _State(jnp.where(keep, move, -weight), jnp.where(keep, 0.0, rho * (weight + move)), keep)
+
+            return jax.lax.fori_loop(0, self.iterations, iteration, state), None
+
+        zero = jnp.zeros_like(weight)
+        plan = np.geomspace(self.rho_first, self.rho_last, self.levels, dtype=np.float32)
+        state, _ = jax.lax.scan(level, _State(zero, zero, jnp.ones(weight.shape, bool)), plan)
+        return Pruned(jnp.where(state.keep, problem.weight + state.move / scale, 0.0), state.keep)
+
+
+class _State(NamedTuple):
+    """What goes from iteration to iteration; every array is [d_out, d_in]."""
+
+    move: Array  # z - w
+    dual: Array  # y
+    keep: Array  # bool, where z may differ from 0

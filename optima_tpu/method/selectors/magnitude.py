@@ -1,0 +1,26 @@
+"""Magnitude pruning: the oldest score, and the one without data."""
+
+import dataclasses
+from typing import ClassVar
+
+import jax.numpy as jnp
+
+from optima_tpu.method.patterns import Pattern
+from optima_tpu.method.problem import LayerProblem, Pruned
+
+
+@dataclasses.dataclass(frozen=True)
+class Magnitude:
+    """Keeps the weights with the largest ``|w|``; the kept ones do not move.
+
+    The published baseline compares over the whole matrix: ``Unstructured(sparsity, group="layer")``. Its code (locuslab/wanda
+    ``lib/prune.py``) prunes one weight more, and all that are as small as the largest of them: of a quantised model visibly more
+    than asked. Here the count is exact, and of equal ones the lower index goes first.
+    """
+
+    group: ClassVar[str] = "layer"
+    hessians: ClassVar[int] = 0
+
+    def __call__(self, problem: LayerProblem, pattern: Pattern) -> Pruned:
+        keep = pattern.keep_mask(jnp.abs(problem.weight))
+        return Pruned(jnp.where(keep, problem.weight, 0.0), keep)

@@ -1,0 +1,28 @@
+"""The inverse Hessian that OBS methods read their scores and updates from."""
+
+import jax.numpy as jnp
+from jax import Array
+
+from optima_tpu.method.linalg.inverses import inverse_cholesky
+from optima_tpu.method.linalg.scaling import live_features
+
+
+def inverse_factor(hessian: Array, damping: float) -> Array:
+    """The upper triangular ``U`` with ``U'U = (H + damping * mean(diag H) * I)^-1``, [d_in, d_in] float32.
+
+    One factor holds every inverse that a sweep over the columns needs, after SparseGPT (Frantar and Alistarh, 2023,
+    section 3.3): once the inputs before ``i`` are fixed, the inverse over the rest is ``U[i:, i:]' U[i:, i:]``.
+
+    The inverse of one factor gives it: there is no explicit inverse of the matrix whose rounding would have to be factorised
+    again.
+
+    Args:
+      hessian: [d_in, d_in] float32. Dead inputs (``scaling.live_features``) are decoupled, with 1 on the diagonal.
+      damping: share of the mean of the diagonal over all inputs, 0.01 in the published codes.
+    """
+    live = live_features(hessian)
+    diagonal = jnp.where(live, jnp.diagonal(hessian), 0.0)
+    damped = jnp.where(live[:, None] & live, hessian, 0.0)
+    damped = damped + jnp.diag(jnp.where(live, damping * jnp.mean(diagonal), 1.0))
+    # With J the reversal and J H J = L L':  H^-1 = (J L^-1 J)' (J L^-1 J), and J L^-1 J is upper triangular.
+    return inverse_cholesky(damped[::-1, ::-1])[::-1, ::-1]

@@ -1,0 +1,239 @@
+"""The solver of the paper: MPAX's restarted, averaged primal-dual hybrid gradient (raPDHG), vmapped over rows.
+
+In ``d = v - w``, the change of a row against its dense weights, every row is the box-constrained quadratic program
+
+    minimise  1/2 d H d' - e d'   subject to  d_j = -w_j  for pruned j      (e = g - w H; zero in OPTIMA, 2025, eq. 6)
+
+Pruned entries are fixed by equal lower and upper bounds: a row has no constraint matrix of its own and all share ``H``.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import logging
+from typing import ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from mpax import raPDHG
+from mpax.utils import QuadraticProgrammingProblem, TerminationStatus
+
+from optima_tpu.method.footprint import Footprint
+from optima_tpu.method.linalg.scaling import RESOLUTION, live_features, require, unit_diagonal
+from optima_tpu.method.problem import LayerProblem, Pruned, Solution, matmul, optimality_residual, pull_of
+
+# The one constraint, sum(d) >= _FLOOR, never binds. MPAX estimates the norm of the constraint matrix by power
+# iteration, which is 0 / 0 without a row or with only a zero row: every iterate would be NaN. Row and value are the
+# paper's. They are not free: see ``MPAX.primal_importance``.
+_FLOOR = -1e5
+# Below this the power iteration on H squares numbers that float32 cannot hold, with the same NaN. Such a Hessian is
+# scaled up, which moves no minimum, and the paper's absolute tolerance is met by any point either way.
+_SMALLEST_DIAGONAL = 1e-6
+# The rounds of _solve_rows. A row that passes MPAX's third test, made after 137 iterations, ends in the first. Fewer rows
+# at a time wait less for each other, but the Hessian is read for each part anew. Chosen on two CPU cores.
+_FIRST_LIMIT, _GROWTH, _PARTS, _LEAST = 128, 4, 8, 64
+
+
+@dataclasses.dataclass(frozen=True)
+class MPAX:
+    """The paper's method, for comparison with it. The defaults are the paper's.
+
+    Departures from the published code (paramathic/optima ``optima/weight_update.py``), which works in bfloat16 around the same
+    call of MPAX: the Hessian is summed from float32 products and the change is added in float32; a pruned entry's bounds are
+    equal, there 1e-4 apart, with zeros written over what comes out; there is no equality constraint, there one of zeros.
+
+    Every row starts at its dense weights (``d = 0``); the first projection zeroes the pruned ones. The selector's own
+    weights are not a start. Nothing makes a row end below the selector's objective: whoever calls decides what to
+    accept.
+
+    ``converged`` is MPAX's status OPTIMAL. Its test is relative residual and gap below ``eps`` with ``1 + scale`` in
+    the denominators, so it depends on the scale of weights and activations: a layer with small ones stops at the first
+    test, after 73 iterations, wherever it is. The point returned is 64 iterations past the one tested. ``gap`` is
+    ``optimality_residual`` of the (damped) problem: the relative KKT residual, dimensionless, whatever MPAX tested.
+    ``steps`` counts MPAX's iterations, one product with ``H`` each, in the round that ended it (``_solve_rows``). A row
+    whose result or data is not finite keeps its pruned weights.
+
+    Attributes:
+      eps_abs: absolute tolerance of MPAX.
+      eps_rel: relative tolerance of MPAX.
+      iteration_limit: rows that reach it are returned as they are, not converged. The test is made every 64 iterations.
+      unit_diagonal: solve in ``d_j sqrt(H_jj)``, in units of the row's output ``sqrt(w H w')``. The tolerance is then
+        free of scale, and bounds ``gap`` but for the 1 that MPAX adds to its denominators.
+      damping: as in ``CG``: ridge toward the dense weights, as a share of the Hessian's diagonal. The paper has none.
+      primal_importance: MPAX's initial balance of primal against dual steps; 1 is MPAX's default and the paper's. Here
+        the dual stays 0, so the balance never adapts, and at 1 the constraint that does nothing still limits the primal
+        step. At 1e-3 it does not, and the same number of iterations ends closer to the optimum, often tens of times.
+    """
+
+    # Fitted 2.1 and 9.4, as MPAX's own 38 vectors a row are held for an eighth of the rows at once. Of a batch of 256 rows
+    # that is a quarter, and 13.8.
+    footprint: ClassVar[Footprint] = Footprint(hessians=4, vectors=14)
+
+    eps_abs: float = 1e-2
+    eps_rel: float = 1e-2
+    iteration_limit: int = 100_000
+    unit_diagonal: bool = False
+    damping: float = 0.0
+    primal_importance: float = 1.0
+
+    def __post_init__(self):
+        for name in ("eps_abs", "eps_rel", "primal_importance"):
+            require(getattr(self, name) > 0, name, "above 0", getattr(self, name))
+        require(self.iteration_limit >= 1, "iteration_limit", "at least 1", self.iteration_limit)
+        require(self.damping >= 0, "damping", "at least 0", self.damping)
+
+    def __call__(self, problem: LayerProblem, pruned: Pruned) -> Solution:
+        # MPAX builds its loops from fresh closures, so outside jit each call would compile all of them anew.
+        return _solve(
+            problem,
+            pruned,
+            self.unit_diagonal,
+            self.damping,
+            {
+                "eps_abs": self.eps_abs,
+                "eps_rel": self.eps_rel,
+                "iteration_limit": self.iteration_limit,
+                "primal_importance": self.primal_importance,
+            },
+        )
+
+
+@functools.partial(jax.jit, static_argnames="in_unit_diagonal")
+def _solve(problem: LayerProblem, pruned: Pruned, in_unit_diagonal: bool, damping: Array, options: dict[str, Array]) -> Solution:
+    weight, pull = problem.weight, pull_of(problem)
+    live = live_features(problem.hessian)
+    diagonal = jnp.where(live, jnp.diagonal(problem.hessian), 0.0)
+    hessian = jnp.where(live[:, None] & live, problem.hessian, 0.0) + jnp.diag(damping * diagonal)
+    if in_unit_diagonal:
+        matrix, scale, _ = unit_diagonal(hessian)
+        scaled = jnp.where(live, weight * scale, 0.0)
+        energy = jnp.sum(scaled * matmul(scaled, matrix), axis=1, keepdims=True)
+        energy = jnp.maximum(energy, RESOLUTION * jnp.sum(scaled * scaled, axis=1, keepdims=True))
+        unit = jnp.sqrt(jnp.where(energy > 0, energy, 1.0)) / scale
+        # 1/2 (x u) H (x u)' - e (x u)' over u_row^2: the Hessian stays the one that all rows share.
+        slope = pull * unit / jnp.where(energy > 0, energy, 1.0)
+    else:
+        largest = jnp.max(diagonal)
+        lift = jnp.where((largest > 0) & (largest < _SMALLEST_DIAGONAL), _SMALLEST_DIAGONAL / largest, 1.0)
+        # A dead feature does not move; its diagonal only has to be in proportion, and not zero when there is nothing
+        # else.
+        matrix = lift * (hessian + jnp.diag(jnp.where(live, 0.0, jnp.where(largest > 0, largest, 1.0))))
+        unit, slope = jnp.ones_like(weight), lift * pull
+
+    free = pruned.keep & live
+    sound = jnp.all(jnp.isfinite(weight) & jnp.isfinite(pull), axis=1, keepdims=True) & jnp.all(jnp.isfinite(matrix))
+    # What is not finite would run to the iteration limit as NaN. It is replaced by a problem that is solved where it
+    # starts.
+    matrix = jnp.where(jnp.isfinite(matrix), matrix, 0.0)
+    slope = jnp.where(sound & live, slope, 0.0)
+    fixed = jnp.where(sound & live, -weight / unit, 0.0)
+    lower, upper = (jnp.where(free & sound, end, fixed) for end in (-jnp.inf, jnp.inf))
+    # Products in full float32: TF32 and bfloat16, the defaults of GPU and TPU, stall or diverge on ill-conditioned
+    # layers.
+    with jax.default_matmul_precision("highest"), _root_logger_kept():
+        change, status, steps = _solve_rows(options, matrix, _Rows(slope, lower, upper))
+
+    solved = sound & jnp.all(jnp.isfinite(change), axis=1, keepdims=True)
+    moved = jnp.where(free & solved, weight + change * unit, jnp.where(pruned.keep, pruned.weight, 0.0))
+    damped = LayerProblem(weight, hessian, pull + matmul(weight, hessian))
+    residual = optimality_residual(damped, Pruned(moved, free), moved)
+    converged = solved[:, 0] & (status == TerminationStatus.OPTIMAL)
+    gap = jnp.where(solved[:, 0] & jnp.isfinite(residual), residual, jnp.inf)
+    return Solution(moved, gap, steps.astype(jnp.int32), converged)
+
+
+class _Rows(NamedTuple):
+    """The rows' own parts of ``min 1/2 d H d' - slope d'`` with ``lower <= d <= upper``, each [rows, d_in]."""
+
+    slope: Array
+    lower: Array
+    upper: Array
+
+
+class _Found(NamedTuple):
+    """What MPAX found."""
+
+    change: Array  # d [rows, d_in]
+    status: Array  # [rows], a TerminationStatus
+    steps: Array  # [rows], iterations
+
+
+def _solve_rows(options: dict[str, Array], matrix: Array, rows: _Rows) -> _Found:
+    """All rows, in rounds, so that the many that converge soon do not iterate on beside the few that do not.
+
+    A vmapped loop ends with its last row, and of a real layer most rows need 73 or 137 iterations where the last one
+    needs thousands. So all of them are solved with a low limit, and those that meet it again from the start with a
+    higher one, until it is the one that was asked for; always a part of the rows at a time. MPAX's iterates depend
+    neither on the limit nor on the rows beside: every row ends where it would have in one loop, within rounding.
+    """
+    solve = jax.vmap(_solve_row, in_axes=(None, None, 0))
+    count, last = len(rows.slope), jnp.asarray(options["iteration_limit"])
+    at_a_time = min(count, max(count // _PARTS, _LEAST))
+
+    def late(found: _Found) -> Array:
+        return found.status == TerminationStatus.ITERATION_LIMIT
+
+    def one_round(state: tuple[Array, _Found]) -> tuple[Array, _Found]:
+        before, found = state
+        higher = jnp.where(before > last // _GROWTH, last, before * _GROWTH)  # compared first: the product could overflow
+        limit = jnp.minimum(last, jnp.maximum(higher, _FIRST_LIMIT))
+        # Late rows first, and behind them the number of no row, which a read clips and a write drops.
+        waiting = jnp.nonzero(late(found), size=count + at_a_time, fill_value=count)[0]
+
+        def one_part(state: tuple[Array, _Found]) -> tuple[Array, _Found]:
+            start, found = state
+            part = jax.lax.dynamic_slice_in_dim(waiting, start, at_a_time)
+            some = solve(
+                options | {"iteration_limit": limit}, matrix, jax.tree.map(lambda every: every.at[part].get(mode="clip"), rows)
+            )
+            return start + at_a_time, jax.tree.map(lambda every, new: every.at[part].set(new, mode="drop"), found, some)
+
+        return limit, jax.lax.while_loop(lambda state: waiting[state[0]] < count, one_part, (0, found))[1]
+
+    unsolved = _Found(jnp.zeros_like(rows.slope), jnp.full(count, TerminationStatus.ITERATION_LIMIT), jnp.zeros(count, jnp.int32))
+    return jax.lax.while_loop(
+        lambda state: (state[0] < last) & jnp.any(late(state[1])), one_round, (jnp.zeros_like(last), unsolved)
+    )[1]
+
+
+def _solve_row(options: dict[str, Array], matrix: Array, row: _Rows) -> _Found:
+    """One row: every array has an axis less."""
+    slope, lower, upper = row
+    size = slope.shape[0]
+    constraint = jnp.ones((1, size))
+    # Built by hand: mpax.create_qp asks whether all of H is zero, which cannot be asked of a traced array.
+    program = QuadraticProgrammingProblem(
+        num_variables=size,
+        num_constraints=1,
+        variable_lower_bound=lower,
+        variable_upper_bound=upper,
+        isfinite_variable_lower_bound=jnp.isfinite(lower),
+        isfinite_variable_upper_bound=jnp.isfinite(upper),
+        objective_matrix=matrix,
+        objective_vector=-slope,
+        objective_constant=0.0,
+        constraint_matrix=constraint,
+        constraint_matrix_t=constraint.T,
+        right_hand_side=jnp.full((1,), _FLOOR),
+        num_equalities=0,
+        equalities_mask=jnp.zeros((1,), bool),
+        inequalities_mask=jnp.ones((1,), bool),
+        is_lp=False,
+    )
+    # MPAX's scale-invariant weight would multiply primal_importance by |e| / |_FLOOR|: it overflows where e is rounding
+    # noise.
+    found = raPDHG(**options, scale_invariant_initial_primal_weight=False).optimize(program)
+    return _Found(found.primal_solution, found.termination_status, found.iteration_count)
+
+
+@contextlib.contextmanager
+def _root_logger_kept():
+    """MPAX replaces the root logger's handlers and level at each call; afterwards the program's own are back."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    try:
+        yield
+    finally:
+        root.handlers[:] = handlers
+        root.setLevel(level)

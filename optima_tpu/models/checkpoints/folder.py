@@ -1,0 +1,145 @@
+"""Checkpoints in Hugging Face folders: config.json beside one or several safetensors files."""
+
+import json
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from optima_tpu.errors import UserError
+from optima_tpu.models.checkpoints.source import DTYPES, Index, Pretrained, fingerprint, parse_dtype, read_config, whole_slices
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+CHAT_TEMPLATES = "additional_chat_templates"
+"""The folder beside config.json in which transformers keeps the chat templates that have a name."""
+
+_STORED = {
+    "F64": np.float64,
+    "F32": np.float32,
+    "F16": np.float16,
+    "BF16": ml_dtypes.bfloat16,
+    "F8_E4M3": ml_dtypes.float8_e4m3fn,
+    "F8_E5M2": ml_dtypes.float8_e5m2,
+    "I64": np.int64,
+    "I32": np.int32,
+    "I16": np.int16,
+    "I8": np.int8,
+    "U64": np.uint64,
+    "U32": np.uint32,
+    "U16": np.uint16,
+    "U8": np.uint8,
+    "BOOL": np.bool_,
+}
+_CASTABLE = {np.dtype(np.float64), *DTYPES.values()}
+
+
+class SafetensorsSource:
+    """Tensors in memory-mapped safetensors files; a read touches the bytes of its slice alone.
+
+    Args:
+      shards: the files.
+      dtype: what float tensors are cast to (one rounding); None keeps the dtypes of the file.
+
+    Raises:
+      OSError: a file may not be read.
+      UserError: a file is missing, truncated or damaged, two files hold the same tensor, or one has a dtype that
+        numpy can't represent. The message names the file.
+    """
+
+    def __init__(self, shards: list[Path], dtype: np.dtype | None = None):
+        self._slices, self._dtype, holder = {}, dtype, {}
+        for path in shards:
+            if not path.is_file():
+                raise UserError(f"{path} is missing, though {INDEX} beside it names it: download the folder again")
+            with path.open("rb"):  # or a file that may not be read would be called damaged
+                pass
+            try:
+                file = safe_open(path, framework="numpy")
+            except (SafetensorError, OSError) as error:
+                raise UserError(f"{path} is truncated or damaged ({error}): download it again") from error
+            for name in file.keys():
+                if name in holder:
+                    raise UserError(f"{path} and {holder[name]} both hold the tensor {name}: keep one model in a folder")
+                self._slices[name], holder[name] = file.get_slice(name), path.name
+                if (kind := self._slices[name].get_dtype()) not in _STORED:
+                    raise UserError(f"{path} stores {name} as {kind}; expected one of {', '.join(_STORED)}")
+        self._holder = holder
+
+    def holder(self, name: str) -> str | None:
+        """The name of the file that holds a tensor; None if none does."""
+        return self._holder.get(name)
+
+    def names(self) -> tuple[str, ...]:
+        return tuple(sorted(self._slices))
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._slices[name].get_shape())
+
+    def dtype(self, name: str) -> np.dtype:
+        stored = np.dtype(_STORED[self._slices[name].get_dtype()])
+        return self._dtype if self._dtype is not None and stored in _CASTABLE else stored
+
+    def read(self, name: str, index: Index = (...,)) -> np.ndarray:
+        part = self._slices[name][whole_slices(index, self.shape(name))]
+        return part.astype(self.dtype(name), copy=False)
+
+
+def open_folder(folder: Path, origin: str, dtype: str | None = None) -> Pretrained:
+    """Opens a folder and checks that all its weight files are whole. See :func:`optima_tpu.models.checkpoints.open_model`."""
+    cast = parse_dtype(dtype)
+    if not (folder / "config.json").is_file():
+        raise UserError(_not_a_model(folder))
+    found = sorted([*filter(_is_asset, folder.iterdir()), *folder.glob(f"{CHAT_TEMPLATES}/*.jinja")])
+    assets = {path.relative_to(folder).as_posix(): path.read_bytes() for path in found}
+    config, assets["config.json"] = read_config(assets["config.json"], str(folder), dtype)
+    shards, weight_map = _shards(folder)
+    tensors = SafetensorsSource(shards, cast)
+    for name, shard in weight_map.items():
+        if tensors.holder(name) != shard:
+            raise UserError(f"{folder / shard} does not hold the tensor {name}, though {INDEX} says so: download both again")
+    return Pretrained(config, tensors, assets, fingerprint(assets["config.json"], tensors, shards), origin)
+
+
+def _shards(folder: Path) -> tuple[list[Path], dict[str, str]]:
+    """The weight files, and which of them should hold which tensor (empty where there is one file)."""
+    if (folder / SINGLE).is_file():
+        return [folder / SINGLE], {}
+    if not (folder / INDEX).is_file():
+        raise UserError(_no_weights(folder))
+    try:
+        weight_map = json.loads((folder / INDEX).read_bytes())["weight_map"]
+        shards = sorted(set(weight_map.values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{folder / INDEX} is damaged, it has no readable weight_map: download it again") from error
+    for shard in shards:
+        if Path(shard).name != shard:  # an index is data from elsewhere: it may not point out of its folder
+            raise UserError(f"{folder / INDEX} names {shard}, which is not a file of its own folder")
+    return [folder / shard for shard in shards], weight_map
+
+
+def _not_a_model(folder: Path) -> str:
+    ggufs = sorted(folder.glob("*.gguf"))
+    if ggufs:
+        return f"{folder} is no Hugging Face folder (no config.json); to open a GGUF file in it, give that: {ggufs[0]}"
+    return f"{folder} is no model: expected config.json and {SINGLE} (or {INDEX} and its files) in it"
+
+
+def _no_weights(folder: Path) -> str:
+    pickles = sorted(folder.glob("pytorch_model*.bin"))
+    if pickles:
+        return (
+            f"{folder} has its weights only in the pickle format ({pickles[0].name}): convert them once with "
+            f"transformers, AutoModelForCausalLM.from_pretrained(a).save_pretrained(b), which writes safetensors, "
+            "and give that folder"
+        )
+    return f"{folder} has no weights: expected {SINGLE}, or {INDEX} and the files it names"
+
+
+def _is_asset(path: Path) -> bool:
+    """Whether a file belongs into an exported folder unchanged: everything small but the weights and the model card."""
+    name = path.name.lower()
+    if not path.is_file() or name.startswith((".", "readme")) or name.endswith(".index.json"):
+        return False
+    return name.endswith((".json", ".txt", ".model", ".jinja")) or name.startswith(("license", "licence", "notice"))

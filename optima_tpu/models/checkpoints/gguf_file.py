@@ -1,0 +1,143 @@
+"""Checkpoints in GGUF files: tensors dequantised on reading, under Hugging Face names."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+from gguf import GGMLQuantizationType, GGUFReader, dequantize
+
+from optima_tpu.errors import UserError
+from optima_tpu.models.checkpoints.gguf_architectures import ARCHITECTURES, Architecture
+from optima_tpu.models.checkpoints.gguf_metadata import (
+    INSTEAD,
+    config_json,
+    generation_config_json,
+    head_counts,
+    metadata,
+    own_fields,
+)
+from optima_tpu.models.checkpoints.gguf_tokenizer import tokenizer_files
+from optima_tpu.models.checkpoints.source import Index, Pretrained, fingerprint, parse_dtype, read_config, whole_slices
+
+TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+ROPE_FACTORS = "rope_freqs.weight"
+"""Not a weight: the llama3 rope scaling, written out per frequency. It goes into the configuration."""
+
+
+def hf_name(name: str, architecture: Architecture) -> str | None:
+    """The Hugging Face name of a tensor; None if the architecture has no such tensor."""
+    stem, _, kind = name.rpartition(".")
+    block = re.fullmatch(r"blk\.(\d+)\.(\w+)", stem)
+    if block and block[2] in architecture.block:
+        return f"model.layers.{block[1]}.{architecture.block[block[2]]}.{kind}"
+    return f"{TOP[stem]}.{kind}" if stem in TOP else None
+
+
+def rope_row_order(rows: int, heads: int) -> np.ndarray:
+    """Where each row of a Hugging Face q_proj or k_proj lies in a GGUF file: int[rows].
+
+    llama.cpp rotates neighbouring rows of a head, Hugging Face the rows i and i + d_head/2; its converter therefore
+    interleaves the halves of each head (``permute`` in llama.cpp's convert_hf_to_gguf.py). This is the way back.
+    """
+    return np.arange(rows).reshape(heads, rows // heads // 2, 2).swapaxes(1, 2).ravel()
+
+
+class GGUFSource:
+    """Tensors in a memory-mapped GGUF file, dequantised in float32 and then cast once.
+
+    A read touches the bytes of its rows alone. Rows of q_proj and k_proj are in Hugging Face's order, and
+    norm weights are Hugging Face's: a Gemma's are one smaller than in the file.
+
+    Args:
+      reader: the opened file.
+      architecture: what the file says it holds.
+      heads: number of query heads and of key-value heads.
+      dtype: what is returned.
+
+    Raises:
+      UserError: a tensor that the architecture does not have, or a block format that the gguf library can't
+        dequantise.
+    """
+
+    def __init__(self, reader: GGUFReader, architecture: Architecture, heads: tuple[int, int], dtype: np.dtype):
+        names = {tensor.name: hf_name(tensor.name, architecture) for tensor in reader.tensors if tensor.name != ROPE_FACTORS}
+        self._tensors = {names[tensor.name]: tensor for tensor in reader.tensors if tensor.name in names}
+        self._heads = {"self_attn.q_proj": heads[0], "self_attn.k_proj": heads[1]} if architecture.interleaved else {}
+        self._norm_shift = np.float32(architecture.norm_shift)
+        self._dtype = dtype
+        strange = [name for name, found in names.items() if not found]
+        if strange:
+            raise UserError(
+                f"the GGUF file holds tensors that {architecture.model} has no place for ({', '.join(strange[:4])}): {INSTEAD}"
+            )
+        for kind, tensor in {tensor.tensor_type: tensor for tensor in reader.tensors}.items():
+            try:
+                dequantize(np.asarray(tensor.data[:1]) if tensor.data.ndim > 1 else np.asarray(tensor.data), kind)
+            except NotImplementedError as error:
+                raise UserError(
+                    f"the GGUF file stores {tensor.name} as {GGMLQuantizationType(kind).name}, which the "
+                    "gguf library can't dequantise: give another quantisation of the model"
+                ) from error
+
+    def names(self) -> tuple[str, ...]:
+        return tuple(sorted(self._tensors))
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(int(size) for size in reversed(self._tensors[name].shape))  # GGUF counts the fastest axis first
+
+    def dtype(self, name: str) -> np.dtype:
+        return self._dtype
+
+    def read(self, name: str, index: Index = (...,)) -> np.ndarray:
+        tensor, shape = self._tensors[name], self.shape(name)
+        rows, *columns = whole_slices(index, shape)
+        order = np.arange(shape[0])
+        for part, heads in self._heads.items():
+            if f".{part}." in name:
+                order = rope_row_order(shape[0], heads)
+        if columns:
+            values = dequantize(np.asarray(tensor.data[order[rows]]), tensor.tensor_type)[:, *columns]
+        else:  # a norm or a bias; bfloat16 lies there as bytes, so it can't be cut before it is decoded
+            values = dequantize(np.asarray(tensor.data), tensor.tensor_type)[order[rows]]
+            if self._norm_shift and name.endswith("norm.weight"):
+                values = values - self._norm_shift
+        return np.array(values, self._dtype)
+
+
+def open_gguf(path: Path, origin: str, dtype: str | None = None) -> Pretrained:
+    """Opens a GGUF file; configuration and tokenizer are made from its metadata.
+
+    Raises:
+      UserError: not a whole GGUF file, another architecture than :data:`ARCHITECTURES`, metadata that says the model
+        computes something else than Hugging Face's model of that name, or a tokenizer that can't be rebuilt exactly.
+    """
+    try:
+        reader = GGUFReader(path)
+        fields = metadata(reader)
+    except (ValueError, IndexError, KeyError, OverflowError, MemoryError) as error:
+        raise UserError(f"{path} is truncated or no GGUF file ({error}): download it again") from error
+    if reader.byte_order != "I":
+        raise UserError(f"{path} has the other byte order: convert it with gguf-convert-endian of the gguf package")
+    architecture = fields.get("general.architecture")
+    if architecture not in ARCHITECTURES:
+        raise UserError(
+            f"{path} holds the architecture {architecture!r}; GGUF files are supported for {', '.join(ARCHITECTURES)}: {INSTEAD}"
+        )
+    if fields.get("split.count", 1) > 1:
+        raise UserError(f"{path} is one of {fields['split.count']} parts: join them with `llama-gguf-split --merge`")
+    stored = {tensor.name: tensor for tensor in reader.tensors}
+    dtype, factors = dtype or "float32", stored.get(ROPE_FACTORS)
+    architecture = ARCHITECTURES[architecture]
+    factors = dequantize(factors.data, factors.tensor_type) if factors else None
+    config = config_json(fields, architecture, set(stored), factors, dtype)
+    parsed, config = read_config(config, str(path))
+    tensors = GGUFSource(reader, architecture, head_counts(own_fields(fields, architecture)), parse_dtype(dtype))
+    vocabulary = tensors.shape("model.embed_tokens.weight")[0] if "token_embd.weight" in stored else None
+    if vocabulary != parsed.vocab_size:
+        raise UserError(
+            f"{path} is inconsistent: its metadata has {parsed.vocab_size} tokens, its embedding "
+            f"{vocabulary} rows: download it again"
+        )
+    assets = {"config.json": config, "generation_config.json": generation_config_json(fields)}
+    assets |= tokenizer_files(fields, architecture)
+    return Pretrained(parsed, tensors, assets, fingerprint(config, tensors, [path]), origin)

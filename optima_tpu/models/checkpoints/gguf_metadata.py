@@ -1,0 +1,172 @@
+"""The configuration of a model from the metadata of a GGUF file."""
+
+import json
+import math
+from typing import Any
+
+import numpy as np
+from gguf import GGUFReader
+
+from optima_tpu.errors import UserError
+from optima_tpu.models.checkpoints.gguf_architectures import Architecture
+
+INSTEAD = "give the Hugging Face folder of the model"
+
+SIZES = {
+    "hidden_size": "embedding_length",
+    "intermediate_size": "feed_forward_length",
+    "num_hidden_layers": "block_count",
+    "num_attention_heads": "attention.head_count",
+    "max_position_embeddings": "context_length",
+    "rms_norm_eps": "attention.layer_norm_rms_epsilon",
+}
+"""config.json key -> the metadata key, behind the architecture's name, that must be there."""
+
+OPTIONAL = {
+    "attention.head_count_kv",
+    "attention.key_length",
+    "attention.value_length",
+    "rope.freq_base",
+    "rope.dimension_count",
+    "vocab_size",
+    "tensor_data_layout",
+}
+NEUTRAL = {"rope.scaling.type": "none", "expert_count": 0, "expert_used_count": 0}
+"""Keys that change what the model computes unless they have this value."""
+
+ROTARY_DEFAULT = 10_000.0  # llama.cpp's, where the file has none
+
+
+def metadata(reader: GGUFReader) -> dict[str, Any]:
+    """All metadata as Python values. Floats are the shortest decimals that round to the stored float32, so that
+    0.00001 does not come out as 9.999999747378752e-06."""
+    return {name: _shortest(field.contents()) for name, field in reader.fields.items()}
+
+
+def _shortest(value: Any) -> Any:
+    return float(str(np.float32(value))) if isinstance(value, float) else value
+
+
+def own_fields(fields: dict[str, Any], architecture: Architecture) -> dict[str, Any]:
+    """The metadata of the architecture, its name cut off the keys."""
+    prefix = architecture.name + "."
+    return {name.removeprefix(prefix): value for name, value in fields.items() if name.startswith(prefix)}
+
+
+def head_counts(own: dict[str, Any]) -> tuple[int, int]:
+    """The numbers of query heads and of key-value heads."""
+    heads = own[SIZES["num_attention_heads"]]
+    return heads, own.get("attention.head_count_kv", heads)
+
+
+def config_json(
+    fields: dict[str, Any], architecture: Architecture, tensors: set[str], rope_factors: np.ndarray | None, dtype: str
+) -> bytes:
+    """config.json of the Hugging Face model that computes what the file describes, in the layout all readers know.
+
+    Args:
+      fields: see :func:`metadata`.
+      tensors: GGUF names of the tensors in the file.
+      rope_factors: float32[d_head / 2], what each rotary frequency is divided by; None without llama3 scaling.
+      dtype: of the weights, for ``torch_dtype``.
+
+    Raises:
+      UserError: sizes are missing or differ between layers, or the file asks for something the model does not compute.
+    """
+    own = own_fields(fields, architecture)
+    _refuse_unknown(own, architecture)
+    sizes = {key: own[name] for key, name in SIZES.items()}
+    heads, kv_heads = head_counts(own)
+    d_head = own.get("attention.key_length", sizes["hidden_size"] // heads)
+    for name in ("attention.value_length", "rope.dimension_count"):
+        if own.get(name, d_head) != d_head:
+            raise UserError(
+                f"the GGUF file has {architecture.name}.{name} {own[name]} but heads of {d_head}: expected them "
+                f"equal, as in Hugging Face's {architecture.model}; {INSTEAD}"
+            )
+    theta = own.get("rope.freq_base", ROTARY_DEFAULT)
+    tokens = fields.get("tokenizer.ggml.tokens")
+    record = sizes | {
+        "architectures": [architecture.model],
+        "model_type": architecture.model_type,
+        "num_key_value_heads": kv_heads,
+        "head_dim": d_head,
+        "rope_theta": theta,
+        "rope_scaling": _rope_scaling(own, rope_factors, theta, d_head),
+        "tie_word_embeddings": "output.weight" not in tensors,
+        "vocab_size": own.get("vocab_size", len(tokens) if tokens else None),
+        "torch_dtype": dtype,
+        **special_ids(fields),
+        **architecture.settings(own, tensors),
+    }
+    return json.dumps(dict(sorted(record.items())), indent=2).encode() + b"\n"
+
+
+def special_ids(fields: dict[str, Any]) -> dict[str, int | None]:
+    """The ids of the special tokens, under their names in config.json."""
+    return {
+        f"{short}_token_id": fields.get(f"tokenizer.ggml.{long}_token_id")
+        for short, long in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"))
+    }
+
+
+def generation_config_json(fields: dict[str, Any]) -> bytes:
+    """generation_config.json with the special tokens, all that a GGUF file knows of it."""
+    known = {name: value for name, value in special_ids(fields).items() if value is not None}
+    return json.dumps({"_from_model_config": True} | known, indent=2).encode() + b"\n"
+
+
+def _refuse_unknown(own: dict[str, Any], architecture: Architecture) -> None:
+    """Raises UserError where a value is missing, or says something that this module would not carry over."""
+    name_of = f"{architecture.name}.{{}}".format
+    missing = [name_of(name) for name in (*SIZES.values(), *sorted(architecture.required)) if name not in own]
+    if missing:
+        raise UserError(f"the GGUF file lacks {', '.join(missing)} in its metadata: convert the model again")
+    known = OPTIONAL | architecture.required | architecture.optional | set(SIZES.values()) | set(NEUTRAL)
+    linear = "rope.scaling.factor" in architecture.optional and own.get("rope.scaling.type") == "linear"
+    for name, value in own.items():
+        neutral = name not in NEUTRAL or value == NEUTRAL[name] or (name == "rope.scaling.type" and linear)
+        if name not in known or not neutral:
+            raise UserError(
+                f"the GGUF file sets {name_of(name)} to {value}, which is not carried over to Hugging Face's "
+                f"{architecture.model}: {INSTEAD}"
+            )
+        if isinstance(value, list):
+            raise UserError(f"the GGUF file sets {name_of(name)} per layer; expected one value for all: {INSTEAD}")
+
+
+def _rope_scaling(own: dict[str, Any], factors: np.ndarray | None, theta: float, d_head: int) -> dict[str, Any] | None:
+    if factors is not None:
+        return _llama3_scaling(factors, theta, d_head)
+    # As llama.cpp (src/llama-model.cpp): a factor without a type is linear, and a type without a factor, or with 0, is nothing.
+    factor = own.get("rope.scaling.factor")
+    if factor and own.get("rope.scaling.type", "linear") == "linear":
+        return {"rope_type": "linear", "factor": factor}
+    return None
+
+
+def _llama3_scaling(factors: np.ndarray, theta: float, d_head: int) -> dict[str, Any]:
+    """The llama3 rope scaling that gives these factors, for the constants that every published Llama 3.x has.
+
+    The file holds only the result, one factor a frequency (1 for short wavelengths, the scaling factor for long ones, a
+    blend between), so a guess is computed forward and must agree to float32 rounding.
+
+    Raises:
+      UserError: it does not agree.
+    """
+    scaling = {
+        "rope_type": "llama3",
+        "factor": float(np.max(factors)),
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+    turns = 8192 * theta ** (-np.arange(0, d_head, 2, dtype=np.float64) / d_head) / (2 * math.pi)
+    blend = np.clip((turns - 1.0) / (4.0 - 1.0), 0.0, 1.0)
+    expected = 1 / ((1 - blend) / scaling["factor"] + blend)
+    if factors.shape != expected.shape or not np.allclose(factors, expected, rtol=1e-5):
+        raise UserError(
+            "the GGUF file scales its rotary frequencies (rope_freqs.weight) in another way than Llama 3.x "
+            f"does, and the parameters can't be told from it: {INSTEAD}"
+        )
+    return scaling

@@ -1,0 +1,71 @@
+"""Models on the Hugging Face hub: downloaded once into the hub's own cache, then read as a folder."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from optima_tpu.errors import UserError, one_line
+
+WANTED = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "NOTICE*"]
+# Subfolders hold other formats of the same model; only the chat templates in one belong to it.
+# consolidated* is a second copy in Mistral's own layout.
+UNWANTED = [*(f"*/{pattern}" for pattern in WANTED if pattern != "*.jinja"), "consolidated*"]
+
+
+def is_hub_id(spec: str) -> bool:
+    """Whether a text has the form org/name or org/name@revision, and not that of a path."""
+    return bool(re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?", spec)) and not spec.endswith(
+        (".gguf", ".safetensors", ".bin")
+    )
+
+
+def download(spec: str, wanted: Sequence[str] = WANTED) -> Path:
+    """The local folder of a hub model ``org/name`` or ``org/name@revision``, downloaded where it isn't yet.
+
+    Args:
+      wanted: patterns of the files; by default all that a run needs.
+
+    Raises:
+      UserError: the model is gated or does not exist, or the hub can't be reached and the cache lacks the model.
+    """
+    name, _, revision = spec.partition("@")
+    try:
+        return Path(snapshot_download(name, revision=revision or None, allow_patterns=list(wanted), ignore_patterns=UNWANTED))
+    except GatedRepoError as error:  # a subclass of RepositoryNotFoundError: first
+        raise UserError(
+            f"{name} is gated: accept its licence on https://huggingface.co/{name}, then log in here with `hf auth login`"
+        ) from error
+    except RevisionNotFoundError as error:
+        raise UserError(f"{name} has no revision {revision!r} on the hub: give a branch, tag or commit") from error
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        raise UserError(
+            f"there is no folder {spec} here and no public model {name} on the hub: check the spelling; "
+            "for a private model log in with `hf auth login`"
+        ) from error
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError, TimeoutError) as error:
+        raise UserError(_unreachable(name)) from error
+    except HfHubHTTPError as error:
+        raise UserError(f"the hub refused {name}: {one_line(error)}") from error
+    except Exception as error:  # a full or forbidden cache, or the HTTP library's own, which has another name in every version
+        raise UserError(
+            f"{name} could not be downloaded ({one_line(error)}): what has arrived is kept, and the same command "
+            "goes on; HF_HOME is the folder of the cache"
+        ) from error
+
+
+def _unreachable(name: str) -> str:
+    return (
+        f"there is no folder {name} here, the hub can't be reached and its cache does not hold {name}: download it "
+        f"elsewhere with `hf download {name} --local-dir DIR` and give DIR"
+    )

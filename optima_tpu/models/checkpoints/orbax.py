@@ -1,0 +1,277 @@
+"""The checkpoint of a finished run, and all that is said to Orbax.
+
+    RUN/checkpoint/             one Orbax checkpoint of the whole pruned model; in a bucket, of what is not in the journal's
+
+It appears under its name in one step, after its contents are on the disk. No other module imports Orbax. Orbax writes a tree part
+by part only where folders can be renamed. In a bucket the journal's checkpoints, one of each block, stay parts of the whole, and
+the custom metadata of RUN/checkpoint names them.
+"""
+
+import logging
+import re
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax import Array
+from jax.sharding import Mesh, NamedSharding
+from orbax.checkpoint import v1 as ocp
+
+from optima_tpu.errors import UserError
+from optima_tpu.report.run_record import read_run
+from optima_tpu.runtime.buckets import as_path, in_bucket
+from optima_tpu.runtime.files import begin, commit, complete, split_by_size, staged, writing
+from optima_tpu.runtime.mesh import spread
+from optima_tpu.runtime.processes import first_only, from_first
+
+CHECKPOINT = "checkpoint"
+_PARTS = "parts"
+_UNTOUCHED_AT_ONCE = 1 << 30
+"""Bytes of unpruned tensors that are read before they are written."""
+_BLOCK = re.compile(r"(.*?\.\d+)\.")
+"""The beginning of the name of a block's tensor, up to the block's number."""
+
+
+def quiet_orbax() -> None:
+    """Keeps the messages of Orbax and gcsfs off the terminal, for the command line to call. What fails is raised all the same."""
+    for logger in ("absl", "gcsfs"):
+        logging.getLogger(logger).setLevel(logging.CRITICAL)
+    # Orbax gives up at the first array it cannot write and raises for that one. The others' failures are then either
+    # errors that nobody asks for, which asyncio logs, or answers that find Orbax's event loop gone.
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    report = sys.unraisablehook
+    sys.unraisablehook = lambda event: None if str(event.exc_value) == "Event loop is closed" else report(event)
+
+
+def save_tree(path: Path, tree: Mapping[str, Any], metadata: Mapping[str, Any]) -> None:
+    """Writes a checkpoint of arrays on the host or on the mesh. Every process calls it and writes what its devices hold."""
+    ocp.save(path, tree, custom_metadata=dict(metadata))
+
+
+def read_metadata(path: Path):
+    """Orbax's record of a checkpoint: ``metadata``, the tree of shapes and dtypes, and ``custom_metadata``.
+
+    Raises:
+      UserError: it is damaged.
+    """
+    with _by_itself():
+        found = ocp.metadata(path)
+    if found.metadata is None:  # what Orbax says of files that it does not understand
+        raise UserError(
+            f"{path} is damaged: expected a checkpoint of arrays, found none; remove it and repeat the run's "
+            "command, which makes it again"
+        )
+    return found
+
+
+def load_group(path: Path, group: str, wanted: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Reads arrays of one group of a checkpoint onto the host, in this process alone.
+
+    Args:
+      wanted: name -> something with the shape and dtype of the array.
+    """
+    # A numpy target gives a host array; without one, Orbax asks for the devices that the array was saved from.
+    target = {name: np.empty(like.shape, like.dtype) for name, like in wanted.items()}
+    if not target:
+        return {}
+    with _by_itself():
+        return ocp.load(path, {group: target})[group]
+
+
+def _by_itself() -> ocp.Context:
+    """Reading that does not wait for the other processes."""
+    context = ocp.Context()
+    context.pytree.loading.partial_load = True
+    if jax.process_count() > 1:
+        context.multiprocessing.primary_host = jax.process_index()
+        context.multiprocessing.active_processes = {jax.process_index()}
+    return context
+
+
+def write_checkpoint(journal, source, mesh: Mesh, sparsity: Sequence[float | None] | None = None) -> None:
+    """Writes RUN/checkpoint: the finished blocks, and every other tensor as the source has it.
+
+    One block is in memory at a time; in a bucket, what belongs to no block. A checkpoint that is already there is complete and is
+    left alone. Every process calls it; each writes a share of every tensor.
+
+    Args:
+      journal: the ``Journal`` of the run, with every block of the model.
+      source: the ``TensorSource`` that was pruned.
+      mesh: whose devices the arrays pass.
+      sparsity: of every block, where they differ; None for a block whose layers all have rules.
+
+    Raises:
+      UserError: the disk is full or not writable. The finished blocks are intact.
+    """
+    final = journal.directory / CHECKPOINT
+    if from_first(lambda: complete(final)):
+        return
+
+    def on_mesh(arrays: Mapping[str, np.ndarray]) -> dict[str, Array | np.ndarray]:
+        def place(array):
+            if jax.dtypes.canonicalize_dtype(array.dtype) != array.dtype:  # 64 bits, which jax would halve
+                return array
+            sharding = NamedSharding(mesh, spread(mesh, array.shape))
+            return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+        return {name: place(array) for name, array in arrays.items()}
+
+    with writing(final, "all finished blocks are intact; make room and repeat the command"):
+        first_only(lambda: begin(final))
+        reports = [journal.report(index) for index in sorted(journal.finished)]
+        metadata = {"run": read_run(journal.directory) | {"blocks": reports, "sparsity": sparsity}}
+        (_write_rest if in_bucket(final) else _write_whole)(staged(final), journal, source, on_mesh, metadata)
+
+        def finish():
+            if set(_leaves(_read(staged(final))[1], "weights")) != set(source.names()):
+                raise RuntimeError(f"{staged(final)} does not hold the tensors of the source")
+            commit(staged(final), final)
+
+        first_only(finish)
+
+
+def _write_whole(path: Path, journal, source, on_mesh, metadata: Mapping[str, Any]) -> None:
+    names = set(source.names())
+    for index in sorted(journal.finished):
+        weights, masks = journal.weights(index), journal.masks(index)
+        for name, array in weights.items():
+            if name not in names or (array.shape, array.dtype) != (source.shape(name), source.dtype(name)):
+                raise ValueError(f"block {index}: the source has no {name} {array.shape} {array.dtype}")
+        # To Orbax an empty group is a leaf, under which it refuses to put the arrays of later blocks.
+        if tree := {key: on_mesh(group) for key, group in (("weights", weights), ("masks", masks)) if group}:
+            ocp.partial.save(path, tree)
+        names.difference_update(weights)
+    for group in split_by_size(source, sorted(names), _UNTOUCHED_AT_ONCE).filename_to_tensors.values():
+        ocp.partial.save(path, {"weights": on_mesh({name: np.asarray(source.read(name)) for name in group})})
+    ocp.partial.save(path, {"blocks": np.asarray(len(metadata["run"]["blocks"]))}, custom_metadata=metadata)
+    ocp.partial.finalize(path)
+
+
+def _write_rest(path: Path, journal, source, on_mesh, metadata: Mapping[str, Any]) -> None:
+    entries = [journal.entry(index) for index in sorted(journal.finished)]
+    rest = set(source.names()).difference(*(read_metadata(entry).metadata["weights"] for entry in entries))
+    save_tree(
+        path,
+        {"weights": on_mesh({name: np.asarray(source.read(name)) for name in sorted(rest)})},
+        metadata | {_PARTS: [str(entry.relative_to(journal.directory)) for entry in entries]},
+    )
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[Path, Mapping[str, Any]]]:
+    """The record of the run, and the tree of each Orbax checkpoint that is part of the checkpoint."""
+    metadata = read_metadata(path)
+    trees = {path: metadata.metadata}
+    for part in metadata.custom_metadata.get(_PARTS, ()):
+        trees[path.parent / part] = read_metadata(path.parent / part).metadata
+    return metadata.custom_metadata["run"], trees
+
+
+def _leaves(trees: Mapping[Path, Mapping[str, Any]], group: str) -> dict[str, Any]:
+    return {name: leaf for tree in trees.values() for name, leaf in (tree.get(group) or {}).items()}
+
+
+def checkpointed_blocks(directory: Path) -> list[dict[str, Any]] | None:
+    """The report of every block of RUN/checkpoint; None where it is not there: its own blocks are all that it needs.
+
+    In a bucket those in the journal are parts of it, and a checkpoint without one of them is none.
+    """
+    path = directory / CHECKPOINT
+    if not complete(path):
+        return None
+    record = read_metadata(path).custom_metadata
+    return record["run"]["blocks"] if all(complete(directory / part) for part in record.get(_PARTS, ())) else None
+
+
+class OrbaxTensors:
+    """The tensors in Orbax checkpoints as a ``TensorSource``, read to the host when asked for.
+
+    Args:
+      trees: each checkpoint -> the tree that ``read_metadata`` says is in it: groups "weights" and "masks" by name.
+    """
+
+    def __init__(self, trees: Mapping[Path, Mapping[str, Any]]):
+        self._trees = trees
+        self._found = {group: _leaves(trees, group) for group in ("weights", "masks")}
+        self._held: tuple[tuple[str, str], dict[str, np.ndarray]] = ("", ""), {}
+
+    def names(self) -> tuple[str, ...]:
+        return tuple(sorted(self._found["weights"]))
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._found["weights"][name].shape)
+
+    def dtype(self, name: str) -> np.dtype:
+        return np.dtype(self._found["weights"][name].dtype)
+
+    def read(self, name: str, index=(...,)) -> np.ndarray:
+        """A tensor, cut to ``index`` after the whole of it was read: Orbax reads no less onto the host.
+
+        The tensors of a block are read together, and held until another block's are asked for: a read costs Orbax some 30 ms
+        whatever its size, a forward pass asks for all of a block, and every device of a mesh for its own slice.
+        """
+        return self._with_its_block("weights", name)[index]
+
+    def mask(self, name: str) -> np.ndarray:
+        """The mask of a pruned weight, [d_out, d_in] bool, True where kept; read and held as by :meth:`read`."""
+        return self._with_its_block("masks", name)
+
+    def load(self, names: Iterable[str]) -> dict[str, np.ndarray]:
+        """Several tensors at once, which is faster than one after the other."""
+        return self._load("weights", set(names))
+
+    def pruned(self) -> tuple[str, ...]:
+        """The names of the pruned weights."""
+        return tuple(sorted(self._found["masks"]))
+
+    def masks(self, names: Iterable[str]) -> dict[str, np.ndarray]:
+        """The masks of pruned weights, [d_out, d_in] bool, True where kept."""
+        return self._load("masks", set(names))
+
+    def _with_its_block(self, group: str, name: str) -> np.ndarray:
+        wanted = group, _block_of(name)
+        if self._held[0] != wanted:
+            together = {other for other in self._found[group] if _block_of(other) == _block_of(name)}
+            self._held = wanted, self._load(group, together)
+        return self._held[1][name]
+
+    def _load(self, group: str, names: set[str]) -> dict[str, np.ndarray]:
+        found = {}
+        for path, tree in self._trees.items():
+            found |= load_group(path, group, {name: leaf for name, leaf in _leaves({path: tree}, group).items() if name in names})
+        return found
+
+
+class CheckpointTensors(OrbaxTensors):
+    """The tensors of a finished run, in RUN/checkpoint and its parts.
+
+    Attributes:
+      run: ``{"manifest": ..., "configuration": ..., "blocks": [report of each block], "sparsity": [of each block] or None}``.
+
+    Raises:
+      UserError: the run is not finished.
+    """
+
+    def __init__(self, directory: str | Path):
+        path = as_path(directory).absolute() / CHECKPOINT
+        if not complete(path):
+            read_run(directory)
+            if (path.parent / "report.json").exists():
+                raise UserError(
+                    f"expected a run with its pruned model, got {directory}, which holds the report alone: a sweep "
+                    "removes the models of its finished cells; repeat it with --keep-checkpoints, which makes them "
+                    "again, or of a lost model the run's own command"
+                )
+            raise UserError(
+                f"expected a finished run, got {directory}, which has no checkpoint yet; repeat its command to finish it"
+            )
+        self.run, trees = _read(path)
+        super().__init__(trees)
+
+
+def _block_of(name: str) -> str:
+    """What a tensor shares with those of its block alone; the name itself where it belongs to none."""
+    match = _BLOCK.match(name)
+    return match[1] if match else name

@@ -1,0 +1,190 @@
+"""What a pretrained checkpoint is to the rest of the program, whatever file it comes from."""
+
+import dataclasses
+import hashlib
+import json
+import re
+import tempfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Protocol
+
+import ml_dtypes
+import numpy as np
+from transformers import AutoConfig, PretrainedConfig
+
+from optima_tpu.errors import UserError, one_line, some
+
+DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16)}
+"""The floating dtypes a checkpoint can be read in, by the names that config.json uses."""
+
+Index = tuple[slice | type(...), ...]
+
+
+class TensorSource(Protocol):
+    """The tensors of a checkpoint under their Hugging Face names; only :meth:`read` reads, and nothing is held."""
+
+    def names(self) -> tuple[str, ...]:
+        """All names, sorted."""
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor; linear weights are [d_out, d_in]."""
+
+    def dtype(self, name: str) -> np.dtype:
+        """The dtype that :meth:`read` returns; ``ml_dtypes.bfloat16`` is one of them."""
+
+    def read(self, name: str, index: Index = (...,)) -> np.ndarray:
+        """The part of a tensor that ``index`` (slices and at most one ``...``) selects, as an array of its own."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Pretrained:
+    """An opened checkpoint.
+
+    Attributes:
+      config: as ``transformers.AutoConfig`` reads config.json.
+      tensors: the weights.
+      assets: file name -> bytes of every file but the weights that an exported folder needs: config.json,
+        generation_config.json, tokenizer files, licence. The original bytes, except for the dtype named in config.json
+        where the caller asked for another one; for a GGUF file all of them are made from its metadata.
+      fingerprint: see :func:`fingerprint`.
+      origin: what the user typed.
+    """
+
+    config: PretrainedConfig
+    tensors: TensorSource
+    assets: Mapping[str, bytes]
+    fingerprint: str
+    origin: str
+
+
+def parse_dtype(dtype: str | None) -> np.dtype | None:
+    """The numpy dtype of a name in :data:`DTYPES`; None stays None.
+
+    Raises:
+      UserError: another name.
+    """
+    if dtype is not None and dtype not in DTYPES:
+        raise UserError(f"expected a dtype out of {', '.join(DTYPES)}, got {dtype!r}")
+    return DTYPES[dtype] if dtype else None
+
+
+def whole_slices(index: Index, shape: tuple[int, ...]) -> tuple[slice, ...]:
+    """``index`` with one slice for every axis, without ``...`` and without negative or absent bounds.
+
+    Raises:
+      IndexError: more entries than axes, a negative step, or an entry that is no slice.
+    """
+    if ... in index:
+        at = index.index(...)
+        index = index[:at] + (slice(None),) * (len(shape) - len(index) + 1) + index[at + 1 :]
+    index += (slice(None),) * (len(shape) - len(index))
+    if len(index) != len(shape) or not all(isinstance(entry, slice) and (entry.step or 1) > 0 for entry in index):
+        raise IndexError(f"expected at most {len(shape)} slices with positive steps, got {index}")
+    return tuple(slice(*entry.indices(size)) for entry, size in zip(index, shape, strict=True))
+
+
+def read_config(config: bytes, where: str, dtype: str | None = None) -> tuple[PretrainedConfig, bytes]:
+    """The model configuration in the bytes of a config.json, and the bytes to export.
+
+    Args:
+      config: the file.
+      where: what to call the model in a message.
+      dtype: what the weights are cast to, if they are; a file that says otherwise is written anew with it.
+
+    Raises:
+      UserError: no JSON object, a model type that transformers does not know, no architecture, or quantised weights.
+    """
+    try:
+        record = json.loads(config)
+        key = "dtype" if "dtype" in record else "torch_dtype"
+        if dtype is not None and record.get(key) != dtype:
+            record[key] = dtype
+            config = json.dumps(record, indent=2).encode() + b"\n"
+        with tempfile.TemporaryDirectory() as folder:
+            (Path(folder) / "config.json").write_bytes(config)
+            parsed = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # transformers raises anything from KeyError to its own classes on a broken config
+        raise UserError(
+            f"{where}: config.json is not a model configuration that transformers can read ({one_line(error)})"
+        ) from error
+    if not record.get("architectures"):
+        raise UserError(f'{where}: config.json names no model under "architectures": add it, e.g. ["LlamaForCausalLM"]')
+    if record.get("quantization_config"):
+        method = record["quantization_config"].get("quant_method", "an unnamed method")
+        raise UserError(f"{where}: the weights are quantised ({method}): give the unquantised model")
+    # Again, as transformers does when it builds the model: it puts what stands beside the rope's settings among them.
+    text = parsed.get_text_config()
+    if getattr(text, "rope_parameters", None):  # without any it would warn
+        text.standardize_rope_params()
+    return parsed, config
+
+
+_PIECES, _PIECE = 16, 1 << 16
+
+
+def fingerprint(config: bytes, tensors: TensorSource, files: Iterable[Path]) -> str:
+    """Identifies a checkpoint without reading all of it.
+
+    SHA-256 over the bytes of config.json, the sorted (name, shape, dtype) of all tensors as read, and of every weight
+    file (in order of name) its size and 16 evenly spaced pieces of 64 KiB, the first and the last bytes among them. A
+    change that keeps every size and lies wholly between the pieces is not seen: this guards against mistaking one model
+    for another, not against tampering. The place of the files does not matter.
+    """
+    digest = hashlib.sha256(hashlib.sha256(config).digest())
+    for name in sorted(tensors.names()):
+        digest.update(f"{name} {tensors.shape(name)} {tensors.dtype(name)}\n".encode())
+    for path in sorted(files, key=lambda path: path.name):
+        size = path.stat().st_size
+        digest.update(f"{size}\n".encode())
+        with path.open("rb") as file:
+            for offset in sorted({max(0, size - _PIECE) * piece // (_PIECES - 1) for piece in range(_PIECES)}):
+                file.seek(offset)
+                digest.update(file.read(_PIECE))
+    return digest.hexdigest()
+
+
+IGNORABLE = {
+    r"lm_head\.weight": "a stored copy of a tied head: the model reads its embedding instead",
+    r".*\.rotary_emb\.inv_freq": "a buffer that older checkpoints stored: it follows from the configuration",
+}
+"""Names a checkpoint may hold though the model does not want them, and why."""
+
+
+def check_names(expected: Iterable[str], source: TensorSource, ignored: Mapping[str, str] = {}) -> None:
+    """Compares the tensors a model wants with those a checkpoint holds.
+
+    Args:
+      ignored: what the family adds to :data:`IGNORABLE`: regular expression -> why.
+
+    Raises:
+      UserError: names are missing or unexpected (other than those to be ignored); both are reported together.
+    """
+    expected, present = set(expected), set(source.names())
+    missing = expected - present
+    rules = [*IGNORABLE, *ignored]
+    unexpected = {name for name in present - expected if not any(re.fullmatch(rule, name) for rule in rules)}
+    report = [
+        f"{len(names)} tensors {kind} ({some(names)})"
+        for kind, names in (("missing", missing), ("unexpected", unexpected))
+        if names
+    ]
+    if report:
+        raise UserError(f"the weights don't match the model that config.json describes: {'; '.join(report)}")
+
+
+def check_dtypes(expected: Iterable[str], source: TensorSource) -> None:
+    """Refuses dtypes in which nothing is computed here: pruned weights could not be put back into such a checkpoint.
+
+    Raises:
+      UserError: a tensor that the model wants would be read as something else than float32, bfloat16 or float16.
+    """
+    found: dict[np.dtype, list[str]] = {}
+    for name in expected:
+        found.setdefault(np.dtype(source.dtype(name)), []).append(name)
+    for dtype in found.keys() - set(DTYPES.values()):
+        remedy = "take --dtype float32" if dtype == np.float64 else "give the model as it was before it was quantised"
+        raise UserError(
+            f"{len(found[dtype])} tensors are stored as {dtype} ({some(found[dtype])}), in which nothing is computed "
+            f"here; {remedy}"
+        )

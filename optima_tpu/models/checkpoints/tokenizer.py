@@ -1,0 +1,36 @@
+"""The tokenizer of an opened checkpoint."""
+
+import tempfile
+from pathlib import Path
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from optima_tpu.errors import UserError, one_line
+from optima_tpu.models.checkpoints.source import Pretrained
+
+VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
+
+
+def load_tokenizer(pretrained: Pretrained) -> PreTrainedTokenizerBase:
+    """The tokenizer that the checkpoint's own files describe, as ``transformers.AutoTokenizer`` reads them.
+
+    Raises:
+      UserError: the files hold no vocabulary, or transformers can't read them.
+    """
+    # Without this test transformers would build a tokenizer with an empty vocabulary.
+    if not any(name in pretrained.assets for name in VOCABULARIES):
+        raise UserError(
+            f"{pretrained.origin} has no tokenizer: expected one of {', '.join(VOCABULARIES)} beside the "
+            "weights; copy the tokenizer files of the base model there"
+        )
+    with tempfile.TemporaryDirectory() as folder:
+        for name, content in pretrained.assets.items():
+            path = Path(folder) / name
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(content)
+        try:
+            return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        except Exception as error:  # the tokenizers library raises plain Exception on a damaged file
+            raise UserError(
+                f"the tokenizer of {pretrained.origin} can't be read ({one_line(error)}): download its tokenizer files again"
+            ) from error

@@ -1,0 +1,287 @@
+"""Text that a model writes itself: all of its blocks on the devices at once, a key-value cache, one token of every window a step.
+
+The steps are one compiled program, a scan over tokens around a scan over blocks, so it grows with neither.
+"""
+
+import functools
+import math
+import time
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+from rich.console import Console
+
+from optima_tpu.errors import UserError
+from optima_tpu.models.cache import KeyValueCache
+from optima_tpu.models.decoder import Decoder, Head, forward, head_logits
+from optima_tpu.models.family import Positions
+from optima_tpu.report.progress import Progress
+from optima_tpu.runtime.device_memory import GIB
+from optima_tpu.runtime.mesh import DATA, MODEL, bytes_on_device, padded, place, struct_on
+from optima_tpu.runtime.processes import fetch
+
+_STRETCH = 128
+"""Tokens of every window that one call of the compiled program writes: after each the person hears how far it is."""
+
+_LOGITS = 4  # of a step, on a device: capped, scaled, the random numbers, their sum
+
+
+class Resident(NamedTuple):
+    """A whole model on the mesh.
+
+    Attributes:
+      blocks: the parameters of the blocks, each [blocks, ...].
+      positions: what the blocks know of the places, each [blocks, ...].
+      embedding: what the family's ``embed`` reads, by name.
+      head: what turns the last block's output into logits.
+    """
+
+    blocks: nnx.State
+    positions: Positions
+    embedding: dict[str, Array]
+    head: Head
+
+
+def generate(
+    decoder: Decoder,
+    *,
+    samples: int,
+    length: int,
+    start: int,
+    seed: int,
+    vocabulary: int,
+    temperature: float = 1.0,
+    restart: int | None = None,
+    budget: float = math.inf,
+    progress: Progress | None = None,
+) -> np.ndarray:
+    """Windows of tokens, each drawn from what the model says comes next:
+
+        x[0] = start,    x[t] ~ softmax(logits(x[0], ..., x[t - 1]) / temperature)
+
+    Token ``t`` of window ``i`` is drawn with ``fold_in(fold_in(key(seed), i), t)`` by the Gumbel-max trick. So neither the
+    number of windows nor how many are written at once nor the mesh changes a window, but for the rounding of the logits: where
+    two tokens are tied to a few units in the last place of their sums, another mesh or another batch may draw the other one, and
+    that window goes on differently.
+
+    Args:
+      vocabulary: only ids below it are drawn; an embedding may have rows without a token.
+      restart: the token after which ``start`` comes again instead of a drawn one: the next document of the same window, which
+        still sees what stands before it, as in pretraining on packed documents.
+      budget: bytes that may be used of each device; they say how many windows are written at once.
+      progress: gets a stage, whose steps are some tokens of some windows each.
+
+    Returns:
+      [samples, length] int32, the same in every process.
+
+    Raises:
+      UserError: the model does not fit the devices as a whole; or its logits are not finite.
+    """
+    cache, mesh = cache_structs(decoder, length), decoder.mesh
+    size = windows_at_once(decoder, samples, cache, budget)
+    model = load(decoder, length)
+    program = jax.jit(
+        functools.partial(_write, decoder, min(_STRETCH, length - 1), length, start, restart, vocabulary), donate_argnums=1
+    )
+    windows = np.full((samples, length), start, np.int32)
+    stretches, progress, began = -(-(length - 1) // _STRETCH), progress or Progress(Console(quiet=True)), time.monotonic()
+    progress.stage(
+        f"writing {samples} windows of {length} tokens with the dense model, {min(size, samples)} at once",
+        stretches * -(-samples // size),
+    )
+    # One cache for all batches: what an earlier one left in it is never seen.
+    state = (*_zeros(_of_windows(struct, size, mesh) for struct in cache), None)
+    for first in range(0, samples, size):
+        rows = np.arange(first, first + size)
+        state = (*state[:2], place(mesh, np.full(size, start, np.int32), P(DATA)))
+        for stretch in range(stretches):
+            begin = stretch * _STRETCH
+            state, drawn, finite = program(
+                model, state, place(mesh, rows, P(DATA)), np.int32(begin), np.uint32(seed % 2**32), np.float32(temperature)
+            )
+            drawn, finite = fetch((drawn, finite))
+            if not finite:
+                raise UserError(
+                    "the logits of the dense model hold NaN or infinite values: it overflows in its dtype, or its "
+                    "weights are damaged; try --dtype float32"
+                )
+            there, last = rows < samples, min(begin + _STRETCH, length - 1)
+            windows[rows[there], begin + 1 : last + 1] = drawn[: last - begin, there].T
+            progress.advance()
+    progress.note(f"{windows.size / (time.monotonic() - began):,.0f} tokens a second")
+    return windows
+
+
+def load(decoder: Decoder, length: int) -> Resident:
+    """The whole model on the mesh, for windows of ``length`` tokens. Blocks are read one after the other.
+
+    Raises:
+      UserError: see :meth:`Decoder.blocks`.
+    """
+    config, mesh = decoder.config, decoder.mesh
+    structs = _block_structs(decoder)
+    blocks = dict(zip(structs, _zeros(structs.values())))
+    for index, parameters in enumerate(decoder.blocks(range(config.blocks))):
+        blocks = _put(blocks, np.int32(index), parameters)
+    head = decoder.head()
+    tied = {decoder.family.embedding: head.projection} if config.tied else {}
+    ends = decoder.place_ends({decoder.root + name: P(MODEL, None) for name in _embedding_names(decoder) if name not in tied})
+    embedding = tied | {name.removeprefix(decoder.root): array for name, array in ends.items()}
+    positions = jax.tree.map(lambda array: place(mesh, array, P()), _positions(decoder, length))
+    return Resident(decoder.state(blocks), positions, embedding, head)
+
+
+def step(decoder: Decoder, model: Resident, keys: Array, values: Array, tokens: Array, at: Array) -> tuple[Array, Array, Array]:
+    """One token of every window through the whole model. Traceable.
+
+    Args:
+      keys, values: see :class:`KeyValueCache`.
+      tokens: [windows] int32.
+      at: their place, int32 scalar.
+
+    Returns:
+      (logits of the next token [windows, vocab] float32, keys, values)
+    """
+
+    def block(carry, of_block):
+        hidden, keys, values = carry
+        index, state, positions = of_block
+        cache = KeyValueCache(keys, values, index, at)
+        hidden, _ = forward(decoder.graph, state, hidden, positions.at(at)._replace(cache=cache))
+        return (hidden, cache.keys, cache.values), None
+
+    hidden = decoder.embedded(model.embedding.__getitem__, tokens[:, None], at[None])
+    indices = jnp.arange(decoder.config.blocks)
+    (hidden, keys, values), _ = jax.lax.scan(block, (hidden, keys, values), (indices, model.blocks, model.positions))
+    return head_logits(model.head, hidden)[:, 0], keys, values
+
+
+def draw(logits: Array, keys: Array, temperature: Array | float, vocabulary: int) -> Array:
+    """One token of each row of logits [windows, vocab], with one key each: [windows] int32, below ``vocabulary``."""
+    allowed = jnp.where(jnp.arange(logits.shape[1]) < vocabulary, logits / temperature, -jnp.inf)
+    return jax.vmap(jax.random.categorical)(keys, allowed).astype(jnp.int32)
+
+
+def cache_structs(decoder: Decoder, length: int) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
+    """Keys and values [blocks, 1, heads, length, head_dim] that one window takes, as the family's own attention says."""
+
+    def traced(state, embedding, tokens, positions):
+        cache = KeyValueCache()
+        hidden = decoder.embedded(embedding.__getitem__, tokens, jnp.arange(length))
+        forward(decoder.graph, state, hidden, positions._replace(cache=cache))
+        return cache.keys, cache.values
+
+    block = {name: jax.ShapeDtypeStruct(struct.shape[1:], struct.dtype) for name, struct in _block_structs(decoder).items()}
+    names = {name: decoder.root + name for name in _embedding_names(decoder)}
+    embedding = {
+        name: jax.ShapeDtypeStruct(decoder.end_shapes[whole], decoder.tensors.dtype(whole)) for name, whole in names.items()
+    }
+    tokens = jax.ShapeDtypeStruct((1, length), jnp.int32)
+    found = jax.eval_shape(traced, decoder.state(block), embedding, tokens, decoder.config.positions(0, length))
+    return tuple(jax.ShapeDtypeStruct((decoder.config.blocks, *struct.shape[1:]), struct.dtype) for struct in found)
+
+
+def _write(
+    decoder: Decoder,
+    steps: int,
+    length: int,
+    start: int,
+    restart: int | None,
+    vocabulary: int,
+    model: Resident,
+    state,
+    rows: Array,
+    first: Array,
+    seed: Array,
+    temperature: Array,
+):
+    """The compiled program: ``steps`` more tokens of every window. Returns (state, tokens [steps, windows], all finite)."""
+    keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(seed)))(rows)
+
+    def token(state, at):
+        *cache, before = state
+        logits, *cache = step(decoder, model, *cache, before, at)
+        after = draw(logits, jax.vmap(jax.random.fold_in, (0, None))(keys, at + 1), temperature, vocabulary)
+        if restart is not None:
+            after = jnp.where(before == restart, start, after)
+        return (*cache, after), (after, jnp.isfinite(logits).all())
+
+    # What the last stretch writes behind the window is cut; its places are kept inside, where tables have values.
+    state, (tokens, finite) = jax.lax.scan(token, state, jnp.minimum(first + jnp.arange(steps), length - 2))
+    return state, tokens, finite.all()
+
+
+def windows_at_once(decoder: Decoder, samples: int, cache: Sequence[jax.ShapeDtypeStruct], budget: float) -> int:
+    """How many windows are written at once: as many as fit, in batches as equal as can be.
+
+    Args:
+      cache: from :func:`cache_structs`.
+      budget: see :func:`generate`.
+
+    Raises:
+      UserError: the model and one window on each slice of the data axis do not fit.
+    """
+    mesh, config, length = decoder.mesh, decoder.config, cache[0].shape[3]
+    blocks = [bytes_on_device(each) for each in _block_structs(decoder).values()]
+    dtype = np.dtype(decoder.tensors.dtype(decoder.root + decoder.family.embedding))
+    tables = (2 - config.tied) * bytes_on_device(struct_on(mesh, (config.vocab, config.d_embedding), dtype, P(MODEL, None)))
+    positions = sum(array.nbytes for array in jax.tree.leaves(_positions(decoder, length)))
+    # One block more: while they are read, and while one is worked on.
+    whole = sum(blocks) * (1 + 1 / config.blocks) + tables + positions
+    slices = mesh.shape[DATA]
+    each = sum(bytes_on_device(_of_windows(each, slices, mesh)) for each in cache) + _LOGITS * 4 * config.vocab
+    most = samples if budget == math.inf else int((budget - whole) // each) * slices
+    if most < 1:
+        raise UserError(
+            f"expected a model that fits the devices as a whole to write its own calibration text: it would take "
+            f"{(whole + each) / GIB:.3g} GiB of each, --device_memory leaves {max(budget, 0) / GIB:.3g} GiB. Take a --mesh with "
+            "a larger model axis, a --dtype of fewer bytes, shorter windows, or another --calibration.source (c4, file:PATH)"
+        )
+    return padded(-(-samples // -(-samples // most)), slices)
+
+
+def _embedding_names(decoder: Decoder) -> list[str]:
+    """What the family's ``embed`` reads, by its name behind the root."""
+    return [decoder.family.embedding, *decoder.family.embedding_extras(decoder.config)]
+
+
+def _positions(decoder: Decoder, length: int) -> Positions:
+    found = [decoder.config.positions(index, length) for index in range(decoder.config.blocks)]
+    return jax.tree.map(lambda *arrays: np.stack(arrays), *found)
+
+
+def _block_structs(decoder: Decoder) -> dict[str, jax.ShapeDtypeStruct]:
+    """The parameters of all blocks, each [blocks, ...], on the mesh. Where blocks differ in dtype, in one that holds all."""
+
+    def struct(name: str, shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
+        dtypes = {decoder.tensors.dtype(decoder.prefix(index) + name) for index in range(decoder.config.blocks)}
+        spec = P(None, *decoder.sharding(name))
+        return struct_on(decoder.mesh, (decoder.config.blocks, *shape), jnp.result_type(*dtypes), spec)
+
+    return {name: struct(name, shape) for name, shape in decoder.block_shapes.items()}
+
+
+def _of_windows(struct: jax.ShapeDtypeStruct, windows: int, mesh: Mesh) -> jax.ShapeDtypeStruct:
+    """Keys or values of many windows, where those of one are given: windows split over data, heads over model."""
+    return struct_on(mesh, (struct.shape[0], windows, *struct.shape[2:]), struct.dtype, P(None, DATA, MODEL))
+
+
+def _zeros(structs: Iterable[jax.ShapeDtypeStruct]) -> list[Array]:
+    structs = list(structs)
+    made = jax.jit(
+        lambda: [jnp.zeros(struct.shape, struct.dtype) for struct in structs],
+        out_shardings=[struct.sharding for struct in structs],
+    )
+    return made()
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _put(blocks: dict[str, Array], index: Array, parameters: dict[str, Array]) -> dict[str, Array]:
+    return {name: array.at[index].set(parameters[name].astype(array.dtype)) for name, array in blocks.items()}

@@ -1,0 +1,144 @@
+"""Masks that were made elsewhere. One file a format; what it was taken for is said in ``how``."""
+
+from pathlib import Path
+
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HfHubHTTPError,
+    HFValidationError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from optima_tpu.errors import UserError, one_line
+from optima_tpu.method.problem import Given, ReadGiven
+from optima_tpu.method.selectors import Imported
+from optima_tpu.models.checkpoints import TensorSource, hub, open_model
+from optima_tpu.models.checkpoints.export import MASKS
+from optima_tpu.models.checkpoints.orbax import CheckpointTensors
+from optima_tpu.models.masks.check import check_masks, check_weights
+from optima_tpu.models.masks.npz import MASKLLM, open_npz
+from optima_tpu.models.masks.safetensors_file import open_safetensors
+from optima_tpu.models.masks.source import UNDERSTOOD, MaskSource
+from optima_tpu.models.masks.torch_files import open_torch_file, open_torch_folder
+from optima_tpu.report.run_record import RUN
+
+__all__ = ["MaskSource", "check_masks", "check_weights", "open_given", "open_masks"]
+
+_FILES = {".npz": open_npz, ".safetensors": open_safetensors, ".pt": open_torch_file, ".pth": open_torch_file}
+
+
+def open_masks(spec: str | None) -> MaskSource:
+    """Opens masks; each is read later, when it is asked for.
+
+    Args:
+      spec: a file or folder in one of the formats of ``UNDERSTOOD``, a hub id ``org/name`` (or
+        ``org/name@revision``), or anything else that :func:`optima_tpu.models.checkpoints.open_model` opens. Of a folder or hub
+        model that holds a mask file the mask file is taken, not the zeros.
+
+    Raises:
+      UserError: there is no such thing, or it is none of those formats; the message lists them.
+    """
+    if not spec:
+        raise UserError(f"expected masks to import, got none; give --selector.path: {UNDERSTOOD}")
+    path = Path(spec).expanduser()
+    if path.is_dir():
+        return _open_folder(path, spec)
+    if path.is_file() and path.suffix in _FILES:
+        return _FILES[path.suffix](path, spec)
+    if path.is_file() and path.suffix != ".gguf":
+        raise UserError(f"{spec} is no mask file that is understood; understood are {UNDERSTOOD}")
+    if not path.exists() and not spec.startswith("wheel:"):
+        if path.suffix in _FILES or not hub.is_hub_id(spec):
+            raise UserError(f"expected masks to import, but {spec} does not exist: check the path; understood are {UNDERSTOOD}")
+        if published := _published(spec):
+            return open_npz(published, spec)
+    return _zeros(spec, spec)
+
+
+def open_given(imported: Imported) -> ReadGiven:
+    """What a run takes from elsewhere, each matrix read when it is asked for: masks, and weights where these are wanted.
+
+    Raises:
+      UserError: as :func:`open_masks`, or weights are wanted of something that has none.
+    """
+    masks = open_masks(imported.path)
+    if not imported.weights:
+        return lambda name, shape: Given(masks.read(name, shape))
+    tensors = _open_weights(imported.path)
+
+    def read(name: str, shape: tuple[int, int]) -> Given:
+        if name not in tensors.names():
+            raise UserError(
+                f"{name}: expected its weights in {imported.path}, which has no such tensor; take "
+                "--selector.weights false for its masks alone"
+            )
+        if tuple(tensors.shape(name)) != tuple(shape):
+            raise UserError(
+                f"{name}: expected weights {tuple(shape)}, got {tuple(tensors.shape(name))} in {imported.path}; "
+                "give a pruned model of the same size"
+            )
+        return Given(masks.read(name, shape), tensors.read(name))
+
+    return read
+
+
+def _open_weights(spec: str) -> TensorSource:
+    path = Path(spec).expanduser()
+    if (path / RUN).is_file():
+        return CheckpointTensors(path)
+    if path.is_file() and path.suffix != ".gguf" or path.is_dir() and not (path / "config.json").is_file():
+        raise UserError(
+            f"expected a run directory or a checkpoint where selector.weights is true, got {spec}, which has masks "
+            "alone; take --selector.weights false"
+        )
+    return open_model(spec).tensors
+
+
+def _open_folder(folder: Path, spec: str) -> MaskSource:
+    files = [folder / name for name in (MASKS, MASKLLM) if (folder / name).is_file()]
+    if len(files) > 1:
+        raise UserError(f"{spec} holds {MASKS} and {MASKLLM}: give the path of one of them")
+    if files:
+        return open_npz(files[0], spec)
+    if (folder / RUN).is_file():
+        tensors = CheckpointTensors(folder)
+        return MaskSource(
+            spec, "masks of a run directory", {name: name for name in tensors.pruned()}, lambda name, shape: tensors.mask(name)
+        )
+    if (folder / "config.json").is_file():
+        return _zeros(str(folder), spec)
+    if any(folder.glob("*.pt")):
+        return open_torch_folder(folder, spec)
+    raise UserError(f"{spec} is no folder of masks that is understood; understood are {UNDERSTOOD}")
+
+
+def _zeros(model: str, origin: str) -> MaskSource:
+    """Of every matrix of a checkpoint what is not exactly zero."""
+    tensors = open_model(model).tensors
+    return MaskSource(
+        origin,
+        "zeros of a checkpoint",
+        {name: name for name in tensors.names() if len(tensors.shape(name)) == 2},
+        lambda name, shape: tensors.read(name) != 0,
+        from_zeros=True,
+    )
+
+
+def _published(spec: str) -> Path | None:
+    """The mask file of a hub model, downloaded where it isn't yet; None where there is none."""
+    name, _, revision = spec.partition("@")
+    for file in (MASKS, MASKLLM):
+        try:
+            return Path(hf_hub_download(name, file, revision=revision or None))
+        except EntryNotFoundError:
+            continue  # without a connection this says that the cache lacks it
+        except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError):
+            return None  # open_model asks for the same, and says what to do
+        except HfHubHTTPError as error:
+            raise UserError(
+                f"the hub refused {file} of {name} ({one_line(error)}): try again, or download it with "
+                f"`hf download {name} {file}` elsewhere and give the file"
+            ) from error
+    return None

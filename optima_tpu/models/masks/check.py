@@ -1,0 +1,140 @@
+"""Whether imported masks are what a run asks for."""
+
+import hashlib
+from collections.abc import Mapping
+
+import numpy as np
+
+from optima_tpu.errors import UserError, some
+from optima_tpu.method.patterns import NM, Pattern, Unstructured
+from optima_tpu.method.problem import ReadGiven
+from optima_tpu.models.checkpoints import TensorSource
+from optima_tpu.models.masks.source import MaskSource
+
+_TOLERANCE = 0.01
+"""By how much the sparsity of a layer may miss an unstructured pattern: published SparseGPT prunes one weight more in
+every block, and codes round the count differently."""
+
+_FLIPPED = 0.9
+"""A mask is flipped if its kept weights have less than this share of the dropped ones' mean magnitude. Wanda's kept
+weights have at least 2.6 times it in every layer of SmolLM2-135M, random masks the same but for chance."""
+
+
+def check_masks(
+    source: MaskSource, shapes: Mapping[str, tuple[int, int]], patterns: Mapping[str, Pattern], weights: TensorSource
+) -> str:
+    """Reads every mask once, one at a time, and compares it with the model and the pattern.
+
+    An N:M group keeps exactly N; of a checkpoint's zeros also fewer, since a kept weight may be zero. Unstructured
+    sparsity is compared over the layer, whatever the pattern's comparison group, with a tolerance of one percentage
+    point. Where the inverse of a mask fits the pattern as well (half of the weights), the magnitudes decide.
+
+    A file with masks for other layers is refused, since they would have no effect. Of a checkpoint, which has every
+    layer, only the pruned ones are looked at.
+
+    Args:
+      source: from ``open_masks``.
+      shapes: name of each weight to prune -> [d_out, d_in].
+      patterns: the same names -> what may stay.
+      weights: the dense model.
+
+    Returns:
+      SHA-256 over names, shapes and packed masks, in order of name: the same masks have the same digest in any file.
+
+    Raises:
+      UserError: a mask is missing, belongs to no pruned layer, has another shape, violates its pattern or is flipped.
+        The message names the tensor.
+    """
+    _check_names(source, shapes)
+    digest = hashlib.sha256()
+    for name in sorted(shapes):
+        keep = source.read(name, shapes[name])
+        _check_mask(keep, name, patterns[name], source, weights)
+        digest.update(f"{name} {tuple(keep.shape)}\n".encode() + np.packbits(keep).tobytes())
+    return digest.hexdigest()
+
+
+def check_weights(read: ReadGiven, shapes: Mapping[str, tuple[int, int]]) -> str:
+    """Reads the weights that come with masks once, one matrix at a time.
+
+    Returns:
+      SHA-256 over names and weights in float32, zero where they are pruned.
+
+    Raises:
+      UserError: one is missing, has another shape or is not finite. The message names the tensor.
+    """
+    digest = hashlib.sha256()
+    for name in sorted(shapes):
+        keep, weight = read(name, shapes[name])
+        weight = np.where(keep, weight.astype(np.float32), 0)
+        if not np.isfinite(weight).all():
+            raise UserError(
+                f"{name}: expected finite weights where selector.weights is true, got "
+                f"{weight[~np.isfinite(weight)][0]}; take another pruned model, or --selector.weights false for its "
+                "masks alone"
+            )
+        digest.update(name.encode() + weight.tobytes())
+    return digest.hexdigest()
+
+
+def _check_names(source: MaskSource, shapes: Mapping[str, tuple[int, int]]) -> None:
+    held, wanted = set(source.names()), set(shapes)
+    report = []
+    if missing := wanted - held:
+        report.append(f"no mask for {len(missing)} pruned layers ({some(missing)}); it holds {some(held)}")
+    if (unexpected := held - wanted) and not source.from_zeros:
+        report.append(
+            f"masks for {len(unexpected)} layers that are not pruned ({some(unexpected)}): "
+            "prune them too, or take them out of the file"
+        )
+    if report:
+        raise UserError(f"{_called(source)} does not fit the layers to prune: {'; '.join(report)}")
+
+
+def _check_mask(keep: np.ndarray, name: str, pattern: Pattern, source: MaskSource, weights: TensorSource) -> None:
+    try:
+        violation, inverse_fits = _violation(keep, pattern, source.from_zeros), not _violation(~keep, pattern)
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from error
+    if violation and inverse_fits and not source.from_zeros:
+        raise UserError(
+            f"{name}: the mask looks flipped, its inverse fits the pattern ({violation}): "
+            f"write {_called(source)} again with 1 where a weight is kept"
+        )
+    if violation:
+        raise UserError(f"{name}: {violation} in {_called(source)}; give other masks, or choose their pattern")
+    if inverse_fits and not source.from_zeros:
+        size = np.abs(weights.read(name).astype(np.float32))
+        # Products of BLAS: several times as fast as numpy's means of a part, and exact enough for this comparison.
+        kept, dropped = (np.vdot(size, chosen.astype(np.float32)) / chosen.sum() for chosen in (keep, ~keep))
+        if kept < _FLIPPED * dropped:
+            raise UserError(
+                f"{name}: the mask looks flipped: keeps the smaller weights (mean magnitude {kept:.3g}, "
+                f"pruned {dropped:.3g}); write {_called(source)} again with 1 where one is kept"
+            )
+
+
+def _violation(keep: np.ndarray, pattern: Pattern, or_fewer: bool = False) -> str | None:
+    """What in a mask [d_out, d_in] is not as the pattern says; None if nothing is."""
+    match pattern:
+        case NM(n, m):
+            pattern.pruned_count(keep.shape)  # raises where M does not divide d_in
+            counts = np.einsum("rgm->rg", keep.reshape(len(keep), -1, m).view(np.uint8), dtype=np.int32)
+            wrong = counts > n if or_fewer else counts != n
+            if not wrong.any():
+                return None
+            row, group = np.unravel_index(np.argmax(wrong), wrong.shape)
+            return (
+                f"expected {n} kept of every {m}, got {counts[row, group]} in row {row}, group {group} (inputs "
+                f"{group * m} to {group * m + m - 1}), and {int(wrong.sum())} such groups in all"
+            )
+        case Unstructured(sparsity):
+            found = 1 - np.count_nonzero(keep) / keep.size
+            fewest = pattern.pruned_count(keep.shape) / keep.size  # rounded down in every group
+            if fewest - _TOLERANCE <= found <= sparsity + _TOLERANCE:
+                return None
+            return f"expected {sparsity:.2%} of the weights pruned, got {found:.2%}"
+
+
+def _called(source: MaskSource) -> str:
+    return f"{source.origin} ({source.how})"

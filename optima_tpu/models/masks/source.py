@@ -1,0 +1,90 @@
+"""What imported masks are to the rest of the program, whatever file they come from."""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
+
+import numpy as np
+
+from optima_tpu.errors import UserError
+
+UNDERSTOOD = (
+    "a MaskLLM npz, an npz or safetensors file of 0/1 matrices, pruning_masks.npz or the folder it is in, "
+    "a run directory, ProxSparse's folder of .pt files, one .pt file of a dictionary of masks, or a pruned "
+    "checkpoint (folder, .gguf file or hub id)"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class MaskSource:
+    """The masks of pruned weights; only :meth:`read` reads, and nothing is held.
+
+    Attributes:
+      origin: what the user typed.
+      how: what it was taken for, such as "MaskLLM npz".
+      keys: name of each weight, "model.layers.0.mlp.up_proj.weight" -> what it is called in the source.
+      load: reads one mask by that name; the shape of the weight is beside it for formats that do not hold it.
+      from_zeros: the masks are the zeros of a checkpoint. It has a tensor for every layer, pruned or not, and a weight
+        that was kept may be zero all the same.
+    """
+
+    origin: str
+    how: str
+    keys: Mapping[str, str]
+    load: Callable[[str, tuple[int, int]], np.ndarray]
+    from_zeros: bool = False
+
+    def names(self) -> tuple[str, ...]:
+        """The names of the weights, sorted."""
+        return tuple(sorted(self.keys))
+
+    def read(self, name: str, shape: tuple[int, int]) -> np.ndarray:
+        """One mask, [d_out, d_in] bool, True where the weight is kept.
+
+        Args:
+          shape: of the weight. Packed masks may not hold it, the others are compared with it.
+
+        Raises:
+          UserError: the mask has another shape or other values than 0 and 1, or its file is damaged.
+        """
+        return checked(self.load(self.keys[name], shape), name, shape, self.origin)
+
+
+def weight_names(keys: Iterable[str], origin: str) -> dict[str, str]:
+    """The name of the weight -> the key in the file, which may end in ".weight", ".mask", both or none of them.
+
+    Raises:
+      UserError: there are no keys, or two stand for one weight.
+    """
+    found: dict[str, str] = {}
+    for key in keys:
+        name = key.removesuffix(".mask").removesuffix(".weight") + ".weight"
+        if name in found:
+            raise UserError(f"{origin} holds two masks for {name}, {found[name]!r} and {key!r}: keep one of them")
+        found[name] = key
+    if not found:
+        raise UserError(f"expected masks in {origin}, it holds none; understood are {UNDERSTOOD}")
+    return found
+
+
+def checked(mask: np.ndarray, name: str, shape: tuple[int, int], origin: str) -> np.ndarray:
+    """An array of the given shape that is bool, or 0 and 1 in any dtype, as bool.
+
+    Raises:
+      UserError: it is something else.
+    """
+    if mask.shape != tuple(shape):
+        hint = " (it looks transposed)" if mask.shape == tuple(shape)[::-1] else ""
+        raise UserError(
+            f"{name}: expected a mask of the weight's shape {tuple(shape)}, got {mask.shape}{hint} in "
+            f"{origin}; give masks made for this model"
+        )
+    if mask.dtype == bool:
+        return mask
+    keep = mask == 1
+    other = ~keep & (mask != 0)
+    if other.any():
+        raise UserError(
+            f"{name}: expected a mask of 0 and 1, {origin} holds {mask[other][0]}; "
+            "to take the zeros of a pruned model, give its folder"
+        )
+    return keep

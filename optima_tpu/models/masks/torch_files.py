@@ -1,0 +1,86 @@
+"""Masks that torch.save wrote. The format is torch's own, so torch reads it, imported no earlier than that."""
+
+import pickle
+import zipfile
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from optima_tpu.errors import UserError, one_line
+from optima_tpu.models.masks.source import UNDERSTOOD, MaskSource, weight_names
+
+
+def open_torch_folder(folder: Path, origin: str) -> MaskSource:
+    """ProxSparse's layout (amazon-science/ProxSparse, end-to-end/mask_op.py): "<parameter>.pt" holds [d_out, d_in] of
+    0 and 1 in the dtype of the weight; 1 means kept.
+
+    Raises:
+      UserError: torch is not installed.
+    """
+    _torch(folder)
+
+    def load(key: str, shape: tuple[int, int]) -> np.ndarray:
+        path = folder / (key + ".pt")
+        return _matrix(_load(path), key, path)
+
+    keys = weight_names((path.stem for path in sorted(folder.glob("*.pt"))), origin)
+    return MaskSource(origin, "ProxSparse .pt files", keys, load)
+
+
+def open_torch_file(path: Path, origin: str) -> MaskSource:
+    """Opens {"<parameter>": [d_out, d_in] of 0 and 1}, mapped into memory and not read; 1 means kept. MaskLLM's masks before they
+    are packed, and ProxSparse's when merged for the code of OPTIMA's paper.
+
+    Raises:
+      UserError: torch is not installed, the file is damaged, or it holds something else.
+    """
+    tensors = _load(path)
+    if not isinstance(tensors, dict) or not all(isinstance(key, str) for key in tensors):
+        raise UserError(
+            f"expected a dictionary of masks by the names of their weights in {path}, got "
+            f"{type(tensors).__name__}; understood are {UNDERSTOOD}"
+        )
+    return MaskSource(
+        origin, "PyTorch dictionary of masks", weight_names(tensors, origin), lambda key, shape: _matrix(tensors[key], key, path)
+    )
+
+
+def _torch(path: Path) -> ModuleType:
+    try:
+        import torch
+    except ImportError as error:
+        raise UserError(
+            f"only PyTorch can read {path}: pip install torch, or save the masks elsewhere with "
+            "safetensors.torch.save_file and give that file"
+        ) from error
+    return torch
+
+
+def _load(path: Path) -> Any:
+    torch = _torch(path)
+    if not zipfile.is_zipfile(path):
+        raise UserError(
+            f"expected a file that torch.save wrote, but {path} is damaged or older than PyTorch 1.6: "
+            "get it again, or load and save it once more"
+        )
+    try:
+        # Masks are often saved from a GPU.
+        return torch.load(str(path), map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"{path} is damaged or holds other objects than tensors, which are not loaded since they "
+            "could run code: save the masks alone"
+        ) from error
+    except (RuntimeError, ValueError, KeyError, EOFError, OSError) as error:
+        raise UserError(f"{path} can't be read ({one_line(error)}): get or save it again") from error
+
+
+def _matrix(tensor: Any, name: str, path: Path) -> np.ndarray:
+    torch = _torch(path)
+    if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided or tensor.is_quantized:
+        raise UserError(f"{name}: expected a dense matrix of 0 and 1 in {path}, got {type(tensor).__name__}")
+    tensor = tensor.detach()
+    # numpy has no bfloat16; 0 and 1 survive the cast, and what is neither does not become one of them.
+    return (tensor.float() if tensor.is_floating_point() else tensor).numpy()

@@ -1,0 +1,46 @@
+"""A model that is open: its checkpoint, and its decoder on the mesh."""
+
+from collections.abc import Iterable
+from typing import Literal, NamedTuple
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from optima_tpu.errors import UserError
+from optima_tpu.models.checkpoints import Pretrained
+from optima_tpu.models.decoder import Decoder
+
+
+class Model(NamedTuple):
+    """A checkpoint and its decoder on the mesh. Runs over one model share it, and with it what was compiled."""
+
+    pretrained: Pretrained
+    decoder: Decoder
+
+
+def window_bos(model: Model, tokenizer: PreTrainedTokenizerBase, where: Literal["text", "window"] | None = None) -> int | None:
+    """The BOS token that every window begins with, None where only the tokenizer puts one; see ``config.Evaluation.bos``.
+
+    Raises:
+      UserError: there must be one, and the tokenizer has none.
+    """
+    needed = model.decoder.family.needs_bos
+    if where == "text" or (where is None and not needed):
+        return None
+    if tokenizer.bos_token_id is None:
+        reason = "without which this family does not work" if needed else "for evaluation.bos window"
+        raise UserError(
+            f"expected a tokenizer with a BOS token, {reason}; its tokenizer_config.json names none: add it, or take "
+            "the tokenizer that was published with the model"
+        )
+    return tokenizer.bos_token_id
+
+
+def check_ids(ids: Iterable[np.ndarray], model: Model) -> None:
+    """Raises UserError for tokens that the model has no embedding for."""
+    largest, vocab = max(int(each.max()) for each in ids), model.decoder.config.vocab
+    if largest >= vocab:
+        raise UserError(
+            f"expected token ids below {vocab}, the rows of the model's embedding, got {largest}: tokenizer and "
+            "model do not belong together"
+        )

@@ -1,0 +1,212 @@
+"""What each block is worth to the dense model, and the sparsities that follow from it; see ``allocation``."""
+
+import dataclasses
+import functools
+import json
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from optima_tpu.errors import UserError
+from optima_tpu.evaluate.distance import window_scores
+from optima_tpu.method.allocation import OWL, Measured, Steps, allocate, steps_of
+from optima_tpu.method.layer_rules import LayerRule
+from optima_tpu.method.patterns import Unstructured
+from optima_tpu.method.recipe import Recipe
+from optima_tpu.method.selectors import Wanda
+from optima_tpu.method.solvers import CG
+from optima_tpu.method.statistics import Statistics
+from optima_tpu.models.activations import Activations
+from optima_tpu.models.decoder import Decoder
+from optima_tpu.pipeline.calibrate import accumulate_hessians, linear_groups
+from optima_tpu.pipeline.memory_plan import Pass, block_bytes
+from optima_tpu.pipeline.walk import block_passes, prune_block
+from optima_tpu.runtime.files import read_record, write_bytes, writing
+from optima_tpu.runtime.processes import fetch, first_only, from_first
+
+
+class Allocated(NamedTuple):
+    """Attributes:
+    sparsity: of every block's layers that no rule names; None where there are none.
+    scores: what was measured of every block, None for those; see ``allocation.OWL.wanted`` and ``allocation.Measured.wanted``.
+    """
+
+    sparsity: list[float | None]
+    scores: list[list[float] | None]
+
+    def to_json(self) -> dict[str, Any]:
+        return self._asdict()
+
+    def rules(self, decoder: Decoder, pattern: Unstructured) -> tuple[LayerRule, ...]:
+        """Layer rules that say so, to stand before those that name layers."""
+        return tuple(
+            LayerRule(decoder.prefix(index) + "*", dataclasses.replace(pattern, sparsity=sparsity))
+            for index, sparsity in enumerate(self.sparsity)
+            if sparsity is not None
+        )
+
+
+def allocated(
+    decoder: Decoder,
+    tokens: np.ndarray,
+    recipe: Recipe,
+    allocation: OWL | Measured,
+    samples: int,
+    budget: float = math.inf,
+    advance: Callable[[], None] = lambda: None,
+) -> Allocated:
+    """Measures the blocks of the dense model and allocates the sparsity of ``recipe.pattern`` to them.
+
+    Args:
+      tokens: [samples + held out, length] int32.
+      samples: how many of them calibrate.
+      budget: bytes that may be used of each device.
+      advance: called after every block.
+
+    Raises:
+      UserError: as :func:`allocation_steps`; or an activation is not finite.
+    """
+    steps, sparsity = allocation_steps(decoder, recipe, allocation), recipe.pattern.sparsity
+    free = [_free(decoder, index, recipe) for index in range(decoder.config.blocks)]
+    if isinstance(allocation, OWL):
+        scores = _outliers(decoder, tokens[:samples], recipe, allocation.outlier, free, budget, advance)
+    else:
+        far = steps.most * steps.size
+        trials = tuple(dataclasses.replace(recipe.pattern, sparsity=there) for there in (sparsity - far, sparsity + far))
+        scores = _losses(decoder, tokens, recipe, trials, samples, free, budget, advance)
+    weights = [sum(math.prod(decoder.block_shapes[name + ".weight"]) for name in names) for names in free]
+    found = allocate(allocation, scores, weights, steps)
+    return Allocated(
+        [sparsity + int(count) * steps.size if names else None for count, names in zip(found, free)],
+        [row.tolist() if names else None for row, names in zip(scores, free)],
+    )
+
+
+def read_or_make(path: Path, make: Callable[[], Allocated]) -> Allocated:
+    """What a file holds, or what is made and written there: on all processes the same."""
+    if (known := from_first(lambda: read_record(path))) is not None:
+        return Allocated(**known)
+    if from_first(path.exists):  # finished blocks have what it said, and another one might say otherwise
+        raise UserError(f"{path} is damaged and the run cannot be resumed; choose another --output")
+    found = make()
+
+    def write():
+        with writing(path, "make room and repeat the command"):
+            write_bytes(path, json.dumps(found.to_json(), allow_nan=False).encode())
+
+    first_only(write)
+    return found
+
+
+def allocation_steps(decoder: Decoder, recipe: Recipe, allocation: OWL | Measured) -> Steps:
+    """The sparsities that blocks may have. Raises UserError as ``allocation.steps_of``, or where rules name every layer."""
+    inputs = {
+        decoder.block_shapes[name + ".weight"][1]
+        for index in range(decoder.config.blocks)
+        for name in _free(decoder, index, recipe)
+    }
+    if not inputs:
+        raise UserError(
+            "expected layers that --layers does not name, whose sparsity is to be allocated, got none: take --allocation uniform"
+        )
+    return steps_of(allocation, recipe.pattern.sparsity, inputs)
+
+
+def _free(decoder: Decoder, index: int, recipe: Recipe) -> tuple[str, ...]:
+    """The layers of a block that no rule names."""
+    prefix = decoder.prefix(index)
+    return tuple(name for name in decoder.linears if not any(rule.matches(prefix + name, name) for rule in recipe.layers))
+
+
+def _outliers(
+    decoder: Decoder,
+    tokens: np.ndarray,
+    recipe: Recipe,
+    outlier: float,
+    free: list[tuple[str, ...]],
+    budget: float,
+    advance: Callable[[], None],
+) -> np.ndarray:
+    """Each block's share of outliers among its free layers' weights, [blocks, 1]; 0 where there are none."""
+    hidden, found = decoder.embed(tokens), np.zeros((decoder.config.blocks, 1))
+    for index, parameters in enumerate(decoder.blocks(range(decoder.config.blocks))):
+        mine = {
+            name: jnp.sqrt(jnp.diagonal(statistics.hessian))
+            for part, every in _calibrated(decoder, index, parameters, hidden, recipe, budget)
+            for names, statistics in zip(part.groups, every)
+            for name in names
+            if name in free[index]
+        }
+        if mine:
+            weights = tuple(parameters[name + ".weight"] for name in mine)
+            found[index] = fetch(_outlier_share(weights, tuple(mine.values()), outlier))
+        decoder.apply(index, parameters, hidden)
+        advance()
+    return found
+
+
+def _losses(
+    decoder: Decoder,
+    tokens: np.ndarray,
+    recipe: Recipe,
+    trials: tuple[Unstructured, ...],
+    samples: int,
+    free: list[tuple[str, ...]],
+    budget: float,
+    advance: Callable[[], None],
+) -> np.ndarray:
+    """``KL(dense || pruned)`` per prediction on the held-out sequences with one block pruned alone, [blocks, trials] float64.
+
+    All these models walk side by side, so that every block is read once.
+    """
+    recipes = [Recipe(pattern, Wanda(), CG(), layers=recipe.layers) for pattern in trials]
+    hidden, streams = decoder.embed(tokens), {}
+    for index, parameters in enumerate(decoder.blocks(range(decoder.config.blocks))):
+        for stream in streams.values():
+            decoder.apply(index, parameters, stream)
+        if free[index]:
+            pruned = [parameters] * len(trials)
+            rest = budget - (len(trials) - 1) * block_bytes(decoder, index)  # one pruned block is in the budget of any pass
+            for part, statistics in _calibrated(decoder, index, parameters, hidden.part(0, samples), recipes[0], rest):
+                pruned = [
+                    prune_block(
+                        index, decoder.prefix(index), changed, part.groups, statistics, mine, decoder.mesh, layouts=part.layouts
+                    )[0]
+                    for changed, mine in zip(pruned, recipes)
+                ]
+            for trial, changed in enumerate(pruned):
+                streams[index, trial] = hidden.part(samples, len(tokens)).copy()
+                decoder.apply(index, changed, streams[index, trial])
+        decoder.apply(index, parameters, hidden)
+        advance()
+    head, found = decoder.head(), np.zeros((decoder.config.blocks, len(trials)))
+    dense = hidden.part(samples, len(tokens))
+    for place, stream in streams.items():
+        sums = window_scores((head, head), (dense, stream), tokens, decoder.batch).kl[samples:]
+        found[place] = sums.mean(dtype=np.float64) / (tokens.shape[1] - 1)
+    return found
+
+
+def _calibrated(
+    decoder: Decoder, index: int, parameters: dict[str, Array], hidden: Activations, recipe: Recipe, budget: float
+) -> Iterator[tuple[Pass, tuple[Statistics, ...]]]:
+    """The passes over a block's groups, each with the statistics of their inputs."""
+    recipe = dataclasses.replace(recipe, recapture=False)
+    for part in block_passes(decoder, index, linear_groups(decoder), recipe, budget):
+        yield part, accumulate_hessians(decoder, index, parameters, hidden, part.groups)
+
+
+@functools.partial(jax.jit, static_argnames="outlier")
+def _outlier_share(weights: tuple[Array, ...], norms: tuple[Array, ...], outlier: float) -> Array:
+    """The share of all weights whose ``|w_ij| ||x_j||`` is more than ``outlier`` times the mean of all, float32."""
+    scores = [jnp.abs(weight.astype(jnp.float32)) * norm for weight, norm in zip(weights, norms)]
+    count = sum(score.size for score in scores)
+    mean = sum(jnp.sum(score) for score in scores) / count
+    # Counted matrix by matrix: a block of a large model has more weights than an int32 counts.
+    return sum(jnp.sum(score > outlier * mean, dtype=jnp.int32).astype(jnp.float32) for score in scores) / count

@@ -1,0 +1,62 @@
+"""What a run says of itself before the first long silence."""
+
+import math
+from pathlib import Path
+
+import jax
+from rich.console import Console
+
+from optima_tpu.config.run_config import RunConfig, to_dict, weights_settings
+from optima_tpu.method.allocation import Uniform
+from optima_tpu.method.layer_rules import check_layers
+from optima_tpu.method.targets import DenseTarget
+from optima_tpu.models.decoder import Decoder
+from optima_tpu.models.model import Model
+from optima_tpu.pipeline.inputs import Texts, linear_shapes
+from optima_tpu.pipeline.journal import finished_blocks
+from optima_tpu.report.progress import say
+
+
+def greet(console: Console, config: RunConfig, model: Model, texts: Texts, directory: Path, fitted: str) -> None:
+    """Tells model, recipe, calibration, devices and place of a run, and what is done of it.
+
+    Args:
+      fitted: what is split or done in parts to fit the devices; empty where nothing is.
+    """
+    decoder = model.decoder
+    shapes = {path: shape for path, _, shape in linear_shapes(decoder)}
+    weights = sum(math.prod(shapes[path]) for path in check_layers(config.layers, config.pattern, linear_shapes(decoder)))
+    shape, several = decoder.mesh.shape, "" if jax.process_count() == 1 else f" in {jax.process_count()} processes"
+    lines = [
+        f"model        {model.pretrained.origin}: {decoder.config.blocks} blocks, {weights:,} weights to prune",
+        f"recipe       {recipe_line(config, decoder)}",
+        f"calibration  {', '.join(filter(None, (texts.calibration.how, texts.calibration.cache)))}",
+        f"devices      {decoder.mesh.size} x {jax.devices()[0].device_kind}, mesh {shape['data']}x{shape['model']}{several}",
+        f"run          {directory}",
+    ]
+    if fitted:
+        lines.append(f"solver       {fitted}")
+    if finished := finished_blocks(directory):
+        lines.append(f"resuming     {len(finished)} of {decoder.config.blocks} blocks are done")
+    say(console, "\n".join(lines) + "\n")
+
+
+def recipe_line(config: RunConfig, decoder: Decoder) -> str:
+    """What is done to this model: mask, update and pattern, and of what goes beyond the paper all that acts on its family."""
+    settings, adding = weights_settings(config), bool(decoder.family.residuals)
+    methods = [settings[key] for key in ("selector", "solver") if settings[key]]
+    words = [" + ".join(method["name"] + " weights" * method.get("weights", False) for method in methods), str(config.pattern)]
+    words += [to_dict(config)["layers"]] if config.layers else []
+    if isinstance(config.target, DenseTarget):
+        words.append(f"dense target {config.target.alpha:g}")
+        words += [f"of the residual stream {config.target.gamma:g}"] if config.target.gamma and adding else []
+        words += ["weighed tokens"] if config.target.weigh_tokens and adding else []
+    if config.recapture:
+        words.append("recapture")
+    if config.refine:
+        words.append(f"{config.refine.rounds} rounds of exchanges")
+    if not isinstance(config.allocation, Uniform):
+        words.append(f"{weights_settings(config)['allocation']['name']} allocation")
+    if (candidates := config.tuning.candidates(config.solver, config.target)) > 1:
+        words.append(f"{candidates} candidates for each matrix")
+    return ", ".join(words)

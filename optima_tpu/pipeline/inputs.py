@@ -1,0 +1,175 @@
+"""What a run reads: the model on the mesh, the texts, and the manifest that says whether two runs are the same."""
+
+import functools
+import json
+from typing import Any, NamedTuple
+
+from rich.console import Console
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+from optima_tpu import data
+from optima_tpu.config.flat import flat
+from optima_tpu.config.run_config import RunConfig, weights_settings
+from optima_tpu.data import Tokens, token_digest
+from optima_tpu.data.cache import TokenCache, token_key
+from optima_tpu.errors import UserError
+from optima_tpu.method.layer_rules import check_layers
+from optima_tpu.method.selectors import Imported
+from optima_tpu.models.check import check_checkpoint
+from optima_tpu.models.checkpoints import load_tokenizer, open_model
+from optima_tpu.models.decoder import Decoder
+from optima_tpu.models.masks import check_masks, check_weights, open_given, open_masks
+from optima_tpu.models.model import Model, check_ids, window_bos
+from optima_tpu.pipeline.self_calibration import generated_by, self_calibration
+from optima_tpu.report.run_record import code_version
+from optima_tpu.runtime.mesh import make_mesh
+from optima_tpu.runtime.processes import SharedError, agree, alone, from_first, spread, together
+
+
+class Texts(NamedTuple):
+    """What a model is calibrated on, held-out windows last, and what it is scored on."""
+
+    calibration: Tokens
+    evaluation: Tokens
+
+
+def open_model_on_mesh(config: RunConfig) -> Model:
+    """The model of a run, opened and checked; no weight is read yet.
+
+    Raises:
+      UserError: the model or the mesh is not what it must be.
+    """
+    mesh = make_mesh(config.mesh)
+
+    def open_here() -> Model:
+        pretrained = open_model(config.model, config.dtype)
+        decoder = Decoder.open(pretrained.config, pretrained.tensors, mesh, config.batch)
+        check_checkpoint(decoder)
+        return Model(pretrained, decoder)
+
+    return together(open_here)
+
+
+def read_texts(config: RunConfig, model: Model, console: Console | None = None) -> Texts:
+    """The token windows of a run. Process 0 reads the texts, and the others get the tokens from it.
+
+    Of a calibration text that every process can read, each one reads and tokenises a part. The tokens are the same for any
+    number of processes, and with or without the token cache. Calibration text that the model writes itself is read from the run
+    directory, where an earlier start of the run kept it.
+
+    Args:
+      console: where the progress of writing it is told.
+
+    Raises:
+      UserError: a text can't be read, is too short, or does not fit the model; or both would be the same text; or the model
+        that is to write text does not fit the devices as a whole.
+    """
+    plan = together(lambda: _plan_reading(config, model))
+    draw = functools.partial(data.calibration_tokens, plan.calibration, plan.tokenizer, **plan.draw)
+    score = functools.partial(data.evaluation_tokens, plan.evaluation, plan.tokenizer, **plan.score)
+    kept = TokenCache.of_user().tokens if config.token_cache else lambda key, draw: draw()
+
+    def draw_together() -> Tokens:
+        together(lambda: plan.calibration.documents("calibration"))  # or one would fail where the others wait for it
+        try:
+            return draw(over=spread)
+        except UserError as error:  # all of them have the same documents
+            raise SharedError(str(error)) from error
+
+    def calibration() -> Tokens:
+        if isinstance(plan.calibration, data.SelfGenerated):
+            return self_calibration(config, *model, console)
+        return kept(
+            lambda: token_key(plan.calibration, "calibration", model.pretrained, **plan.draw),
+            draw_together if data.read_by_all(plan.calibration) and not alone() else lambda: from_first(draw),
+        )
+
+    # The evaluation text first: what is wrong with it is found before the model writes for minutes.
+    evaluation = kept(lambda: token_key(plan.evaluation, "evaluation", model.pretrained, **plan.score), lambda: from_first(score))
+    texts = Texts(calibration(), evaluation)
+    together(lambda: check_ids([tokens.ids for tokens in texts], model))
+    return texts
+
+
+class _Reading(NamedTuple):
+    """What is read, and the settings of ``data.calibration_tokens`` and ``data.evaluation_tokens``."""
+
+    calibration: data.Source
+    evaluation: data.Source
+    tokenizer: PreTrainedTokenizerBase
+    draw: dict[str, int | None]
+    score: dict[str, int | None]
+
+
+def refuse_beyond_context(config: RunConfig, model: PreTrainedConfig) -> None:
+    """Raises UserError where windows are longer than the context that a model's config.json names."""
+    limit = getattr(model.get_text_config(), "max_position_embeddings", None)
+    for name in ("calibration", "evaluation"):
+        length = getattr(config, name).length
+        if limit and length and length > limit:
+            raise UserError(f"expected {name}.length of at most {limit}, the model's context, got {length}")
+
+
+def _plan_reading(config: RunConfig, model: Model) -> _Reading:
+    tokenizer = load_tokenizer(model.pretrained)
+    source = data.parse_source(config.calibration.source)
+    other = data.parse_source(config.evaluation.source or config.calibration.source)
+    data.refuse_overlap(source, other)
+    text = config.calibration
+    length = config.evaluation.length or text.length
+    refuse_beyond_context(config, model.pretrained.config)
+    return _Reading(
+        source,
+        other,
+        tokenizer,
+        dict(samples=text.samples, length=text.length, seed=text.seed, held_out=text.held_out, bos=window_bos(model, tokenizer)),
+        dict(length=length, windows=config.evaluation.windows, bos=window_bos(model, tokenizer, config.evaluation.bos)),
+    )
+
+
+def manifest_of(config: RunConfig, model: Model, texts: Texts) -> dict[str, Any]:
+    """What decides the pruned weights and the layers' errors: two runs with one manifest give one result.
+
+    Reads and checks the masks of a run whose masks come from elsewhere.
+
+    Raises:
+      UserError: pattern, layer rules or masks do not fit the model, or another process has another manifest.
+    """
+    manifest = together(lambda: _manifest(config, model, texts))
+    agree("run", flat(manifest))
+    return manifest
+
+
+def _manifest(config: RunConfig, model: Model, texts: Texts) -> dict[str, Any]:
+    patterns = check_layers(config.layers, config.pattern, linear_shapes(model.decoder))
+    samples, ids = config.calibration.samples, texts.calibration.ids
+    manifest = {
+        "model": model.pretrained.fingerprint,
+        "recipe": weights_settings(config),
+        "calibration": token_digest(ids[:samples]),
+        "held_out": token_digest(ids[samples:]),
+        "code": code_version(),
+        **generated_by(config),
+    }
+    if isinstance(config.selector, Imported):
+        shapes = {path: shape for path, _, shape in linear_shapes(model.decoder)}
+        pruned = {path + ".weight": shapes[path] for path in patterns}
+        manifest["masks"] = check_masks(
+            open_masks(config.selector.path),
+            pruned,
+            {path + ".weight": pattern for path, pattern in patterns.items()},
+            model.pretrained.tensors,
+        )
+        if config.selector.weights:
+            manifest["weights"] = check_weights(open_given(config.selector), pruned)
+        del manifest["recipe"]["selector"]["path"]  # it is the masks that decide, wherever they lie
+    return json.loads(json.dumps(manifest))  # as a file holds it, without tuples
+
+
+def linear_shapes(decoder: Decoder) -> list[tuple[str, str, tuple[int, int]]]:
+    """(whole path, path inside the block, [d_out, d_in]) of every linear layer of the blocks."""
+    return [
+        (decoder.prefix(index) + name, name, decoder.block_shapes[name + ".weight"])
+        for index in range(decoder.config.blocks)
+        for name in decoder.linears
+    ]

@@ -1,0 +1,333 @@
+"""The finished blocks of a run, each of them safe as soon as it is done.
+
+    RUN/run.json                what a resume must agree with, and the full configuration
+    RUN/assets/                 the source's configuration, tokenizer and licence files, byte for byte
+    RUN/journal/block_0000/     one Orbax checkpoint for each finished block: its weights, masks and report
+    RUN/activations/block_0000/ the hidden states after one of the last blocks, one file of each process; with a dense target
+                                those of the dense model too
+
+Each of these appears under its name in one step, after its contents are on the disk (in a bucket it counts from one step on,
+see ``optima_tpu.runtime.files``), so kill -9 at any moment leaves a directory from which the same command goes on. Each carries the
+SHA-256 of its files (in a bucket the CRC32C that the store has of each): what was damaged since is found when the journal is
+opened, and done again. Hidden states are written before the journal entry of their block, and older ones are removed after it;
+those after the next blocks, or missing and damaged ones, are computed again from the finished blocks. Of many samples they are
+larger than a block, so where blocks take seconds they are not written after each: what is computed again takes less time than
+``STATES_EVERY``.
+
+Saves are synchronous: a block takes a fraction of a second where pruning it takes many, and an asynchronous one would have to
+be waited for before the old hidden states are removed. SIGTERM waits for the end of a save.
+"""
+
+import json
+import math
+import re
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import safetensors
+import safetensors.numpy
+from jax import Array
+from jax.sharding import Mesh
+
+from optima_tpu.errors import UserError
+from optima_tpu.models.activations import Activations, held_rows
+from optima_tpu.models.checkpoints.orbax import OrbaxTensors, load_group, read_metadata, save_tree
+from optima_tpu.report.run_record import ASSETS, RUN, refuse_another, write_run
+from optima_tpu.runtime.buckets import as_path
+from optima_tpu.runtime.files import (
+    LOCK,
+    PARTIAL,
+    begin,
+    commit,
+    digest,
+    files_in,
+    read_here,
+    remove,
+    staged,
+    still_only_program,
+    uninterrupted,
+    write_bytes,
+    writing,
+    written_here,
+)
+from optima_tpu.runtime.processes import everywhere, first_only, from_first, is_first, together
+
+HIDDEN, DENSE = "hidden_states", "dense_states"
+"""Names of the two streams of hidden states: through the pruned blocks, and through the dense ones."""
+
+STATES_EVERY = 60.0
+"""Seconds between two saves of hidden states."""
+
+_JOURNAL, _ACTIVATIONS = "journal", "activations"
+_ENTRY = re.compile(r"block_(\d{4,})")
+_SUMS = "sha256-{}.json"
+
+
+def prepare_directory(directory: str | Path, manifest: Mapping[str, Any]) -> Path:
+    """The directory of a run, made if missing, once it is sure that this run may be kept there. Nothing is written into it.
+
+    Raises:
+      UserError: as :func:`open_journal`.
+    """
+    directory = as_path(directory).absolute()
+    left = (LOCK, LOCK + PARTIAL, RUN + PARTIAL)
+
+    def prepare():
+        with writing(directory, "choose another --output"):
+            if (directory / RUN).exists():
+                refuse_another(directory, manifest)
+            # A run that was killed while it wrote its first file left nothing but its lock and that file's beginning.
+            elif directory.exists() and any(child.name not in left for child in directory.iterdir()):
+                raise UserError(f"{directory} holds files that are not a run of this program; choose another --output")
+            directory.mkdir(parents=True, exist_ok=True)
+
+    first_only(prepare)
+    return directory
+
+
+def open_journal(
+    directory: str | Path,
+    manifest: Mapping[str, Any],
+    assets: Mapping[str, bytes],
+    configuration: Mapping[str, Any] | None = None,
+) -> "Journal":
+    """Starts a run in ``directory``, or goes on with the one that is there. Every process calls it.
+
+    Args:
+      directory: created if missing.
+      manifest: JSON values that decide the result and that a resume must repeat: model fingerprint, recipe, digest of
+        the calibration tokens, code version. Not the mesh.
+      assets: file name -> contents, kept for the export.
+      configuration: JSON values that are recorded beside the manifest and not compared.
+
+    Raises:
+      UserError: the directory holds a run with another manifest (every differing key is named with both values) or
+        something else than a run, or cannot be written, or not every process sees it. Nothing in it was touched.
+    """
+    directory = prepare_directory(directory, manifest)  # again: what opens a journal need not have asked before
+
+    def begin():
+        with writing(directory, "choose another --output"):
+            if not (directory / RUN).exists():
+                write_run(directory, manifest, configuration or {})
+            for name, data in assets.items():
+                path = directory / ASSETS / name
+                if not path.exists():
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    write_bytes(path, data)
+            for folder in (_JOURNAL, _ACTIVATIONS):
+                (directory / folder).mkdir(exist_ok=True)
+
+    def seen():
+        if not (directory / RUN).exists():
+            raise UserError(
+                f"expected the run directory that process 0 made, got no {directory}: give an --output on a file "
+                "system that all hosts share"
+            )
+
+    first_only(begin)
+    together(seen)
+    return Journal(directory)
+
+
+def finished_blocks(directory: str | Path) -> list[int]:
+    """The blocks of a run that were saved, ascending; whether they are still whole is not looked at."""
+    names = {path.name for path in (as_path(directory) / _JOURNAL).glob("block_*")}
+    return sorted(int(match[1]) for name in names if (match := _ENTRY.fullmatch(name)) and name + PARTIAL not in names)
+
+
+class Journal:
+    """The finished blocks of one run. Made by :func:`open_journal`; one program writes it at a time.
+
+    Attributes:
+      directory: of the run.
+      finished: the blocks that are done and whole.
+      damaged: what was found damaged, for the person: {block: reason}. Such a block counts as not finished.
+    """
+
+    def __init__(self, directory: Path):
+        self.directory = directory
+        saved = from_first(lambda: {index: _damage(self.entry(index)) for index in finished_blocks(directory)})
+        self.damaged = {index: reason for index, reason in saved.items() if reason}
+        self.finished = saved.keys() - self.damaged.keys()
+        self._states_saved = -math.inf  # when, by time.monotonic() of the first process
+
+    def save(
+        self,
+        index: int,
+        weights: Mapping[str, Array],
+        masks: Mapping[str, Array],
+        report: Mapping[str, Any],
+        activations: Activations,
+        dense: Activations | None = None,
+    ) -> None:
+        """Makes a block durable. When this returns, the run can be stopped without losing it. Every process calls it.
+
+        The hidden states are written where it is long enough since the last ones were.
+
+        Args:
+          index: the block.
+          weights: HF name -> array in the source's dtype, on the host or sharded over the mesh.
+          masks: HF name of a weight -> [d_out, d_in] bool, True where the weight was kept.
+          report: JSON values.
+          activations: the hidden states after the block, in the model's dtype.
+          dense: those of the dense model, of the same samples, where the run has them.
+
+        Raises:
+          UserError: the disk is full or not writable. The blocks before are intact.
+        """
+        if stray := set(masks) - set(weights):
+            raise ValueError(f"masks without weights: {sorted(stray)}")
+        entry, states = self.entry(index), self._states(index)
+        partial, partial_states = staged(entry), staged(states)
+        remedy = f"the {len(self.finished)} finished blocks are intact; make room and repeat the command"
+
+        due = from_first(lambda: time.monotonic() - self._states_saved >= STATES_EVERY)
+
+        def clear():
+            still_only_program(self.directory)
+            with writing(entry, remedy):
+                for path in (entry, states):
+                    begin(path)
+                    remove(path)  # damaged, or of a block that was not finished
+                if due:
+                    partial_states.mkdir()
+
+        def write_states():
+            with writing(entry, remedy):
+                _write_states(partial_states, activations, dense)
+
+        def finish():
+            with writing(entry, remedy):
+                if due:
+                    commit(partial_states, states)
+                _write_sums(partial)
+                commit(partial, entry)
+
+        with uninterrupted():
+            first_only(clear)
+            if due:
+                together(write_states)
+            with writing(entry, remedy):
+                save_tree(partial, {"weights": dict(weights), "masks": dict(masks)}, {"report": dict(report)})
+            first_only(finish)
+            self.finished.add(index)
+            self.damaged.pop(index, None)
+            if due and is_first():
+                for old in states.parent.iterdir():
+                    if old != states:
+                        remove(old)
+                self._states_saved = time.monotonic()
+
+    def weights(self, index: int) -> dict[str, np.ndarray]:
+        """The pruned weights of a finished block by HF name."""
+        return self._group(index, "weights")
+
+    def masks(self, index: int) -> dict[str, np.ndarray]:
+        """The masks of a finished block by the HF name of the weight, [d_out, d_in] bool, True where kept."""
+        return self._group(index, "masks")
+
+    def tensors(self) -> OrbaxTensors:
+        """The pruned weights of all finished blocks."""
+        return OrbaxTensors({self.entry(index): read_metadata(self.entry(index)).metadata for index in sorted(self.finished)})
+
+    def report(self, index: int) -> dict:
+        """The report of a finished block, as it was saved."""
+        return read_metadata(self.entry(index)).custom_metadata["report"]
+
+    def last_activations(self, mesh: Mesh, before: int, samples: int, name: str = HIDDEN) -> tuple[int, Activations] | None:
+        """The last block before the given one whose hidden states are there and whole, and these; None where there is none."""
+        for index in reversed(range(before)):
+            if (found := self.activations(mesh, index, samples, name)) is not None:
+                return index, found
+        return None
+
+    def activations(self, mesh: Mesh, index: int, samples: int, name: str = HIDDEN) -> Activations | None:
+        """The hidden states after a finished block, those of this process; None where they are not there or not whole.
+
+        Args:
+          mesh: which may be another than the one they were saved from.
+          samples: how many there are.
+          name: ``HIDDEN``, or ``DENSE`` for those of the dense model.
+        """
+        folder = self._states(index)
+        if not from_first(lambda: folder.is_dir() and not _damage(folder)):
+            return None
+        wanted = held_rows(mesh, 0, samples)
+        values, found = None, np.zeros(len(wanted), bool)
+        for path in sorted(folder.glob("*.safetensors")):
+            with read_here(path) as here, safetensors.safe_open(here, framework="np") as file:
+                rows = file.get_tensor("rows")
+                mine = np.isin(rows, wanted)
+                if name in file.keys():  # also where none is mine: a process may hold no sample, but has their shape
+                    states, places = file.get_tensor(name), np.searchsorted(wanted, rows[mine])
+                    values = np.empty((len(wanted), *states.shape[1:]), states.dtype) if values is None else values
+                    values[places], found[places] = states[mine], True
+        return Activations(mesh, 0, samples, values) if everywhere(bool(found.all())) else None
+
+    def _group(self, index: int, group: str) -> dict[str, np.ndarray]:
+        return load_group(self.entry(index), group, read_metadata(self.entry(index)).metadata.get(group) or {})
+
+    def entry(self, index: int) -> Path:
+        """The Orbax checkpoint of a finished block."""
+        return self.directory / _JOURNAL / f"block_{index:04d}"
+
+    def _states(self, index: int) -> Path:
+        return self.directory / _ACTIVATIONS / f"block_{index:04d}"
+
+
+def _write_states(folder: Path, activations: Activations, dense: Activations | None) -> None:
+    """Writes those samples of a process that no earlier process holds, and their checksum."""
+    rows = _owned_rows(activations)
+    if not len(rows) and not is_first():
+        return
+    path = folder / f"part_{jax.process_index():04d}.safetensors"
+    # safetensors writes the buffer as it lies in memory, whatever the strides.
+    streams = {HIDDEN: activations} | ({DENSE: dense} if dense else {})
+    states = {name: np.ascontiguousarray(stream.take(rows)) for name, stream in streams.items()}
+    with written_here(path) as here:
+        safetensors.numpy.save_file(states | {"rows": rows}, here)
+    _write_sums(folder, [path], f"{jax.process_index():04d}")
+
+
+def _owned_rows(activations: Activations) -> np.ndarray:
+    """The samples that this process writes: those of the slices of which it is the first process to have a device."""
+    slices = [
+        index
+        for index, devices in enumerate(activations.mesh.devices)
+        if min(device.process_index for device in devices) == jax.process_index()
+    ]
+    rows = activations.rows
+    return rows[np.isin(rows % len(activations.mesh.devices), slices)]
+
+
+def _write_sums(folder: Path, files: list[Path] | None = None, label: str = "all") -> None:
+    files = list(files_in(folder)) if files is None else files
+    sums = {path.relative_to(folder).as_posix(): digest(path) for path in files}
+    (folder / _SUMS.format(label)).write_text(json.dumps(sums))
+
+
+def _damage(folder: Path) -> str:
+    """What is wrong with a folder that was saved with checksums; empty where nothing is."""
+    records = sorted(folder.glob(_SUMS.format("*")))
+    if not records:
+        return "its checksums are missing"
+    for record in records:
+        try:
+            sums = json.loads(record.read_text())
+            for name, (size, written) in sums.items():
+                path = folder / name
+                if not path.is_file():
+                    return f"{name} is missing"
+                found, checksum = digest(path)
+                if found != size:
+                    return f"{name} has {found} bytes where {size} were written"
+                if checksum != written:
+                    return f"{name} is not what was written"
+        except (OSError, ValueError) as error:
+            return f"{record.name} cannot be read ({error})"
+    return ""

@@ -1,0 +1,162 @@
+"""The programs of a run, compiled for devices that need not be here."""
+
+import re
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from optima_tpu.method.patterns import Pattern
+from optima_tpu.method.problem import Given
+from optima_tpu.method.recipe import Recipe
+from optima_tpu.method.row_sharding import Layout
+from optima_tpu.method.statistics import Drift, Groups, Statistics
+from optima_tpu.method.targets import DenseTarget
+from optima_tpu.models.decoder import Decoder
+from optima_tpu.pipeline.calibrate import ResidualNames, add_batch, add_drift, residual_names
+from optima_tpu.pipeline.plan.hlo import collectives
+from optima_tpu.pipeline.walk import prune_group
+from optima_tpu.report.numbers import number
+from optima_tpu.runtime.mesh import DATA, MODEL, ROWS, bytes_on_device, struct_on
+
+
+class Compiled(NamedTuple):
+    """What the compiler says of a program, on one device.
+
+    Attributes:
+      seconds: that compiling took.
+      memory: bytes that are allocated when it runs: arguments, results and temporaries; None where it was refused.
+      arguments: bytes of it that are the arguments.
+      flops, accessed: FLOPs and bytes as the compiler counts them, which takes the body of a loop once.
+      inside, outside: number of collectives by name, in loops and elsewhere.
+      refused: why the compiler gave up, where it did: the program does not fit into the memory of the chip.
+    """
+
+    seconds: float
+    memory: int | None = None
+    arguments: int = 0
+    flops: float = 0.0
+    accessed: float = 0.0
+    inside: Mapping[str, int] = {}
+    outside: Mapping[str, int] = {}
+    refused: str | None = None
+
+
+def compiled(
+    lower: Callable[[], jax.stages.Lowered],
+    tell: Callable[[str], None] = lambda line: None,
+    options: Mapping[str, Any] | None = None,
+) -> Compiled:
+    """Compiles a program and reads what it needs. That it does not fit into memory is an answer, not an error.
+
+    Args:
+      tell: called with a line on what came out.
+      options: of the compiler.
+    """
+    start = time.monotonic()
+    try:
+        program = lower().compile(options and dict(options))
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        refused = Compiled(time.monotonic() - start, refused=_reason(str(error)))
+        tell(f"  does not fit: {refused.refused}; {refused.seconds:.0f} s")
+        return refused
+    seconds, memory = time.monotonic() - start, program.memory_analysis()
+    cost = program.cost_analysis() or {}
+    inside, outside = collectives(program.as_text())
+    total = (
+        memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        + memory.temp_size_in_bytes
+        + memory.generated_code_size_in_bytes
+        - memory.alias_size_in_bytes
+    )
+    tell(f"  {number(total / 2**30)} GiB, {number(memory.argument_size_in_bytes / 2**30)} of them arguments; {seconds:.0f} s")
+    return Compiled(
+        seconds, total, memory.argument_size_in_bytes, cost.get("flops", 0.0), cost.get("bytes accessed", 0.0), inside, outside
+    )
+
+
+def _reason(message: str) -> str:
+    """The part of the compiler's message that says how much memory was asked for."""
+    found = re.search(r"Used ([\d.]+\w) of ([\d.]+\w) hbm", message) or re.search(
+        r"\(([\d.]+\w)\) exceeds available HBM \(([\d.]+\w)\)", message
+    )
+    return f"needs {found[1]}iB of {found[2]}iB" if found else message.splitlines()[0][:100]
+
+
+def _hessian(decoder: Decoder, size: int) -> jax.ShapeDtypeStruct:
+    return struct_on(decoder.mesh, (size, size), jnp.float32, P(None, MODEL))
+
+
+def _parameter(decoder: Decoder, name: str) -> jax.ShapeDtypeStruct:
+    dtype = decoder.tensors.dtype(decoder.prefix(0) + name)
+    return struct_on(decoder.mesh, decoder.block_shapes[name], dtype, decoder.sharding(name))
+
+
+def lower_calibration(decoder: Decoder, groups: Groups, length: int, samples: int, recipe: Recipe) -> jax.stages.Lowered:
+    """One step over ``samples`` sequences of ``calibrate.accumulate_hessians``, or of ``accumulate_drift`` for a dense target."""
+    parameters = {name: _parameter(decoder, name) for name in decoder.block_shapes}
+    mesh, dtype = decoder.mesh, decoder.tensors.dtype(decoder.root + decoder.family.embedding)
+    size = sequences_at_once(decoder, samples) * mesh.shape[DATA]
+    sums = tuple(
+        Statistics(_hessian(decoder, decoder.block_shapes[names[0] + ".weight"][1]), struct_on(mesh, (), jnp.int32, P()))
+        for names in groups
+    )
+    positions = jax.tree.map(lambda array: struct_on(mesh, array.shape, array.dtype, P()), decoder.config.positions(0, length))
+    state, hidden = decoder.state(parameters), struct_on(mesh, (size, length, decoder.config.d_model), dtype, P(DATA))
+    valid = struct_on(mesh, (size,), jnp.bool_, P(DATA))
+    if isinstance(recipe.target, DenseTarget):
+        residuals = residual_names(decoder, groups, recipe.target)
+        drifts = tuple(
+            Drift(found.hessian, (), _residual_sums(decoder, names, places))
+            for names, places, found in zip(groups, residuals, sums)
+        )
+        sums = sums, drifts, tuple(places.after and struct_on(mesh, (), jnp.float32, P()) for places in residuals)
+        # As the last pass through a block, which takes the dense stream further.
+        return add_drift.lower(
+            decoder.graph, mesh, groups, residuals, True, sums, (state, state), (hidden, hidden), {}, valid, positions
+        )
+    return add_batch.lower(decoder.graph, mesh, groups, sums, state, hidden, valid, positions)
+
+
+def sequences_at_once(decoder: Decoder, samples: int) -> int:
+    """Sequences that a step gives to one slice of the data axis."""
+    return min(decoder.batch, -(-samples // decoder.mesh.shape[DATA]))
+
+
+def lower_pruning(
+    decoder: Decoder, names: tuple[str, ...], patterns: tuple[Pattern, ...], recipe: Recipe, held_out: bool, layout: Layout
+) -> jax.stages.Lowered:
+    """``prune_group`` of the layers ``names`` of a block, as ``prune.prune_block`` calls it."""
+    weights = tuple(_parameter(decoder, name + ".weight") for name in names)
+    hessian = _hessian(decoder, weights[0].shape[1])
+    given = (
+        None if recipe.selector else tuple(Given(struct_on(decoder.mesh, weight.shape, jnp.bool_, ROWS)) for weight in weights)
+    )
+    drift = unseen = None
+    if isinstance(recipe.target, DenseTarget):
+        energy = tuple(struct_on(decoder.mesh, weight.shape[:1], jnp.float32, P()) for weight in weights)
+        residual = _residual_sums(decoder, names, *residual_names(decoder, (names,), recipe.target))
+        drift, unseen = Drift(hessian, (), residual), Drift(hessian, energy, residual) if held_out else None
+    return prune_group.lower(
+        weights, hessian, recipe, decoder.mesh, patterns, given, hessian if held_out else None, layout, drift, unseen
+    )
+
+
+def _residual_sums(decoder: Decoder, names: tuple[str, ...], places: ResidualNames) -> tuple:
+    """``Drift.residual`` of a group."""
+    return tuple(
+        before and struct_on(decoder.mesh, decoder.block_shapes[name + ".weight"], jnp.float32, P(None, MODEL))
+        for name, before in zip(names, places.before)
+    )
+
+
+def resident(decoder: Decoder, groups: Groups, held_out: bool, matrices: int = 1) -> int:
+    """Bytes on a device while a block is pruned: its weights and all its Hessians, with ``matrices`` of each set of tokens."""
+    hessians = [_hessian(decoder, decoder.block_shapes[names[0] + ".weight"][1]) for names in groups]
+    return bytes_on_device(*(_parameter(decoder, name) for name in decoder.block_shapes), *hessians * matrices * (1 + held_out))

@@ -1,0 +1,352 @@
+"""Work, memory and time that can be counted without a compiler.
+
+Solvers stop when their rows have converged, so the products of a layer are an assumption, stated in :data:`ASSUMED`.
+"""
+
+import dataclasses
+import math
+from typing import NamedTuple
+
+import jax
+
+from optima_tpu.config.run_config import RunConfig
+from optima_tpu.errors import UserError
+from optima_tpu.method.allocation import Uniform
+from optima_tpu.method.linalg.smallest import PASSES
+from optima_tpu.method.mask_swaps import FACTORISATIONS, Refining
+from optima_tpu.method.selectors import ADMM, Magnitude, MaskSelector, Wanda
+from optima_tpu.method.solvers import CG, MPAX, Adam, Exact, Solver
+from optima_tpu.models.decoder import run_block
+from optima_tpu.pipeline.journal import STATES_EVERY
+from optima_tpu.pipeline.plan.model import Declared
+from optima_tpu.pipeline.plan.topology import GIB, Target
+from optima_tpu.pipeline.self_calibration import generated_by
+from optima_tpu.runtime.mesh import MODEL
+
+
+@dataclasses.dataclass(frozen=True)
+class Assumed:
+    """What the estimate takes for granted.
+
+    Attributes:
+      cg_products: products of a layer's rows with a [d_in, d_in] matrix until ``CG`` has converged: 12 steps of two, and two
+        more every fourth.
+      mpax_products: the same of ``MPAX``, one a step; most rows of SmolLM2-135M need 73 or 137, the last one 14,473.
+      evaluation_tokens: of the perplexity text, where ``evaluation.windows`` does not say.
+      transfer: bytes/s between a host and its devices.
+      reading: bytes/s of weights from the disk of a host.
+      writing: bytes/s of the run directory, all hosts together.
+      program: bytes of host memory before the first array: Python, jax, transformers, compiled programs.
+    """
+
+    cg_products: int = 35
+    mpax_products: int = 500
+    evaluation_tokens: int = 300_000
+    transfer: float = 8e9
+    reading: float = 1e9
+    writing: float = 0.5e9
+    program: int = GIB
+
+
+ASSUMED = Assumed()
+
+
+class Work(NamedTuple):
+    """What one device does in one call of a program.
+
+    Attributes:
+      narrow: FLOPs of products in the model's dtype.
+      wide: FLOPs of float32 products.
+      factor: FLOPs of factorisations.
+      traffic: bytes of device memory that vector operations read and write, and the matrices of products.
+    """
+
+    narrow: float = 0.0
+    wide: float = 0.0
+    factor: float = 0.0
+    traffic: float = 0.0
+
+    @property
+    def flops(self) -> float:
+        return self.narrow + self.wide + self.factor
+
+    def seconds(self, target: Target) -> float:
+        """One thing after the other: products at the share of the chip's rate that is counted on, then the traffic."""
+        chip = target.chip
+        products = (self.narrow / chip.narrow + self.wide / chip.wide) / target.utilisation
+        return products + self.factor / chip.factor + self.traffic / (chip.bandwidth * target.utilisation)
+
+
+_PASSES_OF_A_MASK = PASSES + 4  # over the scores, see ranking.lowest
+
+
+class SolverCost(NamedTuple):
+    """Products with a [d_in, d_in] matrix for all rows; [rows, d_in] arrays read or written; factorisations."""
+
+    products: float
+    passes: float
+    shared: int = 0  # factorisations of one matrix
+    each_row: int = 0  # and of one matrix a row
+
+
+def solver_cost(solver: Solver | Refining | None) -> SolverCost:
+    """What a solver does with the rows of a layer, if all goes as assumed.
+
+    Raises:
+      UserError: nothing is known of this one.
+    """
+    match solver:
+        case None:
+            return SolverCost(0, 0)
+        case CG():
+            products = min(ASSUMED.cg_products, 3 * solver.max_steps + 5)
+            return SolverCost(products, 7 * products, shared=1)
+        case MPAX():
+            products = min(ASSUMED.mpax_products, solver.iteration_limit)
+            return SolverCost(products, 60 * products)
+        case Adam():
+            products = len(solver.learning_rates) * (solver.steps + 1) + 2
+            return SolverCost(products, 14 * products)
+        case Exact():
+            return SolverCost(6, 20, each_row=1)
+        case Refining():
+            each, solves = solver_cost(solver.solver), solver.swaps.rounds + 1
+            # A round counts its pairs in two arrays, and makes two masks.
+            return SolverCost(
+                solves * (each.products + 1),
+                solves * each.passes + 4 * (solves - 1) * _PASSES_OF_A_MASK,
+                each.shared + FACTORISATIONS,
+                solves * each.each_row,
+            )
+    name = type(solver).__name__
+    raise UserError(f"expected a solver whose cost is known, got {name}: add what it does to plan.estimate.solver_cost")
+
+
+def prune_work(
+    rows: float,
+    d_in: int,
+    solver: Solver | Refining | None,
+    selector: MaskSelector | None,
+    held_out: bool,
+    parts: int = 1,
+    candidates: int = 1,
+    dense: bool = False,
+    panels: bool = False,
+    matrices: int = 1,
+    together: int = 1,
+) -> Work:
+    """Of ``prune_group``, for ``rows`` rows on a device.
+
+    Args:
+      candidates: how often the rows are solved and judged.
+      dense: with a dense target.
+      panels: a matrix that no mesh axis splits is inverted by panels too, as on a TPU; see ``solvers.inverse``.
+      matrices: which the selector takes one by one.
+      parts: into how many the Hessian and the features are split; a device then does a part of that many times the rows.
+      together: so many devices share those panels.
+    """
+    cost = solver_cost(solver)
+    # Beside the solver: the target, and the objective before and after, which are one where there is no solver.
+    change = 2 if solver else 1
+    times = candidates * (cost.products + 1 + change + held_out * (1 + change)) + dense * (1 + held_out)
+    shared, passes = candidates * cost.shared, candidates * (cost.passes + 30) + _PASSES_OF_A_MASK
+    match selector:
+        case None | Wanda() | Magnitude():
+            pass
+        case ADMM():  # the target, and every iteration chooses a mask
+            iterations = selector.levels * selector.iterations
+            times, shared = times + iterations + 1, shared + selector.levels * matrices
+            passes += iterations * (_PASSES_OF_A_MASK + 8)
+        case _:  # a factorisation and a sweep over the columns
+            times, shared = times + 2, shared + matrices
+    factor = candidates * cost.each_row * rows / 3 * d_in**3
+    if parts > 1 or panels:
+        inverse = 6.0 * shared * d_in**3 / max(parts, together)  # see solvers/panels.py
+    else:
+        # Cholesky, a triangular solve with the identity, and a product of triangles. Not counted are the 4/3 d_in^3 that the
+        # inverse with a solver's certificate takes beyond that, see solvers.inverse.
+        factor, inverse = factor + shared * 4 / 3 * d_in**3, 2 / 3 * shared * d_in**3
+    return Work(
+        wide=2.0 * d_in * d_in * times * rows + inverse,
+        factor=factor,
+        traffic=4.0 * (passes * rows * d_in + times * d_in * d_in / parts),
+    )
+
+
+def sequence_flops(model: Declared, length: int) -> float:
+    """FLOPs of one sequence through one block, counted by the compiler before it optimises."""
+    decoder = model.decoder
+    state = decoder.state({name: jax.ShapeDtypeStruct(shape, model.dtype) for name, shape in decoder.block_shapes.items()})
+    hidden = jax.ShapeDtypeStruct((1, length, decoder.config.d_model), model.dtype)
+    lowered = run_block.lower(decoder.graph, state, hidden, decoder.config.positions(0, length))
+    return lowered.cost_analysis()["flops"]
+
+
+def products(model: Declared, flops: float) -> Work:
+    """FLOPs of products in the model's dtype, float32 or a narrower one."""
+    return Work(wide=flops) if model.dtype.itemsize == 4 else Work(narrow=flops)
+
+
+def calibration_work(
+    model: Declared,
+    block: float,
+    sizes: tuple[int, ...],
+    length: int,
+    sequences: float,
+    streams: int = 1,
+    residuals: tuple[int, ...] = (),
+) -> Work:
+    """Of ``calibrate.add_batch`` with so many sequences on each slice of the data axis.
+
+    Args:
+      block: from :func:`sequence_flops`. The model axis shares it. All of it is counted, also where the last input that is needed
+        comes early in the block.
+      sizes: d_in of each distinct input, for its Gram matrix.
+      streams: 2 for ``calibrate.add_drift``.
+      residuals: d_in of each layer for which the drift of the residual stream is accumulated too.
+    """
+    grams = sum(2.0 * length * size * size / _columns(model, size) for size in sizes)
+    drift = sum(2.0 * length * size * model.decoder.config.d_model / _columns(model, size) for size in residuals)
+    return products(model, sequences * (streams * (block / model.decoder.mesh.shape[MODEL] + grams) + drift))
+
+
+def _columns(model: Declared, size: int) -> int:
+    """Into how many parts the columns of a Hessian are split."""
+    axis = model.decoder.mesh.shape[MODEL]
+    return axis if size % axis == 0 else 1
+
+
+def calibration_memory(model: Declared, sizes: tuple[int, ...], length: int, batch: int, streams: int = 1) -> int:
+    """Bytes of ``calibrate.add_batch`` on a device: the block, sums, inputs of all layers and two arrays of attention scores."""
+    decoder, axis, tokens = model.decoder, model.decoder.mesh.shape[MODEL], batch * length
+    sums = sum(4 * size * size // _columns(model, size) for size in sizes)
+    inputs = tokens * model.dtype.itemsize * (4 * decoder.config.d_model + 2 * sum(sizes))
+    scores = 2 * tokens * length * getattr(decoder.config, "heads", 0) * 4
+    return streams * (model.block_bytes() // axis + 2 * sums + inputs) + scores // axis
+
+
+class Storage(NamedTuple):
+    """Bytes, at most: Orbax compresses what it writes.
+
+    Attributes:
+      hidden: hidden states of all calibration sequences.
+      host: memory of one host, by what takes it.
+      disk: of the run directory, by what takes it.
+    """
+
+    hidden: int
+    host: dict[str, int]
+    disk: dict[str, int]
+
+
+def storage(model: Declared, config: RunConfig, hosts: int, pruned: int) -> Storage:
+    """Host memory and disk of a run.
+
+    Args:
+      hosts: that share the hidden states.
+      pruned: weights in the pruned matrices of all blocks, which have a mask.
+    """
+    decoder, text = model.decoder, config.calibration
+    itemsize = model.itemsize(next(iter(decoder.end_shapes)))
+    hidden = (text.samples + text.held_out) * text.length * decoder.config.d_model * itemsize * config.target.matrices
+    block, ends, blocks = model.block_bytes(), model.end_bytes(), decoder.config.blocks
+    masks = pruned // blocks
+    table = max(math.prod(shape) * model.itemsize(name) for name, shape in decoder.end_shapes.items())
+    share = -(-hidden // hosts)
+    # What is written to the journal is copied once more; embedding the tokens needs the whole table.
+    host = {
+        "the program": ASSUMED.program,
+        "hidden states": share,
+        "being saved, or the embedding": max(share + block + masks, table + table // itemsize),
+    }
+    disk = {"journal": blocks * (block + masks), "hidden states": 2 * hidden, "checkpoint": blocks * (block + masks) + ends}
+    if config.export:
+        disk["export for transformers"] = blocks * block + ends + pruned // 8
+    return Storage(hidden, host, disk)
+
+
+def evaluation_tokens(config: RunConfig) -> int:
+    """Tokens of the perplexity text."""
+    length = config.evaluation.length or config.calibration.length
+    return config.evaluation.windows * length if config.evaluation.windows else ASSUMED.evaluation_tokens
+
+
+def run_seconds(
+    model: Declared,
+    config: RunConfig,
+    target: Target,
+    stored: Storage,
+    block: float,
+    calibrating: float,
+    pruning: float,
+    compiling: float | None,
+) -> dict[str, float]:
+    """Seconds of a run, by stage.
+
+    Args:
+      block: from :func:`sequence_flops`, of ``calibration.length`` tokens.
+      calibrating: of all calls of the calibration step.
+      pruning: of all calls of ``prune_group``.
+      compiling: all programs, as it took here; None where nothing was compiled.
+    """
+    decoder, text, blocks = model.decoder, config.calibration, model.decoder.config.blocks
+    weights = blocks * model.block_bytes() + model.end_bytes()
+
+    def forward(tokens: float) -> float:
+        return blocks * products(model, block * tokens / text.length / target.mesh.size).seconds(target)
+
+    tokens, calibrated = evaluation_tokens(config), (text.samples + text.held_out) * text.length
+    head = products(model, 2.0 * tokens * decoder.config.vocab * decoder.config.d_embedding / target.mesh.size).seconds(target)
+    streams = config.target.matrices
+    # Both streams into the calibration, the dense one out of its last pass, the pruned one in and out of the pruned block.
+    moved = (2 + 1 / streams) * stored.hidden + 4 * tokens * stored.hidden / streams / calibrated
+    walk = {
+        "calibration": calibrating,
+        "pruning": pruning,
+        "pruned blocks forward": forward(calibrated),
+        "hidden states to and from the devices": blocks * moved / (ASSUMED.transfer * target.hosts),
+    }
+    saves = min(blocks, 1 + int(sum(walk.values()) / STATES_EVERY))
+    written = sum(stored.disk.values()) - stored.disk["hidden states"] + saves * stored.hidden
+    # The weights are read for both perplexities, for the walk and for the checkpoint.
+    stages = {
+        "compiling (as here)": compiling,
+        "perplexity, dense and pruned": 2 * (forward(tokens) + head),
+        **walk,
+        "reading weights": 4 * weights / (ASSUMED.reading * target.hosts),
+        "writing": written / ASSUMED.writing,
+    }
+    return {name: seconds for name, seconds in stages.items() if seconds is not None}
+
+
+def assumptions(config: RunConfig, target: Target) -> list[str]:
+    """What the time rests on, in words."""
+    chip, share = target.chip, f"{100 * target.utilisation:.0f}%"
+    cost = solver_cost(config.solver)
+    words = [
+        f"products run at {share} of {chip.narrow / 1e12:,.4g} TFLOP/s in the model's dtype and of "
+        f"{chip.wide / 1e12:,.4g} in float32, vector work at {share} of {chip.bandwidth / 1e9:,.4g} GB/s ({chip.source})",
+        f"factorisations run at {chip.factor / 1e12:,.3g} TFLOP/s",
+    ]
+    if config.solver:
+        words.append(
+            f"{cost.products:.0f} products with H until a layer has converged; FLOPs and bytes of its loop are counted "
+            "so, since the compiler's own count takes a loop once"
+        )
+    if not config.evaluation.windows:
+        words.append(f"a perplexity text of {ASSUMED.evaluation_tokens:,} tokens (evaluation.windows is null)")
+    if generated_by(config):
+        words.append("the time in which the model writes its calibration text is not counted")
+    if config.recapture:
+        words.append(
+            "every pass of the calibration is counted as a whole block, also where it ends at an early input, and its "
+            "hidden states are not counted on their way to the devices"
+        )
+    if not isinstance(config.allocation, Uniform):
+        words.append("measuring the blocks for their sparsities is not counted, and every block is planned with the pattern's")
+    words.append(
+        f"a host moves {ASSUMED.transfer / 1e9:g} GB/s to its devices and reads {ASSUMED.reading / 1e9:g} GB/s of "
+        f"weights; the run directory takes {ASSUMED.writing / 1e9:g} GB/s; nothing overlaps"
+    )
+    words.append("communication is not counted")
+    return words

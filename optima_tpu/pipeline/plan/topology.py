@@ -1,0 +1,280 @@
+"""The devices of a plan: chips that are not here, or the devices that are."""
+
+import importlib.util
+import itertools
+import math
+import os
+import re
+import time
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+from jax.sharding import AbstractMesh, AxisType, Mesh
+
+from optima_tpu.errors import UserError, one_line
+from optima_tpu.runtime.device_memory import host_memory
+from optima_tpu.runtime.mesh import DATA, MODEL, make_mesh, parse_mesh
+
+GIB = 2**30
+
+
+class Chip(NamedTuple):
+    """What is known of one device. Rates are per second.
+
+    Attributes:
+      memory: bytes.
+      narrow: FLOPs of products of bfloat16, or of the model's dtype where they were measured.
+      wide: FLOPs of float32 products at full precision; on a TPU these are six passes of bfloat16 products.
+      factor: FLOPs of a Cholesky factorisation and of a triangular solve.
+      bandwidth: bytes of device memory.
+      link: bytes between chips, both directions; None where it is not known.
+      source: where the numbers are from.
+    """
+
+    name: str
+    memory: int
+    narrow: float
+    wide: float
+    factor: float
+    bandwidth: float
+    link: float | None
+    source: str
+
+
+# A blocked factorisation of one matrix keeps a systolic array mostly idle: an assumption, not a published figure.
+_FACTOR_SHARE = 0.015
+
+
+def _tpu(name: str, gib: int, tflops: float, gb_per_second: float, link: float | None) -> Chip:
+    peak = tflops * 1e12
+    return Chip(
+        f"TPU {name}",
+        gib * GIB,
+        peak,
+        peak / 6,
+        _FACTOR_SHARE * peak,
+        gb_per_second * 1e9,
+        link and link * 1e9,
+        f"docs.cloud.google.com/tpu/docs/{name}",
+    )
+
+
+CHIPS = {
+    chip.name.removeprefix("TPU "): chip
+    for chip in (
+        _tpu("v4", 32, 275, 1200, None),
+        _tpu("v5e", 16, 197, 819, 400),
+        _tpu("v5p", 95, 459, 2765, 1200),
+        _tpu("v6e", 32, 918, 1640, 800),
+    )
+}
+"""Google Cloud's published figures of a chip: HBM, bfloat16 peak, HBM bandwidth, inter-chip bandwidth (v4's page has none)."""
+
+
+class Target(NamedTuple):
+    """What a run is planned for.
+
+    Attributes:
+      name: as the user typed it, or what is here.
+      chip: one device of the mesh.
+      mesh: axes ("data", "model"); an AbstractMesh where nothing can be compiled for it.
+      hosts: how many machines the devices are attached to.
+      utilisation: the share of ``chip``'s rates for products and bandwidth that is counted on.
+      notes: what the user should know: another mesh than asked for, no compiler.
+      options: of the compiler.
+      here: the devices are those of this machine.
+    """
+
+    name: str
+    chip: Chip
+    mesh: Mesh | AbstractMesh
+    hosts: int
+    utilisation: float
+    notes: tuple[str, ...] = ()
+    options: Mapping[str, Any] | None = None
+    here: bool = False
+
+    @property
+    def is_tpu(self) -> bool:
+        """Whether the devices are TPUs, as all are that are not here."""
+        return not self.here or jax.default_backend() == "tpu"
+
+    @property
+    def compiles(self) -> bool:
+        """Whether programs can be compiled for the mesh."""
+        return isinstance(self.mesh, Mesh)
+
+
+def parse_topology(text: str) -> tuple[str, tuple[int, ...]]:
+    """Reads "v5e:4x2" or "v5p:4x4x4" into kind and shape.
+
+    Raises:
+      UserError: the text has another form, or the kind is not in :data:`CHIPS`.
+    """
+    found = re.fullmatch(r"([a-z]\w*):([1-9]\d*(?:x[1-9]\d*){1,2})", text.strip().lower())
+    if not found:
+        raise UserError(f"expected a topology KIND:AxB or KIND:AxBxC, such as v5e:4x2 or v5p:4x4x4, got {text!r}")
+    if found[1] not in CHIPS:
+        raise UserError(f"expected a topology of {', '.join(CHIPS)}, such as v5e:4x2, got {text!r}")
+    return found[1], tuple(map(int, found[2].split("x")))
+
+
+def has_libtpu() -> bool:
+    """Whether the TPU's compiler is installed; no TPU is needed for it."""
+    return importlib.util.find_spec("libtpu") is not None
+
+
+QUICK: Mapping[str, Any] = MappingProxyType({"exec_time_optimization_effort": -1.0})
+"""The TPU compiler's least effort: minutes where the full effort took more than five for one solver. The full one asked for
+0.65 to 1.27 times the memory."""
+
+
+def topology_target(text: str, mesh: str | None, compiling: bool = True, quick: bool = False) -> Target:
+    """A TPU slice that is not here. Without libtpu nothing is compiled for it, and a note says so.
+
+    Args:
+      text: see :func:`parse_topology`.
+      mesh: as for a run. One that does not fit is replaced by the nearest that does, and a note says so.
+      quick: compile with :data:`QUICK`.
+
+    Raises:
+      UserError: see :func:`parse_topology`; or the compiler knows no such slice.
+    """
+    kind, shape = parse_topology(text)
+    chip, devices, hosts, notes = CHIPS[kind], None, -(-math.prod(shape) // 4), []
+    if not compiling:
+        notes.append("nothing was compiled (--no-compile): memory, FLOPs and bytes are those of a simple model")
+    elif not has_libtpu():
+        notes.append(
+            "libtpu is not installed, so nothing was compiled: memory, FLOPs and bytes are those of a simple model; "
+            "for the compiler's own figures: pip install 'optima-tpu[tpu]'"
+        )
+    else:
+        described = _describe(text, kind, shape)
+        devices = described.devices
+        hosts = len({device.process_index for device in devices})
+        if len(devices) > math.prod(shape):  # cores of a chip that jax sees one by one
+            cores = len(devices) // math.prod(shape)
+            chip = chip._replace(
+                memory=chip.memory // cores,
+                **{rate: getattr(chip, rate) / cores for rate in ("narrow", "wide", "factor", "bandwidth")},
+            )
+            notes.append(f"a {kind} chip is {cores} devices here: figures are per device")
+    cores = len(devices) // math.prod(shape) if devices else 1
+    # jax.make_mesh splits the dimensions of a v5e as it needs them, and of no other.
+    sizes, note = fitting_mesh(mesh, _primes(math.prod(shape)) if kind == "v5e" else (*shape, cores), text)
+    if devices:
+        made = jax.make_mesh(sizes, (DATA, MODEL), (AxisType.Auto,) * 2, devices=devices)
+    else:
+        made = AbstractMesh(sizes, (DATA, MODEL))
+    if devices and quick:
+        notes.append(
+            "compiled with the least effort (--quick): the full one, which a run takes, asked for 0.65 to 1.27 times the memory"
+        )
+    return Target(text, chip, made, hosts, 0.5, (*notes, *note), QUICK if quick else None)
+
+
+def _describe(text: str, kind: str, shape: tuple[int, ...]) -> topologies.TopologyDescription:
+    """The slice as libtpu knows it."""
+    # libtpu would otherwise look for the machine it is on, and refuse to be loaded by two processes. Whatever jax has found
+    # out about this machine when it was imported does not matter here.
+    os.environ.update(
+        TPU_SKIP_MDS_QUERY="1",
+        TPU_WORKER_HOSTNAMES="localhost",
+        TPU_ACCELERATOR_TYPE="v5litepod-8",
+        ALLOW_MULTIPLE_LIBTPU_LOAD="1",
+    )
+    slice_name = f"{kind}:{'x'.join(map(str, shape))}"
+    # A host has 2x2 chips, in slices smaller than that as many as there are.
+    host = [min(2, size) for size in shape[:2]] + [1]
+    options = {} if math.prod(host) == 4 else {"chips_per_host_bounds": host}
+    if kind == "v4":  # a slice shows the two cores of a chip as one device, this description by default does not
+        options["chip_config_name"] = "megacore"
+    try:
+        return topologies.get_topology_desc(slice_name, platform="tpu", **options)
+    except jax.errors.JaxRuntimeError as error:
+        raise UserError(f"expected a TPU slice that exists, such as {kind}:2x2, got {text!r}: {one_line(error)}") from error
+
+
+def fitting_mesh(text: str | None, shape: tuple[int, ...], where: str) -> tuple[tuple[int, int], tuple[str, ...]]:
+    """(data, model) of all the devices that is nearest to the mesh asked for, and a note where it is another.
+
+    Nearest: the least sum of squares of the logarithms by which both axes change; of two as near the one with the larger
+    model axis, which needs less memory.
+
+    Args:
+      text: see ``sharding.parse_mesh``; None puts all devices on data.
+      shape: of the devices; an axis of a mesh takes whole dimensions of it.
+      where: what has the devices, for the note.
+    """
+    count = math.prod(shape)
+    asked = parse_mesh(text) if text else (count, 1)
+    models = {math.prod(part) for size in range(len(shape) + 1) for part in itertools.combinations(shape, size)}
+    pairs = [(count // model, model) for model in models]
+    best = min(pairs, key=lambda pair: (sum(math.log(new / old) ** 2 for new, old in zip(pair, asked)), -pair[1]))
+    if best == asked:
+        return best, ()
+    why = (
+        f"needs {math.prod(asked)} devices, {where} has {count}"
+        if math.prod(asked) != count
+        else f"splits a dimension of {where}, which jax.make_mesh does not do there"
+    )
+    return best, (f"mesh {asked[0]}x{asked[1]} {why}: planned for {best[0]}x{best[1]}",)
+
+
+def _primes(number: int) -> tuple[int, ...]:
+    """The prime factors, each as often as it divides."""
+    factor = next((factor for factor in range(2, number + 1) if number % factor == 0), None)
+    return (factor, *_primes(number // factor)) if factor else ()
+
+
+def local_target(mesh: str | None, dtype: jnp.dtype, compiling: bool = True) -> Target:
+    """The devices that are here; their rates are measured, which takes a second.
+
+    Args:
+      mesh: as for a run; see :func:`topology_target`.
+      dtype: of the model.
+    """
+    count, first = jax.device_count(), jax.devices()[0]
+    where = f"{count} {first.platform} device{'s' * (count > 1)} here"
+    # Where no dimensions are known, any mesh of all devices does.
+    (data, model), note = fitting_mesh(mesh, _primes(count), where)
+    stats = first.memory_stats() or {}
+    # Simulated devices share the memory and the cores of the host.
+    sharing = count if first.platform == "cpu" else 1
+    memory = stats.get("bytes_limit") or host_memory() // sharing
+    narrow, wide, bandwidth = (rate / sharing for rate in _measure(dtype))
+    chip = Chip(first.device_kind, memory, narrow, wide, 0.3 * wide, bandwidth, None, "measured here")
+    made = make_mesh(f"{data}x{model}") if compiling else AbstractMesh((data, model), (DATA, MODEL))
+    notes = () if compiling else ("nothing was compiled (--no-compile): memory, FLOPs and bytes are those of a simple model",)
+    return Target(where, chip, made, jax.process_count(), 0.8, (*notes, *note), here=True)
+
+
+def _measure(dtype: jnp.dtype, size: int = 1024) -> tuple[float, float, float]:
+    """FLOP/s of products in ``dtype`` and in full float32, and bytes/s of a sum of two arrays, on the first device."""
+
+    def seconds(function, *arrays) -> float:
+        compiled = jax.jit(function)
+        jax.block_until_ready(compiled(*arrays))
+        best = math.inf
+        for _ in range(5):
+            start = time.perf_counter()
+            jax.block_until_ready(compiled(*arrays))
+            best = min(best, time.perf_counter() - start)
+        return best
+
+    def product(a, b):
+        return jnp.matmul(a, b, precision="highest", preferred_element_type=jnp.float32)
+
+    wide = jnp.ones((size, size))
+    narrow, large = wide.astype(dtype), jnp.ones((32, size, size))
+    flops = 2 * size**3
+    return (
+        flops / seconds(product, narrow, narrow),
+        flops / seconds(product, wide, wide),
+        3 * large.nbytes / seconds(jnp.add, large, large),
+    )

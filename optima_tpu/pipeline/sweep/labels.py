@@ -1,0 +1,66 @@
+"""What the labels of a sweep's file stand for, which its command line leaves as it is."""
+
+import argparse
+import json
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+from optima_tpu.config.flat import flat
+from optima_tpu.config.parse import configure, spelled
+from optima_tpu.config.presets import PRESETS
+from optima_tpu.config.run_config import CHOICES, RunConfig, to_dict
+from optima_tpu.errors import UserError
+
+
+def labelled_settings(axes: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list[str]:
+    """The settings under any label, with the names that they have on the command line. An option brings its method."""
+    labels = [settings for axis in axes.values() for settings in axis.values()]
+    if any("preset" in settings for settings in labels):
+        labels += [preset.settings for preset in PRESETS.values()]
+    names = {name for settings in labels for name in _flat(settings)}
+    return sorted(names | {name.partition(".")[0] for name in names if name.partition(".")[0] in CHOICES})
+
+
+def refuse_relabelled(config: RunConfig, document: Mapping[str, Any], argv: Sequence[str], names: Collection[str]) -> None:
+    """The command line may not change a labelled setting: the table would tell the numbers of another one under the label.
+
+    Args:
+      config: what file and command line make of the cell.
+      document: the cell's settings in the file.
+      names: :func:`labelled_settings`.
+
+    Raises:
+      UserError: it does, whether by the setting, by a preset, or by another method.
+    """
+    options = {spelled(f"--{name}"): f"--{name}" for name in (*names, "preset")}
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    for option in options:
+        parser.add_argument(option)
+    words = [spelled(word) for word in argv]
+    _, others = parser.parse_known_args(words)
+    if len(others) == len(words):
+        return
+    given = [options[option] for word in words if (option := word.partition("=")[0]) in options]
+    try:
+        labelled = _flat(to_dict(configure(document, others)))
+    except UserError as error:
+        raise UserError(
+            f"{', '.join(given)} would change what labels of the file stand for; change the file instead (without: {error})"
+        ) from None
+    found = _flat(to_dict(config))
+    for name in names:
+        if found.get(name) != labelled.get(name):
+            option = f"--{name}" if f"--{name}" in given else "--preset"
+            raise UserError(
+                f"expected {name} {_shown(labelled.get(name))}, which the labels of the file stand for, got "
+                f"{_shown(found.get(name))}; leave {option} out, or change the file"
+            )
+
+
+def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings under the names that they have on the command line."""
+    return {name.removesuffix(".name"): value for name, value in flat(settings).items()}
+
+
+def _shown(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)

@@ -1,0 +1,230 @@
+"""The cells of a sweep, one after the other in one process. What they have in common is opened and measured once."""
+
+import json
+import shutil
+import traceback
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from optima_tpu.config.run_config import RunConfig
+from optima_tpu.errors import UserError, one_line
+from optima_tpu.models.checkpoints.export import is_export_of
+from optima_tpu.models.model import Model
+from optima_tpu.pipeline.inputs import Texts, manifest_of, open_model_on_mesh, read_texts, token_digest
+from optima_tpu.pipeline.run import run
+from optima_tpu.pipeline.self_calibration import generated_by
+from optima_tpu.pipeline.sweep.cells import Cell
+from optima_tpu.pipeline.sweep.grid import Grid
+from optima_tpu.pipeline.sweep.tables import Result, describe, failed, finished, missing, refuse_loss, write_tables
+from optima_tpu.report.progress import say
+from optima_tpu.report.run_record import ASSETS, RUN, refuse_another
+from optima_tpu.runtime.files import in_turn, read_record, write_bytes, writing
+
+_HEAVY = ("journal", "activations", "checkpoint", "hf", ASSETS)
+"""The folders of a run directory, see ``optima_tpu.pipeline.journal``. What a report needs lies beside them."""
+
+
+class Shared:
+    """Models, texts and dense perplexities, each opened or measured once for all the cells that need it."""
+
+    def __init__(self):
+        self._models: dict[tuple, Model] = {}
+        self._texts: dict[tuple, Texts] = {}
+        self._dense: dict[tuple, float] = {}
+
+    def model(self, config: RunConfig) -> Model:
+        """The model of a cell."""
+        key = _model_key(config)
+        if key not in self._models:
+            self._models[key] = open_model_on_mesh(config)
+        return self._models[key]
+
+    def texts(self, config: RunConfig) -> Texts:
+        """The texts of a cell, as the model's tokenizer reads them."""
+        # What a model writes is another text in another dtype, and by rounding on another mesh.
+        writer = _model_key(config) if generated_by(config) else (config.model,)
+        key = *writer, config.calibration, config.evaluation
+        if key not in self._texts:
+            self._texts[key] = read_texts(config, self.model(config))
+        return self._texts[key]
+
+    def dense(self, config: RunConfig) -> float | None:
+        """The perplexity of the dense model on a cell's text, if it is known."""
+        return self._dense.get(self._dense_key(config))
+
+    def learn_dense(self, config: RunConfig, value: float) -> None:
+        """Remembers the perplexity of the dense model on a cell's text."""
+        self._dense[self._dense_key(config)] = value
+
+    def _dense_key(self, config: RunConfig) -> tuple:
+        return *_model_key(config), token_digest(self.texts(config).evaluation.ids)
+
+
+class Sweep:
+    """A grid, and what is known of its cells.
+
+    Everything is opened and read here, and what is already finished is found, so that what is wrong with the input is
+    said before the first cell runs.
+
+    Args:
+      chosen: the cells that will be run; the others appear in the tables with what is known of them.
+      keep_checkpoints: keep the pruned models, not only the reports, and with them their exports.
+
+    Raises:
+      UserError: the directory has a table with finished cells that the grid has not, a model or a text cannot be read, a
+        pattern, rule or mask does not fit the model, or a cell's directory holds a run with other settings or other code.
+    """
+
+    def __init__(self, grid: Grid, chosen: Collection[Cell], keep_checkpoints: bool = False):
+        refuse_loss(grid)
+        self.grid = grid
+        self._chosen = chosen
+        self._keep_checkpoints = keep_checkpoints
+        self._shared = Shared()
+        self._reports: dict[Cell, Mapping[str, Any]] = {}
+        self._failures: dict[Cell, str] = {}
+        for cell in grid.cells:
+            if cell in chosen or (cell.directory / RUN).exists():
+                try:
+                    self._look(cell)
+                except UserError as error:
+                    raise UserError(f"{cell}: {error}") from error
+
+    @property
+    def finished(self) -> Collection[Cell]:
+        """The cells that have nothing left to do."""
+        return self._reports.keys()
+
+    @property
+    def results(self) -> list[Result]:
+        """One of every cell, in the order of the grid."""
+
+        def result(cell: Cell) -> Result:
+            if cell in self._reports:
+                return finished(cell, self._reports[cell], self.grid.output)
+            return failed(cell, self._failures[cell]) if cell in self._failures else missing(cell)
+
+        return [result(cell) for cell in self.grid.cells]
+
+    def write(self, command: str) -> dict[str, Path]:
+        """Writes the tables as they are now, and returns their paths by name.
+
+        What another process has finished since, which runs other cells of the same grid, is in them too.
+
+        Args:
+          command: what makes the whole table, for its header.
+
+        Raises:
+          UserError: the directory cannot be written.
+        """
+        with writing(self.grid.output, "the cells are intact; make room, or choose another --output"), in_turn(self.grid.output):
+            self._look_again()
+            return write_tables(self.grid, self.results, describe(list(self._reports.values())) | {"command": command})
+
+    def run(self, console: Console, command: str) -> None:
+        """Runs the chosen cells that are not finished, and writes the tables after each.
+
+        An error in a cell, such as a device without enough memory, is kept in its result and the others go on; the same command
+        tries that cell again.
+
+        Raises:
+          UserError: the tables cannot be written.
+        """
+        cells = self.grid.cells
+        for cell, report in list(self._reports.items()):
+            if "checkpoint" not in report["files"]:
+                _remove_heavy(cell.directory)  # where that was interrupted
+                if self._keep_checkpoints and cell in self._chosen:
+                    say(console, f"{cell}: its pruned model was removed by an earlier sweep, it is made again")
+                    with writing(cell.directory, "remove the cell's folder by hand"):
+                        (cell.directory / "report.json").unlink()
+                    del self._reports[cell]
+        for number, cell in enumerate(cells, 1):
+            if cell not in self._chosen or cell in self._reports:
+                continue
+            say(console, f"\ncell {number} of {len(cells)}: {cell}")
+            shared, config = self._shared, cell.config
+            try:
+                report = run(
+                    config, console=console, model=shared.model(config), texts=shared.texts(config), dense=shared.dense(config)
+                )
+                if not self._keep_checkpoints:
+                    report = _lighten(cell.directory, report)
+                    say(console, "the pruned model is removed; --keep-checkpoints keeps it")
+                self._know(cell, report)
+            except UserError as error:
+                self._fail(console, cell, str(error))
+            except Exception as error:
+                traceback.print_exc()
+                self._fail(console, cell, f"{type(error).__name__}: {one_line(error)}")
+            self.write(command)
+
+    def _fail(self, console: Console, cell: Cell, reason: str) -> None:
+        self._failures[cell] = reason
+        say(console, f"failed: {reason}")
+
+    def _look(self, cell: Cell) -> None:
+        """Opens what a cell needs, and finds out whether it is finished. Raises UserError as the constructor."""
+        texts = self._shared.texts(cell.config)
+        manifest = manifest_of(cell.config, self._shared.model(cell.config), texts)
+        if (cell.directory / RUN).exists() and (report := self._finished_report(cell, manifest, texts)):
+            self._know(cell, report)
+
+    def _look_again(self) -> None:
+        """Finds the cells that another process has finished, among those that are not run here, or could not be."""
+        for cell in self.grid.cells:
+            waits = cell in self._chosen and cell not in self._failures
+            if cell in self._reports or waits or not (cell.directory / "report.json").exists():
+                continue
+            try:
+                self._look(cell)
+            except UserError:  # of other settings or other code, which the next start refuses
+                pass
+
+    def _finished_report(self, cell: Cell, manifest: Mapping[str, Any], texts: Texts) -> dict[str, Any] | None:
+        """report.json of a finished cell, None of one that has to go on.
+
+        Raises:
+          UserError: the directory holds a run with other settings, other code, or measured on another text.
+        """
+        directory = cell.directory
+        refuse_another(directory, manifest)
+        if (report := read_record(directory / "report.json")) is None:
+            return None
+        if report["evaluation"]["digest"] != token_digest(texts.evaluation.ids):
+            raise UserError(
+                f"{directory} was measured on another text ({report['evaluation']['how']} there, "
+                f"{texts.evaluation.how} here); choose another --output"
+            )
+        # Of a model that was kept before, an export may be asked for only now.
+        asked = self._keep_checkpoints and cell in self._chosen and cell.config.export and "checkpoint" in report["files"]
+        unfinished = (asked or "transformers" in report["files"]) and not is_export_of(directory, directory / "hf")
+        return None if unfinished else report
+
+    def _know(self, cell: Cell, report: Mapping[str, Any]) -> None:
+        self._reports[cell] = report
+        self._shared.learn_dense(cell.config, report["perplexity"]["dense"])
+
+
+def _model_key(config: RunConfig) -> tuple:
+    return config.model, config.dtype, config.mesh, config.batch
+
+
+def _lighten(directory: Path, report: Mapping[str, Any]) -> dict[str, Any]:
+    """Removes the pruned model, after the report stopped to name its files."""
+    path = directory / "report.json"
+    report = {**report, "files": {"report": report["files"]["report"]}}
+    with writing(path, "make room and repeat the command"):
+        write_bytes(path, (json.dumps(report, indent=2, allow_nan=False) + "\n").encode())
+    _remove_heavy(directory)
+    return report
+
+
+def _remove_heavy(directory: Path) -> None:
+    with writing(directory, "the cell's report is intact; remove its folders by hand"):
+        for name in _HEAVY:
+            if (directory / name).exists():
+                shutil.rmtree(directory / name)

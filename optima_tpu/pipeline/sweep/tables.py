@@ -1,0 +1,285 @@
+"""What came out of a sweep, as Markdown, CSV, JSON and on the terminal."""
+
+import csv
+import dataclasses
+import io
+import json
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.table import Table
+
+from optima_tpu.errors import UserError
+from optima_tpu.pipeline.sweep.cells import Cell, cell_name
+from optima_tpu.pipeline.sweep.grid import Grid
+from optima_tpu.report.numbers import number
+from optima_tpu.report.summary import FITTED, HELD_OUT, fitted_errors, held_out_errors
+from optima_tpu.runtime.files import read_record, write_bytes
+
+_RESULTS = "results.json"
+_MEASURED = ("perplexity", "dense", "error_before", "error_after", "held_out_before", "held_out_after", "seconds", "sparsity")
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What came out of one cell. Numbers are None where the cell is not finished, or where there are none.
+
+    Attributes:
+      mask: label of the mask.
+      update: label of the update.
+      pattern: label of the pattern.
+      samples: calibration sequences.
+      seed: which ones were drawn.
+      state: missing where the cell was not run yet.
+      perplexity: of the pruned model.
+      dense: of the model before, on the same text.
+      error_before: relative error of a layer's output with the selector's weights, mean over layers.
+      error_after: with the final weights.
+      held_out_before: as ``error_before``, on the held-out windows.
+      held_out_after: as ``error_after``, on the held-out windows.
+      seconds: spent on the blocks: calibration, mask, update, and the pass through the pruned block.
+      rows_not_converged: rows that did not meet the solver's own test, all layers together.
+      rows_refused: rows that kept the selector's weights.
+      sparsity: share of the weights of the pruned matrices that are zero.
+      reason: why the cell failed.
+      report: path of its report.json, from the directory of the tables.
+    """
+
+    mask: str
+    update: str
+    pattern: str
+    samples: int
+    seed: int
+    state: Literal["finished", "failed", "missing"] = "missing"
+    perplexity: float | None = None
+    dense: float | None = None
+    error_before: float | None = None
+    error_after: float | None = None
+    held_out_before: float | None = None
+    held_out_after: float | None = None
+    seconds: float | None = None
+    rows_not_converged: int | None = None
+    rows_refused: int | None = None
+    sparsity: float | None = None
+    reason: str | None = None
+    report: str | None = None
+
+    def __str__(self) -> str:
+        return cell_name(self.mask, self.update, self.pattern, self.samples, self.seed)
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """The table as text: a row for each mask and update, a column for each pattern and number of samples.
+
+    Attributes:
+      headings: of all columns.
+      rows: as long as ``headings`` each; the dense model's comes first.
+    """
+
+    headings: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+
+def missing(cell: Cell) -> Result:
+    """The result of a cell that was not run yet."""
+    return Result(cell.mask, cell.update, cell.pattern, cell.samples, cell.seed)
+
+
+def failed(cell: Cell, reason: str) -> Result:
+    """The result of a cell that could not be run to its end."""
+    return dataclasses.replace(missing(cell), state="failed", reason=reason)
+
+
+def finished(cell: Cell, report: Mapping[str, Any], output: Path) -> Result:
+    """The result of a finished cell.
+
+    Args:
+      report: what its report.json holds.
+      output: directory of the tables.
+    """
+    layers = [layer for block in report["blocks"] for layer in block["layers"]]
+    errors = dict(zip(FITTED + HELD_OUT, fitted_errors(layers, dict.get) + held_out_errors(layers, dict.get)))
+    return dataclasses.replace(
+        missing(cell),
+        state="finished",
+        perplexity=report["perplexity"]["pruned"],
+        dense=report["perplexity"]["dense"],
+        **errors,
+        seconds=sum(block["seconds"] for block in report["blocks"]),
+        rows_not_converged=sum(layer["rows"] - layer["rows_converged"] for layer in layers),
+        rows_refused=sum(layer["rows_refused"] for layer in layers),
+        sparsity=report["sparsity"],
+        report=(cell.directory / "report.json").relative_to(output).as_posix(),
+    )
+
+
+def describe(reports: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Where numbers come from, in words: model, texts, code, hardware; where reports differ, one after the other."""
+
+    def told(words) -> str:
+        return "; ".join(dict.fromkeys(words(report) for report in reports))
+
+    def hardware(report: Mapping[str, Any]) -> str:
+        place = report["environment"]
+        mesh = "x".join(str(size) for size in place["mesh"].values())
+        version = place["packages"]["jax"]
+        return f"{place['devices']} x {place['device']} ({place['platform']}), mesh {mesh}, jax {version}"
+
+    if not reports:
+        return {}
+    return {
+        "model": told(lambda report: f"{report['model']['origin']}, {report['model']['blocks']} blocks"),
+        "calibration": told(lambda report: report["calibration"]["how"]),
+        "evaluation": told(lambda report: f"{report['evaluation']['how']}, {report['evaluation']['tokens']:,} tokens"),
+        "code": told(lambda report: report["manifest"]["code"]),
+        "hardware": told(hardware),
+    }
+
+
+def layout(grid: Grid, results: Sequence[Result]) -> Layout:
+    """Perplexity of every cell, the mean over seeds with the sample standard deviation.
+
+    "-" stands where nothing was run yet, or where the grid has no cell.
+    """
+    counts = sorted({result.samples for result in results})
+    columns = [
+        (pattern, samples)
+        for pattern in grid.patterns
+        for samples in counts
+        if any((result.pattern, result.samples) == (pattern, samples) for result in results)
+    ]
+    headings = [f"{pattern}, {samples} samples" if len(counts) > 1 else pattern for pattern, samples in columns]
+    place = {column: [result for result in results if (result.pattern, result.samples) == column] for column in columns}
+    rows = [("dense", "", *(_dense(place[column]) for column in columns))]
+    for mask in grid.masks:
+        for update in grid.updates:
+            groups = [
+                [result for result in place[column] if (result.mask, result.update) == (mask, update)] for column in columns
+            ]
+            if any(groups):
+                rows.append((mask, update, *map(_entry, groups)))
+    return Layout(("mask", "update", *headings), tuple(rows))
+
+
+def markdown(title: str, header: Mapping[str, str], table: Layout, results: Sequence[Result]) -> str:
+    """The table with what it was made from, as a page of Markdown."""
+    lines = [f"# {title}", ""]
+    lines += [f"- {key}: {value}" for key, value in header.items()] + [""]
+    done = sum(result.state == "finished" for result in results)
+    seeds = sorted({result.seed for result in results})
+    spread = ", mean ± sample standard deviation over n seeds" if len(seeds) > 1 else ""
+    lines += [f"Perplexity{spread}. Seeds: {', '.join(map(str, seeds))}. {done} of {len(results)} cells are finished.", ""]
+    sides = ["---", "---", *["---:"] * (len(table.headings) - 2)]
+    for row in (table.headings, sides, *table.rows):
+        lines.append("| " + " | ".join(text.replace("|", r"\|") for text in row) + " |")
+    if failures := failure_lines(results):
+        lines += ["", "Failed:", "", *(f"- {line}" for line in failures)]
+    return "\n".join(lines) + "\n"
+
+
+def failure_lines(results: Iterable[Result]) -> list[str]:
+    """One line for each failed cell, with the reason."""
+    return [f"{result}: {result.reason}" for result in results if result.state == "failed"]
+
+
+def averages(results: Iterable[Result]) -> list[dict[str, Any]]:
+    """The fields of the table: what the seeds of one mask, update, pattern and number of samples found.
+
+    ``seeds`` and ``failed`` count those that are finished and those that failed. Under the name of each number of
+    :class:`Result` stands its mean over the finished ones, with ``_spread`` the sample standard deviation, None of fewer than
+    two.
+    """
+    groups: dict[tuple, list[Result]] = {}
+    for result in results:
+        groups.setdefault((result.mask, result.update, result.pattern, result.samples), []).append(result)
+    fields = []
+    for key, group in groups.items():
+        states = [result.state for result in group]
+        field = dict(zip(("mask", "update", "pattern", "samples"), key))
+        field |= {"seeds": states.count("finished"), "failed": states.count("failed")}
+        for name in _MEASURED:
+            values = [value for result in group if (value := getattr(result, name)) is not None]
+            field |= {
+                name: statistics.fmean(values) if values else None,
+                f"{name}_spread": statistics.stdev(values) if len(values) > 1 else None,
+            }
+        fields.append(field)
+    return fields
+
+
+def csv_text(records: Sequence[Mapping[str, Any]]) -> str:
+    """A line for each record, a column for each of their keys, which are the same."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(records[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(records)
+    return text.getvalue()
+
+
+def terminal_table(table: Layout) -> Table:
+    """The table for the terminal."""
+    shown = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    for index, heading in enumerate(table.headings):
+        shown.add_column(heading, justify="left" if index < 2 else "right", vertical="bottom")
+    for row in table.rows:
+        shown.add_row(*row)
+    return shown
+
+
+def write_tables(grid: Grid, results: Sequence[Result], header: Mapping[str, str]) -> dict[str, Path]:
+    """Writes the table and what it is made of, each file in one step; the folder is there.
+
+    table.md is for reading, table.csv and table.json hold :func:`averages`, results.csv and results.json every :class:`Result`.
+    """
+    texts = {"table.md": markdown(grid.output.absolute().name, header, layout(grid, results), results)}
+    for name, records in (("table", averages(results)), ("results", list(map(dataclasses.asdict, results)))):
+        texts |= {f"{name}.csv": csv_text(records), f"{name}.json": json.dumps(records, indent=2, allow_nan=False) + "\n"}
+    for name, text in texts.items():
+        write_bytes(grid.output / name, text.encode())
+    return {name: grid.output / name for name in texts}
+
+
+def refuse_loss(grid: Grid) -> None:
+    """The tables of a grid may not replace those of another one.
+
+    Raises:
+      UserError: its directory has a table with finished cells that the grid has not.
+    """
+    cells = {str(cell) for cell in grid.cells}
+    lost = [str(result) for result in _results(grid.output / _RESULTS) if result.state == "finished" and str(result) not in cells]
+    if lost:
+        more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
+        raise UserError(
+            f"expected a sweep with all finished cells of {grid.output / _RESULTS}, got one without {lost[0]}{more}; "
+            f"choose another --output, put them back into the file, or delete {_RESULTS} to go on without them "
+            "(their runs stay)"
+        )
+
+
+def _results(path: Path) -> list[Result]:
+    """What results.json holds; nothing of a file that is not there, is damaged or has other fields."""
+    try:
+        return [Result(**entry) for entry in read_record(path) or ()]
+    except TypeError:
+        return []
+
+
+def _entry(group: Sequence[Result]) -> str:
+    """One field of the table from the seeds of one cell."""
+    values = [result.perplexity for result in group if result.state == "finished"]
+    failures = sum(result.state == "failed" for result in group)
+    if not values:
+        return "failed" if failures else "-"
+    mean = number(statistics.fmean(values), 4)
+    notes = [f"n={len(values)}"] if len(group) > 1 else []
+    notes += [f"{failures} failed"] if failures else []
+    spread = f" ± {statistics.stdev(values):.{len(mean.partition('.')[2])}f}" if len(values) > 1 else ""
+    return mean + spread + (f" ({', '.join(notes)})" if notes else "")
+
+
+def _dense(results: Iterable[Result]) -> str:
+    known = dict.fromkeys(number(result.dense, 4) for result in results if result.dense is not None)
+    return " or ".join(known) or "-"

@@ -1,0 +1,105 @@
+"""The command line of a plan: ``python -m optima_tpu.plan``."""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+from rich.console import Console
+
+from optima_tpu.config.parse import parse
+from optima_tpu.errors import UserError
+from optima_tpu.report.progress import say
+from optima_tpu.runtime.command import guarded
+from optima_tpu.runtime.files import write_bytes, writing
+from optima_tpu.runtime.mesh import simulate_devices
+
+_PROGRAM = "python -m optima_tpu.plan"
+_DESCRIPTION = """\
+Tells what a run needs before it starts: memory of every program on the chips, host memory, disk and time.
+
+Reads config.json alone, of a folder or a hub id. The programs of the run are compiled for the devices, which need not be
+here: no TPU, and no weight.
+
+examples:
+  python -m optima_tpu.plan --config configs/paper/llama-3.1-8b.yaml --topology v5e:4x2
+  python -m optima_tpu.plan --model ./folder-with-config.json --topology v5p:4x4x4 --mesh 16x4 --solver cg
+  python -m optima_tpu.plan --cpu-devices 8 --mesh 4x2"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit status: 1 when something does not fit, else see :func:`guarded`."""
+    return guarded(lambda: _plan(sys.argv[1:] if argv is None else argv), "the same command does it again")
+
+
+def _plan(argv: Sequence[str]) -> int:
+    options, settings = _parse(list(argv))
+    config = parse(settings)
+    from optima_tpu.data import check_sources  # imports pyarrow and more, which --help does not wait for
+
+    check_sources(config.calibration.source, config.evaluation.source)
+    if options.json and not options.json.parent.is_dir():
+        raise UserError(f"expected --json in an existing folder, got {options.json}; make {options.json.parent} first")
+    simulate_devices(config.cpu_devices)
+    if options.topology:  # its devices need not be here, and a TPU that is stays free
+        jax.config.update("jax_platforms", "cpu")
+    # Only now: what these import asks for the devices.
+    from optima_tpu.pipeline.inputs import refuse_beyond_context
+    from optima_tpu.pipeline.plan.model import open_declared
+    from optima_tpu.pipeline.plan.plan import make_plan
+    from optima_tpu.pipeline.plan.table import greeting, print_plan
+    from optima_tpu.pipeline.plan.topology import local_target, topology_target
+
+    console = Console()
+    model, compiling = open_declared(config.model, config.dtype, config.batch), not options.no_compile
+    target = (
+        topology_target(options.topology, config.mesh, compiling, options.quick)
+        if options.topology
+        else local_target(config.mesh, model.dtype, compiling)
+    )
+    refuse_beyond_context(config, model.config)
+    model = model.on(target.mesh)
+    say(console, "\n".join([*greeting(model.origin, model.decoder.config.blocks, target), ""]))
+    plan = make_plan(config, model, target, lambda line: say(console, line))
+    if target.compiles:
+        console.print()
+    print_plan(console, plan)
+    if options.json:
+        with writing(options.json, "choose another --json"):
+            write_bytes(options.json, (json.dumps(plan.to_json(), indent=2) + "\n").encode())
+    return 1 if plan.too_large or plan.refused else 0
+
+
+def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The plan's own options, and the settings of the run."""
+    parser = argparse.ArgumentParser(
+        prog=_PROGRAM,
+        usage=f"{_PROGRAM} [--topology KIND:AxB] [--SETTING VALUE ...] [--json FILE]",
+        description=_DESCRIPTION,
+        epilog="All settings of the run are given as to optima_tpu.launch, whose --help explains them.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        exit_on_error=False,
+    )
+    parser.add_argument(
+        "--topology",
+        metavar="KIND:AxB",
+        help="a TPU slice: v4, v5e, v5p or v6e and its shape, such as v5e:4x2 or v5p:4x4x4 (default: the devices that are here)",
+    )
+    parser.add_argument("--json", metavar="FILE", type=lambda text: Path(text).expanduser(), help="write the plan there too")
+    parser.add_argument(
+        "--no-compile", "--no_compile", action="store_true", help="count instead of compiling, which takes seconds and is rough"
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="with --topology: compile faster; solvers then need more memory than in a run"
+    )
+    try:
+        return parser.parse_known_args(argv)
+    except argparse.ArgumentError as error:
+        raise UserError(f"{error}; see {_PROGRAM} --help") from None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,147 @@
+"""The mesh, and how arrays lie on it.
+
+Two axes: ``data`` splits calibration samples, ``model`` splits weights and the columns of Hessians. The rows of a layer's
+problems are split over both, so that every device solves its own.
+"""
+
+import math
+
+import jax
+import numpy as np
+from jax.experimental import mesh_utils
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from optima_tpu.errors import UserError
+
+DATA, MODEL = "data", "model"
+
+ROWS = P((DATA, MODEL))
+"""The spec of an array whose first axis is the rows of a layer."""
+
+
+def parse_mesh(text: str) -> tuple[int, int]:
+    """Reads "4x2" or "data=4,model=2" into (data, model).
+
+    Raises:
+      UserError: the text is neither.
+    """
+    try:
+        if "=" in text:
+            sizes = dict(part.split("=") for part in text.split(","))
+            if set(sizes) - {DATA, MODEL}:
+                raise ValueError
+            data, model = (int(sizes.get(axis, 1)) for axis in (DATA, MODEL))
+        else:
+            data, model = (int(part) for part in text.lower().split("x"))
+        if data < 1 or model < 1:
+            raise ValueError
+    except ValueError:
+        raise UserError(f"expected a mesh such as 4x2 or data=4,model=2, got {text!r}") from None
+    return data, model
+
+
+def make_mesh(text: str | None) -> Mesh:
+    """The device mesh with axes ("data", "model").
+
+    Args:
+      text: see :func:`parse_mesh`; None puts all devices on the data axis.
+
+    Raises:
+      UserError: the mesh does not use exactly the devices there are.
+    """
+    count = jax.device_count()
+    data, model = parse_mesh(text) if text else (count, 1)
+    if data * model != count:
+        kind = jax.devices()[0].platform
+        each, left = divmod(data * model, jax.process_count())
+        where = " in every process" if jax.process_count() > 1 else ""
+        hint = f", or --cpu-devices {each}{where} to simulate it" if kind == "cpu" and each and not left else ""
+        raise UserError(
+            f"mesh {data}x{model} needs {data * model} devices, there are {count} ({kind}): "
+            f"choose a mesh whose product is {count}{hint}"
+        )
+    # Auto axes: the model code is written without shardings and XLA places its collectives. make_mesh's default is Explicit.
+    auto = (AxisType.Auto,) * 2
+    try:
+        grid = _between_hosts(data, model)
+        return jax.make_mesh((data, model), (DATA, MODEL), auto) if grid is None else Mesh(grid, (DATA, MODEL), axis_types=auto)
+    except NotImplementedError:  # an axis takes whole dimensions of a TPU slice
+        raise UserError(
+            f"mesh {data}x{model} cannot be laid on this slice of {count} chips, whose dimensions it would cut: "
+            "choose one whose numbers are products of them; optima_tpu.plan names the nearest"
+        ) from None
+
+
+def _between_hosts(data: int, model: int) -> np.ndarray | None:
+    """All devices [data, model] where ``jax.make_mesh`` does not do it: they belong to several slices. Else None."""
+    devices = jax.devices()
+    slices = {getattr(device, "slice_index", 0) for device in devices}
+    if len(slices) == 1:
+        return None
+    if devices[0].platform != "tpu":  # XLA numbers hosts of GPUs so; NCCL reaches them all, those of one host are consecutive
+        return np.array(devices).reshape(data, model)
+    # TPU slices, which reach each other through the data centre's network: only sums over data cross it.
+    if data % len(slices):
+        raise UserError(
+            f"mesh {data}x{model} does not fit {len(slices)} slices of {len(devices) // len(slices)} devices: "
+            f"choose one whose first number is a multiple of {len(slices)}"
+        )
+    return mesh_utils.create_hybrid_device_mesh((data // len(slices), model), (len(slices), 1), devices)
+
+
+def simulate_devices(count: int | None) -> None:
+    """Makes this process see ``count`` devices of the CPU and no other of its own; None changes nothing.
+
+    To be called before the first array exists: the number of devices is fixed from then on.
+    """
+    if count is not None:
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_num_cpu_devices", count)
+
+
+def divisible(mesh: Mesh, shape: tuple[int, ...], spec: P) -> P:
+    """``spec`` without the axes that do not divide ``shape``: such a dimension is replicated instead."""
+
+    def fit(size: int, axes):
+        names = (axes,) if isinstance(axes, str) else (axes or ())
+        return axes if names and size % math.prod(mesh.shape[name] for name in names) == 0 else None
+
+    return P(*(fit(size, axes) for size, axes in zip(shape, tuple(spec) + (None,) * (len(shape) - len(spec)))))
+
+
+def spread(mesh: Mesh, shape: tuple[int, ...], spec: P = P()) -> P:
+    """``spec`` with the axes that it leaves out added where they divide a dimension.
+
+    No two devices have the same part of such an array; from there, one all-gather over the added axes leads to ``spec``.
+    """
+    names = [[axes] if isinstance(axes, str) else list(axes or ()) for axes in divisible(mesh, shape, spec)]
+    for axis in (MODEL, DATA):
+        if not any(axis in dimension for dimension in names):
+            for size, dimension in zip(shape, names):
+                if size % math.prod(mesh.shape[name] for name in (*dimension, axis)) == 0:
+                    dimension.append(axis)
+                    break
+    return P(*(tuple(dimension) or None for dimension in names))
+
+
+def place(mesh: Mesh, array: np.ndarray, spec: P) -> jax.Array:
+    """Puts a host array, the same in every process, on the mesh; dimensions that do not divide are replicated."""
+    sharding = NamedSharding(mesh, divisible(mesh, array.shape, spec))
+    # device_put would gather the whole array from every process to compare them.
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+
+def struct_on(mesh: Mesh, shape: tuple[int, ...], dtype: np.dtype, spec: P) -> jax.ShapeDtypeStruct:
+    """Shape, dtype and place of an array that :func:`place` would put there."""
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, divisible(mesh, shape, spec)))
+
+
+def bytes_on_device(*arrays: jax.ShapeDtypeStruct) -> int:
+    """What arrays take on each device."""
+    return sum(math.prod(array.sharding.shard_shape(array.shape)) * array.dtype.itemsize for array in arrays)
+
+
+def padded(count: int, multiple: int) -> int:
+    """The smallest multiple of ``multiple`` that is at least ``count``."""
+    return -(-count // multiple) * multiple

@@ -1,0 +1,47 @@
+"""How long XLA lets the devices of one process wait for each other. Imports no jax: XLA reads its flags once."""
+
+import importlib.metadata
+import os
+import subprocess
+import sys
+
+# Seconds. Every device solves its rows in a loop of its own, which may end minutes after that of another: of SmolLM2's down_proj
+# in block 11, with the paper's settings, one of two devices came 57 s late. XLA's CPU runtime takes one that is 60 s late for
+# stuck, its GPU runtime one that is 40 s late, and they abort the process.
+_WARN, _ABORT = 3_600, 24 * 3_600
+_CPU = {"xla_cpu_collective_call_warn_stuck_timeout_seconds": _WARN, "xla_cpu_collective_call_terminate_timeout_seconds": _ABORT}
+_GPU = {
+    "xla_gpu_executable_warn_stuck_timeout": _WARN,
+    "xla_gpu_executable_terminate_timeout": _ABORT,
+    "xla_gpu_first_collective_call_warn_stuck_timeout_seconds": _WARN,
+    "xla_gpu_first_collective_call_terminate_timeout_seconds": _ABORT,
+}
+
+
+def raise_collective_timeouts(simulated: int | None) -> None:
+    """Adds to ``XLA_FLAGS`` what these devices need, but for flags that are given there; a file of flags is left as it is.
+
+    To be called before anything asks jax for its devices.
+
+    Args:
+      simulated: so many devices of the CPU, and no other; None stands for those of the machine, whose CPU the environment may
+        divide.
+    """
+    given, flags = os.environ.get("XLA_FLAGS", "").strip(), {}
+    if simulated is None and any(
+        "cuda" in plugin.name or "rocm" in plugin.name for plugin in importlib.metadata.entry_points(group="jax_plugins")
+    ):
+        flags |= _GPU
+    divided = "--xla_force_host_platform_device_count" in given or "JAX_NUM_CPU_DEVICES" in os.environ
+    if simulated != 1 and (simulated or divided):
+        flags |= _CPU
+    wanted = [f"--{name}={seconds}" for name, seconds in flags.items() if name not in given]
+    if wanted and (not given or given.startswith("-")):
+        os.environ["XLA_FLAGS"] = " ".join([given, *filter(is_known, wanted)]).strip()
+
+
+def is_known(flag: str) -> bool:
+    """Whether this XLA has a flag, asked of another process: it aborts the one that gives it any other."""
+    read_flags = "from jaxlib import xla_client; xla_client.CompileOptions()"  # without starting a backend
+    environment = os.environ | {"XLA_FLAGS": flag}
+    return subprocess.run([sys.executable, "-c", read_flags], env=environment, capture_output=True).returncode == 0

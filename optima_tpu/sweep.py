@@ -1,0 +1,139 @@
+"""The command line of a sweep: ``python -m optima_tpu.sweep FILE``."""
+
+import argparse
+import shlex
+import sys
+from collections.abc import Collection, Sequence
+
+from rich.console import Console
+
+from optima_tpu.errors import UserError
+from optima_tpu.pipeline.sweep import grid as grids
+from optima_tpu.pipeline.sweep.cells import Cell, differences
+from optima_tpu.pipeline.sweep.grid import Grid, read_grid
+from optima_tpu.pipeline.sweep.tables import failure_lines, layout, terminal_table
+from optima_tpu.report.progress import say, show
+from optima_tpu.runtime.command import guarded, take_devices
+
+_PROGRAM = "python -m optima_tpu.sweep"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit status: 1 with failed cells, else see :func:`guarded`."""
+    return guarded(
+        lambda: _sweep(sys.argv[1:] if argv is None else argv), "the same command goes on after the last finished block"
+    )
+
+
+def _sweep(argv: Sequence[str]) -> int:
+    options, settings = _parse(list(argv))
+    grid = read_grid(options.file, settings, options.output)
+    chosen = _chosen(grid, options.only)
+    _set_devices(grid)
+    # Only now: what these import asks for the devices.
+    from optima_tpu.models.checkpoints.orbax import quiet_orbax
+    from optima_tpu.pipeline.sweep.runner import Sweep
+
+    quiet_orbax()
+    sweep = Sweep(grid, () if options.dry_run else chosen, options.keep_checkpoints)
+    console = Console()
+    if options.dry_run:
+        _list(console, grid, chosen, sweep.finished)
+        return 0
+    if sweep.finished:
+        say(console, f"resuming  {len(sweep.finished)} of {len(grid.cells)} cells are done")
+    command = shlex.join(_command(options, settings))
+    sweep.run(console, command)
+    files = sweep.write(command)
+    console.print()
+    show(console, terminal_table(layout(grid, sweep.results)))
+    failures = failure_lines(sweep.results)
+    say(console, "\n".join(["", *(f"failed  {line}" for line in failures), *map(str, files.values())]))
+    return 1 if failures else 0
+
+
+def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The sweep's own options, and the settings of its runs."""
+    parser = argparse.ArgumentParser(
+        prog=_PROGRAM,
+        usage=f"{_PROGRAM} FILE [--SETTING VALUE ...] [--output DIR] [--only TEXT] [--dry-run]",
+        description="Runs a table of masks x updates x patterns over one model, or goes on with it, and writes it as "
+        "Markdown, CSV and JSON.\n\n" + grids.__doc__.strip(),
+        epilog="Any setting of optima_tpu.launch that stands under no label goes over the file's, in all cells: --model org/name "
+        "--mesh 4x2",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        exit_on_error=False,
+    )
+    parser.add_argument("file", metavar="FILE", help="the table, as above")
+    parser.add_argument(
+        "--output",
+        metavar="DIR",
+        help="directory of the tables and of the cells (default: the file's output, or runs/tables/FILE-MODEL)",
+    )
+    parser.add_argument(
+        "--only",
+        metavar="TEXT",
+        action="append",
+        default=[],
+        help="run the cells in whose name the "
+        "text stands, such as 'sparsegpt + cg'; given several times, those with any of the texts",
+    )
+    parser.add_argument("--dry-run", "--dry_run", action="store_true", help="list the cells, and run none")
+    parser.add_argument(
+        "--keep-checkpoints",
+        "--keep_checkpoints",
+        action="store_true",
+        help="keep the pruned models; else only the reports of finished cells stay",
+    )
+    if not {"-h", "--help"} & set(argv) and (not argv or argv[0].startswith("-")):
+        raise UserError(
+            f"expected the file of the sweep before everything else, got {argv[0] if argv else 'nothing'}; see {_PROGRAM} --help"
+        )
+    try:
+        options, settings = parser.parse_known_args(argv)
+    except argparse.ArgumentError as error:
+        raise UserError(f"{error}; see {_PROGRAM} --help") from None
+    for word in settings:
+        if word.partition("=")[0] in ("--config", "--print_config", "--print-config"):
+            raise UserError(f"a sweep has no {word}: the settings of its runs stand in {options.file} under run")
+    return options, settings
+
+
+def _command(options: argparse.Namespace, settings: Sequence[str]) -> list[str]:
+    """What makes the whole table."""
+    output = ["--output", options.output] if options.output is not None else []
+    return [*_PROGRAM.split(), options.file, *settings, *output]
+
+
+def _chosen(grid: Grid, only: Sequence[str]) -> tuple[Cell, ...]:
+    for text in only:
+        if not any(text in str(cell) for cell in grid.cells):
+            raise UserError(
+                f"expected --only with a part of a cell's name, such as {str(grid.cells[0])!r}, got "
+                f"{text!r}; --dry-run lists them all"
+            )
+    return tuple(cell for cell in grid.cells if not only or any(text in str(cell) for text in only))
+
+
+def _set_devices(grid: Grid) -> None:
+    counts = {cell.config.cpu_devices for cell in grid.cells}
+    if len(counts) > 1:
+        raise UserError(f"expected one cpu_devices for all cells, which run in one process, got {', '.join(map(str, counts))}")
+    first = grid.cells[0].config
+    if (first.coordinator, first.num_processes, first.process_id) != (None, None, None):
+        raise UserError(
+            "expected a sweep in one process, got --coordinator, --num-processes or --process-id: run single cells "
+            "in several processes with optima_tpu.launch (--dry-run tells their settings)"
+        )
+    take_devices(first, alone=True)
+
+
+def _list(console: Console, grid: Grid, chosen: Sequence[Cell], finished: Collection[Cell]) -> None:
+    for number, (cell, different) in enumerate(zip(grid.cells, differences(grid.cells), strict=True), 1):
+        state = "finished" if cell in finished else "to run" if cell in chosen else "not chosen"
+        say(console, f"cell {number} of {len(grid.cells)}: {cell}: {state}\n    {different}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
