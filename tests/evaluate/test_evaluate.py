@@ -1,0 +1,659 @@
+"""The command line of an evaluation: models of every kind, tasks with local data, the record, and what is refused."""
+
+import contextlib
+import errno
+import functools
+import io
+import json
+import math
+import shutil
+import subprocess
+import sys
+import tempfile
+
+import numpy as np
+import pytest
+from tqdm import tqdm
+
+from optima_tpu.errors import UserError
+from optima_tpu.evaluate import run as evaluation
+from optima_tpu.evaluate.__main__ import main
+from optima_tpu.evaluate.config import EvaluateConfig, parse
+from optima_tpu.evaluate.perplexity import perplexity_of
+from optima_tpu.evaluate.run import default_folder
+from optima_tpu.evaluate.tasks import PAPER, load_tasks, paper_average, run_tasks
+from tests.support.processes import free_port, process_environment, without_gloo
+
+CHOICE = """
+task: tiny_choice
+dataset_path: json
+dataset_kwargs: {data_files: {validation: FOLDER/choice.jsonl}}
+validation_split: validation
+output_type: multiple_choice
+doc_to_text: "{{question}}"
+doc_to_target: answer
+doc_to_choice: "{{choices}}"
+metric_list:
+- {metric: acc, aggregation: mean, higher_is_better: true}
+- {metric: acc_norm, aggregation: mean, higher_is_better: true}
+"""
+ROLLING = """
+task: tiny_rolling
+dataset_path: json
+dataset_kwargs: {data_files: {test: FOLDER/rolling.jsonl}}
+test_split: test
+output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: "{{text}}"
+metric_list: [{metric: byte_perplexity, aggregation: weighted_perplexity, higher_is_better: false}]
+"""
+OTHERS = {
+    "tiny_group": "group: tiny_group\ntask: [tiny_choice]\naggregate_metric_list: [{metric: acc, weight_by_size: true}]\n",
+    "tiny_gone": "group: tiny_gone\ntask: [tiny_missing]\n",
+    "tiny_writing": CHOICE.replace("tiny_choice", "tiny_writing")
+    .replace("multiple_choice", "generate_until")
+    .replace("doc_to_choice", "description"),
+    "tiny_empty": ROLLING.replace("tiny_rolling", "tiny_empty").replace("rolling.jsonl", "empty.jsonl"),
+    "tiny_missing": ROLLING.replace("tiny_rolling", "tiny_missing").replace("rolling.jsonl", "missing.jsonl"),
+    "tiny_fields": ROLLING.replace("tiny_rolling", "tiny_fields").replace("{{text}}", "{{txet.upper()}}"),
+    "tiny_unasked": CHOICE.replace("tiny_choice", "tiny_unasked").replace("choice.jsonl", "unasked.jsonl"),
+    "tiny_nothing": CHOICE.replace("tiny_choice", "tiny_nothing").replace("choice.jsonl", "nothing.jsonl"),
+    "tiny_late": CHOICE.replace("tiny_choice", "tiny_late") + "process_results: !function late.results\n",
+    "tiny_hub": ROLLING.replace("tiny_rolling", "tiny_hub").replace("path: json", "path: no-such-owner/no-such-set"),
+}
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory):
+    """A folder of task files and their data."""
+    folder = tmp_path_factory.mktemp("tasks")
+    rng = np.random.default_rng(0)
+
+    def word():
+        return "".join(rng.choice(list("abcdefgh"), rng.integers(1, 9)))
+
+    def write(name, records):
+        (folder / name).write_text("".join(json.dumps(record) + "\n" for record in records))
+
+    write(
+        "choice.jsonl",
+        [
+            {"question": f"{word()} {word()}?", "choices": [word() for _ in range(3)], "answer": int(rng.integers(0, 3))}
+            for _ in range(30)
+        ],
+    )
+    write("rolling.jsonl", [{"text": " ".join(word() for _ in range(size))} for size in (3, 60)])
+    write("empty.jsonl", [{"text": "a"}, {"text": ""}])
+    asked = {"question": "a?", "choices": ["b", "c"], "answer": "b"}
+    for name, choices in (("unasked", None), ("nothing", [])):
+        write(f"{name}.jsonl", [asked, asked | {"choices": choices}])
+    (folder / "late.py").write_text("def results(document, likelihoods):\n    return {'acc': document['level']}\n")
+    for name, text in {"tiny_choice": CHOICE, "tiny_rolling": ROLLING, **OTHERS}.items():
+        (folder / f"{name}.yaml").write_text(text.replace("FOLDER", str(folder)))
+    return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def own_tasks_only(tasks):
+    """The thousands of task files that come with the harness take seconds to read, at every call. Its bars are off as in main."""
+    import lm_eval.api.task
+    import lm_eval.tasks
+
+    from optima_tpu.evaluate import tasks as module
+
+    def manager(include_path=None):
+        return lm_eval.tasks.TaskManager(include_path=include_path, include_defaults=include_path is None)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "TaskManager", manager)
+        patch.setattr(lm_eval.api.task, "tqdm", functools.partial(tqdm, disable=True))
+        yield
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("the quick brown fox jumps over the lazy dog. " * 20)
+    return path
+
+
+@pytest.fixture(scope="module")
+def evaluated(finished, tasks, text, tmp_path_factory):
+    """(record, harness's own results, what was printed, directory) of the finished run against its dense model, by the command
+    line."""
+    out, printed = tmp_path_factory.mktemp("evaluated"), io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        assert (
+            main(
+                [
+                    str(finished.directory),
+                    "--against",
+                    str(finished.model),
+                    "--mesh",
+                    "4x2",
+                    "--perplexity",
+                    f"file:{text}",
+                    "--length",
+                    "64",
+                    "--tasks",
+                    "tiny_group,tiny_rolling",
+                    "--include-path",
+                    str(tasks),
+                    "--output",
+                    str(out),
+                ]
+            )
+            == 0
+        )
+    record, harness = (json.loads((out / name).read_text()) for name in ("evaluation.json", "lm_eval.json"))
+    return record, harness, printed.getvalue(), out
+
+
+def test_the_record_has_the_harness_results_the_perplexities_and_the_distance(evaluated, finished, text):
+    record, harness, printed, _ = evaluated
+    assert record["model"] == str(finished.directory) and record["against"] == str(finished.model)
+    assert record.keys() == {
+        "model",
+        "against",
+        "evaluated",
+        "configuration",
+        "environment",
+        "perplexity",
+        "distance",
+        "tasks",
+        "average",
+    }
+    report = json.loads((finished.directory / "report.json").read_text())
+    of, against = record["evaluated"]["model"], record["evaluated"]["against"]
+    assert of["manifest"] == report["manifest"] and against == {"fingerprint": report["model"]["fingerprint"], "manifest": None}
+    found = record["perplexity"][f"file:{text}"]
+    assert found["tokens"] == 14 * 64 and found["perplexity"] > 1 and found["against"] > 1
+    assert "14 consecutive windows of 64 tokens" in found["how"]
+    apart = record["distance"][f"file:{text}"]
+    assert apart["tokens"] == 14 * 63 and 0 < apart["kl_stderr"] < apart["kl"] and 0 < apart["agreement"] < 1
+    assert len(apart["hidden_errors"]) == 3 and apart["kls"] is None
+    assert record["tasks"].keys() == {"tiny_group", "tiny_rolling"} and record["average"] is None
+    group, own = record["tasks"]["tiny_group"], harness["results"]["tiny_group"]
+    assert (group["acc"], group["acc_stderr"], group["documents"]) == (own["acc,none"], own["acc_stderr,none"], 30)
+    assert group["against"].keys() == {"acc", "acc_stderr", "documents"}
+    assert record["tasks"]["tiny_rolling"]["byte_perplexity"] == harness["results"]["tiny_rolling"]["byte_perplexity,none"]
+    assert record["tasks"]["tiny_rolling"]["byte_perplexity_stderr"] is None
+    assert harness["n-samples"]["tiny_choice"] == {"original": 30, "effective": 30}
+    for words in (
+        "both models on file:",
+        "KL divergence",
+        "model: 90 continuations in 90 texts",
+        "byte_perplexity",
+        "±",
+        str(finished.model),
+    ):
+        assert words in printed, printed
+
+
+def test_the_tasks_agree_with_the_harness_on_transformers(evaluated, finished, tasks):
+    pytest.importorskip("torch")
+    from lm_eval.evaluator import evaluate
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    chosen = TaskManager(include_path=str(tasks), include_defaults=False).load(["tiny_group", "tiny_rolling"])
+    theirs = evaluate(HFLM(str(finished.directory / "hf"), device="cpu", dtype="float32", batch_size=16), chosen)["results"]
+    ours = evaluated[1]["results"]
+    assert ours["tiny_choice"] == theirs["tiny_choice"] and ours["tiny_group"] == theirs["tiny_group"]
+    assert ours["tiny_rolling"]["byte_perplexity,none"] == pytest.approx(theirs["tiny_rolling"]["byte_perplexity,none"], rel=1e-5)
+
+
+def test_every_form_of_a_run_is_the_same_model_on_every_mesh(evaluated, finished, tasks, text, tmp_path):
+    expected = evaluated[0]
+    for number, (model, mesh) in enumerate([(finished.directory / "checkpoint", "4x2"), (finished.directory / "hf", "2x4")]):
+        out = tmp_path / str(number)
+        assert (
+            main(
+                [
+                    str(model),
+                    "--mesh",
+                    mesh,
+                    "--perplexity",
+                    f"file:{text}",
+                    "--length",
+                    "64",
+                    "--tasks",
+                    "tiny_choice",
+                    "--include-path",
+                    str(tasks),
+                    "--output",
+                    str(out),
+                ]
+            )
+            == 0
+        )
+        record = json.loads((out / "evaluation.json").read_text())
+        assert record["tasks"]["tiny_choice"]["acc"] == expected["tasks"]["tiny_group"]["acc"]
+        assert record["perplexity"][f"file:{text}"]["perplexity"] == pytest.approx(
+            expected["perplexity"][f"file:{text}"]["perplexity"], rel=1e-5
+        )
+
+
+def test_the_tasks_of_the_other_model_are_taken_from_an_earlier_evaluation(evaluated, finished, tasks, tmp_path, capsys):
+    def again(*arguments):
+        return main(
+            [
+                str(finished.directory / "hf"),
+                "--against",
+                str(finished.model),
+                "--tasks",
+                "tiny_group,tiny_rolling",
+                "--include-path",
+                str(tasks),
+                "--output",
+                str(tmp_path / "out"),
+                *arguments,
+            ]
+        )
+
+    earlier = evaluated[3]
+    assert again("--against-results", str(earlier)) == 0
+    printed, record = capsys.readouterr().out, json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert {task: numbers["against"] for task, numbers in record["tasks"].items()} == {
+        task: numbers["against"] for task, numbers in evaluated[0]["tasks"].items()
+    }
+    assert f"{finished.model} from {earlier}" in printed and "against: " not in printed
+    own, kept = (json.loads((folder / "lm_eval_against.json").read_text()) for folder in (tmp_path / "out", earlier))
+    assert own == kept
+    # And not where they would be others.
+    (tmp_path / "pruned").mkdir()
+    shutil.copy(earlier / "lm_eval.json", tmp_path / "pruned")
+    for name, text in (("damaged", "{}"), ("another", "[]")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "lm_eval.json").write_text(text)
+    changes = {
+        "no group": lambda known: known["results"].pop("tiny_group"),
+        "old": lambda known: known.update(lm_eval_version="0"),
+        "longer": lambda known: known["n-samples"]["tiny_choice"].update(original=31),
+    }
+    for name, change in changes.items():
+        (tmp_path / name).mkdir()
+        change(known := json.loads((earlier / "lm_eval_against.json").read_text()))
+        (tmp_path / name / "lm_eval_against.json").write_text(json.dumps(known))
+    for arguments, expected in (
+        (["--against-results", str(tmp_path)], "which has no lm_eval.json"),
+        (["--against-results", str(tmp_path / "no group")], "results of tiny_group, which are"),
+        (["--against-results", str(tmp_path / "old")], "got another lm-eval, 0 there"),
+        (["--against-results", str(tmp_path / "longer")], "documents of task tiny_choice, 31 there, 30 here"),
+        (["--against-results", str(tmp_path / "damaged")], "lm_eval.json, which can't be read (KeyError: 'config')"),
+        (["--against-results", str(tmp_path / "another")], "lm_eval.json, which can't be read (TypeError: list indices"),
+        (["--against-results", str(tmp_path / "pruned")], f"with those of {finished.directory}, of other weights"),
+        (["--against-results", str(earlier), "--limit", "5"], "got another number of documents, None there, 5 here"),
+        (["--against-results", str(earlier), "--context", "64"], "got another context, 128 there, 64 here"),
+        (["--against-results", str(earlier), "--fewshot", "1"], "got other settings of task tiny_choice"),
+        (["--against-results", str(earlier), "--tasks", "tiny_choice,tiny_empty"], "results of tiny_empty, which are"),
+    ):
+        assert again(*arguments) == 2
+        assert expected in (told := capsys.readouterr()).err + told.out
+
+
+def test_an_evaluation_without_tasks_leaves_no_earlier_ones_results_beside_it(finished, text, tmp_path):
+    for name in ("lm_eval.json", "lm_eval_against.json"):
+        (tmp_path / name).write_text("{}")
+    assert (
+        main(
+            [
+                str(finished.directory),
+                "--perplexity",
+                f"file:{text}",
+                "--length",
+                "64",
+                "--windows",
+                "1",
+                "--output",
+                str(tmp_path),
+            ]
+        )
+        == 0
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["evaluation.json"]
+
+
+def test_the_page_of_a_run_shows_what_was_evaluated_of_it(finished, text, tmp_path, capsys):
+    run, page = tmp_path / "run", tmp_path / "run" / "report.html"
+    shutil.copytree(finished.directory, run)
+    shutil.copytree(run / "hf", tmp_path / "elsewhere")
+    dense, export = f"{finished.model.parent}/./{finished.model.name}", str(tmp_path / "elsewhere")
+    for models, shown, other in (
+        ([dense], False, None),
+        ([export], True, None),
+        ([run, "--against", dense], True, "dense"),
+        ([run, "--against", export], True, export),
+    ):
+        assert (
+            main([*map(str, models), "--perplexity", f"file:{text}", "--length", "64", "--windows", "2", "--output", str(run)])
+            == 0
+        )
+        printed, drawn = capsys.readouterr().out, page.read_text()
+        assert ("file:text.txt" in drawn) == shown
+        assert (f"report.html does not show this evaluation: {models[0]} is not" in printed) == (not shown)
+        assert [name for name in ("dense", export) if f"Divergence from {name}<" in drawn] == ([other] if other else [])
+
+
+def test_the_exports_of_two_runs_are_recorded_apart(tmp_path):
+    folders = [tmp_path / name / "hf" for name in ("one", "two")]
+    for folder in folders:
+        folder.mkdir(parents=True)
+        (folder.parent / "run.json").write_text("{}")
+    assert [str(default_folder(str(folder))) for folder in folders] == ["runs/evaluate-one", "runs/evaluate-two"]
+    assert str(default_folder("org/name@main")) == "runs/evaluate-name"
+
+
+def test_files_stand_in_for_the_data_set_of_a_task(finished, tasks, tmp_path):
+    """A task with a data set on the hub, and three splits of which one is there."""
+    yaml = tmp_path / "tasks" / "far.yaml"
+    yaml.parent.mkdir()
+    yaml.write_text(
+        CHOICE.replace("tiny_choice", "far").replace(
+            "path: json", "path: no-such-owner/no-such-set\ndataset_name: none\ntraining_split: train\ntest_split: test"
+        )
+    )
+    (tmp_path / "data").mkdir()
+    shutil.copy(tasks / "choice.jsonl", tmp_path / "data" / "validation.jsonl")
+    assert (
+        main(
+            [
+                str(finished.directory),
+                "--tasks",
+                "far",
+                "--include-path",
+                str(yaml.parent),
+                "--data",
+                f"far={tmp_path / 'data'}",
+                "--limit",
+                "7",
+                "--output",
+                str(tmp_path / "out"),
+            ]
+        )
+        == 0
+    )
+    record = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert record["tasks"]["far"]["documents"] == 7
+
+
+@pytest.mark.parametrize(
+    "named, files, told",
+    [
+        ("training_split: train\ntest_split: test", "validation", "expected train.jsonl in {}"),
+        ("training_split: train\ntest_split: test", "validation,test", "drawn from validation; add it"),
+        ("training_split: train\ntest_split: test", "train,validation", None),
+        ("training_split: train\nfewshot_split: dev", "validation", "expected dev.jsonl or train.jsonl in {}"),
+        ("training_split: train\nfewshot_split: dev", "validation,train", None),
+        ("training_split: train\nfewshot_split: dev", "validation,dev", None),
+        ("test_split: test", "validation", "expected test.jsonl in {}"),
+        ("test_split: test", "test", "expected validation.jsonl in {}"),
+        ("fewshot_split: validation\ntest_split: test", "test,validation", None),
+        (
+            "fewshot_config: {samples: [{question: a, choices: [b], answer: 0}, {question: c, choices: [d], answer: 0}]}",
+            "validation",
+            None,
+        ),
+        ("", "validation", None),
+    ],
+)  # as the task's file has it
+def test_files_of_a_data_set_hold_the_examples_before_a_question(named, files, told, tasks, tmp_path):
+    """Without them the harness draws examples from the documents that are scored."""
+    (tmp_path / "far.yaml").write_text(CHOICE.replace("tiny_choice", "far").replace("path: json", f"path: no/such\n{named}"))
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for split in files.split(","):
+        shutil.copy(tasks / "choice.jsonl", folder / f"{split}.jsonl")
+    load_tasks(["far"], str(tmp_path), {"far": folder}, fewshot=0)
+    with contextlib.nullcontext() if told is None else pytest.raises(UserError) as refusal:
+        load_tasks(["far"], str(tmp_path), {"far": folder}, fewshot=1)
+    if told is not None:
+        assert told.format(folder) in str(refusal.value) and "\n" not in str(refusal.value)
+
+
+def test_every_model_sees_the_same_examples_before_a_question(tasks):
+    class Asked:
+        rank, world_size, max_length = 0, 1, 9
+
+        def loglikelihood(self, requests):
+            self.texts = [request.args for request in requests]
+            return [(0.0, False)] * len(requests)
+
+    loaded, models = load_tasks(["tiny_choice"], str(tasks), fewshot=3), (Asked(), Asked())
+    for model in models:
+        run_tasks(model, loaded)
+    assert models[0].texts == models[1].texts and models[0].texts[0][0].count("?") == 4
+
+
+@pytest.fixture
+def refused(capfd, tmp_path, tasks):
+    """Runs the command line; returns the line that it is refused with."""
+
+    def run(*arguments, output=tmp_path / "out"):
+        own = ["--include-path", str(tasks)] if "--tasks" in arguments else []
+        assert main([*map(str, arguments), *own, "--output", str(output)]) == 2
+        said = capfd.readouterr().err
+        assert said.startswith("error: ") and said.count("\n") == 1, said
+        assert not list(output.glob("*"))
+        return said
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--tasks", "tiny_chioce"], "there is no task 'tiny_chioce'; did you mean tiny_choice"),
+        (["--tasks", "tiny_missing"], "the data of task tiny_missing are not here and can't be had ("),
+        (["--tasks", "tiny_missing"], "where there is a network, or give them as files with --data tiny_missing=FOLDER"),
+        (
+            ["--tasks", "tiny_gone"],
+            "where there is a network, or give them as files with --data: give --tasks the group's single",
+        ),
+        (["--tasks", "tiny_fields"], "task tiny_fields can't be made from its data (UndefinedError: 'txet' is undefined)"),
+        (["--tasks", "tiny_writing"], "task tiny_writing lets the model write"),
+        (["--tasks", "tiny_empty"], "document 1 of task tiny_empty: expected a text to score, got an empty document"),
+        (["--tasks", "tiny_unasked"], "task tiny_unasked can't be made from its data (TypeError: "),
+        (
+            ["--tasks", "tiny_nothing"],
+            "document 1 of task tiny_nothing: expected a text to score, got no choices; mend the data set",
+        ),
+        (["--tasks", "tiny_late"], "task tiny_late can't be scored on its data (KeyError: 'level')"),
+        (
+            ["--tasks", "tiny_choice", "--fewshot", "30"],
+            "expected at most 29 examples before a question of task tiny_choice, which "
+            "are drawn from 30 documents, got 30: give a smaller --fewshot",
+        ),
+        (["--tasks", "tiny_choice", "--context", "129"], "expected --context of at most 128, the model's context, got 129"),
+        (["--tasks", "tiny_choice", "--data", "tiny_choice=/no"], "expected --data tiny_choice=FOLDER with a folder, got /no"),
+        (["--tasks", "tiny_group", "--data", "tiny_group=/"], "give --tasks the group's single tasks, each with a --data"),
+        (["--data", "tiny_choice=/tmp"], "expected --data for tasks that are run (none), got it for tiny_choice"),
+        (["--include-path", "/tmp"], "expected --include-path for tasks that are run (none), got /tmp: give --tasks too"),
+        (["--limit", "5"], "expected --limit for tasks that are run (none), got 5"),
+        (["--fewshot", "0"], "expected --fewshot for tasks that are run (none), got 0"),
+        (["--context", "64"], "expected --context for tasks that are run (none), got 64"),
+        (
+            ["--tasks", "tiny_choice", "--length", "64"],
+            "expected --length for texts that perplexity is measured on (none), got 64",
+        ),
+        (
+            ["--tasks", "tiny_choice", "--windows", "2"],
+            "expected --windows for texts that perplexity is measured on (none), got 2",
+        ),
+        (["--tasks", "tiny_choice", "--bos", "text"], "expected --bos for texts that perplexity is measured on (none), got text"),
+        (["--tasks", "tiny_choice", "--against-results", "x"], "expected --against-results for tasks that are compared (none)"),
+        (["--per-block", "true"], "expected --per-block for a distance that is measured (none), got True: give --against"),
+        (
+            ["--tasks", "tiny_choice", "--against", "x", "--per-block", "true"],
+            "expected --per-block for a distance that is measured",
+        ),
+        (["--perplexity", "random", "--length", "129"], "expected --length of at most 128, the model's context, got 129"),
+        (["--perplexity", "file:/nowhere.txt", "--length", "64"], "expected a text file, but /nowhere.txt does not exist"),
+        (["--perplexity", "wikitext3"], "expected a text source (pydoc, c4, wikitext2, random, self, file:PATH"),
+        (["--against", "wheel:no-such-model"], "the package 'no-such-model' is not installed"),
+        (["--mesh", "2x2"], "mesh 2x2 needs 4 devices, there are 8 (cpu)"),
+        (["--taks", "piqa"], "there is no setting --taks; did you mean --tasks"),
+        (["--limit", "few"], "expected limit to be a whole number or null, got few"),
+        (["--limit", "0"], "expected limit of at least 1, got 0"),
+    ],
+)
+def test_what_is_wrong_is_one_line(finished, refused, arguments, expected):
+    assert expected in refused(finished.model, *arguments)
+
+
+def test_a_folder_that_cannot_be_written_is_found_before_anything_is_measured(finished, refused, text, tmp_path, monkeypatch):
+    def full(dir):
+        raise PermissionError(errno.EACCES, "Permission denied", str(dir))
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", full)
+    monkeypatch.setattr(evaluation, "perplexity", None)
+    message = refused(finished.directory, "--perplexity", f"file:{text}", "--length", 32, "--output", tmp_path / "out")
+    assert f"could not write {tmp_path / 'out'}: Permission denied; choose another --output" in message
+
+
+def test_a_perplexity_beyond_all_numbers_is_the_largest():
+    assert perplexity_of(np.full(2, 1e6), np.zeros((2, 5))) == math.exp(709)
+
+
+def test_a_text_that_a_model_was_calibrated_on_is_refused(finished, refused, text, tmp_path):
+    """By whatever name both come. A data set that is not on this machine is none that is read."""
+    run, link = tmp_path / "run", tmp_path / "link.txt"
+    shutil.copytree(finished.directory, run)
+    link.symlink_to(text)
+    record = json.loads((run / "run.json").read_text())
+
+    def calibrated(source):
+        record["configuration"]["calibration"]["source"] = source
+        (run / "run.json").write_text(json.dumps(record))
+
+    calibrated(f"file:{text}")
+    for number, models in enumerate([[run], [run / "checkpoint"], [run / "hf"], [finished.model, "--against", run]]):
+        said = refused(*models, "--perplexity", f"random,file:{link}", "--length", "32", output=tmp_path / str(number))
+        assert f"expected --perplexity with a text that {models[-1]} was not calibrated on, got file:{link}, where that " in said
+    for source in ("tfds:gone@/nowhere", "file:/nowhere.txt", "self", "a source of another version"):
+        calibrated(source)
+        assert (
+            main(
+                [str(run), "--perplexity", f"file:{link}", "--length", "32", "--windows", "1", "--output", str(tmp_path / "out")]
+            )
+            == 0
+        )
+
+
+def test_a_model_that_is_none(finished, refused, tmp_path):
+    assert f"no such path: '{tmp_path / 'nowhere'}'" in refused(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    assert (
+        f"expected a run directory (run.json), an Orbax checkpoint in one, or a Hugging Face folder (config.json), got "
+        f"{tmp_path / 'empty'}, which is none of these" in refused(tmp_path / "empty")
+    )
+    assert "expected the model before everything else, got --tasks" in refused("--tasks", "piqa")
+    run = tmp_path / "run"
+    shutil.copytree(finished.directory, run)
+    (run / "checkpoint" / "state" / "manifest.ocdbt").write_bytes(b"nothing")
+    assert f"{run / 'checkpoint'} is damaged: expected a checkpoint of arrays, found none; remove it" in refused(
+        run, "--perplexity", "random", "--length", "32"
+    )
+    (run / "checkpoint" / "_CHECKPOINT_METADATA").write_text("{")
+    assert f"{run / 'checkpoint'} is damaged" in refused(run)
+    shutil.copytree(finished.directory / "checkpoint", tmp_path / "alone")
+    assert "expected an Orbax checkpoint named checkpoint in its run directory" in refused(tmp_path / "alone")
+    shutil.rmtree(run / "checkpoint")
+    assert f"expected a run with its pruned model, got {run}, which holds the report alone" in refused(run)
+    (run / "report.json").unlink()
+    assert f"expected a finished run, got {run}, which has no checkpoint yet" in refused(run)
+    (run / "run.json").write_text("{")
+    assert f"{run / 'run.json'} is damaged" in refused(run)
+
+
+def test_a_hub_that_is_not_reached(finished, tasks, tmp_path):
+    """In a process of its own, since the hub's client reads its setting once; torch is not to be found there."""
+    code = (
+        "import functools, sys; from importlib.machinery import PathFinder\n"
+        "find = PathFinder.find_spec\n"
+        "hidden = lambda name, *rest: None if name.split('.')[0] == 'torch' else find(name, *rest)\n"
+        "PathFinder.find_spec = staticmethod(hidden)\n"
+        "from optima_tpu.evaluate import __main__ as command\n"
+        "import optima_tpu.evaluate.tasks as module\n"
+        "module.TaskManager = functools.partial(module.TaskManager, include_defaults=False)\n"
+        "for task in ('tiny_rolling', 'tiny_hub'):\n"
+        "    status = command.main([*sys.argv[1:], '--tasks', task])\n"
+        "sys.exit(status)"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code, str(finished.model), "--include-path", str(tasks), "--output", str(tmp_path / "out")],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=process_environment() | {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "HF_HOME": str(tmp_path / "cache")},
+    )
+    assert result.returncode == 2 and result.stderr.count("\n") == 1, result.stderr
+    assert result.stderr.startswith("error: the data of task tiny_hub are not here and can't be had (")
+    assert "byte_perplexity" in result.stdout
+
+
+@pytest.mark.slow
+def test_two_processes_measure_what_one_does(evaluated, finished, tasks, text, tmp_path):
+    """The first one reads texts and tasks and prints; both compute. What is wrong ends both, and is said once."""
+
+    def run(tested):
+        command = [
+            sys.executable,
+            "-m",
+            "optima_tpu.evaluate",
+            str(finished.directory),
+            "--perplexity",
+            f"file:{text}",
+            "--length",
+            "64",
+            "--tasks",
+            tested,
+            "--include-path",
+            str(tasks),
+            "--output",
+            str(tmp_path / "out"),
+            "--cpu-devices",
+            "4",
+            "--mesh",
+            "4x2",
+            "--coordinator",
+            f"localhost:{free_port()}",
+            "--num-processes",
+            "2",
+            "--process-id",
+        ]
+        started = [
+            subprocess.Popen(
+                [*command, str(number)], env=process_environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+            )
+            for number in range(2)
+        ]
+        return [(*process.communicate(timeout=300), process.returncode) for process in started]
+
+    (printed, _, first), (other, _, second) = run("tiny_group,tiny_rolling")
+    assert (first, second) == (0, 0) and "byte_perplexity" in printed
+    assert without_gloo(other) == []
+    record, expected = json.loads((tmp_path / "out" / "evaluation.json").read_text()), evaluated[0]
+    assert record["tasks"]["tiny_group"]["acc"] == expected["tasks"]["tiny_group"]["acc"]
+    for path in (("tasks", "tiny_rolling", "byte_perplexity"), ("perplexity", f"file:{text}", "perplexity")):
+        found, wanted = (functools.reduce(lambda part, key: part[key], path, whole) for whole in (record, expected))
+        assert found == pytest.approx(wanted, rel=1e-5)
+    for task, told in (("tiny_empty", "document 1 of task tiny_empty"), ("tiny_late", "task tiny_late can't be scored")):
+        (_, said, first), (_, other, second) = run(task)
+        assert (first, second, other) == (2, 2, "") and told in said
+
+
+def test_the_settings_are_one_dataclass():
+    config = parse(["runs/a", "--tasks=piqa, arc_easy", "--cpu-devices", "8", "--data", "piqa=data/piqa"])
+    assert config == EvaluateConfig("runs/a", tasks="piqa, arc_easy", cpu_devices=8, data="piqa=data/piqa")
+    assert config.task_names == ("piqa", "arc_easy") and config.texts == ()
+    assert str(config.folders["piqa"]) == "data/piqa"
+    assert EvaluateConfig("runs/a", length=64, bos="text", against="x", per_block=True).texts == ("wikitext2",)
+    assert EvaluateConfig("runs/a", tasks="piqa", perplexity="c4", limit=2, fewshot=0, windows=1).texts == ("c4",)
+
+
+def test_the_paper_average_is_over_its_six_tasks():
+    accuracies = {name: {"acc": number / 10} for number, name in enumerate(PAPER)}
+    assert paper_average(accuracies) == pytest.approx(0.25)
+    del accuracies["mmlu"]
+    assert paper_average(accuracies) is None

@@ -1,0 +1,62 @@
+"""Our perplexity against torch by the published protocol: one text, windows that do not overlap, mean over tokens."""
+
+import functools
+import json
+
+import pytest
+
+from optima_tpu.config.run_config import Calibration, Evaluation, RunConfig
+from optima_tpu.evaluate.perplexity import perplexity
+from optima_tpu.pipeline.inputs import read_texts
+from tests.support.references import REFERENCES, SIZES, tiny
+from tests.support.runs import opened
+from tests.support.tiny_models import byte_tokenizer
+
+torch = pytest.importorskip("torch")
+
+from benchmarks.perplexity_parity import published  # noqa: E402
+
+DOCUMENTS = ["The windows of a text see nothing before them.", "", "Only the first begins where the text does. " * 4]
+BOS, LENGTH = 256, 40
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Gives (folder, model of transformers) of a family whose tokenizer puts a BOS token before a text."""
+    from tokenizers.processors import TemplateProcessing
+
+    root = tmp_path_factory.mktemp("perplexity")
+
+    @functools.cache
+    def save(family: str):
+        reference = next(reference for reference in REFERENCES if reference.model == family)
+        _, model, _ = tiny(reference, SIZES)
+        tokenizer = byte_tokenizer()
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])
+        for part in (model, tokenizer):
+            part.save_pretrained(root / family)
+        (root / family / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in DOCUMENTS))
+        return root / family, model
+
+    return save
+
+
+@pytest.mark.parametrize("family", ["LlamaForCausalLM", "Gemma3ForCausalLM"])
+def test_perplexity_is_that_of_torch_with_bos_before_the_text_or_every_window(saved, family):
+    folder, reference = saved(family)
+    found = {}
+    for bos in ("text", "window", None):
+        config = RunConfig(
+            str(folder),
+            calibration=Calibration("random", samples=1, length=LENGTH, held_out=0),
+            evaluation=Evaluation(f"file:{folder}/text.jsonl", bos=bos),
+        )
+        model = opened(config, (1, 1))
+        tokens = read_texts(config, model).evaluation
+        assert ("BOS" in tokens.how) == (bos == "window" or (bos is None and "Gemma" in family))
+        found[bos] = perplexity(model.decoder, tokens.ids)
+    ids = byte_tokenizer()("\n\n".join(DOCUMENTS))["input_ids"]
+    assert found["text"] == pytest.approx(published(reference, [BOS, *ids], LENGTH), rel=1e-5)
+    assert found["window"] == pytest.approx(published(reference, ids, LENGTH, bos=BOS), rel=1e-5)
+    assert found[None] == found["window" if "Gemma" in family else "text"]
+    assert found["text"] != pytest.approx(found["window"], rel=1e-3)

@@ -1,0 +1,330 @@
+"""Whatever is wrong with the input is one line that says so, and nothing on the disk changes."""
+
+import dataclasses
+import errno
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from optima_tpu.config.run_config import RunConfig
+from optima_tpu.errors import UserError
+from optima_tpu.launch import main
+from optima_tpu.runtime.files import LOCK, only_program
+from optima_tpu.runtime.mesh import _between_hosts, make_mesh
+from tests.support.runs import SMALL, snapshot
+from tests.support.tiny_models import tiny_folder
+
+TENSOR = "model.layers.1.mlp.up_proj.weight"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return tiny_folder(tmp_path_factory.mktemp("whole") / "model")
+
+
+@pytest.fixture
+def refused(tmp_path, capfd):
+    """Runs the command line; returns the message that it is refused with."""
+
+    def run(*arguments, output=tmp_path / "run"):
+        before = snapshot(output)
+        status = main([*map(str, arguments), "--output", str(output)])
+        printed, said = capfd.readouterr()
+        assert (status, said.count("\n")) == (2, 1), said
+        assert said.startswith("error: ") and "Traceback" not in said + printed
+        after = snapshot(output)
+        # A run that reads all of the model before it finds what is wrong has made, and locked, the directory for its result.
+        assert after == before or not before and after.keys() <= {str(output), str(output / LOCK)}
+        return said
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        (["--pattern", "1.0"], "expected a sparsity in [0, 1), got 1.0"),
+        (["--pattern=-0.1"], "expected a sparsity in [0, 1), got -0.1"),
+        (["--pattern", "4:2"], "expected a pattern N:M with 0 < N < M, got 4:2"),
+        (["--pattern", "half"], "expected a pattern such as 0.5, 0.5/layer or 2:4, got 'half'"),
+        (["--pattern", "3:8"], "divisible by 8, got a layer with 36"),
+        (["--mesh", "2x2"], "mesh 2x2 needs 4 devices, there are 8 (cpu): choose a mesh whose product is 8"),
+        (["--mesh", "2x2x2"], "expected a mesh such as 4x2 or data=4,model=2, got '2x2x2'"),
+        (["--calibration.length", "129"], "expected calibration.length of at most 128, the model's context, got 129"),
+        (["--evaluation.length", "129"], "expected evaluation.length of at most 128, the model's context, got 129"),
+        (["--sparsity", "0.5"], "there is no setting --sparsity; see --help for all of them"),
+        (["--solver.dampnig", "0.1"], "there is no setting --solver.dampnig; did you mean --solver.damping or "),
+        (["--calibration.sample", "8"], "did you mean --calibration.samples or "),
+        (["--solver.damping", "-1"], "damping"),
+        (["--solver", "gurobi"], "expected solver to be one of cg, mpax, exact, adam, null, got 'gurobi'"),
+        (["--solver.eps_abs", "0.1"], "--solver.eps_abs is an option of solver mpax, but solver is cg here"),
+        (["--batch", "many"], "expected batch to be a whole number, got many"),
+        (["--batch"], "batch"),
+        (["--dtype", "int8"], "expected dtype to be"),
+        (["--config", "nowhere.yaml"], "expected a YAML file, cannot read nowhere.yaml"),
+        (["--calibration.source", "file:nowhere.txt"], "nowhere.txt"),
+        (["--calibration.source", "shakespeare"], "expected a text source (pydoc, c4, wikitext2, random, self, file:PATH"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_setting_that_cannot_be(model, refused, settings, expected):
+    assert expected in refused("--model", model, *SMALL, *settings)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("solver: {dampnig: 0.1}", "there is no setting solver.dampnig; did you mean solver.damping or "),
+        ("patern: 0.5", "there is no setting patern; did you mean pattern?"),
+        ("pattern: 1.5", "expected a sparsity in [0, 1), got 1.5"),
+        ("pattern: [", "line 1: expected YAML, got something else"),
+        ("calibration: c4", "expected settings under calibration, such as 'source: c4', got 'c4'"),
+    ],
+)
+def test_a_file_with_a_setting_that_cannot_be(model, refused, tmp_path, text, expected):
+    (tmp_path / "settings.yaml").write_text(text)
+    assert expected in refused("--model", model, "--config", tmp_path / "settings.yaml")
+
+
+def test_a_model_that_is_not_there(refused, tmp_path):
+    assert f"no such path: '{tmp_path / 'nowhere'}'" in refused("--model", tmp_path / "nowhere", *SMALL)
+    assert "is no model: expected config.json" in refused("--model", tmp_path, *SMALL)
+    assert "the package 'no-such-model' is not installed" in refused("--model", "wheel:no-such-model", *SMALL)
+
+
+def test_an_architecture_that_is_not_supported(refused, tmp_path):
+    folder = tiny_folder(tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"architectures": ["MixtralForCausalLM"], "model_type": "mixtral"}
+    (folder / "config.json").write_text(json.dumps(config))
+    message = refused("--model", folder, *SMALL)
+    assert "expected a model of architecture LlamaForCausalLM" in message and "got MixtralForCausalLM" in message
+
+
+def test_a_calibration_text_that_is_too_short(model, refused, tmp_path):
+    (tmp_path / "short.txt").write_text("seventeen letters")
+    message = refused("--model", model, *SMALL, "--calibration.source", f"file:{tmp_path / 'short.txt'}")
+    assert "holds 17 tokens of calibration text, 16 windows of 32 need 512" in message
+    message = refused("--model", model, *SMALL, "--evaluation.source", f"file:{tmp_path / 'short.txt'}")
+    assert "holds 17 tokens of evaluation text, one window needs 32" in message
+
+
+@pytest.mark.parametrize("name", ["[1]", "a[", "a\\b", "[1]/run"])
+def test_a_path_in_which_orbax_would_not_find_its_files(model, refused, tmp_path, name, monkeypatch):
+    message = refused("--model", model, *SMALL, output=tmp_path / name)
+    assert f"without {'[' if '[' in name else chr(92)} in its path" in message and "choose another --output" in message
+    (tmp_path / "p[x]").mkdir()
+    monkeypatch.chdir(tmp_path / "p[x]")
+    assert "without [ in its path" in refused("--model", model, *SMALL, output=Path("run"))
+    assert RunConfig(model="models/a [1]\\b").run_directory.name.startswith("a _1__b-wanda")
+
+
+def test_an_output_directory_in_use(model, finished, refused, tmp_path):
+    other = tiny_folder(tmp_path / "other", seed=1)
+    message = refused("--model", other, *finished.arguments[2:], output=finished.directory)
+    assert "holds another run (model: " in message
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "thesis.tex").write_text("years of work")
+    message = refused("--model", model, *SMALL, output=tmp_path / "thesis")
+    assert "holds files that are not a run of this program; choose another --output" in message
+    message = refused("--model", model, *SMALL, output=tmp_path / "thesis" / "thesis.tex")
+    assert "Not a directory" in message
+
+
+def test_an_output_directory_that_another_process_is_at_work_in(model, refused, tmp_path):
+    (tmp_path / "run").mkdir()
+    holder = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            "import sys; from pathlib import Path\n"
+            "from optima_tpu.runtime.files import only_program\n"
+            "with only_program(Path(sys.argv[1])): print(flush=True); input()",
+            str(tmp_path / "run"),
+        ],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": ":".join(sys.path)},
+    )
+    holder.stdout.readline()
+    assert f"another process is at work in {tmp_path / 'run'}; wait for it" in refused("--model", model, *SMALL)
+    holder.kill()
+    holder.wait()
+    with only_program(tmp_path / "run"):  # nobody's any more
+        pass
+
+
+@pytest.mark.parametrize("damage", ["cut short", "header", "missing"])
+def test_a_damaged_shard(refused, tmp_path, damage):
+    shard = tiny_folder(tmp_path / "model") / "model-00002-of-00002.safetensors"
+    content = shard.read_bytes()
+    shard.write_bytes({"cut short": content[:-100], "header": b"\xff" * 16 + content[16:], "missing": b""}[damage])
+    if damage == "missing":
+        shard.unlink()
+    message = refused("--model", tmp_path / "model", *SMALL)
+    assert str(shard) in message and ("is missing" if damage == "missing" else "is truncated or damaged") in message
+
+
+def test_weights_of_another_model(refused, tmp_path):
+    folder = tiny_folder(tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"intermediate_size": 64}))
+    assert "model.layers.0.mlp.down_proj.weight: expected shape (36, 64)" in refused("--model", folder, *SMALL)
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 4}))
+    assert "9 tensors missing (model.layers.3.input_layernorm.weight" in refused("--model", folder, *SMALL)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [(TENSOR, np.nan), (TENSOR, -np.inf), ("model.norm.weight", np.nan), ("model.embed_tokens.weight", np.inf)]
+)
+def test_a_weight_that_is_not_finite(refused, tmp_path, name, value):
+    folder = tiny_folder(tmp_path / "model", change=lambda arrays: arrays[name].reshape(-1).__setitem__(5, value))
+    message = refused("--model", folder, "--mesh", "4x2", *SMALL)
+    assert f"{name} holds 1 values that are NaN or infinite" in message
+
+
+def test_a_weight_of_whole_numbers(refused, tmp_path):
+    def change(arrays):
+        arrays[TENSOR] = arrays[TENSOR].astype(np.int8)
+
+    message = refused("--model", tiny_folder(tmp_path / "model", change=change), *SMALL)
+    assert f"1 tensors are stored as int8 ({TENSOR}), in which nothing is computed here" in message and "quantised" in message
+
+
+@pytest.mark.parametrize(
+    ("norm", "layer"), [("post_attention_layernorm", "mlp.gate_proj"), ("input_layernorm", "self_attn.q_proj")]
+)
+def test_activations_that_overflow(refused, tmp_path, norm, layer):
+    """Every weight is a finite float16, but not the activations behind it."""
+
+    def change(arrays):
+        arrays[f"model.layers.1.{norm}.weight"][:] = 6e4
+
+    folder = tiny_folder(tmp_path / "model", dtype="float16", change=change)
+    message = refused("--model", folder, "--mesh", "4x2", *SMALL)
+    assert f"the input of model.layers.1.{layer} holds NaN or infinite values" in message and "try --dtype float32" in message
+
+
+# In a process of its own, since the hub's client reads its setting once; also what a library would print is seen so.
+@pytest.mark.parametrize("name", ["dense.json", "allocation.json", "report.json"])
+def test_no_room_for_a_small_file(model, tmp_path, monkeypatch, capsys, name):
+    def full(path, data, write=Path.write_bytes):
+        if path.name.startswith(name):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(path, data)
+
+    command = [
+        "--model",
+        str(model),
+        *SMALL,
+        "--selector",
+        "magnitude",
+        "--solver",
+        "null",
+        "--allocation",
+        "owl",
+        "--output",
+        str(tmp_path / "run"),
+    ]
+    monkeypatch.setattr(Path, "write_bytes", full)
+    assert main(command) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: could not write {tmp_path / 'run' / name}: No space left on device; ")
+    assert said.count("\n") == 1
+    monkeypatch.undo()
+    assert main(command) == 0
+
+
+@pytest.mark.parametrize("name", ["config.json", "model-00002-of-00002.safetensors"])
+def test_a_file_of_the_model_that_may_not_be_read(refused, tmp_path, monkeypatch, name):
+    folder = tiny_folder(tmp_path / "model")
+
+    def forbidden(path, *arguments, open=Path.open, **options):
+        if path == folder / name:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return open(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", forbidden)
+    assert f"{folder / name} can't be read: Permission denied" in refused("--model", folder, *SMALL)
+
+
+def test_a_hub_that_is_not_reached(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("PYTHONPATH", ":".join(sys.path))
+    result = subprocess.run(
+        [sys.executable, "-m", "optima_tpu.launch", "--model", "no-such-owner/no-such-model", "--output", str(tmp_path / "run")],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert (result.returncode, result.stdout, result.stderr.count("\n")) == (2, "", 1), result.stderr
+    assert result.stderr.startswith("error: ")
+    assert "the hub can't be reached and its cache does not hold no-such-owner/no-such-model" in result.stderr
+    assert not (tmp_path / "run").exists()
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """What a mesh asks of a device."""
+
+    id: int
+    platform: str
+    device_kind: str
+    slice_index: int
+    coords: tuple[int, int, int]
+    core_on_chip: int = 0
+    process_index: int = 0
+
+
+def devices(platform: str, slices: int, each: int) -> list[Device]:
+    return [
+        Device(number, platform, "some", number // each, (number % 2, number // 2 % 2, number % each // 4))
+        for number in range(slices * each)
+    ]
+
+
+@pytest.mark.parametrize("data, model", [(1, 8), (2, 4), (8, 1), (4, 2)])
+def test_any_mesh_of_gpus_on_several_hosts(monkeypatch, data, model):
+    monkeypatch.setattr(jax, "devices", lambda: devices("gpu", 2, 4))
+    found = _between_hosts(data, model)
+    assert found.shape == (data, model) and [device.id for device in found.flat] == list(range(8))
+
+
+@pytest.mark.parametrize(
+    "processes, needed, hint",
+    [
+        (1, "2x2", ", or --cpu-devices 4 to simulate it"),
+        (2, "2x1", (", or --cpu-devices 1 in every process to simulate it")),
+        (2, "3x1", ""),
+    ],
+)
+def test_the_devices_to_simulate_are_those_of_each_process(monkeypatch, processes, needed, hint):
+    monkeypatch.setattr(jax, "process_count", lambda: processes)
+    with pytest.raises(UserError) as error:
+        make_mesh(needed)
+    assert str(error.value).endswith(f"choose a mesh whose product is 8{hint}")
+
+
+def test_only_the_data_axis_of_a_mesh_goes_over_tpu_slices(monkeypatch):
+    monkeypatch.setattr(jax, "devices", lambda: devices("tpu", 2, 4))
+    assert [{device.slice_index for device in row} for row in _between_hosts(4, 2)] == [{0}, {0}, {1}, {1}]
+    with pytest.raises(UserError, match="mesh 1x8 does not fit 2 slices of 4 devices"):
+        _between_hosts(1, 8)
+    monkeypatch.setattr(jax, "devices", lambda: devices("tpu", 1, 8))
+    assert _between_hosts(1, 8) is None
+
+
+def test_a_mesh_that_would_cut_the_dimensions_of_a_slice(monkeypatch):
+    def impossible(*arguments, **options):
+        raise NotImplementedError("Failed to find assignment for logical_axis_index 0")
+
+    monkeypatch.setattr(jax, "make_mesh", impossible)
+    with pytest.raises(UserError, match="mesh 4x2 cannot be laid on this slice of 8 chips"):
+        make_mesh("4x2")

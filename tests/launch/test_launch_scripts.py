@@ -1,0 +1,182 @@
+"""The scripts in launch/: what they would run, and that several local processes start, fail and stop together."""
+
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from optima_tpu.runtime.command import LOST, RESUME
+from tests.support import ROOT
+
+LAUNCH = ROOT / "launch"
+SCRIPTS = sorted(path.name for path in LAUNCH.iterdir() if path.suffix in (".sh", ".sbatch"))
+COMMAND = ["-m", "optima_tpu.launch"]
+ARGUMENTS = ["--model", "a folder/it's", "--layers", 'self_attn.*=dense,"x"', "--output", "/runs/a$b\\c&"]
+
+# Stands for the interpreter. Its answer to the launch command is the shell program in $STUB, which knows its ID.
+STUB = f"""#!/usr/bin/env bash
+if [[ $1 == -c ]]; then exec {shlex.quote(sys.executable)} "$@"; fi
+printf '%q ' "$@" > "$RECORD/$8"
+ID=$8
+eval "$STUB"
+"""
+
+
+@pytest.fixture
+def stub(tmp_path):
+    path = tmp_path / "python-stub"
+    path.write_text(STUB)
+    path.chmod(0o755)
+    return {"OPTIMA_PYTHON": str(path), "RECORD": str(tmp_path), "OPTIMA_GRACE": "0.2"}
+
+
+def run(script, *arguments, **environment):
+    return subprocess.run(
+        [LAUNCH / script, *arguments], capture_output=True, text=True, timeout=20, env={"PATH": os.environ["PATH"], **environment}
+    )
+
+
+def started(*arguments, **environment):
+    pipes = dict.fromkeys(("stdout", "stderr"), subprocess.PIPE)
+    # A shell cannot trap what was ignored when it began: SIGINT, where the tests run in the background of another shell.
+    heard = "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv(sys.argv[1], sys.argv[1:])"
+    return subprocess.Popen(
+        [sys.executable, "-c", heard, LAUNCH / "local_processes.sh", *arguments],
+        **pipes,
+        text=True,
+        env={"PATH": os.environ["PATH"], **environment},
+    )
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_scripts_are_sound(name):
+    assert os.access(LAUNCH / name, os.X_OK)
+    subprocess.run(["bash", "-n", LAUNCH / name], check=True)
+    # Beside this interpreter where the extra is installed into an environment that was not activated.
+    program = shutil.which("shellcheck") or shutil.which("shellcheck", path=Path(sys.executable).parent)
+    if program is None:
+        pytest.skip("shellcheck is not installed (extra test)")
+    found = subprocess.run([program, LAUNCH / name], capture_output=True, text=True)
+    assert found.returncode == 0, found.stdout
+
+
+def test_dry_run_of_local_processes():
+    result = run("local_processes.sh", "--dry-run", "3", *ARGUMENTS, OPTIMA_PYTHON="bash")
+    assert [shlex.split(line) for line in result.stdout.splitlines()] == [
+        ["bash", *COMMAND, "--coordinator", "127.0.0.1:PORT", "--num-processes", "3", "--process-id", str(k), *ARGUMENTS]
+        for k in range(3)
+    ]
+
+
+def test_dry_run_of_slurm():
+    command = shlex.split(run("slurm_gpu.sbatch", "--dry-run", *ARGUMENTS).stdout)
+    assert command[0] == "srun" and command[-len(ARGUMENTS) - 3 :] == ["python", *COMMAND, *ARGUMENTS]
+
+
+def test_dry_run_of_a_tpu_pod():
+    command = shlex.split(run("tpu_pod.sh", "--dry-run", *ARGUMENTS, TPU_NAME="my-slice", ZONE="my-zone").stdout)
+    assert command[:6] == ["gcloud", "compute", "tpus", "tpu-vm", "ssh", "my-slice"]
+    assert {"--zone=my-zone", "--worker=all"} < set(command)
+    remote = next(part.removeprefix("--command=") for part in command if part.startswith("--command="))
+    assert shlex.split(remote) == ["exec", "~/optima/bin/python", *COMMAND, *ARGUMENTS]
+
+
+def test_dry_run_of_the_jobset():
+    before = yaml.safe_load((LAUNCH / "gke_jobset.yaml").read_text())
+    after = yaml.safe_load(run("gke.sh", "--dry-run", *ARGUMENTS, OPTIMA_IMAGE="host:5/image:tpu", OPTIMA_NAME="mine").stdout)
+    container(before).update(image="host:5/image:tpu", args=ARGUMENTS)
+    before["metadata"]["name"] = "mine"
+    assert after == before  # nothing else changes
+    assert container(after)["command"] == ["python", *COMMAND]
+
+
+def container(manifest):
+    return manifest["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]["containers"][0]
+
+
+def test_jobset_resumes_what_was_stopped_and_not_what_needs_mending():
+    spec = yaml.safe_load((LAUNCH / "gke_jobset.yaml").read_text())["spec"]
+    job = spec["replicatedJobs"][0]["template"]["spec"]
+    codes = job["podFailurePolicy"]["rules"][0]
+    assert codes["action"] == "FailJob" and codes["onExitCodes"]["values"] == [2, RESUME]
+    assert codes["onExitCodes"]["containerName"] == container({"spec": spec})["name"]
+    mend, resume = spec["failurePolicy"]["rules"]
+    assert mend["action"] == "FailJobSet" and resume["action"] == "RestartJobSetAndIgnoreMaxRestarts"
+    # The words of Kubernetes: "Container optima for pod default/x failed with exit code 2 matching FailJob rule at index 0".
+    assert mend["onJobFailureMessagePatterns"] == ["exit code 2 "]
+    assert job["parallelism"] == job["completions"] and job["template"]["spec"]["restartPolicy"] == "Never"
+
+
+@pytest.mark.parametrize(
+    "script, arguments, environment, needed",
+    [
+        ("tpu_pod.sh", ["--model", "x"], {}, "TPU_NAME"),
+        ("tpu_pod.sh", ["--model", "x"], {"TPU_NAME": "x"}, "ZONE"),
+        ("tpu_pod.sh", ["--model", "x"], {"TPU_NAME": "x", "ZONE": "z"}, "needs gcloud"),
+        ("gke.sh", ["--model", "x"], {}, "OPTIMA_IMAGE"),
+        ("gke.sh", ["--model", "x"], {"OPTIMA_IMAGE": "x"}, "needs kubectl"),
+        ("gke.sh", ["--model", "x\ny"], {"OPTIMA_IMAGE": "x"}, "control characters"),
+        ("slurm_gpu.sbatch", ["--model", "x"], {}, "submit it with sbatch"),
+        ("slurm_gpu.sbatch", ["--model", "x"], {"SLURM_JOB_ID": "1"}, "needs srun"),
+        ("local_processes.sh", ["--model", "x"], {}, "expected N"),
+        ("local_processes.sh", ["2"], {"OPTIMA_PYTHON": "/no/python"}, "needs the program '/no/python'"),
+    ],
+)
+def test_what_is_missing_is_said(tmp_path, script, arguments, environment, needed):
+    for name in ("bash", "env", "dirname"):  # and nothing else, whatever this host has installed
+        (tmp_path / name).symlink_to(shutil.which(name))
+    result = run(script, *arguments, **{"PATH": str(tmp_path), **environment})
+    assert result.returncode == 2 and needed in result.stderr
+
+
+def test_slurm_requeues_what_is_to_be_resumed(tmp_path):
+    for name, text in (("srun", 'exit "$CODE"'), ("scontrol", 'echo "scontrol $*"')):
+        (tmp_path / name).write_text("#!/usr/bin/env bash\n" + text + "\n")
+        (tmp_path / name).chmod(0o755)
+    for code in (0, 1, 2, LOST, RESUME):
+        result = run("slurm_gpu.sbatch", PATH=f"{tmp_path}:{os.environ['PATH']}", SLURM_JOB_ID="7", CODE=str(code))
+        assert result.returncode == code
+        assert result.stdout == ("scontrol requeue 7\n" if code == RESUME else "")
+
+
+def test_of_several_statuses_srun_has_that_which_decides():
+    # It has the highest: of a failure and those that lost the failed one not that of resuming, of a stop that of resuming.
+    assert 2 < LOST < RESUME
+
+
+def test_local_processes_share_a_coordinator_and_only_the_first_writes_to_stdout(stub, tmp_path):
+    result = run("local_processes.sh", "3", *ARGUMENTS, STUB='echo "this is $ID"', **stub)
+    assert result.returncode == 0, result.stderr
+    commands = [shlex.split((tmp_path / str(k)).read_text()) for k in range(3)]
+    address = commands[0][3]
+    assert address.startswith("127.0.0.1:") and 0 < int(address.partition(":")[2]) < 2**16
+    assert commands == [
+        [*COMMAND, "--coordinator", address, "--num-processes", "3", "--process-id", str(k), *ARGUMENTS] for k in range(3)
+    ]
+    assert result.stdout == "this is 0\n"
+    assert sorted(result.stderr.splitlines()) == ["[1] this is 1", "[2] this is 2"]
+
+
+@pytest.mark.parametrize("others", ["exec sleep 60", "trap '' TERM; sleep 60"], ids=["heed SIGTERM", "hang"])
+def test_local_processes_stop_when_one_fails_and_return_its_status(stub, others):
+    result = run("local_processes.sh", "3", STUB=f"if ((ID == 1)); then exit 7; fi; {others}", **stub)
+    assert result.returncode == 7
+    assert "a process ended with status 7" in result.stderr
+
+
+@pytest.mark.parametrize("sent, status", [(signal.SIGTERM, RESUME), (signal.SIGINT, 130)])
+def test_local_processes_pass_signals_on(stub, sent, status):
+    program = "trap 'echo TERM; exit 75' TERM; trap 'echo INT; exit 130' INT; echo ready; for ((;;)); do sleep 0.05; done"
+    process = started("2", STUB=program, **stub)
+    assert process.stdout.readline() == "ready\n"
+    assert process.stderr.readline() == "[1] ready\n"
+    process.send_signal(sent)
+    output, errors = process.communicate(timeout=20)
+    name = sent.name.removeprefix("SIG")
+    assert (process.returncode, output, errors) == (status, f"{name}\n", f"[1] {name}\n")

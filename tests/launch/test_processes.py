@@ -1,0 +1,149 @@
+"""Several processes give what one gives; they come together, fail together, and lose nothing."""
+
+import shutil
+import signal
+import sys
+
+import numpy as np
+import pytest
+
+from optima_tpu.errors import UserError
+from optima_tpu.launch import main
+from optima_tpu.models.activations import Activations
+from optima_tpu.pipeline.journal import Journal, finished_blocks
+from optima_tpu.runtime import processes
+from optima_tpu.runtime.command import LOST, RESUME, _stop, guarded
+from tests.support.meshes import mesh
+from tests.support.processes import free_port, several, without_gloo
+from tests.support.runs import assert_close_weights, assert_same_weights
+
+
+def test_two_processes_give_the_weights_of_one_and_each_reads_its_share(finished, tmp_path):
+    first, second = several([*finished.arguments, "--output", str(tmp_path / "run")])
+    assert (first[0], second[0]) == (0, 0), first[2] + second[2]
+    assert_close_weights(tmp_path / "run", finished.directory)
+    assert "in 2 processes" in first[1]
+    read = [int(printed.rpartition("bytes read: ")[2]) for _, printed, _ in (first, second)]
+    assert 0.9 < read[0] / read[1] < 1.1
+    assert [line.partition(":")[0] for line in without_gloo(second[1])] == ["bytes read"]  # the second process says nothing else
+
+
+@pytest.mark.slow
+def test_two_processes_lose_nothing_when_one_is_killed_and_give_the_weights_of_one(finished, tmp_path, capsys):
+    command = [*finished.arguments, "--output", str(tmp_path / "run")]
+    first, second = several(command, killed_at="2")
+    assert second[0] == -signal.SIGKILL
+    # jax aborts a process that waits for another to connect.
+    assert first[0] == -signal.SIGABRT or first[0] == LOST and "another process has ended" in first[2], first[2]
+    assert finished_blocks(tmp_path / "run") == [0, 1]
+    shutil.copytree(tmp_path / "run", tmp_path / "other")
+
+    first, second = several(command)
+    assert (first[0], second[0]) == (0, 0), first[2] + second[2]
+    assert_close_weights(tmp_path / "run", finished.directory)
+    assert "2 of 3 blocks are done" in first[1]
+    assert main([*finished.arguments, "--output", str(tmp_path / "other")]) == 0
+    assert "2 of 3 blocks are done" in capsys.readouterr().out
+    assert_close_weights(tmp_path / "other", finished.directory)
+
+
+def test_what_looks_like_the_end_of_a_peer_is_told_as_well(monkeypatch, capsys):
+    """It may be an error of this process alone, which no other one has a message of."""
+
+    def command():
+        raise RuntimeError("NCCL operation failed:\nno socket interface found")
+
+    monkeypatch.setattr(processes, "alone", lambda: False)
+    assert guarded(command, "the same command goes on") == LOST
+    said = capsys.readouterr().err
+    assert "(here: RuntimeError: NCCL operation failed: no socket interface found); the same" in said and said.count("\n") == 1
+
+
+def test_processes_with_other_settings_are_refused_in_one_message(finished, tmp_path):
+    first, second = several([*finished.arguments, "--output", str(tmp_path / "run")], own=((), ("--solver.damping", "0.5")))
+    assert (first[0], second[0]) == (2, 2)
+    assert "solver.damping: 0.01 in process 0, 0.5 in process 1" in first[2]
+    assert "error:" not in second[2]
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_process_that_does_not_come_is_named(capsys):
+    with pytest.raises(UserError, match=r"process 1, 2 of 3 did not come within 1 s"):
+        processes.start(f"localhost:{free_port()}", 3, 0, timeout=1)
+    with pytest.raises(UserError, match=r"process 0 was not found at localhost:\d+ within 1 s"):
+        processes.start(f"localhost:{free_port()}", 3, 1, timeout=1)
+
+
+def test_half_an_address_is_refused():
+    for given in ((None, 2, 0), ("localhost:1", None, 0), ("localhost:1", 2, None), ("localhost:1", 2, 2), ("localhost", 2, 0)):
+        with pytest.raises(UserError, match="--coordinator HOST:PORT, --num-processes N and --process-id K"):
+            processes.start(*given, timeout=1)
+
+
+@pytest.mark.parametrize("environment", [{}, {"SLURM_NTASKS": "1", "SLURM_PROCID": "0"}, {"OMPI_COMM_WORLD_SIZE": "1"}], ids=str)
+def test_a_plain_host_joins_nothing(monkeypatch, environment):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(processes, "_initialize", None)
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    processes.start(None, None, None, timeout=1)
+
+
+@pytest.mark.parametrize("inside", [True, False], ids=["in a save", "before a save"])
+def test_sigterm_ends_a_run_with_its_own_status_and_a_save_is_finished_first(finished, tmp_path, monkeypatch, capsys, inside):
+    save = Journal.save
+
+    def told_to_stop(journal, index, *rest):
+        if index == 1 and not inside:
+            signal.raise_signal(signal.SIGTERM)
+        save(journal, index, *rest)
+
+    write_states = sys.modules["optima_tpu.pipeline.journal"]._write_states
+
+    def told_while_writing(folder, *streams):
+        if inside and folder.name.startswith("block_0001"):
+            signal.raise_signal(signal.SIGTERM)
+        write_states(folder, *streams)
+
+    command = [*finished.arguments, "--output", str(tmp_path / "run")]
+    monkeypatch.setattr("optima_tpu.pipeline.journal.STATES_EVERY", 0)
+    monkeypatch.setattr(Journal, "save", told_to_stop)
+    monkeypatch.setattr("optima_tpu.pipeline.journal._write_states", told_while_writing)
+    assert main(command) == RESUME
+    assert "SIGTERM; the same command goes on" in capsys.readouterr().err
+    assert finished_blocks(tmp_path / "run") == ([0, 1] if inside else [0])
+    assert signal.getsignal(signal.SIGTERM) is not _stop
+
+
+@pytest.mark.parametrize("harmed", ["block", "states"])
+def test_what_was_damaged_is_done_again_to_the_same_bits(finished, tmp_path, capsys, harmed):
+    copy = tmp_path / "run"
+    shutil.copytree(finished.directory, copy, ignore=shutil.ignore_patterns("checkpoint", "hf", "report.json"))
+    if harmed == "block":
+        file = max((copy / "journal" / "block_0001").rglob("*"), key=lambda path: path.is_file() and path.stat().st_size)
+        file.write_bytes(file.read_bytes()[:-3])
+    else:
+        shutil.rmtree(copy / "journal" / "block_0002")
+        next((copy / "activations").rglob("*.safetensors")).unlink()
+    assert main([*finished.arguments, "--output", str(copy)]) == 0
+    printed = capsys.readouterr().out
+    assert ("block 1 was damaged since it was saved" in printed) == (harmed == "block")
+    # Those after block 0 were saved, and those after the others not.
+    assert ("computed from those that enter the model" in printed) == (harmed == "states")
+    assert_same_weights(copy, finished.directory)
+
+
+def test_samples_are_spread_evenly_and_come_back_in_order():
+    states = np.arange(11 * 2 * 3, dtype=np.float32).reshape(11, 2, 3)
+    for shape in ((1, 1), (4, 2), (2, 4)):
+        hidden = Activations.of(mesh(*shape), states.copy()).part(3, 11)
+        seen = []
+        for batch in hidden.batches(2):
+            seen.extend(batch.rows[batch.there])
+            expected = np.where(batch.there[:, None, None], states[np.minimum(batch.rows, 10)], 0)
+            assert (np.asarray(batch.hidden) == expected).all()
+            assert (np.asarray(batch.valid) == batch.there).all()
+            assert (np.asarray(batch.place(np.arange(11)))[batch.there] == batch.rows[batch.there]).all()
+            hidden.put(batch.rows, batch.hidden + 1)
+        assert sorted(seen) == list(range(3, 11))
+        assert (hidden.values == states[3:] + 1).all()

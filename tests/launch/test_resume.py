@@ -1,0 +1,188 @@
+"""A run that was stopped goes on to the same bits with the same command, and to nothing else with another one."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from optima_tpu.launch import main
+from optima_tpu.models.checkpoints.export import read_masks
+from optima_tpu.pipeline.journal import Journal, finished_blocks
+from optima_tpu.runtime.files import remove
+from tests.support.runs import assert_same_weights, folder_tensors, snapshot
+
+# Kills itself in the middle of a run. Every layer of a block is one of four calls of prune_group; commit is called for the hidden
+# states and then for the journal entry of every block.
+KILLED = """
+import os, signal, sys
+import jax
+jax.config.update("jax_num_cpu_devices", 8)
+import optima_tpu.pipeline.journal, optima_tpu.launch, optima_tpu.pipeline.walk
+
+def kill():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def patch(owner, name, call, before):
+    original, count = getattr(owner, name), 0
+    def patched(*arguments):
+        nonlocal count
+        count += 1
+        if before and count == call:
+            kill()
+        result = original(*arguments)
+        if count == call:
+            kill()
+        return result
+    setattr(owner, name, patched)
+
+match sys.argv[1]:
+    case "inside a block":   # the second of the second block's four solves was started
+        patch(optima_tpu.pipeline.walk, "prune_group", 6, before=False)
+    case "while saving":     # Orbax has written the second block's entry, which does not have its name yet
+        optima_tpu.pipeline.journal.STATES_EVERY = 0  # else the second block's hidden states would not be saved
+        patch(optima_tpu.pipeline.journal, "commit", 4, before=True)
+    case "between blocks":   # the second block's entry is durable
+        patch(optima_tpu.pipeline.journal.Journal, "save", 2, before=False)
+sys.exit(optima_tpu.launch.main(sys.argv[2:]))
+"""
+
+
+@pytest.fixture(scope="module")
+def environment() -> dict[str, str]:
+    """Of the processes that are killed. What the first one compiles, the others find, however small."""
+    return os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": os.pathsep.join(sys.path),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+
+
+@pytest.mark.parametrize(("moment", "blocks"), [("inside a block", 1), ("while saving", 1), ("between blocks", 2)])
+def test_a_killed_run_goes_on_to_the_same_bits(finished, tmp_path, environment, capsys, moment, blocks):
+    command = [*finished.arguments, "--output", str(tmp_path / "run")]
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED, moment, *command], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert finished_blocks(tmp_path / "run") == list(range(blocks))
+    left = [path for path in (tmp_path / "run" / "journal").iterdir() if "partial" in path.name]
+    assert bool(left) == (moment == "while saving")
+    assert main(command) == 0
+    assert f"resuming     {blocks} of 3 blocks are done" in capsys.readouterr().out
+    assert_same_weights(tmp_path / "run", finished.directory)
+    assert not [path for path in (tmp_path / "run").rglob("*") if "partial" in path.name]
+
+
+def test_a_finished_run_is_not_done_again(finished, monkeypatch):
+    """Only the perplexity, which another evaluation text may have been given for, is measured and reported again."""
+
+    def files():
+        return {
+            name: state
+            for name, state in snapshot(finished.directory).items()
+            if Path(name) not in (finished.directory, finished.directory / "report.json")
+        }
+
+    monkeypatch.setattr(Journal, "save", None)
+    before = files()
+    assert main([*finished.arguments, "--output", str(finished.directory)]) == 0
+    assert files() == before
+
+
+def test_a_finished_run_may_be_moved_and_a_lost_checkpoint_is_written_again(finished, tmp_path, capsys):
+    moved = tmp_path / "moved"
+    shutil.copytree(finished.directory, moved)
+    command = [*finished.arguments, "--output", str(moved)]
+    for lost in (False, True):
+        if lost:
+            shutil.rmtree(moved / "checkpoint")
+        assert main(command) == 0
+        printed = capsys.readouterr().out
+        assert str(finished.directory) not in printed
+        assert all(str(moved / file) in printed for file in ("report.json", "checkpoint", "hf"))
+        assert_same_weights(moved, finished.directory)
+
+
+@pytest.mark.parametrize(
+    "lost",
+    [["hf/model.safetensors"], ["hf/README.md", "hf/pruning_masks.npz"], ["journal", "activations", "hf", "report.json"]],
+    ids=" ".join,
+)
+def test_what_a_finished_run_lost_is_made_again_and_nothing_else(finished, tmp_path, monkeypatch, lost):
+    run = tmp_path / "run"
+    shutil.copytree(finished.directory, run)
+    for name in lost:
+        remove(run / name)
+    monkeypatch.setattr(Journal, "save", None)  # no block is pruned again
+    assert main([*finished.arguments, "--output", str(run)]) == 0
+    assert_same_weights(run, finished.directory)
+    names = [path.relative_to(finished.directory / "hf") for path in (finished.directory / "hf").rglob("*")]
+    assert all((run / "hf" / name).exists() for name in names)
+    assert len(json.loads((run / "report.json").read_text())["blocks"]) == 3
+
+
+@pytest.mark.parametrize("record", ["report.json", "dense.json", "hf/optima_tpu.json"])
+def test_a_damaged_record_is_no_traceback(finished, tmp_path, capsys, record):
+    run = tmp_path / "run"
+    shutil.copytree(finished.directory, run)
+    (run / record).write_text('{"manifest')
+    if record == "dense.json":  # which only a run without a report looks for
+        (run / "report.json").unlink()
+    status = main([*finished.arguments, "--output", str(run)])
+    # A folder that no longer says whose export it is may be anyone's.
+    assert status == (2 if record.startswith("hf") else 0)
+    assert status == 0 or "hf, which is not empty" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (["--pattern", "0.6"], ["recipe.pattern: 0.5/row there, 0.6/row here"]),
+        (["--solver.damping", "0.5"], ["recipe.solver.damping: ", "0.5 here"]),
+        (["--solver", "exact"], ["recipe.solver.name: cg there, exact here"]),
+        (["--selector", "magnitude"], ["recipe.selector.name: wanda there, magnitude here"]),
+        (["--dtype", "bfloat16"], ["recipe.dtype: null there, bfloat16 here", "model: "]),
+        (["--calibration.seed", "1"], ["calibration: ", " there, "]),
+        (["--calibration.samples", "9"], ["calibration: ", " there, "]),
+    ],
+)
+def test_another_recipe_is_refused_in_one_line(finished, capfd, change, said):
+    arguments = finished.arguments
+    if "--solver" in change:  # whose options the other solver does not have
+        arguments = [argument for argument in arguments if argument not in ("--solver.tolerance", "1e-6")]
+    before = snapshot(finished.directory)
+    assert main([*arguments, *change, "--output", str(finished.directory)]) == 2
+    message = capfd.readouterr().err
+    assert message.startswith(f"error: {finished.directory} holds another run (") and message.count("\n") == 1
+    assert all(part in message for part in said), message
+    assert snapshot(finished.directory) == before
+
+
+def test_another_mesh_goes_on_with_a_stopped_run(finished, tmp_path, monkeypatch, capsys):
+    save = Journal.save
+
+    def stopped(journal, index, *rest):
+        save(journal, index, *rest)
+        if index == 0:
+            raise KeyboardInterrupt
+
+    command = [*finished.arguments, "--output", str(tmp_path / "run")]
+    monkeypatch.setattr(Journal, "save", stopped)
+    assert main(command) == 130
+    assert "goes on" in capsys.readouterr().err
+    monkeypatch.setattr(Journal, "save", save)
+    command[command.index("4x2")] = "8x1"
+    assert main(command) == 0
+    masks = read_masks(finished.directory / "hf")
+    other_masks = read_masks(tmp_path / "run" / "hf")
+    expected, other = folder_tensors(finished.directory / "hf"), folder_tensors(tmp_path / "run" / "hf")
+    assert masks.keys() == other_masks.keys() and expected.keys() == other.keys()
+    for name, weight in expected.items():
+        assert np.abs(other[name] - weight).max() < 1e-3 * np.abs(weight).max(), name
+        assert name not in masks or (masks[name] == other_masks[name]).all(), name

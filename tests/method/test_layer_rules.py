@@ -1,0 +1,122 @@
+"""Which layers are pruned, and how."""
+
+import json
+
+import pytest
+
+from optima_tpu.errors import UserError
+from optima_tpu.launch import main
+from optima_tpu.method.layer_rules import LayerRule, check_layers, layers_text, parse_layers, pattern_of
+from optima_tpu.method.patterns import NM, Unstructured
+from optima_tpu.models.checkpoints.export import read_masks
+from tests.support.runs import SMALL, folder_tensors
+from tests.support.tiny_models import tiny_folder
+
+HALF = Unstructured(0.5)
+SHAPES = [
+    (f"model.layers.{index}.{name}", name, (12, 20))
+    for index in range(12)
+    for name in ("self_attn.q_proj", "mlp.up_proj", "mlp.down_proj")
+]
+
+
+@pytest.mark.parametrize(
+    "text, rules",
+    [
+        ("", ()),
+        ("self_attn.*=dense", (LayerRule("self_attn.*", None),)),
+        (
+            " mlp.down_proj = 0.6 , model.layers.0.*=2:4,",
+            (LayerRule("mlp.down_proj", Unstructured(0.6, "layer")), LayerRule("model.layers.0.*", NM(2, 4))),
+        ),
+        ("*=0.3/row", (LayerRule("*", Unstructured(0.3, "row")),)),
+    ],
+)
+def test_rules_are_read_and_written(text, rules):
+    assert parse_layers(text, "layer") == rules
+    assert parse_layers(layers_text(rules, "layer"), "layer") == parse_layers(layers_text(rules)) == rules
+
+
+@pytest.mark.parametrize("text", ["self_attn", "=dense", "mlp.*=", "mlp.*=most"])
+def test_what_is_not_a_rule_is_refused(text):
+    with pytest.raises(UserError, match="expected"):
+        parse_layers(text)
+
+
+def test_the_last_rule_that_matches_holds():
+    rules = parse_layers("mlp.*=0.6,model.layers.1.*=dense,model.layers.1.mlp.up_proj=0.1")
+
+    def pattern(index, name):
+        return pattern_of(rules, HALF, f"model.layers.{index}.{name}", name)
+
+    assert pattern(0, "self_attn.q_proj") == HALF and pattern(0, "mlp.up_proj") == Unstructured(0.6)
+    assert pattern(1, "mlp.down_proj") is None and pattern(1, "mlp.up_proj") == Unstructured(0.1)
+    # Block 10 is not block 1.
+    assert pattern(10, "mlp.down_proj") == Unstructured(0.6)
+
+
+def test_check_names_what_is_wrong():
+    assert len(check_layers((), HALF, SHAPES)) == len(SHAPES)
+    assert len(check_layers(parse_layers("mlp.*=dense"), HALF, SHAPES)) == 12
+    with pytest.raises(UserError, match="no layer matches 'attn.q_proj'.*self_attn.q_proj, mlp.up_proj.*model.layers.0.self"):
+        check_layers(parse_layers("attn.q_proj=dense"), HALF, SHAPES)
+    with pytest.raises(UserError, match="no layer matches 'model.layers.12"):
+        check_layers(parse_layers("model.layers.12.*=dense"), HALF, SHAPES)
+    with pytest.raises(UserError, match="leaves all of them dense"):
+        check_layers(parse_layers("*=dense"), HALF, SHAPES)
+    with pytest.raises(UserError, match="model.layers.0.mlp.up_proj: pattern 3:8 needs a number of inputs divisible by 8"):
+        check_layers(parse_layers("mlp.up_proj=3:8"), HALF, SHAPES)
+
+
+def test_a_run_leaves_alone_what_it_is_told_to(tmp_path, capsys):
+    model = tiny_folder(tmp_path / "model")
+    rules = "self_attn.*=dense,mlp.down_proj=0.25,model.layers.2.*=dense"
+    assert (
+        main(
+            [
+                "--model",
+                str(model),
+                "--output",
+                str(tmp_path / "run"),
+                "--preset",
+                "fast",
+                "--pattern",
+                "2:4",
+                "--layers",
+                rules,
+                *SMALL,
+            ]
+        )
+        == 0
+    )
+    before, after = folder_tensors(model), folder_tensors(tmp_path / "run" / "hf")
+    masks = read_masks(tmp_path / "run" / "hf")
+    pruned = {f"model.layers.{index}.mlp.{name}_proj.weight" for index in (0, 1) for name in ("gate", "up", "down")}
+    assert set(masks) == pruned
+    for name, weight in after.items():
+        if name not in pruned:
+            assert weight.tobytes() == before[name].tobytes(), name
+        else:
+            zeros = (weight == 0).reshape(-1, 4 if "down" not in name else weight.shape[1]).sum(axis=1)
+            assert (zeros == (2 if "down" not in name else weight.shape[1] // 4)).all(), name
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert [len(block["layers"]) for block in report["blocks"]] == [3, 3, 0]
+    assert report["weights"] == sum(before[name].size for name in pruned)
+    # The dense block still passes on what the pruned ones changed; the perplexity is that of the exported model.
+    assert report["perplexity"]["pruned"] != report["perplexity"]["dense"]
+    assert rules in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (("--layers", "attention.*=dense"), "no layer matches 'attention.*'"),
+        (("--layers", "*=dense"), "leaves all of them dense"),
+        (("--layers", "mlp.down_proj=5:7"), "down_proj: pattern 5:7 needs a number of inputs divisible by 7"),
+    ],
+)
+def test_rules_that_do_not_fit_the_model_are_one_line_before_anything_is_written(arguments, words, tmp_path, capsys):
+    model = tiny_folder(tmp_path / "model")
+    assert main(["--model", str(model), "--output", str(tmp_path / "run"), *SMALL, *arguments]) == 2
+    error = capsys.readouterr().err
+    assert words in error and error.count("\n") == 1 and not (tmp_path / "run").exists()

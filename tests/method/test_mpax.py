@@ -1,0 +1,174 @@
+"""What is special to MPAX. What every solver must do is in test_solvers.py."""
+
+import logging
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from optima_tpu.method.patterns import Unstructured
+from optima_tpu.method.problem import LayerProblem, Pruned, objective, output_energy, self_target
+from optima_tpu.method.row_sharding import over_rows
+from optima_tpu.method.selectors import Wanda
+from optima_tpu.method.solvers import MPAX, Exact, mpax
+from optima_tpu.pipeline.plan.hlo import COLLECTIVE, text_inside_loops
+from optima_tpu.runtime.mesh import ROWS, make_mesh
+from tests.support.problems import wide
+
+ROW_COUNT, SIZE = 12, 32
+
+
+@pytest.fixture(scope="module")
+def layer() -> tuple[LayerProblem, Pruned]:
+    """Correlated inputs of very different scale, as the features of a language model are."""
+    rng = np.random.default_rng(0)
+    mixing = np.eye(SIZE) + 0.5 * rng.standard_normal((SIZE, SIZE)) / np.sqrt(SIZE)
+    inputs = rng.standard_normal((400, SIZE)) @ mixing * np.exp(1.5 * rng.standard_normal(SIZE)) * 0.1
+    hessian = jnp.asarray(inputs.T @ inputs / 400, jnp.float32)
+    problem = self_target(jnp.asarray(rng.standard_normal((ROW_COUNT, SIZE)), jnp.float32), hessian)
+    return problem, Wanda()(problem, Unstructured(0.5))
+
+
+def excess(layer, solver: MPAX) -> float:
+    """Mean ``f - f*`` of the rows, relative to the mean square of their outputs."""
+    problem, pruned = layer
+    found, best = solver(problem, pruned).weight, exact(problem, pruned).weight
+    return float(jnp.mean((objective(problem, found) - objective(problem, best)) / output_energy(problem)))
+
+
+exact = jax.jit(Exact())
+in_rounds = jax.jit(mpax._solve_rows)
+in_one_loop = jax.jit(jax.vmap(mpax._solve_row, in_axes=(None, None, 0)))
+
+
+def test_a_tighter_tolerance_comes_closer(layer):
+    tolerances = (1e-2, 1e-4, 1e-6)
+    far, near, nearest = (excess(layer, MPAX(eps, eps, 5000, unit_diagonal=True)) for eps in tolerances)
+    assert far > 10 * near > 0
+    assert nearest < 1e-6
+
+
+def test_unit_diagonal_and_a_low_primal_importance_come_closer_at_equal_tolerance(layer):
+    paper, scaled = excess(layer, MPAX()), excess(layer, MPAX(unit_diagonal=True))
+    assert paper > 5 * scaled
+    assert scaled > 2 * excess(layer, MPAX(unit_diagonal=True, primal_importance=1e-3))
+
+
+def test_unit_diagonal_is_free_of_scale(layer):
+    problem, pruned = layer
+    solve = MPAX(unit_diagonal=True)
+    before = solve(problem, pruned)
+    smaller = LayerProblem(problem.weight, problem.hessian * 2.0**-40, problem.linear * 2.0**-40)
+    after = solve(smaller, pruned)
+    # A power of four leaves no rounding behind in the square roots.
+    np.testing.assert_array_equal(after.weight, before.weight)
+    np.testing.assert_array_equal(after.steps, before.steps)
+
+
+def test_a_row_at_the_iteration_limit_is_not_converged(layer):
+    problem, pruned = layer
+    nothing_to_do = Pruned(pruned.weight.at[0].set(problem.weight[0]), pruned.keep.at[0].set(True))
+    solution = MPAX(1e-6, 1e-6, iteration_limit=70)(problem, nothing_to_do)
+    np.testing.assert_array_equal(solution.converged, np.arange(ROW_COUNT) == 0)
+    assert 70 <= int(solution.steps[1:].min()) <= int(solution.steps[1:].max()) < 70 + 2 * 64
+    np.testing.assert_array_equal(solution.weight[0], problem.weight[0])
+    assert bool(jnp.all(jnp.isfinite(solution.weight)))
+
+
+@pytest.mark.parametrize("limit", [70, 600, 20_000])
+@pytest.mark.parametrize("count", [1, 37, 150])
+def test_the_rounds_end_every_row_where_one_loop_would(layer, count, limit):
+    rng = np.random.default_rng(count)
+    hessian = layer[0].hessian
+    # Rows of very different size: by MPAX's test some are done at once and some take thousands of iterations.
+    weight = jnp.asarray(rng.standard_normal((count, SIZE)) * np.logspace(-3, 1, count)[:, None], jnp.float32)
+    fixed = jnp.where(jnp.asarray(rng.random(weight.shape) < 0.5), -weight, jnp.nan)
+    rows = mpax._Rows(jnp.zeros_like(weight), *(jnp.where(jnp.isnan(fixed), end, fixed) for end in (-jnp.inf, jnp.inf)))
+    options = {"eps_abs": 1e-3, "eps_rel": 1e-3, "iteration_limit": limit, "primal_importance": 1.0}
+    with jax.default_matmul_precision("highest"):
+        found, one_loop = in_rounds(options, hessian, rows), in_one_loop(options, hessian, rows)
+    np.testing.assert_array_equal(found.steps, one_loop.steps)
+    np.testing.assert_array_equal(found.status, one_loop.status)
+    size = jnp.linalg.norm(one_loop.change, axis=1, keepdims=True)
+    np.testing.assert_allclose(found.change / size, one_loop.change / size, atol=1e-5)
+    if count > 1:  # some rows end in the first round and, where the limit is high, some in every other one
+        assert int(found.steps.min()) < 128 and int(found.steps.max()) >= limit
+
+
+@pytest.mark.parametrize("damping", [0.0, 0.3])
+def test_the_gap_is_the_residual_of_the_damped_problem(layer, damping):
+    """In float64: of the optimality of the kept weights, as a share of the size of a row's output."""
+    problem, pruned = layer
+    found = MPAX(damping=damping)(problem, pruned)
+    weight, hessian, _ = wide(problem, damping)
+    residual = (np.asarray(found.weight, np.float64) - weight) @ hessian / np.sqrt(np.diagonal(hessian))
+    size = np.sqrt(np.sum(weight * (weight @ hessian), axis=1))
+    expected = np.where(pruned.keep, np.abs(residual), 0).max(axis=1) / size
+    assert expected.min() > 1e-4
+    np.testing.assert_allclose(found.gap, expected, rtol=1e-2)
+
+
+def test_data_that_is_not_finite_stops_at_the_first_test(layer):
+    problem, pruned = layer
+    solve = MPAX(unit_diagonal=True)
+    clean, solution = solve(problem, pruned), solve(problem._replace(linear=problem.linear.at[3].set(jnp.nan)), pruned)
+    np.testing.assert_array_equal(solution.weight[3], pruned.weight[3])
+    assert not solution.converged[3] and jnp.isinf(solution.gap[3]) and solution.steps[3] < 100
+    others = np.arange(ROW_COUNT) != 3
+    np.testing.assert_array_equal(solution.weight[others], clean.weight[others])
+
+
+def test_the_hessian_is_not_copied_per_row():
+    rows, size = 160, 128
+
+    def array(shape, dtype=jnp.float32):
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    problem = LayerProblem(array((rows, size)), array((size, size)), array((rows, size)))
+    program = jax.jit(MPAX()).lower(problem, Pruned(array((rows, size)), array((rows, size), bool))).compile()
+    assert f"[{rows},{size},{size}]" not in program.as_text()
+    # A copy for each row would be 160 Hessians alone.
+    assert program.memory_analysis().temp_size_in_bytes < 4 * (60 * rows * size + 8 * size * size)
+
+
+def test_no_collective_inside_the_loop_on_a_mesh(layer):
+    mesh = make_mesh("4x2")  # tests/conftest.py simulates 8 devices
+    problem, pruned = layer
+    sharded = jax.jit(over_rows(MPAX(), mesh))
+    inside = text_inside_loops(sharded.lower(problem, pruned).compile().as_text())
+    assert inside and not COLLECTIVE.search(inside)
+
+    # Left to the compiler, the devices agree on the end of every loop: what the test looks for is there to be found.
+    def split(array):
+        return jax.device_put(array[:8], NamedSharding(mesh, ROWS))
+
+    hessian = jax.device_put(problem.hessian, NamedSharding(mesh, P()))
+    eight = LayerProblem(split(problem.weight), hessian, split(problem.linear)), Pruned(*map(split, pruned))
+    assert COLLECTIVE.search(text_inside_loops(jax.jit(MPAX()).lower(*eight).compile().as_text()))
+
+
+def test_one_shape_is_compiled_once(layer):
+    problem, pruned = layer
+    MPAX()(problem, pruned)
+    compiled = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, seconds, **_: compiled.append(event) if "backend_compile" in event else None
+    )
+    MPAX()(problem, pruned)
+    MPAX(1e-3, 1e-3, 1000)(problem, pruned)  # tolerances and limits are arguments of the program
+    assert not compiled
+    jax.jit(lambda x: x + 1)(problem.weight)
+    assert compiled  # the listener does hear
+
+
+def test_the_root_logger_is_left_alone(layer):
+    problem, pruned = layer
+    root = logging.getLogger()
+    before = root.handlers[:], root.level
+    # MPAX touches the logger while it is traced: a shape of its own, so that it is.
+    three = LayerProblem(problem.weight[:3], problem.hessian, problem.linear[:3]), Pruned(*(a[:3] for a in pruned))
+    jax.jit(MPAX()).lower(*three)
+    assert (root.handlers, root.level) == before

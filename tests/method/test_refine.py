@@ -1,0 +1,298 @@
+"""Masks that are refined under the solve."""
+
+import functools
+import io
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from rich.console import Console
+
+from optima_tpu.config.parse import configure, flags, parse
+from optima_tpu.config.run_config import weights_settings
+from optima_tpu.errors import UserError
+from optima_tpu.method.acceptance import PerRow
+from optima_tpu.method.footprint import footprint_of
+from optima_tpu.method.judge import RowErrors, judge_rows
+from optima_tpu.method.layer_rules import LayerRule
+from optima_tpu.method.linalg.features import WHOLE
+from optima_tpu.method.mask_swaps import Refined, Refining, Swaps, exchange, schur_diagonal
+from optima_tpu.method.patterns import NM, Unstructured
+from optima_tpu.method.problem import Pruned, Solution, self_target
+from optima_tpu.method.recipe import Recipe, solved_together
+from optima_tpu.method.selectors import Magnitude, Wanda
+from optima_tpu.method.solvers import CG, Exact
+from optima_tpu.method.statistics import Statistics
+from optima_tpu.models.decoder import Decoder
+from optima_tpu.pipeline.memory_plan import needed
+from optima_tpu.pipeline.walk import prune_block, prune_group
+from optima_tpu.report.records import BlockReport, LayerReport
+from optima_tpu.report.summary import exchanged
+from optima_tpu.report.table import print_summary
+from tests.support.meshes import mesh
+from tests.support.problems import correlated_hessian, layer, oracle, row_objective, select, wide
+from tests.support.tiny_models import tiny_llama
+
+ROUNDS = 4
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def refined(refining, problem, pruned) -> Refined:
+    return refining.prepare(problem.hessian, WHOLE)(problem, pruned)
+
+
+def schur_by_eigenvalues(hessian: np.ndarray, damping: float, kept: float) -> np.ndarray:
+    """``s_j H_jj`` of the deterministic equivalent in float64; 0 for a dead input."""
+    diagonal = np.diagonal(hessian).astype(np.float64)
+    scale = np.sqrt(np.where(diagonal > 0, diagonal, 1.0))
+    values, vectors = np.linalg.eigh(np.where(np.eye(len(scale)) > 0, 1 + damping, hessian / scale / scale[:, None]))
+    low, high = -30.0, 10.0
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (middle, high) if (values / (values + np.exp(middle))).sum() > kept * len(scale) else (low, middle)
+    return diagonal * (1 / ((vectors**2) @ (1 / (values + np.exp(low)))) - np.exp(low))
+
+
+def best_pairs(win: np.ndarray, cost: np.ndarray, keep: np.ndarray, limit: int, pattern) -> list[tuple[int, int]]:
+    """The best (enters, leaves) of one row that win more than they cost, at most ``limit``."""
+    if isinstance(pattern, NM):
+        groups = np.arange(len(keep)).reshape(-1, pattern.m).tolist()
+        pairs = [
+            (
+                max((i for i in group if not keep[i]), key=lambda i: (win[i], -i)),
+                min((j for j in group if keep[j]), key=lambda j: (cost[j], j)),
+            )
+            for group in groups
+        ]
+        pairs.sort(key=lambda pair: -(win[pair[0]] - cost[pair[1]]))
+    else:
+        enter, leave = np.flatnonzero(~keep), np.flatnonzero(keep)
+        pairs = list(zip(sorted(enter, key=lambda i: -win[i]), sorted(leave, key=lambda j: cost[j])))
+    return [(i, j) for i, j in pairs if win[i] > cost[j]][:limit]
+
+
+@pytest.mark.parametrize(
+    "pattern, solver, selector, target",
+    [
+        (Unstructured(0.5), CG(tolerance=1e-6), Wanda(), "self"),
+        (Unstructured(0.7, "layer"), CG(tolerance=1e-6), Magnitude(), "other"),
+        (NM(2, 4), Exact(), Wanda(), "other"),
+    ],
+    ids=["row cg", "layer cg", "2:4 exact"],
+)
+def test_no_row_gets_worse_than_the_solved_start_and_the_numbers_stay(pattern, solver, selector, target):
+    """Against the exact minimiser on the mask that came, in float64; the second layer's inputs have a dead one among them."""
+    damping = getattr(solver, "damping", 0.0)
+    for seed, dead in ((0, []), (1, [3])):
+        problem = layer(np.random.default_rng(seed), 12, 40, target=target)
+        hessian = problem.hessian.at[jnp.array(dead, int)].set(0.0).at[:, jnp.array(dead, int)].set(0.0)
+        problem = problem._replace(
+            hessian=hessian,
+            linear=problem.weight @ hessian
+            + (problem.linear - self_target(problem.weight, problem.hessian).linear) * (jnp.diagonal(hessian) > 0),
+        )
+        live, pruned = np.asarray(jnp.diagonal(hessian) > 0), select(selector, problem, pattern)
+        (weight, _, steps, converged), keep = refined(Refining(solver, Swaps(ROUNDS, 0.1), pattern), problem, pruned)
+        weight, keep, before = np.asarray(weight), np.asarray(keep), np.asarray(pruned.keep)
+        assert keep.dtype == bool and (weight[~keep] == 0).all() and np.isfinite(weight).all()
+        if isinstance(pattern, NM):
+            assert (keep.reshape(-1, pattern.m).sum(axis=1) == pattern.n).all()
+        assert (keep.sum(axis=1) == before.sum(axis=1)).all()
+        start, solved = (
+            row_objective(problem, oracle(problem, Pruned(None, mask & live), damping), damping) for mask in (before, keep)
+        )
+        found = row_objective(problem, weight, damping)
+        scale = row_objective(problem, np.asarray(pruned.weight), damping)
+        assert (np.abs(found - solved) <= 1e-3 * np.abs(scale)).all(), "not solved on the mask that is returned"
+        assert (found <= start + 1e-5 * np.abs(scale)).all()
+        assert found.sum() < 0.97 * start.sum() if target == "self" else found.sum() < start.sum()
+        assert (keep != before).any() and not keep[:, dead].any()
+        assert converged.all() and (steps > 0).any()
+
+
+@pytest.mark.parametrize("kept", [0.5, 0.95, 1.0])
+def test_no_schur_complement_is_negative_where_a_row_keeps_more_than_the_hessian_has_directions(kept):
+    x = np.random.default_rng(0).standard_normal((8, 32)).astype(np.float32)
+    found = np.asarray(schur_diagonal(jnp.asarray(x.T @ x), 0.0, kept))
+    assert np.isfinite(found).all() and (found >= 0).all()
+
+
+def test_nothing_is_exchanged_where_float32_finds_no_inverse():
+    broken = jnp.asarray(np.eye(32, dtype=np.float32) + 5 * (1 - np.eye(32, dtype=np.float32)))
+    assert (schur_diagonal(broken, 0.01, 0.5) == 0).all()
+
+
+def test_the_schur_complements_are_those_of_the_deterministic_equivalent():
+    """Against eigenvalues in float64, and against what exchanges really cost on random sets of inputs."""
+    rng = np.random.default_rng(2)
+    hessian, damping = correlated_hessian(rng, 60), 0.01
+    hessian[5] = hessian[:, 5] = 0.0
+    diagonal = np.diagonal(hessian).astype(np.float64)
+    live = diagonal > 0
+    for kept in (0.3, 0.5, 0.75):
+        found = np.asarray(schur_diagonal(jnp.asarray(hessian), damping, kept))
+        np.testing.assert_allclose(found, schur_by_eigenvalues(hessian, damping, kept), rtol=1e-3)
+    scale = np.sqrt(np.where(live, diagonal, 1.0))
+    matrix = np.where(np.eye(60) > 0, 1.0, hessian / scale / scale[:, None]) + damping * np.eye(60)
+    costs = [[] for _ in range(60)]
+    for _ in range(200):
+        inside = rng.permutation(60)[:45]
+        for place, cost in zip(inside, 1 / np.diagonal(np.linalg.inv(matrix[np.ix_(inside, inside)]))):
+            costs[place].append(cost * diagonal[place])
+    means = np.asarray([np.mean(cost) for cost in costs])
+    np.testing.assert_allclose(found[live], means[live], rtol=0.1)
+    assert np.abs(diagonal[live] / means[live] - 1).max() > 0.5, "the diagonal alone would do"
+
+
+def test_exchanges_are_the_best_pairs_that_pay():
+    """Against a loop over pairs, with ties."""
+    rng = np.random.default_rng(3)
+    for pattern, size in ((Unstructured(0.5), 20), (NM(2, 4), 20)):
+        win, cost = rng.integers(0, 9, (2, 6, size)).astype(np.float32)
+        keep = np.asarray(select(Magnitude(), layer(rng, 6, size), pattern).keep)
+        limit = np.array([0, 1, 2, 3, 4, 4], np.int32)
+        found, count = exchange(jnp.asarray(win), jnp.asarray(cost), jnp.asarray(keep), jnp.asarray(limit), pattern)
+        for row, most in enumerate(limit):
+            pairs = best_pairs(win[row], cost[row], keep[row], most, pattern)
+            expected = keep[row].copy()
+            for i, j in pairs:
+                expected[i], expected[j] = True, False
+            assert (np.asarray(found)[row] == expected).all() and count[row] == len(pairs)
+
+
+@pytest.mark.parametrize("rounds", [1, 5])
+@pytest.mark.parametrize("pattern", [Unstructured(0.5), NM(2, 4)], ids=["row", "2:4"])
+def test_a_round_is_that_of_the_docstring(pattern, rounds):
+    """Against rounds in float64, with so many exchanges at once that they are too much for some rows, which then try half."""
+    damping, share = 0.3, 0.4
+    problem = layer(np.random.default_rng(7), 24, 40, target="other")
+    pruned = select(Wanda(), problem, pattern)
+    dense, hessian, pull = wide(problem, damping)
+    schur = schur_by_eigenvalues(np.asarray(problem.hessian), damping, 0.5)
+    keep = np.asarray(pruned.keep)
+    weight, limit, halved = oracle(problem, pruned, damping), np.full(len(keep), int(share * 40)), 0
+    for _ in range(rounds):
+        residual, new = pull - (weight - dense) @ hessian, keep.copy()
+        pairs = [best_pairs(*row, pattern) for row in zip(residual**2 / schur, weight**2 * schur, keep, limit)]
+        for row, exchanges in zip(new, pairs):
+            for i, j in exchanges:
+                row[i], row[j] = True, False
+        solved = oracle(problem, Pruned(None, new), damping)
+        better = row_objective(problem, solved, damping) < row_objective(problem, weight, damping)
+        halved += (better & (limit < int(share * 40))).sum()
+        limit = np.where(better, limit, [len(exchanges) // 2 for exchanges in pairs])
+        weight, keep = (np.where(better[:, None], taken, old) for taken, old in ((solved, weight), (new, keep)))
+    assert (keep != np.asarray(pruned.keep)).any() and (halved > 0) == (rounds > 1)
+    solution, found = refined(Refining(Exact(damping), Swaps(rounds, share), pattern), problem, pruned)
+    assert (np.asarray(found) == keep).all()
+    assert np.abs(solution.weight - weight).max() < 1e-4 * np.abs(weight).max()
+    assert (solution.steps == 1 + rounds).all()
+
+
+def test_a_refused_row_has_the_selectors_mask_back():
+    problem = layer(np.random.default_rng(4), 6, 20)
+    pruned = select(Wanda(), problem, Unstructured(0.5))
+    new = jnp.roll(pruned.keep, 1, axis=1)
+    solution = Solution(jnp.where(new, problem.weight, 0.0), jnp.zeros(6), jnp.ones(6, jnp.int32), jnp.ones(6, bool))
+    better = jnp.array([True, False] * 3)
+    final, rows = judge_rows(
+        pruned,
+        Refined(solution, new),
+        PerRow(),
+        jnp.float32,
+        lambda hessian, old, new: RowErrors(jnp.ones(6), jnp.ones(6), jnp.where(better, 0.5, 2.0), jnp.ones(6), jnp.ones(6)),
+        problem.hessian,
+    )
+    assert (final.keep == jnp.where(better[:, None], new, pruned.keep)).all()
+    assert (final.weight == jnp.where(final.keep, problem.weight, 0.0)).all()
+    assert (rows.exchanged == jnp.where(better, jnp.sum(new & ~pruned.keep, axis=1), 0)).all() and rows.exchanged.sum() > 0
+
+
+def test_the_mesh_does_not_change_the_mask():
+    """Two matrices with one input, whose rows divide no mesh."""
+    recipe = Recipe(Unstructured(0.5), Wanda(), CG(tolerance=1e-6), refine=Swaps(2, 0.1))
+    problem = layer(np.random.default_rng(5), 15, 40)
+    weights = (problem.weight[:9], problem.weight[9:])
+    (reference, keeps, reports), (other, other_keeps, _) = (
+        jax.device_get(prune_group(weights, problem.hessian, recipe, mesh(*shape))) for shape in ((1, 1), (2, 4))
+    )
+    for weight, keep, same, same_keep, rows in zip(reference, keeps, other, other_keeps, reports):
+        assert (keep == same_keep).all() and np.abs(weight - same).max() < 1e-4 * np.abs(weight).max()
+        assert (rows.after < rows.before).all() and rows.exchanged.sum() > 0
+
+
+def test_a_layer_with_another_pattern_keeps_it():
+    decoder, groups = Decoder.open(*tiny_llama(), mesh(1, 1)), (("mlp.gate_proj", "mlp.up_proj"),)
+    recipe = Recipe(Unstructured(0.5), Wanda(), CG(), layers=(LayerRule("mlp.up_proj", NM(2, 4)),), refine=Swaps(2, 0.1))
+    statistics = (Statistics(jnp.asarray(correlated_hessian(np.random.default_rng(6), 36)), jnp.int32(99)),)
+    _, keeps, reports = prune_block(0, decoder.prefix(0), decoder.load_block(0), groups, statistics, recipe, decoder.mesh)
+    gate, up = (np.asarray(keeps[name + ".weight"]) for name in groups[0])
+    assert (up.reshape(-1, 4).sum(axis=1) == 2).all() and (gate.sum(axis=1) == 18).all()
+    assert (gate.reshape(-1, 4).sum(axis=1) != 2).any() and all(report.exchanged > 0 for report in reports)
+
+
+def test_its_memory_is_counted():
+    rows, size = 320, 192
+    recipe = Recipe(Unstructured(0.5), Wanda(), CG(), refine=Swaps())
+    hessian = jax.ShapeDtypeStruct((size, size), jnp.float32)
+    found = (
+        prune_group.lower((jax.ShapeDtypeStruct((rows, size), jnp.bfloat16),), hessian, recipe, mesh(1, 1), held_out=hessian)
+        .compile()
+        .memory_analysis()
+    )
+    total = found.argument_size_in_bytes + found.output_size_in_bytes + found.temp_size_in_bytes
+    told = needed(size, rows, rows, mesh(1, 1), footprint_of(recipe.update(recipe.pattern), recipe.selector), False)
+    assert total < told < 1.6 * total
+
+
+def test_the_summary_tells_how_much_came_in(tmp_path):
+    told = dict(
+        block=0,
+        name="a",
+        shape=[8, 20],
+        pruned=80,
+        sparsity=0.5,
+        error_before=0.1,
+        error_after=0.1,
+        gap_median=0.0,
+        gap_max=0.0,
+        steps_median=1,
+        steps_max=1,
+        rows=8,
+        rows_converged=8,
+        rows_refused=0,
+        dead_inputs=0,
+    )
+    plain, refined = LayerReport.from_json(told), LayerReport.from_json(told | {"exchanged": 4})
+    assert exchanged([plain]) is None and exchanged([plain, refined, refined]) == 8 / 160
+    assert LayerReport.from_json(refined.to_json()) == refined
+    console = Console(file=io.StringIO(), width=200)
+    print_summary(
+        console,
+        {
+            "blocks": [BlockReport(0, 1.0, (refined,)).to_json()],
+            "configuration": {"solver": {"name": "cg"}},
+            "perplexity": {"dense": 1.0, "pruned": 2.0},
+            "evaluation": {"how": "a text"},
+        },
+        tmp_path,
+    )
+    assert "masks       5.00% of the weights that stay came in by exchange" in console.file.getvalue()
+
+
+def test_the_settings():
+    config = parse(["--refine", "swaps", "--refine.rounds", "2"])
+    assert config.refine == Swaps(2) and configure({"refine": {"name": "swaps", "rounds": 2}}) == config
+    assert configure({}, flags(config)[2:]) == config
+    plain = parse(["--preset", "fast"])
+    assert plain.refine is None and weights_settings(config) != weights_settings(plain)
+    for argv, words in (
+        (["--solver", "null"], "--refine null"),
+        (["--refine.rounds", "0"], "at least 1, got 0"),
+        (["--refine.share", "0.7"], "at most 0.5, got 0.7"),
+    ):
+        with pytest.raises(UserError, match=words):
+            parse(["--refine", "swaps", *argv])
+    recipe = Recipe(Unstructured(0.5), Wanda(), CG(), layers=(LayerRule("b", NM(2, 4)),), refine=Swaps())
+    assert solved_together(("a", "b", "c"), recipe, "model.layers.0.") == (("a", "c"), ("b",))

@@ -1,0 +1,209 @@
+"""The contract that every selector passes, and each against its published formula, in float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from optima_tpu.method.patterns import NM, Pattern, Unstructured
+from optima_tpu.method.problem import LayerProblem, Pruned, self_target
+from optima_tpu.method.selectors import ADMM, Magnitude, MaskSelector, SparseGPT, Thanos, Wanda
+from optima_tpu.runtime.mesh import ROWS, make_mesh
+from tests.support.problems import PATTERNS, layer, select
+
+COUNT, SIZE = 8, 32
+# Blocks of 12 leave a last one of 8, and divide no N:M group of 8.
+SELECTORS = {
+    "magnitude": Magnitude(),
+    "wanda": Wanda(),
+    "wanda shifted": Wanda(shift_zero=True),
+    "sparsegpt": SparseGPT(block=12),
+    "thanos": Thanos(block=12),
+    "admm": ADMM(rho_first=0.3, levels=3),
+}
+# Those that rank the weights of dead inputs by size; the others prune them first.
+BLIND = (Magnitude(), Wanda(shift_zero=True))
+contract = pytest.mark.parametrize("selector", SELECTORS.values(), ids=SELECTORS)
+patterns = pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+
+
+def problem_of(seed: int, weight: np.ndarray | None = None, hessian: np.ndarray | None = None) -> LayerProblem:
+    random = layer(np.random.default_rng(seed), COUNT, SIZE)
+    return self_target(
+        random.weight if weight is None else jnp.asarray(weight, jnp.float32),
+        random.hessian if hessian is None else jnp.asarray(hessian, jnp.float32),
+    )
+
+
+def four_bits(seed: int) -> np.ndarray:
+    """Weights of 15 levels, zero with either sign among them: most of them tie with others of their row."""
+    rng = np.random.default_rng(seed)
+    return rng.integers(0, 8, (COUNT, SIZE)) * rng.choice([-0.25, 0.25], (COUNT, SIZE))
+
+
+def groups(array, pattern: Pattern) -> np.ndarray:
+    """The comparison groups as rows."""
+    array = np.asarray(array)
+    if isinstance(pattern, NM):
+        return array.reshape(-1, pattern.m)
+    return array if pattern.group == "row" else array.reshape(1, -1)
+
+
+def assert_obeys(pruned: Pruned, pattern: Pattern):
+    """The exact number of zeros in every comparison group, none of them negative, and numbers everywhere else."""
+    weight, keep = np.asarray(pruned.weight), np.asarray(pruned.keep)
+    assert weight.dtype == np.float32 and keep.dtype == bool and weight.shape == keep.shape == (COUNT, SIZE)
+    lost = ~groups(keep, pattern)
+    share = pattern.m - pattern.n if isinstance(pattern, NM) else pattern.pruned_in(lost.shape[1])
+    assert (lost.sum(axis=1) == share).all()
+    assert lost.sum() == pattern.pruned_count(weight.shape)
+    assert np.isfinite(weight).all()
+    assert (weight[~keep] == 0).all() and not np.signbit(weight[~keep]).any()
+
+
+def assert_prunes_the_smallest(
+    scores: np.ndarray, keep: np.ndarray, selector: MaskSelector, pattern: Pattern, by_index: bool = True
+):
+    """Of what competes at once the smallest scores go, of equal ones those with the lower index, or any.
+
+    An unstructured mask may be chosen block by block of inputs.
+    """
+    starts = range(0, SIZE, SIZE if isinstance(pattern, NM) else getattr(selector, "block", SIZE))
+    for start in starts:
+        part = slice(start, None if isinstance(pattern, NM) else start + starts.step)
+        for score, kept in zip(groups(scores[:, part], pattern), groups(keep[:, part], pattern)):
+            ordered = kept[np.lexsort((np.arange(len(kept)) if by_index else kept, score))]
+            assert (ordered[1:] >= ordered[:-1]).all()
+
+
+@contract
+@patterns
+def test_every_group_loses_its_exact_share(selector, pattern):
+    problem = problem_of(10)
+    pruned = select(selector, problem, pattern)
+    assert_obeys(pruned, pattern)
+    assert (np.asarray(pruned.weight)[np.asarray(pruned.keep)] != 0).all()
+
+
+@contract
+def test_nothing_moves_where_nothing_goes(selector):
+    problem = problem_of(11)
+    pruned = select(selector, problem, Unstructured(0.0, selector.group))
+    assert pruned.keep.all() and (pruned.weight == problem.weight).all()
+
+
+@contract
+@patterns
+def test_the_scale_of_the_hessian_does_not_matter(selector, pattern):
+    problem = problem_of(12)
+    once = select(selector, problem, pattern)
+    for scale in (1e-8, 1e6):
+        again = select(selector, problem_of(12, hessian=np.asarray(problem.hessian) * scale), pattern)
+        assert (again.keep == once.keep).all()
+        assert np.abs(again.weight - once.weight).max() <= 1e-4 * np.abs(once.weight).max()
+
+
+@contract
+@patterns
+def test_the_scale_of_a_row_does_not_matter(selector, pattern):
+    """Of all rows together where they compete."""
+    problem = problem_of(13)
+    alone = isinstance(pattern, NM) or pattern.group == "row"
+    scale = 2.0 ** (np.arange(COUNT)[:, None] * 3 - 10 if alone else 7)
+    once = select(selector, problem, pattern)
+    again = select(selector, problem_of(13, np.asarray(problem.weight) * scale), pattern)
+    assert (again.keep == once.keep).all()
+    assert np.abs(again.weight / scale - once.weight).max() <= 1e-5 * np.abs(once.weight).max()
+
+
+@contract
+@patterns
+def test_dead_inputs_go_first_and_poison_nothing(selector, pattern):
+    """One that sees nothing and one that sees rounding noise, whose weights grow a thousandfold."""
+    silent, noisy = dead = [3, 20]
+    hessian = np.array(problem_of(14).hessian)
+    for index, noise in ((silent, 0), (noisy, 1e-14)):
+        hessian[index] = hessian[:, index] = noise
+        hessian[index, index] = noise**2
+    weight = np.array(problem_of(14).weight)
+    once = select(selector, problem_of(14, weight, hessian), pattern)
+    weight[:, dead] *= 1000
+    again = select(selector, problem_of(14, weight, hessian), pattern)
+    for pruned in (once, again):
+        assert_obeys(pruned, pattern)
+    if selector not in BLIND:
+        assert not np.asarray(once.keep)[:, dead].any()
+        assert (once.keep == again.keep).all() and (once.weight == again.weight).all()
+
+
+@contract
+@patterns
+def test_a_layer_that_sees_nothing_loses_its_share_and_nothing_moves(selector, pattern):
+    problem = problem_of(15, hessian=np.zeros((SIZE, SIZE)))
+    pruned = select(selector, problem, pattern)
+    assert_obeys(pruned, pattern)
+    keep = np.asarray(pruned.keep)
+    assert (np.asarray(pruned.weight)[keep] == np.asarray(problem.weight)[keep]).all()
+    scores = np.abs(problem.weight) if selector in BLIND else np.zeros((COUNT, SIZE))
+    assert_prunes_the_smallest(scores, keep, selector, pattern)
+
+
+@contract
+@patterns
+def test_of_equal_weights_those_with_the_lower_index_go(selector, pattern):
+    """Weights of few levels, as a 4-bit checkpoint has, behind inputs that are all alike.
+
+    ADMM's scores are not those weights: of a pruned one and its equal that was kept the first scores more.
+    """
+    weight = four_bits(16)
+    pruned = select(selector, problem_of(16, weight, np.eye(SIZE)), pattern)
+    assert_obeys(pruned, pattern)
+    assert_prunes_the_smallest(np.abs(weight), np.asarray(pruned.keep), selector, pattern, not isinstance(selector, ADMM))
+    assert_obeys(select(selector, problem_of(16, weight), pattern), pattern)
+
+
+@contract
+def test_the_mask_is_that_of_one_device_on_a_mesh(selector):
+    """With one row on each of eight devices, all of them competing, also where ties have to be broken."""
+    mesh, pattern = make_mesh("4x2"), Unstructured(0.6, "layer")
+    rows, everywhere = NamedSharding(mesh, ROWS), NamedSharding(mesh, P())
+    for problem in (problem_of(17), problem_of(17, four_bits(17), np.eye(SIZE))):
+        once = select(selector, problem, pattern)
+        again = select(selector, jax.device_put(problem, LayerProblem(rows, everywhere, rows)), pattern)
+        np.testing.assert_array_equal(again.keep, once.keep)
+        np.testing.assert_allclose(again.weight, once.weight, atol=1e-4)
+
+
+@pytest.mark.parametrize("pattern", [Unstructured(0.5), Unstructured(0.6, "layer"), NM(2, 4)], ids=str)
+def test_wanda_keeps_the_largest_products_of_weight_and_input_norm(pattern):
+    rng = np.random.default_rng(0)
+    inputs = rng.standard_normal((200, 16)) * np.exp(rng.standard_normal(16))
+    weight = rng.standard_normal((8, 16))
+    problem = self_target(jnp.asarray(weight, jnp.float32), jnp.asarray(inputs.T @ inputs / 200, jnp.float32))
+    pruned = Wanda()(problem, pattern)
+    scores = np.abs(weight) * np.linalg.norm(inputs, axis=0)
+    keep = np.asarray(pruned.keep)
+    groups = {"row": scores.shape, "layer": (1, -1)}[pattern.group] if isinstance(pattern, Unstructured) else (-1, pattern.m)
+    for group, kept in zip(scores.reshape(groups), keep.reshape(groups)):
+        assert group[kept].min() > group[~kept].max()
+    assert (np.asarray(pruned.weight) == np.where(keep, problem.weight, 0)).all()
+
+
+def test_magnitude_looks_at_weights_alone():
+    problem = layer(np.random.default_rng(1), 6, 16, spread=3.0)
+    keep = np.asarray(Magnitude()(problem, Unstructured(0.5, "layer")).keep)
+    size = np.abs(np.asarray(problem.weight))
+    assert size[keep].min() > size[~keep].max() and keep.sum() == 48
+
+
+def test_shift_zero_ranks_the_weights_of_dead_inputs_by_size():
+    """With a dead input the plain score ties at zero and the first of them goes; the shifted one keeps the larger."""
+    hessian = jnp.diag(jnp.array([0.0, 0.0, 1.0, 4.0]))
+    problem = self_target(jnp.array([[5.0, 1.0, 0.1, 0.1]]), hessian)
+    # Scores: 0, 0, 0.1, 0.2 against 5, 1, 0.1 sqrt(2), 0.1 sqrt(5).
+    assert Wanda()(problem, Unstructured(0.5)).keep.tolist() == [[False, False, True, True]]
+    assert Wanda(shift_zero=True)(problem, Unstructured(0.5)).keep.tolist() == [[True, True, False, False]]
+    dead = problem._replace(hessian=jnp.zeros((4, 4)))
+    assert Wanda(shift_zero=True)(dead, Unstructured(0.5)).keep.tolist() == [[True, True, False, False]]

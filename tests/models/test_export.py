@@ -1,0 +1,326 @@
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors.numpy
+from safetensors import safe_open
+
+from optima_tpu.errors import UserError
+from optima_tpu.export import main
+from optima_tpu.method.patterns import NM, Unstructured
+from optima_tpu.models.checkpoints.export import _holds, export, is_export_of, read_masks
+from optima_tpu.models.checkpoints.orbax import CheckpointTensors, write_checkpoint
+from optima_tpu.pipeline.journal import open_journal
+from optima_tpu.runtime.files import begin
+from tests.support.fake_run import (
+    ASSETS,
+    BLOCKS,
+    MANIFEST,
+    MemorySource,
+    assert_same,
+    finished_run,
+    on_host,
+    pruned_block,
+    small_model,
+)
+from tests.support.meshes import mesh
+
+
+def exported(folder: Path) -> dict[str, np.ndarray]:
+    tensors = {}
+    for path in folder.glob("*.safetensors"):
+        tensors |= safetensors.numpy.load_file(path)
+    return tensors
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("finished") / "run"
+    finished_run(directory, small_model(), model="owner/small@v1.0", secret="/home/me")
+    (directory / "report.json").write_text(json.dumps({"perplexity": {"dense": 12.5, "pruned": 14.25}}))
+    return directory
+
+
+@pytest.mark.parametrize("limit", ["5GB", 900])
+def test_every_tensor_is_exported_in_its_dtype_bit_for_bit(run, tmp_path, limit):
+    source = small_model()
+    export(run, tmp_path / "out", limit)
+    tensors = exported(tmp_path / "out")
+    assert set(tensors) == set(source.names())
+    pruned = {}
+    for block in range(BLOCKS):
+        pruned |= pruned_block(source, block)[0]
+    for name in source.names():
+        if name not in pruned:
+            assert_same(tensors[name], source.tensors[name])
+            continue
+        assert tensors[name].dtype == source.dtype(name)
+        np.testing.assert_array_equal(tensors[name], pruned[name])
+    files = sorted(path.name for path in (tmp_path / "out").glob("*.safetensors"))
+    if limit == "5GB":
+        assert files == ["model.safetensors"]
+    else:
+        index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+        assert sorted(set(index["weight_map"].values())) == files and len(files) > 2
+        assert index["metadata"]["total_size"] == sum(array.nbytes for array in tensors.values())
+        for name, file in index["weight_map"].items():
+            with safe_open(tmp_path / "out" / file, framework="np") as opened:
+                assert opened.metadata() == {"format": "pt"} and name in opened.keys()
+
+
+def test_pruned_entries_are_positive_zeros_and_kept_ones_keep_their_sign(tmp_path):
+    name = "model.layers.0.self_attn.q_proj.weight"
+    weight = np.array([[-0.0, -0.0, -1, 2]], ml_dtypes.bfloat16)
+    keep = np.array([[False, True, True, False]])
+    source = MemorySource({name: weight})
+    journal = open_journal(tmp_path / "run", MANIFEST, ASSETS)
+    layers = [{"block": 0, "name": "self_attn.q_proj"}]
+    journal.save(0, {name: np.where(keep, weight, -0 * weight)}, {name: keep}, {"layers": layers}, on_host(np.zeros((1, 1, 1))))
+    write_checkpoint(journal, source, mesh(1, 1))
+    export(tmp_path / "run", tmp_path / "out")
+    assert_same(exported(tmp_path / "out")[name], np.array([[0.0, -0.0, -1, 0.0]], ml_dtypes.bfloat16))
+    (layer,) = json.loads((tmp_path / "out" / "optima_tpu.json").read_text())["layers"]
+    assert (layer["pruned"], layer["sparsity"]) == (3, 0.75)  # zeros of the file, a kept one too
+
+
+def test_a_transposed_view_is_exported_as_it_looks(run, tmp_path, monkeypatch):
+    expected = small_model().tensors["model.embed_tokens.weight"]
+    load = CheckpointTensors.load
+    monkeypatch.setattr(
+        CheckpointTensors,
+        "load",
+        lambda self, names: {name: np.asfortranarray(array) for name, array in load(self, names).items()},
+    )
+    export(run, tmp_path / "out")
+    assert_same(exported(tmp_path / "out")["model.embed_tokens.weight"], expected)
+
+
+def test_masks_come_back(run, tmp_path):
+    export(run, tmp_path / "out")
+    expected = {}
+    for block in range(BLOCKS):
+        expected |= pruned_block(small_model(), block)[1]
+    for path in (tmp_path / "out", tmp_path / "out" / "pruning_masks.npz"):
+        masks = read_masks(path)
+        assert set(masks) == set(expected)
+        for name, keep in masks.items():
+            assert_same(keep, expected[name])
+    packed = np.load(tmp_path / "out" / "pruning_masks.npz")["model.layers.0.mlp.down_proj.weight"]
+    assert packed.shape == (12, 3) and packed.dtype == np.uint8  # 20 inputs: bits, not bytes
+
+
+def test_the_folder_describes_itself(run, tmp_path):
+    export(run, tmp_path / "out")
+    for name, data in ASSETS.items():
+        assert (tmp_path / "out" / name).read_bytes() == data
+    sidecar = json.loads((tmp_path / "out" / "optima_tpu.json").read_text())
+    assert sidecar["manifest"] == MANIFEST and sidecar["model"] == "owner/small@v1.0"
+    assert len(sidecar["layers"]) == 2 * BLOCKS
+    layer = next(layer for layer in sidecar["layers"] if layer["name"] == "model.layers.2.mlp.down_proj.weight")
+    assert layer["shape"] == [12, 20] and layer["pruned"] == 120 and layer["sparsity"] == 0.5
+    assert layer["error_after"] == pytest.approx(0.12)
+    card = (tmp_path / "out" / "README.md").read_text()
+    front = card.split("---\n")[1]
+    for line in ("base_model: owner/small", "library_name: transformers", "- pruned", "- sparse", "- optima-tpu"):
+        assert line in front.splitlines()
+    assert "12.500" in card and "14.250" in card and "50.00%" in card and "| pattern | 0.5 |" in card
+    assert "not smaller" in card and "pruning_masks.npz" in card
+    everything = b"".join(path.read_bytes() for path in (tmp_path / "out").iterdir())
+    assert b"sparsity_config" not in everything and b"/home/me" not in everything
+    assert is_export_of(run, tmp_path / "out") and not is_export_of(run, tmp_path)
+
+
+def test_a_local_model_is_named_without_its_path_and_the_licence_is_the_sources(tmp_path):
+    assets = ASSETS | {"LICENSE": b"   Apache License\n Version 2.0", "config.json": b'{"_name_or_path": "owner/base"}'}
+    finished_run(tmp_path / "run", small_model(), assets=assets, model="/home/me/llama")
+    export(tmp_path / "run", tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "license: apache-2.0" in card and "base_model: owner/base" in card and "/home/me" not in card
+    assert json.loads((tmp_path / "out" / "optima_tpu.json").read_text())["model"] == "llama"
+
+
+def test_only_the_checkpoint_and_the_assets_are_needed(run, tmp_path):
+    for name in ("checkpoint", "assets"):
+        (tmp_path / "moved").mkdir(exist_ok=True)
+        (tmp_path / "moved" / name).symlink_to(run / name)
+    export(tmp_path / "moved", tmp_path / "out")
+    export(run, tmp_path / "other")
+    files = [(tmp_path / out / "model.safetensors").read_bytes() for out in ("out", "other")]
+    assert files[0] == files[1]
+
+
+def test_what_exists_is_not_overwritten(run, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.tex").write_text("years of work")
+    with pytest.raises(UserError, match="not empty"):
+        export(run, tmp_path / "out")
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "thesis.tex"]
+    (tmp_path / "out" / "thesis.tex").unlink()
+    (tmp_path / "out.partial").mkdir()  # of an export that was killed
+    (tmp_path / "out.partial" / "model.safetensors").write_bytes(b"half")
+    export(run, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_an_export_of_the_same_run_that_lost_a_file_is_made_again(run, tmp_path):
+    export(run, tmp_path / "out")
+    with pytest.raises(UserError, match="not empty"):
+        export(run, tmp_path / "out")
+    (tmp_path / "out" / "model.safetensors").unlink()
+    assert not is_export_of(run, tmp_path / "out")
+    export(run, tmp_path / "out")
+    assert is_export_of(run, tmp_path / "out")
+    (tmp_path / "out" / "model.safetensors").unlink()
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="not empty"):
+        export(run, tmp_path / "out")
+    assert (tmp_path / "out" / "notes.txt").read_text() == "mine"
+
+
+def test_what_an_interrupted_write_left_is_removed_and_nothing_beside_it(tmp_path):
+    kept = [tmp_path / name for name in ("out1.partial", "out[1].partial-notes.txt", "out[1]")]
+    left = [
+        tmp_path / name
+        for name in (
+            "out[1].partial",
+            "out[1].partial.partial_save",
+            "out[1].partial.partial_save.orbax-checkpoint-tmp",
+            "out[1].partial.orbax-checkpoint-tmp",
+        )
+    ]
+    for path in (*kept, *left):
+        path.mkdir()
+        (path / "file").write_text("text")
+    begin(tmp_path / "out[1]")
+    assert sorted(tmp_path.iterdir()) == sorted(kept)
+
+
+def test_a_full_disk_leaves_nothing(run, tmp_path, monkeypatch):
+    def full(*arguments, **keywords):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(safetensors.numpy, "save_file", full)
+    with pytest.raises(UserError, match="No space left on device; nothing was left there"):
+        export(run, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def save_damaged(tensors, path, **keywords):
+    name = "model.layers.1.mlp.down_proj.weight"
+    damaged = tensors[name].copy()
+    damaged[damaged == 0] = 1
+    Path(path).write_bytes(safetensors.numpy.save(tensors | {name: damaged}, **keywords))
+
+
+def test_a_file_that_is_not_what_was_to_be_written_is_not_delivered(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(safetensors.numpy, "save_file", save_damaged)
+    with pytest.raises(RuntimeError, match="model.layers.1.mlp.down_proj.weight was not written"):
+        export(run, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_weights_that_do_not_fit_mask_or_pattern_are_not_delivered(run, tmp_path, monkeypatch):
+    masks = CheckpointTensors.masks
+    monkeypatch.setattr(
+        CheckpointTensors, "masks", lambda self, names: {name: np.zeros_like(keep) for name, keep in masks(self, names).items()}
+    )
+    with pytest.raises(RuntimeError, match="other than zero where the mask prunes"):
+        export(run, tmp_path / "out")
+    monkeypatch.undo()
+    manifest = MANIFEST | {"recipe": MANIFEST["recipe"] | {"pattern": "0.6"}}
+    finished_run(tmp_path / "run", small_model(), manifest)
+    with pytest.raises(RuntimeError, match="zeros of .* are not those of mask and pattern 0.6"):
+        export(tmp_path / "run", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "pattern, good, bad",
+    [
+        (Unstructured(0.5, "row"), [[0, 1, 0, 1], [1, 0, 0, 0]], [[0, 0, 0, 1], [1, 1, 1, 0]]),
+        (Unstructured(0.5, "layer"), [[0, 0, 0, 1], [1, 1, 1, 0]], [[1, 1, 0, 1], [1, 1, 1, 0]]),
+        (NM(1, 2), [[0, 1, 1, 0], [0, 0, 0, 1]], [[0, 0, 1, 1], [0, 1, 0, 1]]),
+    ],
+)
+def test_the_pattern_is_read_in_its_groups(pattern, good, bad):
+    assert _holds(np.array(good) == 0, pattern) and not _holds(np.array(bad) == 0, pattern)
+
+
+def test_the_command(run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)  # put back after the test
+    assert main([str(run), str(tmp_path / "out"), "--max-shard-size", "1KB"]) == 0
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1
+    open_journal(tmp_path / "started", MANIFEST, ASSETS).save(0, *pruned_block(small_model(), 0))
+    capsys.readouterr()
+    for arguments, said in (
+        ((run, tmp_path / "out"), "not empty"),
+        ((tmp_path, tmp_path / "new"), "no run.json"),
+        ((tmp_path / "started", tmp_path / "new"), "no checkpoint yet"),
+        ((run, tmp_path / "new", "--max-shard-size", "big"), "shard size such as 5GB"),
+    ):
+        assert main([str(argument) for argument in arguments]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and said in error and error.count("\n") == 1
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_damaged_checkpoint_is_one_line(run, tmp_path, capsys):
+    copy = shutil.copytree(run, tmp_path / "run")
+    file = copy / "checkpoint" / "state" / "_sharding"
+    file.write_bytes(b"none" + file.read_bytes()[4:])
+    for path in copy.joinpath("checkpoint").rglob("_METADATA"):
+        path.write_bytes(b"none")
+    assert main([str(copy), str(tmp_path / "new")]) == 2
+    error = capsys.readouterr().err
+    assert "checkpoint is damaged" in error and "remove it and repeat the run's command" in error and error.count("\n") == 1
+
+
+def test_the_command_needs_no_torch(run, tmp_path):
+    code = (
+        "import sys; sys.modules['torch'] = None; from optima_tpu.export import main; "
+        f"sys.exit(main([{str(run)!r}, {str(tmp_path / 'out')!r}]))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (0, ""), result.stderr
+    assert (tmp_path / "out" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_transformers_loads_it_with_nothing_missing_and_every_bit_equal(tmp_path, tied):
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=32,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=tied,
+    )
+    model = transformers.LlamaForCausalLM(config).to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "source")
+    source = MemorySource(safetensors.numpy.load_file(tmp_path / "source" / "model.safetensors"))
+    journal = open_journal(tmp_path / "run", MANIFEST, {"config.json": (tmp_path / "source" / "config.json").read_bytes()})
+    pruned, random = {}, np.random.default_rng(0)
+    for block in range(2):
+        names = [name for name in source.names() if name.startswith(f"model.layers.{block}.") and "proj" in name]
+        masks = {name: random.permuted(np.indices(source.shape(name))[1] % 2 == 0, axis=1) for name in names}
+        weights = {name: source.tensors[name] * masks[name] for name in names}
+        layers = [{"block": block, "name": name.split(".", 3)[3].removesuffix(".weight")} for name in names]
+        journal.save(block, weights, masks, {"layers": layers}, on_host(np.zeros((1, 1, 16), np.float32)))
+        pruned |= weights
+    write_checkpoint(journal, source, mesh(1, 1))
+    export(tmp_path / "run", tmp_path / "out")
+    loaded, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    state = loaded.state_dict()
+    assert len(pruned) == 14
+    for name, array in (source.tensors | pruned).items():
+        assert state[name].dtype == torch.bfloat16
+        np.testing.assert_array_equal(state[name].float().numpy(), array.astype(np.float32))

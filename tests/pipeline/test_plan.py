@@ -1,0 +1,228 @@
+"""A plan is made from config.json alone, and says what the programs of a run need."""
+
+import dataclasses
+import functools
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import AbstractMesh
+
+from optima_tpu.config.run_config import CHOICES, Calibration, RunConfig
+from optima_tpu.errors import UserError
+from optima_tpu.method.patterns import Unstructured
+from optima_tpu.method.recipe import Recipe
+from optima_tpu.method.selectors import ADMM, SparseGPT, Wanda
+from optima_tpu.method.solvers import CG
+from optima_tpu.pipeline.memory_plan import needed
+from optima_tpu.pipeline.plan import topology
+from optima_tpu.pipeline.plan.compile import compiled
+from optima_tpu.pipeline.plan.estimate import prune_work, solver_cost, storage
+from optima_tpu.pipeline.plan.hlo import collectives
+from optima_tpu.pipeline.plan.model import open_declared
+from optima_tpu.pipeline.plan.plan import make_plan
+from optima_tpu.pipeline.plan.table import summary
+from optima_tpu.pipeline.plan.topology import CHIPS, Target, fitting_mesh, parse_topology, topology_target
+from optima_tpu.pipeline.walk import prune_group
+from optima_tpu.plan import main
+from tests.support.meshes import mesh
+from tests.support.plans import config_folder, run_config
+from tests.support.tiny_models import tiny_llama
+
+
+@pytest.mark.parametrize("topology, splits", [("v5e:4x4", True), ("v6e:4x4", False), ("v5p:4x4x1", False)])
+def test_a_mesh_splits_the_dimensions_of_a_v5e_alone(topology, splits):
+    """As ``jax.make_mesh`` does."""
+    target = topology_target(topology, "8x2", compiling=False)
+    assert (tuple(target.mesh.shape.values()) == (8, 2)) == splits
+    assert any("splits a dimension" in note for note in target.notes) != splits
+
+
+def test_every_solver_has_a_cost_and_an_unknown_one_is_named():
+    for cls in CHOICES["solver"].values():
+        assert solver_cost(cls and cls()).products >= 0
+
+    class Mine: ...
+
+    with pytest.raises(UserError, match="a solver whose cost is known, got Mine: add what it does to plan.estimate.solver_cost"):
+        solver_cost(Mine())
+
+
+@pytest.mark.parametrize("text", ["v5e-8", "v5litepod-8", "v5e:8", "v5e:0x2", "v5e:", "tpu7x:2x2x1", "h100:2x2"])
+def test_a_topology_has_one_form(text):
+    with pytest.raises(UserError, match="v5e:4x2"):
+        parse_topology(text)
+    assert parse_topology("V5p:4x4x4") == ("v5p", (4, 4, 4))
+
+
+@pytest.mark.parametrize(
+    "asked, shape, found",
+    [
+        (None, (4, 2), (8, 1)),
+        ("4x2", (4, 2), (4, 2)),
+        ("4x4", (4, 2), (2, 4)),
+        ("2x1", (4, 2), (4, 2)),
+        ("64x2", (4, 2), (8, 1)),
+        ("1x8", (4, 2), (1, 8)),
+        ("3x2", (1, 1), (1, 1)),
+        ("8x8", (4, 4, 4), (4, 16)),
+        ("16x4", (4, 4, 4), (16, 4)),
+    ],
+)
+def test_a_mesh_that_does_not_fit_is_replaced_by_the_nearest(asked, shape, found):
+    sizes, note = fitting_mesh(asked, shape, "v5e:4x2")
+    assert sizes == found
+    assert bool(note) == (asked is not None and asked != "x".join(map(str, found)))
+    assert not note or f"planned for {found[0]}x{found[1]}" in note[0]
+
+
+def test_a_model_is_known_by_its_config_alone(tmp_path):
+    model = open_declared(config_folder(tmp_path), None, 4)
+    _, tensors = tiny_llama()
+    declared = model.decoder.tensors
+    assert {name: declared.shape(name) for name in declared.names()} == {name: a.shape for name, a in tensors.arrays.items()}
+    assert model.dtype == jnp.bfloat16
+    assert 3 * model.block_bytes() + model.end_bytes() == 2 * sum(array.size for array in tensors.arrays.values())
+    with pytest.raises(UserError, match="config.json alone"):
+        declared.read(declared.names()[0])
+    assert open_declared(str(tmp_path), "float32", 4).dtype == jnp.float32
+    with pytest.raises(UserError, match="config.json"):
+        open_declared(str(tmp_path / "nothing"), None, 4)
+
+
+def test_the_plan_of_simulated_devices(tmp_path):
+    """Compiled for the mesh that is here: what is printed of the solver's loop is what the README promises."""
+    chip = CHIPS["v5e"]
+    config = run_config(config_folder(tmp_path))
+    model = open_declared(config.model, None, config.batch).on(mesh(4, 2))
+    plan = make_plan(config, model, Target("here", chip, mesh(4, 2), 1, 0.5))
+    calibration, down = plan.programs
+    # 16 sequences in steps of 2 on each of 4 slices, the held-out ones in one step, in each of 3 blocks.
+    assert (calibration.calls, down.calls, down.rows, plan.batch) == (3 * 3, 3, math.ceil(36 / 8), 2)
+    assert down.name == "down [36, 60]" and not plan.too_large
+    assert down.compiled.inside == {} and down.compiled.outside["all-gather"] >= 1
+    assert calibration.compiled.outside["all-reduce"] >= 1
+    assert down.memory > down.compiled.memory - down.compiled.arguments > 0
+    # The compiler leaves out the products after the last input that is needed, and counts vector work.
+    assert 0.8 < calibration.work.flops / calibration.compiled.flops < 1.3
+    assert json.loads(json.dumps(plan.to_json()))["fits"]
+
+
+def test_what_does_not_fit_is_said_with_numbers(tmp_path):
+    config = run_config(config_folder(tmp_path))
+    small = Target("there", CHIPS["v5e"]._replace(memory=1000), AbstractMesh((4, 2), ("data", "model")), 1, 0.5)
+    plan = make_plan(config, open_declared(config.model, None, config.batch).on(small.mesh), small)
+    assert len(plan.too_large) == 2 and not plan.to_json()["fits"]
+    assert "down_proj has 60 inputs" in plan.refused and "--device_memory" in plan.refused
+    said = "\n".join(summary(plan))
+    assert "does not fit down [36, 60]" in said and "--batch 1 and more devices" in said
+
+    text = dataclasses.replace(config.calibration, source="self")
+    whole = make_plan(
+        dataclasses.replace(config, calibration=text, device_memory=1e-5),
+        open_declared(config.model, None, config.batch).on(small.mesh),
+        small._replace(chip=CHIPS["v5e"]),
+    )
+    assert "to write its own calibration text" in whole.refused and not whole.to_json()["fits"]
+    assert any("writes its calibration text" in words for words in whole.assumptions)
+
+    def refuse():
+        raise jax.errors.JaxRuntimeError(
+            "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO "
+            "temporaries (37.29G) exceeds available HBM (15.75G)."
+        )
+
+    assert compiled(refuse).refused == "needs 37.29GiB of 15.75GiB"
+    full = dataclasses.replace(plan, programs=(plan.programs[0]._replace(compiled=compiled(refuse)),))
+    assert "does not fit calibration step: needs 37.29GiB" in "\n".join(summary(full))
+
+
+def test_collectives_are_told_apart_by_loops():
+    def program(x):
+        total = jax.lax.psum(x, "data")
+        return jax.lax.fori_loop(0, 3, lambda _, y: y + jax.lax.psum(y, "model"), total)
+
+    sharded = jax.jit(jax.shard_map(program, mesh=mesh(4, 2), in_specs=jax.P("data"), out_specs=jax.P(), check_vma=False))
+    assert collectives(sharded.lower(jnp.ones((8, 4))).compile().as_text()) == ({"all-reduce": 1}, {"all-reduce": 1})
+
+
+def test_counted_products_and_memory_agree_with_the_compiler():
+    """Without a solver nothing loops, so that the compiler's count is whole."""
+    rows, size = 64, 256
+    problem = jax.ShapeDtypeStruct((rows, size), jnp.float32)
+    hessian = jax.ShapeDtypeStruct((size, size), jnp.float32)
+    recipe = Recipe(Unstructured(0.5), Wanda(), None)
+    found = compiled(lambda: prune_group.lower((problem,), hessian, recipe, mesh(1, 1), None, None, hessian))
+    work = prune_work(rows, size, None, Wanda(), held_out=True)
+    assert 0.95 < work.flops / found.flops < 1.05
+    with_solver = compiled(lambda: prune_group.lower((problem,), hessian, Recipe(Unstructured(0.5), Wanda(), CG()), mesh(1, 1)))
+    assert 0.5 < needed(size, rows, rows, mesh(1, 1), CG().footprint, False) / with_solver.memory < 2
+
+
+def test_inverses_are_counted_for_every_matrix_and_shared_by_the_devices_that_make_them():
+    count = functools.partial(prune_work, 0, 64, None, held_out=False, panels=True)
+    assert count(ADMM(levels=5), matrices=3).wide == 3 * 5 * 6 * 64**3
+    assert count(ADMM(levels=5), matrices=3, together=8).wide == 3 * 5 * 6 * 64**3 / 8
+    assert count(SparseGPT(), matrices=2).wide == 2 * 6 * 64**3 and count(Wanda(), matrices=2).wide == 0
+
+
+def test_without_libtpu_the_plan_is_counted_and_says_so(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(topology, "has_libtpu", lambda: False)
+    folder, file = config_folder(tmp_path), tmp_path / "plan.json"
+    arguments = [
+        "--model",
+        folder,
+        "--topology",
+        "v5e:4x2",
+        "--mesh",
+        "4x4",
+        "--preset",
+        "fast",
+        "--calibration.source",
+        "random",
+        "--calibration.length",
+        "128",
+    ]
+    assert main([*arguments, "--json", str(file)]) == 0
+    printed, plan = capsys.readouterr().out, json.loads(file.read_text())
+    assert "libtpu is not installed, so nothing was compiled" in printed and "optima-tpu[tpu]" in printed
+    assert "mesh 4x4 needs 16 devices, v5e:4x2 has 8: planned for 2x4" in printed
+    assert plan["mesh"] == {"data": 2, "model": 4} and plan["programs"][0]["compiled"] is None
+    # q, k, v; o; gate and up; down, in each of three blocks.
+    assert [program["calls"] for program in plan["programs"]][1:] == [3, 3, 3, 3]
+    assert all(stage in printed for stage in plan["seconds"]) and plan["assumptions"][0] in printed
+    assert main([*arguments, "--device_memory", "0.000001"]) == 1
+    assert "q_proj has 36 inputs" in " ".join(capsys.readouterr().out.split())
+    assert main([*arguments, "--json", str(tmp_path / "no" / "plan.json")]) == 2
+    assert "expected --json in an existing folder" in capsys.readouterr().err
+    assert main([*arguments, "--calibration.length", "129"]) == 2
+    assert "expected calibration.length of at most 128, the model's context, got 129" in capsys.readouterr().err
+    assert main([*arguments[:2], "--topology", "v5e-8"]) == 2
+    assert "expected a topology KIND:AxB" in capsys.readouterr().err
+
+
+def test_the_export_is_as_large_as_planned(finished):
+    """Of the files of a run the only ones that nothing compresses."""
+    config = RunConfig(str(finished.model), calibration=Calibration("random", samples=8, length=32))
+    model = open_declared(config.model, None, config.batch)
+    pruned = sum(math.prod(model.decoder.block_shapes[name + ".weight"]) for name in model.decoder.linears) * 3
+    planned = storage(model, config, 1, pruned).disk["export for transformers"]
+    written = sum(path.stat().st_size for path in (finished.directory / "hf").glob("*.safetensors"))
+    assert 0.9 < planned / written < 1.1
+    states = next((finished.directory / "activations").rglob("*.safetensors")).stat().st_size
+    assert 0.95 < storage(model, config, 1, pruned).hidden / states < 1.05
+
+
+@pytest.mark.skipif(not topology.has_libtpu(), reason="needs libtpu: pip install 'optima-tpu[tpu]'")
+def test_a_slice_that_is_not_here(tmp_path):
+    """The solver as the TPU's compiler makes it: replicated Hessians, and nothing is sent inside a loop."""
+    config = run_config(config_folder(tmp_path), solver=CG(cycle=1), mesh="2x2")
+    target = topology_target("v5e:2x2", config.mesh)
+    assert (target.hosts, target.notes) == (1, ())
+    assert topology_target("v5e:1x1", None).mesh.size == 1
+    plan = make_plan(config, open_declared(config.model, None, config.batch).on(target.mesh), target)
+    assert [program.compiled.inside for program in plan.programs] == [{}, {}] and not plan.too_large
+    with pytest.raises(UserError, match="a TPU slice that exists"):
+        topology_target("v5e:3x5", None)

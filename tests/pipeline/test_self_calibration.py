@@ -1,0 +1,244 @@
+"""Text that the model writes itself: the cache gives the logits of one pass, tokens follow them, and a run keeps its text."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from optima_tpu import data
+from optima_tpu.config.run_config import Calibration, RunConfig
+from optima_tpu.errors import UserError
+from optima_tpu.launch import main
+from optima_tpu.models.decoder import Decoder
+from optima_tpu.models.generate import cache_structs, draw, generate, load, step, windows_at_once
+from optima_tpu.pipeline import run as run_module
+from optima_tpu.pipeline import self_calibration
+from optima_tpu.pipeline.inputs import open_model_on_mesh
+from optima_tpu.pipeline.journal import Journal
+from tests.support.meshes import mesh
+from tests.support.processes import several
+from tests.support.references import REFERENCES, tiny
+from tests.support.runs import SMALL, folder_tensors, snapshot
+from tests.support.tiny_models import byte_tokenizer, tiny_folder, tiny_llama, with_bos
+
+torch = pytest.importorskip("torch")
+
+# Of the families whose first variant does not have what a cache could get wrong: caps, places in the embedding, windows.
+VARIANTS = {
+    "Gemma2ForCausalLM": "caps",
+    "OPTForCausalLM": "350m",
+    "Phi3ForCausalLM": "long text",
+    "Qwen2ForCausalLM": "window above",
+    "Qwen3ForCausalLM": "window above",
+}
+START, END = 3, 5
+
+
+def logits_by_cache(decoder: Decoder, tokens: np.ndarray) -> np.ndarray:
+    """[windows, length, vocab], one token of every window a step."""
+    windows, length = tokens.shape
+
+    @jax.jit
+    def run(model, cache, tokens):
+        def one(cache, at):
+            logits, *cache = step(decoder, model, *cache, tokens[:, at], at)
+            return tuple(cache), logits
+
+        return jax.lax.scan(one, cache, jnp.arange(length))[1]
+
+    cache = tuple(
+        jnp.zeros((struct.shape[0], windows, *struct.shape[2:]), struct.dtype) for struct in cache_structs(decoder, length)
+    )
+    return np.asarray(run(load(decoder, length), cache, tokens)).swapaxes(0, 1)
+
+
+@pytest.mark.parametrize("reference", REFERENCES, ids=lambda reference: reference.model)
+def test_logits_with_a_cache_are_those_of_one_pass(reference):
+    """Of transformers, with which our own pass is compared elsewhere. 40 tokens: longer than every window here."""
+    settings = reference.variants[VARIANTS.get(reference.model, next(iter(reference.variants)))]
+    config, model, tensors = tiny(reference, settings)
+    tokens = np.random.default_rng(0).integers(1, 64, (3, 40)).astype(np.int32)
+    with torch.no_grad():
+        expected = model(torch.tensor(tokens, dtype=torch.long)).logits.numpy()
+    logits = logits_by_cache(Decoder.open(config, tensors, mesh(1, 1)), tokens)
+    assert np.abs(logits - expected).max() < 1e-5 * np.abs(expected).max()
+
+
+def test_tokens_are_drawn_in_proportion_to_their_probabilities():
+    """The chi-square statistic of 20,000 draws, five degrees of freedom: above 25.7 once in 10,000 seeds."""
+    logits, temperature, count = np.array([2.0, 1.0, 0.0, -1.0, 0.5, 0.2, 9.0, 9.0], np.float32), 0.7, 20_000
+    keys = jax.random.split(jax.random.key(0), count)
+    drawn = np.asarray(jax.jit(draw, static_argnums=3)(jnp.tile(logits, (count, 1)), keys, temperature, 6))
+    shares = np.exp(logits[:6].astype(np.float64) / temperature)
+    expected = count * shares / shares.sum()
+    assert drawn.max() < 6  # the last two rows of the embedding belong to no token
+    assert np.sum((np.bincount(drawn, minlength=6) - expected) ** 2 / expected) < 25.7
+
+
+@pytest.fixture(scope="module")
+def written():
+    """Five windows of a tiny model that are written at once on one device."""
+    return tiny_llama(), write(tiny_llama(), (1, 1), 5)
+
+
+def write(model, shape: tuple[int, int], samples: int, **options) -> np.ndarray:
+    return generate(
+        Decoder.open(*model, mesh(*shape)),
+        samples=samples,
+        length=24,
+        start=START,
+        seed=7,
+        vocabulary=60,
+        temperature=1.5,
+        restart=END,
+        **options,
+    )
+
+
+def test_every_token_follows_the_logits_of_those_before_it(written):
+    """What one pass over the finished windows says, and the random numbers, give the same tokens."""
+    model, windows = written
+    logits = Decoder.open(*model, mesh(1, 1)).logits(windows)[:, :-1, :60].astype(np.float64)
+    keys = [jax.random.fold_in(jax.random.key(7), window) for window in range(5)]
+    noise = np.array([[jax.random.gumbel(jax.random.fold_in(key, at), (64,)) for at in range(1, 24)] for key in keys])[..., :60]
+    expected = np.where(windows[:, :-1] == END, START, np.argmax(logits / 1.5 + noise, axis=-1))
+    assert (windows[:, 0] == START).all() and (windows[:, 1:] == expected).all()
+    assert (windows == END).any() and windows.dtype == np.int32
+
+
+def test_a_window_depends_neither_on_the_others_nor_on_the_mesh(written):
+    model, windows = written
+    assert (write(model, (1, 1), 2) == windows[:2]).all()
+    # A budget for one window on each of four slices: two batches, the second one filled up.
+    decoder, budget = Decoder.open(*model, mesh(4, 2)), 100_000
+    assert windows_at_once(decoder, 5, cache_structs(decoder, 24), budget) == 4
+    assert (write(model, (4, 2), 5, budget=budget) == windows).all()
+
+
+def test_a_model_that_does_not_fit_the_devices_is_refused():
+    with pytest.raises(UserError, match="GiB of each.*--mesh.*--calibration.source"):
+        write(tiny_llama(), (1, 1), 2, budget=2**14)
+
+
+def test_logits_that_are_not_finite_are_told():
+    config, tensors = tiny_llama()
+    tensors.arrays["model.norm.weight"] = np.full_like(tensors.arrays["model.norm.weight"], 3e38)
+    with pytest.raises(UserError, match="--dtype float32"):
+        write((config, tensors), (1, 1), 5)
+
+
+@pytest.mark.parametrize(
+    "text", ["self?", "self?temperature=0", "self?temperature=hot", "self?temperature=nan", "self?top=3", "self?field=0.5"]
+)
+def test_another_spelling_is_refused(text):
+    with pytest.raises(UserError, match="self.temperature=NUMBER"):
+        data.parse_source(text)
+
+
+@pytest.mark.parametrize("evaluation", [[], ["--evaluation.source", "self"]])
+def test_no_model_is_scored_on_what_it_says_itself(tmp_path, capsys, monkeypatch, evaluation):
+    monkeypatch.setattr(self_calibration, "generate", None)
+    folder = tiny_folder(tmp_path / "model")
+    assert (
+        main(
+            [
+                "--model",
+                str(folder),
+                "--calibration.source",
+                "self",
+                "--calibration.length",
+                "16",
+                *evaluation,
+                "--output",
+                str(tmp_path / "run"),
+            ]
+        )
+        == 2
+    )
+    assert "give --evaluation.source" in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+def test_without_a_token_to_begin_with_nothing_is_written(tmp_path, capsys):
+    folder, tokenizer = tiny_folder(tmp_path / "model"), byte_tokenizer()
+    tokenizer.bos_token = tokenizer.eos_token = None
+    tokenizer.save_pretrained(folder)
+    assert main([*arguments(folder), "--output", str(tmp_path / "run")]) == 2
+    assert "BOS or an EOS" in capsys.readouterr().err
+
+
+def arguments(folder) -> list[str]:
+    settings = [*SMALL]
+    settings[settings.index("random")] = "self"
+    return ["--model", str(folder), "--mesh", "4x2", "--solver", "null", *settings]
+
+
+@pytest.mark.parametrize("bos", [True, False], ids=["with BOS", "without BOS"])
+def test_a_document_begins_as_the_tokenizer_begins_a_text(tmp_path, bos):
+    """After an EOS in the middle of a window comes a BOS where every text has one, and what the model draws where none has."""
+    folder = tiny_folder(tmp_path / "model")
+    text = Calibration("self?temperature=9", samples=16, length=64)
+    config = RunConfig(model=str(with_bos(folder) if bos else folder), output=str(tmp_path / "run"), calibration=text)
+    model = open_model_on_mesh(config)
+    ids = self_calibration.self_calibration(config, model.pretrained, model.decoder).ids
+    first = ids[:, 1:][ids[:, :-1] == 257]
+    assert (ids[:, 0] == 256).all() and len(first) > 1 and (first == 256).all() == bos
+
+
+def test_text_is_kept_before_the_dense_model_is_measured(tmp_path, monkeypatch):
+    def stopped(*arguments):
+        raise KeyboardInterrupt
+
+    command = [*arguments(tiny_folder(tmp_path / "model")), "--output", str(tmp_path / "run")]
+    monkeypatch.setattr(run_module, "_dense_perplexity", stopped)
+    assert main(command) == 130
+    monkeypatch.undo()
+    monkeypatch.setattr(self_calibration, "generate", None)
+    assert main(command) == 0
+
+
+def test_a_run_keeps_its_text_and_goes_on_with_it(tmp_path, monkeypatch, capsys):
+    folder, run = tiny_folder(tmp_path / "model"), tmp_path / "run"
+    command, save = [*arguments(folder), "--output", str(run)], Journal.save
+
+    def stopped(journal, index, *rest):
+        save(journal, index, *rest)
+        if index == 0:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Journal, "save", stopped)
+    assert main(command) == 130
+    monkeypatch.setattr(Journal, "save", save)
+    assert "writing 16 windows of 32 tokens with the dense model" in capsys.readouterr().out
+    kept = np.load(run / "calibration.npy")
+    assert kept.shape == (16, 32) and (kept[:, 0] == 256).all()
+
+    # Other settings are refused before anything is written anew.
+    monkeypatch.setattr(self_calibration, "generate", None)
+    before = snapshot(run)
+    assert main([*command, "--calibration.seed", "1"]) == 2
+    assert "generated.seed: 0 there, 1 here" in capsys.readouterr().err
+    assert main([*command, "--calibration.source", "self?temperature=0.5"]) == 2
+    assert "generated.source: self there, self?temperature=0.5 here" in capsys.readouterr().err
+    assert snapshot(run) == before
+
+    assert main(command) == 0
+    assert "from <s> at temperature 1, the last 8 of them held out" in capsys.readouterr().out
+    assert (np.load(run / "calibration.npy") == kept).all()
+    weights = folder_tensors(run / "hf")["model.layers.0.mlp.up_proj.weight"]
+    assert ((weights == 0).sum(axis=1) == weights.shape[1] // 2).all()
+
+    # A damaged file is written again: to the same tokens, or the run would be refused.
+    monkeypatch.undo()
+    (run / "calibration.npy").write_bytes(b"nothing")
+    assert main(command) == 0
+    assert "writing 16 windows" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_several_processes_write_the_same_text(tmp_path):
+    folder = tiny_folder(tmp_path / "model")
+    assert main([*arguments(folder), "--output", str(tmp_path / "one")]) == 0
+    for status, _, error in several([*arguments(folder), "--output", str(tmp_path / "two")]):
+        assert status == 0, error
+    one, two = (np.load(tmp_path / run / "calibration.npy") for run in ("one", "two"))
+    assert (one == two).all()

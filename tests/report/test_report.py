@@ -1,0 +1,384 @@
+"""What is told is what happened."""
+
+import dataclasses
+import io
+import json
+import math
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from rich.console import Console
+from rich.table import Table
+
+from optima_tpu.method.row_report import RowReport
+from optima_tpu.report import file, summary
+from optima_tpu.report.numbers import duration, number, percent
+from optima_tpu.report.progress import Progress, show
+from optima_tpu.report.records import BlockReport, LayerReport
+from optima_tpu.report.rows import layer_report
+from optima_tpu.report.table import print_summary
+from tests.support.meshes import mesh
+
+
+def layer(block: int = 0, name: str = "self_attn.q_proj", **changes) -> LayerReport:
+    return dataclasses.replace(
+        LayerReport(
+            block=block,
+            name=name,
+            shape=(4, 10),
+            pruned=20,
+            sparsity=0.5,
+            error_before=0.1234,
+            error_after=0.05,
+            gap_median=1e-5,
+            gap_max=1e-3,
+            steps_median=8,
+            steps_max=12,
+            rows=4,
+            rows_converged=4,
+            rows_refused=0,
+            dead_inputs=0,
+        ),
+        **changes,
+    )
+
+
+DOWN = {"name": "mlp.down_proj", "shape": (2, 30), "rows": 2, "rows_converged": 2, "pruned": 30}
+BLOCKS = (
+    BlockReport(0, 1.5, (layer(0), layer(0, **DOWN, error_before=0.3, dead_inputs=7))),
+    BlockReport(
+        1,
+        2.5,
+        (
+            layer(1, error_before=0.2, rows_converged=1, gap_max=math.inf, steps_median=10, rows_refused=3),
+            layer(1, **DOWN, rows_refused=2),
+        ),
+    ),
+)
+
+
+class Clock:
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock():
+    return Clock()
+
+
+def console(**options) -> Console:
+    return Console(file=io.StringIO(), width=100, **options)
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_a_table_keeps_its_digits_whatever_the_width(terminal):
+    numbers = [f"{1234567 + index:,}" for index in range(9)]
+    table = Table("program", *(f"column {index}" for index in range(9)), box=None)
+    table.add_row("down", *numbers)
+    out = Console(file=io.StringIO(), width=60, force_terminal=terminal, color_system=None)
+    show(out, table)
+    lines = out.file.getvalue().splitlines()
+    if terminal:  # folded
+        assert max(map(len, lines)) <= 60
+        assert all(out.file.getvalue().count(digit) >= 9 for digit in "2345")
+    else:
+        assert lines[1].split() == ["down", *numbers]
+
+
+@pytest.mark.parametrize(
+    "value, text",
+    [
+        (0, "0"),
+        (1, "1.00"),
+        (12.345, "12.3"),
+        (9.996, "10.0"),
+        (0.09996, "0.100"),
+        (0.0001234, "0.000123"),
+        (1234.5, "1234"),
+        (-0.5, "-0.500"),
+        (math.inf, "not finite"),
+        (math.nan, "not finite"),
+    ],
+)
+def test_numbers_have_three_significant_digits_and_no_exponent(value, text):
+    assert number(value) == text
+
+
+def test_percent_and_duration():
+    assert [percent(share) for share in (0, 0.5, 0.07123, 1e-6, 1e-9, 1)] == [
+        "0%",
+        "50.0%",
+        "7.12%",
+        "0.000100%",
+        "< 0.00001%",
+        "100%",
+    ]
+    assert [duration(seconds) for seconds in (0.4, 7, 725, 3599.7, 3723)] == ["0:00", "0:07", "12:05", "1:00:00", "1:02:03"]
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_records_survive_strict_json(block):
+    text = json.dumps(block.to_json(), allow_nan=False)
+    assert BlockReport.from_json(json.loads(text)) == block
+
+
+def test_a_number_that_json_cannot_hold_is_null():
+    values = layer(gap_max=math.nan, gap_median=math.inf).to_json()
+    assert values["gap_max"] is None and values["gap_median"] is None
+    assert LayerReport.from_json(values).gap_max == math.inf
+
+
+def test_summary_by_layer_kind():
+    query, down = summary.by_kind(BLOCKS)
+    assert (query.name, down.name) == ("self_attn.q_proj", "mlp.down_proj")
+    assert query.error_before == pytest.approx((0.1234 + 0.2) / 2)
+    assert (query.layers, query.rows, query.rows_not_converged, query.rows_refused) == (2, 8, 3, 3)
+    assert (query.gap_max, query.steps_median) == (math.inf, 9)
+    assert down.sparsity == 0.5
+
+
+def test_experts_that_no_token_reached_are_in_no_mean():
+    seen = layer(
+        error_before=0.2,
+        error_after=0.1,
+        tokens=9,
+        held_out_before=0.4,
+        held_out_after=0.3,
+        dense_before=0.5,
+        dense_after=0.4,
+        dense_drift=0.2,
+    )
+    unseen, never = dataclasses.replace(layer(tokens=9), error_before=0.4, error_after=0.3), layer(error_after=0.9, tokens=0)
+    (kind,) = summary.by_kind([BlockReport(0, 1.0, (seen, unseen, never))])
+    assert (kind.layers, kind.error_before, kind.error_after) == (3, pytest.approx(0.3), pytest.approx(0.2))
+    assert (kind.held_out, kind.dense_before, kind.dense_after, kind.dense_drift) == (0.3, 0.5, 0.4, 0.2)
+    assert summary.means([seen, dataclasses.replace(seen, held_out_after=None)], summary.HELD_OUT) == (0.4, None)
+    (lonely,) = summary.by_kind([BlockReport(0, 1.0, (never,))])
+    assert lonely.error_after == 0.9 and lonely.held_out is None
+
+
+def test_a_layer_without_held_out_tokens_has_no_error_on_them():
+    ones, nothing = np.ones(4), np.zeros((4, 4))
+    rows = RowReport(ones, ones, ones, ones, ones, ones > 0, ones < 0, nothing[:3], nothing)
+    found = layer_report(0, "mlp.experts.0.up_proj", (4, 8), 16, rows, 0, 9)
+    assert {found.held_out_before, found.held_out_after, found.dense_before, found.dense_after, found.dense_drift} == {None}
+    found = layer_report(0, "mlp.experts.0.up_proj", (4, 8), 16, rows._replace(held_out=nothing[:3] + 2), 0, 9)
+    assert (found.held_out_before, found.held_out_after, found.dense_after) == (1, 1, None)
+
+
+def test_sparsity_counts_weights_not_layers():
+    assert summary.sparsity([layer(shape=(1, 10), pruned=10), layer(shape=(9, 10), pruned=0)]) == 0.1
+    assert summary.sparsity([]) == 0
+
+
+def test_unusual_is_named_and_only_unusual_is():
+    assert summary.unusual(BLOCKS) == {
+        "few_tokens": {},
+        "dead_inputs": {"block 0 mlp.down_proj": 7},
+        "rows_not_converged": {"block 1 self_attn.q_proj": 3},
+        "rows_refused": {"block 1 self_attn.q_proj": 3},
+        "layers_refused": {"block 1 mlp.down_proj": 2},
+    }
+    assert not any(summary.unusual([BlockReport(0, 1.0, (layer(),))]).values())
+
+
+def test_the_layer_that_the_fewest_tokens_reached_is_named_first():
+    blocks = [BlockReport(index, 1.0, (layer(index, shape=(4, 10), tokens=tokens),)) for index, tokens in enumerate((10, 9, 0))]
+    assert summary.unusual(blocks)["few_tokens"] == {"block 1 self_attn.q_proj": 9, "block 2 self_attn.q_proj": 0}
+    line = next(line for line in printed(blocks).splitlines() if "fewer calibration tokens" in line)
+    assert line.index("block 2 self_attn.q_proj (0 tokens)") < line.index("block 1 self_attn.q_proj (9 tokens)")
+
+
+def walk(progress: Progress, clock: Clock, first: int = 0) -> None:
+    with progress:
+        progress.stage("dense perplexity", total=2)
+        for _ in range(2):
+            clock.now += 3
+            progress.advance()
+        progress.stage("pruning", total=4)
+        for index in range(first, 4):
+            progress.block(index, 4)
+            clock.now += 10
+            progress.layer(layer(index, error_before=0.2, error_after=0.1))
+            progress.layer(layer(index, "mlp.down_proj", error_before=0.4, error_after=0.2))
+            progress.advance()
+        progress.stage("pruned perplexity", total=1)
+        clock.now += 5
+        progress.advance()
+
+
+def test_without_a_terminal_a_stage_is_a_line_and_a_block_is_a_line(clock):
+    out = console()
+    walk(Progress(out, clock), clock)
+    assert out.file.getvalue().splitlines() == [
+        "   0:00  dense perplexity",
+        "   0:06  pruning",
+        "   0:16  block 0 (1 of 4): error 30.0% -> 15.0%, sparsity 50.0%, 10.0 s, about 0:30 left",
+        "   0:26  block 1 (2 of 4): error 30.0% -> 15.0%, sparsity 50.0%, 10.0 s, about 0:20 left",
+        "   0:36  block 2 (3 of 4): error 30.0% -> 15.0%, sparsity 50.0%, 10.0 s, about 0:10 left",
+        "   0:46  block 3 (4 of 4): error 30.0% -> 15.0%, sparsity 50.0%, 10.0 s",
+        "   0:46  pruned perplexity",
+    ]
+
+
+def test_a_resumed_walk_does_not_count_the_blocks_it_skips(clock):
+    out = console()
+    walk(Progress(out, clock), clock, first=2)
+    lines = [line for line in out.file.getvalue().splitlines() if "block" in line]
+    assert len(lines) == 2
+    assert lines[0].endswith("block 2 (3 of 4): error 30.0% -> 15.0%, sparsity 50.0%, 10.0 s, about 0:10 left")
+
+
+def test_seconds_by_stage(clock):
+    progress = Progress(console(), clock)
+    walk(progress, clock)
+    assert progress.seconds == {"dense perplexity": 6, "pruning": 40, "pruned perplexity": 5}
+
+
+def test_on_a_terminal_a_bar_shows_step_layer_and_time_left(clock):
+    out = console(force_terminal=True, color_system=None)
+    progress = Progress(out, clock)
+    with progress:
+        progress.stage("pruning", total=4)
+        progress.block(0, 4)
+        clock.now += 10
+        progress.advance()
+        progress.block(1, 4)
+        progress.layer(layer(1))
+        progress._bars.refresh()
+        text = out.file.getvalue()
+    for words in ("1/4", "about 0:30 left", "block 1 self_attn.q_proj: error 12.3% -> 5.00%, sparsity 50.0%"):
+        assert words in text
+
+
+def test_only_process_0_speaks(clock, monkeypatch):
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    for terminal in (False, True):
+        out = console(force_terminal=terminal)
+        progress = Progress(out, clock)
+        walk(progress, clock)
+        assert out.file.getvalue() == ""
+        assert progress.seconds["pruning"] == 40
+
+
+def test_an_exception_passes_and_leaves_the_terminal_usable(clock):
+    out = console(force_terminal=True)
+    with pytest.raises(ZeroDivisionError), Progress(out, clock) as progress:
+        progress.stage("pruning", total=4)
+        1 / 0
+    assert out.file.getvalue().rindex("\x1b[?25h") > out.file.getvalue().rindex("\x1b[?25l")  # the cursor is back
+
+
+def printed(blocks, solver="cg", width=80, **changes) -> str:
+    out = Console(file=io.StringIO(), width=width)
+    report = {
+        "blocks": [block.to_json() for block in blocks],
+        "configuration": {"solver": solver and {"name": solver}},
+        "perplexity": {"dense": 29.187, "pruned": 48.351},
+        "evaluation": {"how": "pydoc, 40 windows of 512"},
+        "memory": {"host_peak": 3 * 2**29},
+        "files": {"report": "elsewhere/report.json"},
+    }
+    print_summary(out, report | changes, Path("runs/x"))
+    return out.file.getvalue()
+
+
+def test_the_summary_tells_errors_against_the_dense_model_where_there_are_some():
+    aiming = [BlockReport(0, 1.0, (layer(held_out_before=0.2, held_out_after=0.1, dense_before=0.3, dense_after=0.25),))]
+    row = next(line for line in printed(aiming).splitlines() if line.startswith("q_proj")).split()
+    assert row[4:6] == ["25.0%", "50.0%"] and "Against dense:" in printed(aiming)
+    assert "Against dense:" not in printed(BLOCKS) and "against" not in printed(BLOCKS)
+    weighing = printed(aiming, weighed_layers=["self_attn.o_proj", "mlp.down_proj"])
+    assert "o_proj and down_proj: tokens weighed" in weighing and "weighed" not in printed(aiming)
+
+
+def test_the_summary_says_what_it_cost_what_was_unusual_and_where_it_is():
+    text = printed(BLOCKS)
+    rows = {line.split()[0]: line.split()[1:] for line in text.splitlines() if line}
+    assert rows["q_proj"] == ["16.2%", "5.00%", "50.0%", "not", "finite", "9", "3", "3"]
+    assert rows["down_proj"] == ["21.2%", "5.00%", "50.0%", "0.100%", "8", "0", "2"]
+    assert "dense 29.19, pruned 48.35 (1.66 times), on pydoc, 40 windows of 512" in text
+    assert "50.0% of the 200 weights in 4 matrices" in text
+    assert "1.50 GiB on the host" in text
+    for words in (
+        "block 0 mlp.down_proj (7 inputs)",
+        "block 1 self_attn.q_proj (3 rows)",
+        "block 1 mlp.down_proj (2 rows)",
+        "report  runs/x/report.json",
+        "in percent of the output's energy",
+    ):
+        assert words in text
+
+
+@pytest.mark.parametrize("solver, said", [("cg", "at most: a certified bound"), ("mpax", "by mpax's own measure")])
+def test_only_a_certified_gap_is_called_a_bound(solver, said):
+    (line,) = [line for line in printed(BLOCKS, solver, width=200).splitlines() if line.startswith("Gap:")]
+    assert said in line and ("at most" in line) == (solver == "cg")
+
+
+def test_without_a_solver_nothing_is_said_about_one():
+    text = printed([BlockReport(0, 1.0, (layer(),))], solver=None)
+    for words in ("gap", "after", "converged", "refused", "steps"):
+        assert words not in text.lower()
+    assert "unusual     nothing" in text
+
+
+def test_layers_whose_last_names_agree_keep_their_whole_names():
+    text = printed([BlockReport(0, 1.0, (layer(0, "self_attn.proj"), layer(0, "mlp.proj")))])
+    assert "self_attn.proj" in text and "mlp.proj" in text
+
+
+def test_many_troubles_are_counted_not_listed():
+    blocks = [BlockReport(index, 1.0, (layer(index, dead_inputs=index + 1),)) for index in range(9)]
+    line = next(line for line in printed(blocks).splitlines() if "dead inputs" in line)
+    assert "block 8 self_attn.q_proj (9 inputs)" in line and "block 4" not in line
+    assert line.endswith("5 more in the report")
+
+
+def written(path, **changes):
+    return file.write_report(
+        path,
+        **{
+            "manifest": {"code": "0"},
+            "configuration": {"pattern": "2:4"},
+            "environment": file.environment(mesh(4, 2)),
+            "model": {"origin": "x"},
+            "calibration": {"source": "c4"},
+            "evaluation": {"source": "wikitext2"},
+            "perplexity": {"dense": 2.0, "pruned": 3.0},
+            "blocks": BLOCKS,
+            "seconds": {"pruning": 4.0},
+            "memory": file.memory_peaks(),
+            "files": {"report": "r"},
+        }
+        | changes,
+    )
+
+
+def test_report_json_holds_it_all(tmp_path):
+    report = written(tmp_path / "report.json")
+    text = (tmp_path / "report.json").read_text()
+    read = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert read == json.loads(json.dumps(report))
+    assert tuple(BlockReport.from_json(block) for block in read["blocks"]) == BLOCKS
+    assert (read["sparsity"], read["weights"], read["pruned"]) == (0.5, 200, 100)
+    assert 2**26 < read["memory"]["host_peak"] < 2**40, "bytes, and Python with jax needs more than 64 MiB"
+    assert read["unusual"] == summary.unusual(BLOCKS)
+    assert read["environment"]["mesh"] == {"data": 4, "model": 2}
+    assert read["environment"]["packages"]["jax"] == jax.__version__
+    assert read["layer_kinds"][0]["gap_max"] is None
+    assert read["perplexity"] == {"dense": 2.0, "pruned": 3.0} and read["configuration"] == {"pattern": "2:4"}
+
+
+def test_a_report_that_cannot_be_written_leaves_the_old_one(tmp_path):
+    written(tmp_path / "report.json")
+    before = (tmp_path / "report.json").read_bytes()
+    with pytest.raises(ValueError):
+        written(tmp_path / "report.json", perplexity={"dense": math.nan})
+    assert (tmp_path / "report.json").read_bytes() == before

@@ -1,0 +1,214 @@
+"""How a command ends, and what it takes of the machine."""
+
+import errno
+import importlib.metadata
+import os
+import signal
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from optima_tpu.config.run_config import RunConfig
+from optima_tpu.runtime.command import RESUME, guarded, take_devices
+from optima_tpu.runtime.xla_flags import raise_collective_timeouts
+from tests.support.processes import process_environment
+
+# A loop on the device that never ends, in which Python hears no signal; and a save that takes longer than the grace.
+WORKING = """
+import os, signal, sys, threading, time, jax
+from optima_tpu.runtime import command
+from optima_tpu.runtime.files import uninterrupted
+
+command._GRACE = 0.2
+
+def devices():
+    program = jax.jit(lambda x: jax.lax.while_loop(lambda x: x > 0, lambda x: 1 + jax.numpy.sin(x) ** 2, x)).lower(1.0).compile()
+    threading.Timer(0.5, lambda: print("working", flush=True)).start()
+    jax.block_until_ready(program(1.0))
+
+def saving():
+    with uninterrupted():
+        print("working", flush=True)
+        time.sleep(3)
+        print("saved", flush=True)
+
+def forking():
+    if not (child := os.fork()):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+    print(signal.Signals(os.WTERMSIG(os.waitpid(child, 0)[1])).name, flush=True)
+    time.sleep(5 * command._GRACE)
+
+sys.exit(command.guarded(globals()[sys.argv[1]], "the same command goes on"))
+"""
+
+
+@pytest.mark.parametrize(
+    "work, out, said",
+    [
+        ("devices", "", "stopped by SIGTERM while the devices worked; the same command goes on"),
+        ("saving", "saved\n", "stopped by SIGTERM; the same command goes on"),
+    ],
+)
+def test_sigterm_is_heard_while_the_devices_work_and_waits_for_a_save(work, out, said):
+    process = subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-c", WORKING, work],
+        env=process_environment(),
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    try:
+        assert process.stdout.readline() == "working\n"
+        process.send_signal(signal.SIGTERM)
+        assert process.communicate(timeout=120) == (out, said + "\n")
+        assert process.returncode == RESUME
+    finally:
+        process.kill()
+
+
+def test_sigterm_of_a_forked_child_is_its_own():
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", WORKING, "forking"],
+        env=process_environment(),
+        text=True,
+        capture_output=True,
+        timeout=120,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "SIGTERM\n", "")
+
+
+@pytest.mark.parametrize("status, found", [(None, 0), (1, 1)])
+def test_the_status_is_that_of_the_command(status, found):
+    assert guarded(lambda: status, "again") == found
+
+
+def test_ctrl_c_is_one_line(capsys):
+    def stopped():
+        raise KeyboardInterrupt
+
+    assert guarded(stopped, "the same command does it again") == 130
+    assert capsys.readouterr().err == "stopped; the same command does it again\n"
+
+
+@pytest.mark.parametrize(
+    "given, found",
+    [
+        ({}, {"XLA_CLIENT_MEM_FRACTION": "0.9"}),
+        ({"XLA_CLIENT_MEM_FRACTION": "0.5"}, {"XLA_CLIENT_MEM_FRACTION": "0.5"}),
+        ({"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.5"}, {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.5"}),
+    ],
+)
+def test_the_share_of_a_gpu_is_left_to_who_names_one(given, found, monkeypatch):
+    for name in ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    take_devices(RunConfig(model="a"))
+    assert {name: value for name, value in os.environ.items() if name.endswith("CLIENT_MEM_FRACTION")} == found
+    os.environ.pop("XLA_CLIENT_MEM_FRACTION", None)
+
+
+UNEVEN = """
+import sys, time, jax, jax.numpy as jnp
+from optima_tpu.runtime import xla_flags as collective_timeouts
+from optima_tpu.runtime.command import take_devices
+from optima_tpu.config.run_config import RunConfig
+
+for name in collective_timeouts._CPU:
+    collective_timeouts._CPU[name] = int(sys.argv[1])
+take_devices(RunConfig(model="a", cpu_devices=2))
+
+def late():
+    index = jax.lax.axis_index("data")
+    return jax.lax.psum(jax.pure_callback(lambda i: (time.sleep(4 * int(i)), i)[1], index, index), "data")
+
+everywhere = jax.shard_map(late, mesh=jax.make_mesh((2,), ("data",)), in_specs=(), out_specs=jax.sharding.PartitionSpec())
+print(jax.jit(everywhere)())
+"""
+
+
+@pytest.mark.parametrize("seconds, status, out", [(60, 0, "1\n"), (1, -signal.SIGABRT, "")])
+def test_devices_wait_for_one_that_is_late_as_long_as_they_are_told(seconds, status, out):
+    environment = process_environment()
+    environment.pop("XLA_FLAGS", None)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", UNEVEN, str(seconds)], env=environment, text=True, capture_output=True, timeout=120
+    )
+    assert (done.returncode, done.stdout) == (status, out), done.stderr
+
+
+def test_a_file_that_may_not_be_read_is_one_line(capsys):
+    def command():
+        raise PermissionError(errno.EACCES, "Permission denied", "runs/a/run.json")
+
+    assert guarded(command, "again") == 2
+    assert capsys.readouterr().err == (
+        "error: runs/a/run.json: Permission denied; expected files that this user may read and write\n"
+    )
+
+
+DIVIDED, WAITS = (
+    "--xla_force_host_platform_device_count=2",
+    ("--xla_cpu_collective_call_warn_stuck_timeout_seconds=3600 --xla_cpu_collective_call_terminate_timeout_seconds=86400"),
+)
+
+
+@pytest.mark.parametrize(
+    "simulated, plugins, given, kept",
+    [
+        (1, ["xla_cuda12"], None, None),
+        (None, [], None, None),
+        (2, [], "flags.txt", "flags.txt"),
+        (2, [], None, WAITS),
+        (None, [], DIVIDED, f"{DIVIDED} {WAITS}"),
+        (1, [], DIVIDED, DIVIDED),
+        (
+            2,
+            [],
+            "--xla_cpu_collective_call_warn_stuck_timeout_seconds=5",
+            "--xla_cpu_collective_call_warn_stuck_timeout_seconds=5 --xla_cpu_collective_call_terminate_timeout_seconds=86400",
+        ),
+        (
+            None,
+            ["xla_cuda13"],
+            "--xla_gpu_first_collective_call_warn_stuck_timeout_seconds=5 --xla_gpu_executable_terminate_timeout=6",
+            "--xla_gpu_first_collective_call_warn_stuck_timeout_seconds=5 --xla_gpu_executable_terminate_timeout=6 "
+            "--xla_gpu_executable_warn_stuck_timeout=3600 --xla_gpu_first_collective_call_terminate_timeout_seconds=86400",
+        ),
+    ],
+)
+def test_timeouts_are_raised_where_several_devices_are_in_one_process(simulated, plugins, given, kept, monkeypatch):
+    monkeypatch.setattr(
+        importlib.metadata, "entry_points", lambda group: [importlib.metadata.EntryPoint(name, "a", group) for name in plugins]
+    )
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+    if given is not None:
+        monkeypatch.setenv("XLA_FLAGS", given)
+    raise_collective_timeouts(simulated)
+    assert os.environ.get("XLA_FLAGS") == kept
+
+
+def test_timeouts_are_raised_where_the_environment_divides_the_cpu(monkeypatch):
+    monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: [])
+    monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "2")
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+    raise_collective_timeouts(None)
+    assert os.environ["XLA_FLAGS"] == WAITS
+
+
+@pytest.mark.parametrize(
+    "platform, given, kept", [("tpu", None, "mine/xla"), ("gpu", "elsewhere", "elsewhere"), ("cpu", None, None)]
+)
+def test_programs_of_accelerators_are_kept(platform, given, kept, monkeypatch):
+    monkeypatch.setenv("OPTIMA_TPU_CACHE", "mine")
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
+    before = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", given)
+    try:
+        take_devices(RunConfig(model="a"))
+        assert jax.config.jax_compilation_cache_dir == kept
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)

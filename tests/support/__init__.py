@@ -1,0 +1,6 @@
+"""What test files share: problems and oracles, tiny models, runs and processes."""
+
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+"""The repository."""

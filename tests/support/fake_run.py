@@ -1,0 +1,91 @@
+"""A small model in memory, and a run over it, for the tests of checkpoints and exports."""
+
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+from optima_tpu.models.activations import Activations
+from optima_tpu.models.checkpoints.orbax import write_checkpoint
+from optima_tpu.pipeline.journal import Journal, open_journal
+from tests.support.meshes import mesh
+
+BLOCKS = 3
+MANIFEST = {"model": "ab" * 32, "recipe": {"pattern": "0.5", "selector": {"name": "wanda"}}, "tokens": "cd" * 32, "code": "0+1"}
+ASSETS = {"config.json": b'{"architectures":  ["LlamaForCausalLM"]}\r\n', "tokenizer.json": '{"\u00e9": 1}'.encode()}
+LINEARS = ("self_attn.q_proj", "mlp.down_proj")
+
+
+class MemorySource:
+    """A ``TensorSource`` over arrays."""
+
+    def __init__(self, tensors: dict[str, np.ndarray]):
+        self.tensors = tensors
+
+    def names(self):
+        return tuple(sorted(self.tensors))
+
+    def shape(self, name):
+        return self.tensors[name].shape
+
+    def dtype(self, name):
+        return self.tensors[name].dtype
+
+    def read(self, name, index=(...,)):
+        return self.tensors[name][index]
+
+
+def small_model(dtype=ml_dtypes.bfloat16) -> MemorySource:
+    random = np.random.default_rng(0)
+    tensors = {
+        "model.embed_tokens.weight": random.standard_normal((40, 12)).astype(dtype),
+        "model.norm.weight": random.standard_normal(12).astype(np.float32),
+    }
+    for block in range(BLOCKS):
+        for name, shape in zip(LINEARS, ((12, 12), (12, 20)), strict=True):
+            tensors[f"model.layers.{block}.{name}.weight"] = random.standard_normal(shape).astype(dtype)
+        tensors[f"model.layers.{block}.input_layernorm.weight"] = random.standard_normal(12).astype(dtype)
+    return MemorySource(tensors)
+
+
+def pruned_block(source: MemorySource, block: int) -> tuple[dict, dict, dict, Activations]:
+    """What a run saves of a block: half of every row pruned, the other weights moved. The same at every call."""
+    random = np.random.default_rng([1, block])
+    weights, masks, layers = {}, {}, []
+    for name in (f"model.layers.{block}.{linear}.weight" for linear in LINEARS):
+        dense = source.read(name)
+        keep = random.permuted(np.tile(np.arange(dense.shape[1]) % 2 == 0, (len(dense), 1)), axis=1)
+        moved = dense + random.standard_normal(dense.shape).astype(dense.dtype) / 8
+        weights[name], masks[name] = (moved * keep).astype(dense.dtype), keep  # -0.0 at some of the pruned entries
+    for linear in LINEARS:
+        layers.append({"block": block, "name": linear, "error_before": 0.2, "error_after": 0.1 + block / 100})
+    return weights, masks, {"index": block, "seconds": None, "layers": layers}, on_host(activations_after(block))
+
+
+def activations_after(block: int) -> np.ndarray:
+    return np.random.default_rng([2, block]).standard_normal((2, 5, 12)).astype(ml_dtypes.bfloat16)
+
+
+def on_host(states: np.ndarray) -> Activations:
+    return Activations.of(mesh(1, 1), states)
+
+
+def states_of(journal: Journal) -> np.ndarray:
+    """The hidden states after the last finished block."""
+    return journal.activations(mesh(1, 1), max(journal.finished), 2).values
+
+
+def finished_run(
+    directory: Path, source: MemorySource, manifest=MANIFEST, assets=ASSETS, blocks=BLOCKS, **configuration
+) -> Journal:
+    journal = open_journal(directory, manifest, assets, configuration)
+    for block in range(len(journal.finished), blocks):
+        journal.save(block, *pruned_block(source, block))
+    write_checkpoint(journal, source, mesh(1, 1))
+    return journal
+
+
+def assert_same(got: np.ndarray, expected: np.ndarray) -> None:
+    """Equal in dtype, shape and every bit."""
+    assert (got.dtype, got.shape) == (expected.dtype, expected.shape)
+    assert got.tobytes() == expected.tobytes()

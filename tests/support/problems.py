@@ -1,0 +1,77 @@
+"""Problems of rows, and oracles in float64."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from optima_tpu.method.patterns import NM, Unstructured
+from optima_tpu.method.problem import LayerProblem, Pruned, Solution, pull_of, self_target
+
+PATTERNS = [
+    *(Unstructured(sparsity, group) for group in ("row", "layer") for sparsity in (0.5, 0.6, 0.7)),
+    NM(2, 4),
+    NM(4, 8),
+    NM(6, 8),
+]
+"""What contracts of selectors and solvers hold for: the patterns of the paper's tables, both comparison groups, and 6:8."""
+
+
+def correlated_hessian(rng: np.random.Generator, size: int, tokens: int | None = None, spread: float = 1.0) -> np.ndarray:
+    """``X'X / n`` [size, size] float32 of correlated inputs whose scales spread over ``exp(+-spread)``."""
+    tokens = tokens or 8 * size
+    mixing = np.eye(size) + 0.3 * rng.standard_normal((size, size)) / np.sqrt(size) * 3
+    x = rng.standard_normal((tokens, size)) @ mixing * np.exp(spread * rng.standard_normal(size))
+    return (x.T @ x / tokens).astype(np.float32)
+
+
+def layer(rng: np.random.Generator, rows: int, size: int, *, target: str = "self", **hessian) -> LayerProblem:
+    """A random layer; ``target="other"`` asks for something else than its own outputs."""
+    problem = self_target(
+        jnp.asarray(rng.standard_normal((rows, size)), jnp.float32), jnp.asarray(correlated_hessian(rng, size, **hessian))
+    )
+    if target == "other":
+        shift = jnp.asarray(0.1 * rng.standard_normal((rows, size)), jnp.float32)
+        problem = problem._replace(linear=problem.linear + shift @ problem.hessian)
+    return problem
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def solve(solver, problem: LayerProblem, pruned: Pruned) -> Solution:
+    """Runs a solver, compiled once for each choice and shape."""
+    return solver(problem, pruned)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 2))
+def select(selector, problem: LayerProblem, pattern) -> Pruned:
+    """Runs a selector, compiled once for each choice, pattern and shape."""
+    return selector(problem, pattern)
+
+
+def wide(problem: LayerProblem, damping: float = 0.0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(weight, damped Hessian, e) in float64, with ``e = g - W H`` as float32 holds it."""
+    hessian = np.asarray(problem.hessian, np.float64)
+    return (
+        np.asarray(problem.weight, np.float64),
+        hessian + damping * np.diag(np.diag(hessian)),
+        np.asarray(pull_of(problem), np.float64),
+    )
+
+
+def oracle(problem: LayerProblem, pruned: Pruned, damping: float = 0.0) -> np.ndarray:
+    """The optimal weights of every row, float64, by a linear solve on the kept inputs (numpy, no code of ours)."""
+    weight, hessian, pull = wide(problem, damping)
+    keep, target = np.asarray(pruned.keep), weight @ hessian + pull
+    solved = np.zeros_like(weight)
+    for row, kept in enumerate(keep):
+        if kept.any():
+            solved[row, kept] = np.linalg.solve(hessian[np.ix_(kept, kept)], target[row, kept])
+    return solved
+
+
+def row_objective(problem: LayerProblem, weight: np.ndarray, damping: float = 0.0) -> np.ndarray:
+    """``(v - w) H (v - w)' - 2 e (v - w)'`` of every row in float64, damped if asked."""
+    dense, hessian, pull = wide(problem, damping)
+    change = np.asarray(weight, np.float64) - dense
+    return np.sum(change * (change @ hessian - 2 * pull), axis=1)

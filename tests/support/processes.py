@@ -1,0 +1,79 @@
+"""Processes of their own, alone and several of one run."""
+
+import os
+import re
+import socket
+import subprocess
+import sys
+
+from tests.support import ROOT
+
+# A process of a run that counts the bytes that it reads of the blocks, and may be killed while it works on one.
+WATCHED = """
+import os, signal, sys
+import numpy as np
+from optima_tpu import launch
+from optima_tpu.pipeline import run
+from optima_tpu.models.decoder import Decoder
+
+read_parts, walk, count = Decoder._read_parts, run.walk_block, 0
+
+def counted(decoder, name, *how):
+    global count
+    parts = read_parts(decoder, name, *how)
+    count += sum(part.nbytes for part in parts.values())
+    return parts
+
+def killed(decoder, index, *rest, **options):
+    if index == int(os.environ["KILLED_AT"]):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return walk(decoder, index, *rest, **options)
+
+Decoder._read_parts = counted
+if os.environ["KILLED_AT"]:
+    run.walk_block = killed
+status = launch.main(sys.argv[1:])
+print("bytes read:", count)
+sys.exit(status)
+"""
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return probe.getsockname()[1]
+
+
+def without_gloo(printed: str) -> list[str]:
+    """The lines of a process but for those of gloo, whose threads print them in pieces, between each other's."""
+    pieces = r"\[Gloo\] Rank | is connected to | peer ranks\. |Expected number of connected peer ranks is : "
+    return [line for line in re.sub(pieces, "", printed).splitlines() if line.strip("0123456789 ")]
+
+
+def process_environment() -> dict[str, str]:
+    """Of processes that import what this one does."""
+    return os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+
+
+def several(
+    arguments: list[str], *, killed_at: str = "", own: tuple[tuple[str, ...], ...] = ((), ())
+) -> list[tuple[int, str, str]]:
+    """Runs the command in two processes of four devices. Returns the exit status and the output of each.
+
+    Args:
+      killed_at: block before which the second process is killed.
+      own: what each process is told that the others are not.
+    """
+    start = ["--cpu-devices", "4", "--coordinator", f"localhost:{free_port()}", "--num-processes", str(len(own))]
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", WATCHED, *arguments, *start, "--process-id", str(number), *more],
+            env=process_environment() | {"KILLED_AT": killed_at if number == 1 else ""},
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        for number, more in enumerate(own)
+    ]
+    outputs = [process.communicate(timeout=300) for process in started]
+    return [(process.returncode, *output) for process, output in zip(started, outputs)]

@@ -1,0 +1,247 @@
+"""Tiny random models of transformers (torch): a reference for every family."""
+
+from typing import NamedTuple
+
+import jax
+import numpy as np
+import pytest
+
+from tests.support.tiny_models import MemoryTensors, tiny_llama
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+BASE = dict(
+    vocab_size=64,
+    hidden_size=48,
+    intermediate_size=80,
+    num_hidden_layers=2,
+    num_attention_heads=6,
+    num_key_value_heads=3,
+    max_position_embeddings=128,
+)
+LLAMA3 = dict(
+    rope_type="llama3",
+    rope_theta=10000.0,
+    factor=8.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+    original_max_position_embeddings=16,
+)
+LINEAR = dict(rope_type="linear", rope_theta=10000.0, factor=2.0)
+GEMMA = BASE | dict(
+    head_dim=12, query_pre_attn_scalar=20, sliding_window=7, final_logit_softcapping=None, tie_word_embeddings=True
+)
+OPT = dict(
+    vocab_size=64,
+    hidden_size=48,
+    ffn_dim=80,
+    num_hidden_layers=2,
+    num_attention_heads=6,
+    max_position_embeddings=128,
+    word_embed_proj_dim=48,
+)
+LONG = dict(rope_type="longrope", rope_theta=10000.0, short_factor=[1.0, 1.1, 1.3, 1.6], long_factor=[1.0, 2.0, 4.0, 6.0])
+
+
+class Reference(NamedTuple):
+    """The class of transformers (and of its configuration), a tiny size, and the options of the family, each with its values.
+
+    Texts are 40 tokens long: longer than every window here.
+    """
+
+    model: str
+    config: str
+    base: dict
+    variants: dict[str, dict]
+
+
+REFERENCES = [
+    Reference(
+        "LlamaForCausalLM",
+        "LlamaConfig",
+        BASE,
+        {
+            "gqa": {},
+            "tied": dict(tie_word_embeddings=True),
+            "multi-head": dict(num_key_value_heads=6),
+            "biases": dict(attention_bias=True, mlp_bias=True),
+            "head_dim": dict(head_dim=16),
+            "llama3 rope": dict(rope_parameters=LLAMA3),
+            "linear rope": dict(rope_parameters=LINEAR),
+            "nine heads": dict(hidden_size=36, num_attention_heads=9, num_key_value_heads=3),
+        },
+    ),
+    Reference(
+        "MistralForCausalLM",
+        "MistralConfig",
+        BASE,
+        {
+            "window": dict(sliding_window=7),
+            "no window": dict(sliding_window=None),
+            "head_dim": dict(head_dim=16),
+            "tied": dict(tie_word_embeddings=True),
+        },
+    ),
+    Reference(
+        "MinistralForCausalLM",
+        "MinistralConfig",
+        BASE | dict(head_dim=8),
+        {"one window": dict(sliding_window=7, layer_types=["full_attention", "sliding_attention"])},
+    ),
+    Reference(
+        "Qwen2ForCausalLM",
+        "Qwen2Config",
+        BASE,
+        {
+            "plain": {},
+            "tied": dict(tie_word_embeddings=True),
+            "linear rope": dict(rope_parameters=LINEAR),
+            "window above": dict(use_sliding_window=True, sliding_window=7, max_window_layers=1),
+        },
+    ),
+    Reference(
+        "Qwen3ForCausalLM",
+        "Qwen3Config",
+        BASE | dict(head_dim=16),
+        {
+            "plain": {},
+            "biases": dict(attention_bias=True),
+            "tied": dict(tie_word_embeddings=True),
+            "window above": dict(use_sliding_window=True, sliding_window=7, max_window_layers=1),
+        },
+    ),
+    Reference(
+        "Qwen3MoeForCausalLM",
+        "Qwen3MoeConfig",
+        BASE | dict(head_dim=16, moe_intermediate_size=24, num_experts=5, num_experts_per_tok=2, norm_topk_prob=True),
+        {
+            "plain": {},
+            "shares as they are": dict(norm_topk_prob=False),
+            "biases": dict(attention_bias=True),
+            "one expert": dict(num_experts_per_tok=1),
+            "tied": dict(tie_word_embeddings=True),
+        },
+    ),
+    Reference(
+        "Gemma2ForCausalLM",
+        "Gemma2Config",
+        GEMMA,
+        {
+            "no caps": dict(attn_logit_softcapping=None),
+            "caps": dict(attn_logit_softcapping=1.5, final_logit_softcapping=2.5),
+            "untied": dict(tie_word_embeddings=False),
+            "biases": dict(attention_bias=True),
+            "exact gelu": dict(hidden_activation="gelu"),
+            "linear rope": dict(rope_parameters=LINEAR),
+        },
+    ),
+    Reference(
+        "Gemma3ForCausalLM",
+        "Gemma3TextConfig",
+        GEMMA | dict(num_hidden_layers=3, sliding_window_pattern=3),
+        {
+            "two bases": {},
+            "final cap": dict(final_logit_softcapping=2.5),
+            "untied": dict(tie_word_embeddings=False),
+            "stretched global base": dict(
+                rope_parameters=dict(full_attention=LINEAR, sliding_attention=dict(rope_type="default", rope_theta=100.0))
+            ),
+            "no window": dict(layer_types=["full_attention"] * 3),
+        },
+    ),
+    Reference(
+        "Olmo2ForCausalLM",
+        "Olmo2Config",
+        BASE | dict(pad_token_id=0, eos_token_id=1),
+        {
+            "plain": {},
+            "biases": dict(attention_bias=True),
+            "tied": dict(tie_word_embeddings=True),
+            "llama3 rope": dict(rope_parameters=LLAMA3),
+        },
+    ),
+    Reference(
+        "OPTForCausalLM",
+        "OPTConfig",
+        OPT,
+        {
+            "125m": {},
+            "350m": dict(do_layer_norm_before=False, word_embed_proj_dim=16),
+            "projected, norm first": dict(word_embed_proj_dim=16),
+            "no final norm": dict(_remove_final_layer_norm=True),
+            "no biases": dict(enable_bias=False),
+            "plain norms": dict(layer_norm_elementwise_affine=False),
+            "untied": dict(tie_word_embeddings=False),
+            "gelu": dict(activation_function="gelu"),
+        },
+    ),
+    Reference(
+        "Phi3ForCausalLM",
+        "Phi3Config",
+        BASE | dict(pad_token_id=0),
+        {
+            "plain": {},
+            "window": dict(sliding_window=7),
+            "tied": dict(tie_word_embeddings=True),
+            "partial rotation": dict(rope_parameters=dict(rope_type="default", rope_theta=10000.0, partial_rotary_factor=0.5)),
+            "long text": dict(rope_parameters=LONG, original_max_position_embeddings=16),
+            "short text": dict(rope_parameters=LONG, original_max_position_embeddings=64),
+        },
+    ),
+]
+
+
+def tiny(reference: Reference, settings: dict, dtype=torch.float32):
+    """A random model of transformers, with biases and norms that matter, and its tensors as a checkpoint has them."""
+    torch.manual_seed(0)
+    config = getattr(transformers, reference.config)(**(reference.base | settings), attn_implementation="eager")
+    config.architectures = [reference.model]
+    model = getattr(transformers, reference.model)(config).eval().to(dtype)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    tensors = {
+        name: value.float().numpy().astype(jax.numpy.dtype(str(dtype).removeprefix("torch.")))
+        for name, value in model.state_dict().items()
+        if not (config.tie_word_embeddings and name == "lm_head.weight")
+    }
+    return config, model, MemoryTensors(as_saved(tensors))
+
+
+def as_saved(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """transformers keeps the experts of a block in one array, and stores each of their matrices by itself."""
+    saved = {}
+    for name, array in tensors.items():
+        stem, fused, part = name.partition(".experts.")
+        if not fused:
+            saved[name] = array
+            continue
+        for number, matrix in enumerate(array):
+            pieces = dict(zip(("gate_proj", "up_proj"), np.split(matrix, 2))) if part == "gate_up_proj" else {part: matrix}
+            saved |= {f"{stem}.experts.{number}.{piece}.weight": values for piece, values in pieces.items()}
+    return saved
+
+
+# Two shapes of problems in all families together: the solver is compiled once for each.
+SIZES = dict(vocab_size=258, intermediate_size=48, head_dim=8)
+MULTIMODAL = Reference(
+    "Gemma3ForConditionalGeneration",
+    "Gemma3Config",
+    dict(
+        text_config=GEMMA | SIZES | dict(num_hidden_layers=3, sliding_window_pattern=3),
+        mm_tokens_per_image=4,
+        vision_config=dict(
+            hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=8, patch_size=4
+        ),
+    ),
+    {"text half": {}},
+)
+
+
+def small(architecture: str):
+    """(configuration of transformers, its tensors) of a Llama whose sizes divide no mesh, or of another family."""
+    if architecture == "Llama":
+        return tiny_llama()
+    config, _, tensors = tiny(next(reference for reference in REFERENCES if reference.model.startswith(architecture)), {})
+    return config, tensors

@@ -1,0 +1,72 @@
+"""What is needed to start a run, and to compare what two runs left."""
+
+from pathlib import Path
+
+import numpy as np
+import safetensors.numpy
+
+from optima_tpu.config.run_config import RunConfig
+from optima_tpu.models.checkpoints import check_names, open_model
+from optima_tpu.models.checkpoints.export import read_masks
+from optima_tpu.models.checkpoints.orbax import CheckpointTensors
+from optima_tpu.models.decoder import Decoder
+from optima_tpu.models.model import Model
+from tests.support.meshes import mesh
+
+SMALL = [
+    "--calibration.source",
+    "random",
+    "--calibration.samples",
+    "8",
+    "--calibration.length",
+    "32",
+    "--evaluation.source",
+    "random",
+    "--evaluation.windows",
+    "4",
+]
+"""The settings of a run over a :func:`tiny_folder` that takes a second or two."""
+
+
+def opened(config: RunConfig, shape: tuple[int, int]) -> Model:
+    """As ``open_model_on_mesh``, on a mesh of fewer devices than there are."""
+    pretrained = open_model(config.model, config.dtype)
+    decoder = Decoder.open(pretrained.config, pretrained.tensors, mesh(*shape), config.batch)
+    check_names(decoder.tensor_names(), pretrained.tensors, decoder.family.ignored)
+    return Model(pretrained, decoder)
+
+
+def folder_tensors(folder: Path) -> dict[str, np.ndarray]:
+    """Every tensor in the safetensors files of a folder."""
+    tensors = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        tensors |= safetensors.numpy.load_file(path)
+    return tensors
+
+
+def snapshot(directory: Path) -> dict[str, tuple[int, int]]:
+    """Size and time of the last change of everything in a directory, and of itself; empty where there is none."""
+    paths = [directory, *directory.rglob("*")] if directory.exists() else []
+    return {str(path): (path.stat().st_size, path.stat().st_mtime_ns) for path in paths}
+
+
+def assert_same_weights(directory: Path, expected: Path) -> None:
+    """The exported files and the checkpoint hold the same bits."""
+    names = sorted(path.name for path in (expected / "hf").iterdir() if path.suffix in (".safetensors", ".npz"))
+    assert "pruning_masks.npz" in names and len(names) == 2
+    for name in names:
+        assert (directory / "hf" / name).read_bytes() == (expected / "hf" / name).read_bytes(), name
+    ours, theirs = CheckpointTensors(directory), CheckpointTensors(expected)
+    assert ours.names() == theirs.names() and ours.pruned() == theirs.pruned()
+    for name in ours.names():
+        assert ours.read(name).tobytes() == theirs.read(name).tobytes(), name
+
+
+def assert_close_weights(directory: Path, expected: Path) -> None:
+    """The same masks, and the same weights within what another order of summation changes."""
+    masks, expected_masks = (read_masks(path / "hf") for path in (directory, expected))
+    weights, expected_weights = (folder_tensors(path / "hf") for path in (directory, expected))
+    assert masks.keys() == expected_masks.keys() and weights.keys() == expected_weights.keys()
+    for name, weight in expected_weights.items():
+        assert np.abs(weights[name] - weight).max() < 1e-3 * np.abs(weight).max(), name
+        assert name not in masks or (masks[name] == expected_masks[name]).all(), name

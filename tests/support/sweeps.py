@@ -1,0 +1,19 @@
+"""A small sweep, and its file."""
+
+from pathlib import Path
+
+import yaml
+
+TABLE = {
+    "run": {"model": "org/name", "calibration": {"source": "random", "samples": 4, "length": 8}},
+    "masks": {"wanda": {"selector": "wanda"}, "magnitude": {"selector": "magnitude"}},
+    "updates": {"none": {"solver": None}, "cg": {"solver": {"name": "cg", "damping": 0.25}}},
+    "patterns": {"50%": {"pattern": 0.5}, "2:4 MLP": {"pattern": "2:4", "layers": "self_attn.*=dense"}},
+}
+
+
+def write_sweep(path: Path, **changes) -> str:
+    """Writes a sweep's file; keys that are changed to None are left out. Returns the path."""
+    document = {key: value for key, value in (TABLE | changes).items() if value is not None}
+    path.write_text(yaml.safe_dump(document, sort_keys=False))
+    return str(path)
