@@ -40,7 +40,8 @@ def start(coordinator: str | None, count: int | None, index: int | None, timeout
       timeout: seconds to wait for all to come.
 
     Raises:
-      UserError: the arguments are not complete, or a process did not come in time; names it by its number.
+      UserError: the arguments are not complete; a process did not come in time, which is named by its number; Open MPI 5 without
+        mpi4py.
     """
     given = (coordinator, count, index)
     if any(value is not None for value in given):
@@ -53,13 +54,14 @@ def start(coordinator: str | None, count: int | None, index: int | None, timeout
             return
         _roll_call(coordinator, count, index, timeout)
         _initialize(coordinator_address=coordinator, num_processes=count, process_id=index, initialization_timeout=timeout)
-    elif _announced():
+    elif (announced := _announced()) is not False:
         try:
-            _initialize(initialization_timeout=timeout)
-        except ValueError as error:
-            if "coordinator_address" not in str(error):
+            _initialize(initialization_timeout=timeout, cluster_detection_method="mpi4py" if _open_mpi_5() else None)
+        except (ValueError, RuntimeError) as error:
+            # A single TPU host: jax found no cluster, or has its devices already, as in a second run of one Python process.
+            no_cluster, late = "coordinator_address" in str(error), "must be called before" in str(error)
+            if announced or not (no_cluster or late and alone()):
                 raise
-            # The only thing that jax asks for when it finds no cluster: this host is alone.
 
 
 def is_first() -> bool:
@@ -179,16 +181,34 @@ def _broadcast(data: bytes) -> bytes:
     return np.asarray(multihost_utils.broadcast_one_to_all(padded)).astype(np.uint8).tobytes()
 
 
-def _announced() -> bool:
-    """Whether this may be one process of several, by what the platform has set. jax finds out the rest."""
+def _announced() -> bool | None:
+    """Whether the platform says that this is one process of several; None on a TPU VM, of which jax must find it out."""
     environment = os.environ
-    if int(environment.get("SLURM_NTASKS", 1)) > 1 and "SLURM_PROCID" in environment:
-        return True
     if int(environment.get("OMPI_COMM_WORLD_SIZE", 1)) > 1:
         return True
-    # A TPU VM says nothing in its environment; asked on a host without TPUs, jax finds none and says so at once.
-    on_cpu = jax.config.jax_platforms == "cpu" or environment.get("JAX_PLATFORMS") == "cpu"
-    return not on_cpu and importlib.util.find_spec("libtpu") is not None
+    # srun sets the second one. Without it this is the script of a job, which is alone until it calls srun.
+    if int(environment.get("SLURM_NTASKS", 1)) > 1 and "SLURM_STEP_NODELIST" in environment:
+        return True
+    # jax asks for TPUs by itself where this host has chips and libtpu is installed.
+    if "tpu" not in (jax.config.jax_platforms or ""):
+        return False
+    # GKE names a slice's workers, as notebooks do with their single host. Elsewhere jax asks the metadata server of the TPU VM.
+    workers = environment.get("TPU_PROCESS_ADDRESSES", environment.get("TPU_WORKER_HOSTNAMES"))
+    if workers is None:
+        return None
+    return "," in workers or int(environment.get("MEGASCALE_NUM_SLICES") or 1) > 1
+
+
+def _open_mpi_5() -> bool:
+    """Whether Open MPI 5 or newer started this process. jax finds the others by mpi4py alone, and jax 0.10 only if told so."""
+    if int(os.environ.get("OMPI_COMM_WORLD_SIZE", 1)) == 1 or "OMPI_MCA_orte_hnp_uri" in os.environ:
+        return False
+    if importlib.util.find_spec("mpi4py") is None:
+        raise UserError(
+            "Open MPI 5 and newer do not say where process 0 is: pip install mpi4py, or give every process --coordinator HOST:PORT "
+            "--num-processes $OMPI_COMM_WORLD_SIZE --process-id $OMPI_COMM_WORLD_RANK"
+        )
+    return True
 
 
 def _initialize(**arguments) -> None:

@@ -7,14 +7,13 @@ import sys
 import numpy as np
 import pytest
 
-from optima_tpu.errors import UserError
 from optima_tpu.launch import main
 from optima_tpu.models.activations import Activations
 from optima_tpu.pipeline.journal import Journal, finished_blocks
 from optima_tpu.runtime import processes
 from optima_tpu.runtime.command import LOST, RESUME, _stop, guarded
 from tests.support.meshes import mesh
-from tests.support.processes import free_port, several, without_gloo
+from tests.support.processes import several, without_gloo
 from tests.support.runs import assert_close_weights, assert_same_weights
 
 
@@ -65,28 +64,6 @@ def test_processes_with_other_settings_are_refused_in_one_message(finished, tmp_
     assert "solver.damping: 0.01 in process 0, 0.5 in process 1" in first[2]
     assert "error:" not in second[2]
     assert not (tmp_path / "run").exists()
-
-
-def test_a_process_that_does_not_come_is_named(capsys):
-    with pytest.raises(UserError, match=r"process 1, 2 of 3 did not come within 1 s"):
-        processes.start(f"localhost:{free_port()}", 3, 0, timeout=1)
-    with pytest.raises(UserError, match=r"process 0 was not found at localhost:\d+ within 1 s"):
-        processes.start(f"localhost:{free_port()}", 3, 1, timeout=1)
-
-
-def test_half_an_address_is_refused():
-    for given in ((None, 2, 0), ("localhost:1", None, 0), ("localhost:1", 2, None), ("localhost:1", 2, 2), ("localhost", 2, 0)):
-        with pytest.raises(UserError, match="--coordinator HOST:PORT, --num-processes N and --process-id K"):
-            processes.start(*given, timeout=1)
-
-
-@pytest.mark.parametrize("environment", [{}, {"SLURM_NTASKS": "1", "SLURM_PROCID": "0"}, {"OMPI_COMM_WORLD_SIZE": "1"}], ids=str)
-def test_a_plain_host_joins_nothing(monkeypatch, environment):
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(processes, "_initialize", None)
-    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
-    processes.start(None, None, None, timeout=1)
 
 
 @pytest.mark.parametrize("inside", [True, False], ids=["in a save", "before a save"])
