@@ -1,7 +1,6 @@
 """Our perplexity against torch by the published protocol: one text, windows that do not overlap, mean over tokens."""
 
 import functools
-import json
 
 import pytest
 
@@ -10,7 +9,8 @@ from optima_tpu.evaluate.perplexity import perplexity
 from optima_tpu.pipeline.inputs import read_texts
 from tests.support.references import REFERENCES, SIZES, tiny
 from tests.support.runs import opened
-from tests.support.tiny_models import byte_tokenizer
+from tests.support.texts import save
+from tests.support.tiny_models import byte_tokenizer, with_bos
 
 torch = pytest.importorskip("torch")
 
@@ -23,22 +23,17 @@ BOS, LENGTH = 256, 40
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     """Gives (folder, model of transformers) of a family whose tokenizer puts a BOS token before a text."""
-    from tokenizers.processors import TemplateProcessing
-
     root = tmp_path_factory.mktemp("perplexity")
 
     @functools.cache
-    def save(family: str):
+    def saved_family(family: str):
         reference = next(reference for reference in REFERENCES if reference.model == family)
         _, model, _ = tiny(reference, SIZES)
-        tokenizer = byte_tokenizer()
-        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])
-        for part in (model, tokenizer):
-            part.save_pretrained(root / family)
-        (root / family / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in DOCUMENTS))
+        model.save_pretrained(root / family)
+        save(with_bos(root / family) / "text.jsonl", DOCUMENTS)
         return root / family, model
 
-    return save
+    return saved_family
 
 
 @pytest.mark.parametrize("family", ["LlamaForCausalLM", "Gemma3ForCausalLM"])

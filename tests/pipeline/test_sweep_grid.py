@@ -2,7 +2,6 @@
 
 import csv
 import dataclasses
-import functools
 import re
 from pathlib import Path
 
@@ -16,12 +15,6 @@ from optima_tpu.method.solvers import CG, MPAX
 from optima_tpu.pipeline.sweep.cells import Cell, differences
 from optima_tpu.pipeline.sweep.grid import read_grid
 from optima_tpu.pipeline.sweep.tables import Result, averages, csv_text, layout, markdown
-from tests.support.sweeps import write_sweep
-
-
-@pytest.fixture
-def file(tmp_path):
-    return functools.partial(write_sweep, tmp_path / "small.yaml")
 
 
 def test_cells_are_the_product_in_order_seed_by_seed(file):

@@ -1,7 +1,6 @@
 """A label of a sweep stands for the settings under it, whatever the command line says."""
 
 import dataclasses
-import functools
 import re
 
 import pytest
@@ -11,7 +10,7 @@ from optima_tpu.method.acceptance import PerLayer
 from optima_tpu.method.selectors import Wanda
 from optima_tpu.method.solvers import CG, MPAX
 from optima_tpu.pipeline.sweep.grid import read_grid
-from tests.support.sweeps import TABLE, write_sweep
+from tests.support.sweeps import TABLE
 
 LABELLED = {
     "masks": {"wanda": {"selector": "wanda"}},
@@ -19,11 +18,6 @@ LABELLED = {
     "updates": {"mpax": {"solver": "mpax"}, "cg": {"solver": {"name": "cg", "damping": 0.03}, "target": "dense"}},
 }
 DAMPED = {"run": TABLE["run"] | {"solver": "cg"}, "updates": {"damped": {"solver": {"damping": 0.5}}}}
-
-
-@pytest.fixture
-def file(tmp_path):
-    return functools.partial(write_sweep, tmp_path / "small.yaml")
 
 
 @pytest.mark.parametrize(

@@ -19,31 +19,8 @@ from optima_tpu.report.progress import Progress, show
 from optima_tpu.report.records import BlockReport, LayerReport
 from optima_tpu.report.rows import layer_report
 from optima_tpu.report.table import print_summary
+from tests.support.fake_reports import layer
 from tests.support.meshes import mesh
-
-
-def layer(block: int = 0, name: str = "self_attn.q_proj", **changes) -> LayerReport:
-    return dataclasses.replace(
-        LayerReport(
-            block=block,
-            name=name,
-            shape=(4, 10),
-            pruned=20,
-            sparsity=0.5,
-            error_before=0.1234,
-            error_after=0.05,
-            gap_median=1e-5,
-            gap_max=1e-3,
-            steps_median=8,
-            steps_max=12,
-            rows=4,
-            rows_converged=4,
-            rows_refused=0,
-            dead_inputs=0,
-        ),
-        **changes,
-    )
-
 
 DOWN = {"name": "mlp.down_proj", "shape": (2, 30), "rows": 2, "rows_converged": 2, "pruned": 30}
 BLOCKS = (

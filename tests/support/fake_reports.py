@@ -21,36 +21,38 @@ NAMES = (
 )
 
 
+def layer(block: int = 0, name: str = "self_attn.q_proj", **changes) -> LayerReport:
+    """Twenty of forty weights pruned, every row converged, nothing unusual."""
+    return dataclasses.replace(
+        LayerReport(
+            block=block,
+            name=name,
+            shape=(4, 10),
+            pruned=20,
+            sparsity=0.5,
+            error_before=0.1234,
+            error_after=0.05,
+            gap_median=1e-5,
+            gap_max=1e-3,
+            steps_median=8,
+            steps_max=12,
+            rows=4,
+            rows_converged=4,
+            rows_refused=0,
+            dead_inputs=0,
+        ),
+        **changes,
+    )
+
+
 def layers(seed: int, blocks: int = 3, **changes) -> list[LayerReport]:
     """Errors that the update halves or so, on held-out text a little less."""
     random, made = np.random.default_rng(seed), []
     for block in range(blocks):
         for name in NAMES:
             before, after, held_before, held_after = np.sort(random.uniform(0.01, 0.05, 4))[[2, 0, 3, 1]].tolist()
-            made.append(
-                dataclasses.replace(
-                    LayerReport(
-                        block=block,
-                        name=name,
-                        shape=(4, 10),
-                        pruned=20,
-                        sparsity=0.5,
-                        error_before=before,
-                        error_after=after,
-                        gap_median=1e-5,
-                        gap_max=1e-3,
-                        steps_median=8,
-                        steps_max=12,
-                        rows=4,
-                        rows_converged=4,
-                        rows_refused=0,
-                        dead_inputs=0,
-                        held_out_before=held_before,
-                        held_out_after=held_after,
-                    ),
-                    **changes,
-                )
-            )
+            errors = dict(error_before=before, error_after=after, held_out_before=held_before, held_out_after=held_after)
+            made.append(layer(block, name, **errors | changes))
     return made
 
 
