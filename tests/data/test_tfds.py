@@ -3,7 +3,6 @@
 import contextlib
 import gzip
 import json
-import subprocess
 import sys
 import threading
 
@@ -14,7 +13,7 @@ from optima_tpu import data
 from optima_tpu.data import build
 from optima_tpu.errors import UserError
 from optima_tpu.runtime import processes
-from tests.support.processes import free_port, process_environment
+from tests.support.processes import at_once, free_port
 from tests.support.texts import save
 from tests.support.tiny_models import byte_tokenizer, tiny_folder
 
@@ -334,19 +333,9 @@ def test_two_real_processes_read_disjoint_parts_of_the_same_tokens(made, tmp_pat
     model, port, other = tiny_folder(tmp_path / "model"), free_port(), tmp_path / "b.txt"
     other.write_text("text to score " * 50)
     starts = [(f"tfds:mine@{made}", port, 0), (f"tfds:mine@{made}", port, 1), (f"file:{made}/a.jsonl", 0, 0)]
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-c", READER, str(model), source, f"file:{other}", str(port), str(index)],
-            env=process_environment(),
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-        )
-        for source, port, index in starts
-    ]
-    outputs = [process.communicate(timeout=300) for process in started]
-    assert not any(process.returncode for process in started), outputs
-    first, second, file = (json.loads(output.splitlines()[-1]) for output, _ in outputs)
+    ended = at_once(["-c", READER, model, source, f"file:{other}", port, index] for source, port, index in starts)
+    assert not any(status for status, *_ in ended), ended
+    first, second, file = (json.loads(output.splitlines()[-1]) for _, output, _ in ended)
     for name in ("calibration", "held_out"):
         assert first[name] == second[name] == file[name]
     assert first["read"] and second["read"] and sorted(first["read"] + second["read"]) == list(range(len(DOCUMENTS)))

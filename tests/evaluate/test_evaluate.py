@@ -7,8 +7,6 @@ import io
 import json
 import math
 import shutil
-import subprocess
-import sys
 import tempfile
 
 import numpy as np
@@ -22,7 +20,8 @@ from optima_tpu.evaluate.config import EvaluateConfig, parse
 from optima_tpu.evaluate.perplexity import perplexity_of
 from optima_tpu.evaluate.run import default_folder
 from optima_tpu.evaluate.tasks import PAPER, load_tasks, paper_average, run_tasks
-from tests.support.processes import free_port, process_environment, without_gloo
+from tests.support.processes import at_once, free_port, python, without_gloo
+from tests.support.runs import only_error
 
 CHOICE = """
 task: tiny_choice
@@ -432,8 +431,7 @@ def refused(capfd, tmp_path, tasks):
     def run(*arguments, output=tmp_path / "out"):
         own = ["--include-path", str(tasks)] if "--tasks" in arguments else []
         assert main([*map(str, arguments), *own, "--output", str(output)]) == 2
-        said = capfd.readouterr().err
-        assert said.startswith("error: ") and said.count("\n") == 1, said
+        said = only_error(capfd.readouterr().err)
         assert not list(output.glob("*"))
         return said
 
@@ -580,15 +578,10 @@ def test_a_hub_that_is_not_reached(finished, tasks, tmp_path):
         "    status = command.main([*sys.argv[1:], '--tasks', task])\n"
         "sys.exit(status)"
     )
-    result = subprocess.run(
-        [sys.executable, "-c", code, str(finished.model), "--include-path", str(tasks), "--output", str(tmp_path / "out")],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env=process_environment() | {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "HF_HOME": str(tmp_path / "cache")},
-    )
-    assert result.returncode == 2 and result.stderr.count("\n") == 1, result.stderr
-    assert result.stderr.startswith("error: the data of task tiny_hub are not here and can't be had (")
+    hub = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "cache"), "TQDM_DISABLE": "1"}
+    result = python("-c", code, finished.model, "--include-path", tasks, "--output", tmp_path / "out", **hub)
+    assert result.returncode == 2, result.stderr
+    assert only_error(result.stderr).startswith("error: the data of task tiny_hub are not here and can't be had (")
     assert "byte_perplexity" in result.stdout
 
 
@@ -598,7 +591,6 @@ def test_two_processes_measure_what_one_does(evaluated, finished, tasks, text, t
 
     def run(tested):
         command = [
-            sys.executable,
             "-m",
             "optima_tpu.evaluate",
             str(finished.directory),
@@ -622,15 +614,9 @@ def test_two_processes_measure_what_one_does(evaluated, finished, tasks, text, t
             "2",
             "--process-id",
         ]
-        started = [
-            subprocess.Popen(
-                [*command, str(number)], env=process_environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-            )
-            for number in range(2)
-        ]
-        return [(*process.communicate(timeout=300), process.returncode) for process in started]
+        return at_once([*command, number] for number in range(2))
 
-    (printed, _, first), (other, _, second) = run("tiny_group,tiny_rolling")
+    (first, printed, _), (second, other, _) = run("tiny_group,tiny_rolling")
     assert (first, second) == (0, 0) and "byte_perplexity" in printed
     assert without_gloo(other) == []
     record, expected = json.loads((tmp_path / "out" / "evaluation.json").read_text()), evaluated[0]
@@ -639,7 +625,7 @@ def test_two_processes_measure_what_one_does(evaluated, finished, tasks, text, t
         found, wanted = (functools.reduce(lambda part, key: part[key], path, whole) for whole in (record, expected))
         assert found == pytest.approx(wanted, rel=1e-5)
     for task, told in (("tiny_empty", "document 1 of task tiny_empty"), ("tiny_late", "task tiny_late can't be scored")):
-        (_, said, first), (_, other, second) = run(task)
+        (first, _, said), (second, _, other) = run(task)
         assert (first, second, other) == (2, 2, "") and told in said
 
 

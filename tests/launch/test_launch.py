@@ -1,9 +1,6 @@
 """The whole way: a folder in, the command line, a folder out that transformers loads."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,19 +13,12 @@ from optima_tpu.models.checkpoints.export import read_masks
 from optima_tpu.models.checkpoints.source import DTYPES
 from optima_tpu.models.decoder import Decoder
 from tests.support.meshes import mesh
+from tests.support.processes import python
 from tests.support.runs import SMALL, folder_tensors
 from tests.support.tiny_models import tiny_folder
 
 LAYERS = 7
 BLOCKS = 3
-
-
-def command(module: str, *arguments) -> subprocess.CompletedProcess:
-    """``python -m module`` as a person types it, with its output piped."""
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(sys.path)}
-    return subprocess.run(
-        [sys.executable, "-m", module, *map(str, arguments)], env=environment, capture_output=True, text=True, timeout=300
-    )
 
 
 def assert_pruned(source: Path, exported: Path, pattern: str) -> None:
@@ -114,7 +104,7 @@ def test_transformers_agrees_with_our_forward_pass_on_the_exported_model(finishe
 
 
 def test_the_export_command_writes_the_same_bytes(finished, tmp_path):
-    result = command("optima_tpu.export", finished.directory, tmp_path / "hf")
+    result = python("-m", "optima_tpu.export", finished.directory, tmp_path / "hf")
     assert (result.returncode, result.stderr) == (0, "")
     names = sorted(path.name for path in (finished.directory / "hf").iterdir())
     assert sorted(path.name for path in (tmp_path / "hf").iterdir()) == names
@@ -125,7 +115,7 @@ def test_the_export_command_writes_the_same_bytes(finished, tmp_path):
 def test_one_device_in_a_process_of_its_own_agrees_with_eight(finished, tmp_path):
     arguments = finished.arguments.copy()
     arguments[arguments.index("4x2")] = "1x1"
-    result = command("optima_tpu.launch", *arguments, "--cpu-devices", 1, "--output", tmp_path / "run")
+    result = python("-m", "optima_tpu.launch", *arguments, "--cpu-devices", 1, "--output", tmp_path / "run")
     assert (result.returncode, result.stderr) == (0, "")
     assert "\x1b" not in result.stdout and "\r" not in result.stdout
     assert "block 2 (3 of 3): error " in result.stdout

@@ -1,21 +1,17 @@
 """A run that was stopped goes on to the same bits with the same command, and to nothing else with another one."""
 
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from optima_tpu.launch import main
-from optima_tpu.models.checkpoints.export import read_masks
 from optima_tpu.pipeline.journal import Journal, finished_blocks
 from optima_tpu.runtime.files import remove
-from tests.support.runs import assert_same_weights, folder_tensors, snapshot
+from tests.support.processes import python
+from tests.support.runs import assert_close_weights, assert_same_weights, only_error, snapshot, stop_after_the_first_block
 
 # Kills itself in the middle of a run. Every layer of a block is one of four calls of prune_group; commit is called for the hidden
 # states and then for the journal entry of every block.
@@ -53,22 +49,11 @@ sys.exit(optima_tpu.launch.main(sys.argv[2:]))
 """
 
 
-@pytest.fixture(scope="module")
-def environment() -> dict[str, str]:
-    """Of the processes that are killed. What the first one compiles, the others find, however small."""
-    return os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": os.pathsep.join(sys.path),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
-
-
 @pytest.mark.parametrize(("moment", "blocks"), [("inside a block", 1), ("while saving", 1), ("between blocks", 2)])
-def test_a_killed_run_goes_on_to_the_same_bits(finished, tmp_path, environment, capsys, moment, blocks):
+def test_a_killed_run_goes_on_to_the_same_bits(finished, tmp_path, capsys, moment, blocks):
     command = [*finished.arguments, "--output", str(tmp_path / "run")]
-    killed = subprocess.run(
-        [sys.executable, "-c", KILLED, moment, *command], env=environment, capture_output=True, text=True, timeout=300
-    )
+    # What the first of these processes compiles, the others find, however small.
+    killed = python("-c", KILLED, moment, *command, JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0")
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert finished_blocks(tmp_path / "run") == list(range(blocks))
     left = [path for path in (tmp_path / "run" / "journal").iterdir() if "partial" in path.name]
@@ -158,31 +143,18 @@ def test_another_recipe_is_refused_in_one_line(finished, capfd, change, said):
         arguments = [argument for argument in arguments if argument not in ("--solver.tolerance", "1e-6")]
     before = snapshot(finished.directory)
     assert main([*arguments, *change, "--output", str(finished.directory)]) == 2
-    message = capfd.readouterr().err
-    assert message.startswith(f"error: {finished.directory} holds another run (") and message.count("\n") == 1
+    message = only_error(capfd.readouterr().err)
+    assert message.startswith(f"error: {finished.directory} holds another run (")
     assert all(part in message for part in said), message
     assert snapshot(finished.directory) == before
 
 
 def test_another_mesh_goes_on_with_a_stopped_run(finished, tmp_path, monkeypatch, capsys):
-    save = Journal.save
-
-    def stopped(journal, index, *rest):
-        save(journal, index, *rest)
-        if index == 0:
-            raise KeyboardInterrupt
-
     command = [*finished.arguments, "--output", str(tmp_path / "run")]
-    monkeypatch.setattr(Journal, "save", stopped)
+    stop_after_the_first_block(monkeypatch)
     assert main(command) == 130
     assert "goes on" in capsys.readouterr().err
-    monkeypatch.setattr(Journal, "save", save)
+    monkeypatch.undo()
     command[command.index("4x2")] = "8x1"
     assert main(command) == 0
-    masks = read_masks(finished.directory / "hf")
-    other_masks = read_masks(tmp_path / "run" / "hf")
-    expected, other = folder_tensors(finished.directory / "hf"), folder_tensors(tmp_path / "run" / "hf")
-    assert masks.keys() == other_masks.keys() and expected.keys() == other.keys()
-    for name, weight in expected.items():
-        assert np.abs(other[name] - weight).max() < 1e-3 * np.abs(weight).max(), name
-        assert name not in masks or (masks[name] == other_masks[name]).all(), name
+    assert_close_weights(tmp_path / "run", finished.directory)

@@ -1,6 +1,5 @@
 import json
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -17,25 +16,11 @@ from optima_tpu.models.checkpoints.export import _holds, export, is_export_of, r
 from optima_tpu.models.checkpoints.orbax import CheckpointTensors, write_checkpoint
 from optima_tpu.pipeline.journal import open_journal
 from optima_tpu.runtime.files import begin
-from tests.support.fake_run import (
-    ASSETS,
-    BLOCKS,
-    MANIFEST,
-    MemorySource,
-    assert_same,
-    finished_run,
-    on_host,
-    pruned_block,
-    small_model,
-)
+from tests.support.fake_run import ASSETS, BLOCKS, MANIFEST, assert_same, finished_run, on_host, pruned_block, small_model
 from tests.support.meshes import mesh
-
-
-def exported(folder: Path) -> dict[str, np.ndarray]:
-    tensors = {}
-    for path in folder.glob("*.safetensors"):
-        tensors |= safetensors.numpy.load_file(path)
-    return tensors
+from tests.support.processes import python
+from tests.support.runs import folder_tensors, only_error
+from tests.support.tiny_models import MemoryTensors
 
 
 @pytest.fixture(scope="module")
@@ -50,14 +35,14 @@ def run(tmp_path_factory) -> Path:
 def test_every_tensor_is_exported_in_its_dtype_bit_for_bit(run, tmp_path, limit):
     source = small_model()
     export(run, tmp_path / "out", limit)
-    tensors = exported(tmp_path / "out")
+    tensors = folder_tensors(tmp_path / "out")
     assert set(tensors) == set(source.names())
     pruned = {}
     for block in range(BLOCKS):
         pruned |= pruned_block(source, block)[0]
     for name in source.names():
         if name not in pruned:
-            assert_same(tensors[name], source.tensors[name])
+            assert_same(tensors[name], source.arrays[name])
             continue
         assert tensors[name].dtype == source.dtype(name)
         np.testing.assert_array_equal(tensors[name], pruned[name])
@@ -77,19 +62,19 @@ def test_pruned_entries_are_positive_zeros_and_kept_ones_keep_their_sign(tmp_pat
     name = "model.layers.0.self_attn.q_proj.weight"
     weight = np.array([[-0.0, -0.0, -1, 2]], ml_dtypes.bfloat16)
     keep = np.array([[False, True, True, False]])
-    source = MemorySource({name: weight})
+    source = MemoryTensors({name: weight})
     journal = open_journal(tmp_path / "run", MANIFEST, ASSETS)
     layers = [{"block": 0, "name": "self_attn.q_proj"}]
     journal.save(0, {name: np.where(keep, weight, -0 * weight)}, {name: keep}, {"layers": layers}, on_host(np.zeros((1, 1, 1))))
     write_checkpoint(journal, source, mesh(1, 1))
     export(tmp_path / "run", tmp_path / "out")
-    assert_same(exported(tmp_path / "out")[name], np.array([[0.0, -0.0, -1, 0.0]], ml_dtypes.bfloat16))
+    assert_same(folder_tensors(tmp_path / "out")[name], np.array([[0.0, -0.0, -1, 0.0]], ml_dtypes.bfloat16))
     (layer,) = json.loads((tmp_path / "out" / "optima_tpu.json").read_text())["layers"]
     assert (layer["pruned"], layer["sparsity"]) == (3, 0.75)  # zeros of the file, a kept one too
 
 
 def test_a_transposed_view_is_exported_as_it_looks(run, tmp_path, monkeypatch):
-    expected = small_model().tensors["model.embed_tokens.weight"]
+    expected = small_model().arrays["model.embed_tokens.weight"]
     load = CheckpointTensors.load
     monkeypatch.setattr(
         CheckpointTensors,
@@ -97,7 +82,7 @@ def test_a_transposed_view_is_exported_as_it_looks(run, tmp_path, monkeypatch):
         lambda self, names: {name: np.asfortranarray(array) for name, array in load(self, names).items()},
     )
     export(run, tmp_path / "out")
-    assert_same(exported(tmp_path / "out")["model.embed_tokens.weight"], expected)
+    assert_same(folder_tensors(tmp_path / "out")["model.embed_tokens.weight"], expected)
 
 
 def test_masks_come_back(run, tmp_path):
@@ -264,8 +249,7 @@ def test_the_command(run, tmp_path, capsys, monkeypatch):
         ((run, tmp_path / "new", "--max-shard-size", "big"), "shard size such as 5GB"),
     ):
         assert main([str(argument) for argument in arguments]) == 2
-        error = capsys.readouterr().err
-        assert error.startswith("error: ") and said in error and error.count("\n") == 1
+        assert said in only_error(capsys.readouterr().err)
     assert not (tmp_path / "new").exists()
 
 
@@ -276,8 +260,8 @@ def test_a_damaged_checkpoint_is_one_line(run, tmp_path, capsys):
     for path in copy.joinpath("checkpoint").rglob("_METADATA"):
         path.write_bytes(b"none")
     assert main([str(copy), str(tmp_path / "new")]) == 2
-    error = capsys.readouterr().err
-    assert "checkpoint is damaged" in error and "remove it and repeat the run's command" in error and error.count("\n") == 1
+    error = only_error(capsys.readouterr().err)
+    assert "checkpoint is damaged" in error and "remove it and repeat the run's command" in error
 
 
 def test_the_command_needs_no_torch(run, tmp_path):
@@ -285,7 +269,7 @@ def test_the_command_needs_no_torch(run, tmp_path):
         "import sys; sys.modules['torch'] = None; from optima_tpu.export import main; "
         f"sys.exit(main([{str(run)!r}, {str(tmp_path / 'out')!r}]))"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    result = python("-c", code)
     assert (result.returncode, result.stderr) == (0, ""), result.stderr
     assert (tmp_path / "out" / "model.safetensors").exists()
 
@@ -305,13 +289,13 @@ def test_transformers_loads_it_with_nothing_missing_and_every_bit_equal(tmp_path
     )
     model = transformers.LlamaForCausalLM(config).to(torch.bfloat16)
     model.save_pretrained(tmp_path / "source")
-    source = MemorySource(safetensors.numpy.load_file(tmp_path / "source" / "model.safetensors"))
+    source = MemoryTensors(safetensors.numpy.load_file(tmp_path / "source" / "model.safetensors"))
     journal = open_journal(tmp_path / "run", MANIFEST, {"config.json": (tmp_path / "source" / "config.json").read_bytes()})
     pruned, random = {}, np.random.default_rng(0)
     for block in range(2):
         names = [name for name in source.names() if name.startswith(f"model.layers.{block}.") and "proj" in name]
         masks = {name: random.permuted(np.indices(source.shape(name))[1] % 2 == 0, axis=1) for name in names}
-        weights = {name: source.tensors[name] * masks[name] for name in names}
+        weights = {name: source.arrays[name] * masks[name] for name in names}
         layers = [{"block": block, "name": name.split(".", 3)[3].removesuffix(".weight")} for name in names]
         journal.save(block, weights, masks, {"layers": layers}, on_host(np.zeros((1, 1, 16), np.float32)))
         pruned |= weights
@@ -321,6 +305,6 @@ def test_transformers_loads_it_with_nothing_missing_and_every_bit_equal(tmp_path
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
     state = loaded.state_dict()
     assert len(pruned) == 14
-    for name, array in (source.tensors | pruned).items():
+    for name, array in (source.arrays | pruned).items():
         assert state[name].dtype == torch.bfloat16
         np.testing.assert_array_equal(state[name].float().numpy(), array.astype(np.float32))

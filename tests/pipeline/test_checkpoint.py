@@ -21,7 +21,6 @@ from tests.support.fake_run import (
     ASSETS,
     BLOCKS,
     MANIFEST,
-    MemorySource,
     activations_after,
     assert_same,
     on_host,
@@ -30,6 +29,7 @@ from tests.support.fake_run import (
     states_of,
 )
 from tests.support.meshes import mesh
+from tests.support.tiny_models import MemoryTensors
 
 
 def contents(directory: Path) -> dict[str, bytes | None]:
@@ -224,8 +224,8 @@ def test_the_checkpoint_holds_pruned_blocks_and_the_source_otherwise(tmp_path):
     assert tensors.pruned() == tuple(sorted(pruned))
     for name in source.names():
         assert (tensors.shape(name), tensors.dtype(name)) == (source.shape(name), source.dtype(name))
-        assert_same(tensors.read(name), pruned.get(name, source.tensors[name]))
-    assert_same(tensors.read("model.norm.weight", (slice(2, 5),)), source.tensors["model.norm.weight"][2:5])
+        assert_same(tensors.read(name), pruned.get(name, source.arrays[name]))
+    assert_same(tensors.read("model.norm.weight", (slice(2, 5),)), source.arrays["model.norm.weight"][2:5])
     assert tensors.run == {
         "manifest": MANIFEST,
         "configuration": {"mesh": "4x2"},
@@ -260,23 +260,23 @@ def test_the_tensors_of_a_block_are_read_at_once_and_other_blocks_apart(tmp_path
 
 
 def test_blocks_without_masks_and_scalars_are_kept(tmp_path):
-    source = MemorySource({"a.weight": np.ones((2, 2), np.float32), "scale": np.full((), 3.0), "ids": np.arange(3)})
+    source = MemoryTensors({"a.weight": np.ones((2, 2), np.float32), "scale": np.full((), 3.0), "ids": np.arange(3)})
     journal = open_journal(tmp_path, MANIFEST, {})
-    journal.save(0, {"a.weight": source.tensors["a.weight"] * 2}, {}, {}, on_host(activations_after(0)))
+    journal.save(0, {"a.weight": source.arrays["a.weight"] * 2}, {}, {}, on_host(activations_after(0)))
     journal.save(1, {}, {}, {}, on_host(activations_after(1)))
     write_checkpoint(journal, source, mesh(2, 2))
     tensors = CheckpointTensors(tmp_path)
     assert tensors.pruned() == () and tensors.names() == ("a.weight", "ids", "scale")
-    assert_same(tensors.read("scale"), source.tensors["scale"])
-    assert_same(tensors.read("ids"), source.tensors["ids"])
-    assert_same(tensors.read("a.weight"), source.tensors["a.weight"] * 2)
+    assert_same(tensors.read("scale"), source.arrays["scale"])
+    assert_same(tensors.read("ids"), source.arrays["ids"])
+    assert_same(tensors.read("a.weight"), source.arrays["a.weight"] * 2)
 
 
 def test_a_block_that_is_not_of_the_source_makes_no_checkpoint(tmp_path):
     source = small_model()
     started(tmp_path, 1)
     name = "model.layers.0.self_attn.q_proj.weight"
-    source.tensors[name] = source.tensors[name].astype(np.float32)
+    source.arrays[name] = source.arrays[name].astype(np.float32)
     with pytest.raises(ValueError, match="the source has no " + name):
         write_checkpoint(open_journal(tmp_path, MANIFEST, ASSETS), source, mesh(1, 1))
     with pytest.raises(UserError, match="no checkpoint yet"):
@@ -288,10 +288,10 @@ def test_a_block_that_is_not_of_the_source_makes_no_checkpoint(tmp_path):
 def test_untouched_tensors_pass_through_memory_in_pieces(tmp_path, monkeypatch):
     size, alive, largest = 1 << 16, set(), 0
 
-    class Counting(MemorySource):
+    class Counting(MemoryTensors):
         def read(self, name, index=(...,)):
             nonlocal largest
-            array = self.tensors[name].copy()
+            array = self.arrays[name].copy()
             alive.add(id(array))
             weakref.finalize(array, alive.discard, id(array))
             largest = max(largest, len(alive))
@@ -301,7 +301,7 @@ def test_untouched_tensors_pass_through_memory_in_pieces(tmp_path, monkeypatch):
     source = Counting({f"t{i:02d}": np.full(size, i, np.uint8) for i in range(20)})
     write_checkpoint(open_journal(tmp_path, MANIFEST, {}), source, mesh(1, 1))
     assert largest <= 4  # one group of two, while another is being read
-    assert_same(CheckpointTensors(tmp_path).read("t13"), source.tensors["t13"])
+    assert_same(CheckpointTensors(tmp_path).read("t13"), source.arrays["t13"])
 
 
 def test_the_code_version_follows_the_source(tmp_path, monkeypatch):

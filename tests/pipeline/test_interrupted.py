@@ -1,15 +1,9 @@
 """Runs that are killed, or that find no room on the disk, in processes of their own."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
-import optima_tpu
 from optima_tpu.models.checkpoints.orbax import CheckpointTensors
 from optima_tpu.pipeline.journal import open_journal
-from tests.support import ROOT
 from tests.support.fake_run import ASSETS, MANIFEST, activations_after, assert_same, finished_run, small_model, states_of
+from tests.support.processes import python
 
 # A limit on the size of files stands for the full disk: the same calls fail, with another error number.
 FULL_DISK = """
@@ -25,7 +19,7 @@ from tests.support import fake_run
 optima_tpu.pipeline.journal.STATES_EVERY = 0
 quiet_orbax()
 source, big = fake_run.small_model(), np.random.default_rng(0).standard_normal((256, 256))
-source.tensors["model.embed_tokens.weight"] = big
+source.arrays["model.embed_tokens.weight"] = big
 weights, masks, report, activations = fake_run.pruned_block(source, 1)
 journals = []
 for what in ("weights", "activations", "checkpoint"):
@@ -44,20 +38,8 @@ for journal, write in zip(journals, writes):
 """
 
 
-def in_its_own_process(code: str, *arguments) -> subprocess.CompletedProcess:
-    paths = [str(ROOT), str(Path(optima_tpu.__path__[0]).parent), os.environ.get("PYTHONPATH", "")]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "JAX_PLATFORMS": "cpu"}
-    return subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code, *map(str, arguments)],
-        env=environment,
-        text=True,
-        capture_output=True,
-        timeout=300,
-    )
-
-
 def test_a_full_disk_is_one_line_and_costs_no_finished_block(tmp_path):
-    result = in_its_own_process(FULL_DISK, tmp_path)
+    result = python("-W", "ignore", "-c", FULL_DISK, tmp_path)
     assert (result.returncode, result.stderr) == (0, "")
     paths = ("weights/journal/block_0001", "activations/journal/block_0001", "checkpoint/checkpoint")
     for line, path in zip(result.stdout.splitlines(), paths, strict=True):
@@ -124,7 +106,7 @@ def resume(directory):
     fake_run.finished_run(directory, SOURCE, blocks=BLOCKS)
     tensors = CheckpointTensors(directory)
     assert tensors.names() == SOURCE.names() and len(tensors.pruned()) == 2 * BLOCKS
-    expected = SOURCE.tensors.copy()
+    expected = SOURCE.arrays.copy()
     for block in range(BLOCKS):
         expected |= fake_run.pruned_block(SOURCE, block)[0]
     for name, array in tensors.load(tensors.names()).items():
@@ -154,5 +136,5 @@ for i in range(3):
 
 
 def test_a_run_that_is_killed_anywhere_goes_on_to_the_same_bits(tmp_path):
-    result = in_its_own_process(KILLED_RUNS, tmp_path)
+    result = python("-W", "ignore", "-c", KILLED_RUNS, tmp_path)
     assert result.returncode == 0, result.stderr

@@ -14,11 +14,10 @@ from optima_tpu.models.generate import cache_structs, draw, generate, load, step
 from optima_tpu.pipeline import run as run_module
 from optima_tpu.pipeline import self_calibration
 from optima_tpu.pipeline.inputs import open_model_on_mesh
-from optima_tpu.pipeline.journal import Journal
 from tests.support.meshes import mesh
 from tests.support.processes import several
 from tests.support.references import REFERENCES, tiny
-from tests.support.runs import SMALL, folder_tensors, snapshot
+from tests.support.runs import SMALL, folder_tensors, snapshot, stop_after_the_first_block
 from tests.support.tiny_models import byte_tokenizer, tiny_folder, tiny_llama, with_bos
 
 torch = pytest.importorskip("torch")
@@ -198,16 +197,10 @@ def test_text_is_kept_before_the_dense_model_is_measured(tmp_path, monkeypatch):
 
 def test_a_run_keeps_its_text_and_goes_on_with_it(tmp_path, monkeypatch, capsys):
     folder, run = tiny_folder(tmp_path / "model"), tmp_path / "run"
-    command, save = [*arguments(folder), "--output", str(run)], Journal.save
-
-    def stopped(journal, index, *rest):
-        save(journal, index, *rest)
-        if index == 0:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(Journal, "save", stopped)
+    command = [*arguments(folder), "--output", str(run)]
+    stop_after_the_first_block(monkeypatch)
     assert main(command) == 130
-    monkeypatch.setattr(Journal, "save", save)
+    monkeypatch.undo()
     assert "writing 16 windows of 32 tokens with the dense model" in capsys.readouterr().out
     kept = np.load(run / "calibration.npy")
     assert kept.shape == (16, 32) and (kept[:, 0] == 256).all()

@@ -1,9 +1,6 @@
 """A table is its cells' runs, each of them done once, and it says what they found."""
 
 import json
-import os
-import subprocess
-import sys
 import threading
 from collections import Counter
 from types import SimpleNamespace
@@ -21,7 +18,8 @@ from optima_tpu.pipeline.sweep import runner
 from optima_tpu.report.run_record import refuse_another, write_run
 from optima_tpu.runtime.files import in_turn
 from optima_tpu.sweep import main
-from tests.support.runs import snapshot
+from tests.support.processes import python
+from tests.support.runs import only_error, snapshot
 from tests.support.sweeps import TABLE, write_sweep
 
 
@@ -474,8 +472,7 @@ def test_a_dry_run_lists_the_cells_and_runs_none(sweep, stand_in, tmp_path, caps
 def test_a_wrong_command_line_is_one_line(stand_in, tmp_path, capsys, argv, said):
     path = write_sweep(tmp_path / "small.yaml")
     assert main([path if word == "FILE" else word for word in argv]) == 2
-    message = capsys.readouterr().err
-    assert message.startswith("error: ") and message.count("\n") == 1 and said in message and not stand_in.ran
+    assert said in only_error(capsys.readouterr().err) and not stand_in.ran
 
 
 def test_all_cells_have_the_devices_of_one_process(sweep, stand_in, capsys):
@@ -530,14 +527,7 @@ def test_a_real_sweep_is_the_runs_it_names(finished, tmp_path, monkeypatch, caps
 
     # The finished table again, in a process with other devices.
     written = (out / "results.json").read_text()
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(sys.path)}
-    again = subprocess.run(
-        [sys.executable, "-m", "optima_tpu.sweep", path, "--output", str(out), "--mesh", "2x1", "--cpu-devices", "2"],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    again = python("-m", "optima_tpu.sweep", path, "--output", out, "--mesh", "2x1", "--cpu-devices", 2)
     assert (again.returncode, again.stderr) == (0, "")
     assert "resuming  4 of 4 cells are done" in again.stdout and "\x1b" not in again.stdout
     assert (out / "results.json").read_text() == written

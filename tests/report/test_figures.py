@@ -19,6 +19,7 @@ from optima_tpu.method.targets import DenseTarget
 from optima_tpu.pipeline.sweep.tables import Result
 from optima_tpu.report import curves, figures
 from tests.support.fake_reports import NAMES, layers, write_other_places, write_run
+from tests.support.runs import only_error
 
 WANDA_CG = EMBEDDED
 WANDA_MPAX = dataclasses.replace(EMBEDDED, solver=MPAX())
@@ -49,9 +50,7 @@ def legend(figure) -> list[str]:
 
 def refusal(capsys, *argv) -> str:
     assert main([*map(str, argv)]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ") and error.count("\n") == 1
-    return error
+    return only_error(capsys.readouterr().err)
 
 
 def test_layer_errors_are_those_of_the_reports(tmp_path):

@@ -27,6 +27,7 @@ from optima_tpu.report.runs import read_runs
 from optima_tpu.report.summary import by_kind
 from optima_tpu.report.view import without_folders
 from tests.support.fake_reports import layers, write_other_places, write_run
+from tests.support.runs import only_error
 
 SECTIONS = ("outcome", "layers", "maps", "solver", "unusual", "cost", "origin")
 EVALUATION = {
@@ -571,6 +572,5 @@ def test_what_cannot_be_drawn_is_refused_in_one_line(argv, words, tmp_path, monk
     Path("odd").mkdir()
     Path("odd/report.json").write_text(json.dumps(report))
     assert main(argv) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ") and error.count("\n") == 1
+    error = only_error(capsys.readouterr().err)
     assert [word for word in words if word not in error] == []

@@ -7,8 +7,6 @@ python -m pytest -m slow tests/runtime/test_buckets.py
 import importlib.util
 import json
 import signal
-import subprocess
-import sys
 import threading
 import urllib.request
 from pathlib import Path
@@ -22,8 +20,8 @@ from optima_tpu.pipeline.journal import finished_blocks
 from optima_tpu.pipeline.sweep.grid import read_grid
 from optima_tpu.runtime.buckets import as_path, in_bucket
 from optima_tpu.runtime.files import LOCK, files_in, only_program, still_only_program
-from tests.support.processes import process_environment, several
-from tests.support.runs import assert_close_weights, assert_same_weights
+from tests.support.processes import python, several
+from tests.support.runs import assert_close_weights, assert_same_weights, only_error
 from tests.support.sweeps import write_sweep
 
 # A run that kills itself at a call of a function.
@@ -91,8 +89,7 @@ def test_a_store_that_cannot_be_used_is_one_line(tmp_path, monkeypatch, capsys, 
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "gcsfs" else find(name, *rest))
     monkeypatch.chdir(tmp_path)
     assert main(["--model", "nowhere", "--output", output]) == 2
-    message = capsys.readouterr().err
-    assert message.startswith(f"error: {said}") and message.count("\n") == 1
+    assert only_error(capsys.readouterr().err).startswith(f"error: {said}")
     assert export.main([output, "out"]) == 2
     assert said in capsys.readouterr().err
     with pytest.raises(UserError, match=said):
@@ -103,8 +100,7 @@ def test_a_store_that_cannot_be_used_is_one_line(tmp_path, monkeypatch, capsys, 
 @pytest.mark.slow
 def test_a_bucket_that_is_not_there_is_one_line(bucket, capsys):
     assert main(["--model", "nowhere", "--output", "gs://another/run"]) == 2
-    message = capsys.readouterr().err
-    assert message.startswith("error: could not write gs://another/run: ") and message.count("\n") == 1
+    assert only_error(capsys.readouterr().err).startswith("error: could not write gs://another/run: ")
 
 
 @pytest.mark.slow
@@ -119,13 +115,7 @@ def test_a_run_in_a_bucket_that_is_killed_anywhere_goes_on_to_the_bits_of_one_in
         ("export", "commit", 1, [0, 1, 2]),
     ]
     for module, name, call, blocks in kills:
-        killed = subprocess.run(
-            [sys.executable, "-c", KILLED, module, name, str(call), *command],
-            env=process_environment(),
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
+        killed = python("-c", KILLED, module, name, call, *command)
         assert killed.returncode == -signal.SIGKILL, killed.stderr
         assert finished_blocks(directory) == blocks, name
         assert "damaged" not in killed.stdout

@@ -13,7 +13,7 @@ import pytest
 from optima_tpu.config.run_config import RunConfig
 from optima_tpu.runtime.command import RESUME, guarded, take_devices
 from optima_tpu.runtime.xla_flags import raise_collective_timeouts
-from tests.support.processes import process_environment
+from tests.support.processes import process_environment, python
 
 # A loop on the device that never ends, in which Python hears no signal; and a save that takes longer than the grace.
 WORKING = """
@@ -70,13 +70,7 @@ def test_sigterm_is_heard_while_the_devices_work_and_waits_for_a_save(work, out,
 
 
 def test_sigterm_of_a_forked_child_is_its_own():
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", WORKING, "forking"],
-        env=process_environment(),
-        text=True,
-        capture_output=True,
-        timeout=120,
-    )
+    done = python("-W", "ignore", "-c", WORKING, "forking")
     assert (done.returncode, done.stdout, done.stderr) == (0, "SIGTERM\n", "")
 
 

@@ -9,6 +9,7 @@ from optima_tpu.models.activations import Activations
 from optima_tpu.models.checkpoints.orbax import write_checkpoint
 from optima_tpu.pipeline.journal import Journal, open_journal
 from tests.support.meshes import mesh
+from tests.support.tiny_models import MemoryTensors
 
 BLOCKS = 3
 MANIFEST = {"model": "ab" * 32, "recipe": {"pattern": "0.5", "selector": {"name": "wanda"}}, "tokens": "cd" * 32, "code": "0+1"}
@@ -16,26 +17,7 @@ ASSETS = {"config.json": b'{"architectures":  ["LlamaForCausalLM"]}\r\n', "token
 LINEARS = ("self_attn.q_proj", "mlp.down_proj")
 
 
-class MemorySource:
-    """A ``TensorSource`` over arrays."""
-
-    def __init__(self, tensors: dict[str, np.ndarray]):
-        self.tensors = tensors
-
-    def names(self):
-        return tuple(sorted(self.tensors))
-
-    def shape(self, name):
-        return self.tensors[name].shape
-
-    def dtype(self, name):
-        return self.tensors[name].dtype
-
-    def read(self, name, index=(...,)):
-        return self.tensors[name][index]
-
-
-def small_model(dtype=ml_dtypes.bfloat16) -> MemorySource:
+def small_model(dtype=ml_dtypes.bfloat16) -> MemoryTensors:
     random = np.random.default_rng(0)
     tensors = {
         "model.embed_tokens.weight": random.standard_normal((40, 12)).astype(dtype),
@@ -45,10 +27,10 @@ def small_model(dtype=ml_dtypes.bfloat16) -> MemorySource:
         for name, shape in zip(LINEARS, ((12, 12), (12, 20)), strict=True):
             tensors[f"model.layers.{block}.{name}.weight"] = random.standard_normal(shape).astype(dtype)
         tensors[f"model.layers.{block}.input_layernorm.weight"] = random.standard_normal(12).astype(dtype)
-    return MemorySource(tensors)
+    return MemoryTensors(tensors)
 
 
-def pruned_block(source: MemorySource, block: int) -> tuple[dict, dict, dict, Activations]:
+def pruned_block(source: MemoryTensors, block: int) -> tuple[dict, dict, dict, Activations]:
     """What a run saves of a block: half of every row pruned, the other weights moved. The same at every call."""
     random = np.random.default_rng([1, block])
     weights, masks, layers = {}, {}, []
@@ -76,7 +58,7 @@ def states_of(journal: Journal) -> np.ndarray:
 
 
 def finished_run(
-    directory: Path, source: MemorySource, manifest=MANIFEST, assets=ASSETS, blocks=BLOCKS, **configuration
+    directory: Path, source: MemoryTensors, manifest=MANIFEST, assets=ASSETS, blocks=BLOCKS, **configuration
 ) -> Journal:
     journal = open_journal(directory, manifest, assets, configuration)
     for block in range(len(journal.finished), blocks):

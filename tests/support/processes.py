@@ -5,6 +5,7 @@ import re
 import socket
 import subprocess
 import sys
+from collections.abc import Iterable, Sequence
 
 from tests.support import ROOT
 
@@ -16,6 +17,7 @@ from optima_tpu import launch
 from optima_tpu.pipeline import run
 from optima_tpu.models.decoder import Decoder
 
+killed_at, *arguments = sys.argv[1:]
 read_parts, walk, count = Decoder._read_parts, run.walk_block, 0
 
 def counted(decoder, name, *how):
@@ -25,14 +27,14 @@ def counted(decoder, name, *how):
     return parts
 
 def killed(decoder, index, *rest, **options):
-    if index == int(os.environ["KILLED_AT"]):
+    if index == int(killed_at):
         os.kill(os.getpid(), signal.SIGKILL)
     return walk(decoder, index, *rest, **options)
 
 Decoder._read_parts = counted
-if os.environ["KILLED_AT"]:
+if killed_at:
     run.walk_block = killed
-status = launch.main(sys.argv[1:])
+status = launch.main(arguments)
 print("bytes read:", count)
 sys.exit(status)
 """
@@ -51,8 +53,35 @@ def without_gloo(printed: str) -> list[str]:
 
 
 def process_environment() -> dict[str, str]:
-    """Of processes that import what this one does."""
-    return os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+    """Of processes on the CPU that import what this one does."""
+    return os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+
+
+def python(*arguments, **environment: str) -> subprocess.CompletedProcess:
+    """Runs Python in a process of its own, with its output piped; ``environment`` is added to this one's."""
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        env=process_environment() | environment,
+        text=True,
+        capture_output=True,
+        timeout=300,
+    )
+
+
+def at_once(commands: Iterable[Sequence], **environment: str) -> list[tuple[int, str, str]]:
+    """Runs Python in several processes at the same time. Returns the exit status and the output of each."""
+    started = [
+        subprocess.Popen(
+            [sys.executable, *map(str, command)],
+            env=process_environment() | environment,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        for command in commands
+    ]
+    outputs = [process.communicate(timeout=300) for process in started]
+    return [(process.returncode, *output) for process, output in zip(started, outputs)]
 
 
 def several(
@@ -65,15 +94,7 @@ def several(
       own: what each process is told that the others are not.
     """
     start = ["--cpu-devices", "4", "--coordinator", f"localhost:{free_port()}", "--num-processes", str(len(own))]
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-c", WATCHED, *arguments, *start, "--process-id", str(number), *more],
-            env=process_environment() | {"KILLED_AT": killed_at if number == 1 else ""},
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-        )
+    return at_once(
+        ["-c", WATCHED, killed_at if number == 1 else "", *arguments, *start, "--process-id", number, *more]
         for number, more in enumerate(own)
-    ]
-    outputs = [process.communicate(timeout=300) for process in started]
-    return [(process.returncode, *output) for process, output in zip(started, outputs)]
+    )

@@ -11,6 +11,7 @@ from optima_tpu.models.checkpoints.export import read_masks
 from optima_tpu.models.checkpoints.orbax import CheckpointTensors
 from optima_tpu.models.decoder import Decoder
 from optima_tpu.models.model import Model
+from optima_tpu.pipeline.journal import Journal
 from tests.support.meshes import mesh
 
 SMALL = [
@@ -34,6 +35,24 @@ def opened(config: RunConfig, shape: tuple[int, int]) -> Model:
     decoder = Decoder.open(pretrained.config, pretrained.tensors, mesh(*shape), config.batch)
     check_names(decoder.tensor_names(), pretrained.tensors, decoder.family.ignored)
     return Model(pretrained, decoder)
+
+
+def stop_after_the_first_block(monkeypatch) -> None:
+    """Ctrl-C, once the first block of a run is saved."""
+    save = Journal.save
+
+    def stopped(journal, index, *rest):
+        save(journal, index, *rest)
+        if index == 0:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Journal, "save", stopped)
+
+
+def only_error(said: str) -> str:
+    """What a refused command prints on stderr: exactly one line, which says that it is an error."""
+    assert said.startswith("error: ") and said.count("\n") == 1, said
+    return said
 
 
 def folder_tensors(folder: Path) -> dict[str, np.ndarray]:

@@ -21,7 +21,7 @@ class MemoryTensors:
         self.arrays = arrays
 
     def names(self):
-        return tuple(self.arrays)
+        return tuple(sorted(self.arrays))
 
     def shape(self, name):
         return self.arrays[name].shape
