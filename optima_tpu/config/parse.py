@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jsonargparse
-import yaml
 
 from optima_tpu.config import yaml12
 from optima_tpu.config.flat import flat
@@ -142,13 +141,7 @@ def load(text: str, origin: str) -> dict[str, Any]:
     Raises:
       UserError: it is not YAML, or not settings.
     """
-    try:
-        document = yaml12.load(text)
-    except yaml.MarkedYAMLError as error:
-        place = f" line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise UserError(f"{origin}{place}: expected YAML, got something else: {error.problem}") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{origin}: expected YAML, got something else: {' '.join(str(error).split())}") from None
+    document = yaml12.load(text, origin)
     document = {} if document is None else document
     if not isinstance(document, dict) or not all(isinstance(key, str) for key in document):
         raise UserError(f"{origin}: expected settings such as 'model: PATH', got {document!r:.60}")

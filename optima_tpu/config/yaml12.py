@@ -1,54 +1,52 @@
-"""YAML 1.2, in which 2:4 is text. PyYAML reads YAML 1.1, where it is 124, written to the base 60, and no is False."""
+"""YAML 1.2, in which 2:4 and no are text. In YAML 1.1, which PyYAML reads, they are 124 and False.
 
-import re
-from typing import Any, ClassVar
+ruamel.yaml's reading is kept, with one exception: a date stays text, because a run directory may be named by one. A file
+that begins with ``%YAML 1.1`` is read as that version.
+"""
 
-import yaml
+import io
+from typing import Any
+
+from ruamel.yaml import YAML, SafeConstructor
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
+
+from optima_tpu.errors import UserError, one_line
 
 
-def load(text: str) -> Any:
-    """Reads one document by the core schema of YAML 1.2.
+class _Constructor(SafeConstructor):
+    """Keeps dates as text."""
+
+
+_Constructor.add_constructor("tag:yaml.org,2002:timestamp", SafeConstructor.construct_yaml_str)
+
+
+def load(text: str, origin: str = "the text") -> Any:
+    """Reads one document.
+
+    Args:
+      origin: where the text comes from, for messages.
 
     Raises:
-      yaml.YAMLError: it is not YAML, or a key is given twice.
+      UserError: it is not YAML, or a key is given twice.
     """
-    return yaml.load(text, Loader=_Loader)
+    yaml = YAML(typ="safe", pure=True)
+    yaml.Constructor = _Constructor
+    try:
+        return yaml.load(text)
+    except MarkedYAMLError as error:
+        line = f" line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        problem = str(error.problem).partition(" with value ")[0]  # of a key that is given twice: both values, of any length
+        raise UserError(f"{origin}{line}: expected YAML, got something else: {problem}") from None
+    except (YAMLError, ValueError, LookupError) as error:  # the last two for a value that its tag does not fit: !!int x
+        raise UserError(f"{origin}: expected YAML, got something else: {one_line(error)}") from None
 
 
 def dump(value: Any) -> str:
     """Writes JSON types so that :func:`load` reads the same, keys in their order."""
-    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
-
-
-class _Loader(yaml.SafeLoader):
-    yaml_implicit_resolvers: ClassVar[dict] = {}
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        seen = set()
-        for key, _ in node.value:
-            if key.value in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"{key.value} is given twice", key.start_mark)
-            if isinstance(key, yaml.ScalarNode):
-                seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
-class _Dumper(yaml.SafeDumper):
-    """Quotes the text that _Loader would take for something else."""
-
-    yaml_implicit_resolvers: ClassVar[dict] = {}
-
-
-_CORE_SCHEMA = {
-    "null": (r"null|Null|NULL|~|", ["n", "N", "~", ""]),
-    "bool": (r"true|True|TRUE|false|False|FALSE", list("tTfF")),
-    "int": (r"[-+]?[0-9]+", list("-+0123456789")),
-    "float": (
-        r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)",
-        list("-+.0123456789"),
-    ),
-}
-for _tag, (_pattern, _first) in _CORE_SCHEMA.items():
-    for _class in (_Loader, _Dumper):
-        _class.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), _first)
-_Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.value))  # in YAML 1.1, 010 is 8
+    yaml = YAML(typ="safe", pure=True)
+    yaml.default_flow_style = False
+    yaml.sort_base_mapping_type_on_output = False
+    yaml.width = 1000  # long values stay on one line
+    text = io.StringIO()
+    yaml.dump(value, text)
+    return text.getvalue()

@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import yaml
 
 from optima_tpu.config import yaml12
 from optima_tpu.config.parse import dump, parse
@@ -161,16 +160,19 @@ def test_a_pattern_is_read_alike_from_the_command_line_and_unquoted_from_a_file(
 
 
 def test_yaml_is_1_2():
-    text = "[2:4, 1:30:00, no, on, 010, 1e-3, 0.5, 12, -3, true, null, ~, '12']"
-    assert yaml.safe_load("2:4") == 124  # the trap
-    assert yaml12.load(text) == ["2:4", "1:30:00", "no", "on", 10, 1e-3, 0.5, 12, -3, True, None, None, "12"]
+    text = "[2:4, 1:30:00, no, on, 010, 1e-3, 0.5, 12, -3, true, null, ~, '12', 2026-05-01]"
+    assert yaml12.load("%YAML 1.1\n---\n[2:4, no]") == [124, False]  # the trap
+    assert yaml12.load(text) == ["2:4", "1:30:00", "no", "on", 10, 1e-3, 0.5, 12, -3, True, None, None, "12", "2026-05-01"]
 
 
 @pytest.mark.parametrize(
-    "value", ["2:4", "1e3", "12", "-0.5", "null", "true", "~", "", "no", ".inf", "a: b", "010", 1e-05, 0.5, 3, None, True]
+    "value",
+    ["2:4", "1e3", "12", "-0.5", "null", "true", "~", "", "no", ".inf", "a: b", "010", "0x1f", "1_000", "=", "2026-05-01"]
+    + [1e-05, 0.5, 3, None, True, "a " * 100, "\n", {"b": 1, "a": ["x"]}],
 )
 def test_yaml_reads_what_it_writes(value):
-    assert yaml12.load(yaml12.dump({"key": value})) == {"key": value}
+    again = yaml12.load(yaml12.dump({"key": value}))
+    assert again == {"key": value} and json.dumps(again) == json.dumps({"key": value}), "keys in their order"
 
 
 @pytest.mark.parametrize(
@@ -404,11 +406,13 @@ def test_a_bad_command_line_is_refused_in_one_line_that_names_it(argv, words):
         ("model: {name: a}", ["model.name"]),
         ("pattern: [1]", ["pattern", "[1]"]),
         ("batch: two", ["batch", "a whole number", "two"]),
-        ("batch: 2\nbatch: 3", ["line 2", "batch", "twice"]),
-        ("solver:\n  damping: 1\n  damping: 2", ["line 3", "damping", "twice"]),
+        ("batch: 2\nbatch: 3", ["line 2", "duplicate", "batch"]),
+        ("solver:\n  damping: 1\n  damping: 2", ["line 3", "duplicate", "damping"]),
         ("- a", ["settings"]),
         ("5: a", ["settings"]),
-        ("a: [1", ["YAML"]),
+        ("a: [1", ["YAML", "line 1"]),
+        ("a: !!int x", ["YAML"]),
+        ("a: !!int", ["YAML"]),
         ("a: !!python/name:os.system", ["YAML"]),
         ("\x00", ["YAML"]),
     ],

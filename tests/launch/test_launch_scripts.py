@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
-import yaml
 
+from optima_tpu.config import yaml12
 from optima_tpu.runtime.command import LOST, RESUME
 from tests.support import ROOT
 
@@ -88,8 +88,8 @@ def test_dry_run_of_a_tpu_pod():
 
 
 def test_dry_run_of_the_jobset():
-    before = yaml.safe_load((LAUNCH / "gke_jobset.yaml").read_text())
-    after = yaml.safe_load(run("gke.sh", "--dry-run", *ARGUMENTS, OPTIMA_IMAGE="host:5/image:tpu", OPTIMA_NAME="mine").stdout)
+    before = yaml12.load((LAUNCH / "gke_jobset.yaml").read_text())
+    after = yaml12.load(run("gke.sh", "--dry-run", *ARGUMENTS, OPTIMA_IMAGE="host:5/image:tpu", OPTIMA_NAME="mine").stdout)
     container(before).update(image="host:5/image:tpu", args=ARGUMENTS)
     before["metadata"]["name"] = "mine"
     assert after == before  # nothing else changes
@@ -101,7 +101,7 @@ def container(manifest):
 
 
 def test_jobset_resumes_what_was_stopped_and_not_what_needs_mending():
-    spec = yaml.safe_load((LAUNCH / "gke_jobset.yaml").read_text())["spec"]
+    spec = yaml12.load((LAUNCH / "gke_jobset.yaml").read_text())["spec"]
     job = spec["replicatedJobs"][0]["template"]["spec"]
     codes = job["podFailurePolicy"]["rules"][0]
     assert codes["action"] == "FailJob" and codes["onExitCodes"]["values"] == [2, RESUME]

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-import yaml
+from optima_tpu.config import yaml12
 
 TABLE = {
     "run": {"model": "org/name", "calibration": {"source": "random", "samples": 4, "length": 8}},
@@ -15,5 +15,5 @@ TABLE = {
 def write_sweep(path: Path, **changes) -> str:
     """Writes a sweep's file; keys that are changed to None are left out. Returns the path."""
     document = {key: value for key, value in (TABLE | changes).items() if value is not None}
-    path.write_text(yaml.safe_dump(document, sort_keys=False))
+    path.write_text(yaml12.dump(document))
     return str(path)
