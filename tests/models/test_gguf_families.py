@@ -3,13 +3,16 @@
 import gguf
 import numpy as np
 import pytest
+from tokenizers import Tokenizer
 
 from optima_tpu.errors import UserError
 from optima_tpu.models.checkpoints import check_names, load_tokenizer, open_model
 from optima_tpu.models.checkpoints.gguf_architectures import ARCHITECTURES
+from optima_tpu.models.checkpoints.gguf_tokenizer import tokenizer_files
 from optima_tpu.models.decoder import Decoder
 from tests.support.meshes import mesh
 from tests.support.references import REFERENCES, tiny
+from tests.support.tiny_models import NEW_READER
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -134,6 +137,43 @@ def test_the_tokenizer_survives(tmp_path, arch, pieces):
     assert tokenizer.decode(tokenizer(text, add_special_tokens=False).input_ids) == text
     composed, decomposed = (tokenizer(spelling, add_special_tokens=False).input_ids for spelling in ("\u00fc", "u\u0308"))
     assert (composed == decomposed) == (arch == "qwen2"), "Qwen composes characters first"
+
+
+@pytest.mark.skipif(not NEW_READER, reason="an older transformers reads another vocabulary from the file")
+@pytest.mark.parametrize("arch", CASES)
+def test_transformers_reads_the_same_tokenizer(tmp_path, arch):
+    write(tmp_path / "m.gguf", arch)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path, gguf_file="m.gguf")
+    ours = load_tokenizer(open_model(str(tmp_path / "m.gguf")))
+    assert ours.get_vocab() == {token: index for token, index in theirs.get_vocab().items() if index < len(ours)}
+    for text in ("cat th", "  the cat\n\n\tcat  ", "Grüße, 世界! x²", "don't 12345 I'LL", "👩‍👩", "<|end|>the<eos>", ""):
+        ids = ours(text, add_special_tokens=False).input_ids
+        assert ids == theirs(text, add_special_tokens=False).input_ids, text
+        assert ours.decode(ids) == theirs.decode(ids) == text
+
+
+def test_a_special_token_outside_the_byte_alphabet_has_the_files_id(tmp_path):
+    """DeepSeek's distilled Qwens have such tokens. No token gets an id for which the embedding has no row."""
+    bos, user = "<｜begin▁of▁sentence｜>", "a word"
+    tokens = [BPE[0], bos, user, *BPE[1:]]
+    kinds = [gguf.TokenType.CONTROL] * 2 + [gguf.TokenType.USER_DEFINED] + [gguf.TokenType.NORMAL] * (len(BPE) - 1)
+    fields = {
+        "qwen2.context_length": 128,
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "deepseek-r1-qwen",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": kinds,
+        "tokenizer.ggml.merges": ["Ġ t", "t h", "a t", "c at"],
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.eos_token_id": 0,
+        "tokenizer.ggml.add_bos_token": True,
+    }
+    tokenizer = Tokenizer.from_str(tokenizer_files(fields, ARCHITECTURES["qwen2"])["tokenizer.json"].decode())
+    assert tokenizer.encode(f"cat{user}th{bos}").tokens == [bos, "cat", user, "th", bos]
+    assert tokenizer.encode("<|endoftext|>").ids[0] == 1 and tokenizer.get_vocab_size() == len(tokens)
+    del fields["tokenizer.ggml.bos_token_id"]
+    with pytest.raises(UserError, match="bos_token around every text but does not name it"):
+        tokenizer_files(fields, ARCHITECTURES["qwen2"])
 
 
 def test_a_stretched_gemma_is_read_and_a_stretched_qwen_refused(tmp_path):

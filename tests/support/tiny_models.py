@@ -1,5 +1,6 @@
 """Tiny random models, in memory and as a folder; no torch needed."""
 
+import importlib.metadata
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,10 @@ from transformers import LlamaConfig, PreTrainedTokenizerFast
 from optima_tpu.models.checkpoints.source import DTYPES
 from optima_tpu.models.decoder import Decoder
 from tests.support.meshes import mesh
+
+NEW_READER = tuple(map(int, importlib.metadata.version("transformers").split(".")[:2])) >= (5, 18)
+"""Whether transformers' own tokenizer of a GGUF file can be compared with. Before 5.18 it added none of the file's special
+tokens, and respelled Gemma's bytes."""
 
 
 class MemoryTensors:

@@ -1,40 +1,63 @@
-"""The tokenizer files of a Hugging Face folder from the metadata of a GGUF file, without torch."""
+"""The tokenizer files of a Hugging Face folder from the metadata of a GGUF file.
+
+The public way of transformers, ``AutoTokenizer.from_pretrained(folder, gguf_file=name)``, is not enough: it needs torch,
+treats every way to split text that it does not know as GPT-2's, and gives special tokens that its classes have by default,
+such as <|endoftext|>, an id beyond the embedding where the file has no such token.
+"""
 
 import json
-import tempfile
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
-from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
-
-# transformers reaches this module only through a file reader that imports torch; the module itself needs none.
-from transformers.integrations.gguf.gguf_tokenizer_mapping import (
-    GGUF_PRE_TOKENIZER_SPLITS,
-    GGUF_TOKENIZER_MAPPING,
-    convert_gguf_tokenizer,
-)
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
+from tokenizers.models import BPE
 
 from optima_tpu.errors import UserError
 from optima_tpu.models.checkpoints.gguf_architectures import Architecture
 from optima_tpu.models.checkpoints.gguf_metadata import INSTEAD
 
-LLAMA3 = ("llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "jina-v5-nano", "tekken")
+_CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_WORD = r"[^\r\n\p{L}\p{N}]?\p{L}+"
+_CAPITALISED_WORD = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+_CAPITALS = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+_SPACES = r"\s*[\r\n]+|\s+(?!\S)|\s+"
+_RULES = {
+    rf"{_CONTRACTIONS}|{_WORD}|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{_SPACES}": (
+        *("llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "jina-v5-nano"),
+        *("dbrx", "smaug-bpe"),
+    ),
+    rf"{_CAPITALISED_WORD}|{_CAPITALS}|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_SPACES}": ("tekken",),
+    rf"{_CONTRACTIONS}|{_WORD}|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{_SPACES}": (
+        *("qwen2", "deepseek-r1-qwen", "kormo", "f2llmv2", "megrez"),
+    ),
+    rf"{_CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?[\p{{L}}\p{{M}}]+|\p{{N}}| ?[^\s\p{{L}}\p{{M}}\p{{N}}]+[\r\n]*|{_SPACES}": (
+        "qwen35",
+    ),
+    rf"{_CAPITALISED_WORD}{_CONTRACTIONS}?|{_CAPITALS}{_CONTRACTIONS}?"
+    rf"|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_SPACES}": ("gpt-4o", "llama4", "kanana2", "talkie", "minimax-m2"),
+}
+SPLITS = {name: rule for rule, names in _RULES.items() for name in names}
+"""llama.cpp's names for the ways to split text before any merge (src/llama-vocab.cpp) -> regular expression of a word."""
+
+WHOLE_WORDS = ("llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "jina-v5-nano", "tekken")
 """Splits whose models take a whole word that is in the vocabulary before any merge, and start a text with BOS unless
-the file says otherwise (llama.cpp, src/llama-vocab.cpp)."""
+the file says otherwise (same source)."""
 
 DIGITS = ("smollm", "starcoder", "refact", "command-r")
-"""Splits that cut out every digit and then split as GPT-2 does (same source). transformers does not know them."""
+"""Splits that cut out every digit and then split as GPT-2 does (same source)."""
 
 GPT2 = ("gpt-2", "gpt2")
 
 GEMMA = ("gemma3",)
-"""Architectures whose SentencePiece text has no space put before it, and for which transformers has a tokenizer of its own."""
+"""Architectures whose SentencePiece text has no space put before it, and whose tokens are in the order of their merges."""
 
 SPECIAL = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
 
+# gguf.TokenType
+UNKNOWN, CONTROL, USER_DEFINED = 2, 3, 4
 
-def tokenizer_files(fields: dict[str, Any], architecture: Architecture) -> dict[str, bytes]:
+
+def tokenizer_files(fields: Mapping[str, Any], architecture: Architecture) -> dict[str, bytes]:
     """tokenizer.json, tokenizer_config.json and, if there is a chat template, chat_template.jinja.
 
     Args:
@@ -49,53 +72,139 @@ def tokenizer_files(fields: dict[str, Any], architecture: Architecture) -> dict[
         raise UserError(
             f"the GGUF file has the tokenizer {kind!r}; expected gpt2 (byte-level BPE) or llama (SentencePiece): {INSTEAD}"
         )
-    # A split that transformers does not know it treats as GPT-2's without a word, which gives other token ids.
-    if kind == "gpt2" and split not in (*GGUF_PRE_TOKENIZER_SPLITS, *DIGITS, *GPT2):
+    if kind == "gpt2" and split not in (*SPLITS, *DIGITS, *GPT2):
         raise UserError(f"the GGUF file splits text by the rule {split!r}, which is not known here: {INSTEAD}")
     if kind == "llama" and architecture.name not in GEMMA and not fields.get("tokenizer.ggml.add_space_prefix", True):
         raise UserError(
             f"the GGUF file has a SentencePiece tokenizer without a space before the text, which can't be rebuilt here: {INSTEAD}"
         )
-    stated = {
-        name: fields[f"tokenizer.{key}"]
-        for key, name in GGUF_TOKENIZER_MAPPING["tokenizer"].items()
-        if f"tokenizer.{key}" in fields
-    }
-    backend, _ = convert_gguf_tokenizer(architecture.name, stated)
-    if split == "qwen2":
-        backend.normalizer = normalizers.NFC()  # as the published tokenizers do; the file does not say it
-    if split in DIGITS:
-        backend.pre_tokenizer = pre_tokenizers.Sequence(
-            [pre_tokenizers.Split(Regex(r"\p{N}"), behavior="isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-        )
-    if split in LLAMA3:
-        backend.model.ignore_merges = True
-    return _saved(backend, fields, architecture, default_bos=kind == "llama" or split in LLAMA3)
-
-
-def _saved(backend: Tokenizer, fields: dict[str, Any], architecture: Architecture, default_bos: bool) -> dict[str, bytes]:
-    """What ``save_pretrained`` writes for a tokenizer with the special tokens that the metadata names."""
     tokens = fields["tokenizer.ggml.tokens"]
     special = {
         name: tokens[fields[f"tokenizer.ggml.{key}_token_id"]]
         for name, key in SPECIAL.items()
         if f"tokenizer.ggml.{key}_token_id" in fields
     }
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        **special,
-        model_max_length=fields[f"{architecture.name}.context_length"],
-        add_bos_token=fields.get("tokenizer.ggml.add_bos_token", default_bos),
-        add_eos_token=fields.get("tokenizer.ggml.add_eos_token", False),
-        clean_up_tokenization_spaces=False,
-        chat_template=fields.get("tokenizer.chat_template"),
-    )
-    with tempfile.TemporaryDirectory() as folder:
-        tokenizer.save_pretrained(folder)
-        files = {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir())}
-    config = json.loads(files["tokenizer_config.json"])
-    # The name that every version of transformers knows, and nothing about where these files were made.
-    config = {key: value for key, value in config.items() if key not in ("backend", "is_local", "local_files_only")}
-    config["tokenizer_class"] = "PreTrainedTokenizerFast"
-    files["tokenizer_config.json"] = json.dumps(config, indent=2).encode() + b"\n"
+    if kind == "gpt2":
+        tokenizer = _byte_level(fields, split)
+    elif architecture.name in GEMMA:
+        tokenizer = _gemma(fields, special.get("unk_token"))
+    else:
+        tokenizer = _llama(fields)
+    _add_tokens(tokenizer, fields, special)
+    tokenizer.post_processor = _ends(tokenizer, fields, special, default_bos=kind == "llama" or split in WHOLE_WORDS)
+    config = special | {
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": fields[f"{architecture.name}.context_length"],
+        "tokenizer_class": "PreTrainedTokenizerFast",  # the name that every version of transformers knows
+    }
+    files = {
+        "tokenizer.json": tokenizer.to_str(pretty=True).encode(),
+        "tokenizer_config.json": json.dumps(config, indent=2, sort_keys=True).encode() + b"\n",
+    }
+    if template := fields.get("tokenizer.chat_template"):
+        files["chat_template.jinja"] = template.encode()
     return files
+
+
+def _byte_level(fields: Mapping[str, Any], split: str) -> Tokenizer:
+    """Byte-level BPE, in whose vocabulary every byte is spelled as a printable character."""
+    alphabet, spelled, vocab = set(pre_tokenizers.ByteLevel.alphabet()), pre_tokenizers.ByteLevel(False, use_regex=False), {}
+    for index, (token, kind) in enumerate(_typed(fields)):
+        # Tokens that are matched whole in the text stand in the file as in the text; a few ordinary ones do so by mistake.
+        if kind not in (CONTROL, USER_DEFINED) and not set(token) <= alphabet:
+            token = "".join(piece for piece, _ in spelled.pre_tokenize_str(token))
+        vocab[token] = index
+    model = BPE(vocab, _stated_merges(fields), continuing_subword_prefix="", end_of_word_suffix="")
+    model.ignore_merges = split in WHOLE_WORDS
+    tokenizer = Tokenizer(model)
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=split not in SPLITS)
+    before = SPLITS.get(split, r"\p{N}" if split in DIGITS else None)
+    cut = before and pre_tokenizers.Split(Regex(before), behavior="isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([cut, byte_level]) if cut else byte_level
+    tokenizer.decoder = decoders.ByteLevel()
+    if split == "qwen2":
+        tokenizer.normalizer = normalizers.NFC()  # as the published tokenizers do; the file does not say it
+    return tokenizer
+
+
+def _llama(fields: Mapping[str, Any]) -> Tokenizer:
+    """SentencePiece BPE with a space before the text."""
+    tokens = fields["tokenizer.ggml.tokens"]
+    merges = _stated_merges(fields) or _merges(dict(zip(tokens, fields["tokenizer.ggml.scores"], strict=True)))
+    tokenizer = Tokenizer(BPE(_index(tokens), merges, fuse_unk=True, byte_fallback=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", left=1)]
+    )
+    return tokenizer
+
+
+def _gemma(fields: Mapping[str, Any], unknown: str | None) -> Tokenizer:
+    """SentencePiece BPE without a space before the text. The scores in a Gemma's file are not in the order of its merges."""
+    # Two spaces and more are spelled as spaces in the file, in the text that is merged they are ▁▁.
+    tokens = ["▁" * len(token) if not token.strip(" ") else token for token in fields["tokenizer.ggml.tokens"]]
+    vocab = _index(tokens)
+    merges = _stated_merges(fields) or _merges({token: -index for token, index in vocab.items()})
+    tokenizer = Tokenizer(BPE(vocab, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
+    tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", behavior="merged_with_previous")
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    return tokenizer
+
+
+def _index(tokens: list[str]) -> dict[str, int]:
+    return {token: index for index, token in enumerate(tokens)}
+
+
+def _typed(fields: Mapping[str, Any]) -> list[tuple[str, int]]:
+    """Every token with its type; 1 (normal) for all where the file has no types."""
+    tokens = fields["tokenizer.ggml.tokens"]
+    return list(zip(tokens, fields.get("tokenizer.ggml.token_type") or [1] * len(tokens), strict=True))
+
+
+def _stated_merges(fields: Mapping[str, Any]) -> list[tuple[str, str]]:
+    return [tuple(merge.split(" ")) for merge in fields.get("tokenizer.ggml.merges", ())]
+
+
+def _merges(scores: Mapping[str, float]) -> list[tuple[str, str]]:
+    """The merges that a vocabulary implies: each way to put a token together from two others, the best score first.
+
+    SentencePiece merges the pair whose token has the best score. Among the pairs of one token, the one with the longest
+    left part comes first; tokens with equal scores stay in the order of the file.
+    """
+    pairs = [
+        (token[:cut], token[cut:])
+        for token in scores
+        for cut in range(1, len(token))
+        if token[:cut] in scores and token[cut:] in scores
+    ]
+    return sorted(pairs, key=lambda pair: (scores[pair[0] + pair[1]], len(pair[0]), len(pair[1])), reverse=True)
+
+
+def _add_tokens(tokenizer: Tokenizer, fields: Mapping[str, Any], special: Mapping[str, str]) -> None:
+    """Adds the tokens that are matched whole in the text. All of them have their ids from the vocabulary."""
+    control = dict.fromkeys([token for token, kind in _typed(fields) if kind in (UNKNOWN, CONTROL)] + list(special.values()))
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in control])
+    vocab = tokenizer.get_vocab()
+    whole = [token for token, kind in _typed(fields) if kind == USER_DEFINED and token in vocab and token not in control]
+    tokenizer.add_tokens([AddedToken(token, normalized=False) for token in whole])
+
+
+def _ends(
+    tokenizer: Tokenizer, fields: Mapping[str, Any], special: Mapping[str, str], default_bos: bool
+) -> processors.TemplateProcessing:
+    """Puts BOS before and EOS behind a text, where the file asks for them.
+
+    Raises:
+      UserError: the file does not say which tokens.
+    """
+    ends = []
+    for name, default in (("bos_token", default_bos), ("eos_token", False)):
+        asked = fields.get(f"tokenizer.ggml.add_{name}", default)
+        if asked and name not in special:
+            raise UserError(f"the GGUF file puts a {name} around every text but does not name it: {INSTEAD}")
+        ends.append([special[name]] if asked else [])
+    bos, eos = ends
+    first, second = ([f"{piece}:{part}" for piece in (*bos, text, *eos)] for part, text in enumerate(("$A", "$B")))
+    ids = [(token, tokenizer.token_to_id(token)) for token in dict.fromkeys(bos + eos)]
+    return processors.TemplateProcessing(single=first, pair=first + second, special_tokens=ids)
