@@ -5,7 +5,7 @@ import json
 from typing import Any, NamedTuple
 
 from rich.console import Console
-from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from optima_tpu import data
 from optima_tpu.config.flat import flat
@@ -101,7 +101,7 @@ class _Reading(NamedTuple):
     score: dict[str, int | None]
 
 
-def refuse_beyond_context(config: RunConfig, model: PreTrainedConfig) -> None:
+def refuse_beyond_context(config: RunConfig, model: PretrainedConfig) -> None:
     """Raises UserError where windows are longer than the context that a model's config.json names."""
     limit = getattr(model.get_text_config(), "max_position_embeddings", None)
     for name in ("calibration", "evaluation"):

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh
-from transformers import PreTrainedConfig
+from transformers import PretrainedConfig
 
 from optima_tpu.errors import UserError
 from optima_tpu.models.checkpoints import hub, open_model
@@ -51,7 +51,7 @@ class Declared(NamedTuple):
 
     origin: str
     decoder: Decoder
-    config: PreTrainedConfig
+    config: PretrainedConfig
 
     def on(self, mesh: Mesh | AbstractMesh) -> "Declared":
         """The model on another mesh."""
