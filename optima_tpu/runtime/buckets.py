@@ -11,7 +11,7 @@ import importlib.util
 import os
 import uuid
 from pathlib import Path
-from typing import Self
+from typing import Self, TypeGuard
 
 from etils import epath
 from etils.epath.gpath import PosixGPath
@@ -57,7 +57,7 @@ def as_path(path: str | os.PathLike) -> Path:
     return BucketPath(path)
 
 
-def in_bucket(path: Path) -> bool:
+def in_bucket(path: Path) -> TypeGuard[BucketPath]:
     """Whether a path of :func:`as_path` is not on this machine."""
     return isinstance(path, BucketPath)
 

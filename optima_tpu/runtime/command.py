@@ -39,13 +39,18 @@ class Stopped(BaseException):
 
 
 class OnDevices(Protocol):
-    """The settings of a command that say where it runs; see ``config.RunConfig``."""
+    """The settings of a command that say where it runs; see ``config.RunConfig``. Properties, since settings are frozen."""
 
-    cpu_devices: int | None
-    coordinator: str | None
-    num_processes: int | None
-    process_id: int | None
-    join_timeout: int
+    @property
+    def cpu_devices(self) -> int | None: ...
+    @property
+    def coordinator(self) -> str | None: ...
+    @property
+    def num_processes(self) -> int | None: ...
+    @property
+    def process_id(self) -> int | None: ...
+    @property
+    def join_timeout(self) -> int: ...
 
 
 def take_devices(config: OnDevices, alone: bool = False) -> None:
@@ -65,7 +70,7 @@ def take_devices(config: OnDevices, alone: bool = False) -> None:
     if not alone:
         processes.start(config.coordinator, config.num_processes, config.process_id, config.join_timeout)
     # Compilers of accelerators take minutes, which a run that goes on would take again. Those of CPUs are quick.
-    if jax.default_backend() != "cpu" and jax.config.jax_compilation_cache_dir is None:
+    if jax.default_backend() != "cpu" and jax.config.values["jax_compilation_cache_dir"] is None:
         jax.config.update("jax_compilation_cache_dir", str(user_cache() / "xla"))
 
 

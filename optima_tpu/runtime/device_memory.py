@@ -32,8 +32,8 @@ def device_budget(gib: float | None, memory: float | None = None) -> float:
     if memory is not None:
         return _DEVICE_SHARE * memory
     devices = jax.local_devices()
-    limits = [(device.memory_stats() or {}).get("bytes_limit") for device in devices]
-    if all(limits):
+    limits = [limit for device in devices if (limit := (device.memory_stats() or {}).get("bytes_limit"))]
+    if len(limits) == len(devices):
         budget = _DEVICE_SHARE * min(limits)
     else:
         beside = everyones(platform.node()).count(platform.node())  # processes on this machine

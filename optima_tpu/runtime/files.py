@@ -18,9 +18,10 @@ import tempfile
 import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import filelock
+import numpy as np
 from huggingface_hub import StateDictSplit, split_state_dict_into_shards_factory
 
 from optima_tpu.errors import UserError
@@ -289,7 +290,15 @@ def _here(path: Path) -> Iterator[Path]:
         yield Path(folder) / path.name
 
 
-def split_by_size(source, names: Iterable[str], limit: int | str, pattern: str = "{suffix}") -> StateDictSplit:
+class Tensors(Protocol):
+    """Named tensors that are not read yet."""
+
+    def shape(self, name: str) -> tuple[int, ...]: ...
+
+    def dtype(self, name: str) -> np.dtype: ...
+
+
+def split_by_size(source: Tensors, names: Iterable[str], limit: int | str, pattern: str = "{suffix}") -> StateDictSplit:
     """Assigns tensors to files of at most ``limit`` bytes ("5GB"), in order. A larger tensor gets a file of its own."""
     sizes = {name: math.prod(source.shape(name)) * source.dtype(name).itemsize for name in names}
     return split_state_dict_into_shards_factory(sizes, get_storage_size=int, max_shard_size=limit, filename_pattern=pattern)

@@ -103,7 +103,7 @@ def simulate_devices(count: int | None) -> None:
 def divisible(mesh: Mesh, shape: tuple[int, ...], spec: P) -> P:
     """``spec`` without the axes that do not divide ``shape``: such a dimension is replicated instead."""
 
-    def fit(size: int, axes):
+    def fit(size: int, axes: str | tuple[str, ...] | None) -> str | tuple[str, ...] | None:
         names = (axes,) if isinstance(axes, str) else (axes or ())
         return axes if names and size % math.prod(mesh.shape[name] for name in names) == 0 else None
 

@@ -4,6 +4,7 @@ Every process runs the same code on the same global arrays. What only one of the
 the first; what can fail in any of them is done by all under :func:`together`, so that none waits for one that has given up.
 """
 
+import functools
 import importlib.util
 import os
 import pickle
@@ -18,7 +19,8 @@ from jax.experimental import multihost_utils
 
 from optima_tpu.errors import UserError
 
-S, T = TypeVar("S"), TypeVar("T")
+S = TypeVar("S")
+T = TypeVar("T")
 
 
 class SharedError(UserError):
@@ -43,25 +45,34 @@ def start(coordinator: str | None, count: int | None, index: int | None, timeout
       UserError: the arguments are not complete; a process did not come in time, which is named by its number; Open MPI 5 without
         mpi4py.
     """
-    given = (coordinator, count, index)
-    if any(value is not None for value in given):
-        if None in given or not 0 <= index < count or not coordinator.rpartition(":")[2].isdigit():
-            raise UserError(
-                "expected --coordinator HOST:PORT, --num-processes N and --process-id K with 0 <= K < N together, "
-                f"got {coordinator}, {count} and {index}"
-            )
-        if count == 1:
-            return
-        _roll_call(coordinator, count, index, timeout)
-        _initialize(coordinator_address=coordinator, num_processes=count, process_id=index, initialization_timeout=timeout)
-    elif (announced := _announced()) is not False:
-        try:
-            _initialize(initialization_timeout=timeout, cluster_detection_method="mpi4py" if _open_mpi_5() else None)
-        except (ValueError, RuntimeError) as error:
-            # A single TPU host: jax found no cluster, or has its devices already, as in a second run of one Python process.
-            no_cluster, late = "coordinator_address" in str(error), "must be called before" in str(error)
-            if announced or not (no_cluster or late and alone()):
-                raise
+    if coordinator is None and count is None and index is None:
+        announced = _announced()
+        if announced is not False:
+            _join_announced(timeout, certain=announced is True)
+        return
+    if coordinator is None or count is None or index is None or not _names_process(coordinator, count, index):
+        raise UserError(
+            "expected --coordinator HOST:PORT, --num-processes N and --process-id K with 0 <= K < N together, "
+            f"got {coordinator}, {count} and {index}"
+        )
+    if count == 1:
+        return
+    _roll_call(coordinator, count, index, timeout)
+    _initialize(timeout, coordinator, count, index)
+
+
+def _names_process(coordinator: str, count: int, index: int) -> bool:
+    return 0 <= index < count and coordinator.rpartition(":")[2].isdigit()
+
+
+def _join_announced(timeout: int, certain: bool) -> None:
+    try:
+        _initialize(timeout, method="mpi4py" if _open_mpi_5() else None)
+    except (ValueError, RuntimeError) as error:
+        # A single TPU host: jax found no cluster, or has its devices already, as in a second run of one Python process.
+        no_cluster, late = "coordinator_address" in str(error), "must be called before" in str(error)
+        if certain or not (no_cluster or (late and alone())):
+            raise
 
 
 def is_first() -> bool:
@@ -81,7 +92,7 @@ def together(work: Callable[[], T]) -> T:
     """
     if alone():
         return work()
-    result, failure = None, None
+    failure = None
     try:
         result = work()
     except UserError as error:
@@ -121,7 +132,7 @@ def spread(work: Callable[[S], T], items: Sequence[S], at_once: int = 16) -> Ite
     count, index = jax.process_count(), jax.process_index()
     for first in range(0, len(items), count * at_once):
         part = items[first : first + count * at_once]
-        everyone = everyones(together(lambda: [work(item) for item in part[index::count]]))
+        everyone: list[list[T]] = everyones(together(functools.partial(list, map(work, part[index::count]))))
         yield from (everyone[place % count][place // count] for place in range(len(part)))
 
 
@@ -190,7 +201,7 @@ def _announced() -> bool | None:
     if int(environment.get("SLURM_NTASKS", 1)) > 1 and "SLURM_STEP_NODELIST" in environment:
         return True
     # jax asks for TPUs by itself where this host has chips and libtpu is installed.
-    if "tpu" not in (jax.config.jax_platforms or ""):
+    if "tpu" not in (jax.config.jax_platforms or ""):  # type: ignore[attr-defined]  # options are made at run time
         return False
     # GKE names a slice's workers, as notebooks do with their single host. Elsewhere jax asks the metadata server of the TPU VM.
     workers = environment.get("TPU_PROCESS_ADDRESSES", environment.get("TPU_WORKER_HOSTNAMES"))
@@ -211,11 +222,15 @@ def _open_mpi_5() -> bool:
     return True
 
 
-def _initialize(**arguments) -> None:
+def _initialize(
+    timeout: int, coordinator: str | None = None, count: int | None = None, index: int | None = None, method: str | None = None
+) -> None:
     # Its signal handler would take SIGTERM from ours, which closes the journal and says by the exit status what to do next.
     jax.config.update("jax_enable_preemption_service", False)
     # A process that waits for one that is gone hears of it by a closed connection, or, where there was none yet, by this.
-    jax.distributed.initialize(heartbeat_timeout_seconds=30, **arguments)
+    jax.distributed.initialize(
+        coordinator, count, index, cluster_detection_method=method, initialization_timeout=timeout, heartbeat_timeout_seconds=30
+    )
 
 
 def _roll_call(coordinator: str, count: int, index: int, timeout: int) -> None:

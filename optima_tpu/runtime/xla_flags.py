@@ -27,7 +27,8 @@ def raise_collective_timeouts(simulated: int | None) -> None:
       simulated: so many devices of the CPU, and no other; None stands for those of the machine, whose CPU the environment may
         divide.
     """
-    given, flags = os.environ.get("XLA_FLAGS", "").strip(), {}
+    given = os.environ.get("XLA_FLAGS", "").strip()
+    flags: dict[str, int] = {}
     if simulated is None and any(
         "cuda" in plugin.name or "rocm" in plugin.name for plugin in importlib.metadata.entry_points(group="jax_plugins")
     ):
