@@ -97,7 +97,7 @@ def _plain(text: str | None) -> str:
     return re.sub(r"``|(?<![\w*])\*(?=\w)|(?<=\w)\*(?![\w*])", "", " ".join((text or "").split())).rstrip(".")
 
 
-def add_fields(group, cls: type, prefix: str, base: Mapping[str, Any]) -> None:
+def add_fields(group: argparse._ArgumentGroup, cls: type, prefix: str, base: Mapping[str, Any]) -> None:
     """One option for each field of a dataclass that ``base`` has a default for; its line in the docstring is the help."""
     texts = {entry.arg_name: entry.description for entry in docstring_parser.parse(cls.__doc__ or "").params}
     for name, kind in fields(cls).items():
@@ -152,7 +152,7 @@ def alternatives(kind: Any) -> tuple[Any, ...]:
 class Formatter(argparse.RawDescriptionHelpFormatter):
     """Shows --solver.name as --solver, which is how it is given."""
 
-    def __init__(self, prog: str, **options):
+    def __init__(self, prog: str, **options: Any):
         super().__init__(prog, **{"max_help_position": 28} | options)
 
     def _format_action_invocation(self, action: argparse.Action) -> str:

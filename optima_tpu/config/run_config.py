@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, Protocol
 
 from optima_tpu.errors import UserError
 from optima_tpu.method.acceptance import Acceptance, HeldOut, PerLayer, PerRow
@@ -211,7 +211,7 @@ class RunConfig:
                 )
         if not self.calibration.held_out:
             for setting, name in BY_HELD_OUT.items():
-                if isinstance(getattr(self, setting), CHOICES[setting][name]):
+                if _method_name(setting, getattr(self, setting)) == name:
                     raise UserError(f"expected calibration.held_out of at least 1 where {setting} is {name}, got 0")
 
     @property
@@ -270,7 +270,13 @@ def chosen_by_held_out(configuration: Mapping[str, Any]) -> list[str]:
     ]  # without a solver nothing is there to accept
 
 
-def options_of(method: object) -> dict[str, Any]:
+class Method(Protocol):
+    """A dataclass: one of the methods of a setting."""
+
+    __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
+
+
+def options_of(method: Method) -> dict[str, Any]:
     """A method's options in JSON types."""
     return {name: list(value) if isinstance(value, tuple) else value for name, value in dataclasses.asdict(method).items()}
 
