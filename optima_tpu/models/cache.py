@@ -24,8 +24,9 @@ class KeyValueCache:
     def extended(self, k: Array, v: Array) -> tuple[Array, Array]:
         """Adds those of new tokens [batch, new, heads, head_dim]. Returns all of the block [batch, length, heads, head_dim]."""
         k, v = jnp.swapaxes(k, 1, 2)[None], jnp.swapaxes(v, 1, 2)[None]
-        if self.keys is not None:
+        if self.keys is not None and self.values is not None:
             start = (self.block, 0, 0, self.place, 0)
             k, v = (jax.lax.dynamic_update_slice(old, new, start) for old, new in ((self.keys, k), (self.values, v)))
         self.keys, self.values = k, v
-        return tuple(jnp.swapaxes(jax.lax.dynamic_index_in_dim(array, self.block, keepdims=False), 1, 2) for array in (k, v))
+        k, v = (jnp.swapaxes(jax.lax.dynamic_index_in_dim(array, self.block, keepdims=False), 1, 2) for array in (k, v))
+        return k, v

@@ -9,7 +9,8 @@ import concurrent.futures
 import dataclasses
 import functools
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ from flax import nnx
 from jax import Array
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jax.typing import ArrayLike
+from transformers import PretrainedConfig
 
 from optima_tpu.errors import UserError
 from optima_tpu.method.layer_rules import kind_name
@@ -52,7 +53,7 @@ class Decoder:
     batch: int = 4
 
     @classmethod
-    def open(cls, hf_config, tensors: TensorSource, mesh: Mesh, batch: int = 4) -> "Decoder":
+    def open(cls, hf_config: PretrainedConfig, tensors: TensorSource, mesh: Mesh, batch: int = 4) -> "Decoder":
         """Raises UserError when the architecture, or a setting of it, is not supported."""
         family = family_of(hf_config)
         present = set(tensors.names())
@@ -134,7 +135,7 @@ class Decoder:
         hidden = together(lambda: np.require(self.embedded(self._read, mine, places), requirements="W"))
         return Activations(self.mesh, 0, len(tokens), hidden)
 
-    def embedded(self, read: ReadTensor, tokens: ArrayLike, places: ArrayLike) -> Array | np.ndarray:
+    def embedded(self, read: ReadTensor, tokens: Array | np.ndarray, places: Array | np.ndarray) -> Array | np.ndarray:
         """Embeddings [samples, length, d_model] of tokens [samples, length] at ``places`` [length]; see ``Family.embed``."""
         if self.family.embed is None:
             return read(self.family.embedding)[tokens]
@@ -147,7 +148,7 @@ class Decoder:
             for part in hidden.batches(batch or self.batch):
                 put(part.rows, run_block(self.graph, state, part.hidden, positions))
 
-    def state(self, parameters: Mapping[str, Array]) -> nnx.State:
+    def state(self, parameters: Mapping[str, Array | jax.ShapeDtypeStruct]) -> nnx.State:
         """The parameters as the state that belongs to ``graph``."""
         return _filled(self._block[1], parameters)
 
@@ -206,6 +207,7 @@ class Decoder:
         parts: Parts = {}
         read = NamedSharding(self.mesh, spread(self.mesh, shape, spec))
         for index in read.addressable_devices_indices_map(shape).values():
+            assert index is not None, "the devices of a mesh hold a part of every array on it"
             if str(index) not in parts:
                 parts[str(index)] = self.tensors.read(name, index)
                 _check(name, parts[str(index)])
@@ -274,7 +276,7 @@ def head_logits(head: Head, hidden: Array) -> Array:
     return head.cap * jnp.tanh(logits / head.cap) if head.cap else logits
 
 
-def _abstract(module, config: DecoderConfig) -> tuple[nnx.GraphDef, nnx.State]:
+def _abstract(module: Callable[[Any], nnx.Module], config: DecoderConfig) -> tuple[nnx.GraphDef, nnx.State]:
     return nnx.split(nnx.eval_shape(lambda: module(config)))
 
 
@@ -282,7 +284,7 @@ def _shapes(state: nnx.State) -> dict[str, tuple[int, ...]]:
     return {_name(path): leaf.shape for path, leaf in nnx.to_flat_state(state)}
 
 
-def _filled(state: nnx.State, parameters: Mapping[str, Array]) -> nnx.State:
+def _filled(state: nnx.State, parameters: Mapping[str, Array | jax.ShapeDtypeStruct]) -> nnx.State:
     return nnx.from_flat_state([(path, leaf.replace(parameters[_name(path)])) for path, leaf in nnx.to_flat_state(state)])
 
 

@@ -9,7 +9,6 @@ import numpy as np
 from flax import nnx
 from jax import Array
 from jax.sharding import PartitionSpec as P
-from jax.typing import ArrayLike
 
 from optima_tpu.models.cache import KeyValueCache
 
@@ -29,6 +28,12 @@ class Positions(NamedTuple):
     sin: Array | np.ndarray | None = None
     window: Array | np.ndarray | None = None
     cache: KeyValueCache | None = None
+
+    @property
+    def rotary(self) -> tuple[Array | np.ndarray, Array | np.ndarray]:
+        """The tables (cos, sin) of a family with rotary embedding."""
+        assert self.cos is not None and self.sin is not None, "only a block of a family with rotary embedding rotates"
+        return self.cos, self.sin
 
     def at(self, place: Array) -> "Positions":
         """Of the single token at ``place``, int32 scalar."""
@@ -112,7 +117,7 @@ class Family:
     layers: str = "layers.{}."
     embedding: str = "embed_tokens.weight"
     embedding_extras: Callable[[Any], dict[str, Shape]] = lambda config: {}
-    embed: Callable[[Any, ReadTensor, ArrayLike, ArrayLike], Array | np.ndarray] | None = None
+    embed: Callable[[Any, ReadTensor, Array | np.ndarray, Array | np.ndarray], Array | np.ndarray] | None = None
     head: str = "lm_head.weight"
     residuals: Mapping[str, Residual] = dataclasses.field(default_factory=dict)
     ignored: Mapping[str, str] = dataclasses.field(default_factory=dict)

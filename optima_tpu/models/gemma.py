@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 from flax import nnx
 from jax import Array
-from jax.typing import ArrayLike
 
 from optima_tpu.errors import UserError
 from optima_tpu.models import llama
@@ -40,7 +39,7 @@ class Config(llama.Sizes):
         return Positions(*self.ropes[index].tables(length, self.head_dim), llama.window_at(self.windows, index, length))
 
 
-def _read(config: Any, **own) -> Config:
+def _read(config: Any, *, score_cap: float | None, ropes: tuple[Rope, ...], qk_norm: bool) -> Config:
     if config.hidden_activation not in ACTIVATIONS:
         raise UserError(f"expected hidden_activation {', '.join(ACTIVATIONS)}, got {config.hidden_activation!r}: not supported")
     if getattr(config, "use_bidirectional_attention", None):
@@ -52,7 +51,9 @@ def _read(config: Any, **own) -> Config:
         scale=config.query_pre_attn_scalar**-0.5,
         windows=llama.windows_by_type(config),
         bias=config.attention_bias,
-        **own,
+        score_cap=score_cap,
+        ropes=ropes,
+        qk_norm=qk_norm,
     )
 
 
@@ -76,7 +77,7 @@ def read_multimodal(config: Any) -> Config:
     return dataclasses.replace(read_gemma3(config.get_text_config()), logit_cap=None, tied=config.tie_word_embeddings)
 
 
-def embed(config: Config, read: ReadTensor, tokens: ArrayLike, places: ArrayLike) -> Array | np.ndarray:
+def embed(config: Config, read: ReadTensor, tokens: Array | np.ndarray, places: Array | np.ndarray) -> Array | np.ndarray:
     """Embeddings times ``sqrt(d_model)``, which is rounded to their dtype first, as the model was trained."""
     table = read(llama.FAMILY.embedding)
     return table[tokens] * np.asarray(config.d_model**0.5).astype(table.dtype)

@@ -33,6 +33,10 @@ _STRETCH = 128
 _LOGITS = 4  # of a step, on a device: capped, scaled, the random numbers, their sum
 
 
+State = tuple[Array, Array, Array]
+"""Keys, values, and the last token of every window [windows]."""
+
+
 class Resident(NamedTuple):
     """A whole model on the mesh.
 
@@ -157,7 +161,7 @@ def step(decoder: Decoder, model: Resident, keys: Array, values: Array, tokens: 
         hidden, _ = forward(decoder.graph, state, hidden, positions.at(at)._replace(cache=cache))
         return (hidden, cache.keys, cache.values), None
 
-    hidden = decoder.embedded(model.embedding.__getitem__, tokens[:, None], at[None])
+    hidden = jnp.asarray(decoder.embedded(model.embedding.__getitem__, tokens[:, None], at[None]))
     indices = jnp.arange(decoder.config.blocks)
     (hidden, keys, values), _ = jax.lax.scan(block, (hidden, keys, values), (indices, model.blocks, model.positions))
     return head_logits(model.head, hidden)[:, 0], keys, values
@@ -174,7 +178,7 @@ def cache_structs(decoder: Decoder, length: int) -> tuple[jax.ShapeDtypeStruct, 
 
     def traced(state, embedding, tokens, positions):
         cache = KeyValueCache()
-        hidden = decoder.embedded(embedding.__getitem__, tokens, jnp.arange(length))
+        hidden = jnp.asarray(decoder.embedded(embedding.__getitem__, tokens, jnp.arange(length)))
         forward(decoder.graph, state, hidden, positions._replace(cache=cache))
         return cache.keys, cache.values
 
@@ -185,7 +189,8 @@ def cache_structs(decoder: Decoder, length: int) -> tuple[jax.ShapeDtypeStruct, 
     }
     tokens = jax.ShapeDtypeStruct((1, length), jnp.int32)
     found = jax.eval_shape(traced, decoder.state(block), embedding, tokens, decoder.config.positions(0, length))
-    return tuple(jax.ShapeDtypeStruct((decoder.config.blocks, *struct.shape[1:]), struct.dtype) for struct in found)
+    keys, values = (jax.ShapeDtypeStruct((decoder.config.blocks, *struct.shape[1:]), struct.dtype) for struct in found)
+    return keys, values
 
 
 def _write(
@@ -196,22 +201,22 @@ def _write(
     restart: int | None,
     vocabulary: int,
     model: Resident,
-    state,
+    state: State,
     rows: Array,
     first: Array,
     seed: Array,
     temperature: Array,
-):
+) -> tuple[State, Array, Array]:
     """The compiled program: ``steps`` more tokens of every window. Returns (state, tokens [steps, windows], all finite)."""
     keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(seed)))(rows)
 
-    def token(state, at):
-        *cache, before = state
-        logits, *cache = step(decoder, model, *cache, before, at)
+    def token(state: State, at: Array) -> tuple[State, tuple[Array, Array]]:
+        cached_keys, cached_values, before = state
+        logits, cached_keys, cached_values = step(decoder, model, cached_keys, cached_values, before, at)
         after = draw(logits, jax.vmap(jax.random.fold_in, (0, None))(keys, at + 1), temperature, vocabulary)
         if restart is not None:
             after = jnp.where(before == restart, start, after)
-        return (*cache, after), (after, jnp.isfinite(logits).all())
+        return (cached_keys, cached_values, after), (after, jnp.isfinite(logits).all())
 
     # What the last stretch writes behind the window is cut; its places are kept inside, where tables have values.
     state, (tokens, finite) = jax.lax.scan(token, state, jnp.minimum(first + jnp.arange(steps), length - 2))

@@ -5,8 +5,10 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import Array
+from jax.typing import DTypeLike
 
 from optima_tpu.models.family import Positions
 from optima_tpu.models.rope import rotate
@@ -29,7 +31,7 @@ class Linear(nnx.Module):
         return y + self.bias[...].astype(y.dtype) if hasattr(self, "bias") else y
 
 
-def project(x: Array, weight: Array, dtype=None) -> Array:
+def project(x: Array | np.ndarray, weight: Array | np.ndarray, dtype: DTypeLike | None = None) -> Array:
     """``x W'`` accumulated in float32, in ``dtype`` (x's by default). The precision matters for float32 models only."""
     return jax.lax.dot_general(
         x,
@@ -147,7 +149,7 @@ class RotaryAttention(nnx.Module):
         q, k, v = (split_heads(projection(x), self.head_dim) for projection in (self.q_proj, self.k_proj, self.v_proj))
         if hasattr(self, "q_norm"):
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = (rotate(array, positions.cos, positions.sin) for array in (q, k))
+        q, k = (rotate(array, *positions.rotary) for array in (q, k))
         mixed = attention(q, k, v, positions, scale=self.scale, cap=self.cap)
         return self.o_proj(mixed.reshape(*x.shape[:2], -1))
 

@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 from optima_tpu.errors import UserError
 from optima_tpu.models.family import DecoderConfig, Family, Positions, Residual
-from optima_tpu.models.layers import GatedMLP, RMSNorm, RotaryAttention
+from optima_tpu.models.layers import GatedMLP, RMSNorm, RotaryAttention, WideRMSNorm
 from optima_tpu.models.rope import Rope
 from optima_tpu.runtime.mesh import MODEL
 
@@ -130,7 +130,7 @@ def windows_by_type(config: Any) -> tuple[int | None, ...]:
 
 def window_at(windows: tuple[int | None, ...], index: int, length: int) -> np.ndarray | None:
     """The window of a block as :class:`Positions` has it. A block that sees everything gets one as wide as the text."""
-    return np.int32(windows[index] or length) if windows else None
+    return np.array(windows[index] or length, np.int32) if windows else None
 
 
 class PreNormBlock(nnx.Module):
@@ -169,7 +169,7 @@ def block(config: Config) -> PreNormBlock:
 class Final(nnx.Module):
     """The norm before the head."""
 
-    def __init__(self, config: Sizes, norm: type[nnx.Module] = RMSNorm):
+    def __init__(self, config: Sizes, norm: type[RMSNorm] | type[WideRMSNorm] = RMSNorm):
         self.norm = norm(config.d_model, eps=config.eps)
 
     def __call__(self, x: Array) -> Array:

@@ -40,7 +40,7 @@ class Attention(nnx.Module):
     def __call__(self, x: Array, positions: Positions) -> Array:
         q, k = self.q_norm(self.q_proj(x)), self.k_norm(self.k_proj(x))
         q, k, v = (split_heads(array, self.head_dim) for array in (q, k, self.v_proj(x)))
-        q, k = (rotate(array.astype(jnp.float32), positions.cos, positions.sin).astype(x.dtype) for array in (q, k))
+        q, k = (rotate(array.astype(jnp.float32), *positions.rotary).astype(x.dtype) for array in (q, k))
         mixed = attention(q, k, v, positions)
         return self.o_proj(mixed.reshape(*x.shape[:2], -1))
 

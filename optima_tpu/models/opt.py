@@ -7,7 +7,6 @@ import numpy as np
 from flax import nnx
 from jax import Array
 from jax.sharding import PartitionSpec as P
-from jax.typing import ArrayLike
 
 from optima_tpu.errors import UserError
 from optima_tpu.models.family import DecoderConfig, Family, Positions, ReadTensor, Residual, Shape
@@ -68,13 +67,13 @@ def read_config(config: Any) -> Config:
 
 def embedding_extras(config: Config) -> dict[str, Shape]:
     """The table of positions, and what widens the embeddings where they are narrower than the hidden states."""
-    extras = {POSITIONS: (config.length + OFFSET, config.d_model)}
+    extras: dict[str, Shape] = {POSITIONS: (config.length + OFFSET, config.d_model)}
     if config.d_embedding != config.d_model:
         extras[PROJECT_IN] = (config.d_model, config.d_embedding)
     return extras
 
 
-def embed(config: Config, read: ReadTensor, tokens: ArrayLike, places: ArrayLike) -> Array | np.ndarray:
+def embed(config: Config, read: ReadTensor, tokens: Array | np.ndarray, places: Array | np.ndarray) -> Array | np.ndarray:
     """Token embedding (widened, if it must be) + the embedding of the place."""
     hidden = read(EMBEDDING)[tokens]
     if config.d_embedding != config.d_model:

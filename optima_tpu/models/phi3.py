@@ -40,7 +40,7 @@ class Attention(nnx.Module):
 
     def __call__(self, x: Array, positions: Positions) -> Array:
         q, k, v = (split_heads(part, self.head_dim) for part in jnp.split(self.qkv_proj(x), self.cuts, axis=-1))
-        q, k = (rotate(array, positions.cos, positions.sin) for array in (q, k))
+        q, k = (rotate(array, *positions.rotary) for array in (q, k))
         return self.o_proj(attention(q, k, v, positions).reshape(*x.shape[:2], -1))
 
 

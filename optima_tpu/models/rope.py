@@ -110,10 +110,10 @@ class Rope:
                 frequencies = frequencies / np.asarray(long if length > original else short)
         angles = np.outer(np.arange(length) / self.factor, frequencies)
         angles = np.concatenate([angles, angles], axis=1)
-        return np.float32(magnitude * np.cos(angles)), np.float32(magnitude * np.sin(angles))
+        return (magnitude * np.cos(angles)).astype(np.float32), (magnitude * np.sin(angles)).astype(np.float32)
 
 
-def rotate(x: Array, cos: Array, sin: Array) -> Array:
+def rotate(x: Array, cos: Array | np.ndarray, sin: Array | np.ndarray) -> Array:
     """Applies the rotary embedding to x [batch, length, heads, head_dim]; pairs are (j, j + rotated dimensions / 2)."""
     turning, still = jnp.split(x, [cos.shape[-1]], axis=-1)
     first, second = jnp.split(turning, 2, axis=-1)

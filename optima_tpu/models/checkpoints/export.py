@@ -131,7 +131,8 @@ def _write_shards(source: CheckpointTensors, patterns: Mapping[str, Pattern], fo
         split = split_by_size(source, source.names(), limit, "model{suffix}.safetensors")
     except ValueError as error:
         raise UserError(f"expected a shard size such as 5GB, got {limit!r}: {error}") from None
-    zeros, masked = {}, set(source.pruned())
+    masked = set(source.pruned())
+    zeros: dict[str, int] = {}
     for file_name, names in split.filename_to_tensors.items():
         tensors = source.load(names)
         masks = source.masks(name for name in names if name in masked)
@@ -190,13 +191,14 @@ def _patterns(source: CheckpointTensors) -> dict[str, Pattern]:
     recipe = source.run["manifest"]["recipe"]
     default, rules = parse_pattern(recipe["pattern"]), parse_layers(recipe.get("layers", ""))
     foreign = recipe["selector"]["name"] == "imported"
-    allocated, patterns = source.run.get("sparsity"), {}
+    allocated = source.run.get("sparsity")
+    patterns: dict[str, Pattern] = {}
     for name in source.pruned():
         layer = _report_on(name, source)
         mine = allocated and allocated[layer["block"]]
         own = default if mine is None else dataclasses.replace(default, sparsity=mine)
         pattern = pattern_of(rules, own, name.removesuffix(".weight"), layer["name"])
-        if not (foreign and isinstance(pattern, Unstructured)):
+        if pattern is not None and not (foreign and isinstance(pattern, Unstructured)):
             patterns[name] = pattern
     return patterns
 
@@ -217,13 +219,11 @@ def _same_bytes(a: np.ndarray, b: np.ndarray) -> bool:
 
 def _holds(zero: np.ndarray, pattern: Pattern) -> bool:
     """Whether every comparison group of a [d_out, d_in] matrix has as many zeros as the pattern asks for."""
-    match pattern:
-        case Unstructured(group="row"):
-            return bool(np.all(zero.sum(axis=1) >= pattern.pruned_in(zero.shape[1])))
-        case Unstructured(group="layer"):
-            return bool(zero.sum() >= pattern.pruned_in(zero.size))
-        case NM(n, m):
-            return bool(np.all(zero.reshape(-1, m).sum(axis=1) >= m - n))
+    if isinstance(pattern, NM):
+        return bool(np.all(zero.reshape(-1, pattern.m).sum(axis=1) >= pattern.m - pattern.n))
+    if pattern.group == "row":
+        return bool(np.all(zero.sum(axis=1) >= pattern.pruned_in(zero.shape[1])))
+    return bool(zero.sum() >= pattern.pruned_in(zero.size))
 
 
 def _write_masks(source: CheckpointTensors, path: Path) -> None:

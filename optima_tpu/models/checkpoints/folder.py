@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -49,7 +50,9 @@ class SafetensorsSource:
     """
 
     def __init__(self, shards: list[Path], dtype: np.dtype | None = None):
-        self._slices, self._dtype, holder = {}, dtype, {}
+        self._slices: dict[str, Any] = {}
+        self._dtype = dtype
+        holder: dict[str, str] = {}
         for path in shards:
             if not path.is_file():
                 raise UserError(f"{path} is missing, though {INDEX} beside it names it: download the folder again")

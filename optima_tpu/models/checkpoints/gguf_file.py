@@ -17,7 +17,7 @@ from optima_tpu.models.checkpoints.gguf_metadata import (
     own_fields,
 )
 from optima_tpu.models.checkpoints.gguf_tokenizer import tokenizer_files
-from optima_tpu.models.checkpoints.source import Index, Pretrained, fingerprint, parse_dtype, read_config, whole_slices
+from optima_tpu.models.checkpoints.source import Index, Pretrained, fingerprint, named_dtype, read_config, whole_slices
 
 TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 ROPE_FACTORS = "rope_freqs.weight"
@@ -60,12 +60,12 @@ class GGUFSource:
     """
 
     def __init__(self, reader: GGUFReader, architecture: Architecture, heads: tuple[int, int], dtype: np.dtype):
-        names = {tensor.name: hf_name(tensor.name, architecture) for tensor in reader.tensors if tensor.name != ROPE_FACTORS}
-        self._tensors = {names[tensor.name]: tensor for tensor in reader.tensors if tensor.name in names}
+        named = [(hf_name(tensor.name, architecture), tensor) for tensor in reader.tensors if tensor.name != ROPE_FACTORS]
+        self._tensors = {name: tensor for name, tensor in named if name}
         self._heads = {"self_attn.q_proj": heads[0], "self_attn.k_proj": heads[1]} if architecture.interleaved else {}
         self._norm_shift = np.float32(architecture.norm_shift)
         self._dtype = dtype
-        strange = [name for name, found in names.items() if not found]
+        strange = [tensor.name for name, tensor in named if not name]
         if strange:
             raise UserError(
                 f"the GGUF file holds tensors that {architecture.model} has no place for ({', '.join(strange[:4])}): {INSTEAD}"
@@ -118,20 +118,19 @@ def open_gguf(path: Path, origin: str, dtype: str | None = None) -> Pretrained:
         raise UserError(f"{path} is truncated or no GGUF file ({error}): download it again") from error
     if reader.byte_order != "I":
         raise UserError(f"{path} has the other byte order: convert it with gguf-convert-endian of the gguf package")
-    architecture = fields.get("general.architecture")
-    if architecture not in ARCHITECTURES:
+    held = fields.get("general.architecture")
+    if held is None or held not in ARCHITECTURES:
         raise UserError(
-            f"{path} holds the architecture {architecture!r}; GGUF files are supported for {', '.join(ARCHITECTURES)}: {INSTEAD}"
+            f"{path} holds the architecture {held!r}; GGUF files are supported for {', '.join(ARCHITECTURES)}: {INSTEAD}"
         )
     if fields.get("split.count", 1) > 1:
         raise UserError(f"{path} is one of {fields['split.count']} parts: join them with `llama-gguf-split --merge`")
     stored = {tensor.name: tensor for tensor in reader.tensors}
-    dtype, factors = dtype or "float32", stored.get(ROPE_FACTORS)
-    architecture = ARCHITECTURES[architecture]
-    factors = dequantize(factors.data, factors.tensor_type) if factors else None
+    dtype, architecture = dtype or "float32", ARCHITECTURES[held]
+    factors = dequantize(stored[ROPE_FACTORS].data, stored[ROPE_FACTORS].tensor_type) if ROPE_FACTORS in stored else None
     config = config_json(fields, architecture, set(stored), factors, dtype)
     parsed, config = read_config(config, str(path))
-    tensors = GGUFSource(reader, architecture, head_counts(own_fields(fields, architecture)), parse_dtype(dtype))
+    tensors = GGUFSource(reader, architecture, head_counts(own_fields(fields, architecture)), named_dtype(dtype))
     vocabulary = tensors.shape("model.embed_tokens.weight")[0] if "token_embd.weight" in stored else None
     if vocabulary != parsed.vocab_size:
         raise UserError(

@@ -154,16 +154,17 @@ def _llama3_scaling(factors: np.ndarray, theta: float, d_head: int) -> dict[str,
     Raises:
       UserError: it does not agree.
     """
+    factor = float(np.max(factors))
     scaling = {
         "rope_type": "llama3",
-        "factor": float(np.max(factors)),
+        "factor": factor,
         "low_freq_factor": 1.0,
         "high_freq_factor": 4.0,
         "original_max_position_embeddings": 8192,
     }
     turns = 8192 * theta ** (-np.arange(0, d_head, 2, dtype=np.float64) / d_head) / (2 * math.pi)
     blend = np.clip((turns - 1.0) / (4.0 - 1.0), 0.0, 1.0)
-    expected = 1 / ((1 - blend) / scaling["factor"] + blend)
+    expected = 1 / ((1 - blend) / factor + blend)
     if factors.shape != expected.shape or not np.allclose(factors, expected, rtol=1e-5):
         raise UserError(
             "the GGUF file scales its rotary frequencies (rope_freqs.weight) in another way than Llama 3.x "

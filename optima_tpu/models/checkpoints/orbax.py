@@ -10,9 +10,9 @@ the custom metadata of RUN/checkpoint names them.
 import logging
 import re
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -21,6 +21,7 @@ from jax.sharding import Mesh, NamedSharding
 from orbax.checkpoint import v1 as ocp
 
 from optima_tpu.errors import UserError
+from optima_tpu.models.checkpoints.source import Index, TensorSource
 from optima_tpu.report.run_record import read_run
 from optima_tpu.runtime.buckets import as_path, in_bucket
 from optima_tpu.runtime.files import begin, commit, complete, split_by_size, staged, writing
@@ -51,7 +52,7 @@ def save_tree(path: Path, tree: Mapping[str, Any], metadata: Mapping[str, Any]) 
     ocp.save(path, tree, custom_metadata=dict(metadata))
 
 
-def read_metadata(path: Path):
+def read_metadata(path: Path) -> ocp.CheckpointMetadata:
     """Orbax's record of a checkpoint: ``metadata``, the tree of shapes and dtypes, and ``custom_metadata``.
 
     Raises:
@@ -91,7 +92,26 @@ def _by_itself() -> ocp.Context:
     return context
 
 
-def write_checkpoint(journal, source, mesh: Mesh, sparsity: Sequence[float | None] | None = None) -> None:
+class SavedBlocks(Protocol):
+    """What is read of the journal of a run (``pipeline.journal.Journal``, which is above this room)."""
+
+    @property
+    def directory(self) -> Path: ...
+    @property
+    def finished(self) -> Collection[int]: ...
+    def weights(self, index: int) -> dict[str, np.ndarray]: ...
+    def masks(self, index: int) -> dict[str, np.ndarray]: ...
+    def report(self, index: int) -> dict[str, Any]: ...
+    def entry(self, index: int) -> Path: ...
+
+
+OnMesh = Callable[[Mapping[str, np.ndarray]], dict[str, Array | np.ndarray]]
+"""Arrays of the host, by name -> the same on the mesh, but for those of 64 bits, which jax would halve."""
+
+
+def write_checkpoint(
+    journal: SavedBlocks, source: TensorSource, mesh: Mesh, sparsity: Sequence[float | None] | None = None
+) -> None:
     """Writes RUN/checkpoint: the finished blocks, and every other tensor as the source has it.
 
     One block is in memory at a time; in a bucket, what belongs to no block. A checkpoint that is already there is complete and is
@@ -111,7 +131,7 @@ def write_checkpoint(journal, source, mesh: Mesh, sparsity: Sequence[float | Non
         return
 
     def on_mesh(arrays: Mapping[str, np.ndarray]) -> dict[str, Array | np.ndarray]:
-        def place(array):
+        def place(array: np.ndarray) -> Array | np.ndarray:
             if jax.dtypes.canonicalize_dtype(array.dtype) != array.dtype:  # 64 bits, which jax would halve
                 return array
             sharding = NamedSharding(mesh, spread(mesh, array.shape))
@@ -133,7 +153,7 @@ def write_checkpoint(journal, source, mesh: Mesh, sparsity: Sequence[float | Non
         first_only(finish)
 
 
-def _write_whole(path: Path, journal, source, on_mesh, metadata: Mapping[str, Any]) -> None:
+def _write_whole(path: Path, journal: SavedBlocks, source: TensorSource, on_mesh: OnMesh, metadata: Mapping[str, Any]) -> None:
     names = set(source.names())
     for index in sorted(journal.finished):
         weights, masks = journal.weights(index), journal.masks(index)
@@ -150,13 +170,13 @@ def _write_whole(path: Path, journal, source, on_mesh, metadata: Mapping[str, An
     ocp.partial.finalize(path)
 
 
-def _write_rest(path: Path, journal, source, on_mesh, metadata: Mapping[str, Any]) -> None:
+def _write_rest(path: Path, journal: SavedBlocks, source: TensorSource, on_mesh: OnMesh, metadata: Mapping[str, Any]) -> None:
     entries = [journal.entry(index) for index in sorted(journal.finished)]
     rest = set(source.names()).difference(*(read_metadata(entry).metadata["weights"] for entry in entries))
     save_tree(
         path,
         {"weights": on_mesh({name: np.asarray(source.read(name)) for name in sorted(rest)})},
-        metadata | {_PARTS: [str(entry.relative_to(journal.directory)) for entry in entries]},
+        {**metadata, _PARTS: [str(entry.relative_to(journal.directory)) for entry in entries]},
     )
 
 
@@ -206,7 +226,7 @@ class OrbaxTensors:
     def dtype(self, name: str) -> np.dtype:
         return np.dtype(self._found["weights"][name].dtype)
 
-    def read(self, name: str, index=(...,)) -> np.ndarray:
+    def read(self, name: str, index: Index = (...,)) -> np.ndarray:
         """A tensor, cut to ``index`` after the whole of it was read: Orbax reads no less onto the host.
 
         The tensors of a block are read together, and held until another block's are asked for: a read costs Orbax some 30 ms
@@ -238,7 +258,7 @@ class OrbaxTensors:
         return self._held[1][name]
 
     def _load(self, group: str, names: set[str]) -> dict[str, np.ndarray]:
-        found = {}
+        found: dict[str, np.ndarray] = {}
         for path, tree in self._trees.items():
             found |= load_group(path, group, {name: leaf for name, leaf in _leaves({path: tree}, group).items() if name in names})
         return found

@@ -7,6 +7,7 @@ import re
 import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import EllipsisType
 from typing import Protocol
 
 import ml_dtypes
@@ -18,7 +19,7 @@ from optima_tpu.errors import UserError, one_line, some
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16)}
 """The floating dtypes a checkpoint can be read in, by the names that config.json uses."""
 
-Index = tuple[slice | type(...), ...]
+Index = tuple[slice | EllipsisType, ...]
 
 
 class TensorSource(Protocol):
@@ -59,14 +60,19 @@ class Pretrained:
 
 
 def parse_dtype(dtype: str | None) -> np.dtype | None:
-    """The numpy dtype of a name in :data:`DTYPES`; None stays None.
+    """As :func:`named_dtype`; None stays None."""
+    return None if dtype is None else named_dtype(dtype)
+
+
+def named_dtype(dtype: str) -> np.dtype:
+    """The numpy dtype of a name in :data:`DTYPES`.
 
     Raises:
       UserError: another name.
     """
-    if dtype is not None and dtype not in DTYPES:
+    if dtype not in DTYPES:
         raise UserError(f"expected a dtype out of {', '.join(DTYPES)}, got {dtype!r}")
-    return DTYPES[dtype] if dtype else None
+    return DTYPES[dtype]
 
 
 def whole_slices(index: Index, shape: tuple[int, ...]) -> tuple[slice, ...]:
@@ -79,9 +85,10 @@ def whole_slices(index: Index, shape: tuple[int, ...]) -> tuple[slice, ...]:
         at = index.index(...)
         index = index[:at] + (slice(None),) * (len(shape) - len(index) + 1) + index[at + 1 :]
     index += (slice(None),) * (len(shape) - len(index))
-    if len(index) != len(shape) or not all(isinstance(entry, slice) and (entry.step or 1) > 0 for entry in index):
+    slices = [entry for entry in index if isinstance(entry, slice) and (entry.step or 1) > 0]
+    if not len(slices) == len(index) == len(shape):
         raise IndexError(f"expected at most {len(shape)} slices with positive steps, got {index}")
-    return tuple(slice(*entry.indices(size)) for entry, size in zip(index, shape, strict=True))
+    return tuple(slice(*entry.indices(size)) for entry, size in zip(slices, shape, strict=True))
 
 
 def read_config(config: bytes, where: str, dtype: str | None = None) -> tuple[PretrainedConfig, bytes]:

@@ -40,8 +40,7 @@ def open_masks(spec: str | None) -> MaskSource:
     Raises:
       UserError: there is no such thing, or it is none of those formats; the message lists them.
     """
-    if not spec:
-        raise UserError(f"expected masks to import, got none; give --selector.path: {UNDERSTOOD}")
+    spec = _named(spec)
     path = Path(spec).expanduser()
     if path.is_dir():
         return _open_folder(path, spec)
@@ -57,16 +56,23 @@ def open_masks(spec: str | None) -> MaskSource:
     return _zeros(spec, spec)
 
 
+def _named(spec: str | None) -> str:
+    if not spec:
+        raise UserError(f"expected masks to import, got none; give --selector.path: {UNDERSTOOD}")
+    return spec
+
+
 def open_given(imported: Imported) -> ReadGiven:
     """What a run takes from elsewhere, each matrix read when it is asked for: masks, and weights where these are wanted.
 
     Raises:
       UserError: as :func:`open_masks`, or weights are wanted of something that has none.
     """
-    masks = open_masks(imported.path)
+    spec = _named(imported.path)
+    masks = open_masks(spec)
     if not imported.weights:
         return lambda name, shape: Given(masks.read(name, shape))
-    tensors = _open_weights(imported.path)
+    tensors = _open_weights(spec)
 
     def read(name: str, shape: tuple[int, int]) -> Given:
         if name not in tensors.names():

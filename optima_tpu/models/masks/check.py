@@ -66,6 +66,7 @@ def check_weights(read: ReadGiven, shapes: Mapping[str, tuple[int, int]]) -> str
     digest = hashlib.sha256()
     for name in sorted(shapes):
         keep, weight = read(name, shapes[name])
+        assert weight is not None, "asked of masks that come with weights"
         weight = np.where(keep, weight.astype(np.float32), 0)
         if not np.isfinite(weight).all():
             raise UserError(
