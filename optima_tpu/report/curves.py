@@ -90,23 +90,23 @@ def layer_errors(runs: Sequence[str | Path], against: Sequence[str | Path] = ())
       UserError: a run is not finished, has no update or is of a version that wrote other things, or two of them cannot be
         compared.
     """
-    runs, against = [str(run) for run in runs], [str(run) for run in against]
-    if len(against) not in (0, 1, len(runs)):
-        raise UserError(f"expected --against with one run, or one for each of the {len(runs)}, got {len(against)}")
-    if len(set(runs)) < len(runs):
+    paths, below = [str(run) for run in runs], [str(run) for run in against]
+    if len(below) not in (0, 1, len(paths)):
+        raise UserError(f"expected --against with one run, or one for each of the {len(paths)}, got {len(below)}")
+    if len(set(paths)) < len(paths):
         raise UserError("expected every run once, got one of them twice")
-    reports = {run: read_report(run) for run in dict.fromkeys(runs + against)}
+    reports = {run: read_report(run) for run in dict.fromkeys(paths + below)}
     title, named = names({run: report["configuration"] for run, report in reports.items()})
     twins = [run for run in named if list(named.values()).count(named[run]) > 1]
     if twins:
         raise UserError(f"expected runs with different settings, got {' and '.join(twins)}, which have the same")
-    others = against * len(runs) if len(against) == 1 else against or [None] * len(runs)
+    others: Sequence[str | None] = below * len(paths) if len(below) == 1 else below or [None] * len(paths)
     lines = {}
-    for run, other in zip(runs, others, strict=True):
+    for run, other in zip(paths, others, strict=True):
         layers = all_layers(read_blocks(run, reports[run]))
         if other is not None:
-            below = _counterparts(run, layers, other, all_layers(read_blocks(other, reports[other])))
-            lines[f"{named[run]} / {named[other]}"] = _lines(layers, below)
+            errors = _counterparts(run, layers, other, all_layers(read_blocks(other, reports[other])))
+            lines[f"{named[run]} / {named[other]}"] = _lines(layers, errors)
         elif reports[run]["configuration"]["solver"] is None:
             raise UserError(
                 f"{run} has no solver, its weights are the selector's own: there is no error ratio; choose "
@@ -117,12 +117,12 @@ def layer_errors(runs: Sequence[str | Path], against: Sequence[str | Path] = ())
     ratios = [(label, value) for label, run in lines.items() for line in run.values() for value in line.calibration]
     gaps = [label for label, value in ratios if math.isnan(value)]
     if len(gaps) == len(ratios):
-        raise UserError(f"no layer of {', '.join(runs)} has an error ratio: errors are zero or not finite")
+        raise UserError(f"no layer of {', '.join(paths)} has an error ratio: errors are zero or not finite")
     remarks = [
         f"{label}: {plural(gaps.count(label), 'layer')} without an error ratio, zero or not finite, left out"
         for label in dict.fromkeys(gaps)
     ]
-    quantity = "final layer error: run / other run" if against else "layer error: after the update / before"
+    quantity = "final layer error: run / other run" if below else "layer error: after the update / before"
     return LayerErrors(title, quantity, lines, remarks)
 
 

@@ -9,6 +9,7 @@ import math
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -29,13 +30,16 @@ _STYLES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
 _HELD_OUT = (0, (3, 1.5))
 _GREY = "#666666"
 
+Look = dict[str, Any]
+"""What matplotlib is told of a line, by the names of its arguments."""
+
 
 def layer_errors(data: LayerErrors) -> Figure:
     """One panel for each layer name, one line for each run, held-out text dashed. All panels have the same axes."""
     names = list(dict.fromkeys(name for lines in data.runs.values() for name in lines))
     # A marker of its own for each colour; when the colours come again, with other markers.
     count = len(_COLOURS)
-    looks = {
+    looks: dict[str, Look] = {
         label: {"color": _COLOURS[index % count], "marker": _MARKERS[(index + index // count) % len(_MARKERS)]}
         for index, label in enumerate(data.runs)
     }
@@ -79,7 +83,7 @@ def samples(data: Samples) -> Figure:
     every = [line for lines in data.panels.values() for line in lines]
     colours = dict(zip(dict.fromkeys(line.mask for line in every), itertools.cycle(_COLOURS)))
     styles = dict(zip(dict.fromkeys(line.update for line in every), itertools.cycle(zip(_STYLES, _MARKERS))))
-    looks = {}
+    looks: dict[tuple[str, str], Look] = {}
     for line in every:
         style, marker = styles[line.update]
         looks[line.mask, line.update] = {
@@ -153,8 +157,8 @@ def _figure(
     # In inches: a character of the title is 0.09 wide, one of the legend 0.075, the legend's line with its gaps 0.7.
     title = "\n".join(textwrap.fill(without_folders(line), int(width / 0.09)) for line in title.splitlines())
     for entry in entries:
-        entry.set_label(textwrap.fill(entry.get_label(), int((width - 0.7) / 0.075)))
-    labels = [entry.get_label().splitlines() for entry in entries]
+        entry.set_label(textwrap.fill(str(entry.get_label()), int((width - 0.7) / 0.075)))
+    labels = [str(entry.get_label()).splitlines() for entry in entries]
     widest = 0.7 + 0.075 * max(len(line) for label in labels for line in label)
     below = math.ceil(len(entries) / max(1, int(width / widest)))
     wrapped = sum(map(len, labels)) - len(labels)  # there is one column where a label has several lines

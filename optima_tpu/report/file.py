@@ -23,7 +23,7 @@ _PACKAGES = ("optima-tpu", "jax", "jaxlib", "flax", "orbax-checkpoint", "mpax", 
 
 def environment(mesh: Mesh) -> dict[str, Any]:
     """Where a run took place: versions, devices, mesh. JSON types."""
-    versions = {}
+    versions: dict[str, str | None] = {}
     for package in _PACKAGES:
         try:
             versions[package] = importlib.metadata.version(package)

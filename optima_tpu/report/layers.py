@@ -135,8 +135,8 @@ def maps(runs: Sequence[Run]) -> Section:
         ]
     text = []
     for run in runs:
-        shares = [layer.sparsity for layer in run.layers] or [0.0]
-        low, high = percent(min(shares)), percent(max(shares))
+        sparsities = [layer.sparsity for layer in run.layers] or [0.0]
+        low, high = percent(min(sparsities)), percent(max(sparsities))
         if several and low == high:
             continue  # said in the comparison
         spread = "the same share of each" if low == high else f"from {low} to {high} of each"
@@ -155,7 +155,7 @@ def solver(runs: Sequence[Run]) -> Section:
     several, solved = len(runs) > 1, [(index, run) for index, run in enumerate(runs) if run.solver]
     if not solved:
         return Section("solver", "Solver", ["No solver moved the weights: they are the selector’s own."])
-    used = sorted({run.solver for _, run in solved})
+    used = sorted({run.solver for run in runs if run.solver})
     text = [f"The gap is {gap_meaning(used)}."]
     for _, run in solved:
         if (share := exchanged(run.layers)) is not None:

@@ -12,7 +12,7 @@ from huggingface_hub import ModelCardData
 from optima_tpu.config.flat import flat
 from optima_tpu.method.patterns import parse_pattern
 from optima_tpu.report.numbers import percent
-from optima_tpu.report.summary import fitted_errors, held_out_caveat, held_out_errors
+from optima_tpu.report.summary import fitted_errors, held_out_caveat, held_out_errors, of_record
 from optima_tpu.report.view import without_folders
 
 _LICENCES = {"Apache License": "apache-2.0", "MIT License": "mit"}
@@ -35,11 +35,14 @@ def model_card(folder: str, sidecar: Mapping[str, Any], assets: Mapping[str, byt
     layers = sidecar["layers"]
     pruned = sum(layer["pruned"] for layer in layers)
     weights = sum(math.prod(layer["shape"]) for layer in layers)
+    licence, licence_name, licence_link = _licence(assets)
     front = ModelCardData(
         base_model=_base_model(origin, assets),
         library_name="transformers",
         tags=["pruned", "sparse", "optima-tpu"],
-        **_licence(assets),
+        license=licence,
+        license_name=licence_name,
+        license_link=licence_link,
     ).to_yaml()
     parts = [
         f"---\n{front}\n---\n",
@@ -73,8 +76,8 @@ def model_card(folder: str, sidecar: Mapping[str, Any], assets: Mapping[str, byt
 def _layer_errors(layers: Sequence[Mapping[str, Any]], caveat: str) -> list[str]:
     """Means over the pruned layers, before and after the update, on the text that weights were fitted to and on other text."""
     rows = []
-    for text, errors in (("calibration", fitted_errors), ("held out", held_out_errors)):
-        rows.append((text, *("not measured" if mean is None else percent(mean) for mean in errors(layers, dict.get))))
+    for text, errors in (("calibration", fitted_errors(layers, of_record)), ("held out", held_out_errors(layers, of_record))):
+        rows.append((text, *("not measured" if mean is None else percent(mean) for mean in errors)))
     said = f" The held-out text {caveat}." if caveat else ""
     return [
         "The change of a layer's output as a share of the output's energy, mean over the pruned matrices: with the "
@@ -95,13 +98,14 @@ def _base_model(origin: str | None, assets: Mapping[str, bytes]) -> str | None:
     return None
 
 
-def _licence(assets: Mapping[str, bytes]) -> dict[str, str]:
+def _licence(assets: Mapping[str, bytes]) -> tuple[str | None, str | None, str | None]:
+    """The id of the licence in a file of the source; of an unknown one also its name and the file."""
     file = next((name for name in sorted(assets) if name.upper().startswith(("LICENSE", "LICENCE"))), None)
     if file is None:
-        return {}
+        return None, None, None
     head = assets[file][:400].decode("utf-8", "replace")
     known = next((id_ for title, id_ in _LICENCES.items() if title in head), None)
-    return {"license": known} if known else {"license": "other", "license_name": "source-licence", "license_link": file}
+    return (known, None, None) if known else ("other", "source-licence", file)
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

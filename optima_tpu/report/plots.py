@@ -8,7 +8,8 @@ import io
 import math
 import re
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple
 from xml.etree import ElementTree
 
 import matplotlib
@@ -30,22 +31,6 @@ _INK, _GRID = "#222222", "#dddddd"
 _PAGE = {_INK: "var(--ink)", _GRID: "var(--line)"} | {colour: f"var(--series-{index})" for index, colour in enumerate(SERIES)}
 """The colours that the page may have otherwise, by their CSS variables."""
 
-_STYLE = {
-    "svg.fonttype": "none",
-    "font.size": 8,
-    "text.parse_math": False,
-    "text.color": _INK,
-    "axes.edgecolor": _INK,
-    "axes.labelcolor": _INK,
-    "xtick.color": _INK,
-    "ytick.color": _INK,
-    "axes.linewidth": 0.6,
-    "xtick.major.width": 0.6,
-    "ytick.major.width": 0.6,
-    "figure.facecolor": "none",
-    "axes.facecolor": "none",
-    "savefig.facecolor": "none",
-}
 _SHADES = matplotlib.colormaps["cividis"].resampled(32)
 
 
@@ -113,7 +98,7 @@ def cells(
     if low == high:
         low, high = (low / 2, high * 2) if log else (low - 0.5, high + 0.5)
     names = max(map(len, rows))
-    with matplotlib.rc_context(_STYLE):
+    with _style():
         figure, (axes, beside) = _figure(
             left=0.15 + 0.065 * names,
             right=0.6,
@@ -135,7 +120,7 @@ def cells(
         bar = figure.colorbar(mesh, cax=beside)
         bar.outline.set_visible(False)
         ticks = LogLocator(subs=(1,) if high > 30 * low else (1, 2, 5))  # a bar of few rows has no room for more
-        bar.ax.yaxis.set_major_locator(ticks if log else FixedLocator(np.linspace(low, high, 3)))
+        bar.ax.yaxis.set_major_locator(ticks if log else FixedLocator(np.linspace(low, high, 3).tolist()))
         bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _tick(value, percent)))
         bar.ax.yaxis.set_minor_locator(NullLocator())
         told = [
@@ -143,15 +128,37 @@ def cells(
             for (row, block), value in np.ndenumerate(values)
             if math.isfinite(value)
         ]
-        return _element(figure, prefix, title, f"{title}, by block and layer: {_range(values.ravel(), percent)}.", told)
+        return _element(figure, prefix, title, f"{title}, by block and layer: {_range(values.ravel().tolist(), percent)}.", told)
+
+
+def _style() -> AbstractContextManager[None]:
+    """What matplotlib does otherwise for the page."""
+    return matplotlib.rc_context(
+        {
+            "svg.fonttype": "none",
+            "font.size": 8,
+            "text.parse_math": False,
+            "text.color": _INK,
+            "axes.edgecolor": _INK,
+            "axes.labelcolor": _INK,
+            "xtick.color": _INK,
+            "ytick.color": _INK,
+            "axes.linewidth": 0.6,
+            "xtick.major.width": 0.6,
+            "ytick.major.width": 0.6,
+            "figure.facecolor": "none",
+            "axes.facecolor": "none",
+            "savefig.facecolor": "none",
+        }
+    )
 
 
 def _panel(panel: Panel, prefix: str, across: str, limits: tuple[float, float]) -> str:
-    with matplotlib.rc_context(_STYLE):
+    with _style():
         figure, (axes,) = _figure(left=0.56, right=0.06, bottom=0.42, top=0.06, widths=(2.3,), height=1.5)
         for line in panel.lines:
             colour = SERIES[line.series % len(SERIES)]
-            look = (
+            look: dict[str, Any] = (
                 {"linestyle": (0, (3, 1.5)), "linewidth": 1.1}
                 if line.dashed
                 else {"linewidth": 1.3, "markersize": 2.4, "marker": list(MARKERS)[line.series % len(MARKERS)]}

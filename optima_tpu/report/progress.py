@@ -56,7 +56,8 @@ class Progress:
         self._clock = clock
         self._speaks = jax.process_index() == 0
         self._start = clock()
-        self._stage = self._block = None
+        self._stage: str | None = None
+        self._block: int | None = None
         self._stage_start = self._block_start = self._start
         self._total = self._skipped = self._done = 0
         self._layers: list[LayerReport] = []

@@ -79,7 +79,7 @@ class LayerReport:
         """From :meth:`to_json`; None is read as infinity, but for what there may be none of."""
         optional = {field.name for field in dataclasses.fields(cls) if field.default is None}
         read = {key: math.inf if value is None and key not in optional else value for key, value in values.items()}
-        return cls(**read | {"shape": tuple(read["shape"])})
+        return cls(**read | {"shape": tuple(values["shape"])})
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,6 +4,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from markupsafe import Markup
+
 from optima_tpu.report import plots
 from optima_tpu.report.numbers import number, percent, plural
 from optima_tpu.report.runs import Run, differences
@@ -33,11 +35,12 @@ def tiles(run: Run) -> list[Tile]:
         shown.append(Tile("Six tasks", percent(run.evaluation["average"]), f"mean accuracy, {how_asked(run.evaluation)}"))
     before, after, held_before, held_after = mean_errors(run)
     text = "the calibration text, none was held out" if held_after is None else "held-out text"
-    before, after = (before, after) if held_after is None else (held_before, held_after)
+    means = (before, after) if held_after is None else (held_before, held_after)
+    first, last = (NONE if mean is None else percent(mean) for mean in means)
     shown += [
         Tile(
             "Layer error",
-            f"{percent(before)} → {percent(after)}" if run.solver else percent(after),
+            f"{first} → {last}" if run.solver else last,
             f"{'before → after the update, ' if run.solver else ''}mean of {len(run.layers):,} matrices, on {text}",
         ),
         Tile("Sparsity", percent(report["sparsity"]), f"{report['pruned']:,} of {report['weights']:,} weights in them"),
@@ -77,7 +80,8 @@ def comparison(runs: Sequence[Run]) -> Section:
 
 def outcome(runs: Sequence[Run]) -> Section:
     """Perplexity and tasks, dense against pruned."""
-    several, rows = len(runs) > 1, {"dense": []}
+    several = len(runs) > 1
+    rows: dict[str, list[list[str]]] = {"dense": []}
     for run in runs:
         report, label = run.report, [run.label] if several else []
         texts = [
@@ -114,7 +118,7 @@ def outcome(runs: Sequence[Run]) -> Section:
         )
         for other, own in rows.items()
     ]
-    asked = {run.label: how_asked(run.evaluation) for run in runs if _part(run, "tasks")}
+    asked = {run.label: how_asked(run.evaluation) for run in runs if run.evaluation and _part(run, "tasks")}
     alike = set(asked.values()) if len(set(asked.values())) == 1 else ()
     for other in dict.fromkeys(run.beside for run in runs):
         tasks = [row for run in runs if run.beside == other for row in _tasks(run, [run.label] if several else [])]
@@ -131,7 +135,7 @@ def outcome(runs: Sequence[Run]) -> Section:
             )
     missing = [run for run in runs if not run.evaluation]
     who = "This run was" if not several else "These runs were" if missing == list(runs) else f"{len(missing)} of these runs were"
-    text = (
+    text: list[str | Markup] = (
         [
             commands(
                 f"{who} not evaluated on tasks and other texts: `python -m optima_tpu.evaluate RUN --against MODEL` does "
@@ -152,7 +156,9 @@ def outcome(runs: Sequence[Run]) -> Section:
 
 def distance(runs: Sequence[Run]) -> list[Section]:
     """How far from the dense model or another one, block by block: one section, or none where it was not measured."""
-    several, rows, curves = len(runs) > 1, {}, {}
+    several = len(runs) > 1
+    rows: dict[str, list[list[str]]] = {}
+    curves: dict[tuple[str, str], list[plots.Line]] = {}
     for index, run in enumerate(runs):
         for text, found in _part(run, "distance").items():
             last = found["hidden_errors"][-1] if found.get("hidden_errors") else None
@@ -198,7 +204,9 @@ def distance(runs: Sequence[Run]) -> list[Section]:
 def mean_errors(run: Run) -> tuple[float, float, float | None, float | None]:
     """Mean over layers: before and after on the calibration text, before and after on held-out text."""
     layers = run.layers
-    return (*fitted_errors(layers), *held_out_errors(layers)) if layers else (0.0, 0.0, None, None)
+    if not layers:
+        return 0.0, 0.0, None, None
+    return *fitted_errors(layers), *held_out_errors(layers)
 
 
 def devices(run: Run) -> str:
@@ -268,7 +276,7 @@ def _tasks(run: Run, label: list[str]) -> list[list[str]]:
         ]
         for score in scores(_part(run, "tasks"))
     ]
-    if rows and run.evaluation.get("average") is not None:
+    if rows and run.evaluation and run.evaluation.get("average") is not None:
         rows.append([*label, "mean of the six", "acc", NONE, NONE, percent(run.evaluation["average"])])
     return rows
 

@@ -1,6 +1,7 @@
 """What happened to the rows of a layer, and its sum."""
 
 import numpy as np
+from jax import Array
 
 from optima_tpu.method.row_report import RowReport
 from optima_tpu.report.records import LayerReport
@@ -28,11 +29,11 @@ def layer_report(
     """
     size = shape[0] * shape[1]
 
-    def share(values: np.ndarray, energies: np.ndarray = rows.energy) -> float:
+    def share(values: Array | np.ndarray, energies: Array | np.ndarray = rows.energy) -> float:
         energy = float(np.sum(energies, dtype=np.float64))
         return float(np.sum(values, dtype=np.float64)) / energy if energy > 0 else 0.0
 
-    def shares(found: np.ndarray | None, count: int) -> tuple[float | None, ...]:
+    def shares(found: Array | np.ndarray | None, count: int) -> tuple[float | None, ...]:
         if found is None or not np.any(found[0]):  # no held-out tokens, or none that was routed to this expert
             return (None,) * count
         return tuple(share(values, found[0]) for values in found[1:])

@@ -81,8 +81,9 @@ class Run(NamedTuple):
         evaluation, model = self.evaluation or {}, self.report["model"].get("fingerprint")
         against = evaluation.get("against")
         found = evaluation.get("evaluated", {}).get("against", {}).get("fingerprint")
-        own = against in (None, self.report["configuration"]["model"]) or found is not None and found == model
-        return "dense" if own else against
+        if against is None or against == self.report["configuration"]["model"] or (found is not None and found == model):
+            return "dense"
+        return against
 
     @property
     def earlier(self) -> float:
@@ -105,11 +106,11 @@ def read_runs(places: Sequence[str | Path]) -> tuple[str, list[Run]]:
     Raises:
       UserError: a run is not finished, named twice, or its files are damaged or of a version that wrote other things.
     """
-    places = [str(place) for place in places]
-    for place in places:
-        if places.count(place) > 1:
-            raise UserError(f"expected every run once, got {place} twice")
-    reports = {place: read_report(place) for place in places}
+    paths = [str(place) for place in places]
+    for path in paths:
+        if paths.count(path) > 1:
+            raise UserError(f"expected every run once, got {path} twice")
+    reports = {path: read_report(path) for path in paths}
     title, labels = names({place: report["configuration"] for place, report in reports.items()})
     twins = {place for place, label in labels.items() if list(labels.values()).count(label) > 1}
     labels |= {place: f"{labels[place]}, {place}" for place in twins}  # the same settings: told apart by where they are

@@ -125,7 +125,7 @@ def opened(sinks: Sinks, directory: Path, configuration: Mapping[str, Any]) -> I
     with contextlib.ExitStack() as stack:
 
         def start() -> tuple[Sink, ...]:
-            chosen = []
+            chosen: list[Sink] = []
             if sinks.tensorboard:
                 chosen.append(stack.enter_context(contextlib.closing(TensorBoard(directory / "tensorboard"))))
             if sinks.wandb:
@@ -138,7 +138,8 @@ def opened(sinks: Sinks, directory: Path, configuration: Mapping[str, Any]) -> I
 class FinishedBlocks(Protocol):
     """What knows the finished blocks of a run: its journal."""
 
-    finished: Collection[int]
+    @property
+    def finished(self) -> Collection[int]: ...
 
     def report(self, index: int) -> Mapping[str, Any]:
         """The record of a finished block."""
@@ -159,7 +160,7 @@ class Steps:
 
 def write_block(sinks: Iterable[Sink], block: BlockReport) -> None:
     """A step: what happened to every layer of a block, as "error_after/self_attn.q_proj". What is not finite is left out."""
-    values = {"seconds": block.seconds}
+    values: dict[str, float | None] = {"seconds": block.seconds}
     for layer in block.layers:
         values |= {f"{measure}/{layer.name}": getattr(layer, measure) for measure in _MEASURES}
         values[f"rows_not_converged/{layer.name}"] = layer.rows - layer.rows_converged

@@ -3,7 +3,7 @@
 import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, overload
 
 from optima_tpu.config.run_config import chosen_by_held_out
 from optima_tpu.method.layer_rules import kind_name
@@ -79,9 +79,9 @@ def sparsity(layers: Iterable[LayerReport]) -> float:
 
 def exchanged(layers: Iterable[LayerReport]) -> float | None:
     """Share of the weights that stay which the selector had pruned; None where no mask was refined."""
-    refined = [layer for layer in layers if layer.exchanged is not None]
-    kept = sum(math.prod(layer.shape) - layer.pruned for layer in refined)
-    return sum(layer.exchanged for layer in refined) / kept if kept else None
+    refined = [(layer, count) for layer in layers if (count := layer.exchanged) is not None]
+    kept = sum(math.prod(layer.shape) - layer.pruned for layer, _ in refined)
+    return sum(count for _, count in refined) / kept if kept else None
 
 
 def gap_meaning(solvers: Sequence[str]) -> str:
@@ -124,20 +124,32 @@ def unusual(blocks: Sequence[BlockReport]) -> dict[str, dict[str, int]]:
     return found
 
 
-def fitted_errors(layers: Sequence[T], get: Callable[[T, str], Any] = getattr) -> tuple[float | None, ...]:
+def of_record(layer: Mapping[str, Any], name: str) -> Any:
+    """A value of a layer that is a record in JSON types, None where it has none."""
+    return layer.get(name)
+
+
+@overload
+def fitted_errors(layers: Sequence[LayerReport]) -> tuple[float, float]: ...
+@overload
+def fitted_errors(layers: Sequence[T], get: Callable[[T, str], Any]) -> tuple[float | None, float | None]: ...
+def fitted_errors(layers: Sequence[Any], get: Callable[[Any, str], Any] = getattr) -> tuple[float | None, float | None]:
     """The mean of both ``FITTED`` over the layers that calibration tokens reached: all but experts without any.
 
-    Over all layers where none was reached.
+    Over all layers where none was reached. None for records without the error, see :func:`mean_or_none`.
 
     Args:
-      get: ``(layer, name) -> value``, for layers that are dictionaries ``dict.get``.
+      layers: at least one.
+      get: ``(layer, name) -> value``, for layers that are records :func:`of_record`.
     """
-    return means([layer for layer in layers if get(layer, "tokens") != 0] or layers, FITTED, get)
+    before, after = means([layer for layer in layers if get(layer, "tokens") != 0] or layers, FITTED, get)
+    return before, after
 
 
-def held_out_errors(layers: Sequence[T], get: Callable[[T, str], Any] = getattr) -> tuple[float | None, ...]:
+def held_out_errors(layers: Sequence[T], get: Callable[[T, str], Any] = getattr) -> tuple[float | None, float | None]:
     """The mean of both ``HELD_OUT`` over the layers that held-out tokens reached; as :func:`fitted_errors`."""
-    return means(layers, HELD_OUT, get)
+    before, after = means(layers, HELD_OUT, get)
+    return before, after
 
 
 def held_out_caveat(configuration: Mapping[str, Any]) -> str:
@@ -160,7 +172,8 @@ def means(layers: Iterable[T], names: Sequence[str], get: Callable[[T, str], Any
 def mean_or_none(values: Iterable[float | None]) -> float | None:
     """The mean; None where there are no values, or one is missing or was not finite, which JSON does not have."""
     values = list(values)
-    return None if not values or None in values else statistics.fmean(values)
+    numbers = [value for value in values if value is not None]
+    return statistics.fmean(numbers) if numbers and len(numbers) == len(values) else None
 
 
 def _kind(name: str, layers: list[LayerReport]) -> LayerKind:

@@ -113,7 +113,7 @@ def unusual_lines(blocks: Sequence[BlockReport]) -> list[str]:
     for kind, layers in unusual(blocks).items():
         if layers:
             words, noun = TROUBLE[kind]
-            worst = sorted(layers, key=layers.get, reverse=kind != "few_tokens")
+            worst = sorted(layers, key=layers.__getitem__, reverse=kind != "few_tokens")
             named = [f"{name} ({plural(layers[name], noun)})" for name in worst[:_NAMED]]
             more = [f"{len(worst) - _NAMED} more in the report"] if len(worst) > _NAMED else []
             lines.append(f"unusual     {words}: {', '.join(named + more)}")

@@ -104,6 +104,6 @@ def without_folders(text: str) -> str:
     return re.sub(r"\b(file:|npy:|tfds:[^@]*@)[^?]*/", r"\1", text)
 
 
-def figure(elements: Sequence[tuple[str, str]], **options) -> Plots:
+def figure(elements: Sequence[tuple[str, str]], legend: Sequence[Key] = (), *, wide: bool = False, note: str = "") -> Plots:
     """Plots from titles and SVG texts of ``report.plots``, which are safe to put into a page."""
-    return Plots([(title, Markup(text)) for title, text in elements], **options)
+    return Plots([(title, Markup(text)) for title, text in elements], legend, wide, note)

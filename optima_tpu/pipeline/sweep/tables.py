@@ -15,7 +15,7 @@ from optima_tpu.errors import UserError
 from optima_tpu.pipeline.sweep.cells import Cell, cell_name
 from optima_tpu.pipeline.sweep.grid import Grid
 from optima_tpu.report.numbers import number
-from optima_tpu.report.summary import FITTED, HELD_OUT, fitted_errors, held_out_errors
+from optima_tpu.report.summary import FITTED, HELD_OUT, fitted_errors, held_out_errors, of_record
 from optima_tpu.runtime.files import read_record, write_bytes
 
 _RESULTS = "results.json"
@@ -101,7 +101,7 @@ def finished(cell: Cell, report: Mapping[str, Any], output: Path) -> Result:
       output: directory of the tables.
     """
     layers = [layer for block in report["blocks"] for layer in block["layers"]]
-    errors = dict(zip(FITTED + HELD_OUT, fitted_errors(layers, dict.get) + held_out_errors(layers, dict.get)))
+    errors = dict(zip(FITTED + HELD_OUT, fitted_errors(layers, of_record) + held_out_errors(layers, of_record)))
     return dataclasses.replace(
         missing(cell),
         state="finished",
