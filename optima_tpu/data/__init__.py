@@ -1,7 +1,7 @@
 """Text in, token windows out: what a layer is calibrated on and what a model is scored on. One file a source."""
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeGuard
 
 import numpy as np
 
@@ -68,7 +68,7 @@ def parse_source(text: str) -> Source:
     )
 
 
-def read_by_all(source: Source) -> bool:
+def read_by_all(source: Source) -> TypeGuard[TFDS]:
     """Whether every process can read any document of a source by itself, so that they can share the work."""
     return isinstance(source, TFDS)
 

@@ -44,7 +44,7 @@ class TokenCache:
 
         def found() -> tuple[str | None, Tokens | None]:
             name = key()
-            return name, name and self.load(name)
+            return name, self.load(name) if name else None
 
         name, tokens = from_first(found)
         if tokens is not None:
@@ -79,6 +79,7 @@ class TokenCache:
                 raise
         except OSError as error:
             return error.strerror or str(error)
+        return None
 
     def _path(self, key: str) -> Path:
         return self.directory / f"{key}.safetensors"

@@ -5,7 +5,7 @@ import gzip
 import hashlib
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import pyarrow
@@ -113,13 +113,13 @@ class File:
                     number += 1
                     yield self._checked(value, f"row {number}")
 
-    def _check_field(self, fields) -> None:
+    def _check_field(self, fields: Collection[str]) -> None:
         if self.field not in fields:
             raise UserError(
                 f"{self.path} has no field {self.field!r}, it has {', '.join(fields) or 'none'}: write file:PATH?field=NAME"
             )
 
-    def _checked(self, value, place: str) -> str:
+    def _checked(self, value: object, place: str) -> str:
         if not isinstance(value, str):
             raise UserError(
                 f"expected text in field {self.field!r} of {self.path}, {place} holds "

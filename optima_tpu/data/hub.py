@@ -4,6 +4,7 @@ import dataclasses
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
@@ -43,7 +44,7 @@ class Hub:
         if not found:
             raise UserError(f"expected {_FORM}, got hub:{text}")
         repository, config, split, first = found.groups()
-        return Hub(repository, config, split, first and int(first), **options)
+        return Hub(repository, config, split, int(first) if first else None, **options)
 
     def __str__(self) -> str:
         return (
@@ -90,7 +91,8 @@ class Hub:
         except Exception as error:  # as in download
             raise self._unreadable(error) from error
 
-    def _load(self, commit: str | None):
+    def _load(self, commit: str | None) -> Any:
+        """A ``datasets.Dataset``, or of a stream an ``IterableDataset``. The library has no types."""
         import datasets  # takes seconds
 
         try:

@@ -35,7 +35,8 @@ class PyDoc:
 
 def _distinct(texts: list[str]) -> list[str]:
     """The texts without the paragraphs of earlier ones; a text of which nothing is left is dropped."""
-    seen, kept = set(), []
+    seen: set[str] = set()
+    kept = []
     for text in texts:
         fresh = [paragraph for paragraph in text.split("\n\n") if words(paragraph) and words(paragraph) not in seen]
         seen.update(words(paragraph) for paragraph in fresh)

@@ -63,11 +63,13 @@ def calibration_windows(
     packed, total, read, last = [], 0, 0, separator
     long, long_total = [], 0
 
-    def read_and_encode(index: int) -> np.ndarray:
-        text = documents[index]
+    order = rng.permutation(len(documents))
+
+    def read_and_encode(place: int) -> np.ndarray:
+        text = documents[int(order[place])]
         return encode(text) if text.strip() else np.array([], np.int32)
 
-    for ids in over(read_and_encode, rng.permutation(len(documents))):
+    for ids in over(read_and_encode, range(len(documents))):
         if not ids.size:
             continue
         joined = ids if separator is None or last == separator else np.insert(ids, 0, separator)

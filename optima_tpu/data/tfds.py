@@ -5,13 +5,25 @@ import functools
 import hashlib
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
 
 from optima_tpu.data.source import Documents, Part, Split, split_options
 from optima_tpu.errors import UserError, one_line
 
+if TYPE_CHECKING:  # the library takes seconds to import
+    from tensorflow_datasets.core.read_only_builder import ReadOnlyBuilder
+
 _FORM = "tfds:NAME@DIR, tfds:NAME/CONFIG:VERSION@DIR, and perhaps ?split=NAME, ?field=NAME or ?split=NAME&field=NAME"
+
+
+class _Stretch(Protocol):
+    """Documents ``from_`` to ``to - 1`` of one of the data set's own splits; None at an end."""
+
+    splitname: str
+    from_: int | None
+    to: int | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +105,7 @@ class TFDS:
             raise self._unreadable(error) from error
         return digest.hexdigest()
 
-    def _builder(self):
+    def _builder(self) -> "ReadOnlyBuilder":
         # It imports no TensorFlow unless a function needs it; those used here and in build.py do not.
         from tensorflow_datasets.core import read_only_builder, registered
 
@@ -108,13 +120,13 @@ class TFDS:
         except Exception as error:  # there is one of its own for every file of the description
             raise self._unreadable(error) from error
 
-    def _spec(self, builder, split: Split) -> str:
+    def _spec(self, builder: "ReadOnlyBuilder", split: Split) -> str:
         if self.split or split == "calibration":
             return self.split or "train"
         return next((name for name in ("validation", "test") if name in builder.info.splits), "train")
 
-    def _instructions(self, builder, split: Split):
-        """The split as stretches of the data set's own splits: splitname, from_, to; None at an end."""
+    def _instructions(self, builder: "ReadOnlyBuilder", split: Split) -> "list[_Stretch]":
+        """The split as stretches of the data set's own splits."""
         from tensorflow_datasets.core import splits
 
         try:
@@ -125,7 +137,7 @@ class TFDS:
                 f"{', '.join(builder.info.splits)}: write ?split=NAME"
             ) from error
 
-    def _text(self, records, number: int) -> str:
+    def _text(self, records: Sequence[Mapping[str, Any]], number: int) -> str:
         try:
             value = records[number][self.field]
         except Exception as error:  # array_record has no exceptions of its own for a damaged file
