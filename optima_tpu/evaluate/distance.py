@@ -1,6 +1,6 @@
 """How far a pruned model is from the dense one on a text, and after which block."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -53,7 +53,9 @@ class Distance(NamedTuple):
     pruned_perplexity: float
 
 
-def distance(dense: Decoder, pruned: Decoder, tokens: np.ndarray, advance=lambda: None, per_block: bool = False) -> Distance:
+def distance(
+    dense: Decoder, pruned: Decoder, tokens: np.ndarray, advance: Callable[[], None] = lambda: None, per_block: bool = False
+) -> Distance:
     """Walks both models side by side: one block of each is on the devices at a time, both streams stay on the hosts.
 
     Args:
@@ -72,13 +74,14 @@ def distance(dense: Decoder, pruned: Decoder, tokens: np.ndarray, advance=lambda
     models, count = (dense, pruned), dense.config.blocks
     streams = [model.embed(tokens) for model in models]
     squares = np.empty((count, len(streams[0].rows), 2))  # float64
-    heads, scores = None, []
+    heads: tuple[Head, Head] | None = None
+    scores = []
     for index, blocks in enumerate(zip(*(model.blocks(range(count)) for model in models))):
         for model, parameters, stream in zip(models, blocks, streams):
             model.apply(index, parameters, stream)
         squares[index] = _squares(*streams)
         if per_block or index == count - 1:
-            heads = heads or tuple(model.head() for model in models)
+            heads = heads or (dense.head(), pruned.head())
             scores.append(window_scores(heads, streams, tokens, dense.batch))
         advance()
     last = scores[-1]
@@ -86,14 +89,18 @@ def distance(dense: Decoder, pruned: Decoder, tokens: np.ndarray, advance=lambda
     check_finite(pruned, tokens, last.pruned_nll, "pruned model")
     predictions = tokens.shape[1] - 1
     kls, agreements = ([_mean(getattr(score, name) / predictions) for score in scores] for name in ("kl", "agreement"))
+    (kl, kl_stderr), (agreement, agreement_stderr) = kls[-1], agreements[-1]
     return Distance(
-        *kls[-1],
-        *agreements[-1],
-        len(tokens) * predictions,
-        _ratios(streams[0].rows, squares, len(tokens)),
-        *([mean for mean, _ in values] if per_block else None for values in (kls, agreements)),
-        perplexity_of(last.dense_nll, tokens),
-        perplexity_of(last.pruned_nll, tokens),
+        kl=kl,
+        kl_stderr=kl_stderr,
+        agreement=agreement,
+        agreement_stderr=agreement_stderr,
+        tokens=len(tokens) * predictions,
+        hidden_errors=_ratios(streams[0].rows, squares, len(tokens)),
+        kls=[mean for mean, _ in kls] if per_block else None,
+        agreements=[mean for mean, _ in agreements] if per_block else None,
+        dense_perplexity=perplexity_of(last.dense_nll, tokens),
+        pruned_perplexity=perplexity_of(last.pruned_nll, tokens),
     )
 
 

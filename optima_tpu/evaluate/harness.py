@@ -6,6 +6,7 @@ there is no BOS), what is too long loses its beginning, and every token of a doc
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
@@ -19,6 +20,9 @@ from optima_tpu.models.model import Model
 from optima_tpu.report.numbers import plural
 from optima_tpu.report.progress import Progress
 from optima_tpu.runtime.processes import from_first
+
+Asked = tuple[tuple[str, str] | None, list[int], list[int]]
+"""What the harness asks for: (context and continuation as texts or None, tokens of the context, tokens of the continuation)."""
 
 
 class DecoderLM(TemplateLM):
@@ -49,11 +53,14 @@ class DecoderLM(TemplateLM):
         if context is not None and context > limit:
             raise UserError(f"expected --context of at most {limit}, the model's context, got {context}")
         self.max_length = context or limit
-        if self.prefix_token_id is None:
+        bos = tokenizer.bos_token_id
+        prefix = tokenizer.eos_token_id if bos is None else bos
+        if prefix is None:
             raise UserError(
                 f"expected a tokenizer with a BOS or an EOS token in {model.pretrained.origin}, got one without: "
                 "take the one that was published with the model"
             )
+        self._prefix = prefix
         # Of a family that does not work without BOS, whose tokenizer does not put it there.
         self._forced = tokenizer.bos_token_id if model.decoder.family.needs_bos else None
 
@@ -62,23 +69,23 @@ class DecoderLM(TemplateLM):
         return self.tokenizer.eos_token_id
 
     @property
-    def prefix_token_id(self) -> int | None:
-        bos = self.tokenizer.bos_token_id
-        return self.tokenizer.eos_token_id if bos is None else bos
+    def prefix_token_id(self) -> int:
+        return self._prefix
 
     @property
     def tokenizer_name(self) -> str:
         return self.tokenizer.name_or_path.replace("/", "__")
 
-    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs) -> list[int]:
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         """The tokens of a text. Special tokens are the tokenizer's own, unless the text begins with BOS or the caller says."""
         if add_special_tokens is None and has_bos_prefix(string, self.tokenizer.decode(self.prefix_token_id)):
             add_special_tokens = False
         options = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
         # Not verbose: transformers would warn of every text that is longer than the model's context.
         ids = self.tokenizer.encode(string, verbose=False, **options)
-        missing = self._forced is not None and add_special_tokens is None and ids[:1] != [self._forced]
-        return [self._forced, *ids] if missing else ids
+        if self._forced is None or add_special_tokens is not None or ids[:1] == [self._forced]:
+            return ids
+        return [self._forced, *ids]
 
     def loglikelihood(self, requests: Sequence[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
         for request in requests:
@@ -88,7 +95,8 @@ class DecoderLM(TemplateLM):
         return super().loglikelihood(requests, disable_tqdm=True)  # our progress stands for it
 
     def loglikelihood_rolling(self, requests: Sequence[Instance], disable_tqdm: bool = True) -> list[float]:
-        windows, counts = [], []
+        windows: list[Asked] = []
+        counts = []
         for request in requests:
             tokens = self.tok_encode(request.args[0])
             if not tokens:
@@ -108,17 +116,16 @@ class DecoderLM(TemplateLM):
             "multiple choice or of log-likelihood, or run lm-eval on the exported folder"
         )
 
-    def _loglikelihood_tokens(self, requests, **kwargs) -> list[tuple[float, bool]]:
-        """Of (texts or None, tokens of the context, tokens of the continuation)."""
-        limit, vocab, long, asked = self.max_length, self._decoder.config.vocab, 0, []
+    def _loglikelihood_tokens(self, requests: Sequence[Asked], **kwargs: Any) -> list[tuple[float, bool]]:
+        limit, vocab, long = self.max_length, self._decoder.config.vocab, 0
+        asked: list[Request] = []
         for texts, context, continuation in requests:
             shown = "a window" if texts is None else f"{texts[1]!r:.60}"
             if not continuation:
                 raise UserError(f"expected a continuation with tokens of its own, got {shown}, which has none after its context")
             if not context:  # white space before a text goes to it, and a tokenizer without BOS leaves nothing
-                raise UserError(
-                    f"expected a context with tokens of its own before {shown}, got {texts[0]!r:.60}; mend the data set"
-                )
+                given = "none" if texts is None else f"{texts[0]!r:.60}"
+                raise UserError(f"expected a context with tokens of its own before {shown}, got {given}; mend the data set")
             if len(continuation) > limit:
                 raise UserError(
                     f"expected continuations of at most {limit} tokens, which is the context (--context, at most the "
@@ -137,7 +144,7 @@ class DecoderLM(TemplateLM):
                 f"{long:,} of {len(asked):,} texts are longer than the {limit} tokens that the model reads: they "
                 "lose their beginning"
             )
-        return [tuple(likelihood) for likelihood in self._compute(from_first(lambda: asked))]
+        return [(found.logarithm, found.greedy) for found in self._compute(from_first(lambda: asked))]
 
     def follow(self) -> None:
         """What every process but the first does while that one runs the harness, until it calls ``from_first(lambda: None)``."""

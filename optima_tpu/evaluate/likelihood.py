@@ -88,7 +88,7 @@ class Plan:
     def places(self, group: Group) -> "Places":
         """Where the model is asked for a token in the texts of a group."""
         mine = np.flatnonzero((self.owners >= group.first) & (self.owners < group.last))
-        requests = [self.requests[number] for number in mine]
+        requests = [self.requests[number] for number in mine.tolist()]
         counts = [len(request.targets) for request in requests]
         ends = [len(request.inputs) for request in requests]
         return Places(
@@ -126,7 +126,8 @@ def make_plan(decoder: Decoder, requests: Sequence[Request], longest: int, wave:
     slices = decoder.mesh.shape[DATA]
     held = len(held_rows(decoder.mesh, 0, slices)) / slices
     width = decoder.config.d_model * 4 * held  # counted as float32
-    waves, size = [], wave
+    waves: list[list[Group]] = []
+    size = wave
     for group in _batches([len(text) for text in texts], slices, decoder.batch, longest):
         added = group.batch * group.length * width
         if size + added > wave:

@@ -2,10 +2,12 @@
 
 import functools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax import Array
 
 from optima_tpu.errors import UserError
@@ -16,7 +18,7 @@ from optima_tpu.models.family import Positions
 from optima_tpu.runtime.processes import fetch
 
 
-def perplexity(decoder: Decoder, tokens: np.ndarray, advance=lambda: None) -> float:
+def perplexity(decoder: Decoder, tokens: np.ndarray, advance: Callable[[], None] = lambda: None) -> float:
     """``exp`` of the mean negative log-likelihood of every token but the first of each window.
 
     The windows do not overlap and see nothing before them, so the mean over windows of window means is the mean over tokens.
@@ -53,7 +55,7 @@ def window_nll(decoder: Decoder, hidden: Activations, tokens: np.ndarray) -> np.
     return windows
 
 
-def perplexity_of(windows: np.ndarray, tokens: np.ndarray) -> float:
+def perplexity_of(windows: np.ndarray | Array, tokens: np.ndarray) -> float:
     """The perplexity by the summed negative log-likelihoods [windows] of token windows [windows, length].
 
     Their total is taken in float64, in which a perplexity ends at ``e^709``: what is beyond is that.
@@ -61,7 +63,7 @@ def perplexity_of(windows: np.ndarray, tokens: np.ndarray) -> float:
     return math.exp(min(np.mean(windows, dtype=np.float64) / (tokens.shape[1] - 1), 709.0))
 
 
-def check_finite(decoder: Decoder, tokens: np.ndarray, windows: np.ndarray, which: str = "model") -> None:
+def check_finite(decoder: Decoder, tokens: np.ndarray, windows: np.ndarray | Array, which: str = "model") -> None:
     """Raises UserError where a window's sum [windows] is not finite; names the first layer with such an input."""
     if not np.isfinite(windows).all():
         raise overflow(decoder, tokens[~np.isfinite(windows)][:1], which)
@@ -90,7 +92,7 @@ def _first_broken(decoder: Decoder, tokens: np.ndarray) -> str:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _finite_inputs(graph, state, hidden: Array, positions: Positions) -> dict[str, Array]:
+def _finite_inputs(graph: nnx.GraphDef, state: nnx.State, hidden: Array, positions: Positions) -> dict[str, Array]:
     inputs = forward(graph, state, hidden, positions)[1]
     return {name: jnp.isfinite(value).all() for name, value in inputs.items()}
 

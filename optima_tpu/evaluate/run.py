@@ -3,11 +3,12 @@
 import dataclasses
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
+from jax.sharding import Mesh
 from lm_eval.tasks.manager import TaskDict
 from lm_eval.utils import handle_non_serializable
 from rich.console import Console
@@ -33,6 +34,8 @@ from optima_tpu.runtime.buckets import as_path, in_bucket
 from optima_tpu.runtime.files import refuse_unreachable, write_bytes, writing
 from optima_tpu.runtime.mesh import make_mesh
 from optima_tpu.runtime.processes import agree, first_only, from_first, is_first
+
+T = TypeVar("T")
 
 RECORD = "evaluation.json"
 HARNESS = {"model": "lm_eval.json", "against": "lm_eval_against.json"}
@@ -61,10 +64,10 @@ def evaluate(config: EvaluateConfig, console: Console | None = None) -> dict[str
         models["against"] = open_evaluated(config.against, mesh, config.dtype, config.batch)
         _check_pair(**models)
     known = {}
-    if config.against_results is not None:
+    if (earlier := config.against_results) is not None:
         fingerprint = models["against"].model.pretrained.fingerprint
-        known["against"] = from_first(lambda: read_known(config.against_results, [*HARNESS.values()], fingerprint))
-    from_first(lambda: [_check_text(source, models) for source in config.texts])
+        known["against"] = from_first(lambda: read_known(earlier, [*HARNESS.values()], fingerprint))
+    from_first(lambda: _check_texts(config.texts, models))
     texts = from_first(lambda: {source: _read(source, config, models) for source in config.texts})
     folder = as_path(config.output) if config.output else models["model"].run.directory or default_folder(config.model)
     with writing(folder, "choose another --output"):
@@ -125,6 +128,11 @@ def _check_pair(model: Evaluated, against: Evaluated) -> None:
             f"expected --against with the tokenizer of {model.model.pretrained.origin}, got another one in "
             f"{against.model.pretrained.origin}: give the model that was pruned"
         )
+
+
+def _check_texts(sources: Iterable[str], models: Mapping[str, Evaluated]) -> None:
+    for source in sources:
+        _check_text(source, models)
 
 
 def _check_text(source: str, models: Mapping[str, Evaluated]) -> None:
@@ -195,9 +203,9 @@ def _load_tasks(config: EvaluateConfig, known: Mapping[str, Mapping[str, Any]], 
     return tasks
 
 
-def _of_first(work):
+def _of_first(work: Callable[[], T]) -> T | None:
     """``work()`` in process 0, None in the others, which hear of its failure."""
-    result = []
+    result: list[T] = []
     from_first(lambda: result.append(work()))
     return result[0] if result else None
 
@@ -208,7 +216,7 @@ def _task_numbers(tasks: TaskDict | None, results: Mapping[str, Mapping[str, Any
         return {"tasks": {}, "average": None}
     found = {name: metrics(tasks, result) for name, result in results.items()}
     against = found.get("against", {})
-    both = {task: numbers | {"against": against.get(task)} for task, numbers in found["model"].items()}
+    both = {task: {**numbers, "against": against.get(task)} for task, numbers in found["model"].items()}
     return {"tasks": both, "average": paper_average(found["model"])}
 
 
@@ -244,7 +252,7 @@ def default_folder(model: str) -> Path:
     return Path("runs", f"evaluate-{name.stem if name.suffix == '.gguf' else name.name.partition('@')[0]}")
 
 
-def _greeting(config: EvaluateConfig, models: Mapping[str, Evaluated], mesh, folder: Path) -> list[str]:
+def _greeting(config: EvaluateConfig, models: Mapping[str, Evaluated], mesh: Mesh, folder: Path) -> list[str]:
     """What is about to happen, before the first long silence."""
     several = "" if jax.process_count() == 1 else f" in {jax.process_count()} processes"
     lines = [

@@ -54,9 +54,11 @@ def task_table(tasks: Mapping[str, Mapping[str, Any]], compared: bool) -> Table:
         table.add_column(heading, justify="right", no_wrap=True)
     for score in scores(tasks):
         row = [score.task, score.metric, f"{score.documents:,}", number(score.value, 4) + _error(score.error)]
-        if compared:
+        if score.against is not None:
             change = score.value - score.against
             row += [number(score.against, 4) + _error(score.against_error), ("-" if change < 0 else "+") + number(abs(change))]
+        elif compared:
+            row += ["-", "-"]
         table.add_row(*row)
     return table
 

@@ -1,7 +1,6 @@
 """The tasks of the Language Model Evaluation Harness: found, given their data, run, and told in numbers."""
 
 import difflib
-import math
 import random
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -179,7 +178,7 @@ def _check_examples(manager: TaskManager, name: str, folder: Path) -> None:
     if drawn in expected:
         if drawn != scored or drawn == _first(named, _SCORED):
             return
-        expected = [_first(named, _SCORED)]
+        expected = list(filter(None, [_first(named, _SCORED)]))
     raise UserError(
         f"expected {' or '.join(f'{split}.jsonl' for split in expected)} in {folder} for a task with examples before "
         f"each question, got {', '.join(path.name for path in files.values())}: the examples of {name} would be "
@@ -204,10 +203,10 @@ def _check_documents(task: Task, name: str, limit: int | None) -> None:
     """Makes all requests once, so that a document that does not fit the task is found before the model has run."""
     states = random.getstate(), np.random.get_state()
     task.build_all_requests(limit=limit, rank=0, world_size=1)
-    count, asked = min(limit or math.inf, len(task.eval_docs)), {request.doc_id for request in task.instances}
+    count, asked = len(task.eval_docs), {request.doc_id for request in task.instances}
     random.setstate(states[0])  # tasks that shuffle do it as if nothing had been asked before
     np.random.set_state(states[1])
-    for number in range(count):
+    for number in range(min(limit or count, count)):
         if number not in asked:
             raise UserError(f"document {number} of task {name}: expected a text to score, got no choices; mend the data set")
 
@@ -244,6 +243,7 @@ def run_tasks(lm: DecoderLM, tasks: TaskDict | None, limit: int | None = None, s
     if not is_first():
         lm.follow()
         return {}
+    assert tasks is not None, "process 0 has loaded the tasks"
     for task in tasks["tasks"].values():  # each model sees the same examples
         task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
     try:
