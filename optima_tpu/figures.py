@@ -24,11 +24,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _draw(arguments: Sequence[str] | None) -> None:
     chosen = _parser().parse_args(arguments)
     path = check_output(chosen.output)
-    layers = chosen.figure == "layer-errors"
-    data = curves.layer_errors(chosen.runs, chosen.against) if layers else curves.samples(chosen.sweep)
+    data: curves.LayerErrors | curves.Samples
+    if chosen.figure == "layer-errors":
+        data = curves.layer_errors(chosen.runs, chosen.against)
+    else:
+        data = curves.samples(chosen.sweep)
     from optima_tpu.report import figures  # matplotlib takes a moment, which --help and errors do not wait for
 
-    figures.write(figures.layer_errors(data) if layers else figures.samples(data), path)
+    drawn = figures.layer_errors(data) if isinstance(data, curves.LayerErrors) else figures.samples(data)
+    figures.write(drawn, path)
     for remark in data.remarks:
         print(remark)
     print(f"wrote {path}")

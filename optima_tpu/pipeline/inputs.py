@@ -2,7 +2,7 @@
 
 import functools
 import json
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 from rich.console import Console
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -69,8 +69,8 @@ def read_texts(config: RunConfig, model: Model, console: Console | None = None) 
     score = functools.partial(data.evaluation_tokens, plan.evaluation, plan.tokenizer, **plan.score)
     kept = TokenCache.of_user().tokens if config.token_cache else lambda key, draw: draw()
 
-    def draw_together() -> Tokens:
-        together(lambda: plan.calibration.documents("calibration"))  # or one would fail where the others wait for it
+    def draw_together(source: data.TextSource) -> Tokens:
+        together(lambda: source.documents("calibration"))  # or one would fail where the others wait for it
         try:
             return draw(over=spread)
         except UserError as error:  # all of them have the same documents
@@ -79,9 +79,10 @@ def read_texts(config: RunConfig, model: Model, console: Console | None = None) 
     def calibration() -> Tokens:
         if isinstance(plan.calibration, data.SelfGenerated):
             return self_calibration(config, *model, console)
+        source = plan.calibration
         return kept(
-            lambda: token_key(plan.calibration, "calibration", model.pretrained, **plan.draw),
-            draw_together if data.read_by_all(plan.calibration) and not alone() else lambda: from_first(draw),
+            lambda: token_key(source, "calibration", model.pretrained, **plan.draw),
+            lambda: draw_together(source) if data.read_by_all(source) and not alone() else from_first(draw),
         )
 
     # The evaluation text first: what is wrong with it is found before the model writes for minutes.
@@ -91,14 +92,28 @@ def read_texts(config: RunConfig, model: Model, console: Console | None = None) 
     return texts
 
 
+class _Draw(TypedDict):
+    samples: int
+    length: int
+    seed: int
+    held_out: int
+    bos: int | None
+
+
+class _Score(TypedDict):
+    length: int
+    windows: int | None
+    bos: int | None
+
+
 class _Reading(NamedTuple):
     """What is read, and the settings of ``data.calibration_tokens`` and ``data.evaluation_tokens``."""
 
     calibration: data.Source
     evaluation: data.Source
     tokenizer: PreTrainedTokenizerBase
-    draw: dict[str, int | None]
-    score: dict[str, int | None]
+    draw: _Draw
+    score: _Score
 
 
 def refuse_beyond_context(config: RunConfig, model: PretrainedConfig) -> None:
@@ -122,8 +137,8 @@ def _plan_reading(config: RunConfig, model: Model) -> _Reading:
         source,
         other,
         tokenizer,
-        dict(samples=text.samples, length=text.length, seed=text.seed, held_out=text.held_out, bos=window_bos(model, tokenizer)),
-        dict(length=length, windows=config.evaluation.windows, bos=window_bos(model, tokenizer, config.evaluation.bos)),
+        _Draw(samples=text.samples, length=text.length, seed=text.seed, held_out=text.held_out, bos=window_bos(model, tokenizer)),
+        _Score(length=length, windows=config.evaluation.windows, bos=window_bos(model, tokenizer, config.evaluation.bos)),
     )
 
 
@@ -169,7 +184,8 @@ def _manifest(config: RunConfig, model: Model, texts: Texts) -> dict[str, Any]:
 def linear_shapes(decoder: Decoder) -> list[tuple[str, str, tuple[int, int]]]:
     """(whole path, path inside the block, [d_out, d_in]) of every linear layer of the blocks."""
     return [
-        (decoder.prefix(index) + name, name, decoder.block_shapes[name + ".weight"])
+        (decoder.prefix(index) + name, name, (d_out, d_in))
         for index in range(decoder.config.blocks)
         for name in decoder.linears
+        for d_out, d_in in [decoder.block_shapes[name + ".weight"]]
     ]

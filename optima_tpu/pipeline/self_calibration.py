@@ -39,6 +39,7 @@ def self_calibration(config: RunConfig, pretrained: Pretrained, decoder: Decoder
       UserError: the tokenizer has neither token; or see :func:`optima_tpu.models.generate.generate`.
     """
     source, text = parse_source(config.calibration.source), config.calibration
+    assert isinstance(source, SelfGenerated), "asked of a run whose model writes its calibration text"
     tokenizer = together(lambda: load_tokenizer(pretrained))
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     start = eos if bos is None else bos

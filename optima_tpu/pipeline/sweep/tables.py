@@ -5,7 +5,7 @@ import dataclasses
 import io
 import json
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +15,7 @@ from optima_tpu.errors import UserError
 from optima_tpu.pipeline.sweep.cells import Cell, cell_name
 from optima_tpu.pipeline.sweep.grid import Grid
 from optima_tpu.report.numbers import number
-from optima_tpu.report.summary import FITTED, HELD_OUT, fitted_errors, held_out_errors, of_record
+from optima_tpu.report.summary import fitted_errors, held_out_errors, of_record
 from optima_tpu.runtime.files import read_record, write_bytes
 
 _RESULTS = "results.json"
@@ -101,13 +101,17 @@ def finished(cell: Cell, report: Mapping[str, Any], output: Path) -> Result:
       output: directory of the tables.
     """
     layers = [layer for block in report["blocks"] for layer in block["layers"]]
-    errors = dict(zip(FITTED + HELD_OUT, fitted_errors(layers, of_record) + held_out_errors(layers, of_record)))
+    before, after = fitted_errors(layers, of_record)
+    held_out_before, held_out_after = held_out_errors(layers, of_record)
     return dataclasses.replace(
         missing(cell),
         state="finished",
         perplexity=report["perplexity"]["pruned"],
         dense=report["perplexity"]["dense"],
-        **errors,
+        error_before=before,
+        error_after=after,
+        held_out_before=held_out_before,
+        held_out_after=held_out_after,
         seconds=sum(block["seconds"] for block in report["blocks"]),
         rows_not_converged=sum(layer["rows"] - layer["rows_converged"] for layer in layers),
         rows_refused=sum(layer["rows_refused"] for layer in layers),
@@ -119,7 +123,7 @@ def finished(cell: Cell, report: Mapping[str, Any], output: Path) -> Result:
 def describe(reports: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     """Where numbers come from, in words: model, texts, code, hardware; where reports differ, one after the other."""
 
-    def told(words) -> str:
+    def told(words: Callable[[Mapping[str, Any]], str]) -> str:
         return "; ".join(dict.fromkeys(words(report) for report in reports))
 
     def hardware(report: Mapping[str, Any]) -> str:
@@ -269,7 +273,7 @@ def _results(path: Path) -> list[Result]:
 
 def _entry(group: Sequence[Result]) -> str:
     """One field of the table from the seeds of one cell."""
-    values = [result.perplexity for result in group if result.state == "finished"]
+    values = [result.perplexity for result in group if result.perplexity is not None]
     failures = sum(result.state == "failed" for result in group)
     if not values:
         return "failed" if failures else "-"
