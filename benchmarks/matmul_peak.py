@@ -9,6 +9,7 @@ of several sizes. Both alternate within one process.
 """
 
 import argparse
+import functools
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -47,8 +48,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         best = {}
         for _ in range(arguments.repeats):
             for name, run in (
-                ("few", lambda: few(*inputs)),
-                ("many", lambda: many(*inputs)),
+                ("few", functools.partial(few, *inputs)),
+                ("many", functools.partial(many, *inputs)),
                 *((square.shape[0], lambda square=square: product(square, square)) for square in squares),
             ):
                 best[name] = min(best.get(name, float("inf")), seconds(run))

@@ -24,11 +24,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _draw(arguments: Sequence[str] | None) -> None:
     chosen = _parser().parse_args(arguments)
     path = check_output(chosen.output)
-    data: curves.LayerErrors | curves.Samples
-    if chosen.figure == "layer-errors":
-        data = curves.layer_errors(chosen.runs, chosen.against)
-    else:
-        data = curves.samples(chosen.sweep)
+    data: curves.LayerErrors | curves.Samples = (
+        curves.layer_errors(chosen.runs, chosen.against) if chosen.figure == "layer-errors" else curves.samples(chosen.sweep)
+    )
     from optima_tpu.report import figures  # matplotlib takes a moment, which --help and errors do not wait for
 
     drawn = figures.layer_errors(data) if isinstance(data, curves.LayerErrors) else figures.samples(data)

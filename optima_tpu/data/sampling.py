@@ -99,7 +99,7 @@ def calibration_windows(
             return list(zip(chosen.tolist(), (ends[chosen] - 1 - draws).tolist()))
 
         places = draw(samples)
-        for attempt in range(_ATTEMPTS * held_out):
+        for _ in range(_ATTEMPTS * held_out):
             if len(places) == count:
                 break
             document, start = draw(1)[0]

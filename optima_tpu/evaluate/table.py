@@ -20,7 +20,7 @@ def print_evaluation(console: Console, record: Mapping[str, Any], files: Mapping
     """
     console.print()
     lines = []
-    for source, found in record["perplexity"].items():
+    for found in record["perplexity"].values():
         dense = found["against"]
         beside = f", against {number(dense, 4)} ({number(found['perplexity'] / dense)} times)" if dense else ""
         lines.append(f"perplexity  {number(found['perplexity'], 4)}{beside}, on {found['how']}")

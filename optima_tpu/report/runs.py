@@ -146,7 +146,7 @@ def read_report(run: str) -> dict[str, Any]:
         ".".join(filter(None, (key, name)))
         for key, own in _NEEDED.items()
         for name in (own or ("",))
-        if key not in report or name and name not in report[key]
+        if key not in report or (name and name not in report[key])
     ]
     if missing:
         raise UserError(

@@ -40,7 +40,7 @@ def refused(tmp_path, capfd):
         assert status == 2 and only_error(said) and "Traceback" not in said + printed
         after = snapshot(output)
         # A run that reads all of the model before it finds what is wrong has made, and locked, the directory for its result.
-        assert after == before or not before and after.keys() <= {str(output), str(output / LOCK)}
+        assert after == before or (not before and after.keys() <= {str(output), str(output / LOCK)})
         return said
 
     return run

@@ -69,7 +69,7 @@ def test_with_its_weights_a_pruned_model_is_itself_again(place, finished, tmp_pa
     if place:
         assert prune(finished.model, tmp_path / "solved", *arguments) == 0  # a start like that of any selector
         solved = json.loads((tmp_path / "solved" / "report.json").read_text())
-        first = [block["layers"] for block in solved["blocks"]][0]
+        first = solved["blocks"][0]["layers"]
         assert [layer["error_before"] for layer in first] == pytest.approx(errors[0][: len(first)], rel=1e-3)
         assert all(layer["error_after"] <= layer["error_before"] * 1.001 for layer in first)
 

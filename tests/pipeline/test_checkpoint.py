@@ -107,7 +107,7 @@ def test_a_process_without_samples_gets_none_of_the_right_shape(tmp_path, monkey
 
 def test_a_mask_without_its_weight_is_refused(tmp_path):
     journal = started(tmp_path, 1)
-    weights, masks, *rest = pruned_block(small_model(), 1)
+    _, masks, *rest = pruned_block(small_model(), 1)
     with pytest.raises(ValueError, match="masks without weights"):
         journal.save(1, {}, masks, *rest)
     assert open_journal(tmp_path, MANIFEST, ASSETS).finished == {0}

@@ -105,7 +105,7 @@ def test_the_drift_is_that_of_the_inputs_in_both_streams(architecture, weigh):
             assert share.max() > 1.5 * share.min()
             share /= share.sum()
 
-        def same(found, left, right):
+        def same(found, left, right, share=share):
             expected = left.T @ (share * right)
             return found.dtype == np.float32 and np.abs(found - expected).max() < 1e-5 * np.abs(expected).max()
 
@@ -384,7 +384,7 @@ def test_a_dense_target_is_a_walk_of_two_streams():
 def test_the_dense_stream_goes_through_a_block_that_stays_dense():
     decoder, recipe = decoder_on((1, 1)), dataclasses.replace(BEYOND, layers=parse_layers("*.0.*=dense"))
     hidden, dense, still = (decoder.embed(tokens()) for _ in range(3))
-    weights, masks, reports = walk_block(decoder, 0, hidden, GROUPS, recipe, samples=5, dense=dense)
+    _, masks, reports = walk_block(decoder, 0, hidden, GROUPS, recipe, samples=5, dense=dense)
     decoder.apply(0, decoder.load_block(0), still)
     assert not masks and not reports and (dense.values == still.values).all() and (hidden.values == still.values).all()
 

@@ -80,7 +80,7 @@ class Page(html.parser.HTMLParser):
       tables: caption -> rows of cells.
     """
 
-    _VOID = {"meta", "link", "br", "img", "input", "hr"}
+    _VOID = frozenset({"meta", "link", "br", "img", "input", "hr"})
 
     def __init__(self, text: str):
         super().__init__()
@@ -231,7 +231,7 @@ def test_nothing_is_asked_of_a_network(tmp_path):
     asked = {
         (tag, name, value)
         for tag, name, value in page.attributes
-        if name in ("src", "srcset", "data", "action", "xlink:href") or name == "href" and not value.startswith("#")
+        if name in ("src", "srcset", "data", "action", "xlink:href") or (name == "href" and not value.startswith("#"))
     }
     assert asked == {("link", "href", "data:,")}
     assert not re.search(r"https?:|//|@import|url\((?!#)", re.sub("<(pre|p|td).*?</", "", (tmp_path / "x.html").read_text()))

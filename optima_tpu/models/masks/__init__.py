@@ -94,7 +94,7 @@ def _open_weights(spec: str) -> TensorSource:
     path = Path(spec).expanduser()
     if (path / RUN).is_file():
         return CheckpointTensors(path)
-    if path.is_file() and path.suffix != ".gguf" or path.is_dir() and not (path / "config.json").is_file():
+    if (path.is_file() and path.suffix != ".gguf") or (path.is_dir() and not (path / "config.json").is_file()):
         raise UserError(
             f"expected a run directory or a checkpoint where selector.weights is true, got {spec}, which has masks "
             "alone; take --selector.weights false"

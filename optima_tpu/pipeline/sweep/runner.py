@@ -1,5 +1,6 @@
 """The cells of a sweep, one after the other in one process. What they have in common is opened and measured once."""
 
+import contextlib
 import json
 import shutil
 import traceback
@@ -179,10 +180,8 @@ class Sweep:
             waits = cell in self._chosen and cell not in self._failures
             if cell in self._reports or waits or not (cell.directory / "report.json").exists():
                 continue
-            try:
+            with contextlib.suppress(UserError):  # of other settings or other code, which the next start refuses
                 self._look(cell)
-            except UserError:  # of other settings or other code, which the next start refuses
-                pass
 
     def _finished_report(self, cell: Cell, manifest: Mapping[str, Any], texts: Texts) -> dict[str, Any] | None:
         """report.json of a finished cell, None of one that has to go on.
