@@ -19,6 +19,7 @@ from optima_tpu.evaluate.__main__ import main
 from optima_tpu.evaluate.config import EvaluateConfig, parse
 from optima_tpu.evaluate.perplexity import perplexity_of
 from optima_tpu.evaluate.run import default_folder
+from optima_tpu.evaluate.table import task_table
 from optima_tpu.evaluate.tasks import PAPER, load_tasks, paper_average, run_tasks
 from tests.support.processes import at_once, free_port, python, without_gloo
 from tests.support.runs import only_error
@@ -636,6 +637,12 @@ def test_the_settings_are_one_dataclass():
     assert str(config.folders["piqa"]) == "data/piqa"
     assert EvaluateConfig("runs/a", length=64, bos="text", against="x", per_block=True).texts == ("wikitext2",)
     assert EvaluateConfig("runs/a", tasks="piqa", perplexity="c4", limit=2, fewshot=0, windows=1).texts == ("c4",)
+
+
+def test_a_metric_that_the_other_model_has_no_number_for_has_no_change():
+    tasks = {"piqa": {"acc": 0.7, "f1": 0.5, "documents": 4, "against": {"acc": 0.6, "f1": None}}}
+    *_, against, change = (list(column.cells) for column in task_table(tasks, compared=True).columns)
+    assert against == ["0.6000", "-"] and change == ["+0.100", "-"]
 
 
 def test_the_paper_average_is_over_its_six_tasks():

@@ -23,6 +23,7 @@ from optima_tpu.report.__main__ import main
 from optima_tpu.report.numbers import number, percent
 from optima_tpu.report.page import write_page
 from optima_tpu.report.records import BlockReport
+from optima_tpu.report.results import tiles
 from optima_tpu.report.runs import read_runs
 from optima_tpu.report.summary import by_kind
 from optima_tpu.report.view import without_folders
@@ -411,6 +412,12 @@ def test_what_is_missing_is_said_to_be_missing(tmp_path, unplotted):
     assert "the selector’s own" in page.sections["solver"] and "before → after" not in page.words
     page = drawn(write_run(tmp_path / "nothing", reports=[]), to=tmp_path / "x.html")
     assert "No layer was pruned" in page.sections["layers"]
+
+
+def test_a_mean_before_the_update_that_is_not_finite_has_no_number(tmp_path):
+    directory = write_run(tmp_path / "run", reports=layers(0, held_out_before=math.inf, held_out_after=0.02))
+    _, (run,) = read_runs([directory])
+    assert next(tile.value for tile in tiles(run) if tile.name == "Layer error") == "– → 2.00%"
 
 
 def test_errors_against_the_dense_model_are_shown_of_the_runs_that_have_them(tmp_path, unplotted):
