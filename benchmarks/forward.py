@@ -23,7 +23,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRot
 from optima_tpu.config.run_config import EMBEDDED
 from optima_tpu.models.checkpoints import open_model
 from optima_tpu.models.decoder import Decoder
-from optima_tpu.pipeline.calibrate import accumulate_hessians, linear_groups
+from optima_tpu.pipeline.calibrate import Capture, Stream, accumulate, linear_groups
 from optima_tpu.runtime.mesh import make_mesh
 
 
@@ -62,7 +62,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         return output.values
 
     def calibrate() -> list[np.ndarray]:
-        return [np.asarray(s.hessian) for s in accumulate_hessians(decoder, arguments.block, parameters, hidden, groups)]
+        statistics = accumulate(decoder, arguments.block, Capture(groups), (Stream(parameters, hidden),))
+        return [np.asarray(each.hessian) for each in statistics]
 
     differences = [
         largest_difference([forward()], [peer.forward(hidden.values)]),

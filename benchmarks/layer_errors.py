@@ -27,11 +27,10 @@ from optima_tpu.method.acceptance import PerRow
 from optima_tpu.method.solvers import CG, Exact
 from optima_tpu.pipeline.calibrate import linear_groups
 from optima_tpu.pipeline.inputs import open_model_on_mesh, read_texts
-from optima_tpu.pipeline.run import recipe_of
-from optima_tpu.pipeline.walk import walk_block
+from optima_tpu.pipeline.walk import Streams, Walk, prune_block
 from optima_tpu.report.records import LayerReport
 
-BESIDE = {"cg": CG(), "cg-undamped": CG(damping=0.0), "exact": Exact(damping=0.0)}
+BESIDE = {"cg": (CG(), None), "cg-undamped": (CG(), 0.0), "exact": (Exact(), 0.0)}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -45,12 +44,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--beside", default="", metavar="SOLVER[,SOLVER]", help=", ".join(BESIDE))
     arguments, settings = parser.parse_known_args(argv)
     try:
-        walk(arguments.blocks, tuple(filter(None, arguments.beside.split(","))), settings)
+        compare(arguments.blocks, tuple(filter(None, arguments.beside.split(","))), settings)
     except UserError as error:
         sys.exit(f"error: {error}")
 
 
-def walk(blocks: int, beside: Sequence[str], settings: Sequence[str]) -> None:
+def compare(blocks: int, beside: Sequence[str], settings: Sequence[str]) -> None:
     """Walks the blocks and prints what is described above.
 
     Raises:
@@ -59,22 +58,27 @@ def walk(blocks: int, beside: Sequence[str], settings: Sequence[str]) -> None:
     if unknown := sorted(set(beside) - set(BESIDE)):
         raise UserError(f"expected --beside with solvers out of {', '.join(BESIDE)}, got {', '.join(unknown)}")
     config = parse(list(settings))
-    if config.target.matrices > 1:
+    if config.target.dense_stream:
         raise UserError(
             "expected a recipe that aims at a layer's own outputs, whose errors are compared here: name a method, "
             "such as --preset fast"
         )
     model = open_model_on_mesh(config)
     check_walk(config, model, blocks)
-    decoder, samples, recipe = model.decoder, config.calibration.samples, recipe_of(config)
-    others = {name: dataclasses.replace(recipe, solver=BESIDE[name], accept=PerRow()) for name in beside}
+    decoder, samples, recipe = model.decoder, config.calibration.samples, config.recipe
     calibration, evaluation = read_texts(config, model)
     hidden, other = decoder.embed(calibration.ids), decoder.embed(evaluation.ids)
-    groups, layers, found = linear_groups(decoder), [], defaultdict(list)
+    layers, found, walk = [], defaultdict(list), Walk(decoder, recipe, linear_groups(decoder), samples)
+    others = {}
+    for name in beside:
+        solver, damping = BESIDE[name]
+        rival = dataclasses.replace(recipe, solver=solver, own_damping=damping, accept=PerRow())
+        others[name] = dataclasses.replace(walk, recipe=rival)
     for index in range(blocks):
+        whole = decoder.load_block(index)
         for name, rival in others.items():
-            found[name] += walk_block(decoder, index, hidden.copy(), groups, rival, samples=samples)[2]
-        pruned, _, reports = walk_block(decoder, index, hidden, groups, recipe, samples=samples)
+            found[name] += prune_block(rival, index, whole, Streams(hidden.copy())).layers
+        pruned, _, reports = prune_block(walk, index, whole, Streams(hidden))
         decoder.apply(index, pruned, other)
         layers += reports
         print(

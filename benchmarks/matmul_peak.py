@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     product = jax.jit(matmul)
     lines = []
     for size in arguments.sizes:
-        few, many = (jax.jit(CG(max_steps=4 * cycles, tolerance=1e-12, damping=1e-4)) for cycles in (1, arguments.cycles))
+        few, many = (jax.jit(CG(max_steps=4 * cycles, tolerance=1e-12)) for cycles in (1, arguments.cycles))
         inputs = random_problem(size, arguments.rows)
         taken = int(many(*inputs).steps.max()) - int(few(*inputs).steps.max())
         assert taken == 4 * (arguments.cycles - 1), f"the run stopped early, after {taken} more iterations"
@@ -78,7 +78,7 @@ def random_problem(size: int, rows: int):
     spectrum = np.arange(1, size + 1, dtype=np.float32) ** -0.5
     inputs = (rng.standard_normal((2 * size, size), np.float32) * spectrum) @ rng.standard_normal((size, size), np.float32)
     hessian = jnp.asarray(inputs.T @ inputs / len(inputs))
-    problem = self_target(jnp.asarray(rng.standard_normal((rows, size), np.float32)), hessian)
+    problem = self_target(jnp.asarray(rng.standard_normal((rows, size), np.float32)), hessian, damping=1e-4)
     return jax.block_until_ready((problem, Wanda()(problem, Unstructured(0.5))))
 
 

@@ -78,9 +78,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     from optima_tpu.pipeline.calibrate import linear_groups
     from optima_tpu.pipeline.plan.model import open_declared
     from optima_tpu.pipeline.plan.plan import make_plan
-    from optima_tpu.pipeline.plan.topology import local_target
-    from optima_tpu.pipeline.run import recipe_of
-    from optima_tpu.pipeline.walk import walk_block
+    from optima_tpu.pipeline.plan.topology import local_machine
+    from optima_tpu.pipeline.walk import Streams, Walk, prune_block
 
     hf = LlamaConfig(
         vocab_size=512,
@@ -100,20 +99,21 @@ def main(argv: Sequence[str] | None = None) -> None:
             calibration=Calibration("random", samples=8 * data, length=options.length, held_out=data),
         )
         model = open_declared(folder, "float32", config.batch)
-    target = local_target(config.mesh, model.dtype)
+    target = local_machine(config.mesh, model.dtype)
     model = model.on(target.mesh)
     plan = make_plan(config, model, target, lambda line: print(line, file=sys.stderr))
     worst = max(plan.programs, key=lambda program: program.memory)
     planned = worst.memory * target.mesh.size
 
     decoder = dataclasses.replace(model.decoder, tensors=RandomTensors(model.decoder.tensors))
-    groups, recipe, text = linear_groups(decoder), recipe_of(config), config.calibration
+    text = config.calibration
+    walk = Walk(decoder, config.recipe, linear_groups(decoder), text.samples)
     values = np.random.default_rng(0).standard_normal((text.samples + text.held_out, text.length, options.d_model), np.float32)
     hidden = Activations.of(decoder.mesh, values)
-    walk_block(decoder, 0, hidden.copy(), groups, recipe, samples=text.samples)
+    prune_block(walk, 0, decoder.load_block(0), Streams(hidden.copy()))
     settle()
     before = resident()
-    walk_block(decoder, 1, hidden, groups, recipe, samples=text.samples)
+    prune_block(walk, 1, decoder.load_block(1), Streams(hidden))
     measured = resident("VmHWM") - before
     for program in plan.programs:
         print(f"{program.name:<32}{program.memory * target.mesh.size / 2**20:8.0f} MiB on {target.mesh.size} devices")

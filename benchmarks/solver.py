@@ -7,6 +7,7 @@ Two baselines: the paper's own call of MPAX, which is not compiled as a whole, a
 """
 
 import argparse
+import dataclasses
 import importlib.metadata
 import os
 import statistics
@@ -32,13 +33,13 @@ from optima_tpu.method.selectors import Wanda
 from optima_tpu.method.solvers import CG, MPAX, Exact
 from optima_tpu.models.checkpoints import load_tokenizer, open_model
 from optima_tpu.models.decoder import Decoder
-from optima_tpu.pipeline.calibrate import accumulate_hessians, linear_groups
+from optima_tpu.pipeline.calibrate import Capture, Stream, accumulate, linear_groups
 from optima_tpu.runtime.mesh import make_mesh
 
 PAPER, REFERENCE = "mpax", "exact"
 SOLVERS = {
     "cg": CG(),
-    "cg, undamped": CG(damping=0.0),
+    "cg, undamped": CG(),
     # The least work that still ends below the paper's method.
     "cg, 3 steps": CG(max_steps=3, cycle=3),
     PAPER: MPAX(),
@@ -46,6 +47,7 @@ SOLVERS = {
     "mpax, unit_diagonal, primal_importance 1e-3": MPAX(unit_diagonal=True, primal_importance=1e-3),
     REFERENCE: Exact(),
 }
+UNDAMPED = "cg, undamped"
 SLOW = 60.0  # a run that takes longer, in seconds, is not repeated
 
 
@@ -120,7 +122,9 @@ def load_block(arguments) -> tuple[list[tuple[list[Array], Array]], str]:
     parameters, names = decoder.load_block(arguments.block), linear_groups(decoder)
     layers = [
         ([parameters[name + ".weight"] for name in group], hessian)
-        for group, (hessian, _) in zip(names, accumulate_hessians(decoder, arguments.block, parameters, hidden, names))
+        for group, (hessian, *_) in zip(
+            names, accumulate(decoder, arguments.block, Capture(names), (Stream(parameters, hidden),))
+        )
     ]
     return layers, (
         f"Block {arguments.block} of {pretrained.origin} after its dense predecessors, Wanda "
@@ -137,9 +141,11 @@ def make_group(weights: list[Array], hessian: Array, arguments, rows: int | None
     return Group(tuple(p.weight.shape[0] for p in problems), problem, stacked)
 
 
-def measure(solver, groups: list[Group], repeats: int) -> Timing:
-    """A solver compiled once for each shape; one run to warm up, then the timed ones."""
-    started = time.perf_counter()
+def measure(name: str, groups: list[Group], repeats: int) -> Timing:
+    """A solver with its damping, compiled once for each shape; one run to warm up, then the timed ones."""
+    solver, started = SOLVERS[name], time.perf_counter()
+    damping = 0.0 if name == UNDAMPED else solver.default_damping
+    groups = [group._replace(problem=dataclasses.replace(group.problem, damping=damping)) for group in groups]
     programs = [jax.jit(solver).lower(group.problem, group.pruned).compile() for group in groups]
     compiling = time.perf_counter() - started
 
@@ -230,12 +236,12 @@ def report(layers: list[tuple[list[Array], Array]], origin: str, arguments) -> l
         return run(*inputs)
 
     groups = [make_group(weights, hessian, arguments) for weights, hessian in layers]
-    timings = {name: timed(name, measure, solver, groups, arguments.repeats) for name, solver in SOLVERS.items()}
+    timings = {name: timed(name, measure, name, groups, arguments.repeats) for name in SOLVERS}
     optimum = total_objective(groups, timings[REFERENCE].weights)
     paper, some, some_optimum = None, groups, optimum
     if arguments.rows is not None and arguments.rows > 0:
         some = [make_group(weights, hessian, arguments, arguments.rows) for weights, hessian in layers]
-        some_optimum = total_objective(some, measure(SOLVERS[REFERENCE], some, 1).weights)
+        some_optimum = total_objective(some, measure(REFERENCE, some, 1).weights)
     if arguments.rows != 0:
         paper = timed("the paper's call", measure_paper_call, some)
 

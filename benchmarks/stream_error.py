@@ -22,16 +22,14 @@ import numpy as np
 from optima_tpu.config.parse import parse
 from optima_tpu.config.run_config import RunConfig
 from optima_tpu.errors import UserError
-from optima_tpu.method.allocation import Uniform
 from optima_tpu.method.layer_rules import check_layers
 from optima_tpu.method.selectors import Imported
 from optima_tpu.models.activations import Activations
 from optima_tpu.models.model import Model
 from optima_tpu.pipeline.calibrate import linear_groups
 from optima_tpu.pipeline.inputs import Texts, linear_shapes
-from optima_tpu.pipeline.run import recipe_of
 from optima_tpu.pipeline.sweep.runner import Shared
-from optima_tpu.pipeline.walk import walk_block
+from optima_tpu.pipeline.walk import Streams, Walk, prune_block
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -63,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def check_walk(config: RunConfig, model: Model, blocks: int) -> None:
     """Raises UserError for a recipe that is not walked by itself, and for more blocks than there are."""
-    if isinstance(config.selector, Imported) or not isinstance(config.allocation, Uniform):
+    if isinstance(config.selector, Imported) or config.allocation.measures:
         raise UserError("expected masks that are chosen here and the same sparsity for every block: nothing else is walked")
     if not 1 <= blocks <= model.decoder.config.blocks:
         raise UserError(f"expected 1 to {model.decoder.config.blocks} blocks, the model's, got {blocks}")
@@ -72,14 +70,14 @@ def check_walk(config: RunConfig, model: Model, blocks: int) -> None:
 
 def stream_errors(config: RunConfig, model: Model, texts: Texts, blocks: int) -> Iterator[tuple[float, float]]:
     """The two errors after every block, of the held-out windows and of the evaluation text."""
-    decoder, samples, recipe = model.decoder, config.calibration.samples, recipe_of(config)
-    groups = linear_groups(decoder)
+    decoder, samples, recipe = model.decoder, config.calibration.samples, config.recipe
+    walk = Walk(decoder, recipe, linear_groups(decoder), samples)
     hidden, other = (decoder.embed(text.ids) for text in texts)
     dense, other_dense = hidden.copy(), other.copy()
     for index in range(blocks):
         whole = decoder.load_block(index)
-        before = dense.copy() if recipe.target.matrices > 1 else None
-        pruned, _, _ = walk_block(decoder, index, hidden, groups, recipe, samples=samples, parameters=whole, dense=before)
+        before = dense.copy() if recipe.target.dense_stream else None
+        pruned = prune_block(walk, index, whole, Streams(hidden, before)).parameters
         decoder.apply(index, pruned, other)
         for states in (dense, other_dense):
             decoder.apply(index, whole, states)

@@ -65,10 +65,12 @@ RECIPES = {
         "tuned exact": "--solver exact --tuning grid --tuning.damping [0.1,0.5]",
         "tuned dense": f"--solver cg --tuning grid {_DENSE} --target.gamma 0.5 --recapture true",
         "tuned swaps": f"--solver cg --tuning grid --refine swaps --refine.rounds 1 {_DENSE}",
-        "owl": "--solver cg --allocation owl --allocation.limit 0.2 --pattern 0.6/row",
+        "owl": "--solver cg --allocation owl --allocation.limit 0.1 --pattern 0.5/row",
         "measured": "--solver cg --allocation measured --allocation.limit 0.3 --pattern 0.5/row",
         "few rows": "--solver cg --device_memory 0.0006 --batch 1",
         "best": "--preset best --pattern 0.5",
+        "paper": "--preset paper --pattern 0.5/row",
+        "fast": "--preset fast --pattern 0.5/row",
         "best 2:4": "--preset best --pattern 2:4",
         "bfloat16": "--preset best --pattern 0.5/row --dtype bfloat16",
     }.items()
@@ -132,8 +134,9 @@ def main() -> int:
     parser.add_argument("--only", default="")
     parser.add_argument("--against", type=Path)
     parser.add_argument("--recipes", default="", help="comma-separated names; all where empty")
-    parser.add_argument("rest", nargs="*", help="further settings of every run, behind --")
-    chosen = parser.parse_args()
+    chosen, rest = parser.parse_known_args()
+    import jax
+
     from optima_tpu.launch import main as launch
 
     data, model = map(int, chosen.mesh.split("x"))
@@ -158,7 +161,7 @@ def main() -> int:
                     str(data * model),
                     *SMALL,
                     *recipe,
-                    *chosen.rest,
+                    *rest,
                     "--output",
                     f"{directory}/run",
                 ]
@@ -167,6 +170,7 @@ def main() -> int:
                         status: object = launch(arguments)
                     except Exception as error:  # what one version cannot do, the other must not do either
                         status = f"{type(error).__name__}: {error}"[:200]
+                jax.clear_caches()  # or hundreds of compiled programs meet the system's limit of memory maps
                 found[key] = digest(Path(directory) / "run") if status == 0 else {"failed": str(status)}
                 if name == "wanda" and status == 0:
                     shutil.copytree(Path(directory) / "run" / "hf", recipe_masks(chosen, folder), dirs_exist_ok=True)

@@ -50,20 +50,20 @@ def _plan(argv: Sequence[str]) -> int:
     from optima_tpu.pipeline.plan.model import open_declared
     from optima_tpu.pipeline.plan.plan import make_plan
     from optima_tpu.pipeline.plan.table import greeting, print_plan
-    from optima_tpu.pipeline.plan.topology import local_target, topology_target
+    from optima_tpu.pipeline.plan.topology import local_machine, topology_machine
 
     console = Console()
     model, compiling = open_declared(config.model, config.dtype, config.batch), not options.no_compile
-    target = (
-        topology_target(options.topology, config.mesh, compiling, options.quick)
+    machine = (
+        topology_machine(options.topology, config.mesh, compiling, options.quick)
         if options.topology
-        else local_target(config.mesh, model.dtype, compiling)
+        else local_machine(config.mesh, model.dtype, compiling)
     )
     refuse_beyond_context(config, model.config)
-    model = model.on(target.mesh)
-    say(console, "\n".join([*greeting(model.origin, model.decoder.config.blocks, target), ""]))
-    plan = make_plan(config, model, target, lambda line: say(console, line))
-    if target.compiles:
+    model = model.on(machine.mesh)
+    say(console, "\n".join([*greeting(model.origin, model.decoder.config.blocks, machine), ""]))
+    plan = make_plan(config, model, machine, lambda line: say(console, line))
+    if machine.compiles:
         console.print()
     print_plan(console, plan)
     if options.json:

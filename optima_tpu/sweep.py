@@ -10,7 +10,7 @@ from rich.console import Console
 from optima_tpu.errors import UserError
 from optima_tpu.pipeline.sweep import grid as grids
 from optima_tpu.pipeline.sweep.cells import Cell, differences
-from optima_tpu.pipeline.sweep.grid import Grid, read_grid
+from optima_tpu.pipeline.sweep.grid import CellGrid, read_grid
 from optima_tpu.pipeline.sweep.tables import failure_lines, layout, terminal_table
 from optima_tpu.report.progress import say, show
 from optima_tpu.runtime.command import guarded, take_devices
@@ -106,7 +106,7 @@ def _command(options: argparse.Namespace, settings: Sequence[str]) -> list[str]:
     return [*_PROGRAM.split(), options.file, *settings, *output]
 
 
-def _chosen(grid: Grid, only: Sequence[str]) -> tuple[Cell, ...]:
+def _chosen(grid: CellGrid, only: Sequence[str]) -> tuple[Cell, ...]:
     for text in only:
         if not any(text in str(cell) for cell in grid.cells):
             raise UserError(
@@ -116,7 +116,7 @@ def _chosen(grid: Grid, only: Sequence[str]) -> tuple[Cell, ...]:
     return tuple(cell for cell in grid.cells if not only or any(text in str(cell) for text in only))
 
 
-def _set_devices(grid: Grid) -> None:
+def _set_devices(grid: CellGrid) -> None:
     counts = {cell.config.cpu_devices for cell in grid.cells}
     if len(counts) > 1:
         raise UserError(f"expected one cpu_devices for all cells, which run in one process, got {', '.join(map(str, counts))}")
@@ -129,7 +129,7 @@ def _set_devices(grid: Grid) -> None:
     take_devices(first, alone=True)
 
 
-def _list(console: Console, grid: Grid, chosen: Sequence[Cell], finished: Collection[Cell]) -> None:
+def _list(console: Console, grid: CellGrid, chosen: Sequence[Cell], finished: Collection[Cell]) -> None:
     for number, (cell, different) in enumerate(zip(grid.cells, differences(grid.cells), strict=True), 1):
         state = "finished" if cell in finished else "to run" if cell in chosen else "not chosen"
         say(console, f"cell {number} of {len(grid.cells)}: {cell}: {state}\n    {different}")

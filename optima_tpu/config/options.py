@@ -13,8 +13,9 @@ from typing import Any, Literal
 import docstring_parser
 import jsonargparse
 
+from optima_tpu.config.choices import CHOICES, method_class, option_classes
 from optima_tpu.config.presets import DEFAULT, PRESETS
-from optima_tpu.config.run_config import CHOICES, Calibration, Evaluation, RunConfig, Sinks
+from optima_tpu.config.run_config import Calibration, Evaluation, RunConfig, Sinks
 
 _PROGRAM = "python -m optima_tpu.launch"
 _DESCRIPTION = f"""\
@@ -68,7 +69,8 @@ def make_parser(chosen: Mapping[str, str], base: Mapping[str, Any]) -> jsonargpa
     parser.add_argument("--print_config", action="store_true", help="print the settings as a YAML file and exit")
     add_fields(parser.add_argument_group("the run"), RunConfig, "", base)
     for setting, methods in CHOICES.items():
-        table = "\n".join(_table_row(setting, name, cls) for name, cls in methods.items())
+        named = methods if chosen[setting] in methods else {**methods, chosen[setting]: method_class(setting, chosen[setting])}
+        table = "\n".join(_table_row(setting, name, cls) for name, cls in named.items())
         group = parser.add_argument_group(_TITLES[setting], table)
         group.add_argument(
             f"--{setting}.name",
@@ -77,7 +79,7 @@ def make_parser(chosen: Mapping[str, str], base: Mapping[str, Any]) -> jsonargpa
             default=chosen[setting],
             help=f"one of these (default: {chosen[setting]})",
         )
-        if cls := methods[chosen[setting]]:
+        for cls in option_classes(setting, chosen[setting]):
             add_fields(group, cls, setting + ".", base[setting])
     for setting, cls in PARTS.items():
         add_fields(parser.add_argument_group(_TITLES[setting]), cls, setting + ".", base[setting])
@@ -89,7 +91,7 @@ def _table_row(setting: str, name: str, cls: type | None) -> str:
     if cls:
         text = _plain(docstring_parser.parse(cls.__doc__ or "").short_description)
     width = shutil.get_terminal_size().columns - 4
-    return textwrap.fill(f"{name:<11}{text}", width, subsequent_indent=" " * 11)
+    return textwrap.fill(f"{name:<10} {text}", width, subsequent_indent=" " * 11)
 
 
 def _plain(text: str | None) -> str:
@@ -105,7 +107,7 @@ def add_fields(group: argparse._ArgumentGroup, cls: type, prefix: str, base: Map
             continue
         default = base[name]
         shown = "null" if default is None else str(default).lower() if isinstance(default, bool) else default
-        text = f"{_plain(texts[name])} (default: {shown})".replace("%", "%%")
+        text = f"{_plain(texts.get(name))} (default: {shown})".replace("%", "%%")
         # JSON has no tuples, and jsonargparse takes a default as it is.
         default = tuple(default) if typing.get_origin(kind) is tuple else default
         group.add_argument(f"--{prefix}{name}", type=kind, default=default, metavar=_metavar(kind), help=text)
@@ -116,22 +118,22 @@ def fields(cls: type) -> dict[str, Any]:
     hints = typing.get_type_hints(cls)
     names = [field.name for field in dataclasses.fields(cls)]
     if cls is RunConfig:
-        names = [name for name in names if name not in (*CHOICES, *PARTS)]
+        names = [name for name in names if name not in (*CHOICES, *PARTS, "damping")]
         hints["pattern"], hints["layers"] = str | float, str
     return {name: hints[name] for name in names}
 
 
-def parts(chosen: Mapping[str, str]) -> dict[str, type]:
-    """The dataclass whose fields are a setting's options."""
-    methods = {setting: methods[chosen[setting]] for setting, methods in CHOICES.items()}
-    return {setting: cls for setting, cls in (methods | PARTS).items() if cls}
+def parts(chosen: Mapping[str, str]) -> dict[str, tuple[type, ...]]:
+    """The dataclasses whose fields are a setting's options."""
+    methods = {setting: option_classes(setting, chosen[setting]) for setting in CHOICES}
+    return methods | {setting: (cls,) for setting, cls in PARTS.items()}
 
 
 def kinds(chosen: Mapping[str, str]) -> dict[str, Any]:
     """The type of every setting by its dotted name."""
     found = fields(RunConfig)
-    for setting, cls in parts(chosen).items():
-        found |= {f"{setting}.{name}": kind for name, kind in fields(cls).items()}
+    for setting, classes in parts(chosen).items():
+        found |= {f"{setting}.{name}": kind for cls in classes for name, kind in fields(cls).items()}
     return found
 
 

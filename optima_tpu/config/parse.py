@@ -26,7 +26,6 @@ to write:
 
 import argparse
 import copy
-import dataclasses
 import difflib
 import json
 import math
@@ -39,10 +38,11 @@ from typing import Any, Literal
 import jsonargparse
 
 from optima_tpu.config import yaml12
+from optima_tpu.config.choices import CHOICES, canonical_name, default_options, option_classes
 from optima_tpu.config.flat import flat
 from optima_tpu.config.options import PARTS, alternatives, fields, kinds, make_parser, parts
 from optima_tpu.config.presets import DEFAULT, PLAIN, with_preset
-from optima_tpu.config.run_config import CHOICES, EMBEDDED, RunConfig, options_of, to_dict
+from optima_tpu.config.run_config import EMBEDDED, RunConfig, to_dict
 from optima_tpu.errors import UserError
 from optima_tpu.method.layer_rules import parse_layers
 from optima_tpu.method.patterns import parse_pattern
@@ -91,16 +91,15 @@ def configure(document: Mapping[str, Any], argv: Sequence[str] = ()) -> RunConfi
     model = early.model if early.model is not None else document.get("model")
     base = to_dict(EMBEDDED if model is None else RunConfig(model=str(model)))
     chosen = {}
-    for setting, methods in CHOICES.items():
-        default = _name(setting, method_settings(base[setting])["name"])
-        in_file = _name(setting, document.get(setting, {}).get("name", default))
+    for setting in CHOICES:
+        default = canonical_name(setting, method_settings(base[setting])["name"])
+        in_file = canonical_name(setting, document.get(setting, {}).get("name", default))
         given = getattr(early, setting)
-        chosen[setting] = in_file if given is None else _name(setting, given)
+        chosen[setting] = in_file if given is None else canonical_name(setting, given)
         if chosen[setting] != in_file:
             document.pop(setting, None)
         if chosen[setting] != default:
-            cls = methods[chosen[setting]]
-            base[setting] = options_of(cls()) if cls else {}
+            base[setting] = default_options(setting, chosen[setting])
         document.setdefault(setting, {})["name"] = chosen[setting]
     for setting, value in with_preset(preset, {}).items():  # for --help, which tells the defaults
         if not isinstance(value, dict):
@@ -128,11 +127,10 @@ def dump(config: RunConfig) -> str:
 def flags(config: RunConfig) -> list[str]:
     """The command line that :func:`parse` reads back to the configuration: the model, and what is not the default."""
     values, base = to_dict(config), to_dict(RunConfig(model=config.model))
-    for setting, methods in CHOICES.items():
+    for setting in CHOICES:
         values[setting], base[setting] = method_settings(values[setting]), method_settings(base[setting])
         if values[setting]["name"] != base[setting]["name"]:
-            cls = methods[values[setting]["name"]]
-            base[setting] = options_of(cls()) if cls else {}
+            base[setting] = default_options(setting, values[setting]["name"])
     default = flat(base)
     told = {key: value for key, value in flat(values).items() if key == "model" or value != default.get(key)}
     if not _names_method(told):  # without a method it would be the default preset
@@ -221,30 +219,24 @@ def method_settings(value: Any) -> dict[str, Any]:
     return method | {"name": "null"} if method.get("name", "") is None else method
 
 
-def plain_name(name: Any) -> str:
-    """One text for all spellings of a method's name."""
-    return re.sub("[-_ ]", "", str(name)).lower()
-
-
-def _name(setting: str, text: str) -> str:
-    """The method's name however it is written: per_layer, per-layer, PerLayer."""
-    for name in CHOICES[setting]:
-        if plain_name(text) == plain_name(name):
-            return name
-    raise UserError(f"expected {setting} to be one of {', '.join(CHOICES[setting])}, got {text!r}")
-
-
 def _build(namespace: jsonargparse.Namespace, chosen: Mapping[str, str]) -> RunConfig:
     for name, kind in kinds(chosen).items():
         if namespace[name] is None and type(None) not in alternatives(kind):
             raise UserError(f"expected a value for {name}, got none; leave the line out for its default")
     values = {name: namespace[name] for name in fields(RunConfig)} | dict.fromkeys(CHOICES)
-    for setting, cls in parts(chosen).items():
-        options = {name: namespace[f"{setting}.{name}"] for name in fields(cls)}
+    for setting, classes in parts(chosen).items():
+        options = {name: namespace[f"{setting}.{name}"] for cls in classes for name in fields(cls)}
         for name, value in options.items():
             if isinstance(value, float) and not math.isfinite(value):
                 raise UserError(f"expected {setting}.{name} to be a finite number, got {value}")
-        values[setting] = cls(**options)
+        if setting == "solver":
+            damping, cls = options.pop("damping", None), classes[-1] if classes else None
+            # Not named where it is the default, so that equal runs are equal values.
+            values["damping"] = (
+                None if cls is None or damping == default_options(setting, chosen[setting])["damping"] else damping
+            )
+        if classes:
+            values[setting] = classes[-1](**options)
     group = values["selector"].group
     return RunConfig(
         **values | {"pattern": parse_pattern(values["pattern"], group), "layers": parse_layers(values["layers"], group)}
@@ -258,9 +250,7 @@ def _check_known(names: Iterable[str], known: set[str], chosen: Mapping[str, str
             continue
         setting, _, option = name.partition(".")
         owners = [
-            method
-            for method, cls in CHOICES.get(setting, {}).items()
-            if cls and option in {field.name for field in dataclasses.fields(cls)}
+            method for method in CHOICES.get(setting, {}) if any(option in fields(cls) for cls in option_classes(setting, method))
         ]
         if owners:
             raise UserError(

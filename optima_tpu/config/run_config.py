@@ -4,39 +4,23 @@ import dataclasses
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, Literal
 
+from optima_tpu.config.choices import BY_HELD_OUT, CHOICES, method_name, options_of, outside_code
 from optima_tpu.errors import UserError
-from optima_tpu.method.acceptance import Acceptance, HeldOut, PerLayer, PerRow
-from optima_tpu.method.allocation import OWL, Allocation, Measured, Uniform
+from optima_tpu.method.acceptance import Acceptance, PerRow
+from optima_tpu.method.allocation import Allocation, Uniform
 from optima_tpu.method.layer_rules import LayerRule, layers_text
 from optima_tpu.method.mask_swaps import Swaps
-from optima_tpu.method.patterns import Pattern, Unstructured, pattern_text
-from optima_tpu.method.selectors import ADMM, Imported, Magnitude, MaskSelector, SparseGPT, Thanos, Wanda
-from optima_tpu.method.solvers import CG, MPAX, Adam, Exact, Solver
-from optima_tpu.method.targets import DenseTarget, SelfTarget, Target
-from optima_tpu.method.tuning import Fixed, Grid, Tuning
+from optima_tpu.method.patterns import Pattern, Unstructured
+from optima_tpu.method.recipe import Recipe
+from optima_tpu.method.selectors import Imported, Selector, Wanda
+from optima_tpu.method.solvers import CG, Solver
+from optima_tpu.method.targets import SelfTarget, Target
+from optima_tpu.method.tuning import Fixed, Tuning
 from optima_tpu.runtime.buckets import as_path
 from optima_tpu.runtime.mesh import parse_mesh
-
-CHOICES: Mapping[str, Mapping[str, type | None]] = MappingProxyType(
-    {
-        "selector": MappingProxyType(
-            {"wanda": Wanda, "sparsegpt": SparseGPT, "thanos": Thanos, "admm": ADMM, "magnitude": Magnitude, "imported": Imported}
-        ),
-        "solver": MappingProxyType({"cg": CG, "mpax": MPAX, "exact": Exact, "adam": Adam, "null": None}),
-        "accept": MappingProxyType({"per_row": PerRow, "per_layer": PerLayer, "held_out": HeldOut}),
-        "target": MappingProxyType({"self": SelfTarget, "dense": DenseTarget}),
-        "tuning": MappingProxyType({"fixed": Fixed, "grid": Grid}),
-        "refine": MappingProxyType({"null": None, "swaps": Swaps}),
-        "allocation": MappingProxyType({"uniform": Uniform, "owl": OWL, "measured": Measured}),
-    }
-)
-"""The settings that are one of several methods, and the name of each method in YAML files and on the command line."""
-
-BY_HELD_OUT: Mapping[str, str] = MappingProxyType({"tuning": "grid", "accept": "held_out", "allocation": "measured"})
-"""The methods that choose by the held-out tokens: setting -> the method's name."""
+from optima_tpu.runtime.outside import code_digest, import_path
 
 
 def at_least(least: int, name: str, value: int | None) -> None:
@@ -135,6 +119,7 @@ class RunConfig:
         holds; "self_attn.*=dense" leaves attention as it is, "model.layers.0.*=0.3" prunes the first block less.
       selector: how the weights that stay are chosen.
       solver: how the weights that stay are moved; None leaves them as the selector does.
+      damping: of the objective, ``solver.damping`` in files and on the command line; None takes the solver's default.
       accept: when the solver's weights replace the selector's.
       target: what a layer is to reproduce.
       recapture: take a layer's inputs from the block as pruned so far (q, k, v, then o, then gate and up, then down) and not, as
@@ -163,8 +148,9 @@ class RunConfig:
     cpu_devices: int | None = None
     pattern: Pattern = Unstructured(0.5)
     layers: tuple[LayerRule, ...] = ()
-    selector: MaskSelector | Imported = Wanda()
+    selector: Selector | Imported = Wanda()
     solver: Solver | None = CG()
+    damping: float | None = None
     accept: Acceptance = PerRow()
     target: Target = SelfTarget()
     recapture: bool = False
@@ -179,7 +165,7 @@ class RunConfig:
     export: bool = True
     sinks: Sinks = Sinks()
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not self.model.strip():
             raise UserError("expected a model: a folder, a hub id, a .gguf file or wheel:NAME, got an empty text")
         at_least(1, "cpu_devices", self.cpu_devices)
@@ -190,29 +176,69 @@ class RunConfig:
             raise UserError(f"expected device_memory above 0 GiB, got {self.device_memory}")
         if self.mesh is not None:
             parse_mesh(self.mesh)
-        if isinstance(self.tuning, Grid):
-            self.tuning.dampings(self.solver)
+        if self.damping is not None and not 0 <= self.damping < float("inf"):
+            raise UserError(f"expected the solver's damping to be at least 0, got {self.damping}")
+        if self.tuning.by_held_out:
+            if self.solver is None:
+                raise UserError("expected a solver where tuning is grid, got none: there is nothing to tune; take --tuning fixed")
+            self.tuning.dampings(self.recipe.damping)
         if self.refine and self.solver is None:
             raise UserError(
                 "expected a solver where refine is swaps, got none: its solution says what to exchange; "
                 "take --solver cg or --refine null"
             )
-        if not isinstance(self.allocation, Uniform):
-            name = _method_name("allocation", self.allocation)
-            if not isinstance(self.pattern, Unstructured):
+        for pattern in self._patterns:
+            if self.recipe.selector:
+                self.recipe.selector.check(pattern)
+            if self.refine and not pattern.exchanges:
+                raise UserError(f"expected a pattern whose masks can be exchanged, got {pattern}; take --refine null")
+        if self.allocation.measures:
+            name = method_name("allocation", self.allocation)
+            if not self.pattern.free:
                 raise UserError(
                     f"expected a pattern such as 0.6/row where allocation is {name}, got {self.pattern}, which fixes "
                     "what every row loses; take --allocation uniform"
                 )
-            if isinstance(self.selector, Imported):
+            if self.recipe.selector is None:
                 raise UserError(
                     f"expected a selector that chooses masks where allocation is {name}, got imported: those say "
                     "themselves what each block loses; take --allocation uniform"
                 )
         if not self.calibration.held_out:
             for setting, name in BY_HELD_OUT.items():
-                if _method_name(setting, getattr(self, setting)) == name:
+                if method_name(setting, getattr(self, setting)) == name:
                     raise UserError(f"expected calibration.held_out of at least 1 where {setting} is {name}, got 0")
+
+    @property
+    def _patterns(self) -> list[Pattern]:
+        return [self.pattern, *(rule.pattern for rule in self.layers if rule.pattern)]
+
+    @property
+    def recipe(self) -> Recipe:
+        """What is done to every linear layer."""
+        selector = None if isinstance(self.selector, Imported) else self.selector
+        return Recipe(
+            self.pattern,
+            selector,
+            self.solver,
+            self.accept,
+            self.layers,
+            self.target,
+            self.recapture,
+            self.tuning,
+            self.refine,
+            self.damping,
+        )
+
+    @property
+    def outside_code(self) -> dict[str, str]:
+        """The user's own classes in this run, by import path, and the SHA-256 of the file that each was read from."""
+        own = {
+            import_path(type(pattern)): code_digest(type(pattern))
+            for pattern in self._patterns
+            if not type(pattern).__module__.startswith("optima_tpu.")
+        }
+        return own | outside_code({setting: getattr(self, setting) for setting in CHOICES})
 
     @property
     def model_name(self) -> str:
@@ -225,14 +251,13 @@ class RunConfig:
         """Where the run is kept: ``output``, or a name made of the model and the recipe."""
         if self.output is not None:
             return as_path(self.output)
-        methods = [_method_name("selector", self.selector)]
-        methods += ["none" if self.solver is None else _method_name("solver", self.solver)]
+        chosen = {setting: method_name(setting, method) for setting in CHOICES if (method := getattr(self, setting))}
+        methods = [chosen["selector"].rpartition(":")[2], chosen.get("solver", "none").rpartition(":")[2]]
         methods += ["swaps"] if self.refine else []
-        methods += ["dense"] if isinstance(self.target, DenseTarget) else []
-        methods += [] if isinstance(self.allocation, Uniform) else [_method_name("allocation", self.allocation)]
-        what = ",".join(
-            filter(None, (pattern_text(self.pattern, self.selector.group), layers_text(self.layers, self.selector.group)))
-        )
+        methods += ["dense"] if self.target.dense_stream else []
+        methods += [chosen["allocation"]] if self.allocation.measures else []
+        group = self.selector.group
+        what = ",".join(filter(None, (self.pattern.text(group), layers_text(self.layers, group))))
         slug = re.sub(r"[^\w.]+", "-", what.replace(":", "of")).strip("-")
         # Brackets and backslashes: see ``files.refuse_unreachable``.
         return Path("runs", "-".join((re.sub(r"[\[\]\\]", "_", self.model_name), *methods, slug)))
@@ -248,12 +273,14 @@ def to_dict(config: RunConfig) -> dict[str, Any]:
     A method is ``{"name": ..., its options}``, no solver is None.
     """
     values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    del values["damping"]
     for setting in CHOICES:
         method = values[setting]
-        values[setting] = method and {"name": _method_name(setting, method)} | options_of(method)
+        damping = {"damping": config.recipe.damping} if setting == "solver" else {}
+        values[setting] = method and {"name": method_name(setting, method)} | damping | options_of(method)
     group = config.selector.group
     return values | {
-        "pattern": pattern_text(config.pattern, group),
+        "pattern": config.pattern.text(group),
         "layers": layers_text(config.layers, group),
         "calibration": dataclasses.asdict(config.calibration),
         "evaluation": dataclasses.asdict(config.evaluation),
@@ -270,17 +297,6 @@ def chosen_by_held_out(configuration: Mapping[str, Any]) -> list[str]:
     ]  # without a solver nothing is there to accept
 
 
-class Method(Protocol):
-    """A dataclass: one of the methods of a setting."""
-
-    __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
-
-
-def options_of(method: Method) -> dict[str, Any]:
-    """A method's options in JSON types."""
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in dataclasses.asdict(method).items()}
-
-
 def weights_settings(config: RunConfig) -> dict[str, Any]:
     """The part of :func:`to_dict` that decides the pruned weights, which a resumed run must repeat.
 
@@ -288,9 +304,5 @@ def weights_settings(config: RunConfig) -> dict[str, Any]:
     their contents, and nothing that changes weights by rounding at most: mesh, devices and batch.
     """
     values = to_dict(config)
-    explicit = {"pattern": pattern_text(config.pattern), "layers": layers_text(config.layers)}
+    explicit = {"pattern": config.pattern.text(), "layers": layers_text(config.layers)}
     return {key: (values | explicit)[key] for key in ("dtype", "pattern", "layers", *CHOICES, "recapture")}
-
-
-def _method_name(setting: str, method: object) -> str:
-    return next(name for name, cls in CHOICES[setting].items() if cls is type(method))

@@ -45,7 +45,7 @@ def dump(value: Any) -> str:
     """Writes JSON types so that :func:`load` reads the same, keys in their order."""
     yaml = YAML(typ="safe", pure=True)
     yaml.default_flow_style = False
-    yaml.sort_base_mapping_type_on_output = False
+    yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]  # ruamel.yaml declares it None
     yaml.width = 1000  # long values stay on one line
     text = io.StringIO()
     yaml.dump(value, text)

@@ -1,38 +1,51 @@
 """Whether a solver's weights replace the selector's: the last word on every row.
 
-Both are judged as they will be stored (after the cast to the checkpoint's dtype), on the objective of the solver, its damping
+Both are judged as they will be stored (after the cast to the checkpoint's dtype), on the objective that was solved, its damping
 included: a solver with more damping than the selector had gives some of the calibration error back on purpose.
 """
 
+import abc
 import dataclasses
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import ClassVar, NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from optima_tpu.errors import UserError
+from optima_tpu.method.linalg.features import WHOLE, Features
+from optima_tpu.method.outcomes import RowOutcomes
+from optima_tpu.method.problem import Pruned, Solution, displacement, output_energy, self_target, undamped_objective
+from optima_tpu.method.statistics import TokenSets
+from optima_tpu.method.targets import LinearTerm, pulled
 
 
-class Acceptance(Protocol):
-    """Says which rows of one matrix take the solver's weights.
+class Acceptance(abc.ABC):
+    """Says which rows of one matrix take the solver's weights. A rule is a frozen dataclass.
 
-    Args:
-      before: [d_out] float32, the objective of the selector's weights, with the solver's damping.
-      after: [d_out] float32, the objective of the solver's weights; NaN where they are not finite.
-      converged: [d_out] bool, the solver's own verdict.
-      held_out: errors of both on held-out tokens, [d_out] float32 each, against the dense model's outputs where those are the
-        target, less what the rows make up for of the residual stream's drift where that is aimed at (see ``judge.judge_rows``);
-        None where there are no such tokens.
-
-    Returns:
-      [d_out] bool.
+    Attributes:
+      by_held_out: whether held-out tokens decide.
     """
 
-    def __call__(self, before: Array, after: Array, converged: Array, held_out: tuple[Array, Array] | None = None) -> Array: ...
+    by_held_out: ClassVar[bool] = False
+
+    @abc.abstractmethod
+    def __call__(self, before: Array, after: Array, converged: Array, held_out: tuple[Array, Array] | None = None) -> Array:
+        """The rows that are updated, [d_out] bool.
+
+        Args:
+          before: [d_out] float32, the objective of the selector's weights, damping included.
+          after: [d_out] float32, the objective of the solver's weights; NaN where they are not finite.
+          converged: [d_out] bool, the solver's own verdict.
+          held_out: errors of both on held-out tokens, [d_out] float32 each, against the dense model's outputs where those are the
+            target, less what the rows make up for of the residual stream's drift where that is aimed at (see
+            :func:`accept_rows`); None where there are no such tokens.
+        """
 
 
 @dataclasses.dataclass(frozen=True)
-class PerRow:
+class PerRow(Acceptance):
     """A row is updated when its own objective did not rise, the solver's damping included. So no row gets worse."""
 
     def __call__(self, before: Array, after: Array, converged: Array, held_out: tuple[Array, Array] | None = None) -> Array:
@@ -40,7 +53,7 @@ class PerRow:
 
 
 @dataclasses.dataclass(frozen=True)
-class PerLayer:
+class PerLayer(Acceptance):
     """The paper's rule: a matrix is updated as a whole, when enough rows converged and its total objective fell.
 
     The rows of a matrix are counted together. The paper's code (paramathic/optima ``optima/weight_update.py``) solves
@@ -53,7 +66,7 @@ class PerLayer:
 
     min_converged: float = 0.95
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not 0 <= self.min_converged <= 1:
             raise UserError(f"expected min_converged in [0, 1], got {self.min_converged}")
 
@@ -65,12 +78,14 @@ class PerLayer:
 
 
 @dataclasses.dataclass(frozen=True)
-class HeldOut:
+class HeldOut(Acceptance):
     """Rows whose own objective did not rise are updated, all of a matrix or none: its error on held-out tokens must not rise.
 
     That of a layer which is to make up for the residual stream's drift is counted against its outputs together with that, so that
     the errors in the report, against the outputs alone, may rise. An expert that no held-out token reached has errors of 0.
     """
+
+    by_held_out: ClassVar[bool] = True
 
     def __call__(self, before: Array, after: Array, converged: Array, held_out: tuple[Array, Array] | None = None) -> Array:
         if held_out is None:
@@ -79,3 +94,166 @@ class HeldOut:
         # A NaN makes the comparison False. The rows that stay as they are have no part in it.
         kept, moved = held_out
         return rows & (jnp.sum(jnp.where(rows, moved - kept, 0.0)) <= 0)
+
+
+class RowErrors(NamedTuple):
+    """Of the rows of a matrix and of two others in their place, old and new, [rows] float32 each.
+
+    Attributes:
+      energy: the mean square of the dense output.
+      old, new: the mean squared change of the output.
+      old_displacement, new_displacement: ``sum_j H_jj (v_j - w_j)^2``.
+    """
+
+    energy: Array
+    old: Array
+    new: Array
+    old_displacement: Array
+    new_displacement: Array
+
+
+Measure = Callable[[Array, Array, Array, Array], RowErrors]
+"""Of a Hessian, and of dense, old and new weights."""
+
+
+def row_errors(hessian: Array, features: Features = WHOLE) -> Callable[[Array, Array, Array], RowErrors]:
+    """The errors of dense, old and new weights."""
+
+    def measure(dense: Array, old: Array, new: Array) -> RowErrors:
+        problem = self_target(dense, hessian, features=features)
+        return RowErrors(
+            output_energy(problem, features),
+            *(of(problem, end, features) for of in (undamped_objective, displacement) for end in (old, new)),
+        )
+
+    return measure
+
+
+class TokenTerms(NamedTuple):
+    """The objective of rows on one set of tokens.
+
+    Attributes:
+      hessian: [d_in, d_in] float32.
+      term: what a dense target adds; None for a layer's own outputs.
+      drift: each row's mean of ``(D w')^2``, [rows] float32, of held-out tokens with a dense target.
+    """
+
+    hessian: Array
+    term: LinearTerm | None = None
+    drift: Array | None = None
+
+
+class MatrixObjective(NamedTuple):
+    """What is asked of the rows of one matrix.
+
+    Attributes:
+      weight: [d_out, d_in] float32, the dense weights.
+      tokens: both sets of tokens.
+      pull: [d_out, d_in] float32, ``e`` on the calibration tokens; None for a layer's own outputs.
+      damping: of the objective.
+    """
+
+    weight: Array
+    tokens: TokenSets[TokenTerms]
+    pull: Array | None = None
+    damping: Array | float = 0.0
+
+
+class _HeldOutErrors(NamedTuple):
+    """Of the rows, [d_out] float32 each; energies, old and new errors, and where the target is dense those against the dense model
+    and that of the dense weights."""
+
+    own: tuple[Array, Array, Array]
+    dense: tuple[Array, Array, Array, Array] | None
+    decisive: tuple[Array, Array]
+
+
+def accept_rows(
+    objective: MatrixObjective, pruned: Pruned, found: Solution, accept: Acceptance | None, dtype: np.dtype, measure: Measure
+) -> tuple[Pruned, RowOutcomes]:
+    """Takes the solver's weights, and its mask where it has one, where they are accepted, after the cast to what is stored.
+
+    With a dense target the acceptance compares objectives of that target, and errors against the dense model's outputs on
+    held-out tokens: ``(v - w) H (v - w)' - 2 w B (v - w)' + mean (D w')^2``. Where the drift of the residual stream is aimed at,
+    it compares these less ``2 gamma q (v - w)'``, the error against both but for a constant; reported are the errors against the
+    outputs. The objectives that are compared have the damping, no error that is reported does.
+
+    Args:
+      pruned: what the selector left.
+      found: for the selector's mask, or with another one.
+      accept: None takes all rows.
+      dtype: what the weights are stored in.
+    """
+    keep = pruned.keep if found.keep is None else found.keep
+    old, new = (_stored(weight, mask, dtype) for weight, mask in (pruned, (found.weight, keep)))
+    errors = measure(objective.tokens.calibration.hessian, objective.weight, old, new)
+    aims = (errors.old + objective.damping * errors.old_displacement, errors.new + objective.damping * errors.new_displacement)
+    if objective.pull is not None:
+        pull, dense = objective.pull, objective.weight
+        aims = (aims[0] - pulled(pull, dense, old), aims[1] - pulled(pull, dense, new))
+    held_out = objective.tokens.held_out
+    unseen = None if held_out is None else _held_out_errors(objective.weight, held_out, old, new, measure)
+    accepted = jnp.ones(errors.old.shape, bool)
+    if accept is not None:
+        accepted = accept(*aims, found.converged, None if unseen is None else unseen.decisive)
+
+    def taken(values: tuple[Array, ...]) -> Array:
+        return jnp.stack((*values[:2], jnp.where(accepted, values[2], values[1]), *values[3:]))
+
+    outcomes = RowOutcomes(
+        errors.energy,
+        errors.old,
+        jnp.where(accepted, errors.new, errors.old),
+        found.gap,
+        found.steps,
+        found.converged,
+        ~accepted,
+        held_out=None if unseen is None else taken(unseen.own),
+        dense=None if unseen is None or unseen.dense is None else taken(unseen.dense),
+        score=None if unseen is None else jnp.where(accepted, unseen.decisive[1], unseen.decisive[0]),
+    )
+    if found.keep is not None:
+        keep = jnp.where(accepted[:, None], keep, pruned.keep)
+        outcomes = outcomes._replace(exchanged=jnp.sum(keep & ~pruned.keep, axis=1, dtype=jnp.int32))
+    return Pruned(jnp.where(accepted[:, None], new, old), keep), outcomes
+
+
+def _stored(weight: Array, keep: Array, dtype: np.dtype) -> Array:
+    # The mask again after the cast, and + 0.0 so that no -0.0 is left: zeros are exact in the file.
+    return jnp.where(keep, weight, 0.0).astype(dtype).astype(jnp.float32) + 0.0
+
+
+def _held_out_errors(dense: Array, terms: TokenTerms, old: Array, new: Array, measure: Measure) -> _HeldOutErrors:
+    own = measure(terms.hessian, dense, old, new)[:3]
+    if terms.term is None:
+        return _HeldOutErrors(own, None, own[1:])
+    if terms.drift is None:
+        raise ValueError("a dense target needs the drift of the held-out tokens")
+    (outputs, stream), drift = terms.term, terms.drift
+
+    def missed(value: Array, end: Array) -> Array:
+        return value - pulled(outputs, dense, end) + drift
+
+    # The dense outputs themselves are what is missed by v = 0.
+    nothing = jnp.zeros_like(old)
+    against = (missed(own[0], nothing), missed(own[1], old), missed(own[2], new))
+    decisive = against[1:]
+    if stream is not None:
+        decisive = (decisive[0] - pulled(stream, dense, old), decisive[1] - pulled(stream, dense, new))
+    return _HeldOutErrors(own, (*against, drift), decisive)
+
+
+def refuse_broken(prefix: str, names: Sequence[str], rows: Sequence[RowOutcomes]) -> None:
+    """For what is on the host, before anything of it is saved.
+
+    Raises:
+      UserError: a selector's weights are no numbers, as those of one that factorises an almost singular Hessian may be.
+    """
+    for name, report in zip(names, rows):
+        broken = np.sum(~np.isfinite(report.before))
+        if broken:
+            raise UserError(
+                f"{prefix}{name}: expected finite weights from the selector, got others in {broken:,} of "
+                f"{len(report.before):,} rows: its Hessian is too close to singular; raise --selector.damping, or "
+                "take more calibration text"
+            )

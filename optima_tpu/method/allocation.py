@@ -10,7 +10,7 @@ N:M fixes what each block loses, and masks from elsewhere have been allocated: n
 import dataclasses
 import math
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 
@@ -32,13 +32,39 @@ class Steps(NamedTuple):
     most: int
 
 
+class Allocation:
+    """How the pattern's sparsity is shared out among the blocks.
+
+    Attributes:
+      measures: whether blocks differ, by what is measured of them.
+    """
+
+    measures: ClassVar[bool] = True
+    limit: float = 0.0
+
+    @property
+    def reach(self) -> float:
+        """How far a block's sparsity may be from the pattern's."""
+        return self.limit
+
+    def wanted(self, scores: np.ndarray, steps: Steps) -> np.ndarray:
+        """How many steps the blocks' sparsities should be from the pattern's, [blocks] float64 with the mean 0.
+
+        Args:
+          scores: [blocks, n], what was measured of every block.
+        """
+        return np.zeros(len(scores))
+
+
 @dataclasses.dataclass(frozen=True)
-class Uniform:
+class Uniform(Allocation):
     """Every block loses the pattern's share."""
 
+    measures: ClassVar[bool] = False
+
 
 @dataclasses.dataclass(frozen=True)
-class OWL:
+class OWL(Allocation):
     """Blocks with more outliers keep more (Yin et al., 2024, section 3).
 
     A block's outliers are the weights whose ``|w_ij| ||x_j||`` is more than ``outlier`` times the block's mean, with the dense
@@ -54,7 +80,7 @@ class OWL:
     outlier: float = 5.0
     limit: float = 0.08
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not self.outlier > 0:
             raise UserError(f"expected allocation.outlier above 0, got {self.outlier}")
         _check_limit(self.limit)
@@ -77,7 +103,7 @@ class OWL:
 
 
 @dataclasses.dataclass(frozen=True)
-class Measured:
+class Measured(Allocation):
     """Each block loses as much as makes the sum of the losses smallest, by what two trials of it have cost the model.
 
     Block by block, the dense model runs with this block alone pruned, once below and once above the pattern's sparsity, by
@@ -96,7 +122,7 @@ class Measured:
 
     limit: float = 0.16
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _check_limit(self.limit)
 
     @property
@@ -129,16 +155,13 @@ class Measured:
         return found - found.mean()
 
 
-Allocation = Uniform | OWL | Measured
-
-
 def grain(inputs: Sequence[int]) -> float:
     """The step between sparsities, near 2%: with it every row of so many inputs loses a whole number of weights more."""
     divisor = math.gcd(*inputs)
     return max(1, round(_GRAIN * divisor)) / divisor
 
 
-def steps_of(allocation: OWL | Measured, sparsity: float, inputs: Iterable[int]) -> Steps:
+def steps_of(allocation: Allocation, sparsity: float, inputs: Iterable[int]) -> Steps:
     """The steps that an allocation may take from the pattern's sparsity.
 
     Args:
@@ -170,7 +193,7 @@ def steps_of(allocation: OWL | Measured, sparsity: float, inputs: Iterable[int])
     return steps
 
 
-def allocate(allocation: OWL | Measured, scores: np.ndarray, weights: Sequence[int], steps: Steps) -> np.ndarray:
+def allocate(allocation: Allocation, scores: np.ndarray, weights: Sequence[int], steps: Steps) -> np.ndarray:
     """How many steps each block's sparsity is from the pattern's, [blocks] int.
 
     Blocks trade with those that have as many weights: among these the numbers add up to 0, and so no weight more or less goes.

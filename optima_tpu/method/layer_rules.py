@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 
 from optima_tpu.errors import UserError
-from optima_tpu.method.patterns import Pattern, parse_pattern, pattern_text
+from optima_tpu.method.patterns import Pattern, parse_pattern
 
 DENSE = "dense"
 
@@ -57,7 +57,7 @@ def parse_layers(text: str, group: str = "row") -> tuple[LayerRule, ...]:
 
 def layers_text(rules: Sequence[LayerRule], group: str | None = None) -> str:
     """The text that :func:`parse_layers` reads back."""
-    return ",".join(f"{rule.path}={pattern_text(rule.pattern, group) if rule.pattern else DENSE}" for rule in rules)
+    return ",".join(f"{rule.path}={rule.pattern.text(group) if rule.pattern else DENSE}" for rule in rules)
 
 
 def pattern_of(rules: Sequence[LayerRule], default: Pattern, path: str, name: str) -> Pattern | None:

@@ -16,30 +16,27 @@ fell. No row ever gets worse, however rough the estimate is.
 """
 
 import dataclasses
-from collections.abc import Callable
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.sharding import Mesh
 
 from optima_tpu.errors import UserError
-from optima_tpu.method.footprint import Footprint, footprint_of
 from optima_tpu.method.linalg.features import WHOLE, Features, matmul
 from optima_tpu.method.linalg.inverses import inverse
 from optima_tpu.method.linalg.scaling import unit_diagonal
-from optima_tpu.method.linalg.smallest import lowest, pairs_that_pay
-from optima_tpu.method.patterns import NM, Pattern
+from optima_tpu.method.linalg.smallest import PASSES_OF_A_MASK
+from optima_tpu.method.patterns import Pattern
 from optima_tpu.method.problem import LayerProblem, Pruned, Solution, pull_of
-from optima_tpu.method.row_sharding import Layout, over_rows, prepared, solution_specs
-from optima_tpu.method.solvers import Solver, damping_of
+from optima_tpu.method.resources import Cost, Footprint
+from optima_tpu.method.solvers import Solver, SolveRows
 
 # Newton steps for log t, from its value for an A without correlations: until one is short, as errors are squared by each.
 _MOST_STEPS = 6
 _SHORT_STEP = 3e-2
-FACTORISATIONS = 4
-"""Of matrices of the Hessian's size, for the estimate of ``s``: with the last one 3 or 4 for layers of SmolLM2, at most 7."""
+# For the estimate of ``s``, with the last one: 3 or 4 for layers of SmolLM2, at most 7.
+_INVERSES = 4
 # The estimate's least damping: with none there is no t where a row keeps more inputs than the Hessian has directions.
 _LEAST_DAMPING = 1e-3
 
@@ -58,53 +55,63 @@ class Swaps:
     rounds: int = 4
     share: float = 0.025
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.rounds < 1:
             raise UserError(f"expected refine.rounds of at least 1, got {self.rounds}; --refine null leaves the mask as it is")
         if not 0 < self.share <= 0.5:
             raise UserError(f"expected refine.share above 0 and at most 0.5, got {self.share}")
 
 
-class Refined(NamedTuple):
-    """A solution on a mask of its own.
-
-    Attributes:
-      solution: on that mask; its steps are those of all rounds.
-      keep: [d_out, d_in] bool.
-    """
-
-    solution: Solution
-    keep: Array
-
-
 @dataclasses.dataclass(frozen=True)
-class Refining:
+class Exchanging(Solver):
     """A solver with rounds of exchanges around it, for the rows of one Hessian and one pattern.
 
-    The objective is the solver's own, with its damping.
+    Attributes:
+      solver: that solves every mask; its objective decides.
+      swaps: how much is exchanged.
+      pattern: of all rows.
     """
+
+    changes_masks: ClassVar[bool] = True
 
     solver: Solver
     swaps: Swaps
     pattern: Pattern
 
     @property
-    def footprint(self) -> Footprint:
+    def title(self) -> str:
+        return f"{self.solver.title} with exchanges"
+
+    def footprint(self, damping: float) -> Footprint:
         # A + t I and its inverse, while the solver's are there. A row's weights, residual, winnings, costs and what the
         # selection makes of them.
-        solver = footprint_of(self.solver, None)
+        solver = self.solver.footprint(damping)
         return Footprint(solver.hessians + 2, solver.vectors + 8)
 
-    def prepare(self, hessian: Array, features: Features = WHOLE) -> Callable[[LayerProblem, Pruned], Refined]:
-        """What depends on the Hessian alone is done here, once; see :meth:`solvers.CG.prepare`."""
+    def cost(self) -> Cost | None:
+        each, solves = self.solver.cost(), self.swaps.rounds + 1
+        # A round counts its pairs in two arrays, and makes two masks.
+        if each is None:
+            return None
+        return Cost(
+            products=solves * (each.products + 1),
+            passes=solves * each.passes + 4 * (solves - 1) * PASSES_OF_A_MASK,
+            inverses=each.inverses + _INVERSES,
+            factorisations=solves * each.factorisations,
+        )
+
+    def __call__(self, problem: LayerProblem, pruned: Pruned) -> Solution:
+        return self.prepare(problem.hessian, problem.damping)(problem, pruned)
+
+    def prepare(self, hessian: Array, damping: float, features: Features = WHOLE) -> SolveRows:
         if features != WHOLE:
             raise ValueError("exchanges compare all features of a row: they cannot be split over devices")
-        solve, damping = prepared(self.solver, hessian, features), damping_of(self.solver)
+        solve = self.solver.prepare(hessian, damping, features)
         schur = schur_diagonal(hessian, damping, kept_share(self.pattern, hessian.shape[0]))
-        return lambda problem, pruned: self._refine(problem, pruned, solve, damping, schur)
+        return lambda problem, pruned: self._exchange(problem, pruned, solve, schur)
 
-    def _refine(self, problem: LayerProblem, pruned: Pruned, solve: Solver, damping: float, schur: Array) -> Refined:
-        pull, ridge = pull_of(problem), damping * jnp.diagonal(problem.hessian)
+    def _exchange(self, problem: LayerProblem, pruned: Pruned, solve: SolveRows, schur: Array) -> Solution:
+        pull, ridge = pull_of(problem), problem.damping * jnp.diagonal(problem.hessian)
 
         def measure(weight: Array) -> tuple[Array, Array]:
             """Objective and residual of every row."""
@@ -114,7 +121,7 @@ class Refining:
 
         def exchanged(state: _State) -> tuple[Array, Array]:
             win = jnp.where(schur > 0, state.residual**2 / jnp.where(schur > 0, schur, 1.0), 0.0)
-            return exchange(win, state.weight**2 * schur, state.keep, state.limit, self.pattern)
+            return self.pattern.exchange(win, state.weight**2 * schur, state.keep, state.limit)
 
         def one_round(index: int, state: _State) -> _State:
             # The first one solves on the mask that came.
@@ -149,7 +156,7 @@ class Refining:
             jnp.full(rows, max(1, int(self.swaps.share * inputs)), jnp.int32),
         )
         state = jax.lax.fori_loop(0, self.swaps.rounds + 1, one_round, state)
-        return Refined(Solution(state.weight, state.gap, state.steps, state.converged), state.keep)
+        return Solution(state.weight, state.gap, state.steps, state.converged, state.keep)
 
 
 class _State(NamedTuple):
@@ -161,41 +168,6 @@ class _State(NamedTuple):
     steps: Array  # [rows] int32
     converged: Array  # [rows] bool
     limit: Array  # [rows] int32, at most so many exchanges
-
-
-def refining_over_rows(refining: Refining, mesh: Mesh, layout: Layout) -> Callable[[LayerProblem, Pruned], Refined]:
-    """The rows split over the mesh, as ``sharding.over_rows`` does it for a solver alone: they are independent here too."""
-    return over_rows(refining, mesh, layout, Refined(solution_specs(layout), layout.matrix))
-
-
-def exchange(win: Array, cost: Array, keep: Array, limit: Array, pattern: Pattern) -> tuple[Array, Array]:
-    """The mask after the exchanges that win more than they cost, the best ``limit`` of each row, and their number.
-
-    Pairs are the dearest to let in with the cheapest to let go, the second with the second, and so on; in an N:M one pair in each
-    M. Of equals the lower index comes first.
-
-    Args:
-      win: [rows, d_in] float32, at least 0, read where a weight is pruned.
-      cost: [rows, d_in] float32, at least 0, read where it is kept.
-      keep: [rows, d_in] bool.
-      limit: [rows] int32, at least 0.
-
-    Returns:
-      [rows, d_in] bool and [rows] int32.
-    """
-    win, cost = jnp.where(keep, -jnp.inf, win), jnp.where(keep, cost, jnp.inf)
-    if isinstance(pattern, NM):
-        inside = (*keep.shape[:-1], -1, pattern.m)
-        win, cost, kept = win.reshape(inside), cost.reshape(inside), keep.reshape(inside)
-        profit = jnp.max(win, axis=-1) - jnp.min(cost, axis=-1)
-        count = jnp.minimum(jnp.sum(profit > 0, axis=-1, dtype=jnp.int32), limit)
-        chosen = lowest(-profit, count[:, None], "row")[..., None]
-        enters, leaves = (
-            chosen & (jnp.arange(pattern.m) == best[..., None]) for best in (jnp.argmax(win, axis=-1), jnp.argmin(cost, axis=-1))
-        )
-        return ((kept | enters) & ~leaves).reshape(keep.shape), count
-    count = jnp.minimum(pairs_that_pay(win, cost), limit)
-    return (keep | lowest(-win, count[:, None], "row")) & ~lowest(cost, count[:, None], "row"), count
 
 
 def kept_share(pattern: Pattern, inputs: int) -> float:
@@ -217,7 +189,7 @@ def schur_diagonal(hessian: Array, damping: float, kept: float) -> Array:
     matrix = matrix + max(damping, _LEAST_DAMPING) * eye
     kept = min(max(kept, 0.5 / size), 1 - 0.5 / size)
 
-    def newton(state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+    def newton(state: tuple[int | Array, Array, Array]) -> tuple[int | Array, Array, Array]:
         # Of size - t tr X - |K| as a function of log t, whose derivative is t^2 |X|^2 - t tr X < 0.
         steps, ridge, _ = state
         found = inverse(matrix + ridge * eye)
@@ -226,11 +198,8 @@ def schur_diagonal(hessian: Array, damping: float, kept: float) -> Array:
         step = jnp.clip((size * (1 - kept) - trace) / jnp.maximum(slope, 1e-6 * size), -2.0, 2.0)
         return steps + 1, ridge * jnp.exp(step), jnp.abs(step)
 
-    _, ridge, _ = jax.lax.while_loop(
-        lambda state: (state[0] < _MOST_STEPS) & (state[2] > _SHORT_STEP),
-        newton,
-        (0, jnp.float32((1 + damping) * (1 - kept) / kept), jnp.float32(jnp.inf)),
-    )
+    start: tuple[int | Array, Array, Array] = (0, jnp.float32((1 + damping) * (1 - kept) / kept), jnp.float32(jnp.inf))
+    _, ridge, _ = jax.lax.while_loop(lambda state: (state[0] < _MOST_STEPS) & (state[2] > _SHORT_STEP), newton, start)
     schur = jnp.maximum(1 / jnp.diagonal(inverse(matrix + ridge * eye)) - ridge, 0.0)
     # Where float32 finds no inverse, so that all is NaN, nothing is exchanged.
     return jnp.where(live & (schur > 0), scale**2 * schur, 0.0)

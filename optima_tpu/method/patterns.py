@@ -5,19 +5,122 @@ index: of two weights of one group with equal scores the one with the lower inde
 the result (4-bit checkpoints tie often), and it makes the mask independent of the mesh.
 """
 
+import abc
 import dataclasses
 import math
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from optima_tpu.errors import UserError
-from optima_tpu.method.linalg.smallest import lowest, order_of
+from optima_tpu.method.linalg.smallest import lowest, order_of, pairs_that_pay
+from optima_tpu.runtime.outside import import_class, import_path, is_import_path, read_options, write_options
+
+_TOLERANCE = 0.01
+"""By how much the sparsity of a layer with a mask from elsewhere may miss an unstructured pattern: published SparseGPT prunes one
+weight more in every block, and codes round the count differently."""
+
+
+class Pattern(abc.ABC):
+    """How many weights of a matrix go, and inside which comparison groups. A pattern is a frozen dataclass.
+
+    Attributes:
+      group: "row" where weights of different rows never compete, else "layer".
+      span: how many consecutive inputs a comparison group has, which must divide d_in; None where it is a whole row or matrix.
+      free: whether weights may lie anywhere in a comparison group, so that sparsities can be allocated to blocks.
+      sparsity: the share of weights that are pruned.
+    """
+
+    group: str = "row"
+    free: ClassVar[bool] = False
+    sparsity: float = math.nan
+
+    @property
+    def span(self) -> int | None:
+        return None
+
+    def at(self, sparsity: float) -> "Pattern":
+        """The same pattern with another sparsity, for patterns that are ``free``."""
+        raise ValueError(f"the sparsity of {self} is fixed")
+
+    def __str__(self) -> str:
+        return self.text()
+
+    @abc.abstractmethod
+    def pruned_count(self, shape: tuple[int, int]) -> int:
+        """How many weights a [d_out, d_in] matrix loses. Raises UserError where the pattern does not fit the shape."""
+
+    @abc.abstractmethod
+    def keep_mask(self, scores: Array) -> Array:
+        """The mask with the largest total score.
+
+        Args:
+          scores: [d_out, d_in] float32, larger is more worth keeping; NaN counts as the smallest of all.
+
+        Returns:
+          [d_out, d_in] bool with exactly ``pruned_count(shape)`` False entries.
+        """
+
+    def pruned_in(self, size: int) -> int:
+        """How many weights a comparison group of ``size`` loses, for methods that choose a row part by part.
+
+        Raises:
+          UserError: the pattern fixes no such number.
+        """
+        raise UserError(f"expected a pattern that says how many weights a part of a row loses, got {self}; take --selector wanda")
+
+    @property
+    def exchanges(self) -> bool:
+        """Whether :meth:`exchange` is there."""
+        return type(self).exchange is not Pattern.exchange
+
+    def exchange(self, win: Array, cost: Array, keep: Array, limit: Array) -> tuple[Array, Array]:
+        """The mask after the exchanges that win more than they cost, the best ``limit`` of each row, and their number.
+
+        Pairs are the dearest to let in with the cheapest to let go, the second with the second, and so on. Of equals the lower
+        index comes first.
+
+        Args:
+          win: [rows, d_in] float32, at least 0, read where a weight is pruned.
+          cost: [rows, d_in] float32, at least 0, read where it is kept.
+          keep: [rows, d_in] bool.
+          limit: [rows] int32, at least 0.
+
+        Returns:
+          [rows, d_in] bool and [rows] int32.
+
+        """
+        raise NotImplementedError
+
+    def holds(self, zero: np.ndarray) -> bool:
+        """Whether every comparison group of a [d_out, d_in] bool matrix has as many zeros as the pattern asks for."""
+        return bool(zero.sum() >= self.pruned_count(zero.shape))
+
+    def violation(self, keep: np.ndarray, or_fewer: bool = False) -> str | None:
+        """What in a mask [d_out, d_in] from elsewhere is not as the pattern says; None if nothing is.
+
+        Args:
+          or_fewer: whether fewer weights may be kept, as where a kept weight of a checkpoint is zero.
+        """
+        expected, found = self.pruned_count(keep.shape), keep.size - np.count_nonzero(keep)
+        if found == expected or (or_fewer and found > expected):
+            return None
+        return f"expected {expected:,} of {keep.size:,} weights pruned, got {found:,}"
+
+    def text(self, group: str | None = None) -> str:
+        """The text that :func:`parse_pattern` reads back.
+
+        Args:
+          group: a comparison group that needs not be written.
+        """
+        return import_path(type(self)) + write_options(self)
 
 
 @dataclasses.dataclass(frozen=True)
-class Unstructured:
+class Unstructured(Pattern):
     """Prunes the given share of every comparison group, wherever the weights lie.
 
     Attributes:
@@ -26,10 +129,12 @@ class Unstructured:
       group: "row" compares the weights of one output (Wanda), "layer" all weights of a matrix (magnitude pruning).
     """
 
+    free: ClassVar[bool] = True
+
     sparsity: float = 0.5
     group: str = "row"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not 0 <= self.sparsity < 1:
             raise UserError(f"expected a sparsity in [0, 1), got {self.sparsity}")
         if self.group not in ("row", "layer"):
@@ -37,6 +142,9 @@ class Unstructured:
 
     def __str__(self) -> str:
         return f"{self.sparsity:.4g} per {self.group}"
+
+    def at(self, sparsity: float) -> "Unstructured":
+        return dataclasses.replace(self, sparsity=sparsity)
 
     def pruned_in(self, size: int) -> int:
         """How many weights a group of ``size`` loses: ``floor(size * sparsity)`` in exact arithmetic.
@@ -47,24 +155,36 @@ class Unstructured:
         return min(math.floor(round(size * self.sparsity, 6)), max(size - 1, 0))
 
     def pruned_count(self, shape: tuple[int, int]) -> int:
-        """How many weights a [d_out, d_in] matrix loses."""
         rows, columns = shape
         return rows * self.pruned_in(columns) if self.group == "row" else self.pruned_in(rows * columns)
 
     def keep_mask(self, scores: Array) -> Array:
-        """The mask with the largest total score.
-
-        Args:
-          scores: [d_out, d_in] float32, larger is more worth keeping; NaN counts as the smallest of all.
-
-        Returns:
-          [d_out, d_in] bool with exactly ``pruned_count(shape)`` False entries.
-        """
         return ~lowest(scores, self.pruned_in(scores.shape[1] if self.group == "row" else scores.size), self.group)
+
+    def exchange(self, win: Array, cost: Array, keep: Array, limit: Array) -> tuple[Array, Array]:
+        win, cost = jnp.where(keep, -jnp.inf, win), jnp.where(keep, cost, jnp.inf)
+        count = jnp.minimum(pairs_that_pay(win, cost), limit)
+        return (keep | lowest(-win, count[:, None], "row")) & ~lowest(cost, count[:, None], "row"), count
+
+    def holds(self, zero: np.ndarray) -> bool:
+        if self.group == "row":
+            return bool(np.all(zero.sum(axis=1) >= self.pruned_in(zero.shape[1])))
+        return bool(zero.sum() >= self.pruned_in(zero.size))
+
+    def violation(self, keep: np.ndarray, or_fewer: bool = False) -> str | None:
+        """Compares the sparsity of the layer, whatever the comparison group, with a tolerance."""
+        found = 1 - np.count_nonzero(keep) / keep.size
+        fewest = self.pruned_count(keep.shape) / keep.size  # rounded down in every group
+        if fewest - _TOLERANCE <= found <= self.sparsity + _TOLERANCE:
+            return None
+        return f"expected {self.sparsity:.2%} of the weights pruned, got {found:.2%}"
+
+    def text(self, group: str | None = None) -> str:
+        return repr(float(self.sparsity)) + ("" if self.group == group else f"/{self.group}")
 
 
 @dataclasses.dataclass(frozen=True)
-class NM:
+class NM(Pattern):
     """Keeps ``n`` of every ``m`` consecutive inputs of a row, as 2:4 hardware reads them.
 
     Attributes:
@@ -75,7 +195,11 @@ class NM:
     n: int = 2
     m: int = 4
 
-    def __post_init__(self):
+    @property
+    def span(self) -> int:
+        return self.m
+
+    def __post_init__(self) -> None:
         if not 0 < self.n < self.m:
             raise UserError(f"expected a pattern N:M with 0 < N < M, got {self.n}:{self.m}")
 
@@ -83,7 +207,6 @@ class NM:
         return f"{self.n}:{self.m}"
 
     def pruned_count(self, shape: tuple[int, int]) -> int:
-        """How many weights a [d_out, d_in] matrix loses. Raises UserError when ``m`` does not divide d_in."""
         rows, columns = shape
         if columns % self.m:
             raise UserError(
@@ -93,9 +216,9 @@ class NM:
         return rows * (columns // self.m) * (self.m - self.n)
 
     def keep_mask(self, scores: Array) -> Array:
-        """The mask with the largest total score, see ``Unstructured.keep_mask``. Raises UserError as :meth:`pruned_count`."""
-        self.pruned_count(scores.shape)
-        order, place = order_of(scores), jnp.arange(scores.shape[1]) % self.m
+        rows, columns = scores.shape
+        self.pruned_count((rows, columns))  # raises where M does not divide d_in
+        order, place = order_of(scores), jnp.arange(columns) % self.m
 
         # Not a view [groups, m]: a TPU would give its last axis 128 places.
         def count(shift: Array, before: Array) -> Array:
@@ -106,12 +229,40 @@ class NM:
         before = jax.lax.fori_loop(1, self.m, count, jnp.zeros(scores.shape, jnp.int32))
         return before >= self.m - self.n
 
+    def exchange(self, win: Array, cost: Array, keep: Array, limit: Array) -> tuple[Array, Array]:
+        """One pair at most in each M, see :meth:`Pattern.exchange`."""
+        win, cost = jnp.where(keep, -jnp.inf, win), jnp.where(keep, cost, jnp.inf)
+        inside = (*keep.shape[:-1], -1, self.m)
+        win, cost, kept = win.reshape(inside), cost.reshape(inside), keep.reshape(inside)
+        profit = jnp.max(win, axis=-1) - jnp.min(cost, axis=-1)
+        count = jnp.minimum(jnp.sum(profit > 0, axis=-1, dtype=jnp.int32), limit)
+        chosen = lowest(-profit, count[:, None], "row")[..., None]
+        enters, leaves = (
+            chosen & (jnp.arange(self.m) == best[..., None]) for best in (jnp.argmax(win, axis=-1), jnp.argmin(cost, axis=-1))
+        )
+        return ((kept | enters) & ~leaves).reshape(keep.shape), count
 
-Pattern = Unstructured | NM
+    def holds(self, zero: np.ndarray) -> bool:
+        return bool(np.all(zero.reshape(-1, self.m).sum(axis=1) >= self.m - self.n))
+
+    def violation(self, keep: np.ndarray, or_fewer: bool = False) -> str | None:
+        self.pruned_count(keep.shape)  # raises where M does not divide d_in
+        counts = np.einsum("rgm->rg", keep.reshape(len(keep), -1, self.m).view(np.uint8), dtype=np.int32)
+        wrong = counts > self.n if or_fewer else counts != self.n
+        if not wrong.any():
+            return None
+        row, group = np.unravel_index(np.argmax(wrong), wrong.shape)
+        return (
+            f"expected {self.n} kept of every {self.m}, got {counts[row, group]} in row {row}, group {group} (inputs "
+            f"{group * self.m} to {group * self.m + self.m - 1}), and {int(wrong.sum())} such groups in all"
+        )
+
+    def text(self, group: str | None = None) -> str:
+        return str(self)
 
 
 def parse_pattern(text: str, group: str = "row") -> Pattern:
-    """Reads "0.5/row" (half of every row), "0.5/layer" (half of every matrix), "0.5" or "2:4".
+    """Reads "0.5/row" (half of every row), "0.5/layer" (half of every matrix), "0.5", "2:4" or "my_lab.patterns:Banded?width=4".
 
     Args:
       group: what "0.5" compares: the group of the method that chooses the mask, as published.
@@ -120,6 +271,9 @@ def parse_pattern(text: str, group: str = "row") -> Pattern:
       UserError: the text is none of these.
     """
     text = str(text).strip()
+    if is_import_path(text):
+        path, _, options = text.partition("?")
+        return read_options(import_class(path, Pattern), options)  # type: ignore[type-abstract]  # it makes none of Pattern itself
     try:
         if ":" in text:
             n, m = text.split(":")
@@ -128,10 +282,3 @@ def parse_pattern(text: str, group: str = "row") -> Pattern:
         return Unstructured(float(sparsity), given or group)
     except ValueError:
         raise UserError(f"expected a pattern such as 0.5, 0.5/layer or 2:4, got {text!r}") from None
-
-
-def pattern_text(pattern: Pattern, group: str | None = None) -> str:
-    """The text that ``parse_pattern`` reads back: "0.5/row", "2:4"; "0.5" where the pattern compares in ``group``."""
-    if isinstance(pattern, NM):
-        return str(pattern)
-    return repr(float(pattern.sparsity)) + ("" if pattern.group == group else f"/{pattern.group}")

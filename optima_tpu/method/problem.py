@@ -5,14 +5,16 @@ For one output row ``w`` of a linear layer, with kept inputs ``K`` and Hessian `
     minimise over v   1/2 v H v' - v g'     subject to   v[j] = 0  for j not in K          (optimality: H_KK v_K = g_K)
 
 With ``g = w H`` this is equation 6 of OPTIMA (2025): minimise ``(v - w) H (v - w)'``, the squared change of the layer's
-output over the calibration tokens. Rows of a layer share ``H``; no two rows share ``K``.
+output over the calibration tokens. Rows of a layer share ``H``; no two rows share ``K``. Damping ``d`` adds
+``d sum_j H_jj (v_j - w_j)^2``, a pull toward the dense weights.
 
 Everything here works on the difference ``v - w`` and on ``e = g - w H``, never on ``g - v H``: the change of a layer's
 output is a small difference of large numbers, and float32 would lose it otherwise.
 """
 
+import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -21,8 +23,10 @@ from jax import Array
 
 from optima_tpu.method.linalg.features import WHOLE, Features, matmul
 
+Matrix = TypeVar("Matrix", Array, np.ndarray)
 
-class Given(NamedTuple):
+
+class Given(NamedTuple, Generic[Matrix]):
     """What was chosen elsewhere for one matrix.
 
     Attributes:
@@ -30,26 +34,63 @@ class Given(NamedTuple):
       weight: [d_out, d_in], read where ``keep`` is True; None stands for the dense weights.
     """
 
-    keep: Array | np.ndarray
-    weight: Array | np.ndarray | None = None
+    keep: Matrix
+    weight: Matrix | None = None
 
 
-ReadGiven = Callable[[str, tuple[int, int]], Given]
+ReadGiven = Callable[[str, tuple[int, int]], Given[np.ndarray]]
 """Name of a weight ("model.layers.0.mlp.up_proj.weight") and its shape -> what was chosen elsewhere for it."""
 
 
-class LayerProblem(NamedTuple):
-    """The rows of one linear layer, or of several that read the same input.
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LayerProblem:
+    """The rows of one linear layer, or of several that read the same input: their whole objective.
 
     Attributes:
       weight: [d_out, d_in] float32, the dense weights; a row is one output.
       hessian: [d_in, d_in] float32, ``X'X / n_tokens`` of the inputs the pruned layer will see; undamped.
       linear: [d_out, d_in] float32, ``g``: ``weight @ hessian`` reproduces the layer's own outputs.
+      damping: ``d``, a pull toward the *dense* weights, as a share of the Hessian's diagonal. Static, since solvers branch on
+        it. Without any, a nearly singular layer fits the calibration set with huge weights and ruins the model.
     """
 
     weight: Array
     hessian: Array
     linear: Array
+    damping: float = dataclasses.field(default=0.0, metadata={"static": True})
+
+
+class Damping(NamedTuple):
+    """The damping of an objective that may vary within one program, though solvers branch on a damping.
+
+    The part that varies goes into the Hessian. On ``H + r diag H`` a solver with damping ``d`` minimises
+    ``H + (d + r (1 + d)) diag H``.
+
+    Attributes:
+      least: ``d``, static.
+      ridge: ``r``, at least 0; may be traced.
+    """
+
+    least: float
+    ridge: Array | float = 0.0
+
+    @classmethod
+    def of(cls, total: float, least: float) -> "Damping":
+        """A damping of ``total``, of which ``least`` is static."""
+        return cls(least, (total - least) / (1 + least))
+
+    @property
+    def total(self) -> Array | float:
+        """``d + r (1 + d)``."""
+        return self.least + self.ridge * (1 + self.least)
+
+    def into(self, hessian: Array) -> Array:
+        """``H + r diag H``, elementwise, so that a matrix in columns stays so."""
+        if isinstance(self.ridge, float) and self.ridge == 0:
+            return hessian
+        rows, columns = (jax.lax.broadcasted_iota(jnp.int32, hessian.shape, axis) for axis in (0, 1))
+        return jnp.where(rows == columns, hessian * (1 + self.ridge), hessian)
 
 
 class Pruned(NamedTuple):
@@ -68,22 +109,24 @@ class Solution(NamedTuple):
     """What a solver found, and what it can say about it.
 
     Attributes:
-      weight: [d_out, d_in] float32, zero wherever the mask is.
+      weight: [d_out, d_in] float32, zero wherever the mask is False.
       gap: [d_out] float32, the solver's own measure of suboptimality of the row, 0 at the optimum. ``CG`` certifies an upper
         bound on ``(f - f*) / f*`` of the damped problem; each solver's docstring says what its number is.
       steps: [d_out] int32, iterations spent on the row.
       converged: [d_out] bool, the solver's own test was met.
+      keep: [d_out, d_in] bool, the mask, where the solver changed the one that it was given; else None.
     """
 
     weight: Array
     gap: Array
     steps: Array
     converged: Array
+    keep: Array | None = None
 
 
-def self_target(weight: Array, hessian: Array, features: Features = WHOLE) -> LayerProblem:
+def self_target(weight: Array, hessian: Array, damping: float = 0.0, features: Features = WHOLE) -> LayerProblem:
     """The problem of the paper: reproduce the layer's own outputs on its own inputs, ``g = W H``."""
-    return LayerProblem(weight, hessian, features.product(weight, hessian))
+    return LayerProblem(weight, hessian, features.product(weight, hessian), damping)
 
 
 def pull_of(problem: LayerProblem, features: Features = WHOLE) -> Array:
@@ -94,8 +137,8 @@ def pull_of(problem: LayerProblem, features: Features = WHOLE) -> Array:
     return problem.linear - features.product(problem.weight, problem.hessian)
 
 
-def objective(problem: LayerProblem, weight: Array, features: Features = WHOLE) -> Array:
-    """Each row's ``(v - w) H (v - w)' - 2 e (v - w)'``, [d_out] float32.
+def undamped_objective(problem: LayerProblem, weight: Array, features: Features = WHOLE) -> Array:
+    """Each row's ``(v - w) H (v - w)' - 2 e (v - w)'``, [d_out] float32; what damping adds is :func:`displacement`.
 
     Twice the objective of the module docstring plus a constant of the row, chosen so that the dense weights have value
     zero; with ``e = 0`` it is the mean squared change of the row's output over the calibration tokens.
@@ -108,7 +151,7 @@ def objective(problem: LayerProblem, weight: Array, features: Features = WHOLE) 
 
 
 def displacement(problem: LayerProblem, weight: Array, features: Features = WHOLE) -> Array:
-    """Each row's ``sum_j H_jj (v_j - w_j)^2``, [d_out] float32: what a solver's damping adds to the objective, a share of it."""
+    """Each row's ``sum_j H_jj (v_j - w_j)^2``, [d_out] float32: damping adds this, times ``d``, to the objective."""
     return features.sums((weight - problem.weight) ** 2 * features.diagonal(problem.hessian))[0]
 
 

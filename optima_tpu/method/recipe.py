@@ -4,13 +4,14 @@ import dataclasses
 
 from optima_tpu.method.acceptance import Acceptance, PerRow
 from optima_tpu.method.layer_rules import LayerRule, pattern_of
-from optima_tpu.method.mask_swaps import Refining, Swaps
+from optima_tpu.method.mask_swaps import Exchanging, Swaps
 from optima_tpu.method.patterns import Pattern
-from optima_tpu.method.selectors import MaskSelector
-from optima_tpu.method.solvers import Solver
+from optima_tpu.method.resources import Footprint
+from optima_tpu.method.selectors import Selector
+from optima_tpu.method.solvers import Solver, Unchanged
 from optima_tpu.method.statistics import Groups
 from optima_tpu.method.targets import SelfTarget, Target
-from optima_tpu.method.tuning import Fixed, Grid, Tuning
+from optima_tpu.method.tuning import Fixed, Tuning
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,10 +28,12 @@ class Recipe:
       recapture: whether a layer's inputs come from the block as pruned so far, not from the block as it was.
       tuning: what is chosen for each matrix on held-out tokens.
       refine: how the mask changes once its weights are solved; None leaves it as it is.
+      own_damping: the pull of the objective toward the dense weights, as a share of the Hessian's diagonal; None stands for the
+        solver's default.
     """
 
     pattern: Pattern
-    selector: MaskSelector | None
+    selector: Selector | None
     solver: Solver | None
     accept: Acceptance = PerRow()
     layers: tuple[LayerRule, ...] = ()
@@ -38,27 +41,47 @@ class Recipe:
     recapture: bool = False
     tuning: Tuning = Fixed()
     refine: Swaps | None = None
+    own_damping: float | None = None
 
-    def update(self, pattern: Pattern) -> Solver | Refining | None:
-        """What moves the weights of a pattern, and maybe its mask; None where nothing does."""
-        return Refining(self.solver, self.refine, pattern) if self.solver and self.refine else self.solver
+    @property
+    def damping(self) -> float:
+        """The damping of the objective."""
+        if self.solver is None:
+            return 0.0
+        return self.solver.default_damping if self.own_damping is None else self.own_damping
 
+    def update(self, pattern: Pattern) -> Solver:
+        """What moves the weights of a pattern, and maybe its mask."""
+        if self.solver is None:
+            return Unchanged()
+        return Exchanging(self.solver, self.refine, pattern) if self.refine else self.solver
 
-def pruned_groups(groups: Groups, recipe: Recipe, prefix: str) -> Groups:
-    """The groups without the layers that stay dense, and without those groups of which nothing is left."""
-    left = (tuple(name for name in names if pattern_of(recipe.layers, recipe.pattern, prefix + name, name)) for names in groups)
-    return tuple(filter(None, left))
+    def footprint(self) -> Footprint:
+        """What pruning a group of matrices holds on a device, but for what every method holds."""
+        update = self.update(self.pattern).footprint(self.damping)
+        chooser = self.selector.hessians if self.selector else 0
+        return Footprint(max(update.hessians, chooser), update.vectors, update.split and not chooser)
 
+    def pattern_of(self, path: str, name: str) -> Pattern | None:
+        """The pattern of a layer by its whole path, and its path inside the block; None where it stays dense."""
+        return pattern_of(self.layers, self.pattern, path, name)
 
-def solved_together(names: tuple[str, ...], recipe: Recipe, prefix: str) -> Groups:
-    """The layers of a group as ``prune.prune_group`` gets them: all at once, but each alone where it is tuned, and where masks
-    are refined those of one pattern."""
-    if isinstance(recipe.tuning, Grid):
-        return tuple((name,) for name in names)
-    if recipe.refine is None:
-        return (names,)
-    found: dict[Pattern | None, tuple[str, ...]] = {}
-    for name in names:
-        pattern = pattern_of(recipe.layers, recipe.pattern, prefix + name, name)
-        found[pattern] = *found.get(pattern, ()), name
-    return tuple(found.values())
+    def pruned_groups(self, groups: Groups, prefix: str) -> Groups:
+        """The groups without the layers that stay dense, and without those groups of which nothing is left."""
+        left = (tuple(name for name in names if self.pattern_of(prefix + name, name)) for names in groups)
+        return tuple(filter(None, left))
+
+    def solved_together(self, names: tuple[str, ...], prefix: str) -> Groups:
+        """The layers of a group as ``prune_group`` gets them.
+
+        All at once, but each alone where it is tuned, and where masks are exchanged those of one pattern.
+        """
+        if self.tuning.by_held_out:
+            return tuple((name,) for name in names)
+        if self.refine is None:
+            return (names,)
+        found: dict[Pattern | None, tuple[str, ...]] = {}
+        for name in names:
+            pattern = self.pattern_of(prefix + name, name)
+            found[pattern] = *found.get(pattern, ()), name
+        return tuple(found.values())

@@ -2,16 +2,20 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax import Array
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from optima_tpu.method.linalg.features import WHOLE, Features
 from optima_tpu.method.problem import LayerProblem, Pruned, Solution
-from optima_tpu.runtime.mesh import DATA, MODEL, ROWS, padded
+from optima_tpu.method.solvers import Solver, SolveRows
+from optima_tpu.runtime.mesh import DATA, MODEL, ROWS, divisible, padded
+
+Outputs = TypeVar("Outputs")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,70 +57,84 @@ ON_EVERY_DEVICE = Layout()
 """The ordinary layout: the Hessian on every device, all rows of a device at once."""
 
 
-def map_rows(prepare: Callable, mesh: Mesh, layout: Layout, out_specs) -> Callable:
-    """Runs a function of rows on the mesh: ``(hessian, *rows) -> outputs``, every array of rows [d_out, d_in].
+@dataclasses.dataclass(frozen=True)
+class RowSharding:
+    """How the rows of a layer are spread over a mesh.
 
-    Each device runs it on its own rows, in equal batches where the layout says so. A row count that does not divide is padded
-    with rows of zeros and cut again.
-
-    Args:
-      prepare: ``(hessian, features) -> (*rows -> outputs)``. Called once on every device, with what it has of the Hessian; the
-        function it returns is called for every batch.
+    Attributes:
       mesh: axes ("data", "model").
-      out_specs: of the outputs, ``layout.matrix`` or ``layout.vector`` for each.
-    """
-    shares = mesh.size if not layout.split else mesh.shape[DATA]
-
-    def mapped(hessian, *arrays):
-        count = arrays[0].shape[0]
-        each = -(-count // shares)
-        batches = -(-each // (layout.rows or each))
-        extra = padded(count, shares * batches) - count
-
-        def local(hessian, *arrays):
-            run = prepare(hessian, layout.features)
-            if batches == 1:
-                return run(*arrays)
-            parts = tuple(array.reshape(batches, -1, array.shape[1]) for array in arrays)
-            found = jax.lax.map(lambda part: run(*part), parts)
-            return jax.tree.map(lambda array: array.reshape(-1, *array.shape[2:]), found)
-
-        # check_vma: MPAX's loops carry values that vary over the mesh beside constants, which the checker refuses.
-        found = jax.shard_map(
-            local, mesh=mesh, in_specs=(layout.hessian, *[layout.matrix] * len(arrays)), out_specs=out_specs, check_vma=False
-        )(hessian, *(jnp.pad(array, ((0, extra), (0, 0))) if extra else array for array in arrays))
-        return jax.tree.map(lambda array: array[:count], found)
-
-    return mapped
-
-
-def over_rows(solve: Callable, mesh: Mesh, layout: Layout = ON_EVERY_DEVICE, out_specs: Any = None) -> Callable:
-    """Runs a row solver with its rows split over the mesh: ``(problem, pruned) -> Solution``.
-
-    Each device runs the solver's loop on its own rows and stops on its own. There is no communication inside where every device
-    has the Hessian, but for inverses that are made before it (``solvers.inverse``); where it is split, the devices of one row of
-    the mesh step together. Rows that are padded have nothing to solve: weights and mask are all zero.
-
-    Args:
-      solve: ``(problem, pruned) -> Solution``; see ``optima_tpu.method.solvers.Solver``.
-      mesh: axes ("data", "model").
-      layout: one that splits the Hessian needs a solver with ``prepare``.
-      out_specs: of what the solver returns; None stands for a Solution.
+      layout: where Hessian and rows lie, and how many rows a device takes at once.
     """
 
-    def prepare(hessian, features):
-        ready = prepared(solve, hessian, features)
-        return lambda weight, linear, *pruned: ready(LayerProblem(weight, hessian, linear), Pruned(*pruned))
+    mesh: Mesh
+    layout: Layout = ON_EVERY_DEVICE
 
-    run = map_rows(prepare, mesh, layout, out_specs or solution_specs(layout))
-    return lambda problem, pruned: run(problem.hessian, problem.weight, problem.linear, *pruned)
+    def rows(self, weight: Array) -> NamedSharding:
+        """Where the rows of a matrix [d_out, d_in] lie while its mask is chosen: over all devices that divide them."""
+        return NamedSharding(self.mesh, divisible(self.mesh, weight.shape, ROWS))
 
+    def place(self, matrix: Array) -> Array:
+        """A matrix [d_in, d_in] where the layout has it."""
+        return jax.lax.with_sharding_constraint(matrix, NamedSharding(self.mesh, self.layout.hessian))
 
-def prepared(solve: Callable, hessian: jax.Array, features: Features) -> Callable:
-    """The solver of any rows of a Hessian, with what depends on it alone already done where the solver can; see ``Solver``."""
-    return solve.prepare(hessian, features) if hasattr(solve, "prepare") else solve
+    def product(self, matrix: Array, rows: Array) -> Array:
+        """``rows @ matrix`` in float32, of rows [d_out, d_in] and a matrix [d_in, d_in]."""
+        return self.map(lambda part, features: lambda mine: features.product(mine, part), self.layout.matrix)(matrix, rows)
 
+    def map(self, prepare: Callable[[Array, Features], Callable[..., Outputs]], out_specs: Any) -> Callable[..., Outputs]:
+        """Runs a function of rows on the mesh: ``(hessian, *rows) -> outputs``, every array of rows [d_out, d_in].
 
-def solution_specs(layout: Layout) -> Solution:
-    """Where the parts of a Solution lie."""
-    return Solution(layout.matrix, layout.vector, layout.vector, layout.vector)
+        Each device runs it on its own rows, in equal batches where the layout says so. A row count that does not divide is padded
+        with rows of zeros and cut again.
+
+        Args:
+          prepare: ``(hessian, features) -> (*rows -> outputs)``. Called once on every device, with what it has of the Hessian; the
+            function it returns is called for every batch.
+          out_specs: of the outputs, ``layout.matrix`` or ``layout.vector`` for each.
+        """
+        mesh, layout = self.mesh, self.layout
+        shares = mesh.size if not layout.split else mesh.shape[DATA]
+
+        def mapped(hessian: Array, *arrays: Array) -> Outputs:
+            count = arrays[0].shape[0]
+            each = -(-count // shares)
+            batches = -(-each // (layout.rows or each))
+            extra = padded(count, shares * batches) - count
+
+            def local(hessian: Array, *arrays: Array) -> Outputs:
+                run = prepare(hessian, layout.features)
+                if batches == 1:
+                    return run(*arrays)
+                parts = tuple(array.reshape(batches, -1, array.shape[1]) for array in arrays)
+                found = jax.lax.map(lambda part: run(*part), parts)
+                return jax.tree.map(lambda array: array.reshape(-1, *array.shape[2:]), found)
+
+            # check_vma: MPAX's loops carry values that vary over the mesh beside constants, which the checker refuses.
+            found = jax.shard_map(
+                local, mesh=mesh, in_specs=(layout.hessian, *[layout.matrix] * len(arrays)), out_specs=out_specs, check_vma=False
+            )(hessian, *(jnp.pad(array, ((0, extra), (0, 0))) if extra else array for array in arrays))
+            return jax.tree.map(lambda array: array[:count], found)
+
+        return mapped
+
+    def solve(self, solver: Solver) -> SolveRows:
+        """A solver with its rows split over the mesh.
+
+        Each device runs the solver's loop on its own rows and stops on its own. There is no communication inside where every
+        device has the Hessian, but for inverses that are made before it (``linalg.inverses``); where it is split, the devices of
+        one row of the mesh step together. Rows that are padded have nothing to solve: weights and mask are all zero.
+        """
+        layout = self.layout
+        mask = layout.matrix if solver.changes_masks else None
+        specs = Solution._make((layout.matrix, layout.vector, layout.vector, layout.vector, mask))
+
+        def run(problem: LayerProblem, pruned: Pruned) -> Solution:
+            def prepare(hessian: Array, features: Features) -> Callable[..., Solution]:
+                ready = solver.prepare(hessian, problem.damping, features)
+                return lambda weight, linear, *pruned: ready(
+                    LayerProblem(weight, hessian, linear, problem.damping), Pruned(*pruned)
+                )
+
+            return self.map(prepare, specs)(problem.hessian, problem.weight, problem.linear, *pruned)
+
+        return run

@@ -1,25 +1,12 @@
 """What is known of the inputs of layers, from the tokens that ran through a block."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 from jax import Array
 
 Groups = tuple[tuple[str, ...], ...]
 """The linear layers of a block, those that read the same input together: (("self_attn.q_proj", ...), ...)."""
-
-
-class Statistics(NamedTuple):
-    """What is known of the inputs of a group of layers.
-
-    Attributes:
-      hessian: ``H = X'X / n_tokens`` [d_in, d_in] float32, columns over the model axis; the mean over tokens is a weighted one
-        where they are weighed.
-      tokens: how many inputs were not zero, int32: all tokens, or those that were routed to an expert.
-    """
-
-    hessian: Array
-    tokens: Array
 
 
 class Drift(NamedTuple):
@@ -38,7 +25,42 @@ class Drift(NamedTuple):
     energy: tuple[Array, ...] = ()
     residual: tuple[Array | None, ...] = ()
 
-    def of(self, places: Sequence[int]) -> "Drift":
-        """That of some layers of the group, by their places in it."""
-        energy, residual = (tuple(values[place] for place in places) if values else () for values in self[1:])
+    def of(self, layers: Sequence[int]) -> "Drift":
+        """The drift of some layers of the group, by their indices in it."""
+        energy = tuple(self.energy[index] for index in layers) if self.energy else ()
+        residual = tuple(self.residual[index] for index in layers) if self.residual else ()
         return Drift(self.cross, energy, residual)
+
+
+class TokenStatistics(NamedTuple):
+    """What one set of tokens says of the inputs of a group of layers.
+
+    Attributes:
+      hessian: ``H = X'X / n_tokens`` [d_in, d_in] float32, columns over the model axis; the mean over tokens is a weighted one
+        where they are weighed.
+      tokens: how many inputs were not zero, int32: all tokens, or those that were routed to an expert.
+      drift: from the inputs in the dense model; None where the target does not need it.
+    """
+
+    hessian: Array
+    tokens: Array
+    drift: Drift | None = None
+
+    def of(self, layers: Sequence[int]) -> "TokenStatistics":
+        """The statistics of some layers of the group, by their indices in it."""
+        return self._replace(drift=None if self.drift is None else self.drift.of(layers))
+
+
+S = TypeVar("S")
+
+
+class TokenSets(NamedTuple, Generic[S]):
+    """The same of both sets of tokens.
+
+    Attributes:
+      calibration: the tokens that weights are fitted to.
+      held_out: tokens that no weight is fitted to; None where there are none.
+    """
+
+    calibration: S
+    held_out: S | None = None

@@ -19,6 +19,7 @@ A few tokens with massive activations are hundreds of times as large as the othe
 weighed by ``1 / mean(R_d^2)``, of the stream behind the layer, the means are those of relative errors.
 """
 
+import abc
 import dataclasses
 from typing import ClassVar, NamedTuple
 
@@ -28,16 +29,43 @@ from jax import Array
 from optima_tpu.errors import UserError
 
 
+class Target(abc.ABC):
+    """What the outputs of a layer are to come close to. A target is a frozen dataclass.
+
+    Attributes:
+      dense_stream: whether the tokens also run through the dense blocks: ``alpha``, ``gamma`` and ``weigh_tokens`` are those of
+        :class:`DenseTarget`, and 0, 0 and False without it.
+    """
+
+    dense_stream: ClassVar[bool]
+    alpha: float = 0.0
+    gamma: float = 0.0
+    weigh_tokens: bool = False
+
+    @property
+    def streams(self) -> int:
+        """How many streams of hidden states there are, and matrices [d_in, d_in] of every set of tokens."""
+        return 1 + self.dense_stream
+
+    def pull(self, term: "LinearTerm", alpha: Array | float) -> Array:
+        """``e``, [rows, d_in] float32: what the target asks for beyond the layer's own outputs.
+
+        Args:
+          term: of the rows.
+          alpha: the target's own, or another one where that is tuned.
+        """
+        return alpha * term.outputs if term.stream is None else alpha * term.outputs + term.stream
+
+
 @dataclasses.dataclass(frozen=True)
-class SelfTarget:
+class SelfTarget(Target):
     """The layer's own outputs on the inputs that it sees behind the pruned blocks, as in the paper."""
 
-    matrices: ClassVar[int] = 1
-    """How many matrices [d_in, d_in] are held of every set of tokens."""
+    dense_stream: ClassVar[bool] = False
 
 
 @dataclasses.dataclass(frozen=True)
-class DenseTarget:
+class DenseTarget(Target):
     """A share of the way from the layer's own outputs to those of the dense model.
 
     It makes up for what the layers before have lost; the whole way, or without damping, fits small calibration sets too well.
@@ -53,19 +81,16 @@ class DenseTarget:
         as the next norm does. Their reported errors are weighed too.
     """
 
-    matrices: ClassVar[int] = 2
+    dense_stream: ClassVar[bool] = True
 
     alpha: float = 0.25
     gamma: float = 0.0
     weigh_tokens: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name, value in (("alpha", self.alpha), ("gamma", self.gamma)):
             if not 0 <= value <= 1:
                 raise UserError(f"expected the target's {name} in [0, 1], got {value}")
-
-
-Target = SelfTarget | DenseTarget
 
 
 class LinearTerm(NamedTuple):
@@ -80,12 +105,8 @@ class LinearTerm(NamedTuple):
     outputs: Array
     stream: Array | None
 
-    def at(self, alpha: Array | float) -> Array:
-        """``e = alpha W B + gamma Q``, [rows, d_in]."""
-        return alpha * self.outputs if self.stream is None else alpha * self.outputs + self.stream
-
     def of(self, rows: slice) -> "LinearTerm":
-        """That of some of the rows."""
+        """The term of some of the rows."""
         return LinearTerm(self.outputs[rows], None if self.stream is None else self.stream[rows])
 
 

@@ -1,31 +1,73 @@
 """What is chosen for each matrix by its error on held-out tokens."""
 
+import abc
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import ClassVar, Generic, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 from optima_tpu.errors import UserError
-from optima_tpu.method.row_report import RowReport
-from optima_tpu.method.solvers import damping_of
-from optima_tpu.method.targets import DenseTarget, Target
+from optima_tpu.method.outcomes import RowOutcomes
+from optima_tpu.method.problem import Damping, Pruned
+from optima_tpu.method.targets import Target
+
+Attempt = Callable[[Damping, Array | float], tuple[tuple[Pruned, RowOutcomes], ...]]
+"""Solves a group's matrices with a damping and an alpha: the final weights of every matrix, and what happened to its rows."""
+
+
+class Tuning(abc.ABC):
+    """Chooses the damping of the objective, and of a dense target alpha.
+
+    Attributes:
+      by_held_out: whether held-out tokens choose, and for each matrix by itself.
+    """
+
+    by_held_out: ClassVar[bool]
+
+    @abc.abstractmethod
+    def dampings(self, damping: float) -> tuple[float, ...]:
+        """The dampings that are tried where the objective's own is ``damping``, each at least that."""
+
+    @abc.abstractmethod
+    def alphas(self, target: Target) -> tuple[float, ...]:
+        """The alphas that are tried, the target's own first."""
+
+    @abc.abstractmethod
+    def choose(self, damping: float, target: Target, attempt: Attempt) -> tuple[tuple[Pruned, RowOutcomes], ...]:
+        """The attempt that is taken. Traced under ``jit``."""
+
+    def candidates(self, damping: float, target: Target) -> int:
+        """How often a matrix is solved."""
+        return len(self.dampings(damping)) + len(self.alphas(target)) - 1
+
+    def chosen(self, indices: Sequence[int], damping: float, target: Target) -> tuple[float, float | None]:
+        """Damping and alpha from their indices, ``RowOutcomes.chosen``; no alpha where the target has none."""
+        alpha = self.alphas(target)[int(indices[1])] if target.dense_stream else None
+        return self.dampings(damping)[int(indices[0])], alpha
 
 
 @dataclasses.dataclass(frozen=True)
-class Fixed:
+class Fixed(Tuning):
     """The solver's damping and the target's alpha are those that are given."""
 
-    def candidates(self, solver: Any, target: Target) -> int:
-        """How often a matrix is solved."""
-        return 1
+    by_held_out: ClassVar[bool] = False
+
+    def dampings(self, damping: float) -> tuple[float, ...]:
+        return (damping,)
+
+    def alphas(self, target: Target) -> tuple[float, ...]:
+        return (target.alpha,)
+
+    def choose(self, damping: float, target: Target, attempt: Attempt) -> tuple[tuple[Pruned, RowOutcomes], ...]:
+        return attempt(Damping(damping), target.alpha)
 
 
 @dataclasses.dataclass(frozen=True)
-class Grid:
+class Grid(Tuning):
     """The damping, and of a dense target alpha, are chosen for each matrix, from a few, by its error on the held-out tokens.
 
     The error is the distance from the dense model's outputs where there is a dense target, whatever alpha, and with
@@ -39,10 +81,12 @@ class Grid:
       alpha: what is tried as ``target.alpha`` beside the target's own, where the target is the dense model.
     """
 
+    by_held_out: ClassVar[bool] = True
+
     damping: tuple[float, ...] | None = None
     alpha: tuple[float, ...] = (0.0, 0.25, 0.5)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for damping in self.damping or ():
             if not 0 <= damping < math.inf:
                 raise UserError(f"expected tuning.damping to hold numbers of at least 0, got {damping}")
@@ -50,85 +94,71 @@ class Grid:
             if not 0 <= alpha <= 1:
                 raise UserError(f"expected tuning.alpha to hold numbers in [0, 1], got {alpha}")
 
-    def dampings(self, solver: Any) -> tuple[float, ...]:
+    def dampings(self, damping: float) -> tuple[float, ...]:
         """The dampings that are tried.
 
         Raises:
-          UserError: there is no solver, or one is smaller than the solver's own, which is inside it.
+          UserError: one is smaller than the objective's own, which solvers take for granted.
         """
-        if solver is None:
-            raise UserError("expected a solver where tuning is grid, got none: there is nothing to tune; take --tuning fixed")
-        own = damping_of(solver)
         if self.damping is None:
-            least = own or 0.01
+            least = damping or 0.01
             return tuple(float(f"{times * least:.6g}") for times in (1, 3, 10))
-        for damping in self.damping:
-            if damping < own:
+        for candidate in self.damping:
+            if candidate < damping:
                 raise UserError(
-                    f"expected tuning.damping of at least the solver's own {own}, got {damping}: raise it, or lower "
+                    f"expected tuning.damping of at least the solver's own {damping}, got {candidate}: raise it, or lower "
                     "--solver.damping"
                 )
-        return self.damping or (own,)
+        return self.damping or (damping,)
 
     def alphas(self, target: Target) -> tuple[float, ...]:
         """The alphas that are tried, the target's own first; 0 alone for a layer's own outputs."""
-        if not isinstance(target, DenseTarget):
+        if not target.dense_stream:
             return (0.0,)
         return target.alpha, *(alpha for alpha in dict.fromkeys(self.alpha) if alpha != target.alpha)
 
-    def candidates(self, solver: Any, target: Target) -> int:
-        """How often a matrix is solved."""
-        return len(self.dampings(solver)) + len(self.alphas(target)) - 1
-
-    def chosen(self, places: Sequence[int], solver: Any, target: Target) -> tuple[float, float | None]:
-        """Damping and alpha from their places, ``Best.chosen``; no alpha where the target has none."""
-        alpha = self.alphas(target)[int(places[1])] if isinstance(target, DenseTarget) else None
-        return self.dampings(solver)[int(places[0])], alpha
-
-
-Tuning = Fixed | Grid
-
-
-def ridge(damping: float, solver: Any) -> float:
-    """The ``r`` for which a solver on ``H + r diag H`` solves what it would solve on ``H`` with another damping.
-
-    A solver with damping ``d`` then has ``H + r diag H + d (1 + r) diag H``. So the damping may vary within one program.
-    """
-    own = damping_of(solver)
-    return (damping - own) / (1 + own)
+    def choose(self, damping: float, target: Target, attempt: Attempt) -> tuple[tuple[Pruned, RowOutcomes], ...]:
+        """The candidate that is best on held-out tokens, which the attempts must know of."""
+        dampings = [Damping.of(candidate, damping) for candidate in self.dampings(damping)]
+        best = best_of(
+            [float(candidate.ridge) for candidate in dampings],
+            self.alphas(target),
+            lambda ridge, alpha: attempt(Damping(damping, ridge), alpha),
+            _held_out_error,
+        )
+        return tuple((pruned, rows._replace(chosen=best.chosen)) for pruned, rows in best.found)
 
 
-def damping_with(amount: Array, solver: Any) -> Array:
-    """The damping to which a ridge of that amount on the problem raises a solver's own: the inverse of :func:`ridge`."""
-    own = damping_of(solver)
-    return own + amount * (1 + own)
+def _held_out_error(found: tuple[tuple[Pruned, RowOutcomes], ...]) -> Array:
+    """The score of the one matrix that is tuned."""
+    ((_, rows),) = found
+    if rows.score is None:
+        raise ValueError("tuning needs held-out tokens")
+    return jnp.sum(rows.score)
 
 
-def ridged(hessian: Array, amount: Array) -> Array:
-    """``H + r diag H``, elementwise, so that a matrix in columns stays so."""
-    places = (jax.lax.broadcasted_iota(jnp.int32, hessian.shape, axis) for axis in (0, 1))
-    return jnp.where(jnp.equal(*places), hessian * (1 + amount), hessian)
+T = TypeVar("T")
 
 
-class Best(NamedTuple):
+class Best(NamedTuple, Generic[T]):
     """The candidate with the lowest score.
 
     Attributes:
       score: float32 scalar.
       ridge: float32 scalar.
-      chosen: [2] int32, which of the ridges and which of the alphas.
+      chosen: [2] int32, the indices of the ridge and of the alpha.
       found: what the attempt returned.
     """
 
     score: Array
     ridge: Array
     chosen: Array
-    found: Any
+    found: T
 
 
 def best_of(
-    ridges: Sequence[float], alphas: Sequence[float], attempt: Callable[[Array, Array], Any], score: Callable[[Any], Array]
-) -> Best:
+    ridges: Sequence[float], alphas: Sequence[float], attempt: Callable[[Array, Array], T], score: Callable[[T], Array]
+) -> Best[T]:
     """The best of all ridges at the first alpha; then the best of all alphas at that ridge. For ``jit``: one compiled attempt.
 
     Args:
@@ -143,7 +173,7 @@ def best_of(
         jnp.asarray([(i, 0) for i in range(len(ridges))] + [(0, i + 1) for i in range(others)], jnp.int32),
     )
 
-    def step(best: Best, trial: tuple[Array, Array, Array]) -> tuple[Best, None]:
+    def step(best: Best[T], trial: tuple[Array, Array, Array]) -> tuple[Best[T], None]:
         amount, alpha, number = trial
         later = number[1] > 0
         amount = jnp.where(later, best.ridge, amount)
@@ -161,21 +191,3 @@ def best_of(
         jax.tree.map(lambda like: jnp.zeros(like.shape, like.dtype), shapes),
     )
     return jax.lax.scan(step, nothing, trials)[0]
-
-
-def tuned(
-    tuning: Grid, solver: Any, target: Target, attempt: Callable[[Array, Array], tuple[Array, RowReport]]
-) -> tuple[Array, RowReport]:
-    """The weights and the report of the candidate that is best on held-out tokens.
-
-    Args:
-      attempt: ``(ridge, alpha)`` -> weights and a report that knows of held-out tokens; see :func:`best_of`.
-    """
-    best = best_of(
-        [ridge(damping, solver) for damping in tuning.dampings(solver)],
-        tuning.alphas(target),
-        attempt,
-        lambda found: jnp.sum(found[1].score),
-    )
-    weight, report = best.found
-    return weight, report._replace(chosen=best.chosen)

@@ -262,10 +262,10 @@ def _positions(decoder: Decoder, length: int) -> Positions:
     return jax.tree.map(lambda *arrays: np.stack(arrays), *found)
 
 
-def _block_structs(decoder: Decoder) -> dict[str, jax.ShapeDtypeStruct]:
+def _block_structs(decoder: Decoder) -> dict[str, Array]:
     """The parameters of all blocks, each [blocks, ...], on the mesh. Where blocks differ in dtype, in one that holds all."""
 
-    def struct(name: str, shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
+    def struct(name: str, shape: tuple[int, ...]) -> Array:
         dtypes = {decoder.tensors.dtype(decoder.prefix(index) + name) for index in range(decoder.config.blocks)}
         spec = P(None, *decoder.sharding(name))
         return struct_on(decoder.mesh, (decoder.config.blocks, *shape), jnp.result_type(*dtypes), spec)
@@ -273,12 +273,12 @@ def _block_structs(decoder: Decoder) -> dict[str, jax.ShapeDtypeStruct]:
     return {name: struct(name, shape) for name, shape in decoder.block_shapes.items()}
 
 
-def _of_windows(struct: jax.ShapeDtypeStruct, windows: int, mesh: Mesh) -> jax.ShapeDtypeStruct:
+def _of_windows(struct: jax.ShapeDtypeStruct, windows: int, mesh: Mesh) -> Array:
     """Keys or values of many windows, where those of one are given: windows split over data, heads over model."""
     return struct_on(mesh, (struct.shape[0], windows, *struct.shape[2:]), struct.dtype, P(None, DATA, MODEL))
 
 
-def _zeros(structs: Iterable[jax.ShapeDtypeStruct]) -> list[Array]:
+def _zeros(structs: Iterable[Array]) -> list[Array]:
     structs = list(structs)
     made = jax.jit(
         lambda: [jnp.zeros(struct.shape, struct.dtype) for struct in structs],

@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -15,26 +15,31 @@ from jax import Array
 
 from optima_tpu.errors import UserError
 from optima_tpu.evaluate.distance import window_scores
-from optima_tpu.method.allocation import OWL, Measured, Steps, allocate, steps_of
+from optima_tpu.method.allocation import OWL, Allocation, Steps, allocate, steps_of
 from optima_tpu.method.layer_rules import LayerRule
-from optima_tpu.method.patterns import Unstructured
+from optima_tpu.method.patterns import Pattern
 from optima_tpu.method.recipe import Recipe
 from optima_tpu.method.selectors import Wanda
 from optima_tpu.method.solvers import CG
-from optima_tpu.method.statistics import Statistics
+from optima_tpu.method.statistics import TokenSets, TokenStatistics
 from optima_tpu.models.activations import Activations
 from optima_tpu.models.decoder import Decoder
-from optima_tpu.pipeline.calibrate import accumulate_hessians, linear_groups
-from optima_tpu.pipeline.memory_plan import Pass, block_bytes
-from optima_tpu.pipeline.walk import block_passes, prune_block
+from optima_tpu.pipeline.calibrate import Capture, Stream, accumulate
+from optima_tpu.pipeline.memory_plan import Pass, block_bytes, block_passes
+from optima_tpu.pipeline.walk import Walk, prune_groups
+from optima_tpu.report.numbers import percent
 from optima_tpu.runtime.files import read_record, write_bytes, writing
 from optima_tpu.runtime.processes import fetch, first_only, from_first
 
+_RECORD = "allocation.json"
+
 
 class Allocated(NamedTuple):
-    """Attributes:
-    sparsity: of every block's layers that no rule names; None where there are none.
-    scores: what was measured of every block, None for those; see ``allocation.OWL.wanted`` and ``allocation.Measured.wanted``.
+    """What was allocated to the blocks.
+
+    Attributes:
+      sparsity: of every block's layers that no rule names; None where there are none.
+      scores: what was measured of every block, None for those; see ``allocation.OWL.wanted`` and ``allocation.Measured.wanted``.
     """
 
     sparsity: list[float | None]
@@ -43,43 +48,41 @@ class Allocated(NamedTuple):
     def to_json(self) -> dict[str, Any]:
         return self._asdict()
 
-    def rules(self, decoder: Decoder, pattern: Unstructured) -> tuple[LayerRule, ...]:
+    @property
+    def told(self) -> str:
+        """The range of sparsities, for the person."""
+        given = [sparsity for sparsity in self.sparsity if sparsity is not None]
+        return f"the blocks lose from {percent(min(given))} to {percent(max(given))}"
+
+    def rules(self, decoder: Decoder, pattern: Pattern) -> tuple[LayerRule, ...]:
         """Layer rules that say so, to stand before those that name layers."""
         return tuple(
-            LayerRule(decoder.prefix(index) + "*", dataclasses.replace(pattern, sparsity=sparsity))
+            LayerRule(decoder.prefix(index) + "*", pattern.at(sparsity))
             for index, sparsity in enumerate(self.sparsity)
             if sparsity is not None
         )
 
 
-def allocated(
-    decoder: Decoder,
-    tokens: np.ndarray,
-    recipe: Recipe,
-    allocation: OWL | Measured,
-    samples: int,
-    budget: float = math.inf,
-    advance: Callable[[], None] = lambda: None,
-) -> Allocated:
-    """Measures the blocks of the dense model and allocates the sparsity of ``recipe.pattern`` to them.
+def allocated(walk: Walk, tokens: np.ndarray, allocation: Allocation, advance: Callable[[], None] = lambda: None) -> Allocated:
+    """Measures the blocks of the dense model and allocates the sparsity of the recipe's pattern to them.
 
     Args:
+      walk: of the run; of its recipe pattern and layer rules count.
       tokens: [samples + held out, length] int32.
-      samples: how many of them calibrate.
-      budget: bytes that may be used of each device.
       advance: called after every block.
 
     Raises:
       UserError: as :func:`allocation_steps`; or an activation is not finite.
     """
+    decoder, recipe = walk.decoder, walk.recipe
     steps, sparsity = allocation_steps(decoder, recipe, allocation), recipe.pattern.sparsity
     free = [_free(decoder, index, recipe) for index in range(decoder.config.blocks)]
     if isinstance(allocation, OWL):
-        scores = _outliers(decoder, tokens[:samples], recipe, allocation.outlier, free, budget, advance)
+        scores = _outliers(walk, tokens[: walk.samples], allocation.outlier, free, advance)
     else:
         far = steps.most * steps.size
-        trials = tuple(dataclasses.replace(recipe.pattern, sparsity=there) for there in (sparsity - far, sparsity + far))
-        scores = _losses(decoder, tokens, recipe, trials, samples, free, budget, advance)
+        trials = tuple(recipe.pattern.at(there) for there in (sparsity - far, sparsity + far))
+        scores = _losses(walk, tokens, trials, free, advance)
     weights = [sum(math.prod(decoder.block_shapes[name + ".weight"]) for name in names) for names in free]
     found = allocate(allocation, scores, weights, steps)
     return Allocated(
@@ -88,23 +91,32 @@ def allocated(
     )
 
 
-def read_or_make(path: Path, make: Callable[[], Allocated]) -> Allocated:
-    """What a file holds, or what is made and written there: on all processes the same."""
+def read_allocation(directory: Path) -> Allocated | None:
+    """What an earlier start of a run has allocated, on all processes the same; None where it has not.
+
+    Raises:
+      UserError: the record is damaged. Finished blocks have what it said, and another one might say otherwise.
+    """
+    path = directory / _RECORD
     if (known := from_first(lambda: read_record(path))) is not None:
         return Allocated(**known)
-    if from_first(path.exists):  # finished blocks have what it said, and another one might say otherwise
+    if from_first(path.exists):
         raise UserError(f"{path} is damaged and the run cannot be resumed; choose another --output")
-    found = make()
+    return None
 
-    def write():
+
+def write_allocation(directory: Path, found: Allocated) -> None:
+    """Keeps an allocation in the directory of its run."""
+    path = directory / _RECORD
+
+    def write() -> None:
         with writing(path, "make room and repeat the command"):
             write_bytes(path, json.dumps(found.to_json(), allow_nan=False).encode())
 
     first_only(write)
-    return found
 
 
-def allocation_steps(decoder: Decoder, recipe: Recipe, allocation: OWL | Measured) -> Steps:
+def allocation_steps(decoder: Decoder, recipe: Recipe, allocation: Allocation) -> Steps:
     """The sparsities that blocks may have. Raises UserError as ``allocation.steps_of``, or where rules name every layer."""
     inputs = {
         decoder.block_shapes[name + ".weight"][1]
@@ -125,20 +137,15 @@ def _free(decoder: Decoder, index: int, recipe: Recipe) -> tuple[str, ...]:
 
 
 def _outliers(
-    decoder: Decoder,
-    tokens: np.ndarray,
-    recipe: Recipe,
-    outlier: float,
-    free: list[tuple[str, ...]],
-    budget: float,
-    advance: Callable[[], None],
+    walk: Walk, tokens: np.ndarray, outlier: float, free: list[tuple[str, ...]], advance: Callable[[], None]
 ) -> np.ndarray:
     """Each block's share of outliers among its free layers' weights, [blocks, 1]; 0 where there are none."""
+    decoder = walk.decoder
     hidden, found = decoder.embed(tokens), np.zeros((decoder.config.blocks, 1))
     for index, parameters in enumerate(decoder.blocks(range(decoder.config.blocks))):
         mine = {
             name: jnp.sqrt(jnp.diagonal(statistics.hessian))
-            for part, every in _calibrated(decoder, index, parameters, hidden, recipe, budget)
+            for part, every in _calibrated(walk, index, Stream(parameters, hidden))
             for names, statistics in zip(part.groups, every)
             for name in names
             if name in free[index]
@@ -152,34 +159,29 @@ def _outliers(
 
 
 def _losses(
-    decoder: Decoder,
-    tokens: np.ndarray,
-    recipe: Recipe,
-    trials: tuple[Unstructured, ...],
-    samples: int,
-    free: list[tuple[str, ...]],
-    budget: float,
-    advance: Callable[[], None],
+    walk: Walk, tokens: np.ndarray, trials: tuple[Pattern, ...], free: list[tuple[str, ...]], advance: Callable[[], None]
 ) -> np.ndarray:
     """``KL(dense || pruned)`` per prediction on the held-out sequences with one block pruned alone, [blocks, trials] float64.
 
     All these models walk side by side, so that every block is read once.
     """
-    recipes = [Recipe(pattern, Wanda(), CG(), layers=recipe.layers) for pattern in trials]
-    hidden, streams = decoder.embed(tokens), {}
+    decoder, samples = walk.decoder, walk.samples
+    walks = [
+        dataclasses.replace(walk, recipe=Recipe(pattern, Wanda(), CG(), layers=walk.recipe.layers), given=None)
+        for pattern in trials
+    ]
+    hidden = decoder.embed(tokens)
+    streams: dict[tuple[int, int], Activations] = {}
     for index, parameters in enumerate(decoder.blocks(range(decoder.config.blocks))):
         for stream in streams.values():
             decoder.apply(index, parameters, stream)
         if free[index]:
             pruned = [parameters] * len(trials)
-            rest = budget - (len(trials) - 1) * block_bytes(decoder, index)  # one pruned block is in the budget of any pass
-            for part, statistics in _calibrated(decoder, index, parameters, hidden.part(0, samples), recipes[0], rest):
-                pruned = [
-                    prune_block(
-                        index, decoder.prefix(index), changed, part.groups, statistics, mine, decoder.mesh, layouts=part.layouts
-                    )[0]
-                    for changed, mine in zip(pruned, recipes)
-                ]
+            # One pruned block is in the budget of any pass.
+            calibrating = dataclasses.replace(walks[0], budget=walk.budget - (len(trials) - 1) * block_bytes(decoder, index))
+            for part, statistics in _calibrated(calibrating, index, Stream(parameters, hidden.part(0, samples))):
+                sets = tuple(map(TokenSets, statistics))
+                pruned = [prune_groups(trial, index, changed, part, sets).parameters for trial, changed in zip(walks, pruned)]
             for trial, changed in enumerate(pruned):
                 streams[index, trial] = hidden.part(samples, len(tokens)).copy()
                 decoder.apply(index, changed, streams[index, trial])
@@ -193,13 +195,11 @@ def _losses(
     return found
 
 
-def _calibrated(
-    decoder: Decoder, index: int, parameters: dict[str, Array], hidden: Activations, recipe: Recipe, budget: float
-) -> Iterator[tuple[Pass, tuple[Statistics, ...]]]:
-    """The passes over a block's groups, each with the statistics of their inputs."""
-    recipe = dataclasses.replace(recipe, recapture=False)
-    for part in block_passes(decoder, index, linear_groups(decoder), recipe, budget):
-        yield part, accumulate_hessians(decoder, index, parameters, hidden, part.groups)
+def _calibrated(walk: Walk, index: int, stream: Stream) -> Iterator[tuple[Pass, tuple[TokenStatistics, ...]]]:
+    """The passes over a block's groups, each with the statistics of their inputs in the dense model."""
+    recipe = dataclasses.replace(walk.recipe, recapture=False)
+    for part in block_passes(walk.decoder, index, walk.groups, recipe, walk.budget):
+        yield part, accumulate(walk.decoder, index, Capture(part.groups), (stream,))
 
 
 @functools.partial(jax.jit, static_argnames="outlier")
@@ -209,4 +209,5 @@ def _outlier_share(weights: tuple[Array, ...], norms: tuple[Array, ...], outlier
     count = sum(score.size for score in scores)
     mean = sum(jnp.sum(score) for score in scores) / count
     # Counted matrix by matrix: a block of a large model has more weights than an int32 counts.
-    return sum(jnp.sum(score > outlier * mean, dtype=jnp.int32).astype(jnp.float32) for score in scores) / count
+    share = sum(jnp.sum(score > outlier * mean, dtype=jnp.int32).astype(jnp.float32) for score in scores) / count
+    return cast(Array, share)  # the sum of no matrices would be an int

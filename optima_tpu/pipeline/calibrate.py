@@ -1,8 +1,10 @@
 """Hessians of a block's linear layers from the activations that run through it."""
 
+import contextlib
+import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +15,8 @@ from jax.sharding import PartitionSpec as P
 
 from optima_tpu.errors import UserError
 from optima_tpu.method.layer_rules import kind_name
-from optima_tpu.method.statistics import Drift, Groups, Statistics
-from optima_tpu.method.targets import DenseTarget
+from optima_tpu.method.statistics import Drift, Groups, TokenStatistics
+from optima_tpu.method.targets import SelfTarget, Target
 from optima_tpu.models.activations import Activations
 from optima_tpu.models.decoder import Decoder, forward
 from optima_tpu.models.layers import project
@@ -51,108 +53,75 @@ def stages(groups: Groups) -> tuple[Groups, ...]:
     return tuple(map(tuple, found.values()))
 
 
-def accumulate_hessians(
-    decoder: Decoder, index: int, parameters: Mapping[str, Array], hidden: Activations, groups: Groups
-) -> tuple[Statistics, ...]:
-    """The :class:`Statistics` of each group's input.
+class Stream(NamedTuple):
+    """One of the two streams of hidden states on its way through a block.
 
-    Products of activations in the model's dtype, accumulated in float32: on each device over its own tokens, then by one
-    ``psum`` over the data axis.
+    Attributes:
+      parameters: of the block, by name: as pruned so far, or dense.
+      hidden: what enters the block.
+    """
+
+    parameters: Mapping[str, Array]
+    hidden: Activations
+
+
+@dataclasses.dataclass(frozen=True)
+class Capture:
+    """What a pass of some tokens through a block is to find.
+
+    Attributes:
+      groups: from :func:`linear_groups`, or some of them.
+      target: whether there is a drift from the dense model, whether it is aimed at in the residual stream, and whether tokens are
+        weighed: where all layers of a group add to one residual stream, by one over the mean square of the dense model's stream
+        behind them.
+      energy: whether the mean squares of the outputs' drift are wanted too.
+      advance: whether the dense stream is taken through the block, which spares it a :meth:`Decoder.apply`.
+    """
+
+    groups: Groups
+    target: Target = SelfTarget()
+    energy: bool = False
+    advance: bool = False
+
+
+def accumulate(decoder: Decoder, index: int, capture: Capture, streams: Sequence[Stream]) -> tuple[TokenStatistics, ...]:
+    """The statistics of each group's input, and its drift where the target needs it.
+
+    Products of activations in the model's dtype, accumulated in float32: on each device over its own tokens, then by one ``psum``
+    over the data axis. Differences of both streams are in the model's dtype, where those of close numbers are exact. A token that
+    either model does not send to an expert has no drift there: its output is not comparable.
 
     Args:
       index: the block's number, for messages.
-      parameters: the block's parameters, by name.
-      hidden: what enters the block.
-      groups: from :func:`linear_groups`.
+      streams: the pruned one, and for a target with a dense stream the dense one, of the same samples; with ``advance`` that one
+        is afterwards what leaves the block.
 
     Raises:
       UserError: an input holds a NaN or an infinity; names the layer.
     """
-    state, length = decoder.state(parameters), hidden.values.shape[1]
-    positions, sums = decoder.positions(index, length), _empty(decoder, groups)
-    for batch in hidden.batches(decoder.batch):
-        sums = add_batch(decoder.graph, decoder.mesh, groups, sums, state, batch.hidden, batch.valid, positions)
-    statistics = _divide(sums, (np.float32(len(hidden) * length),) * len(sums))
-    _refuse_infinite(decoder, index, groups, [found.hessian for found in statistics])
+    hidden, moving = streams[0].hidden, streams[-1].hidden
+    length, states = hidden.values.shape[1], [decoder.state(stream.parameters) for stream in streams]
+    positions, sums = decoder.positions(index, length), _nothing(decoder, capture)
+    step = CaptureStep.of(decoder, capture)
+    wanted = capture.groups if capture.energy else ()
+    weights = {name: streams[-1].parameters[name + ".weight"] for names in wanted for name in names}
+    with moving.put_behind() if capture.advance else contextlib.nullcontext() as put:
+        for batches in zip(*(stream.hidden.batches(decoder.batch) for stream in streams)):
+            inputs = tuple(BlockInput(state, batch.hidden) for state, batch in zip(states, batches))
+            sums, output = add_batch(step, sums, inputs, weights, BatchTokens(batches[0].valid, positions))
+            if output is not None and put is not None:
+                put(batches[-1].rows, output)
+    count = np.float32(len(hidden) * length)
+    totals = tuple(count if total is None else total for total in sums.weights)
+    # Two programs: in one, XLA divides a Hessian otherwise where there is a drift beside it, in its last bit.
+    hessians = _divide(tuple(found.hessian for found in sums.statistics), totals)
+    drifts = _divide(tuple(found.drift for found in sums.statistics), totals)
+    tokens = [found.tokens for found in sums.statistics]
+    statistics = tuple(map(TokenStatistics, hessians, tokens, drifts))
+    _refuse_infinite(decoder, index, capture.groups, [found.hessian for found in statistics])
+    if crosses := [found.drift.cross for found in statistics if found.drift is not None]:
+        _refuse_infinite(decoder, index, capture.groups, crosses)
     return statistics
-
-
-def accumulate_drift(
-    decoder: Decoder,
-    index: int,
-    parameters: Mapping[str, Array],
-    hidden: Activations,
-    dense_parameters: Mapping[str, Array],
-    dense: Activations,
-    groups: Groups,
-    target: DenseTarget,
-    energy: bool = False,
-    advance: bool = False,
-) -> tuple[tuple[Statistics, ...], tuple[Drift, ...]]:
-    """The :class:`Statistics` of each group's input, as :func:`accumulate_hessians`, and its :class:`Drift`.
-
-    Differences are in the model's dtype, where those of close numbers are exact. A token that either model does not send to an
-    expert has no drift there: its output is not comparable.
-
-    Args:
-      parameters: the block's, as pruned so far.
-      hidden: what enters it behind the pruned blocks.
-      dense_parameters: the block's in the dense model.
-      dense: what enters it there, of the same samples; with ``advance`` afterwards what leaves it.
-      target: whether it aims at the drift of the residual stream, and whether it weighs tokens: where all layers of a group add
-        to one residual stream, by one over the mean square of the dense model's stream behind them.
-      energy: whether the mean squares of the outputs' drift are wanted too.
-      advance: whether this pass takes ``dense`` through the block too, which spares it a :meth:`Decoder.apply`.
-
-    Raises:
-      UserError: as :func:`accumulate_hessians`.
-    """
-    states, length = (decoder.state(parameters), decoder.state(dense_parameters)), hidden.values.shape[1]
-    positions, wanted = decoder.positions(index, length), groups if energy else ((),) * len(groups)
-    weights = {name: dense_parameters[name + ".weight"] for names in wanted for name in names}
-    everywhere = jax.NamedSharding(decoder.mesh, P())
-    places = residual_names(decoder, groups, target)
-    drifts = []
-    for (cross, _), names, (before, _) in zip(_empty(decoder, groups), wanted, places):
-        energies = tuple(jnp.zeros(weights[name].shape[0], device=everywhere) for name in names)
-        products = (place and jnp.zeros((decoder.config.d_model, len(cross)), device=cross.sharding) for place in before)
-        drifts.append(Drift(cross, energies, tuple(products)))
-    totals = tuple(after and jnp.zeros((), device=everywhere) for _, after in places)
-    sums = _empty(decoder, groups), tuple(drifts), totals
-    with dense.put_behind() as put:
-        for batch, other in zip(hidden.batches(decoder.batch), dense.batches(decoder.batch)):
-            sums, output = add_drift(
-                decoder.graph,
-                decoder.mesh,
-                groups,
-                places,
-                advance,
-                sums,
-                states,
-                (batch.hidden, other.hidden),
-                weights,
-                batch.valid,
-                positions,
-            )
-            if advance:
-                put(other.rows, output)
-    tokens = np.float32(len(hidden) * length)
-    totals = tuple(tokens if total is None else total for total in sums[2])
-    statistics, drifts = _divide(sums[0], totals), _divide_drift(sums[1], totals)
-    _refuse_infinite(decoder, index, groups, [found.hessian for found in statistics])
-    _refuse_infinite(decoder, index, groups, [found.cross for found in drifts])
-    return statistics, drifts
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=3)
-def add_batch(graph, mesh: Mesh, groups: Groups, sums, state, hidden, valid, positions):
-    """One step of :func:`accumulate_hessians`: ``sums`` (donated) and what a ``Batch`` of hidden states adds to them."""
-    inputs = forward(graph, state, hidden, positions)[1]
-    kept = (inputs[names[0]] * valid[:, None, None].astype(hidden.dtype) for names in groups)
-    return tuple(
-        Statistics(total.hessian + _gram(x, mesh), total.tokens + jnp.sum(jnp.any(x != 0, axis=-1), dtype=jnp.int32))
-        for x, total in zip(kept, sums)
-    )
 
 
 class ResidualNames(NamedTuple):
@@ -168,76 +137,149 @@ class ResidualNames(NamedTuple):
     after: str | None
 
 
-def residual_names(decoder: Decoder, groups: Groups, target: DenseTarget) -> tuple[ResidualNames, ...]:
-    """What :func:`add_drift` reads of the residual stream, for each group."""
+def residual_names(decoder: Decoder, groups: Groups, target: Target) -> tuple[ResidualNames, ...]:
+    """What :func:`add_batch` reads of the residual stream, for each group."""
     found = []
     for names in groups:
         around = [decoder.family.residuals.get(name) for name in names]
-        same = target.weigh_tokens and around[0] is not None and len(set(around)) == 1
-        found.append(
-            ResidualNames(
-                tuple(place and place.before for place in around) if target.gamma else (), around[0].after if same else None
-            )
-        )
+        before = tuple(None if place is None else place.before for place in around) if target.gamma else ()
+        shared = around[0] if target.weigh_tokens and len(set(around)) == 1 else None
+        found.append(ResidualNames(before, None if shared is None else shared.after))
     return tuple(found)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4), donate_argnums=5)
-def add_drift(
-    graph,
-    mesh: Mesh,
-    groups: Groups,
-    residuals: tuple[ResidualNames, ...],
-    advance: bool,
-    sums,
-    states,
-    hidden,
-    weights,
-    valid,
-    positions,
-):
-    """One step of :func:`accumulate_drift`: the new ``sums``, and with ``advance`` what leaves the dense block, else None.
+@dataclasses.dataclass(frozen=True)
+class CaptureStep:
+    """The static part of :func:`add_batch`.
+
+    Attributes:
+      graph: of the block.
+      groups: whose inputs are wanted.
+      residuals: what is read of the residual stream for each group; None where there is no drift.
+      advance: whether the output of the last stream is wanted.
+    """
+
+    graph: Any
+    mesh: Mesh
+    groups: Groups
+    residuals: tuple[ResidualNames, ...] | None = None
+    advance: bool = False
+
+    @classmethod
+    def of(cls, decoder: Decoder, capture: Capture) -> "CaptureStep":
+        """The step of a capture."""
+        residuals = residual_names(decoder, capture.groups, capture.target) if capture.target.dense_stream else None
+        return cls(decoder.graph, decoder.mesh, capture.groups, residuals, capture.advance)
+
+
+class Sums(NamedTuple):
+    """What is accumulated, for each group.
+
+    Attributes:
+      statistics: not yet divided by the number of tokens.
+      weights: the sum of the tokens' weights, float32; None where they are not weighed.
+    """
+
+    statistics: tuple[TokenStatistics, ...]
+    weights: tuple[Array | None, ...]
+
+
+class BlockInput(NamedTuple):
+    """What one stream gives to a step: the state of the block, and a batch of hidden states."""
+
+    state: Any
+    hidden: Array
+
+
+class BatchTokens(NamedTuple):
+    """What is known of the samples of a batch: ``Batch.valid``, and the positions of their tokens."""
+
+    valid: Array
+    positions: Any
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
+def add_batch(
+    step: CaptureStep, sums: Sums, streams: tuple[BlockInput, ...], weights: Mapping[str, Array], tokens: BatchTokens
+) -> tuple[Sums, Array | None]:
+    """One step of :func:`accumulate`: the new sums, and with ``advance`` what leaves the dense block, else None.
 
     Args:
-      residuals: from :func:`residual_names`.
-      sums: (Statistics, Drift, and the tokens' weights or None) of each group, donated.
-      states, hidden: of the pruned and of the dense stream.
+      sums: donated.
+      streams: as those of :func:`accumulate`.
       weights: dense ones, by name, of the layers whose drift has an energy.
     """
-    (_, pruned), (output, dense) = (forward(graph, state, x, positions) for state, x in zip(states, hidden))
-    streams = pruned, dense
-    statistics, drifts, totals = [], [], []
-    for names, places, total, drift, weight in zip(groups, residuals, *sums):
-        x, other = (inputs[names[0]] * valid[:, None, None].astype(hidden[0].dtype) for inputs in streams)
-        seen, there = (jnp.any(array != 0, axis=-1) for array in (x, other))
-        both = (seen & there)[..., None]
-        lost = [before and jnp.where(both, dense[before] - pruned[before], 0) for before in places.before]
-        difference = jnp.where(both, other - x, 0)
-        if places.after:
-            scale = jnp.where(valid[:, None], inverse_norm(dense[places.after]), 0)
-            weight = weight + jnp.sum(jnp.square(scale))
-            # To the model's dtype again: a rounding like that of the activations themselves, and the same on both sides of H.
-            x, difference, *lost = (
-                (array * scale[..., None]).astype(x.dtype) if array is not None else None for array in (x, difference, *lost)
-            )
-        totals.append(weight)
-        statistics.append(Statistics(total.hessian + _gram(x, mesh), total.tokens + jnp.sum(seen, dtype=jnp.int32)))
-        energy = (
-            before + jnp.sum(jnp.square(project(difference, weights[name], jnp.float32)), axis=(0, 1))
-            for name, before in zip(names, drift.energy)
-        )
-        residual = (
-            None if found is None else before + _gram(x, mesh, found) for found, before in zip(lost, drift.residual, strict=True)
-        )
-        drifts.append(
-            Drift(
-                drift.cross + _gram(x, mesh, difference),
-                tuple(jax.lax.with_sharding_constraint(rows, jax.NamedSharding(mesh, P())) for rows in energy),
-                tuple(residual),
-            )
-        )
-    output = jax.lax.with_sharding_constraint(output, jax.NamedSharding(mesh, P(DATA))) if advance else None
-    return (tuple(statistics), tuple(drifts), tuple(totals)), output
+    passed = [forward(step.graph, stream.state, stream.hidden, tokens.positions) for stream in streams]
+    inputs = [found for _, found in passed]
+    statistics, totals = [], []
+    for names, places, before, total in zip(step.groups, step.residuals or (None,) * len(step.groups), *sums):
+        seen = _seen(names[0], places, inputs, tokens.valid)
+        totals.append(total if total is None or seen.scale is None else total + jnp.sum(jnp.square(seen.scale)))
+        hessian = before.hessian + _gram(seen.x, step.mesh)
+        count = before.tokens + jnp.sum(seen.routed, dtype=jnp.int32)
+        drift = None if before.drift is None else _add_drift(step.mesh, before.drift, names, seen, weights)
+        statistics.append(TokenStatistics(hessian, count, drift))
+    output = jax.lax.with_sharding_constraint(passed[-1][0], jax.NamedSharding(step.mesh, P(DATA))) if step.advance else None
+    return Sums(tuple(statistics), tuple(totals)), output
+
+
+class _Seen(NamedTuple):
+    """The inputs of a group in one batch, zero for tokens that have none; with a second stream also what it differs by.
+
+    Attributes:
+      x: [batch, length, d_in] in the model's dtype.
+      routed: [batch, length] bool, tokens whose input is not zero.
+      difference: as ``x``, ``X_d - X``.
+      lost: of each layer of the group, the drift of the residual stream that its output is added to, or None.
+      scale: [batch, length] float32, by which the tokens were weighed.
+    """
+
+    x: Array
+    routed: Array
+    difference: Array | None = None
+    lost: tuple[Array | None, ...] = ()
+    scale: Array | None = None
+
+
+def _seen(name: str, places: ResidualNames | None, inputs: Sequence[Mapping[str, Array]], valid: Array) -> _Seen:
+    mask = valid[:, None, None].astype(inputs[0][name].dtype)
+    if places is None:
+        x = inputs[0][name] * mask
+        return _Seen(x, jnp.any(x != 0, axis=-1))
+    pruned, dense = inputs
+    x, other = (stream[name] * mask for stream in inputs)
+    routed, there = (jnp.any(array != 0, axis=-1) for array in (x, other))
+    both = (routed & there)[..., None]
+    lost = [None if before is None else jnp.where(both, dense[before] - pruned[before], 0) for before in places.before]
+    difference = jnp.where(both, other - x, 0)
+    if places.after is None:
+        return _Seen(x, routed, difference, tuple(lost))
+    scale, dtype = jnp.where(valid[:, None], inverse_norm(dense[places.after]), 0), x.dtype
+
+    def weighed(array: Array) -> Array:
+        # To the model's dtype again: a rounding like that of the activations themselves, and the same on both sides of H.
+        return (array * scale[..., None]).astype(dtype)
+
+    x, difference = weighed(x), weighed(difference)
+    return _Seen(x, routed, difference, tuple(None if array is None else weighed(array) for array in lost), scale)
+
+
+def _add_drift(mesh: Mesh, drift: Drift, names: tuple[str, ...], seen: _Seen, weights: Mapping[str, Array]) -> Drift:
+    difference = seen.difference
+    assert difference is not None, "where there is a drift there are two streams"
+    energy = (
+        before + jnp.sum(jnp.square(project(difference, weights[name], jnp.float32)), axis=(0, 1))
+        for name, before in zip(names, drift.energy)
+    )
+    residual = (
+        None if lost is None or before is None else before + _gram(seen.x, mesh, lost)
+        for lost, before in zip(seen.lost, drift.residual, strict=True)
+    )
+    return Drift(
+        drift.cross + _gram(seen.x, mesh, difference),
+        tuple(jax.lax.with_sharding_constraint(rows, jax.NamedSharding(mesh, P())) for rows in energy),
+        tuple(residual),
+    )
 
 
 def inverse_norm(stream: Array) -> Array:
@@ -246,17 +288,29 @@ def inverse_norm(stream: Array) -> Array:
     return jnp.where(square > 0, jax.lax.rsqrt(jnp.where(square > 0, square, 1)), 0)
 
 
-def _empty(decoder: Decoder, groups: Groups) -> tuple[Statistics, ...]:
+def _nothing(decoder: Decoder, capture: Capture) -> Sums:
     """No tokens yet."""
-    sizes = tuple(decoder.block_shapes[names[0] + ".weight"][1] for names in groups)
-    everywhere = jax.NamedSharding(decoder.mesh, P())
-    return tuple(
-        Statistics(
-            jnp.zeros((size, size), jnp.float32, device=jax.NamedSharding(decoder.mesh, _columns(decoder.mesh, size))),
-            jnp.zeros((), jnp.int32, device=everywhere),
-        )
-        for size in sizes
-    )
+    mesh, everywhere = decoder.mesh, jax.NamedSharding(decoder.mesh, P())
+    residuals = CaptureStep.of(decoder, capture).residuals or (None,) * len(capture.groups)
+    statistics, weights = [], []
+    for names, places in zip(capture.groups, residuals):
+        size = decoder.block_shapes[names[0] + ".weight"][1]
+        columns = jax.NamedSharding(mesh, _columns(mesh, size))
+        drift = None
+        if places is not None:
+            outputs = [decoder.block_shapes[name + ".weight"][0] for name in names] if capture.energy else []
+            drift = Drift(
+                jnp.zeros((size, size), jnp.float32, device=columns),
+                tuple(jnp.zeros(rows, device=everywhere) for rows in outputs),
+                tuple(
+                    None if before is None else jnp.zeros((decoder.config.d_model, size), device=columns)
+                    for before in places.before
+                ),
+            )
+        hessian = jnp.zeros((size, size), jnp.float32, device=columns)
+        statistics.append(TokenStatistics(hessian, jnp.zeros((), jnp.int32, device=everywhere), drift))
+        weights.append(jnp.zeros((), device=everywhere) if places and places.after else None)
+    return Sums(tuple(statistics), tuple(weights))
 
 
 def _refuse_infinite(decoder: Decoder, index: int, groups: Groups, matrices: Sequence[Array]) -> None:
@@ -270,13 +324,9 @@ def _refuse_infinite(decoder: Decoder, index: int, groups: Groups, matrices: Seq
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def _divide(sums, totals):
-    return tuple(found._replace(hessian=found.hessian / total) for found, total in zip(sums, totals))
-
-
-@functools.partial(jax.jit, donate_argnums=0)
-def _divide_drift(drifts, totals):
-    return tuple(jax.tree.map(lambda array: array / total, drift) for drift, total in zip(drifts, totals))
+def _divide(sums: tuple[Any, ...], totals: tuple[Array | np.float32, ...]) -> tuple[Any, ...]:
+    """Each of several trees of arrays, divided by a number of its own."""
+    return tuple(jax.tree.map(lambda array, total=total: array / total, tree) for tree, total in zip(sums, totals))
 
 
 def _columns(mesh: Mesh, size: int) -> P:

@@ -7,9 +7,7 @@ import jax
 from rich.console import Console
 
 from optima_tpu.config.run_config import RunConfig, to_dict, weights_settings
-from optima_tpu.method.allocation import Uniform
 from optima_tpu.method.layer_rules import check_layers
-from optima_tpu.method.targets import DenseTarget
 from optima_tpu.models.decoder import Decoder
 from optima_tpu.models.model import Model
 from optima_tpu.pipeline.inputs import Texts, linear_shapes
@@ -47,7 +45,7 @@ def recipe_line(config: RunConfig, decoder: Decoder) -> str:
     methods = [settings[key] for key in ("selector", "solver") if settings[key]]
     words = [" + ".join(method["name"] + " weights" * method.get("weights", False) for method in methods), str(config.pattern)]
     words += [to_dict(config)["layers"]] if config.layers else []
-    if isinstance(config.target, DenseTarget):
+    if config.target.dense_stream:
         words.append(f"dense target {config.target.alpha:g}")
         words += [f"of the residual stream {config.target.gamma:g}"] if config.target.gamma and adding else []
         words += ["weighed tokens"] if config.target.weigh_tokens and adding else []
@@ -55,8 +53,8 @@ def recipe_line(config: RunConfig, decoder: Decoder) -> str:
         words.append("recapture")
     if config.refine:
         words.append(f"{config.refine.rounds} rounds of exchanges")
-    if not isinstance(config.allocation, Uniform):
+    if config.allocation.measures:
         words.append(f"{weights_settings(config)['allocation']['name']} allocation")
-    if (candidates := config.tuning.candidates(config.solver, config.target)) > 1:
+    if (candidates := config.tuning.candidates(config.recipe.damping, config.target)) > 1:
         words.append(f"{candidates} candidates for each matrix")
     return ", ".join(words)

@@ -166,6 +166,8 @@ def _manifest(config: RunConfig, model: Model, texts: Texts) -> dict[str, Any]:
         "code": code_version(),
         **generated_by(config),
     }
+    if outside := config.outside_code:  # the same name may stand for other code tomorrow
+        manifest["methods"] = outside
     if isinstance(config.selector, Imported):
         shapes = {path: shape for path, _, shape in linear_shapes(model.decoder)}
         pruned = {path + ".weight": shapes[path] for path in patterns}

@@ -14,6 +14,14 @@ those after the next blocks, or missing and damaged ones, are computed again fro
 larger than a block, so where blocks take seconds they are not written after each: what is computed again takes less time than
 ``STATES_EVERY``.
 
+Orbax's own checkpoint manager (0.12) is not used, although each entry is an Orbax checkpoint. It too gives a step its name only
+when it is written, but it lacks what a journal needs. It keeps no checksum of the arrays: a flipped bit is loaded as if it had
+been saved. It does not wait until its own records and the new name are on the disk. It removes old steps file by file under their
+names, so one that was half removed when the program was killed still counts. It skips a step before the last one when that is
+saved again, as for a block that was found damaged, unless it is forced to. Of arrays on the hosts it keeps those of the first
+process, where each process has hidden states of its own. It has no lock against a second program, does not compare the recipe with
+that of the run it goes on with, and SIGTERM ends it in the middle of a save.
+
 Saves are synchronous: a block takes a fraction of a second where pruning it takes many, and an asynchronous one would have to
 be waited for before the old hidden states are removed. SIGTERM waits for the end of a save.
 """
@@ -267,7 +275,9 @@ class Journal:
                     states, places = file.get_tensor(name), np.searchsorted(wanted, rows[mine])
                     values = np.empty((len(wanted), *states.shape[1:]), states.dtype) if values is None else values
                     values[places], found[places] = states[mine], True
-        return Activations(mesh, 0, samples, values) if everywhere(bool(found.all())) else None
+        if not everywhere(bool(found.all())) or values is None:
+            return None
+        return Activations(mesh, 0, samples, values)
 
     def _group(self, index: int, group: str) -> dict[str, np.ndarray]:
         return load_group(self.entry(index), group, read_metadata(self.entry(index)).metadata.get(group) or {})

@@ -5,23 +5,28 @@ All of it follows from one budget of bytes. What pruning the matrices of one lay
     4 bytes * f * (d_in * (hessians + 2 m - 1)  +  held * r  +  vectors * b)     (and a few panels where the Hessian is split)
 
 with ``r`` rows on a device, ``b`` of them at once and ``f`` features of each: ``d_in``, or ``d_in / model`` where the Hessian is
-split over the model axis. ``hessians`` and ``vectors`` are the solver's :class:`Footprint`, ``held`` are the rows that
-``prune.prune_group`` keeps before and after the solve, and ``m`` matrices are held of the calibration and of the held-out tokens
+split over the model axis. ``hessians`` and ``vectors`` are the recipe's :class:`Footprint`, ``held`` are the rows that
+``prune_group`` keeps before and after the solve, and ``m`` matrices are held of the calibration and of the held-out tokens
 each: the Hessian, and with a dense target the cross term. The numbers were fitted to what XLA reports for ``prune_group``
 (arguments, outputs and temporaries; CPU, jax 0.10) and rounded up.
 """
 
-import functools
+import dataclasses
+import itertools
 import math
-from collections.abc import Collection, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Collection, Sequence
+from typing import NamedTuple
 
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from optima_tpu.errors import UserError
-from optima_tpu.method.footprint import Footprint, footprint_of
 from optima_tpu.method.linalg.features import divided
+from optima_tpu.method.recipe import Recipe
+from optima_tpu.method.resources import Footprint
 from optima_tpu.method.row_sharding import ON_EVERY_DEVICE, Layout
+from optima_tpu.method.statistics import Groups
+from optima_tpu.models.decoder import Decoder
+from optima_tpu.pipeline.calibrate import stages
 from optima_tpu.runtime.device_memory import GIB
 from optima_tpu.runtime.mesh import DATA, MODEL, bytes_on_device, struct_on
 
@@ -47,77 +52,63 @@ _PANEL, _PANELS = 128, 4
 _FEW_ROWS = 64
 
 
-def needed(
-    d_in: int, rows: int, batch: int, mesh: Mesh, footprint: Footprint, split: bool, matrices: int = 1, residual: bool = False
-) -> float:
-    """The bytes on a device of pruning ``rows`` rows on a mesh, ``batch`` of a device's at once: the equation of the module."""
-    model = mesh.shape[MODEL]
-    features = d_in / model if split else d_in
-    # A product with split features gathers the rows: a whole row for A and one for X are ``model`` parts each.
-    vectors = footprint.vectors + (2 * model if split else 0)
-    panels = 4 * d_in * _PANELS * min(_PANEL, features) if split else 0
-    held = _HELD + _HELD_FOR_TARGET * (matrices - 1) + _HELD_FOR_RESIDUAL * residual
-    return panels + 4 * features * (
-        d_in * (footprint.hessians + 2 * matrices - 1) + held * _each(rows, mesh, split) + vectors * batch
-    )
+@dataclasses.dataclass(frozen=True)
+class GroupLoad:
+    """What pruning the matrices that read one input holds on the devices.
 
-
-def layout(
-    name: str,
-    d_in: int,
-    rows: int,
-    budget: float,
-    mesh: Mesh,
-    solver: Any,
-    selector: Any,
-    matrices: int = 1,
-    residual: bool = False,
-) -> Layout:
-    """The layout of the matrices that read one input: the first that fits of
-
-    the Hessian on every device and enough rows at once, the Hessian split, and both with few rows.
-
-    Args:
-      name: of a layer that reads it, for messages.
+    Attributes:
+      d_in: size of the input.
       rows: of all matrices together.
-      budget: bytes of a device that are left for them.
-      solver, selector: of the recipe, None where it has none. A solver tells its ``footprint``; a selector tells as
-        ``hessians`` how many matrices of that size it holds, 0 where it reads the diagonal alone.
-      matrices: of that size that are held of each set of tokens.
+      footprint: of the recipe's methods.
+      streams: matrices [d_in, d_in] of each set of tokens; 2 with a dense target.
       residual: whether the drift of the residual stream is aimed at.
-
-    Raises:
-      UserError: none fits.
     """
-    if budget == math.inf:
-        return ON_EVERY_DEVICE
-    footprint = footprint_of(solver, selector)
-    take = functools.partial(needed, d_in, rows, mesh=mesh, footprint=footprint, matrices=matrices, residual=residual)
-    can_split = footprint.split and d_in % mesh.shape[MODEL] == 0 and mesh.shape[MODEL] > 1
-    for few in (_FEW_ROWS, 1):
-        for split in (False, True)[: 1 + can_split]:
-            each = _each(rows, mesh, split)
-            most = 0
-            if take(min(few, each), split=split) <= budget:
-                row = take(1, split=split) - take(0, split=split)
-                most = int((budget - take(0, split=split)) / row)
-            if most:
-                return Layout(split, None if most >= each else -(-each // -(-each // most)))
-    least = take(1, split=can_split)
-    methods = " and ".join(_named(method) for method in (selector, solver) if method is not None)
-    where = "split over the model axis" if can_split else "on every device"
-    raise UserError(
-        f"{name} has {d_in} inputs: with its Hessian {where}, {methods} would take {least / GIB:.3g} GiB a device, expected "
-        f"at most {max(budget, 0) / GIB:.3g} GiB, what --device_memory leaves beside weights and Hessians. Take --selector "
-        "wanda, --refine null and --solver cg with a damping of 1e-4 or more, for which a Hessian can be split, on a --mesh "
-        f"with a larger model axis that divides {d_in}; or a larger --device_memory, or devices with more memory"
-    )
 
+    d_in: int
+    rows: int
+    footprint: Footprint
+    streams: int = 1
+    residual: bool = False
 
-def _named(method: Any) -> str:
-    """A selector or a solver, also one with exchanges around it."""
-    inner = getattr(method, "solver", None)
-    return type(method).__name__ if inner is None else f"{type(inner).__name__} with exchanges"
+    def rows_each(self, mesh: Mesh | AbstractMesh, split: bool) -> int:
+        """The rows of a device."""
+        return -(-self.rows // (mesh.shape[DATA] if split else mesh.size))
+
+    def bytes(self, mesh: Mesh | AbstractMesh, split: bool, batch: int) -> float:
+        """On a device, with ``batch`` of its rows at once: the equation of the module."""
+        model = mesh.shape[MODEL]
+        features = self.d_in / model if split else self.d_in
+        # A product with split features gathers the rows: a whole row for A and one for X are ``model`` parts each.
+        vectors = self.footprint.vectors + (2 * model if split else 0)
+        panels = 4 * self.d_in * _PANELS * min(_PANEL, features) if split else 0
+        held = _HELD + _HELD_FOR_TARGET * (self.streams - 1) + _HELD_FOR_RESIDUAL * self.residual
+        matrices = self.d_in * (self.footprint.hessians + 2 * self.streams - 1)
+        return panels + 4 * features * (matrices + held * self.rows_each(mesh, split) + vectors * batch)
+
+    def can_split(self, mesh: Mesh) -> bool:
+        """Whether the Hessian may be split over the model axis."""
+        return self.footprint.split and self.d_in % mesh.shape[MODEL] == 0 and mesh.shape[MODEL] > 1
+
+    def layout(self, mesh: Mesh, budget: float) -> Layout | None:
+        """The first that fits of: the Hessian on every device and enough rows at once, the Hessian split, both with few rows.
+
+        Args:
+          budget: bytes of a device that are left for it.
+
+        Returns:
+          None where none fits.
+        """
+        if budget == math.inf:
+            return ON_EVERY_DEVICE
+        for few in (_FEW_ROWS, 1):
+            for split in (False, True)[: 1 + self.can_split(mesh)]:
+                each, most = self.rows_each(mesh, split), 0
+                if self.bytes(mesh, split, min(few, each)) <= budget:
+                    row = self.bytes(mesh, split, 1) - self.bytes(mesh, split, 0)
+                    most = int((budget - self.bytes(mesh, split, 0)) / row)
+                if most:
+                    return Layout(split, None if most >= each else -(-each // -(-each // most)))
+        return None
 
 
 class Pass(NamedTuple):
@@ -127,80 +118,102 @@ class Pass(NamedTuple):
     layouts: tuple[Layout, ...]  # one for each group
 
 
-def passes(
-    prefix: str,
-    shapes: Mapping[str, tuple[int, ...]],
-    groups: Sequence[tuple[str, ...]],
-    weights: float,
-    budget: float,
-    mesh: Mesh,
-    solver: Any,
-    selector: Any,
-    matrices: int = 1,
-    residuals: Collection[str] = (),
-) -> tuple[Pass, ...]:
-    """Cuts the groups of a block, in their order, into passes whose Hessians fit a share of the budget.
+def block_passes(decoder: Decoder, index: int, groups: Groups, recipe: Recipe, budget: float) -> tuple[Pass, ...]:
+    """The layers of a block that are pruned, in passes with a layout each, whose Hessians fit a share of the budget.
 
     Args:
-      prefix: of the block's layers, for messages.
-      shapes: of the block's parameters, by name.
       groups: layers that read one input together.
-      weights: bytes of the block's parameters on a device; see :func:`block_bytes`.
-      budget: see :func:`device_budget`; infinite for one pass with everything on every device.
-      matrices: see :func:`layout`.
-      residuals: layers whose target holds the drift of the residual stream, by name.
+      budget: see ``runtime.device_memory``; infinite for one pass with everything on every device.
 
     Raises:
-      UserError: see :func:`layout`.
+      UserError: a layer does not fit the budget.
     """
+    block = _Block(decoder, index, recipe, budget)
+    parts = (recipe.pruned_groups(part, block.prefix) for part in (stages(groups) if recipe.recapture else (groups,)))
+    return tuple(itertools.chain.from_iterable(block.passes(part) for part in parts if part))
 
-    def hessians(names: tuple[str, ...]) -> float:
-        d_in = shapes[names[0] + ".weight"][1]
-        rows = matrices * d_in + sum(shapes[name + ".weight"][0] for name in names if name in residuals)
-        # Of the calibration and of the held-out tokens.
-        return 2 * 4 * rows * d_in / (mesh.shape[MODEL] if d_in % mesh.shape[MODEL] == 0 else 1)
 
-    def beside(names: tuple[str, ...], part: Sequence[tuple[str, ...]]) -> float:
-        """Bytes of the pass' Hessians that are not counted by :func:`needed`."""
-        # Those of the input itself are counted there. But in columns they are gathered from others that stay, and a TPU that
-        # makes its inverses alone takes about as much again for panels, which were not fitted.
-        as_they_come = mesh.shape[MODEL] == 1 and divided(shapes[names[0] + ".weight"][1], mesh.size)
-        return sum(hessians(other) for other in part if other != names or not as_they_come)
+def group_load(decoder: Decoder, names: tuple[str, ...], recipe: Recipe) -> GroupLoad:
+    """What pruning some layers that read one input holds."""
+    shapes, residuals = [decoder.block_shapes[name + ".weight"] for name in names], aimed_residuals(decoder, recipe)
+    return GroupLoad(
+        shapes[0][1],
+        sum(d_out for d_out, _ in shapes),
+        recipe.footprint(),
+        recipe.target.streams,
+        any(name in residuals for name in names),
+    )
 
-    def fitted(share: float) -> tuple[Pass, ...]:
+
+def aimed_residuals(decoder: Decoder, recipe: Recipe) -> Collection[str]:
+    """The layers whose target holds the drift of the residual stream."""
+    return decoder.family.residuals if recipe.target.gamma else ()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Block:
+    """A block whose layers are to be divided into passes."""
+
+    decoder: Decoder
+    index: int
+    recipe: Recipe
+    budget: float
+
+    @property
+    def prefix(self) -> str:
+        return self.decoder.prefix(self.index)
+
+    def passes(self, groups: Groups) -> tuple[Pass, ...]:
+        """The groups, in their order."""
+        try:
+            return self._cut(groups, _HESSIANS_SHARE)
+        except UserError:
+            return self._cut(groups, 0)  # one layer input at a time leaves it the most
+
+    def _cut(self, groups: Groups, share: float) -> tuple[Pass, ...]:
         cut: list[list[tuple[str, ...]]] = []
         for names in groups:
-            if not cut or sum(map(hessians, [*cut[-1], names])) > share * budget:
+            if not cut or sum(map(self._hessians, [*cut[-1], names])) > share * self.budget:
                 cut.append([])
             cut[-1].append(names)
-        return tuple(
-            Pass(
-                tuple(part),
-                tuple(
-                    layout(
-                        prefix + names[0],
-                        shapes[names[0] + ".weight"][1],
-                        sum(shapes[name + ".weight"][0] for name in names),
-                        budget - _BLOCK_COPIES * weights - beside(names, part),
-                        mesh,
-                        solver,
-                        selector,
-                        matrices,
-                        any(name in residuals for name in names),
-                    )
-                    for names in part
-                ),
-            )
-            for part in cut
+        return tuple(Pass(tuple(part), tuple(self._layout(names, part) for names in part)) for part in cut)
+
+    def _hessians(self, names: tuple[str, ...]) -> float:
+        """Bytes of a group's statistics, of the calibration and of the held-out tokens."""
+        shapes, mesh = self.decoder.block_shapes, self.decoder.mesh
+        residuals = aimed_residuals(self.decoder, self.recipe)
+        d_in = shapes[names[0] + ".weight"][1]
+        rows = self.recipe.target.streams * d_in + sum(shapes[name + ".weight"][0] for name in names if name in residuals)
+        return 2 * 4 * rows * d_in / (mesh.shape[MODEL] if d_in % mesh.shape[MODEL] == 0 else 1)
+
+    def _layout(self, names: tuple[str, ...], part: Sequence[tuple[str, ...]]) -> Layout:
+        load, mesh = group_load(self.decoder, names, self.recipe), self.decoder.mesh
+        # The statistics of the input itself are counted with its load. But in columns they are gathered from others that stay,
+        # and a TPU that makes its inverses alone takes about as much again for panels, which were not fitted.
+        as_they_come = mesh.shape[MODEL] == 1 and divided(load.d_in, mesh.size)
+        beside = sum(self._hessians(other) for other in part if other != names or not as_they_come)
+        left = self.budget - _BLOCK_COPIES * block_bytes(self.decoder, self.index) - beside
+        layout = load.layout(mesh, left)
+        if layout is None:
+            raise UserError(self._refusal(names[0], load, left))
+        return layout
+
+    def _refusal(self, name: str, load: GroupLoad, left: float) -> str:
+        mesh, recipe = self.decoder.mesh, self.recipe
+        least = load.bytes(mesh, load.can_split(mesh), 1)
+        titles = [type(recipe.selector).__name__] * (recipe.selector is not None)
+        titles += [recipe.update(recipe.pattern).title] * (recipe.solver is not None)
+        where = "split over the model axis" if load.can_split(mesh) else "on every device"
+        return (
+            f"{self.prefix}{name} has {load.d_in} inputs: with its Hessian {where}, {' and '.join(titles)} would take "
+            f"{least / GIB:.3g} GiB a device, expected at most {max(left, 0) / GIB:.3g} GiB, what --device_memory leaves beside "
+            "weights and Hessians. Take --selector wanda, --refine null and --solver cg with a damping of 1e-4 or more, for which "
+            f"a Hessian can be split, on a --mesh with a larger model axis that divides {load.d_in}; or a larger "
+            "--device_memory, or devices with more memory"
         )
 
-    try:
-        return fitted(_HESSIANS_SHARE)
-    except UserError:
-        return fitted(0)  # one layer input at a time leaves it the most
 
-
-def block_bytes(decoder: Any, index: int) -> float:
+def block_bytes(decoder: Decoder, index: int) -> float:
     """The bytes on each device of a block's parameters as they are read."""
     prefix, tensors = decoder.prefix(index), decoder.tensors
     return bytes_on_device(
@@ -211,6 +224,17 @@ def block_bytes(decoder: Any, index: int) -> float:
     )
 
 
+def fitted(decoder: Decoder, groups: Groups, recipe: Recipe, budget: float) -> str:
+    """What of a run is split or done in parts to fit the devices. Raises UserError where a layer does not."""
+    # Blocks differ only where rules or dtypes do: each text once.
+    found = (
+        [block_passes(decoder, index, groups, recipe, limit) for limit in (budget, math.inf)]
+        for index in range(decoder.config.blocks)
+    )
+    told = [described(here, len(ample)) for here, ample in found]
+    return "; ".join(filter(None, dict.fromkeys(told)))
+
+
 def described(found: Sequence[Pass], ordinary: int = 1) -> str:
     """What is split or done in parts, for the person who reads; empty in the ordinary case.
 
@@ -218,7 +242,7 @@ def described(found: Sequence[Pass], ordinary: int = 1) -> str:
       found: of a block.
       ordinary: how many passes there are with memory enough.
     """
-    told = {}  # in the order of the layers, each once
+    told: dict[str, None] = {}  # in the order of the layers, each once
     for names, where in (pair for each in found for pair in zip(*each)):
         words = [f"{where.rows} rows at once"] * (where.rows is not None) + ["Hessian split over model"] * where.split
         if words:
@@ -226,7 +250,3 @@ def described(found: Sequence[Pass], ordinary: int = 1) -> str:
     if len(found) > ordinary:
         told[f"Hessians of a block in {len(found)} passes"] = None
     return "; ".join(told)
-
-
-def _each(rows: int, mesh: Mesh, split: bool) -> int:
-    return -(-rows // (mesh.shape[DATA] if split else mesh.size))

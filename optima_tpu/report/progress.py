@@ -78,12 +78,12 @@ class Progress:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._finish_stage()
+        self.end_stage()
         self._bars.stop()
 
     def stage(self, name: str, total: int) -> None:
         """Begins a stage of ``total`` steps, and ends the one before."""
-        self._finish_stage()
+        self.end_stage()
         self._stage, self._stage_start = name, self._clock()
         self._total, self._skipped, self._done = total, 0, 0
         self._say(name)
@@ -123,7 +123,8 @@ class Progress:
             return ""
         return f"about {duration((self._clock() - self._stage_start) / self._done * remaining)} left"
 
-    def _finish_stage(self) -> None:
+    def end_stage(self) -> None:
+        """Ends the stage, whose time is known then."""
         if self._stage is not None:
             self.seconds[self._stage] = self.seconds.get(self._stage, 0.0) + self._clock() - self._stage_start
         self._stage = self._block = None

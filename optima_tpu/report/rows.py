@@ -1,33 +1,40 @@
-"""What happened to the rows of a layer, and its sum."""
+"""The sum over the rows of a layer."""
+
+from typing import NamedTuple
 
 import numpy as np
 from jax import Array
 
-from optima_tpu.method.row_report import RowReport
+from optima_tpu.method.outcomes import RowOutcomes
 from optima_tpu.report.records import LayerReport
 
 
-def layer_report(
-    index: int,
-    name: str,
-    shape: tuple[int, int],
-    kept: int,
-    rows: RowReport,
-    dead: int,
-    tokens: int,
-    chosen: tuple[float | None, float | None] = (None, None),
-) -> LayerReport:
-    """The sum over rows, which are on the host.
+class LayerFacts(NamedTuple):
+    """What is known of a pruned layer beside its rows.
 
-    Args:
-      index: of the block.
-      name: of the layer inside it.
+    Attributes:
+      block: its index.
+      name: of the layer inside the block.
+      shape: (d_out, d_in).
       kept: weights that stay.
       dead: inputs without signal.
       tokens: that reached the layer.
-      chosen: damping and alpha, where they were.
+      damping, alpha: where tuning chose them.
     """
-    size = shape[0] * shape[1]
+
+    block: int
+    name: str
+    shape: tuple[int, int]
+    kept: int
+    dead: int
+    tokens: int
+    damping: float | None = None
+    alpha: float | None = None
+
+
+def layer_report(layer: LayerFacts, rows: RowOutcomes) -> LayerReport:
+    """The report on a layer, from its rows, which are on the host."""
+    size = layer.shape[0] * layer.shape[1]
 
     def share(values: Array | np.ndarray, energies: Array | np.ndarray = rows.energy) -> float:
         energy = float(np.sum(energies, dtype=np.float64))
@@ -40,11 +47,11 @@ def layer_report(
 
     unseen, dense = shares(rows.held_out, 2), shares(rows.dense, 3)
     return LayerReport(
-        block=index,
-        name=name,
-        shape=shape,
-        pruned=size - kept,
-        sparsity=(size - kept) / size,
+        block=layer.block,
+        name=layer.name,
+        shape=layer.shape,
+        pruned=size - layer.kept,
+        sparsity=(size - layer.kept) / size,
         error_before=share(rows.before),
         error_after=share(rows.after),
         gap_median=float(np.median(rows.gap)),
@@ -54,14 +61,14 @@ def layer_report(
         rows=len(rows.gap),
         rows_converged=int(np.sum(rows.converged)),
         rows_refused=int(np.sum(rows.refused)),
-        dead_inputs=dead,
-        tokens=tokens,
+        dead_inputs=layer.dead,
+        tokens=layer.tokens,
         held_out_before=unseen[0],
         held_out_after=unseen[1],
         dense_before=dense[0],
         dense_after=dense[1],
         dense_drift=dense[2],
-        damping=chosen[0],
-        alpha=chosen[1],
+        damping=layer.damping,
+        alpha=layer.alpha,
         exchanged=None if rows.exchanged is None else int(np.sum(rows.exchanged)),
     )

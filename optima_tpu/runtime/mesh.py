@@ -5,6 +5,7 @@ problems are split over both, so that every device solves its own.
 """
 
 import math
+from typing import cast
 
 import jax
 import numpy as np
@@ -132,12 +133,15 @@ def place(mesh: Mesh, array: np.ndarray, spec: P) -> jax.Array:
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
-def struct_on(mesh: Mesh, shape: tuple[int, ...], dtype: np.dtype, spec: P) -> jax.ShapeDtypeStruct:
-    """Shape, dtype and place of an array that :func:`place` would put there."""
-    return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, divisible(mesh, shape, spec)))
+def struct_on(mesh: Mesh, shape: tuple[int, ...], dtype: np.dtype, spec: P) -> jax.Array:
+    """Shape, dtype and place of an array that :func:`place` would put there.
+
+    A ``jax.ShapeDtypeStruct``. To the types it is the array that it stands for, as a tracer is: the same trees hold both.
+    """
+    return cast(jax.Array, jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, divisible(mesh, shape, spec))))
 
 
-def bytes_on_device(*arrays: jax.ShapeDtypeStruct) -> int:
+def bytes_on_device(*arrays: jax.Array) -> int:
     """What arrays take on each device."""
     return sum(math.prod(array.sharding.shard_shape(array.shape)) * array.dtype.itemsize for array in arrays)
 

@@ -62,7 +62,10 @@ def refused(tmp_path, capfd):
         (["--solver.dampnig", "0.1"], "there is no setting --solver.dampnig; did you mean --solver.damping or "),
         (["--calibration.sample", "8"], "did you mean --calibration.samples or "),
         (["--solver.damping", "-1"], "damping"),
-        (["--solver", "gurobi"], "expected solver to be one of cg, mpax, exact, adam, null, got 'gurobi'"),
+        (
+            ["--solver", "gurobi"],
+            "expected solver to be one of cg, mpax, exact, adam, null, or the import path of your own, such as my_lab.masks:Solver, got 'gurobi'",
+        ),
         (["--solver.eps_abs", "0.1"], "--solver.eps_abs is an option of solver mpax, but solver is cg here"),
         (["--batch", "many"], "expected batch to be a whole number, got many"),
         (["--batch"], "batch"),

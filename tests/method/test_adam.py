@@ -10,7 +10,7 @@ import pytest
 from optima_tpu.errors import UserError
 from optima_tpu.method.patterns import Unstructured
 from optima_tpu.method.problem import LayerProblem, Pruned, optimality_residual, self_target
-from optima_tpu.method.row_sharding import over_rows
+from optima_tpu.method.row_sharding import RowSharding
 from optima_tpu.method.selectors import Wanda
 from optima_tpu.method.solvers import Adam, Exact
 from optima_tpu.pipeline.plan.hlo import COLLECTIVE, text_inside_loops
@@ -180,7 +180,7 @@ def test_what_it_says_of_a_row():
 @pytest.mark.parametrize("array", ["weight", "linear"])
 def test_a_row_that_is_not_finite_keeps_its_weights_and_says_so(bad, array):
     clean = make_layer(8)
-    problem = clean.problem._replace(**{array: getattr(clean.problem, array).at[3, 5].set(bad)})
+    problem = dataclasses.replace(clean.problem, **{array: getattr(clean.problem, array).at[3, 5].set(bad)})
     solution, expected = solve(Adam(), problem, clean.pruned), solve(Adam(), clean.problem, clean.pruned)
     np.testing.assert_array_equal(solution.weight[3], clean.pruned.weight[3])
     assert not solution.converged[3] and np.isinf(solution.gap[3]) and solution.steps[3] == 0
@@ -193,7 +193,7 @@ def test_a_row_that_is_not_finite_keeps_its_weights_and_says_so(bad, array):
 def test_a_mesh_changes_nothing_and_no_loop_communicates(shape):
     """Ten rows do not divide over eight devices."""
     problem, pruned = make_layer(9).problem, make_layer(9).pruned
-    program = jax.jit(over_rows(Adam(), make_mesh(shape))).lower(problem, pruned).compile()
+    program = jax.jit(RowSharding(make_mesh(shape)).solve(Adam())).lower(problem, pruned).compile()
     alone, sharded = solve(Adam(), problem, pruned), program(problem, pruned)
     np.testing.assert_allclose(sharded.weight, alone.weight, atol=1e-6)
     np.testing.assert_array_equal(sharded.converged, alone.converged)

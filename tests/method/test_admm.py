@@ -23,7 +23,7 @@ def test_mask_and_weights_are_those_of_the_algorithm(pattern):
         problem = layer(np.random.default_rng(seed), ROWS, INPUTS, target=target)
         pruned = select(SELECTOR, problem, pattern)
         weight, keep = ports.admm(
-            *map(np.asarray, problem),
+            *map(np.asarray, (problem.weight, problem.hessian, problem.linear)),
             pattern,
             SELECTOR.damping,
             np.geomspace(SELECTOR.rho_first, SELECTOR.rho_last, SELECTOR.levels),

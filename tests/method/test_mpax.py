@@ -1,5 +1,6 @@
 """What is special to MPAX. What every solver must do is in test_solvers.py."""
 
+import dataclasses
 import logging
 
 import jax
@@ -10,8 +11,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from optima_tpu.method.patterns import Unstructured
-from optima_tpu.method.problem import LayerProblem, Pruned, objective, output_energy, self_target
-from optima_tpu.method.row_sharding import over_rows
+from optima_tpu.method.problem import LayerProblem, Pruned, output_energy, self_target, undamped_objective
+from optima_tpu.method.row_sharding import RowSharding
 from optima_tpu.method.selectors import Wanda
 from optima_tpu.method.solvers import MPAX, Exact, mpax
 from optima_tpu.pipeline.plan.hlo import COLLECTIVE, text_inside_loops
@@ -36,7 +37,7 @@ def excess(layer, solver: MPAX) -> float:
     """Mean ``f - f*`` of the rows, relative to the mean square of their outputs."""
     problem, pruned = layer
     found, best = solver(problem, pruned).weight, exact(problem, pruned).weight
-    return float(jnp.mean((objective(problem, found) - objective(problem, best)) / output_energy(problem)))
+    return float(jnp.mean((undamped_objective(problem, found) - undamped_objective(problem, best)) / output_energy(problem)))
 
 
 exact = jax.jit(Exact())
@@ -102,7 +103,7 @@ def test_the_rounds_end_every_row_where_one_loop_would(layer, count, limit):
 def test_the_gap_is_the_residual_of_the_damped_problem(layer, damping):
     """In float64: of the optimality of the kept weights, as a share of the size of a row's output."""
     problem, pruned = layer
-    found = MPAX(damping=damping)(problem, pruned)
+    found = MPAX()(dataclasses.replace(problem, damping=damping), pruned)
     weight, hessian, _ = wide(problem, damping)
     residual = (np.asarray(found.weight, np.float64) - weight) @ hessian / np.sqrt(np.diagonal(hessian))
     size = np.sqrt(np.sum(weight * (weight @ hessian), axis=1))
@@ -114,7 +115,10 @@ def test_the_gap_is_the_residual_of_the_damped_problem(layer, damping):
 def test_data_that_is_not_finite_stops_at_the_first_test(layer):
     problem, pruned = layer
     solve = MPAX(unit_diagonal=True)
-    clean, solution = solve(problem, pruned), solve(problem._replace(linear=problem.linear.at[3].set(jnp.nan)), pruned)
+    clean, solution = (
+        solve(problem, pruned),
+        solve(dataclasses.replace(problem, linear=problem.linear.at[3].set(jnp.nan)), pruned),
+    )
     np.testing.assert_array_equal(solution.weight[3], pruned.weight[3])
     assert not solution.converged[3] and jnp.isinf(solution.gap[3]) and solution.steps[3] < 100
     others = np.arange(ROW_COUNT) != 3
@@ -137,7 +141,7 @@ def test_the_hessian_is_not_copied_per_row():
 def test_no_collective_inside_the_loop_on_a_mesh(layer):
     mesh = make_mesh("4x2")  # tests/conftest.py simulates 8 devices
     problem, pruned = layer
-    sharded = jax.jit(over_rows(MPAX(), mesh))
+    sharded = jax.jit(RowSharding(mesh).solve(MPAX()))
     inside = text_inside_loops(sharded.lower(problem, pruned).compile().as_text())
     assert inside and not COLLECTIVE.search(inside)
 

@@ -1,6 +1,6 @@
 """Masks that are refined under the solve."""
 
-import functools
+import dataclasses
 import io
 
 import jax
@@ -12,34 +12,32 @@ from rich.console import Console
 from optima_tpu.config.parse import configure, flags, parse
 from optima_tpu.config.run_config import weights_settings
 from optima_tpu.errors import UserError
-from optima_tpu.method.acceptance import PerRow
-from optima_tpu.method.footprint import footprint_of
-from optima_tpu.method.judge import RowErrors, judge_rows
+from optima_tpu.method.acceptance import MatrixObjective, PerRow, RowErrors, TokenTerms, accept_rows
 from optima_tpu.method.layer_rules import LayerRule
-from optima_tpu.method.linalg.features import WHOLE
-from optima_tpu.method.mask_swaps import Refined, Refining, Swaps, exchange, schur_diagonal
+from optima_tpu.method.mask_swaps import Exchanging, Swaps, schur_diagonal
 from optima_tpu.method.patterns import NM, Unstructured
 from optima_tpu.method.problem import Pruned, Solution, self_target
-from optima_tpu.method.recipe import Recipe, solved_together
+from optima_tpu.method.prune_group import prune_group
+from optima_tpu.method.recipe import Recipe
 from optima_tpu.method.selectors import Magnitude, Wanda
 from optima_tpu.method.solvers import CG, Exact
-from optima_tpu.method.statistics import Statistics
+from optima_tpu.method.statistics import TokenSets, TokenStatistics
 from optima_tpu.models.decoder import Decoder
-from optima_tpu.pipeline.memory_plan import needed
-from optima_tpu.pipeline.walk import prune_block, prune_group
+from optima_tpu.pipeline.memory_plan import GroupLoad
 from optima_tpu.report.records import BlockReport, LayerReport
 from optima_tpu.report.summary import exchanged
 from optima_tpu.report.table import print_summary
 from tests.support.meshes import mesh
-from tests.support.problems import correlated_hessian, layer, oracle, row_objective, select, wide
+from tests.support.problems import correlated_hessian, layer, oracle, row_objective, select, solve, wide
+from tests.support.pruning import group_arguments, prune_calibrated, prune_matrices
 from tests.support.tiny_models import tiny_llama
 
 ROUNDS = 4
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def refined(refining, problem, pruned) -> Refined:
-    return refining.prepare(problem.hessian, WHOLE)(problem, pruned)
+def refined(solver, swaps: Swaps, pattern, problem, pruned, damping: float | None = None) -> Solution:
+    """Solved with exchanges, by default with the solver's own damping."""
+    return solve(Exchanging(solver, swaps, pattern), problem, pruned, solver.default_damping if damping is None else damping)
 
 
 def schur_by_eigenvalues(hessian: np.ndarray, damping: float, kept: float) -> np.ndarray:
@@ -83,17 +81,18 @@ def best_pairs(win: np.ndarray, cost: np.ndarray, keep: np.ndarray, limit: int, 
 )
 def test_no_row_gets_worse_than_the_solved_start_and_the_numbers_stay(pattern, solver, selector, target):
     """Against the exact minimiser on the mask that came, in float64; the second layer's inputs have a dead one among them."""
-    damping = getattr(solver, "damping", 0.0)
+    damping = solver.default_damping
     for seed, dead in ((0, []), (1, [3])):
         problem = layer(np.random.default_rng(seed), 12, 40, target=target)
         hessian = problem.hessian.at[jnp.array(dead, int)].set(0.0).at[:, jnp.array(dead, int)].set(0.0)
-        problem = problem._replace(
+        problem = dataclasses.replace(
+            problem,
             hessian=hessian,
             linear=problem.weight @ hessian
             + (problem.linear - self_target(problem.weight, problem.hessian).linear) * (jnp.diagonal(hessian) > 0),
         )
         live, pruned = np.asarray(jnp.diagonal(hessian) > 0), select(selector, problem, pattern)
-        (weight, _, steps, converged), keep = refined(Refining(solver, Swaps(ROUNDS, 0.1), pattern), problem, pruned)
+        weight, _, steps, converged, keep = refined(solver, Swaps(ROUNDS, 0.1), pattern, problem, pruned)
         weight, keep, before = np.asarray(weight), np.asarray(keep), np.asarray(pruned.keep)
         assert keep.dtype == bool and (weight[~keep] == 0).all() and np.isfinite(weight).all()
         if isinstance(pattern, NM):
@@ -152,7 +151,7 @@ def test_exchanges_are_the_best_pairs_that_pay():
         win, cost = rng.integers(0, 9, (2, 6, size)).astype(np.float32)
         keep = np.asarray(select(Magnitude(), layer(rng, 6, size), pattern).keep)
         limit = np.array([0, 1, 2, 3, 4, 4], np.int32)
-        found, count = exchange(jnp.asarray(win), jnp.asarray(cost), jnp.asarray(keep), jnp.asarray(limit), pattern)
+        found, count = pattern.exchange(*map(jnp.asarray, (win, cost, keep, limit)))
         for row, most in enumerate(limit):
             pairs = best_pairs(win[row], cost[row], keep[row], most, pattern)
             expected = keep[row].copy()
@@ -184,8 +183,8 @@ def test_a_round_is_that_of_the_docstring(pattern, rounds):
         limit = np.where(better, limit, [len(exchanges) // 2 for exchanges in pairs])
         weight, keep = (np.where(better[:, None], taken, old) for taken, old in ((solved, weight), (new, keep)))
     assert (keep != np.asarray(pruned.keep)).any() and (halved > 0) == (rounds > 1)
-    solution, found = refined(Refining(Exact(damping), Swaps(rounds, share), pattern), problem, pruned)
-    assert (np.asarray(found) == keep).all()
+    solution = refined(Exact(), Swaps(rounds, share), pattern, problem, pruned, damping)
+    assert (np.asarray(solution.keep) == keep).all()
     assert np.abs(solution.weight - weight).max() < 1e-4 * np.abs(weight).max()
     assert (solution.steps == 1 + rounds).all()
 
@@ -194,15 +193,15 @@ def test_a_refused_row_has_the_selectors_mask_back():
     problem = layer(np.random.default_rng(4), 6, 20)
     pruned = select(Wanda(), problem, Unstructured(0.5))
     new = jnp.roll(pruned.keep, 1, axis=1)
-    solution = Solution(jnp.where(new, problem.weight, 0.0), jnp.zeros(6), jnp.ones(6, jnp.int32), jnp.ones(6, bool))
+    solution = Solution(jnp.where(new, problem.weight, 0.0), jnp.zeros(6), jnp.ones(6, jnp.int32), jnp.ones(6, bool), new)
     better = jnp.array([True, False] * 3)
-    final, rows = judge_rows(
+    final, rows = accept_rows(
+        MatrixObjective(problem.weight, TokenSets(TokenTerms(problem.hessian))),
         pruned,
-        Refined(solution, new),
+        solution,
         PerRow(),
         jnp.float32,
-        lambda hessian, old, new: RowErrors(jnp.ones(6), jnp.ones(6), jnp.where(better, 0.5, 2.0), jnp.ones(6), jnp.ones(6)),
-        problem.hessian,
+        lambda *_: RowErrors(jnp.ones(6), jnp.ones(6), jnp.where(better, 0.5, 2.0), jnp.ones(6), jnp.ones(6)),
     )
     assert (final.keep == jnp.where(better[:, None], new, pruned.keep)).all()
     assert (final.weight == jnp.where(final.keep, problem.weight, 0.0)).all()
@@ -215,7 +214,7 @@ def test_the_mesh_does_not_change_the_mask():
     problem = layer(np.random.default_rng(5), 15, 40)
     weights = (problem.weight[:9], problem.weight[9:])
     (reference, keeps, reports), (other, other_keeps, _) = (
-        jax.device_get(prune_group(weights, problem.hessian, recipe, mesh(*shape))) for shape in ((1, 1), (2, 4))
+        jax.device_get(prune_matrices(weights, problem.hessian, recipe, mesh(*shape))) for shape in ((1, 1), (2, 4))
     )
     for weight, keep, same, same_keep, rows in zip(reference, keeps, other, other_keeps, reports):
         assert (keep == same_keep).all() and np.abs(weight - same).max() < 1e-4 * np.abs(weight).max()
@@ -225,8 +224,8 @@ def test_the_mesh_does_not_change_the_mask():
 def test_a_layer_with_another_pattern_keeps_it():
     decoder, groups = Decoder.open(*tiny_llama(), mesh(1, 1)), (("mlp.gate_proj", "mlp.up_proj"),)
     recipe = Recipe(Unstructured(0.5), Wanda(), CG(), layers=(LayerRule("mlp.up_proj", NM(2, 4)),), refine=Swaps(2, 0.1))
-    statistics = (Statistics(jnp.asarray(correlated_hessian(np.random.default_rng(6), 36)), jnp.int32(99)),)
-    _, keeps, reports = prune_block(0, decoder.prefix(0), decoder.load_block(0), groups, statistics, recipe, decoder.mesh)
+    statistics = (TokenStatistics(jnp.asarray(correlated_hessian(np.random.default_rng(6), 36)), jnp.int32(99)),)
+    _, keeps, reports = prune_calibrated(decoder, 0, decoder.load_block(0), groups, statistics, recipe)
     gate, up = (np.asarray(keeps[name + ".weight"]) for name in groups[0])
     assert (up.reshape(-1, 4).sum(axis=1) == 2).all() and (gate.sum(axis=1) == 18).all()
     assert (gate.reshape(-1, 4).sum(axis=1) != 2).any() and all(report.exchanged > 0 for report in reports)
@@ -237,12 +236,14 @@ def test_its_memory_is_counted():
     recipe = Recipe(Unstructured(0.5), Wanda(), CG(), refine=Swaps())
     hessian = jax.ShapeDtypeStruct((size, size), jnp.float32)
     found = (
-        prune_group.lower((jax.ShapeDtypeStruct((rows, size), jnp.bfloat16),), hessian, recipe, mesh(1, 1), held_out=hessian)
+        prune_group.lower(
+            *group_arguments((jax.ShapeDtypeStruct((rows, size), jnp.bfloat16),), hessian, recipe, mesh(1, 1), held_out=hessian)
+        )
         .compile()
         .memory_analysis()
     )
     total = found.argument_size_in_bytes + found.output_size_in_bytes + found.temp_size_in_bytes
-    told = needed(size, rows, rows, mesh(1, 1), footprint_of(recipe.update(recipe.pattern), recipe.selector), False)
+    told = GroupLoad(size, rows, recipe.footprint()).bytes(mesh(1, 1), False, rows)
     assert total < told < 1.6 * total
 
 
@@ -295,4 +296,4 @@ def test_the_settings():
         with pytest.raises(UserError, match=words):
             parse(["--refine", "swaps", *argv])
     recipe = Recipe(Unstructured(0.5), Wanda(), CG(), layers=(LayerRule("b", NM(2, 4)),), refine=Swaps())
-    assert solved_together(("a", "b", "c"), recipe, "model.layers.0.") == (("a", "c"), ("b",))
+    assert recipe.solved_together(("a", "b", "c"), "model.layers.0.") == (("a", "c"), ("b",))

@@ -1,5 +1,7 @@
 """The contract that every selector passes, and each against its published formula, in float64."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from optima_tpu.method.patterns import NM, Pattern, Unstructured
 from optima_tpu.method.problem import LayerProblem, Pruned, self_target
-from optima_tpu.method.selectors import ADMM, Magnitude, MaskSelector, SparseGPT, Thanos, Wanda
+from optima_tpu.method.selectors import ADMM, Magnitude, Selector, SparseGPT, Thanos, Wanda
 from optima_tpu.runtime.mesh import ROWS, make_mesh
 from tests.support.problems import PATTERNS, layer, select
 
@@ -63,9 +65,7 @@ def assert_obeys(pruned: Pruned, pattern: Pattern):
     assert (weight[~keep] == 0).all() and not np.signbit(weight[~keep]).any()
 
 
-def assert_prunes_the_smallest(
-    scores: np.ndarray, keep: np.ndarray, selector: MaskSelector, pattern: Pattern, by_index: bool = True
-):
+def assert_prunes_the_smallest(scores: np.ndarray, keep: np.ndarray, selector: Selector, pattern: Pattern, by_index: bool = True):
     """Of what competes at once the smallest scores go, of equal ones those with the lower index, or any.
 
     An unstructured mask may be chosen block by block of inputs.
@@ -205,5 +205,5 @@ def test_shift_zero_ranks_the_weights_of_dead_inputs_by_size():
     # Scores: 0, 0, 0.1, 0.2 against 5, 1, 0.1 sqrt(2), 0.1 sqrt(5).
     assert Wanda()(problem, Unstructured(0.5)).keep.tolist() == [[False, False, True, True]]
     assert Wanda(shift_zero=True)(problem, Unstructured(0.5)).keep.tolist() == [[True, True, False, False]]
-    dead = problem._replace(hessian=jnp.zeros((4, 4)))
+    dead = dataclasses.replace(problem, hessian=jnp.zeros((4, 4)))
     assert Wanda(shift_zero=True)(dead, Unstructured(0.5)).keep.tolist() == [[True, True, False, False]]

@@ -10,19 +10,21 @@ from optima_tpu.method.patterns import Unstructured
 from optima_tpu.method.problem import LayerProblem, Pruned, optimality_residual, self_target
 from optima_tpu.method.recipe import Recipe
 from optima_tpu.method.selectors import Magnitude, Wanda
-from optima_tpu.method.solvers import CG, MPAX, Adam, Exact, damping_of
-from optima_tpu.pipeline.walk import prune_layer
+from optima_tpu.method.solvers import CG, MPAX, Adam, Exact
 from tests.support.problems import PATTERNS, layer, oracle, row_objective, select, solve, wide
+from tests.support.pruning import prune_layer
 
 ROWS, SIZE = 24, 32
-# Each solver with how closely two runs of it on rescaled problems must agree, in units of the largest weight.
+# Each solver with a damping, and how closely two runs of it on rescaled problems must agree, in units of the largest weight.
 SOLVERS = {
-    "cg": (CG(damping=1e-2, tolerance=3e-5), 1e-2),
-    "cg undamped": (CG(damping=0.0, tolerance=3e-5, max_steps=200), 1e-2),
-    "mpax": (MPAX(eps_abs=1e-5, eps_rel=1e-5, iteration_limit=20_000, unit_diagonal=True), 3e-2),
-    "exact": (Exact(damping=0.0), 1e-4),
-    "exact damped": (Exact(damping=1e-2), 1e-4),
-    "adam": (Adam(), 1e-4),
+    "cg": (CG(tolerance=3e-5), 1e-2, 1e-2),
+    "cg undamped": (CG(tolerance=3e-5, max_steps=200), 0.0, 1e-2),
+    "mpax": (MPAX(eps_abs=1e-5, eps_rel=1e-5, iteration_limit=20_000, unit_diagonal=True), 0.0, 3e-2),
+    "mpax damped": (MPAX(eps_abs=1e-5, eps_rel=1e-5, iteration_limit=20_000, unit_diagonal=True), 1e-2, 3e-2),
+    "exact": (Exact(), 0.0, 1e-4),
+    "exact damped": (Exact(), 1e-2, 1e-4),
+    "adam": (Adam(), 0.0, 1e-4),
+    "adam damped": (Adam(), 1e-2, 1e-4),
 }
 # Those that reach the optimum, with what they must come to on these problems: the gap relative to what can be gained, and
 # the residual. CG's tolerance is relative to the error of the optimum, which is more than the gain where much is pruned.
@@ -30,12 +32,13 @@ OPTIMAL = {
     "cg": (1e-4, 1e-2),
     "cg undamped": (1e-4, 1e-2),
     "mpax": (1e-3, 1e-2),
+    "mpax damped": (1e-3, 1e-2),
     "exact": (1e-5, 1e-4),
     "exact damped": (1e-5, 1e-4),
 }
-contract = pytest.mark.parametrize("solver", [solver for solver, _ in SOLVERS.values()], ids=SOLVERS)
+contract = pytest.mark.parametrize("solver, damping", [each[:2] for each in SOLVERS.values()], ids=SOLVERS)
 optimal = pytest.mark.parametrize(
-    "solver, gap, residual", [(SOLVERS[name][0], *goal) for name, goal in OPTIMAL.items()], ids=OPTIMAL
+    "solver, damping, gap, residual", [(*SOLVERS[name][:2], *goal) for name, goal in OPTIMAL.items()], ids=OPTIMAL
 )
 patterns = pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 targets = pytest.mark.parametrize("target", ["self", "other"])
@@ -49,24 +52,24 @@ def problem_and_mask(seed=0, target="self", rows=ROWS, **hessian):
 @contract
 @targets
 @patterns
-def test_zeros_stay_and_no_row_gets_worse(solver, target, pattern):
+def test_zeros_stay_and_no_row_gets_worse(solver, damping, target, pattern):
     problem = layer(np.random.default_rng(1), ROWS, SIZE, target=target)
     pruned = select(Magnitude(), problem, pattern)
-    solution = solve(solver, problem, pruned)
+    solution = solve(solver, problem, pruned, damping)
     weight = np.asarray(solution.weight)
     assert np.isfinite(weight).all() and solution.converged.all()
     assert (weight[~np.asarray(pruned.keep)] == 0).all()
-    before, after = (row_objective(problem, each, damping_of(solver)) for each in (pruned.weight, weight))
+    before, after = (row_objective(problem, each, damping) for each in (pruned.weight, weight))
     assert (after <= before * (1 + 1e-6) + 1e-9).all()
 
 
 @optimal
 @targets
 @patterns
-def test_reaches_the_optimum(solver, gap, residual, target, pattern):
+def test_reaches_the_optimum(solver, damping, gap, residual, target, pattern):
     problem = layer(np.random.default_rng(1), ROWS, SIZE, target=target)
     pruned = select(Magnitude(), problem, pattern)
-    weight, damping = solve(solver, problem, pruned).weight, damping_of(solver)
+    weight = solve(solver, problem, pruned, damping).weight
     best = row_objective(problem, oracle(problem, pruned, damping), damping)
     excess = row_objective(problem, weight, damping) - best
     # What can be gained at all is the scale: with another target the optimum itself may be near zero.
@@ -77,33 +80,34 @@ def test_reaches_the_optimum(solver, gap, residual, target, pattern):
 
 
 @contract
-def test_rows_do_not_know_each_other(solver):
+def test_rows_do_not_know_each_other(solver, damping):
     problem, pruned = problem_and_mask(2)
-    whole = solve(solver, problem, pruned).weight
+    whole = solve(solver, problem, pruned, damping).weight
     order = np.random.default_rng(0).permutation(ROWS)[: ROWS // 2]
     part = solve(
         solver,
         LayerProblem(problem.weight[order], problem.hessian, problem.linear[order]),
         Pruned(*(array[order] for array in pruned)),
+        damping,
     ).weight
     assert np.abs(part - whole[order]).max() <= 1e-4 * np.abs(whole).max()
 
 
-@pytest.mark.parametrize("solver, wobble", SOLVERS.values(), ids=SOLVERS)
+@pytest.mark.parametrize("solver, damping, wobble", SOLVERS.values(), ids=SOLVERS)
 @pytest.mark.parametrize("scale", [1e-8, 1e6])
-def test_the_scale_of_the_hessian_does_not_matter(solver, wobble, scale):
+def test_the_scale_of_the_hessian_does_not_matter(solver, damping, wobble, scale):
     problem, pruned = problem_and_mask(3)
-    once = solve(solver, problem, pruned)
-    again = solve(solver, LayerProblem(problem.weight, problem.hessian * scale, problem.linear * scale), pruned)
+    once = solve(solver, problem, pruned, damping)
+    again = solve(solver, LayerProblem(problem.weight, problem.hessian * scale, problem.linear * scale), pruned, damping)
     assert np.abs(once.weight - again.weight).max() <= wobble * np.abs(once.weight).max()
 
 
 @contract
-def test_rows_without_a_choice_come_back_as_they_are(solver):
+def test_rows_without_a_choice_come_back_as_they_are(solver, damping):
     problem, pruned = problem_and_mask(4)
     keep = pruned.keep.at[0].set(False).at[1].set(True)
     start = Pruned(jnp.where(keep, problem.weight, 0.0), keep)
-    solution = solve(solver, problem, start)
+    solution = solve(solver, problem, start, damping)
     assert (solution.weight[0] == 0).all()
     assert np.abs(solution.weight[1] - problem.weight[1]).max() <= 1e-6 * np.abs(problem.weight[1]).max()
     assert solution.converged[:2].all()
@@ -118,29 +122,29 @@ def problem_with_dead_inputs():
 
 
 @contract
-def test_dead_inputs_keep_the_selectors_weights(solver):
+def test_dead_inputs_keep_the_selectors_weights(solver, damping):
     problem, pruned, dead = problem_with_dead_inputs()
-    solution = solve(solver, problem, pruned)
+    solution = solve(solver, problem, pruned, damping)
     assert np.isfinite(solution.weight).all()
     assert (solution.weight[:, dead] == pruned.weight[:, dead]).all()
     assert (row_objective(problem, solution.weight) < row_objective(problem, pruned.weight)).all()
 
 
 @optimal
-def test_dead_inputs_do_not_keep_the_others_from_the_optimum(solver, gap, residual):
+def test_dead_inputs_do_not_keep_the_others_from_the_optimum(solver, damping, gap, residual):
     problem, pruned, _ = problem_with_dead_inputs()
-    solution, damping = solve(solver, problem, pruned), damping_of(solver)
-    best = row_objective(problem, np.asarray(solve(Exact(damping), problem, pruned).weight), damping)
+    solution = solve(solver, problem, pruned, damping)
+    best = row_objective(problem, np.asarray(solve(Exact(), problem, pruned, damping).weight), damping)
     assert (row_objective(problem, solution.weight, damping) <= best * (1 + 10 * gap) + 1e-6).all()
 
 
-@pytest.mark.parametrize("solver, wobble", [SOLVERS[name] for name in OPTIMAL], ids=OPTIMAL)
+@pytest.mark.parametrize("solver, damping, wobble", [SOLVERS[name] for name in OPTIMAL], ids=OPTIMAL)
 @pytest.mark.parametrize("power, dead", [(-14, False), (-22, True)])
-def test_an_input_is_dead_whose_energy_is_nothing_beside_the_largest(solver, wobble, power, dead):
+def test_an_input_is_dead_whose_energy_is_nothing_beside_the_largest(solver, damping, wobble, power, dead):
     """An input in other units has its weights in other units: 4e-9 of the energy it had is enough, 6e-14 is not."""
     problem = layer(np.random.default_rng(5), ROWS, SIZE, spread=0.0)
     pruned = Magnitude()(problem, Unstructured(0.5))
-    once = solve(solver, problem, pruned).weight
+    once = solve(solver, problem, pruned, damping).weight
     units = jnp.ones(SIZE).at[3].set(2.0**power)
     weight, linear = problem.weight / units, problem.linear * units
     again = (
@@ -148,6 +152,7 @@ def test_an_input_is_dead_whose_energy_is_nothing_beside_the_largest(solver, wob
             solver,
             LayerProblem(weight, problem.hessian * units * units[:, None], linear),
             Pruned(pruned.weight / units, pruned.keep),
+            damping,
         ).weight
         * units
     )
@@ -158,18 +163,18 @@ def test_an_input_is_dead_whose_energy_is_nothing_beside_the_largest(solver, wob
 
 
 @contract
-def test_a_layer_that_sees_nothing_is_left_alone(solver):
+def test_a_layer_that_sees_nothing_is_left_alone(solver, damping):
     problem, _ = problem_and_mask(6)
     problem = LayerProblem(problem.weight, jnp.zeros_like(problem.hessian), jnp.zeros_like(problem.linear))
     pruned = Magnitude()(problem, Unstructured(0.5))
-    assert (solve(solver, problem, pruned).weight == pruned.weight).all()
+    assert (solve(solver, problem, pruned, damping).weight == pruned.weight).all()
 
 
 @contract
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
-def test_no_row_gets_worse_after_the_cast(solver, dtype):
+def test_no_row_gets_worse_after_the_cast(solver, damping, dtype):
     problem, _ = problem_and_mask(7, spread=2.0)
-    recipe = Recipe(Unstructured(0.5), Wanda(), solver, PerRow())
+    recipe = Recipe(Unstructured(0.5), Wanda(), solver, PerRow(), own_damping=damping)
     before, _ = prune_layer(problem, Recipe(recipe.pattern, recipe.selector, None), dtype)
     after, rows = prune_layer(problem, recipe, dtype)
     f = row_objective(problem, after.weight)
@@ -187,8 +192,8 @@ def test_no_certificate_of_cg_lies(damping, tokens, target):
     for seed in range(5):
         problem, pruned = problem_and_mask(seed, target=target, tokens=tokens, spread=2.0)
         for tolerance in (1e-1, 1e-3):
-            solution = solve(CG(damping=damping, tolerance=tolerance), problem, pruned)
-            exact = solve(Exact(damping), problem, pruned).weight
+            solution = solve(CG(tolerance=tolerance), problem, pruned, damping)
+            exact = solve(Exact(), problem, pruned, damping).weight
             weight, hessian, pull = wide(problem, damping)
             if pull.any() and not damping and tokens < SIZE:
                 continue  # no unconstrained optimum to count f from
@@ -210,7 +215,7 @@ def test_cg_reports_what_it_could_not_finish():
 def test_cg_certifies_nothing_where_the_hessian_is_none(refine):
     """A matrix that is not positive definite has no factor: a hand-made one here, rounding makes one of a large singular one."""
     problem = self_target(jnp.ones((3, 2)), jnp.array([[1, 1.02], [1.02, 1]], jnp.float32))
-    recipe = Recipe(Unstructured(0.5, "row"), Wanda(), CG(damping=1e-2), refine=refine)
+    recipe = Recipe(Unstructured(0.5, "row"), Wanda(), CG(), refine=refine)
     pruned, rows = prune_layer(problem, recipe)
     assert not np.asarray(rows.converged).any() and np.isinf(rows.gap).all()
     assert np.isfinite(pruned.weight).all()
@@ -225,5 +230,5 @@ def test_damping_bounds_how_far_weights_move():
     problem = self_target(jnp.ones((1, 3)), jnp.asarray(mixing @ mixing.T, jnp.float32))
     keep = jnp.array([[True, True, False]])
     pruned = Pruned(jnp.where(keep, problem.weight, 0.0), keep)
-    assert np.abs(solve(Exact(0.0), problem, pruned).weight).max() > 500
-    assert np.abs(solve(CG(damping=1e-2), problem, pruned).weight).max() < 2
+    assert np.abs(solve(Exact(), problem, pruned, 0.0).weight).max() > 500
+    assert np.abs(solve(CG(), problem, pruned, 1e-2).weight).max() < 2

@@ -1,5 +1,6 @@
 """SparseGPT against a float64 port of the published algorithm, and what must hold of it without one."""
 
+import dataclasses
 import functools
 
 import jax
@@ -14,10 +15,10 @@ from optima_tpu.method.patterns import NM, Unstructured
 from optima_tpu.method.problem import LayerProblem
 from optima_tpu.method.recipe import Recipe
 from optima_tpu.method.selectors import SparseGPT, Wanda
-from optima_tpu.pipeline.walk import prune_group
 from tests.support import ports
 from tests.support.meshes import mesh
 from tests.support.problems import correlated_hessian, layer, row_objective
+from tests.support.pruning import prune_matrices
 
 ROWS, INPUTS, SELECTOR = 24, 72, SparseGPT(block=16)
 PATTERNS = [
@@ -92,7 +93,7 @@ def test_dead_inputs_go_first_and_move_nothing(pattern):
     assert (weight[:, dead] == np.where(keep, problem.weight, 0.0)[:, dead]).all()
     # Among the scores of 0 the index decides, whatever the weights are.
     factors = jnp.arange(1.0, 1.0 + len(dead))
-    larger = problem._replace(weight=problem.weight.at[:, jnp.array(dead)].multiply(factors))
+    larger = dataclasses.replace(problem, weight=problem.weight.at[:, jnp.array(dead)].multiply(factors))
     assert (select(SELECTOR, larger, pattern).keep == keep).all()
 
 
@@ -136,7 +137,7 @@ def test_equal_scores_go_by_index_rows_first():
 def test_the_last_input_is_optimal_given_all_others(pattern):
     """What a sweep guarantees: the gradient of the damped objective vanishes there, in rows that keep it."""
     problem = layer(np.random.default_rng(3), ROWS, INPUTS)
-    problem = problem._replace(weight=problem.weight.at[:, -1].multiply(10.0))  # most rows keep it
+    problem = dataclasses.replace(problem, weight=problem.weight.at[:, -1].multiply(10.0))  # most rows keep it
     pruned = select(SELECTOR, problem, pattern)
     hessian = np.asarray(problem.hessian, np.float64)
     change = np.asarray(pruned.weight, np.float64) - np.asarray(problem.weight, np.float64)
@@ -163,7 +164,7 @@ def test_the_layers_error_is_below_wandas(pattern):
 
 def test_another_target_does_not_change_the_sweep():
     problem = layer(np.random.default_rng(4), ROWS, INPUTS, target="other")
-    own = problem._replace(linear=problem.weight @ problem.hessian)
+    own = dataclasses.replace(problem, linear=problem.weight @ problem.hessian)
     for one, two in zip(select(SELECTOR, problem, NM(2, 4)), select(SELECTOR, own, NM(2, 4))):
         assert (one == two).all()
 
@@ -175,7 +176,7 @@ def test_the_mesh_does_not_change_the_result(pattern, rows):
     alone = select(SELECTOR, problem, pattern)
     recipe = Recipe(pattern, SELECTOR, None)
     for shape in ((1, 1), (4, 2), (2, 4)):
-        (weight,), (keep,), _ = prune_group((problem.weight,), problem.hessian, recipe, mesh(*shape))
+        (weight,), (keep,), _ = prune_matrices((problem.weight,), problem.hessian, recipe, mesh(*shape))
         assert (np.asarray(keep) == np.asarray(alone.keep)).all()
         assert np.abs(np.asarray(weight) - np.asarray(alone.weight)).max() <= 1e-5 * np.abs(alone.weight).max()
 

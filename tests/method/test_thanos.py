@@ -1,5 +1,6 @@
 """Thanos against a float64 port of its paper's algorithm, and what must hold whatever the port says."""
 
+import dataclasses
 import functools
 import re
 
@@ -13,10 +14,10 @@ from optima_tpu.method.patterns import NM, Unstructured
 from optima_tpu.method.problem import LayerProblem, Pruned, self_target
 from optima_tpu.method.recipe import Recipe
 from optima_tpu.method.selectors import Thanos, Wanda
-from optima_tpu.pipeline.walk import prune_group
 from tests.support import ports
 from tests.support.meshes import mesh
 from tests.support.problems import layer, oracle
+from tests.support.pruning import prune_matrices
 
 PATTERNS = [
     *(Unstructured(share, group) for group in ("layer", "row") for share in (0.5, 0.6, 0.7)),
@@ -113,7 +114,7 @@ def test_weights_of_dead_inputs_that_stay_keep_their_values():
 def test_the_target_of_the_problem_is_not_read():
     problem = problem_of(24, 40)
     once = select(Thanos(16), problem, NM(2, 4))
-    again = select(Thanos(16), problem._replace(linear=problem.linear + 1.0), NM(2, 4))
+    again = select(Thanos(16), dataclasses.replace(problem, linear=problem.linear + 1.0), NM(2, 4))
     assert (once.weight == again.weight).all() and (once.keep == again.keep).all()
 
 
@@ -125,7 +126,7 @@ def test_the_mesh_does_not_change_the_result(pattern, rows):
     problem, recipe = problem_of(rows, 40), Recipe(pattern, Thanos(8), None)
 
     def pruned(*shape):
-        (weight,), (keep,), _ = jax.device_get(prune_group((problem.weight,), problem.hessian, recipe, mesh(*shape)))
+        (weight,), (keep,), _ = jax.device_get(prune_matrices((problem.weight,), problem.hessian, recipe, mesh(*shape)))
         return weight, keep
 
     weight, keep = pruned(1, 1)

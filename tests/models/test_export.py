@@ -12,7 +12,7 @@ from safetensors import safe_open
 from optima_tpu.errors import UserError
 from optima_tpu.export import main
 from optima_tpu.method.patterns import NM, Unstructured
-from optima_tpu.models.checkpoints.export import _holds, export, is_export_of, read_masks
+from optima_tpu.models.checkpoints.export import export, is_export_of, read_masks
 from optima_tpu.models.checkpoints.orbax import CheckpointTensors, write_checkpoint
 from optima_tpu.pipeline.journal import open_journal
 from optima_tpu.runtime.files import begin
@@ -233,7 +233,7 @@ def test_weights_that_do_not_fit_mask_or_pattern_are_not_delivered(run, tmp_path
     ],
 )
 def test_the_pattern_is_read_in_its_groups(pattern, good, bad):
-    assert _holds(np.array(good) == 0, pattern) and not _holds(np.array(bad) == 0, pattern)
+    assert pattern.holds(np.array(good) == 0) and not pattern.holds(np.array(bad) == 0)
 
 
 def test_the_command(run, tmp_path, capsys, monkeypatch):

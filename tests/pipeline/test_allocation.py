@@ -22,10 +22,11 @@ from optima_tpu.method.recipe import Recipe
 from optima_tpu.method.selectors import Magnitude, Wanda
 from optima_tpu.method.solvers import CG
 from optima_tpu.models.decoder import Decoder
-from optima_tpu.pipeline.allocate import allocated
-from optima_tpu.pipeline.calibrate import accumulate_hessians, linear_groups
-from optima_tpu.pipeline.walk import prune_block
+from optima_tpu.pipeline.allocate import Allocated, allocated
+from optima_tpu.pipeline.calibrate import Capture, Stream, accumulate, linear_groups
+from optima_tpu.pipeline.walk import Walk
 from tests.support.meshes import mesh
+from tests.support.pruning import prune_calibrated
 from tests.support.runs import SMALL
 from tests.support.tiny_models import MemoryTensors, tiny_folder, tiny_llama
 
@@ -37,6 +38,10 @@ WIDE = {"hidden_size": 48, "intermediate_size": 48, "num_attention_heads": 6, "n
 
 def decoder(shape=(1, 1), **settings) -> Decoder:
     return Decoder.open(*tiny_llama(**(WIDE | settings)), mesh(*shape), batch=2)
+
+
+def measured(model: Decoder, recipe: Recipe, allocation) -> Allocated:
+    return allocated(Walk(model, recipe, linear_groups(model), SAMPLES), TOKENS, allocation)
 
 
 @given(st.lists(st.floats(-8, 8), min_size=1, max_size=40))
@@ -93,11 +98,11 @@ def test_more_outliers_keep_more():
 def test_outliers_are_counted_as_published():
     """Against numpy in float64, with the inputs of the dense model."""
     model = decoder(num_hidden_layers=2)
-    found = allocated(model, TOKENS, RECIPE, OWL(outlier=2.0), SAMPLES)
+    found = measured(model, RECIPE, OWL(outlier=2.0))
     hidden, groups = model.embed(TOKENS[:SAMPLES]), linear_groups(model)
     for index in range(2):
         block = model.load_block(index)
-        statistics = accumulate_hessians(model, index, block, hidden, groups)
+        statistics = accumulate(model, index, Capture(groups), (Stream(block, hidden),))
         wide = {name: np.asarray(value, np.float64) for name, value in block.items()}
         scores = np.concatenate(
             [
@@ -114,13 +119,13 @@ def test_a_loss_is_the_divergence_of_the_model_with_one_block_pruned():
     model = decoder(num_hidden_layers=2)
     # Two steps of 1/48; what the run itself does to the layers does not count.
     mine = dataclasses.replace(RECIPE, selector=Magnitude(), solver=None)
-    found = allocated(model, TOKENS, mine, Measured(limit=0.05), SAMPLES)
+    found = measured(model, mine, Measured(limit=0.05))
     hidden, groups, index = model.embed(TOKENS[:SAMPLES]), linear_groups(model), 1
     model.apply(0, model.load_block(0), hidden)
-    statistics = accumulate_hessians(model, index, model.load_block(index), hidden, groups)
+    statistics = accumulate(model, index, Capture(groups), (Stream(model.load_block(index), hidden),))
     for sparsity, loss in zip((0.6 - 2 / 48, 0.6 + 2 / 48), found.scores[index]):
         recipe = Recipe(Unstructured(sparsity), Wanda(), CG())
-        pruned, _, _ = prune_block(index, model.prefix(index), model.load_block(index), groups, statistics, recipe, model.mesh)
+        pruned, _, _ = prune_calibrated(model, index, model.load_block(index), groups, statistics, recipe)
         changed = {model.prefix(index) + name: np.asarray(value) for name, value in pruned.items()}
         other = dataclasses.replace(model, tensors=MemoryTensors(model.tensors.arrays | changed))
         assert loss == pytest.approx(distance(model, other, TOKENS[SAMPLES:]).kl, rel=1e-3)
@@ -130,18 +135,18 @@ def test_a_loss_is_the_divergence_of_the_model_with_one_block_pruned():
 @pytest.mark.parametrize("allocation", [OWL(), Measured()], ids=["owl", "measured"])
 def test_the_mesh_does_not_change_the_allocation(allocation):
     recipe = dataclasses.replace(RECIPE, solver=None)
-    reference, other = (allocated(decoder(shape), TOKENS, recipe, allocation, SAMPLES) for shape in ((1, 1), (2, 4)))
+    reference, other = (measured(decoder(shape), recipe, allocation) for shape in ((1, 1), (2, 4)))
     assert reference.sparsity == other.sparsity and len(set(reference.sparsity)) > 1
     assert np.allclose(reference.scores, other.scores, rtol=1e-2)
 
 
 def test_layers_with_a_rule_are_left_out():
     model, rules = decoder(), parse_layers("self_attn.*=dense,model.layers.1.*=0.3/row")
-    found = allocated(model, TOKENS, dataclasses.replace(RECIPE, layers=rules), OWL(), SAMPLES)
+    found = measured(model, dataclasses.replace(RECIPE, layers=rules), OWL())
     assert found.sparsity[1] is None is found.scores[1] and found.sparsity[0] + found.sparsity[2] == pytest.approx(1.2)
     assert [rule.path for rule in found.rules(model, RECIPE.pattern)] == ["model.layers.0.*", "model.layers.2.*"]
     with pytest.raises(UserError, match="--allocation uniform"):
-        allocated(model, TOKENS, dataclasses.replace(RECIPE, layers=parse_layers("*=0.3/row")), OWL(), SAMPLES)
+        measured(model, dataclasses.replace(RECIPE, layers=parse_layers("*=0.3/row")), OWL())
 
 
 def test_a_run_loses_as_many_weights_as_without(tmp_path, monkeypatch):
@@ -173,7 +178,7 @@ def test_a_run_loses_as_many_weights_as_without(tmp_path, monkeypatch):
     # Stopped before its first block, a run goes on with the blocks' sparsities that it had made.
     for file in ("report.json", "journal", "activations", "hf", "checkpoint"):
         (output / file).rename(tmp_path / ("old " + file))
-    monkeypatch.setattr("optima_tpu.pipeline.run.allocated", lambda *_: pytest.fail("made again"))
+    monkeypatch.setattr("optima_tpu.pipeline.stages.allocated", lambda *_: pytest.fail("made again"))
     jax.clear_caches()
     assert main(command) == 0
     assert json.loads((output / "report.json").read_text())["allocation"] == report["allocation"]

@@ -1,6 +1,7 @@
 """Layers whose Hessian is split over the model axis, and rows that are solved in batches: the same solution, in less memory."""
 
 import contextlib
+import dataclasses
 import functools
 import math
 import re
@@ -15,25 +16,26 @@ from jax.sharding import PartitionSpec as P
 
 from optima_tpu.errors import UserError
 from optima_tpu.launch import main
-from optima_tpu.method.footprint import footprint_of
 from optima_tpu.method.linalg import inverses as shared
 from optima_tpu.method.linalg.blocked_cholesky import inverse_by_panels
 from optima_tpu.method.linalg.features import WHOLE, Features
 from optima_tpu.method.linalg.inverses import inverse, inverse_cholesky, together
-from optima_tpu.method.mask_swaps import Refining, Swaps
+from optima_tpu.method.mask_swaps import Swaps
 from optima_tpu.method.patterns import Unstructured
+from optima_tpu.method.prune_group import prune_group
 from optima_tpu.method.recipe import Recipe
-from optima_tpu.method.row_sharding import Layout, over_rows
+from optima_tpu.method.row_sharding import Layout, RowSharding
 from optima_tpu.method.selectors import ADMM, SparseGPT, Thanos, Wanda
 from optima_tpu.method.solvers import CG, MPAX, Adam, Exact
 from optima_tpu.models.decoder import Decoder
-from optima_tpu.pipeline.memory_plan import described, layout, needed, passes
+from optima_tpu.pipeline.memory_plan import GroupLoad, block_passes, described
 from optima_tpu.pipeline.plan.hlo import COLLECTIVE
-from optima_tpu.pipeline.walk import prune_group, walk_block
 from optima_tpu.runtime.device_memory import GIB, device_budget, host_memory
 from optima_tpu.runtime.mesh import MODEL
+from tests.support.memory import block_of
 from tests.support.meshes import mesh
 from tests.support.problems import correlated_hessian, layer, oracle, row_objective, select, wide
+from tests.support.pruning import group_arguments, prune_matrices, walk_block
 from tests.support.runs import SMALL
 from tests.support.tiny_models import tiny_folder, tiny_llama
 
@@ -112,7 +114,8 @@ def test_tpus_share_every_inverse_of_a_layer(recipe):
 
     def reductions(platform: str, size: int) -> int:
         arrays = (jax.ShapeDtypeStruct((64, size), jnp.float32),), jax.ShapeDtypeStruct((size, size), jnp.float32)
-        return prune_group.trace(*arrays, recipe, mesh(4, 2)).lower(lowering_platforms=(platform,)).as_text().count("all_reduce")
+        traced = prune_group.trace(*group_arguments(*arrays, recipe, mesh(4, 2)))
+        return traced.lower(lowering_platforms=(platform,)).as_text().count("all_reduce")
 
     assert reductions("tpu", 1024) > 0
     assert reductions("tpu", 1000) == reductions("tpu", 512) == reductions("cuda", 1024) == reductions("cpu", 1024) == 0
@@ -125,7 +128,7 @@ def test_shared_inverses_give_the_weights_of_those_that_every_device_makes(monke
 
     def pruned(grid):
         hessian = jax.device_put(problem.hessian, NamedSharding(grid, P()))
-        return jax.device_get(prune_group((problem.weight,), hessian, recipe, grid))
+        return jax.device_get(prune_matrices((problem.weight,), hessian, recipe, grid))
 
     (alone,), (kept,), _ = pruned(mesh(1, 1))
     monkeypatch.setattr("optima_tpu.method.linalg.features._FEWEST_COLUMNS", 8)
@@ -143,7 +146,7 @@ def test_panels_that_do_not_divide_the_columns():
 @functools.lru_cache
 def problem_and_mask():
     """Thirteen rows, which no mesh divides."""
-    problem = layer(np.random.default_rng(3), 13, 36, target="other", spread=0.5)
+    problem = dataclasses.replace(layer(np.random.default_rng(3), 13, 36, target="other", spread=0.5), damping=1e-2)
     return problem, select(Wanda(), problem, Unstructured(0.5))
 
 
@@ -151,7 +154,7 @@ def problem_and_mask():
 def solved(shape, where):
     """Four steps and a certificate. Later, where little is left to gain, it is the rounding that the certificate counts."""
     solver = CG(tolerance=1e-9, max_steps=4)
-    return jax.device_get(jax.jit(over_rows(solver, mesh(*shape), where))(*problem_and_mask()))
+    return jax.device_get(jax.jit(RowSharding(mesh(*shape), where).solve(solver))(*problem_and_mask()))
 
 
 @pytest.mark.parametrize("shape, where", [((1, 4), SPLIT), ((4, 2), Layout(True, 2))])
@@ -180,7 +183,8 @@ def compiled(where, shape):
     columns = NamedSharding(grid, P(None, MODEL))
     hessian = jax.ShapeDtypeStruct((SIZE, SIZE), jnp.float32, sharding=columns)
     weight = jax.ShapeDtypeStruct((ROWS, SIZE), jnp.bfloat16, sharding=columns)
-    return prune_group.lower((weight,), hessian, RECIPE, grid, held_out=hessian, layout=where).compile()
+    arguments = group_arguments((weight,), hessian, RECIPE, grid, held_out=hessian, layout=where)
+    return prune_group.lower(*arguments).compile()
 
 
 def test_collectives_of_a_split_solve_are_as_designed_and_no_device_sees_the_hessian():
@@ -202,40 +206,50 @@ def test_collectives_of_a_split_solve_are_as_designed_and_no_device_sees_the_hes
 def test_the_memory_model_bounds_what_xla_reports(where, shape):
     found = compiled(where, shape).memory_analysis()
     total = found.argument_size_in_bytes + found.output_size_in_bytes + found.temp_size_in_bytes
-    told = needed(SIZE, ROWS, where.rows or ROWS // shape[0], mesh(*shape), RECIPE.solver.footprint, where.split)
+    told = GroupLoad(SIZE, ROWS, RECIPE.footprint()).bytes(mesh(*shape), where.split, where.rows or ROWS // shape[0])
     assert total < told < 1.6 * total
 
 
 def test_the_layout_follows_from_the_budget():
-    grid, cg = mesh(2, 4), CG()
-    choose = functools.partial(layout, "mlp.down_proj", 28672, 8192, mesh=grid, selector=Wanda())
-    assert choose(math.inf, solver=cg) == choose(60 * GIB, solver=cg) == Layout()
-    batches = choose(22.5 * GIB, solver=cg)
+    grid, cg = mesh(2, 4), Recipe(Unstructured(0.5), Wanda(), CG())
+
+    def choose(budget, recipe=cg):
+        return GroupLoad(28672, 8192, recipe.footprint()).layout(grid, budget)
+
+    assert choose(math.inf) == choose(60 * GIB) == Layout()
+    batches = choose(22.5 * GIB)
     assert not batches.split and 64 <= batches.rows <= 512
-    assert choose(15 * GIB, solver=cg) == SPLIT
-    assert choose(8 * GIB, solver=cg).split and choose(8 * GIB, solver=cg).rows < 4096
+    assert choose(15 * GIB) == SPLIT
+    assert choose(8 * GIB).split and choose(8 * GIB).rows < 4096
     for budget in (8, 15, 22.5):  # what was chosen fits
-        found = choose(budget * GIB, solver=cg)
+        found = choose(budget * GIB)
         each = 4096 if found.split else 1024
-        assert needed(28672, 8192, found.rows or each, grid, cg.footprint, found.split) <= budget * GIB
-    assert choose(15 * GIB, solver=None).split is False
+        assert GroupLoad(28672, 8192, cg.footprint()).bytes(grid, found.split, found.rows or each) <= budget * GIB
+    assert choose(15 * GIB, dataclasses.replace(cg, solver=None)).split is False
+    block = block_of({"mlp.down_proj": (8192, 28672)}, grid)
+    weights = 2.5 * 4 * 8192 * 28672  # of the block, which no axis splits here
+    hessians = 2 * 4 * 28672**2 / 4  # in columns
     for solver, selector in (
         (MPAX(), Wanda()),
         (Exact(), None),
         (Adam(), None),
-        (CG(damping=0.0), Wanda()),
-        (cg, Thanos()),
-        (cg, SparseGPT()),
+        (CG(), Wanda()),
+        (CG(), Thanos()),
+        (CG(), SparseGPT()),
     ):
+        damping = 0.0 if (solver, selector) == (CG(), Wanda()) else None
+        recipe = Recipe(Unstructured(0.5), selector, solver, own_damping=damping)
+        assert choose(8 * GIB, recipe) is None
         with pytest.raises(UserError, match=r"mlp.down_proj has 28672 inputs.*GiB.*--selector wanda.*--device_memory"):
-            choose(8 * GIB, solver=solver, selector=selector)
+            block_passes(block, 0, (("mlp.down_proj",),), recipe, 8 * GIB + weights + hessians)
     with pytest.raises(UserError, match="divides 28673"):  # by an axis that does not divide the inputs nothing is split
-        layout("a", 28673, 8192, 8 * GIB, grid, cg, Wanda())
+        block_passes(block_of({"a": (8192, 28673)}, grid), 0, (("a",),), cg, 8 * GIB)
 
 
 def test_undamped_cg_refuses_a_split_hessian():
+    problem, pruned = problem_and_mask()
     with pytest.raises(UserError, match="raise --solver.damping"):
-        jax.eval_shape(over_rows(CG(damping=0.0), mesh(1, 4), SPLIT), *problem_and_mask())
+        jax.eval_shape(RowSharding(mesh(1, 4), SPLIT).solve(CG()), dataclasses.replace(problem, damping=0.0), pruned)
 
 
 def test_the_budget_is_what_the_user_says_or_a_share_of_the_machine():
@@ -259,8 +273,8 @@ def test_processes_on_one_machine_share_its_memory(monkeypatch):
 
 
 def test_the_hessians_of_a_pass_fit_a_share_of_the_budget():
-    shapes = {"a.weight": (8, 64), "b.weight": (8, 64), "c.weight": (64, 256)}
-    cut = functools.partial(passes, "", shapes, (("a",), ("b",), ("c",)), 0, mesh=mesh(1, 1), solver=None, selector=None)
+    block, recipe = block_of({"a": (8, 64), "b": (8, 64), "c": (64, 256)}, mesh(1, 1)), Recipe(Unstructured(0.5), None, None)
+    cut = functools.partial(block_passes, block, 0, (("a",), ("b",), ("c",)), recipe)
     assert [each.groups for each in cut(math.inf)] == [(("a",), ("b",), ("c",))]
     assert described(cut(math.inf)) == ""
     found = cut(4 * 2 * 4 * 256 * 256)  # a quarter is what the last one takes
@@ -272,11 +286,10 @@ def test_the_hessians_of_a_pass_fit_a_share_of_the_budget():
 def test_a_layers_own_hessians_are_counted_once_where_they_are_used_as_they_come(shape, times):
     """In columns they are gathered first: another copy. And alone a TPU's panels take as much again."""
     size, rows = 2048, 64
-    solver = Refining(CG(), Swaps(), Unstructured(0.5, "row"))
-    take = needed(size, rows, -(-rows // math.prod(shape)), mesh(*shape), footprint_of(solver, ADMM()), False)
-    cut = functools.partial(
-        passes, "", {"a.weight": (rows, size)}, (("a",),), 0, mesh=mesh(*shape), solver=solver, selector=ADMM()
-    )
+    recipe = Recipe(Unstructured(0.5, "row"), ADMM(), CG(), refine=Swaps())
+    take = GroupLoad(size, rows, recipe.footprint()).bytes(mesh(*shape), False, -(-rows // math.prod(shape)))
+    take += 2.5 * 4 * rows * size  # the block's own weights
+    cut = functools.partial(block_passes, block_of({"a": (rows, size)}, mesh(*shape)), 0, (("a",),), recipe)
     least = take + (times - 1) * 2 * 4 * size**2  # the calibration's and that of the held-out tokens
     assert cut(least * 1.001)[0].layouts == (Layout(),)
     with contextlib.suppress(UserError):
@@ -292,7 +305,7 @@ def test_a_block_pruned_in_a_small_budget_is_the_same_block(monkeypatch):
     monkeypatch.setattr("optima_tpu.pipeline.memory_plan._FEW_ROWS", 4)
     monkeypatch.setattr("optima_tpu.pipeline.memory_plan._HESSIANS_SHARE", 0.05)
     told = []
-    monkeypatch.setattr("optima_tpu.pipeline.walk.passes", lambda *a: told.append(passes(*a)) or told[-1])
+    monkeypatch.setattr("optima_tpu.pipeline.walk.block_passes", lambda *a: told.append(block_passes(*a)) or told[-1])
     weights, masks, reports = walk_block(decoder, 0, whole, groups, RECIPE, samples=4)
     same, other_masks, others = walk_block(decoder, 0, small, groups, RECIPE, samples=4, budget=86_000)
     assert described(told[0]) == "" and len(told[1]) > 1

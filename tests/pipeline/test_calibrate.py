@@ -6,7 +6,7 @@ import pytest
 from optima_tpu.errors import UserError
 from optima_tpu.models.activations import Activations
 from optima_tpu.models.decoder import Decoder, forward
-from optima_tpu.pipeline.calibrate import accumulate_hessians, linear_groups
+from optima_tpu.pipeline.calibrate import Capture, Stream, accumulate, linear_groups
 from tests.support.meshes import mesh
 from tests.support.references import REFERENCES, small, tiny
 from tests.support.tiny_models import tiny_llama
@@ -32,9 +32,9 @@ def test_hessians_are_the_mean_outer_product_of_the_inputs(architecture, shape):
     hidden = np.random.default_rng(0).standard_normal((7, 11, decoder.config.d_model)).astype(np.float32)
     parameters = decoder.load_block(1)
     groups = linear_groups(decoder)
-    statistics = accumulate_hessians(decoder, 1, parameters, Activations.of(decoder.mesh, hidden), groups)
+    statistics = accumulate(decoder, 1, Capture(groups), (Stream(parameters, Activations.of(decoder.mesh, hidden)),))
     _, inputs = forward(decoder.graph, decoder.state(parameters), hidden, decoder.positions(1, 11))
-    for names, (hessian, tokens) in zip(groups, statistics):
+    for names, (hessian, tokens, _) in zip(groups, statistics):
         assert tokens == 77
         rows = np.asarray(inputs[names[0]], np.float64).reshape(77, -1)
         expected = rows.T @ rows / 77
@@ -47,7 +47,9 @@ def test_activations_that_are_not_finite_are_refused_by_name():
     hidden = np.zeros((2, 4, 36), np.float32)
     hidden[1, 2, 3] = np.inf
     with pytest.raises(UserError, match="input of model.layers.0.self_attn"):
-        accumulate_hessians(decoder, 0, decoder.load_block(0), Activations.of(decoder.mesh, hidden), linear_groups(decoder))
+        accumulate(
+            decoder, 0, Capture(linear_groups(decoder)), (Stream(decoder.load_block(0), Activations.of(decoder.mesh, hidden)),)
+        )
 
 
 def test_an_experts_statistics_are_those_of_the_tokens_that_were_sent_to_it():
@@ -56,11 +58,12 @@ def test_an_experts_statistics_are_those_of_the_tokens_that_were_sent_to_it():
     decoder = Decoder.open(config, tensors, mesh(4, 2), batch=1)
     hidden = np.random.default_rng(0).standard_normal((7, 11, config.hidden_size)).astype(np.float32)
     parameters, groups = decoder.load_block(0), linear_groups(decoder)
-    statistics = dict(zip(groups, accumulate_hessians(decoder, 0, parameters, Activations.of(decoder.mesh, hidden), groups)))
+    stream = Stream(parameters, Activations.of(decoder.mesh, hidden))
+    statistics = dict(zip(groups, accumulate(decoder, 0, Capture(groups), (stream,))))
     _, inputs = forward(decoder.graph, decoder.state(parameters), hidden, decoder.positions(0, 11))
     shared, sent = np.zeros((77, config.hidden_size)), np.zeros(77, int)
     for expert in range(config.num_experts):
-        hessian, tokens = statistics[f"mlp.experts.{expert}.gate_proj", f"mlp.experts.{expert}.up_proj"]
+        hessian, tokens, _ = statistics[f"mlp.experts.{expert}.gate_proj", f"mlp.experts.{expert}.up_proj"]
         rows = np.asarray(inputs[f"mlp.experts.{expert}.up_proj"], np.float64).reshape(77, -1)
         mine = rows.any(axis=1)
         assert tokens == mine.sum() == statistics[(f"mlp.experts.{expert}.down_proj",)].tokens

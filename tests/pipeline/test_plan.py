@@ -1,53 +1,61 @@
 """A plan is made from config.json alone, and says what the programs of a run need."""
 
 import dataclasses
-import functools
 import json
 import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.sharding import AbstractMesh
 
-from optima_tpu.config.run_config import CHOICES, Calibration, RunConfig
+from optima_tpu.config.choices import CHOICES
+from optima_tpu.config.run_config import Calibration, RunConfig
 from optima_tpu.errors import UserError
 from optima_tpu.method.patterns import Unstructured
+from optima_tpu.method.prune_group import prune_group
 from optima_tpu.method.recipe import Recipe
-from optima_tpu.method.selectors import ADMM, SparseGPT, Wanda
+from optima_tpu.method.selectors import ADMM, Imported, SparseGPT, Wanda
 from optima_tpu.method.solvers import CG
-from optima_tpu.pipeline.memory_plan import needed
+from optima_tpu.pipeline.memory_plan import GroupLoad
 from optima_tpu.pipeline.plan import topology
 from optima_tpu.pipeline.plan.compile import compiled
-from optima_tpu.pipeline.plan.estimate import prune_work, solver_cost, storage
+from optima_tpu.pipeline.plan.estimate import RowShare, assumptions, prune_work, storage
 from optima_tpu.pipeline.plan.hlo import collectives
 from optima_tpu.pipeline.plan.model import open_declared
 from optima_tpu.pipeline.plan.plan import make_plan
 from optima_tpu.pipeline.plan.table import summary
-from optima_tpu.pipeline.plan.topology import CHIPS, Target, fitting_mesh, parse_topology, topology_target
-from optima_tpu.pipeline.walk import prune_group
+from optima_tpu.pipeline.plan.topology import CHIPS, Machine, fitting_mesh, local_machine, parse_topology, topology_machine
 from optima_tpu.plan import main
 from tests.support.meshes import mesh
 from tests.support.plans import config_folder, run_config
+from tests.support.pruning import group_arguments
 from tests.support.tiny_models import tiny_llama
 
 
 @pytest.mark.parametrize("topology, splits", [("v5e:4x4", True), ("v6e:4x4", False), ("v5p:4x4x1", False)])
 def test_a_mesh_splits_the_dimensions_of_a_v5e_alone(topology, splits):
     """As ``jax.make_mesh`` does."""
-    target = topology_target(topology, "8x2", compiling=False)
+    target = topology_machine(topology, "8x2", compiling=False)
     assert (tuple(target.mesh.shape.values()) == (8, 2)) == splits
     assert any("splits a dimension" in note for note in target.notes) != splits
 
 
 def test_every_solver_has_a_cost_and_an_unknown_one_is_named():
-    for cls in CHOICES["solver"].values():
-        assert solver_cost(cls and cls()).products >= 0
+    for setting in ("solver", "selector"):
+        for cls in CHOICES[setting].values():
+            if cls not in (None, Imported):
+                assert cls().cost().products >= 0
 
-    class Mine: ...
+    @dataclasses.dataclass(frozen=True)
+    class Mine(CG):
+        def cost(self):
+            return None
 
-    with pytest.raises(UserError, match="a solver whose cost is known, got Mine: add what it does to plan.estimate.solver_cost"):
-        solver_cost(Mine())
+    config, here = RunConfig(model="a", solver=Mine()), local_machine(None, np.dtype("float32"), compiling=False)
+    assert "what Mine does is not counted: its class states no cost" in assumptions(config, here)
+    assert not any("not counted: its class" in line for line in assumptions(RunConfig(model="a"), here))
 
 
 @pytest.mark.parametrize("text", ["v5e-8", "v5litepod-8", "v5e:8", "v5e:0x2", "v5e:", "tpu7x:2x2x1", "h100:2x2"])
@@ -97,7 +105,7 @@ def test_the_plan_of_simulated_devices(tmp_path):
     chip = CHIPS["v5e"]
     config = run_config(config_folder(tmp_path))
     model = open_declared(config.model, None, config.batch).on(mesh(4, 2))
-    plan = make_plan(config, model, Target("here", chip, mesh(4, 2), 1, 0.5))
+    plan = make_plan(config, model, Machine("here", chip, mesh(4, 2), 1, 0.5))
     calibration, down = plan.programs
     # 16 sequences in steps of 2 on each of 4 slices, the held-out ones in one step, in each of 3 blocks.
     assert (calibration.calls, down.calls, down.rows, plan.batch) == (3 * 3, 3, math.ceil(36 / 8), 2)
@@ -112,7 +120,7 @@ def test_the_plan_of_simulated_devices(tmp_path):
 
 def test_what_does_not_fit_is_said_with_numbers(tmp_path):
     config = run_config(config_folder(tmp_path))
-    small = Target("there", CHIPS["v5e"]._replace(memory=1000), AbstractMesh((4, 2), ("data", "model")), 1, 0.5)
+    small = Machine("there", CHIPS["v5e"]._replace(memory=1000), AbstractMesh((4, 2), ("data", "model")), 1, 0.5)
     plan = make_plan(config, open_declared(config.model, None, config.batch).on(small.mesh), small)
     assert len(plan.too_large) == 2 and not plan.to_json()["fits"]
     assert "down_proj has 60 inputs" in plan.refused and "--device_memory" in plan.refused
@@ -154,15 +162,20 @@ def test_counted_products_and_memory_agree_with_the_compiler():
     problem = jax.ShapeDtypeStruct((rows, size), jnp.float32)
     hessian = jax.ShapeDtypeStruct((size, size), jnp.float32)
     recipe = Recipe(Unstructured(0.5), Wanda(), None)
-    found = compiled(lambda: prune_group.lower((problem,), hessian, recipe, mesh(1, 1), None, None, hessian))
-    work = prune_work(rows, size, None, Wanda(), held_out=True)
+    shapes, grid = ((problem,), hessian), mesh(1, 1)
+    found = compiled(lambda: prune_group.lower(*group_arguments(*shapes, recipe, grid, held_out=hessian)))
+    work = prune_work(recipe, recipe.pattern, RowShare(rows, size), held_out=True)
     assert 0.95 < work.flops / found.flops < 1.05
-    with_solver = compiled(lambda: prune_group.lower((problem,), hessian, Recipe(Unstructured(0.5), Wanda(), CG()), mesh(1, 1)))
-    assert 0.5 < needed(size, rows, rows, mesh(1, 1), CG().footprint, False) / with_solver.memory < 2
+    recipe = Recipe(Unstructured(0.5), Wanda(), CG())
+    with_solver = compiled(lambda: prune_group.lower(*group_arguments(*shapes, recipe, grid)))
+    assert 0.5 < GroupLoad(size, rows, recipe.footprint()).bytes(grid, False, rows) / with_solver.memory < 2
 
 
 def test_inverses_are_counted_for_every_matrix_and_shared_by_the_devices_that_make_them():
-    count = functools.partial(prune_work, 0, 64, None, held_out=False, panels=True)
+    def count(selector, **share):
+        recipe = Recipe(Unstructured(0.5), selector, None)
+        return prune_work(recipe, recipe.pattern, RowShare(0, 64, panels=True, **share), held_out=False)
+
     assert count(ADMM(levels=5), matrices=3).wide == 3 * 5 * 6 * 64**3
     assert count(ADMM(levels=5), matrices=3, together=8).wide == 3 * 5 * 6 * 64**3 / 8
     assert count(SparseGPT(), matrices=2).wide == 2 * 6 * 64**3 and count(Wanda(), matrices=2).wide == 0
@@ -219,10 +232,10 @@ def test_the_export_is_as_large_as_planned(finished):
 def test_a_slice_that_is_not_here(tmp_path):
     """The solver as the TPU's compiler makes it: replicated Hessians, and nothing is sent inside a loop."""
     config = run_config(config_folder(tmp_path), solver=CG(cycle=1), mesh="2x2")
-    target = topology_target("v5e:2x2", config.mesh)
+    target = topology_machine("v5e:2x2", config.mesh)
     assert (target.hosts, target.notes) == (1, ())
-    assert topology_target("v5e:1x1", None).mesh.size == 1
+    assert topology_machine("v5e:1x1", None).mesh.size == 1
     plan = make_plan(config, open_declared(config.model, None, config.batch).on(target.mesh), target)
     assert [program.compiled.inside for program in plan.programs] == [{}, {}] and not plan.too_large
     with pytest.raises(UserError, match="a TPU slice that exists"):
-        topology_target("v5e:3x5", None)
+        topology_machine("v5e:3x5", None)

@@ -6,23 +6,23 @@ import numpy as np
 import pytest
 
 from optima_tpu.errors import UserError
-from optima_tpu.method.acceptance import PerLayer, PerRow
-from optima_tpu.method.judge import judge_rows, row_errors
+from optima_tpu.method.acceptance import MatrixObjective, PerLayer, PerRow, TokenTerms, accept_rows
 from optima_tpu.method.layer_rules import LayerRule
 from optima_tpu.method.patterns import NM, Unstructured
 from optima_tpu.method.problem import Pruned
+from optima_tpu.method.prune_group import prune_group
 from optima_tpu.method.recipe import Recipe
 from optima_tpu.method.selectors import ADMM, Magnitude, SparseGPT, Wanda
 from optima_tpu.method.solvers import CG, MPAX, Exact
-from optima_tpu.method.statistics import Statistics
+from optima_tpu.method.statistics import TokenSets, TokenStatistics
 from optima_tpu.models.decoder import Decoder
 from optima_tpu.pipeline.calibrate import linear_groups
 from optima_tpu.pipeline.plan.hlo import COLLECTIVE, text_inside_loops
-from optima_tpu.pipeline.walk import prune_block, prune_group, prune_layer, walk_block
 from optima_tpu.report.records import BlockReport
 from optima_tpu.report.summary import unusual
 from tests.support.meshes import mesh
 from tests.support.problems import correlated_hessian, layer, row_objective, select, solve
+from tests.support.pruning import group_arguments, measure, prune_calibrated, prune_layer, prune_matrices, walk_block
 from tests.support.tiny_models import tiny_llama
 
 RECIPES = {
@@ -90,9 +90,8 @@ def test_the_hessian_is_not_copied_per_row(solver):
 
 def compiled(recipe, shape, rows=64, size=32):
     grid = mesh(*shape)
-    return prune_group.lower(
-        (jax.ShapeDtypeStruct((rows, size), jnp.float32),), jax.ShapeDtypeStruct((size, size), jnp.float32), recipe, grid
-    ).compile()
+    shapes = (jax.ShapeDtypeStruct((rows, size), jnp.float32),), jax.ShapeDtypeStruct((size, size), jnp.float32)
+    return prune_group.lower(*group_arguments(*shapes, recipe, grid)).compile()
 
 
 def test_the_second_block_compiles_nothing(caplog):
@@ -116,14 +115,8 @@ def test_an_expert_that_saw_no_token_is_pruned_by_magnitude_and_named():
     parameters, name = decoder.load_block(0), "self_attn.o_proj"
     weight = np.asarray(parameters[name + ".weight"])
     nothing = jax.device_put(np.zeros((weight.shape[1],) * 2, np.float32), jax.NamedSharding(decoder.mesh, jax.P()))
-    parameters, keeps, (report,) = prune_block(
-        0,
-        decoder.prefix(0),
-        parameters,
-        ((name,),),
-        (Statistics(nothing, jnp.int32(0)),),
-        Recipe(Unstructured(0.5), Wanda(), CG()),
-        decoder.mesh,
+    parameters, keeps, (report,) = prune_calibrated(
+        decoder, 0, parameters, ((name,),), (TokenStatistics(nothing, jnp.int32(0)),), Recipe(Unstructured(0.5), Wanda(), CG())
     )
     kept = np.asarray(keeps[name + ".weight"])
     assert (
@@ -139,18 +132,18 @@ def test_weights_of_a_selector_that_are_no_numbers_are_refused():
     """All inputs of a layer are one: its Hessian cannot be factorised without a damping worth the name."""
     decoder = Decoder.open(*tiny_llama(), mesh(1, 1))
     parameters, name = decoder.load_block(0), "self_attn.o_proj"
-    singular = (Statistics(jnp.ones((parameters[name + ".weight"].shape[1],) * 2), jnp.int32(99)),)
+    singular = (TokenStatistics(jnp.ones((parameters[name + ".weight"].shape[1],) * 2), jnp.int32(99)),)
     for solver in (None, CG()):
         recipe = Recipe(Unstructured(0.5), SparseGPT(damping=1e-12), solver)
         with pytest.raises(UserError, match=r"model.layers.0.self_attn.o_proj: expected finite .* raise --selector.damping"):
-            prune_block(0, decoder.prefix(0), parameters, ((name,),), singular, recipe, decoder.mesh)
+            prune_calibrated(decoder, 0, parameters, ((name,),), singular, recipe)
 
 
 def test_rows_that_the_mesh_does_not_divide_are_solved_alike():
     problem = layer(np.random.default_rng(0), 13, 24)
     recipe = Recipe(Unstructured(0.5), Wanda(), CG())
     alone, _ = prune_layer(problem, recipe)
-    (weight,), (keep,), _ = prune_group((problem.weight,), problem.hessian, recipe, mesh(4, 2))
+    (weight,), (keep,), _ = prune_matrices((problem.weight,), problem.hessian, recipe, mesh(4, 2))
     assert (keep == alone.keep).all()
     assert np.abs(weight - alone.weight).max() < 1e-4 * np.abs(alone.weight).max()
 
@@ -161,7 +154,7 @@ def test_nothing_moves_where_nothing_goes_on_any_mesh():
     weights = tuple(jnp.asarray(rng.standard_normal((rows, 256)), jnp.float32) for rows in (576, 192, 192))
     hessian = jnp.asarray(correlated_hessian(rng, 256), jnp.float32)
     recipe = Recipe(Unstructured(0.0, "layer"), ADMM(levels=2), None)
-    new, _, _ = prune_group(weights, hessian, recipe, mesh(8, 1))
+    new, _, _ = prune_matrices(weights, hessian, recipe, mesh(8, 1))
     assert all((one == other).all() for one, other in zip(new, weights, strict=True))
 
 
@@ -172,8 +165,8 @@ def test_the_report_holds_the_errors_on_both_texts_in_float64(recipe):
     inputs, unseen = (rng.standard_normal((tokens, 24)) @ rng.standard_normal((24, 24)) for tokens in (96, 40))
     dense = tuple(jnp.asarray(rng.standard_normal((rows, 24)), jnp.float32) for rows in (8, 12))
     hessian, held_out = (jnp.asarray(x.T @ x / len(x), jnp.float32) for x in (inputs, unseen))
-    new, _, reports = prune_group(dense, hessian, recipe, mesh(2, 2), held_out=held_out)
-    masked, _, _ = prune_group(dense, hessian, Recipe(recipe.pattern, recipe.selector, None), mesh(2, 2))
+    new, _, reports = prune_matrices(dense, hessian, recipe, mesh(2, 2), held_out=held_out)
+    masked, _, _ = prune_matrices(dense, hessian, Recipe(recipe.pattern, recipe.selector, None), mesh(2, 2))
     for weight, before, after, rows in zip(dense, masked, new, reports):
         bias = rng.standard_normal(len(weight))
         for x, energy, told in ((inputs, rows.energy, (rows.before, rows.after)), (unseen, rows.held_out[0], rows.held_out[1:])):
@@ -217,7 +210,7 @@ def test_a_solver_is_judged_by_its_own_damped_objective(accept):
     problem = layer(np.random.default_rng(3), 12, 32, tokens=48, spread=2.0)
     selector, pattern = ADMM(damping=0.0), Unstructured(0.5)
     start = prune_layer(problem, Recipe(pattern, selector, None))[0].weight
-    final, rows = prune_layer(problem, Recipe(pattern, selector, Exact(damping=1.0), accept))
+    final, rows = prune_layer(problem, Recipe(pattern, selector, Exact(), accept, own_damping=1.0))
     assert not rows.refused.any()
     assert (row_objective(problem, final.weight, 1.0) <= row_objective(problem, start, 1.0) * (1 + 1e-5)).all()
     assert (row_objective(problem, final.weight) > row_objective(problem, start)).all()
@@ -228,18 +221,11 @@ def test_a_solver_is_judged_by_its_own_damped_objective(accept):
 def test_what_is_better_without_the_solvers_damping_alone_is_refused(accept):
     problem = layer(np.random.default_rng(3), 12, 32, tokens=48, spread=2.0)
     pruned = select(Wanda(), problem, Unstructured(0.5))
-    ends = [solve(Exact(damping), problem, pruned) for damping in (1.0, 0.0)]
+    ends = [solve(Exact(), problem, pruned, damping) for damping in (1.0, 0.0)]
     damped = Pruned(ends[0].weight, pruned.keep)
     for damping, refused in ((0.0, False), (1.0, True)):
-        _, rows = judge_rows(
-            damped,
-            ends[1],
-            accept,
-            jnp.float32,
-            lambda hessian, *each: row_errors(problem, *each),
-            problem.hessian,
-            damping=damping,
-        )
+        objective = MatrixObjective(problem.weight, TokenSets(TokenTerms(problem.hessian)), damping=damping)
+        _, rows = accept_rows(objective, damped, ends[1], accept, jnp.float32, measure)
         assert rows.refused.all() if refused else not rows.refused.any()
 
 

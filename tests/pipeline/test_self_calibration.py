@@ -11,7 +11,6 @@ from optima_tpu.errors import UserError
 from optima_tpu.launch import main
 from optima_tpu.models.decoder import Decoder
 from optima_tpu.models.generate import cache_structs, draw, generate, load, step, windows_at_once
-from optima_tpu.pipeline import run as run_module
 from optima_tpu.pipeline import self_calibration
 from optima_tpu.pipeline.inputs import open_model_on_mesh
 from tests.support.meshes import mesh
@@ -188,7 +187,7 @@ def test_text_is_kept_before_the_dense_model_is_measured(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     command = [*arguments(tiny_folder(tmp_path / "model")), "--output", str(tmp_path / "run")]
-    monkeypatch.setattr(run_module, "_dense_perplexity", stopped)
+    monkeypatch.setattr("optima_tpu.pipeline.stages.perplexity", stopped)
     assert main(command) == 130
     monkeypatch.undo()
     monkeypatch.setattr(self_calibration, "generate", None)

@@ -15,7 +15,7 @@ from optima_tpu.method.layer_rules import pattern_of
 from optima_tpu.method.patterns import NM, Unstructured
 from optima_tpu.method.selectors import Magnitude, SparseGPT, Thanos, Wanda
 from optima_tpu.method.solvers import CG, MPAX, Adam
-from optima_tpu.pipeline.sweep.grid import Grid, read_grid
+from optima_tpu.pipeline.sweep.grid import CellGrid, read_grid
 from optima_tpu.sweep import main as sweep
 from tests.support import ROOT
 
@@ -37,7 +37,7 @@ SELECTORS = {
 
 
 @functools.cache
-def grid_of(name: str, *settings: str) -> Grid:
+def grid_of(name: str, *settings: str) -> CellGrid:
     return read_grid(TABLES[name], settings)
 
 
@@ -83,7 +83,7 @@ def test_masks_and_updates_are_the_published_ones(name):
     methods = {
         "none": (None, PerRow()),
         "mpax": (MPAX(1e-2, 1e-2, 100_000), PerLayer(0.95)),
-        "cg": (CG(damping=1e-2), PerRow()),
+        "cg": (CG(), PerRow()),
         "adam": (Adam(20, (1e-2, 1e-3, 1e-4, 1e-5)), PerLayer(0)),
     }
     for cell in grid_of(name).cells:

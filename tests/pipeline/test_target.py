@@ -14,37 +14,37 @@ from rich.console import Console
 from optima_tpu.config.parse import configure, parse
 from optima_tpu.config.run_config import weights_settings
 from optima_tpu.errors import UserError
-from optima_tpu.method.acceptance import HeldOut, PerRow
-from optima_tpu.method.judge import Aim, judge_rows, measure_rows
+from optima_tpu.method.acceptance import HeldOut, MatrixObjective, PerRow, TokenTerms, accept_rows
 from optima_tpu.method.layer_rules import parse_layers
-from optima_tpu.method.linalg.features import WHOLE
 from optima_tpu.method.patterns import Unstructured
-from optima_tpu.method.problem import LayerProblem, Pruned, Solution
+from optima_tpu.method.problem import Damping, LayerProblem, Pruned, Solution
+from optima_tpu.method.prune_group import prune_group
 from optima_tpu.method.recipe import Recipe
 from optima_tpu.method.row_sharding import Layout
 from optima_tpu.method.selectors import ADMM, Wanda
-from optima_tpu.method.solvers import CG, MPAX
-from optima_tpu.method.statistics import Drift
+from optima_tpu.method.solvers import CG
+from optima_tpu.method.statistics import Drift, TokenSets
 from optima_tpu.method.targets import DenseTarget, LinearTerm, SelfTarget
-from optima_tpu.method.tuning import Fixed, Grid, best_of, damping_with, ridge
+from optima_tpu.method.tuning import Fixed, Grid, best_of
 from optima_tpu.models.activations import Activations
 from optima_tpu.models.decoder import Decoder, forward
-from optima_tpu.pipeline.calibrate import accumulate_drift, accumulate_hessians, linear_groups, stages
+from optima_tpu.pipeline.calibrate import Capture, Stream, accumulate, linear_groups, stages
 from optima_tpu.pipeline.greeting import greet
 from optima_tpu.pipeline.journal import DENSE, Journal, open_journal
-from optima_tpu.pipeline.memory_plan import needed, passes
+from optima_tpu.pipeline.memory_plan import GroupLoad, block_passes
 from optima_tpu.pipeline.plan.model import open_declared
 from optima_tpu.pipeline.plan.plan import make_plan
-from optima_tpu.pipeline.plan.topology import CHIPS, Target
-from optima_tpu.pipeline.run import prune_model, recipe_of
-from optima_tpu.pipeline.walk import prune_block, prune_group, walk_block
+from optima_tpu.pipeline.plan.topology import CHIPS, Machine
+from optima_tpu.pipeline.walk import Walk, prune_model
 from optima_tpu.report.progress import Progress
 from optima_tpu.report.records import BlockReport, LayerReport
 from optima_tpu.report.summary import unusual
 from tests.support import ports
+from tests.support.memory import block_of
 from tests.support.meshes import mesh
 from tests.support.plans import config_folder, run_config
 from tests.support.problems import oracle
+from tests.support.pruning import group_arguments, measure, prune_calibrated, prune_matrices, walk_block
 from tests.support.references import REFERENCES, small, tiny
 from tests.support.tiny_models import tiny_llama
 
@@ -81,9 +81,8 @@ def test_the_drift_is_that_of_the_inputs_in_both_streams(architecture, weigh):
     whole, groups = decoder.load_block(1), linear_groups(decoder)
     pruned = {name: jnp.where(jnp.abs(weight) > 0.1, weight, 0) for name, weight in whole.items()}
     target, further = DenseTarget(gamma=0.5, weigh_tokens=weigh), Activations.of(decoder.mesh, dense.copy())
-    statistics, drifts = accumulate_drift(
-        decoder, 1, pruned, Activations.of(decoder.mesh, hidden), whole, further, groups, target, energy=True, advance=True
-    )
+    capture = Capture(groups, target, energy=True, advance=True)
+    statistics = accumulate(decoder, 1, capture, (Stream(pruned, Activations.of(decoder.mesh, hidden)), Stream(whole, further)))
     behind = Activations.of(decoder.mesh, dense.copy())
     decoder.apply(1, whole, behind)
     assert np.abs(further.values - behind.values).max() < 1e-5 * np.abs(behind.values).max()
@@ -91,7 +90,7 @@ def test_the_drift_is_that_of_the_inputs_in_both_streams(architecture, weigh):
     inputs, theirs = (
         forward(decoder.graph, decoder.state(parameters), x, positions)[1] for parameters, x in ((pruned, hidden), (whole, dense))
     )
-    for names, (hessian, _), drift in zip(groups, statistics, drifts, strict=True):
+    for names, (hessian, _, drift) in zip(groups, statistics, strict=True):
         x, other = (np.asarray(found[names[0]], np.float64).reshape(77, -1) for found in (inputs, theirs))
         around = {
             "self_attn.o_proj": ("before_attention", "after_attention"),
@@ -155,11 +154,10 @@ def test_a_token_that_one_model_sends_elsewhere_has_no_drift():
     hidden = rng.standard_normal((7, 11, config.hidden_size)).astype(np.float32)
     dense = hidden + 0.5 * rng.standard_normal(hidden.shape).astype(np.float32)
     whole, groups = decoder.load_block(0), (("mlp.experts.0.up_proj",), ("mlp.experts.1.up_proj",))
-    _, drifts = accumulate_drift(
-        decoder, 0, whole, Activations.of(decoder.mesh, hidden), whole, Activations.of(decoder.mesh, dense), groups, DenseTarget()
-    )
+    streams = [Stream(whole, Activations.of(decoder.mesh, each)) for each in (hidden, dense)]
+    statistics = accumulate(decoder, 0, Capture(groups, DenseTarget()), streams)
     inputs, theirs = (forward(decoder.graph, decoder.state(whole), x, decoder.positions(0, 11))[1] for x in (hidden, dense))
-    for (name,), drift in zip(groups, drifts):
+    for (name,), (_, _, drift) in zip(groups, statistics):
         x, other = (np.asarray(found[name], np.float64).reshape(77, -1) for found in (inputs, theirs))
         both = x.any(axis=1) & other.any(axis=1)
         assert 0 < both.sum() < x.any(axis=1).sum()
@@ -192,7 +190,7 @@ def statistics_of(weight, x, other, lost=None):
 
 def group_of(weight, sets, recipe, shape=(1, 1), layout=Layout()):
     (hessian, drift), (unseen, unseen_drift) = (statistics_of(weight, *streams) for streams in sets)
-    (new,), (keep,), (rows,) = prune_group(
+    (new,), (keep,), (rows,) = prune_matrices(
         (jnp.asarray(weight),),
         hessian,
         recipe,
@@ -217,9 +215,9 @@ def dense_error(streams, dense, weight):
 def test_the_minimiser_is_that_of_the_normal_equations(shape, layout):
     weight, sets = two_sets(np.random.default_rng(0))
     new, keep, rows, problem = group_of(weight, sets, BEYOND, shape, layout)
-    best = oracle(problem, Pruned(new, keep), BEYOND.solver.damping)
+    best = oracle(problem, Pruned(new, keep), BEYOND.damping)
     assert np.abs(new - best).max() < 1e-3 * np.abs(best).max()
-    own = oracle(problem._replace(linear=problem.weight @ problem.hessian), Pruned(new, keep), BEYOND.solver.damping)
+    own = oracle(dataclasses.replace(problem, linear=problem.weight @ problem.hessian), Pruned(new, keep), BEYOND.damping)
     assert np.abs(own - best).max() > 0.03 * np.abs(best).max(), "the target makes no difference here"
     # And the report tells the errors against the dense model, from the inputs themselves.
     energy, before, after, drift = np.asarray(rows.dense, np.float64)
@@ -238,7 +236,7 @@ def test_the_residual_streams_drift_is_aimed_at_too(shape, layout):
     sets = [(x, other, (other - x) @ through + 0.3 * rng.standard_normal((len(x), 12))) for x, other in sets]
     recipe = dataclasses.replace(BEYOND, target=DenseTarget(1.0, gamma=0.5))
     new, keep, rows, problem = group_of(weight, sets, recipe, shape, layout)
-    best = oracle(problem, Pruned(new, keep), recipe.solver.damping)
+    best = oracle(problem, Pruned(new, keep), recipe.damping)
     assert np.abs(new - best).max() < 1e-3 * np.abs(best).max()
     plain, same, others, _ = group_of(weight, sets, dataclasses.replace(recipe, target=DenseTarget(1.0)), shape, layout)
     assert (same == keep).all()
@@ -263,7 +261,7 @@ def test_best_is_the_same_on_every_mesh(pattern):
     rng = np.random.default_rng(3)
     weight, sets = two_sets(rng, rows=15)
     sets = [(x, other, 0.3 * rng.standard_normal((len(x), 15))) for x, other in sets]
-    recipe = recipe_of(parse(["--preset", "best", "--pattern", pattern, "--solver.tolerance", "1e-6", "--refine.share", "0.1"]))
+    recipe = parse(["--preset", "best", "--pattern", pattern, "--solver.tolerance", "1e-6", "--refine.share", "0.1"]).recipe
     (new, keep, rows), (other, other_keep, _) = (
         jax.device_get(group_of(weight, sets, recipe, shape)[:3]) for shape in ((1, 1), (2, 4))
     )
@@ -280,7 +278,13 @@ def test_a_selector_aims_at_the_target_too():
     recipe = dataclasses.replace(BEYOND, selector=selector, solver=None, target=DenseTarget(0.75, gamma=0.5))
     new, keep, _, problem = group_of(weight, sets, recipe)
     penalties = np.geomspace(selector.rho_first, selector.rho_last, selector.levels)
-    best, kept = ports.admm(*map(np.asarray, problem), recipe.pattern, selector.damping, penalties, selector.iterations)
+    best, kept = ports.admm(
+        *map(np.asarray, (problem.weight, problem.hessian, problem.linear)),
+        recipe.pattern,
+        selector.damping,
+        penalties,
+        selector.iterations,
+    )
     assert (keep == kept).all() and np.abs(new - best).max() < 1e-3 * np.abs(best).max()
 
 
@@ -336,10 +340,9 @@ def test_recapture_is_a_walk_from_input_to_input():
     weights, masks, _ = walk_block(decoder, 0, hidden, GROUPS, recipe, samples=5)
     parameters = decoder.load_block(0)
     for group in GROUPS:
-        parts = [accumulate_hessians(decoder, 0, parameters, again.part(*ends), (group,)) for ends in ((0, 5), (5, 8))]
-        parameters, keeps, _ = prune_block(
-            0, decoder.prefix(0), parameters, (group,), parts[0], recipe, decoder.mesh, held_out=(parts[1][0].hessian,)
-        )
+        parts = [accumulate(decoder, 0, Capture((group,)), (Stream(parameters, again.part(*ends)),)) for ends in ((0, 5), (5, 8))]
+        sets = tuple(map(TokenSets, *parts))
+        parameters, keeps, _ = prune_calibrated(decoder, 0, parameters, (group,), sets, recipe)
         assert all((keep == masks[name]).all() for name, keep in keeps.items())
     decoder.apply(0, parameters, again)
     assert (hidden.values == again.values).all()
@@ -350,30 +353,18 @@ def test_recapture_is_a_walk_from_input_to_input():
 
 def test_a_dense_target_is_a_walk_of_two_streams():
     """By hand: what a layer reads as pruned so far against the same in the dense block, behind one that is pruned."""
-    decoder, recipe = decoder_on((1, 1)), recipe_of(parse(["--preset", "best"]))
+    decoder, recipe = decoder_on((1, 1)), parse(["--preset", "best"]).recipe
     hidden, dense, again, still = (decoder.embed(tokens()) for _ in range(4))
     for index in range(2):
         weights, masks, _ = walk_block(decoder, index, hidden, GROUPS, recipe, samples=5, dense=dense)
         whole = parameters = decoder.load_block(index)
         for group in GROUPS:
-            (seen, drift), (unseen, unseen_drift) = (
-                accumulate_drift(
-                    decoder, index, parameters, again.part(*ends), whole, still.part(*ends), (group,), recipe.target, energy
-                )
-                for ends, energy in (((0, 5), False), ((5, 8), True))
-            )
-            parameters, keeps, _ = prune_block(
-                index,
-                decoder.prefix(index),
-                parameters,
-                (group,),
-                seen,
-                recipe,
-                decoder.mesh,
-                held_out=(unseen[0].hessian,),
-                drift=drift,
-                held_out_drift=unseen_drift,
-            )
+            parts = []
+            for ends, energy in (((0, 5), False), ((5, 8), True)):
+                streams = (Stream(parameters, again.part(*ends)), Stream(whole, still.part(*ends)))
+                parts.append(accumulate(decoder, index, Capture((group,), recipe.target, energy), streams))
+            sets = tuple(map(TokenSets, *parts))
+            parameters, keeps, _ = prune_calibrated(decoder, index, parameters, (group,), sets, recipe)
             assert all((keep == masks[name]).all() for name, keep in keeps.items())
         assert all((weights[name] == parameter).all() for name, parameter in parameters.items())
         decoder.apply(index, parameters, again)
@@ -399,14 +390,14 @@ def test_a_tuned_matrix_is_the_best_of_its_candidates_on_held_out_tokens():
     halfway = problem.linear - own
 
     def candidate(damping, alpha):
-        best = oracle(problem._replace(linear=own + 2 * alpha * halfway), Pruned(new, keep), damping)
+        best = oracle(dataclasses.replace(problem, linear=own + 2 * alpha * halfway), Pruned(new, keep), damping)
         return best, dense_error(sets[1], weight.astype(np.float64), best).sum()
 
     first = {damping: candidate(damping, 0.5)[1] for damping in tuning.damping}
     damping = min(first, key=first.get)
     then = {alpha: candidate(damping, alpha)[1] for alpha in (0.5, 0.0, 0.9)}
     alpha = min(then, key=then.get)
-    assert tuning.chosen(rows.chosen, BEYOND.solver, BEYOND.target) == (damping, alpha)
+    assert tuning.chosen(rows.chosen, BEYOND.damping, BEYOND.target) == (damping, alpha)
     assert damping != 0.01 and alpha != 0.5, "the first candidates say little"
     assert np.abs(new - candidate(damping, alpha)[0]).max() < 1e-3 * np.abs(new).max()
     assert np.asarray(rows.dense[2]).sum() == pytest.approx(then[alpha], rel=1e-3)
@@ -421,16 +412,18 @@ def test_a_candidate_with_more_damping_than_the_selector_is_not_refused_for_it()
 
 
 def test_a_ridge_on_the_problem_is_the_solvers_damping():
-    assert ridge(0.01, CG()) == 0
-    amount, own = ridge(0.5, CG(damping=0.1)), 0.1
-    assert amount + own * (1 + amount) == pytest.approx(0.5) == damping_with(amount, CG(damping=0.1))
+    assert Damping.of(0.01, 0.01).ridge == 0
+    raised, own = Damping.of(0.5, 0.1), 0.1
+    assert raised.ridge + own * (1 + raised.ridge) == pytest.approx(0.5) == raised.total
+    hessian = raised.into(jnp.asarray([[2.0, 1.0], [1.0, 4.0]]))
+    np.testing.assert_allclose(hessian + own * np.diag(np.diag(hessian)), [[3.0, 1.0], [1.0, 6.0]], rtol=1e-6)
     with pytest.raises(UserError, match="lower --solver.damping"):
-        Grid((0.001, 0.1)).dampings(CG())
-    assert Grid((), ()).dampings(CG(damping=0.3)) == (0.3,)
-    assert Grid().dampings(CG(damping=0.3)) == (0.3, 0.9, 3.0) and Grid().dampings(MPAX()) == (0.01, 0.03, 0.1)
+        Grid((0.001, 0.1)).dampings(0.01)
+    assert Grid((), ()).dampings(0.3) == (0.3,)
+    assert Grid().dampings(0.3) == (0.3, 0.9, 3.0) and Grid().dampings(0.0) == (0.01, 0.03, 0.1)
     assert parse(["--preset", "best", "--tuning", "grid"]).tuning == Grid()  # with a damping above the smallest of a plain grid
     assert Grid().alphas(DenseTarget(0.5)) == (0.5, 0.0, 0.25) and Grid().alphas(SelfTarget()) == (0.0,)
-    assert (Fixed().candidates(CG(), SelfTarget()), Grid().candidates(CG(), DenseTarget(0.5))) == (1, 5)
+    assert (Fixed().candidates(0.01, SelfTarget()), Grid().candidates(0.01, DenseTarget(0.5))) == (1, 5)
 
 
 def test_a_first_candidate_without_a_score_is_left():
@@ -453,12 +446,13 @@ def test_an_update_that_the_held_out_tokens_refuse_is_named():
     fitted = oracle(LayerProblem(jnp.asarray(weight), hessian, weight @ (hessian + drift.cross)), pruned)
     solution = Solution(jnp.asarray(fitted, jnp.float32), jnp.zeros(12), jnp.ones(12, jnp.int32), jnp.ones(12, bool))
 
-    def measure(hessian, *ends):
-        return measure_rows(hessian, WHOLE)(jnp.asarray(weight), *ends)
-
-    aim = Aim(jnp.asarray(weight), weight @ drift.cross, LinearTerm(weight @ none.cross, None), none.energy[0])
+    sets = TokenSets(
+        TokenTerms(hessian, LinearTerm(weight @ drift.cross, None)),
+        TokenTerms(unseen, LinearTerm(weight @ none.cross, None), none.energy[0]),
+    )
+    objective = MatrixObjective(jnp.asarray(weight), sets, weight @ drift.cross)
     for accept, refused in ((PerRow(), False), (HeldOut(), True)):
-        final, rows = judge_rows(pruned, solution, accept, jnp.float32, measure, hessian, unseen, aim)
+        final, rows = accept_rows(objective, pruned, solution, accept, jnp.float32, measure)
         assert rows.refused.all() if refused else not rows.refused.any()
         assert (final.weight == (pruned if refused else solution).weight).all()
         np.testing.assert_allclose(rows.score, dense_error((other, other), weight, final.weight), rtol=1e-3)
@@ -497,12 +491,11 @@ def test_an_update_that_the_held_out_tokens_refuse_is_named():
 def test_a_stopped_walk_goes_on_to_the_same_bits(tmp_path, monkeypatch):
     """After two blocks: with the hidden states of both models behind the first one, and without them."""
     decoder, recipe = decoder_on((1, 1)), dataclasses.replace(BEYOND, recapture=False)
-    monkeypatch.setattr("optima_tpu.pipeline.run.linear_groups", lambda decoder: GROUPS)
 
     def prune(path):
         journal = open_journal(tmp_path / path, {"model": "a"}, {})
         with Progress(Console(file=io.StringIO())) as progress:
-            prune_model(decoder, tokens(), recipe, journal, progress, samples=5)
+            prune_model(Walk(decoder, recipe, GROUPS, 5), tokens(), journal, progress)
         return journal
 
     def stopped(journal, index, *rest):
@@ -549,45 +542,53 @@ def test_the_matrices_of_a_dense_target_are_counted():
     drift = Drift(hessian, (jax.ShapeDtypeStruct((rows,), jnp.float32),))
     found = (
         prune_group.lower(
-            (jax.ShapeDtypeStruct((rows, size), jnp.bfloat16),),
-            hessian,
-            BEYOND,
-            mesh(1, 1),
-            held_out=hessian,
-            drift=drift,
-            held_out_drift=drift,
+            *group_arguments(
+                (jax.ShapeDtypeStruct((rows, size), jnp.bfloat16),),
+                hessian,
+                BEYOND,
+                mesh(1, 1),
+                held_out=hessian,
+                drift=drift,
+                held_out_drift=drift,
+            )
         )
         .compile()
         .memory_analysis()
     )
     total = found.argument_size_in_bytes + found.output_size_in_bytes + found.temp_size_in_bytes
-    told = needed(size, rows, rows, mesh(1, 1), BEYOND.solver.footprint, False, 2)
+    footprint = BEYOND.solver.footprint(BEYOND.damping)
+    told = GroupLoad(size, rows, footprint, streams=2).bytes(mesh(1, 1), False, rows)
     assert total < told < 1.6 * total
     drift = drift._replace(residual=(jax.ShapeDtypeStruct((rows, size), jnp.float32),))
     found = (
         prune_group.lower(
-            (jax.ShapeDtypeStruct((rows, size), jnp.bfloat16),),
-            hessian,
-            dataclasses.replace(BEYOND, target=DenseTarget(0.5, 0.5)),
-            mesh(1, 1),
-            held_out=hessian,
-            drift=drift,
-            held_out_drift=drift,
+            *group_arguments(
+                (jax.ShapeDtypeStruct((rows, size), jnp.bfloat16),),
+                hessian,
+                dataclasses.replace(BEYOND, target=DenseTarget(0.5, 0.5)),
+                mesh(1, 1),
+                held_out=hessian,
+                drift=drift,
+                held_out_drift=drift,
+            )
         )
         .compile()
         .memory_analysis()
     )
     total = found.argument_size_in_bytes + found.output_size_in_bytes + found.temp_size_in_bytes
-    told = needed(size, rows, rows, mesh(1, 1), BEYOND.solver.footprint, False, 2, True)
+    told = GroupLoad(size, rows, footprint, streams=2, residual=True).bytes(mesh(1, 1), False, rows)
     assert total < told < 1.6 * total
-    shapes = {"a.weight": (8, 64), "b.weight": (8, 64)}
+    block = block_of({"a": (8, 64), "b": (8, 64)}, mesh(1, 1))
     budget = 4 * 2 * 2 * 4 * 64 * 64  # a quarter holds the Hessians of both
-    one, two = (passes("", shapes, (("a",), ("b",)), 0, budget, mesh(1, 1), None, None, matrices) for matrices in (1, 2))
+    one, two = (
+        block_passes(block, 0, (("a",), ("b",)), Recipe(Unstructured(0.5), Wanda(), None, target=target), budget)
+        for target in (SelfTarget(), DenseTarget())
+    )
     assert (len(one), len(two)) == (1, 2)
 
 
 def test_the_plan_counts_both_streams(tmp_path):
-    there = Target("there", CHIPS["v5e"], AbstractMesh((4, 2), ("data", "model")), 1, 0.5)
+    there = Machine("there", CHIPS["v5e"], AbstractMesh((4, 2), ("data", "model")), 1, 0.5)
     folder = config_folder(tmp_path)
 
     def plan(**settings):

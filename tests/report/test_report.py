@@ -12,12 +12,12 @@ import pytest
 from rich.console import Console
 from rich.table import Table
 
-from optima_tpu.method.row_report import RowReport
+from optima_tpu.method.outcomes import RowOutcomes
 from optima_tpu.report import file, summary
 from optima_tpu.report.numbers import duration, number, percent
 from optima_tpu.report.progress import Progress, show
 from optima_tpu.report.records import BlockReport, LayerReport
-from optima_tpu.report.rows import layer_report
+from optima_tpu.report.rows import LayerFacts, layer_report
 from optima_tpu.report.table import print_summary
 from tests.support.fake_reports import layer
 from tests.support.meshes import mesh
@@ -142,10 +142,11 @@ def test_experts_that_no_token_reached_are_in_no_mean():
 
 def test_a_layer_without_held_out_tokens_has_no_error_on_them():
     ones, nothing = np.ones(4), np.zeros((4, 4))
-    rows = RowReport(ones, ones, ones, ones, ones, ones > 0, ones < 0, nothing[:3], nothing)
-    found = layer_report(0, "mlp.experts.0.up_proj", (4, 8), 16, rows, 0, 9)
+    rows = RowOutcomes(ones, ones, ones, ones, ones, ones > 0, ones < 0, nothing[:3], nothing)
+    layer = LayerFacts(0, "mlp.experts.0.up_proj", (4, 8), kept=16, dead=0, tokens=9)
+    found = layer_report(layer, rows)
     assert {found.held_out_before, found.held_out_after, found.dense_before, found.dense_after, found.dense_drift} == {None}
-    found = layer_report(0, "mlp.experts.0.up_proj", (4, 8), 16, rows._replace(held_out=nothing[:3] + 2), 0, 9)
+    found = layer_report(layer, rows._replace(held_out=nothing[:3] + 2))
     assert (found.held_out_before, found.held_out_after, found.dense_after) == (1, 1, None)
 
 

@@ -1,5 +1,6 @@
 """Problems of rows, and oracles in float64."""
 
+import dataclasses
 import functools
 
 import jax
@@ -8,6 +9,7 @@ import numpy as np
 
 from optima_tpu.method.patterns import NM, Unstructured
 from optima_tpu.method.problem import LayerProblem, Pruned, Solution, pull_of, self_target
+from optima_tpu.method.solvers import Solver
 
 PATTERNS = [
     *(Unstructured(sparsity, group) for group in ("row", "layer") for sparsity in (0.5, 0.6, 0.7)),
@@ -33,14 +35,15 @@ def layer(rng: np.random.Generator, rows: int, size: int, *, target: str = "self
     )
     if target == "other":
         shift = jnp.asarray(0.1 * rng.standard_normal((rows, size)), jnp.float32)
-        problem = problem._replace(linear=problem.linear + shift @ problem.hessian)
+        problem = dataclasses.replace(problem, linear=problem.linear + shift @ problem.hessian)
     return problem
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def solve(solver, problem: LayerProblem, pruned: Pruned) -> Solution:
-    """Runs a solver, compiled once for each choice and shape."""
-    return solver(problem, pruned)
+@functools.partial(jax.jit, static_argnums=(0, 3))
+def solve(solver: Solver, problem: LayerProblem, pruned: Pruned, damping: float | None = None) -> Solution:
+    """Runs a solver, compiled once for each choice and shape; with the damping that is its default, or with another one."""
+    damping = solver.default_damping if damping is None else damping
+    return solver(dataclasses.replace(problem, damping=damping), pruned)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 2))

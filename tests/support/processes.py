@@ -14,11 +14,11 @@ WATCHED = """
 import os, signal, sys
 import numpy as np
 from optima_tpu import launch
-from optima_tpu.pipeline import run
+from optima_tpu.pipeline import walk as walks
 from optima_tpu.models.decoder import Decoder
 
 killed_at, *arguments = sys.argv[1:]
-read_parts, walk, count = Decoder._read_parts, run.walk_block, 0
+read_parts, walk, count = Decoder._read_parts, walks.prune_block, 0
 
 def counted(decoder, name, *how):
     global count
@@ -26,14 +26,14 @@ def counted(decoder, name, *how):
     count += sum(part.nbytes for part in parts.values())
     return parts
 
-def killed(decoder, index, *rest, **options):
+def killed(of, index, *rest):
     if index == int(killed_at):
         os.kill(os.getpid(), signal.SIGKILL)
-    return walk(decoder, index, *rest, **options)
+    return walk(of, index, *rest)
 
 Decoder._read_parts = counted
 if killed_at:
-    run.walk_block = killed
+    walks.prune_block = killed
 status = launch.main(arguments)
 print("bytes read:", count)
 sys.exit(status)

@@ -62,7 +62,7 @@ def inverse_by_panels(columns: Array, features: Features, panel: int = 128) -> t
         return jax.lax.dynamic_update_slice_in_dim(inverse, matmul(broadcast(root, k).T, root), k * width, axis=0)
 
     inverse = jax.lax.fori_loop(0, devices * count, square, jnp.zeros_like(root))
-    return tuple(_cut(matrix, devices, extra) for matrix in (inverse, root))
+    return _cut(inverse, devices, extra), _cut(root, devices, extra)
 
 
 def _grown(columns: Array, features: Features, extra: int) -> Array:

@@ -1,6 +1,7 @@
 """Inverses of positive definite matrices, in matrix products; on TPUs by all devices of the mesh together."""
 
 from collections.abc import Callable
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -41,12 +42,13 @@ def together(matrix: Array) -> tuple[Array, Array]:
     def share(matrix: Array) -> tuple[Array, Array]:
         features = Features(mesh.axis_names)
         columns = features.mine(matrix).T  # it is symmetric
-        return tuple(map(features.whole, inverse_by_panels(columns, features)))
+        made, root = inverse_by_panels(columns, features)
+        return features.whole(made), features.whole(root)
 
     return share(matrix) if mesh.manual_axes else jax.shard_map(share, in_specs=P(), out_specs=P(), check_vma=False)(matrix)
 
 
-_Made = Array | tuple[Array, Array]
+_Made = TypeVar("_Made", Array, tuple[Array, Array])
 """An inverse, or an inverse and R."""
 
 

@@ -17,7 +17,7 @@ RESOLUTION = 1e-8
 _BATCH_BYTES = 2**28
 
 
-def require(holds: bool, name: str, expected: str, value: float) -> None:
+def require(holds: bool, name: str, expected: str, value: object) -> None:
     """Raises UserError unless a solver's setting holds what it must."""
     if not holds:
         raise UserError(f"expected the solver's {name} to be {expected}, got {value}")

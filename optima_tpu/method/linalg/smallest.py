@@ -14,6 +14,9 @@ from jax import Array
 PASSES = 16
 """Over the entries, to find a value."""
 
+PASSES_OF_A_MASK = PASSES + 4
+"""Over the scores, to choose a mask by :func:`lowest`."""
+
 
 def lowest(scores: Array, count: Array | int, group: str) -> Array:
     """True at exactly ``count`` entries of every row or of the matrix, the lowest; of equals those with the lower index.
@@ -92,7 +95,7 @@ def _counts(masks: list[Array], axes: tuple[int, ...]) -> list[Array]:
 
 
 def order_of(scores: Array) -> Array:
-    """uint32 numbers in the order of the scores; NaN is the smallest. None is 0."""
+    """uint32 numbers in the order of the scores, each at least 1; NaN is the smallest."""
     scores = jnp.where(jnp.isnan(scores), -jnp.inf, jnp.where(scores == 0, 0.0, scores))  # one zero, without a sign
     # The bits of positive floats are in the order of the floats, those of negative ones in the opposite order.
     bits = jax.lax.bitcast_convert_type(scores.astype(jnp.float32), jnp.uint32)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, Literal, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -10,14 +10,18 @@ import numpy as np
 from jax import Array
 
 from optima_tpu.errors import UserError
+from optima_tpu.method.linalg.features import matmul
 from optima_tpu.method.linalg.inverses import inverse
 from optima_tpu.method.linalg.scaling import unit_diagonal
+from optima_tpu.method.linalg.smallest import PASSES_OF_A_MASK
 from optima_tpu.method.patterns import Pattern
-from optima_tpu.method.problem import LayerProblem, Pruned, matmul, pull_of
+from optima_tpu.method.problem import LayerProblem, Pruned, pull_of
+from optima_tpu.method.resources import Cost
+from optima_tpu.method.selectors.base import Selector
 
 
 @dataclasses.dataclass(frozen=True)
-class ADMM:
+class ADMM(Selector):
     """Minimises the layer's error over mask and weights at once; the mask is revised in every iteration.
 
     In variables that give the Hessian a unit diagonal (``v_j sqrt(H_jj)``), with ``A`` the scaled Hessian, all rows minimise
@@ -64,7 +68,7 @@ class ADMM:
       iterations: of each penalty.
     """
 
-    group: ClassVar[str] = "layer"
+    group: ClassVar[Literal["row", "layer"]] = "layer"
     hessians: ClassVar[int] = 5
 
     damping: float = 0.01
@@ -73,7 +77,7 @@ class ADMM:
     levels: int = 12
     iterations: int = 3
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name, holds, expected in (
             ("damping", 0 <= self.damping < math.inf, "at least 0 and finite"),
             ("rho_first", 0 < self.rho_first <= self.rho_last, "above 0 and at most rho_last"),
@@ -83,6 +87,10 @@ class ADMM:
         ):
             if not holds:
                 raise UserError(f"expected ADMM's {name} to be {expected}, got {getattr(self, name)}")
+
+    def cost(self) -> Cost:
+        iterations = self.levels * self.iterations  # each of them chooses a mask; and the target
+        return Cost(iterations + 1, passes=iterations * (PASSES_OF_A_MASK + 8), inverses=self.levels)
 
     def __call__(self, problem: LayerProblem, pattern: Pattern) -> Pruned:
         matrix, scale, live = unit_diagonal(problem.hessian)
@@ -94,7 +102,7 @@ class ADMM:
         def level(state: _State, rho: Array) -> tuple[_State, None]:
             solve = inverse(matrix + (self.damping + rho) * eye)
 
-            def iteration(_, state: _State) -> _State:
+            def iteration(_: int | Array, state: _State) -> _State:
                 move = matmul(pull + rho * state.move - state.dual, solve) + state.dual / rho
                 keep = pattern.keep_mask(jnp.abs(weight + move))
                 return _State(jnp.where(keep, move, -weight), jnp.where(keep, 0.0, rho * (weight + move)), keep)
@@ -103,7 +111,7 @@ class ADMM:
 
         zero = jnp.zeros_like(weight)
         plan = np.geomspace(self.rho_first, self.rho_last, self.levels, dtype=np.float32)
-        state, _ = jax.lax.scan(level, _State(zero, zero, jnp.ones(weight.shape, bool)), plan)
+        state, _ = jax.lax.scan(level, _State(zero, zero, jnp.ones(weight.shape, bool)), cast(Array, plan))
         return Pruned(jnp.where(state.keep, problem.weight + state.move / scale, 0.0), state.keep)
 
 

@@ -24,7 +24,7 @@ class Imported:
     path: str | None = None
     weights: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         # None is what the settings hold until one is given; open_masks refuses it.
         if self.path is not None and not self.path.strip():
             raise UserError("expected selector.path to name masks, got an empty text; see --selector imported --help")

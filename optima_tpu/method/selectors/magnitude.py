@@ -1,16 +1,18 @@
 """Magnitude pruning: the oldest score, and the one without data."""
 
 import dataclasses
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import jax.numpy as jnp
 
 from optima_tpu.method.patterns import Pattern
 from optima_tpu.method.problem import LayerProblem, Pruned
+from optima_tpu.method.resources import Cost
+from optima_tpu.method.selectors.base import Selector
 
 
 @dataclasses.dataclass(frozen=True)
-class Magnitude:
+class Magnitude(Selector):
     """Keeps the weights with the largest ``|w|``; the kept ones do not move.
 
     The published baseline compares over the whole matrix: ``Unstructured(sparsity, group="layer")``. Its code (locuslab/wanda
@@ -18,8 +20,11 @@ class Magnitude:
     than asked. Here the count is exact, and of equal ones the lower index goes first.
     """
 
-    group: ClassVar[str] = "layer"
+    group: ClassVar[Literal["row", "layer"]] = "layer"
     hessians: ClassVar[int] = 0
+
+    def cost(self) -> Cost:
+        return Cost()
 
     def __call__(self, problem: LayerProblem, pattern: Pattern) -> Pruned:
         keep = pattern.keep_mask(jnp.abs(problem.weight))

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,16 +10,19 @@ import numpy as np
 from jax import Array
 
 from optima_tpu.errors import UserError
+from optima_tpu.method.linalg.features import matmul
 from optima_tpu.method.linalg.scaling import live_features
 from optima_tpu.method.linalg.smallest import lowest
-from optima_tpu.method.patterns import NM, Pattern
-from optima_tpu.method.problem import LayerProblem, Pruned, matmul
+from optima_tpu.method.patterns import Pattern
+from optima_tpu.method.problem import LayerProblem, Pruned
+from optima_tpu.method.resources import Cost
+from optima_tpu.method.selectors.base import Selector
 from optima_tpu.method.selectors.obs import inverse_factor
 from optima_tpu.runtime.mesh import padded
 
 
 @dataclasses.dataclass(frozen=True)
-class SparseGPT:
+class SparseGPT(Selector):
     """Prunes input by input, from the first to the last, and moves the inputs still to come to make up for it.
 
     With ``U'U`` the inverse of the damped Hessian (:func:`inverse_factor`) and ``w`` the weights as moved so far,
@@ -51,22 +54,29 @@ class SparseGPT:
       damping: ridge on the Hessian, as a share of the mean of its diagonal, 0.01 in the paper.
     """
 
-    group: ClassVar[str] = "layer"
+    group: ClassVar[Literal["row", "layer"]] = "layer"
     hessians: ClassVar[int] = 3
 
     block: int = 128
     damping: float = 0.01
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.block < 1:
             raise UserError(f"expected SparseGPT's block to be at least 1, got {self.block}; 128 is the paper's")
         if not 0 < self.damping < math.inf:
             raise UserError(f"expected SparseGPT's damping to be above 0 and finite, got {self.damping}; 0.01 is the paper's")
 
+    def check(self, pattern: Pattern) -> None:
+        if not pattern.span:
+            pattern.pruned_in(1)
+
+    def cost(self) -> Cost:
+        return Cost(products=2, inverses=1)  # a factorisation, and a sweep over the columns
+
     def __call__(self, problem: LayerProblem, pattern: Pattern) -> Pruned:
         rows, inputs = problem.weight.shape
         pattern.pruned_count((rows, inputs))  # raises where N:M does not fit the layer
-        unit = pattern.m if isinstance(pattern, NM) else 1
+        unit = pattern.span or 1
         size = min(max(self.block // unit, 1) * unit, inputs)
         extra = padded(inputs, size) - inputs
         starts = np.arange(0, inputs, size)
@@ -76,7 +86,7 @@ class SparseGPT:
         diagonal = jnp.pad(jnp.diagonal(factor), (0, extra), constant_values=1.0)
         blocks = _Block(
             start=jnp.asarray(starts),
-            count=jnp.asarray(_pruned_in_blocks(pattern, (rows, inputs), starts)),
+            losing=jnp.asarray(_pruned_in_blocks(pattern, (rows, inputs), starts)),
             factor=jnp.pad(factor, ((0, extra), (0, extra))).reshape(len(starts), size, -1),
             diagonal=diagonal.reshape(-1, size),
             live=jnp.pad(live_features(problem.hessian), (0, extra)).reshape(-1, size),
@@ -98,11 +108,11 @@ class _Block(NamedTuple):
     """What the sweep needs to know of a block of inputs."""
 
     start: Array  # [] int32, its first input
-    count: Array  # [] int32, how many weights a comparison group loses here; not read for N:M
+    losing: Array  # [] int32, how many weights a comparison group loses here; not read for N:M
     factor: Array  # [size, d_in], its rows of U
     diagonal: Array  # [size], U_jj
     live: Array  # [size] bool
-    real: Array  # [size] bool, False where the last block is filled up
+    real: Array | np.ndarray  # [size] bool, False where the last block is filled up
 
 
 class _Swept(NamedTuple):
@@ -115,7 +125,7 @@ class _Swept(NamedTuple):
 
 def _pruned_in_blocks(pattern: Pattern, shape: tuple[int, int], starts: np.ndarray) -> np.ndarray:
     """How many weights a comparison group loses in every block, [blocks] int32."""
-    if isinstance(pattern, NM):
+    if pattern.span:
         return np.zeros(len(starts), np.int32)
     rows = 1 if pattern.group == "row" else shape[0]
     edges = [*starts.tolist(), shape[1]]
@@ -125,7 +135,7 @@ def _pruned_in_blocks(pattern: Pattern, shape: tuple[int, int], starts: np.ndarr
 def _sweep_block(weight: Array, block: _Block, pattern: Pattern) -> _Swept:
     """Chooses and prunes in one block, [rows, size], and moves the weights inside it."""
     rows, size = weight.shape
-    width = pattern.m if isinstance(pattern, NM) else size
+    width = pattern.span or size
     inside = jax.lax.dynamic_slice_in_dim(block.factor, block.start, size, axis=1)
 
     def prune_input(j: int | Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
@@ -141,7 +151,7 @@ def _sweep_block(weight: Array, block: _Block, pattern: Pattern) -> _Swept:
         )
         # |w| / U orders as its square does, and neither overflows nor underflows.
         scores = jnp.where(live, jnp.abs(here.T) / diagonal, 0.0)
-        chosen = _choose(jnp.where(real, scores, jnp.inf), block.count, pattern)
+        chosen = _choose(jnp.where(real, scores, jnp.inf), block.losing, pattern)
         keep = jax.lax.dynamic_update_slice_in_dim(keep, chosen.T, first, axis=0)
         return jax.lax.fori_loop(first, first + width, prune_input, (weight, errors, keep))
 
@@ -152,4 +162,4 @@ def _sweep_block(weight: Array, block: _Block, pattern: Pattern) -> _Swept:
 
 def _choose(scores: Array, count: Array, pattern: Pattern) -> Array:
     """Which weights of [rows, width] stay: all but the ``count`` lowest of every comparison group, or N of M."""
-    return pattern.keep_mask(scores) if isinstance(pattern, NM) else ~lowest(scores, count, pattern.group)
+    return pattern.keep_mask(scores) if pattern.span else ~lowest(scores, count, pattern.group)

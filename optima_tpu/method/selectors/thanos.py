@@ -1,23 +1,26 @@
 """Thanos: a block of columns at a time, all that a row loses there at once (Ilin and Richtarik, 2025)."""
 
 import dataclasses
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 from optima_tpu.errors import UserError
+from optima_tpu.method.linalg.features import matmul
 from optima_tpu.method.linalg.scaling import live_features, rows_at_once
 from optima_tpu.method.linalg.smallest import lowest
-from optima_tpu.method.patterns import NM, Pattern
-from optima_tpu.method.problem import LayerProblem, Pruned, matmul
+from optima_tpu.method.patterns import Pattern
+from optima_tpu.method.problem import LayerProblem, Pruned
+from optima_tpu.method.resources import Cost
+from optima_tpu.method.selectors.base import Selector
 from optima_tpu.method.selectors.obs import inverse_factor
 from optima_tpu.runtime.mesh import padded
 
 
 @dataclasses.dataclass(frozen=True)
-class Thanos:
+class Thanos(Selector):
     """Prunes block after block of columns, by ``|w_ij| * ||x_j||`` of the moved weights, and moves the rest of a row.
 
     A block of columns ``[i, i + block)`` gives up those of its weights that are among the smallest of all columns from
@@ -46,29 +49,36 @@ class Thanos:
       damping: ridge on the Hessian, as a share of the mean of its diagonal.
     """
 
-    group: ClassVar[str] = "layer"
+    group: ClassVar[Literal["row", "layer"]] = "layer"
     hessians: ClassVar[int] = 5
     block: int = 256
     damping: float = 0.01
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.block < 1:
             raise UserError(f"expected Thanos's block to be at least 1 column, got {self.block}")
         if not self.damping > 0:
             raise UserError(f"expected Thanos's damping to be above 0, got {self.damping}; the published value is 0.01")
 
+    def check(self, pattern: Pattern) -> None:
+        if not pattern.span:
+            pattern.pruned_in(1)
+
+    def cost(self) -> Cost:
+        return Cost(products=2, inverses=1)  # a factorisation, and a sweep over the columns
+
     def __call__(self, problem: LayerProblem, pattern: Pattern) -> Pruned:
         rows, columns = problem.weight.shape
         pattern.pruned_count((rows, columns))  # refuses an M that does not divide the columns
         size = min(self.block, columns)
-        if isinstance(pattern, NM):
-            size = padded(size, pattern.m)
+        if pattern.span:
+            size = padded(size, pattern.span)
         factor = inverse_factor(problem.hessian, self.damping)
         norms = jnp.sqrt(jnp.where(live_features(problem.hessian), jnp.diagonal(problem.hessian), 0.0))
 
         def choose(scores: Array, first: int | Array, size: int, left: Array) -> Array:
             """The weights that the block from ``first`` on loses, [rows, size]."""
-            if isinstance(pattern, NM):
+            if pattern.span:
                 return ~pattern.keep_mask(_block(scores, first, size))
             residual = jnp.where(jnp.arange(columns) >= first, scores, jnp.inf)
             return _block(lowest(residual, left, pattern.group), first, size)
@@ -82,7 +92,7 @@ class Thanos:
             target = jnp.where(lost, _block(weight, first, size), 0.0)
             weight = weight - matmul(_solve_rows(_block(inverse, first, size), lost, target), inverse)
             weight = _set_block(weight, jnp.where(lost, 0.0, _block(weight, first, size)), first)
-            if not isinstance(pattern, NM):
+            if not pattern.span:
                 left = left - jnp.sum(lost, axis=1 if pattern.group == "row" else None, keepdims=True, dtype=jnp.int32)
             return _Carry(weight, _set_block(keep, ~lost, first), left)
 
@@ -104,7 +114,7 @@ class _Carry(NamedTuple):
 
 def _to_prune(pattern: Pattern, rows: int, columns: int) -> Array:
     """``_Carry.left`` at the start: one group a row, or one in all. N:M does not count."""
-    if isinstance(pattern, NM):
+    if pattern.span:
         return jnp.zeros((1, 1), jnp.int32)
     groups, size = (rows, columns) if pattern.group == "row" else (1, rows * columns)
     return jnp.full((groups, 1), pattern.pruned_in(size), jnp.int32)

@@ -1,16 +1,18 @@
 """Wanda: weights and activations (Sun et al., 2023, equation 1)."""
 
 import dataclasses
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import jax.numpy as jnp
 
 from optima_tpu.method.patterns import Pattern
 from optima_tpu.method.problem import LayerProblem, Pruned
+from optima_tpu.method.resources import Cost
+from optima_tpu.method.selectors.base import Selector
 
 
 @dataclasses.dataclass(frozen=True)
-class Wanda:
+class Wanda(Selector):
     """Keeps the weights with the largest ``|w_ij| * ||x_j||``; the kept ones do not move.
 
     ``||x_j||`` is read off the Hessian, ``sqrt(H_jj)``: Wanda's norm divided by ``sqrt(n_tokens)``, which scales every score
@@ -21,10 +23,13 @@ class Wanda:
         rank the weights of dead inputs by size. It changes the other scores too, so it is off here, as in Wanda's paper.
     """
 
-    group: ClassVar[str] = "row"
+    group: ClassVar[Literal["row", "layer"]] = "row"
     hessians: ClassVar[int] = 0
 
     shift_zero: bool = False
+
+    def cost(self) -> Cost:
+        return Cost()
 
     def __call__(self, problem: LayerProblem, pattern: Pattern) -> Pruned:
         energy = jnp.maximum(jnp.diagonal(problem.hessian), 0.0)

@@ -9,20 +9,23 @@ The loss is quadratic, so ``H`` holds all of the calibration set: a full-batch g
 """
 
 import dataclasses
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
+from jaxtyping import PyTree
 
-from optima_tpu.method.footprint import Footprint
+from optima_tpu.method.linalg.features import matmul
 from optima_tpu.method.linalg.scaling import live_features, require
-from optima_tpu.method.problem import LayerProblem, Pruned, Solution, matmul, optimality_residual, pull_of
+from optima_tpu.method.problem import LayerProblem, Pruned, Solution, optimality_residual, pull_of
+from optima_tpu.method.resources import Cost, Footprint
+from optima_tpu.method.solvers.base import Solver
 
 
 @dataclasses.dataclass(frozen=True)
-class Adam:
+class Adam(Solver):
     """The paper's baseline: full-batch Adam from the selector's weights, the best of several learning rates.
 
     Adam with betas 0.9 and 0.999 and a learning rate that falls linearly to 0, once for each of ``learning_rates``. A row
@@ -50,22 +53,30 @@ class Adam:
       learning_rates: where the learning rates start, such as [1e-2, 1e-3].
     """
 
-    footprint: ClassVar[Footprint] = Footprint(hessians=3, vectors=10)  # fitted 1.8 and 8.4
-
     steps: int = 20
     learning_rates: tuple[float, ...] = (1e-2, 1e-3, 1e-4, 1e-5)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         require(self.steps >= 1, "steps", "at least 1", self.steps)
         require(len(self.learning_rates) > 0, "learning_rates", "one number or more", self.learning_rates)
         for rate in self.learning_rates:
             require(0 < rate < float("inf"), "learning_rates", "finite numbers above 0", rate)
 
+    def footprint(self, damping: float) -> Footprint:
+        return Footprint(hessians=3, vectors=10)  # fitted 1.8 and 8.4
+
+    def cost(self) -> Cost:
+        products = len(self.learning_rates) * (self.steps + 1) + 2
+        return Cost(products, passes=14 * products)
+
     def __call__(self, problem: LayerProblem, pruned: Pruned) -> Solution:
         live = live_features(problem.hessian)
         hessian = jnp.where(live[:, None] & live, problem.hessian, 0.0)
+        pull, damped = pull_of(problem), problem
+        if problem.damping:
+            hessian = hessian + problem.damping * jnp.diag(jnp.diagonal(hessian))
+            damped = LayerProblem(problem.weight, hessian, pull + matmul(problem.weight, hessian))
         free = pruned.keep & live
-        pull = pull_of(problem)
         sound = jnp.all(jnp.isfinite(pull), axis=1)
         slope = jnp.where(free & sound[:, None], matmul(pruned.weight - problem.weight, hessian) - pull, 0.0)
         largest = jnp.max(jnp.abs(slope), axis=1, keepdims=True)
@@ -75,7 +86,7 @@ class Adam:
         def descend(best: _Best, rate: Array) -> tuple[_Best, Array]:
             adam = optax.adam(optax.linear_schedule(rate, 0.0, self.steps))
 
-            def step(carry, index: Array):
+            def step(carry: tuple[Array, PyTree[Array], _Best], index: Array) -> tuple[tuple[Array, PyTree[Array], _Best], Array]:
                 shift, state, best = carry
                 image = matmul(shift, hessian) / unit
                 value = jnp.sum(shift * (image + 2 * slope), axis=1)
@@ -98,7 +109,7 @@ class Adam:
         # One learning rate after another: side by side each would need its own moments in memory.
         best, ends = jax.lax.scan(descend, nowhere, jnp.asarray(self.learning_rates, jnp.float32))
         moved = jnp.where(free, pruned.weight + best.shift, jnp.where(pruned.keep, pruned.weight, 0.0))
-        residual = optimality_residual(problem, Pruned(moved, free), moved)
+        residual = optimality_residual(damped, Pruned(moved, free), moved)
         gap = jnp.where(sound & jnp.isfinite(residual), residual, jnp.inf)
         return Solution(moved, gap, best.step, sound & jnp.any(ends <= 0, axis=0))
 

@@ -18,28 +18,30 @@ row; the check after a cycle costs two all-gathers and one all-reduce.
 """
 
 import dataclasses
-from collections.abc import Callable
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 from optima_tpu.errors import UserError
-from optima_tpu.method.footprint import Footprint
 from optima_tpu.method.linalg.blocked_cholesky import inverse_by_panels
 from optima_tpu.method.linalg.features import WHOLE, Features
 from optima_tpu.method.linalg.inverses import inverse_and_root
 from optima_tpu.method.linalg.scaling import RESOLUTION, require, unit_diagonal
 from optima_tpu.method.problem import LayerProblem, Pruned, Solution, pull_of
+from optima_tpu.method.resources import Cost, Footprint
+from optima_tpu.method.solvers.base import Solver, SolveRows
 
 # Below this damping a float32 inverse of A is not accurate enough to certify with, and X gets a ridge of its own.
 SAFE_DAMPING = 1e-4
 _EXTRA_RIDGE = 1e-3
+# Until a layer has converged, for plans: 12 steps of two products, and two more every fourth.
+_PRODUCTS = 35
 
 
 @dataclasses.dataclass(frozen=True)
-class CG:
+class CG(Solver):
     """Certified, batched, preconditioned conjugate gradients.
 
     The right choice almost always: within 1e-3 of the optimum in some ten products with ``H``, and it proves it. ``gap`` in the
@@ -47,42 +49,37 @@ class CG:
     unconstrained optimum (for ``linear = W H``: the squared change of the row's output). A row is never left worse than it came.
 
     Attributes:
-      damping: ridge that pulls a row toward its *dense* weights, as a share of the Hessian's diagonal. Without any, a nearly
-        singular layer fits the calibration set with huge weights and ruins the model.
       tolerance: certified relative gap at which a row stops.
       max_steps: most iterations for a row, rounded up to whole cycles; rows that need more are reported as not converged.
       cycle: iterations between two exact recomputations of residual, objective and certificate, which also undo the drift of
         the recurrences in float32.
     """
 
-    damping: float = 1e-2
+    default_damping: ClassVar[float] = 1e-2
+
     tolerance: float = 1e-3
     max_steps: int = 96
     cycle: int = 4
 
-    def __post_init__(self):
-        require(self.damping >= 0, "damping", "at least 0", self.damping)
+    def __post_init__(self) -> None:
         require(self.tolerance > 0, "tolerance", "above 0", self.tolerance)
         require(self.max_steps >= 1, "max_steps", "at least 1", self.max_steps)
         require(self.cycle >= 1, "cycle", "at least 1", self.cycle)
 
-    @property
-    def footprint(self) -> Footprint:
+    def footprint(self, damping: float) -> Footprint:
         # H, A, X, R' and what a factorisation needs beside them: fitted 5.6. A row's change, residual, direction, best point,
         # image and preconditioned residual: fitted 7.3. Features may be split where no eigenvalue of the whole is needed.
-        return Footprint(hessians=6, vectors=8, split=self.damping >= SAFE_DAMPING)
+        return Footprint(hessians=6, vectors=8, split=damping >= SAFE_DAMPING)
+
+    def cost(self) -> Cost:
+        products = min(_PRODUCTS, 3 * self.max_steps + 5)
+        return Cost(products, passes=7 * products, inverses=1)
 
     def __call__(self, problem: LayerProblem, pruned: Pruned) -> Solution:
-        return self.prepare(problem.hessian)(problem, pruned)
+        return self.prepare(problem.hessian, problem.damping)(problem, pruned)
 
-    def prepare(self, hessian: Array, features: Features = WHOLE) -> Callable[[LayerProblem, Pruned], Solution]:
-        """The solver of any rows of this Hessian; what depends on the Hessian alone is done here, once.
-
-        Args:
-          hessian: [d_in, d]: all of it, or a device's columns.
-          features: where the features are, those of the rows too.
-        """
-        shared = _share(hessian, self.damping, features)
+    def prepare(self, hessian: Array, damping: float, features: Features = WHOLE) -> SolveRows:
+        shared = _share(hessian, damping, features)
         return lambda problem, pruned: self._solve(problem, pruned, shared, features)
 
     def _solve(self, problem: LayerProblem, pruned: Pruned, shared: "_Shared", features: Features) -> Solution:
@@ -119,7 +116,7 @@ class CG:
             # Where float32 found no factor of A, or the weights are broken, nothing is certified.
             return residual, value, jnp.where(jnp.isfinite(value) & ~jnp.isnan(gap), gap, jnp.inf)
 
-        def step(_, carry):
+        def step(_: int | Array, carry: tuple[Array, Array, Array, Array]) -> tuple[Array, Array, Array, Array]:
             change, residual, direction, active = carry
             image = jnp.where(free, features.product(direction, shared.matrix), 0.0)
             curvature, slope = features.sums(direction * image, residual * direction)
@@ -144,7 +141,7 @@ class CG:
             fell = state.active & (value < state.value)
             gap = jnp.where(fell, gap, state.gap)
             return _State(
-                count=state.count + 1,
+                cycles=state.cycles + 1,
                 best=jnp.where(fell[:, None], change, state.best),
                 value=jnp.where(fell, value, state.value),
                 gap=gap,
@@ -156,7 +153,7 @@ class CG:
 
         residual, value, gap = measure(start)
         state = _State(
-            count=0,
+            cycles=0,
             best=start,
             value=value,
             gap=gap,
@@ -166,7 +163,7 @@ class CG:
             steps=jnp.zeros(value.shape, jnp.int32),
         )
         limit = -(-self.max_steps // self.cycle)
-        state = jax.lax.while_loop(lambda s: (s.count < limit) & jnp.any(s.active), cycle, state)
+        state = jax.lax.while_loop(lambda s: (s.cycles < limit) & jnp.any(s.active), cycle, state)
         # The change of the change is what is scaled back: a row that took no step keeps its weights to the last bit.
         moved = pruned.weight + (state.best - start) / shared.scale
         return Solution(
@@ -193,7 +190,7 @@ class _Shared(NamedTuple):
 
 
 class _State(NamedTuple):
-    count: int | Array
+    cycles: int | Array  # done so far
     best: Array  # [rows, d_in], the lowest point seen
     value: Array  # [rows], f there
     gap: Array  # [rows], certified there

@@ -1,35 +1,31 @@
 """One dense factorisation a row: the oracle, and the simplest thing that is right for small layers."""
 
 import dataclasses
-from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from optima_tpu.method.footprint import Footprint
-from optima_tpu.method.linalg.scaling import RESOLUTION, require, rows_at_once, unit_diagonal
+from optima_tpu.method.linalg.scaling import RESOLUTION, rows_at_once, unit_diagonal
 from optima_tpu.method.problem import LayerProblem, Pruned, Solution, pull_of
+from optima_tpu.method.resources import Cost, Footprint
+from optima_tpu.method.solvers.base import Solver
 
 
 @dataclasses.dataclass(frozen=True)
-class Exact:
+class Exact(Solver):
     """Solves ``A_KK x = r_K`` for every row by Cholesky, in float64 where the platform has it.
 
     Costs ``d_in^3 / 3`` a row: minutes for a layer of 1,000 inputs, out of the question for 10,000. ``gap`` is the exact
     remaining ``(f - f*) / max(f*, 1e-8 sum_j w_j^2 H_jj)`` (the Newton decrement through the row's own factor), up to rounding.
-
-    Attributes:
-      damping: as in ``CG``: ridge toward the dense weights, as a share of the Hessian's diagonal.
     """
 
-    # Fitted 6.8 (in float64 they count twice) and 5.0, with one factorisation at a time; more have a bound of their own.
-    footprint: ClassVar[Footprint] = Footprint(hessians=8, vectors=6)
+    def footprint(self, damping: float) -> Footprint:
+        # Fitted 6.8 (in float64 they count twice) and 5.0, with one factorisation at a time; more have a bound of their own.
+        return Footprint(hessians=8, vectors=6)
 
-    damping: float = 0.0
-
-    def __post_init__(self):
-        require(self.damping >= 0, "damping", "at least 0", self.damping)
+    def cost(self) -> Cost:
+        return Cost(products=6, passes=20, factorisations=1)
 
     def __call__(self, problem: LayerProblem, pruned: Pruned) -> Solution:
         # Double precision is a property of the trace, not of this process: nothing outside the call changes.
@@ -41,13 +37,13 @@ class Exact:
         hessian = problem.hessian.astype(wide)
         matrix, scale, live = unit_diagonal(hessian)
         size = hessian.shape[0]
-        matrix = matrix + self.damping * jnp.eye(size, dtype=wide)
+        matrix = matrix + problem.damping * jnp.eye(size, dtype=wide)
         # What rounding does to a singular block, made definite on purpose: about one ulp of the largest eigenvalue.
         ridge = size * jnp.finfo(wide).eps
         # In float32 as the other solvers see it: exactly zero where the target is the layer's own output.
         pull = pull_of(problem).astype(wide)
 
-        def row(weight: Array, pruned_weight: Array, keep: Array, pull: Array):
+        def row(weight: Array, pruned_weight: Array, keep: Array, pull: Array) -> tuple[Array, Array, Array]:
             free = keep & live
             start = jnp.where(live, (pruned_weight - weight).astype(wide) * scale, 0.0)
             pull = jnp.where(live, pull / scale, 0.0)

@@ -11,7 +11,8 @@ import contextlib
 import dataclasses
 import functools
 import logging
-from typing import ClassVar, NamedTuple
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,9 +20,11 @@ from jax import Array
 from mpax import raPDHG
 from mpax.utils import QuadraticProgrammingProblem, TerminationStatus
 
-from optima_tpu.method.footprint import Footprint
+from optima_tpu.method.linalg.features import matmul
 from optima_tpu.method.linalg.scaling import RESOLUTION, live_features, require, unit_diagonal
-from optima_tpu.method.problem import LayerProblem, Pruned, Solution, matmul, optimality_residual, pull_of
+from optima_tpu.method.problem import LayerProblem, Pruned, Solution, optimality_residual, pull_of
+from optima_tpu.method.resources import Cost, Footprint
+from optima_tpu.method.solvers.base import Solver
 
 # The one constraint, sum(d) >= _FLOOR, never binds. MPAX estimates the norm of the constraint matrix by power
 # iteration, which is 0 / 0 without a row or with only a zero row: every iterate would be NaN. Row and value are the
@@ -33,10 +36,12 @@ _SMALLEST_DIAGONAL = 1e-6
 # The rounds of _solve_rows. A row that passes MPAX's third test, made after 137 iterations, ends in the first. Fewer rows
 # at a time wait less for each other, but the Hessian is read for each part anew. Chosen on two CPU cores.
 _FIRST_LIMIT, _GROWTH, _PARTS, _LEAST = 128, 4, 8, 64
+# For plans, one a step: most rows of SmolLM2-135M need 73 or 137, the last one 14,473.
+_PRODUCTS = 500
 
 
 @dataclasses.dataclass(frozen=True)
-class MPAX:
+class MPAX(Solver):
     """The paper's method, for comparison with it. The defaults are the paper's.
 
     Departures from the published code (paramathic/optima ``optima/weight_update.py``), which works in bfloat16 around the same
@@ -60,28 +65,30 @@ class MPAX:
       iteration_limit: rows that reach it are returned as they are, not converged. The test is made every 64 iterations.
       unit_diagonal: solve in ``d_j sqrt(H_jj)``, in units of the row's output ``sqrt(w H w')``. The tolerance is then
         free of scale, and bounds ``gap`` but for the 1 that MPAX adds to its denominators.
-      damping: as in ``CG``: ridge toward the dense weights, as a share of the Hessian's diagonal. The paper has none.
       primal_importance: MPAX's initial balance of primal against dual steps; 1 is MPAX's default and the paper's. Here
         the dual stays 0, so the balance never adapts, and at 1 the constraint that does nothing still limits the primal
         step. At 1e-3 it does not, and the same number of iterations ends closer to the optimum, often tens of times.
     """
 
-    # Fitted 2.1 and 9.4, as MPAX's own 38 vectors a row are held for an eighth of the rows at once. Of a batch of 256 rows
-    # that is a quarter, and 13.8.
-    footprint: ClassVar[Footprint] = Footprint(hessians=4, vectors=14)
-
     eps_abs: float = 1e-2
     eps_rel: float = 1e-2
     iteration_limit: int = 100_000
     unit_diagonal: bool = False
-    damping: float = 0.0
     primal_importance: float = 1.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("eps_abs", "eps_rel", "primal_importance"):
             require(getattr(self, name) > 0, name, "above 0", getattr(self, name))
         require(self.iteration_limit >= 1, "iteration_limit", "at least 1", self.iteration_limit)
-        require(self.damping >= 0, "damping", "at least 0", self.damping)
+
+    def footprint(self, damping: float) -> Footprint:
+        # Fitted 2.1 and 9.4, as MPAX's own 38 vectors a row are held for an eighth of the rows at once. Of a batch of 256 rows
+        # that is a quarter, and 13.8.
+        return Footprint(hessians=4, vectors=14)
+
+    def cost(self) -> Cost:
+        products = min(_PRODUCTS, self.iteration_limit)
+        return Cost(products, passes=60 * products)
 
     def __call__(self, problem: LayerProblem, pruned: Pruned) -> Solution:
         # MPAX builds its loops from fresh closures, so outside jit each call would compile all of them anew.
@@ -89,7 +96,7 @@ class MPAX:
             problem,
             pruned,
             self.unit_diagonal,
-            self.damping,
+            problem.damping,
             {
                 "eps_abs": self.eps_abs,
                 "eps_rel": self.eps_rel,
@@ -181,7 +188,7 @@ def _solve_rows(options: dict[str, Array], matrix: Array, rows: _Rows) -> _Found
         # Late rows first, and behind them the number of no row, which a read clips and a write drops.
         waiting = jnp.nonzero(late(found), size=count + at_a_time, fill_value=count)[0]
 
-        def one_part(state: tuple[Array, _Found]) -> tuple[Array, _Found]:
+        def one_part(state: tuple[int | Array, _Found]) -> tuple[int | Array, _Found]:
             start, found = state
             part = jax.lax.dynamic_slice_in_dim(waiting, start, at_a_time)
             some = solve(
@@ -189,7 +196,8 @@ def _solve_rows(options: dict[str, Array], matrix: Array, rows: _Rows) -> _Found
             )
             return start + at_a_time, jax.tree.map(lambda every, new: every.at[part].set(new, mode="drop"), found, some)
 
-        return limit, jax.lax.while_loop(lambda state: waiting[state[0]] < count, one_part, (0, found))[1]
+        first: tuple[int | Array, _Found] = (0, found)
+        return limit, jax.lax.while_loop(lambda state: waiting[state[0]] < count, one_part, first)[1]
 
     unsolved = _Found(jnp.zeros_like(rows.slope), jnp.full(count, TerminationStatus.ITERATION_LIMIT), jnp.zeros(count, jnp.int32))
     return jax.lax.while_loop(
@@ -228,7 +236,7 @@ def _solve_row(options: dict[str, Array], matrix: Array, row: _Rows) -> _Found:
 
 
 @contextlib.contextmanager
-def _root_logger_kept():
+def _root_logger_kept() -> Iterator[None]:
     """MPAX replaces the root logger's handlers and level at each call; afterwards the program's own are back."""
     root = logging.getLogger()
     handlers, level = root.handlers[:], root.level

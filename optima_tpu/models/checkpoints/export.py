@@ -10,7 +10,6 @@
 The weights are dense: no current library reads a packed 2:4 file, and a ``sparsity_config`` makes some refuse to load.
 """
 
-import dataclasses
 import json
 import zipfile
 from collections.abc import Mapping
@@ -23,7 +22,7 @@ import safetensors.numpy
 
 from optima_tpu.errors import UserError
 from optima_tpu.method.layer_rules import parse_layers, pattern_of
-from optima_tpu.method.patterns import NM, Pattern, Unstructured, parse_pattern
+from optima_tpu.method.patterns import Pattern, parse_pattern
 from optima_tpu.models.checkpoints.orbax import CheckpointTensors
 from optima_tpu.report.model_card import HUB_ID, model_card
 from optima_tpu.report.run_record import read_assets, read_run
@@ -46,7 +45,9 @@ MASKS, SIDECAR = "pruning_masks.npz", "optima_tpu.json"
 _SHAPE = ".shape"
 
 
-def export(run_directory: str | Path, out: str | Path, max_shard_size: int | str = "5GB") -> None:
+def export(
+    run_directory: str | Path, out: str | Path, max_shard_size: int | str = "5GB", report: Mapping[str, Any] | None = None
+) -> None:
     """Writes the folder. It appears under its name when everything in it was written, checked and is on the disk.
 
     Args:
@@ -54,6 +55,7 @@ def export(run_directory: str | Path, out: str | Path, max_shard_size: int | str
       out: does not exist, or is an empty folder, or holds what is left of this run's export and nothing else, or in a bucket
         what an export that was killed left.
       max_shard_size: bytes, or a text such as "5GB". One shard is in memory at a time.
+      report: what the model card tells of the run; None stands for report.json, where there is one.
 
     Raises:
       UserError: the run is not finished, ``out`` is in use, or the disk is full.
@@ -77,7 +79,8 @@ def export(run_directory: str | Path, out: str | Path, max_shard_size: int | str
             zeros = _write_shards(source, patterns, partial, max_shard_size)
             _write_masks(source, partial / MASKS)
             sidecar = _sidecar(source, zeros)
-            report = read_record(as_path(run_directory) / "report.json") or {}
+            if report is None:
+                report = read_record(as_path(run_directory) / "report.json") or {}
             (partial / "README.md").write_text(model_card(out.name, sidecar, assets, report), encoding="utf-8")
             sidecar["files"] = sorted(str(path.relative_to(partial)) for path in files_in(partial))
             (partial / SIDECAR).write_text(json.dumps(sidecar, indent=2, allow_nan=False))
@@ -180,7 +183,7 @@ def _check(
             if name in masks:
                 zero = written == 0
                 pattern = patterns.get(name)
-                if np.any(~masks[name] & ~zero) or not (pattern is None or _holds(zero, pattern)):
+                if np.any(~masks[name] & ~zero) or not (pattern is None or pattern.holds(zero)):
                     raise RuntimeError(f"{path.name}: the zeros of {name} are not those of mask and pattern {pattern}")
                 zeros[name] = int(zero.sum())
     return zeros
@@ -196,9 +199,9 @@ def _patterns(source: CheckpointTensors) -> dict[str, Pattern]:
     for name in source.pruned():
         layer = _report_on(name, source)
         mine = allocated and allocated[layer["block"]]
-        own = default if mine is None else dataclasses.replace(default, sparsity=mine)
+        own = default if mine is None else default.at(mine)
         pattern = pattern_of(rules, own, name.removesuffix(".weight"), layer["name"])
-        if pattern is not None and not (foreign and isinstance(pattern, Unstructured)):
+        if pattern is not None and not (foreign and pattern.free):
             patterns[name] = pattern
     return patterns
 
@@ -215,15 +218,6 @@ def _report_on(name: str, source: CheckpointTensors) -> dict[str, Any]:
 
 def _same_bytes(a: np.ndarray, b: np.ndarray) -> bool:
     return np.array_equal(a.reshape(-1).view(np.uint8), b.reshape(-1).view(np.uint8))  # NaN included
-
-
-def _holds(zero: np.ndarray, pattern: Pattern) -> bool:
-    """Whether every comparison group of a [d_out, d_in] matrix has as many zeros as the pattern asks for."""
-    if isinstance(pattern, NM):
-        return bool(np.all(zero.reshape(-1, pattern.m).sum(axis=1) >= pattern.m - pattern.n))
-    if pattern.group == "row":
-        return bool(np.all(zero.sum(axis=1) >= pattern.pruned_in(zero.shape[1])))
-    return bool(zero.sum() >= pattern.pruned_in(zero.size))
 
 
 def _write_masks(source: CheckpointTensors, path: Path) -> None:

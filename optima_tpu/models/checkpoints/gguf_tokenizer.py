@@ -85,7 +85,7 @@ def tokenizer_files(fields: Mapping[str, Any], architecture: Architecture) -> di
         if f"tokenizer.ggml.{key}_token_id" in fields
     }
     if kind == "gpt2":
-        tokenizer = _byte_level(fields, split)
+        tokenizer = _byte_level(fields, fields["tokenizer.ggml.pre"])
     elif architecture.name in GEMMA:
         tokenizer = _gemma(fields, special.get("unk_token"))
     else:

@@ -6,14 +6,10 @@ from collections.abc import Mapping
 import numpy as np
 
 from optima_tpu.errors import UserError, some
-from optima_tpu.method.patterns import NM, Pattern, Unstructured
+from optima_tpu.method.patterns import Pattern
 from optima_tpu.method.problem import ReadGiven
 from optima_tpu.models.checkpoints import TensorSource
 from optima_tpu.models.masks.source import MaskSource
-
-_TOLERANCE = 0.01
-"""By how much the sparsity of a layer may miss an unstructured pattern: published SparseGPT prunes one weight more in
-every block, and codes round the count differently."""
 
 _FLIPPED = 0.9
 """A mask is flipped if its kept weights have less than this share of the dropped ones' mean magnitude. Wanda's kept
@@ -94,7 +90,7 @@ def _check_names(source: MaskSource, shapes: Mapping[str, tuple[int, int]]) -> N
 
 def _check_mask(keep: np.ndarray, name: str, pattern: Pattern, source: MaskSource, weights: TensorSource) -> None:
     try:
-        violation, inverse_fits = _violation(keep, pattern, source.from_zeros), not _violation(~keep, pattern)
+        violation, inverse_fits = pattern.violation(keep, source.from_zeros), not pattern.violation(~keep)
     except UserError as error:
         raise UserError(f"{name}: {error}") from error
     if violation and inverse_fits and not source.from_zeros:
@@ -113,28 +109,6 @@ def _check_mask(keep: np.ndarray, name: str, pattern: Pattern, source: MaskSourc
                 f"{name}: the mask looks flipped: keeps the smaller weights (mean magnitude {kept:.3g}, "
                 f"pruned {dropped:.3g}); write {_called(source)} again with 1 where one is kept"
             )
-
-
-def _violation(keep: np.ndarray, pattern: Pattern, or_fewer: bool = False) -> str | None:
-    """What in a mask [d_out, d_in] is not as the pattern says; None if nothing is."""
-    match pattern:
-        case NM(n, m):
-            pattern.pruned_count(keep.shape)  # raises where M does not divide d_in
-            counts = np.einsum("rgm->rg", keep.reshape(len(keep), -1, m).view(np.uint8), dtype=np.int32)
-            wrong = counts > n if or_fewer else counts != n
-            if not wrong.any():
-                return None
-            row, group = np.unravel_index(np.argmax(wrong), wrong.shape)
-            return (
-                f"expected {n} kept of every {m}, got {counts[row, group]} in row {row}, group {group} (inputs "
-                f"{group * m} to {group * m + m - 1}), and {int(wrong.sum())} such groups in all"
-            )
-        case Unstructured(sparsity):
-            found = 1 - np.count_nonzero(keep) / keep.size
-            fewest = pattern.pruned_count(keep.shape) / keep.size  # rounded down in every group
-            if fewest - _TOLERANCE <= found <= sparsity + _TOLERANCE:
-                return None
-            return f"expected {sparsity:.2%} of the weights pruned, got {found:.2%}"
 
 
 def _called(source: MaskSource) -> str:

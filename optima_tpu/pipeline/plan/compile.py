@@ -7,18 +7,27 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 from jax.sharding import PartitionSpec as P
 
 from optima_tpu.method.patterns import Pattern
 from optima_tpu.method.problem import Given
+from optima_tpu.method.prune_group import prune_group
 from optima_tpu.method.recipe import Recipe
-from optima_tpu.method.row_sharding import Layout
-from optima_tpu.method.statistics import Drift, Groups, Statistics
-from optima_tpu.method.targets import DenseTarget
+from optima_tpu.method.row_sharding import Layout, RowSharding
+from optima_tpu.method.statistics import Drift, Groups, TokenSets, TokenStatistics
 from optima_tpu.models.decoder import Decoder
-from optima_tpu.pipeline.calibrate import ResidualNames, add_batch, add_drift, residual_names
+from optima_tpu.pipeline.calibrate import (
+    BatchTokens,
+    BlockInput,
+    Capture,
+    CaptureStep,
+    ResidualNames,
+    Sums,
+    add_batch,
+    residual_names,
+)
 from optima_tpu.pipeline.plan.hlo import collectives
-from optima_tpu.pipeline.walk import prune_group
 from optima_tpu.report.numbers import number
 from optima_tpu.runtime.mesh import DATA, MODEL, ROWS, bytes_on_device, struct_on
 
@@ -58,7 +67,7 @@ def compiled(
     """
     start = time.monotonic()
     try:
-        program = lower().compile(options and dict(options))
+        program = lower().compile(None if options is None else dict(options))
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -67,7 +76,8 @@ def compiled(
         return refused
     seconds, memory = time.monotonic() - start, program.memory_analysis()
     cost = program.cost_analysis() or {}
-    inside, outside = collectives(program.as_text())
+    inside, outside = collectives(program.as_text() or "")
+    assert memory is not None, "XLA counts the memory of its programs on every platform"
     total = (
         memory.argument_size_in_bytes
         + memory.output_size_in_bytes
@@ -89,39 +99,31 @@ def _reason(message: str) -> str:
     return f"needs {found[1]}iB of {found[2]}iB" if found else message.splitlines()[0][:100]
 
 
-def _hessian(decoder: Decoder, size: int) -> jax.ShapeDtypeStruct:
+def _hessian(decoder: Decoder, size: int) -> Array:
     return struct_on(decoder.mesh, (size, size), jnp.float32, P(None, MODEL))
 
 
-def _parameter(decoder: Decoder, name: str) -> jax.ShapeDtypeStruct:
+def _parameter(decoder: Decoder, name: str) -> Array:
     dtype = decoder.tensors.dtype(decoder.prefix(0) + name)
     return struct_on(decoder.mesh, decoder.block_shapes[name], dtype, decoder.sharding(name))
 
 
 def lower_calibration(decoder: Decoder, groups: Groups, length: int, samples: int, recipe: Recipe) -> jax.stages.Lowered:
-    """One step over ``samples`` sequences of ``calibrate.accumulate_hessians``, or of ``accumulate_drift`` for a dense target."""
+    """One step over ``samples`` sequences of ``calibrate.accumulate``, for a dense target with both streams."""
     parameters = {name: _parameter(decoder, name) for name in decoder.block_shapes}
     mesh, dtype = decoder.mesh, decoder.tensors.dtype(decoder.root + decoder.family.embedding)
-    size = sequences_at_once(decoder, samples) * mesh.shape[DATA]
-    sums = tuple(
-        Statistics(_hessian(decoder, decoder.block_shapes[names[0] + ".weight"][1]), struct_on(mesh, (), jnp.int32, P()))
-        for names in groups
-    )
+    size, target = sequences_at_once(decoder, samples) * mesh.shape[DATA], recipe.target
+    # As the last pass through a block, which takes the dense stream further.
+    step = CaptureStep.of(decoder, Capture(groups, target, advance=target.dense_stream))
+    statistics, weights = [], []
+    for names, places in zip(groups, step.residuals or (None,) * len(groups)):
+        statistics.append(_statistics(decoder, names, places))
+        weights.append(struct_on(mesh, (), jnp.float32, P()) if places and places.after else None)
     positions = jax.tree.map(lambda array: struct_on(mesh, array.shape, array.dtype, P()), decoder.config.positions(0, length))
-    state, hidden = decoder.state(parameters), struct_on(mesh, (size, length, decoder.config.d_model), dtype, P(DATA))
-    valid = struct_on(mesh, (size,), jnp.bool_, P(DATA))
-    if isinstance(recipe.target, DenseTarget):
-        residuals = residual_names(decoder, groups, recipe.target)
-        drifts = tuple(
-            Drift(found.hessian, (), _residual_sums(decoder, names, places))
-            for names, places, found in zip(groups, residuals, sums)
-        )
-        sums = sums, drifts, tuple(places.after and struct_on(mesh, (), jnp.float32, P()) for places in residuals)
-        # As the last pass through a block, which takes the dense stream further.
-        return add_drift.lower(
-            decoder.graph, mesh, groups, residuals, True, sums, (state, state), (hidden, hidden), {}, valid, positions
-        )
-    return add_batch.lower(decoder.graph, mesh, groups, sums, state, hidden, valid, positions)
+    hidden = struct_on(mesh, (size, length, decoder.config.d_model), dtype, P(DATA))
+    streams = (BlockInput(decoder.state(parameters), hidden),) * target.streams
+    tokens = BatchTokens(struct_on(mesh, (size,), jnp.bool_, P(DATA)), positions)
+    return add_batch.lower(step, Sums(tuple(statistics), tuple(weights)), streams, {}, tokens)
 
 
 def sequences_at_once(decoder: Decoder, samples: int) -> int:
@@ -132,28 +134,38 @@ def sequences_at_once(decoder: Decoder, samples: int) -> int:
 def lower_pruning(
     decoder: Decoder, names: tuple[str, ...], patterns: tuple[Pattern, ...], recipe: Recipe, held_out: bool, layout: Layout
 ) -> jax.stages.Lowered:
-    """``prune_group`` of the layers ``names`` of a block, as ``prune.prune_block`` calls it."""
+    """``prune_group`` of the layers ``names`` of a block, as the walk calls it."""
     weights = tuple(_parameter(decoder, name + ".weight") for name in names)
-    hessian = _hessian(decoder, weights[0].shape[1])
-    given = (
-        None if recipe.selector else tuple(Given(struct_on(decoder.mesh, weight.shape, jnp.bool_, ROWS)) for weight in weights)
-    )
-    drift = unseen = None
-    if isinstance(recipe.target, DenseTarget):
+    given = tuple(Given(struct_on(decoder.mesh, weight.shape, jnp.bool_, ROWS)) for weight in weights)
+    places = residual_names(decoder, (names,), recipe.target)[0] if recipe.target.dense_stream else None
+    statistics = _statistics(decoder, names, places)
+    unseen = None
+    if held_out:
         energy = tuple(struct_on(decoder.mesh, weight.shape[:1], jnp.float32, P()) for weight in weights)
-        residual = _residual_sums(decoder, names, *residual_names(decoder, (names,), recipe.target))
-        drift, unseen = Drift(hessian, (), residual), Drift(hessian, energy, residual) if held_out else None
+        unseen = statistics._replace(drift=None if statistics.drift is None else statistics.drift._replace(energy=energy))
     return prune_group.lower(
-        weights, hessian, recipe, decoder.mesh, patterns, given, hessian if held_out else None, layout, drift, unseen
+        weights,
+        TokenSets(statistics, unseen),
+        None if recipe.selector else given,
+        recipe,
+        patterns,
+        RowSharding(decoder.mesh, layout),
     )
 
 
-def _residual_sums(decoder: Decoder, names: tuple[str, ...], places: ResidualNames) -> tuple:
-    """``Drift.residual`` of a group."""
-    return tuple(
-        before and struct_on(decoder.mesh, decoder.block_shapes[name + ".weight"], jnp.float32, P(None, MODEL))
-        for name, before in zip(names, places.before)
-    )
+def _statistics(decoder: Decoder, names: tuple[str, ...], places: ResidualNames | None) -> TokenStatistics:
+    """Of the input of some layers; with a drift where it is known what is read of the residual stream."""
+    hessian = _hessian(decoder, decoder.block_shapes[names[0] + ".weight"][1])
+    drift = None
+    if places is not None:
+        residual = tuple(
+            None
+            if before is None
+            else struct_on(decoder.mesh, decoder.block_shapes[name + ".weight"], jnp.float32, P(None, MODEL))
+            for name, before in zip(names, places.before)
+        )
+        drift = Drift(hessian, (), residual)
+    return TokenStatistics(hessian, struct_on(decoder.mesh, (), jnp.int32, P()), drift)
 
 
 def resident(decoder: Decoder, groups: Groups, held_out: bool, matrices: int = 1) -> int:

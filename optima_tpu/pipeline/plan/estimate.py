@@ -10,16 +10,14 @@ from typing import NamedTuple
 import jax
 
 from optima_tpu.config.run_config import RunConfig
-from optima_tpu.errors import UserError
-from optima_tpu.method.allocation import Uniform
-from optima_tpu.method.linalg.smallest import PASSES
-from optima_tpu.method.mask_swaps import FACTORISATIONS, Refining
-from optima_tpu.method.selectors import ADMM, Magnitude, MaskSelector, Wanda
-from optima_tpu.method.solvers import CG, MPAX, Adam, Exact, Solver
+from optima_tpu.method.linalg.smallest import PASSES_OF_A_MASK
+from optima_tpu.method.patterns import Pattern
+from optima_tpu.method.recipe import Recipe
+from optima_tpu.method.resources import Cost
 from optima_tpu.models.decoder import run_block
 from optima_tpu.pipeline.journal import STATES_EVERY
 from optima_tpu.pipeline.plan.model import Declared
-from optima_tpu.pipeline.plan.topology import GIB, Target
+from optima_tpu.pipeline.plan.topology import GIB, Machine
 from optima_tpu.pipeline.self_calibration import generated_by
 from optima_tpu.runtime.mesh import MODEL
 
@@ -29,9 +27,6 @@ class Assumed:
     """What the estimate takes for granted.
 
     Attributes:
-      cg_products: products of a layer's rows with a [d_in, d_in] matrix until ``CG`` has converged: 12 steps of two, and two
-        more every fourth.
-      mpax_products: the same of ``MPAX``, one a step; most rows of SmolLM2-135M need 73 or 137, the last one 14,473.
       evaluation_tokens: of the perplexity text, where ``evaluation.windows`` does not say.
       transfer: bytes/s between a host and its devices.
       reading: bytes/s of weights from the disk of a host.
@@ -39,8 +34,6 @@ class Assumed:
       program: bytes of host memory before the first array: Python, jax, transformers, compiled programs.
     """
 
-    cg_products: int = 35
-    mpax_products: int = 500
     evaluation_tokens: int = 300_000
     transfer: float = 8e9
     reading: float = 1e9
@@ -70,106 +63,55 @@ class Work(NamedTuple):
     def flops(self) -> float:
         return self.narrow + self.wide + self.factor
 
-    def seconds(self, target: Target) -> float:
+    def seconds(self, machine: Machine) -> float:
         """One thing after the other: products at the share of the chip's rate that is counted on, then the traffic."""
-        chip = target.chip
-        products = (self.narrow / chip.narrow + self.wide / chip.wide) / target.utilisation
-        return products + self.factor / chip.factor + self.traffic / (chip.bandwidth * target.utilisation)
+        chip = machine.chip
+        products = (self.narrow / chip.narrow + self.wide / chip.wide) / machine.utilisation
+        return products + self.factor / chip.factor + self.traffic / (chip.bandwidth * machine.utilisation)
 
 
-_PASSES_OF_A_MASK = PASSES + 4  # over the scores, see ranking.lowest
+class RowShare(NamedTuple):
+    """What a device does of pruning the matrices that read one input.
 
-
-class SolverCost(NamedTuple):
-    """Products with a [d_in, d_in] matrix for all rows; [rows, d_in] arrays read or written; factorisations."""
-
-    products: float
-    passes: float
-    shared: int = 0  # factorisations of one matrix
-    each_row: int = 0  # and of one matrix a row
-
-
-def solver_cost(solver: Solver | Refining | None) -> SolverCost:
-    """What a solver does with the rows of a layer, if all goes as assumed.
-
-    Raises:
-      UserError: nothing is known of this one.
-    """
-    match solver:
-        case None:
-            return SolverCost(0, 0)
-        case CG():
-            products = min(ASSUMED.cg_products, 3 * solver.max_steps + 5)
-            return SolverCost(products, 7 * products, shared=1)
-        case MPAX():
-            products = min(ASSUMED.mpax_products, solver.iteration_limit)
-            return SolverCost(products, 60 * products)
-        case Adam():
-            products = len(solver.learning_rates) * (solver.steps + 1) + 2
-            return SolverCost(products, 14 * products)
-        case Exact():
-            return SolverCost(6, 20, each_row=1)
-        case Refining():
-            each, solves = solver_cost(solver.solver), solver.swaps.rounds + 1
-            # A round counts its pairs in two arrays, and makes two masks.
-            return SolverCost(
-                solves * (each.products + 1),
-                solves * each.passes + 4 * (solves - 1) * _PASSES_OF_A_MASK,
-                each.shared + FACTORISATIONS,
-                solves * each.each_row,
-            )
-    name = type(solver).__name__
-    raise UserError(f"expected a solver whose cost is known, got {name}: add what it does to plan.estimate.solver_cost")
-
-
-def prune_work(
-    rows: float,
-    d_in: int,
-    solver: Solver | Refining | None,
-    selector: MaskSelector | None,
-    held_out: bool,
-    parts: int = 1,
-    candidates: int = 1,
-    dense: bool = False,
-    panels: bool = False,
-    matrices: int = 1,
-    together: int = 1,
-) -> Work:
-    """Of ``prune_group``, for ``rows`` rows on a device.
-
-    Args:
-      candidates: how often the rows are solved and judged.
-      dense: with a dense target.
-      panels: a matrix that no mesh axis splits is inverted by panels too, as on a TPU; see ``solvers.inverse``.
+    Attributes:
+      rows: on the device.
+      d_in: size of the input.
       matrices: which the selector takes one by one.
       parts: into how many the Hessian and the features are split; a device then does a part of that many times the rows.
+      panels: a matrix that no mesh axis splits is inverted by panels too, as on a TPU; see ``linalg.inverses``.
       together: so many devices share those panels.
     """
-    cost = solver_cost(solver)
+
+    rows: float
+    d_in: int
+    matrices: int = 1
+    parts: int = 1
+    panels: bool = False
+    together: int = 1
+
+
+def prune_work(recipe: Recipe, pattern: Pattern, share: RowShare, held_out: bool) -> Work:
+    """Of ``prune_group``, if all goes as its methods assume. A method that does not know its cost counts as nothing."""
+    cost, chooser = recipe.update(pattern).cost() or Cost(), (recipe.selector and recipe.selector.cost()) or Cost()
+    candidates = recipe.tuning.candidates(recipe.damping, recipe.target)
     # Beside the solver: the target, and the objective before and after, which are one where there is no solver.
-    change = 2 if solver else 1
-    times = candidates * (cost.products + 1 + change + held_out * (1 + change)) + dense * (1 + held_out)
-    shared, passes = candidates * cost.shared, candidates * (cost.passes + 30) + _PASSES_OF_A_MASK
-    match selector:
-        case None | Wanda() | Magnitude():
-            pass
-        case ADMM():  # the target, and every iteration chooses a mask
-            iterations = selector.levels * selector.iterations
-            times, shared = times + iterations + 1, shared + selector.levels * matrices
-            passes += iterations * (_PASSES_OF_A_MASK + 8)
-        case _:  # a factorisation and a sweep over the columns
-            times, shared = times + 2, shared + matrices
-    factor = candidates * cost.each_row * rows / 3 * d_in**3
-    if parts > 1 or panels:
-        inverse = 6.0 * shared * d_in**3 / max(parts, together)  # see solvers/panels.py
+    change = 2 if recipe.solver else 1
+    times = candidates * (cost.products + 1 + change + held_out * (1 + change)) + chooser.products
+    times += recipe.target.dense_stream * (1 + held_out)
+    inverses = candidates * cost.inverses + chooser.inverses * share.matrices
+    passes = candidates * (cost.passes + 30) + PASSES_OF_A_MASK + chooser.passes
+    rows, d_in = share.rows, share.d_in
+    factor = candidates * cost.factorisations * rows / 3 * d_in**3
+    if share.parts > 1 or share.panels:
+        inverse = 6.0 * inverses * d_in**3 / max(share.parts, share.together)  # see linalg/blocked_cholesky.py
     else:
         # Cholesky, a triangular solve with the identity, and a product of triangles. Not counted are the 4/3 d_in^3 that the
-        # inverse with a solver's certificate takes beyond that, see solvers.inverse.
-        factor, inverse = factor + shared * 4 / 3 * d_in**3, 2 / 3 * shared * d_in**3
+        # inverse with a solver's certificate takes beyond that, see linalg/inverses.py.
+        factor, inverse = factor + inverses * 4 / 3 * d_in**3, 2 / 3 * inverses * d_in**3
     return Work(
         wide=2.0 * d_in * d_in * times * rows + inverse,
         factor=factor,
-        traffic=4.0 * (passes * rows * d_in + times * d_in * d_in / parts),
+        traffic=4.0 * (passes * rows * d_in + times * d_in * d_in / share.parts),
     )
 
 
@@ -179,7 +121,7 @@ def sequence_flops(model: Declared, length: int) -> float:
     state = decoder.state({name: jax.ShapeDtypeStruct(shape, model.dtype) for name, shape in decoder.block_shapes.items()})
     hidden = jax.ShapeDtypeStruct((1, length, decoder.config.d_model), model.dtype)
     lowered = run_block.lower(decoder.graph, state, hidden, decoder.config.positions(0, length))
-    return lowered.cost_analysis()["flops"]
+    return (lowered.cost_analysis() or {})["flops"]
 
 
 def products(model: Declared, flops: float) -> Work:
@@ -248,7 +190,7 @@ def storage(model: Declared, config: RunConfig, hosts: int, pruned: int) -> Stor
     """
     decoder, text = model.decoder, config.calibration
     itemsize = model.itemsize(next(iter(decoder.end_shapes)))
-    hidden = (text.samples + text.held_out) * text.length * decoder.config.d_model * itemsize * config.target.matrices
+    hidden = (text.samples + text.held_out) * text.length * decoder.config.d_model * itemsize * config.target.streams
     block, ends, blocks = model.block_bytes(), model.end_bytes(), decoder.config.blocks
     masks = pruned // blocks
     table = max(math.prod(shape) * model.itemsize(name) for name, shape in decoder.end_shapes.items())
@@ -274,7 +216,7 @@ def evaluation_tokens(config: RunConfig) -> int:
 def run_seconds(
     model: Declared,
     config: RunConfig,
-    target: Target,
+    machine: Machine,
     stored: Storage,
     block: float,
     calibrating: float,
@@ -293,18 +235,18 @@ def run_seconds(
     weights = blocks * model.block_bytes() + model.end_bytes()
 
     def forward(tokens: float) -> float:
-        return blocks * products(model, block * tokens / text.length / target.mesh.size).seconds(target)
+        return blocks * products(model, block * tokens / text.length / machine.mesh.size).seconds(machine)
 
     tokens, calibrated = evaluation_tokens(config), (text.samples + text.held_out) * text.length
-    head = products(model, 2.0 * tokens * decoder.config.vocab * decoder.config.d_embedding / target.mesh.size).seconds(target)
-    streams = config.target.matrices
+    head = products(model, 2.0 * tokens * decoder.config.vocab * decoder.config.d_embedding / machine.mesh.size).seconds(machine)
+    streams = config.target.streams
     # Both streams into the calibration, the dense one out of its last pass, the pruned one in and out of the pruned block.
     moved = (2 + 1 / streams) * stored.hidden + 4 * tokens * stored.hidden / streams / calibrated
     walk = {
         "calibration": calibrating,
         "pruning": pruning,
         "pruned blocks forward": forward(calibrated),
-        "hidden states to and from the devices": blocks * moved / (ASSUMED.transfer * target.hosts),
+        "hidden states to and from the devices": blocks * moved / (ASSUMED.transfer * machine.hosts),
     }
     saves = min(blocks, 1 + int(sum(walk.values()) / STATES_EVERY))
     written = sum(stored.disk.values()) - stored.disk["hidden states"] + saves * stored.hidden
@@ -313,22 +255,24 @@ def run_seconds(
         "compiling (as here)": compiling,
         "perplexity, dense and pruned": 2 * (forward(tokens) + head),
         **walk,
-        "reading weights": 4 * weights / (ASSUMED.reading * target.hosts),
+        "reading weights": 4 * weights / (ASSUMED.reading * machine.hosts),
         "writing": written / ASSUMED.writing,
     }
     return {name: seconds for name, seconds in stages.items() if seconds is not None}
 
 
-def assumptions(config: RunConfig, target: Target) -> list[str]:
+def assumptions(config: RunConfig, machine: Machine) -> list[str]:
     """What the time rests on, in words."""
-    chip, share = target.chip, f"{100 * target.utilisation:.0f}%"
-    cost = solver_cost(config.solver)
+    chip, share = machine.chip, f"{100 * machine.utilisation:.0f}%"
+    unknown = [type(method).__name__ for method in (config.recipe.selector, config.solver) if method and method.cost() is None]
     words = [
         f"products run at {share} of {chip.narrow / 1e12:,.4g} TFLOP/s in the model's dtype and of "
         f"{chip.wide / 1e12:,.4g} in float32, vector work at {share} of {chip.bandwidth / 1e9:,.4g} GB/s ({chip.source})",
         f"factorisations run at {chip.factor / 1e12:,.3g} TFLOP/s",
     ]
-    if config.solver:
+    if unknown:
+        words.append(f"what {' and '.join(unknown)} does is not counted: its class states no cost")
+    if config.solver and (cost := config.solver.cost()):
         words.append(
             f"{cost.products:.0f} products with H until a layer has converged; FLOPs and bytes of its loop are counted "
             "so, since the compiler's own count takes a loop once"
@@ -342,7 +286,7 @@ def assumptions(config: RunConfig, target: Target) -> list[str]:
             "every pass of the calibration is counted as a whole block, also where it ends at an early input, and its "
             "hidden states are not counted on their way to the devices"
         )
-    if not isinstance(config.allocation, Uniform):
+    if config.allocation.measures:
         words.append("measuring the blocks for their sparsities is not counted, and every block is planned with the pattern's")
     words.append(
         f"a host moves {ASSUMED.transfer / 1e9:g} GB/s to its devices and reads {ASSUMED.reading / 1e9:g} GB/s of "

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh
@@ -11,7 +11,7 @@ from transformers import PretrainedConfig
 
 from optima_tpu.errors import UserError
 from optima_tpu.models.checkpoints import hub, open_model
-from optima_tpu.models.checkpoints.source import DTYPES, parse_dtype, read_config
+from optima_tpu.models.checkpoints.source import DTYPES, Index, parse_dtype, read_config
 from optima_tpu.models.decoder import Decoder
 from optima_tpu.runtime.mesh import DATA, MODEL
 
@@ -36,7 +36,7 @@ class DeclaredTensors:
     def dtype(self, name: str) -> np.dtype:
         return self._dtype
 
-    def read(self, name: str, index=(...,)) -> np.ndarray:
+    def read(self, name: str, index: Index = (...,)) -> np.ndarray:
         raise UserError(f"expected to read no weight, {name} was asked for: this model is known by its config.json alone")
 
 
@@ -55,7 +55,8 @@ class Declared(NamedTuple):
 
     def on(self, mesh: Mesh | AbstractMesh) -> "Declared":
         """The model on another mesh."""
-        return self._replace(decoder=dataclasses.replace(self.decoder, mesh=mesh))
+        # Where nothing is placed or compiled, a decoder asks a mesh for its sizes alone.
+        return self._replace(decoder=dataclasses.replace(self.decoder, mesh=cast(Mesh, mesh)))
 
     @property
     def dtype(self) -> np.dtype:
@@ -76,7 +77,7 @@ class Declared(NamedTuple):
         return self.decoder.tensors.dtype(name).itemsize
 
 
-_NOWHERE = AbstractMesh((1, 1), (DATA, MODEL))
+_NOWHERE = cast(Mesh, AbstractMesh((1, 1), (DATA, MODEL)))
 
 
 def open_declared(spec: str, dtype: str | None, batch: int) -> Declared:
@@ -112,7 +113,7 @@ def open_declared(spec: str, dtype: str | None, batch: int) -> Declared:
     return Declared(spec, Decoder.open(config, tensors, _NOWHERE, batch), config)
 
 
-def _named_dtype(config) -> str:
+def _named_dtype(config: PretrainedConfig) -> str:
     """What config.json says; float32 where it says nothing, as transformers takes it."""
     name = str(config.get_text_config().dtype or config.dtype or "float32").removeprefix("torch.")
     if name not in DTYPES:

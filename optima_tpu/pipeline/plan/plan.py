@@ -8,25 +8,22 @@ from typing import Any, NamedTuple
 
 from optima_tpu.config.run_config import RunConfig
 from optima_tpu.errors import UserError
-from optima_tpu.method.footprint import footprint_of
 from optima_tpu.method.layer_rules import check_layers
 from optima_tpu.method.linalg.features import divided
 from optima_tpu.method.patterns import Pattern
-from optima_tpu.method.recipe import Recipe, pruned_groups, solved_together
+from optima_tpu.method.recipe import Recipe
 from optima_tpu.method.row_sharding import ON_EVERY_DEVICE, Layout
 from optima_tpu.method.statistics import Groups
 from optima_tpu.models.generate import cache_structs, windows_at_once
 from optima_tpu.pipeline.calibrate import linear_groups
 from optima_tpu.pipeline.inputs import linear_shapes
-from optima_tpu.pipeline.memory_plan import Pass, needed
+from optima_tpu.pipeline.memory_plan import Pass, aimed_residuals, block_passes, group_load
 from optima_tpu.pipeline.plan import estimate
 from optima_tpu.pipeline.plan.compile import Compiled, compiled, lower_calibration, lower_pruning, resident, sequences_at_once
 from optima_tpu.pipeline.plan.estimate import Storage, Work
 from optima_tpu.pipeline.plan.model import Declared
-from optima_tpu.pipeline.plan.topology import Target
-from optima_tpu.pipeline.run import recipe_of
+from optima_tpu.pipeline.plan.topology import Machine
 from optima_tpu.pipeline.self_calibration import generated_by
-from optima_tpu.pipeline.walk import aimed_residuals, block_passes
 from optima_tpu.runtime.device_memory import device_budget
 from optima_tpu.runtime.mesh import DATA, MODEL
 
@@ -53,9 +50,9 @@ class Program(NamedTuple):
     compiled: Compiled | None
 
     @property
-    def refused(self) -> bool:
-        """Whether the compiler could not fit it into the chip."""
-        return bool(self.compiled and self.compiled.refused)
+    def refused(self) -> str | None:
+        """Why the compiler could not fit it into the chip; None where it could."""
+        return None if self.compiled is None else self.compiled.refused
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +69,7 @@ class Plan:
     """
 
     model: Declared
-    target: Target
+    machine: Machine
     programs: tuple[Program, ...]
     batch: int
     storage: Storage
@@ -83,25 +80,25 @@ class Plan:
     @property
     def too_large(self) -> tuple[Program, ...]:
         """Programs that do not fit into the memory of a device."""
-        return tuple(program for program in self.programs if program.refused or program.memory > self.target.chip.memory)
+        return tuple(program for program in self.programs if program.refused or program.memory > self.machine.chip.memory)
 
     def to_json(self) -> dict[str, Any]:
         """The plan in JSON types."""
-        target, decoder = self.target, self.model.decoder
+        machine, decoder = self.machine, self.model.decoder
         return {
             "model": self.model.origin,
             "blocks": decoder.config.blocks,
-            "target": target.name,
-            "hosts": target.hosts,
-            "mesh": dict(target.mesh.shape),
-            "chip": target.chip._asdict(),
-            "notes": list(target.notes),
+            "target": machine.name,
+            "hosts": machine.hosts,
+            "mesh": dict(machine.mesh.shape),
+            "chip": machine.chip._asdict(),
+            "notes": list(machine.notes),
             "batch": self.batch,
             "programs": [
                 program._asdict()
                 | {
                     "work": program.work._asdict(),
-                    "seconds": program.work.seconds(target),
+                    "seconds": program.work.seconds(machine),
                     "layout": program.layout and dataclasses.asdict(program.layout),
                     "compiled": program.compiled and program.compiled._asdict(),
                 }
@@ -118,13 +115,22 @@ class Plan:
 class _Shape(NamedTuple):
     """What decides the program of a group of layers."""
 
-    shapes: tuple[tuple[int, int], ...]
+    shapes: tuple[tuple[int, ...], ...]
     patterns: tuple[Pattern, ...]
     layout: Layout
     residual: bool  # whether the drift of the residual stream is aimed at
 
 
-def make_plan(config: RunConfig, model: Declared, target: Target, tell: Callable[[str], None] = lambda line: None) -> Plan:
+class _Layers(NamedTuple):
+    """Layers that have a shape."""
+
+    names: tuple[str, ...]
+    others: Groups  # whose Hessians lie beside theirs
+    held_out: bool
+    calls: int = 0
+
+
+def make_plan(config: RunConfig, model: Declared, machine: Machine, tell: Callable[[str], None] = lambda line: None) -> Plan:
     """Plans a run.
 
     Args:
@@ -133,33 +139,33 @@ def make_plan(config: RunConfig, model: Declared, target: Target, tell: Callable
     Raises:
       UserError: pattern or layer rules do not fit the model.
     """
-    decoder, recipe, text = model.decoder, recipe_of(config), config.calibration
+    decoder, recipe, text = model.decoder, config.recipe, config.calibration
     patterns = check_layers(config.layers, config.pattern, linear_shapes(decoder))
     held_out, names, residuals = text.held_out > 0, linear_groups(decoder), aimed_residuals(decoder, recipe)
-    budget = device_budget(config.device_memory, None if target.here else target.chip.memory)
+    budget = device_budget(config.device_memory, None if machine.here else machine.chip.memory)
     kinds: dict[Groups, int] = collections.Counter()
-    shapes: dict[_Shape, int] = collections.Counter()
-    layers: dict[_Shape, tuple[tuple[str, ...], Groups]] = {}  # those of a shape, and whose Hessians lie beside theirs
+    layers: dict[_Shape, _Layers] = {}
     refused = ""
     for index in range(decoder.config.blocks):
         prefix = decoder.prefix(index)
         try:
             parts = block_passes(decoder, index, names, recipe, budget)
         except UserError as error:
-            groups = pruned_groups(names, recipe, prefix)
+            groups = recipe.pruned_groups(names, prefix)
             parts, refused = (Pass(groups, (ON_EVERY_DEVICE,) * len(groups)),), refused or str(error)
         for part in parts:
             kinds[part.groups] += 1
             for group, layout in zip(*part):
-                for together in solved_together(group, recipe, prefix):
+                for together in recipe.solved_together(group, prefix):
                     shape = _Shape(
                         tuple(decoder.block_shapes[name + ".weight"] for name in together),
                         tuple(patterns[prefix + name] for name in together),
                         layout,
                         any(name in residuals for name in together),
                     )
-                    shapes[shape] += 1
-                    layers.setdefault(shape, (together, tuple(other for other in part.groups if other != group)))
+                    others = tuple(other for other in part.groups if other != group)
+                    found = layers.setdefault(shape, _Layers(together, others, held_out))
+                    layers[shape] = found._replace(calls=found.calls + 1)
 
     if generated_by(config):
         try:
@@ -167,14 +173,14 @@ def make_plan(config: RunConfig, model: Declared, target: Target, tell: Callable
         except UserError as error:
             refused = str(error)  # a run writes its text first
     block = estimate.sequence_flops(model, text.length)
-    programs = [_calibration(config, model, target, block, groups, count, tell) for groups, count in kinds.items()]
-    programs += [_pruning(model, target, recipe, shape, *layers[shape], count, held_out, tell) for shape, count in shapes.items()]
-    steps = [program.calls * program.work.seconds(target) for program in programs]
+    programs = [_calibration(config, model, machine, block, groups, count, tell) for groups, count in kinds.items()]
+    programs += [_pruning(model, machine, recipe, shape, found, tell) for shape, found in layers.items()]
+    steps = [program.calls * program.work.seconds(machine) for program in programs]
     compiling = sum(program.compiled.seconds for program in programs if program.compiled)
     stored = estimate.storage(
         model,
         config,
-        target.hosts,
+        machine.hosts,
         sum(
             math.prod(decoder.block_shapes[name + ".weight"]) * count
             for groups, count in kinds.items()
@@ -185,90 +191,67 @@ def make_plan(config: RunConfig, model: Declared, target: Target, tell: Callable
     seconds = estimate.run_seconds(
         model,
         config,
-        target,
+        machine,
         stored,
         block,
         sum(steps[: len(kinds)]),
         sum(steps[len(kinds) :]),
-        compiling if target.compiles else None,
+        compiling if machine.compiles else None,
     )
     return Plan(
         model,
-        target,
+        machine,
         tuple(programs),
         sequences_at_once(decoder, text.samples),
         stored,
         seconds,
-        estimate.assumptions(config, target),
+        estimate.assumptions(config, machine),
         refused,
     )
 
 
 def _calibration(
-    config: RunConfig, model: Declared, target: Target, block: float, groups: Groups, blocks: int, tell: Callable[[str], None]
+    config: RunConfig, model: Declared, machine: Machine, block: float, groups: Groups, blocks: int, tell: Callable[[str], None]
 ) -> Program:
     decoder, text = model.decoder, config.calibration
     sizes = tuple(decoder.block_shapes[names[0] + ".weight"][1] for names in groups)
     batch = sequences_at_once(decoder, text.samples)
-    steps = sum(-(-count // (batch * target.mesh.shape[DATA])) for count in (text.samples, text.held_out))
+    steps = sum(-(-count // (batch * machine.mesh.shape[DATA])) for count in (text.samples, text.held_out))
     name, found = "calibration step", None
     # While the held-out sequences run through the block, the Hessians of the others are there.
-    streams = config.target.matrices
+    streams = config.target.streams
     beside = resident(decoder, groups, False, streams) - resident(decoder, (), False) if text.held_out else 0
     memory = beside + estimate.calibration_memory(model, sizes, text.length, batch, streams)
-    if target.compiles:
+    if machine.compiles:
         tell(f"compiling the {name}: {batch} x {text.length} tokens a device")
         found = compiled(
-            lambda: lower_calibration(decoder, groups, text.length, text.samples, recipe_of(config)), tell, target.options
+            lambda: lower_calibration(decoder, groups, text.length, text.samples, config.recipe), tell, machine.options
         )
         memory = beside + found.memory if found.memory else memory
-    added = aimed_residuals(decoder, recipe_of(config))
+    added = aimed_residuals(decoder, config.recipe)
     drifting = tuple(decoder.block_shapes[name + ".weight"][1] for names in groups for name in names if name in added)
     work = estimate.calibration_work(model, block, sizes, text.length, batch, streams, drifting)
     return Program(name, blocks * steps, None, None, work, memory, found)
 
 
 def _pruning(
-    model: Declared,
-    target: Target,
-    recipe: Recipe,
-    shape: _Shape,
-    names: tuple[str, ...],
-    others: Groups,
-    calls: int,
-    held_out: bool,
-    tell: Callable[[str], None],
+    model: Declared, machine: Machine, recipe: Recipe, shape: _Shape, layers: _Layers, tell: Callable[[str], None]
 ) -> Program:
-    decoder, d_in, layout, mesh = model.decoder, shape.shapes[0][1], shape.layout, target.mesh
-    every, parts = sum(d_out for d_out, _ in shape.shapes), mesh.shape[MODEL] if layout.split else 1
-    rows = -(-every * parts // mesh.size)
-    short = ", ".join(name.rpartition(".")[2].removesuffix("_proj") for name in names)
-    name = f"{short} [{sum(d_out for d_out, _ in shape.shapes):,}, {d_in:,}]"
-    matrices = recipe.target.matrices
-    update = recipe.update(shape.patterns[0])
-    work = estimate.prune_work(
-        rows / parts,
-        d_in,
-        update,
-        recipe.selector,
-        held_out,
-        parts,
-        recipe.tuning.candidates(recipe.solver, recipe.target),
-        matrices > 1,
-        target.is_tpu,
-        len(shape.shapes),
-        mesh.size if target.is_tpu and divided(d_in, mesh.size) else 1,
-    )
-    memory = round(
-        resident(decoder, others, held_out, matrices)
-        + needed(
-            d_in, every, layout.rows or rows, mesh, footprint_of(update, recipe.selector), layout.split, matrices, shape.residual
-        )
-    )
+    decoder, layout, mesh, held_out = model.decoder, shape.layout, machine.mesh, layers.held_out
+    load, parts = group_load(decoder, layers.names, recipe), mesh.shape[MODEL] if layout.split else 1
+    rows = -(-load.rows * parts // mesh.size)
+    short = ", ".join(name.rpartition(".")[2].removesuffix("_proj") for name in layers.names)
+    name = f"{short} [{load.rows:,}, {load.d_in:,}]"
+    together = mesh.size if machine.is_tpu and divided(load.d_in, mesh.size) else 1
+    share = estimate.RowShare(rows / parts, load.d_in, len(shape.shapes), parts, machine.is_tpu, together)
+    work = estimate.prune_work(recipe, shape.patterns[0], share, held_out)
+    memory = round(resident(decoder, layers.others, held_out, load.streams) + load.bytes(mesh, layout.split, layout.rows or rows))
     found = None
-    if target.compiles:
+    if machine.compiles:
         tell(f"compiling the solver for {name}: {rows:,} rows a device")
-        found = compiled(lambda: lower_pruning(decoder, names, shape.patterns, recipe, held_out, layout), tell, target.options)
+        found = compiled(
+            lambda: lower_pruning(decoder, layers.names, shape.patterns, recipe, held_out, layout), tell, machine.options
+        )
         if found.memory:
-            memory = resident(decoder, (*others, names), held_out, matrices) + found.memory - found.arguments
-    return Program(name, calls, rows, layout, work, memory, found)
+            memory = resident(decoder, (*layers.others, layers.names), held_out, load.streams) + found.memory - found.arguments
+    return Program(name, layers.calls, rows, layout, work, memory, found)

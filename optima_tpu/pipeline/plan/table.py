@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.table import Table
 
 from optima_tpu.pipeline.plan.plan import Plan, Program
-from optima_tpu.pipeline.plan.topology import GIB
+from optima_tpu.pipeline.plan.topology import GIB, Machine
 from optima_tpu.report.numbers import duration, number
 from optima_tpu.report.progress import say, show
 
@@ -29,15 +29,15 @@ def print_plan(console: Console, plan: Plan) -> None:
     )
 
 
-def greeting(plan_of: str, blocks: int, target) -> list[str]:
+def greeting(plan_of: str, blocks: int, machine: Machine) -> list[str]:
     """What is planned, before the first long silence."""
-    shape = target.mesh.shape
-    hosts = "" if target.hosts == 1 else f", {target.hosts} hosts"
+    shape = machine.mesh.shape
+    hosts = "" if machine.hosts == 1 else f", {machine.hosts} hosts"
     return [
         f"model    {plan_of}: {blocks} blocks, nothing but its configuration is read",
-        f"devices  {target.name}: {target.mesh.size} x {target.chip.name}, {_gib(target.chip.memory)} GiB each, "
+        f"devices  {machine.name}: {machine.mesh.size} x {machine.chip.name}, {_gib(machine.chip.memory)} GiB each, "
         f"mesh {shape['data']}x{shape['model']}{hosts}",
-        *(f"note     {note}" for note in target.notes),
+        *(f"note     {note}" for note in machine.notes),
     ]
 
 
@@ -45,8 +45,8 @@ def program_table(plan: Plan) -> Table:
     """One row for each program."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     table.add_column("program", vertical="bottom", no_wrap=True)
-    headings = ["calls", "rows on\na device", f"GiB of\n{_gib(plan.target.chip.memory)}", "TFLOP", "GB", "seconds"]
-    headings += ["collectives\nin loops", "and\noutside", "compiled\nin s"] if plan.target.compiles else []
+    headings = ["calls", "rows on\na device", f"GiB of\n{_gib(plan.machine.chip.memory)}", "TFLOP", "GB", "seconds"]
+    headings += ["collectives\nin loops", "and\noutside", "compiled\nin s"] if plan.machine.compiles else []
     for heading in headings:
         table.add_column(heading, justify="right", no_wrap=True)
     for program in plan.programs:
@@ -58,7 +58,7 @@ def program_table(plan: Plan) -> Table:
             _memory(program),
             number(work.flops / 1e12),
             _traffic(program),
-            number(work.seconds(plan.target)),
+            number(work.seconds(plan.machine)),
         ]
         if program.compiled:
             found = program.compiled
@@ -70,7 +70,7 @@ def program_table(plan: Plan) -> Table:
 
 def summary(plan: Plan) -> list[str]:
     """What fits, and what the run needs of its hosts."""
-    chip, stored, target = plan.target.chip, plan.storage, plan.target
+    chip, stored, machine = plan.machine.chip, plan.storage, plan.machine
     worst = max(plan.programs, key=lambda program: program.memory, default=None)
     lines = (
         [f"nothing is pruned: {plan.model.origin}"]
@@ -79,8 +79,7 @@ def summary(plan: Plan) -> list[str]:
     )
     if plan.too_large:
         lines = [
-            f"does not fit {program.name}: "
-            + (program.compiled.refused if program.refused else f"needs {_gib(program.memory)} GiB of {_gib(chip.memory)} GiB")
+            f"does not fit {program.name}: " + (program.refused or f"needs {_gib(program.memory)} GiB of {_gib(chip.memory)} GiB")
             for program in plan.too_large
         ]
         lines.append(f"             {_advice(plan)}")
@@ -93,7 +92,7 @@ def summary(plan: Plan) -> list[str]:
     ]
     rows = "; ".join([*parts, "all others"]) if parts else "all rows of a group"
     lines.append(f"row batch    {rows} at once; {plan.batch} sequences a device in a step of the forward pass")
-    hosts = "each of the hosts: " if target.hosts > 1 else ""
+    hosts = "each of the hosts: " if machine.hosts > 1 else ""
     lines.append(f"host memory  {hosts}{_sum(stored.host)}")
     lines.append(f"disk         at most {_sum(stored.disk)}")
     return lines
@@ -104,13 +103,13 @@ def _advice(plan: Plan) -> str:
     rows = any(program.rows is not None for program in plan.too_large)
     fewer = [f"--batch {max(1, plan.batch // 2)}"] if calibration and plan.batch > 1 else []
     more = ["more devices"] if rows or not fewer else []
-    quick = "the same without --quick, whose programs are larger; then " if plan.target.options else ""
+    quick = "the same without --quick, whose programs are larger; then " if plan.machine.options else ""
     return f"try {quick}{' and '.join(fewer + more)}"
 
 
 def _legend(plan: Plan) -> list[str]:
     lines = ["Memory, FLOPs and bytes of one call on one device; memory with what else the run holds there."]
-    if plan.target.compiles:
+    if plan.machine.compiles:
         lines += [
             "Memory and collectives are the compiler's, FLOPs are counted; bytes are the compiler's for the calibration",
             "and counted for the solver. The collectives:",
@@ -118,7 +117,7 @@ def _legend(plan: Plan) -> list[str]:
         lines += [
             f"  {program.name}: {_counts(program.compiled.inside)} in loops, {_counts(program.compiled.outside)} outside"
             for program in plan.programs
-            if not program.refused
+            if program.compiled is not None and not program.refused
         ]
     return lines
 

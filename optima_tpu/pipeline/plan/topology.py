@@ -6,12 +6,13 @@ import math
 import os
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 from jax.experimental import topologies
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
@@ -75,7 +76,7 @@ CHIPS = {
 """Google Cloud's published figures of a chip: HBM, bfloat16 peak, HBM bandwidth, inter-chip bandwidth (v4's page has none)."""
 
 
-class Target(NamedTuple):
+class Machine(NamedTuple):
     """What a run is planned for.
 
     Attributes:
@@ -133,7 +134,7 @@ QUICK: Mapping[str, Any] = MappingProxyType({"exec_time_optimization_effort": -1
 0.65 to 1.27 times the memory."""
 
 
-def topology_target(text: str, mesh: str | None, compiling: bool = True, quick: bool = False) -> Target:
+def topology_machine(text: str, mesh: str | None, compiling: bool = True, quick: bool = False) -> Machine:
     """A TPU slice that is not here. Without libtpu nothing is compiled for it, and a note says so.
 
     Args:
@@ -156,7 +157,7 @@ def topology_target(text: str, mesh: str | None, compiling: bool = True, quick: 
     else:
         described = _describe(text, kind, shape)
         devices = described.devices
-        hosts = len({device.process_index for device in devices})
+        hosts = len({device.process_index for device in devices})  # type: ignore[attr-defined]  # jax declares no attributes
         if len(devices) > math.prod(shape):  # cores of a chip that jax sees one by one
             cores = len(devices) // math.prod(shape)
             chip = chip._replace(
@@ -167,6 +168,7 @@ def topology_target(text: str, mesh: str | None, compiling: bool = True, quick: 
     cores = len(devices) // math.prod(shape) if devices else 1
     # jax.make_mesh splits the dimensions of a v5e as it needs them, and of no other.
     sizes, note = fitting_mesh(mesh, _primes(math.prod(shape)) if kind == "v5e" else (*shape, cores), text)
+    made: Mesh | AbstractMesh
     if devices:
         made = jax.make_mesh(sizes, (DATA, MODEL), (AxisType.Auto,) * 2, devices=devices)
     else:
@@ -175,7 +177,7 @@ def topology_target(text: str, mesh: str | None, compiling: bool = True, quick: 
         notes.append(
             "compiled with the least effort (--quick): the full one, which a run takes, asked for 0.65 to 1.27 times the memory"
         )
-    return Target(text, chip, made, hosts, 0.5, (*notes, *note), QUICK if quick else None)
+    return Machine(text, chip, made, hosts, 0.5, (*notes, *note), QUICK if quick else None)
 
 
 def _describe(text: str, kind: str, shape: tuple[int, ...]) -> topologies.TopologyDescription:
@@ -191,7 +193,7 @@ def _describe(text: str, kind: str, shape: tuple[int, ...]) -> topologies.Topolo
     slice_name = f"{kind}:{'x'.join(map(str, shape))}"
     # A host has 2x2 chips, in slices smaller than that as many as there are.
     host = [min(2, size) for size in shape[:2]] + [1]
-    options = {} if math.prod(host) == 4 else {"chips_per_host_bounds": host}
+    options: dict[str, str | list[int]] = {} if math.prod(host) == 4 else {"chips_per_host_bounds": host}
     if kind == "v4":  # a slice shows the two cores of a chip as one device, this description by default does not
         options["chip_config_name"] = "megacore"
     try:
@@ -232,11 +234,11 @@ def _primes(number: int) -> tuple[int, ...]:
     return (factor, *_primes(number // factor)) if factor else ()
 
 
-def local_target(mesh: str | None, dtype: jnp.dtype, compiling: bool = True) -> Target:
+def local_machine(mesh: str | None, dtype: jnp.dtype, compiling: bool = True) -> Machine:
     """The devices that are here; their rates are measured, which takes a second.
 
     Args:
-      mesh: as for a run; see :func:`topology_target`.
+      mesh: as for a run; see :func:`topology_machine`.
       dtype: of the model.
     """
     count, first = jax.device_count(), jax.devices()[0]
@@ -251,13 +253,13 @@ def local_target(mesh: str | None, dtype: jnp.dtype, compiling: bool = True) -> 
     chip = Chip(first.device_kind, memory, narrow, wide, 0.3 * wide, bandwidth, None, "measured here")
     made = make_mesh(f"{data}x{model}") if compiling else AbstractMesh((data, model), (DATA, MODEL))
     notes = () if compiling else ("nothing was compiled (--no-compile): memory, FLOPs and bytes are those of a simple model",)
-    return Target(where, chip, made, jax.process_count(), 0.8, (*notes, *note), here=True)
+    return Machine(where, chip, made, jax.process_count(), 0.8, (*notes, *note), here=True)
 
 
 def _measure(dtype: jnp.dtype, size: int = 1024) -> tuple[float, float, float]:
     """FLOP/s of products in ``dtype`` and in full float32, and bytes/s of a sum of two arrays, on the first device."""
 
-    def seconds(function, *arrays) -> float:
+    def seconds(function: Callable[..., Array], *arrays: Array) -> float:
         compiled = jax.jit(function)
         jax.block_until_ready(compiled(*arrays))
         best = math.inf
@@ -267,7 +269,7 @@ def _measure(dtype: jnp.dtype, size: int = 1024) -> tuple[float, float, float]:
             best = min(best, time.perf_counter() - start)
         return best
 
-    def product(a, b):
+    def product(a: Array, b: Array) -> Array:
         return jnp.matmul(a, b, precision="highest", preferred_element_type=jnp.float32)
 
     wide = jnp.ones((size, size))

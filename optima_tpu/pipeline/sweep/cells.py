@@ -5,7 +5,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
 
-from optima_tpu.config.run_config import CHOICES, RunConfig, to_dict
+from optima_tpu.config.choices import CHOICES, default_options
+from optima_tpu.config.run_config import RunConfig, to_dict
 from optima_tpu.errors import UserError
 
 
@@ -104,10 +105,8 @@ def _told(config: RunConfig) -> Iterator[tuple[str, Any]]:
     for key, value in values.items():
         if key in CHOICES:
             yield key, value["name"] if value else "null"
-            method = getattr(config, key)
-            for field in dataclasses.fields(method) if method is not None else ():
-                if getattr(method, field.name) != field.default:
-                    yield f"{key}.{field.name}", value[field.name]
+            own = default_options(key, value["name"]) if value else {}
+            yield from ((f"{key}.{name}", value[name]) for name, default in own.items() if value[name] != default)
         elif isinstance(value, dict):
             yield from ((f"{key}.{name}", inner) for name, inner in value.items())
         elif key != "output":

@@ -22,8 +22,9 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from optima_tpu.config.parse import configure, load, method_settings, plain_name, spelled
-from optima_tpu.config.run_config import CHOICES, RunConfig
+from optima_tpu.config.choices import CHOICES, plain_name
+from optima_tpu.config.parse import configure, load, method_settings, spelled
+from optima_tpu.config.run_config import RunConfig
 from optima_tpu.data import check_sources
 from optima_tpu.errors import UserError
 from optima_tpu.pipeline.sweep.cells import Cell, refuse_idle_seeds, refuse_twins
@@ -37,7 +38,7 @@ _KEYS = ("run", *_AXES.values(), *_COUNTS, "leave_out", "output")
 
 
 @dataclasses.dataclass(frozen=True)
-class Grid:
+class CellGrid:
     """All cells, in the order in which they run: the first seed of all of them before the second.
 
     Attributes:
@@ -55,7 +56,7 @@ class Grid:
     cells: tuple[Cell, ...]
 
 
-def read_grid(path: str | Path, argv: Sequence[str] = (), output: str | None = None) -> Grid:
+def read_grid(path: str | Path, argv: Sequence[str] = (), output: str | None = None) -> CellGrid:
     """Reads a sweep's file.
 
     Args:
@@ -77,7 +78,7 @@ def read_grid(path: str | Path, argv: Sequence[str] = (), output: str | None = N
         raise UserError(f"{path}: {error}") from None
 
 
-def _grid(document: Mapping[str, Any], argv: Sequence[str], output: str | None, name: str) -> Grid:
+def _grid(document: Mapping[str, Any], argv: Sequence[str], output: str | None, name: str) -> CellGrid:
     if unknown := [key for key in document if key not in _KEYS]:
         raise UserError(
             f"there is no {unknown[0]} in a sweep, expected some of {', '.join(_KEYS)}; settings of the runs stand under run"
@@ -112,7 +113,7 @@ def _grid(document: Mapping[str, Any], argv: Sequence[str], output: str | None, 
     cells = [cell.inside(directory) for cell in cells]
     refuse_twins(cells)
     refuse_idle_seeds(cells)
-    return Grid(directory, tuple(axes["mask"]), tuple(axes["update"]), tuple(axes["pattern"]), tuple(cells))
+    return CellGrid(directory, tuple(axes["mask"]), tuple(axes["update"]), tuple(axes["pattern"]), tuple(cells))
 
 
 def _settings(name: str, value: Any) -> dict[str, Any]:

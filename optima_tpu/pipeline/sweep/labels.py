@@ -5,10 +5,11 @@ import json
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+from optima_tpu.config.choices import CHOICES
 from optima_tpu.config.flat import flat
 from optima_tpu.config.parse import configure, spelled
 from optima_tpu.config.presets import PRESETS
-from optima_tpu.config.run_config import CHOICES, RunConfig, to_dict
+from optima_tpu.config.run_config import RunConfig, to_dict
 from optima_tpu.errors import UserError
 
 

@@ -18,7 +18,7 @@ from optima_tpu.pipeline.inputs import Texts, manifest_of, open_model_on_mesh, r
 from optima_tpu.pipeline.run import run
 from optima_tpu.pipeline.self_calibration import generated_by
 from optima_tpu.pipeline.sweep.cells import Cell
-from optima_tpu.pipeline.sweep.grid import Grid
+from optima_tpu.pipeline.sweep.grid import CellGrid
 from optima_tpu.pipeline.sweep.tables import Result, describe, failed, finished, missing, refuse_loss, write_tables
 from optima_tpu.report.progress import say
 from optima_tpu.report.run_record import ASSETS, RUN, refuse_another
@@ -79,7 +79,7 @@ class Sweep:
         pattern, rule or mask does not fit the model, or a cell's directory holds a run with other settings or other code.
     """
 
-    def __init__(self, grid: Grid, chosen: Collection[Cell], keep_checkpoints: bool = False):
+    def __init__(self, grid: CellGrid, chosen: Collection[Cell], keep_checkpoints: bool = False):
         refuse_loss(grid)
         self.grid = grid
         self._chosen = chosen

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from optima_tpu.errors import UserError
 from optima_tpu.pipeline.sweep.cells import Cell, cell_name
-from optima_tpu.pipeline.sweep.grid import Grid
+from optima_tpu.pipeline.sweep.grid import CellGrid
 from optima_tpu.report.numbers import number
 from optima_tpu.report.summary import fitted_errors, held_out_errors, of_record
 from optima_tpu.runtime.files import read_record, write_bytes
@@ -143,7 +143,7 @@ def describe(reports: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     }
 
 
-def layout(grid: Grid, results: Sequence[Result]) -> Layout:
+def layout(grid: CellGrid, results: Sequence[Result]) -> Layout:
     """Perplexity of every cell, the mean over seeds with the sample standard deviation.
 
     "-" stands where nothing was run yet, or where the grid has no cell.
@@ -233,7 +233,7 @@ def terminal_table(table: Layout) -> Table:
     return shown
 
 
-def write_tables(grid: Grid, results: Sequence[Result], header: Mapping[str, str]) -> dict[str, Path]:
+def write_tables(grid: CellGrid, results: Sequence[Result], header: Mapping[str, str]) -> dict[str, Path]:
     """Writes the table and what it is made of, each file in one step; the folder is there.
 
     table.md is for reading, table.csv and table.json hold :func:`averages`, results.csv and results.json every :class:`Result`.
@@ -246,7 +246,7 @@ def write_tables(grid: Grid, results: Sequence[Result], header: Mapping[str, str
     return {name: grid.output / name for name in texts}
 
 
-def refuse_loss(grid: Grid) -> None:
+def refuse_loss(grid: CellGrid) -> None:
     """The tables of a grid may not replace those of another one.
 
     Raises:

@@ -1,0 +1,124 @@
+"""The settings that are one of several methods: ours by name, others by the import path of their class.
+
+    --solver cg                                 a method of this package
+    --selector my_lab.masks:MyMask              a class of the user's own, derived from ``Selector``
+
+The options of a method are the fields of its dataclass. The damping of the objective is an option of every solver.
+"""
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, ClassVar, Protocol
+
+from optima_tpu.errors import UserError
+from optima_tpu.method.acceptance import HeldOut, PerLayer, PerRow
+from optima_tpu.method.allocation import OWL, Measured, Uniform
+from optima_tpu.method.mask_swaps import Swaps
+from optima_tpu.method.selectors import ADMM, Imported, Magnitude, Selector, SparseGPT, Thanos, Wanda
+from optima_tpu.method.solvers import CG, MPAX, Adam, Exact, Solver
+from optima_tpu.method.targets import DenseTarget, SelfTarget, Target
+from optima_tpu.method.tuning import Fixed, Grid
+from optima_tpu.runtime.outside import code_digest, import_class, import_path, is_import_path
+
+CHOICES: Mapping[str, Mapping[str, type | None]] = MappingProxyType(
+    {
+        "selector": MappingProxyType(
+            {"wanda": Wanda, "sparsegpt": SparseGPT, "thanos": Thanos, "admm": ADMM, "magnitude": Magnitude, "imported": Imported}
+        ),
+        "solver": MappingProxyType({"cg": CG, "mpax": MPAX, "exact": Exact, "adam": Adam, "null": None}),
+        "accept": MappingProxyType({"per_row": PerRow, "per_layer": PerLayer, "held_out": HeldOut}),
+        "target": MappingProxyType({"self": SelfTarget, "dense": DenseTarget}),
+        "tuning": MappingProxyType({"fixed": Fixed, "grid": Grid}),
+        "refine": MappingProxyType({"null": None, "swaps": Swaps}),
+        "allocation": MappingProxyType({"uniform": Uniform, "owl": OWL, "measured": Measured}),
+    }
+)
+"""The settings that are one of several methods, and the name of each method in YAML files and on the command line."""
+
+OPEN: Mapping[str, type] = MappingProxyType({"selector": Selector, "solver": Solver, "target": Target})
+"""The settings that take classes from outside the package, and what these are derived from."""
+
+BY_HELD_OUT: Mapping[str, str] = MappingProxyType({"tuning": "grid", "accept": "held_out", "allocation": "measured"})
+"""The methods that choose by the held-out tokens: setting -> the method's name."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SolverOptions:
+    """What every solver is given.
+
+    Attributes:
+      damping: ridge of the objective that pulls a row toward its *dense* weights, as a share of the Hessian's diagonal. Without
+        any, a nearly singular layer fits the calibration set with huge weights and ruins the model.
+    """
+
+    damping: float = 0.0
+
+
+def method_class(setting: str, name: str) -> type | None:
+    """The class of a method; None for "null".
+
+    Raises:
+      UserError: it is an import path, and there is no such class; or see :func:`import_class`.
+    """
+    return import_class(name, OPEN[setting]) if setting in OPEN and is_import_path(name) else CHOICES[setting][name]
+
+
+def canonical_name(setting: str, text: str) -> str:
+    """The method's name however it is written: per_layer, per-layer, PerLayer; an import path as it is.
+
+    Raises:
+      UserError: there is no such method.
+    """
+    if setting in OPEN and is_import_path(str(text)):
+        import_class(str(text), OPEN[setting])
+        return str(text)
+    for name in CHOICES[setting]:
+        if plain_name(text) == plain_name(name):
+            return name
+    own = f", or the import path of your own, such as my_lab.masks:{OPEN[setting].__name__}" if setting in OPEN else ""
+    raise UserError(f"expected {setting} to be one of {', '.join(CHOICES[setting])}{own}, got {text!r}")
+
+
+def plain_name(name: Any) -> str:
+    """One text for all spellings of a method's name."""
+    return re.sub("[-_ ]", "", str(name)).lower()
+
+
+def method_name(setting: str, method: object) -> str:
+    """The name by which a method is chosen."""
+    return next((name for name, cls in CHOICES[setting].items() if cls is type(method)), import_path(type(method)))
+
+
+def option_classes(setting: str, name: str) -> tuple[type, ...]:
+    """The dataclasses whose fields are the options of a method; none for "null"."""
+    cls = method_class(setting, name)
+    shared = (SolverOptions,) if setting == "solver" else ()
+    return (*shared, cls) if cls else ()
+
+
+def default_options(setting: str, name: str) -> dict[str, Any]:
+    """The options of a method as it has them by itself, in JSON types."""
+    cls = method_class(setting, name)
+    if cls is None:
+        return {}
+    own = options_of(cls())
+    return {"damping": cls.default_damping} | own if issubclass(cls, Solver) else own
+
+
+class Method(Protocol):
+    """A dataclass: one of the methods of a setting."""
+
+    __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
+
+
+def options_of(method: Method) -> dict[str, Any]:
+    """A method's options in JSON types."""
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in dataclasses.asdict(method).items()}
+
+
+def outside_code(methods: Mapping[str, object]) -> dict[str, str]:
+    """The methods that are not of this package, by import path, and the SHA-256 of the file that each was read from."""
+    found = [type(method) for setting, method in methods.items() if method and type(method) not in CHOICES[setting].values()]
+    return {import_path(cls): code_digest(cls) for cls in found}

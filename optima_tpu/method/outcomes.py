@@ -1,0 +1,37 @@
+"""What happened to the rows of a matrix."""
+
+from typing import NamedTuple
+
+from jax import Array
+
+
+class RowOutcomes(NamedTuple):
+    """What happened to each row of a matrix; every array is [d_out].
+
+    Attributes:
+      energy: float32, mean square of the dense output.
+      before: float32, mean squared change of the output by the selector's weights.
+      after: float32, by the final weights.
+      gap: float32, the solver's.
+      steps: int32, the solver's.
+      converged: bool, the solver's own test.
+      refused: bool, the solver's weights were not accepted.
+      held_out: [3, d_out] float32, energy, before and after on held-out tokens.
+      dense: [4, d_out] float32, on held-out tokens against the dense model's outputs: these three, and those of dense weights.
+      exchanged: int32, kept weights that the selector had pruned, where masks are refined.
+      score: float32, by which held-out tokens choose between final weights, up to a constant.
+      chosen: [2] int32, not of rows: the indices of the damping and of the alpha that tuning chose.
+    """
+
+    energy: Array
+    before: Array
+    after: Array
+    gap: Array
+    steps: Array
+    converged: Array
+    refused: Array
+    held_out: Array | None = None
+    dense: Array | None = None
+    exchanged: Array | None = None
+    score: Array | None = None
+    chosen: Array | None = None

@@ -1,0 +1,187 @@
+"""The matrices that read one input, pruned on a mesh: masks, weights, and whether these are accepted."""
+
+import functools
+import itertools
+from typing import NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from optima_tpu.method.acceptance import MatrixObjective, RowErrors, TokenTerms, accept_rows, row_errors
+from optima_tpu.method.outcomes import RowOutcomes
+from optima_tpu.method.patterns import Pattern
+from optima_tpu.method.problem import Damping, Given, LayerProblem, Pruned, self_target
+from optima_tpu.method.recipe import Recipe
+from optima_tpu.method.row_sharding import RowSharding
+from optima_tpu.method.statistics import TokenSets, TokenStatistics
+from optima_tpu.method.targets import LinearTerm, Target
+
+Tree = TypeVar("Tree")
+
+
+class PrunedMatrix(NamedTuple):
+    """What became of a matrix.
+
+    Attributes:
+      weight: [d_out, d_in] in the dtype of the dense weights.
+      keep: [d_out, d_in] bool.
+      rows: what happened to its rows.
+    """
+
+    weight: Array
+    keep: Array
+    rows: RowOutcomes
+
+
+@functools.partial(jax.jit, static_argnames=("recipe", "patterns", "sharding"))
+def prune_group(
+    weights: tuple[Array, ...],
+    tokens: TokenSets[TokenStatistics],
+    given: tuple[Given[Array], ...] | None,
+    recipe: Recipe,
+    patterns: tuple[Pattern, ...],
+    sharding: RowSharding,
+) -> tuple[PrunedMatrix, ...]:
+    """Prunes the matrices that read one input, on the mesh.
+
+    Masks are chosen matrix by matrix; the solver gets the rows of all of them at once, split over every device. Where the recipe
+    tunes, there is one matrix, which is solved once for every candidate.
+
+    Args:
+      weights: each [d_out, d_in], dense, in the checkpoint's dtype; one where the recipe tunes.
+      tokens: the statistics of both sets of tokens; with a dense target their drift, that of the held-out tokens with energies.
+      given: masks of each matrix, and maybe weights, for a recipe without a selector.
+      patterns: of each matrix; all the same where the recipe refines masks.
+      sharding: where all matrices [d_in, d_in] lie, and how many rows a device takes at once.
+    """
+    group = _Group.of(weights, tokens, recipe.target, sharding)
+    pruned = group.choose(recipe, patterns, given)
+    if recipe.refine and len(set(patterns)) > 1:
+        raise ValueError("masks are exchanged for one pattern at a time")
+    solve = sharding.solve(recipe.update(patterns[0]))
+    measure = sharding.map(row_errors, RowErrors._make([sharding.layout.vector] * len(RowErrors._fields)))
+
+    def attempt(damping: Damping, alpha: Array | float) -> tuple[tuple[Pruned, RowOutcomes], ...]:
+        found = solve(group.problem(recipe.target, damping, alpha), _stacked(pruned))
+        outcomes = []
+        for index, (own, rows) in enumerate(zip(pruned, group.slices)):
+            objective = group.objective(index, recipe.target, damping, alpha)
+            mine = jax.tree.map(lambda array, rows=rows: array[rows], found)
+            accept = recipe.accept if recipe.solver else None
+            final, happened = accept_rows(objective, own, mine, accept, weights[index].dtype, measure)
+            outcomes.append((group.spread(index, final), happened))
+        return tuple(outcomes)
+
+    outcomes = recipe.tuning.choose(recipe.damping, recipe.target, attempt)
+    return tuple(
+        PrunedMatrix(final.weight.astype(weight.dtype), final.keep, rows) for (final, rows), weight in zip(outcomes, weights)
+    )
+
+
+class _Group(NamedTuple):
+    """The matrices of one input on the mesh, in float32.
+
+    Attributes:
+      matrices: each [d_out, d_in], dense, rows over all devices.
+      stack: [rows, d_in], the rows of all of them.
+      tokens: the objective of all rows on both sets of tokens, without drifts.
+      drifts: of each matrix, ``TokenTerms.drift`` of the held-out tokens; empty without a dense target.
+      sharding: of the rows.
+    """
+
+    matrices: tuple[Array, ...]
+    stack: Array
+    tokens: TokenSets[TokenTerms]
+    drifts: tuple[Array, ...]
+    sharding: RowSharding
+
+    @classmethod
+    def of(
+        cls, weights: tuple[Array, ...], tokens: TokenSets[TokenStatistics], target: Target, sharding: RowSharding
+    ) -> "_Group":
+        matrices = tuple(
+            jax.lax.with_sharding_constraint(weight.astype(jnp.float32), sharding.rows(weight)) for weight in weights
+        )
+        stack = _stack(matrices)
+
+        def terms(statistics: TokenStatistics) -> TokenTerms:
+            hessian, drift = sharding.place(statistics.hessian), statistics.drift
+            if drift is None:
+                return TokenTerms(hessian)
+            stream = None
+            if any(lost is not None for lost in drift.residual):
+                stream = target.gamma * _stack(
+                    tuple(
+                        jnp.zeros_like(matrix) if lost is None else jax.lax.with_sharding_constraint(lost, sharding.rows(matrix))
+                        for matrix, lost in zip(matrices, drift.residual)
+                    )
+                )
+            return TokenTerms(hessian, LinearTerm(sharding.product(sharding.place(drift.cross), stack), stream))
+
+        drift = tokens.held_out.drift if tokens.held_out else None
+        both = TokenSets(terms(tokens.calibration), None if tokens.held_out is None else terms(tokens.held_out))
+        return cls(matrices, stack, both, drift.energy if drift else (), sharding)
+
+    @property
+    def slices(self) -> list[slice]:
+        """The rows of each matrix in the stack."""
+        ends = itertools.accumulate(map(len, self.matrices), initial=0)
+        return list(itertools.starmap(slice, itertools.pairwise(ends)))
+
+    def problem(self, target: Target, damping: Damping, alpha: Array | float) -> LayerProblem:
+        """The problem of all rows."""
+        terms = self.tokens.calibration
+        hessian = damping.into(terms.hessian)
+        linear = self.sharding.product(hessian, self.stack)
+        if terms.term is not None:
+            linear = linear + target.pull(terms.term, alpha)
+        return LayerProblem(self.stack, hessian, linear, damping.least)
+
+    def choose(self, recipe: Recipe, patterns: tuple[Pattern, ...], given: tuple[Given[Array], ...] | None) -> tuple[Pruned, ...]:
+        """The masks of all matrices, and their weights as the selector leaves them."""
+        whole = self.problem(recipe.target, Damping(recipe.damping), recipe.target.alpha)
+        choices = []
+        with jax.sharding.use_abstract_mesh(self.sharding.mesh.abstract_mesh):  # for inverses, see linalg/inverses.py
+            for index, (matrix, rows) in enumerate(zip(self.matrices, self.slices)):
+                # Without a target term, reuse the selector's own product W H. A second product, of the rows on each device, would
+                # differ by rounding, and rounding would move weights.
+                problem = self_target(matrix, whole.hessian, whole.damping)
+                if self.tokens.calibration.term is not None:
+                    problem = LayerProblem(matrix, whole.hessian, whole.linear[rows], whole.damping)
+                if given is not None:
+                    choices.append(_taken(self.spread(index, given[index]), problem.weight))
+                elif recipe.selector is not None:
+                    choices.append(recipe.selector(problem, patterns[index]))
+                else:
+                    raise ValueError("a recipe without a selector needs masks")
+        # Said again: masks chosen between two layouts would be chosen on every device for all rows.
+        return tuple(self.spread(index, choice) for index, choice in enumerate(choices))
+
+    def objective(self, index: int, target: Target, damping: Damping, alpha: Array | float) -> MatrixObjective:
+        """What is asked of the rows of one matrix."""
+        calibration, held_out = self.tokens
+        rows = self.slices[index]
+        pull = None if calibration.term is None else target.pull(calibration.term, alpha)[rows]
+        if held_out and held_out.term:
+            held_out = held_out._replace(term=held_out.term.of(rows), drift=self.drifts[index])
+        return MatrixObjective(self.matrices[index], TokenSets(calibration, held_out), pull, damping.total)
+
+    def spread(self, index: int, arrays: Tree) -> Tree:
+        """Arrays of the rows of a matrix, [d_out, d_in], over all devices."""
+        sharding = self.sharding.rows(self.matrices[index])
+        return jax.tree.map(lambda array: jax.lax.with_sharding_constraint(array, sharding), arrays)
+
+
+def _taken(given: Given[Array], dense: Array) -> Pruned:
+    """Masks from elsewhere, with their weights, or the dense ones."""
+    weight = dense if given.weight is None else given.weight.astype(jnp.float32)
+    return Pruned(jnp.where(given.keep, weight, 0.0), given.keep)
+
+
+def _stacked(choices: tuple[Pruned, ...]) -> Pruned:
+    return Pruned(_stack(tuple(choice.weight for choice in choices)), _stack(tuple(choice.keep for choice in choices)))
+
+
+def _stack(arrays: tuple[Array, ...]) -> Array:
+    return jnp.concatenate(arrays) if len(arrays) > 1 else arrays[0]

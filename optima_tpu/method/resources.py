@@ -1,0 +1,35 @@
+"""What a method needs: memory on a device, and operations. Every method states its own beside its ``__call__``."""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class Footprint:
+    """What a solver holds on a device.
+
+    Attributes:
+      hessians: float32 matrices of the Hessian's size, itself included.
+      vectors: float32 vectors of a row's size, for each row that is solved at once.
+      split: whether ``Solver.prepare`` takes the Hessian by columns.
+    """
+
+    hessians: float
+    vectors: float
+    split: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """The operations of a method on the rows of a layer. A plan turns them into seconds.
+
+    Attributes:
+      products: of all rows with a [d_in, d_in] matrix.
+      passes: [rows, d_in] arrays that are read or written.
+      inverses: of one [d_in, d_in] matrix. A solver's serve all rows; a selector makes its own for every matrix.
+      factorisations: of one [d_in, d_in] matrix for each row.
+    """
+
+    products: float = 0.0
+    passes: float = 0.0
+    inverses: int = 0
+    factorisations: int = 0

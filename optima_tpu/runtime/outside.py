@@ -1,0 +1,94 @@
+"""Classes of the user's own, named by their import path: "my_lab.masks:MyMask"."""
+
+import dataclasses
+import hashlib
+import importlib
+import re
+import sys
+import typing
+from pathlib import Path
+from typing import Any, TypeVar
+
+from optima_tpu.errors import UserError, one_line
+
+_IMPORT_PATH = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*(\?.*)?")
+
+T = TypeVar("T")
+
+
+def is_import_path(text: str) -> bool:
+    """Whether a text has the form "my_lab.masks:MyMask", maybe with options behind a question mark."""
+    return _IMPORT_PATH.fullmatch(text) is not None
+
+
+def import_class(path: str, base: type[T]) -> type[T]:
+    """The class that an import path names.
+
+    Args:
+      path: "module:Name". The module is installed, or lies in the working directory.
+      base: what the class must be derived from.
+
+    Raises:
+      UserError: there is no such module or class, importing it fails, or it is no frozen dataclass derived from ``base``.
+    """
+    module, _, name = path.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
+            raise UserError(f"{path}: importing {module} failed: {one_line(error)}") from error
+        raise UserError(
+            f"{path}: there is no module {error.name}; expected one that is installed, or that lies in the working directory "
+            f"({Path.cwd()})"
+        ) from None
+    except AttributeError:
+        raise UserError(f"{path}: the module {module} has no class {name}") from None
+    except Exception as error:  # whatever the user's module raises
+        raise UserError(f"{path}: importing {module} failed: {type(error).__name__}: {one_line(error)}") from error
+    whole = f"{base.__module__.removesuffix('.base')}.{base.__qualname__}"
+    if not (isinstance(found, type) and issubclass(found, base)):
+        raise UserError(f"{path}: expected a class derived from {whole}, got {found!r:.80}")
+    parameters = getattr(found, "__dataclass_params__", None)
+    if parameters is None or not parameters.frozen:
+        raise UserError(f"{path}: expected a frozen dataclass; write @dataclasses.dataclass(frozen=True) above class {name}")
+    return found
+
+
+def import_path(cls: type) -> str:
+    """The text by which :func:`import_class` finds a class."""
+    return f"{cls.__module__}:{cls.__qualname__}"
+
+
+def code_digest(cls: type) -> str:
+    """SHA-256 of the source file of a class: the same name may stand for other code tomorrow."""
+    file = getattr(sys.modules[cls.__module__], "__file__", None)
+    return hashlib.sha256(Path(file).read_bytes()).hexdigest() if file else ""
+
+
+def read_options(cls: type[T], text: str) -> T:
+    """A value of a frozen dataclass with the options of a text such as "width=4&offset=1".
+
+    Raises:
+      UserError: an option that the class does not have, or a value that it cannot have.
+    """
+    kinds, values = typing.get_type_hints(cls), {}
+    names = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
+    for part in filter(None, text.split("&")):
+        name, equals, value = part.partition("=")
+        if name not in names or not equals:
+            raise UserError(f"{import_path(cls)}: expected options such as {names[0] if names else 'NONE'}=VALUE, got {part!r}")
+        try:
+            values[name] = (
+                kinds[name](value) if kinds[name] in (int, float) else value == "true" if kinds[name] is bool else value
+            )
+        except ValueError:
+            raise UserError(f"{import_path(cls)}: expected {name} to be a number, got {value!r}") from None
+    return cls(**values)
+
+
+def write_options(value: Any) -> str:
+    """The text behind the question mark that :func:`read_options` reads back, with the question mark; empty without options."""
+    words = []
+    for name, option in dataclasses.asdict(value).items():
+        words.append(f"{name}={str(option).lower() if isinstance(option, bool) else option}")
+    return "?" + "&".join(words) if words else ""

@@ -1,0 +1,149 @@
+"""Methods of the user's own, in a file outside the package: used by their import path, from the working directory."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.support.runs import SMALL, folder_tensors
+from tests.support.tiny_models import tiny_folder
+
+OWN = '''
+import dataclasses
+import jax.numpy as jnp
+from optima_tpu.method.patterns import Pattern
+from optima_tpu.method.problem import Pruned
+from optima_tpu.method.selectors import Selector
+from optima_tpu.method.solvers import CG, Solver
+from optima_tpu.method.targets import DenseTarget
+
+
+@dataclasses.dataclass(frozen=True)
+class MyMask(Selector):
+    """Keeps the weights with the largest ``|w_ij|^strength * ||x_j||``.
+
+    Attributes:
+      strength: how much the weight counts beside its input; 1 is Wanda.
+    """
+
+    strength: float = 1.0
+
+    def __call__(self, problem, pattern):
+        norms = jnp.sqrt(jnp.diagonal(problem.hessian))
+        keep = pattern.keep_mask(jnp.abs(problem.weight) ** self.strength * norms)
+        return Pruned(jnp.where(keep, problem.weight, 0.0), keep)
+
+
+@dataclasses.dataclass(frozen=True)
+class Lazy(Solver):
+    """CG with few steps."""
+
+    steps: int = 4
+
+    def __call__(self, problem, pruned):
+        return CG(max_steps=self.steps)(problem, pruned)
+
+
+@dataclasses.dataclass(frozen=True)
+class Far(DenseTarget):
+    """Twice as far from the own outputs."""
+
+    def pull(self, term, alpha):
+        return 2 * super().pull(term, alpha)
+
+
+@dataclasses.dataclass(frozen=True)
+class Comb(Pattern):
+    """Prunes every n-th input of all rows."""
+
+    every: int = 4
+
+    def pruned_count(self, shape):
+        return shape[0] * (shape[1] // self.every)
+
+    def keep_mask(self, scores):
+        return jnp.broadcast_to((jnp.arange(scores.shape[1]) + 1) % self.every != 0, scores.shape)
+
+
+class Thawed(Selector):
+    def __call__(self, problem, pattern): ...
+'''
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory) -> Path:
+    """A working directory with the user's module and a model."""
+    root = tmp_path_factory.mktemp("lab")
+    tiny_folder(root / "model")
+    (root / "my_lab").mkdir()
+    (root / "my_lab" / "methods.py").write_text(OWN)
+    return root
+
+
+def launch(lab: Path, *arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "optima_tpu.launch", "--model", "model", "--mesh", "1x1", "--cpu-devices", "1", *SMALL]
+    return subprocess.run([*command, *arguments], cwd=lab, capture_output=True, text=True)
+
+
+def test_a_selector_of_ones_own_prunes_and_is_named(lab):
+    own = ("--selector", "my_lab.methods:MyMask")
+    assert launch(lab, *own, "--selector.strength", "1", "--solver", "null", "--output", "own").returncode == 0
+    report = json.loads((lab / "own" / "report.json").read_text())
+    assert report["recipe"].startswith("my_lab.methods:MyMask,")
+    assert re.fullmatch("[0-9a-f]{64}", report["manifest"]["methods"]["my_lab.methods:MyMask"])
+    # At this strength it is Wanda.
+    assert launch(lab, "--selector", "wanda", "--solver", "null", "--output", "wanda").returncode == 0
+    for name, weight in folder_tensors(lab / "own" / "hf").items():
+        assert (weight == folder_tensors(lab / "wanda" / "hf")[name]).all(), name
+    told = launch(lab, *own, "--help").stdout
+    assert "--selector.strength X" in told and "how much the weight counts beside its input; 1 is Wanda" in " ".join(told.split())
+    # Other code under the same name is another run.
+    (lab / "my_lab" / "methods.py").write_text(OWN + "\n# edited\n")
+    again = launch(lab, *own, "--selector.strength", "1", "--solver", "null", "--output", "own")
+    assert again.returncode == 2 and "methods.my_lab.methods:MyMask" in again.stderr
+    (lab / "my_lab" / "methods.py").write_text(OWN)
+
+
+def test_solver_target_and_pattern_of_ones_own(lab):
+    methods = [
+        "--solver",
+        "my_lab.methods:Lazy",
+        "--solver.damping",
+        "0.1",
+        "--solver.steps",
+        "8",
+        "--target",
+        "my_lab.methods:Far",
+    ]
+    ran = launch(lab, *methods, "--recapture", "true", "--pattern", "my_lab.methods:Comb?every=3", "--output", "all")
+    assert ran.returncode == 0, ran.stderr
+    manifest = json.loads((lab / "all" / "run.json").read_text())["manifest"]
+    assert manifest["recipe"]["solver"] == {"name": "my_lab.methods:Lazy", "damping": 0.1, "steps": 8}
+    assert manifest["recipe"]["pattern"] == "my_lab.methods:Comb?every=3"
+    assert set(manifest["methods"]) == {f"my_lab.methods:{name}" for name in ("Lazy", "Far", "Comb")}
+    weight = folder_tensors(lab / "all" / "hf")["model.layers.0.self_attn.q_proj.weight"]
+    assert ((weight == 0) == (np.arange(1, 37) % 3 == 0)).all()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--selector", "my_lab.methods:Nope"], "the module my_lab.methods has no class Nope"),
+        (["--selector", "my_lab.nope:X"], "there is no module my_lab.nope; expected one that is installed"),
+        (["--selector", "my_lab.methods:Thawed"], "expected a frozen dataclass"),
+        (["--solver", "my_lab.methods:MyMask"], "expected a class derived from optima_tpu.method.solvers.Solver"),
+        (["--selector", "my_lab.methods:MyMask", "--selector.strenght", "2"], "did you mean --selector.strength"),
+        (["--pattern", "my_lab.methods:Comb?each=3"], "expected options such as every=VALUE, got 'each=3'"),
+        (["--refine", "swaps", "--pattern", "my_lab.methods:Comb"], "take --refine null"),
+        (["--selector", "sparsegpt", "--pattern", "my_lab.methods:Comb"], "take --selector wanda"),
+        (["--selector", "wandaa"], "the import path of your own"),
+    ],
+)
+def test_what_is_wrong_with_it_is_one_line(lab, arguments, words):
+    ran = launch(lab, *arguments, "--output", "refused")
+    assert ran.returncode == 2 and words in ran.stderr and ran.stderr.count("\n") == 1, ran.stderr
+    assert not (lab / "refused").exists()

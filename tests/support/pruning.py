@@ -1,0 +1,91 @@
+"""Matrices and blocks pruned in one call, with what a test leaves out filled in."""
+
+import math
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.sharding import Mesh
+
+from optima_tpu.method.acceptance import MatrixObjective, TokenTerms, accept_rows, row_errors
+from optima_tpu.method.outcomes import RowOutcomes
+from optima_tpu.method.patterns import Pattern
+from optima_tpu.method.problem import Given, LayerProblem, Pruned, ReadGiven, pull_of
+from optima_tpu.method.prune_group import prune_group
+from optima_tpu.method.recipe import Recipe
+from optima_tpu.method.row_sharding import ON_EVERY_DEVICE, Layout, RowSharding
+from optima_tpu.method.statistics import Drift, Groups, TokenSets, TokenStatistics
+from optima_tpu.models.activations import Activations
+from optima_tpu.models.decoder import Decoder
+from optima_tpu.pipeline.memory_plan import Pass
+from optima_tpu.pipeline.walk import PrunedBlock, Streams, Walk, prune_block, prune_groups
+from optima_tpu.report.records import LayerReport
+
+
+def measure(hessian: Array, dense: Array, old: Array, new: Array):
+    """The errors of rows on one device, as ``accept_rows`` asks for them."""
+    return row_errors(hessian)(dense, old, new)
+
+
+def prune_layer(problem: LayerProblem, recipe: Recipe, dtype=jnp.float32) -> tuple[Pruned, RowOutcomes]:
+    """Prunes one matrix on one device: selector, solver, cast, acceptance. What ``prune_group`` does on a mesh is the same."""
+    problem = LayerProblem(problem.weight, problem.hessian, problem.linear, recipe.damping)
+    pruned = recipe.selector(problem, recipe.pattern)
+    found = recipe.update(recipe.pattern)(problem, pruned)
+    objective = MatrixObjective(problem.weight, TokenSets(TokenTerms(problem.hessian)), pull_of(problem), damping=recipe.damping)
+    return accept_rows(objective, pruned, found, recipe.accept if recipe.solver else None, dtype, measure)
+
+
+def group_arguments(
+    weights,
+    hessian,
+    recipe: Recipe,
+    mesh: Mesh,
+    patterns: tuple[Pattern, ...] | None = None,
+    given: tuple[Given, ...] | None = None,
+    held_out: Array | None = None,
+    layout: Layout = ON_EVERY_DEVICE,
+    drift: Drift | None = None,
+    held_out_drift: Drift | None = None,
+) -> tuple:
+    """The arguments of ``prune_group``, of arrays or of their shapes."""
+    tokens = jax.ShapeDtypeStruct((), jnp.int32) if isinstance(hessian, jax.ShapeDtypeStruct) else jnp.int32(1)
+    sets = TokenSets(
+        TokenStatistics(hessian, tokens, drift), None if held_out is None else TokenStatistics(held_out, tokens, held_out_drift)
+    )
+    return weights, sets, given, recipe, patterns or (recipe.pattern,) * len(weights), RowSharding(mesh, layout)
+
+
+def prune_matrices(weights, hessian, recipe: Recipe, mesh: Mesh, **options):
+    """``prune_group`` of matrices that read one input: their weights, their masks, and what happened to their rows."""
+    return tuple(zip(*prune_group(*group_arguments(weights, hessian, recipe, mesh, **options))))
+
+
+def prune_calibrated(
+    decoder: Decoder, index: int, parameters: Mapping[str, Array], groups: Groups, statistics, recipe: Recipe, **options
+) -> PrunedBlock:
+    """``prune_groups`` of layers whose statistics are here, :class:`TokenSets` or those of calibration tokens alone."""
+    sets = tuple(each if isinstance(each, TokenSets) else TokenSets(each) for each in statistics)
+    walk = Walk(decoder, recipe, groups, samples=0, **options)
+    return prune_groups(walk, index, parameters, Pass(groups, (ON_EVERY_DEVICE,) * len(groups)), sets)
+
+
+def walk_block(
+    decoder: Decoder,
+    index: int,
+    hidden: Activations,
+    groups: Groups,
+    recipe: Recipe,
+    tell: Callable[[LayerReport], None] = lambda report: None,
+    *,
+    samples: int | None = None,
+    given: ReadGiven | None = None,
+    parameters: Mapping[str, Array] | None = None,
+    budget: float = math.inf,
+    dense: Activations | None = None,
+) -> PrunedBlock:
+    """One step of the walk: ``prune_block``, by default of a block that is read here, calibrated on all samples."""
+    walk = Walk(decoder, recipe, groups, len(hidden) if samples is None else samples, budget, given, tell)
+    parameters = decoder.load_block(index) if parameters is None else parameters
+    return prune_block(walk, index, parameters, Streams(hidden, dense))
