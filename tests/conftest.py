@@ -24,11 +24,30 @@ if _LESS_LLVM not in os.environ.get("XLA_FLAGS", ""):  # the workers have them f
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
+from jaxtyping import install_import_hook  # noqa: E402
 
 pytest.register_assert_rewrite("tests.support")  # a failing assertion tells its values there too
 
+from tests.support import checked  # noqa: E402
+
+# Whatever the tests call of the method takes and gives the types and shapes that it declares. Before it is imported.
+install_import_hook("optima_tpu.method", f"{checked.__name__}.checked")
+
 # Before any array exists. Meshes of fewer devices are made from the first ones.
 jax.config.update("jax_num_cpu_devices", 8)
+
+
+# Of the 65,530 that Linux gives a process. Every compiled program takes some, and XLA fails where none are left.
+_MANY_MAPS = 30_000
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_memory_maps():
+    """Forgets compiled programs behind a file of tests where a worker holds many."""
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > _MANY_MAPS:
+        jax.clear_caches()
 
 
 class FinishedRun(NamedTuple):

@@ -12,6 +12,7 @@ from typing import ClassVar, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jaxtyping import Bool, Float, Float32
 
 from optima_tpu.errors import UserError
 from optima_tpu.method.linalg.features import WHOLE, Features
@@ -19,6 +20,9 @@ from optima_tpu.method.outcomes import RowOutcomes
 from optima_tpu.method.problem import Pruned, Solution, displacement, output_energy, self_target, undamped_objective
 from optima_tpu.method.statistics import TokenSets
 from optima_tpu.method.targets import LinearTerm, pulled
+
+BeforeAndAfter = tuple[Float32[Array, " rows"], Float32[Array, " rows"]]
+"""Numbers of the selector's rows and of the solver's."""
 
 
 class Acceptance(abc.ABC):
@@ -31,7 +35,13 @@ class Acceptance(abc.ABC):
     by_held_out: ClassVar[bool] = False
 
     @abc.abstractmethod
-    def __call__(self, before: Array, after: Array, converged: Array, held_out: tuple[Array, Array] | None = None) -> Array:
+    def __call__(
+        self,
+        before: Float32[Array, " rows"],
+        after: Float32[Array, " rows"],
+        converged: Bool[Array, " rows"],
+        held_out: BeforeAndAfter | None = None,
+    ) -> Bool[Array, " rows"]:
         """The rows that are updated, [d_out] bool.
 
         Args:
@@ -48,7 +58,13 @@ class Acceptance(abc.ABC):
 class PerRow(Acceptance):
     """A row is updated when its own objective did not rise, the solver's damping included. So no row gets worse."""
 
-    def __call__(self, before: Array, after: Array, converged: Array, held_out: tuple[Array, Array] | None = None) -> Array:
+    def __call__(
+        self,
+        before: Float32[Array, " rows"],
+        after: Float32[Array, " rows"],
+        converged: Bool[Array, " rows"],
+        held_out: BeforeAndAfter | None = None,
+    ) -> Bool[Array, " rows"]:
         return after <= before
 
 
@@ -70,7 +86,13 @@ class PerLayer(Acceptance):
         if not 0 <= self.min_converged <= 1:
             raise UserError(f"expected min_converged in [0, 1], got {self.min_converged}")
 
-    def __call__(self, before: Array, after: Array, converged: Array, held_out: tuple[Array, Array] | None = None) -> Array:
+    def __call__(
+        self,
+        before: Float32[Array, " rows"],
+        after: Float32[Array, " rows"],
+        converged: Bool[Array, " rows"],
+        held_out: BeforeAndAfter | None = None,
+    ) -> Bool[Array, " rows"]:
         # A NaN makes the comparison False: a layer with one broken row is refused.
         fell = jnp.sum(after) < jnp.sum(before)
         enough = jnp.mean(converged, dtype=jnp.float32) >= self.min_converged
@@ -87,7 +109,13 @@ class HeldOut(Acceptance):
 
     by_held_out: ClassVar[bool] = True
 
-    def __call__(self, before: Array, after: Array, converged: Array, held_out: tuple[Array, Array] | None = None) -> Array:
+    def __call__(
+        self,
+        before: Float32[Array, " rows"],
+        after: Float32[Array, " rows"],
+        converged: Bool[Array, " rows"],
+        held_out: BeforeAndAfter | None = None,
+    ) -> Bool[Array, " rows"]:
         if held_out is None:
             raise UserError("expected held-out tokens where accept is held_out, got none: raise --calibration.held_out")
         rows = after <= before
@@ -105,21 +133,21 @@ class RowErrors(NamedTuple):
       old_displacement, new_displacement: ``sum_j H_jj (v_j - w_j)^2``.
     """
 
-    energy: Array
-    old: Array
-    new: Array
-    old_displacement: Array
-    new_displacement: Array
+    energy: Float32[Array, " rows"]
+    old: Float32[Array, " rows"]
+    new: Float32[Array, " rows"]
+    old_displacement: Float32[Array, " rows"]
+    new_displacement: Float32[Array, " rows"]
 
 
 Measure = Callable[[Array, Array, Array, Array], RowErrors]
 """Of a Hessian, and of dense, old and new weights."""
 
 
-def row_errors(hessian: Array, features: Features = WHOLE) -> Callable[[Array, Array, Array], RowErrors]:
+def row_errors(hessian: Float32[Array, "d_in d"], features: Features = WHOLE) -> Callable[[Array, Array, Array], RowErrors]:
     """The errors of dense, old and new weights."""
 
-    def measure(dense: Array, old: Array, new: Array) -> RowErrors:
+    def measure(dense: Float32[Array, "rows d"], old: Float32[Array, "rows d"], new: Float32[Array, "rows d"]) -> RowErrors:
         problem = self_target(dense, hessian, features=features)
         return RowErrors(
             output_energy(problem, features),
@@ -138,9 +166,9 @@ class TokenTerms(NamedTuple):
       drift: each row's mean of ``(D w')^2``, [rows] float32, of held-out tokens with a dense target.
     """
 
-    hessian: Array
+    hessian: Float32[Array, "d_in d_in"]
     term: LinearTerm | None = None
-    drift: Array | None = None
+    drift: Float32[Array, " rows"] | None = None
 
 
 class MatrixObjective(NamedTuple):
@@ -153,10 +181,10 @@ class MatrixObjective(NamedTuple):
       damping: of the objective.
     """
 
-    weight: Array
+    weight: Float32[Array, "rows d_in"]
     tokens: TokenSets[TokenTerms]
-    pull: Array | None = None
-    damping: Array | float = 0.0
+    pull: Float32[Array, "rows d_in"] | None = None
+    damping: Float[Array, ""] | float = 0.0
 
 
 class _HeldOutErrors(NamedTuple):
@@ -165,7 +193,7 @@ class _HeldOutErrors(NamedTuple):
 
     own: tuple[Array, Array, Array]
     dense: tuple[Array, Array, Array, Array] | None
-    decisive: tuple[Array, Array]
+    decisive: BeforeAndAfter
 
 
 def accept_rows(
@@ -218,12 +246,18 @@ def accept_rows(
     return Pruned(jnp.where(accepted[:, None], new, old), keep), outcomes
 
 
-def _stored(weight: Array, keep: Array, dtype: np.dtype) -> Array:
+def _stored(weight: Float32[Array, "rows d_in"], keep: Bool[Array, "rows d_in"], dtype: np.dtype) -> Float32[Array, "rows d_in"]:
     # The mask again after the cast, and + 0.0 so that no -0.0 is left: zeros are exact in the file.
     return jnp.where(keep, weight, 0.0).astype(dtype).astype(jnp.float32) + 0.0
 
 
-def _held_out_errors(dense: Array, terms: TokenTerms, old: Array, new: Array, measure: Measure) -> _HeldOutErrors:
+def _held_out_errors(
+    dense: Float32[Array, "rows d_in"],
+    terms: TokenTerms,
+    old: Float32[Array, "rows d_in"],
+    new: Float32[Array, "rows d_in"],
+    measure: Measure,
+) -> _HeldOutErrors:
     own = measure(terms.hessian, dense, old, new)[:3]
     if terms.term is None:
         return _HeldOutErrors(own, None, own[1:])

@@ -21,6 +21,7 @@ from typing import ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jaxtyping import Float32
 
 from optima_tpu.errors import UserError
 from optima_tpu.method.linalg.features import WHOLE, Features, matmul
@@ -103,14 +104,14 @@ class Exchanging(Solver):
     def __call__(self, problem: LayerProblem, pruned: Pruned) -> Solution:
         return self.prepare(problem.hessian, problem.damping)(problem, pruned)
 
-    def prepare(self, hessian: Array, damping: float, features: Features = WHOLE) -> SolveRows:
+    def prepare(self, hessian: Float32[Array, "d_in d"], damping: float, features: Features = WHOLE) -> SolveRows:
         if features != WHOLE:
             raise ValueError("exchanges compare all features of a row: they cannot be split over devices")
         solve = self.solver.prepare(hessian, damping, features)
         schur = schur_diagonal(hessian, damping, kept_share(self.pattern, hessian.shape[0]))
         return lambda problem, pruned: self._exchange(problem, pruned, solve, schur)
 
-    def _exchange(self, problem: LayerProblem, pruned: Pruned, solve: SolveRows, schur: Array) -> Solution:
+    def _exchange(self, problem: LayerProblem, pruned: Pruned, solve: SolveRows, schur: Float32[Array, " d_in"]) -> Solution:
         pull, ridge = pull_of(problem), problem.damping * jnp.diagonal(problem.hessian)
 
         def measure(weight: Array) -> tuple[Array, Array]:
@@ -123,7 +124,7 @@ class Exchanging(Solver):
             win = jnp.where(schur > 0, state.residual**2 / jnp.where(schur > 0, schur, 1.0), 0.0)
             return self.pattern.exchange(win, state.weight**2 * schur, state.keep, state.limit)
 
-        def one_round(index: int, state: _State) -> _State:
+        def one_round(index: int | Array, state: _State) -> _State:
             # The first one solves on the mask that came.
             keep, count = jax.lax.cond(index > 0, exchanged, lambda state: (state.keep, jnp.zeros_like(state.limit)), state)
             found = solve(problem, Pruned(jnp.where(keep, state.weight, 0.0), keep))
@@ -175,7 +176,7 @@ def kept_share(pattern: Pattern, inputs: int) -> float:
     return 1 - pattern.pruned_count((1, inputs)) / inputs
 
 
-def schur_diagonal(hessian: Array, damping: float, kept: float) -> Array:
+def schur_diagonal(hessian: Float32[Array, "d_in d_in"], damping: float, kept: float) -> Float32[Array, " d_in"]:
     """``s`` of the module, times ``H_jj``: for weights and residuals as they are, [d_in] float32; 0 for a dead input.
 
     Args:

@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 from jax import Array
+from jaxtyping import Bool, Float32, Int32
 
 
 class RowOutcomes(NamedTuple):
@@ -23,15 +24,15 @@ class RowOutcomes(NamedTuple):
       chosen: [2] int32, not of rows: the indices of the damping and of the alpha that tuning chose.
     """
 
-    energy: Array
-    before: Array
-    after: Array
-    gap: Array
-    steps: Array
-    converged: Array
-    refused: Array
-    held_out: Array | None = None
-    dense: Array | None = None
-    exchanged: Array | None = None
-    score: Array | None = None
-    chosen: Array | None = None
+    energy: Float32[Array, " d_out"]
+    before: Float32[Array, " d_out"]
+    after: Float32[Array, " d_out"]
+    gap: Float32[Array, " d_out"]
+    steps: Int32[Array, " d_out"]
+    converged: Bool[Array, " d_out"]
+    refused: Bool[Array, " d_out"]
+    held_out: Float32[Array, "3 d_out"] | None = None
+    dense: Float32[Array, "4 d_out"] | None = None
+    exchanged: Int32[Array, " d_out"] | None = None
+    score: Float32[Array, " d_out"] | None = None
+    chosen: Int32[Array, "2"] | None = None

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jaxtyping import Bool, Float, Int32
 
 from optima_tpu.errors import UserError
 from optima_tpu.method.linalg.smallest import lowest, order_of, pairs_that_pay
@@ -54,7 +55,7 @@ class Pattern(abc.ABC):
         """How many weights a [d_out, d_in] matrix loses. Raises UserError where the pattern does not fit the shape."""
 
     @abc.abstractmethod
-    def keep_mask(self, scores: Array) -> Array:
+    def keep_mask(self, scores: Float[Array, "rows d_in"]) -> Bool[Array, "rows d_in"]:
         """The mask with the largest total score.
 
         Args:
@@ -77,7 +78,13 @@ class Pattern(abc.ABC):
         """Whether :meth:`exchange` is there."""
         return type(self).exchange is not Pattern.exchange
 
-    def exchange(self, win: Array, cost: Array, keep: Array, limit: Array) -> tuple[Array, Array]:
+    def exchange(
+        self,
+        win: Float[Array, "rows d_in"],
+        cost: Float[Array, "rows d_in"],
+        keep: Bool[Array, "rows d_in"],
+        limit: Int32[Array, " rows"],
+    ) -> tuple[Bool[Array, "rows d_in"], Int32[Array, " rows"]]:
         """The mask after the exchanges that win more than they cost, the best ``limit`` of each row, and their number.
 
         Pairs are the dearest to let in with the cheapest to let go, the second with the second, and so on. Of equals the lower
@@ -158,10 +165,16 @@ class Unstructured(Pattern):
         rows, columns = shape
         return rows * self.pruned_in(columns) if self.group == "row" else self.pruned_in(rows * columns)
 
-    def keep_mask(self, scores: Array) -> Array:
+    def keep_mask(self, scores: Float[Array, "rows d_in"]) -> Bool[Array, "rows d_in"]:
         return ~lowest(scores, self.pruned_in(scores.shape[1] if self.group == "row" else scores.size), self.group)
 
-    def exchange(self, win: Array, cost: Array, keep: Array, limit: Array) -> tuple[Array, Array]:
+    def exchange(
+        self,
+        win: Float[Array, "rows d_in"],
+        cost: Float[Array, "rows d_in"],
+        keep: Bool[Array, "rows d_in"],
+        limit: Int32[Array, " rows"],
+    ) -> tuple[Bool[Array, "rows d_in"], Int32[Array, " rows"]]:
         win, cost = jnp.where(keep, -jnp.inf, win), jnp.where(keep, cost, jnp.inf)
         count = jnp.minimum(pairs_that_pay(win, cost), limit)
         return (keep | lowest(-win, count[:, None], "row")) & ~lowest(cost, count[:, None], "row"), count
@@ -215,7 +228,7 @@ class NM(Pattern):
             )
         return rows * (columns // self.m) * (self.m - self.n)
 
-    def keep_mask(self, scores: Array) -> Array:
+    def keep_mask(self, scores: Float[Array, "rows d_in"]) -> Bool[Array, "rows d_in"]:
         rows, columns = scores.shape
         self.pruned_count((rows, columns))  # raises where M does not divide d_in
         order, place = order_of(scores), jnp.arange(columns) % self.m
@@ -229,7 +242,13 @@ class NM(Pattern):
         before = jax.lax.fori_loop(1, self.m, count, jnp.zeros(scores.shape, jnp.int32))
         return before >= self.m - self.n
 
-    def exchange(self, win: Array, cost: Array, keep: Array, limit: Array) -> tuple[Array, Array]:
+    def exchange(
+        self,
+        win: Float[Array, "rows d_in"],
+        cost: Float[Array, "rows d_in"],
+        keep: Bool[Array, "rows d_in"],
+        limit: Int32[Array, " rows"],
+    ) -> tuple[Bool[Array, "rows d_in"], Int32[Array, " rows"]]:
         """One pair at most in each M, see :meth:`Pattern.exchange`."""
         win, cost = jnp.where(keep, -jnp.inf, win), jnp.where(keep, cost, jnp.inf)
         inside = (*keep.shape[:-1], -1, self.m)
@@ -261,7 +280,7 @@ class NM(Pattern):
         return str(self)
 
 
-def parse_pattern(text: str, group: str = "row") -> Pattern:
+def parse_pattern(text: str | float, group: str = "row") -> Pattern:
     """Reads "0.5/row" (half of every row), "0.5/layer" (half of every matrix), "0.5", "2:4" or "my_lab.patterns:Banded?width=4".
 
     Args:

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jaxtyping import Bool, Float, Float32, Int32
 
 from optima_tpu.method.linalg.features import WHOLE, Features, matmul
 
@@ -55,9 +56,9 @@ class LayerProblem:
         it. Without any, a nearly singular layer fits the calibration set with huge weights and ruins the model.
     """
 
-    weight: Array
-    hessian: Array
-    linear: Array
+    weight: Float32[Array, "rows d"]
+    hessian: Float32[Array, "d_in d"]
+    linear: Float32[Array, "rows d"]
     damping: float = dataclasses.field(default=0.0, metadata={"static": True})
 
 
@@ -73,7 +74,7 @@ class Damping(NamedTuple):
     """
 
     least: float
-    ridge: Array | float = 0.0
+    ridge: Float[Array, ""] | float = 0.0
 
     @classmethod
     def of(cls, total: float, least: float) -> "Damping":
@@ -81,11 +82,11 @@ class Damping(NamedTuple):
         return cls(least, (total - least) / (1 + least))
 
     @property
-    def total(self) -> Array | float:
+    def total(self) -> Float[Array, ""] | float:
         """``d + r (1 + d)``."""
         return self.least + self.ridge * (1 + self.least)
 
-    def into(self, hessian: Array) -> Array:
+    def into(self, hessian: Float32[Array, "d_in d"]) -> Float32[Array, "d_in d"]:
         """``H + r diag H``, elementwise, so that a matrix in columns stays so."""
         if isinstance(self.ridge, float) and self.ridge == 0:
             return hessian
@@ -101,8 +102,8 @@ class Pruned(NamedTuple):
       keep: [d_out, d_in] bool.
     """
 
-    weight: Array
-    keep: Array
+    weight: Float32[Array, "rows d"]
+    keep: Bool[Array, "rows d"]
 
 
 class Solution(NamedTuple):
@@ -117,19 +118,21 @@ class Solution(NamedTuple):
       keep: [d_out, d_in] bool, the mask, where the solver changed the one that it was given; else None.
     """
 
-    weight: Array
-    gap: Array
-    steps: Array
-    converged: Array
-    keep: Array | None = None
+    weight: Float32[Array, "rows d"]
+    gap: Float32[Array, " rows"]
+    steps: Int32[Array, " rows"]
+    converged: Bool[Array, " rows"]
+    keep: Bool[Array, "rows d"] | None = None
 
 
-def self_target(weight: Array, hessian: Array, damping: float = 0.0, features: Features = WHOLE) -> LayerProblem:
+def self_target(
+    weight: Float32[Array, "rows d"], hessian: Float32[Array, "d_in d"], damping: float = 0.0, features: Features = WHOLE
+) -> LayerProblem:
     """The problem of the paper: reproduce the layer's own outputs on its own inputs, ``g = W H``."""
     return LayerProblem(weight, hessian, features.product(weight, hessian), damping)
 
 
-def pull_of(problem: LayerProblem, features: Features = WHOLE) -> Array:
+def pull_of(problem: LayerProblem, features: Features = WHOLE) -> Float32[Array, "rows d"]:
     """The pull ``e = g - W H``, [d_out, d_in]: what the target asks for beyond the layer's own outputs.
 
     Zero for :func:`self_target`. Computed by the same product as ``g`` there, so that it is then exactly zero.
@@ -137,7 +140,9 @@ def pull_of(problem: LayerProblem, features: Features = WHOLE) -> Array:
     return problem.linear - features.product(problem.weight, problem.hessian)
 
 
-def undamped_objective(problem: LayerProblem, weight: Array, features: Features = WHOLE) -> Array:
+def undamped_objective(
+    problem: LayerProblem, weight: Float32[Array, "rows d"], features: Features = WHOLE
+) -> Float32[Array, " rows"]:
     """Each row's ``(v - w) H (v - w)' - 2 e (v - w)'``, [d_out] float32; what damping adds is :func:`displacement`.
 
     Twice the objective of the module docstring plus a constant of the row, chosen so that the dense weights have value
@@ -150,17 +155,17 @@ def undamped_objective(problem: LayerProblem, weight: Array, features: Features 
     return features.sums(change * (features.product(change, problem.hessian) - 2 * pull_of(problem, features)))[0]
 
 
-def displacement(problem: LayerProblem, weight: Array, features: Features = WHOLE) -> Array:
+def displacement(problem: LayerProblem, weight: Float32[Array, "rows d"], features: Features = WHOLE) -> Float32[Array, " rows"]:
     """Each row's ``sum_j H_jj (v_j - w_j)^2``, [d_out] float32: damping adds this, times ``d``, to the objective."""
     return features.sums((weight - problem.weight) ** 2 * features.diagonal(problem.hessian))[0]
 
 
-def output_energy(problem: LayerProblem, features: Features = WHOLE) -> Array:
+def output_energy(problem: LayerProblem, features: Features = WHOLE) -> Float32[Array, " rows"]:
     """Each row's ``w H w'``, [d_out] float32: the mean square of its output, the scale of a relative layer error."""
     return features.sums(problem.weight * features.product(problem.weight, problem.hessian))[0]
 
 
-def optimality_residual(problem: LayerProblem, pruned: Pruned, weight: Array) -> Array:
+def optimality_residual(problem: LayerProblem, pruned: Pruned, weight: Float32[Array, "rows d_in"]) -> Float32[Array, " rows"]:
     """Each row's relative residual of ``H_KK v_K = g_K`` in unit-diagonal variables, [d_out] float32.
 
     ``max_K |r_j| / sqrt(H_jj)  /  sqrt(w H w')`` with ``r = g - v H``: dimensionless, unchanged when ``H`` or any single

@@ -7,6 +7,7 @@ from typing import NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jaxtyping import Bool, Float, Float32
 
 from optima_tpu.method.acceptance import MatrixObjective, RowErrors, TokenTerms, accept_rows, row_errors
 from optima_tpu.method.outcomes import RowOutcomes
@@ -29,14 +30,14 @@ class PrunedMatrix(NamedTuple):
       rows: what happened to its rows.
     """
 
-    weight: Array
-    keep: Array
+    weight: Float[Array, "d_out d_in"]
+    keep: Bool[Array, "d_out d_in"]
     rows: RowOutcomes
 
 
 @functools.partial(jax.jit, static_argnames=("recipe", "patterns", "sharding"))
 def prune_group(
-    weights: tuple[Array, ...],
+    weights: tuple[Float[Array, "_ d_in"], ...],
     tokens: TokenSets[TokenStatistics],
     given: tuple[Given[Array], ...] | None,
     recipe: Recipe,
@@ -90,10 +91,10 @@ class _Group(NamedTuple):
       sharding: of the rows.
     """
 
-    matrices: tuple[Array, ...]
-    stack: Array
+    matrices: tuple[Float32[Array, "_ d_in"], ...]
+    stack: Float32[Array, "rows d_in"]
     tokens: TokenSets[TokenTerms]
-    drifts: tuple[Array, ...]
+    drifts: tuple[Float32[Array, " _"], ...]
     sharding: RowSharding
 
     @classmethod

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Float32, Shaped
 
 from optima_tpu.method.linalg.features import WHOLE, Features
 from optima_tpu.method.problem import LayerProblem, Pruned, Solution
@@ -73,11 +74,11 @@ class RowSharding:
         """Where the rows of a matrix [d_out, d_in] lie while its mask is chosen: over all devices that divide them."""
         return NamedSharding(self.mesh, divisible(self.mesh, weight.shape, ROWS))
 
-    def place(self, matrix: Array) -> Array:
+    def place(self, matrix: Float32[Array, "d_in d_in"]) -> Float32[Array, "d_in d_in"]:
         """A matrix [d_in, d_in] where the layout has it."""
         return jax.lax.with_sharding_constraint(matrix, NamedSharding(self.mesh, self.layout.hessian))
 
-    def product(self, matrix: Array, rows: Array) -> Array:
+    def product(self, matrix: Float32[Array, "d_in d_in"], rows: Float32[Array, "rows d_in"]) -> Float32[Array, "rows d_in"]:
         """``rows @ matrix`` in float32, of rows [d_out, d_in] and a matrix [d_in, d_in]."""
         return self.map(lambda part, features: lambda mine: features.product(mine, part), self.layout.matrix)(matrix, rows)
 
@@ -95,13 +96,13 @@ class RowSharding:
         mesh, layout = self.mesh, self.layout
         shares = mesh.size if not layout.split else mesh.shape[DATA]
 
-        def mapped(hessian: Array, *arrays: Array) -> Outputs:
+        def mapped(hessian: Float32[Array, "d_in d_in"], *arrays: Shaped[Array, "rows d_in"]) -> Outputs:
             count = arrays[0].shape[0]
             each = -(-count // shares)
             batches = -(-each // (layout.rows or each))
             extra = padded(count, shares * batches) - count
 
-            def local(hessian: Array, *arrays: Array) -> Outputs:
+            def local(hessian: Float32[Array, "d_in d"], *arrays: Shaped[Array, "rows d"]) -> Outputs:
                 run = prepare(hessian, layout.features)
                 if batches == 1:
                     return run(*arrays)

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Generic, NamedTuple, TypeVar
 
 from jax import Array
+from jaxtyping import Float32, Int32
 
 Groups = tuple[tuple[str, ...], ...]
 """The linear layers of a block, those that read the same input together: (("self_attn.q_proj", ...), ...)."""
@@ -21,9 +22,9 @@ class Drift(NamedTuple):
         asked for.
     """
 
-    cross: Array
-    energy: tuple[Array, ...] = ()
-    residual: tuple[Array | None, ...] = ()
+    cross: Float32[Array, "d_in d_in"]
+    energy: tuple[Float32[Array, " d_out"], ...] = ()
+    residual: tuple[Float32[Array, "d_out d_in"] | None, ...] = ()
 
     def of(self, layers: Sequence[int]) -> "Drift":
         """The drift of some layers of the group, by their indices in it."""
@@ -42,8 +43,8 @@ class TokenStatistics(NamedTuple):
       drift: from the inputs in the dense model; None where the target does not need it.
     """
 
-    hessian: Array
-    tokens: Array
+    hessian: Float32[Array, "d_in d_in"]
+    tokens: Int32[Array, ""]
     drift: Drift | None = None
 
     def of(self, layers: Sequence[int]) -> "TokenStatistics":

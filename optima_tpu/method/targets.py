@@ -25,6 +25,7 @@ from typing import ClassVar, NamedTuple
 
 import jax.numpy as jnp
 from jax import Array
+from jaxtyping import Float, Float32
 
 from optima_tpu.errors import UserError
 
@@ -47,7 +48,7 @@ class Target(abc.ABC):
         """How many streams of hidden states there are, and matrices [d_in, d_in] of every set of tokens."""
         return 1 + self.dense_stream
 
-    def pull(self, term: "LinearTerm", alpha: Array | float) -> Array:
+    def pull(self, term: "LinearTerm", alpha: Float[Array, ""] | float) -> Float32[Array, "rows d_in"]:
         """``e``, [rows, d_in] float32: what the target asks for beyond the layer's own outputs.
 
         Args:
@@ -102,15 +103,17 @@ class LinearTerm(NamedTuple):
         no row does, or it is not aimed at.
     """
 
-    outputs: Array
-    stream: Array | None
+    outputs: Float32[Array, "rows d_in"]
+    stream: Float32[Array, "rows d_in"] | None
 
     def of(self, rows: slice) -> "LinearTerm":
         """The term of some of the rows."""
         return LinearTerm(self.outputs[rows], None if self.stream is None else self.stream[rows])
 
 
-def pulled(pull: Array, dense: Array, weight: Array) -> Array:
+def pulled(
+    pull: Float32[Array, "rows d_in"], dense: Float32[Array, "rows d_in"], weight: Float32[Array, "rows d_in"]
+) -> Float32[Array, " rows"]:
     """Each row's ``2 e (v - w)'``, [d_out]: what an objective loses by moving towards a target with drift ``e``.
 
     Args:

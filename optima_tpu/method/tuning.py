@@ -8,6 +8,7 @@ from typing import ClassVar, Generic, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from optima_tpu.errors import UserError
@@ -44,7 +45,7 @@ class Tuning(abc.ABC):
         """How often a matrix is solved."""
         return len(self.dampings(damping)) + len(self.alphas(target)) - 1
 
-    def chosen(self, indices: Sequence[int], damping: float, target: Target) -> tuple[float, float | None]:
+    def chosen(self, indices: Array | np.ndarray, damping: float, target: Target) -> tuple[float, float | None]:
         """Damping and alpha from their indices, ``RowOutcomes.chosen``; no alpha where the target has none."""
         alpha = self.alphas(target)[int(indices[1])] if target.dense_stream else None
         return self.dampings(damping)[int(indices[0])], alpha

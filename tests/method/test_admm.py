@@ -36,7 +36,7 @@ def test_mask_and_weights_are_those_of_the_algorithm(pattern):
 @patterns
 def test_weights_that_obey_the_pattern_come_back(pattern):
     problem = layer(np.random.default_rng(3), ROWS, INPUTS)
-    obeys = np.asarray(Wanda()(problem, pattern).weight)
+    obeys = Wanda()(problem, pattern).weight
     pruned = select(SELECTOR, self_target(obeys, problem.hessian), pattern)
     assert (np.asarray(pruned.weight) == obeys).all() and (np.asarray(pruned.keep) == (obeys != 0)).all()
 

@@ -200,7 +200,7 @@ def test_a_refused_row_has_the_selectors_mask_back():
         pruned,
         solution,
         PerRow(),
-        jnp.float32,
+        jnp.dtype(jnp.float32),
         lambda *_: RowErrors(jnp.ones(6), jnp.ones(6), jnp.where(better, 0.5, 2.0), jnp.ones(6), jnp.ones(6)),
     )
     assert (final.keep == jnp.where(better[:, None], new, pruned.keep)).all()

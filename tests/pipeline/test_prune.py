@@ -225,7 +225,7 @@ def test_what_is_better_without_the_solvers_damping_alone_is_refused(accept):
     damped = Pruned(ends[0].weight, pruned.keep)
     for damping, refused in ((0.0, False), (1.0, True)):
         objective = MatrixObjective(problem.weight, TokenSets(TokenTerms(problem.hessian)), damping=damping)
-        _, rows = accept_rows(objective, damped, ends[1], accept, jnp.float32, measure)
+        _, rows = accept_rows(objective, damped, ends[1], accept, jnp.dtype(jnp.float32), measure)
         assert rows.refused.all() if refused else not rows.refused.any()
 
 

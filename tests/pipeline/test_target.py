@@ -452,7 +452,7 @@ def test_an_update_that_the_held_out_tokens_refuse_is_named():
     )
     objective = MatrixObjective(jnp.asarray(weight), sets, weight @ drift.cross)
     for accept, refused in ((PerRow(), False), (HeldOut(), True)):
-        final, rows = accept_rows(objective, pruned, solution, accept, jnp.float32, measure)
+        final, rows = accept_rows(objective, pruned, solution, accept, jnp.dtype(jnp.float32), measure)
         assert rows.refused.all() if refused else not rows.refused.any()
         assert (final.weight == (pruned if refused else solution).weight).all()
         np.testing.assert_allclose(rows.score, dense_error((other, other), weight, final.weight), rtol=1e-3)

@@ -34,7 +34,7 @@ def prune_layer(problem: LayerProblem, recipe: Recipe, dtype=jnp.float32) -> tup
     pruned = recipe.selector(problem, recipe.pattern)
     found = recipe.update(recipe.pattern)(problem, pruned)
     objective = MatrixObjective(problem.weight, TokenSets(TokenTerms(problem.hessian)), pull_of(problem), damping=recipe.damping)
-    return accept_rows(objective, pruned, found, recipe.accept if recipe.solver else None, dtype, measure)
+    return accept_rows(objective, pruned, found, recipe.accept if recipe.solver else None, jnp.dtype(dtype), measure)
 
 
 def group_arguments(

@@ -16,11 +16,14 @@ broadcast.
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jaxtyping import Float
 
 from optima_tpu.method.linalg.features import Features, matmul
 
 
-def inverse_by_panels(columns: Array, features: Features, panel: int = 128) -> tuple[Array, Array]:
+def inverse_by_panels(
+    columns: Float[Array, "d_in d"], features: Features, panel: int = 128
+) -> tuple[Float[Array, "d_in d"], Float[Array, "d_in d"]]:
     """The columns of ``X = A^-1`` and of ``R``, lower triangular with ``X = R'R``. To be called
     inside ``shard_map`` where features are split.
 

@@ -10,9 +10,10 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jaxtyping import Bool, Float, Shaped
 
 
-def matmul(a: Array, b: Array) -> Array:
+def matmul(a: Float[Array, "a b"], b: Float[Array, "b c"]) -> Float[Array, "a c"]:
     """``a @ b`` in full float32. On TPU and GPU the default would round the factors to bfloat16 or TF32."""
     return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
 
@@ -38,43 +39,43 @@ class Features:
             return part
         return jax.lax.psum(jnp.where(owner == jax.lax.axis_index(self.axis), part, 0.0), self.axis)
 
-    def whole(self, part: Array) -> Array:
+    def whole(self, part: Shaped[Array, "... d"]) -> Shaped[Array, "... d_in"]:
         """[..., d] -> [..., d_in], by one all-gather."""
         return part if self.axis is None else jax.lax.all_gather(part, self.axis, axis=part.ndim - 1, tiled=True)
 
-    def mine(self, whole: Array) -> Array:
+    def mine(self, whole: Shaped[Array, "d_in ..."]) -> Shaped[Array, "d ..."]:
         """[d_in, ...] -> [d, ...], this device's share of the first axis."""
         if self.axis is None:
             return whole
         size = whole.shape[0] // jax.lax.axis_size(self.axis)
         return jax.lax.dynamic_slice_in_dim(whole, jax.lax.axis_index(self.axis) * size, size)
 
-    def product(self, rows: Array, columns: Array) -> Array:
+    def product(self, rows: Float[Array, "rows d"], columns: Float[Array, "d_in d"]) -> Float[Array, "rows d"]:
         """``rows @ matrix`` of rows [r, d] and the matrix's columns [d_in, d]: [r, d] float32, by one all-gather of the rows."""
         return matmul(self.whole(rows), columns)
 
-    def sums(self, *parts: Array) -> tuple[Array, ...]:
+    def sums(self, *parts: Float[Array, "rows d"]) -> tuple[Float[Array, " rows"], ...]:
         """The sum over all features of each row of each [r, d], [r]; all of them by one all-reduce."""
         sums = tuple(jnp.sum(part, axis=1) for part in parts)
         return sums if self.axis is None else tuple(jax.lax.psum(jnp.stack(sums), self.axis))
 
-    def any(self, part: Array) -> Array:
+    def any(self, part: Bool[Array, "..."]) -> Bool[Array, ""]:
         """Whether any entry on any device of the axis is True."""
         return jnp.any(part) if self.axis is None else jax.lax.pmax(jnp.any(part).astype(jnp.int32), self.axis) > 0
 
-    def maximum(self, part: Array) -> Array:
+    def maximum(self, part: Float[Array, "..."]) -> Float[Array, ""]:
         """The largest entry on any device of the axis."""
         return jnp.max(part) if self.axis is None else jax.lax.pmax(jnp.max(part), self.axis)
 
-    def diagonal(self, columns: Array) -> Array:
+    def diagonal(self, columns: Float[Array, "d_in d"]) -> Float[Array, " d"]:
         """This device's part [d] of the diagonal of a matrix, from its columns [d_in, d]."""
         return jnp.diagonal(self.mine(columns))
 
-    def on_diagonal(self, columns: Array) -> Array:
+    def on_diagonal(self, columns: Float[Array, "d_in d"]) -> Bool[Array, "d_in d"]:
         """[d_in, d] bool: which entries of a device's columns are on the diagonal."""
         return self.mine(jnp.arange(columns.shape[0])) == jnp.arange(columns.shape[0])[:, None]
 
-    def transpose(self, columns: Array) -> Array:
+    def transpose(self, columns: Float[Array, "d_in d"]) -> Float[Array, "d_in d"]:
         """The columns [d_in, d] of ``M'`` from those of ``M``, by one all-to-all."""
         if self.axis is None:
             return columns.T

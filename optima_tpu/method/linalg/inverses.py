@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Float
 
 from optima_tpu.method.linalg.blocked_cholesky import inverse_by_panels
 from optima_tpu.method.linalg.features import WHOLE, Features, divided, matmul
@@ -14,17 +15,17 @@ from optima_tpu.method.linalg.features import WHOLE, Features, divided, matmul
 _LEAF = 256  # matrices up to this size are factorised at once
 
 
-def inverse(matrix: Array) -> Array:
+def inverse(matrix: Float[Array, "d d"]) -> Float[Array, "d d"]:
     """``M^-1`` of a positive definite [d, d] float32; NaN where it is not positive definite in float32."""
     return _made(matrix, lambda matrix: _square(_root(matrix)), lambda matrix: together(matrix)[0])
 
 
-def inverse_cholesky(matrix: Array) -> Array:
+def inverse_cholesky(matrix: Float[Array, "d d"]) -> Float[Array, "d d"]:
     """``L^-1`` where ``matrix = L L'``, of a [d, d] float32; NaN where it is not positive definite in float32."""
     return inverse_and_root(matrix)[1]
 
 
-def inverse_and_root(matrix: Array) -> tuple[Array, Array]:
+def inverse_and_root(matrix: Float[Array, "d d"]) -> tuple[Float[Array, "d d"], Float[Array, "d d"]]:
     """Both of the above, ``X = R'R`` and ``R``, of a matrix that every device has.
 
     Traced on a mesh, be it inside ``shard_map``, where all devices must come here, or where ``jax.sharding.use_abstract_mesh``
@@ -35,7 +36,7 @@ def inverse_and_root(matrix: Array) -> tuple[Array, Array]:
     return _made(matrix, _both, together)
 
 
-def together(matrix: Array) -> tuple[Array, Array]:
+def together(matrix: Float[Array, "d d"]) -> tuple[Float[Array, "d d"], Float[Array, "d d"]]:
     """As :func:`inverse_and_root`: every device of the mesh makes its share of the columns, and gets those of the others."""
     mesh = jax.sharding.get_abstract_mesh()
 

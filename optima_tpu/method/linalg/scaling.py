@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jaxtyping import Bool, Float
 
 from optima_tpu.errors import UserError
 from optima_tpu.method.linalg.features import WHOLE, Features
@@ -37,7 +38,7 @@ def rows_at_once(size: int, dtype: jnp.dtype, *, alone: bool) -> int:
     return 1 if inline else max(1, _BATCH_BYTES // (size * size * jnp.dtype(dtype).itemsize))
 
 
-def live_features(hessian: Array, features: Features = WHOLE) -> Array:
+def live_features(hessian: Float[Array, "d_in d"], features: Features = WHOLE) -> Bool[Array, " d"]:
     """[d_in] bool: inputs that carry any signal. Dead, negative and non-finite diagonals are excluded.
 
     Of a device's columns of the Hessian: its own part [d] of them.
@@ -47,7 +48,9 @@ def live_features(hessian: Array, features: Features = WHOLE) -> Array:
     return finite & (diagonal > DEAD * features.maximum(jnp.where(finite, diagonal, 0.0))) & (diagonal > 0)
 
 
-def unit_diagonal(hessian: Array, features: Features = WHOLE) -> tuple[Array, Array, Array]:
+def unit_diagonal(
+    hessian: Float[Array, "d_in d"], features: Features = WHOLE
+) -> tuple[Float[Array, "d_in d"], Float[Array, " d"], Bool[Array, " d"]]:
     """The Hessian in unit-diagonal variables: (matrix [d_in, d_in], scale [d_in], live [d_in]).
 
     Dead features become rows and columns of the identity. Of a device's columns of the Hessian: its own columns of the matrix

@@ -10,6 +10,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jaxtyping import Bool, Float, Int32, UInt32
 
 PASSES = 16
 """Over the entries, to find a value."""
@@ -18,7 +19,9 @@ PASSES_OF_A_MASK = PASSES + 4
 """Over the scores, to choose a mask by :func:`lowest`."""
 
 
-def lowest(scores: Array, count: Array | int, group: str) -> Array:
+def lowest(
+    scores: Float[Array, "rows columns"], count: Int32[Array, "#rows 1"] | Int32[Array, ""] | int, group: str
+) -> Bool[Array, "rows columns"]:
     """True at exactly ``count`` entries of every row or of the matrix, the lowest; of equals those with the lower index.
 
     Args:
@@ -45,7 +48,7 @@ def lowest(scores: Array, count: Array | int, group: str) -> Array:
     return jax.lax.cond(jnp.any(equal > count - fewer), by_index, lambda: below | ties)
 
 
-def pairs_that_pay(win: Array, cost: Array) -> Array:
+def pairs_that_pay(win: Float[Array, "rows columns"], cost: Float[Array, "rows columns"]) -> Int32[Array, " rows"]:
     """The largest ``k`` of every row for which its ``k``-th largest win is above its ``k``-th smallest cost; 0 where none is.
 
     That is the largest ``min(wins above x, costs up to x)`` of all values ``x``, which lies where the second number passes the
@@ -76,7 +79,7 @@ def _largest(like: Array, holds: Callable[[list[Array]], list[Array]]) -> Array:
       holds: of several values at once, each of that shape.
     """
 
-    def two_bits(index: int, value: Array) -> Array:
+    def two_bits(index: int | Array, value: Array) -> Array:
         step = jnp.left_shift(jnp.uint32(1), jnp.uint32(30 - 2 * index))
         return value + step * sum(true.astype(jnp.uint32) for true in holds([value + times * step for times in (1, 2, 3)]))
 
@@ -94,7 +97,7 @@ def _counts(masks: list[Array], axes: tuple[int, ...]) -> list[Array]:
     return [jnp.expand_dims(count, axes) for count in found]
 
 
-def order_of(scores: Array) -> Array:
+def order_of(scores: Float[Array, "rows columns"]) -> UInt32[Array, "rows columns"]:
     """uint32 numbers in the order of the scores, each at least 1; NaN is the smallest."""
     scores = jnp.where(jnp.isnan(scores), -jnp.inf, jnp.where(scores == 0, 0.0, scores))  # one zero, without a sign
     # The bits of positive floats are in the order of the floats, those of negative ones in the opposite order.

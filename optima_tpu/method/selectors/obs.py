@@ -2,12 +2,13 @@
 
 import jax.numpy as jnp
 from jax import Array
+from jaxtyping import Float32
 
 from optima_tpu.method.linalg.inverses import inverse_cholesky
 from optima_tpu.method.linalg.scaling import live_features
 
 
-def inverse_factor(hessian: Array, damping: float) -> Array:
+def inverse_factor(hessian: Float32[Array, "d_in d_in"], damping: float) -> Float32[Array, "d_in d_in"]:
     """The upper triangular ``U`` with ``U'U = (H + damping * mean(diag H) * I)^-1``, [d_in, d_in] float32.
 
     One factor holds every inverse that a sweep over the columns needs, after SparseGPT (Frantar and Alistarh, 2023,

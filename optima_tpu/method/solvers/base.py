@@ -6,6 +6,7 @@ from typing import ClassVar
 
 import jax.numpy as jnp
 from jax import Array
+from jaxtyping import Float32
 
 from optima_tpu.method.linalg.features import WHOLE, Features
 from optima_tpu.method.problem import LayerProblem, Pruned, Solution
@@ -33,7 +34,7 @@ class Solver(abc.ABC):
     def __call__(self, problem: LayerProblem, pruned: Pruned) -> Solution:
         """The rows' new weights, on the mask of ``pruned`` or on one of their own."""
 
-    def prepare(self, hessian: Array, damping: float, features: Features = WHOLE) -> SolveRows:
+    def prepare(self, hessian: Float32[Array, "d_in d"], damping: float, features: Features = WHOLE) -> SolveRows:
         """The solver of any rows with this Hessian and damping, with what depends on these alone already done.
 
         Args:

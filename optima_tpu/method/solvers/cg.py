@@ -23,6 +23,7 @@ from typing import ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jaxtyping import Float32
 
 from optima_tpu.errors import UserError
 from optima_tpu.method.linalg.blocked_cholesky import inverse_by_panels
@@ -78,7 +79,7 @@ class CG(Solver):
     def __call__(self, problem: LayerProblem, pruned: Pruned) -> Solution:
         return self.prepare(problem.hessian, problem.damping)(problem, pruned)
 
-    def prepare(self, hessian: Array, damping: float, features: Features = WHOLE) -> SolveRows:
+    def prepare(self, hessian: Float32[Array, "d_in d"], damping: float, features: Features = WHOLE) -> SolveRows:
         shared = _share(hessian, damping, features)
         return lambda problem, pruned: self._solve(problem, pruned, shared, features)
 
