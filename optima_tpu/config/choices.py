@@ -20,7 +20,7 @@ from optima_tpu.method.selectors import ADMM, Imported, Magnitude, Selector, Spa
 from optima_tpu.method.solvers import CG, MPAX, Adam, Exact, Solver
 from optima_tpu.method.targets import DenseTarget, SelfTarget, Target
 from optima_tpu.method.tuning import Fixed, Grid
-from optima_tpu.runtime.outside import code_digest, import_class, import_path, is_import_path
+from optima_tpu.runtime.outside import import_class, import_path, is_import_path
 
 CHOICES: Mapping[str, Mapping[str, type | None]] = MappingProxyType(
     {
@@ -116,9 +116,3 @@ class Method(Protocol):
 def options_of(method: Method) -> dict[str, Any]:
     """A method's options in JSON types."""
     return {name: list(value) if isinstance(value, tuple) else value for name, value in dataclasses.asdict(method).items()}
-
-
-def outside_code(methods: Mapping[str, object]) -> dict[str, str]:
-    """The methods that are not of this package, by import path, and the SHA-256 of the file that each was read from."""
-    found = [type(method) for setting, method in methods.items() if method and type(method) not in CHOICES[setting].values()]
-    return {import_path(cls): code_digest(cls) for cls in found}

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from optima_tpu.config.choices import BY_HELD_OUT, CHOICES, method_name, options_of, outside_code
+from optima_tpu.config.choices import BY_HELD_OUT, CHOICES, method_name, options_of
 from optima_tpu.errors import UserError
 from optima_tpu.method.acceptance import Acceptance, PerRow
 from optima_tpu.method.allocation import Allocation, Uniform
@@ -20,7 +20,7 @@ from optima_tpu.method.targets import SelfTarget, Target
 from optima_tpu.method.tuning import Fixed, Tuning
 from optima_tpu.runtime.buckets import as_path
 from optima_tpu.runtime.mesh import parse_mesh
-from optima_tpu.runtime.outside import code_digest, import_path
+from optima_tpu.runtime.outside import outside_code
 
 
 def at_least(least: int, name: str, value: int | None) -> None:
@@ -233,12 +233,8 @@ class RunConfig:
     @property
     def outside_code(self) -> dict[str, str]:
         """The user's own classes in this run, by import path, and the SHA-256 of the file that each was read from."""
-        own = {
-            import_path(type(pattern)): code_digest(type(pattern))
-            for pattern in self._patterns
-            if not type(pattern).__module__.startswith("optima_tpu.")
-        }
-        return own | outside_code({setting: getattr(self, setting) for setting in CHOICES})
+        methods = (getattr(self, setting) for setting in CHOICES)
+        return outside_code([*self._patterns, *filter(None, methods)])
 
     @property
     def model_name(self) -> str:

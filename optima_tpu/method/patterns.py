@@ -98,7 +98,6 @@ class Pattern(abc.ABC):
 
         Returns:
           [rows, d_in] bool and [rows] int32.
-
         """
         raise NotImplementedError
 

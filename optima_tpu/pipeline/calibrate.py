@@ -20,7 +20,7 @@ from optima_tpu.method.targets import SelfTarget, Target
 from optima_tpu.models.activations import Activations
 from optima_tpu.models.decoder import Decoder, forward
 from optima_tpu.models.layers import project
-from optima_tpu.runtime.mesh import DATA, MODEL
+from optima_tpu.runtime.mesh import DATA, MODEL, struct_on
 from optima_tpu.runtime.processes import fetch
 
 
@@ -101,8 +101,8 @@ def accumulate(decoder: Decoder, index: int, capture: Capture, streams: Sequence
     """
     hidden, moving = streams[0].hidden, streams[-1].hidden
     length, states = hidden.values.shape[1], [decoder.state(stream.parameters) for stream in streams]
-    positions, sums = decoder.positions(index, length), _nothing(decoder, capture)
-    step = CaptureStep.of(decoder, capture)
+    positions, step = decoder.positions(index, length), CaptureStep.of(decoder, capture)
+    sums = jax.tree.map(_zeros, sums_of(decoder, step, capture.energy))
     wanted = capture.groups if capture.energy else ()
     weights = {name: streams[-1].parameters[name + ".weight"] for names in wanted for name in names}
     with moving.put_behind() if capture.advance else contextlib.nullcontext() as put:
@@ -137,8 +137,10 @@ class ResidualNames(NamedTuple):
     after: str | None
 
 
-def residual_names(decoder: Decoder, groups: Groups, target: Target) -> tuple[ResidualNames, ...]:
-    """What :func:`add_batch` reads of the residual stream, for each group."""
+def residual_names(decoder: Decoder, groups: Groups, target: Target) -> tuple[ResidualNames | None, ...]:
+    """What :func:`add_batch` reads of the residual stream, for each group; None where there is no drift."""
+    if not target.dense_stream:
+        return (None,) * len(groups)
     found = []
     for names in groups:
         around = [decoder.family.residuals.get(name) for name in names]
@@ -155,20 +157,20 @@ class CaptureStep:
     Attributes:
       graph: of the block.
       groups: whose inputs are wanted.
-      residuals: what is read of the residual stream for each group; None where there is no drift.
+      residuals: what is read of the residual stream, for each group; None where there is no drift.
       advance: whether the output of the last stream is wanted.
     """
 
     graph: Any
     mesh: Mesh
     groups: Groups
-    residuals: tuple[ResidualNames, ...] | None = None
+    residuals: tuple[ResidualNames | None, ...]
     advance: bool = False
 
     @classmethod
     def of(cls, decoder: Decoder, capture: Capture) -> "CaptureStep":
         """The step of a capture."""
-        residuals = residual_names(decoder, capture.groups, capture.target) if capture.target.dense_stream else None
+        residuals = residual_names(decoder, capture.groups, capture.target)
         return cls(decoder.graph, decoder.mesh, capture.groups, residuals, capture.advance)
 
 
@@ -212,7 +214,7 @@ def add_batch(
     passed = [forward(step.graph, stream.state, stream.hidden, tokens.positions) for stream in streams]
     inputs = [found for _, found in passed]
     statistics, totals = [], []
-    for names, places, before, total in zip(step.groups, step.residuals or (None,) * len(step.groups), *sums):
+    for names, places, before, total in zip(step.groups, step.residuals, *sums):
         seen = _seen(names[0], places, inputs, tokens.valid)
         totals.append(total if total is None or seen.scale is None else total + jnp.sum(jnp.square(seen.scale)))
         hessian = before.hessian + _gram(seen.x, step.mesh)
@@ -288,29 +290,40 @@ def inverse_norm(stream: Array) -> Array:
     return jnp.where(square > 0, jax.lax.rsqrt(jnp.where(square > 0, square, 1)), 0)
 
 
-def _nothing(decoder: Decoder, capture: Capture) -> Sums:
-    """No tokens yet."""
-    mesh, everywhere = decoder.mesh, jax.NamedSharding(decoder.mesh, P())
-    residuals = CaptureStep.of(decoder, capture).residuals or (None,) * len(capture.groups)
-    statistics, weights = [], []
-    for names, places in zip(capture.groups, residuals):
-        size = decoder.block_shapes[names[0] + ".weight"][1]
-        columns = jax.NamedSharding(mesh, _columns(mesh, size))
-        drift = None
-        if places is not None:
-            outputs = [decoder.block_shapes[name + ".weight"][0] for name in names] if capture.energy else []
-            drift = Drift(
-                jnp.zeros((size, size), jnp.float32, device=columns),
-                tuple(jnp.zeros(rows, device=everywhere) for rows in outputs),
-                tuple(
-                    None if before is None else jnp.zeros((decoder.config.d_model, size), device=columns)
-                    for before in places.before
-                ),
-            )
-        hessian = jnp.zeros((size, size), jnp.float32, device=columns)
-        statistics.append(TokenStatistics(hessian, jnp.zeros((), jnp.int32, device=everywhere), drift))
-        weights.append(jnp.zeros((), device=everywhere) if places and places.after else None)
-    return Sums(tuple(statistics), tuple(weights))
+def sums_of(decoder: Decoder, step: CaptureStep, energy: bool = False) -> Sums:
+    """The shapes of :class:`Sums` and their places on the mesh, as :func:`struct_on` gives them."""
+    statistics = tuple(statistics_of(decoder, names, places, energy) for names, places in zip(step.groups, step.residuals))
+    weight = struct_on(step.mesh, (), jnp.float32, P())
+    return Sums(statistics, tuple(weight if places and places.after else None for places in step.residuals))
+
+
+def statistics_of(
+    decoder: Decoder, names: tuple[str, ...], places: ResidualNames | None, energy: bool = False
+) -> TokenStatistics:
+    """The shapes of a group's statistics and their places on the mesh, as :func:`struct_on` gives them.
+
+    Args:
+      names: of the group's layers.
+      places: what is read of the residual stream; None where there is no drift.
+      energy: whether the drift has the mean squares of the outputs.
+    """
+    outputs, inputs = zip(*(decoder.block_shapes[name + ".weight"] for name in names))
+
+    def columns(rows: int) -> Array:
+        return struct_on(decoder.mesh, (rows, inputs[0]), jnp.float32, P(None, MODEL))
+
+    drift = None
+    if places is not None:
+        drift = Drift(
+            columns(inputs[0]),
+            tuple(struct_on(decoder.mesh, (rows,), jnp.float32, P()) for rows in outputs if energy),
+            tuple(None if before is None else columns(rows) for rows, before in zip(outputs, places.before)),
+        )
+    return TokenStatistics(columns(inputs[0]), struct_on(decoder.mesh, (), jnp.int32, P()), drift)
+
+
+def _zeros(struct: Array) -> Array:
+    return jnp.zeros(struct.shape, struct.dtype, device=struct.sharding)
 
 
 def _refuse_infinite(decoder: Decoder, index: int, groups: Groups, matrices: Sequence[Array]) -> None:

@@ -251,19 +251,19 @@ def _is_exported(run: Run) -> bool:
 
 def _export(run: Run) -> None:
     directory = run.opened.directory
-    facts: dict[str, Any] = {"recipe": recipe_line(run.opened.config, run.opened.model.decoder), "perplexity": _perplexity(run)}
-    facts["evaluation"] = _evaluation(run)
+    facts = _facts(run)
     first_only(lambda: export(directory, directory / FOLDER, report=facts))
     run.progress.advance()
 
 
-def _perplexity(run: Run) -> dict[str, float]:
-    return {"dense": _made(run.dense), "pruned": _made(run.pruned)}
-
-
-def _evaluation(run: Run) -> dict[str, Any]:
+def _facts(run: Run) -> dict[str, Any]:
+    """What the card of the exported model and the report both say."""
     text = run.opened.texts.evaluation
-    return {"how": text.how, "tokens": int(text.ids.size), "digest": token_digest(text.ids)}
+    return {
+        "recipe": recipe_line(run.opened.config, run.opened.model.decoder),
+        "perplexity": {"dense": _made(run.dense), "pruned": _made(run.pruned)},
+        "evaluation": {"how": text.how, "tokens": int(text.ids.size), "digest": token_digest(text.ids)},
+    }
 
 
 def _report(run: Run) -> None:
@@ -289,15 +289,13 @@ def _report(run: Run) -> None:
             environment=environment(decoder.mesh),
             model=model,
             calibration={"source": config.calibration.source, "how": calibration.how, "tokens": int(calibration.ids.size)},
-            evaluation=_evaluation(run),
-            perplexity=_perplexity(run),
             allocation=run.allocation and run.allocation.to_json(),
             weighed=[name for name in residuals if name in decoder.linears],
-            recipe=recipe_line(config, decoder),
             blocks=list(map(BlockReport.from_json, _made(run.blocks))),
             seconds=run.progress.seconds,
             memory=memory,
             files={what: str(path) for what, path in files.items()},
+            **_facts(run),
         )
     )
 

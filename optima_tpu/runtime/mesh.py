@@ -138,7 +138,11 @@ def struct_on(mesh: Mesh, shape: tuple[int, ...], dtype: np.dtype, spec: P) -> j
 
     A ``jax.ShapeDtypeStruct``. To the types it is the array that it stands for, as a tracer is: the same trees hold both.
     """
-    return cast(jax.Array, jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, divisible(mesh, shape, spec))))
+    axes = list(divisible(mesh, shape, spec))
+    # Written as jit writes the place of a result, without a None at the end: for one place written in two ways it compiles twice.
+    while axes and axes[-1] is None:
+        axes.pop()
+    return cast(jax.Array, jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, P(*axes))))
 
 
 def bytes_on_device(*arrays: jax.Array) -> int:

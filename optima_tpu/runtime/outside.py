@@ -6,7 +6,9 @@ import importlib
 import re
 import sys
 import typing
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 from optima_tpu.errors import UserError, one_line
@@ -14,6 +16,9 @@ from optima_tpu.errors import UserError, one_line
 _IMPORT_PATH = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*(\?.*)?")
 
 T = TypeVar("T")
+
+_READERS: Mapping[type, Callable[[str], Any]] = MappingProxyType({int: int, float: float, bool: lambda text: text == "true"})
+"""How an option is read; a text as it is."""
 
 
 def is_import_path(text: str) -> bool:
@@ -65,6 +70,12 @@ def code_digest(cls: type) -> str:
     return hashlib.sha256(Path(file).read_bytes()).hexdigest() if file else ""
 
 
+def outside_code(values: Iterable[object]) -> dict[str, str]:
+    """The classes of some values that are not this package's: by import path, the SHA-256 of the file that each was read from."""
+    own = __package__.partition(".")[0] + "."
+    return {import_path(cls): code_digest(cls) for cls in map(type, values) if not cls.__module__.startswith(own)}
+
+
 def read_options(cls: type[T], text: str) -> T:
     """A value of a frozen dataclass with the options of a text such as "width=4&offset=1".
 
@@ -78,9 +89,7 @@ def read_options(cls: type[T], text: str) -> T:
         if name not in names or not equals:
             raise UserError(f"{import_path(cls)}: expected options such as {names[0] if names else 'NONE'}=VALUE, got {part!r}")
         try:
-            values[name] = (
-                kinds[name](value) if kinds[name] in (int, float) else value == "true" if kinds[name] is bool else value
-            )
+            values[name] = _READERS.get(kinds[name], str)(value)
         except ValueError:
             raise UserError(f"{import_path(cls)}: expected {name} to be a number, got {value!r}") from None
     return cls(**values)

@@ -1,4 +1,6 @@
-"""The inverse Hessian that OBS methods read their scores and updates from."""
+"""What the methods share that sweep over the inputs as the optimal brain surgeon does."""
+
+from typing import ClassVar, Literal
 
 import jax.numpy as jnp
 from jax import Array
@@ -6,6 +8,22 @@ from jaxtyping import Float32
 
 from optima_tpu.method.linalg.inverses import inverse_cholesky
 from optima_tpu.method.linalg.scaling import live_features
+from optima_tpu.method.patterns import Pattern
+from optima_tpu.method.resources import Cost
+from optima_tpu.method.selectors.base import Selector
+
+
+class Sweep(Selector):
+    """A selector that goes over the inputs from the first to the last, and chooses a row part by part."""
+
+    group: ClassVar[Literal["row", "layer"]] = "layer"
+
+    def check(self, pattern: Pattern) -> None:
+        if not pattern.span:
+            pattern.pruned_in(1)  # raises where the pattern does not say how many weights a part loses
+
+    def cost(self) -> Cost:
+        return Cost(products=2, inverses=1)  # a factorisation, and a sweep over the columns
 
 
 def inverse_factor(hessian: Float32[Array, "d_in d_in"], damping: float) -> Float32[Array, "d_in d_in"]:

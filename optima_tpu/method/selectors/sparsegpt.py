@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from typing import ClassVar, Literal, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,14 +15,12 @@ from optima_tpu.method.linalg.scaling import live_features
 from optima_tpu.method.linalg.smallest import lowest
 from optima_tpu.method.patterns import Pattern
 from optima_tpu.method.problem import LayerProblem, Pruned
-from optima_tpu.method.resources import Cost
-from optima_tpu.method.selectors.base import Selector
-from optima_tpu.method.selectors.obs import inverse_factor
+from optima_tpu.method.selectors.obs import Sweep, inverse_factor
 from optima_tpu.runtime.mesh import padded
 
 
 @dataclasses.dataclass(frozen=True)
-class SparseGPT(Selector):
+class SparseGPT(Sweep):
     """Prunes input by input, from the first to the last, and moves the inputs still to come to make up for it.
 
     With ``U'U`` the inverse of the damped Hessian (:func:`inverse_factor`) and ``w`` the weights as moved so far,
@@ -54,7 +52,6 @@ class SparseGPT(Selector):
       damping: ridge on the Hessian, as a share of the mean of its diagonal, 0.01 in the paper.
     """
 
-    group: ClassVar[Literal["row", "layer"]] = "layer"
     hessians: ClassVar[int] = 3
 
     block: int = 128
@@ -65,13 +62,6 @@ class SparseGPT(Selector):
             raise UserError(f"expected SparseGPT's block to be at least 1, got {self.block}; 128 is the paper's")
         if not 0 < self.damping < math.inf:
             raise UserError(f"expected SparseGPT's damping to be above 0 and finite, got {self.damping}; 0.01 is the paper's")
-
-    def check(self, pattern: Pattern) -> None:
-        if not pattern.span:
-            pattern.pruned_in(1)
-
-    def cost(self) -> Cost:
-        return Cost(products=2, inverses=1)  # a factorisation, and a sweep over the columns
 
     def __call__(self, problem: LayerProblem, pattern: Pattern) -> Pruned:
         rows, inputs = problem.weight.shape

@@ -1,7 +1,7 @@
 """Thanos: a block of columns at a time, all that a row loses there at once (Ilin and Richtarik, 2025)."""
 
 import dataclasses
-from typing import ClassVar, Literal, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,14 +13,12 @@ from optima_tpu.method.linalg.scaling import live_features, rows_at_once
 from optima_tpu.method.linalg.smallest import lowest
 from optima_tpu.method.patterns import Pattern
 from optima_tpu.method.problem import LayerProblem, Pruned
-from optima_tpu.method.resources import Cost
-from optima_tpu.method.selectors.base import Selector
-from optima_tpu.method.selectors.obs import inverse_factor
+from optima_tpu.method.selectors.obs import Sweep, inverse_factor
 from optima_tpu.runtime.mesh import padded
 
 
 @dataclasses.dataclass(frozen=True)
-class Thanos(Selector):
+class Thanos(Sweep):
     """Prunes block after block of columns, by ``|w_ij| * ||x_j||`` of the moved weights, and moves the rest of a row.
 
     A block of columns ``[i, i + block)`` gives up those of its weights that are among the smallest of all columns from
@@ -49,7 +47,6 @@ class Thanos(Selector):
       damping: ridge on the Hessian, as a share of the mean of its diagonal.
     """
 
-    group: ClassVar[Literal["row", "layer"]] = "layer"
     hessians: ClassVar[int] = 5
     block: int = 256
     damping: float = 0.01
@@ -59,13 +56,6 @@ class Thanos(Selector):
             raise UserError(f"expected Thanos's block to be at least 1 column, got {self.block}")
         if not self.damping > 0:
             raise UserError(f"expected Thanos's damping to be above 0, got {self.damping}; the published value is 0.01")
-
-    def check(self, pattern: Pattern) -> None:
-        if not pattern.span:
-            pattern.pruned_in(1)
-
-    def cost(self) -> Cost:
-        return Cost(products=2, inverses=1)  # a factorisation, and a sweep over the columns
 
     def __call__(self, problem: LayerProblem, pattern: Pattern) -> Pruned:
         rows, columns = problem.weight.shape

@@ -15,21 +15,21 @@ from optima_tpu.method.problem import Given
 from optima_tpu.method.prune_group import prune_group
 from optima_tpu.method.recipe import Recipe
 from optima_tpu.method.row_sharding import Layout, RowSharding
-from optima_tpu.method.statistics import Drift, Groups, TokenSets, TokenStatistics
+from optima_tpu.method.statistics import Groups, TokenSets
 from optima_tpu.models.decoder import Decoder
 from optima_tpu.pipeline.calibrate import (
     BatchTokens,
     BlockInput,
     Capture,
     CaptureStep,
-    ResidualNames,
-    Sums,
     add_batch,
     residual_names,
+    statistics_of,
+    sums_of,
 )
 from optima_tpu.pipeline.plan.hlo import collectives
 from optima_tpu.report.numbers import number
-from optima_tpu.runtime.mesh import DATA, MODEL, ROWS, bytes_on_device, struct_on
+from optima_tpu.runtime.mesh import DATA, ROWS, bytes_on_device, struct_on
 
 
 class Compiled(NamedTuple):
@@ -99,10 +99,6 @@ def _reason(message: str) -> str:
     return f"needs {found[1]}iB of {found[2]}iB" if found else message.splitlines()[0][:100]
 
 
-def _hessian(decoder: Decoder, size: int) -> Array:
-    return struct_on(decoder.mesh, (size, size), jnp.float32, P(None, MODEL))
-
-
 def _parameter(decoder: Decoder, name: str) -> Array:
     dtype = decoder.tensors.dtype(decoder.prefix(0) + name)
     return struct_on(decoder.mesh, decoder.block_shapes[name], dtype, decoder.sharding(name))
@@ -115,15 +111,11 @@ def lower_calibration(decoder: Decoder, groups: Groups, length: int, samples: in
     size, target = sequences_at_once(decoder, samples) * mesh.shape[DATA], recipe.target
     # As the last pass through a block, which takes the dense stream further.
     step = CaptureStep.of(decoder, Capture(groups, target, advance=target.dense_stream))
-    statistics, weights = [], []
-    for names, places in zip(groups, step.residuals or (None,) * len(groups)):
-        statistics.append(_statistics(decoder, names, places))
-        weights.append(struct_on(mesh, (), jnp.float32, P()) if places and places.after else None)
     positions = jax.tree.map(lambda array: struct_on(mesh, array.shape, array.dtype, P()), decoder.config.positions(0, length))
     hidden = struct_on(mesh, (size, length, decoder.config.d_model), dtype, P(DATA))
     streams = (BlockInput(decoder.state(parameters), hidden),) * target.streams
     tokens = BatchTokens(struct_on(mesh, (size,), jnp.bool_, P(DATA)), positions)
-    return add_batch.lower(step, Sums(tuple(statistics), tuple(weights)), streams, {}, tokens)
+    return add_batch.lower(step, sums_of(decoder, step), streams, {}, tokens)
 
 
 def sequences_at_once(decoder: Decoder, samples: int) -> int:
@@ -137,15 +129,11 @@ def lower_pruning(
     """``prune_group`` of the layers ``names`` of a block, as the walk calls it."""
     weights = tuple(_parameter(decoder, name + ".weight") for name in names)
     given = tuple(Given(struct_on(decoder.mesh, weight.shape, jnp.bool_, ROWS)) for weight in weights)
-    places = residual_names(decoder, (names,), recipe.target)[0] if recipe.target.dense_stream else None
-    statistics = _statistics(decoder, names, places)
-    unseen = None
-    if held_out:
-        energy = tuple(struct_on(decoder.mesh, weight.shape[:1], jnp.float32, P()) for weight in weights)
-        unseen = statistics._replace(drift=None if statistics.drift is None else statistics.drift._replace(energy=energy))
+    (places,) = residual_names(decoder, (names,), recipe.target)
+    unseen = statistics_of(decoder, names, places, energy=True) if held_out else None
     return prune_group.lower(
         weights,
-        TokenSets(statistics, unseen),
+        TokenSets(statistics_of(decoder, names, places), unseen),
         None if recipe.selector else given,
         recipe,
         patterns,
@@ -153,22 +141,7 @@ def lower_pruning(
     )
 
 
-def _statistics(decoder: Decoder, names: tuple[str, ...], places: ResidualNames | None) -> TokenStatistics:
-    """Of the input of some layers; with a drift where it is known what is read of the residual stream."""
-    hessian = _hessian(decoder, decoder.block_shapes[names[0] + ".weight"][1])
-    drift = None
-    if places is not None:
-        residual = tuple(
-            None
-            if before is None
-            else struct_on(decoder.mesh, decoder.block_shapes[name + ".weight"], jnp.float32, P(None, MODEL))
-            for name, before in zip(names, places.before)
-        )
-        drift = Drift(hessian, (), residual)
-    return TokenStatistics(hessian, struct_on(decoder.mesh, (), jnp.int32, P()), drift)
-
-
 def resident(decoder: Decoder, groups: Groups, held_out: bool, matrices: int = 1) -> int:
     """Bytes on a device while a block is pruned: its weights and all its Hessians, with ``matrices`` of each set of tokens."""
-    hessians = [_hessian(decoder, decoder.block_shapes[names[0] + ".weight"][1]) for names in groups]
+    hessians = [statistics_of(decoder, names, None).hessian for names in groups]
     return bytes_on_device(*(_parameter(decoder, name) for name in decoder.block_shapes), *hessians * matrices * (1 + held_out))
