@@ -60,8 +60,8 @@ def compare(blocks: int, beside: Sequence[str], settings: Sequence[str]) -> None
     config = parse(list(settings))
     if config.target.dense_stream:
         raise UserError(
-            "expected a recipe that aims at a layer's own outputs, whose errors are compared here: name a method, "
-            "such as --preset fast"
+            "expected a recipe that aims at a layer's own outputs, whose errors are compared here: take --preset "
+            "fast or --preset paper"
         )
     model = open_model_on_mesh(config)
     check_walk(config, model, blocks)

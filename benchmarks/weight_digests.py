@@ -35,7 +35,7 @@ SMALL = [
 
 _DENSE = "--target dense --target.alpha 0.5"
 RECIPES = {
-    name: text.split()
+    name: (text if "--preset" in text or "--selector" in text else f"--preset fast {text}").split()
     for name, text in {
         "magnitude": "--selector magnitude --pattern 0.5/layer --solver null",
         "wanda": "--selector wanda --pattern 0.5 --solver null",

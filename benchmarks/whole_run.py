@@ -21,7 +21,7 @@ from collections.abc import Sequence
 
 from optima_tpu.config.run_config import EMBEDDED
 
-VARIANTS = ("--solver null", "--solver cg")
+VARIANTS = ("--solver null", "--preset fast")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

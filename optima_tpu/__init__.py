@@ -12,5 +12,26 @@ The rooms, each of which imports only those before it:
 - ``data``: where tokens come from.
 - ``evaluate``: perplexity, distance from the dense model, the evaluation harness.
 - ``pipeline``: the run itself: ``run``, the walk over the blocks, the journal; and plans and sweeps of runs.
-- ``launch``, ``plan``, ``sweep``, ``export``, ``figures``: the command lines.
+- ``api``: the Python interface, whose names are also here: ``optima_tpu.prune``.
+- ``launch``, ``plan``, ``sweep``, ``export``, ``figures``, and ``cli`` for all of them: the command lines.
 """
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from optima_tpu.api import Perplexity, PrunedLayer, Result, evaluate_model, load, prune, prune_layer
+
+__all__ = ["Perplexity", "PrunedLayer", "Result", "evaluate_model", "load", "prune", "prune_layer"]
+
+
+def __getattr__(name: str) -> Any:
+    # Imported when it is first asked for: a command line that only prints its help does not wait for the whole package.
+    if name in __all__:
+        import optima_tpu.api
+
+        return getattr(optima_tpu.api, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

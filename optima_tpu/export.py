@@ -8,6 +8,7 @@ import jax
 from optima_tpu.models.checkpoints.export import export
 from optima_tpu.models.checkpoints.orbax import quiet_orbax
 from optima_tpu.runtime.command import guarded
+from optima_tpu.runtime.program import program
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -15,15 +16,20 @@ def main(arguments: list[str] | None = None) -> int:
     return guarded(lambda: _export(arguments), "the same command does it again")
 
 
-def _export(arguments: list[str] | None) -> None:
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of the command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m optima_tpu.export",
+        prog=program("export"),
         description="Makes the folder that transformers loads from a finished pruning run. The source is not needed.",
     )
     parser.add_argument("run_dir", help="output directory of the run")
     parser.add_argument("out", help="folder to make; must not exist, or be empty")
     parser.add_argument("--max-shard-size", default="5GB", help="largest weight file (default: %(default)s)")
-    chosen = parser.parse_args(arguments)
+    return parser
+
+
+def _export(arguments: list[str] | None) -> None:
+    chosen = make_parser().parse_args(arguments)
     jax.config.update("jax_platforms", "cpu")  # Orbax starts JAX, and an accelerator may be busy with another run
     quiet_orbax()
     export(chosen.run_dir, chosen.out, chosen.max_shard_size)

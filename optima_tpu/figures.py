@@ -12,6 +12,7 @@ from pathlib import Path
 from optima_tpu.errors import UserError
 from optima_tpu.report import curves
 from optima_tpu.runtime.command import guarded
+from optima_tpu.runtime.program import program
 
 _SUFFIXES = (".png", ".svg", ".pdf")
 
@@ -22,7 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _draw(arguments: Sequence[str] | None) -> None:
-    chosen = _parser().parse_args(arguments)
+    chosen = make_parser().parse_args(arguments)
     path = check_output(chosen.output)
     data: curves.LayerErrors | curves.Samples = (
         curves.layer_errors(chosen.runs, chosen.against) if chosen.figure == "layer-errors" else curves.samples(chosen.sweep)
@@ -52,10 +53,9 @@ def check_output(path: str | Path) -> Path:
     return path
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m optima_tpu.figures", description="Draws the paper's figures from finished runs."
-    )
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of the command line."""
+    parser = argparse.ArgumentParser(prog=program("figures"), description="Draws the paper's figures from finished runs.")
     commands = parser.add_subparsers(dest="figure", required=True, metavar="FIGURE")
     layers = commands.add_parser(
         "layer-errors",

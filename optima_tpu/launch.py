@@ -9,6 +9,7 @@ from optima_tpu.config.parse import parse
 from optima_tpu.errors import UserError
 from optima_tpu.runtime import processes
 from optima_tpu.runtime.command import guarded, take_devices
+from optima_tpu.runtime.program import program
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -41,7 +42,7 @@ def _draw(directory: Path) -> None:
     path = directory / PAGE
     try:
         write_page([directory], path)
-        again = f"python -m optima_tpu.report {shlex.quote(str(directory))}"
+        again = f"{program('report')} {shlex.quote(str(directory))}"
         print(f"\nto look at: {path}; side by side with other runs: {again} RUN ...", flush=True)
     except UserError as error:
         print(f"\n{PAGE} was not drawn: {error}", file=sys.stderr, flush=True)

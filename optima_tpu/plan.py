@@ -15,18 +15,19 @@ from optima_tpu.report.progress import say
 from optima_tpu.runtime.command import guarded
 from optima_tpu.runtime.files import write_bytes, writing
 from optima_tpu.runtime.mesh import simulate_devices
+from optima_tpu.runtime.program import program
 
-_PROGRAM = "python -m optima_tpu.plan"
-_DESCRIPTION = """\
+_PROGRAM = program("plan")
+_DESCRIPTION = f"""\
 Tells what a run needs before it starts: memory of every program on the chips, host memory, disk and time.
 
 Reads config.json alone, of a folder or a hub id. The programs of the run are compiled for the devices, which need not be
 here: no TPU, and no weight.
 
 examples:
-  python -m optima_tpu.plan --config configs/paper/llama-3.1-8b.yaml --topology v5e:4x2
-  python -m optima_tpu.plan --model ./folder-with-config.json --topology v5p:4x4x4 --mesh 16x4 --solver cg
-  python -m optima_tpu.plan --cpu-devices 8 --mesh 4x2"""
+  {_PROGRAM} --config configs/paper/llama-3.1-8b.yaml --topology v5e:4x2
+  {_PROGRAM} --model ./folder-with-config.json --topology v5p:4x4x4 --mesh 16x4 --preset fast
+  {_PROGRAM} --cpu-devices 8 --mesh 4x2"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -61,7 +62,7 @@ def _plan(argv: Sequence[str]) -> int:
     )
     refuse_beyond_context(config, model.config)
     model = model.on(machine.mesh)
-    say(console, "\n".join([*greeting(model.origin, model.decoder.config.blocks, machine), ""]))
+    say(console, "\n".join([*greeting(config, model, machine), ""]))
     plan = make_plan(config, model, machine, lambda line: say(console, line))
     if machine.compiles:
         console.print()
@@ -72,8 +73,8 @@ def _plan(argv: Sequence[str]) -> int:
     return 1 if plan.too_large or plan.refused else 0
 
 
-def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    """The plan's own options, and the settings of the run."""
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of the plan's own options."""
     parser = argparse.ArgumentParser(
         prog=_PROGRAM,
         usage=f"{_PROGRAM} [--topology KIND:AxB] [--SETTING VALUE ...] [--json FILE]",
@@ -95,8 +96,13 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument(
         "--quick", action="store_true", help="with --topology: compile faster; solvers then need more memory than in a run"
     )
+    return parser
+
+
+def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The plan's own options, and the settings of the run."""
     try:
-        return parser.parse_known_args(argv)
+        return make_parser().parse_known_args(argv)
     except argparse.ArgumentError as error:
         raise UserError(f"{error}; see {_PROGRAM} --help") from None
 

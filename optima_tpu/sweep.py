@@ -14,8 +14,9 @@ from optima_tpu.pipeline.sweep.grid import CellGrid, read_grid
 from optima_tpu.pipeline.sweep.tables import failure_lines, layout, terminal_table
 from optima_tpu.report.progress import say, show
 from optima_tpu.runtime.command import guarded, take_devices
+from optima_tpu.runtime.program import program
 
-_PROGRAM = "python -m optima_tpu.sweep"
+_PROGRAM = program("sweep")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -52,8 +53,8 @@ def _sweep(argv: Sequence[str]) -> int:
     return 1 if failures else 0
 
 
-def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    """The sweep's own options, and the settings of its runs."""
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of the sweep's own options."""
     parser = argparse.ArgumentParser(
         prog=_PROGRAM,
         usage=f"{_PROGRAM} FILE [--SETTING VALUE ...] [--output DIR] [--only TEXT] [--dry-run]",
@@ -86,12 +87,17 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         action="store_true",
         help="keep the pruned models; else only the reports of finished cells stay",
     )
+    return parser
+
+
+def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The sweep's own options, and the settings of its runs."""
     if not {"-h", "--help"} & set(argv) and (not argv or argv[0].startswith("-")):
         raise UserError(
             f"expected the file of the sweep before everything else, got {argv[0] if argv else 'nothing'}; see {_PROGRAM} --help"
         )
     try:
-        options, settings = parser.parse_known_args(argv)
+        options, settings = make_parser().parse_known_args(argv)
     except argparse.ArgumentError as error:
         raise UserError(f"{error}; see {_PROGRAM} --help") from None
     for word in settings:

@@ -68,7 +68,7 @@ def finished(tmp_path_factory) -> FinishedRun:
 
     root = tmp_path_factory.mktemp("finished")
     model = tiny_folder(root / "model")
-    arguments = ["--model", str(model), "--mesh", "4x2", "--solver", "cg", "--solver.tolerance", "1e-6", *SMALL]
+    arguments = ["--model", str(model), "--mesh", "4x2", "--preset", "fast", "--solver.tolerance", "1e-6", *SMALL]
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
         assert main([*arguments, "--output", str(root / "run")]) == 0

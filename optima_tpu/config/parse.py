@@ -7,9 +7,9 @@ options sit beside it:
     selector: magnitude                 --selector magnitude
     solver: {name: cg, damping: 0.1}    --solver cg --solver.damping 0.1
 
-The command line goes over the file, the file over a preset (``presets``), that over the defaults. A command that names no
-method gets the best preset, whatever options of its methods it changes. Options belong to a method: whoever chooses another
-one on the command line drops those that the file gives to its own.
+The command line goes over the file, the file over a preset (``presets``), that over the defaults. Without a preset the base is
+the one of ``presets.default_preset``. Options belong to a method: whoever chooses another method on the command line drops the
+options that the file gives to its own.
 
 The parsing of values is jsonargparse's; the layers, the lists of what may have been meant and the messages are written here.
 Other parsers of dataclasses (tyro 1.0, draccus 0.11, simple-parsing 0.1.9) were tried on the settings above and would leave more
@@ -41,7 +41,7 @@ from optima_tpu.config import yaml12
 from optima_tpu.config.choices import CHOICES, canonical_name, default_options, option_classes
 from optima_tpu.config.flat import flat
 from optima_tpu.config.options import PARTS, alternatives, fields, kinds, make_parser, parts
-from optima_tpu.config.presets import DEFAULT, PLAIN, with_preset
+from optima_tpu.config.presets import PLAIN, PRESETS, default_preset, with_preset
 from optima_tpu.config.run_config import EMBEDDED, RunConfig, to_dict
 from optima_tpu.errors import UserError
 from optima_tpu.method.layer_rules import parse_layers
@@ -49,31 +49,54 @@ from optima_tpu.method.patterns import parse_pattern
 
 
 def parse(argv: Sequence[str]) -> RunConfig:
-    """The run that a command line asks for.
+    """The run that a command line asks for: ``[MODEL] [--SETTING VALUE ...]``.
 
     ``--help`` and ``--print_config`` print and raise SystemExit(0). Without ``--model``, and without a model in the
-    file, the settings are changes to ``EMBEDDED``. Where neither names a preset or a method, ``presets.DEFAULT`` is meant:
-    whoever compares methods gets the one that was named and nothing beside it.
+    file, the settings are changes to ``EMBEDDED``. Where neither names a preset, ``presets.default_preset`` says which one is below
+    the settings.
 
     Raises:
       UserError: a setting that does not exist, or a value that it cannot have.
     """
+    if argv and not argv[0].startswith("-"):
+        if any(argument.partition("=")[0] == "--model" for argument in argv):
+            raise UserError(f"expected one model, got {argv[0]} and --model")
+        argv = ["--model", *argv]
     argv = [spelled(argument) for argument in argv]
     early = _early(argv)
     # jsonargparse takes --print_config for its own, which prints a layout of its own.
     rest = [argument for argument in argv if argument != "--print_config"]
     document = _read(early.config) if early.config else {}
-    if early.preset is None and "preset" not in document and not _names_method([*flat(document), *_options(rest)]):
-        document["preset"] = DEFAULT
-    config = configure(document, rest)
+    config = configure(_on_preset(document, early), rest)
     if len(rest) < len(argv):
         print(dump(config), end="")
         raise SystemExit(0)
     return config
 
 
+def chosen_run(settings: Mapping[str, Any]) -> RunConfig:
+    """The run that settings in the layout of the YAML files ask for, as :func:`parse` reads a file that holds them.
+
+    Raises:
+      UserError: as :func:`parse`.
+    """
+    document = _long(copy.deepcopy(dict(settings)), "the settings")
+    return configure(_on_preset(document, _early([])))
+
+
+def _on_preset(document: dict[str, Any], early: argparse.Namespace) -> dict[str, Any]:
+    """Settings with the preset that is below them."""
+    if early.preset is not None or "preset" in document:
+        return document
+    selector, solver = (
+        document.get(setting, {}).get("name") if getattr(early, setting) is None else getattr(early, setting)
+        for setting in ("selector", "solver")
+    )
+    return document | {"preset": default_preset(selector, solver and canonical_name("solver", solver))}
+
+
 def configure(document: Mapping[str, Any], argv: Sequence[str] = ()) -> RunConfig:
-    """The run that settings ask for.
+    """The run that settings ask for, over the defaults of ``RunConfig`` where they name no preset.
 
     Args:
       document: settings in the layout of the YAML files.
@@ -133,13 +156,37 @@ def flags(config: RunConfig) -> list[str]:
             base[setting] = default_options(setting, values[setting]["name"])
     default = flat(base)
     told = {key: value for key, value in flat(values).items() if key == "model" or value != default.get(key)}
-    if not _names_method(told):  # without a method it would be the default preset
+    if default_preset(told.get("selector.name"), told.get("solver.name")) != PLAIN:
         told["preset"] = PLAIN
+    return _words(told)
+
+
+def _words(settings: Mapping[str, Any]) -> list[str]:
+    """Settings by their dotted names as words of a command line."""
     return [
         word
-        for key, value in told.items()
+        for key, value in settings.items()
         for word in ("--" + key.removesuffix(".name"), value if isinstance(value, str) else json.dumps(value))
     ]
+
+
+def on_preset(config: RunConfig) -> str:
+    """The preset that a run is nearest to, and the methods and options that differ from it: ``best --solver mpax``."""
+    values = to_dict(config)
+    found = []
+    for name in PRESETS:
+        base = to_dict(configure({"model": config.model, "preset": name}))
+        told: dict[str, Any] = {}
+        for setting in (*CHOICES, "recapture"):
+            mine, theirs = ({setting: method} for method in (values[setting], base[setting]))
+            if setting in CHOICES:
+                mine[setting], theirs[setting] = method_settings(mine[setting]), method_settings(theirs[setting])
+                if mine[setting]["name"] != theirs[setting]["name"]:
+                    theirs[setting] = default_options(setting, mine[setting]["name"]) | {"name": None}
+            default = flat(theirs)
+            told |= {key: value for key, value in flat(mine).items() if value != default.get(key)}
+        found.append(" ".join([name, *_words(told)]))
+    return min(found, key=lambda text: text.count(" --"))
 
 
 def load(text: str, origin: str) -> dict[str, Any]:
@@ -188,11 +235,6 @@ def spelled(argument: str) -> str:
 def _options(argv: Sequence[str]) -> list[str]:
     """The settings that a command line names, after ``spelled``."""
     return [argument[2:].partition("=")[0] for argument in argv if argument.startswith("--")]
-
-
-def _names_method(settings: Iterable[str]) -> bool:
-    """Whether one of the settings chooses a method; an option alone changes the one that there is."""
-    return not {f"{setting}.name" for setting in CHOICES}.isdisjoint(settings)
 
 
 def _early(argv: Sequence[str]) -> argparse.Namespace:
@@ -287,4 +329,4 @@ def one_line(error: argparse.ArgumentError, types: Mapping[str, Any] | None = No
         else {int: "a whole number", float: "a number", bool: "true or false", str: "text"}.get(kind, "null")
         for kind in alternatives(types[found[1]])
     ]
-    return f"expected {found[1]} to be {' or '.join(words)}, got {found[2]}"
+    return f"expected {found[1]} to be {' or '.join(words)}, got {found[2] or 'nothing'}"

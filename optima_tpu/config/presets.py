@@ -46,9 +46,22 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
 )
 
 DEFAULT = "best"
-"""The preset of a command line that names no method."""
+"""The preset below the settings of a command that names no preset."""
 PLAIN = "fast"
-"""The preset whose settings are the defaults of ``RunConfig``."""
+"""The preset below a command that names a selector, or no solver; its settings are the defaults of ``RunConfig``."""
+
+
+def default_preset(selector: str | None, solver: str | None) -> str:
+    """The preset below settings that name none.
+
+    A named selector, or the solver "null", asks for a cell of a table: that mask and that update, with nothing beside them. Any other
+    setting changes one thing of the best preset.
+
+    Args:
+      selector: the selector that the settings name; None where they name none.
+      solver: the solver that they name.
+    """
+    return DEFAULT if selector is None and solver != "null" else PLAIN
 
 
 def with_preset(name: str | None, document: Mapping[str, Any]) -> dict[str, Any]:

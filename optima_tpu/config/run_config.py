@@ -10,6 +10,7 @@ from optima_tpu.config.choices import BY_HELD_OUT, CHOICES, method_name, options
 from optima_tpu.errors import UserError
 from optima_tpu.method.acceptance import Acceptance, PerRow
 from optima_tpu.method.allocation import Allocation, Uniform
+from optima_tpu.method.distillation import KL
 from optima_tpu.method.layer_rules import LayerRule, layers_text
 from optima_tpu.method.mask_swaps import Swaps
 from optima_tpu.method.patterns import Pattern, Unstructured
@@ -127,6 +128,8 @@ class RunConfig:
       tuning: whether damping and alpha are chosen for each matrix on held-out tokens.
       refine: whether the mask changes once its weights are solved; None leaves it as the selector made it.
       allocation: how the pattern's sparsity is shared out among the blocks.
+      distill: whether the pruned model is trained as a whole toward the dense one, with its masks held; None leaves it as it was
+        pruned.
       calibration: the text that the pruned model must reproduce.
       evaluation: the text on which perplexity is measured.
       token_cache: keep the tokens of texts in ~/.cache/optima-tpu, or in OPTIMA_TPU_CACHE, and take them from there.
@@ -157,6 +160,7 @@ class RunConfig:
     tuning: Tuning = Fixed()
     refine: Swaps | None = None
     allocation: Allocation = Uniform()
+    distill: KL | None = None
     calibration: Calibration = Calibration()
     evaluation: Evaluation = Evaluation()
     token_cache: bool = True
@@ -168,6 +172,8 @@ class RunConfig:
     def __post_init__(self) -> None:
         if not self.model.strip():
             raise UserError("expected a model: a folder, a hub id, a .gguf file or wheel:NAME, got an empty text")
+        if self.output is not None and not self.output.strip():
+            raise UserError("expected output to be a directory, got an empty text; leave it out for one in runs/")
         at_least(1, "cpu_devices", self.cpu_devices)
         at_least(1, "num_processes", self.num_processes)
         at_least(1, "join_timeout", self.join_timeout)
@@ -204,6 +210,10 @@ class RunConfig:
                     f"expected a selector that chooses masks where allocation is {name}, got imported: those say "
                     "themselves what each block loses; take --allocation uniform"
                 )
+        if self.distill and not self.calibration.held_out:
+            raise UserError(
+                "expected calibration.held_out of at least 1 where distill is kl, got 0: held-out windows choose the step"
+            )
         if not self.calibration.held_out:
             for setting, name in BY_HELD_OUT.items():
                 if method_name(setting, getattr(self, setting)) == name:

@@ -21,6 +21,7 @@ from optima_tpu.data.tfds import TFDS
 from optima_tpu.errors import UserError
 from optima_tpu.runtime.command import guarded
 from optima_tpu.runtime.files import PARTIAL, commit, writing
+from optima_tpu.runtime.program import program
 
 VERSION = "1.0.0"
 
@@ -136,9 +137,10 @@ def main(arguments: list[str] | None = None) -> int:
     return guarded(lambda: _build(arguments), "the same command does it again")
 
 
-def _build(arguments: list[str] | None) -> None:
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of the command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m optima_tpu.data.build",
+        prog=program("data"),
         description="Makes a data set of text files, for --calibration.source tfds:NAME@DIR. No TensorFlow is needed.",
     )
     parser.add_argument("target", metavar="NAME@DIR", help="its name, and the directory that holds data sets")
@@ -153,7 +155,11 @@ def _build(arguments: list[str] | None) -> None:
         help="the part of the documents, such as 0.05, that go into the split for evaluation (default: none)",
     )
     validation.add_argument("--validation-files", metavar="FILE", nargs="+", default=[], help="or the files for that split")
-    chosen = parser.parse_args(arguments)
+    return parser
+
+
+def _build(arguments: list[str] | None) -> None:
+    chosen = make_parser().parse_args(arguments)
     console = Console()
     progress = Progress(
         TextColumn("{task.completed:,} documents written"),

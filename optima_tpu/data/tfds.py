@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from optima_tpu.data.source import Documents, Part, Split, split_options
 from optima_tpu.errors import UserError, one_line
+from optima_tpu.runtime.program import program
 
 if TYPE_CHECKING:  # the library takes seconds to import
     from tensorflow_datasets.core.read_only_builder import ReadOnlyBuilder
@@ -115,7 +116,7 @@ class TFDS:
             there = ", ".join(_prepared(self.directory)) or "none"
             raise UserError(
                 f"expected a prepared data set {self.name} in {self.directory}, which holds {there}: check both, or "
-                f"make one with python -m optima_tpu.data.build {self.name}@{self.directory} FILE..."
+                f"make one with {program('data')} {self.name}@{self.directory} FILE..."
             ) from error
         except Exception as error:  # there is one of its own for every file of the description
             raise self._unreadable(error) from error

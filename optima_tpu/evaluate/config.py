@@ -13,8 +13,9 @@ from optima_tpu.config.parse import one_line, refuse_unknown, spelled
 from optima_tpu.config.run_config import at_least
 from optima_tpu.errors import UserError
 from optima_tpu.runtime.mesh import parse_mesh
+from optima_tpu.runtime.program import program
 
-_PROGRAM = "python -m optima_tpu.evaluate"
+_PROGRAM = program("evaluate")
 _DESCRIPTION = f"""\
 Measures a model, pruned or dense: perplexity, and the tasks of the Language Model Evaluation Harness.
 

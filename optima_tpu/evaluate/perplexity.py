@@ -11,7 +11,7 @@ from flax import nnx
 from jax import Array
 
 from optima_tpu.errors import UserError
-from optima_tpu.evaluate.predictions import picked, sum_over_windows
+from optima_tpu.evaluate.predictions import per_token, picked
 from optima_tpu.models.activations import Activations
 from optima_tpu.models.decoder import Decoder, Head, forward, head_logits
 from optima_tpu.models.family import Positions
@@ -31,28 +31,41 @@ def perplexity(decoder: Decoder, tokens: np.ndarray, advance: Callable[[], None]
     Raises:
       UserError: the model's output is not finite; names the first layer with such an input.
     """
+    return perplexity_of(token_losses(decoder, tokens, advance).sum(axis=1, dtype=np.float64), tokens)
+
+
+def token_losses(decoder: Decoder, tokens: np.ndarray, advance: Callable[[], None] = lambda: None) -> np.ndarray:
+    """The negative log-likelihood of every token but the first of each window, [windows, length - 1] float32, in every process.
+
+    Args and errors: as :func:`perplexity`.
+    """
     hidden = decoder.embed(tokens)
     for index, parameters in enumerate(decoder.blocks(range(decoder.config.blocks))):
         decoder.apply(index, parameters, hidden)
         advance()
-    windows = window_nll(decoder, hidden, tokens)
+    losses = _token_nll(decoder, hidden, tokens)
     advance()
-    check_finite(decoder, tokens, windows)
-    return perplexity_of(windows, tokens)
+    check_finite(decoder, tokens, losses.sum(axis=1, dtype=np.float64))
+    return losses
 
 
 def window_nll(decoder: Decoder, hidden: Activations, tokens: np.ndarray) -> np.ndarray:
-    """Summed negative log-likelihood of tokens 1.. of every window, [windows] float32.
+    """Summed negative log-likelihood of tokens 1.. of every window, [windows] float64.
 
     Args:
       hidden: what leaves the last block.
       tokens: [windows, length] int32.
     """
-    head, windows = decoder.head(), np.empty(len(tokens), np.float32)
+    return _token_nll(decoder, hidden, tokens).sum(axis=1, dtype=np.float64)
+
+
+def _token_nll(decoder: Decoder, hidden: Activations, tokens: np.ndarray) -> np.ndarray:
+    """As :func:`token_losses`, of what leaves the last block."""
+    head, losses = decoder.head(), np.empty((len(tokens), tokens.shape[1] - 1), np.float32)
     for batch in hidden.batches(decoder.batch):
-        sums = fetch(_batch_nll(head, batch.hidden, batch.place(tokens)))
-        windows[batch.rows[batch.there]] = sums[batch.there]
-    return windows
+        found = fetch(_batch_nll(head, batch.hidden, batch.place(tokens)))
+        losses[batch.rows[batch.there]] = found[batch.there]
+    return losses
 
 
 def perplexity_of(windows: np.ndarray | Array, tokens: np.ndarray) -> float:
@@ -99,10 +112,10 @@ def _finite_inputs(graph: nnx.GraphDef, state: nnx.State, hidden: Array, positio
 
 @jax.jit
 def _batch_nll(head: Head, hidden: Array, tokens: Array) -> Array:
-    """As :func:`window_nll`, of the windows that are on the devices."""
+    """As :func:`_token_nll`, of the windows that are on the devices."""
 
     def score(targets, states):
         logits = head_logits(head, states)
         return jax.nn.logsumexp(logits, axis=-1) - picked(logits, targets)
 
-    return sum_over_windows(score, tokens, hidden)
+    return per_token(score, tokens, hidden)

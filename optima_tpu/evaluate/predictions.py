@@ -13,6 +13,18 @@ Tree = TypeVar("Tree")
 def sum_over_windows(score: Callable[..., Tree], tokens: Array, *streams: Array) -> Tree:
     """Sums what ``score`` says of every position that has a following token in its window, so of all but the last.
 
+    Args:
+      score, tokens, streams: see :func:`per_token`.
+
+    Returns:
+      The tree of ``score``, [windows] float32.
+    """
+    return jax.tree.map(lambda sums: jnp.sum(sums, axis=0), _by_stretch(_summed(score), tokens, *streams))
+
+
+def per_token(score: Callable[..., Tree], tokens: Array, *streams: Array) -> Tree:
+    """What ``score`` says of every position that has a following token in its window, so of all but the last.
+
     A stretch of positions at a time: the logits of a whole batch would be the largest array of the program.
 
     Args:
@@ -22,8 +34,25 @@ def sum_over_windows(score: Callable[..., Tree], tokens: Array, *streams: Array)
       streams: hidden states [windows, length, d_model].
 
     Returns:
-      The tree of ``score``, [windows] float32.
+      The tree of ``score``, [windows, length - 1].
     """
+    windows, positions = tokens.shape[0], tokens.shape[1] - 1
+
+    def joined(values: Array) -> Array:
+        return values.swapaxes(0, 1).reshape(windows, -1)[:, :positions]
+
+    return jax.tree.map(joined, _by_stretch(lambda there, *inputs: score(*inputs), tokens, *streams))
+
+
+def _summed(score: Callable[..., Tree]) -> Callable[..., Tree]:
+    def summed(there: Array, *inputs: Array) -> Tree:
+        return jax.tree.map(lambda values: jnp.sum(jnp.where(there, values, 0.0), axis=1), score(*inputs))
+
+    return summed
+
+
+def _by_stretch(work: Callable[..., Tree], tokens: Array, *streams: Array) -> Tree:
+    """``work(there, targets, *states)`` of one stretch of positions after the other, stacked; ``there`` is False behind the last."""
     windows, positions = tokens.shape[0], tokens.shape[1] - 1
     count = -(-positions // _STRETCH)
 
@@ -31,12 +60,8 @@ def sum_over_windows(score: Callable[..., Tree], tokens: Array, *streams: Array)
         filled = jnp.pad(array, ((0, 0), (0, count * _STRETCH - positions), *[(0, 0)] * (array.ndim - 2)))
         return filled.reshape(windows, count, _STRETCH, *array.shape[2:]).swapaxes(0, 1)
 
-    def stretch(parts):
-        there, *inputs = parts
-        return jax.tree.map(lambda values: jnp.sum(jnp.where(there, values, 0.0), axis=1), score(*inputs))
-
     parts = jax.tree.map(cut, (jnp.ones((windows, positions), bool), tokens[:, 1:], *(stream[:, :-1] for stream in streams)))
-    return jax.tree.map(lambda sums: jnp.sum(sums, axis=0), jax.lax.map(stretch, parts))
+    return jax.lax.map(lambda inputs: work(*inputs), parts)
 
 
 def picked(values: Array, targets: Array) -> Array:

@@ -6,7 +6,7 @@ The steps are one compiled program, a scan over tokens around a scan over blocks
 import functools
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -101,7 +101,7 @@ def generate(
         stretches * -(-samples // size),
     )
     # One cache for all batches: what an earlier one left in it is never seen.
-    state = (*_zeros(_of_windows(struct, size, mesh) for struct in cache), None)
+    state = (*_empty(cache, size, mesh), None)
     for first in range(0, samples, size):
         rows = np.arange(first, first + size)
         state = (*state[:2], place(mesh, np.full(size, start, np.int32), P(DATA)))
@@ -121,6 +121,78 @@ def generate(
             progress.advance()
     progress.note(f"{windows.size / (time.monotonic() - began):,.0f} tokens a second")
     return windows
+
+
+def greedy(
+    decoders: Sequence[Decoder],
+    prompts: Sequence[Sequence[int]],
+    *,
+    new: int,
+    vocabulary: int,
+    budget: float = math.inf,
+    advance: Callable[[], None] = lambda: None,
+) -> list[np.ndarray]:
+    """What models write after prompts if every token is the likeliest one, where two are equal the one with the smaller id.
+
+    Args:
+      decoders: of one shape, such as the dense and the pruned model. One after the other is on the devices as a whole; they share
+        one compiled program.
+      prompts: token ids, at least one each.
+      new: tokens that are written after each prompt.
+      vocabulary: only ids below it are written.
+      budget: bytes that may be used of each device.
+      advance: called after each model.
+
+    Returns:
+      For each decoder [prompts, new] int32, the same in every process.
+
+    Raises:
+      UserError: the model does not fit the devices as a whole, with all prompts at once; or its logits are not finite.
+    """
+    first, mesh = decoders[0], decoders[0].mesh
+    sizes = np.array([len(prompt) for prompt in prompts], np.int32)
+    length = int(sizes.max()) + new
+    cache = cache_structs(first, length)
+    try:
+        rows = windows_at_once(first, len(prompts), cache, budget)
+    except UserError:  # its advice is for calibration text
+        rows = 0
+    if rows < len(prompts):
+        raise UserError(f"the whole model and its cache take more than {max(budget, 0) / GIB:.3g} GiB of each device")
+    given = np.zeros((rows, length), np.int32)
+    for row in range(rows):
+        prompt = prompts[min(row, len(prompts) - 1)]
+        given[row, : len(prompt)] = prompt
+    ends = np.concatenate([sizes, np.full(rows - len(prompts), sizes[-1], np.int32)])
+    program = jax.jit(functools.partial(_continue, first, vocabulary))
+    written = []
+    for decoder in decoders:
+        tokens, finite = fetch(
+            program(load(decoder, length), _empty(cache, rows, mesh), place(mesh, given, P(DATA)), place(mesh, ends, P(DATA)))
+        )
+        if not finite:
+            raise UserError("the logits of a model hold NaN or infinite values after a prompt; try --dtype float32")
+        # Token t + 1 is written at step t.
+        written.append(np.stack([tokens[size - 1 : size - 1 + new, row] for row, size in enumerate(sizes)]))
+        advance()
+    return written
+
+
+def _continue(
+    decoder: Decoder, vocabulary: int, model: Resident, cache: Sequence[Array], prompts: Array, ends: Array
+) -> tuple[Array, Array]:
+    """The compiled program: tokens [length - 1, prompts] behind the first ones, and whether all logits are finite."""
+
+    def token(state: State, at: Array) -> tuple[State, tuple[Array, Array]]:
+        keys, values, before = state
+        logits, keys, values = step(decoder, model, keys, values, before, at)
+        best = jnp.argmax(jnp.where(jnp.arange(logits.shape[1]) < vocabulary, logits, -jnp.inf), axis=1).astype(jnp.int32)
+        after = jnp.where(at + 1 < ends, jnp.take(prompts, at + 1, axis=1), best)
+        return (keys, values, after), (after, jnp.isfinite(logits).all())
+
+    keys, values = cache
+    _, (tokens, finite) = jax.lax.scan(token, (keys, values, prompts[:, 0]), jnp.arange(prompts.shape[1] - 1))
+    return tokens, finite.all()
 
 
 def load(decoder: Decoder, length: int) -> Resident:
@@ -276,6 +348,11 @@ def _block_structs(decoder: Decoder) -> dict[str, Array]:
 def _of_windows(struct: jax.ShapeDtypeStruct, windows: int, mesh: Mesh) -> Array:
     """Keys or values of many windows, where those of one are given: windows split over data, heads over model."""
     return struct_on(mesh, (struct.shape[0], windows, *struct.shape[2:]), struct.dtype, P(None, DATA, MODEL))
+
+
+def _empty(cache: Sequence[jax.ShapeDtypeStruct], windows: int, mesh: Mesh) -> list[Array]:
+    """Keys and values of many windows, where the structs are those of one."""
+    return _zeros(_of_windows(struct, windows, mesh) for struct in cache)
 
 
 def _zeros(structs: Iterable[Array]) -> list[Array]:

@@ -6,6 +6,7 @@ from pathlib import Path
 import jax
 from rich.console import Console
 
+from optima_tpu.config.parse import on_preset
 from optima_tpu.config.run_config import RunConfig, to_dict, weights_settings
 from optima_tpu.method.layer_rules import check_layers
 from optima_tpu.models.decoder import Decoder
@@ -27,6 +28,7 @@ def greet(console: Console, config: RunConfig, model: Model, texts: Texts, direc
     shape, several = decoder.mesh.shape, "" if jax.process_count() == 1 else f" in {jax.process_count()} processes"
     lines = [
         f"model        {model.pretrained.origin}: {decoder.config.blocks} blocks, {weights:,} weights to prune",
+        f"preset       {on_preset(config)}",
         f"recipe       {recipe_line(config, decoder)}",
         f"calibration  {', '.join(filter(None, (texts.calibration.how, texts.calibration.cache)))}",
         f"devices      {decoder.mesh.size} x {jax.devices()[0].device_kind}, mesh {shape['data']}x{shape['model']}{several}",
@@ -57,4 +59,6 @@ def recipe_line(config: RunConfig, decoder: Decoder) -> str:
         words.append(f"{weights_settings(config)['allocation']['name']} allocation")
     if (candidates := config.tuning.candidates(config.recipe.damping, config.target)) > 1:
         words.append(f"{candidates} candidates for each matrix")
+    if config.distill:
+        words.append(f"distilled on {config.distill.windows} windows")
     return ", ".join(words)

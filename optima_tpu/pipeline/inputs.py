@@ -4,6 +4,7 @@ import functools
 import json
 from typing import Any, NamedTuple, TypedDict
 
+import numpy as np
 from rich.console import Console
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
@@ -27,10 +28,26 @@ from optima_tpu.runtime.processes import SharedError, agree, alone, from_first, 
 
 
 class Texts(NamedTuple):
-    """What a model is calibrated on, held-out windows last, and what it is scored on."""
+    """The token windows of a run.
+
+    Attributes:
+      calibration: what the model is calibrated on, and behind it the held-out windows.
+      evaluation: what the model is scored on.
+      distillation: [windows, length] int32, what the pruned model is trained on; None where it is not trained.
+    """
 
     calibration: Tokens
     evaluation: Tokens
+    distillation: np.ndarray | None = None
+
+    @classmethod
+    def of(cls, config: RunConfig, drawn: Tokens, evaluation: Tokens) -> "Texts":
+        """Cuts what was drawn from the calibration text: windows of calibration, of distillation, held-out ones."""
+        if config.distill is None:
+            return cls(drawn, evaluation)
+        first, last = config.calibration.samples, config.calibration.samples + config.distill.windows
+        calibration = drawn._replace(ids=np.concatenate([drawn.ids[:first], drawn.ids[last:]]))
+        return cls(calibration, evaluation, drawn.ids[first:last])
 
 
 def open_model_on_mesh(config: RunConfig) -> Model:
@@ -87,9 +104,9 @@ def read_texts(config: RunConfig, model: Model, console: Console | None = None) 
 
     # The evaluation text first: what is wrong with it is found before the model writes for minutes.
     evaluation = kept(lambda: token_key(plan.evaluation, "evaluation", model.pretrained, **plan.score), lambda: from_first(score))
-    texts = Texts(calibration(), evaluation)
-    together(lambda: check_ids([tokens.ids for tokens in texts], model))
-    return texts
+    drawn = calibration()
+    together(lambda: check_ids([drawn.ids, evaluation.ids], model))
+    return Texts.of(config, drawn, evaluation)
 
 
 class _Draw(TypedDict):
@@ -131,13 +148,24 @@ def _plan_reading(config: RunConfig, model: Model) -> _Reading:
     other = data.parse_source(config.evaluation.source or config.calibration.source)
     data.refuse_overlap(source, other)
     text = config.calibration
+    if config.distill and isinstance(source, data.SelfGenerated):
+        raise UserError(
+            "expected a calibration text that holds more windows where distill is kl, got self, which the model writes window by "
+            "window; choose c4, wikitext2, pydoc or file:PATH"
+        )
     length = config.evaluation.length or text.length
     refuse_beyond_context(config, model.pretrained.config)
     return _Reading(
         source,
         other,
         tokenizer,
-        _Draw(samples=text.samples, length=text.length, seed=text.seed, held_out=text.held_out, bos=window_bos(model, tokenizer)),
+        _Draw(
+            samples=text.samples + (config.distill.windows if config.distill else 0),
+            length=text.length,
+            seed=text.seed,
+            held_out=text.held_out,
+            bos=window_bos(model, tokenizer),
+        ),
         _Score(length=length, windows=config.evaluation.windows, bos=window_bos(model, tokenizer, config.evaluation.bos)),
     )
 
@@ -163,6 +191,7 @@ def _manifest(config: RunConfig, model: Model, texts: Texts) -> dict[str, Any]:
         "recipe": weights_settings(config),
         "calibration": token_digest(ids[:samples]),
         "held_out": token_digest(ids[samples:]),
+        **({} if texts.distillation is None else {"distillation": token_digest(texts.distillation)}),
         "code": code_version(),
         **generated_by(config),
     }

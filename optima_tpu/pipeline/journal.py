@@ -159,7 +159,7 @@ class Journal:
 
     def __init__(self, directory: Path):
         self.directory = directory
-        saved = from_first(lambda: {index: _damage(self.entry(index)) for index in finished_blocks(directory)})
+        saved = from_first(lambda: {index: damage(self.entry(index)) for index in finished_blocks(directory)})
         self.damaged = {index: reason for index, reason in saved.items() if reason}
         self.finished = saved.keys() - self.damaged.keys()
         self._states_saved = -math.inf  # when, by time.monotonic() of the first process
@@ -213,7 +213,7 @@ class Journal:
             with writing(entry, remedy):
                 if due:
                     commit(partial_states, states)
-                _write_sums(partial)
+                write_sums(partial)
                 commit(partial, entry)
 
         with uninterrupted():
@@ -263,7 +263,7 @@ class Journal:
           name: ``HIDDEN``, or ``DENSE`` for those of the dense model.
         """
         folder = self._states(index)
-        if not from_first(lambda: folder.is_dir() and not _damage(folder)):
+        if not from_first(lambda: folder.is_dir() and not damage(folder)):
             return None
         wanted = held_rows(mesh, 0, samples)
         values, found = None, np.zeros(len(wanted), bool)
@@ -301,7 +301,7 @@ def _write_states(folder: Path, activations: Activations, dense: Activations | N
     states = {name: np.ascontiguousarray(stream.take(rows)) for name, stream in streams.items()}
     with written_here(path) as here:
         safetensors.numpy.save_file(states | {"rows": rows}, here)
-    _write_sums(folder, [path], f"{jax.process_index():04d}")
+    write_sums(folder, [path], f"{jax.process_index():04d}")
 
 
 def _owned_rows(activations: Activations) -> np.ndarray:
@@ -315,13 +315,14 @@ def _owned_rows(activations: Activations) -> np.ndarray:
     return rows[np.isin(rows % len(activations.mesh.devices), slices)]
 
 
-def _write_sums(folder: Path, files: list[Path] | None = None, label: str = "all") -> None:
+def write_sums(folder: Path, files: list[Path] | None = None, label: str = "all") -> None:
+    """Leaves in a folder the checksums of files in it, of all where none are named; see :func:`damage`."""
     files = list(files_in(folder)) if files is None else files
     sums = {path.relative_to(folder).as_posix(): digest(path) for path in files}
     (folder / _SUMS.format(label)).write_text(json.dumps(sums))
 
 
-def _damage(folder: Path) -> str:
+def damage(folder: Path) -> str:
     """What is wrong with a folder that was saved with checksums; empty where nothing is."""
     records = sorted(folder.glob(_SUMS.format("*")))
     if not records:

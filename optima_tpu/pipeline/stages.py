@@ -6,38 +6,52 @@ others. Inside the walk, whose stage is called "pruning", the journal does the s
 
 import contextlib
 import dataclasses
+import hashlib
+import io
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 from rich.console import Console
 
 from optima_tpu.config.run_config import RunConfig, to_dict
-from optima_tpu.evaluate.perplexity import perplexity
+from optima_tpu.evaluate.perplexity import perplexity, perplexity_of, token_losses
+from optima_tpu.evaluate.token_changes import token_changes
 from optima_tpu.method.selectors import Imported
+from optima_tpu.models.checkpoints import load_tokenizer
 from optima_tpu.models.checkpoints.export import export, is_export_of
 from optima_tpu.models.checkpoints.orbax import CHECKPOINT, CheckpointTensors, checkpointed_blocks, write_checkpoint
+from optima_tpu.models.checkpoints.source import Layered
+from optima_tpu.models.decoder import Decoder
 from optima_tpu.models.masks import open_given
 from optima_tpu.models.model import Model
 from optima_tpu.pipeline.allocate import Allocated, allocated, allocation_steps, read_allocation, write_allocation
 from optima_tpu.pipeline.calibrate import linear_groups
+from optima_tpu.pipeline.continuations import continuations, read_continuations, write_continuations
+from optima_tpu.pipeline.distill.blocks import Trainer
+from optima_tpu.pipeline.distill.train import Distilled, Outcome, Windows, distill, keep_outcome, read_outcome, refuse_large
 from optima_tpu.pipeline.greeting import greet, recipe_line
 from optima_tpu.pipeline.inputs import Texts, manifest_of, token_digest
 from optima_tpu.pipeline.journal import Journal, open_journal, prepare_directory
 from optima_tpu.pipeline.memory_plan import fitted
 from optima_tpu.pipeline.self_calibration import keep_calibration
 from optima_tpu.pipeline.walk import Walk, prune_model
-from optima_tpu.report.file import environment, memory_peaks, write_report
+from optima_tpu.report.file import environment, memory_peaks, size_on_disk, write_report
 from optima_tpu.report.progress import Progress
 from optima_tpu.report.records import BlockReport
 from optima_tpu.report.sinks import Sink, Steps, opened, write
+from optima_tpu.runtime.buckets import in_bucket
 from optima_tpu.runtime.device_memory import device_budget
-from optima_tpu.runtime.files import complete, read_record, write_bytes, writing
+from optima_tpu.runtime.files import complete, files_in, read_record, write_bytes, writing
 from optima_tpu.runtime.processes import first_only, from_first
 
 FOLDER, REPORT = "hf", "report.json"
-_DENSE = "dense.json"
+_DENSE, _LOSSES = "dense.json", "dense_losses.npy"
+_KEPT = 1 << 20
+"""So many tokens of the evaluation text are looked at one by one: their losses take 4 MB."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +88,8 @@ class Opened:
             decoder, recipe, linear_groups(decoder), config.calibration.samples, device_budget(config.device_memory), given
         )
         told = fitted(decoder, walk.groups, recipe, walk.budget)
+        if config.distill:
+            refuse_large(Trainer(decoder, config.distill), walk.budget)
         directory = prepare_directory(config.run_directory, manifest)
         greet(console, config, model, texts, directory, told)
         return cls(config, model, texts, manifest, walk, directory)
@@ -88,11 +104,16 @@ class Run:
       progress: what the person sees.
       resources: closed at the end of the run.
       dense: the perplexity of the dense model.
+      losses: the dense and the pruned model's loss on every token of the first windows of the evaluation text, where this start of
+        the run measured them.
       journal: the finished blocks.
       sinks: where records are sent too, and steps, which sends them.
       allocation: the sparsity of every block, where they differ.
       blocks: the report of every block of the checkpoint.
+      distilled: what became of the distillation; None where there is none.
       pruned: the perplexity of the pruned model.
+      memory: the peaks before whole models are on the devices, see ``memory_peaks``.
+      continuations: what both models write after a few prompts; None where that is not tried.
       report: what report.json holds.
     """
 
@@ -100,12 +121,16 @@ class Run:
     progress: Progress
     resources: contextlib.ExitStack
     dense: float | None = None
+    losses: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
     journal: Journal | None = None
     sinks: tuple[Sink, ...] = ()
     steps: Steps | None = None
     allocation: Allocated | None = None
     blocks: list[dict[str, Any]] | None = None
+    distilled: Outcome | None = None
     pruned: float | None = None
+    memory: dict[str, int | None] | None = None
+    continuations: dict[str, Any] | None = None
     report: dict[str, Any] | None = None
 
 
@@ -177,7 +202,14 @@ def _knows_dense(run: Run) -> bool:
 
 
 def _measure_dense(run: Run) -> None:
-    run.dense = perplexity(run.opened.model.decoder, run.opened.texts.evaluation.ids, run.progress.advance)
+    run.dense = _measure(run, "dense", run.opened.model.decoder)
+
+
+def _measure(run: Run, which: str, decoder: Decoder) -> float:
+    ids = run.opened.texts.evaluation.ids
+    losses = token_losses(decoder, ids, run.progress.advance)
+    run.losses[which] = losses[: max(1, _KEPT // ids.shape[1])].copy()  # a view would keep all of them
+    return perplexity_of(losses.sum(axis=1, dtype=np.float64), ids)
 
 
 def _record(run: Run) -> None:
@@ -186,18 +218,50 @@ def _record(run: Run) -> None:
     if run.journal is None:
         _open_journal(run)
     journal = _made(run.journal)
-    path = opened_run.directory / _DENSE
-    record = json.dumps({"tokens": token_digest(opened_run.texts.evaluation.ids), "perplexity": run.dense}).encode()
-
-    def keep() -> None:
-        if not path.exists() or path.read_bytes() != record:
-            with writing(path, "make room and repeat the command"):
-                write_bytes(path, record)
-
-    first_only(keep)
+    first_only(lambda: _keep_dense(run))
     run.sinks = run.resources.enter_context(opened(config.sinks, opened_run.directory, to_dict(config)))
     run.steps = Steps(run.sinks, journal)
     run.steps.follow()
+
+
+def _keep_dense(run: Run) -> None:
+    """Writes what the dense model made of the evaluation text. The losses first: dense.json names them by their digest."""
+    directory, digest = run.opened.directory, token_digest(run.opened.texts.evaluation.ids)
+    path, before = directory / _DENSE, read_record(directory / _DENSE) or {}
+    record: dict[str, Any] = {"tokens": digest, "perplexity": run.dense}
+    if "losses" in before and before.get("tokens") == digest:
+        record["losses"] = before["losses"]
+    if "dense" in run.losses:
+        file = io.BytesIO()
+        np.save(file, run.losses["dense"])
+        record["losses"] = hashlib.sha256(file.getvalue()).hexdigest()
+        if record != before:
+            with writing(directory / _LOSSES, "make room and repeat the command"):
+                write_bytes(directory / _LOSSES, file.getvalue())
+    if record != before:
+        with writing(path, "make room and repeat the command"):
+            write_bytes(path, json.dumps(record).encode())
+
+
+def _dense_losses(run: Run) -> np.ndarray | None:
+    """The dense model's losses, of this start of the run or an earlier one; None where none has kept them."""
+    if "dense" in run.losses:
+        return run.losses["dense"]
+    record = read_record(run.opened.directory / _DENSE) or {}
+    try:
+        data = (run.opened.directory / _LOSSES).read_bytes()
+    except OSError:
+        return None
+    return np.load(io.BytesIO(data), allow_pickle=False) if hashlib.sha256(data).hexdigest() == record.get("losses") else None
+
+
+def _changes(run: Run) -> dict[str, Any] | None:
+    """Which tokens of the evaluation text got worse; None where the dense model's losses were not kept."""
+    dense, pruned, ids = _dense_losses(run), run.losses["pruned"], run.opened.texts.evaluation.ids
+    if dense is None or dense.shape != pruned.shape:
+        return None
+    tokenizer = load_tokenizer(run.opened.model.pretrained)
+    return token_changes(dense, pruned, ids, lambda few: str(tokenizer.decode(few, clean_up_tokenization_spaces=False)))
 
 
 def _knows_allocation(run: Run) -> bool:
@@ -230,17 +294,47 @@ def _prune(run: Run) -> None:
     prune_model(walk, run.opened.texts.calibration.ids, _made(run.journal), run.progress, _made(run.steps).follow)
 
 
+def _is_distilled(run: Run) -> bool:
+    if run.opened.config.distill is None:
+        return True
+    run.distilled = read_outcome(run.opened.directory)
+    return run.distilled is not None or run.blocks is not None
+
+
+def _distill(run: Run) -> None:
+    opened_run, journal, progress = run.opened, _made(run.journal), run.progress
+    method, texts, dense = _made(opened_run.config.distill), opened_run.texts, opened_run.model.decoder
+    held_out = texts.calibration.ids[opened_run.config.calibration.samples :]
+    windows = Windows(_made(texts.distillation), held_out)
+    found = distill(dense, journal, method, windows, progress.advance, progress.note)
+    as_pruned = dataclasses.replace(dense, tensors=Layered(journal.tensors(), dense.tensors))
+    before = perplexity(as_pruned, texts.evaluation.ids, progress.advance)
+    run.distilled = found._replace(perplexity_before=before)
+    keep_outcome(opened_run.directory, run.distilled)
+
+
+def _distillation_steps(run: Run) -> int:
+    method = run.opened.config.distill
+    return 0 if method is None else 2 * _blocks(run) + 2 + method.steps + len(method.check_steps())
+
+
 def _write_checkpoint(run: Run) -> None:
     pretrained, decoder = run.opened.model
-    write_checkpoint(_made(run.journal), pretrained.tensors, decoder.mesh, run.allocation and run.allocation.sparsity)
+    journal = _made(run.journal)
+    # Where no step of a distillation was better than none, the blocks stay as they were pruned.
+    blocks = Distilled(journal) if run.distilled and run.distilled.kept else journal
+    write_checkpoint(blocks, pretrained.tensors, decoder.mesh, run.allocation and run.allocation.sparsity)
     run.progress.advance()
     run.blocks = from_first(lambda: checkpointed_blocks(run.opened.directory))
 
 
+def _pruned_decoder(run: Run) -> Decoder:
+    return dataclasses.replace(run.opened.model.decoder, tensors=CheckpointTensors(run.opened.directory))
+
+
 def _measure_pruned(run: Run) -> None:
     dense = run.opened.model.decoder
-    decoder = dataclasses.replace(dense, tensors=CheckpointTensors(run.opened.directory))
-    run.pruned = perplexity(decoder, run.opened.texts.evaluation.ids, run.progress.advance)
+    run.pruned = _measure(run, "pruned", _pruned_decoder(run))
     write(run.sinks, dense.config.blocks, {"perplexity/dense": run.dense, "perplexity/pruned": run.pruned})
 
 
@@ -254,6 +348,23 @@ def _export(run: Run) -> None:
     facts = _facts(run)
     first_only(lambda: export(directory, directory / FOLDER, report=facts))
     run.progress.advance()
+
+
+def _knows_continuations(run: Run) -> bool:
+    config = run.opened.config
+    # Not of a model that nobody asked for, as in sweeps, and not where words mean nothing.
+    if not config.export or "random" in (config.calibration.source, config.evaluation.source):
+        return True
+    run.continuations = read_continuations(run.opened.directory)
+    return run.continuations is not None
+
+
+def _continue_prompts(run: Run) -> None:
+    opened_run = run.opened
+    run.memory = memory_peaks()
+    budget = device_budget(opened_run.config.device_memory)
+    run.continuations = continuations(opened_run.model, _pruned_decoder(run), budget, run.progress)
+    write_continuations(opened_run.directory, run.continuations)
 
 
 def _facts(run: Run) -> dict[str, Any]:
@@ -274,12 +385,13 @@ def _report(run: Run) -> None:
         {"transformers": directory / FOLDER} if config.export else {}
     )
     run.progress.end_stage()
-    memory = memory_peaks()  # of all processes, where only the first one writes
+    memory = run.memory or memory_peaks()  # of all processes, where only the first one writes
     model = {
         "origin": pretrained.origin,
         "fingerprint": pretrained.fingerprint,
         "architecture": next(iter(pretrained.config.architectures or ()), None),
         "blocks": decoder.config.blocks,
+        "weights": sum(math.prod(pretrained.tensors.shape(name)) for name in pretrained.tensors.names()),
     }
     run.report = from_first(
         lambda: write_report(
@@ -290,14 +402,27 @@ def _report(run: Run) -> None:
             model=model,
             calibration={"source": config.calibration.source, "how": calibration.how, "tokens": int(calibration.ids.size)},
             allocation=run.allocation and run.allocation.to_json(),
+            distillation=run.distilled and run.distilled.to_json(),
             weighed=[name for name in residuals if name in decoder.linears],
             blocks=list(map(BlockReport.from_json, _made(run.blocks))),
             seconds=run.progress.seconds,
             memory=memory,
             files={what: str(path) for what, path in files.items()},
+            sizes=_sizes(run),
+            tokens=_changes(run),
+            continuations=run.continuations,
             **_facts(run),
         )
     )
+
+
+def _sizes(run: Run) -> dict[str, Any]:
+    """Bytes of the source's tensors, of the exported weights, and of everything that the run leaves in its directory."""
+    tensors, directory = run.opened.model.pretrained.tensors, run.opened.directory
+    dense = sum(math.prod(tensors.shape(name)) * tensors.dtype(name).itemsize for name in tensors.names())
+    exported = sum(size_on_disk(path) for path in files_in(directory / FOLDER) if path.suffix == ".safetensors")
+    left = {} if in_bucket(directory) else {path.name: size_on_disk(path) for path in sorted(directory.iterdir())}
+    return {"dense": dense, "transformers": exported if run.opened.config.export else None, "left": left}
 
 
 def _blocks(run: Run) -> int:
@@ -312,8 +437,13 @@ STAGES = (
     Stage("recording", ("dense perplexity",), lambda run: False, _record),
     Stage("allocating", ("recording",), _knows_allocation, _allocate, _blocks),
     Stage("pruning", ("recording", "allocating"), _is_pruned, _prune, _blocks),
+    Stage("distillation", ("pruning",), _is_distilled, _distill, _distillation_steps),
     Stage(
-        "writing the checkpoint", ("pruning", "allocating"), lambda run: run.blocks is not None, _write_checkpoint, lambda run: 1
+        "writing the checkpoint",
+        ("pruning", "allocating", "distillation"),
+        lambda run: run.blocks is not None,
+        _write_checkpoint,
+        lambda run: 1,
     ),
     Stage(
         "pruned perplexity",
@@ -323,6 +453,7 @@ STAGES = (
         lambda run: _blocks(run) + 1,
     ),
     Stage("exporting for transformers", ("writing the checkpoint", "pruned perplexity"), _is_exported, _export, lambda run: 1),
-    Stage("reporting", ("pruned perplexity", "writing the checkpoint"), lambda run: False, _report),
+    Stage("continuations", ("writing the checkpoint",), _knows_continuations, _continue_prompts, lambda run: 2),
+    Stage("reporting", ("pruned perplexity", "writing the checkpoint", "continuations"), lambda run: False, _report),
 )
 """The stages behind the opening of model and texts, which :class:`Opened` is."""

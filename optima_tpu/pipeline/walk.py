@@ -237,9 +237,10 @@ def _streams_before(walk: Walk, tokens: np.ndarray, index: int, journal: Journal
     decoder = walk.decoder
     first, hidden = _saved_states(decoder, tokens, index, journal, HIDDEN)
     if first < index:
+        through = f"block {first}" if first == index - 1 else f"blocks {first} to {index - 1}"
         progress.note(
-            f"the hidden states after block {index - 1} were not saved or are damaged: they are computed from those "
-            + (f"after block {first - 1}" if first else "that enter the model")
+            f"the hidden states that enter block {index} are computed again, through {through} as pruned: a run saves them once a "
+            "minute, not after every block"
         )
     pruned = _through(dataclasses.replace(decoder, tensors=journal.tensors()), range(first, index), hidden)
     if not walk.recipe.target.dense_stream:

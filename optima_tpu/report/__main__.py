@@ -16,6 +16,7 @@ from optima_tpu.report.runs import Run
 from optima_tpu.report.table import print_summary
 from optima_tpu.runtime.buckets import as_path, in_bucket
 from optima_tpu.runtime.command import guarded
+from optima_tpu.runtime.program import program
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -24,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _report(arguments: Sequence[str] | None) -> None:
-    chosen = _parser().parse_args(arguments)
+    chosen = make_parser().parse_args(arguments)
     console = Console()
     path = output_path(chosen.runs, chosen.output)
     runs = write_page(chosen.runs, path)
@@ -68,9 +69,10 @@ def _compare(console: Console, runs: Sequence[Run]) -> None:
         say(console, data.note)
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of the command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m optima_tpu.report",
+        prog=program("report"),
         description="Draws one self-contained page of finished runs: what was run, what it "
         "cost and gained, layer by layer; several runs side by side. It opens from the disk and needs no network.",
     )

@@ -14,7 +14,9 @@ import jax
 from jax.sharding import Mesh
 
 from optima_tpu.report.records import BlockReport, finite
-from optima_tpu.report.summary import all_layers, by_kind, sparsity, unusual
+from optima_tpu.report.summary import all_layers, by_kind, sparsity, unusual, worsened
+from optima_tpu.runtime.buckets import in_bucket
+from optima_tpu.runtime.files import files_in as files_below
 from optima_tpu.runtime.files import write_bytes, writing
 from optima_tpu.runtime.processes import everyones
 
@@ -60,6 +62,16 @@ def files_in(directory: Path, files: Mapping[str, str]) -> dict[str, str]:
     return {what: str(directory / PurePath(path).name) for what, path in files.items()}
 
 
+def size_on_disk(path: Path) -> int:
+    """Bytes of a file, or of all files in a folder. 0 where there is none."""
+
+    def size(file: Path) -> int:
+        found: Any = file.stat()
+        return found.length if in_bucket(file) else found.st_size
+
+    return sum(map(size, files_below(path))) if path.is_dir() else size(path) if path.exists() else 0
+
+
 def write_report(
     path: Path,
     *,
@@ -75,8 +87,12 @@ def write_report(
     memory: Mapping[str, int | None],
     files: Mapping[str, str],
     allocation: Mapping[str, Any] | None = None,
+    distillation: Mapping[str, Any] | None = None,
     weighed: Sequence[str] = (),
     recipe: str = "",
+    sizes: Mapping[str, Any] | None = None,
+    tokens: Mapping[str, Any] | None = None,
+    continuations: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Writes the report in one step: afterwards it is complete, or the old one is still there.
 
@@ -85,7 +101,7 @@ def write_report(
       manifest: what decides the result, see ``inputs.manifest_of``.
       configuration: from ``config.to_dict``.
       environment: from :func:`environment`.
-      model: what was pruned: origin, fingerprint, architecture, blocks.
+      model: what was pruned: origin, fingerprint, architecture, blocks, and the number of all of its weights.
       calibration: the text the model had to reproduce, and how it was sampled.
       evaluation: the text perplexity was measured on.
       perplexity: "dense" and "pruned".
@@ -94,8 +110,13 @@ def write_report(
       memory: from :func:`memory_peaks`.
       files: what the run left -> path.
       allocation: from ``importance.Allocated.to_json``; None where every block has the pattern's sparsity.
+      distillation: from ``distill.Outcome.to_json``; None where the pruned model was not trained.
       weighed: the layers in a block whose tokens the target weighs.
       recipe: what was done, in a line: of the settings only those that act on the model's family.
+      sizes: bytes: "dense" of the source's tensors, "transformers" of the exported weights on disk, "left" by the name of
+        each file and folder in the run directory.
+      tokens: from ``token_changes``: which tokens of the evaluation text the pruned model predicts worse.
+      continuations: what both models write after a few prompts.
 
     Returns:
       What was written. Numbers that JSON cannot hold are null.
@@ -104,6 +125,8 @@ def write_report(
       ValueError: a number given here is not finite.
     """
     layers = all_layers(blocks)
+    weights, pruned = sum(math.prod(layer.shape) for layer in layers), sum(layer.pruned for layer in layers)
+    worse = {name: [value if math.isfinite(value) else None for value in errors] for name, errors in worsened(blocks).items()}
     report = {
         "manifest": dict(manifest),
         "configuration": dict(configuration),
@@ -113,15 +136,20 @@ def write_report(
         "evaluation": dict(evaluation),
         "perplexity": dict(perplexity),
         "sparsity": sparsity(layers),
+        "model_sparsity": pruned / model["weights"] if model.get("weights") else None,
         "allocation": allocation,
+        "distillation": distillation,
         "weighed_layers": list(weighed),
         "recipe": recipe,
-        "weights": sum(math.prod(layer.shape) for layer in layers),
-        "pruned": sum(layer.pruned for layer in layers),
-        "unusual": unusual(blocks),
+        "weights": weights,
+        "pruned": pruned,
+        "unusual": unusual(blocks) | {"worse_on_held_out": worse},
         "layer_kinds": [finite(kind._asdict()) for kind in by_kind(blocks)],
         "seconds": dict(seconds),
         "memory": dict(memory),
+        "sizes": dict(sizes or {}),
+        "tokens": tokens,
+        "continuations": continuations,
         "files": dict(files),
         "blocks": [block.to_json() for block in blocks],
     }

@@ -10,7 +10,7 @@ from optima_tpu.method.layer_rules import kind_name
 from optima_tpu.report import plots
 from optima_tpu.report.numbers import percent
 from optima_tpu.report.records import LayerReport
-from optima_tpu.report.results import mean_errors
+from optima_tpu.report.results import mean_errors, unusual_count
 from optima_tpu.report.runs import Run
 from optima_tpu.report.summary import (
     LayerKind,
@@ -22,9 +22,11 @@ from optima_tpu.report.summary import (
     means,
     short_names,
     sparsity,
+    traded,
     unusual,
+    worsened,
 )
-from optima_tpu.report.table import TROUBLE, unusual_lines
+from optima_tpu.report.table import TROUBLE, traded_lines, unusual_lines
 from optima_tpu.report.view import NONE, Key, Section, Table, figure
 
 _BEFORE, _AFTER = 6, 0  # grey, blue
@@ -212,25 +214,40 @@ def solver(runs: Sequence[Run]) -> Section:
 def strange(runs: Sequence[Run]) -> Section:
     """What a person should look at, by name."""
     several, text, folded = len(runs) > 1, [], []
-    fine = [run for run in runs if not any(unusual(run.blocks).values())]
+    fine = [run for run in runs if not unusual_count(run)]
     if fine:
         where = f" in {'; '.join(run.label for run in fine)}" if several else ""
-        text.append(f"Nothing{where}: no dead inputs, no layer with too few tokens, every row converged, none was refused.")
+        unseen = all(layer.held_out_after is None for run in fine for layer in run.layers)
+        kept = "" if unseen or not any(run.solver for run in fine) else ", and no matrix got worse on held-out text"
+        text.append(f"Nothing{where}: no dead inputs, no layer with too few tokens, every row converged, none was refused{kept}.")
     for run in runs:
-        if run in fine:
-            continue
         label, of = (f"{run.label}: ", f", {run.label}") if several else ("", "")
-        for line in unusual_lines(run.blocks):
-            words = line.removeprefix("unusual").strip()
-            text.append(f"{label}{words}." if several else f"{words[0].upper()}{words[1:]}.")
+        lines = unusual_lines(run.blocks, run.report["configuration"]) + traded_lines(run.blocks)
+        text += [f"{label}{line}." if several else f"{line[0].upper()}{line[1:]}." for line in lines]
         rows = [
+            [name, "the update raised its error on held-out text", f"from {percent(before)} to {percent(after)}"]
+            for name, (before, after) in worsened(run.blocks).items()
+        ]
+        rows += [
             [name, TROUBLE[kind][0], f"{count:,} {TROUBLE[kind][1]}{'' if count == 1 else 's'}"]
             for kind, layers in unusual(run.blocks).items()
             for name, count in layers.items()
         ]
-        folded.append(
-            Table(f"All of it, by layer{of}", ["layer", "what", "how many"], rows[:_LISTED], words=True, note=_rest(len(rows)))
-        )
+        rows += [
+            [
+                f"block {layer.block} {layer.name}",
+                "not unusual: its own output is further off on held-out text, the dense model’s is nearer",
+                f"from {_share(layer.held_out_before)} to {_share(layer.held_out_after)}; "
+                f"against dense from {_share(layer.dense_before)} to {_share(layer.dense_after)}",
+            ]
+            for layer in traded(run.blocks)
+        ]
+        if rows:
+            folded.append(
+                Table(
+                    f"All of it, by layer{of}", ["layer", "what", "how much"], rows[:_LISTED], words=True, note=_rest(len(rows))
+                )
+            )
     return Section("unusual", "Anything unusual", text, folded=folded)
 
 
@@ -361,6 +378,10 @@ def _errors(run: Run, before: float, after: float, held_before: float | None, he
 
 def _rest(count: int, order: str = "") -> str:
     return f"The first {_LISTED:,} of {count:,}{order}; report.json has them all." if count > _LISTED else ""
+
+
+def _share(value: float | None) -> str:
+    return NONE if value is None else percent(value)
 
 
 def _steps(value: float) -> str:

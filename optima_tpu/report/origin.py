@@ -10,6 +10,7 @@ from optima_tpu.report.numbers import duration, number, percent
 from optima_tpu.report.results import devices
 from optima_tpu.report.runs import Run
 from optima_tpu.report.view import NONE, Key, Section, Table, commands, figure
+from optima_tpu.runtime.program import program
 
 
 def cost(runs: Sequence[Run]) -> Section:
@@ -82,15 +83,15 @@ def origin(runs: Sequence[Run]) -> Section:
         files.append((f"All settings{label}, as a file for --config", dump(config)))
     text = [
         commands(
-            "In the directory in which it was run, the command makes the same run. As long as its own run directory is "
-            "there, it only tells the result again; with another `--output` it does the work again."
+            "Started in the same directory, this command makes the same run. While its run directory exists, the command prints "
+            "the result again and changes nothing; with another `--output` it does the work again."
         )
     ]
     if any(run.report["environment"].get("processes", 1) > 1 for run in runs):
         text.append(
             commands(
-                "A run in several processes is started by the scripts in `launch/`, or with `--coordinator`, "
-                "`--num-processes` and `--process-id` in each of them."
+                "The scripts in `launch/` start a run in several processes. Without them, give each process the command with "
+                "`--coordinator`, `--num-processes` and `--process-id`."
             )
         )
     return Section(
@@ -106,10 +107,10 @@ def origin(runs: Sequence[Run]) -> Section:
 
 def _command(words: Sequence[str]) -> str:
     """A command for a shell, one setting in a line where it is long."""
-    program = "python -m optima_tpu.launch"
-    line = f"{program} {shlex.join(words)}"
+    command = program("prune")
+    line = f"{command} {shlex.join(words)}"
     settings = [shlex.join(words[index : index + 2]) for index in range(0, len(words), 2)]
-    return line if len(line) <= 100 else " \\\n    ".join([program, *settings])
+    return line if len(line) <= 100 else " \\\n    ".join([command, *settings])
 
 
 def _facts(run: Run) -> list[list[str]]:

@@ -9,13 +9,17 @@ from typing import NamedTuple
 
 import jinja2
 
+from optima_tpu.report.distillation import distillation
 from optima_tpu.report.layers import layer_errors, maps, solver, strange
+from optima_tpu.report.left import left
 from optima_tpu.report.numbers import plural
 from optima_tpu.report.origin import cost, origin
 from optima_tpu.report.plots import MARKERS, SERIES
 from optima_tpu.report.results import comparison, distance, outcome, tiles
 from optima_tpu.report.runs import Run, method, model_name, read_runs
-from optima_tpu.report.view import Section, Tile, without_folders
+from optima_tpu.report.verdict import Verdict, verdict_of
+from optima_tpu.report.view import Section, Tile, commands, without_folders
+from optima_tpu.report.writing import continuations, tokens
 from optima_tpu.runtime.files import write_bytes, writing
 
 PAGE = "report.html"
@@ -30,6 +34,7 @@ class Page(NamedTuple):
       subtitle: what was done, in a line.
       code: the version of the program that made the runs.
       tiles: the numbers that a person looks for first; none where several runs are compared.
+      verdict: whether the result is good; None where several runs are compared.
       sections: in order.
       colours: of the series, for light pages.
       markers: of the series, as characters.
@@ -39,6 +44,7 @@ class Page(NamedTuple):
     subtitle: str
     code: str
     tiles: Sequence[Tile]
+    verdict: Verdict | None
     sections: Sequence[Section]
     colours: Sequence[str] = SERIES
     markers: Sequence[str] = tuple(MARKERS.values())
@@ -66,12 +72,16 @@ def render(title: str, runs: Sequence[Run]) -> str:
     """The page as HTML. ``title`` is what the runs have in common."""
     sections = [
         outcome(runs),
+        *distillation(runs),
         *distance(runs),
+        *tokens(runs),
+        *continuations(runs),
         layer_errors(runs),
         maps(runs),
         solver(runs),
         strange(runs),
         cost(runs),
+        *(left(run) for run in runs if len(runs) == 1),
         origin(runs),
     ]
     code = ", ".join(dict.fromkeys(run.report.get("manifest", {}).get("code", "of an unknown version") for run in runs))
@@ -79,9 +89,11 @@ def render(title: str, runs: Sequence[Run]) -> str:
         configuration = runs[0].report["configuration"]
         name = model_name(configuration)
         done = f"{method(configuration)}, {title.removeprefix(name).lstrip(', ')}"
-        page = Page(name, without_folders(done), code, tiles(runs[0]), sections)
+        page = Page(name, without_folders(done), code, tiles(runs[0]), verdict_of(runs[0].report), sections)
     else:
-        page = Page(f"{plural(len(runs), 'run')} side by side", without_folders(title), code, (), [comparison(runs), *sections])
+        page = Page(
+            f"{plural(len(runs), 'run')} side by side", without_folders(title), code, (), None, [comparison(runs), *sections]
+        )
     # Names of models and paths are what a person typed.
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
@@ -90,4 +102,5 @@ def render(title: str, runs: Sequence[Run]) -> str:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
+    environment.filters["commands"] = commands
     return environment.get_template("report.html.j2").render(page=page)

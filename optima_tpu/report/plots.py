@@ -7,7 +7,7 @@ who do not see it, and no ids that another one has. Figures are made without pyp
 import io
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 from xml.etree import ElementTree
@@ -77,7 +77,13 @@ def lines(panels: Sequence[Panel], prefix: str, across: str = "block", share: bo
       share: all panels have the same vertical axis, so that heights compare.
     """
     shared = _limits(panels) if share else None
-    return [_panel(panel, f"{prefix}-{index}", across, shared or _limits([panel])) for index, panel in enumerate(panels)]
+    limits = [shared or _limits([panel]) for panel in panels]
+    # One margin for all, so that their axes are in line.
+    left = max(map(_left, panels, limits), default=0.0)
+    return [
+        _panel(panel, f"{prefix}-{index}", across, own, left)
+        for index, (panel, own) in enumerate(zip(panels, limits, strict=True))
+    ]
 
 
 def cells(
@@ -97,11 +103,13 @@ def cells(
     low, high = limits or ((finite.min(), finite.max()) if finite.size else (0.1, 1.0))
     if low == high:
         low, high = (low / 2, high * 2) if log else (low - 0.5, high + 0.5)
-    names = max(map(len, rows))
+    # A bar of few rows has no room for more.
+    ticks = LogLocator(subs=(1,) if high > 30 * low else (1, 2, 5)) if log else FixedLocator(np.linspace(low, high, 3).tolist())
+    labels = [_tick(value, percent) for value in ticks.tick_values(low, high) if low <= value <= high * (1 + 1e-9)]
     with _style():
         figure, (axes, beside) = _figure(
-            left=0.15 + 0.065 * names,
-            right=0.6,
+            left=_room(rows),
+            right=max(0.6, _room(labels)),
             bottom=0.42,
             top=0.06,
             widths=(max(1.5, 0.15 * blocks), 0.1),
@@ -119,8 +127,7 @@ def cells(
         axes.set_xlabel("block")
         bar = figure.colorbar(mesh, cax=beside)
         bar.outline.set_visible(False)
-        ticks = LogLocator(subs=(1,) if high > 30 * low else (1, 2, 5))  # a bar of few rows has no room for more
-        bar.ax.yaxis.set_major_locator(ticks if log else FixedLocator(np.linspace(low, high, 3).tolist()))
+        bar.ax.yaxis.set_major_locator(ticks)
         bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _tick(value, percent)))
         bar.ax.yaxis.set_minor_locator(NullLocator())
         told = [
@@ -153,9 +160,22 @@ def _style() -> AbstractContextManager[None]:
     )
 
 
-def _panel(panel: Panel, prefix: str, across: str, limits: tuple[float, float]) -> str:
+def _left(panel: Panel, limits: tuple[float, float]) -> float:
+    """Inches that the labels of the vertical axis need."""
+    axes = Figure().add_subplot()
+    _scale(axes, panel, limits)
+    low, high = axes.get_ylim()
+    return max(0.56, _room(_tick(value, panel.unit) for value in axes.get_yticks() if low <= value <= high))
+
+
+def _room(labels: Iterable[str]) -> float:
+    """Inches for the longest of these tick labels beside an axis, in whatever font the page has."""
+    return 0.12 + 0.075 * max(map(len, labels), default=0)
+
+
+def _panel(panel: Panel, prefix: str, across: str, limits: tuple[float, float], left: float) -> str:
     with _style():
-        figure, (axes,) = _figure(left=0.56, right=0.06, bottom=0.42, top=0.06, widths=(2.3,), height=1.5)
+        figure, (axes,) = _figure(left=left, right=0.16, bottom=0.42, top=0.06, widths=(2.3,), height=1.5)
         for line in panel.lines:
             colour = SERIES[line.series % len(SERIES)]
             look: dict[str, Any] = (
@@ -249,6 +269,7 @@ def _element(figure: Figure, prefix: str, title: str, description: str, told: Se
             if name == "style":
                 value = re.sub("#[0-9a-f]{6}", lambda colour: _PAGE.get(colour[0], colour[0]), value)
                 value = re.sub(r"font: ([\d.]+)px [^;]+", r"font-size: \1px", value)  # the family is the page's
+                value = re.sub(r"font-family: [^;]+;? ?", "", value)  # as newer versions of matplotlib write it
             element.set(name.rpartition("}")[2], value)
     for parent in (root, *root.findall("defs")):
         for unwanted in parent.findall("metadata") + parent.findall("style"):  # which would be a style of the whole page

@@ -4,19 +4,21 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from markupsafe import Markup
-
 from optima_tpu.report import plots
 from optima_tpu.report.numbers import number, percent, plural
 from optima_tpu.report.runs import Run, differences
 from optima_tpu.report.scores import how_asked, scores
-from optima_tpu.report.summary import fitted_errors, held_out_errors, unusual
-from optima_tpu.report.view import NONE, Key, Section, Table, Tile, commands, figure, without_folders
+from optima_tpu.report.summary import fitted_errors, held_out_errors, unusual, worsened
+from optima_tpu.report.table import size, sizes, whole_model
+from optima_tpu.report.verdict import verdict_of
+from optima_tpu.report.view import NONE, Key, Section, Table, Tile, command, figure, without_folders
 
 _SIZE = (
     "The pruned file is as large as the dense one and runs as fast: zeros are stored like other numbers. They pay off only "
     "with a kernel or a compressor that uses them."
 )
+_SHOWN = 4
+"""So many commands are shown where several runs are compared."""
 
 
 def tiles(run: Run) -> list[Tile]:
@@ -43,9 +45,17 @@ def tiles(run: Run) -> list[Tile]:
             f"{first} → {last}" if run.solver else last,
             f"{'before → after the update, ' if run.solver else ''}mean of {len(run.layers):,} matrices, on {text}",
         ),
-        Tile("Sparsity", percent(report["sparsity"]), f"{report['pruned']:,} of {report['weights']:,} weights in them"),
+        Tile(
+            "Sparsity",
+            percent(report["sparsity"]),
+            f"{report['pruned']:,} of {report['weights']:,} weights in them{whole_model(report)}",
+        ),
         Tile("Time", run.time, f"on {devices(run)}" + (", with the parts before it was stopped" if run.earlier else "")),
     ]
+    sizes_found = report.get("sizes") or {}
+    if sizes_found.get("dense") and sizes_found.get("transformers"):
+        dense_size, pruned_size = size(sizes_found["dense"]), size(sizes_found["transformers"])
+        shown.append(Tile("File", f"{dense_size} → {pruned_size}", "not smaller: zeros are stored like other numbers"))
     if peak := (report.get("memory") or {}).get("host_peak"):
         shown.append(Tile("Memory", f"{number(peak / 2**30)} GiB", "of the host, at the peak"))
     count = unusual_count(run)
@@ -135,23 +145,24 @@ def outcome(runs: Sequence[Run]) -> Section:
             )
     missing = [run for run in runs if not run.evaluation]
     who = "This run was" if not several else "These runs were" if missing == list(runs) else f"{len(missing)} of these runs were"
-    text: list[str | Markup] = (
-        [
-            commands(
-                f"{who} not evaluated on tasks and other texts: `python -m optima_tpu.evaluate RUN --against MODEL` does "
-                "that, and `python -m optima_tpu.report` draws this page again."
-            )
-        ]
+    text: list[str] = (
+        [f"{who} not evaluated on other texts and tasks. The commands below do that, and draw this page again."]
         if missing
         else []
     )
+    code = [
+        (f"Measure the distance to the dense model{f', {run.label}' if several else ''}", _evaluate(run))
+        for run in missing[:_SHOWN]
+    ]
     text += [
         f"The evaluation.json of {run.label if several else 'this run'} is of {run.another}, which is not what it made, and "
         "is not shown."
         for run in runs
         if run.another
     ]
-    return Section("outcome", "Dense against pruned", [*text, _SIZE], tables=tables)
+    files = {sizes(run.report) for run in runs}
+    text += [f"Size: {said}." for said in files] if len(files) == 1 and all(files) else [_SIZE]
+    return Section("outcome", "Dense against pruned", text, tables=tables, code=code)
 
 
 def distance(runs: Sequence[Run]) -> list[Section]:
@@ -201,6 +212,14 @@ def distance(runs: Sequence[Run]) -> list[Section]:
     return [Section("distance", f"Distance to the {other} model", [text], drawn, tables)]
 
 
+def _evaluate(run: Run) -> str:
+    """The commands that evaluate a run and draw its page, with its own paths."""
+    directory, configuration = str(run.directory), run.report["configuration"]
+    text = (configuration.get("evaluation") or {}).get("source") or configuration["calibration"]["source"]
+    evaluate = command("evaluate", directory, "--against", configuration["model"], "--perplexity", text)
+    return f"{evaluate}\n{command('report', directory)}"
+
+
 def mean_errors(run: Run) -> tuple[float, float, float | None, float | None]:
     """Mean over layers: before and after on the calibration text, before and after on held-out text."""
     layers = run.layers
@@ -220,7 +239,7 @@ def devices(run: Run) -> str:
 
 def unusual_count(run: Run) -> int:
     """How many layers have anything unusual."""
-    return len({layer for layers in unusual(run.blocks).values() for layer in layers})
+    return len({*worsened(run.blocks), *(layer for layers in unusual(run.blocks).values() for layer in layers)})
 
 
 _BY_BLOCK = {"hidden_errors": "Hidden state error", "kls": "Divergence", "agreements": "Same most likely token"}
@@ -248,6 +267,7 @@ def _headlines(runs: Sequence[Run]) -> dict[str, list[str]]:
             "layer error after": percent(after) if run.solver else NONE,
             "on held-out text before": NONE if held_before is None else percent(held_before),
             "on held-out text after": NONE if held_after is None or not run.solver else percent(held_after),
+            "by a rule of thumb": verdict_of(report).word,
             "sparsity": percent(report["sparsity"]),
             "matrices": f"{len(run.layers):,}",
             "layers with anything unusual": f"{unusual_count(run):,}",

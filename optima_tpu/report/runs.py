@@ -65,6 +65,12 @@ class Run(NamedTuple):
     another: str | None = None
 
     @property
+    def directory(self) -> Path:
+        """Its directory, also where its report.json was named."""
+        path = as_path(self.place)
+        return path if path.is_dir() else path.parent
+
+    @property
     def layers(self) -> list[LayerReport]:
         """Of all blocks."""
         return all_layers(self.blocks)

@@ -13,6 +13,9 @@ T = TypeVar("T")
 FITTED, HELD_OUT = ("error_before", "error_after"), ("held_out_before", "held_out_after")
 """The errors on calibration and on held-out tokens, with the selector's weights and with the final ones."""
 
+RISE = 0.01
+"""So much of itself an error on held-out text has to rise by before it counts."""
+
 _CHOSEN = {"tuning": "the tuning", "accept": "the acceptance", "allocation": "the sparsities"}
 
 
@@ -124,6 +127,38 @@ def unusual(blocks: Sequence[BlockReport]) -> dict[str, dict[str, int]]:
     return found
 
 
+def worsened(blocks: Sequence[BlockReport]) -> dict[str, tuple[float, float]]:
+    """Every matrix that the update made worse on held-out text, with its error before and after: {"block 3 mlp.down_proj": ...}.
+
+    Errors are those that the update aims at: against the dense model where the run has a dense target, else of the layer's own
+    output. A rise of less than :data:`RISE` is noise. The matrix with the largest rise comes first.
+    """
+    found: dict[str, tuple[float, float]] = {}
+    for layer in all_layers(blocks):
+        before, after = (
+            (layer.held_out_before, layer.held_out_after)
+            if layer.dense_after is None
+            else (layer.dense_before, layer.dense_after)
+        )
+        if before is not None and after is not None and _rose(before, after):
+            found[f"block {layer.block} {layer.name}"] = (before, after)
+    return dict(sorted(found.items(), key=lambda item: _rise(*item[1]), reverse=True))
+
+
+def traded(blocks: Sequence[BlockReport]) -> list[LayerReport]:
+    """Layers whose own output is further off on held-out text after the update, and whose distance to the dense model is smaller.
+
+    A dense target asks for that: the layer makes up for what the layers before it have lost.
+    """
+    return [
+        layer
+        for layer in all_layers(blocks)
+        if layer.dense_after is not None
+        and _rose(layer.held_out_before, layer.held_out_after)
+        and not _rose(layer.dense_before, layer.dense_after)
+    ]
+
+
 def of_record(layer: Mapping[str, Any], name: str) -> Any:
     """A value of a layer that is a record in JSON types, None where it has none."""
     return layer.get(name)
@@ -174,6 +209,14 @@ def mean_or_none(values: Iterable[float | None]) -> float | None:
     values = list(values)
     numbers = [value for value in values if value is not None]
     return statistics.fmean(numbers) if numbers and len(numbers) == len(values) else None
+
+
+def _rose(before: float | None, after: float | None) -> bool:
+    return before is not None and after is not None and after > (1 + RISE) * before
+
+
+def _rise(before: float, after: float) -> float:
+    return after / before if before > 0 else math.inf
 
 
 def _kind(name: str, layers: list[LayerReport]) -> LayerKind:

@@ -8,10 +8,26 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from optima_tpu.method.layer_rules import kind_name
+from optima_tpu.report.distillation import distilled_line
 from optima_tpu.report.file import files_in
 from optima_tpu.report.numbers import number, percent, plural
-from optima_tpu.report.records import BlockReport
-from optima_tpu.report.summary import all_layers, by_kind, exchanged, gap_meaning, held_out_caveat, short_names, sparsity, unusual
+from optima_tpu.report.records import BlockReport, LayerReport
+from optima_tpu.report.summary import (
+    all_layers,
+    by_kind,
+    exchanged,
+    gap_meaning,
+    held_out_caveat,
+    held_out_errors,
+    means,
+    short_names,
+    sparsity,
+    traded,
+    unusual,
+    worsened,
+)
+from optima_tpu.report.verdict import verdict_of
 
 _NAMED = 4
 """So many layers are named for each kind of trouble; report.json has them all."""
@@ -27,7 +43,7 @@ TROUBLE = {
 
 
 def print_summary(console: Console, report: Mapping[str, Any], directory: Path) -> None:
-    """Prints the table of layers, what the pruning cost, what was unusual and where the files are.
+    """Prints the table of layers, what the pruning cost, what was unusual, where the files are, and whether the result is good.
 
     Args:
       report: as report.json has it.
@@ -60,16 +76,22 @@ def print_summary(console: Console, report: Mapping[str, Any], directory: Path) 
     lines += [
         "",
         f"perplexity  dense {number(dense, 4)}, pruned {number(pruned, 4)} ({ratio} times), on {report['evaluation']['how']}",
-        f"sparsity    {percent(sparsity(layers))} of the {weights:,} weights in {len(layers)} matrices",
+        f"sparsity    {percent(sparsity(layers))} of the {weights:,} weights in {len(layers)} matrices" + whole_model(report),
     ]
+    if size := sizes(report):
+        lines += [f"size        {size}"]
     if (share := exchanged(layers)) is not None:
         lines += [f"masks       {percent(share)} of the weights that stay came in by exchange for others of their row"]
     device = f", {number(memory['device_peak'] / 2**30)} GiB on a device" if memory.get("device_peak") else ""
     if memory.get("host_peak"):
         lines += [f"memory      {number(memory['host_peak'] / 2**30)} GiB on the host{device} at the peak"]
-    lines += unusual_lines(blocks)
+    if told := distilled_line(report):
+        lines += [f"distilled   {told}"]
+    lines += [f"unusual     {line}" for line in unusual_lines(blocks, configuration)] or ["unusual     nothing"]
+    lines += [f"note        {line}" for line in traded_lines(blocks)]
     width = max(map(len, files), default=0) + 2
     lines += ["", *(f"{what:<{width}}{path}" for what, path in files.items())]
+    lines += ["", f"result      {plain(verdict_of(report).text)}"]
     console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
 
 
@@ -107,14 +129,78 @@ def layer_table(blocks: Sequence[BlockReport], solver: str | None) -> Table:
     return table
 
 
-def unusual_lines(blocks: Sequence[BlockReport]) -> list[str]:
-    """What was unusual, one line for each kind, by the names of the layers with most of it."""
+def plain(text: str) -> str:
+    """Words of the page for a terminal: without the backquotes of commands, and with the apostrophe that is typed."""
+    return text.replace("`", "").replace("’", "'")
+
+
+def whole_model(report: Mapping[str, Any]) -> str:
+    """ ", 39.5% of all 134,515,008 weights of the model"; empty for reports of versions that did not count them."""
+    weights = (report.get("model") or {}).get("weights")
+    return f", {percent(report['pruned'] / weights)} of all {weights:,} weights of the model" if weights else ""
+
+
+def sizes(report: Mapping[str, Any]) -> str:
+    """How large the files are, dense and pruned, and why they are alike; empty where that was not recorded."""
+    found = report.get("sizes") or {}
+    if not found.get("dense"):
+        return ""
+    pruned = f", pruned in hf/ {size(found['transformers'])}" if found.get("transformers") else ""
+    return f"dense weights {size(found['dense'])}{pruned}: the file is not smaller, zeros are stored like other numbers"
+
+
+def size(count: int) -> str:
+    """Bytes as "538 MB", "16.1 GB"."""
+    exponent = min(max((len(str(count)) - 1) // 3, 0), 4)
+    return f"{count} bytes" if not exponent else f"{number(count / 1000**exponent)} {('kB', 'MB', 'GB', 'TB')[exponent - 1]}"
+
+
+def unusual_lines(blocks: Sequence[BlockReport], configuration: Mapping[str, Any]) -> list[str]:
+    """What was unusual, a sentence for each kind, by the names of the layers with most of it. None where nothing was."""
     lines = []
+    if worse := worsened(blocks):
+        dense = any(layer.dense_after is not None for layer in all_layers(blocks))
+        named = [f"{name} (from {percent(before)} to {percent(after)})" for name, (before, after) in worse.items()]
+        of = "the distance to the dense model's output" if dense else "the error"
+        lines.append(f"the update raised {of} on held-out text: {_listed(named)}; {_remedy(configuration)}")
     for kind, layers in unusual(blocks).items():
         if layers:
             words, noun = TROUBLE[kind]
             worst = sorted(layers, key=layers.__getitem__, reverse=kind != "few_tokens")
-            named = [f"{name} ({plural(layers[name], noun)})" for name in worst[:_NAMED]]
-            more = [f"{len(worst) - _NAMED} more in the report"] if len(worst) > _NAMED else []
-            lines.append(f"unusual     {words}: {', '.join(named + more)}")
-    return lines or ["unusual     nothing"]
+            lines.append(f"{words}: {_listed([f'{name} ({plural(layers[name], noun)})' for name in worst])}")
+    return lines
+
+
+def traded_lines(blocks: Sequence[BlockReport]) -> list[str]:
+    """What a dense target does on purpose: one sentence with every kind of layer that is concerned, or none."""
+    kinds: dict[str, list[LayerReport]] = {}
+    for layer in traded(blocks):
+        kinds.setdefault(kind_name(layer.name), []).append(layer)
+    if not kinds:
+        return []
+    short = short_names([kind.name for kind in by_kind(blocks)])
+    told = []
+    for kind, layers in kinds.items():
+        (before, after), (far, near) = held_out_errors(layers), means(layers, ("dense_before", "dense_after"))
+        if before is not None and after is not None and far is not None and near is not None:
+            told.append(
+                f"{len(layers)} {short[kind]} ({percent(before)} to {percent(after)}; against dense {percent(far)} to {percent(near)})"
+            )
+    count = sum(map(len, kinds.values()))
+    return [
+        f"in {count:,} {'matrix' if count == 1 else 'matrices'} the update raised the error of the layer's own output on "
+        "held-out text and lowered the distance to the dense model's output. The dense target asks for that. By kind, in the "
+        f"mean: {', '.join(told)}"
+    ]
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = [f"{len(names) - _NAMED} more in the report"] if len(names) > _NAMED else []
+    return ", ".join([*names[:_NAMED], *more])
+
+
+def _remedy(configuration: Mapping[str, Any]) -> str:
+    """What to try where weights do not carry over to other text."""
+    judged = (configuration.get("accept") or {}).get("name") == "held_out"
+    accept = [] if judged else ["--accept held_out, which leaves such matrices as the selector made them"]
+    return f"try {', '.join([*accept, 'more --calibration.samples'])}, or a larger --solver.damping"

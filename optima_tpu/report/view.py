@@ -1,10 +1,13 @@
 """What a page is made of: sections of words, plots and tables."""
 
 import re
+import shlex
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from markupsafe import Markup, escape
+
+from optima_tpu.runtime.program import program
 
 NONE = "–"
 """What stands in a table where there is no number."""
@@ -48,7 +51,7 @@ class Table(NamedTuple):
     Attributes:
       caption: above it.
       head: names of the columns.
-      rows: of texts.
+      rows: of texts; markup only where something in a text is marked.
       note: below it.
       words: the cells are words, not numbers.
       total: the last row sums up the others.
@@ -93,6 +96,11 @@ class Section(NamedTuple):
 def commands(text: str) -> Markup:
     """A paragraph in which what stands between backquotes is a command or a setting."""
     return Markup(re.sub("`(.*?)`", r"<code>\1</code>", str(escape(text))))
+
+
+def command(name: str, *words: str) -> str:
+    """A command of this program for a shell: "optima evaluate runs/x"."""
+    return f"{program(name)} {shlex.join(words)}"
 
 
 def without_folders(text: str) -> str:

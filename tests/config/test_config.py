@@ -10,17 +10,20 @@ from pathlib import Path
 import pytest
 
 from optima_tpu.config import yaml12
-from optima_tpu.config.parse import dump, parse
+from optima_tpu.config.parse import dump, flags, on_preset, parse
 from optima_tpu.config.presets import PRESETS
 from optima_tpu.config.run_config import CHOICES, EMBEDDED, Calibration, Evaluation, RunConfig, to_dict, weights_settings
 from optima_tpu.data import check_sources
 from optima_tpu.errors import UserError
 from optima_tpu.method.acceptance import PerLayer, PerRow
+from optima_tpu.method.allocation import OWL
 from optima_tpu.method.layer_rules import parse_layers
 from optima_tpu.method.mask_swaps import Swaps
 from optima_tpu.method.patterns import NM, Unstructured
 from optima_tpu.method.selectors import ADMM, Magnitude, SparseGPT, Wanda
 from optima_tpu.method.solvers import CG, MPAX, Adam, Exact
+from optima_tpu.method.targets import SelfTarget
+from optima_tpu.method.tuning import Grid
 from tests.support import ROOT
 
 CONFIGS = ROOT / "configs"
@@ -84,7 +87,7 @@ def test_who_names_no_method_gets_the_best_preset(file):
 
 
 @pytest.mark.parametrize(
-    "argv, damping", [([], 0.3), (["--solver", "cg"], 0.01), (["--preset", "paper", "--solver", "cg"], 0.01)]
+    "argv, damping", [([], 0.3), (["--selector", "wanda"], 0.01), (["--preset", "paper", "--solver", "cg"], 0.01)]
 )
 def test_the_help_tells_the_defaults_that_hold(argv, damping, capsys):
     with pytest.raises(SystemExit):
@@ -117,18 +120,69 @@ def test_an_option_of_another_method_than_the_best_presets_is_refused():
 
 
 @pytest.mark.parametrize(
-    "argv", [["--solver", "cg"], ["--selector", "wanda"], ["--accept=per_row"], ["--refine", "null"], ["--preset", "fast"]]
+    "argv, changed",
+    [
+        (["--solver", "cg"], {}),
+        (["--accept=per_row"], {}),
+        (["--refine", "null"], dict(refine=None)),
+        (["--solver", "mpax"], dict(solver=MPAX(), damping=None)),
+        (["--tuning", "grid"], dict(tuning=Grid())),
+        (["--allocation", "owl"], dict(allocation=OWL())),
+        (["--target", "self"], dict(target=SelfTarget())),
+    ],
 )
-def test_a_method_that_is_named_goes_with_the_plain_ones(argv, file):
-    assert parse(argv) == EMBEDDED
-    setting, _, option = argv[0][2:].partition("=")[0].partition(".")
-    value = argv[-1].rpartition("=")[2]
-    assert parse(["--config", file(f"{setting}: {{{option}: {value}}}" if option else f"{setting}: {value}")]) == EMBEDDED
+def test_a_method_that_is_named_changes_one_thing_of_the_best_preset(argv, changed, file):
+    expected = dataclasses.replace(parse(["--preset", "best"]), **changed)
+    assert parse(argv) == expected == parse(["--config", file(as_line(argv))])
+
+
+@pytest.mark.parametrize(
+    "argv, changed",
+    [
+        (["--selector", "wanda"], {}),
+        (["--selector", "sparsegpt"], dict(selector=SparseGPT())),
+        (["--solver", "null"], dict(solver=None)),
+        (["--preset", "fast"], {}),
+    ],
+)
+def test_a_selector_or_no_solver_is_a_cell_of_a_table_with_nothing_beside_it(argv, changed, file):
+    expected = dataclasses.replace(EMBEDDED, **changed)
+    expected = dataclasses.replace(expected, pattern=Unstructured(0.5, expected.selector.group))
+    assert parse(argv) == expected == parse(["--config", file(as_line(argv))])
+    assert parse(flags(expected)) == expected
+
+
+def as_line(argv):
+    """An option of the command line as a line of a file."""
+    option, _, value = "=".join(argv).removeprefix("--").partition("=")
+    return f"{option}: {value}"
+
+
+@pytest.mark.parametrize(
+    "argv, said",
+    [
+        ([], "best"),
+        (["--preset", "paper", "--model", "a"], "paper"),
+        (["--solver", "mpax", "--pattern", "2:4"], "best --solver mpax"),
+        (["--solver.damping", "0.1", "--accept", "held_out"], "best --solver.damping 0.1 --accept held_out"),
+        (["--recapture", "false"], "best --recapture false"),
+        (
+            ["--selector", "sparsegpt", "--selector.block", "64", "--solver", "null"],
+            "fast --selector sparsegpt --selector.block 64 --solver null",
+        ),
+    ],
+)
+def test_a_run_says_which_preset_it_is_nearest_to_and_what_it_changes(argv, said):
+    assert on_preset(parse(argv)) == said
+
+
+def test_the_model_may_stand_first():
+    assert parse(["org/name", "--pattern", "2:4"]) == parse(["--model", "org/name", "--pattern", "2:4"])
 
 
 def test_overrides_without_a_model_change_the_embedded_default(file):
     assert parse(["--config", file("batch: 2"), "--solver", "cg", "--solver.damping", "0.1"]) == dataclasses.replace(
-        EMBEDDED, batch=2, damping=0.1
+        parse(["--preset", "best"]), batch=2, damping=0.1
     )
 
 
@@ -205,7 +259,7 @@ def test_methods_are_named_in_any_spelling(text, file):
 def test_every_method_can_be_chosen_by_name():
     for setting, methods in CHOICES.items():
         for name, cls in methods.items():
-            assert getattr(parse([f"--{setting}", name]), setting) == (cls and cls())
+            assert getattr(parse([f"--{setting}", name, "--preset", "fast"]), setting) == (cls and cls())
 
 
 def test_options_sit_beside_the_name_and_under_the_dot(file):
@@ -213,6 +267,8 @@ def test_options_sit_beside_the_name_and_under_the_dot(file):
     assert (
         parse(
             [
+                "--preset",
+                "fast",
                 "--solver",
                 "mpax",
                 "--solver.eps_abs",
@@ -230,7 +286,9 @@ def test_options_sit_beside_the_name_and_under_the_dot(file):
         parse(
             [
                 "--config",
-                file("solver: {name: mpax, eps_abs: 1e-3, iteration_limit: 7}\naccept:\n  name: per_layer\n  min_converged: 0.5"),
+                file(
+                    "preset: fast\nsolver: {name: mpax, eps_abs: 1e-3, iteration_limit: 7}\naccept:\n  name: per_layer\n  min_converged: 0.5"
+                ),
             ]
         )
         == expected
@@ -252,7 +310,7 @@ def test_a_list_of_numbers_is_read_alike_from_the_command_line_and_a_file(rates,
 def test_the_command_line_goes_over_the_file_wherever_it_stands(file):
     path = file("model: a\nbatch: 2\nsolver: {name: cg, damping: 0.5, max_steps: 8}")
     for argv in (["--config", path, "--solver.damping", "0.1"], ["--solver.damping", "0.1", "--config", path]):
-        assert parse(argv) == RunConfig(model="a", batch=2, solver=CG(max_steps=8), damping=0.1)
+        assert parse([*argv, "--preset", "fast"]) == RunConfig(model="a", batch=2, solver=CG(max_steps=8), damping=0.1)
 
 
 def test_another_method_drops_the_options_of_the_files(file):
@@ -383,7 +441,8 @@ def test_run_directory(config, directory):
         (["--model", ""], ["a hub id"]),
         (["--batch"], ["--batch"]),
         (["--solver"], ["--solver"]),
-        (["model"], ["--NAME VALUE", "model"]),
+        (["--batch", "2", "model"], ["--NAME VALUE", "model"]),
+        (["model", "--model", "other"], ["one model", "model and --model"]),
         (["--config", "nowhere.yaml"], ["nowhere.yaml", "No such file"]),
         (["--config", "a.yaml", "--config", "b.yaml"], ["one --config"]),
     ],

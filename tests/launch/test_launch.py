@@ -130,8 +130,8 @@ def test_one_device_in_a_process_of_its_own_agrees_with_eight(finished, tmp_path
     ("dtype", "pattern", "options", "untied"),
     [
         ("float16", "0.6/layer", ["--selector", "magnitude", "--solver", "null"], False),
-        ("float32", "2:4", ["--solver", "exact"], True),
-        ("bfloat16", "2:4", ["--solver", "mpax", "--accept", "per_layer"], False),
+        ("float32", "2:4", ["--preset", "fast", "--solver", "exact"], True),
+        ("bfloat16", "2:4", ["--preset", "fast", "--solver", "mpax", "--accept", "per_layer"], False),
     ],
     ids=["null in float16", "exact", "mpax in bfloat16"],
 )

@@ -110,6 +110,8 @@ def test_a_selector_of_ones_own_prunes_and_is_named(lab):
 
 def test_solver_target_and_pattern_of_ones_own(lab):
     methods = [
+        "--preset",
+        "fast",
         "--solver",
         "my_lab.methods:Lazy",
         "--solver.damping",

@@ -106,7 +106,7 @@ def test_what_was_damaged_is_done_again_to_the_same_bits(finished, tmp_path, cap
     printed = capsys.readouterr().out
     assert ("block 1 was damaged since it was saved" in printed) == (harmed == "block")
     # Those after block 0 were saved, and those after the others not.
-    assert ("computed from those that enter the model" in printed) == (harmed == "states")
+    assert ("are computed again, through block" in printed) == (harmed == "states")
     assert_same_weights(copy, finished.directory)
 
 

@@ -283,7 +283,7 @@ def test_the_summary_tells_how_much_came_in(tmp_path):
 
 
 def test_the_settings():
-    config = parse(["--refine", "swaps", "--refine.rounds", "2"])
+    config = parse(["--preset", "fast", "--refine", "swaps", "--refine.rounds", "2"])
     assert config.refine == Swaps(2) and configure({"refine": {"name": "swaps", "rounds": 2}}) == config
     assert configure({}, flags(config)[2:]) == config
     plain = parse(["--preset", "fast"])
@@ -294,6 +294,6 @@ def test_the_settings():
         (["--refine.share", "0.7"], "at most 0.5, got 0.7"),
     ):
         with pytest.raises(UserError, match=words):
-            parse(["--refine", "swaps", *argv])
+            parse(["--preset", "best", *argv])
     recipe = Recipe(Unstructured(0.5), Wanda(), CG(), layers=(LayerRule("b", NM(2, 4)),), refine=Swaps())
     assert recipe.solved_together(("a", "b", "c"), "model.layers.0.") == (("a", "c"), ("b",))

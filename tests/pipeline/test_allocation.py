@@ -214,14 +214,14 @@ def test_sparsities_without_room_are_refused(allocation, sparsity, inputs, words
 
 def test_a_refused_run_leaves_no_directory(tmp_path, capsys):
     model, output = tiny_folder(tmp_path / "model", **WIDE), tmp_path / "run"
-    command = ["--model", str(model), "--output", str(output), "--allocation", "measured", *SMALL]
+    command = ["--model", str(model), "--output", str(output), "--preset", "fast", "--allocation", "measured", *SMALL]
     assert main([*command, "--pattern", "0.06/row"]) != 0
     assert "from 0 and 1" in capsys.readouterr().err
     assert not output.exists()
 
 
 def test_the_settings():
-    config = parse(["--allocation", "owl", "--allocation.limit", "0.04", "--pattern", "0.7"])
+    config = parse(["--preset", "fast", "--allocation", "owl", "--allocation.limit", "0.04", "--pattern", "0.7"])
     assert config.allocation == OWL(limit=0.04)
     assert configure({"allocation": {"name": "owl", "limit": 0.04}, "pattern": 0.7}) == config
     assert configure({}, flags(config)[2:]) == config and "owl" in str(config.run_directory)

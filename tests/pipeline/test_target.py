@@ -611,6 +611,8 @@ def test_the_plan_counts_both_streams(tmp_path):
 def test_the_settings_are_read_alike_from_the_command_line_and_a_file():
     config = parse(
         [
+            "--preset",
+            "fast",
             "--target",
             "dense",
             "--target.alpha",
@@ -652,7 +654,7 @@ def test_the_settings_are_read_alike_from_the_command_line_and_a_file():
         (["--tuning", "grid", "--calibration.held_out", "0"], "held_out of at least 1 where tuning is grid"),
         (["--accept", "held_out", "--calibration.held_out", "0"], "where accept is held_out"),
         (["--tuning", "grid", "--solver", "null"], "--tuning fixed"),
-        (["--tuning", "grid", "--tuning.damping", "[0.001]"], "solver's own 0.01"),
+        (["--preset", "fast", "--tuning", "grid", "--tuning.damping", "[0.001]"], "solver's own 0.01"),
         (["--tuning", "grid", "--tuning.alpha", "[2]"], "in \\[0, 1\\], got 2"),
         (["--target", "dense", "--target.alpha", "-1"], "alpha in \\[0, 1\\], got -1"),
         (["--target", "dense", "--target.gamma", "1.5"], "gamma in \\[0, 1\\], got 1.5"),

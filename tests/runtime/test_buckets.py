@@ -109,7 +109,7 @@ def test_a_run_in_a_bucket_that_is_killed_anywhere_goes_on_to_the_bits_of_one_in
     command = [*finished.arguments, "--output", str(directory)]
     kills = [
         ("pipeline.journal", "save_tree", 2, [0]),  # nothing of the second block's entry is written yet
-        ("pipeline.journal", "_write_sums", 2, [0]),  # the whole of it but its checksums
+        ("pipeline.journal", "write_sums", 2, [0]),  # the whole of it but its checksums
         ("pipeline.journal", "commit", 2, [0]),  # all of it, and it does not count yet
         ("models.checkpoints.orbax", "commit", 1, [0, 1, 2]),
         ("export", "commit", 1, [0, 1, 2]),

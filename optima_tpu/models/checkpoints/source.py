@@ -38,6 +38,33 @@ class TensorSource(Protocol):
         """The part of a tensor that ``index`` (slices and at most one ``...``) selects, as an array of its own."""
 
 
+class Layered:
+    """The tensors of one source, and below them those of another: the blocks of a journal over the model that is pruned.
+
+    Args:
+      above: its tensors hide those of the same name.
+      below: has every name.
+    """
+
+    def __init__(self, above: TensorSource, below: TensorSource):
+        self._above, self._below, self._own = above, below, frozenset(above.names())
+
+    def names(self) -> tuple[str, ...]:
+        return self._below.names()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._of(name).shape(name)
+
+    def dtype(self, name: str) -> np.dtype:
+        return self._of(name).dtype(name)
+
+    def read(self, name: str, index: Index = (...,)) -> np.ndarray:
+        return self._of(name).read(name, index)
+
+    def _of(self, name: str) -> TensorSource:
+        return self._above if name in self._own else self._below
+
+
 @dataclasses.dataclass(frozen=True)
 class Pretrained:
     """An opened checkpoint.

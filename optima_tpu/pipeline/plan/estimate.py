@@ -5,6 +5,7 @@ Solvers stop when their rows have converged, so the products of a layer are an a
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -201,9 +202,15 @@ def storage(model: Declared, config: RunConfig, hosts: int, pruned: int) -> Stor
         "hidden states": share,
         "being saved, or the embedding": max(share + block + masks, table + table // itemsize),
     }
+    if config.distill:
+        host["text of the distillation"] = -(
+            -2 * config.distill.windows * text.length * decoder.config.d_model * itemsize // hosts
+        )
     disk = {"journal": blocks * (block + masks), "hidden states": 2 * hidden, "checkpoint": blocks * (block + masks) + ends}
     if config.export:
         disk["export for transformers"] = blocks * block + ends + pruned // 8
+    if config.distill:  # two states of masters and moments while it is trained, and then the trained blocks
+        disk["distillation"] = max(2 * 12 * blocks * block // itemsize, blocks * (block + masks))
     return Storage(hidden, host, disk)
 
 
@@ -237,8 +244,11 @@ def run_seconds(
     def forward(tokens: float) -> float:
         return blocks * products(model, block * tokens / text.length / machine.mesh.size).seconds(machine)
 
+    def head(tokens: float) -> float:
+        flops = 2.0 * tokens * decoder.config.vocab * decoder.config.d_embedding / machine.mesh.size
+        return products(model, flops).seconds(machine)
+
     tokens, calibrated = evaluation_tokens(config), (text.samples + text.held_out) * text.length
-    head = products(model, 2.0 * tokens * decoder.config.vocab * decoder.config.d_embedding / machine.mesh.size).seconds(machine)
     streams = config.target.streams
     # Both streams into the calibration, the dense one out of its last pass, the pruned one in and out of the pruned block.
     moved = (2 + 1 / streams) * stored.hidden + 4 * tokens * stored.hidden / streams / calibrated
@@ -253,12 +263,33 @@ def run_seconds(
     # The weights are read for both perplexities, for the walk and for the checkpoint.
     stages = {
         "compiling (as here)": compiling,
-        "perplexity, dense and pruned": 2 * (forward(tokens) + head),
+        "perplexity, dense and pruned": 2 * (forward(tokens) + head(tokens)),
         **walk,
+        "distillation": _distillation_seconds(config, tokens, forward, head),
         "reading weights": 4 * weights / (ASSUMED.reading * machine.hosts),
         "writing": written / ASSUMED.writing,
     }
     return {name: seconds for name, seconds in stages.items() if seconds is not None}
+
+
+def _distillation_seconds(
+    config: RunConfig, evaluated: int, forward: Callable[[float], float], head: Callable[[float], float]
+) -> float | None:
+    """Seconds of the distillation; None where there is none.
+
+    Args:
+      evaluated: tokens of the perplexity text, on which the model is measured as it was pruned.
+      forward, head: seconds of all blocks and of the head for a number of tokens.
+    """
+    method, text = config.distill, config.calibration
+    if method is None:
+        return None
+    held_out, trained = text.held_out * text.length, method.steps * method.batch * text.length
+    checked = (len(method.check_steps()) + 1) * held_out
+    # A step is a forward pass, the same again block by block, and a backward pass of twice the products. Both models have logits;
+    # those of the dense one have no gradient.
+    blocks = forward(method.windows * text.length + held_out) + 4 * forward(trained) + forward(checked) + forward(evaluated)
+    return blocks + 6 * head(trained) + 2 * head(checked) + head(evaluated)
 
 
 def assumptions(config: RunConfig, machine: Machine) -> list[str]:

@@ -16,6 +16,8 @@ from optima_tpu.method.row_sharding import ON_EVERY_DEVICE, Layout
 from optima_tpu.method.statistics import Groups
 from optima_tpu.models.generate import cache_structs, windows_at_once
 from optima_tpu.pipeline.calibrate import linear_groups
+from optima_tpu.pipeline.distill.blocks import Trainer
+from optima_tpu.pipeline.distill.train import refuse_large
 from optima_tpu.pipeline.inputs import linear_shapes
 from optima_tpu.pipeline.memory_plan import Pass, aimed_residuals, block_passes, group_load
 from optima_tpu.pipeline.plan import estimate
@@ -172,8 +174,15 @@ def make_plan(config: RunConfig, model: Declared, machine: Machine, tell: Callab
             windows_at_once(decoder, text.samples + text.held_out, cache_structs(decoder, text.length), budget)
         except UserError as error:
             refused = str(error)  # a run writes its text first
+    if config.distill:
+        try:
+            refuse_large(Trainer(decoder, config.distill), budget)
+        except UserError as error:
+            refused = refused or str(error)
     block = estimate.sequence_flops(model, text.length)
     programs = [_calibration(config, model, machine, block, groups, count, tell) for groups, count in kinds.items()]
+    if len(programs) > 1:  # a block is calibrated in several passes, each for some of its layers
+        programs = [program._replace(name=f"calibration of {_short(groups)}") for program, groups in zip(programs, kinds)]
     programs += [_pruning(model, machine, recipe, shape, found, tell) for shape, found in layers.items()]
     steps = [program.calls * program.work.seconds(machine) for program in programs]
     compiling = sum(program.compiled.seconds for program in programs if program.compiled)
@@ -240,8 +249,7 @@ def _pruning(
     decoder, layout, mesh, held_out = model.decoder, shape.layout, machine.mesh, layers.held_out
     load, parts = group_load(decoder, layers.names, recipe), mesh.shape[MODEL] if layout.split else 1
     rows = -(-load.rows * parts // mesh.size)
-    short = ", ".join(name.rpartition(".")[2].removesuffix("_proj") for name in layers.names)
-    name = f"{short} [{load.rows:,}, {load.d_in:,}]"
+    name = f"{_short((layers.names,))} [{load.rows:,}, {load.d_in:,}]"
     together = mesh.size if machine.is_tpu and divided(load.d_in, mesh.size) else 1
     share = estimate.RowShare(rows / parts, load.d_in, len(shape.shapes), parts, machine.is_tpu, together)
     work = estimate.prune_work(recipe, shape.patterns[0], share, held_out)
@@ -255,3 +263,8 @@ def _pruning(
         if found.memory:
             memory = resident(decoder, (*layers.others, layers.names), held_out, load.streams) + found.memory - found.arguments
     return Program(name, layers.calls, rows, layout, work, memory, found)
+
+
+def _short(groups: Groups) -> str:
+    """ "q, k, v" for the layers of one group, the first group and "..." for those of several."""
+    return ", ".join(name.rpartition(".")[2].removesuffix("_proj") for name in groups[0]) + ", ..." * (len(groups) > 1)

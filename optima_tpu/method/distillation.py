@@ -1,0 +1,93 @@
+"""Distillation: the pruned model as a whole is trained toward the dense one, with its masks held."""
+
+import dataclasses
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+from jaxtyping import Float32
+
+from optima_tpu.errors import UserError
+
+BETAS = 0.9, 0.95
+"""The decay rates of Adam's moments."""
+_LEAST = 0.1
+"""The learning rate at the end, as a share of the peak."""
+
+
+@dataclasses.dataclass(frozen=True)
+class KL:
+    """Trains the whole pruned model toward the dense model's next-token distributions, on more windows of the calibration text.
+
+    The run is then no longer one-shot pruning: gradients pass through all blocks. Adam minimises the mean over tokens of
+    ``KL(p || q) = sum_v p(v) log(p(v) / q(v))``, with ``p`` the dense model's distribution and ``q`` the pruned one's (Hinton et
+    al., 2015, at temperature 1). Pruned weights stay zero; embedding, head and biases stay as they are. Held-out windows decide
+    which step is kept; where their divergence does not fall at all, the model stays as it was pruned.
+
+    Attributes:
+      windows: how many windows of calibration.length tokens are drawn beside those of the calibration. More tokens help most.
+      passes: how often each of these windows is read. From the second time on the model begins to fit the windows themselves.
+      batch: windows in one step of Adam.
+      learning_rate: the peak of the learning rate of kept weights. It rises over the first steps and falls along a cosine.
+      norm_factor: the learning rate of the norms' gains, as a multiple of learning_rate; 0 leaves them as they are.
+      train: which parameters move. "norms" are the norms' gains alone, "weights" the kept weights alone.
+      warmup: steps in which the learning rate rises.
+      checks: how often the held-out divergence is measured; the state of the best check is kept.
+    """
+
+    windows: int = 64
+    passes: int = 1
+    batch: int = 4
+    learning_rate: float = 1e-4
+    norm_factor: float = 20.0
+    train: Literal["all", "weights", "norms"] = "all"
+    warmup: int = 3
+    checks: int = 4
+
+    def __post_init__(self) -> None:
+        for name in ("windows", "passes", "batch", "checks"):
+            if getattr(self, name) < 1:
+                raise UserError(f"expected distill.{name} of at least 1, got {getattr(self, name)}")
+        if not 0 < self.learning_rate <= 1:
+            raise UserError(f"expected distill.learning_rate above 0 and at most 1, got {self.learning_rate}; 1e-4 is usual")
+        if self.norm_factor < 0 or self.warmup < 0:
+            raise UserError(
+                f"expected distill.norm_factor and distill.warmup of at least 0, got {self.norm_factor} and {self.warmup}"
+            )
+
+    @property
+    def steps(self) -> int:
+        """How many steps of Adam there are; the last windows of a pass that fill no batch are left out."""
+        return self.passes * max(1, self.windows // self.batch)
+
+    def check_steps(self) -> tuple[int, ...]:
+        """The steps after which the held-out divergence is measured, the last one among them."""
+        count = min(self.checks, self.steps)
+        return tuple(round(self.steps * (index + 1) / count) for index in range(count))
+
+    def rate(self, step: int) -> float:
+        """The learning rate of kept weights in a step, counted from 0."""
+        warmup = min(self.warmup, self.steps - 1)
+        schedule = optax.warmup_cosine_decay_schedule(
+            self.learning_rate / (warmup + 1), self.learning_rate, warmup, self.steps, self.learning_rate * _LEAST
+        )
+        return float(schedule(step))
+
+    def factor(self, is_norm: bool) -> float:
+        """The learning rate of a parameter as a multiple of :meth:`rate`; 0 for one that does not move."""
+        if is_norm:
+            return 0.0 if self.train == "weights" else self.norm_factor
+        return 0.0 if self.train == "norms" else 1.0
+
+
+def divergence(dense: Float32[Array, "*tokens vocab"], pruned: Float32[Array, "*tokens vocab"]) -> Float32[Array, "*tokens"]:
+    """``KL(p || q)`` in nats of each token, from the logits of ``p`` and ``q``."""
+    p, q = jax.nn.log_softmax(dense, axis=-1), jax.nn.log_softmax(pruned, axis=-1)
+    return jnp.sum(jnp.exp(p) * (p - q), axis=-1)
+
+
+def optimizer() -> optax.GradientTransformation:
+    """Adam without its learning rate, with float32 moments."""
+    return optax.scale_by_adam(*BETAS)

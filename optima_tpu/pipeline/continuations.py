@@ -1,0 +1,85 @@
+"""What the dense and the pruned model write after a few prompts, side by side."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from optima_tpu.errors import UserError
+from optima_tpu.evaluate.token_changes import pieces, readable
+from optima_tpu.models.checkpoints import load_tokenizer
+from optima_tpu.models.decoder import Decoder
+from optima_tpu.models.generate import greedy
+from optima_tpu.models.model import Model
+from optima_tpu.report.progress import Progress
+from optima_tpu.runtime.files import read_record, write_bytes, writing
+from optima_tpu.runtime.processes import first_only, from_first, together
+
+CONTINUATIONS = "continuations.json"
+
+PROMPTS = ("The capital of France is", "Water boils at", "To make a cup of tea, you need", "def add(a, b):\n")
+"""A fact, a number, a sentence, a program."""
+
+_NEW = 32
+_SHARE = 0.5
+"""So much of the devices' budget the whole model may take: for a look at a few sentences nothing is to run out of memory."""
+
+
+def read_continuations(directory: Path) -> dict[str, Any] | None:
+    """What a run has kept; None where it has not tried. Every process calls it."""
+    found: dict[str, Any] | None = from_first(lambda: read_record(directory / CONTINUATIONS))
+    return found
+
+
+def continuations(model: Model, pruned: Decoder, budget: float, progress: Progress) -> dict[str, Any]:
+    """What both models write after :data:`PROMPTS`, token by token the likeliest one. Every process calls it.
+
+    Args:
+      model: the dense one.
+      budget: bytes that a run may use of each device.
+      progress: advanced after each model.
+
+    Returns:
+      JSON types: "texts", for each prompt "prompt" and of "dense" and "pruned" what both wrote, the token with which they part
+      (empty where they do not) and the rest; or "reason", a sentence that says why nothing was written.
+    """
+    tokenizer = together(lambda: load_tokenizer(model.pretrained))
+    prompts = [list(tokenizer(prompt)["input_ids"]) for prompt in PROMPTS]
+    end = tokenizer.eos_token_id
+    prompts = [prompt[:-1] if len(prompt) > 1 and prompt[-1] == end else prompt for prompt in prompts]
+    limit = getattr(model.pretrained.config.get_text_config(), "max_position_embeddings", None)
+    if not all(prompts) or (limit and max(map(len, prompts)) + _NEW > limit):
+        return {"reason": "The prompts and what would follow do not fit the model’s context."}
+    try:
+        dense_ids, pruned_ids = greedy(
+            [model.decoder, pruned],
+            prompts,
+            new=_NEW,
+            vocabulary=min(len(tokenizer), model.decoder.config.vocab),
+            budget=_SHARE * budget,
+            advance=progress.advance,
+        )
+    except UserError as error:
+        return {"reason": f"The models were not asked to continue prompts: {error}."}
+
+    def decode(ids: Any) -> str:
+        return str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
+
+    def parted(prompt: list[int], ids: list[int], common: int) -> list[str]:
+        return list(map(readable, pieces(decode, prompt, ids[:common], ids[common : common + 1], ids[common + 1 :])[1:]))
+
+    texts = []
+    for text, prompt, *both in zip(PROMPTS, prompts, dense_ids.tolist(), pruned_ids.tolist(), strict=True):
+        first, second = (ids[: ids.index(end)] if end in ids else ids for ids in both)
+        common = next((place for place, (a, b) in enumerate(zip(first, second)) if a != b), min(len(first), len(second)))
+        texts.append({"prompt": readable(text), "dense": parted(prompt, first, common), "pruned": parted(prompt, second, common)})
+    return {"texts": texts}
+
+
+def write_continuations(directory: Path, found: dict[str, Any]) -> None:
+    """Keeps them in the directory of their run. Every process calls it."""
+
+    def write() -> None:
+        with writing(directory / CONTINUATIONS, "make room and repeat the command"):
+            write_bytes(directory / CONTINUATIONS, json.dumps(found).encode())
+
+    first_only(write)

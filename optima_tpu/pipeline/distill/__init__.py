@@ -1,0 +1,1 @@
+"""The stage that trains the pruned model as a whole toward the dense one."""

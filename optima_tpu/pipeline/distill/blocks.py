@@ -1,0 +1,191 @@
+"""The blocks of a model while they are trained: what moves, what is held, and the programs that every block runs.
+
+The backward pass goes block by block. A block's forward pass is done again inside its backward pass, from its input, so that of a
+batch of windows only the inputs of the blocks are kept (rematerialisation at every block). All blocks run the same compiled
+programs, whatever the depth of the model.
+
+Masters, moments and gradients are float32 and split over all devices of the mesh. A block gathers what its forward pass wants and
+rounds it to the checkpoint's dtype; its gradient is reduced back to the same shards.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array
+from jax.sharding import NamedSharding
+
+from optima_tpu.evaluate.predictions import sum_over_windows
+from optima_tpu.method.distillation import KL, divergence, optimizer
+from optima_tpu.models.decoder import Decoder, Head, forward, head_logits
+from optima_tpu.models.family import Positions
+from optima_tpu.runtime.mesh import divisible, spread
+
+Tree = dict[str, Array]
+
+
+class Block(NamedTuple):
+    """A block that is trained.
+
+    Attributes:
+      masters: what moves, float32, by name inside the block.
+      fixed: the other parameters, in the checkpoint's dtype.
+      keep: of the pruned weights, bool, True where a weight stays.
+      moments: the state of Adam.
+    """
+
+    masters: Tree
+    fixed: Tree
+    keep: Tree
+    moments: optax.OptState
+
+
+@dataclasses.dataclass(frozen=True)
+class Trainer:
+    """Opens blocks and runs them, forward and backward.
+
+    Attributes:
+      decoder: of the pruned model.
+      method: what is trained, and how fast.
+    """
+
+    decoder: Decoder
+    method: KL
+
+    @functools.cached_property
+    def factors(self) -> Mapping[str, float]:
+        """The learning rate of every parameter that moves, as a multiple of the method's."""
+        linears = {name + ".weight" for name in self.decoder.linears}
+        shapes = self.decoder.block_shapes
+        norms = {name for name, shape in shapes.items() if len(shape) == 1 and name.endswith("norm.weight")}
+        found = {name: self.method.factor(name in norms) for name in shapes if name in linears | norms}
+        return {name: factor for name, factor in found.items() if factor}
+
+    def shards(self, name: str) -> NamedSharding:
+        """How a master and all that belongs to it are split: over all devices that divide it."""
+        shape = self.decoder.block_shapes[name]
+        return NamedSharding(self.decoder.mesh, spread(self.decoder.mesh, shape, self.decoder.sharding(name)))
+
+    def bytes_on_device(self) -> int:
+        """What the blocks take on each device: master, two moments and gradient in float32, and what the forward pass gathers."""
+        shapes, total = self.decoder.block_shapes, 0
+        for name in self.factors:
+            total += 4 * 4 * int(np.prod(self.shards(name).shard_shape(shapes[name])))
+        return total * self.decoder.config.blocks
+
+    def open(self, parameters: Mapping[str, Array], keep: Mapping[str, np.ndarray | Array]) -> Block:
+        """A block that nothing has moved yet.
+
+        Args:
+          parameters: of the pruned block, by name inside the block, on the mesh.
+          keep: the masks of its pruned weights, by the same names.
+        """
+        masters = {name: jax.device_put(parameters[name], self.shards(name)).astype(jnp.float32) for name in self.factors}
+        fixed = {name: array for name, array in parameters.items() if name not in masters}
+        masks = {name: self.place(name, np.asarray(keep[name])) for name in masters if name in keep}
+        return Block(masters, fixed, masks, _start(masters))
+
+    def place(self, name: str, array: np.ndarray) -> Array:
+        """An array of the host with the shape of a master, split as the master is."""
+        return jax.make_array_from_callback(array.shape, self.shards(name), lambda index: array[index])
+
+    def zeros(self) -> Tree:
+        """A gradient to which nothing was added yet."""
+        return {name: jnp.zeros(self.decoder.block_shapes[name], jnp.float32, device=self.shards(name)) for name in self.factors}
+
+    def dtype(self, name: str) -> np.dtype:
+        """The checkpoint's dtype of a parameter."""
+        return self.decoder.tensors.dtype(self.decoder.prefix(0) + name)
+
+    def _parameters(self, masters: Tree, fixed: Tree) -> Tree:
+        """The parameters of the forward pass."""
+        decoder = self.decoder
+
+        def gathered(name: str) -> Array:
+            wanted = NamedSharding(decoder.mesh, divisible(decoder.mesh, decoder.block_shapes[name], decoder.sharding(name)))
+            return jax.lax.with_sharding_constraint(masters[name].astype(self.dtype(name)), wanted)
+
+        return fixed | {name: gathered(name) for name in masters}
+
+    def _run(self, masters: Tree, fixed: Tree, hidden: Array, positions: Positions) -> Array:
+        return forward(self.decoder.graph, self.decoder.state(self._parameters(masters, fixed)), hidden, positions)[0]
+
+    @functools.cached_property
+    def forward(self) -> Any:
+        """``(masters, fixed, hidden [batch, length, d_model], positions) -> hidden`` behind the block."""
+        return jax.jit(self._run)
+
+    @functools.cached_property
+    def backward(self) -> Any:
+        """``(masters, fixed, hidden, positions, cotangent, gradient) -> (gradient, cotangent)``.
+
+        The cotangent is that of the block's output and then of its input; the gradient of the masters is added to the given one,
+        whose memory it takes.
+        """
+
+        def backward(
+            masters: Tree, fixed: Tree, hidden: Array, positions: Positions, cotangent: Array, gradient: Tree
+        ) -> tuple[Tree, Array]:
+            _, pull = jax.vjp(lambda masters, hidden: self._run(masters, fixed, hidden, positions), masters, hidden)
+            found, back = pull(cotangent)
+            total = {name: jax.lax.with_sharding_constraint(gradient[name] + found[name], self.shards(name)) for name in gradient}
+            return total, back
+
+        return jax.jit(backward, donate_argnums=(5,))
+
+    @functools.cached_property
+    def update(self) -> Any:
+        """``(block, gradient, rate) -> block`` after one step of Adam; pruned weights stay exactly zero."""
+
+        def update(block: Block, gradient: Tree, rate: Array) -> Block:
+            masked = {name: jnp.where(block.keep[name], g, 0) if name in block.keep else g for name, g in gradient.items()}
+            moved, moments = optimizer().update(masked, block.moments)
+            # 0 / (0 + eps) is 0: where the gradient is masked in every step, Adam moves nothing.
+            masters = {name: master - rate * self.factors[name] * moved[name] for name, master in block.masters.items()}
+            return block._replace(masters=masters, moments=moments)
+
+        return jax.jit(update, donate_argnums=(0,))
+
+
+def _start(masters: Tree) -> optax.OptState:
+    return optimizer().init(masters)
+
+
+@jax.jit
+def head_loss(head: Head, dense: Array, pruned: Array, there: Array) -> Array:
+    """The summed ``KL(p || q)`` over the predictions of every window, [windows] float32; 0 for windows that are not there.
+
+    Args:
+      head: of both models, which pruning leaves as it is.
+      dense, pruned: [windows, length, d_model], what leaves the last block of each model.
+      there: [windows] bool.
+    """
+    return _losses(head, dense, pruned, there)
+
+
+@jax.jit
+def head_gradient(head: Head, dense: Array, pruned: Array, there: Array, scale: Array) -> tuple[Array, Array]:
+    """The sums of :func:`head_loss`, and the gradient of ``scale`` times their sum with respect to ``pruned``."""
+
+    def loss(pruned: Array) -> tuple[Array, Array]:
+        sums = _losses(head, dense, pruned, there)
+        return scale * jnp.sum(sums), sums
+
+    gradient, sums = jax.grad(loss, has_aux=True)(pruned)
+    return sums, gradient
+
+
+def _losses(head: Head, dense: Array, pruned: Array, there: Array) -> Array:
+    # Rematerialised: the logits of a batch would be the largest arrays of the backward pass.
+    @jax.checkpoint
+    def score(targets: Array, *states: Array) -> Array:
+        return divergence(*(head_logits(head, state) for state in states))
+
+    targets = jnp.zeros(pruned.shape[:2], jnp.int32)  # which a divergence does not read
+    sums: Array = sum_over_windows(score, targets, dense, pruned)
+    return jnp.where(there, sums, 0)

@@ -1,0 +1,97 @@
+"""The section on what a run left in its directory: how large it is, what each file is for, how the model is loaded elsewhere."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path, PurePath
+
+from optima_tpu.report.runs import Run
+from optima_tpu.report.table import size, sizes
+from optima_tpu.report.view import NONE, Section, Table, command, commands
+from optima_tpu.runtime.buckets import in_bucket
+
+_ALWAYS = ("report.json", "report.html")
+"""They are written after the sizes are taken."""
+
+FILES: Mapping[str, str] = {
+    "report.html": "this page",
+    "report.json": "everything that this page shows, and the record of every matrix, for programs",
+    "hf": "the pruned model for transformers: weights as safetensors, the source’s config.json and tokenizer, which weights were "
+    "kept (pruning_masks.npz, one bit each), the recipe and every layer’s errors (optima_tpu.json), a model card (README.md)",
+    "checkpoint": "the pruned model as one Orbax checkpoint, which is compressed: optima evaluate, optima export and JAX programs read it",
+    "evaluation.json": "what optima evaluate measured; this page shows it",
+    "lm_eval.json": "the results of the tasks, as the evaluation harness writes them",
+    "run.json": "the settings, and digests of model, text and code, by which the same command finds its own run again",
+    "assets": "the source’s config.json, tokenizer and licence; optima export copies them",
+    "dense.json": "the dense model’s perplexity, which a run that goes on doesn’t measure again",
+    "dense_losses.npy": "the dense model’s loss on every token of the evaluation text, to see which tokens got worse",
+    "continuations.json": "what both models write after a few prompts",
+    "calibration.npy": "the calibration text as token ids; the dense model wrote it",
+    "allocation.json": "the sparsity of every block, as the allocation chose it",
+    "distilled": "every block after the distillation, with checksums, for a run that goes on; may be deleted once it is finished, but "
+    "not in a bucket",
+    "distillation.json": "the divergence at every check of the distillation, and which step was kept",
+    "journal": "every finished block with checksums, from which a stopped run goes on. Once the run is finished it may be deleted, "
+    "but not in a bucket, where checkpoint/ refers to it",
+    "activations": "the hidden states after the last finished block, for a run that goes on; may be deleted once it is finished",
+    "tensorboard": "the records of every block for TensorBoard",
+    "wandb": "the records of every block for Weights & Biases",
+    "run.lock": "keeps two programs from working in the directory at once; empty",
+}
+"""Name in a run directory -> what it is, in the order in which a person looks for it. hf/ and the like are folders."""
+
+_SNIPPET = """\
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+folder = {folder}
+tokenizer = AutoTokenizer.from_pretrained(folder)
+model = AutoModelForCausalLM.from_pretrained(folder)
+prompt = tokenizer("The capital of France is", return_tensors="pt")
+print(tokenizer.decode(model.generate(**prompt, max_new_tokens=32)[0]))"""
+
+
+def left(run: Run) -> Section:
+    """What is in the directory of one run."""
+    report, directory = run.report, run.directory
+    recorded = (report.get("sizes") or {}).get("left") or {}
+    rows = [
+        [f"{name}/" if _is_folder(name) else name, words, size(recorded[name]) if recorded.get(name) else NONE]
+        for name, words in FILES.items()
+        if name in recorded or name in _ALWAYS or _is_there(directory, name)
+    ]
+    text: list = [f"Sizes: {said}."] if (said := sizes(report)) else []
+    exported = "hf" in {PurePath(path).name for path in report.get("files", {}).values()}
+    if not exported:
+        told = command("export", str(directory), str(directory / "hf"))
+        text.append(commands(f"The run did not write a folder for transformers. `{told}` makes it from checkpoint/."))
+    elif in_bucket(directory):
+        text.append(f"Copy {directory / 'hf'} to this machine first: transformers reads no buckets.")
+    text.append(
+        "transformers loads the pruned model like any other. It runs as fast as the dense model: zeros pay off only with a kernel "
+        "or a compressor that uses them."
+    )
+    folder = json.dumps("hf" if in_bucket(directory) else str(directory / "hf"), ensure_ascii=False)
+    return Section(
+        "left",
+        "What the run left, and how to use it",
+        text,
+        tables=[
+            Table(
+                f"In {directory}",
+                ["file", "what it is", "size"],
+                rows,
+                words=True,
+                note="Sizes are those at the end of the run." if recorded else "",
+            )
+        ],
+        code=[
+            ("Load the pruned model, in Python, from the directory in which the run was started", _SNIPPET.format(folder=folder))
+        ],
+    )
+
+
+def _is_folder(name: str) -> bool:
+    return "." not in name
+
+
+def _is_there(directory: Path, name: str) -> bool:
+    return not in_bucket(directory) and (directory / name).exists()

@@ -1,0 +1,180 @@
+"""Whether a result is good, by what is known of such results: a rule of thumb in one sentence."""
+
+import math
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple
+
+from optima_tpu.report.numbers import number, percent, plural
+
+
+class Band(NamedTuple):
+    """What layer-wise pruning in one shot is known to cost models of one size, under one pattern.
+
+    Attributes:
+      pattern: "50%", "60%" or "70%" of the weights of every matrix, in any order; or "2:4", "4:8".
+      size: in billions of weights, [from, to).
+      best: the smallest ratio of the pruned model's perplexity to the dense model's.
+      worst: the largest one, without masks by magnitude.
+      models: which ones the ratios are of.
+      text: "general" for WikiText-2 and C4; or the one text that the ratios were measured on.
+    """
+
+    pattern: str
+    size: tuple[float, float]
+    best: float
+    worst: float
+    models: str
+    text: str = "general"
+
+
+_TINY, _SMALL, _MIDDLE, _LARGE = (0.05, 0.3), (0.3, 2.0), (2.0, 5.0), (5.0, 20.0)
+
+# Above each row stand the results with the smallest and the largest ratio, pruned / dense. Sources:
+#   SmolLM2-135M: C4 dense 31.26, WikiText-2 dense 29.19: configs/tables/levers.md; WikiText-2 by another protocol, dense 25.62:
+#   configs/tables/smollm2.md; pydoc dense 14.79: README.md.
+#   OPT, Llama 3.1 and 3.2, Gemma 3 and Qwen 2.5 under 50% and 60%: the published numbers in configs/tables/unstructured.yaml and
+#   adam.yaml (arXiv:2512.13886), WikiText-2. Left out: gemma-2-2b, whose dense perplexity means nothing.
+#   OPT-125M with FISTAPruner: as its paper prints it.
+#   Llama 2 7B (dense 5.47), Llama 3 8B (dense 6.14), and under 2:4 and 4:8 Llama 3.2 1B and Qwen 2.5 7B: WikiText-2 in windows
+#   of 2048 tokens, as the papers of ALPS, DSnoT and DenoiseRotator print them for these methods.
+_AT_ONE, _AT_THREE = "Qwen2.5-0.5B and 1.5B, Llama-3.2-1B and Gemma-3-1B", "Qwen2.5-3B and Llama-3.2-3B"
+_AT_EIGHT = "Qwen2.5-7B and 14B, Llama-2-7B, Llama-3-8B and 3.1-8B"
+
+BANDS = (
+    # OPT-125M with FISTAPruner 33.54 / 27.67; SmolLM2-135M with Wanda 66.21 / 29.19
+    Band("50%", _TINY, 1.21, 2.27, "SmolLM2-135M and OPT-125M"),
+    # Qwen2.5-1.5B 12.76 / 9.28; Llama-3.2-1B with Wanda 23.51 / 9.75
+    Band("50%", _SMALL, 1.37, 2.42, _AT_ONE),
+    # Qwen2.5-3B 10.52 / 8.03; Llama-3.2-3B with Wanda 12.92 / 7.81
+    Band("50%", _MIDDLE, 1.31, 1.66, _AT_THREE),
+    # Qwen2.5-7B 8.33 / 6.85; Llama-3.1-8B with Wanda 9.64 / 5.84
+    Band("50%", _LARGE, 1.21, 1.66, _AT_EIGHT),
+    # SmolLM2-135M with `best` and measured allocation 58.24 / 31.26; with Wanda 103.9 / 25.62
+    Band("60%", _TINY, 1.86, 4.06, "SmolLM2-135M"),
+    # Qwen2.5-1.5B 19.35 / 9.28; Llama-3.2-1B with Wanda 71.53 / 9.75
+    Band("60%", _SMALL, 2.08, 7.34, _AT_ONE),
+    # Qwen2.5-3B 14.42 / 8.03; Llama-3.2-3B with Wanda 31.13 / 7.81
+    Band("60%", _MIDDLE, 1.79, 3.99, _AT_THREE),
+    # Qwen2.5-7B 10.53 / 6.85; Llama-3-8B with Wanda 23.55 / 6.14
+    Band("60%", _LARGE, 1.53, 3.84, _AT_EIGHT),
+    # SmolLM2-135M with `best` and measured allocation 89.93 / 31.26; with `paper` 388.5 / 29.19
+    Band("70%", _TINY, 2.87, 13.4, "SmolLM2-135M"),
+    # Llama-2-7B with ALPS 19.31 / 5.47; Llama-3-8B with Wanda 116.8 / 6.14
+    Band("70%", _LARGE, 3.53, 19.1, "Llama-2-7B and Llama-3-8B"),
+    # SmolLM2-135M with SparseGPT's masks and `cg` 50.16 / 25.62; with Wanda 131.1 / 25.62
+    Band("2:4", _TINY, 1.95, 5.12, "SmolLM2-135M"),
+    # Llama-3.2-1B with SparseGPT 36.23 / 9.75; with Wanda 90.66 / 9.75
+    Band("2:4", _SMALL, 3.71, 9.30, "Llama-3.2-1B"),
+    # Qwen2.5-7B with SparseGPT 11.35 / 6.85; Llama-3-8B with Wanda 24.36 / 6.14
+    Band("2:4", _LARGE, 1.65, 3.97, "Qwen2.5-7B, Llama-2-7B and Llama-3-8B"),
+    # SmolLM2-135M with `best` 55.07 / 31.26; with SparseGPT 87.68 / 29.19
+    Band("4:8", _TINY, 1.76, 3.01, "SmolLM2-135M"),
+    # Llama-3.2-1B with SparseGPT 25.46 / 9.75; with Wanda 48.23 / 9.75
+    Band("4:8", _SMALL, 2.61, 4.95, "Llama-3.2-1B"),
+    # Qwen2.5-7B with SparseGPT 9.61 / 6.85; Llama-3-8B with DSnoT 14.76 / 6.14
+    Band("4:8", _LARGE, 1.40, 2.41, "Qwen2.5-7B, Llama-2-7B and Llama-3-8B"),
+    # Calibrated and measured on Python's documentation, which predicts itself better than general text does: SmolLM2-135M with
+    # `best` 16.77 / 14.79; with `fast` 19.59 / 14.79
+    Band("50%", _TINY, 1.13, 1.33, "SmolLM2-135M", "pydoc"),
+)
+
+_SHARES = {"50%": 0.5, "60%": 0.6, "70%": 0.7}
+_NEAR = 0.02
+"""So far from one of these shares of pruned weights its band is still used."""
+
+_DENSE = 100.0
+"""Above this the dense model hardly predicts the text, and the ratio says little. The dense models of the bands have 5.3 to 31."""
+
+
+Word = Literal["good", "usual", "poor", "unknown"]
+
+
+class Verdict(NamedTuple):
+    """What to think of a result.
+
+    Attributes:
+      word: "good" in the better half of what is known, on a logarithmic scale; "usual" in the other half; "poor" beyond;
+        "unknown" where nothing is known of such a run.
+      text: a sentence or two that say so, with the numbers.
+    """
+
+    word: Word
+    text: str
+
+
+def verdict(
+    dense: float, pruned: float, *, pattern: str, sparsity: float, weights: int, text: str, calibration: str = "", rules: str = ""
+) -> Verdict:
+    """Judges the ratio of two perplexities by :data:`BANDS`.
+
+    Args:
+      dense, pruned: the perplexities.
+      pattern: as the settings have it: "0.5", "0.6/row", "2:4".
+      sparsity: share of the weights of the pruned matrices that is zero.
+      weights: of the whole model.
+      text: the source of the text that both were measured on: "c4", "file:PATH".
+      calibration: the source of the calibration text.
+      rules: settings for single layers, ``--layers``.
+    """
+    ratio, kind, size = pruned / dense, _kind(pattern, sparsity), weights / 1e9
+    told = f"the pruned model’s perplexity is {number(ratio)} times the dense model’s"
+    wanted = "general" if text != "pydoc" else "pydoc" if calibration == "pydoc" else None
+    band = next(
+        (each for each in BANDS if (each.pattern, each.text) == (kind, wanted) and each.size[0] <= size < each.size[1]), None
+    )
+    if dense > _DENSE:
+        unknown = f"the dense model itself hardly predicts this text (perplexity {number(dense, 4)}), so the ratio says little"
+    elif text == "random":
+        unknown = "random tokens have nothing to predict"
+    elif rules:
+        unknown = "no results are on record for runs in which some layers have settings of their own"
+    else:
+        unknown = f"no results are on record for {_whom(pattern, sparsity, weights)}, measured on {_short(text)}"
+    if band is None or dense > _DENSE or text == "random" or rules:
+        return Verdict("unknown", f"Whether this is good is not known: {told}, and {unknown}.")
+    word: Word = "good" if ratio <= math.sqrt(band.best * band.worst) else "usual" if ratio <= band.worst else "poor"
+    opening = {"good": "Good", "usual": "Usual", "poor": "Poor"}[word]
+    where = "Python’s documentation" if band.text == "pydoc" else "WikiText-2 and C4"
+    known = (
+        f"Known results at {band.pattern} and this size ({band.models}): {number(band.best)} to {number(band.worst)} on {where}"
+    )
+    advice = " Try the preset `best`, more calibration samples, or fewer pruned weights." if word == "poor" else ""
+    return Verdict(word, f"{opening}, by a rule of thumb: {told}. {known}. Models and texts differ.{advice}")
+
+
+def verdict_of(report: Mapping[str, Any]) -> Verdict:
+    """The verdict on a run by its report.json. Of an earlier version's the size is that of the pruned matrices."""
+    settings, perplexity = report["configuration"], report["perplexity"]
+    calibration = settings.get("calibration", {}).get("source", "")
+    return verdict(
+        perplexity["dense"],
+        perplexity["pruned"],
+        pattern=str(settings.get("pattern", "")),
+        sparsity=report.get("sparsity", 0.0),
+        weights=(report.get("model") or {}).get("weights") or report.get("weights", 0),
+        text=(settings.get("evaluation") or {}).get("source") or calibration,
+        calibration=calibration,
+        rules=settings.get("layers") or "",
+    )
+
+
+def _kind(pattern: str, sparsity: float) -> str | None:
+    """The pattern of a band; None where there is none."""
+    if ":" in pattern:
+        return pattern if any(band.pattern == pattern for band in BANDS) else None
+    if not pattern.partition("/")[0].replace(".", "", 1).isdigit():  # a pattern of somebody's own
+        return None
+    return next((name for name, share in _SHARES.items() if abs(sparsity - share) <= _NEAR + 1e-9), None)
+
+
+def _whom(pattern: str, sparsity: float, weights: int) -> str:
+    what = f"the pattern {pattern}" if ":" in pattern else f"{percent(sparsity)} pruned weights"
+    millions = weights / 1e6
+    size = f"{number(millions / 1000)} billion weights" if millions >= 1000 else f"{number(millions)} million weights"
+    return f"{what} in a model of {size if millions >= 1 else plural(weights, 'weight')}"
+
+
+def _short(text: str) -> str:
+    """A source without the folders of a path."""
+    kind, colon, rest = text.partition(":")
+    return f"{kind}:{rest.rpartition('/')[2]}" if colon and kind in ("file", "npy") else text or "this text"

@@ -1,0 +1,102 @@
+"""The sections on single tokens: which of the evaluation text got worse, and what both models write after a few prompts."""
+
+from collections.abc import Sequence
+
+from markupsafe import Markup, escape
+
+from optima_tpu.report.numbers import number, percent
+from optima_tpu.report.runs import Run
+from optima_tpu.report.view import Section, Table
+
+
+def tokens(runs: Sequence[Run]) -> list[Section]:
+    """Which tokens got worse: one section, or none where no run has kept the losses of single tokens."""
+    several, text = len(runs) > 1, []
+    tables: list[Table] = []
+    folded: list[Table] = []
+    known = [(run, found) for run in runs if (found := run.report.get("tokens"))]
+    if not known:
+        return []
+    for run, found in known:
+        label = f"{run.label}: " if several else ""
+        shares, middle = found["shares"], len(found["edges"]) // 2
+        share = found["rise_share"]
+        told = f" The worst 1% of the tokens make up {percent(share)} of the whole rise." if share is not None else ""
+        text.append(
+            f"{label}The pruned model predicts {percent(sum(shares[middle + 1 :]))} of {found['tokens']:,} tokens worse than the "
+            f"dense model, {percent(sum(shares[:middle]))} better, and the others alike, within {found['edges'][middle]:g} nats. "
+            f"The loss rose by {number(found['mean'])} nats in the mean, by {number(found['median'])} in the median.{told}"
+        )
+        of = f", {run.label}" if several else ""
+        bars = [[name, percent(share), _bar(share)] for name, share in zip(_classes(found["edges"]), shares, strict=True)]
+        tables.append(Table(f"Tokens by the change of their loss{of}", ["change, in nats", "tokens", ""], bars))
+        worst = [
+            [_marked(each["before"], each["token"], each["after"]), _chance(each["dense"]), _chance(each["pruned"])]
+            for each in found["worst"]
+        ]
+        if worst:
+            table = Table(
+                f"The tokens that lost most{of}",
+                ["token, in its text", "dense", "pruned"],
+                worst,
+                words=True,
+                names=0,
+                note="The probability that each model gives the marked token, after all of its window before it. ⏎ is a line break.",
+            )
+            (folded if several else tables).append(table)
+    text.append(
+        "The loss of a token is −ln of the probability that the model gives it; the perplexity is e to the power of the mean loss. "
+        "A rise by 0.1 nats leaves 90% of the probability, a rise by 2 nats 14%."
+    )
+    return [Section("tokens", "Which tokens got worse", text, tables=tables, folded=folded)]
+
+
+def continuations(runs: Sequence[Run]) -> list[Section]:
+    """What both models write: one section, or none where no run has tried."""
+    several, text, tables = len(runs) > 1, [], []
+    for run in runs:
+        found = run.report.get("continuations")
+        if not found:
+            continue
+        if found.get("reason"):
+            text.append(f"{f'{run.label}: ' if several else ''}{found['reason']}")
+            continue
+        rows = [[each["prompt"], _parted(each["dense"]), _parted(each["pruned"])] for each in found["texts"]]
+        tables.append(
+            Table(f"After a prompt{f', {run.label}' if several else ''}", ["prompt", "dense", "pruned"], rows, words=True)
+        )
+    if not (text or tables):
+        return []
+    if tables:
+        text.insert(
+            0,
+            "Both models continue each prompt with the token they find most likely, one after the other. The mark is where they part. "
+            "A model that isn’t tuned to answer often repeats itself; four prompts show what changed, not how good a model is.",
+        )
+    return [Section("continuations", "What the models write", text, tables=tables)]
+
+
+def _classes(edges: Sequence[float]) -> list[str]:
+    """ "more than 2 better", "2 to 0.5 better", ..., "alike, within 0.1", ..., "more than 2 worse"."""
+    worse = [f"{low:g} to {high:g}" for low, high in zip(edges[len(edges) // 2 :], edges[len(edges) // 2 + 1 :])]
+    worse.append(f"more than {edges[-1]:g}")
+    better = [f"{each} better" for each in reversed(worse)]
+    return [*better, f"alike, within {edges[len(edges) // 2]:g}", *(f"{each} worse" for each in worse)]
+
+
+def _chance(probability: float) -> str:
+    return percent(probability) if probability >= 0.001 else "< 0.1%"
+
+
+def _bar(share: float) -> Markup:
+    return Markup('<span class="bar" style="width: {:.2f}rem"></span>').format(20 * share)
+
+
+def _marked(before: str, token: str, after: str) -> Markup:
+    return escape(before) + Markup("<mark>{}</mark>").format(token) + escape(after)
+
+
+def _parted(parts: Sequence[str]) -> Markup:
+    """A continuation: what both models wrote, the token with which they part, marked, and the rest."""
+    common, token, rest = parts
+    return _marked(common, token, rest) if token else escape(common)

@@ -1,0 +1,25 @@
+"""What the commands are called, for help texts and for commands that a message tells the person to type."""
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+
+MODULES: Mapping[str, str] = MappingProxyType(
+    {
+        "prune": "optima_tpu.launch",
+        "evaluate": "optima_tpu.evaluate",
+        "plan": "optima_tpu.plan",
+        "sweep": "optima_tpu.sweep",
+        "report": "optima_tpu.report",
+        "export": "optima_tpu.export",
+        "figures": "optima_tpu.figures",
+        "data": "optima_tpu.data.build",
+    }
+)
+"""Subcommand of ``optima`` -> the module that ``python -m`` runs for it."""
+
+
+def program(name: str) -> str:
+    """How to call a subcommand in the way this process was called: ``optima prune`` or ``python -m optima_tpu.launch``."""
+    return f"optima {name}" if Path(sys.argv[0]).stem == "optima" else f"python -m {MODULES[name]}"

@@ -1,0 +1,221 @@
+"""Distillation: the gradient of the whole model, masks held exactly, the same result on every mesh and after every stop."""
+
+import dataclasses
+import itertools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from optima_tpu.config.parse import parse
+from optima_tpu.errors import UserError
+from optima_tpu.launch import main
+from optima_tpu.method.distillation import KL, divergence
+from optima_tpu.models.checkpoints.orbax import CheckpointTensors
+from optima_tpu.models.decoder import forward, head_logits
+from optima_tpu.pipeline.distill.blocks import Trainer, head_gradient
+from optima_tpu.pipeline.distill.train import Distilled, Outcome, Windows, distill, keep_outcome, read_outcome, refuse_large
+from optima_tpu.pipeline.journal import Journal
+from tests.support.runs import SMALL, opened
+from tests.support.tiny_models import tiny_folder
+
+METHOD = KL(windows=16, passes=2, learning_rate=1e-3, checks=2)
+
+
+@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+def pruned(request, tmp_path_factory):
+    """The arguments of a finished run without distillation, and its directory."""
+    root = tmp_path_factory.mktemp("pruned")
+    model = tiny_folder(root / "model", dtype=request.param)
+    arguments = ["--model", str(model), "--output", str(root / "run"), "--preset", "fast", "--pattern", "0.6/row", *SMALL]
+    assert main([*arguments, "--mesh", "4x2"]) == 0
+    return arguments, root / "run"
+
+
+@pytest.fixture
+def windows():
+    rng = np.random.default_rng(0)
+    return Windows(*(rng.integers(0, 60, (count, 32)).astype(np.int32) for count in (16, 8)))
+
+
+def run(pruned, windows, shape=(4, 2), method=METHOD, advance=lambda: None) -> tuple[Outcome, Journal]:
+    """A distillation over the journal of a run, in the run's directory."""
+    arguments, directory = pruned
+    journal = Journal(directory)
+    found = distill(opened(parse(arguments), shape).decoder, journal, method, windows, advance, lambda line: None)
+    keep_outcome(directory, found)
+    return found, journal
+
+
+def stopped_in_step_6():
+    """An ``advance`` that raises Ctrl-C behind the second step after the check behind step 4."""
+    calls = itertools.count(1)
+
+    def advance():
+        if next(calls) == 3 + 1 + 4 + 1 + 2:  # blocks of the dense model, first check, steps, check, steps
+            raise KeyboardInterrupt
+
+    return advance
+
+
+def result(journal: Journal) -> dict[str, np.ndarray]:
+    return {name: array for index in sorted(journal.finished) for name, array in Distilled(journal).weights(index).items()}
+
+
+def test_the_gradient_is_that_of_the_whole_model(pruned, windows):
+    """Block by block, in batches, on a mesh, against one ``jax.grad`` through all blocks on one device."""
+    arguments, directory = pruned
+    if "bfloat16" in opened(parse(arguments), (1, 1)).decoder.tensors.dtype("model.layers.0.mlp.up_proj.weight").name:
+        pytest.skip("rounding hides what is compared")
+    journal, tokens = Journal(directory), windows.training[:8]
+    dense = opened(parse(arguments), (4, 2)).decoder
+    trainer = Trainer(dataclasses.replace(dense, tensors=journal.tensors()), METHOD)
+    blocks = [trainer.open(parameters, {}) for parameters in trainer.decoder.blocks(range(3))]
+    head, final = dense.head(), dense.embed(tokens)
+    for index, parameters in enumerate(dense.blocks(range(3))):
+        dense.apply(index, parameters, final)
+    positions = [dense.positions(index, 32) for index in range(3)]
+    found = [trainer.zeros() for _ in blocks]
+    for pruned_batch, dense_batch in zip(dense.embed(tokens).batches(1), final.batches(1)):
+        inputs = [pruned_batch.hidden]
+        for block, place in zip(blocks, positions):
+            inputs.append(trainer.forward(block.masters, block.fixed, inputs[-1], place))
+        _, cotangent = head_gradient(head, dense_batch.hidden, inputs.pop(), pruned_batch.valid, jnp.float32(1 / (8 * 31)))
+        for index in (2, 1, 0):
+            found[index], cotangent = trainer.backward(
+                blocks[index].masters, blocks[index].fixed, inputs.pop(), positions[index], cotangent, found[index]
+            )
+
+    def loss(masters):
+        hidden = jnp.asarray(dense.embed(tokens).values)
+        for own, block, place in zip(masters, blocks, positions):
+            hidden = forward(dense.graph, dense.state(block.fixed | own), hidden, place)[0]
+        return jnp.mean(divergence(*(head_logits(head, states)[:, :-1] for states in (jnp.asarray(final.values), hidden))))
+
+    expected = jax.grad(loss)([block.masters for block in blocks])
+    for own, theirs in zip(found, expected):
+        for name, gradient in own.items():
+            assert np.abs(gradient - theirs[name]).max() < 1e-4 * np.abs(theirs[name]).max(), name
+
+
+def test_masks_are_held_and_the_held_out_divergence_falls(pruned, windows):
+    outcome, journal = run(pruned, windows)
+    assert [check.step for check in outcome.checks] == [0, 4, 8] and outcome.kept > 0
+    assert outcome.after < outcome.before and outcome == read_outcome(journal.directory)
+    assert outcome.tokens == 2 * 16 * 32
+    before = journal.tensors()
+    for index in journal.finished:
+        weights, masks = Distilled(journal).weights(index), journal.masks(index)
+        assert len(masks) == 7
+        for name, keep in masks.items():
+            assert (weights[name][~keep] == 0).all() and (weights[name] != before.read(name)).any(), name
+            assert weights[name].dtype == before.dtype(name)
+    assert not (journal.directory / "distillation").exists()
+
+
+def test_the_mesh_changes_nothing_but_rounding(pruned, windows):
+    reference, journal = run(pruned, windows, (1, 1))
+    weights = result(journal)
+    for shape in ((4, 2), (2, 4)):
+        outcome, journal = run(pruned, windows, shape)
+        rounded = next(iter(weights.values())).dtype.itemsize == 2
+        assert outcome.after == pytest.approx(reference.after, rel=2e-2 if rounded else 1e-5)
+        for name, weight in result(journal).items():
+            scale = np.abs(weights[name].astype(np.float32)).max()
+            difference = np.abs(weight.astype(np.float32) - weights[name].astype(np.float32)).max()
+            assert difference < (3e-2 if rounded else 1e-5) * scale, name
+
+
+def test_what_was_stopped_ends_with_the_same_bits(pruned, windows):
+    expected, journal = run(pruned, windows)
+    weights = result(journal)
+    with pytest.raises(KeyboardInterrupt):
+        run(pruned, windows, advance=stopped_in_step_6())
+    assert [path.name for path in (journal.directory / "distillation").iterdir()] == ["step_00004"]
+    again, journal = run(pruned, windows)
+    assert again == expected
+    for name, weight in result(journal).items():
+        assert (weight == weights[name]).all(), name
+
+
+def test_a_damaged_state_is_not_gone_on_from(pruned, windows):
+    expected, journal = run(pruned, windows)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(pruned, windows, advance=stopped_in_step_6())
+    victim = max((journal.directory / "distillation" / "step_00004").rglob("*"), key=lambda path: path.stat().st_size)
+    data = bytearray(victim.read_bytes())
+    data[len(data) // 2] ^= 1
+    victim.write_bytes(data)
+    assert run(pruned, windows)[0] == expected
+
+
+def test_what_does_not_help_is_refused(pruned, windows):
+    """Trained on one token over and over, held out on others."""
+    one = windows._replace(training=np.full_like(windows.training, 7))
+    outcome, _ = run(pruned, one, method=dataclasses.replace(METHOD, learning_rate=0.05))
+    assert outcome.kept == 0 and outcome.after == outcome.before == outcome.checks[0].held_out
+    assert min(check.held_out for check in outcome.checks[1:]) > outcome.before
+
+
+@pytest.mark.parametrize("train, moved", [("norms", "layernorm"), ("weights", "proj")])
+def test_only_what_is_asked_for_moves(pruned, windows, train, moved):
+    _, journal = run(pruned, windows, method=dataclasses.replace(METHOD, train=train, learning_rate=1e-3))
+    before = journal.tensors()
+    for name, weight in result(journal).items():
+        assert moved in name or (weight == before.read(name)).all(), name
+    assert any((weight != before.read(name)).any() for name, weight in result(journal).items())
+
+
+def test_a_model_that_the_devices_do_not_hold_is_refused(pruned):
+    trainer = Trainer(opened(parse(pruned[0]), (4, 2)).decoder, METHOD)
+    needed = trainer.bytes_on_device()
+    refuse_large(trainer, needed)
+    with pytest.raises(UserError, match="take more devices, --distill.train norms, or --distill null"):
+        refuse_large(trainer, needed - 1)
+    assert Trainer(trainer.decoder, KL(train="norms")).bytes_on_device() < needed / 20
+
+
+def test_the_rates_rise_and_fall():
+    method = KL(windows=64, batch=4, warmup=3)
+    rates = [method.rate(step) for step in range(method.steps)]
+    assert len(rates) == 16 and max(rates) == pytest.approx(1e-4) == rates[3]
+    assert rates[:4] == sorted(rates[:4]) and rates[3:] == sorted(rates[3:], reverse=True) and min(rates) > 0
+    assert method.check_steps() == (4, 8, 12, 16) and KL(windows=2).steps == 1 == KL(windows=2).check_steps()[0]
+    assert KL(windows=2).rate(0) == pytest.approx(1e-4)
+
+
+@pytest.mark.parametrize(
+    "argv, said",
+    [
+        (["--distill.windows", "0"], "at least 1, got 0"),
+        (["--distill.learning_rate", "0"], "above 0 and at most 1, got 0"),
+        (["--calibration.held_out", "0"], "held-out windows choose the step"),
+        (["--distill.train", "heads"], "all, weights, norms"),
+    ],
+)
+def test_wrong_settings_are_one_line(argv, said):
+    with pytest.raises(UserError, match=said):
+        parse(["--distill", "kl", *argv])
+
+
+def test_a_whole_run(tmp_path, capsys):
+    """The run says that it is trained, measures both models, and another number of windows is another run."""
+    model, output = tiny_folder(tmp_path / "model"), tmp_path / "run"
+    command = ["--model", str(model), "--output", str(output), "--mesh", "4x2", "--preset", "fast", *SMALL]
+    command += ["--distill", "kl", "--distill.windows", "16", "--distill.learning_rate", "1e-3"]
+    assert main(command) == 0
+    printed = capsys.readouterr().out
+    report = json.loads((output / "report.json").read_text())
+    assert report["distillation"]["held_out_after"] < report["distillation"]["held_out_before"]
+    assert report["distillation"]["perplexity_before"] > 0 and "distill" in report["recipe"]
+    assert "held-out divergence" in printed
+    journal = Journal(output)
+    tensors = CheckpointTensors(output)
+    for name, weight in result(journal).items():
+        assert (tensors.read(name) == weight).all(), name
+    assert main(command) == 0  # finished: nothing is done again
+    assert main([*command, "--distill.windows", "12"]) == 2
+    assert "recipe.distill.windows: 16 there, 12 here" in capsys.readouterr().err

@@ -1,0 +1,197 @@
+"""What a run says at its end: what got worse, how large it is, what it left and how to use it."""
+
+import ast
+import dataclasses
+import io
+import json
+import shlex
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from optima_tpu.config.run_config import EMBEDDED
+from optima_tpu.evaluate.config import parse as parse_evaluate
+from optima_tpu.method.acceptance import HeldOut
+from optima_tpu.report import summary, table
+from optima_tpu.report.file import size_on_disk
+from optima_tpu.report.left import FILES
+from optima_tpu.report.page import render, write_page
+from optima_tpu.report.records import BlockReport
+from optima_tpu.report.runs import read_runs
+from tests.report.test_html_report import Page, drawn, unplotted  # noqa: F401  (a fixture)
+from tests.support.fake_reports import layer, layers, write_run
+
+
+def block(*reports):
+    return [BlockReport(0, 1.0, reports)]
+
+
+DOWN = {"name": "mlp.down_proj"}
+
+
+def test_every_matrix_that_got_worse_on_held_out_text_is_named_the_worst_first():
+    blocks = block(
+        layer(held_out_before=0.136, held_out_after=0.151),
+        layer(**DOWN, held_out_before=0.1, held_out_after=0.2),
+        layer(name="a", held_out_before=0.1, held_out_after=0.101),  # not above 1%
+        layer(name="b", held_out_before=0.1, held_out_after=0.1011),
+        layer(name="c", held_out_before=0.2, held_out_after=0.1),
+        layer(name="d"),
+        layer(name="e", held_out_before=0.0, held_out_after=0.1),
+    )
+    assert summary.worsened(blocks) == {
+        "block 0 e": (0.0, 0.1),
+        "block 0 mlp.down_proj": (0.1, 0.2),
+        "block 0 self_attn.q_proj": (0.136, 0.151),
+        "block 0 b": (0.1, 0.1011),
+    }
+    (line,) = table.unusual_lines(blocks, {"accept": {"name": "per_row"}})
+    for words in ("the error on held-out text", "block 0 self_attn.q_proj (from 13.6% to 15.1%)", "--accept held_out"):
+        assert words in line
+    (line,) = table.unusual_lines(blocks, {"accept": {"name": "held_out"}})
+    assert "--accept" not in line and "--calibration.samples" in line
+    assert table.traded_lines(blocks) == []
+
+
+def test_with_a_dense_target_worse_means_further_from_the_dense_model():
+    aiming = layer(held_out_before=0.136, held_out_after=0.151, dense_before=0.3, dense_after=0.2)
+    away = dataclasses.replace(aiming, name="mlp.down_proj", dense_after=0.4)
+    assert summary.worsened(block(aiming)) == {} and summary.traded(block(aiming)) == [aiming]
+    assert summary.worsened(block(away)) == {"block 0 mlp.down_proj": (0.3, 0.4)} and summary.traded(block(away)) == []
+    (line,) = table.unusual_lines(block(aiming, away), {})
+    assert "the distance to the dense model's output on held-out text: block 0 mlp.down_proj (from 30.0% to 40.0%)" in line
+    (line,) = table.traded_lines(block(aiming, away))
+    assert line.startswith("in 1 matrix ") and "1 q_proj (13.6% to 15.1%; against dense 30.0% to 20.0%)" in line
+
+
+def printed(report) -> str:
+    out = Console(file=io.StringIO(), width=80)
+    table.print_summary(out, report, Path("runs/x"))
+    return out.file.getvalue()
+
+
+def worse_run(directory, **changes) -> Path:
+    reports = [dataclasses.replace(each, held_out_after=0.9) if each.block == 1 else each for each in layers(0)]
+    return write_run(directory, dataclasses.replace(EMBEDDED, **changes), reports)
+
+
+def test_what_got_worse_is_on_the_console_the_page_and_in_the_record(tmp_path, unplotted):  # noqa: F811
+    run = worse_run(tmp_path / "run")
+    report = json.loads((run / "report.json").read_text())
+    assert len(report["unusual"]["worse_on_held_out"]) == 7
+    assert [after for _, after in report["unusual"]["worse_on_held_out"].values()] == [0.9] * 7
+    text = printed(report)
+    assert "unusual     the update raised the error on held-out text: block 1 " in text and "3 more in the report" in text
+    assert "unusual     nothing" not in text
+    page = drawn(run, to=tmp_path / "x.html")
+    assert "The update raised the error on held-out text" in page.sections["unusual"]
+    assert len(page.tables["All of it, by layer"]) == 1 + 7 and "Unusual7 layers" in page.words
+    fine = drawn(write_run(tmp_path / "fine"), to=tmp_path / "y.html")
+    assert "no matrix got worse on held-out text" in fine.sections["unusual"] and "Unusualnothing" in fine.words
+    held = drawn(worse_run(tmp_path / "held", accept=HeldOut()), to=tmp_path / "z.html")
+    assert "--accept held_out" not in held.sections["unusual"]
+
+
+def test_the_verdict_is_at_the_top_of_the_page_and_the_end_of_the_console(tmp_path, unplotted):  # noqa: F811
+    run = write_run(tmp_path / "run")
+    report = json.loads((run / "report.json").read_text()) | {"weights": 134_515_008}
+    (run / "report.json").write_text(json.dumps(report))
+    said = "by a rule of thumb: the pruned model{}s perplexity is 1.50 times the dense model{}s"
+    assert said.format("'", "'") in printed(report).splitlines()[-1] and "`" not in printed(report)
+    write_page([run], tmp_path / "x.html")
+    text = (tmp_path / "x.html").read_text()
+    assert text.index(said.format("’", "’")) < text.index("<dl") and 'class="verdict poor"' in text
+    assert "<code>best</code>" in text
+    two = drawn(run, write_run(tmp_path / "two"), to=tmp_path / "y.html")
+    assert {row[0]: row[1:] for row in two.tables["Results"]}["by a rule of thumb"] == ["poor", "unknown"]
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(0, "0 bytes"), (999, "999 bytes"), (1000, "1.00 kB"), (538_060_032, "538 MB"), (16_060_000_000, "16.1 GB")],
+)
+def test_sizes_for_people(count, text):
+    assert table.size(count) == text
+
+
+def test_sizes_are_counted_on_the_disk(tmp_path):
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    (tmp_path / "a" / "b" / "c").write_bytes(b"123")
+    (tmp_path / "a" / "d").write_bytes(b"12")
+    assert [size_on_disk(tmp_path / name) for name in ("a", "a/d", "missing")] == [5, 2, 0]
+
+
+SIZES = {"dense": 538_060_032, "transformers": 538_090_000, "left": {"hf": 555_000_000, "journal": 7_000, "run.lock": 0}}
+
+
+def with_sizes(run: Path) -> dict:
+    report = json.loads((run / "report.json").read_text())
+    report |= {"sizes": SIZES, "model": {"weights": 2100}, "files": {"transformers": "elsewhere/hf"}}
+    (run / "report.json").write_text(json.dumps(report))
+    return report
+
+
+def test_sizes_and_the_sparsity_of_the_whole_model_are_said(tmp_path, unplotted):  # noqa: F811
+    report = with_sizes(write_run(tmp_path / "run"))
+    text = printed(report)
+    assert "sparsity    50.0% of the 840 weights in 21 matrices, 20.0% of all 2,100 weights of the model\n" in text
+    said = "dense weights 538 MB, pruned in hf/ 538 MB: the file is not smaller, zeros are stored like other numbers"
+    assert f"size        {said}\n" in text
+    page = drawn(tmp_path / "run", to=tmp_path / "x.html")
+    assert said in page.sections["outcome"] and "File538 MB → 538 MB" in page.words and "20.0% of all 2,100" in page.words
+
+
+def test_a_report_of_an_earlier_version_says_nothing_of_what_it_does_not_have(tmp_path, unplotted):  # noqa: F811
+    run = write_run(tmp_path / "run")
+    report = json.loads((run / "report.json").read_text())
+    for name in ("sizes", "tokens", "continuations", "model_sparsity"):
+        report.pop(name)
+    (run / "report.json").write_text(json.dumps(report))
+    assert "size  " not in printed(report) and "of all" not in printed(report)
+    page = drawn(run, to=tmp_path / "x.html")
+    assert "zeros are stored like other numbers" in page.sections["outcome"]
+    assert [row[0] for row in page.tables[f"In {run}"][1:]] == ["report.html", "report.json"]
+
+
+def test_the_files_of_the_directory_are_explained(tmp_path, unplotted):  # noqa: F811
+    run = write_run(tmp_path / "run")
+    with_sizes(run)
+    rows = {row[0]: row[1:] for row in drawn(run, to=tmp_path / "x.html").tables[f"In {run}"][1:]}
+    assert list(rows) == ["report.html", "report.json", "hf/", "journal/", "run.lock"]
+    assert rows["hf/"][1] == "555 MB" and rows["run.lock"][1] == "–"
+
+
+def test_a_real_run_leaves_nothing_that_its_page_does_not_explain(finished):
+    page = Page((finished.directory / "report.html").read_text())
+    told = {row[0].rstrip("/") for row in page.tables[f"In {finished.directory}"][1:]}
+    assert {path.name for path in finished.directory.iterdir()} == told <= FILES.keys()
+    report = json.loads((finished.directory / "report.json").read_text())
+    hf = finished.directory / "hf"
+    assert report["sizes"]["transformers"] == (hf / "model.safetensors").stat().st_size
+    assert 0 <= report["sizes"]["transformers"] - report["sizes"]["dense"] < 20_000  # the header
+    assert 0 < report["model_sparsity"] < report["sparsity"]
+
+
+@pytest.mark.parametrize("name", ["run", "a run's (folder)"])
+def test_commands_and_the_snippet_have_the_paths_of_the_run(name, tmp_path, monkeypatch, unplotted):  # noqa: F811
+    monkeypatch.chdir(tmp_path)
+    run = write_run(Path(name), dataclasses.replace(EMBEDDED, model="my models/x"))
+    with_sizes(run)
+    title, runs = read_runs([f"{name}/report.json"])
+    page = Page(render(title, runs))
+    command = next(line for line in page.sections["outcome"].splitlines() if " --against " in line)
+    config = parse_evaluate(shlex.split(command.partition(".evaluate ")[2]))
+    assert (config.model, config.against, config.perplexity) == (name, "my models/x", "pydoc")
+    snippet = page.sections["left"][page.sections["left"].index("from transformers") :].strip()
+    tree = ast.parse(snippet)
+    folders = [
+        node.value.value for node in ast.walk(tree) if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant)
+    ]
+    assert folders == [f"{name}/hf"]
+    assert "RUN" not in page.words and "MODEL" not in page.words
+
+
+def test_without_an_exported_folder_the_command_that_makes_it_is_said(tmp_path, unplotted):  # noqa: F811
+    page = drawn(write_run(tmp_path / "run"), to=tmp_path / "x.html")
+    assert f"optima_tpu.export {tmp_path}/run {tmp_path}/run/hf" in page.sections["left"]

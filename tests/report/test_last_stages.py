@@ -1,0 +1,157 @@
+"""What the last stages measure of single tokens and of what models write, in runs of a tiny model."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from optima_tpu.errors import UserError
+from optima_tpu.evaluate.perplexity import perplexity, token_losses
+from optima_tpu.launch import main
+from optima_tpu.models.decoder import Decoder
+from optima_tpu.models.generate import greedy
+from optima_tpu.pipeline import continuations as writing
+from optima_tpu.pipeline import stages
+from tests.support.meshes import mesh
+from tests.support.processes import several
+from tests.support.runs import stop_after_the_first_block
+from tests.support.tiny_models import tiny_folder, tiny_llama
+
+WORDS = [
+    *("--calibration.samples", "4", "--calibration.length", "32", "--calibration.held_out", "2"),
+    *("--evaluation.windows", "4", "--preset", "fast"),
+]
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory):
+    """The command of a run over a text of words, without --output, and the directory of that run."""
+    root = tmp_path_factory.mktemp("words")
+    random = np.random.default_rng(0)
+    for name in ("a.txt", "b.txt"):
+        (root / name).write_text(" ".join(random.choice(["stone", "river", "<b>bread</b>", "walks", "é"], 2000)))
+    model = tiny_folder(root / "model")
+    texts = ["--calibration.source", f"file:{root / 'a.txt'}", "--evaluation.source", f"file:{root / 'b.txt'}"]
+    command = ["--model", str(model), "--mesh", "4x2", *texts, *WORDS]
+    assert main([*command, "--output", str(root / "run")]) == 0
+    return command, root / "run"
+
+
+def record(run) -> dict:
+    return json.loads((run / "report.json").read_text())
+
+
+@pytest.mark.parametrize("length", [2, 129, 150])
+@pytest.mark.parametrize("shape", [(1, 1), (4, 2)])
+def test_losses_of_tokens_are_those_of_the_logits(length, shape):
+    config, tensors = tiny_llama(max_position_embeddings=256)
+    tokens = np.random.default_rng(0).integers(0, 64, (5, length)).astype(np.int32)
+    decoder = Decoder.open(config, tensors, mesh(*shape))
+    logits = Decoder.open(config, tensors, mesh(1, 1)).logits(tokens)[:, :-1].astype(np.float64)
+    peak = logits.max(axis=-1, keepdims=True)
+    total = np.log(np.exp(logits - peak).sum(axis=-1)) + peak[..., 0]
+    expected = total - np.take_along_axis(logits, tokens[:, 1:, None], axis=-1)[..., 0]
+    found = token_losses(decoder, tokens)
+    assert found.shape == (5, length - 1) and found.dtype == np.float32
+    assert np.abs(found - expected).max() < 1e-5 * expected.max()
+    assert perplexity(decoder, tokens) == pytest.approx(np.exp(expected.mean()), rel=1e-6)
+
+
+def test_a_run_says_which_tokens_got_worse(words):
+    found, run = record(words[1]), words[1]
+    losses = np.load(run / "dense_losses.npy")
+    assert losses.shape == (4, 31) and losses.dtype == np.float32
+    assert np.exp(losses.mean(dtype=np.float64)) == pytest.approx(found["perplexity"]["dense"], rel=1e-6)
+    tokens = found["tokens"]
+    rise = np.log(found["perplexity"]["pruned"] / found["perplexity"]["dense"])
+    assert tokens["tokens"] == 124 and tokens["mean"] == pytest.approx(rise, abs=1e-6)
+    assert sum(tokens["shares"]) == pytest.approx(1)
+    assert all(len(each["token"]) == 1 for each in tokens["worst"])  # a token is a byte
+    page = (run / "report.html").read_text()
+    assert "Which tokens got worse" in page and "<b>" not in page
+
+
+@pytest.mark.parametrize("lost", ["", "damaged", "key"])
+def test_a_run_that_goes_on_has_the_dense_losses_of_its_first_part(words, tmp_path, monkeypatch, lost):
+    command = [*words[0], "--output", str(tmp_path / "run")]
+    with monkeypatch.context() as patch:
+        stop_after_the_first_block(patch)
+        assert main(command) == 130
+    path = tmp_path / "run" / "dense_losses.npy"
+    if lost == "damaged":
+        path.write_bytes(path.read_bytes()[:-4])
+    elif lost == "key":  # as earlier versions wrote it
+        dense = json.loads((tmp_path / "run" / "dense.json").read_text())
+        dense.pop("losses")
+        (tmp_path / "run" / "dense.json").write_text(json.dumps(dense))
+    measured = []
+    monkeypatch.setattr(stages, "token_losses", lambda *args: measured.append(1) or token_losses(*args))
+    assert main(command) == 0
+    assert len(measured) == 1, "the pruned model alone"
+    expected = record(words[1])["tokens"]
+    assert record(tmp_path / "run")["tokens"] == (None if lost else expected)
+
+
+def test_both_models_continue_the_prompts(words):
+    run, found = words[1], record(words[1])["continuations"]
+    assert json.loads((run / "continuations.json").read_text()) == found
+    assert [each["prompt"] for each in found["texts"]] == [prompt.replace("\n", "⏎") for prompt in writing.PROMPTS]
+    for each in found["texts"]:
+        dense, pruned = each["dense"], each["pruned"]
+        assert dense[0] == pruned[0] and (dense[1] != pruned[1] or not dense[1])
+    assert "What the models write" in (run / "report.html").read_text()
+    assert "continuations" in record(run)["seconds"] and record(run)["memory"]["host_peak"]
+
+
+def test_they_are_not_written_twice(words, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    shutil.copytree(words[1], run)
+    (run / "report.json").unlink()
+    (run / "continuations.json").write_text('{"reason": "kept"}')
+    monkeypatch.setattr(writing, "greedy", None)
+    assert main([*words[0], "--output", str(run)]) == 0
+    assert record(run)["continuations"] == {"reason": "kept"}
+
+
+def test_where_nobody_would_read_them_none_are_written(words, finished, tmp_path, monkeypatch):
+    monkeypatch.setattr(writing, "greedy", None)
+    assert main([*words[0], "--export", "false", "--output", str(tmp_path / "run")]) == 0
+    for run in (tmp_path / "run", finished.directory):  # whose text is random tokens
+        assert record(run)["continuations"] is None and not (run / "continuations.json").exists()
+
+
+def test_a_model_that_does_not_fit_is_not_asked(words, tmp_path, monkeypatch):
+    monkeypatch.setattr(writing, "_SHARE", 1e-9)
+    assert main([*words[0], "--output", str(tmp_path / "run")]) == 0
+    reason = record(tmp_path / "run")["continuations"]["reason"]
+    assert reason.startswith("The models were not asked to continue prompts: the whole model and its cache take more than")
+
+
+PROMPTS = ([3, 7, 9], [5], [1, 2, 3, 4, 5, 6])
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (4, 2)])
+def test_the_likeliest_token_is_written_whatever_the_other_prompts(shape):
+    models = [Decoder.open(*tiny_llama(seed), mesh(*shape)) for seed in (0, 1)]
+    calls = []
+    found = greedy(models, PROMPTS, new=9, vocabulary=60, advance=lambda: calls.append(1))
+    assert len(calls) == 2 and (found[0] != found[1]).any()
+    for seed, written in enumerate(found):
+        alone = Decoder.open(*tiny_llama(seed), mesh(1, 1))
+        for prompt, row in zip(PROMPTS, written, strict=True):
+            whole = np.array([[*prompt, *row]], np.int32)
+            expected = alone.logits(whole)[0, len(prompt) - 1 : -1, :60].argmax(axis=-1)
+            assert (row == expected).all()
+    with pytest.raises(UserError):
+        greedy(models, PROMPTS, new=9, vocabulary=60, budget=1000)
+
+
+@pytest.mark.slow
+def test_two_processes_write_what_one_does(words, tmp_path):
+    for status, _, error in several([*words[0], "--output", str(tmp_path / "run")]):
+        assert status == 0, error
+    one, two = record(words[1]), record(tmp_path / "run")
+    assert two["continuations"]["texts"] == one["continuations"]["texts"]
+    assert two["tokens"]["shares"] == one["tokens"]["shares"]
+    assert [each["token"] for each in two["tokens"]["worst"]] == [each["token"] for each in one["tokens"]["worst"]]

@@ -1,0 +1,94 @@
+"""The verdict keeps to what is known, and says so where nothing is."""
+
+import json
+import math
+
+import pytest
+
+from optima_tpu.report.verdict import BANDS, verdict, verdict_of
+from tests.support.fake_reports import write_run
+
+SMOLLM2 = 134_515_008
+
+
+def judged(ratio=1.5, dense=20.0, **changes):
+    facts = {"pattern": "0.5", "sparsity": 0.5, "weights": SMOLLM2, "text": "c4", "calibration": "c4"} | changes
+    return verdict(dense, ratio * dense, **facts)
+
+
+@pytest.mark.parametrize("band", BANDS, ids=lambda band: f"{band.pattern} {band.size[0]} {band.text}")
+def test_every_band_has_its_borders(band):
+    assert 1 < band.best < band.worst
+    share = 0.5 if ":" in band.pattern else int(band.pattern[:2]) / 100
+    text = "pydoc" if band.text == "pydoc" else "c4"
+    facts = {"pattern": band.pattern if ":" in band.pattern else str(share), "sparsity": share, "text": text, "calibration": text}
+    middle = math.sqrt(band.best * band.worst)
+    words = {
+        band.best / 2: "good",
+        middle * 0.999: "good",
+        middle * 1.001: "usual",
+        band.worst * 0.999: "usual",
+        band.worst * 1.001: "poor",
+        1e300: "poor",
+    }
+    for size in (band.size[0] * 1e9, band.size[1] * 1e9 - 1):
+        found = {ratio: judged(ratio, weights=int(size), **facts) for ratio in words}
+        assert {ratio: each.word for ratio, each in found.items()} == words
+        assert all("rule of thumb" in each.text for each in found.values())
+        assert [("Try the preset" in each.text) for each in found.values()] == [word == "poor" for word in words.values()]
+    assert f"{band.worst}" in judged(2, weights=int(size), **facts).text
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"text": "random"}, "random tokens"),
+        (
+            {"pattern": "6:8", "sparsity": 0.25},
+            "no results are on record for the pattern 6:8 in a model of 135 million weights, measured on c4",
+        ),
+        ({"pattern": "my_lab:Comb?every=3"}, "no results"),
+        ({"pattern": "0.8", "sparsity": 0.8}, "for 80.0% pruned weights"),
+        ({"pattern": "0.3/row", "sparsity": 0.3}, "no results"),
+        ({"sparsity": 0.0}, "no results"),
+        ({"rules": "self_attn.*=dense"}, "settings of their own"),
+        ({"weights": 70_000_000_000}, "70.0 billion weights"),
+        ({"weights": 100}, "in a model of 100 weights"),
+        ({"pattern": "4:8", "weights": 3_000_000_000}, "no results"),
+        ({"text": "pydoc"}, "no results"),
+        ({"text": "pydoc", "calibration": "pydoc", "weights": 1_000_000_000}, "no results"),
+        ({"text": "file:/home/me/x.txt", "pattern": "6:8"}, "on file:x.txt"),
+        ({"dense": 101.0}, "hardly predicts this text (perplexity 101.0)"),
+        ({"calibration": "pydoc"}, None),
+        ({"text": "file:/home/me/x.txt"}, None),
+    ],
+)
+def test_where_nothing_is_known_it_says_so(changes, why):
+    found = judged(**changes)
+    assert (found.word == "unknown") == (why is not None)
+    assert "1.50 times the dense model’s" in found.text and (why or "rule of thumb") in found.text
+    assert "/home" not in found.text
+
+
+def test_shares_near_a_band_have_it():
+    known = [share for share in (0.479, 0.48, 0.5, 0.52, 0.521) if judged(pattern="0.5", sparsity=share).word != "unknown"]
+    assert known == [0.48, 0.5, 0.52]
+
+
+def test_small_models_are_allowed_more_than_large_ones():
+    assert [judged(1.7, weights=int(size)).word for size in (1.3e8, 8e9)] == ["usual", "poor"]
+
+
+def test_the_first_run_of_the_readme_is_good():
+    facts = {"text": "pydoc", "calibration": "pydoc"}
+    assert verdict(14.79, 16.81, pattern="0.5", sparsity=0.5, weights=SMOLLM2, **facts).word == "good"
+    assert verdict(14.79, 19.59, pattern="0.5", sparsity=0.5, weights=SMOLLM2, **facts).word == "usual"
+
+
+def test_it_is_read_from_a_report_old_or_new(tmp_path):
+    report = json.loads((write_run(tmp_path / "run") / "report.json").read_text())
+    found = verdict_of(report | {"weights": SMOLLM2})
+    assert found.word == "poor" and "1.50 times" in found.text  # calibrated and measured on pydoc, as the settings say
+    assert verdict_of(report | {"weights": 10, "model": {"weights": 3_000_000_000}}).word == "unknown"
+    bare = {"configuration": {}, "perplexity": {"dense": 2.0, "pruned": 3.0}}
+    assert verdict_of(bare).word == "unknown"

@@ -1,0 +1,135 @@
+"""Which tokens got worse, and what the models write: counted right, shown as text, whatever is in it."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+from optima_tpu.evaluate.token_changes import EDGES, pieces, readable, token_changes
+from tests.report.test_html_report import drawn, unplotted  # noqa: F401  (a fixture)
+from tests.support.fake_reports import write_run
+
+
+def changes(rise, dense=1.0, decode=lambda ids: " ".join(map(str, ids))):
+    rise = np.asarray(rise, np.float32)
+    before = np.full_like(rise, dense)
+    ids = np.arange(rise.shape[0] * (rise.shape[1] + 1), dtype=np.int32).reshape(rise.shape[0], -1)
+    return token_changes(before, before + rise, ids, decode)
+
+
+def test_every_token_is_in_one_class():
+    rise = np.array([[-3.0, -1.0, -0.2, 0.0, 0.05, 0.2, 1.0, 3.0]])
+    found = changes(rise, dense=4.0)
+    assert found["shares"] == [0.125, 0.125, 0.125, 0.25, 0.125, 0.125, 0.125] and found["edges"] == list(EDGES)
+    assert found["tokens"] == 8 and found["mean"] == pytest.approx(rise.mean(), abs=1e-6)
+    assert found["median"] == pytest.approx(0.025, abs=1e-6) and found["rise_share"] == pytest.approx(3 / 0.05, rel=1e-3)
+    assert changes(np.zeros((2, 3)))["rise_share"] is None and changes(np.zeros((2, 3)))["worst"] == []
+
+
+def test_the_worst_tokens_have_their_place_their_text_and_both_probabilities():
+    rise = np.zeros((3, 40))
+    rise[1, 4], rise[1, 5], rise[2, 30], rise[0, 0] = 3.0, 2.9, 2.0, 1.0
+    worst = changes(rise)["worst"]
+    # The second one is beside the first.
+    assert [(each["window"], each["position"]) for each in worst] == [(1, 5), (2, 31), (0, 1)]
+    first, second, third = worst
+    assert (first["before"], first["token"], first["after"]) == ("41 42 43 44 45", " 46", " 47 48 49 50 51 52")
+    assert second["before"].split()[0] == str(2 * 41 + 11) and third["before"] == "0"
+    assert (first["dense"], first["pruned"]) == pytest.approx((math.exp(-1), math.exp(-4)))
+
+
+def test_it_stays_small_whatever_the_text():
+    random = np.random.default_rng(0)
+    found = changes(random.normal(size=(50, 511)), decode=lambda ids: "𝒳" * 1000)
+    assert len(found["worst"]) == 10
+    assert len(json.dumps(found)) < 22_000  # twelve bytes for each of these letters
+
+
+def test_what_is_not_printed_has_a_sign():
+    assert readable("a\r\nb\tc\x00d\u202ee é") == "a⏎b⇥c�d�e é"
+
+
+TOKENS = {
+    "tokens": 1000,
+    "mean": 0.128,
+    "median": 0.03,
+    "edges": list(EDGES),
+    "shares": [0.01, 0.04, 0.15, 0.4, 0.2, 0.15, 0.05],
+    "rise_share": 0.31,
+    "worst": [
+        {
+            "window": 0,
+            "position": 3,
+            "before": "<script>alert(1)</script>{{ 7 * 7 }}",
+            "token": "<b onload=x>",
+            "after": '" & more',
+            "dense": 0.9,
+            "pruned": 0.0009,
+        }
+    ],
+}
+CONTINUATIONS = {
+    "texts": [
+        {"prompt": "<i>Once", "dense": ["upon a <u>time", " there", " was"], "pruned": ["upon a <u>time", "<br>", " the"]},
+        {"prompt": "Two", "dense": [" and two", "", ""], "pruned": [" and two", "", ""]},
+    ]
+}
+
+
+def with_writing(run, **changes):
+    report = json.loads((run / "report.json").read_text())
+    (run / "report.json").write_text(json.dumps(report | {"tokens": TOKENS, "continuations": CONTINUATIONS} | changes))
+    return run
+
+
+def test_text_with_markup_is_shown_and_not_run(tmp_path, unplotted):  # noqa: F811
+    page = drawn(with_writing(write_run(tmp_path / "run")), to=tmp_path / "x.html")
+    assert not {"script", "b", "i", "u"} & {tag for tag, *_ in page.attributes}
+    text = (tmp_path / "x.html").read_text()
+    assert "<script" not in text and "<br" not in text and "49" not in page.sections["tokens"]
+    (row,) = page.tables["The tokens that lost most"][1:]
+    assert row == ['<script>alert(1)</script>{{ 7 * 7 }}<b onload=x>" & more', "90.0%", "< 0.1%"]
+    assert "<mark>&lt;b onload=x&gt;</mark>" in text
+    for words in ("40.0% of 1,000 tokens worse", "20.0% better", "within 0.1 nats", "make up 31.0%"):
+        assert words in page.sections["tokens"]
+    classes = {row[0]: row[1] for row in page.tables["Tokens by the change of their loss"][1:]}
+    assert list(classes.values()) == ["1.00%", "4.00%", "15.0%", "40.0%", "20.0%", "15.0%", "5.00%"]
+    assert [list(classes)[index] for index in (0, 2, 3, 4, 6)] == [
+        "more than 2 better",
+        "0.1 to 0.5 better",
+        "alike, within 0.1",
+        "0.1 to 0.5 worse",
+        "more than 2 worse",
+    ]
+    assert page.tables["After a prompt"][1:] == [
+        ["<i>Once", "upon a <u>time there was", "upon a <u>time<br> the"],
+        ["Two", " and two", " and two"],
+    ]
+    assert "upon a &lt;u&gt;time<mark>&lt;br&gt;</mark> the" in text
+
+
+def test_a_reason_stands_in_for_what_was_not_tried(tmp_path, unplotted):  # noqa: F811
+    run = with_writing(write_run(tmp_path / "run"), tokens=None, continuations={"reason": "It is <too> large."})
+    page = drawn(run, to=tmp_path / "x.html")
+    assert "tokens" not in page.sections and "It is <too> large." in page.sections["continuations"]
+
+
+def test_runs_side_by_side_have_their_own(tmp_path, unplotted):  # noqa: F811
+    runs = [with_writing(write_run(tmp_path / "a")), write_run(tmp_path / "b")]
+    page = drawn(*runs, to=tmp_path / "x.html")
+    assert f"The tokens that lost most, wanda + cg, {runs[0]}" in page.tables
+    assert page.sections["tokens"].count("tokens worse than the dense") == 1
+
+
+def test_a_token_keeps_the_space_before_it():
+    """As with tokenizers that drop it where a token is decoded alone."""
+    words = {1: "▁the", 2: "▁stone", 3: "s"}
+
+    def decode(ids):
+        return "".join(words[token] for token in ids).replace("▁", " ").removeprefix(" ")
+
+    assert pieces(decode, [1], [2], [3]) == ["the", " stone", "s"]
+    # A letter of two tokens reads otherwise once it is whole: then each part is decoded alone.
+    halves = {(4,): "�", (4, 5): "é", (5,): "�", (1, 4): "the�", (1, 4, 5): "theé", (1,): "the"}
+    assert pieces(lambda ids: halves[tuple(ids)], [1, 4], [5]) == ["the�", "�"]

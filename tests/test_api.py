@@ -1,0 +1,126 @@
+"""The Python interface does what the commands do, and prunes a layer that is an array."""
+
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import optima_tpu
+from optima_tpu.errors import UserError
+from tests.support.runs import folder_tensors
+from tests.support.tiny_models import tiny_folder
+
+SMALL = {
+    "mesh": "4x2",
+    "preset": "fast",
+    "calibration": {"source": "random", "samples": 8, "length": 32},
+    "evaluation": {"source": "random", "windows": 4},
+}
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory):
+    root = tmp_path_factory.mktemp("api")
+    return optima_tpu.prune(str(tiny_folder(root / "model")), progress=False, output=str(root / "run"), **SMALL)
+
+
+def test_a_run_from_python_is_that_of_the_command(finished, tmp_path):
+    solver = {"name": "cg", "tolerance": 1e-6}
+    result = optima_tpu.prune(str(finished.model), progress=False, output=str(tmp_path / "run"), solver=solver, **SMALL)
+    for name, weight in folder_tensors(finished.directory / "hf").items():
+        assert (weight == folder_tensors(result.directory / "hf")[name]).all(), name
+
+
+def test_the_result_has_what_the_report_has(result, tmp_path):
+    record = json.loads((result.directory / "report.json").read_text())
+    assert result.perplexity == (record["perplexity"]["dense"], record["perplexity"]["pruned"])
+    assert result.sparsity == record["sparsity"] and len(result.layers) == 3 * 7
+    table = result.table()
+    assert table.shape[0] == 21 and (table["error_after"] <= table["error_before"]).all()
+    assert result.report() == result.directory / "report.html"
+    assert (result.export(tmp_path / "hf") / "config.json").exists()
+    assert optima_tpu.load(result.directory).record == record
+    for text in (str(result), result._repr_html_()):
+        assert "wanda + cg" in text and f"{result.perplexity.pruned:.3g} pruned" in text
+
+
+def test_a_result_shows_names_with_markup_as_they_are(result):
+    record = json.loads(json.dumps(result.record))
+    record["configuration"]["model"] = "<img src=x onerror=alert(1)>"
+    shown = optima_tpu.Result(result.directory, record)._repr_html_()
+    assert "<img" not in shown and "&lt;" in shown
+
+
+def test_a_run_is_measured(result):
+    record = result.evaluate(perplexity="random", windows=2, progress=False, mesh="4x2")
+    (entry,) = record["perplexity"].values()
+    assert entry["perplexity"] > 0 and entry["against"] > 0
+    assert record["distance"]
+
+
+def test_wrong_settings_are_the_sentences_of_the_command(result, tmp_path):
+    with pytest.raises(UserError, match="there is no setting sovler; did you mean solver"):
+        optima_tpu.prune(str(tmp_path), sovler="cg")
+    with pytest.raises(UserError, match="got perplexty"):
+        optima_tpu.evaluate_model(result.directory, perplexty="random")
+    with pytest.raises(UserError, match="cannot read"):
+        optima_tpu.load(tmp_path / "nowhere")
+
+
+def layer(rows=24, columns=32, tokens=200):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(tokens, columns)) @ (np.eye(columns) + 0.3 * rng.normal(size=(columns, columns)))
+    return rng.normal(size=(rows, columns)).astype(np.float32), x.astype(np.float32)
+
+
+def test_a_layer_is_pruned_to_the_optimum_of_its_mask():
+    """Against the normal equations of every row in float64."""
+    weight, x = layer()
+    found = optima_tpu.prune_layer(weight, inputs=x, pattern="2:4", solver={"name": "cg", "damping": 0, "tolerance": 1e-5})
+    mask, hessian = np.asarray(found.mask), x.T.astype(np.float64) @ x / len(x)
+    assert (mask.reshape(len(weight), -1, 4).sum(2) == 2).all()
+    expected = np.zeros(weight.shape)
+    for row, keep in enumerate(mask):
+        expected[row, keep] = np.linalg.solve(hessian[np.ix_(keep, keep)], hessian[keep] @ weight[row])
+    assert np.abs(found.weight - expected).max() < 5e-3
+    error = np.sum((x @ (weight - expected).T) ** 2) / np.sum((x @ weight.T) ** 2)
+    assert found.error_after == pytest.approx(error, rel=1e-3) and found.error_after < found.error_before
+    assert float(jnp.max(found.gap)) <= 1e-5
+    assert "24 x 32, 50.0% zeros" in repr(found)
+
+
+def test_inputs_and_their_hessian_say_the_same():
+    weight, x = layer()
+    settings = {"selector": "sparsegpt", "solver": "exact", "pattern": "0.5/row"}
+    by_inputs = optima_tpu.prune_layer(weight, inputs=x.reshape(10, 20, -1), **settings)
+    by_hessian = optima_tpu.prune_layer(weight, hessian=x.T @ x / len(x), **settings)
+    assert (by_inputs.mask == by_hessian.mask).all()
+    assert np.abs(by_inputs.weight - by_hessian.weight).max() < 1e-4
+
+
+def test_a_mask_of_ones_own_is_kept():
+    weight, x = layer()
+    mask = np.random.default_rng(1).random(weight.shape) < 0.6
+    found = optima_tpu.prune_layer(weight, inputs=x, mask=mask)
+    assert (found.mask == mask).all() and (np.asarray(found.weight)[~mask] == 0).all()
+    assert found.error_after < found.error_before
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        ({}, "got neither"),
+        ({"inputs": np.zeros((4, 32)), "hessian": np.eye(32)}, "got both"),
+        ({"inputs": np.zeros((4, 31))}, r"expected inputs \[tokens, 32\]"),
+        ({"hessian": np.eye(31)}, r"expected a Hessian \[32, 32\]"),
+        ({"hessian": np.triu(np.ones((32, 32)))}, "symmetric"),
+        ({"inputs": np.zeros((4, 32)), "pattern": "2:5"}, "divisible by 5"),
+        ({"inputs": np.zeros((4, 32)), "preset": "best"}, "got target, which needs a model"),
+        ({"inputs": np.zeros((4, 32)), "selector": "imported"}, "expected mask=ARRAY"),
+        ({"inputs": np.zeros((4, 32)), "mask": np.ones((3, 3))}, "expected a mask of the weight's shape"),
+    ],
+)
+def test_what_one_layer_cannot_have_is_said(arguments, said):
+    with pytest.raises(UserError, match=said):
+        optima_tpu.prune_layer(layer()[0], **arguments)

