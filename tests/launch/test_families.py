@@ -135,7 +135,7 @@ def test_windows_begin_with_bos_where_the_family_needs_it(saved, family, source)
         evaluation=Evaluation(windows=4),
     )
     model = opened(config, (1, 1))
-    for tokens in read_texts(config, model):
+    for tokens in read_texts(config, model)[:2]:
         assert tokens.ids.shape[1] == 12
         assert (tokens.ids[:, 0] == 256).all() == ("Gemma" in family)
         assert (tokens.ids[:, 1:] != 256).any()
