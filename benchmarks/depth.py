@@ -1,11 +1,16 @@
-"""Peak memory and compilations of a run against the number of blocks: both must stay flat.
+"""Measures peak memory and compilations of a run for several numbers of blocks; both must not grow.
 
     python -m benchmarks.depth [FOLDER]
 
-Makes random Llamas of 4, 8 and 16 blocks of one shape (3.1 million parameters a block, float32), prunes each in a process of its
-own on 8 simulated CPU devices, and prints the peak of the process's resident set, in which the devices' memory and the pages of
-the mapped checkpoint are; the most of it that was no file, and the most bytes of arrays on the devices, both as after every
-layer; and how many programs were compiled. Linux only.
+Creates random Llamas of 4, 8 and 16 equal blocks (3.1 million parameters each, float32) and prunes each model in its own process
+on 8 simulated CPU devices. Prints for each:
+
+- the peak of the process's resident set, which includes the devices' memory and pages of the mapped checkpoint
+- the largest resident set without files, sampled after every layer
+- the most bytes of arrays on the devices, sampled after every layer
+- the number of compiled programs
+
+Linux only.
 """
 
 import json
@@ -38,7 +43,7 @@ SETTINGS = [
 
 
 def measure(model: Path, out: Path) -> None:
-    """Prunes a model in this process and prints what it took as JSON."""
+    """Prunes a model in this process and prints its memory and compilations as JSON."""
     import jax
 
     from optima_tpu import launch

@@ -1,11 +1,14 @@
-"""One block's calibration against transformers and torch, on the same cores, in float32.
+"""Compares the speed of one block's calibration with transformers in torch, on the same cores in float32.
 
     python -m benchmarks.forward 10
 
-Two steps, each over the same hidden states from host to host. The forward pass alone, and the calibration step: forward pass and
-the Hessians of the four inputs of the block's linear layers (torch: as every pruner does it, hooks that add ``X'X``; one for
-each distinct input, where published code has one for each of the seven layers). Runs alternate, so that what else the machine
-does falls on both; seconds are medians, the ratio is the median over pairs.
+Times two steps, each on the same hidden states, including transfers from and to the host:
+
+- the forward pass alone
+- the calibration step: forward pass and Hessians of the four distinct inputs of the block's linear layers. In torch, hooks add
+  ``X'X``, as in published pruners, but once for each distinct input instead of once for each of the seven layers.
+
+Runs alternate, so that other load on the machine affects both. Seconds are medians; the ratio is the median over pairs.
 """
 
 import argparse
@@ -92,12 +95,12 @@ def seconds(run: Callable, *inputs) -> float:
 
 
 def largest_difference(ours: list[np.ndarray], theirs: list[np.ndarray]) -> float:
-    """Relative to the largest entry, over all pairs of arrays."""
+    """The largest difference relative to the array's largest entry, over all pairs of arrays."""
     return max(float(np.abs(a - b).max() / np.abs(b).max()) for a, b in zip(ours, theirs, strict=True))
 
 
 class Peer:
-    """The block in transformers.
+    """The block as a transformers module.
 
     Args:
       inputs: names of linear layers, one for each distinct input.

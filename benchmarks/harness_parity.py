@@ -1,8 +1,8 @@
-"""Our log-likelihoods against those of the harness's own model for transformers (torch), on a real model, request by request.
+"""Compares our log-likelihoods with the harness's own transformers model (torch), request by request, on a real model.
 
     python -m benchmarks.harness_parity --data arc_easy=FOLDER,piqa=FOLDER --limit 200
 
-Needs the extra ``test``. Data as for ``python -m optima_tpu.evaluate``, which explains the settings.
+Needs the extra ``test``. The options mean the same as in ``python -m optima_tpu.evaluate --help``.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from optima_tpu.runtime.mesh import make_mesh, simulate_devices
 
 
 def write_folder(model: str, folder: Path) -> Path:
-    """A dense model as a Hugging Face folder in float32."""
+    """Writes a dense model as a Hugging Face folder in float32, and returns the folder."""
     pretrained = open_model(model, "float32")
     for name, content in pretrained.assets.items():
         (folder / name).write_bytes(content)
@@ -38,7 +38,7 @@ def write_folder(model: str, folder: Path) -> Path:
 
 
 def answers(samples: list[dict[str, Any]]) -> tuple[np.ndarray, list[bool]]:
-    """The log-likelihoods of all requests of a task, and their greedy flags (none for rolling ones)."""
+    """The log-likelihoods of all requests of a task, and their greedy flags (rolling requests have none)."""
     found = [response for sample in samples for responses in sample["resps"] for response in responses]
     values = [response[0] if isinstance(response, tuple) else response for response in found]
     return np.asarray(values, np.float64), [response[1] for response in found if isinstance(response, tuple)]

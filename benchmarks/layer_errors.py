@@ -1,15 +1,15 @@
-"""Layer errors of the first blocks, without pruning the rest; of all blocks, the perplexity too.
+"""Prints the layer errors of the first blocks without pruning the others; for all blocks, also the perplexity.
 
     python -m benchmarks.layer_errors 11 --solver mpax --accept per_layer --selector.shift_zero true
     python -m benchmarks.layer_errors 30 --selector sparsegpt --solver mpax --accept per_layer --beside cg,cg-undamped
 
-Takes the settings of ``optima_tpu.launch`` after the number of blocks, and prints the mean over all layers of the relative error
-``||X W' - X V'||^2 / ||X W'||^2`` of the selector's and of the final weights, and that of the final ones on held-out windows.
-A full run gives the same: a block does not depend on later ones. Where no later ones are left, the perplexity on
-``--evaluation.source`` is that of a full run too.
+Takes the settings of ``optima_tpu.launch`` after the number of blocks. Prints the mean over all layers of the relative error
+``||X W' - X V'||^2 / ||X W'||^2``, for the selector's and for the final weights, and for the final weights on held-out windows. A
+full run gives the same errors, because a block does not depend on later blocks. With all blocks, the perplexity on
+``--evaluation.source`` is also the same as in a full run.
 
-``--beside`` solves every layer with other solvers too, on the same inputs and from the same mask, and counts the layers in
-which one of them leaves a larger error than the solver of the run, which is the one that later blocks see.
+``--beside`` also solves every layer with other solvers, on the same inputs and with the same mask, and counts the layers in which
+such a solver leaves a larger error than the run's solver. Later blocks get the weights of the run's solver.
 """
 
 import argparse
@@ -37,10 +37,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.layer_errors",
         description=__doc__.split("\n\n")[0],
-        epilog="All else are settings of optima_tpu.launch.",
+        epilog="All other options are settings of optima_tpu.launch.",
         allow_abbrev=False,
     )
-    parser.add_argument("blocks", type=int, help="so many of the first ones")
+    parser.add_argument("blocks", type=int, help="number of blocks to prune, from the first")
     parser.add_argument("--beside", default="", metavar="SOLVER[,SOLVER]", help=", ".join(BESIDE))
     arguments, settings = parser.parse_known_args(argv)
     try:
@@ -50,18 +50,18 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def compare(blocks: int, beside: Sequence[str], settings: Sequence[str]) -> None:
-    """Walks the blocks and prints what is described above.
+    """Walks the blocks and prints the comparison described above.
 
     Raises:
-      UserError: a setting that is wrong, or that is not compared here.
+      UserError: a setting is wrong or not supported by this comparison.
     """
     if unknown := sorted(set(beside) - set(BESIDE)):
-        raise UserError(f"expected --beside with solvers out of {', '.join(BESIDE)}, got {', '.join(unknown)}")
+        raise UserError(f"expected --beside with some of {', '.join(BESIDE)}, got {', '.join(unknown)}")
     config = parse(list(settings))
     if config.target.dense_stream:
         raise UserError(
-            "expected a recipe that aims at a layer's own outputs, whose errors are compared here: take --preset "
-            "fast or --preset paper"
+            "expected a recipe that minimises the error of a layer's own outputs, got one with a dense target: use "
+            "--preset fast or --preset paper"
         )
     model = open_model_on_mesh(config)
     check_walk(config, model, blocks)

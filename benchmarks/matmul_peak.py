@@ -1,11 +1,11 @@
-"""Throughput of the conjugate gradients' inner loop, as a share of the machine's own float32 matrix products.
+"""Measures the throughput of the conjugate-gradient loop, relative to the machine's float32 matrix products.
 
     python -m benchmarks.matmul_peak
 
-For random Hessians. The time of some iterations is the difference between a run of a few cycles and one of a single cycle, so
-that the factorisation before the loop is not in it; every cycle has two products with a [d_in, d_in] matrix for each of its
-iterations and two for its certificate. What is compared with are large square products in the same precision, the best
-of several sizes. Both alternate within one process.
+Uses random Hessians. The time of the iterations is the difference between a run of several cycles and a run of one cycle, which
+excludes the factorisation before the loop. Every cycle multiplies with a [d_in, d_in] matrix twice in each of its iterations and
+twice for its certificate. The reference are large square products in the same precision, the fastest of several sizes. Both
+alternate within one process.
 """
 
 import argparse
@@ -32,9 +32,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--sizes", type=int, nargs="+", default=[1536, 4096], help="d_in")
     parser.add_argument("--rows", type=int, default=1024, help="rows of the problem")
-    parser.add_argument("--cycles", type=int, default=3, help="of the longer run; the shorter one has one")
-    parser.add_argument("--peak", type=int, nargs="+", default=[1024, 2048, 3072], help="sizes of the products compared with")
-    parser.add_argument("--repeats", type=int, default=5, help="timed runs of each, of which the fastest counts")
+    parser.add_argument("--cycles", type=int, default=3, help="cycles of the longer run; the shorter run has one")
+    parser.add_argument("--peak", type=int, nargs="+", default=[1024, 2048, 3072], help="sizes of the reference products")
+    parser.add_argument("--repeats", type=int, default=5, help="timed runs of each; the fastest one counts")
     arguments = parser.parse_args(argv)
 
     squares = [jax.random.normal(jax.random.key(0), (size, size)) for size in arguments.peak]
@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def random_problem(size: int, rows: int):
-    """Half of the weights, with correlated inputs: the Hessian's condition number is that of no easy problem."""
+    """A random problem with half of the weights pruned and correlated inputs, so that the Hessian is ill-conditioned."""
     rng = np.random.default_rng(0)
     spectrum = np.arange(1, size + 1, dtype=np.float32) ** -0.5
     inputs = (rng.standard_normal((2 * size, size), np.float32) * spectrum) @ rng.standard_normal((size, size), np.float32)

@@ -1,12 +1,14 @@
-"""How far every layer's output is from the dense model's, in finished runs side by side.
+"""Compares finished runs by the distance of every layer's output from the dense model's output.
 
     python -m benchmarks.output_errors runs/paper runs/best
 
-For each layer the relative error ``||X_d W' - X V'||^2 / ||X_d W'||^2`` of the pruned weights ``V`` on what the layer reads in
-the pruned model, against the dense weights ``W`` on what it reads in the dense one: what it and all layers before it have lost.
-Over the tokens of the first run's held-out windows, and over the same weighed by one over the mean square of the dense model's
-residual stream behind the attention or the MLP that the layer is in; ``--target.weigh_tokens`` does so in the layers that add
-to the stream. Prints the means over layers, and the layers in which a later run has a larger error than the first.
+For each layer, the relative error is ``||X_d W' - X V'||^2 / ||X_d W'||^2``, with pruned weights ``V``, dense weights ``W``, and
+the layer's inputs ``X`` in the pruned and ``X_d`` in the dense model. It includes the errors of all layers before.
+
+The errors are sums over the tokens of the first run's held-out windows: once with equal weights, and once weighed by the inverse
+mean square of the dense model's residual stream after the layer's attention or MLP. ``--target.weigh_tokens`` uses these weights
+in the layers that add to the stream. Prints the means over layers, and the layers in which a later run has a larger error than
+the first run.
 """
 
 import argparse
@@ -30,17 +32,17 @@ from optima_tpu.pipeline.inputs import open_model_on_mesh, read_texts
 from optima_tpu.report.runs import read_report
 
 Errors = dict[str, np.ndarray]
-"""Of a layer the two relative errors, over tokens and over weighed ones, for each run: [runs, 2] float64."""
+"""Layer -> [runs, 2] float64: for each run the relative error over tokens with equal weights, and over weighed tokens."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.output_errors", description=__doc__.split("\n\n")[0])
-    parser.add_argument("runs", nargs="+", help="run directories of one model; the first says which text")
+    parser.add_argument("runs", nargs="+", help="run directories of one model; the text is that of the first run")
     names = parser.parse_args(argv).runs
     try:
         config = configure(read_report(names[0])["configuration"])
         if not config.calibration.held_out:
-            raise UserError(f"expected a run with held-out windows, got {names[0]} without any")
+            raise UserError(f"expected a run with held-out windows, got {names[0]} without any: give another run first")
         model = open_model_on_mesh(config)
         runs = [open_evaluated(name, model.decoder.mesh, config.dtype, config.batch).model.decoder for name in names]
         for run in runs:
@@ -62,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def output_errors(dense: Decoder, runs: Sequence[Decoder], tokens: np.ndarray) -> Errors:
-    """The errors above of every layer that is pruned, by its name; in one process.
+    """The errors described above for every pruned layer, by name. Works in a single process.
 
     Args:
       tokens: [windows, length] int32.
@@ -85,22 +87,22 @@ def output_errors(dense: Decoder, runs: Sequence[Decoder], tokens: np.ndarray) -
 
 
 def _streams_behind(decoder: Decoder, linears: Sequence[str]) -> tuple[str | None, ...]:
-    """For every layer the name of the residual stream behind the part of the block that it is in; None where there is none."""
+    """For every layer, the name of the residual stream after its attention or MLP; None if there is none."""
     behind = {name.split(".")[0]: residual.after for name, residual in decoder.family.residuals.items()}
     return tuple(behind.get(name.split(".")[0]) for name in linears)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _sums(graph, linears, behind, states, weights, hidden, valid, positions) -> Array:
-    """Over the tokens of a batch, plain and weighed, of each layer: squares of the dense outputs, then of every run's difference.
+    """Sums over the tokens of a batch: squares of each layer's dense outputs, then of every run's difference from them.
 
     Args:
       linears: names of layers.
-      behind: of each the residual stream that weighs its tokens; without one they are not weighed.
-      states, weights, hidden: of the dense model and of the runs.
+      behind: for each layer the residual stream that weighs its tokens; with None the weights are equal.
+      states, weights, hidden: one entry for the dense model and for each run.
 
     Returns:
-      [layers, models, 2] float32.
+      [layers, models, 2] float32; the last axis is (equal weights, weighed).
     """
     inputs = [forward(graph, state, x, positions)[1] for state, x in zip(states, hidden)]
 

@@ -1,12 +1,12 @@
-"""Our perplexity against transformers in torch by the published protocol, float32.
+"""Compares our perplexity with transformers in torch, by the published protocol in float32.
 
     python -m benchmarks.perplexity_parity
     python -m benchmarks.perplexity_parity --text file:wiki.test.raw.txt --windows 21
     python -m benchmarks.perplexity_parity --model gemma-3-270m.gguf --length 512 --windows 40 --bos text
 
-The protocol of SparseGPT, Wanda and OPTIMA: the whole text is tokenised once and cut into windows that do not overlap; the mean
-of the negative log-likelihood is over all tokens but the first of each window. The peer has our weights, and its tokens and
-windows from code of its own.
+The protocol is the one of SparseGPT, Wanda and OPTIMA: the whole text is tokenised once and cut into windows that do not overlap;
+the negative log-likelihood is averaged over all tokens except the first of each window. The reference uses our weights, but its
+own code for tokens and windows.
 """
 
 import argparse
@@ -34,9 +34,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--model", default=EMBEDDED.model, help="as in optima_tpu.launch")
-    parser.add_argument("--text", default="wikitext2", help="as --evaluation.source of optima_tpu.launch, but no npy:")
+    parser.add_argument("--text", default="wikitext2", help="as --evaluation.source of optima_tpu.launch, except npy:")
     parser.add_argument("--length", type=int, default=2048, help="tokens in a window")
-    parser.add_argument("--windows", type=int, help="the first so many windows; all by default")
+    parser.add_argument("--windows", type=int, help="number of windows to use, from the start (default: all)")
     parser.add_argument("--bos", choices=["text", "window"], help="as --evaluation.bos of optima_tpu.launch")
     parser.add_argument("--batch", type=int, default=1, help="windows in one step of our forward pass")
     arguments = parser.parse_args(argv)
@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def peer(pretrained: Pretrained) -> torch.nn.Module:
-    """The checkpoint in transformers, float32."""
+    """The checkpoint as a transformers model in float32."""
     model = getattr(transformers, pretrained.config.architectures[0])(pretrained.config).float().eval()
     state = {name: torch.from_numpy(pretrained.tensors.read(name).astype(np.float32)) for name in pretrained.tensors.names()}
     missing, unexpected = model.load_state_dict(state, strict=False)
@@ -82,11 +82,11 @@ def published(
     bos: int | None = None,
     advance: Callable[[], None] = lambda: None,
 ) -> float:
-    """The perplexity of a text, given as its token ids, as SparseGPT's and Wanda's scripts have it.
+    """The perplexity of a text, given as token ids, computed as in the scripts of SparseGPT and Wanda.
 
     Args:
-      windows: only the first so many.
-      bos: a token before every window, which then holds ``length - 1`` tokens of text.
+      windows: number of windows to use, from the start; None takes all.
+      bos: a token to put before every window, which then has ``length - 1`` tokens of text; None for no token.
     """
     first = [] if bos is None else [bos]
     size = length - len(first)

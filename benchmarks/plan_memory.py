@@ -1,11 +1,11 @@
-"""What a plan says of device memory against what a block's walk takes, on simulated devices.
+"""Compares the device memory of a plan with the memory that pruning one block takes, on simulated devices.
 
     python -m benchmarks.plan_memory --mesh 4x2
 
-The walk is that of a run: calibration with held-out sequences, pruning, the pruned block forward, on a random Llama. Simulated
-devices keep their arrays in the memory of this process, so what they take is seen from outside: the peak of the resident set
-(VmHWM, reset before the walk) above what was resident before. A first walk compiles; the second, on fresh weights, is measured.
-Linux only.
+A block is pruned as in a run: calibration with held-out sequences, pruning, forward pass of the pruned block, on a random Llama.
+Simulated devices keep their arrays in this process's memory. So the measured value is the growth of the resident set: its peak
+(VmHWM, reset before) minus its size before. A first block is pruned to compile; the second, with new weights, is measured. Linux
+only.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from optima_tpu.runtime.mesh import simulate_devices
 
 
 class RandomTensors:
-    """A ``TensorSource`` that draws what is read, as a file gives a new copy at every read."""
+    """A ``TensorSource`` that draws random tensors. Every read returns a new copy, as reading a file does."""
 
     def __init__(self, declared):
         self.declared = declared
@@ -46,12 +46,12 @@ class RandomTensors:
 
 
 def resident(key: str = "VmRSS") -> int:
-    """Bytes of this process's resident set; "VmHWM" for its peak since the last reset."""
+    """Bytes of this process's resident set, or with "VmHWM" its peak since the last reset."""
     return int(re.search(rf"{key}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
 
 
 def settle() -> None:
-    """Gives freed memory back and resets the peak."""
+    """Returns freed memory to the system and resets the peak."""
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
 
@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--d-ff", type=int, default=2048)
     parser.add_argument("--length", type=int, default=512)
     options = parser.parse_args(argv)
-    # Large arrays go back to the system when they are freed, whatever was freed before.
+    # Fix the mmap threshold (M_MMAP_THRESHOLD), so that freed large arrays always go back to the system.
     ctypes.CDLL(None).mallopt(ctypes.c_int(-3), ctypes.c_int(1 << 16))
     data, model_axis = map(int, options.mesh.split("x"))
     simulate_devices(data * model_axis)
@@ -118,7 +118,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for program in plan.programs:
         print(f"{program.name:<32}{program.memory * target.mesh.size / 2**20:8.0f} MiB on {target.mesh.size} devices")
     print(f"planned   {planned / 2**20:8.0f} MiB, in {worst.name}")
-    print(f"measured  {measured / 2**20:8.0f} MiB, {100 * measured / planned:.0f}% of it")
+    print(f"measured  {measured / 2**20:8.0f} MiB, {100 * measured / planned:.0f}% of the plan")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""Wall time of every solver over one whole block of a real model, as ratios within one process.
+"""Measures the elapsed time of every solver on one whole block of a real model, as ratios within one process.
 
     python -m benchmarks.solver 10 --out solver.md
 
-Two baselines: the paper's own call of MPAX, which is not compiled as a whole, and the same method compiled and in rounds
-(``mpax``). All solve the same rows with the same Hessians and masks, and are measured against the exact optimum in float64.
+There are two baselines: the paper's own call of MPAX, which is not compiled as a whole, and the same method compiled and in
+rounds (``mpax``). All solve the same rows with the same Hessians and masks. Their objectives are compared with the exact optimum
+in float64.
 """
 
 import argparse
@@ -40,7 +41,7 @@ PAPER, REFERENCE = "mpax", "exact"
 SOLVERS = {
     "cg": CG(),
     "cg, undamped": CG(),
-    # The least work that still ends below the paper's method.
+    # The fewest steps with which cg still has a smaller objective than the paper's method.
     "cg, 3 steps": CG(max_steps=3, cycle=3),
     PAPER: MPAX(),
     "mpax, unit_diagonal": MPAX(unit_diagonal=True),
@@ -48,26 +49,26 @@ SOLVERS = {
     REFERENCE: Exact(),
 }
 UNDAMPED = "cg, undamped"
-SLOW = 60.0  # a run that takes longer, in seconds, is not repeated
+SLOW = 60.0  # seconds; a run that takes longer is not repeated
 
 
 class Group(NamedTuple):
-    """The matrices of a block that read one input, their rows stacked as the product stacks them."""
+    """The matrices of a block that read the same input, with their rows stacked as in a run."""
 
-    rows: tuple[int, ...]  # of each matrix
+    rows: tuple[int, ...]  # number of rows of each matrix
     problem: LayerProblem
     pruned: Pruned
 
 
 class Timing(NamedTuple):
-    """One solver over the block.
+    """The result of one solver on the block.
 
     Attributes:
-      seconds: median over the runs.
-      compiling: seconds, before the first run; None where every run compiles.
-      runs: how many runs.
-      weights: per group, [rows, d_in].
-      converged: share of the rows.
+      seconds: median elapsed time of the runs.
+      compiling: seconds of compilation before the first run; None if every run compiles.
+      runs: number of timed runs.
+      weights: the solution of each group, [rows, d_in].
+      converged: share of rows that converged.
     """
 
     seconds: float
@@ -88,19 +89,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--source", default=EMBEDDED.calibration.source, help="calibration text")
     parser.add_argument("--samples", type=int, default=EMBEDDED.calibration.samples, help="calibration windows")
     parser.add_argument("--length", type=int, default=EMBEDDED.calibration.length, help="tokens in each")
-    parser.add_argument("--sparsity", type=float, default=0.5, help="of every row, chosen by Wanda")
+    parser.add_argument("--sparsity", type=float, default=0.5, help="share of every row to prune, chosen by Wanda")
     parser.add_argument(
         "--rows",
         type=int,
         default=None,
-        help="give the paper's call the first ROWS rows of each matrix (it compiles anew for every "
-        "mini-batch: minutes in all); 0 leaves it out; without the option it gets all",
+        help="number of rows of each matrix for the paper's call, which compiles again for every mini-batch and takes "
+        "minutes; 0 leaves the call out (default: all rows)",
     )
-    parser.add_argument("--repeats", type=int, default=5, help=f"runs of each solver (one if it takes over {SLOW:g} s)")
-    parser.add_argument("--out", type=Path, help="write the table here too")
+    parser.add_argument("--repeats", type=int, default=5, help=f"timed runs of each solver (one if it takes over {SLOW:g} s)")
+    parser.add_argument("--out", type=Path, help="also write the table to this file")
     arguments = parser.parse_args(argv)
     if arguments.out and not arguments.out.parent.is_dir():
-        raise UserError(f"expected a file in an existing folder for --out, got {arguments.out}; make the folder first")
+        raise UserError(f"expected --out with a file in an existing folder, got {arguments.out}; create the folder first")
     text = "\n".join(report(*load_block(arguments), arguments))
     print(text)
     if arguments.out:
@@ -108,11 +109,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def load_block(arguments) -> tuple[list[tuple[list[Array], Array]], str]:
-    """For every input of the block the matrices that read it and its Hessian; and a line on where they are from."""
+    """For every input of the block: the matrices that read it and its Hessian. Also a line that describes the block."""
     pretrained = open_model(arguments.model)
     decoder = Decoder.open(pretrained.config, pretrained.tensors, make_mesh(None))
     if not 0 <= arguments.block < decoder.config.blocks:
-        raise UserError(f"expected a block in 0 .. {decoder.config.blocks - 1}, got {arguments.block}")
+        raise UserError(f"expected a block index from 0 to {decoder.config.blocks - 1}, got {arguments.block}")
     tokens = calibration_tokens(
         parse_source(arguments.source), load_tokenizer(pretrained), seed=0, samples=arguments.samples, length=arguments.length
     )
@@ -133,7 +134,7 @@ def load_block(arguments) -> tuple[list[tuple[list[Array], Array]], str]:
 
 
 def make_group(weights: list[Array], hessian: Array, arguments, rows: int | None = None) -> Group:
-    """The matrices that read one input; ``rows`` takes the first so many of each. Wanda chooses row by row."""
+    """The group of matrices that read one input; ``rows`` limits each to its first rows. Wanda compares within rows."""
     problems = [self_target(weight[:rows].astype(jnp.float32), hessian) for weight in weights]
     pruned = [Wanda()(problem, Unstructured(arguments.sparsity)) for problem in problems]
     problem = LayerProblem(jnp.concatenate([p.weight for p in problems]), hessian, jnp.concatenate([p.linear for p in problems]))
@@ -142,7 +143,7 @@ def make_group(weights: list[Array], hessian: Array, arguments, rows: int | None
 
 
 def measure(name: str, groups: list[Group], repeats: int) -> Timing:
-    """A solver with its damping, compiled once for each shape; one run to warm up, then the timed ones."""
+    """Times a solver with its damping, compiled once for each shape. One warm-up run comes before the timed runs."""
     solver, started = SOLVERS[name], time.perf_counter()
     damping = 0.0 if name == UNDAMPED else solver.default_damping
     groups = [group._replace(problem=dataclasses.replace(group.problem, damping=damping)) for group in groups]
@@ -161,7 +162,7 @@ def measure(name: str, groups: list[Group], repeats: int) -> Timing:
 
 
 def measure_paper_call(groups: list[Group]) -> Timing:
-    """The paper's call, one run over all matrices after a first one over the first matrix to warm up."""
+    """Times the paper's call in one run over all matrices, after a warm-up on the first matrix."""
 
     def matrices():
         for group in groups:
@@ -184,11 +185,11 @@ def measure_paper_call(groups: list[Group]) -> Timing:
 
 
 def paper_call(weight: Array, hessian: Array, keep: Array) -> tuple[Array, Array]:
-    """One matrix as the code published with the paper solves it: (weights [d_out, d_in], converged [d_out]).
+    """Solves one matrix as the code published with the paper does: (weights [d_out, d_in], converged [d_out]).
 
-    A function written anew for each mini-batch goes through ``jax.vmap`` but not through ``jax.jit``, so MPAX's loops
-    are traced and compiled every time. The size of a mini-batch is the paper's, as are the slack of 1e-4 above the
-    lower bound of pruned entries (zeroed afterwards) and the two constraints that constrain nothing.
+    For each mini-batch, the code defines a new function and applies ``jax.vmap`` but not ``jax.jit``, so MPAX's loops are traced
+    and compiled every time. These details are the paper's: the size of a mini-batch, the slack of 1e-4 above the lower bound of
+    pruned entries (which are set to zero afterwards), and two constraints without effect.
     """
     size = weight.shape[1]
     batch = max(1, 128 * 12 * 2**20 // size**2)
@@ -220,7 +221,7 @@ def paper_call(weight: Array, hessian: Array, keep: Array) -> tuple[Array, Array
 
 
 def total_objective(groups: list[Group], weights: list[Array]) -> float:
-    """``sum (v - w) H (v - w)'`` over all rows of the block, in float64."""
+    """The sum of ``(v - w) H (v - w)'`` over all rows of the block, in float64."""
     total = 0.0
     for group, weight in zip(groups, weights):
         change = np.asarray(weight, np.float64) - np.asarray(group.problem.weight, np.float64)
@@ -229,7 +230,7 @@ def total_objective(groups: list[Group], weights: list[Array]) -> float:
 
 
 def report(layers: list[tuple[list[Array], Array]], origin: str, arguments) -> list[str]:
-    """Runs everything; the lines of the Markdown table."""
+    """Runs all measurements and returns the lines of the Markdown report."""
 
     def timed(name: str, run: Callable[..., Timing], *inputs) -> Timing:
         print(f"{name} ...", file=sys.stderr, flush=True)
@@ -259,7 +260,7 @@ def report(layers: list[tuple[list[Array], Array]], origin: str, arguments) -> l
     notes = [
         f"{count} rows in {sum(len(group.rows) for group in groups)} matrices. jax {jax.__version__}, mpax "
         f"{importlib.metadata.version('mpax')}, {jax.devices()[0].device_kind}, {os.cpu_count()} CPU cores. "
-        f"Objectives are undamped; `{REFERENCE}` is the optimum and the masks alone are at {masks:.2e}."
+        f"Objectives are undamped; `{REFERENCE}` is the optimum, and the masks without an update are at {masks:.2e}."
     ]
     if paper:
         taken = sum(sum(group.rows) for group in some)
@@ -267,8 +268,8 @@ def report(layers: list[tuple[list[Array], Array]], origin: str, arguments) -> l
         table.append(line(f"paper's call, {taken} rows", paper, value))
         if taken < count:
             notes.append(
-                f"The paper's call got the first {arguments.rows} rows of each matrix, the solvers all rows; "
-                "its seconds are not scaled up, so the ratios to it are larger than they should be."
+                f"The paper's call solved the first {arguments.rows} rows of each matrix, the solvers all rows. "
+                "Its seconds are not scaled up, so the ratios to it are too large."
             )
     return [
         origin,

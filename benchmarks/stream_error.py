@@ -1,14 +1,14 @@
-"""How far recipes drift from the dense model over the first blocks, without pruning the rest: a look before a whole run.
+"""Compares recipes by their drift from the dense model over the first blocks: a quick test before a whole run.
 
     python -m benchmarks.stream_error --blocks 8 --variant="" --variant="--selector wanda" -- --preset best --pattern 2:4
 
-After every block, for each variant, the relative error of the hidden state, averaged over tokens
+For each variant, after every block, it prints the relative error of the hidden state, averaged over tokens,
 
     ||x_pruned - x_dense||^2 / ||x_dense||^2
 
-on the held-out windows of the calibration text and on the text of ``--evaluation.source``, which nothing is fitted to either. Let
-that be another text than the one that is reported in the end: what is chosen by a text flatters the recipe on it. A full run
-gives the same errors: a block does not depend on later ones.
+on the held-out windows of the calibration text and on the text of ``--evaluation.source``. No weight is fitted to either text.
+Use another evaluation text than for the final results: a recipe that is chosen on a text looks too good on the same text. A full
+run gives the same errors, because a block does not depend on later blocks.
 """
 
 import argparse
@@ -34,22 +34,22 @@ from optima_tpu.pipeline.walk import Streams, Walk, prune_block
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.stream_error", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--blocks", type=int, default=8, help="so many of the first ones")
-    parser.add_argument("--variant", action="append", metavar="SETTINGS", help="further settings of one recipe")
-    parser.add_argument("settings", nargs="*", help="settings of optima_tpu.launch that all share, after --")
+    parser.add_argument("--blocks", type=int, default=8, help="number of blocks to prune, from the first")
+    parser.add_argument("--variant", action="append", metavar="SETTINGS", help="further settings of one recipe; repeatable")
+    parser.add_argument("settings", nargs="*", help="settings of optima_tpu.launch for all variants, after --")
     arguments = parser.parse_args(argv)
     variants, shared = arguments.variant or [""], Shared()
     try:
         configs = [parse([*arguments.settings, *shlex.split(variant)]) for variant in variants]
-        for config in configs:  # before the first one takes minutes
+        for config in configs:  # check all variants before the first one, which takes minutes
             check_walk(config, shared.model(config), arguments.blocks)
             if not config.calibration.held_out:
-                raise UserError("expected calibration.held_out of at least 1, got 0: the errors are those of held-out windows")
+                raise UserError("expected calibration.held_out of at least 1, got 0: errors are measured on held-out windows")
             shared.texts(config)
     except UserError as error:
         sys.exit(f"error: {error}")
     for variant, config in zip(variants, configs):
-        print(variant or "(as they are)", flush=True)
+        print(variant or "(no further settings)", flush=True)
         started = time.perf_counter()
         found = stream_errors(config, shared.model(config), shared.texts(config), arguments.blocks)
         for index, (held_out, other) in enumerate(found):
@@ -60,16 +60,19 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def check_walk(config: RunConfig, model: Model, blocks: int) -> None:
-    """Raises UserError for a recipe that is not walked by itself, and for more blocks than there are."""
+    """Raises UserError for a recipe that needs more than one walk over the blocks, or for too many blocks."""
     if isinstance(config.selector, Imported) or config.allocation.measures:
-        raise UserError("expected masks that are chosen here and the same sparsity for every block: nothing else is walked")
+        raise UserError(
+            "expected a selector other than imported and the same sparsity for every block, got another recipe: leave out "
+            "--selector imported and --allocation"
+        )
     if not 1 <= blocks <= model.decoder.config.blocks:
-        raise UserError(f"expected 1 to {model.decoder.config.blocks} blocks, the model's, got {blocks}")
+        raise UserError(f"expected 1 to {model.decoder.config.blocks} blocks, as the model has, got {blocks}")
     check_layers(config.layers, config.pattern, linear_shapes(model.decoder))
 
 
 def stream_errors(config: RunConfig, model: Model, texts: Texts, blocks: int) -> Iterator[tuple[float, float]]:
-    """The two errors after every block, of the held-out windows and of the evaluation text."""
+    """Yields the errors after every block: (on held-out windows, on the evaluation text)."""
     decoder, samples, recipe = model.decoder, config.calibration.samples, config.recipe
     walk = Walk(decoder, recipe, linear_groups(decoder), samples)
     hidden, other = (decoder.embed(text.ids) for text in texts)
@@ -85,9 +88,9 @@ def stream_errors(config: RunConfig, model: Model, texts: Texts, blocks: int) ->
 
 
 def _error(pruned: Activations, dense: Activations) -> float:
-    """The error above, in one process.
+    """The error described above. Works in a single process.
 
-    ``evaluate.distance`` divides sums over all tokens instead, which a few with massive activations rule.
+    ``evaluate.distance`` divides sums over all tokens instead; a few tokens with massive activations dominate these sums.
     """
     ours, theirs = (np.asarray(states.values, np.float32) for states in (pruned, dense))
     return float(np.mean(np.sum((ours - theirs) ** 2, axis=-1) / np.sum(theirs**2, axis=-1)))

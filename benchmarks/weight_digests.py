@@ -1,9 +1,10 @@
-"""Digests of what runs leave, to see whether a change of the code changed a single bit of any weight.
+"""Computes digests of the weights of many runs, to check that a change of the code changed no bit of any weight.
 
     python -m benchmarks.weight_digests MODELS OUT.json [--mesh 4x2] [--only TEXT] [--against OTHER.json]
 
-Prunes every model folder in MODELS by every recipe below and writes the SHA-256 of each run's weights. ``make-models`` as the
-first argument writes tiny models of four families to prune. Run it at two commits, the second time with ``--against``.
+Prunes every model folder in MODELS with every recipe below and writes the SHA-256 of each run's weights to OUT.json. With
+``make-models FOLDER`` instead of the arguments, writes tiny models of four families to prune. Run it at two commits, the second
+time with ``--against``.
 """
 
 import argparse
@@ -78,7 +79,7 @@ RECIPES = {
 
 
 def make_models(root: Path) -> None:
-    """Tiny models of four families with random weights, which ``transformers`` makes."""
+    """Writes tiny models of four families with random weights, created by ``transformers``."""
     import torch
     import transformers
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -104,7 +105,7 @@ def make_models(root: Path) -> None:
 
 
 def digest(run: Path) -> dict[str, object]:
-    """The SHA-256 of all exported weights, and the errors of the layers, which a change may move by rounding."""
+    """Digests of all exported weights and of the layer reports, and the perplexity. Reports may differ by rounding alone."""
     found = hashlib.sha256()
     for file in sorted((run / "hf").glob("*.safetensors")):
         found.update(file.read_bytes())
@@ -119,7 +120,7 @@ def digest(run: Path) -> dict[str, object]:
 
 
 def recipe_masks(chosen: argparse.Namespace, folder: Path) -> Path:
-    """Where the model of the recipe "wanda" is kept, whose masks the recipe "imported" takes."""
+    """Path of the copied model of the recipe "wanda"; the recipe "imported" uses its masks."""
     return Path(f"{chosen.out}.{folder.name}.{chosen.mesh}")
 
 
@@ -133,7 +134,7 @@ def main() -> int:
     parser.add_argument("--mesh", default="1x1")
     parser.add_argument("--only", default="")
     parser.add_argument("--against", type=Path)
-    parser.add_argument("--recipes", default="", help="comma-separated names; all where empty")
+    parser.add_argument("--recipes", default="", help="comma-separated names of recipes (default: all)")
     chosen, rest = parser.parse_known_args()
     import jax
 
@@ -168,9 +169,9 @@ def main() -> int:
                 with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
                     try:
                         status: object = launch(arguments)
-                    except Exception as error:  # what one version cannot do, the other must not do either
+                    except Exception as error:  # an error is a result too: both versions must fail in the same way
                         status = f"{type(error).__name__}: {error}"[:200]
-                jax.clear_caches()  # or hundreds of compiled programs meet the system's limit of memory maps
+                jax.clear_caches()  # hundreds of compiled programs would exceed the system's limit of memory maps
                 found[key] = digest(Path(directory) / "run") if status == 0 else {"failed": str(status)}
                 if name == "wanda" and status == 0:
                     shutil.copytree(Path(directory) / "run" / "hf", recipe_masks(chosen, folder), dirs_exist_ok=True)

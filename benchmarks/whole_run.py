@@ -1,11 +1,11 @@
-"""Whole runs against each other, each in a process of its own: Wanda's weights as they are, and with ``cg``.
+"""Times whole runs, each in its own process: by default Wanda alone, and Wanda with ``cg``.
 
     python -m benchmarks.whole_run
     python -m benchmarks.whole_run --repeats 3 -- --calibration.source c4 --mesh 2x1
     python -m benchmarks.whole_run --variant="--preset fast" --variant="--preset best" -- --pattern 0.5/row
 
-Takes further settings of ``optima_tpu.launch`` after ``--``. Runs alternate; times are medians and ratios those of medians.
-"pruning" is that stage of the run: calibration, masks, solver, the pruned block's outputs, the journal, and what compiles.
+Takes further settings of ``optima_tpu.launch`` after ``--``. Runs alternate; times are medians and ratios are ratios of medians.
+"pruning" is a stage of the run: calibration, masks, solver, the pruned block's outputs, the journal, and all compilation.
 """
 
 import argparse
@@ -32,13 +32,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--samples", type=int, default=32, help="calibration windows")
     parser.add_argument("--length", type=int, default=512, help="tokens in each")
-    parser.add_argument("--windows", type=int, default=40, help="on which perplexity is measured")
+    parser.add_argument("--windows", type=int, default=40, help="windows for measuring perplexity")
     parser.add_argument("--repeats", type=int, default=1, help="runs of each")
     parser.add_argument(
         "--variant",
         action="append",
         metavar="SETTINGS",
-        help=f"settings of one run; ratios are to the first; without one {' and '.join(VARIANTS)}",
+        help=f"settings of one run; ratios are relative to the first variant (default: {' and '.join(VARIANTS)})",
     )
     parser.add_argument("settings", nargs="*", help="further settings of optima_tpu.launch, after --")
     arguments = parser.parse_args(argv)
@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def timed(command: list[str]) -> dict[str, float]:
-    """Seconds by stage of a run into a folder of its own, and of the whole process."""
+    """Elapsed seconds of each stage of a run and of its whole process. The run writes to a temporary folder."""
     with tempfile.TemporaryDirectory() as folder:
         started = time.perf_counter()
         subprocess.run([*command, "--output", folder], check=True, stdout=subprocess.DEVNULL)

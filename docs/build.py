@@ -720,7 +720,7 @@ _RESULTS: Mapping[str, tuple[str, Mapping[str, Sequence[str]]]] = {
         "↑: higher is better. A dash: not measured. [How to read the tables](index.md#reading).",
         {
             "Against other methods": ("presets-half", "patterns", "seeds", "optima-method", "sparsegpt-variants"),
-            "What each lever earns": ("levers", "dense-target", "levers-wanda", "allocation", "output-errors"),
+            "What each lever earns": ("levers", "distillation", "dense-target", "levers-wanda", "allocation", "output-errors"),
             "Tasks, and distance from the dense model": ("tasks", "distance"),
             "Calibration text": ("calibration-text", "calibration-size", "samples"),
             "The tables of the OPTIMA paper, on this model": (

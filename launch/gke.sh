@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Starts the JobSet of gke_jobset.yaml with these arguments; what it needs, and what happens on preemption, is written there.
+# Starts the JobSet of gke_jobset.yaml with these arguments; see gke_jobset.yaml for requirements and preemption.
 #
 #   OPTIMA_IMAGE=REGISTRY/optima-tpu:tpu launch/gke.sh [--dry-run] --model meta-llama/Llama-3.1-8B --output /runs/llama
 #
-# Needs: kubectl, logged in to the cluster. --dry-run prints the manifest. OPTIMA_NAME names the JobSet (optima): one of the same
-# name must be gone (kubectl delete jobset optima) before another is started; a finished or stopped run resumes from --output.
+# Needs: kubectl, logged in to the cluster. --dry-run prints the manifest and starts nothing. OPTIMA_NAME names the JobSet (default:
+# optima). Delete a JobSet of the same name first (kubectl delete jobset optima). A stopped run resumes from its --output.
 set -euo pipefail
 
 say() {
@@ -15,9 +15,9 @@ say() {
 dry_run=
 [[ ${1-} == --dry-run ]] && dry_run=yes && shift
 image=${OPTIMA_IMAGE-}
-[[ $image ]] || say "expected an image in OPTIMA_IMAGE, built from launch/Dockerfile with --build-arg EXTRA=tpu and pushed"
+[[ $image ]] || say "expected an image in OPTIMA_IMAGE: build one from launch/Dockerfile with --build-arg EXTRA=tpu and push it"
 
-# A JSON string is a YAML string.
+# Every JSON string is a valid YAML string.
 quoted() {
   [[ $1 != *[[:cntrl:]]* ]] || say "expected arguments without control characters"
   local text=${1//\\/\\\\}

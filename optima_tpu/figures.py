@@ -1,6 +1,6 @@
 """The figures of the paper from finished runs: ``python -m optima_tpu.figures``.
 
-layer-errors RUN [RUN ...] -o layer_errors.png     its Figure 2: what the update leaves of every layer's error
+layer-errors RUN [RUN ...] -o layer_errors.png     its Figure 2: every layer's error after the update over its error before
 samples SWEEP -o samples.png                       its Figure 3: perplexity against calibration samples
 """
 
@@ -28,7 +28,7 @@ def _draw(arguments: Sequence[str] | None) -> None:
     data: curves.LayerErrors | curves.Samples = (
         curves.layer_errors(chosen.runs, chosen.against) if chosen.figure == "layer-errors" else curves.samples(chosen.sweep)
     )
-    from optima_tpu.report import figures  # matplotlib takes a moment, which --help and errors do not wait for
+    from optima_tpu.report import figures  # imported late: matplotlib is slow, and --help and errors need not wait
 
     drawn = figures.layer_errors(data) if isinstance(data, curves.LayerErrors) else figures.samples(data)
     figures.write(drawn, path)
@@ -38,10 +38,10 @@ def _draw(arguments: Sequence[str] | None) -> None:
 
 
 def check_output(path: str | Path) -> Path:
-    """The path of a figure, once it is sure that one can be written there.
+    """Checks that a figure can be written to ``path``, and returns it as a ``Path``.
 
     Raises:
-      UserError: its folder is missing, or its suffix is not one of .png, .svg and .pdf.
+      UserError: the folder is missing, or the suffix is not one of .png, .svg and .pdf.
     """
     path = Path(path).expanduser()
     if path.suffix.lower() not in _SUFFIXES:
@@ -59,10 +59,10 @@ def make_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="figure", required=True, metavar="FIGURE")
     layers = commands.add_parser(
         "layer-errors",
-        help="what the update leaves of every layer's error (the paper's Figure 2)",
-        description="The error of every layer after the update over its error before, on the same stream, block by "
-        "block: on the calibration text, and dashed on held-out text. Below 1 the update helps; exactly 1 is "
-        "an update that was not accepted.",
+        help="every layer's error after the update over its error before (the paper's Figure 2)",
+        description="Plots for every layer, block by block, the error after the update divided by the error before it, on the "
+        "same stream: on the calibration text, and dashed on held-out text. Below 1 the update helps; exactly 1 "
+        "means that the update was not accepted.",
     )
     layers.add_argument("runs", nargs="+", metavar="RUN", help="run directory, or its report.json")
     layers.add_argument(
@@ -75,12 +75,12 @@ def make_parser() -> argparse.ArgumentParser:
     samples = commands.add_parser(
         "samples",
         help="perplexity against the number of calibration samples (the paper's Figure 3)",
-        description="Perplexity of the pruned model against the number of calibration samples, for each mask and "
-        "update of a sweep that has several: mean and standard deviation over seeds.",
+        description="Plots the perplexity of the pruned model against the number of calibration samples, for each mask and "
+        "update of a sweep with several such numbers: mean and standard deviation over seeds.",
     )
     samples.add_argument("sweep", metavar="SWEEP", help="directory of a sweep, or its results.json")
     for command in (layers, samples):
-        command.add_argument("-o", "--output", required=True, metavar="FILE", help="what to write: .png, .svg or .pdf")
+        command.add_argument("-o", "--output", required=True, metavar="FILE", help="file to write: .png, .svg or .pdf")
     return parser
 
 

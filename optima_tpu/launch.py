@@ -1,4 +1,4 @@
-"""The command line: ``python -m optima_tpu.launch``. Kept short; what happens is in ``optima_tpu.pipeline.run``."""
+"""The command line: ``python -m optima_tpu.launch``. Kept short: ``optima_tpu.pipeline.run`` does the work."""
 
 import shlex
 import sys
@@ -25,7 +25,7 @@ def _launch(argv: Sequence[str]) -> None:
 
     check_sources(config.calibration.source, config.evaluation.source)
     take_devices(config)
-    # Only now: what these import asks for the devices.
+    # Imported only now: the imports of these modules query the devices.
     from optima_tpu.models.checkpoints.orbax import quiet_orbax
     from optima_tpu.pipeline.run import run
 
@@ -36,14 +36,14 @@ def _launch(argv: Sequence[str]) -> None:
 
 
 def _draw(directory: Path) -> None:
-    """Leaves report.html. A run whose page can't be drawn is finished all the same."""
-    from optima_tpu.report.page import PAGE, write_page  # matplotlib takes a moment, which --help and errors do not wait for
+    """Writes report.html. A run is finished even if its page can't be drawn."""
+    from optima_tpu.report.page import PAGE, write_page  # matplotlib is slow, and --help and errors need not wait for it
 
     path = directory / PAGE
     try:
         write_page([directory], path)
         again = f"{program('report')} {shlex.quote(str(directory))}"
-        print(f"\nto look at: {path}; side by side with other runs: {again} RUN ...", flush=True)
+        print(f"\nopen in a browser: {path}; to compare with other runs: {again} RUN ...", flush=True)
     except UserError as error:
         print(f"\n{PAGE} was not drawn: {error}", file=sys.stderr, flush=True)
 

@@ -19,10 +19,10 @@ from optima_tpu.runtime.program import program
 
 _PROGRAM = program("plan")
 _DESCRIPTION = f"""\
-Tells what a run needs before it starts: memory of every program on the chips, host memory, disk and time.
+Estimates what a run needs before it starts: device memory of every program, host memory, disk and time.
 
-Reads config.json alone, of a folder or a hub id. The programs of the run are compiled for the devices, which need not be
-here: no TPU, and no weight.
+Of the model only config.json is read, from a folder or a hub id: no weights are needed. The programs of the run are compiled
+for the devices of the plan, which need not be attached: no TPU is needed.
 
 examples:
   {_PROGRAM} --config configs/paper/llama-3.1-8b.yaml --topology v5e:4x2
@@ -44,9 +44,9 @@ def _plan(argv: Sequence[str]) -> int:
     if options.json and not options.json.parent.is_dir():
         raise UserError(f"expected --json in an existing folder, got {options.json}; make {options.json.parent} first")
     simulate_devices(config.cpu_devices)
-    if options.topology:  # its devices need not be here, and a TPU that is stays free
+    if options.topology:  # its devices need not be attached, and an attached TPU stays free for other programs
         jax.config.update("jax_platforms", "cpu")
-    # Only now: what these import asks for the devices.
+    # Imported only now: the imports of these modules query the devices.
     from optima_tpu.pipeline.inputs import refuse_beyond_context
     from optima_tpu.pipeline.plan.model import open_declared
     from optima_tpu.pipeline.plan.plan import make_plan
@@ -79,7 +79,7 @@ def make_parser() -> argparse.ArgumentParser:
         prog=_PROGRAM,
         usage=f"{_PROGRAM} [--topology KIND:AxB] [--SETTING VALUE ...] [--json FILE]",
         description=_DESCRIPTION,
-        epilog="All settings of the run are given as to optima_tpu.launch, whose --help explains them.",
+        epilog="All settings of a run may follow; optima_tpu.launch --help explains them.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
         exit_on_error=False,
@@ -87,20 +87,20 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--topology",
         metavar="KIND:AxB",
-        help="a TPU slice: v4, v5e, v5p or v6e and its shape, such as v5e:4x2 or v5p:4x4x4 (default: the devices that are here)",
+        help="a TPU slice: v4, v5e, v5p or v6e and its shape, such as v5e:4x2 or v5p:4x4x4 (default: the attached devices)",
     )
-    parser.add_argument("--json", metavar="FILE", type=lambda text: Path(text).expanduser(), help="write the plan there too")
+    parser.add_argument("--json", metavar="FILE", type=lambda text: Path(text).expanduser(), help="write the plan to FILE too")
     parser.add_argument(
-        "--no-compile", "--no_compile", action="store_true", help="count instead of compiling, which takes seconds and is rough"
+        "--no-compile", "--no_compile", action="store_true", help="do not compile: count roughly, which takes only seconds"
     )
     parser.add_argument(
-        "--quick", action="store_true", help="with --topology: compile faster; solvers then need more memory than in a run"
+        "--quick", action="store_true", help="with --topology: compile faster; the memory of solvers is then only rough"
     )
     return parser
 
 
 def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    """The plan's own options, and the settings of the run."""
+    """Splits the arguments into the plan's own options and the settings of the run."""
     try:
         return make_parser().parse_known_args(argv)
     except argparse.ArgumentError as error:

@@ -31,7 +31,7 @@ def _sweep(argv: Sequence[str]) -> int:
     grid = read_grid(options.file, settings, options.output)
     chosen = _chosen(grid, options.only)
     _set_devices(grid)
-    # Only now: what these import asks for the devices.
+    # Imported only now: the imports of these modules query the devices.
     from optima_tpu.models.checkpoints.orbax import quiet_orbax
     from optima_tpu.pipeline.sweep.runner import Sweep
 
@@ -58,43 +58,43 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=_PROGRAM,
         usage=f"{_PROGRAM} FILE [--SETTING VALUE ...] [--output DIR] [--only TEXT] [--dry-run]",
-        description="Runs a table of masks x updates x patterns over one model, or goes on with it, and writes it as "
+        description="Runs a table of masks x updates x patterns over one model, or resumes it, and writes it as "
         "Markdown, CSV and JSON.\n\n" + grids.__doc__.strip(),
-        epilog="Any setting of optima_tpu.launch that stands under no label goes over the file's, in all cells: --model org/name "
+        epilog="A setting of optima_tpu.launch that no label sets overrides the file's, in all cells: --model org/name "
         "--mesh 4x2",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
         exit_on_error=False,
     )
-    parser.add_argument("file", metavar="FILE", help="the table, as above")
+    parser.add_argument("file", metavar="FILE", help="YAML file of the table, as shown above")
     parser.add_argument(
         "--output",
         metavar="DIR",
-        help="directory of the tables and of the cells (default: the file's output, or runs/tables/FILE-MODEL)",
+        help="directory for the tables and the cells (default: the file's output, or runs/tables/FILE-MODEL)",
     )
     parser.add_argument(
         "--only",
         metavar="TEXT",
         action="append",
         default=[],
-        help="run the cells in whose name the "
-        "text stands, such as 'sparsegpt + cg'; given several times, those with any of the texts",
+        help="run only the cells whose "
+        "name contains this text, such as 'sparsegpt + cg'; if repeated, the cells that contain any of the texts",
     )
-    parser.add_argument("--dry-run", "--dry_run", action="store_true", help="list the cells, and run none")
+    parser.add_argument("--dry-run", "--dry_run", action="store_true", help="list the cells without running them")
     parser.add_argument(
         "--keep-checkpoints",
         "--keep_checkpoints",
         action="store_true",
-        help="keep the pruned models; else only the reports of finished cells stay",
+        help="keep the pruned models (default: keep only the reports of finished cells)",
     )
     return parser
 
 
 def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    """The sweep's own options, and the settings of its runs."""
+    """Splits the arguments into the sweep's own options and the settings of its runs."""
     if not {"-h", "--help"} & set(argv) and (not argv or argv[0].startswith("-")):
         raise UserError(
-            f"expected the file of the sweep before everything else, got {argv[0] if argv else 'nothing'}; see {_PROGRAM} --help"
+            f"expected the file of the sweep as first argument, got {argv[0] if argv else 'nothing'}; see {_PROGRAM} --help"
         )
     try:
         options, settings = make_parser().parse_known_args(argv)
@@ -102,12 +102,12 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         raise UserError(f"{error}; see {_PROGRAM} --help") from None
     for word in settings:
         if word.partition("=")[0] in ("--config", "--print_config", "--print-config"):
-            raise UserError(f"a sweep has no {word}: the settings of its runs stand in {options.file} under run")
+            raise UserError(f"a sweep has no {word}: write the settings of its runs into {options.file}, under run")
     return options, settings
 
 
 def _command(options: argparse.Namespace, settings: Sequence[str]) -> list[str]:
-    """What makes the whole table."""
+    """The command that makes the whole table."""
     output = ["--output", options.output] if options.output is not None else []
     return [*_PROGRAM.split(), options.file, *settings, *output]
 
@@ -130,7 +130,7 @@ def _set_devices(grid: CellGrid) -> None:
     if (first.coordinator, first.num_processes, first.process_id) != (None, None, None):
         raise UserError(
             "expected a sweep in one process, got --coordinator, --num-processes or --process-id: run single cells "
-            "in several processes with optima_tpu.launch (--dry-run tells their settings)"
+            "in several processes with optima_tpu.launch (--dry-run lists their settings)"
         )
     take_devices(first, alone=True)
 

@@ -116,7 +116,7 @@ def test_a_mask_of_ones_own_is_kept():
         ({"hessian": np.eye(31)}, r"expected a Hessian \[32, 32\]"),
         ({"hessian": np.triu(np.ones((32, 32)))}, "symmetric"),
         ({"inputs": np.zeros((4, 32)), "pattern": "2:5"}, "divisible by 5"),
-        ({"inputs": np.zeros((4, 32)), "preset": "best"}, "got target, which needs a model"),
+        ({"inputs": np.zeros((4, 32)), "preset": "best"}, "got target, which needs a whole model"),
         ({"inputs": np.zeros((4, 32)), "selector": "imported"}, "expected mask=ARRAY"),
         ({"inputs": np.zeros((4, 32)), "mask": np.ones((3, 3))}, "expected a mask of the weight's shape"),
     ],

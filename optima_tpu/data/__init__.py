@@ -1,4 +1,4 @@
-"""Text in, token windows out: what a layer is calibrated on and what a model is scored on. One file a source."""
+"""Turns text into the token windows that a model is calibrated on and scored on. One file for each source."""
 
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, TypeGuard
@@ -18,7 +18,7 @@ from optima_tpu.data.tfds import TFDS
 from optima_tpu.data.wikitext2 import WikiText2
 from optima_tpu.errors import UserError
 
-if TYPE_CHECKING:  # it takes seconds, and says that torch is missing, to programs that tokenise nothing
+if TYPE_CHECKING:  # importing it takes seconds and warns that torch is missing, also in programs that tokenise nothing
     from transformers import PreTrainedTokenizerBase
 
 __all__ = [
@@ -50,10 +50,10 @@ WITH_PATH: dict[str, Callable[[str], Source]] = {"file": File.parse, "npy": Npy.
 
 
 def parse_source(text: str) -> Source:
-    """Reads the name of a source in ``NAMED``, "self", or a kind in ``WITH_PATH``, a colon and what that kind reads: "file:PATH".
+    """Reads the name of a source: one of ``NAMED``, "self", or KIND:REST with a KIND of ``WITH_PATH``, such as "file:PATH".
 
     Raises:
-      UserError: the text is none of these. Whether a file exists is seen when it is read.
+      UserError: the text is none of these. Whether a file exists is checked when the file is read.
     """
     kind, colon, path = text.partition(":")
     if text in NAMED:
@@ -84,17 +84,16 @@ def calibration_tokens(
     bos: int | None = None,
     over: sampling.Over = map,
 ) -> Tokens:
-    """The windows a model is calibrated on, and further ones held out. The same arguments give the same tokens.
+    """The calibration windows of a model, and held-out windows after them. The same arguments give the same tokens.
 
-    A text source is sampled by :func:`optima_tpu.data.sampling.calibration_windows`. Every document is tokenised with
-    the tokenizer's own special tokens, so a BOS stands where the tokenizer puts it: at the start of a document. The
-    text is held in memory while it is sampled (a shard of C4: about 1 GB), but for sources whose documents can be read by
-    their number.
+    A text source is sampled by :func:`optima_tpu.data.sampling.calibration_windows`. Every document is tokenised with the
+    tokenizer's own special tokens, so the tokenizer decides whether a BOS begins a document. The text is held in memory while it
+    is sampled (a shard of C4: about 1 GB), except for sources whose documents can be read by index.
 
     Args:
-      held_out: windows drawn beyond ``samples``, which share no token position with those.
-      bos: what every window begins with, followed by ``length - 1`` tokens of text that is tokenised without special
-        tokens. Of windows that are token ids already it replaces the first ones.
+      held_out: the number of windows drawn in addition to ``samples``; they share no token position with the calibration windows.
+      bos: the first token of every window, followed by ``length - 1`` tokens of text that is tokenised without special tokens.
+        In the windows of a :class:`TokenSource` it replaces the first token.
       over: how documents are read and tokenised, see :func:`optima_tpu.data.sampling.calibration_windows`.
 
     Returns:
@@ -106,9 +105,9 @@ def calibration_tokens(
     if samples < 1 or length < 1:
         raise UserError(f"expected at least one calibration window of at least one token, got {samples} of {length}")
     if seed < 0:
-        raise UserError(f"expected a seed that is not negative, got {seed}")
+        raise UserError(f"expected a seed of at least 0, got {seed}")
     if held_out < 0:
-        raise UserError(f"expected a number of held-out windows that is not negative, got {held_out}")
+        raise UserError(f"expected at least 0 held-out windows, got {held_out}")
     if isinstance(source, TokenSource):
         tokens = source.tokens("calibration", vocabulary=len(tokenizer), windows=samples + held_out, length=length, seed=seed)
         return _replacing(tokens._replace(how=tokens.how + sampling.held_out_text(held_out)), bos)
@@ -132,13 +131,13 @@ def calibration_tokens(
 def evaluation_tokens(
     source: Source, tokenizer: "PreTrainedTokenizerBase", *, length: int, windows: int | None, bos: int | None = None
 ) -> Tokens:
-    """The windows perplexity is measured on: the text cut into consecutive pieces, the last partial one dropped.
+    """The windows for perplexity: the text cut into consecutive windows, without the last partial one.
 
     The documents are joined by a blank line and tokenised as one text with the tokenizer's own special tokens, as
     SparseGPT (arXiv:2301.00774) and Wanda (arXiv:2306.11695) do with WikiText-2.
 
     Args:
-      windows: how many of the first windows to take at most; None takes all.
+      windows: takes at most so many windows, the first ones; None takes all.
       bos: see :func:`calibration_tokens`.
 
     Returns:
@@ -164,13 +163,13 @@ def evaluation_tokens(
 
 
 def refuse_overlap(calibration: Source, evaluation: Source) -> None:
-    """Raises UserError where both sources would read the same documents: no model is scored on what it has seen.
+    """Raises UserError if both sources would read the same documents: no model is scored on text that it was calibrated on.
 
-    See :func:`shared`. The splits of the sources that cannot tell where they read are disjoint.
+    See :func:`shared`. Sources that are not :class:`Located` have splits without common documents.
     """
     if part := shared(calibration, evaluation):
         if isinstance(calibration, File | Npy):
-            calibration.check()  # a path that does not exist needs no second one
+            calibration.check()  # a missing file is the more useful message
         raise UserError(
             f"calibration and evaluation would both read {part.place}: expected two different texts; give "
             "--evaluation.source another one, such as wikitext2 or pydoc"
@@ -178,12 +177,12 @@ def refuse_overlap(calibration: Source, evaluation: Source) -> None:
 
 
 def shared(calibration: Source, evaluation: Source) -> Part | None:
-    """What both sources would read; None where that is nothing.
+    """The part of a text that both sources would read; None if there is no such part.
 
-    The same file, the same split of a data set, also by another source of it, or parts of a split that overlap.
+    Two sources share a file, a split of a data set (also if different kinds of sources read it), or overlapping parts of a split.
 
     Raises:
-      UserError: one of them can't tell where it reads: there is no such data set here.
+      UserError: a source can't say what it reads, because its data set does not exist here.
     """
     if not (isinstance(calibration, Located) and isinstance(evaluation, Located)):
         return None
@@ -192,14 +191,14 @@ def shared(calibration: Source, evaluation: Source) -> Part | None:
 
 
 def _text_length(length: int, bos: int | None) -> int:
-    """The tokens of text in a window."""
+    """The number of text tokens in a window."""
     if bos is not None and length < 2:
         raise UserError(f"expected windows of at least two tokens for a model that needs a BOS token, got {length}")
     return length if bos is None else length - 1
 
 
 def check_sources(*sources: str | None) -> None:
-    """Raises UserError where one of the texts of a run is named as no source is; None names none."""
+    """Raises UserError if a name is not the name of a source. None is skipped."""
     for source in sources:
         if source is not None:
             parse_source(source)
@@ -222,7 +221,7 @@ def _replacing(tokens: Tokens, bos: int | None) -> Tokens:
 
 def _encoder(tokenizer: "PreTrainedTokenizerBase", bos: int | None) -> sampling.Encode:
     def encode(text: str) -> np.ndarray:
-        # Not verbose: transformers would warn that a document is longer than the model's context, which it may be here.
+        # Not verbose: transformers would warn that a document is longer than the model's context, which is allowed here.
         encoded = tokenizer(text, add_special_tokens=bos is None, return_attention_mask=False, verbose=False)
         return np.asarray(encoded["input_ids"], np.int32)
 

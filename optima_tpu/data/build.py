@@ -1,7 +1,7 @@
-"""Text files to a data set for ``tfds:NAME@DIR``: ``python -m optima_tpu.data.build NAME@DIR FILE...``
+"""Makes a data set for ``tfds:NAME@DIR`` from text files: ``python -m optima_tpu.data.build NAME@DIR FILE...``
 
 Writes what TFDS itself would: DIR/NAME/1.0.0 with an array_record file for every split, dataset_info.json and features.json.
-Not by its ``GeneratorBasedBuilder``, which holds a split in memory, and beyond 1 GB asks for TensorFlow.
+Does not use its ``GeneratorBasedBuilder``, which holds a split in memory, and needs TensorFlow beyond 1 GB.
 """
 
 import argparse
@@ -36,11 +36,11 @@ def build(
     """Writes the data set. It appears under its name when all of it is on the disk; the documents keep their order.
 
     Args:
-      target: its name and directory.
-      files: the documents, in this order; those of each file in the file's.
-      validation_files: the documents of the split "validation".
-      validation_share: or the part of all documents that go there instead of to "train", spread evenly.
-      advance: is told after every document how many are written.
+      target: name and directory of the data set.
+      files: files with the documents. Both files and the documents of a file keep their order.
+      validation_files: files with the documents of the split "validation".
+      validation_share: alternatively, the share of all documents that go to "validation" instead of "train", spread evenly.
+      advance: called after every document with the number of documents written.
 
     Returns:
       The number of documents in each split.
@@ -51,7 +51,7 @@ def build(
     if not 0 <= validation_share < 1:
         raise UserError(f"expected a validation share from 0 to below 1, got {validation_share}")
     if not re.fullmatch(r"[a-z][a-z0-9_]*", target.name):
-        raise UserError(f"expected a name of small letters, digits and _, got {target.name!r}")
+        raise UserError(f"expected a name of lower-case letters, digits and _, with a letter first, got {target.name!r}")
     final = target.directory / target.name / VERSION
     if final.parent.exists() and any(final.parent.iterdir()):
         raise UserError(
@@ -72,7 +72,7 @@ def build(
                     splits[split] += 1
                     advance(number)
             if empty := [split for split, count in splits.items() if not count]:
-                raise UserError(f"no document came into the split {' or '.join(empty)}: give more text or another share")
+                raise UserError(f"no document is in the split {' or '.join(empty)}: give more text or another share")
             _describe(partial, target.name, splits)
             final.parent.mkdir(exist_ok=True)
             commit(partial, final)
@@ -86,7 +86,7 @@ def _documents(files: Sequence[File], validation_files: Sequence[File], share: f
     """(split, text) of every document."""
     texts = (text for file in files for text in file.documents("calibration"))
     for number, text in enumerate(texts):
-        # The counts of both splits are at every document within one of their share.
+        # After every document, the count of each split is within one document of its share.
         yield "validation" if math.floor((number + 1) * share) > math.floor(number * share) else "train", text
     yield from (("validation", text) for file in validation_files for text in file.documents("evaluation"))
 
@@ -96,7 +96,7 @@ def _writers(folder: Path, name: str, splits: Iterable[str]) -> Iterator[Callabl
     from array_record.python.array_record_module import ArrayRecordWriter
 
     features = _features()
-    # One document a group, as TFDS writes them: any of them is then read alone.
+    # One document in each group, as TFDS writes them: any document can then be read alone.
     writers = {
         split: ArrayRecordWriter(str(folder / f"{name}-{split}.array_record-00000-of-00001"), "group_size:1") for split in splits
     }
@@ -141,10 +141,10 @@ def make_parser() -> argparse.ArgumentParser:
     """The parser of the command line."""
     parser = argparse.ArgumentParser(
         prog=program("data"),
-        description="Makes a data set of text files, for --calibration.source tfds:NAME@DIR. No TensorFlow is needed.",
+        description="Makes a data set from text files, for --calibration.source tfds:NAME@DIR. No TensorFlow is needed.",
     )
-    parser.add_argument("target", metavar="NAME@DIR", help="its name, and the directory that holds data sets")
-    parser.add_argument("files", metavar="FILE", nargs="+", help=".txt (one document), .jsonl, .parquet (one a record); also .gz")
+    parser.add_argument("target", metavar="NAME@DIR", help="name of the data set, and the directory that holds data sets")
+    parser.add_argument("files", metavar="FILE", nargs="+", help=".txt (one document), .jsonl, .parquet (each record is one); also .gz")
     parser.add_argument("--field", default="text", help="the field or column with the text (default: %(default)s)")
     validation = parser.add_mutually_exclusive_group()
     validation.add_argument(
@@ -152,9 +152,9 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="SHARE",
         type=float,
         default=0.0,
-        help="the part of the documents, such as 0.05, that go into the split for evaluation (default: none)",
+        help="share of the documents, such as 0.05, that go into the split for evaluation (default: none)",
     )
-    validation.add_argument("--validation-files", metavar="FILE", nargs="+", default=[], help="or the files for that split")
+    validation.add_argument("--validation-files", metavar="FILE", nargs="+", default=[], help="files for that split, instead of a share")
     return parser
 
 
@@ -176,7 +176,7 @@ def _build(arguments: list[str] | None) -> None:
         task = progress.add_task("", total=None)
         counts = build(target, files, others, chosen.validation_share, lambda count: progress.update(task, completed=count))
     held = ", ".join(f"{count:,} documents in {split}" for split, count in counts.items())
-    print(f"wrote {target.directory / target.name / VERSION}: {held}; read it by --calibration.source {target}")
+    print(f"wrote {target.directory / target.name / VERSION}: {held}; use it with --calibration.source {target}")
 
 
 if __name__ == "__main__":

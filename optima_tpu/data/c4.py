@@ -33,11 +33,11 @@ class C4:
             yield " ".join(itertools.islice(pages, EVALUATION_DOCUMENTS))
 
     def parts(self, split: Split) -> list[Part]:
-        """As ``hub:allenai/c4/en`` has them."""
+        """The same parts as those of ``hub:allenai/c4/en``."""
         return [hub.part(REPOSITORY, "en", "train" if split == "calibration" else "validation")]
 
     def fingerprint(self, split: Split) -> str:
-        """That of the shard."""
+        """The fingerprint of the shard's file."""
         return self._file(split).fingerprint(split)
 
     def _file(self, split: Split) -> File:

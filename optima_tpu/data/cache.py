@@ -1,4 +1,4 @@
-"""Token windows that were drawn before. A cache never changes what a run computes, only how long it waits for its texts."""
+"""A cache of token windows. It never changes what a run computes, only how long the run waits for its texts."""
 
 import dataclasses
 import functools
@@ -24,22 +24,22 @@ class TokenCache:
     """A directory with a file for every draw. Any number of programs may use it at once; it may be deleted at any time.
 
     Attributes:
-      directory: made when something is kept.
+      directory: made at the first save.
     """
 
     directory: Path
 
     @staticmethod
     def of_user() -> "TokenCache":
-        """In the user's cache."""
+        """The token cache in the user's cache folder."""
         return TokenCache(user_cache() / "tokens")
 
     def tokens(self, key: Callable[[], str | None], draw: Callable[[], Tokens]) -> Tokens:
-        """What ``draw()`` returns, from the cache where it is there; its ``cache`` says so. Every process calls it.
+        """The result of ``draw()``, from the cache if it is there; its ``cache`` says so. Every process calls it.
 
         Args:
-          key: from :func:`token_key`, in process 0. None: nothing is kept.
-          draw: returns the same in every process, which all call it, or none.
+          key: returns :func:`token_key`, in process 0. With None nothing is cached.
+          draw: called by every process or by none; returns the same in each.
         """
 
         def found() -> tuple[str | None, Tokens | None]:
@@ -51,10 +51,10 @@ class TokenCache:
             return tokens._replace(cache="from the token cache")
         tokens = draw()
         refused = from_first(lambda: name and self.save(name, tokens))
-        return tokens._replace(cache=f"could not be kept in {self.directory}: {refused}") if refused else tokens
+        return tokens._replace(cache=f"could not be saved in {self.directory}: {refused}") if refused else tokens
 
     def load(self, key: str) -> Tokens | None:
-        """Tokens that were saved under a key; None where there are none, or they are damaged."""
+        """Tokens that were saved under a key; None if they are missing or damaged."""
         try:
             with safetensors.safe_open(self._path(key), framework="np") as file:
                 about = file.metadata()
@@ -64,11 +64,11 @@ class TokenCache:
             return None
 
     def save(self, key: str, tokens: Tokens) -> str | None:
-        """Keeps tokens under a key. Returns why it could not, which is no reason to stop; None where it could."""
+        """Saves tokens under a key. Returns None, or the reason of a failure, which need not stop the run."""
         about = {"how": tokens.how, "available": str(tokens.available), "digest": _digest(key, tokens)}
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
-            # A name of its own: another program may be writing the same entry.
+            # A unique name: another program may be writing the same entry.
             descriptor, partial = tempfile.mkstemp(suffix=PARTIAL, dir=self.directory)
             try:
                 with open(descriptor, "wb") as file:
@@ -86,13 +86,13 @@ class TokenCache:
 
 
 def token_key(source: Source, split: Split, pretrained: Pretrained, **draw: int | None) -> str | None:
-    """A hash of all that decides the tokens: text, tokenizer, draw, and the code and libraries that make one of the others.
+    """A hash of all that decides the tokens: text, tokenizer, settings of the draw, and versions of code and libraries.
 
     Args:
       draw: the settings of :func:`optima_tpu.data.calibration_tokens` or :func:`optima_tpu.data.evaluation_tokens`.
 
     Returns:
-      None where the source can't tell whether its text has changed.
+      None if the source can't tell whether its text has changed.
 
     Raises:
       UserError: the source can't be read.
@@ -107,7 +107,7 @@ def token_key(source: Source, split: Split, pretrained: Pretrained, **draw: int 
 
 @functools.cache
 def _code() -> dict[str, str]:
-    """The versions of what turns text into windows. numpy may change its random streams between two of them."""
+    """The versions of the code that turns text into windows. numpy may change its random streams between two versions."""
     ours = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))).hexdigest()
     return {"ours": ours} | {name: importlib.metadata.version(name) for name in ("numpy", "tokenizers", "transformers")}
 

@@ -19,11 +19,11 @@ SUFFIXES = (".txt", ".txt.gz", ".jsonl", ".jsonl.gz", ".json", ".json.gz", ".par
 
 @dataclasses.dataclass(frozen=True)
 class File:
-    """The text of one file. It has no splits: both read all of it.
+    """The text of one file. It has no splits: calibration and evaluation both read all of it.
 
     Attributes:
-      path: .txt[.gz] is one document; .jsonl[.gz] and .json[.gz] (an object a line, as C4 comes) and .parquet are one
-        document a record.
+      path: a .txt[.gz] file is one document; in .jsonl[.gz], .json[.gz] (one object on each line, as in C4) and .parquet each
+        record is one document.
       field: the field or column that holds the text.
     """
 
@@ -57,7 +57,7 @@ class File:
             ) from error
 
     def check(self) -> None:
-        """Raises UserError where there is no such file, or none of a known format."""
+        """Raises UserError if the file does not exist, or if its format is not known."""
         if not self.path.is_file():
             what = "is a folder" if self.path.is_dir() else "does not exist"
             raise UserError(f"expected a text file, but {self.path} {what}: check the path")
@@ -65,11 +65,11 @@ class File:
             raise UserError(f"expected a file that ends in one of {', '.join(SUFFIXES)}, got {self.path}: rename or convert it")
 
     def parts(self, split: Split) -> list[Part]:
-        """The file, under whatever name."""
+        """The whole file, named by its resolved path."""
         return [Part(str(self.path.resolve()))]
 
     def fingerprint(self, split: Split) -> str:
-        """A hash of the file's bytes: no time stamp is exact enough to be trusted, and hashing is fast beside tokenising."""
+        """A hash of the file's bytes: time stamps are not exact enough, and hashing is fast compared with tokenising."""
         self.check()
         try:
             with open(self.path, "rb") as file:
@@ -78,7 +78,7 @@ class File:
             raise UserError(f"{self.path} can't be read ({error.strerror}): check its permissions") from error
 
     def _open(self):
-        # A document keeps its own line ends, and only \n separates records; a byte order mark is no text.
+        # A document keeps its own line ends, and only \n separates records; a byte order mark is not part of the text.
         reader = gzip.open if self.path.suffix == ".gz" else open
         return reader(self.path, "rt", encoding="utf-8-sig", newline="\n")
 
@@ -95,7 +95,7 @@ class File:
                     record = json.loads(line)
                 except ValueError as error:
                     raise UserError(
-                        f"expected a JSON object on every line of {self.path}, line {number} is none ({error})"
+                        f"expected a JSON object on every line of {self.path}, line {number} holds none ({error})"
                     ) from error
                 if not isinstance(record, dict):
                     raise UserError(
@@ -125,5 +125,5 @@ class File:
                 f"expected text in field {self.field!r} of {self.path}, {place} holds "
                 f"{type(value).__name__}: correct or drop that record"
             )
-        value.encode()  # JSON can spell half a surrogate pair, which is no text: raises UnicodeError
+        value.encode()  # raises UnicodeError for half a surrogate pair, which JSON can spell but which is not text
         return value

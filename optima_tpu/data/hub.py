@@ -1,4 +1,4 @@
-"""Data sets on the Hugging Face hub: one file of them, or, as ``datasets`` reads them, any split."""
+"""Data sets on the Hugging Face hub: single files of them, or any split through the ``datasets`` library."""
 
 import dataclasses
 import re
@@ -12,7 +12,7 @@ from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, t
 from optima_tpu.data.source import Documents, Part, Split, split_options
 from optima_tpu.errors import UserError, one_line
 
-_FORM = "hub:ORG/NAME[/CONFIG]@SPLIT, such as hub:allenai/c4/en@train[:20000], and perhaps ?field=NAME"
+_FORM = "hub:ORG/NAME[/CONFIG]@SPLIT, such as hub:allenai/c4/en@train[:20000], optionally with ?field=NAME"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Hub:
     streamed.
 
     Attributes:
-      repository: ORG/NAME; a folder of that name here comes first.
+      repository: ORG/NAME; a local folder of this name takes precedence.
       config: the configuration; None where there is only one.
       split: the split's name.
       first: the number of documents to stream; None takes all.
@@ -38,7 +38,7 @@ class Hub:
 
     @staticmethod
     def parse(text: str) -> "Hub":
-        """Reads ORG/NAME[/CONFIG]@SPLIT or ORG/NAME[/CONFIG]@SPLIT[:N], with ?field=NAME behind it or not."""
+        """Reads ORG/NAME[/CONFIG]@SPLIT or ORG/NAME[/CONFIG]@SPLIT[:N], optionally with ?field=NAME."""
         path, options = split_options(text, ["field"], _FORM)
         found = re.fullmatch(r"([\w.-]+/[\w.-]+)(?:/([^/@]+))?@([\w.-]+)(?:\[:([1-9]\d*)\])?", path)
         if not found:
@@ -60,11 +60,11 @@ class Hub:
 
         Raises:
           UserError: the hub can't be reached, there is no such data set, configuration, split or column, or a document is
-            no text.
+            not text.
         """
         rows = self._load(self._commit())
         columns = rows.column_names
-        if columns is None:  # of a stream, before its first row is read
+        if columns is None:  # a stream does not know its columns before its first row is read
             return map(self._text, self._guarded(rows))
         self._check_field(columns)
         if self.first:
@@ -77,22 +77,22 @@ class Hub:
         return [part(self.repository, self.config, self.split)._replace(last=self.first)]
 
     def fingerprint(self, split: Split) -> str | None:
-        """The commit of the data set, where the hub knows it; what ``datasets`` says of its own cache, where it does not."""
+        """The commit of the data set. Without one: None for a stream, else the fingerprint that ``datasets`` computes."""
         commit = self._commit()
         return commit if commit or self.first else self._load(None)._fingerprint
 
     def _commit(self) -> str | None:
-        """The data set's newest commit; None for a folder, and offline, where what is in the cache is taken."""
+        """The data set's newest commit; None for a local folder, and offline, where ``datasets`` reads its cache."""
         if Path(self.repository).is_dir() or huggingface_hub.constants.HF_HUB_OFFLINE:
             return None
         try:
-            # load_dataset alone retries for half a minute where there is no network; this asks once.
+            # load_dataset alone retries for half a minute without a network; this asks once.
             return huggingface_hub.dataset_info(self.repository).sha
         except Exception as error:  # as in download
             raise self._unreadable(error) from error
 
     def _load(self, commit: str | None) -> Any:
-        """A ``datasets.Dataset``, or of a stream an ``IterableDataset``. The library has no types."""
+        """A ``datasets.Dataset``, or an ``IterableDataset`` for a stream. ``Any``, because the library has no types."""
         import datasets  # takes seconds
 
         try:
@@ -130,17 +130,17 @@ class Hub:
     def _unreadable(self, error: Exception) -> UserError:
         return UserError(
             f"{self} can't be read ({one_line(error)}): check its name, configuration and split; without a network "
-            "HF_HUB_OFFLINE=1 takes what `datasets` has in its cache, and file:PATH a file"
+            "set HF_HUB_OFFLINE=1 to read the cache of `datasets`, or give a local file as file:PATH"
         )
 
 
 def part(repository: str, config: str | None, split: str) -> Part:
-    """All documents of a split, under one name for every source that reads them: the hub takes a repository in any case."""
+    """The part with all documents of a split. Its name is in lower case, because the hub ignores the case of a repository."""
     return Part(f"{repository.lower()}@{split}", config=config)
 
 
 def download(repository: str, name: str) -> Path:
-    """The local path of one file of a data set, downloaded into the hub's own cache where it isn't yet.
+    """The local path of one file of a data set, downloaded into the hub's own cache if it isn't there yet.
 
     Raises:
       UserError: the file is not in the cache and the hub can't be reached or refuses it.
@@ -149,10 +149,10 @@ def download(repository: str, name: str) -> Path:
     if isinstance(cached, str):
         return Path(cached)
     try:
-        # hf_hub_download alone retries for half a minute where there is no network; this asks once.
+        # hf_hub_download alone retries for half a minute without a network; this asks once.
         get_hf_file_metadata(hf_hub_url(repository, name, repo_type="dataset"))
         return Path(hf_hub_download(repository, name, repo_type="dataset"))
-    except Exception as error:  # the HTTP library below has exceptions of its own, and another name in every version
+    except Exception as error:  # the HTTP library below has its own exceptions, whose names change with its version
         raise UserError(
             f"{name} of the data set {repository} is not in the hub's cache and can't be downloaded "
             f"({one_line(error)}): download the file elsewhere with `hf download --repo-type dataset {repository} "

@@ -11,7 +11,7 @@ from optima_tpu.errors import UserError, one_line
 
 @dataclasses.dataclass(frozen=True)
 class Npy:
-    """An integer array [windows, length] of token ids, used as it is. It has no splits: both take its first rows.
+    """An integer array [windows, length] of token ids, used as it is. Calibration and evaluation both take its first rows.
 
     Attributes:
       path: a file written by ``numpy.save``.
@@ -28,11 +28,11 @@ class Npy:
         return f"npy:{self.path}"
 
     def parts(self, split: Split) -> list[Part]:
-        """The file, under whatever name."""
+        """The whole file, named by its resolved path."""
         return [Part(str(self.path.resolve()))]
 
     def tokens(self, split: Split, *, vocabulary: int, windows: int | None, length: int, seed: int) -> Tokens:
-        """The first ``windows`` rows. Evaluation takes fewer where there are fewer; ``seed`` has no effect.
+        """The first ``windows`` rows. Evaluation takes fewer if the file has fewer; ``seed`` has no effect.
 
         Raises:
           UserError: no such file, not an integer matrix, rows of another length, too few rows, or an id outside the
@@ -61,7 +61,7 @@ class Npy:
         return Tokens(ids.astype(np.int32), how, int(array.size))
 
     def check(self) -> None:
-        """Raises UserError where there is no such file."""
+        """Raises UserError if the file does not exist."""
         if not self.path.is_file():
             raise UserError(f"expected an .npy file of token ids, but {self.path} does not exist: check the path")
 

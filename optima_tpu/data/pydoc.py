@@ -1,4 +1,4 @@
-"""Python's own documentation, which every Python brings along."""
+"""Python's own documentation, which comes with most installations of Python."""
 
 import dataclasses
 import re
@@ -12,16 +12,16 @@ from optima_tpu.errors import UserError
 class PyDoc:
     """The prose of the Python language reference, from ``pydoc_data.topics``.
 
-    Topics are taken by name. Some quote others in part or whole ("compound" holds "for"), so a paragraph is kept only
-    in the first topic that has it: no paragraph stands twice. Of the topics left every fourth is held out for
-    evaluation, the others are for calibration. The text differs a little between versions of Python.
+    Topics are taken in the order of their names. Some quote others in part or whole ("compound" holds "for"), so a paragraph is
+    kept only in the first topic that has it. Every fourth of the remaining topics is held out for evaluation, the others are for
+    calibration. The text differs a little between versions of Python.
     """
 
     def __str__(self) -> str:
         return "pydoc"
 
     def documents(self, split: Split) -> Iterator[str]:
-        """One topic a document. Raises UserError where this Python comes without its documentation."""
+        """Each topic is one document. Raises UserError if this Python comes without its documentation."""
         try:
             from pydoc_data.topics import topics
         except ModuleNotFoundError as error:
@@ -34,7 +34,7 @@ class PyDoc:
 
 
 def _distinct(texts: list[str]) -> list[str]:
-    """The texts without the paragraphs of earlier ones; a text of which nothing is left is dropped."""
+    """The texts without paragraphs of earlier texts. A text without new paragraphs is dropped."""
     seen: set[str] = set()
     kept = []
     for text in texts:
@@ -46,5 +46,5 @@ def _distinct(texts: list[str]) -> list[str]:
 
 
 def words(paragraph: str) -> str:
-    """What makes two paragraphs the same: indentation, line breaks and the underlining of headings do not count."""
+    """The key that equal paragraphs share: indentation, line breaks and the underlining of headings do not count."""
     return " ".join(re.findall(r"\w+", paragraph))

@@ -17,11 +17,11 @@ class Random:
         return "random"
 
     def tokens(self, split: Split, *, vocabulary: int, windows: int | None, length: int, seed: int) -> Tokens:
-        """[windows, length] random ids. Raises UserError where ``windows`` is None: there is no end."""
+        """[windows, length] random ids. Raises UserError if ``windows`` is None, since random ids have no end."""
         if windows is None:
             raise UserError(
-                "the source random has no end: expected a number of windows, --evaluation.windows of a run, "
-                "--windows of optima_tpu.evaluate"
+                "the source random has no end: expected a number of windows, got none; give a run --evaluation.windows, "
+                "or optima_tpu.evaluate --windows"
             )
         rng = np.random.Generator(np.random.PCG64([seed, get_args(Split).index(split)]))
         ids = rng.integers(0, vocabulary, (windows, length), dtype=np.int32)

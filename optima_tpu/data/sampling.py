@@ -1,4 +1,4 @@
-"""Documents to windows of tokens.
+"""Cuts documents into windows of tokens.
 
 Calibration follows SparseGPT (arXiv:2301.00774) and Wanda (arXiv:2306.11695): random windows of documents that are
 longer than a window. Texts whose documents are too short for that are packed, as in pretraining.
@@ -15,13 +15,13 @@ Encode = Callable[[str], np.ndarray]
 """Text to [tokens] int32 ids, special tokens included."""
 
 Over = Callable[[Callable[[int], np.ndarray], Sequence[int]], Iterator[np.ndarray]]
-"""How a function is applied to numbers, in order, as ``map`` does; it may be ``processes.spread``."""
+"""Applies a function to indices, in order: ``map`` or ``processes.spread``."""
 
 CHARACTERS_PER_TOKEN = 8
-"""How much text is read at first for the windows of an evaluation: about twice what English needs."""
+"""Characters of text that are read at first for each evaluation token: about twice what English needs."""
 
 _ATTEMPTS = 1000
-"""Draws for each held-out window before it is said that there is no room for it."""
+"""Draws for each held-out window before the text counts as too short for it."""
 
 
 def calibration_windows(
@@ -38,11 +38,11 @@ def calibration_windows(
 ) -> Tokens:
     """``samples`` windows of ``length`` tokens, and ``held_out`` more that overlap none of them.
 
-    The documents are visited in an order drawn with numpy's PCG64 from ``seed``. Blank ones are skipped. Then the first
-    that holds, with ``samples`` standing for ``samples + held_out``:
+    The documents are visited in an order drawn with numpy's PCG64 from ``seed``. Blank ones are skipped. The first of these
+    cases that holds decides, where ``samples`` means ``samples + held_out``:
 
-    1. ``samples`` documents have more than ``length`` tokens: one window of each of the first such documents, its start
-       uniform. Further documents are not tokenised. On a large corpus this is SparseGPT's draw of random documents.
+    1. ``samples`` documents have more than ``length`` tokens: one window of each of the first such documents, with a uniformly
+       drawn start. Further documents are not tokenised. On a large corpus this is SparseGPT's draw of random documents.
     2. The documents with more than ``length`` tokens hold ``samples * length`` or more together: windows drawn with
        replacement, every window of these documents equally likely. On one long text this is SparseGPT's random start.
        Held-out windows are drawn again until they overlap no calibration window.
@@ -52,10 +52,10 @@ def calibration_windows(
     Args:
       separator: the id of the tokenizer's EOS; None where it has none. Not repeated after a document that ends with it.
       origin: the source's name, for the report and the error.
-      over: reads and tokenises the documents, in the order of the visit; only those that it is asked for.
+      over: applies reading and tokenising to the documents, in the order of the visit; documents that are not needed stay unread.
 
     Raises:
-      UserError: none holds, or no room is left for the held-out windows.
+      UserError: no case holds, or no room is left for the held-out windows.
     """
     rng = np.random.Generator(np.random.PCG64(seed))
     count = samples + held_out
@@ -108,7 +108,7 @@ def calibration_windows(
         if len(places) < count:
             raise UserError(
                 f"{origin} has no room for {held_out} held-out windows of {length} tokens beside the {samples} "
-                "that calibrate: give a longer text, or ask for fewer"
+                "calibration windows: give a longer text, or ask for fewer"
             )
         rows = [long[document][start : start + length] for document, start in places]
         which = "one document" if len(long) == 1 else f"{len(long)} documents"
@@ -132,7 +132,7 @@ def held_out_text(held_out: int) -> str:
 def evaluation_windows(documents: Iterable[str], encode: Encode, *, length: int, windows: int | None, origin: str) -> Tokens:
     """The first ``windows`` consecutive windows of the documents joined by a blank line, tokenised as one text.
 
-    Where ``windows`` is given, documents are read only until they hold more tokens than that.
+    If ``windows`` is given, documents are read only until they hold more tokens than these windows.
 
     Raises:
       UserError: the text is shorter than one window.
@@ -150,7 +150,7 @@ def evaluation_windows(documents: Iterable[str], encode: Encode, *, length: int,
                 more = True
                 break
         ids = encode("\n\n".join(read))
-        # Strictly more: a special token that the tokenizer puts at the end of a text is then not among them.
+        # Strictly more: a special token that the tokenizer puts at the end of a text is then not in a window.
         if wanted is not None and ids.size > wanted:
             break
         limit = limit and 2 * limit

@@ -12,11 +12,11 @@ from optima_tpu.errors import UserError
 class SelfGenerated:
     """Windows sampled from the dense model, as in self-calibration (Williams, Chrysostomou, Aletras, arXiv:2410.17170).
 
-    They are not made here, which takes the model: see ``optima_tpu.pipeline.self_calibration``. Every token of a window is drawn at one
-    temperature; the paper also studies other ones for the first few tokens, which is not done here.
+    ``optima_tpu.pipeline.self_calibration`` makes them, since it has the model. Every token of a window is drawn at the same
+    temperature. The paper also studies another temperature for the first few tokens; this is not implemented.
 
     Attributes:
-      temperature: 1 samples what the model learnt; lower ones prefer likely tokens.
+      temperature: 1 samples the model's own distribution; lower values prefer likely tokens.
     """
 
     temperature: float = 1.0
@@ -38,9 +38,9 @@ class SelfGenerated:
         return "self" + (f"?temperature={self.temperature:g}" if self.temperature != 1 else "")
 
     def documents(self, split: Split) -> Iterator[str]:
-        """Always a UserError: only a run, which has the model, makes this text, and no model is scored on what it says itself."""
+        """Always raises UserError: only a run has the model that writes this text, and no model is scored on its own text."""
         raise UserError(
-            f"{self} is text for calibration in a run, no text to measure a model on or to read without one: give "
-            "--evaluation.source of a run, or --perplexity of optima_tpu.evaluate, another one, such as wikitext2, "
+            f"{self} is text that the model writes for calibration in a run, got a request to read or to score it: give "
+            "--evaluation.source of a run, or --perplexity of optima_tpu.evaluate, another text, such as wikitext2, "
             "pydoc or file:PATH"
         )

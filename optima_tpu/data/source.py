@@ -1,4 +1,4 @@
-"""What a token source is."""
+"""The interfaces of text sources and token sources."""
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -17,8 +17,8 @@ class Tokens(NamedTuple):
     Attributes:
       ids: [samples, length] int32.
       how: one sentence for the report.
-      available: tokens that were there to choose from: all of the source's, or those of the part that was read.
-      cache: that they came from the token cache, or why they could not be kept there; no part of the record of a run.
+      available: number of tokens to choose from: of the whole source, or of the part that was read.
+      cache: says that the tokens came from the token cache, or why they could not be saved there; not part of a run's record.
     """
 
     ids: np.ndarray
@@ -37,9 +37,9 @@ class TextSource(Protocol):
     """Documents of text. A frozen dataclass; its ``str`` is what the user types."""
 
     def documents(self, split: Split) -> Iterable[str]:
-        """The documents of one split, always in the same order. Raises UserError where they can't be read.
+        """The documents of one split, always in the same order. Raises UserError if they can't be read.
 
-        A Sequence where a document can be read by its number: then only those that are needed are read.
+        A Sequence if a document can be read by its index: then only the documents that are needed are read.
         """
         ...
 
@@ -49,7 +49,7 @@ class TokenSource(Protocol):
     """Windows that are token ids already. A frozen dataclass; its ``str`` is what the user types."""
 
     def tokens(self, split: Split, *, vocabulary: int, windows: int | None, length: int, seed: int) -> Tokens:
-        """``windows`` rows of ``length`` ids in [0, vocabulary); None means all. Raises UserError where it can't."""
+        """``windows`` rows of ``length`` ids in [0, vocabulary); None means all. Raises UserError if it has too few."""
         ...
 
 
@@ -57,9 +57,9 @@ Source = TextSource | TokenSource
 
 
 class Part(NamedTuple):
-    """Documents ``first`` to ``last - 1`` of what is kept at one place; all from ``first`` on where ``last`` is None.
+    """Documents ``first`` to ``last - 1`` of the text at ``place``; without a ``last``, all from ``first`` on.
 
-    The configuration of a data set is None where none was named: it may be any.
+    ``config`` is the configuration of a data set. None, if none was named, stands for any.
     """
 
     place: str
@@ -79,10 +79,10 @@ class Part(NamedTuple):
 
 @runtime_checkable
 class Located(Protocol):
-    """A source that can tell where it reads, so that another one is not given the same text."""
+    """A source that can say what it reads, so that a run does not calibrate and evaluate on the same text."""
 
     def parts(self, split: Split) -> Iterable[Part]:
-        """What is read for a split. Raises UserError where it can't be told."""
+        """The parts that are read for a split. Raises UserError if it can't say."""
         ...
 
 
@@ -91,12 +91,12 @@ class Fingerprinted(Protocol):
     """A source that can tell whether its text has changed without reading all of it as text."""
 
     def fingerprint(self, split: Split) -> str | None:
-        """Another text for other documents; None where it can't be told. Raises UserError as ``documents`` does."""
+        """A text that differs if the documents differ; None if it can't tell. Raises UserError as ``documents`` does."""
         ...
 
 
 class Documents(Sequence[str]):
-    """``count`` documents that are read by their number when they are asked for."""
+    """``count`` documents, each of which is read by its index when it is accessed."""
 
     def __init__(self, read: Callable[[int], str], count: int):
         self._read, self._numbers = read, range(count)
@@ -122,11 +122,11 @@ def split_options(text: str, names: Sequence[str], form: str) -> tuple[str, dict
     """Reads PATH or PATH?NAME=VALUE&NAME=VALUE.
 
     Args:
-      names: the options there are.
-      form: how it is written, for the message.
+      names: names of the allowed options.
+      form: the expected form, for the message.
 
     Raises:
-      UserError: an option that is not one of them, or one without a value.
+      UserError: an option has another name, or no value.
     """
     path, question, rest = text.partition("?")
     pairs = [option.partition("=") for option in rest.split("&")] if question else []

@@ -16,11 +16,11 @@ from optima_tpu.runtime.program import program
 if TYPE_CHECKING:  # the library takes seconds to import
     from tensorflow_datasets.core.read_only_builder import ReadOnlyBuilder
 
-_FORM = "tfds:NAME@DIR, tfds:NAME/CONFIG:VERSION@DIR, and perhaps ?split=NAME, ?field=NAME or ?split=NAME&field=NAME"
+_FORM = "tfds:NAME@DIR or tfds:NAME/CONFIG:VERSION@DIR, optionally with ?split=NAME, ?field=NAME or ?split=NAME&field=NAME"
 
 
 class _Stretch(Protocol):
-    """Documents ``from_`` to ``to - 1`` of one of the data set's own splits; None at an end."""
+    """Documents ``from_`` to ``to - 1`` of a split of the data set; None means the first or the last document."""
 
     splitname: str
     from_: int | None
@@ -31,15 +31,15 @@ class _Stretch(Protocol):
 class TFDS:
     """A data set that was prepared in a format with random access: array_record or Parquet.
 
-    A document is read by its number, and only if it is needed, so that several processes read a part each; all of them
-    must see the directory. The order is the one it was prepared in. ``python -m optima_tpu.data.build`` makes such a data
-    set of text files.
+    A document is read by its index, and only if it is needed, so that each of several processes can read a part; all processes
+    must see the directory. The documents keep the order in which they were prepared. ``python -m optima_tpu.data.build`` makes
+    such a data set from text files.
 
     Attributes:
-      name: NAME, NAME/CONFIG, NAME:VERSION or NAME/CONFIG:VERSION; without a version the latest that is there.
+      name: NAME, NAME/CONFIG, NAME:VERSION or NAME/CONFIG:VERSION; without a version, the latest one in the directory.
       directory: what TFDS calls data_dir; it holds NAME/VERSION or NAME/CONFIG/VERSION.
-      split: what both read, in the notation of TFDS: "train", "train[:90%]", "train+test". None: calibration reads "train",
-        evaluation "validation", or "test" where there is no validation split, or else "train" too.
+      split: the split that calibration and evaluation both read, in the notation of TFDS: "train", "train[:90%]", "train+test".
+        None: calibration reads "train"; evaluation reads "validation", without such a split "test", and without both "train".
       field: the feature that holds the text.
     """
 
@@ -50,7 +50,7 @@ class TFDS:
 
     @staticmethod
     def parse(text: str) -> "TFDS":
-        """Reads NAME@DIR, with ?split=NAME, ?field=NAME or both behind it or not."""
+        """Reads NAME@DIR, optionally with ?split=NAME, ?field=NAME or both."""
         path, options = split_options(text, ["split", "field"], _FORM)
         name, _, directory = path.partition("@")
         if not re.fullmatch(r"[a-zA-Z]\w*(/[\w+.-]+)?(:\d+\.\d+\.\d+)?", name) or not directory:
@@ -63,10 +63,10 @@ class TFDS:
         return f"tfds:{self.name}@{self.directory}" + ("?" + "&".join(options) if options else "")
 
     def documents(self, split: Split) -> Documents:
-        """The documents in the order of the data set, read when they are asked for.
+        """The documents in the order of the data set, each read when it is accessed.
 
         Raises:
-          UserError: there is no such data set, split or field, its format has no random access, or (later) a document is no
+          UserError: there is no such data set, split or field, its format has no random access, or (later) a document is not
             text or can't be read.
         """
         builder = self._builder()
@@ -83,7 +83,7 @@ class TFDS:
         return Documents(functools.partial(self._text, records), len(records))
 
     def parts(self, split: Split) -> list[Part]:
-        """The numbers of the documents that are read, of each split of the data set."""
+        """The range of documents that is read from each split of the data set."""
         builder = self._builder()
         return [
             Part(f"{Path(builder.data_dir).resolve()}@{part.splitname}", part.from_ or 0, part.to)
@@ -107,7 +107,7 @@ class TFDS:
         return digest.hexdigest()
 
     def _builder(self) -> "ReadOnlyBuilder":
-        # It imports no TensorFlow unless a function needs it; those used here and in build.py do not.
+        # The library imports TensorFlow only in functions that need it; the functions used here and in build.py do not.
         from tensorflow_datasets.core import read_only_builder, registered
 
         try:
@@ -118,7 +118,7 @@ class TFDS:
                 f"expected a prepared data set {self.name} in {self.directory}, which holds {there}: check both, or "
                 f"make one with {program('data')} {self.name}@{self.directory} FILE..."
             ) from error
-        except Exception as error:  # there is one of its own for every file of the description
+        except Exception as error:  # every file of the description has its own kind of error
             raise self._unreadable(error) from error
 
     def _spec(self, builder: "ReadOnlyBuilder", split: Split) -> str:
@@ -127,7 +127,7 @@ class TFDS:
         return next((name for name in ("validation", "test") if name in builder.info.splits), "train")
 
     def _instructions(self, builder: "ReadOnlyBuilder", split: Split) -> "list[_Stretch]":
-        """The split as stretches of the data set's own splits."""
+        """The split as ranges of the data set's own splits."""
         from tensorflow_datasets.core import splits
 
         try:

@@ -27,11 +27,11 @@ class WikiText2:
         yield (" " if split == "calibration" else "\n\n").join(rows)
 
     def parts(self, split: Split) -> list[Part]:
-        """As ``hub:Salesforce/wikitext/wikitext-2-raw-v1`` has them."""
+        """The same parts as those of ``hub:Salesforce/wikitext/wikitext-2-raw-v1``."""
         return [hub.part(REPOSITORY, CONFIG, SPLITS[split])]
 
     def fingerprint(self, split: Split) -> str:
-        """That of the Parquet file."""
+        """The fingerprint of the Parquet file."""
         return self._file(split).fingerprint(split)
 
     def _file(self, split: Split) -> File:

@@ -1,1 +1,1 @@
-"""What a model is worth, before and after."""
+"""Evaluation of models before and after pruning: perplexity, distance to the dense model, tasks."""

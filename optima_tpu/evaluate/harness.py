@@ -1,8 +1,8 @@
-"""The Language Model Evaluation Harness (``lm_eval``) on a decoder on the mesh.
+"""Runs the Language Model Evaluation Harness (``lm_eval``) with a decoder on the mesh.
 
-Texts become tokens as in the harness's own model for transformers (``lm_eval/models/huggingface.py``, version 0.4.13): special
-tokens are the tokenizer's own, none are added to a text that begins with BOS already, an empty context is BOS (or EOS, where
-there is no BOS), what is too long loses its beginning, and every token of a document is asked for once.
+Tokenisation follows the harness's own model for transformers (``lm_eval/models/huggingface.py``, version 0.4.13). The tokenizer
+adds its own special tokens, but not to a text that already begins with BOS. An empty context becomes BOS, or EOS if the tokenizer
+has no BOS. A text that is too long loses its beginning. Every token of a document is scored once.
 """
 
 from collections.abc import Sequence
@@ -22,18 +22,18 @@ from optima_tpu.report.progress import Progress
 from optima_tpu.runtime.processes import from_first
 
 Asked = tuple[tuple[str, str] | None, list[int], list[int]]
-"""What the harness asks for: (context and continuation as texts or None, tokens of the context, tokens of the continuation)."""
+"""A request of the harness: (context and continuation as texts or None, tokens of the context, tokens of the continuation)."""
 
 
 class DecoderLM(TemplateLM):
-    """A decoder as a model of the harness, for tasks that score texts: log-likelihoods, also rolling, and multiple choice.
+    """Adapts a decoder to the harness, for tasks that score texts: log-likelihood, rolling log-likelihood, multiple choice.
 
     Args:
       model: the checkpoint and its decoder.
-      tokenizer: of the checkpoint.
-      progress: told how far the requests are.
-      name: what the model is called there: "pruned".
-      context: tokens that the model reads at once; None for as many as it can.
+      tokenizer: the checkpoint's tokenizer.
+      progress: shows how many requests are done.
+      name: the name of the model in ``progress``, such as "pruned".
+      context: the most tokens that the model reads at once; None takes the model's limit.
 
     Raises:
       UserError: ``context`` is more than the model can read, or the tokenizer has neither BOS nor EOS.
@@ -58,10 +58,10 @@ class DecoderLM(TemplateLM):
         if prefix is None:
             raise UserError(
                 f"expected a tokenizer with a BOS or an EOS token in {model.pretrained.origin}, got one without: "
-                "take the one that was published with the model"
+                "use the tokenizer that was published with the model"
             )
         self._prefix = prefix
-        # Of a family that does not work without BOS, whose tokenizer does not put it there.
+        # Some families need BOS although their tokenizer does not add it.
         self._forced = tokenizer.bos_token_id if model.decoder.family.needs_bos else None
 
     @property
@@ -77,11 +77,11 @@ class DecoderLM(TemplateLM):
         return self.tokenizer.name_or_path.replace("/", "__")
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """The tokens of a text. Special tokens are the tokenizer's own, unless the text begins with BOS or the caller says."""
+        """The tokens of a text. The tokenizer adds special tokens unless the text begins with BOS or the caller decides."""
         if add_special_tokens is None and has_bos_prefix(string, self.tokenizer.decode(self.prefix_token_id)):
             add_special_tokens = False
         options = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
-        # Not verbose: transformers would warn of every text that is longer than the model's context.
+        # verbose=False: transformers would warn of every text that is longer than the model's context.
         ids = self.tokenizer.encode(string, verbose=False, **options)
         if self._forced is None or add_special_tokens is not None or ids[:1] == [self._forced]:
             return ids
@@ -91,8 +91,8 @@ class DecoderLM(TemplateLM):
         for request in requests:
             _, continuation = request.args
             if not continuation:
-                raise UserError(f"{_place(request)}: expected a text to score, got an empty one; mend the data set")
-        return super().loglikelihood(requests, disable_tqdm=True)  # our progress stands for it
+                raise UserError(f"{_place(request)}: expected a text to score, got an empty one; correct the data set")
+        return super().loglikelihood(requests, disable_tqdm=True)  # our own progress replaces tqdm
 
     def loglikelihood_rolling(self, requests: Sequence[Instance], disable_tqdm: bool = True) -> list[float]:
         windows: list[Asked] = []
@@ -100,7 +100,7 @@ class DecoderLM(TemplateLM):
         for request in requests:
             tokens = self.tok_encode(request.args[0])
             if not tokens:
-                raise UserError(f"{_place(request)}: expected a text to score, got an empty document; mend the data set")
+                raise UserError(f"{_place(request)}: expected a text to score, got an empty document; correct the data set")
             pairs = get_rolling_token_windows(
                 token_list=tokens, prefix_token=self.prefix_token_id, max_seq_len=self.max_length, context_len=1
             )
@@ -112,8 +112,8 @@ class DecoderLM(TemplateLM):
 
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = True) -> list[str]:
         raise UserError(
-            f"{_place(requests[0])}: this task lets the model write, and texts are only scored here: choose tasks of "
-            "multiple choice or of log-likelihood, or run lm-eval on the exported folder"
+            f"{_place(requests[0])}: this task needs generated text, but this program only scores given texts: choose "
+            "multiple-choice or log-likelihood tasks, or run lm-eval on the exported folder"
         )
 
     def _loglikelihood_tokens(self, requests: Sequence[Asked], **kwargs: Any) -> list[tuple[float, bool]]:
@@ -122,32 +122,32 @@ class DecoderLM(TemplateLM):
         for texts, context, continuation in requests:
             shown = "a window" if texts is None else f"{texts[1]!r:.60}"
             if not continuation:
-                raise UserError(f"expected a continuation with tokens of its own, got {shown}, which has none after its context")
-            if not context:  # white space before a text goes to it, and a tokenizer without BOS leaves nothing
+                raise UserError(f"expected a continuation of at least one token, got {shown}, which adds no token to its context")
+            if not context:  # the harness moves the context's trailing spaces to the continuation; without BOS nothing is left
                 given = "none" if texts is None else f"{texts[0]!r:.60}"
-                raise UserError(f"expected a context with tokens of its own before {shown}, got {given}; mend the data set")
+                raise UserError(f"expected a context of at least one token before {shown}, got {given}; correct the data set")
             if len(continuation) > limit:
                 raise UserError(
-                    f"expected continuations of at most {limit} tokens, which is the context (--context, at most the "
-                    f"model's), got {shown} with {len(continuation)}: raise it, or leave the task out"
+                    f"expected continuations of at most {limit} tokens, the context (--context, at most the model's limit), "
+                    f"got {shown} with {len(continuation)}: raise --context, or leave the task out"
                 )
             whole = (context + continuation)[-(limit + 1) :]
             if max(whole) >= vocab:
                 raise UserError(
-                    f"expected token ids below {vocab}, the rows of the model's embedding, got {max(whole)}: "
-                    "tokenizer and model do not belong together"
+                    f"expected token ids below {vocab}, the number of rows of the model's embedding, got {max(whole)}: "
+                    "the tokenizer does not belong to this model; use the one that was published with it"
                 )
             long += len(context) + len(continuation) > limit + 1
             asked.append(Request(tuple(whole[:-1]), tuple(continuation)))
         if long:
             self._progress.note(
-                f"{long:,} of {len(asked):,} texts are longer than the {limit} tokens that the model reads: they "
-                "lose their beginning"
+                f"{long:,} of {len(asked):,} texts are longer than the {limit} tokens that the model reads at once: their "
+                "beginning is cut off"
             )
         return [(found.logarithm, found.greedy) for found in self._compute(from_first(lambda: asked))]
 
     def follow(self) -> None:
-        """What every process but the first does while that one runs the harness, until it calls ``from_first(lambda: None)``."""
+        """Computes the requests that process 0 sends, until it calls ``from_first(lambda: None)``; for all other processes."""
         while (asked := from_first(lambda: None)) is not None:
             self._compute(asked)
 

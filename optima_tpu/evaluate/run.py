@@ -1,4 +1,4 @@
-"""One evaluation, from a model to evaluation.json: what happens after the command line was read."""
+"""Runs one evaluation after the command line has been parsed, and writes evaluation.json."""
 
 import dataclasses
 import json
@@ -39,21 +39,21 @@ T = TypeVar("T")
 
 RECORD = "evaluation.json"
 HARNESS = {"model": "lm_eval.json", "against": "lm_eval_against.json"}
-"""What the evaluation harness itself says of each of the two models."""
+"""Files with the evaluation harness's own results, one for each model."""
 LENGTH = 2048
-"""Tokens in a window where nobody says: what SparseGPT, Wanda and OPTIMA report perplexity on."""
+"""Default number of tokens in a window, as in the perplexities of SparseGPT, Wanda and OPTIMA."""
 
 
 def evaluate(config: EvaluateConfig, console: Console | None = None) -> dict[str, Any]:
     """Measures a model as ``config`` says, writes evaluation.json and prints a table.
 
-    Everything that can be wrong with the input is found before the first block: models, mesh, texts, tasks and their data.
+    Models, mesh, texts, tasks and their data are all checked before the first block is computed.
 
     Returns:
-      What evaluation.json holds; in other processes than the first the tasks are missing.
+      The contents of evaluation.json. Only process 0 has the results of tasks.
 
     Raises:
-      UserError: something the user can mend.
+      UserError: an input error that the user can correct.
     """
     console = console or Console(quiet=not is_first())
     settings = {name: value for name, value in dataclasses.asdict(config).items() if name != "process_id"}
@@ -81,7 +81,7 @@ def evaluate(config: EvaluateConfig, console: Console | None = None) -> dict[str
                 for name, opened in models.items()
                 if name not in known
             }
-            # The others get no tasks, only what is asked of the model.
+            # Only process 0 loads the tasks; it sends the others the requests for the model.
             progress.stage("preparing the tasks", 1)
             tasks = _of_first(lambda: _load_tasks(config, known, testers["model"].max_length))
             progress.advance()
@@ -109,24 +109,24 @@ def evaluate(config: EvaluateConfig, console: Console | None = None) -> dict[str
     }
     first_only(lambda: _write(folder, record, results, models))
     files = {"record": str(folder / RECORD)} | ({"harness": str(folder / HARNESS["model"])} if results else {})
-    if is_first() and (folder / "report.json").exists():  # of a finished run, whose page shows the evaluation too
+    if is_first() and (folder / "report.json").exists():  # the page of a finished run also shows the evaluation
         try:
             (run,) = write_page([folder], folder / PAGE)
             files["report"] = str(folder / PAGE)
             if run.another:
-                say(console, f"{PAGE} does not show this evaluation: {config.model} is not what the run in {folder} made")
+                say(console, f"{PAGE} does not show this evaluation: {config.model} was not made by the run in {folder}")
         except UserError as error:
-            say(console, f"{PAGE} was not drawn: {error}")
+            say(console, f"{PAGE} was not written: {error}")
     print_evaluation(console, record, files)
     return record
 
 
 def _check_pair(model: Evaluated, against: Evaluated) -> None:
-    """Two models are compared on the same tokens."""
+    """Raises UserError if the two models have different tokenizers: they are compared on the same tokens."""
     if model.tokenizer.get_vocab() != against.tokenizer.get_vocab():
         raise UserError(
-            f"expected --against with the tokenizer of {model.model.pretrained.origin}, got another one in "
-            f"{against.model.pretrained.origin}: give the model that was pruned"
+            f"expected --against with the tokenizer of {model.model.pretrained.origin}, got another tokenizer in "
+            f"{against.model.pretrained.origin}: give --against the dense model that was pruned"
         )
 
 
@@ -136,23 +136,23 @@ def _check_texts(sources: Iterable[str], models: Mapping[str, Evaluated]) -> Non
 
 
 def _check_text(source: str, models: Mapping[str, Evaluated]) -> None:
-    """No model is scored on what it was calibrated on."""
+    """Raises UserError if one of the models was calibrated on this text."""
     text = data.parse_source(source)
     for opened in models.values():
         calibration = opened.run.calibration
         try:
             seen = calibration and data.shared(data.parse_source(calibration), text)
-        except UserError:  # a data set that is not on this machine is not the one that is read here
+        except UserError:  # the calibration data set is not on this machine, so it cannot be the text to measure on
             continue
         if seen:
             raise UserError(
                 f"expected --perplexity with a text that {opened.model.pretrained.origin} was not calibrated on, got "
-                f"{source}, where that was {calibration}: give another one, such as wikitext2 or pydoc"
+                f"{source} (calibrated on {calibration}): give another text, such as wikitext2 or pydoc"
             )
 
 
 def _read(source: str, config: EvaluateConfig, models: Mapping[str, Evaluated]) -> Tokens:
-    """The windows of a text, as a run's evaluation has them."""
+    """The windows of a text, tokenised as in the evaluation of a run."""
     model, tokenizer, _ = models["model"]
     limit = getattr(model.pretrained.config.get_text_config(), "max_position_embeddings", None) or LENGTH
     length = config.length or min(LENGTH, limit)
@@ -167,7 +167,7 @@ def _read(source: str, config: EvaluateConfig, models: Mapping[str, Evaluated]) 
 
 
 def _evaluated(models: Mapping[str, Evaluated]) -> dict[str, Any]:
-    """What the names in the record stood for: the checkpoint, and of a pruned one the run, wherever it is now."""
+    """Identifies the evaluated models independently of their paths: fingerprint of the checkpoint, manifest of the run."""
     return {
         name: {"fingerprint": opened.model.pretrained.fingerprint, "manifest": opened.run.manifest}
         for name, opened in models.items()
@@ -180,7 +180,7 @@ def _perplexity(source: str, tokens: Tokens, opened: Evaluated, progress: Progre
 
 
 def _distance(source: str, tokens: Tokens, models: Mapping[str, Evaluated], progress: Progress, per_block: bool) -> Distance:
-    """Of the model to the other one, and the perplexities of both, from one walk through them."""
+    """The distance between the two models and both perplexities, from one pass through their blocks."""
     pruned, dense = (models[name].model.decoder for name in ("model", "against"))
     progress.stage(f"both models on {source}", pruned.config.blocks)
     return distance(dense, pruned, tokens.ids, progress.advance, per_block)
@@ -192,7 +192,7 @@ def _entry(tokens: Tokens, value: float, against: float | None = None) -> dict[s
 
 
 def _distance_entry(apart: Distance) -> dict[str, Any]:
-    """One entry of "distance" in the record: all but the perplexities, which stand for themselves."""
+    """One entry of "distance" in the record, without the perplexities, which have their own entry."""
     return {name: value for name, value in apart._asdict().items() if not name.endswith("perplexity")}
 
 
@@ -204,7 +204,7 @@ def _load_tasks(config: EvaluateConfig, known: Mapping[str, Mapping[str, Any]], 
 
 
 def _of_first(work: Callable[[], T]) -> T | None:
-    """``work()`` in process 0, None in the others, which hear of its failure."""
+    """The result of ``work()`` in process 0, None in the others. An error of ``work`` is raised in all processes."""
     result: list[T] = []
     from_first(lambda: result.append(work()))
     return result[0] if result else None
@@ -221,7 +221,7 @@ def _task_numbers(tasks: TaskDict | None, results: Mapping[str, Mapping[str, Any
 
 
 def _make_writable(folder: Path) -> None:
-    """Makes the folder, and finds out now whether the numbers of hours can be written there."""
+    """Creates the folder and checks now that it is writable, before hours of computation."""
     folder.mkdir(parents=True, exist_ok=True)
     if in_bucket(folder):
         refuse_unreachable(folder)
@@ -231,7 +231,7 @@ def _make_writable(folder: Path) -> None:
 
 def _write(folder: Path, record: Mapping[str, Any], results: Mapping[str, Any], models: Mapping[str, Evaluated]) -> None:
     with writing(folder, "choose another --output"):
-        for path in HARNESS.values():  # those of an earlier evaluation would pass for this one's
+        for path in HARNESS.values():  # files of an earlier evaluation could be mistaken for results of this one
             (folder / path).unlink(missing_ok=True)
         write_bytes(folder / RECORD, (json.dumps(record, indent=2, allow_nan=False) + "\n").encode())
         for name, result in results.items():
@@ -245,25 +245,25 @@ def _write(folder: Path, record: Mapping[str, Any], results: Mapping[str, Any], 
 
 
 def default_folder(model: str) -> Path:
-    """Where the evaluation of something that is no run goes."""
+    """The default output folder for a model that is not a run."""
     name = Path(model.removeprefix("wheel:")).expanduser().resolve()
-    if (name.parent / RUN).is_file():  # the exported folders of all runs have one name
+    if (name.parent / RUN).is_file():  # exported folders of all runs have the same name, so take the run's name
         name = name.parent
     return Path("runs", f"evaluate-{name.stem if name.suffix == '.gguf' else name.name.partition('@')[0]}")
 
 
 def _greeting(config: EvaluateConfig, models: Mapping[str, Evaluated], mesh: Mesh, folder: Path) -> list[str]:
-    """What is about to happen, before the first long silence."""
+    """Lines that describe the evaluation, printed before the first long computation."""
     several = "" if jax.process_count() == 1 else f" in {jax.process_count()} processes"
     lines = [
         f"{name:<12} {opened.model.pretrained.origin}: {opened.model.decoder.config.blocks} blocks"
         for name, opened in models.items()
     ]
     lines += [f"perplexity   {', '.join(config.texts)}"] if config.texts else []
-    known = f"; those of {config.against} from {config.against_results}" if config.against_results else ""
+    known = f"; results of {config.against} from {config.against_results}" if config.against_results else ""
     lines += [f"tasks        {', '.join(config.task_names)}{known}"] if config.task_names else []
     return [
         *lines,
         f"devices      {mesh.size} x {jax.devices()[0].device_kind}, mesh {mesh.shape['data']}x{mesh.shape['model']}{several}",
-        f"output       {folder}" + (f", whose {RECORD} is replaced" if (folder / RECORD).exists() else ""),
+        f"output       {folder}" + (f", replaces its {RECORD}" if (folder / RECORD).exists() else ""),
     ]

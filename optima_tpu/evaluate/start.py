@@ -1,4 +1,4 @@
-"""An evaluation with the libraries below it kept quiet."""
+"""Starts an evaluation and silences the libraries that it uses."""
 
 import logging
 import os
@@ -10,10 +10,10 @@ from optima_tpu.evaluate.config import EvaluateConfig
 
 
 def start(config: EvaluateConfig, console: Console | None = None) -> dict[str, Any]:
-    """Measures as :func:`optima_tpu.evaluate.run.evaluate`, to be called once the devices are taken."""
-    os.environ.setdefault("TQDM_DISABLE", "1")  # read when it is imported; our progress stands for the harness's
-    os.environ.setdefault("DISABLE_MULTIPROC", "1")  # the harness's: a process that has devices is not to be forked
-    # Only now: what these import asks for the devices.
+    """Runs :func:`optima_tpu.evaluate.run.evaluate`. Call it after the devices are initialised."""
+    os.environ.setdefault("TQDM_DISABLE", "1")  # tqdm reads it on import; our progress replaces the harness's bars
+    os.environ.setdefault("DISABLE_MULTIPROC", "1")  # read by the harness: a process that holds devices must not fork
+    # Imported here and not above, because these imports initialise the devices.
     import datasets
 
     from optima_tpu.evaluate.run import evaluate
@@ -21,6 +21,6 @@ def start(config: EvaluateConfig, console: Console | None = None) -> dict[str, A
 
     quiet_orbax()
     datasets.disable_progress_bars()
-    for library in ("lm_eval", "huggingface_hub", "datasets"):  # of task files that go over others, and of every try to connect
+    for library in ("lm_eval", "huggingface_hub", "datasets"):  # they warn of replaced task files and of every connection attempt
         logging.getLogger(library).setLevel(logging.ERROR)
     return evaluate(config, console)

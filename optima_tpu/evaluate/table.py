@@ -1,4 +1,4 @@
-"""What the person at the terminal sees at the end of an evaluation."""
+"""Prints the results of an evaluation to the terminal."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -15,8 +15,8 @@ def print_evaluation(console: Console, record: Mapping[str, Any], files: Mapping
     """Prints perplexities, distances, the table of tasks, the paper's average, and where the files are.
 
     Args:
-      record: what evaluation.json holds.
-      files: what is there -> path.
+      record: contents of evaluation.json.
+      files: label -> path.
     """
     console.print()
     lines = []
@@ -27,8 +27,8 @@ def print_evaluation(console: Console, record: Mapping[str, Any], files: Mapping
     for source, apart in record["distance"].items():
         kl, agreement = (number(apart[name], 4) + _error(apart[f"{name}_stderr"]) for name in ("kl", "agreement"))
         lines.append(
-            f"distance    KL divergence {kl} nats, the same likeliest token at {agreement} of {apart['tokens']:,} "
-            f"places, hidden state after the last block off by {number(apart['hidden_errors'][-1])}, on {source}"
+            f"distance    KL divergence {kl} nats, the same most likely token at {agreement} of {apart['tokens']:,} "
+            f"positions, relative error of the last hidden state {number(apart['hidden_errors'][-1])}, on {source}"
         )
     if lines:
         console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
@@ -46,7 +46,7 @@ def print_evaluation(console: Console, record: Mapping[str, Any], files: Mapping
 
 
 def task_table(tasks: Mapping[str, Mapping[str, Any]], compared: bool) -> Table:
-    """One row for each metric of each task, with standard errors."""
+    """A table with one row for each metric of each task, with standard errors."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     for heading in ("task", "metric"):
         table.add_column(heading, no_wrap=True)

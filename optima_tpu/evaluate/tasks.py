@@ -1,4 +1,4 @@
-"""The tasks of the Language Model Evaluation Harness: found, given their data, run, and told in numbers."""
+"""Loads the tasks of the Language Model Evaluation Harness with their data, runs them, and collects their metrics."""
 
 import difflib
 import random
@@ -23,11 +23,11 @@ PAPER = ("mmlu", "piqa", "arc_easy", "arc_challenge", "winogrande", "openbookqa"
 """The zero-shot tasks whose mean accuracy OPTIMA reports."""
 
 BOOTSTRAP = 1000
-"""Draws for the standard error of a metric that has no formula for it; accuracies have one."""
+"""Bootstrap draws for the standard error of metrics without a formula for it. Accuracies have a formula."""
 
 _SCORED = ("test_split", "validation_split")
 _EXAMPLES = ("fewshot_split", "training_split", "validation_split", "test_split")
-"""Where the harness takes what is scored and what stands before it: from the first of these splits that there is."""
+"""The harness scores the first of ``_SCORED`` that exists, and draws examples from the first of ``_EXAMPLES`` that exists."""
 _SINGLE_TASKS = (
     "give --tasks the group's single tasks, each with a --data NAME=FOLDER of its own (`lm-eval ls subtasks` lists them)"
 )
@@ -41,21 +41,21 @@ def load_tasks(
     fewshot: int | None = None,
     limit: int | None = None,
 ) -> TaskDict:
-    """Tasks and groups of the harness by their names, with their data sets. Each has asked its questions once, to nobody.
+    """Loads tasks and groups of the harness with their data sets, and builds all of their requests once as a check.
 
     Args:
-      include_path: a folder with task files (YAML) that go over the harness's own.
-      data: task out of ``names`` -> a folder with its data set in files SPLIT.jsonl, SPLIT.json or SPLIT.parquet.
-      fewshot: examples before every question; None takes what the task says. A task that says 0 keeps it.
-      limit: documents of each task, the first ones; None takes all.
+      include_path: a folder with task files (YAML) that replace the harness's files of the same name.
+      data: task, one of ``names`` -> a folder with its data set in files SPLIT.jsonl, SPLIT.json or SPLIT.parquet.
+      fewshot: examples before every question; None takes the task's own number. A task whose own number is 0 keeps 0.
+      limit: number of documents to use, from the start of each task; None takes all.
 
     Raises:
-      UserError: there is no such task or folder, a data set can't be had, a document or the number of examples does not fit a
-        task, or a task is not one that scores texts.
+      UserError: a task or folder does not exist, a data set is not available, a document or the number of examples does not fit
+        its task, or a task does not score texts.
     """
     if include_path is not None and not Path(include_path).expanduser().is_dir():
-        raise UserError(f"expected --include-path with a folder of task files, got {include_path}: there is no such folder")
-    # As lm_eval.simple_evaluate, for tasks that shuffle while they are made.
+        raise UserError(f"expected --include-path with a folder of task files, got {include_path}, which is not a folder")
+    # The same seeds as lm_eval.simple_evaluate, for tasks that shuffle while they are created.
     random.seed(DEFAULT_RANDOM_SEED)
     np.random.seed(DEFAULT_OTHER_SEED)
     manager = TaskManager(include_path=include_path and str(Path(include_path).expanduser()))
@@ -63,7 +63,7 @@ def load_tasks(
         if name not in manager.task_index:
             near = difflib.get_close_matches(name, manager.all_tasks, n=3)
             hint = f"did you mean {' or '.join(near)}?" if near else "`lm-eval ls tasks` lists them all"
-            raise UserError(f"there is no task {name!r}; {hint}")
+            raise UserError(f"expected tasks of the harness, got {name!r}; {hint}")
     found = TaskDict(tasks={}, groups={}, group_map={})
     for name in names:
         loaded = _load(manager, name, data.get(name))
@@ -72,17 +72,17 @@ def load_tasks(
     for name, task in found["tasks"].items():
         if task.OUTPUT_TYPE == "generate_until" or getattr(task, "MULTIMODAL", False):
             raise UserError(
-                f"task {name} lets the model write or look at pictures, and here texts are only scored: leave it "
-                "out, or run lm-eval on the exported folder"
+                f"task {name} needs generated text or images, but this program only scores given texts: leave it out, or run "
+                "lm-eval on the exported folder"
             )
         if fewshot is not None and task.get_config("num_fewshot") != 0:
             task.set_config(key="num_fewshot", value=fewshot)
         elif task.get_config("num_fewshot") is None:
             task.set_config(key="num_fewshot", value=0)
-        # Of a rolling likelihood the examples are no part.
+        # Rolling log-likelihoods use no examples.
         if task.get_config("num_fewshot") and name in data and task.OUTPUT_TYPE != "loglikelihood_rolling":
             _check_examples(manager, name, data[name])
-        # The harness runs the steps of all tasks, and what they raise names none of them.
+        # The harness runs these steps for all tasks, and its errors do not say which task failed.
         task.build_all_requests = _named(task.build_all_requests, name, "made from")
         task.process_results = _named(task.process_results, name, "scored on")
         _check_number(task, name)
@@ -94,22 +94,22 @@ def _load(manager: TaskManager, name: str, folder: Path | None) -> TaskDict:
     try:
         if folder is None:
             return manager.load(name)
-        # Of a task inside a group the settings can be changed, which is no other way to change them.
+        # The harness lets a group override the settings of its tasks; there is no other way to change them.
         loaded = manager.load({"group": "local", "task": [{"task": name, **_local(manager, name, folder)}]})
         return TaskDict(tasks=loaded["tasks"], groups={}, group_map={})
     except UserError:
         raise
-    except OSError as error:  # no network, no such data set, a gated one, a file that is not there
+    except OSError as error:  # no network, an unknown or gated data set, a missing file
         raise UserError(
-            f"the data of task {name} are not here and can't be had ({one_line(error)}): fill the Hugging Face "
-            f"cache where there is a network{_or_files(manager, name)}"
+            f"the data set of task {name} is not on this machine and can't be downloaded ({one_line(error)}): fill the Hugging "
+            f"Face cache on a machine with a network{_or_files(manager, name)}"
         ) from error
-    except Exception as error:  # anything, from templates and data that do not fit each other
+    except Exception as error:  # a template that does not fit its data can raise any type
         raise _unfit(name, error) from error
 
 
 def _named(work: Callable[..., Any], name: str, what: str) -> Callable[..., Any]:
-    """A step of a task that tells of its errors by the task's name; ``what`` it does with the data."""
+    """Wraps a step of a task so that its errors name the task; ``what`` describes the step in the message."""
 
     def step(*arguments, **options):
         try:
@@ -125,27 +125,27 @@ def _named(work: Callable[..., Any], name: str, what: str) -> Callable[..., Any]
 def _unfit(name: str, error: Exception, what: str = "made from") -> UserError:
     return UserError(
         f"task {name} can't be {what} its data ({type(error).__name__}: {one_line(error)}): expected the fields "
-        "and splits that its task file names"
+        "and splits that its task file names; correct the data set"
     )
 
 
 def _or_files(manager: TaskManager, name: str) -> str:
-    """How the data are given as files, for the end of a message; nothing for a task in Python, which reads them itself."""
+    """The end of a message: how to give the data as files. Empty for a task written in Python, which reads its own data."""
     if _named_splits(manager, name):
-        return f", or give them as files with --data {name}=FOLDER"
+        return f", or give the data as files with --data {name}=FOLDER"
     single = manager.task_index[name].kind.name.endswith("TASK")
-    return "" if single else f", or give them as files with --data: {_SINGLE_TASKS}"
+    return "" if single else f", or give the data as files with --data: {_SINGLE_TASKS}"
 
 
 def _local(manager: TaskManager, name: str, folder: Path) -> dict[str, Any]:
-    """The settings that make a task read the files of a folder."""
+    """The settings that make a task read its data set from the files of a folder."""
     if not folder.is_dir():
-        raise UserError(f"expected --data {name}=FOLDER with a folder, got {folder}: there is none")
+        raise UserError(f"expected --data {name}=FOLDER with an existing folder, got {folder}")
     files, wanted = _files(folder), _named_splits(manager, name)
     if not wanted:
         raise UserError(
-            f"expected --data {name}=FOLDER of a task whose file names its splits, got a group of tasks or one that "
-            f"names none: {_SINGLE_TASKS}"
+            f"expected --data {name}=FOLDER for a task whose task file names its splits, got a group or a task whose file "
+            f"names no splits: {_SINGLE_TASKS}"
         )
     if not any(wanted.get(key) in files for key in _SCORED):
         raise UserError(
@@ -165,12 +165,12 @@ def _local(manager: TaskManager, name: str, folder: Path) -> dict[str, Any]:
 
 
 def _check_examples(manager: TaskManager, name: str, folder: Path) -> None:
-    """Refuses files with which examples come from another split than the task's file says, or from what is scored.
+    """Raises UserError if the harness would draw examples from another split than the task file names, or from the scored one.
 
-    Left to itself the harness takes the next split that there is. The training split may stand for the split of the examples.
+    Without this check the harness silently takes the next split that exists. The training split may replace the named split.
     """
     if (manager.task_index[name].cfg.get("fewshot_config") or {}).keys() & {"samples", "split"}:
-        return  # the task has examples of its own, or could not have been made without that split
+        return  # the task file contains its own examples, or names a split without which the task could not be created
     files, named = _files(folder), _named_splits(manager, name)
     there = {key: split for key, split in named.items() if split in files}
     drawn, scored = _first(there, _EXAMPLES), _first(there, _SCORED)
@@ -182,37 +182,37 @@ def _check_examples(manager: TaskManager, name: str, folder: Path) -> None:
     raise UserError(
         f"expected {' or '.join(f'{split}.jsonl' for split in expected)} in {folder} for a task with examples before "
         f"each question, got {', '.join(path.name for path in files.values())}: the examples of {name} would be "
-        f"drawn from {drawn}{', whose documents are scored' if drawn == scored else ''}; add it, or give --fewshot 0"
+        f"drawn from {drawn}{', whose documents are scored' if drawn == scored else ''}; add the file, or give --fewshot 0"
     )
 
 
 def _check_number(task: Task, name: str) -> None:
-    """Refuses more examples before a question than there are documents to draw them from."""
+    """Raises UserError if a question needs more examples than there are documents to draw them from."""
     shots, sampler = task.get_config("num_fewshot"), getattr(task, "sampler", None)
     if shots and sampler is not None:
-        # As the harness has it: one more is drawn, in case that it is the document of the question.
+        # The harness draws one extra example if examples and questions share a split, to skip the question's own document.
         most = len(sampler.df) - (task.fewshot_cfg.split == task.config.test_split)
         if shots > most:
             raise UserError(
-                f"expected at most {most} examples before a question of task {name}, which are drawn from "
+                f"expected at most {most} examples before a question of task {name}, because they are drawn from "
                 f"{plural(len(sampler.df), 'document')}, got {shots}: give a smaller --fewshot"
             )
 
 
 def _check_documents(task: Task, name: str, limit: int | None) -> None:
-    """Makes all requests once, so that a document that does not fit the task is found before the model has run."""
+    """Builds all requests once, to find documents that do not fit the task before the model runs."""
     states = random.getstate(), np.random.get_state()
     task.build_all_requests(limit=limit, rank=0, world_size=1)
     count, asked = len(task.eval_docs), {request.doc_id for request in task.instances}
-    random.setstate(states[0])  # tasks that shuffle do it as if nothing had been asked before
+    random.setstate(states[0])  # so that tasks that shuffle give the same result as without this check
     np.random.set_state(states[1])
     for number in range(min(limit or count, count)):
         if number not in asked:
-            raise UserError(f"document {number} of task {name}: expected a text to score, got no choices; mend the data set")
+            raise UserError(f"document {number} of task {name}: expected a text to score, got no choices; correct the data set")
 
 
 def _files(folder: Path) -> dict[str, Path]:
-    """Split -> its file."""
+    """Maps each split to its file in the folder."""
     return {path.stem: path for path in sorted(folder.iterdir()) if path.suffix in _SUFFIXES}
 
 
@@ -227,15 +227,15 @@ def _first(splits: Mapping[str, str], keys: Sequence[str]) -> str | None:
 
 
 def run_tasks(lm: DecoderLM, tasks: TaskDict | None, limit: int | None = None, samples: bool = False) -> dict[str, Any]:
-    """Runs tasks on a model. Every process calls it; the first one needs the tasks and runs the harness.
+    """Runs tasks on a model. Every process must call it; process 0 runs the harness.
 
     Args:
-      tasks: from :func:`load_tasks`.
-      limit: documents of each task, the first ones; None takes all.
-      samples: keep what the model said to every document.
+      tasks: from :func:`load_tasks`; only process 0 needs them.
+      limit: number of documents to use, from the start of each task; None takes all.
+      samples: keep the model's answers to every document.
 
     Returns:
-      What ``lm_eval.evaluate`` does, in the first process; an empty dictionary in the others.
+      The results of ``lm_eval.evaluate`` with the settings of the run in process 0, an empty dictionary in the others.
 
     Raises:
       UserError: a document can't be scored.
@@ -244,12 +244,12 @@ def run_tasks(lm: DecoderLM, tasks: TaskDict | None, limit: int | None = None, s
         lm.follow()
         return {}
     assert tasks is not None, "process 0 has loaded the tasks"
-    for task in tasks["tasks"].values():  # each model sees the same examples
+    for task in tasks["tasks"].values():  # so that each model sees the same examples
         task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
     try:
         results = evaluate(lm, tasks, limit=limit, bootstrap_iters=BOOTSTRAP, log_samples=samples)
     except UserError as error:
-        failure = error  # which the others wait for
+        failure = error  # the other processes wait for a message, so send them the error
         from_first(lambda: _raise(failure))
     from_first(lambda: None)
     return results | {
@@ -271,10 +271,10 @@ def _raise(error: UserError) -> None:
 
 
 def metrics(tasks: TaskDict, results: Mapping[str, Any]) -> dict[str, dict[str, float | int | None]]:
-    """The numbers of every group that has some of its own, and of every task in no such group: {"piqa": {"acc": 0.7, ...}}.
+    """Metrics of every group that aggregates its tasks, and of every task outside such groups: {"piqa": {"acc": 0.7, ...}}.
 
-    A metric of another filter than the harness's default keeps its name: "exact_match,strict". A standard error that the harness
-    does not give is None. "documents" is how many there were.
+    A metric of another filter than the harness's default keeps the filter in its name: "exact_match,strict". A standard error
+    that the harness does not compute is None. "documents" is the number of documents.
     """
     groups = {name: group for name, group in tasks["groups"].items() if group.has_aggregation}
     inside = {task.task_name for group in groups.values() for task in group.get_all_tasks()}
@@ -292,5 +292,5 @@ def metrics(tasks: TaskDict, results: Mapping[str, Any]) -> dict[str, dict[str, 
 
 
 def paper_average(found: Mapping[str, Mapping[str, float | int | None]]) -> float | None:
-    """The mean accuracy over the paper's tasks; None where one is missing."""
+    """The mean accuracy over the paper's six tasks; None if one is missing."""
     return float(np.mean([found[name]["acc"] for name in PAPER])) if set(PAPER) <= found.keys() else None

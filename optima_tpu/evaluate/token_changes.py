@@ -1,4 +1,4 @@
-"""Which tokens of a text a pruned model predicts worse than the dense one, from the losses of both on every token."""
+"""Finds the tokens of a text that a pruned model predicts worse than the dense model, from both models' losses."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -7,31 +7,34 @@ from typing import Any
 import numpy as np
 
 EDGES = (-2.0, -0.5, -0.1, 0.1, 0.5, 2.0)
-"""Borders of the classes in nats: a token in the middle class is as well predicted as before."""
+"""Boundaries between the classes of loss changes, in nats. The middle class counts as unchanged."""
 
 _LISTED, _APART = 10, 16
-"""So many tokens are shown; two of one window are at least so many tokens apart."""
+"""Number of tokens listed, and the least distance between two listed tokens of one window."""
 
 _BEFORE, _AFTER = 20, 6
 _LETTERS, _FEW_LETTERS = 80, 40
-"""So many tokens, and at most so many characters, are shown before and behind a token, and of it: report.json stays small."""
+"""Tokens shown before and after a listed token; most characters before it, and most characters of it and after it.
+
+The limits keep report.json small.
+"""
 
 Decode = Callable[[Sequence[int]], str]
 
 
 def token_changes(dense: np.ndarray, pruned: np.ndarray, tokens: np.ndarray, decode: Decode) -> dict[str, Any]:
-    """What report.json says of single tokens. JSON types, a few thousand bytes.
+    """Summarises loss changes per token for report.json, as JSON types of a few thousand bytes.
 
     Args:
-      dense, pruned: negative log-likelihoods [windows, length - 1] of every token but the first of its window, in nats.
-      tokens: [windows, length] int32; more windows than there are losses are left out.
+      dense, pruned: negative log-likelihoods [windows, length - 1] in nats, for every token except the first of its window.
+      tokens: [windows, length] int32; windows beyond the number of losses are ignored.
       decode: token ids -> text.
 
     Returns:
-      "tokens": how many there are; "mean", "median": of the rise in nats; "edges": :data:`EDGES`; "shares": of tokens in each class
-      between them, from those that got better to those that got worse; "rise_share": the share of the whole rise that the worst
-      1% of the tokens have, None where the loss did not rise; "worst": the tokens whose loss rose most, each with "window" and
-      "position", "before", "token", "after" (text), and "dense", "pruned" (their probabilities).
+      "tokens": number of tokens. "mean", "median": of the rise of the loss in nats. "edges": :data:`EDGES`. "shares": share of
+      tokens in each class between the edges, from improved to worsened. "rise_share": share of the total rise that comes from the
+      worst 1% of the tokens, None if the loss did not rise. "worst": the tokens whose loss rose most, each with "window" and
+      "position" (indices), "before", "token", "after" (text), and "dense", "pruned" (the token's probability in each model).
     """
     rise = pruned.astype(np.float64) - dense
     counts = np.bincount(np.searchsorted(EDGES, rise.ravel()), minlength=len(EDGES) + 1)
@@ -49,27 +52,27 @@ def token_changes(dense: np.ndarray, pruned: np.ndarray, tokens: np.ndarray, dec
 
 
 def pieces(decode: Decode, *parts: Sequence[int]) -> list[str]:
-    """The texts of token ids that follow each other: of each part what it adds to the text of those before it.
+    """Decodes consecutive parts of a token sequence; each result is the text that its part adds to the text before.
 
-    Decoded alone, a token may lose the space before it.
+    A token that is decoded alone may lose the space before it.
     """
     whole = [decode([token for part in parts[: count + 1] for token in part]) for count in range(len(parts))]
     starts = ["", *whole[:-1]]
     if all(text.startswith(start) for text, start in zip(whole, starts, strict=True)):
         return [text[len(start) :] for text, start in zip(whole, starts, strict=True)]
-    return [decode(part) for part in parts]  # a letter of several tokens was cut
+    return [decode(part) for part in parts]  # a part ends inside a character that several tokens encode
 
 
 def readable(text: str) -> str:
-    """Text in one line, with a sign for what is not printed: line breaks as ⏎, tabs as ⇥, other control characters as �."""
+    """Text on one line, with visible signs: ⏎ for a line break, ⇥ for a tab, � for other unprintable characters."""
     text = text.replace("\r\n", "\n").replace("\n", "⏎").replace("\t", "⇥")
     return "".join(letter if letter.isprintable() else "�" for letter in text)
 
 
 def _worst(rise: np.ndarray) -> list[tuple[int, int]]:
-    """Windows and columns of the largest rises, not two of one spot."""
+    """(window, column) of the largest rises, at least ``_APART`` tokens apart within a window."""
     found: list[tuple[int, int]] = []
-    # More than are listed, as some of them are neighbours.
+    # Look at more candidates than are listed, because neighbours of a listed token are skipped.
     for index in np.argsort(rise, axis=None, kind="stable")[::-1][: _LISTED * 2 * _APART].tolist():
         window, column = divmod(index, rise.shape[1])
         if rise[window, column] <= 0 or len(found) == _LISTED:
@@ -80,7 +83,7 @@ def _worst(rise: np.ndarray) -> list[tuple[int, int]]:
 
 
 def _shown(window: int, column: int, dense: np.ndarray, pruned: np.ndarray, tokens: np.ndarray, decode: Decode) -> dict[str, Any]:
-    at, row = column + 1, tokens[window].tolist()  # no prediction of the first token
+    at, row = column + 1, tokens[window].tolist()  # column 0 is the loss of token 1: token 0 is not predicted
     parts = row[max(0, at - _BEFORE) : at], row[at : at + 1], row[at + 1 : at + 1 + _AFTER]
     before, token, after = map(readable, pieces(decode, *parts))
     return {

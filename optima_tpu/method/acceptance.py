@@ -1,7 +1,8 @@
-"""Whether a solver's weights replace the selector's: the last word on every row.
+"""Decides row by row whether the solver's weights replace the selector's.
 
-Both are judged as they will be stored (after the cast to the checkpoint's dtype), on the objective that was solved, its damping
-included: a solver with more damping than the selector had gives some of the calibration error back on purpose.
+Both sets of weights are compared as they will be stored (after the cast to the checkpoint's dtype), by the objective that was
+solved, damping included. Damping counts because a solver with more damping than the selector accepts some calibration error on
+purpose.
 """
 
 import abc
@@ -22,11 +23,11 @@ from optima_tpu.method.statistics import TokenSets
 from optima_tpu.method.targets import LinearTerm, pulled
 
 BeforeAndAfter = tuple[Float32[Array, " rows"], Float32[Array, " rows"]]
-"""Numbers of the selector's rows and of the solver's."""
+"""One number for each row: with the selector's weights, and with the solver's."""
 
 
 class Acceptance(abc.ABC):
-    """Says which rows of one matrix take the solver's weights. A rule is a frozen dataclass.
+    """Chooses the rows of one matrix that take the solver's weights. A rule is a frozen dataclass.
 
     Attributes:
       by_held_out: whether held-out tokens decide.
@@ -42,21 +43,21 @@ class Acceptance(abc.ABC):
         converged: Bool[Array, " rows"],
         held_out: BeforeAndAfter | None = None,
     ) -> Bool[Array, " rows"]:
-        """The rows that are updated, [d_out] bool.
+        """Returns the rows that take the solver's weights, [d_out] bool.
 
         Args:
           before: [d_out] float32, the objective of the selector's weights, damping included.
           after: [d_out] float32, the objective of the solver's weights; NaN where they are not finite.
-          converged: [d_out] bool, the solver's own verdict.
-          held_out: errors of both on held-out tokens, [d_out] float32 each, against the dense model's outputs where those are the
-            target, less what the rows make up for of the residual stream's drift where that is aimed at (see
-            :func:`accept_rows`); None where there are no such tokens.
+          converged: [d_out] bool, whether the solver's own test passed.
+          held_out: errors on held-out tokens with both sets of weights, [d_out] float32 each. With a dense-model target, the
+            errors are against the dense model's outputs, and they include the residual-drift correction if the target has one
+            (see :func:`accept_rows`). None without held-out tokens.
         """
 
 
 @dataclasses.dataclass(frozen=True)
 class PerRow(Acceptance):
-    """A row is updated when its own objective did not rise, the solver's damping included. So no row gets worse."""
+    """Updates a row if its own objective, the solver's damping included, did not rise. So no row gets worse."""
 
     def __call__(
         self,
@@ -70,11 +71,12 @@ class PerRow(Acceptance):
 
 @dataclasses.dataclass(frozen=True)
 class PerLayer(Acceptance):
-    """The paper's rule: a matrix is updated as a whole, when enough rows converged and its total objective fell.
+    """The paper's rule: updates a matrix as a whole if enough rows converged and its total objective fell.
 
     The rows of a matrix are counted together. The paper's code (paramathic/optima ``optima/weight_update.py``) solves
-    ``12 * 2**27 / d_in**2`` rows at a time and gives a matrix up at the first part of which fewer converged: the same up to some
-    1,500 inputs, where a part is a whole matrix; at 14,336 a part has 7 rows, and one of them is enough.
+    ``12 * 2**27 / d_in**2`` rows at a time, and rejects the whole matrix at the first batch in which too few rows converged. Both
+    rules agree up to about 1,500 inputs, where one batch holds a whole matrix. At 14,336 inputs a batch has 7 rows, so a single
+    row that did not converge rejects the matrix.
 
     Attributes:
       min_converged: share of rows that must have converged, 0.95 in the paper's code.
@@ -101,10 +103,11 @@ class PerLayer(Acceptance):
 
 @dataclasses.dataclass(frozen=True)
 class HeldOut(Acceptance):
-    """Rows whose own objective did not rise are updated, all of a matrix or none: its error on held-out tokens must not rise.
+    """Updates the rows whose own objective did not rise, if the matrix's error on held-out tokens does not rise.
 
-    That of a layer which is to make up for the residual stream's drift is counted against its outputs together with that, so that
-    the errors in the report, against the outputs alone, may rise. An expert that no held-out token reached has errors of 0.
+    If the held-out error of a matrix would rise, none of its rows is updated. For a layer with residual-drift correction, the
+    error is measured against its target output with that correction. The errors in the report are without the correction, so they
+    may rise. An expert that no held-out token reached has held-out errors of 0 and passes.
     """
 
     by_held_out: ClassVar[bool] = True
@@ -119,13 +122,13 @@ class HeldOut(Acceptance):
         if held_out is None:
             raise UserError("expected held-out tokens where accept is held_out, got none: raise --calibration.held_out")
         rows = after <= before
-        # A NaN makes the comparison False. The rows that stay as they are have no part in it.
+        # A NaN makes the comparison False. Rows that keep the selector's weights do not count.
         kept, moved = held_out
         return rows & (jnp.sum(jnp.where(rows, moved - kept, 0.0)) <= 0)
 
 
 class RowErrors(NamedTuple):
-    """Of the rows of a matrix and of two others in their place, old and new, [rows] float32 each.
+    """The errors of two replacements, old and new, for the dense rows of a matrix, [rows] float32 each.
 
     Attributes:
       energy: the mean square of the dense output.
@@ -141,11 +144,11 @@ class RowErrors(NamedTuple):
 
 
 Measure = Callable[[Array, Array, Array, Array], RowErrors]
-"""Of a Hessian, and of dense, old and new weights."""
+"""Takes a Hessian and the dense, old and new weights."""
 
 
 def row_errors(hessian: Float32[Array, "d_in d"], features: Features = WHOLE) -> Callable[[Array, Array, Array], RowErrors]:
-    """The errors of dense, old and new weights."""
+    """Returns a function that measures the errors of old and new weights against dense ones."""
 
     def measure(dense: Float32[Array, "rows d"], old: Float32[Array, "rows d"], new: Float32[Array, "rows d"]) -> RowErrors:
         problem = self_target(dense, hessian, features=features)
@@ -162,8 +165,8 @@ class TokenTerms(NamedTuple):
 
     Attributes:
       hessian: [d_in, d_in] float32.
-      term: what a dense target adds; None for a layer's own outputs.
-      drift: each row's mean of ``(D w')^2``, [rows] float32, of held-out tokens with a dense target.
+      term: what a dense-model target adds; None if the target is the layer's own outputs.
+      drift: each row's mean of ``(D w')^2``, [rows] float32; only for held-out tokens with a dense-model target.
     """
 
     hessian: Float32[Array, "d_in d_in"]
@@ -172,12 +175,12 @@ class TokenTerms(NamedTuple):
 
 
 class MatrixObjective(NamedTuple):
-    """What is asked of the rows of one matrix.
+    """The objective of the rows of one matrix.
 
     Attributes:
       weight: [d_out, d_in] float32, the dense weights.
-      tokens: both sets of tokens.
-      pull: [d_out, d_in] float32, ``e`` on the calibration tokens; None for a layer's own outputs.
+      tokens: the terms of both sets of tokens.
+      pull: [d_out, d_in] float32, ``e`` on the calibration tokens; None if the target is the layer's own outputs.
       damping: of the objective.
     """
 
@@ -188,8 +191,13 @@ class MatrixObjective(NamedTuple):
 
 
 class _HeldOutErrors(NamedTuple):
-    """Of the rows, [d_out] float32 each; energies, old and new errors, and where the target is dense those against the dense model
-    and that of the dense weights."""
+    """Errors on held-out tokens, [d_out] float32 each.
+
+    Attributes:
+      own: against the layer's own outputs: energy, error of the old and of the new weights.
+      dense: the same against the dense model's outputs, and the error of the dense weights; None without a dense-model target.
+      decisive: the old and the new number that the acceptance compares.
+    """
 
     own: tuple[Array, Array, Array]
     dense: tuple[Array, Array, Array, Array] | None
@@ -199,18 +207,19 @@ class _HeldOutErrors(NamedTuple):
 def accept_rows(
     objective: MatrixObjective, pruned: Pruned, found: Solution, accept: Acceptance | None, dtype: np.dtype, measure: Measure
 ) -> tuple[Pruned, RowOutcomes]:
-    """Takes the solver's weights, and its mask where it has one, where they are accepted, after the cast to what is stored.
+    """Takes the solver's weights, and its mask if it has one, in the rows that are accepted.
 
-    With a dense target the acceptance compares objectives of that target, and errors against the dense model's outputs on
-    held-out tokens: ``(v - w) H (v - w)' - 2 w B (v - w)' + mean (D w')^2``. Where the drift of the residual stream is aimed at,
-    it compares these less ``2 gamma q (v - w)'``, the error against both but for a constant; reported are the errors against the
-    outputs. The objectives that are compared have the damping, no error that is reported does.
+    Weights are compared after the cast to the stored dtype. With a dense-model target, the acceptance compares the objectives of
+    that target and, on held-out tokens, the errors against the dense model's outputs: ``(v - w) H (v - w)' - 2 w B (v - w)' +
+    mean (D w')^2``. With residual-drift correction it compares these minus ``2 gamma q (v - w)'``, which is the error against the
+    corrected target up to a constant; the reported errors are without the correction. The compared objectives include the
+    damping, the reported errors do not.
 
     Args:
-      pruned: what the selector left.
-      found: for the selector's mask, or with another one.
+      pruned: the selector's weights and mask.
+      found: the solver's weights, for the selector's mask or with a new mask.
       accept: None takes all rows.
-      dtype: what the weights are stored in.
+      dtype: the dtype in which the weights are stored.
     """
     keep = pruned.keep if found.keep is None else found.keep
     old, new = (_stored(weight, mask, dtype) for weight, mask in (pruned, (found.weight, keep)))
@@ -247,7 +256,7 @@ def accept_rows(
 
 
 def _stored(weight: Float32[Array, "rows d_in"], keep: Bool[Array, "rows d_in"], dtype: np.dtype) -> Float32[Array, "rows d_in"]:
-    # The mask again after the cast, and + 0.0 so that no -0.0 is left: zeros are exact in the file.
+    # Apply the mask again after the cast, and add 0.0 to turn -0.0 into 0.0: the file then has exact zeros.
     return jnp.where(keep, weight, 0.0).astype(dtype).astype(jnp.float32) + 0.0
 
 
@@ -268,7 +277,7 @@ def _held_out_errors(
     def missed(value: Array, end: Array) -> Array:
         return value - pulled(outputs, dense, end) + drift
 
-    # The dense outputs themselves are what is missed by v = 0.
+    # With v = 0 the error is the energy of the dense outputs.
     nothing = jnp.zeros_like(old)
     against = (missed(own[0], nothing), missed(own[1], old), missed(own[2], new))
     decisive = against[1:]
@@ -278,16 +287,18 @@ def _held_out_errors(
 
 
 def refuse_broken(prefix: str, names: Sequence[str], rows: Sequence[RowOutcomes]) -> None:
-    """For what is on the host, before anything of it is saved.
+    """Refuses matrices for which the selector left weights that are not finite.
+
+    Takes outcomes on the host, before any of them is saved.
 
     Raises:
-      UserError: a selector's weights are no numbers, as those of one that factorises an almost singular Hessian may be.
+      UserError: weights are not finite. A selector that factorises an almost singular Hessian may produce them.
     """
     for name, report in zip(names, rows):
         broken = np.sum(~np.isfinite(report.before))
         if broken:
             raise UserError(
-                f"{prefix}{name}: expected finite weights from the selector, got others in {broken:,} of "
+                f"{prefix}{name}: expected finite weights from the selector, got NaN or infinity in {broken:,} of "
                 f"{len(report.before):,} rows: its Hessian is too close to singular; raise --selector.damping, or "
                 "take more calibration text"
             )

@@ -1,10 +1,11 @@
-"""How much of each block goes: the same share of all, or more where less is lost.
+"""How much of each block is pruned: the same share everywhere, or more where pruning costs less.
 
-Every layer that no rule of ``--layers`` names has the sparsity ``s + k g`` of its block: ``s`` is the pattern's, ``k`` a whole
-number, and with the grain ``g`` every row of every layer loses a whole number of weights more. Over the blocks ``k`` adds up to
-0. So the model loses exactly as many weights as with one sparsity for all, and few programs are compiled.
+Every layer that no rule of ``--layers`` names has the sparsity ``s + k g`` of its block. ``s`` is the pattern's sparsity and
+``k`` a whole number. The grain ``g`` is a step that removes a whole number of weights from every row of every layer. The sum of
+``k`` over the blocks is 0. So the model loses exactly as many weights as with one sparsity for all blocks. The steps keep the
+number of compiled programs small.
 
-N:M fixes what each block loses, and masks from elsewhere have been allocated: neither is combined with this.
+N:M fixes what each block loses, and imported masks are allocated already: neither can be combined with an allocation.
 """
 
 import dataclasses
@@ -16,7 +17,7 @@ import numpy as np
 
 from optima_tpu.errors import UserError
 
-# Wished-for size of the grain; the grain itself is a multiple of 1 / gcd of the numbers of inputs.
+# Preferred size of the grain. The grain itself is a multiple of 1 / gcd of the layers' numbers of inputs.
 _GRAIN = 0.02
 
 
@@ -24,8 +25,8 @@ class Steps(NamedTuple):
     """The sparsities that a block may have.
 
     Attributes:
-      size: from one to the next, the grain ``g``.
-      most: how many of them a measured block may be from the pattern's.
+      size: the difference between neighbouring sparsities, the grain ``g``.
+      most: the largest number of steps between a block's sparsity and the pattern's, for :class:`Measured`.
     """
 
     size: float
@@ -33,10 +34,10 @@ class Steps(NamedTuple):
 
 
 class Allocation:
-    """How the pattern's sparsity is shared out among the blocks.
+    """How the pattern's sparsity is distributed among the blocks.
 
     Attributes:
-      measures: whether blocks differ, by what is measured of them.
+      measures: whether the sparsities of blocks depend on measurements of the blocks.
     """
 
     measures: ClassVar[bool] = True
@@ -44,37 +45,38 @@ class Allocation:
 
     @property
     def reach(self) -> float:
-        """How far a block's sparsity may be from the pattern's."""
+        """The largest difference between a block's sparsity and the pattern's."""
         return self.limit
 
     def wanted(self, scores: np.ndarray, steps: Steps) -> np.ndarray:
         """How many steps the blocks' sparsities should be from the pattern's, [blocks] float64 with the mean 0.
 
         Args:
-          scores: [blocks, n], what was measured of every block.
+          scores: [blocks, n], the measurements of every block.
         """
         return np.zeros(len(scores))
 
 
 @dataclasses.dataclass(frozen=True)
 class Uniform(Allocation):
-    """Every block loses the pattern's share."""
+    """Prunes every block to the pattern's sparsity."""
 
     measures: ClassVar[bool] = False
 
 
 @dataclasses.dataclass(frozen=True)
 class OWL(Allocation):
-    """Blocks with more outliers keep more (Yin et al., 2024, section 3).
+    """Keeps more weights in blocks with more outliers (Yin et al., 2024, section 3).
 
     A block's outliers are the weights whose ``|w_ij| ||x_j||`` is more than ``outlier`` times the block's mean, with the dense
-    model's inputs ``x``. From the least to the largest share of outliers the density rises by ``2 * limit``. It costs a pass of
-    the calibration samples through the dense model. The published code gives every block its own share, to the weight, and all
-    blocks one mean; here it is rounded to the steps of this module, and only blocks of one size trade.
+    model's inputs ``x``. The block with the largest share of outliers is denser by ``2 * limit`` than the block with the
+    smallest. This costs one pass of the calibration samples through the dense model. The published code uses each block's exact
+    density and balances all blocks together. Here densities are rounded to the steps of this module, and sparsity moves only
+    between blocks of equal size.
 
     Attributes:
-      outlier: how many times the mean; the paper's M.
-      limit: half of what densities may differ by; the paper's lambda.
+      outlier: a weight is an outlier above this many times the block's mean; the paper's M.
+      limit: half of the largest difference between the densities of two blocks; the paper's lambda.
     """
 
     outlier: float = 5.0
@@ -87,7 +89,7 @@ class OWL(Allocation):
 
     @property
     def reach(self) -> float:
-        """A block's sparsity is less than this from the pattern's."""
+        """A block's sparsity differs from the pattern's by less than this."""
         return 2 * self.limit
 
     def wanted(self, scores: np.ndarray, steps: Steps) -> np.ndarray:
@@ -104,20 +106,20 @@ class OWL(Allocation):
 
 @dataclasses.dataclass(frozen=True)
 class Measured(Allocation):
-    """Each block loses as much as makes the sum of the losses smallest, by what two trials of it have cost the model.
+    """Chooses each block's sparsity to minimise the total loss, as measured in two trial prunings of each block.
 
-    Block by block, the dense model runs with this block alone pruned, once below and once above the pattern's sparsity, by
-    Wanda's masks and ``cg`` whatever the run's own methods are: it costs little, and runs that compare methods have the same
-    sparsities. Its loss ``L_b`` is the divergence ``KL(dense || pruned)`` of the next-token distribution on the held-out
-    sequences. Between both trials ``log L_b`` is taken for linear in the sparsity, and the losses for additive:
+    Block by block, the dense model runs with only this block pruned, once below and once above the pattern's sparsity. The trials
+    always use Wanda's masks and ``cg``, not the run's own methods: they are cheap, and runs that compare methods get the same
+    sparsities. The loss ``L_b`` is the divergence ``KL(dense || pruned)`` of the next-token distribution on the held-out
+    sequences. ``log L_b`` is assumed to be linear in the sparsity, and losses to be additive:
 
         minimise  sum_b L_b(s_b)     subject to     mean s_b = s,   |s_b - s| <= limit
 
-    It costs two prunings of every block and some ``blocks^2`` runs of a block over the held-out sequences, whose hidden states
-    (two streams for each block) are held on the hosts.
+    This costs two prunings of every block and about ``blocks^2`` runs of a block over the held-out sequences. The hosts hold the
+    hidden states of these sequences (two streams for each block).
 
     Attributes:
-      limit: how far a block's sparsity may be from the pattern's.
+      limit: the largest difference between a block's sparsity and the pattern's.
     """
 
     limit: float = 0.16
@@ -127,7 +129,7 @@ class Measured(Allocation):
 
     @property
     def reach(self) -> float:
-        """A block's sparsity is at most this from the pattern's."""
+        """A block's sparsity differs from the pattern's by at most this."""
         return self.limit
 
     def wanted(self, scores: np.ndarray, steps: Steps) -> np.ndarray:
@@ -136,13 +138,14 @@ class Measured(Allocation):
         Args:
           scores: [blocks, 2], losses at ``-steps.most`` and at ``steps.most``.
         """
-        # Of no loss at all the logarithm does not exist; one that does not rise with the sparsity is noise around a flat one.
+        # A loss of 0 has no logarithm. A loss that does not rise with the sparsity is noise around a flat curve: assume a small
+        # slope.
         low, high = np.log(np.maximum(scores.T, 1e-9))
         slope = np.maximum((high - low) / (2 * steps.most), 1e-3 / steps.most)
         middle = (high + low) / 2
 
         def at(price: float) -> np.ndarray:
-            """Where one step more costs ``exp(price)`` everywhere, as far as the limit allows."""
+            """The steps of each block at which one more step costs ``exp(price)``, clipped to the limit."""
             return np.clip((price - middle - np.log(slope)) / slope, -steps.most, steps.most)
 
         # The mean rises with the price: between these two it crosses 0.
@@ -156,7 +159,7 @@ class Measured(Allocation):
 
 
 def grain(inputs: Sequence[int]) -> float:
-    """The step between sparsities, near 2%: with it every row of so many inputs loses a whole number of weights more."""
+    """The step between sparsities, near 2%: it is a whole number of weights in rows with any of these numbers of inputs."""
     divisor = math.gcd(*inputs)
     return max(1, round(_GRAIN * divisor)) / divisor
 
@@ -168,35 +171,37 @@ def steps_of(allocation: Allocation, sparsity: float, inputs: Iterable[int]) -> 
       inputs: how many inputs each layer has.
 
     Raises:
-      UserError: the limit allows not even one, or sparsities below 0 or above 1; no limit would, with these inputs.
+      UserError: the limit is smaller than one step, or it allows sparsities below 0 or above 1, or the inputs have no common
+        divisor that gives a usable step.
     """
     inputs = tuple(inputs)
     size = grain(inputs)
     steps = Steps(size, math.floor(allocation.limit / size + 1e-9))
     if size >= 0.5:
         raise UserError(
-            "expected layers whose numbers of inputs have a large common divisor, so that all of them can lose the "
-            f"same share of whole weights more, got {', '.join(map(str, sorted(set(inputs))))}: take --allocation "
+            "expected layers whose numbers of inputs have a large common divisor, so that one step of sparsity is a "
+            f"whole number of weights in each of them, got {', '.join(map(str, sorted(set(inputs))))}: take --allocation "
             "uniform"
         )
     if not steps.most:
         raise UserError(
-            f"expected allocation.limit of at least {size:.3g}, the least by which rows of this model lose "
-            f"whole weights more, got {allocation.limit:g}"
+            f"expected allocation.limit of at least {size:.3g}, the smallest step that is a whole number "
+            f"of weights in every row of this model, got {allocation.limit:g}"
         )
     room = min(sparsity, 1 - sparsity)
     if room <= allocation.reach + size:
         raise UserError(
-            f"expected a sparsity that is more than {allocation.reach + size:.3g} from 0 and 1, which is what "
-            f"allocation.limit {allocation.limit:g} may change, got {sparsity:g}"
+            f"expected a sparsity that is more than {allocation.reach + size:.3g} away from 0 and from 1, because "
+            f"allocation.limit {allocation.limit:g} may change it by as much, got {sparsity:g}"
         )
     return steps
 
 
 def allocate(allocation: Allocation, scores: np.ndarray, weights: Sequence[int], steps: Steps) -> np.ndarray:
-    """How many steps each block's sparsity is from the pattern's, [blocks] int.
+    """The difference between each block's sparsity and the pattern's in steps, [blocks] int.
 
-    Blocks trade with those that have as many weights: among these the numbers add up to 0, and so no weight more or less goes.
+    Sparsity moves only between blocks with equally many weights. Among these the numbers sum to 0, so the total number of pruned
+    weights does not change.
 
     Args:
       scores: [blocks, trials], what ``allocation.wanted`` takes.
@@ -210,11 +215,11 @@ def allocate(allocation: Allocation, scores: np.ndarray, weights: Sequence[int],
 
 
 def rounded(wanted: np.ndarray) -> np.ndarray:
-    """Whole numbers with the sum 0, each less than 1 from the one that is wanted; for numbers with the sum 0.
+    """Rounds numbers with sum 0 to whole numbers with sum 0, each by less than 1.
 
-    All are rounded down, then those with the largest remainders up; of equals the first.
+    All are rounded down; then those with the largest remainders are rounded up. Of equal remainders the first is rounded up.
     """
-    # Sums of rounded numbers are not quite whole: 2.9999999 is 3.
+    # Sums of floating-point numbers are not quite whole: count 2.9999999 as 3.
     wanted = np.round(wanted, 9)
     down = np.floor(wanted)
     most = np.argsort(down - wanted, kind="stable")[: int(-down.sum())]

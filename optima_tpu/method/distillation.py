@@ -24,16 +24,18 @@ class KL:
     The run is then no longer one-shot pruning: gradients pass through all blocks. Adam minimises the mean over tokens of
     ``KL(p || q) = sum_v p(v) log(p(v) / q(v))``, with ``p`` the dense model's distribution and ``q`` the pruned one's (Hinton et
     al., 2015, at temperature 1). Pruned weights stay zero; embedding, head and biases stay as they are. Held-out windows decide
-    which step is kept; where their divergence does not fall at all, the model stays as it was pruned.
+    which step is kept; if their divergence never falls, the model stays as it was pruned.
 
     Attributes:
-      windows: how many windows of calibration.length tokens are drawn beside those of the calibration. More tokens help most.
-      passes: how often each of these windows is read. From the second time on the model begins to fit the windows themselves.
+      windows: number of training windows of calibration.length tokens, drawn in addition to the calibration windows. More tokens
+        help most.
+      passes: how often training reads each window. From the second pass on, the model begins to overfit the windows.
       batch: windows in one step of Adam.
-      learning_rate: the peak of the learning rate of kept weights. It rises over the first steps and falls along a cosine.
+      learning_rate: the peak learning rate of kept weights. The learning rate rises over the first steps and then falls along a
+        cosine.
       norm_factor: the learning rate of the norms' gains, as a multiple of learning_rate; 0 leaves them as they are.
-      train: which parameters move. "norms" are the norms' gains alone, "weights" the kept weights alone.
-      warmup: steps in which the learning rate rises.
+      train: the parameters that are trained: "norms" only the norms' gains, "weights" only the kept weights, "all" both.
+      warmup: number of steps in which the learning rate rises.
       checks: how often the held-out divergence is measured; the state of the best check is kept.
     """
 
@@ -59,7 +61,7 @@ class KL:
 
     @property
     def steps(self) -> int:
-        """How many steps of Adam there are; the last windows of a pass that fill no batch are left out."""
+        """The number of Adam steps; the last windows of a pass are left out if they do not fill a batch."""
         return self.passes * max(1, self.windows // self.batch)
 
     def check_steps(self) -> tuple[int, ...]:
@@ -76,7 +78,7 @@ class KL:
         return float(schedule(step))
 
     def factor(self, is_norm: bool) -> float:
-        """The learning rate of a parameter as a multiple of :meth:`rate`; 0 for one that does not move."""
+        """The learning rate of a parameter as a multiple of :meth:`rate`; 0 if it is not trained."""
         if is_norm:
             return 0.0 if self.train == "weights" else self.norm_factor
         return 0.0 if self.train == "norms" else 1.0

@@ -18,30 +18,30 @@ def kind_name(name: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class LayerRule:
-    """What is done to the layers whose path matches.
+    """Sets the pattern of the layers whose path matches.
 
     Attributes:
       path: a shell pattern (``*``, ``?``, ``[...]``) for the path inside the block, "self_attn.*", or for the whole path,
-        "model.layers.0.*". Letters are compared as they are.
-      pattern: which of their weights go; None leaves them dense.
+        "model.layers.0.*". Upper and lower case differ.
+      pattern: the pattern of these layers; None leaves them dense.
     """
 
     path: str
     pattern: Pattern | None
 
     def matches(self, path: str, name: str) -> bool:
-        """Whether the rule is about the layer ``path``, which is ``name`` inside its block."""
+        """Whether the rule matches the layer ``path``, whose path inside its block is ``name``."""
         return fnmatchcase(path, self.path) or fnmatchcase(name, self.path)
 
 
 def parse_layers(text: str, group: str = "row") -> tuple[LayerRule, ...]:
-    """Reads "PATH=PATTERN, PATH=dense": rules from left to right, of which the last that matches a layer holds.
+    """Reads rules such as "PATH=PATTERN, PATH=dense". If several rules match a layer, the last one holds.
 
     Args:
       group: as in ``parse_pattern``.
 
     Raises:
-      UserError: the text is something else.
+      UserError: the text is not a list of such rules.
     """
     rules = []
     for part in filter(None, map(str.strip, text.split(","))):
@@ -82,7 +82,7 @@ def check_layers(
       shapes: (whole path, path inside the block, [d_out, d_in]) of every linear layer of the model.
 
     Raises:
-      UserError: a rule that matches no layer, nothing left to prune, or an N:M that does not divide a layer.
+      UserError: a rule matches no layer, no layer is left to prune, or an N:M does not divide a layer's inputs.
     """
     layers = list(shapes)
     for rule in rules:
@@ -90,7 +90,7 @@ def check_layers(
             names = dict.fromkeys(name for _, name, _ in layers)
             raise UserError(
                 f"no layer matches {rule.path!r} of --layers; the layers of a block are {', '.join(names)}, "
-                f"the first of all is {layers[0][0]}"
+                f"and the whole path of the first layer is {layers[0][0]}"
             )
     patterns = {}
     for path, name, shape in layers:

@@ -1,1 +1,1 @@
-"""The run: from a checkpoint to a pruned one, and what is planned and swept around it."""
+"""One run, from a dense checkpoint to a pruned one; and plans and sweeps of runs."""

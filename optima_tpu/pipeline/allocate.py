@@ -1,4 +1,4 @@
-"""What each block is worth to the dense model, and the sparsities that follow from it; see ``allocation``."""
+"""Measures how much each block matters to the dense model, and chooses its sparsity; see ``method.allocation``."""
 
 import dataclasses
 import functools
@@ -35,11 +35,12 @@ _RECORD = "allocation.json"
 
 
 class Allocated(NamedTuple):
-    """What was allocated to the blocks.
+    """The sparsity of every block, and the scores that it was chosen from.
 
     Attributes:
-      sparsity: of every block's layers that no rule names; None where there are none.
-      scores: what was measured of every block, None for those; see ``allocation.OWL.wanted`` and ``allocation.Measured.wanted``.
+      sparsity: for every block, the sparsity of its layers that no rule names; None for a block without such layers.
+      scores: for every block, the measured scores, or None likewise; see ``allocation.OWL.wanted`` and
+        ``allocation.Measured.wanted``.
     """
 
     sparsity: list[float | None]
@@ -50,12 +51,12 @@ class Allocated(NamedTuple):
 
     @property
     def told(self) -> str:
-        """The range of sparsities, for the person."""
+        """The range of sparsities, in words."""
         given = [sparsity for sparsity in self.sparsity if sparsity is not None]
-        return f"the blocks lose from {percent(min(given))} to {percent(max(given))}"
+        return f"the sparsity of the blocks is from {percent(min(given))} to {percent(max(given))}"
 
     def rules(self, decoder: Decoder, pattern: Pattern) -> tuple[LayerRule, ...]:
-        """Layer rules that say so, to stand before those that name layers."""
+        """Layer rules with these sparsities. They go before the recipe's own rules, since the last rule that matches decides."""
         return tuple(
             LayerRule(decoder.prefix(index) + "*", pattern.at(sparsity))
             for index, sparsity in enumerate(self.sparsity)
@@ -67,7 +68,7 @@ def allocated(walk: Walk, tokens: np.ndarray, allocation: Allocation, advance: C
     """Measures the blocks of the dense model and allocates the sparsity of the recipe's pattern to them.
 
     Args:
-      walk: of the run; of its recipe pattern and layer rules count.
+      walk: the run's. Of its recipe, the pattern and the layer rules are used.
       tokens: [samples + held out, length] int32.
       advance: called after every block.
 
@@ -92,10 +93,10 @@ def allocated(walk: Walk, tokens: np.ndarray, allocation: Allocation, advance: C
 
 
 def read_allocation(directory: Path) -> Allocated | None:
-    """What an earlier start of a run has allocated, on all processes the same; None where it has not.
+    """The allocation that an earlier start of the run wrote, the same on all processes; None if there is none.
 
     Raises:
-      UserError: the record is damaged. Finished blocks have what it said, and another one might say otherwise.
+      UserError: the record is damaged. Finished blocks have the sparsities of this record, and a new one might have others.
     """
     path = directory / _RECORD
     if (known := from_first(lambda: read_record(path))) is not None:
@@ -106,7 +107,7 @@ def read_allocation(directory: Path) -> Allocated | None:
 
 
 def write_allocation(directory: Path, found: Allocated) -> None:
-    """Keeps an allocation in the directory of its run."""
+    """Writes an allocation into the directory of its run."""
     path = directory / _RECORD
 
     def write() -> None:
@@ -117,7 +118,7 @@ def write_allocation(directory: Path, found: Allocated) -> None:
 
 
 def allocation_steps(decoder: Decoder, recipe: Recipe, allocation: Allocation) -> Steps:
-    """The sparsities that blocks may have. Raises UserError as ``allocation.steps_of``, or where rules name every layer."""
+    """The sparsities that blocks may have. Raises UserError as ``allocation.steps_of``, or if rules name every layer."""
     inputs = {
         decoder.block_shapes[name + ".weight"][1]
         for index in range(decoder.config.blocks)
@@ -125,7 +126,7 @@ def allocation_steps(decoder: Decoder, recipe: Recipe, allocation: Allocation) -
     }
     if not inputs:
         raise UserError(
-            "expected layers that --layers does not name, whose sparsity is to be allocated, got none: take --allocation uniform"
+            "expected layers that --layers does not name, whose sparsity --allocation can set, got none: use --allocation uniform"
         )
     return steps_of(allocation, recipe.pattern.sparsity, inputs)
 
@@ -139,7 +140,7 @@ def _free(decoder: Decoder, index: int, recipe: Recipe) -> tuple[str, ...]:
 def _outliers(
     walk: Walk, tokens: np.ndarray, outlier: float, free: list[tuple[str, ...]], advance: Callable[[], None]
 ) -> np.ndarray:
-    """Each block's share of outliers among its free layers' weights, [blocks, 1]; 0 where there are none."""
+    """The share of outliers among the weights of each block's free layers, [blocks, 1]; 0 for a block without free layers."""
     decoder = walk.decoder
     hidden, found = decoder.embed(tokens), np.zeros((decoder.config.blocks, 1))
     for index, parameters in enumerate(decoder.blocks(range(decoder.config.blocks))):
@@ -161,9 +162,9 @@ def _outliers(
 def _losses(
     walk: Walk, tokens: np.ndarray, trials: tuple[Pattern, ...], free: list[tuple[str, ...]], advance: Callable[[], None]
 ) -> np.ndarray:
-    """``KL(dense || pruned)`` per prediction on the held-out sequences with one block pruned alone, [blocks, trials] float64.
+    """``KL(dense || pruned)`` per prediction on the held-out sequences if only one block is pruned, [blocks, trials] float64.
 
-    All these models walk side by side, so that every block is read once.
+    All these models pass through the blocks together, so every block is read once.
     """
     decoder, samples = walk.decoder, walk.samples
     walks = [
@@ -177,7 +178,7 @@ def _losses(
             decoder.apply(index, parameters, stream)
         if free[index]:
             pruned = [parameters] * len(trials)
-            # One pruned block is in the budget of any pass.
+            # A pass has room for one pruned block; the blocks of the other trials need more.
             calibrating = dataclasses.replace(walks[0], budget=walk.budget - (len(trials) - 1) * block_bytes(decoder, index))
             for part, statistics in _calibrated(calibrating, index, Stream(parameters, hidden.part(0, samples))):
                 sets = tuple(map(TokenSets, statistics))
@@ -204,10 +205,10 @@ def _calibrated(walk: Walk, index: int, stream: Stream) -> Iterator[tuple[Pass, 
 
 @functools.partial(jax.jit, static_argnames="outlier")
 def _outlier_share(weights: tuple[Array, ...], norms: tuple[Array, ...], outlier: float) -> Array:
-    """The share of all weights whose ``|w_ij| ||x_j||`` is more than ``outlier`` times the mean of all, float32."""
+    """The share of weights whose ``|w_ij| ||x_j||`` is more than ``outlier`` times the mean over all weights, float32."""
     scores = [jnp.abs(weight.astype(jnp.float32)) * norm for weight, norm in zip(weights, norms)]
     count = sum(score.size for score in scores)
     mean = sum(jnp.sum(score) for score in scores) / count
-    # Counted matrix by matrix: a block of a large model has more weights than an int32 counts.
+    # Counted matrix by matrix: a block of a large model has more weights than an int32 can count.
     share = sum(jnp.sum(score > outlier * mean, dtype=jnp.int32).astype(jnp.float32) for score in scores) / count
     return cast(Array, share)  # the sum of no matrices would be an int

@@ -1,4 +1,4 @@
-"""Hessians of a block's linear layers from the activations that run through it."""
+"""Accumulates the Hessians of a block's linear layers from the activations that pass through the block."""
 
 import contextlib
 import dataclasses
@@ -29,7 +29,7 @@ def linear_groups(decoder: Decoder) -> Groups:
 
     Found by tracing: layers that share an input sow the same tracer.
     """
-    found: list[Groups] = []  # the one trace leaves its groups here
+    found: list[Groups] = []  # the single trace below appends its groups
 
     def trace(state, x, positions):
         inputs = forward(decoder.graph, state, x, positions)[1]
@@ -46,7 +46,7 @@ def linear_groups(decoder: Decoder) -> Groups:
 
 
 def stages(groups: Groups) -> tuple[Groups, ...]:
-    """The groups in parts that follow each other in the forward pass; layers of all experts that are alike make one part."""
+    """Splits the groups into parts, in the order of the forward pass. The same layer of all experts makes one part."""
     found: dict[str, list[tuple[str, ...]]] = {}
     for names in groups:
         found.setdefault(kind_name(names[0]), []).append(names)
@@ -54,11 +54,11 @@ def stages(groups: Groups) -> tuple[Groups, ...]:
 
 
 class Stream(NamedTuple):
-    """One of the two streams of hidden states on its way through a block.
+    """One of the two streams of hidden states, and the block that it passes through.
 
     Attributes:
-      parameters: of the block, by name: as pruned so far, or dense.
-      hidden: what enters the block.
+      parameters: the block's parameters by name: as pruned so far, or dense.
+      hidden: the hidden states that enter the block.
     """
 
     parameters: Mapping[str, Array]
@@ -67,15 +67,15 @@ class Stream(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Capture:
-    """What a pass of some tokens through a block is to find.
+    """What a pass of tokens through a block accumulates.
 
     Attributes:
-      groups: from :func:`linear_groups`, or some of them.
-      target: whether there is a drift from the dense model, whether it is aimed at in the residual stream, and whether tokens are
-        weighed: where all layers of a group add to one residual stream, by one over the mean square of the dense model's stream
-        behind them.
-      energy: whether the mean squares of the outputs' drift are wanted too.
-      advance: whether the dense stream is taken through the block, which spares it a :meth:`Decoder.apply`.
+      groups: all groups of :func:`linear_groups`, or some of them.
+      target: decides whether the drift from the dense model is accumulated, whether the drift of the residual stream is too, and
+        whether tokens are weighted. Tokens are weighted in a group whose layers all add to one residual stream, by one over the
+        mean square of the dense model's stream after these layers.
+      energy: whether the mean squares of the outputs' drift are accumulated too.
+      advance: whether this pass also moves the dense stream through the block, which saves a :meth:`Decoder.apply`.
     """
 
     groups: Groups
@@ -87,14 +87,15 @@ class Capture:
 def accumulate(decoder: Decoder, index: int, capture: Capture, streams: Sequence[Stream]) -> tuple[TokenStatistics, ...]:
     """The statistics of each group's input, and its drift where the target needs it.
 
-    Products of activations in the model's dtype, accumulated in float32: on each device over its own tokens, then by one ``psum``
-    over the data axis. Differences of both streams are in the model's dtype, where those of close numbers are exact. A token that
-    either model does not send to an expert has no drift there: its output is not comparable.
+    Activations are multiplied in the model's dtype and accumulated in float32: each device sums over its own tokens, then one
+    ``psum`` sums over the data axis. The two streams are subtracted in the model's dtype, in which the difference of two close
+    numbers is exact. A token that either model does not send to an expert has no drift in this expert: the outputs cannot be
+    compared.
 
     Args:
       index: the block's number, for messages.
-      streams: the pruned one, and for a target with a dense stream the dense one, of the same samples; with ``advance`` that one
-        is afterwards what leaves the block.
+      streams: the pruned stream and, for a target with a dense stream, the dense one, both of the same samples. ``advance``
+        replaces the hidden states of the dense one by those that leave the block.
 
     Raises:
       UserError: an input holds a NaN or an infinity; names the layer.
@@ -113,7 +114,7 @@ def accumulate(decoder: Decoder, index: int, capture: Capture, streams: Sequence
                 put(batches[-1].rows, output)
     count = np.float32(len(hidden) * length)
     totals = tuple(count if total is None else total for total in sums.weights)
-    # Two programs: in one, XLA divides a Hessian otherwise where there is a drift beside it, in its last bit.
+    # Two programs: in a single one, XLA would divide a Hessian differently, in its last bit, if there is a drift beside it.
     hessians = _divide(tuple(found.hessian for found in sums.statistics), totals)
     drifts = _divide(tuple(found.drift for found in sums.statistics), totals)
     tokens = [found.tokens for found in sums.statistics]
@@ -125,12 +126,12 @@ def accumulate(decoder: Decoder, index: int, capture: Capture, streams: Sequence
 
 
 class ResidualNames(NamedTuple):
-    """Where the residual stream of a group of layers is sown.
+    """The names under which the residual stream around a group of layers is sown.
 
     Attributes:
-      before: for every layer of the group the stream that its output is added to, None where there is none; empty where the
-        stream's drift was not asked for.
-      after: the stream behind all of them where the tokens are weighed by it, else None.
+      before: for every layer of the group, the stream that its output is added to, or None; empty if the drift of the residual
+        stream is not accumulated.
+      after: the stream after all layers of the group if the tokens are weighted by it, else None.
     """
 
     before: tuple[str | None, ...]
@@ -138,7 +139,7 @@ class ResidualNames(NamedTuple):
 
 
 def residual_names(decoder: Decoder, groups: Groups, target: Target) -> tuple[ResidualNames | None, ...]:
-    """What :func:`add_batch` reads of the residual stream, for each group; None where there is no drift."""
+    """For each group, the parts of the residual stream that :func:`add_batch` reads; None without a drift."""
     if not target.dense_stream:
         return (None,) * len(groups)
     found = []
@@ -155,10 +156,10 @@ class CaptureStep:
     """The static part of :func:`add_batch`.
 
     Attributes:
-      graph: of the block.
-      groups: whose inputs are wanted.
-      residuals: what is read of the residual stream, for each group; None where there is no drift.
-      advance: whether the output of the last stream is wanted.
+      graph: the graph of the block.
+      groups: the groups whose inputs are accumulated.
+      residuals: from :func:`residual_names`, for each group.
+      advance: whether the output of the last stream is returned.
     """
 
     graph: Any
@@ -175,11 +176,11 @@ class CaptureStep:
 
 
 class Sums(NamedTuple):
-    """What is accumulated, for each group.
+    """The accumulated sums, for each group.
 
     Attributes:
       statistics: not yet divided by the number of tokens.
-      weights: the sum of the tokens' weights, float32; None where they are not weighed.
+      weights: the sum of the tokens' weights, float32; None if tokens have no weights.
     """
 
     statistics: tuple[TokenStatistics, ...]
@@ -187,14 +188,14 @@ class Sums(NamedTuple):
 
 
 class BlockInput(NamedTuple):
-    """What one stream gives to a step: the state of the block, and a batch of hidden states."""
+    """The input of a step from one stream: the state of the block, and a batch of hidden states."""
 
     state: Any
     hidden: Array
 
 
 class BatchTokens(NamedTuple):
-    """What is known of the samples of a batch: ``Batch.valid``, and the positions of their tokens."""
+    """The samples of a batch: which ones count (``Batch.valid``), and the positions of their tokens."""
 
     valid: Array
     positions: Any
@@ -204,12 +205,12 @@ class BatchTokens(NamedTuple):
 def add_batch(
     step: CaptureStep, sums: Sums, streams: tuple[BlockInput, ...], weights: Mapping[str, Array], tokens: BatchTokens
 ) -> tuple[Sums, Array | None]:
-    """One step of :func:`accumulate`: the new sums, and with ``advance`` what leaves the dense block, else None.
+    """One step of :func:`accumulate`: the new sums, and with ``advance`` the output of the dense block, else None.
 
     Args:
       sums: donated.
-      streams: as those of :func:`accumulate`.
-      weights: dense ones, by name, of the layers whose drift has an energy.
+      streams: in the order of :func:`accumulate`.
+      weights: by name, the dense weights of the layers whose drift has an energy.
     """
     passed = [forward(step.graph, stream.state, stream.hidden, tokens.positions) for stream in streams]
     inputs = [found for _, found in passed]
@@ -226,14 +227,14 @@ def add_batch(
 
 
 class _Seen(NamedTuple):
-    """The inputs of a group in one batch, zero for tokens that have none; with a second stream also what it differs by.
+    """The inputs of a group in one batch, zero for tokens without an input; with a second stream also the difference.
 
     Attributes:
       x: [batch, length, d_in] in the model's dtype.
       routed: [batch, length] bool, tokens whose input is not zero.
       difference: as ``x``, ``X_d - X``.
-      lost: of each layer of the group, the drift of the residual stream that its output is added to, or None.
-      scale: [batch, length] float32, by which the tokens were weighed.
+      lost: for each layer of the group, the drift of the residual stream that its output is added to, or None.
+      scale: [batch, length] float32, the factor of each token's input.
     """
 
     x: Array
@@ -259,7 +260,7 @@ def _seen(name: str, places: ResidualNames | None, inputs: Sequence[Mapping[str,
     scale, dtype = jnp.where(valid[:, None], inverse_norm(dense[places.after]), 0), x.dtype
 
     def weighed(array: Array) -> Array:
-        # To the model's dtype again: a rounding like that of the activations themselves, and the same on both sides of H.
+        # Rounded to the model's dtype, as the activations themselves are. Both factors of H have the same rounding.
         return (array * scale[..., None]).astype(dtype)
 
     x, difference = weighed(x), weighed(difference)
@@ -291,7 +292,7 @@ def inverse_norm(stream: Array) -> Array:
 
 
 def sums_of(decoder: Decoder, step: CaptureStep, energy: bool = False) -> Sums:
-    """The shapes of :class:`Sums` and their places on the mesh, as :func:`struct_on` gives them."""
+    """The shapes and shardings of :class:`Sums`, as :func:`struct_on` returns them."""
     statistics = tuple(statistics_of(decoder, names, places, energy) for names, places in zip(step.groups, step.residuals))
     weight = struct_on(step.mesh, (), jnp.float32, P())
     return Sums(statistics, tuple(weight if places and places.after else None for places in step.residuals))
@@ -300,12 +301,12 @@ def sums_of(decoder: Decoder, step: CaptureStep, energy: bool = False) -> Sums:
 def statistics_of(
     decoder: Decoder, names: tuple[str, ...], places: ResidualNames | None, energy: bool = False
 ) -> TokenStatistics:
-    """The shapes of a group's statistics and their places on the mesh, as :func:`struct_on` gives them.
+    """The shapes and shardings of a group's statistics, as :func:`struct_on` returns them.
 
     Args:
-      names: of the group's layers.
-      places: what is read of the residual stream; None where there is no drift.
-      energy: whether the drift has the mean squares of the outputs.
+      names: the group's layers.
+      places: from :func:`residual_names`; None without a drift.
+      energy: whether the drift includes the mean squares of the outputs.
     """
     outputs, inputs = zip(*(decoder.block_shapes[name + ".weight"] for name in names))
 
@@ -327,7 +328,7 @@ def _zeros(struct: Array) -> Array:
 
 
 def _refuse_infinite(decoder: Decoder, index: int, groups: Groups, matrices: Sequence[Array]) -> None:
-    """Raises UserError where the input of a group was not finite, which the diagonal of its products shows."""
+    """Raises UserError if the input of a group was not finite, which the diagonal of its products shows."""
     for names, trace in zip(groups, fetch([jnp.trace(matrix) for matrix in matrices])):
         if not np.isfinite(trace):
             raise UserError(
@@ -338,7 +339,7 @@ def _refuse_infinite(decoder: Decoder, index: int, groups: Groups, matrices: Seq
 
 @functools.partial(jax.jit, donate_argnums=0)
 def _divide(sums: tuple[Any, ...], totals: tuple[Array | np.float32, ...]) -> tuple[Any, ...]:
-    """Each of several trees of arrays, divided by a number of its own."""
+    """Divides each tree of arrays by its own number."""
     return tuple(jax.tree.map(lambda array, total=total: array / total, tree) for tree, total in zip(sums, totals))
 
 
@@ -349,7 +350,7 @@ def _columns(mesh: Mesh, size: int) -> P:
 def _gram(x: Array, mesh: Mesh, left: Array | None = None) -> Array:
     """``X'X`` [d, d], or ``L'X`` [e, d] with ``left`` [batch, length, e], of x [batch, length, d] in float32.
 
-    Each device of the model axis computes its own columns of the result; where the axis does not divide d, all of them.
+    Each device of the model axis computes its own columns of the result; if the axis does not divide d, all columns.
     """
     size = x.shape[-1]
     spec = _columns(mesh, size)

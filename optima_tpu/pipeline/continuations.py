@@ -1,4 +1,4 @@
-"""What the dense and the pruned model write after a few prompts, side by side."""
+"""Continues a few prompts with the dense and with the pruned model, for a comparison side by side."""
 
 import json
 from pathlib import Path
@@ -21,17 +21,17 @@ PROMPTS = ("The capital of France is", "Water boils at", "To make a cup of tea, 
 
 _NEW = 32
 _SHARE = 0.5
-"""So much of the devices' budget the whole model may take: for a look at a few sentences nothing is to run out of memory."""
+"""The share of the devices' budget that the whole model may take: a few sentences must not make a run fail for lack of memory."""
 
 
 def read_continuations(directory: Path) -> dict[str, Any] | None:
-    """What a run has kept; None where it has not tried. Every process calls it."""
+    """The continuations that a run wrote; None if it has not tried yet. Every process calls it."""
     found: dict[str, Any] | None = from_first(lambda: read_record(directory / CONTINUATIONS))
     return found
 
 
 def continuations(model: Model, pruned: Decoder, budget: float, progress: Progress) -> dict[str, Any]:
-    """What both models write after :data:`PROMPTS`, token by token the likeliest one. Every process calls it.
+    """Continues :data:`PROMPTS` with both models, each token the likeliest one. Every process calls it.
 
     Args:
       model: the dense one.
@@ -39,8 +39,9 @@ def continuations(model: Model, pruned: Decoder, budget: float, progress: Progre
       progress: advanced after each model.
 
     Returns:
-      JSON types: "texts", for each prompt "prompt" and of "dense" and "pruned" what both wrote, the token with which they part
-      (empty where they do not) and the rest; or "reason", a sentence that says why nothing was written.
+      JSON types. Either "texts", with an entry for each prompt: "prompt" itself, and for "dense" and "pruned" three texts: the
+      part that both models wrote, the first token that differs (empty if none does) and the rest. Or "reason", a sentence that
+      says why nothing was written.
     """
     tokenizer = together(lambda: load_tokenizer(model.pretrained))
     prompts = [list(tokenizer(prompt)["input_ids"]) for prompt in PROMPTS]
@@ -48,7 +49,7 @@ def continuations(model: Model, pruned: Decoder, budget: float, progress: Progre
     prompts = [prompt[:-1] if len(prompt) > 1 and prompt[-1] == end else prompt for prompt in prompts]
     limit = getattr(model.pretrained.config.get_text_config(), "max_position_embeddings", None)
     if not all(prompts) or (limit and max(map(len, prompts)) + _NEW > limit):
-        return {"reason": "The prompts and what would follow do not fit the model’s context."}
+        return {"reason": "The prompts and their continuations do not fit the model’s context."}
     try:
         dense_ids, pruned_ids = greedy(
             [model.decoder, pruned],
@@ -76,7 +77,7 @@ def continuations(model: Model, pruned: Decoder, budget: float, progress: Progre
 
 
 def write_continuations(directory: Path, found: dict[str, Any]) -> None:
-    """Keeps them in the directory of their run. Every process calls it."""
+    """Writes the continuations into the directory of their run. Every process calls it."""
 
     def write() -> None:
         with writing(directory / CONTINUATIONS, "make room and repeat the command"):

@@ -1,4 +1,4 @@
-"""What a run says of itself before the first long silence."""
+"""The lines that a run prints about itself before its first long step."""
 
 import math
 from pathlib import Path
@@ -17,10 +17,10 @@ from optima_tpu.report.progress import say
 
 
 def greet(console: Console, config: RunConfig, model: Model, texts: Texts, directory: Path, fitted: str) -> None:
-    """Tells model, recipe, calibration, devices and place of a run, and what is done of it.
+    """Prints model, recipe, calibration, devices and directory of a run, and how many blocks are done.
 
     Args:
-      fitted: what is split or done in parts to fit the devices; empty where nothing is.
+      fitted: from :func:`memory_plan.fitted`: what is split or done in parts to fit the devices; empty if nothing is.
     """
     decoder = model.decoder
     shapes = {path: shape for path, _, shape in linear_shapes(decoder)}
@@ -42,15 +42,15 @@ def greet(console: Console, config: RunConfig, model: Model, texts: Texts, direc
 
 
 def recipe_line(config: RunConfig, decoder: Decoder) -> str:
-    """What is done to this model: mask, update and pattern, and of what goes beyond the paper all that acts on its family."""
+    """The recipe in a line: mask, update and pattern, then each setting beyond the paper that acts on this model's family."""
     settings, adding = weights_settings(config), bool(decoder.family.residuals)
     methods = [settings[key] for key in ("selector", "solver") if settings[key]]
     words = [" + ".join(method["name"] + " weights" * method.get("weights", False) for method in methods), str(config.pattern)]
     words += [to_dict(config)["layers"]] if config.layers else []
     if config.target.dense_stream:
         words.append(f"dense target {config.target.alpha:g}")
-        words += [f"of the residual stream {config.target.gamma:g}"] if config.target.gamma and adding else []
-        words += ["weighed tokens"] if config.target.weigh_tokens and adding else []
+        words += [f"residual drift {config.target.gamma:g}"] if config.target.gamma and adding else []
+        words += ["weighted tokens"] if config.target.weigh_tokens and adding else []
     if config.recapture:
         words.append("recapture")
     if config.refine:

@@ -1,4 +1,4 @@
-"""What a run reads: the model on the mesh, the texts, and the manifest that says whether two runs are the same."""
+"""Opens what a run reads: the model on the mesh and the texts. Makes the manifest that says whether two runs are the same."""
 
 import functools
 import json
@@ -31,9 +31,9 @@ class Texts(NamedTuple):
     """The token windows of a run.
 
     Attributes:
-      calibration: what the model is calibrated on, and behind it the held-out windows.
-      evaluation: what the model is scored on.
-      distillation: [windows, length] int32, what the pruned model is trained on; None where it is not trained.
+      calibration: the windows that the model is calibrated on, and after them the held-out windows.
+      evaluation: the windows that the model is scored on.
+      distillation: [windows, length] int32, the windows that the pruned model is trained on; None without distillation.
     """
 
     calibration: Tokens
@@ -42,7 +42,7 @@ class Texts(NamedTuple):
 
     @classmethod
     def of(cls, config: RunConfig, drawn: Tokens, evaluation: Tokens) -> "Texts":
-        """Cuts what was drawn from the calibration text: windows of calibration, of distillation, held-out ones."""
+        """Splits the windows drawn from the calibration text: first calibration, then distillation, then held-out windows."""
         if config.distill is None:
             return cls(drawn, evaluation)
         first, last = config.calibration.samples, config.calibration.samples + config.distill.windows
@@ -51,10 +51,10 @@ class Texts(NamedTuple):
 
 
 def open_model_on_mesh(config: RunConfig) -> Model:
-    """The model of a run, opened and checked; no weight is read yet.
+    """Opens and checks the model of a run. Reads no weight yet.
 
     Raises:
-      UserError: the model or the mesh is not what it must be.
+      UserError: the model cannot be opened or is not supported, or the mesh does not fit the devices.
     """
     mesh = make_mesh(config.mesh)
 
@@ -68,18 +68,18 @@ def open_model_on_mesh(config: RunConfig) -> Model:
 
 
 def read_texts(config: RunConfig, model: Model, console: Console | None = None) -> Texts:
-    """The token windows of a run. Process 0 reads the texts, and the others get the tokens from it.
+    """The token windows of a run. Process 0 reads the texts and sends the tokens to the other processes.
 
-    Of a calibration text that every process can read, each one reads and tokenises a part. The tokens are the same for any
-    number of processes, and with or without the token cache. Calibration text that the model writes itself is read from the run
-    directory, where an earlier start of the run kept it.
+    If every process can read the calibration text, each process reads and tokenises a part of it. The tokens are the same for
+    any number of processes, and with or without the token cache. Calibration text that the model writes itself is read from the
+    run directory if an earlier start of the run saved it there.
 
     Args:
-      console: where the progress of writing it is told.
+      console: prints the progress while the model writes calibration text.
 
     Raises:
-      UserError: a text can't be read, is too short, or does not fit the model; or both would be the same text; or the model
-        that is to write text does not fit the devices as a whole.
+      UserError: a text can't be read, is too short or does not fit the model; both texts are the same; or a model that writes
+        its own calibration text does not fit the devices as a whole.
     """
     plan = together(lambda: _plan_reading(config, model))
     draw = functools.partial(data.calibration_tokens, plan.calibration, plan.tokenizer, **plan.draw)
@@ -87,10 +87,10 @@ def read_texts(config: RunConfig, model: Model, console: Console | None = None) 
     kept = TokenCache.of_user().tokens if config.token_cache else lambda key, draw: draw()
 
     def draw_together(source: data.TextSource) -> Tokens:
-        together(lambda: source.documents("calibration"))  # or one would fail where the others wait for it
+        together(lambda: source.documents("calibration"))  # otherwise one process could fail while the others wait
         try:
             return draw(over=spread)
-        except UserError as error:  # all of them have the same documents
+        except UserError as error:  # the same in every process, which have the same documents
             raise SharedError(str(error)) from error
 
     def calibration() -> Tokens:
@@ -102,7 +102,7 @@ def read_texts(config: RunConfig, model: Model, console: Console | None = None) 
             lambda: draw_together(source) if data.read_by_all(source) and not alone() else from_first(draw),
         )
 
-    # The evaluation text first: what is wrong with it is found before the model writes for minutes.
+    # The evaluation text first: an error in it should appear before the model writes for minutes.
     evaluation = kept(lambda: token_key(plan.evaluation, "evaluation", model.pretrained, **plan.score), lambda: from_first(score))
     drawn = calibration()
     together(lambda: check_ids([drawn.ids, evaluation.ids], model))
@@ -124,7 +124,7 @@ class _Score(TypedDict):
 
 
 class _Reading(NamedTuple):
-    """What is read, and the settings of ``data.calibration_tokens`` and ``data.evaluation_tokens``."""
+    """The sources and the tokenizer, and the arguments of ``data.calibration_tokens`` and ``data.evaluation_tokens``."""
 
     calibration: data.Source
     evaluation: data.Source
@@ -134,7 +134,7 @@ class _Reading(NamedTuple):
 
 
 def refuse_beyond_context(config: RunConfig, model: PretrainedConfig) -> None:
-    """Raises UserError where windows are longer than the context that a model's config.json names."""
+    """Raises UserError if windows are longer than the context that a model's config.json names."""
     limit = getattr(model.get_text_config(), "max_position_embeddings", None)
     for name in ("calibration", "evaluation"):
         length = getattr(config, name).length
@@ -150,8 +150,8 @@ def _plan_reading(config: RunConfig, model: Model) -> _Reading:
     text = config.calibration
     if config.distill and isinstance(source, data.SelfGenerated):
         raise UserError(
-            "expected a calibration text that holds more windows where distill is kl, got self, which the model writes window by "
-            "window; choose c4, wikitext2, pydoc or file:PATH"
+            "expected a stored calibration text for --distill kl, which draws more windows from it, got self, which the model "
+            "writes window by window; choose c4, wikitext2, pydoc or file:PATH"
         )
     length = config.evaluation.length or text.length
     refuse_beyond_context(config, model.pretrained.config)
@@ -171,9 +171,9 @@ def _plan_reading(config: RunConfig, model: Model) -> _Reading:
 
 
 def manifest_of(config: RunConfig, model: Model, texts: Texts) -> dict[str, Any]:
-    """What decides the pruned weights and the layers' errors: two runs with one manifest give one result.
+    """All that decides the pruned weights and the layers' errors: runs with equal manifests have equal results.
 
-    Reads and checks the masks of a run whose masks come from elsewhere.
+    Reads and checks the masks of a run that imports its masks.
 
     Raises:
       UserError: pattern, layer rules or masks do not fit the model, or another process has another manifest.
@@ -208,7 +208,7 @@ def _manifest(config: RunConfig, model: Model, texts: Texts) -> dict[str, Any]:
         )
         if config.selector.weights:
             manifest["weights"] = check_weights(open_given(config.selector), pruned)
-        del manifest["recipe"]["selector"]["path"]  # it is the masks that decide, wherever they lie
+        del manifest["recipe"]["selector"]["path"]  # the masks decide the result, not their path
     return json.loads(json.dumps(manifest))  # as a file holds it, without tuples
 
 

@@ -3,27 +3,28 @@
     RUN/run.json                what a resume must agree with, and the full configuration
     RUN/assets/                 the source's configuration, tokenizer and licence files, byte for byte
     RUN/journal/block_0000/     one Orbax checkpoint for each finished block: its weights, masks and report
-    RUN/activations/block_0000/ the hidden states after one of the last blocks, one file of each process; with a dense target
-                                those of the dense model too
+    RUN/activations/block_0000/ the hidden states after one of the last blocks, one file for each process; with a dense target
+                                the dense model's hidden states too
 
-Each of these appears under its name in one step, after its contents are on the disk (in a bucket it counts from one step on,
-see ``optima_tpu.runtime.files``), so kill -9 at any moment leaves a directory from which the same command goes on. Each carries the
-SHA-256 of its files (in a bucket the CRC32C that the store has of each): what was damaged since is found when the journal is
-opened, and done again. Hidden states are written before the journal entry of their block, and older ones are removed after it;
-those after the next blocks, or missing and damaged ones, are computed again from the finished blocks. Of many samples they are
-larger than a block, so where blocks take seconds they are not written after each: what is computed again takes less time than
-``STATES_EVERY``.
+Each file or folder gets its name in one step, after its contents are on the disk. (In a bucket it counts as finished from one
+step on, see ``optima_tpu.runtime.files``.) So kill -9 at any moment leaves a directory that the same command can resume. Each
+carries the SHA-256 of its files, in a bucket the CRC32C that the store computes. Opening the journal checks them, and the run
+prunes a damaged block again.
+
+Hidden states are written before the journal entry of their block, and older ones are removed after it. Hidden states that are
+missing or damaged, or that later blocks need, are computed again from the finished blocks. Hidden states of many samples are
+larger than a block, so they are written at most every ``STATES_EVERY`` seconds. Computing them again takes less time than that.
 
 Orbax's own checkpoint manager (0.12) is not used, although each entry is an Orbax checkpoint. It too gives a step its name only
-when it is written, but it lacks what a journal needs. It keeps no checksum of the arrays: a flipped bit is loaded as if it had
+when it is written, but it lacks what a journal needs. It stores no checksum of the arrays: a flipped bit is loaded as if it had
 been saved. It does not wait until its own records and the new name are on the disk. It removes old steps file by file under their
-names, so one that was half removed when the program was killed still counts. It skips a step before the last one when that is
-saved again, as for a block that was found damaged, unless it is forced to. Of arrays on the hosts it keeps those of the first
-process, where each process has hidden states of its own. It has no lock against a second program, does not compare the recipe with
-that of the run it goes on with, and SIGTERM ends it in the middle of a save.
+final names, so a step that was half removed when the program was killed still counts. When an earlier step is saved again, as for
+a damaged block, it skips the save unless it is forced. Of arrays on the hosts it stores only the first process's, but each
+process has its own hidden states. It has no lock against a second program, does not compare the recipe with the recipe of the
+run that it resumes, and SIGTERM ends it in the middle of a save.
 
-Saves are synchronous: a block takes a fraction of a second where pruning it takes many, and an asynchronous one would have to
-be waited for before the old hidden states are removed. SIGTERM waits for the end of a save.
+Saves are synchronous: saving a block takes a fraction of a second, pruning it takes many. An asynchronous save would have to
+finish anyway before the old hidden states are removed. SIGTERM waits for the end of a save.
 """
 
 import json
@@ -76,7 +77,7 @@ _SUMS = "sha256-{}.json"
 
 
 def prepare_directory(directory: str | Path, manifest: Mapping[str, Any]) -> Path:
-    """The directory of a run, made if missing, once it is sure that this run may be kept there. Nothing is written into it.
+    """Checks that a run may use ``directory``, and returns it, made if missing. Writes nothing into it.
 
     Raises:
       UserError: as :func:`open_journal`.
@@ -88,7 +89,7 @@ def prepare_directory(directory: str | Path, manifest: Mapping[str, Any]) -> Pat
         with writing(directory, "choose another --output"):
             if (directory / RUN).exists():
                 refuse_another(directory, manifest)
-            # A run that was killed while it wrote its first file left nothing but its lock and that file's beginning.
+            # A run that was killed while it wrote its first file left only its lock and the beginning of this file.
             elif directory.exists() and any(child.name not in left for child in directory.iterdir()):
                 raise UserError(f"{directory} holds files that are not a run of this program; choose another --output")
             directory.mkdir(parents=True, exist_ok=True)
@@ -103,7 +104,7 @@ def open_journal(
     assets: Mapping[str, bytes],
     configuration: Mapping[str, Any] | None = None,
 ) -> "Journal":
-    """Starts a run in ``directory``, or goes on with the one that is there. Every process calls it.
+    """Starts a run in ``directory``, or resumes the run in it. Every process calls it.
 
     Args:
       directory: created if missing.
@@ -113,10 +114,10 @@ def open_journal(
       configuration: JSON values that are recorded beside the manifest and not compared.
 
     Raises:
-      UserError: the directory holds a run with another manifest (every differing key is named with both values) or
-        something else than a run, or cannot be written, or not every process sees it. Nothing in it was touched.
+      UserError: the directory holds a run with another manifest (the message names every differing key with both values), holds
+        something else than a run, cannot be written, or is not visible to every process. Nothing in it was changed.
     """
-    directory = prepare_directory(directory, manifest)  # again: what opens a journal need not have asked before
+    directory = prepare_directory(directory, manifest)  # checked again: not every caller has called it before
 
     def begin():
         with writing(directory, "choose another --output"):
@@ -133,8 +134,8 @@ def open_journal(
     def seen():
         if not (directory / RUN).exists():
             raise UserError(
-                f"expected the run directory that process 0 made, got no {directory}: give an --output on a file "
-                "system that all hosts share"
+                f"expected the run directory that process 0 made, but {directory} does not exist on this host: give an --output "
+                "on a file system that all hosts share"
             )
 
     first_only(begin)
@@ -143,7 +144,7 @@ def open_journal(
 
 
 def finished_blocks(directory: str | Path) -> list[int]:
-    """The blocks of a run that were saved, ascending; whether they are still whole is not looked at."""
+    """The indices of a run's saved blocks, ascending. Does not check whether they are damaged."""
     names = {path.name for path in (as_path(directory) / _JOURNAL).glob("block_*")}
     return sorted(int(match[1]) for name in names if (match := _ENTRY.fullmatch(name)) and name + PARTIAL not in names)
 
@@ -152,9 +153,9 @@ class Journal:
     """The finished blocks of one run. Made by :func:`open_journal`; one program writes it at a time.
 
     Attributes:
-      directory: of the run.
-      finished: the blocks that are done and whole.
-      damaged: what was found damaged, for the person: {block: reason}. Such a block counts as not finished.
+      directory: the directory of the run.
+      finished: the indices of the blocks that are saved and not damaged.
+      damaged: {index: reason} of the damaged blocks, for messages. A damaged block does not count as finished.
     """
 
     def __init__(self, directory: Path):
@@ -173,9 +174,9 @@ class Journal:
         activations: Activations,
         dense: Activations | None = None,
     ) -> None:
-        """Makes a block durable. When this returns, the run can be stopped without losing it. Every process calls it.
+        """Saves a block durably. When this returns, the run can be stopped without losing the block. Every process calls it.
 
-        The hidden states are written where it is long enough since the last ones were.
+        Hidden states are written only if the last ones are at least ``STATES_EVERY`` seconds old.
 
         Args:
           index: the block.
@@ -183,10 +184,10 @@ class Journal:
           masks: HF name of a weight -> [d_out, d_in] bool, True where the weight was kept.
           report: JSON values.
           activations: the hidden states after the block, in the model's dtype.
-          dense: those of the dense model, of the same samples, where the run has them.
+          dense: the dense model's hidden states of the same samples, if the run has them.
 
         Raises:
-          UserError: the disk is full or not writable. The blocks before are intact.
+          UserError: the disk is full or not writable. The earlier blocks are intact.
         """
         if stray := set(masks) - set(weights):
             raise ValueError(f"masks without weights: {sorted(stray)}")
@@ -201,7 +202,7 @@ class Journal:
             with writing(entry, remedy):
                 for path in (entry, states):
                     begin(path)
-                    remove(path)  # damaged, or of a block that was not finished
+                    remove(path)  # left by a damaged or unfinished block
                 if due:
                     partial_states.mkdir()
 
@@ -248,19 +249,19 @@ class Journal:
         return read_metadata(self.entry(index)).custom_metadata["report"]
 
     def last_activations(self, mesh: Mesh, before: int, samples: int, name: str = HIDDEN) -> tuple[int, Activations] | None:
-        """The last block before the given one whose hidden states are there and whole, and these; None where there is none."""
+        """The last block before ``before`` with undamaged saved hidden states, and these; None if there is no such block."""
         for index in reversed(range(before)):
             if (found := self.activations(mesh, index, samples, name)) is not None:
                 return index, found
         return None
 
     def activations(self, mesh: Mesh, index: int, samples: int, name: str = HIDDEN) -> Activations | None:
-        """The hidden states after a finished block, those of this process; None where they are not there or not whole.
+        """This process's hidden states after a finished block; None if they are missing or damaged.
 
         Args:
-          mesh: which may be another than the one they were saved from.
-          samples: how many there are.
-          name: ``HIDDEN``, or ``DENSE`` for those of the dense model.
+          mesh: may differ from the mesh that they were saved from.
+          samples: the number of all samples.
+          name: ``HIDDEN``, or ``DENSE`` for the dense model's hidden states.
         """
         folder = self._states(index)
         if not from_first(lambda: folder.is_dir() and not damage(folder)):
@@ -271,7 +272,7 @@ class Journal:
             with read_here(path) as here, safetensors.safe_open(here, framework="np") as file:
                 rows = file.get_tensor("rows")
                 mine = np.isin(rows, wanted)
-                if name in file.keys():  # also where none is mine: a process may hold no sample, but has their shape
+                if name in file.keys():  # also if none is mine: a process without samples still needs their shape
                     states, places = file.get_tensor(name), np.searchsorted(wanted, rows[mine])
                     values = np.empty((len(wanted), *states.shape[1:]), states.dtype) if values is None else values
                     values[places], found[places] = states[mine], True
@@ -291,12 +292,12 @@ class Journal:
 
 
 def _write_states(folder: Path, activations: Activations, dense: Activations | None) -> None:
-    """Writes those samples of a process that no earlier process holds, and their checksum."""
+    """Writes the samples of this process that no process with a lower number holds, and their checksum."""
     rows = _owned_rows(activations)
     if not len(rows) and not is_first():
         return
     path = folder / f"part_{jax.process_index():04d}.safetensors"
-    # safetensors writes the buffer as it lies in memory, whatever the strides.
+    # safetensors writes the memory buffer and ignores the strides.
     streams = {HIDDEN: activations} | ({DENSE: dense} if dense else {})
     states = {name: np.ascontiguousarray(stream.take(rows)) for name, stream in streams.items()}
     with written_here(path) as here:
@@ -305,7 +306,7 @@ def _write_states(folder: Path, activations: Activations, dense: Activations | N
 
 
 def _owned_rows(activations: Activations) -> np.ndarray:
-    """The samples that this process writes: those of the slices of which it is the first process to have a device."""
+    """The samples that this process writes: the slices of the data axis in which no process has a lower number."""
     slices = [
         index
         for index, devices in enumerate(activations.mesh.devices)
@@ -316,14 +317,14 @@ def _owned_rows(activations: Activations) -> np.ndarray:
 
 
 def write_sums(folder: Path, files: list[Path] | None = None, label: str = "all") -> None:
-    """Leaves in a folder the checksums of files in it, of all where none are named; see :func:`damage`."""
+    """Writes the checksums of ``files`` into their folder, of all its files by default; see :func:`damage`."""
     files = list(files_in(folder)) if files is None else files
     sums = {path.relative_to(folder).as_posix(): digest(path) for path in files}
     (folder / _SUMS.format(label)).write_text(json.dumps(sums))
 
 
 def damage(folder: Path) -> str:
-    """What is wrong with a folder that was saved with checksums; empty where nothing is."""
+    """Says what is damaged in a folder that was saved with checksums; empty if nothing is."""
     records = sorted(folder.glob(_SUMS.format("*")))
     if not records:
         return "its checksums are missing"
@@ -338,7 +339,7 @@ def damage(folder: Path) -> str:
                 if found != size:
                     return f"{name} has {found} bytes where {size} were written"
                 if checksum != written:
-                    return f"{name} is not what was written"
+                    return f"{name} has changed since it was written"
         except (OSError, ValueError) as error:
             return f"{record.name} cannot be read ({error})"
     return ""

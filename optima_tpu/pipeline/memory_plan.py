@@ -1,14 +1,14 @@
-"""What fits on a device: where a layer's Hessian lies, how many rows are solved at once, how many Hessians are held at once.
+"""Decides what fits on a device: the layout of a layer's Hessian, the rows solved at once, the Hessians held at once.
 
-All of it follows from one budget of bytes. What pruning the matrices of one layer input takes is modelled as
+All of it follows from one budget in bytes. The memory for pruning the matrices that read one input is modelled as
 
     4 bytes * f * (d_in * (hessians + 2 m - 1)  +  held * r  +  vectors * b)     (and a few panels where the Hessian is split)
 
-with ``r`` rows on a device, ``b`` of them at once and ``f`` features of each: ``d_in``, or ``d_in / model`` where the Hessian is
-split over the model axis. ``hessians`` and ``vectors`` are the recipe's :class:`Footprint`, ``held`` are the rows that
-``prune_group`` keeps before and after the solve, and ``m`` matrices are held of the calibration and of the held-out tokens
-each: the Hessian, and with a dense target the cross term. The numbers were fitted to what XLA reports for ``prune_group``
-(arguments, outputs and temporaries; CPU, jax 0.10) and rounded up.
+A device holds ``r`` rows and solves ``b`` of them at once. Of each row it holds ``f`` features: ``d_in``, or ``d_in / model`` if
+the Hessian is split over the model axis. ``hessians`` and ``vectors`` are the recipe's :class:`Footprint`. ``held`` counts the
+vectors that ``prune_group`` keeps for each row before and after the solve. ``m`` matrices are held for the calibration tokens
+and as many for the held-out tokens: the Hessian, and with a dense target the cross term. The numbers were fitted to XLA's report
+for ``prune_group`` (arguments, outputs and temporaries; CPU, jax 0.10) and rounded up.
 """
 
 import dataclasses
@@ -30,38 +30,38 @@ from optima_tpu.pipeline.calibrate import stages
 from optima_tpu.runtime.device_memory import GIB
 from optima_tpu.runtime.mesh import DATA, MODEL, bytes_on_device, struct_on
 
-# Of the budget, for the Hessians of a pass: while they are accumulated, products and sums of the same size lie beside them.
+# The share of the budget for the Hessians of a pass: while they are accumulated, products and sums of the same size exist too.
 _HESSIANS_SHARE = 0.25
 
-# A block's weights lie on the devices as they were read and as they are pruned, with their masks.
+# The devices hold a block's weights twice, as read and as pruned, and its masks.
 _BLOCK_COPIES = 2.5
 
 # Fitted: 7.5 vectors a row (dense, masked, linear, solved, stored before and after).
 _HELD = 8
 
-# With a dense target: its pull on both sets of tokens, and the best so far where it is tuned.
+# With a dense target: its linear term for both sets of tokens, and the best weights so far if it is tuned.
 _HELD_FOR_TARGET = 3
 
-# Where the drift of the residual stream is aimed at: as it comes and as it is laid out, of both sets of tokens.
+# With the residual-drift correction: the drift as accumulated and as laid out for the solve, for both sets of tokens.
 _HELD_FOR_RESIDUAL = 4
 
-# Where the Hessian is split, its inverse is made with panels of so many columns, and this many of them exist at once.
+# A split Hessian is inverted in panels of _PANEL columns, and _PANELS of them exist at once.
 _PANEL, _PANELS = 128, 4
 
-# Fewer rows at once leave a device waiting for the bytes of the Hessian; it is done where nothing else fits.
+# With fewer rows at once a device mostly waits for the bytes of the Hessian: taken only if nothing else fits.
 _FEW_ROWS = 64
 
 
 @dataclasses.dataclass(frozen=True)
 class GroupLoad:
-    """What pruning the matrices that read one input holds on the devices.
+    """The memory that pruning the matrices of one input holds on the devices.
 
     Attributes:
       d_in: size of the input.
-      rows: of all matrices together.
+      rows: number of rows of all matrices together.
       footprint: of the recipe's methods.
-      streams: matrices [d_in, d_in] of each set of tokens; 2 with a dense target.
-      residual: whether the drift of the residual stream is aimed at.
+      streams: number of matrices [d_in, d_in] for each set of tokens; 2 with a dense target.
+      residual: whether the target includes the residual-drift correction.
     """
 
     d_in: int
@@ -71,11 +71,11 @@ class GroupLoad:
     residual: bool = False
 
     def rows_each(self, mesh: Mesh | AbstractMesh, split: bool) -> int:
-        """The rows of a device."""
+        """The number of rows on a device."""
         return -(-self.rows // (mesh.shape[DATA] if split else mesh.size))
 
     def bytes(self, mesh: Mesh | AbstractMesh, split: bool, batch: int) -> float:
-        """On a device, with ``batch`` of its rows at once: the equation of the module."""
+        """Bytes on a device, with ``batch`` of its rows at once, by the equation of the module."""
         model = mesh.shape[MODEL]
         features = self.d_in / model if split else self.d_in
         # A product with split features gathers the rows: a whole row for A and one for X are ``model`` parts each.
@@ -90,13 +90,13 @@ class GroupLoad:
         return self.footprint.split and self.d_in % mesh.shape[MODEL] == 0 and mesh.shape[MODEL] > 1
 
     def layout(self, mesh: Mesh, budget: float) -> Layout | None:
-        """The first that fits of: the Hessian on every device and enough rows at once, the Hessian split, both with few rows.
+        """The first layout that fits: a replicated Hessian and enough rows at once, a split one, then both with few rows.
 
         Args:
-          budget: bytes of a device that are left for it.
+          budget: bytes that are left for the group on a device.
 
         Returns:
-          None where none fits.
+          None if no layout fits.
         """
         if budget == math.inf:
             return ON_EVERY_DEVICE
@@ -119,10 +119,10 @@ class Pass(NamedTuple):
 
 
 def block_passes(decoder: Decoder, index: int, groups: Groups, recipe: Recipe, budget: float) -> tuple[Pass, ...]:
-    """The layers of a block that are pruned, in passes with a layout each, whose Hessians fit a share of the budget.
+    """Divides the pruned layers of a block into passes whose Hessians fit a share of the budget; each group gets a layout.
 
     Args:
-      groups: layers that read one input together.
+      groups: layers that read the same input.
       budget: see ``runtime.device_memory``; infinite for one pass with everything on every device.
 
     Raises:
@@ -134,7 +134,7 @@ def block_passes(decoder: Decoder, index: int, groups: Groups, recipe: Recipe, b
 
 
 def group_load(decoder: Decoder, names: tuple[str, ...], recipe: Recipe) -> GroupLoad:
-    """What pruning some layers that read one input holds."""
+    """The load of pruning some layers that read one input."""
     shapes, residuals = [decoder.block_shapes[name + ".weight"] for name in names], aimed_residuals(decoder, recipe)
     return GroupLoad(
         shapes[0][1],
@@ -146,7 +146,7 @@ def group_load(decoder: Decoder, names: tuple[str, ...], recipe: Recipe) -> Grou
 
 
 def aimed_residuals(decoder: Decoder, recipe: Recipe) -> Collection[str]:
-    """The layers whose target holds the drift of the residual stream."""
+    """The layers whose target includes the residual-drift correction."""
     return decoder.family.residuals if recipe.target.gamma else ()
 
 
@@ -164,11 +164,11 @@ class _Block:
         return self.decoder.prefix(self.index)
 
     def passes(self, groups: Groups) -> tuple[Pass, ...]:
-        """The groups, in their order."""
+        """Divides the groups into passes, in their order."""
         try:
             return self._cut(groups, _HESSIANS_SHARE)
         except UserError:
-            return self._cut(groups, 0)  # one layer input at a time leaves it the most
+            return self._cut(groups, 0)  # one layer input at a time leaves the most memory for it
 
     def _cut(self, groups: Groups, share: float) -> tuple[Pass, ...]:
         cut: list[list[tuple[str, ...]]] = []
@@ -188,8 +188,9 @@ class _Block:
 
     def _layout(self, names: tuple[str, ...], part: Sequence[tuple[str, ...]]) -> Layout:
         load, mesh = group_load(self.decoder, names, self.recipe), self.decoder.mesh
-        # The statistics of the input itself are counted with its load. But in columns they are gathered from others that stay,
-        # and a TPU that makes its inverses alone takes about as much again for panels, which were not fitted.
+        # The load counts the statistics of its own input once. But statistics that are split by columns are gathered into copies
+        # while the originals stay. And a TPU that computes inverses alone needs about as much again for panels, which were not
+        # fitted.
         as_they_come = mesh.shape[MODEL] == 1 and divided(load.d_in, mesh.size)
         beside = sum(self._hessians(other) for other in part if other != names or not as_they_come)
         left = self.budget - _BLOCK_COPIES * block_bytes(self.decoder, self.index) - beside
@@ -205,16 +206,16 @@ class _Block:
         titles += [recipe.update(recipe.pattern).title] * (recipe.solver is not None)
         where = "split over the model axis" if load.can_split(mesh) else "on every device"
         return (
-            f"{self.prefix}{name} has {load.d_in} inputs: with its Hessian {where}, {' and '.join(titles)} would take "
-            f"{least / GIB:.3g} GiB a device, expected at most {max(left, 0) / GIB:.3g} GiB, what --device_memory leaves beside "
-            "weights and Hessians. Take --selector wanda, --refine null and --solver cg with a damping of 1e-4 or more, for which "
-            f"a Hessian can be split, on a --mesh with a larger model axis that divides {load.d_in}; or a larger "
+            f"{self.prefix}{name} has {load.d_in} inputs: with its Hessian {where}, {' and '.join(titles)} would need "
+            f"{least / GIB:.3g} GiB on a device, expected at most {max(left, 0) / GIB:.3g} GiB, the part of --device_memory that "
+            "weights and other Hessians leave. Use --selector wanda, --refine null and --solver cg with a damping of 1e-4 or "
+            f"more, which can split a Hessian, on a --mesh with a larger model axis that divides {load.d_in}; or a larger "
             "--device_memory, or devices with more memory"
         )
 
 
 def block_bytes(decoder: Decoder, index: int) -> float:
-    """The bytes on each device of a block's parameters as they are read."""
+    """The bytes of a block's parameters on each device, as read."""
     prefix, tensors = decoder.prefix(index), decoder.tensors
     return bytes_on_device(
         *(
@@ -225,8 +226,8 @@ def block_bytes(decoder: Decoder, index: int) -> float:
 
 
 def fitted(decoder: Decoder, groups: Groups, recipe: Recipe, budget: float) -> str:
-    """What of a run is split or done in parts to fit the devices. Raises UserError where a layer does not."""
-    # Blocks differ only where rules or dtypes do: each text once.
+    """Describes what a run splits or does in parts to fit the devices. Raises UserError if a layer does not fit."""
+    # Blocks differ only if their rules or dtypes differ: each text appears once.
     found = (
         [block_passes(decoder, index, groups, recipe, limit) for limit in (budget, math.inf)]
         for index in range(decoder.config.blocks)
@@ -236,11 +237,11 @@ def fitted(decoder: Decoder, groups: Groups, recipe: Recipe, budget: float) -> s
 
 
 def described(found: Sequence[Pass], ordinary: int = 1) -> str:
-    """What is split or done in parts, for the person who reads; empty in the ordinary case.
+    """Describes in words what is split or done in parts; empty in the ordinary case.
 
     Args:
-      found: of a block.
-      ordinary: how many passes there are with memory enough.
+      found: the passes of a block.
+      ordinary: the number of passes with enough memory.
     """
     told: dict[str, None] = {}  # in the order of the layers, each once
     for names, where in (pair for each in found for pair in zip(*each)):

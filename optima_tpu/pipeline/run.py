@@ -1,4 +1,4 @@
-"""One run, from a checkpoint to a pruned one: what happens after the command line was read."""
+"""One run, from a dense checkpoint to a pruned one, after the command line was read."""
 
 import contextlib
 from typing import Any
@@ -25,21 +25,21 @@ def run(
     texts: Texts | None = None,
     dense: float | None = None,
 ) -> dict[str, Any]:
-    """Prunes a model as ``config`` says, or goes on where the same run was stopped.
+    """Prunes a model as ``config`` says, or resumes the same run where it was stopped.
 
-    For a finished run it prints the summary again and changes nothing. Everything that can be wrong with the input is found before
-    the first block: model, mesh, pattern, texts, output.
+    For a finished run it prints the summary again and changes nothing. All input is checked before the first block: model, mesh,
+    pattern, texts, output.
 
     Args:
-      model: from :func:`open_model_on_mesh`, where several runs share it.
+      model: from :func:`open_model_on_mesh`, if several runs share it.
       texts: from :func:`read_texts`.
-      dense: the perplexity of the dense model on these texts, where it is known.
+      dense: the perplexity of the dense model on these texts, if it is known.
 
     Returns:
-      What report.json holds.
+      The contents of report.json.
 
     Raises:
-      UserError: something the user can mend; nothing of an earlier run was overwritten.
+      UserError: a mistake that the user can correct. Nothing of an earlier run was overwritten.
     """
     console = console or Console(quiet=not is_first())
     agree("settings and code", flat(to_dict(config) | {"process_id": None, "code": code_version()}))

@@ -1,4 +1,4 @@
-"""Calibration on text that the dense model writes itself, and how that text is kept for the whole of a run."""
+"""Calibration on text that the dense model writes itself, and how a run saves this text."""
 
 import dataclasses
 import io
@@ -26,14 +26,14 @@ CALIBRATION = "calibration.npy"
 
 
 def self_calibration(config: RunConfig, pretrained: Pretrained, decoder: Decoder, console: Console | None = None) -> Tokens:
-    """The windows of a run that the dense model writes, or those that the run has kept of them. Every process calls it.
+    """Calibration windows that the dense model writes, or that an earlier start of the run saved. Every process calls it.
 
-    A window begins with the tokenizer's BOS, or with its EOS where it has none: what stands before a document in packed text.
-    Where the model draws an EOS, the next document begins in the same window: with a BOS if the tokenizer puts one before every
-    text, with what the model draws otherwise. No window ends early.
+    A window begins with the tokenizer's BOS, or with its EOS if it has no BOS: in packed text this token precedes a document.
+    After an EOS that the model draws, the next document begins in the same window: with a BOS if the tokenizer puts one before
+    every text, otherwise with the next token that the model draws. Every window has its full length.
 
     Args:
-      console: where the progress is told.
+      console: prints the progress.
 
     Raises:
       UserError: the tokenizer has neither token; or see :func:`optima_tpu.models.generate.generate`.
@@ -45,8 +45,8 @@ def self_calibration(config: RunConfig, pretrained: Pretrained, decoder: Decoder
     start = eos if bos is None else bos
     if start is None:
         raise UserError(
-            "expected a tokenizer with a BOS or an EOS token, with which text that the model writes begins; its "
-            "tokenizer_config.json names none: add one, or choose another --calibration.source"
+            "expected a tokenizer with a BOS or an EOS token, since the text that the model writes begins with one, got a "
+            "tokenizer_config.json that names neither: add one, or choose another --calibration.source"
         )
     count = text.samples + text.held_out
     ids = from_first(lambda: _kept(config.run_directory, generated_by(config)))
@@ -73,7 +73,7 @@ def self_calibration(config: RunConfig, pretrained: Pretrained, decoder: Decoder
 
 
 def keep_calibration(directory: Path, manifest: Mapping[str, Any], calibration: Tokens) -> None:
-    """Keeps what the model wrote in the directory of its run: another mesh might write other windows, by rounding."""
+    """Saves the text that the model wrote into the directory of its run: by rounding, another mesh might write other text."""
     if "generated" in manifest and _kept(directory, manifest) is None:
         file = io.BytesIO()
         np.save(file, calibration.ids)
@@ -82,16 +82,16 @@ def keep_calibration(directory: Path, manifest: Mapping[str, Any], calibration: 
 
 
 def generated_by(config: RunConfig) -> Mapping[str, Any]:
-    """What a manifest says of windows that the model wrote, beside their digests; nothing for other sources."""
+    """The manifest's entry for windows that the model wrote, in addition to their digests; empty for other sources."""
     text = config.calibration
     return {"generated": dataclasses.asdict(text)} if isinstance(parse_source(text.source), SelfGenerated) else {}
 
 
 def _kept(directory: Path, wanted: Mapping[str, Any]) -> np.ndarray | None:
-    """The windows that a run has kept; None where there is no run, or where they are not those that it began with.
+    """The windows that a run saved; None if there is no run, or if these are not the windows that it began with.
 
     Raises:
-      UserError: the run's windows come from elsewhere, or were made in another way than ``wanted["generated"]`` says.
+      UserError: the run's windows have another source, or were made with other settings than ``wanted["generated"]``.
     """
     if not (directory / RUN).exists():
         return None
@@ -100,7 +100,7 @@ def _kept(directory: Path, wanted: Mapping[str, Any]) -> np.ndarray | None:
     samples = wanted["generated"]["samples"]
     try:
         ids = np.load(io.BytesIO((directory / CALIBRATION).read_bytes()), allow_pickle=False)
-    except (OSError, ValueError, EOFError):  # written again, and refused by the digests if that comes out otherwise
+    except (OSError, ValueError, EOFError):  # written again; if the result differs, its digests refuse it
         return None
     whole = [token_digest(ids[:samples]), token_digest(ids[samples:])] == [manifest["calibration"], manifest["held_out"]]
     return ids if whole else None

@@ -1,7 +1,7 @@
 """The stages of a run, in their order: what each needs, whether it is done, and how to do it.
 
-A stage leaves its result in the run directory, so a run that was stopped takes the stages that are done from there and does the
-others. Inside the walk, whose stage is called "pruning", the journal does the same for every block.
+A stage writes its result into the run directory. A resumed run reads the results of finished stages and does the other stages.
+Inside the stage "pruning", which is the walk, the journal does the same for every block.
 """
 
 import contextlib
@@ -51,7 +51,7 @@ from optima_tpu.runtime.processes import first_only, from_first
 FOLDER, REPORT = "hf", "report.json"
 _DENSE, _LOSSES = "dense.json", "dense_losses.npy"
 _KEPT = 1 << 20
-"""So many tokens of the evaluation text are looked at one by one: their losses take 4 MB."""
+"""The number of evaluation tokens whose single losses are kept: they take 4 MB."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,9 +59,9 @@ class Opened:
     """A run whose inputs are open and checked. Nothing of it is written yet.
 
     Attributes:
-      manifest: what decides the pruned weights; see ``inputs.manifest_of``.
+      manifest: all that decides the pruned weights; see ``inputs.manifest_of``.
       walk: what is done to every block, with the pattern's sparsity.
-      directory: of the run.
+      directory: the directory of the run.
     """
 
     config: RunConfig
@@ -73,7 +73,7 @@ class Opened:
 
     @classmethod
     def of(cls, config: RunConfig, model: Model, texts: Texts, console: Console) -> "Opened":
-        """Checks that everything fits together and the devices, and says what will be done.
+        """Checks that all inputs fit together and fit the devices, and prints what the run will do.
 
         Raises:
           UserError: pattern, rules, masks or allocation do not fit the model, a layer does not fit the devices, or the directory
@@ -97,24 +97,25 @@ class Opened:
 
 @dataclasses.dataclass
 class Run:
-    """A run on its way: what its stages have made so far.
+    """A run in progress: the results of its stages so far.
 
     Attributes:
-      opened: its inputs.
-      progress: what the person sees.
+      opened: the inputs.
+      progress: prints the progress.
       resources: closed at the end of the run.
       dense: the perplexity of the dense model.
-      losses: the dense and the pruned model's loss on every token of the first windows of the evaluation text, where this start of
+      losses: the dense and the pruned model's loss on every token of the first windows of the evaluation text, if this start of
         the run measured them.
       journal: the finished blocks.
-      sinks: where records are sent too, and steps, which sends them.
-      allocation: the sparsity of every block, where they differ.
+      sinks: the services that receive records, in addition to the run directory.
+      steps: sends the records of finished blocks to the sinks.
+      allocation: the sparsity of every block, if the sparsities differ.
       blocks: the report of every block of the checkpoint.
-      distilled: what became of the distillation; None where there is none.
+      distilled: the outcome of the distillation; None without one.
       pruned: the perplexity of the pruned model.
       memory: the peaks before whole models are on the devices, see ``memory_peaks``.
-      continuations: what both models write after a few prompts; None where that is not tried.
-      report: what report.json holds.
+      continuations: what both models write after a few prompts; None if that is not tried.
+      report: the contents of report.json.
     """
 
     opened: Opened
@@ -139,11 +140,11 @@ class Stage:
     """A part of a run.
 
     Attributes:
-      name: what the person reads, and the key of its seconds in the report.
-      needs: the names of the stages before it whose results it reads.
-      done: whether the result is there; takes it from the run directory where an earlier start left it.
+      name: the name in the progress, and the key of its seconds in the report.
+      needs: the names of the earlier stages whose results it reads.
+      done: whether the result exists; reads it from the run directory if an earlier start wrote it.
       do: makes the result.
-      steps: how many steps of progress it has; None for a stage of which nothing is said.
+      steps: the number of its progress steps; None for a stage that shows no progress.
     """
 
     name: str
@@ -153,7 +154,7 @@ class Stage:
     steps: Callable[[Run], int] | None = None
 
     def take(self, run: Run) -> None:
-        """Does what is not done."""
+        """Does the stage, unless it is done."""
         if self.done(run):
             return
         if self.steps:
@@ -162,7 +163,7 @@ class Stage:
 
 
 def finished_report(opened: Opened) -> dict[str, Any] | None:
-    """report.json of a run that has nothing left to do, None of any other."""
+    """The contents of report.json if the run has nothing left to do, else None."""
     directory, config = opened.directory, opened.config
     report = read_record(directory / REPORT)
     if report is None or (config.export and not is_export_of(directory, directory / FOLDER)):
@@ -177,14 +178,14 @@ T = TypeVar("T")
 
 
 def _made(result: T | None) -> T:
-    """The result of an earlier stage: :data:`STAGES` has them in an order in which it is there."""
+    """The result of an earlier stage, which the order of :data:`STAGES` guarantees."""
     if result is None:
-        raise RuntimeError("a stage was taken before one that it needs")
+        raise RuntimeError("a stage ran before a stage that it needs")
     return result
 
 
 def _open_journal(run: Run) -> None:
-    """The run directory gets what a resume must agree with. From here on the run goes on where it was stopped."""
+    """Writes what a resume must agree with into the run directory. From here on the run can be resumed."""
     opened = run.opened
     run.journal = open_journal(opened.directory, opened.manifest, opened.model.pretrained.assets, to_dict(opened.config))
     first_only(lambda: keep_calibration(opened.directory, opened.manifest, opened.texts.calibration))
@@ -213,7 +214,7 @@ def _measure(run: Run, which: str, decoder: Decoder) -> float:
 
 
 def _record(run: Run) -> None:
-    """What was found so far goes into the run directory, and from there to the sinks."""
+    """Writes the results so far into the run directory, opens the sinks and sends them the finished blocks."""
     opened_run, config = run.opened, run.opened.config
     if run.journal is None:
         _open_journal(run)
@@ -225,7 +226,7 @@ def _record(run: Run) -> None:
 
 
 def _keep_dense(run: Run) -> None:
-    """Writes what the dense model made of the evaluation text. The losses first: dense.json names them by their digest."""
+    """Writes the dense model's perplexity and losses. The losses come first: dense.json holds their digest."""
     directory, digest = run.opened.directory, token_digest(run.opened.texts.evaluation.ids)
     path, before = directory / _DENSE, read_record(directory / _DENSE) or {}
     record: dict[str, Any] = {"tokens": digest, "perplexity": run.dense}
@@ -244,7 +245,7 @@ def _keep_dense(run: Run) -> None:
 
 
 def _dense_losses(run: Run) -> np.ndarray | None:
-    """The dense model's losses, of this start of the run or an earlier one; None where none has kept them."""
+    """The dense model's losses from this or an earlier start of the run; None if no start saved them."""
     if "dense" in run.losses:
         return run.losses["dense"]
     record = read_record(run.opened.directory / _DENSE) or {}
@@ -256,7 +257,7 @@ def _dense_losses(run: Run) -> np.ndarray | None:
 
 
 def _changes(run: Run) -> dict[str, Any] | None:
-    """Which tokens of the evaluation text got worse; None where the dense model's losses were not kept."""
+    """The tokens of the evaluation text that got worse; None if the dense model's losses were not saved."""
     dense, pruned, ids = _dense_losses(run), run.losses["pruned"], run.opened.texts.evaluation.ids
     if dense is None or dense.shape != pruned.shape:
         return None
@@ -321,7 +322,7 @@ def _distillation_steps(run: Run) -> int:
 def _write_checkpoint(run: Run) -> None:
     pretrained, decoder = run.opened.model
     journal = _made(run.journal)
-    # Where no step of a distillation was better than none, the blocks stay as they were pruned.
+    # If no step of the distillation improved the model, the blocks stay as they were pruned.
     blocks = Distilled(journal) if run.distilled and run.distilled.kept else journal
     write_checkpoint(blocks, pretrained.tensors, decoder.mesh, run.allocation and run.allocation.sparsity)
     run.progress.advance()
@@ -352,7 +353,7 @@ def _export(run: Run) -> None:
 
 def _knows_continuations(run: Run) -> bool:
     config = run.opened.config
-    # Not of a model that nobody asked for, as in sweeps, and not where words mean nothing.
+    # Not without an export, as in sweeps, where nobody uses the model; and not with random tokens, which have no meaning.
     if not config.export or "random" in (config.calibration.source, config.evaluation.source):
         return True
     run.continuations = read_continuations(run.opened.directory)
@@ -368,7 +369,7 @@ def _continue_prompts(run: Run) -> None:
 
 
 def _facts(run: Run) -> dict[str, Any]:
-    """What the card of the exported model and the report both say."""
+    """The entries that the exported model's card and the report share."""
     text = run.opened.texts.evaluation
     return {
         "recipe": recipe_line(run.opened.config, run.opened.model.decoder),
@@ -385,7 +386,7 @@ def _report(run: Run) -> None:
         {"transformers": directory / FOLDER} if config.export else {}
     )
     run.progress.end_stage()
-    memory = run.memory or memory_peaks()  # of all processes, where only the first one writes
+    memory = run.memory or memory_peaks()  # collected from all processes; only the first one writes
     model = {
         "origin": pretrained.origin,
         "fingerprint": pretrained.fingerprint,
@@ -430,8 +431,8 @@ def _blocks(run: Run) -> int:
 
 
 STAGES = (
-    # Nothing is written before every weight was read and the model works in this dtype: after the dense perplexity, or where the
-    # model has written the calibration text, which is not to be lost with it.
+    # A run writes nothing before every weight was read and the model works in this dtype, which the dense perplexity shows. A
+    # model that writes its calibration text shows the same, and this text must not be lost: then the journal opens at once.
     Stage("keeping the text", (), lambda run: "generated" not in run.opened.manifest, _open_journal),
     Stage("dense perplexity", (), _knows_dense, _measure_dense, lambda run: _blocks(run) + 1),
     Stage("recording", ("dense perplexity",), lambda run: False, _record),
@@ -456,4 +457,4 @@ STAGES = (
     Stage("continuations", ("writing the checkpoint",), _knows_continuations, _continue_prompts, lambda run: 2),
     Stage("reporting", ("pruned perplexity", "writing the checkpoint", "continuations"), lambda run: False, _report),
 )
-"""The stages behind the opening of model and texts, which :class:`Opened` is."""
+"""The stages that follow the opening of model and texts by :class:`Opened`."""

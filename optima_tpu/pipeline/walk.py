@@ -1,4 +1,4 @@
-"""The walk: calibrate a block, choose its masks, solve, judge, save, send the activations through what is left of it, go on."""
+"""The walk over the blocks: calibrate, choose masks, solve, accept, save, pass the hidden states through the pruned block."""
 
 import dataclasses
 import math
@@ -34,15 +34,15 @@ from optima_tpu.runtime.processes import fetch
 
 @dataclasses.dataclass(frozen=True)
 class Walk:
-    """What is the same for all blocks of a run.
+    """The settings that all blocks of a run share.
 
     Attributes:
       decoder: the dense model.
       recipe: what is done to every layer.
-      groups: the layers that read one input together; from ``calibrate.linear_groups``.
-      samples: the first so many sequences calibrate, the others are held out.
+      groups: the layers that read the same input, from ``calibrate.linear_groups``.
+      samples: the number of calibration sequences; the sequences after them are held out.
       budget: bytes that may be used of each device.
-      given: masks, and maybe weights, for a recipe without a selector.
+      given: masks, and optionally weights, for a recipe without a selector.
       tell: called with every layer's report as soon as the layer is done.
     """
 
@@ -59,8 +59,8 @@ class Streams(NamedTuple):
     """Hidden states of all sequences.
 
     Attributes:
-      pruned: through the pruned blocks.
-      dense: through the dense blocks, where the target needs them.
+      pruned: after the pruned blocks.
+      dense: after the dense blocks, if the target needs them.
     """
 
     pruned: Activations
@@ -68,10 +68,10 @@ class Streams(NamedTuple):
 
 
 class PrunedBlock(NamedTuple):
-    """What became of a block.
+    """The result of pruning a block.
 
     Attributes:
-      parameters: all of the block by their name in it, laid out as before.
+      parameters: all parameters by their name inside the block, sharded as before.
       masks: by parameter name, [d_out, d_in] bool.
       layers: a report for every pruned layer.
     """
@@ -84,15 +84,15 @@ class PrunedBlock(NamedTuple):
 def prune_model(
     walk: Walk, tokens: np.ndarray, journal: Journal, progress: Progress, saved: Callable[[], None] = lambda: None
 ) -> None:
-    """Prunes into the journal the blocks that it does not hold, one after the other.
+    """Prunes the blocks that the journal does not hold, one after the other, and saves them there.
 
     Args:
       tokens: [samples + held out, length] int32, the calibration set and the held-out windows after it.
-      saved: called after every block that the journal has got.
+      saved: called after every saved block.
     """
     decoder, count = walk.decoder, walk.decoder.config.blocks
     for index, reason in journal.damaged.items():
-        progress.note(f"block {index} was damaged since it was saved ({reason}): it is done again")
+        progress.note(f"block {index} was damaged since it was saved ({reason}): it is pruned again")
     missing = [index for index in range(count) if index not in journal.finished]
     streams, following = None, 0
     for index, parameters in zip(missing, decoder.blocks(missing)):
@@ -105,21 +105,21 @@ def prune_model(
         weights, masks = ({prefix + name: value for name, value in part.items()} for part in pruned[:2])
         journal.save(index, weights, masks, report.to_json(), *streams)
         saved()
-        del parameters, pruned, weights, masks  # not to be held while the next block is placed
+        del parameters, pruned, weights, masks  # frees their memory before the next block is placed
         following = index + 1
         progress.advance()
 
 
 def prune_block(walk: Walk, index: int, parameters: Mapping[str, Array], streams: Streams) -> PrunedBlock:
-    """Calibrates a block, prunes it, and sends the hidden states through what is left of it.
+    """Calibrates a block, prunes it, and passes the hidden states through the pruned block.
 
-    The Hessians come from the block as it was, behind the pruned blocks before it, as in the paper: from one pass through it, or
-    from several where they do not all fit on the devices. Where the recipe recaptures, there is a pass for every distinct input,
-    through the block as pruned so far.
+    The Hessians come from the dense block, which reads the output of the pruned blocks before it, as in the paper. One pass
+    accumulates them, or several passes if not all Hessians fit on the devices. With ``recapture`` each part of
+    ``calibrate.stages`` has its own passes, through the block as pruned so far.
 
     Args:
-      parameters: the dense block's, by name inside the block, on the mesh.
-      streams: what enters the block; afterwards what leaves it.
+      parameters: the dense block's parameters, by name inside the block, on the mesh.
+      streams: the hidden states that enter the block; replaced by those that leave it.
     """
     if walk.recipe.target.dense_stream and streams.dense is None:
         raise ValueError("a dense target needs the hidden states of the dense model")
@@ -130,7 +130,7 @@ def prune_block(walk: Walk, index: int, parameters: Mapping[str, Array], streams
         tokens = _calibrate(walk, index, part.groups, streams, (now, parameters), last=part is passes[-1])
         found = prune_groups(walk, index, block.parameters, part, tokens)
         block = PrunedBlock(found.parameters, block.masks | found.masks, block.layers + found.layers)
-        del tokens, found  # not to be held while the next statistics are made
+        del tokens, found  # frees their memory before the next statistics are made
     walk.decoder.apply(index, block.parameters, streams.pruned)
     if walk.recipe.target.dense_stream and streams.dense is not None and not passes:
         walk.decoder.apply(index, parameters, streams.dense)
@@ -140,10 +140,10 @@ def prune_block(walk: Walk, index: int, parameters: Mapping[str, Array], streams
 def prune_groups(
     walk: Walk, index: int, parameters: Mapping[str, Array], part: Pass, tokens: tuple[TokenSets[TokenStatistics], ...]
 ) -> PrunedBlock:
-    """Prunes the linear layers of a block whose statistics are here.
+    """Prunes those linear layers of a block for which there are statistics.
 
     Args:
-      parameters: the block's as pruned so far, by name inside the block, on the mesh.
+      parameters: the parameters of the block as pruned so far, by name inside the block, on the mesh.
       part: the groups of these layers.
       tokens: the statistics of each group.
     """
@@ -175,8 +175,8 @@ def _calibrate(
     """The statistics of each group's input on both sets of tokens.
 
     Args:
-      parameters: the block's on the way of each stream.
-      last: whether no further pass comes. It computes nearly all of the dense block anyway, so it takes the dense stream out of it.
+      parameters: for each stream, the parameters of the block that it passes through.
+      last: whether this is the last pass. It computes nearly all of the dense block, so it moves the dense stream through it too.
     """
     target, total = walk.recipe.target, len(streams.pruned)
 
@@ -191,7 +191,7 @@ def _calibrate(
 
 
 def _informative(sets: TokenSets[TokenStatistics]) -> TokenSets[TokenStatistics]:
-    """The statistics with the identity for a Hessian of zero: an expert to which no token was routed is pruned by magnitude."""
+    """Replaces a Hessian of zero by the identity: an expert that got no token is then pruned by magnitude."""
     hessian = sets.calibration.hessian
     if fetch(jnp.trace(hessian)) > 0:
         return sets
@@ -200,7 +200,7 @@ def _informative(sets: TokenSets[TokenStatistics]) -> TokenSets[TokenStatistics]
 
 
 def _given(walk: Walk, prefix: str, names: tuple[str, ...], weights: tuple[Array, ...]) -> tuple[Given[Array], ...] | None:
-    """The masks from elsewhere of some layers, on the mesh; None where a selector makes them."""
+    """The imported masks of some layers, on the mesh; None if a selector makes the masks."""
     if walk.given is None:
         return None
     read = tuple(walk.given(prefix + name + ".weight", (len(weight), weight.shape[1])) for name, weight in zip(names, weights))
@@ -210,10 +210,10 @@ def _given(walk: Walk, prefix: str, names: tuple[str, ...], weights: tuple[Array
 def _report(
     walk: Walk, index: int, names: tuple[str, ...], found: tuple[PrunedMatrix, ...], statistics: TokenStatistics
 ) -> list[LayerReport]:
-    """What happened to some layers that read one input, for the journal and the person.
+    """The reports of some layers that read one input, for the journal and the terminal.
 
     Raises:
-      UserError: weights are no numbers.
+      UserError: a selector's weights are not finite.
     """
     kept = [jnp.sum(matrix.keep, dtype=jnp.int32) for matrix in found]
     alive, tokens, kept, rows = fetch(
@@ -233,7 +233,7 @@ def _report(
 
 
 def _streams_before(walk: Walk, tokens: np.ndarray, index: int, journal: Journal, progress: Progress) -> Streams:
-    """What enters a block: from the journal, or, where it does not have that, through the blocks before it."""
+    """The hidden states that enter a block: from the journal, or computed through the blocks before it."""
     decoder = walk.decoder
     first, hidden = _saved_states(decoder, tokens, index, journal, HIDDEN)
     if first < index:
@@ -250,13 +250,13 @@ def _streams_before(walk: Walk, tokens: np.ndarray, index: int, journal: Journal
 
 
 def _saved_states(decoder: Decoder, tokens: np.ndarray, index: int, journal: Journal, name: str) -> tuple[int, Activations]:
-    """The last block up to the given one that hidden states can enter without computing, and these."""
+    """The last block up to ``index`` whose input is saved, and this input; block 0 and the embeddings if none is."""
     block, hidden = journal.last_activations(decoder.mesh, index, len(tokens), name) or (-1, decoder.embed(tokens))
     return block + 1, hidden
 
 
 def _through(decoder: Decoder, blocks: range, hidden: Activations) -> Activations:
-    """The hidden states, which it changes, behind these blocks."""
+    """Passes the hidden states through these blocks, in place, and returns them."""
     for index, parameters in zip(blocks, decoder.blocks(blocks)):
         decoder.apply(index, parameters, hidden)
     return hidden

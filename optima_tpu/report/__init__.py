@@ -1,1 +1,1 @@
-"""What a run tells: while it goes on, at its end, and in ``report.json``."""
+"""Output of a run: progress on the terminal, the summary, ``report.json`` and the page ``report.html``."""

@@ -1,4 +1,4 @@
-"""The report of finished runs: ``python -m optima_tpu.report RUN [RUN ...]``. One page to pass on, and a summary here."""
+"""Command line of the report: ``python -m optima_tpu.report RUN [RUN ...]`` writes one page and prints a summary."""
 
 import argparse
 import sys
@@ -37,17 +37,17 @@ def _report(arguments: Sequence[str] | None) -> None:
 
 
 def output_path(runs: Sequence[str], output: str | None) -> Path:
-    """Where the page goes: beside the report of one run, in the working directory for several.
+    """The path of the page: next to report.json for one run, in the working directory for several runs.
 
     Raises:
-      UserError: its folder is missing, or it is a folder itself.
+      UserError: ``output`` is a folder, or its folder does not exist.
     """
     if output is None:
         run = as_path(runs[0])
         return (run if run.is_dir() else run.parent) / PAGE if len(runs) == 1 else Path(PAGE)
     path = as_path(output)
     if path.is_dir():
-        raise UserError(f"expected --output to be a file, got the folder {path}; choose {path / PAGE}")
+        raise UserError(f"expected --output with a file name, got the folder {path}; choose {path / PAGE}")
     if not in_bucket(path) and not path.parent.is_dir():
         raise UserError(f"expected --output in an existing folder, got {path}; make {path.parent} first")
     return path
@@ -73,11 +73,11 @@ def make_parser() -> argparse.ArgumentParser:
     """The parser of the command line."""
     parser = argparse.ArgumentParser(
         prog=program("report"),
-        description="Draws one self-contained page of finished runs: what was run, what it "
-        "cost and gained, layer by layer; several runs side by side. It opens from the disk and needs no network.",
+        description="Writes one self-contained HTML page about finished runs: settings, results, time and memory, and the "
+        "errors of every layer. Several runs are shown side by side. The page needs no network.",
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run directory, or its report.json")
-    parser.add_argument("-o", "--output", metavar="FILE", help=f"the page (default: RUN/{PAGE}, or ./{PAGE} for several runs)")
+    parser.add_argument("-o", "--output", metavar="FILE", help=f"output file (default: RUN/{PAGE}; ./{PAGE} for several runs)")
     return parser
 
 

@@ -1,4 +1,4 @@
-"""From reports to the lines of a figure. How they are drawn is in ``report.figures``."""
+"""Extracts the lines of a figure from reports. ``report.figures`` draws them."""
 
 import math
 import statistics
@@ -15,12 +15,12 @@ from optima_tpu.report.summary import all_layers
 
 
 class LayerLine(NamedTuple):
-    """One layer name of one run, block by block.
+    """Error ratios of one kind of layer in one run, by block.
 
     Attributes:
-      blocks: indices, ascending.
+      blocks: block indices, ascending.
       calibration: for each block the ratio of two errors on the calibration text; NaN leaves a gap.
-      held_out: the same on held-out text; all NaN where there is none.
+      held_out: the same ratios on held-out text; all NaN if there is no held-out text.
     """
 
     blocks: Sequence[int]
@@ -29,13 +29,13 @@ class LayerLine(NamedTuple):
 
 
 class LayerErrors(NamedTuple):
-    """The paper's Figure 2.
+    """Data for the paper's Figure 2.
 
     Attributes:
-      title: what all runs have in common.
-      quantity: what the lines show.
+      title: the settings that all runs share.
+      quantity: the quantity that the lines show.
       runs: label -> kind of layer -> line.
-      remarks: what the figure does not show.
+      remarks: notes on data that the figure leaves out.
     """
 
     title: str
@@ -45,14 +45,14 @@ class LayerErrors(NamedTuple):
 
 
 class SamplesLine(NamedTuple):
-    """One method under one pattern.
+    """Perplexities of one method with one pattern.
 
     Attributes:
       mask: label of the mask.
       update: label of the update.
       samples: numbers of calibration samples, ascending.
-      means: for each the mean perplexity over seeds.
-      deviations: for each the sample standard deviation over seeds; NaN where there is one seed.
+      means: mean perplexity over seeds, for each number of samples.
+      deviations: sample standard deviation over seeds, for each number of samples; NaN for a single seed.
     """
 
     mask: str
@@ -63,13 +63,13 @@ class SamplesLine(NamedTuple):
 
 
 class Samples(NamedTuple):
-    """The paper's Figure 3.
+    """Data for the paper's Figure 3.
 
     Attributes:
       title: model, texts, and the perplexity of the dense model.
-      quantity: what the lines show.
+      quantity: the quantity that the lines show.
       panels: pattern -> its lines.
-      remarks: what the figure does not show.
+      remarks: notes on data that the figure leaves out.
     """
 
     title: str
@@ -79,27 +79,26 @@ class Samples(NamedTuple):
 
 
 def layer_errors(runs: Sequence[str | Path], against: Sequence[str | Path] = ()) -> LayerErrors:
-    """For every layer ``error_after / error_before``: the final weights over the selector's own, on one stream.
+    """The ratio ``error_after / error_before`` of every layer: final over selector's weights, on the same inputs.
 
     Args:
       runs: run directories, or report.json files.
-      against: nothing; or one run for all, or one for each: ``error_after`` of the run over ``error_after`` of the
-        other, each in its own stream.
+      against: empty; or runs to compare with, one for all or one for each. The ratio is then ``error_after`` of the run over
+        ``error_after`` of the other run, each on its own inputs.
 
     Raises:
-      UserError: a run is not finished, has no update or is of a version that wrote other things, or two of them cannot be
-        compared.
+      UserError: a run is not finished, has no update, or was written by an incompatible version; or two runs cannot be compared.
     """
     paths, below = [str(run) for run in runs], [str(run) for run in against]
     if len(below) not in (0, 1, len(paths)):
         raise UserError(f"expected --against with one run, or one for each of the {len(paths)}, got {len(below)}")
     if len(set(paths)) < len(paths):
-        raise UserError("expected every run once, got one of them twice")
+        raise UserError("expected each run once, got one of them twice: leave it out")
     reports = {run: read_report(run) for run in dict.fromkeys(paths + below)}
     title, named = names({run: report["configuration"] for run, report in reports.items()})
     twins = [run for run in named if list(named.values()).count(named[run]) > 1]
     if twins:
-        raise UserError(f"expected runs with different settings, got {' and '.join(twins)}, which have the same")
+        raise UserError(f"expected runs with different settings, got {' and '.join(twins)} with the same settings: leave one out")
     others: Sequence[str | None] = below * len(paths) if len(below) == 1 else below or [None] * len(paths)
     lines = {}
     for run, other in zip(paths, others, strict=True):
@@ -109,17 +108,17 @@ def layer_errors(runs: Sequence[str | Path], against: Sequence[str | Path] = ())
             lines[f"{named[run]} / {named[other]}"] = _lines(layers, errors)
         elif reports[run]["configuration"]["solver"] is None:
             raise UserError(
-                f"{run} has no solver, its weights are the selector's own: there is no error ratio; choose "
-                "runs with a solver, or name a run to compare it with by --against"
+                f"expected runs with a solver, got {run}, whose weights are the selector's own: there is no error ratio; choose "
+                "runs with a solver, or give a run to compare with in --against"
             )
         else:
             lines[named[run]] = _lines(layers, [(layer.error_before, layer.held_out_before) for layer in layers])
     ratios = [(label, value) for label, run in lines.items() for line in run.values() for value in line.calibration]
     gaps = [label for label, value in ratios if math.isnan(value)]
     if len(gaps) == len(ratios):
-        raise UserError(f"no layer of {', '.join(paths)} has an error ratio: errors are zero or not finite")
+        raise UserError(f"expected layers with an error ratio, got only zero or not finite errors in {', '.join(paths)}")
     remarks = [
-        f"{label}: {plural(gaps.count(label), 'layer')} without an error ratio, zero or not finite, left out"
+        f"{label}: left out {plural(gaps.count(label), 'layer')} whose errors are zero or not finite"
         for label in dict.fromkeys(gaps)
     ]
     quantity = "final layer error: run / other run" if below else "layer error: after the update / before"
@@ -127,30 +126,30 @@ def layer_errors(runs: Sequence[str | Path], against: Sequence[str | Path] = ())
 
 
 def samples(sweep: str | Path) -> Samples:
-    """Perplexity against the number of calibration samples, for every mask and update of a sweep.
+    """Perplexity as a function of the number of calibration samples, for every mask and update of a sweep.
 
     Args:
-      sweep: directory of its tables, or its results.json. Cells that are not finished are left out, and counted in
+      sweep: directory of the sweep's tables, or its results.json. Cells that are not finished are left out and counted in
         ``remarks``.
 
     Raises:
-      UserError: there is no such file, nothing is finished, or there is one number of samples only.
+      UserError: the file does not exist, no cell is finished, or all cells have the same number of samples.
     """
     path = Path(sweep).expanduser()
     if path.is_dir() and not (path / "results.json").exists():
-        raise UserError(f"expected the directory of a sweep, got {sweep}, which holds no results.json")
+        raise UserError(f"expected the directory of a sweep, got {sweep}, which has no results.json: check the path")
     path = path / "results.json" if path.is_dir() else path
     results = read_json(path)
     if not (isinstance(results, list) and all(isinstance(result, dict) and "update" in result for result in results)):
-        raise UserError(f"expected the results of a sweep, got {path}, which is something else")
+        raise UserError(f"expected the results.json of a sweep, got {path}, which is something else: check the path")
     done = [result for result in results if result["perplexity"] is not None]
     if not done:
-        raise UserError(f"no cell of {path} is finished yet; repeat the sweep's command")
+        raise UserError(f"expected finished cells in {path}, got none yet; repeat the sweep's command")
     counts = sorted({result["samples"] for result in done})
     if len(counts) == 1:
         raise UserError(
             f"expected several numbers of calibration samples, got {counts[0]} in all finished cells of "
-            f"{path}; give the sweep some, such as samples: [16, 64]"
+            f"{path}; give the sweep several, such as samples: [16, 64]"
         )
     groups: dict[str, dict[tuple[str, str], dict[int, list[float]]]] = {}
     for result in done:
@@ -164,22 +163,22 @@ def samples(sweep: str | Path) -> Samples:
     counted = " to ".join(map(str, dict.fromkeys((seeds[0], seeds[-1]))))
     spread = f"\nmean and standard deviation over {counted} seeds" if seeds[-1] > 1 else ""
     left = len(results) - len(done)
-    remarks = [f"{plural(left, 'cell')} of {len(results)} not finished, left out"] if left else []
+    remarks = [f"left out {plural(left, 'cell')} of {len(results)} that are not finished"] if left else []
     return Samples(_samples_title(path.parent, done) + spread, "perplexity", panels, remarks)
 
 
 def _counterparts(run: str, layers: list[LayerReport], other: str, others: list[LayerReport]) -> list[tuple[float, float | None]]:
-    """The final errors of the other run, in the order of ``layers``."""
+    """The final errors of the same layers in the other run, in the order of ``layers``."""
     there = {(layer.block, layer.name): (layer.error_after, layer.held_out_after) for layer in others}
     if {(layer.block, layer.name) for layer in layers} != there.keys():
-        raise UserError(f"expected runs that prune the same layers of one model, got {run} and {other}")
+        raise UserError(f"expected runs that prune the same layers of one model, got {run} and {other}: choose another --against")
     return [there[layer.block, layer.name] for layer in layers]
 
 
 def _lines(layers: Sequence[LayerReport], below: Sequence[tuple[float, float | None]]) -> dict[str, LayerLine]:
-    """One line for each kind of layer; ``below`` is what final errors are divided by, on calibration and held-out text.
+    """One line for each kind of layer: final errors divided by ``below``, on calibration and on held-out text.
 
-    Where a block has several layers of a kind, such as experts, the line is the mean of their ratios.
+    If a block has several layers of a kind, such as experts, the line shows the mean of their ratios.
     """
     points: dict[str, dict[int, list[tuple[float, float]]]] = {}
     for layer, (calibration, held_out) in zip(layers, below, strict=True):
@@ -196,13 +195,13 @@ def _lines(layers: Sequence[LayerReport], below: Sequence[tuple[float, float | N
 
 
 def _mean(values: Sequence[float]) -> float:
-    """Of those that are numbers; NaN where none is."""
+    """The mean of the values that are not NaN; NaN if there are none."""
     found = [value for value in values if not math.isnan(value)]
     return statistics.fmean(found) if found else math.nan
 
 
 def _ratio(above: float | None, below: float | None) -> float:
-    """NaN where one is missing or not finite, or where there is no error to compare with."""
+    """``above / below``; NaN if one is missing or not finite, or ``below`` is 0."""
     if above is None or below is None or not (math.isfinite(above) and 0 < below < math.inf):
         return math.nan
     return above / below

@@ -1,4 +1,4 @@
-"""What a report says of the distillation of the pruned model."""
+"""Summary line and page section on the distillation of the pruned model."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,26 +9,26 @@ from optima_tpu.report.view import NONE, Section, Table
 
 
 def distilled_line(report: Mapping[str, Any]) -> str:
-    """What the distillation changed, in a line; empty where there was none."""
+    """One line on what the distillation changed; empty if there was none."""
     found = report.get("distillation")
     if not found:
         return ""
     before, after = number(found["held_out_before"]), number(found["held_out_after"])
     if not found["kept"]:
         return (
-            f"refused: no step lowered the divergence from the dense model on held-out text, {before} nats; the model is as it was "
-            "pruned. Try a smaller --distill.learning_rate, or more --distill.windows"
+            f"refused: no step lowered the divergence from the dense model on held-out text, {before} nats; the model keeps its "
+            "weights from before. Try a smaller --distill.learning_rate, or more --distill.windows"
         )
     gain = 1 - found["held_out_after"] / found["held_out_before"]
     return (
         f"divergence from the dense model on held-out text {before} -> {after} nats ({percent(gain)} less); perplexity "
-        f"{number(found['perplexity_before'], 4)} as pruned, {number(report['perplexity']['pruned'], 4)} now; trained on "
+        f"{number(found['perplexity_before'], 4)} before, {number(report['perplexity']['pruned'], 4)} after; trained on "
         f"{found['tokens']:,} tokens"
     )
 
 
 def distillation(runs: Sequence[Run]) -> list[Section]:
-    """The section on the runs that were distilled; none where none was."""
+    """Section on the runs that were distilled; empty if none was."""
     tables = [
         Table(
             run.label if len(runs) > 1 else "Checks",
@@ -48,8 +48,8 @@ def distillation(runs: Sequence[Run]) -> list[Section]:
         if (found := run.report.get("distillation"))
     ]
     text = (
-        "After the last block was pruned, the whole model was trained toward the dense model’s distribution of the next token, with "
-        "its masks held: this is not one-shot pruning. Held-out windows chose the step. The errors of layers on this page are from "
-        "before."
+        "After the last block was pruned, the whole model was trained toward the dense model’s distribution of the next token, "
+        "with fixed masks. This is not one-shot pruning. The step with the least divergence on held-out windows was kept. The "
+        "layer errors on this page were measured before the distillation."
     )
     return [Section("distillation", "Distillation", [text], tables=tables)] if tables else []

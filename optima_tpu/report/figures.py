@@ -1,6 +1,6 @@
-"""What the figures look like: lines in, a matplotlib figure out. Where the numbers come from is in ``report.curves``.
+"""Draws the figures with matplotlib. ``report.curves`` provides the numbers.
 
-Figures are made without pyplot, so there is no state outside of them and no display is needed.
+Figures are created without pyplot, so there is no global state and no display is needed.
 """
 
 import io
@@ -23,7 +23,7 @@ from optima_tpu.report.summary import short_names
 from optima_tpu.report.view import without_folders
 from optima_tpu.runtime.files import write_bytes, writing
 
-# Okabe and Ito's colours, which people tell apart however they see red and green, without the too light yellow.
+# Okabe and Ito's colours, which people with colour blindness can distinguish; without yellow, which is too light.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#222222")
 _MARKERS = ("o", "s", "^", "D", "v", "X", "P")
 _STYLES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
@@ -31,13 +31,13 @@ _HELD_OUT = (0, (3, 1.5))
 _GREY = "#666666"
 
 Look = dict[str, Any]
-"""What matplotlib is told of a line, by the names of its arguments."""
+"""Keyword arguments for a line in matplotlib."""
 
 
 def layer_errors(data: LayerErrors) -> Figure:
-    """One panel for each layer name, one line for each run, held-out text dashed. All panels have the same axes."""
+    """A figure with one panel for each layer name and one line for each run; held-out text is dashed. All axes are the same."""
     names = list(dict.fromkeys(name for lines in data.runs.values() for name in lines))
-    # A marker of its own for each colour; when the colours come again, with other markers.
+    # Each colour has its own marker; when the colours repeat, the markers are shifted.
     count = len(_COLOURS)
     looks: dict[str, Look] = {
         label: {"color": _COLOURS[index % count], "marker": _MARKERS[(index + index // count) % len(_MARKERS)]}
@@ -70,7 +70,7 @@ def layer_errors(data: LayerErrors) -> Figure:
     panels[0].xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     values = [value for lines in data.runs.values() for line in lines.values() for value in (*line.calibration, *line.held_out)]
     largest = np.nanmax(values)
-    # Logarithmic where an error doubles, as on held-out text it may.
+    # Use a logarithmic axis if an error more than doubles, as it may on held-out text.
     if largest > 2 and np.nanmin(values) > 0:
         _logarithmic(panels[0], values)
     else:
@@ -79,7 +79,10 @@ def layer_errors(data: LayerErrors) -> Figure:
 
 
 def samples(data: Samples) -> Figure:
-    """One panel for each pattern, a line for each method, bars over seeds. A colour is a mask, a style an update."""
+    """A figure with one panel for each pattern and one line for each method, with error bars over seeds.
+
+    The colour of a line shows the mask, its style the update.
+    """
     every = [line for lines in data.panels.values() for line in lines]
     colours = dict(zip(dict.fromkeys(line.mask for line in every), itertools.cycle(_COLOURS)))
     styles = dict(zip(dict.fromkeys(line.update for line in every), itertools.cycle(zip(_STYLES, _MARKERS))))
@@ -113,14 +116,14 @@ def samples(data: Samples) -> Figure:
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0f}"))
         axes.xaxis.set_minor_locator(NullLocator())
         means = [mean for line in lines for mean in line.means]
-        # Logarithmic where one method is so much worse that the others would be pressed together.
+        # Use a logarithmic axis if one method is so much worse that the other lines would overlap.
         if max(means) > 2.5 * min(means):
             _logarithmic(axes, means)
     return figure
 
 
 def write(figure: Figure, path: Path) -> None:
-    """Writes a figure in the format that the suffix names. The same figure gives the same bytes.
+    """Writes a figure in the format of the file's suffix. The same figure gives the same bytes.
 
     Raises:
       UserError: the disk is full, or the folder is not writable.
@@ -147,28 +150,28 @@ def _figure(
     """A figure of ``count`` panels, each of ``panel`` inches, with the legend below them.
 
     Args:
-      title: wrapped to the width of the figure, as the labels of the legend.
-      across: what the horizontal axes show.
-      up: what the vertical axes show.
-      entries: of the legend.
-      share: all panels have the same axes.
+      title: title of the figure; it is wrapped to the figure's width, as are the labels of the legend.
+      across: label of the horizontal axes.
+      up: label of the vertical axes.
+      entries: legend entries.
+      share: use the same axes in all panels.
     """
     rows, width = math.ceil(count / columns), 0.8 + columns * panel[0]
-    # In inches: a character of the title is 0.09 wide, one of the legend 0.075, the legend's line with its gaps 0.7.
+    # Widths in inches: a character of the title 0.09, a character of the legend 0.075, a legend line with its gaps 0.7.
     title = "\n".join(textwrap.fill(without_folders(line), int(width / 0.09)) for line in title.splitlines())
     for entry in entries:
         entry.set_label(textwrap.fill(str(entry.get_label()), int((width - 0.7) / 0.075)))
     labels = [str(entry.get_label()).splitlines() for entry in entries]
     widest = 0.7 + 0.075 * max(len(line) for label in labels for line in label)
     below = math.ceil(len(entries) / max(1, int(width / widest)))
-    wrapped = sum(map(len, labels)) - len(labels)  # there is one column where a label has several lines
+    wrapped = sum(map(len, labels)) - len(labels)  # labels wrap only if the legend has one column
     height = 0.2 + 0.2 * len(title.splitlines()) + rows * panel[1] + (below + wrapped) * 0.21
     figure = Figure(figsize=(width, height), layout="constrained")
     grid = list(figure.subplots(rows, columns, sharex=share, sharey=share, squeeze=False).flat)
     for axes in grid[count:]:
         axes.remove()
     for index, axes in enumerate(grid[:count]):
-        lowest = not share or index + columns >= count  # of its column
+        lowest = not share or index + columns >= count  # the lowest panel of its column
         axes.tick_params(labelsize=8, labelbottom=lowest)
         axes.set_xlabel(across if lowest else "", fontsize=9)
         axes.grid(axis="y", color="#DDDDDD", linewidth=0.6)
@@ -176,7 +179,7 @@ def _figure(
         axes.spines[["top", "right"]].set_visible(False)
     figure.suptitle(title, fontsize=10)
     figure.supylabel(up, fontsize=10)
-    # Spread evenly over the rows that are needed: 6 in two rows are 3 and 3, not 5 and 1.
+    # Distribute the entries evenly over the rows: 6 entries in two rows become 3 and 3, not 5 and 1.
     figure.legend(
         handles=entries,
         loc="outside lower center",
@@ -189,7 +192,7 @@ def _figure(
 
 
 def _logarithmic(axes: Axes, values: Sequence[float]) -> None:
-    """A logarithmic axis with 20, 50 and 100 on it, not powers of ten; with more numbers where the values are close."""
+    """Sets a logarithmic axis with ticks such as 20, 50 and 100, not 10^2; with more ticks if the values are close."""
     axes.set_yscale("log")
     wide = np.nanmax(values) > 10 * np.nanmin(values)
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if wide else (1, 1.5, 2, 3, 4, 5, 6, 8)))

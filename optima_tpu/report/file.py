@@ -1,4 +1,4 @@
-"""report.json: everything a run says about itself, for programs and for two years later."""
+"""Writes report.json, the complete record of a run for programs and for later comparison."""
 
 import importlib.metadata
 import json
@@ -24,7 +24,7 @@ _PACKAGES = ("optima-tpu", "jax", "jaxlib", "flax", "orbax-checkpoint", "mpax", 
 
 
 def environment(mesh: Mesh) -> dict[str, Any]:
-    """Where a run took place: versions, devices, mesh. JSON types."""
+    """Versions, devices and mesh of this process's run, as JSON types."""
     versions: dict[str, str | None] = {}
     for package in _PACKAGES:
         try:
@@ -44,10 +44,10 @@ def environment(mesh: Mesh) -> dict[str, Any]:
 
 
 def memory_peaks() -> dict[str, int | None]:
-    """The most memory held so far, in bytes, of the process and of the device that held most. Every process calls it.
+    """Peak memory in bytes, of the process and of the device that used most. Every process must call it.
 
-    "host_peak" is a resident set, with pages of mapped checkpoint files in it. "device_peak" is what the device's allocator
-    counts; None on a CPU, which has no memory of its own.
+    "host_peak" is the largest resident set of a process; it includes mapped pages of checkpoint files. "device_peak" is what the
+    device's allocator counts; None on a CPU, which has no separate device memory.
     """
     host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     host = host if sys.platform == "darwin" else host * 1024  # macOS counts bytes, Linux KiB
@@ -58,12 +58,12 @@ def memory_peaks() -> dict[str, int | None]:
 
 
 def files_in(directory: Path, files: Mapping[str, str]) -> dict[str, str]:
-    """What a report says that the run left, where it is now: a run directory may have been moved."""
+    """The files of a report with their current paths, because a run directory may have been moved."""
     return {what: str(directory / PurePath(path).name) for what, path in files.items()}
 
 
 def size_on_disk(path: Path) -> int:
-    """Bytes of a file, or of all files in a folder. 0 where there is none."""
+    """Bytes of a file, or of all files in a folder; 0 if the path does not exist."""
 
     def size(file: Path) -> int:
         found: Any = file.stat()
@@ -94,32 +94,32 @@ def write_report(
     tokens: Mapping[str, Any] | None = None,
     continuations: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Writes the report in one step: afterwards it is complete, or the old one is still there.
+    """Writes the report atomically: afterwards the file is either the complete new report or the old one.
 
     Args:
       path: RUN/report.json.
-      manifest: what decides the result, see ``inputs.manifest_of``.
+      manifest: everything that determines the result, see ``inputs.manifest_of``.
       configuration: from ``config.to_dict``.
       environment: from :func:`environment`.
-      model: what was pruned: origin, fingerprint, architecture, blocks, and the number of all of its weights.
-      calibration: the text the model had to reproduce, and how it was sampled.
-      evaluation: the text perplexity was measured on.
+      model: the model that was pruned: origin, fingerprint, architecture, number of blocks, number of all its weights.
+      calibration: the calibration text and how it was sampled.
+      evaluation: the text that perplexity was measured on.
       perplexity: "dense" and "pruned".
-      blocks: of the whole model.
+      blocks: one report for each block of the model.
       seconds: by stage, from ``Progress.seconds``.
       memory: from :func:`memory_peaks`.
-      files: what the run left -> path.
-      allocation: from ``importance.Allocated.to_json``; None where every block has the pattern's sparsity.
-      distillation: from ``distill.Outcome.to_json``; None where the pruned model was not trained.
-      weighed: the layers in a block whose tokens the target weighs.
-      recipe: what was done, in a line: of the settings only those that act on the model's family.
+      files: label -> path of each file that the run wrote.
+      allocation: from ``importance.Allocated.to_json``; None if every block has the pattern's sparsity.
+      distillation: from ``distill.Outcome.to_json``; None if the pruned model was not trained.
+      weighed: names, inside a block, of the layers for which the target weighs tokens.
+      recipe: one line on the method, with only those settings that have an effect on the model's family.
       sizes: bytes: "dense" of the source's tensors, "transformers" of the exported weights on disk, "left" by the name of
         each file and folder in the run directory.
-      tokens: from ``token_changes``: which tokens of the evaluation text the pruned model predicts worse.
-      continuations: what both models write after a few prompts.
+      tokens: from ``token_changes``: the tokens of the evaluation text that the pruned model predicts worse.
+      continuations: the texts that both models write after a few prompts.
 
     Returns:
-      What was written. Numbers that JSON cannot hold are null.
+      The written values. Numbers that are not finite, which JSON does not have, are null.
 
     Raises:
       ValueError: a number given here is not finite.

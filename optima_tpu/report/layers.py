@@ -1,4 +1,4 @@
-"""The sections on layers: their errors, their sparsity, what the solver did, what was unusual."""
+"""Page sections on layers: their errors, their sparsity, the solver's iterations and gaps, unusual layers."""
 
 import math
 import statistics
@@ -31,11 +31,11 @@ from optima_tpu.report.view import NONE, Key, Section, Table, figure
 
 _BEFORE, _AFTER = 6, 0  # grey, blue
 _LISTED = 1000
-"""So many layers are listed; report.json has them all."""
+"""Most layers that a table lists; report.json has all of them."""
 
 
 def layer_errors(runs: Sequence[Run]) -> Section:
-    """Error by block, and tables of kinds and of layers."""
+    """Section on layer errors: plots by block, tables by kind of layer and by layer."""
     several = len(runs) > 1
     unseen = [run for run in runs if any(layer.held_out_after is not None for layer in run.layers)]
     panels = []
@@ -72,33 +72,33 @@ def layer_errors(runs: Sequence[Run]) -> Section:
     )
     legend += [Key("calibration text"), Key("held-out text", dashed=True)] if unseen else []
     text = [
-        "The error of a layer is the change of its output as a share of the output’s energy, ‖XW′ − XV′‖² / ‖XW′‖², with "
-        "W the dense and V the pruned weights and X its inputs in the pruned model. Before: with the selector’s weights. "
-        "After: with the solver’s. Held-out text is calibration text that no weight was fitted to."
+        "The error of a layer is the squared change of its output relative to the output’s energy, ‖XW′ − XV′‖² / ‖XW′‖², with "
+        "the dense weights W, the pruned weights V, and the layer’s inputs X in the pruned model. Before: with the selector’s "
+        "weights. After: with the solver’s weights. Held-out text is calibration text that no weight was fitted to."
     ]
     for run in runs:
         if caveat := held_out_caveat(run.report["configuration"]):
-            text.append(f"{f'That of {run.label}' if several else 'It'} {caveat}.")
+            text.append(f"{f'The held-out text of {run.label}' if several else 'This text'} {caveat}.")
     if any(map(_aims_at_dense, runs)):
         text.append(
-            "With a dense target the solver minimises not this error, which may even rise, but the distance from the "
-            "dense model’s output. Against dense: ‖X_d W′ − XV′‖² / ‖X_d W′‖² on held-out text, with X_d the layer’s "
-            "inputs in the dense model; that of the dense weights W is what the layers before have lost."
+            "With a dense target, the solver minimises the distance to the dense model’s output instead of this error, so "
+            "this error may rise. Against dense: ‖X_d W′ − XV′‖² / ‖X_d W′‖² on held-out text, with X_d the layer’s inputs in "
+            "the dense model. The value for the dense weights W shows the error that the layers before have caused."
         )
     if any(map(_weighs_tokens, runs)):
         text.append(
-            "Where the target weighs tokens, the errors of layers that add to the residual stream are weighed too: a "
-            "token counts one over the mean square of the stream behind the layer."
+            "If the target weighs tokens, so do the errors of the layers that add to the residual stream: the weight of a token "
+            "is the inverse mean square of the residual stream after the layer."
         )
     text += [
-        f"{run.label if several else 'This run'} held no text out: its errors are on the text that the weights were fitted "
-        "to, and are too good for other text."
+        f"{run.label if several else 'This run'} has no held-out text: its errors are measured on the text that the weights "
+        "were fitted to, and are larger on other text."
         for run in runs
         if run not in unseen
     ]
     zeros = sum(layer.error_after == 0 for run in runs for layer in run.layers)
-    notes = ["Errors are shown on a logarithmic scale, the same in all plots."]
-    notes += [f"{zeros} errors of exactly 0 are not drawn."] if zeros else []
+    notes = ["All plots have the same logarithmic scale."]
+    notes += [f"{zeros} errors of exactly 0 are not shown."] if zeros else []
     elements = list(zip([panel.title for panel in panels], plots.lines(panels, "errors", share=True)))
     return Section(
         "layers",
@@ -111,7 +111,7 @@ def layer_errors(runs: Sequence[Run]) -> Section:
 
 
 def maps(runs: Sequence[Run]) -> Section:
-    """Sparsity and error of every layer, as maps of blocks and kinds."""
+    """Section with maps of the sparsity and the error of every layer, by block and kind."""
     several, elements = len(runs) > 1, []
     kinds = _kinds(runs)
     blocks = 1 + max((layer.block for run in runs for layer in run.layers), default=0)
@@ -140,30 +140,30 @@ def maps(runs: Sequence[Run]) -> Section:
         sparsities = [layer.sparsity for layer in run.layers] or [0.0]
         low, high = percent(min(sparsities)), percent(max(sparsities))
         if several and low == high:
-            continue  # said in the comparison
-        spread = "the same share of each" if low == high else f"from {low} to {high} of each"
+            continue  # the comparison of runs shows it
+        spread = "the same share in each matrix" if low == high else f"from {low} to {high} per matrix"
         text.append(
             f"{run.label + ': ' if several else ''}{percent(sparsity(run.layers))} of the weights of {len(run.layers):,} "
             f"matrices are zero by the mask, {spread}."
         )
-    note = "Blank: not pruned. Where a block has several layers of a kind, such as experts, their mean is shown."
+    note = "Blank: not pruned. For several layers of one kind in a block, such as experts, the map shows their mean."
     return Section(
         "maps", "Where the zeros and the errors are", text, [figure(elements, wide=True, note=note)] if elements else []
     )
 
 
 def solver(runs: Sequence[Run]) -> Section:
-    """Steps, gaps, rows that did not converge."""
+    """Section on the solver: iterations, gaps, rows that did not converge."""
     several, solved = len(runs) > 1, [(index, run) for index, run in enumerate(runs) if run.solver]
     if not solved:
-        return Section("solver", "Solver", ["No solver moved the weights: they are the selector’s own."])
+        return Section("solver", "Solver", ["No solver changed the weights: they are the selector’s own."])
     used = sorted({run.solver for run in runs if run.solver})
     text = [f"The gap is {gap_meaning(used)}."]
     for _, run in solved:
         if (share := exchanged(run.layers)) is not None:
             text.append(
-                f"{run.label + ': ' if several else ''}{percent(share)} of the weights that stay came in by exchange for "
-                "others of their row, after the solver had seen what they are worth."
+                f"{run.label + ': ' if several else ''}{percent(share)} of the kept weights came in by exchange: the selector "
+                "had pruned them, and they replace other weights of their row."
             )
     if without := [run.label for run in runs if not run.solver]:
         text.append(f"No solver in {'; '.join(without)}.")
@@ -205,21 +205,21 @@ def solver(runs: Sequence[Run]) -> Section:
                     ]
                     for kind in kinds
                 ],
-                note="Refused rows keep the selector’s weights, by the acceptance rule of the run.",
+                note="A refused row keeps the selector’s weights because of the run’s acceptance rule.",
             )
         )
     return Section("solver", "Solver", text, [figure(elements, legend=legend)], tables)
 
 
 def strange(runs: Sequence[Run]) -> Section:
-    """What a person should look at, by name."""
+    """Section on unusual layers, by name."""
     several, text, folded = len(runs) > 1, [], []
     fine = [run for run in runs if not unusual_count(run)]
     if fine:
         where = f" in {'; '.join(run.label for run in fine)}" if several else ""
         unseen = all(layer.held_out_after is None for run in fine for layer in run.layers)
         kept = "" if unseen or not any(run.solver for run in fine) else ", and no matrix got worse on held-out text"
-        text.append(f"Nothing{where}: no dead inputs, no layer with too few tokens, every row converged, none was refused{kept}.")
+        text.append(f"Nothing{where}: no dead inputs, no layer with too few tokens, all rows converged and were accepted{kept}.")
     for run in runs:
         label, of = (f"{run.label}: ", f", {run.label}") if several else ("", "")
         lines = unusual_lines(run.blocks, run.report["configuration"]) + traded_lines(run.blocks)
@@ -236,7 +236,7 @@ def strange(runs: Sequence[Run]) -> Section:
         rows += [
             [
                 f"block {layer.block} {layer.name}",
-                "not unusual: its own output is further off on held-out text, the dense model’s is nearer",
+                "not unusual: on held-out text the error of its own output rose, its distance to the dense model’s did not",
                 f"from {_share(layer.held_out_before)} to {_share(layer.held_out_after)}; "
                 f"against dense from {_share(layer.dense_before)} to {_share(layer.dense_after)}",
             ]
@@ -245,19 +245,19 @@ def strange(runs: Sequence[Run]) -> Section:
         if rows:
             folded.append(
                 Table(
-                    f"All of it, by layer{of}", ["layer", "what", "how much"], rows[:_LISTED], words=True, note=_rest(len(rows))
+                    f"Full list, by layer{of}", ["layer", "finding", "amount"], rows[:_LISTED], words=True, note=_rest(len(rows))
                 )
             )
     return Section("unusual", "Anything unusual", text, folded=folded)
 
 
 def _kinds(runs: Sequence[Run]) -> dict[str, str]:
-    """Kinds of layers in all runs -> their short names."""
+    """Maps every kind of layer in the runs to its short name."""
     return short_names(list(dict.fromkeys(kind_name(layer.name) for run in runs for layer in run.layers)))
 
 
 def _fitted(name: str) -> Callable[[LayerReport], float | None]:
-    """An error on the calibration text; None for an expert that none of it reached."""
+    """Returns a getter of an error on the calibration text; its value is None for an expert that no token reached."""
     return lambda layer: getattr(layer, name) if layer.tokens != 0 else None
 
 
@@ -266,9 +266,9 @@ def _by_block(
     value: Callable[[LayerReport], float | None],
     of: Callable[[Sequence[float]], float] = statistics.fmean,
 ) -> tuple[list[int], list[float]]:
-    """Blocks, and for each the mean over its layers that have a value, or what ``of`` says.
+    """Block indices, and for each block the mean of ``value`` over its layers, or another statistic ``of``.
 
-    NaN where none has one, or one is not finite.
+    Layers whose value is None are ignored. The result is NaN if no layer has a value or one value is not finite.
     """
     found: dict[int, list[float]] = {}
     for layer in layers:
@@ -334,7 +334,7 @@ def _layer_table(run: Run, several: bool) -> Table:
     ]
     head = ["block and layer", "shape", "sparsity", *_errors_of(run)]
     head += ["median steps", "most steps", "largest gap", "not converged", "refused"] if run.solver else []
-    return Table(f"Every layer{', ' + run.label if several else ''}", head, rows, note=_rest(len(layers), ", by their error"))
+    return Table(f"Every layer{', ' + run.label if several else ''}", head, rows, note=_rest(len(layers), ", by error"))
 
 
 _ERRORS = ("before", "after", "held out, before", "held out, after")
@@ -346,7 +346,7 @@ _AGAINST_DENSE = {
 
 
 def _errors_of(run: Run) -> list[str]:
-    """The headings of a run's errors."""
+    """The column headings of a run's errors."""
     return [*_ERRORS, *(_AGAINST_DENSE.values() if _aims_at_dense(run) else ())]
 
 
@@ -359,7 +359,7 @@ def _weighs_tokens(run: Run) -> bool:
 
 
 def _against_dense(run: Run, of: LayerReport | LayerKind | None) -> list[str]:
-    """The errors of a layer or a kind against the dense model, those of None over all layers; none without such a target."""
+    """Errors of a layer or kind against the dense model; the mean over all layers for None; empty without a dense target."""
     if not _aims_at_dense(run):
         return []
     values = dict(
@@ -371,13 +371,13 @@ def _against_dense(run: Run, of: LayerReport | LayerKind | None) -> list[str]:
 
 
 def _errors(run: Run, before: float, after: float, held_before: float | None, held_after: float | None) -> list[str]:
-    """Without a solver there is no after."""
+    """The four errors as text. Without a solver, the errors after the update are blank."""
     texts = [NONE if value is None else percent(value) for value in (before, after, held_before, held_after)]
     return texts if run.solver else [texts[0], NONE, texts[2], NONE]
 
 
 def _rest(count: int, order: str = "") -> str:
-    return f"The first {_LISTED:,} of {count:,}{order}; report.json has them all." if count > _LISTED else ""
+    return f"The first {_LISTED:,} of {count:,}{order}; report.json has all of them." if count > _LISTED else ""
 
 
 def _share(value: float | None) -> str:

@@ -1,4 +1,4 @@
-"""The section on what a run left in its directory: how large it is, what each file is for, how the model is loaded elsewhere."""
+"""Page section on the files of a run: their sizes, their purpose, and how to load the pruned model."""
 
 import json
 from collections.abc import Mapping
@@ -10,34 +10,35 @@ from optima_tpu.report.view import NONE, Section, Table, command, commands
 from optima_tpu.runtime.buckets import in_bucket
 
 _ALWAYS = ("report.json", "report.html")
-"""They are written after the sizes are taken."""
+"""Files that are written after the sizes are recorded."""
 
 FILES: Mapping[str, str] = {
     "report.html": "this page",
-    "report.json": "everything that this page shows, and the record of every matrix, for programs",
+    "report.json": "everything that this page shows, and the record of every matrix, as JSON for programs",
     "hf": "the pruned model for transformers: weights as safetensors, the source’s config.json and tokenizer, which weights were "
     "kept (pruning_masks.npz, one bit each), the recipe and every layer’s errors (optima_tpu.json), a model card (README.md)",
-    "checkpoint": "the pruned model as one Orbax checkpoint, which is compressed: optima evaluate, optima export and JAX programs read it",
-    "evaluation.json": "what optima evaluate measured; this page shows it",
+    "checkpoint": "the pruned model as one compressed Orbax checkpoint, for optima evaluate, optima export and JAX programs",
+    "evaluation.json": "the results of optima evaluate; this page shows them",
     "lm_eval.json": "the results of the tasks, as the evaluation harness writes them",
-    "run.json": "the settings, and digests of model, text and code, by which the same command finds its own run again",
+    "run.json": "the settings, and digests of model, text and code; a command compares them before it resumes this run",
     "assets": "the source’s config.json, tokenizer and licence; optima export copies them",
-    "dense.json": "the dense model’s perplexity, which a run that goes on doesn’t measure again",
-    "dense_losses.npy": "the dense model’s loss on every token of the evaluation text, to see which tokens got worse",
-    "continuations.json": "what both models write after a few prompts",
+    "dense.json": "the dense model’s perplexity; a resumed run does not measure it again",
+    "dense_losses.npy": "the dense model’s loss on every token of the evaluation text, to find the tokens that got worse",
+    "continuations.json": "the texts that both models write after a few prompts",
     "calibration.npy": "the calibration text as token ids; the dense model wrote it",
-    "allocation.json": "the sparsity of every block, as the allocation chose it",
-    "distilled": "every block after the distillation, with checksums, for a run that goes on; may be deleted once it is finished, but "
-    "not in a bucket",
+    "allocation.json": "the sparsity of every block, chosen by the allocation",
+    "distilled": "every block after the distillation, with checksums, to resume a stopped run. You may delete it when the run is "
+    "finished, but not in a bucket",
     "distillation.json": "the divergence at every check of the distillation, and which step was kept",
-    "journal": "every finished block with checksums, from which a stopped run goes on. Once the run is finished it may be deleted, "
-    "but not in a bucket, where checkpoint/ refers to it",
-    "activations": "the hidden states after the last finished block, for a run that goes on; may be deleted once it is finished",
+    "journal": "every finished block with checksums, to resume a stopped run. You may delete it when the run is finished, but "
+    "not in a bucket, where checkpoint/ refers to it",
+    "activations": "the hidden states after the last finished block, to resume a stopped run. You may delete it when the run is "
+    "finished",
     "tensorboard": "the records of every block for TensorBoard",
     "wandb": "the records of every block for Weights & Biases",
-    "run.lock": "keeps two programs from working in the directory at once; empty",
+    "run.lock": "an empty lock file that keeps a second program from writing to the directory at the same time",
 }
-"""Name in a run directory -> what it is, in the order in which a person looks for it. hf/ and the like are folders."""
+"""Name in a run directory -> its purpose, the most important files first. Names without a dot, such as hf, are folders."""
 
 _SNIPPET = """\
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -50,7 +51,7 @@ print(tokenizer.decode(model.generate(**prompt, max_new_tokens=32)[0]))"""
 
 
 def left(run: Run) -> Section:
-    """What is in the directory of one run."""
+    """Section on the files in the directory of one run."""
     report, directory = run.report, run.directory
     recorded = (report.get("sizes") or {}).get("left") or {}
     rows = [
@@ -62,12 +63,12 @@ def left(run: Run) -> Section:
     exported = "hf" in {PurePath(path).name for path in report.get("files", {}).values()}
     if not exported:
         told = command("export", str(directory), str(directory / "hf"))
-        text.append(commands(f"The run did not write a folder for transformers. `{told}` makes it from checkpoint/."))
+        text.append(commands(f"The run did not write a folder for transformers. `{told}` writes one from checkpoint/."))
     elif in_bucket(directory):
-        text.append(f"Copy {directory / 'hf'} to this machine first: transformers reads no buckets.")
+        text.append(f"Copy {directory / 'hf'} to this machine first: transformers does not read buckets.")
     text.append(
-        "transformers loads the pruned model like any other. It runs as fast as the dense model: zeros pay off only with a kernel "
-        "or a compressor that uses them."
+        "transformers loads the pruned model like any other model. It runs as fast as the dense model: zeros save time or space "
+        "only with a kernel or a compressor that uses them."
     )
     folder = json.dumps("hf" if in_bucket(directory) else str(directory / "hf"), ensure_ascii=False)
     return Section(
@@ -80,7 +81,7 @@ def left(run: Run) -> Section:
                 ["file", "what it is", "size"],
                 rows,
                 words=True,
-                note="Sizes are those at the end of the run." if recorded else "",
+                note="Sizes were recorded at the end of the run." if recorded else "",
             )
         ],
         code=[

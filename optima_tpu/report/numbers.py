@@ -1,16 +1,16 @@
-"""Numbers for people."""
+"""Formats numbers for people."""
 
 import math
 
 
 def number(value: float, digits: int = 3) -> str:
-    """``value`` with so many significant digits, never in powers of ten: "0.0123", "12.3", "1234"."""
+    """``value`` with ``digits`` significant digits and no exponent: "0.0123", "12.3", "1234"."""
     if not math.isfinite(value):
         return "not finite"
     if value == 0:
         return "0"
     decimals = max(digits - 1 - math.floor(math.log10(abs(value))), 0)
-    # Rounding may carry into one more digit: 9.996 is 10.0, not 10.00.
+    # Rounding may add a digit before the point: 9.996 becomes 10.0, not 10.00.
     decimals = max(digits - 1 - math.floor(math.log10(abs(round(value, decimals)))), 0)
     return f"{value:.{decimals}f}"
 

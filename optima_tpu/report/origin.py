@@ -1,4 +1,4 @@
-"""The sections on how it was run: time and memory, the command, settings and place."""
+"""Page sections on time and memory, and on the command, settings, files and environment of a run."""
 
 import shlex
 from collections.abc import Mapping, Sequence
@@ -14,7 +14,7 @@ from optima_tpu.runtime.program import program
 
 
 def cost(runs: Sequence[Run]) -> Section:
-    """Time by stage and by block, and the peaks of memory."""
+    """Section on time by stage and by block, and on peak memory."""
     several = len(runs) > 1
     stages = [run.report["seconds"] for run in runs]
     rows = [
@@ -31,8 +31,9 @@ def cost(runs: Sequence[Run]) -> Section:
     for run in runs:
         if run.earlier:
             text.append(
-                f"{run.label if several else 'This run'} was stopped and went on: the stages below are those of its last "
-                f"part. With the blocks done before, it took {run.time}; what else was done before was not recorded."
+                f"{run.label if several else 'This run'} was stopped and resumed: the table below shows the stages after the "
+                f"last resume. Together with the blocks finished before, the run took {run.time}; the time of other earlier "
+                "work was not recorded."
             )
     panel = plots.Panel(
         "Seconds for a block",
@@ -62,14 +63,14 @@ def cost(runs: Sequence[Run]) -> Section:
                 ["", *(run.label for run in runs)] if several else [],
                 peaks,
                 runs=several,
-                note="Of the host: a resident set, with mapped pages of checkpoint files in it. A CPU has no memory of its own.",
+                note="Host memory is the resident set, including mapped pages of checkpoint files. A CPU has no device memory.",
             ),
         ],
     )
 
 
 def origin(runs: Sequence[Run]) -> Section:
-    """What was run, where, and the command that does it again."""
+    """Section on what was run and in which environment, with the command that repeats the run."""
     several, tables, code, files = len(runs) > 1, [], [], []
     for run in runs:
         label = f", {run.label}" if several else ""
@@ -83,8 +84,8 @@ def origin(runs: Sequence[Run]) -> Section:
         files.append((f"All settings{label}, as a file for --config", dump(config)))
     text = [
         commands(
-            "Started in the same directory, this command makes the same run. While its run directory exists, the command prints "
-            "the result again and changes nothing; with another `--output` it does the work again."
+            "Start this command in the same directory to repeat the run. While the run directory exists, the command only prints "
+            "the result again and changes nothing; with another `--output` it computes everything again."
         )
     ]
     if any(run.report["environment"].get("processes", 1) > 1 for run in runs):
@@ -106,7 +107,7 @@ def origin(runs: Sequence[Run]) -> Section:
 
 
 def _command(words: Sequence[str]) -> str:
-    """A command for a shell, one setting in a line where it is long."""
+    """A shell command; a long one has one setting per line."""
     command = program("prune")
     line = f"{command} {shlex.join(words)}"
     settings = [shlex.join(words[index : index + 2]) for index in range(0, len(words), 2)]
@@ -114,7 +115,7 @@ def _command(words: Sequence[str]) -> str:
 
 
 def _facts(run: Run) -> list[list[str]]:
-    """Names and values. What was not recorded is left out, or said."""
+    """Rows of (name, value); a value that was not recorded reads "not recorded"."""
     report, place = run.report, run.report["environment"]
     packages = ", ".join(f"{name} {version}" for name, version in place.get("packages", {}).items() if version)
     facts: Mapping[str, str | None] = {

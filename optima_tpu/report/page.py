@@ -1,6 +1,6 @@
-"""report.html: one page without scripts and without a network, of one run or of several side by side.
+"""Writes report.html: one page about one run or several, without scripts and without network access.
 
-What it looks like is in report.html.j2 and report.css beside this file.
+Its layout is defined in report.html.j2 and report.css in this folder.
 """
 
 from collections.abc import Sequence
@@ -23,21 +23,21 @@ from optima_tpu.report.writing import continuations, tokens
 from optima_tpu.runtime.files import write_bytes, writing
 
 PAGE = "report.html"
-"""What the page of a run is called in its directory."""
+"""File name of the page in a run directory."""
 
 
 class Page(NamedTuple):
-    """What the template is given.
+    """The input of the template.
 
     Attributes:
-      title: of the page.
-      subtitle: what was done, in a line.
-      code: the version of the program that made the runs.
-      tiles: the numbers that a person looks for first; none where several runs are compared.
-      verdict: whether the result is good; None where several runs are compared.
-      sections: in order.
-      colours: of the series, for light pages.
-      markers: of the series, as characters.
+      title: title of the page.
+      subtitle: one line on the method and its settings.
+      code: version of the program that made the runs.
+      tiles: the most important numbers, shown first; empty if several runs are compared.
+      verdict: whether the result is good; None if several runs are compared.
+      sections: the sections in their order on the page.
+      colours: colours of the series on a light page.
+      markers: markers of the series, as characters.
     """
 
     title: str
@@ -51,11 +51,11 @@ class Page(NamedTuple):
 
 
 def write_page(places: Sequence[str | Path], path: Path) -> list[Run]:
-    """Draws the page of finished runs. A file that already says so is left as it is.
+    """Writes the page about finished runs and returns them. A file with the same content is not written again.
 
     Args:
       places: run directories, or report.json files.
-      path: of the HTML file.
+      path: path of the HTML file.
 
     Raises:
       UserError: a run is not finished or not readable, or the page cannot be written.
@@ -69,7 +69,7 @@ def write_page(places: Sequence[str | Path], path: Path) -> list[Run]:
 
 
 def render(title: str, runs: Sequence[Run]) -> str:
-    """The page as HTML. ``title`` is what the runs have in common."""
+    """The page as HTML. ``title`` lists what the runs have in common."""
     sections = [
         outcome(runs),
         *distillation(runs),
@@ -84,7 +84,7 @@ def render(title: str, runs: Sequence[Run]) -> str:
         *(left(run) for run in runs if len(runs) == 1),
         origin(runs),
     ]
-    code = ", ".join(dict.fromkeys(run.report.get("manifest", {}).get("code", "of an unknown version") for run in runs))
+    code = ", ".join(dict.fromkeys(run.report.get("manifest", {}).get("code", "unknown") for run in runs))
     if len(runs) == 1:
         configuration = runs[0].report["configuration"]
         name = model_name(configuration)
@@ -94,7 +94,7 @@ def render(title: str, runs: Sequence[Run]) -> str:
         page = Page(
             f"{plural(len(runs), 'run')} side by side", without_folders(title), code, (), None, [comparison(runs), *sections]
         )
-    # Names of models and paths are what a person typed.
+    # Escape everything: names of models and paths come from the user.
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,

@@ -1,7 +1,7 @@
-"""What the plots of the page look like: numbers in, SVG elements out. Which numbers is in ``report.layers`` and ``results``.
+"""Draws the plots of the page as SVG elements. ``report.layers`` and ``report.results`` provide the numbers.
 
-An element stands in an HTML page: it takes the page's font and colours, light or dark, has a title and a description for those
-who do not see it, and no ids that another one has. Figures are made without pyplot, so there is no state outside of them.
+An element is part of an HTML page: it uses the page's font and its light or dark colours, has a title and a description for
+screen readers, and unique ids. Figures are created without pyplot, so there is no global state.
 """
 
 import io
@@ -22,14 +22,14 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocat
 from optima_tpu.report.numbers import number, percent
 
 SERIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#767676")
-"""Okabe and Ito's colours, which people tell apart however they see red and green, without the too light yellow."""
+"""Okabe and Ito's colours, which people with colour blindness can distinguish; without yellow, which is too light."""
 
 MARKERS = {"o": "●", "s": "■", "^": "▲", "D": "◆", "v": "▼", "X": "✖", "P": "✚"}
-"""The marker of each, and a character that looks like it, for legends."""
+"""The marker of each colour in matplotlib, and a similar character for legends."""
 
 _INK, _GRID = "#222222", "#dddddd"
 _PAGE = {_INK: "var(--ink)", _GRID: "var(--line)"} | {colour: f"var(--series-{index})" for index, colour in enumerate(SERIES)}
-"""The colours that the page may have otherwise, by their CSS variables."""
+"""Colours that the page may replace, with their CSS variables."""
 
 _SHADES = matplotlib.colormaps["cividis"].resampled(32)
 
@@ -38,11 +38,11 @@ class Line(NamedTuple):
     """One line.
 
     Attributes:
-      label: what it shows, for the description.
-      x: ascending.
-      y: for each; NaN leaves a gap.
+      label: name of the line, for the description.
+      x: ascending positions.
+      y: a value for each position; NaN leaves a gap.
       series: index of its colour and marker.
-      dashed: without markers.
+      dashed: draw a dashed line without markers.
     """
 
     label: str
@@ -53,13 +53,13 @@ class Line(NamedTuple):
 
 
 class Panel(NamedTuple):
-    """Lines over the same axes.
+    """Lines on the same axes.
 
     Attributes:
-      title: what they show.
-      lines: at least one.
-      unit: how a value is written.
-      log: the values are positive and spread.
+      title: the quantity that the lines show.
+      lines: at least one line.
+      unit: formats a value.
+      log: use a logarithmic scale; values that are not positive are left out.
     """
 
     title: str
@@ -69,16 +69,16 @@ class Panel(NamedTuple):
 
 
 def lines(panels: Sequence[Panel], prefix: str, across: str = "block", share: bool = False) -> list[str]:
-    """One element for each panel.
+    """Draws one SVG element for each panel.
 
     Args:
-      prefix: of the ids in it.
-      across: what the horizontal axes show.
-      share: all panels have the same vertical axis, so that heights compare.
+      prefix: prefix of the ids in the elements.
+      across: label of the horizontal axes.
+      share: use the same vertical axis in all panels, so that heights are comparable.
     """
     shared = _limits(panels) if share else None
     limits = [shared or _limits([panel]) for panel in panels]
-    # One margin for all, so that their axes are in line.
+    # Use one left margin for all panels, so that their axes are aligned.
     left = max(map(_left, panels, limits), default=0.0)
     return [
         _panel(panel, f"{prefix}-{index}", across, own, left)
@@ -89,21 +89,21 @@ def lines(panels: Sequence[Panel], prefix: str, across: str = "block", share: bo
 def cells(
     title: str, values: np.ndarray, rows: Sequence[str], prefix: str, log: bool = False, limits: tuple[float, float] | None = None
 ) -> str:
-    """A map of blocks and layers, every cell with its value when it is pointed at.
+    """Draws a map of blocks and layers as an SVG element. A cell shows its value under the mouse pointer.
 
     Args:
-      title: what it shows.
+      title: the quantity that the map shows.
       values: [rows, blocks] shares; NaN is left blank.
-      rows: their names.
-      prefix: of the ids in it.
-      log: shades go by the logarithm.
-      limits: what the darkest and the lightest shade stand for; None takes them from the values.
+      rows: names of the rows.
+      prefix: prefix of the ids in the element.
+      log: use a logarithmic colour scale.
+      limits: values of the darkest and the lightest shade; None takes them from ``values``.
     """
     blocks, finite = values.shape[1], values[np.isfinite(values) & (values > 0 if log else True)]
     low, high = limits or ((finite.min(), finite.max()) if finite.size else (0.1, 1.0))
     if low == high:
         low, high = (low / 2, high * 2) if log else (low - 0.5, high + 0.5)
-    # A bar of few rows has no room for more.
+    # A colour bar next to few rows has no room for more ticks.
     ticks = LogLocator(subs=(1,) if high > 30 * low else (1, 2, 5)) if log else FixedLocator(np.linspace(low, high, 3).tolist())
     labels = [_tick(value, percent) for value in ticks.tick_values(low, high) if low <= value <= high * (1 + 1e-9)]
     with _style():
@@ -139,7 +139,7 @@ def cells(
 
 
 def _style() -> AbstractContextManager[None]:
-    """What matplotlib does otherwise for the page."""
+    """The matplotlib settings for the page."""
     return matplotlib.rc_context(
         {
             "svg.fonttype": "none",
@@ -161,7 +161,7 @@ def _style() -> AbstractContextManager[None]:
 
 
 def _left(panel: Panel, limits: tuple[float, float]) -> float:
-    """Inches that the labels of the vertical axis need."""
+    """Width in inches of the labels of the vertical axis."""
     axes = Figure().add_subplot()
     _scale(axes, panel, limits)
     low, high = axes.get_ylim()
@@ -169,7 +169,7 @@ def _left(panel: Panel, limits: tuple[float, float]) -> float:
 
 
 def _room(labels: Iterable[str]) -> float:
-    """Inches for the longest of these tick labels beside an axis, in whatever font the page has."""
+    """Width in inches for the longest of these tick labels, with a margin for the page's unknown font."""
     return 0.12 + 0.075 * max(map(len, labels), default=0)
 
 
@@ -198,9 +198,10 @@ def _panel(panel: Panel, prefix: str, across: str, limits: tuple[float, float], 
 def _figure(
     left: float, right: float, bottom: float, top: float, widths: Sequence[float], height: float
 ) -> tuple[Figure, list[Axes]]:
-    """Axes side by side, of ``widths`` and ``height`` in inches, with margins and 0.08 inches between them.
+    """Axes side by side, with ``widths`` and ``height`` in inches, margins, and gaps of 0.08 inches.
 
-    Fixed, and not laid out by matplotlib: plots beside each other have their axes in line, and three times as fast.
+    The layout is fixed instead of computed by matplotlib. So the axes of neighbouring plots are aligned, and drawing is three
+    times as fast.
     """
     whole, tall = left + sum(widths) + 0.08 * (len(widths) - 1) + right, bottom + height + top
     figure, axes = Figure(figsize=(whole, tall)), []
@@ -233,18 +234,18 @@ def _scale(axes: Axes, panel: Panel, limits: tuple[float, float]) -> None:
 
 
 def _log_ticks(low: float, high: float) -> LogLocator:
-    """Ten times apart where there is much between, else 1, 2, 5 or closer."""
+    """Ticks at powers of ten for a wide range, otherwise at 1, 2, 5 or closer."""
     wide = math.log10(high / low)
     return LogLocator(subs=(1,) if wide > 3 else (1, 2, 5) if wide > 0.8 else (1, 1.5, 2, 3, 4, 5, 6, 8), numticks=20)
 
 
 def _tick(value: float, unit: Callable[[float], str]) -> str:
-    """As the unit writes it, without the zeros at its end: "50%", not "50.0%"."""
+    """A value formatted by ``unit`` without trailing zeros: "50%", not "50.0%"."""
     return re.sub(r"\.(\d*?)0+(?!\d)", lambda match: "." + match[1] if match[1] else "", unit(float(value)))
 
 
 def _range(values: Sequence[float], unit: Callable[[float], str]) -> str:
-    """In words."""
+    """The range of the values in words."""
     found = [float(value) for value in values if math.isfinite(value)]
     if not found:
         return "no value"
@@ -254,7 +255,7 @@ def _range(values: Sequence[float], unit: Callable[[float], str]) -> str:
 
 
 def _element(figure: Figure, prefix: str, title: str, description: str, told: Sequence[str] = ()) -> str:
-    """The figure as an SVG element of an HTML page. ``told`` is said of its cells, one after the other."""
+    """The figure as an SVG element for an HTML page. ``told`` holds the titles of its cells, in order."""
     data = io.BytesIO()
     with matplotlib.rc_context({"svg.hashsalt": prefix}):
         figure.savefig(data, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
@@ -272,7 +273,7 @@ def _element(figure: Figure, prefix: str, title: str, description: str, told: Se
                 value = re.sub(r"font-family: [^;]+;? ?", "", value)  # as newer versions of matplotlib write it
             element.set(name.rpartition("}")[2], value)
     for parent in (root, *root.findall("defs")):
-        for unwanted in parent.findall("metadata") + parent.findall("style"):  # which would be a style of the whole page
+        for unwanted in parent.findall("metadata") + parent.findall("style"):  # a style element would apply to the whole page
             parent.remove(unwanted)
     group = root.find(f".//g[@id='{prefix}-cells']")
     for cell, words in zip([] if group is None else [child for child in group if child.tag != "defs"], told):

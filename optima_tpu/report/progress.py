@@ -1,4 +1,4 @@
-"""What the person at the terminal sees while a run goes on."""
+"""Shows the progress of a run on the terminal."""
 
 import time
 from collections.abc import Callable, Iterable
@@ -18,12 +18,12 @@ from optima_tpu.report.summary import fitted_errors, sparsity
 
 
 def say(console: Console, text: str) -> None:
-    """Prints text as it is: paths in it are neither wrapped nor coloured, and brackets are no markup."""
+    """Prints text unchanged: does not wrap or colour paths, and does not read brackets as markup."""
     console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def show(console: Console, table: Table) -> None:
-    """Prints a table, with all its digits: a file or a pipe has no width, and on a narrow terminal cells are folded."""
+    """Prints a table with all digits: full width into a file or a pipe, folded cells on a narrow terminal."""
     if not console.is_terminal:
         console.width = max(console.width, Measurement.get(console, console.options.update(max_width=1000), table).maximum)
     for column in table.columns:
@@ -32,7 +32,7 @@ def show(console: Console, table: Table) -> None:
 
 
 class Progress:
-    """Tells how far a run is. A run is stages one after the other, a stage is steps; the walk's steps are blocks.
+    """Shows how far a run is. A run is a sequence of stages, a stage is a sequence of steps; a step of the walk is a block.
 
         with Progress() as progress:
             progress.stage("dense perplexity", total=31)
@@ -43,11 +43,12 @@ class Progress:
                 ...                                         # progress.layer(report) for every layer
                 progress.advance()
 
-    Every stage and every finished block is one line. On a terminal a bar below them shows the step, the last layer and
-    the time left of the stage. Only process 0 says anything. Make it after the devices are set up, which it asks for.
+    Prints one line for every stage and every finished block. On a terminal, a bar below these lines shows the step, the last
+    layer and the time left in the stage. Only process 0 prints. Create it after the devices are initialised, because it asks JAX
+    for the process index.
 
     Attributes:
-      seconds: how long every finished stage took, by name.
+      seconds: elapsed time of every finished stage, by name.
     """
 
     def __init__(self, console: Console | None = None, clock: Callable[[], float] = time.monotonic):
@@ -82,7 +83,7 @@ class Progress:
         self._bars.stop()
 
     def stage(self, name: str, total: int) -> None:
-        """Begins a stage of ``total`` steps, and ends the one before."""
+        """Starts a stage of ``total`` steps and ends the previous stage."""
         self.end_stage()
         self._stage, self._stage_start = name, self._clock()
         self._total, self._skipped, self._done = total, 0, 0
@@ -90,23 +91,23 @@ class Progress:
         self._bars.reset(self._task, total=total, description=name, visible=True, left="")
 
     def note(self, text: str) -> None:
-        """Something unusual that the person should know."""
+        """Prints a line about something unusual."""
         self._say(text)
 
     def block(self, index: int, count: int) -> None:
-        """Begins a block of the walk: number ``index`` of ``count``, from 0. A resumed walk begins with a later one."""
+        """Starts block ``index`` of ``count``, counted from 0. A resumed walk starts with a later block."""
         if self._done == 0:
             self._skipped = index
         self._total, self._block, self._block_start, self._layers = count, index, self._clock(), []
         self._bars.update(self._task, total=count, completed=index)
 
     def layer(self, report: LayerReport) -> None:
-        """A layer of the block is finished."""
+        """Shows a finished layer of the current block."""
         self._layers.append(report)
         self._bars.last_layer = f"block {report.block} {report.name}: {_outcome([report])}"
 
     def advance(self) -> None:
-        """A step of the stage is finished: the block, in the walk."""
+        """Counts a finished step of the stage; in the walk, a block."""
         self._done += 1
         left = self._left()
         self._bars.update(self._task, completed=self._skipped + self._done, left=left)
@@ -117,14 +118,14 @@ class Progress:
             self._block = None
 
     def _left(self) -> str:
-        """The time left in the stage, at the pace of its steps so far. Blocks that a resumed run skips took none."""
+        """The time left in the stage, from the mean time of its steps so far. Blocks that a resumed run skips do not count."""
         remaining = self._total - self._skipped - self._done
         if remaining <= 0:
             return ""
         return f"about {duration((self._clock() - self._stage_start) / self._done * remaining)} left"
 
     def end_stage(self) -> None:
-        """Ends the stage, whose time is known then."""
+        """Ends the current stage and records its elapsed time."""
         if self._stage is not None:
             self.seconds[self._stage] = self.seconds.get(self._stage, 0.0) + self._clock() - self._stage_start
         self._stage = self._block = None
@@ -137,7 +138,7 @@ class Progress:
 
 
 class _Bars(Bars):
-    """The bar, and below it a line about the last layer."""
+    """A progress bar with a line about the last layer below it."""
 
     last_layer = ""
 

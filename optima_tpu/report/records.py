@@ -1,4 +1,4 @@
-"""What happened to one layer and to one block, as it is journalled and reported."""
+"""Records of one layer and of one block, for the journal and for report.json."""
 
 import dataclasses
 import math
@@ -8,13 +8,13 @@ from typing import Any, Self
 
 @dataclasses.dataclass(frozen=True)
 class LayerReport:
-    """What happened to one matrix.
+    """The record of one pruned matrix.
 
     Errors are ``||X W' - X V'||^2 / ||X W'||^2`` over the calibration tokens, with ``W`` the dense and ``V`` the pruned
-    weights as they are stored. A bias is in both outputs and cancels. Those that begin with ``dense`` are
-    ``||X_d W' - X V'||^2 / ||X_d W'||^2`` over held-out tokens, with ``X_d`` the inputs of the layer in the dense model; None
-    without such tokens or without a dense target. With one, ``error_after`` may be above ``error_before``: it is not what was
-    minimised.
+    weights as they are stored. A bias is in both outputs and cancels. Errors whose name begins with ``dense`` are
+    ``||X_d W' - X V'||^2 / ||X_d W'||^2`` over held-out tokens, with ``X_d`` the inputs of the layer in the dense model; they are
+    None without held-out tokens or without a dense target. With a dense target, ``error_after`` may be larger than
+    ``error_before``, because the solver minimises another objective.
 
     Attributes:
       block: index of the block.
@@ -22,27 +22,27 @@ class LayerReport:
       shape: (d_out, d_in).
       pruned: number of weights that are zero by the mask.
       sparsity: ``pruned / (d_out d_in)``.
-      error_before: error of the selector's weights. Of an expert that no token reached: of its weights alone, as if all inputs
-        were of one size and independent; it is in no mean.
+      error_before: error of the selector's weights. For an expert that no token reached, the error is computed from the weights
+        alone, as if its inputs were independent and of equal size; such an expert is left out of all means.
       error_after: error of the final weights.
       gap_median: median over rows of the solver's measure of suboptimality.
-      gap_max: largest over rows; infinite where the solver found nothing.
-      steps_median: median over rows of the solver's iterations.
-      steps_max: largest over rows.
+      gap_max: largest gap of all rows; infinite if the solver found no solution.
+      steps_median: median over rows of the number of solver iterations.
+      steps_max: largest number of iterations of all rows.
       rows: d_out.
       rows_converged: rows that met the solver's own test.
       rows_refused: rows that kept the selector's weights, by the acceptance rule.
-      dead_inputs: inputs without any signal in the calibration text.
-      tokens: calibration tokens that reached the layer: all of them, or those routed to an expert; None where not counted.
-      held_out_before: as ``error_before``, over held-out tokens, which no weight was fitted to; None without such tokens.
-      held_out_after: as ``error_after``, over held-out tokens.
-      dense_before: of the selector's weights, against the dense model.
-      dense_after: of the final weights.
-      dense_drift: of the dense weights, what the layers before this one have lost.
-      damping: of the solver, as it was chosen on held-out tokens; None where the recipe fixes it.
-      alpha: of the target, likewise.
-      exchanged: weights that stay where the selector had pruned them, as many as it had kept and that went; None where masks are
-        not refined.
+      dead_inputs: inputs that are zero on all calibration tokens.
+      tokens: calibration tokens that reached the layer: all of them, or for an expert those routed to it; None if not counted.
+      held_out_before: same as ``error_before``, but over held-out tokens, which no weight was fitted to; None without them.
+      held_out_after: same as ``error_after``, but over held-out tokens.
+      dense_before: error of the selector's weights against the dense model.
+      dense_after: error of the final weights against the dense model.
+      dense_drift: error of the dense weights against the dense model, caused by the pruned layers before this one.
+      damping: the solver's damping, if tuning chose it on held-out tokens; None if the recipe fixes it.
+      alpha: the target's alpha, if tuning chose it on held-out tokens; None if the recipe fixes it.
+      exchanged: number of kept weights that the selector had pruned; as many weights that it had kept were pruned instead. None
+        if masks are not refined.
     """
 
     block: int
@@ -71,12 +71,12 @@ class LayerReport:
     exchanged: int | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """As JSON types, see :func:`finite`."""
+        """The record as JSON types, see :func:`finite`."""
         return finite(dataclasses.asdict(self) | {"shape": list(self.shape)})
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Self:
-        """From :meth:`to_json`; None is read as infinity, but for what there may be none of."""
+        """Reads the output of :meth:`to_json`. None becomes infinity, except for fields whose default is None."""
         optional = {field.name for field in dataclasses.fields(cls) if field.default is None}
         read = {key: math.inf if value is None and key not in optional else value for key, value in values.items()}
         return cls(**read | {"shape": tuple(values["shape"])})
@@ -84,12 +84,12 @@ class LayerReport:
 
 @dataclasses.dataclass(frozen=True)
 class BlockReport:
-    """What happened to one block.
+    """The record of one block.
 
     Attributes:
-      index: of the block.
-      seconds: from reading its weights to its finished activations.
-      layers: in the order in which they were pruned.
+      index: index of the block.
+      seconds: elapsed time from reading its weights to its finished activations.
+      layers: its layers, in the order in which they were pruned.
     """
 
     index: int
@@ -97,16 +97,16 @@ class BlockReport:
     layers: tuple[LayerReport, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """As JSON types."""
+        """The record as JSON types."""
         return {"index": self.index, "seconds": self.seconds, "layers": [layer.to_json() for layer in self.layers]}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Self:
-        """From :meth:`to_json`."""
+        """Reads the output of :meth:`to_json`."""
         layers = tuple(LayerReport.from_json(layer) for layer in values["layers"])
         return cls(values["index"], values["seconds"], layers)
 
 
 def finite(values: Mapping[str, Any]) -> dict[str, Any]:
-    """``values`` with None for infinity and NaN, which JSON does not have."""
+    """``values`` with None in place of infinity and NaN, which JSON does not have."""
     return {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in values.items()}

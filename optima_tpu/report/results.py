@@ -1,4 +1,4 @@
-"""The sections on what came out: dense against pruned, distance and tasks, and several runs side by side."""
+"""Page sections on results: perplexity and tasks, distance to the dense model, several runs side by side."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -14,15 +14,15 @@ from optima_tpu.report.verdict import verdict_of
 from optima_tpu.report.view import NONE, Key, Section, Table, Tile, command, figure, without_folders
 
 _SIZE = (
-    "The pruned file is as large as the dense one and runs as fast: zeros are stored like other numbers. They pay off only "
-    "with a kernel or a compressor that uses them."
+    "The pruned file is as large as the dense file, and the model runs as fast, because zeros are stored like other numbers. "
+    "Zeros save time or space only with a kernel or a compressor that uses them."
 )
 _SHOWN = 4
-"""So many commands are shown where several runs are compared."""
+"""Most commands that the page shows for several runs."""
 
 
 def tiles(run: Run) -> list[Tile]:
-    """The headline of one run."""
+    """The most important numbers of one run."""
     report, dense, pruned = run.report, run.report["perplexity"]["dense"], run.report["perplexity"]["pruned"]
     shown = [
         Tile(
@@ -36,7 +36,7 @@ def tiles(run: Run) -> list[Tile]:
     if run.evaluation and run.evaluation.get("average") is not None:
         shown.append(Tile("Six tasks", percent(run.evaluation["average"]), f"mean accuracy, {how_asked(run.evaluation)}"))
     before, after, held_before, held_after = mean_errors(run)
-    text = "the calibration text, none was held out" if held_after is None else "held-out text"
+    text = "the calibration text (none was held out)" if held_after is None else "held-out text"
     means = (before, after) if held_after is None else (held_before, held_after)
     first, last = (NONE if mean is None else percent(mean) for mean in means)
     shown += [
@@ -48,28 +48,28 @@ def tiles(run: Run) -> list[Tile]:
         Tile(
             "Sparsity",
             percent(report["sparsity"]),
-            f"{report['pruned']:,} of {report['weights']:,} weights in them{whole_model(report)}",
+            f"{report['pruned']:,} of {report['weights']:,} weights in these matrices{whole_model(report)}",
         ),
-        Tile("Time", run.time, f"on {devices(run)}" + (", with the parts before it was stopped" if run.earlier else "")),
+        Tile("Time", run.time, f"on {devices(run)}" + (", including the parts before it was resumed" if run.earlier else "")),
     ]
     sizes_found = report.get("sizes") or {}
     if sizes_found.get("dense") and sizes_found.get("transformers"):
         dense_size, pruned_size = size(sizes_found["dense"]), size(sizes_found["transformers"])
         shown.append(Tile("File", f"{dense_size} → {pruned_size}", "not smaller: zeros are stored like other numbers"))
     if peak := (report.get("memory") or {}).get("host_peak"):
-        shown.append(Tile("Memory", f"{number(peak / 2**30)} GiB", "of the host, at the peak"))
+        shown.append(Tile("Memory", f"{number(peak / 2**30)} GiB", "peak on the host"))
     count = unusual_count(run)
     return [*shown, Tile("Unusual", plural(count, "layer") if count else "nothing", "named below" if count else "in any layer")]
 
 
 def comparison(runs: Sequence[Run]) -> Section:
-    """Several runs side by side: what differs between them, and what came out."""
+    """Section that compares several runs: the settings that differ, and the results."""
     settings = differences({run.place: run.report["configuration"] | _elsewhere(run) for run in runs})
     settings.pop("output", None)
     rows = [[name, *(_setting(values, run) for run in runs)] for name, values in settings.items()]
     labels = [run.label for run in runs]
     same = len({json.dumps(run.report["evaluation"].get("digest", run.report["evaluation"]["how"])) for run in runs}) == 1
-    text = [] if same else ["These runs measured perplexity on different texts, and those numbers do not compare."]
+    text = [] if same else ["These runs measured perplexity on different texts, so their perplexities are not comparable."]
     return Section(
         "comparison",
         "Side by side",
@@ -89,7 +89,7 @@ def comparison(runs: Sequence[Run]) -> Section:
 
 
 def outcome(runs: Sequence[Run]) -> Section:
-    """Perplexity and tasks, dense against pruned."""
+    """Section on perplexity and tasks, dense against pruned."""
     several = len(runs) > 1
     rows: dict[str, list[list[str]]] = {"dense": []}
     for run in runs:
@@ -146,7 +146,7 @@ def outcome(runs: Sequence[Run]) -> Section:
     missing = [run for run in runs if not run.evaluation]
     who = "This run was" if not several else "These runs were" if missing == list(runs) else f"{len(missing)} of these runs were"
     text: list[str] = (
-        [f"{who} not evaluated on other texts and tasks. The commands below do that, and draw this page again."]
+        [f"{who} not evaluated on other texts and tasks. The commands below do this and then update this page."]
         if missing
         else []
     )
@@ -155,8 +155,8 @@ def outcome(runs: Sequence[Run]) -> Section:
         for run in missing[:_SHOWN]
     ]
     text += [
-        f"The evaluation.json of {run.label if several else 'this run'} is of {run.another}, which is not what it made, and "
-        "is not shown."
+        f"The evaluation.json of {run.label if several else 'this run'} is not shown: it evaluates {run.another}, which this "
+        "run did not make."
         for run in runs
         if run.another
     ]
@@ -166,7 +166,7 @@ def outcome(runs: Sequence[Run]) -> Section:
 
 
 def distance(runs: Sequence[Run]) -> list[Section]:
-    """How far from the dense model or another one, block by block: one section, or none where it was not measured."""
+    """Section on the distance to the dense or another model, by block; empty if it was not measured."""
     several = len(runs) > 1
     rows: dict[str, list[list[str]]] = {}
     curves: dict[tuple[str, str], list[plots.Line]] = {}
@@ -204,16 +204,16 @@ def distance(runs: Sequence[Run]) -> list[Section]:
     ]
     other = "dense" if rows.keys() == {"dense"} else "other"
     text = (
-        f"Divergence is the mean over tokens of KL({other} ‖ pruned) of the next token’s distribution, 0 where they are the "
-        f"same. The error of the hidden state after a block is ‖H′ − H‖² / ‖H‖², with H the {other} model’s: where the "
-        "damage is done."
+        f"Divergence is the mean over tokens of KL({other} ‖ pruned) between the distributions of the next token; 0 means equal "
+        f"distributions. The error of the hidden state after a block is ‖H′ − H‖² / ‖H‖², with H the hidden state of the {other} "
+        "model; its rise shows which blocks cause the damage."
     )
     drawn = [figure(elements, legend=legend)] if elements else []
     return [Section("distance", f"Distance to the {other} model", [text], drawn, tables)]
 
 
 def _evaluate(run: Run) -> str:
-    """The commands that evaluate a run and draw its page, with its own paths."""
+    """The commands that evaluate a run and write its page again, with the run's own paths."""
     directory, configuration = str(run.directory), run.report["configuration"]
     text = (configuration.get("evaluation") or {}).get("source") or configuration["calibration"]["source"]
     evaluate = command("evaluate", directory, "--against", configuration["model"], "--perplexity", text)
@@ -221,7 +221,7 @@ def _evaluate(run: Run) -> str:
 
 
 def mean_errors(run: Run) -> tuple[float, float, float | None, float | None]:
-    """Mean over layers: before and after on the calibration text, before and after on held-out text."""
+    """Means over layers of the errors before and after the update, on the calibration text and on held-out text."""
     layers = run.layers
     if not layers:
         return 0.0, 0.0, None, None
@@ -238,7 +238,7 @@ def devices(run: Run) -> str:
 
 
 def unusual_count(run: Run) -> int:
-    """How many layers have anything unusual."""
+    """The number of layers with an unusual finding."""
     return len({*worsened(run.blocks), *(layer for layers in unusual(run.blocks).values() for layer in layers)})
 
 
@@ -302,24 +302,24 @@ def _tasks(run: Run, label: list[str]) -> list[list[str]]:
 
 
 def _against(other: str) -> str:
-    """What a caption adds where the other model is not the dense one."""
+    """The addition to a caption if the other model is not the dense model."""
     return "" if other == "dense" else f" against {other}"
 
 
 def _error(value: float | None, scale: float = 1) -> str:
-    """A standard error, behind its value. None of a single window or document."""
+    """A standard error, to append to its value; empty for None, as for a single window or document."""
     return "" if value is None else f" ± {number(scale * value, 2)}"
 
 
 def _part(run: Run, name: str) -> Mapping[str, Any]:
-    """A part of evaluation.json; nothing where it is missing. Texts from files without their folders if their names differ."""
+    """A part of evaluation.json, empty if it is missing. Folders of file names are removed if the names stay distinct."""
     found = (run.evaluation or {}).get(name) or {}
     short = {without_folders(text): value for text, value in found.items()}
     return short if len(short) == len(found) else found
 
 
 def _elsewhere(run: Run) -> dict[str, Any]:
-    """What may differ beside the settings."""
+    """Facts other than settings that may differ between runs."""
     return {
         "code": run.report.get("manifest", {}).get("code"),
         "model contents": run.report["model"].get("fingerprint", "")[:12],

@@ -1,4 +1,4 @@
-"""The sum over the rows of a layer."""
+"""Sums row results into the report of a layer."""
 
 from typing import NamedTuple
 
@@ -10,16 +10,16 @@ from optima_tpu.report.records import LayerReport
 
 
 class LayerFacts(NamedTuple):
-    """What is known of a pruned layer beside its rows.
+    """Facts about a pruned layer that are not per row.
 
     Attributes:
-      block: its index.
-      name: of the layer inside the block.
+      block: index of the block.
+      name: name of the layer inside the block.
       shape: (d_out, d_in).
-      kept: weights that stay.
-      dead: inputs without signal.
-      tokens: that reached the layer.
-      damping, alpha: where tuning chose them.
+      kept: number of kept weights.
+      dead: number of dead inputs.
+      tokens: number of calibration tokens that reached the layer.
+      damping, alpha: the values that tuning chose; None without tuning.
     """
 
     block: int
@@ -33,7 +33,7 @@ class LayerFacts(NamedTuple):
 
 
 def layer_report(layer: LayerFacts, rows: RowOutcomes) -> LayerReport:
-    """The report on a layer, from its rows, which are on the host."""
+    """The report of a layer, from row results on the host."""
     size = layer.shape[0] * layer.shape[1]
 
     def share(values: Array | np.ndarray, energies: Array | np.ndarray = rows.energy) -> float:
@@ -41,7 +41,7 @@ def layer_report(layer: LayerFacts, rows: RowOutcomes) -> LayerReport:
         return float(np.sum(values, dtype=np.float64)) / energy if energy > 0 else 0.0
 
     def shares(found: Array | np.ndarray | None, count: int) -> tuple[float | None, ...]:
-        if found is None or not np.any(found[0]):  # no held-out tokens, or none that was routed to this expert
+        if found is None or not np.any(found[0]):  # no held-out tokens, or none was routed to this expert
             return (None,) * count
         return tuple(share(values, found[0]) for values in found[1:])
 

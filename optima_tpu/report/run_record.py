@@ -1,4 +1,4 @@
-"""The record of a run: what a resume must agree with, the full configuration, the source's small files."""
+"""Reads and writes the record of a run: its manifest, which a resume must match, its settings, the source's small files."""
 
 import functools
 import hashlib
@@ -17,11 +17,11 @@ from optima_tpu.runtime.files import files_in, write_bytes
 RUN, ASSETS = "run.json", "assets"
 
 
-@functools.cache  # the code that runs is the one that was read first, whatever happens to the files later
+@functools.cache  # later changes of the files do not change the running code
 def code_version() -> str:
     """The installed version and a digest of the package's source files, "0.1.0+3f2a91c0b5d7".
 
-    Part of a run's manifest: blocks that were pruned by different code do not belong in one model.
+    Part of a run's manifest, so that one model never mixes blocks pruned by different code.
     """
     package = Path(__file__).parents[1]
     digest = hashlib.sha256()
@@ -30,13 +30,13 @@ def code_version() -> str:
         digest.update(file.read_bytes())
     try:
         version = importlib.metadata.version("optima-tpu")
-    except importlib.metadata.PackageNotFoundError:  # run from a checkout; the digest still tells it apart
+    except importlib.metadata.PackageNotFoundError:  # run from a checkout; the digest still identifies the code
         version = "0"
     return f"{version}+{digest.hexdigest()[:12]}"
 
 
 def write_run(directory: Path, manifest: Mapping[str, Any], configuration: Mapping[str, Any]) -> None:
-    """Records a new run in an existing directory, in one step."""
+    """Writes the record of a new run atomically into an existing directory."""
     record = {"manifest": manifest, "configuration": configuration}
     write_bytes(directory / RUN, json.dumps(record, indent=2, allow_nan=False).encode())
 
@@ -45,30 +45,30 @@ def read_run(directory: str | Path) -> dict:
     """The manifest and the configuration of a run: ``{"manifest": {...}, "configuration": {...}}``.
 
     Raises:
-      UserError: there is no run, or its record is damaged.
+      UserError: the directory has no run, or its record is damaged.
     """
     path = as_path(directory) / RUN
     try:
         return json.loads(path.read_bytes())
     except FileNotFoundError:
-        raise UserError(f"expected a run directory, got {directory}, which holds no {RUN}") from None
+        raise UserError(f"expected a run directory, got {directory}, which has no {RUN}: check the path") from None
     except ValueError:
         raise UserError(f"{path} is damaged and the run cannot be resumed; choose another --output") from None
 
 
 def read_assets(directory: str | Path) -> dict[str, bytes]:
-    """The files a run kept of its source model, name -> contents."""
+    """The source model's files that the run has kept, name -> contents."""
     folder = as_path(directory) / ASSETS
     return {str(path.relative_to(folder)): path.read_bytes() for path in files_in(folder)}
 
 
 def refuse_another(directory: Path, manifest: Mapping[str, Any]) -> None:
-    """Compares a manifest with the one of the run in ``directory``.
+    """Raises UserError if the run in ``directory`` has another manifest.
 
     Raises:
-      UserError: they differ; every differing key is named, nested ones with dots, with both values.
+      UserError: the manifests differ. The message names every differing key, nested keys with dots, and both values.
     """
-    as_recorded = json.loads(json.dumps(manifest, allow_nan=False))  # without tuples
+    as_recorded = json.loads(json.dumps(manifest, allow_nan=False))  # turns tuples into lists, as in the file
     there, here = flat(read_run(directory)["manifest"]), flat(as_recorded)
     different = [
         f"{key}: {_show(there, key)} there, {_show(here, key)} here"

@@ -1,4 +1,4 @@
-"""Finished runs as their files tell of them, and what to call them when several stand side by side."""
+"""Reads finished runs from their files, and labels them for a comparison."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -13,7 +13,7 @@ from optima_tpu.report.run_record import RUN
 from optima_tpu.report.summary import all_layers
 from optima_tpu.runtime.buckets import as_path
 
-# Settings that change neither weights nor layer errors, so that no label has to tell them.
+# Settings that change neither weights nor layer errors; labels leave them out.
 _ELSEWHERE = (
     "output",
     "mesh",
@@ -29,7 +29,7 @@ _ELSEWHERE = (
     "sinks",
 )
 
-# What every report.json has, with what is looked up in it.
+# Entries that every report.json must have, with the keys that are read from them.
 _NEEDED = {
     "configuration": ("model", "pattern", "selector", "solver", "calibration"),
     "environment": (),
@@ -49,12 +49,12 @@ class Run(NamedTuple):
     """A finished run.
 
     Attributes:
-      label: what it has that the others beside it have not: "wanda + cg, 2:4".
-      place: its directory, or the report.json that was named.
-      report: report.json.
-      blocks: the blocks in it.
-      evaluation: evaluation.json, None where the run was not evaluated beyond its own perplexity.
-      another: the model that evaluation.json there is of, where it is not the run's.
+      label: method and the settings that distinguish it from the other runs: "wanda + cg, 2:4".
+      place: the path that the user gave: the run directory or its report.json.
+      report: contents of report.json.
+      blocks: the blocks in the report.
+      evaluation: contents of evaluation.json; None if the run was evaluated only on its own perplexity.
+      another: the model in evaluation.json if it is not this run's model, otherwise None.
     """
 
     label: str
@@ -66,24 +66,24 @@ class Run(NamedTuple):
 
     @property
     def directory(self) -> Path:
-        """Its directory, also where its report.json was named."""
+        """The run directory, also if the user gave the path of its report.json."""
         path = as_path(self.place)
         return path if path.is_dir() else path.parent
 
     @property
     def layers(self) -> list[LayerReport]:
-        """Of all blocks."""
+        """The layers of all blocks."""
         return all_layers(self.blocks)
 
     @property
     def solver(self) -> str | None:
-        """Its name; None where the weights are the selector's own."""
+        """Name of the solver; None if the weights are the selector's own."""
         solver = self.report["configuration"]["solver"]
         return solver and solver["name"]
 
     @property
     def beside(self) -> str:
-        """What its evaluation compares it with: "dense" for the model that was pruned, another one as it was named."""
+        """The model that the evaluation compares with: "dense" for the model that was pruned, otherwise its name."""
         evaluation, model = self.evaluation or {}, self.report["model"].get("fingerprint")
         against = evaluation.get("against")
         found = evaluation.get("evaluated", {}).get("against", {}).get("fingerprint")
@@ -93,33 +93,33 @@ class Run(NamedTuple):
 
     @property
     def earlier(self) -> float:
-        """Seconds, at least, of the blocks that were done before the run was stopped and went on; 0 where it never was."""
+        """Least number of seconds spent on blocks before the last resume; 0 if the run was never resumed."""
         return max(0.0, sum(block.seconds for block in self.blocks) - self.report["seconds"].get("pruning", 0.0))
 
     @property
     def time(self) -> str:
-        """Of its stages and the blocks done earlier, in words. What else earlier parts did was not recorded: it took more."""
+        """Time of the stages and of blocks before a resume, as text. "at least", since other earlier work was not recorded."""
         told = duration(sum(self.report["seconds"].values()) + self.earlier)
         return f"at least {told}" if self.earlier else told
 
 
 def read_runs(places: Sequence[str | Path]) -> tuple[str, list[Run]]:
-    """What the runs have in common, as a title, and the runs.
+    """Reads runs; returns a title with the settings they share, and the runs.
 
     Args:
       places: run directories, or report.json files.
 
     Raises:
-      UserError: a run is not finished, named twice, or its files are damaged or of a version that wrote other things.
+      UserError: a run is not finished or given twice, or its files are damaged or come from an incompatible version.
     """
     paths = [str(place) for place in places]
     for path in paths:
         if paths.count(path) > 1:
-            raise UserError(f"expected every run once, got {path} twice")
+            raise UserError(f"expected each run once, got {path} twice: leave one out")
     reports = {path: read_report(path) for path in paths}
     title, labels = names({place: report["configuration"] for place, report in reports.items()})
     twins = {place for place, label in labels.items() if list(labels.values()).count(label) > 1}
-    labels |= {place: f"{labels[place]}, {place}" for place in twins}  # the same settings: told apart by where they are
+    labels |= {place: f"{labels[place]}, {place}" for place in twins}  # runs with the same settings are distinguished by path
     return title, [
         Run(labels[place], place, report, read_blocks(place, report), *_evaluation(place, report))
         for place, report in reports.items()
@@ -127,13 +127,13 @@ def read_runs(places: Sequence[str | Path]) -> tuple[str, list[Run]]:
 
 
 def read_json(path: Path) -> Any:
-    """What a JSON file holds. Raises UserError where it can't be read."""
+    """The contents of a JSON file. Raises UserError if it can't be read."""
     try:
         return json.loads(path.read_bytes())
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     except ValueError:
-        raise UserError(f"expected JSON in {path}, got something else") from None
+        raise UserError(f"expected JSON in {path}, got something else: the file is damaged") from None
 
 
 def read_report(run: str) -> dict[str, Any]:
@@ -142,12 +142,12 @@ def read_report(run: str) -> dict[str, Any]:
     if path.is_dir():
         if not (path / "report.json").exists():
             if (path / RUN).exists():
-                raise UserError(f"{run} is not finished, it has no report.json yet; repeat its command to finish it")
-            raise UserError(f"expected a run directory, got {run}, which holds no report.json")
+                raise UserError(f"{run} is not finished: it has no report.json yet; repeat its command to finish it")
+            raise UserError(f"expected a run directory, got {run}, which has no report.json: check the path")
         path /= "report.json"
     report = read_json(path)
     if not isinstance(report, dict) or not {"configuration", "blocks"} <= report.keys():
-        raise UserError(f"expected the report of a run, got {path}, which is something else")
+        raise UserError(f"expected the report.json of a run, got {path}, which is something else: check the path")
     missing = [
         ".".join(filter(None, (key, name)))
         for key, own in _NEEDED.items()
@@ -156,30 +156,30 @@ def read_report(run: str) -> dict[str, Any]:
     ]
     if missing:
         raise UserError(
-            f"{path} is of another version of OPTIMA-TPU, it lacks {', '.join(missing)}; read it with that version, "
+            f"{path} was written by another version of OPTIMA-TPU and lacks {', '.join(missing)}; read it with that version, "
             "or repeat the run with another --output"
         )
     return report
 
 
 def read_blocks(run: str, report: Mapping[str, Any]) -> tuple[BlockReport, ...]:
-    """The blocks in the report of a run, as :func:`read_report` returns it. Raises UserError where other things are in them."""
+    """The blocks in a report from :func:`read_report`. Raises UserError if another version wrote them."""
     try:
         return tuple(BlockReport.from_json(block) for block in report["blocks"])
     except (KeyError, TypeError) as error:
         raise UserError(
-            f"the layers in the report of {run} are of another version of OPTIMA-TPU ({error}); read it with that "
+            f"the layers in the report of {run} were written by another version of OPTIMA-TPU ({error}); read it with that "
             "version, or repeat the run with another --output"
         ) from None
 
 
 def names(configurations: Mapping[str, Mapping[str, Any]]) -> tuple[str, dict[str, str]]:
-    """A title of what runs have in common, and for each a name of what it has not: "wanda + cg, 2:4".
+    """A title with the settings that the runs share, and for each run a name with the others: "wanda + cg, 2:4".
 
     Runs with the same settings get the same name.
 
     Args:
-      configurations: of ``report.json``, by run.
+      configurations: the configuration in ``report.json`` of each run.
     """
     facts = {run: _facts(values) for run, values in configurations.items()}
     first = next(iter(facts.values()))
@@ -190,7 +190,7 @@ def names(configurations: Mapping[str, Mapping[str, Any]]) -> tuple[str, dict[st
     }
     for name in set(named.values()):
         alike = {run: configurations[run] for run in named if named[run] == name}
-        if len(alike) > 1:  # told apart by whatever settings differ
+        if len(alike) > 1:  # add all other settings that differ
             differing = differences(
                 {run: {key: value for key, value in values.items() if key not in _ELSEWHERE} for run, values in alike.items()}
             )
@@ -202,9 +202,9 @@ def names(configurations: Mapping[str, Mapping[str, Any]]) -> tuple[str, dict[st
 
 
 def differences(configurations: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """The settings that are not the same in all runs, nested ones with dots: setting -> run -> value.
+    """The settings that differ between runs, nested ones with dots: setting -> run -> value.
 
-    A run without such a setting, of a method that it does not use, is left out there.
+    A setting has no entry for a run that does not have it, because the run uses another method.
     """
     told = {run: flat(values) for run, values in configurations.items()}
     return {
@@ -226,12 +226,12 @@ def method(configuration: Mapping[str, Any]) -> str:
 
 
 def _setting(key: str, value: Any) -> str:
-    """As the command line has it: "target dense", "recapture true"."""
+    """A setting as on the command line: "target dense", "recapture true"."""
     return f"{key.removesuffix('.name')} {str(value).lower() if isinstance(value, bool) else value}"
 
 
 def _facts(configuration: Mapping[str, Any]) -> dict[str, str]:
-    """What a title says of a run."""
+    """The facts about a run that a title may contain."""
     layers = configuration.get("layers")
     text = configuration["calibration"]
     pattern = configuration["pattern"] if ":" in configuration["pattern"] else f"sparsity {configuration['pattern']}"
@@ -243,7 +243,7 @@ def _facts(configuration: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _evaluation(place: str, report: Mapping[str, Any]) -> tuple[dict[str, Any] | None, str | None]:
-    """evaluation.json beside report.json; or, where it is of something else, the name of that."""
+    """(evaluation.json next to report.json, None); or (None, name of the evaluated model) if it is not this run's model."""
     path = as_path(place)
     path = (path if path.is_dir() else path.parent) / "evaluation.json"
     if not path.exists():
@@ -251,9 +251,9 @@ def _evaluation(place: str, report: Mapping[str, Any]) -> tuple[dict[str, Any] |
     values = read_json(path)
     if not isinstance(values, dict) or not {"perplexity", "distance", "tasks"} & values.keys():
         raise UserError(
-            f"expected what optima_tpu.evaluate writes in {path}, got something else; move it away, or evaluate again"
+            f"expected the results of optima_tpu.evaluate in {path}, got something else; move the file away, or evaluate again"
         )
     of, manifest, model = values.get("evaluated"), report.get("manifest"), values.get("model")
-    # Earlier versions recorded the name alone, which may be any name of the run, but not that of the model it pruned.
+    # Earlier versions recorded only a name. It may be any name of the run, but not the name of the model that was pruned.
     same = of["model"]["manifest"] == manifest if of and manifest else model != report["configuration"]["model"]
     return (values, None) if same else (None, model)

@@ -1,4 +1,4 @@
-"""What tasks gave, by evaluation.json: one number at a time, for the terminal and for the page."""
+"""Iterates over the task results in evaluation.json, for the terminal and for the page."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
@@ -8,13 +8,13 @@ class Score(NamedTuple):
     """One metric of one task.
 
     Attributes:
-      task: its name.
+      task: name of the task.
       metric: "acc", or with the harness's filter "exact_match,strict".
-      documents: how many there were.
-      value: of the model.
-      error: the standard error; None where the harness gives none.
-      against: of the other model; None without one.
-      against_error: likewise.
+      documents: number of documents.
+      value: value for the model.
+      error: standard error of ``value``; None if the harness gives none.
+      against: value for the second model; None without a second model.
+      against_error: standard error of ``against``; None if the harness gives none.
     """
 
     task: str
@@ -27,7 +27,7 @@ class Score(NamedTuple):
 
 
 def scores(tasks: Mapping[str, Mapping[str, Any]]) -> Iterator[Score]:
-    """Every metric of every task in the entry "tasks" that has a value."""
+    """Yields every metric with a value of every task in the entry "tasks"."""
     for task, found in tasks.items():
         other = found.get("against") or {}
         for metric, value in found.items():
@@ -39,11 +39,11 @@ def scores(tasks: Mapping[str, Mapping[str, Any]]) -> Iterator[Score]:
 
 
 def how_asked(evaluation: Mapping[str, Any]) -> str:
-    """How the tasks were put to the model, by the evaluation's settings: "zero-shot, the first 200 documents of each"."""
+    """How the tasks were run, from the evaluation's settings: "zero-shot, the first 200 documents of each"."""
     settings = evaluation.get("configuration") or {}
     fewshot, limit = settings.get("fewshot"), settings.get("limit")
     if fewshot is None:
         examples = "each with its own number of examples"
-    else:  # a task that says 0 keeps it, whatever is asked for
+    else:  # a task whose own number of examples is 0 keeps 0
         examples = f"{fewshot}-shot where a task allows it" if fewshot else "zero-shot"
     return examples + (f", the first {limit:,} documents of each" if limit else "")

@@ -1,7 +1,7 @@
-"""The records of layers, sent elsewhere too while a run goes on: TensorBoard, Weights & Biases.
+"""Sends the records of layers to TensorBoard or Weights & Biases while the run is in progress.
 
-A sink gets a step for every block and one for the perplexities. It begins anew with every start of the command and is given the
-blocks that the journal holds first, so that a run that was stopped has every block in it once.
+A sink gets one step for every block and one for the perplexities. Every start of the command starts the sink again, and sends the
+blocks in the journal first. So a sink has every block of a resumed run exactly once.
 """
 
 import contextlib
@@ -36,13 +36,13 @@ _MEASURES = (
 
 
 class Sink(Protocol):
-    """Somewhere that takes numbers by their names, step after step."""
+    """A destination for named numbers, step by step."""
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Takes the values of a step; steps come in order, each once."""
+        """Writes the values of a step. The caller writes each step once, in ascending order."""
 
     def close(self) -> None:
-        """Whatever was written is on the disk or sent."""
+        """Flushes everything that was written to the disk or the server."""
 
 
 class TensorBoard:
@@ -65,16 +65,16 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """A run of Weights & Biases, the same one when this run goes on. ``WANDB_MODE=offline`` keeps it on the disk."""
+    """A run of Weights & Biases; a resumed run continues the same one. ``WANDB_MODE=offline`` keeps it on the disk."""
 
     def __init__(self, project: str, directory: Path, configuration: Mapping[str, Any]):
         import wandb
 
         folder = directory / "wandb"
-        if folder.exists():  # of an earlier start; all of its steps come again
+        if folder.exists():  # files of an earlier start; all of its steps are written again
             shutil.rmtree(folder)
         folder.mkdir(parents=True)
-        # The place alone would be that of any run that was there before.
+        # The id includes the manifest, because another run may have used the same directory before.
         which = f"{directory.resolve()}\n{json.dumps(read_run(directory)['manifest'], sort_keys=True)}"
         try:
             self._run = wandb.init(
@@ -88,11 +88,11 @@ class WeightsAndBiases:
             )
         except wandb.Error as error:
             raise UserError(
-                f"Weights & Biases does not start: {one_line(error)} Log in by 'wandb login', or set WANDB_MODE=offline"
+                f"Weights & Biases does not start: {one_line(error)} Log in with 'wandb login', or set WANDB_MODE=offline"
             ) from None
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        if step >= self._run.step:  # a run that went on has the others already
+        if step >= self._run.step:  # a resumed run has the earlier steps already
             self._run.log(dict(values), step=step)
 
     def close(self) -> None:
@@ -100,27 +100,27 @@ class WeightsAndBiases:
 
 
 def check_sinks(sinks: Sinks) -> None:
-    """Raises UserError where a sink's package is not installed."""
+    """Raises UserError if a sink's package is not installed."""
     for name, package in _PACKAGES.items():
         if not getattr(sinks, name):
             continue
         spec = find_spec(package)
-        if spec is None or spec.origin is None:  # a mere folder called wandb in the working directory has no file
+        if spec is None or spec.origin is None:  # a plain folder named wandb in the working directory has no origin
             raise UserError(
-                f"expected the package {package} for sinks.{name}, it is not installed: pip install 'optima-tpu[{name}]'"
+                f"expected the package {package} for sinks.{name}, but it is not installed: pip install 'optima-tpu[{name}]'"
             )
 
 
 @contextlib.contextmanager
 def opened(sinks: Sinks, directory: Path, configuration: Mapping[str, Any]) -> Iterator[tuple[Sink, ...]]:
-    """The sinks that a run was asked to write to. Every process calls it, only process 0 has any.
+    """Opens the sinks of a run. Every process must call it; only process 0 gets sinks.
 
     Args:
-      directory: of the run; files of sinks are in folders of it.
-      configuration: told to those that keep it.
+      directory: the run directory; each sink writes to its own folder in it.
+      configuration: settings of the run, for sinks that store them.
 
     Raises:
-      UserError: one of them does not start.
+      UserError: a sink does not start.
     """
     with contextlib.ExitStack() as stack:
 
@@ -136,7 +136,7 @@ def opened(sinks: Sinks, directory: Path, configuration: Mapping[str, Any]) -> I
 
 
 class FinishedBlocks(Protocol):
-    """What knows the finished blocks of a run: its journal."""
+    """The part of the journal's interface that gives the finished blocks of a run."""
 
     @property
     def finished(self) -> Collection[int]: ...
@@ -146,20 +146,20 @@ class FinishedBlocks(Protocol):
 
 
 class Steps:
-    """Sends the finished blocks of a journal to sinks, in order, each once."""
+    """Sends the finished blocks of a journal to sinks, each once and in order."""
 
     def __init__(self, sinks: Sequence[Sink], journal: FinishedBlocks):
         self._sinks, self._journal, self._next = sinks, journal, 0
 
     def follow(self) -> None:
-        """Sends what was finished since the last call, up to the first block that is not."""
+        """Sends the blocks finished since the last call, up to the first unfinished block."""
         while self._sinks and self._next in self._journal.finished:
             write_block(self._sinks, BlockReport.from_json(self._journal.report(self._next)))
             self._next += 1
 
 
 def write_block(sinks: Iterable[Sink], block: BlockReport) -> None:
-    """A step: what happened to every layer of a block, as "error_after/self_attn.q_proj". What is not finite is left out."""
+    """Writes a step with the measures of every layer of a block, such as "error_after/self_attn.q_proj"."""
     values: dict[str, float | None] = {"seconds": block.seconds}
     for layer in block.layers:
         values |= {f"{measure}/{layer.name}": getattr(layer, measure) for measure in _MEASURES}
@@ -168,7 +168,7 @@ def write_block(sinks: Iterable[Sink], block: BlockReport) -> None:
 
 
 def write(sinks: Iterable[Sink], step: int, values: Mapping[str, float | None]) -> None:
-    """A step, without what is not a finite number."""
+    """Writes a step; values that are None or not finite are left out."""
     finite = {name: value for name, value in values.items() if value is not None and math.isfinite(value)}
     for sink in sinks:
         sink.write(step, finite)

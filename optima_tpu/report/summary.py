@@ -1,4 +1,4 @@
-"""Block reports, summed up."""
+"""Summarises block reports: means of errors, kinds of layers, unusual layers."""
 
 import math
 import statistics
@@ -11,10 +11,10 @@ from optima_tpu.report.records import BlockReport, LayerReport
 
 T = TypeVar("T")
 FITTED, HELD_OUT = ("error_before", "error_after"), ("held_out_before", "held_out_after")
-"""The errors on calibration and on held-out tokens, with the selector's weights and with the final ones."""
+"""Names of the errors on calibration and on held-out tokens, with the selector's and with the final weights."""
 
 RISE = 0.01
-"""So much of itself an error on held-out text has to rise by before it counts."""
+"""A smaller relative rise of an error on held-out text counts as noise."""
 
 _CHOSEN = {"tuning": "the tuning", "accept": "the acceptance", "allocation": "the sparsities"}
 
@@ -24,18 +24,18 @@ class LayerKind(NamedTuple):
 
     Attributes:
       name: "self_attn.q_proj", for experts "mlp.experts.*.up_proj".
-      layers: how many there are, one for each block, or each of its experts.
-      error_before: mean over layers that calibration tokens reached, of the selector's weights.
-      error_after: likewise, of the final weights.
-      held_out: mean over layers that held-out tokens reached, of the final weights on these; None where there are none.
-      dense_before, dense_after, dense_drift: means over layers, against the dense model on held-out tokens: of the selector's, of
-        the final and of the dense weights; None where they were not measured.
-      sparsity: share of the weights of all of them that are pruned.
-      gap_max: largest over rows and layers.
+      layers: number of layers: one for each block, or one for each expert of each block.
+      error_before: mean error of the selector's weights, over layers that calibration tokens reached.
+      error_after: mean error of the final weights, over the same layers.
+      held_out: mean error of the final weights on held-out tokens, over layers that these tokens reached; None if there are none.
+      dense_before, dense_after, dense_drift: mean errors against the dense model on held-out tokens, of the selector's, the final
+        and the dense weights; None if they were not measured.
+      sparsity: share of pruned weights among all weights of these layers.
+      gap_max: largest gap over rows and layers.
       steps_median: median over layers of the median over rows.
-      rows: of all layers, as the next two.
-      rows_not_converged: rows that did not meet the solver's own test.
-      rows_refused: rows that kept the selector's weights.
+      rows: number of rows of all these layers.
+      rows_not_converged: number of rows that did not meet the solver's own test.
+      rows_refused: number of rows that kept the selector's weights.
     """
 
     name: str
@@ -60,7 +60,7 @@ def all_layers(blocks: Iterable[BlockReport]) -> list[LayerReport]:
 
 
 def by_kind(blocks: Sequence[BlockReport]) -> tuple[LayerKind, ...]:
-    """One summary for each kind of layer, in the order in which they first come."""
+    """One summary for each kind of layer, in the order of first occurrence."""
     kinds: dict[str, list[LayerReport]] = {}
     for layer in all_layers(blocks):
         kinds.setdefault(kind_name(layer.name), []).append(layer)
@@ -68,43 +68,43 @@ def by_kind(blocks: Sequence[BlockReport]) -> tuple[LayerKind, ...]:
 
 
 def short_names(names: Sequence[str]) -> dict[str, str]:
-    """ "self_attn.q_proj" -> "q_proj", where no other layer ends alike."""
+    """Maps "self_attn.q_proj" to "q_proj" if no other name ends in "q_proj"."""
     last = [name.rpartition(".")[2] for name in names]
     return {name: short if last.count(short) == 1 else name for name, short in zip(names, last)}
 
 
 def sparsity(layers: Iterable[LayerReport]) -> float:
-    """Share of the weights of all these layers together that are pruned. 0 for no layers."""
+    """Share of pruned weights among all weights of the layers; 0 without layers."""
     layers = list(layers)
     weights = sum(math.prod(layer.shape) for layer in layers)
     return sum(layer.pruned for layer in layers) / weights if weights else 0.0
 
 
 def exchanged(layers: Iterable[LayerReport]) -> float | None:
-    """Share of the weights that stay which the selector had pruned; None where no mask was refined."""
+    """Share of the kept weights that the selector had pruned; None if no mask was refined."""
     refined = [(layer, count) for layer in layers if (count := layer.exchanged) is not None]
     kept = sum(math.prod(layer.shape) - layer.pruned for layer, _ in refined)
     return sum(count for _, count in refined) / kept if kept else None
 
 
 def gap_meaning(solvers: Sequence[str]) -> str:
-    """What the gaps of these solvers tell, without a stop."""
-    distance = "how far a row is from the best weights for its mask"
+    """The meaning of these solvers' gaps, as the end of a sentence without its full stop."""
+    distance = "the distance of a row from the best weights for its mask"
     match sorted(set(solvers)):
         case ["cg"]:
-            return f"{distance}, at most: a certified bound, as a share of the optimum"
+            return f"{distance}; a certified upper bound, relative to the optimum"
         case [one]:
             return f"{distance}, by {one}'s own measure"
         case several:
-            return f"{distance}, by the measures of {' and '.join(several)}, which do not compare"
+            return f"{distance}, by the measures of {' and '.join(several)}, which are not comparable"
 
 
 def unusual(blocks: Sequence[BlockReport]) -> dict[str, dict[str, int]]:
-    """What a person should look at, by layer: {"rows_not_converged": {"block 3 mlp.down_proj": 12}, ...}.
+    """Unusual layers by kind of finding: {"rows_not_converged": {"block 3 mlp.down_proj": 12}, ...}.
 
-    The kinds are always there, empty when there is nothing to say. A refused layer has all of its rows refused and is
-    listed under ``layers_refused``, not under ``rows_refused``. ``few_tokens`` has the layers that fewer tokens reached than they
-    have inputs, which leaves their problems without a unique answer, with the number of those tokens.
+    Every kind is present; it is empty if no layer is affected. A layer with all rows refused is listed under ``layers_refused``
+    and not under ``rows_refused``. ``few_tokens`` lists layers that fewer tokens reached than they have inputs, with the number
+    of tokens: their least-squares problems have no unique solution.
     """
     found: dict[str, dict[str, int]] = {
         "few_tokens": {},
@@ -128,10 +128,11 @@ def unusual(blocks: Sequence[BlockReport]) -> dict[str, dict[str, int]]:
 
 
 def worsened(blocks: Sequence[BlockReport]) -> dict[str, tuple[float, float]]:
-    """Every matrix that the update made worse on held-out text, with its error before and after: {"block 3 mlp.down_proj": ...}.
+    """Matrices whose error on held-out text rose by the update, with the error before and after.
 
-    Errors are those that the update aims at: against the dense model where the run has a dense target, else of the layer's own
-    output. A rise of less than :data:`RISE` is noise. The matrix with the largest rise comes first.
+    Keys are like "block 3 mlp.down_proj". The error is the one that the update minimises: against the dense model with a dense
+    target, otherwise the error of the layer's own output. A rise of less than :data:`RISE` counts as noise. The matrix with the
+    largest relative rise comes first.
     """
     found: dict[str, tuple[float, float]] = {}
     for layer in all_layers(blocks):
@@ -146,9 +147,9 @@ def worsened(blocks: Sequence[BlockReport]) -> dict[str, tuple[float, float]]:
 
 
 def traded(blocks: Sequence[BlockReport]) -> list[LayerReport]:
-    """Layers whose own output is further off on held-out text after the update, and whose distance to the dense model is smaller.
+    """Layers for which the update raised the error of their own output on held-out text, but not the distance to the dense model.
 
-    A dense target asks for that: the layer makes up for what the layers before it have lost.
+    This is the intention of a dense target: the layer corrects the error of the layers before it.
     """
     return [
         layer
@@ -160,7 +161,7 @@ def traded(blocks: Sequence[BlockReport]) -> list[LayerReport]:
 
 
 def of_record(layer: Mapping[str, Any], name: str) -> Any:
-    """A value of a layer that is a record in JSON types, None where it has none."""
+    """A value of a layer that is given as JSON types; None if it is missing."""
     return layer.get(name)
 
 
@@ -169,35 +170,35 @@ def fitted_errors(layers: Sequence[LayerReport]) -> tuple[float, float]: ...
 @overload
 def fitted_errors(layers: Sequence[T], get: Callable[[T, str], Any]) -> tuple[float | None, float | None]: ...
 def fitted_errors(layers: Sequence[Any], get: Callable[[Any, str], Any] = getattr) -> tuple[float | None, float | None]:
-    """The mean of both ``FITTED`` over the layers that calibration tokens reached: all but experts without any.
+    """Means of both ``FITTED`` errors over the layers that calibration tokens reached, so without experts that none reached.
 
-    Over all layers where none was reached. None for records without the error, see :func:`mean_or_none`.
+    If no layer was reached, the means are over all layers. A mean is None if a record lacks the error, see :func:`mean_or_none`.
 
     Args:
-      layers: at least one.
-      get: ``(layer, name) -> value``, for layers that are records :func:`of_record`.
+      layers: at least one layer.
+      get: ``(layer, name) -> value``; :func:`of_record` for layers given as JSON types.
     """
     before, after = means([layer for layer in layers if get(layer, "tokens") != 0] or layers, FITTED, get)
     return before, after
 
 
 def held_out_errors(layers: Sequence[T], get: Callable[[T, str], Any] = getattr) -> tuple[float | None, float | None]:
-    """The mean of both ``HELD_OUT`` over the layers that held-out tokens reached; as :func:`fitted_errors`."""
+    """Means of both ``HELD_OUT`` errors over the layers that held-out tokens reached; see :func:`fitted_errors`."""
     before, after = means(layers, HELD_OUT, get)
     return before, after
 
 
 def held_out_caveat(configuration: Mapping[str, Any]) -> str:
-    """What held-out text did beside being measured on, to be said of it: "also chose the tuning, ..."; empty for nothing."""
+    """Lists the choices that were made on the held-out text, as a caveat for its error: "also chose the tuning, ..."."""
     chosen = [_CHOSEN[setting] for setting in chosen_by_held_out(configuration)]
     listed = " and ".join(filter(None, [", ".join(chosen[:-1]), *chosen[-1:]]))
-    return f"also chose {listed}, so the error on it is a little too small" if chosen else ""
+    return f"also chose {listed}, so its error is slightly too low" if chosen else ""
 
 
 def means(layers: Iterable[T], names: Sequence[str], get: Callable[[T, str], Any] = getattr) -> tuple[float | None, ...]:
-    """The mean of each of several errors over the layers that have them; see :func:`mean_or_none`.
+    """The mean of each error in ``names`` over the layers that have them; see :func:`mean_or_none`.
 
-    A layer without any of them has none: there were no held-out tokens, or none was routed to this expert.
+    Layers that have none of these errors are ignored: without held-out tokens, or experts that received none of them.
     """
     rows = [[get(layer, name) for name in names] for layer in layers]
     rows = [row for row in rows if any(value is not None for value in row)]
@@ -205,7 +206,7 @@ def means(layers: Iterable[T], names: Sequence[str], get: Callable[[T, str], Any
 
 
 def mean_or_none(values: Iterable[float | None]) -> float | None:
-    """The mean; None where there are no values, or one is missing or was not finite, which JSON does not have."""
+    """The mean of ``values``; None if there are no values or one is None, as JSON stores a number that is not finite."""
     values = list(values)
     numbers = [value for value in values if value is not None]
     return statistics.fmean(numbers) if numbers and len(numbers) == len(values) else None

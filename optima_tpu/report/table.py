@@ -1,4 +1,4 @@
-"""What the person at the terminal sees at the end of a run."""
+"""Prints the summary at the end of a run to the terminal."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -30,24 +30,24 @@ from optima_tpu.report.summary import (
 from optima_tpu.report.verdict import verdict_of
 
 _NAMED = 4
-"""So many layers are named for each kind of trouble; report.json has them all."""
+"""Number of layers named for each kind of finding; report.json has all of them."""
 
 TROUBLE = {
     "few_tokens": ("reached by fewer calibration tokens than they have inputs", "token"),
-    "dead_inputs": ("dead inputs, without signal in the calibration text", "input"),
+    "dead_inputs": ("dead inputs, zero on all calibration tokens", "input"),
     "rows_not_converged": ("rows not converged", "row"),
-    "rows_refused": ("rows refused, which keep the selector's weights", "row"),
-    "layers_refused": ("layers refused, which keep the selector's weights", "row"),
+    "rows_refused": ("rows refused (they keep the selector's weights)", "row"),
+    "layers_refused": ("layers refused (they keep the selector's weights)", "row"),
 }
-"""The kinds of ``summary.unusual`` in words, and what is counted."""
+"""For each kind of ``summary.unusual``: its description and the noun for its count."""
 
 
 def print_summary(console: Console, report: Mapping[str, Any], directory: Path) -> None:
-    """Prints the table of layers, what the pruning cost, what was unusual, where the files are, and whether the result is good.
+    """Prints the table of layers, the change of perplexity, unusual layers, the files, and whether the result is good.
 
     Args:
-      report: as report.json has it.
-      directory: where the run is now.
+      report: contents of report.json.
+      directory: current path of the run.
     """
     blocks = [BlockReport.from_json(block) for block in report["blocks"]]
     configuration, perplexity, memory = report["configuration"], report["perplexity"], report.get("memory", {})
@@ -55,19 +55,19 @@ def print_summary(console: Console, report: Mapping[str, Any], directory: Path) 
     layers = all_layers(blocks)
     console.print(layer_table(blocks, solver), highlight=False)
     lines = [
-        "Errors: the change of a layer's output on the calibration text, in percent of the output's energy, mean over blocks."
+        "Errors: squared change of a layer's output on the calibration text, in percent of the output's energy; mean over blocks."
     ]
     if any(layer.held_out_after is not None for layer in layers):
         caveat = held_out_caveat(configuration)
-        lines[0] += f" Held out: on calibration text that no weight was fitted to{caveat and f'; it {caveat}'}."
+        lines[0] += f" Held out: the same on calibration text that no weight was fitted to{caveat and f'; this text {caveat}'}."
     if any(layer.dense_after is not None for layer in layers):
         lines.append(
-            "Against dense: how far a layer's output on that text is from the dense model's, with what the layers "
-            "before have lost."
+            "Against dense: squared distance of a layer's output from the dense model's output on that text; it includes the "
+            "errors of the layers before."
         )
     if weighed := report.get("weighed_layers"):
         names = " and ".join(short_names(weighed).values())
-        lines.append(f"{names}: tokens weighed by one over the mean square of the residual stream.")
+        lines.append(f"{names}: tokens weighed by the inverse mean square of the residual stream.")
     if solver:
         lines.append(f"Gap: {gap_meaning([solver])}.")
     dense, pruned = perplexity["dense"], perplexity["pruned"]
@@ -81,7 +81,7 @@ def print_summary(console: Console, report: Mapping[str, Any], directory: Path) 
     if size := sizes(report):
         lines += [f"size        {size}"]
     if (share := exchanged(layers)) is not None:
-        lines += [f"masks       {percent(share)} of the weights that stay came in by exchange for others of their row"]
+        lines += [f"masks       {percent(share)} of the kept weights came in by exchange: the selector had pruned them"]
     device = f", {number(memory['device_peak'] / 2**30)} GiB on a device" if memory.get("device_peak") else ""
     if memory.get("host_peak"):
         lines += [f"memory      {number(memory['host_peak'] / 2**30)} GiB on the host{device} at the peak"]
@@ -96,7 +96,7 @@ def print_summary(console: Console, report: Mapping[str, Any], directory: Path) 
 
 
 def layer_table(blocks: Sequence[BlockReport], solver: str | None) -> Table:
-    """One row for each kind of layer. Without a solver, only what the selector did."""
+    """A table with one row for each kind of layer. Without a solver it has no columns on the update."""
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
     table.add_column("layer", no_wrap=True, vertical="bottom")
     kinds = by_kind(blocks)
@@ -130,33 +130,33 @@ def layer_table(blocks: Sequence[BlockReport], solver: str | None) -> Table:
 
 
 def plain(text: str) -> str:
-    """Words of the page for a terminal: without the backquotes of commands, and with the apostrophe that is typed."""
+    """Converts text of the page for a terminal: removes backquotes and replaces typographic apostrophes."""
     return text.replace("`", "").replace("’", "'")
 
 
 def whole_model(report: Mapping[str, Any]) -> str:
-    """ ", 39.5% of all 134,515,008 weights of the model"; empty for reports of versions that did not count them."""
+    """ ", 39.5% of all 134,515,008 weights of the model"; empty for a report without the model's number of weights."""
     weights = (report.get("model") or {}).get("weights")
     return f", {percent(report['pruned'] / weights)} of all {weights:,} weights of the model" if weights else ""
 
 
 def sizes(report: Mapping[str, Any]) -> str:
-    """How large the files are, dense and pruned, and why they are alike; empty where that was not recorded."""
+    """The sizes of the dense and the pruned file and why they are equal; empty if they were not recorded."""
     found = report.get("sizes") or {}
     if not found.get("dense"):
         return ""
     pruned = f", pruned in hf/ {size(found['transformers'])}" if found.get("transformers") else ""
-    return f"dense weights {size(found['dense'])}{pruned}: the file is not smaller, zeros are stored like other numbers"
+    return f"dense weights {size(found['dense'])}{pruned}: the file is not smaller because zeros are stored like other numbers"
 
 
 def size(count: int) -> str:
-    """Bytes as "538 MB", "16.1 GB"."""
+    """Formats a number of bytes: "538 MB", "16.1 GB"."""
     exponent = min(max((len(str(count)) - 1) // 3, 0), 4)
     return f"{count} bytes" if not exponent else f"{number(count / 1000**exponent)} {('kB', 'MB', 'GB', 'TB')[exponent - 1]}"
 
 
 def unusual_lines(blocks: Sequence[BlockReport], configuration: Mapping[str, Any]) -> list[str]:
-    """What was unusual, a sentence for each kind, by the names of the layers with most of it. None where nothing was."""
+    """One sentence for each kind of unusual finding, with the most affected layers; empty if nothing is unusual."""
     lines = []
     if worse := worsened(blocks):
         dense = any(layer.dense_after is not None for layer in all_layers(blocks))
@@ -172,7 +172,7 @@ def unusual_lines(blocks: Sequence[BlockReport], configuration: Mapping[str, Any
 
 
 def traded_lines(blocks: Sequence[BlockReport]) -> list[str]:
-    """What a dense target does on purpose: one sentence with every kind of layer that is concerned, or none."""
+    """One sentence on the layers of :func:`summary.traded`, an intended effect of a dense target; empty if there are none."""
     kinds: dict[str, list[LayerReport]] = {}
     for layer in traded(blocks):
         kinds.setdefault(kind_name(layer.name), []).append(layer)
@@ -189,8 +189,8 @@ def traded_lines(blocks: Sequence[BlockReport]) -> list[str]:
     count = sum(map(len, kinds.values()))
     return [
         f"in {count:,} {'matrix' if count == 1 else 'matrices'} the update raised the error of the layer's own output on "
-        "held-out text and lowered the distance to the dense model's output. The dense target asks for that. By kind, in the "
-        f"mean: {', '.join(told)}"
+        "held-out text, but not the distance to the dense model's output. The dense target intends this. Means by kind: "
+        f"{', '.join(told)}"
     ]
 
 
@@ -200,7 +200,7 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def _remedy(configuration: Mapping[str, Any]) -> str:
-    """What to try where weights do not carry over to other text."""
+    """Advice for an update that improves the calibration text but not held-out text."""
     judged = (configuration.get("accept") or {}).get("name") == "held_out"
-    accept = [] if judged else ["--accept held_out, which leaves such matrices as the selector made them"]
+    accept = [] if judged else ["--accept held_out, which keeps the selector's weights in such matrices"]
     return f"try {', '.join([*accept, 'more --calibration.samples'])}, or a larger --solver.damping"

@@ -1,4 +1,4 @@
-"""Whether a result is good, by what is known of such results: a rule of thumb in one sentence."""
+"""Judges whether a result is good, by comparison with published and measured results: a rule of thumb."""
 
 import math
 from collections.abc import Mapping
@@ -8,15 +8,15 @@ from optima_tpu.report.numbers import number, percent, plural
 
 
 class Band(NamedTuple):
-    """What layer-wise pruning in one shot is known to cost models of one size, under one pattern.
+    """The known range of perplexity ratios for one-shot layer-wise pruning, for one pattern and model size.
 
     Attributes:
-      pattern: "50%", "60%" or "70%" of the weights of every matrix, in any order; or "2:4", "4:8".
-      size: in billions of weights, [from, to).
-      best: the smallest ratio of the pruned model's perplexity to the dense model's.
-      worst: the largest one, without masks by magnitude.
-      models: which ones the ratios are of.
-      text: "general" for WikiText-2 and C4; or the one text that the ratios were measured on.
+      pattern: "50%", "60%" or "70%" of the weights of every matrix, unstructured; or "2:4", "4:8".
+      size: model sizes in billions of weights, [from, to).
+      best: smallest ratio of the pruned model's perplexity to the dense model's.
+      worst: largest ratio; results with masks by magnitude are left out.
+      models: the models that the ratios were measured with.
+      text: "general" for WikiText-2 and C4, otherwise the text that the ratios were measured on.
     """
 
     pattern: str
@@ -29,14 +29,14 @@ class Band(NamedTuple):
 
 _TINY, _SMALL, _MIDDLE, _LARGE = (0.05, 0.3), (0.3, 2.0), (2.0, 5.0), (5.0, 20.0)
 
-# Above each row stand the results with the smallest and the largest ratio, pruned / dense. Sources:
+# The comment above each row gives the results with the smallest and the largest ratio, pruned / dense. Sources:
 #   SmolLM2-135M: C4 dense 31.26, WikiText-2 dense 29.19: configs/tables/levers.md; WikiText-2 by another protocol, dense 25.62:
 #   configs/tables/smollm2.md; pydoc dense 14.79: README.md.
 #   OPT, Llama 3.1 and 3.2, Gemma 3 and Qwen 2.5 under 50% and 60%: the published numbers in configs/tables/unstructured.yaml and
-#   adam.yaml (arXiv:2512.13886), WikiText-2. Left out: gemma-2-2b, whose dense perplexity means nothing.
-#   OPT-125M with FISTAPruner: as its paper prints it.
+#   adam.yaml (arXiv:2512.13886), WikiText-2. Left out: gemma-2-2b, because its dense perplexity is not meaningful.
+#   OPT-125M with FISTAPruner: from the FISTAPruner paper.
 #   Llama 2 7B (dense 5.47), Llama 3 8B (dense 6.14), and under 2:4 and 4:8 Llama 3.2 1B and Qwen 2.5 7B: WikiText-2 in windows
-#   of 2048 tokens, as the papers of ALPS, DSnoT and DenoiseRotator print them for these methods.
+#   of 2048 tokens, from the papers of ALPS, DSnoT and DenoiseRotator.
 _AT_ONE, _AT_THREE = "Qwen2.5-0.5B and 1.5B, Llama-3.2-1B and Gemma-3-1B", "Qwen2.5-3B and Llama-3.2-3B"
 _AT_EIGHT = "Qwen2.5-7B and 14B, Llama-2-7B, Llama-3-8B and 3.1-8B"
 
@@ -73,29 +73,29 @@ BANDS = (
     Band("4:8", _SMALL, 2.61, 4.95, "Llama-3.2-1B"),
     # Qwen2.5-7B with SparseGPT 9.61 / 6.85; Llama-3-8B with DSnoT 14.76 / 6.14
     Band("4:8", _LARGE, 1.40, 2.41, "Qwen2.5-7B, Llama-2-7B and Llama-3-8B"),
-    # Calibrated and measured on Python's documentation, which predicts itself better than general text does: SmolLM2-135M with
-    # `best` 16.77 / 14.79; with `fast` 19.59 / 14.79
+    # Calibrated and measured on Python's documentation. Calibration on text of the same kind gives smaller ratios than on general
+    # text: SmolLM2-135M with `best` 16.77 / 14.79; with `fast` 19.59 / 14.79
     Band("50%", _TINY, 1.13, 1.33, "SmolLM2-135M", "pydoc"),
 )
 
 _SHARES = {"50%": 0.5, "60%": 0.6, "70%": 0.7}
 _NEAR = 0.02
-"""So far from one of these shares of pruned weights its band is still used."""
+"""A band is used for sparsities within this distance of its share of pruned weights."""
 
 _DENSE = 100.0
-"""Above this the dense model hardly predicts the text, and the ratio says little. The dense models of the bands have 5.3 to 31."""
+"""Above this perplexity the dense model hardly predicts the text, so the ratio means little. The bands have 5.3 to 31."""
 
 
 Word = Literal["good", "usual", "poor", "unknown"]
 
 
 class Verdict(NamedTuple):
-    """What to think of a result.
+    """The judgement of a result.
 
     Attributes:
-      word: "good" in the better half of what is known, on a logarithmic scale; "usual" in the other half; "poor" beyond;
-        "unknown" where nothing is known of such a run.
-      text: a sentence or two that say so, with the numbers.
+      word: "good" in the better half of the known range on a logarithmic scale, "usual" in the worse half, "poor" beyond the
+        range, "unknown" if no results are known for such a run.
+      text: the judgement in a few sentences, with the numbers.
     """
 
     word: Word
@@ -109,11 +109,11 @@ def verdict(
 
     Args:
       dense, pruned: the perplexities.
-      pattern: as the settings have it: "0.5", "0.6/row", "2:4".
-      sparsity: share of the weights of the pruned matrices that is zero.
-      weights: of the whole model.
-      text: the source of the text that both were measured on: "c4", "file:PATH".
-      calibration: the source of the calibration text.
+      pattern: as in the settings: "0.5", "0.6/row", "2:4".
+      sparsity: share of zeros among the weights of the pruned matrices.
+      weights: number of weights of the whole model.
+      text: source of the text that both perplexities were measured on: "c4", "file:PATH".
+      calibration: source of the calibration text.
       rules: settings for single layers, ``--layers``.
     """
     ratio, kind, size = pruned / dense, _kind(pattern, sparsity), weights / 1e9
@@ -123,15 +123,15 @@ def verdict(
         (each for each in BANDS if (each.pattern, each.text) == (kind, wanted) and each.size[0] <= size < each.size[1]), None
     )
     if dense > _DENSE:
-        unknown = f"the dense model itself hardly predicts this text (perplexity {number(dense, 4)}), so the ratio says little"
+        unknown = f"the dense model itself hardly predicts this text (perplexity {number(dense, 4)}), so the ratio means little"
     elif text == "random":
-        unknown = "random tokens have nothing to predict"
+        unknown = "random tokens cannot be predicted"
     elif rules:
-        unknown = "no results are on record for runs in which some layers have settings of their own"
+        unknown = "no results are known for runs in which some layers have their own settings"
     else:
-        unknown = f"no results are on record for {_whom(pattern, sparsity, weights)}, measured on {_short(text)}"
+        unknown = f"no results are known for {_whom(pattern, sparsity, weights)}, measured on {_short(text)}"
     if band is None or dense > _DENSE or text == "random" or rules:
-        return Verdict("unknown", f"Whether this is good is not known: {told}, and {unknown}.")
+        return Verdict("unknown", f"It is not known whether this is good: {told}, and {unknown}.")
     word: Word = "good" if ratio <= math.sqrt(band.best * band.worst) else "usual" if ratio <= band.worst else "poor"
     opening = {"good": "Good", "usual": "Usual", "poor": "Poor"}[word]
     where = "Python’s documentation" if band.text == "pydoc" else "WikiText-2 and C4"
@@ -143,7 +143,7 @@ def verdict(
 
 
 def verdict_of(report: Mapping[str, Any]) -> Verdict:
-    """The verdict on a run by its report.json. Of an earlier version's the size is that of the pruned matrices."""
+    """The verdict on a run from its report.json. For a report without the model's size, the pruned matrices give the size."""
     settings, perplexity = report["configuration"], report["perplexity"]
     calibration = settings.get("calibration", {}).get("source", "")
     return verdict(
@@ -159,10 +159,10 @@ def verdict_of(report: Mapping[str, Any]) -> Verdict:
 
 
 def _kind(pattern: str, sparsity: float) -> str | None:
-    """The pattern of a band; None where there is none."""
+    """The band pattern that fits these settings; None if there is none."""
     if ":" in pattern:
         return pattern if any(band.pattern == pattern for band in BANDS) else None
-    if not pattern.partition("/")[0].replace(".", "", 1).isdigit():  # a pattern of somebody's own
+    if not pattern.partition("/")[0].replace(".", "", 1).isdigit():  # a user-defined pattern
         return None
     return next((name for name, share in _SHARES.items() if abs(sparsity - share) <= _NEAR + 1e-9), None)
 

@@ -1,4 +1,4 @@
-"""What a page is made of: sections of words, plots and tables."""
+"""The parts of a page: sections with text, plots and tables."""
 
 import re
 import shlex
@@ -10,11 +10,11 @@ from markupsafe import Markup, escape
 from optima_tpu.runtime.program import program
 
 NONE = "–"
-"""What stands in a table where there is no number."""
+"""The table cell for a missing number."""
 
 
 class Tile(NamedTuple):
-    """A number that a person looks for first."""
+    """One of the most important numbers, shown at the top of the page."""
 
     name: str
     value: str
@@ -22,7 +22,7 @@ class Tile(NamedTuple):
 
 
 class Key(NamedTuple):
-    """What a colour, or a kind of line, stands for; ``series`` is None for a kind of line that all colours have."""
+    """A legend entry for a colour or a line style; ``series`` is None for a line style that all colours share."""
 
     label: str
     series: int | None = None
@@ -34,9 +34,9 @@ class Plots(NamedTuple):
 
     Attributes:
       elements: (title, SVG).
-      legend: nothing for maps.
-      wide: each in its natural size, scrolled where the page is narrower; else as many side by side as there is room for.
-      note: below them.
+      legend: legend entries; empty for maps.
+      wide: each plot has its natural size and scrolls on a narrow page; otherwise plots are side by side where they fit.
+      note: text below the plots.
     """
 
     elements: Sequence[tuple[str, Markup]]
@@ -49,14 +49,14 @@ class Table(NamedTuple):
     """A table.
 
     Attributes:
-      caption: above it.
+      caption: text above the table.
       head: names of the columns.
-      rows: of texts; markup only where something in a text is marked.
-      note: below it.
+      rows: cells as text, or as markup if part of the text is marked.
+      note: text below the table.
       words: the cells are words, not numbers.
-      total: the last row sums up the others.
-      names: so many cells at the beginning of a row are its name.
-      runs: the other columns are the runs, in the order of their colours.
+      total: the last row summarises the other rows.
+      names: number of cells at the start of a row that name the row.
+      runs: the other columns are runs, in the order of their colours.
     """
 
     caption: str
@@ -73,14 +73,14 @@ class Section(NamedTuple):
     """A part of the page, laid out in the order of these attributes.
 
     Attributes:
-      id: for links to it.
-      title: above it.
-      text: paragraphs; markup only where a command is in them, see :func:`commands`.
-      plots: with their legends.
-      tables: open ones.
+      id: anchor for links.
+      title: heading of the section.
+      text: paragraphs; markup only for paragraphs that contain a command, see :func:`commands`.
+      plots: plots with their legends.
+      tables: tables that are always visible.
       folded: tables that a click opens.
-      code: (what it is, text) of commands.
-      files: (what it is, text) of files, folded.
+      code: (label, text) of commands.
+      files: (label, text) of files that a click opens.
     """
 
     id: str
@@ -94,7 +94,7 @@ class Section(NamedTuple):
 
 
 def commands(text: str) -> Markup:
-    """A paragraph in which what stands between backquotes is a command or a setting."""
+    """Converts a paragraph to markup; text between backquotes becomes code."""
     return Markup(re.sub("`(.*?)`", r"<code>\1</code>", str(escape(text))))
 
 
@@ -104,14 +104,15 @@ def command(name: str, *words: str) -> str:
 
 
 def without_folders(text: str) -> str:
-    """ "40 windows of file:/home/me/x.txt" as "40 windows of file:x.txt", for a text that names one source, before any other "/".
+    """Removes the folders from a source in a text: "40 windows of file:/home/me/x.txt" becomes "40 windows of file:x.txt".
 
-    The names of data sets stay whole: "tfds:mine/plain@/home/me/data" is "tfds:mine/plain@data", and "hub:" has no folders.
+    The text names at most one source, before any other "/". Names of data sets are kept: "tfds:mine/plain@/home/me/data" becomes
+    "tfds:mine/plain@data". A source "hub:" has no folders.
     """
-    # Folders may have spaces; what follows the source has no "/", but an option behind its "?" may.
+    # Folders may contain spaces. The text after the source has no "/", except in an option after its "?".
     return re.sub(r"\b(file:|npy:|tfds:[^@]*@)[^?]*/", r"\1", text)
 
 
 def figure(elements: Sequence[tuple[str, str]], legend: Sequence[Key] = (), *, wide: bool = False, note: str = "") -> Plots:
-    """Plots from titles and SVG texts of ``report.plots``, which are safe to put into a page."""
+    """Plots from titles and SVG texts. The SVG of ``report.plots`` is trusted and is not escaped."""
     return Plots([(title, Markup(text)) for title, text in elements], legend, wide, note)

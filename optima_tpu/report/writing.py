@@ -1,4 +1,4 @@
-"""The sections on single tokens: which of the evaluation text got worse, and what both models write after a few prompts."""
+"""Page sections on tokens: which ones the pruned model predicts worse, and what both models write after a few prompts."""
 
 from collections.abc import Sequence
 
@@ -10,7 +10,7 @@ from optima_tpu.report.view import Section, Table
 
 
 def tokens(runs: Sequence[Run]) -> list[Section]:
-    """Which tokens got worse: one section, or none where no run has kept the losses of single tokens."""
+    """Section on the tokens that got worse; empty if no run has recorded losses per token."""
     several, text = len(runs) > 1, []
     tables: list[Table] = []
     folded: list[Table] = []
@@ -21,11 +21,12 @@ def tokens(runs: Sequence[Run]) -> list[Section]:
         label = f"{run.label}: " if several else ""
         shares, middle = found["shares"], len(found["edges"]) // 2
         share = found["rise_share"]
-        told = f" The worst 1% of the tokens make up {percent(share)} of the whole rise." if share is not None else ""
+        told = f" The worst 1% of the tokens cause {percent(share)} of the total rise." if share is not None else ""
         text.append(
             f"{label}The pruned model predicts {percent(sum(shares[middle + 1 :]))} of {found['tokens']:,} tokens worse than the "
-            f"dense model, {percent(sum(shares[:middle]))} better, and the others alike, within {found['edges'][middle]:g} nats. "
-            f"The loss rose by {number(found['mean'])} nats in the mean, by {number(found['median'])} in the median.{told}"
+            f"dense model, {percent(sum(shares[:middle]))} better, and the others equally well, within "
+            f"{found['edges'][middle]:g} nats. The loss rises by {number(found['mean'])} nats on average; the median rise is "
+            f"{number(found['median'])} nats.{told}"
         )
         of = f", {run.label}" if several else ""
         bars = [[name, percent(share), _bar(share)] for name, share in zip(_classes(found["edges"]), shares, strict=True)]
@@ -36,23 +37,23 @@ def tokens(runs: Sequence[Run]) -> list[Section]:
         ]
         if worst:
             table = Table(
-                f"The tokens that lost most{of}",
+                f"Tokens with the largest rise of the loss{of}",
                 ["token, in its text", "dense", "pruned"],
                 worst,
                 words=True,
                 names=0,
-                note="The probability that each model gives the marked token, after all of its window before it. ⏎ is a line break.",
+                note="Probability of the marked token in each model, given all earlier tokens of its window. ⏎ is a line break.",
             )
             (folded if several else tables).append(table)
     text.append(
         "The loss of a token is −ln of the probability that the model gives it; the perplexity is e to the power of the mean loss. "
-        "A rise by 0.1 nats leaves 90% of the probability, a rise by 2 nats 14%."
+        "A rise of 0.1 nats multiplies the probability by 0.90, a rise of 2 nats by 0.14."
     )
     return [Section("tokens", "Which tokens got worse", text, tables=tables, folded=folded)]
 
 
 def continuations(runs: Sequence[Run]) -> list[Section]:
-    """What both models write: one section, or none where no run has tried."""
+    """Section on the texts that both models write; empty if no run has recorded any."""
     several, text, tables = len(runs) > 1, [], []
     for run in runs:
         found = run.report.get("continuations")
@@ -70,8 +71,8 @@ def continuations(runs: Sequence[Run]) -> list[Section]:
     if tables:
         text.insert(
             0,
-            "Both models continue each prompt with the token they find most likely, one after the other. The mark is where they part. "
-            "A model that isn’t tuned to answer often repeats itself; four prompts show what changed, not how good a model is.",
+            "Both models continue each prompt, always with their most likely token. The first token that differs is marked. A "
+            "model that is not tuned to answer often repeats itself. Four prompts show what changed, not how good a model is.",
         )
     return [Section("continuations", "What the models write", text, tables=tables)]
 
@@ -97,6 +98,6 @@ def _marked(before: str, token: str, after: str) -> Markup:
 
 
 def _parted(parts: Sequence[str]) -> Markup:
-    """A continuation: what both models wrote, the token with which they part, marked, and the rest."""
+    """A continuation: the text that both models wrote, the first token that differs, marked, and the rest."""
     common, token, rest = parts
     return _marked(common, token, rest) if token else escape(common)

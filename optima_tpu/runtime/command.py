@@ -1,4 +1,4 @@
-"""What every command line does around its work: the devices, the exit status, and one line for what ended it."""
+"""Shared by all command lines: takes the devices, sets the exit status, and prints one line when something ends the work."""
 
 import os
 import re
@@ -20,22 +20,22 @@ from optima_tpu.runtime.mesh import simulate_devices
 from optima_tpu.runtime.xla_flags import raise_collective_timeouts
 
 RESUME = 75
-"""The exit status of a run that was told to stop: sysexits.h calls it a temporary failure. The same command goes on."""
+"""Exit status of a run that SIGTERM stopped (EX_TEMPFAIL in sysexits.h). The same command resumes it."""
 LOST = 69
-"""That of a process whose peers have ended (in sysexits.h: something is unavailable). Not ``RESUME``: whoever starts a job again
-at 75 would start one again for ever in which a process fails each time. And below it: of several statuses srun has the highest,
-which is to be 75 where a process was told to stop and the others lost it."""
+"""Exit status of a process whose peers have ended (EX_UNAVAILABLE in sysexits.h). Not ``RESUME``: a scheduler that restarts jobs
+on 75 would restart a permanently failing job for ever. And lower than ``RESUME``: srun returns the highest of several statuses,
+which must be 75 if one process was stopped and the others lost it."""
 
-_LAST = 3.0  # seconds in which the other processes notice for themselves that a run has ended
+_LAST = 3.0  # seconds for the other processes to notice by themselves that a run has ended
 _GRACE = 30.0  # seconds after SIGTERM; Slurm's script and clouds give a minute or less
-# What gloo, NCCL and jax's coordination service say when the other end is gone.
+# Words in the errors of gloo, NCCL and jax's coordination service when a peer is gone.
 _PEER_GONE = re.compile(
     "gloo|nccl|connection (closed|reset|refused)|coordination|heartbeat|socket closed|broken pipe", re.IGNORECASE
 )
 
 
 class Stopped(BaseException):
-    """SIGTERM. No Exception, so that nothing on its way takes it for an error that it knows how to handle."""
+    """Raised by SIGTERM. Not an Exception, so that no ``except Exception`` catches it."""
 
 
 class OnDevices(Protocol):
@@ -54,38 +54,38 @@ class OnDevices(Protocol):
 
 
 def take_devices(config: OnDevices, alone: bool = False) -> None:
-    """Joins the other processes and takes the devices, as the settings say. To be called before the first array exists.
+    """Joins the other processes and takes the devices, as the settings say. Call it before the first array exists.
 
     Args:
-      alone: the command knows nothing of other processes, and joins none.
+      alone: the command runs in one process and joins no others.
 
     Raises:
       UserError: see :func:`processes.start`.
     """
-    # Of a GPU XLA would leave a quarter unused; what is left here is for what it does not allocate itself (cuBLAS, NCCL).
+    # By default XLA leaves a quarter of a GPU unused. The tenth that is left here is for cuBLAS and NCCL.
     if "XLA_PYTHON_CLIENT_MEM_FRACTION" not in os.environ:  # its old name; XLA refuses both together
         os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", "0.9")
     raise_collective_timeouts(config.cpu_devices)
     simulate_devices(config.cpu_devices)
     if not alone:
         processes.start(config.coordinator, config.num_processes, config.process_id, config.join_timeout)
-    # Compilers of accelerators take minutes, which a run that goes on would take again. Those of CPUs are quick.
+    # Compiling for an accelerator takes minutes, which a resumed run would spend again. Compiling for a CPU is quick.
     if jax.default_backend() != "cpu" and jax.config.values["jax_compilation_cache_dir"] is None:
         jax.config.update("jax_compilation_cache_dir", str(user_cache() / "xla"))
 
 
 def guarded(command: Callable[[], int | None], again: str) -> int:
-    """Runs a command as one of several processes, or alone, and says in one line what ended it.
+    """Runs a command, alone or as one of several processes, and prints in one line what ended it.
 
     Args:
-      command: returns its exit status; None is 0.
-      again: what the same command does when it is given again.
+      command: returns its exit status; None means 0.
+      again: says what the same command does when it is typed again.
 
     Returns:
-      The exit status: that of the command, 2 for something the user can mend, 69 where another process has ended, 75 after
-      SIGTERM, 130 for Ctrl-C. Of several processes 1 for any other error, which one that is alone raises.
+      The command's exit status; 2 for an error that the user can correct, 69 if another process has ended, 75 after SIGTERM, 130
+      after Ctrl-C. Any other error: 1 in one of several processes, while a process that is alone raises the error.
     """
-    # Or transformers, when it is first imported, says that torch is missing, which is as it should be.
+    # Otherwise transformers warns, when it is first imported, that torch is missing. This program does not need torch.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     try:
         with _stoppable(again):
@@ -108,17 +108,17 @@ def guarded(command: Callable[[], int | None], again: str) -> int:
             raise
         if not _PEER_GONE.search(str(error)):
             return _ended(1, traceback.format_exc())
-        # What was caught is said too: it may be this process's own, a download that broke off or an NCCL that found no network.
+        # Print the caught error too: it may be this process's own, such as a broken download or NCCL without a network.
         found = f"{type(error).__name__}: {one_line(error)}"
         return _ended(LOST, f"process {jax.process_index()}: another process has ended, see its message (here: {found}); {again}")
 
 
 @contextmanager
 def _stoppable(again: str) -> Iterator[None]:
-    """SIGTERM raises ``Stopped``, or ends the process where that is not heard.
+    """Makes SIGTERM raise ``Stopped``. If Python does not handle the signal in time, a thread ends the process.
 
-    Python hears a signal between two of its own instructions: not while it waits for a program on the devices, which may take
-    longer than whoever stops it will wait. A thread that the interpreter's own handler wakes at once then ends the process.
+    Python handles a signal between two of its own instructions. It cannot while it waits for a program on the devices, and that
+    may take longer than the sender of SIGTERM waits. The interpreter's C handler wakes the thread at once.
     """
     ear, mouth = os.pipe()
     os.set_blocking(mouth, False)
@@ -126,7 +126,7 @@ def _stoppable(again: str) -> Iterator[None]:
     done = threading.Event()
     listener = threading.Thread(target=_listen, args=(ear, done, again), daemon=True)
     listener.start()
-    # A forked child has the pipe too: its own SIGTERM, such as that at the end of a pool, would be heard here.
+    # A forked child shares the pipe: a SIGTERM to the child, as at the end of a pool, would wake the thread here.
     os.register_at_fork(after_in_child=lambda: done.is_set() or signal.signal(signal.SIGTERM, before))
     try:
         yield
@@ -144,11 +144,11 @@ def _listen(ear: int, done: threading.Event, again: str) -> None:
         if number[0] != signal.SIGTERM:
             continue
         until = time.monotonic() + _GRACE
-        # Another handler than ours puts the stop off until a save is finished (files.uninterrupted).
+        # If the handler is not ours, files.uninterrupted delays the stop until a save is finished.
         while time.monotonic() < until or signal.getsignal(signal.SIGTERM) is not _stop:
             if done.wait(0.1):
                 return
-        print(f"stopped by SIGTERM while the devices worked; {again}", file=sys.stderr, flush=True)
+        print(f"stopped by SIGTERM while the devices were busy; {again}", file=sys.stderr, flush=True)
         os._exit(RESUME)
 
 
@@ -160,10 +160,10 @@ def _ended(status: int, message: str) -> int:
     if message:
         print(message, file=sys.stderr, flush=True)
     if jax.distributed.is_initialized():
-        # An orderly end would wait for processes that may never come. Process 0 goes last: without it jax aborts the others,
-        # which then could not say how they ended.
+        # An orderly shutdown would wait for processes that may never arrive. Process 0 exits last: without it jax aborts the
+        # other processes, which then could not print how they ended.
         sys.stdout.flush()
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one would change how this ends
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second SIGTERM would change the exit status
         if processes.is_first():
             time.sleep(_LAST)
         os._exit(status)

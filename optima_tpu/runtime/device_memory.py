@@ -1,4 +1,4 @@
-"""How many bytes a run may use of each device."""
+"""The number of bytes that a run may use of each device."""
 
 import contextlib
 import os
@@ -12,10 +12,10 @@ from optima_tpu.runtime.processes import everyones
 
 GIB = 2**30
 
-# The rest is for compiled programs, fragmentation and what XLA's scheduling adds; on the CPU also for what the host holds.
+# The rest is for compiled programs, fragmentation and what XLA's scheduling adds; on the CPU also for the host's own data.
 _DEVICE_SHARE, _CPU_SHARE = 0.8, 0.5
 
-# Of a container, in both versions of Linux' control groups.
+# Files with the memory limit of a container, in both versions of Linux control groups.
 _LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
@@ -23,9 +23,9 @@ def device_budget(gib: float | None, memory: float | None = None) -> float:
     """The bytes that a run may use of each device; the same on every process.
 
     Args:
-      gib: what the user allows; None stands for a share of what the devices report. CPU devices report nothing: they share
-        the machine's memory.
-      memory: bytes of a device that is not here; None asks those that are.
+      gib: GiB that the user allows; None takes a share of the memory that the devices report. CPU devices report nothing: they
+        share the machine's memory.
+      memory: bytes of a device that is not attached; None queries the attached devices.
     """
     if gib is not None:
         return gib * GIB
@@ -38,12 +38,12 @@ def device_budget(gib: float | None, memory: float | None = None) -> float:
     else:
         beside = everyones(platform.node()).count(platform.node())  # processes on this machine
         budget = _CPU_SHARE * host_memory() / (len(devices) * beside)
-    # All processes must run one program.
+    # All processes must run the same program, so all take the smallest budget.
     return min(everyones(budget))
 
 
 def host_memory(limits: Sequence[str] = _LIMITS) -> int:
-    """Bytes of memory of this machine, or fewer where a container may have no more.
+    """Bytes of this machine's memory, or the limit of its container if that is lower.
 
     Args:
       limits: files that may hold a limit; those that are missing or say "max" hold none.

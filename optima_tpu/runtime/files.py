@@ -1,8 +1,8 @@
-"""Writing that survives: a file or folder is either complete or not there, also after kill -9 or a power cut.
+"""Atomic writes: a file or folder is either complete or absent, even after kill -9 or a power cut.
 
-On a file system it is written under another name, waited for, and renamed. In a bucket (``optima_tpu.runtime.buckets``) a file is one
-object, which appears whole; a folder is written under its own name, and counts as not there while an object beside it says so.
-That object has the name that the unfinished folder has on a file system.
+On a file system it is written under another name, synced to the disk, and renamed. In a bucket (``optima_tpu.runtime.buckets``) a
+file is one object, which appears whole. A folder is written under its own name, and counts as absent while a marker object exists
+beside it. The marker has the name that the unfinished folder has on a file system.
 """
 
 import contextlib
@@ -29,9 +29,9 @@ from optima_tpu.runtime.buckets import copy, in_bucket, objects_in, refusal, ref
 from optima_tpu.runtime.processes import first_only
 
 PARTIAL = ".partial"
-"""Suffix of what is still being written. Such a name may be deleted by whoever writes the real one."""
+"""Suffix of a file or folder that is still being written. The program that writes the final name may delete it."""
 
-_ORBAX = (".partial_save*", ".orbax-checkpoint-tmp*")  # what Orbax puts behind the name of a folder while it writes to it
+_ORBAX = (".partial_save*", ".orbax-checkpoint-tmp*")  # suffixes of a folder while Orbax writes to it
 
 LOCK = "run.lock"
 """Held by the process that works in a directory."""
@@ -42,7 +42,7 @@ _ERROR_NUMBER = re.compile(r"os[ _]error(?:_code=')? ?(\d+)")
 
 @contextlib.contextmanager
 def writing(path: Path, remedy: str) -> Iterator[None]:
-    """Turns what the operating system refuses while ``path`` is written into one line for the person.
+    """Turns an error of the operating system while ``path`` is written into a UserError of one line.
 
     Args:
       path: what is being written.
@@ -67,20 +67,20 @@ def writing(path: Path, remedy: str) -> Iterator[None]:
 
 
 def refuse_unreachable(directory: Path) -> None:
-    """Tries to write into a bucket, which takes a moment and may spare hours. A folder is looked at when it is made.
+    """Tests whether a bucket can be written to, before hours of work. A local folder is checked when it is made.
 
     Raises:
-      UserError: there is no such bucket, or no permission; or the path has characters with which Orbax, which looks for its
-        files by patterns below it, finds none of them.
+      UserError: the bucket does not exist, or the user has no permission; or a local path has a bracket or a backslash, which
+        breaks the patterns by which Orbax finds its files.
     """
     if not in_bucket(directory) and (found := re.search(r"[\[\\]", str(directory.absolute()))):
         raise UserError(
-            f"expected a directory without {found[0]} in its path, in which Orbax would not find its own files, got "
+            f"expected a directory without {found[0]} in its path, since Orbax would not find its own files there, got "
             f"{directory.absolute()}; choose another --output"
         )
 
     def attempt():
-        with writing(directory, "look at the bucket's name, and at `gcloud auth application-default login`"):
+        with writing(directory, "check the bucket's name, and run `gcloud auth application-default login`"):
             (directory / (LOCK + PARTIAL)).write_bytes(b"")
             remove(directory / (LOCK + PARTIAL))
 
@@ -90,12 +90,12 @@ def refuse_unreachable(directory: Path) -> None:
 
 @contextlib.contextmanager
 def only_program(directory: Path) -> Iterator[None]:
-    """Keeps other programs out of an existing directory. The system ends it with process 0, also by kill -9.
+    """Locks an existing directory against other programs. The system releases the lock when process 0 ends, even by kill -9.
 
-    A bucket has nothing that ends with a program. There the last one that comes is let in, see :func:`still_only_program`.
+    A bucket has no such lock. There the program that comes last takes over, see :func:`still_only_program`.
 
     Raises:
-      UserError: another program is in it.
+      UserError: another program has locked the directory.
     """
     if in_bucket(directory):
         first_only(lambda: take_over(directory / LOCK))
@@ -119,26 +119,26 @@ def only_program(directory: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def in_turn(directory: Path) -> Iterator[None]:
-    """Lets one program after the other into a folder on a file system, which is made where there is none."""
+    """Lets one program at a time work in a folder on a file system, and makes the folder if it is missing."""
     directory.mkdir(parents=True, exist_ok=True)
     with _lock(directory, timeout=-1):
         yield
 
 
 def _lock(directory: Path, timeout: float) -> filelock.BaseFileLock:
-    """The lock of a folder, which ends with its program; ``timeout`` in seconds, below 0 as long as it takes."""
-    # The soft kind would outlive a program that was killed, and nobody would remove it.
+    """The lock of a folder, which ends with its program. ``timeout`` is in seconds; below 0 it waits without limit."""
+    # A soft lock would outlive a program that was killed, and nothing would remove it.
     return filelock.FileLock(directory / LOCK, timeout=timeout, fallback_to_soft=False)
 
 
 def user_cache() -> Path:
-    """OPTIMA_TPU_CACHE, or optima-tpu in XDG_CACHE_HOME, which is ~/.cache where it is not set. It may not be there yet."""
+    """The user's cache folder: OPTIMA_TPU_CACHE, or optima-tpu in XDG_CACHE_HOME (default ~/.cache). It may not exist yet."""
     home = os.environ.get("OPTIMA_TPU_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "optima-tpu"
     return Path(home).expanduser()
 
 
 def still_only_program(directory: Path) -> None:
-    """To be called before something in a directory is replaced.
+    """Checks that no other program has taken over a directory. Call it before replacing something in the directory.
 
     Raises:
       UserError: the directory is in a bucket, and another program has entered :func:`only_program` since this one did.
@@ -149,7 +149,7 @@ def still_only_program(directory: Path) -> None:
 
 @contextlib.contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Puts off SIGTERM until what is inside is done: a save is finished and not begun anew after the restart."""
+    """Delays SIGTERM until the body of the ``with`` is done: a save then finishes and is not repeated after the restart."""
     if threading.current_thread() is not threading.main_thread():  # Python delivers signals to the main thread only
         yield
         return
@@ -181,10 +181,10 @@ def staged(path: Path) -> Path:
 
 
 def begin(path: Path) -> Path:
-    """Removes what an interrupted write of ``path`` left, Orbax's own temporary folders beside ours included.
+    """Removes what an interrupted write of ``path`` left, including Orbax's temporary folders.
 
     Returns:
-      :func:`staged`, to which it may be written now.
+      The path of :func:`staged`, which may now be written.
     """
     partial = path.with_name(path.name + PARTIAL)
     if in_bucket(path):
@@ -200,7 +200,7 @@ def begin(path: Path) -> Path:
 
 
 def commit(partial: Path, final: Path) -> None:
-    """Gives a completely written file or folder its name, once its contents are on the disk.
+    """Syncs the contents of a completely written file or folder to the disk, then gives it its final name.
 
     An existing file ``final`` is replaced, an existing folder must be empty.
     """
@@ -217,7 +217,7 @@ def commit(partial: Path, final: Path) -> None:
 
 
 def complete(path: Path) -> bool:
-    """Whether a file or folder that is written from :func:`begin` to :func:`commit` is there."""
+    """Whether a file or folder that :func:`begin` and :func:`commit` write exists and is complete."""
     return path.exists() and not (in_bucket(path) and path.with_name(path.name + PARTIAL).exists())
 
 
@@ -242,7 +242,7 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 
 def read_record(path: Path) -> Any | None:
-    """What a small record holds; None where it is not there, or damaged: then it is made again like one that never was."""
+    """The contents of a small JSON record; None if it is missing or damaged: callers make a damaged one again."""
     try:
         return json.loads(path.read_bytes())
     except (FileNotFoundError, ValueError):
@@ -250,12 +250,12 @@ def read_record(path: Path) -> Any | None:
 
 
 def files_in(folder: Path) -> Iterator[Path]:
-    """Every file in a folder and the folders in it, sorted; none where there is no folder."""
+    """Every file in a folder and its subfolders, sorted; nothing if the folder is missing."""
     return iter(objects_in(folder) if in_bucket(folder) else sorted(path for path in folder.rglob("*") if path.is_file()))
 
 
 def digest(path: Path) -> tuple[int, str]:
-    """Size and SHA-256 of a file, of an object in a bucket its size and the checksum that the store has of it."""
+    """Size and SHA-256 of a file; for an object in a bucket, its size and the checksum that the store reports."""
     if in_bucket(path):
         return stored_digest(path)
     with path.open("rb") as file:
@@ -265,7 +265,7 @@ def digest(path: Path) -> tuple[int, str]:
 
 @contextlib.contextmanager
 def written_here(path: Path) -> Iterator[Path]:
-    """A file on this machine, for libraries that write to no other, that is ``path`` or becomes it at the end."""
+    """A local file to write, for libraries that write only local files: ``path`` itself, or a file copied to it at the end."""
     with _here(path) as here:
         yield here
         if here != path:
@@ -274,7 +274,7 @@ def written_here(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def read_here(path: Path) -> Iterator[Path]:
-    """A file on this machine, for libraries that read no other, that is ``path`` or a copy of it."""
+    """A local file to read, for libraries that read only local files: ``path`` itself or a copy of it."""
     with _here(path) as here:
         if here != path:
             copy(path, here)

@@ -1,4 +1,4 @@
-"""The mesh, and how arrays lie on it.
+"""The device mesh, and how arrays are sharded over it.
 
 Two axes: ``data`` splits calibration samples, ``model`` splits weights and the columns of Hessians. The rows of a layer's
 problems are split over both, so that every device solves its own.
@@ -49,7 +49,7 @@ def make_mesh(text: str | None) -> Mesh:
       text: see :func:`parse_mesh`; None puts all devices on the data axis.
 
     Raises:
-      UserError: the mesh does not use exactly the devices there are.
+      UserError: the mesh does not use all devices, or uses more.
     """
     count = jax.device_count()
     data, model = parse_mesh(text) if text else (count, 1)
@@ -62,27 +62,27 @@ def make_mesh(text: str | None) -> Mesh:
             f"mesh {data}x{model} needs {data * model} devices, there are {count} ({kind}): "
             f"choose a mesh whose product is {count}{hint}"
         )
-    # Auto axes: the model code is written without shardings and XLA places its collectives. make_mesh's default is Explicit.
+    # Auto axes: the model code is written without shardings and XLA inserts collectives. make_mesh's default is Explicit.
     auto = (AxisType.Auto,) * 2
     try:
         grid = _between_hosts(data, model)
         return jax.make_mesh((data, model), (DATA, MODEL), auto) if grid is None else Mesh(grid, (DATA, MODEL), axis_types=auto)
     except NotImplementedError:  # an axis takes whole dimensions of a TPU slice
         raise UserError(
-            f"mesh {data}x{model} cannot be laid on this slice of {count} chips, whose dimensions it would cut: "
-            "choose one whose numbers are products of them; optima_tpu.plan names the nearest"
+            f"mesh {data}x{model} does not fit this slice of {count} chips: each axis must be a product of whole dimensions of "
+            "the slice. Choose such a mesh; optima_tpu.plan names the nearest"
         ) from None
 
 
 def _between_hosts(data: int, model: int) -> np.ndarray | None:
-    """All devices [data, model] where ``jax.make_mesh`` does not do it: they belong to several slices. Else None."""
+    """All devices [data, model] if they belong to several slices, which ``jax.make_mesh`` does not support; else None."""
     devices = jax.devices()
     slices = {getattr(device, "slice_index", 0) for device in devices}
     if len(slices) == 1:
         return None
-    if devices[0].platform != "tpu":  # XLA numbers hosts of GPUs so; NCCL reaches them all, those of one host are consecutive
+    if devices[0].platform != "tpu":  # XLA gives each GPU host a slice index; NCCL connects all, and a host's are consecutive
         return np.array(devices).reshape(data, model)
-    # TPU slices, which reach each other through the data centre's network: only sums over data cross it.
+    # The data centre's network connects TPU slices: only sums over the data axis cross it.
     if data % len(slices):
         raise UserError(
             f"mesh {data}x{model} does not fit {len(slices)} slices of {len(devices) // len(slices)} devices: "
@@ -92,9 +92,9 @@ def _between_hosts(data: int, model: int) -> np.ndarray | None:
 
 
 def simulate_devices(count: int | None) -> None:
-    """Makes this process see ``count`` devices of the CPU and no other of its own; None changes nothing.
+    """Gives this process ``count`` simulated CPU devices and no others; None changes nothing.
 
-    To be called before the first array exists: the number of devices is fixed from then on.
+    Call it before the first array exists: the number of devices is fixed from then on.
     """
     if count is not None:
         jax.config.update("jax_platforms", "cpu")
@@ -112,9 +112,9 @@ def divisible(mesh: Mesh, shape: tuple[int, ...], spec: P) -> P:
 
 
 def spread(mesh: Mesh, shape: tuple[int, ...], spec: P = P()) -> P:
-    """``spec`` with the axes that it leaves out added where they divide a dimension.
+    """``spec`` plus each mesh axis that it leaves out, added to the first dimension that the axis divides.
 
-    No two devices have the same part of such an array; from there, one all-gather over the added axes leads to ``spec``.
+    If all axes are used, each device holds a different part of the array. One all-gather over the added axes restores ``spec``.
     """
     names = [[axes] if isinstance(axes, str) else list(axes or ()) for axes in divisible(mesh, shape, spec)]
     for axis in (MODEL, DATA):
@@ -129,24 +129,24 @@ def spread(mesh: Mesh, shape: tuple[int, ...], spec: P = P()) -> P:
 def place(mesh: Mesh, array: np.ndarray, spec: P) -> jax.Array:
     """Puts a host array, the same in every process, on the mesh; dimensions that do not divide are replicated."""
     sharding = NamedSharding(mesh, divisible(mesh, array.shape, spec))
-    # device_put would gather the whole array from every process to compare them.
+    # device_put would gather the whole array from every process, to compare the copies.
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
 def struct_on(mesh: Mesh, shape: tuple[int, ...], dtype: np.dtype, spec: P) -> jax.Array:
-    """Shape, dtype and place of an array that :func:`place` would put there.
+    """Shape, dtype and sharding of the array that :func:`place` would make.
 
-    A ``jax.ShapeDtypeStruct``. To the types it is the array that it stands for, as a tracer is: the same trees hold both.
+    A ``jax.ShapeDtypeStruct``. Its declared type is ``jax.Array``, as for a tracer, so that the same trees can hold both.
     """
     axes = list(divisible(mesh, shape, spec))
-    # Written as jit writes the place of a result, without a None at the end: for one place written in two ways it compiles twice.
+    # Without a None at the end, as jit writes the sharding of a result: for one sharding written in two ways it compiles twice.
     while axes and axes[-1] is None:
         axes.pop()
     return cast(jax.Array, jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, P(*axes))))
 
 
 def bytes_on_device(*arrays: jax.Array) -> int:
-    """What arrays take on each device."""
+    """The bytes that arrays take on each device."""
     return sum(math.prod(array.sharding.shard_shape(array.shape)) * array.dtype.itemsize for array in arrays)
 
 

@@ -1,4 +1,4 @@
-"""Classes of the user's own, named by their import path: "my_lab.masks:MyMask"."""
+"""Classes that the user wrote, named by their import path: "my_lab.masks:MyMask"."""
 
 import dataclasses
 import hashlib
@@ -18,11 +18,11 @@ _IMPORT_PATH = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*(\?.*)?")
 T = TypeVar("T")
 
 _READERS: Mapping[type, Callable[[str], Any]] = MappingProxyType({int: int, float: float, bool: lambda text: text == "true"})
-"""How an option is read; a text as it is."""
+"""Type of an option -> its parser. Text needs none."""
 
 
 def is_import_path(text: str) -> bool:
-    """Whether a text has the form "my_lab.masks:MyMask", maybe with options behind a question mark."""
+    """Whether a text has the form "my_lab.masks:MyMask", optionally with options after a question mark."""
     return _IMPORT_PATH.fullmatch(text) is not None
 
 
@@ -30,7 +30,7 @@ def import_class(path: str, base: type[T]) -> type[T]:
     """The class that an import path names.
 
     Args:
-      path: "module:Name". The module is installed, or lies in the working directory.
+      path: "module:Name". The module is installed, or is in the working directory.
       base: what the class must be derived from.
 
     Raises:
@@ -43,7 +43,7 @@ def import_class(path: str, base: type[T]) -> type[T]:
         if error.name is None or not f"{module}.".startswith(f"{error.name}."):
             raise UserError(f"{path}: importing {module} failed: {one_line(error)}") from error
         raise UserError(
-            f"{path}: there is no module {error.name}; expected one that is installed, or that lies in the working directory "
+            f"{path}: there is no module {error.name}; expected one that is installed, or that is in the working directory "
             f"({Path.cwd()})"
         ) from None
     except AttributeError:
@@ -65,13 +65,13 @@ def import_path(cls: type) -> str:
 
 
 def code_digest(cls: type) -> str:
-    """SHA-256 of the source file of a class: the same name may stand for other code tomorrow."""
+    """SHA-256 of the source file of a class: the same name may mean other code later."""
     file = getattr(sys.modules[cls.__module__], "__file__", None)
     return hashlib.sha256(Path(file).read_bytes()).hexdigest() if file else ""
 
 
 def outside_code(values: Iterable[object]) -> dict[str, str]:
-    """The classes of some values that are not this package's: by import path, the SHA-256 of the file that each was read from."""
+    """Import path -> SHA-256 of the source file, for each value whose class is not from this package."""
     own = __package__.partition(".")[0] + "."
     return {import_path(cls): code_digest(cls) for cls in map(type, values) if not cls.__module__.startswith(own)}
 
@@ -80,7 +80,7 @@ def read_options(cls: type[T], text: str) -> T:
     """A value of a frozen dataclass with the options of a text such as "width=4&offset=1".
 
     Raises:
-      UserError: an option that the class does not have, or a value that it cannot have.
+      UserError: the class has no such option, or the option cannot have this value.
     """
     kinds, values = typing.get_type_hints(cls), {}
     names = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
@@ -96,7 +96,7 @@ def read_options(cls: type[T], text: str) -> T:
 
 
 def write_options(value: Any) -> str:
-    """The text behind the question mark that :func:`read_options` reads back, with the question mark; empty without options."""
+    """The options as :func:`read_options` reads them back, after a question mark; empty without options."""
     words = []
     for name, option in dataclasses.asdict(value).items():
         words.append(f"{name}={str(option).lower() if isinstance(option, bool) else option}")

@@ -1,7 +1,8 @@
-"""Several processes as one program: how they find each other, agree, and fail together.
+"""Several processes as one program: they connect, agree, and fail together.
 
-Every process runs the same code on the same global arrays. What only one of them can do (read a text, write a file) is done by
-the first; what can fail in any of them is done by all under :func:`together`, so that none waits for one that has given up.
+Every process runs the same code on the same global arrays. The first process alone does what only one may do, such as reading a
+text or writing a file. Work that can fail in any process runs in all of them under :func:`together`, so that no process waits for
+one that has failed.
 """
 
 import functools
@@ -24,7 +25,7 @@ T = TypeVar("T")
 
 
 class SharedError(UserError):
-    """A UserError that every process raises: it is enough that one of them tells it."""
+    """A UserError that every process raises, and that only one of them needs to print."""
 
 
 _HELLO = b"optima-tpu"
@@ -38,11 +39,11 @@ def start(coordinator: str | None, count: int | None, index: int | None, timeout
     Args:
       coordinator: HOST:PORT at which process 0 is reached.
       count: how many processes there are.
-      index: this one's number, from 0.
-      timeout: seconds to wait for all to come.
+      index: the number of this process, from 0.
+      timeout: seconds to wait for all processes.
 
     Raises:
-      UserError: the arguments are not complete; a process did not come in time, which is named by its number; Open MPI 5 without
+      UserError: the arguments are not complete; a process did not join in time (the message has its number); Open MPI 5 without
         mpi4py.
     """
     if coordinator is None and count is None and index is None:
@@ -86,7 +87,7 @@ def alone() -> bool:
 
 
 def together(work: Callable[[], T]) -> T:
-    """``work()`` in every process. If it raises UserError in one, all raise it, with the number of the process.
+    """Runs ``work()`` in every process. If it raises UserError in one, all raise it, with the number of the process.
 
     ``work`` must not communicate: the others would wait for the one that failed.
     """
@@ -105,7 +106,7 @@ def together(work: Callable[[], T]) -> T:
 
 
 def from_first(work: Callable[[], T]) -> T:
-    """What ``work()`` returns in process 0, in every process. Its UserError is raised by all."""
+    """Runs ``work()`` in process 0 and returns its result in every process. All raise its UserError."""
     if alone():
         return work()
     outcome = b""
@@ -121,10 +122,10 @@ def from_first(work: Callable[[], T]) -> T:
 
 
 def spread(work: Callable[[S], T], items: Sequence[S], at_once: int = 16) -> Iterator[T]:
-    """``work(item)`` of every item, in order, in every process. Of ``n`` processes the ``k``-th works on items k, k + n, ...
+    """Yields ``work(item)`` of every item, in order, in every process. Process ``k`` of ``n`` works on items k, k + n, ...
 
-    Every process takes the same number of results; fewer than ``n * at_once`` items behind the last one taken are worked on.
-    ``work`` must not communicate. Its UserError is raised by all.
+    Every process must take the same number of results. At most ``n * at_once - 1`` items after the last result taken are worked
+    on. ``work`` must not communicate. All processes raise its UserError.
     """
     if alone():
         yield from map(work, items)
@@ -137,10 +138,10 @@ def spread(work: Callable[[S], T], items: Sequence[S], at_once: int = 16) -> Ite
 
 
 def agree(what: str, values: dict[str, Any]) -> None:
-    """Compares values, by name, with those of process 0.
+    """Checks that every process has the same values, by name, as process 0.
 
     Raises:
-      UserError: in every process, where any differs; names the process, the value and both of its forms.
+      UserError: in every process, if any value differs; the message has the process, the name and both values.
     """
     if alone():
         return
@@ -159,7 +160,7 @@ def agree(what: str, values: dict[str, Any]) -> None:
 
 
 def first_only(work: Callable[[], Any]) -> None:
-    """``work()`` in process 0 alone, while the others wait. Its UserError is raised by all."""
+    """Runs ``work()`` in process 0 alone, while the others wait. All raise its UserError."""
     together(work if is_first() else lambda: None)
 
 
@@ -169,17 +170,17 @@ def everywhere(holds: bool) -> bool:
 
 
 def everyones(value: T) -> list[T]:
-    """What every process gave, in order of their numbers."""
+    """The value of every process, in the order of their numbers."""
     return [value] if alone() else [pickle.loads(data) for data in _exchange(pickle.dumps(value))]
 
 
 def fetch(tree: Any) -> Any:
-    """Arrays on the mesh as whole numpy arrays, in every process."""
+    """Gathers arrays from the mesh into whole numpy arrays, in every process."""
     return jax.device_get(tree) if alone() else multihost_utils.process_allgather(tree, tiled=True)
 
 
 def _exchange(data: bytes) -> list[bytes]:
-    """What every process gave, in order."""
+    """The bytes of every process, in order."""
     sizes = multihost_utils.process_allgather(np.array([len(data)], np.int32))[:, 0]
     padded = np.zeros(max(int(sizes.max()), 1), np.uint8)
     padded[: len(data)] = np.frombuffer(data, np.uint8)
@@ -193,14 +194,14 @@ def _broadcast(data: bytes) -> bytes:
 
 
 def _announced() -> bool | None:
-    """Whether the platform says that this is one process of several; None on a TPU VM, of which jax must find it out."""
+    """Whether the platform says that this is one process of several; None on a TPU VM, where jax must find out."""
     environment = os.environ
     if int(environment.get("OMPI_COMM_WORLD_SIZE", 1)) > 1:
         return True
-    # srun sets the second one. Without it this is the script of a job, which is alone until it calls srun.
+    # srun sets SLURM_STEP_NODELIST. Without it this is the script of a job, which is alone until it calls srun.
     if int(environment.get("SLURM_NTASKS", 1)) > 1 and "SLURM_STEP_NODELIST" in environment:
         return True
-    # jax asks for TPUs by itself where this host has chips and libtpu is installed.
+    # jax adds TPUs to its platforms by itself if this host has chips and libtpu is installed.
     if "tpu" not in (jax.config.jax_platforms or ""):  # type: ignore[attr-defined]  # options are made at run time
         return False
     # GKE names a slice's workers, as notebooks do with their single host. Elsewhere jax asks the metadata server of the TPU VM.
@@ -211,7 +212,7 @@ def _announced() -> bool | None:
 
 
 def _open_mpi_5() -> bool:
-    """Whether Open MPI 5 or newer started this process. jax finds the others by mpi4py alone, and jax 0.10 only if told so."""
+    """Whether Open MPI 5 or newer started this process. jax then needs mpi4py, which jax 0.10 uses only if it is named."""
     if int(os.environ.get("OMPI_COMM_WORLD_SIZE", 1)) == 1 or "OMPI_MCA_orte_hnp_uri" in os.environ:
         return False
     if importlib.util.find_spec("mpi4py") is None:
@@ -225,9 +226,9 @@ def _open_mpi_5() -> bool:
 def _initialize(
     timeout: int, coordinator: str | None = None, count: int | None = None, index: int | None = None, method: str | None = None
 ) -> None:
-    # Its signal handler would take SIGTERM from ours, which closes the journal and says by the exit status what to do next.
+    # The signal handler of this service would replace ours, which lets a save finish and sets the exit status.
     jax.config.update("jax_enable_preemption_service", False)
-    # A process that waits for one that is gone hears of it by a closed connection, or, where there was none yet, by this.
+    # A process that waits for a dead one notices the closed connection or, if there was none yet, this time-out.
     jax.distributed.initialize(
         coordinator, count, index, cluster_detection_method=method, initialization_timeout=timeout, heartbeat_timeout_seconds=30
     )
@@ -264,20 +265,20 @@ def _roll_call(coordinator: str, count: int, index: int, timeout: int) -> None:
         except TimeoutError:
             missing = ", ".join(map(str, sorted(waiting)))
             for connection in there:
-                connection.sendall(f"process {missing} did not come".encode())
+                connection.sendall(f"process {missing} did not join".encode())
             raise UserError(
-                f"process {missing} of {count} did not come within {timeout} s: look at its host, or raise --join-timeout"
+                f"process {missing} of {count} did not join within {timeout} s: check its host, or raise --join-timeout"
             ) from None
         for connection in there:
             connection.sendall(b"go")
-        for connection in there:  # they close first, so that the port is free at once
+        for connection in there:  # the other ends close first, so that the port is free at once
             connection.settimeout(5)
             connection.recv(1)
             connection.close()
 
 
 def _number(connection: socket.socket) -> int | None:
-    """Which process is at the other end; None for something else."""
+    """The number of the process at the other end; None for anything else."""
     try:
         word, _, number = connection.recv(64).partition(b" ")
     except OSError:
@@ -293,11 +294,11 @@ def _report_in(host: str, port: int, index: int, deadline: float, timeout: int) 
                 connection.settimeout(max(deadline - time.monotonic(), 0.01) + 5)
                 answer = connection.recv(1024).decode()
             break
-        except OSError as error:  # process 0 is not there yet
+        except OSError as error:  # process 0 does not listen yet
             if time.monotonic() > deadline:
                 raise UserError(
-                    f"process 0 was not found at {host}:{port} within {timeout} s ({error}): start it too, or mend --coordinator"
+                    f"process 0 was not found at {host}:{port} within {timeout} s ({error}): start it, or correct --coordinator"
                 ) from None
             time.sleep(0.2)
     if answer != "go":
-        raise UserError(answer or "process 0 gave up before all processes had come; see its message")
+        raise UserError(answer or "process 0 gave up before all processes had joined; see its message")

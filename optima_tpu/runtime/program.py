@@ -1,4 +1,4 @@
-"""What the commands are called, for help texts and for commands that a message tells the person to type."""
+"""The names of the commands, for help texts and for messages that say what to type."""
 
 import sys
 from collections.abc import Mapping

@@ -1,13 +1,13 @@
-"""How long XLA lets the devices of one process wait for each other. Imports no jax: XLA reads its flags once."""
+"""Sets how long XLA lets one device of a process wait for another. Does not import jax, because XLA reads its flags only once."""
 
 import importlib.metadata
 import os
 import subprocess
 import sys
 
-# Seconds. Every device solves its rows in a loop of its own, which may end minutes after that of another: of SmolLM2's down_proj
-# in block 11, with the paper's settings, one of two devices came 57 s late. XLA's CPU runtime takes one that is 60 s late for
-# stuck, its GPU runtime one that is 40 s late, and they abort the process.
+# Seconds. Each device solves its rows in its own loop, and two loops may end minutes apart: for SmolLM2's down_proj in block 11,
+# with the paper's settings, one of two devices was 57 s late. XLA's CPU runtime treats a device that is 60 s late as stuck, its
+# GPU runtime one that is 40 s late, and both abort the process.
 _WARN, _ABORT = 3_600, 24 * 3_600
 _CPU = {"xla_cpu_collective_call_warn_stuck_timeout_seconds": _WARN, "xla_cpu_collective_call_terminate_timeout_seconds": _ABORT}
 _GPU = {
@@ -19,13 +19,12 @@ _GPU = {
 
 
 def raise_collective_timeouts(simulated: int | None) -> None:
-    """Adds to ``XLA_FLAGS`` what these devices need, but for flags that are given there; a file of flags is left as it is.
+    """Adds to ``XLA_FLAGS`` the flags that these devices need. Flags that are already set, or a file of flags, stay unchanged.
 
-    To be called before anything asks jax for its devices.
+    Call it before anything asks jax for its devices.
 
     Args:
-      simulated: so many devices of the CPU, and no other; None stands for those of the machine, whose CPU the environment may
-        divide.
+      simulated: the number of simulated CPU devices; None means the devices of the machine, whose CPU the environment may split.
     """
     given = os.environ.get("XLA_FLAGS", "").strip()
     flags: dict[str, int] = {}
@@ -42,7 +41,7 @@ def raise_collective_timeouts(simulated: int | None) -> None:
 
 
 def is_known(flag: str) -> bool:
-    """Whether this XLA has a flag, asked of another process: it aborts the one that gives it any other."""
+    """Whether this XLA knows a flag. Tested in another process, because XLA aborts a process that sets an unknown flag."""
     read_flags = "from jaxlib import xla_client; xla_client.CompileOptions()"  # without starting a backend
     environment = os.environ | {"XLA_FLAGS": flag}
     return subprocess.run([sys.executable, "-c", read_flags], env=environment, capture_output=True).returncode == 0

@@ -203,7 +203,7 @@ def test_building_refuses_what_exists_and_leaves_nothing_of_what_failed(made, tm
         assert build.main([f"mine@{tmp_path}", str(made / "a.jsonl"), str(tmp_path / files)]) == 2
         assert message in capsys.readouterr().err
     assert build.main([f"mine@{tmp_path}", str(made / "a.jsonl"), "--validation-share", "0.001"]) == 2
-    assert "no document came into the split validation" in capsys.readouterr().err
+    assert "no document is in the split validation" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["b.jsonl.gz"]
 
 

@@ -111,7 +111,7 @@ def test_no_logits_travel_between_devices():
 def test_models_that_do_not_belong_together_are_refused():
     dense, _ = models()
     other = Decoder.open(*tiny_llama(num_hidden_layers=2), mesh(1, 1))
-    with pytest.raises(UserError, match="3 blocks as the dense one has, got 2"):
+    with pytest.raises(UserError, match="3 blocks, as in the dense model, got 2"):
         distance(dense, other, TOKENS)
 
 

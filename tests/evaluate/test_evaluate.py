@@ -277,16 +277,16 @@ def test_the_tasks_of_the_other_model_are_taken_from_an_earlier_evaluation(evalu
         (tmp_path / name / "lm_eval_against.json").write_text(json.dumps(known))
     for arguments, expected in (
         (["--against-results", str(tmp_path)], "which has no lm_eval.json"),
-        (["--against-results", str(tmp_path / "no group")], "results of tiny_group, which are"),
-        (["--against-results", str(tmp_path / "old")], "got another lm-eval, 0 there"),
-        (["--against-results", str(tmp_path / "longer")], "documents of task tiny_choice, 31 there, 30 here"),
-        (["--against-results", str(tmp_path / "damaged")], "lm_eval.json, which can't be read (KeyError: 'config')"),
-        (["--against-results", str(tmp_path / "another")], "lm_eval.json, which can't be read (TypeError: list indices"),
-        (["--against-results", str(tmp_path / "pruned")], f"with those of {finished.directory}, of other weights"),
-        (["--against-results", str(earlier), "--limit", "5"], "got another number of documents, None there, 5 here"),
-        (["--against-results", str(earlier), "--context", "64"], "got another context, 128 there, 64 here"),
+        (["--against-results", str(tmp_path / "no group")], "results of tiny_group, got none of them"),
+        (["--against-results", str(tmp_path / "old")], "got another lm-eval: 0 in that evaluation"),
+        (["--against-results", str(tmp_path / "longer")], "documents of task tiny_choice: 31 in that evaluation, 30 here"),
+        (["--against-results", str(tmp_path / "damaged")], "lm_eval.json, got a file that can't be read (KeyError: "),
+        (["--against-results", str(tmp_path / "another")], "got a file that can't be read (TypeError: list indices"),
+        (["--against-results", str(tmp_path / "pruned")], f"with results of {finished.directory} (other weights"),
+        (["--against-results", str(earlier), "--limit", "5"], "number of documents: None in that evaluation, 5 here"),
+        (["--against-results", str(earlier), "--context", "64"], "got another context: 128 in that evaluation, 64 here"),
         (["--against-results", str(earlier), "--fewshot", "1"], "got other settings of task tiny_choice"),
-        (["--against-results", str(earlier), "--tasks", "tiny_choice,tiny_empty"], "results of tiny_empty, which are"),
+        (["--against-results", str(earlier), "--tasks", "tiny_choice,tiny_empty"], "results of tiny_empty, got none of them"),
     ):
         assert again(*arguments) == 2
         assert expected in (told := capsys.readouterr()).err + told.out
@@ -331,7 +331,7 @@ def test_the_page_of_a_run_shows_what_was_evaluated_of_it(finished, text, tmp_pa
         )
         printed, drawn = capsys.readouterr().out, page.read_text()
         assert ("file:text.txt" in drawn) == shown
-        assert (f"report.html does not show this evaluation: {models[0]} is not" in printed) == (not shown)
+        assert (f"report.html does not show this evaluation: {models[0]} was not made by" in printed) == (not shown)
         assert [name for name in ("dense", export) if f"Divergence from {name}<" in drawn] == ([other] if other else [])
 
 
@@ -381,7 +381,7 @@ def test_files_stand_in_for_the_data_set_of_a_task(finished, tasks, tmp_path):
     "named, files, told",
     [
         ("training_split: train\ntest_split: test", "validation", "expected train.jsonl in {}"),
-        ("training_split: train\ntest_split: test", "validation,test", "drawn from validation; add it"),
+        ("training_split: train\ntest_split: test", "validation,test", "drawn from validation; add the file"),
         ("training_split: train\ntest_split: test", "train,validation", None),
         ("training_split: train\nfewshot_split: dev", "validation", "expected dev.jsonl or train.jsonl in {}"),
         ("training_split: train\nfewshot_split: dev", "validation,train", None),
@@ -442,31 +442,31 @@ def refused(capfd, tmp_path, tasks):
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["--tasks", "tiny_chioce"], "there is no task 'tiny_chioce'; did you mean tiny_choice"),
-        (["--tasks", "tiny_missing"], "the data of task tiny_missing are not here and can't be had ("),
-        (["--tasks", "tiny_missing"], "where there is a network, or give them as files with --data tiny_missing=FOLDER"),
+        (["--tasks", "tiny_chioce"], "expected tasks of the harness, got 'tiny_chioce'; did you mean tiny_choice"),
+        (["--tasks", "tiny_missing"], "the data set of task tiny_missing is not on this machine and can't be downloaded ("),
+        (["--tasks", "tiny_missing"], "with a network, or give the data as files with --data tiny_missing=FOLDER"),
         (
             ["--tasks", "tiny_gone"],
-            "where there is a network, or give them as files with --data: give --tasks the group's single",
+            "on a machine with a network, or give the data as files with --data: give --tasks the group's single",
         ),
         (["--tasks", "tiny_fields"], "task tiny_fields can't be made from its data (UndefinedError: 'txet' is undefined)"),
-        (["--tasks", "tiny_writing"], "task tiny_writing lets the model write"),
+        (["--tasks", "tiny_writing"], "task tiny_writing needs generated text"),
         (["--tasks", "tiny_empty"], "document 1 of task tiny_empty: expected a text to score, got an empty document"),
         (["--tasks", "tiny_unasked"], "task tiny_unasked can't be made from its data (TypeError: "),
         (
             ["--tasks", "tiny_nothing"],
-            "document 1 of task tiny_nothing: expected a text to score, got no choices; mend the data set",
+            "document 1 of task tiny_nothing: expected a text to score, got no choices; correct the data set",
         ),
         (["--tasks", "tiny_late"], "task tiny_late can't be scored on its data (KeyError: 'level')"),
         (
             ["--tasks", "tiny_choice", "--fewshot", "30"],
-            "expected at most 29 examples before a question of task tiny_choice, which "
+            "expected at most 29 examples before a question of task tiny_choice, because they "
             "are drawn from 30 documents, got 30: give a smaller --fewshot",
         ),
         (["--tasks", "tiny_choice", "--context", "129"], "expected --context of at most 128, the model's context, got 129"),
-        (["--tasks", "tiny_choice", "--data", "tiny_choice=/no"], "expected --data tiny_choice=FOLDER with a folder, got /no"),
+        (["--tasks", "tiny_choice", "--data", "tiny_choice=/no"], "tiny_choice=FOLDER with an existing folder, got /no"),
         (["--tasks", "tiny_group", "--data", "tiny_group=/"], "give --tasks the group's single tasks, each with a --data"),
-        (["--data", "tiny_choice=/tmp"], "expected --data for tasks that are run (none), got it for tiny_choice"),
+        (["--data", "tiny_choice=/tmp"], "expected --data for tasks in --tasks (none), got it for tiny_choice"),
         (["--include-path", "/tmp"], "expected --include-path for tasks that are run (none), got /tmp: give --tasks too"),
         (["--limit", "5"], "expected --limit for tasks that are run (none), got 5"),
         (["--fewshot", "0"], "expected --fewshot for tasks that are run (none), got 0"),
@@ -528,7 +528,7 @@ def test_a_text_that_a_model_was_calibrated_on_is_refused(finished, refused, tex
     calibrated(f"file:{text}")
     for number, models in enumerate([[run], [run / "checkpoint"], [run / "hf"], [finished.model, "--against", run]]):
         said = refused(*models, "--perplexity", f"random,file:{link}", "--length", "32", output=tmp_path / str(number))
-        assert f"expected --perplexity with a text that {models[-1]} was not calibrated on, got file:{link}, where that " in said
+        assert f"expected --perplexity with a text that {models[-1]} was not calibrated on, got file:{link} (calibrated " in said
     for source in ("tfds:gone@/nowhere", "file:/nowhere.txt", "self", "a source of another version"):
         calibrated(source)
         assert (
@@ -544,7 +544,7 @@ def test_a_model_that_is_none(finished, refused, tmp_path):
     (tmp_path / "empty").mkdir()
     assert (
         f"expected a run directory (run.json), an Orbax checkpoint in one, or a Hugging Face folder (config.json), got "
-        f"{tmp_path / 'empty'}, which is none of these" in refused(tmp_path / "empty")
+        f"{tmp_path / 'empty'}, which is none of them" in refused(tmp_path / "empty")
     )
     assert "expected the model before everything else, got --tasks" in refused("--tasks", "piqa")
     run = tmp_path / "run"
@@ -582,7 +582,9 @@ def test_a_hub_that_is_not_reached(finished, tasks, tmp_path):
     hub = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "cache"), "TQDM_DISABLE": "1"}
     result = python("-c", code, finished.model, "--include-path", tasks, "--output", tmp_path / "out", **hub)
     assert result.returncode == 2, result.stderr
-    assert only_error(result.stderr).startswith("error: the data of task tiny_hub are not here and can't be had (")
+    assert only_error(result.stderr).startswith(
+        "error: the data set of task tiny_hub is not on this machine and can't be downloaded ("
+    )
     assert "byte_perplexity" in result.stdout
 
 

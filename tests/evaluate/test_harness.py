@@ -175,13 +175,13 @@ def test_what_cannot_be_scored_is_refused_in_one_line(tmp_path):
     assert "document 1 of task a_task: expected a text to score, got an empty one" in said(
         lm.loglikelihood, instances("loglikelihood", [("a", "b"), ("a", "")])
     )
-    assert "expected a context with tokens of its own before 'b', got '  '; mend the data set" in said(
+    assert "expected a context of at least one token before 'b', got '  '; correct the data set" in said(
         lm.loglikelihood, instances("loglikelihood", [("  ", "b")])
     )
-    assert "of at most 128 tokens, which is the context (--context, at most the model's), got 'yyyy" in said(
+    assert "of at most 128 tokens, the context (--context, at most the model's limit), got 'yyyy" in said(
         lm.loglikelihood, instances("loglikelihood", [("x", "y" * 129)])
     )
-    assert "document 0 of task a_task: this task lets the model write" in said(
+    assert "document 0 of task a_task: this task needs generated text" in said(
         lm.generate_until, instances("generate_until", [("a", {})])
     )
     assert "expected --context of at most 128, the model's context, got 129" in said(opened, folder, (1, 1), 129)

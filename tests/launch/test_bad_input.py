@@ -321,5 +321,5 @@ def test_a_mesh_that_would_cut_the_dimensions_of_a_slice(monkeypatch):
         raise NotImplementedError("Failed to find assignment for logical_axis_index 0")
 
     monkeypatch.setattr(jax, "make_mesh", impossible)
-    with pytest.raises(UserError, match="mesh 4x2 cannot be laid on this slice of 8 chips"):
+    with pytest.raises(UserError, match="mesh 4x2 does not fit this slice of 8 chips"):
         make_mesh("4x2")

@@ -279,7 +279,7 @@ def test_the_summary_tells_how_much_came_in(tmp_path):
         },
         tmp_path,
     )
-    assert "masks       5.00% of the weights that stay came in by exchange" in console.file.getvalue()
+    assert "masks       5.00% of the kept weights came in by exchange" in console.file.getvalue()
 
 
 def test_the_settings():

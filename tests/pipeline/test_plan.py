@@ -54,7 +54,7 @@ def test_every_solver_has_a_cost_and_an_unknown_one_is_named():
             return None
 
     config, here = RunConfig(model="a", solver=Mine()), local_machine(None, np.dtype("float32"), compiling=False)
-    assert "what Mine does is not counted: its class states no cost" in assumptions(config, here)
+    assert "the work of Mine is not counted: its class states no cost" in assumptions(config, here)
     assert not any("not counted: its class" in line for line in assumptions(RunConfig(model="a"), here))
 
 

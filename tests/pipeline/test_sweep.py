@@ -337,7 +337,7 @@ def test_models_that_were_removed_are_made_again_where_they_are_to_be_kept(sweep
     one = {"updates": {"cg": {}}, "masks": {"wanda": {}}}
     assert sweep(**one) == 0
     assert sweep("--keep-checkpoints", **one) == 0
-    assert "was removed by an earlier sweep, it is made again" in capsys.readouterr().out
+    assert "an earlier sweep removed its pruned model, so the cell runs again" in capsys.readouterr().out
     assert len(stand_in.ran) == 2 and (tmp_path / "out" / "cells" / stand_in.ran[0] / "checkpoint").exists()
     assert sweep("--keep-checkpoints", **one) == 0
     assert len(stand_in.ran) == 2
@@ -462,8 +462,8 @@ def test_a_dry_run_lists_the_cells_and_runs_none(sweep, stand_in, tmp_path, caps
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
-        ([], "expected the file of the sweep before everything else, got nothing"),
-        (["--model", "x", "FILE"], "expected the file of the sweep before everything else, got --model"),
+        ([], "expected the file of the sweep as first argument, got nothing"),
+        (["--model", "x", "FILE"], "expected the file of the sweep as first argument, got --model"),
         (["FILE", "--config", "x"], "a sweep has no --config"),
         (["FILE", "--print_config"], "a sweep has no --print_config"),
         (["FILE", "--output"], "--output"),

@@ -196,7 +196,7 @@ def test_a_wrong_file_is_one_line_that_names_it(file, changes, said):
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
-        (["--calibration.seed", "5"], "--calibration.seed would make cells alike"),
+        (["--calibration.seed", "5"], "--calibration.seed would make cells equal"),
         (["--solver.damping", "0.1"], "cell wanda + none, 50%: --solver.damping is an option of solver"),
         (["--batch", "many"], "cell wanda + none, 50%: expected batch to be a whole number"),
         (["stray"], "stray"),

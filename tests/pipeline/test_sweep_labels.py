@@ -26,31 +26,24 @@ DAMPED = {"run": TABLE["run"] | {"solver": "cg"}, "updates": {"damped": {"solver
         (
             {},
             ["--pattern", "0.6"],
-            "cell wanda + mpax, 0.5: expected pattern 0.5, which the labels of the file stand for, got 0.6; "
+            "cell wanda + mpax, 0.5: expected pattern 0.5, as the labels of the file say, got 0.6; "
             "leave --pattern out, or change the file",
         ),  # also where the axis has one label
-        ({}, ["--selector=magnitude"], "expected selector wanda, which the labels of the file stand for, got magnitude"),
-        ({}, ["--solver", "cg"], "cell wanda + mpax, 0.5: expected solver mpax, which the labels of the file stand for, got cg"),
-        (
-            {},
-            ["--solver.name", "cg"],
-            "cell wanda + mpax, 0.5: expected solver mpax, which the labels of the file stand for, got cg",
-        ),
-        (
-            {},
-            ["--solver.name=null"],
-            "expected solver mpax, which the labels of the file stand for, got null; leave --solver out",
-        ),
-        ({}, ["--target", "dense"], "cell wanda + mpax, 0.5: expected target self, which the labels of the file stand for, got"),
-        ({}, ["--preset", "best"], "expected target self, which the labels of the file stand for, got dense; leave --preset out"),
+        ({}, ["--selector=magnitude"], "expected selector wanda, as the labels of the file say, got magnitude"),
+        ({}, ["--solver", "cg"], "cell wanda + mpax, 0.5: expected solver mpax, as the labels of the file say, got cg"),
+        ({}, ["--solver.name", "cg"], "cell wanda + mpax, 0.5: expected solver mpax, as the labels of the file say, got cg"),
+        ({}, ["--solver.name=null"], "expected solver mpax, as the labels of the file say, got null; leave --solver out"),
+        ({}, ["--target", "dense"], "cell wanda + mpax, 0.5: expected target self, as the labels of the file say, got"),
+        ({}, ["--preset", "best"], "expected target self, as the labels of the file say, got dense; leave --preset out"),
         (
             {},
             ["--solver", "mpax", "--solver.eps_abs", "0.1"],
-            "cell wanda + cg, 0.5: --solver would change what labels of the file stand for; change the file instead (without: "
+            "cell wanda + cg, 0.5: --solver would change settings that labels of the file set; change the file instead "
+            "(error without it: "
             "--solver.eps_abs is an option of solver mpax",
         ),
-        (DAMPED, ["--solver.damping", "0.1"], "expected solver.damping 0.5, which the labels of the file stand for, got 0.1"),
-        (DAMPED, ["--solver", "exact"], "expected solver cg, which the labels of the file stand for, got exact"),
+        (DAMPED, ["--solver.damping", "0.1"], "expected solver.damping 0.5, as the labels of the file say, got 0.1"),
+        (DAMPED, ["--solver", "exact"], "expected solver cg, as the labels of the file say, got exact"),
         (
             {"updates": {"best": {"preset": "best"}}},
             ["--preset", "paper"],

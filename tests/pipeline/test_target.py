@@ -144,7 +144,7 @@ def test_a_run_does_not_say_that_it_aims_at_a_stream_to_which_no_layer_adds(arch
     texts, console = SimpleNamespace(calibration=SimpleNamespace(how="a text", cache="")), Console(file=io.StringIO(), width=200)
     greet(console, parse(["--preset", "best", "--pattern", "2:4"]), model, texts, tmp_path, "")
     assert "dense target 0.5" in console.file.getvalue()
-    assert ("of the residual stream 0.5, weighed tokens" in console.file.getvalue()) == told
+    assert ("residual drift 0.5, weighted tokens" in console.file.getvalue()) == told
 
 
 def test_a_token_that_one_model_sends_elsewhere_has_no_drift():

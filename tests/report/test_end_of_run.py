@@ -86,7 +86,7 @@ def test_what_got_worse_is_on_the_console_the_page_and_in_the_record(tmp_path, u
     assert "unusual     nothing" not in text
     page = drawn(run, to=tmp_path / "x.html")
     assert "The update raised the error on held-out text" in page.sections["unusual"]
-    assert len(page.tables["All of it, by layer"]) == 1 + 7 and "Unusual7 layers" in page.words
+    assert len(page.tables["Full list, by layer"]) == 1 + 7 and "Unusual7 layers" in page.words
     fine = drawn(write_run(tmp_path / "fine"), to=tmp_path / "y.html")
     assert "no matrix got worse on held-out text" in fine.sections["unusual"] and "Unusualnothing" in fine.words
     held = drawn(worse_run(tmp_path / "held", accept=HeldOut()), to=tmp_path / "z.html")
@@ -136,7 +136,7 @@ def test_sizes_and_the_sparsity_of_the_whole_model_are_said(tmp_path, unplotted)
     report = with_sizes(write_run(tmp_path / "run"))
     text = printed(report)
     assert "sparsity    50.0% of the 840 weights in 21 matrices, 20.0% of all 2,100 weights of the model\n" in text
-    said = "dense weights 538 MB, pruned in hf/ 538 MB: the file is not smaller, zeros are stored like other numbers"
+    said = "dense weights 538 MB, pruned in hf/ 538 MB: the file is not smaller because zeros are stored like other numbers"
     assert f"size        {said}\n" in text
     page = drawn(tmp_path / "run", to=tmp_path / "x.html")
     assert said in page.sections["outcome"] and "File538 MB → 538 MB" in page.words and "20.0% of all 2,100" in page.words

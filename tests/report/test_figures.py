@@ -136,7 +136,7 @@ def test_a_ratio_that_does_not_exist_is_a_gap_and_said(tmp_path, capsys):
     line = curves.layer_errors([run]).runs["wanda + cg"]["self_attn.q_proj"]
     assert [math.isnan(value) for value in line.calibration] == [True, True, False]
     assert main(["layer-errors", str(run), "-o", str(tmp_path / "x.svg")]) == 0
-    assert "wanda + cg: 2 layers without an error ratio" in capsys.readouterr().out
+    assert "wanda + cg: left out 2 layers whose errors are zero or not finite" in capsys.readouterr().out
 
 
 def test_a_ratio_far_above_1_makes_the_axis_logarithmic(tmp_path):
@@ -229,7 +229,7 @@ def test_samples_are_means_and_deviations_over_seeds(tmp_path, capsys):
     assert look["wanda + cg"].get_color() == look["wanda + none"].get_color() != look["sparsegpt + cg"].get_color()
     assert look["wanda + cg"].get_marker() == look["sparsegpt + cg"].get_marker() != look["wanda + none"].get_marker()
     assert main(["samples", str(sweep), "-o", str(tmp_path / "x.svg")]) == 0
-    assert "1 cell of 10 not finished" in capsys.readouterr().out
+    assert "left out 1 cell of 10 that are not finished" in capsys.readouterr().out
 
 
 def test_a_pattern_is_a_panel_and_one_seed_has_no_bars(tmp_path):
@@ -262,8 +262,8 @@ def test_a_figure_is_written_in_the_format_of_its_suffix_and_is_the_same_again(s
         (["layer-errors", "nowhere"], ["nowhere", "No such file"]),
         (["layer-errors", "empty"], ["empty", "no report.json"]),
         (["layer-errors", "started"], ["started", "not finished"]),
-        (["layer-errors", "none"], ["none", "no solver", "--against"]),
-        (["layer-errors", "zero"], ["zero", "no layer"]),
+        (["layer-errors", "none"], ["none", "with a solver", "--against"]),
+        (["layer-errors", "zero"], ["zero", "expected layers with an error ratio"]),
         (["layer-errors", "text"], ["text", "JSON"]),
         (["layer-errors", "sweep/results.json"], ["results.json", "report"]),
         (["layer-errors", "cg", "cg"], ["twice"]),
@@ -274,9 +274,9 @@ def test_a_figure_is_written_in_the_format_of_its_suffix_and_is_the_same_again(s
         (["layer-errors", "cg", "--against", "odd"], ["the report of odd", "another version", "surprise"]),
         (["samples", "nowhere"], ["nowhere"]),
         (["samples", "cg"], ["cg", "results.json"]),
-        (["samples", "cg/report.json"], ["report.json", "results of a sweep"]),
+        (["samples", "cg/report.json"], ["report.json", "results.json of a sweep"]),
         (["samples", "sweep"], ["calibration samples", "got 16"]),
-        (["samples", "unfinished"], ["no cell"]),
+        (["samples", "unfinished"], ["expected finished cells"]),
     ],
 )
 def test_what_cannot_be_drawn_is_refused_in_one_line(argv, words, tmp_path, monkeypatch, capsys):

@@ -17,7 +17,7 @@ from optima_tpu.report.runs import read_runs
 from optima_tpu.report.table import print_summary
 from tests.support.fake_reports import write_run
 
-SAID = "also chose {}, so the error on it is a little too small."
+SAID = "also chose {}, so its error is slightly too low."
 
 
 @pytest.mark.parametrize(
@@ -39,7 +39,7 @@ def test_what_held_out_text_chose_is_said_of_the_errors_on_it(changes, chosen, t
     layers = [layer.to_json() for layer in run.layers]
     card = model_card("x", {"model": None, "manifest": {"recipe": weights_settings(config)}, "layers": layers}, {}, {})
     page = render(title, [run])
-    beginnings = {out.file.getvalue(): "no weight was fitted to; it ", page: "<p>It ", card: "The held-out text "}
+    beginnings = {out.file.getvalue(): "no weight was fitted to; this text ", page: "<p>This text ", card: "The held-out text "}
     for text, beginning in beginnings.items():
         assert beginning + SAID.format(chosen) in text if chosen else "also chose" not in text
 
@@ -47,7 +47,7 @@ def test_what_held_out_text_chose_is_said_of_the_errors_on_it(changes, chosen, t
 def test_of_several_runs_those_are_named(tmp_path):
     title, runs = read_runs([write_run(tmp_path / "a", dataclasses.replace(EMBEDDED, tuning=Grid())), write_run(tmp_path / "b")])
     page = render(title, runs)
-    assert f"That of {runs[0].label} {SAID.format('the tuning')}" in page and page.count("also chose") == 1
+    assert f"The held-out text of {runs[0].label} {SAID.format('the tuning')}" in page and page.count("also chose") == 1
 
 
 def test_a_report_of_a_version_without_these_settings_says_nothing():

@@ -336,7 +336,7 @@ def test_an_evaluation_of_something_else_in_the_folder_is_not_shown(evaluation, 
     (run / "evaluation.json").write_text(json.dumps(EVALUATION | evaluation))
     page = drawn(run, to=tmp_path / "x.html")
     assert ("37.15" in page.words) == ("distance" in page.sections) == shown
-    said = f"is of {evaluation.get('model', EVALUATION['model'])}, which is not what it made, and is not shown"
+    said = f"is not shown: it evaluates {evaluation.get('model', EVALUATION['model'])}, which this run did not make"
     assert (said in page.sections["outcome"]) == ("not evaluated on other texts" in page.sections["outcome"]) == (not shown)
 
 
@@ -394,8 +394,8 @@ def test_runs_of_the_same_settings_are_told_apart_by_their_place(tmp_path, unplo
 def test_the_time_of_a_run_that_went_on_counts_the_blocks_done_before(tmp_path, unplotted):
     whole, resumed = write_run(tmp_path / "whole", pruning=70.0), write_run(tmp_path / "resumed", pruning=1.0)
     page = drawn(resumed, to=tmp_path / "x.html")
-    assert "Timeat least 0:03on devices that were not recorded, with the parts before it was stopped" in page.words
-    assert "With the blocks done before, it took at least 0:03" in page.sections["cost"]
+    assert "Timeat least 0:03on devices that were not recorded, including the parts before it was resumed" in page.words
+    assert "Together with the blocks finished before, the run took at least 0:03" in page.sections["cost"]
     assert "was stopped" not in drawn(whole, to=tmp_path / "y.html").words
     results = {row[0]: row[1:] for row in drawn(whole, resumed, to=tmp_path / "z.html").tables["Results"]}
     assert results["time"] == ["1:10", "at least 0:03"]
@@ -404,10 +404,10 @@ def test_the_time_of_a_run_that_went_on_counts_the_blocks_done_before(tmp_path, 
 def test_what_is_missing_is_said_to_be_missing(tmp_path, unplotted):
     reports = layers(0, held_out_before=None, held_out_after=None, error_after=math.inf, rows_converged=1, dead_inputs=2)
     page = drawn(write_run(tmp_path / "run", reports=reports), to=tmp_path / "x.html")
-    assert "held no text out" in page.sections["layers"] and "none was held out" in page.words
+    assert "has no held-out text" in page.sections["layers"] and "none was held out" in page.words
     assert "not finite" in page.words
     assert "rows not converged: block 0 self_attn.q_proj (3 rows)" in page.sections["unusual"].replace("R", "r")
-    assert len(page.tables["All of it, by layer"]) == 1 + 42
+    assert len(page.tables["Full list, by layer"]) == 1 + 42
     page = drawn(write_run(tmp_path / "none", dataclasses.replace(EMBEDDED, solver=None)), to=tmp_path / "x.html")
     assert "the selector’s own" in page.sections["solver"] and "before → after" not in page.words
     page = drawn(write_run(tmp_path / "nothing", reports=[]), to=tmp_path / "x.html")
@@ -440,7 +440,7 @@ def test_errors_that_are_weighed_are_said_to_be(tmp_path, unplotted):
     # The last as of a family whose layers add to no residual stream.
     for index, (config, weighed) in enumerate(((weighing, ["self_attn.o_proj"]), (EMBEDDED, []), (weighing, []))):
         page = drawn(write_run(tmp_path / f"{index}", config, weighed=weighed), to=tmp_path / "x.html")
-        assert ("Where the target weighs tokens" in page.sections["layers"]) == bool(weighed)
+        assert ("If the target weighs tokens" in page.sections["layers"]) == bool(weighed)
 
 
 def test_a_text_from_a_file_is_told_once_and_without_its_folder(tmp_path, unplotted):

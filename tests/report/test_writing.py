@@ -88,10 +88,10 @@ def test_text_with_markup_is_shown_and_not_run(tmp_path, unplotted):  # noqa: F8
     assert not {"script", "b", "i", "u"} & {tag for tag, *_ in page.attributes}
     text = (tmp_path / "x.html").read_text()
     assert "<script" not in text and "<br" not in text and "49" not in page.sections["tokens"]
-    (row,) = page.tables["The tokens that lost most"][1:]
+    (row,) = page.tables["Tokens with the largest rise of the loss"][1:]
     assert row == ['<script>alert(1)</script>{{ 7 * 7 }}<b onload=x>" & more', "90.0%", "< 0.1%"]
     assert "<mark>&lt;b onload=x&gt;</mark>" in text
-    for words in ("40.0% of 1,000 tokens worse", "20.0% better", "within 0.1 nats", "make up 31.0%"):
+    for words in ("40.0% of 1,000 tokens worse", "20.0% better", "within 0.1 nats", "cause 31.0%"):
         assert words in page.sections["tokens"]
     classes = {row[0]: row[1] for row in page.tables["Tokens by the change of their loss"][1:]}
     assert list(classes.values()) == ["1.00%", "4.00%", "15.0%", "40.0%", "20.0%", "15.0%", "5.00%"]
@@ -118,7 +118,7 @@ def test_a_reason_stands_in_for_what_was_not_tried(tmp_path, unplotted):  # noqa
 def test_runs_side_by_side_have_their_own(tmp_path, unplotted):  # noqa: F811
     runs = [with_writing(write_run(tmp_path / "a")), write_run(tmp_path / "b")]
     page = drawn(*runs, to=tmp_path / "x.html")
-    assert f"The tokens that lost most, wanda + cg, {runs[0]}" in page.tables
+    assert f"Tokens with the largest rise of the loss, wanda + cg, {runs[0]}" in page.tables
     assert page.sections["tokens"].count("tokens worse than the dense") == 1
 
 

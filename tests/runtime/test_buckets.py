@@ -157,7 +157,7 @@ def test_the_program_that_came_last_goes_on_alone(bucket):
     with only_program(directory):
         still_only_program(directory)
         (directory / LOCK).write_text("another one")
-        with pytest.raises(UserError, match="another program has begun to work in gs://bucket/runs/shared"):
+        with pytest.raises(UserError, match="another program has taken over gs://bucket/runs/shared"):
             still_only_program(directory)
 
 

@@ -48,7 +48,7 @@ sys.exit(command.guarded(globals()[sys.argv[1]], "the same command goes on"))
 @pytest.mark.parametrize(
     "work, out, said",
     [
-        ("devices", "", "stopped by SIGTERM while the devices worked; the same command goes on"),
+        ("devices", "", "stopped by SIGTERM while the devices were busy; the same command goes on"),
         ("saving", "saved\n", "stopped by SIGTERM; the same command goes on"),
     ],
 )

@@ -13,7 +13,7 @@ from tests.support.processes import free_port, process_environment, without_gloo
 
 
 def test_a_process_that_does_not_come_is_named(capsys):
-    with pytest.raises(UserError, match=r"process 1, 2 of 3 did not come within 1 s"):
+    with pytest.raises(UserError, match=r"process 1, 2 of 3 did not join within 1 s"):
         processes.start(f"localhost:{free_port()}", 3, 0, timeout=1)
     with pytest.raises(UserError, match=r"process 0 was not found at localhost:\d+ within 1 s"):
         processes.start(f"localhost:{free_port()}", 3, 1, timeout=1)

@@ -1,1 +1,1 @@
-"""Linear algebra that selectors and solvers share: inverses, rankings, scaling, rows whose features are split."""
+"""Linear algebra that selectors and solvers share: inverses, rankings, scaling, rows with sharded features."""

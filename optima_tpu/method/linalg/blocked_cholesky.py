@@ -1,16 +1,16 @@
-"""The inverse of a positive definite matrix by blocked Cholesky, in a loop; its columns may be split over a mesh axis.
+"""The inverse of a positive definite matrix by blocked Cholesky, in a loop; columns may be sharded over a mesh axis.
 
-With ``A = L L'`` and ``R = L^-1`` the inverse is ``X = R'R``. Panels of columns are taken one after the other: where columns are
-split the device that owns a panel broadcasts it, and every device updates its own columns.
+With ``A = L L'`` and ``R = L^-1`` the inverse is ``X = R'R``. The loop takes one panel of columns after the other. If columns are
+sharded, the device that owns the panel broadcasts it, and every device updates its own columns.
 
     L_kk L_kk' = A_kk       L_ik = A_ik L_kk^-T         A_ij -= L_ik L_jk'          (right-looking Cholesky)
     R_k: = L_kk^-1 R_k:     R_i: -= L_ik R_k:           from R = I                  (forward substitution with the same panel)
     X_k: = R_:k' R                                                                  (with the panels of R, afterwards)
 
-No device ever holds more than its own columns of ``A``, ``R`` and ``X``, and a panel. Updates are masked over the full height of
-a matrix, which keeps shapes fixed, and the program small however large the matrix: ``6 d_in^3 / n`` operations on each of ``n``
-devices, where one that skips the zeros (``inverse.inverse``) needs ``5/3 d_in^3`` for the same; and ``2 d_in^2`` numbers are
-broadcast.
+Each device holds only its own columns of ``A``, ``R`` and ``X``, and one panel. Updates are masked over the full height of the
+matrix. So shapes are fixed, and the compiled program does not grow with the matrix. The cost is ``6 d_in^3 / n`` operations on
+each of ``n`` devices, and ``2 d_in^2`` broadcast numbers. An inverse that skips the zeros (``inverses.inverse``) needs ``5/3
+d_in^3`` operations in all.
 """
 
 import jax
@@ -24,27 +24,28 @@ from optima_tpu.method.linalg.features import Features, matmul
 def inverse_by_panels(
     columns: Float[Array, "d_in d"], features: Features, panel: int = 128
 ) -> tuple[Float[Array, "d_in d"], Float[Array, "d_in d"]]:
-    """The columns of ``X = A^-1`` and of ``R``, lower triangular with ``X = R'R``. To be called
-    inside ``shard_map`` where features are split.
+    """The columns of ``X = A^-1`` and of the lower triangular ``R`` with ``X = R'R``.
+
+    If features are sharded, call this inside ``shard_map``.
 
     Args:
       columns: [d_in, d] float32, a device's ``d = d_in / n`` columns of ``A``.
-      features: how they are split over the ``n`` devices.
-      panel: the most columns that are broadcast at once. Where equal panels do not divide ``d`` every device gets a few
-        columns of the identity in addition, which are coupled to nothing.
+      features: how the columns are sharded over the ``n`` devices.
+      panel: the largest number of columns in one broadcast. If equal panels do not divide ``d``, every device pads its columns
+        with a few decoupled columns of the identity.
 
     Returns:
       (X, R), each [d_in, d] float32; NaN where ``A`` is not positive definite in float32.
     """
     devices, size = features.devices, columns.shape[1]
-    count = -(-size // panel)  # panels of a device
+    count = -(-size // panel)  # panels per device
     width = -(-size // count)
     extra = count * width - size
     columns = _grown(columns, features, extra)
     place = jnp.arange(columns.shape[0])
 
     def broadcast(columns: Array, k: Array) -> Array:
-        """Panel k [d_in, width], from its owner to all."""
+        """Panel k [d_in, width], broadcast from its owner to all devices."""
         return features.from_owner(jax.lax.dynamic_slice_in_dim(columns, k % count * width, width, axis=1), k // count)
 
     def factor(k: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
@@ -69,7 +70,7 @@ def inverse_by_panels(
 
 
 def _grown(columns: Array, features: Features, extra: int) -> Array:
-    """The columns with ``extra`` further features a device, decoupled, with 1 on the diagonal."""
+    """Pads the columns with ``extra`` decoupled features per device, with 1 on the diagonal."""
     if not extra:
         return columns
     size = columns.shape[1]
@@ -78,6 +79,6 @@ def _grown(columns: Array, features: Features, extra: int) -> Array:
 
 
 def _cut(columns: Array, devices: int, extra: int) -> Array:
-    """Takes back what :func:`_grown` added."""
+    """Removes the features that :func:`_grown` added."""
     size = columns.shape[1] - extra
     return columns.reshape(devices, size + extra, -1)[:, :size, :size].reshape(-1, size) if extra else columns

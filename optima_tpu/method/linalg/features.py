@@ -1,8 +1,8 @@
-"""Where the features of a layer's rows are: all on the device, or split evenly over axes of the mesh.
+"""Whether a device holds all features of a layer's rows, or they are sharded evenly over axes of the mesh.
 
-Written with a :class:`Features`, a computation on rows is one text for both. Inside ``shard_map``, with ``n`` devices on the
-axis, a device holds ``d = d_in / n`` features of its rows and the same ``d`` columns of every [d_in, d_in] matrix; where nothing
-is split ``d`` is ``d_in`` and no function here communicates.
+Code that uses :class:`Features` works in both cases. Inside ``shard_map``, with ``n`` devices on the axis, a device holds ``d =
+d_in / n`` features of its rows and the same ``d`` columns of every [d_in, d_in] matrix; without sharding ``d`` is ``d_in`` and no
+function here communicates.
 """
 
 import dataclasses
@@ -20,21 +20,21 @@ def matmul(a: Float[Array, "a b"], b: Float[Array, "b c"]) -> Float[Array, "a c"
 
 @dataclasses.dataclass(frozen=True)
 class Features:
-    """See the module. Every method is called inside ``shard_map`` over ``axis``.
+    """The sharding of features, see the module. Call every method inside ``shard_map`` over ``axis``.
 
     Attributes:
-      axis: the mesh axis or axes that split the features; None where a device holds all of them.
+      axis: the mesh axis or axes over which features are sharded; None if a device holds all of them.
     """
 
     axis: str | tuple[str, ...] | None = None
 
     @property
     def devices(self) -> int:
-        """How many share the features."""
+        """The number of devices that share the features."""
         return 1 if self.axis is None else jax.lax.axis_size(self.axis)
 
     def from_owner(self, part: Array, owner: Array) -> Array:
-        """``part`` of the device with that number, on every device, by one all-reduce."""
+        """Broadcasts ``part`` from the device with the index ``owner`` to all devices, by one all-reduce."""
         if self.axis is None:
             return part
         return jax.lax.psum(jnp.where(owner == jax.lax.axis_index(self.axis), part, 0.0), self.axis)
@@ -44,7 +44,7 @@ class Features:
         return part if self.axis is None else jax.lax.all_gather(part, self.axis, axis=part.ndim - 1, tiled=True)
 
     def mine(self, whole: Shaped[Array, "d_in ..."]) -> Shaped[Array, "d ..."]:
-        """[d_in, ...] -> [d, ...], this device's share of the first axis."""
+        """[d_in, ...] -> [d, ...], this device's slice of the first axis."""
         if self.axis is None:
             return whole
         size = whole.shape[0] // jax.lax.axis_size(self.axis)
@@ -55,7 +55,7 @@ class Features:
         return matmul(self.whole(rows), columns)
 
     def sums(self, *parts: Float[Array, "rows d"]) -> tuple[Float[Array, " rows"], ...]:
-        """The sum over all features of each row of each [r, d], [r]; all of them by one all-reduce."""
+        """For each [r, d] the sum of each row over all features, [r]; one all-reduce for all of them."""
         sums = tuple(jnp.sum(part, axis=1) for part in parts)
         return sums if self.axis is None else tuple(jax.lax.psum(jnp.stack(sums), self.axis))
 
@@ -76,7 +76,7 @@ class Features:
         return self.mine(jnp.arange(columns.shape[0])) == jnp.arange(columns.shape[0])[:, None]
 
     def transpose(self, columns: Float[Array, "d_in d"]) -> Float[Array, "d_in d"]:
-        """The columns [d_in, d] of ``M'`` from those of ``M``, by one all-to-all."""
+        """The columns [d_in, d] of ``M'`` from the columns of ``M``, by one all-to-all."""
         if self.axis is None:
             return columns.T
         size = columns.shape[1]
@@ -87,11 +87,11 @@ class Features:
 WHOLE = Features()
 """All features on every device."""
 
-# With fewer columns a device the panels of an inverse, one after the other, would take as long as all of it does alone: an
-# estimate for a TPU v5e, not measured.
+# With fewer columns per device, the sequential panels would take as long as the whole inverse on one device: an estimate for a
+# TPU v5e, not measured.
 _FEWEST_COLUMNS = 128
 
 
 def divided(size: int, devices: int) -> bool:
-    """Whether TPUs make the inverse of a [size, size] together, each some of its columns; see ``solvers.inverse``."""
+    """Whether TPUs share the inverse of a [size, size] matrix, some columns each; see ``linalg.inverses``."""
     return devices > 1 and size % devices == 0 and size >= _FEWEST_COLUMNS * devices

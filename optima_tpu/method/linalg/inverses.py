@@ -1,4 +1,4 @@
-"""Inverses of positive definite matrices, in matrix products; on TPUs by all devices of the mesh together."""
+"""Inverses of positive definite matrices by matrix products; on TPUs all devices of the mesh share the work."""
 
 from collections.abc import Callable
 from typing import TypeVar
@@ -12,7 +12,7 @@ from jaxtyping import Float
 from optima_tpu.method.linalg.blocked_cholesky import inverse_by_panels
 from optima_tpu.method.linalg.features import WHOLE, Features, divided, matmul
 
-_LEAF = 256  # matrices up to this size are factorised at once
+_LEAF = 256  # matrices up to this size are factorised in one call
 
 
 def inverse(matrix: Float[Array, "d d"]) -> Float[Array, "d d"]:
@@ -26,23 +26,24 @@ def inverse_cholesky(matrix: Float[Array, "d d"]) -> Float[Array, "d d"]:
 
 
 def inverse_and_root(matrix: Float[Array, "d d"]) -> tuple[Float[Array, "d d"], Float[Array, "d d"]]:
-    """Both of the above, ``X = R'R`` and ``R``, of a matrix that every device has.
+    """``X = M^-1 = R'R`` and ``R = L^-1`` of a replicated matrix.
 
-    Traced on a mesh, be it inside ``shard_map``, where all devices must come here, or where ``jax.sharding.use_abstract_mesh``
-    names one, TPUs make it :func:`together`: else it is the one thing that a layer costs every device, however many share its
-    rows. Each does all of it where there is no mesh, where ``divided`` is False, and on other devices: those of a CPU wait
-    for each other's threads at every panel, and GPUs, which have less to do alone, may be joined by a slow network.
+    TPUs share the work (:func:`together`) if the call is traced on a mesh: inside ``shard_map``, where all devices must call it,
+    or under ``jax.sharding.use_abstract_mesh``. Otherwise this would be the only cost of a layer that does not fall with the
+    number of devices. Each device computes the whole inverse if there is no mesh, if ``divided`` is False, and on other
+    platforms. CPU devices would wait for each other's threads at every panel. GPUs need less time alone, and their network may be
+    slow.
     """
     return _made(matrix, _both, together)
 
 
 def together(matrix: Float[Array, "d d"]) -> tuple[Float[Array, "d d"], Float[Array, "d d"]]:
-    """As :func:`inverse_and_root`: every device of the mesh makes its share of the columns, and gets those of the others."""
+    """As :func:`inverse_and_root`: every device of the mesh computes its share of the columns, then all columns are gathered."""
     mesh = jax.sharding.get_abstract_mesh()
 
     def share(matrix: Array) -> tuple[Array, Array]:
         features = Features(mesh.axis_names)
-        columns = features.mine(matrix).T  # it is symmetric
+        columns = features.mine(matrix).T  # the matrix is symmetric
         made, root = inverse_by_panels(columns, features)
         return features.whole(made), features.whole(root)
 
@@ -54,7 +55,7 @@ _Made = TypeVar("_Made", Array, tuple[Array, Array])
 
 
 def _made(matrix: Array, each: Callable[[Array], _Made], shared: Callable[[Array], _Made]) -> _Made:
-    """By ``shared`` on TPUs of one mesh, by ``each`` elsewhere; see :func:`inverse_and_root`."""
+    """Calls ``shared`` on the TPUs of a mesh, ``each`` elsewhere; see :func:`inverse_and_root`."""
     if not divided(len(matrix), jax.sharding.get_abstract_mesh().size):
         return each(matrix)
     return jax.lax.platform_dependent(matrix, tpu=shared, default=each)
@@ -62,16 +63,16 @@ def _made(matrix: Array, each: Callable[[Array], _Made], shared: Callable[[Array
 
 def _both(matrix: Array) -> tuple[Array, Array]:
     root = _root(matrix)
-    # Not by halves: their parts would lie beside X and R, where a solver needs the most memory.
+    # Not by halves: the parts would be in memory together with X and R, when the solver's memory is at its peak.
     return matmul(root.T, root), root
 
 
 def _root(matrix: Array) -> Array:
-    """``L^-1``, by halves: as many operations as a factorisation and a triangular solve, in products.
+    """``L^-1`` by halves: as many operations as a factorisation and a triangular solve, but as matrix products.
 
-    LAPACK's threads and those of XLA wait for each other's cores, and accelerators have no fast factorisation of large matrices.
-    A TPU's compiler takes minutes for the many programs that this makes of a large matrix, so there it is done by panels, in a
-    loop with 3.6 times the operations.
+    On a CPU the threads of LAPACK and of XLA compete for cores, and accelerators have no fast factorisation of large matrices.
+    For a large matrix the halves become many operations of different shapes, which a TPU's compiler needs minutes for. So TPUs
+    use panels, in a loop with 3.6 times the operations.
     """
     if len(matrix) <= _LEAF:
         return _at_once(matrix)
@@ -90,12 +91,13 @@ def _by_halves(matrix: Array) -> Array:
 
 
 def _square(root: Array) -> Array:
-    """``R'R`` of a lower triangular R; in a third of the operations where it is done by halves, see :func:`_root`."""
+    """``R'R`` of a lower triangular R. By halves it needs a third of the operations; TPUs do not use halves, see
+    :func:`_root`."""
     return jax.lax.platform_dependent(root, tpu=lambda root: matmul(root.T, root), default=_square_by_halves)
 
 
 def _square_by_halves(root: Array) -> Array:
-    """Without products of zeros, and without those that symmetry gives."""
+    """``R'R`` without multiplying zeros, and without computing symmetric blocks twice."""
     size = len(root)
     if size <= _LEAF:
         return matmul(root.T, root)

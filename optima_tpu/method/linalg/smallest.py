@@ -1,8 +1,8 @@
-"""Which entries of a row, or of a matrix, are the lowest: by counts alone.
+"""Selects the lowest entries of a row, or of a matrix, by counting.
 
-The value below which so many entries lie is found bit by bit, by counting. A sort would gather the rows of all devices, where
-only counts are exchanged, and on a CPU it takes at least sixteen times as long. Two bits are found in one pass over the entries,
-by three counts: with one bit a pass it takes three times as long there.
+Counting determines, bit by bit, the threshold below which the wanted number of entries is. Devices exchange only counts; a sort
+would gather the rows of all devices, and on a CPU it takes at least sixteen times as long. Each pass over the entries makes three
+counts and determines two bits. One bit per pass takes three times as long on a CPU.
 """
 
 from collections.abc import Callable
@@ -13,16 +13,16 @@ from jax import Array
 from jaxtyping import Bool, Float, Int32, UInt32
 
 PASSES = 16
-"""Over the entries, to find a value."""
+"""Passes over the entries to determine a threshold."""
 
 PASSES_OF_A_MASK = PASSES + 4
-"""Over the scores, to choose a mask by :func:`lowest`."""
+"""Passes over the scores to choose a mask by :func:`lowest`."""
 
 
 def lowest(
     scores: Float[Array, "rows columns"], count: Int32[Array, "#rows 1"] | Int32[Array, ""] | int, group: str
 ) -> Bool[Array, "rows columns"]:
-    """True at exactly ``count`` entries of every row or of the matrix, the lowest; of equals those with the lower index.
+    """True at exactly ``count`` entries of every row or of the matrix, the lowest; of equal entries the lower index counts first.
 
     Args:
       scores: [rows, columns] float32; NaN counts as the smallest of all.
@@ -44,15 +44,15 @@ def lowest(
             rank = rank + jnp.cumsum(in_row, axis=0, dtype=jnp.int32) - in_row
         return below | (ties & (rank <= count - fewer))
 
-    # Ranks take as long as all the rest, and are only needed where not all equals at the border are among the lowest.
+    # Ranks take as long as everything else. They are only needed if some entries equal to the threshold are not selected.
     return jax.lax.cond(jnp.any(equal > count - fewer), by_index, lambda: below | ties)
 
 
 def pairs_that_pay(win: Float[Array, "rows columns"], cost: Float[Array, "rows columns"]) -> Int32[Array, " rows"]:
-    """The largest ``k`` of every row for which its ``k``-th largest win is above its ``k``-th smallest cost; 0 where none is.
+    """Each row's largest ``k`` for which its ``k``-th largest win exceeds its ``k``-th smallest cost; 0 if there is none.
 
-    That is the largest ``min(wins above x, costs up to x)`` of all values ``x``, which lies where the second number passes the
-    first.
+    This is the maximum of ``min(wins above x, costs up to x)`` over all values ``x``. The maximum is where the second count
+    overtakes the first.
 
     Args:
       win, cost: [rows, columns] float32.
@@ -63,7 +63,7 @@ def pairs_that_pay(win: Float[Array, "rows columns"], cost: Float[Array, "rows c
     win, cost = order_of(win), order_of(cost)
 
     def numbers(values: list[Array]) -> list[tuple[Array, Array]]:
-        """Wins above each of the values, and costs up to it."""
+        """For each value, the number of wins above it and of costs up to it."""
         found = _counts([mask for value in values for mask in (win > value, cost <= value)], (1,))
         return list(zip(found[::2], found[1::2]))
 
@@ -73,10 +73,10 @@ def pairs_that_pay(win: Float[Array, "rows columns"], cost: Float[Array, "rows c
 
 
 def _largest(like: Array, holds: Callable[[list[Array]], list[Array]]) -> Array:
-    """The largest uint32 up to which ``holds`` is true, in the shape of ``like``; 0 where it never is.
+    """The largest uint32 up to which ``holds`` is true, in the shape of ``like``; 0 if it is never true.
 
     Args:
-      holds: of several values at once, each of that shape.
+      holds: takes several values at once, each in the shape of ``like``.
     """
 
     def two_bits(index: int | Array, value: Array) -> Array:
@@ -87,7 +87,7 @@ def _largest(like: Array, holds: Callable[[list[Array]], list[Array]]) -> Array:
 
 
 def _counts(masks: list[Array], axes: tuple[int, ...]) -> list[Array]:
-    """How often each is true along the axes, which stay with a size of 1: in one pass over what the masks are made of."""
+    """Counts the True entries of each mask along the axes, which stay with size 1, in one pass over the masks' inputs."""
     found = jax.lax.reduce(
         [mask.astype(jnp.int32) for mask in masks],
         [jnp.int32(0)] * len(masks),

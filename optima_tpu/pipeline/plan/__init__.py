@@ -1,4 +1,4 @@
-"""What a run needs, before it starts: from config.json alone, for devices that need not be there.
+"""Estimates what a run needs before it starts: from config.json alone, for devices that need not be attached.
 
 ``python -m optima_tpu.plan --config FILE --topology v5e:4x2``
 """

@@ -1,4 +1,4 @@
-"""The programs of a run, compiled for devices that need not be here."""
+"""Compiles the programs of a run for devices that need not be attached."""
 
 import re
 import time
@@ -33,15 +33,15 @@ from optima_tpu.runtime.mesh import DATA, ROWS, bytes_on_device, struct_on
 
 
 class Compiled(NamedTuple):
-    """What the compiler says of a program, on one device.
+    """What the compiler reports about a program, for one device.
 
     Attributes:
-      seconds: that compiling took.
-      memory: bytes that are allocated when it runs: arguments, results and temporaries; None where it was refused.
-      arguments: bytes of it that are the arguments.
-      flops, accessed: FLOPs and bytes as the compiler counts them, which takes the body of a loop once.
-      inside, outside: number of collectives by name, in loops and elsewhere.
-      refused: why the compiler gave up, where it did: the program does not fit into the memory of the chip.
+      seconds: compilation time.
+      memory: bytes that the running program allocates: arguments, results, temporaries and code; None if it was refused.
+      arguments: the bytes of ``memory`` that are arguments.
+      flops, accessed: FLOPs and bytes as the compiler counts them: the body of a loop counts once.
+      inside, outside: number of collectives by name, inside loops and outside.
+      refused: why the program does not fit into the memory of the chip; None if it fits.
     """
 
     seconds: float
@@ -59,11 +59,11 @@ def compiled(
     tell: Callable[[str], None] = lambda line: None,
     options: Mapping[str, Any] | None = None,
 ) -> Compiled:
-    """Compiles a program and reads what it needs. That it does not fit into memory is an answer, not an error.
+    """Compiles a program and reads what it needs. A program that does not fit into memory is a result, not an error.
 
     Args:
-      tell: called with a line on what came out.
-      options: of the compiler.
+      tell: called with a line about the result.
+      options: options of the compiler.
     """
     start = time.monotonic()
     try:
@@ -92,7 +92,7 @@ def compiled(
 
 
 def _reason(message: str) -> str:
-    """The part of the compiler's message that says how much memory was asked for."""
+    """The part of the compiler's message that says how much memory the program needs."""
     found = re.search(r"Used ([\d.]+\w) of ([\d.]+\w) hbm", message) or re.search(
         r"\(([\d.]+\w)\) exceeds available HBM \(([\d.]+\w)\)", message
     )
@@ -105,11 +105,11 @@ def _parameter(decoder: Decoder, name: str) -> Array:
 
 
 def lower_calibration(decoder: Decoder, groups: Groups, length: int, samples: int, recipe: Recipe) -> jax.stages.Lowered:
-    """One step over ``samples`` sequences of ``calibrate.accumulate``, for a dense target with both streams."""
+    """Lowers one step of ``calibrate.accumulate`` over ``samples`` sequences, with both streams for a dense target."""
     parameters = {name: _parameter(decoder, name) for name in decoder.block_shapes}
     mesh, dtype = decoder.mesh, decoder.tensors.dtype(decoder.root + decoder.family.embedding)
     size, target = sequences_at_once(decoder, samples) * mesh.shape[DATA], recipe.target
-    # As the last pass through a block, which takes the dense stream further.
+    # As in the last pass through a block, which also moves the dense stream.
     step = CaptureStep.of(decoder, Capture(groups, target, advance=target.dense_stream))
     positions = jax.tree.map(lambda array: struct_on(mesh, array.shape, array.dtype, P()), decoder.config.positions(0, length))
     hidden = struct_on(mesh, (size, length, decoder.config.d_model), dtype, P(DATA))
@@ -119,14 +119,14 @@ def lower_calibration(decoder: Decoder, groups: Groups, length: int, samples: in
 
 
 def sequences_at_once(decoder: Decoder, samples: int) -> int:
-    """Sequences that a step gives to one slice of the data axis."""
+    """The number of sequences of a step on one slice of the data axis."""
     return min(decoder.batch, -(-samples // decoder.mesh.shape[DATA]))
 
 
 def lower_pruning(
     decoder: Decoder, names: tuple[str, ...], patterns: tuple[Pattern, ...], recipe: Recipe, held_out: bool, layout: Layout
 ) -> jax.stages.Lowered:
-    """``prune_group`` of the layers ``names`` of a block, as the walk calls it."""
+    """Lowers ``prune_group`` for the layers ``names`` of a block, as the walk calls it."""
     weights = tuple(_parameter(decoder, name + ".weight") for name in names)
     given = tuple(Given(struct_on(decoder.mesh, weight.shape, jnp.bool_, ROWS)) for weight in weights)
     (places,) = residual_names(decoder, (names,), recipe.target)

@@ -1,6 +1,6 @@
-"""Work, memory and time that can be counted without a compiler.
+"""Counts work, memory and time without a compiler.
 
-Solvers stop when their rows have converged, so the products of a layer are an assumption, stated in :data:`ASSUMED`.
+Solvers stop when their rows have converged, so the number of products of a layer is an assumption: :func:`assumptions` states it.
 """
 
 import dataclasses
@@ -25,10 +25,10 @@ from optima_tpu.runtime.mesh import MODEL
 
 @dataclasses.dataclass(frozen=True)
 class Assumed:
-    """What the estimate takes for granted.
+    """The sizes and rates that the estimate assumes.
 
     Attributes:
-      evaluation_tokens: of the perplexity text, where ``evaluation.windows`` does not say.
+      evaluation_tokens: tokens of the perplexity text if ``evaluation.windows`` is null.
       transfer: bytes/s between a host and its devices.
       reading: bytes/s of weights from the disk of a host.
       writing: bytes/s of the run directory, all hosts together.
@@ -46,7 +46,7 @@ ASSUMED = Assumed()
 
 
 class Work(NamedTuple):
-    """What one device does in one call of a program.
+    """The work of one device in one call of a program.
 
     Attributes:
       narrow: FLOPs of products in the model's dtype.
@@ -65,22 +65,22 @@ class Work(NamedTuple):
         return self.narrow + self.wide + self.factor
 
     def seconds(self, machine: Machine) -> float:
-        """One thing after the other: products at the share of the chip's rate that is counted on, then the traffic."""
+        """Seconds without overlap: products and traffic at ``utilisation`` of the chip's rates, plus factorisations."""
         chip = machine.chip
         products = (self.narrow / chip.narrow + self.wide / chip.wide) / machine.utilisation
         return products + self.factor / chip.factor + self.traffic / (chip.bandwidth * machine.utilisation)
 
 
 class RowShare(NamedTuple):
-    """What a device does of pruning the matrices that read one input.
+    """A device's share of pruning the matrices that read one input.
 
     Attributes:
-      rows: on the device.
+      rows: number of rows on the device.
       d_in: size of the input.
-      matrices: which the selector takes one by one.
-      parts: into how many the Hessian and the features are split; a device then does a part of that many times the rows.
-      panels: a matrix that no mesh axis splits is inverted by panels too, as on a TPU; see ``linalg.inverses``.
-      together: so many devices share those panels.
+      matrices: number of matrices; the selector takes them one by one.
+      parts: number of parts of a split Hessian and its features; a device then works on one part of ``parts`` times as many rows.
+      panels: whether a matrix that no mesh axis splits is inverted in panels too, as on a TPU; see ``linalg.inverses``.
+      together: number of devices that share these panels.
     """
 
     rows: float
@@ -92,10 +92,10 @@ class RowShare(NamedTuple):
 
 
 def prune_work(recipe: Recipe, pattern: Pattern, share: RowShare, held_out: bool) -> Work:
-    """Of ``prune_group``, if all goes as its methods assume. A method that does not know its cost counts as nothing."""
+    """The work of ``prune_group``, by the cost that its methods state. A method that states no cost counts as 0."""
     cost, chooser = recipe.update(pattern).cost() or Cost(), (recipe.selector and recipe.selector.cost()) or Cost()
     candidates = recipe.tuning.candidates(recipe.damping, recipe.target)
-    # Beside the solver: the target, and the objective before and after, which are one where there is no solver.
+    # Besides the solver: the target, and the objective before and after it. Without a solver these two are one.
     change = 2 if recipe.solver else 1
     times = candidates * (cost.products + 1 + change + held_out * (1 + change)) + chooser.products
     times += recipe.target.dense_stream * (1 + held_out)
@@ -106,8 +106,8 @@ def prune_work(recipe: Recipe, pattern: Pattern, share: RowShare, held_out: bool
     if share.parts > 1 or share.panels:
         inverse = 6.0 * inverses * d_in**3 / max(share.parts, share.together)  # see linalg/blocked_cholesky.py
     else:
-        # Cholesky, a triangular solve with the identity, and a product of triangles. Not counted are the 4/3 d_in^3 that the
-        # inverse with a solver's certificate takes beyond that, see linalg/inverses.py.
+        # Cholesky, a triangular solve with the identity, and a product of triangles. An inverse with a solver's certificate takes
+        # 4/3 d_in^3 more, which are not counted; see linalg/inverses.py.
         factor, inverse = factor + inverses * 4 / 3 * d_in**3, 2 / 3 * inverses * d_in**3
     return Work(
         wide=2.0 * d_in * d_in * times * rows + inverse,
@@ -126,7 +126,7 @@ def sequence_flops(model: Declared, length: int) -> float:
 
 
 def products(model: Declared, flops: float) -> Work:
-    """FLOPs of products in the model's dtype, float32 or a narrower one."""
+    """The work of products in the model's dtype: ``wide`` for float32, ``narrow`` for a narrower one."""
     return Work(wide=flops) if model.dtype.itemsize == 4 else Work(narrow=flops)
 
 
@@ -139,13 +139,13 @@ def calibration_work(
     streams: int = 1,
     residuals: tuple[int, ...] = (),
 ) -> Work:
-    """Of ``calibrate.add_batch`` with so many sequences on each slice of the data axis.
+    """The work of ``calibrate.add_batch`` with ``sequences`` sequences on each slice of the data axis.
 
     Args:
-      block: from :func:`sequence_flops`. The model axis shares it. All of it is counted, also where the last input that is needed
-        comes early in the block.
+      block: from :func:`sequence_flops`. The model axis shares it. The whole block is counted, even if the last input that is
+        needed comes early in it.
       sizes: d_in of each distinct input, for its Gram matrix.
-      streams: 2 for ``calibrate.add_drift``.
+      streams: 2 with a dense target.
       residuals: d_in of each layer for which the drift of the residual stream is accumulated too.
     """
     grams = sum(2.0 * length * size * size / _columns(model, size) for size in sizes)
@@ -154,7 +154,7 @@ def calibration_work(
 
 
 def _columns(model: Declared, size: int) -> int:
-    """Into how many parts the columns of a Hessian are split."""
+    """The number of parts that the columns of a Hessian are split into."""
     axis = model.decoder.mesh.shape[MODEL]
     return axis if size % axis == 0 else 1
 
@@ -169,12 +169,12 @@ def calibration_memory(model: Declared, sizes: tuple[int, ...], length: int, bat
 
 
 class Storage(NamedTuple):
-    """Bytes, at most: Orbax compresses what it writes.
+    """Upper bounds in bytes: Orbax compresses what it writes.
 
     Attributes:
       hidden: hidden states of all calibration sequences.
-      host: memory of one host, by what takes it.
-      disk: of the run directory, by what takes it.
+      host: memory of one host, by use.
+      disk: size of the run directory, by use.
     """
 
     hidden: int
@@ -186,8 +186,8 @@ def storage(model: Declared, config: RunConfig, hosts: int, pruned: int) -> Stor
     """Host memory and disk of a run.
 
     Args:
-      hosts: that share the hidden states.
-      pruned: weights in the pruned matrices of all blocks, which have a mask.
+      hosts: number of hosts that share the hidden states.
+      pruned: number of weights in the pruned matrices of all blocks; each weight has an entry in a mask.
     """
     decoder, text = model.decoder, config.calibration
     itemsize = model.itemsize(next(iter(decoder.end_shapes)))
@@ -196,7 +196,7 @@ def storage(model: Declared, config: RunConfig, hosts: int, pruned: int) -> Stor
     masks = pruned // blocks
     table = max(math.prod(shape) * model.itemsize(name) for name, shape in decoder.end_shapes.items())
     share = -(-hidden // hosts)
-    # What is written to the journal is copied once more; embedding the tokens needs the whole table.
+    # A save to the journal makes one more copy; embedding the tokens needs the whole table.
     host = {
         "the program": ASSUMED.program,
         "hidden states": share,
@@ -209,7 +209,7 @@ def storage(model: Declared, config: RunConfig, hosts: int, pruned: int) -> Stor
     disk = {"journal": blocks * (block + masks), "hidden states": 2 * hidden, "checkpoint": blocks * (block + masks) + ends}
     if config.export:
         disk["export for transformers"] = blocks * block + ends + pruned // 8
-    if config.distill:  # two states of masters and moments while it is trained, and then the trained blocks
+    if config.distill:  # during training two states of master weights and moments, afterwards the trained blocks
         disk["distillation"] = max(2 * 12 * blocks * block // itemsize, blocks * (block + masks))
     return Storage(hidden, host, disk)
 
@@ -234,9 +234,9 @@ def run_seconds(
 
     Args:
       block: from :func:`sequence_flops`, of ``calibration.length`` tokens.
-      calibrating: of all calls of the calibration step.
-      pruning: of all calls of ``prune_group``.
-      compiling: all programs, as it took here; None where nothing was compiled.
+      calibrating: seconds of all calls of the calibration step.
+      pruning: seconds of all calls of ``prune_group``.
+      compiling: seconds that compiling all programs took on this machine; None if nothing was compiled.
     """
     decoder, text, blocks = model.decoder, config.calibration, model.decoder.config.blocks
     weights = blocks * model.block_bytes() + model.end_bytes()
@@ -250,7 +250,8 @@ def run_seconds(
 
     tokens, calibrated = evaluation_tokens(config), (text.samples + text.held_out) * text.length
     streams = config.target.streams
-    # Both streams into the calibration, the dense one out of its last pass, the pruned one in and out of the pruned block.
+    # Transfers: both streams into the calibration, the dense one out of its last pass, the pruned one into and out of the pruned
+    # block.
     moved = (2 + 1 / streams) * stored.hidden + 4 * tokens * stored.hidden / streams / calibrated
     walk = {
         "calibration": calibrating,
@@ -275,10 +276,10 @@ def run_seconds(
 def _distillation_seconds(
     config: RunConfig, evaluated: int, forward: Callable[[float], float], head: Callable[[float], float]
 ) -> float | None:
-    """Seconds of the distillation; None where there is none.
+    """Seconds of the distillation; None without one.
 
     Args:
-      evaluated: tokens of the perplexity text, on which the model is measured as it was pruned.
+      evaluated: tokens of the perplexity text, on which the model is also measured before the distillation.
       forward, head: seconds of all blocks and of the head for a number of tokens.
     """
     method, text = config.distill, config.calibration
@@ -286,14 +287,14 @@ def _distillation_seconds(
         return None
     held_out, trained = text.held_out * text.length, method.steps * method.batch * text.length
     checked = (len(method.check_steps()) + 1) * held_out
-    # A step is a forward pass, the same again block by block, and a backward pass of twice the products. Both models have logits;
-    # those of the dense one have no gradient.
+    # A step is a forward pass, the same again block by block, and a backward pass of twice the products. Both models compute
+    # logits, but only the pruned model's logits have a gradient.
     blocks = forward(method.windows * text.length + held_out) + 4 * forward(trained) + forward(checked) + forward(evaluated)
     return blocks + 6 * head(trained) + 2 * head(checked) + head(evaluated)
 
 
 def assumptions(config: RunConfig, machine: Machine) -> list[str]:
-    """What the time rests on, in words."""
+    """The assumptions behind the time, in words."""
     chip, share = machine.chip, f"{100 * machine.utilisation:.0f}%"
     unknown = [type(method).__name__ for method in (config.recipe.selector, config.solver) if method and method.cost() is None]
     words = [
@@ -302,11 +303,11 @@ def assumptions(config: RunConfig, machine: Machine) -> list[str]:
         f"factorisations run at {chip.factor / 1e12:,.3g} TFLOP/s",
     ]
     if unknown:
-        words.append(f"what {' and '.join(unknown)} does is not counted: its class states no cost")
+        words.append(f"the work of {' and '.join(unknown)} is not counted: its class states no cost")
     if config.solver and (cost := config.solver.cost()):
         words.append(
-            f"{cost.products:.0f} products with H until a layer has converged; FLOPs and bytes of its loop are counted "
-            "so, since the compiler's own count takes a loop once"
+            f"a layer converges after {cost.products:.0f} products with H; FLOPs and bytes of the solver's loop use this number, "
+            "since the compiler counts the body of a loop once"
         )
     if not config.evaluation.windows:
         words.append(f"a perplexity text of {ASSUMED.evaluation_tokens:,} tokens (evaluation.windows is null)")
@@ -314,14 +315,14 @@ def assumptions(config: RunConfig, machine: Machine) -> list[str]:
         words.append("the time in which the model writes its calibration text is not counted")
     if config.recapture:
         words.append(
-            "every pass of the calibration is counted as a whole block, also where it ends at an early input, and its "
-            "hidden states are not counted on their way to the devices"
+            "every pass of the calibration counts as a whole block, even if it ends at an early input, and the transfer of its "
+            "hidden states to the devices is not counted"
         )
     if config.allocation.measures:
-        words.append("measuring the blocks for their sparsities is not counted, and every block is planned with the pattern's")
+        words.append("measuring the blocks for --allocation is not counted; every block is planned with the pattern's sparsity")
     words.append(
         f"a host moves {ASSUMED.transfer / 1e9:g} GB/s to its devices and reads {ASSUMED.reading / 1e9:g} GB/s of "
-        f"weights; the run directory takes {ASSUMED.writing / 1e9:g} GB/s; nothing overlaps"
+        f"weights; all hosts together write {ASSUMED.writing / 1e9:g} GB/s to the run directory; nothing overlaps"
     )
     words.append("communication is not counted")
     return words

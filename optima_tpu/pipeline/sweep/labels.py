@@ -1,4 +1,4 @@
-"""What the labels of a sweep's file stand for, which its command line leaves as it is."""
+"""The settings under the labels of a sweep's file, which the command line may not change."""
 
 import argparse
 import json
@@ -14,7 +14,7 @@ from optima_tpu.errors import UserError
 
 
 def labelled_settings(axes: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list[str]:
-    """The settings under any label, with the names that they have on the command line. An option brings its method."""
+    """The command-line names of all settings under labels. An option also adds the name of its method."""
     labels = [settings for axis in axes.values() for settings in axis.values()]
     if any("preset" in settings for settings in labels):
         labels += [preset.settings for preset in PRESETS.values()]
@@ -23,15 +23,15 @@ def labelled_settings(axes: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> li
 
 
 def refuse_relabelled(config: RunConfig, document: Mapping[str, Any], argv: Sequence[str], names: Collection[str]) -> None:
-    """The command line may not change a labelled setting: the table would tell the numbers of another one under the label.
+    """Refuses a command line that changes a labelled setting: the table would show other numbers than the label says.
 
     Args:
-      config: what file and command line make of the cell.
+      config: the cell's configuration from file and command line.
       document: the cell's settings in the file.
       names: :func:`labelled_settings`.
 
     Raises:
-      UserError: it does, whether by the setting, by a preset, or by another method.
+      UserError: the command line changes one, whether by the setting, by a preset, or by another method.
     """
     options = {spelled(f"--{name}"): f"--{name}" for name in (*names, "preset")}
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
@@ -46,14 +46,15 @@ def refuse_relabelled(config: RunConfig, document: Mapping[str, Any], argv: Sequ
         labelled = _flat(to_dict(configure(document, others)))
     except UserError as error:
         raise UserError(
-            f"{', '.join(given)} would change what labels of the file stand for; change the file instead (without: {error})"
+            f"{', '.join(given)} would change settings that labels of the file set; change the file instead "
+            f"(error without it: {error})"
         ) from None
     found = _flat(to_dict(config))
     for name in names:
         if found.get(name) != labelled.get(name):
             option = f"--{name}" if f"--{name}" in given else "--preset"
             raise UserError(
-                f"expected {name} {_shown(labelled.get(name))}, which the labels of the file stand for, got "
+                f"expected {name} {_shown(labelled.get(name))}, as the labels of the file say, got "
                 f"{_shown(found.get(name))}; leave {option} out, or change the file"
             )
 

@@ -1,4 +1,4 @@
-"""The cells of a sweep, one after the other in one process. What they have in common is opened and measured once."""
+"""Runs the cells of a sweep one after the other in one process. What cells share is opened and measured once."""
 
 import contextlib
 import json
@@ -25,7 +25,7 @@ from optima_tpu.report.run_record import ASSETS, RUN, refuse_another
 from optima_tpu.runtime.files import in_turn, read_record, write_bytes, writing
 
 _HEAVY = ("journal", "activations", "checkpoint", "hf", ASSETS)
-"""The folders of a run directory, see ``optima_tpu.pipeline.journal``. What a report needs lies beside them."""
+"""The folders of a run directory, see ``optima_tpu.pipeline.journal``. A report needs only the files beside them."""
 
 
 class Shared:
@@ -45,7 +45,7 @@ class Shared:
 
     def texts(self, config: RunConfig) -> Texts:
         """The texts of a cell, as the model's tokenizer reads them."""
-        # What a model writes is another text in another dtype, and by rounding on another mesh.
+        # A model writes another text in another dtype and, by rounding, on another mesh.
         writer = _model_key(config) if generated_by(config) else (config.model,)
         key = *writer, config.calibration, config.evaluation
         if key not in self._texts:
@@ -65,17 +65,17 @@ class Shared:
 
 
 class Sweep:
-    """A grid, and what is known of its cells.
+    """A grid, and the results of its cells so far.
 
-    Everything is opened and read here, and what is already finished is found, so that what is wrong with the input is
-    said before the first cell runs.
+    The constructor opens and reads everything and finds the cells that are finished, so that errors in the input appear before
+    the first cell runs.
 
     Args:
-      chosen: the cells that will be run; the others appear in the tables with what is known of them.
+      chosen: the cells that will be run; the tables show earlier results of the other cells.
       keep_checkpoints: keep the pruned models, not only the reports, and with them their exports.
 
     Raises:
-      UserError: the directory has a table with finished cells that the grid has not, a model or a text cannot be read, a
+      UserError: the directory has a table with finished cells that the grid does not have, a model or a text cannot be read, a
         pattern, rule or mask does not fit the model, or a cell's directory holds a run with other settings or other code.
     """
 
@@ -101,7 +101,7 @@ class Sweep:
 
     @property
     def results(self) -> list[Result]:
-        """One of every cell, in the order of the grid."""
+        """One result for every cell, in the order of the grid."""
 
         def result(cell: Cell) -> Result:
             if cell in self._reports:
@@ -113,10 +113,10 @@ class Sweep:
     def write(self, command: str) -> dict[str, Path]:
         """Writes the tables as they are now, and returns their paths by name.
 
-        What another process has finished since, which runs other cells of the same grid, is in them too.
+        The tables include cells of this grid that another process has finished since.
 
         Args:
-          command: what makes the whole table, for its header.
+          command: the command that makes the whole table, for the header.
 
         Raises:
           UserError: the directory cannot be written.
@@ -137,9 +137,9 @@ class Sweep:
         cells = self.grid.cells
         for cell, report in list(self._reports.items()):
             if "checkpoint" not in report["files"]:
-                _remove_heavy(cell.directory)  # where that was interrupted
+                _remove_heavy(cell.directory)  # if its removal was interrupted
                 if self._keep_checkpoints and cell in self._chosen:
-                    say(console, f"{cell}: its pruned model was removed by an earlier sweep, it is made again")
+                    say(console, f"{cell}: an earlier sweep removed its pruned model, so the cell runs again")
                     with writing(cell.directory, "remove the cell's folder by hand"):
                         (cell.directory / "report.json").unlink()
                     del self._reports[cell]
@@ -154,7 +154,7 @@ class Sweep:
                 )
                 if not self._keep_checkpoints:
                     report = _lighten(cell.directory, report)
-                    say(console, "the pruned model is removed; --keep-checkpoints keeps it")
+                    say(console, "removed the pruned model; --keep-checkpoints would keep it")
                 self._know(cell, report)
             except UserError as error:
                 self._fail(console, cell, str(error))
@@ -168,23 +168,23 @@ class Sweep:
         say(console, f"failed: {reason}")
 
     def _look(self, cell: Cell) -> None:
-        """Opens what a cell needs, and finds out whether it is finished. Raises UserError as the constructor."""
+        """Opens what a cell needs, and checks whether it is finished. Raises UserError as the constructor does."""
         texts = self._shared.texts(cell.config)
         manifest = manifest_of(cell.config, self._shared.model(cell.config), texts)
         if (cell.directory / RUN).exists() and (report := self._finished_report(cell, manifest, texts)):
             self._know(cell, report)
 
     def _look_again(self) -> None:
-        """Finds the cells that another process has finished, among those that are not run here, or could not be."""
+        """Looks for cells that another process has finished, among the cells that are not run here or that failed here."""
         for cell in self.grid.cells:
             waits = cell in self._chosen and cell not in self._failures
             if cell in self._reports or waits or not (cell.directory / "report.json").exists():
                 continue
-            with contextlib.suppress(UserError):  # of other settings or other code, which the next start refuses
+            with contextlib.suppress(UserError):  # a run with other settings or other code: the next start refuses it
                 self._look(cell)
 
     def _finished_report(self, cell: Cell, manifest: Mapping[str, Any], texts: Texts) -> dict[str, Any] | None:
-        """report.json of a finished cell, None of one that has to go on.
+        """The contents of report.json of a finished cell; None for an unfinished one.
 
         Raises:
           UserError: the directory holds a run with other settings, other code, or measured on another text.
@@ -198,7 +198,7 @@ class Sweep:
                 f"{directory} was measured on another text ({report['evaluation']['how']} there, "
                 f"{texts.evaluation.how} here); choose another --output"
             )
-        # Of a model that was kept before, an export may be asked for only now.
+        # An export may be requested only now, of a model that was kept before.
         asked = self._keep_checkpoints and cell in self._chosen and cell.config.export and "checkpoint" in report["files"]
         unfinished = (asked or "transformers" in report["files"]) and not is_export_of(directory, directory / "hf")
         return None if unfinished else report
@@ -213,7 +213,7 @@ def _model_key(config: RunConfig) -> tuple:
 
 
 def _lighten(directory: Path, report: Mapping[str, Any]) -> dict[str, Any]:
-    """Removes the pruned model, after the report stopped to name its files."""
+    """Removes the names of the pruned model's files from the report, then the files."""
     path = directory / "report.json"
     report = {**report, "files": {"report": report["files"]["report"]}}
     with writing(path, "make room and repeat the command"):

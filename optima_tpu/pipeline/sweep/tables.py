@@ -1,4 +1,4 @@
-"""What came out of a sweep, as Markdown, CSV, JSON and on the terminal."""
+"""The results of a sweep as Markdown, CSV, JSON and a table on the terminal."""
 
 import csv
 import dataclasses
@@ -24,19 +24,19 @@ _MEASURED = ("perplexity", "dense", "error_before", "error_after", "held_out_bef
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What came out of one cell. Numbers are None where the cell is not finished, or where there are none.
+    """The result of one cell. A number is None if the cell is not finished, or if its run has no such number.
 
     Attributes:
       mask: label of the mask.
       update: label of the update.
       pattern: label of the pattern.
-      samples: calibration sequences.
-      seed: which ones were drawn.
-      state: missing where the cell was not run yet.
-      perplexity: of the pruned model.
-      dense: of the model before, on the same text.
+      samples: number of calibration sequences.
+      seed: seed of their draw.
+      state: "missing" if the cell was not run yet.
+      perplexity: perplexity of the pruned model.
+      dense: perplexity of the dense model on the same text.
       error_before: relative error of a layer's output with the selector's weights, mean over layers.
-      error_after: with the final weights.
+      error_after: as ``error_before``, with the final weights.
       held_out_before: as ``error_before``, on the held-out windows.
       held_out_after: as ``error_after``, on the held-out windows.
       seconds: spent on the blocks: calibration, mask, update, and the pass through the pruned block.
@@ -76,7 +76,7 @@ class Layout:
 
     Attributes:
       headings: of all columns.
-      rows: as long as ``headings`` each; the dense model's comes first.
+      rows: each as long as ``headings``; the dense model's row comes first.
     """
 
     headings: tuple[str, ...]
@@ -89,7 +89,7 @@ def missing(cell: Cell) -> Result:
 
 
 def failed(cell: Cell, reason: str) -> Result:
-    """The result of a cell that could not be run to its end."""
+    """The result of a cell whose run failed."""
     return dataclasses.replace(missing(cell), state="failed", reason=reason)
 
 
@@ -97,7 +97,7 @@ def finished(cell: Cell, report: Mapping[str, Any], output: Path) -> Result:
     """The result of a finished cell.
 
     Args:
-      report: what its report.json holds.
+      report: the contents of its report.json.
       output: directory of the tables.
     """
     layers = [layer for block in report["blocks"] for layer in block["layers"]]
@@ -121,7 +121,7 @@ def finished(cell: Cell, report: Mapping[str, Any], output: Path) -> Result:
 
 
 def describe(reports: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    """Where numbers come from, in words: model, texts, code, hardware; where reports differ, one after the other."""
+    """The origin of the numbers, in words: model, texts, code, hardware. If reports differ, lists all values."""
 
     def told(words: Callable[[Mapping[str, Any]], str]) -> str:
         return "; ".join(dict.fromkeys(words(report) for report in reports))
@@ -146,7 +146,7 @@ def describe(reports: Sequence[Mapping[str, Any]]) -> dict[str, str]:
 def layout(grid: CellGrid, results: Sequence[Result]) -> Layout:
     """Perplexity of every cell, the mean over seeds with the sample standard deviation.
 
-    "-" stands where nothing was run yet, or where the grid has no cell.
+    "-" means that nothing was run yet, or that the grid has no such cell.
     """
     counts = sorted({result.samples for result in results})
     columns = [
@@ -169,7 +169,7 @@ def layout(grid: CellGrid, results: Sequence[Result]) -> Layout:
 
 
 def markdown(title: str, header: Mapping[str, str], table: Layout, results: Sequence[Result]) -> str:
-    """The table with what it was made from, as a page of Markdown."""
+    """The table and the origin of its numbers, as a page of Markdown."""
     lines = [f"# {title}", ""]
     lines += [f"- {key}: {value}" for key, value in header.items()] + [""]
     done = sum(result.state == "finished" for result in results)
@@ -190,11 +190,10 @@ def failure_lines(results: Iterable[Result]) -> list[str]:
 
 
 def averages(results: Iterable[Result]) -> list[dict[str, Any]]:
-    """The fields of the table: what the seeds of one mask, update, pattern and number of samples found.
+    """The fields of the table: averages over the seeds of each mask, update, pattern and number of samples.
 
-    ``seeds`` and ``failed`` count those that are finished and those that failed. Under the name of each number of
-    :class:`Result` stands its mean over the finished ones, with ``_spread`` the sample standard deviation, None of fewer than
-    two.
+    ``seeds`` and ``failed`` count the finished and the failed seeds. The name of each number of :class:`Result` has its mean over
+    the finished seeds; the name with ``_spread`` has the sample standard deviation, None for fewer than two seeds.
     """
     groups: dict[tuple, list[Result]] = {}
     for result in results:
@@ -215,7 +214,7 @@ def averages(results: Iterable[Result]) -> list[dict[str, Any]]:
 
 
 def csv_text(records: Sequence[Mapping[str, Any]]) -> str:
-    """A line for each record, a column for each of their keys, which are the same."""
+    """One line for each record, one column for each key. All records have the same keys."""
     text = io.StringIO()
     writer = csv.DictWriter(text, list(records[0]), lineterminator="\n")
     writer.writeheader()
@@ -234,7 +233,7 @@ def terminal_table(table: Layout) -> Table:
 
 
 def write_tables(grid: CellGrid, results: Sequence[Result], header: Mapping[str, str]) -> dict[str, Path]:
-    """Writes the table and what it is made of, each file in one step; the folder is there.
+    """Writes the table and its results, each file in one step. The folder must exist.
 
     table.md is for reading, table.csv and table.json hold :func:`averages`, results.csv and results.json every :class:`Result`.
     """
@@ -247,10 +246,10 @@ def write_tables(grid: CellGrid, results: Sequence[Result], header: Mapping[str,
 
 
 def refuse_loss(grid: CellGrid) -> None:
-    """The tables of a grid may not replace those of another one.
+    """Refuses to replace the tables of another grid.
 
     Raises:
-      UserError: its directory has a table with finished cells that the grid has not.
+      UserError: the directory has a table with finished cells that this grid does not have.
     """
     cells = {str(cell) for cell in grid.cells}
     lost = [str(result) for result in _results(grid.output / _RESULTS) if result.state == "finished" and str(result) not in cells]
@@ -264,7 +263,7 @@ def refuse_loss(grid: CellGrid) -> None:
 
 
 def _results(path: Path) -> list[Result]:
-    """What results.json holds; nothing of a file that is not there, is damaged or has other fields."""
+    """The contents of results.json; empty if the file is missing, damaged or has other fields."""
     try:
         return [Result(**entry) for entry in read_record(path) or ()]
     except TypeError:
