@@ -144,7 +144,9 @@ def make_parser() -> argparse.ArgumentParser:
         description="Makes a data set from text files, for --calibration.source tfds:NAME@DIR. No TensorFlow is needed.",
     )
     parser.add_argument("target", metavar="NAME@DIR", help="name of the data set, and the directory that holds data sets")
-    parser.add_argument("files", metavar="FILE", nargs="+", help=".txt (one document), .jsonl, .parquet (each record is one); also .gz")
+    parser.add_argument(
+        "files", metavar="FILE", nargs="+", help=".txt (one document), .jsonl, .parquet (each record is one); also .gz"
+    )
     parser.add_argument("--field", default="text", help="the field or column with the text (default: %(default)s)")
     validation = parser.add_mutually_exclusive_group()
     validation.add_argument(
@@ -154,7 +156,9 @@ def make_parser() -> argparse.ArgumentParser:
         default=0.0,
         help="share of the documents, such as 0.05, that go into the split for evaluation (default: none)",
     )
-    validation.add_argument("--validation-files", metavar="FILE", nargs="+", default=[], help="files for that split, instead of a share")
+    validation.add_argument(
+        "--validation-files", metavar="FILE", nargs="+", default=[], help="files for that split, instead of a share"
+    )
     return parser
 
 

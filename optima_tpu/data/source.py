@@ -49,7 +49,7 @@ class TokenSource(Protocol):
     """Windows that are token ids already. A frozen dataclass; its ``str`` is what the user types."""
 
     def tokens(self, split: Split, *, vocabulary: int, windows: int | None, length: int, seed: int) -> Tokens:
-        """``windows`` rows of ``length`` ids in [0, vocabulary); None means all. Raises UserError if it has too few."""
+        """``windows`` rows of ``length`` ids in [0, vocabulary); None means all. Raises UserError if it can't."""
         ...
 
 

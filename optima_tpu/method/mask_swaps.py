@@ -1,18 +1,18 @@
-"""Another mask of the same size for every row, found with the solved problem at hand.
+"""Improves the mask of every row by exchanging weights, with prices read from the solved problem.
 
-A solved row says what another mask would be worth. In unit-diagonal variables, with ``A`` the damped Hessian, ``v`` the solved
-row, ``r`` its residual and ``K`` its kept inputs, to second order and before the others make up for it
+The solution of a row prices every exchange. In unit-diagonal variables, let ``A`` be the damped Hessian, ``v`` the solved row,
+``r`` its residual and ``K`` its kept inputs. Each exchange taken alone, with the other kept weights solved again:
 
     letting input i in wins     r_i^2 / s_i,    s_i = A_ii - A_iK A_KK^-1 A_Ki
     letting input j go costs    v_j^2 * s_j,    s_j = 1 / [A_KK^-1]_jj
 
-``s`` would take a factorisation a row. One estimate of it serves all rows of a Hessian: what it is on average over the sets ``K``
-of that size, by the deterministic equivalent of a random principal block,
+The exact ``s`` would take one factorisation per row. Instead, all rows of a Hessian share one estimate: the average of ``s`` over
+the sets ``K`` of the same size, by the deterministic equivalent of a random principal block,
 
     s_j = 1 / [(A + t I)^-1]_jj - t    with t such that    tr A (A + t I)^-1 = |K|
 
-So a round exchanges where the winnings exceed the costs, solves again, and takes the new mask of a row only where its objective
-fell. No row ever gets worse, however rough the estimate is.
+A round exchanges weights whose win exceeds the cost, solves again, and keeps the new mask of a row only if the row's objective
+fell. So no row gets worse, however rough the estimate is.
 """
 
 import dataclasses
@@ -33,24 +33,27 @@ from optima_tpu.method.problem import LayerProblem, Pruned, Solution, pull_of
 from optima_tpu.method.resources import Cost, Footprint
 from optima_tpu.method.solvers import Solver, SolveRows
 
-# Newton steps for log t, from its value for an A without correlations: until one is short, as errors are squared by each.
+# Newton steps for log t, started at its value for an A without correlations. They end after a short step, since each step squares
+# the error.
 _MOST_STEPS = 6
 _SHORT_STEP = 3e-2
-# For the estimate of ``s``, with the last one: 3 or 4 for layers of SmolLM2, at most 7.
+# Inverses for the estimate of ``s``, the final one included: 3 or 4 for layers of SmolLM2, at most 7.
 _INVERSES = 4
-# The estimate's least damping: with none there is no t where a row keeps more inputs than the Hessian has directions.
+# The smallest damping of the estimate. Without damping, no t exists if a row keeps more inputs than the rank of the Hessian.
 _LEAST_DAMPING = 1e-3
 
 
 @dataclasses.dataclass(frozen=True)
 class Swaps:
-    """Exchanges kept weights for pruned ones of the same row (in N:M of the same M) where the solved row gains.
+    """Exchanges kept weights for pruned ones of the same row (for N:M, of the same M) where the row's objective gains.
 
-    The numbers of weights stay what they are, in every row and in every M. A round costs a solve from where the last one ended.
+    The number of kept weights stays the same in every row, and in every M. A round costs one solve that starts from the last
+    solution.
 
     Attributes:
-      rounds: how often weights are exchanged.
-      share: of a row's inputs, at most so many are exchanged in a round. A row for which a round was too much tries half of it.
+      rounds: number of rounds of exchanges. More rounds may find better masks; each costs one more solve.
+      share: the largest share of a row's inputs that one round exchanges. A row that a round did not improve tries half as many
+        exchanges in the next.
     """
 
     rounds: int = 4
@@ -65,12 +68,12 @@ class Swaps:
 
 @dataclasses.dataclass(frozen=True)
 class Exchanging(Solver):
-    """A solver with rounds of exchanges around it, for the rows of one Hessian and one pattern.
+    """Wraps a solver in rounds of exchanges, for the rows of one Hessian and one pattern.
 
     Attributes:
-      solver: that solves every mask; its objective decides.
-      swaps: how much is exchanged.
-      pattern: of all rows.
+      solver: solves every mask; the solved objective decides.
+      swaps: number of rounds and of exchanges.
+      pattern: the pattern of all rows.
     """
 
     changes_masks: ClassVar[bool] = True
@@ -84,8 +87,8 @@ class Exchanging(Solver):
         return f"{self.solver.title} with exchanges"
 
     def footprint(self, damping: float) -> Footprint:
-        # A + t I and its inverse, while the solver's are there. A row's weights, residual, winnings, costs and what the
-        # selection makes of them.
+        # A + t I and its inverse, in memory together with the solver's matrices. Of a row: weights, residual, wins, costs and the
+        # temporary arrays of the selection.
         solver = self.solver.footprint(damping)
         return Footprint(solver.hessians + 2, solver.vectors + 8)
 
@@ -106,7 +109,7 @@ class Exchanging(Solver):
 
     def prepare(self, hessian: Float32[Array, "d_in d"], damping: float, features: Features = WHOLE) -> SolveRows:
         if features != WHOLE:
-            raise ValueError("exchanges compare all features of a row: they cannot be split over devices")
+            raise ValueError("exchanges compare all features of a row: expected features that are not split over devices")
         solve = self.solver.prepare(hessian, damping, features)
         schur = schur_diagonal(hessian, damping, kept_share(self.pattern, hessian.shape[0]))
         return lambda problem, pruned: self._exchange(problem, pruned, solve, schur)
@@ -125,7 +128,7 @@ class Exchanging(Solver):
             return self.pattern.exchange(win, state.weight**2 * schur, state.keep, state.limit)
 
         def one_round(index: int | Array, state: _State) -> _State:
-            # The first one solves on the mask that came.
+            # The first round solves on the given mask.
             keep, count = jax.lax.cond(index > 0, exchanged, lambda state: (state.keep, jnp.zeros_like(state.limit)), state)
             found = solve(problem, Pruned(jnp.where(keep, state.weight, 0.0), keep))
             value, residual = measure(found.weight)
@@ -168,7 +171,7 @@ class _State(NamedTuple):
     gap: Array  # [rows]
     steps: Array  # [rows] int32
     converged: Array  # [rows] bool
-    limit: Array  # [rows] int32, at most so many exchanges
+    limit: Array  # [rows] int32, most exchanges in the next round
 
 
 def kept_share(pattern: Pattern, inputs: int) -> float:
@@ -177,7 +180,8 @@ def kept_share(pattern: Pattern, inputs: int) -> float:
 
 
 def schur_diagonal(hessian: Float32[Array, "d_in d_in"], damping: float, kept: float) -> Float32[Array, " d_in"]:
-    """``s`` of the module, times ``H_jj``: for weights and residuals as they are, [d_in] float32; 0 for a dead input.
+    """``s`` of the module docstring times ``H_jj``, for weights and residuals without scaling, [d_in] float32; 0 for a dead
+    input.
 
     Args:
       hessian: [d_in, d_in] float32, undamped.
@@ -191,7 +195,7 @@ def schur_diagonal(hessian: Float32[Array, "d_in d_in"], damping: float, kept: f
     kept = min(max(kept, 0.5 / size), 1 - 0.5 / size)
 
     def newton(state: tuple[int | Array, Array, Array]) -> tuple[int | Array, Array, Array]:
-        # Of size - t tr X - |K| as a function of log t, whose derivative is t^2 |X|^2 - t tr X < 0.
+        # Finds the root of size - t tr X - |K| in log t; the derivative is t^2 |X|^2 - t tr X < 0.
         steps, ridge, _ = state
         found = inverse(matrix + ridge * eye)
         trace = ridge * jnp.trace(found)
@@ -202,5 +206,5 @@ def schur_diagonal(hessian: Float32[Array, "d_in d_in"], damping: float, kept: f
     start: tuple[int | Array, Array, Array] = (0, jnp.float32((1 + damping) * (1 - kept) / kept), jnp.float32(jnp.inf))
     _, ridge, _ = jax.lax.while_loop(lambda state: (state[0] < _MOST_STEPS) & (state[2] > _SHORT_STEP), newton, start)
     schur = jnp.maximum(1 / jnp.diagonal(inverse(matrix + ridge * eye)) - ridge, 0.0)
-    # Where float32 finds no inverse, so that all is NaN, nothing is exchanged.
+    # If there is no inverse in float32, everything is NaN and nothing is exchanged.
     return jnp.where(live & (schur > 0), scale**2 * schur, 0.0)

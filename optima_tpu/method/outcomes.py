@@ -11,17 +11,18 @@ class RowOutcomes(NamedTuple):
 
     Attributes:
       energy: float32, mean square of the dense output.
-      before: float32, mean squared change of the output by the selector's weights.
-      after: float32, by the final weights.
-      gap: float32, the solver's.
-      steps: int32, the solver's.
+      before: float32, mean squared change of the output with the selector's weights.
+      after: float32, mean squared change of the output with the final weights.
+      gap: float32, the solver's measure of suboptimality, ``Solution.gap``.
+      steps: int32, the solver's iterations, ``Solution.steps``.
       converged: bool, the solver's own test.
       refused: bool, the solver's weights were not accepted.
       held_out: [3, d_out] float32, energy, before and after on held-out tokens.
-      dense: [4, d_out] float32, on held-out tokens against the dense model's outputs: these three, and those of dense weights.
-      exchanged: int32, kept weights that the selector had pruned, where masks are refined.
-      score: float32, by which held-out tokens choose between final weights, up to a constant.
-      chosen: [2] int32, not of rows: the indices of the damping and of the alpha that tuning chose.
+      dense: [4, d_out] float32, the same three against the dense model's outputs on held-out tokens, and the error of dense
+        weights.
+      exchanged: int32, number of kept weights that the selector had pruned; None if masks are not refined.
+      score: float32, the held-out error by which tuning chooses between final weights, up to a constant.
+      chosen: [2] int32, one for the whole matrix: the indices of the damping and of the alpha that tuning chose.
     """
 
     energy: Float32[Array, " d_out"]

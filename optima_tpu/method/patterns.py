@@ -1,4 +1,4 @@
-"""Which sets of weights may stay, and the choice of the best of them by a score.
+"""Patterns: the sets of weights that may stay, and the choice of the set with the best score.
 
 A pattern says how many weights are pruned and inside which comparison group; a score says which. Ties are broken by
 index: of two weights of one group with equal scores the one with the lower index is pruned first. The rule is part of
@@ -21,8 +21,8 @@ from optima_tpu.method.linalg.smallest import lowest, order_of, pairs_that_pay
 from optima_tpu.runtime.outside import import_class, import_path, is_import_path, read_options, write_options
 
 _TOLERANCE = 0.01
-"""By how much the sparsity of a layer with a mask from elsewhere may miss an unstructured pattern: published SparseGPT prunes one
-weight more in every block, and codes round the count differently."""
+"""How far the sparsity of a layer with an imported mask may be from an unstructured pattern: published SparseGPT prunes one
+weight more in every block, and implementations round the count differently."""
 
 
 class Pattern(abc.ABC):
@@ -30,8 +30,8 @@ class Pattern(abc.ABC):
 
     Attributes:
       group: "row" where weights of different rows never compete, else "layer".
-      span: how many consecutive inputs a comparison group has, which must divide d_in; None where it is a whole row or matrix.
-      free: whether weights may lie anywhere in a comparison group, so that sparsities can be allocated to blocks.
+      span: number of consecutive inputs in a comparison group, must divide d_in; None if the group is a whole row or matrix.
+      free: whether the pruned weights may be anywhere in a comparison group, so that sparsities can be allocated to blocks.
       sparsity: the share of weights that are pruned.
     """
 
@@ -75,7 +75,7 @@ class Pattern(abc.ABC):
 
     @property
     def exchanges(self) -> bool:
-        """Whether :meth:`exchange` is there."""
+        """Whether the pattern implements :meth:`exchange`."""
         return type(self).exchange is not Pattern.exchange
 
     def exchange(
@@ -85,14 +85,14 @@ class Pattern(abc.ABC):
         keep: Bool[Array, "rows d_in"],
         limit: Int32[Array, " rows"],
     ) -> tuple[Bool[Array, "rows d_in"], Int32[Array, " rows"]]:
-        """The mask after the exchanges that win more than they cost, the best ``limit`` of each row, and their number.
+        """Exchanges the best ``limit`` pairs of each row that win more than they cost. Returns the mask, and the number of pairs.
 
-        Pairs are the dearest to let in with the cheapest to let go, the second with the second, and so on. Of equals the lower
-        index comes first.
+        The largest win is paired with the smallest cost, the second with the second, and so on. Of equal values the lower index
+        comes first.
 
         Args:
           win: [rows, d_in] float32, at least 0, read where a weight is pruned.
-          cost: [rows, d_in] float32, at least 0, read where it is kept.
+          cost: [rows, d_in] float32, at least 0, read where a weight is kept.
           keep: [rows, d_in] bool.
           limit: [rows] int32, at least 0.
 
@@ -102,14 +102,15 @@ class Pattern(abc.ABC):
         raise NotImplementedError
 
     def holds(self, zero: np.ndarray) -> bool:
-        """Whether every comparison group of a [d_out, d_in] bool matrix has as many zeros as the pattern asks for."""
+        """Whether the comparison groups of a [d_out, d_in] bool matrix (True: zero) have the zeros that the pattern asks for."""
         return bool(zero.sum() >= self.pruned_count(zero.shape))
 
     def violation(self, keep: np.ndarray, or_fewer: bool = False) -> str | None:
-        """What in a mask [d_out, d_in] from elsewhere is not as the pattern says; None if nothing is.
+        """How an imported mask [d_out, d_in] violates the pattern, as a text; None if it does not.
 
         Args:
-          or_fewer: whether fewer weights may be kept, as where a kept weight of a checkpoint is zero.
+          or_fewer: whether fewer weights may be kept. Masks made from a checkpoint's zeros need this, as a kept weight may be
+            zero.
         """
         expected, found = self.pruned_count(keep.shape), keep.size - np.count_nonzero(keep)
         if found == expected or (or_fewer and found > expected):
@@ -120,14 +121,14 @@ class Pattern(abc.ABC):
         """The text that :func:`parse_pattern` reads back.
 
         Args:
-          group: a comparison group that needs not be written.
+          group: the default comparison group, which the text leaves out.
         """
         return import_path(type(self)) + write_options(self)
 
 
 @dataclasses.dataclass(frozen=True)
 class Unstructured(Pattern):
-    """Prunes the given share of every comparison group, wherever the weights lie.
+    """Prunes the given share of every comparison group, at any positions.
 
     Attributes:
       sparsity: share of weights pruned, in [0, 1). A group of ``n`` weights loses exactly ``floor(n * sparsity)``, as in
@@ -155,8 +156,8 @@ class Unstructured(Pattern):
     def pruned_in(self, size: int) -> int:
         """How many weights a group of ``size`` loses: ``floor(size * sparsity)`` in exact arithmetic.
 
-        Decimal sparsities are not exact in binary (100 * 0.29 is 28.999...), so the product is rounded first. One weight always
-        stays, as a sparsity below 1 says.
+        Decimal sparsities are not exact in binary (100 * 0.29 is 28.999...), so the product is rounded first. At least one weight
+        stays, because the sparsity is below 1.
         """
         return min(math.floor(round(size * self.sparsity, 6)), max(size - 1, 0))
 
@@ -232,9 +233,9 @@ class NM(Pattern):
         self.pruned_count((rows, columns))  # raises where M does not divide d_in
         order, place = order_of(scores), jnp.arange(columns) % self.m
 
-        # Not a view [groups, m]: a TPU would give its last axis 128 places.
+        # Not reshaped to [groups, m]: a TPU would pad the last axis to 128.
         def count(shift: Array, before: Array) -> Array:
-            """Adds those of the same group, ``shift`` places to the left and to the right, that go before a weight."""
+            """Adds the weights of the same group, ``shift`` to the left and to the right, that are pruned before this one."""
             left, right = jnp.roll(order, shift, axis=1), jnp.roll(order, -shift, axis=1)
             return before + ((place >= shift) & (left <= order)) + ((place < self.m - shift) & (right < order))
 
@@ -248,7 +249,7 @@ class NM(Pattern):
         keep: Bool[Array, "rows d_in"],
         limit: Int32[Array, " rows"],
     ) -> tuple[Bool[Array, "rows d_in"], Int32[Array, " rows"]]:
-        """One pair at most in each M, see :meth:`Pattern.exchange`."""
+        """Exchanges at most one pair in each M, see :meth:`Pattern.exchange`."""
         win, cost = jnp.where(keep, -jnp.inf, win), jnp.where(keep, cost, jnp.inf)
         inside = (*keep.shape[:-1], -1, self.m)
         win, cost, kept = win.reshape(inside), cost.reshape(inside), keep.reshape(inside)
@@ -283,7 +284,7 @@ def parse_pattern(text: str | float, group: str = "row") -> Pattern:
     """Reads "0.5/row" (half of every row), "0.5/layer" (half of every matrix), "0.5", "2:4" or "my_lab.patterns:Banded?width=4".
 
     Args:
-      group: what "0.5" compares: the group of the method that chooses the mask, as published.
+      group: the comparison group of a plain "0.5": that of the published selector.
 
     Raises:
       UserError: the text is none of these.
@@ -291,7 +292,7 @@ def parse_pattern(text: str | float, group: str = "row") -> Pattern:
     text = str(text).strip()
     if is_import_path(text):
         path, _, options = text.partition("?")
-        return read_options(import_class(path, Pattern), options)  # type: ignore[type-abstract]  # it makes none of Pattern itself
+        return read_options(import_class(path, Pattern), options)  # type: ignore[type-abstract]  # never instantiates Pattern itself
     try:
         if ":" in text:
             n, m = text.split(":")

@@ -1,4 +1,4 @@
-"""The row problem: its arrays and its objective, once.
+"""The row problem: its arrays and its objective.
 
 For one output row ``w`` of a linear layer, with kept inputs ``K`` and Hessian ``H``:
 
@@ -28,7 +28,7 @@ Matrix = TypeVar("Matrix", Array, np.ndarray)
 
 
 class Given(NamedTuple, Generic[Matrix]):
-    """What was chosen elsewhere for one matrix.
+    """An imported mask of one matrix, and maybe its weights.
 
     Attributes:
       keep: [d_out, d_in] bool.
@@ -40,7 +40,7 @@ class Given(NamedTuple, Generic[Matrix]):
 
 
 ReadGiven = Callable[[str, tuple[int, int]], Given[np.ndarray]]
-"""Name of a weight ("model.layers.0.mlp.up_proj.weight") and its shape -> what was chosen elsewhere for it."""
+"""Name of a weight ("model.layers.0.mlp.up_proj.weight") and its shape -> its imported mask."""
 
 
 @jax.tree_util.register_dataclass
@@ -63,10 +63,10 @@ class LayerProblem:
 
 
 class Damping(NamedTuple):
-    """The damping of an objective that may vary within one program, though solvers branch on a damping.
+    """The damping of an objective, of which a part may vary within one compiled program.
 
-    The part that varies goes into the Hessian. On ``H + r diag H`` a solver with damping ``d`` minimises
-    ``H + (d + r (1 + d)) diag H``.
+    Solvers branch on the damping, which is therefore static; the part that varies goes into the Hessian. On ``H + r diag H`` a
+    solver with damping ``d`` minimises ``H + (d + r (1 + d)) diag H``.
 
     Attributes:
       least: ``d``, static.
@@ -87,7 +87,7 @@ class Damping(NamedTuple):
         return self.least + self.ridge * (1 + self.least)
 
     def into(self, hessian: Float32[Array, "d_in d"]) -> Float32[Array, "d_in d"]:
-        """``H + r diag H``, elementwise, so that a matrix in columns stays so."""
+        """``H + r diag H``, computed elementwise, so that a matrix sharded by columns stays sharded."""
         if isinstance(self.ridge, float) and self.ridge == 0:
             return hessian
         rows, columns = (jax.lax.broadcasted_iota(jnp.int32, hessian.shape, axis) for axis in (0, 1))
@@ -95,7 +95,7 @@ class Damping(NamedTuple):
 
 
 class Pruned(NamedTuple):
-    """What a mask selector leaves.
+    """A selector's mask, and the weights that it leaves.
 
     Attributes:
       weight: [d_out, d_in] float32, zero wherever ``keep`` is False.
@@ -107,15 +107,15 @@ class Pruned(NamedTuple):
 
 
 class Solution(NamedTuple):
-    """What a solver found, and what it can say about it.
+    """A solver's weights, and how near to the optimum they are.
 
     Attributes:
       weight: [d_out, d_in] float32, zero wherever the mask is False.
       gap: [d_out] float32, the solver's own measure of suboptimality of the row, 0 at the optimum. ``CG`` certifies an upper
         bound on ``(f - f*) / f*`` of the damped problem; each solver's docstring says what its number is.
       steps: [d_out] int32, iterations spent on the row.
-      converged: [d_out] bool, the solver's own test was met.
-      keep: [d_out, d_in] bool, the mask, where the solver changed the one that it was given; else None.
+      converged: [d_out] bool, whether the solver's own test passed.
+      keep: [d_out, d_in] bool, the new mask if the solver changes masks; else None.
     """
 
     weight: Float32[Array, "rows d"]
@@ -135,7 +135,7 @@ def self_target(
 def pull_of(problem: LayerProblem, features: Features = WHOLE) -> Float32[Array, "rows d"]:
     """The pull ``e = g - W H``, [d_out, d_in]: what the target asks for beyond the layer's own outputs.
 
-    Zero for :func:`self_target`. Computed by the same product as ``g`` there, so that it is then exactly zero.
+    Exactly zero for :func:`self_target`, because ``g`` is computed there by the same product.
     """
     return problem.linear - features.product(problem.weight, problem.hessian)
 

@@ -1,4 +1,4 @@
-"""The matrices that read one input, pruned on a mesh: masks, weights, and whether these are accepted."""
+"""Prunes the matrices that read one input, on a mesh: masks, weights, acceptance."""
 
 import functools
 import itertools
@@ -22,12 +22,12 @@ Tree = TypeVar("Tree")
 
 
 class PrunedMatrix(NamedTuple):
-    """What became of a matrix.
+    """A pruned matrix, and what happened to its rows.
 
     Attributes:
       weight: [d_out, d_in] in the dtype of the dense weights.
       keep: [d_out, d_in] bool.
-      rows: what happened to its rows.
+      rows: the outcomes of its rows.
     """
 
     weight: Float[Array, "d_out d_in"]
@@ -46,15 +46,16 @@ def prune_group(
 ) -> tuple[PrunedMatrix, ...]:
     """Prunes the matrices that read one input, on the mesh.
 
-    Masks are chosen matrix by matrix; the solver gets the rows of all of them at once, split over every device. Where the recipe
-    tunes, there is one matrix, which is solved once for every candidate.
+    Masks are chosen matrix by matrix; the solver gets the rows of all of them at once, sharded over every device. A recipe that
+    tunes passes one matrix, which is solved once for every candidate.
 
     Args:
-      weights: each [d_out, d_in], dense, in the checkpoint's dtype; one where the recipe tunes.
-      tokens: the statistics of both sets of tokens; with a dense target their drift, that of the held-out tokens with energies.
-      given: masks of each matrix, and maybe weights, for a recipe without a selector.
-      patterns: of each matrix; all the same where the recipe refines masks.
-      sharding: where all matrices [d_in, d_in] lie, and how many rows a device takes at once.
+      weights: each [d_out, d_in], dense, in the checkpoint's dtype; only one if the recipe tunes.
+      tokens: the statistics of both sets of tokens. With a dense-model target they include the drift, for the held-out tokens
+        with energies.
+      given: the imported mask of each matrix, and maybe its weights, for a recipe without a selector.
+      patterns: the pattern of each matrix; all equal if the recipe refines masks.
+      sharding: the sharding of all matrices [d_in, d_in], and how many rows a device solves at once.
     """
     group = _Group.of(weights, tokens, recipe.target, sharding)
     pruned = group.choose(recipe, patterns, given)
@@ -84,11 +85,11 @@ class _Group(NamedTuple):
     """The matrices of one input on the mesh, in float32.
 
     Attributes:
-      matrices: each [d_out, d_in], dense, rows over all devices.
-      stack: [rows, d_in], the rows of all of them.
+      matrices: each [d_out, d_in], dense, rows sharded over all devices.
+      stack: [rows, d_in], the rows of all matrices.
       tokens: the objective of all rows on both sets of tokens, without drifts.
-      drifts: of each matrix, ``TokenTerms.drift`` of the held-out tokens; empty without a dense target.
-      sharding: of the rows.
+      drifts: for each matrix ``TokenTerms.drift`` of the held-out tokens; empty without a dense-model target.
+      sharding: the sharding of the rows.
     """
 
     matrices: tuple[Float32[Array, "_ d_in"], ...]
@@ -156,11 +157,11 @@ class _Group(NamedTuple):
                     choices.append(recipe.selector(problem, patterns[index]))
                 else:
                     raise ValueError("a recipe without a selector needs masks")
-        # Said again: masks chosen between two layouts would be chosen on every device for all rows.
+        # Constrain the sharding again: otherwise every device would choose the masks of all rows.
         return tuple(self.spread(index, choice) for index, choice in enumerate(choices))
 
     def objective(self, index: int, target: Target, damping: Damping, alpha: Array | float) -> MatrixObjective:
-        """What is asked of the rows of one matrix."""
+        """The objective of the rows of one matrix."""
         calibration, held_out = self.tokens
         rows = self.slices[index]
         pull = None if calibration.term is None else target.pull(calibration.term, alpha)[rows]
@@ -169,13 +170,13 @@ class _Group(NamedTuple):
         return MatrixObjective(self.matrices[index], TokenSets(calibration, held_out), pull, damping.total)
 
     def spread(self, index: int, arrays: Tree) -> Tree:
-        """Arrays of the rows of a matrix, [d_out, d_in], over all devices."""
+        """Shards arrays [d_out, d_in] of one matrix by rows over all devices."""
         sharding = self.sharding.rows(self.matrices[index])
         return jax.tree.map(lambda array: jax.lax.with_sharding_constraint(array, sharding), arrays)
 
 
 def _taken(given: Given[Array], dense: Array) -> Pruned:
-    """Masks from elsewhere, with their weights, or the dense ones."""
+    """An imported mask, with its own weights or with the dense ones."""
     weight = dense if given.weight is None else given.weight.astype(jnp.float32)
     return Pruned(jnp.where(given.keep, weight, 0.0), given.keep)
 

@@ -20,14 +20,14 @@ class Recipe:
 
     Attributes:
       pattern: how many weights go, and inside which groups.
-      selector: which ones stay; None where masks from elsewhere say so.
-      solver: where those that stay go; None keeps the selector's own weights, the baseline of the paper's tables.
+      selector: chooses the weights that stay; None if the masks are imported.
+      solver: moves the weights that stay; None keeps the selector's own weights, the baseline of the paper's tables.
       accept: when the solver's weights replace the selector's.
-      layers: layers with another pattern, or none.
-      target: what the layers are to reproduce.
-      recapture: whether a layer's inputs come from the block as pruned so far, not from the block as it was.
+      layers: rules for layers with another pattern, or that stay dense.
+      target: what the layers must reproduce.
+      recapture: whether a layer's inputs come from the block as pruned so far, not from the block before pruning.
       tuning: what is chosen for each matrix on held-out tokens.
-      refine: how the mask changes once its weights are solved; None leaves it as it is.
+      refine: how the mask changes once its weights are solved; None keeps the selector's mask.
       own_damping: the pull of the objective toward the dense weights, as a share of the Hessian's diagonal; None stands for the
         solver's default.
     """
@@ -51,30 +51,30 @@ class Recipe:
         return self.solver.default_damping if self.own_damping is None else self.own_damping
 
     def update(self, pattern: Pattern) -> Solver:
-        """What moves the weights of a pattern, and maybe its mask."""
+        """The solver for the layers of a pattern; it also changes masks if the recipe refines them."""
         if self.solver is None:
             return Unchanged()
         return Exchanging(self.solver, self.refine, pattern) if self.refine else self.solver
 
     def footprint(self) -> Footprint:
-        """What pruning a group of matrices holds on a device, but for what every method holds."""
+        """The device memory of pruning a group of matrices, without the arrays that every method holds."""
         update = self.update(self.pattern).footprint(self.damping)
         chooser = self.selector.hessians if self.selector else 0
         return Footprint(max(update.hessians, chooser), update.vectors, update.split and not chooser)
 
     def pattern_of(self, path: str, name: str) -> Pattern | None:
-        """The pattern of a layer by its whole path, and its path inside the block; None where it stays dense."""
+        """The pattern of a layer, from its whole path and its path inside the block; None if it stays dense."""
         return pattern_of(self.layers, self.pattern, path, name)
 
     def pruned_groups(self, groups: Groups, prefix: str) -> Groups:
-        """The groups without the layers that stay dense, and without those groups of which nothing is left."""
+        """The groups without the layers that stay dense; groups that become empty are left out."""
         left = (tuple(name for name in names if self.pattern_of(prefix + name, name)) for names in groups)
         return tuple(filter(None, left))
 
     def solved_together(self, names: tuple[str, ...], prefix: str) -> Groups:
-        """The layers of a group as ``prune_group`` gets them.
+        """The layers of a group, divided into the calls of ``prune_group``.
 
-        All at once, but each alone where it is tuned, and where masks are exchanged those of one pattern.
+        One call takes all layers. With tuning each layer has its own call; with mask exchange each pattern has its own call.
         """
         if self.tuning.by_held_out:
             return tuple((name,) for name in names)

@@ -1,11 +1,11 @@
-"""What a method needs: memory on a device, and operations. Every method states its own beside its ``__call__``."""
+"""What a method needs: device memory and operations. Every method states its needs beside its ``__call__``."""
 
 import dataclasses
 
 
 @dataclasses.dataclass(frozen=True)
 class Footprint:
-    """What a solver holds on a device.
+    """The device memory of a solver.
 
     Attributes:
       hessians: float32 matrices of the Hessian's size, itself included.
@@ -23,10 +23,11 @@ class Cost:
     """The operations of a method on the rows of a layer. A plan turns them into seconds.
 
     Attributes:
-      products: of all rows with a [d_in, d_in] matrix.
-      passes: [rows, d_in] arrays that are read or written.
-      inverses: of one [d_in, d_in] matrix. A solver's serve all rows; a selector makes its own for every matrix.
-      factorisations: of one [d_in, d_in] matrix for each row.
+      products: products of all rows with a [d_in, d_in] matrix.
+      passes: number of [rows, d_in] arrays that are read or written.
+      inverses: inverses of one [d_in, d_in] matrix. A solver's inverses serve all rows; a selector computes its own for every
+        matrix.
+      factorisations: factorisations of one [d_in, d_in] matrix for each row.
     """
 
     products: float = 0.0

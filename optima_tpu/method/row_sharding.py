@@ -1,4 +1,4 @@
-"""How the rows of a layer are spread over the mesh while they are solved."""
+"""How the rows of a layer are sharded over the mesh while they are solved."""
 
 import dataclasses
 from collections.abc import Callable
@@ -21,13 +21,13 @@ Outputs = TypeVar("Outputs")
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """How the problems of a layer input lie on the mesh while they are solved.
+    """How the problems of one layer input are sharded over the mesh while they are solved.
 
     Attributes:
-      split: one device does not hold the Hessian: its columns, and the features of all rows, are split over the model axis,
-        which must divide d_in; rows are split over the data axis. Otherwise rows are split over both and the Hessian is on
-        every device.
-      rows: how many rows a device solves at once, at most; None stands for all that it has.
+      split: for Hessians that do not fit one device. The Hessian's columns and the features of all rows are sharded over the
+        model axis, which must divide d_in, and rows over the data axis. If False, rows are sharded over both axes and the Hessian
+        is replicated.
+      rows: the largest number of rows that a device solves at once; None means all its rows.
     """
 
     split: bool = False
@@ -50,32 +50,32 @@ class Layout:
 
     @property
     def features(self) -> Features:
-        """Where a device's features are."""
+        """Whether features are sharded over the model axis."""
         return Features(MODEL) if self.split else WHOLE
 
 
 ON_EVERY_DEVICE = Layout()
-"""The ordinary layout: the Hessian on every device, all rows of a device at once."""
+"""The default layout: the Hessian replicated, all rows of a device at once."""
 
 
 @dataclasses.dataclass(frozen=True)
 class RowSharding:
-    """How the rows of a layer are spread over a mesh.
+    """How the rows of a layer are sharded over a mesh.
 
     Attributes:
       mesh: axes ("data", "model").
-      layout: where Hessian and rows lie, and how many rows a device takes at once.
+      layout: the sharding of Hessian and rows, and how many rows a device solves at once.
     """
 
     mesh: Mesh
     layout: Layout = ON_EVERY_DEVICE
 
     def rows(self, weight: Array) -> NamedSharding:
-        """Where the rows of a matrix [d_out, d_in] lie while its mask is chosen: over all devices that divide them."""
+        """The sharding of a matrix [d_out, d_in] while its mask is chosen: rows over all devices that divide them."""
         return NamedSharding(self.mesh, divisible(self.mesh, weight.shape, ROWS))
 
     def place(self, matrix: Float32[Array, "d_in d_in"]) -> Float32[Array, "d_in d_in"]:
-        """A matrix [d_in, d_in] where the layout has it."""
+        """Constrains a matrix [d_in, d_in] to the layout's sharding of a Hessian."""
         return jax.lax.with_sharding_constraint(matrix, NamedSharding(self.mesh, self.layout.hessian))
 
     def product(self, matrix: Float32[Array, "d_in d_in"], rows: Float32[Array, "rows d_in"]) -> Float32[Array, "rows d_in"]:
@@ -85,13 +85,13 @@ class RowSharding:
     def map(self, prepare: Callable[[Array, Features], Callable[..., Outputs]], out_specs: Any) -> Callable[..., Outputs]:
         """Runs a function of rows on the mesh: ``(hessian, *rows) -> outputs``, every array of rows [d_out, d_in].
 
-        Each device runs it on its own rows, in equal batches where the layout says so. A row count that does not divide is padded
-        with rows of zeros and cut again.
+        Each device runs it on its own rows, in equal batches if the layout limits the rows at once. If the number of rows does
+        not divide evenly, rows of zeros are appended, and cut off the outputs.
 
         Args:
-          prepare: ``(hessian, features) -> (*rows -> outputs)``. Called once on every device, with what it has of the Hessian; the
-            function it returns is called for every batch.
-          out_specs: of the outputs, ``layout.matrix`` or ``layout.vector`` for each.
+          prepare: ``(hessian, features) -> (*rows -> outputs)``. Called once on every device, with the device's part of the
+            Hessian. The function it returns is called for every batch.
+          out_specs: the spec of each output, ``layout.matrix`` or ``layout.vector``.
         """
         mesh, layout = self.mesh, self.layout
         shares = mesh.size if not layout.split else mesh.shape[DATA]
@@ -119,11 +119,11 @@ class RowSharding:
         return mapped
 
     def solve(self, solver: Solver) -> SolveRows:
-        """A solver with its rows split over the mesh.
+        """A solver whose rows are sharded over the mesh.
 
-        Each device runs the solver's loop on its own rows and stops on its own. There is no communication inside where every
-        device has the Hessian, but for inverses that are made before it (``linalg.inverses``); where it is split, the devices of
-        one row of the mesh step together. Rows that are padded have nothing to solve: weights and mask are all zero.
+        Each device runs the solver's loop on its own rows and stops independently. With a replicated Hessian the loop does not
+        communicate; only the inverses before the loop may (``linalg.inverses``). With a sharded Hessian, the devices of one row
+        of the mesh iterate in step. Padded rows have zero weights and an empty mask, so there is nothing to solve.
         """
         layout = self.layout
         mask = layout.matrix if solver.changes_masks else None

@@ -1,4 +1,4 @@
-"""What is known of the inputs of layers, from the tokens that ran through a block."""
+"""Statistics of the inputs of layers, from the tokens that ran through a block."""
 
 from collections.abc import Sequence
 from typing import Generic, NamedTuple, TypeVar
@@ -7,19 +7,19 @@ from jax import Array
 from jaxtyping import Float32, Int32
 
 Groups = tuple[tuple[str, ...], ...]
-"""The linear layers of a block, those that read the same input together: (("self_attn.q_proj", ...), ...)."""
+"""The linear layers of a block, grouped by the input that they read: (("self_attn.q_proj", ...), ...)."""
 
 
 class Drift(NamedTuple):
-    """How far the inputs ``X`` of a group of layers are from those in the dense model: ``D = X_d - X``.
+    """The drift of the inputs ``X`` of a group of layers from the inputs ``X_d`` in the dense model: ``D = X_d - X``.
 
     Attributes:
       cross: ``B = D'X / n_tokens`` [d_in, d_in] float32, columns over the model axis.
-      energy: of each layer of the group, each row's mean of ``(D w')^2`` with its dense weights ``w``, [d_out] float32; empty
-        where it was not asked for.
-      residual: of each layer of the group ``Q = (R_d - R)'X / n_tokens`` [d_out, d_in] float32, columns over the model axis, with
-        ``R`` the residual stream that the layer's output is added to; None for a layer that adds to none, empty where it was not
-        asked for.
+      energy: for each layer of the group, each row's mean of ``(D w')^2`` with its dense weights ``w``, [d_out] float32; empty if
+        it was not requested.
+      residual: for each layer of the group ``Q = (R_d - R)'X / n_tokens`` [d_out, d_in] float32, columns over the model axis,
+        with ``R`` the residual stream that the layer's output is added to. None for a layer that does not add to the stream,
+        empty if it was not requested.
     """
 
     cross: Float32[Array, "d_in d_in"]
@@ -34,13 +34,13 @@ class Drift(NamedTuple):
 
 
 class TokenStatistics(NamedTuple):
-    """What one set of tokens says of the inputs of a group of layers.
+    """The statistics of one set of tokens, for the inputs of a group of layers.
 
     Attributes:
-      hessian: ``H = X'X / n_tokens`` [d_in, d_in] float32, columns over the model axis; the mean over tokens is a weighted one
-        where they are weighed.
-      tokens: how many inputs were not zero, int32: all tokens, or those that were routed to an expert.
-      drift: from the inputs in the dense model; None where the target does not need it.
+      hessian: ``H = X'X / n_tokens`` [d_in, d_in] float32, columns over the model axis; a weighted mean over tokens if tokens are
+        weighed.
+      tokens: number of inputs that were not zero, int32: all tokens, or the tokens that were routed to an expert.
+      drift: the drift from the inputs in the dense model; None if the target does not need it.
     """
 
     hessian: Float32[Array, "d_in d_in"]
@@ -56,11 +56,11 @@ S = TypeVar("S")
 
 
 class TokenSets(NamedTuple, Generic[S]):
-    """The same of both sets of tokens.
+    """One value for each of the two sets of tokens.
 
     Attributes:
       calibration: the tokens that weights are fitted to.
-      held_out: tokens that no weight is fitted to; None where there are none.
+      held_out: tokens that no weight is fitted to; None if there are none.
     """
 
     calibration: S

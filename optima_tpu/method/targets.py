@@ -1,22 +1,22 @@
-"""What a pruned layer is to reproduce.
+"""Targets: what a pruned layer must reproduce.
 
-Beside the stream of hidden states that went through the pruned blocks there may be a second one, of the same tokens, that went
-through the dense blocks. With ``X`` and ``X_d`` the inputs of a layer in both, ``D = X_d - X`` and ``B = D'X / n_tokens``, the
-mean squared distance of a row's outputs from a share ``alpha`` of the way to the dense model's is
+One stream of hidden states runs through the pruned blocks. A second stream of the same tokens may run through the dense blocks.
+Let ``X`` and ``X_d`` be the inputs of a layer in the two streams, ``D = X_d - X`` and ``B = D'X / n_tokens``. The target of a row
+lies a share ``alpha`` of the way from its own outputs to the dense model's. The mean squared distance from this target is
 
     mean (X v - X w - alpha D w)^2  =  (v - w) H (v - w)' - 2 alpha (w B) (v - w)'  +  alpha^2 mean (D w)^2
 
-which is ``problem.objective`` with ``g = w H + alpha w B``. Only the small matrix ``B`` is accumulated, not ``X_d'X``: the drift
-would be a difference of large numbers.
+This is ``problem.undamped_objective`` with ``g = w H + alpha w B``, up to a constant. ``B`` is accumulated directly and not
+computed from ``X_d'X``, because it would be a small difference of large numbers.
 
-A layer whose output is added to the residual stream can make up for the drift of that stream too. With ``s = R_d - R`` the drift
-of the one feature that a row adds to, and ``q`` the row of ``Q = (R_d - R)'X / n_tokens`` that belongs to it,
+A layer whose output is added to the residual stream can also correct the drift of that stream. With ``s = R_d - R`` the drift of
+the one feature that a row adds to, and ``q`` the row of ``Q = (R_d - R)'X / n_tokens`` that belongs to it,
 
-    mean (X v - X w - alpha D w - gamma s)^2  =  (v - w) H (v - w)' - 2 (alpha w B + gamma q) (v - w)'  +  what v does not change
+    mean (X v - X w - alpha D w - gamma s)^2  =  (v - w) H (v - w)' - 2 (alpha w B + gamma q) (v - w)'  +  terms without v
 
-Behind such a layer comes a norm, which divides every token by its own size, so an error is worth what it is in relation to that.
-A few tokens with massive activations are hundreds of times as large as the others and rule all the means above. With the tokens
-weighed by ``1 / mean(R_d^2)``, of the stream behind the layer, the means are those of relative errors.
+A norm follows such a layer and divides every token by the token's size, so the relative error of a token matters. A few tokens
+with massive activations are hundreds of times as large as the others and dominate all the means above. If each token is weighed
+by ``1 / mean(R_d^2)``, with ``R_d`` the stream after the layer, the means are means of relative errors.
 """
 
 import abc
@@ -31,11 +31,11 @@ from optima_tpu.errors import UserError
 
 
 class Target(abc.ABC):
-    """What the outputs of a layer are to come close to. A target is a frozen dataclass.
+    """What the outputs of a layer should match. A target is a frozen dataclass.
 
     Attributes:
-      dense_stream: whether the tokens also run through the dense blocks: ``alpha``, ``gamma`` and ``weigh_tokens`` are those of
-        :class:`DenseTarget`, and 0, 0 and False without it.
+      dense_stream: whether the tokens also run through the dense blocks. If False, ``alpha``, ``gamma`` and ``weigh_tokens`` are
+        0, 0 and False; see :class:`DenseTarget` for their meaning.
     """
 
     dense_stream: ClassVar[bool]
@@ -45,41 +45,41 @@ class Target(abc.ABC):
 
     @property
     def streams(self) -> int:
-        """How many streams of hidden states there are, and matrices [d_in, d_in] of every set of tokens."""
+        """The number of streams of hidden states, and of matrices [d_in, d_in] for every set of tokens."""
         return 1 + self.dense_stream
 
     def pull(self, term: "LinearTerm", alpha: Float[Array, ""] | float) -> Float32[Array, "rows d_in"]:
         """``e``, [rows, d_in] float32: what the target asks for beyond the layer's own outputs.
 
         Args:
-          term: of the rows.
-          alpha: the target's own, or another one where that is tuned.
+          term: the linear term of the rows.
+          alpha: the target's own, or a candidate of the tuning.
         """
         return alpha * term.outputs if term.stream is None else alpha * term.outputs + term.stream
 
 
 @dataclasses.dataclass(frozen=True)
 class SelfTarget(Target):
-    """The layer's own outputs on the inputs that it sees behind the pruned blocks, as in the paper."""
+    """The layer's own outputs, on the inputs that it gets from the pruned blocks, as in the paper."""
 
     dense_stream: ClassVar[bool] = False
 
 
 @dataclasses.dataclass(frozen=True)
 class DenseTarget(Target):
-    """A share of the way from the layer's own outputs to those of the dense model.
+    """A share of the way from the layer's own outputs to the dense model's.
 
-    It makes up for what the layers before have lost; the whole way, or without damping, fits small calibration sets too well.
-    Belongs with ``recapture``: without it every layer of a block makes up for the same loss again (configs/tables/levers.md). All
-    tokens run through the dense blocks too, and the report has every layer's error against the dense model on the held-out ones.
-    Tokens that only one of both models sends to an expert have no part in its drift.
+    It corrects the errors of earlier layers. With alpha 1, or without damping, it overfits small calibration sets. Use it with
+    ``recapture``: otherwise every layer of a block corrects the same error again (configs/tables/levers.md). All tokens also run
+    through the dense blocks, and the report has every layer's error against the dense model on the held-out tokens. A token that
+    only one of the two models routes to an expert does not count in the drift of that expert.
 
     Attributes:
       alpha: the share: 0 aims at the layer's own outputs and only measures, 1 aims at the dense model's.
-      gamma: layers that add to the residual stream also make up for this share of the stream's own drift. Families that have a
-        norm behind these layers (Gemma, OLMo 2) and routed experts have no such layers.
-      weigh_tokens: of these layers, weigh a token's error by one over the mean square of the dense model's stream behind them,
-        as the next norm does. Their reported errors are weighed too.
+      gamma: layers that add to the residual stream also correct this share of the stream's drift. It has no effect in families
+        with a norm after these layers (Gemma, OLMo 2), and none on routed experts.
+      weigh_tokens: for these layers, divide a token's squared error by the mean square of the dense model's stream after them, as
+        the next norm does. Their reported errors are weighed too.
     """
 
     dense_stream: ClassVar[bool] = True
@@ -99,8 +99,8 @@ class LinearTerm(NamedTuple):
 
     Attributes:
       outputs: [rows, d_in] float32, ``W B``: all of the way to the dense model's outputs.
-      stream: [rows, d_in] float32, ``gamma Q``: the share of the residual stream's drift, 0 for rows that add to none; None where
-        no row does, or it is not aimed at.
+      stream: [rows, d_in] float32, ``gamma Q``: the residual-drift correction, 0 for rows that do not add to the stream. None if
+        no row does, or if the target has no such correction.
     """
 
     outputs: Float32[Array, "rows d_in"]
@@ -114,7 +114,7 @@ class LinearTerm(NamedTuple):
 def pulled(
     pull: Float32[Array, "rows d_in"], dense: Float32[Array, "rows d_in"], weight: Float32[Array, "rows d_in"]
 ) -> Float32[Array, " rows"]:
-    """Each row's ``2 e (v - w)'``, [d_out]: what an objective loses by moving towards a target with drift ``e``.
+    """Each row's ``2 e (v - w)'``, [d_out]: the amount that the pull ``e`` of a target takes off the objective.
 
     Args:
       pull: [d_out, d_in], ``e``.

@@ -1,4 +1,4 @@
-"""What is chosen for each matrix by its error on held-out tokens."""
+"""Tuning: chooses settings for each matrix by its error on held-out tokens."""
 
 import abc
 import dataclasses
@@ -21,17 +21,17 @@ Attempt = Callable[[Damping, Array | float], tuple[tuple[Pruned, RowOutcomes], .
 
 
 class Tuning(abc.ABC):
-    """Chooses the damping of the objective, and of a dense target alpha.
+    """Chooses the damping of the objective, and alpha for a dense-model target.
 
     Attributes:
-      by_held_out: whether held-out tokens choose, and for each matrix by itself.
+      by_held_out: whether held-out tokens choose, for each matrix separately.
     """
 
     by_held_out: ClassVar[bool]
 
     @abc.abstractmethod
     def dampings(self, damping: float) -> tuple[float, ...]:
-        """The dampings that are tried where the objective's own is ``damping``, each at least that."""
+        """The dampings to try if the objective's own is ``damping``; each is at least as large."""
 
     @abc.abstractmethod
     def alphas(self, target: Target) -> tuple[float, ...]:
@@ -39,21 +39,21 @@ class Tuning(abc.ABC):
 
     @abc.abstractmethod
     def choose(self, damping: float, target: Target, attempt: Attempt) -> tuple[tuple[Pruned, RowOutcomes], ...]:
-        """The attempt that is taken. Traced under ``jit``."""
+        """Returns the attempt that is taken. Traced under ``jit``."""
 
     def candidates(self, damping: float, target: Target) -> int:
         """How often a matrix is solved."""
         return len(self.dampings(damping)) + len(self.alphas(target)) - 1
 
     def chosen(self, indices: Array | np.ndarray, damping: float, target: Target) -> tuple[float, float | None]:
-        """Damping and alpha from their indices, ``RowOutcomes.chosen``; no alpha where the target has none."""
+        """Damping and alpha from their indices, ``RowOutcomes.chosen``; alpha is None if the target has none."""
         alpha = self.alphas(target)[int(indices[1])] if target.dense_stream else None
         return self.dampings(damping)[int(indices[0])], alpha
 
 
 @dataclasses.dataclass(frozen=True)
 class Fixed(Tuning):
-    """The solver's damping and the target's alpha are those that are given."""
+    """Uses the solver's damping and the target's alpha for every matrix."""
 
     by_held_out: ClassVar[bool] = False
 
@@ -69,17 +69,18 @@ class Fixed(Tuning):
 
 @dataclasses.dataclass(frozen=True)
 class Grid(Tuning):
-    """The damping, and of a dense target alpha, are chosen for each matrix, from a few, by its error on the held-out tokens.
+    """Chooses the damping, and alpha for a dense-model target, for each matrix by its error on the held-out tokens.
 
-    The error is the distance from the dense model's outputs where there is a dense target, whatever alpha, and with
-    ``target.gamma`` from these and that share of the residual stream's drift; else from the layer's own. First the damping is
-    chosen, at the target's own alpha, then alpha at that damping; each candidate is solved from the selector's weights, goes
-    through the acceptance, and is judged as it would be stored. An expert that no held-out token reached takes the first of both.
+    With a dense-model target, the error is the distance from the dense model's outputs for every alpha, with the residual-drift
+    correction if ``target.gamma`` is above 0. Otherwise it is the distance from the layer's own outputs. First the damping is
+    chosen, with the target's own alpha, then alpha with that damping. Each candidate is solved from the selector's weights, goes
+    through the acceptance, and is measured as it would be stored. An expert that no held-out token reached takes the first
+    damping and the first alpha.
 
     Attributes:
-      damping: what is tried as ``solver.damping``, each at least what the solver has; null tries 1, 3 and 10 times that (0.01,
-        0.03 and 0.1 where it has none), an empty list leaves the solver's own.
-      alpha: what is tried as ``target.alpha`` beside the target's own, where the target is the dense model.
+      damping: values to try as ``solver.damping``, each at least the solver's own; null tries 1, 3 and 10 times the solver's own
+        (0.01, 0.03 and 0.1 if that is 0), an empty list keeps the solver's own.
+      alpha: values to try as ``target.alpha`` in addition to the target's own, if the target is the dense model.
     """
 
     by_held_out: ClassVar[bool] = True
@@ -99,7 +100,7 @@ class Grid(Tuning):
         """The dampings that are tried.
 
         Raises:
-          UserError: one is smaller than the objective's own, which solvers take for granted.
+          UserError: one is smaller than the objective's own, which solvers assume as the minimum.
         """
         if self.damping is None:
             least = damping or 0.01
@@ -113,13 +114,13 @@ class Grid(Tuning):
         return self.damping or (damping,)
 
     def alphas(self, target: Target) -> tuple[float, ...]:
-        """The alphas that are tried, the target's own first; 0 alone for a layer's own outputs."""
+        """The alphas that are tried, the target's own first; only 0 if the target is the layer's own outputs."""
         if not target.dense_stream:
             return (0.0,)
         return target.alpha, *(alpha for alpha in dict.fromkeys(self.alpha) if alpha != target.alpha)
 
     def choose(self, damping: float, target: Target, attempt: Attempt) -> tuple[tuple[Pruned, RowOutcomes], ...]:
-        """The candidate that is best on held-out tokens, which the attempts must know of."""
+        """Returns the candidate with the lowest held-out error. The attempts must have held-out tokens."""
         dampings = [Damping.of(candidate, damping) for candidate in self.dampings(damping)]
         best = best_of(
             [float(candidate.ridge) for candidate in dampings],
@@ -160,12 +161,13 @@ class Best(NamedTuple, Generic[T]):
 def best_of(
     ridges: Sequence[float], alphas: Sequence[float], attempt: Callable[[Array, Array], T], score: Callable[[T], Array]
 ) -> Best[T]:
-    """The best of all ridges at the first alpha; then the best of all alphas at that ridge. For ``jit``: one compiled attempt.
+    """The best of all ridges at the first alpha; then the best of all alphas at that ridge. Traced under ``jit``, as one compiled
+    attempt.
 
     Args:
       attempt: ``(ridge, alpha) -> found``, a tree of arrays.
-      score: of what was found, float32 scalar; of equal ones the first counts. The first candidate counts whatever its score is,
-        until another one has a number.
+      score: the score of an attempt's result, float32 scalar; of equal scores the first counts. A first candidate with a NaN
+        score is taken until another one has a number.
     """
     others = len(alphas) - 1
     trials = (

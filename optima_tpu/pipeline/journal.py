@@ -306,7 +306,7 @@ def _write_states(folder: Path, activations: Activations, dense: Activations | N
 
 
 def _owned_rows(activations: Activations) -> np.ndarray:
-    """The samples that this process writes: the slices of the data axis in which no process has a lower number."""
+    """The samples that this process writes: the slices of the data axis whose lowest-numbered process is this one."""
     slices = [
         index
         for index, devices in enumerate(activations.mesh.devices)

@@ -125,7 +125,7 @@ def flip(path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("harm", "reason"),
-    [(truncate, "bytes where"), (flip, "not what was written"), (Path.unlink, "is missing")],
+    [(truncate, "bytes where"), (flip, "has changed since it was written"), (Path.unlink, "is missing")],
     ids=["truncated", "flipped", "gone"],
 )
 def test_a_damaged_block_counts_as_not_done_and_the_others_stay(tmp_path, harm, reason):
@@ -281,7 +281,7 @@ def test_a_block_that_is_not_of_the_source_makes_no_checkpoint(tmp_path):
         write_checkpoint(open_journal(tmp_path, MANIFEST, ASSETS), source, mesh(1, 1))
     with pytest.raises(UserError, match="no checkpoint yet"):
         CheckpointTensors(tmp_path)
-    with pytest.raises(UserError, match="holds no run.json"):
+    with pytest.raises(UserError, match="has no run.json"):
         CheckpointTensors(tmp_path / "elsewhere")
 
 

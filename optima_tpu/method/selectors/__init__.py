@@ -1,4 +1,4 @@
-"""Which weights of a layer stay. One file a method; a selector is a frozen dataclass with a ``__call__``."""
+"""Choose which weights of a layer stay. One file per method; a selector is a frozen dataclass with a ``__call__``."""
 
 from optima_tpu.method.selectors.admm import ADMM
 from optima_tpu.method.selectors.base import Selector

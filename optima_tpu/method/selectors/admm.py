@@ -1,4 +1,4 @@
-"""ADMM: mask and weights together, by splitting (after ALPS, Meng et al., 2024, algorithm 1, and Boza, 2024)."""
+"""ADMM: mask and weights together, by operator splitting (after ALPS, Meng et al., 2024, algorithm 1, and Boza, 2024)."""
 
 import dataclasses
 import math
@@ -36,36 +36,40 @@ class ADMM(Selector):
         y = y + rho (v - z)
 
     A small ``rho`` lets the mask move far, a large one makes it settle: ``rho`` rises from ``rho_first`` to ``rho_last`` in
-    ``levels`` equal ratios. Without correlation a mask is at rest once every kept ``|w_j|`` is at least ``(1 + damping) / rho``
-    times every pruned one: about the best mask at 1, while above it worse ones rest too and well below it none does. Every level
-    costs one inverse for each matrix, also of those that share a Hessian, every iteration one product for all its rows.
+    ``levels`` equal ratios. For uncorrelated inputs, a mask stops changing once every kept ``|w_j|`` is at least ``(1 + damping)
+    / rho`` times every pruned one. At ``rho = 1`` this is about the best mask. At a larger ``rho`` worse masks stop changing too,
+    and at a much smaller one no mask stops. Every level costs one inverse for each matrix, even if matrices share a Hessian.
+    Every iteration costs one product for all rows of the matrix.
 
-    ``problem.linear`` is what is aimed at. The weights are ``z`` after the last iteration: near the damped optimum on the mask
-    where the mask had come to rest. ``CG`` goes on from there and certifies how near.
+    ``problem.linear`` defines the target. The returned weights are ``z`` after the last iteration. If the mask has stopped
+    changing, they are near the damped optimum for this mask. ``CG`` continues from them and certifies the remaining gap.
 
     Dead inputs (``scaling.live_features``) score 0: they are pruned first, and those that stay keep their weights. Of equal
-    scores the lower index goes first; but a weight that was just pruned scores otherwise than its equal that was kept, so that
-    between equal weights the iteration decides, not the index.
+    scores the lower index is pruned first. But a weight that was just pruned scores differently from an equal weight that was
+    kept, so the iteration, not the index, decides between equal weights.
 
-    Nothing here depends on the mesh but the rounding of products. Where that decides between two scores, the iterations carry
-    the difference on to all that competes: with the group "row" it stays in that row, which then has another mask, as good.
+    Only the rounding of products depends on the mesh. If rounding decides between two scores, the iterations spread the
+    difference over the whole comparison group. With the group "row" it stays in one row, which then has another mask that is
+    equally good.
 
-    It departs from the published code (mazumder-lab/ALPS ``alps.py``) in these things:
+    It differs from the published code (mazumder-lab/ALPS ``alps.py``) in these points:
 
-    - The penalty follows a fixed plan, where the code's follows how much of the mask changed, for up to 300 iterations. So no
-      row waits for another, and no eigendecomposition is needed.
-    - Damping is a share of each input's own energy, there of the mean energy. Both pull toward the dense weights.
-    - It starts from ``z = w``, the code from the pruned ``w``; the last mask is that of ``z``, there that of ``v``.
-    - There are no conjugate gradients at the end: ``CG`` as the solver stands for them, as a row of ALPS in a table needs.
-    - Unstructured masks may be chosen row by row too, where the code compares over the layer.
+    - The penalty follows a fixed plan. The published code adapts it to how much of the mask changed, for up to 300 iterations.
+      With the fixed plan no row waits for another, and no eigendecomposition is needed.
+    - Damping is a share of each input's own energy; in the published code, of the mean energy. Both pull toward the dense
+      weights.
+    - It starts from ``z = w``, the published code from the pruned ``w``. It returns the mask of ``z``, the published code the
+      mask of ``v``.
+    - It does not end with conjugate gradients. To compare with ALPS in full, take ``CG`` as the solver.
+    - Unstructured masks may also be chosen row by row; the published code compares over the layer.
 
     Attributes:
       damping: ridge that pulls a row toward its *dense* weights, as a share of the Hessian's diagonal.
-      rho_first: the penalty at first, as a share of the Hessian's diagonal. Less finds better masks where inputs are strongly
-        correlated, and takes more levels.
-      rho_last: the penalty at the end. Below 1 the mask may not come to rest.
-      levels: how many penalties from the first to the last.
-      iterations: of each penalty.
+      rho_first: the first penalty, as a share of the Hessian's diagonal. A smaller one finds better masks if inputs are strongly
+        correlated, but needs more levels.
+      rho_last: the last penalty. Below 1 the mask may keep changing until the end.
+      levels: number of penalties from the first to the last.
+      iterations: number of iterations at each penalty.
     """
 
     group: ClassVar[Literal["row", "layer"]] = "layer"
@@ -89,7 +93,7 @@ class ADMM(Selector):
                 raise UserError(f"expected ADMM's {name} to be {expected}, got {getattr(self, name)}")
 
     def cost(self) -> Cost:
-        iterations = self.levels * self.iterations  # each of them chooses a mask; and the target
+        iterations = self.levels * self.iterations  # each chooses a mask; one more product for the target
         return Cost(iterations + 1, passes=iterations * (PASSES_OF_A_MASK + 8), inverses=self.levels)
 
     def __call__(self, problem: LayerProblem, pattern: Pattern) -> Pruned:
@@ -98,7 +102,7 @@ class ADMM(Selector):
         pull = jnp.where(live, pull_of(problem) / scale, 0.0)
         eye = jnp.eye(len(scale), dtype=matrix.dtype)
 
-        # Everything is counted from the dense weights: a weight that has no reason to move does not move by rounding either.
+        # All variables are differences from the dense weights, so that rounding alone does not move a weight.
         def level(state: _State, rho: Array) -> tuple[_State, None]:
             solve = inverse(matrix + (self.damping + rho) * eye)
 
@@ -116,7 +120,7 @@ class ADMM(Selector):
 
 
 class _State(NamedTuple):
-    """What goes from iteration to iteration; every array is [d_out, d_in]."""
+    """The state between two iterations; every array is [d_out, d_in]."""
 
     move: Array  # z - w
     dual: Array  # y

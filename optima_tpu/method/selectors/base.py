@@ -1,4 +1,4 @@
-"""What every selector is."""
+"""The base class of all selectors."""
 
 import abc
 from typing import ClassVar, Literal
@@ -14,9 +14,9 @@ class Selector(abc.ABC):
     A selector is a frozen dataclass. It traces under ``jit``.
 
     Attributes:
-      group: what the published method compares: what a plain "0.5" means on the command line.
-      hessians: how many matrices of the Hessian's size it holds; 0 where it reads the diagonal alone. The default is a guess on
-        the safe side.
+      group: the comparison group of the published method, which a plain "0.5" on the command line stands for.
+      hessians: how many matrices of the Hessian's size it holds; 0 if it reads only the diagonal. The default is a cautious
+        guess.
     """
 
     group: ClassVar[Literal["row", "layer"]] = "row"
@@ -24,15 +24,15 @@ class Selector(abc.ABC):
 
     @abc.abstractmethod
     def __call__(self, problem: LayerProblem, pattern: Pattern) -> Pruned:
-        """The mask, and the kept weights.
+        """Returns the mask and the kept weights.
 
         Args:
           problem: the rows of exactly one matrix, so that a pattern may compare over all of it.
         """
 
     def check(self, pattern: Pattern) -> None:  # noqa: B027  # most selectors take every pattern
-        """Raises UserError for a pattern by which this selector cannot choose."""
+        """Raises UserError for a pattern that this selector does not support."""
 
     def cost(self) -> Cost | None:
-        """What the selector does beside its last mask, for plans; None where nobody has counted it."""
+        """The selector's operations without its last mask, for plans; None if they have not been counted."""
         return None

@@ -1,4 +1,4 @@
-"""Masks that were made elsewhere."""
+"""Masks that another program or another run made."""
 
 import dataclasses
 from typing import ClassVar
@@ -10,14 +10,14 @@ from optima_tpu.errors import UserError
 class Imported:
     """Keeps what a given mask keeps: MaskLLM, ProxSparse, another run, or the zeros of any pruned checkpoint.
 
-    Computes nothing: the masks are checked against model and pattern before the run (``optima_tpu.models.masks``), and the
-    walk takes them as arrays. The kept weights are the dense ones; with ``weights`` they are those of the pruned model, so
-    that without a solver it is its method's own row of a table.
+    It computes nothing: the masks are checked against model and pattern before the run (``optima_tpu.models.masks``), and the
+    walk takes them as arrays. The kept weights are the dense ones; with ``weights`` they come from the pruned model. Without a
+    solver, this then reproduces the result of the method that made the masks.
 
     Attributes:
       path: the masks: a MaskLLM .npz, an .npz or .safetensors of 0/1 matrices, pruning_masks.npz, a run directory, a
         folder of ProxSparse's .pt files, or a pruned checkpoint (folder, .gguf file or hub id). Must be given.
-      weights: take the pruned matrices' weights from there too. Needs a run directory or a checkpoint.
+      weights: take the kept weights from path too. Needs a run directory or a checkpoint.
     """
 
     group: ClassVar[str] = "layer"
@@ -25,6 +25,6 @@ class Imported:
     weights: bool = False
 
     def __post_init__(self) -> None:
-        # None is what the settings hold until one is given; open_masks refuses it.
+        # None until the user gives a path; open_masks refuses None.
         if self.path is not None and not self.path.strip():
             raise UserError("expected selector.path to name masks, got an empty text; see --selector imported --help")

@@ -1,4 +1,4 @@
-"""Magnitude pruning: the oldest score, and the one without data."""
+"""Magnitude pruning: the oldest score, which needs no data."""
 
 import dataclasses
 from typing import ClassVar, Literal
@@ -16,8 +16,8 @@ class Magnitude(Selector):
     """Keeps the weights with the largest ``|w|``; the kept ones do not move.
 
     The published baseline compares over the whole matrix: ``Unstructured(sparsity, group="layer")``. Its code (locuslab/wanda
-    ``lib/prune.py``) prunes one weight more, and all that are as small as the largest of them: of a quantised model visibly more
-    than asked. Here the count is exact, and of equal ones the lower index goes first.
+    ``lib/prune.py``) prunes one weight more, and every weight that is equal to the largest pruned one: clearly more than asked in
+    a quantised model. Here the count is exact, and of equal weights the lower index is pruned first.
     """
 
     group: ClassVar[Literal["row", "layer"]] = "layer"

@@ -1,4 +1,4 @@
-"""What the methods share that sweep over the inputs as the optimal brain surgeon does."""
+"""Shared by the methods that sweep over the inputs as the optimal brain surgeon does."""
 
 from typing import ClassVar, Literal
 
@@ -32,8 +32,7 @@ def inverse_factor(hessian: Float32[Array, "d_in d_in"], damping: float) -> Floa
     One factor holds every inverse that a sweep over the columns needs, after SparseGPT (Frantar and Alistarh, 2023,
     section 3.3): once the inputs before ``i`` are fixed, the inverse over the rest is ``U[i:, i:]' U[i:, i:]``.
 
-    The inverse of one factor gives it: there is no explicit inverse of the matrix whose rounding would have to be factorised
-    again.
+    ``U`` is the inverse of one Cholesky factor. Factorising an explicit inverse of the matrix instead would add its rounding.
 
     Args:
       hessian: [d_in, d_in] float32. Dead inputs (``scaling.live_features``) are decoupled, with 1 on the diagonal.

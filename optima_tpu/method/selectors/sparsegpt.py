@@ -21,34 +21,34 @@ from optima_tpu.runtime.mesh import padded
 
 @dataclasses.dataclass(frozen=True)
 class SparseGPT(Sweep):
-    """Prunes input by input, from the first to the last, and moves the inputs still to come to make up for it.
+    """Prunes input by input, from the first to the last, and moves the weights of later inputs to compensate.
 
     With ``U'U`` the inverse of the damped Hessian (:func:`inverse_factor`) and ``w`` the weights as moved so far,
-    the score is that of the optimal brain surgeon, ``w_rj^2 / U_jj^2``, and where ``w_rj`` goes:
+    the score is ``w_rj^2 / U_jj^2``, as for the optimal brain surgeon. When ``w_rj`` is pruned:
 
         w[r, j:] -= w_rj / U_jj * U[j, j:]
 
-    which is optimal for the inputs from ``j`` on while those before ``j`` stay. A kept weight is not moved any more
-    once the sweep has passed it, so a solver on the same mask finds better weights. ``problem.linear`` is not read:
-    the sweep reproduces the layer's own outputs, also where the target is another one.
+    which is optimal for the inputs from ``j`` on, with the inputs before ``j`` fixed. A kept weight is not moved any more once
+    the sweep has passed it, so a solver on the same mask finds better weights. ``problem.linear`` is not read: the sweep
+    reproduces the layer's own outputs, even if the target is another one.
 
     What competes:
-      An unstructured mask is chosen block by block, when the sweep gets there: over all rows and the block (group
-      "layer", as published), or over the block's part of every row (group "row"). The block of the inputs ``[a, b)``
-      loses ``floor(d_out b s) - floor(d_out a s)`` weights (in each row: ``floor(b s) - floor(a s)``), so that a layer
-      loses ``pattern.pruned_count(shape)`` exactly. The published code (IST-DASLab/sparsegpt, sparsegpt.py) prunes one
-      more a block, and whatever ties with it. N:M groups are chosen one by one, each when the sweep reaches it.
+      An unstructured mask is chosen block by block, when the sweep reaches the block: over all rows and the block (group "layer",
+      as published), or over the block's part of every row (group "row"). The block of the inputs ``[a, b)`` loses ``floor(d_out b
+      s) - floor(d_out a s)`` weights (in each row: ``floor(b s) - floor(a s)``), so that a layer loses
+      ``pattern.pruned_count(shape)`` exactly. The published code (IST-DASLab/sparsegpt, sparsegpt.py) prunes one weight more in
+      each block, and every weight with an equal score. N:M groups are chosen one by one, each when the sweep reaches it.
 
-    Dead inputs (``scaling.live_features``) score 0: they are pruned first, and move nothing. Those that the counts let
-    stay keep their weights, which the published code sets to zero; nor do they raise the mean of the diagonal, to which
-    the published code adds a 1 for each. Of equal scores the lower index goes first, rows before inputs. This decides
-    between the weights of dead inputs too, so no score has to be shifted off zero (OPTIMA's shift_zero_metrics).
+    Dead inputs (``scaling.live_features``) score 0: they are pruned first, and pruning them moves no other weight. If some of
+    their weights stay, these keep their value; the published code sets them to zero. Dead inputs do not raise the mean of the
+    diagonal; the published code adds 1 for each. Of equal scores the lower index is pruned first, rows before inputs. This
+    decides between the weights of dead inputs too, so no score has to be shifted off zero (OPTIMA's shift_zero_metrics).
 
     A damping too small for float32 to factorise the Hessian gives NaN weights, with the right number of them pruned.
 
     Attributes:
-      block: inputs that compete for an unstructured mask, 128 in the paper; the last block may be smaller. For N:M only
-        how many inputs are swept between two updates of all that follow, in whole groups of M.
+      block: inputs that compete for an unstructured mask, 128 in the paper; the last block may be smaller. For N:M it only sets
+        how many inputs are swept between two updates of all later inputs, in whole groups of M.
       damping: ridge on the Hessian, as a share of the mean of its diagonal, 0.01 in the paper.
     """
 
@@ -71,7 +71,7 @@ class SparseGPT(Sweep):
         extra = padded(inputs, size) - inputs
         starts = np.arange(0, inputs, size)
 
-        # The last block is filled up with inputs that are coupled to nothing and never pruned in another's place.
+        # Pad the last block with decoupled inputs, which are never pruned instead of a real input.
         factor = inverse_factor(problem.hessian, self.damping)
         diagonal = jnp.pad(jnp.diagonal(factor), (0, extra), constant_values=1.0)
         blocks = _Block(
@@ -85,7 +85,7 @@ class SparseGPT(Sweep):
 
         def sweep(weight: Array, block: _Block) -> tuple[Array, Array]:
             swept = _sweep_block(jax.lax.dynamic_slice_in_dim(weight, block.start, size, axis=1), block, pattern)
-            # U is zero before its diagonal, so that of the other inputs only those still to come move.
+            # U is zero before its diagonal, so outside the block only later inputs move.
             weight = weight - matmul(swept.errors, block.factor)
             return jax.lax.dynamic_update_slice_in_dim(weight, swept.weight, block.start, axis=1), swept.keep
 
@@ -95,14 +95,14 @@ class SparseGPT(Sweep):
 
 
 class _Block(NamedTuple):
-    """What the sweep needs to know of a block of inputs."""
+    """The data of one block of inputs for the sweep."""
 
     start: Array  # [] int32, its first input
     losing: Array  # [] int32, how many weights a comparison group loses here; not read for N:M
     factor: Array  # [size, d_in], its rows of U
     diagonal: Array  # [size], U_jj
     live: Array  # [size] bool
-    real: Array | np.ndarray  # [size] bool, False where the last block is filled up
+    real: Array | np.ndarray  # [size] bool, False for the padding of the last block
 
 
 class _Swept(NamedTuple):
@@ -139,13 +139,13 @@ def _sweep_block(weight: Array, block: _Block, pattern: Pattern) -> _Swept:
         here, diagonal, live, real = (
             jax.lax.dynamic_slice_in_dim(array, first, width) for array in (weight, block.diagonal, block.live, block.real)
         )
-        # |w| / U orders as its square does, and neither overflows nor underflows.
+        # |w| / U gives the same order as its square, without overflow or underflow.
         scores = jnp.where(live, jnp.abs(here.T) / diagonal, 0.0)
         chosen = _choose(jnp.where(real, scores, jnp.inf), block.losing, pattern)
         keep = jax.lax.dynamic_update_slice_in_dim(keep, chosen.T, first, axis=0)
         return jax.lax.fori_loop(first, first + width, prune_input, (weight, errors, keep))
 
-    # Inputs lead, so that the loop cuts out and writes whole rows of memory.
+    # Inputs are the first axis, so that the loop reads and writes contiguous memory.
     start = (weight.T, jnp.zeros((size, rows), weight.dtype), jnp.ones((size, rows), bool))
     return _Swept(*(array.T for array in jax.lax.fori_loop(0, size // width, prune_group, start)))
 

@@ -1,4 +1,4 @@
-"""Thanos: a block of columns at a time, all that a row loses there at once (Ilin and Richtarik, 2025)."""
+"""Thanos: prunes one block of columns at a time, all of a row's weights in it at once (Ilin and Richtarik, 2025)."""
 
 import dataclasses
 from typing import ClassVar, NamedTuple
@@ -21,25 +21,25 @@ from optima_tpu.runtime.mesh import padded
 class Thanos(Sweep):
     """Prunes block after block of columns, by ``|w_ij| * ||x_j||`` of the moved weights, and moves the rest of a row.
 
-    A block of columns ``[i, i + block)`` gives up those of its weights that are among the smallest of all columns from
-    ``i`` on (of the matrix, or of each row), as many as the pattern still has to prune; N:M compares inside its groups,
-    which never straddle a block. With ``P`` the inverse of the damped Hessian over the columns from ``i`` on, a row
-    that loses the set ``S`` moves by
+    Let ``k`` be the number of weights that the pattern still has to prune. A block of columns ``[i, i + block)`` loses its
+    weights that are among the ``k`` smallest of all columns from ``i`` on (of the matrix, or of each row). N:M compares inside
+    its groups, which never cross a block boundary. With ``P`` the inverse of the damped Hessian over the columns from ``i`` on, a
+    row that loses the set ``S`` moves by
 
         w[i:] -= w_S (P_SS)^-1 P[S, :]
 
-    the change of the columns from ``i`` on that removes all of ``S`` at once and costs least (SparseGPT removes one
-    column at a time). ``problem.linear`` is not read: the method aims at the layer's own outputs, ``g = W H``.
+    This is the cheapest change of the columns from ``i`` on that removes all of ``S`` at once. (SparseGPT removes one column at a
+    time.) ``problem.linear`` is not read: the method aims at the layer's own outputs, ``g = W H``.
 
-    Source: Ilin and Richtarik, arXiv 2504.05346. It departs from the published code (vectozavr/thanos
-    ``lib/thanos.py``, and paramathic/optima ``optima/thanos.py`` after it) in three things:
+    Source: Ilin and Richtarik, arXiv 2504.05346. It differs from the published code (vectozavr/thanos ``lib/thanos.py``, and its
+    copy paramathic/optima ``optima/thanos.py``) in three points:
 
-    - N:M prunes every row, as the pattern says. The code leaves one row dense, and a tenth of the rows more where it is asked
-      for outliers, as it is by default but not in all of its authors' runs; paramathic/optima calls it so that 2:4 removes
-      whole columns.
+    - N:M prunes every row, as the pattern says. The published code leaves one row dense. With outlier rows it leaves another
+      tenth of the rows dense; this is its default, but not used in all of its authors' runs. paramathic/optima calls it so that
+      2:4 removes whole columns.
     - Every block's inverse is read from one triangular factor, not computed anew. The update is the same.
-    - Weights of dead inputs (``H_jj = 0``) score zero and go first; those that the pattern lets stay keep their value,
-      where the code sets them to zero and prunes more than asked.
+    - Weights of dead inputs (``H_jj = 0``) score zero and are pruned first. If some of them stay, they keep their value; the
+      published code sets them to zero, and so prunes more than asked.
 
     Attributes:
       block: columns pruned together, 256 in OPTIMA's runs and by default in the published code, 512 in the runs of its authors;
@@ -67,7 +67,7 @@ class Thanos(Sweep):
         norms = jnp.sqrt(jnp.where(live_features(problem.hessian), jnp.diagonal(problem.hessian), 0.0))
 
         def choose(scores: Array, first: int | Array, size: int, left: Array) -> Array:
-            """The weights that the block from ``first`` on loses, [rows, size]."""
+            """The weights that the block starting at ``first`` loses, [rows, size]."""
             if pattern.span:
                 return ~pattern.keep_mask(_block(scores, first, size))
             residual = jnp.where(jnp.arange(columns) >= first, scores, jnp.inf)
@@ -95,7 +95,7 @@ class Thanos(Sweep):
 
 
 class _Carry(NamedTuple):
-    """What goes from block to block."""
+    """The state between two blocks."""
 
     weight: Array  # [rows, columns]
     keep: Array  # [rows, columns] bool
@@ -103,7 +103,7 @@ class _Carry(NamedTuple):
 
 
 def _to_prune(pattern: Pattern, rows: int, columns: int) -> Array:
-    """``_Carry.left`` at the start: one group a row, or one in all. N:M does not count."""
+    """``_Carry.left`` at the start: one group per row, or one in all; not used for N:M."""
     if pattern.span:
         return jnp.zeros((1, 1), jnp.int32)
     groups, size = (rows, columns) if pattern.group == "row" else (1, rows * columns)
@@ -134,7 +134,7 @@ def _solve_rows(inverse: Array, lost: Array, target: Array) -> Array:
         factor = jax.lax.linalg.cholesky(system, symmetrize_input=False)
         return jax.scipy.linalg.cho_solve((factor, True), target)
 
-    # Not alone: the matrices of a group are pruned by one program, at the same time.
+    # Not alone: one program prunes the matrices of a group at the same time.
     batches = -(-rows // rows_at_once(size, inverse.dtype, alone=False))
     batch = -(-rows // batches)
 

@@ -1,4 +1,4 @@
-"""Where the kept weights of a layer go. One file a method; a solver is a frozen dataclass with a ``__call__``."""
+"""Move the kept weights of a layer. One file per method; a solver is a frozen dataclass with a ``__call__``."""
 
 from optima_tpu.method.solvers.adam import Adam
 from optima_tpu.method.solvers.base import Solver, SolveRows, Unchanged

@@ -1,11 +1,11 @@
 """Adam, the baseline that the paper compares its solver with (OPTIMA, 2025, table 7; paramathic/optima,
 optima/weight_update.py: update_weights_learnable).
 
-With ``s`` the change of a row against its start, the selector's weights ``u``, every row minimises
+A row starts at the selector's weights ``u``. With ``s`` its change from there, every row minimises
 
     f(u + s) - f(u) = s H s' + 2 b s'   over its kept inputs,     b = (u - w) H - e     (e = g - w H; zero in the paper)
 
-The loss is quadratic, so ``H`` holds all of the calibration set: a full-batch gradient is one product, ``b + s H``.
+The loss is quadratic, so ``H`` represents the whole calibration set: a full-batch gradient is one product, ``b + s H``.
 """
 
 import dataclasses
@@ -28,29 +28,30 @@ from optima_tpu.method.solvers.base import Solver
 class Adam(Solver):
     """The paper's baseline: full-batch Adam from the selector's weights, the best of several learning rates.
 
-    Adam with betas 0.9 and 0.999 and a learning rate that falls linearly to 0, once for each of ``learning_rates``. A row
-    ends at the best point that any of them visited, its start included: it is never left worse than it came. It does
-    not reach the optimum in this many steps. Departures from the published code:
+    Adam with betas 0.9 and 0.999 and a learning rate that falls linearly to 0, once for each of ``learning_rates``. A row takes
+    the best point that any of the runs visited, its start included, so no row gets worse. The default number of steps is too
+    small to reach the optimum. Differences from the published code:
 
-    - A layer's bias is in its output and in its target, so it cancels, and the Hessian never sees it. The published loss
-      compares ``X V'`` with outputs that hold the bias, and pulls the weights of a layer that has one off course.
-    - The learning rate is chosen for each row; the published code takes one for a matrix, by its total loss before the
-      last step. Here rows of several matrices are solved together, on all devices without communication. A choice for
-      each row, over every point visited, leaves at most the error of the published choice.
+    - A layer's bias is part of its output and of its target, so it cancels and the Hessian does not contain it. The published
+      loss compares ``X V'`` with outputs that include the bias. If a layer has a bias, this pulls its weights away from the
+      optimum.
+    - The learning rate is chosen for each row; the published code chooses one for a matrix, by its total loss before the last
+      step. Here rows of several matrices are solved together, on all devices without communication. A choice for each row, over
+      every point visited, leaves at most the error of the published choice.
     - ``eps`` is 1e-8 of the row's largest gradient at its start. The published one is 1e-8 for a loss that sums over
-      calibration sequences and averages over tokens and outputs. Adam depends on the scale of the loss through ``eps``
-      alone: without that it is the same elementwise step, in the plain variables, whatever the scale of the Hessian.
+      calibration sequences and averages over tokens and outputs. Adam depends on the scale of the loss through ``eps`` alone:
+      without ``eps``, its elementwise step is the same for any scale of the Hessian.
     - Weights and moments are float32. The published ones have the model's dtype, and bfloat16 rounds small steps away.
 
-    Learning rates are in units of the weights. Where they are too large for a layer Adam diverges, and that is reported:
-    ``converged`` is False where every learning rate ended above the row's start (a start close to the optimum is left
-    upwards by any of them). ``steps`` is the step at which the best point was visited, 0 where none improved on the
-    start. ``gap`` is ``optimality_residual``, the relative KKT residual, dimensionless. Kept weights of dead inputs stay
-    as they are; so do rows whose data is not finite, with an infinite gap and not converged.
+    Learning rates are in units of the weights. If they are too large for a layer, Adam diverges, and this is reported:
+    ``converged`` is False if every learning rate ended above the row's start. (From a start close to the optimum every learning
+    rate may end above it.) ``steps`` is the step at which the best point was visited, 0 if no step improved on the start. ``gap``
+    is ``optimality_residual``, the relative KKT residual, dimensionless. Kept weights of dead inputs do not move. Rows whose data
+    is not finite do not move either; they have an infinite gap and are not converged.
 
     Attributes:
-      steps: steps for each learning rate.
-      learning_rates: where the learning rates start, such as [1e-2, 1e-3].
+      steps: number of steps with each learning rate.
+      learning_rates: the initial learning rates, such as [1e-2, 1e-3]; each falls linearly to 0.
     """
 
     steps: int = 20
@@ -101,12 +102,12 @@ class Adam(Solver):
                 return (optax.apply_updates(shift, update), state, best), value
 
             start = jnp.zeros_like(slope)
-            # One pass more than steps, to see where the last one led. The learning rate is 0 there.
+            # One iteration more than steps, to evaluate the result of the last step. Its learning rate is 0.
             carry, values = jax.lax.scan(step, (start, adam.init(start), best), jnp.arange(self.steps + 1))
             return carry[2], values[-1]
 
         nowhere = _Best(jnp.zeros_like(slope), jnp.zeros(slope.shape[0]), jnp.zeros(slope.shape[0], jnp.int32))
-        # One learning rate after another: side by side each would need its own moments in memory.
+        # One learning rate after another: in parallel, each would need its own moments in memory.
         best, ends = jax.lax.scan(descend, nowhere, jnp.asarray(self.learning_rates, jnp.float32))
         moved = jnp.where(free, pruned.weight + best.shift, jnp.where(pruned.keep, pruned.weight, 0.0))
         residual = optimality_residual(damped, Pruned(moved, free), moved)

@@ -1,4 +1,4 @@
-"""What every solver is."""
+"""The base class of all solvers."""
 
 import abc
 from collections.abc import Callable
@@ -16,15 +16,15 @@ SolveRows = Callable[[LayerProblem, Pruned], Solution]
 
 
 class Solver(abc.ABC):
-    """Moves the kept weights to minimise every row's objective, from the pruned weights as they are.
+    """Moves the kept weights to minimise every row's objective, starting from the pruned weights.
 
     A solver is a frozen dataclass. Rows are independent: a solver may be given any subset of a layer's rows, or rows of several
-    layers with one input, and returns the same for each. It traces under ``jit`` and ``shard_map``. The objective, damping
-    included, is that of the problem.
+    layers with one input, and returns the same result for each row. It traces under ``jit`` and ``shard_map``. The problem
+    defines the objective, damping included.
 
     Attributes:
-      default_damping: the damping of the objective where the user names none.
-      changes_masks: whether solutions are on masks of their own, ``Solution.keep``.
+      default_damping: the damping of the objective if the user sets none.
+      changes_masks: whether the solver returns new masks, ``Solution.keep``.
     """
 
     default_damping: ClassVar[float] = 0.0
@@ -32,23 +32,25 @@ class Solver(abc.ABC):
 
     @abc.abstractmethod
     def __call__(self, problem: LayerProblem, pruned: Pruned) -> Solution:
-        """The rows' new weights, on the mask of ``pruned`` or on one of their own."""
+        """Returns the rows' new weights, for the mask of ``pruned`` or for a new mask."""
 
     def prepare(self, hessian: Float32[Array, "d_in d"], damping: float, features: Features = WHOLE) -> SolveRows:
-        """The solver of any rows with this Hessian and damping, with what depends on these alone already done.
+        """Returns a function that solves any rows with this Hessian and damping.
+
+        Work that depends only on Hessian and damping is done here, once for all rows.
 
         Args:
-          hessian: [d_in, d]: all of it, or a device's columns where ``footprint`` says ``split``.
-          features: where the features are, those of the rows too.
+          hessian: [d_in, d]: all of it, or a device's columns if ``footprint`` allows ``split``.
+          features: the sharding of the features, for the Hessian and for the rows.
         """
         return self
 
     def footprint(self, damping: float) -> Footprint:
-        """What the solver holds on a device. This default is a guess on the safe side."""
+        """The device memory of the solver. This default is a cautious guess."""
         return Footprint(hessians=8, vectors=40)
 
     def cost(self) -> Cost | None:
-        """What the solver does if all goes as assumed, for plans; None where nobody has counted it."""
+        """The solver's usual operations, for plans; None if they have not been counted."""
         return None
 
     @property

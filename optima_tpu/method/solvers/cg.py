@@ -6,15 +6,15 @@ change of a row against its dense weights, every row minimises
     f(D) = D A D' - 2 e D'      over the kept coordinates; pruned ones are fixed at  D_j = -w_j
 
 Every product is one matrix multiplication for all rows, since rows share ``A``; masks enter elementwise. The preconditioner is
-the inverse ``X`` of the *whole* ``A``, masked: one factorisation a layer input, whatever the masks.
+the inverse ``X`` of the *whole* ``A``, masked: one factorisation per layer input serves all masks.
 
 The certificate. With ``r`` the masked residual, ``f - f* = r A_KK^-1 r'`` exactly, and a principal block of an inverse dominates
-the inverse of the block: ``A_KK^-1 <= (A^-1)_KK``. So ``r X r'``, the scalar that the iteration computes anyway, bounds what is
-left to gain. With an extra ridge ``delta`` inside ``X`` the bound is ``(1 + delta / lambda_min(A)) r X r'``.
+the inverse of the block: ``A_KK^-1 <= (A^-1)_KK``. So ``r X r'``, the scalar that the iteration computes anyway, bounds the
+remaining improvement. With an extra ridge ``delta`` inside ``X`` the bound is ``(1 + delta / lambda_min(A)) r X r'``.
 
-Where the features are split over devices (``Features``), each holds its columns of ``A``, ``X`` and ``R'`` and its part of every
-row. An iteration then costs two all-gathers, of what is multiplied by ``A`` and by ``X``, and two all-reduces of a few numbers a
-row; the check after a cycle costs two all-gathers and one all-reduce.
+If the features are sharded over devices (``Features``), each device holds its columns of ``A``, ``X`` and ``R'`` and its part of
+every row. An iteration then costs two all-gathers, of the rows that are multiplied by ``A`` and by ``X``, and two all-reduces of
+a few numbers per row. The check after a cycle costs two all-gathers and one all-reduce.
 """
 
 import dataclasses
@@ -34,10 +34,10 @@ from optima_tpu.method.problem import LayerProblem, Pruned, Solution, pull_of
 from optima_tpu.method.resources import Cost, Footprint
 from optima_tpu.method.solvers.base import Solver, SolveRows
 
-# Below this damping a float32 inverse of A is not accurate enough to certify with, and X gets a ridge of its own.
+# Below this damping a float32 inverse of A is too inaccurate for the certificate, and X gets an extra ridge.
 SAFE_DAMPING = 1e-4
 _EXTRA_RIDGE = 1e-3
-# Until a layer has converged, for plans: 12 steps of two products, and two more every fourth.
+# Products until a layer has converged, for plans: 12 steps of two products, and two more every fourth step.
 _PRODUCTS = 35
 
 
@@ -45,13 +45,14 @@ _PRODUCTS = 35
 class CG(Solver):
     """Certified, batched, preconditioned conjugate gradients.
 
-    The right choice almost always: within 1e-3 of the optimum in some ten products with ``H``, and it proves it. ``gap`` in the
+    The right choice almost always: after about a dozen iterations it is within 1e-3 of the optimum, with a proof. ``gap`` in the
     solution is an upper bound on ``(f - f*) / max(f*, 1e-8 sum_j w_j^2 H_jj)`` of the damped problem, where ``f`` counts from the
-    unconstrained optimum (for ``linear = W H``: the squared change of the row's output). A row is never left worse than it came.
+    unconstrained optimum (for ``linear = W H``: the squared change of the row's output). No row gets worse.
 
     Attributes:
-      tolerance: certified relative gap at which a row stops.
-      max_steps: most iterations for a row, rounded up to whole cycles; rows that need more are reported as not converged.
+      tolerance: the certified relative gap at which a row stops. A larger one stops earlier, with weights that are further from
+        the optimum.
+      max_steps: the most iterations for a row, rounded up to whole cycles; rows that need more are reported as not converged.
       cycle: iterations between two exact recomputations of residual, objective and certificate, which also undo the drift of
         the recurrences in float32.
     """
@@ -68,8 +69,8 @@ class CG(Solver):
         require(self.cycle >= 1, "cycle", "at least 1", self.cycle)
 
     def footprint(self, damping: float) -> Footprint:
-        # H, A, X, R' and what a factorisation needs beside them: fitted 5.6. A row's change, residual, direction, best point,
-        # image and preconditioned residual: fitted 7.3. Features may be split where no eigenvalue of the whole is needed.
+        # H, A, X, R' and the temporary arrays of a factorisation: fitted 5.6. A row's change, residual, direction, best point,
+        # image and preconditioned residual: fitted 7.3. Features may be split if no eigenvalue of the whole Hessian is needed.
         return Footprint(hessians=6, vectors=8, split=damping >= SAFE_DAMPING)
 
     def cost(self) -> Cost:
@@ -88,7 +89,7 @@ class CG(Solver):
         start = jnp.where(shared.live, (pruned.weight - problem.weight) * shared.scale, 0.0)
         pull = jnp.where(shared.live, pull_of(problem, features) / shared.scale, 0.0)
         # f counted from the unconstrained optimum is f + e A^-1 e'; X <= A^-1 keeps the certified gap an upper bound.
-        # It is zero, at no cost, where the target is the layer's own output.
+        # It is zero, at no cost, if the target is the layer's own output.
         offset = jax.lax.cond(
             features.any(pull != 0),
             lambda: features.sums(_square(features.product(pull, shared.root)))[0],
@@ -111,10 +112,10 @@ class CG(Solver):
             )
             distance = jnp.sqrt(decrement) + shared.noise * jnp.sqrt(length)
             bound = jnp.where((choices > 0) & (distance != 0), shared.looseness * distance**2, 0.0)
-            # With a target of its own, f is a difference of large numbers: only what rounding cannot fake counts.
+            # With a pull e, f is a difference of large numbers: subtract the largest error that rounding can cause.
             optimum = value + offset - bound - rounding * (jnp.abs(value) + offset)
             gap = jnp.where(bound == 0, 0.0, bound / jnp.maximum(optimum, jnp.maximum(resolution, _TINY)))
-            # Where float32 found no factor of A, or the weights are broken, nothing is certified.
+            # If A has no factor in float32, or the weights are not finite, nothing is certified.
             return residual, value, jnp.where(jnp.isfinite(value) & ~jnp.isnan(gap), gap, jnp.inf)
 
         def step(_: int | Array, carry: tuple[Array, Array, Array, Array]) -> tuple[Array, Array, Array, Array]:
@@ -127,8 +128,8 @@ class CG(Solver):
             change = change + length * direction
             residual = residual - length * image
             preconditioned = precondition(residual)
-            # Conjugacy enforced against the direction just used, not assumed from the recurrences: it survives rounding and
-            # the residual replacements.
+            # Enforce conjugacy to the last direction instead of assuming it from the recurrences: it survives rounding and the
+            # residual replacements.
             (overlap,) = features.sums(preconditioned * image)
             conjugate = jnp.where(moves, -overlap / safe, 0.0)[:, None]
             return change, residual, preconditioned + conjugate * direction, active
@@ -138,7 +139,8 @@ class CG(Solver):
                 0, self.cycle, step, (state.best, state.residual, state.direction, state.active)
             )
             residual, value, gap = measure(change)
-            # A row that stopped falling has met float32's floor (a NaN counts as not falling): it keeps its best point.
+            # A row whose objective stopped falling has reached the accuracy of float32 (a NaN counts as not falling): it keeps
+            # its best point.
             fell = state.active & (value < state.value)
             gap = jnp.where(fell, gap, state.gap)
             return _State(
@@ -165,7 +167,7 @@ class CG(Solver):
         )
         limit = -(-self.max_steps // self.cycle)
         state = jax.lax.while_loop(lambda s: (s.cycles < limit) & jnp.any(s.active), cycle, state)
-        # The change of the change is what is scaled back: a row that took no step keeps its weights to the last bit.
+        # Scale back only the difference from the start, so that a row that took no step keeps its exact weights.
         moved = pruned.weight + (state.best - start) / shared.scale
         return Solution(
             jnp.where(free, moved, jnp.where(pruned.keep, pruned.weight, 0.0)),
@@ -179,7 +181,7 @@ _TINY = 1e-30  # keeps 0 / 0 out of the gap of a row without output
 
 
 class _Shared(NamedTuple):
-    """What depends on the Hessian alone; d of the d_in features are this device's."""
+    """Depends only on the Hessian and the damping. A device holds d of the d_in features."""
 
     matrix: Array  # [d_in, d], A
     inverse: Array  # [d_in, d], X, for the iteration
@@ -187,14 +189,14 @@ class _Shared(NamedTuple):
     scale: Array  # [d], sqrt(H_jj), 1 for a dead feature
     live: Array  # [d] bool
     looseness: Array  # [], 1 + (delta + rounding) / lambda_min(A); infinite where float32 cannot tell lambda_min from zero
-    noise: Array  # [], what rounding may hide of sqrt(r X r'), per unit of the change
+    noise: Array  # [], the largest error of sqrt(r X r') by rounding, per unit of the change
 
 
 class _State(NamedTuple):
     cycles: int | Array  # done so far
     best: Array  # [rows, d_in], the lowest point seen
-    value: Array  # [rows], f there
-    gap: Array  # [rows], certified there
+    value: Array  # [rows], f at best
+    gap: Array  # [rows], certified at best
     residual: Array  # [rows, d_in]
     direction: Array  # [rows, d_in]
     active: Array  # [rows] bool
@@ -215,7 +217,7 @@ def _share(hessian: Array, damping: float, features: Features) -> _Shared:
         if features != WHOLE:
             raise UserError(
                 f"expected the solver's damping to be at least {SAFE_DAMPING} where a Hessian is split over devices, "
-                f"got {damping}: the certificate would need eigenvalues of the whole; raise --solver.damping"
+                f"got {damping}: the certificate needs eigenvalues of the whole Hessian; raise --solver.damping"
             )
         ridge, smallest = _EXTRA_RIDGE, jnp.linalg.eigvalsh(matrix)[0] - error
     looseness = jnp.where(smallest > 0, 1 + (ridge + error) / jnp.where(smallest > 0, smallest, 1.0), jnp.inf)

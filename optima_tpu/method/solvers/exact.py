@@ -1,4 +1,4 @@
-"""One dense factorisation a row: the oracle, and the simplest thing that is right for small layers."""
+"""One dense factorisation per row: the reference for the other solvers, and the simplest right choice for small layers."""
 
 import dataclasses
 
@@ -16,12 +16,13 @@ from optima_tpu.method.solvers.base import Solver
 class Exact(Solver):
     """Solves ``A_KK x = r_K`` for every row by Cholesky, in float64 where the platform has it.
 
-    Costs ``d_in^3 / 3`` a row: minutes for a layer of 1,000 inputs, out of the question for 10,000. ``gap`` is the exact
-    remaining ``(f - f*) / max(f*, 1e-8 sum_j w_j^2 H_jj)`` (the Newton decrement through the row's own factor), up to rounding.
+    Costs ``d_in^3 / 3`` per row: minutes for a layer of 1,000 inputs, not practical for 10,000. ``gap`` is the exact remaining
+    ``(f - f*) / max(f*, 1e-8 sum_j w_j^2 H_jj)`` (the Newton decrement through the row's own factor), up to rounding.
     """
 
     def footprint(self, damping: float) -> Footprint:
-        # Fitted 6.8 (in float64 they count twice) and 5.0, with one factorisation at a time; more have a bound of their own.
+        # Fitted 6.8 (float64 matrices count twice) and 5.0, with one factorisation at a time; ``rows_at_once`` bounds the memory
+        # of more.
         return Footprint(hessians=8, vectors=6)
 
     def cost(self) -> Cost:
@@ -38,9 +39,9 @@ class Exact(Solver):
         matrix, scale, live = unit_diagonal(hessian)
         size = hessian.shape[0]
         matrix = matrix + problem.damping * jnp.eye(size, dtype=wide)
-        # What rounding does to a singular block, made definite on purpose: about one ulp of the largest eigenvalue.
+        # This ridge makes a singular block definite: about one ulp of the largest eigenvalue, as much as rounding may change it.
         ridge = size * jnp.finfo(wide).eps
-        # In float32 as the other solvers see it: exactly zero where the target is the layer's own output.
+        # Computed in float32 as in the other solvers: exactly zero if the target is the layer's own output.
         pull = pull_of(problem).astype(wide)
 
         def row(weight: Array, pruned_weight: Array, keep: Array, pull: Array) -> tuple[Array, Array, Array]:
@@ -57,7 +58,7 @@ class Exact(Solver):
                 return jax.scipy.linalg.cho_solve((factor, True), residual(change))
 
             change = start + correction(start)
-            change = change + correction(change)  # one refinement, for the ill-conditioned
+            change = change + correction(change)  # one step of iterative refinement, for ill-conditioned rows
             left = residual(change)
             scaled = jnp.where(live, weight.astype(wide) * scale, 0.0)
             value = change @ (_matmul(matrix, change) - 2 * pull)
@@ -70,7 +71,7 @@ class Exact(Solver):
             return jnp.where(free & solved, moved, unmoved), jnp.where(solved, gap, jnp.inf), solved
 
         rows = problem.weight.shape[0]
-        batch = min(rows_at_once(size, wide, alone=True), rows)  # whole batches only, see there
+        batch = min(rows_at_once(size, wide, alone=True), rows)  # whole batches only, see rows_at_once
         padding = ((0, -rows % batch), (0, 0))
         arrays = (problem.weight, pruned.weight, pruned.keep, pull)
         weight, gap, solved = jax.lax.map(

@@ -27,16 +27,16 @@ from optima_tpu.method.resources import Cost, Footprint
 from optima_tpu.method.solvers.base import Solver
 
 # The one constraint, sum(d) >= _FLOOR, never binds. MPAX estimates the norm of the constraint matrix by power
-# iteration, which is 0 / 0 without a row or with only a zero row: every iterate would be NaN. Row and value are the
-# paper's. They are not free: see ``MPAX.primal_importance``.
+# iteration, which is 0 / 0 without a row or with only a zero row: every iterate would be NaN. Row and value are the paper's. They
+# have a cost: see ``MPAX.primal_importance``.
 _FLOOR = -1e5
 # Below this the power iteration on H squares numbers that float32 cannot hold, with the same NaN. Such a Hessian is
 # scaled up, which moves no minimum, and the paper's absolute tolerance is met by any point either way.
 _SMALLEST_DIAGONAL = 1e-6
-# The rounds of _solve_rows. A row that passes MPAX's third test, made after 137 iterations, ends in the first. Fewer rows
-# at a time wait less for each other, but the Hessian is read for each part anew. Chosen on two CPU cores.
+# The rounds of _solve_rows. A row that passes MPAX's third test, after 137 iterations, ends in the first round. With fewer rows
+# at a time, rows wait less for each other, but each part reads the Hessian again. Chosen on two CPU cores.
 _FIRST_LIMIT, _GROWTH, _PARTS, _LEAST = 128, 4, 8, 64
-# For plans, one a step: most rows of SmolLM2-135M need 73 or 137, the last one 14,473.
+# Products for plans, one per iteration: most rows of SmolLM2-135M need 73 or 137, the last one 14,473.
 _PRODUCTS = 500
 
 
@@ -44,30 +44,31 @@ _PRODUCTS = 500
 class MPAX(Solver):
     """The paper's method, for comparison with it. The defaults are the paper's.
 
-    Departures from the published code (paramathic/optima ``optima/weight_update.py``), which works in bfloat16 around the same
-    call of MPAX: the Hessian is summed from float32 products and the change is added in float32; a pruned entry's bounds are
-    equal, there 1e-4 apart, with zeros written over what comes out; there is no equality constraint, there one of zeros.
+    The published code (paramathic/optima ``optima/weight_update.py``) works in bfloat16 around the same call of MPAX.
+    Differences: Here the Hessian is summed from float32 products, and the change is added in float32. The two bounds of a pruned
+    entry are equal; in the published code they are 1e-4 apart, and zeros overwrite the result. There is no equality constraint;
+    the published code has one of zeros.
 
-    Every row starts at its dense weights (``d = 0``); the first projection zeroes the pruned ones. The selector's own
-    weights are not a start. Nothing makes a row end below the selector's objective: whoever calls decides what to
-    accept.
+    Every row starts at its dense weights (``d = 0``); the first projection zeroes the pruned ones. The solver does not start from
+    the selector's own weights. So a row may end above the selector's objective; the caller decides what to accept.
 
     ``converged`` is MPAX's status OPTIMAL. Its test is relative residual and gap below ``eps`` with ``1 + scale`` in
     the denominators, so it depends on the scale of weights and activations: a layer with small ones stops at the first
-    test, after 73 iterations, wherever it is. The point returned is 64 iterations past the one tested. ``gap`` is
-    ``optimality_residual`` of the (damped) problem: the relative KKT residual, dimensionless, whatever MPAX tested.
-    ``steps`` counts MPAX's iterations, one product with ``H`` each, in the round that ended it (``_solve_rows``). A row
-    whose result or data is not finite keeps its pruned weights.
+    test, after 73 iterations, however far from the optimum it is. The point returned is 64 iterations past the one tested.
+    ``gap`` is ``optimality_residual`` of the (damped) problem: the relative KKT residual, dimensionless, whatever MPAX tested.
+    ``steps`` counts MPAX's iterations, one product with ``H`` each, in the round that ended it (``_solve_rows``). A row whose
+    result or data is not finite keeps its pruned weights.
 
     Attributes:
       eps_abs: absolute tolerance of MPAX.
       eps_rel: relative tolerance of MPAX.
-      iteration_limit: rows that reach it are returned as they are, not converged. The test is made every 64 iterations.
-      unit_diagonal: solve in ``d_j sqrt(H_jj)``, in units of the row's output ``sqrt(w H w')``. The tolerance is then
-        free of scale, and bounds ``gap`` but for the 1 that MPAX adds to its denominators.
+      iteration_limit: the most iterations for a row; a row that reaches it is returned as not converged. MPAX tests every 64
+        iterations.
+      unit_diagonal: solve in ``d_j sqrt(H_jj)``, in units of the row's output ``sqrt(w H w')``. The tolerance is then independent
+        of scale, and bounds ``gap`` except for the 1 that MPAX adds to its denominators.
       primal_importance: MPAX's initial balance of primal against dual steps; 1 is MPAX's default and the paper's. Here
-        the dual stays 0, so the balance never adapts, and at 1 the constraint that does nothing still limits the primal
-        step. At 1e-3 it does not, and the same number of iterations ends closer to the optimum, often tens of times.
+        the dual stays 0, so the balance never adapts, and at 1 the constraint that never binds still limits the primal step. At
+        1e-3 it does not, and the same number of iterations ends closer to the optimum, often tens of times closer.
     """
 
     eps_abs: float = 1e-2
@@ -82,8 +83,8 @@ class MPAX(Solver):
         require(self.iteration_limit >= 1, "iteration_limit", "at least 1", self.iteration_limit)
 
     def footprint(self, damping: float) -> Footprint:
-        # Fitted 2.1 and 9.4, as MPAX's own 38 vectors a row are held for an eighth of the rows at once. Of a batch of 256 rows
-        # that is a quarter, and 13.8.
+        # Fitted 2.1 and 9.4, as MPAX's own 38 vectors a row are held for an eighth of the rows at once. In a batch of 256 rows it
+        # is a quarter of the rows, and the fit is 13.8.
         return Footprint(hessians=4, vectors=14)
 
     def cost(self) -> Cost:
@@ -123,15 +124,13 @@ def _solve(problem: LayerProblem, pruned: Pruned, in_unit_diagonal: bool, dampin
     else:
         largest = jnp.max(diagonal)
         lift = jnp.where((largest > 0) & (largest < _SMALLEST_DIAGONAL), _SMALLEST_DIAGONAL / largest, 1.0)
-        # A dead feature does not move; its diagonal only has to be in proportion, and not zero when there is nothing
-        # else.
+        # A dead feature does not move. Its diagonal only needs the magnitude of the others, and must not be zero if all are dead.
         matrix = lift * (hessian + jnp.diag(jnp.where(live, 0.0, jnp.where(largest > 0, largest, 1.0))))
         unit, slope = jnp.ones_like(weight), lift * pull
 
     free = pruned.keep & live
     sound = jnp.all(jnp.isfinite(weight) & jnp.isfinite(pull), axis=1, keepdims=True) & jnp.all(jnp.isfinite(matrix))
-    # What is not finite would run to the iteration limit as NaN. It is replaced by a problem that is solved where it
-    # starts.
+    # Data that is not finite would iterate on NaN up to the iteration limit. Replace it by a problem whose solution is the start.
     matrix = jnp.where(jnp.isfinite(matrix), matrix, 0.0)
     slope = jnp.where(sound & live, slope, 0.0)
     fixed = jnp.where(sound & live, -weight / unit, 0.0)
@@ -151,7 +150,8 @@ def _solve(problem: LayerProblem, pruned: Pruned, in_unit_diagonal: bool, dampin
 
 
 class _Rows(NamedTuple):
-    """The rows' own parts of ``min 1/2 d H d' - slope d'`` with ``lower <= d <= upper``, each [rows, d_in]."""
+    """The parts of the problem that each row has for itself: ``min 1/2 d H d' - slope d'`` with ``lower <= d <= upper``, each
+    [rows, d_in]."""
 
     slope: Array
     lower: Array
@@ -159,7 +159,7 @@ class _Rows(NamedTuple):
 
 
 class _Found(NamedTuple):
-    """What MPAX found."""
+    """The result of MPAX."""
 
     change: Array  # d [rows, d_in]
     status: Array  # [rows], a TerminationStatus
@@ -167,12 +167,12 @@ class _Found(NamedTuple):
 
 
 def _solve_rows(options: dict[str, Array], matrix: Array, rows: _Rows) -> _Found:
-    """All rows, in rounds, so that the many that converge soon do not iterate on beside the few that do not.
+    """Solves all rows in rounds, so that the many rows that converge early do not wait for the few that do not.
 
-    A vmapped loop ends with its last row, and of a real layer most rows need 73 or 137 iterations where the last one
-    needs thousands. So all of them are solved with a low limit, and those that meet it again from the start with a
-    higher one, until it is the one that was asked for; always a part of the rows at a time. MPAX's iterates depend
-    neither on the limit nor on the rows beside: every row ends where it would have in one loop, within rounding.
+    A vmapped loop ends with its last row. In a real layer most rows need 73 or 137 iterations, and the last one thousands. So the
+    first round solves all rows with a low limit. Each further round solves the rows that met the limit again, from the start and
+    with a higher limit, up to the limit of the options. A round solves a part of the rows at a time. MPAX's iterates depend
+    neither on the limit nor on the other rows: every row gets the same result as in one loop, within rounding.
     """
     solve = jax.vmap(_solve_row, in_axes=(None, None, 0))
     count, last = len(rows.slope), jnp.asarray(options["iteration_limit"])
@@ -185,7 +185,7 @@ def _solve_rows(options: dict[str, Array], matrix: Array, rows: _Rows) -> _Found
         before, found = state
         higher = jnp.where(before > last // _GROWTH, last, before * _GROWTH)  # compared first: the product could overflow
         limit = jnp.minimum(last, jnp.maximum(higher, _FIRST_LIMIT))
-        # Late rows first, and behind them the number of no row, which a read clips and a write drops.
+        # The indices of late rows first, then an index out of range, which a read clips and a write drops.
         waiting = jnp.nonzero(late(found), size=count + at_a_time, fill_value=count)[0]
 
         def one_part(state: tuple[int | Array, _Found]) -> tuple[int | Array, _Found]:
@@ -206,11 +206,11 @@ def _solve_rows(options: dict[str, Array], matrix: Array, rows: _Rows) -> _Found
 
 
 def _solve_row(options: dict[str, Array], matrix: Array, row: _Rows) -> _Found:
-    """One row: every array has an axis less."""
+    """Solves one row: every array has one axis less."""
     slope, lower, upper = row
     size = slope.shape[0]
     constraint = jnp.ones((1, size))
-    # Built by hand: mpax.create_qp asks whether all of H is zero, which cannot be asked of a traced array.
+    # Built by hand: mpax.create_qp tests whether all of H is zero, which is not possible for a traced array.
     program = QuadraticProgrammingProblem(
         num_variables=size,
         num_constraints=1,
@@ -237,7 +237,7 @@ def _solve_row(options: dict[str, Array], matrix: Array, row: _Rows) -> _Found:
 
 @contextlib.contextmanager
 def _root_logger_kept() -> Iterator[None]:
-    """MPAX replaces the root logger's handlers and level at each call; afterwards the program's own are back."""
+    """Restores the root logger's handlers and level afterwards, because MPAX replaces them at each call."""
     root = logging.getLogger()
     handlers, level = root.handlers[:], root.level
     try:

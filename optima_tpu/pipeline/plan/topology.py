@@ -1,4 +1,4 @@
-"""The devices of a plan: chips that are not here, or the devices that are."""
+"""The devices of a plan: a TPU slice that need not be attached, or the attached devices."""
 
 import importlib.util
 import itertools
@@ -24,16 +24,16 @@ GIB = 2**30
 
 
 class Chip(NamedTuple):
-    """What is known of one device. Rates are per second.
+    """Memory and rates of one device. Rates are per second.
 
     Attributes:
       memory: bytes.
-      narrow: FLOPs of products of bfloat16, or of the model's dtype where they were measured.
+      narrow: FLOPs of bfloat16 products; if measured, of products in the model's dtype.
       wide: FLOPs of float32 products at full precision; on a TPU these are six passes of bfloat16 products.
       factor: FLOPs of a Cholesky factorisation and of a triangular solve.
       bandwidth: bytes of device memory.
-      link: bytes between chips, both directions; None where it is not known.
-      source: where the numbers are from.
+      link: bytes between chips, both directions; None if unknown.
+      source: the origin of the numbers.
     """
 
     name: str
@@ -77,17 +77,17 @@ CHIPS = {
 
 
 class Machine(NamedTuple):
-    """What a run is planned for.
+    """The devices that a run is planned for.
 
     Attributes:
-      name: as the user typed it, or what is here.
+      name: as the user typed it, or a description of the attached devices.
       chip: one device of the mesh.
-      mesh: axes ("data", "model"); an AbstractMesh where nothing can be compiled for it.
-      hosts: how many machines the devices are attached to.
-      utilisation: the share of ``chip``'s rates for products and bandwidth that is counted on.
-      notes: what the user should know: another mesh than asked for, no compiler.
-      options: of the compiler.
-      here: the devices are those of this machine.
+      mesh: axes ("data", "model"); an AbstractMesh if nothing can be compiled for it.
+      hosts: number of machines that the devices are attached to.
+      utilisation: the assumed share of ``chip``'s rates for products and bandwidth.
+      notes: lines for the user, such as another mesh than the requested one, or no compiler.
+      options: options of the compiler.
+      here: whether these are the attached devices.
     """
 
     name: str
@@ -101,7 +101,7 @@ class Machine(NamedTuple):
 
     @property
     def is_tpu(self) -> bool:
-        """Whether the devices are TPUs, as all are that are not here."""
+        """Whether the devices are TPUs. Devices that are not attached always are."""
         return not self.here or jax.default_backend() == "tpu"
 
     @property
@@ -130,16 +130,16 @@ def has_libtpu() -> bool:
 
 
 QUICK: Mapping[str, Any] = MappingProxyType({"exec_time_optimization_effort": -1.0})
-"""The TPU compiler's least effort: minutes where the full effort took more than five for one solver. The full one asked for
-0.65 to 1.27 times the memory."""
+"""The TPU compiler's least effort: a minute or two for a plan, where full effort took more than five minutes for one solver.
+With full effort, programs needed 0.65 to 1.27 times the memory."""
 
 
 def topology_machine(text: str, mesh: str | None, compiling: bool = True, quick: bool = False) -> Machine:
-    """A TPU slice that is not here. Without libtpu nothing is compiled for it, and a note says so.
+    """A TPU slice that need not be attached. Without libtpu nothing is compiled for it, and a note says so.
 
     Args:
       text: see :func:`parse_topology`.
-      mesh: as for a run. One that does not fit is replaced by the nearest that does, and a note says so.
+      mesh: as for a run. A mesh that does not fit is replaced by the nearest one that fits, and a note says so.
       quick: compile with :data:`QUICK`.
 
     Raises:
@@ -148,10 +148,10 @@ def topology_machine(text: str, mesh: str | None, compiling: bool = True, quick:
     kind, shape = parse_topology(text)
     chip, devices, hosts, notes = CHIPS[kind], None, -(-math.prod(shape) // 4), []
     if not compiling:
-        notes.append("nothing was compiled (--no-compile): memory, FLOPs and bytes are those of a simple model")
+        notes.append("nothing was compiled (--no-compile): memory, FLOPs and bytes come from a simple model")
     elif not has_libtpu():
         notes.append(
-            "libtpu is not installed, so nothing was compiled: memory, FLOPs and bytes are those of a simple model; "
+            "libtpu is not installed, so nothing was compiled: memory, FLOPs and bytes come from a simple model; "
             "for the compiler's own figures: pip install 'optima-tpu[tpu]'"
         )
     else:
@@ -164,9 +164,9 @@ def topology_machine(text: str, mesh: str | None, compiling: bool = True, quick:
                 memory=chip.memory // cores,
                 **{rate: getattr(chip, rate) / cores for rate in ("narrow", "wide", "factor", "bandwidth")},
             )
-            notes.append(f"a {kind} chip is {cores} devices here: figures are per device")
+            notes.append(f"a {kind} chip counts as {cores} devices: figures are per device")
     cores = len(devices) // math.prod(shape) if devices else 1
-    # jax.make_mesh splits the dimensions of a v5e as it needs them, and of no other.
+    # jax.make_mesh splits the dimensions of a v5e slice as needed, but of no other kind.
     sizes, note = fitting_mesh(mesh, _primes(math.prod(shape)) if kind == "v5e" else (*shape, cores), text)
     made: Mesh | AbstractMesh
     if devices:
@@ -175,15 +175,15 @@ def topology_machine(text: str, mesh: str | None, compiling: bool = True, quick:
         made = AbstractMesh(sizes, (DATA, MODEL))
     if devices and quick:
         notes.append(
-            "compiled with the least effort (--quick): the full one, which a run takes, asked for 0.65 to 1.27 times the memory"
+            "compiled with the least effort (--quick): with full effort, as in runs, programs took 0.65 to 1.27 times the memory"
         )
     return Machine(text, chip, made, hosts, 0.5, (*notes, *note), QUICK if quick else None)
 
 
 def _describe(text: str, kind: str, shape: tuple[int, ...]) -> topologies.TopologyDescription:
     """The slice as libtpu knows it."""
-    # libtpu would otherwise look for the machine it is on, and refuse to be loaded by two processes. Whatever jax has found
-    # out about this machine when it was imported does not matter here.
+    # Otherwise libtpu would query the machine it runs on, and refuse to be loaded by two processes. What jax found out about this
+    # machine when it was imported does not matter here.
     os.environ.update(
         TPU_SKIP_MDS_QUERY="1",
         TPU_WORKER_HOSTNAMES="localhost",
@@ -191,10 +191,10 @@ def _describe(text: str, kind: str, shape: tuple[int, ...]) -> topologies.Topolo
         ALLOW_MULTIPLE_LIBTPU_LOAD="1",
     )
     slice_name = f"{kind}:{'x'.join(map(str, shape))}"
-    # A host has 2x2 chips, in slices smaller than that as many as there are.
+    # A host has 2x2 chips; in a smaller slice it has all chips of the slice.
     host = [min(2, size) for size in shape[:2]] + [1]
     options: dict[str, str | list[int]] = {} if math.prod(host) == 4 else {"chips_per_host_bounds": host}
-    if kind == "v4":  # a slice shows the two cores of a chip as one device, this description by default does not
+    if kind == "v4":  # a real slice shows the two cores of a chip as one device; by default this description does not
         options["chip_config_name"] = "megacore"
     try:
         return topologies.get_topology_desc(slice_name, platform="tpu", **options)
@@ -203,15 +203,15 @@ def _describe(text: str, kind: str, shape: tuple[int, ...]) -> topologies.Topolo
 
 
 def fitting_mesh(text: str | None, shape: tuple[int, ...], where: str) -> tuple[tuple[int, int], tuple[str, ...]]:
-    """(data, model) of all the devices that is nearest to the mesh asked for, and a note where it is another.
+    """The mesh (data, model) over all devices that is nearest to the requested one, and a note if it differs.
 
-    Nearest: the least sum of squares of the logarithms by which both axes change; of two as near the one with the larger
-    model axis, which needs less memory.
+    Nearest means the least sum of squares of ``log(new / requested)`` over both axes. Of two meshes at the same distance it is
+    the one with the larger model axis, which needs less memory.
 
     Args:
-      text: see ``sharding.parse_mesh``; None puts all devices on data.
-      shape: of the devices; an axis of a mesh takes whole dimensions of it.
-      where: what has the devices, for the note.
+      text: see ``mesh.parse_mesh``; None puts all devices on the data axis.
+      shape: of the devices; an axis of the mesh is a product of whole dimensions of it.
+      where: the name of the devices, for the note.
     """
     count = math.prod(shape)
     asked = parse_mesh(text) if text else (count, 1)
@@ -235,15 +235,15 @@ def _primes(number: int) -> tuple[int, ...]:
 
 
 def local_machine(mesh: str | None, dtype: jnp.dtype, compiling: bool = True) -> Machine:
-    """The devices that are here; their rates are measured, which takes a second.
+    """The attached devices. Measures their rates, which takes a second.
 
     Args:
       mesh: as for a run; see :func:`topology_machine`.
-      dtype: of the model.
+      dtype: the dtype of the model.
     """
     count, first = jax.device_count(), jax.devices()[0]
     where = f"{count} {first.platform} device{'s' * (count > 1)} here"
-    # Where no dimensions are known, any mesh of all devices does.
+    # Without known dimensions, any mesh of all devices is possible.
     (data, model), note = fitting_mesh(mesh, _primes(count), where)
     stats = first.memory_stats() or {}
     # Simulated devices share the memory and the cores of the host.
@@ -252,7 +252,7 @@ def local_machine(mesh: str | None, dtype: jnp.dtype, compiling: bool = True) ->
     narrow, wide, bandwidth = (rate / sharing for rate in _measure(dtype))
     chip = Chip(first.device_kind, memory, narrow, wide, 0.3 * wide, bandwidth, None, "measured here")
     made = make_mesh(f"{data}x{model}") if compiling else AbstractMesh((data, model), (DATA, MODEL))
-    notes = () if compiling else ("nothing was compiled (--no-compile): memory, FLOPs and bytes are those of a simple model",)
+    notes = () if compiling else ("nothing was compiled (--no-compile): memory, FLOPs and bytes come from a simple model",)
     return Machine(where, chip, made, jax.process_count(), 0.8, (*notes, *note), here=True)
 
 
