@@ -203,8 +203,8 @@ def test_settings_that_do_not_go_together_are_one_line(argv, words):
     [
         (OWL(limit=0.01), 0.6, (48,), "limit of at least 0.0208"),
         (OWL(), 0.6, (1023, 1024), "got 1023, 1024: take --allocation"),
-        (OWL(), 0.85, (48,), "more than 0.181 from 0 and 1"),
-        (Measured(), 0.06, (48,), "more than 0.181 from 0 and 1"),
+        (OWL(), 0.85, (48,), "more than 0.181 away from 0 and from 1"),
+        (Measured(), 0.06, (48,), "more than 0.181 away from 0 and from 1"),
     ],
 )
 def test_sparsities_without_room_are_refused(allocation, sparsity, inputs, words):
@@ -216,7 +216,7 @@ def test_a_refused_run_leaves_no_directory(tmp_path, capsys):
     model, output = tiny_folder(tmp_path / "model", **WIDE), tmp_path / "run"
     command = ["--model", str(model), "--output", str(output), "--preset", "fast", "--allocation", "measured", *SMALL]
     assert main([*command, "--pattern", "0.06/row"]) != 0
-    assert "from 0 and 1" in capsys.readouterr().err
+    assert "away from 0 and from 1" in capsys.readouterr().err
     assert not output.exists()
 
 

@@ -44,16 +44,8 @@ DAMPED = {"run": TABLE["run"] | {"solver": "cg"}, "updates": {"damped": {"solver
         ),
         (DAMPED, ["--solver.damping", "0.1"], "expected solver.damping 0.5, as the labels of the file say, got 0.1"),
         (DAMPED, ["--solver", "exact"], "expected solver cg, as the labels of the file say, got exact"),
-        (
-            {"updates": {"best": {"preset": "best"}}},
-            ["--preset", "paper"],
-            "expected accept per_row, which the labels of the file",
-        ),
-        (
-            {"updates": {"u": {"calibration": {"length": 8}}}},
-            ["--calibration.length", "16"],
-            "expected calibration.length 8, which",
-        ),
+        ({"updates": {"best": {"preset": "best"}}}, ["--preset", "paper"], "expected accept per_row, as the labels of the file"),
+        ({"updates": {"u": {"calibration": {"length": 8}}}}, ["--calibration.length", "16"], "expected calibration.length 8, as"),
     ],
 )
 def test_the_command_line_leaves_what_labels_stand_for(file, changes, argv, said):
