@@ -152,6 +152,7 @@ def prune(model: str | None = None, *, progress: bool = True, **settings: Any) -
 
     check_sources(config.calibration.source, config.evaluation.source)
     _start(config)
+    quiet_orbax()  # an evaluation does it itself
     record = run(config, None if progress else Console(quiet=True))
     result = Result(config.run_directory, record)
     result.report()
@@ -311,7 +312,6 @@ def _refuse_of_model(config: RunConfig) -> None:
 
 def _start(config: RunConfig | EvaluateConfig) -> None:
     """Takes the devices as the settings say, where JAX has not taken its own yet."""
-    quiet_orbax()
     try:
         take_devices(config)
     except RuntimeError as error:

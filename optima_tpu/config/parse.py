@@ -149,16 +149,33 @@ def dump(config: RunConfig) -> str:
 
 def flags(config: RunConfig) -> list[str]:
     """The command line that :func:`parse` reads back to the configuration: the model, and what is not the default."""
-    values, base = to_dict(config), to_dict(RunConfig(model=config.model))
-    for setting in CHOICES:
-        values[setting], base[setting] = method_settings(values[setting]), method_settings(base[setting])
-        if values[setting]["name"] != base[setting]["name"]:
-            base[setting] = default_options(setting, values[setting]["name"])
-    default = flat(base)
-    told = {key: value for key, value in flat(values).items() if key == "model" or value != default.get(key)}
+    told = {"model": config.model} | _changed(to_dict(config), to_dict(RunConfig(model=config.model)))
     if default_preset(told.get("selector.name"), told.get("solver.name")) != PLAIN:
         told["preset"] = PLAIN
     return _words(told)
+
+
+def on_preset(config: RunConfig) -> str:
+    """The preset that a run is nearest to, and the methods and options that differ from it: ``best --solver mpax``."""
+    acting = (*CHOICES, "recapture")
+    values = to_dict(config)
+    changes = {}
+    for name in PRESETS:
+        base = to_dict(configure({"model": config.model, "preset": name}))
+        changes[name] = _changed(*({setting: each[setting] for setting in acting} for each in (values, base)))
+    nearest = min(changes, key=lambda name: len(changes[name]))
+    return " ".join([nearest, *_words(changes[nearest])])
+
+
+def _changed(values: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that differ from those of ``base``, by dotted names; options of another method differ from its own defaults."""
+    mine, theirs = dict(values), dict(base)
+    for setting in CHOICES:
+        mine[setting], theirs[setting] = method_settings(mine[setting]), method_settings(theirs[setting])
+        if mine[setting]["name"] != theirs[setting]["name"]:
+            theirs[setting] = default_options(setting, mine[setting]["name"])
+    default = flat(theirs)
+    return {key: value for key, value in flat(mine).items() if value != default.get(key)}
 
 
 def _words(settings: Mapping[str, Any]) -> list[str]:
@@ -168,25 +185,6 @@ def _words(settings: Mapping[str, Any]) -> list[str]:
         for key, value in settings.items()
         for word in ("--" + key.removesuffix(".name"), value if isinstance(value, str) else json.dumps(value))
     ]
-
-
-def on_preset(config: RunConfig) -> str:
-    """The preset that a run is nearest to, and the methods and options that differ from it: ``best --solver mpax``."""
-    values = to_dict(config)
-    found = []
-    for name in PRESETS:
-        base = to_dict(configure({"model": config.model, "preset": name}))
-        told: dict[str, Any] = {}
-        for setting in (*CHOICES, "recapture"):
-            mine, theirs = ({setting: method} for method in (values[setting], base[setting]))
-            if setting in CHOICES:
-                mine[setting], theirs[setting] = method_settings(mine[setting]), method_settings(theirs[setting])
-                if mine[setting]["name"] != theirs[setting]["name"]:
-                    theirs[setting] = default_options(setting, mine[setting]["name"]) | {"name": None}
-            default = flat(theirs)
-            told |= {key: value for key, value in flat(mine).items() if value != default.get(key)}
-        found.append(" ".join([name, *_words(told)]))
-    return min(found, key=lambda text: text.count(" --"))
 
 
 def load(text: str, origin: str) -> dict[str, Any]:
