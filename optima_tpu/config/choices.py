@@ -1,4 +1,4 @@
-"""The settings that are one of several methods: ours by name, others by the import path of their class.
+"""Settings that choose one of several methods: ours by name, others by the import path of their class.
 
     --solver cg                                 a method of this package
     --selector my_lab.masks:MyMask              a class of the user's own, derived from ``Selector``
@@ -37,10 +37,10 @@ CHOICES: Mapping[str, Mapping[str, type | None]] = MappingProxyType(
         "distill": MappingProxyType({"null": None, "kl": KL}),
     }
 )
-"""The settings that are one of several methods, and the name of each method in YAML files and on the command line."""
+"""For each setting that chooses a method: the methods by their names in YAML files and on the command line."""
 
 OPEN: Mapping[str, type] = MappingProxyType({"selector": Selector, "solver": Solver, "target": Target})
-"""The settings that take classes from outside the package, and what these are derived from."""
+"""The settings that take classes from outside the package, and the base class of these classes."""
 
 BY_HELD_OUT: Mapping[str, str] = MappingProxyType({"tuning": "grid", "accept": "held_out", "allocation": "measured"})
 """The methods that choose by the held-out tokens: setting -> the method's name."""
@@ -48,11 +48,11 @@ BY_HELD_OUT: Mapping[str, str] = MappingProxyType({"tuning": "grid", "accept": "
 
 @dataclasses.dataclass(frozen=True)
 class SolverOptions:
-    """What every solver is given.
+    """The options that every solver has.
 
     Attributes:
-      damping: ridge of the objective that pulls a row toward its *dense* weights, as a share of the Hessian's diagonal. Without
-        any, a nearly singular layer fits the calibration set with huge weights and ruins the model.
+      damping: ridge of the objective that pulls a row toward its *dense* weights, as a share of the Hessian's diagonal. With 0, a
+        nearly singular layer fits the calibration set with huge weights and ruins the model.
     """
 
     damping: float = 0.0
@@ -62,13 +62,13 @@ def method_class(setting: str, name: str) -> type | None:
     """The class of a method; None for "null".
 
     Raises:
-      UserError: it is an import path, and there is no such class; or see :func:`import_class`.
+      UserError: the import path names no such class, or another error of :func:`import_class`.
     """
     return import_class(name, OPEN[setting]) if setting in OPEN and is_import_path(name) else CHOICES[setting][name]
 
 
 def canonical_name(setting: str, text: str) -> str:
-    """The method's name however it is written: per_layer, per-layer, PerLayer; an import path as it is.
+    """The method's name from any spelling: per_layer, per-layer, PerLayer. An import path stays as it is.
 
     Raises:
       UserError: there is no such method.
@@ -101,7 +101,7 @@ def option_classes(setting: str, name: str) -> tuple[type, ...]:
 
 
 def default_options(setting: str, name: str) -> dict[str, Any]:
-    """The options of a method as it has them by itself, in JSON types."""
+    """The default options of a method, in JSON types."""
     cls = method_class(setting, name)
     if cls is None:
         return {}

@@ -1,4 +1,4 @@
-"""Nested settings under one name each."""
+"""Nested settings as flat ones with dotted names."""
 
 from collections.abc import Mapping
 from typing import Any

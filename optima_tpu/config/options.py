@@ -20,7 +20,7 @@ from optima_tpu.runtime.program import program
 
 _PROGRAM = program("prune")
 _DESCRIPTION = f"""\
-Prunes a language model in one shot and tells what it costs in perplexity.
+Prunes a language model in one shot and reports what that costs in perplexity.
 
 examples:
   {_PROGRAM}
@@ -34,23 +34,23 @@ examples:
 _EPILOG = "In a YAML file the settings have the same names: solver.damping is damping under solver."
 _TITLES = {
     "selector": "selector (which weights stay)",
-    "solver": "solver (where the weights that stay go)",
+    "solver": "solver (how the weights that stay are moved)",
     "accept": "accept (when the solver's weights are taken)",
-    "target": "target (what a layer is to reproduce)",
+    "target": "target (what a layer must reproduce)",
     "refine": "refine (whether the mask changes once its weights are solved)",
-    "allocation": "allocation (how the pattern's sparsity is shared out among the blocks)",
+    "allocation": "allocation (how the pattern's sparsity is distributed among the blocks)",
     "distill": "distill (whether the pruned model is trained as a whole afterwards)",
     "tuning": "tuning (what is chosen for each matrix on held-out tokens)",
     "calibration": "calibration (the text that the pruned model must reproduce)",
     "evaluation": "evaluation (the text on which perplexity is measured, before and after)",
-    "sinks": "sinks (where the records of layers are sent too)",
+    "sinks": "sinks (where else the records of layers are sent)",
 }
 _NOTHING = {
-    "solver": "Leaves them as the selector does",
-    "refine": "Leaves it as the selector made it",
-    "distill": "Leaves it as it was pruned: one-shot",
+    "solver": "Keeps the selector's weights",
+    "refine": "Keeps the selector's mask",
+    "distill": "No training: one-shot pruning",
 }
-"""What the choice ``null`` does."""
+"""What a setting does if the choice is ``null``."""
 PARTS = {"calibration": Calibration, "evaluation": Evaluation, "sinks": Sinks}
 
 
@@ -65,12 +65,12 @@ def make_parser(chosen: Mapping[str, str], base: Mapping[str, Any]) -> jsonargpa
         exit_on_error=False,
         allow_abbrev=False,
     )
-    parser.add_argument("--config", metavar="FILE", help="read settings from a YAML file; those given here go over it")
+    parser.add_argument("--config", metavar="FILE", help="read settings from a YAML file; the command line overrides them")
     parser.add_argument(
         "--preset",
         metavar="NAME",
         help=", ".join(f"{name}: {text}" for name, (text, _) in PRESETS.items())
-        + f"; settings that are given go over its own (default: {DEFAULT}; with a named selector or --solver null {PLAIN})",
+        + f"; other settings override the preset's (default: {DEFAULT}; with a named selector or --solver null {PLAIN})",
     )
     parser.add_argument("--print_config", action="store_true", help="print the settings as a YAML file and exit")
     add_fields(parser.add_argument_group("the run"), RunConfig, "", base)
@@ -106,7 +106,7 @@ def _plain(text: str | None) -> str:
 
 
 def add_fields(group: argparse._ArgumentGroup, cls: type, prefix: str, base: Mapping[str, Any]) -> None:
-    """One option for each field of a dataclass that ``base`` has a default for; its line in the docstring is the help."""
+    """Adds one option for each field of a dataclass that has a default in ``base``; its line in the docstring is the help."""
     texts = {entry.arg_name: entry.description for entry in docstring_parser.parse(cls.__doc__ or "").params}
     for name, kind in fields(cls).items():
         if name not in base:
@@ -114,13 +114,13 @@ def add_fields(group: argparse._ArgumentGroup, cls: type, prefix: str, base: Map
         default = base[name]
         shown = "null" if default is None else str(default).lower() if isinstance(default, bool) else default
         text = f"{_plain(texts.get(name))} (default: {shown})".replace("%", "%%")
-        # JSON has no tuples, and jsonargparse takes a default as it is.
+        # JSON has no tuples, and jsonargparse does not convert defaults.
         default = tuple(default) if typing.get_origin(kind) is tuple else default
         group.add_argument(f"--{prefix}{name}", type=kind, default=default, metavar=_metavar(kind), help=text)
 
 
 def fields(cls: type) -> dict[str, Any]:
-    """The type that a value of each field has in a file. RunConfig without its parts."""
+    """The type of each field's value in a file; for RunConfig without the fields that are parts."""
     hints = typing.get_type_hints(cls)
     names = [field.name for field in dataclasses.fields(cls)]
     if cls is RunConfig:
@@ -130,7 +130,7 @@ def fields(cls: type) -> dict[str, Any]:
 
 
 def parts(chosen: Mapping[str, str]) -> dict[str, tuple[type, ...]]:
-    """The dataclasses whose fields are a setting's options."""
+    """For each setting, the dataclasses whose fields are its options."""
     methods = {setting: option_classes(setting, chosen[setting]) for setting in CHOICES}
     return methods | {setting: (cls,) for setting, cls in PARTS.items()}
 
@@ -158,7 +158,7 @@ def alternatives(kind: Any) -> tuple[Any, ...]:
 
 
 class Formatter(argparse.RawDescriptionHelpFormatter):
-    """Shows --solver.name as --solver, which is how it is given."""
+    """Shows --solver.name as --solver, as the user types it."""
 
     def __init__(self, prog: str, **options: Any):
         super().__init__(prog, **{"max_help_position": 28} | options)

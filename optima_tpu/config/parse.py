@@ -1,4 +1,4 @@
-"""From a YAML file and the command line to a ``RunConfig``.
+"""Reads a ``RunConfig`` from a YAML file and the command line.
 
 A YAML file and the command line have the same settings under the same names; a method is chosen by its name, its
 options sit beside it:
@@ -7,17 +7,16 @@ options sit beside it:
     selector: magnitude                 --selector magnitude
     solver: {name: cg, damping: 0.1}    --solver cg --solver.damping 0.1
 
-The command line goes over the file, the file over a preset (``presets``), that over the defaults. Without a preset the base is
-the one of ``presets.default_preset``. Options belong to a method: whoever chooses another method on the command line drops the
-options that the file gives to its own.
+The command line overrides the file, the file overrides a preset (``presets``), and the preset overrides the defaults. If no
+preset is named, ``presets.default_preset`` chooses it. Options belong to a method: if the command line chooses another method
+than the file, the file's options for its method are dropped.
 
-The parsing of values is jsonargparse's; the layers, the lists of what may have been meant and the messages are written here.
-Other parsers of dataclasses (tyro 1.0, draccus 0.11, simple-parsing 0.1.9) were tried on the settings above and would leave more
-to write:
+jsonargparse parses the values; this module adds the layers, the suggestions for misspelled names and the messages. Other parsers
+of dataclasses (tyro 1.0, draccus 0.11, simple-parsing 0.1.9) were tried on the settings above and would need more code here:
 
 - tyro makes a method a subcommand: ``solver:cg --solver.damping 0.1``, and ``--solver.damping 0.1`` alone is refused. Its
-  suggestions are as good as the ones here. It takes defaults as whole instances, so reading and checking a file, a preset
-  under it, and what a change of method drops would still be written here.
+  suggestions are as good as the ones here. It takes defaults as whole instances, so this module would still have to read and
+  check a file, put a preset under it, and drop options when the method changes.
 - draccus has ``--solver.type cg`` and a file, but needs a registry in each method's base class, lists the options of every
   method in ``--help``, suggests nothing for a misspelled setting, refuses a file's options when the command line chooses
   another method, and reads YAML 1.1, where 2:4 is 124 and the second of two equal keys wins.
@@ -52,8 +51,7 @@ def parse(argv: Sequence[str]) -> RunConfig:
     """The run that a command line asks for: ``[MODEL] [--SETTING VALUE ...]``.
 
     ``--help`` and ``--print_config`` print and raise SystemExit(0). Without ``--model``, and without a model in the
-    file, the settings are changes to ``EMBEDDED``. Where neither names a preset, ``presets.default_preset`` says which one is below
-    the settings.
+    file, the settings are changes to ``EMBEDDED``. If neither names a preset, ``presets.default_preset`` chooses it.
 
     Raises:
       UserError: a setting that does not exist, or a value that it cannot have.
@@ -64,7 +62,7 @@ def parse(argv: Sequence[str]) -> RunConfig:
         argv = ["--model", *argv]
     argv = [spelled(argument) for argument in argv]
     early = _early(argv)
-    # jsonargparse takes --print_config for its own, which prints a layout of its own.
+    # jsonargparse would handle --print_config itself, and print another layout.
     rest = [argument for argument in argv if argument != "--print_config"]
     document = _read(early.config) if early.config else {}
     config = configure(_on_preset(document, early), rest)
@@ -75,7 +73,7 @@ def parse(argv: Sequence[str]) -> RunConfig:
 
 
 def chosen_run(settings: Mapping[str, Any]) -> RunConfig:
-    """The run that settings in the layout of the YAML files ask for, as :func:`parse` reads a file that holds them.
+    """The run for settings in the layout of the YAML files, read as :func:`parse` reads a file with them.
 
     Raises:
       UserError: as :func:`parse`.
@@ -85,7 +83,7 @@ def chosen_run(settings: Mapping[str, Any]) -> RunConfig:
 
 
 def _on_preset(document: dict[str, Any], early: argparse.Namespace) -> dict[str, Any]:
-    """Settings with the preset that is below them."""
+    """Adds the default preset to settings that name none."""
     if early.preset is not None or "preset" in document:
         return document
     selector, solver = (
@@ -96,11 +94,11 @@ def _on_preset(document: dict[str, Any], early: argparse.Namespace) -> dict[str,
 
 
 def configure(document: Mapping[str, Any], argv: Sequence[str] = ()) -> RunConfig:
-    """The run that settings ask for, over the defaults of ``RunConfig`` where they name no preset.
+    """The run for settings; if they name no preset, they change the defaults of ``RunConfig``.
 
     Args:
       document: settings in the layout of the YAML files.
-      argv: settings of a command line, which go over them.
+      argv: settings of a command line, which override the document.
 
     Raises:
       UserError: as :func:`parse`.
@@ -124,7 +122,7 @@ def configure(document: Mapping[str, Any], argv: Sequence[str] = ()) -> RunConfi
         if chosen[setting] != default:
             base[setting] = default_options(setting, chosen[setting])
         document.setdefault(setting, {})["name"] = chosen[setting]
-    for setting, value in with_preset(preset, {}).items():  # for --help, which tells the defaults
+    for setting, value in with_preset(preset, {}).items():  # for --help, which prints the defaults
         if not isinstance(value, dict):
             base[setting] = value
         elif value["name"] == chosen[setting]:
@@ -148,7 +146,7 @@ def dump(config: RunConfig) -> str:
 
 
 def flags(config: RunConfig) -> list[str]:
-    """The command line that :func:`parse` reads back to the configuration: the model, and what is not the default."""
+    """The command line that :func:`parse` reads back to the configuration: the model, and the changes to the defaults."""
     told = {"model": config.model} | _changed(to_dict(config), to_dict(RunConfig(model=config.model)))
     if default_preset(told.get("selector.name"), told.get("solver.name")) != PLAIN:
         told["preset"] = PLAIN
@@ -156,7 +154,7 @@ def flags(config: RunConfig) -> list[str]:
 
 
 def on_preset(config: RunConfig) -> str:
-    """The preset that a run is nearest to, and the methods and options that differ from it: ``best --solver mpax``."""
+    """The preset nearest to a run, and the methods and options that differ from it: ``best --solver mpax``."""
     acting = (*CHOICES, "recapture")
     values = to_dict(config)
     changes = {}
@@ -191,10 +189,10 @@ def load(text: str, origin: str) -> dict[str, Any]:
     """A configuration file's settings, with every method in the form ``{"name": ..., options}``.
 
     Args:
-      origin: where the text comes from, for messages.
+      origin: the source of the text, for messages.
 
     Raises:
-      UserError: it is not YAML, or not settings.
+      UserError: the text is not YAML, or does not hold settings.
     """
     document = yaml12.load(text, origin)
     document = {} if document is None else document
@@ -236,7 +234,7 @@ def _options(argv: Sequence[str]) -> list[str]:
 
 
 def _early(argv: Sequence[str]) -> argparse.Namespace:
-    """What decides which settings there are."""
+    """Parses the arguments that decide which settings exist."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--config", action="append")
     parser.add_argument("--model")
@@ -271,7 +269,7 @@ def _build(namespace: jsonargparse.Namespace, chosen: Mapping[str, str]) -> RunC
                 raise UserError(f"expected {setting}.{name} to be a finite number, got {value}")
         if setting == "solver":
             damping, cls = options.pop("damping", None), classes[-1] if classes else None
-            # Not named where it is the default, so that equal runs are equal values.
+            # None for the default value, so that equal runs have equal values.
             values["damping"] = (
                 None if cls is None or damping == default_options(setting, chosen[setting])["damping"] else damping
             )
@@ -284,7 +282,7 @@ def _build(namespace: jsonargparse.Namespace, chosen: Mapping[str, str]) -> RunC
 
 
 def _check_known(names: Iterable[str], known: set[str], chosen: Mapping[str, str], dashes: str) -> None:
-    """Refuses a setting that does not exist, and names the ones that may have been meant."""
+    """Refuses a setting that does not exist, and suggests similar ones."""
     for name in names:
         if name in known:
             continue
@@ -301,7 +299,7 @@ def _check_known(names: Iterable[str], known: set[str], chosen: Mapping[str, str
 
 
 def refuse_unknown(names: Iterable[str], known: set[str], dashes: str) -> None:
-    """Refuses a setting that is not known, and names the ones that may have been meant."""
+    """Refuses a setting that is not known, and suggests similar ones."""
     for name in names:
         if name in known:
             continue
@@ -314,7 +312,7 @@ def refuse_unknown(names: Iterable[str], known: set[str], dashes: str) -> None:
 
 
 def one_line(error: argparse.ArgumentError, types: Mapping[str, Any] | None = None) -> str:
-    """What argparse or jsonargparse found wrong, in one line."""
+    """The message of an argparse or jsonargparse error, in one line."""
     message = str(error).replace("unrecognized arguments:", "expected settings as --NAME VALUE, got")
     found = re.match(r'Parser key "([^"]+)":.*(?:Got|Given) value: (.*)', message, re.DOTALL)
     if not found or not types:

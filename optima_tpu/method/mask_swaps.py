@@ -1,7 +1,8 @@
 """Improves the mask of every row by exchanging weights, with prices read from the solved problem.
 
 The solution of a row prices every exchange. In unit-diagonal variables, let ``A`` be the damped Hessian, ``v`` the solved row,
-``r`` its residual and ``K`` its kept inputs. Each exchange taken alone, with the other kept weights solved again:
+``r`` its residual and ``K`` its kept inputs. The prices take each exchange alone, and assume that the other kept weights are
+solved again:
 
     letting input i in wins     r_i^2 / s_i,    s_i = A_ii - A_iK A_KK^-1 A_Ki
     letting input j go costs    v_j^2 * s_j,    s_j = 1 / [A_KK^-1]_jj
@@ -180,8 +181,9 @@ def kept_share(pattern: Pattern, inputs: int) -> float:
 
 
 def schur_diagonal(hessian: Float32[Array, "d_in d_in"], damping: float, kept: float) -> Float32[Array, " d_in"]:
-    """``s`` of the module docstring times ``H_jj``, for weights and residuals without scaling, [d_in] float32; 0 for a dead
-    input.
+    """``s`` of the module docstring times ``H_jj``, [d_in] float32; 0 for a dead input.
+
+    The factor ``H_jj`` makes it fit weights and residuals that are not scaled to a unit diagonal.
 
     Args:
       hessian: [d_in, d_in] float32, undamped.

@@ -161,8 +161,9 @@ class Best(NamedTuple, Generic[T]):
 def best_of(
     ridges: Sequence[float], alphas: Sequence[float], attempt: Callable[[Array, Array], T], score: Callable[[T], Array]
 ) -> Best[T]:
-    """The best of all ridges at the first alpha; then the best of all alphas at that ridge. Traced under ``jit``, as one compiled
-    attempt.
+    """The best of all ridges at the first alpha; then the best of all alphas at that ridge.
+
+    Traced under ``jit``, as one compiled attempt.
 
     Args:
       attempt: ``(ridge, alpha) -> found``, a tree of arrays.

@@ -22,9 +22,9 @@ FAMILIES: Mapping[str, Mapping[str, Family]] = {
     "OPTForCausalLM": {"opt": opt.FAMILY},
     "Phi3ForCausalLM": {"phi3": phi3.FAMILY},
 }
-"""The architecture that a checkpoint's config.json names, and the model type that transformers reads in it, to the family.
+"""The family for the architecture that a checkpoint's config.json names, and the model type that transformers reads from it.
 
-Both, as the first is what was trained and the second what transformers' Auto classes open.
+Both keys are needed: the architecture is what was trained, the model type is what transformers' Auto classes open.
 """
 
 
@@ -32,8 +32,8 @@ def family_of(config: Any) -> Family:
     """The family of a ``transformers`` configuration.
 
     Raises:
-      UserError: it names another architecture, listing what is supported, or another model type than belongs to it, or attention
-        to later tokens.
+      UserError: the architecture is not supported (the message lists those that are), the model type does not belong to it, or
+        the model attends to later tokens.
     """
     names = config.architectures or [type(config).__name__]
     name = next((name for name in names if name in FAMILIES), None)

@@ -1,4 +1,4 @@
-"""Hidden states on the hosts, each process with those of its own devices' samples, and how they visit the devices."""
+"""Hidden states on the hosts, where each process holds the samples of its own devices, and batches of them on the devices."""
 
 import contextlib
 import dataclasses
@@ -19,12 +19,12 @@ class Activations:
     """Hidden states of samples ``first`` to ``last - 1``, on the hosts.
 
     Sample ``i`` belongs to slice ``i mod D`` of the ``D`` slices of the data axis, and is held by the processes that have a
-    device of that slice: any stretch of samples is spread evenly, and no process holds what its devices do not compute.
+    device of that slice: any range of samples is spread evenly, and a process holds only samples that its devices compute.
 
     Attributes:
       mesh: axes ("data", "model").
       first, last: which samples.
-      values: [held, length, d_model], those that this process holds, in order; see :attr:`rows`.
+      values: [held, length, d_model], the samples that this process holds, in order; see :attr:`rows`.
     """
 
     mesh: Mesh
@@ -52,11 +52,11 @@ class Activations:
         return Activations(self.mesh, first, last, self.values[start:stop])
 
     def copy(self) -> "Activations":
-        """The same, in memory of its own."""
+        """A copy with memory of its own."""
         return dataclasses.replace(self, values=self.values.copy())
 
     def take(self, rows: np.ndarray) -> np.ndarray:
-        """[len(rows), length, d_model] of samples that are held; zeros for those behind the last."""
+        """Samples that this process holds, [len(rows), length, d_model]; zeros for rows after the last sample."""
         there = rows < self.last
         if there.all():
             return self.values[np.searchsorted(self.rows, rows)]
@@ -65,7 +65,7 @@ class Activations:
         return found
 
     def put(self, rows: np.ndarray, output: Array) -> None:
-        """Replaces samples by the rows of an array on the mesh; those behind the last are dropped."""
+        """Overwrites samples with the rows of an array on the mesh; rows after the last sample are dropped."""
         seen = set()
         for shard in output.addressable_shards:
             if str(shard.index) in seen:  # the same slice of samples on another device of the model axis
@@ -78,7 +78,7 @@ class Activations:
 
     @contextlib.contextmanager
     def put_behind(self) -> Iterator[Callable[[np.ndarray, Array], None]]:
-        """Gives a :meth:`put` that waits for its next call: what it fetches is fetched while the devices compute that."""
+        """Yields a :meth:`put` that is one call behind: it fetches one result while the devices compute the next."""
         waiting: list[tuple[np.ndarray, Array]] = []
 
         def put(rows: np.ndarray, output: Array) -> None:
@@ -91,10 +91,10 @@ class Activations:
             self.put(*last)
 
     def batches(self, size: int) -> Iterator["Batch"]:
-        """Cuts the samples into batches of one shape, the last one filled up with zeros.
+        """Cuts the samples into batches of one shape, the last one padded with zeros.
 
         Args:
-          size: samples that each batch gives to one slice of the data axis, at most.
+          size: the largest number of samples that a batch gives to one slice of the data axis.
         """
         slices = self.mesh.shape[DATA]
         size = min(size, padded(len(self), slices) // slices) * slices
@@ -107,11 +107,11 @@ class Activations:
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """Samples on the mesh, split over the data axis.
+    """Samples on the mesh, sharded over the data axis.
 
     Attributes:
       rows: [size] which samples.
-      there: [size] bool, False for the zeros that fill up the last batch.
+      there: [size] bool, False for the padding of the last batch.
       hidden: [size, length, d_model].
     """
 
@@ -122,11 +122,11 @@ class Batch:
 
     @property
     def valid(self) -> Array:
-        """:attr:`there` on the mesh, laid out like the samples."""
+        """:attr:`there` on the mesh, sharded like the samples."""
         return on_mesh(self.mesh, self.rows, lambda rows: self.there[np.isin(self.rows, rows)], ())
 
     def place(self, values: np.ndarray) -> Array:
-        """One entry of ``values`` [samples, ...] for each row, laid out like the samples; zeros where no sample is."""
+        """One entry of ``values`` [samples, ...] for each row, sharded like the samples; zeros for padding."""
 
         def take(rows):
             found = np.zeros((len(rows), *values.shape[1:]), values.dtype)
@@ -148,7 +148,7 @@ def held_rows(mesh: Mesh, first: int, last: int) -> np.ndarray:
 
 
 def on_mesh(mesh: Mesh, rows: np.ndarray, take: Callable[[np.ndarray], np.ndarray], shape: tuple[int, ...]) -> Array:
-    """``take(rows)``, of shape [len(rows), *shape], split over the data axis. Every process takes the rows of its devices."""
+    """``take(rows)``, of shape [len(rows), *shape], sharded over the data axis. Every process takes the rows of its devices."""
     parts: dict[str, np.ndarray] = {}  # devices of the model axis ask for the same rows one after the other
 
     def read(index):

@@ -12,26 +12,26 @@ _ROWS = 4096  # compared at a time: 128 MiB of a model of width 8192 in float32
 def check_checkpoint(decoder: Decoder) -> None:
     """Compares the tensors that a model reads with those that its checkpoint holds.
 
-    No weight is read, but for a stored head that should be a copy of the embedding.
+    Reads no weights, except a stored head that should be a copy of the embedding.
 
     Raises:
-      UserError: tensors are missing, unexpected or stored as float64, or the head is tied to the embedding and another one is
-        stored.
+      UserError: tensors are missing, unexpected or stored as float64, or the head is tied to the embedding and the checkpoint
+        stores another head.
     """
     names = decoder.tensor_names()
     check_names(names, decoder.tensors, decoder.family.ignored)
     check_dtypes(names, decoder.tensors)
     head, embedding = decoder.family.head, decoder.root + decoder.family.embedding
-    # transformers 5 takes the stored head then, and the versions before it the embedding.
+    # Such a checkpoint is ambiguous: transformers 5 takes the stored head, earlier versions take the embedding.
     if decoder.config.tied and head in decoder.tensors.names() and not _equal(decoder, head, embedding):
         raise UserError(
-            f"config.json ties {head} to {embedding}, and the checkpoint holds other values for it: set "
-            "tie_word_embeddings to false in config.json if they are meant, or remove them if they are not"
+            f"config.json ties {head} to {embedding}, but the checkpoint holds other values for it: set "
+            "tie_word_embeddings to false in config.json to use these values, or remove them from the checkpoint"
         )
 
 
 def _equal(decoder: Decoder, first: str, second: str) -> bool:
-    """Whether two tensors have the same shape and values; a part of them is held at a time."""
+    """Whether two tensors have the same shape and values; reads a part of them at a time."""
     source = decoder.tensors
     parts = [(slice(start, start + _ROWS),) for start in range(0, source.shape(first)[0], _ROWS)]
     return source.shape(first) == source.shape(second) and all(

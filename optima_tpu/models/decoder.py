@@ -1,7 +1,7 @@
 """A pretrained decoder on a mesh, one block at a time.
 
-Weights stay where the checkpoint has them until a block is asked for; hidden states stay on the hosts and visit the devices in
-batches. So one block and two batches are resident on the devices, and one more block on the hosts, whatever the model's depth.
+Weights stay in the checkpoint until a block is requested. Hidden states stay on the hosts and go to the devices in batches. So
+the devices hold one block and two batches, and the hosts hold one more block, for a model of any depth.
 """
 
 import collections
@@ -38,9 +38,9 @@ class Decoder:
 
     Attributes:
       family: see ``optima_tpu.models``.
-      root: the one of the family's roots that stands before the names of this checkpoint.
+      root: the prefix of tensor names in this checkpoint, one of the family's roots.
       config: what the family read from the model's configuration.
-      tensors: where its weights are read from, under their Hugging Face names.
+      tensors: the source of its weights, under their Hugging Face names.
       mesh: axes ("data", "model").
       batch: sequences that each step gives to one slice of the data axis.
     """
@@ -87,11 +87,11 @@ class Decoder:
         return tuple(sorted(found, key=lambda name: (list(map(int, re.findall(r"\d+", name))), kinds[kind_name(name)])))
 
     def sharding(self, name: str) -> P:
-        """How a parameter of a block is to lie on the mesh; dimensions that do not divide are replicated all the same."""
+        """The wanted sharding of a block's parameter; dimensions that the mesh does not divide are replicated."""
         return self.family.sharding.get(kind_name(name), P())
 
     def prefix(self, index: int) -> str:
-        """What stands before a block's parameter names in the checkpoint."""
+        """The prefix of a block's parameter names in the checkpoint."""
         return self.root + self.family.layers.format(index)
 
     def tensor_names(self) -> list[str]:
@@ -101,7 +101,7 @@ class Decoder:
 
     @functools.cached_property
     def end_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shape of every tensor that is no block's, by its name in the checkpoint."""
+        """Shape of every tensor that belongs to no block, by its name in the checkpoint."""
         family, config = self.family, self.config
         table = (config.vocab, config.d_embedding)
         inner = {family.embedding: table} | family.embedding_extras(config) | _shapes(self._final[1])
@@ -112,10 +112,10 @@ class Decoder:
         return next(self.blocks([index]))
 
     def blocks(self, indices: Sequence[int]) -> Iterator[dict[str, Array]]:
-        """The parameters of several blocks, one after the other; the next one is read while the caller works on one.
+        """The parameters of several blocks, one block after the other; the next block is read while the caller works on one.
 
-        Of a tensor whose sizes allow it every device reads its own share, so that no byte is read twice, on whatever host;
-        then the devices exchange what the forward pass wants on several of them.
+        If a tensor's sizes allow, every device reads its own share, so that no byte is read twice on any host. Then the devices
+        exchange the parts that the forward pass needs on several devices.
 
         Raises:
           UserError: a tensor has another shape than the configuration says, or holds a NaN or an infinity.
@@ -131,7 +131,7 @@ class Decoder:
     def embed(self, tokens: np.ndarray) -> Activations:
         """Hidden states before the first block of token windows [samples, length], in the embedding's dtype."""
         mine, places = tokens[held_rows(self.mesh, 0, len(tokens))], np.arange(tokens.shape[1])
-        # Writable: the hidden states after a block take the place of those before it.
+        # Writable: the output of a block overwrites its input.
         hidden = together(lambda: np.require(self.embedded(self._read, mine, places), requirements="W"))
         return Activations(self.mesh, 0, len(tokens), hidden)
 
@@ -153,11 +153,11 @@ class Decoder:
         return _filled(self._block[1], parameters)
 
     def positions(self, index: int, length: int) -> Positions:
-        """What block ``index`` knows of the first ``length`` places, on every device."""
+        """The position data of block ``index`` for the first ``length`` positions, on every device."""
         return jax.tree.map(lambda array: place(self.mesh, array, P()), self.config.positions(index, length))
 
     def head(self) -> "Head":
-        """What turns the last block's output into logits, on the mesh."""
+        """The head, which turns the last block's output into logits, on the mesh."""
         graph, abstract = self._final
         name = self.root + self.family.embedding if self.config.tied else self.family.head
         placed = self.place_ends({self.root + inner: P() for inner in _shapes(abstract)} | {name: P(MODEL, None)})
@@ -177,7 +177,7 @@ class Decoder:
         return logits
 
     def _read(self, name: str) -> np.ndarray:
-        """A tensor of :attr:`end_shapes` on the host, by its name behind the root."""
+        """A tensor of :attr:`end_shapes` on the host, by its name after the root."""
         name = self.root + name
         self._check_shape(name, self.end_shapes[name])
         array = self.tensors.read(name)
@@ -202,7 +202,7 @@ class Decoder:
         return {name: self._place(read[name], shape, self.sharding(name)) for name, shape in self.block_shapes.items()}
 
     def _read_parts(self, name: str, shape: tuple[int, ...], spec: P) -> "Parts":
-        """What this process reads of a tensor: the slices of its devices under :func:`spread`, by their place."""
+        """Reads this process's part of a tensor: the slices of its devices under :func:`spread`, by their index."""
         self._check_shape(name, shape)
         parts: Parts = {}
         read = NamedSharding(self.mesh, spread(self.mesh, shape, spec))
@@ -220,7 +220,7 @@ class Decoder:
         return {name: self._place(read[name], *how) for name, how in wanted.items()}
 
     def _place(self, parts: "Parts", shape: tuple[int, ...], spec: P) -> Array:
-        """A tensor on the mesh under ``spec``, in as far as that divides it."""
+        """A tensor on the mesh under ``spec``, as far as the mesh divides it."""
         read = NamedSharding(self.mesh, spread(self.mesh, shape, spec))
         array = jax.make_array_from_callback(shape, read, lambda index: parts[str(index)])
         wanted = NamedSharding(self.mesh, divisible(self.mesh, shape, spec))
@@ -250,15 +250,17 @@ def run_block(graph: nnx.GraphDef, state: nnx.State, hidden: Array, positions: P
 
 
 def forward(graph: nnx.GraphDef, state: nnx.State, hidden: Array, positions: Positions) -> tuple[Array, dict[str, Array]]:
-    """The traceable part of :func:`run_block`, with what every linear layer read: {"self_attn.q_proj": [batch, length, d_in]}.
+    """The traceable part of :func:`run_block`; also returns the input of every linear layer.
 
-    Layers that share an input map to the same array. Beside them, under the names of ``Family.residuals``, the residual stream
-    [batch, length, d_model] at these places.
+    The inputs are {"self_attn.q_proj": [batch, length, d_in], ...}.
+
+    Layers that share an input map to the same array. The residual stream [batch, length, d_model] is in the same dictionary,
+    under the names of ``Family.residuals``.
     """
     # Float32 models keep float32 products on every platform; bfloat16 ones are not affected.
     with jax.default_matmul_precision("highest"):
         output, taps = nnx.capture(nnx.merge(graph, state), nnx.Intermediate)(hidden, positions)
-    # A layer's input is an "x" inside the layer; what a block sows itself has a name of its own.
+    # A layer sows its input as "x"; what the block itself sows has its own name.
     return output, {_name(path[:-1] if path[-1] == "x" else path): value for path, (value,) in nnx.to_flat_state(taps)}
 
 

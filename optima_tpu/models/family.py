@@ -1,4 +1,4 @@
-"""What a decoder family is to the rest of the program."""
+"""The interface of decoder families."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -16,12 +16,12 @@ Shape = tuple[int, ...]
 
 
 class Positions(NamedTuple):
-    """What a block knows of the places of its tokens. Arrays, so that blocks that differ here share one compilation.
+    """The position data of a block's tokens. They are arrays, so that blocks with different values share one compilation.
 
     Attributes:
       cos, sin: rotary tables [length, rotated dimensions] float32, or None for a family without rotary embedding.
       window: how many tokens a position sees, itself included, int32 scalar; None if all blocks of the model see everything.
-      cache: of the tokens before these ones; None where these are the first.
+      cache: the cache of the earlier tokens; None if there are none.
     """
 
     cos: Array | np.ndarray | None = None
@@ -36,7 +36,7 @@ class Positions(NamedTuple):
         return self.cos, self.sin
 
     def at(self, place: Array) -> "Positions":
-        """Of the single token at ``place``, int32 scalar."""
+        """The position data of the single token at the position ``place``, int32 scalar."""
         cos, sin = jax.tree.map(lambda table: jax.lax.dynamic_slice_in_dim(table, place, 1), (self.cos, self.sin))
         return self._replace(cos=cos, sin=sin)
 
@@ -48,7 +48,7 @@ class DecoderConfig:
     Attributes:
       d_model: width of the hidden states.
       d_embedding: width of the rows of embedding and head; ``d_model`` everywhere but in OPT-350m.
-      blocks: how many.
+      blocks: number of blocks.
       vocab: rows of the embedding.
       tied: whether the head is the embedding.
       logit_cap: ``c`` where logits are ``c tanh(logits / c)``, or None.
@@ -62,7 +62,7 @@ class DecoderConfig:
     logit_cap: float | None = None
 
     def positions(self, index: int, length: int) -> Positions:
-        """What block ``index`` knows of the first ``length`` places."""
+        """The position data of block ``index`` for the first ``length`` positions."""
         raise NotImplementedError
 
 
@@ -73,8 +73,8 @@ class Residual(NamedTuple):
     """The residual stream [batch, length, d_model] around a layer that adds to it, as names of ``nnx.Intermediate``.
 
     Attributes:
-      before: without the layer's output.
-      after: with it, what the next norm reads.
+      before: the stream without the layer's output.
+      after: the stream with the layer's output, which the next norm reads.
     """
 
     before: str
@@ -83,28 +83,29 @@ class Residual(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Family:
-    """One decoder family. What is declared here is all that the rest of the program knows of it.
+    """One decoder family. The rest of the program knows only what is declared here.
 
-    A checkpoint's tensors are named by the attributes of the modules. All but the head stand behind one of ``roots``, and block
-    i's parameters behind that and ``layers.format(i)``; so one declaration serves loading and export.
+    A checkpoint's tensors are named by the attributes of the modules. All names except the head's begin with one of ``roots``,
+    and names in block i continue with ``layers.format(i)``. So one declaration serves loading and export.
 
     Attributes:
-      read_config: from the ``transformers`` configuration. Raises UserError, by name, for a setting that is not supported.
+      read_config: makes a :class:`DecoderConfig` from the ``transformers`` configuration. Raises a UserError that names a setting
+        that is not supported.
       block: ``block(config)`` is an ``nnx.Module``: (x [batch, length, d_model], Positions) -> the same shape.
       linears: the layers of it that are pruned, in the order of the forward pass, by their path in the block. ``*`` stands for
         every number: "mlp.experts.*.up_proj".
-      sharding: specs of their parameters, named in the same way; what is not named is replicated.
+      sharding: specs of their parameters, named in the same way; other parameters are replicated.
       final: ``final(config)`` is an ``nnx.Module`` between the last block and the head, as a rule a norm.
-      roots: where the model begins in the names of a checkpoint; the first one that holds the embedding is meant.
-      layers: where a block begins behind the root.
-      embedding: the table of token embeddings, [vocab, d_embedding]; its name, as the others, behind the root.
-      embedding_extras: shapes of what else is read to embed, by name.
+      roots: possible prefixes of a checkpoint's tensor names; the first one under which the embedding exists is used.
+      layers: the prefix of a block's names, after the root.
+      embedding: the table of token embeddings, [vocab, d_embedding]; its name after the root.
+      embedding_extras: shapes of the other tensors that the embedding needs, by name.
       embed: (config, read, tokens [samples, length], places [length]) -> [samples, length, d_model]; None for the plain table.
-        It computes where its arrays are: those of numpy on the host, those of jax in a traced program.
-      head: whole name of the output projection, [vocab, d_embedding]; not read where it is tied.
+        It computes with numpy arrays on the host, and with jax arrays in a traced program.
+      head: full name of the output projection, [vocab, d_embedding]; not read if it is tied.
       residuals: layers whose outputs are added, as they are, to the residual stream -> the names under which the block sows
-        that stream. Not those that a norm or a router's share comes after.
-      ignored: regular expression of a tensor's whole name -> why a checkpoint may hold it though nothing reads it.
+        that stream. Layers that are followed by a norm or by a router's share do not belong here.
+      ignored: regular expression of a tensor's full name -> why a checkpoint may hold it although nothing reads it.
       needs_bos: whether every text must begin with the BOS token for the model to work.
     """
 

@@ -1,4 +1,4 @@
-"""Gemma 2 and Gemma 3 (of the multimodal ones the text half): four norms a block, scaled embeddings, windows, tanh GELU.
+"""Gemma 2 and Gemma 3 (the text half of multimodal models): four norms a block, scaled embeddings, windows, tanh GELU.
 
 Gemma 2 caps attention scores and logits; Gemma 3 normalises queries and keys instead, and blocks with a window have a rotary
 base of their own.
@@ -21,10 +21,10 @@ from optima_tpu.models.rope import Rope
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(llama.Sizes):
-    """What shapes a Gemma's block beside its sizes.
+    """The settings of a Gemma block in addition to its sizes.
 
     Attributes:
-      scale: of the products of queries and keys.
+      scale: factor of the products of queries and keys.
       score_cap: ``c`` where the scaled products become ``c tanh(p / c)``, or None.
       ropes: the rotary embedding of every block.
     """
@@ -65,7 +65,7 @@ def read_gemma2(config: Any) -> Config:
 
 def read_gemma3(config: Any) -> Config:
     """From ``transformers.Gemma3TextConfig``. Raises UserError, by name, for a setting that is not supported."""
-    if config.attn_logit_softcapping:  # transformers reads it and does not use it: there is nothing to be faithful to
+    if config.attn_logit_softcapping:  # transformers reads it and does not use it: no reference exists
         raise UserError(f"expected attn_logit_softcapping null in a Gemma 3, got {config.attn_logit_softcapping}: not supported")
     ropes = tuple(Rope.from_hf(config.rope_parameters[kind]) for kind in config.layer_types)
     return _read(config, score_cap=None, ropes=ropes, qk_norm=True)
@@ -73,7 +73,7 @@ def read_gemma3(config: Any) -> Config:
 
 def read_multimodal(config: Any) -> Config:
     """From ``transformers.Gemma3Config``, the text half. Raises UserError, by name, for a setting that is not supported."""
-    # Whether the head is tied stands beside the text's settings. The cap of its logits is never applied (transformers 5.24).
+    # tie_word_embeddings is not among the text's settings. The cap of its logits is never applied (transformers 5.24).
     return dataclasses.replace(read_gemma3(config.get_text_config()), logit_cap=None, tied=config.tie_word_embeddings)
 
 
@@ -123,8 +123,8 @@ GEMMA3 = dataclasses.replace(GEMMA2, read_config=read_gemma3)
 GEMMA3_MULTIMODAL = dataclasses.replace(
     GEMMA3,
     read_config=read_multimodal,
-    # As published, and as later versions of transformers name them.
+    # The names as published, and as later versions of transformers write them.
     roots=("language_model.model.", "model.language_model."),
-    ignored={r"(model\.)?(vision_tower|multi_modal_projector)\..*": "the half that sees images: text does not pass through it"},
+    ignored={r"(model\.)?(vision_tower|multi_modal_projector)\..*": "the half for images: text does not pass through it"},
 )
-"""The text half of the checkpoints that also read images; the other half is exported as it came."""
+"""The text half of the checkpoints that also read images; the other half is exported unchanged."""

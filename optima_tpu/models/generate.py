@@ -1,6 +1,7 @@
-"""Text that a model writes itself: all of its blocks on the devices at once, a key-value cache, one token of every window a step.
+"""Text generation: all blocks on the devices at once, a key-value cache, one token of every window per step.
 
-The steps are one compiled program, a scan over tokens around a scan over blocks, so it grows with neither.
+The steps are one compiled program, a scan over tokens around a scan over blocks. So the program does not grow with tokens or
+blocks.
 """
 
 import functools
@@ -28,9 +29,9 @@ from optima_tpu.runtime.mesh import DATA, MODEL, bytes_on_device, padded, place,
 from optima_tpu.runtime.processes import fetch
 
 _STRETCH = 128
-"""Tokens of every window that one call of the compiled program writes: after each the person hears how far it is."""
+"""Tokens of every window that one call of the compiled program writes. Progress is shown after each call."""
 
-_LOGITS = 4  # of a step, on a device: capped, scaled, the random numbers, their sum
+_LOGITS = 4  # arrays of logits in a step, on a device: capped, scaled, the random numbers, their sum
 
 
 State = tuple[Array, Array, Array]
@@ -42,9 +43,9 @@ class Resident(NamedTuple):
 
     Attributes:
       blocks: the parameters of the blocks, each [blocks, ...].
-      positions: what the blocks know of the places, each [blocks, ...].
-      embedding: what the family's ``embed`` reads, by name.
-      head: what turns the last block's output into logits.
+      positions: the position data of the blocks, each [blocks, ...].
+      embedding: the tensors that the family's ``embed`` reads, by name.
+      head: turns the last block's output into logits.
     """
 
     blocks: nnx.State
@@ -66,21 +67,21 @@ def generate(
     budget: float = math.inf,
     progress: Progress | None = None,
 ) -> np.ndarray:
-    """Windows of tokens, each drawn from what the model says comes next:
+    """Windows of tokens, each token drawn from the model's distribution of the next token:
 
         x[0] = start,    x[t] ~ softmax(logits(x[0], ..., x[t - 1]) / temperature)
 
-    Token ``t`` of window ``i`` is drawn with ``fold_in(fold_in(key(seed), i), t)`` by the Gumbel-max trick. So neither the
-    number of windows nor how many are written at once nor the mesh changes a window, but for the rounding of the logits: where
-    two tokens are tied to a few units in the last place of their sums, another mesh or another batch may draw the other one, and
-    that window goes on differently.
+    Token ``t`` of window ``i`` is drawn with ``fold_in(fold_in(key(seed), i), t)`` by the Gumbel-max trick. So a window does not
+    depend on the number of windows, on how many are written at once or on the mesh, except through the rounding of the logits. If
+    the sums of two tokens differ by only a few units in the last place, another mesh or another batch may draw the other token,
+    and the window continues differently.
 
     Args:
       vocabulary: only ids below it are drawn; an embedding may have rows without a token.
-      restart: the token after which ``start`` comes again instead of a drawn one: the next document of the same window, which
-        still sees what stands before it, as in pretraining on packed documents.
-      budget: bytes that may be used of each device; they say how many windows are written at once.
-      progress: gets a stage, whose steps are some tokens of some windows each.
+      restart: the token after which ``start`` is written instead of a drawn token. It begins the next document of the same
+        window, which still attends to the text before it, as in pretraining on packed documents.
+      budget: bytes of memory to use on each device; they decide how many windows are written at once.
+      progress: shows a stage, in which each step is some tokens of some windows.
 
     Returns:
       [samples, length] int32, the same in every process.
@@ -100,7 +101,7 @@ def generate(
         f"writing {samples} windows of {length} tokens with the dense model, {min(size, samples)} at once",
         stretches * -(-samples // size),
     )
-    # One cache for all batches: what an earlier one left in it is never seen.
+    # One cache for all batches: the entries of an earlier batch are masked.
     state = (*_empty(cache, size, mesh), None)
     for first in range(0, samples, size):
         rows = np.arange(first, first + size)
@@ -132,15 +133,15 @@ def greedy(
     budget: float = math.inf,
     advance: Callable[[], None] = lambda: None,
 ) -> list[np.ndarray]:
-    """What models write after prompts if every token is the likeliest one, where two are equal the one with the smaller id.
+    """Continues prompts with the most likely tokens; of equally likely ones, with the one of the smaller id.
 
     Args:
-      decoders: of one shape, such as the dense and the pruned model. One after the other is on the devices as a whole; they share
-        one compiled program.
+      decoders: decoders of one shape, such as the dense and the pruned model. Only one model is on the devices at a time, as a
+        whole; all share one compiled program.
       prompts: token ids, at least one each.
-      new: tokens that are written after each prompt.
+      new: number of tokens to write after each prompt.
       vocabulary: only ids below it are written.
-      budget: bytes that may be used of each device.
+      budget: bytes of memory to use on each device.
       advance: called after each model.
 
     Returns:
@@ -181,7 +182,7 @@ def greedy(
 def _continue(
     decoder: Decoder, vocabulary: int, model: Resident, cache: Sequence[Array], prompts: Array, ends: Array
 ) -> tuple[Array, Array]:
-    """The compiled program: tokens [length - 1, prompts] behind the first ones, and whether all logits are finite."""
+    """The compiled program: tokens [length - 1, prompts] after the first ones, and whether all logits are finite."""
 
     def token(state: State, at: Array) -> tuple[State, tuple[Array, Array]]:
         keys, values, before = state
@@ -220,7 +221,7 @@ def step(decoder: Decoder, model: Resident, keys: Array, values: Array, tokens: 
     Args:
       keys, values: see :class:`KeyValueCache`.
       tokens: [windows] int32.
-      at: their place, int32 scalar.
+      at: their position, int32 scalar.
 
     Returns:
       (logits of the next token [windows, vocab] float32, keys, values)
@@ -246,7 +247,7 @@ def draw(logits: Array, keys: Array, temperature: Array | float, vocabulary: int
 
 
 def cache_structs(decoder: Decoder, length: int) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
-    """Keys and values [blocks, 1, heads, length, head_dim] that one window takes, as the family's own attention says."""
+    """Keys and values [blocks, 1, heads, length, head_dim] of one window, from a trace of the family's own attention."""
 
     def traced(state, embedding, tokens, positions):
         cache = KeyValueCache()
@@ -290,13 +291,13 @@ def _write(
             after = jnp.where(before == restart, start, after)
         return (cached_keys, cached_values, after), (after, jnp.isfinite(logits).all())
 
-    # What the last stretch writes behind the window is cut; its places are kept inside, where tables have values.
+    # The last stretch may run past the window: clamp its positions to the tables. The caller drops the extra tokens.
     state, (tokens, finite) = jax.lax.scan(token, state, jnp.minimum(first + jnp.arange(steps), length - 2))
     return state, tokens, finite.all()
 
 
 def windows_at_once(decoder: Decoder, samples: int, cache: Sequence[jax.ShapeDtypeStruct], budget: float) -> int:
-    """How many windows are written at once: as many as fit, in batches as equal as can be.
+    """How many windows are written at once: as many as fit, in batches of nearly equal size.
 
     Args:
       cache: from :func:`cache_structs`.
@@ -310,7 +311,7 @@ def windows_at_once(decoder: Decoder, samples: int, cache: Sequence[jax.ShapeDty
     dtype = np.dtype(decoder.tensors.dtype(decoder.root + decoder.family.embedding))
     tables = (2 - config.tied) * bytes_on_device(struct_on(mesh, (config.vocab, config.d_embedding), dtype, P(MODEL, None)))
     positions = sum(array.nbytes for array in jax.tree.leaves(_positions(decoder, length)))
-    # One block more: while they are read, and while one is worked on.
+    # One more block is in memory while blocks are read, and while one is computed.
     whole = sum(blocks) * (1 + 1 / config.blocks) + tables + positions
     slices = mesh.shape[DATA]
     each = sum(bytes_on_device(_of_windows(each, slices, mesh)) for each in cache) + _LOGITS * 4 * config.vocab
@@ -325,7 +326,7 @@ def windows_at_once(decoder: Decoder, samples: int, cache: Sequence[jax.ShapeDty
 
 
 def _embedding_names(decoder: Decoder) -> list[str]:
-    """What the family's ``embed`` reads, by its name behind the root."""
+    """The tensors that the family's ``embed`` reads, by their names after the root."""
     return [decoder.family.embedding, *decoder.family.embedding_extras(decoder.config)]
 
 
@@ -335,7 +336,7 @@ def _positions(decoder: Decoder, length: int) -> Positions:
 
 
 def _block_structs(decoder: Decoder) -> dict[str, Array]:
-    """The parameters of all blocks, each [blocks, ...], on the mesh. Where blocks differ in dtype, in one that holds all."""
+    """The parameters of all blocks, each [blocks, ...], on the mesh, in a dtype that represents the dtypes of all blocks."""
 
     def struct(name: str, shape: tuple[int, ...]) -> Array:
         dtypes = {decoder.tensors.dtype(decoder.prefix(index) + name) for index in range(decoder.config.blocks)}
@@ -346,12 +347,12 @@ def _block_structs(decoder: Decoder) -> dict[str, Array]:
 
 
 def _of_windows(struct: jax.ShapeDtypeStruct, windows: int, mesh: Mesh) -> Array:
-    """Keys or values of many windows, where those of one are given: windows split over data, heads over model."""
+    """Keys or values of many windows, from the struct for one: windows sharded over data, heads over model."""
     return struct_on(mesh, (struct.shape[0], windows, *struct.shape[2:]), struct.dtype, P(None, DATA, MODEL))
 
 
 def _empty(cache: Sequence[jax.ShapeDtypeStruct], windows: int, mesh: Mesh) -> list[Array]:
-    """Keys and values of many windows, where the structs are those of one."""
+    """Zero keys and values of many windows, from the structs for one."""
     return _zeros(_of_windows(struct, windows, mesh) for struct in cache)
 
 

@@ -1,4 +1,4 @@
-"""What the decoder families share: Linear in HF layout, norms, the gated MLP, causal attention."""
+"""Modules that the decoder families share: Linear in Hugging Face layout, norms, the gated MLP, causal attention."""
 
 import functools
 from collections.abc import Callable
@@ -15,7 +15,9 @@ from optima_tpu.models.rope import rotate
 
 
 class Linear(nnx.Module):
-    """``y = x W' + b`` with ``W`` [out, in] as Hugging Face stores it: names, export and problem rows are all one to one.
+    """``y = x W' + b`` with ``W`` [out, in] as Hugging Face stores it.
+
+    Parameters, exported tensors and problem rows correspond one to one.
 
     Sows its input as an ``nnx.Intermediate`` named ``x``; layers that read one array sow the same tracer.
     """
@@ -99,7 +101,7 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
     "gelu_pytorch_tanh": functools.partial(jax.nn.gelu, approximate=True),
 }
-"""By the names that config.json uses."""
+"""Activation functions, by the names that config.json uses."""
 
 
 class GatedMLP(nnx.Module):
@@ -119,8 +121,8 @@ class RotaryAttention(nnx.Module):
     """Causal attention with rotary positions and grouped key-value heads.
 
     Args:
-      norm: makes a norm over the dimensions of a head, for queries and keys each; None for neither.
-      scale: of the products of queries and keys; None for ``head_dim ** -0.5``.
+      norm: makes a norm over the dimensions of a head, one for queries and one for keys; None for no norms.
+      scale: factor of the products of queries and keys; None for ``head_dim ** -0.5``.
       cap: see :func:`attention`.
     """
 
@@ -164,14 +166,15 @@ def attention(
 ) -> Array:
     """Causal softmax attention, [batch, length, heads, head_dim].
 
-    Products and softmax in float32. A stretch of queries at a time, each with the keys that it can see: half the products of a
-    whole square, and no array of [length, length].
+    Products and softmax are computed in float32, for a stretch of queries at a time with the keys that these can see: half the
+    products of the full square, and no array of [length, length].
 
     Args:
       q: queries.
-      k, v: keys and values, with as many heads as q or a divisor of that (GQA).
-      positions: its window, and its cache, which gets ``k`` and ``v`` and whose earlier places are seen too.
-      scale: of the products; None for ``head_dim ** -0.5``.
+      k, v: keys and values, with as many heads as q, or with a divisor of this number (GQA).
+      positions: holds the window, and the cache, to which ``k`` and ``v`` are added. Queries also see the cache's earlier
+        positions.
+      scale: factor of the products; None for ``head_dim ** -0.5``.
       cap: ``c`` where scaled products become ``c tanh(p / c)``; None for none.
     """
     cache = positions.cache
@@ -193,7 +196,7 @@ def attention(
         if cap is not None:
             products = cap * jnp.tanh(products / cap)
         products = jnp.where(seen, products, -jnp.inf)
-        # The sum divides what comes out, an array far smaller than the shares.
+        # Divide the output by the sum: it is a far smaller array than the shares.
         shares = jnp.exp(products - jnp.max(products, axis=-1, keepdims=True))
         total = jnp.sum(shares, axis=-1, keepdims=True)
         mixed.append(_einsum("bkgqs,bksd->bkgqd", shares.astype(v.dtype), values[..., :end, :]) / total)
@@ -205,7 +208,7 @@ def _einsum(formula: str, a: Array, b: Array) -> Array:
     return jnp.einsum(formula, a, b, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
 
 
-# Queries that are worked on at once: their products with the keys stay in a CPU's cache, and longer texts make longer stretches
-# so that the program does not grow without end.
+# Queries in one stretch: their products with the keys stay in a CPU's cache. Longer texts have longer stretches, which limits the
+# size of the program.
 _STRETCH = 128
 _STRETCHES = 16

@@ -1,4 +1,4 @@
-"""Llama 2, 3, 3.1, 3.2 and what shares their architecture (SmolLM2): RMSNorm, rotary GQA attention, SwiGLU.
+"""Llama 2, 3, 3.1, 3.2 and models of the same architecture (SmolLM2): RMSNorm, rotary GQA attention, SwiGLU.
 
 Mistral and Qwen are the same blocks with other settings: see ``mistral.py`` and ``qwen.py``.
 """
@@ -29,8 +29,8 @@ LINEARS = (
     "mlp.down_proj",
 )
 
-# Projections into heads or neurons split their outputs over the model axis, those out of them their inputs: one all-reduce a
-# sublayer. Everything else (norms, biases of the second kind) is replicated.
+# Projections into heads or neurons shard their outputs over the model axis, projections out of them shard their inputs: one
+# all-reduce per sublayer. Everything else (norms, biases of the second kind) is replicated.
 SHARDING: Mapping[str, P] = {
     **{f"self_attn.{name}_proj.weight": P(MODEL, None) for name in "qkv"},
     **{f"self_attn.{name}_proj.bias": P(MODEL) for name in "qkv"},
@@ -46,7 +46,7 @@ class Sizes(DecoderConfig):
     """The numbers that shape a block with rotary attention and a gated MLP.
 
     Attributes:
-      windows: of every block, how many tokens a position sees (None: all); empty where all blocks see everything.
+      windows: for every block, how many tokens a position sees (None: all); empty if all blocks see everything.
       qk_norm: whether queries and keys are normalised, head by head.
     """
 
@@ -61,7 +61,7 @@ class Sizes(DecoderConfig):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(Sizes):
-    """What shapes a Llama's block beside its sizes."""
+    """The settings of a Llama block in addition to its sizes."""
 
     rope: Rope
     qkv_bias: bool = False
@@ -73,10 +73,10 @@ class Config(Sizes):
 
 
 def read_sizes(config: Any) -> dict[str, Any]:
-    """As :func:`named_sizes`, of a model whose activation is silu.
+    """As :func:`named_sizes`, for a model whose activation is silu.
 
     Raises:
-      UserError: it has another.
+      UserError: the model has another activation.
     """
     if config.hidden_act != "silu":
         raise UserError(f"expected hidden_act silu in a {config.model_type} model, got {config.hidden_act!r}: not supported")
@@ -84,7 +84,7 @@ def read_sizes(config: Any) -> dict[str, Any]:
 
 
 def named_sizes(config: Any) -> dict[str, Any]:
-    """What the configurations of transformers call by the same names in many families, as arguments of :class:`Sizes`."""
+    """The settings that have the same names in many transformers configurations, as arguments of :class:`Sizes`."""
     return dict(
         d_model=config.hidden_size,
         d_embedding=config.hidden_size,
@@ -116,7 +116,7 @@ def same_windows(config: Any) -> tuple[int, ...]:
 
 
 def windows_by_type(config: Any) -> tuple[int | None, ...]:
-    """The sliding windows that ``layer_types`` and ``sliding_window`` say, block by block; empty if there are none.
+    """The sliding windows from ``layer_types`` and ``sliding_window``, block by block; empty if there are none.
 
     Raises:
       UserError: a layer of another type than full and sliding attention.
@@ -129,12 +129,12 @@ def windows_by_type(config: Any) -> tuple[int | None, ...]:
 
 
 def window_at(windows: tuple[int | None, ...], index: int, length: int) -> np.ndarray | None:
-    """The window of a block as :class:`Positions` has it. A block that sees everything gets one as wide as the text."""
+    """The window of a block for :class:`Positions`. A block that sees everything gets a window as wide as the text."""
     return np.array(windows[index] or length, np.int32) if windows else None
 
 
 class PreNormBlock(nnx.Module):
-    """x [batch, length, d_model] to the same: attention, then an MLP, each of a norm of x and added to x."""
+    """x [batch, length, d_model] to the same shape: adds attention(norm(x)) to x, then MLP(norm(x))."""
 
     def __init__(self, config: Config, self_attn: nnx.Module, mlp: nnx.Module):
         self.input_layernorm = RMSNorm(config.d_model, eps=config.eps)

@@ -1,4 +1,4 @@
-"""Mistral and Ministral: Llamas without biases, whose positions see a sliding window."""
+"""Mistral and Ministral: Llama without biases, with sliding-window attention."""
 
 import dataclasses
 from typing import Any

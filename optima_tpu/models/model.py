@@ -1,4 +1,4 @@
-"""A model that is open: its checkpoint, and its decoder on the mesh."""
+"""An open model: its checkpoint, and its decoder on the mesh."""
 
 from collections.abc import Iterable
 from typing import Literal, NamedTuple
@@ -12,17 +12,17 @@ from optima_tpu.models.decoder import Decoder
 
 
 class Model(NamedTuple):
-    """A checkpoint and its decoder on the mesh. Runs over one model share it, and with it what was compiled."""
+    """A checkpoint and its decoder on the mesh. Runs of one model share it, and with it the compiled programs."""
 
     pretrained: Pretrained
     decoder: Decoder
 
 
 def window_bos(model: Model, tokenizer: PreTrainedTokenizerBase, where: Literal["text", "window"] | None = None) -> int | None:
-    """The BOS token that every window begins with, None where only the tokenizer puts one; see ``config.Evaluation.bos``.
+    """The BOS token that every window begins with; None if only the tokenizer adds one. See ``config.Evaluation.bos``.
 
     Raises:
-      UserError: there must be one, and the tokenizer has none.
+      UserError: a BOS token is needed, and the tokenizer has none.
     """
     needed = model.decoder.family.needs_bos
     if where == "text" or (where is None and not needed):

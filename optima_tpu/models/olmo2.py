@@ -1,4 +1,4 @@
-"""OLMo 2: Llama's sublayers with the norms behind them, and queries and keys normalised over all heads together.
+"""OLMo 2: Llama's sublayers with the norms after them, and queries and keys normalised over all heads together.
 
 Its norms and its rotary embedding are computed in float32 and rounded once.
 """
@@ -61,4 +61,4 @@ class Block(nnx.Module):
 
 FAMILY = dataclasses.replace(
     llama.FAMILY, read_config=read_config, block=Block, final=functools.partial(llama.Final, norm=WideRMSNorm), residuals={}
-)  # norms come between
+)  # no residuals: a norm follows each sublayer

@@ -25,7 +25,7 @@ class Config(DecoderConfig):
     Attributes:
       length: the longest text, for which there are learned positions.
       norm_first: whether the norms come before their sublayers; OPT-350m has them after the residual sums.
-      final_norm: whether there is one after the last block.
+      final_norm: whether there is a norm after the last block.
       affine: whether norms have weights and biases.
     """
 
@@ -66,7 +66,7 @@ def read_config(config: Any) -> Config:
 
 
 def embedding_extras(config: Config) -> dict[str, Shape]:
-    """The table of positions, and what widens the embeddings where they are narrower than the hidden states."""
+    """The table of positions, and the projection of embeddings that are narrower than the hidden states."""
     extras: dict[str, Shape] = {POSITIONS: (config.length + OFFSET, config.d_model)}
     if config.d_embedding != config.d_model:
         extras[PROJECT_IN] = (config.d_model, config.d_embedding)
@@ -74,7 +74,7 @@ def embedding_extras(config: Config) -> dict[str, Shape]:
 
 
 def embed(config: Config, read: ReadTensor, tokens: Array | np.ndarray, places: Array | np.ndarray) -> Array | np.ndarray:
-    """Token embedding (widened, if it must be) + the embedding of the place."""
+    """Token embedding (projected if it is narrower than the hidden states) + embedding of the position."""
     hidden = read(EMBEDDING)[tokens]
     if config.d_embedding != config.d_model:
         hidden = project(hidden, read(PROJECT_IN))
@@ -121,7 +121,7 @@ class Block(nnx.Module):
 
 
 class Final(nnx.Module):
-    """The norm before the head where the model has one, and the way back to the width of the embedding."""
+    """The norm before the head, if the model has one, and the projection back to the width of the embedding."""
 
     def __init__(self, config: Config):
         if config.final_norm:
@@ -132,11 +132,11 @@ class Final(nnx.Module):
     def __call__(self, x: Array) -> Array:
         if hasattr(self, "final_layer_norm"):
             x = self.final_layer_norm(x)
-        # Not by calling the layer, which would sow its input: this one is not pruned.
+        # Do not call the layer, which would sow its input: this layer is not pruned.
         return project(x, self.project_out.weight[...]) if hasattr(self, "project_out") else x
 
 
-# As in Llama: outputs split into heads and neurons, inputs out of them.
+# As in Llama: projections into heads and neurons shard outputs, projections out of them shard inputs.
 SHARDING = {
     **{f"self_attn.{name}_proj.weight": P(MODEL, None) for name in "qkv"},
     **{f"self_attn.{name}_proj.bias": P(MODEL) for name in "qkv"},
@@ -152,7 +152,7 @@ FAMILY = Family(
     sharding=SHARDING,
     final=Final,
     linears=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj", "fc1", "fc2"),
-    # The second: saved without its head, as some of the published ones are.
+    # The second root: checkpoints saved without the head, as some published ones are.
     roots=("model.decoder.", "decoder."),
     embedding=EMBEDDING,
     embedding_extras=embedding_extras,

@@ -1,6 +1,6 @@
 """Phi-3, 3.5 and 4: Llama's block with q, k, v in one matrix and gate, up in another, LongRoPE, partial rotation.
 
-The rows of a fused matrix are problems as independent as any: it is pruned as one layer.
+The rows of a fused matrix are independent problems too, so it is pruned as one layer.
 """
 
 import dataclasses
@@ -22,7 +22,8 @@ from optima_tpu.runtime.mesh import MODEL
 def read_config(config: Any) -> llama.Config:
     """From ``transformers.Phi3Config``; every block has the same window, or none."""
     parameters = dict(config.rope_parameters)
-    # Both may be attributes of the configuration alone; the stretch is then their ratio.
+    # The original length may be an attribute of the configuration only, and the factor may be missing: it is then the ratio of
+    # the two lengths.
     original = parameters.setdefault("original_max_position_embeddings", config.original_max_position_embeddings)
     if parameters.get("factor") is None:
         parameters["factor"] = config.max_position_embeddings / original
@@ -64,7 +65,7 @@ FAMILY = dataclasses.replace(
     read_config=read_config,
     block=block,
     linears=("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj"),
-    # Slices of the model axis do not end where q, k and v do; XLA moves what it must.
+    # Slices of the model axis do not end at the borders of q, k and v; XLA moves the rows.
     sharding={
         "self_attn.qkv_proj.weight": P(MODEL, None),
         "self_attn.o_proj.weight": P(None, MODEL),

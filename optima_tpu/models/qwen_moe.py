@@ -1,8 +1,8 @@
 """Qwen 3 mixtures of experts: the attention of Qwen 3, and a router that sends every token to a few of many small MLPs.
 
-Each expert reads the tokens that were routed to it, and zeros for all others: so its layers' Hessians are those of its own
-tokens, and nothing outside this file knows of routing. The price is that every expert computes every token; a forward pass
-costs experts / experts_per_token times what it must.
+Each expert reads the tokens that were routed to it, and zeros for all others: so the Hessians of its layers come from its own
+tokens, and nothing outside this file knows of routing. The price is that every expert computes every token; a forward pass costs
+experts / experts_per_token times the minimum.
 """
 
 import dataclasses
@@ -27,9 +27,9 @@ class Config(llama.Config):
     """The numbers that shape a block; ``d_ff`` is the width of one expert.
 
     Attributes:
-      experts: in every block.
-      experts_per_token: how many of them a token is sent to.
-      normalise: whether the shares of those few are scaled to sum to one.
+      experts: number of experts in every block.
+      experts_per_token: number of experts that a token is sent to.
+      normalise: whether the shares of these experts are scaled to sum to one.
     """
 
     experts: int
@@ -59,14 +59,14 @@ def read_config(config: Any) -> Config:
 
 
 class Router(nnx.Module):
-    """Each token's share of every expert, [batch, length, experts]: zero but for the few that the token is sent to."""
+    """Each token's share of every expert, [batch, length, experts]: zero except for the experts that the token is sent to."""
 
     def __init__(self, config: Config):
         self.weight = nnx.Param(jnp.zeros((config.experts, config.d_model)))
         self.few, self.normalise = config.experts_per_token, config.normalise
 
     def __call__(self, x: Array) -> Array:
-        # Logits in x's dtype and softmax in float32, as the reference: another rounding would route some tokens elsewhere.
+        # Logits in x's dtype and softmax in float32, as the reference: another rounding would route some tokens to other experts.
         shares = jax.nn.softmax(project(x, self.weight[...]).astype(jnp.float32), axis=-1)
         values, chosen = jax.lax.top_k(shares, self.few)
         if self.normalise:
@@ -75,7 +75,7 @@ class Router(nnx.Module):
 
 
 class Mixture(nnx.Module):
-    """The sum of the experts' outputs by their shares."""
+    """The sum of the experts' outputs, weighted by their shares."""
 
     def __init__(self, config: Config):
         self.gate = Router(config)

@@ -43,8 +43,8 @@ class Rope:
     Attributes:
       theta: base of the geometric sequence of frequencies.
       factor: positions are divided by it (``rope_type: linear``); 1 for none.
-      share: of the dimensions of a head that are rotated, the first ones.
-      scaling: of single frequencies, or None.
+      share: the share of a head's dimensions that are rotated, the first ones.
+      scaling: scaling of single frequencies, or None.
     """
 
     theta: float

@@ -550,7 +550,7 @@ def test_a_model_that_is_none(finished, refused, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(finished.directory, run)
     (run / "checkpoint" / "state" / "manifest.ocdbt").write_bytes(b"nothing")
-    assert f"{run / 'checkpoint'} is damaged: expected a checkpoint of arrays, found none; remove it" in refused(
+    assert f"{run / 'checkpoint'} is damaged: expected a checkpoint of arrays, got none; remove it" in refused(
         run, "--perplexity", "random", "--length", "32"
     )
     (run / "checkpoint" / "_CHECKPOINT_METADATA").write_text("{")

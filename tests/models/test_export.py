@@ -219,7 +219,7 @@ def test_weights_that_do_not_fit_mask_or_pattern_are_not_delivered(run, tmp_path
     monkeypatch.undo()
     manifest = MANIFEST | {"recipe": MANIFEST["recipe"] | {"pattern": "0.6"}}
     finished_run(tmp_path / "run", small_model(), manifest)
-    with pytest.raises(RuntimeError, match="zeros of .* are not those of mask and pattern 0.6"):
+    with pytest.raises(RuntimeError, match="zeros of .* do not match mask and pattern 0.6"):
         export(tmp_path / "run", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -273,14 +273,14 @@ def test_the_mask_file_of_a_hub_model_is_taken_and_only_without_one_its_zeros(tm
     assert open_masks("org/pruned").how == "zeros of a checkpoint"
 
 
-# What is not understood
+# Formats that are not known
 
 
 def test_what_is_no_mask_file_is_refused_with_a_list_of_what_is(tmp_path):
     (tmp_path / "notes.txt").write_text("masks")
     (tmp_path / "folder").mkdir()
     for path in ("notes.txt", "folder", "nowhere.npz"):
-        with pytest.raises(UserError, match="understood are a MaskLLM npz, an npz or safetensors file .* ProxSparse"):
+        with pytest.raises(UserError, match="known are a MaskLLM npz, an npz or safetensors file .* ProxSparse"):
             open_masks(str(tmp_path / path))
     with pytest.raises(UserError, match="give --selector.path"):
         open_masks(None)
@@ -290,7 +290,7 @@ def test_what_is_no_mask_file_is_refused_with_a_list_of_what_is(tmp_path):
 
 def test_npz_files_that_hold_something_else(tmp_path):
     for arrays, message in (
-        ({}, "it holds none"),
+        ({}, "got none"),
         ({Q: np.zeros((2, 2, 2))}, r"is float64\[2, 2, 2\]"),
         ({Q: np.array([None])}, r"is object\[1\]"),
         (

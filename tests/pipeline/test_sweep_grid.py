@@ -174,7 +174,7 @@ ERRORS = [
     ({"leave_out": [{"pattern": 0.5}]}, ["there is no pattern 0.5", "50%, 2:4 MLP", "in quotes"]),
     ({"leave_out": [{"seed": 0}]}, ["there is no seed 0", "none in this file"]),
     ({"leave_out": [{"seed": 2}], "seeds": [0, 1]}, ["there is no seed 2, expected one of 0, 1"]),
-    ({"leave_out": [{"mask": "wanda"}, {"mask": "wanda", "update": "cg"}]}, ["leave_out 2 matches none of the remaining cells"]),
+    ({"leave_out": [{"mask": "wanda"}, {"mask": "wanda", "update": "cg"}]}, ["leave_out 2 matches no remaining cell"]),
     ({"leave_out": [{"mask": "wanda"}, {"mask": "magnitude"}]}, ["leaves no cell"]),
     ({"updates": {"cg": {"solver": "cgg"}}}, ["cell wanda + cg, 50%: expected solver to be one of", "cgg"]),
     ({"masks": {"wanda": {"selektor": "wanda"}}}, ["cell wanda + none, 50%: there is no setting selektor", "selector"]),

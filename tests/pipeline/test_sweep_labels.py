@@ -44,7 +44,11 @@ DAMPED = {"run": TABLE["run"] | {"solver": "cg"}, "updates": {"damped": {"solver
         ),
         (DAMPED, ["--solver.damping", "0.1"], "expected solver.damping 0.5, as the labels of the file say, got 0.1"),
         (DAMPED, ["--solver", "exact"], "expected solver cg, as the labels of the file say, got exact"),
-        ({"updates": {"best": {"preset": "best"}}}, ["--preset", "paper"], "expected accept per_row, as the labels of the file"),
+        (
+            {"updates": {"best": {"preset": "best"}}},
+            ["--preset", "paper"],
+            "expected accept per_row, as the labels of the file say",
+        ),
         ({"updates": {"u": {"calibration": {"length": 8}}}}, ["--calibration.length", "16"], "expected calibration.length 8, as"),
     ],
 )

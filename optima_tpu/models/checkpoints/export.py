@@ -48,18 +48,18 @@ _SHAPE = ".shape"
 def export(
     run_directory: str | Path, out: str | Path, max_shard_size: int | str = "5GB", report: Mapping[str, Any] | None = None
 ) -> None:
-    """Writes the folder. It appears under its name when everything in it was written, checked and is on the disk.
+    """Writes the folder. It gets its name only after everything in it has been written, checked and flushed to disk.
 
     Args:
       run_directory: a finished run; only its checkpoint, assets and report.json (if there is one) are read.
-      out: does not exist, or is an empty folder, or holds what is left of this run's export and nothing else, or in a bucket
-        what an export that was killed left.
+      out: a new or empty folder, or one that holds only remains of this run's export; in a bucket, also remains of an export that
+        was killed.
       max_shard_size: bytes, or a text such as "5GB". One shard is in memory at a time.
-      report: what the model card tells of the run; None stands for report.json, where there is one.
+      report: the run's report for the model card; None takes report.json, if the run has one.
 
     Raises:
       UserError: the run is not finished, ``out`` is in use, or the disk is full.
-      RuntimeError: what was written is not what the masks say. Nothing appears under ``out``.
+      RuntimeError: the written weights do not match the masks. ``out`` is not created.
     """
     out = as_path(out).resolve()
     source = CheckpointTensors(run_directory)
@@ -86,7 +86,7 @@ def export(
             (partial / SIDECAR).write_text(json.dumps(sidecar, indent=2, allow_nan=False))
             commit(partial, out)
         except BaseException:
-            for left in (partial, out.with_name(out.name + PARTIAL)):  # one path, but in a bucket
+            for left in (partial, out.with_name(out.name + PARTIAL)):  # the same path, except in a bucket
                 remove(left)
             raise
 
@@ -94,7 +94,7 @@ def export(
 def is_export_of(run_directory: str | Path, out: str | Path) -> bool:
     """Whether ``out`` already holds the export of this run, so that a repeated command need not write it again.
 
-    That every file is there is looked at, not what is in it.
+    Checks that every file exists, not its contents.
     """
     out = as_path(out)
     written = _written(out, read_run(run_directory)["manifest"])
@@ -102,13 +102,13 @@ def is_export_of(run_directory: str | Path, out: str | Path) -> bool:
 
 
 def _lost_some(out: Path, manifest: Mapping[str, Any]) -> bool:
-    """Whether a folder holds what is left of the export of that run, and nothing of anyone else's."""
+    """Whether a folder holds a part of the export of that run, and no other files."""
     written, there = _written(out, manifest), {str(path.relative_to(out)) for path in files_in(out)}
     return written is not None and complete(out) and there < written | {SIDECAR}
 
 
 def _written(out: Path, manifest: Mapping[str, Any]) -> set[str] | None:
-    """The files that the export of the run with that manifest wrote to a folder; None of any other folder."""
+    """The files that the export of the run with that manifest wrote to a folder; None if the folder is not such an export."""
     sidecar = read_record(out / SIDECAR)
     return set(sidecar["files"]) if sidecar and sidecar["manifest"] == manifest else None
 
@@ -129,7 +129,7 @@ def read_masks(path: str | Path) -> dict[str, np.ndarray]:
 
 
 def _write_shards(source: CheckpointTensors, patterns: Mapping[str, Pattern], folder: Path, limit: int | str) -> dict[str, int]:
-    """Writes and checks the weights. Returns the number of zeros in each pruned one, counted in the file."""
+    """Writes and checks the weights. Returns the number of zeros in each pruned weight, counted in the file."""
     try:
         split = split_by_size(source, source.names(), limit, "model{suffix}.safetensors")
     except ValueError as error:
@@ -141,11 +141,11 @@ def _write_shards(source: CheckpointTensors, patterns: Mapping[str, Pattern], fo
         masks = source.masks(name for name in names if name in masked)
         for name, keep in masks.items():
             tensors[name] = _exact_zeros(name, tensors[name], keep)
-        # safetensors writes the buffer as it lies in memory: without this a transposed view would be saved wrong.
+        # safetensors writes the buffer in memory order: without this a transposed view would be saved wrongly.
         tensors = {name: np.ascontiguousarray(tensors[name]).reshape(source.shape(name)) for name in names}
         with written_here(folder / file_name) as here:
             safetensors.numpy.save_file(tensors, here, metadata={"format": "pt"})
-            # safetensors lets only its owner read what it writes; the folder is to be served and shared.
+            # safetensors makes files that only their owner can read, but the folder is meant to be shared.
             here.chmod(_readable(here.parent))
             zeros |= _check(here, tensors, masks, patterns)
     if split.is_sharded:
@@ -155,7 +155,7 @@ def _write_shards(source: CheckpointTensors, patterns: Mapping[str, Pattern], fo
 
 
 def _readable(folder: Path) -> int:
-    """The mode that an ordinary new file gets here."""
+    """The mode of an ordinary new file in a folder."""
     probe = folder / ".mode"
     probe.touch()
     mode = probe.stat().st_mode
@@ -164,7 +164,7 @@ def _readable(folder: Path) -> int:
 
 
 def _exact_zeros(name: str, weight: np.ndarray, keep: np.ndarray) -> np.ndarray:
-    """The weight with +0.0 at every pruned entry, where it must have been zero of either sign."""
+    """The weight with +0.0 at every pruned entry; raises RuntimeError if an entry was neither 0.0 nor -0.0."""
     if np.any(weight[~keep] != 0):
         raise RuntimeError(f"{name}: the checkpoint holds weights other than zero where the mask prunes")
     return np.where(keep, weight, np.zeros((), weight.dtype))
@@ -173,24 +173,24 @@ def _exact_zeros(name: str, weight: np.ndarray, keep: np.ndarray) -> np.ndarray:
 def _check(
     path: Path, tensors: Mapping[str, np.ndarray], masks: Mapping[str, np.ndarray], patterns: Mapping[str, Pattern]
 ) -> dict[str, int]:
-    """Reads a shard again, and compares it with what was to be written, with the masks and with the patterns."""
+    """Reads a shard again, and compares it with the tensors that were written, with the masks and with the patterns."""
     zeros = {}
     with safetensors.safe_open(path, framework="np") as file:
         for name, expected in tensors.items():
             written = file.get_tensor(name)
             if (written.dtype, written.shape) != (expected.dtype, expected.shape) or not _same_bytes(written, expected):
-                raise RuntimeError(f"{path.name}: {name} was not written as it is in the checkpoint")
+                raise RuntimeError(f"{path.name}: {name} differs from the checkpoint")
             if name in masks:
                 zero = written == 0
                 pattern = patterns.get(name)
                 if np.any(~masks[name] & ~zero) or not (pattern is None or pattern.holds(zero)):
-                    raise RuntimeError(f"{path.name}: the zeros of {name} are not those of mask and pattern {pattern}")
+                    raise RuntimeError(f"{path.name}: the zeros of {name} do not match mask and pattern {pattern}")
                 zeros[name] = int(zero.sum())
     return zeros
 
 
 def _patterns(source: CheckpointTensors) -> dict[str, Pattern]:
-    """What every pruned weight must hold. Unstructured masks from elsewhere hold what they do, which their import checked."""
+    """The pattern of every pruned weight, without unstructured imported masks, which their import checked."""
     recipe = source.run["manifest"]["recipe"]
     default, rules = parse_pattern(recipe["pattern"]), parse_layers(recipe.get("layers", ""))
     foreign = recipe["selector"]["name"] == "imported"
@@ -221,7 +221,7 @@ def _same_bytes(a: np.ndarray, b: np.ndarray) -> bool:
 
 
 def _write_masks(source: CheckpointTensors, path: Path) -> None:
-    # Entry by entry where np.savez would want all of them in memory.
+    # Entry by entry, because np.savez needs all of them in memory.
     with written_here(path) as here, zipfile.ZipFile(here, "w") as archive:
         for name in source.pruned():
             keep = source.mask(name)
@@ -238,6 +238,6 @@ def _sidecar(source: CheckpointTensors, zeros: Mapping[str, int]) -> dict[str, A
         size = int(np.prod(source.shape(name)))
         counted = {"name": name, "shape": list(source.shape(name)), "pruned": count, "sparsity": count / size}
         layers.append(_report_on(name, source) | counted)
-    # Of a local model only the folder's name: this file is made to be published.
+    # For a local model only the folder's name, because this file may be published.
     model = origin if origin is None or HUB_ID.fullmatch(origin) else Path(origin).name
     return {"model": model, "manifest": source.run["manifest"], "layers": layers}

@@ -37,11 +37,11 @@ _CASTABLE = {np.dtype(np.float64), *DTYPES.values()}
 
 
 class SafetensorsSource:
-    """Tensors in memory-mapped safetensors files; a read touches the bytes of its slice alone.
+    """Tensors in memory-mapped safetensors files; a read touches only the bytes of its slice.
 
     Args:
       shards: the files.
-      dtype: what float tensors are cast to (one rounding); None keeps the dtypes of the file.
+      dtype: the dtype to which float tensors are cast (one rounding); None keeps the dtypes of the file.
 
     Raises:
       OSError: a file may not be read.
@@ -56,7 +56,7 @@ class SafetensorsSource:
         for path in shards:
             if not path.is_file():
                 raise UserError(f"{path} is missing, though {INDEX} beside it names it: download the folder again")
-            with path.open("rb"):  # or a file that may not be read would be called damaged
+            with path.open("rb"):  # otherwise a file without read permission would be called damaged
                 pass
             try:
                 file = safe_open(path, framework="numpy")
@@ -90,7 +90,7 @@ class SafetensorsSource:
 
 
 def open_folder(folder: Path, origin: str, dtype: str | None = None) -> Pretrained:
-    """Opens a folder and checks that all its weight files are whole. See :func:`optima_tpu.models.checkpoints.open_model`."""
+    """Opens a folder and checks that all its weight files are complete. See :func:`optima_tpu.models.checkpoints.open_model`."""
     cast = parse_dtype(dtype)
     if not (folder / "config.json").is_file():
         raise UserError(_not_a_model(folder))
@@ -106,7 +106,7 @@ def open_folder(folder: Path, origin: str, dtype: str | None = None) -> Pretrain
 
 
 def _shards(folder: Path) -> tuple[list[Path], dict[str, str]]:
-    """The weight files, and which of them should hold which tensor (empty where there is one file)."""
+    """The weight files, and for each tensor the file that should hold it (empty for a single file)."""
     if (folder / SINGLE).is_file():
         return [folder / SINGLE], {}
     if not (folder / INDEX).is_file():
@@ -117,7 +117,7 @@ def _shards(folder: Path) -> tuple[list[Path], dict[str, str]]:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{folder / INDEX} is damaged, it has no readable weight_map: download it again") from error
     for shard in shards:
-        if Path(shard).name != shard:  # an index is data from elsewhere: it may not point out of its folder
+        if Path(shard).name != shard:  # an index is untrusted: it must not point outside its folder
             raise UserError(f"{folder / INDEX} names {shard}, which is not a file of its own folder")
     return [folder / shard for shard in shards], weight_map
 
@@ -141,7 +141,7 @@ def _no_weights(folder: Path) -> str:
 
 
 def _is_asset(path: Path) -> bool:
-    """Whether a file belongs into an exported folder unchanged: everything small but the weights and the model card."""
+    """Whether an export copies a file unchanged: the small files except weights and model card."""
     name = path.name.lower()
     if not path.is_file() or name.startswith((".", "readme")) or name.endswith(".index.json"):
         return False

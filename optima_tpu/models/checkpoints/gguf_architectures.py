@@ -1,4 +1,4 @@
-"""What llama.cpp's architectures are called and how they differ from Hugging Face's models, one declaration each."""
+"""llama.cpp's architectures: their names, and how they differ from Hugging Face's models; one declaration each."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -32,15 +32,16 @@ class Architecture:
     """One architecture of llama.cpp.
 
     Attributes:
-      name: as general.architecture has it; its own metadata keys begin with it.
+      name: the value of general.architecture; the architecture's own metadata keys begin with it.
       model: the class of transformers, for config.json.
-      model_type: as config.json has it.
+      model_type: the value in config.json.
       block: llama.cpp's names for the parts of a block -> Hugging Face's; "blk.3." becomes "model.layers.3.".
-      settings: (its own metadata, names of the tensors in the file) -> what is particular to this config.json.
-      required: its own metadata keys that must be there beside those that all architectures share.
-      optional: its own metadata keys that may be there beside those that all architectures share.
-      interleaved: whether the rows of q and k are in the order of llama.cpp's rotation of neighbours.
-      norm_shift: what the file's norm weights are larger by.
+      settings: (its own metadata, names of the tensors in the file) -> the entries of config.json that only this architecture
+        has.
+      required: its own metadata keys that must exist, in addition to those that all architectures share.
+      optional: its own metadata keys that may exist, in addition to those that all architectures share.
+      interleaved: whether the rows of q and k are in llama.cpp's order, in which neighbouring rows are rotated.
+      norm_shift: the amount by which the norm weights in the file are larger.
     """
 
     name: str
@@ -68,7 +69,8 @@ def _qwen2(own: Mapping[str, Any], tensors: set[str]) -> dict[str, Any]:
 
 def _gemma3(own: Mapping[str, Any], tensors: set[str]) -> dict[str, Any]:
     d_head = own["attention.key_length"]
-    # Not in the file. As llama.cpp (src/models/gemma3.cpp): the 27B model, known by its 62 blocks, has a scale of its own.
+    # The file does not have it. As in llama.cpp (src/models/gemma3.cpp), the 27B model, recognised by its 62 blocks, has its own
+    # scale.
     scalar = own["embedding_length"] // own["attention.head_count"] if own["block_count"] == 62 else d_head
     return {
         "hidden_activation": "gelu_pytorch_tanh",

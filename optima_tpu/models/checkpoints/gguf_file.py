@@ -34,10 +34,10 @@ def hf_name(name: str, architecture: Architecture) -> str | None:
 
 
 def rope_row_order(rows: int, heads: int) -> np.ndarray:
-    """Where each row of a Hugging Face q_proj or k_proj lies in a GGUF file: int[rows].
+    """The index in a GGUF file of each row of a Hugging Face q_proj or k_proj, int[rows].
 
     llama.cpp rotates neighbouring rows of a head, Hugging Face the rows i and i + d_head/2; its converter therefore
-    interleaves the halves of each head (``permute`` in llama.cpp's convert_hf_to_gguf.py). This is the way back.
+    interleaves the halves of each head (``permute`` in llama.cpp's convert_hf_to_gguf.py). This is the inverse.
     """
     return np.arange(rows).reshape(heads, rows // heads // 2, 2).swapaxes(1, 2).ravel()
 
@@ -45,14 +45,14 @@ def rope_row_order(rows: int, heads: int) -> np.ndarray:
 class GGUFSource:
     """Tensors in a memory-mapped GGUF file, dequantised in float32 and then cast once.
 
-    A read touches the bytes of its rows alone. Rows of q_proj and k_proj are in Hugging Face's order, and
-    norm weights are Hugging Face's: a Gemma's are one smaller than in the file.
+    A read touches only the bytes of its rows. Rows of q_proj and k_proj are in Hugging Face's order, and norm weights are Hugging
+    Face's: a Gemma's are one smaller than in the file.
 
     Args:
       reader: the opened file.
-      architecture: what the file says it holds.
+      architecture: the architecture that the file names.
       heads: number of query heads and of key-value heads.
-      dtype: what is returned.
+      dtype: the dtype of the returned arrays.
 
     Raises:
       UserError: a tensor that the architecture does not have, or a block format that the gguf library can't
@@ -68,7 +68,7 @@ class GGUFSource:
         strange = [tensor.name for name, tensor in named if not name]
         if strange:
             raise UserError(
-                f"the GGUF file holds tensors that {architecture.model} has no place for ({', '.join(strange[:4])}): {INSTEAD}"
+                f"the GGUF file holds tensors that {architecture.model} does not have ({', '.join(strange[:4])}): {INSTEAD}"
             )
         for kind, tensor in {tensor.tensor_type: tensor for tensor in reader.tensors}.items():
             try:
@@ -83,7 +83,7 @@ class GGUFSource:
         return tuple(sorted(self._tensors))
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(int(size) for size in reversed(self._tensors[name].shape))  # GGUF counts the fastest axis first
+        return tuple(int(size) for size in reversed(self._tensors[name].shape))  # GGUF lists the fastest axis first
 
     def dtype(self, name: str) -> np.dtype:
         return self._dtype
@@ -97,7 +97,7 @@ class GGUFSource:
                 order = rope_row_order(shape[0], heads)
         if columns:
             values = dequantize(np.asarray(tensor.data[order[rows]]), tensor.tensor_type)[:, *columns]
-        else:  # a norm or a bias; bfloat16 lies there as bytes, so it can't be cut before it is decoded
+        else:  # a norm or a bias; bfloat16 is stored as bytes, so decode before slicing
             values = dequantize(np.asarray(tensor.data), tensor.tensor_type)[order[rows]]
             if self._norm_shift and name.endswith("norm.weight"):
                 values = values - self._norm_shift
@@ -108,8 +108,8 @@ def open_gguf(path: Path, origin: str, dtype: str | None = None) -> Pretrained:
     """Opens a GGUF file; configuration and tokenizer are made from its metadata.
 
     Raises:
-      UserError: not a whole GGUF file, another architecture than :data:`ARCHITECTURES`, metadata that says the model
-        computes something else than Hugging Face's model of that name, or a tokenizer that can't be rebuilt exactly.
+      UserError: the file is not a complete GGUF file, its architecture is not in :data:`ARCHITECTURES`, its metadata asks for
+        another computation than Hugging Face's model of that name, or its tokenizer can't be rebuilt exactly.
     """
     try:
         reader = GGUFReader(path)

@@ -34,7 +34,7 @@ OPTIONAL = {
 NEUTRAL = {"rope.scaling.type": "none", "expert_count": 0, "expert_used_count": 0}
 """Keys that change what the model computes unless they have this value."""
 
-ROTARY_DEFAULT = 10_000.0  # llama.cpp's, where the file has none
+ROTARY_DEFAULT = 10_000.0  # llama.cpp's default if the file has none
 
 
 def metadata(reader: GGUFReader) -> dict[str, Any]:
@@ -48,7 +48,7 @@ def _shortest(value: Any) -> Any:
 
 
 def own_fields(fields: dict[str, Any], architecture: Architecture) -> dict[str, Any]:
-    """The metadata of the architecture, its name cut off the keys."""
+    """The metadata of the architecture, without its name at the start of the keys."""
     prefix = architecture.name + "."
     return {name.removeprefix(prefix): value for name, value in fields.items() if name.startswith(prefix)}
 
@@ -67,8 +67,8 @@ def config_json(
     Args:
       fields: see :func:`metadata`.
       tensors: GGUF names of the tensors in the file.
-      rope_factors: float32[d_head / 2], what each rotary frequency is divided by; None without llama3 scaling.
-      dtype: of the weights, for ``torch_dtype``.
+      rope_factors: float32[d_head / 2], the divisor of each rotary frequency; None without llama3 scaling.
+      dtype: the dtype of the weights, for ``torch_dtype``.
 
     Raises:
       UserError: sizes are missing or differ between layers, or the file asks for something the model does not compute.
@@ -111,13 +111,13 @@ def special_ids(fields: dict[str, Any]) -> dict[str, int | None]:
 
 
 def generation_config_json(fields: dict[str, Any]) -> bytes:
-    """generation_config.json with the special tokens, all that a GGUF file knows of it."""
+    """generation_config.json with the special tokens, its only entries that a GGUF file has."""
     known = {name: value for name, value in special_ids(fields).items() if value is not None}
     return json.dumps({"_from_model_config": True} | known, indent=2).encode() + b"\n"
 
 
 def _refuse_unknown(own: dict[str, Any], architecture: Architecture) -> None:
-    """Raises UserError where a value is missing, or says something that this module would not carry over."""
+    """Raises UserError if a value is missing, or has a meaning that config.json would lose."""
     name_of = f"{architecture.name}.{{}}".format
     missing = [name_of(name) for name in (*SIZES.values(), *sorted(architecture.required)) if name not in own]
     if missing:
@@ -138,7 +138,7 @@ def _refuse_unknown(own: dict[str, Any], architecture: Architecture) -> None:
 def _rope_scaling(own: dict[str, Any], factors: np.ndarray | None, theta: float, d_head: int) -> dict[str, Any] | None:
     if factors is not None:
         return _llama3_scaling(factors, theta, d_head)
-    # As llama.cpp (src/llama-model.cpp): a factor without a type is linear, and a type without a factor, or with 0, is nothing.
+    # As llama.cpp (src/llama-model.cpp): a factor without a type is linear; a type without a factor, or with 0, has no effect.
     factor = own.get("rope.scaling.factor")
     if factor and own.get("rope.scaling.type", "linear") == "linear":
         return {"rope_type": "linear", "factor": factor}
@@ -148,11 +148,11 @@ def _rope_scaling(own: dict[str, Any], factors: np.ndarray | None, theta: float,
 def _llama3_scaling(factors: np.ndarray, theta: float, d_head: int) -> dict[str, Any]:
     """The llama3 rope scaling that gives these factors, for the constants that every published Llama 3.x has.
 
-    The file holds only the result, one factor a frequency (1 for short wavelengths, the scaling factor for long ones, a
-    blend between), so a guess is computed forward and must agree to float32 rounding.
+    The file holds only the result, one factor per frequency (1 for short wavelengths, the scaling factor for long ones, a blend
+    between). So this computes the factors for these constants and compares them with the file, up to float32 rounding.
 
     Raises:
-      UserError: it does not agree.
+      UserError: the factors differ from the file's.
     """
     factor = float(np.max(factors))
     scaling = {
@@ -168,6 +168,6 @@ def _llama3_scaling(factors: np.ndarray, theta: float, d_head: int) -> dict[str,
     if factors.shape != expected.shape or not np.allclose(factors, expected, rtol=1e-5):
         raise UserError(
             "the GGUF file scales its rotary frequencies (rope_freqs.weight) in another way than Llama 3.x "
-            f"does, and the parameters can't be told from it: {INSTEAD}"
+            f"does, and its parameters can't be recovered from the file: {INSTEAD}"
         )
     return scaling

@@ -1,8 +1,8 @@
 """The tokenizer files of a Hugging Face folder from the metadata of a GGUF file.
 
-The public way of transformers, ``AutoTokenizer.from_pretrained(folder, gguf_file=name)``, is not enough: it needs torch,
-treats every way to split text that it does not know as GPT-2's, and gives special tokens that its classes have by default,
-such as <|endoftext|>, an id beyond the embedding where the file has no such token.
+The function of transformers, ``AutoTokenizer.from_pretrained(folder, gguf_file=name)``, is not enough. It needs torch, and it
+treats every unknown rule for splitting text as GPT-2's. If the file lacks a default special token of its class, such as
+<|endoftext|>, it gives this token an id beyond the embedding.
 """
 
 import json
@@ -62,7 +62,7 @@ def tokenizer_files(fields: Mapping[str, Any], architecture: Architecture) -> di
 
     Args:
       fields: all metadata of the file.
-      architecture: what the file says it holds.
+      architecture: the architecture that the file names.
 
     Raises:
       UserError: the file has no vocabulary, or a way to split text that can't be rebuilt exactly.
@@ -110,7 +110,7 @@ def _byte_level(fields: Mapping[str, Any], split: str) -> Tokenizer:
     """Byte-level BPE, in whose vocabulary every byte is spelled as a printable character."""
     alphabet, spelled, vocab = set(pre_tokenizers.ByteLevel.alphabet()), pre_tokenizers.ByteLevel(False, use_regex=False), {}
     for index, (token, kind) in enumerate(_typed(fields)):
-        # Tokens that are matched whole in the text stand in the file as in the text; a few ordinary ones do so by mistake.
+        # The file spells tokens that are matched whole as they are in the text, and by mistake also a few ordinary tokens.
         if kind not in (CONTROL, USER_DEFINED) and not set(token) <= alphabet:
             token = "".join(piece for piece, _ in spelled.pre_tokenize_str(token))
         vocab[token] = index
@@ -141,7 +141,7 @@ def _llama(fields: Mapping[str, Any]) -> Tokenizer:
 
 def _gemma(fields: Mapping[str, Any], unknown: str | None) -> Tokenizer:
     """SentencePiece BPE without a space before the text. The scores in a Gemma's file are not in the order of its merges."""
-    # Two spaces and more are spelled as spaces in the file, in the text that is merged they are ▁▁.
+    # The file spells tokens of two or more spaces with spaces; in the text that is merged they are ▁▁.
     tokens = ["▁" * len(token) if not token.strip(" ") else token for token in fields["tokenizer.ggml.tokens"]]
     vocab = _index(tokens)
     merges = _stated_merges(fields) or _merges({token: -index for token, index in vocab.items()})
@@ -157,7 +157,7 @@ def _index(tokens: list[str]) -> dict[str, int]:
 
 
 def _typed(fields: Mapping[str, Any]) -> list[tuple[str, int]]:
-    """Every token with its type; 1 (normal) for all where the file has no types."""
+    """Every token with its type; 1 (normal) for all tokens if the file has no types."""
     tokens = fields["tokenizer.ggml.tokens"]
     return list(zip(tokens, fields.get("tokenizer.ggml.token_type") or [1] * len(tokens), strict=True))
 
@@ -193,10 +193,10 @@ def _add_tokens(tokenizer: Tokenizer, fields: Mapping[str, Any], special: Mappin
 def _ends(
     tokenizer: Tokenizer, fields: Mapping[str, Any], special: Mapping[str, str], default_bos: bool
 ) -> processors.TemplateProcessing:
-    """Puts BOS before and EOS behind a text, where the file asks for them.
+    """Puts BOS before and EOS after a text, if the file asks for them.
 
     Raises:
-      UserError: the file does not say which tokens.
+      UserError: the file does not name these tokens.
     """
     ends = []
     for name, default in (("bos_token", default_bos), ("eos_token", False)):

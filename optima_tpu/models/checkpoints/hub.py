@@ -24,14 +24,14 @@ UNWANTED = [*(f"*/{pattern}" for pattern in WANTED if pattern != "*.jinja"), "co
 
 
 def is_hub_id(spec: str) -> bool:
-    """Whether a text has the form org/name or org/name@revision, and not that of a path."""
+    """Whether a text has the form org/name or org/name@revision, and is not a path to a file."""
     return bool(re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?", spec)) and not spec.endswith(
         (".gguf", ".safetensors", ".bin")
     )
 
 
 def download(spec: str, wanted: Sequence[str] = WANTED) -> Path:
-    """The local folder of a hub model ``org/name`` or ``org/name@revision``, downloaded where it isn't yet.
+    """The local folder of a hub model ``org/name`` or ``org/name@revision``; downloads what the cache lacks.
 
     Args:
       wanted: patterns of the files; by default all that a run needs.
@@ -57,10 +57,10 @@ def download(spec: str, wanted: Sequence[str] = WANTED) -> Path:
         raise UserError(_unreachable(name)) from error
     except HfHubHTTPError as error:
         raise UserError(f"the hub refused {name}: {one_line(error)}") from error
-    except Exception as error:  # a full or forbidden cache, or the HTTP library's own, which has another name in every version
+    except Exception as error:  # a full or read-only cache, or the HTTP library's own, whose name depends on the version
         raise UserError(
-            f"{name} could not be downloaded ({one_line(error)}): what has arrived is kept, and the same command "
-            "goes on; HF_HOME is the folder of the cache"
+            f"{name} could not be downloaded ({one_line(error)}): the finished part is kept, and the same command "
+            "continues the download; HF_HOME is the folder of the cache"
         ) from error
 
 

@@ -1,10 +1,10 @@
-"""The checkpoint of a finished run, and all that is said to Orbax.
+"""The checkpoint of a finished run, and all use of Orbax.
 
-    RUN/checkpoint/             one Orbax checkpoint of the whole pruned model; in a bucket, of what is not in the journal's
+    RUN/checkpoint/             one Orbax checkpoint of the whole pruned model; in a bucket, of the tensors that are not in the journal
 
-It appears under its name in one step, after its contents are on the disk. No other module imports Orbax. Orbax writes a tree part
-by part only where folders can be renamed. In a bucket the journal's checkpoints, one of each block, stay parts of the whole, and
-the custom metadata of RUN/checkpoint names them.
+It gets its name in one step, after its contents are on the disk. No other module imports Orbax. Orbax can write a tree part by
+part only on file systems that can rename folders. In a bucket, the journal's checkpoints, one per block, stay parts of the
+checkpoint, and the custom metadata of RUN/checkpoint names them.
 """
 
 import logging
@@ -37,11 +37,11 @@ _BLOCK = re.compile(r"(.*?\.\d+)\.")
 
 
 def quiet_orbax() -> None:
-    """Keeps the messages of Orbax and gcsfs off the terminal, for the command line to call. What fails is raised all the same."""
+    """Hides the messages of Orbax and gcsfs; errors are still raised. The command line calls it."""
     for logger in ("absl", "gcsfs"):
         logging.getLogger(logger).setLevel(logging.CRITICAL)
-    # Orbax gives up at the first array it cannot write and raises for that one. The others' failures are then either
-    # errors that nobody asks for, which asyncio logs, or answers that find Orbax's event loop gone.
+    # Orbax stops at the first array that it cannot write, and raises an error for this array. Errors of other arrays are then
+    # never retrieved, which asyncio logs, or arrive after Orbax has closed its event loop.
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     report = sys.unraisablehook
     sys.unraisablehook = lambda event: None if str(event.exc_value) == "Event loop is closed" else report(event)
@@ -56,14 +56,14 @@ def read_metadata(path: Path) -> ocp.CheckpointMetadata:
     """Orbax's record of a checkpoint: ``metadata``, the tree of shapes and dtypes, and ``custom_metadata``.
 
     Raises:
-      UserError: it is damaged.
+      UserError: the checkpoint is damaged.
     """
     with _by_itself():
         found = ocp.metadata(path)
-    if found.metadata is None:  # what Orbax says of files that it does not understand
+    if found.metadata is None:  # Orbax's result for files that it cannot interpret
         raise UserError(
-            f"{path} is damaged: expected a checkpoint of arrays, found none; remove it and repeat the run's "
-            "command, which makes it again"
+            f"{path} is damaged: expected a checkpoint of arrays, got none; remove it and repeat the run's "
+            "command, which writes it again"
         )
     return found
 
@@ -83,7 +83,7 @@ def load_group(path: Path, group: str, wanted: Mapping[str, Any]) -> dict[str, n
 
 
 def _by_itself() -> ocp.Context:
-    """Reading that does not wait for the other processes."""
+    """A context for reads that do not wait for other processes."""
     context = ocp.Context()
     context.pytree.loading.partial_load = True
     if jax.process_count() > 1:
@@ -93,7 +93,7 @@ def _by_itself() -> ocp.Context:
 
 
 class SavedBlocks(Protocol):
-    """What is read of the journal of a run (``pipeline.journal.Journal``, which is above this room)."""
+    """The part of a run's journal that this module reads (``pipeline.journal.Journal``, which this package may not import)."""
 
     @property
     def directory(self) -> Path: ...
@@ -106,22 +106,22 @@ class SavedBlocks(Protocol):
 
 
 OnMesh = Callable[[Mapping[str, np.ndarray]], dict[str, Array | np.ndarray]]
-"""Arrays of the host, by name -> the same on the mesh, but for those of 64 bits, which jax would halve."""
+"""Host arrays by name -> the same arrays on the mesh. 64-bit arrays stay on the host, because jax would make them 32-bit."""
 
 
 def write_checkpoint(
     journal: SavedBlocks, source: TensorSource, mesh: Mesh, sparsity: Sequence[float | None] | None = None
 ) -> None:
-    """Writes RUN/checkpoint: the finished blocks, and every other tensor as the source has it.
+    """Writes RUN/checkpoint: the finished blocks, and all other tensors unchanged from the source.
 
-    One block is in memory at a time; in a bucket, what belongs to no block. A checkpoint that is already there is complete and is
-    left alone. Every process calls it; each writes a share of every tensor.
+    One block is in memory at a time; in a bucket, the tensors that belong to no block. An existing checkpoint is complete and is
+    not written again. Every process calls this, and each writes a share of every tensor.
 
     Args:
       journal: the ``Journal`` of the run, with every block of the model.
       source: the ``TensorSource`` that was pruned.
-      mesh: whose devices the arrays pass.
-      sparsity: of every block, where they differ; None for a block whose layers all have rules.
+      mesh: the devices from which the arrays are written.
+      sparsity: the sparsity of every block, if blocks differ; None for a block whose layers all have rules.
 
     Raises:
       UserError: the disk is full or not writable. The finished blocks are intact.
@@ -132,7 +132,7 @@ def write_checkpoint(
 
     def on_mesh(arrays: Mapping[str, np.ndarray]) -> dict[str, Array | np.ndarray]:
         def place(array: np.ndarray) -> Array | np.ndarray:
-            if jax.dtypes.canonicalize_dtype(array.dtype) != array.dtype:  # 64 bits, which jax would halve
+            if jax.dtypes.canonicalize_dtype(array.dtype) != array.dtype:  # 64-bit, which jax would make 32-bit
                 return array
             sharding = NamedSharding(mesh, spread(mesh, array.shape))
             return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
@@ -160,7 +160,7 @@ def _write_whole(path: Path, journal: SavedBlocks, source: TensorSource, on_mesh
         for name, array in weights.items():
             if name not in names or (array.shape, array.dtype) != (source.shape(name), source.dtype(name)):
                 raise ValueError(f"block {index}: the source has no {name} {array.shape} {array.dtype}")
-        # To Orbax an empty group is a leaf, under which it refuses to put the arrays of later blocks.
+        # Orbax stores an empty group as a leaf, and then refuses to add the arrays of later blocks to it.
         if tree := {key: on_mesh(group) for key, group in (("weights", weights), ("masks", masks)) if group}:
             ocp.partial.save(path, tree)
         names.difference_update(weights)
@@ -194,9 +194,9 @@ def _leaves(trees: Mapping[Path, Mapping[str, Any]], group: str) -> dict[str, An
 
 
 def checkpointed_blocks(directory: Path) -> list[dict[str, Any]] | None:
-    """The report of every block of RUN/checkpoint; None where it is not there: its own blocks are all that it needs.
+    """The report of every block in RUN/checkpoint; None if there is no complete checkpoint.
 
-    In a bucket those in the journal are parts of it, and a checkpoint without one of them is none.
+    In a bucket the blocks of the journal are parts of the checkpoint: without one of them the result is None.
     """
     path = directory / CHECKPOINT
     if not complete(path):
@@ -206,7 +206,7 @@ def checkpointed_blocks(directory: Path) -> list[dict[str, Any]] | None:
 
 
 class OrbaxTensors:
-    """The tensors in Orbax checkpoints as a ``TensorSource``, read to the host when asked for.
+    """The tensors in Orbax checkpoints as a ``TensorSource``, read to the host on demand.
 
     Args:
       trees: each checkpoint -> the tree that ``read_metadata`` says is in it: groups "weights" and "masks" by name.
@@ -227,10 +227,10 @@ class OrbaxTensors:
         return np.dtype(self._found["weights"][name].dtype)
 
     def read(self, name: str, index: Index = (...,)) -> np.ndarray:
-        """A tensor, cut to ``index`` after the whole of it was read: Orbax reads no less onto the host.
+        """A slice of a tensor. Orbax always reads the whole tensor onto the host.
 
-        The tensors of a block are read together, and held until another block's are asked for: a read costs Orbax some 30 ms
-        whatever its size, a forward pass asks for all of a block, and every device of a mesh for its own slice.
+        The tensors of a block are read together, and held until another block is requested: a read costs Orbax some 30 ms for any
+        size, and a forward pass requests all tensors of a block, each of them in one slice for every device of the mesh.
         """
         return self._with_its_block("weights", name)[index]
 
@@ -239,7 +239,7 @@ class OrbaxTensors:
         return self._with_its_block("masks", name)
 
     def load(self, names: Iterable[str]) -> dict[str, np.ndarray]:
-        """Several tensors at once, which is faster than one after the other."""
+        """Reads several tensors at once, which is faster than one after the other."""
         return self._load("weights", set(names))
 
     def pruned(self) -> tuple[str, ...]:
@@ -280,9 +280,9 @@ class CheckpointTensors(OrbaxTensors):
             read_run(directory)
             if (path.parent / "report.json").exists():
                 raise UserError(
-                    f"expected a run with its pruned model, got {directory}, which holds the report alone: a sweep "
-                    "removes the models of its finished cells; repeat it with --keep-checkpoints, which makes them "
-                    "again, or of a lost model the run's own command"
+                    f"expected a run with its pruned model, got {directory}, which holds the report alone. A sweep "
+                    "removes the models of its finished cells: repeat the sweep with --keep-checkpoints to make them "
+                    "again. If the model was lost otherwise, repeat the run's own command"
                 )
             raise UserError(
                 f"expected a finished run, got {directory}, which has no checkpoint yet; repeat its command to finish it"
@@ -292,6 +292,6 @@ class CheckpointTensors(OrbaxTensors):
 
 
 def _block_of(name: str) -> str:
-    """What a tensor shares with those of its block alone; the name itself where it belongs to none."""
+    """The part of a tensor's name that all tensors of its block share; the whole name if it belongs to no block."""
     match = _BLOCK.match(name)
     return match[1] if match else name

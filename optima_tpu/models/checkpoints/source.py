@@ -1,4 +1,4 @@
-"""What a pretrained checkpoint is to the rest of the program, whatever file it comes from."""
+"""The interface of pretrained checkpoints, the same for all file formats."""
 
 import dataclasses
 import hashlib
@@ -23,7 +23,7 @@ Index = tuple[slice | EllipsisType, ...]
 
 
 class TensorSource(Protocol):
-    """The tensors of a checkpoint under their Hugging Face names; only :meth:`read` reads, and nothing is held."""
+    """The tensors of a checkpoint under their Hugging Face names; only :meth:`read` reads data, and nothing is cached."""
 
     def names(self) -> tuple[str, ...]:
         """All names, sorted."""
@@ -35,14 +35,14 @@ class TensorSource(Protocol):
         """The dtype that :meth:`read` returns; ``ml_dtypes.bfloat16`` is one of them."""
 
     def read(self, name: str, index: Index = (...,)) -> np.ndarray:
-        """The part of a tensor that ``index`` (slices and at most one ``...``) selects, as an array of its own."""
+        """The part of a tensor that ``index`` (slices and at most one ``...``) selects, as a new array."""
 
 
 class Layered:
-    """The tensors of one source, and below them those of another: the blocks of a journal over the model that is pruned.
+    """The tensors of one source over those of another: the blocks of a journal over the model that is pruned.
 
     Args:
-      above: its tensors hide those of the same name.
+      above: its tensors hide tensors of the same name in ``below``.
       below: has every name.
     """
 
@@ -73,8 +73,8 @@ class Pretrained:
       config: as ``transformers.AutoConfig`` reads config.json.
       tensors: the weights.
       assets: file name -> bytes of every file but the weights that an exported folder needs: config.json,
-        generation_config.json, tokenizer files, licence. The original bytes, except for the dtype named in config.json
-        where the caller asked for another one; for a GGUF file all of them are made from its metadata.
+        generation_config.json, tokenizer files, licence. The original bytes, except that config.json names the dtype that the
+        caller asked for. For a GGUF file all of them are made from its metadata.
       fingerprint: see :func:`fingerprint`.
       origin: what the user typed.
     """
@@ -95,7 +95,7 @@ def named_dtype(dtype: str) -> np.dtype:
     """The numpy dtype of a name in :data:`DTYPES`.
 
     Raises:
-      UserError: another name.
+      UserError: the name is another one.
     """
     if dtype not in DTYPES:
         raise UserError(f"expected a dtype out of {', '.join(DTYPES)}, got {dtype!r}")
@@ -123,11 +123,13 @@ def read_config(config: bytes, where: str, dtype: str | None = None) -> tuple[Pr
 
     Args:
       config: the file.
-      where: what to call the model in a message.
-      dtype: what the weights are cast to, if they are; a file that says otherwise is written anew with it.
+      where: the name of the model in messages.
+      dtype: the dtype to which the weights are cast, or None. If config.json names another dtype, the returned bytes name this
+        one.
 
     Raises:
-      UserError: no JSON object, a model type that transformers does not know, no architecture, or quantised weights.
+      UserError: the file is no JSON object, transformers does not know the model type, the file names no architecture, or the
+        weights are quantised.
     """
     try:
         record = json.loads(config)
@@ -147,7 +149,7 @@ def read_config(config: bytes, where: str, dtype: str | None = None) -> tuple[Pr
     if record.get("quantization_config"):
         method = record["quantization_config"].get("quant_method", "an unnamed method")
         raise UserError(f"{where}: the weights are quantised ({method}): give the unquantised model")
-    # Again, as transformers does when it builds the model: it puts what stands beside the rope's settings among them.
+    # Call this again, as transformers does when it builds the model: it moves settings that are beside rope_parameters into them.
     text = parsed.get_text_config()
     if getattr(text, "rope_parameters", None):  # without any it would warn
         text.standardize_rope_params()
@@ -163,7 +165,7 @@ def fingerprint(config: bytes, tensors: TensorSource, files: Iterable[Path]) -> 
     SHA-256 over the bytes of config.json, the sorted (name, shape, dtype) of all tensors as read, and of every weight
     file (in order of name) its size and 16 evenly spaced pieces of 64 KiB, the first and the last bytes among them. A
     change that keeps every size and lies wholly between the pieces is not seen: this guards against mistaking one model
-    for another, not against tampering. The place of the files does not matter.
+    for another, not against tampering. The path of the files does not matter.
     """
     digest = hashlib.sha256(hashlib.sha256(config).digest())
     for name in sorted(tensors.names()):
@@ -182,17 +184,17 @@ IGNORABLE = {
     r"lm_head\.weight": "a stored copy of a tied head: the model reads its embedding instead",
     r".*\.rotary_emb\.inv_freq": "a buffer that older checkpoints stored: it follows from the configuration",
 }
-"""Names a checkpoint may hold though the model does not want them, and why."""
+"""Names that a checkpoint may hold although the model does not read them -> the reason."""
 
 
 def check_names(expected: Iterable[str], source: TensorSource, ignored: Mapping[str, str] = {}) -> None:
-    """Compares the tensors a model wants with those a checkpoint holds.
+    """Compares the tensors that a model reads with the tensors that a checkpoint holds.
 
     Args:
-      ignored: what the family adds to :data:`IGNORABLE`: regular expression -> why.
+      ignored: the family's additions to :data:`IGNORABLE`: regular expression -> reason.
 
     Raises:
-      UserError: names are missing or unexpected (other than those to be ignored); both are reported together.
+      UserError: names are missing, or unexpected and not ignored; both are reported together.
     """
     expected, present = set(expected), set(source.names())
     missing = expected - present
@@ -208,10 +210,10 @@ def check_names(expected: Iterable[str], source: TensorSource, ignored: Mapping[
 
 
 def check_dtypes(expected: Iterable[str], source: TensorSource) -> None:
-    """Refuses dtypes in which nothing is computed here: pruned weights could not be put back into such a checkpoint.
+    """Refuses dtypes that this program does not compute in: pruned weights could not be put back into such a checkpoint.
 
     Raises:
-      UserError: a tensor that the model wants would be read as something else than float32, bfloat16 or float16.
+      UserError: a tensor that the model reads has another dtype than float32, bfloat16 or float16.
     """
     found: dict[np.dtype, list[str]] = {}
     for name in expected:
@@ -219,6 +221,6 @@ def check_dtypes(expected: Iterable[str], source: TensorSource) -> None:
     for dtype in found.keys() - set(DTYPES.values()):
         remedy = "take --dtype float32" if dtype == np.float64 else "give the model as it was before it was quantised"
         raise UserError(
-            f"{len(found[dtype])} tensors are stored as {dtype} ({some(found[dtype])}), in which nothing is computed "
-            f"here; {remedy}"
+            f"{len(found[dtype])} tensors are stored as {dtype} ({some(found[dtype])}), expected float32, bfloat16 or "
+            f"float16; {remedy}"
         )

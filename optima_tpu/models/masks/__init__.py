@@ -1,4 +1,4 @@
-"""Masks that were made elsewhere. One file a format; what it was taken for is said in ``how``."""
+"""Imported masks. One file per format; ``MaskSource.how`` names the format that was recognised."""
 
 from pathlib import Path
 
@@ -30,15 +30,15 @@ _FILES = {".npz": open_npz, ".safetensors": open_safetensors, ".pt": open_torch_
 
 
 def open_masks(spec: str | None) -> MaskSource:
-    """Opens masks; each is read later, when it is asked for.
+    """Opens masks; each is read later, on demand.
 
     Args:
       spec: a file or folder in one of the formats of ``UNDERSTOOD``, a hub id ``org/name`` (or
-        ``org/name@revision``), or anything else that :func:`optima_tpu.models.checkpoints.open_model` opens. Of a folder or hub
-        model that holds a mask file the mask file is taken, not the zeros.
+        ``org/name@revision``), or anything else that :func:`optima_tpu.models.checkpoints.open_model` opens. If a folder or hub
+        model holds a mask file, the mask file is taken, not the zeros.
 
     Raises:
-      UserError: there is no such thing, or it is none of those formats; the message lists them.
+      UserError: it does not exist, or has none of those formats; the message lists them.
     """
     spec = _named(spec)
     path = Path(spec).expanduser()
@@ -47,10 +47,10 @@ def open_masks(spec: str | None) -> MaskSource:
     if path.is_file() and path.suffix in _FILES:
         return _FILES[path.suffix](path, spec)
     if path.is_file() and path.suffix != ".gguf":
-        raise UserError(f"{spec} is no mask file that is understood; understood are {UNDERSTOOD}")
+        raise UserError(f"expected masks in {spec}, got a file of an unknown format; known are {UNDERSTOOD}")
     if not path.exists() and not spec.startswith("wheel:"):
         if path.suffix in _FILES or not hub.is_hub_id(spec):
-            raise UserError(f"expected masks to import, but {spec} does not exist: check the path; understood are {UNDERSTOOD}")
+            raise UserError(f"expected masks to import, but {spec} does not exist: check the path; known are {UNDERSTOOD}")
         if published := _published(spec):
             return open_npz(published, spec)
     return _zeros(spec, spec)
@@ -63,10 +63,10 @@ def _named(spec: str | None) -> str:
 
 
 def open_given(imported: Imported) -> ReadGiven:
-    """What a run takes from elsewhere, each matrix read when it is asked for: masks, and weights where these are wanted.
+    """Opens imported masks, and their weights if these are wanted; each matrix is read on demand.
 
     Raises:
-      UserError: as :func:`open_masks`, or weights are wanted of something that has none.
+      UserError: as :func:`open_masks`, or weights are wanted and the masks come without weights.
     """
     spec = _named(imported.path)
     masks = open_masks(spec)
@@ -117,11 +117,11 @@ def _open_folder(folder: Path, spec: str) -> MaskSource:
         return _zeros(str(folder), spec)
     if any(folder.glob("*.pt")):
         return open_torch_folder(folder, spec)
-    raise UserError(f"{spec} is no folder of masks that is understood; understood are {UNDERSTOOD}")
+    raise UserError(f"expected masks in {spec}, got a folder of an unknown format; known are {UNDERSTOOD}")
 
 
 def _zeros(model: str, origin: str) -> MaskSource:
-    """Of every matrix of a checkpoint what is not exactly zero."""
+    """Masks of a checkpoint's matrices: they keep all entries that are not exactly zero."""
     tensors = open_model(model).tensors
     return MaskSource(
         origin,
@@ -133,15 +133,15 @@ def _zeros(model: str, origin: str) -> MaskSource:
 
 
 def _published(spec: str) -> Path | None:
-    """The mask file of a hub model, downloaded where it isn't yet; None where there is none."""
+    """The mask file of a hub model, downloaded if the cache lacks it; None if the model has none."""
     name, _, revision = spec.partition("@")
     for file in (MASKS, MASKLLM):
         try:
             return Path(hf_hub_download(name, file, revision=revision or None))
         except EntryNotFoundError:
-            continue  # without a connection this says that the cache lacks it
+            continue  # without a connection this means that the cache lacks it
         except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError):
-            return None  # open_model asks for the same, and says what to do
+            return None  # open_model then makes the same request, and its error says what to do
         except HfHubHTTPError as error:
             raise UserError(
                 f"the hub refused {file} of {name} ({one_line(error)}): try again, or download it with "

@@ -1,4 +1,4 @@
-"""Whether imported masks are what a run asks for."""
+"""Checks that imported masks fit the model and the pattern of a run."""
 
 import hashlib
 from collections.abc import Mapping
@@ -12,8 +12,9 @@ from optima_tpu.models.checkpoints import TensorSource
 from optima_tpu.models.masks.source import MaskSource
 
 _FLIPPED = 0.9
-"""A mask is flipped if its kept weights have less than this share of the dropped ones' mean magnitude. Wanda's kept
-weights have at least 2.6 times it in every layer of SmolLM2-135M, random masks the same but for chance."""
+"""A mask is flipped if its kept weights have less than this share of the dropped ones' mean magnitude. In every layer of
+SmolLM2-135M, Wanda's kept weights have at least 2.6 times the mean of the dropped ones; with random masks both means are about
+equal."""
 
 
 def check_masks(
@@ -21,17 +22,18 @@ def check_masks(
 ) -> str:
     """Reads every mask once, one at a time, and compares it with the model and the pattern.
 
-    An N:M group keeps exactly N; of a checkpoint's zeros also fewer, since a kept weight may be zero. Unstructured
-    sparsity is compared over the layer, whatever the pattern's comparison group, with a tolerance of one percentage
-    point. Where the inverse of a mask fits the pattern as well (half of the weights), the magnitudes decide.
+    An N:M group must keep exactly N; in masks from a checkpoint's zeros it may keep fewer, since a kept weight may be zero.
+    Unstructured sparsity is compared over the layer, whatever the pattern's comparison group, with a tolerance of one percentage
+    point. If the inverse of a mask fits the pattern as well (half of the weights), the magnitudes decide whether the mask is
+    flipped.
 
-    A file with masks for other layers is refused, since they would have no effect. Of a checkpoint, which has every
-    layer, only the pruned ones are looked at.
+    A file with masks for other layers is refused, since they would have no effect. A checkpoint has every layer; only the pruned
+    ones are checked.
 
     Args:
       source: from ``open_masks``.
       shapes: name of each weight to prune -> [d_out, d_in].
-      patterns: the same names -> what may stay.
+      patterns: the same names -> the pattern of the mask.
       weights: the dense model.
 
     Returns:
@@ -57,12 +59,12 @@ def check_weights(read: ReadGiven, shapes: Mapping[str, tuple[int, int]]) -> str
       SHA-256 over names and weights in float32, zero where they are pruned.
 
     Raises:
-      UserError: one is missing, has another shape or is not finite. The message names the tensor.
+      UserError: a weight is missing, has another shape or is not finite. The message names the tensor.
     """
     digest = hashlib.sha256()
     for name in sorted(shapes):
         keep, weight = read(name, shapes[name])
-        assert weight is not None, "asked of masks that come with weights"
+        assert weight is not None, "only called for masks that come with weights"
         weight = np.where(keep, weight.astype(np.float32), 0)
         if not np.isfinite(weight).all():
             raise UserError(
@@ -102,7 +104,7 @@ def _check_mask(keep: np.ndarray, name: str, pattern: Pattern, source: MaskSourc
         raise UserError(f"{name}: {violation} in {_called(source)}; give other masks, or choose their pattern")
     if inverse_fits and not source.from_zeros:
         size = np.abs(weights.read(name).astype(np.float32))
-        # Products of BLAS: several times as fast as numpy's means of a part, and exact enough for this comparison.
+        # BLAS products: several times as fast as numpy's means over a mask, and exact enough for this comparison.
         kept, dropped = (np.vdot(size, chosen.astype(np.float32)) / chosen.sum() for chosen in (keep, ~keep))
         if kept < _FLIPPED * dropped:
             raise UserError(

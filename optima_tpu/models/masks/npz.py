@@ -24,14 +24,14 @@ def open_npz(path: Path, origin: str) -> MaskSource:
     """Recognises one of three layouts by the shapes and dtypes of all entries; 1 means kept in each.
 
     MaskLLM (NVlabs/MaskLLM, tool_compress_mask.py): "<parameter>.mask" -> [ceil(d_out d_in / 8)] uint8,
-    ``numpy.packbits`` of the flattened mask, whose shape only the model knows.
+    ``numpy.packbits`` of the flattened mask, which does not store the shape.
 
     This program's own: see :func:`optima_tpu.models.checkpoints.export.read_masks`.
 
     Plain: "<parameter>" -> [d_out, d_in] bool, or numbers that are 0 and 1.
 
     Raises:
-      UserError: it is damaged or none of these.
+      UserError: the file is damaged, or has none of these layouts.
     """
     entries = _entries(path)
     if any(key.endswith(_SHAPE) for key in entries):
@@ -46,9 +46,7 @@ def open_npz(path: Path, origin: str) -> MaskSource:
     else:
         for key, (shape, dtype) in entries.items():
             if len(shape) != 2 or dtype.kind not in "biuf":
-                raise UserError(
-                    f"{path} holds no masks that are understood: {key!r} is {dtype}{list(shape)}; understood are {UNDERSTOOD}"
-                )
+                raise UserError(f"expected masks in {path}, but {key!r} is {dtype}{list(shape)}; known are {UNDERSTOOD}")
         how, keys, unpack = "npz of 0/1 matrices", list(entries), _plain
 
     def load(key: str, shape: tuple[int, int]) -> np.ndarray:

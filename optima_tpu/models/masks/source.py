@@ -1,4 +1,4 @@
-"""What imported masks are to the rest of the program, whatever file they come from."""
+"""The interface of imported masks, the same for all file formats."""
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
@@ -16,15 +16,15 @@ UNDERSTOOD = (
 
 @dataclasses.dataclass(frozen=True)
 class MaskSource:
-    """The masks of pruned weights; only :meth:`read` reads, and nothing is held.
+    """The masks of pruned weights; only :meth:`read` reads data, and nothing is cached.
 
     Attributes:
       origin: what the user typed.
-      how: what it was taken for, such as "MaskLLM npz".
-      keys: name of each weight, "model.layers.0.mlp.up_proj.weight" -> what it is called in the source.
-      load: reads one mask by that name; the shape of the weight is beside it for formats that do not hold it.
-      from_zeros: the masks are the zeros of a checkpoint. It has a tensor for every layer, pruned or not, and a weight
-        that was kept may be zero all the same.
+      how: the format that was recognised, such as "MaskLLM npz".
+      keys: name of each weight, "model.layers.0.mlp.up_proj.weight" -> its key in the source.
+      load: reads one mask by its key; it also gets the shape of the weight, for formats that do not store it.
+      from_zeros: the masks are the zeros of a checkpoint. A checkpoint has a tensor for every layer, pruned or not, and a kept
+        weight may be zero.
     """
 
     origin: str
@@ -41,7 +41,7 @@ class MaskSource:
         """One mask, [d_out, d_in] bool, True where the weight is kept.
 
         Args:
-          shape: of the weight. Packed masks may not hold it, the others are compared with it.
+          shape: the shape of the weight. Packed masks may not store it; other masks must have it.
 
         Raises:
           UserError: the mask has another shape or other values than 0 and 1, or its file is damaged.
@@ -53,7 +53,7 @@ def weight_names(keys: Iterable[str], origin: str) -> dict[str, str]:
     """The name of the weight -> the key in the file, which may end in ".weight", ".mask", both or none of them.
 
     Raises:
-      UserError: there are no keys, or two stand for one weight.
+      UserError: there are no keys, or two keys name the same weight.
     """
     found: dict[str, str] = {}
     for key in keys:
@@ -62,7 +62,7 @@ def weight_names(keys: Iterable[str], origin: str) -> dict[str, str]:
             raise UserError(f"{origin} holds two masks for {name}, {found[name]!r} and {key!r}: keep one of them")
         found[name] = key
     if not found:
-        raise UserError(f"expected masks in {origin}, it holds none; understood are {UNDERSTOOD}")
+        raise UserError(f"expected masks in {origin}, got none; known are {UNDERSTOOD}")
     return found
 
 
@@ -70,7 +70,7 @@ def checked(mask: np.ndarray, name: str, shape: tuple[int, int], origin: str) ->
     """An array of the given shape that is bool, or 0 and 1 in any dtype, as bool.
 
     Raises:
-      UserError: it is something else.
+      UserError: the array has another shape or other values.
     """
     if mask.shape != tuple(shape):
         hint = " (it looks transposed)" if mask.shape == tuple(shape)[::-1] else ""

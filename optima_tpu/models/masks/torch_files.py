@@ -1,4 +1,4 @@
-"""Masks that torch.save wrote. The format is torch's own, so torch reads it, imported no earlier than that."""
+"""Masks in files that torch.save wrote. Only torch can read the format, so torch is imported when such a file is opened."""
 
 import pickle
 import zipfile
@@ -30,8 +30,9 @@ def open_torch_folder(folder: Path, origin: str) -> MaskSource:
 
 
 def open_torch_file(path: Path, origin: str) -> MaskSource:
-    """Opens {"<parameter>": [d_out, d_in] of 0 and 1}, mapped into memory and not read; 1 means kept. MaskLLM's masks before they
-    are packed, and ProxSparse's when merged for the code of OPTIMA's paper.
+    """Opens {"<parameter>": [d_out, d_in] of 0 and 1}, mapped into memory and not read; 1 means kept.
+
+    MaskLLM's masks have this form before they are packed, and ProxSparse's after they are merged for the code of OPTIMA's paper.
 
     Raises:
       UserError: torch is not installed, the file is damaged, or it holds something else.
@@ -40,7 +41,7 @@ def open_torch_file(path: Path, origin: str) -> MaskSource:
     if not isinstance(tensors, dict) or not all(isinstance(key, str) for key in tensors):
         raise UserError(
             f"expected a dictionary of masks by the names of their weights in {path}, got "
-            f"{type(tensors).__name__}; understood are {UNDERSTOOD}"
+            f"{type(tensors).__name__}; known are {UNDERSTOOD}"
         )
     return MaskSource(
         origin, "PyTorch dictionary of masks", weight_names(tensors, origin), lambda key, shape: _matrix(tensors[key], key, path)
@@ -82,5 +83,5 @@ def _matrix(tensor: Any, name: str, path: Path) -> np.ndarray:
     if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided or tensor.is_quantized:
         raise UserError(f"{name}: expected a dense matrix of 0 and 1 in {path}, got {type(tensor).__name__}")
     tensor = tensor.detach()
-    # numpy has no bfloat16; 0 and 1 survive the cast, and what is neither does not become one of them.
+    # numpy has no bfloat16. The cast keeps 0 and 1, and does not turn other values into 0 or 1.
     return (tensor.float() if tensor.is_floating_point() else tensor).numpy()

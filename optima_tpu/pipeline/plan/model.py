@@ -37,7 +37,7 @@ class DeclaredTensors:
         return self._dtype
 
     def read(self, name: str, index: Index = (...,)) -> np.ndarray:
-        raise UserError(f"expected to read no weight, got a request for {name}: this model has a config.json and no weights")
+        raise UserError(f"expected to read no weight, got a request for {name}: this model has its config.json alone")
 
 
 class Declared(NamedTuple):

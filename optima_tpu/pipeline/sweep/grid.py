@@ -98,7 +98,7 @@ def _grid(document: Mapping[str, Any], argv: Sequence[str], output: str | None, 
         wanted = list(_known(number, rule, axes, counts))
         left = [place for place in places if not all(place[key] == value for key, value in wanted)]
         if len(left) == len(places):
-            raise UserError(f"leave_out {number} matches none of the remaining cells; correct it or leave it out")
+            raise UserError(f"leave_out {number} matches no remaining cell; correct or delete it")
         places = left
     if not places:
         raise UserError("leave_out leaves no cell to run")
