@@ -8,6 +8,7 @@ import collections
 import concurrent.futures
 import dataclasses
 import functools
+import itertools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -27,7 +28,7 @@ from optima_tpu.models import family_of
 from optima_tpu.models.activations import Activations, held_rows
 from optima_tpu.models.checkpoints.source import TensorSource
 from optima_tpu.models.family import DecoderConfig, Family, Positions, ReadTensor
-from optima_tpu.models.layers import project
+from optima_tpu.models.layers import Known, project
 from optima_tpu.runtime.mesh import MODEL, divisible, place, spread
 from optima_tpu.runtime.processes import fetch, together
 
@@ -141,12 +142,30 @@ class Decoder:
             return read(self.family.embedding)[tokens]
         return self.family.embed(self.config, read, tokens, places)
 
-    def apply(self, index: int, parameters: Mapping[str, Array], hidden: Activations, batch: int | None = None) -> None:
-        """Runs block ``index`` over the hidden states, in place; ``batch`` stands in for the decoder's."""
-        positions, state = self.positions(index, hidden.values.shape[1]), self.state(parameters)
+    def apply(
+        self,
+        index: int,
+        parameters: Mapping[str, Array],
+        hidden: Activations,
+        batch: int | None = None,
+        attended: Activations | None = None,
+    ) -> None:
+        """Runs block ``index`` over the hidden states, in place.
+
+        Args:
+          batch: stands in for the decoder's.
+          attended: the input of ``Family.attended`` for the same samples if it is known; attention is then not computed.
+        """
+        positions, state, batch = self.positions(index, hidden.values.shape[1]), self.state(parameters), batch or self.batch
         with hidden.put_behind() as put:
-            for part in hidden.batches(batch or self.batch):
-                put(part.rows, run_block(self.graph, state, part.hidden, positions))
+            for part, known in zip(hidden.batches(batch), self.known(attended, batch)):
+                put(part.rows, run_block(self.graph, state, part.hidden, positions, known))
+
+    def known(self, attended: Activations | None, batch: int) -> Iterator[dict[str, Array]]:
+        """The known inputs of each batch for :func:`forward`: those of ``Family.attended``, or none."""
+        if attended is None:
+            return itertools.repeat({})
+        return ({self.family.attended: part.hidden} for part in attended.batches(batch))
 
     def state(self, parameters: Mapping[str, Array | jax.ShapeDtypeStruct]) -> nnx.State:
         """The parameters as the state that belongs to ``graph``."""
@@ -244,22 +263,33 @@ jax.tree_util.register_dataclass(Head, data_fields=["state", "projection"], meta
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def run_block(graph: nnx.GraphDef, state: nnx.State, hidden: Array, positions: Positions) -> Array:
-    """One block over a batch: [batch, length, d_model] to the same."""
-    return forward(graph, state, hidden, positions)[0]
+def run_block(
+    graph: nnx.GraphDef, state: nnx.State, hidden: Array, positions: Positions, known: Mapping[str, Array] | None = None
+) -> Array:
+    """One block over a batch: [batch, length, d_model] to the same; ``known`` as for :func:`forward`."""
+    return forward(graph, state, hidden, positions, known)[0]
 
 
-def forward(graph: nnx.GraphDef, state: nnx.State, hidden: Array, positions: Positions) -> tuple[Array, dict[str, Array]]:
+def forward(
+    graph: nnx.GraphDef, state: nnx.State, hidden: Array, positions: Positions, known: Mapping[str, Array] | None = None
+) -> tuple[Array, dict[str, Array]]:
     """The traceable part of :func:`run_block`; also returns the input of every linear layer.
 
     The inputs are {"self_attn.q_proj": [batch, length, d_in], ...}.
 
     Layers that share an input map to the same array. The residual stream [batch, length, d_model] is in the same dictionary,
     under the names of ``Family.residuals``.
+
+    Args:
+      known: the inputs of some layers, by the layer's name, from an earlier pass of the same tokens. The compiler drops what would
+        have computed them.
     """
+    block = nnx.merge(graph, state)
+    for name, value in (known or {}).items():
+        _inner(block, name).known = Known(value)
     # Float32 models keep float32 products on every platform; bfloat16 ones are not affected.
     with jax.default_matmul_precision("highest"):
-        output, taps = nnx.capture(nnx.merge(graph, state), nnx.Intermediate)(hidden, positions)
+        output, taps = nnx.capture(block, nnx.Intermediate)(hidden, positions)
     # A layer sows its input as "x"; what the block itself sows has its own name.
     return output, {_name(path[:-1] if path[-1] == "x" else path): value for path, (value,) in nnx.to_flat_state(taps)}
 
@@ -288,6 +318,11 @@ def _shapes(state: nnx.State) -> dict[str, tuple[int, ...]]:
 
 def _filled(state: nnx.State, parameters: Mapping[str, Array | jax.ShapeDtypeStruct]) -> nnx.State:
     return nnx.from_flat_state([(path, leaf.replace(parameters[_name(path)])) for path, leaf in nnx.to_flat_state(state)])
+
+
+def _inner(block: nnx.Module, name: str) -> Any:
+    """A layer of a block by its name, "self_attn.o_proj"."""
+    return functools.reduce(getattr, name.split("."), block)
 
 
 def _name(path: tuple) -> str:

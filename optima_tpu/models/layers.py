@@ -14,12 +14,17 @@ from optima_tpu.models.family import Positions
 from optima_tpu.models.rope import rotate
 
 
+class Known(nnx.Variable):
+    """The input of a layer, from an earlier pass of the same tokens through its block."""
+
+
 class Linear(nnx.Module):
     """``y = x W' + b`` with ``W`` [out, in] as Hugging Face stores it.
 
     Parameters, exported tensors and problem rows correspond one to one.
 
-    Sows its input as an ``nnx.Intermediate`` named ``x``; layers that read one array sow the same tracer.
+    Sows its input as an ``nnx.Intermediate`` named ``x``; layers that read one array sow the same tracer. If a :class:`Known`
+    input is set as its attribute ``known``, the layer reads this one, and the compiler drops what computed the other.
     """
 
     def __init__(self, d_in: int, d_out: int, *, bias: bool = False):
@@ -28,6 +33,8 @@ class Linear(nnx.Module):
             self.bias = nnx.Param(jnp.zeros((d_out,)))
 
     def __call__(self, x: Array) -> Array:
+        if hasattr(self, "known"):
+            x = self.known[...]
         self.sow(nnx.Intermediate, "x", x)
         y = project(x, self.weight[...])
         return y + self.bias[...].astype(y.dtype) if hasattr(self, "bias") else y

@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -53,16 +53,28 @@ def stages(groups: Groups) -> tuple[Groups, ...]:
     return tuple(map(tuple, found.values()))
 
 
+Put = Callable[[np.ndarray, Array], None]
+
+
 class Stream(NamedTuple):
     """One of the two streams of hidden states, and the block that it passes through.
 
     Attributes:
       parameters: the block's parameters by name: as pruned so far, or dense.
       hidden: the hidden states that enter the block.
+      attended: the input of ``Family.attended`` for the same samples, which ``Capture.attended`` writes or reads; None if the pass
+        shall compute attention without a trace.
     """
 
     parameters: Mapping[str, Array]
     hidden: Activations
+    attended: Activations | None = None
+
+    def part(self, first: int, last: int) -> "Stream":
+        """Samples ``first`` to ``last - 1``, without a copy."""
+        return Stream(
+            self.parameters, self.hidden.part(first, last), None if self.attended is None else self.attended.part(first, last)
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,12 +88,14 @@ class Capture:
         mean square of the dense model's stream after these layers.
       energy: whether the mean squares of the outputs' drift are accumulated too.
       advance: whether this pass also moves the dense stream through the block, which saves a :meth:`Decoder.apply`.
+      attends: whether this pass writes ``Stream.attended``; a pass that does not reads it and computes no attention.
     """
 
     groups: Groups
     target: Target = SelfTarget()
     energy: bool = False
     advance: bool = False
+    attends: bool = False
 
 
 def accumulate(decoder: Decoder, index: int, capture: Capture, streams: Sequence[Stream]) -> tuple[TokenStatistics, ...]:
@@ -100,18 +114,19 @@ def accumulate(decoder: Decoder, index: int, capture: Capture, streams: Sequence
     Raises:
       UserError: an input holds a NaN or an infinity; names the layer.
     """
-    hidden, moving = streams[0].hidden, streams[-1].hidden
+    hidden = streams[0].hidden
     length, states = hidden.values.shape[1], [decoder.state(stream.parameters) for stream in streams]
     positions, step = decoder.positions(index, length), CaptureStep.of(decoder, capture)
     sums = jax.tree.map(_zeros, sums_of(decoder, step, capture.energy))
     wanted = capture.groups if capture.energy else ()
     weights = {name: streams[-1].parameters[name + ".weight"] for names in wanted for name in names}
-    with moving.put_behind() if capture.advance else contextlib.nullcontext() as put:
+    known = [decoder.known(None if capture.attends else stream.attended, decoder.batch) for stream in streams]
+    with contextlib.ExitStack() as stack:
+        write = _Writing.of(stack, capture, streams)
         for batches in zip(*(stream.hidden.batches(decoder.batch) for stream in streams)):
-            inputs = tuple(BlockInput(state, batch.hidden) for state, batch in zip(states, batches))
-            sums, output = add_batch(step, sums, inputs, weights, BatchTokens(batches[0].valid, positions))
-            if output is not None and put is not None:
-                put(batches[-1].rows, output)
+            inputs = tuple(BlockInput(state, batch.hidden, next(each)) for state, batch, each in zip(states, batches, known))
+            sums, passed = add_batch(step, sums, inputs, weights, BatchTokens(batches[0].valid, positions))
+            write.put(batches[0].rows, passed)
     count = np.float32(len(hidden) * length)
     totals = tuple(count if total is None else total for total in sums.weights)
     # Two programs: in a single one, XLA would divide a Hessian differently, in its last bit, if there is a drift beside it.
@@ -123,6 +138,30 @@ def accumulate(decoder: Decoder, index: int, capture: Capture, streams: Sequence
     if crosses := [found.drift.cross for found in statistics if found.drift is not None]:
         _refuse_infinite(decoder, index, capture.groups, crosses)
     return statistics
+
+
+class _Writing(NamedTuple):
+    """Where the results of a pass are put: the hidden states behind the block, and the output of attention of each stream."""
+
+    behind: Put | None
+    attended: tuple[Put, ...]
+
+    @classmethod
+    def of(cls, stack: contextlib.ExitStack, capture: Capture, streams: Sequence[Stream]) -> "_Writing":
+        return cls(
+            stack.enter_context(streams[-1].hidden.put_behind()) if capture.advance else None,
+            tuple(
+                stack.enter_context(each.attended.put_behind())
+                for each in streams
+                if capture.attends and each.attended is not None
+            ),
+        )
+
+    def put(self, rows: np.ndarray, passed: "Passed") -> None:
+        if self.behind is not None and passed.output is not None:
+            self.behind(rows, passed.output)
+        for put, attended in zip(self.attended, passed.attended, strict=True):
+            put(rows, attended)
 
 
 class ResidualNames(NamedTuple):
@@ -160,6 +199,7 @@ class CaptureStep:
       groups: the groups whose inputs are accumulated.
       residuals: from :func:`residual_names`, for each group.
       advance: whether the output of the last stream is returned.
+      attended: the layer whose input is returned for every stream; None for no layer.
     """
 
     graph: Any
@@ -167,12 +207,14 @@ class CaptureStep:
     groups: Groups
     residuals: tuple[ResidualNames | None, ...]
     advance: bool = False
+    attended: str | None = None
 
     @classmethod
     def of(cls, decoder: Decoder, capture: Capture) -> "CaptureStep":
         """The step of a capture."""
         residuals = residual_names(decoder, capture.groups, capture.target)
-        return cls(decoder.graph, decoder.mesh, capture.groups, residuals, capture.advance)
+        attended = decoder.family.attended if capture.attends else None
+        return cls(decoder.graph, decoder.mesh, capture.groups, residuals, capture.advance, attended)
 
 
 class Sums(NamedTuple):
@@ -188,10 +230,18 @@ class Sums(NamedTuple):
 
 
 class BlockInput(NamedTuple):
-    """The input of a step from one stream: the state of the block, and a batch of hidden states."""
+    """The input of a step from one stream: the state of the block, a batch of hidden states, and inputs that are known."""
 
     state: Any
     hidden: Array
+    known: Mapping[str, Array]
+
+
+class Passed(NamedTuple):
+    """What a step returns besides the sums: the output of the dense block, and for each stream the input of one layer."""
+
+    output: Array | None
+    attended: tuple[Array, ...]
 
 
 class BatchTokens(NamedTuple):
@@ -204,15 +254,15 @@ class BatchTokens(NamedTuple):
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
 def add_batch(
     step: CaptureStep, sums: Sums, streams: tuple[BlockInput, ...], weights: Mapping[str, Array], tokens: BatchTokens
-) -> tuple[Sums, Array | None]:
-    """One step of :func:`accumulate`: the new sums, and with ``advance`` the output of the dense block, else None.
+) -> tuple[Sums, Passed]:
+    """One step of :func:`accumulate`: the new sums, and what ``advance`` and ``attended`` ask for.
 
     Args:
       sums: donated.
       streams: in the order of :func:`accumulate`.
       weights: by name, the dense weights of the layers whose drift has an energy.
     """
-    passed = [forward(step.graph, stream.state, stream.hidden, tokens.positions) for stream in streams]
+    passed = [forward(step.graph, stream.state, stream.hidden, tokens.positions, stream.known) for stream in streams]
     inputs = [found for _, found in passed]
     statistics, totals = [], []
     for names, places, before, total in zip(step.groups, step.residuals, *sums):
@@ -222,8 +272,13 @@ def add_batch(
         count = before.tokens + jnp.sum(seen.routed, dtype=jnp.int32)
         drift = None if before.drift is None else _add_drift(step.mesh, before.drift, names, seen, weights)
         statistics.append(TokenStatistics(hessian, count, drift))
-    output = jax.lax.with_sharding_constraint(passed[-1][0], jax.NamedSharding(step.mesh, P(DATA))) if step.advance else None
-    return Sums(tuple(statistics), tuple(totals)), output
+    # Every process puts away whole samples, so the model axis must hold copies.
+    whole = jax.NamedSharding(step.mesh, P(DATA))
+    output = jax.lax.with_sharding_constraint(passed[-1][0], whole) if step.advance else None
+    attended = tuple(
+        jax.lax.with_sharding_constraint(found[step.attended], whole) for found in inputs if step.attended is not None
+    )
+    return Sums(tuple(statistics), tuple(totals)), Passed(output, attended)
 
 
 class _Seen(NamedTuple):

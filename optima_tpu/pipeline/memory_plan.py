@@ -133,6 +133,18 @@ def block_passes(decoder: Decoder, index: int, groups: Groups, recipe: Recipe, b
     return tuple(itertools.chain.from_iterable(block.passes(part) for part in parts if part))
 
 
+def attention_pass(decoder: Decoder, recipe: Recipe, passes: Sequence[Pass]) -> int | None:
+    """Which pass keeps the output of attention, for the passes behind it and the pruned block; None if attention stays in all.
+
+    It is the first pass behind attention, through the block as pruned so far: what it reads of attention no later layer changes.
+    """
+    if not recipe.recapture:
+        return None
+    first = decoder.linears.index(decoder.family.attended)
+    behind = (all(decoder.linears.index(name) >= first for names in part.groups for name in names) for part in passes)
+    return next((position for position, found in enumerate(behind) if found), None)
+
+
 def group_load(decoder: Decoder, names: tuple[str, ...], recipe: Recipe) -> GroupLoad:
     """The load of pruning some layers that read one input."""
     shapes, residuals = [decoder.block_shapes[name + ".weight"] for name in names], aimed_residuals(decoder, recipe)

@@ -24,7 +24,7 @@ from optima_tpu.models.activations import Activations
 from optima_tpu.models.decoder import Decoder
 from optima_tpu.pipeline.calibrate import Capture, Stream, accumulate
 from optima_tpu.pipeline.journal import DENSE, HIDDEN, Journal
-from optima_tpu.pipeline.memory_plan import Pass, block_passes
+from optima_tpu.pipeline.memory_plan import Pass, attention_pass, block_passes
 from optima_tpu.report.progress import Progress
 from optima_tpu.report.records import BlockReport, LayerReport
 from optima_tpu.report.rows import LayerFacts, layer_report
@@ -115,7 +115,8 @@ def prune_block(walk: Walk, index: int, parameters: Mapping[str, Array], streams
 
     The Hessians come from the dense block, which reads the output of the pruned blocks before it, as in the paper. One pass
     accumulates them, or several passes if not all Hessians fit on the devices. With ``recapture`` each part of
-    ``calibrate.stages`` has its own passes, through the block as pruned so far.
+    ``calibrate.stages`` has its own passes, through the block as pruned so far. Attention is then computed once for each stream,
+    in the first pass behind it: later passes read its output, which no later layer changes.
 
     Args:
       parameters: the dense block's parameters, by name inside the block, on the mesh.
@@ -124,15 +125,22 @@ def prune_block(walk: Walk, index: int, parameters: Mapping[str, Array], streams
     if walk.recipe.target.dense_stream and streams.dense is None:
         raise ValueError("a dense target needs the hidden states of the dense model")
     block = PrunedBlock(dict(parameters), {}, ())
-    passes = block_passes(walk.decoder, index, walk.groups, walk.recipe, walk.budget)
-    for part in passes:
+    passes, target = block_passes(walk.decoder, index, walk.groups, walk.recipe, walk.budget), walk.recipe.target
+    keeping, attended = attention_pass(walk.decoder, walk.recipe, passes), None
+    for position, part in enumerate(passes):
+        last, keeps = position == len(passes) - 1, position == keeping
+        if keeps:
+            attended = _room_for_attention(walk.decoder, streams)
         now = block.parameters if walk.recipe.recapture else parameters
-        tokens = _calibrate(walk, index, part.groups, streams, (now, parameters), last=part is passes[-1])
+        both = zip((now, parameters), streams, attended or (None, None))
+        entering = tuple(Stream(read, hidden, known) for read, hidden, known in both if hidden is not None)[: target.streams]
+        capture = Capture(part.groups, target, advance=target.dense_stream and last, attends=keeps)
+        tokens = _calibrate(walk, index, capture, entering)
         found = prune_groups(walk, index, block.parameters, part, tokens)
         block = PrunedBlock(found.parameters, block.masks | found.masks, block.layers + found.layers)
         del tokens, found  # frees their memory before the next statistics are made
-    walk.decoder.apply(index, block.parameters, streams.pruned)
-    if walk.recipe.target.dense_stream and streams.dense is not None and not passes:
+    walk.decoder.apply(index, block.parameters, streams.pruned, attended=attended and attended.pruned)
+    if target.dense_stream and streams.dense is not None and not passes:
         walk.decoder.apply(index, parameters, streams.dense)
     return block
 
@@ -169,25 +177,28 @@ def prune_groups(
     return PrunedBlock(parameters, masks, tuple(reports))
 
 
-def _calibrate(
-    walk: Walk, index: int, groups: Groups, streams: Streams, parameters: tuple[Mapping[str, Array], ...], last: bool
-) -> tuple[TokenSets[TokenStatistics], ...]:
-    """The statistics of each group's input on both sets of tokens.
+def _calibrate(walk: Walk, index: int, capture: Capture, streams: tuple[Stream, ...]) -> tuple[TokenSets[TokenStatistics], ...]:
+    """The statistics of each group's input on both sets of tokens."""
+    total = len(streams[0].hidden)
 
-    Args:
-      parameters: for each stream, the parameters of the block that it passes through.
-      last: whether this is the last pass. It computes nearly all of the dense block, so it moves the dense stream through it too.
-    """
-    target, total = walk.recipe.target, len(streams.pruned)
+    def seen(capture: Capture, first: int, last: int) -> tuple[TokenStatistics, ...]:
+        return accumulate(walk.decoder, index, capture, [stream.part(first, last) for stream in streams])
 
-    def seen(first: int, last_sample: int, energy: bool) -> tuple[TokenStatistics, ...]:
-        parts = [Stream(each, hidden.part(first, last_sample)) for each, hidden in zip(parameters, streams) if hidden is not None]
-        dense = target.dense_stream
-        return accumulate(walk.decoder, index, Capture(groups, target, dense and energy, dense and last), parts[: 1 + dense])
+    calibration = seen(capture, 0, walk.samples)
+    if walk.samples == total:
+        return tuple(map(TokenSets, calibration, (None,) * len(capture.groups)))
+    energies = dataclasses.replace(capture, energy=capture.target.dense_stream)
+    return tuple(map(TokenSets, calibration, seen(energies, walk.samples, total)))
 
-    calibration = seen(0, walk.samples, energy=False)
-    held_out = seen(walk.samples, total, energy=True) if walk.samples < total else (None,) * len(groups)
-    return tuple(map(TokenSets, calibration, held_out))
+
+def _room_for_attention(decoder: Decoder, streams: Streams) -> Streams:
+    """Room for the output of attention in each stream."""
+    _, width = decoder.block_shapes[decoder.family.attended + ".weight"]
+
+    def room(hidden: Activations) -> Activations:
+        return dataclasses.replace(hidden, values=np.empty((*hidden.values.shape[:-1], width), hidden.values.dtype))
+
+    return Streams(room(streams.pruned), None if streams.dense is None else room(streams.dense))
 
 
 def _informative(sets: TokenSets[TokenStatistics]) -> TokenSets[TokenStatistics]:

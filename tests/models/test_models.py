@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 from optima_tpu.errors import UserError
 from optima_tpu.models import family_of
-from optima_tpu.models.decoder import Decoder
+from optima_tpu.models.decoder import Decoder, forward
 from optima_tpu.models.layers import RMSNorm, ShiftedRMSNorm, WideRMSNorm
 from tests.support.meshes import mesh
 from tests.support.references import REFERENCES, Reference, tiny
@@ -96,6 +96,25 @@ def test_every_tensor_of_the_checkpoint_is_read_and_no_other(reference, settings
     matrices -= {"mlp.gate.weight"}  # a router is no layer to prune
     assert {name + ".weight" for name in decoder.linears} == matrices
     assert all(decoder.sharding(name) != P() for name in matrices)
+
+
+@pytest.mark.parametrize("reference", REFERENCES, ids=lambda reference: reference.model)
+def test_a_block_goes_on_from_the_output_of_attention(reference):
+    """With the input of ``Family.attended`` known, everything behind it is as before, and nothing before it matters."""
+    config, _, tensors = tiny(reference, next(iter(reference.variants.values())))
+    decoder = Decoder.open(config, tensors, mesh(1, 1))
+    parameters, attended = decoder.load_block(1), decoder.family.attended
+    hidden = np.random.default_rng(0).standard_normal((2, 9, decoder.config.d_model)).astype(np.float32)
+    whole, inputs = forward(decoder.graph, decoder.state(parameters), hidden, decoder.positions(1, 9))
+
+    before = decoder.linears[: decoder.linears.index(attended)]
+    broken = parameters | {name + ".weight": jnp.full_like(parameters[name + ".weight"], jnp.nan) for name in before}
+    known = {attended: inputs[attended]}
+    output, behind = forward(decoder.graph, decoder.state(broken), hidden, decoder.positions(1, 9), known)
+    np.testing.assert_array_equal(output, whole)
+    for name in decoder.linears[len(before) :]:
+        np.testing.assert_array_equal(behind[name], inputs[name])
+    assert len(before) > 0 and np.isfinite(output).all()
 
 
 def test_an_unsupported_rope_type_is_refused_by_name():

@@ -104,16 +104,24 @@ def _parameter(decoder: Decoder, name: str) -> Array:
     return struct_on(decoder.mesh, decoder.block_shapes[name], dtype, decoder.sharding(name))
 
 
-def lower_calibration(decoder: Decoder, groups: Groups, length: int, samples: int, recipe: Recipe) -> jax.stages.Lowered:
-    """Lowers one step of ``calibrate.accumulate`` over ``samples`` sequences, with both streams for a dense target."""
+def lower_calibration(decoder: Decoder, capture: Capture, known: bool, length: int, samples: int) -> jax.stages.Lowered:
+    """Lowers one step of ``calibrate.accumulate`` over ``samples`` sequences, with both streams for a dense target.
+
+    Args:
+      known: whether the output of attention is known.
+    """
     parameters = {name: _parameter(decoder, name) for name in decoder.block_shapes}
     mesh, dtype = decoder.mesh, decoder.tensors.dtype(decoder.root + decoder.family.embedding)
-    size, target = sequences_at_once(decoder, samples) * mesh.shape[DATA], recipe.target
-    # As in the last pass through a block, which also moves the dense stream.
-    step = CaptureStep.of(decoder, Capture(groups, target, advance=target.dense_stream))
+    size, step = sequences_at_once(decoder, samples) * mesh.shape[DATA], CaptureStep.of(decoder, capture)
     positions = jax.tree.map(lambda array: struct_on(mesh, array.shape, array.dtype, P()), decoder.config.positions(0, length))
-    hidden = struct_on(mesh, (size, length, decoder.config.d_model), dtype, P(DATA))
-    streams = (BlockInput(decoder.state(parameters), hidden),) * target.streams
+    attended = decoder.family.attended
+
+    def entering(width: int) -> Array:
+        return struct_on(mesh, (size, length, width), dtype, P(DATA))
+
+    inputs = {attended: entering(decoder.block_shapes[attended + ".weight"][1])} if known else {}
+    stream = BlockInput(decoder.state(parameters), entering(decoder.config.d_model), inputs)
+    streams = (stream,) * capture.target.streams
     tokens = BatchTokens(struct_on(mesh, (size,), jnp.bool_, P(DATA)), positions)
     return add_batch.lower(step, sums_of(decoder, step), streams, {}, tokens)
 

@@ -5,17 +5,20 @@ Solvers stop when their rows have converged, so the number of products of a laye
 
 import dataclasses
 import math
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
+from jax import Array
 
 from optima_tpu.config.run_config import RunConfig
 from optima_tpu.method.linalg.smallest import PASSES_OF_A_MASK
 from optima_tpu.method.patterns import Pattern
 from optima_tpu.method.recipe import Recipe
 from optima_tpu.method.resources import Cost
-from optima_tpu.models.decoder import run_block
+from optima_tpu.method.statistics import Groups
+from optima_tpu.models.decoder import forward
+from optima_tpu.models.family import Positions
 from optima_tpu.pipeline.journal import STATES_EVERY
 from optima_tpu.pipeline.plan.model import Declared
 from optima_tpu.pipeline.plan.topology import GIB, Machine
@@ -116,13 +119,42 @@ def prune_work(recipe: Recipe, pattern: Pattern, share: RowShare, held_out: bool
     )
 
 
-def sequence_flops(model: Declared, length: int) -> float:
-    """FLOPs of one sequence through one block, counted by the compiler before it optimises."""
-    decoder = model.decoder
+def sequence_flops(model: Declared, length: int, wanted: Groups | None = None, known: bool = False) -> float:
+    """FLOPs of one sequence through one block, counted by the compiler before it optimises.
+
+    Args:
+      wanted: only what the inputs of these groups need; None for the output of the block.
+      known: whether the output of attention is known, so that attention is not computed.
+    """
+    decoder, attended = model.decoder, model.decoder.family.attended
     state = decoder.state({name: jax.ShapeDtypeStruct(shape, model.dtype) for name, shape in decoder.block_shapes.items()})
-    hidden = jax.ShapeDtypeStruct((1, length, decoder.config.d_model), model.dtype)
-    lowered = run_block.lower(decoder.graph, state, hidden, decoder.config.positions(0, length))
-    return (lowered.cost_analysis() or {})["flops"]
+
+    def array(width: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((1, length, width), model.dtype)
+
+    def through(state: Any, hidden: Array, positions: Positions, known: Mapping[str, Array]) -> Any:
+        output, inputs = forward(decoder.graph, state, hidden, positions, known)
+        return output if wanted is None else [inputs[names[0]] for names in wanted]
+
+    kept = {attended: array(decoder.block_shapes[attended + ".weight"][1])} if known else {}
+    lowered = jax.jit(through).lower(state, array(decoder.config.d_model), decoder.config.positions(0, length), kept)
+    return (lowered.cost_analysis() or {}).get("flops", 0.0)
+
+
+class BlockFlops(NamedTuple):
+    """The forward passes of one sequence through a block, on average over the blocks.
+
+    Attributes:
+      whole: FLOPs of the whole block.
+      pruned: FLOPs of the pruned block, which may know the output of attention.
+      passes: number of passes of the calibration.
+      reading: number of these passes that know the output of attention; None if no pass keeps it.
+    """
+
+    whole: float
+    pruned: float
+    passes: float
+    reading: float | None
 
 
 def products(model: Declared, flops: float) -> Work:
@@ -142,15 +174,15 @@ def calibration_work(
     """The work of ``calibrate.add_batch`` with ``sequences`` sequences on each slice of the data axis.
 
     Args:
-      block: from :func:`sequence_flops`. The model axis shares it. The whole block is counted, even if the last input that is
-        needed comes early in it.
+      block: FLOPs of one sequence of every stream through the part of the block that the pass computes, from
+        :func:`sequence_flops`. The model axis shares them.
       sizes: d_in of each distinct input, for its Gram matrix.
       streams: 2 with a dense target.
       residuals: d_in of each layer for which the drift of the residual stream is accumulated too.
     """
     grams = sum(2.0 * length * size * size / _columns(model, size) for size in sizes)
     drift = sum(2.0 * length * size * model.decoder.config.d_model / _columns(model, size) for size in residuals)
-    return products(model, sequences * (streams * (block / model.decoder.mesh.shape[MODEL] + grams) + drift))
+    return products(model, sequences * (block / model.decoder.mesh.shape[MODEL] + streams * grams + drift))
 
 
 def _columns(model: Declared, size: int) -> int:
@@ -182,6 +214,12 @@ class Storage(NamedTuple):
     disk: dict[str, int]
 
 
+def attended_width(model: Declared) -> float:
+    """Width of the output of attention, as a multiple of the width of the hidden states."""
+    decoder = model.decoder
+    return decoder.block_shapes[decoder.family.attended + ".weight"][1] / decoder.config.d_model
+
+
 def storage(model: Declared, config: RunConfig, hosts: int, pruned: int) -> Storage:
     """Host memory and disk of a run.
 
@@ -202,6 +240,8 @@ def storage(model: Declared, config: RunConfig, hosts: int, pruned: int) -> Stor
         "hidden states": share,
         "being saved, or the embedding": max(share + block + masks, table + table // itemsize),
     }
+    if config.recapture:
+        host["output of attention"] = round(share * attended_width(model))
     if config.distill:
         host["text of the distillation"] = -(
             -2 * config.distill.windows * text.length * decoder.config.d_model * itemsize // hosts
@@ -225,7 +265,7 @@ def run_seconds(
     config: RunConfig,
     machine: Machine,
     stored: Storage,
-    block: float,
+    block: BlockFlops,
     calibrating: float,
     pruning: float,
     compiling: float | None,
@@ -233,7 +273,6 @@ def run_seconds(
     """Seconds of a run, by stage.
 
     Args:
-      block: from :func:`sequence_flops`, of ``calibration.length`` tokens.
       calibrating: seconds of all calls of the calibration step.
       pruning: seconds of all calls of ``prune_group``.
       compiling: seconds that compiling all programs took on this machine; None if nothing was compiled.
@@ -241,8 +280,11 @@ def run_seconds(
     decoder, text, blocks = model.decoder, config.calibration, model.decoder.config.blocks
     weights = blocks * model.block_bytes() + model.end_bytes()
 
-    def forward(tokens: float) -> float:
+    def through(block: float, tokens: float) -> float:
         return blocks * products(model, block * tokens / text.length / machine.mesh.size).seconds(machine)
+
+    def forward(tokens: float) -> float:
+        return through(block.whole, tokens)
 
     def head(tokens: float) -> float:
         flops = 2.0 * tokens * decoder.config.vocab * decoder.config.d_embedding / machine.mesh.size
@@ -250,13 +292,16 @@ def run_seconds(
 
     tokens, calibrated = evaluation_tokens(config), (text.samples + text.held_out) * text.length
     streams = config.target.streams
-    # Transfers: both streams into the calibration, the dense one out of its last pass, the pruned one into and out of the pruned
-    # block.
-    moved = (2 + 1 / streams) * stored.hidden + 4 * tokens * stored.hidden / streams / calibrated
+    # Transfers: both streams into every pass of the calibration, the dense one out of its last pass, the pruned one into and out of
+    # the pruned block. The output of attention leaves one pass, and enters the later ones and the pruned block.
+    states = block.passes + 1 + 1 / streams
+    if block.reading is not None:
+        states += attended_width(model) * (1 + block.reading + 1 / streams)
+    moved = states * stored.hidden + 4 * tokens * stored.hidden / streams / calibrated
     walk = {
         "calibration": calibrating,
         "pruning": pruning,
-        "pruned blocks forward": forward(calibrated),
+        "pruned blocks forward": through(block.pruned, calibrated),
         "hidden states to and from the devices": blocks * moved / (ASSUMED.transfer * machine.hosts),
     }
     saves = min(blocks, 1 + int(sum(walk.values()) / STATES_EVERY))
@@ -313,11 +358,6 @@ def assumptions(config: RunConfig, machine: Machine) -> list[str]:
         words.append(f"a perplexity text of {ASSUMED.evaluation_tokens:,} tokens (evaluation.windows is null)")
     if generated_by(config):
         words.append("the time in which the model writes its calibration text is not counted")
-    if config.recapture:
-        words.append(
-            "every pass of the calibration counts as a whole block, even if it ends at an early input, and the transfer of its "
-            "hidden states to the devices is not counted"
-        )
     if config.allocation.measures:
         words.append("measuring the blocks for --allocation is not counted; every block is planned with the pattern's sparsity")
     words.append(

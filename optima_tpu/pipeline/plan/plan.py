@@ -3,7 +3,7 @@
 import collections
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from optima_tpu.config.run_config import RunConfig
@@ -15,11 +15,11 @@ from optima_tpu.method.recipe import Recipe
 from optima_tpu.method.row_sharding import ON_EVERY_DEVICE, Layout
 from optima_tpu.method.statistics import Groups
 from optima_tpu.models.generate import cache_structs, windows_at_once
-from optima_tpu.pipeline.calibrate import linear_groups
+from optima_tpu.pipeline.calibrate import Capture, linear_groups
 from optima_tpu.pipeline.distill.blocks import Trainer
 from optima_tpu.pipeline.distill.train import refuse_large
 from optima_tpu.pipeline.inputs import linear_shapes
-from optima_tpu.pipeline.memory_plan import Pass, aimed_residuals, block_passes, group_load
+from optima_tpu.pipeline.memory_plan import Pass, aimed_residuals, attention_pass, block_passes, group_load
 from optima_tpu.pipeline.plan import estimate
 from optima_tpu.pipeline.plan.compile import Compiled, compiled, lower_calibration, lower_pruning, resident, sequences_at_once
 from optima_tpu.pipeline.plan.estimate import Storage, Work
@@ -132,6 +132,21 @@ class _Layers(NamedTuple):
     calls: int = 0
 
 
+class _Kind(NamedTuple):
+    """All that decides the program of a calibration pass.
+
+    Attributes:
+      known: whether the pass reads the output of attention.
+      kept: whether it reads or writes it.
+      last: whether it is the last pass of its block.
+    """
+
+    groups: Groups
+    known: bool
+    kept: bool
+    last: bool
+
+
 def make_plan(config: RunConfig, model: Declared, machine: Machine, tell: Callable[[str], None] = lambda line: None) -> Plan:
     """Plans a run.
 
@@ -145,7 +160,7 @@ def make_plan(config: RunConfig, model: Declared, machine: Machine, tell: Callab
     patterns = check_layers(config.layers, config.pattern, linear_shapes(decoder))
     held_out, names, residuals = text.held_out > 0, linear_groups(decoder), aimed_residuals(decoder, recipe)
     budget = device_budget(config.device_memory, None if machine.here else machine.chip.memory)
-    kinds: dict[Groups, int] = collections.Counter()
+    kinds: dict[_Kind, int] = collections.Counter()
     layers: dict[_Shape, _Layers] = {}
     refused = ""
     for index in range(decoder.config.blocks):
@@ -155,8 +170,10 @@ def make_plan(config: RunConfig, model: Declared, machine: Machine, tell: Callab
         except UserError as error:
             groups = recipe.pruned_groups(names, prefix)
             parts, refused = (Pass(groups, (ON_EVERY_DEVICE,) * len(groups)),), refused or str(error)
-        for part in parts:
-            kinds[part.groups] += 1
+        keeping = attention_pass(decoder, recipe, parts)
+        for position, part in enumerate(parts):
+            known = keeping is not None and position > keeping
+            kinds[_Kind(part.groups, known, known or position == keeping, position == len(parts) - 1)] += 1
             for group, layout in zip(*part):
                 for together in recipe.solved_together(group, prefix):
                     shape = _Shape(
@@ -179,10 +196,9 @@ def make_plan(config: RunConfig, model: Declared, machine: Machine, tell: Callab
             refuse_large(Trainer(decoder, config.distill), budget)
         except UserError as error:
             refused = refused or str(error)
-    block = estimate.sequence_flops(model, text.length)
-    programs = [_calibration(config, model, machine, block, groups, count, tell) for groups, count in kinds.items()]
+    programs = [_calibration(config, model, machine, kind, count, tell) for kind, count in kinds.items()]
     if len(programs) > 1:  # a block is calibrated in several passes, each for some of its layers
-        programs = [program._replace(name=f"calibration of {_short(groups)}") for program, groups in zip(programs, kinds)]
+        programs = [program._replace(name=f"calibration of {_short(kind.groups)}") for program, kind in zip(programs, kinds)]
     programs += [_pruning(model, machine, recipe, shape, found, tell) for shape, found in layers.items()]
     steps = [program.calls * program.work.seconds(machine) for program in programs]
     compiling = sum(program.compiled.seconds for program in programs if program.compiled)
@@ -192,8 +208,8 @@ def make_plan(config: RunConfig, model: Declared, machine: Machine, tell: Callab
         machine.hosts,
         sum(
             math.prod(decoder.block_shapes[name + ".weight"]) * count
-            for groups, count in kinds.items()
-            for group in groups
+            for kind, count in kinds.items()
+            for group in kind.groups
             for name in group
         ),
     )
@@ -202,7 +218,7 @@ def make_plan(config: RunConfig, model: Declared, machine: Machine, tell: Callab
         config,
         machine,
         stored,
-        block,
+        _block_flops(model, text.length, kinds),
         sum(steps[: len(kinds)]),
         sum(steps[len(kinds) :]),
         compiling if machine.compiles else None,
@@ -219,26 +235,42 @@ def make_plan(config: RunConfig, model: Declared, machine: Machine, tell: Callab
     )
 
 
+def _block_flops(model: Declared, length: int, kinds: Mapping[_Kind, int]) -> estimate.BlockFlops:
+    """The forward passes through a block, with the passes of all blocks as found."""
+    blocks, kept = model.decoder.config.blocks, any(kind.kept for kind in kinds)
+    reading = sum(count for kind, count in kinds.items() if kind.known) / blocks
+    return estimate.BlockFlops(
+        estimate.sequence_flops(model, length),
+        estimate.sequence_flops(model, length, known=kept),
+        sum(kinds.values()) / blocks,
+        reading if kept else None,
+    )
+
+
 def _calibration(
-    config: RunConfig, model: Declared, machine: Machine, block: float, groups: Groups, blocks: int, tell: Callable[[str], None]
+    config: RunConfig, model: Declared, machine: Machine, kind: _Kind, blocks: int, tell: Callable[[str], None]
 ) -> Program:
-    decoder, text = model.decoder, config.calibration
+    decoder, text, groups = model.decoder, config.calibration, kind.groups
     sizes = tuple(decoder.block_shapes[names[0] + ".weight"][1] for names in groups)
     batch = sequences_at_once(decoder, text.samples)
     steps = sum(-(-count // (batch * machine.mesh.shape[DATA])) for count in (text.samples, text.held_out))
     name, found = "calibration step", None
     # While the held-out sequences pass through the block, the Hessians of the calibration sequences are on the devices.
-    streams = config.target.streams
+    streams, target = config.target.streams, config.target
+    capture = Capture(groups, target, advance=target.dense_stream and kind.last, attends=kind.kept and not kind.known)
     beside = resident(decoder, groups, False, streams) - resident(decoder, (), False) if text.held_out else 0
     memory = beside + estimate.calibration_memory(model, sizes, text.length, batch, streams)
     if machine.compiles:
         tell(f"compiling the {name}: {batch} x {text.length} tokens a device")
         found = compiled(
-            lambda: lower_calibration(decoder, groups, text.length, text.samples, config.recipe), tell, machine.options
+            lambda: lower_calibration(decoder, capture, kind.known, text.length, text.samples), tell, machine.options
         )
         memory = beside + found.memory if found.memory else memory
     added = aimed_residuals(decoder, config.recipe)
     drifting = tuple(decoder.block_shapes[name + ".weight"][1] for names in groups for name in names if name in added)
+    block = estimate.sequence_flops(model, text.length, groups, kind.known)
+    if streams == 2:  # the last pass moves the dense stream through the whole block
+        block += estimate.sequence_flops(model, text.length, None if kind.last else groups, kind.known)
     work = estimate.calibration_work(model, block, sizes, text.length, batch, streams, drifting)
     return Program(name, blocks * steps, None, None, work, memory, found)
 
