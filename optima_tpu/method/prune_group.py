@@ -143,20 +143,22 @@ class _Group(NamedTuple):
     def choose(self, recipe: Recipe, patterns: tuple[Pattern, ...], given: tuple[Given[Array], ...] | None) -> tuple[Pruned, ...]:
         """The masks of all matrices, and their weights as the selector leaves them."""
         whole = self.problem(recipe.target, Damping(recipe.damping), recipe.target.alpha)
-        choices = []
+        problems = []
+        for matrix, rows in zip(self.matrices, self.slices):
+            # Without a target term, reuse the selector's own product W H. A second product, of the rows on each device, would
+            # differ by rounding, and rounding would move weights.
+            problem = self_target(matrix, whole.hessian, whole.damping)
+            if self.tokens.calibration.term is not None:
+                problem = LayerProblem(matrix, whole.hessian, whole.linear[rows], whole.damping)
+            problems.append(problem)
         with jax.sharding.use_abstract_mesh(self.sharding.mesh.abstract_mesh):  # for inverses, see linalg/inverses.py
-            for index, (matrix, rows) in enumerate(zip(self.matrices, self.slices)):
-                # Without a target term, reuse the selector's own product W H. A second product, of the rows on each device, would
-                # differ by rounding, and rounding would move weights.
-                problem = self_target(matrix, whole.hessian, whole.damping)
-                if self.tokens.calibration.term is not None:
-                    problem = LayerProblem(matrix, whole.hessian, whole.linear[rows], whole.damping)
-                if given is not None:
-                    choices.append(_taken(self.spread(index, given[index]), problem.weight))
-                elif recipe.selector is not None:
-                    choices.append(recipe.selector(problem, patterns[index]))
-                else:
-                    raise ValueError("a recipe without a selector needs masks")
+            if given is not None:
+                spread = (self.spread(index, each) for index, each in enumerate(given))
+                choices = tuple(_taken(each, problem.weight) for each, problem in zip(spread, problems))
+            elif recipe.selector is not None:
+                choices = recipe.selector.choose(problems, patterns)
+            else:
+                raise ValueError("a recipe without a selector needs masks")
         # Constrain the sharding again: otherwise every device would choose the masks of all rows.
         return tuple(self.spread(index, choice) for index, choice in enumerate(choices))
 

@@ -25,8 +25,7 @@ class Cost:
     Attributes:
       products: products of all rows with a [d_in, d_in] matrix.
       passes: number of [rows, d_in] arrays that are read or written.
-      inverses: inverses of one [d_in, d_in] matrix. A solver's inverses serve all rows; a selector computes its own for every
-        matrix.
+      inverses: inverses of one [d_in, d_in] matrix, which serve all rows.
       factorisations: factorisations of one [d_in, d_in] matrix for each row.
     """
 

@@ -207,3 +207,17 @@ def test_shift_zero_ranks_the_weights_of_dead_inputs_by_size():
     assert Wanda(shift_zero=True)(problem, Unstructured(0.5)).keep.tolist() == [[True, True, False, False]]
     dead = dataclasses.replace(problem, hessian=jnp.zeros((4, 4)))
     assert Wanda(shift_zero=True)(dead, Unstructured(0.5)).keep.tolist() == [[True, True, False, False]]
+
+
+@contract
+def test_matrices_of_one_input_are_chosen_as_if_each_were_alone(selector):
+    """Different patterns, numbers of rows and linear terms; only the Hessian is shared."""
+    first = layer(np.random.default_rng(5), COUNT, SIZE, target="other")
+    rows = jnp.asarray(np.random.default_rng(6).standard_normal((3, SIZE)), jnp.float32)
+    problems = (first, self_target(rows, first.hessian, first.damping))
+    both = (Unstructured(0.5, "row"), NM(2, 4))
+    together = jax.jit(lambda problems: selector.choose(problems, both))(problems)
+    for chosen, problem, pattern in zip(together, problems, both, strict=True):
+        alone = select(selector, problem, pattern)
+        np.testing.assert_array_equal(chosen.keep, alone.keep)
+        np.testing.assert_allclose(chosen.weight, alone.weight, rtol=1e-5, atol=1e-6)

@@ -191,14 +191,14 @@ def test_counted_products_and_memory_agree_with_the_compiler():
     assert 0.5 < GroupLoad(size, rows, recipe.footprint()).bytes(grid, False, rows) / with_solver.memory < 2
 
 
-def test_inverses_are_counted_for_every_matrix_and_shared_by_the_devices_that_make_them():
+def test_inverses_are_counted_once_for_an_input_and_shared_by_the_devices_that_make_them():
     def count(selector, **share):
         recipe = Recipe(Unstructured(0.5), selector, None)
         return prune_work(recipe, recipe.pattern, RowShare(0, 64, panels=True, **share), held_out=False)
 
-    assert count(ADMM(levels=5), matrices=3).wide == 3 * 5 * 6 * 64**3
-    assert count(ADMM(levels=5), matrices=3, together=8).wide == 3 * 5 * 6 * 64**3 / 8
-    assert count(SparseGPT(), matrices=2).wide == 2 * 6 * 64**3 and count(Wanda(), matrices=2).wide == 0
+    assert count(ADMM(levels=5)).wide == 5 * 6 * 64**3
+    assert count(ADMM(levels=5), together=8).wide == 5 * 6 * 64**3 / 8
+    assert count(SparseGPT()).wide == 6 * 64**3 and count(Wanda()).wide == 0
 
 
 def test_without_libtpu_the_plan_is_counted_and_says_so(tmp_path, capsys, monkeypatch):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import ClassVar, Literal, NamedTuple, cast
 
 import jax
@@ -38,8 +39,8 @@ class ADMM(Selector):
     A small ``rho`` lets the mask move far, a large one makes it settle: ``rho`` rises from ``rho_first`` to ``rho_last`` in
     ``levels`` equal ratios. For uncorrelated inputs, a mask stops changing once every kept ``|w_j|`` is at least ``(1 + damping)
     / rho`` times every pruned one. At ``rho = 1`` this is about the best mask. At a larger ``rho`` worse masks stop changing too,
-    and at a much smaller one no mask stops. Every level costs one inverse for each matrix, even if matrices share a Hessian.
-    Every iteration costs one product for all rows of the matrix.
+    and at a much smaller one no mask stops. Every level costs one inverse, for all matrices that read one input. Every
+    iteration costs one product for all rows of the matrix.
 
     ``problem.linear`` defines the target. The returned weights are ``z`` after the last iteration. If the mask has stopped
     changing, they are near the damped optimum for this mask. ``CG`` continues from them and certifies the remaining gap.
@@ -97,26 +98,51 @@ class ADMM(Selector):
         return Cost(iterations + 1, passes=iterations * (PASSES_OF_A_MASK + 8), inverses=self.levels)
 
     def __call__(self, problem: LayerProblem, pattern: Pattern) -> Pruned:
-        matrix, scale, live = unit_diagonal(problem.hessian)
-        weight = jnp.where(live, problem.weight * scale, 0.0)
-        pull = jnp.where(live, pull_of(problem) / scale, 0.0)
+        return self.choose((problem,), (pattern,))[0]
+
+    def choose(self, problems: Sequence[LayerProblem], patterns: Sequence[Pattern]) -> tuple[Pruned, ...]:
+        matrix, scale, live = unit_diagonal(problems[0].hessian)
+        matrices = [_Matrix.of(problem, pattern, scale, live) for problem, pattern in zip(problems, patterns)]
         eye = jnp.eye(len(scale), dtype=matrix.dtype)
 
-        # All variables are differences from the dense weights, so that rounding alone does not move a weight.
-        def level(state: _State, rho: Array) -> tuple[_State, None]:
+        def level(states: tuple[_State, ...], rho: Array) -> tuple[tuple[_State, ...], None]:
             solve = inverse(matrix + (self.damping + rho) * eye)
 
-            def iteration(_: int | Array, state: _State) -> _State:
-                move = matmul(pull + rho * state.move - state.dual, solve) + state.dual / rho
-                keep = pattern.keep_mask(jnp.abs(weight + move))
-                return _State(jnp.where(keep, move, -weight), jnp.where(keep, 0.0, rho * (weight + move)), keep)
+            def iteration(_: int | Array, states: tuple[_State, ...]) -> tuple[_State, ...]:
+                return tuple(each.iterated(state, rho, solve) for each, state in zip(matrices, states))
 
-            return jax.lax.fori_loop(0, self.iterations, iteration, state), None
+            return jax.lax.fori_loop(0, self.iterations, iteration, states), None
 
-        zero = jnp.zeros_like(weight)
         plan = np.geomspace(self.rho_first, self.rho_last, self.levels, dtype=np.float32)
-        state, _ = jax.lax.scan(level, _State(zero, zero, jnp.ones(weight.shape, bool)), cast(Array, plan))
-        return Pruned(jnp.where(state.keep, problem.weight + state.move / scale, 0.0), state.keep)
+        states, _ = jax.lax.scan(level, tuple(each.start() for each in matrices), cast(Array, plan))
+        return tuple(
+            Pruned(jnp.where(state.keep, problem.weight + state.move / scale, 0.0), state.keep)
+            for problem, state in zip(problems, states)
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Matrix:
+    """One matrix in the scaled variables. Its states are differences from the dense weights, so that rounding moves no weight."""
+
+    weight: Array  # [d_out, d_in]
+    pull: Array  # [d_out, d_in]
+    pattern: Pattern
+
+    @classmethod
+    def of(cls, problem: LayerProblem, pattern: Pattern, scale: Array, live: Array) -> "_Matrix":
+        weight = jnp.where(live, problem.weight * scale, 0.0)
+        return cls(weight, jnp.where(live, pull_of(problem) / scale, 0.0), pattern)
+
+    def start(self) -> "_State":
+        zero = jnp.zeros_like(self.weight)
+        return _State(zero, zero, jnp.ones(zero.shape, bool))
+
+    def iterated(self, state: "_State", rho: Array, solve: Array) -> "_State":
+        """One iteration; ``solve`` is the inverse of its level."""
+        move = matmul(self.pull + rho * state.move - state.dual, solve) + state.dual / rho
+        keep = self.pattern.keep_mask(jnp.abs(self.weight + move))
+        return _State(jnp.where(keep, move, -self.weight), jnp.where(keep, 0.0, rho * (self.weight + move)), keep)
 
 
 class _State(NamedTuple):

@@ -1,6 +1,7 @@
 """The base class of all selectors."""
 
 import abc
+from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 from optima_tpu.method.patterns import Pattern
@@ -29,6 +30,13 @@ class Selector(abc.ABC):
         Args:
           problem: the rows of exactly one matrix, so that a pattern may compare over all of it.
         """
+
+    def choose(self, problems: Sequence[LayerProblem], patterns: Sequence[Pattern]) -> tuple[Pruned, ...]:
+        """As a call for each matrix, for the matrices that read one input: their problems have one Hessian and one damping.
+
+        A selector whose factorisations depend on the Hessian alone may make them once for all matrices.
+        """
+        return tuple(map(self, problems, patterns))
 
     def check(self, pattern: Pattern) -> None:  # noqa: B027  # most selectors take every pattern
         """Raises UserError for a pattern that this selector does not support."""

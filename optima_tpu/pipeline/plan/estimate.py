@@ -80,7 +80,6 @@ class RowShare(NamedTuple):
     Attributes:
       rows: number of rows on the device.
       d_in: size of the input.
-      matrices: number of matrices; the selector takes them one by one.
       parts: number of parts of a split Hessian and its features; a device then works on one part of ``parts`` times as many rows.
       panels: whether a matrix that no mesh axis splits is inverted in panels too, as on a TPU; see ``linalg.inverses``.
       together: number of devices that share these panels.
@@ -88,7 +87,6 @@ class RowShare(NamedTuple):
 
     rows: float
     d_in: int
-    matrices: int = 1
     parts: int = 1
     panels: bool = False
     together: int = 1
@@ -102,7 +100,7 @@ def prune_work(recipe: Recipe, pattern: Pattern, share: RowShare, held_out: bool
     change = 2 if recipe.solver else 1
     times = candidates * (cost.products + 1 + change + held_out * (1 + change)) + chooser.products
     times += recipe.target.dense_stream * (1 + held_out)
-    inverses = candidates * cost.inverses + chooser.inverses * share.matrices
+    inverses = candidates * cost.inverses + chooser.inverses
     passes = candidates * (cost.passes + 30) + PASSES_OF_A_MASK + chooser.passes
     rows, d_in = share.rows, share.d_in
     factor = candidates * cost.factorisations * rows / 3 * d_in**3

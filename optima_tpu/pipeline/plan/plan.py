@@ -283,7 +283,7 @@ def _pruning(
     rows = -(-load.rows * parts // mesh.size)
     name = f"{_short((layers.names,))} [{load.rows:,}, {load.d_in:,}]"
     together = mesh.size if machine.is_tpu and divided(load.d_in, mesh.size) else 1
-    share = estimate.RowShare(rows / parts, load.d_in, len(shape.shapes), parts, machine.is_tpu, together)
+    share = estimate.RowShare(rows / parts, load.d_in, parts, machine.is_tpu, together)
     work = estimate.prune_work(recipe, shape.patterns[0], share, held_out)
     memory = round(resident(decoder, layers.others, held_out, load.streams) + load.bytes(mesh, layout.split, layout.rows or rows))
     found = None
