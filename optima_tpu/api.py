@@ -91,13 +91,17 @@ class Result:
 
         return pandas.DataFrame(self.layers)
 
-    def export(self, folder: str | Path) -> Path:
+    def export(self, folder: str | Path, packed: bool = False) -> Path:
         """Writes the pruned model as a folder that ``transformers`` loads, from the run's Orbax checkpoint.
+
+        Args:
+          folder: a new or empty folder.
+          packed: write the smaller form that ``optima unpack`` reads, and every command that takes a model.
 
         Raises:
           UserError: the folder exists and is not empty, or the run kept no checkpoint.
         """
-        export(self.directory, Path(folder))
+        export(self.directory, folder, packed=packed)
         return Path(folder)
 
     def report(self, file: str | Path | None = None) -> Path:

@@ -16,6 +16,7 @@ TEXTS: Mapping[str, str] = MappingProxyType(
         "sweep": "run a table of masks x updates x patterns over one model",
         "report": "write the HTML page of a finished run, or of several side by side",
         "export": "write the folder that transformers loads, from a run's Orbax checkpoint",
+        "unpack": "write the folder that transformers loads, from a packed export",
         "figures": "draw the paper's figures from finished runs",
         "data": "make a data set with random access from text files",
     }

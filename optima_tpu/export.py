@@ -1,12 +1,15 @@
 """The command line of an export: ``python -m optima_tpu.export RUN_DIR OUT``."""
 
 import argparse
+import math
 import sys
+from pathlib import Path
 
 import jax
 
 from optima_tpu.models.checkpoints.export import export
 from optima_tpu.models.checkpoints.orbax import quiet_orbax
+from optima_tpu.models.checkpoints.packed import Packed
 from optima_tpu.runtime.command import guarded
 from optima_tpu.runtime.program import program
 
@@ -25,6 +28,12 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("run_dir", help="output directory of the run")
     parser.add_argument("out", help="folder to write; must not exist, or must be empty")
     parser.add_argument("--max-shard-size", default="5GB", help="largest size of a weight file (default: %(default)s)")
+    parser.add_argument(
+        "--packed",
+        action="store_true",
+        help="store each pruned matrix as a bit mask and compressed values: a smaller folder that this program reads as it is, and "
+        "that optima unpack makes the plain folder of",
+    )
     return parser
 
 
@@ -32,8 +41,25 @@ def _export(arguments: list[str] | None) -> None:
     chosen = make_parser().parse_args(arguments)
     jax.config.update("jax_platforms", "cpu")  # Orbax starts JAX, and an accelerator may be busy with another run
     quiet_orbax()
-    export(chosen.run_dir, chosen.out, chosen.max_shard_size)
+    export(chosen.run_dir, chosen.out, chosen.max_shard_size, packed=chosen.packed)
     print(f"wrote {chosen.out}")
+    if chosen.packed:
+        print(sizes(Packed(Path(chosen.out))))
+
+
+def sizes(packed: Packed) -> str:
+    """What the files of weights take: dense, pruned and packed, in bytes; and the pruned matrices in bits a weight."""
+    plain, small = packed.unpacked_bytes, packed.packed_bytes
+    pruned = [packed.tensors[name] for name in packed.masks]
+    weights = sum(math.prod(tensor.shape) for tensor in pruned)
+    before, after = (
+        8 * sum(found) / max(weights, 1)
+        for found in ((tensor.nbytes for tensor in pruned), (sum(tensor.parts) for tensor in pruned))
+    )
+    return (
+        f"weight files: dense {plain:,} bytes, pruned {plain:,}, packed {small:,} ({small / plain:.3f} of the dense)\n"
+        f"pruned matrices: {weights:,} weights; bits a weight: dense {before:.2f}, pruned {before:.2f}, packed {after:.2f}"
+    )
 
 
 if __name__ == "__main__":

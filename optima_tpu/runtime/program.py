@@ -13,6 +13,7 @@ MODULES: Mapping[str, str] = MappingProxyType(
         "sweep": "optima_tpu.sweep",
         "report": "optima_tpu.report",
         "export": "optima_tpu.export",
+        "unpack": "optima_tpu.unpack",
         "figures": "optima_tpu.figures",
         "data": "optima_tpu.data.build",
     }

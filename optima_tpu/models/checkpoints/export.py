@@ -7,11 +7,12 @@
     OUT/optima_tpu.json             recipe, sparsity and error of every layer
     OUT/README.md                   model card
 
+or to the same folder packed, with packed-model.safetensors and packed.json in place of weights and masks; see ``packed.py``.
+
 The weights are dense: no current library reads a packed 2:4 file, and a ``sparsity_config`` makes some refuse to load.
 """
 
 import json
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,9 +25,10 @@ from optima_tpu.errors import UserError
 from optima_tpu.method.layer_rules import parse_layers, pattern_of
 from optima_tpu.method.patterns import Pattern, parse_pattern
 from optima_tpu.models.checkpoints.orbax import CheckpointTensors
+from optima_tpu.models.checkpoints.packed import MASKS, SHAPE, Packer, write_masks
 from optima_tpu.report.model_card import HUB_ID, model_card
 from optima_tpu.report.run_record import read_assets, read_run
-from optima_tpu.runtime.buckets import as_path
+from optima_tpu.runtime.buckets import as_path, in_bucket
 from optima_tpu.runtime.files import (
     PARTIAL,
     begin,
@@ -40,13 +42,15 @@ from optima_tpu.runtime.files import (
     written_here,
 )
 
-MASKS, SIDECAR = "pruning_masks.npz", "optima_tpu.json"
-
-_SHAPE = ".shape"
+SIDECAR = "optima_tpu.json"
 
 
 def export(
-    run_directory: str | Path, out: str | Path, max_shard_size: int | str = "5GB", report: Mapping[str, Any] | None = None
+    run_directory: str | Path,
+    out: str | Path,
+    max_shard_size: int | str = "5GB",
+    report: Mapping[str, Any] | None = None,
+    packed: bool = False,
 ) -> None:
     """Writes the folder. It gets its name only after everything in it has been written, checked and flushed to disk.
 
@@ -56,12 +60,15 @@ def export(
         was killed.
       max_shard_size: bytes, or a text such as "5GB". One shard is in memory at a time.
       report: the run's report for the model card; None takes report.json, if the run has one.
+      packed: write the packed form. ``optima unpack`` makes the plain folder of it, byte for byte.
 
     Raises:
-      UserError: the run is not finished, ``out`` is in use, or the disk is full.
+      UserError: the run is not finished, ``out`` is in use, the disk is full, or ``out`` is in a bucket though ``packed`` is set.
       RuntimeError: the written weights do not match the masks. ``out`` is not created.
     """
     out = as_path(out).resolve()
+    if packed and in_bucket(out):
+        raise UserError(f"expected a folder on a disk for a packed export, got {out}: export to a disk, then copy the folder")
     source = CheckpointTensors(run_directory)
     patterns = _patterns(source)
     with writing(out, "nothing was left there; make room or choose another folder, and repeat the command"):
@@ -76,14 +83,22 @@ def export(
             for name, data in assets.items():
                 (partial / name).parent.mkdir(parents=True, exist_ok=True)
                 (partial / name).write_bytes(data)
-            zeros = _write_shards(source, patterns, partial, max_shard_size)
-            _write_masks(source, partial / MASKS)
+            packer = Packer(partial) if packed else None
+            shards, zeros = _write_shards(source, patterns, partial, max_shard_size, packer)
+            if packer is None:
+                with written_here(partial / MASKS) as here:
+                    write_masks(here, ((name, source.mask(name)) for name in source.pruned()))
             sidecar = _sidecar(source, zeros)
             if report is None:
                 report = read_record(as_path(run_directory) / "report.json") or {}
             (partial / "README.md").write_text(model_card(out.name, sidecar, assets, report), encoding="utf-8")
-            sidecar["files"] = sorted(str(path.relative_to(partial)) for path in files_in(partial))
+            others = {str(path.relative_to(partial)) for path in files_in(partial) if path.suffix != ".safetensors"}
+            sidecar["files"] = sorted({*shards, MASKS, *others})
             (partial / SIDECAR).write_text(json.dumps(sidecar, indent=2, allow_nan=False))
+            if packer is not None:
+                for name in sorted({SIDECAR, *others}):
+                    packer.add_file(partial / name, name)
+                packer.finish()
             commit(partial, out)
         except BaseException:
             for left in (partial, out.with_name(out.name + PARTIAL)):  # the same path, except in a bucket
@@ -116,20 +131,25 @@ def _written(out: Path, manifest: Mapping[str, Any]) -> set[str] | None:
 def read_masks(path: str | Path) -> dict[str, np.ndarray]:
     """The masks of an exported folder: name of a pruned weight -> [d_out, d_in] bool, True where it was kept.
 
-    The file has two arrays for each weight: "<name>", [d_out, ceil(d_in / 8)] uint8 as ``numpy.packbits`` packs the
-    inputs of a row (the first input in the highest bit), and "<name>.shape", the two sizes.
+    See :func:`optima_tpu.models.checkpoints.packed.write_masks` for the file.
 
     Args:
       path: pruning_masks.npz, or the folder it is in.
     """
     path = Path(path)
     with np.load(path / MASKS if path.is_dir() else path) as file:
-        names = [name.removesuffix(_SHAPE) for name in file.files if name.endswith(_SHAPE)]
-        return {name: np.unpackbits(file[name], axis=1, count=file[name + _SHAPE][1]).view(bool) for name in names}
+        names = [name.removesuffix(SHAPE) for name in file.files if name.endswith(SHAPE)]
+        return {name: np.unpackbits(file[name], axis=1, count=file[name + SHAPE][1]).view(bool) for name in names}
 
 
-def _write_shards(source: CheckpointTensors, patterns: Mapping[str, Pattern], folder: Path, limit: int | str) -> dict[str, int]:
-    """Writes and checks the weights. Returns the number of zeros in each pruned weight, counted in the file."""
+def _write_shards(
+    source: CheckpointTensors, patterns: Mapping[str, Pattern], folder: Path, limit: int | str, packer: Packer | None
+) -> tuple[list[str], dict[str, int]]:
+    """Writes and checks the weights. A ``packer`` packs each file, which is then removed.
+
+    Returns:
+      The names of the files, and the number of zeros in each pruned weight, counted in the file.
+    """
     try:
         split = split_by_size(source, source.names(), limit, "model{suffix}.safetensors")
     except ValueError as error:
@@ -148,10 +168,13 @@ def _write_shards(source: CheckpointTensors, patterns: Mapping[str, Pattern], fo
             # safetensors makes files that only their owner can read, but the folder is meant to be shared.
             here.chmod(_readable(here.parent))
             zeros |= _check(here, tensors, masks, patterns)
+            if packer is not None:
+                packer.add_weights(here, masks)
+                here.unlink()
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
-    return zeros
+    return list(split.filename_to_tensors), zeros
 
 
 def _readable(folder: Path) -> int:
@@ -218,16 +241,6 @@ def _report_on(name: str, source: CheckpointTensors) -> dict[str, Any]:
 
 def _same_bytes(a: np.ndarray, b: np.ndarray) -> bool:
     return np.array_equal(a.reshape(-1).view(np.uint8), b.reshape(-1).view(np.uint8))  # NaN included
-
-
-def _write_masks(source: CheckpointTensors, path: Path) -> None:
-    # Entry by entry, because np.savez needs all of them in memory.
-    with written_here(path) as here, zipfile.ZipFile(here, "w") as archive:
-        for name in source.pruned():
-            keep = source.mask(name)
-            for entry, array in ((name, np.packbits(keep, axis=1)), (name + _SHAPE, np.asarray(keep.shape))):
-                with archive.open(zipfile.ZipInfo(entry + ".npy"), "w", force_zip64=True) as file:
-                    np.lib.format.write_array(file, array, allow_pickle=False)
 
 
 def _sidecar(source: CheckpointTensors, zeros: Mapping[str, int]) -> dict[str, Any]:

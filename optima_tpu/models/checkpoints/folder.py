@@ -1,6 +1,8 @@
-"""Checkpoints in Hugging Face folders: config.json beside one or several safetensors files."""
+"""Checkpoints in Hugging Face folders: config.json beside one or several safetensors files, plain or packed."""
 
+import contextlib
 import json
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from optima_tpu.errors import UserError
+from optima_tpu.models.checkpoints import packed
 from optima_tpu.models.checkpoints.source import DTYPES, Index, Pretrained, fingerprint, parse_dtype, read_config, whole_slices
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -81,12 +84,72 @@ class SafetensorsSource:
         return tuple(self._slices[name].get_shape())
 
     def dtype(self, name: str) -> np.dtype:
-        stored = np.dtype(_STORED[self._slices[name].get_dtype()])
-        return self._dtype if self._dtype is not None and stored in _CASTABLE else stored
+        return _as_read(self._slices[name].get_dtype(), self._dtype)
 
     def read(self, name: str, index: Index = (...,)) -> np.ndarray:
         part = self._slices[name][whole_slices(index, self.shape(name))]
         return part.astype(self.dtype(name), copy=False)
+
+
+class PackedSource:
+    """Tensors of a packed folder, decoded on demand. The last one is held, because a mesh requests a tensor slice by slice.
+
+    Args:
+      folder: the folder with its index.
+      dtype: as for :class:`SafetensorsSource`.
+
+    Raises:
+      UserError: the folder is damaged, or has a dtype that numpy can't represent. The message names the tensor or the file.
+    """
+
+    def __init__(self, folder: Path, dtype: np.dtype | None = None):
+        with _user_error():
+            self._packed = packed.Packed(folder)
+        self._dtype = dtype
+        self._held: tuple[str, np.ndarray] | None = None
+        for name, tensor in self._packed.tensors.items():
+            if tensor.dtype not in _STORED:
+                raise UserError(f"{folder} stores {name} as {tensor.dtype}; expected one of {', '.join(_STORED)}")
+
+    def files(self) -> list[Path]:
+        """The packed files of weights."""
+        return [self._packed.folder / name for name in self._packed.packed_files]
+
+    def check_assets(self, assets: Mapping[str, bytes]) -> None:
+        """Compares the folder's other files with their checksums."""
+        with _user_error():
+            for name, data in assets.items():
+                self._packed.check_file(name, data)
+
+    def names(self) -> tuple[str, ...]:
+        return tuple(sorted(self._packed.tensors))
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._packed.tensors[name].shape
+
+    def dtype(self, name: str) -> np.dtype:
+        return _as_read(self._packed.tensors[name].dtype, self._dtype)
+
+    def read(self, name: str, index: Index = (...,)) -> np.ndarray:
+        if self._held is None or self._held[0] != name:
+            with _user_error():
+                tensor = self._packed.tensors[name]
+                self._held = name, self._packed.read(name).view(_STORED[tensor.dtype]).reshape(tensor.shape)
+        return self._held[1][whole_slices(index, self.shape(name))].astype(self.dtype(name))
+
+
+def _as_read(stored: str, cast: np.dtype | None) -> np.dtype:
+    """The dtype in which a tensor of a stored dtype is read."""
+    own = np.dtype(_STORED[stored])
+    return cast if cast is not None and own in _CASTABLE else own
+
+
+@contextlib.contextmanager
+def _user_error() -> Iterator[None]:
+    try:
+        yield
+    except packed.PackedError as error:
+        raise UserError(str(error)) from error
 
 
 def open_folder(folder: Path, origin: str, dtype: str | None = None) -> Pretrained:
@@ -96,13 +159,25 @@ def open_folder(folder: Path, origin: str, dtype: str | None = None) -> Pretrain
         raise UserError(_not_a_model(folder))
     found = sorted([*filter(_is_asset, folder.iterdir()), *folder.glob(f"{CHAT_TEMPLATES}/*.jinja")])
     assets = {path.relative_to(folder).as_posix(): path.read_bytes() for path in found}
+    tensors: SafetensorsSource | PackedSource
+    if (folder / packed.INDEX).is_file():
+        tensors = PackedSource(folder, cast)
+        tensors.check_assets(assets)
+        files = tensors.files()
+    else:
+        tensors, files = _open_shards(folder, cast)
     config, assets["config.json"] = read_config(assets["config.json"], str(folder), dtype)
+    return Pretrained(config, tensors, assets, fingerprint(assets["config.json"], tensors, files), origin)
+
+
+def _open_shards(folder: Path, cast: np.dtype | None) -> tuple[SafetensorsSource, list[Path]]:
+    """The tensors of a folder's safetensors files, and the files."""
     shards, weight_map = _shards(folder)
     tensors = SafetensorsSource(shards, cast)
     for name, shard in weight_map.items():
         if tensors.holder(name) != shard:
             raise UserError(f"{folder / shard} does not hold the tensor {name}, though {INDEX} says so: download both again")
-    return Pretrained(config, tensors, assets, fingerprint(assets["config.json"], tensors, shards), origin)
+    return tensors, shards
 
 
 def _shards(folder: Path) -> tuple[list[Path], dict[str, str]]:
@@ -143,6 +218,6 @@ def _no_weights(folder: Path) -> str:
 def _is_asset(path: Path) -> bool:
     """Whether an export copies a file unchanged: the small files except weights and model card."""
     name = path.name.lower()
-    if not path.is_file() or name.startswith((".", "readme")) or name.endswith(".index.json"):
+    if not path.is_file() or name.startswith((".", "readme")) or name.endswith(".index.json") or name == packed.INDEX:
         return False
     return name.endswith((".json", ".txt", ".model", ".jinja")) or name.startswith(("license", "licence", "notice"))

@@ -1,0 +1,594 @@
+"""Packed checkpoints: pruned weights as bit masks and compressed values, unpacked bit for bit.
+
+This file imports nothing from its package. A copy of it runs anywhere with numpy and zstandard:
+
+    python packed.py PACKED OUT
+
+The format is described in docs/reference/packed-format.md.
+"""
+
+import argparse
+import contextlib
+import hashlib
+import itertools
+import json
+import math
+import os
+import shutil
+import struct
+import sys
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+import zstandard
+
+FORMAT, VERSION = "optima-packed", 1
+INDEX = "packed.json"
+MASKS, SHAPE = "pruning_masks.npz", ".shape"
+
+BITS: Mapping[str, int] = {
+    **dict.fromkeys(("F4",), 4),
+    **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
+    **dict.fromkeys(("I16", "U16", "F16", "BF16"), 16),
+    **dict.fromkeys(("I32", "U32", "F32"), 32),
+    **dict.fromkeys(("I64", "U64", "F64", "C64"), 64),
+}
+"""Every dtype of safetensors -> bits of an element."""
+
+PLAIN, PLANES, SPARSE = "plain", "planes", "sparse"
+
+_LARGEST_HEADER = 100_000_000  # as safetensors allows; of the index too
+_SPARSE_FROM = 1 / 16
+"""Share of zeros from which the sparse encoding is tried on a tensor without a mask."""
+_LONG = 10**20  # as an offset it takes more room in a header than any real one
+# Bytes of weights hardly ever repeat in longer pieces. A table of 64 entries that is searched for 7 equal bytes finds next to no
+# repetition, so zstd codes single bytes by their frequency: smaller than at any of its levels below 13, and as fast as level 1.
+_CODER = zstandard.ZstdCompressionParameters(strategy=zstandard.STRATEGY_FAST, hash_log=6, min_match=7, window_log=17)
+
+
+class PackedError(Exception):
+    """A packed folder that is damaged, or a folder that can't be packed. The message is one line and names the tensor or file."""
+
+
+class Tensor(NamedTuple):
+    """What the index says of a tensor.
+
+    Attributes:
+      file: the packed file that holds it.
+      dtype: as safetensors names it.
+      shape: its sizes.
+      encoding: ``plain``, ``planes`` or ``sparse``.
+      parts: bytes of each part, in order: for ``sparse`` the mask and the planes, for ``planes`` the planes.
+      sha256: of all parts together, as they are stored.
+    """
+
+    file: str
+    dtype: str
+    shape: tuple[int, ...]
+    encoding: str
+    parts: tuple[int, ...]
+    sha256: str
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the unpacked tensor."""
+        return _nbytes(self.dtype, self.shape)
+
+    @property
+    def width(self) -> int:
+        """Bytes of an element; 1 for dtypes of less than a byte, which are treated as bytes."""
+        return max(1, BITS[self.dtype] // 8)
+
+
+class Span(NamedTuple):
+    """A tensor in a safetensors file.
+
+    Attributes:
+      dtype: as safetensors names it.
+      shape: its sizes.
+      begin: offset of its first byte behind the header.
+      end: offset behind its last byte.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+class Packer:
+    """Writes a packed folder: one file of weights after the other, then the index.
+
+    Args:
+      out: an existing, empty folder.
+    """
+
+    def __init__(self, out: Path):
+        self._out = out
+        self._tensors: dict[str, Tensor] = {}
+        self._weights: dict[str, dict[str, str]] = {}
+        self._files: dict[str, str] = {}
+        self._masks: list[str] = []
+
+    def add_weights(self, path: Path, masks: Mapping[str, np.ndarray] | None = None) -> None:
+        """Packs a safetensors file, tensor by tensor.
+
+        Args:
+          path: the file.
+          masks: name of a pruned weight -> bool of its shape, True where it was kept. These masks are stored instead of a mask of
+            the bits that are not zero, and make pruning_masks.npz when the folder is unpacked.
+
+        Raises:
+          PackedError: the file is damaged, or a weight that the mask prunes has bits other than zero.
+        """
+        header, spans = _read_header(path)
+        if twice := sorted(spans.keys() & self._tensors.keys()):
+            raise PackedError(f"{path} holds the tensor {twice[0]}, which another file holds too")
+        name = f"packed-{path.name}"
+        with path.open("rb") as source, (self._out / name).open("wb") as target:
+            longest = {
+                tensor: span._replace(shape=(*span.shape, _LONG), begin=_LONG, end=_LONG) for tensor, span in spans.items()
+            }
+            room = len(_header(longest))
+            target.write(bytes(room))
+            written: dict[str, Span] = {}
+            begin = 0
+            for tensor, span in spans.items():
+                raw = np.frombuffer(_read_at(source, 8 + len(header) + span.begin, span.end - span.begin), np.uint8)
+                encoding, parts = _encode(tensor, raw, span, (masks or {}).get(tensor))
+                digest = hashlib.sha256()
+                for part in parts:
+                    digest.update(part)
+                    target.write(part)
+                record = Tensor(name, span.dtype, span.shape, encoding, tuple(map(len, parts)), digest.hexdigest())
+                if not np.array_equal(_decode(tensor, record, parts), raw):
+                    raise RuntimeError(f"{tensor} does not come back from its packed form")
+                self._tensors[tensor] = record
+                written[tensor] = _stored_as(record, begin)
+                begin = written[tensor].end
+            text = _header(written, room)
+            target.seek(0)
+            target.write(text)
+        self._weights[path.name] = {"packed": name, "packed_header": hashlib.sha256(text).hexdigest(), "header": header.decode()}
+        self._masks += sorted((masks or {}).keys() & spans.keys())
+
+    def add_file(self, path: Path, name: str) -> None:
+        """Copies a file that is no weights, and records its checksum.
+
+        Args:
+          path: the file; it may be in the folder already.
+          name: its path in the folder, with ``/``.
+        """
+        target = self._out / name
+        if path != target:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, target)
+        self._files[name] = _digest(target)
+
+    def finish(self) -> None:
+        """Writes the index, after which the folder is complete."""
+        record = {
+            "format": FORMAT,
+            "version": VERSION,
+            "tensors": {name: {**tensor._asdict(), "shape": list(tensor.shape)} for name, tensor in self._tensors.items()},
+            "weights": self._weights,
+            "masks": sorted(self._masks),
+            "files": self._files,
+        }
+        (self._out / INDEX).write_bytes(_sealed(record))
+
+
+def pack(folder: Path, out: Path) -> None:
+    """Packs every safetensors file of a folder, and copies its other files. ``out`` is an existing, empty folder."""
+    packer = Packer(out)
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        if path.suffix == ".safetensors" and path.parent == folder:
+            packer.add_weights(path)
+        else:
+            packer.add_file(path, path.relative_to(folder).as_posix())
+    packer.finish()
+
+
+class Packed:
+    """An opened packed folder. Only the index and the headers are read; tensors are decoded one by one on demand.
+
+    Attributes:
+      folder: where it is.
+      tensors: name -> what the index says of the tensor.
+      masks: the names of the pruned weights whose masks are known.
+      files: name of every other file -> its SHA-256.
+
+    Raises:
+      PackedError: the index or a header is damaged, contradicts itself or points outside its files.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        record = _read_index(folder / INDEX)
+        with _expecting(folder / INDEX):
+            self.tensors = {name: _parse_tensor(name, entry) for name, entry in record["tensors"].items()}
+            self.masks: tuple[str, ...] = tuple(record["masks"])
+            self.files: dict[str, str] = {_inside(name): str(digest) for name, digest in record["files"].items()}
+            self._weights = {_inside(name): dict(entry) for name, entry in record["weights"].items()}
+            self._layouts = {name: _parse_header(entry["header"].encode(), name) for name, entry in self._weights.items()}
+            self._begins: dict[str, int] = {}
+            for name, entry in self._weights.items():
+                self._check_file(name, _inside(entry["packed"]), entry["packed_header"])
+            for name in self.tensors.keys() - self._begins.keys():
+                raise PackedError(f"the index names the tensor {name}, but no file of weights holds it")
+            for name in self.masks:
+                if name not in self.tensors or self.tensors[name].encoding != SPARSE or len(self.tensors[name].shape) != 2:
+                    raise PackedError(f"the index says that {name} has a mask, but stores none")
+
+    def _check_file(self, name: str, packed: str, header_sha256: str) -> None:
+        """Compares a packed file's header with the index, and with the plain file that it makes."""
+        path = self.folder / packed
+        layout = self._layouts[name]
+        header, spans = _read_header(path, f"; it lists {', '.join(list(layout)[:4])}{', ...' if len(layout) > 4 else ''}")
+        for tensor in dict.fromkeys([*layout, *spans]):
+            mine = self.tensors.get(tensor)
+            if mine is None or tensor not in layout or tensor not in spans or mine.file != packed or tensor in self._begins:
+                raise PackedError(f"{path}: the file and {INDEX} disagree about the tensor {tensor}: copy the folder again")
+            stored = _stored_as(mine, spans[tensor].begin)
+            if stored != spans[tensor] or (mine.dtype, mine.shape) != layout[tensor][:2]:
+                raise PackedError(f"{path}: the header and {INDEX} disagree about the tensor {tensor}: copy the folder again")
+            self._begins[tensor] = 8 + len(header) + stored.begin
+        if hashlib.sha256(struct.pack("<Q", len(header)) + header).hexdigest() != header_sha256:
+            raise PackedError(f"{path}: the header is damaged; it lists {', '.join(list(layout)[:4])}: copy the file again")
+
+    def read(self, name: str) -> np.ndarray:
+        """The bytes of an unpacked tensor, [nbytes] uint8, little-endian and row by row.
+
+        Raises:
+          PackedError: the stored bytes are damaged. They are compared with their checksum before anything is decoded.
+        """
+        return _decode(name, self.tensors[name], self._parts(name))
+
+    def mask(self, name: str) -> np.ndarray:
+        """The mask of a pruned weight, bool of its shape, True where it was kept."""
+        tensor = self.tensors[name]
+        return _decode_mask(name, tensor, self._parts(name)[0]).reshape(tensor.shape)
+
+    def _parts(self, name: str) -> list[memoryview]:
+        tensor = self.tensors[name]
+        path = self.folder / tensor.file
+        with path.open("rb") as file:
+            stored = memoryview(_read_at(file, self._begins[name], sum(tensor.parts)))
+        if hashlib.sha256(stored).hexdigest() != tensor.sha256:
+            raise PackedError(f"{path}: the tensor {name} is damaged, its checksum differs: copy the file again")
+        ends = np.cumsum((0, *tensor.parts)).tolist()
+        return [stored[begin:end] for begin, end in itertools.pairwise(ends)]
+
+    def check_file(self, name: str, data: bytes) -> None:
+        """Compares the contents of a copied file with its checksum; a file that the index does not name passes.
+
+        Raises:
+          PackedError: they differ.
+        """
+        self._check_digest(name, hashlib.sha256(data).hexdigest())
+
+    def _check_digest(self, name: str, digest: str) -> None:
+        if self.files.get(name, digest) != digest:
+            raise PackedError(f"{self.folder / name} is damaged, its checksum differs from that in {INDEX}: copy the file again")
+
+    @property
+    def packed_bytes(self) -> int:
+        """Bytes of the packed files of weights and of the index."""
+        return sum((self.folder / name).stat().st_size for name in (INDEX, *self.packed_files))
+
+    @property
+    def packed_files(self) -> list[str]:
+        """The names of the packed files of weights."""
+        return [entry["packed"] for entry in self._weights.values()]
+
+    @property
+    def unpacked_bytes(self) -> int:
+        """Bytes of the files of weights that the folder unpacks to."""
+        headers = sum(8 + len(entry["header"].encode()) for entry in self._weights.values())
+        return headers + sum(tensor.nbytes for tensor in self.tensors.values())
+
+    def unpack(self, out: Path) -> None:
+        """Writes the plain folder, tensor by tensor. Every file is the same as the one that was packed, byte for byte.
+
+        Args:
+          out: an existing, empty folder.
+
+        Raises:
+          PackedError: something is damaged, or the disk has no room for what the index announces.
+        """
+        if (free := shutil.disk_usage(out).free) < self.unpacked_bytes:
+            raise PackedError(f"{self.folder} unpacks to {self.unpacked_bytes:,} bytes, but {out} has room for {free:,}")
+        for name in self.files:
+            (out / name).parent.mkdir(parents=True, exist_ok=True)
+            try:
+                shutil.copyfile(self.folder / name, out / name)
+            except FileNotFoundError:
+                raise PackedError(f"{self.folder / name} is missing, though {INDEX} names it: copy the folder again") from None
+            self._check_digest(name, _digest(out / name))
+        for name, entry in self._weights.items():
+            header = entry["header"].encode()
+            with (out / name).open("wb") as target:
+                target.write(struct.pack("<Q", len(header)) + header)
+                for tensor in self._layouts[name]:
+                    target.write(self.read(tensor).data)
+        if self.masks:
+            write_masks(out / MASKS, ((name, self.mask(name)) for name in self.masks))
+
+
+def unpack(packed: Path, out: Path) -> None:
+    """Writes the plain folder of a packed one; see :meth:`Packed.unpack`."""
+    Packed(packed).unpack(out)
+
+
+def write_masks(path: Path, masks: Iterable[tuple[str, np.ndarray]]) -> None:
+    """Writes masks, [d_out, d_in] bool, as one bit each, with one mask in memory at a time.
+
+    The file has two arrays for each mask: "<name>", [d_out, ceil(d_in / 8)] uint8 as ``numpy.packbits`` packs the inputs of a row,
+    and "<name>.shape", the two sizes.
+    """
+    # Entry by entry, because np.savez needs all of them in memory.
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, keep in masks:
+            for entry, array in ((name, np.packbits(keep, axis=1)), (name + SHAPE, np.asarray(keep.shape))):
+                with archive.open(zipfile.ZipInfo(entry + ".npy"), "w", force_zip64=True) as file:
+                    np.lib.format.write_array(file, array, allow_pickle=False)
+
+
+# The encodings of a tensor.
+
+
+def _encode(name: str, raw: np.ndarray, span: Span, keep: np.ndarray | None) -> tuple[str, list[bytes | memoryview]]:
+    """The smallest encoding of a tensor's bytes, [nbytes] uint8; with a mask always ``sparse``."""
+    width = max(1, BITS[span.dtype] // 8)
+    elements = raw.view(f"<u{width}")
+    kept = elements != 0  # by the bits: -0.0 is kept
+    if keep is not None:
+        if np.any(kept & ~keep.reshape(-1)):
+            raise PackedError(f"{name}: the mask prunes weights whose bits are not zero")
+        return SPARSE, _sparse(elements, keep.reshape(-1))
+    found: dict[str, list[bytes | memoryview]] = {PLAIN: [raw.data], PLANES: _planes(elements)}
+    if elements.size and 1 - kept.mean() >= _SPARSE_FROM:
+        found[SPARSE] = _sparse(elements, kept)
+    best = min(found, key=lambda encoding: sum(map(len, found[encoding])))
+    return best, found[best]
+
+
+def _sparse(elements: np.ndarray, keep: np.ndarray) -> list[bytes | memoryview]:
+    return [_compress(np.packbits(keep)), *_planes(np.compress(keep, elements))]
+
+
+def _planes(elements: np.ndarray) -> list[bytes | memoryview]:
+    """The highest byte of every element, then the next lower, each compressed by itself."""
+    width = elements.dtype.itemsize
+    table = elements.view(np.uint8).reshape(-1, width)
+    return [_compress(np.ascontiguousarray(table[:, byte])) for byte in reversed(range(width))]
+
+
+def _decode(name: str, tensor: Tensor, parts: Sequence[bytes | memoryview]) -> np.ndarray:
+    """The bytes of a tensor, [nbytes] uint8, from its parts."""
+    if tensor.encoding == PLAIN:
+        return np.frombuffer(parts[0], np.uint8)
+    count = tensor.nbytes // tensor.width
+    if tensor.encoding == PLANES:
+        return _join(name, parts, count, tensor.width).reshape(-1)
+    kept = np.flatnonzero(_decode_mask(name, tensor, parts[0]))  # ten times as fast as to assign by a bool mask
+    elements = np.zeros(count, f"<u{tensor.width}")
+    elements[kept] = _join(name, parts[1:], kept.size, tensor.width).view(elements.dtype)[:, 0]
+    return elements.view(np.uint8)
+
+
+def _decode_mask(name: str, tensor: Tensor, part: bytes | memoryview) -> np.ndarray:
+    count = tensor.nbytes // tensor.width
+    packed = np.frombuffer(_decompress(name, part, (count + 7) // 8), np.uint8)
+    return np.unpackbits(packed, count=count).view(bool)
+
+
+def _join(name: str, planes: Sequence[bytes | memoryview], count: int, width: int) -> np.ndarray:
+    """Elements from their byte planes, [count, width] uint8, the lowest byte first."""
+    table = np.empty((count, width), np.uint8)
+    for byte, plane in zip(reversed(range(width)), planes, strict=True):
+        table[:, byte] = np.frombuffer(_decompress(name, plane, count), np.uint8)
+    return table
+
+
+def _compress(data: np.ndarray) -> bytes:
+    return zstandard.ZstdCompressor(compression_params=_CODER).compress(data.data) if data.size else b""
+
+
+def _decompress(name: str, data: bytes | memoryview, size: int) -> bytes:
+    """The ``size`` bytes in a zstd frame.
+
+    Raises:
+      PackedError: the frame announces or holds another number of bytes. No more than ``size`` bytes are ever allocated.
+    """
+    try:
+        # Before decompressing: zstandard allocates what the frame announces, and would ignore a limit.
+        announced = zstandard.frame_content_size(data) if len(data) else 0
+        if announced != size:
+            raise PackedError(f"{name}: expected {size:,} bytes from a part of the tensor, but it announces {announced:,}")
+        return zstandard.ZstdDecompressor().decompress(data, allow_extra_data=False) if size else b""
+    except zstandard.ZstdError as error:
+        raise PackedError(f"{name}: a part of the tensor can't be decompressed ({error})") from error
+    except MemoryError:
+        raise PackedError(f"{name}: a part of the tensor needs {size:,} bytes, more than this machine has") from None
+
+
+# Headers and the index.
+
+
+def _stored_as(tensor: Tensor, begin: int) -> Span:
+    """The entry of a tensor in its packed file's header: its own dtype and shape if it is plain, else bytes."""
+    size = sum(tensor.parts)
+    if tensor.encoding == PLAIN:
+        return Span(tensor.dtype, tensor.shape, begin, begin + size)
+    return Span("U8", (size,), begin, begin + size)
+
+
+def _header(spans: Mapping[str, Span], room: int = 0) -> bytes:
+    """The header of a safetensors file with its length in front: ``room`` bytes, or more in multiples of 8."""
+    entries = {
+        name: {"dtype": span.dtype, "shape": list(span.shape), "data_offsets": [span.begin, span.end]}
+        for name, span in spans.items()
+    }
+    text = json.dumps({"__metadata__": {"format": FORMAT, "version": str(VERSION)}, **entries}, separators=(",", ":")).encode()
+    text = text.ljust(room - 8)
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
+
+
+def _read_header(path: Path, about: str = "") -> tuple[bytes, dict[str, Span]]:
+    """The header of a safetensors file as it is stored, without its length, and the tensors by their offsets.
+
+    Raises:
+      PackedError: the file is missing, or the header does not describe exactly the bytes behind it.
+    """
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = struct.unpack("<Q", file.read(8).ljust(8, b"\xff"))[0]
+            if length > min(size - 8, _LARGEST_HEADER):
+                raise PackedError(f"{path}: the header is damaged or the file is cut off{about}: copy the file again")
+            header = file.read(length)
+    except FileNotFoundError:
+        raise PackedError(f"{path} is missing{about}: copy the folder again") from None
+    spans = _parse_header(header, f"{path}{about}")
+    if (end := max((span.end for span in spans.values()), default=0)) != size - 8 - length:
+        raise PackedError(f"{path}: the tensors take {end:,} bytes, but the file holds {size - 8 - length:,}{about}")
+    return header, spans
+
+
+def _parse_header(header: bytes, where: str) -> dict[str, Span]:
+    """The tensors that a header lists, by their offsets. They cover the bytes behind the header without gap or overlap."""
+    try:
+        record = json.loads(header.decode())
+        entries = {name: entry for name, entry in record.items() if name != "__metadata__"}
+    except (ValueError, RecursionError, AttributeError) as error:
+        raise PackedError(f"{where}: the header is damaged, it is no JSON object: copy the file again") from error
+    spans = {}
+    for name, entry in entries.items():
+        try:
+            begin, end = entry["data_offsets"]
+            span = Span(entry["dtype"], tuple(entry["shape"]), begin, end)
+            right = _counts((begin, end, *span.shape)) and span.dtype in BITS and end - begin == _nbytes(span.dtype, span.shape)
+        except (TypeError, ValueError, KeyError):
+            right = False
+        if not right:
+            raise PackedError(f"{where}: dtype, shape and offsets of the tensor {name} do not fit each other in the header")
+        spans[name] = span
+    spans = dict(sorted(spans.items(), key=lambda item: item[1][2:]))
+    end = 0
+    for name, span in spans.items():
+        if span.begin != end:
+            raise PackedError(f"{where}: the tensor {name} begins at byte {span.begin:,}, expected {end:,}")
+        end = span.end
+    return spans
+
+
+def _counts(numbers: Iterable[Any]) -> bool:
+    return all(type(number) is int and number >= 0 for number in numbers)
+
+
+def _nbytes(dtype: str, shape: Sequence[int]) -> int:
+    return (math.prod(shape) * BITS[dtype] + 7) // 8
+
+
+def _parse_tensor(name: str, entry: Mapping[str, Any]) -> Tensor:
+    """A tensor of the index.
+
+    Raises:
+      PackedError: the entry is not as the format wants it.
+    """
+    try:
+        tensor = Tensor(**entry)._replace(shape=tuple(entry["shape"]), parts=tuple(entry["parts"]))
+        parts = {PLAIN: 1, PLANES: tensor.width, SPARSE: 1 + tensor.width}[tensor.encoding]
+        right = _counts((*tensor.shape, *tensor.parts)) and len(tensor.parts) == parts
+        right = right and (tensor.encoding != PLAIN or tensor.parts == (tensor.nbytes,))
+    except (TypeError, KeyError):
+        right = False
+    if not right:
+        raise PackedError(f"{INDEX}: the entry of the tensor {name} is damaged")
+    return tensor
+
+
+def _inside(name: str) -> str:
+    """A path of the index, if it stays inside its folder."""
+    path = PurePosixPath(name)
+    if not path.parts or path.is_absolute() or path.as_posix() != name or ".." in path.parts or {*name} & {*"\\:\0"}:
+        raise PackedError(f"{INDEX} names {name!r}, which is not a file of its own folder")
+    return name
+
+
+def _sealed(record: Mapping[str, Any]) -> bytes:
+    """The index as JSON, its first line a checksum of all that follows."""
+    body = json.dumps(record, indent=1, allow_nan=False)[1:].encode()
+    return f'{{"sha256": "{hashlib.sha256(body).hexdigest()}",'.encode() + body
+
+
+def _read_index(path: Path) -> dict[str, Any]:
+    try:
+        with path.open("rb") as file:
+            data = file.read(_LARGEST_HEADER + 1)
+    except FileNotFoundError:
+        raise PackedError(f"{path.parent} is no packed checkpoint: it has no {INDEX}") from None
+    head, body = data[:78], data[78:]
+    if head != f'{{"sha256": "{hashlib.sha256(body).hexdigest()}",'.encode() or len(data) > _LARGEST_HEADER:
+        raise PackedError(f"{path} is damaged, its checksum differs: copy the file again")
+    with _expecting(path):
+        record: dict[str, Any] = json.loads(data)
+        if (record["format"], record["version"]) != (FORMAT, VERSION):
+            raise PackedError(
+                f"{path}: expected {FORMAT}, version {VERSION}, got {record['format']}, version {record['version']}; "
+                "a newer version of this program reads newer versions"
+            )
+    return record
+
+
+@contextlib.contextmanager
+def _expecting(path: Path) -> Iterator[None]:
+    """Turns whatever a wrong structure of the index raises into one line."""
+    try:
+        yield
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise PackedError(f"{path} is not as the format wants it ({type(error).__name__}: {error})") from error
+
+
+def _read_at(file: BinaryIO, begin: int, size: int) -> bytes:
+    file.seek(begin)
+    return file.read(size)
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line of a copy of this file. Returns the exit status."""
+    parser = argparse.ArgumentParser(description="Unpacks a packed checkpoint into the folder that transformers loads.")
+    parser.add_argument("packed", type=Path, help=f"folder with {INDEX}")
+    parser.add_argument("out", type=Path, help="folder to write; must not exist")
+    chosen = parser.parse_args(arguments)
+    partial = chosen.out.with_name(chosen.out.name + ".partial")
+    try:
+        if chosen.out.exists():
+            raise PackedError(f"expected a new folder, got {chosen.out}, which exists")
+        partial.mkdir(parents=True)
+        try:
+            unpack(chosen.packed, partial)
+            os.replace(partial, chosen.out)
+        except BaseException:
+            shutil.rmtree(partial)
+            raise
+    except (PackedError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"wrote {chosen.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,65 @@
+"""The command line that unpacks a packed export: ``python -m optima_tpu.unpack PACKED OUT``."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from optima_tpu.errors import UserError
+from optima_tpu.models.checkpoints.packed import Packed, PackedError
+from optima_tpu.runtime.buckets import as_path, in_bucket
+from optima_tpu.runtime.command import guarded
+from optima_tpu.runtime.files import begin, commit, remove, writing
+from optima_tpu.runtime.program import program
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line. Returns the exit status, see :func:`guarded`."""
+    return guarded(lambda: _unpack(arguments), "the same command does it again")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of the command line."""
+    parser = argparse.ArgumentParser(
+        prog=program("unpack"),
+        description="Writes the folder that transformers loads, from a folder that optima export --packed wrote. Every file is the "
+        "same as in the plain export, byte for byte.",
+    )
+    parser.add_argument("packed", help="packed folder")
+    parser.add_argument("out", help="folder to write; must not exist, or must be empty")
+    return parser
+
+
+def _unpack(arguments: list[str] | None) -> None:
+    chosen = make_parser().parse_args(arguments)
+    unpack(chosen.packed, chosen.out)
+    print(f"wrote {chosen.out}")
+
+
+def unpack(packed: str | Path, out: str | Path) -> None:
+    """Writes the plain folder. It gets its name only after everything in it has been written and flushed to disk.
+
+    Raises:
+      UserError: the packed folder is damaged, ``out`` is in use, one of them is in a bucket, or the disk is full.
+    """
+    packed, out = as_path(packed), as_path(out).resolve()
+    if remote := [path for path in (packed, out) if in_bucket(path)]:
+        raise UserError(f"expected folders on a disk, got {remote[0]}: copy the packed folder to a disk and unpack it there")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"expected a new or empty folder to unpack to, got {out}, which is not empty; choose another folder")
+    with writing(out, "nothing was left there; make room or choose another folder, and repeat the command"):
+        try:
+            opened = Packed(packed)
+            partial = begin(out)
+            partial.mkdir(parents=True)
+            try:
+                opened.unpack(partial)
+                commit(partial, out)
+            except BaseException:
+                remove(partial)
+                raise
+        except PackedError as error:
+            raise UserError(str(error)) from error
+
+
+if __name__ == "__main__":
+    sys.exit(main())
