@@ -21,6 +21,7 @@ from optima_tpu.evaluate.perplexity import perplexity_of
 from optima_tpu.evaluate.run import default_folder
 from optima_tpu.evaluate.table import task_table
 from optima_tpu.evaluate.tasks import PAPER, load_tasks, paper_average, run_tasks
+from optima_tpu.models.checkpoints.export import export
 from tests.support.processes import at_once, free_port, python, without_gloo
 from tests.support.runs import only_error
 
@@ -205,7 +206,10 @@ def test_the_tasks_agree_with_the_harness_on_transformers(evaluated, finished, t
 
 def test_every_form_of_a_run_is_the_same_model_on_every_mesh(evaluated, finished, tasks, text, tmp_path):
     expected = evaluated[0]
-    for number, (model, mesh) in enumerate([(finished.directory / "checkpoint", "4x2"), (finished.directory / "hf", "2x4")]):
+    export(finished.directory, tmp_path / "packed", packed=True)
+    forms = [(finished.directory / "checkpoint", "4x2"), (finished.directory / "hf", "2x4"), (tmp_path / "packed", "2x4")]
+    measured = []
+    for number, (model, mesh) in enumerate(forms):
         out = tmp_path / str(number)
         assert (
             main(
@@ -232,6 +236,8 @@ def test_every_form_of_a_run_is_the_same_model_on_every_mesh(evaluated, finished
         assert record["perplexity"][f"file:{text}"]["perplexity"] == pytest.approx(
             expected["perplexity"][f"file:{text}"]["perplexity"], rel=1e-5
         )
+        measured.append(record["perplexity"][f"file:{text}"]["perplexity"])
+    assert measured[1] == measured[2]  # the same weights on the same mesh
 
 
 def test_the_tasks_of_the_other_model_are_taken_from_an_earlier_evaluation(evaluated, finished, tasks, tmp_path, capsys):

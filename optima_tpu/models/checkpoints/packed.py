@@ -530,12 +530,13 @@ def _sealed(record: Mapping[str, Any]) -> bytes:
 
 def _read_index(path: Path) -> dict[str, Any]:
     try:
-        with path.open("rb") as file:
-            data = file.read(_LARGEST_HEADER + 1)
+        if (size := path.stat().st_size) > _LARGEST_HEADER:
+            raise PackedError(f"{path} has {size:,} bytes, expected at most {_LARGEST_HEADER:,}")
+        data = path.read_bytes()
     except FileNotFoundError:
         raise PackedError(f"{path.parent} is no packed checkpoint: it has no {INDEX}") from None
     head, body = data[:78], data[78:]
-    if head != f'{{"sha256": "{hashlib.sha256(body).hexdigest()}",'.encode() or len(data) > _LARGEST_HEADER:
+    if head != f'{{"sha256": "{hashlib.sha256(body).hexdigest()}",'.encode():
         raise PackedError(f"{path} is damaged, its checksum differs: copy the file again")
     with _expecting(path):
         record: dict[str, Any] = json.loads(data)
