@@ -50,8 +50,9 @@ def model_card(folder: str, sidecar: Mapping[str, Any], assets: Mapping[str, byt
         f"{origin or 'A language model'}, pruned in one shot by OPTIMA-TPU: {pruned:,} of the {weights:,} weights in "
         f"its {len(layers)} pruned matrices are zero ({pruned / max(weights, 1):.2%}). All other tensors are the same as "
         "in the source.\n",
-        "The file is not smaller than the source file and inference is not faster, because zeros are stored like other "
-        "numbers. Zeros save time or space only with a kernel or a compressor that uses them.\n",
+        "`model.safetensors` is not smaller than the source file and inference is not faster, because zeros are stored like "
+        "other numbers. `optima export --packed` stores them as a bit mask; a folder with packed.json is of this form, and "
+        "`optima unpack` makes the plain folder of it. Zeros save time only with a kernel that uses them.\n",
         "## Recipe\n",
         *([f"{done}. All settings:\n"] if (done := report.get("recipe")) else []),
         _table(("setting", "value"), [(name, str(value)) for name, value in flat(recipe).items()]),
