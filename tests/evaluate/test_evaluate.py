@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from tqdm import tqdm
 
+import optima_tpu
 from optima_tpu.errors import UserError
 from optima_tpu.evaluate import run as evaluation
 from optima_tpu.evaluate.__main__ import main
@@ -21,7 +22,6 @@ from optima_tpu.evaluate.perplexity import perplexity_of
 from optima_tpu.evaluate.run import default_folder
 from optima_tpu.evaluate.table import task_table
 from optima_tpu.evaluate.tasks import PAPER, load_tasks, paper_average, run_tasks
-from optima_tpu.models.checkpoints.export import export
 from tests.support.processes import at_once, free_port, python, without_gloo
 from tests.support.runs import only_error
 
@@ -206,7 +206,7 @@ def test_the_tasks_agree_with_the_harness_on_transformers(evaluated, finished, t
 
 def test_every_form_of_a_run_is_the_same_model_on_every_mesh(evaluated, finished, tasks, text, tmp_path):
     expected = evaluated[0]
-    export(finished.directory, tmp_path / "packed", packed=True)
+    optima_tpu.load(finished.directory).export(tmp_path / "packed", packed=True)
     forms = [(finished.directory / "checkpoint", "4x2"), (finished.directory / "hf", "2x4"), (tmp_path / "packed", "2x4")]
     measured = []
     for number, (model, mesh) in enumerate(forms):

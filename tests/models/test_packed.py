@@ -283,6 +283,7 @@ def test_a_copied_file_is_checked_too(copy):
         (lambda r: r.pop("weights"), "is not as the format wants it"),
         (lambda r: r["tensors"].pop("dense"), "disagree about the tensor dense"),
         (lambda r: r["tensors"].update(more=r["tensors"]["dense"]), "names the tensor more, but no file of weights holds it"),
+        (lambda r: r["tensors"].update({"a\nb\x1b": r["tensors"]["dense"]}), "names the tensor a b , but no file of weights"),
         (lambda r: r["tensors"]["weight"].update(shape=[8, 25]), "disagree about the tensor weight"),
         (lambda r: r["tensors"]["weight"].update(shape=[8, "24"]), "the entry of the tensor weight is damaged"),
         (lambda r: r["tensors"]["weight"].update(shape=[-8, -24]), "the entry of the tensor weight is damaged"),
@@ -321,6 +322,7 @@ def test_an_index_that_lies_is_refused_in_one_line(copy, change, expected):
         (0, 10**9, "dtype, shape and offsets of the tensor noise do not fit"),
         (10**9, 10**9 + 40, "the tensor weight begins at byte 40, expected 0"),
         (-40, 0, "dtype, shape and offsets of the tensor noise do not fit"),
+        (10**30, 10**30 + 40, "the tensor weight begins at byte 40, expected 0"),
         (0.0, 40, "dtype, shape and offsets of the tensor noise do not fit"),
     ],
 )
@@ -391,6 +393,14 @@ def test_a_part_never_grows_beyond_its_tensor(copy, part, expected):
 def test_a_folder_that_the_disk_has_no_room_for_is_not_begun(copy, monkeypatch):
     monkeypatch.setattr(packed.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(100, 0, 100))
     assert "bytes, but" in refusal(copy)
+
+
+def test_a_tensor_beyond_the_memory_is_refused_by_name(copy, monkeypatch):
+    def full(*arguments):
+        raise MemoryError
+
+    monkeypatch.setattr(packed, "_join", full)
+    assert "weight unpacks to 384 bytes, more than this machine has room for" in refusal(copy)
 
 
 def test_a_damaged_plain_file_is_not_packed(tmp_path):

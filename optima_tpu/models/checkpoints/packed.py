@@ -44,6 +44,7 @@ PLAIN, PLANES, SPARSE = "plain", "planes", "sparse"
 _LARGEST_HEADER = 100_000_000  # as safetensors allows; of the index too
 _SPARSE_FROM = 1 / 16
 """Share of zeros from which the sparse encoding is tried on a tensor without a mask."""
+_MOST_ELEMENTS = 2**60  # numpy refuses shapes beyond, also those with a 0
 _LONG = 10**20  # as an offset it takes more room in a header than any real one
 # Bytes of weights hardly ever repeat in longer pieces. A table of 64 entries that is searched for 7 equal bytes finds next to no
 # repetition, so zstd codes single bytes by their frequency: smaller than at any of its levels below 13, and as fast as level 1.
@@ -52,6 +53,10 @@ _CODER = zstandard.ZstdCompressionParameters(strategy=zstandard.STRATEGY_FAST, h
 
 class PackedError(Exception):
     """A packed folder that is damaged, or a folder that can't be packed. The message is one line and names the tensor or file."""
+
+    def __init__(self, message: str):
+        # Names in it come from files that may be forged.
+        super().__init__("".join(sign if sign.isprintable() else " " for sign in message[:1000]))
 
 
 class Tensor(NamedTuple):
@@ -246,7 +251,12 @@ class Packed:
         Raises:
           PackedError: the stored bytes are damaged. They are compared with their checksum before anything is decoded.
         """
-        return _decode(name, self.tensors[name], self._parts(name))
+        try:
+            return _decode(name, self.tensors[name], self._parts(name))
+        except MemoryError:
+            raise PackedError(
+                f"{name} unpacks to {self.tensors[name].nbytes:,} bytes, more than this machine has room for"
+            ) from None
 
     def mask(self, name: str) -> np.ndarray:
         """The mask of a pruned weight, bool of its shape, True where it was kept."""
@@ -413,8 +423,6 @@ def _decompress(name: str, data: bytes | memoryview, size: int) -> bytes:
         return zstandard.ZstdDecompressor().decompress(data, allow_extra_data=False) if size else b""
     except zstandard.ZstdError as error:
         raise PackedError(f"{name}: a part of the tensor can't be decompressed ({error})") from error
-    except MemoryError:
-        raise PackedError(f"{name}: a part of the tensor needs {size:,} bytes, more than this machine has") from None
 
 
 # Headers and the index.
@@ -474,6 +482,7 @@ def _parse_header(header: bytes, where: str) -> dict[str, Span]:
             begin, end = entry["data_offsets"]
             span = Span(entry["dtype"], tuple(entry["shape"]), begin, end)
             right = _counts((begin, end, *span.shape)) and span.dtype in BITS and end - begin == _nbytes(span.dtype, span.shape)
+            right = right and math.prod(max(1, size) for size in span.shape) < _MOST_ELEMENTS
         except (TypeError, ValueError, KeyError):
             right = False
         if not right:
