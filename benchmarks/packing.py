@@ -4,8 +4,8 @@
 
 Each folder holds a plain export. Prints for each:
 
-- the bytes of its safetensors files, of the same files compressed by zstd as they are, and packed; and the bits that a weight of
-  the pruned matrices takes when packed
+- the bytes of its safetensors files, of the same files compressed by zstd as they are, and packed; the bits that a weight of the
+  pruned matrices takes when packed, and the share of their plain bytes
 - the seconds of each way there and back, the fastest of several runs in alternation, with files in the page cache
 - the peak resident set of a process that packs and unpacks the folder, and the same folder with its tensors several times over
 
@@ -13,6 +13,7 @@ Everything runs in one thread. Linux only.
 """
 
 import argparse
+import math
 import shutil
 import subprocess
 import sys
@@ -63,14 +64,14 @@ def main(argv: Sequence[str] | None = None) -> None:
             room = Path(temporary)
             plain = plain_folder(name, arguments.dtype, room / "plain")
             record, seconds = measured(plain, room, arguments.repeats)
-            sizes.append(f"| {name} | " + " | ".join(f"{value:,}" for value in record) + " |")
+            sizes.append("| " + " | ".join((name, *record)) + " |")
             copied = seconds["copy"]
             for way, took in seconds.items():
                 times.append(f"| {name} | {way} | {took:.3f} | {took / copied:.1f} |")
             large = plain_folder(name, arguments.dtype, room / "large", arguments.copies)
             for folder in (plain, large):
                 peaks.append(f"| {name} | {weight_bytes(folder) / 2**20:.0f} | {peak(folder) / 2**20:.0f} |")
-    head = "| folder | plain, bytes | zstd, bytes | packed, bytes | pruned weights | plain, bits | packed, bits |"
+    head = "| folder | plain, bytes | zstd, bytes | packed, bytes | packed, share | matrices, bits a weight | matrices, share |"
     print("\n".join((head, "|---|" + "---|" * 6, *sizes, "")))
     print("\n".join(("| folder | way | seconds | times a copy |\n|---|---|---|---|", *times, "")))
     print("\n".join(("| folder | weights, MiB | peak of the process, MiB |\n|---|---|---|", *peaks)))
@@ -111,7 +112,7 @@ def fresh(folder: Path) -> Path:
     return folder
 
 
-def measured(plain: Path, room: Path, repeats: int) -> tuple[list[float], dict[str, float]]:
+def measured(plain: Path, room: Path, repeats: int) -> tuple[list[str], dict[str, float]]:
     """The row of sizes, and the seconds of each way: the fastest of several runs."""
     (path,) = plain.glob("*.safetensors")
     masks = masks_in(plain)
@@ -132,10 +133,11 @@ def measured(plain: Path, room: Path, repeats: int) -> tuple[list[float], dict[s
     assert (unpacked / path.name).read_bytes() == path.read_bytes()
     opened = Packed(small)
     pruned = [opened.tensors[name] for name in opened.masks]
-    weights = sum(np.prod(tensor.shape) for tensor in pruned)
-    bits = [8 * sum(found) / max(weights, 1) for found in ([t.nbytes for t in pruned], [sum(t.parts) for t in pruned])]
-    record = [path.stat().st_size, compressed.stat().st_size, opened.packed_bytes, int(weights), *(round(bit, 2) for bit in bits)]
-    return record, best
+    before, after = sum(tensor.nbytes for tensor in pruned), sum(sum(tensor.parts) for tensor in pruned)
+    weights = sum(math.prod(tensor.shape) for tensor in pruned)
+    sizes = path.stat().st_size, compressed.stat().st_size, opened.packed_bytes
+    matrices = (f"{8 * after / weights:.2f}", f"{after / before:.3f}") if pruned else ("-", "-")
+    return [*(f"{size:,}" for size in sizes), f"{sizes[2] / sizes[0]:.3f}", *matrices], best
 
 
 def stream(source: Path, target: Path, codec: Callable) -> None:
