@@ -708,7 +708,7 @@ The dense model is the floor; the best pruned model of a column is bold.
 ## What was measured { #measured }
 
 - [SmolLM2-135M: quality](smollm2.md): every pattern, seed and lever, tasks, calibration texts, the tables of the OPTIMA paper.
-- [Time and memory](speed.md): the first command, the presets, the solvers, memory by depth.
+- [Time, memory and size](speed.md): the first command, the presets, the solvers, memory by depth, packed exports.
 - Plans for TPU slices are estimates and not measurements; they are in `configs/plans/README.md`.
 
 Not measured: models other than SmolLM2-135M, and anything on a TPU or a GPU.
@@ -737,13 +737,14 @@ _RESULTS: Mapping[str, tuple[str, Mapping[str, Sequence[str]]]] = {
         },
     ),
     "speed": (
-        "# Time and memory\n\n"
+        "# Time, memory and size\n\n"
         "All on CPU cores; no TPU or GPU was at hand. ↓ in a column's head: lower is better. ↑: higher is better. A dash: not "
-        "measured. The pruned file is as large as the dense one and runs as fast: zeros are stored like other numbers.",
+        "measured. A pruned model runs as fast as the dense one.",
         {
             "Whole runs": ("first-command", "preset-times", "whole-run"),
             "Parts of a run": ("solvers", "mpax-rounds", "kernels"),
             "Memory": ("depth",),
+            "Packed exports": ("packed-sizes", "packing"),
         },
     ),
 }
