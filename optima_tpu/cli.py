@@ -17,6 +17,7 @@ TEXTS: Mapping[str, str] = MappingProxyType(
         "report": "write the HTML page of a finished run, or of several side by side",
         "export": "write the folder that transformers loads, from a run's Orbax checkpoint",
         "unpack": "write the folder that transformers loads, from a packed export",
+        "verify": "compare every file of a run or of an exported folder with its checksum",
         "figures": "draw the paper's figures from finished runs",
         "data": "make a data set with random access from text files",
     }

@@ -7,6 +7,7 @@ from pathlib import Path
 from optima_tpu.errors import UserError
 from optima_tpu.models.checkpoints.packed import Packed, PackedError
 from optima_tpu.runtime.buckets import as_path, in_bucket
+from optima_tpu.runtime.checksums import write_sums
 from optima_tpu.runtime.command import guarded
 from optima_tpu.runtime.files import begin, commit, remove, writing
 from optima_tpu.runtime.program import program
@@ -53,6 +54,7 @@ def unpack(packed: str | Path, out: str | Path) -> None:
             partial.mkdir(parents=True)
             try:
                 opened.unpack(partial)
+                write_sums(partial)
                 commit(partial, out)
             except BaseException:
                 remove(partial)

@@ -2,14 +2,44 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 import lm_eval
 from lm_eval.tasks.manager import TaskDict
 from lm_eval.utils import handle_non_serializable
 
-from optima_tpu.errors import UserError, one_line
+from optima_tpu.errors import UserError
 from optima_tpu.runtime.buckets import as_path
+from optima_tpu.runtime.checksums import refuse_changed
+from optima_tpu.runtime.records import read_record
+
+
+class _Arguments(TypedDict):
+    pretrained: str
+    fingerprint: NotRequired[str]
+
+
+class _Config(TypedDict):
+    model_args: _Arguments
+    limit: float | None
+
+
+class _Documents(TypedDict):
+    original: int
+
+
+Known = TypedDict(
+    "Known",
+    {
+        "config": _Config,
+        "results": dict[str, dict[str, Any]],
+        "configs": dict[str, dict[str, Any]],
+        "n-samples": dict[str, _Documents],
+        "max_length": int,
+        "lm_eval_version": str,
+    },
+)
+"""What is read of the harness's results."""
 
 
 def read_known(folder: str, files: Sequence[str], fingerprint: str) -> dict[str, Any]:
@@ -25,15 +55,11 @@ def read_known(folder: str, files: Sequence[str], fingerprint: str) -> dict[str,
     """
     found = []
     for path in (as_path(folder) / file for file in files):
-        try:
-            if path.exists():
-                known = json.loads(path.read_bytes())
-                found.append((known["config"]["model_args"], known))
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(
-                f"expected the results of an evaluation in {path}, got a file that can't be read ({type(error).__name__}: "
-                f"{one_line(error)}): leave --against-results out"
-            ) from error
+        if path.exists():
+            remedy = "it holds no results of an evaluation, or it is damaged: leave --against-results out"
+            refuse_changed(path.parent, [path.name], remedy)
+            known = read_record(path, Known, remedy)
+            found.append((known["config"]["model_args"], known))
     if not found:
         raise UserError(
             "expected --against-results with the directory of an earlier evaluation with --tasks, got "
@@ -41,7 +67,7 @@ def read_known(folder: str, files: Sequence[str], fingerprint: str) -> dict[str,
         )
     for arguments, known in found:
         if arguments.get("fingerprint") == fingerprint:
-            return known
+            return dict(known)
     raise UserError(
         f"expected --against-results with results of the model that --against names, got {folder} with results of "
         f"{' and '.join(arguments['pretrained'] for arguments, _ in found)} (other weights, another dtype, or written by a "

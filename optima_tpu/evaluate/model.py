@@ -13,16 +13,16 @@ from transformers import PreTrainedTokenizerBase
 
 from optima_tpu.errors import UserError, one_line
 from optima_tpu.models.check import check_checkpoint
-from optima_tpu.models.checkpoints import Pretrained, TensorSource, load_tokenizer, open_model
-from optima_tpu.models.checkpoints.export import SIDECAR
-from optima_tpu.models.checkpoints.orbax import CHECKPOINT, CheckpointTensors
+from optima_tpu.models.checkpoints import Pretrained, TensorSource, load_tokenizer, open_model, refuse_damaged_model
+from optima_tpu.models.checkpoints.export import SIDECAR, Sidecar
+from optima_tpu.models.checkpoints.orbax import CHECKPOINT, CheckpointTensors, refuse_damaged_checkpoint
 from optima_tpu.models.checkpoints.source import DTYPES, Index, parse_dtype, read_config
 from optima_tpu.models.decoder import Decoder
 from optima_tpu.models.model import Model
-from optima_tpu.report.run_record import ASSETS, RUN, read_assets, read_run
+from optima_tpu.report.run_record import ASSETS, RUN, RunRecord, read_assets, read_run
 from optima_tpu.runtime.buckets import as_path
-from optima_tpu.runtime.files import read_record
-from optima_tpu.runtime.processes import together
+from optima_tpu.runtime.processes import first_only, together
+from optima_tpu.runtime.records import known_record
 
 _ORBAX = "_CHECKPOINT_METADATA"
 
@@ -75,7 +75,24 @@ def open_evaluated(spec: str, mesh: Mesh, dtype: str | None = None, batch: int =
         check_checkpoint(decoder)
         return Evaluated(Model(pretrained, decoder), load_tokenizer(pretrained), run)
 
+    first_only(lambda: _refuse_damaged(spec))
     return together(open_here)
+
+
+def _refuse_damaged(spec: str) -> None:
+    """Reads all files of a run's checkpoint, or of an exported folder, to compare their checksums."""
+    path = as_path(spec)
+    if run := next(
+        (
+            folder
+            for folder in (path, path.absolute().parent)
+            if (folder / RUN).is_file() and (path.name == CHECKPOINT or folder == path)
+        ),
+        None,
+    ):
+        refuse_damaged_checkpoint(run.absolute())
+    else:
+        refuse_damaged_model(spec)
 
 
 def _open(spec: str, dtype: str | None) -> tuple[Pretrained, MadeBy]:
@@ -105,13 +122,15 @@ def _made_by(directory: Path) -> MadeBy:
 
 
 def _exported_by(folder: Path) -> MadeBy:
-    exported, run = (read_record(path) or {} for path in (folder / SIDECAR, folder.resolve().parent / RUN))
-    manifest = exported.get("manifest")
-    return MadeBy(None, manifest, _calibration(run) if manifest and manifest == run.get("manifest") else None)
+    exported = known_record(folder / SIDECAR, Sidecar)
+    run = known_record(folder.resolve().parent / RUN, RunRecord)
+    manifest = exported and exported["manifest"]
+    return MadeBy(None, manifest, _calibration(run) if run and manifest == run["manifest"] else None)
 
 
-def _calibration(run: Mapping[str, Any]) -> str | None:
-    return run["configuration"].get("calibration", {}).get("source")
+def _calibration(run: RunRecord) -> str | None:
+    text = run["configuration"].get("calibration")
+    return text.get("source") if isinstance(text, dict) else None
 
 
 def _open_run(run: Path, origin: str, dtype: str | None) -> Pretrained:

@@ -31,7 +31,8 @@ from optima_tpu.report.page import PAGE, write_page
 from optima_tpu.report.progress import Progress, say
 from optima_tpu.report.run_record import RUN, code_version
 from optima_tpu.runtime.buckets import as_path, in_bucket
-from optima_tpu.runtime.files import refuse_unreachable, write_bytes, writing
+from optima_tpu.runtime.checksums import forget, keep
+from optima_tpu.runtime.files import refuse_unreachable, writing
 from optima_tpu.runtime.mesh import make_mesh
 from optima_tpu.runtime.processes import agree, first_only, from_first, is_first
 
@@ -233,15 +234,16 @@ def _write(folder: Path, record: Mapping[str, Any], results: Mapping[str, Any], 
     with writing(folder, "choose another --output"):
         for path in HARNESS.values():  # files of an earlier evaluation could be mistaken for results of this one
             (folder / path).unlink(missing_ok=True)
-        write_bytes(folder / RECORD, (json.dumps(record, indent=2, allow_nan=False) + "\n").encode())
+        forget(folder, HARNESS.values())
+        files = {RECORD: (json.dumps(record, indent=2, allow_nan=False) + "\n").encode()}
         for name, result in results.items():
             result["config"]["model_args"] = {
                 "pretrained": record[name],
                 "fingerprint": models[name].model.pretrained.fingerprint,
             }
-            write_bytes(
-                folder / HARNESS[name], json.dumps(result, indent=2, default=handle_non_serializable, ensure_ascii=False).encode()
-            )
+            text = json.dumps(result, indent=2, default=handle_non_serializable, ensure_ascii=False)
+            files[HARNESS[name]] = text.encode()
+        keep(folder, files)
 
 
 def default_folder(model: str) -> Path:

@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, TypedDict, cast
 
 import jax
 import jax.numpy as jnp
@@ -28,10 +28,19 @@ from optima_tpu.pipeline.calibrate import Capture, Stream, accumulate
 from optima_tpu.pipeline.memory_plan import Pass, block_bytes, block_passes
 from optima_tpu.pipeline.walk import Walk, prune_groups
 from optima_tpu.report.numbers import percent
-from optima_tpu.runtime.files import read_record, write_bytes, writing
+from optima_tpu.runtime.checksums import keep
+from optima_tpu.runtime.files import writing
 from optima_tpu.runtime.processes import fetch, first_only, from_first
+from optima_tpu.runtime.records import Share, read_record
 
-_RECORD = "allocation.json"
+ALLOCATION = "allocation.json"
+
+
+class _Record(TypedDict):
+    """The contents of allocation.json, see :class:`Allocated`."""
+
+    sparsity: list[Share | None]
+    scores: list[list[float] | None]
 
 
 class Allocated(NamedTuple):
@@ -93,26 +102,18 @@ def allocated(walk: Walk, tokens: np.ndarray, allocation: Allocation, advance: C
 
 
 def read_allocation(directory: Path) -> Allocated | None:
-    """The allocation that an earlier start of the run wrote, the same on all processes; None if there is none.
-
-    Raises:
-      UserError: the record is damaged. Finished blocks have the sparsities of this record, and a new one might have others.
-    """
-    path = directory / _RECORD
-    if (known := from_first(lambda: read_record(path))) is not None:
-        return Allocated(**known)
-    if from_first(path.exists):
-        raise UserError(f"{path} is damaged and the run cannot be resumed; choose another --output")
-    return None
+    """The allocation that an earlier start of the run wrote, the same on all processes; None if there is none."""
+    path = directory / ALLOCATION
+    known = from_first(lambda: read_record(path, _Record) if path.exists() else None)
+    return known and Allocated(known["sparsity"], known["scores"])
 
 
 def write_allocation(directory: Path, found: Allocated) -> None:
     """Writes an allocation into the directory of its run."""
-    path = directory / _RECORD
 
     def write() -> None:
-        with writing(path, "make room and repeat the command"):
-            write_bytes(path, json.dumps(found.to_json(), allow_nan=False).encode())
+        with writing(directory / ALLOCATION, "make room and repeat the command"):
+            keep(directory, {ALLOCATION: json.dumps(found.to_json(), allow_nan=False).encode()})
 
     first_only(write)
 

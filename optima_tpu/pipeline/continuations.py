@@ -10,9 +10,12 @@ from optima_tpu.models.checkpoints import load_tokenizer
 from optima_tpu.models.decoder import Decoder
 from optima_tpu.models.generate import greedy
 from optima_tpu.models.model import Model
+from optima_tpu.report.contents import Continuation, Continuations
 from optima_tpu.report.progress import Progress
-from optima_tpu.runtime.files import read_record, write_bytes, writing
+from optima_tpu.runtime.checksums import keep
+from optima_tpu.runtime.files import writing
 from optima_tpu.runtime.processes import first_only, from_first, together
+from optima_tpu.runtime.records import known_record
 
 CONTINUATIONS = "continuations.json"
 
@@ -24,13 +27,13 @@ _SHARE = 0.5
 """The share of the devices' budget that the whole model may take: a few sentences must not make a run fail for lack of memory."""
 
 
-def read_continuations(directory: Path) -> dict[str, Any] | None:
+def read_continuations(directory: Path) -> Continuations | None:
     """The continuations that a run wrote; None if it has not tried yet. Every process calls it."""
-    found: dict[str, Any] | None = from_first(lambda: read_record(directory / CONTINUATIONS))
+    found: Continuations | None = from_first(lambda: known_record(directory / CONTINUATIONS, Continuations))
     return found
 
 
-def continuations(model: Model, pruned: Decoder, budget: float, progress: Progress) -> dict[str, Any]:
+def continuations(model: Model, pruned: Decoder, budget: float, progress: Progress) -> Continuations:
     """Continues :data:`PROMPTS` with both models, each token the likeliest one. Every process calls it.
 
     Args:
@@ -68,7 +71,7 @@ def continuations(model: Model, pruned: Decoder, budget: float, progress: Progre
     def parted(prompt: list[int], ids: list[int], common: int) -> list[str]:
         return list(map(readable, pieces(decode, prompt, ids[:common], ids[common : common + 1], ids[common + 1 :])[1:]))
 
-    texts = []
+    texts: list[Continuation] = []
     for text, prompt, *both in zip(PROMPTS, prompts, dense_ids.tolist(), pruned_ids.tolist(), strict=True):
         first, second = (ids[: ids.index(end)] if end in ids else ids for ids in both)
         common = next((place for place, (a, b) in enumerate(zip(first, second)) if a != b), min(len(first), len(second)))
@@ -76,11 +79,11 @@ def continuations(model: Model, pruned: Decoder, budget: float, progress: Progre
     return {"texts": texts}
 
 
-def write_continuations(directory: Path, found: dict[str, Any]) -> None:
+def write_continuations(directory: Path, found: Continuations) -> None:
     """Writes the continuations into the directory of their run. Every process calls it."""
 
     def write() -> None:
         with writing(directory / CONTINUATIONS, "make room and repeat the command"):
-            write_bytes(directory / CONTINUATIONS, json.dumps(found).encode())
+            keep(directory, {CONTINUATIONS: json.dumps(found).encode()})
 
     first_only(write)

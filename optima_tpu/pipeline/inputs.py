@@ -17,14 +17,14 @@ from optima_tpu.errors import UserError
 from optima_tpu.method.layer_rules import check_layers
 from optima_tpu.method.selectors import Imported
 from optima_tpu.models.check import check_checkpoint
-from optima_tpu.models.checkpoints import load_tokenizer, open_model
+from optima_tpu.models.checkpoints import load_tokenizer, open_model, refuse_damaged_model
 from optima_tpu.models.decoder import Decoder
 from optima_tpu.models.masks import check_masks, check_weights, open_given, open_masks
 from optima_tpu.models.model import Model, check_ids, window_bos
 from optima_tpu.pipeline.self_calibration import generated_by, self_calibration
 from optima_tpu.report.run_record import code_version
 from optima_tpu.runtime.mesh import make_mesh
-from optima_tpu.runtime.processes import SharedError, agree, alone, from_first, spread, together
+from optima_tpu.runtime.processes import SharedError, agree, alone, first_only, from_first, spread, together
 
 
 class Texts(NamedTuple):
@@ -57,6 +57,7 @@ def open_model_on_mesh(config: RunConfig) -> Model:
       UserError: the model cannot be opened or is not supported, or the mesh does not fit the devices.
     """
     mesh = make_mesh(config.mesh)
+    first_only(lambda: refuse_damaged_model(config.model))
 
     def open_here() -> Model:
         pretrained = open_model(config.model, config.dtype)

@@ -5,6 +5,7 @@
     RUN/journal/block_0000/     one Orbax checkpoint for each finished block: its weights, masks and report
     RUN/activations/block_0000/ the hidden states after one of the last blocks, one file for each process; with a dense target
                                 the dense model's hidden states too
+    RUN/sha256-all.json         the checksums of the files that are in none of these folders
 
 Each file or folder gets its name in one step, after its contents are on the disk. (In a bucket it counts as finished from one
 step on, see ``optima_tpu.runtime.files``.) So kill -9 at any moment leaves a directory that the same command can resume. Each
@@ -27,13 +28,12 @@ Saves are synchronous: saving a block takes a fraction of a second, pruning it t
 finish anyway before the old hidden states are removed. SIGTERM waits for the end of a save.
 """
 
-import json
 import math
 import re
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import jax
 import numpy as np
@@ -47,23 +47,22 @@ from optima_tpu.models.activations import Activations, held_rows
 from optima_tpu.models.checkpoints.orbax import OrbaxTensors, load_group, read_metadata, save_tree
 from optima_tpu.report.run_record import ASSETS, RUN, refuse_another, write_run
 from optima_tpu.runtime.buckets import as_path
+from optima_tpu.runtime.checksums import damage, intact, keep, write_sums
 from optima_tpu.runtime.files import (
     LOCK,
     PARTIAL,
     begin,
     commit,
-    digest,
-    files_in,
     read_here,
     remove,
     staged,
     still_only_program,
     uninterrupted,
-    write_bytes,
     writing,
     written_here,
 )
 from optima_tpu.runtime.processes import everywhere, first_only, from_first, is_first, together
+from optima_tpu.runtime.records import check_record
 
 HIDDEN, DENSE = "hidden_states", "dense_states"
 """Names of the two streams of hidden states: through the pruned blocks, and through the dense ones."""
@@ -73,10 +72,15 @@ STATES_EVERY = 60.0
 
 _JOURNAL, _ACTIVATIONS = "journal", "activations"
 _ENTRY = re.compile(r"block_(\d{4,})")
-_SUMS = "sha256-{}.json"
 
 
-def prepare_directory(directory: str | Path, manifest: Mapping[str, Any]) -> Path:
+class _Entry(TypedDict):
+    """The metadata of a block's checkpoint."""
+
+    report: dict[str, Any]
+
+
+def prepare_directory(directory: str | Path, manifest: Mapping[str, Any], configuration: Mapping[str, Any] | None = None) -> Path:
     """Checks that a run may use ``directory``, and returns it, made if missing. Writes nothing into it.
 
     Raises:
@@ -88,7 +92,7 @@ def prepare_directory(directory: str | Path, manifest: Mapping[str, Any]) -> Pat
     def prepare():
         with writing(directory, "choose another --output"):
             if (directory / RUN).exists():
-                refuse_another(directory, manifest)
+                refuse_another(directory, manifest, configuration)
             # A run that was killed while it wrote its first file left only its lock and the beginning of this file.
             elif directory.exists() and any(child.name not in left for child in directory.iterdir()):
                 raise UserError(f"{directory} holds files that are not a run of this program; choose another --output")
@@ -117,17 +121,15 @@ def open_journal(
       UserError: the directory holds a run with another manifest (the message names every differing key with both values), holds
         something else than a run, cannot be written, or is not visible to every process. Nothing in it was changed.
     """
-    directory = prepare_directory(directory, manifest)  # checked again: not every caller has called it before
+    directory = prepare_directory(directory, manifest, configuration)  # checked again: not every caller has called it before
 
     def begin():
         with writing(directory, "choose another --output"):
-            if not (directory / RUN).exists():
+            if not intact(directory, RUN):
                 write_run(directory, manifest, configuration or {})
-            for name, data in assets.items():
-                path = directory / ASSETS / name
-                if not path.exists():
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                    write_bytes(path, data)
+            files = {f"{ASSETS}/{name}": data for name, data in assets.items()}
+            if lost := {name: data for name, data in files.items() if not intact(directory, name)}:
+                keep(directory, lost)
             for folder in (_JOURNAL, _ACTIVATIONS):
                 (directory / folder).mkdir(exist_ok=True)
 
@@ -246,7 +248,7 @@ class Journal:
 
     def report(self, index: int) -> dict:
         """The report of a finished block, as it was saved."""
-        return read_metadata(self.entry(index)).custom_metadata["report"]
+        return check_record(read_metadata(self.entry(index)).custom_metadata, _Entry, self.entry(index))["report"]
 
     def last_activations(self, mesh: Mesh, before: int, samples: int, name: str = HIDDEN) -> tuple[int, Activations] | None:
         """The last block before ``before`` with undamaged saved hidden states, and these; None if there is no such block."""
@@ -314,32 +316,3 @@ def _owned_rows(activations: Activations) -> np.ndarray:
     ]
     rows = activations.rows
     return rows[np.isin(rows % len(activations.mesh.devices), slices)]
-
-
-def write_sums(folder: Path, files: list[Path] | None = None, label: str = "all") -> None:
-    """Writes the checksums of ``files`` into their folder, of all its files by default; see :func:`damage`."""
-    files = list(files_in(folder)) if files is None else files
-    sums = {path.relative_to(folder).as_posix(): digest(path) for path in files}
-    (folder / _SUMS.format(label)).write_text(json.dumps(sums))
-
-
-def damage(folder: Path) -> str:
-    """Says what is damaged in a folder that was saved with checksums; empty if nothing is."""
-    records = sorted(folder.glob(_SUMS.format("*")))
-    if not records:
-        return "its checksums are missing"
-    for record in records:
-        try:
-            sums = json.loads(record.read_text())
-            for name, (size, written) in sums.items():
-                path = folder / name
-                if not path.is_file():
-                    return f"{name} is missing"
-                found, checksum = digest(path)
-                if found != size:
-                    return f"{name} has {found} bytes where {size} were written"
-                if checksum != written:
-                    return f"{name} has changed since it was written"
-        except (OSError, ValueError) as error:
-            return f"{record.name} cannot be read ({error})"
-    return ""

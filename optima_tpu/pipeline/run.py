@@ -9,6 +9,7 @@ from optima_tpu.config.flat import flat
 from optima_tpu.config.run_config import RunConfig, to_dict
 from optima_tpu.models.model import Model
 from optima_tpu.pipeline.inputs import Texts, open_model_on_mesh, read_texts
+from optima_tpu.pipeline.repair import mend
 from optima_tpu.pipeline.stages import STAGES, Opened, Run, finished_report
 from optima_tpu.report.progress import Progress
 from optima_tpu.report.run_record import code_version
@@ -50,6 +51,8 @@ def run(
     report = from_first(lambda: finished_report(opened))
     if report is None:
         with only_program(opened.directory), Progress(console) as progress, contextlib.ExitStack() as sinks:
+            for line in from_first(lambda: mend(opened.directory)):
+                progress.note(line)
             started = Run(opened, progress, sinks, dense)
             for stage in STAGES:
                 stage.take(started)

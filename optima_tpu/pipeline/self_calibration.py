@@ -10,7 +10,7 @@ import numpy as np
 from rich.console import Console
 
 from optima_tpu.config.run_config import RunConfig
-from optima_tpu.data import SelfGenerated, Tokens, parse_source, token_digest
+from optima_tpu.data import SelfGenerated, Tokens, parse_source
 from optima_tpu.data.sampling import held_out_text
 from optima_tpu.errors import UserError
 from optima_tpu.models.checkpoints import Pretrained, load_tokenizer
@@ -18,8 +18,9 @@ from optima_tpu.models.decoder import Decoder
 from optima_tpu.models.generate import generate
 from optima_tpu.report.progress import Progress
 from optima_tpu.report.run_record import RUN, read_run, refuse_another
+from optima_tpu.runtime.checksums import intact, keep
 from optima_tpu.runtime.device_memory import device_budget
-from optima_tpu.runtime.files import write_bytes, writing
+from optima_tpu.runtime.files import writing
 from optima_tpu.runtime.processes import from_first, is_first, together
 
 CALIBRATION = "calibration.npy"
@@ -78,7 +79,7 @@ def keep_calibration(directory: Path, manifest: Mapping[str, Any], calibration: 
         file = io.BytesIO()
         np.save(file, calibration.ids)
         with writing(directory / CALIBRATION, "make room and repeat the command"):
-            write_bytes(directory / CALIBRATION, file.getvalue())
+            keep(directory, {CALIBRATION: file.getvalue()})
 
 
 def generated_by(config: RunConfig) -> Mapping[str, Any]:
@@ -88,19 +89,14 @@ def generated_by(config: RunConfig) -> Mapping[str, Any]:
 
 
 def _kept(directory: Path, wanted: Mapping[str, Any]) -> np.ndarray | None:
-    """The windows that a run saved; None if there is no run, or if these are not the windows that it began with.
+    """The windows that a run saved; None if there is no run, or if they or its record are damaged.
 
     Raises:
       UserError: the run's windows have another source, or were made with other settings than ``wanted["generated"]``.
     """
-    if not (directory / RUN).exists():
+    if not intact(directory, RUN):
         return None
-    manifest = read_run(directory)["manifest"]
-    refuse_another(directory, manifest | {"generated": wanted["generated"]})
-    samples = wanted["generated"]["samples"]
-    try:
-        ids = np.load(io.BytesIO((directory / CALIBRATION).read_bytes()), allow_pickle=False)
-    except (OSError, ValueError, EOFError):  # written again; if the result differs, its digests refuse it
+    refuse_another(directory, {**read_run(directory)["manifest"], "generated": wanted["generated"]})
+    if not intact(directory, CALIBRATION):  # written again; if the result differs, its digests refuse it
         return None
-    whole = [token_digest(ids[:samples]), token_digest(ids[samples:])] == [manifest["calibration"], manifest["held_out"]]
-    return ids if whole else None
+    return np.load(io.BytesIO((directory / CALIBRATION).read_bytes()), allow_pickle=False)

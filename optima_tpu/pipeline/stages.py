@@ -12,7 +12,7 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NotRequired, TypedDict, TypeVar
 
 import numpy as np
 from rich.console import Console
@@ -37,21 +37,31 @@ from optima_tpu.pipeline.greeting import greet, recipe_line
 from optima_tpu.pipeline.inputs import Texts, manifest_of, token_digest
 from optima_tpu.pipeline.journal import Journal, open_journal, prepare_directory
 from optima_tpu.pipeline.memory_plan import fitted
+from optima_tpu.pipeline.repair import DENSE, FOLDER, LOSSES, faults
 from optima_tpu.pipeline.self_calibration import keep_calibration
 from optima_tpu.pipeline.walk import Walk, prune_model
-from optima_tpu.report.file import environment, memory_peaks, size_on_disk, write_report
+from optima_tpu.report.contents import Continuations, Report
+from optima_tpu.report.file import REPORT, environment, memory_peaks, size_on_disk, write_report
 from optima_tpu.report.progress import Progress
-from optima_tpu.report.records import BlockReport
+from optima_tpu.report.records import blocks_from_json
 from optima_tpu.report.sinks import Sink, Steps, opened, write
 from optima_tpu.runtime.buckets import in_bucket
+from optima_tpu.runtime.checksums import keep
 from optima_tpu.runtime.device_memory import device_budget
-from optima_tpu.runtime.files import complete, files_in, read_record, write_bytes, writing
+from optima_tpu.runtime.files import complete, files_in, writing
 from optima_tpu.runtime.processes import first_only, from_first
+from optima_tpu.runtime.records import Positive, known_record
 
-FOLDER, REPORT = "hf", "report.json"
-_DENSE, _LOSSES = "dense.json", "dense_losses.npy"
 _KEPT = 1 << 20
 """The number of evaluation tokens whose single losses are kept: they take 4 MB."""
+
+
+class Dense(TypedDict):
+    """The contents of dense.json: the digest of the text, its perplexity, and the SHA-256 of the losses that belong to it."""
+
+    tokens: str
+    perplexity: Positive
+    losses: NotRequired[str]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +100,7 @@ class Opened:
         told = fitted(decoder, walk.groups, recipe, walk.budget)
         if config.distill:
             refuse_large(Trainer(decoder, config.distill), walk.budget)
-        directory = prepare_directory(config.run_directory, manifest)
+        directory = prepare_directory(config.run_directory, manifest, to_dict(config))
         greet(console, config, model, texts, directory, told)
         return cls(config, model, texts, manifest, walk, directory)
 
@@ -131,7 +141,7 @@ class Run:
     distilled: Outcome | None = None
     pruned: float | None = None
     memory: dict[str, int | None] | None = None
-    continuations: dict[str, Any] | None = None
+    continuations: Continuations | None = None
     report: dict[str, Any] | None = None
 
 
@@ -163,15 +173,16 @@ class Stage:
 
 
 def finished_report(opened: Opened) -> dict[str, Any] | None:
-    """The contents of report.json if the run has nothing left to do, else None."""
+    """The contents of report.json if the run has nothing left to do, else None. Compares the checksums of its files."""
     directory, config = opened.directory, opened.config
-    report = read_record(directory / REPORT)
-    if report is None or (config.export and not is_export_of(directory, directory / FOLDER)):
+    report = known_record(directory / REPORT, Report)
+    digest = token_digest(opened.texts.evaluation.ids)
+    if report is None or (report.get("manifest"), report["evaluation"].get("digest")) != (opened.manifest, digest):
         return None
-    same = (report["manifest"], report["evaluation"]["digest"]) == (opened.manifest, token_digest(opened.texts.evaluation.ids))
     # A sweep keeps the reports of finished cells, without their models.
-    whole = "checkpoint" not in report["files"] or complete(directory / CHECKPOINT)
-    return report if same and whole else None
+    if ("checkpoint" in report.get("files", {}) and not complete(directory / CHECKPOINT)) or faults(directory):
+        return None
+    return None if config.export and not is_export_of(directory, directory / FOLDER) else dict(report)
 
 
 T = TypeVar("T")
@@ -192,11 +203,11 @@ def _open_journal(run: Run) -> None:
 
 
 def _knows_dense(run: Run) -> bool:
-    path, digest = run.opened.directory / _DENSE, token_digest(run.opened.texts.evaluation.ids)
+    digest = token_digest(run.opened.texts.evaluation.ids)
 
     def known() -> float | None:
-        record = read_record(path) or {}
-        return record.get("perplexity") if record.get("tokens") == digest else None
+        record = known_record(run.opened.directory / DENSE, Dense)
+        return record["perplexity"] if record and record["tokens"] == digest else None
 
     run.dense = from_first(known) if run.dense is None else run.dense
     return run.dense is not None
@@ -228,32 +239,33 @@ def _record(run: Run) -> None:
 def _keep_dense(run: Run) -> None:
     """Writes the dense model's perplexity and losses. The losses come first: dense.json holds their digest."""
     directory, digest = run.opened.directory, token_digest(run.opened.texts.evaluation.ids)
-    path, before = directory / _DENSE, read_record(directory / _DENSE) or {}
-    record: dict[str, Any] = {"tokens": digest, "perplexity": run.dense}
-    if "losses" in before and before.get("tokens") == digest:
+    before = known_record(directory / DENSE, Dense)
+    record: Dense = {"tokens": digest, "perplexity": _made(run.dense)}
+    if before and "losses" in before and before["tokens"] == digest:
         record["losses"] = before["losses"]
     if "dense" in run.losses:
         file = io.BytesIO()
         np.save(file, run.losses["dense"])
         record["losses"] = hashlib.sha256(file.getvalue()).hexdigest()
         if record != before:
-            with writing(directory / _LOSSES, "make room and repeat the command"):
-                write_bytes(directory / _LOSSES, file.getvalue())
+            with writing(directory / LOSSES, "make room and repeat the command"):
+                keep(directory, {LOSSES: file.getvalue()})
     if record != before:
-        with writing(path, "make room and repeat the command"):
-            write_bytes(path, json.dumps(record).encode())
+        with writing(directory / DENSE, "make room and repeat the command"):
+            keep(directory, {DENSE: json.dumps(record).encode()})
 
 
 def _dense_losses(run: Run) -> np.ndarray | None:
     """The dense model's losses from this or an earlier start of the run; None if no start saved them."""
     if "dense" in run.losses:
         return run.losses["dense"]
-    record = read_record(run.opened.directory / _DENSE) or {}
+    record = known_record(run.opened.directory / DENSE, Dense)
     try:
-        data = (run.opened.directory / _LOSSES).read_bytes()
+        data = (run.opened.directory / LOSSES).read_bytes()
     except OSError:
         return None
-    return np.load(io.BytesIO(data), allow_pickle=False) if hashlib.sha256(data).hexdigest() == record.get("losses") else None
+    mine = record and hashlib.sha256(data).hexdigest() == record.get("losses")
+    return np.load(io.BytesIO(data), allow_pickle=False) if mine else None
 
 
 def _changes(run: Run) -> dict[str, Any] | None:
@@ -298,7 +310,7 @@ def _prune(run: Run) -> None:
 def _is_distilled(run: Run) -> bool:
     if run.opened.config.distill is None:
         return True
-    run.distilled = read_outcome(run.opened.directory)
+    run.distilled = read_outcome(run.opened.directory, used=run.blocks is not None)
     return run.distilled is not None or run.blocks is not None
 
 
@@ -405,7 +417,7 @@ def _report(run: Run) -> None:
             allocation=run.allocation and run.allocation.to_json(),
             distillation=run.distilled and run.distilled.to_json(),
             weighed=[name for name in residuals if name in decoder.linears],
-            blocks=list(map(BlockReport.from_json, _made(run.blocks))),
+            blocks=blocks_from_json(_made(run.blocks), directory / CHECKPOINT),
             seconds=run.progress.seconds,
             memory=memory,
             files={what: str(path) for what, path in files.items()},

@@ -8,10 +8,13 @@ from typing import Any, NamedTuple
 
 from optima_tpu.errors import UserError
 from optima_tpu.method.layer_rules import kind_name
+from optima_tpu.report.contents import Cell, FinishedCell
 from optima_tpu.report.numbers import number, plural
 from optima_tpu.report.records import LayerReport
-from optima_tpu.report.runs import model_name, names, read_blocks, read_json, read_report
+from optima_tpu.report.runs import model_name, names, read_blocks, read_report
 from optima_tpu.report.summary import all_layers
+from optima_tpu.runtime.checksums import refuse_changed
+from optima_tpu.runtime.records import check_record, read_record
 
 
 class LayerLine(NamedTuple):
@@ -139,10 +142,12 @@ def samples(sweep: str | Path) -> Samples:
     if path.is_dir() and not (path / "results.json").exists():
         raise UserError(f"expected the directory of a sweep, got {sweep}, which has no results.json: check the path")
     path = path / "results.json" if path.is_dir() else path
-    results = read_json(path)
-    if not (isinstance(results, list) and all(isinstance(result, dict) and "update" in result for result in results)):
-        raise UserError(f"expected the results.json of a sweep, got {path}, which is something else: check the path")
-    done = [result for result in results if result["perplexity"] is not None]
+    refuse_changed(path.parent, [path.name], "repeat the sweep's command, which writes the file again")
+    remedy = "it is no results.json of a sweep, or it is damaged"
+    results = read_record(path, list[dict[str, Any]], remedy)
+    check_record(results, list[Cell], path, remedy)
+    finished = [result for result in results if result["perplexity"] is not None]
+    done = check_record(finished, list[FinishedCell], path, remedy)
     if not done:
         raise UserError(f"expected finished cells in {path}, got none yet; repeat the sweep's command")
     counts = sorted({result["samples"] for result in done})
@@ -218,7 +223,7 @@ def _samples_line(mask: str, update: str, values: Mapping[int, Sequence[float]])
     )
 
 
-def _samples_title(directory: Path, done: Sequence[Mapping[str, Any]]) -> str:
+def _samples_title(directory: Path, done: Sequence[FinishedCell]) -> str:
     """Model and texts, from the report of the first finished cell."""
     report = read_report(str(directory / done[0]["report"]))
     text = report["configuration"]["calibration"]

@@ -16,9 +16,12 @@ from jax.sharding import Mesh
 from optima_tpu.report.records import BlockReport, finite
 from optima_tpu.report.summary import all_layers, by_kind, sparsity, unusual, worsened
 from optima_tpu.runtime.buckets import in_bucket
+from optima_tpu.runtime.checksums import keep
 from optima_tpu.runtime.files import files_in as files_below
-from optima_tpu.runtime.files import write_bytes, writing
+from optima_tpu.runtime.files import writing
 from optima_tpu.runtime.processes import everyones
+
+REPORT = "report.json"
 
 _PACKAGES = ("optima-tpu", "jax", "jaxlib", "flax", "orbax-checkpoint", "mpax", "transformers", "numpy")
 
@@ -154,5 +157,5 @@ def write_report(
         "blocks": [block.to_json() for block in blocks],
     }
     with writing(path, "all finished blocks are intact; make room and repeat the command"):
-        write_bytes(path, (json.dumps(report, indent=2, allow_nan=False) + "\n").encode())
+        keep(path.parent, {path.name: (json.dumps(report, indent=2, allow_nan=False) + "\n").encode()})
     return report

@@ -34,6 +34,7 @@ FILES: Mapping[str, str] = {
     "not in a bucket, where checkpoint/ refers to it",
     "activations": "the hidden states after the last finished block, to resume a stopped run. You may delete it when the run is "
     "finished",
+    "sha256-all.json": "the checksums of the files here that are in no folder, and of assets; optima verify compares them",
     "tensorboard": "the records of every block for TensorBoard",
     "wandb": "the records of every block for Weights & Biases",
     "run.lock": "an empty lock file that keeps a second program from writing to the directory at the same time",

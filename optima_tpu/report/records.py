@@ -3,7 +3,10 @@
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Any, Self, TypedDict
+
+from optima_tpu.errors import UserError
+from optima_tpu.runtime.records import DAMAGED, Count, Share, Size, check_record
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,22 +48,22 @@ class LayerReport:
         if masks are not refined.
     """
 
-    block: int
+    block: Count
     name: str
-    shape: tuple[int, int]
-    pruned: int
-    sparsity: float
+    shape: tuple[Size, Size]
+    pruned: Count
+    sparsity: Share
     error_before: float
     error_after: float
     gap_median: float
     gap_max: float
-    steps_median: int
-    steps_max: int
-    rows: int
-    rows_converged: int
-    rows_refused: int
-    dead_inputs: int
-    tokens: int | None = None
+    steps_median: Count
+    steps_max: Count
+    rows: Count
+    rows_converged: Count
+    rows_refused: Count
+    dead_inputs: Count
+    tokens: Count | None = None
     held_out_before: float | None = None
     held_out_after: float | None = None
     dense_before: float | None = None
@@ -68,18 +71,28 @@ class LayerReport:
     dense_drift: float | None = None
     damping: float | None = None
     alpha: float | None = None
-    exchanged: int | None = None
+    exchanged: Count | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The record as JSON types, see :func:`finite`."""
         return finite(dataclasses.asdict(self) | {"shape": list(self.shape)})
 
     @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> Self:
-        """Reads the output of :meth:`to_json`. None becomes infinity, except for fields whose default is None."""
+    def from_json(cls, values: Mapping[str, Any], where: object = "the report of a layer", inside: str = "") -> Self:
+        """Reads the output of :meth:`to_json`. Null becomes infinity, except for fields whose default is None.
+
+        Args:
+          where: the file, for messages.
+          inside: the field of the file.
+
+        Raises:
+          UserError: a value is missing, has another type, or is out of its range.
+        """
+        if stray := sorted(set(values) - {field.name for field in dataclasses.fields(cls)}):
+            raise UserError(f"{where}: expected no field {'.'.join(filter(None, (inside, stray[0])))}; {DAMAGED}")
         optional = {field.name for field in dataclasses.fields(cls) if field.default is None}
         read = {key: math.inf if value is None and key not in optional else value for key, value in values.items()}
-        return cls(**read | {"shape": tuple(values["shape"])})
+        return check_record(read, cls, where, inside=inside)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +105,7 @@ class BlockReport:
       layers: its layers, in the order in which they were pruned.
     """
 
-    index: int
+    index: Count
     seconds: float
     layers: tuple[LayerReport, ...]
 
@@ -101,10 +114,27 @@ class BlockReport:
         return {"index": self.index, "seconds": self.seconds, "layers": [layer.to_json() for layer in self.layers]}
 
     @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> Self:
-        """Reads the output of :meth:`to_json`."""
-        layers = tuple(LayerReport.from_json(layer) for layer in values["layers"])
-        return cls(values["index"], values["seconds"], layers)
+    def from_json(cls, values: Mapping[str, Any], where: object = "the report of a block", inside: str = "") -> Self:
+        """Reads the output of :meth:`to_json`. Raises UserError as :meth:`LayerReport.from_json`."""
+        layers = check_record(values, _Block, where, inside=inside)["layers"]
+        read = [
+            LayerReport.from_json(layer, where, f"{inside}{'.' if inside else ''}layers[{i}]") for i, layer in enumerate(layers)
+        ]
+        return check_record({**values, "layers": read}, cls, where, inside=inside)
+
+
+class _Block(TypedDict):
+    layers: list[dict[str, Any]]
+
+
+def blocks_from_json(values: Any, where: object) -> tuple[BlockReport, ...]:
+    """Reads the field "blocks" of the file ``where``: a list of what :meth:`BlockReport.to_json` gives.
+
+    Raises:
+      UserError: a value has another type, or is out of its range.
+    """
+    blocks = check_record(values, list[dict[str, Any]], where, inside="blocks")
+    return tuple(BlockReport.from_json(block, where, f"blocks[{i}]") for i, block in enumerate(blocks))
 
 
 def finite(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,14 +7,39 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 from optima_tpu.config.flat import flat
 from optima_tpu.errors import UserError
 from optima_tpu.runtime.buckets import as_path
-from optima_tpu.runtime.files import files_in, write_bytes
+from optima_tpu.runtime.checksums import changes, keep, known, listed, refuse_changed
+from optima_tpu.runtime.files import files_in
+from optima_tpu.runtime.records import read_record
 
 RUN, ASSETS = "run.json", "assets"
+
+
+class _Selector(TypedDict):
+    name: str
+
+
+class _Recipe(TypedDict):
+    pattern: str
+    selector: _Selector
+    layers: NotRequired[str]
+
+
+class Manifest(TypedDict):
+    """All that decides a run's weights, see ``inputs.manifest_of``. Only the declared entries are read on their own."""
+
+    recipe: NotRequired[_Recipe]
+
+
+class RunRecord(TypedDict):
+    """The contents of run.json."""
+
+    manifest: Manifest
+    configuration: dict[str, Any]
 
 
 @functools.cache  # later changes of the files do not change the running code
@@ -37,37 +62,57 @@ def code_version() -> str:
 
 def write_run(directory: Path, manifest: Mapping[str, Any], configuration: Mapping[str, Any]) -> None:
     """Writes the record of a new run atomically into an existing directory."""
-    record = {"manifest": manifest, "configuration": configuration}
-    write_bytes(directory / RUN, json.dumps(record, indent=2, allow_nan=False).encode())
+    keep(directory, {RUN: _bytes(manifest, configuration)})
 
 
-def read_run(directory: str | Path) -> dict:
-    """The manifest and the configuration of a run: ``{"manifest": {...}, "configuration": {...}}``.
+def _bytes(manifest: Mapping[str, Any], configuration: Mapping[str, Any]) -> bytes:
+    return json.dumps({"manifest": manifest, "configuration": configuration}, indent=2, allow_nan=False).encode()
+
+
+_AGAIN = "repeat the run's command, which writes the file again"
+
+
+def read_run(directory: str | Path) -> RunRecord:
+    """The manifest and the configuration of a run.
 
     Raises:
       UserError: the directory has no run, or its record is damaged.
     """
-    path = as_path(directory) / RUN
-    try:
-        return json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise UserError(f"expected a run directory, got {directory}, which has no {RUN}: check the path") from None
-    except ValueError:
-        raise UserError(f"{path} is damaged and the run cannot be resumed; choose another --output") from None
+    directory = as_path(directory)
+    if not (directory / RUN).exists():
+        raise UserError(f"expected a run directory, got {directory}, which has no {RUN}: check the path")
+    refuse_changed(directory, [RUN], _AGAIN)
+    return read_record(directory / RUN, RunRecord)
 
 
 def read_assets(directory: str | Path) -> dict[str, bytes]:
-    """The source model's files that the run has kept, name -> contents."""
-    folder = as_path(directory) / ASSETS
+    """The source model's files that the run has kept, name -> contents. Raises UserError if one of them is damaged."""
+    directory = as_path(directory)
+    folder = directory / ASSETS
+    refuse_changed(directory, [name for name in listed(directory) if name.startswith(f"{ASSETS}/")], _AGAIN)
     return {str(path.relative_to(folder)): path.read_bytes() for path in files_in(folder)}
 
 
-def refuse_another(directory: Path, manifest: Mapping[str, Any]) -> None:
+def refuse_another(directory: Path, manifest: Mapping[str, Any], configuration: Mapping[str, Any] | None = None) -> None:
     """Raises UserError if the run in ``directory`` has another manifest.
 
+    Args:
+      configuration: the settings of this command. If run.json is damaged, and its checksum shows that it had this manifest and
+        these settings, then the run is not another one.
+
     Raises:
-      UserError: the manifests differ. The message names every differing key, nested keys with dots, and both values.
+      UserError: the manifests differ. The message names every differing key, nested keys with dots, and both values. Or run.json
+        is damaged, and the run may be another one.
     """
+    sums = known(directory)
+    if RUN in sums and changes(directory, {RUN: sums[RUN]}):
+        data = _bytes(manifest, configuration or {})
+        if (len(data), hashlib.sha256(data).hexdigest()) == sums[RUN]:
+            return
+        raise UserError(
+            f"{directory / RUN} has changed since it was written, and this command has other settings than the file had: repeat the "
+            "original command, which writes the file again, or choose another --output"
+        )
     as_recorded = json.loads(json.dumps(manifest, allow_nan=False))  # turns tuples into lists, as in the file
     there, here = flat(read_run(directory)["manifest"]), flat(as_recorded)
     different = [

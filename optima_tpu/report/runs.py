@@ -1,17 +1,20 @@
 """Reads finished runs from their files, and labels them for a comparison."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from optima_tpu.config.flat import flat
 from optima_tpu.errors import UserError
+from optima_tpu.report.contents import Evaluation, Report
+from optima_tpu.report.file import REPORT
 from optima_tpu.report.numbers import duration
-from optima_tpu.report.records import BlockReport, LayerReport
+from optima_tpu.report.records import BlockReport, LayerReport, blocks_from_json
 from optima_tpu.report.run_record import RUN
 from optima_tpu.report.summary import all_layers
 from optima_tpu.runtime.buckets import as_path
+from optima_tpu.runtime.checksums import refuse_changed
+from optima_tpu.runtime.records import read_record
 
 # Settings that change neither weights nor layer errors; labels leave them out.
 _ELSEWHERE = (
@@ -28,21 +31,6 @@ _ELSEWHERE = (
     "device_memory",
     "sinks",
 )
-
-# Entries that every report.json must have, with the keys that are read from them.
-_NEEDED = {
-    "configuration": ("model", "pattern", "selector", "solver", "calibration"),
-    "environment": (),
-    "model": (),
-    "calibration": (),
-    "evaluation": ("how",),
-    "perplexity": ("dense", "pruned"),
-    "seconds": (),
-    "blocks": (),
-    "weights": (),
-    "pruned": (),
-    "sparsity": (),
-}
 
 
 class Run(NamedTuple):
@@ -126,51 +114,22 @@ def read_runs(places: Sequence[str | Path]) -> tuple[str, list[Run]]:
     ]
 
 
-def read_json(path: Path) -> Any:
-    """The contents of a JSON file. Raises UserError if it can't be read."""
-    try:
-        return json.loads(path.read_bytes())
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
-    except ValueError:
-        raise UserError(f"expected JSON in {path}, got something else: the file is damaged") from None
-
-
-def read_report(run: str) -> dict[str, Any]:
+def read_report(run: str) -> Report:
     """The report of a finished run, from its directory or from the file itself. Raises UserError as :func:`read_runs`."""
     path = as_path(run)
     if path.is_dir():
-        if not (path / "report.json").exists():
+        if not (path / REPORT).exists():
             if (path / RUN).exists():
-                raise UserError(f"{run} is not finished: it has no report.json yet; repeat its command to finish it")
-            raise UserError(f"expected a run directory, got {run}, which has no report.json: check the path")
-        path /= "report.json"
-    report = read_json(path)
-    if not isinstance(report, dict) or not {"configuration", "blocks"} <= report.keys():
-        raise UserError(f"expected the report.json of a run, got {path}, which is something else: check the path")
-    missing = [
-        ".".join(filter(None, (key, name)))
-        for key, own in _NEEDED.items()
-        for name in (own or ("",))
-        if key not in report or (name and name not in report[key])
-    ]
-    if missing:
-        raise UserError(
-            f"{path} was written by another version of OPTIMA-TPU and lacks {', '.join(missing)}; read it with that version, "
-            "or repeat the run with another --output"
-        )
-    return report
+                raise UserError(f"{run} is not finished: it has no {REPORT} yet; repeat its command to finish it")
+            raise UserError(f"expected a run directory, got {run}, which has no {REPORT}: check the path")
+        path /= REPORT
+    refuse_changed(path.parent, [path.name], "repeat the run's command, which writes the file again")
+    return read_record(path, Report, "it is no report of a run, it is damaged, or another version of OPTIMA-TPU wrote it")
 
 
-def read_blocks(run: str, report: Mapping[str, Any]) -> tuple[BlockReport, ...]:
-    """The blocks in a report from :func:`read_report`. Raises UserError if another version wrote them."""
-    try:
-        return tuple(BlockReport.from_json(block) for block in report["blocks"])
-    except (KeyError, TypeError) as error:
-        raise UserError(
-            f"the layers in the report of {run} were written by another version of OPTIMA-TPU ({error}); read it with that "
-            "version, or repeat the run with another --output"
-        ) from None
+def read_blocks(run: str, report: Report) -> tuple[BlockReport, ...]:
+    """The blocks in a report from :func:`read_report`. Raises UserError if their records are damaged."""
+    return blocks_from_json(report["blocks"], f"the report of {run}")
 
 
 def names(configurations: Mapping[str, Mapping[str, Any]]) -> tuple[str, dict[str, str]]:
@@ -242,18 +201,18 @@ def _facts(configuration: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-def _evaluation(place: str, report: Mapping[str, Any]) -> tuple[dict[str, Any] | None, str | None]:
+def _evaluation(place: str, report: Report) -> tuple[Evaluation | None, str | None]:
     """(evaluation.json next to report.json, None); or (None, name of the evaluated model) if it is not this run's model."""
     path = as_path(place)
     path = (path if path.is_dir() else path.parent) / "evaluation.json"
     if not path.exists():
         return None, None
-    values = read_json(path)
-    if not isinstance(values, dict) or not {"perplexity", "distance", "tasks"} & values.keys():
-        raise UserError(
-            f"expected the results of optima_tpu.evaluate in {path}, got something else; move the file away, or evaluate again"
-        )
+    remedy = "move the file away, or evaluate again"
+    refuse_changed(path.parent, [path.name], remedy)
+    values = read_record(path, Evaluation, remedy)
+    if not {"perplexity", "distance", "tasks"} & values.keys():
+        raise UserError(f"expected the results of optima_tpu.evaluate in {path}, got something else; {remedy}")
     of, manifest, model = values.get("evaluated"), report.get("manifest"), values.get("model")
     # Earlier versions recorded only a name. It may be any name of the run, but not the name of the model that was pruned.
-    same = of["model"]["manifest"] == manifest if of and manifest else model != report["configuration"]["model"]
+    same = of["model"].get("manifest") == manifest if of and manifest else model != report["configuration"]["model"]
     return (values, None) if same else (None, model)

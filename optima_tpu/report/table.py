@@ -12,7 +12,7 @@ from optima_tpu.method.layer_rules import kind_name
 from optima_tpu.report.distillation import distilled_line
 from optima_tpu.report.file import files_in
 from optima_tpu.report.numbers import number, percent, plural
-from optima_tpu.report.records import BlockReport, LayerReport
+from optima_tpu.report.records import BlockReport, LayerReport, blocks_from_json
 from optima_tpu.report.summary import (
     all_layers,
     by_kind,
@@ -49,7 +49,7 @@ def print_summary(console: Console, report: Mapping[str, Any], directory: Path) 
       report: contents of report.json.
       directory: current path of the run.
     """
-    blocks = [BlockReport.from_json(block) for block in report["blocks"]]
+    blocks = blocks_from_json(report["blocks"], directory)
     configuration, perplexity, memory = report["configuration"], report["perplexity"], report.get("memory", {})
     solver, files = configuration["solver"] and configuration["solver"]["name"], files_in(directory, report.get("files", {}))
     layers = all_layers(blocks)

@@ -8,7 +8,6 @@ beside it. The marker has the name that the unfinished folder has on a file syst
 import contextlib
 import glob
 import hashlib
-import json
 import math
 import os
 import re
@@ -18,7 +17,7 @@ import tempfile
 import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import filelock
 import numpy as np
@@ -239,14 +238,6 @@ def write_bytes(path: Path, data: bytes) -> None:
     partial = staged(path)
     partial.write_bytes(data)
     commit(partial, path)
-
-
-def read_record(path: Path) -> Any | None:
-    """The contents of a small JSON record; None if it is missing or damaged: callers make a damaged one again."""
-    try:
-        return json.loads(path.read_bytes())
-    except (FileNotFoundError, ValueError):
-        return None
 
 
 def files_in(folder: Path) -> Iterator[Path]:

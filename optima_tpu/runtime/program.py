@@ -14,6 +14,7 @@ MODULES: Mapping[str, str] = MappingProxyType(
         "report": "optima_tpu.report",
         "export": "optima_tpu.export",
         "unpack": "optima_tpu.unpack",
+        "verify": "optima_tpu.verify",
         "figures": "optima_tpu.figures",
         "data": "optima_tpu.data.build",
     }

@@ -261,7 +261,7 @@ def test_a_damaged_checkpoint_is_one_line(run, tmp_path, capsys):
         path.write_bytes(b"none")
     assert main([str(copy), str(tmp_path / "new")]) == 2
     error = only_error(capsys.readouterr().err)
-    assert "checkpoint is damaged" in error and "remove it and repeat the run's command" in error
+    assert "checkpoint is damaged (state/_METADATA has 4 bytes" in error and "repeat the run's command" in error
 
 
 def test_the_command_needs_no_torch(run, tmp_path):

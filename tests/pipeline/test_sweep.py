@@ -19,6 +19,7 @@ from optima_tpu.report.run_record import refuse_another, write_run
 from optima_tpu.runtime.files import in_turn
 from optima_tpu.sweep import main
 from tests.support.processes import python
+from tests.support.records import put
 from tests.support.runs import only_error, snapshot
 from tests.support.sweeps import TABLE, write_sweep
 
@@ -103,7 +104,7 @@ class StandIn:
         if config.export:
             (directory / "hf").mkdir(exist_ok=True)
             report["files"]["transformers"] = str(directory / "hf")
-        (directory / "report.json").write_text(json.dumps(report))
+        put(directory / "report.json", json.dumps(report))
         return report
 
 

@@ -21,6 +21,7 @@ from optima_tpu.report.records import BlockReport
 from optima_tpu.report.runs import read_runs
 from tests.report.test_html_report import Page, drawn, unplotted  # noqa: F401  (a fixture)
 from tests.support.fake_reports import layer, layers, write_run
+from tests.support.records import put
 
 
 def block(*reports):
@@ -96,7 +97,7 @@ def test_what_got_worse_is_on_the_console_the_page_and_in_the_record(tmp_path, u
 def test_the_verdict_is_at_the_top_of_the_page_and_the_end_of_the_console(tmp_path, unplotted):  # noqa: F811
     run = write_run(tmp_path / "run")
     report = json.loads((run / "report.json").read_text()) | {"weights": 134_515_008}
-    (run / "report.json").write_text(json.dumps(report))
+    put(run / "report.json", json.dumps(report))
     said = "by a rule of thumb: the pruned model{}s perplexity is 1.50 times the dense model{}s"
     assert said.format("'", "'") in printed(report).splitlines()[-1] and "`" not in printed(report)
     write_page([run], tmp_path / "x.html")
@@ -128,7 +129,7 @@ SIZES = {"dense": 538_060_032, "transformers": 538_090_000, "left": {"hf": 555_0
 def with_sizes(run: Path) -> dict:
     report = json.loads((run / "report.json").read_text())
     report |= {"sizes": SIZES, "model": {"weights": 2100}, "files": {"transformers": "elsewhere/hf"}}
-    (run / "report.json").write_text(json.dumps(report))
+    put(run / "report.json", json.dumps(report))
     return report
 
 
@@ -147,18 +148,18 @@ def test_a_report_of_an_earlier_version_says_nothing_of_what_it_does_not_have(tm
     report = json.loads((run / "report.json").read_text())
     for name in ("sizes", "tokens", "continuations", "model_sparsity"):
         report.pop(name)
-    (run / "report.json").write_text(json.dumps(report))
+    put(run / "report.json", json.dumps(report))
     assert "size  " not in printed(report) and "of all" not in printed(report)
     page = drawn(run, to=tmp_path / "x.html")
     assert "zeros are stored like other numbers" in page.sections["outcome"]
-    assert [row[0] for row in page.tables[f"In {run}"][1:]] == ["report.html", "report.json"]
+    assert [row[0] for row in page.tables[f"In {run}"][1:]] == ["report.html", "report.json", "sha256-all.json"]
 
 
 def test_the_files_of_the_directory_are_explained(tmp_path, unplotted):  # noqa: F811
     run = write_run(tmp_path / "run")
     with_sizes(run)
     rows = {row[0]: row[1:] for row in drawn(run, to=tmp_path / "x.html").tables[f"In {run}"][1:]}
-    assert list(rows) == ["report.html", "report.json", "hf/", "journal/", "run.lock"]
+    assert list(rows) == ["report.html", "report.json", "hf/", "journal/", "sha256-all.json", "run.lock"]
     assert rows["hf/"][1] == "555 MB" and rows["run.lock"][1] == "–"
 
 

@@ -19,6 +19,7 @@ from optima_tpu.method.targets import DenseTarget
 from optima_tpu.pipeline.sweep.tables import Result
 from optima_tpu.report import curves, figures
 from tests.support.fake_reports import NAMES, layers, write_other_places, write_run
+from tests.support.records import put
 from tests.support.runs import only_error
 
 WANDA_CG = EMBEDDED
@@ -289,7 +290,7 @@ def test_what_cannot_be_drawn_is_refused_in_one_line(argv, words, tmp_path, monk
     write_run(Path("zero"), reports=layers(0, error_before=0.0, error_after=0.0))
     odd = json.loads((write_run(Path("odd"), WANDA_MPAX) / "report.json").read_text())
     odd["blocks"][0]["layers"][0]["surprise"] = 1
-    Path("odd/report.json").write_text(json.dumps(odd))
+    put(Path("odd/report.json"), json.dumps(odd))
     write_sweep(Path("sweep"), [result("wanda", "cg", 16, seed, 20.0) for seed in (0, 1)])
     write_sweep(Path("unfinished"), [result("wanda", "cg", samples, 0, None) for samples in (16, 64)])
     message = refusal(capsys, *argv, "-o", "x.png")

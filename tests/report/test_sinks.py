@@ -112,7 +112,7 @@ def test_event_files_hold_every_step_once_also_after_a_second_start(tmp_path):
 def test_a_run_of_weights_and_biases_that_went_on_is_sent_only_what_it_lacks(tmp_path, monkeypatch):
     logged, asked = [], []
     (tmp_path / "run").mkdir()
-    write_run(tmp_path / "run", {"recipe": "first"}, {})
+    write_run(tmp_path / "run", {"code": "first"}, {})
 
     class Run:
         step = 2  # the server has the first two
@@ -128,7 +128,7 @@ def test_a_run_of_weights_and_biases_that_went_on_is_sent_only_what_it_lacks(tmp
         sink.write(step, {"a": step})
     assert logged == [(2, {"a": 2}), (3, {"a": 3})]
     assert asked[0]["id"] == asked[1]["id"] and asked[0]["project"] == "project" and asked[0]["resume"] == "allow"
-    write_run(tmp_path / "run", {"recipe": "another, in the place of the first"}, {})
+    write_run(tmp_path / "run", {"code": "another, in the place of the first"}, {})
     sinks.WeightsAndBiases("project", tmp_path / "run", {"model": "x"})
     assert asked[2]["id"] != asked[0]["id"]
 

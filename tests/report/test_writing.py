@@ -9,6 +9,7 @@ import pytest
 from optima_tpu.evaluate.token_changes import EDGES, pieces, readable, token_changes
 from tests.report.test_html_report import drawn, unplotted  # noqa: F401  (a fixture)
 from tests.support.fake_reports import write_run
+from tests.support.records import put
 
 
 def changes(rise, dense=1.0, decode=lambda ids: " ".join(map(str, ids))):
@@ -79,7 +80,7 @@ CONTINUATIONS = {
 
 def with_writing(run, **changes):
     report = json.loads((run / "report.json").read_text())
-    (run / "report.json").write_text(json.dumps(report | {"tokens": TOKENS, "continuations": CONTINUATIONS} | changes))
+    put(run / "report.json", json.dumps(report | {"tokens": TOKENS, "continuations": CONTINUATIONS} | changes))
     return run
 
 

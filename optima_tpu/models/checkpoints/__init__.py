@@ -5,12 +5,12 @@ from pathlib import Path
 
 from optima_tpu.errors import UserError
 from optima_tpu.models.checkpoints import hub
-from optima_tpu.models.checkpoints.folder import open_folder
+from optima_tpu.models.checkpoints.folder import open_folder, refuse_damaged
 from optima_tpu.models.checkpoints.gguf_file import open_gguf
 from optima_tpu.models.checkpoints.source import Pretrained, TensorSource, check_dtypes, check_names, parse_dtype
 from optima_tpu.models.checkpoints.tokenizer import load_tokenizer
 
-__all__ = ["Pretrained", "TensorSource", "check_dtypes", "check_names", "load_tokenizer", "open_model"]
+__all__ = ["Pretrained", "TensorSource", "check_dtypes", "check_names", "load_tokenizer", "open_model", "refuse_damaged_model"]
 
 
 def open_model(spec: str, dtype: str | None = None) -> Pretrained:
@@ -35,6 +35,12 @@ def open_model(spec: str, dtype: str | None = None) -> Pretrained:
     if hub.is_hub_id(spec):
         return _open(hub.download(spec), spec, dtype)
     raise UserError(f"no such path: {spec!r}; expected a folder, a .gguf file, a hub id org/name or wheel:NAME")
+
+
+def refuse_damaged_model(spec: str) -> None:
+    """Raises UserError if ``spec`` is a folder that this program exported and a file in it has changed. Reads all of it."""
+    if (path := Path(spec).expanduser()).is_dir():
+        refuse_damaged(path)
 
 
 def _open(path: Path, origin: str, dtype: str | None) -> Pretrained:

@@ -6,6 +6,7 @@
     OUT/pruning_masks.npz           which weights were kept, one bit each; see read_masks
     OUT/optima_tpu.json             recipe, sparsity and error of every layer
     OUT/README.md                   model card
+    OUT/sha256-all.json             the checksums of these files
 
 or to the same folder packed, with packed-model.safetensors and packed.json in place of weights and masks; see ``packed.py``.
 
@@ -15,7 +16,7 @@ The weights are dense: no current library reads a packed 2:4 file, and a ``spars
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import safetensors
@@ -24,25 +25,25 @@ import safetensors.numpy
 from optima_tpu.errors import UserError
 from optima_tpu.method.layer_rules import parse_layers, pattern_of
 from optima_tpu.method.patterns import Pattern, parse_pattern
-from optima_tpu.models.checkpoints.orbax import CheckpointTensors
+from optima_tpu.models.checkpoints.orbax import CheckpointTensors, refuse_damaged_checkpoint
 from optima_tpu.models.checkpoints.packed import MASKS, SHAPE, Packer, write_masks
+from optima_tpu.report.contents import Facts
+from optima_tpu.report.file import REPORT
 from optima_tpu.report.model_card import HUB_ID, model_card
-from optima_tpu.report.run_record import read_assets, read_run
+from optima_tpu.report.run_record import Manifest, read_assets, read_run
 from optima_tpu.runtime.buckets import as_path, in_bucket
-from optima_tpu.runtime.files import (
-    PARTIAL,
-    begin,
-    commit,
-    complete,
-    files_in,
-    read_record,
-    remove,
-    split_by_size,
-    writing,
-    written_here,
-)
+from optima_tpu.runtime.checksums import ALL, changes, damage, known, refuse_changed, write_sums
+from optima_tpu.runtime.files import PARTIAL, begin, commit, complete, files_in, remove, split_by_size, writing, written_here
+from optima_tpu.runtime.records import known_record, read_record
 
 SIDECAR = "optima_tpu.json"
+
+
+class Sidecar(TypedDict):
+    """What is read of optima_tpu.json."""
+
+    manifest: Manifest
+    files: list[str]
 
 
 def export(
@@ -69,10 +70,12 @@ def export(
     out = as_path(out).resolve()
     if packed and in_bucket(out):
         raise UserError(f"expected a folder on a disk for a packed export, got {out}: export to a disk, then copy the folder")
+    run_directory = as_path(run_directory)
+    refuse_damaged_checkpoint(run_directory.absolute())
     source = CheckpointTensors(run_directory)
     patterns = _patterns(source)
     with writing(out, "nothing was left there; make room or choose another folder, and repeat the command"):
-        if _lost_some(out, source.run["manifest"]):
+        if _is_damaged_export(out, source.run["manifest"], own=out.parent == run_directory.resolve()):
             remove(out)
         if complete(out) and any(out.iterdir()):
             raise UserError(f"expected a new or empty folder to export to, got {out}, which is not empty; choose another folder")
@@ -90,7 +93,7 @@ def export(
                     write_masks(here, ((name, source.mask(name)) for name in source.pruned()))
             sidecar = _sidecar(source, zeros)
             if report is None:
-                report = read_record(as_path(run_directory) / "report.json") or {}
+                report = _facts(run_directory)
             (partial / "README.md").write_text(model_card(out.name, sidecar, assets, report), encoding="utf-8")
             others = {str(path.relative_to(partial)) for path in files_in(partial) if path.suffix != ".safetensors"}
             sidecar["files"] = sorted({*shards, MASKS, *others})
@@ -99,6 +102,7 @@ def export(
                 for name in sorted({SIDECAR, *others}):
                     packer.add_file(partial / name, name)
                 packer.finish()
+            write_sums(partial)
             commit(partial, out)
         except BaseException:
             for left in (partial, out.with_name(out.name + PARTIAL)):  # the same path, except in a bucket
@@ -106,25 +110,39 @@ def export(
             raise
 
 
-def is_export_of(run_directory: str | Path, out: str | Path) -> bool:
-    """Whether ``out`` already holds the export of this run, so that a repeated command need not write it again.
+def _facts(run_directory: Path) -> Facts:
+    """What the report of a run says on its model; nothing if the run has no report."""
+    if not (run_directory / REPORT).exists():
+        return {}
+    refuse_changed(run_directory, [REPORT], "repeat the run's command, which writes the file again")
+    return read_record(run_directory / REPORT, Facts)
 
-    Checks that every file exists, not its contents.
+
+def is_export_of(run_directory: str | Path, out: str | Path) -> bool:
+    """Whether ``out`` already holds the whole export of this run, so that a repeated command need not write it again.
+
+    Reads all of it, to compare the checksums.
     """
     out = as_path(out)
-    written = _written(out, read_run(run_directory)["manifest"])
-    return written is not None and complete(out) and all((out / name).exists() for name in written)
+    return complete(out) and _written(out, read_run(run_directory)["manifest"]) is not None and not damage(out)
 
 
-def _lost_some(out: Path, manifest: Mapping[str, Any]) -> bool:
-    """Whether a folder holds a part of the export of that run, and no other files."""
-    written, there = _written(out, manifest), {str(path.relative_to(out)) for path in files_in(out)}
-    return written is not None and complete(out) and there < written | {SIDECAR}
+def _is_damaged_export(out: Path, manifest: Mapping[str, Any], own: bool) -> bool:
+    """Whether a folder holds a damaged or partial export of that run, and no other files.
+
+    Args:
+      own: the folder is in the run's own directory. Then the checksums are enough to recognise it, if optima_tpu.json is damaged.
+    """
+    sums, written = known(out), _written(out, manifest)
+    if written is None and own and SIDECAR in sums and changes(out, {SIDECAR: sums[SIDECAR]}):
+        written = set(sums)
+    there = {str(path.relative_to(out)) for path in files_in(out)}
+    return complete(out) and written is not None and there <= written | {SIDECAR, ALL} and bool(damage(out))
 
 
 def _written(out: Path, manifest: Mapping[str, Any]) -> set[str] | None:
     """The files that the export of the run with that manifest wrote to a folder; None if the folder is not such an export."""
-    sidecar = read_record(out / SIDECAR)
+    sidecar = known_record(out / SIDECAR, Sidecar)
     return set(sidecar["files"]) if sidecar and sidecar["manifest"] == manifest else None
 
 
@@ -217,11 +235,11 @@ def _patterns(source: CheckpointTensors) -> dict[str, Pattern]:
     recipe = source.run["manifest"]["recipe"]
     default, rules = parse_pattern(recipe["pattern"]), parse_layers(recipe.get("layers", ""))
     foreign = recipe["selector"]["name"] == "imported"
-    allocated = source.run.get("sparsity")
+    allocated = source.run["sparsity"]
     patterns: dict[str, Pattern] = {}
     for name in source.pruned():
         layer = _report_on(name, source)
-        mine = allocated and allocated[layer["block"]]
+        mine = None if allocated is None else allocated[layer["block"]]
         own = default if mine is None else default.at(mine)
         pattern = pattern_of(rules, own, name.removesuffix(".weight"), layer["name"])
         if pattern is not None and not (foreign and pattern.free):

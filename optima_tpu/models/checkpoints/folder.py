@@ -1,10 +1,9 @@
 """Checkpoints in Hugging Face folders: config.json beside one or several safetensors files, plain or packed."""
 
 import contextlib
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import ml_dtypes
 import numpy as np
@@ -13,6 +12,8 @@ from safetensors import SafetensorError, safe_open
 from optima_tpu.errors import UserError
 from optima_tpu.models.checkpoints import packed
 from optima_tpu.models.checkpoints.source import DTYPES, Index, Pretrained, fingerprint, parse_dtype, read_config, whole_slices
+from optima_tpu.runtime.checksums import ALL, changes, listed
+from optima_tpu.runtime.records import read_record
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -37,6 +38,12 @@ _STORED = {
     "BOOL": np.bool_,
 }
 _CASTABLE = {np.dtype(np.float64), *DTYPES.values()}
+
+
+class _Index(TypedDict):
+    """What is read of an index: the file of each tensor."""
+
+    weight_map: dict[str, str]
 
 
 class SafetensorsSource:
@@ -180,17 +187,24 @@ def _open_shards(folder: Path, cast: np.dtype | None) -> tuple[SafetensorsSource
     return tensors, shards
 
 
+def refuse_damaged(folder: Path) -> None:
+    """Raises UserError if a folder that this program exported is damaged; reads all of it. Other folders have no checksums.
+
+    The model card may be edited: nothing reads it.
+    """
+    sums = {name: found for name, found in listed(folder).items() if name != "README.md"}
+    for name, why in changes(folder, sums).items():
+        raise UserError(f"{folder / name} {why}: export the run again, or remove {ALL} to take the folder as it is")
+
+
 def _shards(folder: Path) -> tuple[list[Path], dict[str, str]]:
     """The weight files, and for each tensor the file that should hold it (empty for a single file)."""
     if (folder / SINGLE).is_file():
         return [folder / SINGLE], {}
     if not (folder / INDEX).is_file():
         raise UserError(_no_weights(folder))
-    try:
-        weight_map = json.loads((folder / INDEX).read_bytes())["weight_map"]
-        shards = sorted(set(weight_map.values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{folder / INDEX} is damaged, it has no readable weight_map: download it again") from error
+    weight_map = read_record(folder / INDEX, _Index, "it is damaged: download it again")["weight_map"]
+    shards = sorted(set(weight_map.values()))
     for shard in shards:
         if Path(shard).name != shard:  # an index is untrusted: it must not point outside its folder
             raise UserError(f"{folder / INDEX} names {shard}, which is not a file of its own folder")
@@ -218,6 +232,6 @@ def _no_weights(folder: Path) -> str:
 def _is_asset(path: Path) -> bool:
     """Whether an export copies a file unchanged: the small files except weights and model card."""
     name = path.name.lower()
-    if not path.is_file() or name.startswith((".", "readme")) or name.endswith(".index.json") or name == packed.INDEX:
+    if not path.is_file() or name.startswith((".", "readme")) or name.endswith(".index.json") or name in (packed.INDEX, ALL):
         return False
     return name.endswith((".json", ".txt", ".model", ".jinja")) or name.startswith(("license", "licence", "notice"))

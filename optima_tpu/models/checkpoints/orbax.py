@@ -12,7 +12,7 @@ import re
 import sys
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NotRequired, Protocol, TypedDict
 
 import jax
 import numpy as np
@@ -22,11 +22,13 @@ from orbax.checkpoint import v1 as ocp
 
 from optima_tpu.errors import UserError
 from optima_tpu.models.checkpoints.source import Index, TensorSource
-from optima_tpu.report.run_record import read_run
+from optima_tpu.report.run_record import RunRecord, read_run
 from optima_tpu.runtime.buckets import as_path, in_bucket
+from optima_tpu.runtime.checksums import damage, write_sums
 from optima_tpu.runtime.files import begin, commit, complete, split_by_size, staged, writing
 from optima_tpu.runtime.mesh import spread
 from optima_tpu.runtime.processes import first_only, from_first
+from optima_tpu.runtime.records import Share, check_record
 
 CHECKPOINT = "checkpoint"
 _PARTS = "parts"
@@ -34,6 +36,20 @@ _UNTOUCHED_AT_ONCE = 1 << 30
 """Bytes of unpruned tensors that are read before they are written."""
 _BLOCK = re.compile(r"(.*?\.\d+)\.")
 """The beginning of the name of a block's tensor, up to the block's number."""
+
+
+class _PrunedRun(RunRecord):
+    """A run, the report of each block, and the sparsity of each, or None where they don't differ."""
+
+    blocks: list[dict[str, Any]]
+    sparsity: list[Share | None] | None
+
+
+class _Metadata(TypedDict):
+    """The metadata of RUN/checkpoint; ``parts`` are the checkpoints of its blocks, below RUN."""
+
+    run: _PrunedRun
+    parts: NotRequired[list[str]]
 
 
 def quiet_orbax() -> None:
@@ -146,6 +162,7 @@ def write_checkpoint(
         (_write_rest if in_bucket(final) else _write_whole)(staged(final), journal, source, on_mesh, metadata)
 
         def finish():
+            write_sums(staged(final))
             if set(_leaves(_read(staged(final))[1], "weights")) != set(source.names()):
                 raise RuntimeError(f"{staged(final)} does not hold the tensors of the source")
             commit(staged(final), final)
@@ -180,13 +197,14 @@ def _write_rest(path: Path, journal: SavedBlocks, source: TensorSource, on_mesh:
     )
 
 
-def _read(path: Path) -> tuple[dict[str, Any], dict[Path, Mapping[str, Any]]]:
+def _read(path: Path) -> tuple[_PrunedRun, dict[Path, Mapping[str, Any]]]:
     """The record of the run, and the tree of each Orbax checkpoint that is part of the checkpoint."""
     metadata = read_metadata(path)
     trees = {path: metadata.metadata}
-    for part in metadata.custom_metadata.get(_PARTS, ()):
+    record = check_record(metadata.custom_metadata, _Metadata, path)
+    for part in record.get("parts", ()):
         trees[path.parent / part] = read_metadata(path.parent / part).metadata
-    return metadata.custom_metadata["run"], trees
+    return record["run"], trees
 
 
 def _leaves(trees: Mapping[Path, Mapping[str, Any]], group: str) -> dict[str, Any]:
@@ -201,8 +219,23 @@ def checkpointed_blocks(directory: Path) -> list[dict[str, Any]] | None:
     path = directory / CHECKPOINT
     if not complete(path):
         return None
-    record = read_metadata(path).custom_metadata
-    return record["run"]["blocks"] if all(complete(directory / part) for part in record.get(_PARTS, ())) else None
+    record = check_record(read_metadata(path).custom_metadata, _Metadata, path)
+    return record["run"]["blocks"] if all(complete(directory / part) for part in record.get("parts", ())) else None
+
+
+def checkpoint_damage(directory: Path) -> str:
+    """Says what is damaged in RUN/checkpoint and its parts; empty if nothing is."""
+    path = directory / CHECKPOINT
+    if found := damage(path):
+        return found
+    parts = check_record(read_metadata(path).custom_metadata, _Metadata, path).get("parts", ())
+    return next((f"{part}: {found}" for part in parts if (found := damage(directory / part))), "")
+
+
+def refuse_damaged_checkpoint(directory: Path) -> None:
+    """Raises UserError if a run's checkpoint is damaged. Reads all of it."""
+    if complete(directory / CHECKPOINT) and (found := checkpoint_damage(directory)):
+        raise UserError(f"{directory / CHECKPOINT} is damaged ({found}): repeat the run's command, which writes it again")
 
 
 class OrbaxTensors:

@@ -14,15 +14,16 @@ from huggingface_hub.errors import (
 from optima_tpu.errors import UserError, one_line
 from optima_tpu.method.problem import Given, ReadGiven
 from optima_tpu.method.selectors import Imported
-from optima_tpu.models.checkpoints import TensorSource, hub, open_model
+from optima_tpu.models.checkpoints import TensorSource, hub, open_model, refuse_damaged_model
 from optima_tpu.models.checkpoints.export import MASKS
-from optima_tpu.models.checkpoints.orbax import CheckpointTensors
+from optima_tpu.models.checkpoints.orbax import CheckpointTensors, refuse_damaged_checkpoint
 from optima_tpu.models.masks.check import check_masks, check_weights
 from optima_tpu.models.masks.npz import MASKLLM, open_npz
 from optima_tpu.models.masks.safetensors_file import open_safetensors
 from optima_tpu.models.masks.source import UNDERSTOOD, MaskSource
 from optima_tpu.models.masks.torch_files import open_torch_file, open_torch_folder
 from optima_tpu.report.run_record import RUN
+from optima_tpu.runtime.checksums import refuse_changed
 
 __all__ = ["MaskSource", "check_masks", "check_weights", "open_given", "open_masks"]
 
@@ -93,12 +94,14 @@ def open_given(imported: Imported) -> ReadGiven:
 def _open_weights(spec: str) -> TensorSource:
     path = Path(spec).expanduser()
     if (path / RUN).is_file():
+        refuse_damaged_checkpoint(path.absolute())
         return CheckpointTensors(path)
     if (path.is_file() and path.suffix != ".gguf") or (path.is_dir() and not (path / "config.json").is_file()):
         raise UserError(
             f"expected a run directory or a checkpoint where selector.weights is true, got {spec}, which has masks "
             "alone; take --selector.weights false"
         )
+    refuse_damaged_model(spec)
     return open_model(spec).tensors
 
 
@@ -107,8 +110,10 @@ def _open_folder(folder: Path, spec: str) -> MaskSource:
     if len(files) > 1:
         raise UserError(f"{spec} holds {MASKS} and {MASKLLM}: give the path of one of them")
     if files:
+        refuse_changed(folder, [files[0].name], "export the run again")
         return open_npz(files[0], spec)
     if (folder / RUN).is_file():
+        refuse_damaged_checkpoint(folder.absolute())
         tensors = CheckpointTensors(folder)
         return MaskSource(
             spec, "masks of a run directory", {name: name for name in tensors.pruned()}, lambda name, shape: tensors.mask(name)
@@ -122,6 +127,7 @@ def _open_folder(folder: Path, spec: str) -> MaskSource:
 
 def _zeros(model: str, origin: str) -> MaskSource:
     """Masks of a checkpoint's matrices: they keep all entries that are not exactly zero."""
+    refuse_damaged_model(model)
     tensors = open_model(model).tensors
     return MaskSource(
         origin,

@@ -4,7 +4,7 @@ import dataclasses
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 import jax.numpy as jnp
 import numpy as np
@@ -17,12 +17,15 @@ from optima_tpu.models.checkpoints.orbax import load_group, read_metadata, save_
 from optima_tpu.models.decoder import Decoder, Head
 from optima_tpu.models.family import Positions
 from optima_tpu.pipeline.distill.blocks import Block, Trainer, Tree, head_gradient, head_loss
-from optima_tpu.pipeline.journal import Journal, damage, write_sums
-from optima_tpu.runtime.files import begin, commit, read_record, remove, staged, uninterrupted, write_bytes, writing
+from optima_tpu.pipeline.journal import Journal
+from optima_tpu.report import contents
+from optima_tpu.runtime.checksums import damage, keep, write_sums
+from optima_tpu.runtime.files import begin, commit, remove, staged, uninterrupted, writing
 from optima_tpu.runtime.processes import fetch, first_only, from_first
+from optima_tpu.runtime.records import check_record, known_record
 
 FOLDER = "distillation"
-_RECORD, _DISTILLED = "distillation.json", "distilled"
+OUTCOME, _DISTILLED = "distillation.json", "distilled"
 _REMEDY = "the pruned blocks are intact; make room and repeat the command"
 
 
@@ -38,6 +41,12 @@ class Check(NamedTuple):
     step: int
     held_out: float
     training: float | None = None
+
+
+class _Checks(TypedDict):
+    """The metadata of the state at a check."""
+
+    checks: list[contents.Check]
 
 
 class Outcome(NamedTuple):
@@ -77,7 +86,7 @@ class Outcome(NamedTuple):
         }
 
     @classmethod
-    def from_json(cls, record: Mapping[str, Any]) -> "Outcome":
+    def from_json(cls, record: contents.Outcome) -> "Outcome":
         """From :meth:`to_json`."""
         checks = tuple(Check(**check) for check in record["checks"])
         return cls(checks, record["kept"], record["tokens"], record["perplexity_before"])
@@ -205,20 +214,24 @@ def distill(
 def keep_outcome(directory: Path, outcome: Outcome) -> None:
     """Makes the end of a distillation known to the run, and removes what a stopped one would have gone on from."""
 
-    def keep() -> None:
-        with writing(directory / _RECORD, _REMEDY):
-            write_bytes(directory / _RECORD, json.dumps(outcome.to_json()).encode())
+    def write() -> None:
+        with writing(directory / OUTCOME, _REMEDY):
+            keep(directory, {OUTCOME: json.dumps(outcome.to_json()).encode()})
         remove(directory / FOLDER)
 
-    first_only(keep)
+    first_only(write)
 
 
-def read_outcome(directory: Path) -> Outcome | None:
-    """What became of the distillation of a run; None where it is not done, or its blocks are damaged."""
+def read_outcome(directory: Path, used: bool = False) -> Outcome | None:
+    """What became of the distillation of a run; None if it is not done, or its blocks are damaged.
 
-    def read() -> dict[str, Any] | None:
-        record = read_record(directory / _RECORD)
-        if record is None or (record["kept"] and any(damage(entry) for entry in _entries(directory))):
+    Args:
+      used: the checkpoint has the blocks, so that they are not read again.
+    """
+
+    def read() -> contents.Outcome | None:
+        record = known_record(directory / OUTCOME, contents.Outcome)
+        if record is None or (record["kept"] and not used and any(damage(entry) for entry in _entries(directory))):
             return None
         return record
 
@@ -328,10 +341,10 @@ class _States:
     def last(self, model: _Model) -> list[Check]:
         """Brings the model to the last check that was saved, and returns the checks up to it; none where none was saved."""
 
-        def read() -> list[dict[str, Any]]:
+        def read() -> list[contents.Check]:
             saved = sorted(self.folder.glob("step_?????")) if self.folder.is_dir() else []
             whole = [path for path in saved if not damage(path)]
-            checks: list[dict[str, Any]] = read_metadata(whole[-1]).custom_metadata["checks"] if whole else []
+            checks = self._checks(whole[-1]) if whole else []
             best = min(checks, key=lambda check: check["held_out"])["step"] if checks else 0
             # Without the best state there is nothing to return to: begin again.
             return checks if not best or self.path(best) in whole else []
@@ -343,8 +356,11 @@ class _States:
 
     def restore_best(self, model: _Model) -> None:
         """Brings the masters to those of the best check."""
-        checks = from_first(lambda: read_metadata(sorted(self.folder.glob("step_?????"))[-1]).custom_metadata["checks"])
+        checks = from_first(lambda: self._checks(sorted(self.folder.glob("step_?????"))[-1]))
         self._restore(model, min(checks, key=lambda check: check["held_out"])["step"], ("masters",))
+
+    def _checks(self, path: Path) -> list[contents.Check]:
+        return check_record(read_metadata(path).custom_metadata, _Checks, path)["checks"]
 
     def _restore(self, model: _Model, step: int, groups: Sequence[str]) -> None:
         path = self.path(step)

@@ -15,14 +15,19 @@ from optima_tpu.errors import UserError, one_line
 from optima_tpu.models.checkpoints.export import is_export_of
 from optima_tpu.models.model import Model
 from optima_tpu.pipeline.inputs import Texts, manifest_of, open_model_on_mesh, read_texts, token_digest
+from optima_tpu.pipeline.repair import faults
 from optima_tpu.pipeline.run import run
 from optima_tpu.pipeline.self_calibration import generated_by
 from optima_tpu.pipeline.sweep.cells import Cell
 from optima_tpu.pipeline.sweep.grid import CellGrid
 from optima_tpu.pipeline.sweep.tables import Result, describe, failed, finished, missing, refuse_loss, write_tables
+from optima_tpu.report.contents import Report
+from optima_tpu.report.file import REPORT
 from optima_tpu.report.progress import say
 from optima_tpu.report.run_record import ASSETS, RUN, refuse_another
-from optima_tpu.runtime.files import in_turn, read_record, write_bytes, writing
+from optima_tpu.runtime.checksums import forget, intact, keep, known
+from optima_tpu.runtime.files import in_turn, writing
+from optima_tpu.runtime.records import known_record
 
 _HEAVY = ("journal", "activations", "checkpoint", "hf", ASSETS)
 """The folders of a run directory, see ``optima_tpu.pipeline.journal``. A report needs only the files beside them."""
@@ -141,7 +146,8 @@ class Sweep:
                 if self._keep_checkpoints and cell in self._chosen:
                     say(console, f"{cell}: an earlier sweep removed its pruned model, so the cell runs again")
                     with writing(cell.directory, "remove the cell's folder by hand"):
-                        (cell.directory / "report.json").unlink()
+                        (cell.directory / REPORT).unlink()
+                        forget(cell.directory, [REPORT])
                     del self._reports[cell]
         for number, cell in enumerate(cells, 1):
             if cell not in self._chosen or cell in self._reports:
@@ -178,7 +184,7 @@ class Sweep:
         """Looks for cells that another process has finished, among the cells that are not run here or that failed here."""
         for cell in self.grid.cells:
             waits = cell in self._chosen and cell not in self._failures
-            if cell in self._reports or waits or not (cell.directory / "report.json").exists():
+            if cell in self._reports or waits or not (cell.directory / REPORT).exists():
                 continue
             with contextlib.suppress(UserError):  # a run with other settings or other code: the next start refuses it
                 self._look(cell)
@@ -190,18 +196,22 @@ class Sweep:
           UserError: the directory holds a run with other settings, other code, or measured on another text.
         """
         directory = cell.directory
-        refuse_another(directory, manifest)
-        if (report := read_record(directory / "report.json")) is None:
+        if not intact(directory, RUN):  # the run says whether it can go on
             return None
-        if report["evaluation"]["digest"] != token_digest(texts.evaluation.ids):
+        refuse_another(directory, manifest)
+        report = known_record(directory / REPORT, Report)
+        if report is None or faults(directory):
+            return None
+        if report["evaluation"].get("digest") != token_digest(texts.evaluation.ids):
             raise UserError(
                 f"{directory} was measured on another text ({report['evaluation']['how']} there, "
                 f"{texts.evaluation.how} here); choose another --output"
             )
+        files = report.get("files", {})
         # An export may be requested only now, of a model that was kept before.
-        asked = self._keep_checkpoints and cell in self._chosen and cell.config.export and "checkpoint" in report["files"]
-        unfinished = (asked or "transformers" in report["files"]) and not is_export_of(directory, directory / "hf")
-        return None if unfinished else report
+        asked = self._keep_checkpoints and cell in self._chosen and cell.config.export and "checkpoint" in files
+        unfinished = (asked or "transformers" in files) and not is_export_of(directory, directory / "hf")
+        return None if unfinished else dict(report)
 
     def _know(self, cell: Cell, report: Mapping[str, Any]) -> None:
         self._reports[cell] = report
@@ -214,10 +224,10 @@ def _model_key(config: RunConfig) -> tuple:
 
 def _lighten(directory: Path, report: Mapping[str, Any]) -> dict[str, Any]:
     """Removes the names of the pruned model's files from the report, then the files."""
-    path = directory / "report.json"
+    path = directory / REPORT
     report = {**report, "files": {"report": report["files"]["report"]}}
     with writing(path, "make room and repeat the command"):
-        write_bytes(path, (json.dumps(report, indent=2, allow_nan=False) + "\n").encode())
+        keep(directory, {REPORT: (json.dumps(report, indent=2, allow_nan=False) + "\n").encode()})
     _remove_heavy(directory)
     return report
 
@@ -227,3 +237,4 @@ def _remove_heavy(directory: Path) -> None:
         for name in _HEAVY:
             if (directory / name).exists():
                 shutil.rmtree(directory / name)
+        forget(directory, [name for name in known(directory) if name.startswith(f"{ASSETS}/")])

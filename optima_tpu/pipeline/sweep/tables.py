@@ -16,7 +16,8 @@ from optima_tpu.pipeline.sweep.cells import Cell, cell_name
 from optima_tpu.pipeline.sweep.grid import CellGrid
 from optima_tpu.report.numbers import number
 from optima_tpu.report.summary import fitted_errors, held_out_errors, of_record
-from optima_tpu.runtime.files import read_record, write_bytes
+from optima_tpu.runtime.checksums import keep
+from optima_tpu.runtime.records import known_record
 
 _RESULTS = "results.json"
 _MEASURED = ("perplexity", "dense", "error_before", "error_after", "held_out_before", "held_out_after", "seconds", "sparsity")
@@ -240,8 +241,7 @@ def write_tables(grid: CellGrid, results: Sequence[Result], header: Mapping[str,
     texts = {"table.md": markdown(grid.output.absolute().name, header, layout(grid, results), results)}
     for name, records in (("table", averages(results)), ("results", list(map(dataclasses.asdict, results)))):
         texts |= {f"{name}.csv": csv_text(records), f"{name}.json": json.dumps(records, indent=2, allow_nan=False) + "\n"}
-    for name, text in texts.items():
-        write_bytes(grid.output / name, text.encode())
+    keep(grid.output, {name: text.encode() for name, text in texts.items()})
     return {name: grid.output / name for name in texts}
 
 
@@ -263,11 +263,8 @@ def refuse_loss(grid: CellGrid) -> None:
 
 
 def _results(path: Path) -> list[Result]:
-    """The contents of results.json; empty if the file is missing, damaged or has other fields."""
-    try:
-        return [Result(**entry) for entry in read_record(path) or ()]
-    except TypeError:
-        return []
+    """The contents of results.json; empty if the file is missing or damaged. The runs of its cells have all that it says."""
+    return known_record(path, list[Result]) or []
 
 
 def _entry(group: Sequence[Result]) -> str:

@@ -1,0 +1,120 @@
+"""What is damaged in a run directory, and what of it is done again.
+
+Journal, hidden states and distilled blocks are not looked at here: whoever reads them compares their checksums, and does a damaged
+block again.
+"""
+
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+from optima_tpu.errors import UserError
+from optima_tpu.models.checkpoints.orbax import CHECKPOINT, checkpoint_damage
+from optima_tpu.pipeline.allocate import ALLOCATION
+from optima_tpu.pipeline.continuations import CONTINUATIONS
+from optima_tpu.pipeline.distill.train import OUTCOME
+from optima_tpu.pipeline.journal import finished_blocks
+from optima_tpu.pipeline.self_calibration import CALIBRATION
+from optima_tpu.report.file import REPORT
+from optima_tpu.report.run_record import ASSETS, RUN
+from optima_tpu.runtime.checksums import ALL, SUMS, Sums, changes, forget, listed
+from optima_tpu.runtime.files import PARTIAL, complete, files_in, remove, writing
+from optima_tpu.runtime.records import known_record
+
+FOLDER = "hf"
+DENSE, LOSSES = "dense.json", "dense_losses.npy"
+_FOLDERS = ("journal", "activations", "distilled", "distillation")
+"""The folders of the folders that are written block by block, or check by check."""
+
+_RECORDS = (RUN, DENSE, LOSSES, ALLOCATION, OUTCOME, CONTINUATIONS, CALIBRATION, REPORT)
+"""The files beside the folders that a resume reads back. The results of evaluations are read by the report alone."""
+
+
+def faults(directory: Path) -> dict[str, str]:
+    """What is wrong with each damaged file that a resume would read: name -> words such as "is missing".
+
+    Reads all of the checkpoint.
+    """
+    found = _wrong_records(directory)
+    if complete(directory / CHECKPOINT) and (why := checkpoint_damage(directory)):
+        found[CHECKPOINT] = f"is damaged: {why}"
+    return found
+
+
+def _wrong_records(directory: Path) -> dict[str, str]:
+    there = [name for name in _RECORDS if (directory / name).exists()]
+    there += [path.relative_to(directory).as_posix() for path in files_in(directory / ASSETS)]
+    try:
+        sums = listed(directory)
+    except UserError as error:
+        return {ALL: f"is damaged ({error})"} | dict.fromkeys(there, f"cannot be checked without {ALL}")
+    mine = {name: found for name, found in sums.items() if name in _RECORDS or name.startswith(f"{ASSETS}/")}
+    return changes(directory, mine) | {name: f"is not in {ALL}" for name in there if name not in sums}
+
+
+class Verified(NamedTuple):
+    """What :func:`verified` found.
+
+    Attributes:
+      damaged: name below the folder -> what is wrong with the file.
+      files: the number of files that were compared.
+      size: their bytes.
+    """
+
+    damaged: dict[str, str]
+    files: int
+    size: int
+
+
+def verified(folder: Path) -> Verified:
+    """Compares every file below a run directory or an exported folder with its checksum.
+
+    Raises:
+      UserError: nothing there was written by this program.
+    """
+    is_run = (folder / RUN).exists()
+    sums = {path for path in files_in(folder) if re.fullmatch(SUMS.format(r"\w+"), path.name) and PARTIAL not in str(path.parent)}
+    folders = {path.parent for path in sums}
+    if is_run:
+        folders |= {folder, *(path for path in _in_one_step(folder) if complete(path))}
+    elif not folders:
+        raise UserError(
+            f"expected a run directory or an exported folder, but {folder} has neither {RUN} nor {ALL}: check the path"
+        )
+    damaged = _wrong_records(folder) if is_run else {}
+    compared: dict[Path, int] = {}
+    for each in sorted(folders):
+        inside = each.relative_to(folder)
+        damaged |= {str(inside / name): why for name, why in changes(each).items()}
+        for record in each.glob(SUMS.format("*")):
+            compared |= {inside / name: size for name, (size, _) in (known_record(record, Sums) or {}).items()}
+    return Verified(damaged, len(compared), sum(compared.values()))
+
+
+def _in_one_step(directory: Path) -> list[Path]:
+    """The folders of a run that appear in one step, each with the checksums of its files."""
+    several = [path for name in _FOLDERS for path in (directory / name).glob("*_*") if PARTIAL not in path.name]
+    return [path for path in (directory / CHECKPOINT, directory / FOLDER, *several) if path.is_dir()]
+
+
+def mend(directory: Path) -> list[str]:
+    """Removes what is damaged in a run directory, so that the run makes it again. Returns a line on each.
+
+    Call it as the only program in the directory, after its manifest was compared. ``open_journal`` writes run.json again.
+
+    Raises:
+      UserError: the allocation is damaged. Finished blocks have its sparsities, and a new one might have others.
+    """
+    found = faults(directory) if (directory / RUN).exists() else {}
+    if ALLOCATION in found and finished_blocks(directory):
+        raise UserError(f"{directory / ALLOCATION} {found[ALLOCATION]}, and the run cannot be resumed; choose another --output")
+    lost = set(found) - {RUN}
+    if lost & {DENSE, LOSSES}:
+        lost |= {DENSE, LOSSES}  # one pass over the text measures both
+    if OUTCOME in lost:
+        lost.add(CHECKPOINT)  # training again needs the blocks as they were pruned
+    for name in sorted(lost):
+        with writing(directory / name, "remove it by hand"):
+            remove(directory / name)
+    forget(directory, lost)
+    return [f"{name} {why}; it is made again" for name, why in found.items()]

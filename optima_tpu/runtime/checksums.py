@@ -1,0 +1,135 @@
+"""Checksums of what a program writes and later reads back.
+
+A folder that appears in one step holds a file with the checksums of the files in it, written last: SHA-256, or in a bucket the
+CRC32C that the store computes. So do the files of a run directory that are beside such folders: their checksums are kept in one
+file of the same name, which is replaced whenever one of them is written.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from optima_tpu.errors import UserError
+from optima_tpu.runtime.buckets import in_bucket
+from optima_tpu.runtime.files import digest, files_in, write_bytes
+from optima_tpu.runtime.records import Count, read_record
+
+SUMS = "sha256-{}.json"
+"""The name of a file of checksums; the label is "all", or in the folder of several processes the number of each."""
+ALL = SUMS.format("all")
+
+Sums = dict[str, tuple[Count, str]]
+"""Name below the folder -> size and checksum."""
+
+MISSING = "its checksums are missing"
+
+
+def write_sums(folder: Path, files: Iterable[Path] | None = None, label: str = "all") -> None:
+    """Writes the checksums of ``files`` into their folder, of all its files by default; see :func:`damage`."""
+    files = list(files_in(folder) if files is None else files)
+    sums = dict(zip((path.relative_to(folder).as_posix() for path in files), _digests(files)))
+    (folder / SUMS.format(label)).write_text(json.dumps(sums))
+
+
+def keep(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Writes files into a folder, each whole or not at all, and then their checksums into the folder's file of checksums.
+
+    Args:
+      files: name below the folder -> contents.
+    """
+    sums = {}
+    for name, data in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_bytes(path, data)
+        sums[name] = digest(path) if in_bucket(path) else (len(data), hashlib.sha256(data).hexdigest())
+    _write(folder, known(folder) | sums)
+
+
+def forget(folder: Path, names: Iterable[str]) -> None:
+    """Removes entries from the folder's file of checksums, for files that are removed on purpose."""
+    sums, names = known(folder), set(names)
+    if sums.keys() & names:
+        _write(folder, {name: found for name, found in sums.items() if name not in names})
+
+
+def listed(folder: Path) -> Sums:
+    """The checksums in the folder's file; empty if there is no such file.
+
+    Raises:
+      UserError: the file is damaged.
+    """
+    return read_record(folder / ALL, Sums) if (folder / ALL).exists() else {}
+
+
+def known(folder: Path) -> Sums:
+    """As :func:`listed`, but empty if the file is damaged: then all that it listed counts as damaged."""
+    try:
+        return listed(folder)
+    except UserError:
+        return {}
+
+
+def intact(folder: Path, name: str) -> bool:
+    """Whether a file exists and has the checksum that the folder's file lists. Without an entry it is False."""
+    sums = known(folder)
+    return name in sums and not _wrong(folder, {name: sums[name]})
+
+
+def changes(folder: Path, sums: Sums | None = None) -> dict[str, str]:
+    """What is wrong with each damaged file of a folder: name -> words such as "is missing". Empty if nothing is.
+
+    Args:
+      sums: the checksums; by default those in the folder, where a damaged or missing file of checksums is damage too.
+    """
+    if sums is not None:
+        return _wrong(folder, sums)
+    records = sorted(folder.glob(SUMS.format("*")))
+    found = {} if records else {ALL: "is missing, so no file can be checked"}
+    for record in records:
+        try:
+            found |= _wrong(folder, read_record(record, Sums))
+        except UserError as error:
+            found[record.name] = f"cannot be read ({error})"
+    return found
+
+
+def damage(folder: Path) -> str:
+    """Says what is damaged in a folder that was saved with checksums; empty if nothing is."""
+    if not any(folder.glob(SUMS.format("*"))):
+        return MISSING
+    return next((f"{name} {why}" for name, why in changes(folder).items()), "")
+
+
+def refuse_changed(folder: Path, names: Iterable[str], remedy: str) -> None:
+    """Raises UserError if a file differs from its checksum. A file that is not listed passes."""
+    sums = listed(folder)
+    for name, why in changes(folder, {name: sums[name] for name in names if name in sums}).items():
+        raise UserError(f"{folder / name} {why}: {remedy}")
+
+
+def _wrong(folder: Path, sums: Sums) -> dict[str, str]:
+    there = {name: folder / name for name in sums if (folder / name).is_file()}
+    found = dict(zip(there, _digests(there.values())))
+    told = {}
+    for name, (size, written) in sums.items():
+        if name not in found:
+            told[name] = "is missing"
+        elif found[name][0] != size:
+            told[name] = f"has {found[name][0]} bytes where {size} were written"
+        elif found[name][1] != written:
+            told[name] = "has changed since it was written"
+    return told
+
+
+def _digests(paths: Iterable[Path]) -> list[tuple[int, str]]:
+    """One thread hashes 2 GB in a second, a disk may read more."""
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
+        return list(threads.map(digest, paths))
+
+
+def _write(folder: Path, sums: Sums) -> None:
+    write_bytes(folder / ALL, json.dumps(sums, indent=0).encode())

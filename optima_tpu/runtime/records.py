@@ -1,0 +1,88 @@
+"""JSON from disk, read into declared types. What has another shape is refused in one line that names the file and the field.
+
+A type is a dataclass, a NamedTuple, a TypedDict or a container of them. ``msgspec`` compares the values with it, so a range stands
+beside the type: ``Annotated[int, msgspec.Meta(ge=1)]``.
+"""
+
+import json
+import re
+import typing
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import msgspec
+
+from optima_tpu.errors import UserError, one_line
+
+T = TypeVar("T")
+
+MOST_BYTES = 1 << 30
+"""Bytes of a JSON file, at most. The report of a model with 100,000 experts has a tenth of them."""
+
+Count = Annotated[int, msgspec.Meta(ge=0, lt=1 << 62)]
+Size = Annotated[int, msgspec.Meta(ge=1, lt=1 << 31)]
+"""One axis of an array."""
+Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
+Positive = Annotated[float, msgspec.Meta(gt=0)]
+
+DAMAGED = "the file is damaged, or another version of OPTIMA-TPU wrote it"
+
+_AT = re.compile(r" - at `(?:key in )?\$\.?(.*)`$")
+
+
+def read_record(path: Path, kind: type[T], remedy: str = DAMAGED) -> T:
+    """The contents of a JSON file. A TypedDict keeps the keys that it does not declare.
+
+    Args:
+      remedy: the end of the message.
+
+    Raises:
+      UserError: the file is missing, is no JSON, or its values are not of the type.
+    """
+    try:
+        data = path.read_bytes() if path.stat().st_size <= MOST_BYTES else None
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    if data is None:
+        raise UserError(f"{path}: expected JSON of at most {MOST_BYTES} bytes, got more; {remedy}")
+    return parse_record(data, kind, path, remedy)
+
+
+def known_record(path: Path, kind: type[T]) -> T | None:
+    """As :func:`read_record`; None if the file is missing or damaged, for callers that make it again."""
+    try:
+        return read_record(path, kind)
+    except UserError:
+        return None
+
+
+def parse_record(data: bytes | str, kind: type[T], where: object, remedy: str = DAMAGED) -> T:
+    """As :func:`read_record`, from the file's bytes. ``where`` is the file's name in messages."""
+    try:
+        values = json.loads(data)
+    except RecursionError:
+        raise UserError(f"{where}: expected JSON, got brackets that are nested too deeply; {remedy}") from None
+    except ValueError as error:
+        raise UserError(f"{where}: expected JSON, got something else ({one_line(error):.100}); {remedy}") from None
+    return check_record(values, kind, where, remedy)
+
+
+def check_record(values: Any, kind: type[T], where: object, remedy: str = DAMAGED, inside: str = "") -> T:
+    """As :func:`parse_record`, from the values that JSON gives. ``inside`` is the field of the file that holds them."""
+    try:
+        read: T = msgspec.convert(values, kind)
+    except msgspec.ValidationError as error:
+        raise UserError(f"{where}: {_told(str(error), inside)}; {remedy}") from None
+    except RecursionError:
+        raise UserError(f"{where}: expected JSON, got brackets that are nested too deeply; {remedy}") from None
+    return values if typing.is_typeddict(kind) else read
+
+
+def _told(problem: str, inside: str) -> str:
+    """ "Expected `int`, got `str` - at `$.blocks[3].rows`" as "blocks[3].rows: expected int, got str"."""
+    match = _AT.search(problem)
+    field, problem = inside + (match[1] if match else ""), (problem[: match.start()] if match else problem).replace("`", "")
+    if missing := re.fullmatch(r"Object missing required field (.*)", problem):
+        return f"expected a value for {'.'.join(filter(None, (field, missing[1])))}, got none"
+    problem = problem[0].lower() + problem[1:]
+    return f"{field}: {problem}" if field else problem

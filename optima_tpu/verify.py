@@ -1,0 +1,47 @@
+"""The command line that compares checksums: ``python -m optima_tpu.verify FOLDER``."""
+
+import argparse
+import sys
+import time
+
+from optima_tpu.errors import UserError
+from optima_tpu.pipeline.repair import verified
+from optima_tpu.runtime.buckets import as_path
+from optima_tpu.runtime.command import guarded
+from optima_tpu.runtime.program import program
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line. Returns 0 if every file matches, 1 if one does not, otherwise as :func:`guarded`."""
+    return guarded(lambda: _verify(arguments), "the same command does it again")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of the command line."""
+    parser = argparse.ArgumentParser(
+        prog=program("verify"),
+        description="Compares every file of a run directory or of an exported folder with the checksum that was written with it, and "
+        "names the files that are damaged or missing. Changes nothing. The exit status is 0 only if every file matches.",
+    )
+    parser.add_argument(
+        "folder", help="run directory, finished or stopped; its checkpoint/; or an exported folder such as its hf/"
+    )
+    return parser
+
+
+def _verify(arguments: list[str] | None) -> int:
+    folder = as_path(make_parser().parse_args(arguments).folder)
+    if not folder.is_dir():
+        raise UserError(f"expected a run directory or an exported folder, but {folder} is no folder: check the path")
+    start = time.monotonic()
+    found = verified(folder)
+    for name, why in found.damaged.items():
+        print(f"damaged: {folder / name} {why}")
+    seconds = max(time.monotonic() - start, 1e-3)
+    told = f"{len(found.damaged)} damaged" if found.damaged else "all match"
+    print(f"{found.files} files, {found.size / 1e9:.2f} GB, {told} ({found.size / 1e9 / seconds:.2f} GB/s)")
+    return 1 if found.damaged else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
