@@ -41,7 +41,7 @@ from optima_tpu.config.choices import CHOICES, canonical_name, default_options, 
 from optima_tpu.config.flat import flat
 from optima_tpu.config.options import PARTS, alternatives, fields, kinds, make_parser, parts
 from optima_tpu.config.presets import PLAIN, PRESETS, default_preset, with_preset
-from optima_tpu.config.run_config import EMBEDDED, RunConfig, to_dict
+from optima_tpu.config.run_config import EMBEDDED, MOST, RunConfig, to_dict
 from optima_tpu.errors import UserError
 from optima_tpu.method.layer_rules import parse_layers
 from optima_tpu.method.patterns import parse_pattern
@@ -196,9 +196,16 @@ def load(text: str, origin: str) -> dict[str, Any]:
     """
     document = yaml12.load(text, origin)
     document = {} if document is None else document
-    if not isinstance(document, dict) or not all(isinstance(key, str) for key in document):
+    if not isinstance(document, dict) or not _has_names(document):
         raise UserError(f"{origin}: expected settings such as 'model: PATH', got {document!r:.60}")
     return _long(document, origin)
+
+
+def _has_names(settings: Any) -> bool:
+    """Whether all settings, nested ones too, are named by a text."""
+    if isinstance(settings, list):
+        return all(map(_has_names, settings))
+    return not isinstance(settings, dict) or all(isinstance(key, str) and _has_names(value) for key, value in settings.items())
 
 
 def _long(document: dict[str, Any], origin: str) -> dict[str, Any]:
@@ -267,6 +274,8 @@ def _build(namespace: jsonargparse.Namespace, chosen: Mapping[str, str]) -> RunC
         for name, value in options.items():
             if isinstance(value, float) and not math.isfinite(value):
                 raise UserError(f"expected {setting}.{name} to be a finite number, got {value}")
+            if isinstance(value, int) and abs(value) > MOST and name != "seed":
+                raise UserError(f"expected {setting}.{name} of at most {MOST}, got {value}")
         if setting == "solver":
             damping, cls = options.pop("damping", None), classes[-1] if classes else None
             # None for the default value, so that equal runs have equal values.

@@ -23,11 +23,28 @@ from optima_tpu.runtime.buckets import as_path
 from optima_tpu.runtime.mesh import parse_mesh
 from optima_tpu.runtime.outside import outside_code
 
+MOST = (1 << 31) - 1
+"""The largest whole number of a setting: devices count in int32."""
 
-def at_least(least: int, name: str, value: int | None) -> None:
-    """Raises UserError for a setting below its least value."""
+MOST_DEVICES = 4096
+"""Simulated devices of one process."""
+
+MOST_TOKENS = 1 << 28
+"""Tokens of a text that is read into memory. Their hidden states take a terabyte in a model of width 2048."""
+
+
+def at_least(least: int, name: str, value: int | None, most: int = MOST) -> None:
+    """Raises UserError for a setting below its least value, or above ``most``."""
     if value is not None and value < least:
         raise UserError(f"expected {name} of at least {least}, got {value}")
+    if value is not None and value > most:
+        raise UserError(f"expected {name} of at most {most}, got {value}")
+
+
+def few_tokens(name: str, windows: int | None, length: int | None) -> None:
+    """Raises UserError for more windows than any machine has memory for."""
+    if windows is not None and length is not None and windows * length > MOST_TOKENS:
+        raise UserError(f"expected {name} of at most {MOST_TOKENS} tokens in all, got {windows} windows of {length}; take fewer")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,8 +70,9 @@ class Calibration:
     def __post_init__(self):
         at_least(1, "calibration.samples", self.samples)
         at_least(2, "calibration.length", self.length)
-        at_least(0, "calibration.seed", self.seed)
+        at_least(0, "calibration.seed", self.seed, most=(1 << 32) - 1)
         at_least(0, "calibration.held_out", self.held_out)
+        few_tokens("calibration", self.samples + self.held_out, self.length)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +96,7 @@ class Evaluation:
     def __post_init__(self):
         at_least(2, "evaluation.length", self.length)
         at_least(1, "evaluation.windows", self.windows)
+        few_tokens("evaluation", self.windows, self.length)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,7 +193,7 @@ class RunConfig:
             raise UserError("expected a model: a folder, a hub id, a .gguf file or wheel:NAME, got an empty text")
         if self.output is not None and not self.output.strip():
             raise UserError("expected output to be a directory, got an empty text; leave it out for one in runs/")
-        at_least(1, "cpu_devices", self.cpu_devices)
+        at_least(1, "cpu_devices", self.cpu_devices, MOST_DEVICES)
         at_least(1, "num_processes", self.num_processes)
         at_least(1, "join_timeout", self.join_timeout)
         at_least(1, "batch", self.batch)

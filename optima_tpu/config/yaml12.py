@@ -12,6 +12,9 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from optima_tpu.errors import UserError, one_line
 
+MOST_LETTERS, MOST_VALUES = 1 << 18, 100_000
+"""Bounds of a document: its text, and its values with every alias written out."""
+
 
 class _Constructor(SafeConstructor):
     """Keeps dates as text."""
@@ -31,14 +34,36 @@ def load(text: str, origin: str = "the text") -> Any:
     """
     yaml = YAML(typ="safe", pure=True)
     yaml.Constructor = _Constructor
+    if len(text) > MOST_LETTERS:
+        raise UserError(f"{origin}: expected YAML of at most {MOST_LETTERS} characters, got {len(text)}: take another file")
     try:
-        return yaml.load(text)
+        value = yaml.load(text)
+        _size(value, {})
+        return value
     except MarkedYAMLError as error:
         line = f" line {error.problem_mark.line + 1}" if error.problem_mark else ""
         problem = str(error.problem).partition(" with value ")[0]  # leave out both values of a repeated key, which may be long
         raise UserError(f"{origin}{line}: expected YAML, got something else: {problem}") from None
+    except RecursionError:
+        raise UserError(f"{origin}: expected YAML, got brackets that are nested too deeply, or an alias of itself") from None
     except (YAMLError, ValueError, LookupError) as error:  # the last two for a value that its tag does not fit: !!int x
         raise UserError(f"{origin}: expected YAML, got something else: {one_line(error)}") from None
+
+
+def _size(value: Any, known: dict[int, int]) -> int:
+    """The number of values in a document whose aliases are written out; ``known`` has the sizes of those that were counted.
+
+    Raises:
+      ValueError: there are more than :data:`MOST_VALUES`.
+    """
+    if not isinstance(value, (dict, list)):
+        return 1
+    if id(value) not in known:
+        size = 1 + sum(_size(each, known) for each in (value.values() if isinstance(value, dict) else value))
+        if size > MOST_VALUES:
+            raise ValueError(f"its aliases stand for more than {MOST_VALUES} values")
+        known[id(value)] = size
+    return known[id(value)]
 
 
 def dump(value: Any) -> str:

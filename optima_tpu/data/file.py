@@ -17,6 +17,13 @@ from optima_tpu.errors import UserError, one_line
 SUFFIXES = (".txt", ".txt.gz", ".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
 
 
+_LONGEST = 1 << 30
+"""Characters of one document, or of one line, at most."""
+
+_LEAST, _RATIO = 1 << 26, 100
+"""A packed file may hold the first number of characters, or as many times its own size as the second."""
+
+
 @dataclasses.dataclass(frozen=True)
 class File:
     """The text of one file. It has no splits: calibration and evaluation both read all of it.
@@ -82,27 +89,50 @@ class File:
         reader = gzip.open if self.path.suffix == ".gz" else open
         return reader(self.path, "rt", encoding="utf-8-sig", newline="\n")
 
+    def _most(self) -> int:
+        """The most characters that the file may hold: text is packed to a fifth, not to a hundredth."""
+        return max(_LEAST, _RATIO * self.path.stat().st_size) if self.path.suffix == ".gz" else _LONGEST
+
+    def _refuse_longer(self, most: int) -> UserError:
+        return UserError(
+            f"expected at most {most} characters in {self.path}, of {self.path.stat().st_size} bytes, got more: split it"
+        )
+
     def _text(self) -> Iterator[str]:
+        most = min(self._most(), _LONGEST)
         with self._open() as file:
-            yield file.read()
+            text = file.read(most + 1)
+        if len(text) > most:
+            raise self._refuse_longer(most)
+        yield text
+
+    def _records(self) -> Iterator[str]:
+        """The lines, none longer and all together no longer than the file may be."""
+        most, found = self._most(), 0
+        longest = min(most, _LONGEST)
+        with self._open() as file:
+            while line := file.readline(longest + 1):
+                found += len(line)
+                if len(line) > longest or (self.path.suffix == ".gz" and found > most):
+                    raise self._refuse_longer(min(most, longest))
+                yield line
 
     def _lines(self) -> Iterator[str]:
-        with self._open() as file:
-            for number, line in enumerate(file, start=1):
-                if not line.strip():
-                    continue
-                try:
-                    record = json.loads(line)
-                except ValueError as error:
-                    raise UserError(
-                        f"expected a JSON object on every line of {self.path}, line {number} holds none ({error})"
-                    ) from error
-                if not isinstance(record, dict):
-                    raise UserError(
-                        f"expected a JSON object on every line of {self.path}, line {number} is a {type(record).__name__}"
-                    )
-                self._check_field(record)
-                yield self._checked(record[self.field], f"line {number}")
+        for number, line in enumerate(self._records(), start=1):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise UserError(
+                    f"expected a JSON object on every line of {self.path}, line {number} holds none ({one_line(error)})"
+                ) from error
+            if not isinstance(record, dict):
+                raise UserError(
+                    f"expected a JSON object on every line of {self.path}, line {number} is a {type(record).__name__}"
+                )
+            self._check_field(record)
+            yield self._checked(record[self.field], f"line {number}")
 
     def _parquet(self) -> Iterator[str]:
         with pyarrow.parquet.ParquetFile(self.path) as file:

@@ -69,7 +69,7 @@ class Npy:
         self.check()
         try:
             array = np.load(self.path, mmap_mode="r", allow_pickle=False)
-        except (ValueError, OSError, EOFError) as error:
+        except Exception as error:  # numpy reads the header as Python, and a damaged one raises anything
             raise UserError(f"{self.path} can't be read as an .npy file ({one_line(error)}): write it with numpy.save") from error
         if not isinstance(array, np.ndarray) or array.ndim != 2 or not np.issubdtype(array.dtype, np.integer):
             came = f"{array.dtype}{array.shape}" if isinstance(array, np.ndarray) else "an archive of arrays"

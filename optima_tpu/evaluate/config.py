@@ -10,7 +10,7 @@ import jsonargparse
 
 from optima_tpu.config.options import Formatter, add_fields
 from optima_tpu.config.parse import one_line, refuse_unknown, spelled
-from optima_tpu.config.run_config import at_least
+from optima_tpu.config.run_config import MOST, MOST_DEVICES, at_least, few_tokens
 from optima_tpu.errors import UserError
 from optima_tpu.runtime.mesh import parse_mesh
 from optima_tpu.runtime.program import program
@@ -106,7 +106,8 @@ class EvaluateConfig:
             ("num_processes", 1),
             ("join_timeout", 1),
         ):
-            at_least(least, name, getattr(self, name))
+            at_least(least, name, getattr(self, name), MOST_DEVICES if name == "cpu_devices" else MOST)
+        few_tokens("--perplexity", self.windows, self.length)
         if self.mesh is not None:
             parse_mesh(self.mesh)
         if unused := sorted(set(self.folders) - set(self.task_names)):

@@ -84,14 +84,25 @@ def read_sizes(config: Any) -> dict[str, Any]:
 
 
 def named_sizes(config: Any) -> dict[str, Any]:
-    """The settings that have the same names in many transformers configurations, as arguments of :class:`Sizes`."""
+    """The settings that have the same names in many transformers configurations, as arguments of :class:`Sizes`.
+
+    Raises:
+      UserError: the numbers of heads do not fit one another or the width.
+    """
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    if heads % kv_heads or head_dim < 2 or head_dim % 2:
+        raise UserError(
+            f"expected heads of an even width in equal groups, got {heads} heads of {head_dim}, and {kv_heads} key-value heads in "
+            "config.json: check the file"
+        )
     return dict(
         d_model=config.hidden_size,
         d_embedding=config.hidden_size,
         d_ff=config.intermediate_size,
-        heads=config.num_attention_heads,
-        kv_heads=config.num_key_value_heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
         blocks=config.num_hidden_layers,
         vocab=config.vocab_size,
         eps=config.rms_norm_eps,
@@ -124,6 +135,8 @@ def windows_by_type(config: Any) -> tuple[int | None, ...]:
     windows = {"full_attention": None, "sliding_attention": config.sliding_window}
     if strange := set(config.layer_types) - set(windows):
         raise UserError(f"expected layer_types of {' and '.join(windows)}, got {', '.join(sorted(strange))}: not supported")
+    if len(config.layer_types) != config.num_hidden_layers:
+        raise UserError(f"expected {config.num_hidden_layers} layer_types in config.json, got {len(config.layer_types)}")
     found = tuple(windows[kind] for kind in config.layer_types)
     return found if any(found) else ()
 

@@ -48,6 +48,11 @@ def read_config(config: Any) -> Config:
         raise UserError(
             f"expected activation_function {', '.join(ACTIVATIONS)}, got {config.activation_function!r}: not supported"
         )
+    if config.hidden_size % config.num_attention_heads:
+        raise UserError(
+            f"expected a hidden_size that num_attention_heads divides, got {config.hidden_size} and {config.num_attention_heads} in "
+            "config.json: check the file"
+        )
     return Config(
         d_model=config.hidden_size,
         d_embedding=config.word_embed_proj_dim,

@@ -46,6 +46,11 @@ def read_config(config: Any) -> Config:
         )
     if config.sliding_window:
         raise UserError(f"expected use_sliding_window false, got a window of {config.sliding_window}: not supported")
+    if config.num_experts_per_tok > config.num_experts:
+        raise UserError(
+            f"expected num_experts_per_tok of at most num_experts, got {config.num_experts_per_tok} and {config.num_experts} in "
+            "config.json: check the file"
+        )
     sizes = llama.read_sizes(config) | dict(d_ff=config.moe_intermediate_size)
     return Config(
         **sizes,

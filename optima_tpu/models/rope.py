@@ -3,12 +3,37 @@
 import dataclasses
 import math
 from collections.abc import Mapping
+from typing import Annotated, TypedDict
 
 import jax.numpy as jnp
+import msgspec
 import numpy as np
 from jax import Array
 
 from optima_tpu.errors import UserError
+from optima_tpu.runtime.records import Positive, Size, check_record
+
+
+class _Parameters(TypedDict, total=False):
+    """What is read of ``config.rope_parameters``."""
+
+    rope_type: str
+    rope_theta: Positive | None
+    factor: Positive | None
+    partial_rotary_factor: Annotated[float, msgspec.Meta(gt=0, le=1)] | None
+    low_freq_factor: Positive | None
+    high_freq_factor: Positive | None
+    original_max_position_embeddings: Size | None
+    attention_factor: Positive | None
+    short_factor: list[Positive] | None
+    long_factor: list[Positive] | None
+
+
+_NEEDED = {
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "longrope": ("factor", "original_max_position_embeddings", "short_factor", "long_factor"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,12 +87,16 @@ class Rope:
         Raises:
           UserError: another rope type, or a setting of it that is not supported.
         """
+        check_record(dict(parameters), _Parameters, "config.json", "check the file", inside="rope_parameters")
         kind = parameters.get("rope_type", "default")
         if kind not in kinds:
             raise UserError(f"expected rope_type {' or '.join(kinds)}, got {kind!r}: this model is not supported yet")
         share = float(parameters.get("partial_rotary_factor", 1.0))
         if share != 1 and "longrope" not in kinds:
             raise UserError(f"expected partial_rotary_factor 1 in this family, got {share:g}: not supported")
+        needed = {"rope_theta", *_NEEDED.get(kind, ())}
+        if missing := sorted(name for name in needed if parameters.get(name) is None):
+            raise UserError(f"expected {', '.join(missing)} in the rope_parameters of config.json for rope_type {kind}, got none")
         theta = float(parameters["rope_theta"])
         if kind == "linear":
             return cls(theta, factor=float(parameters["factor"]))

@@ -31,6 +31,10 @@ class _Configuration(TypedDict):
     calibration: _Calibration
     evaluation: NotRequired[_Source | None]
     layers: NotRequired[str | None]
+    allocation: NotRequired[dict[str, Any] | None]
+    tuning: NotRequired[dict[str, Any] | None]
+    accept: NotRequired[dict[str, Any] | None]
+    distill: NotRequired[dict[str, Any] | None]
 
 
 class _Environment(TypedDict):
@@ -180,6 +184,13 @@ class _Asked(TypedDict):
     limit: NotRequired[Count | None]
 
 
+class Task(TypedDict):
+    """What a task has beside its metrics, which are numbers."""
+
+    documents: Count
+    against: dict[str, float | None] | None
+
+
 class _Measured(TypedDict):
     perplexity: float
     tokens: Count
@@ -206,7 +217,7 @@ class Evaluation(TypedDict):
     configuration: NotRequired[_Asked | None]
     perplexity: NotRequired[dict[str, _Measured] | None]
     distance: NotRequired[dict[str, _Distance] | None]
-    tasks: NotRequired[dict[str, dict[str, float | dict[str, float | None] | None]] | None]
+    tasks: NotRequired[dict[str, dict[str, Any]] | None]
     average: NotRequired[float | None]
 
 

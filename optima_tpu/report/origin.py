@@ -127,7 +127,7 @@ def _facts(run: Run) -> list[list[str]]:
         "devices": devices(run) + (f", {place['processes']} processes" if place.get("processes", 1) > 1 else ""),
         "code": report.get("manifest", {}).get("code"),
         "packages": packages or None,
-        "system": f"Python {place['python']}, {place['system']}" if "python" in place else None,
+        "system": f"Python {place['python']}, {place['system']}" if {"python", "system"} <= place.keys() else None,
         "read from": run.place,
         **{f"left, {what}": path for what, path in report.get("files", {}).items()},
     }

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, Self, TypedDict
 
 from optima_tpu.errors import UserError
-from optima_tpu.runtime.records import DAMAGED, Count, Share, Size, check_record
+from optima_tpu.runtime.records import DAMAGED, Block, Count, Share, Size, check_record
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +48,7 @@ class LayerReport:
         if masks are not refined.
     """
 
-    block: Count
+    block: Block
     name: str
     shape: tuple[Size, Size]
     pruned: Count
@@ -105,7 +105,7 @@ class BlockReport:
       layers: its layers, in the order in which they were pruned.
     """
 
-    index: Count
+    index: Block
     seconds: float
     layers: tuple[LayerReport, ...]
 

@@ -231,7 +231,7 @@ def mean_errors(run: Run) -> tuple[float, float, float | None, float | None]:
 def devices(run: Run) -> str:
     """ "8 × TPU v5e, mesh 4×2"."""
     place = run.report["environment"]
-    if "device" not in place:
+    if not {"device", "devices"} <= place.keys():
         return "devices that were not recorded"
     mesh = "×".join(str(size) for size in place.get("mesh", {}).values())
     return f"{place['devices']} × {place['device']}, mesh {mesh}"

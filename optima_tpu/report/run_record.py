@@ -27,6 +27,10 @@ class _Recipe(TypedDict):
     pattern: str
     selector: _Selector
     layers: NotRequired[str]
+    allocation: NotRequired[dict[str, Any] | None]
+    tuning: NotRequired[dict[str, Any] | None]
+    accept: NotRequired[dict[str, Any] | None]
+    distill: NotRequired[dict[str, Any] | None]
 
 
 class Manifest(TypedDict):

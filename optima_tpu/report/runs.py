@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from optima_tpu.config.flat import flat
 from optima_tpu.errors import UserError
-from optima_tpu.report.contents import Evaluation, Report
+from optima_tpu.report.contents import Evaluation, Report, Task
 from optima_tpu.report.file import REPORT
 from optima_tpu.report.numbers import duration
 from optima_tpu.report.records import BlockReport, LayerReport, blocks_from_json
@@ -14,7 +14,7 @@ from optima_tpu.report.run_record import RUN
 from optima_tpu.report.summary import all_layers
 from optima_tpu.runtime.buckets import as_path
 from optima_tpu.runtime.checksums import refuse_changed
-from optima_tpu.runtime.records import read_record
+from optima_tpu.runtime.records import check_record, read_record
 
 # Settings that change neither weights nor layer errors; labels leave them out.
 _ELSEWHERE = (
@@ -74,7 +74,7 @@ class Run(NamedTuple):
         """The model that the evaluation compares with: "dense" for the model that was pruned, otherwise its name."""
         evaluation, model = self.evaluation or {}, self.report["model"].get("fingerprint")
         against = evaluation.get("against")
-        found = evaluation.get("evaluated", {}).get("against", {}).get("fingerprint")
+        found = (evaluation.get("evaluated") or {}).get("against", {}).get("fingerprint")
         if against is None or against == self.report["configuration"]["model"] or (found is not None and found == model):
             return "dense"
         return against
@@ -212,6 +212,11 @@ def _evaluation(place: str, report: Report) -> tuple[Evaluation | None, str | No
     values = read_record(path, Evaluation, remedy)
     if not {"perplexity", "distance", "tasks"} & values.keys():
         raise UserError(f"expected the results of optima_tpu.evaluate in {path}, got something else; {remedy}")
+    for name, task in (values.get("tasks") or {}).items():
+        named = {"documents": task.get("documents"), "against": task.get("against")}
+        check_record(named, Task, path, remedy, inside=f"tasks.{name}")
+        numbers = {metric: value for metric, value in task.items() if metric not in named}
+        check_record(numbers, dict[str, float | None], path, remedy, inside=f"tasks.{name}")
     of, manifest, model = values.get("evaluated"), report.get("manifest"), values.get("model")
     # Earlier versions recorded only a name. It may be any name of the run, but not the name of the model that was pruned.
     same = of["model"].get("manifest") == manifest if of and manifest else model != report["configuration"]["model"]

@@ -22,6 +22,8 @@ MOST_BYTES = 1 << 30
 Count = Annotated[int, msgspec.Meta(ge=0, lt=1 << 62)]
 Size = Annotated[int, msgspec.Meta(ge=1, lt=1 << 31)]
 """One axis of an array."""
+Block = Annotated[int, msgspec.Meta(ge=0, lt=1 << 11)]
+"""The index of a block of a model."""
 Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
 Positive = Annotated[float, msgspec.Meta(gt=0)]
 

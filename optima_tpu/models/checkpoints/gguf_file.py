@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from gguf import GGMLQuantizationType, GGUFReader, dequantize
@@ -10,6 +11,7 @@ from optima_tpu.errors import UserError
 from optima_tpu.models.checkpoints.gguf_architectures import ARCHITECTURES, Architecture
 from optima_tpu.models.checkpoints.gguf_metadata import (
     INSTEAD,
+    Tokens,
     config_json,
     generation_config_json,
     head_counts,
@@ -18,6 +20,7 @@ from optima_tpu.models.checkpoints.gguf_metadata import (
 )
 from optima_tpu.models.checkpoints.gguf_tokenizer import tokenizer_files
 from optima_tpu.models.checkpoints.source import Index, Pretrained, fingerprint, named_dtype, read_config, whole_slices
+from optima_tpu.runtime.records import check_record
 
 TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 ROPE_FACTORS = "rope_freqs.weight"
@@ -104,6 +107,16 @@ class GGUFSource:
         return np.array(values, self._dtype)
 
 
+class _Reader(GGUFReader):
+    """Refuses to read beyond the end of the file, where the library finds nothing and goes on, 2^60 times if the header says so."""
+
+    def _get(self, offset: int, dtype: Any, count: int = 1, *rest: Any, **others: Any) -> np.ndarray:
+        end = int(offset) + np.dtype(dtype).itemsize * int(count)
+        if end > len(self.data):
+            raise ValueError(f"it has {len(self.data)} bytes, and its header points to byte {end}")
+        return super()._get(offset, dtype, count, *rest, **others)
+
+
 def open_gguf(path: Path, origin: str, dtype: str | None = None) -> Pretrained:
     """Opens a GGUF file; configuration and tokenizer are made from its metadata.
 
@@ -112,10 +125,11 @@ def open_gguf(path: Path, origin: str, dtype: str | None = None) -> Pretrained:
         another computation than Hugging Face's model of that name, or its tokenizer can't be rebuilt exactly.
     """
     try:
-        reader = GGUFReader(path)
+        reader = _Reader(path)
         fields = metadata(reader)
-    except (ValueError, IndexError, KeyError, OverflowError, MemoryError) as error:
+    except (ValueError, IndexError, KeyError, TypeError, OverflowError, MemoryError, RecursionError) as error:
         raise UserError(f"{path} is truncated or no GGUF file ({error}): download it again") from error
+    check_record(fields, Tokens, path, "download it again")
     if reader.byte_order != "I":
         raise UserError(f"{path} has the other byte order: convert it with gguf-convert-endian of the gguf package")
     held = fields.get("general.architecture")

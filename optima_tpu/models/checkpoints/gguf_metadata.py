@@ -2,13 +2,15 @@
 
 import json
 import math
-from typing import Any
+from typing import Annotated, Any, TypedDict
 
+import msgspec
 import numpy as np
 from gguf import GGUFReader
 
 from optima_tpu.errors import UserError
 from optima_tpu.models.checkpoints.gguf_architectures import Architecture
+from optima_tpu.runtime.records import Count, Positive, Size, check_record
 
 INSTEAD = "give the Hugging Face folder of the model"
 
@@ -35,6 +37,55 @@ NEUTRAL = {"rope.scaling.type": "none", "expert_count": 0, "expert_used_count": 
 """Keys that change what the model computes unless they have this value."""
 
 ROTARY_DEFAULT = 10_000.0  # llama.cpp's default if the file has none
+
+
+Tokens = TypedDict(
+    "Tokens",
+    {
+        "general.architecture": str,
+        "split.count": int,
+        "tokenizer.ggml.model": str,
+        "tokenizer.ggml.pre": str,
+        "tokenizer.ggml.tokens": Annotated[list[str], msgspec.Meta(min_length=1)],
+        "tokenizer.ggml.token_type": list[int],
+        "tokenizer.ggml.scores": list[float],
+        "tokenizer.ggml.merges": list[Annotated[str, msgspec.Meta(pattern="(?s)^[^ ]+ [^ ]+$")]],
+        "tokenizer.ggml.bos_token_id": Count,
+        "tokenizer.ggml.eos_token_id": Count,
+        "tokenizer.ggml.unknown_token_id": Count,
+        "tokenizer.ggml.padding_token_id": Count,
+        "tokenizer.ggml.add_bos_token": bool,
+        "tokenizer.ggml.add_eos_token": bool,
+        "tokenizer.ggml.add_space_prefix": bool,
+        "tokenizer.chat_template": str,
+    },
+    total=False,
+)
+"""What is read of the metadata that every architecture has."""
+
+Sizes = TypedDict(
+    "Sizes",
+    {
+        "embedding_length": Size,
+        "feed_forward_length": Size | list[Any],
+        "block_count": Annotated[int, msgspec.Meta(ge=1, le=1 << 11)],
+        "context_length": Size,
+        "attention.head_count": Annotated[int, msgspec.Meta(ge=1, le=1 << 16)] | list[Any],
+        "attention.head_count_kv": Annotated[int, msgspec.Meta(ge=1, le=1 << 16)] | list[Any],
+        "attention.key_length": Size,
+        "attention.value_length": Size,
+        "attention.layer_norm_rms_epsilon": Annotated[float, msgspec.Meta(ge=0, lt=1)],
+        "attention.sliding_window": Count,
+        "rope.freq_base": Positive,
+        "rope.freq_base_swa": Positive,
+        "rope.dimension_count": Size,
+        "rope.scaling.type": str,
+        "rope.scaling.factor": Annotated[float, msgspec.Meta(ge=0)],
+        "vocab_size": Size,
+    },
+    total=False,
+)
+"""What is read of an architecture's own metadata, with the bounds of this program. Lists are refused with a message of their own."""
 
 
 def metadata(reader: GGUFReader) -> dict[str, Any]:
@@ -74,10 +125,15 @@ def config_json(
       UserError: sizes are missing or differ between layers, or the file asks for something the model does not compute.
     """
     own = own_fields(fields, architecture)
+    check_record(own, Sizes, "the GGUF file", INSTEAD, inside=architecture.name)
     _refuse_unknown(own, architecture)
     sizes = {key: own[name] for key, name in SIZES.items()}
     heads, kv_heads = head_counts(own)
     d_head = own.get("attention.key_length", sizes["hidden_size"] // heads)
+    if d_head < 1:
+        raise UserError(
+            f"expected heads of at least one dimension, got {heads} heads in a width of {sizes['hidden_size']}; {INSTEAD}"
+        )
     for name in ("attention.value_length", "rope.dimension_count"):
         if own.get(name, d_head) != d_head:
             raise UserError(

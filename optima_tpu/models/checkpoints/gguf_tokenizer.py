@@ -12,7 +12,7 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
 from tokenizers.models import BPE
 
-from optima_tpu.errors import UserError
+from optima_tpu.errors import UserError, one_line
 from optima_tpu.models.checkpoints.gguf_architectures import Architecture
 from optima_tpu.models.checkpoints.gguf_metadata import INSTEAD
 
@@ -79,17 +79,32 @@ def tokenizer_files(fields: Mapping[str, Any], architecture: Architecture) -> di
             f"the GGUF file has a SentencePiece tokenizer without a space before the text, which can't be rebuilt here: {INSTEAD}"
         )
     tokens = fields["tokenizer.ggml.tokens"]
+    for key in SPECIAL.values():
+        if (at := fields.get(f"tokenizer.ggml.{key}_token_id", 0)) >= len(tokens):
+            raise UserError(f"the GGUF file names token {at} as its {key} token, but has {len(tokens)} tokens: {INSTEAD}")
+    for name in ("token_type", "scores"):
+        if len(values := fields.get(f"tokenizer.ggml.{name}") or tokens) != len(tokens):
+            raise UserError(
+                f"the GGUF file has {len(values)} entries in tokenizer.ggml.{name} for {len(tokens)} tokens: {INSTEAD}"
+            )
     special = {
         name: tokens[fields[f"tokenizer.ggml.{key}_token_id"]]
         for name, key in SPECIAL.items()
         if f"tokenizer.ggml.{key}_token_id" in fields
     }
-    if kind == "gpt2":
-        tokenizer = _byte_level(fields, fields["tokenizer.ggml.pre"])
-    elif architecture.name in GEMMA:
-        tokenizer = _gemma(fields, special.get("unk_token"))
-    else:
-        tokenizer = _llama(fields)
+    if kind == "llama" and not fields.get("tokenizer.ggml.merges") and "tokenizer.ggml.scores" not in fields:
+        raise UserError(f"the GGUF file has neither merges nor scores of its tokens: {INSTEAD}")
+    try:
+        if kind == "gpt2":
+            tokenizer = _byte_level(fields, fields["tokenizer.ggml.pre"])
+        elif architecture.name in GEMMA:
+            tokenizer = _gemma(fields, special.get("unk_token"))
+        else:
+            tokenizer = _llama(fields)
+    except UserError:
+        raise
+    except Exception as error:  # the tokenizers library raises no other class, as for a merge of tokens that do not exist
+        raise UserError(f"the GGUF file's tokens and merges do not fit one another ({one_line(error)}): {INSTEAD}") from error
     _add_tokens(tokenizer, fields, special)
     tokenizer.post_processor = _ends(tokenizer, fields, special, default_bos=kind == "llama" or split in WHOLE_WORDS)
     config = special | {

@@ -8,13 +8,17 @@ import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import EllipsisType
-from typing import Protocol
+from typing import Any, Protocol
 
 import ml_dtypes
 import numpy as np
 from transformers import AutoConfig, PretrainedConfig
 
 from optima_tpu.errors import UserError, one_line, some
+from optima_tpu.models.checkpoints.declared import Declared
+from optima_tpu.runtime.records import check_record, parse_record
+
+_CHECK = "check the file, or download it again"
 
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16)}
 """The floating dtypes a checkpoint can be read in, by the names that config.json uses."""
@@ -128,11 +132,13 @@ def read_config(config: bytes, where: str, dtype: str | None = None) -> tuple[Pr
         one.
 
     Raises:
-      UserError: the file is no JSON object, transformers does not know the model type, the file names no architecture, or the
+      UserError: the file is no JSON object, a size in it is above every bound, transformers does not know the model type, the file names no architecture, or the
         weights are quantised.
     """
+    record: dict[str, Any] = dict(parse_record(config, Declared, f"{where}: config.json", _CHECK))
+    if (text := record.get("text_config")) is not None:
+        check_record(text, Declared, f"{where}: config.json", _CHECK, inside="text_config")
     try:
-        record = json.loads(config)
         key = "dtype" if "dtype" in record else "torch_dtype"
         if dtype is not None and record.get(key) != dtype:
             record[key] = dtype

@@ -2,13 +2,21 @@
 
 import tempfile
 from pathlib import Path
+from typing import TypedDict
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from optima_tpu.errors import UserError, one_line
 from optima_tpu.models.checkpoints.source import Pretrained
+from optima_tpu.runtime.records import Positive, parse_record
 
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
+
+
+class _Settings(TypedDict, total=False):
+    """What transformers does not check itself in tokenizer_config.json."""
+
+    model_max_length: Positive | None
 
 
 def load_tokenizer(pretrained: Pretrained) -> PreTrainedTokenizerBase:
@@ -23,6 +31,8 @@ def load_tokenizer(pretrained: Pretrained) -> PreTrainedTokenizerBase:
             f"{pretrained.origin} has no tokenizer: expected one of {', '.join(VOCABULARIES)} beside the "
             "weights; copy the tokenizer files of the base model there"
         )
+    if (settings := pretrained.assets.get("tokenizer_config.json")) is not None:
+        parse_record(settings, _Settings, f"{pretrained.origin}: tokenizer_config.json", "download it again")
     with tempfile.TemporaryDirectory() as folder:
         for name, content in pretrained.assets.items():
             path = Path(folder) / name

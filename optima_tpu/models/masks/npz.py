@@ -1,5 +1,6 @@
 """Masks in npz files: MaskLLM's, this program's own, and plain matrices."""
 
+import math
 import zipfile
 import zlib
 from collections.abc import Mapping
@@ -15,7 +16,18 @@ MASKLLM = "mask_compressed.npz"
 """The file that MaskLLM publishes beside or without a model."""
 
 _SHAPE = ".shape"  # as export.read_masks describes it
-_DAMAGE = (zipfile.BadZipFile, zlib.error, ValueError, KeyError, EOFError, OSError)
+# RuntimeError: an encrypted entry; NotImplementedError: a compression or version that zipfile does not know.
+_DAMAGE = (
+    zipfile.BadZipFile,
+    zlib.error,
+    ValueError,
+    KeyError,
+    EOFError,
+    OSError,
+    RuntimeError,
+    NotImplementedError,
+    MemoryError,
+)
 
 Entries = Mapping[str, tuple[tuple[int, ...], np.dtype]]
 
@@ -50,6 +62,14 @@ def open_npz(path: Path, origin: str) -> MaskSource:
         how, keys, unpack = "npz of 0/1 matrices", list(entries), _plain
 
     def load(key: str, shape: tuple[int, int]) -> np.ndarray:
+        most = max(8 * shape[0] * shape[1], 1 << 10)
+        for name in (key, key + _SHAPE):
+            size = entries.get(name, ((), np.dtype(bool)))
+            if math.prod(size[0]) * size[1].itemsize > most:
+                raise UserError(
+                    f"{key}: expected at most {most} bytes of a mask of shape {tuple(shape)} in {path}, got an array of {size[1]}"
+                    f"{list(size[0])}; give masks made for this model"
+                )
         try:
             with np.load(path, allow_pickle=False) as file:
                 return unpack(file, key, shape)

@@ -61,7 +61,11 @@ def _torch(path: Path) -> ModuleType:
 
 def _load(path: Path) -> Any:
     torch = _torch(path)
-    if not zipfile.is_zipfile(path):
+    try:
+        packed = zipfile.is_zipfile(path)
+    except zipfile.BadZipFile:
+        packed = False
+    if not packed:
         raise UserError(
             f"expected a file that torch.save wrote, but {path} is damaged or older than PyTorch 1.6: "
             "get it again, or load and save it once more"
@@ -74,7 +78,7 @@ def _load(path: Path) -> Any:
             f"{path} is damaged or holds other objects than tensors, which are not loaded since they "
             "could run code: save the masks alone"
         ) from error
-    except (RuntimeError, ValueError, KeyError, EOFError, OSError) as error:
+    except Exception as error:  # a damaged pickle raises anything
         raise UserError(f"{path} can't be read ({one_line(error)}): get or save it again") from error
 
 

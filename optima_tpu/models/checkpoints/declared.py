@@ -1,0 +1,62 @@
+"""What is read of a model's config.json, and within which bounds."""
+
+from typing import Annotated, Any, TypedDict
+
+import msgspec
+
+_Width = Annotated[int, msgspec.Meta(ge=1, le=1 << 24)]
+_Heads = Annotated[int, msgspec.Meta(ge=1, le=1 << 16)]
+_Experts = Annotated[int, msgspec.Meta(ge=1, le=1 << 12)]
+_Blocks = Annotated[int, msgspec.Meta(ge=1, le=1 << 11)]
+_Tokens = Annotated[int, msgspec.Meta(ge=1, le=1 << 28)]
+_Length = Annotated[int, msgspec.Meta(ge=0, lt=1 << 31)]
+_Number = Annotated[float, msgspec.Meta(gt=0, lt=1e12)]
+
+
+class Declared(TypedDict, total=False):
+    architectures: list[str] | None
+    model_type: str
+    dtype: str | None
+    torch_dtype: str | None
+    quantization_config: dict[str, Any] | None
+    num_hidden_layers: _Blocks
+    layer_types: Annotated[list[str], msgspec.Meta(max_length=1 << 11)] | None
+    hidden_size: _Width
+    intermediate_size: _Width
+    ffn_dim: _Width
+    word_embed_proj_dim: _Width
+    moe_intermediate_size: _Width
+    num_attention_heads: _Heads
+    num_key_value_heads: _Heads | None
+    head_dim: _Heads | None
+    num_experts: _Experts
+    num_experts_per_tok: _Experts
+    decoder_sparse_step: _Heads
+    mlp_only_layers: list[int] | None
+    vocab_size: _Tokens
+    max_position_embeddings: _Length
+    original_max_position_embeddings: _Length | None
+    sliding_window: _Length | None
+    use_sliding_window: bool
+    rms_norm_eps: Annotated[float, msgspec.Meta(ge=0, lt=1)]
+    rope_theta: _Number
+    rope_local_base_freq: _Number
+    rope_scaling: dict[str, Any] | None
+    rope_parameters: dict[str, Any] | None
+    partial_rotary_factor: _Number | None
+    query_pre_attn_scalar: _Number
+    attn_logit_softcapping: _Number | None
+    final_logit_softcapping: _Number | None
+    tie_word_embeddings: bool
+    attention_bias: bool
+    mlp_bias: bool
+    enable_bias: bool
+    do_layer_norm_before: bool
+    layer_norm_elementwise_affine: bool
+    norm_topk_prob: bool
+    bos_token_id: int | None
+    eos_token_id: int | list[int] | None
+    pad_token_id: int | None
+
+
+"""The entries of config.json that decide what is computed and how much memory it takes, with the bounds of this program."""
