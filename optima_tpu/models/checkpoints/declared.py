@@ -60,3 +60,6 @@ class Declared(TypedDict, total=False):
 
 
 """The entries of config.json that decide what is computed and how much memory it takes, with the bounds of this program."""
+
+DECIDING = tuple(set(Declared.__annotations__) - {"architectures", "dtype", "torch_dtype", "quantization_config"})
+"""The entries that a configuration of transformers has as attributes of the same types."""

@@ -15,7 +15,7 @@ import numpy as np
 from transformers import AutoConfig, PretrainedConfig
 
 from optima_tpu.errors import UserError, one_line, some
-from optima_tpu.models.checkpoints.declared import Declared
+from optima_tpu.models.checkpoints.declared import DECIDING, Declared
 from optima_tpu.runtime.records import check_record, parse_record
 
 _CHECK = "check the file, or download it again"
@@ -157,6 +157,9 @@ def read_config(config: bytes, where: str, dtype: str | None = None) -> tuple[Pr
         raise UserError(f"{where}: the weights are quantised ({method}): give the unquantised model")
     # Call this again, as transformers does when it builds the model: it moves settings that are beside rope_parameters into them.
     text = parsed.get_text_config()
+    # Again, since a configuration has some entries under several names.
+    found = {name: getattr(text, name) for name in DECIDING if hasattr(text, name)}
+    check_record(found, Declared, f"{where}: config.json", _CHECK)
     if getattr(text, "rope_parameters", None):  # without any it would warn
         text.standardize_rope_params()
     return parsed, config
