@@ -14,7 +14,7 @@ from optima_tpu.errors import UserError
 from optima_tpu.runtime.buckets import as_path
 from optima_tpu.runtime.checksums import changes, keep, known, listed, refuse_changed
 from optima_tpu.runtime.files import files_in
-from optima_tpu.runtime.records import read_record
+from optima_tpu.runtime.records import known_record, read_record
 
 RUN, ASSETS = "run.json", "assets"
 
@@ -101,23 +101,26 @@ def refuse_another(directory: Path, manifest: Mapping[str, Any], configuration: 
     """Raises UserError if the run in ``directory`` has another manifest.
 
     Args:
-      configuration: the settings of this command. If run.json is damaged, and its checksum shows that it had this manifest and
-        these settings, then the run is not another one.
+      configuration: the settings of this command. If run.json is damaged, they may show by its checksum what it held.
 
     Raises:
       UserError: the manifests differ. The message names every differing key, nested keys with dots, and both values. Or run.json
         is damaged, and the run may be another one.
     """
+    as_recorded = json.loads(json.dumps(manifest, allow_nan=False))  # turns tuples into lists, as in the file
     sums = known(directory)
     if RUN in sums and changes(directory, {RUN: sums[RUN]}):
-        data = _bytes(manifest, configuration or {})
-        if (len(data), hashlib.sha256(data).hexdigest()) == sums[RUN]:
+        left = known_record(directory / RUN, RunRecord)
+        if left and left["manifest"] == as_recorded:
             return
+        for settings in (configuration or {}, left["configuration"] if left else {}):
+            data = _bytes(manifest, settings)
+            if (len(data), hashlib.sha256(data).hexdigest()) == sums[RUN]:
+                return
         raise UserError(
-            f"{directory / RUN} has changed since it was written, and this command has other settings than the file had: repeat the "
+            f"{directory / RUN} has changed since it was written, and this command is not the one that wrote it: repeat the "
             "original command, which writes the file again, or choose another --output"
         )
-    as_recorded = json.loads(json.dumps(manifest, allow_nan=False))  # turns tuples into lists, as in the file
     there, here = flat(read_run(directory)["manifest"]), flat(as_recorded)
     different = [
         f"{key}: {_show(there, key)} there, {_show(here, key)} here"

@@ -179,15 +179,21 @@ def test_a_directory_with_something_else_is_refused_and_left_alone(tmp_path):
     assert contents(tmp_path) == before
 
 
-def test_a_damaged_record_is_written_again_by_the_command_that_wrote_it_and_by_no_other(tmp_path):
-    started(tmp_path, 1)
-    before = (tmp_path / "run.json").read_bytes()
-    (tmp_path / "run.json").write_text("{")
-    for other in ((MANIFEST | {"code": "0+2"}, {}), (MANIFEST, {"batch": 2})):
-        with pytest.raises(UserError, match=r"run.json has changed since it was written.*repeat the original command"):
-            open_journal(tmp_path, other[0], ASSETS, other[1])
-    assert open_journal(tmp_path, MANIFEST, ASSETS).finished == {0}
-    assert (tmp_path / "run.json").read_bytes() == before
+@pytest.mark.parametrize("damage", ["cut", "manifest", "configuration"])
+def test_a_damaged_record_is_written_again_by_the_command_that_wrote_it_and_by_no_other(tmp_path, damage):
+    open_journal(tmp_path, MANIFEST, ASSETS, {"output": "here"})
+    record, before = tmp_path / "run.json", (tmp_path / "run.json").read_text()
+    damaged = {"cut": "{", "manifest": before.replace("0+1", "0+3"), "configuration": before.replace("here", "hare")}[damage]
+    record.write_text(damaged)
+    with pytest.raises(UserError, match=r"run.json has changed since it was written.*repeat the original command"):
+        open_journal(tmp_path, MANIFEST | {"code": "0+2"}, ASSETS, {"output": "here"})
+    assert record.read_text() == damaged
+    open_journal(tmp_path, MANIFEST, ASSETS, {"output": "here"})
+    assert record.read_text() == before
+    if damage != "cut":  # the settings of a moved run name another directory
+        record.write_text(damaged)
+        open_journal(tmp_path, MANIFEST, ASSETS, {"output": "there"})
+        assert read_run(tmp_path)["manifest"] == MANIFEST
 
 
 def test_assets_are_kept_byte_for_byte_and_completed_by_a_resume(tmp_path):
