@@ -124,7 +124,9 @@ def is_export_of(run_directory: str | Path, out: str | Path) -> bool:
     Reads all of it, to compare the checksums.
     """
     out = as_path(out)
-    return complete(out) and _written(out, read_run(run_directory)["manifest"]) is not None and not damage(out)
+    written = _written(out, read_run(run_directory)["manifest"])
+    # A packed export names the files of the plain one, and holds others.
+    return complete(out) and written is not None and written <= known(out).keys() and not damage(out)
 
 
 def _is_damaged_export(out: Path, manifest: Mapping[str, Any], own: bool) -> bool:
