@@ -16,20 +16,33 @@ The rooms of the package. Each imports only rooms above it in this list:
 - ``launch``, ``plan``, ``sweep``, ``export``, ``figures``: the command lines. ``cli``: the command ``optima``, which calls them.
 """
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from optima_tpu.api import Perplexity, PrunedLayer, Result, evaluate_model, load, prune, prune_layer
+    from optima_tpu.method.zeros import broken_zeros, keep_zeros, masks_of
 
-__all__ = ["Perplexity", "PrunedLayer", "Result", "evaluate_model", "load", "prune", "prune_layer"]
+_ZEROS = ("broken_zeros", "keep_zeros", "masks_of")
+__all__ = [
+    "Perplexity",
+    "PrunedLayer",
+    "Result",
+    "broken_zeros",
+    "evaluate_model",
+    "keep_zeros",
+    "load",
+    "masks_of",
+    "prune",
+    "prune_layer",
+]
 
 
 def __getattr__(name: str) -> Any:
     # Imported at the first access: a command line that only prints its help does not wait for the whole package.
     if name in __all__:
-        import optima_tpu.api
-
-        return getattr(optima_tpu.api, name)
+        module = importlib.import_module("optima_tpu.method.zeros" if name in _ZEROS else "optima_tpu.api")
+        return getattr(module, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

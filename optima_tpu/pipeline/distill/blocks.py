@@ -22,6 +22,7 @@ from jax.sharding import NamedSharding
 
 from optima_tpu.evaluate.predictions import sum_over_windows
 from optima_tpu.method.distillation import KL, divergence, optimizer
+from optima_tpu.method.zeros import keep_zeros
 from optima_tpu.models.decoder import Decoder, Head, forward, head_logits
 from optima_tpu.models.family import Positions
 from optima_tpu.runtime.mesh import divisible, spread
@@ -143,9 +144,8 @@ class Trainer:
         """``(block, gradient, rate) -> block`` after one step of Adam; pruned weights stay exactly zero."""
 
         def update(block: Block, gradient: Tree, rate: Array) -> Block:
-            masked = {name: jnp.where(block.keep[name], g, 0) if name in block.keep else g for name, g in gradient.items()}
-            moved, moments = optimizer().update(masked, block.moments)
-            # 0 / (0 + eps) is 0: where the gradient is masked in every step, Adam moves nothing.
+            masks = {name: block.keep.get(name, True) for name in gradient}
+            moved, moments = keep_zeros(optimizer(), masks).update(gradient, block.moments)
             masters = {name: master - rate * self.factors[name] * moved[name] for name, master in block.masters.items()}
             return block._replace(masters=masters, moments=moments)
 

@@ -1,0 +1,73 @@
+"""Training that leaves pruned weights zero, with any optimizer of optax and in any layout of the parameters.
+
+    masks = masks_of(parameters)
+    optimizer = keep_zeros(optax.adamw(1e-4), masks)
+    ...
+    broken_zeros(parameters, masks)  # [] as long as every pruned weight is zero
+
+The masks are read from the zeros of the parameters themselves, so they have their layout: a pytree of any program, with matrices
+transposed, stacked over the layers or split over devices.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+from optima_tpu.errors import UserError
+
+Tree = Any
+"""A pytree of arrays."""
+
+
+def masks_of(parameters: Tree, least: float = 0.1) -> Tree:
+    """The masks of pruned parameters, a pytree of their structure and sharding: bool, True where a weight stays.
+
+    Args:
+      parameters: the parameters of a pruned model, in any layout.
+      least: an array with a smaller share of zeros was not pruned: all of its mask is True. So is that of an array with fewer than
+        two axes.
+
+    Raises:
+      UserError: no array has this share of zeros.
+    """
+    if not any(_is_pruned(array, least) for array in jax.tree.leaves(parameters)):
+        raise UserError(f"expected parameters of a pruned model, got none with a share of zeros of at least {least:g}")
+    return jax.tree.map(lambda array: (array != 0) if _is_pruned(array, least) else jnp.ones_like(array, bool), parameters)
+
+
+def keep_zeros(optimizer: optax.GradientTransformation, masks: Tree) -> optax.GradientTransformationExtraArgs:
+    """Wraps an optimizer so that pruned weights stay zero.
+
+    Their gradients are zero before the optimizer sees them, so that they gather no moments and do not count in a norm that clips;
+    their updates are zero behind it, whatever it adds. All other weights move as the optimizer says.
+
+    Args:
+      optimizer: any optimizer of optax.
+      masks: as from :func:`masks_of`, of the structure of the parameters. A bool may stand for an array of it.
+    """
+    inner = optax.with_extra_args_support(optimizer)
+
+    def update(gradient: Tree, state: Any, parameters: Tree | None = None, **extra: Any) -> tuple[Tree, Any]:
+        moved, state = inner.update(_masked(gradient, masks), state, parameters, **extra)
+        return _masked(moved, masks), state
+
+    return optax.GradientTransformationExtraArgs(inner.init, update)
+
+
+def broken_zeros(parameters: Tree, masks: Tree) -> list[str]:
+    """The paths of the arrays in which a pruned weight is not zero; empty if all zeros held."""
+    found = jax.tree.map(lambda array, keep: jnp.any((array != 0) & ~keep), parameters, masks)
+    broken: Sequence[tuple[Any, Array]] = jax.tree_util.tree_leaves_with_path(jax.device_get(found))
+    return [jax.tree_util.keystr(path, simple=True, separator=".") for path, any_left in broken if any_left]
+
+
+def _is_pruned(array: Array, least: float) -> bool:
+    return array.ndim > 1 and float(jnp.mean(array == 0)) >= least
+
+
+def _masked(tree: Tree, masks: Tree) -> Tree:
+    return jax.tree.map(lambda array, keep: jnp.where(keep, array, jnp.zeros((), array.dtype)), tree, masks)
