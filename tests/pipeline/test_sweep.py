@@ -34,7 +34,7 @@ class StandIn:
 
     def __init__(self, monkeypatch):
         self.counts, self.ran, self.stop, self.code = Counter(), [], {}, "0+1"
-        for name in ("open_model_on_mesh", "read_texts", "manifest_of", "run", "is_export_of"):
+        for name in ("open_model_on_mesh", "read_texts", "manifest_of", "run", "is_export_of", "faults"):
             monkeypatch.setattr(runner, name, getattr(self, name))
 
     def open_model_on_mesh(self, config):
@@ -56,6 +56,9 @@ class StandIn:
 
     def is_export_of(self, directory, folder):
         return folder.exists()
+
+    def faults(self, directory):
+        return {}
 
     def run(self, config, console, model, texts, dense):
         directory, manifest = config.run_directory, self.manifest_of(config, model, texts)
@@ -96,6 +99,9 @@ class StandIn:
             },
             "calibration": {"how": texts.calibration.how},
             "sparsity": 0.5,
+            "weights": 200,
+            "pruned": 100,
+            "seconds": {},
             "blocks": blocks,
             "evaluation": {"how": texts.evaluation.how, "tokens": 16, "digest": token_digest(texts.evaluation.ids)},
             "perplexity": {"dense": 10.0, "pruned": perplexity_of(config)},
@@ -308,7 +314,7 @@ def test_a_results_json_that_is_no_table_s_is_replaced(sweep, stand_in, tmp_path
 def test_the_pruned_models_of_finished_cells_are_removed(sweep, stand_in, tmp_path):
     assert sweep(updates={"cg": {}}, masks={"wanda": {}}) == 0
     cell = tmp_path / "out" / "cells" / "wanda_cg_50_4-samples_seed-0"
-    assert sorted(path.name for path in cell.iterdir()) == ["report.json", "run.json"]
+    assert sorted(path.name for path in cell.iterdir()) == ["report.json", "run.json", "sha256-all.json"]
     assert json.loads((cell / "report.json").read_text())["files"] == {"report": str(cell / "report.json")}
     (cell / "checkpoint").mkdir()  # as if that had been interrupted
     assert sweep(updates={"cg": {}}, masks={"wanda": {}}) == 0
@@ -320,7 +326,7 @@ def test_kept_checkpoints_stay(sweep, stand_in, tmp_path):
     assert sweep("--keep-checkpoints", **one) == 0
     assert sweep(**one) == 0  # also when the table is made again without the option
     cell = tmp_path / "out" / "cells" / "wanda_cg_50_4-samples_seed-0"
-    assert {path.name for path in cell.iterdir()} == {"report.json", "run.json", "journal", "checkpoint", "assets"}
+    assert {path.name for path in cell.iterdir()} == {"report.json", "run.json", "sha256-all.json", "journal", "checkpoint", "assets"}
 
 
 def test_kept_models_are_exported_where_that_is_asked_for_later(sweep, stand_in, tmp_path, capsys):
