@@ -196,16 +196,9 @@ def load(text: str, origin: str) -> dict[str, Any]:
     """
     document = yaml12.load(text, origin)
     document = {} if document is None else document
-    if not isinstance(document, dict) or not _has_names(document):
+    if not isinstance(document, dict) or not all(isinstance(key, str) for key in document):
         raise UserError(f"{origin}: expected settings such as 'model: PATH', got {document!r:.60}")
     return _long(document, origin)
-
-
-def _has_names(settings: Any) -> bool:
-    """Whether all settings, nested ones too, are named by a text."""
-    if isinstance(settings, list):
-        return all(map(_has_names, settings))
-    return not isinstance(settings, dict) or all(isinstance(key, str) and _has_names(value) for key, value in settings.items())
 
 
 def _long(document: dict[str, Any], origin: str) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from safetensors.numpy import save_file
 
 from optima_tpu.launch import main
 from optima_tpu.models.checkpoints.export import read_masks
+from optima_tpu.runtime.checksums import ALL
 from tests.support.runs import SMALL, folder_tensors
 
 
@@ -77,6 +78,7 @@ def test_with_its_weights_a_pruned_model_is_itself_again(place, finished, tmp_pa
 def test_weights_that_do_not_fit_are_one_line(finished, masks, tmp_path, capsys):
     np.savez(tmp_path / "masks.npz", **masks)
     shutil.copytree(finished.directory / "hf", tmp_path / "hf")
+    (tmp_path / "hf" / ALL).unlink()
     name = next(name for name in masks if "up_proj" in name)
     arrays = folder_tensors(tmp_path / "hf")
     for file in (tmp_path / "hf").glob("*.safetensors*"):

@@ -326,7 +326,14 @@ def test_kept_checkpoints_stay(sweep, stand_in, tmp_path):
     assert sweep("--keep-checkpoints", **one) == 0
     assert sweep(**one) == 0  # also when the table is made again without the option
     cell = tmp_path / "out" / "cells" / "wanda_cg_50_4-samples_seed-0"
-    assert {path.name for path in cell.iterdir()} == {"report.json", "run.json", "sha256-all.json", "journal", "checkpoint", "assets"}
+    assert {path.name for path in cell.iterdir()} == {
+        "report.json",
+        "run.json",
+        "sha256-all.json",
+        "journal",
+        "checkpoint",
+        "assets",
+    }
 
 
 def test_kept_models_are_exported_where_that_is_asked_for_later(sweep, stand_in, tmp_path, capsys):

@@ -190,9 +190,9 @@ def _open_shards(folder: Path, cast: np.dtype | None) -> tuple[SafetensorsSource
 def refuse_damaged(folder: Path) -> None:
     """Raises UserError if a folder that this program exported is damaged; reads all of it. Other folders have no checksums.
 
-    The model card may be edited: nothing reads it.
+    The model card may be edited: nothing reads it. A part of the files may be missing: whoever needs one says so.
     """
-    sums = {name: found for name, found in listed(folder).items() if name != "README.md"}
+    sums = {name: found for name, found in listed(folder).items() if name != "README.md" and (folder / name).exists()}
     for name, why in changes(folder, sums).items():
         raise UserError(f"{folder / name} {why}: export the run again, or remove {ALL} to take the folder as it is")
 
