@@ -17,7 +17,7 @@ from optima_tpu.pipeline.journal import finished_blocks
 from optima_tpu.pipeline.self_calibration import CALIBRATION
 from optima_tpu.report.file import REPORT
 from optima_tpu.report.run_record import ASSETS, RUN
-from optima_tpu.runtime.checksums import ALL, SUMS, Sums, changes, forget, listed
+from optima_tpu.runtime.checksums import ALL, SUMS, Sums, changes, forget, known, listed
 from optima_tpu.runtime.files import PARTIAL, complete, files_in, remove, writing
 from optima_tpu.runtime.records import known_record
 
@@ -116,5 +116,6 @@ def mend(directory: Path) -> list[str]:
     for name in sorted(lost):
         with writing(directory / name, "remove it by hand"):
             remove(directory / name)
-    forget(directory, lost)
+    # A flipped bit in a name leaves an entry without a file.
+    forget(directory, [name for name in known(directory) if name in lost or not (directory / name).exists()])
     return [f"{name} {why}; it is made again" for name, why in found.items()]
