@@ -6,6 +6,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
+from optima_tpu.runtime import signals
 from optima_tpu.runtime.program import MODULES
 
 TEXTS: Mapping[str, str] = MappingProxyType(
@@ -39,6 +40,8 @@ To begin:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command of this package. Returns its exit status, or 2 for an unknown command."""
+    if argv is None:  # the process is this command's own
+        signals.listen()
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in ("-h", "--help", "help"):
         print(_HELP.format(commands="\n".join(f"  {name:<10}{text}" for name, text in TEXTS.items())))

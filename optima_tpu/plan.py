@@ -12,6 +12,7 @@ from rich.console import Console
 from optima_tpu.config.parse import parse
 from optima_tpu.errors import UserError
 from optima_tpu.report.progress import say
+from optima_tpu.runtime import signals
 from optima_tpu.runtime.command import guarded
 from optima_tpu.runtime.files import write_bytes, writing
 from optima_tpu.runtime.mesh import simulate_devices
@@ -63,7 +64,12 @@ def _plan(argv: Sequence[str]) -> int:
     refuse_beyond_context(config, model.config)
     model = model.on(machine.mesh)
     say(console, "\n".join([*greeting(config, model, machine), ""]))
-    plan = make_plan(config, model, machine, lambda line: say(console, line))
+
+    def tell(line: str) -> None:
+        signals.check()
+        say(console, line)
+
+    plan = make_plan(config, model, machine, tell)
     if machine.compiles:
         console.print()
     print_plan(console, plan)

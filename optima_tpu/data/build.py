@@ -19,6 +19,7 @@ from rich.progress import Progress, TextColumn, TimeElapsedColumn
 from optima_tpu.data.file import File
 from optima_tpu.data.tfds import TFDS
 from optima_tpu.errors import UserError
+from optima_tpu.runtime import signals
 from optima_tpu.runtime.command import guarded
 from optima_tpu.runtime.files import PARTIAL, commit, writing
 from optima_tpu.runtime.program import program
@@ -70,6 +71,7 @@ def build(
                 for number, (split, text) in enumerate(_documents(files, validation_files, validation_share), start=1):
                     write(split, text)
                     splits[split] += 1
+                    signals.check()
                     advance(number)
             if empty := [split for split, count in splits.items() if not count]:
                 raise UserError(f"no document is in the split {' or '.join(empty)}: give more text or another share")

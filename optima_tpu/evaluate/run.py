@@ -34,7 +34,7 @@ from optima_tpu.runtime.buckets import as_path, in_bucket
 from optima_tpu.runtime.checksums import forget, keep
 from optima_tpu.runtime.files import refuse_unreachable, writing
 from optima_tpu.runtime.mesh import make_mesh
-from optima_tpu.runtime.processes import agree, first_only, from_first, is_first
+from optima_tpu.runtime.processes import agree, check_signals, first_only, from_first, is_first
 
 T = TypeVar("T")
 
@@ -59,11 +59,13 @@ def evaluate(config: EvaluateConfig, console: Console | None = None) -> dict[str
     console = console or Console(quiet=not is_first())
     settings = {name: value for name, value in dataclasses.asdict(config).items() if name != "process_id"}
     agree("settings and code", flat(settings | {"code": code_version()}))
+    check_signals()
     mesh = make_mesh(config.mesh)
     models = {"model": open_evaluated(config.model, mesh, config.dtype, config.batch)}
     if config.against is not None:
         models["against"] = open_evaluated(config.against, mesh, config.dtype, config.batch)
         _check_pair(**models)
+    check_signals()
     known = {}
     if (earlier := config.against_results) is not None:
         fingerprint = models["against"].model.pretrained.fingerprint

@@ -57,12 +57,12 @@ from optima_tpu.runtime.files import (
     remove,
     staged,
     still_only_program,
-    uninterrupted,
     writing,
     written_here,
 )
 from optima_tpu.runtime.processes import everywhere, first_only, from_first, is_first, together
 from optima_tpu.runtime.records import check_record
+from optima_tpu.runtime.signals import uninterrupted
 
 HIDDEN, DENSE = "hidden_states", "dense_states"
 """Names of the two streams of hidden states: through the pruned blocks, and through the dense ones."""

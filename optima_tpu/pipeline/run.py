@@ -16,7 +16,7 @@ from optima_tpu.report.run_record import code_version
 from optima_tpu.report.sinks import check_sinks
 from optima_tpu.report.table import print_summary
 from optima_tpu.runtime.files import only_program, refuse_unreachable
-from optima_tpu.runtime.processes import agree, first_only, from_first, is_first, together
+from optima_tpu.runtime.processes import agree, check_signals, first_only, from_first, is_first, together
 
 
 def run(
@@ -46,8 +46,11 @@ def run(
     agree("settings and code", flat(to_dict(config) | {"process_id": None, "code": code_version()}))
     first_only(lambda: check_sinks(config.sinks))
     refuse_unreachable(together(lambda: config.run_directory))
+    check_signals()
     model = model or open_model_on_mesh(config)
+    check_signals()
     opened = Opened.of(config, model, texts or read_texts(config, model, console), console)
+    check_signals()
     report = from_first(lambda: finished_report(opened))
     if report is None:
         with only_program(opened.directory), Progress(console) as progress, contextlib.ExitStack() as sinks:

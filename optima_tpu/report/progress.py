@@ -15,6 +15,7 @@ from rich.text import Text
 from optima_tpu.report.numbers import duration, percent
 from optima_tpu.report.records import LayerReport
 from optima_tpu.report.summary import fitted_errors, sparsity
+from optima_tpu.runtime.processes import check_signals
 
 
 def say(console: Console, text: str) -> None:
@@ -46,6 +47,9 @@ class Progress:
     Prints one line for every stage and every finished block. On a terminal, a bar below these lines shows the step, the last
     layer and the time left in the stage. Only process 0 prints. Create it after the devices are initialised, because it asks JAX
     for the process index.
+
+    The end of a step or a layer is also where SIGTERM and Ctrl-C end the run, in all processes at once: ``stage``, ``layer`` and
+    ``advance`` call :func:`optima_tpu.runtime.processes.check_signals`. Every process therefore makes the same calls.
 
     Attributes:
       seconds: elapsed time of every finished stage, by name.
@@ -89,6 +93,7 @@ class Progress:
         self._total, self._skipped, self._done = total, 0, 0
         self._say(name)
         self._bars.reset(self._task, total=total, description=name, visible=True, left="")
+        check_signals()
 
     def note(self, text: str) -> None:
         """Prints a line about something unusual."""
@@ -105,6 +110,7 @@ class Progress:
         """Shows a finished layer of the current block."""
         self._layers.append(report)
         self._bars.last_layer = f"block {report.block} {report.name}: {_outcome([report])}"
+        check_signals()
 
     def advance(self) -> None:
         """Counts a finished step of the stage; in the walk, a block."""
@@ -116,6 +122,7 @@ class Progress:
             parts += [f"{self._clock() - self._block_start:.1f} s", *([left] if left else [])]
             self._say(f"block {self._block} ({self._block + 1} of {self._total}): {', '.join(parts)}")
             self._block = None
+        check_signals()
 
     def _left(self) -> str:
         """The time left in the stage, from the mean time of its steps so far. Blocks that a resumed run skips do not count."""

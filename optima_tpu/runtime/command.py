@@ -4,38 +4,28 @@ import os
 import re
 import signal
 import sys
-import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Protocol
 
 import jax
 
 from optima_tpu.errors import UserError, one_line
-from optima_tpu.runtime import processes
+from optima_tpu.runtime import processes, signals
 from optima_tpu.runtime.files import user_cache
 from optima_tpu.runtime.mesh import simulate_devices
 from optima_tpu.runtime.xla_flags import raise_collective_timeouts
 
-RESUME = 75
-"""Exit status of a run that SIGTERM stopped (EX_TEMPFAIL in sysexits.h). The same command resumes it."""
 LOST = 69
-"""Exit status of a process whose peers have ended (EX_UNAVAILABLE in sysexits.h). Not ``RESUME``: a scheduler that restarts jobs
-on 75 would restart a permanently failing job for ever. And lower than ``RESUME``: srun returns the highest of several statuses,
-which must be 75 if one process was stopped and the others lost it."""
+"""Exit status of a process whose peers have ended (EX_UNAVAILABLE in sysexits.h). Not 75, ``signals.RESUME``: a scheduler that
+restarts jobs on 75 would restart a permanently failing job for ever. And lower than 75: srun returns the highest of several
+statuses, which must be 75 if one process was stopped and the others lost it."""
 
-_LAST = 3.0  # seconds for the other processes to notice by themselves that a run has ended
-_GRACE = 30.0  # seconds after SIGTERM; Slurm's script and clouds give a minute or less
 # Words in the errors of gloo, NCCL and jax's coordination service when a peer is gone.
 _PEER_GONE = re.compile(
     "gloo|nccl|connection (closed|reset|refused)|coordination|heartbeat|socket closed|broken pipe", re.IGNORECASE
 )
-
-
-class Stopped(BaseException):
-    """Raised by SIGTERM. Not an Exception, so that no ``except Exception`` catches it."""
 
 
 class OnDevices(Protocol):
@@ -62,6 +52,7 @@ def take_devices(config: OnDevices, alone: bool = False) -> None:
     Raises:
       UserError: see :func:`processes.start`.
     """
+    signals.check()
     # By default XLA leaves a quarter of a GPU unused. The tenth that is left here is for cuBLAS and NCCL.
     if "XLA_PYTHON_CLIENT_MEM_FRACTION" not in os.environ:  # its old name; XLA refuses both together
         os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", "0.9")
@@ -69,6 +60,8 @@ def take_devices(config: OnDevices, alone: bool = False) -> None:
     simulate_devices(config.cpu_devices)
     if not alone:
         processes.start(config.coordinator, config.num_processes, config.process_id, config.join_timeout)
+    if jax.distributed.is_initialized() and processes.is_first():  # without it jax aborts the other processes
+        signals.end_later(processes.LAST)
     # Compiling for an accelerator takes minutes, which a resumed run would spend again. Compiling for a CPU is quick.
     if jax.default_backend() != "cpu" and jax.config.values["jax_compilation_cache_dir"] is None:
         jax.config.update("jax_compilation_cache_dir", str(user_cache() / "xla"))
@@ -87,22 +80,25 @@ def guarded(command: Callable[[], int | None], again: str) -> int:
     """
     # Otherwise transformers warns, when it is first imported, that torch is missing. This program does not need torch.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    with signals.listening(again):
+        status = _status(command, again)
+        signals.ended(status)
+        return status
+
+
+def _status(command: Callable[[], int | None], again: str) -> int:
     try:
-        with _stoppable(again):
-            status = command()
-            if jax.distributed.is_initialized():
-                jax.distributed.shutdown()
-            return status or 0
+        return _unless_stopped(command)
     except UserError as error:
         told = isinstance(error, processes.SharedError) and not processes.is_first()
         return _ended(2, "" if told else f"error: {error}")
     except PermissionError as error:
         place = error.filename or "a file"
         return _ended(2, f"error: {place}: {error.strerror}; expected files that this user may read and write")
-    except Stopped:
-        return _ended(RESUME, f"stopped by SIGTERM; {again}")
+    except signals.Stopped as stopped:
+        return _ended(signals.status_after(stopped.number), signals.told(stopped.number, again))
     except KeyboardInterrupt:
-        return _ended(130, f"stopped; {again}")
+        return _ended(signals.INTERRUPTED, signals.told(signal.SIGINT, again))
     except Exception as error:
         if processes.alone():
             raise
@@ -113,58 +109,31 @@ def guarded(command: Callable[[], int | None], again: str) -> int:
         return _ended(LOST, f"process {jax.process_index()}: another process has ended, see its message (here: {found}); {again}")
 
 
-@contextmanager
-def _stoppable(again: str) -> Iterator[None]:
-    """Makes SIGTERM raise ``Stopped``. If Python does not handle the signal in time, a thread ends the process.
-
-    Python handles a signal between two of its own instructions. It cannot while it waits for a program on the devices, and that
-    may take longer than the sender of SIGTERM waits. The interpreter's C handler wakes the thread at once.
-    """
-    ear, mouth = os.pipe()
-    os.set_blocking(mouth, False)
-    before, woken = signal.signal(signal.SIGTERM, _stop), signal.set_wakeup_fd(mouth, warn_on_full_buffer=False)
-    done = threading.Event()
-    listener = threading.Thread(target=_listen, args=(ear, done, again), daemon=True)
-    listener.start()
-    # A forked child shares the pipe: a SIGTERM to the child, as at the end of a pool, would wake the thread here.
-    os.register_at_fork(after_in_child=lambda: done.is_set() or signal.signal(signal.SIGTERM, before))
+def _unless_stopped(command: Callable[[], int | None]) -> int:
+    """The exit status of a command. Raises :class:`signals.Stopped` if a signal came before the command's end."""
+    signals.check()
     try:
-        yield
-    finally:
-        done.set()
-        signal.set_wakeup_fd(woken)
-        signal.signal(signal.SIGTERM, before)
-        os.close(mouth)  # which ends the thread
-        listener.join()
-        os.close(ear)
-
-
-def _listen(ear: int, done: threading.Event, again: str) -> None:
-    while number := os.read(ear, 1):
-        if number[0] != signal.SIGTERM:
-            continue
-        until = time.monotonic() + _GRACE
-        # If the handler is not ours, files.uninterrupted delays the stop until a save is finished.
-        while time.monotonic() < until or signal.getsignal(signal.SIGTERM) is not _stop:
-            if done.wait(0.1):
-                return
-        print(f"stopped by SIGTERM while the devices were busy; {again}", file=sys.stderr, flush=True)
-        os._exit(RESUME)
-
-
-def _stop(number: int, frame: object) -> None:
-    raise Stopped
+        status = command() or 0
+        if jax.distributed.is_initialized():
+            processes.check_signals()
+            jax.distributed.shutdown()
+        else:
+            signals.check()
+        return status
+    except Exception:
+        signals.check()  # the error is then often a consequence, as when the signal has ended another process too
+        raise
 
 
 def _ended(status: int, message: str) -> int:
+    signals.ended(status)
     if message:
         print(message, file=sys.stderr, flush=True)
     if jax.distributed.is_initialized():
         # An orderly shutdown would wait for processes that may never arrive. Process 0 exits last: without it jax aborts the
         # other processes, which then could not print how they ended.
         sys.stdout.flush()
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second SIGTERM would change the exit status
         if processes.is_first():
-            time.sleep(_LAST)
+            time.sleep(processes.LAST)
         os._exit(status)
     return status

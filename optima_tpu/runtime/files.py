@@ -12,9 +12,7 @@ import math
 import os
 import re
 import shutil
-import signal
 import tempfile
-import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Protocol
@@ -144,22 +142,6 @@ def still_only_program(directory: Path) -> None:
     """
     if in_bucket(directory):
         refuse_other(directory / LOCK)
-
-
-@contextlib.contextmanager
-def uninterrupted() -> Iterator[None]:
-    """Delays SIGTERM until the body of the ``with`` is done: a save then finishes and is not repeated after the restart."""
-    if threading.current_thread() is not threading.main_thread():  # Python delivers signals to the main thread only
-        yield
-        return
-    waiting = []
-    before = signal.signal(signal.SIGTERM, lambda number, frame: waiting.append(number))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-        if waiting:
-            signal.raise_signal(signal.SIGTERM)
 
 
 def sync(path: Path) -> None:

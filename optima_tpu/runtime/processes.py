@@ -19,6 +19,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from optima_tpu.errors import UserError
+from optima_tpu.runtime import signals
 
 S = TypeVar("S")
 T = TypeVar("T")
@@ -27,6 +28,9 @@ T = TypeVar("T")
 class SharedError(UserError):
     """A UserError that every process raises, and that only one of them needs to print."""
 
+
+LAST = 3.0
+"""Seconds for the other processes to notice by themselves that process 0 ends the run."""
 
 _HELLO = b"optima-tpu"
 
@@ -164,6 +168,18 @@ def first_only(work: Callable[[], Any]) -> None:
     together(work if is_first() else lambda: None)
 
 
+def check_signals() -> None:
+    """Ends the work here, in every process, if SIGTERM or Ctrl-C has come to any of them. Every process calls it between two steps.
+
+    Raises:
+      signals.Stopped: a signal has come.
+    """
+    if alone():
+        signals.check()
+    elif number := int(multihost_utils.process_allgather(np.int32(signals.came())).max()):
+        raise signals.Stopped(number)
+
+
 def everywhere(holds: bool) -> bool:
     """Whether something holds in every process."""
     return all(everyones(holds))
@@ -253,8 +269,7 @@ def _roll_call(coordinator: str, count: int, index: int, timeout: int) -> None:
     with server:
         try:
             while waiting:
-                server.settimeout(max(deadline - time.monotonic(), 0.01))
-                connection, _ = server.accept()
+                connection = _accepted(server, deadline)
                 connection.settimeout(5)
                 number = _number(connection)
                 if number in waiting:
@@ -277,6 +292,19 @@ def _roll_call(coordinator: str, count: int, index: int, timeout: int) -> None:
             connection.close()
 
 
+def _accepted(server: socket.socket, deadline: float) -> socket.socket:
+    """The next connection. Looks for signals while it waits."""
+    while True:
+        signals.check()
+        left = deadline - time.monotonic()
+        server.settimeout(min(max(left, 0.01), 0.2))
+        try:
+            return server.accept()[0]
+        except TimeoutError:
+            if left <= 0:
+                raise
+
+
 def _number(connection: socket.socket) -> int | None:
     """The number of the process at the other end; None for anything else."""
     try:
@@ -288,6 +316,7 @@ def _number(connection: socket.socket) -> int | None:
 
 def _report_in(host: str, port: int, index: int, deadline: float, timeout: int) -> None:
     while True:
+        signals.check()
         try:
             with socket.create_connection((host, port), timeout=5) as connection:
                 connection.sendall(_HELLO + b" %d" % index)

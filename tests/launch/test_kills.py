@@ -1,4 +1,4 @@
-"""Twenty kills of a run in two processes, at random times: every one goes on to the bits of a run that nothing stopped.
+"""Kills and signals at random times, in one and two processes: every run goes on to the bits of a run that nothing stopped.
 
 python -m pytest -m slow tests/launch/test_kills.py
 """
@@ -11,52 +11,92 @@ import time
 
 import pytest
 
-from tests.support.processes import free_port, process_environment
+from optima_tpu.runtime.signals import INTERRUPTED, RESUME
+from tests.support.processes import free_port, hearing_ctrl_c, process_environment, without_gloo
 from tests.support.runs import SMALL, assert_same_weights
 from tests.support.tiny_models import tiny_folder
 
 pytestmark = pytest.mark.slow
 VICTIMS = ((0,), (1,), (0, 1))
+STATUS = {signal.SIGTERM: RESUME, signal.SIGINT: INTERRUPTED}
 
 
-def start(arguments: list[str]) -> list[subprocess.Popen]:
-    several = ["--mesh", "2x2", "--cpu-devices", "2", "--coordinator", f"localhost:{free_port()}", "--num-processes", "2"]
-    return [
-        subprocess.Popen(
-            [sys.executable, "-m", "optima_tpu.launch", *arguments, *several, "--process-id", str(number)],
-            env=process_environment(),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        for number in range(2)
-    ]
+def start(arguments: list[str], count: int) -> list[subprocess.Popen]:
+    several = ["--mesh", "2x2", "--cpu-devices", str(4 // count)]
+    if count > 1:
+        several += ["--coordinator", f"localhost:{free_port()}", "--num-processes", str(count)]
+    with hearing_ctrl_c():
+        return [
+            subprocess.Popen(
+                [
+                    *(sys.executable, "-W", "ignore", "-m", "optima_tpu.launch", *arguments, *several),
+                    *(["--process-id", str(number)] if count > 1 else []),
+                ],
+                env=process_environment(),
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for number in range(count)
+        ]
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """(arguments, directory, seconds) of a run that nothing stopped. It runs twice: the second time everything is compiled."""
-    root = tmp_path_factory.mktemp("whole")
+def finish(arguments: list[str], count: int) -> None:
+    started = start(arguments, count)
+    said = [process.communicate(timeout=300)[1] for process in started]
+    assert [process.returncode for process in started] == [0] * count, said
+
+
+@pytest.fixture(scope="module", params=[1, 2])
+def whole(request, tmp_path_factory):
+    """(count, arguments, directory, seconds) of a run in ``count`` processes that nothing stopped.
+
+    It runs twice: the second time everything is compiled.
+    """
+    root, count = tmp_path_factory.mktemp("whole"), request.param
     arguments = ["--model", str(tiny_folder(root / "model", num_hidden_layers=6)), *SMALL]
     for name in ("first", "run"):
         began = time.monotonic()
-        assert [process.wait(300) for process in start([*arguments, "--output", str(root / name)])] == [0, 0]
+        finish([*arguments, "--output", str(root / name)], count)
         seconds = time.monotonic() - began
     assert_same_weights(root / "first", root / "run")
-    return arguments, root / "run", seconds
+    return count, arguments, root / "run", seconds
 
 
 @pytest.mark.parametrize("seed", range(20))
 def test_a_killed_run_goes_on_to_the_same_bits(whole, tmp_path, seed):
-    arguments, expected, seconds = whole
+    count, arguments, expected, seconds = whole
     arguments = [*arguments, "--output", str(tmp_path / "run")]
     chance = random.Random(seed)
-    started = start(arguments)
+    started = start(arguments, count)
     time.sleep(chance.uniform(0.1, 1.0) * seconds)
-    victims = chance.choice(VICTIMS)
+    victims = chance.choice(VICTIMS) if count > 1 else (0,)
     for number in victims:
         started[number].kill()
-    statuses = [process.wait(300) for process in started]  # the other one ends by itself
+    for process in started:  # the other one ends by itself
+        process.communicate(timeout=300)
     for number in victims:
-        assert statuses[number] in (-signal.SIGKILL, 0)
-    assert [process.wait(300) for process in start(arguments)] == [0, 0]
+        assert started[number].returncode in (-signal.SIGKILL, 0)
+    finish(arguments, count)
+    assert_same_weights(tmp_path / "run", expected)
+
+
+@pytest.mark.parametrize("sent", STATUS)
+@pytest.mark.parametrize("seed", range(25))
+def test_a_signalled_run_ends_with_its_status_and_goes_on_to_the_same_bits(whole, tmp_path, seed, sent):
+    count, arguments, expected, seconds = whole
+    arguments = [*arguments, "--output", str(tmp_path / "run")]
+    chance = random.Random(f"{seed} {sent}")
+    started = start(arguments, count)
+    time.sleep(chance.uniform(0.05, 0.95) * seconds)
+    # Ctrl-C on a terminal reaches all processes, and so do most schedulers.
+    for process in started:
+        process.send_signal(sent)
+    said = [process.communicate(timeout=300)[1] for process in started]
+    statuses = [process.returncode for process in started]
+    assert statuses in ([STATUS[sent]] * count, [0] * count), said
+    assert "Traceback" not in "".join(said)
+    if statuses[0]:
+        assert all(sum(line.startswith("stopped") for line in without_gloo(text)) == 1 for text in said), said
+    finish(arguments, count)
     assert_same_weights(tmp_path / "run", expected)

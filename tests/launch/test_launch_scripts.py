@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from optima_tpu.config import yaml12
-from optima_tpu.runtime.command import LOST, RESUME
+from optima_tpu.runtime.command import LOST
+from optima_tpu.runtime.signals import RESUME
 from tests.support import ROOT
 
 LAUNCH = ROOT / "launch"

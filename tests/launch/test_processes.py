@@ -9,9 +9,11 @@ import pytest
 
 from optima_tpu.launch import main
 from optima_tpu.models.activations import Activations
-from optima_tpu.pipeline.journal import Journal, finished_blocks
+from optima_tpu.pipeline import walk
+from optima_tpu.pipeline.journal import finished_blocks
 from optima_tpu.runtime import processes
-from optima_tpu.runtime.command import LOST, RESUME, _stop, guarded
+from optima_tpu.runtime.command import LOST, guarded
+from optima_tpu.runtime.signals import RESUME
 from tests.support.meshes import mesh
 from tests.support.processes import several, without_gloo
 from tests.support.runs import assert_close_weights, assert_same_weights
@@ -66,14 +68,14 @@ def test_processes_with_other_settings_are_refused_in_one_message(finished, tmp_
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("inside", [True, False], ids=["in a save", "before a save"])
+@pytest.mark.parametrize("inside", [True, False], ids=["in a save", "in a block"])
 def test_sigterm_ends_a_run_with_its_own_status_and_a_save_is_finished_first(finished, tmp_path, monkeypatch, capsys, inside):
-    save = Journal.save
+    prune_block = walk.prune_block
 
-    def told_to_stop(journal, index, *rest):
+    def told_while_pruning(of, index, *rest):
         if index == 1 and not inside:
             signal.raise_signal(signal.SIGTERM)
-        save(journal, index, *rest)
+        return prune_block(of, index, *rest)
 
     write_states = sys.modules["optima_tpu.pipeline.journal"]._write_states
 
@@ -84,12 +86,13 @@ def test_sigterm_ends_a_run_with_its_own_status_and_a_save_is_finished_first(fin
 
     command = [*finished.arguments, "--output", str(tmp_path / "run")]
     monkeypatch.setattr("optima_tpu.pipeline.journal.STATES_EVERY", 0)
-    monkeypatch.setattr(Journal, "save", told_to_stop)
+    monkeypatch.setattr("optima_tpu.pipeline.walk.prune_block", told_while_pruning)
     monkeypatch.setattr("optima_tpu.pipeline.journal._write_states", told_while_writing)
+    before = signal.getsignal(signal.SIGTERM)
     assert main(command) == RESUME
     assert "SIGTERM; the same command goes on" in capsys.readouterr().err
     assert finished_blocks(tmp_path / "run") == ([0, 1] if inside else [0])
-    assert signal.getsignal(signal.SIGTERM) is not _stop
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 @pytest.mark.parametrize("harmed", ["block", "states"])

@@ -1,27 +1,31 @@
 """How a command ends, and what it takes of the machine."""
 
+import contextlib
 import errno
 import importlib.metadata
 import os
 import signal
 import subprocess
 import sys
+import time
 
 import jax
 import pytest
 
 from optima_tpu.config.run_config import RunConfig
-from optima_tpu.runtime.command import RESUME, guarded, take_devices
+from optima_tpu.runtime.command import guarded, take_devices
+from optima_tpu.runtime.signals import INTERRUPTED, RESUME
 from optima_tpu.runtime.xla_flags import raise_collective_timeouts
-from tests.support.processes import process_environment, python
+from tests.support.processes import hearing_ctrl_c, process_environment, python
 
-# A loop on the device that never ends, in which Python hears no signal; and a save that takes longer than the grace.
+# A loop on the device that never ends, in which Python hears no signal; a save that takes longer than the grace; and callbacks of
+# the garbage collector, in which an exception is lost.
 WORKING = """
-import os, signal, sys, threading, time, jax
-from optima_tpu.runtime import command
-from optima_tpu.runtime.files import uninterrupted
+import gc, os, signal, sys, threading, time, jax
+from optima_tpu.runtime import command, signals
+from optima_tpu.runtime.signals import uninterrupted
 
-command._GRACE = 0.2
+signals._GRACE = dict.fromkeys(signals._GRACE, 0.2 if sys.argv[1] != "collecting" else 60)
 
 def devices():
     program = jax.jit(lambda x: jax.lax.while_loop(lambda x: x > 0, lambda x: 1 + jax.numpy.sin(x) ** 2, x)).lower(1.0).compile()
@@ -34,39 +38,64 @@ def saving():
         time.sleep(3)
         print("saved", flush=True)
 
+def collecting():
+    gc.callbacks.append(lambda *_: time.sleep(0.2))
+    print("working", flush=True)
+    for _ in range(100):
+        gc.collect()
+        signals.check()
+
 def forking():
     if not (child := os.fork()):
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(60)
     print(signal.Signals(os.WTERMSIG(os.waitpid(child, 0)[1])).name, flush=True)
-    time.sleep(5 * command._GRACE)
+    time.sleep(1)
 
 sys.exit(command.guarded(globals()[sys.argv[1]], "the same command goes on"))
 """
 
 
-@pytest.mark.parametrize(
-    "work, out, said",
-    [
-        ("devices", "", "stopped by SIGTERM while the devices were busy; the same command goes on"),
-        ("saving", "saved\n", "stopped by SIGTERM; the same command goes on"),
-    ],
-)
-def test_sigterm_is_heard_while_the_devices_work_and_waits_for_a_save(work, out, said):
-    process = subprocess.Popen(
-        [sys.executable, "-W", "ignore", "-c", WORKING, work],
-        env=process_environment(),
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
+SENT = [(signal.SIGTERM, " by SIGTERM", RESUME), (signal.SIGINT, "", INTERRUPTED)]
+
+
+@contextlib.contextmanager
+def working(work):
+    """A process that has begun to work."""
+    with hearing_ctrl_c():
+        process = subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-c", WORKING, work],
+            env=process_environment(),
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
     try:
         assert process.stdout.readline() == "working\n"
-        process.send_signal(signal.SIGTERM)
-        assert process.communicate(timeout=120) == (out, said + "\n")
-        assert process.returncode == RESUME
+        yield process
     finally:
         process.kill()
+
+
+@pytest.mark.parametrize(
+    "work, out, said", [("devices", "", " in the middle of a step"), ("saving", "saved\n", ""), ("collecting", "", "")]
+)
+@pytest.mark.parametrize("sent, name, status", SENT)
+def test_a_signal_is_heard_wherever_the_work_is_and_waits_for_a_save(work, out, said, sent, name, status):
+    with working(work) as process:
+        process.send_signal(sent)
+        assert process.communicate(timeout=120) == (out, f"stopped{name}{said}; the same command goes on\n")
+        assert process.returncode == status
+
+
+@pytest.mark.parametrize("sent, name, status", SENT)
+def test_a_second_signal_ends_the_work_at_once(sent, name, status):
+    with working("saving") as process:
+        process.send_signal(sent)
+        time.sleep(1)  # a signal that comes again within half a second counts as the same
+        process.send_signal(sent)
+        assert process.communicate(timeout=120) == ("", f"stopped{name}; the same command goes on\n")
+        assert process.returncode == status
 
 
 def test_sigterm_of_a_forked_child_is_its_own():

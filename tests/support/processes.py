@@ -1,11 +1,13 @@
 """Processes of their own, alone and several of one run."""
 
+import contextlib
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from tests.support import ROOT
 
@@ -55,6 +57,16 @@ def without_gloo(printed: str) -> list[str]:
 def process_environment() -> dict[str, str]:
     """Of processes on the CPU that import what this one does."""
     return os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+
+
+@contextlib.contextmanager
+def hearing_ctrl_c() -> Iterator[None]:
+    """Processes that are started meanwhile hear SIGINT. They would ignore it if this one does, as in the background of a shell."""
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def python(*arguments, **environment: str) -> subprocess.CompletedProcess:

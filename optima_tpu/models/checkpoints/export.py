@@ -31,9 +31,11 @@ from optima_tpu.report.contents import Facts
 from optima_tpu.report.file import REPORT
 from optima_tpu.report.model_card import HUB_ID, model_card
 from optima_tpu.report.run_record import Manifest, read_assets, read_run
+from optima_tpu.runtime import signals
 from optima_tpu.runtime.buckets import as_path, in_bucket
 from optima_tpu.runtime.checksums import ALL, changes, damage, known, refuse_changed, write_sums
 from optima_tpu.runtime.files import PARTIAL, begin, commit, complete, files_in, remove, split_by_size, writing, written_here
+from optima_tpu.runtime.processes import alone
 from optima_tpu.runtime.records import known_record, read_record
 
 SIDECAR = "optima_tpu.json"
@@ -177,6 +179,8 @@ def _write_shards(
     masked = set(source.pruned())
     zeros: dict[str, int] = {}
     for file_name, names in split.filename_to_tensors.items():
+        if alone():
+            signals.check()
         tensors = source.load(names)
         masks = source.masks(name for name in names if name in masked)
         for name, keep in masks.items():

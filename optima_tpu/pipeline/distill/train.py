@@ -20,9 +20,10 @@ from optima_tpu.pipeline.distill.blocks import Block, Trainer, Tree, head_gradie
 from optima_tpu.pipeline.journal import Journal
 from optima_tpu.report import contents
 from optima_tpu.runtime.checksums import damage, keep, write_sums
-from optima_tpu.runtime.files import begin, commit, remove, staged, uninterrupted, writing
+from optima_tpu.runtime.files import begin, commit, remove, staged, writing
 from optima_tpu.runtime.processes import fetch, first_only, from_first
 from optima_tpu.runtime.records import check_record, known_record
+from optima_tpu.runtime.signals import uninterrupted
 
 FOLDER = "distillation"
 OUTCOME, _DISTILLED = "distillation.json", "distilled"

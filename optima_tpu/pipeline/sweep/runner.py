@@ -25,6 +25,7 @@ from optima_tpu.report.contents import Report
 from optima_tpu.report.file import REPORT
 from optima_tpu.report.progress import say
 from optima_tpu.report.run_record import ASSETS, RUN, refuse_another
+from optima_tpu.runtime import signals
 from optima_tpu.runtime.checksums import forget, intact, keep, known
 from optima_tpu.runtime.files import in_turn, writing
 from optima_tpu.runtime.records import known_record
@@ -165,6 +166,7 @@ class Sweep:
             except UserError as error:
                 self._fail(console, cell, str(error))
             except Exception as error:
+                signals.check()  # the error may be a consequence of the signal
                 traceback.print_exc()
                 self._fail(console, cell, f"{type(error).__name__}: {one_line(error)}")
             self.write(command)
@@ -175,6 +177,7 @@ class Sweep:
 
     def _look(self, cell: Cell) -> None:
         """Opens what a cell needs, and checks whether it is finished. Raises UserError as the constructor does."""
+        signals.check()
         texts = self._shared.texts(cell.config)
         manifest = manifest_of(cell.config, self._shared.model(cell.config), texts)
         if (cell.directory / RUN).exists() and (report := self._finished_report(cell, manifest, texts)):

@@ -1,0 +1,203 @@
+"""SIGTERM and Ctrl-C: a handler sets a flag, the work looks at it between its steps, and a thread ends work that does not look.
+
+The handler raises nothing. Python runs it wherever the main thread happens to be, and an exception that is raised inside a
+destructor or a callback of the garbage collector is printed and lost.
+
+This module imports only small modules of the standard library, so that a command line can listen before it imports JAX.
+"""
+
+import os
+import select
+import signal
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from types import FrameType, MappingProxyType
+
+RESUME = 75
+"""Exit status of a run that SIGTERM stopped (EX_TEMPFAIL in sysexits.h). The same command resumes it."""
+INTERRUPTED = 130
+"""Exit status after Ctrl-C, as of a shell."""
+
+_STATUS: Mapping[int, int] = MappingProxyType({signal.SIGTERM: RESUME, signal.SIGINT: INTERRUPTED})
+_GRACE = {signal.SIGTERM: 30.0, signal.SIGINT: 2.0}
+"""Signal -> seconds until the thread ends the process. Slurm's script and clouds give a minute or less; a user waits at Ctrl-C."""
+_SAME = 0.5
+"""Seconds in which a signal that comes again counts as the same: ``timeout`` and terminals send one to a process and to its group."""
+
+
+class Stopped(BaseException):
+    """Raised by :func:`check` after a signal. Not an Exception, so that no ``except Exception`` catches it."""
+
+    def __init__(self, number: int):
+        super().__init__(number)
+        self.number = number
+
+
+def listen() -> None:
+    """Listens for SIGTERM and Ctrl-C until the process ends. Does nothing if the process listens already."""
+    _LISTENER.start()
+
+
+@contextmanager
+def listening(again: str) -> Iterator[None]:
+    """Listens for SIGTERM and Ctrl-C while the body of the ``with`` runs.
+
+    Args:
+      again: says what the same command does when it is typed again, for the line that the thread prints.
+    """
+    mine = _LISTENER.start()
+    _LISTENER.again, _LISTENER.status = again, None
+    try:
+        yield
+    finally:
+        if mine:
+            _LISTENER.stop()
+
+
+def check() -> None:
+    """Raises :class:`Stopped` if SIGTERM or Ctrl-C has come to this process. Call it between the steps of long work."""
+    if _LISTENER.number:
+        raise Stopped(_LISTENER.number)
+
+
+def came() -> int:
+    """The number of the first signal that has come to this process, or 0."""
+    return _LISTENER.number
+
+
+def status_after(number: int) -> int:
+    """The exit status after a signal."""
+    return _STATUS[number]
+
+
+def told(number: int, again: str, when: str = "") -> str:
+    """A line that says what stopped the work."""
+    return f"stopped{' by SIGTERM' if number == signal.SIGTERM else ''}{when}; {again}"
+
+
+def end_later(seconds: float) -> None:
+    """Gives the work more time after a signal, as in a process that must end after others."""
+    _LISTENER.later = seconds
+
+
+def ended(status: int) -> None:
+    """Says that the work is done: from now on a signal ends the process at once, with this status."""
+    _LISTENER.status = status
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Keeps the process from being ended before the body of the ``with`` is done, unless a signal comes twice.
+
+    A save then finishes and is not repeated after the restart.
+    """
+    _LISTENER.saves += 1
+    try:
+        yield
+    finally:
+        _LISTENER.saves -= 1
+        _LISTENER.saved = time.monotonic()
+
+
+class _Listener:
+    """The flag, the handlers and the thread.
+
+    Attributes:
+      again: see :func:`listening`.
+      number: the first signal that came; 0 before.
+      saves: how many bodies of :func:`uninterrupted` are running.
+      saved: when the last of them was done, by the monotonic clock.
+      later: see :func:`end_later`.
+      status: see :func:`ended`; None before.
+    """
+
+    def __init__(self) -> None:
+        self._thread: threading.Thread | None = None
+        self._reset()
+        os.register_at_fork(after_in_child=self._forked)
+
+    def _reset(self) -> None:
+        self.again = "the same command does it again"
+        self.number, self.saves, self.saved, self.later = 0, 0, 0.0, 0.0
+        self.status: int | None = None
+        self._since = 0.0
+
+    def start(self) -> bool:
+        """Installs the handlers and starts the thread. Returns False, and does nothing, if they are there."""
+        if self._thread is not None:
+            return False
+        self._reset()
+        self._ear, self._mouth = os.pipe()
+        os.set_blocking(self._mouth, False)
+        # The interpreter's C handler writes the signal's number there at once, even while the main thread waits for the devices.
+        self._woken = signal.set_wakeup_fd(self._mouth, warn_on_full_buffer=False)
+        # A signal that is ignored stays so: SIGINT in the background of a shell.
+        heard = [number for number in _STATUS if signal.getsignal(number) is not signal.SIG_IGN]
+        self._before = {number: signal.signal(number, self._handle) for number in heard}
+        self._thread = threading.Thread(target=self._listen, daemon=True)
+        self._thread.start()
+        return True
+
+    def stop(self) -> None:
+        """Takes the handlers back and ends the thread."""
+        self._restore(self._woken)
+        os.close(self._mouth)  # which ends the thread
+        if self._thread is not None:
+            self._thread.join()
+        os.close(self._ear)
+        self._thread = None
+        self._reset()
+
+    def _restore(self, woken: int) -> None:
+        for number, before in self._before.items():
+            signal.signal(number, signal.SIG_DFL if before is None else before)
+        signal.set_wakeup_fd(woken)
+
+    def _forked(self) -> None:
+        # A forked child shares the pipe: a SIGTERM to the child, as at the end of a pool, would wake the thread of its parent.
+        if self._thread is not None:
+            self._restore(-1)
+            self._thread = None
+            self._reset()
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.status is not None:
+            os._exit(self.status)
+        self._first(number)
+
+    def _first(self, number: int) -> None:
+        if not self.number:
+            self._since = time.monotonic()
+            self.number = number
+
+    def _listen(self) -> None:
+        while True:
+            ready, _, _ = select.select([self._ear], [], [], 0.1 if self.number else None)
+            data = os.read(self._ear, 1) if ready else b""
+            if ready and not data:
+                return
+            number = data[0] if data else 0
+            if number in _STATUS:
+                if self.status is not None:
+                    os._exit(self.status)
+                self._first(number)
+                if time.monotonic() > self._since + _SAME:
+                    self._end("")
+            if self.number and self.status is None and not self.saves and time.monotonic() > self._deadline():
+                self._end(" in the middle of a step")
+
+    def _deadline(self) -> float:
+        return max(self._since, self.saved) + _GRACE[signal.Signals(self.number)] + self.later
+
+    def _end(self, when: str) -> None:
+        # Not through sys.stderr: the main thread may be stopped while it holds the stream's lock.
+        if os.isatty(1):
+            os.write(1, b"\x1b[?25h")  # shows the cursor, which a progress bar hides
+        os.write(2, (told(self.number, self.again, when) + "\n").encode())
+        os._exit(_STATUS[self.number])
+
+
+_LISTENER = _Listener()
+"""Handlers of signals belong to the whole process, and so does their state."""
