@@ -18,9 +18,15 @@ The rooms of the package. Each imports only rooms above it in this list:
 
 import importlib
 import sys
-from typing import TYPE_CHECKING, Any
 
 from optima_tpu.runtime import signals
+
+# python -m optima_tpu.launch imports this package before any other code of the command can run, and then JAX for a second or more.
+# While Python looks for the module, sys.argv begins with -m in place of its name.
+if sys.argv[:1] == ["-m"] and sys.orig_argv[-len(sys.argv)].removeprefix("-m").startswith(__name__ + "."):
+    signals.listen()
+
+from typing import TYPE_CHECKING, Any  # its import takes longer than all of the above
 
 if TYPE_CHECKING:
     from optima_tpu.api import Perplexity, PrunedLayer, Result, evaluate_model, load, prune, prune_layer
@@ -39,12 +45,6 @@ __all__ = [
     "prune",
     "prune_layer",
 ]
-
-
-# python -m optima_tpu.launch imports this package before any other code of the command can run, and then JAX for a second or more.
-# While Python looks for the module, sys.argv begins with -m in place of its name.
-if sys.argv[:1] == ["-m"] and sys.orig_argv[-len(sys.argv)].removeprefix("-m").startswith(__name__ + "."):
-    signals.listen()
 
 
 def __getattr__(name: str) -> Any:

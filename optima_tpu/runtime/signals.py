@@ -6,6 +6,7 @@ destructor or a callback of the garbage collector is printed and lost.
 This module imports only small modules of the standard library, so that a command line can listen before it imports JAX.
 """
 
+import atexit
 import os
 import select
 import signal
@@ -37,7 +38,9 @@ class Stopped(BaseException):
 
 def listen() -> None:
     """Listens for SIGTERM and Ctrl-C until the process ends. Does nothing if the process listens already."""
-    _LISTENER.start()
+    if _LISTENER.start():
+        # Registered first and so called last. Python then gives its handlers back to the system and takes a while to end.
+        atexit.register(_LISTENER.ignore)
 
 
 @contextmanager
@@ -139,6 +142,11 @@ class _Listener:
         self._thread = threading.Thread(target=self._listen, daemon=True)
         self._thread.start()
         return True
+
+    def ignore(self) -> None:
+        """Lets the process end with its own status whatever comes."""
+        for number in self._before:
+            signal.signal(number, signal.SIG_IGN)
 
     def stop(self) -> None:
         """Takes the handlers back and ends the thread."""
