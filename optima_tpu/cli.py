@@ -6,6 +6,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
+from optima_tpu.errors import legible
 from optima_tpu.runtime import signals
 from optima_tpu.runtime.program import MODULES
 
@@ -50,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name not in MODULES:
         near = difflib.get_close_matches(name, MODULES, n=1) or (["prune"] if name.startswith("-") else [])
         hint = f"; did you mean optima {' '.join([*near, *([name] if name.startswith('-') else [])])}?" if near else ""
-        print(f"error: expected a command, one of {', '.join(MODULES)}, got {name}{hint}", file=sys.stderr)
+        print(legible(f"error: expected a command, one of {', '.join(MODULES)}, got {name}{hint}"), file=sys.stderr)
         return 2
     # A package, such as optima_tpu.evaluate, has its command line in __main__, as for python -m. Only the chosen one is imported.
     module = importlib.import_module(MODULES[name])

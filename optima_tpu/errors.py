@@ -20,3 +20,9 @@ def some(names: Iterable[str], count: int = 4) -> str:
 def one_line(error: BaseException) -> str:
     """The message of an exception in one line of at most 400 characters; the name of its class if the message is empty."""
     return " ".join(str(error).split())[:400] or type(error).__name__
+
+
+def legible(text: str, most: int = 2000) -> str:
+    """A text in one line: control characters as escapes, such as ``\\n`` and ``\\x1b``, and its middle left out if it is long."""
+    text = text if len(text) <= most else f"{text[: most // 2]} ... {text[-most // 2 :]}"
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)

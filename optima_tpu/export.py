@@ -1,6 +1,5 @@
 """The command line of an export: ``python -m optima_tpu.export RUN_DIR OUT``."""
 
-import argparse
 import math
 import sys
 from pathlib import Path
@@ -11,7 +10,7 @@ from optima_tpu.models.checkpoints.export import export
 from optima_tpu.models.checkpoints.orbax import quiet_orbax
 from optima_tpu.models.checkpoints.packed import Packed
 from optima_tpu.runtime.command import guarded
-from optima_tpu.runtime.program import program
+from optima_tpu.runtime.program import Parser, program
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -19,9 +18,9 @@ def main(arguments: list[str] | None = None) -> int:
     return guarded(lambda: _export(arguments), "the same command does it again")
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser() -> Parser:
     """The parser of the command line."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=program("export"),
         description="Writes the folder that transformers loads, from a finished pruning run. The dense model is not needed.",
     )

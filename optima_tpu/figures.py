@@ -4,7 +4,6 @@ layer-errors RUN [RUN ...] -o layer_errors.png     its Figure 2: every layer's e
 samples SWEEP -o samples.png                       its Figure 3: perplexity against calibration samples
 """
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +11,8 @@ from pathlib import Path
 from optima_tpu.errors import UserError
 from optima_tpu.report import curves
 from optima_tpu.runtime.command import guarded
-from optima_tpu.runtime.program import program
+from optima_tpu.runtime.outputs import refuse_foreign
+from optima_tpu.runtime.program import Parser, program
 
 _SUFFIXES = (".png", ".svg", ".pdf")
 
@@ -25,6 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _draw(arguments: Sequence[str] | None) -> None:
     chosen = make_parser().parse_args(arguments)
     path = check_output(chosen.output)
+    refuse_foreign(path, curves.is_figure, chosen.force)
     data: curves.LayerErrors | curves.Samples = (
         curves.layer_errors(chosen.runs, chosen.against) if chosen.figure == "layer-errors" else curves.samples(chosen.sweep)
     )
@@ -53,9 +54,9 @@ def check_output(path: str | Path) -> Path:
     return path
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser() -> Parser:
     """The parser of the command line."""
-    parser = argparse.ArgumentParser(prog=program("figures"), description="Draws the paper's figures from finished runs.")
+    parser = Parser(prog=program("figures"), description="Draws the paper's figures from finished runs.")
     commands = parser.add_subparsers(dest="figure", required=True, metavar="FIGURE")
     layers = commands.add_parser(
         "layer-errors",
@@ -81,6 +82,7 @@ def make_parser() -> argparse.ArgumentParser:
     samples.add_argument("sweep", metavar="SWEEP", help="directory of a sweep, or its results.json")
     for command in (layers, samples):
         command.add_argument("-o", "--output", required=True, metavar="FILE", help="file to write: .png, .svg or .pdf")
+        command.add_argument("--force", action="store_true", help="replace a file that this program did not write")
     return parser
 
 

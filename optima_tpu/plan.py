@@ -16,7 +16,8 @@ from optima_tpu.runtime import signals
 from optima_tpu.runtime.command import guarded
 from optima_tpu.runtime.files import write_bytes, writing
 from optima_tpu.runtime.mesh import simulate_devices
-from optima_tpu.runtime.program import program
+from optima_tpu.runtime.outputs import refuse_foreign
+from optima_tpu.runtime.program import Parser, program
 
 _PROGRAM = program("plan")
 _DESCRIPTION = f"""\
@@ -37,13 +38,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _plan(argv: Sequence[str]) -> int:
-    options, settings = _parse(list(argv))
+    options, settings = make_parser().parse_known_args(list(argv))
     config = parse(settings)
     from optima_tpu.data import check_sources  # imports pyarrow and more, which --help does not wait for
 
     check_sources(config.calibration.source, config.evaluation.source)
     if options.json and not options.json.parent.is_dir():
         raise UserError(f"expected --json in an existing folder, got {options.json}; make {options.json.parent} first")
+    if options.json:
+        refuse_foreign(options.json, _is_plan, options.force)
     simulate_devices(config.cpu_devices)
     if options.topology:  # its devices need not be attached, and an attached TPU stays free for other programs
         jax.config.update("jax_platforms", "cpu")
@@ -79,16 +82,23 @@ def _plan(argv: Sequence[str]) -> int:
     return 1 if plan.too_large or plan.refused else 0
 
 
-def make_parser() -> argparse.ArgumentParser:
+def _is_plan(data: bytes) -> bool:
+    try:
+        plan = json.loads(data)
+    except ValueError:
+        return False
+    return isinstance(plan, dict) and {"model", "programs", "storage", "assumptions"} <= plan.keys()
+
+
+def make_parser() -> Parser:
     """The parser of the plan's own options."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=_PROGRAM,
         usage=f"{_PROGRAM} [--topology KIND:AxB] [--SETTING VALUE ...] [--json FILE]",
         description=_DESCRIPTION,
         epilog="All settings of a run may follow; optima_tpu.launch --help explains them.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
-        exit_on_error=False,
     )
     parser.add_argument(
         "--topology",
@@ -96,6 +106,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="a TPU slice: v4, v5e, v5p or v6e and its shape, such as v5e:4x2 or v5p:4x4x4 (default: the attached devices)",
     )
     parser.add_argument("--json", metavar="FILE", type=lambda text: Path(text).expanduser(), help="write the plan to FILE too")
+    parser.add_argument("--force", action="store_true", help="let --json replace a file that this program did not write")
     parser.add_argument(
         "--no-compile", "--no_compile", action="store_true", help="do not compile: count roughly, which takes only seconds"
     )
@@ -103,14 +114,6 @@ def make_parser() -> argparse.ArgumentParser:
         "--quick", action="store_true", help="with --topology: compile faster; the memory of solvers is then only rough"
     )
     return parser
-
-
-def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    """Splits the arguments into the plan's own options and the settings of the run."""
-    try:
-        return make_parser().parse_known_args(argv)
-    except argparse.ArgumentError as error:
-        raise UserError(f"{error}; see {_PROGRAM} --help") from None
 
 
 if __name__ == "__main__":

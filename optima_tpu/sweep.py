@@ -14,7 +14,7 @@ from optima_tpu.pipeline.sweep.grid import CellGrid, read_grid
 from optima_tpu.pipeline.sweep.tables import failure_lines, layout, terminal_table
 from optima_tpu.report.progress import say, show
 from optima_tpu.runtime.command import guarded, take_devices
-from optima_tpu.runtime.program import program
+from optima_tpu.runtime.program import Parser, program
 
 _PROGRAM = program("sweep")
 
@@ -36,7 +36,7 @@ def _sweep(argv: Sequence[str]) -> int:
     from optima_tpu.pipeline.sweep.runner import Sweep
 
     quiet_orbax()
-    sweep = Sweep(grid, () if options.dry_run else chosen, options.keep_checkpoints)
+    sweep = Sweep(grid, () if options.dry_run else chosen, options.keep_checkpoints, options.force)
     console = Console()
     if options.dry_run:
         _list(console, grid, chosen, sweep.finished)
@@ -53,9 +53,9 @@ def _sweep(argv: Sequence[str]) -> int:
     return 1 if failures else 0
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser() -> Parser:
     """The parser of the sweep's own options."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=_PROGRAM,
         usage=f"{_PROGRAM} FILE [--SETTING VALUE ...] [--output DIR] [--only TEXT] [--dry-run]",
         description="Runs a table of masks x updates x patterns over one model, or resumes it, and writes it as "
@@ -64,7 +64,6 @@ def make_parser() -> argparse.ArgumentParser:
         "--mesh 4x2",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
-        exit_on_error=False,
     )
     parser.add_argument("file", metavar="FILE", help="YAML file of the table, as shown above")
     parser.add_argument(
@@ -87,6 +86,11 @@ def make_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="keep the pruned models (default: keep only the reports of finished cells)",
     )
+    parser.add_argument(
+        "--force",
+        action="store_true",
+        help="replace files in the directory that have the names of tables and are none of a sweep",
+    )
     return parser
 
 
@@ -96,10 +100,7 @@ def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         raise UserError(
             f"expected the file of the sweep as first argument, got {argv[0] if argv else 'nothing'}; see {_PROGRAM} --help"
         )
-    try:
-        options, settings = make_parser().parse_known_args(argv)
-    except argparse.ArgumentError as error:
-        raise UserError(f"{error}; see {_PROGRAM} --help") from None
+    options, settings = make_parser().parse_known_args(argv)
     for word in settings:
         if word.partition("=")[0] in ("--config", "--print_config", "--print-config"):
             raise UserError(f"a sweep has no {word}: write the settings of its runs into {options.file}, under run")

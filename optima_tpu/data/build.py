@@ -4,7 +4,6 @@ Writes what TFDS itself would: DIR/NAME/1.0.0 with an array_record file for ever
 Does not use its ``GeneratorBasedBuilder``, which holds a split in memory, and needs TensorFlow beyond 1 GB.
 """
 
-import argparse
 import contextlib
 import math
 import re
@@ -22,7 +21,7 @@ from optima_tpu.errors import UserError
 from optima_tpu.runtime import signals
 from optima_tpu.runtime.command import guarded
 from optima_tpu.runtime.files import PARTIAL, commit, writing
-from optima_tpu.runtime.program import program
+from optima_tpu.runtime.program import Parser, program
 
 VERSION = "1.0.0"
 
@@ -139,9 +138,9 @@ def main(arguments: list[str] | None = None) -> int:
     return guarded(lambda: _build(arguments), "the same command does it again")
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser() -> Parser:
     """The parser of the command line."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=program("data"),
         description="Makes a data set from text files, for --calibration.source tfds:NAME@DIR. No TensorFlow is needed.",
     )

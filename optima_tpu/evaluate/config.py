@@ -59,6 +59,7 @@ class EvaluateConfig:
       context: the most tokens that the model reads at once in a task; null takes the model's limit.
       dtype: compute in this type; null keeps the checkpoint's own.
       output: directory to write evaluation.json to; null takes the run directory, or runs/evaluate-MODEL for other models.
+      force: replace files of the same names in that directory that are not of an evaluation.
       mesh: devices as DATAxMODEL, such as 4x2 or data=4,model=2; null puts all of them on data.
       cpu_devices: simulate this many devices on the CPU, in every process.
       batch: sequences of 2048 tokens in one step of the forward pass, on each device; fewer need less memory.
@@ -84,6 +85,7 @@ class EvaluateConfig:
     context: int | None = None
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     output: str | None = None
+    force: bool = False
     mesh: str | None = None
     cpu_devices: int | None = None
     batch: int = 4

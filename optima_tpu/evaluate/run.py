@@ -57,7 +57,7 @@ def evaluate(config: EvaluateConfig, console: Console | None = None) -> dict[str
       UserError: an input error that the user can correct.
     """
     console = console or Console(quiet=not is_first())
-    settings = {name: value for name, value in dataclasses.asdict(config).items() if name != "process_id"}
+    settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in ("process_id", "force")}
     agree("settings and code", flat(settings | {"code": code_version()}))
     check_signals()
     mesh = make_mesh(config.mesh)
@@ -74,7 +74,7 @@ def evaluate(config: EvaluateConfig, console: Console | None = None) -> dict[str
     texts = from_first(lambda: {source: _read(source, config, models) for source in config.texts})
     folder = as_path(config.output) if config.output else models["model"].run.directory or default_folder(config.model)
     with writing(folder, "choose another --output"):
-        first_only(lambda: _make_writable(folder))
+        first_only(lambda: _make_writable(folder, config.force))
     say(console, "\n".join(_greeting(config, models, mesh, folder)) + "\n")
     with Progress(console) as progress:
         testers, tasks = {}, None
@@ -223,8 +223,15 @@ def _task_numbers(tasks: TaskDict | None, results: Mapping[str, Mapping[str, Any
     return {"tasks": both, "average": paper_average(found["model"])}
 
 
-def _make_writable(folder: Path) -> None:
-    """Creates the folder and checks now that it is writable, before hours of computation."""
+def _make_writable(folder: Path, force: bool) -> None:
+    """Creates the folder and checks now that it is writable and holds no other's files, before hours of computation."""
+    theirs = [folder / name for name in (RECORD, *HARNESS.values()) if (folder / name).exists()]
+    earlier = read_record(folder / RECORD) if theirs else None
+    if theirs and not force and not (isinstance(earlier, dict) and {"evaluated", "configuration"} <= earlier.keys()):
+        raise UserError(
+            f"expected --output with a new folder or that of an evaluation, got {folder}, which holds another {theirs[0].name}: "
+            "choose another, or add --force true to replace it"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     if in_bucket(folder):
         refuse_unreachable(folder)

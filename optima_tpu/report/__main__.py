@@ -1,6 +1,5 @@
 """Command line of the report: ``python -m optima_tpu.report RUN [RUN ...]`` writes one page and prints a summary."""
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,14 +8,15 @@ from rich.console import Console
 from rich.table import Table as RichTable
 
 from optima_tpu.errors import UserError
-from optima_tpu.report.page import PAGE, write_page
+from optima_tpu.report.page import PAGE, is_page, write_page
 from optima_tpu.report.progress import say
 from optima_tpu.report.results import comparison
 from optima_tpu.report.runs import Run
 from optima_tpu.report.table import print_summary
 from optima_tpu.runtime.buckets import as_path, in_bucket
 from optima_tpu.runtime.command import guarded
-from optima_tpu.runtime.program import program
+from optima_tpu.runtime.outputs import refuse_foreign
+from optima_tpu.runtime.program import Parser, program
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -28,6 +28,8 @@ def _report(arguments: Sequence[str] | None) -> None:
     chosen = make_parser().parse_args(arguments)
     console = Console()
     path = output_path(chosen.runs, chosen.output)
+    if chosen.output is not None or len(chosen.runs) > 1:
+        refuse_foreign(path, is_page, chosen.force)
     runs = write_page(chosen.runs, path)
     if len(runs) == 1:
         _tell(console, runs[0])
@@ -69,15 +71,16 @@ def _compare(console: Console, runs: Sequence[Run]) -> None:
         say(console, data.note)
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser() -> Parser:
     """The parser of the command line."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=program("report"),
         description="Writes one self-contained HTML page about finished runs: settings, results, time and memory, and the "
         "errors of every layer. Several runs are shown side by side. The page needs no network.",
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run directory, or its report.json")
     parser.add_argument("-o", "--output", metavar="FILE", help=f"output file (default: RUN/{PAGE}; ./{PAGE} for several runs)")
+    parser.add_argument("--force", action="store_true", help="replace a file that this program did not write")
     return parser
 
 

@@ -16,6 +16,14 @@ from optima_tpu.report.summary import all_layers
 from optima_tpu.runtime.checksums import refuse_changed
 from optima_tpu.runtime.records import check_record, read_record
 
+MADE_BY = "OPTIMA-TPU, optima_tpu.figures"
+"""Stands in the metadata of every figure."""
+
+
+def is_figure(data: bytes) -> bool:
+    """Whether a file is a figure of this program."""
+    return MADE_BY.encode() in data
+
 
 class LayerLine(NamedTuple):
     """Error ratios of one kind of layer in one run, by block.

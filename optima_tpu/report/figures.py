@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
-from optima_tpu.report.curves import LayerErrors, Samples
+from optima_tpu.report.curves import MADE_BY, LayerErrors, Samples
 from optima_tpu.report.summary import short_names
 from optima_tpu.report.view import without_folders
 from optima_tpu.runtime.files import write_bytes, writing
@@ -129,10 +129,14 @@ def write(figure: Figure, path: Path) -> None:
       UserError: the disk is full, or the folder is not writable.
     """
     form = path.suffix.lower().removeprefix(".")
-    undated = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(form)
+    about = {
+        "png": {"Software": MADE_BY},
+        "svg": {"Creator": MADE_BY, "Date": None},
+        "pdf": {"Creator": MADE_BY, "CreationDate": None},
+    }[form]
     data = io.BytesIO()
     with matplotlib.rc_context({"svg.hashsalt": "optima_tpu"}):
-        figure.savefig(data, format=form, dpi=160, metadata=undated)
+        figure.savefig(data, format=form, dpi=160, metadata=about)
     with writing(path, "choose another --output"):
         write_bytes(path, data.getvalue())
 

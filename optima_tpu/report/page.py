@@ -50,6 +50,11 @@ class Page(NamedTuple):
     markers: Sequence[str] = tuple(MARKERS.values())
 
 
+def is_page(data: bytes) -> bool:
+    """Whether a file is a page of this program."""
+    return b"Created from report.json by OPTIMA-TPU" in data  # in the footer
+
+
 def write_page(places: Sequence[str | Path], path: Path) -> list[Run]:
     """Writes the page about finished runs and returns them. A file with the same content is not written again.
 

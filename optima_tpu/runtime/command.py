@@ -1,20 +1,22 @@
 """Shared by all command lines: takes the devices, sets the exit status, and prints one line when something ends the work."""
 
+import errno
 import os
 import re
 import signal
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable
 from typing import Protocol
 
 import jax
 
-from optima_tpu.errors import UserError, one_line
+from optima_tpu.errors import UserError, legible, one_line
 from optima_tpu.runtime import processes, signals
 from optima_tpu.runtime.files import user_cache
-from optima_tpu.runtime.mesh import simulate_devices
+from optima_tpu.runtime.mesh import platform, simulate_devices
 from optima_tpu.runtime.xla_flags import raise_collective_timeouts
 
 LOST = 69
@@ -22,6 +24,12 @@ LOST = 69
 restarts jobs on 75 would restart a permanently failing job for ever. And lower than 75: srun returns the highest of several
 statuses, which must be 75 if one process was stopped and the others lost it."""
 
+_REMEDIES = {
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "expected files that this user may read and write"),
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "make room and repeat the command"),
+    **dict.fromkeys((errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.ELOOP), "check the path"),
+}
+"""Number of an operating system's error that is about the user's files -> what to do."""
 # Words in the errors of gloo, NCCL and jax's coordination service when a peer is gone.
 _PEER_GONE = re.compile(
     "gloo|nccl|connection (closed|reset|refused)|coordination|heartbeat|socket closed|broken pipe", re.IGNORECASE
@@ -50,7 +58,7 @@ def take_devices(config: OnDevices, alone: bool = False) -> None:
       alone: the command runs in one process and joins no others.
 
     Raises:
-      UserError: see :func:`processes.start`.
+      UserError: see :func:`processes.start` and :func:`platform`.
     """
     signals.check()
     # By default XLA leaves a quarter of a GPU unused. The tenth that is left here is for cuBLAS and NCCL.
@@ -63,7 +71,7 @@ def take_devices(config: OnDevices, alone: bool = False) -> None:
     if jax.distributed.is_initialized() and processes.is_first():  # without it jax aborts the other processes
         signals.end_later(processes.LAST)
     # Compiling for an accelerator takes minutes, which a resumed run would spend again. Compiling for a CPU is quick.
-    if jax.default_backend() != "cpu" and jax.config.values["jax_compilation_cache_dir"] is None:
+    if platform() != "cpu" and jax.config.values["jax_compilation_cache_dir"] is None:
         jax.config.update("jax_compilation_cache_dir", str(user_cache() / "xla"))
 
 
@@ -80,7 +88,10 @@ def guarded(command: Callable[[], int | None], again: str) -> int:
     """
     # Otherwise transformers warns, when it is first imported, that torch is missing. This program does not need torch.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    with signals.listening(again):
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    with signals.listening(again), warnings.catch_warnings():
+        if not sys.warnoptions:  # python -W and PYTHONWARNINGS show the libraries' warnings to who develops
+            warnings.simplefilter("ignore")
         status = _status(command, again)
         signals.ended(status)
         return status
@@ -91,10 +102,7 @@ def _status(command: Callable[[], int | None], again: str) -> int:
         return _unless_stopped(command)
     except UserError as error:
         told = isinstance(error, processes.SharedError) and not processes.is_first()
-        return _ended(2, "" if told else f"error: {error}")
-    except PermissionError as error:
-        place = error.filename or "a file"
-        return _ended(2, f"error: {place}: {error.strerror}; expected files that this user may read and write")
+        return _ended(2, "" if told else f"error: {legible(str(error))}")
     except signals.Stopped as stopped:
         return _ended(signals.status_after(stopped.number), signals.told(stopped.number, again))
     except KeyboardInterrupt:
@@ -120,8 +128,10 @@ def _unless_stopped(command: Callable[[], int | None]) -> int:
         else:
             signals.check()
         return status
-    except Exception:
+    except Exception as error:
         signals.check()  # the error is then often a consequence, as when the signal has ended another process too
+        if isinstance(error, OSError) and (remedy := _REMEDIES.get(error.errno or 0)):
+            raise UserError(f"{error.filename or 'a file'}: {error.strerror}; {remedy}") from error
         raise
 
 

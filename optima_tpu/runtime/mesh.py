@@ -13,7 +13,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from optima_tpu.errors import UserError
+from optima_tpu.errors import UserError, one_line
 
 DATA, MODEL = "data", "model"
 
@@ -29,16 +29,19 @@ def parse_mesh(text: str) -> tuple[int, int]:
     """
     try:
         if "=" in text:
-            sizes = dict(part.split("=") for part in text.split(","))
+            pairs = [part.split("=") for part in text.split(",")]
+            sizes = dict(pairs)
             if set(sizes) - {DATA, MODEL}:
                 raise ValueError
+            if len(sizes) < len(pairs):
+                raise UserError(f"expected a mesh with each axis once, such as data=4,model=2, got {text!r}")
             data, model = (int(sizes.get(axis, 1)) for axis in (DATA, MODEL))
         else:
             data, model = (int(part) for part in text.lower().split("x"))
-        if data < 1 or model < 1:
-            raise ValueError
     except ValueError:
         raise UserError(f"expected a mesh such as 4x2 or data=4,model=2, got {text!r}") from None
+    if data < 1 or model < 1:
+        raise UserError(f"expected a mesh with at least 1 device on each axis, such as 4x2, got {text!r}")
     return data, model
 
 
@@ -89,6 +92,22 @@ def _between_hosts(data: int, model: int) -> np.ndarray | None:
             f"choose one whose first number is a multiple of {len(slices)}"
         )
     return mesh_utils.create_hybrid_device_mesh((data // len(slices), model), (len(slices), 1), devices)
+
+
+def platform() -> str:
+    """The platform of the devices: cpu, gpu or tpu. Starts JAX.
+
+    Raises:
+      UserError: JAX was told to use a platform that it cannot use here.
+    """
+    try:
+        return jax.default_backend()
+    except (RuntimeError, AssertionError) as error:  # jax 0.10 asserts that there is a GPU
+        asked = jax.config.values["jax_platforms"]
+        raise UserError(
+            f"expected devices of JAX_PLATFORMS={asked}, but JAX finds none ({one_line(error)}): install JAX for them "
+            "(pip install 'optima-tpu[gpu]' or 'optima-tpu[tpu]') on a machine that has them, or unset JAX_PLATFORMS"
+        ) from error
 
 
 def simulate_devices(count: int | None) -> None:

@@ -1,9 +1,13 @@
-"""The names of the commands, for help texts and for messages that say what to type."""
+"""The names of the commands, for help texts and for messages that say what to type, and their parser."""
 
+import argparse
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
+from typing import NoReturn
+
+from optima_tpu.errors import UserError
 
 MODULES: Mapping[str, str] = MappingProxyType(
     {
@@ -25,3 +29,10 @@ MODULES: Mapping[str, str] = MappingProxyType(
 def program(name: str) -> str:
     """How to call a subcommand in the way this process was called: ``optima prune`` or ``python -m optima_tpu.launch``."""
     return f"optima {name}" if Path(sys.argv[0]).stem == "optima" else f"python -m {MODULES[name]}"
+
+
+class Parser(argparse.ArgumentParser):
+    """Refuses what is wrong or missing with a UserError, like everything else that a user can mend."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see {self.prog} --help")

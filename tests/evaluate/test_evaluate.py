@@ -24,7 +24,7 @@ from optima_tpu.evaluate.table import task_table
 from optima_tpu.evaluate.tasks import PAPER, load_tasks, paper_average, run_tasks
 from tests.support.processes import at_once, free_port, python, without_gloo
 from tests.support.records import put_json
-from tests.support.runs import only_error
+from tests.support.runs import only_error, snapshot
 
 CHOICE = """
 task: tiny_choice
@@ -299,25 +299,27 @@ def test_the_tasks_of_the_other_model_are_taken_from_an_earlier_evaluation(evalu
         assert expected in (told := capsys.readouterr()).err + told.out
 
 
-def test_an_evaluation_without_tasks_leaves_no_earlier_ones_results_beside_it(finished, text, tmp_path):
+def test_an_evaluation_replaces_the_results_of_an_earlier_one_and_another_s_only_by_force(finished, text, tmp_path, capsys):
+    words = [
+        str(finished.directory),
+        "--perplexity",
+        f"file:{text}",
+        "--length",
+        "64",
+        "--windows",
+        "1",
+        "--output",
+        str(tmp_path),
+    ]
     for name in ("lm_eval.json", "lm_eval_against.json"):
         (tmp_path / name).write_text("{}")
-    assert (
-        main(
-            [
-                str(finished.directory),
-                "--perplexity",
-                f"file:{text}",
-                "--length",
-                "64",
-                "--windows",
-                "1",
-                "--output",
-                str(tmp_path),
-            ]
-        )
-        == 0
-    )
+    before = snapshot(tmp_path)
+    assert main(words) == 2 and snapshot(tmp_path) == before
+    assert "which holds another lm_eval.json: choose another, or add --force true" in only_error(capsys.readouterr().err)
+    assert main([*words, "--force", "true"]) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["evaluation.json", "sha256-all.json"]
+    (tmp_path / "lm_eval.json").write_text("{}")  # as of an evaluation with tasks
+    assert main(words) == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["evaluation.json", "sha256-all.json"]
 
 

@@ -9,6 +9,7 @@ import pytest
 
 from optima_tpu.cli import TEXTS, main
 from optima_tpu.runtime.program import MODULES, program
+from tests.support.runs import only_error
 
 OPTIMA = Path(sys.executable).with_name("optima")
 
@@ -33,6 +34,48 @@ def test_an_unknown_command_is_one_line(words, said, capsys):
     assert main(words) == 2
     message = capsys.readouterr().err
     assert said in message and message.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["evaluate"], "expected the model before everything else, got nothing"),
+        (["sweep"], "expected the file of the sweep as first argument, got nothing"),
+        (["export"], "the following arguments are required: run_dir, out"),
+        (["export", "a", "b", "--nope"], "unrecognized arguments: --nope"),
+        (["report"], "the following arguments are required: RUN"),
+        (["report", "a", "-o"], "argument -o/--output: expected one argument"),
+        (["figures"], "the following arguments are required: FIGURE"),
+        (["figures", "nonsense"], "invalid choice: 'nonsense'"),
+        (["figures", "layer-errors", "a"], "the following arguments are required: -o/--output"),
+        (["data", "a@b", "c.txt", "--validation-share", "x"], "invalid float value: 'x'"),
+        (["plan", "--json"], "argument --json: expected one argument"),
+        (["pru\nne"], "got pru\\nne"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_is_missing_or_wrong_is_one_line(words, said, capsys):
+    assert main(words) == 2
+    message = only_error(capsys.readouterr().err)
+    assert said in message and (words[0] not in MODULES or "--help" in message)
+
+
+@pytest.mark.parametrize(
+    "words, path",
+    [
+        (["report", "nowhere", "-o"], "page.html"),
+        (["figures", "layer-errors", "nowhere", "-o"], "figure.png"),
+        (["plan", "--model", "nowhere", "--json"], "plan.json"),
+    ],
+)
+def test_a_file_of_another_program_is_replaced_only_by_force(words, path, tmp_path, capsys):
+    path = tmp_path / path
+    path.write_text("years of work about OPTIMA-TPU")
+    for more in ([], ["--force"]):
+        assert main([*words, str(path), *more]) == 2  # there is no such run or model
+        message = only_error(capsys.readouterr().err)
+        refused = f"expected a new file, got {path}, which this program did not write: choose another, or add --force"
+        assert (refused in message) == (not more) and path.read_text() == "years of work about OPTIMA-TPU"
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -305,9 +305,15 @@ def test_a_table_with_finished_cells_of_another_sweep_is_not_replaced(sweep, sta
 
 
 @pytest.mark.parametrize("text", ["[", "3", "{}", "[3]", '[{"mask": "wanda"}]', '[{"perplexity": 3.5}]'])
-def test_a_results_json_that_is_no_table_s_is_replaced(sweep, stand_in, tmp_path, text):
+def test_a_damaged_results_json_is_replaced_and_another_s_only_by_force(sweep, stand_in, tmp_path, capsys, text):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "results.json").write_text(text)
+    assert sweep() == 2
+    assert "which holds another results.json: choose another, or add --force to replace it" in capsys.readouterr().err
+    assert (tmp_path / "out" / "results.json").read_text() == text and not stand_in.ran
+    assert sweep("--force") == 0 and len(read_results(tmp_path)) == 4
+    (tmp_path / "out" / "results.json").write_text(text)  # beside the cells of the sweep
+    (tmp_path / "out" / "cells").mkdir(exist_ok=True)
     assert sweep() == 0 and len(read_results(tmp_path)) == 4
 
 

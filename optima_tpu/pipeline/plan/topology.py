@@ -18,7 +18,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from optima_tpu.errors import UserError, one_line
 from optima_tpu.runtime.device_memory import host_memory
-from optima_tpu.runtime.mesh import DATA, MODEL, make_mesh, parse_mesh
+from optima_tpu.runtime.mesh import DATA, MODEL, make_mesh, parse_mesh, platform
 
 GIB = 2**30
 
@@ -241,6 +241,7 @@ def local_machine(mesh: str | None, dtype: jnp.dtype, compiling: bool = True) ->
       mesh: as for a run; see :func:`topology_machine`.
       dtype: the dtype of the model.
     """
+    platform()
     count, first = jax.device_count(), jax.devices()[0]
     where = f"{count} {first.platform} device{'s' * (count > 1)} here"
     # Without known dimensions, any mesh of all devices is possible.

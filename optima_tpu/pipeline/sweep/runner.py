@@ -79,14 +79,15 @@ class Sweep:
     Args:
       chosen: the cells that will be run; the tables show earlier results of the other cells.
       keep_checkpoints: keep the pruned models, not only the reports, and with them their exports.
+      force: see ``refuse_loss``.
 
     Raises:
       UserError: the directory has a table with finished cells that the grid does not have, a model or a text cannot be read, a
         pattern, rule or mask does not fit the model, or a cell's directory holds a run with other settings or other code.
     """
 
-    def __init__(self, grid: CellGrid, chosen: Collection[Cell], keep_checkpoints: bool = False):
-        refuse_loss(grid)
+    def __init__(self, grid: CellGrid, chosen: Collection[Cell], keep_checkpoints: bool = False, force: bool = False):
+        refuse_loss(grid, force)
         self.grid = grid
         self._chosen = chosen
         self._keep_checkpoints = keep_checkpoints

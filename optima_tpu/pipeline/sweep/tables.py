@@ -20,6 +20,7 @@ from optima_tpu.runtime.checksums import keep
 from optima_tpu.runtime.records import known_record
 
 _RESULTS = "results.json"
+_FILES = ("table.md", "table.csv", "table.json", "results.csv", _RESULTS)
 _MEASURED = ("perplexity", "dense", "error_before", "error_after", "held_out_before", "held_out_after", "seconds", "sparsity")
 
 
@@ -245,12 +246,22 @@ def write_tables(grid: CellGrid, results: Sequence[Result], header: Mapping[str,
     return {name: grid.output / name for name in texts}
 
 
-def refuse_loss(grid: CellGrid) -> None:
-    """Refuses to replace the tables of another grid.
+def refuse_loss(grid: CellGrid, force: bool = False) -> None:
+    """Refuses to replace the tables of another grid, and files of the same names that are no tables of a sweep.
+
+    Args:
+      force: replace files that are no tables of a sweep.
 
     Raises:
-      UserError: the directory has a table with finished cells that this grid does not have.
+      UserError: the directory has a table with finished cells that this grid does not have, or other files with the names of the
+        tables.
     """
+    theirs = [grid.output / name for name in _FILES if (grid.output / name).exists()]
+    if theirs and not force and not (grid.output / "cells").is_dir() and not _results(grid.output / _RESULTS):
+        raise UserError(
+            f"expected --output with a new directory or that of a sweep, got {grid.output}, which holds another {theirs[0].name}: "
+            "choose another, or add --force to replace it"
+        )
     cells = {str(cell) for cell in grid.cells}
     lost = [str(result) for result in _results(grid.output / _RESULTS) if result.state == "finished" and str(result) not in cells]
     if lost:

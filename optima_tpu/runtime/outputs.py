@@ -1,0 +1,20 @@
+"""Files that a command writes where the user says: only its own are replaced."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from optima_tpu.errors import UserError
+
+
+def refuse_foreign(path: Path, own: Callable[[bytes], bool], force: bool) -> None:
+    """Refuses to replace a file that this program did not write. Call it before the work.
+
+    Args:
+      own: whether a file's contents are this program's.
+      force: replace it anyway.
+
+    Raises:
+      UserError: the file exists, and is not this program's.
+    """
+    if not force and path.is_file() and not own(path.read_bytes()):
+        raise UserError(f"expected a new file, got {path}, which this program did not write: choose another, or add --force")
