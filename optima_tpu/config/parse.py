@@ -112,6 +112,9 @@ def configure(document: Mapping[str, Any], argv: Sequence[str] = ()) -> RunConfi
     model = early.model if early.model is not None else document.get("model")
     base = to_dict(EMBEDDED if model is None else RunConfig(model=str(model)))
     chosen = {}
+    for name, value in flat(document).items():
+        if "\0" in str(value):  # the system ends paths at it
+            raise UserError(f"expected {name} without NUL characters, got {value!r}")
     for setting in CHOICES:
         default = canonical_name(setting, method_settings(base[setting])["name"])
         in_file = canonical_name(setting, document.get(setting, {}).get("name", default))
@@ -278,9 +281,12 @@ def _build(namespace: jsonargparse.Namespace, chosen: Mapping[str, str]) -> RunC
         if classes:
             values[setting] = classes[-1](**options)
     group = values["selector"].group
-    return RunConfig(
-        **values | {"pattern": parse_pattern(values["pattern"], group), "layers": parse_layers(values["layers"], group)}
-    )
+    for name, read in (("pattern", parse_pattern), ("layers", parse_layers)):
+        try:
+            values[name] = read(values[name], group)
+        except UserError as error:
+            raise UserError(f"{name}: {error}") from None
+    return RunConfig(**values)
 
 
 def _check_known(names: Iterable[str], known: set[str], chosen: Mapping[str, str], dashes: str) -> None:

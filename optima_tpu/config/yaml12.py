@@ -8,6 +8,7 @@ import io
 from typing import Any
 
 from ruamel.yaml import YAML, SafeConstructor
+from ruamel.yaml.constructor import DuplicateKeyError
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from optima_tpu.errors import UserError, one_line
@@ -40,10 +41,13 @@ def load(text: str, origin: str = "the text") -> Any:
         value = yaml.load(text)
         _size(value, {})
         return value
+    except DuplicateKeyError as error:
+        key = str(error.problem).partition('"')[2].partition('"')[0]
+        line = error.problem_mark.line + 1 if error.problem_mark else "?"
+        raise UserError(f"{origin} line {line}: expected every setting once, got {key!r:.60} twice; remove one of them") from None
     except MarkedYAMLError as error:
         line = f" line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        problem = str(error.problem).partition(" with value ")[0]  # leave out both values of a repeated key, which may be long
-        raise UserError(f"{origin}{line}: expected YAML, got something else: {problem}") from None
+        raise UserError(f"{origin}{line}: expected YAML, got something else: {error.problem}") from None
     except RecursionError:
         raise UserError(f"{origin}: expected YAML, got brackets that are nested too deeply, or an alias of itself") from None
     except (YAMLError, ValueError, LookupError) as error:  # the last two for a value that its tag does not fit: !!int x

@@ -49,6 +49,14 @@ NAMED: dict[str, Source] = {str(source): source for source in (PyDoc(), C4(), Wi
 WITH_PATH: dict[str, Callable[[str], Source]] = {"file": File.parse, "npy": Npy.parse, "tfds": TFDS.parse, "hub": Hub.parse}
 
 
+_FORMS = {
+    "file": "file:PATH, such as file:texts/a.txt",
+    "npy": "npy:PATH, such as npy:tokens.npy",
+    "tfds": "tfds:NAME@DIR",
+    "hub": "hub:ORG/NAME@SPLIT",
+}
+
+
 def parse_source(text: str) -> Source:
     """Reads the name of a source: one of ``NAMED``, "self", or KIND:REST with a KIND of ``WITH_PATH``, such as "file:PATH".
 
@@ -62,6 +70,8 @@ def parse_source(text: str) -> Source:
         return SelfGenerated.parse(text)
     if colon and path and kind in WITH_PATH:
         return WITH_PATH[kind](path)
+    if colon and kind in WITH_PATH:
+        raise UserError(f"expected {_FORMS[kind]}, got {text!r}")
     raise UserError(
         f"expected a text source ({', '.join(NAMED)}, self, file:PATH, file:PATH?field=NAME, npy:PATH, "
         f"tfds:NAME@DIR or hub:ORG/NAME@SPLIT), got {text!r}; for a text of your own write file: before its path"

@@ -85,8 +85,7 @@ def check_finite(decoder: Decoder, tokens: np.ndarray, windows: np.ndarray | Arr
 def overflow(decoder: Decoder, tokens: np.ndarray, which: str = "model") -> UserError:
     """The error to raise if the output for a text [1, length] is not finite; names the first layer whose input is not finite."""
     return UserError(
-        f"{_first_broken(decoder, tokens)} holds NaN or infinite values: the {which} overflows in its dtype, or its weights "
-        "are damaged; try --dtype float32"
+        f"{_first_broken(decoder, tokens)} holds NaN or infinite values: {decoder.overflowed.replace('the model', f'the {which}', 1)}"
     )
 
 

@@ -35,6 +35,7 @@ from optima_tpu.runtime.checksums import forget, keep
 from optima_tpu.runtime.files import refuse_unreachable, writing
 from optima_tpu.runtime.mesh import make_mesh
 from optima_tpu.runtime.processes import agree, check_signals, first_only, from_first, is_first
+from optima_tpu.runtime.records import known_record
 
 T = TypeVar("T")
 
@@ -226,8 +227,8 @@ def _task_numbers(tasks: TaskDict | None, results: Mapping[str, Mapping[str, Any
 def _make_writable(folder: Path, force: bool) -> None:
     """Creates the folder and checks now that it is writable and holds no other's files, before hours of computation."""
     theirs = [folder / name for name in (RECORD, *HARNESS.values()) if (folder / name).exists()]
-    earlier = read_record(folder / RECORD) if theirs else None
-    if theirs and not force and not (isinstance(earlier, dict) and {"evaluated", "configuration"} <= earlier.keys()):
+    earlier = known_record(folder / RECORD, dict[str, Any]) or {}
+    if theirs and not force and not {"evaluated", "configuration"} <= earlier.keys():
         raise UserError(
             f"expected --output with a new folder or that of an evaluation, got {folder}, which holds another {theirs[0].name}: "
             "choose another, or add --force true to replace it"

@@ -43,6 +43,8 @@ def parse_layers(text: str, group: str = "row") -> tuple[LayerRule, ...]:
     Raises:
       UserError: the text is not a list of such rules.
     """
+    if text.strip() and not text.strip(", "):
+        raise UserError(f"expected layers as PATH=PATTERN or PATH=dense, got {text!r} without a rule; leave it out for none")
     rules = []
     for part in filter(None, map(str.strip, text.split(","))):
         path, equals, value = (piece.strip() for piece in part.partition("="))

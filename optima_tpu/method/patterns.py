@@ -143,7 +143,8 @@ class Unstructured(Pattern):
 
     def __post_init__(self) -> None:
         if not 0 <= self.sparsity < 1:
-            raise UserError(f"expected a sparsity in [0, 1), got {self.sparsity}")
+            half = "; 0.5 prunes half of the weights" if self.sparsity >= 1 else ""
+            raise UserError(f"expected a sparsity in [0, 1), got {self.sparsity}{half}")
         if self.group not in ("row", "layer"):
             raise UserError(f"expected comparison group 'row' or 'layer', got {self.group!r}")
 

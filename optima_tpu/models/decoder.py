@@ -129,6 +129,14 @@ class Decoder:
             if waiting:
                 yield self._place_block(together(waiting.popleft().result))
 
+    @property
+    def overflowed(self) -> str:
+        """Says why activations are not finite, and what to do."""
+        dtype = self.tensors.dtype(self.root + self.family.embedding)
+        if dtype == np.float32:
+            return "the model overflows even in float32, so its weights are damaged or were never finite: get the model again"
+        return f"the model overflows in {dtype}, or its weights are damaged; try --dtype float32"
+
     def embed(self, tokens: np.ndarray) -> Activations:
         """Hidden states before the first block of token windows [samples, length], in the embedding's dtype."""
         mine, places = tokens[held_rows(self.mesh, 0, len(tokens))], np.arange(tokens.shape[1])
@@ -201,6 +209,8 @@ class Decoder:
         self._check_shape(name, self.end_shapes[name])
         array = self.tensors.read(name)
         _check(name, array)
+        if name == self.root + self.family.embedding and not array.any():
+            raise UserError(f"{name} holds only zeros: the checkpoint is damaged or was never filled; get the model again")
         return array
 
     def _check_shape(self, name: str, shape: tuple[int, ...]) -> None:
@@ -212,10 +222,17 @@ class Decoder:
             )
 
     def _read_block(self, index: int) -> dict[str, "Parts"]:
-        return {
+        read = {
             name: self._read_parts(self.prefix(index) + name, shape, self.sharding(name))
             for name, shape in self.block_shapes.items()
         }
+        # One matrix of zeros may be meant: blocks are added to a model with an output of zero.
+        if not any(part.any() for name, parts in read.items() if len(self.block_shapes[name]) > 1 for part in parts.values()):
+            raise UserError(
+                f"all matrices of {self.prefix(index)[:-1]} hold only zeros: the checkpoint is damaged or was never filled; get "
+                "the model again"
+            )
+        return read
 
     def _place_block(self, read: Mapping[str, "Parts"]) -> dict[str, Array]:
         return {name: self._place(read[name], shape, self.sharding(name)) for name, shape in self.block_shapes.items()}

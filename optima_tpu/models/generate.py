@@ -113,10 +113,7 @@ def generate(
             )
             drawn, finite = fetch((drawn, finite))
             if not finite:
-                raise UserError(
-                    "the logits of the dense model hold NaN or infinite values: it overflows in its dtype, or its "
-                    "weights are damaged; try --dtype float32"
-                )
+                raise UserError(f"the logits of the dense model hold NaN or infinite values: {decoder.overflowed}")
             there, last = rows < samples, min(begin + _STRETCH, length - 1)
             windows[rows[there], begin + 1 : last + 1] = drawn[: last - begin, there].T
             progress.advance()
@@ -172,7 +169,7 @@ def greedy(
             program(load(decoder, length), _empty(cache, rows, mesh), place(mesh, given, P(DATA)), place(mesh, ends, P(DATA)))
         )
         if not finite:
-            raise UserError("the logits of a model hold NaN or infinite values after a prompt; try --dtype float32")
+            raise UserError(f"the logits of a model hold NaN or infinite values after a prompt: {decoder.overflowed}")
         # Token t + 1 is written at step t.
         written.append(np.stack([tokens[size - 1 : size - 1 + new, row] for row, size in enumerate(sizes)]))
         advance()

@@ -386,10 +386,7 @@ def _refuse_infinite(decoder: Decoder, index: int, groups: Groups, matrices: Seq
     """Raises UserError if the input of a group was not finite, which the diagonal of its products shows."""
     for names, trace in zip(groups, fetch([jnp.trace(matrix) for matrix in matrices])):
         if not np.isfinite(trace):
-            raise UserError(
-                f"the input of {decoder.prefix(index)}{names[0]} holds NaN or infinite values: the model overflows "
-                "in its dtype or its weights are damaged; try --dtype float32"
-            )
+            raise UserError(f"the input of {decoder.prefix(index)}{names[0]} holds NaN or infinite values: {decoder.overflowed}")
 
 
 @functools.partial(jax.jit, donate_argnums=0)

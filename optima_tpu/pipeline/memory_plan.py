@@ -217,6 +217,13 @@ class _Block:
         titles = [type(recipe.selector).__name__] * (recipe.selector is not None)
         titles += [recipe.update(recipe.pattern).title] * (recipe.solver is not None)
         where = "split over the model axis" if load.can_split(mesh) else "on every device"
+        if left <= 0:
+            used = self.budget - left
+            return (
+                f"block {self.index} and Hessians beside it take {used / GIB:.3g} GiB of a device, expected less than "
+                f"{self.budget / GIB:.3g} GiB, the --device_memory: give at least {(used + least) / GIB:.3g}, a --mesh with a larger "
+                "model axis, or devices with more memory"
+            )
         return (
             f"{self.prefix}{name} has {load.d_in} inputs: with its Hessian {where}, {' and '.join(titles)} would need "
             f"{least / GIB:.3g} GiB on a device, expected at most {max(left, 0) / GIB:.3g} GiB, the part of --device_memory that "

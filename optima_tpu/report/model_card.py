@@ -10,6 +10,7 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from optima_tpu.config.flat import flat
+from optima_tpu.errors import legible
 from optima_tpu.method.patterns import parse_pattern
 from optima_tpu.report.numbers import percent
 from optima_tpu.report.summary import fitted_errors, held_out_caveat, held_out_errors, of_record
@@ -46,22 +47,22 @@ def model_card(folder: str, sidecar: Mapping[str, Any], assets: Mapping[str, byt
     ).to_yaml()
     parts = [
         f"---\n{front}\n---\n",
-        f"# {_title(origin, folder)}, pruned {parse_pattern(recipe['pattern'])}\n",
-        f"{origin or 'A language model'}, pruned in one shot by OPTIMA-TPU: {pruned:,} of the {weights:,} weights in "
+        f"# {_plain(_title(origin, folder))}, pruned {parse_pattern(recipe['pattern'])}\n",
+        f"{_plain(origin or 'A language model')}, pruned in one shot by OPTIMA-TPU: {pruned:,} of the {weights:,} weights in "
         f"its {len(layers)} pruned matrices are zero ({pruned / max(weights, 1):.2%}). All other tensors are the same as "
         "in the source.\n",
         "`model.safetensors` is not smaller than the source file and inference is not faster, because zeros are stored like "
         "other numbers. `optima export --packed` stores them as a bit mask; a folder with packed.json is of this form, and "
         "`optima unpack` makes the plain folder of it. Zeros save time only with a kernel that uses them.\n",
         "## Recipe\n",
-        *([f"{done}. All settings:\n"] if (done := report.get("recipe")) else []),
-        _table(("setting", "value"), [(name, str(value)) for name, value in flat(recipe).items()]),
+        *([f"{_plain(done)}. All settings:\n"] if (done := report.get("recipe")) else []),
+        _table(("setting", "value"), [(name, _plain(str(value))) for name, value in flat(recipe).items()]),
     ]
     if perplexity := report.get("perplexity"):
         rows = [(model, f"{perplexity[model]:.3f}") for model in ("dense", "pruned")]
         # Remove the folders of paths, because the card is meant to be published.
         how = without_folders(report.get("evaluation", {}).get("how", ""))
-        parts += ["## Perplexity\n", *([f"On {how}.\n"] if how else []), _table(("model", "perplexity"), rows)]
+        parts += ["## Perplexity\n", *([f"On {_plain(how)}.\n"] if how else []), _table(("model", "perplexity"), rows)]
     parts += ["## Layer errors\n", *_layer_errors(layers, held_out_caveat(recipe))]
     parts += [
         "## Files\n",
@@ -85,6 +86,12 @@ def _layer_errors(layers: Sequence[Mapping[str, Any]], caveat: str) -> list[str]
         f"selector's weights and with the final weights.{said}\n",
         _table(("text", "selector's", "final"), rows),
     ]
+
+
+def _plain(text: str) -> str:
+    """Text in one line of Markdown in which nothing is markup. A name such as org/some_model stays as it is."""
+    escaped = re.sub(r"([\\`*\[\]|~]|(?<!\w)_|_(?!\w)|^[#+=-])", r"\\\1", legible(text))
+    return escaped.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
 def _title(origin: str | None, folder: str) -> str:

@@ -467,8 +467,8 @@ def test_a_bad_command_line_is_refused_in_one_line_that_names_it(argv, words):
         ("model: {name: a}", ["model.name"]),
         ("pattern: [1]", ["pattern", "[1]"]),
         ("batch: two", ["batch", "a whole number", "two"]),
-        ("batch: 2\nbatch: 3", ["line 2", "duplicate", "batch"]),
-        ("solver:\n  damping: 1\n  damping: 2", ["line 3", "duplicate", "damping"]),
+        ("batch: 2\nbatch: 3", ["line 2", "'batch' twice"]),
+        ("solver:\n  damping: 1\n  damping: 2", ["line 3", "'damping' twice"]),
         ("- a", ["settings"]),
         ("5: a", ["settings"]),
         ("a: [1", ["YAML", "line 1"]),
@@ -476,6 +476,12 @@ def test_a_bad_command_line_is_refused_in_one_line_that_names_it(argv, words):
         ("a: !!int", ["YAML"]),
         ("a: !!python/name:os.system", ["YAML"]),
         ("\x00", ["YAML"]),
+        ('output: "a\\0b"', ["output", "NUL"]),
+        ("a: " + "[" * 5000, ["nested too deeply"]),
+        ("pattern: 1.5", ["pattern: ", "[0, 1)", "0.5 prunes half"]),
+        ("layers: ','", ["layers: ", "without a rule"]),
+        ("mesh: data=2,data=4", ["each axis once"]),
+        ("mesh: -2x-4", ["at least 1 device on each axis"]),
     ],
 )
 def test_a_bad_file_is_refused_in_one_line_that_names_it(text, words, file):

@@ -411,9 +411,15 @@ def test_a_source_is_written_as_it_is_read(text):
     assert str(data.parse_source(text)) == text
 
 
-@pytest.mark.parametrize("text", ["", "c5", "a.txt", "file:", "npy:", "c4:x", "file:a.jsonl?page", "file:a.jsonl?field="])
+@pytest.mark.parametrize("text", ["", "c5", "a.txt", "file:", "c4:x", "file:a.jsonl?page", "file:a.jsonl?field="])
 def test_other_source_texts_are_refused(text):
     with pytest.raises(UserError, match="file:PATH"):
+        data.parse_source(text)
+
+
+@pytest.mark.parametrize("text, form", [("npy:", "npy:PATH"), ("tfds:", "tfds:NAME@DIR"), ("hub:", "hub:ORG/NAME@SPLIT")])
+def test_a_source_without_its_place_is_told_its_own_form(text, form):
+    with pytest.raises(UserError, match=f"expected {form}.*got '{text}'"):
         data.parse_source(text)
 
 

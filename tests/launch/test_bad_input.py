@@ -49,13 +49,24 @@ def refused(tmp_path, capfd):
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
-        (["--pattern", "1.0"], "expected a sparsity in [0, 1), got 1.0"),
+        (["--pattern", "1.0"], "pattern: expected a sparsity in [0, 1), got 1.0; 0.5 prunes half of the weights"),
         (["--pattern=-0.1"], "expected a sparsity in [0, 1), got -0.1"),
         (["--pattern", "4:2"], "expected a pattern N:M with 0 < N < M, got 4:2"),
         (["--pattern", "half"], "expected a pattern such as 0.5, 0.5/layer or 2:4, got 'half'"),
         (["--pattern", "3:8"], "divisible by 8, got a layer with 36"),
         (["--mesh", "2x2"], "mesh 2x2 needs 4 devices, there are 8 (cpu): choose a mesh whose product is 8"),
         (["--mesh", "2x2x2"], "expected a mesh such as 4x2 or data=4,model=2, got '2x2x2'"),
+        (["--mesh=-2x-4"], "expected a mesh with at least 1 device on each axis, such as 4x2, got '-2x-4'"),
+        (["--mesh", "data=2,data=4"], "expected a mesh with each axis once"),
+        (["--layers", ", ,"], "layers: expected layers as PATH=PATTERN or PATH=dense, got ', ,' without a rule"),
+        (["--layers", "self_attn.*=1.5"], "layers: expected a sparsity in [0, 1), got 1.5"),
+        (["--device_memory", "1e-9"], "expected less than 1e-09 GiB, the --device_memory: give at least 0.00"),
+        (["--calibration.source", "file:"], "expected file:PATH, such as file:texts/a.txt, got 'file:'"),
+        (["--calibration.source", "file:a\nb.txt"], "a\\nb.txt does not exist"),
+        (["--calibration.source", "file:" + "a" * 5000], "File name too long; check the path"),
+        (["--config", "a\x1b[31mb\r.yaml"], "cannot read a\\x1b[31mb\\r.yaml"),
+        (["--no\nsuch", "1"], "there is no setting --no\\nsuch"),
+        (["--selector", "imported", "--selector.path", "a" * 5000], "File name too long; check the path"),
         (["--calibration.length", "129"], "expected calibration.length of at most 128, the model's context, got 129"),
         (["--evaluation.length", "129"], "expected evaluation.length of at most 128, the model's context, got 129"),
         (["--sparsity", "0.5"], "there is no setting --sparsity; see --help for all of them"),
@@ -74,7 +85,7 @@ def refused(tmp_path, capfd):
         (["--calibration.source", "file:nowhere.txt"], "nowhere.txt"),
         (["--calibration.source", "shakespeare"], "expected a text source (pydoc, c4, wikitext2, random, self, file:PATH"),
     ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+    ids=lambda value: ascii(" ".join(value))[:40] if isinstance(value, list) else "",
 )
 def test_a_setting_that_cannot_be(model, refused, settings, expected):
     assert expected in refused("--model", model, *SMALL, *settings)
@@ -85,6 +96,9 @@ def test_a_setting_that_cannot_be(model, refused, settings, expected):
     [
         ("solver: {dampnig: 0.1}", "there is no setting solver.dampnig; did you mean solver.damping or "),
         ("patern: 0.5", "there is no setting patern; did you mean pattern?"),
+        ('output: "a\\0b"', "expected output without NUL characters, got 'a\\x00b'"),
+        ("batch: 2\nbatch: 4", "line 2: expected every setting once, got 'batch' twice"),
+        ("layers: " + "[" * 5000, "expected YAML, got something that is nested too deeply"),
         ("pattern: 1.5", "expected a sparsity in [0, 1), got 1.5"),
         ("pattern: [", "line 1: expected YAML, got something else"),
         ("calibration: c4", "expected settings under calibration, such as 'source: c4', got 'c4'"),
@@ -98,6 +112,8 @@ def test_a_file_with_a_setting_that_cannot_be(model, refused, tmp_path, text, ex
 def test_a_model_that_is_not_there(refused, tmp_path):
     assert f"no such path: '{tmp_path / 'nowhere'}'" in refused("--model", tmp_path / "nowhere", *SMALL)
     assert "is no model: expected config.json" in refused("--model", tmp_path, *SMALL)
+    assert "File name too long; check the path" in refused("--model", "a" * 5000, *SMALL)
+    assert "expected the name of an installed package after wheel:" in refused("--model", "wheel:", *SMALL)
     assert "the package 'no-such-model' is not installed" in refused("--model", "wheel:no-such-model", *SMALL)
 
 
@@ -192,6 +208,36 @@ def test_a_weight_that_is_not_finite(refused, tmp_path, name, value):
     assert f"{name} holds 1 values that are NaN or infinite" in message
 
 
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ("model.layers.1.", "all matrices of model.layers.1 hold only zeros"),
+        ("model.embed", "embed_tokens.weight holds only zeros"),
+    ],
+)
+def test_weights_of_zeros(refused, tmp_path, names, message):
+    def change(arrays):
+        for name, array in arrays.items():
+            array[...] *= not name.startswith(names) or "norm" in name
+
+    assert message in refused("--model", tiny_folder(tmp_path / "model", change=change), "--mesh", "4x2", *SMALL)
+
+
+@pytest.mark.parametrize(
+    ("platform", "change", "message"),
+    [
+        ("rocm", {}, "expected devices of JAX_PLATFORMS=rocm, but JAX finds none"),
+        # transformers warns of the ids.
+        ("cpu", {"bos_token_id": 99999, "rope_scaling": {"type": "odd", "factor": 2.0}}, "expected rope_type"),
+    ],
+)
+def test_libraries_say_nothing_before_the_one_line(tmp_path, platform, change, message):
+    config = json.loads((tiny_folder(tmp_path / "model") / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config | change))
+    done = python("-m", "optima_tpu.launch", "--model", tmp_path / "model", *SMALL, JAX_PLATFORMS=platform)
+    assert done.returncode == 2 and message in only_error(done.stderr)
+
+
 def test_a_weight_of_whole_numbers(refused, tmp_path):
     def change(arrays):
         arrays[TENSOR] = arrays[TENSOR].astype(np.int8)
@@ -214,6 +260,14 @@ def test_activations_that_overflow(refused, tmp_path, norm, layer):
     folder = tiny_folder(tmp_path / "model", dtype="float16", change=change)
     message = refused("--model", folder, "--mesh", "4x2", *SMALL)
     assert f"the input of model.layers.1.{layer} holds NaN or infinite values" in message and "try --dtype float32" in message
+
+
+def test_activations_that_overflow_in_float32_are_not_advised_float32(refused, tmp_path):
+    def change(arrays):
+        arrays["model.layers.1.post_attention_layernorm.weight"][:] = 3e38
+
+    message = refused("--model", tiny_folder(tmp_path / "model", change=change), "--mesh", "4x2", *SMALL)
+    assert "the model overflows even in float32, so its weights are damaged" in message and "--dtype" not in message
 
 
 @pytest.mark.parametrize("name", ["dense.json", "allocation.json", "report.json"])

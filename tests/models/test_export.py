@@ -19,7 +19,7 @@ from optima_tpu.runtime.files import begin
 from tests.support.fake_run import ASSETS, BLOCKS, MANIFEST, assert_same, finished_run, on_host, pruned_block, small_model
 from tests.support.meshes import mesh
 from tests.support.processes import python
-from tests.support.runs import folder_tensors, only_error
+from tests.support.runs import folder_tensors, only_error, snapshot
 from tests.support.tiny_models import MemoryTensors
 
 
@@ -118,6 +118,23 @@ def test_the_folder_describes_itself(run, tmp_path):
     everything = b"".join(path.read_bytes() for path in (tmp_path / "out").iterdir())
     assert b"sparsity_config" not in everything and b"/home/me" not in everything
     assert is_export_of(run, tmp_path / "out") and not is_export_of(run, tmp_path)
+
+
+@pytest.mark.parametrize("place", ["", "journal", "checkpoint/hf", "hf/again"])
+def test_an_export_does_not_go_into_the_run_that_it_is_made_from(run, place):
+    before = snapshot(run)
+    with pytest.raises(UserError, match="expected a folder outside of the run directory"):
+        export(run, run / place)
+    assert snapshot(run) == before
+
+
+def test_markup_in_a_models_name_is_text_in_its_card(tmp_path):
+    name = "<script>x<b>[a](b)`c`\n# d|*e*_f_"
+    finished_run(tmp_path / "run", small_model(), model=f"wheel:{name}")
+    export(tmp_path / "run", tmp_path / "out")
+    text = (tmp_path / "out" / "README.md").read_text().split("---\n", 2)[2]
+    assert r"&lt;script&gt;" in text and r"\[a\](b)\`c\`\\n# d\|\*e\*\_f\_" in text
+    assert "<script>" not in text and "\n# d" not in text
 
 
 def test_a_local_model_is_named_without_its_path_and_the_licence_is_the_sources(tmp_path):

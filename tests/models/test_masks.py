@@ -225,6 +225,10 @@ def test_torch_files_that_hold_something_else(tmp_path):
     torch.save({LAST: [1, 0]}, tmp_path / "list.pt")
     with pytest.raises(UserError, match=f"{LAST}: expected a dense matrix of 0 and 1 in .*, got list"):
         open_masks(str(tmp_path / "list.pt")).read(LAST, SHAPES[LAST])
+    for strange, said in ((torch.ones(3, 4).to_sparse(), "sparse_coo"), (torch.ones(3, 4, device="meta"), "empty .meta.")):
+        torch.save({LAST: strange}, tmp_path / "strange.pt")
+        with pytest.raises(UserError, match=f"expected a dense matrix of 0 and 1 in .*strange.pt, got {said} Tensor"):
+            open_masks(str(tmp_path / "strange.pt")).read(LAST, (3, 4))
     torch.save({LAST: torch.full((3, 4), 0.25)}, tmp_path / "quarter.pt")
     with pytest.raises(UserError, match=f"{LAST}: expected a mask of 0 and 1, .* holds 0.25"):
         open_masks(str(tmp_path / "quarter.pt")).read(LAST, SHAPES[LAST])
@@ -306,6 +310,23 @@ def test_npz_files_that_hold_something_else(tmp_path):
     (tmp_path / "masks.npz").write_bytes(whole[:-30])
     with pytest.raises(UserError, match="can't be read as an npz file"):
         open_masks(str(tmp_path / "masks.npz"))
+
+
+@pytest.mark.parametrize("local, central, value", [(6, 8, 1), (8, 10, 99)], ids=["encrypted", "packed by another method"])
+def test_an_archive_that_python_cannot_unpack_is_named(tmp_path, local, central, value):
+    np.savez(tmp_path / "masks.npz", **{LAST: np.ones((3, 4), bool)})
+    data = bytearray((tmp_path / "masks.npz").read_bytes())
+    data[data.find(b"PK\x03\x04") + local] |= value
+    data[data.find(b"PK\x01\x02") + central] |= value
+    (tmp_path / "masks.npz").write_bytes(data)
+    with pytest.raises(UserError, match="masks.npz can't be read as an npz file"):
+        open_masks(str(tmp_path / "masks.npz"))
+
+
+def test_masks_in_a_dtype_without_numpy_are_named(tmp_path):
+    safetensors.numpy.save_file({LAST: np.ones((3, 4), ml_dtypes.float8_e4m3fn)}, tmp_path / "masks.safetensors")
+    with pytest.raises(UserError, match="is stored as float8_e4m3fn; save it as bool"):
+        open_masks(str(tmp_path / "masks.safetensors"))
 
 
 def test_a_damaged_entry_is_named(tmp_path):

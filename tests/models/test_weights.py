@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import gguf
@@ -165,6 +166,43 @@ def test_an_index_may_not_point_out_of_its_folder(folder):
     (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../a.safetensors"}}')
     with pytest.raises(UserError, match="not a file of its own folder"):
         open_model(str(folder))
+
+
+def test_an_index_that_names_pickled_files_says_how_to_convert(folder):
+    index = folder / "model.safetensors.index.json"
+    names = json.loads(index.read_text())["weight_map"]
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(names, "pytorch_model-00001-of-00001.bin")}))
+    with pytest.raises(UserError, match="pytorch_model-00001-of-00001.bin, which is no safetensors file: convert"):
+        open_model(str(folder))
+
+
+def test_an_index_that_is_nested_too_deeply_is_damaged(folder):
+    (folder / "model.safetensors.index.json").write_text("[" * 100_000)
+    with pytest.raises(UserError, match="index.json is damaged"):
+        open_model(str(folder))
+
+
+@pytest.mark.parametrize("name", ["LICENSE", "config.json", "model-00001-of-00003.safetensors"])
+def test_links_out_of_the_folder_are_refused_except_in_the_hubs_cache(folder, tmp_path, name):
+    fingerprint = open_model(str(folder)).fingerprint
+    snapshot = tmp_path / "models--a--b" / "snapshots" / "1"
+    snapshot.mkdir(parents=True)
+    shutil.copytree(folder, tmp_path / "models--a--b" / "blobs")
+    for path in folder.iterdir():
+        (snapshot / path.name).symlink_to(Path("../../blobs") / path.name)
+    assert open_model(str(snapshot)).fingerprint == fingerprint
+    (folder / name).rename(tmp_path / "elsewhere")
+    (folder / name).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match=f"{name} is a link to .*elsewhere, outside of the folder: copy"):
+        open_model(str(folder))
+
+
+def test_code_of_the_models_own_is_never_run(folder):
+    config = json.loads((folder / "config.json").read_text()) | {"model_type": "mine", "auto_map": {"AutoConfig": "mine.Config"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="asks for code of the model's own .auto_map., which is never run") as refused:
+        open_model(str(folder))
+    assert "trust_remote_code" not in str(refused.value)
 
 
 def test_a_folder_with_pickled_weights_only_says_how_to_convert(tmp_path):
@@ -482,10 +520,25 @@ def test_a_gguf_file_that_is_no_plain_llama_is_refused(tmp_path, options, messag
         open_model(str(tmp_path / "m.gguf"))
 
 
+@pytest.mark.parametrize("kind", [Q.Q8_0, Q.F16])
+def test_a_flipped_exponent_in_a_gguf_file_is_named(tmp_path, kind):
+    path, name = tmp_path / "m.gguf", "model.layers.0.mlp.up_proj.weight"
+    expected = write_gguf(path, llama_tensors(), kinds=lambda other: kind if other == name else Q.F32)
+    tensors = open_model(str(path)).tensors
+    assert (tensors.read(name) == expected[name]).all()
+    reader = gguf.GGUFReader(path, "r+")
+    stored = next(tensor for tensor in reader.tensors if tensor.name == gguf_name(name))
+    stored.data.view(np.uint8).reshape(-1)[1] ^= 0x40  # the highest bit of the exponent of a float16
+    reader.data.flush()
+    with pytest.raises(UserError, match=f"expected {gguf_name(name)} to hold values of about one size.*damaged"):
+        open_model(str(path)).tensors.read(name)
+
+
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.3, 0.9])
 def test_a_truncated_gguf_file_is_named(tmp_path, share):
     path = tmp_path / "m.gguf"
     write_gguf(path, llama_tensors())
     path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
-    with pytest.raises(UserError, match="m.gguf is truncated or no GGUF file"):
+    said = "truncated or damaged: its header asks for more" if share else "no GGUF file"
+    with pytest.raises(UserError, match=f"m.gguf is {said}"):
         open_model(str(path))

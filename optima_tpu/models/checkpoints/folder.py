@@ -46,6 +46,12 @@ class _Index(TypedDict):
     weight_map: dict[str, str]
 
 
+_CONVERT = (
+    "convert the weights once with transformers, AutoModelForCausalLM.from_pretrained(a).save_pretrained(b), which writes "
+    "safetensors, and give that folder"
+)
+
+
 class SafetensorsSource:
     """Tensors in memory-mapped safetensors files; a read touches only the bytes of its slice.
 
@@ -164,6 +170,7 @@ def open_folder(folder: Path, origin: str, dtype: str | None = None) -> Pretrain
     cast = parse_dtype(dtype)
     if not (folder / "config.json").is_file():
         raise UserError(_not_a_model(folder))
+    _refuse_links(folder)
     found = sorted([*filter(_is_asset, folder.iterdir()), *folder.glob(f"{CHAT_TEMPLATES}/*.jinja")])
     assets = {path.relative_to(folder).as_posix(): path.read_bytes() for path in found}
     tensors: SafetensorsSource | PackedSource
@@ -208,7 +215,24 @@ def _shards(folder: Path) -> tuple[list[Path], dict[str, str]]:
     for shard in shards:
         if Path(shard).name != shard:  # an index is untrusted: it must not point outside its folder
             raise UserError(f"{folder / INDEX} names {shard}, which is not a file of its own folder")
+        if not shard.endswith(".safetensors"):
+            raise UserError(f"{folder / INDEX} names {shard}, which is no safetensors file: {_CONVERT}")
     return [folder / shard for shard in shards], weight_map
+
+
+def _refuse_links(folder: Path) -> None:
+    """Refuses links to files outside the folder: their contents would become a part of the pruned model.
+
+    Raises:
+      UserError: a file that would be read is such a link. The hub's cache is an exception: there every file is a link.
+    """
+    home = folder.resolve()
+    # The hub's cache has models--ORG--NAME/snapshots/REVISION/FILE, which is a link to models--ORG--NAME/blobs/HASH.
+    inside = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]
+    for path in sorted([*folder.iterdir(), *folder.glob(f"{CHAT_TEMPLATES}/*")]):
+        read = path.suffix == ".safetensors" or path.name in (INDEX, CHAT_TEMPLATES) or _is_asset(path)
+        if read and not any(path.resolve().is_relative_to(place) for place in inside):
+            raise UserError(f"{path} is a link to {path.resolve()}, outside of the folder: copy that file into the folder")
 
 
 def _not_a_model(folder: Path) -> str:
@@ -221,11 +245,7 @@ def _not_a_model(folder: Path) -> str:
 def _no_weights(folder: Path) -> str:
     pickles = sorted(folder.glob("pytorch_model*.bin"))
     if pickles:
-        return (
-            f"{folder} has its weights only in the pickle format ({pickles[0].name}): convert them once with "
-            f"transformers, AutoModelForCausalLM.from_pretrained(a).save_pretrained(b), which writes safetensors, "
-            "and give that folder"
-        )
+        return f"{folder} has its weights only in the pickle format ({pickles[0].name}): {_CONVERT}"
     return f"{folder} has no weights: expected {SINGLE}, or {INDEX} and the files it names"
 
 

@@ -23,6 +23,7 @@ from optima_tpu.models.checkpoints.source import Index, Pretrained, fingerprint,
 from optima_tpu.runtime.records import check_record
 
 TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+_WILD = 1e4
 ROPE_FACTORS = "rope_freqs.weight"
 """Not a weight: the llama3 rope scaling, written out per frequency. It goes into the configuration."""
 
@@ -100,6 +101,7 @@ class GGUFSource:
                 order = rope_row_order(shape[0], heads)
         if columns:
             values = dequantize(np.asarray(tensor.data[order[rows]]), tensor.tensor_type)[:, *columns]
+            _refuse_wild(tensor.name, values)
         else:  # a norm or a bias; bfloat16 is stored as bytes, so decode before slicing
             values = dequantize(np.asarray(tensor.data), tensor.tensor_type)[order[rows]]
             if self._norm_shift and name.endswith("norm.weight"):
@@ -117,6 +119,21 @@ class _Reader(GGUFReader):
         return super()._get(offset, dtype, count, *rest, **others)
 
 
+def _refuse_wild(name: str, values: np.ndarray) -> None:
+    """Refuses a matrix with a value that no trained model has. GGUF stores no checksums; a flipped bit in the exponent of a block's
+    scale shows like this, one in its low bits does not show.
+
+    Raises:
+      UserError: a value is ``_WILD`` times the median of those that are not 0.
+    """
+    sizes = np.abs(values[values != 0])
+    if sizes.size and (largest := float(sizes.max())) > _WILD * float(np.median(sizes)):
+        raise UserError(
+            f"expected {name} to hold values of about one size, got {largest:.3g} where half of them are below "
+            f"{float(np.median(sizes)):.3g}: the GGUF file is damaged, download it again"
+        )
+
+
 def open_gguf(path: Path, origin: str, dtype: str | None = None) -> Pretrained:
     """Opens a GGUF file; configuration and tokenizer are made from its metadata.
 
@@ -128,7 +145,12 @@ def open_gguf(path: Path, origin: str, dtype: str | None = None) -> Pretrained:
         reader = _Reader(path)
         fields = metadata(reader)
     except (ValueError, IndexError, KeyError, TypeError, OverflowError, MemoryError, RecursionError) as error:
-        raise UserError(f"{path} is truncated or no GGUF file ({error}): download it again") from error
+        with path.open("rb") as file:
+            begun = file.read(4) == b"GGUF"
+        what = (
+            "is truncated or damaged: its header asks for more than its" if begun else "is no GGUF file, which begins with GGUF:"
+        )
+        raise UserError(f"{path} {what} {path.stat().st_size:,} bytes; download it again") from error
     check_record(fields, Tokens, path, "download it again")
     if reader.byte_order != "I":
         raise UserError(f"{path} has the other byte order: convert it with gguf-convert-endian of the gguf package")

@@ -132,8 +132,8 @@ def read_config(config: bytes, where: str, dtype: str | None = None) -> tuple[Pr
         one.
 
     Raises:
-      UserError: the file is no JSON object, a size in it is above every bound, transformers does not know the model type, the file names no architecture, or the
-        weights are quantised.
+      UserError: the file is no JSON object, a size in it is above every bound, transformers does not know the model type, the file
+        names no architecture, or the weights are quantised.
     """
     record: dict[str, Any] = dict(parse_record(config, Declared, f"{where}: config.json", _CHECK))
     if (text := record.get("text_config")) is not None:
@@ -147,6 +147,11 @@ def read_config(config: bytes, where: str, dtype: str | None = None) -> tuple[Pr
             (Path(folder) / "config.json").write_bytes(config)
             parsed = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # transformers raises anything from KeyError to its own classes on a broken config
+        if isinstance(record, dict) and record.get("auto_map"):
+            raise UserError(
+                f"{where}: config.json asks for code of the model's own (auto_map), which is never run: give a model that "
+                "transformers has without such code"
+            ) from error
         raise UserError(
             f"{where}: config.json is not a model configuration that transformers can read ({one_line(error)})"
         ) from error

@@ -15,6 +15,10 @@ def open_safetensors(path: Path, origin: str) -> MaskSource:
     """
     tensors = SafetensorsSource([path])
     for key in tensors.names():
+        if tensors.dtype(key).name.startswith("float8"):  # which safetensors cannot read into numpy
+            raise UserError(
+                f"expected masks in {path}, matrices of 0 and 1, but {key!r} is stored as {tensors.dtype(key)}; save it as bool"
+            )
         if len(tensors.shape(key)) != 2:
             raise UserError(
                 f"expected masks in {path}, matrices of 0 and 1, but {key!r} has shape "

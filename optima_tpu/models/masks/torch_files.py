@@ -84,8 +84,15 @@ def _load(path: Path) -> Any:
 
 def _matrix(tensor: Any, name: str, path: Path) -> np.ndarray:
     torch = _torch(path)
-    if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided or tensor.is_quantized:
-        raise UserError(f"{name}: expected a dense matrix of 0 and 1 in {path}, got {type(tensor).__name__}")
+    if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
+        raise UserError(f"{name}: expected a dense matrix of 0 and 1 in {path}, got {_kind(tensor)}")
     tensor = tensor.detach()
     # numpy has no bfloat16. The cast keeps 0 and 1, and does not turn other values into 0 or 1.
     return (tensor.float() if tensor.is_floating_point() else tensor).numpy()
+
+
+def _kind(value: Any) -> str:
+    """The type of a value; for a tensor, what is strange about it."""
+    layout = str(getattr(value, "layout", "")).removeprefix("torch.").removeprefix("strided")
+    strange = [layout, "quantised" * getattr(value, "is_quantized", False), "empty (meta)" * getattr(value, "is_meta", False)]
+    return " ".join([*filter(None, strange), type(value).__name__])
