@@ -181,6 +181,7 @@ class _Listener:
             self.number = number
 
     def _listen(self) -> None:
+        again = False
         while True:
             ready, _, _ = select.select([self._ear], [], [], 0.1 if self.number else None)
             data = os.read(self._ear, 1) if ready else b""
@@ -191,8 +192,10 @@ class _Listener:
                 if self.status is not None:
                     os._exit(self.status)
                 self._first(number)
-                if time.monotonic() > self._since + _SAME:
+                # The handler may have been there before this thread: the first signal that comes here is never a second one.
+                if again and time.monotonic() > self._since + _SAME:
                     self._end("")
+                again = True
             if self.number and self.status is None and not self.saves and time.monotonic() > self._deadline():
                 self._end(" in the middle of a step")
 
