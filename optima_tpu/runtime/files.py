@@ -68,9 +68,9 @@ def refuse_unreachable(directory: Path) -> None:
 
     Raises:
       UserError: the bucket does not exist, or the user has no permission; or a local path has a bracket or a backslash, which
-        breaks the patterns by which Orbax finds its files.
+        breaks the patterns by which Orbax finds its files, or a byte that is not UTF-8.
     """
-    if not in_bucket(directory) and (found := re.search(r"[\[\\]", str(directory.absolute()))):
+    if not in_bucket(directory) and (found := re.search(r"[\[\\\ud800-\udfff]", str(directory.absolute()))):
         raise UserError(
             f"expected a directory without {found[0]} in its path, since Orbax would not find its own files there, got "
             f"{directory.absolute()}; choose another --output"
