@@ -16,7 +16,7 @@ from optima_tpu.config.run_config import RunConfig
 from optima_tpu.runtime.command import guarded, take_devices
 from optima_tpu.runtime.signals import INTERRUPTED, RESUME
 from optima_tpu.runtime.xla_flags import raise_collective_timeouts
-from tests.support.processes import hearing_ctrl_c, process_environment, python
+from tests.support.processes import at_once, free_port, hearing_ctrl_c, process_environment, python, without_gloo
 
 # A loop on the device that never ends, in which Python hears no signal; a save that takes longer than the grace; and callbacks of
 # the garbage collector, in which an exception is lost.
@@ -56,6 +56,22 @@ sys.exit(command.guarded(globals()[sys.argv[1]], "the same command goes on"))
 """
 
 
+TOGETHER = """
+import signal, sys
+from optima_tpu.config.run_config import RunConfig
+from optima_tpu.runtime import command, processes
+
+def work():
+    address, number = sys.argv[1], int(sys.argv[2])
+    command.take_devices(RunConfig(model="a", cpu_devices=1, coordinator=address, num_processes=2, process_id=number))
+    processes.check_signals()
+    if number == 1:
+        signal.raise_signal(signal.SIGTERM)
+    processes.check_signals()
+    print("went on")
+
+sys.exit(command.guarded(work, "the same command goes on"))
+"""
 SENT = [(signal.SIGTERM, " by SIGTERM", RESUME), (signal.SIGINT, "", INTERRUPTED)]
 
 
@@ -96,6 +112,13 @@ def test_a_second_signal_ends_the_work_at_once(sent, name, status):
         process.send_signal(sent)
         assert process.communicate(timeout=120) == ("", f"stopped{name}; the same command goes on\n")
         assert process.returncode == status
+
+
+def test_a_signal_to_one_process_ends_all_of_them_after_the_same_step():
+    address = f"localhost:{free_port()}"
+    for status, out, said in at_once(["-W", "ignore", "-c", TOGETHER, address, number] for number in range(2)):
+        assert status == RESUME and "went on" not in out
+        assert "stopped by SIGTERM; the same command goes on" in without_gloo(said)
 
 
 def test_sigterm_of_a_forked_child_is_its_own():
