@@ -147,10 +147,13 @@ def open_gguf(path: Path, origin: str, dtype: str | None = None) -> Pretrained:
     except (ValueError, IndexError, KeyError, TypeError, OverflowError, MemoryError, RecursionError) as error:
         with path.open("rb") as file:
             begun = file.read(4) == b"GGUF"
+        size = f"{path.stat().st_size:,} bytes"
         what = (
-            "is truncated or damaged: its header asks for more than its" if begun else "is no GGUF file, which begins with GGUF:"
+            f"truncated or damaged: its header asks for more than its {size}"
+            if begun
+            else f"no GGUF file: its {size} do not begin so"
         )
-        raise UserError(f"{path} {what} {path.stat().st_size:,} bytes; download it again") from error
+        raise UserError(f"{path} is {what}; download it again") from error
     check_record(fields, Tokens, path, "download it again")
     if reader.byte_order != "I":
         raise UserError(f"{path} has the other byte order: convert it with gguf-convert-endian of the gguf package")
