@@ -1,6 +1,5 @@
 """The command line that unpacks a packed export: ``python -m optima_tpu.unpack PACKED OUT``."""
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -10,7 +9,7 @@ from optima_tpu.runtime.buckets import as_path, in_bucket
 from optima_tpu.runtime.checksums import write_sums
 from optima_tpu.runtime.command import guarded
 from optima_tpu.runtime.files import begin, commit, remove, writing
-from optima_tpu.runtime.program import program
+from optima_tpu.runtime.program import Parser, program
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -18,9 +17,9 @@ def main(arguments: list[str] | None = None) -> int:
     return guarded(lambda: _unpack(arguments), "the same command does it again")
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser() -> Parser:
     """The parser of the command line."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=program("unpack"),
         description="Writes the folder that transformers loads, from a folder that optima export --packed wrote. Every file is the "
         "same as in the plain export, byte for byte.",

@@ -1,6 +1,5 @@
 """The command line that compares checksums: ``python -m optima_tpu.verify FOLDER``."""
 
-import argparse
 import sys
 import time
 
@@ -8,7 +7,7 @@ from optima_tpu.errors import UserError
 from optima_tpu.pipeline.repair import verified
 from optima_tpu.runtime.buckets import as_path
 from optima_tpu.runtime.command import guarded
-from optima_tpu.runtime.program import program
+from optima_tpu.runtime.program import Parser, program
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -16,9 +15,9 @@ def main(arguments: list[str] | None = None) -> int:
     return guarded(lambda: _verify(arguments), "the same command does it again")
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser() -> Parser:
     """The parser of the command line."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=program("verify"),
         description="Compares every file of a run directory or of an exported folder with the checksum that was written with it, and "
         "names the files that are damaged or missing. Changes nothing. The exit status is 0 only if every file matches.",
