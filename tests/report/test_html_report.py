@@ -564,7 +564,7 @@ def test_the_command_line_writes_the_page_and_a_summary(tmp_path, monkeypatch, c
         (["started"], ["not finished"]),
         (["text"], ["JSON"]),
         (["cg", "cg"], ["twice"]),
-        (["old"], ["another version", "environment"]),
+        (["old"], ["another version", "expected a value for"]),
         (["odd"], ["another version", "surprise"]),
         (["cg", "-o", "missing/x.html"], ["existing folder"]),
         (["cg", "-o", "cg"], ["a file"]),

@@ -70,13 +70,12 @@ def export(
       RuntimeError: the written weights do not match the masks. ``out`` is not created.
     """
     out, run_directory = as_path(out).resolve(), as_path(run_directory)
-    run = run_directory.resolve()
-    if out.is_relative_to(run) and out != run / "hf":
-        raise UserError(f"expected a folder outside of the run directory {run} to export to, got {out}; choose another folder")
     if packed and in_bucket(out):
         raise UserError(f"expected a folder on a disk for a packed export, got {out}: export to a disk, then copy the folder")
     refuse_damaged_checkpoint(run_directory.absolute())
-    source = CheckpointTensors(run_directory)
+    source, run = CheckpointTensors(run_directory), run_directory.resolve()
+    if out.is_relative_to(run) and out != run / "hf":
+        raise UserError(f"expected a folder outside of the run directory {run} to export to, got {out}; choose another folder")
     patterns = _patterns(source)
     with writing(out, "nothing was left there; make room or choose another folder, and repeat the command"):
         if _is_damaged_export(out, source.run["manifest"], own=out.parent == run):
