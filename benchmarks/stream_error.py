@@ -75,7 +75,7 @@ def stream_errors(config: RunConfig, model: Model, texts: Texts, blocks: int) ->
     """Yields the errors after every block: (on held-out windows, on the evaluation text)."""
     decoder, samples, recipe = model.decoder, config.calibration.samples, config.recipe
     walk = Walk(decoder, recipe, linear_groups(decoder), samples)
-    hidden, other = (decoder.embed(text.ids) for text in texts)
+    hidden, other = (decoder.embed(text.ids) for text in (texts.calibration, texts.evaluation))
     dense, other_dense = hidden.copy(), other.copy()
     for index in range(blocks):
         whole = decoder.load_block(index)
