@@ -719,7 +719,14 @@ _RESULTS: Mapping[str, tuple[str, Mapping[str, Sequence[str]]]] = {
         "All quality numbers, from the first comparison to the tables of the OPTIMA paper. ↓ in a column's head: lower is better. "
         "↑: higher is better. A dash: not measured. [How to read the tables](index.md#reading).",
         {
-            "Against other methods": ("presets-half", "patterns", "seeds", "optima-method", "sparsegpt-variants"),
+            "Against other methods": (
+                "presets-half",
+                "presets-patterns",
+                "patterns",
+                "seeds",
+                "optima-method",
+                "sparsegpt-variants",
+            ),
             "What each lever earns": ("levers", "distillation", "dense-target", "levers-wanda", "allocation", "output-errors"),
             "Tasks, and distance from the dense model": ("tasks", "distance"),
             "Calibration text": ("calibration-text", "calibration-size", "samples"),

@@ -17,6 +17,7 @@ The rooms of the package. Each imports only rooms above it in this list:
 """
 
 import importlib
+import os
 import sys
 
 from optima_tpu.runtime import signals
@@ -25,6 +26,10 @@ from optima_tpu.runtime import signals
 # While Python looks for the module, sys.argv begins with -m in place of its name.
 if sys.argv[:1] == ["-m"] and sys.orig_argv[-len(sys.argv)].removeprefix("-m").startswith(__name__ + "."):
     signals.listen()
+
+# Otherwise transformers warns, when it is first imported, that torch is missing. This program does not need torch.
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 from typing import TYPE_CHECKING, Any  # its import takes longer than all of the above
 

@@ -86,9 +86,6 @@ def guarded(command: Callable[[], int | None], again: str) -> int:
       The command's exit status; 2 for an error that the user can correct, 69 if another process has ended, 75 after SIGTERM, 130
       after Ctrl-C. Any other error: 1 in one of several processes, while a process that is alone raises the error.
     """
-    # Otherwise transformers warns, when it is first imported, that torch is missing. This program does not need torch.
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     with signals.listening(again), warnings.catch_warnings():
         if not sys.warnoptions:  # python -W and PYTHONWARNINGS show the libraries' warnings to who develops
             warnings.simplefilter("ignore")

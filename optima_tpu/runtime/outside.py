@@ -37,6 +37,9 @@ def import_class(path: str, base: type[T]) -> type[T]:
       UserError: there is no such module or class, importing it fails, or it is no frozen dataclass derived from ``base``.
     """
     module, _, name = path.partition(":")
+    # An installed command looks for modules beside its script, python -m in the working directory. At the end: nothing is hidden.
+    if str(Path.cwd()) not in sys.path:
+        sys.path.append(str(Path.cwd()))
     try:
         found = getattr(importlib.import_module(module), name)
     except ModuleNotFoundError as error:

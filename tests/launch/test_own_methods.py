@@ -149,3 +149,14 @@ def test_what_is_wrong_with_it_is_one_line(lab, arguments, words):
     ran = launch(lab, *arguments, "--output", "refused")
     assert ran.returncode == 2 and words in ran.stderr and ran.stderr.count("\n") == 1, ran.stderr
     assert not (lab / "refused").exists()
+
+
+def test_an_installed_command_finds_what_is_in_the_working_directory(tmp_path):
+    """A script of pip's puts its own folder on the path of modules, and not the working directory."""
+    (tmp_path / "own_lab.py").write_text(OWN)
+    script = (
+        "import os, sys; sys.path = [place for place in sys.path if place not in ('', os.getcwd())]; sys.argv[0] = 'optima'; "
+        "from optima_tpu.cli import main; sys.exit(main(['prune', '--selector', 'own_lab:MyMask', '--print_config']))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and "own_lab:MyMask" in done.stdout, done.stderr
