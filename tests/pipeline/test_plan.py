@@ -143,7 +143,7 @@ def test_what_does_not_fit_is_said_with_numbers(tmp_path):
     small = Machine("there", CHIPS["v5e"]._replace(memory=1000), AbstractMesh((4, 2), ("data", "model")), 1, 0.5)
     plan = make_plan(config, open_declared(config.model, None, config.batch).on(small.mesh), small)
     assert len(plan.too_large) == 2 and not plan.to_json()["fits"]
-    assert "block 0 and Hessians beside it take" in plan.refused and "--device_memory" in plan.refused
+    assert "and its block with the other Hessians alone takes" in plan.refused and "--device_memory" in plan.refused
     said = "\n".join(summary(plan))
     assert "does not fit down [36, 60]" in said and "--batch 1 and more devices" in said
 
@@ -227,7 +227,7 @@ def test_without_libtpu_the_plan_is_counted_and_says_so(tmp_path, capsys, monkey
     assert [program["calls"] for program in plan["programs"]][1:] == [3, 3, 3, 3]
     assert all(stage in printed for stage in plan["seconds"]) and plan["assumptions"][0] in printed
     assert main([*arguments, "--device_memory", "0.000001"]) == 1
-    assert "block 0 and Hessians beside it take" in " ".join(capsys.readouterr().out.split())
+    assert "and its block with the other Hessians alone takes" in " ".join(capsys.readouterr().out.split())
     assert main([*arguments, "--json", str(tmp_path / "no" / "plan.json")]) == 2
     assert "expected --json in an existing folder" in capsys.readouterr().err
     assert main([*arguments, "--json", str(file), "--calibration.length", "129"]) == 2  # a plan may be replaced by a plan
