@@ -5,7 +5,6 @@
 The first block of a variant is not counted: it compiles the programs. Each stage waits for its results, so that nothing overlaps.
 """
 
-import argparse
 import collections
 import shlex
 import sys
@@ -16,7 +15,7 @@ from unittest import mock
 
 import jax
 
-from benchmarks.stream_error import check_walk
+from benchmarks.stream_error import check_walk, variants_parser
 from optima_tpu.config.parse import parse
 from optima_tpu.config.run_config import RunConfig
 from optima_tpu.errors import UserError
@@ -29,10 +28,8 @@ from optima_tpu.pipeline.sweep.runner import Shared
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.block_time", description=__doc__.split("\n\n")[0])
+    parser = variants_parser("block_time", __doc__)
     parser.add_argument("--blocks", type=int, default=6, help="number of blocks that count, after the first")
-    parser.add_argument("--variant", action="append", metavar="SETTINGS", help="further settings of one recipe; repeatable")
-    parser.add_argument("settings", nargs="*", help="settings of optima_tpu.launch for all variants, after --")
     arguments = parser.parse_args(argv)
     variants, shared = arguments.variant or [""], Shared()
     try:

@@ -33,10 +33,8 @@ from optima_tpu.pipeline.walk import Streams, Walk, prune_block
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.stream_error", description=__doc__.split("\n\n")[0])
+    parser = variants_parser("stream_error", __doc__)
     parser.add_argument("--blocks", type=int, default=8, help="number of blocks to prune, from the first")
-    parser.add_argument("--variant", action="append", metavar="SETTINGS", help="further settings of one recipe; repeatable")
-    parser.add_argument("settings", nargs="*", help="settings of optima_tpu.launch for all variants, after --")
     arguments = parser.parse_args(argv)
     variants, shared = arguments.variant or [""], Shared()
     try:
@@ -57,6 +55,14 @@ def main(argv: Sequence[str] | None = None) -> None:
                 f"  block {index}: held out {held_out:.2%}, evaluation text {other:.2%}, {time.perf_counter() - started:.0f} s",
                 flush=True,
             )
+
+
+def variants_parser(benchmark: str, text: str | None) -> argparse.ArgumentParser:
+    """The parser of a benchmark that compares recipes; ``text`` is its docstring, whose first paragraph it shows."""
+    parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{benchmark}", description=(text or "").split("\n\n")[0])
+    parser.add_argument("--variant", action="append", metavar="SETTINGS", help="further settings of one recipe; repeatable")
+    parser.add_argument("settings", nargs="*", help="settings of optima_tpu.launch for all variants, after --")
+    return parser
 
 
 def check_walk(config: RunConfig, model: Model, blocks: int) -> None:

@@ -8,7 +8,7 @@ from optima_tpu.models.checkpoints.packed import Packed, PackedError
 from optima_tpu.runtime.buckets import as_path, in_bucket
 from optima_tpu.runtime.checksums import write_sums
 from optima_tpu.runtime.command import guarded
-from optima_tpu.runtime.files import begin, commit, remove, writing
+from optima_tpu.runtime.files import making, writing
 from optima_tpu.runtime.program import Parser, program
 
 
@@ -49,15 +49,9 @@ def unpack(packed: str | Path, out: str | Path) -> None:
     with writing(out, "nothing was left there; make room or choose another folder, and repeat the command"):
         try:
             opened = Packed(packed)
-            partial = begin(out)
-            partial.mkdir(parents=True)
-            try:
+            with making(out) as partial:
                 opened.unpack(partial)
                 write_sums(partial)
-                commit(partial, out)
-            except BaseException:
-                remove(partial)
-                raise
         except PackedError as error:
             raise UserError(str(error)) from error
 

@@ -79,6 +79,11 @@ class Decoder:
         """Shape of every parameter of a block, by its name inside the block ("self_attn.q_proj.weight")."""
         return _shapes(self._block[1])
 
+    @property
+    def attended_width(self) -> int:
+        """Width of the output of attention, the input of ``Family.attended``."""
+        return self.block_shapes[self.family.attended + ".weight"][1]
+
     @functools.cached_property
     def linears(self) -> tuple[str, ...]:
         """The layers of a block that are pruned, by their path in it."""

@@ -62,8 +62,8 @@ class Stream(NamedTuple):
     Attributes:
       parameters: the block's parameters by name: as pruned so far, or dense.
       hidden: the hidden states that enter the block.
-      attended: the input of ``Family.attended`` for the same samples, which ``Capture.attended`` writes or reads; None if the pass
-        shall compute attention without a trace.
+      attended: the input of ``Family.attended`` for the same samples. ``Capture.attends`` says whether the pass writes or reads it;
+        None if the pass computes attention and does not keep it.
     """
 
     parameters: Mapping[str, Array]
@@ -88,7 +88,7 @@ class Capture:
         mean square of the dense model's stream after these layers.
       energy: whether the mean squares of the outputs' drift are accumulated too.
       advance: whether this pass also moves the dense stream through the block, which saves a :meth:`Decoder.apply`.
-      attends: whether this pass writes ``Stream.attended``; a pass that does not reads it and computes no attention.
+      attends: whether this pass writes ``Stream.attended``. Otherwise it reads the array, if there is one, and computes no attention.
     """
 
     groups: Groups

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from optima_tpu.errors import UserError
+from optima_tpu.models.checkpoints.export import FOLDER
 from optima_tpu.models.checkpoints.orbax import CHECKPOINT, checkpoint_damage
 from optima_tpu.pipeline.allocate import ALLOCATION
 from optima_tpu.pipeline.continuations import CONTINUATIONS
@@ -21,7 +22,6 @@ from optima_tpu.runtime.checksums import ALL, SUMS, Sums, changes, forget, known
 from optima_tpu.runtime.files import PARTIAL, complete, files_in, remove, writing
 from optima_tpu.runtime.records import known_record
 
-FOLDER = "hf"
 DENSE, LOSSES = "dense.json", "dense_losses.npy"
 _FOLDERS = ("journal", "activations", "distilled", "distillation")
 """The folders of the folders that are written block by block, or check by check."""

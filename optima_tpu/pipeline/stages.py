@@ -22,7 +22,7 @@ from optima_tpu.evaluate.perplexity import perplexity, perplexity_of, token_loss
 from optima_tpu.evaluate.token_changes import token_changes
 from optima_tpu.method.selectors import Imported
 from optima_tpu.models.checkpoints import load_tokenizer
-from optima_tpu.models.checkpoints.export import export, is_export_of
+from optima_tpu.models.checkpoints.export import FOLDER, export, is_export_of
 from optima_tpu.models.checkpoints.orbax import CHECKPOINT, CheckpointTensors, checkpointed_blocks, write_checkpoint
 from optima_tpu.models.checkpoints.source import Layered
 from optima_tpu.models.decoder import Decoder
@@ -37,7 +37,7 @@ from optima_tpu.pipeline.greeting import greet, recipe_line
 from optima_tpu.pipeline.inputs import Texts, manifest_of, token_digest
 from optima_tpu.pipeline.journal import Journal, open_journal, prepare_directory
 from optima_tpu.pipeline.memory_plan import fitted
-from optima_tpu.pipeline.repair import DENSE, FOLDER, LOSSES, faults
+from optima_tpu.pipeline.repair import DENSE, LOSSES, faults
 from optima_tpu.pipeline.self_calibration import keep_calibration
 from optima_tpu.pipeline.walk import Walk, prune_model
 from optima_tpu.report.contents import Continuations, Report

@@ -193,10 +193,10 @@ def _calibrate(walk: Walk, index: int, capture: Capture, streams: tuple[Stream, 
 
 def _room_for_attention(decoder: Decoder, streams: Streams) -> Streams:
     """Room for the output of attention in each stream."""
-    _, width = decoder.block_shapes[decoder.family.attended + ".weight"]
 
     def room(hidden: Activations) -> Activations:
-        return dataclasses.replace(hidden, values=np.empty((*hidden.values.shape[:-1], width), hidden.values.dtype))
+        shape = (*hidden.values.shape[:-1], decoder.attended_width)
+        return dataclasses.replace(hidden, values=np.empty(shape, hidden.values.dtype))
 
     return Streams(room(streams.pruned), None if streams.dense is None else room(streams.dense))
 

@@ -180,6 +180,20 @@ def begin(path: Path) -> Path:
     return staged(path)
 
 
+@contextlib.contextmanager
+def making(folder: Path) -> Iterator[Path]:
+    """Yields a new, empty folder that gets the name ``folder`` when the body is done; if the body fails nothing is left."""
+    partial = begin(folder)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        commit(partial, folder)
+    except BaseException:
+        for left in (partial, folder.with_name(folder.name + PARTIAL)):  # the same path, except in a bucket
+            remove(left)
+        raise
+
+
 def commit(partial: Path, final: Path) -> None:
     """Syncs the contents of a completely written file or folder to the disk, then gives it its final name.
 

@@ -34,11 +34,13 @@ from optima_tpu.report.run_record import Manifest, read_assets, read_run
 from optima_tpu.runtime import signals
 from optima_tpu.runtime.buckets import as_path, in_bucket
 from optima_tpu.runtime.checksums import ALL, changes, damage, known, refuse_changed, write_sums
-from optima_tpu.runtime.files import PARTIAL, begin, commit, complete, files_in, remove, split_by_size, writing, written_here
+from optima_tpu.runtime.files import complete, files_in, making, remove, split_by_size, writing, written_here
 from optima_tpu.runtime.processes import alone
 from optima_tpu.runtime.records import known_record, read_record
 
 SIDECAR = "optima_tpu.json"
+FOLDER = "hf"
+"""The name of the export in the directory of its run."""
 
 
 class Sidecar(TypedDict):
@@ -74,7 +76,7 @@ def export(
         raise UserError(f"expected a folder on a disk for a packed export, got {out}: export to a disk, then copy the folder")
     refuse_damaged_checkpoint(run_directory.absolute())
     source, run = CheckpointTensors(run_directory), run_directory.resolve()
-    if out.is_relative_to(run) and out != run / "hf":
+    if out.is_relative_to(run) and out != run / FOLDER:
         raise UserError(f"expected a folder outside of the run directory {run} to export to, got {out}; choose another folder")
     patterns = _patterns(source)
     with writing(out, "nothing was left there; make room or choose another folder, and repeat the command"):
@@ -82,9 +84,7 @@ def export(
             remove(out)
         if complete(out) and any(out.iterdir()):
             raise UserError(f"expected a new or empty folder to export to, got {out}, which is not empty; choose another folder")
-        partial = begin(out)
-        partial.mkdir(parents=True)
-        try:
+        with making(out) as partial:
             assets = read_assets(run_directory)
             for name, data in assets.items():
                 (partial / name).parent.mkdir(parents=True, exist_ok=True)
@@ -106,11 +106,6 @@ def export(
                     packer.add_file(partial / name, name)
                 packer.finish()
             write_sums(partial)
-            commit(partial, out)
-        except BaseException:
-            for left in (partial, out.with_name(out.name + PARTIAL)):  # the same path, except in a bucket
-                remove(left)
-            raise
 
 
 def _facts(run_directory: Path) -> Facts:

@@ -114,12 +114,11 @@ def lower_calibration(decoder: Decoder, capture: Capture, known: bool, length: i
     mesh, dtype = decoder.mesh, decoder.tensors.dtype(decoder.root + decoder.family.embedding)
     size, step = sequences_at_once(decoder, samples) * mesh.shape[DATA], CaptureStep.of(decoder, capture)
     positions = jax.tree.map(lambda array: struct_on(mesh, array.shape, array.dtype, P()), decoder.config.positions(0, length))
-    attended = decoder.family.attended
 
     def entering(width: int) -> Array:
         return struct_on(mesh, (size, length, width), dtype, P(DATA))
 
-    inputs = {attended: entering(decoder.block_shapes[attended + ".weight"][1])} if known else {}
+    inputs = {decoder.family.attended: entering(decoder.attended_width)} if known else {}
     stream = BlockInput(decoder.state(parameters), entering(decoder.config.d_model), inputs)
     streams = (stream,) * capture.target.streams
     tokens = BatchTokens(struct_on(mesh, (size,), jnp.bool_, P(DATA)), positions)

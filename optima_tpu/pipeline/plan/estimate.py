@@ -124,7 +124,7 @@ def sequence_flops(model: Declared, length: int, wanted: Groups | None = None, k
       wanted: only what the inputs of these groups need; None for the output of the block.
       known: whether the output of attention is known, so that attention is not computed.
     """
-    decoder, attended = model.decoder, model.decoder.family.attended
+    decoder = model.decoder
     state = decoder.state({name: jax.ShapeDtypeStruct(shape, model.dtype) for name, shape in decoder.block_shapes.items()})
 
     def array(width: int) -> jax.ShapeDtypeStruct:
@@ -134,7 +134,7 @@ def sequence_flops(model: Declared, length: int, wanted: Groups | None = None, k
         output, inputs = forward(decoder.graph, state, hidden, positions, known)
         return output if wanted is None else [inputs[names[0]] for names in wanted]
 
-    kept = {attended: array(decoder.block_shapes[attended + ".weight"][1])} if known else {}
+    kept = {decoder.family.attended: array(decoder.attended_width)} if known else {}
     lowered = jax.jit(through).lower(state, array(decoder.config.d_model), decoder.config.positions(0, length), kept)
     return (lowered.cost_analysis() or {}).get("flops", 0.0)
 
@@ -212,12 +212,6 @@ class Storage(NamedTuple):
     disk: dict[str, int]
 
 
-def attended_width(model: Declared) -> float:
-    """Width of the output of attention, as a multiple of the width of the hidden states."""
-    decoder = model.decoder
-    return decoder.block_shapes[decoder.family.attended + ".weight"][1] / decoder.config.d_model
-
-
 def storage(model: Declared, config: RunConfig, hosts: int, pruned: int) -> Storage:
     """Host memory and disk of a run.
 
@@ -239,7 +233,7 @@ def storage(model: Declared, config: RunConfig, hosts: int, pruned: int) -> Stor
         "being saved, or the embedding": max(share + block + masks, table + table // itemsize),
     }
     if config.recapture:
-        host["output of attention"] = round(share * attended_width(model))
+        host["output of attention"] = round(share * decoder.attended_width / decoder.config.d_model)
     if config.distill:
         host["text of the distillation"] = -(
             -2 * config.distill.windows * text.length * decoder.config.d_model * itemsize // hosts
@@ -294,7 +288,7 @@ def run_seconds(
     # the pruned block. The output of attention leaves one pass, and enters the later ones and the pruned block.
     states = block.passes + 1 + 1 / streams
     if block.reading is not None:
-        states += attended_width(model) * (1 + block.reading + 1 / streams)
+        states += decoder.attended_width / decoder.config.d_model * (1 + block.reading + 1 / streams)
     moved = states * stored.hidden + 4 * tokens * stored.hidden / streams / calibrated
     walk = {
         "calibration": calibrating,

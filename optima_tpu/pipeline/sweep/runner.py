@@ -12,7 +12,7 @@ from rich.console import Console
 
 from optima_tpu.config.run_config import RunConfig
 from optima_tpu.errors import UserError, one_line
-from optima_tpu.models.checkpoints.export import is_export_of
+from optima_tpu.models.checkpoints.export import FOLDER, is_export_of
 from optima_tpu.models.model import Model
 from optima_tpu.pipeline.inputs import Texts, manifest_of, open_model_on_mesh, read_texts, token_digest
 from optima_tpu.pipeline.repair import faults
@@ -30,7 +30,7 @@ from optima_tpu.runtime.checksums import forget, intact, keep, known
 from optima_tpu.runtime.files import in_turn, writing
 from optima_tpu.runtime.records import known_record
 
-_HEAVY = ("journal", "activations", "checkpoint", "hf", ASSETS)
+_HEAVY = ("journal", "activations", "checkpoint", FOLDER, ASSETS)
 """The folders of a run directory, see ``optima_tpu.pipeline.journal``. A report needs only the files beside them."""
 
 
@@ -214,7 +214,7 @@ class Sweep:
         files = report.get("files", {})
         # An export may be requested only now, of a model that was kept before.
         asked = self._keep_checkpoints and cell in self._chosen and cell.config.export and "checkpoint" in files
-        unfinished = (asked or "transformers" in files) and not is_export_of(directory, directory / "hf")
+        unfinished = (asked or "transformers" in files) and not is_export_of(directory, directory / FOLDER)
         return None if unfinished else dict(report)
 
     def _know(self, cell: Cell, report: Mapping[str, Any]) -> None:
