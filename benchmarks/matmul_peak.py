@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from optima_tpu.method.patterns import Unstructured
-from optima_tpu.method.problem import matmul, self_target
+from optima_tpu.method.problem import LayerProblem, matmul
 from optima_tpu.method.selectors import Wanda
 from optima_tpu.method.solvers import CG
 
@@ -78,7 +78,7 @@ def random_problem(size: int, rows: int):
     spectrum = np.arange(1, size + 1, dtype=np.float32) ** -0.5
     inputs = (rng.standard_normal((2 * size, size), np.float32) * spectrum) @ rng.standard_normal((size, size), np.float32)
     hessian = jnp.asarray(inputs.T @ inputs / len(inputs))
-    problem = self_target(jnp.asarray(rng.standard_normal((rows, size), np.float32)), hessian, damping=1e-4)
+    problem = LayerProblem(jnp.asarray(rng.standard_normal((rows, size), np.float32)), hessian, damping=1e-4)
     return jax.block_until_ready((problem, Wanda()(problem, Unstructured(0.5))))
 
 

@@ -29,7 +29,7 @@ from optima_tpu.config.run_config import EMBEDDED
 from optima_tpu.data import calibration_tokens, parse_source
 from optima_tpu.errors import UserError
 from optima_tpu.method.patterns import Unstructured
-from optima_tpu.method.problem import LayerProblem, Pruned, self_target
+from optima_tpu.method.problem import LayerProblem, Pruned
 from optima_tpu.method.selectors import Wanda
 from optima_tpu.method.solvers import CG, MPAX, Exact
 from optima_tpu.models.checkpoints import load_tokenizer, open_model
@@ -135,9 +135,9 @@ def load_block(arguments) -> tuple[list[tuple[list[Array], Array]], str]:
 
 def make_group(weights: list[Array], hessian: Array, arguments, rows: int | None = None) -> Group:
     """The group of matrices that read one input; ``rows`` limits each to its first rows. Wanda compares within rows."""
-    problems = [self_target(weight[:rows].astype(jnp.float32), hessian) for weight in weights]
+    problems = [LayerProblem(weight[:rows].astype(jnp.float32), hessian) for weight in weights]
     pruned = [Wanda()(problem, Unstructured(arguments.sparsity)) for problem in problems]
-    problem = LayerProblem(jnp.concatenate([p.weight for p in problems]), hessian, jnp.concatenate([p.linear for p in problems]))
+    problem = LayerProblem(jnp.concatenate([p.weight for p in problems]), hessian)
     stacked = Pruned(*(jnp.concatenate(arrays) for arrays in zip(*pruned)))
     return Group(tuple(p.weight.shape[0] for p in problems), problem, stacked)
 

@@ -77,7 +77,7 @@ def layer(rows=24, columns=32, tokens=200):
 def test_a_layer_is_pruned_to_the_optimum_of_its_mask():
     """Against the normal equations of every row in float64."""
     weight, x = layer()
-    found = optima_tpu.prune_layer(weight, inputs=x, pattern="2:4", solver={"name": "cg", "damping": 0, "tolerance": 1e-5})
+    found = optima_tpu.prune_layer(weight, inputs=x, pattern="2:4", solver={"name": "cg", "damping": 0, "tolerance": 1e-4})
     mask, hessian = np.asarray(found.mask), x.T.astype(np.float64) @ x / len(x)
     assert (mask.reshape(len(weight), -1, 4).sum(2) == 2).all()
     expected = np.zeros(weight.shape)
@@ -86,7 +86,7 @@ def test_a_layer_is_pruned_to_the_optimum_of_its_mask():
     assert np.abs(found.weight - expected).max() < 5e-3
     error = np.sum((x @ (weight - expected).T) ** 2) / np.sum((x @ weight.T) ** 2)
     assert found.error_after == pytest.approx(error, rel=1e-3) and found.error_after < found.error_before
-    assert float(jnp.max(found.gap)) <= 1e-5
+    assert float(jnp.max(found.gap)) <= 1e-4
     assert "24 x 32, 50.0% zeros" in repr(found)
 
 

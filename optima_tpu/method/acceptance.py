@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float, Float32
 from optima_tpu.errors import UserError
 from optima_tpu.method.linalg.features import WHOLE, Features
 from optima_tpu.method.outcomes import RowOutcomes
-from optima_tpu.method.problem import Pruned, Solution, displacement, output_energy, self_target, undamped_objective
+from optima_tpu.method.problem import LayerProblem, Pruned, Solution, displacement, output_energy, undamped_objective
 from optima_tpu.method.statistics import TokenSets
 from optima_tpu.method.targets import LinearTerm, pulled
 
@@ -151,7 +151,7 @@ def row_errors(hessian: Float32[Array, "d_in d"], features: Features = WHOLE) ->
     """Returns a function that measures the errors of old and new weights against dense ones."""
 
     def measure(dense: Float32[Array, "rows d"], old: Float32[Array, "rows d"], new: Float32[Array, "rows d"]) -> RowErrors:
-        problem = self_target(dense, hessian, features=features)
+        problem = LayerProblem(dense, hessian)
         return RowErrors(
             output_energy(problem, features),
             *(of(problem, end, features) for of in (undamped_objective, displacement) for end in (old, new)),

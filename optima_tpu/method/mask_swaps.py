@@ -17,6 +17,7 @@ fell. So no row gets worse, however rough the estimate is.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import ClassVar, NamedTuple
 
 import jax
@@ -25,12 +26,12 @@ from jax import Array
 from jaxtyping import Float32
 
 from optima_tpu.errors import UserError
-from optima_tpu.method.linalg.features import WHOLE, Features, matmul
+from optima_tpu.method.linalg.features import WHOLE, Features
 from optima_tpu.method.linalg.inverses import inverse
 from optima_tpu.method.linalg.scaling import unit_diagonal
 from optima_tpu.method.linalg.smallest import PASSES_OF_A_MASK
 from optima_tpu.method.patterns import Pattern
-from optima_tpu.method.problem import LayerProblem, Pruned, Solution, pull_of
+from optima_tpu.method.problem import Endpoint, LayerProblem, Pruned, Solution, endpoint
 from optima_tpu.method.resources import Cost, Footprint
 from optima_tpu.method.solvers import Solver, SolveRows
 
@@ -91,7 +92,7 @@ class Exchanging(Solver):
         # A + t I and its inverse, in memory together with the solver's matrices. Of a row: weights, residual, wins, costs and the
         # temporary arrays of the selection.
         solver = self.solver.footprint(damping)
-        return Footprint(solver.hessians + 2, solver.vectors + 8)
+        return Footprint(solver.hessians + 2, solver.vectors + 5)
 
     def cost(self) -> Cost | None:
         each, solves = self.solver.cost(), self.swaps.rounds + 1
@@ -99,31 +100,35 @@ class Exchanging(Solver):
         if each is None:
             return None
         return Cost(
-            products=solves * (each.products + 1),
+            products=solves * each.products,
             passes=solves * each.passes + 4 * (solves - 1) * PASSES_OF_A_MASK,
             inverses=each.inverses + _INVERSES,
             factorisations=solves * each.factorisations,
         )
 
     def __call__(self, problem: LayerProblem, pruned: Pruned) -> Solution:
-        return self.prepare(problem.hessian, problem.damping)(problem, pruned)
+        return self.prepare(problem.hessian, problem.damping)(problem)(pruned)
 
     def prepare(self, hessian: Float32[Array, "d_in d"], damping: float, features: Features = WHOLE) -> SolveRows:
         if features != WHOLE:
             raise ValueError("exchanges compare all features of a row: expected features that are not split over devices")
         solve = self.solver.prepare(hessian, damping, features)
         schur = schur_diagonal(hessian, damping, kept_share(self.pattern, hessian.shape[0]))
-        return lambda problem, pruned: self._exchange(problem, pruned, solve, schur)
 
-    def _exchange(self, problem: LayerProblem, pruned: Pruned, solve: SolveRows, schur: Float32[Array, " d_in"]) -> Solution:
-        pull, ridge = pull_of(problem), problem.damping * jnp.diagonal(problem.hessian)
+        def of_rows(problem: LayerProblem) -> Callable[[Pruned], Solution]:
+            solve_rows = solve(problem)
 
-        def measure(weight: Array) -> tuple[Array, Array]:
-            """Objective and residual of every row."""
-            change = weight - problem.weight
-            image = matmul(change, problem.hessian) + ridge * change
-            return jnp.sum(change * (image - 2 * pull), axis=1), pull - image
+            def solved(pruned: Pruned) -> tuple[Solution, Endpoint]:
+                found = solve_rows(pruned)
+                return found, found.end or endpoint(problem, found.weight)
 
+            return lambda pruned: self._exchange(solved, pruned, schur)
+
+        return of_rows
+
+    def _exchange(
+        self, solve: Callable[[Pruned], tuple[Solution, Endpoint]], pruned: Pruned, schur: Float32[Array, " d_in"]
+    ) -> Solution:
         def exchanged(state: _State) -> tuple[Array, Array]:
             win = jnp.where(schur > 0, state.residual**2 / jnp.where(schur > 0, schur, 1.0), 0.0)
             return self.pattern.exchange(win, state.weight**2 * schur, state.keep, state.limit)
@@ -131,9 +136,8 @@ class Exchanging(Solver):
         def one_round(index: int | Array, state: _State) -> _State:
             # The first round solves on the given mask.
             keep, count = jax.lax.cond(index > 0, exchanged, lambda state: (state.keep, jnp.zeros_like(state.limit)), state)
-            found = solve(problem, Pruned(jnp.where(keep, state.weight, 0.0), keep))
-            value, residual = measure(found.weight)
-            better = value < state.value
+            found, end = solve(Pruned(jnp.where(keep, state.weight, 0.0), keep))
+            better = end.value < state.value
 
             def taken(new: Array, old: Array) -> Array:
                 return jnp.where(better.reshape(-1, *[1] * (new.ndim - 1)), new, old)
@@ -141,8 +145,8 @@ class Exchanging(Solver):
             return _State(
                 weight=taken(found.weight, state.weight),
                 keep=taken(keep, state.keep),
-                value=taken(value, state.value),
-                residual=taken(residual, state.residual),
+                value=taken(end.value, state.value),
+                residual=taken(end.residual, state.residual),
                 gap=taken(found.gap, state.gap),
                 steps=state.steps + found.steps,
                 converged=taken(found.converged, state.converged),

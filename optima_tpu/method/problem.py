@@ -6,10 +6,10 @@ For one output row ``w`` of a linear layer, with kept inputs ``K`` and Hessian `
 
 With ``g = w H`` this is equation 6 of OPTIMA (2025): minimise ``(v - w) H (v - w)'``, the squared change of the layer's
 output over the calibration tokens. Rows of a layer share ``H``; no two rows share ``K``. Damping ``d`` adds
-``d sum_j H_jj (v_j - w_j)^2``, a pull toward the dense weights.
+``d sum_j H_jj (v_j - w_j)^2``, which holds a row near its dense weights.
 
-Everything here works on the difference ``v - w`` and on ``e = g - w H``, never on ``g - v H``: the change of a layer's
-output is a small difference of large numbers, and float32 would lose it otherwise.
+Everything here works on the difference ``v - w`` and on the pull ``e = g - w H``, never on ``g - v H``: the change of a layer's
+output is a small difference of large numbers, and float32 would lose it otherwise. So a problem holds ``e``, and not ``g``.
 """
 
 import dataclasses
@@ -51,14 +51,15 @@ class LayerProblem:
     Attributes:
       weight: [d_out, d_in] float32, the dense weights; a row is one output.
       hessian: [d_in, d_in] float32, ``X'X / n_tokens`` of the inputs the pruned layer will see; undamped.
-      linear: [d_out, d_in] float32, ``g``: ``weight @ hessian`` reproduces the layer's own outputs.
-      damping: ``d``, a pull toward the *dense* weights, as a share of the Hessian's diagonal. Static, since solvers branch on
+      pull: [d_out, d_in] float32, ``e = g - w H``: what the target asks for beyond the layer's own outputs. None if it asks for
+        the layer's own outputs, as the paper does.
+      damping: ``d``, a ridge around the *dense* weights, as a share of the Hessian's diagonal. Static, since solvers branch on
         it. Without any, a nearly singular layer fits the calibration set with huge weights and ruins the model.
     """
 
     weight: Float32[Array, "rows d"]
     hessian: Float32[Array, "d_in d"]
-    linear: Float32[Array, "rows d"]
+    pull: Float32[Array, "rows d"] | None = None
     damping: float = dataclasses.field(default=0.0, metadata={"static": True})
 
 
@@ -106,6 +107,18 @@ class Pruned(NamedTuple):
     keep: Bool[Array, "rows d"]
 
 
+class Endpoint(NamedTuple):
+    """The objective where a solver ended, for methods that go on from there.
+
+    Attributes:
+      value: [d_out] float32, :func:`undamped_objective` plus damping times :func:`displacement`.
+      residual: [d_out, d_in] float32, of *all* inputs: minus half the gradient of the value, ``e - (v - w)(H + d diag H)``.
+    """
+
+    value: Float32[Array, " rows"]
+    residual: Float32[Array, "rows d"]
+
+
 class Solution(NamedTuple):
     """A solver's weights, and how near to the optimum they are.
 
@@ -116,6 +129,7 @@ class Solution(NamedTuple):
       steps: [d_out] int32, iterations spent on the row.
       converged: [d_out] bool, whether the solver's own test passed.
       keep: [d_out, d_in] bool, the new mask if the solver changes masks; else None.
+      end: objective and residual at ``weight``, from a solver that has them without further products; else None.
     """
 
     weight: Float32[Array, "rows d"]
@@ -123,21 +137,19 @@ class Solution(NamedTuple):
     steps: Int32[Array, " rows"]
     converged: Bool[Array, " rows"]
     keep: Bool[Array, "rows d"] | None = None
+    end: Endpoint | None = None
 
 
-def self_target(
-    weight: Float32[Array, "rows d"], hessian: Float32[Array, "d_in d"], damping: float = 0.0, features: Features = WHOLE
-) -> LayerProblem:
-    """The problem of the paper: reproduce the layer's own outputs on its own inputs, ``g = W H``."""
-    return LayerProblem(weight, hessian, features.product(weight, hessian), damping)
+def pull_of(problem: LayerProblem) -> Float32[Array, "rows d"]:
+    """The pull ``e``, [d_out, d_in] float32: zeros if the problem has none."""
+    return jnp.zeros_like(problem.weight) if problem.pull is None else problem.pull
 
 
-def pull_of(problem: LayerProblem, features: Features = WHOLE) -> Float32[Array, "rows d"]:
-    """The pull ``e = g - W H``, [d_out, d_in]: what the target asks for beyond the layer's own outputs.
-
-    Exactly zero for :func:`self_target`, because ``g`` is computed there by the same product.
-    """
-    return problem.linear - features.product(problem.weight, problem.hessian)
+def endpoint(problem: LayerProblem, weight: Float32[Array, "rows d_in"]) -> Endpoint:
+    """The rows' objective and residual at ``weight``, [d_out, d_in] float32, by one product."""
+    change, pull = weight - problem.weight, pull_of(problem)
+    image = matmul(change, problem.hessian) + problem.damping * jnp.diagonal(problem.hessian) * change
+    return Endpoint(jnp.sum(change * (image - 2 * pull), axis=1), pull - image)
 
 
 def undamped_objective(
@@ -152,7 +164,8 @@ def undamped_objective(
       weight: [d_out, d_in] float32, the ``v`` of each row.
     """
     change = weight - problem.weight
-    return features.sums(change * (features.product(change, problem.hessian) - 2 * pull_of(problem, features)))[0]
+    image = features.product(change, problem.hessian)
+    return features.sums(change * (image if problem.pull is None else image - 2 * problem.pull))[0]
 
 
 def displacement(problem: LayerProblem, weight: Float32[Array, "rows d"], features: Features = WHOLE) -> Float32[Array, " rows"]:

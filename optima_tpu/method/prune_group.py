@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Float32
 from optima_tpu.method.acceptance import MatrixObjective, RowErrors, TokenTerms, accept_rows, row_errors
 from optima_tpu.method.outcomes import RowOutcomes
 from optima_tpu.method.patterns import Pattern
-from optima_tpu.method.problem import Damping, Given, LayerProblem, Pruned, self_target
+from optima_tpu.method.problem import Damping, Given, LayerProblem, Pruned
 from optima_tpu.method.recipe import Recipe
 from optima_tpu.method.row_sharding import RowSharding
 from optima_tpu.method.statistics import TokenSets, TokenStatistics
@@ -134,23 +134,16 @@ class _Group(NamedTuple):
     def problem(self, target: Target, damping: Damping, alpha: Array | float) -> LayerProblem:
         """The problem of all rows."""
         terms = self.tokens.calibration
-        hessian = damping.into(terms.hessian)
-        linear = self.sharding.product(hessian, self.stack)
-        if terms.term is not None:
-            linear = linear + target.pull(terms.term, alpha)
-        return LayerProblem(self.stack, hessian, linear, damping.least)
+        pull = None if terms.term is None else target.pull(terms.term, alpha)
+        return LayerProblem(self.stack, damping.into(terms.hessian), pull, damping.least)
 
     def choose(self, recipe: Recipe, patterns: tuple[Pattern, ...], given: tuple[Given[Array], ...] | None) -> tuple[Pruned, ...]:
         """The masks of all matrices, and their weights as the selector leaves them."""
         whole = self.problem(recipe.target, Damping(recipe.damping), recipe.target.alpha)
-        problems = []
-        for matrix, rows in zip(self.matrices, self.slices):
-            # Without a target term, reuse the selector's own product W H. A second product, of the rows on each device, would
-            # differ by rounding, and rounding would move weights.
-            problem = self_target(matrix, whole.hessian, whole.damping)
-            if self.tokens.calibration.term is not None:
-                problem = LayerProblem(matrix, whole.hessian, whole.linear[rows], whole.damping)
-            problems.append(problem)
+        problems = [
+            LayerProblem(matrix, whole.hessian, None if whole.pull is None else whole.pull[rows], whole.damping)
+            for matrix, rows in zip(self.matrices, self.slices)
+        ]
         with jax.sharding.use_abstract_mesh(self.sharding.mesh.abstract_mesh):  # for inverses, see linalg/inverses.py
             if given is not None:
                 spread = (self.spread(index, each) for index, each in enumerate(given))

@@ -13,7 +13,7 @@ from jaxtyping import Float32, Shaped
 
 from optima_tpu.method.linalg.features import WHOLE, Features
 from optima_tpu.method.problem import LayerProblem, Pruned, Solution
-from optima_tpu.method.solvers import Solver, SolveRows
+from optima_tpu.method.solvers import Solver
 from optima_tpu.runtime.mesh import DATA, MODEL, ROWS, divisible, padded
 
 Outputs = TypeVar("Outputs")
@@ -118,7 +118,7 @@ class RowSharding:
 
         return mapped
 
-    def solve(self, solver: Solver) -> SolveRows:
+    def solve(self, solver: Solver) -> Callable[[LayerProblem, Pruned], Solution]:
         """A solver whose rows are sharded over the mesh.
 
         Each device runs the solver's loop on its own rows and stops independently. With a replicated Hessian the loop does not
@@ -127,15 +127,20 @@ class RowSharding:
         """
         layout = self.layout
         mask = layout.matrix if solver.changes_masks else None
-        specs = Solution._make((layout.matrix, layout.vector, layout.vector, layout.vector, mask))
+        specs = Solution._make((layout.matrix, layout.vector, layout.vector, layout.vector, mask, None))
 
         def run(problem: LayerProblem, pruned: Pruned) -> Solution:
             def prepare(hessian: Array, features: Features) -> Callable[..., Solution]:
                 ready = solver.prepare(hessian, problem.damping, features)
-                return lambda weight, linear, *pruned: ready(
-                    LayerProblem(weight, hessian, linear, problem.damping), Pruned(*pruned)
-                )
 
-            return self.map(prepare, specs)(problem.hessian, problem.weight, problem.linear, *pruned)
+                def solved(weight: Array, *rest: Array) -> Solution:
+                    *pull, start, keep = rest
+                    mine = LayerProblem(weight, hessian, pull[0] if pull else None, problem.damping)
+                    return ready(mine)(Pruned(start, keep))._replace(end=None)
+
+                return solved
+
+            pull = () if problem.pull is None else (problem.pull,)
+            return self.map(prepare, specs)(problem.hessian, problem.weight, *pull, *pruned)
 
         return run

@@ -13,7 +13,7 @@ import transformers
 
 from optima_tpu.data import PyDoc, calibration_tokens
 from optima_tpu.method.patterns import Unstructured
-from optima_tpu.method.problem import Pruned, self_target
+from optima_tpu.method.problem import LayerProblem, Pruned
 from optima_tpu.method.recipe import Recipe
 from optima_tpu.method.selectors import Wanda
 from optima_tpu.method.solvers import CG, Exact
@@ -69,13 +69,13 @@ def test_certificates_hold_against_float64_on_real_hessians(model):
         if index in (0, 11):
             statistics = accumulate(decoder, index, Capture(groups), (Stream(parameters, hidden),))
             for names, (hessian, *_) in zip(groups, statistics):
-                problem = self_target(parameters[names[0] + ".weight"], hessian)
+                problem = LayerProblem(parameters[names[0] + ".weight"], hessian)
                 pruned = Wanda()(problem, Unstructured(0.5))
                 solution = solve(CG(), problem, pruned)
                 certified += int(solution.converged.sum())
                 rows += len(solution.gap)
                 some = slice(None, None, max(1, len(solution.gap) // 8))
-                part = dataclasses.replace(problem, weight=problem.weight[some], linear=problem.linear[some])
+                part = dataclasses.replace(problem, weight=problem.weight[some])
                 exact = solve(Exact(), part, Pruned(pruned.weight[some], pruned.keep[some]), 1e-2).weight
                 best = row_objective(part, exact, damping=1e-2)
                 excess = row_objective(part, solution.weight[some], damping=1e-2) - best

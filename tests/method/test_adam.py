@@ -9,7 +9,7 @@ import pytest
 
 from optima_tpu.errors import UserError
 from optima_tpu.method.patterns import Unstructured
-from optima_tpu.method.problem import LayerProblem, Pruned, optimality_residual, self_target
+from optima_tpu.method.problem import LayerProblem, Pruned, optimality_residual
 from optima_tpu.method.row_sharding import RowSharding
 from optima_tpu.method.selectors import Wanda
 from optima_tpu.method.solvers import Adam, Exact
@@ -51,7 +51,7 @@ def make_layer(seed: int, *, size_of_weights: float = 0.1, spread: float = 1.0) 
     inputs = rng.standard_normal((TOKENS, SIZE)) @ mixing + rng.standard_normal(SIZE)
     inputs = inputs * np.exp(spread * rng.standard_normal(SIZE))
     weight = jnp.asarray(size_of_weights * rng.standard_normal((ROWS, SIZE)), jnp.float32)
-    problem = self_target(weight, jnp.asarray(inputs.T @ inputs / TOKENS, jnp.float32))
+    problem = LayerProblem(weight, jnp.asarray(inputs.T @ inputs / TOKENS, jnp.float32))
     return Layer(inputs, 5 * rng.standard_normal(ROWS), problem, Wanda()(problem, Unstructured(0.5)))
 
 
@@ -161,7 +161,7 @@ def test_a_start_that_no_step_improves_comes_back_to_the_last_bit():
 def test_the_scale_of_the_loss_changes_nothing(scale):
     """Where the published eps would be felt: gradients of 1e-18. A power of two leaves no rounding behind."""
     problem, pruned = make_layer(6).problem, make_layer(6).pruned
-    scaled = LayerProblem(problem.weight, problem.hessian * scale, problem.linear * scale)
+    scaled = LayerProblem(problem.weight, problem.hessian * scale)
     once, again = solve(Adam(), problem, pruned), solve(Adam(), scaled, pruned)
     np.testing.assert_array_equal(once.weight, again.weight)
     np.testing.assert_array_equal(once.steps, again.steps)
@@ -177,10 +177,11 @@ def test_what_it_says_of_a_row():
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-@pytest.mark.parametrize("array", ["weight", "linear"])
+@pytest.mark.parametrize("array", ["weight", "pull"])
 def test_a_row_that_is_not_finite_keeps_its_weights_and_says_so(bad, array):
     clean = make_layer(8)
-    problem = dataclasses.replace(clean.problem, **{array: getattr(clean.problem, array).at[3, 5].set(bad)})
+    problem = dataclasses.replace(clean.problem, pull=jnp.zeros_like(clean.problem.weight))
+    problem = dataclasses.replace(problem, **{array: getattr(problem, array).at[3, 5].set(bad)})
     solution, expected = solve(Adam(), problem, clean.pruned), solve(Adam(), clean.problem, clean.pruned)
     np.testing.assert_array_equal(solution.weight[3], clean.pruned.weight[3])
     assert not solution.converged[3] and np.isinf(solution.gap[3]) and solution.steps[3] == 0

@@ -5,10 +5,10 @@ import pytest
 
 from optima_tpu.errors import UserError
 from optima_tpu.method.patterns import NM, Unstructured
-from optima_tpu.method.problem import self_target
+from optima_tpu.method.problem import LayerProblem
 from optima_tpu.method.selectors import ADMM, Wanda
 from tests.support import ports
-from tests.support.problems import layer, oracle, row_objective, select
+from tests.support.problems import layer, linear_of, oracle, row_objective, select
 
 # As in test_selectors, so that much of it is compiled once.
 ROWS, INPUTS, SELECTOR = 8, 32, ADMM(rho_first=0.3, levels=3)
@@ -23,7 +23,7 @@ def test_mask_and_weights_are_those_of_the_algorithm(pattern):
         problem = layer(np.random.default_rng(seed), ROWS, INPUTS, target=target)
         pruned = select(SELECTOR, problem, pattern)
         weight, keep = ports.admm(
-            *map(np.asarray, (problem.weight, problem.hessian, problem.linear)),
+            *map(np.asarray, (problem.weight, problem.hessian, linear_of(problem))),
             pattern,
             SELECTOR.damping,
             np.geomspace(SELECTOR.rho_first, SELECTOR.rho_last, SELECTOR.levels),
@@ -37,7 +37,7 @@ def test_mask_and_weights_are_those_of_the_algorithm(pattern):
 def test_weights_that_obey_the_pattern_come_back(pattern):
     problem = layer(np.random.default_rng(3), ROWS, INPUTS)
     obeys = Wanda()(problem, pattern).weight
-    pruned = select(SELECTOR, self_target(obeys, problem.hessian), pattern)
+    pruned = select(SELECTOR, LayerProblem(obeys, problem.hessian), pattern)
     assert (np.asarray(pruned.weight) == obeys).all() and (np.asarray(pruned.keep) == (obeys != 0)).all()
 
 

@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from optima_tpu.method.patterns import Unstructured
-from optima_tpu.method.problem import LayerProblem, Pruned, output_energy, self_target, undamped_objective
+from optima_tpu.method.problem import LayerProblem, Pruned, output_energy, undamped_objective
 from optima_tpu.method.row_sharding import RowSharding
 from optima_tpu.method.selectors import Wanda
 from optima_tpu.method.solvers import MPAX, Exact, mpax
@@ -29,7 +29,7 @@ def layer() -> tuple[LayerProblem, Pruned]:
     mixing = np.eye(SIZE) + 0.5 * rng.standard_normal((SIZE, SIZE)) / np.sqrt(SIZE)
     inputs = rng.standard_normal((400, SIZE)) @ mixing * np.exp(1.5 * rng.standard_normal(SIZE)) * 0.1
     hessian = jnp.asarray(inputs.T @ inputs / 400, jnp.float32)
-    problem = self_target(jnp.asarray(rng.standard_normal((ROW_COUNT, SIZE)), jnp.float32), hessian)
+    problem = LayerProblem(jnp.asarray(rng.standard_normal((ROW_COUNT, SIZE)), jnp.float32), hessian)
     return problem, Wanda()(problem, Unstructured(0.5))
 
 
@@ -62,7 +62,7 @@ def test_unit_diagonal_is_free_of_scale(layer):
     problem, pruned = layer
     solve = MPAX(unit_diagonal=True)
     before = solve(problem, pruned)
-    smaller = LayerProblem(problem.weight, problem.hessian * 2.0**-40, problem.linear * 2.0**-40)
+    smaller = LayerProblem(problem.weight, problem.hessian * 2.0**-40)
     after = solve(smaller, pruned)
     # A power of four leaves no rounding behind in the square roots.
     np.testing.assert_array_equal(after.weight, before.weight)
@@ -117,7 +117,7 @@ def test_data_that_is_not_finite_stops_at_the_first_test(layer):
     solve = MPAX(unit_diagonal=True)
     clean, solution = (
         solve(problem, pruned),
-        solve(dataclasses.replace(problem, linear=problem.linear.at[3].set(jnp.nan)), pruned),
+        solve(dataclasses.replace(problem, pull=jnp.zeros_like(problem.weight).at[3].set(jnp.nan)), pruned),
     )
     np.testing.assert_array_equal(solution.weight[3], pruned.weight[3])
     assert not solution.converged[3] and jnp.isinf(solution.gap[3]) and solution.steps[3] < 100
@@ -131,7 +131,7 @@ def test_the_hessian_is_not_copied_per_row():
     def array(shape, dtype=jnp.float32):
         return jax.ShapeDtypeStruct(shape, dtype)
 
-    problem = LayerProblem(array((rows, size)), array((size, size)), array((rows, size)))
+    problem = LayerProblem(array((rows, size)), array((size, size)))
     program = jax.jit(MPAX()).lower(problem, Pruned(array((rows, size)), array((rows, size), bool))).compile()
     assert f"[{rows},{size},{size}]" not in program.as_text()
     # A copy for each row would be 160 Hessians alone.
@@ -150,7 +150,7 @@ def test_no_collective_inside_the_loop_on_a_mesh(layer):
         return jax.device_put(array[:8], NamedSharding(mesh, ROWS))
 
     hessian = jax.device_put(problem.hessian, NamedSharding(mesh, P()))
-    eight = LayerProblem(split(problem.weight), hessian, split(problem.linear)), Pruned(*map(split, pruned))
+    eight = LayerProblem(split(problem.weight), hessian), Pruned(*map(split, pruned))
     assert COLLECTIVE.search(text_inside_loops(jax.jit(MPAX()).lower(*eight).compile().as_text()))
 
 
@@ -173,6 +173,6 @@ def test_the_root_logger_is_left_alone(layer):
     root = logging.getLogger()
     before = root.handlers[:], root.level
     # MPAX touches the logger while it is traced: a shape of its own, so that it is.
-    three = LayerProblem(problem.weight[:3], problem.hessian, problem.linear[:3]), Pruned(*(a[:3] for a in pruned))
+    three = LayerProblem(problem.weight[:3], problem.hessian), Pruned(*(a[:3] for a in pruned))
     jax.jit(MPAX()).lower(*three)
     assert (root.handlers, root.level) == before

@@ -16,7 +16,7 @@ from optima_tpu.method.acceptance import MatrixObjective, PerRow, RowErrors, Tok
 from optima_tpu.method.layer_rules import LayerRule
 from optima_tpu.method.mask_swaps import Exchanging, Swaps, schur_diagonal
 from optima_tpu.method.patterns import NM, Unstructured
-from optima_tpu.method.problem import Pruned, Solution, self_target
+from optima_tpu.method.problem import Pruned, Solution, pull_of
 from optima_tpu.method.prune_group import prune_group
 from optima_tpu.method.recipe import Recipe
 from optima_tpu.method.selectors import Magnitude, Wanda
@@ -73,8 +73,8 @@ def best_pairs(win: np.ndarray, cost: np.ndarray, keep: np.ndarray, limit: int, 
 @pytest.mark.parametrize(
     "pattern, solver, selector, target",
     [
-        (Unstructured(0.5), CG(tolerance=1e-6), Wanda(), "self"),
-        (Unstructured(0.7, "layer"), CG(tolerance=1e-6), Magnitude(), "other"),
+        (Unstructured(0.5), CG(tolerance=1e-5), Wanda(), "self"),
+        (Unstructured(0.7, "layer"), CG(tolerance=1e-5), Magnitude(), "other"),
         (NM(2, 4), Exact(), Wanda(), "other"),
     ],
     ids=["row cg", "layer cg", "2:4 exact"],
@@ -85,14 +85,9 @@ def test_no_row_gets_worse_than_the_solved_start_and_the_numbers_stay(pattern, s
     for seed, dead in ((0, []), (1, [3])):
         problem = layer(np.random.default_rng(seed), 12, 40, target=target)
         hessian = problem.hessian.at[jnp.array(dead, int)].set(0.0).at[:, jnp.array(dead, int)].set(0.0)
-        problem = dataclasses.replace(
-            problem,
-            hessian=hessian,
-            linear=problem.weight @ hessian
-            + (problem.linear - self_target(problem.weight, problem.hessian).linear) * (jnp.diagonal(hessian) > 0),
-        )
+        problem = dataclasses.replace(problem, hessian=hessian, pull=pull_of(problem) * (jnp.diagonal(hessian) > 0))
         live, pruned = np.asarray(jnp.diagonal(hessian) > 0), select(selector, problem, pattern)
-        weight, _, steps, converged, keep = refined(solver, Swaps(ROUNDS, 0.1), pattern, problem, pruned)
+        weight, _, steps, converged, keep, _ = refined(solver, Swaps(ROUNDS, 0.1), pattern, problem, pruned)
         weight, keep, before = np.asarray(weight), np.asarray(keep), np.asarray(pruned.keep)
         assert keep.dtype == bool and (weight[~keep] == 0).all() and np.isfinite(weight).all()
         if isinstance(pattern, NM):

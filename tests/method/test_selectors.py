@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from optima_tpu.method.patterns import NM, Pattern, Unstructured
-from optima_tpu.method.problem import LayerProblem, Pruned, self_target
+from optima_tpu.method.problem import LayerProblem, Pruned
 from optima_tpu.method.selectors import ADMM, Magnitude, Selector, SparseGPT, Thanos, Wanda
 from optima_tpu.runtime.mesh import ROWS, make_mesh
 from tests.support.problems import PATTERNS, layer, select
@@ -33,7 +33,7 @@ patterns = pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 
 def problem_of(seed: int, weight: np.ndarray | None = None, hessian: np.ndarray | None = None) -> LayerProblem:
     random = layer(np.random.default_rng(seed), COUNT, SIZE)
-    return self_target(
+    return LayerProblem(
         random.weight if weight is None else jnp.asarray(weight, jnp.float32),
         random.hessian if hessian is None else jnp.asarray(hessian, jnp.float32),
     )
@@ -171,7 +171,7 @@ def test_the_mask_is_that_of_one_device_on_a_mesh(selector):
     rows, everywhere = NamedSharding(mesh, ROWS), NamedSharding(mesh, P())
     for problem in (problem_of(17), problem_of(17, four_bits(17), np.eye(SIZE))):
         once = select(selector, problem, pattern)
-        again = select(selector, jax.device_put(problem, LayerProblem(rows, everywhere, rows)), pattern)
+        again = select(selector, jax.device_put(problem, LayerProblem(rows, everywhere)), pattern)
         np.testing.assert_array_equal(again.keep, once.keep)
         np.testing.assert_allclose(again.weight, once.weight, atol=1e-4)
 
@@ -181,7 +181,7 @@ def test_wanda_keeps_the_largest_products_of_weight_and_input_norm(pattern):
     rng = np.random.default_rng(0)
     inputs = rng.standard_normal((200, 16)) * np.exp(rng.standard_normal(16))
     weight = rng.standard_normal((8, 16))
-    problem = self_target(jnp.asarray(weight, jnp.float32), jnp.asarray(inputs.T @ inputs / 200, jnp.float32))
+    problem = LayerProblem(jnp.asarray(weight, jnp.float32), jnp.asarray(inputs.T @ inputs / 200, jnp.float32))
     pruned = Wanda()(problem, pattern)
     scores = np.abs(weight) * np.linalg.norm(inputs, axis=0)
     keep = np.asarray(pruned.keep)
@@ -201,7 +201,7 @@ def test_magnitude_looks_at_weights_alone():
 def test_shift_zero_ranks_the_weights_of_dead_inputs_by_size():
     """With a dead input the plain score ties at zero and the first of them goes; the shifted one keeps the larger."""
     hessian = jnp.diag(jnp.array([0.0, 0.0, 1.0, 4.0]))
-    problem = self_target(jnp.array([[5.0, 1.0, 0.1, 0.1]]), hessian)
+    problem = LayerProblem(jnp.array([[5.0, 1.0, 0.1, 0.1]]), hessian)
     # Scores: 0, 0, 0.1, 0.2 against 5, 1, 0.1 sqrt(2), 0.1 sqrt(5).
     assert Wanda()(problem, Unstructured(0.5)).keep.tolist() == [[False, False, True, True]]
     assert Wanda(shift_zero=True)(problem, Unstructured(0.5)).keep.tolist() == [[True, True, False, False]]
@@ -214,7 +214,7 @@ def test_matrices_of_one_input_are_chosen_as_if_each_were_alone(selector):
     """Different patterns, numbers of rows and linear terms; only the Hessian is shared."""
     first = layer(np.random.default_rng(5), COUNT, SIZE, target="other")
     rows = jnp.asarray(np.random.default_rng(6).standard_normal((3, SIZE)), jnp.float32)
-    problems = (first, self_target(rows, first.hessian, first.damping))
+    problems = (first, LayerProblem(rows, first.hessian, damping=first.damping))
     both = (Unstructured(0.5, "row"), NM(2, 4))
     together = jax.jit(lambda problems: selector.choose(problems, both))(problems)
     for chosen, problem, pattern in zip(together, problems, both, strict=True):

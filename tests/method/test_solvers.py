@@ -7,7 +7,7 @@ import pytest
 from optima_tpu.method.acceptance import PerRow
 from optima_tpu.method.mask_swaps import Swaps
 from optima_tpu.method.patterns import Unstructured
-from optima_tpu.method.problem import LayerProblem, Pruned, optimality_residual, self_target
+from optima_tpu.method.problem import LayerProblem, Pruned, optimality_residual
 from optima_tpu.method.recipe import Recipe
 from optima_tpu.method.selectors import Magnitude, Wanda
 from optima_tpu.method.solvers import CG, MPAX, Adam, Exact
@@ -85,10 +85,7 @@ def test_rows_do_not_know_each_other(solver, damping):
     whole = solve(solver, problem, pruned, damping).weight
     order = np.random.default_rng(0).permutation(ROWS)[: ROWS // 2]
     part = solve(
-        solver,
-        LayerProblem(problem.weight[order], problem.hessian, problem.linear[order]),
-        Pruned(*(array[order] for array in pruned)),
-        damping,
+        solver, LayerProblem(problem.weight[order], problem.hessian), Pruned(*(array[order] for array in pruned)), damping
     ).weight
     assert np.abs(part - whole[order]).max() <= 1e-4 * np.abs(whole).max()
 
@@ -98,7 +95,7 @@ def test_rows_do_not_know_each_other(solver, damping):
 def test_the_scale_of_the_hessian_does_not_matter(solver, damping, wobble, scale):
     problem, pruned = problem_and_mask(3)
     once = solve(solver, problem, pruned, damping)
-    again = solve(solver, LayerProblem(problem.weight, problem.hessian * scale, problem.linear * scale), pruned, damping)
+    again = solve(solver, LayerProblem(problem.weight, problem.hessian * scale), pruned, damping)
     assert np.abs(once.weight - again.weight).max() <= wobble * np.abs(once.weight).max()
 
 
@@ -117,7 +114,7 @@ def problem_with_dead_inputs():
     problem, _ = problem_and_mask(5)
     dead = [3, 17]
     hessian = problem.hessian.at[jnp.array(dead)].set(0.0).at[:, jnp.array(dead)].set(0.0)
-    problem = LayerProblem(problem.weight, hessian, problem.weight @ hessian)
+    problem = LayerProblem(problem.weight, hessian)
     return problem, Magnitude()(problem, Unstructured(0.5)), dead
 
 
@@ -146,11 +143,11 @@ def test_an_input_is_dead_whose_energy_is_nothing_beside_the_largest(solver, dam
     pruned = Magnitude()(problem, Unstructured(0.5))
     once = solve(solver, problem, pruned, damping).weight
     units = jnp.ones(SIZE).at[3].set(2.0**power)
-    weight, linear = problem.weight / units, problem.linear * units
+    weight = problem.weight / units
     again = (
         solve(
             solver,
-            LayerProblem(weight, problem.hessian * units * units[:, None], linear),
+            LayerProblem(weight, problem.hessian * units * units[:, None]),
             Pruned(pruned.weight / units, pruned.keep),
             damping,
         ).weight
@@ -165,7 +162,7 @@ def test_an_input_is_dead_whose_energy_is_nothing_beside_the_largest(solver, dam
 @contract
 def test_a_layer_that_sees_nothing_is_left_alone(solver, damping):
     problem, _ = problem_and_mask(6)
-    problem = LayerProblem(problem.weight, jnp.zeros_like(problem.hessian), jnp.zeros_like(problem.linear))
+    problem = LayerProblem(problem.weight, jnp.zeros_like(problem.hessian))
     pruned = Magnitude()(problem, Unstructured(0.5))
     assert (solve(solver, problem, pruned, damping).weight == pruned.weight).all()
 
@@ -214,7 +211,7 @@ def test_cg_reports_what_it_could_not_finish():
 @pytest.mark.parametrize("refine", [None, Swaps()], ids=["alone", "with exchanges"])
 def test_cg_certifies_nothing_where_the_hessian_is_none(refine):
     """A matrix that is not positive definite has no factor: a hand-made one here, rounding makes one of a large singular one."""
-    problem = self_target(jnp.ones((3, 2)), jnp.array([[1, 1.02], [1.02, 1]], jnp.float32))
+    problem = LayerProblem(jnp.ones((3, 2)), jnp.array([[1, 1.02], [1.02, 1]], jnp.float32))
     recipe = Recipe(Unstructured(0.5, "row"), Wanda(), CG(), refine=refine)
     pruned, rows = prune_layer(problem, recipe)
     assert not np.asarray(rows.converged).any() and np.isinf(rows.gap).all()
@@ -227,7 +224,7 @@ def test_damping_bounds_how_far_weights_move():
     Inputs a, a + 1e-3 b and b, of which b is pruned: the optimum is the difference of the first two, times 1,000.
     """
     mixing = np.array([[1, 0], [1, 1e-3], [0, 1]])
-    problem = self_target(jnp.ones((1, 3)), jnp.asarray(mixing @ mixing.T, jnp.float32))
+    problem = LayerProblem(jnp.ones((1, 3)), jnp.asarray(mixing @ mixing.T, jnp.float32))
     keep = jnp.array([[True, True, False]])
     pruned = Pruned(jnp.where(keep, problem.weight, 0.0), keep)
     assert np.abs(solve(Exact(), problem, pruned, 0.0).weight).max() > 500

@@ -124,7 +124,7 @@ def test_tpus_share_every_inverse_of_a_layer(recipe):
 def test_shared_inverses_give_the_weights_of_those_that_every_device_makes(monkeypatch):
     """Masks, exchanges and solves of one layer; here the simulated devices are told to share."""
     problem = layer(np.random.default_rng(5), 24, 64, spread=0.5)
-    recipe = Recipe(Unstructured(0.5, "row"), ADMM(), CG(), refine=Swaps())
+    recipe = Recipe(Unstructured(0.5, "row"), ADMM(), CG(tolerance=1e-5), refine=Swaps())
 
     def pruned(grid):
         hessian = jax.device_put(problem.hessian, NamedSharding(grid, P()))
@@ -135,7 +135,10 @@ def test_shared_inverses_give_the_weights_of_those_that_every_device_makes(monke
     monkeypatch.setattr(shared, "_made", lambda matrix, each, by_all: by_all(matrix))
     (found,), (keep,), _ = pruned(mesh(4, 2))
     np.testing.assert_array_equal(keep, kept)
-    np.testing.assert_allclose(found, alone, atol=1e-4)
+    # Near an optimum an objective that is right to 1e-7, as in float32, leaves the weights free by the root of it.
+    np.testing.assert_allclose(found, alone, atol=1e-3)
+    values = (row_objective(problem, weight, recipe.damping) for weight in (found, alone))
+    np.testing.assert_allclose(*values, rtol=1e-5)
 
 
 def test_panels_that_do_not_divide_the_columns():
@@ -188,7 +191,7 @@ def compiled(where, shape):
 
 
 def test_collectives_of_a_split_solve_are_as_designed_and_no_device_sees_the_hessian():
-    """An iteration: two all-gathers and two all-reduces. The check after a cycle: two and one. A panel of the inverse: one."""
+    """An iteration: two all-gathers and two all-reduces. The check after a cycle: two and two. A panel of the inverse: one."""
     text = compiled(SPLIT, (2, 4)).as_text()
     assert "f32[192,48]" in text and not re.search(r"\[(1,)?192,192\]", text)
     assert "[320,192]" not in text, "all rows on one device"
@@ -196,7 +199,7 @@ def test_collectives_of_a_split_solve_are_as_designed_and_no_device_sees_the_hes
         match[1]: match[0] for match in re.finditer(r"^(?:ENTRY )?%?([\w.\-]+) [^\n]*\{\n.*?^\}", text, re.MULTILINE | re.DOTALL)
     }
     loops = [Counter(COLLECTIVE.findall(bodies[name])) for name in re.findall(r"body=%?([\w.\-]+)", text)]
-    step, check, panel = ({"all-gather(": 2, "all-reduce(": 2}, {"all-gather(": 2, "all-reduce(": 1}, {"all-reduce(": 1})
+    step, check, panel = ({"all-gather(": 2, "all-reduce(": 2}, {"all-gather(": 2, "all-reduce(": 2}, {"all-reduce(": 1})
     assert sorted(map(sorted, map(Counter.elements, filter(None, loops)))) == sorted(
         sorted(Counter(each).elements()) for each in (step, check, panel, panel)
     )

@@ -43,7 +43,7 @@ from tests.support import ports
 from tests.support.memory import block_of
 from tests.support.meshes import mesh
 from tests.support.plans import config_folder, run_config
-from tests.support.problems import oracle
+from tests.support.problems import linear_of, oracle
 from tests.support.pruning import group_arguments, measure, prune_calibrated, prune_matrices, walk_block
 from tests.support.references import REFERENCES, small, tiny
 from tests.support.tiny_models import tiny_llama
@@ -200,9 +200,9 @@ def group_of(weight, sets, recipe, shape=(1, 1), layout=Layout()):
         drift=drift,
         held_out_drift=unseen_drift,
     )
-    linear = weight @ hessian + recipe.target.alpha * weight @ drift.cross
-    linear += recipe.target.gamma * drift.residual[0] if drift.residual else 0
-    return new, keep, rows, LayerProblem(jnp.asarray(weight), hessian, linear)
+    pull = recipe.target.alpha * weight @ drift.cross
+    pull += recipe.target.gamma * drift.residual[0] if drift.residual else 0
+    return new, keep, rows, LayerProblem(jnp.asarray(weight), hessian, pull)
 
 
 def dense_error(streams, dense, weight):
@@ -217,7 +217,7 @@ def test_the_minimiser_is_that_of_the_normal_equations(shape, layout):
     new, keep, rows, problem = group_of(weight, sets, BEYOND, shape, layout)
     best = oracle(problem, Pruned(new, keep), BEYOND.damping)
     assert np.abs(new - best).max() < 1e-3 * np.abs(best).max()
-    own = oracle(dataclasses.replace(problem, linear=problem.weight @ problem.hessian), Pruned(new, keep), BEYOND.damping)
+    own = oracle(dataclasses.replace(problem, pull=None), Pruned(new, keep), BEYOND.damping)
     assert np.abs(own - best).max() > 0.03 * np.abs(best).max(), "the target makes no difference here"
     # And the report tells the errors against the dense model, from the inputs themselves.
     energy, before, after, drift = np.asarray(rows.dense, np.float64)
@@ -258,7 +258,7 @@ def test_the_residual_streams_drift_is_aimed_at_too(shape, layout):
 @pytest.mark.parametrize("pattern", ["0.5/row", "0.5/layer", "2:4"])
 def test_best_is_the_same_on_every_mesh(pattern):
     """ADMM, exchanges, the dense target and the stream's drift together, with rows that divide no mesh."""
-    rng = np.random.default_rng(3)
+    rng = np.random.default_rng(4)
     weight, sets = two_sets(rng, rows=15)
     sets = [(x, other, 0.3 * rng.standard_normal((len(x), 15))) for x, other in sets]
     recipe = parse(["--preset", "best", "--pattern", pattern, "--solver.tolerance", "1e-6", "--refine.share", "0.1"]).recipe
@@ -279,7 +279,7 @@ def test_a_selector_aims_at_the_target_too():
     new, keep, _, problem = group_of(weight, sets, recipe)
     penalties = np.geomspace(selector.rho_first, selector.rho_last, selector.levels)
     best, kept = ports.admm(
-        *map(np.asarray, (problem.weight, problem.hessian, problem.linear)),
+        *map(np.asarray, (problem.weight, problem.hessian, linear_of(problem))),
         recipe.pattern,
         selector.damping,
         penalties,
@@ -386,11 +386,9 @@ def test_a_tuned_matrix_is_the_best_of_its_candidates_on_held_out_tokens():
     sets = [tuple(x[:30] for x in calibration), held_out]
     tuning = Grid((0.01, 0.3, 3.0), (0.0, 0.9))
     new, keep, rows, problem = group_of(weight, sets, dataclasses.replace(BEYOND, tuning=tuning))
-    own = weight @ problem.hessian
-    halfway = problem.linear - own
 
     def candidate(damping, alpha):
-        best = oracle(dataclasses.replace(problem, linear=own + 2 * alpha * halfway), Pruned(new, keep), damping)
+        best = oracle(dataclasses.replace(problem, pull=2 * alpha * problem.pull), Pruned(new, keep), damping)
         return best, dense_error(sets[1], weight.astype(np.float64), best).sum()
 
     first = {damping: candidate(damping, 0.5)[1] for damping in tuning.damping}
@@ -443,7 +441,7 @@ def test_an_update_that_the_held_out_tokens_refuse_is_named():
     unseen, none = statistics_of(weight, other, other)
     keep = np.abs(weight) > np.median(np.abs(weight))
     pruned = Pruned(jnp.where(keep, weight, 0), jnp.asarray(keep))
-    fitted = oracle(LayerProblem(jnp.asarray(weight), hessian, weight @ (hessian + drift.cross)), pruned)
+    fitted = oracle(LayerProblem(jnp.asarray(weight), hessian, weight @ drift.cross), pruned)
     solution = Solution(jnp.asarray(fitted, jnp.float32), jnp.zeros(12), jnp.ones(12, jnp.int32), jnp.ones(12, bool))
 
     sets = TokenSets(

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from optima_tpu.method.patterns import NM, Unstructured
-from optima_tpu.method.problem import LayerProblem, Pruned, Solution, pull_of, self_target
+from optima_tpu.method.problem import LayerProblem, Pruned, Solution, pull_of
 from optima_tpu.method.solvers import Solver
 
 PATTERNS = [
@@ -30,12 +30,12 @@ def correlated_hessian(rng: np.random.Generator, size: int, tokens: int | None =
 
 def layer(rng: np.random.Generator, rows: int, size: int, *, target: str = "self", **hessian) -> LayerProblem:
     """A random layer; ``target="other"`` asks for something else than its own outputs."""
-    problem = self_target(
+    problem = LayerProblem(
         jnp.asarray(rng.standard_normal((rows, size)), jnp.float32), jnp.asarray(correlated_hessian(rng, size, **hessian))
     )
     if target == "other":
         shift = jnp.asarray(0.1 * rng.standard_normal((rows, size)), jnp.float32)
-        problem = dataclasses.replace(problem, linear=problem.linear + shift @ problem.hessian)
+        problem = dataclasses.replace(problem, pull=shift @ problem.hessian)
     return problem
 
 
@@ -53,13 +53,18 @@ def select(selector, problem: LayerProblem, pattern) -> Pruned:
 
 
 def wide(problem: LayerProblem, damping: float = 0.0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(weight, damped Hessian, e) in float64, with ``e = g - W H`` as float32 holds it."""
+    """(weight, damped Hessian, e) in float64, with ``e`` as float32 holds it."""
     hessian = np.asarray(problem.hessian, np.float64)
     return (
         np.asarray(problem.weight, np.float64),
         hessian + damping * np.diag(np.diag(hessian)),
         np.asarray(pull_of(problem), np.float64),
     )
+
+
+def linear_of(problem: LayerProblem) -> np.ndarray:
+    """``g = W H + e``, the linear term of the published formulas."""
+    return np.asarray(problem.weight) @ np.asarray(problem.hessian) + np.asarray(pull_of(problem))
 
 
 def oracle(problem: LayerProblem, pruned: Pruned, damping: float = 0.0) -> np.ndarray:

@@ -1,5 +1,6 @@
 """Matrices and blocks pruned in one call, with what a test leaves out filled in."""
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping
 
@@ -30,7 +31,7 @@ def measure(hessian: Array, dense: Array, old: Array, new: Array):
 
 def prune_layer(problem: LayerProblem, recipe: Recipe, dtype=jnp.float32) -> tuple[Pruned, RowOutcomes]:
     """Prunes one matrix on one device: selector, solver, cast, acceptance. What ``prune_group`` does on a mesh is the same."""
-    problem = LayerProblem(problem.weight, problem.hessian, problem.linear, recipe.damping)
+    problem = dataclasses.replace(problem, damping=recipe.damping)
     pruned = recipe.selector(problem, recipe.pattern)
     found = recipe.update(recipe.pattern)(problem, pruned)
     objective = MatrixObjective(problem.weight, TokenSets(TokenTerms(problem.hessian)), pull_of(problem), damping=recipe.damping)

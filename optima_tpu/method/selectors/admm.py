@@ -42,7 +42,7 @@ class ADMM(Selector):
     and at a much smaller one no mask stops. Every level costs one inverse, for all matrices that read one input. Every
     iteration costs one product for all rows of the matrix.
 
-    ``problem.linear`` defines the target. The returned weights are ``z`` after the last iteration. If the mask has stopped
+    ``problem.pull`` defines the target. The returned weights are ``z`` after the last iteration. If the mask has stopped
     changing, they are near the damped optimum for this mask. ``CG`` continues from them and certifies the remaining gap.
 
     Dead inputs (``scaling.live_features``) score 0: they are pruned first, and those that stay keep their weights. Of equal

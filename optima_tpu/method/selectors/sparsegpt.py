@@ -29,7 +29,7 @@ class SparseGPT(Sweep):
         w[r, j:] -= w_rj / U_jj * U[j, j:]
 
     which is optimal for the inputs from ``j`` on, with the inputs before ``j`` fixed. A kept weight is not moved any more once
-    the sweep has passed it, so a solver on the same mask finds better weights. ``problem.linear`` is not read: the sweep
+    the sweep has passed it, so a solver on the same mask finds better weights. ``problem.pull`` is not read: the sweep
     reproduces the layer's own outputs, even if the target is another one.
 
     What competes:

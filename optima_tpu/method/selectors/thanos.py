@@ -29,7 +29,7 @@ class Thanos(Sweep):
         w[i:] -= w_S (P_SS)^-1 P[S, :]
 
     This is the cheapest change of the columns from ``i`` on that removes all of ``S`` at once. (SparseGPT removes one column at a
-    time.) ``problem.linear`` is not read: the method aims at the layer's own outputs, ``g = W H``.
+    time.) ``problem.pull`` is not read: the method aims at the layer's own outputs, ``g = W H``.
 
     Source: Ilin and Richtarik, arXiv 2504.05346. It differs from the published code (vectozavr/thanos ``lib/thanos.py``, and its
     copy paramathic/optima ``optima/thanos.py``) in three points:

@@ -76,9 +76,9 @@ class Adam(Solver):
         pull, damped = pull_of(problem), problem
         if problem.damping:
             hessian = hessian + problem.damping * jnp.diag(jnp.diagonal(hessian))
-            damped = LayerProblem(problem.weight, hessian, pull + matmul(problem.weight, hessian))
+            damped = LayerProblem(problem.weight, hessian, problem.pull)
         free = pruned.keep & live
-        sound = jnp.all(jnp.isfinite(pull), axis=1)
+        sound = jnp.all(jnp.isfinite(pull) & jnp.isfinite(problem.weight), axis=1)
         slope = jnp.where(free & sound[:, None], matmul(pruned.weight - problem.weight, hessian) - pull, 0.0)
         largest = jnp.max(jnp.abs(slope), axis=1, keepdims=True)
         unit = jnp.where(largest > 0, largest, 1.0)

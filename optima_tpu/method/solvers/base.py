@@ -12,7 +12,8 @@ from optima_tpu.method.linalg.features import WHOLE, Features
 from optima_tpu.method.problem import LayerProblem, Pruned, Solution
 from optima_tpu.method.resources import Cost, Footprint
 
-SolveRows = Callable[[LayerProblem, Pruned], Solution]
+SolveRows = Callable[[LayerProblem], Callable[[Pruned], Solution]]
+"""Takes the rows' problem, then masks and weights to start from. What one problem's solves share is computed once."""
 
 
 class Solver(abc.ABC):
@@ -35,15 +36,16 @@ class Solver(abc.ABC):
         """Returns the rows' new weights, for the mask of ``pruned`` or for a new mask."""
 
     def prepare(self, hessian: Float32[Array, "d_in d"], damping: float, features: Features = WHOLE) -> SolveRows:
-        """Returns a function that solves any rows with this Hessian and damping.
+        """Returns a function that solves any rows with this Hessian and damping: ``prepare(...)(problem)(pruned)``.
 
-        Work that depends only on Hessian and damping is done here, once for all rows.
+        Work that depends only on Hessian and damping is done here, once for all rows. Work that depends on the rows' problem and
+        not on their masks is done once for all solves of these rows.
 
         Args:
           hessian: [d_in, d]: all of it, or a device's columns if ``footprint`` allows ``split``.
           features: the sharding of the features, for the Hessian and for the rows.
         """
-        return self
+        return lambda problem: lambda pruned: self(problem, pruned)
 
     def footprint(self, damping: float) -> Footprint:
         """The device memory of the solver. This default is a cautious guess."""

@@ -14,10 +14,11 @@ remaining improvement. With an extra ridge ``delta`` inside ``X`` the bound is `
 
 If the features are sharded over devices (``Features``), each device holds its columns of ``A``, ``X`` and ``R'`` and its part of
 every row. An iteration then costs two all-gathers, of the rows that are multiplied by ``A`` and by ``X``, and two all-reduces of
-a few numbers per row. The check after a cycle costs two all-gathers and one all-reduce.
+a few numbers per row. The check after a cycle costs two all-gathers and two all-reduces.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import ClassVar, NamedTuple
 
 import jax
@@ -30,15 +31,15 @@ from optima_tpu.method.linalg.blocked_cholesky import inverse_by_panels
 from optima_tpu.method.linalg.features import WHOLE, Features
 from optima_tpu.method.linalg.inverses import inverse_and_root
 from optima_tpu.method.linalg.scaling import RESOLUTION, require, unit_diagonal
-from optima_tpu.method.problem import LayerProblem, Pruned, Solution, pull_of
+from optima_tpu.method.problem import Endpoint, LayerProblem, Pruned, Solution
 from optima_tpu.method.resources import Cost, Footprint
 from optima_tpu.method.solvers.base import Solver, SolveRows
 
 # Below this damping a float32 inverse of A is too inaccurate for the certificate, and X gets an extra ridge.
 SAFE_DAMPING = 1e-4
 _EXTRA_RIDGE = 1e-3
-# Products until a layer has converged, for plans: 12 steps of two products, and two more every fourth step.
-_PRODUCTS = 35
+# Products until a layer has converged, for plans: 12 steps of two products, two more every fourth step, and two at the start.
+_PRODUCTS = 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +48,7 @@ class CG(Solver):
 
     The right choice almost always: after about a dozen iterations it is within 1e-3 of the optimum, with a proof. ``gap`` in the
     solution is an upper bound on ``(f - f*) / max(f*, 1e-8 sum_j w_j^2 H_jj)`` of the damped problem, where ``f`` counts from the
-    unconstrained optimum (for ``linear = W H``: the squared change of the row's output). No row gets worse.
+    unconstrained optimum (for no pull: the squared change of the row's output). No row gets worse.
 
     Attributes:
       tolerance: the certified relative gap at which a row stops. A larger one stops earlier, with weights that are further from
@@ -78,106 +79,139 @@ class CG(Solver):
         return Cost(products, passes=7 * products, inverses=1)
 
     def __call__(self, problem: LayerProblem, pruned: Pruned) -> Solution:
-        return self.prepare(problem.hessian, problem.damping)(problem, pruned)
+        return self.prepare(problem.hessian, problem.damping)(problem)(pruned)
 
     def prepare(self, hessian: Float32[Array, "d_in d"], damping: float, features: Features = WHOLE) -> SolveRows:
         shared = _share(hessian, damping, features)
-        return lambda problem, pruned: self._solve(problem, pruned, shared, features)
 
-    def _solve(self, problem: LayerProblem, pruned: Pruned, shared: "_Shared", features: Features) -> Solution:
+        def of_rows(problem: LayerProblem) -> Callable[[Pruned], Solution]:
+            rows = _Rows.of(problem, shared, features)
+            return lambda pruned: self._solve(rows, pruned)
+
+        return of_rows
+
+    def _solve(self, rows: "_Rows", pruned: Pruned) -> Solution:
+        shared, features = rows.shared, rows.features
         free = pruned.keep & shared.live
-        start = jnp.where(shared.live, (pruned.weight - problem.weight) * shared.scale, 0.0)
-        pull = jnp.where(shared.live, pull_of(problem, features) / shared.scale, 0.0)
-        # f counted from the unconstrained optimum is f + e A^-1 e'; X <= A^-1 keeps the certified gap an upper bound.
-        # It is zero, at no cost, if the target is the layer's own output.
-        offset = jax.lax.cond(
-            features.any(pull != 0),
-            lambda: features.sums(_square(features.product(pull, shared.root)))[0],
-            lambda: jnp.zeros(pull.shape[0]),
-        )
-        rounding = 16 * jnp.finfo(offset.dtype).eps
-        energy, choices = features.sums(
-            _square(jnp.where(shared.live, problem.weight * shared.scale, 0.0)), free.astype(jnp.float32)
-        )
-        resolution = RESOLUTION * energy
+        (choices,) = features.sums(free.astype(jnp.float32))
+        start = jnp.where(shared.live, (pruned.weight - rows.weight) * shared.scale, 0.0)
 
-        def precondition(residual: Array) -> Array:
-            return jnp.where(free, features.product(residual, shared.inverse), 0.0)
-
-        def measure(change: Array) -> tuple[Array, Array, Array]:
-            image = features.product(change, shared.matrix)
-            residual = jnp.where(free, pull - image, 0.0)
-            value, decrement, length = features.sums(
-                change * (image - 2 * pull), _square(features.product(residual, shared.root)), _square(change)
-            )
-            distance = jnp.sqrt(decrement) + shared.noise * jnp.sqrt(length)
-            bound = jnp.where((choices > 0) & (distance != 0), shared.looseness * distance**2, 0.0)
-            # With a pull e, f is a difference of large numbers: subtract the largest error that rounding can cause.
-            optimum = value + offset - bound - rounding * (jnp.abs(value) + offset)
-            gap = jnp.where(bound == 0, 0.0, bound / jnp.maximum(optimum, jnp.maximum(resolution, _TINY)))
-            # If A has no factor in float32, or the weights are not finite, nothing is certified.
-            return residual, value, jnp.where(jnp.isfinite(value) & ~jnp.isnan(gap), gap, jnp.inf)
-
-        def step(_: int | Array, carry: tuple[Array, Array, Array, Array]) -> tuple[Array, Array, Array, Array]:
-            change, residual, direction, active = carry
-            image = jnp.where(free, features.product(direction, shared.matrix), 0.0)
-            curvature, slope = features.sums(direction * image, residual * direction)
-            moves = active & (curvature > 0)
-            safe = jnp.where(moves, curvature, 1.0)
-            length = jnp.where(moves, slope / safe, 0.0)[:, None]
-            change = change + length * direction
-            residual = residual - length * image
-            preconditioned = precondition(residual)
+        def step(_: int | Array, path: _Path) -> _Path:
+            residual = path.residual
+            preconditioned = jnp.where(free, features.product(residual, shared.inverse), 0.0)
             # Enforce conjugacy to the last direction instead of assuming it from the recurrences: it survives rounding and the
             # residual replacements.
-            (overlap,) = features.sums(preconditioned * image)
-            conjugate = jnp.where(moves, -overlap / safe, 0.0)[:, None]
-            return change, residual, preconditioned + conjugate * direction, active
+            (overlap,) = features.sums(preconditioned * path.image)
+            bent = path.curvature > 0
+            conjugate = jnp.where(bent, -overlap / jnp.where(bent, path.curvature, 1.0), 0.0)[:, None]
+            direction = preconditioned + conjugate * path.direction
+            image = jnp.where(free, features.product(direction, shared.matrix), 0.0)
+            curvature, slope = features.sums(direction * image, residual * direction)
+            moves = path.active & (curvature > 0)
+            length = jnp.where(moves, slope / jnp.where(moves, curvature, 1.0), 0.0)[:, None]
+            return path._replace(
+                change=path.change + length * direction,
+                residual=residual - length * image,
+                direction=direction,
+                image=image,
+                curvature=jnp.where(moves, curvature, 0.0),
+            )
 
         def cycle(state: _State) -> _State:
-            change, _, direction, _ = jax.lax.fori_loop(
-                0, self.cycle, step, (state.best, state.residual, state.direction, state.active)
-            )
-            residual, value, gap = measure(change)
+            path = state.path._replace(change=state.best, residual=jnp.where(free, state.residual, 0.0))
+            path = jax.lax.fori_loop(0, self.cycle, step, path)
+            residual, value = rows.measure(path.change)
             # A row whose objective stopped falling has reached the accuracy of float32 (a NaN counts as not falling): it keeps
             # its best point.
-            fell = state.active & (value < state.value)
-            gap = jnp.where(fell, gap, state.gap)
+            active = state.path.active
+            fell = active & (value < state.value)
+            best, residual = (
+                jnp.where(fell[:, None], new, old) for new, old in ((path.change, state.best), (residual, state.residual))
+            )
+            value = jnp.where(fell, value, state.value)
+            gap = rows.gap(best, jnp.where(free, residual, 0.0), value, choices)
             return _State(
                 cycles=state.cycles + 1,
-                best=jnp.where(fell[:, None], change, state.best),
-                value=jnp.where(fell, value, state.value),
+                best=best,
+                value=value,
                 gap=gap,
                 residual=residual,
-                direction=direction,
-                active=fell & (gap > self.tolerance),
-                steps=state.steps + self.cycle * state.active,
+                path=path._replace(active=fell & (gap > self.tolerance)),
+                steps=state.steps + self.cycle * active,
             )
 
-        residual, value, gap = measure(start)
+        residual, value = rows.measure(start)
+        zero = jnp.zeros_like(start)
+        # The first certificate comes with the first cycle: nearly every row needs one, and all rows are multiplied together.
         state = _State(
             cycles=0,
             best=start,
             value=value,
-            gap=gap,
+            gap=jnp.full(value.shape, jnp.inf),
             residual=residual,
-            direction=precondition(residual),
-            active=jnp.isfinite(value) & (gap > self.tolerance),
+            path=_Path(zero, zero, zero, zero, jnp.zeros_like(value), jnp.isfinite(value)),
             steps=jnp.zeros(value.shape, jnp.int32),
         )
         limit = -(-self.max_steps // self.cycle)
-        state = jax.lax.while_loop(lambda s: (s.cycles < limit) & jnp.any(s.active), cycle, state)
-        # Scale back only the difference from the start, so that a row that took no step keeps its exact weights.
+        state = jax.lax.while_loop(lambda s: (s.cycles < limit) & jnp.any(s.path.active), cycle, state)
+        # Scale back only the difference from the start, so that a row that did not move keeps its exact weights.
         moved = pruned.weight + (state.best - start) / shared.scale
         return Solution(
             jnp.where(free, moved, jnp.where(pruned.keep, pruned.weight, 0.0)),
             state.gap,
             state.steps,
             state.gap <= self.tolerance,
+            end=Endpoint(state.value, state.residual * shared.scale),
         )
 
 
 _TINY = 1e-30  # keeps 0 / 0 out of the gap of a row without output
+
+
+class _Rows(NamedTuple):
+    """What all solves of some rows share, in the scaled variables."""
+
+    weight: Array  # [rows, d], the dense weights, not scaled
+    pull: Array | None  # [rows, d], e; None if the target is the layer's own output
+    offset: Array  # [rows], e X e'
+    resolution: Array  # [rows], the smallest objective that a gap is a share of
+    shared: "_Shared"
+    features: Features
+
+    @classmethod
+    def of(cls, problem: LayerProblem, shared: "_Shared", features: Features) -> "_Rows":
+        (energy,) = features.sums(_square(jnp.where(shared.live, problem.weight * shared.scale, 0.0)))
+        pull, offset = None, jnp.zeros_like(energy)
+        if problem.pull is not None:
+            pull = jnp.where(shared.live, problem.pull / shared.scale, 0.0)
+            # f counted from the unconstrained optimum is f + e A^-1 e'; X <= A^-1 keeps the certified gap an upper bound.
+            (offset,) = features.sums(_square(features.product(pull, shared.root)))
+        return cls(problem.weight, pull, offset, RESOLUTION * energy, shared, features)
+
+    def measure(self, change: Array) -> tuple[Array, Array]:
+        """The residual of all inputs, [rows, d], and f, [rows]."""
+        image = self.features.product(change, self.shared.matrix)
+        if self.pull is None:
+            return -image, self.features.sums(change * image)[0]
+        return self.pull - image, self.features.sums(change * (image - 2 * self.pull))[0]
+
+    def gap(self, change: Array, residual: Array, value: Array, choices: Array) -> Array:
+        """The certified gap, [rows].
+
+        Args:
+          residual: [rows, d], 0 for inputs that are not free.
+          choices: [rows], number of free inputs.
+        """
+        shared = self.shared
+        decrement, length = self.features.sums(_square(self.features.product(residual, shared.root)), _square(change))
+        distance = jnp.sqrt(decrement) + shared.noise * jnp.sqrt(length)
+        bound = jnp.where((choices > 0) & (distance != 0), shared.looseness * distance**2, 0.0)
+        # With a pull e, f is a difference of large numbers: subtract the largest error that rounding can cause.
+        rounding = 16 * jnp.finfo(value.dtype).eps
+        optimum = value + self.offset - bound - rounding * (jnp.abs(value) + self.offset)
+        gap = jnp.where(bound == 0, 0.0, bound / jnp.maximum(optimum, jnp.maximum(self.resolution, _TINY)))
+        # If A has no factor in float32, or the weights are not finite, nothing is certified.
+        return jnp.where(jnp.isfinite(value) & ~jnp.isnan(gap), gap, jnp.inf)
 
 
 class _Shared(NamedTuple):
@@ -192,14 +226,24 @@ class _Shared(NamedTuple):
     noise: Array  # [], the largest error of sqrt(r X r') by rounding, per unit of the change
 
 
+class _Path(NamedTuple):
+    """Where the iteration is, and how it came there."""
+
+    change: Array  # [rows, d_in], D
+    residual: Array  # [rows, d_in], 0 for inputs that are not free
+    direction: Array  # [rows, d_in], of the last step
+    image: Array  # [rows, d_in], of the last direction, 0 for inputs that are not free
+    curvature: Array  # [rows], along the last direction; 0 before the first step
+    active: Array  # [rows] bool
+
+
 class _State(NamedTuple):
     cycles: int | Array  # done so far
     best: Array  # [rows, d_in], the lowest point seen
     value: Array  # [rows], f at best
-    gap: Array  # [rows], certified at best
-    residual: Array  # [rows, d_in]
-    direction: Array  # [rows, d_in]
-    active: Array  # [rows] bool
+    gap: Array  # [rows], certified at best; infinite before the first cycle
+    residual: Array  # [rows, d_in], of all inputs at best
+    path: _Path
     steps: Array  # [rows] int32
 
 

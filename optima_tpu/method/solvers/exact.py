@@ -41,7 +41,6 @@ class Exact(Solver):
         matrix = matrix + problem.damping * jnp.eye(size, dtype=wide)
         # This ridge makes a singular block definite: about one ulp of the largest eigenvalue, as much as rounding may change it.
         ridge = size * jnp.finfo(wide).eps
-        # Computed in float32 as in the other solvers: exactly zero if the target is the layer's own output.
         pull = pull_of(problem).astype(wide)
 
         def row(weight: Array, pruned_weight: Array, keep: Array, pull: Array) -> tuple[Array, Array, Array]:

@@ -142,7 +142,7 @@ def _solve(problem: LayerProblem, pruned: Pruned, in_unit_diagonal: bool, dampin
 
     solved = sound & jnp.all(jnp.isfinite(change), axis=1, keepdims=True)
     moved = jnp.where(free & solved, weight + change * unit, jnp.where(pruned.keep, pruned.weight, 0.0))
-    damped = LayerProblem(weight, hessian, pull + matmul(weight, hessian))
+    damped = LayerProblem(weight, hessian, pull)
     residual = optimality_residual(damped, Pruned(moved, free), moved)
     converged = solved[:, 0] & (status == TerminationStatus.OPTIMAL)
     gap = jnp.where(solved[:, 0] & jnp.isfinite(residual), residual, jnp.inf)
