@@ -133,7 +133,8 @@ class Rope:
             case Llama3Scaling(factor, low, high, original):
                 # Fast frequencies stay, slow ones are divided by the factor, those between are blended by their wavelength.
                 turns = original * frequencies / (2 * math.pi)
-                blend = np.clip((turns - low) / (high - low), 0.0, 1.0)
+                # Without a range between the two, as in transformers: fast from ``low`` on.
+                blend = np.clip((turns - low) / (high - low), 0.0, 1.0) if high > low else (turns >= low).astype(np.float64)
                 frequencies = frequencies * (blend + (1 - blend) / factor)
             case LongScaling(short, long, original, magnitude):
                 frequencies = frequencies / np.asarray(long if length > original else short)

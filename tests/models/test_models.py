@@ -12,11 +12,13 @@ from optima_tpu.errors import UserError
 from optima_tpu.models import family_of
 from optima_tpu.models.decoder import Decoder, forward
 from optima_tpu.models.layers import RMSNorm, ShiftedRMSNorm, WideRMSNorm
+from optima_tpu.models.rope import Rope
 from tests.support.meshes import mesh
-from tests.support.references import REFERENCES, Reference, tiny
+from tests.support.references import BASE, LLAMA3, REFERENCES, Reference, tiny
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
+rope_utils = pytest.importorskip("transformers.modeling_rope_utils")
 
 
 CASES = [
@@ -115,6 +117,17 @@ def test_a_block_goes_on_from_the_output_of_attention(reference):
     for name in decoder.linears[len(before) :]:
         np.testing.assert_array_equal(behind[name], inputs[name])
     assert len(before) > 0 and np.isfinite(output).all()
+
+
+@pytest.mark.parametrize("high", [1.0, 0.5])
+def test_llama3_rope_without_a_range_between_its_factors_has_a_step(high):
+    """As transformers, which blends nothing then; and without a division by zero."""
+    parameters = LLAMA3 | dict(low_freq_factor=1.0, high_freq_factor=high)
+    config = transformers.LlamaConfig(**BASE, rope_parameters=parameters)
+    expected, _ = rope_utils.ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
+    with np.errstate(all="raise"):
+        cos, _ = Rope.from_hf(parameters).tables(2, 8)
+    np.testing.assert_allclose(cos[1, :4], np.cos(expected.numpy()), rtol=1e-6)
 
 
 def test_an_unsupported_rope_type_is_refused_by_name():
