@@ -1,12 +1,11 @@
 """The command ``optima``: one name for all command lines of this package."""
 
-import difflib
 import importlib
 import sys
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
-from optima_tpu.errors import legible
+from optima_tpu.errors import did_you_mean, legible
 from optima_tpu.runtime import signals
 from optima_tpu.runtime.program import MODULES
 
@@ -49,8 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     name, *rest = words
     if name not in MODULES:
-        near = difflib.get_close_matches(name, MODULES, n=1) or (["prune"] if name.startswith("-") else [])
-        hint = f"; did you mean optima {' '.join([*near, *([name] if name.startswith('-') else [])])}?" if near else ""
+        option = f"; did you mean optima prune {name}?" if name.startswith("-") else ""
+        hint = option or did_you_mean(name, MODULES, "optima ")
         print(legible(f"error: expected a command, one of {', '.join(MODULES)}, got {name}{hint}"), file=sys.stderr)
         return 2
     # A package, such as optima_tpu.evaluate, has its command line in __main__, as for python -m. Only the chosen one is imported.

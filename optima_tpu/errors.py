@@ -1,5 +1,6 @@
 """The exception for mistakes that the user can correct, and one-line texts of other exceptions."""
 
+import difflib
 from collections.abc import Iterable
 
 
@@ -15,6 +16,13 @@ def some(names: Iterable[str], count: int = 4) -> str:
     """The first ``count`` names in sorted order, as text for a message."""
     names = sorted(names)
     return ", ".join(names[:count]) + (", ..." if len(names) > count else "")
+
+
+def did_you_mean(got: object, known: Iterable[str], before: str = "") -> str:
+    """ "; did you mean sparsegpt?" for the misspelling of a known name, in any case; empty if no name is near."""
+    names = {name.lower(): name for name in known}
+    near = difflib.get_close_matches(str(got).lower(), names, n=1)
+    return f"; did you mean {before}{names[near[0]]}?" if near else ""
 
 
 def one_line(error: BaseException) -> str:

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, ClassVar, Protocol
 
-from optima_tpu.errors import UserError
+from optima_tpu.errors import UserError, did_you_mean
 from optima_tpu.method.acceptance import HeldOut, PerLayer, PerRow
 from optima_tpu.method.allocation import OWL, Measured, Uniform
 from optima_tpu.method.distillation import KL
@@ -80,7 +80,8 @@ def canonical_name(setting: str, text: str) -> str:
         if plain_name(text) == plain_name(name):
             return name
     own = f", or the import path of your own, such as my_lab.masks:{OPEN[setting].__name__}" if setting in OPEN else ""
-    raise UserError(f"expected {setting} to be one of {', '.join(CHOICES[setting])}{own}, got {text!r}")
+    near = did_you_mean(text, CHOICES[setting])
+    raise UserError(f"expected {setting} to be one of {', '.join(CHOICES[setting])}{own}, got {text!r}{near}")
 
 
 def plain_name(name: Any) -> str:

@@ -41,8 +41,8 @@ from optima_tpu.config.choices import CHOICES, canonical_name, default_options, 
 from optima_tpu.config.flat import flat
 from optima_tpu.config.options import PARTS, alternatives, fields, kinds, make_parser, parts
 from optima_tpu.config.presets import PLAIN, PRESETS, default_preset, with_preset
-from optima_tpu.config.run_config import EMBEDDED, MOST, RunConfig, to_dict
-from optima_tpu.errors import UserError
+from optima_tpu.config.run_config import MOST, RunConfig, default_run, to_dict
+from optima_tpu.errors import UserError, did_you_mean
 from optima_tpu.method.layer_rules import parse_layers
 from optima_tpu.method.patterns import parse_pattern
 
@@ -325,6 +325,7 @@ def one_line(error: argparse.ArgumentError, types: Mapping[str, Any] | None = No
     found = re.match(r'Parser key "([^"]+)":.*(?:Got|Given) value: (.*)', message, re.DOTALL)
     if not found or not types:
         return " ".join(message.replace(".name:", ":").split())
+    names = [str(name) for kind in alternatives(types[found[1]]) for name in typing.get_args(kind)]
     words = [
         ", ".join(map(str, typing.get_args(kind)))
         if typing.get_origin(kind) is Literal
@@ -333,4 +334,4 @@ def one_line(error: argparse.ArgumentError, types: Mapping[str, Any] | None = No
         else {int: "a whole number", float: "a number", bool: "true or false", str: "text"}.get(kind, "null")
         for kind in alternatives(types[found[1]])
     ]
-    return f"expected {found[1]} to be {' or '.join(words)}, got {found[2] or 'nothing'}"
+    return f"expected {found[1]} to be {' or '.join(words)}, got {found[2] or 'nothing'}{did_you_mean(found[2], names)}"

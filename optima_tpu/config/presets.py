@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from optima_tpu.errors import UserError
+from optima_tpu.errors import UserError, did_you_mean
 
 
 class Preset(NamedTuple):
@@ -76,7 +76,7 @@ def with_preset(name: str | None, document: Mapping[str, Any]) -> dict[str, Any]
     if name is None:
         return dict(document)
     if not isinstance(name, str) or name not in PRESETS:
-        raise UserError(f"expected preset to be one of {', '.join(PRESETS)}, got {name!r}")
+        raise UserError(f"expected preset to be one of {', '.join(PRESETS)}, got {name!r}{did_you_mean(name, PRESETS)}")
     settings = {setting: dict(value) if isinstance(value, dict) else value for setting, value in PRESETS[name].settings.items()}
     for setting, value in document.items():
         mine = settings.get(setting)

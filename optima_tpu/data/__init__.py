@@ -16,7 +16,7 @@ from optima_tpu.data.self_generated import SelfGenerated
 from optima_tpu.data.source import Located, Part, Source, Split, TextSource, Tokens, TokenSource, token_digest
 from optima_tpu.data.tfds import TFDS
 from optima_tpu.data.wikitext2 import WikiText2
-from optima_tpu.errors import UserError
+from optima_tpu.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:  # importing it takes seconds and warns that torch is missing, also in programs that tokenise nothing
     from transformers import PreTrainedTokenizerBase
@@ -74,7 +74,8 @@ def parse_source(text: str) -> Source:
         raise UserError(f"expected {_FORMS[kind]}, got {text!r}")
     raise UserError(
         f"expected a text source ({', '.join(NAMED)}, self, file:PATH, file:PATH?field=NAME, npy:PATH, "
-        f"tfds:NAME@DIR or hub:ORG/NAME@SPLIT), got {text!r}; for a text of your own write file: before its path"
+        f"tfds:NAME@DIR or hub:ORG/NAME@SPLIT), got {text!r}"
+        + (did_you_mean(text, [*NAMED, "self"]) or "; for a text of your own write file: before its path")
     )
 
 

@@ -1,13 +1,14 @@
 """The names of the commands, for help texts and for messages that say what to type, and their parser."""
 
 import argparse
+import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import NoReturn
 
-from optima_tpu.errors import UserError
+from optima_tpu.errors import UserError, did_you_mean
 
 MODULES: Mapping[str, str] = MappingProxyType(
     {
@@ -35,4 +36,10 @@ class Parser(argparse.ArgumentParser):
     """Refuses what is wrong or missing with a UserError, like everything else that a user can mend."""
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see {self.prog} --help")
+        found = re.search(r"invalid choice: (.*?) \(choose from (.*)\)", message)
+        near = did_you_mean(found[1].strip("'"), re.findall(r"[\w-]+", found[2])) if found else ""
+        raise UserError(f"{message}{near}; see {self.prog} --help")
+
+
+def _dashed(option: str) -> str:
+    return option.replace("_", "-")

@@ -50,6 +50,7 @@ def test_an_unknown_command_is_one_line(words, said, capsys):
         (["figures", "layer-errors", "a"], "the following arguments are required: -o/--output"),
         (["data", "a@b", "c.txt", "--validation-share", "x"], "invalid float value: 'x'"),
         (["plan", "--json"], "argument --json: expected one argument"),
+        (["figures", "layer_errors"], "did you mean layer-errors?"),
         (["pru\nne"], "got pru\\nne"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
