@@ -477,25 +477,15 @@ def _usage(actions: Iterable[argparse.Action], nested: Iterable[argparse.Action]
         if not action.option_strings:
             yield values
         else:
-            text = " ".join(filter(None, [_spellings(action)[-1], values]))
+            text = " ".join(filter(None, [action.option_strings[-1], values]))
             yield text if action.required else f"[{text}]"
 
 
 def _option_lines(parser: argparse.ArgumentParser, actions: Iterable[argparse.Action]) -> Iterator[str]:
     for action in sorted(actions, key=lambda action: bool(action.option_strings)):
-        names = ", ".join(_spellings(action))
+        names = ", ".join(action.option_strings)
         text = (action.help or "") % {**vars(action), "prog": parser.prog}
         yield f"- `{' '.join(filter(None, [names, _values(action)]))}`: {inline(_as_optima(text))}"
-
-
-def _spellings(action: argparse.Action) -> list[str]:
-    """The names of an option, without those that differ in underscores alone."""
-    dashed = {name.replace("_", "-") for name in action.option_strings if name.replace("_", "-") != name}
-    return [
-        name
-        for name in action.option_strings
-        if "_" not in name or name.replace("_", "-") not in dashed & set(action.option_strings)
-    ]
 
 
 def _values(action: argparse.Action) -> str:

@@ -3,7 +3,7 @@
 # On an accelerator host, do not use this script: one process drives all chips of the host.
 #
 #   launch/local_processes.sh [--dry-run] N [arguments of optima_tpu.launch]
-#   launch/local_processes.sh 2 --cpu-devices 2 --mesh 4x1 --output runs/two
+#   launch/local_processes.sh 2 --cpu_devices 2 --mesh 4x1 --output runs/two
 #
 # Needs: bash 5.1 or newer; this package, installed for `python` or for the interpreter that OPTIMA_PYTHON names.
 #

@@ -29,7 +29,7 @@ for the devices of the plan, which need not be attached: no TPU is needed.
 examples:
   {_PROGRAM} --config configs/paper/llama-3.1-8b.yaml --topology v5e:4x2
   {_PROGRAM} --model ./folder-with-config.json --topology v5p:4x4x4 --mesh 16x4 --preset fast
-  {_PROGRAM} --cpu-devices 8 --mesh 4x2"""
+  {_PROGRAM} --cpu_devices 8 --mesh 4x2"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -107,9 +107,7 @@ def make_parser() -> Parser:
     )
     parser.add_argument("--json", metavar="FILE", type=lambda text: Path(text).expanduser(), help="write the plan to FILE too")
     parser.add_argument("--force", action="store_true", help="let --json replace a file that this program did not write")
-    parser.add_argument(
-        "--no-compile", "--no_compile", action="store_true", help="do not compile: count roughly, which takes only seconds"
-    )
+    parser.add_argument("--no-compile", action="store_true", help="do not compile: count roughly, which takes only seconds")
     parser.add_argument(
         "--quick", action="store_true", help="with --topology: compile faster; the memory of solvers is then only rough"
     )

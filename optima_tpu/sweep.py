@@ -79,10 +79,9 @@ def make_parser() -> Parser:
         help="run only the cells whose "
         "name contains this text, such as 'sparsegpt + cg'; if repeated, the cells that contain any of the texts",
     )
-    parser.add_argument("--dry-run", "--dry_run", action="store_true", help="list the cells without running them")
+    parser.add_argument("--dry-run", action="store_true", help="list the cells without running them")
     parser.add_argument(
         "--keep-checkpoints",
-        "--keep_checkpoints",
         action="store_true",
         help="keep the pruned models (default: keep only the reports of finished cells)",
     )
@@ -130,7 +129,7 @@ def _set_devices(grid: CellGrid) -> None:
     first = grid.cells[0].config
     if (first.coordinator, first.num_processes, first.process_id) != (None, None, None):
         raise UserError(
-            "expected a sweep in one process, got --coordinator, --num-processes or --process-id: run single cells "
+            "expected a sweep in one process, got --coordinator, --num_processes or --process_id: run single cells "
             "in several processes with optima_tpu.launch (--dry-run lists their settings)"
         )
     take_devices(first, alone=True)

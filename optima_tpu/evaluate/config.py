@@ -134,9 +134,7 @@ class EvaluateConfig:
         ):
             for name in names:
                 if not used and (value := getattr(self, name)) != getattr(type(self), name):
-                    raise UserError(
-                        f"expected --{name.replace('_', '-')} for {what} (none), got {value}: give {remedy} too, or leave it out"
-                    )
+                    raise UserError(f"expected --{name} for {what} (none), got {value}: give {remedy} too, or leave it out")
 
     @property
     def task_names(self) -> tuple[str, ...]:

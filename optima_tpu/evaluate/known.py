@@ -56,22 +56,22 @@ def read_known(folder: str, files: Sequence[str], fingerprint: str) -> dict[str,
     found = []
     for path in (as_path(folder) / file for file in files):
         if path.exists():
-            remedy = "it holds no results of an evaluation, or it is damaged: leave --against-results out"
+            remedy = "it holds no results of an evaluation, or it is damaged: leave --against_results out"
             refuse_changed(path.parent, [path.name], remedy)
             known = read_record(path, Known, remedy)
             found.append((known["config"]["model_args"], known))
     if not found:
         raise UserError(
-            "expected --against-results with the directory of an earlier evaluation with --tasks, got "
+            "expected --against_results with the directory of an earlier evaluation with --tasks, got "
             f"{folder}, which has no {files[0]}"
         )
     for arguments, known in found:
         if arguments.get("fingerprint") == fingerprint:
             return dict(known)
     raise UserError(
-        f"expected --against-results with results of the model that --against names, got {folder} with results of "
+        f"expected --against_results with results of the model that --against names, got {folder} with results of "
         f"{' and '.join(arguments['pretrained'] for arguments, _ in found)} (other weights, another dtype, or written by a "
-        "version without fingerprints): give another directory, or leave --against-results out"
+        "version without fingerprints): give another directory, or leave --against_results out"
     )
 
 
@@ -92,8 +92,8 @@ def check_known(known: Mapping[str, Any], tasks: TaskDict, limit: int | None, ma
     )
     if missing:
         raise UserError(
-            f"expected --against-results with results of {', '.join(missing)}, got none of them: give the same --tasks as in "
-            "that evaluation, or leave --against-results out"
+            f"expected --against_results with results of {', '.join(missing)}, got none of them: give the same --tasks as in "
+            "that evaluation, or leave --against_results out"
         )
     compared = {
         "number of documents": (known["config"]["limit"], limit),
@@ -105,15 +105,15 @@ def check_known(known: Mapping[str, Any], tasks: TaskDict, limit: int | None, ma
     for what, (then, now) in compared.items():
         if then != now:
             raise UserError(
-                f"expected --against-results of the same tasks, got another {what}: {then} in that evaluation, {now} "
-                "here: use the same value, or leave --against-results out"
+                f"expected --against_results of the same tasks, got another {what}: {then} in that evaluation, {now} "
+                "here: use the same value, or leave --against_results out"
             )
     for name, task in tasks["tasks"].items():
         now = json.loads(json.dumps(dict(task.dump_config()), default=handle_non_serializable))
         if _settings(known["configs"][name]) != _settings(now):
             raise UserError(
-                f"expected --against-results of the same tasks, got other settings of task {name} (its file, --data or "
-                "--fewshot): use the settings of that evaluation, or leave --against-results out"
+                f"expected --against_results of the same tasks, got other settings of task {name} (its file, --data or "
+                "--fewshot): use the settings of that evaluation, or leave --against_results out"
             )
 
 

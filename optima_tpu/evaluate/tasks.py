@@ -54,7 +54,7 @@ def load_tasks(
         its task, or a task does not score texts.
     """
     if include_path is not None and not Path(include_path).expanduser().is_dir():
-        raise UserError(f"expected --include-path with a folder of task files, got {include_path}, which is not a folder")
+        raise UserError(f"expected --include_path with a folder of task files, got {include_path}, which is not a folder")
     # The same seeds as lm_eval.simple_evaluate, for tasks that shuffle while they are created.
     random.seed(DEFAULT_RANDOM_SEED)
     np.random.seed(DEFAULT_OTHER_SEED)

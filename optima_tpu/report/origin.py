@@ -92,7 +92,7 @@ def origin(runs: Sequence[Run]) -> Section:
         text.append(
             commands(
                 "The scripts in `launch/` start a run in several processes. Without them, give each process the command with "
-                "`--coordinator`, `--num-processes` and `--process-id`."
+                "`--coordinator`, `--num_processes` and `--process_id`."
             )
         )
     return Section(

@@ -60,7 +60,7 @@ def make_mesh(text: str | None) -> Mesh:
         kind = jax.devices()[0].platform
         each, left = divmod(data * model, jax.process_count())
         where = " in every process" if jax.process_count() > 1 else ""
-        hint = f", or --cpu-devices {each}{where} to simulate it" if kind == "cpu" and each and not left else ""
+        hint = f", or --cpu_devices {each}{where} to simulate it" if kind == "cpu" and each and not left else ""
         raise UserError(
             f"mesh {data}x{model} needs {data * model} devices, there are {count} ({kind}): "
             f"choose a mesh whose product is {count}{hint}"

@@ -57,7 +57,7 @@ def start(coordinator: str | None, count: int | None, index: int | None, timeout
         return
     if coordinator is None or count is None or index is None or not _names_process(coordinator, count, index):
         raise UserError(
-            "expected --coordinator HOST:PORT, --num-processes N and --process-id K with 0 <= K < N together, "
+            "expected --coordinator HOST:PORT, --num_processes N and --process_id K with 0 <= K < N together, "
             f"got {coordinator}, {count} and {index}"
         )
     if count == 1:
@@ -234,7 +234,7 @@ def _open_mpi_5() -> bool:
     if importlib.util.find_spec("mpi4py") is None:
         raise UserError(
             "Open MPI 5 and newer do not say where process 0 is: pip install mpi4py, or give every process --coordinator HOST:PORT "
-            "--num-processes $OMPI_COMM_WORLD_SIZE --process-id $OMPI_COMM_WORLD_RANK"
+            "--num_processes $OMPI_COMM_WORLD_SIZE --process_id $OMPI_COMM_WORLD_RANK"
         )
     return True
 
@@ -282,7 +282,7 @@ def _roll_call(coordinator: str, count: int, index: int, timeout: int) -> None:
             for connection in there:
                 connection.sendall(f"process {missing} did not join".encode())
             raise UserError(
-                f"process {missing} of {count} did not join within {timeout} s: check its host, or raise --join-timeout"
+                f"process {missing} of {count} did not join within {timeout} s: check its host, or raise --join_timeout"
             ) from None
         for connection in there:
             connection.sendall(b"go")

@@ -3,10 +3,10 @@
 import argparse
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from optima_tpu.errors import UserError, did_you_mean
 
@@ -33,7 +33,16 @@ def program(name: str) -> str:
 
 
 class Parser(argparse.ArgumentParser):
-    """Refuses what is wrong or missing with a UserError, like everything else that a user can mend."""
+    """Refuses what is wrong or missing with a UserError, like everything else that a user can mend.
+
+    Options may have dashes or underscores between their words: --dry-run is --dry_run, as for the settings of a run.
+    """
+
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+        options = {_dashed(name): name for action in self._actions for name in action.option_strings}
+        words = [word.partition("=") for word in (sys.argv[1:] if args is None else args)]
+        spelled = [options.get(_dashed(name), name) + equals + value for name, equals, value in words]
+        return super().parse_known_args(spelled, namespace)
 
     def error(self, message: str) -> NoReturn:
         found = re.search(r"invalid choice: (.*?) \(choose from (.*)\)", message)

@@ -352,8 +352,8 @@ def test_any_mesh_of_gpus_on_several_hosts(monkeypatch, data, model):
 @pytest.mark.parametrize(
     "processes, needed, hint",
     [
-        (1, "2x2", ", or --cpu-devices 4 to simulate it"),
-        (2, "2x1", (", or --cpu-devices 1 in every process to simulate it")),
+        (1, "2x2", ", or --cpu_devices 4 to simulate it"),
+        (2, "2x1", (", or --cpu_devices 1 in every process to simulate it")),
         (2, "3x1", ""),
     ],
 )

@@ -7,7 +7,10 @@ from pathlib import Path
 
 import pytest
 
+import optima_tpu.report.__main__ as report
+from optima_tpu import export, figures, plan, sweep, unpack, verify
 from optima_tpu.cli import TEXTS, main
+from optima_tpu.data import build
 from optima_tpu.runtime.program import MODULES, program
 from tests.support.runs import only_error
 
@@ -59,6 +62,19 @@ def test_what_is_missing_or_wrong_is_one_line(words, said, capsys):
     assert main(words) == 2
     message = only_error(capsys.readouterr().err)
     assert said in message and (words[0] not in MODULES or "--help" in message)
+
+
+@pytest.mark.parametrize(
+    "module", [build, export, figures, plan, report, sweep, unpack, verify], ids=lambda module: module.__name__
+)
+def test_every_option_has_dashes_or_underscores(module):
+    parser = module.make_parser()
+    own = [action for action in parser._actions if action.option_strings and "--help" not in action.option_strings]
+    for action in own:
+        (name,) = (name for name in action.option_strings if name.startswith("--"))
+        value = [] if action.nargs == 0 else ["0.5"]
+        found = [parser.parse_known_args([*"abc", "--" + name[2:].replace("-", dash), *value])[0] for dash in "-_"]
+        assert found[0] == found[1] and vars(found[0])[action.dest] != action.default
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ def test_a_process_that_does_not_come_is_named(capsys):
 
 def test_half_an_address_is_refused():
     for given in ((None, 2, 0), ("localhost:1", None, 0), ("localhost:1", 2, None), ("localhost:1", 2, 2), ("localhost", 2, 0)):
-        with pytest.raises(UserError, match="--coordinator HOST:PORT, --num-processes N and --process-id K"):
+        with pytest.raises(UserError, match="--coordinator HOST:PORT, --num_processes N and --process_id K"):
             processes.start(*given, timeout=1)
 
 
