@@ -82,12 +82,12 @@ def calibration_windows(
             if len(long) == count:
                 break
 
-    windows, more = f"windows of {length} tokens", held_out_text(held_out)
+    windows, more, drawn = f"windows of {length} tokens", held_out_text(held_out), f"drawn with seed {seed}"
     sizes = np.array([ids.size for ids in long], np.int64)
     if len(long) == count:
         starts = rng.integers(0, sizes - length, endpoint=True)
         rows = [ids[start : start + length] for ids, start in zip(long, starts)]
-        how = f"{count} random {windows}, each of another document of {origin} that is longer than a window{more}"
+        how = f"{count} {windows} {drawn}, each from another document of {origin} that is longer than a window{more}"
         return Tokens(np.stack(rows), how, long_total)
     if long_total >= needed:
         ends = np.cumsum(sizes - length + 1)
@@ -112,11 +112,11 @@ def calibration_windows(
             )
         rows = [long[document][start : start + length] for document, start in places]
         which = "one document" if len(long) == 1 else f"{len(long)} documents"
-        how = f"{count} random {windows} of {which} of {origin} longer than a window{more}"
+        how = f"{count} {windows} {drawn} from {which} of {origin} longer than a window{more}"
         return Tokens(np.stack(rows), how, long_total)
     if total >= needed:
         ids = np.concatenate(packed)[:needed].reshape(count, length)
-        how = f"{count} consecutive {windows} of {read} documents of {origin}, packed in random order{more}"
+        how = f"{count} consecutive {windows} of {read} documents of {origin}, packed in an order {drawn}{more}"
         return Tokens(ids, how, total)
     raise UserError(
         f"{origin} holds {total} tokens of calibration text, {count} windows of {length} need {needed}: "
