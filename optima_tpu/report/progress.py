@@ -129,7 +129,7 @@ class Progress:
         remaining = self._total - self._skipped - self._done
         if remaining <= 0:
             return ""
-        return f"about {duration((self._clock() - self._stage_start) / self._done * remaining)} left"
+        return f"about {duration((self._clock() - self._stage_start) / self._done * remaining)} left for {self._stage}"
 
     def end_stage(self) -> None:
         """Ends the current stage and records its elapsed time."""

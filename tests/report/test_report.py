@@ -197,9 +197,9 @@ def test_without_a_terminal_a_stage_is_a_line_and_a_block_is_a_line(clock):
     assert out.file.getvalue().splitlines() == [
         "   0:00  dense perplexity",
         "   0:06  pruning",
-        "   0:16  block 0 (1 of 4): error 30.0% -> 15.0%, sparsity 50.0%, 10.0 s, about 0:30 left",
-        "   0:26  block 1 (2 of 4): error 30.0% -> 15.0%, sparsity 50.0%, 10.0 s, about 0:20 left",
-        "   0:36  block 2 (3 of 4): error 30.0% -> 15.0%, sparsity 50.0%, 10.0 s, about 0:10 left",
+        "   0:16  block 0 (1 of 4): error 30.0% -> 15.0%, sparsity 50.0%, 10.0 s, about 0:30 left for pruning",
+        "   0:26  block 1 (2 of 4): error 30.0% -> 15.0%, sparsity 50.0%, 10.0 s, about 0:20 left for pruning",
+        "   0:36  block 2 (3 of 4): error 30.0% -> 15.0%, sparsity 50.0%, 10.0 s, about 0:10 left for pruning",
         "   0:46  block 3 (4 of 4): error 30.0% -> 15.0%, sparsity 50.0%, 10.0 s",
         "   0:46  pruned perplexity",
     ]
@@ -210,7 +210,7 @@ def test_a_resumed_walk_does_not_count_the_blocks_it_skips(clock):
     walk(Progress(out, clock), clock, first=2)
     lines = [line for line in out.file.getvalue().splitlines() if "block" in line]
     assert len(lines) == 2
-    assert lines[0].endswith("block 2 (3 of 4): error 30.0% -> 15.0%, sparsity 50.0%, 10.0 s, about 0:10 left")
+    assert lines[0].endswith("block 2 (3 of 4): error 30.0% -> 15.0%, sparsity 50.0%, 10.0 s, about 0:10 left for pruning")
 
 
 def test_seconds_by_stage(clock):
@@ -231,7 +231,7 @@ def test_on_a_terminal_a_bar_shows_step_layer_and_time_left(clock):
         progress.layer(layer(1))
         progress._bars.refresh()
         text = out.file.getvalue()
-    for words in ("1/4", "about 0:30 left", "block 1 self_attn.q_proj: error 12.3% -> 5.00%, sparsity 50.0%"):
+    for words in ("1/4", "about 0:30 left for pruning", "block 1 self_attn.q_proj: error 12.3% -> 5.00%, sparsity 50.0%"):
         assert words in text
 
 
