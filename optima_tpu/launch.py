@@ -43,7 +43,7 @@ def _draw(directory: Path) -> None:
     try:
         write_page([directory], path)
         again = f"{program('report')} {shlex.quote(str(directory))}"
-        print(f"\nopen in a browser: {path}; to compare with other runs: {again} RUN ...", flush=True)
+        print(f"report      {path}: open it in a browser; to compare with other runs: {again} RUN ...", flush=True)
     except UserError as error:
         print(f"\n{PAGE} was not drawn: {error}", file=sys.stderr, flush=True)
 

@@ -51,7 +51,9 @@ def print_summary(console: Console, report: Mapping[str, Any], directory: Path) 
     """
     blocks = blocks_from_json(report["blocks"], directory)
     configuration, perplexity, memory = report["configuration"], report["perplexity"], report.get("memory", {})
-    solver, files = configuration["solver"] and configuration["solver"]["name"], files_in(directory, report.get("files", {}))
+    solver = configuration["solver"] and configuration["solver"]["name"]
+    # People open the page, report.html, which the command names when it is drawn.
+    files = {"record" if what == "report" else what: path for what, path in files_in(directory, report.get("files", {})).items()}
     layers = all_layers(blocks)
     console.print(layer_table(blocks, solver), highlight=False)
     lines = [

@@ -1,6 +1,7 @@
 """The whole way: a folder in, the command line, a folder out that transformers loads."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -85,6 +86,8 @@ def test_what_is_not_printed_to_a_terminal_is_plain_lines(finished):
         assert sum(f"block {index} ({index + 1} of {BLOCKS}): error " in line for line in finished.printed.splitlines()) == 1
     assert "dense perplexity" in finished.printed and "perplexity  dense" in finished.printed
 
+    assert finished.printed.splitlines()[-1].startswith(f"report      {finished.directory}/report.html: open it in a browser; ")
+    assert re.search(rf"^record +{finished.directory}/report.json$", finished.printed, re.MULTILINE)
 
 def test_transformers_agrees_with_our_forward_pass_on_the_exported_model(finished):
     torch = pytest.importorskip("torch")

@@ -288,7 +288,7 @@ def test_the_summary_says_what_it_cost_what_was_unusual_and_where_it_is():
         "block 0 mlp.down_proj (7 inputs)",
         "block 1 self_attn.q_proj (3 rows)",
         "block 1 mlp.down_proj (2 rows)",
-        "report  runs/x/report.json",
+        "record  runs/x/report.json",
         "in percent of the output's energy",
     ):
         assert words in text
