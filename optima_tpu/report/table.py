@@ -71,7 +71,9 @@ def print_summary(console: Console, report: Mapping[str, Any], directory: Path) 
         names = " and ".join(short_names(weighed).values())
         lines.append(f"{names}: tokens weighed by the inverse mean square of the residual stream.")
     if solver:
-        lines.append(f"Gap: {gap_meaning([solver])}.")
+        tolerance = configuration["solver"].get("tolerance")
+        stops = "" if tolerance is None else f". A row stops at {percent(tolerance)}, solver.tolerance"
+        lines.append(f"Gap: {gap_meaning([solver])}{stops}.")
     dense, pruned = perplexity["dense"], perplexity["pruned"]
     weights = sum(math.prod(layer.shape) for layer in layers)
     ratio = number(pruned / dense)

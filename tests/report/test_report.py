@@ -297,7 +297,10 @@ def test_the_summary_says_what_it_cost_what_was_unusual_and_where_it_is():
 @pytest.mark.parametrize("solver, said", [("cg", "a certified upper bound"), ("mpax", "by mpax's own measure")])
 def test_only_a_certified_gap_is_called_a_bound(solver, said):
     (line,) = [line for line in printed(BLOCKS, solver, width=200).splitlines() if line.startswith("Gap:")]
-    assert said in line and ("bound" in line) == (solver == "cg")
+    assert said in line and ("bound" in line) == (solver == "cg") and "stops" not in line
+    assert "; a certified upper bound, relative to the optimum. A row stops at 0.100%, solver.tolerance." in printed(
+        BLOCKS, width=200, configuration={"solver": {"name": "cg", "tolerance": 1e-3}}
+    )
 
 
 def test_without_a_solver_nothing_is_said_about_one():
