@@ -8,10 +8,11 @@ Settings have the names that they have in a YAML file and on the command line, a
 """
 
 import dataclasses
+import functools
 import html
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -40,6 +41,22 @@ from optima_tpu.runtime.mesh import make_mesh
 
 if TYPE_CHECKING:
     import pandas
+
+
+P, T = ParamSpec("P"), TypeVar("T")
+
+
+def _one_message(public: Callable[P, T]) -> Callable[P, T]:
+    """Raises the UserErrors of a public function without the errors and the frames inside this package that led to them."""
+
+    @functools.wraps(public)
+    def calling(*arguments: P.args, **named: P.kwargs) -> T:
+        try:
+            return public(*arguments, **named)
+        except UserError as error:
+            raise error.with_traceback(None) from None
+
+    return calling
 
 
 class Perplexity(NamedTuple):
@@ -91,6 +108,7 @@ class Result:
 
         return pandas.DataFrame(self.layers)
 
+    @_one_message
     def export(self, folder: str | Path, packed: bool = False) -> Path:
         """Writes the pruned model as a folder that ``transformers`` loads, from the run's Orbax checkpoint.
 
@@ -104,12 +122,14 @@ class Result:
         export(self.directory, folder, packed=packed)
         return Path(folder)
 
+    @_one_message
     def report(self, file: str | Path | None = None) -> Path:
         """Draws the page of the run, by default ``report.html`` in the run directory, and returns its path."""
         path = self.directory / PAGE if file is None else Path(file)
         write_page([self.directory], path)
         return path
 
+    @_one_message
     def evaluate(self, **settings: Any) -> dict[str, Any]:
         """Measures the pruned model; by default against the dense one. See ``evaluate_model``."""
         return evaluate_model(self.directory, **{"against": self.record["configuration"]["model"]} | settings)
@@ -134,6 +154,7 @@ class Result:
         return list(facts.items())
 
 
+@_one_message
 def prune(model: str | None = None, *, progress: bool = True, **settings: Any) -> Result:
     """Prunes a model as ``optima prune`` does, or goes on where the same run was stopped.
 
@@ -163,6 +184,7 @@ def prune(model: str | None = None, *, progress: bool = True, **settings: Any) -
     return result
 
 
+@_one_message
 def load(directory: str | Path) -> Result:
     """The result of a finished run.
 
@@ -172,6 +194,7 @@ def load(directory: str | Path) -> Result:
     return Result(as_path(str(directory)), read_report(str(directory)))
 
 
+@_one_message
 def evaluate_model(model: str | Path, *, progress: bool = True, **settings: Any) -> dict[str, Any]:
     """Measures a model as ``optima evaluate`` does: perplexity, distance to another model, tasks.
 
@@ -227,6 +250,7 @@ class PrunedLayer(NamedTuple):
         )
 
 
+@_one_message
 def prune_layer(
     weight: ArrayLike,
     *,

