@@ -301,7 +301,7 @@ class _Said(str):
 
 
 def _run_defaults() -> dict[str, Any]:
-    """The defaults of the settings that are no options of methods, by dotted name. They depend on whether a model is named."""
+    """The defaults of the settings that are no options of methods, by dotted name. They depend on the model."""
     by_preset = {name: flat(to_dict(parse(["--preset", name, "--model", "org/name"]))) for name in presets.PRESETS}
     without_model = flat(to_dict(EMBEDDED))
     found: dict[str, Any] = {}
@@ -312,7 +312,9 @@ def _run_defaults() -> dict[str, Any]:
         elif len(set(map(repr, values.values()))) > 1:
             found[name] = _Said(_default_by_preset(values))
         elif name.partition(".")[0] in PARTS and without_model[name] != values[presets.DEFAULT]:
-            found[name] = _Said(f"Default {_shown(values[presets.DEFAULT])}, without `model` {_shown(without_model[name])}.")
+            found[name] = _Said(
+                f"Default {_shown(values[presets.DEFAULT])}, with the default `model` {_shown(without_model[name])}."
+            )
         else:
             found[name] = values[presets.DEFAULT]
     return found

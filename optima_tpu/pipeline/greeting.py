@@ -17,7 +17,7 @@ from optima_tpu.report.progress import say
 
 
 def greet(console: Console, config: RunConfig, model: Model, texts: Texts, directory: Path, fitted: str) -> None:
-    """Prints model, recipe, calibration, devices and directory of a run, and how many blocks are done.
+    """Prints model, recipe, texts, devices and directory of a run, and how many blocks are done.
 
     Args:
       fitted: from :func:`memory_plan.fitted`: what is split or done in parts to fit the devices; empty if nothing is.
@@ -31,6 +31,7 @@ def greet(console: Console, config: RunConfig, model: Model, texts: Texts, direc
         f"preset       {on_preset(config)}",
         f"recipe       {recipe_line(config, decoder)}",
         f"calibration  {', '.join(filter(None, (texts.calibration.how, texts.calibration.cache)))}",
+        f"evaluation   {', '.join(filter(None, (texts.evaluation.how, texts.evaluation.cache)))}",
         f"devices      {decoder.mesh.size} x {jax.devices()[0].device_kind}, mesh {shape['data']}x{shape['model']}{several}",
         f"run          {directory}",
     ]

