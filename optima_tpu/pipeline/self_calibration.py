@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from optima_tpu.config.run_config import RunConfig
+from optima_tpu.config.run_config import RunConfig, to_dict
 from optima_tpu.data import SelfGenerated, Tokens, parse_source
 from optima_tpu.data.sampling import held_out_text
 from optima_tpu.errors import UserError
@@ -50,7 +50,7 @@ def self_calibration(config: RunConfig, pretrained: Pretrained, decoder: Decoder
             "tokenizer_config.json that names neither: add one, or choose another --calibration.source"
         )
     count = text.samples + text.held_out
-    ids = from_first(lambda: _kept(config.run_directory, generated_by(config)))
+    ids = from_first(lambda: _kept(config.run_directory, generated_by(config), to_dict(config)))
     if ids is None:
         before_each = list(tokenizer("")["input_ids"][:1]) == [start]
         with Progress(console or Console(quiet=not is_first())) as progress:
@@ -88,7 +88,7 @@ def generated_by(config: RunConfig) -> Mapping[str, Any]:
     return {"generated": dataclasses.asdict(text)} if isinstance(parse_source(text.source), SelfGenerated) else {}
 
 
-def _kept(directory: Path, wanted: Mapping[str, Any]) -> np.ndarray | None:
+def _kept(directory: Path, wanted: Mapping[str, Any], configuration: Mapping[str, Any] | None = None) -> np.ndarray | None:
     """The windows that a run saved; None if there is no run, or if they or its record are damaged.
 
     Raises:
@@ -96,7 +96,7 @@ def _kept(directory: Path, wanted: Mapping[str, Any]) -> np.ndarray | None:
     """
     if not intact(directory, RUN):
         return None
-    refuse_another(directory, {**read_run(directory)["manifest"], "generated": wanted["generated"]})
+    refuse_another(directory, {**read_run(directory)["manifest"], "generated": wanted["generated"]}, configuration)
     if not intact(directory, CALIBRATION):  # written again; if the result differs, its digests refuse it
         return None
     return np.load(io.BytesIO((directory / CALIBRATION).read_bytes()), allow_pickle=False)

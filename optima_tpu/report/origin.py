@@ -3,11 +3,12 @@
 import shlex
 from collections.abc import Mapping, Sequence
 
-from optima_tpu.config.parse import configure, dump, flags
+from optima_tpu.config.parse import dump, flags
 from optima_tpu.errors import UserError
 from optima_tpu.report import plots
 from optima_tpu.report.numbers import duration, number, percent
 from optima_tpu.report.results import devices
+from optima_tpu.report.run_record import recorded_run
 from optima_tpu.report.runs import Run
 from optima_tpu.report.view import NONE, Key, Section, Table, commands, figure
 from optima_tpu.runtime.program import program
@@ -76,7 +77,7 @@ def origin(runs: Sequence[Run]) -> Section:
         label = f", {run.label}" if several else ""
         tables.append(Table(f"What was run{label}", [], _facts(run), words=True))
         try:
-            config = configure(run.report["configuration"] | {"coordinator": None, "num_processes": None, "process_id": None})
+            config = recorded_run(run.report["configuration"])
         except UserError as error:
             code.append((f"No command for this version of OPTIMA-TPU{label}", str(error)))
             continue

@@ -5,15 +5,20 @@ import hashlib
 import importlib.metadata
 import json
 import re
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict
+from typing import Any, NamedTuple, NotRequired, TypedDict
 
+from optima_tpu.config.choices import CHOICES
 from optima_tpu.config.flat import flat
+from optima_tpu.config.parse import configure, flags, method_settings
+from optima_tpu.config.run_config import RunConfig
 from optima_tpu.errors import UserError
 from optima_tpu.runtime.buckets import as_path
 from optima_tpu.runtime.checksums import changes, keep, known, listed, refuse_changed
 from optima_tpu.runtime.files import files_in
+from optima_tpu.runtime.program import program
 from optima_tpu.runtime.records import known_record, read_record
 
 RUN, ASSETS = "run.json", "assets"
@@ -101,11 +106,12 @@ def refuse_another(directory: Path, manifest: Mapping[str, Any], configuration: 
     """Raises UserError if the run in ``directory`` has another manifest.
 
     Args:
-      configuration: the settings of this command. If run.json is damaged, they may show by its checksum what it held.
+      configuration: the settings of this command, from ``config.run_config.to_dict``. If run.json is damaged, they may show by its
+        checksum what it held.
 
     Raises:
-      UserError: the manifests differ. The message names every differing key, nested keys with dots, and both values. Or run.json
-        is damaged, and the run may be another one.
+      UserError: the manifests differ. The message names every setting that differs, with both values, what else has changed, and
+        what to type. Or run.json is damaged, and the run may be another one.
     """
     as_recorded = json.loads(json.dumps(manifest, allow_nan=False))  # turns tuples into lists, as in the file
     sums = known(directory)
@@ -121,21 +127,93 @@ def refuse_another(directory: Path, manifest: Mapping[str, Any], configuration: 
             f"{directory / RUN} has changed since it was written, and this command is not the one that wrote it: repeat the "
             "original command, which writes the file again, or choose another --output"
         )
-    there, here = flat(read_run(directory)["manifest"]), flat(as_recorded)
-    different = [
-        f"{key}: {_show(there, key)} there, {_show(here, key)} here"
-        for key in sorted(there | here)
-        if there.get(key, ...) != here.get(key, ...)
-    ]
-    if different:
+    record = read_run(directory)
+    if record["manifest"] != as_recorded:
+        settings, others = _differences(record, as_recorded, configuration or {})
+        told = [f"{name} is {_show(there)} there, {_show(here)} here" for name, (there, here) in settings.items()]
+        again = "" if others else _command(record["configuration"])
+        resume = f"type {again}" if again else "undo what has changed and repeat the command that began it"
         raise UserError(
-            f"{directory} holds another run ({'; '.join(different)}); choose another --output, or repeat "
-            "the original command to resume it"
+            f"{directory} holds another run: {'; '.join([*told, *others])}. To resume it, {resume}. To leave it as it is, add "
+            f"another --output, such as --output {shlex.quote(f'{directory}-2')}"
         )
 
 
-def _show(values: Mapping[str, Any], key: str) -> str:
-    if key not in values:
+class _Entry(NamedTuple):
+    """Attributes:
+    settings: the settings that decide an entry of the manifest, by the first parts of their names.
+    words: what has changed if the entry differs and none of these settings does; empty for both values of the entry.
+    """
+
+    settings: tuple[str, ...] = ()
+    words: str = ""
+
+
+_TEXT = "the calibration text has other tokens than there"
+_ENTRIES: Mapping[str, _Entry] = {
+    "model": _Entry(("model", "dtype"), "the files of the model have changed"),
+    "recipe": _Entry(("dtype", "pattern", "layers", *CHOICES, "recapture")),
+    "generated": _Entry(("calibration",)),
+    "calibration": _Entry(("calibration",), _TEXT),
+    "held_out": _Entry(("calibration",), _TEXT),
+    "distillation": _Entry(("calibration", "distill"), _TEXT),
+    "masks": _Entry(("selector",), "the masks of selector.path have changed"),
+    "weights": _Entry(("selector",), "the weights of selector.path have changed"),
+}
+
+
+def _differences(
+    record: RunRecord, manifest: Mapping[str, Any], configuration: Mapping[str, Any]
+) -> tuple[dict[str, tuple[Any, Any]], list[str]]:
+    """Settings that differ, name -> (there, here), and what else differs between two manifests, in words."""
+    was, now, old = _named(record["configuration"]), _named(configuration), record["manifest"]
+    other = {name: (was[name], now[name]) for name in sorted(was.keys() & now.keys()) if was[name] != now[name]}
+    methods = {name for name in other if name in CHOICES}  # whose options are those of different methods
+    settings: dict[str, tuple[Any, Any]] = {}
+    words = []
+    for key in sorted(old.keys() | manifest.keys()):
+        there, here = flat({key: old[key]} if key in old else {}), flat({key: manifest[key]} if key in manifest else {})
+        if there == here:
+            continue
+        entry = _ENTRIES.get(key, _Entry())
+        own = {name: both for name, both in other.items() if name.partition(".")[0] in entry.settings}
+        settings |= {name: both for name, both in own.items() if name in methods or name.partition(".")[0] not in methods}
+        if not own:
+            values = [
+                f"{name}: {_show(there.get(name, ...))} there, {_show(here.get(name, ...))} here"
+                for name in sorted(there | here)
+                if there.get(name, ...) != here.get(name, ...)
+            ]
+            words += [entry.words] if entry.words else values
+    another = "model" in settings  # and with it, perhaps, another tokenizer
+    return settings, [each for each in dict.fromkeys(words) if not (another and each == _TEXT)]
+
+
+def _named(configuration: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings by their dotted names, a method by the name of its setting."""
+    long = {name: method_settings(value) if name in CHOICES else value for name, value in configuration.items()}
+    return {name.removesuffix(".name"): value for name, value in flat(long).items()}
+
+
+def _command(configuration: Mapping[str, Any]) -> str:
+    """The command of a recorded run; empty if its settings are none of this version."""
+    try:
+        return f"{program('prune')} {shlex.join(flags(recorded_run(configuration)))}"
+    except UserError:
+        return ""
+
+
+def recorded_run(configuration: Mapping[str, Any]) -> RunConfig:
+    """The run of a recorded configuration, in one process.
+
+    Raises:
+      UserError: a setting is none of this version.
+    """
+    return configure({**configuration, "coordinator": None, "num_processes": None, "process_id": None})
+
+
+def _show(value: Any) -> str:
+    if value is ...:
         return "absent"
-    text = values[key] if isinstance(values[key], str) else json.dumps(values[key])
+    text = value if isinstance(value, str) else json.dumps(value)
     return text[:12] if re.fullmatch(r"[0-9a-f]{40,}", text) else text

@@ -148,7 +148,7 @@ def test_a_path_in_which_orbax_would_not_find_its_files(model, refused, tmp_path
 def test_an_output_directory_in_use(model, finished, refused, tmp_path):
     other = tiny_folder(tmp_path / "other", seed=1)
     message = refused("--model", other, *finished.arguments[2:], output=finished.directory)
-    assert "holds another run (model: " in message
+    assert f"holds another run: model is {finished.model} there, {other} here. To resume it, type " in message
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "thesis.tex").write_text("years of work")
     message = refused("--model", model, *SMALL, output=tmp_path / "thesis")

@@ -124,7 +124,10 @@ def test_a_run_with_other_masks_is_another_run(finished, masks, tmp_path, capsys
     np.savez(path, **masks | {name: keep})
     capsys.readouterr()
     assert prune(finished.model, tmp_path / "run", *arguments) == 2
-    assert "holds another run (masks: " in capsys.readouterr().err
+    assert (
+        "holds another run: the masks of selector.path have changed. To resume it, undo what has changed"
+        in capsys.readouterr().err
+    )
 
 
 def flipped(masks):

@@ -1,15 +1,18 @@
 """A run that was stopped goes on to the same bits with the same command, and to nothing else with another one."""
 
 import json
+import shlex
 import shutil
 import signal
 from pathlib import Path
 
 import pytest
 
+from optima_tpu.config.parse import parse
 from optima_tpu.launch import main
 from optima_tpu.pipeline.journal import Journal, finished_blocks
 from optima_tpu.runtime.files import remove
+from optima_tpu.runtime.program import program
 from tests.support.processes import python
 from tests.support.runs import assert_close_weights, assert_same_weights, only_error, snapshot, stop_after_the_first_block
 
@@ -126,24 +129,30 @@ def test_a_damaged_record_is_no_traceback(finished, tmp_path, capsys, record):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (["--pattern", "0.6"], ["recipe.pattern: 0.5/row there, 0.6/row here"]),
-        (["--solver.damping", "0.5"], ["recipe.solver.damping: ", "0.5 here"]),
-        (["--solver", "exact"], ["recipe.solver.name: cg there, exact here"]),
-        (["--selector", "magnitude"], ["recipe.selector.name: wanda there, magnitude here"]),
-        (["--dtype", "bfloat16"], ["recipe.dtype: null there, bfloat16 here", "model: "]),
-        (["--calibration.seed", "1"], ["calibration: ", " there, "]),
-        (["--calibration.samples", "9"], ["calibration: ", " there, "]),
+        (["--pattern", "0.6"], "pattern is 0.5 there, 0.6 here"),
+        (["--solver.damping", "0.5"], "solver.damping is 0.01 there, 0.5 here"),
+        (["--solver", "exact"], "solver is cg there, exact here"),
+        (["--solver", "null"], "solver is cg there, null here"),
+        (["--selector", "magnitude"], "selector is wanda there, magnitude here"),
+        (["--dtype", "bfloat16"], "dtype is null there, bfloat16 here"),
+        (["--calibration.seed", "1"], "calibration.seed is 0 there, 1 here"),
+        (["--calibration.samples", "9"], "calibration.samples is 8 there, 9 here"),
     ],
 )
-def test_another_recipe_is_refused_in_one_line(finished, capfd, change, said):
+def test_another_run_is_refused_with_the_settings_that_differ_and_its_command(finished, capfd, change, said):
     arguments = finished.arguments
     if "--solver" in change:  # whose options the other solver does not have
         arguments = [argument for argument in arguments if argument not in ("--solver.tolerance", "1e-6")]
     before = snapshot(finished.directory)
     assert main([*arguments, *change, "--output", str(finished.directory)]) == 2
     message = only_error(capfd.readouterr().err)
-    assert message.startswith(f"error: {finished.directory} holds another run (")
-    assert all(part in message for part in said), message
+    begun, _, rest = message.partition(". To resume it, type ")
+    assert begun == f"error: {finished.directory} holds another run: {said}"
+    again, _, beside = rest.partition(". To leave it as it is, add another --output, such as --output ")
+    assert beside == f"{finished.directory}-2\n"
+    assert parse(shlex.split(again.removeprefix(program("prune")))) == parse(
+        [*finished.arguments, "--output", str(finished.directory)]
+    )
     assert snapshot(finished.directory) == before
 
 

@@ -218,4 +218,4 @@ def test_a_whole_run(tmp_path, capsys):
         assert (tensors.read(name) == weight).all(), name
     assert main(command) == 0  # finished: nothing is done again
     assert main([*command, "--distill.windows", "12"]) == 2
-    assert "recipe.distill.windows: 16 there, 12 here" in capsys.readouterr().err
+    assert "distill.windows is 16 there, 12 here" in capsys.readouterr().err

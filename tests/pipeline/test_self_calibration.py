@@ -208,9 +208,9 @@ def test_a_run_keeps_its_text_and_goes_on_with_it(tmp_path, monkeypatch, capsys)
     monkeypatch.setattr(self_calibration, "generate", None)
     before = snapshot(run)
     assert main([*command, "--calibration.seed", "1"]) == 2
-    assert "generated.seed: 0 there, 1 here" in capsys.readouterr().err
+    assert "calibration.seed is 0 there, 1 here" in capsys.readouterr().err
     assert main([*command, "--calibration.source", "self?temperature=0.5"]) == 2
-    assert "generated.source: self there, self?temperature=0.5 here" in capsys.readouterr().err
+    assert "calibration.source is self there, self?temperature=0.5 here" in capsys.readouterr().err
     assert snapshot(run) == before
 
     assert main(command) == 0

@@ -66,7 +66,7 @@ class StandIn:
         self.counts["dense"] += dense is None
         assert dense in (None, 10.0) and model.name == config.model
         if directory.exists():
-            refuse_another(directory, manifest)
+            refuse_another(directory, manifest, to_dict(config))
         else:
             directory.mkdir(parents=True)
             write_run(directory, manifest, to_dict(config))
@@ -266,7 +266,7 @@ def test_all_settings_are_looked_at_before_the_first_cell_runs(sweep, stand_in, 
     [
         (
             lambda stand_in: {"updates": {"none": {"solver": None}, "cg": {"solver": {"name": "cg", "damping": 0.5}}}},
-            ["wanda_cg_50_4-samples_seed-0", "recipe.solver.damping: 0.25 there, 0.5 here"],
+            ["wanda_cg_50_4-samples_seed-0", "solver.damping is 0.25 there, 0.5 here"],
         ),
         (lambda stand_in: setattr(stand_in, "code", "0+2"), ["wanda_none_50_4-samples_seed-0", "code: 0+1 there, 0+2 here"]),
         (lambda stand_in: {"run": TABLE["run"] | {"evaluation": {"windows": 3}}}, ["measured on another text"]),

@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
-from optima_tpu.config.run_config import RunConfig
+from optima_tpu.config.run_config import RunConfig, to_dict
 from optima_tpu.errors import UserError, one_line
 from optima_tpu.models.checkpoints.export import FOLDER, is_export_of
 from optima_tpu.models.model import Model
@@ -202,7 +202,7 @@ class Sweep:
         directory = cell.directory
         if not intact(directory, RUN):  # the run says whether it can go on
             return None
-        refuse_another(directory, manifest)
+        refuse_another(directory, manifest, to_dict(cell.config))
         report = known_record(directory / REPORT, Report)
         if report is None or faults(directory):
             return None
