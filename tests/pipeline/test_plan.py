@@ -12,7 +12,8 @@ from jax.sharding import AbstractMesh
 
 from optima_tpu.config.choices import CHOICES
 from optima_tpu.config.parse import configure
-from optima_tpu.config.run_config import Calibration, RunConfig
+from optima_tpu.config.run_config import Calibration, Evaluation, RunConfig
+from optima_tpu.data import PyDoc, evaluation_tokens
 from optima_tpu.errors import UserError
 from optima_tpu.method.patterns import Unstructured
 from optima_tpu.method.prune_group import prune_group
@@ -27,12 +28,13 @@ from optima_tpu.pipeline.plan.hlo import collectives
 from optima_tpu.pipeline.plan.model import open_declared
 from optima_tpu.pipeline.plan.plan import make_plan
 from optima_tpu.pipeline.plan.table import summary
+from optima_tpu.pipeline.plan.texts import CHARACTERS, counted
 from optima_tpu.pipeline.plan.topology import CHIPS, Machine, fitting_mesh, local_machine, parse_topology, topology_machine
 from optima_tpu.plan import main
 from tests.support.meshes import mesh
 from tests.support.plans import config_folder, run_config
 from tests.support.pruning import group_arguments
-from tests.support.tiny_models import tiny_llama
+from tests.support.tiny_models import byte_tokenizer, tiny_folder, tiny_llama
 
 
 @pytest.mark.parametrize("topology, splits", [("v5e:4x4", True), ("v6e:4x4", False), ("v5p:4x4x1", False)])
@@ -99,6 +101,23 @@ def test_a_model_is_known_by_its_config_alone(tmp_path):
     assert open_declared(str(tmp_path), "float32", 4).dtype == jnp.float32
     with pytest.raises(UserError, match="config.json"):
         open_declared(str(tmp_path / "nothing"), None, 4)
+
+
+def test_the_tokens_of_the_evaluation_are_those_of_the_run(tmp_path):
+    """With the tokenizer exactly, without it by the characters; a text that would be downloaded is not counted."""
+    (tmp_path / "bare").mkdir()
+    whole, bare = str(tiny_folder(tmp_path / "whole")), config_folder(tmp_path / "bare")
+
+    def windows(folder, source, most=None):
+        config = RunConfig(folder, calibration=Calibration("c4", length=32), evaluation=Evaluation(source, windows=most))
+        return counted(config, open_declared(folder, None, 4)).evaluation.windows
+
+    in_run = len(evaluation_tokens(PyDoc(), byte_tokenizer(), length=32, windows=None).ids)
+    assert windows(whole, "pydoc") == in_run and windows(bare, "pydoc") == pytest.approx(in_run / CHARACTERS, rel=0.01)
+    assert windows(whole, "pydoc", 9) == windows(bare, "pydoc", 9) == 9
+    np.save(tmp_path / "ids.npy", np.ones((5, 32), np.int32))
+    assert windows(bare, f"npy:{tmp_path / 'ids.npy'}", 9) == 5
+    assert windows(whole, None) is None and windows(whole, "file:elsewhere.txt") is None and windows(bare, "random", 3) == 3
 
 
 def test_the_plan_of_simulated_devices(tmp_path):

@@ -171,8 +171,7 @@ def open_folder(folder: Path, origin: str, dtype: str | None = None) -> Pretrain
     if not (folder / "config.json").is_file():
         raise UserError(_not_a_model(folder))
     _refuse_links(folder)
-    found = sorted([*filter(_is_asset, folder.iterdir()), *folder.glob(f"{CHAT_TEMPLATES}/*.jinja")])
-    assets = {path.relative_to(folder).as_posix(): path.read_bytes() for path in found}
+    assets = assets_in(folder)
     tensors: SafetensorsSource | PackedSource
     if (folder / packed.INDEX).is_file():
         tensors = PackedSource(folder, cast)
@@ -182,6 +181,12 @@ def open_folder(folder: Path, origin: str, dtype: str | None = None) -> Pretrain
         tensors, files = _open_shards(folder, cast)
     config, assets["config.json"] = read_config(assets["config.json"], str(folder), dtype)
     return Pretrained(config, tensors, assets, fingerprint(assets["config.json"], tensors, files), origin)
+
+
+def assets_in(folder: Path) -> dict[str, bytes]:
+    """The files of a folder that ``Pretrained.assets`` has."""
+    found = sorted([*filter(_is_asset, folder.iterdir()), *folder.glob(f"{CHAT_TEMPLATES}/*.jinja")])
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in found}
 
 
 def _open_shards(folder: Path, cast: np.dtype | None) -> tuple[SafetensorsSource, list[Path]]:

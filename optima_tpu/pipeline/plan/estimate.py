@@ -31,7 +31,7 @@ class Assumed:
     """The sizes and rates that the estimate assumes.
 
     Attributes:
-      evaluation_tokens: tokens of the perplexity text if ``evaluation.windows`` is null.
+      evaluation_tokens: tokens of the perplexity text if ``evaluation.windows`` is null and the text is not on this machine.
       transfer: bytes/s between a host and its devices.
       reading: bytes/s of weights from the disk of a host.
       writing: bytes/s of the run directory, all hosts together.
@@ -346,8 +346,8 @@ def assumptions(config: RunConfig, machine: Machine) -> list[str]:
             f"a layer converges after {cost.products:.0f} products with H; FLOPs and bytes of the solver's loop use this number, "
             "since the compiler counts the body of a loop once"
         )
-    if not config.evaluation.windows:
-        words.append(f"a perplexity text of {ASSUMED.evaluation_tokens:,} tokens (evaluation.windows is null)")
+    unknown_text = "" if config.evaluation.windows else " (evaluation.windows is null, and the text is not on this machine)"
+    words.append(f"a perplexity text of {evaluation_tokens(config):,} tokens{unknown_text}")
     if generated_by(config):
         words.append("the time in which the model writes its calibration text is not counted")
     if config.allocation.measures:

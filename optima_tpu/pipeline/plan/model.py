@@ -10,8 +10,10 @@ from jax.sharding import AbstractMesh, Mesh
 from transformers import PretrainedConfig
 
 from optima_tpu.errors import UserError
-from optima_tpu.models.checkpoints import hub, open_model
+from optima_tpu.models.checkpoints import Pretrained, hub, open_model
+from optima_tpu.models.checkpoints.folder import assets_in
 from optima_tpu.models.checkpoints.source import DTYPES, Index, parse_dtype, read_config
+from optima_tpu.models.checkpoints.tokenizer import VOCABULARIES
 from optima_tpu.models.decoder import Decoder
 from optima_tpu.runtime.mesh import DATA, MODEL
 
@@ -47,11 +49,13 @@ class Declared(NamedTuple):
       origin: what the user typed.
       decoder: with the batch of the run.
       config: the contents of config.json.
+      pretrained: the model as a run opens it, if it has a tokenizer here; its weights may be missing.
     """
 
     origin: str
     decoder: Decoder
     config: PretrainedConfig
+    pretrained: Pretrained | None = None
 
     def on(self, mesh: Mesh | AbstractMesh) -> "Declared":
         """The model on another mesh."""
@@ -95,7 +99,7 @@ def open_declared(spec: str, dtype: str | None, batch: int) -> Declared:
     path = Path(spec).expanduser()
     if spec.startswith("wheel:") or path.is_file():
         pretrained = open_model(spec, dtype)
-        return Declared(spec, Decoder.open(pretrained.config, pretrained.tensors, _NOWHERE, batch), pretrained.config)
+        return Declared(spec, Decoder.open(pretrained.config, pretrained.tensors, _NOWHERE, batch), pretrained.config, pretrained)
     if not path.exists() and hub.is_hub_id(spec):
         path = hub.download(spec, ["config.json"])
     file = path / "config.json"
@@ -110,7 +114,9 @@ def open_declared(spec: str, dtype: str | None, batch: int) -> Declared:
         for name, shape in decoder.block_shapes.items()
     }
     tensors = DeclaredTensors(decoder.end_shapes | blocks, DTYPES[dtype or _named_dtype(config)])
-    return Declared(spec, Decoder.open(config, tensors, _NOWHERE, batch), config)
+    assets = assets_in(path)
+    pretrained = Pretrained(config, tensors, assets, "", spec) if assets.keys() & set(VOCABULARIES) else None
+    return Declared(spec, Decoder.open(config, tensors, _NOWHERE, batch), config, pretrained)
 
 
 def _named_dtype(config: PretrainedConfig) -> str:

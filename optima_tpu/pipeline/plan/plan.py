@@ -24,6 +24,7 @@ from optima_tpu.pipeline.plan import estimate
 from optima_tpu.pipeline.plan.compile import Compiled, compiled, lower_calibration, lower_pruning, resident, sequences_at_once
 from optima_tpu.pipeline.plan.estimate import Storage, Work
 from optima_tpu.pipeline.plan.model import Declared
+from optima_tpu.pipeline.plan.texts import counted
 from optima_tpu.pipeline.plan.topology import Machine
 from optima_tpu.pipeline.self_calibration import generated_by
 from optima_tpu.runtime.device_memory import device_budget
@@ -156,6 +157,7 @@ def make_plan(config: RunConfig, model: Declared, machine: Machine, tell: Callab
     Raises:
       UserError: pattern or layer rules do not fit the model.
     """
+    config = counted(config, model)
     decoder, recipe, text = model.decoder, config.recipe, config.calibration
     patterns = check_layers(config.layers, config.pattern, linear_shapes(decoder))
     held_out, names, residuals = text.held_out > 0, linear_groups(decoder), aimed_residuals(decoder, recipe)
