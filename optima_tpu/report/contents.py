@@ -87,6 +87,7 @@ class _Changes(TypedDict):
     edges: list[float]
     shares: list[Share]
     rise_share: float | None
+    mean_stderr: NotRequired[float | None]
     worst: list[_Token]
 
 

@@ -5,23 +5,22 @@ import math
 
 import pytest
 
-from optima_tpu.report.verdict import BANDS, verdict, verdict_of
+from optima_tpu.report.verdict import BANDS, Measured, verdict, verdict_of
 from tests.support.fake_reports import write_run
 
 SMOLLM2 = 134_515_008
 
 
-def judged(ratio=1.5, dense=20.0, **changes):
-    facts = {"pattern": "0.5", "sparsity": 0.5, "weights": SMOLLM2, "text": "c4", "calibration": "c4"} | changes
-    return verdict(dense, ratio * dense, **facts)
+def judged(ratio=1.5, dense=20.0, text="c4", tokens=None, error=None, **changes):
+    facts = {"pattern": "0.5", "sparsity": 0.5, "weights": SMOLLM2} | changes
+    return verdict(Measured(dense, ratio * dense, text, tokens, error), **facts)
 
 
-@pytest.mark.parametrize("band", BANDS, ids=lambda band: f"{band.pattern} {band.size[0]} {band.text}")
+@pytest.mark.parametrize("band", BANDS, ids=lambda band: f"{band.pattern} {band.size[0]}")
 def test_every_band_has_its_borders(band):
     assert 1 < band.best < band.worst
     share = 0.5 if ":" in band.pattern else int(band.pattern[:2]) / 100
-    text = "pydoc" if band.text == "pydoc" else "c4"
-    facts = {"pattern": band.pattern if ":" in band.pattern else str(share), "sparsity": share, "text": text, "calibration": text}
+    facts = {"pattern": band.pattern if ":" in band.pattern else str(share), "sparsity": share}
     middle = math.sqrt(band.best * band.worst)
     words = {
         band.best / 2: "good",
@@ -55,11 +54,10 @@ def test_every_band_has_its_borders(band):
         ({"weights": 70_000_000_000}, "70.0 billion weights"),
         ({"weights": 100}, "in a model of 100 weights"),
         ({"pattern": "4:8", "weights": 3_000_000_000}, "no results"),
-        ({"text": "pydoc"}, "no results"),
-        ({"text": "pydoc", "calibration": "pydoc", "weights": 1_000_000_000}, "no results"),
+        ({"text": "pydoc"}, "no published results are known on Python’s documentation. Known results at 50% and this size"),
+        ({"text": "pydoc", "weights": 70_000_000_000}, "no results are known for 50.0% pruned weights"),
         ({"text": "file:/home/me/x.txt", "pattern": "6:8"}, "on file:x.txt"),
         ({"dense": 101.0}, "hardly predicts this text (perplexity 101.0)"),
-        ({"calibration": "pydoc"}, None),
         ({"text": "file:/home/me/x.txt"}, None),
     ],
 )
@@ -79,16 +77,34 @@ def test_small_models_are_allowed_more_than_large_ones():
     assert [judged(1.7, weights=int(size)).word for size in (1.3e8, 8e9)] == ["usual", "poor"]
 
 
-def test_the_first_run_of_the_readme_is_good():
-    facts = {"text": "pydoc", "calibration": "pydoc"}
-    assert verdict(14.79, 16.81, pattern="0.5", sparsity=0.5, weights=SMOLLM2, **facts).word == "good"
-    assert verdict(14.79, 19.59, pattern="0.5", sparsity=0.5, weights=SMOLLM2, **facts).word == "usual"
+@pytest.mark.parametrize("band", BANDS, ids=lambda band: f"{band.pattern} {band.size[0]}")
+def test_it_is_as_sure_as_the_evaluation_is_large(band):
+    """Two standard errors of the log-ratio are compared with half of the band, whether they are known or follow from the tokens."""
+    share = 0.5 if ":" in band.pattern else int(band.pattern[:2]) / 100
+    facts = {
+        "pattern": band.pattern if ":" in band.pattern else str(share),
+        "sparsity": share,
+        "weights": int(band.size[0] * 1e9),
+    }
+    half = math.log(band.worst / band.best) / 2
+    enough = math.ceil((2 * 3.4 / half) ** 2)
+    for sure, unsure in (({"error": 0.49 * half}, {"error": 0.51 * half}), ({"tokens": enough}, {"tokens": enough - 1})):
+        assert judged(0.999 * band.worst, **sure, **facts).word == "usual"
+        found = judged(0.999 * band.worst, **unsure, **facts)
+        assert found.word == "unknown" and found.text.startswith("The evaluation is too small to tell: ")
+    found = judged(1.5, tokens=96, error=half, **facts)
+    assert f"between {1.5 * band.best / band.worst:.3g}" in found.text and "Measure on more text, about 400 tokens." in found.text
 
 
 def test_it_is_read_from_a_report_old_or_new(tmp_path):
     report = json.loads((write_run(tmp_path / "run") / "report.json").read_text())
     found = verdict_of(report | {"weights": SMOLLM2})
-    assert found.word == "poor" and "1.50 times" in found.text  # calibrated and measured on pydoc, as the settings say
-    assert verdict_of(report | {"weights": 10, "model": {"weights": 3_000_000_000}}).word == "unknown"
+    assert found.word == "unknown" and "1.50 times" in found.text  # measured on pydoc, as the settings say
+    report["configuration"]["evaluation"]["source"] = "wikitext2"
+    assert verdict_of(report | {"weights": SMOLLM2}).word == "good"
+    assert "on 96 tokens" in verdict_of(report | {"weights": SMOLLM2, "evaluation": {"tokens": 96}}).text
+    sure = {"evaluation": {"tokens": 96}, "tokens": {"mean_stderr": 0.01}}
+    assert verdict_of(report | {"weights": SMOLLM2} | sure).word == "good"
+    assert verdict_of(report | {"weights": 10, "model": {"weights": 70_000_000_000}}).word == "unknown"
     bare = {"configuration": {}, "perplexity": {"dense": 2.0, "pruned": 3.0}}
     assert verdict_of(bare).word == "unknown"

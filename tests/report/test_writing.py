@@ -24,6 +24,9 @@ def test_every_token_is_in_one_class():
     found = changes(rise, dense=4.0)
     assert found["shares"] == [0.125, 0.125, 0.125, 0.25, 0.125, 0.125, 0.125] and found["edges"] == list(EDGES)
     assert found["tokens"] == 8 and found["mean"] == pytest.approx(rise.mean(), abs=1e-6)
+    assert found["mean_stderr"] is None  # of one window
+    windows = np.random.default_rng(0).normal(0.3, 1, (5, 8)).astype(np.float32)
+    assert changes(windows)["mean_stderr"] == pytest.approx(windows.mean(axis=1).std(ddof=1) / 5**0.5, rel=1e-4)
     assert found["median"] == pytest.approx(0.025, abs=1e-6) and found["rise_share"] == pytest.approx(3 / 0.05, rel=1e-3)
     assert changes(np.zeros((2, 3)))["rise_share"] is None and changes(np.zeros((2, 3)))["worst"] == []
 
