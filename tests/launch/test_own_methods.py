@@ -4,12 +4,14 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from tests.support.runs import SMALL, folder_tensors
+from optima_tpu.launch import main
+from tests.support.runs import SMALL, folder_tensors, only_error
 from tests.support.tiny_models import tiny_folder
 
 OWN = '''
@@ -75,36 +77,49 @@ class Thawed(Selector):
 
 
 @pytest.fixture(scope="module")
-def lab(tmp_path_factory) -> Path:
-    """A working directory with the user's module and a model."""
+def there(tmp_path_factory) -> Iterator[Path]:
+    """A folder with the user's module and a model."""
     root = tmp_path_factory.mktemp("lab")
     tiny_folder(root / "model")
     (root / "my_lab").mkdir()
     (root / "my_lab" / "methods.py").write_text(OWN)
-    return root
+    path = sys.path.copy()
+    yield root
+    sys.path[:] = path
+    for name in ("my_lab", "my_lab.methods"):
+        sys.modules.pop(name, None)
 
 
-def launch(lab: Path, *arguments: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "optima_tpu.launch", "--model", "model", "--mesh", "1x1", "--cpu-devices", "1", *SMALL]
-    return subprocess.run([*command, *arguments], cwd=lab, capture_output=True, text=True)
+@pytest.fixture
+def lab(there, monkeypatch) -> Path:
+    """The working directory, in which the user's module is."""
+    monkeypatch.chdir(there)
+    return there
 
 
-def test_a_selector_of_ones_own_prunes_and_is_named(lab):
+def launch(*arguments: str) -> int:
+    return main(["--model", "model", "--mesh", "4x2", *SMALL, *arguments])
+
+
+def test_a_selector_of_ones_own_prunes_and_is_named(lab, capsys):
     own = ("--selector", "my_lab.methods:MyMask")
-    assert launch(lab, *own, "--selector.strength", "1", "--solver", "null", "--output", "own").returncode == 0
+    assert launch(*own, "--selector.strength", "1", "--solver", "null", "--output", "own") == 0
     report = json.loads((lab / "own" / "report.json").read_text())
     assert report["recipe"].startswith("my_lab.methods:MyMask,")
     assert re.fullmatch("[0-9a-f]{64}", report["manifest"]["methods"]["my_lab.methods:MyMask"])
     # At this strength it is Wanda.
-    assert launch(lab, "--selector", "wanda", "--solver", "null", "--output", "wanda").returncode == 0
+    assert launch("--selector", "wanda", "--solver", "null", "--output", "wanda") == 0
     for name, weight in folder_tensors(lab / "own" / "hf").items():
         assert (weight == folder_tensors(lab / "wanda" / "hf")[name]).all(), name
-    told = launch(lab, *own, "--help").stdout
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        launch(*own, "--help")
+    told = capsys.readouterr().out
     assert "--selector.strength X" in told and "how much the weight counts beside its input; 1 is Wanda" in " ".join(told.split())
     # Other code under the same name is another run.
     (lab / "my_lab" / "methods.py").write_text(OWN + "\n# edited\n")
-    again = launch(lab, *own, "--selector.strength", "1", "--solver", "null", "--output", "own")
-    assert again.returncode == 2 and "methods.my_lab.methods:MyMask" in again.stderr
+    assert launch(*own, "--selector.strength", "1", "--solver", "null", "--output", "own") == 2
+    assert "methods.my_lab.methods:MyMask" in only_error(capsys.readouterr().err)
     (lab / "my_lab" / "methods.py").write_text(OWN)
 
 
@@ -121,8 +136,7 @@ def test_solver_target_and_pattern_of_ones_own(lab):
         "--target",
         "my_lab.methods:Far",
     ]
-    ran = launch(lab, *methods, "--recapture", "true", "--pattern", "my_lab.methods:Comb?every=3", "--output", "all")
-    assert ran.returncode == 0, ran.stderr
+    assert launch(*methods, "--recapture", "true", "--pattern", "my_lab.methods:Comb?every=3", "--output", "all") == 0
     manifest = json.loads((lab / "all" / "run.json").read_text())["manifest"]
     assert manifest["recipe"]["solver"] == {"name": "my_lab.methods:Lazy", "damping": 0.1, "steps": 8}
     assert manifest["recipe"]["pattern"] == "my_lab.methods:Comb?every=3"
@@ -145,9 +159,9 @@ def test_solver_target_and_pattern_of_ones_own(lab):
         (["--selector", "wandaa"], "the import path of your own"),
     ],
 )
-def test_what_is_wrong_with_it_is_one_line(lab, arguments, words):
-    ran = launch(lab, *arguments, "--output", "refused")
-    assert ran.returncode == 2 and words in ran.stderr and ran.stderr.count("\n") == 1, ran.stderr
+def test_what_is_wrong_with_it_is_one_line(lab, capsys, arguments, words):
+    assert launch(*arguments, "--output", "refused") == 2
+    assert words in only_error(capsys.readouterr().err)
     assert not (lab / "refused").exists()
 
 
