@@ -16,7 +16,7 @@ from optima_tpu.runtime.program import program
 from tests.support.processes import python
 from tests.support.runs import assert_close_weights, assert_same_weights, only_error, snapshot, stop_after_the_first_block
 
-# Kills itself in the middle of a run. Every layer of a block is one of four calls of prune_group; commit is called for the hidden
+# Runs that kill themselves, each in a child of a process that has imported everything and done nothing yet. Every layer of a block is one of four calls of prune_group; commit is called for the hidden
 # states and then for the journal entry of every block.
 KILLED = """
 import os, signal, sys
@@ -40,31 +40,44 @@ def patch(owner, name, call, before):
         return result
     setattr(owner, name, patched)
 
-match sys.argv[1]:
-    case "inside a block":   # the second of the second block's four solves was started
-        patch(optima_tpu.pipeline.walk, "prune_group", 6, before=False)
-    case "while saving":     # Orbax has written the second block's entry, which does not have its name yet
-        optima_tpu.pipeline.journal.STATES_EVERY = 0  # else the second block's hidden states would not be saved
-        patch(optima_tpu.pipeline.journal, "commit", 4, before=True)
-    case "between blocks":   # the second block's entry is durable
-        patch(optima_tpu.pipeline.journal.Journal, "save", 2, before=False)
-sys.exit(optima_tpu.launch.main(sys.argv[2:]))
+directory, *arguments = sys.argv[1:]
+for moment in ("inside a block", "while saving", "between blocks"):
+    if child := os.fork():
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+        continue
+    match moment:
+        case "inside a block":   # the second of the second block's four solves was started
+            patch(optima_tpu.pipeline.walk, "prune_group", 6, before=False)
+        case "while saving":     # Orbax has written the second block's entry, which does not have its name yet
+            optima_tpu.pipeline.journal.STATES_EVERY = 0  # else the second block's hidden states would not be saved
+            patch(optima_tpu.pipeline.journal, "commit", 4, before=True)
+        case "between blocks":   # the second block's entry is durable
+            patch(optima_tpu.pipeline.journal.Journal, "save", 2, before=False)
+    sys.exit(optima_tpu.launch.main([*arguments, "--output", os.path.join(directory, moment)]))
 """
 
 
-@pytest.mark.parametrize(("moment", "blocks"), [("inside a block", 1), ("while saving", 1), ("between blocks", 2)])
-def test_a_killed_run_goes_on_to_the_same_bits(finished, tmp_path, capsys, moment, blocks):
-    command = [*finished.arguments, "--output", str(tmp_path / "run")]
+@pytest.fixture(scope="module")
+def killed(finished, tmp_path_factory) -> Path:
+    """A folder of runs that were killed, by the moment."""
+    root = tmp_path_factory.mktemp("killed")
     # What the first of these processes compiles, the others find, however small.
-    killed = python("-c", KILLED, moment, *command, JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0")
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
-    assert finished_blocks(tmp_path / "run") == list(range(blocks))
-    left = [path for path in (tmp_path / "run" / "journal").iterdir() if "partial" in path.name]
+    ended = python("-c", KILLED, root, *finished.arguments, JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0")
+    statuses = [line for line in ended.stdout.splitlines() if line.removeprefix("-").isdecimal()]
+    assert statuses == [str(-signal.SIGKILL)] * 3, ended.stdout + ended.stderr
+    return root
+
+
+@pytest.mark.parametrize(("moment", "blocks"), [("inside a block", 1), ("while saving", 1), ("between blocks", 2)])
+def test_a_killed_run_goes_on_to_the_same_bits(finished, killed, capsys, moment, blocks):
+    run = killed / moment
+    assert finished_blocks(run) == list(range(blocks))
+    left = [path for path in (run / "journal").iterdir() if "partial" in path.name]
     assert bool(left) == (moment == "while saving")
-    assert main(command) == 0
+    assert main([*finished.arguments, "--output", str(run)]) == 0
     assert f"resuming     {blocks} of 3 blocks are done" in capsys.readouterr().out
-    assert_same_weights(tmp_path / "run", finished.directory)
-    assert not [path for path in (tmp_path / "run").rglob("*") if "partial" in path.name]
+    assert_same_weights(run, finished.directory)
+    assert not [path for path in run.rglob("*") if "partial" in path.name]
 
 
 def test_a_finished_run_is_not_done_again(finished, monkeypatch):
