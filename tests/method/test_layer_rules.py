@@ -84,6 +84,8 @@ def test_a_run_leaves_alone_what_it_is_told_to(tmp_path, capsys):
                 "2:4",
                 "--layers",
                 rules,
+                "--mesh",
+                "4x2",
                 *SMALL,
             ]
         )
