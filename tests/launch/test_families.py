@@ -65,7 +65,11 @@ def pruned(model: Path, directory: Path, shape: tuple[int, int], **settings) -> 
     return directory
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+# Of each layout of a checkpoint one. Of the others, the test of what transformers loads compares all that is not pruned.
+LAYOUTS = {"LlamaForCausalLM", "OPTForCausalLM", "Qwen3MoeForCausalLM", "Phi3ForCausalLM", MULTIMODAL.model}
+
+
+@pytest.mark.parametrize("family", [name if name in LAYOUTS else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES])
 def test_a_model_of_which_nothing_is_pruned_comes_back_bit_for_bit(saved, tmp_path, family):
     source = saved(family)
     folder = pruned(source, tmp_path, (1, 1), pattern=Unstructured(0), solver=None) / "hf"
