@@ -60,6 +60,7 @@ def test_what_looks_like_the_end_of_a_peer_is_told_as_well(monkeypatch, capsys):
     assert "(here: RuntimeError: NCCL operation failed: no socket interface found); the same" in said and said.count("\n") == 1
 
 
+@pytest.mark.slow  # its two halves, that processes disagree and that one of them says so, are in runtime/test_command.py
 def test_processes_with_other_settings_are_refused_in_one_message(finished, tmp_path):
     first, second = several([*finished.arguments, "--output", str(tmp_path / "run")], own=((), ("--solver.damping", "0.5")))
     assert (first[0], second[0]) == (2, 2)

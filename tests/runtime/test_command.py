@@ -13,6 +13,7 @@ import jax
 import pytest
 
 from optima_tpu.config.run_config import RunConfig
+from optima_tpu.runtime import processes
 from optima_tpu.runtime.command import guarded, take_devices
 from optima_tpu.runtime.signals import INTERRUPTED, RESUME
 from optima_tpu.runtime.xla_flags import raise_collective_timeouts
@@ -64,6 +65,11 @@ from optima_tpu.runtime import command, processes
 def work():
     address, number = sys.argv[1], int(sys.argv[2])
     command.take_devices(RunConfig(model="a", cpu_devices=1, coordinator=address, num_processes=2, process_id=number))
+    processes.agree("settings", {"mesh": "2x1"})
+    try:
+        processes.agree("settings", {"mesh": "2x1", "solver.damping": number})
+    except processes.SharedError as error:
+        print(error, flush=True)
     processes.check_signals()
     if number == 1:
         signal.raise_signal(signal.SIGTERM)
@@ -117,8 +123,18 @@ def test_a_second_signal_ends_the_work_at_once(sent, name, status):
 def test_a_signal_to_one_process_ends_all_of_them_after_the_same_step():
     address = f"localhost:{free_port()}"
     for status, out, said in at_once(["-W", "ignore", "-c", TOGETHER, address, number] for number in range(2)):
+        assert "(solver.damping: 0 in process 0, 1 in process 1): start all of them with one command" in out and "mesh" not in out
         assert status == RESUME and "went on" not in out
         assert "stopped by SIGTERM; the same command goes on" in without_gloo(said)
+
+
+def test_an_error_that_all_processes_have_is_told_by_the_first(monkeypatch, capsys):
+    def refused():
+        raise processes.SharedError("expected the same settings")
+
+    assert guarded(refused, "again") == 2 and capsys.readouterr().err == "error: expected the same settings\n"
+    monkeypatch.setattr(processes, "is_first", lambda: False)
+    assert guarded(refused, "again") == 2 and capsys.readouterr().err == ""
 
 
 def test_sigterm_of_a_forked_child_is_its_own():
