@@ -50,10 +50,10 @@ def test_an_unknown_command_is_one_line(words, said, capsys):
         (["report", "a", "-o"], "argument -o/--output: expected one argument"),
         (["figures"], "the following arguments are required: FIGURE"),
         (["figures", "nonsense"], "invalid choice: 'nonsense'"),
+        (["figures", "layer_errors"], "did you mean layer-errors?"),
         (["figures", "layer-errors", "a"], "the following arguments are required: -o/--output"),
         (["data", "a@b", "c.txt", "--validation-share", "x"], "invalid float value: 'x'"),
         (["plan", "--json"], "argument --json: expected one argument"),
-        (["figures", "layer_errors"], "did you mean layer-errors?"),
         (["pru\nne"], "got pru\\nne"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -104,8 +104,8 @@ def test_every_command_explains_itself(name, capsys):
 
 
 def test_installed_it_names_itself_as_it_was_called():
-    printed = subprocess.run([OPTIMA, "export", "--help"], capture_output=True, text=True, check=True).stdout
-    assert printed.startswith("usage: optima export")
+    printed = subprocess.run([OPTIMA, "prune", "--help"], capture_output=True, text=True, check=True).stdout
+    assert printed.startswith("usage: optima prune")
 
 
 def test_the_exit_status_is_that_of_the_command(tmp_path, capsys):
