@@ -50,8 +50,8 @@ from optima_tpu.method.patterns import parse_pattern
 def parse(argv: Sequence[str]) -> RunConfig:
     """The run that a command line asks for: ``[MODEL] [--SETTING VALUE ...]``.
 
-    ``--help`` and ``--print_config`` print and raise SystemExit(0). Without ``--model``, and without a model in the
-    file, the settings are changes to ``EMBEDDED``; see ``default_run``. If neither names a preset, ``presets.default_preset`` chooses it.
+    ``--help`` and ``--print_config`` print and raise SystemExit(0). The settings are changes to ``default_run`` of the model. If
+    neither the command line nor the file names a preset, ``presets.default_preset`` chooses it.
 
     Raises:
       UserError: a setting that does not exist, or a value that it cannot have.

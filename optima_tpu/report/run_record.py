@@ -106,8 +106,8 @@ def refuse_another(directory: Path, manifest: Mapping[str, Any], configuration: 
     """Raises UserError if the run in ``directory`` has another manifest.
 
     Args:
-      configuration: the settings of this command, from ``config.run_config.to_dict``. If run.json is damaged, they may show by its
-        checksum what it held.
+      configuration: the settings of this command, from ``config.run_config.to_dict``. If run.json is damaged, they may show by
+        its checksum what it held.
 
     Raises:
       UserError: the manifests differ. The message names every setting that differs, with both values, what else has changed, and

@@ -79,7 +79,7 @@ def test_small_models_are_allowed_more_than_large_ones():
 
 @pytest.mark.parametrize("band", BANDS, ids=lambda band: f"{band.pattern} {band.size[0]}")
 def test_it_is_as_sure_as_the_evaluation_is_large(band):
-    """Two standard errors of the log-ratio are compared with half of the band, whether they are known or follow from the tokens."""
+    """Two standard errors of the log-ratio are compared with half of the band, known or as they follow from the tokens."""
     share = 0.5 if ":" in band.pattern else int(band.pattern[:2]) / 100
     facts = {
         "pattern": band.pattern if ":" in band.pattern else str(share),
@@ -93,6 +93,7 @@ def test_it_is_as_sure_as_the_evaluation_is_large(band):
         found = judged(0.999 * band.worst, **unsure, **facts)
         assert found.word == "unknown" and found.text.startswith("The evaluation is too small to tell: ")
     found = judged(1.5, tokens=96, error=half, **facts)
+    assert judged(1.5, tokens=96, error=1e6, **facts).word == "unknown"
     assert f"between {1.5 * band.best / band.worst:.3g}" in found.text and "Measure on more text, about 400 tokens." in found.text
 
 
