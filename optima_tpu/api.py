@@ -43,7 +43,8 @@ if TYPE_CHECKING:
     import pandas
 
 
-P, T = ParamSpec("P"), TypeVar("T")
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 def _one_message(public: Callable[P, T]) -> Callable[P, T]:

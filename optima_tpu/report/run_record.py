@@ -166,7 +166,8 @@ def _differences(
     record: RunRecord, manifest: Mapping[str, Any], configuration: Mapping[str, Any]
 ) -> tuple[dict[str, tuple[Any, Any]], list[str]]:
     """Settings that differ, name -> (there, here), and what else differs between two manifests, in words."""
-    was, now, old = _named(record["configuration"]), _named(configuration), record["manifest"]
+    was, now = _named(record["configuration"]), _named(configuration)
+    old: Mapping[str, Any] = record["manifest"]
     other = {name: (was[name], now[name]) for name in sorted(was.keys() & now.keys()) if was[name] != now[name]}
     methods = {name for name in other if name in CHOICES}  # whose options are those of different methods
     settings: dict[str, tuple[Any, Any]] = {}

@@ -3,10 +3,10 @@
 import argparse
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from optima_tpu.errors import UserError, did_you_mean
 
@@ -38,7 +38,7 @@ class Parser(argparse.ArgumentParser):
     Options may have dashes or underscores between their words: --dry-run is --dry_run, as for the settings of a run.
     """
 
-    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+    def parse_known_args(self, args=None, namespace=None):
         options = {_dashed(name): name for action in self._actions for name in action.option_strings}
         words = [word.partition("=") for word in (sys.argv[1:] if args is None else args)]
         spelled = [options.get(_dashed(name), name) + equals + value for name, equals, value in words]

@@ -115,8 +115,8 @@ def open_declared(spec: str, dtype: str | None, batch: int) -> Declared:
     }
     tensors = DeclaredTensors(decoder.end_shapes | blocks, DTYPES[dtype or _named_dtype(config)])
     assets = assets_in(path)
-    pretrained = Pretrained(config, tensors, assets, "", spec) if assets.keys() & set(VOCABULARIES) else None
-    return Declared(spec, Decoder.open(config, tensors, _NOWHERE, batch), config, pretrained)
+    with_tokenizer = Pretrained(config, tensors, assets, "", spec) if assets.keys() & set(VOCABULARIES) else None
+    return Declared(spec, Decoder.open(config, tensors, _NOWHERE, batch), config, with_tokenizer)
 
 
 def _named_dtype(config: PretrainedConfig) -> str:
