@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from optima_tpu import export
 from optima_tpu.launch import main
 from optima_tpu.method.patterns import parse_pattern
 from optima_tpu.models.checkpoints import open_model
@@ -108,8 +109,7 @@ def test_transformers_agrees_with_our_forward_pass_on_the_exported_model(finishe
 
 
 def test_the_export_command_writes_the_same_bytes(finished, tmp_path):
-    result = python("-m", "optima_tpu.export", finished.directory, tmp_path / "hf")
-    assert (result.returncode, result.stderr) == (0, "")
+    assert export.main([str(finished.directory), str(tmp_path / "hf")]) == 0
     names = sorted(path.name for path in (finished.directory / "hf").iterdir())
     assert sorted(path.name for path in (tmp_path / "hf").iterdir()) == names
     for name in names:
