@@ -128,9 +128,9 @@ class Measured(NamedTuple):
 
     @property
     def uncertain(self) -> float | None:
-        """Two standard errors of the logarithm of the ratio; None if nothing is known of it."""
+        """Two standard errors of the logarithm of the ratio, at most 100, a factor of ``e^100``; None if nothing is known of it."""
         if self.error is not None:
-            return 2 * self.error
+            return min(2 * self.error, 100.0)
         return 2 * _SPREAD / math.sqrt(self.tokens) if self.tokens else None
 
 
@@ -171,7 +171,7 @@ def verdict(measured: Measured, *, pattern: str, sparsity: float, weights: int, 
     if unknown or band is None:
         return Verdict("unknown", f"It is not known whether this is good: {told}, and {unknown}.")
     if (uncertain := measured.uncertain) and uncertain > (half := math.log(band.worst / band.best) / 2):
-        least, most = (number(ratio * math.exp(sign * min(uncertain, 100))) for sign in (-1, 1))
+        least, most = (number(ratio * math.exp(sign * uncertain)) for sign in (-1, 1))
         needed = f", about {_round(measured.tokens * (uncertain / half) ** 2):,} tokens" if measured.tokens else ""
         on = plural(measured.tokens, "token") if measured.tokens else "this text"
         return Verdict(
