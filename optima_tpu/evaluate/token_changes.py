@@ -31,11 +31,12 @@ def token_changes(dense: np.ndarray, pruned: np.ndarray, tokens: np.ndarray, dec
       decode: token ids -> text.
 
     Returns:
-      "tokens": number of tokens. "mean", "median": of the rise of the loss in nats. "mean_stderr": standard error of the mean, from
-      the spread of the windows, since tokens of one window go together; None for a single window. "edges": :data:`EDGES`. "shares":
-      share of tokens in each class between the edges, from improved to worsened. "rise_share": share of the total rise that comes
-      from the worst 1% of the tokens, None if the loss did not rise. "worst": the tokens whose loss rose most, each with "window"
-      and "position" (indices), "before", "token", "after" (text), and "dense", "pruned" (the token's probability in each model).
+      "tokens": number of tokens. "mean", "median": of the rise of the loss in nats. "mean_stderr": standard error of the mean,
+      from the spread of the windows, since tokens of one window go together; None for a single window. "edges": :data:`EDGES`.
+      "shares": share of tokens in each class between the edges, from improved to worsened. "rise_share": share of the total rise
+      that comes from the worst 1% of the tokens, None if the loss did not rise. "worst": the tokens whose loss rose most, each
+      with "window" and "position" (indices), "before", "token", "after" (text), and "dense", "pruned" (the token's probability in
+      each model).
     """
     rise = pruned.astype(np.float64) - dense
     counts = np.bincount(np.searchsorted(EDGES, rise.ravel()), minlength=len(EDGES) + 1)

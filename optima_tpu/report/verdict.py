@@ -2,7 +2,7 @@
 
 What the bands rest on: the perplexities of methods as their authors published them. For models of 0.3 billion weights and more
 the numbers are the papers' own. For smaller ones, which papers hardly have, Wanda, SparseGPT and OPTIMA (``--preset paper``, also
-from other published masks) were run with this program on SmolLM2-135M as these methods were published. No band rests on a run with
+from other published masks) were run with this program on SmolLM2-135M as these methods were published. No band rests on a run of
 the methods of this program (``cg``, exchanges, dense targets, measured allocation): a band must not contain what it judges. For
 Python's documentation there are no such results, so no band, though the first run of most people is measured on it.
 """
@@ -35,8 +35,8 @@ class Band(NamedTuple):
 _TINY, _SMALL, _MIDDLE, _LARGE = (0.05, 0.3), (0.3, 2.0), (2.0, 5.0), (5.0, 20.0)
 
 # The comment above each row gives the results with the smallest and the largest ratio, pruned / dense. Sources:
-#   SmolLM2-135M: C4 dense 31.26, WikiText-2 dense 29.19: configs/tables/levers.md and docs/results/index.md; WikiText-2 calibrated
-#   on its own validation set, dense 25.62: configs/tables/smollm2.md.
+#   SmolLM2-135M: C4 dense 31.26, WikiText-2 dense 29.19: configs/tables/levers.md and docs/results/index.md; WikiText-2,
+#   calibrated on its own validation set, dense 25.62: configs/tables/smollm2.md.
 #   OPT, Llama 3.1 and 3.2, Gemma 3 and Qwen 2.5 under 50% and 60%: the published numbers in configs/tables/unstructured.yaml and
 #   adam.yaml (arXiv:2512.13886), WikiText-2. Left out: gemma-2-2b, because its dense perplexity is not meaningful.
 #   OPT-125M with FISTAPruner: from the FISTAPruner paper.
@@ -90,7 +90,7 @@ _DENSE = 100.0
 _SPREAD = 3.4
 """The standard error of the mean rise of the loss, in nats, times the root of the number of tokens.
 
-Used for reports without the standard error itself. SmolLM2-135M at 50% on WikiText-2, docs/results/records/distance.json: 0.017 for
+For reports without the standard error itself. SmolLM2-135M at 50% on WikiText-2, docs/results/records/distance.json: 0.017 for
 the divergence over 20 windows of 2048 tokens, so 3.4 / sqrt(40,960). Tokens of one window go together, which makes it so large.
 """
 
@@ -128,7 +128,7 @@ class Measured(NamedTuple):
 
     @property
     def uncertain(self) -> float | None:
-        """Two standard errors of the logarithm of the ratio, at most 100, a factor of ``e^100``; None if nothing is known of it."""
+        """Two standard errors of the logarithm of the ratio, at most 100; None if nothing is known of it."""
         if self.error is not None:
             return min(2 * self.error, 100.0)
         return 2 * _SPREAD / math.sqrt(self.tokens) if self.tokens else None
@@ -151,8 +151,8 @@ def verdict(measured: Measured, *, pattern: str, sparsity: float, weights: int, 
     told = f"the pruned model’s perplexity is {number(ratio)} times the dense model’s"
     band = next((each for each in BANDS if each.pattern == kind and each.size[0] <= size < each.size[1]), None)
     known = band and (
-        f"Known results at {band.pattern} and this size ({band.models}): {number(band.best)} to {number(band.worst)} on WikiText-2 "
-        "and C4"
+        f"Known results at {band.pattern} and this size ({band.models}): {number(band.best)} to {number(band.worst)} on "
+        "WikiText-2 and C4"
     )
     unknown = None
     if dense > _DENSE:
@@ -176,8 +176,8 @@ def verdict(measured: Measured, *, pattern: str, sparsity: float, weights: int, 
         on = plural(measured.tokens, "token") if measured.tokens else "this text"
         return Verdict(
             "unknown",
-            f"The evaluation is too small to tell: {told}, on {on}, which leaves it between {least} and {most}. {known}. Measure on "
-            f"more text{needed}.",
+            f"The evaluation is too small to tell: {told}, on {on}, which leaves it between {least} and {most}. {known}. "
+            f"Measure on more text{needed}.",
         )
     word: Word = "good" if ratio <= math.sqrt(band.best * band.worst) else "usual" if ratio <= band.worst else "poor"
     opening = {"good": "Good", "usual": "Usual", "poor": "Poor"}[word]

@@ -16,8 +16,8 @@ from optima_tpu.runtime.program import program
 from tests.support.processes import python
 from tests.support.runs import assert_close_weights, assert_same_weights, only_error, snapshot, stop_after_the_first_block
 
-# Runs that kill themselves, each in a child of a process that has imported everything and done nothing yet. Every layer of a block
-# is one of four calls of prune_group; commit is called for the hidden states and then for the journal entry of every block.
+# Runs that kill themselves, each in a child of a process that has imported everything and done nothing yet. Every layer of a
+# block is one of four calls of prune_group; commit is called for the hidden states and then for the journal entry of every block.
 KILLED = """
 import os, signal, sys
 import jax
