@@ -39,11 +39,11 @@ def model(seed: int = 0) -> dict:
 
 
 def trained(optimizer: optax.GradientTransformation, parameters: dict, steps: int = 5) -> dict:
-    state = optimizer.init(parameters)
+    state, update = optimizer.init(parameters), jax.jit(optimizer.update)
     for step in range(steps):
         draw = np.random.default_rng(step).standard_normal
         gradient = jax.tree.map(lambda array, draw=draw: jnp.asarray(draw(array.shape), array.dtype), parameters)
-        updates, state = optimizer.update(gradient, state, parameters)
+        updates, state = update(gradient, state, parameters)
         parameters = optax.apply_updates(parameters, updates)
     return parameters
 

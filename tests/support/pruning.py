@@ -1,6 +1,7 @@
 """Matrices and blocks pruned in one call, with what a test leaves out filled in."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping
 
@@ -29,6 +30,7 @@ def measure(hessian: Array, dense: Array, old: Array, new: Array):
     return row_errors(hessian)(dense, old, new)
 
 
+@functools.partial(jax.jit, static_argnums=(1, 2))
 def prune_layer(problem: LayerProblem, recipe: Recipe, dtype=jnp.float32) -> tuple[Pruned, RowOutcomes]:
     """Prunes one matrix on one device: selector, solver, cast, acceptance. What ``prune_group`` does on a mesh is the same."""
     problem = dataclasses.replace(problem, damping=recipe.damping)
