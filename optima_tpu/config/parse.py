@@ -26,9 +26,11 @@ of dataclasses (tyro 1.0, draccus 0.11, simple-parsing 0.1.9) were tried on the 
 import argparse
 import copy
 import difflib
+import functools
 import json
 import math
 import re
+import shutil
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -131,7 +133,7 @@ def configure(document: Mapping[str, Any], argv: Sequence[str] = ()) -> RunConfi
         elif value["name"] == chosen[setting]:
             base[setting] = base[setting] | value
 
-    parser = make_parser(chosen, base)
+    parser = _parser(chosen, base)
     known = {*(f"{setting}.name" for setting in CHOICES), *kinds(chosen)}
     _check_known(flat(document), known, chosen, "")
     _check_known(_options(argv), known | {"help", "config", "preset", "print_config"}, chosen, "--")
@@ -141,6 +143,18 @@ def configure(document: Mapping[str, Any], argv: Sequence[str] = ()) -> RunConfi
         raise UserError(one_line(error, kinds(chosen))) from None
     config = _build(namespace, chosen)
     return config
+
+
+def _parser(chosen: Mapping[str, str], base: Mapping[str, Any]) -> jsonargparse.ArgumentParser:
+    """As ``make_parser``. Kept, since the cells of a sweep need few; not for methods of the user's own, which may change."""
+    if any(name not in CHOICES[setting] for setting, name in chosen.items()):
+        return make_parser(chosen, base)
+    return _kept_parser(json.dumps([chosen, base]), shutil.get_terminal_size().columns)
+
+
+@functools.cache
+def _kept_parser(arguments: str, columns: int) -> jsonargparse.ArgumentParser:
+    return make_parser(*json.loads(arguments))
 
 
 def dump(config: RunConfig) -> str:
