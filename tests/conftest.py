@@ -16,11 +16,13 @@ os.environ["OPTIMA_TPU_CACHE"] = os.path.join(_COMPILED.name, "texts")  # not th
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 # Most of the time here goes to compiling small programs. XLA's passes all run, collectives and fusions are what they are in
 # a run; only LLVM optimises the machine code less, and fusions get it from XLA's older emitters, which need less than half of the
-# time. Those are on their way out, and XLA ends a process that gives it a flag it does not know.
-_LESS_LLVM, _OLDER_EMITTERS = "--xla_backend_optimization_level=0", "--xla_cpu_use_fusion_emitters=false"
+# time. Those are on their way out, and XLA ends a process that gives it a flag it does not know. Nor does LLVM get a program in
+# parts for several threads: a worker has one core.
+_LESS_LLVM = "--xla_backend_optimization_level=0"
+_WHERE_KNOWN = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
 
 if _LESS_LLVM not in os.environ.get("XLA_FLAGS", ""):  # the workers have them from the process that starts them
-    os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), _LESS_LLVM, *filter(is_known, [_OLDER_EMITTERS])])
+    os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), _LESS_LLVM, *filter(is_known, [_WHERE_KNOWN])])
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
@@ -29,6 +31,7 @@ from jaxtyping import install_import_hook  # noqa: E402
 pytest.register_assert_rewrite("tests.support")  # a failing assertion tells its values there too
 
 from tests.support import checked  # noqa: E402
+from tests.support.pages import leave_plots_empty  # noqa: E402
 
 # Whatever the tests call of the method takes and gives the types and shapes that it declares. Before it is imported.
 install_import_hook("optima_tpu.method", f"{checked.__name__}.checked")
@@ -48,6 +51,15 @@ def few_memory_maps():
     maps = Path("/proc/self/maps")
     if maps.exists() and maps.read_bytes().count(b"\n") > _MANY_MAPS:
         jax.clear_caches()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def empty_plots(request):
+    """The pages of runs have no drawings, but in the tests of reports and in files that say ``DRAWS``."""
+    with pytest.MonkeyPatch.context() as patch:
+        if not getattr(request.module, "DRAWS", request.path.parent.name == "report"):
+            leave_plots_empty(patch)
+        yield
 
 
 class FinishedRun(NamedTuple):

@@ -23,6 +23,8 @@ from tests.support.tiny_models import tiny_folder
 
 transformers = pytest.importorskip("transformers")
 
+DRAWS = True  # its pages have their drawings, see conftest.py
+
 
 def tried(check: Any, strategy: st.SearchStrategy, examples: int) -> None:
     """Runs ``check`` on values of a strategy, on the same ones at every call."""

@@ -5,6 +5,8 @@ import json
 from tests.support import ROOT
 from tests.support.tiny_models import tiny_folder
 
+DRAWS = True  # its pages have their drawings, see conftest.py
+
 
 def test_every_cell_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)

@@ -28,6 +28,7 @@ from optima_tpu.report.runs import read_runs
 from optima_tpu.report.summary import by_kind
 from optima_tpu.report.view import without_folders
 from tests.support.fake_reports import layers, write_other_places, write_run
+from tests.support.pages import leave_plots_empty
 from tests.support.records import put
 from tests.support.runs import only_error
 
@@ -132,8 +133,7 @@ class Page(html.parser.HTMLParser):
 @pytest.fixture
 def unplotted(monkeypatch):
     """Plots without anything in them, where a test is about words."""
-    monkeypatch.setattr(plots, "lines", lambda panels, prefix, **options: ["<svg></svg>" for _ in panels])
-    monkeypatch.setattr(plots, "cells", lambda *arguments, **options: "<svg></svg>")
+    leave_plots_empty(monkeypatch)
 
 
 def drawn(*runs: Path, to: Path) -> Page:
