@@ -4,7 +4,27 @@ from collections.abc import Mapping
 from typing import Any
 
 from optima_tpu.errors import UserError
-from optima_tpu.models import gemma, llama, mistral, olmo2, opt, phi3, qwen, qwen_moe
+from optima_tpu.models import (
+    arcee,
+    cohere,
+    ernie4_5,
+    exaone4,
+    gemma,
+    glm,
+    granite,
+    llama,
+    mistral,
+    nemotron,
+    olmo2,
+    opt,
+    phi3,
+    qwen,
+    qwen_moe,
+    seed_oss,
+    smollm3,
+    stablelm,
+    starcoder2,
+)
 from optima_tpu.models.family import Family
 
 FAMILIES: Mapping[str, Mapping[str, Family]] = {
@@ -15,17 +35,39 @@ FAMILIES: Mapping[str, Mapping[str, Family]] = {
     "Qwen2ForCausalLM": {"qwen2": qwen.QWEN2},
     "Qwen3ForCausalLM": {"qwen3": qwen.QWEN3},
     "Qwen3MoeForCausalLM": {"qwen3_moe": qwen_moe.FAMILY},
+    "GemmaForCausalLM": {"gemma": gemma.GEMMA},
     "Gemma2ForCausalLM": {"gemma2": gemma.GEMMA2},
     "Gemma3ForCausalLM": {"gemma3_text": gemma.GEMMA3},
     "Gemma3ForConditionalGeneration": {"gemma3": gemma.GEMMA3_MULTIMODAL},
-    "Olmo2ForCausalLM": {"olmo2": olmo2.FAMILY},
+    "Olmo2ForCausalLM": {"olmo2": olmo2.OLMO2},
+    "Olmo3ForCausalLM": {"olmo3": olmo2.OLMO3},
     "OPTForCausalLM": {"opt": opt.FAMILY},
     "Phi3ForCausalLM": {"phi3": phi3.FAMILY},
+    "GraniteForCausalLM": {"granite": granite.FAMILY},
+    "SmolLM3ForCausalLM": {"smollm3": smollm3.FAMILY},
+    "GlmForCausalLM": {"glm": glm.GLM},
+    "Glm4ForCausalLM": {"glm4": glm.GLM4},
+    "CohereForCausalLM": {"cohere": cohere.COHERE},
+    "Cohere2ForCausalLM": {"cohere2": cohere.COHERE2},
+    "Starcoder2ForCausalLM": {"starcoder2": starcoder2.FAMILY},
+    "StableLmForCausalLM": {"stablelm": stablelm.FAMILY},
+    "NemotronForCausalLM": {"nemotron": nemotron.FAMILY},
+    "ArceeForCausalLM": {"arcee": arcee.FAMILY},
+    "SeedOssForCausalLM": {"seed_oss": seed_oss.FAMILY},
+    "Ernie4_5ForCausalLM": {"ernie4_5": ernie4_5.FAMILY},
+    "Exaone4ForCausalLM": {"exaone4": exaone4.FAMILY},
 }
 """The family for the architecture that a checkpoint's config.json names, and the model type that transformers reads from it.
 
 Both keys are needed: the architecture is what was trained, the model type is what transformers' Auto classes open.
 """
+
+_FEWER = "later blocks read keys and values of earlier ones, and each block an embedding of its own"
+REFUSED: Mapping[str, str] = {
+    **dict.fromkeys(("Gemma3nForCausalLM", "Gemma3nForConditionalGeneration"), f"{_FEWER}, beside four residual streams"),
+    **dict.fromkeys(("Gemma4ForCausalLM", "Gemma4ForConditionalGeneration"), f"{_FEWER}, and heads differ in width"),
+}
+"""Why an architecture does not fit: here a block reads one residual stream and positions, and all blocks have the same shapes."""
 
 
 def family_of(config: Any) -> Family:
@@ -38,7 +80,11 @@ def family_of(config: Any) -> Family:
     names = config.architectures or [type(config).__name__]
     name = next((name for name in names if name in FAMILIES), None)
     if name is None:
-        raise UserError(f"expected a model of architecture {', '.join(FAMILIES)}, got {', '.join(names)}: not supported")
+        reason = next((f", because {REFUSED[name]}" for name in names if name in REFUSED), "")
+        raise UserError(
+            f"expected a model of architecture {', '.join(FAMILIES)}, got {', '.join(names)} (model_type {config.model_type}): "
+            f"not supported{reason}"
+        )
     if config.model_type not in FAMILIES[name]:
         raise UserError(
             f"expected the model_type {' or '.join(FAMILIES[name])} of a {name}, got {config.model_type!r}, as which "

@@ -195,7 +195,7 @@ class Decoder:
         placed = self.place_ends({self.root + inner: P() for inner in _shapes(abstract)} | {name: P(MODEL, None)})
         projection = placed.pop(name)
         parameters = {name.removeprefix(self.root): array for name, array in placed.items()}
-        return Head(_filled(abstract, parameters), projection, graph, self.config.logit_cap)
+        return Head(_filled(abstract, parameters), projection, graph, self.config.logit_cap, self.config.logit_scale)
 
     def logits(self, tokens: np.ndarray) -> np.ndarray:
         """Logits [samples, length, vocab] float32 of a few sequences, on the host."""
@@ -273,15 +273,16 @@ Parts = dict[str, np.ndarray]
 
 @dataclasses.dataclass(frozen=True)
 class Head:
-    """The family's ``final`` module (state and graph), output projection [vocab, d_embedding], and cap of the logits."""
+    """The family's ``final`` module (state and graph), output projection [vocab, d_embedding], cap and scale of the logits."""
 
     state: nnx.State
     projection: Array
     graph: nnx.GraphDef
     cap: float | None
+    scale: float = 1.0
 
 
-jax.tree_util.register_dataclass(Head, data_fields=["state", "projection"], meta_fields=["graph", "cap"])
+jax.tree_util.register_dataclass(Head, data_fields=["state", "projection"], meta_fields=["graph", "cap", "scale"])
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -327,6 +328,7 @@ def head_logits(head: Head, hidden: Array) -> Array:
     states = nnx.merge(head.graph, head.state)(hidden)
     # Straight to float32: rounding logits to bfloat16 would cost perplexity its third digit.
     logits = project(states, head.projection, jnp.float32)
+    logits = logits if head.scale == 1 else head.scale * logits
     return head.cap * jnp.tanh(logits / head.cap) if head.cap else logits
 
 

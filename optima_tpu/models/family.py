@@ -52,6 +52,7 @@ class DecoderConfig:
       vocab: rows of the embedding.
       tied: whether the head is the embedding.
       logit_cap: ``c`` where logits are ``c tanh(logits / c)``, or None.
+      logit_scale: factor of the logits.
     """
 
     d_model: int
@@ -60,6 +61,7 @@ class DecoderConfig:
     vocab: int
     tied: bool
     logit_cap: float | None = None
+    logit_scale: float = 1.0
 
     def positions(self, index: int, length: int) -> Positions:
         """The position data of block ``index`` for the first ``length`` positions."""
@@ -105,8 +107,8 @@ class Family:
       head: full name of the output projection, [vocab, d_embedding]; not read if it is tied.
       attended: the layer that reads the output of attention. Its input is kept while the block is pruned part by part, so that
         attention is computed once.
-      residuals: layers whose outputs are added, as they are, to the residual stream -> the names under which the block sows
-        that stream. Layers that are followed by a norm or by a router's share do not belong here.
+      residuals: layers whose outputs are added, as they are or times a factor, to the residual stream -> the names under which
+        the block sows that stream, divided by the factor. Layers that are followed by a norm or by a router's share do not belong here.
       ignored: regular expression of a tensor's full name -> why a checkpoint may hold it although nothing reads it.
       needs_bos: whether every text must begin with the BOS token for the model to work.
     """

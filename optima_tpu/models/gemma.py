@@ -1,6 +1,6 @@
-"""Gemma 2 and Gemma 3 (the text half of multimodal models): four norms a block, scaled embeddings, windows, tanh GELU.
+"""Gemma 1, 2 and 3 (the text half of multimodal models): norms shifted by 1, scaled embeddings, tanh GELU.
 
-Gemma 2 caps attention scores and logits; Gemma 3 normalises queries and keys instead, and blocks with a window have a rotary
+Gemma 1 is otherwise a Llama. Gemma 2 and 3 have four norms a block, and windows. Gemma 2 caps attention scores and logits; Gemma 3 normalises queries and keys instead, and blocks with a window have a rotary
 base of their own.
 """
 
@@ -14,70 +14,63 @@ from jax import Array
 
 from optima_tpu.errors import UserError
 from optima_tpu.models import llama
-from optima_tpu.models.family import Family, Positions, ReadTensor
-from optima_tpu.models.layers import ACTIVATIONS, GatedMLP, RotaryAttention, ShiftedRMSNorm
-from optima_tpu.models.rope import Rope
+from optima_tpu.models.family import Positions, ReadTensor
+from optima_tpu.models.layers import ACTIVATIONS, GatedMLP, ShiftedRMSNorm
+from optima_tpu.models.rope import Rope, RopeByBlock
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(llama.Sizes):
-    """The settings of a Gemma block in addition to its sizes.
-
-    Attributes:
-      scale: factor of the products of queries and keys.
-      score_cap: ``c`` where the scaled products become ``c tanh(p / c)``, or None.
-      ropes: the rotary embedding of every block.
-    """
-
-    activation: str
-    scale: float
-    score_cap: float | None
-    ropes: tuple[Rope, ...]
-    bias: bool
-
-    def positions(self, index: int, length: int) -> Positions:
-        return Positions(*self.ropes[index].tables(length, self.head_dim), llama.window_at(self.windows, index, length))
-
-
-def _read(config: Any, *, score_cap: float | None, ropes: tuple[Rope, ...], qk_norm: bool) -> Config:
-    if config.hidden_activation not in ACTIVATIONS:
-        raise UserError(f"expected hidden_activation {', '.join(ACTIVATIONS)}, got {config.hidden_activation!r}: not supported")
+def _read(config: Any, setting: str, rope: Rope | RopeByBlock) -> llama.Config:
+    """``setting`` is the name of the activation."""
+    activation = getattr(config, setting)
+    if activation not in ACTIVATIONS:
+        raise UserError(f"expected {setting} {', '.join(ACTIVATIONS)}, got {activation!r}: not supported")
     if getattr(config, "use_bidirectional_attention", None):
         raise UserError("expected use_bidirectional_attention false, got true: only causal models are supported")
-    return Config(
+    return llama.Config(
         **llama.named_sizes(config),
-        logit_cap=config.final_logit_softcapping,
-        activation=config.hidden_activation,
-        scale=config.query_pre_attn_scalar**-0.5,
-        windows=llama.windows_by_type(config),
-        bias=config.attention_bias,
-        score_cap=score_cap,
-        ropes=ropes,
-        qk_norm=qk_norm,
+        rope=rope,
+        activation=activation,
+        qkv_bias=config.attention_bias,
+        o_bias=config.attention_bias,
+        norm=ShiftedRMSNorm,
     )
 
 
-def read_gemma2(config: Any) -> Config:
+def _read_capped(config: Any, rope: Rope | RopeByBlock, **settings: Any) -> llama.Config:
+    """What Gemma 2 and 3 have beyond Gemma 1."""
+    return dataclasses.replace(
+        _read(config, "hidden_activation", rope),
+        logit_cap=config.final_logit_softcapping,
+        scale=config.query_pre_attn_scalar**-0.5,
+        windows=llama.windows_by_type(config),
+        **settings,
+    )
+
+
+def read_gemma(config: Any) -> llama.Config:
+    """From ``transformers.GemmaConfig``. Raises UserError, by name, for a setting that is not supported."""
+    return _read(config, "hidden_act", Rope.from_hf(config.rope_parameters))
+
+
+def read_gemma2(config: Any) -> llama.Config:
     """From ``transformers.Gemma2Config``. Raises UserError, by name, for a setting that is not supported."""
-    ropes = (Rope.from_hf(config.rope_parameters),) * config.num_hidden_layers
-    return _read(config, score_cap=config.attn_logit_softcapping, ropes=ropes, qk_norm=False)
+    return _read_capped(config, Rope.from_hf(config.rope_parameters), score_cap=config.attn_logit_softcapping)
 
 
-def read_gemma3(config: Any) -> Config:
+def read_gemma3(config: Any) -> llama.Config:
     """From ``transformers.Gemma3TextConfig``. Raises UserError, by name, for a setting that is not supported."""
     if config.attn_logit_softcapping:  # transformers reads it and does not use it: no reference exists
         raise UserError(f"expected attn_logit_softcapping null in a Gemma 3, got {config.attn_logit_softcapping}: not supported")
-    ropes = tuple(Rope.from_hf(config.rope_parameters[kind]) for kind in config.layer_types)
-    return _read(config, score_cap=None, ropes=ropes, qk_norm=True)
+    return _read_capped(config, RopeByBlock.from_hf(config.rope_parameters, config.layer_types), qk_norm=True)
 
 
-def read_multimodal(config: Any) -> Config:
+def read_multimodal(config: Any) -> llama.Config:
     """From ``transformers.Gemma3Config``, the text half. Raises UserError, by name, for a setting that is not supported."""
     # tie_word_embeddings is not among the text's settings. The cap of its logits is never applied (transformers 5.24).
     return dataclasses.replace(read_gemma3(config.get_text_config()), logit_cap=None, tied=config.tie_word_embeddings)
 
 
-def embed(config: Config, read: ReadTensor, tokens: Array | np.ndarray, places: Array | np.ndarray) -> Array | np.ndarray:
+def embed(config: llama.Config, read: ReadTensor, tokens: Array | np.ndarray, places: Array | np.ndarray) -> Array | np.ndarray:
     """Embeddings times ``sqrt(d_model)``, which is rounded to their dtype first, as the model was trained."""
     table = read(llama.FAMILY.embedding)
     return table[tokens] * np.asarray(config.d_model**0.5).astype(table.dtype)
@@ -86,20 +79,10 @@ def embed(config: Config, read: ReadTensor, tokens: Array | np.ndarray, places: 
 class Block(nnx.Module):
     """One decoder block: x [batch, length, d_model] to the same."""
 
-    def __init__(self, config: Config):
-        norm = functools.partial(ShiftedRMSNorm, eps=config.eps)
+    def __init__(self, config: llama.Config):
+        norm = functools.partial(config.norm, eps=config.eps)
         self.input_layernorm = norm(config.d_model)
-        self.self_attn = RotaryAttention(
-            config.d_model,
-            config.heads,
-            config.kv_heads,
-            config.head_dim,
-            qkv_bias=config.bias,
-            o_bias=config.bias,
-            norm=norm if config.qk_norm else None,
-            scale=config.scale,
-            cap=config.score_cap,
-        )
+        self.self_attn = llama.rotary_attention(config)
         self.post_attention_layernorm = norm(config.d_model)
         self.pre_feedforward_layernorm = norm(config.d_model)
         self.mlp = GatedMLP(config.d_model, config.d_ff, activation=config.activation)
@@ -110,15 +93,8 @@ class Block(nnx.Module):
         return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
 
 
-GEMMA2 = Family(
-    read_config=read_gemma2,
-    block=Block,
-    linears=llama.LINEARS,
-    sharding=llama.SHARDING,
-    embed=embed,
-    final=functools.partial(llama.Final, norm=ShiftedRMSNorm),
-    needs_bos=True,
-)
+GEMMA = dataclasses.replace(llama.FAMILY, read_config=read_gemma, embed=embed, needs_bos=True)
+GEMMA2 = dataclasses.replace(GEMMA, read_config=read_gemma2, block=Block, residuals={})  # a norm follows each sublayer
 GEMMA3 = dataclasses.replace(GEMMA2, read_config=read_gemma3)
 GEMMA3_MULTIMODAL = dataclasses.replace(
     GEMMA3,

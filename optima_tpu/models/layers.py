@@ -11,7 +11,7 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from optima_tpu.models.family import Positions
-from optima_tpu.models.rope import rotate
+from optima_tpu.models.rope import Rotation, rotate
 
 
 class Known(nnx.Variable):
@@ -51,6 +51,11 @@ def project(x: Array | np.ndarray, weight: Array | np.ndarray, dtype: DTypeLike 
     ).astype(dtype or x.dtype)
 
 
+def scaled(x: Array | np.ndarray, factor: float) -> Array | np.ndarray:
+    """``factor x``, multiplied in float32 and rounded once: JAX would round the factor to x's dtype first."""
+    return x if factor == 1 else (x.astype(np.float32) * factor).astype(x.dtype)
+
+
 class RMSNorm(nnx.Module):
     """``x / rms(x) * w``, normalised in float32 and scaled in x's dtype, as the reference does."""
 
@@ -86,25 +91,46 @@ class ShiftedRMSNorm(WideRMSNorm):
 
 
 class LayerNorm(nnx.Module):
-    """``(x - mean(x)) / std(x) * w + b`` in float32, rounded once; without ``w`` and ``b`` if not ``affine``."""
+    """``(x - mean(x)) / std(x) * w + b`` over the last axis in float32, rounded once.
 
-    def __init__(self, d: int, *, eps: float = 1e-5, affine: bool = True):
+    Without ``w`` if not ``affine``, without ``b`` if not ``affine`` or not ``bias``. Where ``d`` is a shape, it is that of ``w``.
+    """
+
+    def __init__(self, d: int | tuple[int, ...], *, eps: float = 1e-5, affine: bool = True, bias: bool = True):
         if affine:
-            self.weight, self.bias = nnx.Param(jnp.ones((d,))), nnx.Param(jnp.zeros((d,)))
+            self.weight = nnx.Param(jnp.ones(d))
+        if affine and bias:
+            self.bias = nnx.Param(jnp.zeros(d))
         self.eps = eps
+
+    @property
+    def factor(self) -> Array:
+        """What the normalised x is multiplied by."""
+        return self.weight[...]
 
     def __call__(self, x: Array) -> Array:
         wide = x.astype(jnp.float32)
         centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
         normed = centred * jax.lax.rsqrt(jnp.mean(centred * centred, axis=-1, keepdims=True) + self.eps)
         if hasattr(self, "weight"):
-            normed = normed * self.weight[...].astype(jnp.float32) + self.bias[...].astype(jnp.float32)
+            normed = normed * self.factor.astype(jnp.float32)
+        if hasattr(self, "bias"):
+            normed = normed + self.bias[...].astype(jnp.float32)
         return normed.astype(x.dtype)
+
+
+class ShiftedLayerNorm(LayerNorm):
+    """The same with ``1 + w``, which is rounded to w's dtype first: the norm of Nemotron."""
+
+    @property
+    def factor(self) -> Array:
+        return 1 + self.weight[...]
 
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
     "relu": jax.nn.relu,
+    "relu2": lambda x: jnp.square(jax.nn.relu(x)),
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
     "gelu_pytorch_tanh": functools.partial(jax.nn.gelu, approximate=True),
 }
@@ -124,6 +150,18 @@ class GatedMLP(nnx.Module):
         return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
 
 
+class MLP(nnx.Module):
+    """``down(activation(up(x)))``."""
+
+    def __init__(self, d_model: int, d_ff: int, *, activation: str, bias: bool = False):
+        self.up_proj = Linear(d_model, d_ff, bias=bias)
+        self.down_proj = Linear(d_ff, d_model, bias=bias)
+        self.activation = ACTIVATIONS[activation]
+
+    def __call__(self, x: Array) -> Array:
+        return self.down_proj(self.activation(self.up_proj(x)))
+
+
 class RotaryAttention(nnx.Module):
     """Causal attention with rotary positions and grouped key-value heads.
 
@@ -131,6 +169,7 @@ class RotaryAttention(nnx.Module):
       norm: makes a norm over the dimensions of a head, one for queries and one for keys; None for no norms.
       scale: factor of the products of queries and keys; None for ``head_dim ** -0.5``.
       cap: see :func:`attention`.
+      rotation: rotates queries and keys.
     """
 
     def __init__(
@@ -145,8 +184,9 @@ class RotaryAttention(nnx.Module):
         norm: Callable[[int], nnx.Module] | None = None,
         scale: float | None = None,
         cap: float | None = None,
+        rotation: Rotation = rotate,
     ):
-        self.head_dim, self.scale, self.cap = head_dim, scale, cap
+        self.head_dim, self.scale, self.cap, self.rotation = head_dim, scale, cap, rotation
         self.q_proj = Linear(d_model, heads * head_dim, bias=qkv_bias)
         self.k_proj = Linear(d_model, kv_heads * head_dim, bias=qkv_bias)
         self.v_proj = Linear(d_model, kv_heads * head_dim, bias=qkv_bias)
@@ -158,7 +198,7 @@ class RotaryAttention(nnx.Module):
         q, k, v = (split_heads(projection(x), self.head_dim) for projection in (self.q_proj, self.k_proj, self.v_proj))
         if hasattr(self, "q_norm"):
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = (rotate(array, *positions.rotary) for array in (q, k))
+        q, k = (self.rotation(array, *positions.rotary) for array in (q, k))
         mixed = attention(q, k, v, positions, scale=self.scale, cap=self.cap)
         return self.o_proj(mixed.reshape(*x.shape[:2], -1))
 

@@ -1,11 +1,11 @@
 """Llama 2, 3, 3.1, 3.2 and models of the same architecture (SmolLM2): RMSNorm, rotary GQA attention, SwiGLU.
 
-Mistral and Qwen are the same blocks with other settings: see ``mistral.py`` and ``qwen.py``.
+Many families are the same block with other settings, which :class:`Config` has: see their files.
 """
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -15,8 +15,8 @@ from jax.sharding import PartitionSpec as P
 
 from optima_tpu.errors import UserError
 from optima_tpu.models.family import DecoderConfig, Family, Positions, Residual
-from optima_tpu.models.layers import GatedMLP, RMSNorm, RotaryAttention, WideRMSNorm
-from optima_tpu.models.rope import Rope
+from optima_tpu.models.layers import GatedMLP, RMSNorm, RotaryAttention, scaled
+from optima_tpu.models.rope import Rope, RopeByBlock, Rotation, rotate
 from optima_tpu.runtime.mesh import MODEL
 
 LINEARS = (
@@ -61,30 +61,51 @@ class Sizes(DecoderConfig):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(Sizes):
-    """The settings of a Llama block in addition to its sizes."""
+    """The settings of a Llama block, and of its relatives, in addition to its sizes.
 
-    rope: Rope
+    Attributes:
+      rope: the rotary embedding, of every block or block by block.
+      rotation: rotates queries and keys.
+      activation: the MLP's, by its name in ``ACTIVATIONS``.
+      norm: ``norm(d, eps=eps)`` makes a norm.
+      scale: factor of the products of queries and keys; None for ``head_dim ** -0.5``.
+      score_cap: ``c`` where the scaled products become ``c tanh(p / c)``, or None.
+      branch_scale: factor of the outputs of attention and MLP, before they are added to the residual stream.
+    """
+
+    rope: Rope | RopeByBlock
+    rotation: Rotation = rotate
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
+    activation: str = "silu"
+    norm: Callable[..., nnx.Module] = RMSNorm
+    scale: float | None = None
+    score_cap: float | None = None
+    branch_scale: float = 1.0
 
     def positions(self, index: int, length: int) -> Positions:
-        return Positions(*self.rope.tables(length, self.head_dim), window_at(self.windows, index, length))
+        return Positions(*self.rope.of(index).tables(length, self.head_dim), window_at(self.windows, index, length))
 
 
-def read_sizes(config: Any) -> dict[str, Any]:
-    """As :func:`named_sizes`, for a model whose activation is silu.
+def read_sizes(config: Any, activation: str = "silu", eps: str = "rms_norm_eps") -> dict[str, Any]:
+    """As :func:`named_sizes`, for a model whose activation is known.
 
     Raises:
       UserError: the model has another activation.
     """
-    if config.hidden_act != "silu":
-        raise UserError(f"expected hidden_act silu in a {config.model_type} model, got {config.hidden_act!r}: not supported")
-    return named_sizes(config)
+    if config.hidden_act != activation:
+        raise UserError(
+            f"expected hidden_act {activation} in a {config.model_type} model, got {config.hidden_act!r}: not supported"
+        )
+    return named_sizes(config, eps)
 
 
-def named_sizes(config: Any) -> dict[str, Any]:
+def named_sizes(config: Any, eps: str = "rms_norm_eps") -> dict[str, Any]:
     """The settings that have the same names in many transformers configurations, as arguments of :class:`Sizes`.
+
+    Args:
+      eps: the name of the norms' ``eps``.
 
     Raises:
       UserError: the numbers of heads do not fit one another or the width.
@@ -105,7 +126,7 @@ def named_sizes(config: Any) -> dict[str, Any]:
         head_dim=head_dim,
         blocks=config.num_hidden_layers,
         vocab=config.vocab_size,
-        eps=config.rms_norm_eps,
+        eps=getattr(config, eps),
         tied=config.tie_word_embeddings,
     )
 
@@ -147,43 +168,55 @@ def window_at(windows: tuple[int | None, ...], index: int, length: int) -> np.nd
 
 
 class PreNormBlock(nnx.Module):
-    """x [batch, length, d_model] to the same shape: adds attention(norm(x)) to x, then MLP(norm(x))."""
+    """x [batch, length, d_model] to the same shape: adds attention(norm(x)) to x, then MLP(norm(x)).
+
+    Where these are scaled, it sows the residual stream divided by the scale: then the outputs of layers add to it as they are.
+    """
 
     def __init__(self, config: Config, self_attn: nnx.Module, mlp: nnx.Module):
-        self.input_layernorm = RMSNorm(config.d_model, eps=config.eps)
+        self.branch_scale = config.branch_scale
+        self.input_layernorm = config.norm(config.d_model, eps=config.eps)
         self.self_attn = self_attn
-        self.post_attention_layernorm = RMSNorm(config.d_model, eps=config.eps)
+        self.post_attention_layernorm = config.norm(config.d_model, eps=config.eps)
         self.mlp = mlp
 
     def __call__(self, x: Array, positions: Positions) -> Array:
-        self.sow(nnx.Intermediate, "before_attention", x)
-        x = x + self.self_attn(self.input_layernorm(x), positions)
-        self.sow(nnx.Intermediate, "after_attention", x)
-        x = x + self.mlp(self.post_attention_layernorm(x))
-        self.sow(nnx.Intermediate, "after_mlp", x)
+        scale = self.branch_scale
+        self.sow(nnx.Intermediate, "before_attention", scaled(x, 1 / scale))
+        x = x + scaled(self.self_attn(self.input_layernorm(x), positions), scale)
+        self.sow(nnx.Intermediate, "after_attention", scaled(x, 1 / scale))
+        x = x + scaled(self.mlp(self.post_attention_layernorm(x)), scale)
+        self.sow(nnx.Intermediate, "after_mlp", scaled(x, 1 / scale))
         return x
 
 
 def block(config: Config) -> PreNormBlock:
     """One decoder block."""
-    norm = functools.partial(RMSNorm, eps=config.eps)
-    attention = RotaryAttention(
+    mlp = GatedMLP(config.d_model, config.d_ff, activation=config.activation, bias=config.mlp_bias)
+    return PreNormBlock(config, rotary_attention(config), mlp)
+
+
+def rotary_attention(config: Config) -> RotaryAttention:
+    """The attention of a block."""
+    return RotaryAttention(
         config.d_model,
         config.heads,
         config.kv_heads,
         config.head_dim,
         qkv_bias=config.qkv_bias,
         o_bias=config.o_bias,
-        norm=norm if config.qk_norm else None,
+        norm=functools.partial(config.norm, eps=config.eps) if config.qk_norm else None,
+        scale=config.scale,
+        cap=config.score_cap,
+        rotation=config.rotation,
     )
-    return PreNormBlock(config, attention, GatedMLP(config.d_model, config.d_ff, activation="silu", bias=config.mlp_bias))
 
 
 class Final(nnx.Module):
     """The norm before the head."""
 
-    def __init__(self, config: Sizes, norm: type[RMSNorm] | type[WideRMSNorm] = RMSNorm):
-        self.norm = norm(config.d_model, eps=config.eps)
+    def __init__(self, config: Config):
+        self.norm = config.norm(config.d_model, eps=config.eps)
 
     def __call__(self, x: Array) -> Array:
         return self.norm(x)

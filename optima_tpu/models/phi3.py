@@ -28,7 +28,9 @@ def read_config(config: Any) -> llama.Config:
     if parameters.get("factor") is None:
         parameters["factor"] = config.max_position_embeddings / original
     return llama.Config(
-        **llama.read_sizes(config), windows=llama.same_windows(config), rope=Rope.from_hf(parameters, ("default", "longrope"))
+        **llama.read_sizes(config),
+        windows=llama.same_windows(config),
+        rope=Rope.from_hf(parameters, ("default", "longrope"), partial=True),
     )
 
 

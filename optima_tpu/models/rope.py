@@ -2,8 +2,8 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
-from typing import Annotated, TypedDict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Annotated, NamedTuple, TypedDict
 
 import jax.numpy as jnp
 import msgspec
@@ -20,6 +20,11 @@ class _Parameters(TypedDict, total=False):
     rope_type: str
     rope_theta: Positive | None
     factor: Positive | None
+    beta_fast: Positive | None
+    beta_slow: Positive | None
+    truncate: bool | None
+    mscale: Positive | None
+    mscale_all_dim: Positive | None
     partial_rotary_factor: Annotated[float, msgspec.Meta(gt=0, le=1)] | None
     low_freq_factor: Positive | None
     high_freq_factor: Positive | None
@@ -32,6 +37,7 @@ class _Parameters(TypedDict, total=False):
 _NEEDED = {
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "yarn": ("factor", "original_max_position_embeddings"),
     "longrope": ("factor", "original_max_position_embeddings", "short_factor", "long_factor"),
 }
 
@@ -62,6 +68,51 @@ class LongScaling:
 
 
 @dataclasses.dataclass(frozen=True)
+class YarnScaling:
+    """YaRN (``rope_type: yarn``): slow frequencies are divided by a factor, fast ones stay, with a ramp over dimensions in between.
+
+    Attributes:
+      factor: the divisor.
+      fast, slow: turns within the original length at which the ramp begins and ends.
+      original_length: the longest text that the model was trained on before it was stretched.
+      magnitude: cos and sin are multiplied by it.
+    """
+
+    factor: float
+    fast: float
+    slow: float
+    original_length: int
+    magnitude: float
+
+    @classmethod
+    def from_hf(cls, parameters: Mapping) -> "YarnScaling":
+        factor, magnitude = float(parameters["factor"]), parameters.get("attention_factor")
+        if parameters.get("truncate") is False:
+            raise UserError("expected truncate true in the rope_parameters of config.json, got false: not supported")
+        if parameters["rope_theta"] <= 1:
+            raise UserError(
+                f"expected rope_theta above 1 for rope_type yarn, got {parameters['rope_theta']:g}: check config.json"
+            )
+        if magnitude is None:
+            above, below = parameters.get("mscale"), parameters.get("mscale_all_dim")
+            scales = (above, below) if above and below else (1.0, 0.0)
+            numerator, denominator = (1 + 0.1 * scale * math.log(max(factor, 1.0)) for scale in scales)
+            magnitude = numerator / denominator
+        fast, slow = parameters.get("beta_fast") or 32.0, parameters.get("beta_slow") or 1.0
+        return cls(factor, float(fast), float(slow), int(parameters["original_max_position_embeddings"]), float(magnitude))
+
+    def stretched(self, frequencies: np.ndarray, theta: float) -> np.ndarray:
+        """The frequencies, [rotated dimensions / 2]."""
+        size = len(frequencies)
+        begin, end = (
+            size * math.log(self.original_length / (turns * 2 * math.pi)) / math.log(theta) for turns in (self.fast, self.slow)
+        )
+        begin, end = max(math.floor(begin), 0), min(math.ceil(end), 2 * size - 1)
+        ramp = np.clip((np.arange(size) - begin) / (end - begin or 0.001), 0.0, 1.0)
+        return frequencies * (1 - ramp + ramp / self.factor)
+
+
+@dataclasses.dataclass(frozen=True)
 class Rope:
     """Rotary position embedding.
 
@@ -75,14 +126,17 @@ class Rope:
     theta: float
     factor: float = 1.0
     share: float = 1.0
-    scaling: Llama3Scaling | LongScaling | None = None
+    scaling: Llama3Scaling | LongScaling | YarnScaling | None = None
 
     @classmethod
-    def from_hf(cls, parameters: Mapping, kinds: tuple[str, ...] = ("default", "linear", "llama3")) -> "Rope":
+    def from_hf(
+        cls, parameters: Mapping, kinds: tuple[str, ...] = ("default", "linear", "llama3", "yarn"), partial: bool = False
+    ) -> "Rope":
         """From ``config.rope_parameters``.
 
         Args:
-          kinds: the rope types that the family knows; where "longrope" is one, a part of a head may be rotated.
+          kinds: the rope types that the family knows.
+          partial: whether the family may rotate a part of a head.
 
         Raises:
           UserError: another rope type, or a setting of it that is not supported.
@@ -92,17 +146,20 @@ class Rope:
         if kind not in kinds:
             raise UserError(f"expected rope_type {' or '.join(kinds)}, got {kind!r}: this model is not supported yet")
         share = float(parameters.get("partial_rotary_factor", 1.0))
-        if share != 1 and "longrope" not in kinds:
+        if share != 1 and not partial:
             raise UserError(f"expected partial_rotary_factor 1 in this family, got {share:g}: not supported")
         needed = {"rope_theta", *_NEEDED.get(kind, ())}
         if missing := sorted(name for name in needed if parameters.get(name) is None):
             raise UserError(f"expected {', '.join(missing)} in the rope_parameters of config.json for rope_type {kind}, got none")
         theta = float(parameters["rope_theta"])
         if kind == "linear":
-            return cls(theta, factor=float(parameters["factor"]))
+            return cls(theta, factor=float(parameters["factor"]), share=share)
+        if kind == "yarn":
+            return cls(theta, share=share, scaling=YarnScaling.from_hf(parameters))
         if kind == "llama3":
             return cls(
                 theta,
+                share=share,
                 scaling=Llama3Scaling(
                     float(parameters["factor"]),
                     float(parameters["low_freq_factor"]),
@@ -124,6 +181,14 @@ class Rope:
             )
         return cls(theta, share=share)
 
+    def of(self, block: int) -> "Rope":
+        """The rotary embedding of a block: of every block this one."""
+        return self
+
+    def still(self) -> "Rope":
+        """One that turns nothing (NoPE), with tables of the same shape: every position is divided by infinity."""
+        return dataclasses.replace(self, factor=math.inf, scaling=None)
+
     def tables(self, length: int, head_dim: int) -> tuple[np.ndarray, np.ndarray]:
         """(cos, sin), each [length, rotated dimensions of a head] float32."""
         size = int(head_dim * self.share)
@@ -138,9 +203,37 @@ class Rope:
                 frequencies = frequencies * (blend + (1 - blend) / factor)
             case LongScaling(short, long, original, magnitude):
                 frequencies = frequencies / np.asarray(long if length > original else short)
+            case YarnScaling(magnitude=magnitude):
+                frequencies = self.scaling.stretched(frequencies, self.theta)
         angles = np.outer(np.arange(length) / self.factor, frequencies)
         angles = np.concatenate([angles, angles], axis=1)
         return (magnitude * np.cos(angles)).astype(np.float32), (magnitude * np.sin(angles)).astype(np.float32)
+
+
+class RopeByBlock(NamedTuple):
+    """Rotary embeddings that differ from block to block."""
+
+    ropes: tuple[Rope, ...]
+
+    @classmethod
+    def from_hf(cls, parameters: Mapping[str, Mapping], kinds: Sequence[str]) -> "RopeByBlock":
+        """From ``config.rope_parameters`` and ``config.layer_types``, where the former has an entry for each of the latter."""
+        if missing := sorted(set(kinds) - {kind for kind, given in parameters.items() if given}):
+            raise UserError(f"expected {', '.join(missing)} in the rope_parameters of config.json, as in layer_types, got none")
+        ropes = {kind: Rope.from_hf(parameters[kind]) for kind in set(kinds)}
+        return cls(tuple(ropes[kind] for kind in kinds))
+
+    @classmethod
+    def where(cls, rotated: Iterable[bool], rope: Rope) -> "RopeByBlock":
+        """One rotary embedding for some blocks, and none (NoPE) for the others."""
+        return cls(tuple(rope if each else rope.still() for each in rotated))
+
+    def of(self, block: int) -> Rope:
+        """The rotary embedding of a block."""
+        return self.ropes[block]
+
+
+Rotation = Callable[[Array, Array | np.ndarray, Array | np.ndarray], Array]
 
 
 def rotate(x: Array, cos: Array | np.ndarray, sin: Array | np.ndarray) -> Array:
@@ -150,3 +243,17 @@ def rotate(x: Array, cos: Array | np.ndarray, sin: Array | np.ndarray) -> Array:
     turned = jnp.concatenate([-second, first], axis=-1)
     turning = turning * cos[None, :, None, :].astype(x.dtype) + turned * sin[None, :, None, :].astype(x.dtype)
     return jnp.concatenate([turning, still], axis=-1) if still.shape[-1] else turning
+
+
+def rotate_wide(x: Array, cos: Array | np.ndarray, sin: Array | np.ndarray) -> Array:
+    """As :func:`rotate`, in float32 and rounded once."""
+    return rotate(x.astype(jnp.float32), cos, sin).astype(x.dtype)
+
+
+def rotate_neighbours(x: Array, cos: Array | np.ndarray, sin: Array | np.ndarray) -> Array:
+    """As :func:`rotate` with pairs (2j, 2j + 1).
+
+    The first ones of all pairs come out before the second ones. Queries and keys are reordered alike, so their products stay.
+    """
+    turning, still = jnp.split(x, [cos.shape[-1]], axis=-1)
+    return rotate(jnp.concatenate([turning[..., 0::2], turning[..., 1::2], still], axis=-1), cos, sin)

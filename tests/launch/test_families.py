@@ -13,10 +13,13 @@ from optima_tpu.errors import UserError
 from optima_tpu.method.patterns import NM, Unstructured
 from optima_tpu.method.solvers import CG
 from optima_tpu.models.checkpoints import open_model
-from optima_tpu.models.checkpoints.export import read_masks
+from optima_tpu.models.checkpoints.export import export, read_masks
+from optima_tpu.models.checkpoints.orbax import write_checkpoint
 from optima_tpu.models.decoder import Decoder
 from optima_tpu.pipeline.inputs import read_texts
+from optima_tpu.pipeline.journal import open_journal
 from optima_tpu.pipeline.run import run
+from tests.support.fake_run import MANIFEST, assert_same, on_host
 from tests.support.meshes import mesh
 from tests.support.references import MULTIMODAL, REFERENCES, SIZES, tiny
 from tests.support.runs import folder_tensors, opened
@@ -27,7 +30,9 @@ transformers = pytest.importorskip("transformers")
 
 FEW_EXPERTS = dict(moe_intermediate_size=48, num_experts=3)
 HALF = dict(dtype="float32", pattern=NM(2, 4), solver=CG(tolerance=1e-6))
-FAMILIES = {reference.model: reference for reference in [*REFERENCES, MULTIMODAL]}
+REFERENCE = {reference.model: reference for reference in [*REFERENCES, MULTIMODAL]}
+FAMILIES = [name for name, reference in REFERENCE.items() if not reference.relative]
+RELATIVES = [name for name, reference in REFERENCE.items() if reference.relative]
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +42,7 @@ def saved(tmp_path_factory):
 
     @functools.cache
     def save(family: str) -> Path:
-        reference = FAMILIES[family]
+        reference = REFERENCE[family]
         sizes = {
             "OPTForCausalLM": dict(vocab_size=258, ffn_dim=48),
             "Gemma3ForConditionalGeneration": {},
@@ -118,19 +123,45 @@ def test_a_pruned_model_loads_in_transformers(saved, halved, family):
         else:
             assert np.array_equal(array, dense.tensors.read(name)), name
 
+    assert_loads(halved(family), family, (4, 2))
+
+
+def assert_loads(folder: Path, family: str, shape: tuple[int, int]) -> None:
+    """transformers finds every tensor that it wants and no other, and computes what we compute."""
     loaded, information = getattr(transformers, family).from_pretrained(
-        halved(family), output_loading_info=True, attn_implementation="eager"
+        folder, output_loading_info=True, attn_implementation="eager", dtype="float32"
     )
     assert not any(information.values()), information
-    ours = open_model(str(halved(family)))
+    ours = open_model(str(folder), "float32")
     tokens = np.random.default_rng(0).integers(1, 256, (3, 40)).astype(np.int32)
     with torch.no_grad():
         expected = loaded.eval()(torch.tensor(tokens, dtype=torch.long)).logits.numpy()
-    logits = Decoder.open(ours.config, ours.tensors, mesh(4, 2), batch=1).logits(tokens)
+    logits = Decoder.open(ours.config, ours.tensors, mesh(*shape), batch=1).logits(tokens)
     assert np.abs(logits - expected).max() < 1e-4 * np.abs(expected).max()
 
 
-@pytest.mark.parametrize("family", [family for family in FAMILIES if "Gemma" in family or "Llama" in family])
+@pytest.mark.parametrize("family", RELATIVES)
+def test_a_relative_with_half_of_its_weights_comes_back_and_loads_in_transformers(saved, tmp_path, family):
+    """Without a run, whose solver knows no family: every second weight of each layer is zero, the others are bit for bit."""
+    dense = open_model(str(saved(family)))
+    decoder = Decoder.open(dense.config, dense.tensors, mesh(1, 1))
+    journal, expected = open_journal(tmp_path / "run", MANIFEST, dense.assets), folder_tensors(saved(family))
+    for index in range(decoder.config.blocks):
+        names = [decoder.prefix(index) + name + ".weight" for name in decoder.linears]
+        masks = {name: np.indices(expected[name].shape).sum(axis=0) % 2 == 0 for name in names}
+        expected |= {name: np.where(keep, expected[name], np.zeros_like(expected[name])) for name, keep in masks.items()}
+        layers = [dict(block=index, name=name) for name in decoder.linears]
+        journal.save(index, {name: expected[name] for name in names}, masks, dict(layers=layers), on_host(np.zeros((1, 1, 1))))
+    write_checkpoint(journal, dense.tensors, mesh(1, 1))
+    export(tmp_path / "run", tmp_path / "out")
+    found = folder_tensors(tmp_path / "out")
+    assert found.keys() == expected.keys()
+    for name, array in expected.items():
+        assert_same(found[name], array)
+    assert_loads(tmp_path / "out", family, (1, 1))
+
+
+@pytest.mark.parametrize("family", [family for family in REFERENCE if "Gemma" in family or "Llama" in family])
 @pytest.mark.parametrize("source", ["pydoc", "random"])
 def test_windows_begin_with_bos_where_the_family_needs_it(saved, family, source):
     config = RunConfig(

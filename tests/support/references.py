@@ -1,5 +1,6 @@
 """Tiny random models of transformers (torch): a reference for every family."""
 
+import copy
 from typing import NamedTuple
 
 import jax
@@ -29,6 +30,8 @@ LLAMA3 = dict(
     original_max_position_embeddings=16,
 )
 LINEAR = dict(rope_type="linear", rope_theta=10000.0, factor=2.0)
+YARN = dict(rope_type="yarn", rope_theta=100.0, factor=4.0, original_max_position_embeddings=64)
+HALF_TURNED = dict(rope_parameters=dict(rope_type="default", rope_theta=10000.0, partial_rotary_factor=0.5))
 GEMMA = BASE | dict(
     head_dim=12, query_pre_attn_scalar=20, sliding_window=7, final_logit_softcapping=None, tie_word_embeddings=True
 )
@@ -48,12 +51,17 @@ class Reference(NamedTuple):
     """The class of transformers (and of its configuration), a tiny size, and the options of the family, each with its values.
 
     Texts are 40 tokens long: longer than every window here.
+
+    Attributes:
+      relative: whether its layers are those of another family here, read in the same groups. A run of the other one then tells
+        what a run of this one would.
     """
 
     model: str
     config: str
     base: dict
     variants: dict[str, dict]
+    relative: bool = False
 
 
 REFERENCES = [
@@ -69,6 +77,8 @@ REFERENCES = [
             "head_dim": dict(head_dim=16),
             "llama3 rope": dict(rope_parameters=LLAMA3),
             "linear rope": dict(rope_parameters=LINEAR),
+            "yarn rope": dict(rope_parameters=YARN),
+            "yarn rope with a factor": dict(rope_parameters=YARN | dict(beta_fast=4.0, beta_slow=0.5, attention_factor=1.3)),
             "nine heads": dict(hidden_size=36, num_attention_heads=9, num_key_value_heads=3),
         },
     ),
@@ -82,12 +92,14 @@ REFERENCES = [
             "head_dim": dict(head_dim=16),
             "tied": dict(tie_word_embeddings=True),
         },
+        relative=True,
     ),
     Reference(
         "MinistralForCausalLM",
         "MinistralConfig",
         BASE | dict(head_dim=8),
         {"one window": dict(sliding_window=7, layer_types=["full_attention", "sliding_attention"])},
+        relative=True,
     ),
     Reference(
         "Qwen2ForCausalLM",
@@ -184,10 +196,129 @@ REFERENCES = [
             "plain": {},
             "window": dict(sliding_window=7),
             "tied": dict(tie_word_embeddings=True),
-            "partial rotation": dict(rope_parameters=dict(rope_type="default", rope_theta=10000.0, partial_rotary_factor=0.5)),
+            "partial rotation": HALF_TURNED,
             "long text": dict(rope_parameters=LONG, original_max_position_embeddings=16),
             "short text": dict(rope_parameters=LONG, original_max_position_embeddings=64),
         },
+    ),
+    Reference(
+        "GraniteForCausalLM",
+        "GraniteConfig",
+        BASE | dict(embedding_multiplier=3.3, attention_multiplier=0.2, residual_multiplier=0.22, logits_scaling=1.7),
+        {"scaled": {}, "biases": dict(attention_bias=True, mlp_bias=True, tie_word_embeddings=True)},
+        relative=True,
+    ),
+    Reference(
+        "SmolLM3ForCausalLM",
+        "SmolLM3Config",
+        BASE | dict(pad_token_id=0, tie_word_embeddings=False, no_rope_layers=[1, 0]),
+        {
+            "one still": {},
+            "window where still": dict(use_sliding_window=True, sliding_window=7),
+            "biases": dict(attention_bias=True, mlp_bias=True, tie_word_embeddings=True, rope_parameters=YARN),
+        },
+        relative=True,
+    ),
+    Reference(
+        "Olmo3ForCausalLM",
+        "Olmo3Config",
+        BASE
+        | dict(
+            pad_token_id=0,
+            eos_token_id=1,
+            sliding_window=7,
+            layer_types=["sliding_attention", "full_attention"],
+            rope_parameters=dict(full_attention=YARN, sliding_attention=dict(rope_type="default", rope_theta=100.0)),
+        ),
+        {
+            "two ropes": {},
+            "biases": dict(attention_bias=True, tie_word_embeddings=True),
+            "no window": dict(layer_types=["full_attention"] * 2),
+        },
+        relative=True,
+    ),
+    Reference(
+        "GlmForCausalLM",
+        "GlmConfig",
+        BASE | HALF_TURNED | dict(head_dim=8, pad_token_id=0, eos_token_id=1),
+        {"biases": {}, "stretched": dict(attention_bias=False, rope_parameters=YARN, tie_word_embeddings=True)},
+        relative=True,
+    ),
+    Reference(
+        "Glm4ForCausalLM",
+        "Glm4Config",
+        BASE | HALF_TURNED | dict(head_dim=8, pad_token_id=0, eos_token_id=1),
+        {"biases": {}},
+        relative=True,
+    ),
+    Reference(
+        "GemmaForCausalLM",
+        "GemmaConfig",
+        BASE | dict(head_dim=12),
+        {"tied": {}, "biases": dict(attention_bias=True, tie_word_embeddings=False, hidden_act="relu")},
+        relative=True,
+    ),
+    Reference(
+        "CohereForCausalLM",
+        "CohereConfig",
+        BASE | dict(logit_scale=0.3, eos_token_id=1),
+        {"tied": {}, "norms of every head": dict(use_qk_norm=True, attention_bias=True, tie_word_embeddings=False)},
+    ),
+    Reference(
+        "Cohere2ForCausalLM",
+        "Cohere2Config",
+        BASE | dict(logit_scale=0.3, eos_token_id=1, sliding_window=7, layer_types=["sliding_attention", "full_attention"]),
+        {"one still": {}, "all still": dict(layer_types=["full_attention"] * 2, attention_bias=True)},
+        relative=True,
+    ),
+    Reference(
+        "Starcoder2ForCausalLM",
+        "Starcoder2Config",
+        BASE | dict(sliding_window=7),
+        {"window": {}, "no biases": dict(use_bias=False, sliding_window=None, tie_word_embeddings=False)},
+        relative=True,
+    ),
+    Reference(
+        "StableLmForCausalLM",
+        "StableLmConfig",
+        BASE | HALF_TURNED,
+        {"plain": {}, "side by side": dict(use_parallel_residual=True, use_qkv_bias=True, tie_word_embeddings=True)},
+        relative=True,
+    ),
+    Reference(
+        "NemotronForCausalLM",
+        "NemotronConfig",
+        BASE | HALF_TURNED | dict(head_dim=12),
+        {"plain": {}, "biases": dict(attention_bias=True, mlp_bias=True)},
+        relative=True,
+    ),
+    Reference(
+        "ArceeForCausalLM",
+        "ArceeConfig",
+        BASE,
+        {"plain": {}, "biases": dict(attention_bias=True, mlp_bias=True, rope_parameters=YARN)},
+        relative=True,
+    ),
+    Reference(
+        "SeedOssForCausalLM",
+        "SeedOssConfig",
+        BASE | dict(head_dim=16),
+        {"biases of q, k, v": {}, "of the others": dict(attention_bias=False, attention_out_bias=True, mlp_bias=True)},
+        relative=True,
+    ),
+    Reference(
+        "Ernie4_5ForCausalLM",
+        "Ernie4_5Config",
+        BASE | dict(head_dim=12),
+        {"tied": {}, "biases": dict(use_bias=True, tie_word_embeddings=False)},
+        relative=True,
+    ),
+    Reference(
+        "Exaone4ForCausalLM",
+        "Exaone4Config",
+        BASE | dict(sliding_window=7, layer_types=["sliding_attention", "full_attention"]),
+        {"one still": {}, "all turned": dict(sliding_window=None, layer_types=["full_attention"] * 2)},
+        relative=True,
     ),
 ]
 
@@ -195,7 +326,8 @@ REFERENCES = [
 def tiny(reference: Reference, settings: dict, dtype=torch.float32):
     """A random model of transformers, with biases and norms that matter, and its tensors as a checkpoint has them."""
     torch.manual_seed(0)
-    config = getattr(transformers, reference.config)(**(reference.base | settings), attn_implementation="eager")
+    # A copy: transformers adds settings to the dictionaries that it is given.
+    config = getattr(transformers, reference.config)(**copy.deepcopy(reference.base | settings), attn_implementation="eager")
     config.architectures = [reference.model]
     model = getattr(transformers, reference.model)(config).eval().to(dtype)
     with torch.no_grad():

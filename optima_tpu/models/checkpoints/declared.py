@@ -10,6 +10,7 @@ _Experts = Annotated[int, msgspec.Meta(ge=1, le=1 << 12)]
 _Blocks = Annotated[int, msgspec.Meta(ge=1, le=1 << 11)]
 _Tokens = Annotated[int, msgspec.Meta(ge=1, le=1 << 28)]
 _Length = Annotated[int, msgspec.Meta(ge=0, lt=1 << 31)]
+_Small = Annotated[float, msgspec.Meta(ge=0, lt=1)]
 _Number = Annotated[float, msgspec.Meta(gt=0, lt=1e12)]
 
 
@@ -38,7 +39,10 @@ class Declared(TypedDict, total=False):
     original_max_position_embeddings: _Length | None
     sliding_window: _Length | None
     use_sliding_window: bool
-    rms_norm_eps: Annotated[float, msgspec.Meta(ge=0, lt=1)]
+    rms_norm_eps: _Small
+    layer_norm_eps: _Small
+    norm_eps: _Small
+    norm_epsilon: _Small
     rope_theta: _Number
     rope_local_base_freq: _Number
     rope_scaling: dict[str, Any] | None
@@ -47,10 +51,23 @@ class Declared(TypedDict, total=False):
     query_pre_attn_scalar: _Number
     attn_logit_softcapping: _Number | None
     final_logit_softcapping: _Number | None
+    embedding_multiplier: _Number
+    attention_multiplier: _Number
+    residual_multiplier: _Number
+    logits_scaling: _Number
+    logit_scale: _Number
     tie_word_embeddings: bool
     attention_bias: bool
+    attention_out_bias: bool
     mlp_bias: bool
     enable_bias: bool
+    use_bias: bool
+    use_qkv_bias: bool
+    use_qk_norm: bool
+    qk_layernorm: bool
+    use_parallel_residual: bool
+    no_rope_layers: Annotated[list[int], msgspec.Meta(max_length=1 << 11)] | None
+    no_rope_layer_interval: _Heads
     do_layer_norm_before: bool
     layer_norm_elementwise_affine: bool
     norm_topk_prob: bool

@@ -1,0 +1,31 @@
+"""ERNIE 4.5, the dense one: Llama with neighbouring dimensions rotated as pairs, in float32."""
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from optima_tpu.models import llama
+from optima_tpu.models.rope import Rope, rotate_neighbours
+
+
+def rotate(x: Array, cos: Array | np.ndarray, sin: Array | np.ndarray) -> Array:
+    """In float32, rounded once."""
+    return rotate_neighbours(x.astype(jnp.float32), cos, sin).astype(x.dtype)
+
+
+def read_config(config: Any) -> llama.Config:
+    """From ``transformers.Ernie4_5Config``."""
+    return llama.Config(
+        **llama.read_sizes(config),
+        rope=Rope.from_hf(config.rope_parameters),
+        rotation=rotate,
+        qkv_bias=config.use_bias,
+        o_bias=config.use_bias,
+        mlp_bias=config.use_bias,
+    )
+
+
+FAMILY = dataclasses.replace(llama.FAMILY, read_config=read_config)
