@@ -108,7 +108,8 @@ class Family:
       attended: the layer that reads the output of attention. Its input is kept while the block is pruned part by part, so that
         attention is computed once.
       residuals: layers whose outputs are added, as they are or times a factor, to the residual stream -> the names under which
-        the block sows that stream, divided by the factor. Layers that are followed by a norm or by a router's share do not belong here.
+        the block sows that stream, divided by the factor. Layers that are followed by a norm or by a router's share do not
+        belong here.
       ignored: regular expression of a tensor's full name -> why a checkpoint may hold it although nothing reads it.
       needs_bos: whether every text must begin with the BOS token for the model to work.
     """

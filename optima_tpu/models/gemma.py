@@ -1,7 +1,7 @@
 """Gemma 1, 2 and 3 (the text half of multimodal models): norms shifted by 1, scaled embeddings, tanh GELU.
 
-Gemma 1 is otherwise a Llama. Gemma 2 and 3 have four norms a block, and windows. Gemma 2 caps attention scores and logits; Gemma 3 normalises queries and keys instead, and blocks with a window have a rotary
-base of their own.
+Gemma 1 is otherwise a Llama. Gemma 2 and 3 have four norms a block, and windows. Gemma 2 caps attention scores and logits; Gemma 3
+normalises queries and keys instead, and blocks with a window have a rotary base of their own.
 """
 
 import dataclasses

@@ -103,9 +103,8 @@ class LayerNorm(nnx.Module):
             self.bias = nnx.Param(jnp.zeros(d))
         self.eps = eps
 
-    @property
-    def factor(self) -> Array:
-        """What the normalised x is multiplied by."""
+    def factor(self, dtype: DTypeLike) -> Array:
+        """What the normalised x, which came in this dtype, is multiplied by."""
         return self.weight[...]
 
     def __call__(self, x: Array) -> Array:
@@ -113,18 +112,17 @@ class LayerNorm(nnx.Module):
         centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
         normed = centred * jax.lax.rsqrt(jnp.mean(centred * centred, axis=-1, keepdims=True) + self.eps)
         if hasattr(self, "weight"):
-            normed = normed * self.factor.astype(jnp.float32)
+            normed = normed * self.factor(x.dtype).astype(jnp.float32)
         if hasattr(self, "bias"):
             normed = normed + self.bias[...].astype(jnp.float32)
         return normed.astype(x.dtype)
 
 
 class ShiftedLayerNorm(LayerNorm):
-    """The same with ``1 + w``, which is rounded to w's dtype first: the norm of Nemotron."""
+    """The same with ``1 + w``, which is rounded to x's dtype first: the norm of Nemotron."""
 
-    @property
-    def factor(self) -> Array:
-        return 1 + self.weight[...]
+    def factor(self, dtype: DTypeLike) -> Array:
+        return 1 + self.weight[...].astype(dtype)
 
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {

@@ -42,28 +42,12 @@ SHARDING: Mapping[str, P] = {
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Sizes(DecoderConfig):
-    """The numbers that shape a block with rotary attention and a gated MLP.
+class Config(DecoderConfig):
+    """The settings of a Llama block and of its relatives.
 
     Attributes:
       windows: for every block, how many tokens a position sees (None: all); empty if all blocks see everything.
       qk_norm: whether queries and keys are normalised, head by head.
-    """
-
-    d_ff: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    eps: float
-    windows: tuple[int | None, ...] = ()
-    qk_norm: bool = False
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(Sizes):
-    """The settings of a Llama block, and of its relatives, in addition to its sizes.
-
-    Attributes:
       rope: the rotary embedding, of every block or block by block.
       rotation: rotates queries and keys.
       activation: the MLP's, by its name in ``ACTIVATIONS``.
@@ -73,6 +57,13 @@ class Config(Sizes):
       branch_scale: factor of the outputs of attention and MLP, before they are added to the residual stream.
     """
 
+    d_ff: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    eps: float
+    windows: tuple[int | None, ...] = ()
+    qk_norm: bool = False
     rope: Rope | RopeByBlock
     rotation: Rotation = rotate
     qkv_bias: bool = False
@@ -102,7 +93,7 @@ def read_sizes(config: Any, activation: str = "silu", eps: str = "rms_norm_eps")
 
 
 def named_sizes(config: Any, eps: str = "rms_norm_eps") -> dict[str, Any]:
-    """The settings that have the same names in many transformers configurations, as arguments of :class:`Sizes`.
+    """The settings that have the same names in many transformers configurations, as arguments of :class:`Config`.
 
     Args:
       eps: the name of the norms' ``eps``.

@@ -71,6 +71,8 @@ class LongScaling:
 class YarnScaling:
     """YaRN (``rope_type: yarn``): slow frequencies are divided by a factor, fast ones stay, with a ramp over dimensions in between.
 
+    Source: arXiv:2309.00071, as ``transformers`` computes it.
+
     Attributes:
       factor: the divisor.
       fast, slow: turns within the original length at which the ramp begins and ends.

@@ -9,9 +9,9 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from optima_tpu.errors import UserError
-from optima_tpu.models import family_of
+from optima_tpu.models import cohere, family_of
 from optima_tpu.models.decoder import Decoder, forward
-from optima_tpu.models.layers import RMSNorm, ShiftedRMSNorm, WideRMSNorm
+from optima_tpu.models.layers import RMSNorm, ShiftedLayerNorm, ShiftedRMSNorm, WideRMSNorm
 from optima_tpu.models.rope import Rope
 from tests.support.meshes import mesh
 from tests.support.references import BASE, LLAMA3, REFERENCES, Reference, tiny
@@ -71,6 +71,8 @@ def test_bfloat16_logits_agree_within_its_rounding(reference):
         (RMSNorm, "llama.modeling_llama.LlamaRMSNorm"),
         (WideRMSNorm, "olmo2.modeling_olmo2.Olmo2RMSNorm"),
         (ShiftedRMSNorm, "gemma2.modeling_gemma2.Gemma2RMSNorm"),
+        (ShiftedLayerNorm, "nemotron.modeling_nemotron.NemotronLayerNorm1P"),
+        (cohere.NORM, "cohere.modeling_cohere.CohereLayerNorm"),
     ],
     ids=str,
 )

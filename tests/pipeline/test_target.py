@@ -73,7 +73,9 @@ def walk(recipe, shape=(1, 1), blocks=2, samples=5, groups=GROUPS):
     return found, hidden, dense
 
 
-@pytest.mark.parametrize("architecture, weigh", [("Llama", False), ("Llama", True), ("OPT", True)])
+@pytest.mark.parametrize(
+    "architecture, weigh", [("Llama", False), ("Llama", True), ("OPT", True), ("Cohere", True), ("Granite", True)]
+)
 def test_the_drift_is_that_of_the_inputs_in_both_streams(architecture, weigh):
     """In float64 from the very inputs; 7 samples divide no mesh, and OPT's biases make something of the zeros behind them."""
     decoder, rng = Decoder.open(*small(architecture), mesh(4, 2), batch=1), np.random.default_rng(0)

@@ -63,6 +63,12 @@ class Reference(NamedTuple):
     variants: dict[str, dict]
     relative: bool = False
 
+    def configuration(self, settings: dict, **options):
+        """The configuration with these settings. It gets copies: transformers writes into dictionaries that it is given."""
+        made = getattr(transformers, self.config)(**copy.deepcopy(self.base | settings), **options)
+        made.architectures = [self.model]
+        return made
+
 
 REFERENCES = [
     Reference(
@@ -79,6 +85,7 @@ REFERENCES = [
             "linear rope": dict(rope_parameters=LINEAR),
             "yarn rope": dict(rope_parameters=YARN),
             "yarn rope with a factor": dict(rope_parameters=YARN | dict(beta_fast=4.0, beta_slow=0.5, attention_factor=1.3)),
+            "yarn rope with scales": dict(rope_parameters=YARN | dict(mscale=1.0, mscale_all_dim=0.4)),
             "nine heads": dict(hidden_size=36, num_attention_heads=9, num_key_value_heads=3),
         },
     ),
@@ -111,6 +118,7 @@ REFERENCES = [
             "linear rope": dict(rope_parameters=LINEAR),
             "window above": dict(use_sliding_window=True, sliding_window=7, max_window_layers=1),
         },
+        relative=True,
     ),
     Reference(
         "Qwen3ForCausalLM",
@@ -122,6 +130,7 @@ REFERENCES = [
             "tied": dict(tie_word_embeddings=True),
             "window above": dict(use_sliding_window=True, sliding_window=7, max_window_layers=1),
         },
+        relative=True,
     ),
     Reference(
         "Qwen3MoeForCausalLM",
@@ -161,6 +170,7 @@ REFERENCES = [
             ),
             "no window": dict(layer_types=["full_attention"] * 3),
         },
+        relative=True,
     ),
     Reference(
         "Olmo2ForCausalLM",
@@ -326,9 +336,7 @@ REFERENCES = [
 def tiny(reference: Reference, settings: dict, dtype=torch.float32):
     """A random model of transformers, with biases and norms that matter, and its tensors as a checkpoint has them."""
     torch.manual_seed(0)
-    # A copy: transformers adds settings to the dictionaries that it is given.
-    config = getattr(transformers, reference.config)(**copy.deepcopy(reference.base | settings), attn_implementation="eager")
-    config.architectures = [reference.model]
+    config = reference.configuration(settings, attn_implementation="eager")
     model = getattr(transformers, reference.model)(config).eval().to(dtype)
     with torch.no_grad():
         for parameter in model.parameters():
