@@ -62,10 +62,11 @@ FAMILIES: Mapping[str, Mapping[str, Family]] = {
 Both keys are needed: the architecture is what was trained, the model type is what transformers' Auto classes open.
 """
 
-_FEWER = "later blocks read keys and values of earlier ones, and each block an embedding of its own"
+_MORE = "later blocks read keys and values of earlier ones, and each block an embedding of its own"
+_WIDTHS = "heads of blocks with and without a window differ in width"
 REFUSED: Mapping[str, str] = {
-    **dict.fromkeys(("Gemma3nForCausalLM", "Gemma3nForConditionalGeneration"), f"{_FEWER}, beside four residual streams"),
-    **dict.fromkeys(("Gemma4ForCausalLM", "Gemma4ForConditionalGeneration"), f"{_FEWER}, and heads differ in width"),
+    **dict.fromkeys(("Gemma3nForCausalLM", "Gemma3nForConditionalGeneration"), f"{_MORE}, beside four residual streams"),
+    **dict.fromkeys(("Gemma4ForCausalLM", "Gemma4ForConditionalGeneration"), f"{_WIDTHS}; in some of these models {_MORE}"),
 }
 """Why an architecture does not fit: here a block reads one residual stream and positions, and all blocks have the same shapes."""
 

@@ -28,6 +28,8 @@ VARIANTS = {
     "Phi3ForCausalLM": "long text",
     "Qwen2ForCausalLM": "window above",
     "Qwen3ForCausalLM": "window above",
+    "SmolLM3ForCausalLM": "window where still",
+    "StableLmForCausalLM": "side by side",
 }
 START, END = 3, 5
 
