@@ -14,6 +14,7 @@ from optima_tpu.models import (
     granite,
     llama,
     mistral,
+    mixtral,
     nemotron,
     olmo2,
     opt,
@@ -32,6 +33,7 @@ FAMILIES: Mapping[str, Mapping[str, Family]] = {
     # transformers reads a Mistral's config.json that has layer_types as a Ministral's.
     "MistralForCausalLM": {"mistral": mistral.MISTRAL, "ministral": mistral.MINISTRAL},
     "MinistralForCausalLM": {"ministral": mistral.MINISTRAL},
+    "MixtralForCausalLM": {"mixtral": mixtral.FAMILY},
     "Qwen2ForCausalLM": {"qwen2": qwen.QWEN2},
     "Qwen3ForCausalLM": {"qwen3": qwen.QWEN3},
     "Qwen3MoeForCausalLM": {"qwen3_moe": qwen_moe.FAMILY},

@@ -68,7 +68,13 @@ class Decoder:
 
     @functools.cached_property
     def _block(self) -> tuple[nnx.GraphDef, nnx.State]:
-        return _abstract(self.family.block, self.config)
+        def block(config: DecoderConfig) -> nnx.Module:
+            built = self.family.block(config)
+            # Mixtures of experts keep the tokens of a device on it: they need to know the mesh.
+            built.set_attributes(mesh=self.mesh, raise_if_not_found=False)
+            return built
+
+        return _abstract(block, self.config)
 
     @functools.cached_property
     def _final(self) -> tuple[nnx.GraphDef, nnx.State]:
@@ -295,12 +301,12 @@ def run_block(
 
 def forward(
     graph: nnx.GraphDef, state: nnx.State, hidden: Array, positions: Positions, known: Mapping[str, Array] | None = None
-) -> tuple[Array, dict[str, Array]]:
+) -> tuple[Array, dict[str, Any]]:
     """The traceable part of :func:`run_block`; also returns the input of every linear layer.
 
     The inputs are {"self_attn.q_proj": [batch, length, d_in], ...}.
 
-    Layers that share an input map to the same array. The residual stream [batch, length, d_model] is in the same dictionary,
+    Layers that share an input map to the same array, and the layers of all experts to one ``experts.Routed``. The residual stream [batch, length, d_model] is in the same dictionary,
     under the names of ``Family.residuals``.
 
     Args:

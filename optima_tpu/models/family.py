@@ -67,6 +67,10 @@ class DecoderConfig:
         """The position data of block ``index`` for the first ``length`` positions."""
         raise NotImplementedError
 
+    def reach(self, name: str) -> float:
+        """The mean share of all tokens that a layer of a block reads: 1 but for the layers of experts."""
+        return 1.0
+
 
 ReadTensor = Callable[[str], Array | np.ndarray]
 

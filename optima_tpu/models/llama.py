@@ -5,7 +5,7 @@ Many families are the same block with other settings, which :class:`Config` has:
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -31,7 +31,7 @@ LINEARS = (
 
 # Projections into heads or neurons shard their outputs over the model axis, projections out of them shard their inputs: one
 # all-reduce per sublayer. Everything else (norms, biases of the second kind) is replicated.
-SHARDING: Mapping[str, P] = {
+SHARDING: dict[str, P] = {
     **{f"self_attn.{name}_proj.weight": P(MODEL, None) for name in "qkv"},
     **{f"self_attn.{name}_proj.bias": P(MODEL) for name in "qkv"},
     "self_attn.o_proj.weight": P(None, MODEL),
@@ -162,29 +162,27 @@ class PreNormBlock(nnx.Module):
     """x [batch, length, d_model] to the same shape: adds attention(norm(x)) to x, then MLP(norm(x)).
 
     Where these are scaled, it sows the residual stream divided by the scale: then the outputs of layers add to it as they are.
+
+    Args:
+      name: the name of the MLP in the checkpoint.
     """
 
-    def __init__(self, config: Config, self_attn: nnx.Module, mlp: nnx.Module):
+    def __init__(self, config: Config, self_attn: nnx.Module, mlp: nnx.Module, name: str = "mlp"):
         self.branch_scale = config.branch_scale
         self.input_layernorm = config.norm(config.d_model, eps=config.eps)
         self.self_attn = self_attn
         self.post_attention_layernorm = config.norm(config.d_model, eps=config.eps)
-        self.mlp = mlp
+        self.name = name
+        setattr(self, name, mlp)
 
     def __call__(self, x: Array, positions: Positions) -> Array:
         scale = self.branch_scale
         self.sow(nnx.Intermediate, "before_attention", scaled(x, 1 / scale))
         x = x + scaled(self.self_attn(self.input_layernorm(x), positions), scale)
         self.sow(nnx.Intermediate, "after_attention", scaled(x, 1 / scale))
-        x = x + scaled(self.mlp(self.post_attention_layernorm(x)), scale)
+        x = x + scaled(getattr(self, self.name)(self.post_attention_layernorm(x)), scale)
         self.sow(nnx.Intermediate, "after_mlp", scaled(x, 1 / scale))
         return x
-
-
-def block(config: Config) -> PreNormBlock:
-    """One decoder block."""
-    mlp = GatedMLP(config.d_model, config.d_ff, activation=config.activation, bias=config.mlp_bias)
-    return PreNormBlock(config, rotary_attention(config), mlp)
 
 
 def rotary_attention(config: Config) -> RotaryAttention:
@@ -201,6 +199,12 @@ def rotary_attention(config: Config) -> RotaryAttention:
         cap=config.score_cap,
         rotation=config.rotation,
     )
+
+
+def block(config: Config) -> PreNormBlock:
+    """One decoder block."""
+    mlp = GatedMLP(config.d_model, config.d_ff, activation=config.activation, bias=config.mlp_bias)
+    return PreNormBlock(config, rotary_attention(config), mlp)
 
 
 class Final(nnx.Module):

@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -19,7 +19,9 @@ from optima_tpu.method.statistics import Drift, Groups, TokenStatistics
 from optima_tpu.method.targets import SelfTarget, Target
 from optima_tpu.models.activations import Activations
 from optima_tpu.models.decoder import Decoder, forward
+from optima_tpu.models.experts import expert_of
 from optima_tpu.models.layers import project
+from optima_tpu.pipeline.grams import add_routed, gram
 from optima_tpu.runtime.mesh import DATA, MODEL, struct_on
 from optima_tpu.runtime.processes import fetch
 
@@ -27,15 +29,15 @@ from optima_tpu.runtime.processes import fetch
 def linear_groups(decoder: Decoder) -> Groups:
     """The block's linear layers, grouped by the array that they read, in the order of the forward pass.
 
-    Found by tracing: layers that share an input sow the same tracer.
+    Found by tracing: layers that share an input sow the same tracer. Of the input of all experts each expert reads its own part.
     """
     found: list[Groups] = []  # the single trace below appends its groups
 
     def trace(state, x, positions):
         inputs = forward(decoder.graph, state, x, positions)[1]
-        groups: dict[int, list[str]] = {}
+        groups: dict[tuple[int, int | None], list[str]] = {}
         for name in decoder.linears:
-            groups.setdefault(id(inputs[name]), []).append(name)
+            groups.setdefault((id(jax.tree.leaves(inputs[name])[0]), expert_of(name)), []).append(name)
         found.append(tuple(map(tuple, groups.values())))
         return x
 
@@ -50,6 +52,14 @@ def stages(groups: Groups) -> tuple[Groups, ...]:
     found: dict[str, list[tuple[str, ...]]] = {}
     for names in groups:
         found.setdefault(kind_name(names[0]), []).append(names)
+    return tuple(map(tuple, found.values()))
+
+
+def alike(groups: Groups) -> tuple[Groups, ...]:
+    """The groups of experts that have the same layers, together; every other group by itself. In the order of the groups."""
+    found: dict[tuple[str, ...], list[tuple[str, ...]]] = {}
+    for names in groups:
+        found.setdefault(tuple(map(kind_name, names)), []).append(names)
     return tuple(map(tuple, found.values()))
 
 
@@ -133,11 +143,24 @@ def accumulate(decoder: Decoder, index: int, capture: Capture, streams: Sequence
     hessians = _divide(tuple(found.hessian for found in sums.statistics), totals)
     drifts = _divide(tuple(found.drift for found in sums.statistics), totals)
     tokens = [found.tokens for found in sums.statistics]
-    statistics = tuple(map(TokenStatistics, hessians, tokens, drifts))
+    found = dict(_by_group(decoder, capture, step, list(map(TokenStatistics, hessians, tokens, drifts))))
+    statistics = tuple(found[names] for names in capture.groups)
     _refuse_infinite(decoder, index, capture.groups, [found.hessian for found in statistics])
     if crosses := [found.drift.cross for found in statistics if found.drift is not None]:
         _refuse_infinite(decoder, index, capture.groups, crosses)
     return statistics
+
+
+def _by_group(
+    decoder: Decoder, capture: Capture, step: "CaptureStep", statistics: list[TokenStatistics]
+) -> Iterator[tuple[tuple[str, ...], TokenStatistics]]:
+    """The statistics of each group by its names, from those of groups that are alike."""
+    for groups, places, found in zip(step.groups, step.residuals, statistics):
+        if expert_of(groups[0][0]) is None:
+            yield groups[0], found
+        else:
+            one = statistics_of(decoder, groups[0], places, capture.energy)
+            yield from zip(groups, _members(found, jax.tree.map(lambda struct: struct.sharding, one)))
 
 
 class _Writing(NamedTuple):
@@ -196,15 +219,15 @@ class CaptureStep:
 
     Attributes:
       graph: the graph of the block.
-      groups: the groups whose inputs are accumulated.
-      residuals: from :func:`residual_names`, for each group.
+      groups: the groups whose inputs are accumulated, those that are :func:`alike` together.
+      residuals: from :func:`residual_names`, for each of these.
       advance: whether the output of the last stream is returned.
       attended: the layer whose input is returned for every stream; None for no layer.
     """
 
     graph: Any
     mesh: Mesh
-    groups: Groups
+    groups: tuple[Groups, ...]
     residuals: tuple[ResidualNames | None, ...]
     advance: bool = False
     attended: str | None = None
@@ -212,16 +235,17 @@ class CaptureStep:
     @classmethod
     def of(cls, decoder: Decoder, capture: Capture) -> "CaptureStep":
         """The step of a capture."""
-        residuals = residual_names(decoder, capture.groups, capture.target)
+        groups = alike(capture.groups)
+        residuals = residual_names(decoder, tuple(names for names, *_ in groups), capture.target)
         attended = decoder.family.attended if capture.attends else None
-        return cls(decoder.graph, decoder.mesh, capture.groups, residuals, capture.advance, attended)
+        return cls(decoder.graph, decoder.mesh, groups, residuals, capture.advance, attended)
 
 
 class Sums(NamedTuple):
-    """The accumulated sums, for each group.
+    """The accumulated sums, for each entry of ``CaptureStep.groups``.
 
     Attributes:
-      statistics: not yet divided by the number of tokens.
+      statistics: not yet divided by the number of tokens. The arrays of experts have one more axis, the first, for the experts.
       weights: the sum of the tokens' weights, float32; None if tokens have no weights.
     """
 
@@ -265,10 +289,18 @@ def add_batch(
     passed = [forward(step.graph, stream.state, stream.hidden, tokens.positions, stream.known) for stream in streams]
     inputs = [found for _, found in passed]
     statistics, totals = [], []
-    for names, places, before, total in zip(step.groups, step.residuals, *sums):
+    for groups, places, before, total in zip(step.groups, step.residuals, *sums):
+        names = groups[0]
+        experts = tuple(number for name, *_ in groups if (number := expert_of(name)) is not None)
+        if experts:
+            read = [found[names[0]] for found in inputs[: 1 if places is None else 2]]
+            matrices = tuple(jnp.stack([weights[name] for name in layers]) for layers in zip(*groups) if weights)
+            statistics.append(add_routed(step.mesh, experts, before, read, tokens.valid, matrices))
+            totals.append(total)
+            continue
         seen = _seen(names[0], places, inputs, tokens.valid)
         totals.append(total if total is None or seen.scale is None else total + jnp.sum(jnp.square(seen.scale)))
-        hessian = before.hessian + _gram(seen.x, step.mesh)
+        hessian = before.hessian + gram(seen.x, step.mesh)
         count = before.tokens + jnp.sum(seen.routed, dtype=jnp.int32)
         drift = None if before.drift is None else _add_drift(step.mesh, before.drift, names, seen, weights)
         statistics.append(TokenStatistics(hessian, count, drift))
@@ -330,11 +362,11 @@ def _add_drift(mesh: Mesh, drift: Drift, names: tuple[str, ...], seen: _Seen, we
         for name, before in zip(names, drift.energy)
     )
     residual = (
-        None if lost is None or before is None else before + _gram(seen.x, mesh, lost)
+        None if lost is None or before is None else before + gram(seen.x, mesh, lost)
         for lost, before in zip(seen.lost, drift.residual, strict=True)
     )
     return Drift(
-        drift.cross + _gram(seen.x, mesh, difference),
+        drift.cross + gram(seen.x, mesh, difference),
         tuple(jax.lax.with_sharding_constraint(rows, jax.NamedSharding(mesh, P())) for rows in energy),
         tuple(residual),
     )
@@ -348,7 +380,16 @@ def inverse_norm(stream: Array) -> Array:
 
 def sums_of(decoder: Decoder, step: CaptureStep, energy: bool = False) -> Sums:
     """The shapes and shardings of :class:`Sums`, as :func:`struct_on` returns them."""
-    statistics = tuple(statistics_of(decoder, names, places, energy) for names, places in zip(step.groups, step.residuals))
+
+    def of(groups: Groups, places: ResidualNames | None) -> TokenStatistics:
+        one = statistics_of(decoder, groups[0], places, energy)
+        if expert_of(groups[0][0]) is None:
+            return one
+        return jax.tree.map(
+            lambda struct: struct_on(step.mesh, (len(groups), *struct.shape), struct.dtype, P(None, *struct.sharding.spec)), one
+        )
+
+    statistics = tuple(map(of, step.groups, step.residuals))
     weight = struct_on(step.mesh, (), jnp.float32, P())
     return Sums(statistics, tuple(weight if places and places.after else None for places in step.residuals))
 
@@ -389,38 +430,21 @@ def _refuse_infinite(decoder: Decoder, index: int, groups: Groups, matrices: Seq
             raise UserError(f"the input of {decoder.prefix(index)}{names[0]} holds NaN or infinite values: {decoder.overflowed}")
 
 
+@functools.partial(jax.jit, static_argnums=1)
+def _members(statistics: TokenStatistics, shardings: TokenStatistics) -> tuple[TokenStatistics, ...]:
+    """The statistics of each expert, from arrays that have them along their first axis.
+
+    Args:
+      shardings: those of the statistics of one.
+    """
+
+    def member(index: int) -> TokenStatistics:
+        return jax.tree.map(lambda array, at: jax.lax.with_sharding_constraint(array[index], at), statistics, shardings)
+
+    return tuple(map(member, range(len(statistics.tokens))))
+
+
 @functools.partial(jax.jit, donate_argnums=0)
 def _divide(sums: tuple[Any, ...], totals: tuple[Array | np.float32, ...]) -> tuple[Any, ...]:
     """Divides each tree of arrays by its own number."""
     return tuple(jax.tree.map(lambda array, total=total: array / total, tree) for tree, total in zip(sums, totals))
-
-
-def _columns(mesh: Mesh, size: int) -> P:
-    return P(None, MODEL) if size % mesh.shape[MODEL] == 0 else P()
-
-
-def _gram(x: Array, mesh: Mesh, left: Array | None = None) -> Array:
-    """``X'X`` [d, d], or ``L'X`` [e, d] with ``left`` [batch, length, e], of x [batch, length, d] in float32.
-
-    Each device of the model axis computes its own columns of the result; if the axis does not divide d, all columns.
-    """
-    size = x.shape[-1]
-    spec = _columns(mesh, size)
-    width = size // mesh.shape[MODEL] if spec != P() else size
-
-    def local(part: Array, *left: Array) -> Array:
-        rows = part.reshape(-1, size)
-        first = jax.lax.axis_index(MODEL) * width if width < size else 0
-        mine = jax.lax.dynamic_slice_in_dim(rows, first, width, axis=1)
-        # bfloat16 products are exact in float32; float32 ones need the precision.
-        product = jax.lax.dot_general(
-            left[0].reshape(-1, left[0].shape[-1]) if left else rows,
-            mine,
-            (((0,), (0,)), ((), ())),
-            precision=jax.lax.Precision.HIGHEST,
-            preferred_element_type=jnp.float32,
-        )
-        return jax.lax.psum(product, DATA)
-
-    arrays = (x,) if left is None else (x, left)
-    return jax.shard_map(local, mesh=mesh, in_specs=P(DATA), out_specs=spec, check_vma=False)(*arrays)

@@ -28,6 +28,7 @@ from optima_tpu.method.targets import DenseTarget, LinearTerm, SelfTarget
 from optima_tpu.method.tuning import Fixed, Grid, best_of
 from optima_tpu.models.activations import Activations
 from optima_tpu.models.decoder import Decoder, forward
+from optima_tpu.models.experts import input_of
 from optima_tpu.models.layers import scaled
 from optima_tpu.pipeline.calibrate import Capture, Stream, accumulate, linear_groups, stages
 from optima_tpu.pipeline.greeting import greet
@@ -46,7 +47,7 @@ from tests.support.meshes import mesh
 from tests.support.plans import config_folder, run_config
 from tests.support.problems import linear_of, oracle
 from tests.support.pruning import group_arguments, measure, prune_calibrated, prune_matrices, walk_block
-from tests.support.references import REFERENCES, small, tiny
+from tests.support.references import MIXTURES, REFERENCES, small, tiny
 from tests.support.tiny_models import tiny_llama
 
 TIGHT = Recipe(Unstructured(0.5), Wanda(), CG(tolerance=1e-7))
@@ -155,21 +156,28 @@ def test_a_run_does_not_say_that_it_aims_at_a_stream_to_which_no_layer_adds(arch
 
 
 def test_a_token_that_one_model_sends_elsewhere_has_no_drift():
-    reference = next(reference for reference in REFERENCES if "Moe" in reference.model)
+    reference = next(reference for reference in REFERENCES if reference.model in MIXTURES)
     config, _, tensors = tiny(reference, dict(num_experts=2, num_experts_per_tok=1))
-    decoder, rng = Decoder.open(config, tensors, mesh(1, 1), batch=7), np.random.default_rng(0)
+    decoder, rng = Decoder.open(config, tensors, mesh(4, 2), batch=7), np.random.default_rng(0)
     hidden = rng.standard_normal((7, 11, config.hidden_size)).astype(np.float32)
     dense = hidden + 0.5 * rng.standard_normal(hidden.shape).astype(np.float32)
-    whole, groups = decoder.load_block(0), (("mlp.experts.0.up_proj",), ("mlp.experts.1.up_proj",))
+    whole, groups = (
+        decoder.load_block(0),
+        tuple((f"mlp.experts.{expert}.{name}_proj",) for expert in (0, 1) for name in ("up", "down")),
+    )
     streams = [Stream(whole, Activations.of(decoder.mesh, each)) for each in (hidden, dense)]
-    statistics = accumulate(decoder, 0, Capture(groups, DenseTarget()), streams)
-    inputs, theirs = (forward(decoder.graph, decoder.state(whole), x, decoder.positions(0, 11))[1] for x in (hidden, dense))
+    statistics = accumulate(decoder, 0, Capture(groups, DenseTarget(), energy=True), streams)
+    inputs, theirs = map(
+        jax.jit(lambda x: forward(decoder.graph, decoder.state(whole), x, decoder.positions(0, 11))[1]), (hidden, dense)
+    )
     for (name,), (_, _, drift) in zip(groups, statistics):
-        x, other = (np.asarray(found[name], np.float64).reshape(77, -1) for found in (inputs, theirs))
+        x, other = (np.asarray(input_of(found, name), np.float64).reshape(77, -1) for found in (inputs, theirs))
         both = x.any(axis=1) & other.any(axis=1)
         assert 0 < both.sum() < x.any(axis=1).sum()
         expected = (other - x)[both].T @ x[both] / 77
         assert np.abs(drift.cross - expected).max() < 1e-5 * np.abs(expected).max()
+        output = (other - x)[both] @ np.asarray(whole[name + ".weight"], np.float64).T
+        np.testing.assert_allclose(drift.energy[0], (output**2).sum(axis=0) / 77, rtol=1e-5)
 
 
 def two_sets(rng, rows=12, size=24):

@@ -145,6 +145,18 @@ REFERENCES = [
         },
     ),
     Reference(
+        "MixtralForCausalLM",
+        "MixtralConfig",
+        BASE | dict(intermediate_size=24, num_local_experts=5, num_experts_per_tok=2),
+        {
+            "plain": {},
+            "window": dict(sliding_window=7),
+            "head_dim": dict(head_dim=16),
+            "one expert": dict(num_experts_per_tok=1),
+            "tied": dict(tie_word_embeddings=True),
+        },
+    ),
+    Reference(
         "Gemma2ForCausalLM",
         "Gemma2Config",
         GEMMA,
@@ -333,6 +345,10 @@ REFERENCES = [
 ]
 
 
+MIXTURES = ("Qwen3MoeForCausalLM", "MixtralForCausalLM")
+"""The models of mixtures of experts."""
+
+
 def tiny(reference: Reference, settings: dict, dtype=torch.float32):
     """A random model of transformers, with biases and norms that matter, and its tensors as a checkpoint has them."""
     torch.manual_seed(0)
@@ -346,19 +362,24 @@ def tiny(reference: Reference, settings: dict, dtype=torch.float32):
         for name, value in model.state_dict().items()
         if not (config.tie_word_embeddings and name == "lm_head.weight")
     }
-    return config, model, MemoryTensors(as_saved(tensors))
+    return config, model, MemoryTensors(as_saved(tensors, "Mixtral" in reference.model))
 
 
-def as_saved(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """transformers keeps the experts of a block in one array, and stores each of their matrices by itself."""
+def as_saved(tensors: dict[str, np.ndarray], mixtral: bool = False) -> dict[str, np.ndarray]:
+    """transformers keeps the experts of a block in one array, and stores each of their matrices by itself.
+
+    Args:
+      mixtral: whether they are stored under the names of a Mixtral.
+    """
     saved = {}
+    gate, up, down = ("w1", "w3", "w2") if mixtral else ("gate_proj", "up_proj", "down_proj")
     for name, array in tensors.items():
-        stem, fused, part = name.partition(".experts.")
+        stem, fused, part = name.replace(".mlp.", ".block_sparse_moe." if mixtral else ".mlp.").partition(".experts.")
         if not fused:
-            saved[name] = array
+            saved[stem] = array
             continue
         for number, matrix in enumerate(array):
-            pieces = dict(zip(("gate_proj", "up_proj"), np.split(matrix, 2))) if part == "gate_up_proj" else {part: matrix}
+            pieces = dict(zip((gate, up), np.split(matrix, 2))) if part == "gate_up_proj" else {down: matrix}
             saved |= {f"{stem}.experts.{number}.{piece}.weight": values for piece, values in pieces.items()}
     return saved
 

@@ -31,6 +31,7 @@ class Declared(TypedDict, total=False):
     num_key_value_heads: _Heads | None
     head_dim: _Heads | None
     num_experts: _Experts
+    num_local_experts: _Experts
     num_experts_per_tok: _Experts
     decoder_sparse_step: _Heads
     mlp_only_layers: list[int] | None

@@ -12,15 +12,18 @@ import jax
 from jax import Array
 
 from optima_tpu.config.run_config import RunConfig
+from optima_tpu.method.layer_rules import kind_name
 from optima_tpu.method.linalg.smallest import PASSES_OF_A_MASK
 from optima_tpu.method.patterns import Pattern
 from optima_tpu.method.recipe import Recipe
 from optima_tpu.method.resources import Cost
 from optima_tpu.method.statistics import Groups
-from optima_tpu.models.decoder import forward
+from optima_tpu.models.decoder import Decoder, forward
+from optima_tpu.models.experts import expert_of
 from optima_tpu.models.family import Positions
+from optima_tpu.pipeline.calibrate import linear_groups, stages
 from optima_tpu.pipeline.journal import STATES_EVERY
-from optima_tpu.pipeline.plan.model import Declared
+from optima_tpu.pipeline.plan.model import NOWHERE, Declared
 from optima_tpu.pipeline.plan.topology import GIB, Machine
 from optima_tpu.pipeline.self_calibration import generated_by
 from optima_tpu.runtime.mesh import MODEL
@@ -117,14 +120,34 @@ def prune_work(recipe: Recipe, pattern: Pattern, share: RowShare, held_out: bool
     )
 
 
+class Input(NamedTuple):
+    """The input of a group of layers.
+
+    Attributes:
+      size: d_in.
+      reach: the share of the tokens that the layers read; see ``DecoderConfig.reach``.
+    """
+
+    size: int
+    reach: float
+
+
+def inputs_of(model: Declared, groups: Groups) -> tuple[Input, ...]:
+    """The input of each group."""
+    decoder = model.decoder
+    return tuple(Input(decoder.block_shapes[name + ".weight"][1], decoder.config.reach(name)) for name, *_ in groups)
+
+
 def sequence_flops(model: Declared, length: int, wanted: Groups | None = None, known: bool = False) -> float:
     """FLOPs of one sequence through one block, counted by the compiler before it optimises.
+
+    The compiler counts the body of a loop once, and experts are computed in loops: their products are counted here.
 
     Args:
       wanted: only what the inputs of these groups need; None for the output of the block.
       known: whether the output of attention is known, so that attention is not computed.
     """
-    decoder = model.decoder
+    decoder = model.on(NOWHERE).decoder
     state = decoder.state({name: jax.ShapeDtypeStruct(shape, model.dtype) for name, shape in decoder.block_shapes.items()})
 
     def array(width: int) -> jax.ShapeDtypeStruct:
@@ -136,7 +159,19 @@ def sequence_flops(model: Declared, length: int, wanted: Groups | None = None, k
 
     kept = {decoder.family.attended: array(decoder.attended_width)} if known else {}
     lowered = jax.jit(through).lower(state, array(decoder.config.d_model), decoder.config.positions(0, length), kept)
-    return (lowered.cost_analysis() or {}).get("flops", 0.0)
+    return (lowered.cost_analysis() or {}).get("flops", 0.0) + _expert_flops(decoder, length, wanted)
+
+
+def _expert_flops(decoder: Decoder, length: int, wanted: Groups | None) -> float:
+    """FLOPs of the experts' products for one sequence; each token counts at its own experts."""
+    parts = stages(linear_groups(decoder))
+    place = {kind_name(name): position for position, part in enumerate(parts) for name in part[0]}
+    end = len(parts) if wanted is None else max(place[kind_name(name)] for name, *_ in wanted)
+    return sum(
+        2.0 * length * decoder.config.reach(name) * math.prod(decoder.block_shapes[name + ".weight"])
+        for name in decoder.linears
+        if expert_of(name) is not None and place[kind_name(name)] < end
+    )
 
 
 class BlockFlops(NamedTuple):
@@ -163,7 +198,7 @@ def products(model: Declared, flops: float) -> Work:
 def calibration_work(
     model: Declared,
     block: float,
-    sizes: tuple[int, ...],
+    inputs: tuple[Input, ...],
     length: int,
     sequences: float,
     streams: int = 1,
@@ -174,11 +209,11 @@ def calibration_work(
     Args:
       block: FLOPs of one sequence of every stream through the part of the block that the pass computes, from
         :func:`sequence_flops`. The model axis shares them.
-      sizes: d_in of each distinct input, for its Gram matrix.
+      inputs: the distinct inputs, for their Gram matrices.
       streams: 2 with a dense target.
       residuals: d_in of each layer for which the drift of the residual stream is accumulated too.
     """
-    grams = sum(2.0 * length * size * size / _columns(model, size) for size in sizes)
+    grams = sum(2.0 * length * reach * size * size / _columns(model, size) for size, reach in inputs)
     drift = sum(2.0 * length * size * model.decoder.config.d_model / _columns(model, size) for size in residuals)
     return products(model, sequences * (block / model.decoder.mesh.shape[MODEL] + streams * grams + drift))
 
@@ -189,13 +224,13 @@ def _columns(model: Declared, size: int) -> int:
     return axis if size % axis == 0 else 1
 
 
-def calibration_memory(model: Declared, sizes: tuple[int, ...], length: int, batch: int, streams: int = 1) -> int:
+def calibration_memory(model: Declared, inputs: tuple[Input, ...], length: int, batch: int, streams: int = 1) -> int:
     """Bytes of ``calibrate.add_batch`` on a device: the block, sums, inputs of all layers and two arrays of attention scores."""
     decoder, axis, tokens = model.decoder, model.decoder.mesh.shape[MODEL], batch * length
-    sums = sum(4 * size * size // _columns(model, size) for size in sizes)
-    inputs = tokens * model.dtype.itemsize * (4 * decoder.config.d_model + 2 * sum(sizes))
+    sums = sum(4 * size * size // _columns(model, size) for size, _ in inputs)
+    read = round(tokens * model.dtype.itemsize * (4 * decoder.config.d_model + 2 * sum(size * reach for size, reach in inputs)))
     scores = 2 * tokens * length * getattr(decoder.config, "heads", 0) * 4
-    return streams * (model.block_bytes() // axis + 2 * sums + inputs) + scores // axis
+    return streams * (model.block_bytes() // axis + 2 * sums + read) + scores // axis
 
 
 class Storage(NamedTuple):

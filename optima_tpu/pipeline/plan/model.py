@@ -81,7 +81,7 @@ class Declared(NamedTuple):
         return self.decoder.tensors.dtype(name).itemsize
 
 
-_NOWHERE = cast(Mesh, AbstractMesh((1, 1), (DATA, MODEL)))
+NOWHERE = cast(Mesh, AbstractMesh((1, 1), (DATA, MODEL)))
 
 
 def open_declared(spec: str, dtype: str | None, batch: int) -> Declared:
@@ -99,7 +99,7 @@ def open_declared(spec: str, dtype: str | None, batch: int) -> Declared:
     path = Path(spec).expanduser()
     if spec.startswith("wheel:") or path.is_file():
         pretrained = open_model(spec, dtype)
-        return Declared(spec, Decoder.open(pretrained.config, pretrained.tensors, _NOWHERE, batch), pretrained.config, pretrained)
+        return Declared(spec, Decoder.open(pretrained.config, pretrained.tensors, NOWHERE, batch), pretrained.config, pretrained)
     if not path.exists() and hub.is_hub_id(spec):
         path = hub.download(spec, ["config.json"])
     file = path / "config.json"
@@ -107,7 +107,7 @@ def open_declared(spec: str, dtype: str | None, batch: int) -> Declared:
         raise UserError(f"expected a folder with a config.json, a hub id org/name or a .gguf file, got {spec!r}")
     config, _ = read_config(file.read_bytes(), spec, dtype)
     empty = DeclaredTensors({}, DTYPES["float32"])
-    decoder = Decoder.open(config, empty, _NOWHERE, batch)
+    decoder = Decoder.open(config, empty, NOWHERE, batch)
     blocks = {
         decoder.prefix(index) + name: shape
         for index in range(decoder.config.blocks)
@@ -116,7 +116,7 @@ def open_declared(spec: str, dtype: str | None, batch: int) -> Declared:
     tensors = DeclaredTensors(decoder.end_shapes | blocks, DTYPES[dtype or _named_dtype(config)])
     assets = assets_in(path)
     with_tokenizer = Pretrained(config, tensors, assets, "", spec) if assets.keys() & set(VOCABULARIES) else None
-    return Declared(spec, Decoder.open(config, tensors, _NOWHERE, batch), config, with_tokenizer)
+    return Declared(spec, Decoder.open(config, tensors, NOWHERE, batch), config, with_tokenizer)
 
 
 def _named_dtype(config: PretrainedConfig) -> str:

@@ -253,7 +253,7 @@ def _calibration(
     config: RunConfig, model: Declared, machine: Machine, kind: _Kind, blocks: int, tell: Callable[[str], None]
 ) -> Program:
     decoder, text, groups = model.decoder, config.calibration, kind.groups
-    sizes = tuple(decoder.block_shapes[names[0] + ".weight"][1] for names in groups)
+    inputs = estimate.inputs_of(model, groups)
     batch = sequences_at_once(decoder, text.samples)
     steps = sum(-(-count // (batch * machine.mesh.shape[DATA])) for count in (text.samples, text.held_out))
     name, found = "calibration step", None
@@ -261,7 +261,7 @@ def _calibration(
     streams, target = config.target.streams, config.target
     capture = Capture(groups, target, advance=target.dense_stream and kind.last, attends=kind.kept and not kind.known)
     beside = resident(decoder, groups, False, streams) - resident(decoder, (), False) if text.held_out else 0
-    memory = beside + estimate.calibration_memory(model, sizes, text.length, batch, streams)
+    memory = beside + estimate.calibration_memory(model, inputs, text.length, batch, streams)
     if machine.compiles:
         tell(f"compiling the {name}: {batch} x {text.length} tokens a device")
         found = compiled(
@@ -273,7 +273,7 @@ def _calibration(
     block = estimate.sequence_flops(model, text.length, groups, kind.known)
     if streams == 2:  # the last pass moves the dense stream through the whole block
         block += estimate.sequence_flops(model, text.length, None if kind.last else groups, kind.known)
-    work = estimate.calibration_work(model, block, sizes, text.length, batch, streams, drifting)
+    work = estimate.calibration_work(model, block, inputs, text.length, batch, streams, drifting)
     return Program(name, blocks * steps, None, None, work, memory, found)
 
 

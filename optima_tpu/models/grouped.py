@@ -1,0 +1,127 @@
+"""Products of rows that are sorted into groups, each group with its own matrix.
+
+``jax.lax.ragged_dot`` has the same meaning. But JAX 0.10 lowers it on CPUs and GPUs to a product of every row with every group's
+matrix, zeros included, so that nothing is saved. Here a loop visits the groups in blocks of rows, as many as there are: the cost is
+that of the rows, plus half a block for each group, on every platform.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import DTypeLike
+
+from optima_tpu.models.layers import project
+
+
+class Stretches(NamedTuple):
+    """Where the rows of each group are: group g has the rows ``first[g]`` to ``first[g] + count[g] - 1``.
+
+    The groups are in ascending order and do not overlap.
+
+    Attributes:
+      first, count: [groups] int32.
+    """
+
+    first: Array
+    count: Array
+
+
+# Rows of a block, at least and at most. A block below the least is no faster; the more rows, the fewer times a matrix is read.
+_LEAST, _MOST = 16, 256
+
+
+class _Visits(NamedTuple):
+    """The blocks of rows that a loop visits.
+
+    Attributes:
+      count: how many there are, int32 scalar.
+      group, start, end: of each visit its group, its first row, and the first row behind the group, [visits] int32.
+      size: rows of a block.
+    """
+
+    count: Array
+    group: Array
+    start: Array
+    end: Array
+    size: int
+
+
+def _visits(stretches: Stretches, rows: int) -> _Visits:
+    groups = len(stretches.count)
+    # Half of the mean group: a group's last block is half empty on average.
+    size = max(_LEAST, min(_MOST, 1 << max(rows // (2 * groups), 1).bit_length() - 1))
+    each = -(-stretches.count // size)
+    ends, visit = jnp.cumsum(each), jnp.arange(rows // size + groups)
+    group = jnp.minimum(jnp.searchsorted(ends, visit, side="right"), groups - 1)
+    first, count = stretches.first[group], stretches.count[group]
+    return _Visits(ends[-1], group, first + (visit - (ends - each)[group]) * size, first + count, size)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def grouped_dot(x: Array, weights: Array, stretches: Stretches, dtype: DTypeLike) -> Array:
+    """``x_i W_g'`` for every row i of every group g, accumulated in float32: [rows, d_out] in ``dtype``.
+
+    Rows of no group are unspecified. The precision matters for float32 only.
+
+    Args:
+      x: [rows, d_in].
+      weights: [groups, d_out, d_in].
+    """
+    visits, weights = _visits(stretches, len(x)), weights.astype(x.dtype)
+    x = jnp.pad(x, ((0, visits.size), (0, 0)))  # the last block of the last group
+
+    def visit(index: Array, y: Array) -> Array:
+        start = visits.start[index]
+        part = jax.lax.dynamic_slice_in_dim(x, start, visits.size)
+        weight = jax.lax.dynamic_index_in_dim(weights, visits.group[index], keepdims=False)
+        # What a block writes behind its group is overwritten by the next group.
+        return jax.lax.dynamic_update_slice_in_dim(y, project(part, weight, dtype), start, 0)
+
+    y = jax.lax.fori_loop(0, visits.count, visit, jnp.zeros((len(x), weights.shape[1]), dtype))
+    return y[: len(x) - visits.size]
+
+
+def _forward(x: Array, weights: Array, stretches: Stretches, dtype: DTypeLike) -> tuple[Array, tuple[Array, Array, Stretches]]:
+    return grouped_dot(x, weights, stretches, dtype), (x, weights, stretches)
+
+
+def _backward(dtype: DTypeLike, saved: tuple[Array, Array, Stretches], cotangent: Array) -> tuple[Array, Array, None]:
+    # The products of the backward pass have factors in x's dtype, as those of the forward pass.
+    (x, weights, stretches), cotangent = saved, cotangent.astype(saved[0].dtype)
+    towards_x = grouped_dot(cotangent, jnp.swapaxes(weights, 1, 2), stretches, x.dtype)
+    return towards_x, grouped_outer(cotangent, x, stretches).astype(weights.dtype), None
+
+
+grouped_dot.defvjp(_forward, _backward)
+
+
+def grouped_outer(left: Array, right: Array, stretches: Stretches) -> Array:
+    """``L_g'R_g`` over the rows of every group g, [groups, d_left, d_right] float32.
+
+    Args:
+      left: [rows, d_left].
+      right: [rows, d_right].
+    """
+    visits = _visits(stretches, len(left))
+    left, right = (jnp.pad(array, ((0, visits.size), (0, 0))) for array in (left, right))
+
+    def visit(index: Array, total: Array) -> Array:
+        start, group = visits.start[index], visits.group[index]
+        mine = start + jnp.arange(visits.size) < visits.end[index]
+        rows, others = (jax.lax.dynamic_slice_in_dim(array, start, visits.size) for array in (left, right))
+        # bfloat16 products are exact in float32; float32 ones need the precision.
+        product = jax.lax.dot_general(
+            jnp.where(mine[:, None], rows, 0),
+            others,
+            (((0,), (0,)), ((), ())),
+            precision=jax.lax.Precision.HIGHEST,
+            preferred_element_type=jnp.float32,
+        )
+        before = jax.lax.dynamic_index_in_dim(total, group, 0)
+        return jax.lax.dynamic_update_index_in_dim(total, before + product, group, 0)
+
+    shape = (len(stretches.count), left.shape[1], right.shape[1])
+    return jax.lax.fori_loop(0, visits.count, visit, jnp.zeros(shape, jnp.float32))

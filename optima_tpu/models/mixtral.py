@@ -1,0 +1,23 @@
+"""Mixtral: Mistral's attention, and a mixture in the place of its MLP."""
+
+from typing import Any
+
+from optima_tpu.models import experts, llama
+from optima_tpu.models.rope import Rope
+
+
+def read_config(config: Any) -> experts.Config:
+    """From ``transformers.MixtralConfig``; every block has the same window, or none."""
+    return experts.Config(
+        **llama.read_sizes(config),
+        rope=Rope.from_hf(config.rope_parameters),
+        windows=llama.same_windows(config),
+        experts=config.num_local_experts,
+        experts_per_token=config.num_experts_per_tok,
+        # The softmax over the chosen experts' logits is the softmax over all, scaled to a sum of one.
+        normalise=True,
+    )
+
+
+# transformers holds the experts of a block in two arrays, and stores them under these names.
+FAMILY = experts.family(read_config, "block_sparse_moe", ("w1", "w3", "w2"))

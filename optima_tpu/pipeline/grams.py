@@ -1,0 +1,108 @@
+"""Sums of products of the inputs of layers, over the tokens of a batch on the mesh."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from optima_tpu.method.statistics import Drift, TokenStatistics
+from optima_tpu.models.experts import Route, Routed
+from optima_tpu.models.grouped import Stretches, grouped_dot, grouped_outer
+from optima_tpu.runtime.mesh import DATA, MODEL
+
+
+def gram(x: Array, mesh: Mesh, left: Array | None = None) -> Array:
+    """``X'X`` [d, d], or ``L'X`` [e, d] with ``left`` [batch, length, e], of x [batch, length, d] in float32.
+
+    Each device of the model axis computes its own columns of the result; if the axis does not divide d, all columns.
+    """
+    size = x.shape[-1]
+
+    def local(part: Array, *left: Array) -> Array:
+        rows = part.reshape(-1, size)
+        # bfloat16 products are exact in float32; float32 ones need the precision.
+        product = jax.lax.dot_general(
+            left[0].reshape(-1, left[0].shape[-1]) if left else rows,
+            _own_columns(rows, mesh),
+            (((0,), (0,)), ((), ())),
+            precision=jax.lax.Precision.HIGHEST,
+            preferred_element_type=jnp.float32,
+        )
+        return jax.lax.psum(product, DATA)
+
+    arrays = (x,) if left is None else (x, left)
+    return jax.shard_map(local, mesh=mesh, in_specs=P(DATA), out_specs=_columns(mesh, size), check_vma=False)(*arrays)
+
+
+def add_routed(
+    mesh: Mesh,
+    experts: tuple[int, ...],
+    before: TokenStatistics,
+    streams: Sequence[Routed],
+    valid: Array,
+    weights: tuple[Array, ...],
+) -> TokenStatistics:
+    """Adds the tokens of a batch to the sums of one layer of several experts.
+
+    Args:
+      experts: their numbers, ascending.
+      before: the sums, each array with a first axis for these experts.
+      streams: the layer's input in the pruned stream and, if there is a drift, in the dense one.
+      valid: [batch] bool, False for samples that do not count.
+      weights: for each layer whose drift has an energy, its dense weights [experts, d_out, d_in].
+    """
+    size, model = streams[0].rows.shape[-1], mesh.shape[MODEL]
+    rows = tuple(P(None, MODEL) if weight.shape[1] % model == 0 else P() for weight in weights)
+    matrix = P(None, *_columns(mesh, size))
+
+    def local(valid: Array, weights: tuple[Array, ...], *streams: Routed) -> TokenStatistics:
+        routes = [Route.of(stream.chosen.reshape(-1, stream.chosen.shape[-1]), stream.experts) for stream in streams]
+        route, chosen = routes[0], jnp.array(experts)
+        mine = Stretches(route.stretches.first[chosen], route.stretches.count[chosen])
+        counts = valid[route.token // streams[0].chosen.shape[1]]
+        x = jnp.where(counts[:, None], streams[0].rows, 0)
+        tokens = jnp.zeros(streams[0].experts, jnp.int32).at[route.expert].add(counts.astype(jnp.int32))[chosen]
+        drift = None
+        if before.drift is not None:
+            theirs = streams[1].chosen.reshape(-1, streams[1].chosen.shape[-1])[route.token] == route.expert[:, None]
+            other = streams[1].rows[routes[1].row[route.token, jnp.argmax(theirs, axis=1)]]
+            both = counts & jnp.any(theirs, axis=1)
+            difference = jnp.where(both[:, None], other - x, 0)
+            energy = (jnp.square(grouped_dot(difference, weight, mine, jnp.float32)) for weight in weights)
+            ones = jnp.ones((len(x), 1), jnp.float32)
+            drift = Drift(
+                grouped_outer(difference, _own_columns(x, mesh), mine),
+                tuple(grouped_outer(ones, squares, mine)[:, 0] for squares in energy),
+            )
+        return jax.lax.psum(TokenStatistics(grouped_outer(x, _own_columns(x, mesh), mine), tokens, drift), DATA)
+
+    added = jax.shard_map(
+        local,
+        mesh=mesh,
+        in_specs=(P(DATA), rows, *(P(DATA) for _ in streams)),
+        out_specs=TokenStatistics(matrix, P(), None if before.drift is None else Drift(matrix, rows)),
+        check_vma=False,
+    )(valid, weights, *streams)
+    if before.drift is None:
+        return jax.tree.map(jnp.add, before, added)
+    whole = jax.NamedSharding(mesh, P())
+    energy = tuple(jax.lax.with_sharding_constraint(squares, whole) for squares in added.drift.energy)
+    # Experts add to no residual stream as they are: a share comes between.
+    drift = Drift(added.drift.cross, energy, before.drift.residual)
+    return jax.tree.map(jnp.add, before, added._replace(drift=drift))
+
+
+def _columns(mesh: Mesh, size: int) -> P:
+    return P(None, MODEL) if size % mesh.shape[MODEL] == 0 else P()
+
+
+def _own_columns(rows: Array, mesh: Mesh) -> Array:
+    """The columns of [rows, d] that a device of the model axis computes; all if the axis does not divide d."""
+    model, size = mesh.shape[MODEL], rows.shape[1]
+    if model == 1 or size % model:
+        return rows
+    width = size // model
+    return jax.lax.dynamic_slice_in_dim(rows, jax.lax.axis_index(MODEL) * width, width, axis=1)

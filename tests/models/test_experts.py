@@ -1,0 +1,92 @@
+"""Mixtures of experts against the dense way, in which every expert computes every token."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+
+from optima_tpu.errors import UserError
+from optima_tpu.models import family_of
+from optima_tpu.models.decoder import Decoder
+from optima_tpu.models.grouped import Stretches, grouped_dot, grouped_outer
+from optima_tpu.runtime.mesh import place
+from tests.support.meshes import mesh
+from tests.support.references import MIXTURES, REFERENCES, tiny
+
+FEW = {reference.model: reference for reference in REFERENCES if reference.model in MIXTURES}
+
+
+@pytest.mark.parametrize("counts", [(30, 0, 7, 40, 0), (77,), (0, 0, 77)], ids=str)
+def test_grouped_products_are_those_of_each_group(counts):
+    rng, group = np.random.default_rng(0), np.repeat(np.arange(len(counts)), counts)
+    stretches = Stretches(jnp.cumsum(jnp.array(counts)) - jnp.array(counts), jnp.array(counts))
+    x, weights, cotangent = (rng.standard_normal(shape) for shape in ((77, 12), (len(counts), 9, 12), (77, 9)))
+    wide = [np.asarray(array, np.float32) for array in (x, weights, cotangent)]
+    y, pull = jax.vjp(lambda x, weights: grouped_dot(x, weights, stretches, jnp.float32), *wide[:2])
+    towards_x, towards_weights = pull(wide[2])
+
+    def sums(left, right):
+        return np.stack([left[group == each].T @ right[group == each] for each in range(len(counts))])
+
+    for found, expected in (
+        (y, np.einsum("ri,roi->ro", x, weights[group])),
+        (towards_x, np.einsum("ro,roi->ri", cotangent, weights[group])),
+        (towards_weights, sums(cotangent, x)),
+        (grouped_outer(wide[0], wide[2], stretches), sums(x, cotangent)),
+    ):
+        assert found.shape == expected.shape
+        assert np.abs(found - expected).max() < 2e-6 * np.abs(expected).max()
+
+
+def dense_way(x, router, experts, few, normalise):
+    """Every expert on every token, weighted by a share that is 0 for all but a few."""
+    shares = jax.nn.softmax(x @ router.T)
+    shares = jnp.where(shares >= jnp.sort(shares)[..., -few, None], shares, 0)
+    shares = shares / shares.sum(axis=-1, keepdims=True) if normalise else shares
+    outputs = [(jax.nn.silu(x @ gate.T) * (x @ up.T)) @ down.T for gate, up, down in experts]
+    return sum(shares[..., number, None] * output for number, output in enumerate(outputs))
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (4, 2)], ids=str)
+@pytest.mark.parametrize("model", MIXTURES)
+def test_a_mixture_and_its_gradients_are_those_of_the_dense_way(model, shape):
+    config, _, tensors = tiny(FEW[model], {})
+    decoder = Decoder.open(config, tensors, mesh(*shape))
+    whole, kinds = decoder.load_block(0), decoder.family.linears[-3:]
+    name = kinds[0].split(".")[0]
+    mine = {key: value for key, value in whole.items() if key.startswith(name)}
+
+    def ours(parameters, x):
+        block = nnx.merge(decoder.graph, decoder.state(whole | parameters))
+        return nnx.capture(getattr(block, name), nnx.Intermediate)(x)[0]
+
+    def theirs(parameters, x):
+        experts = [
+            [parameters[kind.replace("*", str(number)) + ".weight"] for kind in kinds] for number in range(decoder.config.experts)
+        ]
+        return dense_way(x, parameters[name + ".gate.weight"], experts, 2, decoder.config.normalise)
+
+    x, cotangent = np.random.default_rng(0).standard_normal((2, 8, 11, 48)).astype(np.float32)
+    placed = place(decoder.mesh, x, P("data"))
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def both_ways(way, parameters, x):
+        with jax.default_matmul_precision("highest"):
+            output, pull = jax.vjp(way, parameters, x)
+            return output, *pull(cotangent)
+
+    found, expected = both_ways(ours, mine, placed), both_ways(theirs, jax.tree.map(np.asarray, mine), x)
+    for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert np.abs(ours - theirs).max() < 1e-5 * np.abs(theirs).max()
+
+
+@pytest.mark.parametrize("model", MIXTURES)
+def test_more_experts_for_a_token_than_there_are_is_refused(model):
+    config, *_ = tiny(FEW[model], {})
+    config.num_experts_per_tok = 6
+    with pytest.raises(UserError, match="num_experts_per_tok of at most the number of experts, got 6 and 5"):
+        family_of(config).read_config(config)
