@@ -26,6 +26,7 @@ from optima_tpu.errors import UserError
 from optima_tpu.evaluate.distance import check_same_shape
 from optima_tpu.evaluate.model import open_evaluated
 from optima_tpu.models.decoder import Decoder, forward
+from optima_tpu.models.experts import input_of
 from optima_tpu.models.layers import project
 from optima_tpu.pipeline.calibrate import inverse_norm, linear_groups
 from optima_tpu.pipeline.inputs import open_model_on_mesh, read_texts
@@ -107,7 +108,7 @@ def _sums(graph, linears, behind, states, weights, hidden, valid, positions) -> 
     inputs = [forward(graph, state, x, positions)[1] for state, x in zip(states, hidden)]
 
     def of_layer(name: str, stream: str | None) -> Array:
-        dense, *others = (project(read[name], weight[name], jnp.float32) for read, weight in zip(inputs, weights))
+        dense, *others = (project(input_of(read, name), weight[name], jnp.float32) for read, weight in zip(inputs, weights))
         scale = jnp.broadcast_to(valid[:, None], dense.shape[:2]).astype(jnp.float32)
         weighed = scale if stream is None else scale * jnp.square(inverse_norm(inputs[0][stream]))
         squares = [jnp.sum(jnp.square(output), axis=-1) for output in (dense, *(other - dense for other in others))]

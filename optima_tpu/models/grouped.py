@@ -17,16 +17,16 @@ from optima_tpu.models.layers import project
 
 
 class Stretches(NamedTuple):
-    """Where the rows of each group are: group g has the rows ``first[g]`` to ``first[g] + count[g] - 1``.
+    """Where the rows of each group are: group g has the rows ``first[g]`` to ``first[g] + rows[g] - 1``.
 
     The groups are in ascending order and do not overlap.
 
     Attributes:
-      first, count: [groups] int32.
+      first, rows: [groups] int32.
     """
 
     first: Array
-    count: Array
+    rows: Array
 
 
 # Rows of a block, at least and at most. A block below the least is no faster; the more rows, the fewer times a matrix is read.
@@ -37,12 +37,12 @@ class _Visits(NamedTuple):
     """The blocks of rows that a loop visits.
 
     Attributes:
-      count: how many there are, int32 scalar.
+      total: how many there are, int32 scalar.
       group, start, end: of each visit its group, its first row, and the first row behind the group, [visits] int32.
       size: rows of a block.
     """
 
-    count: Array
+    total: Array
     group: Array
     start: Array
     end: Array
@@ -50,14 +50,14 @@ class _Visits(NamedTuple):
 
 
 def _visits(stretches: Stretches, rows: int) -> _Visits:
-    groups = len(stretches.count)
+    groups = len(stretches.rows)
     # Half of the mean group: a group's last block is half empty on average.
     size = max(_LEAST, min(_MOST, 1 << max(rows // (2 * groups), 1).bit_length() - 1))
-    each = -(-stretches.count // size)
+    each = -(-stretches.rows // size)
     ends, visit = jnp.cumsum(each), jnp.arange(rows // size + groups)
     group = jnp.minimum(jnp.searchsorted(ends, visit, side="right"), groups - 1)
-    first, count = stretches.first[group], stretches.count[group]
-    return _Visits(ends[-1], group, first + (visit - (ends - each)[group]) * size, first + count, size)
+    first = stretches.first[group]
+    return _Visits(ends[-1], group, first + (visit - (ends - each)[group]) * size, first + stretches.rows[group], size)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -80,7 +80,7 @@ def grouped_dot(x: Array, weights: Array, stretches: Stretches, dtype: DTypeLike
         # What a block writes behind its group is overwritten by the next group.
         return jax.lax.dynamic_update_slice_in_dim(y, project(part, weight, dtype), start, 0)
 
-    y = jax.lax.fori_loop(0, visits.count, visit, jnp.zeros((len(x), weights.shape[1]), dtype))
+    y = jax.lax.fori_loop(0, visits.total, visit, jnp.zeros((len(x), weights.shape[1]), dtype))
     return y[: len(x) - visits.size]
 
 
@@ -123,5 +123,5 @@ def grouped_outer(left: Array, right: Array, stretches: Stretches) -> Array:
         before = jax.lax.dynamic_index_in_dim(total, group, 0)
         return jax.lax.dynamic_update_index_in_dim(total, before + product, group, 0)
 
-    shape = (len(stretches.count), left.shape[1], right.shape[1])
-    return jax.lax.fori_loop(0, visits.count, visit, jnp.zeros(shape, jnp.float32))
+    shape = (len(stretches.rows), left.shape[1], right.shape[1])
+    return jax.lax.fori_loop(0, visits.total, visit, jnp.zeros(shape, jnp.float32))

@@ -1,6 +1,7 @@
 """Sums of products of the inputs of layers, over the tokens of a batch on the mesh."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -58,14 +59,14 @@ def add_routed(
     rows = tuple(P(None, MODEL) if weight.shape[1] % model == 0 else P() for weight in weights)
     matrix = P(None, *_columns(mesh, size))
 
-    def local(valid: Array, weights: tuple[Array, ...], *streams: Routed) -> TokenStatistics:
+    def local(valid: Array, weights: tuple[Array, ...], *streams: Routed) -> tuple[Any, ...]:
         routes = [Route.of(stream.chosen.reshape(-1, stream.chosen.shape[-1]), stream.experts) for stream in streams]
         route, chosen = routes[0], jnp.array(experts)
-        mine = Stretches(route.stretches.first[chosen], route.stretches.count[chosen])
+        mine = Stretches(route.stretches.first[chosen], route.stretches.rows[chosen])
         counts = valid[route.token // streams[0].chosen.shape[1]]
         x = jnp.where(counts[:, None], streams[0].rows, 0)
         tokens = jnp.zeros(streams[0].experts, jnp.int32).at[route.expert].add(counts.astype(jnp.int32))[chosen]
-        drift = None
+        found: tuple[Any, ...] = (grouped_outer(x, _own_columns(x, mesh), mine), tokens)
         if before.drift is not None:
             theirs = streams[1].chosen.reshape(-1, streams[1].chosen.shape[-1])[route.token] == route.expert[:, None]
             other = streams[1].rows[routes[1].row[route.token, jnp.argmax(theirs, axis=1)]]
@@ -73,26 +74,27 @@ def add_routed(
             difference = jnp.where(both[:, None], other - x, 0)
             energy = (jnp.square(grouped_dot(difference, weight, mine, jnp.float32)) for weight in weights)
             ones = jnp.ones((len(x), 1), jnp.float32)
-            drift = Drift(
+            found += (
                 grouped_outer(difference, _own_columns(x, mesh), mine),
                 tuple(grouped_outer(ones, squares, mine)[:, 0] for squares in energy),
             )
-        return jax.lax.psum(TokenStatistics(grouped_outer(x, _own_columns(x, mesh), mine), tokens, drift), DATA)
+        return jax.lax.psum(found, DATA)
 
-    added = jax.shard_map(
+    hessian, tokens, *drift = jax.shard_map(
         local,
         mesh=mesh,
         in_specs=(P(DATA), rows, *(P(DATA) for _ in streams)),
-        out_specs=TokenStatistics(matrix, P(), None if before.drift is None else Drift(matrix, rows)),
+        out_specs=(matrix, P()) if before.drift is None else (matrix, P(), matrix, rows),
         check_vma=False,
     )(valid, weights, *streams)
+    added = TokenStatistics(before.hessian + hessian, before.tokens + tokens)
     if before.drift is None:
-        return jax.tree.map(jnp.add, before, added)
+        return added
+    cross, energy = drift
     whole = jax.NamedSharding(mesh, P())
-    energy = tuple(jax.lax.with_sharding_constraint(squares, whole) for squares in added.drift.energy)
+    energy = tuple(old + jax.lax.with_sharding_constraint(new, whole) for old, new in zip(before.drift.energy, energy))
     # Experts add to no residual stream as they are: a share comes between.
-    drift = Drift(added.drift.cross, energy, before.drift.residual)
-    return jax.tree.map(jnp.add, before, added._replace(drift=drift))
+    return added._replace(drift=Drift(before.drift.cross + cross, energy, before.drift.residual))
 
 
 def _columns(mesh: Mesh, size: int) -> P:

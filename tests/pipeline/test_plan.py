@@ -20,10 +20,11 @@ from optima_tpu.method.prune_group import prune_group
 from optima_tpu.method.recipe import Recipe
 from optima_tpu.method.selectors import ADMM, Imported, SparseGPT, Wanda
 from optima_tpu.method.solvers import CG
+from optima_tpu.pipeline.calibrate import linear_groups
 from optima_tpu.pipeline.memory_plan import GroupLoad
 from optima_tpu.pipeline.plan import topology
 from optima_tpu.pipeline.plan.compile import compiled
-from optima_tpu.pipeline.plan.estimate import RowShare, assumptions, prune_work, storage
+from optima_tpu.pipeline.plan.estimate import RowShare, assumptions, inputs_of, prune_work, sequence_flops, storage
 from optima_tpu.pipeline.plan.hlo import collectives
 from optima_tpu.pipeline.plan.model import open_declared
 from optima_tpu.pipeline.plan.plan import make_plan
@@ -155,6 +156,25 @@ def test_the_flops_of_every_pass_are_those_that_the_compiler_counts(tmp_path, pr
     assert len(calibrations) == {"fast": 1, "best": 4}[preset]
     ratios = [program.work.flops / program.compiled.flops for program in calibrations]
     assert all(0.85 < ratio < 1.15 for ratio in ratios), ratios
+
+
+def test_a_token_counts_at_its_own_experts_alone(tmp_path):
+    sizes = dict(hidden_size=64, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=1, vocab_size=64)
+    length, products = 512, 3 * 2 * 64 * 96  # FLOPs of a token in one expert
+
+    def model(few):
+        own = dict(model_type="mixtral", intermediate_size=96, num_local_experts=16, num_experts_per_tok=few)
+        config = sizes | own | dict(architectures=["MixtralForCausalLM"], dtype="float32")
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        return open_declared(str(tmp_path), None, 1)
+
+    two, four = (sequence_flops(model(few), length) for few in (2, 4))
+    # The compiler counts the body of each loop once, a block of rows; and what a token's experts return is added up.
+    assert 1 < (four - two) / (2 * length * products) < 1.1
+    groups = linear_groups(model(4).decoder)
+    before, between = (sequence_flops(model(4), length, groups[at : at + 1]) for at in (2, 3))
+    assert before < two - 2 * length * products and 1 < (between - before) / (4 * length * products * 2 / 3) < 1.1
+    assert [reach for _, reach in inputs_of(model(4), groups[:4])] == [1, 1, 0.25, 0.25]
 
 
 def test_what_does_not_fit_is_said_with_numbers(tmp_path):
