@@ -236,17 +236,21 @@ def _mix(
 
 
 def family(
-    read_config: Callable[[Any], Config], mlp: str = "mlp", names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
+    read_config: Callable[[Any], Config],
+    mlp: str = "mlp",
+    names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj"),
+    attention: Callable[[Config], nnx.Module] = llama.rotary_attention,
 ) -> Family:
     """A family with Llama's blocks that has a mixture in the place of the MLP.
 
     Args:
       mlp: the mixture's name in a block of the checkpoint.
       names: of gate, up and down in an expert of the checkpoint.
+      attention: makes the attention of a block.
     """
 
     def block(config: Config) -> llama.PreNormBlock:
-        return llama.PreNormBlock(config, llama.rotary_attention(config), Mixture(config, names), mlp)
+        return llama.PreNormBlock(config, attention(config), Mixture(config, names), mlp)
 
     gate, up, down = (f"{mlp}.experts.*.{name}" for name in names)
     return dataclasses.replace(

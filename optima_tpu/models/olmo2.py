@@ -12,7 +12,7 @@ from jax import Array
 
 from optima_tpu.models import llama
 from optima_tpu.models.family import Positions
-from optima_tpu.models.layers import GatedMLP, RotaryAttention, WideRMSNorm
+from optima_tpu.models.layers import GatedMLP, RMSNorm, RotaryAttention, WideRMSNorm
 from optima_tpu.models.rope import Rope, RopeByBlock, rotate_wide
 
 
@@ -38,11 +38,27 @@ def _read(config: Any, rope: Rope | RopeByBlock) -> llama.Config:
     )
 
 
-class NormOverHeads(WideRMSNorm):
-    """The norm of [batch, length, heads, head_dim] over the last two axes."""
+class _OverHeads:
+    """Makes a norm of one that normalises [batch, length, heads, head_dim] over the last two axes."""
 
     def __call__(self, x: Array) -> Array:
-        return super().__call__(x.reshape(*x.shape[:2], -1)).reshape(x.shape)
+        return super().__call__(x.reshape(*x.shape[:2], -1)).reshape(x.shape)  # type: ignore[misc]
+
+
+class WideNormOverHeads(_OverHeads, WideRMSNorm):
+    """``WideRMSNorm`` over all heads together."""
+
+
+class NormOverHeads(_OverHeads, RMSNorm):
+    """``RMSNorm`` over all heads together."""
+
+
+def attention(config: llama.Config, norm: type[WideNormOverHeads] | type[NormOverHeads] = WideNormOverHeads) -> RotaryAttention:
+    """Llama's attention with queries and keys normalised over all heads together."""
+    found = llama.rotary_attention(config)
+    found.q_norm = norm(config.heads * config.head_dim, eps=config.eps)
+    found.k_norm = norm(config.kv_heads * config.head_dim, eps=config.eps)
+    return found
 
 
 class PostNormBlock(nnx.Module):
@@ -61,10 +77,7 @@ class PostNormBlock(nnx.Module):
 
 def block(config: llama.Config) -> PostNormBlock:
     """One decoder block."""
-    attention = llama.rotary_attention(config)
-    attention.q_norm = NormOverHeads(config.heads * config.head_dim, eps=config.eps)
-    attention.k_norm = NormOverHeads(config.kv_heads * config.head_dim, eps=config.eps)
-    return PostNormBlock(config, attention)
+    return PostNormBlock(config, attention(config))
 
 
 # No residuals: a norm follows each sublayer.

@@ -48,6 +48,7 @@ def saved(tmp_path_factory):
             "Gemma3ForConditionalGeneration": {},
             "Qwen3MoeForCausalLM": SIZES | FEW_EXPERTS,
             "MixtralForCausalLM": SIZES | dict(num_local_experts=3),
+            "OlmoeForCausalLM": SIZES | dict(num_experts=3),
         }.get(family, SIZES)
         _, model, _ = tiny(reference, next(iter(reference.variants.values())) | sizes, torch.bfloat16)
         model.save_pretrained(root / family, max_shard_size="60KB")

@@ -51,7 +51,7 @@ def dense_way(x, router, experts, few, normalise):
     return sum(shares[..., number, None] * output for number, output in enumerate(outputs))
 
 
-@pytest.mark.parametrize(("model", "shape"), zip(MIXTURES, [(1, 1), (4, 2)]), ids=str)
+@pytest.mark.parametrize(("model", "shape"), list(zip(MIXTURES, [(1, 1), (4, 2)])), ids=str)
 def test_a_mixture_and_its_gradients_are_those_of_the_dense_way(model, shape):
     config, _, tensors = tiny(FEW[model], {})
     decoder = Decoder.open(config, tensors, mesh(*shape))
@@ -83,7 +83,7 @@ def test_a_mixture_and_its_gradients_are_those_of_the_dense_way(model, shape):
         assert np.abs(ours - theirs).max() < 1e-5 * np.abs(theirs).max()
 
 
-@pytest.mark.parametrize("model", MIXTURES)
+@pytest.mark.parametrize("model", MIXTURES[:2])
 def test_more_experts_for_a_token_than_there_are_is_refused(model):
     config, *_ = tiny(FEW[model], {})
     config.num_experts_per_tok = 6

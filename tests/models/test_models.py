@@ -150,6 +150,7 @@ def test_an_unsupported_rope_type_is_refused_by_name():
         ("LlamaForCausalLM", "hidden_act", "relu"),
         ("Qwen2ForCausalLM", "layer_types", ["full_attention", "linear_attention"]),
         ("Qwen3MoeForCausalLM", "mlp_only_layers", [0]),
+        ("OlmoeForCausalLM", "clip_qkv", 8.0),
         ("Gemma3ForCausalLM", "attn_logit_softcapping", 50.0),
         ("Gemma2ForCausalLM", "hidden_activation", "mish"),
         ("OPTForCausalLM", "activation_function", "mish"),

@@ -196,6 +196,12 @@ REFERENCES = [
         },
     ),
     Reference(
+        "OlmoeForCausalLM",
+        "OlmoeConfig",
+        BASE | dict(intermediate_size=24, num_experts=5, num_experts_per_tok=2),
+        {"plain": {}, "shares of sum one, biases": dict(norm_topk_prob=True, attention_bias=True)},
+    ),
+    Reference(
         "OPTForCausalLM",
         "OPTConfig",
         OPT,
@@ -345,7 +351,7 @@ REFERENCES = [
 ]
 
 
-MIXTURES = ("Qwen3MoeForCausalLM", "MixtralForCausalLM")
+MIXTURES = ("Qwen3MoeForCausalLM", "MixtralForCausalLM", "OlmoeForCausalLM")
 """The models of mixtures of experts."""
 
 

@@ -57,6 +57,7 @@ class Declared(TypedDict, total=False):
     residual_multiplier: _Number
     logits_scaling: _Number
     logit_scale: _Number
+    clip_qkv: _Number | None
     tie_word_embeddings: bool
     attention_bias: bool
     attention_out_bias: bool
