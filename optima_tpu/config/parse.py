@@ -172,7 +172,7 @@ def flags(config: RunConfig) -> list[str]:
 
 def on_preset(config: RunConfig) -> str:
     """The preset nearest to a run, and the methods and options that differ from it: ``best --solver mpax``."""
-    acting = (*CHOICES, "recapture")
+    acting = (*CHOICES, "recapture", "borrow")
     values = to_dict(config)
     changes = {}
     for name in PRESETS:

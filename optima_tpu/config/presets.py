@@ -40,6 +40,7 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
                 "accept": {"name": "per_row"},
                 "refine": {"name": "swaps"},
                 "recapture": True,
+                "borrow": 0.125,
                 "target": {"name": "dense", "alpha": 0.5, "gamma": 0.5, "weigh_tokens": True},
             },
         ),

@@ -144,6 +144,8 @@ class RunConfig:
       target: what a layer must reproduce.
       recapture: take a layer's inputs from the block as pruned so far (q, k, v, then o, then gate and up, then down); false, as
         in the paper, takes all of them from the block before pruning.
+      borrow: in a mixture of experts, layers that read the input of the mixture also count the mean over all tokens, as this many
+        tokens for each input of the layer. It helps experts that few tokens reach; 0 gives every expert its own tokens alone.
       tuning: whether damping and alpha are chosen for each matrix on held-out tokens.
       refine: whether the mask changes once its weights are solved; None keeps the selector's mask.
       allocation: how the pattern's sparsity is distributed among the blocks.
@@ -176,6 +178,7 @@ class RunConfig:
     accept: Acceptance = PerRow()
     target: Target = SelfTarget()
     recapture: bool = False
+    borrow: float = 0.0
     tuning: Tuning = Fixed()
     refine: Swaps | None = None
     allocation: Allocation = Uniform()
@@ -203,6 +206,8 @@ class RunConfig:
             parse_mesh(self.mesh)
         if self.damping is not None and not 0 <= self.damping < float("inf"):
             raise UserError(f"expected the solver's damping to be at least 0, got {self.damping}")
+        if not 0 <= self.borrow < float("inf"):
+            raise UserError(f"expected borrow of at least 0, got {self.borrow}")
         if self.tuning.by_held_out:
             if self.solver is None:
                 raise UserError("expected a solver where tuning is grid, got none: there is nothing to tune; take --tuning fixed")
@@ -257,6 +262,7 @@ class RunConfig:
             self.tuning,
             self.refine,
             self.damping,
+            self.borrow,
         )
 
     @property
@@ -339,4 +345,4 @@ def weights_settings(config: RunConfig) -> dict[str, Any]:
     """
     values = to_dict(config)
     explicit = {"pattern": config.pattern.text(), "layers": layers_text(config.layers)}
-    return {key: (values | explicit)[key] for key in ("dtype", "pattern", "layers", *CHOICES, "recapture")}
+    return {key: (values | explicit)[key] for key in ("dtype", "pattern", "layers", *CHOICES, "recapture", "borrow")}

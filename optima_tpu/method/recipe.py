@@ -30,6 +30,7 @@ class Recipe:
       refine: how the mask changes once its weights are solved; None keeps the selector's mask.
       own_damping: the pull of the objective toward the dense weights, as a share of the Hessian's diagonal; None stands for the
         solver's default.
+      borrow: how many tokens of the mean over all tokens count beside an expert's own, for each input of its layers.
     """
 
     pattern: Pattern
@@ -42,6 +43,7 @@ class Recipe:
     tuning: Tuning = Fixed()
     refine: Swaps | None = None
     own_damping: float | None = None
+    borrow: float = 0.0
 
     @property
     def damping(self) -> float:

@@ -258,6 +258,7 @@ def family(
         read_config=read_config,
         block=block,
         linears=(*llama.LINEARS[:4], gate, up, down),
+        shared=(gate, up),
         sharding=llama.SHARDING
         | {gate + ".weight": P(MODEL, None), up + ".weight": P(MODEL, None), down + ".weight": P(None, MODEL)},
     )

@@ -114,6 +114,8 @@ class Family:
       residuals: layers whose outputs are added, as they are or times a factor, to the residual stream -> the names under which
         the block sows that stream, divided by the factor. Layers that are followed by a norm or by a router's share do not
         belong here.
+      shared: layers of experts that all read the input of the mixture, named as in ``linears``: an expert that few tokens reach may
+        borrow from the others.
       ignored: regular expression of a tensor's full name -> why a checkpoint may hold it although nothing reads it.
       needs_bos: whether every text must begin with the BOS token for the model to work.
     """
@@ -131,5 +133,6 @@ class Family:
     head: str = "lm_head.weight"
     attended: str = "self_attn.o_proj"
     residuals: Mapping[str, Residual] = dataclasses.field(default_factory=dict)
+    shared: tuple[str, ...] = ()
     ignored: Mapping[str, str] = dataclasses.field(default_factory=dict)
     needs_bos: bool = False

@@ -21,7 +21,7 @@ from optima_tpu.models.activations import Activations
 from optima_tpu.models.decoder import Decoder, forward
 from optima_tpu.models.experts import expert_of
 from optima_tpu.models.layers import project
-from optima_tpu.pipeline.grams import add_routed, gram
+from optima_tpu.pipeline.grams import add_routed, gram, gram_of_tokens
 from optima_tpu.runtime.mesh import DATA, MODEL, struct_on
 from optima_tpu.runtime.processes import fetch
 
@@ -98,6 +98,8 @@ class Capture:
         mean square of the dense model's stream after these layers.
       energy: whether the mean squares of the outputs' drift are accumulated too.
       advance: whether this pass also moves the dense stream through the block, which saves a :meth:`Decoder.apply`.
+      borrow: how many tokens of the mean over all tokens count beside an expert's own, for each input of the layer; see
+        :func:`accumulate`.
       attends: whether this pass writes ``Stream.attended``. Otherwise it reads the array, if there is one, and computes no attention.
     """
 
@@ -106,6 +108,7 @@ class Capture:
     energy: bool = False
     advance: bool = False
     attends: bool = False
+    borrow: float = 0.0
 
 
 def accumulate(decoder: Decoder, index: int, capture: Capture, streams: Sequence[Stream]) -> tuple[TokenStatistics, ...]:
@@ -115,6 +118,9 @@ def accumulate(decoder: Decoder, index: int, capture: Capture, streams: Sequence
     ``psum`` sums over the data axis. The two streams are subtracted in the model's dtype, in which the difference of two close
     numbers is exact. A token that either model does not send to an expert has no drift in this expert: the outputs cannot be
     compared.
+
+    With ``borrow`` the Hessian of an expert's ``Family.shared`` layers is ``(n_e H_e + k H_all) / n`` with ``k = borrow d_in``, where
+    ``n_e`` of the ``n`` tokens are sent to the expert, and ``H_e`` and ``H_all`` are the means over its own and over all tokens.
 
     Args:
       index: the block's number, for messages.
@@ -141,6 +147,10 @@ def accumulate(decoder: Decoder, index: int, capture: Capture, streams: Sequence
     totals = tuple(count if total is None else total for total in sums.weights)
     # Two programs: in a single one, XLA would divide a Hessian differently, in its last bit, if there is a drift beside it.
     hessians = _divide(tuple(found.hessian for found in sums.statistics), totals)
+    hessians = tuple(
+        hessian if mean is None else _lent(hessian, mean, capture.borrow * len(mean) / count / count)
+        for hessian, mean in zip(hessians, sums.means)
+    )
     drifts = _divide(tuple(found.drift for found in sums.statistics), totals)
     tokens = [found.tokens for found in sums.statistics]
     found = dict(_by_group(decoder, capture, step, list(map(TokenStatistics, hessians, tokens, drifts))))
@@ -221,6 +231,7 @@ class CaptureStep:
       graph: the graph of the block.
       groups: the groups whose inputs are accumulated, those that are :func:`alike` together.
       residuals: from :func:`residual_names`, for each of these.
+      borrows: for each of these, whether the products of all tokens are accumulated too.
       advance: whether the output of the last stream is returned.
       attended: the layer whose input is returned for every stream; None for no layer.
     """
@@ -229,6 +240,7 @@ class CaptureStep:
     mesh: Mesh
     groups: tuple[Groups, ...]
     residuals: tuple[ResidualNames | None, ...]
+    borrows: tuple[bool, ...]
     advance: bool = False
     attended: str | None = None
 
@@ -238,7 +250,8 @@ class CaptureStep:
         groups = alike(capture.groups)
         residuals = residual_names(decoder, tuple(names for names, *_ in groups), capture.target)
         attended = decoder.family.attended if capture.attends else None
-        return cls(decoder.graph, decoder.mesh, groups, residuals, capture.advance, attended)
+        borrows = tuple(capture.borrow > 0 and kind_name(names[0]) in decoder.family.shared for names, *_ in groups)
+        return cls(decoder.graph, decoder.mesh, groups, residuals, borrows, capture.advance, attended)
 
 
 class Sums(NamedTuple):
@@ -247,10 +260,12 @@ class Sums(NamedTuple):
     Attributes:
       statistics: not yet divided by the number of tokens. The arrays of experts have one more axis, the first, for the experts.
       weights: the sum of the tokens' weights, float32; None if tokens have no weights.
+      means: the products of all tokens, [d_in, d_in] float32; None if nothing is borrowed.
     """
 
     statistics: tuple[TokenStatistics, ...]
     weights: tuple[Array | None, ...]
+    means: tuple[Array | None, ...]
 
 
 class BlockInput(NamedTuple):
@@ -288,8 +303,8 @@ def add_batch(
     """
     passed = [forward(step.graph, stream.state, stream.hidden, tokens.positions, stream.known) for stream in streams]
     inputs = [found for _, found in passed]
-    statistics, totals = [], []
-    for groups, places, before, total in zip(step.groups, step.residuals, *sums):
+    statistics, totals, means = [], [], []
+    for groups, places, before, total, mean in zip(step.groups, step.residuals, *sums):
         names = groups[0]
         experts = tuple(number for name, *_ in groups if (number := expert_of(name)) is not None)
         if experts:
@@ -297,7 +312,9 @@ def add_batch(
             matrices = tuple(jnp.stack([weights[name] for name in layers]) for layers in zip(*groups) if weights)
             statistics.append(add_routed(step.mesh, experts, before, read, tokens.valid, matrices))
             totals.append(total)
+            means.append(None if mean is None else mean + gram_of_tokens(step.mesh, read[0], tokens.valid))
             continue
+        means.append(None)
         seen = _seen(names[0], places, inputs, tokens.valid)
         totals.append(total if total is None or seen.scale is None else total + jnp.sum(jnp.square(seen.scale)))
         hessian = before.hessian + gram(seen.x, step.mesh)
@@ -310,7 +327,7 @@ def add_batch(
     attended = tuple(
         jax.lax.with_sharding_constraint(found[step.attended], whole) for found in inputs if step.attended is not None
     )
-    return Sums(tuple(statistics), tuple(totals)), Passed(output, attended)
+    return Sums(tuple(statistics), tuple(totals), tuple(means)), Passed(output, attended)
 
 
 class _Seen(NamedTuple):
@@ -391,7 +408,9 @@ def sums_of(decoder: Decoder, step: CaptureStep, energy: bool = False) -> Sums:
 
     statistics = tuple(map(of, step.groups, step.residuals))
     weight = struct_on(step.mesh, (), jnp.float32, P())
-    return Sums(statistics, tuple(weight if places and places.after else None for places in step.residuals))
+    weights = tuple(weight if places and places.after else None for places in step.residuals)
+    squares = (statistics_of(decoder, groups[0], None).hessian for groups in step.groups)
+    return Sums(statistics, weights, tuple(square if borrows else None for square, borrows in zip(squares, step.borrows)))
 
 
 def statistics_of(
@@ -428,6 +447,12 @@ def _refuse_infinite(decoder: Decoder, index: int, groups: Groups, matrices: Seq
     for names, trace in zip(groups, fetch([jnp.trace(matrix) for matrix in matrices])):
         if not np.isfinite(trace):
             raise UserError(f"the input of {decoder.prefix(index)}{names[0]} holds NaN or infinite values: {decoder.overflowed}")
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _lent(hessians: Array, products: Array, share: float) -> Array:
+    """Adds a share of the products of all tokens to the Hessian of every expert."""
+    return hessians + share * products
 
 
 @functools.partial(jax.jit, static_argnums=1)

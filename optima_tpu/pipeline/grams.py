@@ -24,15 +24,7 @@ def gram(x: Array, mesh: Mesh, left: Array | None = None) -> Array:
 
     def local(part: Array, *left: Array) -> Array:
         rows = part.reshape(-1, size)
-        # bfloat16 products are exact in float32; float32 ones need the precision.
-        product = jax.lax.dot_general(
-            left[0].reshape(-1, left[0].shape[-1]) if left else rows,
-            _own_columns(rows, mesh),
-            (((0,), (0,)), ((), ())),
-            precision=jax.lax.Precision.HIGHEST,
-            preferred_element_type=jnp.float32,
-        )
-        return jax.lax.psum(product, DATA)
+        return _products(left[0].reshape(-1, left[0].shape[-1]) if left else rows, rows, mesh)
 
     arrays = (x,) if left is None else (x, left)
     return jax.shard_map(local, mesh=mesh, in_specs=P(DATA), out_specs=_columns(mesh, size), check_vma=False)(*arrays)
@@ -95,6 +87,36 @@ def add_routed(
     energy = tuple(old + jax.lax.with_sharding_constraint(new, whole) for old, new in zip(before.drift.energy, energy))
     # Experts add to no residual stream as they are: a share comes between.
     return added._replace(drift=Drift(before.drift.cross + cross, energy, before.drift.residual))
+
+
+def gram_of_tokens(mesh: Mesh, stream: Routed, valid: Array) -> Array:
+    """``X'X`` [d, d] in float32 of all tokens of a batch, once each, from the input of experts; sharded as :func:`gram`.
+
+    Args:
+      valid: [batch] bool, False for samples that do not count.
+    """
+
+    def local(stream: Routed, valid: Array) -> Array:
+        route = Route.of(stream.chosen.reshape(-1, stream.chosen.shape[-1]), stream.experts)
+        counts = jnp.repeat(valid, stream.chosen.shape[1])
+        x = jnp.where(counts[:, None], stream.rows[route.row[:, 0]], 0)
+        return _products(x, x, mesh)
+
+    out = _columns(mesh, stream.rows.shape[-1])
+    return jax.shard_map(local, mesh=mesh, in_specs=(P(DATA), P(DATA)), out_specs=out, check_vma=False)(stream, valid)
+
+
+def _products(left: Array, rows: Array, mesh: Mesh) -> Array:
+    """``L'X`` of [tokens, e] and [tokens, d] over all slices of the data axis, the columns of this device, inside a shard_map."""
+    # bfloat16 products are exact in float32; float32 ones need the precision.
+    product = jax.lax.dot_general(
+        left,
+        _own_columns(rows, mesh),
+        (((0,), (0,)), ((), ())),
+        precision=jax.lax.Precision.HIGHEST,
+        preferred_element_type=jnp.float32,
+    )
+    return jax.lax.psum(product, DATA)
 
 
 def _columns(mesh: Mesh, size: int) -> P:

@@ -54,6 +54,8 @@ def recipe_line(config: RunConfig, decoder: Decoder) -> str:
         words += ["weighted tokens"] if config.target.weigh_tokens and adding else []
     if config.recapture:
         words.append("recapture")
+    if config.borrow and decoder.family.shared:
+        words.append(f"experts borrow {config.borrow:g} tokens an input")
     if config.refine:
         words.append(f"{config.refine.rounds} rounds of exchanges")
     if config.allocation.measures:

@@ -134,7 +134,8 @@ def prune_block(walk: Walk, index: int, parameters: Mapping[str, Array], streams
         now = block.parameters if walk.recipe.recapture else parameters
         both = zip((now, parameters), streams, attended or (None, None))
         entering = tuple(Stream(read, hidden, known) for read, hidden, known in both if hidden is not None)[: target.streams]
-        capture = Capture(part.groups, target, advance=target.dense_stream and last, attends=keeps)
+        borrow = walk.recipe.borrow
+        capture = Capture(part.groups, target, advance=target.dense_stream and last, attends=keeps, borrow=borrow)
         tokens = _calibrate(walk, index, capture, entering)
         found = prune_groups(walk, index, block.parameters, part, tokens)
         block = PrunedBlock(found.parameters, block.masks | found.masks, block.layers + found.layers)
@@ -187,7 +188,7 @@ def _calibrate(walk: Walk, index: int, capture: Capture, streams: tuple[Stream, 
     calibration = seen(capture, 0, walk.samples)
     if walk.samples == total:
         return tuple(map(TokenSets, calibration, (None,) * len(capture.groups)))
-    energies = dataclasses.replace(capture, energy=capture.target.dense_stream)
+    energies = dataclasses.replace(capture, energy=capture.target.dense_stream, borrow=0.0)
     return tuple(map(TokenSets, calibration, seen(energies, walk.samples, total)))
 
 

@@ -78,6 +78,14 @@ def test_an_experts_statistics_are_those_of_the_tokens_that_were_sent_to_it():
         shared[mine], sent = rows[mine], sent + mine
     assert (sent == config.num_experts_per_tok).all()
 
+    # With borrowed tokens, the layers that read the block's input count the mean over all tokens too, as a share of their inputs.
+    borrowed = dict(zip(groups, accumulate(decoder, 0, Capture(groups, borrow=0.25), (stream,))))
+    mean = shared.T @ shared / 77
+    for names, (hessian, tokens, _) in borrowed.items():
+        own = statistics[names]
+        expected = own.hessian + (0.25 * 48 / 77 * mean if "gate" in names[0] else 0)
+        assert tokens == own.tokens and np.abs(hessian - expected).max() < 1e-5 * np.abs(expected).max()
+
     # Where memory is short, a pass accumulates the Hessians of some experts.
     some = tuple(names for names in groups if "experts.1." in names[0] or "experts.3.down" in names[0])
     for names, (hessian, tokens, _) in zip(some, accumulate(decoder, 0, Capture(some), (stream,)), strict=True):

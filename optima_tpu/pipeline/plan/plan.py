@@ -259,7 +259,8 @@ def _calibration(
     name, found = "calibration step", None
     # While the held-out sequences pass through the block, the Hessians of the calibration sequences are on the devices.
     streams, target = config.target.streams, config.target
-    capture = Capture(groups, target, advance=target.dense_stream and kind.last, attends=kind.kept and not kind.known)
+    attends, borrow = kind.kept and not kind.known, config.borrow
+    capture = Capture(groups, target, advance=target.dense_stream and kind.last, attends=attends, borrow=borrow)
     beside = resident(decoder, groups, False, streams) - resident(decoder, (), False) if text.held_out else 0
     memory = beside + estimate.calibration_memory(model, inputs, text.length, batch, streams)
     if machine.compiles:
