@@ -27,7 +27,7 @@ from optima_tpu.cli import TEXTS
 from optima_tpu.config import options, presets
 from optima_tpu.config.choices import CHOICES, OPEN, SolverOptions, default_options, method_class
 from optima_tpu.config.flat import flat
-from optima_tpu.config.options import PARTS, alternatives, fields
+from optima_tpu.config.options import PARTS, alternatives, field_texts, fields
 from optima_tpu.config.parse import method_settings, parse
 from optima_tpu.config.run_config import EMBEDDED, RunConfig, to_dict
 from optima_tpu.evaluate import config as evaluate_config
@@ -267,7 +267,7 @@ def _choice_section(setting: str, anchors: _Anchors) -> Iterator[str]:
     names = ", ".join(f"`{name}`" for name in CHOICES[setting])
     yield f"*One of {names}{own}. {_default_by_preset(chosen)}*"
     if setting == "solver":
-        texts = _texts(SolverOptions)
+        texts = field_texts(SolverOptions)
         for option, kind in fields(SolverOptions).items():
             yield anchors.heading(3, f"`{setting}.{option}`", f"{setting}-{option}")
             by_method = {name: default_options(setting, name)[option] for name, cls in CHOICES[setting].items() if cls}
@@ -286,7 +286,7 @@ def _fields_section(
     cls: type, prefix: str, level: int, anchors: _Anchors, defaults: Mapping[str, Any], method: str | None = None
 ) -> Iterator[str]:
     """A heading for each field of a dataclass: its type, its default, its line in the docstring."""
-    texts = _texts(cls)
+    texts = field_texts(cls)
     for name, kind in fields(cls).items():
         anchor = f"{prefix}{name}".replace(".", "-")
         yield anchors.heading(level, f"`{prefix}{name}`", anchor, *([f"{prefix.rstrip('.')}-{method}-{name}"] if method else []))
@@ -349,10 +349,6 @@ def _in_presets(setting: str, defaults: Mapping[str, Any]) -> str:
         and chosen["name"] in defaults
         and chosen[option] != defaults[chosen["name"]]
     )
-
-
-def _texts(cls: type) -> dict[str, str | None]:
-    return {entry.arg_name: entry.description for entry in docstring_parser.parse(cls.__doc__ or "").params}
 
 
 def _shown(value: Any) -> str:

@@ -110,17 +110,18 @@ class Result:
         return pandas.DataFrame(self.layers)
 
     @_one_message
-    def export(self, folder: str | Path, packed: bool = False) -> Path:
+    def export(self, folder: str | Path, form: str = "plain") -> Path:
         """Writes the pruned model as a folder that ``transformers`` loads, from the run's Orbax checkpoint.
 
         Args:
           folder: a new or empty folder.
-          packed: write the smaller form that ``optima unpack`` reads, and every command that takes a model.
+          form: "plain"; "packed" for the smaller form that ``optima unpack`` reads, and every command that takes a model; or
+            "compressed-tensors" for the integers of a run with ``quantize``.
 
         Raises:
           UserError: the folder exists and is not empty, or the run kept no checkpoint.
         """
-        export(self.directory, folder, packed=packed)
+        export(self.directory, folder, form=form)
         return Path(folder)
 
     @_one_message
@@ -232,6 +233,7 @@ class PrunedLayer(NamedTuple):
       gap: [d_out] float32, the solver's measure of suboptimality of each row; of ``cg`` an upper bound on ``(f - f*) / f*``.
       steps: [d_out] int32, the solver's iterations for each row.
       refused: [d_out] bool, rows that kept the selector's weights because the solver's were not better.
+      scale: [d_out, groups] in the dtype of the weights, which are integers times it; None if they are not quantised.
     """
 
     weight: Array
@@ -241,6 +243,7 @@ class PrunedLayer(NamedTuple):
     gap: Array
     steps: Array
     refused: Array
+    scale: Array | None = None
 
     def __repr__(self) -> str:
         rows, columns = self.weight.shape
@@ -270,7 +273,8 @@ def prune_layer(
       inputs: ``X`` [..., d_in], the layer's calibration inputs; every leading axis counts tokens.
       hessian: [d_in, d_in], ``X'X / n`` in the place of ``inputs``.
       mask: [d_out, d_in] bool, True where a weight stays; in the place of a selector.
-      settings: of the method, as for ``prune``: ``pattern``, ``selector``, ``solver``, ``accept``, ``refine``, ``preset``.
+      settings: of the method, as for ``prune``: ``pattern``, ``selector``, ``solver``, ``accept``, ``refine``, ``quantize``,
+        ``preset``.
         Without a preset the base is ``fast``: Wanda's mask and ``cg``.
 
     Returns:
@@ -297,8 +301,9 @@ def prune_layer(
     (found,) = prune_group((dense,), TokenSets(statistics), given, recipe, (recipe.pattern,), sharding)
     happened = found.rows
     energy = float(jnp.sum(happened.energy))
-    before, after = (float(jnp.sum(error)) / energy if energy > 0 else 0.0 for error in (happened.before, happened.after))
-    return PrunedLayer(found.weight, found.keep, before, after, happened.gap, happened.steps, happened.refused)
+    final = happened.after if happened.quantized is None else happened.quantized[1]
+    before, after = (float(jnp.sum(error)) / energy if energy > 0 else 0.0 for error in (happened.before, final))
+    return PrunedLayer(found.weight, found.keep, before, after, happened.gap, happened.steps, happened.refused, found.scale)
 
 
 def _statistics(weight: Array, inputs: ArrayLike | None, hessian: ArrayLike | None) -> TokenStatistics:

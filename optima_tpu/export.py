@@ -6,7 +6,7 @@ from pathlib import Path
 
 import jax
 
-from optima_tpu.models.checkpoints.export import export
+from optima_tpu.models.checkpoints.export import FORMATS, PACKED, PLAIN, export
 from optima_tpu.models.checkpoints.orbax import quiet_orbax
 from optima_tpu.models.checkpoints.packed import Packed
 from optima_tpu.runtime.command import guarded
@@ -29,9 +29,19 @@ def make_parser() -> Parser:
     parser.add_argument("--max-shard-size", default="5GB", help="largest size of a weight file (default: %(default)s)")
     parser.add_argument(
         "--packed",
-        action="store_true",
+        dest="form",
+        action="store_const",
+        const=PACKED,
         help="store each pruned matrix as a bit mask and compressed values: a smaller folder that this program reads as it is, and "
         "that optima unpack makes the plain folder of",
+    )
+    parser.add_argument(
+        "--format",
+        dest="form",
+        choices=FORMATS,
+        default=PLAIN,
+        help="plain: every weight in the dtype of the source; packed: as --packed; compressed-tensors: the integers and scales of a "
+        "run with --quantize, for transformers with the package compressed-tensors, and for vLLM (default: %(default)s)",
     )
     return parser
 
@@ -40,9 +50,9 @@ def _export(arguments: list[str] | None) -> None:
     chosen = make_parser().parse_args(arguments)
     jax.config.update("jax_platforms", "cpu")  # Orbax starts JAX, and an accelerator may be busy with another run
     quiet_orbax()
-    export(chosen.run_dir, chosen.out, chosen.max_shard_size, packed=chosen.packed)
+    export(chosen.run_dir, chosen.out, chosen.max_shard_size, form=chosen.form)
     print(f"wrote {chosen.out}")
-    if chosen.packed:
+    if chosen.form == PACKED:
         print(sizes(Packed(Path(chosen.out))))
 
 

@@ -17,6 +17,7 @@ from optima_tpu.method.acceptance import HeldOut, PerLayer, PerRow
 from optima_tpu.method.allocation import OWL, Measured, Uniform
 from optima_tpu.method.distillation import KL
 from optima_tpu.method.mask_swaps import Swaps
+from optima_tpu.method.quantization import Int4, Int8
 from optima_tpu.method.selectors import ADMM, Imported, Magnitude, Selector, SparseGPT, Thanos, Wanda
 from optima_tpu.method.solvers import CG, MPAX, Adam, Exact, Solver
 from optima_tpu.method.targets import DenseTarget, SelfTarget, Target
@@ -33,6 +34,7 @@ CHOICES: Mapping[str, Mapping[str, type | None]] = MappingProxyType(
         "target": MappingProxyType({"self": SelfTarget, "dense": DenseTarget}),
         "tuning": MappingProxyType({"fixed": Fixed, "grid": Grid}),
         "refine": MappingProxyType({"null": None, "swaps": Swaps}),
+        "quantize": MappingProxyType({"null": None, "int8": Int8, "int4": Int4}),
         "allocation": MappingProxyType({"uniform": Uniform, "owl": OWL, "measured": Measured}),
         "distill": MappingProxyType({"null": None, "kl": KL}),
     }

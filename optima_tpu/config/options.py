@@ -38,6 +38,7 @@ _TITLES = {
     "accept": "accept (when the solver's weights are taken)",
     "target": "target (what a layer must reproduce)",
     "refine": "refine (whether the mask changes once its weights are solved)",
+    "quantize": "quantize (whether the weights that stay become integers)",
     "allocation": "allocation (how the pattern's sparsity is distributed among the blocks)",
     "distill": "distill (whether the pruned model is trained as a whole afterwards)",
     "tuning": "tuning (what is chosen for each matrix on held-out tokens)",
@@ -48,6 +49,7 @@ _TITLES = {
 _NOTHING = {
     "solver": "Keeps the selector's weights",
     "refine": "Keeps the selector's mask",
+    "quantize": "Leaves the weights in the dtype of the model",
     "distill": "No training: one-shot pruning",
 }
 """What a setting does if the choice is ``null``."""
@@ -107,7 +109,7 @@ def _plain(text: str | None) -> str:
 
 def add_fields(group: argparse._ArgumentGroup, cls: type, prefix: str, base: Mapping[str, Any]) -> None:
     """Adds one option for each field of a dataclass that has a default in ``base``; its line in the docstring is the help."""
-    texts = {entry.arg_name: entry.description for entry in docstring_parser.parse(cls.__doc__ or "").params}
+    texts = field_texts(cls)
     for name, kind in fields(cls).items():
         if name not in base:
             continue
@@ -117,6 +119,12 @@ def add_fields(group: argparse._ArgumentGroup, cls: type, prefix: str, base: Map
         # JSON has no tuples, and jsonargparse does not convert defaults.
         default = tuple(default) if typing.get_origin(kind) is tuple else default
         group.add_argument(f"--{prefix}{name}", type=kind, default=default, metavar=_metavar(kind), help=text)
+
+
+def field_texts(cls: type) -> dict[str, str | None]:
+    """The docstring line of each field of a dataclass, its base classes' fields included."""
+    docs = (docstring_parser.parse(base.__dict__.get("__doc__") or "") for base in reversed(cls.__mro__[:-1]))
+    return {entry.arg_name: entry.description for doc in docs for entry in doc.params}
 
 
 def fields(cls: type) -> dict[str, Any]:

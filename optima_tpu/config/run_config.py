@@ -14,6 +14,7 @@ from optima_tpu.method.distillation import KL
 from optima_tpu.method.layer_rules import LayerRule, layers_text
 from optima_tpu.method.mask_swaps import Swaps
 from optima_tpu.method.patterns import Pattern, Unstructured
+from optima_tpu.method.quantization import Quantizer
 from optima_tpu.method.recipe import Recipe
 from optima_tpu.method.selectors import Imported, Selector, Wanda
 from optima_tpu.method.solvers import CG, Solver
@@ -125,7 +126,7 @@ class RunConfig:
         package.
       dtype: compute and store in this type; null keeps the checkpoint's own.
       output: run directory, or gs://BUCKET/FOLDER; null takes runs/MODEL-SELECTOR-SOLVER-PATTERN, with the methods beyond the
-        paper (swaps, dense, owl, measured) before the pattern. A stopped run resumes from this directory.
+        paper (swaps, dense, int4, owl, measured) before the pattern. A stopped run resumes from this directory.
       coordinator: HOST:PORT of process 0, for a run of several processes on a platform that does not announce them itself (TPU
         slices, Slurm and Open MPI do). Give every process the same command except for process_id.
       num_processes: number of processes of the run.
@@ -148,6 +149,7 @@ class RunConfig:
         tokens for each input of the layer. It helps experts that few tokens reach; 0 gives every expert its own tokens alone.
       tuning: whether damping and alpha are chosen for each matrix on held-out tokens.
       refine: whether the mask changes once its weights are solved; None keeps the selector's mask.
+      quantize: whether the kept weights become integers once they are solved; None leaves them.
       allocation: how the pattern's sparsity is distributed among the blocks.
       distill: whether the pruned model is trained as a whole toward the dense one, with its masks held; None does not train it.
       calibration: the text that the pruned model must reproduce.
@@ -181,6 +183,7 @@ class RunConfig:
     borrow: float = 0.0
     tuning: Tuning = Fixed()
     refine: Swaps | None = None
+    quantize: Quantizer | None = None
     allocation: Allocation = Uniform()
     distill: KL | None = None
     calibration: Calibration = Calibration()
@@ -234,6 +237,11 @@ class RunConfig:
                     f"expected a selector that chooses masks where allocation is {name}, got imported: such "
                     "masks fix what each block loses; take --allocation uniform"
                 )
+        if self.distill and self.quantize:
+            raise UserError(
+                "expected quantize null where distill is kl, got both: training moves the weights off their integers; take "
+                "--distill null"
+            )
         if self.distill and not self.calibration.held_out:
             raise UserError(
                 "expected calibration.held_out of at least 1 where distill is kl, got 0: held-out windows choose the step"
@@ -263,6 +271,7 @@ class RunConfig:
             self.refine,
             self.damping,
             self.borrow,
+            self.quantize,
         )
 
     @property
@@ -286,6 +295,7 @@ class RunConfig:
         methods = [chosen["selector"].rpartition(":")[2], chosen.get("solver", "none").rpartition(":")[2]]
         methods += ["swaps"] if self.refine else []
         methods += ["dense"] if self.target.dense_stream else []
+        methods += [chosen["quantize"]] if self.quantize else []
         methods += [chosen["allocation"]] if self.allocation.measures else []
         group = self.selector.group
         what = ",".join(filter(None, (self.pattern.text(group), layers_text(self.layers, group))))

@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 from jax import Array
-from jaxtyping import Bool, Float32, Int32
+from jaxtyping import Bool, Float, Float32, Int32
 
 
 class RowOutcomes(NamedTuple):
@@ -23,6 +23,10 @@ class RowOutcomes(NamedTuple):
       exchanged: int32, number of kept weights that the selector had pruned; None if masks are not refined.
       score: float32, the held-out error by which tuning chooses between final weights, up to a constant.
       chosen: [2] int32, one for the whole matrix: the indices of the damping and of the alpha that tuning chose.
+      quantized: [2, d_out] float32, as ``after`` once the weights are rounded to the nearest integers, and as they are stored; None
+        if they are not quantised. ``after``, ``held_out`` and ``dense`` are of the weights before.
+      quantized_held_out: [2, d_out] float32, the same on held-out tokens.
+      quantized_dense: [2, d_out] float32, the same against the dense model's outputs on held-out tokens.
     """
 
     energy: Float32[Array, " d_out"]
@@ -37,3 +41,23 @@ class RowOutcomes(NamedTuple):
     exchanged: Int32[Array, " d_out"] | None = None
     score: Float32[Array, " d_out"] | None = None
     chosen: Int32[Array, "2"] | None = None
+    quantized: Float32[Array, "2 d_out"] | None = None
+    quantized_held_out: Float32[Array, "2 d_out"] | None = None
+    quantized_dense: Float32[Array, "2 d_out"] | None = None
+
+
+class PrunedMatrix(NamedTuple):
+    """A pruned matrix, and what happened to its rows.
+
+    Attributes:
+      weight: [d_out, d_in] in the dtype of the dense weights.
+      keep: [d_out, d_in] bool.
+      rows: the outcomes of its rows.
+      scale: [d_out, groups] in the dtype of the dense weights: every weight is an integer times the scale of its group of inputs,
+        rounded to that dtype; None if the weights are not quantised.
+    """
+
+    weight: Float[Array, "d_out d_in"]
+    keep: Bool[Array, "d_out d_in"]
+    rows: RowOutcomes
+    scale: Float[Array, "d_out groups"] | None = None

@@ -6,33 +6,22 @@ from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
-from jaxtyping import Bool, Float, Float32
+from jaxtyping import Float, Float32
 
-from optima_tpu.method.acceptance import MatrixObjective, RowErrors, TokenTerms, accept_rows, row_errors
-from optima_tpu.method.outcomes import RowOutcomes
+from optima_tpu.errors import UserError
+from optima_tpu.method.acceptance import MatrixObjective, Measure, RowErrors, TokenTerms, accept_rows, row_errors
+from optima_tpu.method.outcomes import PrunedMatrix
 from optima_tpu.method.patterns import Pattern
-from optima_tpu.method.problem import Damping, Given, LayerProblem, Pruned
+from optima_tpu.method.problem import Damping, Given, LayerProblem, Pruned, Solution
+from optima_tpu.method.quantization import Quantized
 from optima_tpu.method.recipe import Recipe
 from optima_tpu.method.row_sharding import RowSharding
 from optima_tpu.method.statistics import TokenSets, TokenStatistics
 from optima_tpu.method.targets import LinearTerm, Target
 
 Tree = TypeVar("Tree")
-
-
-class PrunedMatrix(NamedTuple):
-    """A pruned matrix, and what happened to its rows.
-
-    Attributes:
-      weight: [d_out, d_in] in the dtype of the dense weights.
-      keep: [d_out, d_in] bool.
-      rows: the outcomes of its rows.
-    """
-
-    weight: Float[Array, "d_out d_in"]
-    keep: Bool[Array, "d_out d_in"]
-    rows: RowOutcomes
 
 
 @functools.partial(jax.jit, static_argnames=("recipe", "patterns", "sharding"))
@@ -44,10 +33,10 @@ def prune_group(
     patterns: tuple[Pattern, ...],
     sharding: RowSharding,
 ) -> tuple[PrunedMatrix, ...]:
-    """Prunes the matrices that read one input, on the mesh.
+    """Prunes the matrices that read one input, on the mesh, and quantises them if the recipe says so.
 
-    Masks are chosen matrix by matrix; the solver gets the rows of all of them at once, sharded over every device. A recipe that
-    tunes passes one matrix, which is solved once for every candidate.
+    Masks are chosen matrix by matrix; the solver gets the rows of all of them at once, sharded over every device, and so does the
+    quantizer. A recipe that tunes passes one matrix, which is solved and quantised once for every candidate.
 
     Args:
       weights: each [d_out, d_in], dense, in the checkpoint's dtype; only one if the recipe tunes.
@@ -64,21 +53,61 @@ def prune_group(
     solve = sharding.solve(recipe.update(patterns[0]))
     measure = sharding.map(row_errors, RowErrors._make([sharding.layout.vector] * len(RowErrors._fields)))
 
-    def attempt(damping: Damping, alpha: Array | float) -> tuple[tuple[Pruned, RowOutcomes], ...]:
-        found = solve(group.problem(recipe.target, damping, alpha), _stacked(pruned))
-        outcomes = []
+    def attempt(damping: Damping, alpha: Array | float) -> tuple[PrunedMatrix, ...]:
+        problem = group.problem(recipe.target, damping, alpha)
+        found = solve(problem, _stacked(pruned))
+        matrices, objectives = [], []
         for index, (own, rows) in enumerate(zip(pruned, group.slices)):
             objective = group.objective(index, recipe.target, damping, alpha)
             mine = jax.tree.map(lambda array, rows=rows: array[rows], found)
             accept = recipe.accept if recipe.solver else None
             final, happened = accept_rows(objective, own, mine, accept, weights[index].dtype, measure)
-            outcomes.append((group.spread(index, final), happened))
-        return tuple(outcomes)
+            matrices.append(PrunedMatrix(*group.spread(index, final), happened))
+            objectives.append(objective)
+        if recipe.quantize is None:
+            return tuple(matrices)
+        integers = sharding.on_rows(
+            functools.partial(recipe.quantize.prepare, dtype=_one_dtype(weights)), Quantized._make([sharding.layout.matrix] * 3)
+        )(problem, _stacked(tuple(Pruned(*matrix[:2]) for matrix in matrices)))
+        quantized = []
+        for index, (matrix, rows) in enumerate(zip(matrices, group.slices)):
+            mine = group.spread(index, jax.tree.map(lambda array, rows=rows: array[rows], integers))
+            quantized.append(_quantized(matrix, mine, objectives[index], weights[index].dtype, measure))
+        return tuple(quantized)
 
-    outcomes = recipe.tuning.choose(recipe.damping, recipe.target, attempt)
+    matrices = recipe.tuning.choose(recipe.damping, recipe.target, attempt)
     return tuple(
-        PrunedMatrix(final.weight.astype(weight.dtype), final.keep, rows) for (final, rows), weight in zip(outcomes, weights)
+        matrix._replace(
+            weight=matrix.weight.astype(dense.dtype), scale=None if matrix.scale is None else matrix.scale.astype(dense.dtype)
+        )
+        for matrix, dense in zip(matrices, weights)
     )
+
+
+def _one_dtype(weights: tuple[Array, ...]) -> np.dtype:
+    dtypes = {weight.dtype for weight in weights}
+    if len(dtypes) > 1:
+        raise UserError(
+            "expected layers with one input to have one dtype where weights are quantised, got "
+            f"{' and '.join(sorted(map(str, dtypes)))}; choose one by --dtype"
+        )
+    return dtypes.pop()
+
+
+def _quantized(
+    matrix: PrunedMatrix, found: Quantized, objective: MatrixObjective, dtype: np.dtype, measure: Measure
+) -> PrunedMatrix:
+    """The matrix with its quantised weights, and their errors beside those of the nearest integers."""
+    happened, nearest = matrix.rows, Pruned(found.nearest, matrix.keep)
+    final = Solution(found.weight, happened.gap, happened.steps, happened.converged)
+    rounded, errors = accept_rows(objective, nearest, final, None, dtype, measure)
+    rows = happened._replace(
+        quantized=jnp.stack((errors.before, errors.after)),
+        quantized_held_out=None if errors.held_out is None else errors.held_out[1:],
+        quantized_dense=None if errors.dense is None else errors.dense[1:3],
+        score=errors.score,
+    )
+    return PrunedMatrix(*rounded, rows, found.scale)
 
 
 class _Group(NamedTuple):

@@ -6,6 +6,7 @@ from optima_tpu.method.acceptance import Acceptance, PerRow
 from optima_tpu.method.layer_rules import LayerRule, pattern_of
 from optima_tpu.method.mask_swaps import Exchanging, Swaps
 from optima_tpu.method.patterns import Pattern
+from optima_tpu.method.quantization import Quantizer
 from optima_tpu.method.resources import Footprint
 from optima_tpu.method.selectors import Selector
 from optima_tpu.method.solvers import Solver, Unchanged
@@ -31,6 +32,7 @@ class Recipe:
       own_damping: the pull of the objective toward the dense weights, as a share of the Hessian's diagonal; None stands for the
         solver's default.
       borrow: how many tokens of the mean over all tokens count beside an expert's own, for each input of its layers.
+      quantize: puts the kept weights on an integer grid once they are solved; None leaves them.
     """
 
     pattern: Pattern
@@ -44,6 +46,7 @@ class Recipe:
     refine: Swaps | None = None
     own_damping: float | None = None
     borrow: float = 0.0
+    quantize: Quantizer | None = None
 
     @property
     def damping(self) -> float:
@@ -62,7 +65,12 @@ class Recipe:
         """The device memory of pruning a group of matrices, without the arrays that every method holds."""
         update = self.update(self.pattern).footprint(self.damping)
         chooser = self.selector.hessians if self.selector else 0
-        return Footprint(max(update.hessians, chooser), update.vectors, update.split and not chooser)
+        rounder = self.quantize.footprint() if self.quantize else Footprint(0, 0, split=True)
+        return Footprint(
+            max(update.hessians, chooser, rounder.hessians),
+            max(update.vectors, rounder.vectors),
+            update.split and not chooser and rounder.split,
+        )
 
     def pattern_of(self, path: str, name: str) -> Pattern | None:
         """The pattern of a layer, from its whole path and its path inside the block; None if it stays dense."""

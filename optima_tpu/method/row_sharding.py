@@ -118,29 +118,46 @@ class RowSharding:
 
         return mapped
 
+    def on_rows(
+        self, prepare: Callable[[Array, float, Features], Callable[[LayerProblem, Pruned], Outputs]], out_specs: Any
+    ) -> Callable[[LayerProblem, Pruned], Outputs]:
+        """Runs a method of pruned rows on the mesh, see :meth:`map`.
+
+        Padded rows have zero weights and an empty mask.
+
+        Args:
+          prepare: ``(hessian, damping, features) -> ((problem, pruned) -> outputs)``.
+        """
+
+        def run(problem: LayerProblem, pruned: Pruned) -> Outputs:
+            def on_device(hessian: Array, features: Features) -> Callable[..., Outputs]:
+                ready = prepare(hessian, problem.damping, features)
+
+                def mine(weight: Array, *rest: Array) -> Outputs:
+                    *pull, start, keep = rest
+                    part = LayerProblem(weight, hessian, pull[0] if pull else None, problem.damping)
+                    return ready(part, Pruned(start, keep))
+
+                return mine
+
+            pull = () if problem.pull is None else (problem.pull,)
+            return self.map(on_device, out_specs)(problem.hessian, problem.weight, *pull, *pruned)
+
+        return run
+
     def solve(self, solver: Solver) -> Callable[[LayerProblem, Pruned], Solution]:
         """A solver whose rows are sharded over the mesh.
 
         Each device runs the solver's loop on its own rows and stops independently. With a replicated Hessian the loop does not
         communicate; only the inverses before the loop may (``linalg.inverses``). With a sharded Hessian, the devices of one row
-        of the mesh iterate in step. Padded rows have zero weights and an empty mask, so there is nothing to solve.
+        of the mesh iterate in step.
         """
         layout = self.layout
         mask = layout.matrix if solver.changes_masks else None
         specs = Solution._make((layout.matrix, layout.vector, layout.vector, layout.vector, mask, None))
 
-        def run(problem: LayerProblem, pruned: Pruned) -> Solution:
-            def prepare(hessian: Array, features: Features) -> Callable[..., Solution]:
-                ready = solver.prepare(hessian, problem.damping, features)
+        def prepare(hessian: Array, damping: float, features: Features) -> Callable[[LayerProblem, Pruned], Solution]:
+            ready = solver.prepare(hessian, damping, features)
+            return lambda problem, pruned: ready(problem)(pruned)._replace(end=None)
 
-                def solved(weight: Array, *rest: Array) -> Solution:
-                    *pull, start, keep = rest
-                    mine = LayerProblem(weight, hessian, pull[0] if pull else None, problem.damping)
-                    return ready(mine)(Pruned(start, keep))._replace(end=None)
-
-                return solved
-
-            pull = () if problem.pull is None else (problem.pull,)
-            return self.map(prepare, specs)(problem.hessian, problem.weight, *pull, *pruned)
-
-        return run
+        return self.on_rows(prepare, specs)

@@ -12,11 +12,11 @@ import numpy as np
 from jax import Array
 
 from optima_tpu.errors import UserError
-from optima_tpu.method.outcomes import RowOutcomes
-from optima_tpu.method.problem import Damping, Pruned
+from optima_tpu.method.outcomes import PrunedMatrix
+from optima_tpu.method.problem import Damping
 from optima_tpu.method.targets import Target
 
-Attempt = Callable[[Damping, Array | float], tuple[tuple[Pruned, RowOutcomes], ...]]
+Attempt = Callable[[Damping, Array | float], tuple[PrunedMatrix, ...]]
 """Solves a group's matrices with a damping and an alpha: the final weights of every matrix, and what happened to its rows."""
 
 
@@ -38,7 +38,7 @@ class Tuning(abc.ABC):
         """The alphas that are tried, the target's own first."""
 
     @abc.abstractmethod
-    def choose(self, damping: float, target: Target, attempt: Attempt) -> tuple[tuple[Pruned, RowOutcomes], ...]:
+    def choose(self, damping: float, target: Target, attempt: Attempt) -> tuple[PrunedMatrix, ...]:
         """Returns the attempt that is taken. Traced under ``jit``."""
 
     def candidates(self, damping: float, target: Target) -> int:
@@ -63,7 +63,7 @@ class Fixed(Tuning):
     def alphas(self, target: Target) -> tuple[float, ...]:
         return (target.alpha,)
 
-    def choose(self, damping: float, target: Target, attempt: Attempt) -> tuple[tuple[Pruned, RowOutcomes], ...]:
+    def choose(self, damping: float, target: Target, attempt: Attempt) -> tuple[PrunedMatrix, ...]:
         return attempt(Damping(damping), target.alpha)
 
 
@@ -119,7 +119,7 @@ class Grid(Tuning):
             return (0.0,)
         return target.alpha, *(alpha for alpha in dict.fromkeys(self.alpha) if alpha != target.alpha)
 
-    def choose(self, damping: float, target: Target, attempt: Attempt) -> tuple[tuple[Pruned, RowOutcomes], ...]:
+    def choose(self, damping: float, target: Target, attempt: Attempt) -> tuple[PrunedMatrix, ...]:
         """Returns the candidate with the lowest held-out error. The attempts must have held-out tokens."""
         dampings = [Damping.of(candidate, damping) for candidate in self.dampings(damping)]
         best = best_of(
@@ -128,15 +128,15 @@ class Grid(Tuning):
             lambda ridge, alpha: attempt(Damping(damping, ridge), alpha),
             _held_out_error,
         )
-        return tuple((pruned, rows._replace(chosen=best.chosen)) for pruned, rows in best.found)
+        return tuple(matrix._replace(rows=matrix.rows._replace(chosen=best.chosen)) for matrix in best.found)
 
 
-def _held_out_error(found: tuple[tuple[Pruned, RowOutcomes], ...]) -> Array:
+def _held_out_error(found: tuple[PrunedMatrix, ...]) -> Array:
     """The score of the one matrix that is tuned."""
-    ((_, rows),) = found
-    if rows.score is None:
+    (matrix,) = found
+    if matrix.rows.score is None:
         raise ValueError("tuning needs held-out tokens")
-    return jnp.sum(rows.score)
+    return jnp.sum(matrix.rows.score)
 
 
 T = TypeVar("T")

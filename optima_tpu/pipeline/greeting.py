@@ -58,6 +58,8 @@ def recipe_line(config: RunConfig, decoder: Decoder) -> str:
         words.append(f"experts borrow {config.borrow:g} tokens an input")
     if config.refine:
         words.append(f"{config.refine.rounds} rounds of exchanges")
+    if config.quantize:
+        words.append(str(config.quantize))
     if config.allocation.measures:
         words.append(f"{weights_settings(config)['allocation']['name']} allocation")
     if (candidates := config.tuning.candidates(config.recipe.damping, config.target)) > 1:

@@ -15,6 +15,7 @@ from optima_tpu.data import Tokens, token_digest
 from optima_tpu.data.cache import TokenCache, token_key
 from optima_tpu.errors import UserError
 from optima_tpu.method.layer_rules import check_layers
+from optima_tpu.method.patterns import Pattern
 from optima_tpu.method.selectors import Imported
 from optima_tpu.models.check import check_checkpoint
 from optima_tpu.models.checkpoints import load_tokenizer, open_model, refuse_damaged_model
@@ -171,6 +172,23 @@ def _plan_reading(config: RunConfig, model: Model) -> _Reading:
     )
 
 
+def pruned_layers(config: RunConfig, decoder: Decoder) -> dict[str, Pattern]:
+    """The pattern of every layer that is pruned, by its whole path.
+
+    Raises:
+      UserError: as ``check_layers``, or groups of integers do not divide the inputs of a layer.
+    """
+    shapes = list(linear_shapes(decoder))
+    patterns = check_layers(config.layers, config.pattern, shapes)
+    for path, _, (_, d_in) in shapes:
+        if config.quantize and path in patterns:
+            try:
+                config.quantize.check(d_in)
+            except UserError as error:
+                raise UserError(f"{path}: {error}") from None
+    return patterns
+
+
 def manifest_of(config: RunConfig, model: Model, texts: Texts) -> dict[str, Any]:
     """All that decides the pruned weights and the layers' errors: runs with equal manifests have equal results.
 
@@ -185,7 +203,7 @@ def manifest_of(config: RunConfig, model: Model, texts: Texts) -> dict[str, Any]
 
 
 def _manifest(config: RunConfig, model: Model, texts: Texts) -> dict[str, Any]:
-    patterns = check_layers(config.layers, config.pattern, linear_shapes(model.decoder))
+    patterns = pruned_layers(config, model.decoder)
     samples, ids = config.calibration.samples, texts.calibration.ids
     manifest = {
         "model": model.pretrained.fingerprint,

@@ -2,7 +2,7 @@
 
     RUN/run.json                what a resume must agree with, and the full configuration
     RUN/assets/                 the source's configuration, tokenizer and licence files, byte for byte
-    RUN/journal/block_0000/     one Orbax checkpoint for each finished block: its weights, masks and report
+    RUN/journal/block_0000/     one Orbax checkpoint for each finished block: its weights, masks, scales and report
     RUN/activations/block_0000/ the hidden states after one of the last blocks, one file for each process; with a dense target
                                 the dense model's hidden states too
     RUN/sha256-all.json         the checksums of the files that are in none of these folders
@@ -33,6 +33,7 @@ import re
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypedDict
 
 import jax
@@ -175,6 +176,7 @@ class Journal:
         report: Mapping[str, Any],
         activations: Activations,
         dense: Activations | None = None,
+        scales: Mapping[str, Array] = MappingProxyType({}),
     ) -> None:
         """Saves a block durably. When this returns, the run can be stopped without losing the block. Every process calls it.
 
@@ -187,12 +189,13 @@ class Journal:
           report: JSON values.
           activations: the hidden states after the block, in the model's dtype.
           dense: the dense model's hidden states of the same samples, if the run has them.
+          scales: HF name of a quantised weight -> [d_out, groups] in the dtype of the weight.
 
         Raises:
           UserError: the disk is full or not writable. The earlier blocks are intact.
         """
-        if stray := set(masks) - set(weights):
-            raise ValueError(f"masks without weights: {sorted(stray)}")
+        if stray := {*masks, *scales} - set(weights):
+            raise ValueError(f"masks or scales without weights: {sorted(stray)}")
         entry, states = self.entry(index), self._states(index)
         partial, partial_states = staged(entry), staged(states)
         remedy = f"the {len(self.finished)} finished blocks are intact; make room and repeat the command"
@@ -224,7 +227,8 @@ class Journal:
             if due:
                 together(write_states)
             with writing(entry, remedy):
-                save_tree(partial, {"weights": dict(weights), "masks": dict(masks)}, {"report": dict(report)})
+                tree = {"weights": dict(weights), "masks": dict(masks)} | ({"scales": dict(scales)} if scales else {})
+                save_tree(partial, tree, {"report": dict(report)})
             first_only(finish)
             self.finished.add(index)
             self.damaged.pop(index, None)
@@ -241,6 +245,10 @@ class Journal:
     def masks(self, index: int) -> dict[str, np.ndarray]:
         """The masks of a finished block by the HF name of the weight, [d_out, d_in] bool, True where kept."""
         return self._group(index, "masks")
+
+    def scales(self, index: int) -> dict[str, np.ndarray]:
+        """The scales of a finished block by the HF name of the weight, [d_out, groups]; empty if it is not quantised."""
+        return self._group(index, "scales")
 
     def tensors(self) -> OrbaxTensors:
         """The pruned weights of all finished blocks."""

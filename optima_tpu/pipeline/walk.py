@@ -15,8 +15,9 @@ from jax.sharding import PartitionSpec as P
 
 from optima_tpu.method.acceptance import refuse_broken
 from optima_tpu.method.linalg.scaling import live_features
+from optima_tpu.method.outcomes import PrunedMatrix
 from optima_tpu.method.problem import Given, ReadGiven
-from optima_tpu.method.prune_group import PrunedMatrix, prune_group
+from optima_tpu.method.prune_group import prune_group
 from optima_tpu.method.recipe import Recipe
 from optima_tpu.method.row_sharding import RowSharding
 from optima_tpu.method.statistics import Groups, TokenSets, TokenStatistics
@@ -74,11 +75,13 @@ class PrunedBlock(NamedTuple):
       parameters: all parameters by their name inside the block, sharded as before.
       masks: by parameter name, [d_out, d_in] bool.
       layers: a report for every pruned layer.
+      scales: by parameter name, [d_out, groups], of the weights that were quantised.
     """
 
     parameters: dict[str, Array]
     masks: dict[str, Array]
     layers: tuple[LayerReport, ...]
+    scales: dict[str, Array]
 
 
 def prune_model(
@@ -102,10 +105,12 @@ def prune_model(
         started = time.monotonic()
         pruned = prune_block(walk, index, parameters, streams)
         report, prefix = BlockReport(index, time.monotonic() - started, pruned.layers), decoder.prefix(index)
-        weights, masks = ({prefix + name: value for name, value in part.items()} for part in pruned[:2])
-        journal.save(index, weights, masks, report.to_json(), *streams)
+        weights, masks, scales = (
+            {prefix + name: value for name, value in part.items()} for part in (pruned.parameters, pruned.masks, pruned.scales)
+        )
+        journal.save(index, weights, masks, report.to_json(), *streams, scales=scales)
         saved()
-        del parameters, pruned, weights, masks  # frees their memory before the next block is placed
+        del parameters, pruned, weights, masks, scales  # frees their memory before the next block is placed
         following = index + 1
         progress.advance()
 
@@ -124,7 +129,7 @@ def prune_block(walk: Walk, index: int, parameters: Mapping[str, Array], streams
     """
     if walk.recipe.target.dense_stream and streams.dense is None:
         raise ValueError("a dense target needs the hidden states of the dense model")
-    block = PrunedBlock(dict(parameters), {}, ())
+    block = PrunedBlock(dict(parameters), {}, (), {})
     passes, target = block_passes(walk.decoder, index, walk.groups, walk.recipe, walk.budget), walk.recipe.target
     keeping, attended = attention_pass(walk.decoder, walk.recipe, passes), None
     for position, part in enumerate(passes):
@@ -138,7 +143,7 @@ def prune_block(walk: Walk, index: int, parameters: Mapping[str, Array], streams
         capture = Capture(part.groups, target, advance=target.dense_stream and last, attends=keeps, borrow=borrow)
         tokens = _calibrate(walk, index, capture, entering)
         found = prune_groups(walk, index, block.parameters, part, tokens)
-        block = PrunedBlock(found.parameters, block.masks | found.masks, block.layers + found.layers)
+        block = PrunedBlock(found.parameters, block.masks | found.masks, block.layers + found.layers, block.scales | found.scales)
         del tokens, found  # frees their memory before the next statistics are made
     walk.decoder.apply(index, block.parameters, streams.pruned, attended=attended and attended.pruned)
     if target.dense_stream and streams.dense is not None and not passes:
@@ -156,7 +161,7 @@ def prune_groups(
       part: the groups of these layers.
       tokens: the statistics of each group.
     """
-    parameters, masks, reports, prefix = dict(parameters), {}, [], walk.decoder.prefix(index)
+    parameters, masks, reports, scales, prefix = dict(parameters), {}, [], {}, walk.decoder.prefix(index)
     for names, layout, sets in zip(*part, tokens):
         for together in walk.recipe.solved_together(names, prefix):
             weights = tuple(parameters[name + ".weight"] for name in together)
@@ -175,7 +180,9 @@ def prune_groups(
                 gathered = jax.device_put(matrix.weight, NamedSharding(walk.decoder.mesh, P()))
                 parameters[name + ".weight"] = jax.device_put(gathered, old.sharding)
                 masks[name + ".weight"] = matrix.keep
-    return PrunedBlock(parameters, masks, tuple(reports))
+                if matrix.scale is not None:
+                    scales[name + ".weight"] = matrix.scale
+    return PrunedBlock(parameters, masks, tuple(reports), scales)
 
 
 def _calibrate(walk: Walk, index: int, capture: Capture, streams: tuple[Stream, ...]) -> tuple[TokenSets[TokenStatistics], ...]:

@@ -20,6 +20,7 @@ from optima_tpu.report.summary import (
     held_out_caveat,
     held_out_errors,
     means,
+    quantized_line,
     short_names,
     sparsity,
     traded,
@@ -85,6 +86,12 @@ def layer_errors(runs: Sequence[Run]) -> Section:
             "this error may rise. Against dense: ‖X_d W′ − XV′‖² / ‖X_d W′‖² on held-out text, with X_d the layer’s inputs in "
             "the dense model. The value for the dense weights W shows the error that the layers before have caused."
         )
+    for run in runs:
+        if told := quantized_line(run.layers):
+            text.append(
+                f"{run.label if several else 'This run'} quantises the weights after the update; the errors above are from before. Mean "
+                f"error: {told}."
+            )
     if any(map(_weighs_tokens, runs)):
         text.append(
             "If the target weighs tokens, so do the errors of the layers that add to the residual stream: the weight of a token "

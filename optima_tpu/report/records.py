@@ -27,7 +27,7 @@ class LayerReport:
       sparsity: ``pruned / (d_out d_in)``.
       error_before: error of the selector's weights. For an expert that no token reached, the error is computed from the weights
         alone, as if its inputs were independent and of equal size; such an expert is left out of all means.
-      error_after: error of the final weights.
+      error_after: error of the final weights, before they are quantised.
       gap_median: median over rows of the solver's measure of suboptimality.
       gap_max: largest gap of all rows; infinite if the solver found no solution.
       steps_median: median over rows of the number of solver iterations.
@@ -46,6 +46,11 @@ class LayerReport:
       alpha: the target's alpha, if tuning chose it on held-out tokens; None if the recipe fixes it.
       exchanged: number of kept weights that the selector had pruned; as many weights that it had kept were pruned instead. None
         if masks are not refined.
+      error_nearest: same as ``error_after``, once these weights are rounded to the nearest integers; None if the weights are not
+        quantised. ``error_after`` is the error before.
+      error_quantized: error of the weights as they are stored, on integers that the quantizer chose.
+      held_out_nearest, held_out_quantized: the same over held-out tokens.
+      dense_nearest, dense_quantized: the same against the dense model.
     """
 
     block: Block
@@ -72,6 +77,12 @@ class LayerReport:
     damping: float | None = None
     alpha: float | None = None
     exchanged: Count | None = None
+    error_nearest: float | None = None
+    error_quantized: float | None = None
+    held_out_nearest: float | None = None
+    held_out_quantized: float | None = None
+    dense_nearest: float | None = None
+    dense_quantized: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The record as JSON types, see :func:`finite`."""

@@ -45,7 +45,15 @@ def layer_report(layer: LayerFacts, rows: RowOutcomes) -> LayerReport:
             return (None,) * count
         return tuple(share(values, found[0]) for values in found[1:])
 
+    def rounded(values: Array | np.ndarray | None, energies: Array | np.ndarray | None) -> tuple[float | None, ...]:
+        if values is None or energies is None or not np.any(energies):
+            return None, None
+        return tuple(share(each, energies) for each in values)
+
     unseen, dense = shares(rows.held_out, 2), shares(rows.dense, 3)
+    quantized = rounded(rows.quantized, rows.energy)
+    unseen_quantized = rounded(rows.quantized_held_out, None if rows.held_out is None else rows.held_out[0])
+    dense_quantized = rounded(rows.quantized_dense, None if rows.dense is None else rows.dense[0])
     return LayerReport(
         block=layer.block,
         name=layer.name,
@@ -71,4 +79,10 @@ def layer_report(layer: LayerFacts, rows: RowOutcomes) -> LayerReport:
         damping=layer.damping,
         alpha=layer.alpha,
         exchanged=None if rows.exchanged is None else int(np.sum(rows.exchanged)),
+        error_nearest=quantized[0],
+        error_quantized=quantized[1],
+        held_out_nearest=unseen_quantized[0],
+        held_out_quantized=unseen_quantized[1],
+        dense_nearest=dense_quantized[0],
+        dense_quantized=dense_quantized[1],
     )

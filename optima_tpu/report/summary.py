@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, TypeVar, overload
 
 from optima_tpu.config.run_config import chosen_by_held_out
 from optima_tpu.method.layer_rules import kind_name
+from optima_tpu.report.numbers import percent
 from optima_tpu.report.records import BlockReport, LayerReport
 
 T = TypeVar("T")
@@ -85,6 +86,27 @@ def exchanged(layers: Iterable[LayerReport]) -> float | None:
     refined = [(layer, count) for layer in layers if (count := layer.exchanged) is not None]
     kept = sum(math.prod(layer.shape) - layer.pruned for layer, _ in refined)
     return sum(count for _, count in refined) / kept if kept else None
+
+
+QUANTIZED = {
+    "": ("error_after", "error_nearest", "error_quantized"),
+    "held out": ("held_out_after", "held_out_nearest", "held_out_quantized"),
+    "against dense": ("dense_after", "dense_nearest", "dense_quantized"),
+}
+"""For each text: the names of the errors before the quantisation, with the nearest integers, and as stored."""
+
+
+def quantized_line(layers: Sequence[LayerReport]) -> str:
+    """The mean errors around the quantisation: "1.2%, 1.6% with the nearest integers, 1.4% as stored"; empty without one."""
+    told = []
+    for where, names in QUANTIZED.items():
+        before, nearest, stored = means([layer for layer in layers if getattr(layer, names[1]) is not None], names)
+        if before is not None and nearest is not None and stored is not None:
+            told.append(
+                f"{where and where + ' '}{percent(before)} before, {percent(nearest)} with the nearest integers, "
+                f"{percent(stored)} as stored"
+            )
+    return "; ".join(told)
 
 
 def gap_meaning(solvers: Sequence[str]) -> str:

@@ -21,6 +21,7 @@ from optima_tpu.report.summary import (
     held_out_caveat,
     held_out_errors,
     means,
+    quantized_line,
     short_names,
     sparsity,
     traded,
@@ -84,6 +85,8 @@ def print_summary(console: Console, report: Mapping[str, Any], directory: Path) 
     ]
     if size := sizes(report):
         lines += [f"size        {size}"]
+    if told := quantized_line(layers):
+        lines += [f"quantised   {configuration['quantize']['name']}; mean error {told}"]
     if (share := exchanged(layers)) is not None:
         lines += [f"masks       {percent(share)} of the kept weights came in by exchange: the selector had pruned them"]
     device = f", {number(memory['device_peak'] / 2**30)} GiB on a device" if memory.get("device_peak") else ""

@@ -207,7 +207,7 @@ def test_the_tasks_agree_with_the_harness_on_transformers(evaluated, finished, t
 
 def test_every_form_of_a_run_is_the_same_model_on_every_mesh(evaluated, finished, tasks, text, tmp_path):
     expected = evaluated[0]
-    optima_tpu.load(finished.directory).export(tmp_path / "packed", packed=True)
+    optima_tpu.load(finished.directory).export(tmp_path / "packed", form="packed")
     forms = [(finished.directory / "checkpoint", "4x2"), (finished.directory / "hf", "2x4"), (tmp_path / "packed", "2x4")]
     measured = []
     for number, (model, mesh) in enumerate(forms):

@@ -490,7 +490,7 @@ def test_a_full_disk_leaves_nothing(run, small, tmp_path, monkeypatch):
     monkeypatch.setattr(Packer, "finish", full)
     monkeypatch.setattr(Packed, "read", full)
     with pytest.raises(UserError, match="No space left on device; nothing was left there"):
-        export(run, tmp_path / "out", packed=True)
+        export(run, tmp_path / "out", form="packed")
     with pytest.raises(UserError, match="No space left on device; nothing was left there"):
         unpacking.unpack(small, tmp_path / "out")
     assert not list(tmp_path.iterdir())

@@ -21,7 +21,7 @@ from optima_tpu.method.statistics import Drift, Groups, TokenSets, TokenStatisti
 from optima_tpu.models.activations import Activations
 from optima_tpu.models.decoder import Decoder
 from optima_tpu.pipeline.memory_plan import Pass
-from optima_tpu.pipeline.walk import PrunedBlock, Streams, Walk, prune_block, prune_groups
+from optima_tpu.pipeline.walk import Streams, Walk, prune_block, prune_groups
 from optima_tpu.report.records import LayerReport
 
 
@@ -62,16 +62,16 @@ def group_arguments(
 
 def prune_matrices(weights, hessian, recipe: Recipe, mesh: Mesh, **options):
     """``prune_group`` of matrices that read one input: their weights, their masks, and what happened to their rows."""
-    return tuple(zip(*prune_group(*group_arguments(weights, hessian, recipe, mesh, **options))))
+    return tuple(zip(*(found[:3] for found in prune_group(*group_arguments(weights, hessian, recipe, mesh, **options)))))
 
 
 def prune_calibrated(
     decoder: Decoder, index: int, parameters: Mapping[str, Array], groups: Groups, statistics, recipe: Recipe, **options
-) -> PrunedBlock:
+) -> tuple[dict[str, Array], dict[str, Array], tuple[LayerReport, ...]]:
     """``prune_groups`` of layers whose statistics are here, :class:`TokenSets` or those of calibration tokens alone."""
     sets = tuple(each if isinstance(each, TokenSets) else TokenSets(each) for each in statistics)
     walk = Walk(decoder, recipe, groups, samples=0, **options)
-    return prune_groups(walk, index, parameters, Pass(groups, (ON_EVERY_DEVICE,) * len(groups)), sets)
+    return prune_groups(walk, index, parameters, Pass(groups, (ON_EVERY_DEVICE,) * len(groups)), sets)[:3]
 
 
 def walk_block(
@@ -87,8 +87,8 @@ def walk_block(
     parameters: Mapping[str, Array] | None = None,
     budget: float = math.inf,
     dense: Activations | None = None,
-) -> PrunedBlock:
-    """One step of the walk: ``prune_block``, by default of a block that is read here, calibrated on all samples."""
+) -> tuple[dict[str, Array], dict[str, Array], tuple[LayerReport, ...]]:
+    """One step of the walk, by default of a block that is read here, calibrated on all samples: parameters, masks, reports."""
     walk = Walk(decoder, recipe, groups, len(hidden) if samples is None else samples, budget, given, tell)
     parameters = decoder.load_block(index) if parameters is None else parameters
-    return prune_block(walk, index, parameters, Streams(hidden, dense))
+    return prune_block(walk, index, parameters, Streams(hidden, dense))[:3]

@@ -8,7 +8,9 @@
     OUT/README.md                   model card
     OUT/sha256-all.json             the checksums of these files
 
-or to the same folder packed, with packed-model.safetensors and packed.json in place of weights and masks; see ``packed.py``.
+or to the same folder packed, with packed-model.safetensors and packed.json in place of weights and masks; see ``packed.py``. The
+form ``compressed-tensors`` stores the integers and scales of a quantised run in the place of its weights; see
+``compressed_tensors.py``.
 
 The weights are dense: no current library reads a packed 2:4 file, and a ``sparsity_config`` makes some refuse to load.
 """
@@ -22,9 +24,11 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from optima_tpu.config.choices import method_class
 from optima_tpu.errors import UserError
 from optima_tpu.method.layer_rules import parse_layers, pattern_of
 from optima_tpu.method.patterns import Pattern, parse_pattern
+from optima_tpu.models.checkpoints.compressed_tensors import compressed, quantization_config
 from optima_tpu.models.checkpoints.orbax import CheckpointTensors, refuse_damaged_checkpoint
 from optima_tpu.models.checkpoints.packed import MASKS, SHAPE, Packer, write_masks
 from optima_tpu.report.contents import Facts
@@ -41,6 +45,8 @@ from optima_tpu.runtime.records import known_record, read_record
 SIDECAR = "optima_tpu.json"
 FOLDER = "hf"
 """The name of the export in the directory of its run."""
+PLAIN, PACKED, COMPRESSED = FORMATS = ("plain", "packed", "compressed-tensors")
+"""The forms of an export."""
 
 
 class Sidecar(TypedDict):
@@ -55,7 +61,7 @@ def export(
     out: str | Path,
     max_shard_size: int | str = "5GB",
     report: Mapping[str, Any] | None = None,
-    packed: bool = False,
+    form: str = PLAIN,
 ) -> None:
     """Writes the folder. It gets its name only after everything in it has been written, checked and flushed to disk.
 
@@ -65,20 +71,25 @@ def export(
         was killed.
       max_shard_size: bytes, or a text such as "5GB". One shard is in memory at a time.
       report: the run's report for the model card; None takes report.json, if the run has one.
-      packed: write the packed form. ``optima unpack`` makes the plain folder of it, byte for byte.
+      form: one of ``FORMATS``. ``optima unpack`` makes the plain folder of the packed one, byte for byte.
 
     Raises:
-      UserError: the run is not finished, ``out`` is in use, the disk is full, or ``out`` is in a bucket though ``packed`` is set.
+      UserError: the run is not finished, ``out`` is in use, the disk is full, ``out`` is in a bucket though the form is packed, or
+        the form is compressed-tensors and the run did not quantise.
       RuntimeError: the written weights do not match the masks. ``out`` is not created.
     """
     out, run_directory = as_path(out).resolve(), as_path(run_directory)
-    if packed and in_bucket(out):
+    if form not in FORMATS:
+        raise UserError(f"expected the format to be one of {', '.join(FORMATS)}, got {form!r}")
+    if form == PACKED and in_bucket(out):
         raise UserError(f"expected a folder on a disk for a packed export, got {out}: export to a disk, then copy the folder")
     refuse_damaged_checkpoint(run_directory.absolute())
     source, run = CheckpointTensors(run_directory), run_directory.resolve()
     if out.is_relative_to(run) and out != run / FOLDER:
         raise UserError(f"expected a folder outside of the run directory {run} to export to, got {out}; choose another folder")
-    patterns = _patterns(source)
+    patterns, bits = _patterns(source), None
+    if form == COMPRESSED:
+        bits = _bits(source, run_directory)
     with writing(out, "nothing was left there; make room or choose another folder, and repeat the command"):
         if _is_damaged_export(out, source.run["manifest"], own=out.parent == run):
             remove(out)
@@ -89,8 +100,10 @@ def export(
             for name, data in assets.items():
                 (partial / name).parent.mkdir(parents=True, exist_ok=True)
                 (partial / name).write_bytes(data)
-            packer = Packer(partial) if packed else None
-            shards, zeros = _write_shards(source, patterns, partial, max_shard_size, packer)
+            packer = Packer(partial) if form == PACKED else None
+            shards, zeros = _write_shards(source, patterns, partial, max_shard_size, packer, bits)
+            if bits is not None:
+                _say_quantized(partial / "config.json", source, bits)
             if packer is None:
                 with written_here(partial / MASKS) as here:
                     write_masks(here, ((name, source.mask(name)) for name in source.pruned()))
@@ -161,9 +174,17 @@ def read_masks(path: str | Path) -> dict[str, np.ndarray]:
 
 
 def _write_shards(
-    source: CheckpointTensors, patterns: Mapping[str, Pattern], folder: Path, limit: int | str, packer: Packer | None
+    source: CheckpointTensors,
+    patterns: Mapping[str, Pattern],
+    folder: Path,
+    limit: int | str,
+    packer: Packer | None,
+    bits: int | None,
 ) -> tuple[list[str], dict[str, int]]:
     """Writes and checks the weights. A ``packer`` packs each file, which is then removed.
+
+    Args:
+      bits: of the integers, to store them and their scales in the place of the quantised weights.
 
     Returns:
       The names of the files, and the number of zeros in each pruned weight, counted in the file.
@@ -174,6 +195,8 @@ def _write_shards(
         raise UserError(f"expected a shard size such as 5GB, got {limit!r}: {error}") from None
     masked = set(source.pruned())
     zeros: dict[str, int] = {}
+    weight_map: dict[str, str] = {}
+    size = 0
     for file_name, names in split.filename_to_tensors.items():
         if alone():
             signals.check()
@@ -183,6 +206,12 @@ def _write_shards(
             tensors[name] = _exact_zeros(name, tensors[name], keep)
         # safetensors writes the buffer in memory order: without this a transposed view would be saved wrongly.
         tensors = {name: np.ascontiguousarray(tensors[name]).reshape(source.shape(name)) for name in names}
+        if bits is not None:
+            for name, scale in source.scales(names).items():
+                zeros[name] = _zeros(name, tensors[name] == 0, masks[name], patterns)
+                tensors |= compressed(name, tensors.pop(name), scale, bits)
+        weight_map |= dict.fromkeys(tensors, file_name)
+        size += sum(array.nbytes for array in tensors.values())
         with written_here(folder / file_name) as here:
             safetensors.numpy.save_file(tensors, here, metadata={"format": "pt"})
             # safetensors makes files that only their owner can read, but the folder is meant to be shared.
@@ -192,7 +221,7 @@ def _write_shards(
                 packer.add_weights(here, masks)
                 here.unlink()
     if split.is_sharded:
-        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        index = {"metadata": {"total_size": size}, "weight_map": weight_map}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
     return list(split.filename_to_tensors), zeros
 
@@ -224,12 +253,44 @@ def _check(
             if (written.dtype, written.shape) != (expected.dtype, expected.shape) or not _same_bytes(written, expected):
                 raise RuntimeError(f"{path.name}: {name} differs from the checkpoint")
             if name in masks:
-                zero = written == 0
-                pattern = patterns.get(name)
-                if np.any(~masks[name] & ~zero) or not (pattern is None or pattern.holds(zero)):
-                    raise RuntimeError(f"{path.name}: the zeros of {name} do not match mask and pattern {pattern}")
-                zeros[name] = int(zero.sum())
+                zeros[name] = _zeros(name, written == 0, masks[name], patterns)
     return zeros
+
+
+def _zeros(name: str, zero: np.ndarray, keep: np.ndarray, patterns: Mapping[str, Pattern]) -> int:
+    """The number of zeros of a pruned weight. Raises RuntimeError if they do not match mask and pattern."""
+    pattern = patterns.get(name)
+    if np.any(~keep & ~zero) or not (pattern is None or pattern.holds(zero)):
+        raise RuntimeError(f"the zeros of {name} do not match mask and pattern {pattern}")
+    return int(zero.sum())
+
+
+def _bits(source: CheckpointTensors, run_directory: Path) -> int:
+    """The bits of a run's integers.
+
+    Raises:
+      UserError: the run did not quantise.
+    """
+    quantize = source.run["manifest"]["recipe"].get("quantize")
+    cls = method_class("quantize", quantize["name"]) if quantize else None
+    if cls is None or not source.quantized():
+        raise UserError(
+            f"expected a run with --quantize int4 or int8 to export as {COMPRESSED}, got {run_directory}, whose weights are no "
+            "integers; take --format plain or packed"
+        )
+    return int(cls.bits)  # type: ignore[attr-defined]  # every quantizer has it
+
+
+def _say_quantized(path: Path, source: CheckpointTensors, bits: int) -> None:
+    """Adds the quantization to a folder's config.json."""
+    quantized = set(source.quantized())
+    others = (name for name in source.names() if name.endswith(".weight") and len(source.shape(name)) == 2)
+    said = quantization_config(
+        bits,
+        source.run["manifest"]["recipe"]["quantize"]["group"],
+        (name.removesuffix(".weight") for name in others if name not in quantized),
+    )
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": said}, indent=2) + "\n")
 
 
 def _patterns(source: CheckpointTensors) -> dict[str, Pattern]:

@@ -117,6 +117,7 @@ class SavedBlocks(Protocol):
     def finished(self) -> Collection[int]: ...
     def weights(self, index: int) -> dict[str, np.ndarray]: ...
     def masks(self, index: int) -> dict[str, np.ndarray]: ...
+    def scales(self, index: int) -> dict[str, np.ndarray]: ...
     def report(self, index: int) -> dict[str, Any]: ...
     def entry(self, index: int) -> Path: ...
 
@@ -173,12 +174,13 @@ def write_checkpoint(
 def _write_whole(path: Path, journal: SavedBlocks, source: TensorSource, on_mesh: OnMesh, metadata: Mapping[str, Any]) -> None:
     names = set(source.names())
     for index in sorted(journal.finished):
-        weights, masks = journal.weights(index), journal.masks(index)
+        weights = journal.weights(index)
+        groups = {"weights": weights, "masks": journal.masks(index), "scales": journal.scales(index)}
         for name, array in weights.items():
             if name not in names or (array.shape, array.dtype) != (source.shape(name), source.dtype(name)):
                 raise ValueError(f"block {index}: the source has no {name} {array.shape} {array.dtype}")
         # Orbax stores an empty group as a leaf, and then refuses to add the arrays of later blocks to it.
-        if tree := {key: on_mesh(group) for key, group in (("weights", weights), ("masks", masks)) if group}:
+        if tree := {key: on_mesh(group) for key, group in groups.items() if group}:
             ocp.partial.save(path, tree)
         names.difference_update(weights)
     for group in split_by_size(source, sorted(names), _UNTOUCHED_AT_ONCE).filename_to_tensors.values():
@@ -242,12 +244,12 @@ class OrbaxTensors:
     """The tensors in Orbax checkpoints as a ``TensorSource``, read to the host on demand.
 
     Args:
-      trees: each checkpoint -> the tree that ``read_metadata`` says is in it: groups "weights" and "masks" by name.
+      trees: each checkpoint -> the tree that ``read_metadata`` says is in it: groups "weights", "masks" and "scales" by name.
     """
 
     def __init__(self, trees: Mapping[Path, Mapping[str, Any]]):
         self._trees = trees
-        self._found = {group: _leaves(trees, group) for group in ("weights", "masks")}
+        self._found = {group: _leaves(trees, group) for group in ("weights", "masks", "scales")}
         self._held: tuple[tuple[str, str], dict[str, np.ndarray]] = ("", ""), {}
 
     def names(self) -> tuple[str, ...]:
@@ -282,6 +284,14 @@ class OrbaxTensors:
     def masks(self, names: Iterable[str]) -> dict[str, np.ndarray]:
         """The masks of pruned weights, [d_out, d_in] bool, True where kept."""
         return self._load("masks", set(names))
+
+    def scales(self, names: Iterable[str]) -> dict[str, np.ndarray]:
+        """The scales of those of these weights that are quantised, [d_out, groups]."""
+        return self._load("scales", set(names))
+
+    def quantized(self) -> tuple[str, ...]:
+        """The names of the quantised weights."""
+        return tuple(sorted(self._found["scales"]))
 
     def _with_its_block(self, group: str, name: str) -> np.ndarray:
         wanted = group, _block_of(name)

@@ -256,6 +256,10 @@ class Distilled:
         """The weights of a block by HF name."""
         return load_group(self.entry(index), "weights", read_metadata(self.entry(index)).metadata["weights"])
 
+    def scales(self, index: int) -> dict[str, np.ndarray]:
+        """None: training moves weights off their integers."""
+        return {}
+
     def masks(self, index: int) -> dict[str, np.ndarray]:
         """The masks of a block by the HF name of the weight, which are those of the journal."""
         return self._journal.masks(index)

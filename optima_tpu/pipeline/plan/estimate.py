@@ -98,13 +98,16 @@ class RowShare(NamedTuple):
 def prune_work(recipe: Recipe, pattern: Pattern, share: RowShare, held_out: bool) -> Work:
     """The work of ``prune_group``, by the cost that its methods state. A method that states no cost counts as 0."""
     cost, chooser = recipe.update(pattern).cost() or Cost(), (recipe.selector and recipe.selector.cost()) or Cost()
+    rounder = recipe.quantize.cost() if recipe.quantize else Cost()
     candidates = recipe.tuning.candidates(recipe.damping, recipe.target)
     # Besides the solver: the target, and the objective before and after it. Without a solver these two are one.
     change = 2 if recipe.solver else 1
-    times = candidates * (cost.products + 1 + change + held_out * (1 + change)) + chooser.products
+    # The quantised weights are compared with the nearest integers as the solver's are with the selector's.
+    measures = (1 + change) + (3 if recipe.quantize else 0)
+    times = candidates * (cost.products + rounder.products + measures + held_out * measures) + chooser.products
     times += recipe.target.dense_stream * (1 + held_out)
-    inverses = candidates * cost.inverses + chooser.inverses
-    passes = candidates * (cost.passes + 30) + PASSES_OF_A_MASK + chooser.passes
+    inverses = candidates * (cost.inverses + rounder.inverses) + chooser.inverses
+    passes = candidates * (cost.passes + rounder.passes + 30) + PASSES_OF_A_MASK + chooser.passes
     rows, d_in = share.rows, share.d_in
     factor = candidates * cost.factorisations * rows / 3 * d_in**3
     if share.parts > 1 or share.panels:

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 from optima_tpu.config.run_config import RunConfig
 from optima_tpu.errors import UserError
-from optima_tpu.method.layer_rules import check_layers
 from optima_tpu.method.linalg.features import divided
 from optima_tpu.method.patterns import Pattern
 from optima_tpu.method.recipe import Recipe
@@ -18,7 +17,7 @@ from optima_tpu.models.generate import cache_structs, windows_at_once
 from optima_tpu.pipeline.calibrate import Capture, linear_groups
 from optima_tpu.pipeline.distill.blocks import Trainer
 from optima_tpu.pipeline.distill.train import refuse_large
-from optima_tpu.pipeline.inputs import linear_shapes
+from optima_tpu.pipeline.inputs import pruned_layers
 from optima_tpu.pipeline.memory_plan import Pass, aimed_residuals, attention_pass, block_passes, group_load
 from optima_tpu.pipeline.plan import estimate
 from optima_tpu.pipeline.plan.compile import Compiled, compiled, lower_calibration, lower_pruning, resident, sequences_at_once
@@ -159,7 +158,7 @@ def make_plan(config: RunConfig, model: Declared, machine: Machine, tell: Callab
     """
     config = counted(config, model)
     decoder, recipe, text = model.decoder, config.recipe, config.calibration
-    patterns = check_layers(config.layers, config.pattern, linear_shapes(decoder))
+    patterns = pruned_layers(config, decoder)
     held_out, names, residuals = text.held_out > 0, linear_groups(decoder), aimed_residuals(decoder, recipe)
     budget = device_budget(config.device_memory, None if machine.here else machine.chip.memory)
     kinds: dict[_Kind, int] = collections.Counter()
