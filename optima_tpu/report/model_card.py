@@ -51,6 +51,14 @@ def model_card(folder: str, sidecar: Mapping[str, Any], assets: Mapping[str, byt
         f"{_plain(origin or 'A language model')}, pruned in one shot by OPTIMA-TPU: {pruned:,} of the {weights:,} weights in "
         f"its {len(layers)} pruned matrices are zero ({pruned / max(weights, 1):.2%}). All other tensors are the same as "
         "in the source.\n",
+        *(
+            [
+                f"The kept weights are integers of {quantize['name']} times scales, chosen by the pruning's own objective. A folder whose "
+                "config.json has a quantization_config stores the integers and the scales; what follows is about the plain form.\n"
+            ]
+            if (quantize := recipe.get("quantize"))
+            else []
+        ),
         "`model.safetensors` is not smaller than the source file and inference is not faster, because zeros are stored like "
         "other numbers. `optima export --packed` stores them as a bit mask; a folder with packed.json is of this form, and "
         "`optima unpack` makes the plain folder of it. Zeros save time only with a kernel that uses them.\n",

@@ -28,6 +28,11 @@ class _Selector(TypedDict):
     name: str
 
 
+class _Quantize(TypedDict):
+    name: str
+    group: int | None
+
+
 class _Recipe(TypedDict):
     pattern: str
     selector: _Selector
@@ -36,6 +41,7 @@ class _Recipe(TypedDict):
     tuning: NotRequired[dict[str, Any] | None]
     accept: NotRequired[dict[str, Any] | None]
     distill: NotRequired[dict[str, Any] | None]
+    quantize: NotRequired[_Quantize | None]
 
 
 class Manifest(TypedDict):

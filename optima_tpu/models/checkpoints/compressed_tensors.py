@@ -16,6 +16,8 @@ from typing import Any
 
 import numpy as np
 
+from optima_tpu.method.quantization import Quantizer
+
 PACKED, SCALE, SHAPE = "weight_packed", "weight_scale", "weight_shape"
 
 
@@ -64,19 +66,19 @@ def compressed(name: str, weight: np.ndarray, scale: np.ndarray, bits: int) -> d
     }
 
 
-def quantization_config(bits: int, group: int | None, others: Iterable[str]) -> Mapping[str, Any]:
+def quantization_config(quantizer: Quantizer, others: Iterable[str]) -> Mapping[str, Any]:
     """What ``config.json`` says under ``quantization_config``.
 
     Args:
-      group: inputs that share a scale; None for one scale a row.
+      quantizer: bits and group of the integers.
       others: the names of the modules that are not quantised, as far as they may be linear layers.
     """
     weights = {
-        "num_bits": bits,
+        "num_bits": quantizer.bits,
         "type": "int",
         "symmetric": True,
-        "strategy": "channel" if group is None else "group",
-        "group_size": group,
+        "strategy": "channel" if quantizer.group is None else "group",
+        "group_size": quantizer.group,
         "dynamic": False,
     }
     return {

@@ -24,10 +24,11 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from optima_tpu.config.choices import method_class
+from optima_tpu.config.choices import CHOICES
 from optima_tpu.errors import UserError
 from optima_tpu.method.layer_rules import parse_layers, pattern_of
 from optima_tpu.method.patterns import Pattern, parse_pattern
+from optima_tpu.method.quantization import Quantizer
 from optima_tpu.models.checkpoints.compressed_tensors import compressed, quantization_config
 from optima_tpu.models.checkpoints.orbax import CheckpointTensors, refuse_damaged_checkpoint
 from optima_tpu.models.checkpoints.packed import MASKS, SHAPE, Packer, write_masks
@@ -87,9 +88,8 @@ def export(
     source, run = CheckpointTensors(run_directory), run_directory.resolve()
     if out.is_relative_to(run) and out != run / FOLDER:
         raise UserError(f"expected a folder outside of the run directory {run} to export to, got {out}; choose another folder")
-    patterns, bits = _patterns(source), None
-    if form == COMPRESSED:
-        bits = _bits(source, run_directory)
+    patterns = _patterns(source)
+    quantizer = _quantizer(source, run_directory) if form == COMPRESSED else None
     with writing(out, "nothing was left there; make room or choose another folder, and repeat the command"):
         if _is_damaged_export(out, source.run["manifest"], own=out.parent == run):
             remove(out)
@@ -101,9 +101,9 @@ def export(
                 (partial / name).parent.mkdir(parents=True, exist_ok=True)
                 (partial / name).write_bytes(data)
             packer = Packer(partial) if form == PACKED else None
-            shards, zeros = _write_shards(source, patterns, partial, max_shard_size, packer, bits)
-            if bits is not None:
-                _say_quantized(partial / "config.json", source, bits)
+            shards, zeros = _write_shards(source, patterns, partial, max_shard_size, packer, quantizer)
+            if quantizer is not None:
+                _say_quantized(partial / "config.json", source, quantizer)
             if packer is None:
                 with written_here(partial / MASKS) as here:
                     write_masks(here, ((name, source.mask(name)) for name in source.pruned()))
@@ -179,12 +179,12 @@ def _write_shards(
     folder: Path,
     limit: int | str,
     packer: Packer | None,
-    bits: int | None,
+    quantizer: Quantizer | None,
 ) -> tuple[list[str], dict[str, int]]:
     """Writes and checks the weights. A ``packer`` packs each file, which is then removed.
 
     Args:
-      bits: of the integers, to store them and their scales in the place of the quantised weights.
+      quantizer: of the run, to store integers and scales in the place of the quantised weights.
 
     Returns:
       The names of the files, and the number of zeros in each pruned weight, counted in the file.
@@ -206,10 +206,10 @@ def _write_shards(
             tensors[name] = _exact_zeros(name, tensors[name], keep)
         # safetensors writes the buffer in memory order: without this a transposed view would be saved wrongly.
         tensors = {name: np.ascontiguousarray(tensors[name]).reshape(source.shape(name)) for name in names}
-        if bits is not None:
+        if quantizer is not None:
             for name, scale in source.scales(names).items():
                 zeros[name] = _zeros(name, tensors[name] == 0, masks[name], patterns)
-                tensors |= compressed(name, tensors.pop(name), scale, bits)
+                tensors |= compressed(name, tensors.pop(name), scale, quantizer.bits)
         weight_map |= dict.fromkeys(tensors, file_name)
         size += sum(array.nbytes for array in tensors.values())
         with written_here(folder / file_name) as here:
@@ -265,31 +265,28 @@ def _zeros(name: str, zero: np.ndarray, keep: np.ndarray, patterns: Mapping[str,
     return int(zero.sum())
 
 
-def _bits(source: CheckpointTensors, run_directory: Path) -> int:
-    """The bits of a run's integers.
+def _quantizer(source: CheckpointTensors, run_directory: Path) -> Quantizer:
+    """The quantizer of a run, with the bits and the group of its integers.
 
     Raises:
       UserError: the run did not quantise.
     """
-    quantize = source.run["manifest"]["recipe"].get("quantize")
-    cls = method_class("quantize", quantize["name"]) if quantize else None
-    if cls is None or not source.quantized():
+    recorded = source.run["manifest"]["recipe"].get("quantize")
+    cls = CHOICES["quantize"].get(recorded["name"]) if recorded else None
+    if recorded is None or cls is None or not source.quantized():
         raise UserError(
             f"expected a run with --quantize int4 or int8 to export as {COMPRESSED}, got {run_directory}, whose weights are no "
             "integers; take --format plain or packed"
         )
-    return int(cls.bits)  # type: ignore[attr-defined]  # every quantizer has it
+    quantizer: Quantizer = cls(group=recorded["group"])
+    return quantizer
 
 
-def _say_quantized(path: Path, source: CheckpointTensors, bits: int) -> None:
-    """Adds the quantization to a folder's config.json."""
+def _say_quantized(path: Path, source: CheckpointTensors, quantizer: Quantizer) -> None:
+    """Adds the quantisation to a folder's config.json."""
     quantized = set(source.quantized())
     others = (name for name in source.names() if name.endswith(".weight") and len(source.shape(name)) == 2)
-    said = quantization_config(
-        bits,
-        source.run["manifest"]["recipe"]["quantize"]["group"],
-        (name.removesuffix(".weight") for name in others if name not in quantized),
-    )
+    said = quantization_config(quantizer, (name.removesuffix(".weight") for name in others if name not in quantized))
     path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": said}, indent=2) + "\n")
 
 

@@ -262,6 +262,8 @@ def storage(model: Declared, config: RunConfig, hosts: int, pruned: int) -> Stor
     hidden = (text.samples + text.held_out) * text.length * decoder.config.d_model * itemsize * config.target.streams
     block, ends, blocks = model.block_bytes(), model.end_bytes(), decoder.config.blocks
     masks = pruned // blocks
+    if config.quantize:  # and scales
+        masks += masks * itemsize // (config.quantize.group or decoder.config.d_model)
     table = max(math.prod(shape) * model.itemsize(name) for name, shape in decoder.end_shapes.items())
     share = -(-hidden // hosts)
     # A save to the journal makes one more copy; embedding the tokens needs the whole table.
