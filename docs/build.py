@@ -716,6 +716,7 @@ _RESULTS: Mapping[str, tuple[str, Mapping[str, Sequence[str]]]] = {
                 "sparsegpt-variants",
             ),
             "What each lever earns": ("levers", "distillation", "dense-target", "levers-wanda", "allocation", "output-errors"),
+            "Pruned and quantised": ("quantization",),
             "Tasks, and distance from the dense model": ("tasks", "distance"),
             "Calibration text": ("calibration-text", "calibration-size", "samples"),
             "The tables of the OPTIMA paper, on this model": (
