@@ -10,7 +10,7 @@ from optima_tpu.config.choices import BY_HELD_OUT, CHOICES, method_name, options
 from optima_tpu.errors import UserError
 from optima_tpu.method.acceptance import Acceptance, PerRow
 from optima_tpu.method.allocation import Allocation, Uniform
-from optima_tpu.method.distillation import KL
+from optima_tpu.method.distillation import Distillation
 from optima_tpu.method.layer_rules import LayerRule, layers_text
 from optima_tpu.method.mask_swaps import Swaps
 from optima_tpu.method.patterns import Pattern, Unstructured
@@ -151,7 +151,7 @@ class RunConfig:
       refine: whether the mask changes once its weights are solved; None keeps the selector's mask.
       quantize: whether the kept weights become integers once they are solved; None leaves them.
       allocation: how the pattern's sparsity is distributed among the blocks.
-      distill: whether the pruned model is trained as a whole toward the dense one, with its masks held; None does not train it.
+      distill: whether the pruned model is trained as a whole, with its masks held; None does not train it.
       calibration: the text that the pruned model must reproduce.
       evaluation: the text on which perplexity is measured.
       token_cache: store the tokens of texts in ~/.cache/optima-tpu, or in the folder OPTIMA_TPU_CACHE, and reuse them.
@@ -185,7 +185,7 @@ class RunConfig:
     refine: Swaps | None = None
     quantize: Quantizer | None = None
     allocation: Allocation = Uniform()
-    distill: KL | None = None
+    distill: Distillation | None = None
     calibration: Calibration = Calibration()
     evaluation: Evaluation = Evaluation()
     token_cache: bool = True
@@ -244,7 +244,8 @@ class RunConfig:
             )
         if self.distill and not self.calibration.held_out:
             raise UserError(
-                "expected calibration.held_out of at least 1 where distill is kl, got 0: held-out windows choose the step"
+                f"expected calibration.held_out of at least 1 where distill is {method_name('distill', self.distill)}, got 0: held-out "
+                "windows choose the step"
             )
         if not self.calibration.held_out:
             for setting, name in BY_HELD_OUT.items():

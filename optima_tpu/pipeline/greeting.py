@@ -65,5 +65,5 @@ def recipe_line(config: RunConfig, decoder: Decoder) -> str:
     if (candidates := config.tuning.candidates(config.recipe.damping, config.target)) > 1:
         words.append(f"{candidates} candidates for each matrix")
     if config.distill:
-        words.append(f"distilled on {config.distill.windows} windows")
+        words.append(f"{config.distill.done} on {config.distill.windows} windows")
     return ", ".join(words)

@@ -1,6 +1,7 @@
 """One run, from a dense checkpoint to a pruned one, after the command line was read."""
 
 import contextlib
+from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
@@ -10,7 +11,7 @@ from optima_tpu.config.run_config import RunConfig, to_dict
 from optima_tpu.models.model import Model
 from optima_tpu.pipeline.inputs import Texts, open_model_on_mesh, read_texts
 from optima_tpu.pipeline.repair import mend
-from optima_tpu.pipeline.stages import STAGES, Opened, Run, finished_report
+from optima_tpu.pipeline.stages import STAGES, Opened, Run, Stage, finished_report
 from optima_tpu.report.progress import Progress
 from optima_tpu.report.run_record import code_version
 from optima_tpu.report.sinks import check_sinks
@@ -50,6 +51,15 @@ def run(
     model = model or open_model_on_mesh(config)
     check_signals()
     opened = Opened.of(config, model, texts or read_texts(config, model, console), console)
+    return finish(opened, STAGES, console, dense)
+
+
+def finish(opened: Opened, stages: Sequence[Stage], console: Console, dense: float | None = None) -> dict[str, Any]:
+    """Takes the stages that are left of an opened run, prints the summary, and returns the contents of report.json.
+
+    Args:
+      dense: as for :func:`run`.
+    """
     check_signals()
     report = from_first(lambda: finished_report(opened))
     if report is None:
@@ -57,7 +67,7 @@ def run(
             for line in from_first(lambda: mend(opened.directory)):
                 progress.note(line)
             started = Run(opened, progress, sinks, dense)
-            for stage in STAGES:
+            for stage in stages:
                 stage.take(started)
         report = started.report
         assert report is not None, "the last stage writes it"

@@ -70,16 +70,18 @@ class Opened:
 
     Attributes:
       manifest: all that decides the pruned weights; see ``inputs.manifest_of``.
-      walk: what is done to every block, with the pattern's sparsity.
+      configuration: the settings as they are recorded.
       directory: the directory of the run.
+      walk: what is done to every block, with the pattern's sparsity; None where the blocks are pruned already.
     """
 
     config: RunConfig
     model: Model
     texts: Texts
     manifest: dict[str, Any]
-    walk: Walk
+    configuration: dict[str, Any]
     directory: Path
+    walk: Walk | None = None
 
     @classmethod
     def of(cls, config: RunConfig, model: Model, texts: Texts, console: Console) -> "Opened":
@@ -102,7 +104,7 @@ class Opened:
             refuse_large(Trainer(decoder, config.distill), walk.budget)
         directory = prepare_directory(config.run_directory, manifest, to_dict(config))
         greet(console, config, model, texts, directory, told)
-        return cls(config, model, texts, manifest, walk, directory)
+        return cls(config, model, texts, manifest, to_dict(config), directory, walk)
 
 
 @dataclasses.dataclass
@@ -198,7 +200,7 @@ def _made(result: T | None) -> T:
 def _open_journal(run: Run) -> None:
     """Writes what a resume must agree with into the run directory. From here on the run can be resumed."""
     opened = run.opened
-    run.journal = open_journal(opened.directory, opened.manifest, opened.model.pretrained.assets, to_dict(opened.config))
+    run.journal = open_journal(opened.directory, opened.manifest, opened.model.pretrained.assets, opened.configuration)
     first_only(lambda: keep_calibration(opened.directory, opened.manifest, opened.texts.calibration))
 
 
@@ -231,7 +233,7 @@ def _record(run: Run) -> None:
         _open_journal(run)
     journal = _made(run.journal)
     first_only(lambda: _keep_dense(run))
-    run.sinks = run.resources.enter_context(opened(config.sinks, opened_run.directory, to_dict(config)))
+    run.sinks = run.resources.enter_context(opened(config.sinks, opened_run.directory, opened_run.configuration))
     run.steps = Steps(run.sinks, journal)
     run.steps.follow()
 
@@ -289,7 +291,7 @@ def _knows_allocation(run: Run) -> bool:
 def _allocate(run: Run) -> None:
     opened_run = run.opened
     ids, allocation = opened_run.texts.calibration.ids, opened_run.config.allocation
-    run.allocation = allocated(opened_run.walk, ids, allocation, run.progress.advance)
+    run.allocation = allocated(_made(opened_run.walk), ids, allocation, run.progress.advance)
     write_allocation(opened_run.directory, run.allocation)
     run.progress.note(run.allocation.told)
 
@@ -300,7 +302,7 @@ def _is_pruned(run: Run) -> bool:
 
 
 def _prune(run: Run) -> None:
-    walk = dataclasses.replace(run.opened.walk, tell=run.progress.layer)
+    walk = dataclasses.replace(_made(run.opened.walk), tell=run.progress.layer)
     if run.allocation is not None:
         layers = run.allocation.rules(walk.decoder, walk.recipe.pattern) + walk.recipe.layers
         walk = dataclasses.replace(walk, recipe=dataclasses.replace(walk.recipe, layers=layers))
@@ -322,7 +324,7 @@ def _distill(run: Run) -> None:
     found = distill(dense, journal, method, windows, progress.advance, progress.note)
     as_pruned = dataclasses.replace(dense, tensors=Layered(journal.tensors(), dense.tensors))
     before = perplexity(as_pruned, texts.evaluation.ids, progress.advance)
-    run.distilled = found._replace(perplexity_before=before)
+    run.distilled = dataclasses.replace(found, perplexity_before=before)
     keep_outcome(opened_run.directory, run.distilled)
 
 
@@ -387,6 +389,7 @@ def _facts(run: Run) -> dict[str, Any]:
         "recipe": recipe_line(run.opened.config, run.opened.model.decoder),
         "perplexity": {"dense": _made(run.dense), "pruned": _made(run.pruned)},
         "evaluation": {"how": text.how, "tokens": int(text.ids.size), "digest": token_digest(text.ids)},
+        "distillation": run.distilled and run.distilled.to_json(),
     }
 
 
@@ -410,12 +413,11 @@ def _report(run: Run) -> None:
         lambda: write_report(
             directory / REPORT,
             manifest=opened_run.manifest,
-            configuration=to_dict(config),
+            configuration=opened_run.configuration,
             environment=environment(decoder.mesh),
             model=model,
             calibration={"source": config.calibration.source, "how": calibration.how, "tokens": int(calibration.ids.size)},
             allocation=run.allocation and run.allocation.to_json(),
-            distillation=run.distilled and run.distilled.to_json(),
             weighed=[name for name in residuals if name in decoder.linears],
             blocks=blocks_from_json(_made(run.blocks), directory / CHECKPOINT),
             seconds=run.progress.seconds,

@@ -35,6 +35,7 @@ class _Configuration(TypedDict):
     tuning: NotRequired[dict[str, Any] | None]
     accept: NotRequired[dict[str, Any] | None]
     distill: NotRequired[dict[str, Any] | None]
+    recover: NotRequired[dict[str, Any] | None]
 
 
 class _Environment(TypedDict):
@@ -115,6 +116,7 @@ class Check(TypedDict):
     step: Count
     held_out: float
     training: float | None
+    perplexity: NotRequired[float | None]
 
 
 class Outcome(TypedDict):
@@ -123,6 +125,7 @@ class Outcome(TypedDict):
     checks: Annotated[list[Check], msgspec.Meta(min_length=1)]
     kept: Count
     tokens: Count
+    seconds: NotRequired[float]
     perplexity_before: float | None
     held_out_before: float
     held_out_after: float
@@ -140,6 +143,7 @@ class Facts(TypedDict):
     recipe: NotRequired[str]
     perplexity: NotRequired[_Perplexity]
     evaluation: NotRequired[_Scored]
+    distillation: NotRequired[Outcome | None]
 
 
 class Report(TypedDict):

@@ -13,7 +13,7 @@ import pytest
 from optima_tpu.config.parse import parse
 from optima_tpu.errors import UserError
 from optima_tpu.launch import main
-from optima_tpu.method.distillation import KL, divergence
+from optima_tpu.method.distillation import KL
 from optima_tpu.models.checkpoints.orbax import CheckpointTensors
 from optima_tpu.models.decoder import forward, head_logits
 from optima_tpu.pipeline.distill.blocks import Trainer, head_gradient
@@ -105,7 +105,9 @@ def test_the_gradient_is_that_of_the_whole_model(pruned, windows):
         inputs = [pruned_batch.hidden]
         for block, place in zip(blocks, positions):
             inputs.append(trainer.forward(block.masters, block.fixed, inputs[-1], place))
-        _, cotangent = head_gradient(head, dense_batch.hidden, inputs.pop(), pruned_batch.valid, jnp.float32(1 / (8 * 31)))
+        final_hidden, targets, valid = inputs.pop(), pruned_batch.place(tokens), pruned_batch.valid
+        scale = jnp.float32(1 / (8 * 31))
+        _, cotangent = head_gradient(METHOD.loss, head, dense_batch.hidden, final_hidden, targets, valid, scale)
         for index in (2, 1, 0):
             found[index], cotangent = trainer.backward(
                 blocks[index].masters, blocks[index].fixed, inputs.pop(), positions[index], cotangent, found[index]
@@ -115,7 +117,8 @@ def test_the_gradient_is_that_of_the_whole_model(pruned, windows):
         hidden = jnp.asarray(dense.embed(tokens).values)
         for own, block, place in zip(masters, blocks, positions):
             hidden = forward(dense.graph, dense.state(block.fixed | own), hidden, place)[0]
-        return jnp.mean(divergence(*(head_logits(head, states)[:, :-1] for states in (jnp.asarray(final.values), hidden))))
+        logits = [head_logits(head, states)[:, :-1] for states in (jnp.asarray(final.values), hidden)]
+        return jnp.mean(METHOD.loss(*logits, jnp.asarray(tokens[:, 1:])))
 
     expected = jax.grad(loss)([block.masters for block in blocks])
     for own, theirs in zip(found, expected):
@@ -146,7 +149,7 @@ def test_the_mesh_changes_nothing_but_rounding(pruned, trained, windows):
 
 @pytest.mark.parametrize("pruned", ["bfloat16"], indirect=True)  # the masters, float32, go on and not the rounded weights
 def test_what_was_stopped_ends_with_the_same_bits_and_is_not_gone_on_from_where_its_state_is_damaged(pruned, trained, windows):
-    state, steps = pruned[1] / "distillation" / "step_00004", {False: 0, True: 0}
+    state, steps = pruned[1] / "distillation" / "step_0000004", {False: 0, True: 0}
     for damaged in (False, True):
         with pytest.raises(KeyboardInterrupt):
             run(pruned, windows, advance=stopped_in_step_6())

@@ -10,7 +10,7 @@ rounds it to the checkpoint's dtype; its gradient is reduced back to the same sh
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -21,7 +21,7 @@ from jax import Array
 from jax.sharding import NamedSharding
 
 from optima_tpu.evaluate.predictions import sum_over_windows
-from optima_tpu.method.distillation import KL, divergence, optimizer
+from optima_tpu.method.distillation import Distillation, cross_entropy, optimizer
 from optima_tpu.method.zeros import keep_zeros
 from optima_tpu.models.decoder import Decoder, Head, forward, head_logits
 from optima_tpu.models.family import Positions
@@ -56,15 +56,15 @@ class Trainer:
     """
 
     decoder: Decoder
-    method: KL
+    method: Distillation
 
     @functools.cached_property
     def factors(self) -> Mapping[str, float]:
         """The learning rate of every parameter that moves, as a multiple of the method's."""
         linears = {name + ".weight" for name in self.decoder.linears}
         shapes = self.decoder.block_shapes
-        norms = {name for name, shape in shapes.items() if len(shape) == 1 and name.endswith("norm.weight")}
-        found = {name: self.method.factor(name in norms) for name in shapes if name in linears | norms}
+        vectors = {name for name, shape in shapes.items() if len(shape) == 1}
+        found = {name: self.method.factor(name in vectors) for name in shapes if name in linears | vectors}
         return {name: factor for name, factor in found.items() if factor}
 
     def shards(self, name: str) -> NamedSharding:
@@ -156,36 +156,46 @@ def _start(masters: Tree) -> optax.OptState:
     return optimizer().init(masters)
 
 
-@jax.jit
-def head_loss(head: Head, dense: Array, pruned: Array, there: Array) -> Array:
-    """The summed ``KL(p || q)`` over the predictions of every window, [windows] float32; 0 for windows that are not there.
+Loss = Callable[[Array, Array, Array], Array]
+"""``Distillation.loss``."""
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def head_losses(loss: Loss, head: Head, dense: Array, pruned: Array, tokens: Array, there: Array) -> tuple[Array, Array]:
+    """The sums of the loss and of ``-log q(next token)`` over the predictions of every window, each [windows] float32.
 
     Args:
+      loss: ``Distillation.loss``.
       head: of both models, which pruning leaves as it is.
       dense, pruned: [windows, length, d_model], what leaves the last block of each model.
-      there: [windows] bool.
+      tokens: [windows, length] int32.
+      there: [windows] bool; the sums of windows that are not there are 0.
     """
-    return _losses(head, dense, pruned, there)
+
+    def score(targets: Array, dense: Array, pruned: Array) -> tuple[Array, Array]:
+        logits = head_logits(head, pruned)
+        return loss(head_logits(head, dense), logits, targets), cross_entropy(logits, targets)
+
+    sums: tuple[Array, Array] = jax.tree.map(
+        lambda each: jnp.where(there, each, 0), sum_over_windows(score, tokens, dense, pruned)
+    )
+    return sums
 
 
-@jax.jit
-def head_gradient(head: Head, dense: Array, pruned: Array, there: Array, scale: Array) -> tuple[Array, Array]:
-    """The sums of :func:`head_loss`, and the gradient of ``scale`` times their sum with respect to ``pruned``."""
+@functools.partial(jax.jit, static_argnums=0)
+def head_gradient(
+    loss: Loss, head: Head, dense: Array, pruned: Array, tokens: Array, there: Array, scale: Array
+) -> tuple[Array, Array]:
+    """The sums of the loss as in :func:`head_losses`, and the gradient of ``scale`` times their sum with respect to ``pruned``."""
 
-    def loss(pruned: Array) -> tuple[Array, Array]:
-        sums = _losses(head, dense, pruned, there)
-        return scale * jnp.sum(sums), sums
-
-    gradient, sums = jax.grad(loss, has_aux=True)(pruned)
-    return sums, gradient
-
-
-def _losses(head: Head, dense: Array, pruned: Array, there: Array) -> Array:
     # Rematerialised: the logits of a batch would be the largest arrays of the backward pass.
     @jax.checkpoint
-    def score(targets: Array, *states: Array) -> Array:
-        return divergence(*(head_logits(head, state) for state in states))
+    def score(targets: Array, dense: Array, pruned: Array) -> Array:
+        return loss(head_logits(head, dense), head_logits(head, pruned), targets)
 
-    targets = jnp.zeros(pruned.shape[:2], jnp.int32)  # which a divergence does not read
-    sums: Array = sum_over_windows(score, targets, dense, pruned)
-    return jnp.where(there, sums, 0)
+    def total(pruned: Array) -> tuple[Array, Array]:
+        sums = jnp.where(there, sum_over_windows(score, tokens, dense, pruned), 0)
+        return scale * jnp.sum(sums), sums
+
+    gradient, sums = jax.grad(total, has_aux=True)(pruned)
+    return sums, gradient

@@ -1,7 +1,8 @@
-"""Distillation of a pruned model: steps of Adam, checks on held-out windows, and a state from which a stopped run goes on."""
+"""Training of a pruned model: steps of Adam, checks on held-out windows, and a state from which a stopped run goes on."""
 
 import dataclasses
 import json
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict
@@ -11,22 +12,26 @@ import numpy as np
 from jax import Array
 
 from optima_tpu.errors import UserError
-from optima_tpu.method.distillation import KL
+from optima_tpu.method.distillation import Distillation
 from optima_tpu.models.activations import Activations
 from optima_tpu.models.checkpoints.orbax import load_group, read_metadata, save_tree
 from optima_tpu.models.decoder import Decoder, Head
 from optima_tpu.models.family import Positions
-from optima_tpu.pipeline.distill.blocks import Block, Trainer, Tree, head_gradient, head_loss
+from optima_tpu.pipeline.distill.blocks import Block, Trainer, Tree, head_gradient, head_losses
 from optima_tpu.pipeline.journal import Journal
 from optima_tpu.report import contents
 from optima_tpu.runtime.checksums import damage, keep, write_sums
 from optima_tpu.runtime.files import begin, commit, remove, staged, writing
 from optima_tpu.runtime.processes import fetch, first_only, from_first
-from optima_tpu.runtime.records import check_record, known_record
-from optima_tpu.runtime.signals import uninterrupted
+from optima_tpu.runtime.records import Count, check_record, known_record
+from optima_tpu.runtime.signals import Stopped, uninterrupted
 
 FOLDER = "distillation"
 OUTCOME, _DISTILLED = "distillation.json", "distilled"
+AT_ONCE = 1 << 31
+"""Bytes of hidden states, on all hosts together, of the training windows that wait for their steps."""
+_SHARE = 20
+"""Between two checks, a state is saved when this many times as long as it takes has passed since the last."""
 _REMEDY = "the pruned blocks are intact; make room and repeat the command"
 
 
@@ -35,22 +40,35 @@ class Check(NamedTuple):
 
     Attributes:
       step: after how many steps of Adam.
-      held_out: mean divergence of a held-out token, in nats.
-      training: mean divergence of a token of the steps since the check before; None before the first step.
+      held_out: mean loss of a held-out token, in nats.
+      training: mean loss of a token of the steps since the check before; None before the first step.
+      perplexity: on the held-out windows; None in records of earlier versions.
     """
 
     step: int
     held_out: float
     training: float | None = None
+    perplexity: float | None = None
 
 
-class _Checks(TypedDict):
-    """The metadata of the state at a check."""
+class _State(TypedDict):
+    """The metadata of a saved state.
 
+    Attributes:
+      step: after how many steps of Adam.
+      checks: up to this step.
+      losses: of the steps since the last check.
+      seconds: that these steps and checks took.
+    """
+
+    step: Count
     checks: list[contents.Check]
+    losses: list[float]
+    seconds: float
 
 
-class Outcome(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Outcome:
     """What became of a distillation.
 
     Attributes:
@@ -58,21 +76,23 @@ class Outcome(NamedTuple):
       kept: the step whose state is the result; 0 where the model stays as it was pruned.
       tokens: how many tokens the steps read.
       perplexity_before: of the model as it was pruned, on the evaluation text; None until it is measured.
+      seconds: that steps and checks took, also those before the run was stopped.
     """
 
     checks: tuple[Check, ...]
     kept: int
     tokens: int
     perplexity_before: float | None = None
+    seconds: float = dataclasses.field(default=0.0, compare=False)
 
     @property
     def before(self) -> float:
-        """The held-out divergence of the model as it was pruned."""
+        """The held-out loss of the model as it was pruned."""
         return self.checks[0].held_out
 
     @property
     def after(self) -> float:
-        """The held-out divergence of the result."""
+        """The held-out loss of the result."""
         return next(check.held_out for check in self.checks if check.step == self.kept)
 
     def to_json(self) -> dict[str, Any]:
@@ -81,6 +101,7 @@ class Outcome(NamedTuple):
             "checks": [check._asdict() for check in self.checks],
             "kept": self.kept,
             "tokens": self.tokens,
+            "seconds": self.seconds,
             "perplexity_before": self.perplexity_before,
             "held_out_before": self.before,
             "held_out_after": self.after,
@@ -90,7 +111,7 @@ class Outcome(NamedTuple):
     def from_json(cls, record: contents.Outcome) -> "Outcome":
         """From :meth:`to_json`."""
         checks = tuple(Check(**check) for check in record["checks"])
-        return cls(checks, record["kept"], record["tokens"], record["perplexity_before"])
+        return cls(checks, record["kept"], record["tokens"], record["perplexity_before"], record.get("seconds", 0.0))
 
 
 class Windows(NamedTuple):
@@ -106,10 +127,61 @@ class Windows(NamedTuple):
 
 
 class Stream(NamedTuple):
-    """Windows on their way through both models: the embeddings, and what leaves the last block of the dense model."""
+    """Windows on their way through both models.
 
+    Attributes:
+      tokens: [windows, length] int32, of which ``part`` leaves out none.
+      embedded: the embeddings.
+      dense: what leaves the last block of the dense model; the embeddings where the loss does not read it.
+    """
+
+    tokens: np.ndarray
     embedded: Activations
     dense: Activations
+
+    def part(self, first: int, last: int) -> "Stream":
+        """Windows ``first`` to ``last - 1``, without a copy."""
+        return self._replace(embedded=self.embedded.part(first, last), dense=self.dense.part(first, last))
+
+
+class _Feed:
+    """Gives each step its windows, and passes them through the dense model before, a part of them at a time.
+
+    The parts are the same wherever a run begins again, so that a window has the same hidden states in every start.
+
+    Args:
+      dense: the dense model.
+      advance: called after every block of it.
+    """
+
+    def __init__(self, dense: Decoder, method: Distillation, windows: Windows, advance: Callable[[], None]):
+        self._dense, self._method, self._windows, self._advance = dense, method, windows, advance
+        self._batch = min(method.batch, len(windows.training))
+        self._steps = max(1, len(windows.training) // method.batch)  # of a pass
+        at_rest = 2 * windows.training[0].size * dense.config.d_model * dense.tensors.dtype(dense.tensor_names()[0]).itemsize
+        self._at_once = min(self._steps, max(1, AT_ONCE // (self._batch * at_rest)))
+        self._held = -1
+
+    def begin(self, step: int) -> Stream:
+        """Gets the windows of a step ready, and returns the held-out ones."""
+        held_out = self._windows.held_out
+        self._held, training = self._place(step)
+        self._part, found = _streams(self._dense, self._method, (training, held_out), self._advance)
+        return found
+
+    def step(self, step: int) -> Stream:
+        """The windows of a step."""
+        number, training = self._place(step)
+        if number != self._held:
+            self._held, (self._part,) = number, _streams(self._dense, self._method, (training,), self._advance)
+        first = (step % self._steps - number * self._at_once) * self._batch
+        return self._part.part(first, first + self._batch)
+
+    def _place(self, step: int) -> tuple[int, np.ndarray]:
+        """The part that the windows of a step are in: its number, and its windows."""
+        number, size = step % self._steps // self._at_once, self._at_once * self._batch
+        used = self._windows.training[: self._steps * self._batch]
+        return number, used[number * size : (number + 1) * size]
 
 
 @dataclasses.dataclass
@@ -121,18 +193,21 @@ class _Model:
     head: Head
     positions: Sequence[Positions]
 
-    def divergence(self, stream: Stream) -> float:
-        """The mean divergence of a token, in nats."""
-        total, size = 0.0, self.trainer.decoder.batch
-        for pruned, dense in zip(stream.embedded.batches(size), stream.dense.batches(size)):
+    def measure(self, stream: Stream) -> tuple[float, float]:
+        """The mean loss of a token in nats, and the perplexity."""
+        totals, decoder = np.zeros(2), self.trainer.decoder
+        for pruned, dense in zip(stream.embedded.batches(decoder.batch), stream.dense.batches(decoder.batch)):
             hidden = pruned.hidden
             for block, positions in zip(self.blocks, self.positions):
                 hidden = self.trainer.forward(block.masters, block.fixed, hidden, positions)
-            total += float(np.sum(fetch(head_loss(self.head, dense.hidden, hidden, pruned.valid)), dtype=np.float64))
-        return total / _predictions(stream.embedded)
+            loss, tokens = self.trainer.method.loss, pruned.place(stream.tokens)
+            sums = fetch(head_losses(loss, self.head, dense.hidden, hidden, tokens, pruned.valid))
+            totals += [np.sum(each, dtype=np.float64) for each in sums]
+        loss, nll = totals / _predictions(stream.embedded)
+        return float(loss), float(np.exp(min(nll, 709.0)))
 
     def step(self, stream: Stream, rate: float) -> float:
-        """One step of Adam on some windows; the mean divergence of a token before it.
+        """One step of Adam on some windows; the mean loss of a token before it.
 
         Gradients add up over batches that fit the devices, so the batch of Adam is as large as the method says on any mesh.
         """
@@ -143,7 +218,9 @@ class _Model:
             inputs = [pruned.hidden]
             for block, positions in zip(self.blocks, self.positions):
                 inputs.append(trainer.forward(block.masters, block.fixed, inputs[-1], positions))
-            sums, cotangent = head_gradient(self.head, dense.hidden, inputs.pop(), pruned.valid, scale)
+            sums, cotangent = head_gradient(
+                trainer.method.loss, self.head, dense.hidden, inputs.pop(), pruned.place(stream.tokens), pruned.valid, scale
+            )
             for index in reversed(range(len(self.blocks))):
                 block = self.blocks[index]
                 gradients[index], cotangent = trainer.backward(
@@ -156,11 +233,17 @@ class _Model:
 
 
 def distill(
-    dense: Decoder, journal: Journal, method: KL, windows: Windows, advance: Callable[[], None], note: Callable[[str], None]
+    dense: Decoder,
+    journal: Journal,
+    method: Distillation,
+    windows: Windows,
+    advance: Callable[[], None],
+    note: Callable[[str], None],
 ) -> Outcome:
     """Trains the pruned blocks of a run, and leaves them in RUN/distilled. Every process calls it, and then :func:`keep_outcome`.
 
-    A run that was stopped goes on behind the last check, and ends with the same bits.
+    A run that was stopped goes on behind the last state that was saved, and ends with the same bits. A state is saved at every
+    check, between two checks so often that this takes a twentieth of the time, and when SIGTERM or Ctrl-C comes.
 
     Args:
       dense: the dense model.
@@ -171,45 +254,111 @@ def distill(
       note: called with a line after every check.
 
     Raises:
-      UserError: the disk is full; a divergence is not finite.
+      UserError: the disk is full; a loss is not finite.
     """
     pruned = dataclasses.replace(dense, tensors=journal.tensors())
     trainer, states = Trainer(pruned, method), _States(journal.directory / FOLDER)
-    training, held_out = _streams(dense, windows, advance)
-    length = windows.training.shape[1]
     blocks = []
     for index, parameters in enumerate(pruned.blocks(range(dense.config.blocks))):
         masks = journal.masks(index)
         blocks.append(trainer.open(parameters, {name.removeprefix(dense.prefix(index)): keep for name, keep in masks.items()}))
-    positions = [dense.positions(index, length) for index in range(dense.config.blocks)]
-    model = _Model(trainer, blocks, dense.head(), positions)
-    checks, losses = states.last(model), []
-    if not checks:
-        checks = [Check(0, _finite(model.divergence(held_out), 0))]
-        note(f"held-out divergence {checks[0].held_out:.4f} nats before the first step")
-    advance()
-    for step in range(checks[-1].step, method.steps):
-        first = step * method.batch % max(method.batch, len(windows.training) // method.batch * method.batch)
-        last = min(first + method.batch, len(windows.training))
-        part = Stream(training.embedded.part(first, last), training.dense.part(first, last))
-        losses.append(_finite(model.step(part, method.rate(step)), step))
+    positions = [dense.positions(index, windows.training.shape[1]) for index in range(dense.config.blocks)]
+    training = _Training(_Model(trainer, blocks, dense.head(), positions), states, note)
+    training.resume()
+    feed = _Feed(dense, method, windows, advance)
+    held_out = feed.begin(training.step)
+    try:
+        if not training.checks:
+            training.check(held_out)
         advance()
-        if step + 1 in method.check_steps():
-            check = Check(step + 1, _finite(model.divergence(held_out), step + 1), float(np.mean(losses)))
-            better = check.held_out < min(earlier.held_out for earlier in checks)
-            checks, losses = [*checks, check], []
-            note(
-                f"step {check.step} of {method.steps}: divergence {check.training:.4f} nats on the text it is trained on, "
-                f"{check.held_out:.4f} held out"
-            )
-            states.save(model, checks, better)
+        while training.due or training.step < method.steps:
+            if training.due:
+                training.check(held_out)
+            else:
+                training.take(feed.step(training.step))
             advance()
-    best = min(checks, key=lambda check: check.held_out)
-    outcome = Outcome(tuple(checks), best.step, method.steps * min(method.batch, len(windows.training)) * length)
+    except Stopped:
+        training.save()
+        raise
+    best = min(training.checks, key=lambda check: check.held_out)
+    read = method.steps * min(method.batch, len(windows.training)) * windows.training.shape[1]
     if best.step:
-        states.restore_best(model)
-        _write_blocks(model, journal)
-    return outcome
+        states.restore_best(training.model)
+        _write_blocks(training.model, journal)
+    return Outcome(tuple(training.checks), best.step, read, seconds=training.seconds)
+
+
+@dataclasses.dataclass
+class _Training:
+    """A distillation between two steps.
+
+    Attributes:
+      model: after ``step`` steps.
+      states: where it is saved.
+      note: called with a line after every check.
+      checks: so far.
+      losses: of the steps since the last check.
+      seconds: that all steps and checks took.
+      saved: the step of the last saved state.
+      saved_at: when, by ``time.monotonic()``; at first the start.
+      saving: the seconds that this took; at first a guess.
+    """
+
+    model: _Model
+    states: "_States"
+    note: Callable[[str], None]
+    step: int = 0
+    checks: list[Check] = dataclasses.field(default_factory=list)
+    losses: list[float] = dataclasses.field(default_factory=list)
+    seconds: float = 0.0
+    saved: int = 0
+    saved_at: float = dataclasses.field(default_factory=time.monotonic)
+    saving: float = 3.0
+
+    @property
+    def due(self) -> bool:
+        """Whether the next thing to do is a check."""
+        return self.step > self.checks[-1].step and self.step in self.model.trainer.method.check_steps()
+
+    def resume(self) -> None:
+        """Goes on from the last saved state, if there is one."""
+        if found := self.states.last(self.model):
+            self.step = self.saved = found["step"]
+            self.checks, self.losses = [Check(**check) for check in found["checks"]], found["losses"]
+            self.seconds = found["seconds"]
+
+    def take(self, stream: Stream) -> None:
+        """One step of Adam."""
+        start, rate = time.monotonic(), self.model.trainer.method.rate(self.step)
+        self.losses.append(_finite(self.model.step(stream, rate), self.step))
+        self.step += 1
+        self.seconds += time.monotonic() - start
+        if not self.due and from_first(lambda: time.monotonic() - self.saved_at > _SHARE * self.saving):
+            self.save()
+
+    def check(self, held_out: Stream) -> None:
+        """Measures the model on the held-out windows, and saves it."""
+        start, method = time.monotonic(), self.model.trainer.method
+        loss, perplexity = self.model.measure(held_out)
+        found = Check(self.step, _finite(loss, self.step), float(np.mean(self.losses)) if self.step else None, perplexity)
+        self.checks, self.losses = [*self.checks, found], []
+        self.seconds += time.monotonic() - start
+        told = f"held-out {method.words} {found.held_out:.4f} nats, perplexity {perplexity:.2f}"
+        if not self.step:
+            return self.note(f"{told} before the first step")
+        self.note(f"step {self.step} of {method.steps}: {told}; {found.training:.4f} nats on the text it is trained on")
+        self.saved = -1  # a state of this step may lack the check
+        self.save()
+
+    def save(self) -> None:
+        """Saves the state, unless it is saved already. The state before is removed, but for the best."""
+        if self.step > self.saved:
+            checks = [check._asdict() for check in self.checks]
+            about = _State(step=self.step, checks=checks, losses=self.losses, seconds=self.seconds)  # type: ignore[typeddict-item]
+            start = time.monotonic()
+            self.states.save(self.model, about)
+            self.saved, self.saved_at = self.step, time.monotonic()
+            self.saving = self.saved_at - start
 
 
 def keep_outcome(directory: Path, outcome: Outcome) -> None:
@@ -313,16 +462,15 @@ def _save(path: Path, tree: Mapping[str, Any], metadata: Mapping[str, Any]) -> N
 class _States:
     """What a stopped distillation goes on from: the state at the last check, and the masters of the best one.
 
-    RUN/distillation/step_00008   masters and moments of every block, and the checks so far
+    RUN/distillation/step_0000008   masters and moments of every block, and the checks so far
     """
 
     def __init__(self, folder: Path):
         self.folder = folder
 
-    def save(self, model: _Model, checks: Sequence[Check], better: bool) -> None:
-        """Saves the state of a check. The one before is removed, but for the best."""
-        step = checks[-1].step
-        best = step if better else min(checks, key=lambda check: check.held_out).step
+    def save(self, model: _Model, about: _State) -> None:
+        """Saves the state of a step. The one before is removed, but for the best."""
+        step, best = about["step"], _best(about)
         tree: dict[str, Any] = {"masters": {}, "first": {}, "second": {}, "count": {}}
         for index, block in enumerate(model.blocks):
             count, first, second = _moments(block)
@@ -330,7 +478,7 @@ class _States:
                 tree[group] |= {f"{index}.{name}": array for name, array in arrays.items()}
             tree["count"][str(index)] = count
         first_only(lambda: self.folder.mkdir(exist_ok=True))
-        _save(self.path(step), tree, {"checks": [check._asdict() for check in checks]})
+        _save(self.path(step), tree, about)
 
         def forget() -> None:
             for old in self.folder.iterdir():
@@ -341,31 +489,29 @@ class _States:
 
     def path(self, step: int) -> Path:
         """Where the state of a step is."""
-        return self.folder / f"step_{step:05d}"
+        return self.folder / f"step_{step:07d}"
 
-    def last(self, model: _Model) -> list[Check]:
-        """Brings the model to the last check that was saved, and returns the checks up to it; none where none was saved."""
+    def last(self, model: _Model) -> _State | None:
+        """Brings the model to the last state that was saved, and returns what belongs to it; None where none was saved."""
 
-        def read() -> list[contents.Check]:
-            saved = sorted(self.folder.glob("step_?????")) if self.folder.is_dir() else []
+        def read() -> _State | None:
+            saved = sorted(self.folder.glob("step_???????")) if self.folder.is_dir() else []
             whole = [path for path in saved if not damage(path)]
-            checks = self._checks(whole[-1]) if whole else []
-            best = min(checks, key=lambda check: check["held_out"])["step"] if checks else 0
+            found = self._about(whole[-1]) if whole else None
             # Without the best state there is nothing to return to: begin again.
-            return checks if not best or self.path(best) in whole else []
+            return found if found and (not _best(found) or self.path(_best(found)) in whole) else None
 
-        checks = [Check(**check) for check in from_first(read)]
-        if checks:
-            self._restore(model, checks[-1].step, ("masters", "first", "second", "count"))
-        return checks
+        if found := from_first(read):
+            self._restore(model, found["step"], ("masters", "first", "second", "count"))
+        return found
 
     def restore_best(self, model: _Model) -> None:
         """Brings the masters to those of the best check."""
-        checks = from_first(lambda: self._checks(sorted(self.folder.glob("step_?????"))[-1]))
-        self._restore(model, min(checks, key=lambda check: check["held_out"])["step"], ("masters",))
+        found = from_first(lambda: self._about(sorted(self.folder.glob("step_???????"))[-1]))
+        self._restore(model, _best(found), ("masters",))
 
-    def _checks(self, path: Path) -> list[contents.Check]:
-        return check_record(read_metadata(path).custom_metadata, _Checks, path)["checks"]
+    def _about(self, path: Path) -> _State:
+        return check_record(read_metadata(path).custom_metadata, _State, path)
 
     def _restore(self, model: _Model, step: int, groups: Sequence[str]) -> None:
         path = self.path(step)
@@ -388,22 +534,28 @@ class _States:
             model.blocks[index] = block._replace(masters=found["masters"])
 
 
+def _best(about: _State) -> int:
+    """The step of the best check; 0 where no step was better than the model as it was pruned."""
+    return min(about["checks"], key=lambda check: check["held_out"])["step"]
+
+
 def _moments(block: Block) -> tuple[Array, Tree, Tree]:
     """The count and the two moments of Adam."""
     state: Any = block.moments
     return state.count, state.mu, state.nu
 
 
-def _streams(dense: Decoder, windows: Windows, advance: Callable[[], None]) -> tuple[Stream, Stream]:
-    """Both sets of windows, embedded, and behind the last block of the dense model."""
-    sets = [dense.embed(tokens) for tokens in windows]
-    finals = [embedded.copy() for embedded in sets]
+def _streams(dense: Decoder, method: Distillation, sets: Sequence[np.ndarray], advance: Callable[[], None]) -> tuple[Stream, ...]:
+    """Sets of windows, embedded, and behind the last block of the dense model if the loss reads it."""
+    embedded = [dense.embed(tokens) for tokens in sets]
+    if not method.reads_dense:
+        return tuple(map(Stream, sets, embedded, embedded))
+    finals = [hidden.copy() for hidden in embedded]
     for index, parameters in enumerate(dense.blocks(range(dense.config.blocks))):
         for final in finals:
             dense.apply(index, parameters, final)
         advance()
-    training, held_out = map(Stream, sets, finals)
-    return training, held_out
+    return tuple(map(Stream, sets, embedded, finals))
 
 
 def _predictions(hidden: Activations) -> int:
@@ -412,18 +564,19 @@ def _predictions(hidden: Activations) -> int:
 
 def _finite(value: float, step: int) -> float:
     if not np.isfinite(value):
-        raise UserError(
-            f"the divergence from the dense model is {value} after {step} steps of distillation; try a smaller "
-            "--distill.learning_rate, or --dtype float32"
-        )
+        raise UserError(f"the loss is {value} after {step} steps of training; try a smaller learning rate, or --dtype float32")
     return value
 
 
-def refuse_large(trainer: Trainer, budget: float) -> None:
-    """Raises UserError where the devices cannot hold the model while it is trained."""
+def refuse_large(trainer: Trainer, budget: float, instead: str = "--distill.train norms, or --distill null") -> None:
+    """Raises UserError where the devices cannot hold the model while it is trained.
+
+    Args:
+      instead: what to type to need less.
+    """
     needed = trainer.bytes_on_device()
     if needed > budget:
         raise UserError(
-            f"distillation holds weights, gradients and two moments of all blocks in float32, {needed / 2**30:.1f} GiB on each "
-            f"device of {budget / 2**30:.1f} GiB: take more devices, --distill.train norms, or --distill null"
+            f"training holds weights, gradients and two moments of all blocks in float32, {needed / 2**30:.1f} GiB on each "
+            f"device of {budget / 2**30:.1f} GiB: take more devices, {instead}"
         )

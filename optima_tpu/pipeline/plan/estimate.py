@@ -22,6 +22,7 @@ from optima_tpu.models.decoder import Decoder, forward
 from optima_tpu.models.experts import expert_of
 from optima_tpu.models.family import Positions
 from optima_tpu.pipeline.calibrate import linear_groups, stages
+from optima_tpu.pipeline.distill.train import AT_ONCE
 from optima_tpu.pipeline.journal import STATES_EVERY
 from optima_tpu.pipeline.plan.model import NOWHERE, Declared
 from optima_tpu.pipeline.plan.topology import GIB, Machine
@@ -275,9 +276,8 @@ def storage(model: Declared, config: RunConfig, hosts: int, pruned: int) -> Stor
     if config.recapture:
         host["output of attention"] = round(share * decoder.attended_width / decoder.config.d_model)
     if config.distill:
-        host["text of the distillation"] = -(
-            -2 * config.distill.windows * text.length * decoder.config.d_model * itemsize // hosts
-        )
+        waiting = 2 * config.distill.windows * text.length * decoder.config.d_model * itemsize
+        host["text of the distillation"] = -(-min(waiting, AT_ONCE) // hosts)
     disk = {"journal": blocks * (block + masks), "hidden states": 2 * hidden, "checkpoint": blocks * (block + masks) + ends}
     if config.export:
         disk["export for transformers"] = blocks * block + ends + pruned // 8
