@@ -1,0 +1,164 @@
+"""The command line that publishes a pruned model: ``python -m optima_tpu.push RUN ORG/NAME``."""
+
+import re
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from huggingface_hub import CommitOperationAdd, HfApi
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
+from huggingface_hub.utils import validate_repo_id
+
+from optima_tpu.errors import UserError, one_line
+from optima_tpu.models.checkpoints import refuse_damaged_model
+from optima_tpu.models.checkpoints.export import FOLDER, SIDECAR
+from optima_tpu.report.file import REPORT
+from optima_tpu.report.page import PAGE
+from optima_tpu.report.run_record import RUN
+from optima_tpu.report.table import size
+from optima_tpu.runtime.buckets import as_path, in_bucket
+from optima_tpu.runtime.checksums import refuse_changed
+from optima_tpu.runtime.command import guarded
+from optima_tpu.runtime.files import files_in
+from optima_tpu.runtime.program import Parser, program
+
+_PATH = re.compile(r"""(?<![\w.:/-])(?:/(?:home|Users|root|mnt)/[^\s"'<>\\|]+|[A-Za-z]:\\\\?Users\\[^\s"'<>|]+)""")
+_TOKEN = re.compile(
+    r"\b(?:hf_[A-Za-z0-9]{30,}|gh[pousr]_[A-Za-z0-9]{30,}|sk-[A-Za-z0-9_-]{30,}|AKIA[A-Z0-9]{16}|ya29\.[\w-]{30,})"
+)
+_SEARCHED = ".json", ".jsonl", ".md", ".txt", ".html", ".yaml", ".jinja", ".model"
+"""The files that are searched for paths and tokens. Weights and masks are arrays."""
+
+
+class Upload(NamedTuple):
+    """What would be published.
+
+    Attributes:
+      files: name in the repository -> file.
+      private: what is in them that belongs to the user: name -> words such as "the path /home/ada/x".
+    """
+
+    files: Mapping[str, Path]
+    private: Mapping[str, str]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line. Returns the exit status, see :func:`guarded`."""
+    return guarded(lambda: _push(arguments), "the same command does it again")
+
+
+def make_parser() -> Parser:
+    """The parser of the command line."""
+    parser = Parser(
+        prog=program("push"),
+        description="Publishes a pruned model on the Hugging Face hub: the exported folder with its model card, masks and checksums. "
+        "It lists what would go out, and asks first. Log in with hf auth login.",
+    )
+    parser.add_argument("run", metavar="RUN", help="run directory, or an exported folder such as its hf/")
+    parser.add_argument("repository", metavar="ORG/NAME", help="where to; made if it does not exist")
+    parser.add_argument("--public", action="store_true", help="make a new repository public; otherwise only its owner sees it")
+    parser.add_argument(
+        "--include-report", action="store_true", help=f"publish {PAGE} and {REPORT} too, which hold paths of this machine"
+    )
+    parser.add_argument(
+        "--yes",
+        action="store_true",
+        help="do not ask; with --include-report, publish files that hold a path of yours or what looks like a token",
+    )
+    return parser
+
+
+def _push(arguments: list[str] | None) -> None:
+    chosen = make_parser().parse_args(arguments)
+    push(chosen.run, chosen.repository, HfApi(), _ask, chosen.public, chosen.include_report, chosen.yes)
+
+
+def push(
+    run: str,
+    repository: str,
+    api: HfApi,
+    ask: Callable[[str], bool],
+    public: bool = False,
+    include_report: bool = False,
+    yes: bool = False,
+) -> None:
+    """Publishes the exported folder of a run in one commit. Nothing goes out before ``ask`` agreed, or ``yes``.
+
+    Args:
+      run: a run directory, or an exported folder.
+      repository: its id, ORG/NAME.
+      ask: answers a question.
+      public: whether a new repository is public.
+      include_report: publish the report, too.
+      yes: do not ask. Together with ``include_report``, publish what looks private.
+
+    Raises:
+      UserError: there is no such folder, it is damaged or holds something private, nobody agreed, or the hub refused.
+    """
+    try:
+        validate_repo_id(repository)
+    except HFValidationError as error:
+        raise UserError(f"expected ORG/NAME, got {repository!r} ({one_line(error)})") from None
+    if repository.count("/") != 1:
+        raise UserError(f"expected ORG/NAME, got {repository!r}")
+    upload = _collect(run, include_report)
+    if upload.private and not (include_report and yes):
+        found = "; ".join(f"{name} holds {what}" for name, what in upload.private.items())
+        raise UserError(f"{found}: nothing was published. Edit or leave out these files, or add --include-report and --yes")
+    total = sum(path.stat().st_size for path in upload.files.values())
+    for name, path in upload.files.items():
+        print(f"{size(path.stat().st_size):>10}  {name}")
+    try:
+        there = api.repo_exists(repository)
+        what = "adds a commit to it" if there else f"makes it {'public' if public else 'private'}"
+        if not yes and not ask(f"publish {len(upload.files)} files, {size(total)}, as {repository}, which {what}?"):
+            raise UserError("nothing was published: expected yes, got another answer; --yes answers beforehand")
+        if not there:
+            api.create_repo(repository, private=not public)
+        operations = [CommitOperationAdd(name, path) for name, path in upload.files.items()]
+        api.create_commit(repository, operations, commit_message="A pruned model and its card, by OPTIMA-TPU")
+    except LocalTokenNotFoundError as error:
+        raise UserError("the hub knows no user here: log in with `hf auth login`") from error
+    except (HfHubHTTPError, OSError) as error:
+        raise UserError(f"the hub refused {repository} ({one_line(error)}): log in with `hf auth login`, or try again") from error
+    print(f"published https://huggingface.co/{repository}")
+
+
+def _collect(run: str, include_report: bool) -> Upload:
+    path = as_path(run)
+    folder = path / FOLDER if (path / RUN).is_file() else path
+    if in_bucket(folder):
+        raise UserError(f"expected a folder on a disk, got {folder}: copy it to a disk first")
+    if not (folder / SIDECAR).is_file() and not (folder / "packed.json").is_file():
+        raise UserError(f"expected a finished run or an exported folder, got {run}, which has no {SIDECAR}: check the path")
+    refuse_damaged_model(str(folder))
+    files = {file.relative_to(folder).as_posix(): file for file in files_in(folder)}
+    if include_report:
+        missing = [name for name in (PAGE, REPORT) if not (path / name).is_file()]
+        if missing:
+            raise UserError(
+                f"expected {' and '.join(missing)} in {path}, got none: take the run directory, or leave --include-report out"
+            )
+        refuse_changed(path, [REPORT], "repeat the run's command, which writes the file again")
+        files |= {name: path / name for name in (PAGE, REPORT)}
+    private = {name: what for name, file in files.items() if name.endswith(_SEARCHED) and (what := _private(file, path))}
+    return Upload(files, private)
+
+
+def _private(file: Path, run: Path) -> str:
+    """What in a file belongs to the user; empty if nothing does."""
+    text = file.read_text(encoding="utf-8", errors="replace")
+    if token := _TOKEN.search(text):
+        return f"what looks like a token ({token[0][:6]}...)"
+    mine = [str(place) for place in (Path.home(), Path.cwd(), run.resolve()) if len(place.parts) > 2]
+    found = next((place for place in mine if place in text), None) or (match[0] if (match := _PATH.search(text)) else "")
+    return found and f"the path {found}"
+
+
+def _ask(question: str) -> bool:
+    return sys.stdin.isatty() and input(f"{question} [yes/no] ").strip().lower() == "yes"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
