@@ -1,6 +1,6 @@
 """Writes the generated pages of the documentation, and the table of results in README.md.
 
-python docs/build.py            writes reference/{settings,evaluate,commands,python}.md and results/{index,smollm2,speed}.md
+python docs/build.py            writes reference/{settings,evaluate,recover,commands,python}.md and results/{index,smollm2,speed}.md
 python docs/build.py --check    writes nothing, names each page that would change, and exits with 1 if there is one
 
 The reference comes from the docstrings, types and defaults of the program, the results from results/records/*.json.
@@ -31,6 +31,7 @@ from optima_tpu.config.options import PARTS, alternatives, field_texts, fields
 from optima_tpu.config.parse import method_settings, parse
 from optima_tpu.config.run_config import EMBEDDED, RunConfig, to_dict
 from optima_tpu.evaluate import config as evaluate_config
+from optima_tpu.pipeline.recover import config as recover_config
 from optima_tpu.runtime.program import MODULES
 
 DOCS = Path(__file__).resolve().parent
@@ -59,7 +60,8 @@ def pages() -> dict[Path, str]:
     """Every generated page, and README.md where it has the marks for the table of results."""
     texts = {
         "reference/settings.md": settings_page(),
-        "reference/evaluate.md": evaluate_page(),
+        "reference/evaluate.md": model_page("evaluate", evaluate_config.EvaluateConfig, evaluate_config._DESCRIPTION),
+        "reference/recover.md": model_page("recover", recover_config.RecoverConfig, recover_config._DESCRIPTION),
         "reference/commands.md": commands_page(),
         "results/index.md": index_page(),
         "results/smollm2.md": results_page("smollm2"),
@@ -377,26 +379,25 @@ def _listed(words: Sequence[str], last: str = "and") -> str:
     return f" {last} ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
 
 
-def evaluate_page() -> str:
-    """Every setting of ``optima evaluate``."""
+def model_page(name: str, settings: type, description: str) -> str:
+    """Every setting of a command that works on a model, such as ``optima evaluate``."""
     anchors = _Anchors()
-    about = _about("evaluate", evaluate_config._DESCRIPTION)
-    defaults = {field.name: field.default for field in dataclasses.fields(evaluate_config.EvaluateConfig)}
+    defaults = {field.name: field.default for field in dataclasses.fields(settings)}
     defaults["model"] = _Said("The first argument; it has no default.")
     return "\n\n".join(
         [
-            "# Settings of `optima evaluate`",
-            _fenced("optima evaluate MODEL [--SETTING VALUE ...]", "text"),
-            about,
+            f"# Settings of `optima {name}`",
+            _fenced(f"optima {name} MODEL [--SETTING VALUE ...]", "text"),
+            _about(name, description),
             anchors.heading(2, "Settings", "settings"),
-            *_fields_section(evaluate_config.EvaluateConfig, "", 3, anchors, defaults),
+            *_fields_section(settings, "", 3, anchors, defaults),
         ]
     )
 
 
 # The other commands.
 
-_OWN_PAGES = {"prune": "settings.md", "evaluate": "evaluate.md"}
+_OWN_PAGES = {"prune": "settings.md", "evaluate": "evaluate.md", "recover": "recover.md"}
 _COMMANDS = """\
 # Commands
 

@@ -13,7 +13,7 @@ The rooms of the package. Each imports only rooms above it in this list:
 - ``evaluate``: perplexity, distance from the dense model, the evaluation harness.
 - ``pipeline``: the run itself: ``run``, the walk over the blocks, the journal; and plans and sweeps of runs.
 - ``api``: the Python interface. Its names can also be imported from here: ``optima_tpu.prune``.
-- ``launch``, ``plan``, ``sweep``, ``export``, ``unpack``, ``verify``, ``figures``: the command lines. ``cli``: the command ``optima``, which calls them.
+- ``launch``, ``recover``, ``plan``, ``sweep``, ``export``, ``push``, ``unpack``, ``verify``, ``figures``: the command lines. ``cli``: the command ``optima``, which calls them.
 """
 
 import importlib
@@ -34,7 +34,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 from typing import TYPE_CHECKING, Any  # its import takes longer than all of the above
 
 if TYPE_CHECKING:
-    from optima_tpu.api import Perplexity, PrunedLayer, Result, evaluate_model, load, prune, prune_layer
+    from optima_tpu.api import Perplexity, PrunedLayer, Result, evaluate_model, load, prune, prune_layer, recover_model
     from optima_tpu.method.zeros import broken_zeros, keep_zeros, masks_of
 
 _ZEROS = ("broken_zeros", "keep_zeros", "masks_of")
@@ -49,6 +49,7 @@ __all__ = [
     "masks_of",
     "prune",
     "prune_layer",
+    "recover_model",
 ]
 
 

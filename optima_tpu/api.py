@@ -36,7 +36,7 @@ from optima_tpu.report.numbers import number
 from optima_tpu.report.page import PAGE, write_page
 from optima_tpu.report.runs import method, model_name, read_report
 from optima_tpu.runtime.buckets import as_path
-from optima_tpu.runtime.command import take_devices
+from optima_tpu.runtime.command import OnDevices, take_devices
 from optima_tpu.runtime.mesh import make_mesh
 
 if TYPE_CHECKING:
@@ -136,6 +136,10 @@ class Result:
         """Measures the pruned model; by default against the dense one. See ``evaluate_model``."""
         return evaluate_model(self.directory, **{"against": self.record["configuration"]["model"]} | settings)
 
+    def recover(self, tokens: int | str, **settings: Any) -> "Result":
+        """Trains the pruned model on more text, with its zeros held. See ``recover_model``; the dense model is the run's own."""
+        return recover_model(self.directory, tokens=tokens, **settings)
+
     def __repr__(self) -> str:
         return "\n".join(f"{name:<12}{value}" for name, value in self._facts())
 
@@ -212,14 +216,50 @@ def evaluate_model(model: str | Path, *, progress: bool = True, **settings: Any)
     Raises:
       UserError: a setting, a model, a text or a task that cannot be used.
     """
-    known = {field.name for field in dataclasses.fields(EvaluateConfig)}
-    if unknown := sorted(settings.keys() - known):
-        raise UserError(f"expected settings out of {', '.join(sorted(known))}, got {', '.join(unknown)}")
+    _refuse_others(settings, EvaluateConfig)
     config = EvaluateConfig(str(model), **settings)
     from optima_tpu.evaluate.start import start
 
     _start(config)
     return start(config, None if progress else Console(quiet=True))
+
+
+def recover_model(model: str | Path, *, tokens: int | str, progress: bool = True, **settings: Any) -> Result:
+    """Trains a pruned model on more text as ``optima recover`` does, or goes on where the same recovery was stopped.
+
+    Args:
+      model: a run directory, an exported folder, or any pruned checkpoint whose zeros are the mask.
+      tokens: how many tokens training reads: 50_000_000 or "50M".
+      progress: whether to print what happens.
+      settings: any setting of ``optima recover`` by its name: ``against="org/name"``, ``source="c4"``, ``train="norms"``.
+
+    Returns:
+      The recovery as a finished run; ``record["distillation"]`` has its checks, tokens and seconds.
+
+    Raises:
+      UserError: a setting, a model or a text that cannot be used. Nothing of the pruned model was changed.
+    """
+    from optima_tpu.pipeline.recover.config import RecoverConfig
+
+    _refuse_others(settings, RecoverConfig)
+    config = RecoverConfig(str(model), str(tokens), **settings)
+    from optima_tpu.data import check_sources
+
+    check_sources(config.source, config.evaluation)
+    _start(config)
+    from optima_tpu.pipeline.recover.run import recover
+
+    quiet_orbax()
+    result = Result(config.directory, recover(config, None if progress else Console(quiet=True)))
+    result.report()
+    return result
+
+
+def _refuse_others(settings: Mapping[str, Any], of: type) -> None:
+    """Raises UserError for a setting that is no field of the command's dataclass."""
+    known = {field.name for field in dataclasses.fields(of)}
+    if unknown := sorted(settings.keys() - known):
+        raise UserError(f"expected settings out of {', '.join(sorted(known))}, got {', '.join(unknown)}")
 
 
 class PrunedLayer(NamedTuple):
@@ -344,7 +384,7 @@ def _refuse_of_model(config: RunConfig) -> None:
             )
 
 
-def _start(config: RunConfig | EvaluateConfig) -> None:
+def _start(config: OnDevices) -> None:
     """Takes the devices as the settings say, where JAX has not taken its own yet."""
     try:
         take_devices(config)

@@ -13,10 +13,12 @@ TEXTS: Mapping[str, str] = MappingProxyType(
     {
         "prune": "prune a model and measure what it costs in perplexity",
         "evaluate": "measure a model, pruned or dense: perplexity, distance to another model, tasks",
+        "recover": "train a pruned model on more text, with its masks held",
         "plan": "estimate what a run needs before it starts: memory, disk and time",
         "sweep": "run a table of masks x updates x patterns over one model",
         "report": "write the HTML page of a finished run, or of several side by side",
         "export": "write the folder that transformers loads, from a run's Orbax checkpoint",
+        "push": "publish a pruned model with its card on the Hugging Face hub; asks first",
         "unpack": "write the folder that transformers loads, from a packed export",
         "verify": "compare every file of a run or of an exported folder with its checksum",
         "figures": "draw the paper's figures from finished runs",

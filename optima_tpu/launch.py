@@ -32,10 +32,10 @@ def _launch(argv: Sequence[str]) -> None:
     quiet_orbax()
     run(config)
     if processes.is_first():
-        _draw(config.run_directory)
+        draw_page(config.run_directory)
 
 
-def _draw(directory: Path) -> None:
+def draw_page(directory: Path) -> None:
     """Writes report.html. A run is finished even if its page can't be drawn."""
     from optima_tpu.report.page import PAGE, write_page  # matplotlib is slow, and --help and errors need not wait for it
 

@@ -18,6 +18,7 @@ from optima_tpu.config import yaml12
 from optima_tpu.config.parse import parse
 from optima_tpu.errors import UserError
 from optima_tpu.evaluate import config as evaluate_config
+from optima_tpu.pipeline.recover import config as recover_config
 from optima_tpu.pipeline.sweep.grid import read_grid
 from optima_tpu.runtime.program import MODULES
 from tests.support import ROOT
@@ -161,6 +162,8 @@ def _parse(name: str, arguments: list[str]) -> None:
         parse(arguments)
     elif name == "evaluate":
         evaluate_config.parse(arguments)
+    elif name == "recover":
+        recover_config.parse(arguments)
     elif name in ("plan", "sweep"):
         options, settings = build.command_parser(name).parse_known_args(arguments)
         if name == "plan":

@@ -25,6 +25,7 @@ of dataclasses (tyro 1.0, draccus 0.11, simple-parsing 0.1.9) were tried on the 
 
 import argparse
 import copy
+import dataclasses
 import difflib
 import functools
 import json
@@ -34,19 +35,21 @@ import shutil
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import jsonargparse
 
 from optima_tpu.config import yaml12
-from optima_tpu.config.choices import CHOICES, canonical_name, default_options, option_classes
+from optima_tpu.config.choices import CHOICES, Method, canonical_name, default_options, option_classes
 from optima_tpu.config.flat import flat
-from optima_tpu.config.options import PARTS, alternatives, fields, kinds, make_parser, parts
+from optima_tpu.config.options import PARTS, Formatter, add_fields, alternatives, fields, kinds, make_parser, parts
 from optima_tpu.config.presets import PLAIN, PRESETS, default_preset, with_preset
 from optima_tpu.config.run_config import MOST, RunConfig, default_run, to_dict
 from optima_tpu.errors import UserError, did_you_mean
 from optima_tpu.method.layer_rules import parse_layers
 from optima_tpu.method.patterns import parse_pattern
+
+T = TypeVar("T", bound=Method)
 
 
 def parse(argv: Sequence[str]) -> RunConfig:
@@ -155,6 +158,39 @@ def _parser(chosen: Mapping[str, str], base: Mapping[str, Any]) -> jsonargparse.
 @functools.cache
 def _kept_parser(arguments: str, columns: int) -> jsonargparse.ArgumentParser:
     return make_parser(*json.loads(arguments))
+
+
+def parse_command(settings: type[T], argv: Sequence[str], program: str, description: str) -> T:
+    """The settings of a command that works on a model, ``MODEL [--SETTING VALUE ...]``. ``--help`` prints and raises SystemExit(0).
+
+    Args:
+      settings: a dataclass with a field ``model``; the others have defaults.
+      program: how the command is called.
+
+    Raises:
+      UserError: a setting does not exist, or its value is not allowed.
+    """
+    argv = [spelled(argument) for argument in argv]
+    types = {field.name: field.type for field in dataclasses.fields(settings)}
+    defaults = {field.name: field.default for field in dataclasses.fields(settings) if field.name != "model"}
+    parser = jsonargparse.ArgumentParser(
+        prog=program,
+        usage=f"{program} MODEL [--SETTING VALUE ...]",
+        description=description,
+        formatter_class=Formatter,
+        exit_on_error=False,
+        allow_abbrev=False,
+    )
+    parser.add_argument("model", metavar="MODEL", type=str)
+    add_fields(parser.add_argument_group("settings"), settings, "", defaults)
+    refuse_unknown(_options(argv), {*defaults, "help"}, "--")
+    if not {"-h", "--help"} & set(argv) and (not argv or argv[0].startswith("-")):
+        raise UserError(f"expected the model before everything else, got {argv[0] if argv else 'nothing'}; see {program} --help")
+    try:
+        chosen = parser.parse_args(argv)
+    except argparse.ArgumentError as error:
+        raise UserError(one_line(error, types)) from None
+    return settings(**{name: chosen[name] for name in types})
 
 
 def dump(config: RunConfig) -> str:

@@ -42,6 +42,7 @@ __all__ = [
     "read_by_all",
     "refuse_overlap",
     "shared",
+    "stream_tokens",
     "token_digest",
 ]
 
@@ -134,6 +135,39 @@ def calibration_tokens(
             seed=seed,
             origin=str(source),
             over=over,
+        ),
+        bos,
+    )
+
+
+def stream_tokens(
+    source: Source, tokenizer: "PreTrainedTokenizerBase", *, windows: int, length: int, seed: int, bos: int | None = None
+) -> Tokens:
+    """The windows that a pruned model is trained on: at most ``windows``, none of which overlap, fewer where the text is shorter.
+
+    See :func:`optima_tpu.data.sampling.stream_windows`. A :class:`TokenSource` gives as many as are asked for.
+
+    Args:
+      bos: see :func:`calibration_tokens`.
+
+    Returns:
+      ids [windows, length] int32.
+
+    Raises:
+      UserError: the source can't be read or holds less than one window, or its ids do not fit the tokenizer.
+    """
+    if isinstance(source, TokenSource):
+        tokens = source.tokens("calibration", vocabulary=len(tokenizer), windows=windows, length=length, seed=seed)
+        return _replacing(tokens, bos)
+    return _preceded(
+        sampling.stream_windows(
+            source.documents("calibration"),
+            _encoder(tokenizer, bos),
+            separator=tokenizer.eos_token_id,
+            windows=windows,
+            length=_text_length(length, bos),
+            seed=seed,
+            origin=str(source),
         ),
         bos,
     )

@@ -124,6 +124,38 @@ def calibration_windows(
     )
 
 
+def stream_windows(
+    documents: Iterable[str], encode: Encode, *, separator: int | None, windows: int, length: int, seed: int, origin: str
+) -> Tokens:
+    """At most ``windows`` windows of ``length`` tokens, none of which overlap: a text shorter than that gives fewer.
+
+    The documents are visited in an order drawn with numpy's PCG64 from ``seed``, joined as in the third case of
+    :func:`calibration_windows`, and cut into consecutive windows. Further documents are not tokenised. More windows begin with the
+    same ones.
+
+    Raises:
+      UserError: the text is shorter than one window.
+    """
+    documents = documents if isinstance(documents, Sequence) else list(documents)
+    parts, total, read, last = [], 0, 0, separator
+    for place in np.random.Generator(np.random.PCG64(seed)).permutation(len(documents)):
+        if total >= windows * length:
+            break
+        text = documents[int(place)]
+        ids = encode(text) if text.strip() else np.array([], np.int32)
+        if ids.size:
+            parts.append(ids if separator is None or last == separator else np.insert(ids, 0, separator))
+            read, total, last = read + 1, total + parts[-1].size, ids[-1]
+    count = min(windows, total // length)
+    if not count:
+        raise UserError(
+            f"{origin} holds {total} tokens of text, one window needs {length}: give a longer text or shorter windows"
+        )
+    ids = np.concatenate(parts)[: count * length].reshape(count, length)
+    how = f"{count} consecutive windows of {length} tokens of {read} documents of {origin}, packed in random order"
+    return Tokens(ids, how, total)
+
+
 def held_out_text(held_out: int) -> str:
     """The end of the sentence that says where the windows come from."""
     return f", the last {held_out} of them held out" if held_out else ""

@@ -1,15 +1,11 @@
 """The settings of one evaluation: a frozen dataclass, parsed from the command line."""
 
-import argparse
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-import jsonargparse
-
-from optima_tpu.config.options import Formatter, add_fields
-from optima_tpu.config.parse import one_line, refuse_unknown, spelled
+from optima_tpu.config.parse import parse_command
 from optima_tpu.config.run_config import MOST, MOST_DEVICES, at_least, few_tokens
 from optima_tpu.errors import UserError
 from optima_tpu.runtime.mesh import parse_mesh
@@ -168,24 +164,4 @@ def parse(argv: Sequence[str]) -> EvaluateConfig:
     Raises:
       UserError: a setting does not exist, or its value is not allowed.
     """
-    argv = [spelled(argument) for argument in argv]
-    types = {field.name: field.type for field in dataclasses.fields(EvaluateConfig)}
-    defaults = {field.name: field.default for field in dataclasses.fields(EvaluateConfig) if field.name != "model"}
-    parser = jsonargparse.ArgumentParser(
-        prog=_PROGRAM,
-        usage=f"{_PROGRAM} MODEL [--SETTING VALUE ...]",
-        description=_DESCRIPTION,
-        formatter_class=Formatter,
-        exit_on_error=False,
-        allow_abbrev=False,
-    )
-    parser.add_argument("model", metavar="MODEL", type=str)
-    add_fields(parser.add_argument_group("settings"), EvaluateConfig, "", defaults)
-    refuse_unknown([argument[2:].partition("=")[0] for argument in argv if argument.startswith("--")], {*defaults, "help"}, "--")
-    if not {"-h", "--help"} & set(argv) and (not argv or argv[0].startswith("-")):
-        raise UserError(f"expected the model before everything else, got {argv[0] if argv else 'nothing'}; see {_PROGRAM} --help")
-    try:
-        chosen = parser.parse_args(argv)
-    except argparse.ArgumentError as error:
-        raise UserError(one_line(error, types)) from None
-    return EvaluateConfig(**{name: chosen[name] for name in types})
+    return parse_command(EvaluateConfig, argv, _PROGRAM, _DESCRIPTION)

@@ -79,6 +79,15 @@ def open_evaluated(spec: str, mesh: Mesh, dtype: str | None = None, batch: int =
     return together(open_here)
 
 
+def check_pair(model: Evaluated, against: Evaluated) -> None:
+    """Raises UserError if the two models have different tokenizers: they are compared on the same tokens."""
+    if model.tokenizer.get_vocab() != against.tokenizer.get_vocab():
+        raise UserError(
+            f"expected --against with the tokenizer of {model.model.pretrained.origin}, got another tokenizer in "
+            f"{against.model.pretrained.origin}: give --against the dense model that was pruned"
+        )
+
+
 def _refuse_damaged(spec: str) -> None:
     """Reads all files of a run's checkpoint, or of an exported folder, to compare their checksums."""
     path = as_path(spec)

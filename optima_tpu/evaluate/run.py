@@ -21,7 +21,7 @@ from optima_tpu.evaluate.config import EvaluateConfig
 from optima_tpu.evaluate.distance import Distance, distance
 from optima_tpu.evaluate.harness import DecoderLM
 from optima_tpu.evaluate.known import check_known, read_known
-from optima_tpu.evaluate.model import Evaluated, open_evaluated
+from optima_tpu.evaluate.model import Evaluated, check_pair, open_evaluated
 from optima_tpu.evaluate.perplexity import perplexity
 from optima_tpu.evaluate.table import print_evaluation
 from optima_tpu.evaluate.tasks import load_tasks, metrics, paper_average, run_tasks
@@ -29,7 +29,7 @@ from optima_tpu.models.model import check_ids, window_bos
 from optima_tpu.report.file import environment
 from optima_tpu.report.page import PAGE, write_page
 from optima_tpu.report.progress import Progress, say
-from optima_tpu.report.run_record import RUN, code_version
+from optima_tpu.report.run_record import code_version, default_folder
 from optima_tpu.runtime.buckets import as_path, in_bucket
 from optima_tpu.runtime.checksums import forget, keep
 from optima_tpu.runtime.files import refuse_unreachable, writing
@@ -65,7 +65,7 @@ def evaluate(config: EvaluateConfig, console: Console | None = None) -> dict[str
     models = {"model": open_evaluated(config.model, mesh, config.dtype, config.batch)}
     if config.against is not None:
         models["against"] = open_evaluated(config.against, mesh, config.dtype, config.batch)
-        _check_pair(**models)
+        check_pair(**models)
     check_signals()
     known = {}
     if (earlier := config.against_results) is not None:
@@ -73,7 +73,9 @@ def evaluate(config: EvaluateConfig, console: Console | None = None) -> dict[str
         known["against"] = from_first(lambda: read_known(earlier, [*HARNESS.values()], fingerprint))
     from_first(lambda: _check_texts(config.texts, models))
     texts = from_first(lambda: {source: _read(source, config, models) for source in config.texts})
-    folder = as_path(config.output) if config.output else models["model"].run.directory or default_folder(config.model)
+    folder = (
+        as_path(config.output) if config.output else models["model"].run.directory or default_folder("evaluate", config.model)
+    )
     with writing(folder, "choose another --output"):
         first_only(lambda: _make_writable(folder, config.force))
     say(console, "\n".join(_greeting(config, models, mesh, folder)) + "\n")
@@ -123,15 +125,6 @@ def evaluate(config: EvaluateConfig, console: Console | None = None) -> dict[str
             say(console, f"{PAGE} was not written: {error}")
     print_evaluation(console, record, files)
     return record
-
-
-def _check_pair(model: Evaluated, against: Evaluated) -> None:
-    """Raises UserError if the two models have different tokenizers: they are compared on the same tokens."""
-    if model.tokenizer.get_vocab() != against.tokenizer.get_vocab():
-        raise UserError(
-            f"expected --against with the tokenizer of {model.model.pretrained.origin}, got another tokenizer in "
-            f"{against.model.pretrained.origin}: give --against the dense model that was pruned"
-        )
 
 
 def _check_texts(sources: Iterable[str], models: Mapping[str, Evaluated]) -> None:
@@ -254,14 +247,6 @@ def _write(folder: Path, record: Mapping[str, Any], results: Mapping[str, Any], 
             text = json.dumps(result, indent=2, default=handle_non_serializable, ensure_ascii=False)
             files[HARNESS[name]] = text.encode()
         keep(folder, files)
-
-
-def default_folder(model: str) -> Path:
-    """The default output folder for a model that is not a run."""
-    name = Path(model.removeprefix("wheel:")).expanduser().resolve()
-    if (name.parent / RUN).is_file():  # exported folders of all runs have the same name, so take the run's name
-        name = name.parent
-    return Path("runs", f"evaluate-{name.stem if name.suffix == '.gguf' else name.name.partition('@')[0]}")
 
 
 def _greeting(config: EvaluateConfig, models: Mapping[str, Evaluated], mesh: Mesh, folder: Path) -> list[str]:

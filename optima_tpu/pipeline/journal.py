@@ -174,7 +174,7 @@ class Journal:
         weights: Mapping[str, Array],
         masks: Mapping[str, Array],
         report: Mapping[str, Any],
-        activations: Activations,
+        activations: Activations | None = None,
         dense: Activations | None = None,
         scales: Mapping[str, Array] = MappingProxyType({}),
     ) -> None:
@@ -187,7 +187,7 @@ class Journal:
           weights: HF name -> array in the source's dtype, on the host or sharded over the mesh.
           masks: HF name of a weight -> [d_out, d_in] bool, True where the weight was kept.
           report: JSON values.
-          activations: the hidden states after the block, in the model's dtype.
+          activations: the hidden states after the block, in the model's dtype; None where no walk goes on from them.
           dense: the dense model's hidden states of the same samples, if the run has them.
           scales: HF name of a quantised weight -> [d_out, groups] in the dtype of the weight.
 
@@ -200,7 +200,8 @@ class Journal:
         partial, partial_states = staged(entry), staged(states)
         remedy = f"the {len(self.finished)} finished blocks are intact; make room and repeat the command"
 
-        due = from_first(lambda: time.monotonic() - self._states_saved >= STATES_EVERY)
+        late = from_first(lambda: time.monotonic() - self._states_saved >= STATES_EVERY)
+        due = late and activations is not None
 
         def clear():
             still_only_program(self.directory)
@@ -212,6 +213,7 @@ class Journal:
                     partial_states.mkdir()
 
         def write_states():
+            assert activations is not None, "otherwise none are due"
             with writing(entry, remedy):
                 _write_states(partial_states, activations, dense)
 

@@ -1,30 +1,38 @@
-"""Summary line and page section on the distillation of the pruned model."""
+"""Summary line and page section on the training of the pruned model."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from optima_tpu.report.numbers import number, percent
+from optima_tpu.report.numbers import duration, number, percent
 from optima_tpu.report.runs import Run
 from optima_tpu.report.view import NONE, Section, Table
 
 
 def distilled_line(report: Mapping[str, Any]) -> str:
-    """One line on what the distillation changed; empty if there was none."""
+    """One line on what the training changed; empty if there was none."""
     found = report.get("distillation")
     if not found:
         return ""
+    loss = _loss(report)
     before, after = number(found["held_out_before"]), number(found["held_out_after"])
     if not found["kept"]:
         return (
-            f"refused: no step lowered the divergence from the dense model on held-out text, {before} nats; the model keeps its "
-            "weights from before. Try a smaller --distill.learning_rate, or more --distill.windows"
+            f"refused: no step lowered the {loss} on held-out text, {before} nats; the model keeps its weights from before. Try a "
+            "smaller learning rate, or more text"
         )
     gain = 1 - found["held_out_after"] / found["held_out_before"]
+    took = f" in {duration(found['seconds'])}" if found.get("seconds") else ""
     return (
-        f"divergence from the dense model on held-out text {before} -> {after} nats ({percent(gain)} less); perplexity "
+        f"{loss} on held-out text {before} -> {after} nats ({percent(gain)} less); perplexity "
         f"{number(found['perplexity_before'], 4)} before, {number(report['perplexity']['pruned'], 4)} after; trained on "
-        f"{found['tokens']:,} tokens"
+        f"{found['tokens']:,} tokens{took}"
     )
+
+
+def _loss(report: Mapping[str, Any]) -> str:
+    """What training minimised."""
+    name = (report["configuration"].get("distill") or {}).get("name")
+    return "cross-entropy" if name == "cross_entropy" else "divergence from the dense model"
 
 
 def distillation(runs: Sequence[Run]) -> list[Section]:
@@ -32,12 +40,13 @@ def distillation(runs: Sequence[Run]) -> list[Section]:
     tables = [
         Table(
             run.label if len(runs) > 1 else "Checks",
-            ["step", "on the text it is trained on, nats", "held out, nats", ""],
+            ["step", "on the text it is trained on, nats", "held out, nats", "perplexity, held out", ""],
             [
                 [
                     str(check["step"]),
                     NONE if check["training"] is None else number(check["training"], 4),
                     number(check["held_out"], 4),
+                    NONE if check.get("perplexity") is None else number(check["perplexity"], 4),
                     "kept" if check["step"] == found["kept"] else "",
                 ]
                 for check in found["checks"]
@@ -47,9 +56,9 @@ def distillation(runs: Sequence[Run]) -> list[Section]:
         for run in runs
         if (found := run.report.get("distillation"))
     ]
+    losses = " or the ".join(dict.fromkeys(_loss(run.report) for run in runs if run.report.get("distillation")))
     text = (
-        "After the last block was pruned, the whole model was trained toward the dense model’s distribution of the next token, "
-        "with fixed masks. This is not one-shot pruning. The step with the least divergence on held-out windows was kept. The "
-        "layer errors on this page were measured before the distillation."
+        f"After it was pruned, the whole model was trained with fixed masks, to lower the {losses}. This is training, not one-shot "
+        "pruning. The step with the least loss on held-out windows was kept. Layer errors on this page were measured before."
     )
-    return [Section("distillation", "Distillation", [text], tables=tables)] if tables else []
+    return [Section("distillation", "Training after pruning", [text], tables=tables)] if tables else []

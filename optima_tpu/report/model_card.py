@@ -48,9 +48,8 @@ def model_card(folder: str, sidecar: Mapping[str, Any], assets: Mapping[str, byt
     parts = [
         f"---\n{front}\n---\n",
         f"# {_plain(_title(origin, folder))}, pruned {parse_pattern(recipe['pattern'])}\n",
-        f"{_plain(origin or 'A language model')}, pruned in one shot by OPTIMA-TPU: {pruned:,} of the {weights:,} weights in "
-        f"its {len(layers)} pruned matrices are zero ({pruned / max(weights, 1):.2%}). All other tensors are the same as "
-        "in the source.\n",
+        f"{_plain(origin or 'A language model')}, {_done(sidecar['manifest'], report)}: {pruned:,} of the {weights:,} weights in "
+        f"its {len(layers)} pruned matrices are zero ({pruned / max(weights, 1):.2%}). {_others(recipe)}\n",
         *(
             [
                 f"The kept weights are integers of {quantize['name']} times scales, chosen by the pruning's own objective. A folder whose "
@@ -81,6 +80,25 @@ def model_card(folder: str, sidecar: Mapping[str, Any], assets: Mapping[str, byt
         f"Made by OPTIMA-TPU {sidecar['manifest'].get('code', '')}".rstrip() + ".\n",
     ]
     return "\n".join(parts)
+
+
+def _done(manifest: Mapping[str, Any], report: Mapping[str, Any]) -> str:
+    """What was done with the model, in words."""
+    trained = report.get("distillation") or {}
+    if not manifest["recipe"].get("distill"):
+        return "pruned in one shot by OPTIMA-TPU"
+    by = "pruned, and" if "start" in manifest else "pruned by OPTIMA-TPU, and"
+    if trained and not trained["kept"]:
+        return f"{by} left as it was pruned, because training lowered no loss on held-out text"
+    on = f"{trained['tokens']:,} tokens" if trained else "text"
+    return f"{by} then trained by OPTIMA-TPU on {on} with its zeros held, so that it is not a model of one-shot pruning"
+
+
+def _others(recipe: Mapping[str, Any]) -> str:
+    """What became of the tensors that are not pruned."""
+    if (recipe.get("distill") or {}).get("train", "weights") != "weights":
+        return "Training moved the norms' gains and the biases, too. The other tensors are the same as in the source."
+    return "All other tensors are the same as in the source."
 
 
 def _layer_errors(layers: Sequence[Mapping[str, Any]], caveat: str) -> list[str]:

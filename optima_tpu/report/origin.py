@@ -49,7 +49,9 @@ def cost(runs: Sequence[Run]) -> Section:
         ],
         _seconds,
     )
-    elements = [(panel.title, plots.lines([panel], "cost")[0])] if any(run.blocks for run in runs) else []
+    elements = (
+        [(panel.title, plots.lines([panel], "cost")[0])] if any(block.seconds for run in runs for block in run.blocks) else []
+    )
     legend = [Key(run.label, index) for index, run in enumerate(runs)] if several else []
     head = ["stage", *(run.label for run in runs)] if several else ["stage", "time", *(["share"] if totals[0] > 0 else [])]
     return Section(
@@ -76,6 +78,15 @@ def origin(runs: Sequence[Run]) -> Section:
     for run in runs:
         label = f", {run.label}" if several else ""
         tables.append(Table(f"What was run{label}", [], _facts(run), words=True))
+        if told := run.report["configuration"].get("recover"):
+            words = [
+                word
+                for name, value in told.items()
+                if name != "model"
+                for word in (f"--{name}", str(value).lower() if isinstance(value, bool) else str(value))
+            ]
+            code.append((f"Command{label}", _command([told["model"], *words], "recover")))
+            continue
         try:
             config = recorded_run(run.report["configuration"])
         except UserError as error:
@@ -107,11 +118,11 @@ def origin(runs: Sequence[Run]) -> Section:
     )
 
 
-def _command(words: Sequence[str]) -> str:
+def _command(words: Sequence[str], name: str = "prune") -> str:
     """A shell command; a long one has one setting per line."""
-    command = program("prune")
+    command, odd = program(name), len(words) % 2
     line = f"{command} {shlex.join(words)}"
-    settings = [shlex.join(words[index : index + 2]) for index in range(0, len(words), 2)]
+    settings = [shlex.join(words[max(0, index) : index + 2]) for index in range(-odd, len(words), 2)]
     return line if len(line) <= 100 else " \\\n    ".join([command, *settings])
 
 

@@ -17,6 +17,7 @@ from optima_tpu.report.origin import cost, origin
 from optima_tpu.report.plots import MARKERS, SERIES
 from optima_tpu.report.results import comparison, distance, outcome, tiles
 from optima_tpu.report.runs import Run, method, model_name, read_runs
+from optima_tpu.report.summary import measured
 from optima_tpu.report.verdict import Verdict, verdict_of
 from optima_tpu.report.view import Section, Tile, commands, without_folders
 from optima_tpu.report.writing import continuations, tokens
@@ -81,10 +82,7 @@ def render(title: str, runs: Sequence[Run]) -> str:
         *distance(runs),
         *tokens(runs),
         *continuations(runs),
-        layer_errors(runs),
-        maps(runs),
-        solver(runs),
-        strange(runs),
+        *([layer_errors(runs), maps(runs), solver(runs), strange(runs)] if all(measured(run.layers) for run in runs) else []),
         cost(runs),
         *(left(run) for run in runs if len(runs) == 1),
         origin(runs),

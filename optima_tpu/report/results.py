@@ -8,7 +8,7 @@ from optima_tpu.report import plots
 from optima_tpu.report.numbers import number, percent, plural
 from optima_tpu.report.runs import Run, differences
 from optima_tpu.report.scores import how_asked, scores
-from optima_tpu.report.summary import fitted_errors, held_out_errors, unusual, worsened
+from optima_tpu.report.summary import fitted_errors, held_out_errors, measured, unusual, worsened
 from optima_tpu.report.table import size, sizes, whole_model
 from optima_tpu.report.verdict import verdict_of
 from optima_tpu.report.view import NONE, Key, Section, Table, Tile, command, figure, without_folders
@@ -39,12 +39,15 @@ def tiles(run: Run) -> list[Tile]:
     text = "the calibration text (none was held out)" if held_after is None else "held-out text"
     means = (before, after) if held_after is None else (held_before, held_after)
     first, last = (NONE if mean is None else percent(mean) for mean in means)
+    if measured(run.layers):
+        shown.append(
+            Tile(
+                "Layer error",
+                f"{first} → {last}" if run.solver else last,
+                f"{'before → after the update, ' if run.solver else ''}mean of {len(run.layers):,} matrices, on {text}",
+            )
+        )
     shown += [
-        Tile(
-            "Layer error",
-            f"{first} → {last}" if run.solver else last,
-            f"{'before → after the update, ' if run.solver else ''}mean of {len(run.layers):,} matrices, on {text}",
-        ),
         Tile(
             "Sparsity",
             percent(report["sparsity"]),

@@ -48,6 +48,8 @@ class Manifest(TypedDict):
     """All that decides a run's weights, see ``inputs.manifest_of``. Only the declared entries are read on their own."""
 
     recipe: NotRequired[_Recipe]
+    model: NotRequired[str]
+    start: NotRequired[str]
 
 
 class RunRecord(TypedDict):
@@ -73,6 +75,14 @@ def code_version() -> str:
     except importlib.metadata.PackageNotFoundError:  # run from a checkout; the digest still identifies the code
         version = "0"
     return f"{version}+{digest.hexdigest()[:12]}"
+
+
+def default_folder(what: str, model: str) -> Path:
+    """The default output folder of what is done with a model that is not a run: runs/WHAT-MODEL."""
+    name = Path(model.removeprefix("wheel:")).expanduser().resolve()
+    if (name.parent / RUN).is_file():  # exported folders of all runs have the same name, so take the run's name
+        name = name.parent
+    return Path("runs", f"{what}-{name.stem if name.suffix == '.gguf' else name.name.partition('@')[0]}")
 
 
 def write_run(directory: Path, manifest: Mapping[str, Any], configuration: Mapping[str, Any]) -> None:

@@ -197,7 +197,8 @@ def _facts(configuration: Mapping[str, Any]) -> dict[str, str]:
     return {
         "model": model_name(configuration),
         "pattern": pattern + (f" ({layers})" if layers else ""),
-        "calibration": f"calibrated on {text['source']}, {text['samples']} x {text['length']} tokens",
+        "calibration": f"{'trained' if configuration.get('recover') else 'calibrated'} on {text['source']}, {text['samples']} x "
+        f"{text['length']} tokens",
     }
 
 

@@ -60,6 +60,11 @@ def all_layers(blocks: Iterable[BlockReport]) -> list[LayerReport]:
     return [layer for block in blocks for layer in block.layers]
 
 
+def measured(layers: Iterable[LayerReport]) -> bool:
+    """Whether any layer's error was measured: not in a model that another program pruned."""
+    return any(math.isfinite(layer.error_after) for layer in layers)
+
+
 def by_kind(blocks: Sequence[BlockReport]) -> tuple[LayerKind, ...]:
     """One summary for each kind of layer, in the order of first occurrence."""
     kinds: dict[str, list[LayerReport]] = {}

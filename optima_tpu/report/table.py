@@ -21,6 +21,7 @@ from optima_tpu.report.summary import (
     held_out_caveat,
     held_out_errors,
     means,
+    measured,
     quantized_line,
     short_names,
     sparsity,
@@ -56,10 +57,13 @@ def print_summary(console: Console, report: Mapping[str, Any], directory: Path) 
     # People open the page, report.html, which the command names when it is drawn.
     files = {"record" if what == "report" else what: path for what, path in files_in(directory, report.get("files", {})).items()}
     layers = all_layers(blocks)
-    console.print(layer_table(blocks, solver), highlight=False)
-    lines = [
-        "Errors: squared change of a layer's output on the calibration text, in percent of the output's energy; mean over blocks."
-    ]
+    lines = ["Nobody measured the errors of the layers."]
+    if measured(layers):
+        console.print(layer_table(blocks, solver), highlight=False)
+        lines = [
+            "Errors: squared change of a layer's output on the calibration text, in percent of the output's energy; mean over "
+            "blocks."
+        ]
     if any(layer.held_out_after is not None for layer in layers):
         caveat = held_out_caveat(configuration)
         lines[0] += f" Held out: the same on calibration text that no weight was fitted to{caveat and f'; this text {caveat}'}."
@@ -93,7 +97,7 @@ def print_summary(console: Console, report: Mapping[str, Any], directory: Path) 
     if memory.get("host_peak"):
         lines += [f"memory      {number(memory['host_peak'] / 2**30)} GiB on the host{device} at the peak"]
     if told := distilled_line(report):
-        lines += [f"distilled   {told}"]
+        lines += [f"trained     {told}"]
     lines += [f"unusual     {line}" for line in unusual_lines(blocks, configuration)] or ["unusual     nothing"]
     lines += [f"note        {line}" for line in traded_lines(blocks)]
     width = max(map(len, files), default=0) + 2

@@ -189,6 +189,13 @@ def verdict_of(report: Mapping[str, Any]) -> Verdict:
     """The verdict on a run from its report.json. For a report without the model's size, the pruned matrices give the size."""
     settings, perplexity, changes = report["configuration"], report["perplexity"], report.get("tokens") or {}
     calibration = settings.get("calibration", {}).get("source", "")
+    if settings.get("recover"):
+        trained, ratio = (report.get("distillation") or {}).get("tokens", 0), perplexity["pruned"] / perplexity["dense"]
+        return Verdict(
+            "unknown",
+            f"The model’s perplexity is {number(ratio)} times the dense model’s. It was trained on {trained:,} tokens after it was "
+            "pruned, so it is not compared with the known results of one-shot pruning.",
+        )
     measured = Measured(
         perplexity["dense"],
         perplexity["pruned"],

@@ -14,10 +14,12 @@ MODULES: Mapping[str, str] = MappingProxyType(
     {
         "prune": "optima_tpu.launch",
         "evaluate": "optima_tpu.evaluate",
+        "recover": "optima_tpu.recover",
         "plan": "optima_tpu.plan",
         "sweep": "optima_tpu.sweep",
         "report": "optima_tpu.report",
         "export": "optima_tpu.export",
+        "push": "optima_tpu.push",
         "unpack": "optima_tpu.unpack",
         "verify": "optima_tpu.verify",
         "figures": "optima_tpu.figures",

@@ -19,9 +19,9 @@ from optima_tpu.evaluate import run as evaluation
 from optima_tpu.evaluate.__main__ import main
 from optima_tpu.evaluate.config import EvaluateConfig, parse
 from optima_tpu.evaluate.perplexity import perplexity_of
-from optima_tpu.evaluate.run import default_folder
 from optima_tpu.evaluate.table import task_table
 from optima_tpu.evaluate.tasks import PAPER, load_tasks, paper_average, run_tasks
+from optima_tpu.report.run_record import default_folder
 from tests.support.processes import at_once, free_port, python, without_gloo
 from tests.support.records import put_json
 from tests.support.runs import only_error, snapshot
@@ -349,8 +349,8 @@ def test_the_exports_of_two_runs_are_recorded_apart(tmp_path):
     for folder in folders:
         folder.mkdir(parents=True)
         (folder.parent / "run.json").write_text("{}")
-    assert [str(default_folder(str(folder))) for folder in folders] == ["runs/evaluate-one", "runs/evaluate-two"]
-    assert str(default_folder("org/name@main")) == "runs/evaluate-name"
+    assert [str(default_folder("evaluate", str(folder))) for folder in folders] == ["runs/evaluate-one", "runs/evaluate-two"]
+    assert str(default_folder("evaluate", "org/name@main")) == "runs/evaluate-name"
 
 
 def test_files_stand_in_for_the_data_set_of_a_task(finished, tasks, tmp_path):

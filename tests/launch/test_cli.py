@@ -30,7 +30,7 @@ def test_alone_it_says_what_there_is(capsys):
     [
         (["prun"], "got prun; did you mean optima prune?"),
         (["--model", "x"], "got --model; did you mean optima prune --model?"),
-        (["xyz"], "expected a command, one of prune, evaluate, plan"),
+        (["xyz"], "expected a command, one of prune, evaluate, recover, plan"),
     ],
 )
 def test_an_unknown_command_is_one_line(words, said, capsys):

@@ -291,10 +291,10 @@ def _say_quantized(path: Path, source: CheckpointTensors, quantizer: Quantizer) 
 
 
 def _patterns(source: CheckpointTensors) -> dict[str, Pattern]:
-    """The pattern of every pruned weight, without unstructured imported masks, which their import checked."""
+    """The pattern of every pruned weight, without unstructured masks from elsewhere, which were checked there."""
     recipe = source.run["manifest"]["recipe"]
     default, rules = parse_pattern(recipe["pattern"]), parse_layers(recipe.get("layers", ""))
-    foreign = recipe["selector"]["name"] == "imported"
+    foreign = recipe["selector"]["name"] == "imported" or "start" in source.run["manifest"]
     allocated = source.run["sparsity"]
     patterns: dict[str, Pattern] = {}
     for name in source.pruned():

@@ -1,0 +1,167 @@
+"""The settings of one recovery: a frozen dataclass, parsed from the command line."""
+
+import dataclasses
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from optima_tpu.config.choices import CHOICES
+from optima_tpu.config.parse import parse_command
+from optima_tpu.config.run_config import MOST, MOST_DEVICES, MOST_TOKENS, at_least
+from optima_tpu.errors import UserError
+from optima_tpu.method.distillation import Distillation
+from optima_tpu.report.run_record import RUN, default_folder
+from optima_tpu.runtime.buckets import as_path
+from optima_tpu.runtime.mesh import parse_mesh
+from optima_tpu.runtime.program import program
+
+_PROGRAM = program("recover")
+_DESCRIPTION = f"""\
+Trains a pruned model on more text, with its masks held, and measures what that wins back. This is training, not one-shot pruning.
+
+MODEL is a run directory, an exported folder, or any pruned checkpoint: a Hugging Face folder or a hub id whose zeros are the mask.
+The result is a run directory of its own, with report.html and hf/.
+
+examples:
+  {_PROGRAM} runs/llama --tokens 50M --mesh 4x2
+      on the text that the run was calibrated on, toward the model that it pruned
+  {_PROGRAM} ./pruned-model --tokens 200k --against meta-llama/Llama-3.2-1B --source c4 --train norms
+      a pruned checkpoint of another program"""
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
+
+
+@dataclasses.dataclass(frozen=True)
+class RecoverConfig:
+    """One recovery.
+
+    Attributes:
+      model: a run directory, an exported folder, or any pruned checkpoint whose zeros are the mask.
+      tokens: how many tokens training reads: 200k, 50M, or a plain number. Must be given. More tokens help most.
+      against: the dense model; null takes the model that the record of MODEL names. The record must match the model.
+      source: the text to train on, named as in calibration.source of a run; null takes the text that MODEL was calibrated on.
+      passes: how often training reads each window. No window is read twice unless this is above 1.
+      length: tokens in each window; null takes 2048, or the model's context if that is shorter.
+      seed: which windows are drawn; the same seed gives the same windows.
+      held_out: number of windows that nothing is trained on; they decide which step is kept.
+      loss: "kl" trains toward the dense model's distributions of the next token, "cross_entropy" on the next tokens alone.
+      train: "all" trains the kept weights, and the norms' gains and biases; "norms" the gains and biases alone; "weights" the kept
+        weights alone.
+      step: windows in one step of Adam.
+      learning_rate: the peak learning rate of kept weights; it rises over the first steps and then falls along a cosine.
+      norm_factor: the learning rate of gains and biases, as a multiple of learning_rate.
+      warmup: number of steps in which the learning rate rises.
+      checks: how often the held-out loss is measured; null takes one check for every 500,000 tokens, at least 4.
+      evaluation: the text on which perplexity is measured before and after, named as source; null takes the evaluation text that
+        belongs to source.
+      windows: number of windows of that text, counted from the first; null takes all.
+      dtype: compute and store in this type; null keeps the checkpoint's own.
+      output: directory of the result; null takes runs/recover-MODEL-TOKENS. What was stopped goes on from this directory.
+      token_cache: store the tokens of texts in ~/.cache/optima-tpu, or in the folder OPTIMA_TPU_CACHE, and reuse them.
+      mesh: devices as DATAxMODEL, such as 4x2 or data=4,model=2; null puts all of them on data.
+      cpu_devices: simulate this many devices on the CPU, in every process.
+      batch: windows in one forward and backward pass, on each device; fewer need less memory.
+      device_memory: GiB of memory to use on each device; null takes a share of what the device reports.
+      coordinator: HOST:PORT of process 0; needed for several processes if the platform does not provide the address.
+      num_processes: the number of processes.
+      process_id: the number of this process, from 0.
+      join_timeout: seconds to wait until all processes have joined.
+    """
+
+    model: str
+    tokens: str | None = None
+    against: str | None = None
+    source: str | None = None
+    passes: int = 1
+    length: int | None = None
+    seed: int = 0
+    held_out: int = 8
+    loss: Literal["kl", "cross_entropy"] = "kl"
+    train: Literal["all", "norms", "weights"] = "all"
+    step: int = 4
+    learning_rate: float = 1e-4
+    norm_factor: float = 20.0
+    warmup: int = 3
+    checks: int | None = None
+    evaluation: str | None = None
+    windows: int | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    output: str | None = None
+    token_cache: bool = True
+    mesh: str | None = None
+    cpu_devices: int | None = None
+    batch: int = 4
+    device_memory: float | None = None
+    coordinator: str | None = None
+    num_processes: int | None = None
+    process_id: int | None = None
+    join_timeout: int = 300
+
+    def __post_init__(self) -> None:
+        if not self.model.strip():
+            raise UserError("expected a pruned model: a run directory, a folder or a hub id, got nothing")
+        for name, least in (
+            ("length", 2),
+            ("seed", 0),
+            ("held_out", 1),
+            ("windows", 1),
+            ("cpu_devices", 1),
+            ("batch", 1),
+            ("num_processes", 1),
+            ("join_timeout", 1),
+        ):
+            at_least(least, name, getattr(self, name), MOST_DEVICES if name == "cpu_devices" else MOST)
+        if self.output is not None and not self.output.strip():
+            raise UserError("expected output to be a directory, got an empty text; leave it out for one in runs/")
+        if self.device_memory is not None and not self.device_memory > 0:
+            raise UserError(f"expected device_memory above 0 GiB, got {self.device_memory}")
+        if self.mesh is not None:
+            parse_mesh(self.mesh)
+        self.method(1)
+        at_least(1, "tokens", self.token_count, MOST_TOKENS * self.passes)
+
+    @property
+    def token_count(self) -> int:
+        """``tokens`` as a number."""
+        found = re.fullmatch(r"(\d+(?:\.\d+)?)([kmb]?)", (self.tokens or "").strip().replace("_", "").lower())
+        if not found:
+            raise UserError(f"expected --tokens as a number such as 200k, 50M or 1000000, got {self.tokens or 'none'}")
+        return round(float(found[1]) * _UNITS[found[2]])
+
+    def method(self, windows: int) -> Distillation:
+        """The training on a number of windows.
+
+        Raises:
+          UserError: a setting is out of its range.
+        """
+        checks = max(4, self.token_count // 500_000) if self.checks is None else self.checks
+        kind = CHOICES["distill"][self.loss]
+        assert kind is not None and issubclass(kind, Distillation)
+        options = (self.passes, self.step, self.learning_rate, self.norm_factor, self.train, self.warmup, checks)
+        try:
+            return kind(windows, *options)
+        except UserError as error:  # where they are options of a run, this one has another name
+            raise UserError(str(error).replace("distill.batch", "step").replace("distill.", "")) from None
+
+    @property
+    def directory(self) -> Path:
+        """Where the result goes."""
+        if self.output is not None:
+            return as_path(self.output)
+        folder = default_folder("recover", self.model)
+        return folder.with_name(re.sub(r"[\[\]\\]", "_", f"{folder.name}-{self.tokens}"))  # see ``files.refuse_unreachable``
+
+    @property
+    def is_run(self) -> bool:
+        """Whether MODEL is a run directory."""
+        return (as_path(self.model) / RUN).is_file()
+
+
+def parse(argv: Sequence[str]) -> RecoverConfig:
+    """The recovery that a command line asks for. ``--help`` prints and raises SystemExit(0).
+
+    Raises:
+      UserError: a setting does not exist, or its value is not allowed.
+    """
+    return parse_command(RecoverConfig, argv, _PROGRAM, _DESCRIPTION)

@@ -1,0 +1,216 @@
+"""One recovery, from a pruned model to the same model trained on more text: a run whose blocks are pruned already."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+
+from optima_tpu import data
+from optima_tpu.config.flat import flat
+from optima_tpu.config.run_config import Calibration, Evaluation, RunConfig, to_dict, weights_settings
+from optima_tpu.data import Tokens, token_digest
+from optima_tpu.data.cache import TokenCache, token_key
+from optima_tpu.errors import UserError
+from optima_tpu.models.model import check_ids, window_bos
+from optima_tpu.pipeline.distill.blocks import Trainer
+from optima_tpu.pipeline.distill.train import refuse_large
+from optima_tpu.pipeline.inputs import Texts
+from optima_tpu.pipeline.journal import Journal, prepare_directory
+from optima_tpu.pipeline.recover.config import RecoverConfig
+from optima_tpu.pipeline.recover.start import Start, open_start
+from optima_tpu.pipeline.run import finish
+from optima_tpu.pipeline.stages import STAGES, Opened, Run, Stage
+from optima_tpu.report.progress import say
+from optima_tpu.report.run_record import code_version
+from optima_tpu.runtime.device_memory import device_budget
+from optima_tpu.runtime.files import refuse_unreachable
+from optima_tpu.runtime.mesh import make_mesh
+from optima_tpu.runtime.processes import agree, check_signals, fetch, from_first, is_first, together
+
+LENGTH = 2048
+"""Tokens in a window, where the model's context is as long."""
+
+
+def recover(config: RecoverConfig, console: Console | None = None) -> dict[str, Any]:
+    """Trains a pruned model as ``config`` says, or goes on where the same recovery was stopped.
+
+    Returns:
+      The contents of report.json: ``perplexity`` has the dense model's and the trained one's, ``distillation`` the rest.
+
+    Raises:
+      UserError: a mistake that the user can correct. Nothing of the pruned model was changed.
+    """
+    console = console or Console(quiet=not is_first())
+    settings = dataclasses.asdict(config)
+    agree("settings and code", flat(settings | {"process_id": None, "code": code_version()}))
+    refuse_unreachable(together(lambda: config.directory))
+    check_signals()
+    start = open_start(config, make_mesh(config.mesh))
+    dense = config.against or start.record.dense
+    assert dense is not None, "open_start opened it"
+    source, evaluation = _sources(config, start)
+    length = _length(config, start)
+    drawn, scored = _texts(config, start, source, evaluation, length)
+    windows = len(drawn.ids) - config.held_out
+    if windows < 1:
+        raise UserError(
+            f"expected a text of more than {config.held_out} windows of {length} tokens, which are held out, got {len(drawn.ids)} in "
+            f"{source}: give a longer text, or fewer --held-out"
+        )
+    run_config = _run_config(config, start.base(dense, config.model), source, evaluation, length, windows)
+    method = run_config.distill
+    assert method is not None
+    decoder = start.dense.decoder
+    refuse_large(Trainer(decoder, method), device_budget(config.device_memory), "or --train norms")
+    held_out, training = np.split(drawn.ids, [config.held_out])
+    texts = Texts(drawn._replace(ids=np.concatenate([training, held_out])), scored, training)
+    manifest = _manifest(run_config, start, texts)
+    agree("recovery", flat(manifest))
+    told = {name: value for name, value in settings.items() if value != getattr(RecoverConfig, name, None)}
+    configuration = to_dict(run_config) | {"recover": told}
+    directory = prepare_directory(config.directory, manifest, configuration)
+    opened = Opened(run_config, start.dense, texts, manifest, configuration, directory)
+    say(console, "\n".join(_greeting(config, opened, start, drawn)) + "\n")
+    return finish(opened, recovery_stages(start), console)
+
+
+def recovery_stages(start: Start) -> Sequence[Stage]:
+    """The stages of a run, in which the pruned blocks are taken from a pruned model and not made."""
+    pruning = next(stage for stage in STAGES if stage.name == "pruning")
+    taking = Stage(
+        "taking the pruned blocks",
+        ("recording",),
+        lambda run: pruning.done(run) or (run.journal is not None and len(run.journal.finished) == _blocks(run)),
+        lambda run: _take(run, start),
+        _blocks,
+    )
+    return [taking if stage is pruning else stage for stage in STAGES if stage.name != "allocating"]
+
+
+def _blocks(run: Run) -> int:
+    return run.opened.model.decoder.config.blocks
+
+
+def _take(run: Run, start: Start) -> None:
+    """Saves the blocks of the pruned model in the journal of the recovery."""
+    journal, prefix = run.journal, run.opened.model.decoder.prefix
+    assert journal is not None, "an earlier stage opens it"
+    missing = [index for index in range(_blocks(run)) if index not in journal.finished]
+    for index, parameters in zip(missing, start.decoder.blocks(missing)):
+        _take_block(journal, start, index, parameters, prefix(index))
+        run.progress.advance()
+
+
+def _take_block(journal: Journal, start: Start, index: int, parameters: dict[str, jax.Array], prefix: str) -> None:
+    found = together(lambda: {name: start.mask(index, name) for name in parameters})
+    masks = {name: keep for name, keep in found.items() if keep is not None}
+    placed = {name: jax.device_put(keep, parameters[name].sharding) for name, keep in masks.items()}
+    for name, stays in placed.items():
+        if fetch(jnp.any((parameters[name] != 0) & ~stays)):
+            raise UserError(f"{start.decoder.prefix(index)}{name} of {start.masks.origin} has weights where its mask prunes")
+        parameters[name] = jnp.where(stays, parameters[name], jnp.zeros((), parameters[name].dtype))  # no -0.0
+    weights = {prefix + name: array for name, array in parameters.items()}
+    journal.save(index, weights, {prefix + name: stays for name, stays in placed.items()}, start.report(index, masks))
+
+
+def _sources(config: RecoverConfig, start: Start) -> tuple[str, str]:
+    """The names of the text to train on and of the text to measure on."""
+    known = {part: start.record.configuration.get(part) or {} for part in ("calibration", "evaluation")}
+    source = config.source or known["calibration"].get("source")
+    if source is None:
+        raise UserError(f"expected --source with a text to train on, got none, and {config.model} has no record of its text")
+    evaluation = config.evaluation or (None if config.source else known["evaluation"].get("source")) or source
+    parsed, other = data.parse_source(source), data.parse_source(evaluation)
+    if isinstance(parsed, data.SelfGenerated):
+        raise UserError(
+            f"expected --source with a stored text, got {source}, which the model writes: c4, wikitext2, pydoc or file:PATH"
+        )
+    try:
+        data.refuse_overlap(parsed, other)
+    except UserError as error:
+        raise UserError(str(error).replace("--evaluation.source", "--evaluation")) from None
+    return source, evaluation
+
+
+def _length(config: RecoverConfig, start: Start) -> int:
+    limit = getattr(start.dense.pretrained.config.get_text_config(), "max_position_embeddings", None) or LENGTH
+    if config.length and config.length > limit:
+        raise UserError(f"expected --length of at most {limit}, the model's context, got {config.length}")
+    return config.length or min(LENGTH, limit)
+
+
+def _texts(config: RecoverConfig, start: Start, source: str, evaluation: str, length: int) -> tuple[Tokens, Tokens]:
+    """The windows to train on, the held-out ones first, and those to measure on. Process 0 reads the texts."""
+    model, tokenizer = start.dense, start.pruned.tokenizer
+    bos = together(lambda: window_bos(model, tokenizer))
+    kept = TokenCache.of_user().tokens if config.token_cache else lambda key, draw: draw()
+    parsed, other = data.parse_source(source), data.parse_source(evaluation)
+    windows = config.held_out + max(1, config.token_count // (config.passes * length))
+    score = {"length": length, "windows": config.windows, "bos": bos}
+    draw = {"windows": windows, "length": length, "seed": config.seed, "bos": bos}
+    # The text to measure on first: an error in it should appear before millions of tokens are read.
+    scored = kept(
+        lambda: token_key(other, "evaluation", model.pretrained, **score),
+        lambda: from_first(lambda: data.evaluation_tokens(other, tokenizer, length=length, windows=config.windows, bos=bos)),
+    )
+    drawn = kept(
+        lambda: token_key(parsed, "calibration", model.pretrained, stream=1, **draw),
+        lambda: from_first(
+            lambda: data.stream_tokens(parsed, tokenizer, windows=windows, length=length, seed=config.seed, bos=bos)
+        ),
+    )
+    together(lambda: check_ids([drawn.ids, scored.ids], model))
+    return drawn, scored
+
+
+def _run_config(config: RecoverConfig, base: RunConfig, source: str, evaluation: str, length: int, windows: int) -> RunConfig:
+    """The settings of the run: those with which the model was pruned, and the training on top."""
+    shared = ("dtype", "token_cache", "mesh", "cpu_devices", "batch", "device_memory", "coordinator", "num_processes")
+    return dataclasses.replace(
+        base,
+        **{name: getattr(config, name) for name in shared},
+        process_id=config.process_id,
+        join_timeout=config.join_timeout,
+        output=str(config.directory),
+        distill=config.method(windows),
+        calibration=Calibration(source, windows, length, config.seed, config.held_out),
+        evaluation=Evaluation(evaluation, length, config.windows),
+    )
+
+
+def _manifest(config: RunConfig, start: Start, texts: Texts) -> dict[str, Any]:
+    """All that decides the trained weights."""
+    recipe = weights_settings(config)
+    recipe["selector"].pop("path", None)  # the model's contents decide the result, not its path
+    samples, ids = config.calibration.samples, texts.calibration.ids
+    return {
+        "model": start.dense.pretrained.fingerprint,
+        "start": start.pruned.model.pretrained.fingerprint,
+        "recipe": recipe,
+        "calibration": token_digest(ids[:samples]),
+        "held_out": token_digest(ids[samples:]),
+        "code": code_version(),
+    }
+
+
+def _greeting(config: RecoverConfig, opened: Opened, start: Start, drawn: Tokens) -> list[str]:
+    method, text, mesh = opened.config.distill, opened.config.calibration, opened.model.decoder.mesh
+    assert method is not None
+    read, asked = method.steps * min(method.batch, text.samples) * text.length, config.token_count
+    told = f"{read:,} tokens: {text.samples:,} windows of {text.length}, each read {'once' if config.passes == 1 else f'{config.passes} times'}"
+    lines = [
+        f"model        {config.model}: {opened.model.decoder.config.blocks} blocks, {len(start.names)} pruned matrices",
+        f"dense model  {start.dense.pretrained.origin}",
+        f"training     {method.words}, {config.train}, on {told}; this is training on {read:,} tokens, not one-shot pruning",
+        f"text         {', '.join(filter(None, (drawn.how, drawn.cache)))}, the first {config.held_out} of them held out",
+    ]
+    if text.samples < asked // (config.passes * text.length):
+        lines.append(
+            f"             {text.source} has no more: {asked:,} tokens were asked for; more --passes read the windows again"
+        )
+    lines.append(f"devices      {mesh.size} x {jax.devices()[0].device_kind}, mesh {mesh.shape['data']}x{mesh.shape['model']}")
+    return [*lines, f"run          {opened.directory}"]

@@ -1,0 +1,247 @@
+"""What a recovery starts from: a pruned model with its masks, the record of how it was pruned, and the dense model."""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, TypedDict
+
+import numpy as np
+from jax.sharding import Mesh
+
+from optima_tpu.config.parse import configure
+from optima_tpu.config.run_config import RunConfig
+from optima_tpu.errors import UserError
+from optima_tpu.evaluate.model import Evaluated, check_pair, open_evaluated
+from optima_tpu.method.patterns import Pattern, parse_pattern
+from optima_tpu.method.selectors import Imported
+from optima_tpu.models.check import same_values
+from optima_tpu.models.checkpoints.export import SIDECAR
+from optima_tpu.models.checkpoints.orbax import CHECKPOINT, CheckpointTensors
+from optima_tpu.models.decoder import Decoder
+from optima_tpu.models.masks import MaskSource, open_masks
+from optima_tpu.models.model import Model
+from optima_tpu.pipeline.recover.config import RecoverConfig
+from optima_tpu.report.records import LayerReport
+from optima_tpu.report.run_record import RUN, Manifest, RunRecord
+from optima_tpu.runtime.buckets import as_path
+from optima_tpu.runtime.processes import check_signals, from_first, together
+from optima_tpu.runtime.records import known_record
+
+LEAST = 0.1
+"""A matrix with a smaller share of zeros was not pruned. Quantised weights are zero now and then."""
+_PATTERNS = "2:4", "4:8"
+"""The patterns that are recognised in masks from elsewhere."""
+
+
+class _Record(NamedTuple):
+    """What the record of a pruned model says on it; nothing for a model of another program.
+
+    Attributes:
+      manifest: of the run that pruned it.
+      configuration: of that run; empty where only the exported folder is left.
+      dense: the model that was pruned, as it was typed.
+      layers: name of each pruned weight -> the report of its layer.
+    """
+
+    manifest: Mapping[str, Any] | None = None
+    configuration: Mapping[str, Any] = {}
+    dense: str | None = None
+    layers: Mapping[str, Mapping[str, Any]] = {}
+
+
+class _Sidecar(TypedDict):
+    """What is read of optima_tpu.json."""
+
+    manifest: Manifest
+    model: str | None
+    layers: list[dict[str, Any]]
+
+
+class Start(NamedTuple):
+    """An opened pruned model from which training can begin.
+
+    Attributes:
+      pruned: the model.
+      dense: the dense model, on the same mesh and in the same dtype.
+      record: how it was pruned.
+      masks: of its pruned weights.
+      names: the weights that ``masks`` has a mask for, by the name in the pruned checkpoint.
+      pattern: of the masks, where no record says it.
+    """
+
+    pruned: Evaluated
+    dense: Model
+    record: _Record
+    masks: MaskSource
+    names: frozenset[str]
+    pattern: Pattern | None
+
+    @property
+    def decoder(self) -> Decoder:
+        """The decoder of the pruned model."""
+        return self.pruned.model.decoder
+
+    def base(self, dense: str, spec: str) -> RunConfig:
+        """The run that would have made the pruned model.
+
+        Args:
+          dense: the dense model, as it is recorded.
+          spec: the pruned model.
+        """
+        if self.pattern is not None:
+            return RunConfig(dense, pattern=self.pattern, selector=Imported(spec, weights=True), solver=None)
+        recipe = dict((self.record.manifest or {})["recipe"])
+        return configure({**recipe, "model": dense, "distill": None})
+
+    def mask(self, index: int, name: str) -> np.ndarray | None:
+        """The mask of a parameter of a block, by its name inside the block; None if it was not pruned."""
+        whole = self.decoder.prefix(index) + name
+        rows, columns = self.decoder.block_shapes[name] if whole in self.names else (0, 0)
+        return self.masks.read(whole, (rows, columns)) if rows else None
+
+    def report(self, index: int, masks: Mapping[str, np.ndarray]) -> dict[str, Any]:
+        """The report of a block, in which errors that nobody measured are not finite.
+
+        Args:
+          masks: by name inside the block.
+        """
+        layers = []
+        for name, keep in masks.items():
+            rows, pruned = len(keep), int(keep.size - np.count_nonzero(keep))
+            inner, found = name.removesuffix(".weight"), self.record.layers.get(self.decoder.prefix(index) + name, {})
+            unknown = LayerReport(
+                index,
+                inner,
+                (rows, keep.shape[1]),
+                pruned,
+                pruned / keep.size,
+                math.inf,
+                math.inf,
+                0.0,
+                0.0,
+                0,
+                0,
+                rows,
+                rows,
+                0,
+                0,
+            )
+            layers.append({**unknown.to_json(), **found, "name": inner})
+        return {"index": index, "seconds": 0.0, "layers": layers}
+
+
+def open_start(config: RecoverConfig, mesh: Mesh) -> Start:
+    """Opens the pruned model and the dense model, and checks that they belong together. Every process calls it.
+
+    Raises:
+      UserError: a model cannot be opened, has no masks, or they do not belong together.
+    """
+    pruned = open_evaluated(config.model, mesh, config.dtype, config.batch)
+    check_signals()
+    decoder = pruned.model.decoder
+    record = from_first(lambda: _record(config.model, decoder))
+    spec = config.against or record.dense
+    if spec is None:
+        raise UserError(
+            f"expected --against with the dense model, got none, and {config.model} has no record of the model that was pruned"
+        )
+    dtype = decoder.tensors.dtype(decoder.root + decoder.family.embedding).name
+    dense = _open_dense(spec, mesh, dtype, config)
+    check_signals()
+    masks = together(lambda: open_masks(str(_of_run(config.model))))
+    names, pattern = from_first(lambda: _pruned(decoder, masks, record))
+    expected = None if config.dtype else (record.manifest or {}).get("model")
+    from_first(lambda: _check(pruned, dense, expected, names))
+    return Start(pruned, dense.model, record, masks, names, pattern)
+
+
+def _open_dense(spec: str, mesh: Mesh, dtype: str, config: RecoverConfig) -> Evaluated:
+    try:
+        return open_evaluated(spec, mesh, dtype, config.batch)
+    except UserError as error:
+        if config.against:
+            raise
+        raise UserError(
+            f"{config.model} names {spec} as its dense model, which cannot be opened ({error}); give its place as --against"
+        ) from error
+
+
+def _of_run(spec: str) -> Path:
+    """The run directory of its ``checkpoint``; anything else as it is."""
+    path = as_path(spec)
+    return path.parent if path.name == CHECKPOINT and (path.parent / RUN).is_file() else path
+
+
+def _record(spec: str, decoder: Decoder) -> _Record:
+    path = _of_run(spec)
+    if (path / RUN).is_file():
+        run = CheckpointTensors(path).run
+        layers = {
+            f"{decoder.prefix(block['index'])}{layer['name']}.weight": layer
+            for block in run["blocks"]
+            for layer in block["layers"]
+        }
+        return _Record(run["manifest"], run["configuration"], run["configuration"].get("model"), layers)
+    exported = known_record(path / SIDECAR, _Sidecar) if path.is_dir() else None
+    if exported is None or not exported["manifest"].get("recipe"):
+        return _Record()
+    beside = known_record(path.resolve().parent / RUN, RunRecord)
+    known = beside["configuration"] if beside and beside["manifest"] == exported["manifest"] else {}
+    layers = {layer["name"]: layer for layer in exported["layers"]}
+    return _Record(exported["manifest"], known, known.get("model") or exported["model"], layers)
+
+
+def _pruned(decoder: Decoder, masks: MaskSource, record: _Record) -> tuple[frozenset[str], Pattern | None]:
+    """The names of the weights that are pruned, and the pattern of their masks where no record says it."""
+    matrices = {
+        decoder.prefix(index) + name + ".weight": decoder.block_shapes[name + ".weight"]
+        for index in range(decoder.config.blocks)
+        for name in decoder.linears
+    }
+    known = {name: (rows, columns) for name, (rows, columns) in matrices.items() if name in masks.keys}
+    if record.manifest and not masks.from_zeros:
+        return frozenset(known), None
+    found, patterns = set(), [parse_pattern(text) for text in _PATTERNS]
+    zeros = size = 0
+    for name, shape in known.items():
+        keep = masks.read(name, shape)
+        pruned = keep.size - int(np.count_nonzero(keep))
+        if pruned >= LEAST * keep.size:
+            found.add(name)
+            zeros, size = zeros + pruned, size + keep.size
+            patterns = [
+                each for each in patterns if shape[1] % int(str(each).partition(":")[2]) == 0 and not each.violation(keep, True)
+            ]
+    if not found:
+        raise UserError(
+            f"expected a pruned model, got {masks.origin}, in which no matrix has a share of zeros of at least {LEAST:g}: "
+            "prune it first"
+        )
+    if record.manifest:
+        return frozenset(found), None
+    share = zeros / size
+    regular = next((each for each in patterns if abs(share - 0.5) < 0.02), None)
+    return frozenset(found), regular or parse_pattern(f"{min(max(share, 0.001), 0.999):.3f}/layer")
+
+
+def _check(pruned: Evaluated, dense: Evaluated, expected: str | None, names: frozenset[str]) -> None:
+    """Raises UserError if the dense model is not the one that was pruned.
+
+    Args:
+      expected: its fingerprint, if the record of the pruned model has it.
+      names: the pruned weights.
+    """
+    check_pair(pruned, dense)
+    mine, theirs = pruned.model.decoder, dense.model.decoder
+    who, whose = pruned.model.pretrained.origin, dense.model.pretrained.origin
+    if expected is not None and expected != dense.model.pretrained.fingerprint:
+        raise UserError(f"expected the model that {who} was pruned from, got another one in {whose}: give its place as --against")
+    if (mine.family, mine.config.blocks, mine.block_shapes) != (theirs.family, theirs.config.blocks, theirs.block_shapes):
+        raise UserError(f"expected --against with the model that {who} was pruned from, got one of another size in {whose}")
+    for name in mine.end_shapes:
+        its_name = theirs.root + name.removeprefix(mine.root) if name.startswith(mine.root) else name
+        if its_name not in theirs.end_shapes or not same_values(mine.tensors, name, theirs.tensors, its_name):
+            raise UserError(
+                f"expected a pruned model with {name} of the dense model {whose}, got other values in {who}: only the blocks are "
+                "trained here, so both models need the same embedding, last norm and head"
+            )

@@ -1,0 +1,176 @@
+"""Recovery: the same training from a run, from its export and from a plain checkpoint, resumable, with every zero held."""
+
+import json
+import shutil
+import signal
+
+import numpy as np
+import pytest
+
+from optima_tpu.errors import UserError
+from optima_tpu.launch import main as prune
+from optima_tpu.models.checkpoints.export import read_masks
+from optima_tpu.pipeline import inputs
+from optima_tpu.pipeline.recover import run as recovering
+from optima_tpu.pipeline.recover.config import RecoverConfig, parse
+from optima_tpu.recover import main
+from optima_tpu.report import progress
+from optima_tpu.runtime import signals
+from tests.support.meshes import mesh
+from tests.support.runs import SMALL, assert_close_weights, assert_same_weights, folder_tensors, only_error
+from tests.support.tiny_models import tiny_folder
+
+TEXT = ["--source", "random", "--windows", "4", "--length", "32", "--learning_rate", "1e-3", "--checks", "2"]
+TOKENS = ["--tokens", "0.512k"]  # 16 windows of 32, four steps
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_device():
+    """Compiling for one device is quick."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (recovering, inputs):
+            patch.setattr(module, "make_mesh", lambda spec: mesh(1, 1))
+        yield
+
+
+@pytest.fixture(scope="module")
+def pruned(tmp_path_factory):
+    """A pruned run, and the recovery from it with the command's defaults."""
+    root = tmp_path_factory.mktemp("pruned")
+    model = tiny_folder(root / "model", num_hidden_layers=2)
+    magnitude = ["--selector", "magnitude", "--solver", "null", "--pattern", "0.6/row"]
+    assert prune(["--model", str(model), "--output", str(root / "run"), *magnitude, *SMALL]) == 0
+    assert main([str(root / "run"), *TOKENS, *TEXT, "--output", str(root / "recovered")]) == 0
+    return root
+
+
+def report(directory) -> dict:
+    return json.loads((directory / "report.json").read_text())
+
+
+def test_zeros_stay_the_loss_falls_and_the_result_says_that_it_was_trained(pruned):
+    recovered = report(pruned / "recovered")
+    found = recovered["distillation"]
+    assert found["kept"] and found["held_out_after"] < found["held_out_before"] and found["seconds"] > 0
+    assert found["tokens"] == 512 and all(check["perplexity"] > 1 for check in found["checks"])
+    assert found["perplexity_before"] == pytest.approx(report(pruned / "run")["perplexity"]["pruned"], rel=1e-6)
+    before, after = (folder_tensors(pruned / name / "hf") for name in ("run", "recovered"))
+    masks = read_masks(pruned / "recovered/hf")
+    assert masks.keys() == read_masks(pruned / "run/hf").keys()
+    for name, keep in masks.items():
+        assert (keep == read_masks(pruned / "run/hf")[name]).all() and (after[name][~keep] == 0).all()
+        assert after[name].dtype == before[name].dtype and (after[name] != before[name]).any()
+    assert (after["model.embed_tokens.weight"] == before["model.embed_tokens.weight"]).all()
+    card, page = ((pruned / "recovered" / name).read_text() for name in ("hf/README.md", "report.html"))
+    assert "trained by OPTIMA-TPU on 512 tokens" in card and "in one shot" not in card
+    assert "optima_tpu.recover" in page and "not one-shot pruning" in page
+
+
+def test_an_exported_folder_gives_the_same_bits(pruned, tmp_path, capsys):
+    folder = shutil.copytree(pruned / "run/hf", tmp_path / "folder")
+    command = [str(folder), *TOKENS, *TEXT, "--output", str(tmp_path / "out"), "--against", str(pruned / "model")]
+    assert main(command) == 0
+    assert "not one-shot pruning" in capsys.readouterr().out
+    assert_same_weights(tmp_path / "out", pruned / "recovered")
+    assert main(command) == 0  # finished: nothing is done again
+    assert main([*command, "--seed", "1"]) == 2
+    assert "calibration: " in capsys.readouterr().err
+
+
+def test_the_zeros_of_any_checkpoint_are_its_masks(tmp_path, capsys):
+    """In bfloat16, from a folder without a record."""
+
+    def prune_it(arrays):
+        for name, array in arrays.items():
+            if "proj" in name:
+                array[np.abs(array.astype(np.float32)) < 0.1] = 0
+
+    dense = tiny_folder(tmp_path / "dense", dtype="bfloat16", num_hidden_layers=2)
+    folder = tiny_folder(tmp_path / "folder", dtype="bfloat16", change=prune_it, num_hidden_layers=2)
+    assert main([str(folder), *TOKENS, *TEXT, "--output", str(tmp_path / "out"), "--against", str(dense)]) == 0
+    printed = capsys.readouterr().out
+    assert "Nobody measured the errors" in printed and "held-out divergence" in printed
+    assert report(tmp_path / "out")["distillation"]["kept"]
+    before, after = folder_tensors(folder), folder_tensors(tmp_path / "out/hf")
+    for name, keep in read_masks(tmp_path / "out/hf").items():
+        assert (keep == (before[name] != 0)).all() and (after[name][~keep] == 0).all()
+        assert after[name].dtype == before[name].dtype and (after[name] != before[name]).any()
+
+
+def test_what_sigterm_stopped_ends_with_the_same_bits(pruned, tmp_path, monkeypatch):
+    """In the third step, after a check behind the second: the state behind the third is saved."""
+    command = [str(pruned / "run"), *TOKENS, *TEXT, "--output", str(tmp_path / "out")]
+    calls, check = [], progress.check_signals
+
+    def stop():
+        calls.append(1)
+        if list((tmp_path / "out").glob("distillation/step_0000002")):
+            monkeypatch.setattr(progress, "check_signals", after_a_step)
+        check()
+
+    def after_a_step():
+        monkeypatch.setattr(progress, "check_signals", check)
+        raise signals.Stopped(signal.SIGTERM)
+
+    monkeypatch.setattr(progress, "check_signals", stop)
+    assert main(command) == signals.RESUME
+    assert sorted(path.name for path in (tmp_path / "out/distillation").iterdir()) == ["step_0000002", "step_0000003"]
+    assert main(command) == 0
+    assert_same_weights(tmp_path / "out", pruned / "recovered")
+    assert report(tmp_path / "out")["distillation"]["checks"] == report(pruned / "recovered")["distillation"]["checks"]
+
+
+@pytest.mark.slow  # the distillation of a run shows the mesh with the same code
+def test_mesh_and_parts_of_the_text_change_rounding_alone(pruned, tmp_path, monkeypatch):
+    """On 2x2 devices, with as many windows at once as one step needs."""
+    monkeypatch.setattr("optima_tpu.pipeline.distill.train.AT_ONCE", 1)
+    monkeypatch.setattr(recovering, "make_mesh", lambda spec: mesh(2, 2))
+    assert main([str(pruned / "run"), *TOKENS, *TEXT, "--output", str(tmp_path / "out")]) == 0
+    assert_close_weights(tmp_path / "out", pruned / "recovered")
+
+
+def test_norms_alone_on_the_next_tokens(pruned, tmp_path, capsys):
+    """From a recovered model, whose norms have moved, and a text that is too short: it is read once, and the command says so."""
+    text = tmp_path / "text.txt"
+    text.write_text("".join(map(chr, np.random.default_rng(0).integers(97, 105, 900))))
+    command = [str(pruned / "recovered"), "--tokens", "1M", *TEXT, "--source", f"file:{text}", "--evaluation", "random"]
+    assert main([*command, "--train", "norms", "--loss", "cross_entropy", "--output", str(tmp_path / "out")]) == 0
+    assert "has no more: 1,000,000 tokens were asked for" in capsys.readouterr().out
+    before, after = (folder_tensors(path / "hf") for path in (pruned / "recovered", tmp_path / "out"))
+    moved = {name for name in before if (before[name] != after[name]).any()}
+    assert moved and all(before[name].ndim == 1 for name in moved)
+    found = report(tmp_path / "out")["distillation"]
+    assert found["tokens"] == 20 * 32  # 28 windows, of which eight are held out
+    assert found["checks"][-1]["perplexity"] == pytest.approx(np.exp(found["checks"][-1]["held_out"]))
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["{run}", "--tokens", "many"], "a number such as 200k, 50M or 1000000, got many"),
+        (["{run}"], "got none"),
+        (["{run}", "--tokens", "0"], "tokens of at least 1, got 0"),
+        (["{run}", "--tokens", "1k", "--step", "0"], "step of at least 1, got 0"),
+        (["{root}/nowhere", "--tokens", "1k"], "no such path"),
+        (["{model}", "--tokens", "1k", "--against", "{model}"], "no matrix has a share of zeros of at least 0.1"),
+        (["{model}", "--tokens", "1k"], "expected --against with the dense model, got none"),
+        (["{run}", "--tokens", "1k", *TEXT, "--source", "npy:{root}/none.npy", "--evaluation", "random"], "does not exist"),
+        (["{run}", "--tokens", "1k", "--length", "1000"], "at most 128, the model's context, got 1000"),
+        (["{run}", "--tokens", "1k", "--against", "{root}/other"], "was pruned from, got another one in"),
+        (["{run}", "--tokens", "1k", *TEXT, "--device_memory", "1e-6"], "take more devices, or --train norms"),
+    ],
+)
+def test_what_cannot_be_is_one_line(pruned, words, said, capsys):
+    if "{root}/other" in words and not (pruned / "other").exists():
+        tiny_folder(pruned / "other", seed=1)
+    places = {"root": pruned, "run": pruned / "run", "model": pruned / "model"}
+    assert main([word.format(**places) for word in words]) == 2
+    assert said in only_error(capsys.readouterr().err)
+
+
+def test_tokens_are_counted_in_any_spelling():
+    counts = {"200k": 200_000, "50M": 50_000_000, "1.5m": 1_500_000, "1_000": 1000, "77": 77}
+    assert {text: RecoverConfig("model", text).token_count for text in counts} == counts
+    assert parse(["model", "--tokens", "50M"]).method(7).checks == 100
+    with pytest.raises(UserError, match="at most 268435456, got 9000000000"):
+        RecoverConfig("model", "9b")
