@@ -7,6 +7,7 @@ import signal
 import numpy as np
 import pytest
 
+import optima_tpu
 from optima_tpu.errors import UserError
 from optima_tpu.launch import main as prune
 from optima_tpu.models.checkpoints.export import read_masks
@@ -133,8 +134,11 @@ def test_norms_alone_on_the_next_tokens(pruned, tmp_path, capsys):
     """From a recovered model, whose norms have moved, and a text that is too short: it is read once, and the command says so."""
     text = tmp_path / "text.txt"
     text.write_text("".join(map(chr, np.random.default_rng(0).integers(97, 105, 900))))
-    command = [str(pruned / "recovered"), "--tokens", "1M", *TEXT, "--source", f"file:{text}", "--evaluation", "random"]
-    assert main([*command, "--train", "norms", "--loss", "cross_entropy", "--output", str(tmp_path / "out")]) == 0
+    settings = dict(source=f"file:{text}", evaluation="random", windows=4, length=32, learning_rate=1e-3, checks=2)
+    result = optima_tpu.load(pruned / "recovered").recover(
+        "1M", **settings, train="norms", loss="cross_entropy", output=str(tmp_path / "out")
+    )
+    assert result.directory == tmp_path / "out"
     assert "has no more: 1,000,000 tokens were asked for" in capsys.readouterr().out
     before, after = (folder_tensors(path / "hf") for path in (pruned / "recovered", tmp_path / "out"))
     moved = {name for name in before if (before[name] != after[name]).any()}
