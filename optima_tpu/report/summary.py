@@ -60,9 +60,9 @@ def all_layers(blocks: Iterable[BlockReport]) -> list[LayerReport]:
     return [layer for block in blocks for layer in block.layers]
 
 
-def measured(layers: Iterable[LayerReport]) -> bool:
-    """Whether any layer's error was measured: not in a model that another program pruned."""
-    return any(math.isfinite(layer.error_after) for layer in layers)
+def measured(layers: Sequence[LayerReport]) -> bool:
+    """Whether the errors of the layers were measured: not in a model that another program pruned."""
+    return not layers or any(math.isfinite(error) for layer in layers for error in (layer.error_before, layer.error_after))
 
 
 def by_kind(blocks: Sequence[BlockReport]) -> tuple[LayerKind, ...]:
