@@ -545,9 +545,23 @@ def test_a_real_sweep_is_the_runs_it_names(finished, tmp_path, monkeypatch, caps
     for name in names:
         assert all(path.is_file() for path in (out / "cells" / name).iterdir())
 
-    # The finished table again, in a process with other devices.
+    # The finished table again, on another mesh.
+    written = (out / "results.json").read_text()
+    assert main([path, "--output", str(out), "--mesh", "2x4"]) == 0
+    again = capsys.readouterr().out
+    assert "resuming  4 of 4 cells are done" in again and "\x1b" not in again
+    assert (out / "results.json").read_text() == written
+
+
+@pytest.mark.slow  # on another mesh of the same process: in the test above
+def test_a_finished_sweep_is_told_again_in_a_process_with_other_devices(finished, tmp_path):
+    run = {"model": str(finished.model), "calibration": {"source": "random", "samples": 8, "length": 32}}
+    run |= {"mesh": "4x2", "evaluation": {"source": "random", "windows": 4}}
+    one = {"updates": {"none": {"solver": None}}, "patterns": {"50%": {"pattern": 0.5}}}
+    path, out = write_sweep(tmp_path / "real.yaml", run=run, **one), tmp_path / "out"
+    assert main([path, "--output", str(out)]) == 0
     written = (out / "results.json").read_text()
     again = python("-m", "optima_tpu.sweep", path, "--output", out, "--mesh", "2x1", "--cpu-devices", 2)
     assert (again.returncode, again.stderr) == (0, "")
-    assert "resuming  4 of 4 cells are done" in again.stdout and "\x1b" not in again.stdout
+    assert "resuming  2 of 2 cells are done" in again.stdout and "\x1b" not in again.stdout
     assert (out / "results.json").read_text() == written
