@@ -1,6 +1,6 @@
 """The decoder families, one file each; a family is a :class:`~optima_tpu.models.family.Family`."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from optima_tpu.errors import UserError
@@ -72,7 +72,16 @@ REFUSED: Mapping[str, str] = {
     **dict.fromkeys(("Gemma3nForCausalLM", "Gemma3nForConditionalGeneration"), f"{_MORE}, beside four residual streams"),
     **dict.fromkeys(("Gemma4ForCausalLM", "Gemma4ForConditionalGeneration"), f"{_WIDTHS}; in some of these models {_MORE}"),
 }
-"""Why an architecture does not fit: here a block reads one residual stream and positions, and all blocks have the same shapes."""
+"""What does not fit in an architecture."""
+
+
+def refuse_architecture(names: Iterable[str], model_type: str | None) -> None:
+    """Raises UserError, with the reason, for the architectures in config.json that do not fit the interface of families."""
+    if name := next((name for name in names if name in REFUSED), None):
+        raise UserError(
+            "expected a model in which every block reads one residual stream and all blocks have the same shapes, got "
+            f"{name} (model_type {model_type}), where {REFUSED[name]}: not supported"
+        )
 
 
 def family_of(config: Any) -> Family:
@@ -85,10 +94,10 @@ def family_of(config: Any) -> Family:
     names = config.architectures or [type(config).__name__]
     name = next((name for name in names if name in FAMILIES), None)
     if name is None:
-        reason = next((f", because {REFUSED[name]}" for name in names if name in REFUSED), "")
+        refuse_architecture(names, config.model_type)
         raise UserError(
             f"expected a model of architecture {', '.join(FAMILIES)}, got {', '.join(names)} (model_type {config.model_type}): "
-            f"not supported{reason}"
+            "not supported"
         )
     if config.model_type not in FAMILIES[name]:
         raise UserError(

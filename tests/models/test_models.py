@@ -1,6 +1,7 @@
 """Our decoders against transformers' (torch), on tiny random models."""
 
 import importlib
+import json
 
 import jax.numpy as jnp
 import ml_dtypes
@@ -10,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from optima_tpu.errors import UserError
 from optima_tpu.models import cohere, family_of
+from optima_tpu.models.checkpoints.source import read_config
 from optima_tpu.models.decoder import Decoder, forward
 from optima_tpu.models.experts import input_of
 from optima_tpu.models.layers import RMSNorm, ShiftedLayerNorm, ShiftedRMSNorm, WideRMSNorm
@@ -174,8 +176,11 @@ def test_an_unsupported_architecture_lists_the_supported_ones():
 
 
 def test_an_architecture_that_does_not_fit_is_refused_with_the_reason():
-    with pytest.raises(UserError, match="Gemma3nForCausalLM .model_type gemma3n_text.: not supported, because later blocks read"):
-        family_of(transformers.Gemma3nTextConfig(architectures=["Gemma3nForCausalLM"]))
+    config = dict(
+        architectures=["Gemma3nForConditionalGeneration"], model_type="gemma3n", text_config=dict(intermediate_size=[8])
+    )
+    with pytest.raises(UserError, match="Gemma3nForConditionalGeneration .model_type gemma3n., where later blocks read keys"):
+        read_config(json.dumps(config).encode(), "a model")
 
 
 def test_weights_that_are_not_finite_are_refused_by_name():

@@ -15,6 +15,7 @@ import numpy as np
 from transformers import AutoConfig, PretrainedConfig
 
 from optima_tpu.errors import UserError, one_line, some
+from optima_tpu.models import refuse_architecture
 from optima_tpu.models.checkpoints.declared import DECIDING, Declared
 from optima_tpu.runtime.records import check_record, parse_record
 
@@ -133,9 +134,10 @@ def read_config(config: bytes, where: str, dtype: str | None = None) -> tuple[Pr
 
     Raises:
       UserError: the file is no JSON object, a size in it is above every bound, transformers does not know the model type, the file
-        names no architecture, or the weights are quantised.
+        names no architecture or one that does not fit, or the weights are quantised.
     """
     record: dict[str, Any] = dict(parse_record(config, Declared, f"{where}: config.json", _CHECK))
+    refuse_architecture(record.get("architectures") or (), record.get("model_type"))  # before its sizes look wrong
     if (text := record.get("text_config")) is not None:
         check_record(text, Declared, f"{where}: config.json", _CHECK, inside="text_config")
     try:
