@@ -18,11 +18,9 @@ from optima_tpu.evaluate.perplexity import overflow
 from optima_tpu.evaluate.predictions import picked
 from optima_tpu.models.activations import Activations, held_rows, on_mesh
 from optima_tpu.models.decoder import Decoder, Head, head_logits
+from optima_tpu.models.family import LENGTHS
 from optima_tpu.runtime.mesh import DATA
 from optima_tpu.runtime.processes import fetch
-
-LENGTHS = tuple(size for power in range(5, 31) for size in (2**power, 3 * 2 ** (power - 1)))
-"""Lengths that texts are padded to: 32, 48, 64, 96, 128, ... Includes the powers of two: LongRoPE changes its factors at one."""
 
 TOKENS = 2048
 """Tokens in a sequence of ``Decoder.batch``. A batch of shorter texts has the same number of tokens; a batch of longer texts has

@@ -14,6 +14,9 @@ from optima_tpu.models.cache import KeyValueCache
 
 Shape = tuple[int, ...]
 
+LENGTHS = tuple(size for power in range(5, 31) for size in (2**power, 3 * 2 ** (power - 1)))
+"""Lengths that texts are padded to: 32, 48, 64, 96, 128, ... Includes the powers of two: LongRoPE changes its factors at one."""
+
 
 class Positions(NamedTuple):
     """The position data of a block's tokens. They are arrays, so that blocks with different values share one compilation.
@@ -35,9 +38,9 @@ class Positions(NamedTuple):
         assert self.cos is not None and self.sin is not None, "only a block of a family with rotary embedding rotates"
         return self.cos, self.sin
 
-    def at(self, place: Array) -> "Positions":
-        """The position data of the single token at the position ``place``, int32 scalar."""
-        cos, sin = jax.tree.map(lambda table: jax.lax.dynamic_slice_in_dim(table, place, 1), (self.cos, self.sin))
+    def at(self, place: Array, count: int) -> "Positions":
+        """The position data of ``count`` tokens, the first one at the position ``place``, int32 scalar."""
+        cos, sin = jax.tree.map(lambda table: jax.lax.dynamic_slice_in_dim(table, place, count), (self.cos, self.sin))
         return self._replace(cos=cos, sin=sin)
 
 

@@ -1,13 +1,13 @@
 """Text generation: all blocks on the devices at once, a key-value cache, one token of every window per step.
 
 The steps are one compiled program, a scan over tokens around a scan over blocks. So the program does not grow with tokens or
-blocks.
+blocks. All windows of a step are at the same position.
 """
 
 import functools
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -33,6 +33,10 @@ _STRETCH = 128
 
 _LOGITS = 4  # arrays of logits in a step, on a device: capped, scaled, the random numbers, their sum
 
+_CALIBRATION_ADVICE = (
+    "to write its own calibration text, take a --mesh with a larger model axis, a --dtype of fewer bytes, shorter windows, a larger "
+    "--device_memory, or another --calibration.source (c4, file:PATH)"
+)
 
 State = tuple[Array, Array, Array]
 """Keys, values, and the last token of every window [windows]."""
@@ -102,7 +106,7 @@ def generate(
         stretches * -(-samples // size),
     )
     # One cache for all batches: the entries of an earlier batch are masked.
-    state = (*_empty(cache, size, mesh), None)
+    state = (*empty_cache(cache, size, mesh), None)
     for first in range(0, samples, size):
         rows = np.arange(first, first + size)
         state = (*state[:2], place(mesh, np.full(size, start, np.int32), P(DATA)))
@@ -121,85 +125,13 @@ def generate(
     return windows
 
 
-def greedy(
-    decoders: Sequence[Decoder],
-    prompts: Sequence[Sequence[int]],
-    *,
-    new: int,
-    vocabulary: int,
-    budget: float = math.inf,
-    advance: Callable[[], None] = lambda: None,
-) -> list[np.ndarray]:
-    """Continues prompts with the most likely tokens; of equally likely ones, with the one of the smaller id.
-
-    Args:
-      decoders: decoders of one shape, such as the dense and the pruned model. Only one model is on the devices at a time, as a
-        whole; all share one compiled program.
-      prompts: token ids, at least one each.
-      new: number of tokens to write after each prompt.
-      vocabulary: only ids below it are written.
-      budget: bytes of memory to use on each device.
-      advance: called after each model.
-
-    Returns:
-      For each decoder [prompts, new] int32, the same in every process.
-
-    Raises:
-      UserError: the model does not fit the devices as a whole, with all prompts at once; or its logits are not finite.
-    """
-    first, mesh = decoders[0], decoders[0].mesh
-    sizes = np.array([len(prompt) for prompt in prompts], np.int32)
-    length = int(sizes.max()) + new
-    cache = cache_structs(first, length)
-    try:
-        rows = windows_at_once(first, len(prompts), cache, budget)
-    except UserError:  # its advice is for calibration text
-        rows = 0
-    if rows < len(prompts):
-        raise UserError(f"the whole model and its cache take more than {max(budget, 0) / GIB:.3g} GiB of each device")
-    given = np.zeros((rows, length), np.int32)
-    for row in range(rows):
-        prompt = prompts[min(row, len(prompts) - 1)]
-        given[row, : len(prompt)] = prompt
-    ends = np.concatenate([sizes, np.full(rows - len(prompts), sizes[-1], np.int32)])
-    program = jax.jit(functools.partial(_continue, first, vocabulary))
-    written = []
-    for decoder in decoders:
-        tokens, finite = fetch(
-            program(load(decoder, length), _empty(cache, rows, mesh), place(mesh, given, P(DATA)), place(mesh, ends, P(DATA)))
-        )
-        if not finite:
-            raise UserError(f"the logits of a model hold NaN or infinite values after a prompt: {decoder.overflowed}")
-        # Token t + 1 is written at step t.
-        written.append(np.stack([tokens[size - 1 : size - 1 + new, row] for row, size in enumerate(sizes)]))
-        advance()
-    return written
-
-
-def _continue(
-    decoder: Decoder, vocabulary: int, model: Resident, cache: Sequence[Array], prompts: Array, ends: Array
-) -> tuple[Array, Array]:
-    """The compiled program: tokens [length - 1, prompts] after the first ones, and whether all logits are finite."""
-
-    def token(state: State, at: Array) -> tuple[State, tuple[Array, Array]]:
-        keys, values, before = state
-        logits, keys, values = step(decoder, model, keys, values, before, at)
-        best = jnp.argmax(jnp.where(jnp.arange(logits.shape[1]) < vocabulary, logits, -jnp.inf), axis=1).astype(jnp.int32)
-        after = jnp.where(at + 1 < ends, jnp.take(prompts, at + 1, axis=1), best)
-        return (keys, values, after), (after, jnp.isfinite(logits).all())
-
-    keys, values = cache
-    _, (tokens, finite) = jax.lax.scan(token, (keys, values, prompts[:, 0]), jnp.arange(prompts.shape[1] - 1))
-    return tokens, finite.all()
-
-
 def load(decoder: Decoder, length: int) -> Resident:
     """The whole model on the mesh, for windows of ``length`` tokens. Blocks are read one after the other.
 
     Raises:
       UserError: see :meth:`Decoder.blocks`.
     """
-    config, mesh = decoder.config, decoder.mesh
+    config = decoder.config
     structs = _block_structs(decoder)
     blocks = dict(zip(structs, _zeros(structs.values())))
     for index, parameters in enumerate(decoder.blocks(range(config.blocks))):
@@ -208,33 +140,33 @@ def load(decoder: Decoder, length: int) -> Resident:
     tied = {decoder.family.embedding: head.projection} if config.tied else {}
     ends = decoder.place_ends({decoder.root + name: P(MODEL, None) for name in _embedding_names(decoder) if name not in tied})
     embedding = tied | {name.removeprefix(decoder.root): array for name, array in ends.items()}
-    positions = jax.tree.map(lambda array: place(mesh, array, P()), _positions(decoder, length))
-    return Resident(decoder.state(blocks), positions, embedding, head)
+    return Resident(decoder.state(blocks), positions_on_mesh(decoder, length), embedding, head)
 
 
 def step(decoder: Decoder, model: Resident, keys: Array, values: Array, tokens: Array, at: Array) -> tuple[Array, Array, Array]:
-    """One token of every window through the whole model. Traceable.
+    """A few tokens of every window through the whole model. Traceable.
 
     Args:
       keys, values: see :class:`KeyValueCache`.
-      tokens: [windows] int32.
-      at: their position, int32 scalar.
+      tokens: [windows, new] int32.
+      at: the position of the first one, int32 scalar.
 
     Returns:
-      (logits of the next token [windows, vocab] float32, keys, values)
+      (logits of the token after the last one [windows, vocab] float32, keys, values)
     """
+    places = at + jnp.arange(tokens.shape[1])
 
     def block(carry, of_block):
         hidden, keys, values = carry
         index, state, positions = of_block
         cache = KeyValueCache(keys, values, index, at)
-        hidden, _ = forward(decoder.graph, state, hidden, positions.at(at)._replace(cache=cache))
+        hidden, _ = forward(decoder.graph, state, hidden, positions.at(at, tokens.shape[1])._replace(cache=cache))
         return (hidden, cache.keys, cache.values), None
 
-    hidden = jnp.asarray(decoder.embedded(model.embedding.__getitem__, tokens[:, None], at[None]))
+    hidden = jnp.asarray(decoder.embedded(model.embedding.__getitem__, tokens, places))
     indices = jnp.arange(decoder.config.blocks)
     (hidden, keys, values), _ = jax.lax.scan(block, (hidden, keys, values), (indices, model.blocks, model.positions))
-    return head_logits(model.head, hidden)[:, 0], keys, values
+    return head_logits(model.head, hidden[:, -1:])[:, 0], keys, values
 
 
 def draw(logits: Array, keys: Array, temperature: Array | float, vocabulary: int) -> Array:
@@ -282,7 +214,7 @@ def _write(
 
     def token(state: State, at: Array) -> tuple[State, tuple[Array, Array]]:
         cached_keys, cached_values, before = state
-        logits, cached_keys, cached_values = step(decoder, model, cached_keys, cached_values, before, at)
+        logits, cached_keys, cached_values = step(decoder, model, cached_keys, cached_values, before[:, None], at)
         after = draw(logits, jax.vmap(jax.random.fold_in, (0, None))(keys, at + 1), temperature, vocabulary)
         if restart is not None:
             after = jnp.where(before == restart, start, after)
@@ -293,12 +225,21 @@ def _write(
     return state, tokens, finite.all()
 
 
-def windows_at_once(decoder: Decoder, samples: int, cache: Sequence[jax.ShapeDtypeStruct], budget: float) -> int:
+def windows_at_once(
+    decoder: Decoder,
+    samples: int,
+    cache: Sequence[jax.ShapeDtypeStruct],
+    budget: float,
+    limit: int | None = None,
+    advice: str = _CALIBRATION_ADVICE,
+) -> int:
     """How many windows are written at once: as many as fit, in batches of nearly equal size.
 
     Args:
       cache: from :func:`cache_structs`.
       budget: see :func:`generate`.
+      limit: the most windows to write at once; None sets none.
+      advice: the end of the message if nothing fits.
 
     Raises:
       UserError: the model and one window on each slice of the data axis do not fit.
@@ -312,12 +253,13 @@ def windows_at_once(decoder: Decoder, samples: int, cache: Sequence[jax.ShapeDty
     whole = sum(blocks) * (1 + 1 / config.blocks) + tables + positions
     slices = mesh.shape[DATA]
     each = sum(bytes_on_device(_of_windows(each, slices, mesh)) for each in cache) + _LOGITS * 4 * config.vocab
-    most = samples if budget == math.inf else int((budget - whole) // each) * slices
+    most = min(samples, limit or samples)
+    if budget < math.inf:
+        most = min(most, int((budget - whole) // each) * slices)
     if most < 1:
         raise UserError(
-            f"expected a model that fits the devices as a whole to write its own calibration text: it would take "
-            f"{(whole + each) / GIB:.3g} GiB of each, --device_memory leaves {max(budget, 0) / GIB:.3g} GiB. Take a --mesh with "
-            "a larger model axis, a --dtype of fewer bytes, shorter windows, or another --calibration.source (c4, file:PATH)"
+            f"the whole model and its cache take {(whole + each) / GIB:.3g} GiB of each device, more than the "
+            f"{max(budget, 0) / GIB:.3g} GiB that there are for them: {advice}"
         )
     return padded(-(-samples // -(-samples // most)), slices)
 
@@ -325,6 +267,11 @@ def windows_at_once(decoder: Decoder, samples: int, cache: Sequence[jax.ShapeDty
 def _embedding_names(decoder: Decoder) -> list[str]:
     """The tensors that the family's ``embed`` reads, by their names after the root."""
     return [decoder.family.embedding, *decoder.family.embedding_extras(decoder.config)]
+
+
+def positions_on_mesh(decoder: Decoder, length: int) -> Positions:
+    """The position data of all blocks for windows of ``length`` tokens, each [blocks, ...], on every device."""
+    return jax.tree.map(lambda array: place(decoder.mesh, array, P()), _positions(decoder, length))
 
 
 def _positions(decoder: Decoder, length: int) -> Positions:
@@ -348,7 +295,7 @@ def _of_windows(struct: jax.ShapeDtypeStruct, windows: int, mesh: Mesh) -> Array
     return struct_on(mesh, (struct.shape[0], windows, *struct.shape[2:]), struct.dtype, P(None, DATA, MODEL))
 
 
-def _empty(cache: Sequence[jax.ShapeDtypeStruct], windows: int, mesh: Mesh) -> list[Array]:
+def empty_cache(cache: Sequence[jax.ShapeDtypeStruct], windows: int, mesh: Mesh) -> list[Array]:
     """Zero keys and values of many windows, from the structs for one."""
     return _zeros(_of_windows(struct, windows, mesh) for struct in cache)
 

@@ -8,7 +8,7 @@ from optima_tpu.errors import UserError
 from optima_tpu.evaluate.token_changes import pieces, readable
 from optima_tpu.models.checkpoints import load_tokenizer
 from optima_tpu.models.decoder import Decoder
-from optima_tpu.models.generate import greedy
+from optima_tpu.models.greedy import Prompt, greedy, make_plan
 from optima_tpu.models.model import Model
 from optima_tpu.report.contents import Continuation, Continuations
 from optima_tpu.report.progress import Progress
@@ -54,14 +54,17 @@ def continuations(model: Model, pruned: Decoder, budget: float, progress: Progre
     if not all(prompts) or (limit and max(map(len, prompts)) + _NEW > limit):
         return {"reason": "The prompts and their continuations do not fit the model’s context."}
     try:
-        dense_ids, pruned_ids = greedy(
-            [model.decoder, pruned],
-            prompts,
-            new=_NEW,
+        plan = make_plan(
+            model.decoder,
+            [Prompt(tuple(prompt), _NEW) for prompt in prompts],
             vocabulary=min(len(tokenizer), model.decoder.config.vocab),
             budget=_SHARE * budget,
-            advance=progress.advance,
+            advice="take a --mesh with a larger model axis, or a larger --device_memory",
         )
+        written = []
+        for decoder in (model.decoder, pruned):
+            written.append(greedy(decoder, plan))
+            progress.advance()
     except UserError as error:
         return {"reason": f"The models were not asked to continue prompts: {error}."}
 
@@ -72,7 +75,7 @@ def continuations(model: Model, pruned: Decoder, budget: float, progress: Progre
         return list(map(readable, pieces(decode, prompt, ids[:common], ids[common : common + 1], ids[common + 1 :])[1:]))
 
     texts: list[Continuation] = []
-    for text, prompt, *both in zip(PROMPTS, prompts, dense_ids.tolist(), pruned_ids.tolist(), strict=True):
+    for text, prompt, *both in zip(PROMPTS, prompts, *written, strict=True):
         first, second = (ids[: ids.index(end)] if end in ids else ids for ids in both)
         common = next((place for place, (a, b) in enumerate(zip(first, second)) if a != b), min(len(first), len(second)))
         texts.append({"prompt": readable(text), "dense": parted(prompt, first, common), "pruned": parted(prompt, second, common)})

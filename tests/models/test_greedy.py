@@ -1,0 +1,77 @@
+"""Greedy continuations: every token is the likeliest one after a pass over what is before it, whatever else is in the batch."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from optima_tpu.errors import UserError
+from optima_tpu.models.decoder import Decoder
+from optima_tpu.models.greedy import Prompt, greedy, make_plan
+from tests.support.meshes import mesh
+from tests.support.tiny_models import MemoryTensors, tiny_llama
+
+VOCABULARY = 60  # the embedding has 64 rows
+
+# Shorter and longer than the chunks in which prompts are read, in two batches of caches of 64 tokens, and in one of 96.
+SIZES = (1, 6, 3, 31, 34, 40, 66, 5)
+PROMPTS = [Prompt(tuple(np.random.default_rng(size).integers(0, 60, size).tolist()), 9) for size in SIZES]
+
+
+def opened(shape, seed=0):
+    return Decoder.open(*tiny_llama(seed), mesh(*shape))
+
+
+def planned(decoder, prompts=PROMPTS, **options):
+    return make_plan(decoder, prompts, vocabulary=VOCABULARY, advice="take more", **options)
+
+
+@pytest.fixture(scope="module")
+def written():
+    """What two models write on one device."""
+    decoders = [opened((1, 1), seed) for seed in (0, 1)]
+    plan = planned(decoders[0])
+    return [greedy(decoder, plan) for decoder in decoders]
+
+
+def test_every_token_is_the_likeliest_after_one_pass_over_those_before_it(written):
+    assert written[0] != written[1]
+    for seed, answers in enumerate(written):
+        alone = opened((1, 1), seed)
+        for (prompt, new), answer in zip(PROMPTS, answers, strict=True):
+            whole = np.zeros((1, 96), np.int32)
+            whole[0, : len(prompt) + new] = [*prompt, *answer]
+            expected = alone.logits(whole)[0, len(prompt) - 1 : len(prompt) + new - 1, :VOCABULARY].argmax(axis=-1)
+            assert answer == expected.tolist()
+
+
+def test_neither_the_others_nor_the_mesh_change_an_answer(written):
+    decoder = dataclasses.replace(opened((2, 2)), batch=1)
+    # A budget for two prompts on each of two slices, and for one with the longer cache.
+    plan = planned(decoder, budget=150_000)
+    assert [(len(batch.prompts), batch.rows, batch.room) for batch in plan.batches] == [(1, 2, 96), (4, 4, 64), (3, 4, 64)]
+    assert greedy(decoder, plan) == written[0]
+
+
+def test_a_batch_ends_when_all_of_its_answers_are_enough(written):
+    decoder, calls, asked = opened((1, 1)), [], []
+    prompts = [prompt._replace(new=40) for prompt in PROMPTS[:3]]
+    plan = planned(decoder, prompts)
+
+    def enough(number, tokens):
+        asked.append(number)
+        return len(tokens) >= 9
+
+    answers = greedy(decoder, plan, enough, lambda: calls.append(1))
+    assert [answer[:9] for answer in answers] == written[0][:3] and len(calls) == plan.steps == 2
+    assert sorted(asked) == [0, 1, 2] and [len(answer) for answer in answers] == [32, 27, 30]
+
+
+def test_a_model_that_does_not_fit_and_one_that_overflows_are_told():
+    with pytest.raises(UserError, match="GiB of each device, more than the .* GiB that there are for them: take more"):
+        planned(opened((1, 1)), budget=1000)
+    arrays = dict(opened((1, 1)).tensors.arrays)
+    arrays["model.norm.weight"] = np.full(36, 3e38, np.float32)
+    broken = dataclasses.replace(opened((1, 1)), tensors=MemoryTensors(arrays))
+    with pytest.raises(UserError, match="after a prompt: the model overflows even in float32"):
+        greedy(broken, planned(broken, PROMPTS[:1]))
