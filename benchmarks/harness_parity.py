@@ -67,8 +67,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as place, Progress() as progress:
         folder = str(write_folder(config.model, Path(place)))
         model, tokenizer, _ = open_evaluated(folder, make_mesh(chosen.mesh))
-        tasks = load_tasks(config.task_names, data=config.folders, limit=config.limit)
-        ours, our_time = timed(lambda: run_tasks(DecoderLM(model, tokenizer, progress), tasks, config.limit, samples=True))
+        lm = DecoderLM(model, tokenizer, progress)
+        tasks = load_tasks(config.task_names, lm, config.asking, data=config.folders)
+        ours, our_time = timed(lambda: run_tasks(lm, tasks, config.asking, samples=True))
         progress.stage("transformers", 1)
         reference = HFLM(pretrained=folder, device="cpu", dtype="float32", batch_size=16)
         theirs, their_time = timed(lambda: evaluate(reference, tasks, limit=config.limit, bootstrap_iters=1))

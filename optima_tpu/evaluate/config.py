@@ -8,6 +8,7 @@ from typing import Literal
 from optima_tpu.config.parse import parse_command
 from optima_tpu.config.run_config import MOST, MOST_DEVICES, at_least, few_tokens
 from optima_tpu.errors import UserError
+from optima_tpu.evaluate.asking import Asking
 from optima_tpu.runtime.mesh import parse_mesh
 from optima_tpu.runtime.program import program
 
@@ -23,7 +24,9 @@ examples:
   {_PROGRAM} runs/llama --against meta-llama/Llama-3.2-1B --mesh 4x2 --perplexity wikitext2,c4 \\
       --tasks mmlu,piqa,arc_easy,arc_challenge,winogrande,openbookqa
   {_PROGRAM} runs/smollm2 --tasks piqa --data piqa=data/piqa --limit 200
-      offline: the folder contains the task's data set as validation.jsonl"""
+      offline: the folder contains the task's data set as validation.jsonl
+  {_PROGRAM} runs/llama --tasks gsm8k,ifeval --apply_chat_template true
+      tasks in which the model writes, asked as a chat"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,13 +55,20 @@ class EvaluateConfig:
       limit: number of documents to use, from the start of each task; null takes all. Fewer are faster and less precise.
       fewshot: examples before each question; null takes the task's own number, mostly 0. With data, the folder also needs
         the file of the split that the examples are drawn from.
+      apply_chat_template: ask in the form of a chat, by the tokenizer's chat template, as instruction-tuned models expect.
+      fewshot_as_multiturn: give each example as a turn of the chat; null does so if there is a chat template. Otherwise all of
+        them stand in the user's one turn.
+      system_instruction: the chat's system message; without a chat template the beginning of every prompt.
+      gen_kwargs: settings of written answers that replace the tasks' own, as in the harness, such as
+        max_gen_toks=512,do_sample=false. Answers are always made of the most likely tokens.
       context: the most tokens that the model reads at once in a task; null takes the model's limit.
       dtype: compute in this type; null keeps the checkpoint's own.
       output: directory to write evaluation.json to; null takes the run directory, or runs/evaluate-MODEL for other models.
       force: replace files of the same names in that directory that are not of an evaluation.
       mesh: devices as DATAxMODEL, such as 4x2 or data=4,model=2; null puts all of them on data.
       cpu_devices: simulate this many devices on the CPU, in every process.
-      batch: sequences of 2048 tokens in one step of the forward pass, on each device; fewer need less memory.
+      batch: sequences of 2048 tokens in one step of the forward pass, on each device; fewer need less memory. A task whose
+        answers are written gets up to 16 times as many of them at once, if the memory of the devices allows.
       coordinator: HOST:PORT of process 0; needed for several processes if the platform does not provide the address.
       num_processes: the number of processes.
       process_id: the number of this process, from 0.
@@ -78,6 +88,10 @@ class EvaluateConfig:
     data: str | None = None
     limit: int | None = None
     fewshot: int | None = None
+    apply_chat_template: bool = False
+    fewshot_as_multiturn: bool | None = None
+    system_instruction: str | None = None
+    gen_kwargs: str | None = None
     context: int | None = None
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     output: str | None = None
@@ -113,7 +127,13 @@ class EvaluateConfig:
                 f"expected --data for tasks in --tasks ({', '.join(self.task_names) or 'none'}), got it for {', '.join(unused)}"
             )
         for names, used, what, remedy in (
-            (("include_path", "limit", "fewshot", "context"), self.task_names, "tasks that are run", "--tasks"),
+            (
+                ("include_path", "limit", "fewshot", "apply_chat_template", "system_instruction", "gen_kwargs", "context"),
+                self.task_names,
+                "tasks that are run",
+                "--tasks",
+            ),
+            (("fewshot_as_multiturn",), self.apply_chat_template, "a chat", "--apply_chat_template true"),
             (("length", "windows", "bos"), self.texts, "texts that perplexity is measured on", "--perplexity"),
             (
                 ("against_results",),
@@ -140,6 +160,12 @@ class EvaluateConfig:
     def texts(self) -> tuple[str, ...]:
         """The texts that perplexity is measured on."""
         return _listed(self.perplexity) or (() if self.task_names else ("wikitext2",))
+
+    @property
+    def asking(self) -> Asking:
+        """How the tasks are asked."""
+        multiturn = self.apply_chat_template if self.fewshot_as_multiturn is None else self.fewshot_as_multiturn
+        return Asking(self.fewshot, self.limit, self.apply_chat_template, multiturn, self.system_instruction, self.gen_kwargs)
 
     @property
     def folders(self) -> dict[str, Path]:

@@ -5,9 +5,12 @@ adds its own special tokens, but not to a text that already begins with BOS. An 
 has no BOS. A text that is too long loses its beginning. Every token of a document is scored once.
 """
 
-from collections.abc import Sequence
+import functools
+import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import jinja2
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import has_bos_prefix, resolve_max_length
@@ -15,18 +18,22 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from transformers import PreTrainedTokenizerBase
 
 from optima_tpu.errors import UserError
+from optima_tpu.evaluate.answers import Ends, Question, Rules, read_rules
 from optima_tpu.evaluate.likelihood import Likelihood, Request, likelihoods, make_plan
+from optima_tpu.models.greedy import Prompt, greedy
+from optima_tpu.models.greedy import make_plan as plan_answers
 from optima_tpu.models.model import Model
 from optima_tpu.report.numbers import plural
 from optima_tpu.report.progress import Progress
-from optima_tpu.runtime.processes import from_first
+from optima_tpu.runtime.device_memory import device_budget
+from optima_tpu.runtime.processes import SharedError, from_first
 
 Asked = tuple[tuple[str, str] | None, list[int], list[int]]
 """A request of the harness: (context and continuation as texts or None, tokens of the context, tokens of the continuation)."""
 
 
 class DecoderLM(TemplateLM):
-    """Adapts a decoder to the harness, for tasks that score texts: log-likelihood, rolling log-likelihood, multiple choice.
+    """Adapts a decoder to the harness: log-likelihoods of texts, and answers of the most likely tokens.
 
     Args:
       model: the checkpoint and its decoder.
@@ -61,6 +68,7 @@ class DecoderLM(TemplateLM):
                 "use the tokenizer that was published with the model"
             )
         self._prefix = prefix
+        self._ends = Ends.of(model.pretrained, tokenizer)
         # Some families need BOS although their tokenizer does not add it.
         self._forced = tokenizer.bos_token_id if model.decoder.family.needs_bos else None
 
@@ -111,13 +119,56 @@ class DecoderLM(TemplateLM):
         return [sum(next(found)[0] for _ in range(count)) for count in counts]
 
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = True) -> list[str]:
-        raise UserError(
-            f"{_place(requests[0])}: this task needs generated text, but this program only scores given texts: choose "
-            "multiple-choice or log-likelihood tasks, or run lm-eval on the exported folder"
+        asked: list[Question] = []
+        long = 0
+        for request in requests:
+            text, rules = request.args[0], self.rules(request)
+            tokens = self.tok_encode(text) or [self.prefix_token_id]
+            self._check_ids(tokens)
+            room = self.max_length - rules.new
+            long += len(tokens) > room
+            asked.append(Question(tuple(tokens[-room:]), rules))
+        self._note_cut(long, len(asked), "prompts, with the tokens to write,")
+        return self._in_all(DecoderLM._write, asked)
+
+    def rules(self, request: Instance) -> Rules:
+        """The rules of a written answer. Raises UserError if they can't be kept."""
+        try:
+            rules = read_rules(request.args[1])
+        except UserError as error:
+            raise UserError(f"task {request.task_name}: {error}") from None
+        if rules.new >= self.max_length:
+            raise UserError(
+                f"task {request.task_name} asks for answers of up to {rules.new} tokens, expected fewer than the {self.max_length} "
+                f"tokens that the model reads at once: give --gen_kwargs max_gen_toks={max(self.max_length // 2, 1)} or another number"
+            )
+        return rules
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """The prompt of a chat. Without a generation prompt, the last message goes on."""
+        if chat_history[0]["role"] == "system" and not self._takes_system:
+            chat_history = chat_history[1:]
+        return self._chat(chat_history, add_generation_prompt)
+
+    @functools.cached_property
+    def _takes_system(self) -> bool:
+        """Whether the chat template takes a system message. As in the harness, prompts leave it out if not."""
+        try:
+            self._chat([{"role": "system", "content": "a"}, {"role": "user", "content": "b"}], True)
+        except jinja2.TemplateError:
+            self._progress.note(f"{self._name}: its chat template takes no system message, so the prompts have none")
+            return False
+        return True
+
+    def _chat(self, messages: list[dict[str, str]], answer_next: bool) -> str:
+        return str(
+            self.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=answer_next, continue_final_message=not answer_next
+            )
         )
 
     def _loglikelihood_tokens(self, requests: Sequence[Asked], **kwargs: Any) -> list[tuple[float, bool]]:
-        limit, vocab, long = self.max_length, self._decoder.config.vocab, 0
+        limit, long = self.max_length, 0
         asked: list[Request] = []
         for texts, context, continuation in requests:
             shown = "a window" if texts is None else f"{texts[1]!r:.60}"
@@ -132,26 +183,43 @@ class DecoderLM(TemplateLM):
                     f"got {shown} with {len(continuation)}: raise --context, or leave the task out"
                 )
             whole = (context + continuation)[-(limit + 1) :]
-            if max(whole) >= vocab:
-                raise UserError(
-                    f"expected token ids below {vocab}, the number of rows of the model's embedding, got {max(whole)}: "
-                    "the tokenizer does not belong to this model; use the one that was published with it"
-                )
+            self._check_ids(whole)
             long += len(context) + len(continuation) > limit + 1
             asked.append(Request(tuple(whole[:-1]), tuple(continuation)))
+        self._note_cut(long, len(asked), "texts")
+        return [(found.logarithm, found.greedy) for found in self._in_all(DecoderLM._score, asked)]
+
+    def _check_ids(self, tokens: Sequence[int]) -> None:
+        vocab = self._decoder.config.vocab
+        if max(tokens) >= vocab:
+            raise UserError(
+                f"expected token ids below {vocab}, the number of rows of the model's embedding, got {max(tokens)}: "
+                "the tokenizer does not belong to this model; use the one that was published with it"
+            )
+
+    def _note_cut(self, long: int, count: int, what: str) -> None:
         if long:
             self._progress.note(
-                f"{long:,} of {len(asked):,} texts are longer than the {limit} tokens that the model reads at once: their "
+                f"{long:,} of {count:,} {what} are longer than the {self.max_length} tokens that the model reads at once: their "
                 "beginning is cut off"
             )
-        return [(found.logarithm, found.greedy) for found in self._compute(from_first(lambda: asked))]
+
+    def _in_all(self, work: "Callable[[DecoderLM, Any], list[Any]]", asked: Sequence[Any]) -> list[Any]:
+        """Runs a method in every process; the others wait for it in :meth:`follow`."""
+        return self._do(*from_first(lambda: (work, asked)))
 
     def follow(self) -> None:
-        """Computes the requests that process 0 sends, until it calls ``from_first(lambda: None)``; for all other processes."""
-        while (asked := from_first(lambda: None)) is not None:
-            self._compute(asked)
+        """Computes what process 0 asks for, until it calls ``from_first(lambda: None)``; for all other processes."""
+        while (sent := from_first(lambda: None)) is not None:
+            self._do(*sent)
 
-    def _compute(self, requests: Sequence[Request]) -> list[Likelihood]:
+    def _do(self, work: "Callable[[DecoderLM, Any], list[Any]]", asked: Sequence[Any]) -> list[Any]:
+        try:
+            return work(self, asked)
+        except UserError as error:  # such as a model that does not fit: all processes find it
+            raise SharedError(str(error)) from error
+
+    def _score(self, requests: Sequence[Request]) -> list[Likelihood]:
         plan = make_plan(self._decoder, requests, self.max_length)
         lengths = [group.length for wave in plan.waves for group in wave]
         self._progress.stage(
@@ -160,6 +228,36 @@ class DecoderLM(TemplateLM):
             len(plan.waves) * (self._decoder.config.blocks + 1),
         )
         return likelihoods(self._decoder, plan, self._progress.advance)
+
+    def _write(self, questions: Sequence[Question]) -> list[str]:
+        asked = list(dict.fromkeys(questions))
+        plan = plan_answers(
+            self._decoder,
+            [Prompt(question.prompt, question.rules.new) for question in asked],
+            vocabulary=min(len(self.tokenizer), self._decoder.config.vocab),
+            budget=device_budget(None),
+            advice="to write answers, take a --mesh with a larger model axis, a --dtype of fewer bytes, or a smaller --context",
+        )
+        if self._ends.penalty != 1:
+            self._progress.note(
+                f"{self._name}: generation_config.json asks for a repetition_penalty of {self._ends.penalty:g}, which is not "
+                "applied; transformers applies it"
+            )
+        self._progress.stage(
+            f"{self._name}: writing {plural(len(asked), 'answer')} of up to {max(question.rules.new for question in asked)} tokens, "
+            f"{max(len(batch.prompts) for batch in plan.batches)} at once",
+            plan.steps,
+        )
+        began = time.monotonic()
+        written = greedy(
+            self._decoder,
+            plan,
+            lambda number, tokens: self._ends.answer(tokens, asked[number].rules.until)[1],
+            self._progress.advance,
+        )
+        self._progress.note(f"{sum(map(len, written)) / (time.monotonic() - began):,.0f} tokens a second")
+        texts = {question: self._ends.answer(tokens, question.rules.until)[0] for question, tokens in zip(asked, written)}
+        return [texts[question] for question in questions]
 
 
 def _place(request: Instance) -> str:

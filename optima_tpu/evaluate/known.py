@@ -36,6 +36,9 @@ Known = TypedDict(
         "configs": dict[str, dict[str, Any]],
         "n-samples": dict[str, _Documents],
         "max_length": int,
+        "chat_template": NotRequired[str | None],
+        "system_instruction": NotRequired[str | None],
+        "fewshot_as_multiturn": NotRequired[bool],
         "lm_eval_version": str,
     },
 )
@@ -75,14 +78,14 @@ def read_known(folder: str, files: Sequence[str], fingerprint: str) -> dict[str,
     )
 
 
-def check_known(known: Mapping[str, Any], tasks: TaskDict, limit: int | None, max_length: int) -> None:
+def check_known(known: Mapping[str, Any], tasks: TaskDict, limit: int | None, settings: Mapping[str, Any]) -> None:
     """Checks that earlier results come from the same tasks, with the same settings.
 
     Args:
       known: from :func:`read_known`.
       tasks: from ``tasks.load_tasks``.
       limit: number of documents of each task.
-      max_length: the most tokens that the model reads at once.
+      settings: from ``tasks.settings_of``.
 
     Raises:
       UserError: the tasks or their settings differ.
@@ -97,7 +100,10 @@ def check_known(known: Mapping[str, Any], tasks: TaskDict, limit: int | None, ma
         )
     compared = {
         "number of documents": (known["config"]["limit"], limit),
-        "context": (known["max_length"], max_length),
+        "context": (known["max_length"], settings["max_length"]),
+        "system instruction": (known.get("system_instruction"), settings["system_instruction"]),
+        "--fewshot_as_multiturn": (known.get("fewshot_as_multiturn", False), settings["fewshot_as_multiturn"]),
+        "chat template": (known.get("chat_template"), settings["chat_template"]),
         "lm-eval": (known["lm_eval_version"], lm_eval.__version__),
     }
     for name, task in tasks["tasks"].items():
@@ -105,15 +111,15 @@ def check_known(known: Mapping[str, Any], tasks: TaskDict, limit: int | None, ma
     for what, (then, now) in compared.items():
         if then != now:
             raise UserError(
-                f"expected --against_results of the same tasks, got another {what}: {then} in that evaluation, {now} "
+                f"expected --against_results of the same tasks, got another {what}: {then!s:.60} in that evaluation, {now!s:.60} "
                 "here: use the same value, or leave --against_results out"
             )
     for name, task in tasks["tasks"].items():
         now = json.loads(json.dumps(dict(task.dump_config()), default=handle_non_serializable))
         if _settings(known["configs"][name]) != _settings(now):
             raise UserError(
-                f"expected --against_results of the same tasks, got other settings of task {name} (its file, --data or "
-                "--fewshot): use the settings of that evaluation, or leave --against_results out"
+                f"expected --against_results of the same tasks, got other settings of task {name} (its file, --data, "
+                "--fewshot or --gen_kwargs): use the settings of that evaluation, or leave --against_results out"
             )
 
 

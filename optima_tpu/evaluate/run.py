@@ -24,7 +24,7 @@ from optima_tpu.evaluate.known import check_known, read_known
 from optima_tpu.evaluate.model import Evaluated, check_pair, open_evaluated
 from optima_tpu.evaluate.perplexity import perplexity
 from optima_tpu.evaluate.table import print_evaluation
-from optima_tpu.evaluate.tasks import load_tasks, metrics, paper_average, run_tasks
+from optima_tpu.evaluate.tasks import load_tasks, metrics, paper_average, run_tasks, settings_of
 from optima_tpu.models.model import check_ids, window_bos
 from optima_tpu.report.file import environment
 from optima_tpu.report.page import PAGE, write_page
@@ -66,6 +66,8 @@ def evaluate(config: EvaluateConfig, console: Console | None = None) -> dict[str
     if config.against is not None:
         models["against"] = open_evaluated(config.against, mesh, config.dtype, config.batch)
         check_pair(**models)
+    if config.apply_chat_template:
+        _check_chat(models.values())
     check_signals()
     known = {}
     if (earlier := config.against_results) is not None:
@@ -89,7 +91,7 @@ def evaluate(config: EvaluateConfig, console: Console | None = None) -> dict[str
             }
             # Only process 0 loads the tasks; it sends the others the requests for the model.
             progress.stage("preparing the tasks", 1)
-            tasks = _of_first(lambda: _load_tasks(config, known, testers["model"].max_length))
+            tasks = _of_first(lambda: _load_tasks(config, known, testers["model"]))
             progress.advance()
         if config.against is None:
             perplexities, distances = (
@@ -102,7 +104,7 @@ def evaluate(config: EvaluateConfig, console: Console | None = None) -> dict[str
                 source: _entry(texts[source], apart.pruned_perplexity, apart.dense_perplexity) for source, apart in found.items()
             }
             distances = {source: _distance_entry(apart) for source, apart in found.items()}
-        results = {name: run_tasks(tester, tasks, config.limit) for name, tester in testers.items()} | known
+        results = {name: run_tasks(tester, tasks, config.asking) for name, tester in testers.items()} | known
     record = {
         "model": config.model,
         "against": config.against,
@@ -125,6 +127,16 @@ def evaluate(config: EvaluateConfig, console: Console | None = None) -> dict[str
             say(console, f"{PAGE} was not written: {error}")
     print_evaluation(console, record, files)
     return record
+
+
+def _check_chat(models: Iterable[Evaluated]) -> None:
+    """Raises UserError if one of the models has no chat template."""
+    for opened in models:
+        if not opened.tokenizer.chat_template:
+            raise UserError(
+                f"expected --apply_chat_template with a tokenizer that has a chat template, got none in "
+                f"{opened.model.pretrained.origin}, as base models have none: leave it out, or put chat_template.jinja there"
+            )
 
 
 def _check_texts(sources: Iterable[str], models: Mapping[str, Evaluated]) -> None:
@@ -193,10 +205,10 @@ def _distance_entry(apart: Distance) -> dict[str, Any]:
     return {name: value for name, value in apart._asdict().items() if not name.endswith("perplexity")}
 
 
-def _load_tasks(config: EvaluateConfig, known: Mapping[str, Mapping[str, Any]], max_length: int) -> TaskDict:
-    tasks = load_tasks(config.task_names, config.include_path, config.folders, config.fewshot, config.limit)
+def _load_tasks(config: EvaluateConfig, known: Mapping[str, Mapping[str, Any]], lm: DecoderLM) -> TaskDict:
+    tasks = load_tasks(config.task_names, lm, config.asking, config.include_path, config.folders)
     for results in known.values():
-        check_known(results, tasks, config.limit, max_length)
+        check_known(results, tasks, config.limit, settings_of(lm, config.asking))
     return tasks
 
 

@@ -8,6 +8,7 @@ from rich.table import Table
 
 from optima_tpu.evaluate.tasks import PAPER
 from optima_tpu.report.numbers import number
+from optima_tpu.report.progress import show
 from optima_tpu.report.scores import scores
 
 
@@ -33,7 +34,7 @@ def print_evaluation(console: Console, record: Mapping[str, Any], files: Mapping
     if lines:
         console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
     if record["tasks"]:
-        console.print(task_table(record["tasks"], record["against"] is not None), highlight=False)
+        show(console, task_table(record["tasks"], record["against"] is not None))
     if record["average"] is not None:
         console.print(f"average     {record['average']:.4f}, the mean accuracy over {', '.join(PAPER)}", highlight=False)
     width = max(map(len, files)) + 2

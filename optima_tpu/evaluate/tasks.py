@@ -1,7 +1,9 @@
 """Loads the tasks of the Language Model Evaluation Harness with their data, runs them, and collects their metrics."""
 
 import difflib
+import importlib.metadata
 import random
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,11 +15,13 @@ from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
 from lm_eval.evaluator import evaluate
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks.manager import TaskDict
+from lm_eval.utils import simple_parse_args_string
 
 from optima_tpu.errors import UserError, one_line
+from optima_tpu.evaluate.asking import Asking
 from optima_tpu.evaluate.harness import DecoderLM
 from optima_tpu.report.numbers import plural
-from optima_tpu.runtime.processes import from_first, is_first
+from optima_tpu.runtime.processes import SharedError, from_first, is_first
 
 PAPER = ("mmlu", "piqa", "arc_easy", "arc_challenge", "winogrande", "openbookqa")
 """The zero-shot tasks whose mean accuracy OPTIMA reports."""
@@ -28,6 +32,9 @@ BOOTSTRAP = 1000
 _SCORED = ("test_split", "validation_split")
 _EXAMPLES = ("fewshot_split", "training_split", "validation_split", "test_split")
 """The harness scores the first of ``_SCORED`` that exists, and draws examples from the first of ``_EXAMPLES`` that exists."""
+_ANSWER = "7"
+"""The written answer that every task must be able to score."""
+
 _SINGLE_TASKS = (
     "give --tasks the group's single tasks, each with a --data NAME=FOLDER of its own (`lm-eval ls subtasks` lists them)"
 )
@@ -35,23 +42,18 @@ _SUFFIXES = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 
 
 def load_tasks(
-    names: Sequence[str],
-    include_path: str | None = None,
-    data: Mapping[str, Path] = {},
-    fewshot: int | None = None,
-    limit: int | None = None,
+    names: Sequence[str], lm: DecoderLM, asking: Asking = Asking(), include_path: str | None = None, data: Mapping[str, Path] = {}
 ) -> TaskDict:
-    """Loads tasks and groups of the harness with their data sets, and builds all of their requests once as a check.
+    """Loads tasks and groups of the harness with their data sets, builds all requests once, and scores a written answer, as a check.
 
     Args:
+      lm: the model that will be asked, for the limits of its context and for its chat template.
       include_path: a folder with task files (YAML) that replace the harness's files of the same name.
       data: task, one of ``names`` -> a folder with its data set in files SPLIT.jsonl, SPLIT.json or SPLIT.parquet.
-      fewshot: examples before every question; None takes the task's own number. A task whose own number is 0 keeps 0.
-      limit: number of documents to use, from the start of each task; None takes all.
 
     Raises:
-      UserError: a task or folder does not exist, a data set is not available, a document or the number of examples does not fit
-        its task, or a task does not score texts.
+      UserError: a task or folder does not exist, a data set or a package is not available, a document or the number of examples
+        does not fit its task, or a task needs images, code that is run, or sampled answers.
     """
     if include_path is not None and not Path(include_path).expanduser().is_dir():
         raise UserError(f"expected --include_path with a folder of task files, got {include_path}, which is not a folder")
@@ -69,25 +71,35 @@ def load_tasks(
         loaded = _load(manager, name, data.get(name))
         for part in found:
             found[part] |= loaded[part]
+    if asking.generation is not None and all(task.OUTPUT_TYPE != "generate_until" for task in found["tasks"].values()):
+        raise UserError(
+            f"expected --gen_kwargs for tasks in which the model writes (none), got {asking.generation}: leave it out"
+        )
     for name, task in found["tasks"].items():
-        if task.OUTPUT_TYPE == "generate_until" or getattr(task, "MULTIMODAL", False):
-            raise UserError(
-                f"task {name} needs generated text or images, but this program only scores given texts: leave it out, or run "
-                "lm-eval on the exported folder"
-            )
-        if fewshot is not None and task.get_config("num_fewshot") != 0:
-            task.set_config(key="num_fewshot", value=fewshot)
-        elif task.get_config("num_fewshot") is None:
-            task.set_config(key="num_fewshot", value=0)
+        _configure(task, name, asking)
         # Rolling log-likelihoods use no examples.
         if task.get_config("num_fewshot") and name in data and task.OUTPUT_TYPE != "loglikelihood_rolling":
             _check_examples(manager, name, data[name])
         # The harness runs these steps for all tasks, and its errors do not say which task failed.
         task.build_all_requests = _named(task.build_all_requests, name, "made from")
+        task.apply_filters = _named(task.apply_filters, name, "scored on")
         task.process_results = _named(task.process_results, name, "scored on")
         _check_number(task, name)
-        _check_documents(task, name, limit)
+        _check_documents(task, name, lm, asking)
     return found
+
+
+def _configure(task: Task, name: str, asking: Asking) -> None:
+    """Sets how a task is asked. Raises UserError for a task that this program can't run."""
+    for what, refused in (("images or sound", "MULTIMODAL"), ("code to be run that the model writes", "UNSAFE_CODE")):
+        if getattr(task, refused, False):
+            raise UserError(f"task {name} needs {what}: leave it out, or run lm-eval on the exported folder")
+    if asking.generation is not None and task.OUTPUT_TYPE == "generate_until":
+        task.set_config(key="generation_kwargs", value=simple_parse_args_string(asking.generation), update=True)
+    if asking.fewshot is not None and task.get_config("num_fewshot") != 0:
+        task.set_config(key="num_fewshot", value=asking.fewshot)
+    elif task.get_config("num_fewshot") is None:
+        task.set_config(key="num_fewshot", value=0)
 
 
 def _load(manager: TaskManager, name: str, folder: Path | None) -> TaskDict:
@@ -123,10 +135,27 @@ def _named(work: Callable[..., Any], name: str, what: str) -> Callable[..., Any]
 
 
 def _unfit(name: str, error: Exception, what: str = "made from") -> UserError:
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        return UserError(
+            f"task {name} needs the package {error.name}, which is not installed: pip install {_package(error.name)}"
+        )
+    if resource := re.search(r"nltk\.download\('(\w+)'\)", str(error)):
+        return UserError(
+            f"task {name} needs NLTK's {resource[1]}, which is not on this machine: on a machine with a network, "
+            f"python -m nltk.downloader {resource[1]}"
+        )
     return UserError(
         f"task {name} can't be {what} its data ({type(error).__name__}: {one_line(error)}): expected the fields "
         "and splits that its task file names; correct the data set"
     )
+
+
+def _package(module: str) -> str:
+    """What to install for a module: the harness's extra with it, which also has the task's other packages."""
+    for requirement in importlib.metadata.requires("lm_eval") or []:
+        if match := re.match(rf"{re.escape(module)}\b.*extra == ['\"](\w+)['\"]", requirement):
+            return f"'lm_eval[{match[1]}]'"
+    return module
 
 
 def _or_files(manager: TaskManager, name: str) -> str:
@@ -199,16 +228,26 @@ def _check_number(task: Task, name: str) -> None:
             )
 
 
-def _check_documents(task: Task, name: str, limit: int | None) -> None:
-    """Builds all requests once, to find documents that do not fit the task before the model runs."""
+def _check_documents(task: Task, name: str, lm: DecoderLM, asking: Asking) -> None:
+    """Builds all requests and scores a written answer to each, to find what does not fit before the model runs."""
     states = random.getstate(), np.random.get_state()
-    task.build_all_requests(limit=limit, rank=0, world_size=1)
+    chat = {"chat_template": lm.apply_chat_template, "tokenizer_name": lm.tokenizer_name} if asking.chat else {}
+    task.build_all_requests(limit=asking.limit, rank=0, world_size=1, **asking.prompts, **chat)
     count, asked = len(task.eval_docs), {request.doc_id for request in task.instances}
-    random.setstate(states[0])  # so that tasks that shuffle give the same result as without this check
-    np.random.set_state(states[1])
-    for number in range(min(limit or count, count)):
+    for number in range(min(asking.limit or count, count)):
         if number not in asked:
             raise UserError(f"document {number} of task {name}: expected a text to score, got no choices; correct the data set")
+    written = [request for request in task.instances if request.request_type == "generate_until"]
+    for request in written:
+        lm.rules(request)
+        request.resps = [_ANSWER] * request.repeats
+    if written and len(written) == len(task.instances):
+        task.apply_filters()
+        for request in written:
+            for answer in request.filtered_resps.values():
+                task.process_results(request.doc, [answer])
+    random.setstate(states[0])  # so that tasks that shuffle give the same result as without this check
+    np.random.set_state(states[1])
 
 
 def _files(folder: Path) -> dict[str, Path]:
@@ -226,12 +265,11 @@ def _first(splits: Mapping[str, str], keys: Sequence[str]) -> str | None:
     return next((splits[key] for key in keys if key in splits), None)
 
 
-def run_tasks(lm: DecoderLM, tasks: TaskDict | None, limit: int | None = None, samples: bool = False) -> dict[str, Any]:
+def run_tasks(lm: DecoderLM, tasks: TaskDict | None, asking: Asking = Asking(), samples: bool = False) -> dict[str, Any]:
     """Runs tasks on a model. Every process must call it; process 0 runs the harness.
 
     Args:
-      tasks: from :func:`load_tasks`; only process 0 needs them.
-      limit: number of documents to use, from the start of each task; None takes all.
+      tasks: from :func:`load_tasks`, with the same ``asking``; only process 0 needs them.
       samples: keep the model's answers to every document.
 
     Returns:
@@ -247,7 +285,9 @@ def run_tasks(lm: DecoderLM, tasks: TaskDict | None, limit: int | None = None, s
     for task in tasks["tasks"].values():  # so that each model sees the same examples
         task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
     try:
-        results = evaluate(lm, tasks, limit=limit, bootstrap_iters=BOOTSTRAP, log_samples=samples)
+        results = evaluate(lm, tasks, limit=asking.limit, bootstrap_iters=BOOTSTRAP, log_samples=samples, **asking.prompts)
+    except SharedError:  # the other processes raise it too
+        raise
     except UserError as error:
         failure = error  # the other processes wait for a message, so send them the error
         from_first(lambda: _raise(failure))
@@ -255,14 +295,25 @@ def run_tasks(lm: DecoderLM, tasks: TaskDict | None, limit: int | None = None, s
     return results | {
         "config": {
             "model": "optima_tpu",
-            "limit": limit,
+            "limit": asking.limit,
+            "gen_kwargs": asking.generation,
             "bootstrap_iters": BOOTSTRAP,
             "random_seed": DEFAULT_RANDOM_SEED,
             "numpy_seed": DEFAULT_OTHER_SEED,
             "fewshot_seed": DEFAULT_OTHER_SEED,
         },
         "lm_eval_version": lm_eval.__version__,
+        **settings_of(lm, asking),
+    }
+
+
+def settings_of(lm: DecoderLM, asking: Asking) -> dict[str, Any]:
+    """What the answers to the same requests depend on besides the weights; a part of the harness's results."""
+    return {
         "max_length": lm.max_length,
+        "chat_template": lm.chat_template(True) if asking.chat else None,
+        "system_instruction": asking.system,
+        "fewshot_as_multiturn": asking.multiturn,
     }
 
 

@@ -185,7 +185,8 @@ def _room(size: int) -> int:
 
 def _read(decoder: Decoder, model: Resident, cache: Sequence[Array], prompts: Array, first: Array) -> tuple[Array, Array]:
     """A compiled program: (keys, values) with the prompts' tokens ``first`` to ``first + _CHUNK - 1``."""
-    _, keys, values = step(decoder, model, *cache, jax.lax.dynamic_slice_in_dim(prompts, first, _CHUNK, axis=1), first)
+    tokens, (keys, values) = jax.lax.dynamic_slice_in_dim(prompts, first, _CHUNK, axis=1), cache
+    _, keys, values = step(decoder, model, keys, values, tokens, first)
     return keys, values
 
 

@@ -39,11 +39,12 @@ def scores(tasks: Mapping[str, Mapping[str, Any]]) -> Iterator[Score]:
 
 
 def how_asked(evaluation: Mapping[str, Any]) -> str:
-    """How the tasks were run, from the evaluation's settings: "zero-shot, the first 200 documents of each"."""
+    """How the tasks were run, from the evaluation's settings: "zero-shot, as a chat, the first 200 documents of each"."""
     settings = evaluation.get("configuration") or {}
     fewshot, limit = settings.get("fewshot"), settings.get("limit")
     if fewshot is None:
         examples = "each with its own number of examples"
     else:  # a task whose own number of examples is 0 keeps 0
         examples = f"{fewshot}-shot where a task allows it" if fewshot else "zero-shot"
+    examples += ", as a chat" if settings.get("apply_chat_template") else ""
     return examples + (f", the first {limit:,} documents of each" if limit else "")

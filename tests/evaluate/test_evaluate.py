@@ -17,6 +17,7 @@ import optima_tpu
 from optima_tpu.errors import UserError
 from optima_tpu.evaluate import run as evaluation
 from optima_tpu.evaluate.__main__ import main
+from optima_tpu.evaluate.asking import Asking
 from optima_tpu.evaluate.config import EvaluateConfig, parse
 from optima_tpu.evaluate.perplexity import perplexity_of
 from optima_tpu.evaluate.table import task_table
@@ -54,13 +55,18 @@ OTHERS = {
     "tiny_gone": "group: tiny_gone\ntask: [tiny_missing]\n",
     "tiny_writing": CHOICE.replace("tiny_choice", "tiny_writing")
     .replace("multiple_choice", "generate_until")
-    .replace("doc_to_choice", "description"),
+    .replace("doc_to_choice", "description")
+    + "generation_kwargs: {do_sample: true, temperature: 0.7}\n",
     "tiny_empty": ROLLING.replace("tiny_rolling", "tiny_empty").replace("rolling.jsonl", "empty.jsonl"),
     "tiny_missing": ROLLING.replace("tiny_rolling", "tiny_missing").replace("rolling.jsonl", "missing.jsonl"),
     "tiny_fields": ROLLING.replace("tiny_rolling", "tiny_fields").replace("{{text}}", "{{txet.upper()}}"),
     "tiny_unasked": CHOICE.replace("tiny_choice", "tiny_unasked").replace("choice.jsonl", "unasked.jsonl"),
     "tiny_nothing": CHOICE.replace("tiny_choice", "tiny_nothing").replace("choice.jsonl", "nothing.jsonl"),
     "tiny_late": CHOICE.replace("tiny_choice", "tiny_late") + "process_results: !function late.results\n",
+    "tiny_nltk": CHOICE.replace("tiny_choice", "tiny_nltk")
+    .replace("multiple_choice", "generate_until")
+    .replace("doc_to_choice", "description")
+    + "generation_kwargs: {max_gen_toks: 8}\nprocess_results: !function late.sentences\n",
     "tiny_hub": ROLLING.replace("tiny_rolling", "tiny_hub").replace("path: json", "path: no-such-owner/no-such-set"),
 }
 
@@ -89,7 +95,10 @@ def tasks(tmp_path_factory):
     asked = {"question": "a?", "choices": ["b", "c"], "answer": "b"}
     for name, choices in (("unasked", None), ("nothing", [])):
         write(f"{name}.jsonl", [asked, asked | {"choices": choices}])
-    (folder / "late.py").write_text("def results(document, likelihoods):\n    return {'acc': document['level']}\n")
+    (folder / "late.py").write_text(
+        "def results(document, likelihoods):\n    return {'acc': document['level']}\n"
+        "def sentences(document, answers):\n    raise LookupError(\"not found: >>> nltk.download('punkt_tab')\")\n"
+    )
     for name, text in {"tiny_choice": CHOICE, "tiny_rolling": ROLLING, **OTHERS}.items():
         (folder / f"{name}.yaml").write_text(text.replace("FOLDER", str(folder)))
     return folder
@@ -139,7 +148,7 @@ def evaluated(finished, tasks, text, tmp_path_factory):
                     "64",
                     "--tasks",
                     "tiny_group,tiny_rolling",
-                    "--include-path",
+                    "--include_path",
                     str(tasks),
                     "--output",
                     str(out),
@@ -224,7 +233,7 @@ def test_every_form_of_a_run_is_the_same_model_on_every_mesh(evaluated, finished
                     "64",
                     "--tasks",
                     "tiny_choice",
-                    "--include-path",
+                    "--include_path",
                     str(tasks),
                     "--output",
                     str(out),
@@ -250,7 +259,7 @@ def test_the_tasks_of_the_other_model_are_taken_from_an_earlier_evaluation(evalu
                 str(finished.model),
                 "--tasks",
                 "tiny_group,tiny_rolling",
-                "--include-path",
+                "--include_path",
                 str(tasks),
                 "--output",
                 str(tmp_path / "out"),
@@ -259,7 +268,7 @@ def test_the_tasks_of_the_other_model_are_taken_from_an_earlier_evaluation(evalu
         )
 
     earlier = evaluated[3]
-    assert again("--against-results", str(earlier)) == 0
+    assert again("--against_results", str(earlier)) == 0
     printed, record = capsys.readouterr().out, json.loads((tmp_path / "out" / "evaluation.json").read_text())
     assert {task: numbers["against"] for task, numbers in record["tasks"].items()} == {
         task: numbers["against"] for task, numbers in evaluated[0]["tasks"].items()
@@ -283,17 +292,21 @@ def test_the_tasks_of_the_other_model_are_taken_from_an_earlier_evaluation(evalu
         change(known := json.loads((earlier / "lm_eval_against.json").read_text()))
         (tmp_path / name / "lm_eval_against.json").write_text(json.dumps(known))
     for arguments, expected in (
-        (["--against-results", str(tmp_path)], "which has no lm_eval.json"),
-        (["--against-results", str(tmp_path / "no group")], "results of tiny_group, got none of them"),
-        (["--against-results", str(tmp_path / "old")], "got another lm-eval: 0 in that evaluation"),
-        (["--against-results", str(tmp_path / "longer")], "documents of task tiny_choice: 31 in that evaluation, 30 here"),
-        (["--against-results", str(tmp_path / "damaged")], "lm_eval.json: expected a value for config, got none"),
-        (["--against-results", str(tmp_path / "another")], "lm_eval.json: expected object, got array"),
-        (["--against-results", str(tmp_path / "pruned")], f"with results of {finished.directory} (other weights"),
-        (["--against-results", str(earlier), "--limit", "5"], "number of documents: None in that evaluation, 5 here"),
-        (["--against-results", str(earlier), "--context", "64"], "got another context: 128 in that evaluation, 64 here"),
-        (["--against-results", str(earlier), "--fewshot", "1"], "got other settings of task tiny_choice"),
-        (["--against-results", str(earlier), "--tasks", "tiny_choice,tiny_empty"], "results of tiny_empty, got none of them"),
+        (["--against_results", str(tmp_path)], "which has no lm_eval.json"),
+        (["--against_results", str(tmp_path / "no group")], "results of tiny_group, got none of them"),
+        (["--against_results", str(tmp_path / "old")], "got another lm-eval: 0 in that evaluation"),
+        (["--against_results", str(tmp_path / "longer")], "documents of task tiny_choice: 31 in that evaluation, 30 here"),
+        (["--against_results", str(tmp_path / "damaged")], "lm_eval.json: expected a value for config, got none"),
+        (["--against_results", str(tmp_path / "another")], "lm_eval.json: expected object, got array"),
+        (["--against_results", str(tmp_path / "pruned")], f"with results of {finished.directory} (other weights"),
+        (["--against_results", str(earlier), "--limit", "5"], "number of documents: None in that evaluation, 5 here"),
+        (["--against_results", str(earlier), "--context", "64"], "got another context: 128 in that evaluation, 64 here"),
+        (["--against_results", str(earlier), "--fewshot", "1"], "got other settings of task tiny_choice"),
+        (
+            ["--against_results", str(earlier), "--system_instruction", "Hi."],
+            "system instruction: None in that evaluation, Hi. here",
+        ),
+        (["--against_results", str(earlier), "--tasks", "tiny_choice,tiny_empty"], "results of tiny_empty, got none of them"),
     ):
         assert again(*arguments) == 2
         assert expected in (told := capsys.readouterr()).err + told.out
@@ -370,7 +383,7 @@ def test_files_stand_in_for_the_data_set_of_a_task(finished, tasks, tmp_path):
                 str(finished.directory),
                 "--tasks",
                 "far",
-                "--include-path",
+                "--include_path",
                 str(yaml.parent),
                 "--data",
                 f"far={tmp_path / 'data'}",
@@ -413,9 +426,9 @@ def test_files_of_a_data_set_hold_the_examples_before_a_question(named, files, t
     folder.mkdir()
     for split in files.split(","):
         shutil.copy(tasks / "choice.jsonl", folder / f"{split}.jsonl")
-    load_tasks(["far"], str(tmp_path), {"far": folder}, fewshot=0)
+    load_tasks(["far"], None, Asking(fewshot=0), str(tmp_path), {"far": folder})
     with contextlib.nullcontext() if told is None else pytest.raises(UserError) as refusal:
-        load_tasks(["far"], str(tmp_path), {"far": folder}, fewshot=1)
+        load_tasks(["far"], None, Asking(fewshot=1), str(tmp_path), {"far": folder})
     if told is not None:
         assert told.format(folder) in str(refusal.value) and "\n" not in str(refusal.value)
 
@@ -428,7 +441,7 @@ def test_every_model_sees_the_same_examples_before_a_question(tasks):
             self.texts = [request.args for request in requests]
             return [(0.0, False)] * len(requests)
 
-    loaded, models = load_tasks(["tiny_choice"], str(tasks), fewshot=3), (Asked(), Asked())
+    loaded, models = load_tasks(["tiny_choice"], None, Asking(fewshot=3), str(tasks)), (Asked(), Asked())
     for model in models:
         run_tasks(model, loaded)
     assert models[0].texts == models[1].texts and models[0].texts[0][0].count("?") == 4
@@ -439,7 +452,7 @@ def refused(capfd, tmp_path, tasks):
     """Runs the command line; returns the line that it is refused with."""
 
     def run(*arguments, output=tmp_path / "out"):
-        own = ["--include-path", str(tasks)] if "--tasks" in arguments else []
+        own = ["--include_path", str(tasks)] if "--tasks" in arguments else []
         assert main([*map(str, arguments), *own, "--output", str(output)]) == 2
         said = only_error(capfd.readouterr().err)
         assert not list(output.glob("*"))
@@ -459,7 +472,27 @@ def refused(capfd, tmp_path, tasks):
             "on a machine with a network, or give the data as files with --data: give --tasks the group's single",
         ),
         (["--tasks", "tiny_fields"], "task tiny_fields can't be made from its data (UndefinedError: 'txet' is undefined)"),
-        (["--tasks", "tiny_writing"], "task tiny_writing needs generated text"),
+        (
+            ["--tasks", "tiny_writing"],
+            "task tiny_writing: expected answers of the most likely tokens, got do_sample True and temp",
+        ),
+        (
+            ["--tasks", "tiny_writing", "--gen_kwargs", "do_sample=false,num_beams=2"],
+            "do_sample, max_gen_toks, min_p, temperature",
+        ),
+        (["--tasks", "tiny_writing", "--gen_kwargs", "do_sample=false,max_gen_toks=0"], "max_gen_toks of at least 1, got 0"),
+        (["--tasks", "tiny_writing", "--gen_kwargs", "do_sample=false,until=3"], "expected settings of written answers, got {"),
+        (
+            ["--tasks", "tiny_writing", "--gen_kwargs", "do_sample=false"],
+            "answers of up to 256 tokens, expected fewer than the 128",
+        ),
+        (
+            ["--tasks", "tiny_choice", "--gen_kwargs", "until=a"],
+            "expected --gen_kwargs for tasks in which the model writes (none)",
+        ),
+        (["--tasks", "tiny_nltk"], "task tiny_nltk needs NLTK's punkt_tab, which is not on this machine: on a machine with a"),
+        (["--tasks", "tiny_choice", "--apply_chat_template", "true"], "with a tokenizer that has a chat template, got none in"),
+        (["--tasks", "tiny_choice", "--fewshot_as_multiturn", "true"], "for a chat (none), got True: give --apply_chat_template"),
         (["--tasks", "tiny_empty"], "document 1 of task tiny_empty: expected a text to score, got an empty document"),
         (["--tasks", "tiny_unasked"], "task tiny_unasked can't be made from its data (TypeError: "),
         (
@@ -476,7 +509,7 @@ def refused(capfd, tmp_path, tasks):
         (["--tasks", "tiny_choice", "--data", "tiny_choice=/no"], "tiny_choice=FOLDER with an existing folder, got /no"),
         (["--tasks", "tiny_group", "--data", "tiny_group=/"], "give --tasks the group's single tasks, each with a --data"),
         (["--data", "tiny_choice=/tmp"], "expected --data for tasks in --tasks (none), got it for tiny_choice"),
-        (["--include-path", "/tmp"], "expected --include_path for tasks that are run (none), got /tmp: give --tasks too"),
+        (["--include_path", "/tmp"], "expected --include_path for tasks that are run (none), got /tmp: give --tasks too"),
         (["--limit", "5"], "expected --limit for tasks that are run (none), got 5"),
         (["--fewshot", "0"], "expected --fewshot for tasks that are run (none), got 0"),
         (["--context", "64"], "expected --context for tasks that are run (none), got 64"),
@@ -489,7 +522,7 @@ def refused(capfd, tmp_path, tasks):
             "expected --windows for texts that perplexity is measured on (none), got 2",
         ),
         (["--tasks", "tiny_choice", "--bos", "text"], "expected --bos for texts that perplexity is measured on (none), got text"),
-        (["--tasks", "tiny_choice", "--against-results", "x"], "expected --against_results for tasks that are compared (none)"),
+        (["--tasks", "tiny_choice", "--against_results", "x"], "expected --against_results for tasks that are compared (none)"),
         (["--per-block", "true"], "expected --per_block for a distance that is measured (none), got True: give --against"),
         (
             ["--tasks", "tiny_choice", "--against", "x", "--per-block", "true"],
@@ -589,7 +622,7 @@ def test_a_hub_that_is_not_reached(finished, tasks, tmp_path):
         "sys.exit(status)"
     )
     hub = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "cache"), "TQDM_DISABLE": "1"}
-    result = python("-c", code, finished.model, "--include-path", tasks, "--output", tmp_path / "out", **hub)
+    result = python("-c", code, finished.model, "--include_path", tasks, "--output", tmp_path / "out", **hub)
     assert result.returncode == 2, result.stderr
     assert only_error(result.stderr).startswith(
         "error: the data set of task tiny_hub is not on this machine and can't be downloaded ("
@@ -612,7 +645,7 @@ def test_two_processes_measure_what_one_does(evaluated, finished, tasks, text, t
             "64",
             "--tasks",
             tested,
-            "--include-path",
+            "--include_path",
             str(tasks),
             "--output",
             str(tmp_path / "out"),

@@ -181,9 +181,6 @@ def test_what_cannot_be_scored_is_refused_in_one_line(tmp_path):
     assert "of at most 128 tokens, the context (--context, at most the model's limit), got 'yyyy" in said(
         lm.loglikelihood, instances("loglikelihood", [("x", "y" * 129)])
     )
-    assert "document 0 of task a_task: this task needs generated text" in said(
-        lm.generate_until, instances("generate_until", [("a", {})])
-    )
     assert "expected --context of at most 128, the model's context, got 129" in said(opened, folder, (1, 1), 129)
 
 

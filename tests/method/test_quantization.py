@@ -37,9 +37,9 @@ def quantize(quantizer: Quantizer, problem: LayerProblem, pruned: Pruned, dtype=
 def solved(target: str = "self") -> tuple[LayerProblem, Pruned]:
     """A layer, half of every row pruned, and its optimal weights."""
     problem = layer(np.random.default_rng(3), ROWS, SIZE, target=target)
-    problem = LayerProblem(problem.weight, problem.hessian, problem.linear, DAMPING)
+    problem = LayerProblem(problem.weight, problem.hessian, problem.pull, DAMPING)
     keep = Unstructured(0.5).keep_mask(jnp.abs(problem.weight))
-    exact = oracle(LayerProblem(*(problem.weight, problem.hessian, problem.linear)), Pruned(problem.weight, keep), DAMPING)
+    exact = oracle(LayerProblem(*(problem.weight, problem.hessian, problem.pull)), Pruned(problem.weight, keep), DAMPING)
     return problem, Pruned(jnp.asarray(exact, jnp.float32), keep)
 
 
@@ -69,7 +69,7 @@ def test_weights_are_integers_times_scales_and_pruned_ones_are_zero(quantizer, d
 @pytest.mark.parametrize("target", ["self", "other"])
 def test_no_row_is_worse_than_its_nearest_integers_and_none_beats_its_optimum(target):
     problem, pruned = solved(target)
-    undamped = LayerProblem(problem.weight, problem.hessian, problem.linear)
+    undamped = LayerProblem(problem.weight, problem.hessian, problem.pull)
     best = row_objective(undamped, pruned.weight, DAMPING)
     values = []
     for sweeps in (0, 1, 2, 8):
@@ -88,7 +88,7 @@ def test_no_row_is_worse_than_its_nearest_integers_and_none_beats_its_optimum(ta
 def test_where_the_descent_ends_no_integer_can_change_alone():
     problem, pruned = solved("other")
     found = quantize(Int4(group=8, sweeps=40), problem, pruned)
-    undamped = LayerProblem(problem.weight, problem.hessian, problem.linear)
+    undamped = LayerProblem(problem.weight, problem.hessian, problem.pull)
     numbers, scale = levels(Int4(), found)
     value = row_objective(undamped, found.weight, DAMPING)
     noise = 1e-5 * np.abs(row_objective(undamped, np.zeros((ROWS, SIZE)), DAMPING))
@@ -113,7 +113,7 @@ def test_the_compensation_is_that_of_the_optimal_brain_surgeon():
         fixed = np.where(keep[:, j], np.clip(np.round(expected[:, j] / scale[:, j]), -8, 7) * scale[:, j], 0)
         expected[:, j:] -= np.outer(expected[:, j] - fixed, inverse[0] / inverse[0, 0])
         expected[:, j] = fixed
-    undamped = LayerProblem(problem.weight, problem.hessian, problem.linear)
+    undamped = LayerProblem(problem.weight, problem.hessian, problem.pull)
     ours = row_objective(undamped, found.weight, DAMPING)
     start = np.where(
         (row_objective(undamped, expected, DAMPING) < row_objective(undamped, found.nearest, DAMPING))[:, None],
@@ -129,7 +129,7 @@ def test_rows_do_not_depend_on_each_other():
     whole, part = (
         quantize(
             Int4(group=8),
-            LayerProblem(problem.weight[rows], problem.hessian, problem.linear[rows], DAMPING),
+            LayerProblem(problem.weight[rows], problem.hessian, problem.pull[rows], DAMPING),
             Pruned(pruned.weight[rows], pruned.keep[rows]),
         )
         for rows in (slice(None), slice(3, 7))
@@ -142,7 +142,7 @@ def test_a_row_without_weights_and_a_dead_input_stay_as_they_are():
     hessian = problem.hessian.at[2].set(0).at[:, 2].set(0)
     keep = pruned.keep.at[0].set(False).at[:, 2].set(True)
     pruned = Pruned(jnp.where(keep, pruned.weight, 0.0), keep)
-    found = quantize(Int4(group=8), LayerProblem(problem.weight, hessian, problem.weight @ hessian, DAMPING), pruned)
+    found = quantize(Int4(group=8), LayerProblem(problem.weight, hessian, damping=DAMPING), pruned)
     assert not found.weight[0].any() and np.isfinite(found.weight).all() and (found.scale > 0).all()
 
 
