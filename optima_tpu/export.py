@@ -32,6 +32,7 @@ def make_parser() -> Parser:
         dest="form",
         action="store_const",
         const=PACKED,
+        default=PLAIN,
         help="store each pruned matrix as a bit mask and compressed values: a smaller folder that this program reads as it is, and "
         "that optima unpack makes the plain folder of",
     )

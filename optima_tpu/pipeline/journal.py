@@ -194,8 +194,10 @@ class Journal:
         Raises:
           UserError: the disk is full or not writable. The earlier blocks are intact.
         """
-        if stray := {*masks, *scales} - set(weights):
-            raise ValueError(f"masks or scales without weights: {sorted(stray)}")
+        if stray := set(masks) - set(weights):
+            raise ValueError(f"masks without weights: {sorted(stray)}")
+        if stray := set(scales) - set(masks):
+            raise ValueError(f"scales without masks: {sorted(stray)}")
         entry, states = self.entry(index), self._states(index)
         partial, partial_states = staged(entry), staged(states)
         remedy = f"the {len(self.finished)} finished blocks are intact; make room and repeat the command"
