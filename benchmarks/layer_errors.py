@@ -78,7 +78,7 @@ def compare(blocks: int, beside: Sequence[str], settings: Sequence[str]) -> None
         whole = decoder.load_block(index)
         for name, rival in others.items():
             found[name] += prune_block(rival, index, whole, Streams(hidden.copy())).layers
-        pruned, _, reports = prune_block(walk, index, whole, Streams(hidden))
+        pruned, _, reports = prune_block(walk, index, whole, Streams(hidden))[:3]
         decoder.apply(index, pruned, other)
         layers += reports
         print(

@@ -108,7 +108,7 @@ def prune_model(
         weights, masks, scales = (
             {prefix + name: value for name, value in part.items()} for part in (pruned.parameters, pruned.masks, pruned.scales)
         )
-        journal.save(index, weights, masks, report.to_json(), *streams, scales=scales)
+        journal.save(index, weights, masks, report.to_json(), *streams, scales)
         saved()
         del parameters, pruned, weights, masks, scales  # frees their memory before the next block is placed
         following = index + 1
