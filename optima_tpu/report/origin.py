@@ -3,12 +3,12 @@
 import shlex
 from collections.abc import Mapping, Sequence
 
-from optima_tpu.config.parse import dump, flags
+from optima_tpu.config.parse import dump
 from optima_tpu.errors import UserError
 from optima_tpu.report import plots
 from optima_tpu.report.numbers import duration, number, percent
 from optima_tpu.report.results import devices
-from optima_tpu.report.run_record import recorded_run
+from optima_tpu.report.run_record import recorded_run, recorded_words
 from optima_tpu.report.runs import Run
 from optima_tpu.report.view import NONE, Key, Section, Table, commands, figure
 from optima_tpu.runtime.program import program
@@ -78,22 +78,15 @@ def origin(runs: Sequence[Run]) -> Section:
     for run in runs:
         label = f", {run.label}" if several else ""
         tables.append(Table(f"What was run{label}", [], _facts(run), words=True))
-        if told := run.report["configuration"].get("recover"):
-            words = [
-                word
-                for name, value in told.items()
-                if name != "model"
-                for word in (f"--{name}", str(value).lower() if isinstance(value, bool) else str(value))
-            ]
-            code.append((f"Command{label}", _command([told["model"], *words], "recover")))
-            continue
+        configuration = run.report["configuration"]
         try:
-            config = recorded_run(run.report["configuration"])
+            name, words = recorded_words(configuration)
         except UserError as error:
             code.append((f"No command for this version of OPTIMA-TPU{label}", str(error)))
             continue
-        code.append((f"Command{label}", _command(flags(config))))
-        files.append((f"All settings{label}, as a file for --config", dump(config)))
+        code.append((f"Command{label}", _command(words, name)))
+        if name == "prune":
+            files.append((f"All settings{label}, as a file for --config", dump(recorded_run(configuration))))
     text = [
         commands(
             "Start this command in the same directory to repeat the run. While the run directory exists, the command only prints "
@@ -118,7 +111,7 @@ def origin(runs: Sequence[Run]) -> Section:
     )
 
 
-def _command(words: Sequence[str], name: str = "prune") -> str:
+def _command(words: Sequence[str], name: str) -> str:
     """A shell command; a long one has one setting per line."""
     command, odd = program(name), len(words) % 2
     line = f"{command} {shlex.join(words)}"

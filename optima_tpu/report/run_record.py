@@ -215,9 +215,25 @@ def _named(configuration: Mapping[str, Any]) -> dict[str, Any]:
 def _command(configuration: Mapping[str, Any]) -> str:
     """The command of a recorded run; empty if its settings are none of this version."""
     try:
-        return f"{program('prune')} {shlex.join(flags(recorded_run(configuration)))}"
+        name, words = recorded_words(configuration)
     except UserError:
         return ""
+    return f"{program(name)} {shlex.join(words)}"
+
+
+def recorded_words(configuration: Mapping[str, Any]) -> tuple[str, list[str]]:
+    """The command that made a run, "prune" or "recover", and the words behind it.
+
+    Raises:
+      UserError: a setting is none of this version.
+    """
+    if (told := configuration.get("recover")) is None:
+        return "prune", flags(recorded_run(configuration))
+    words = [str(told["model"])]
+    for name, value in told.items():
+        if name != "model":
+            words += [f"--{name}", str(value).lower() if isinstance(value, bool) else str(value)]
+    return "recover", words
 
 
 def recorded_run(configuration: Mapping[str, Any]) -> RunConfig:

@@ -129,7 +129,7 @@ def test_rows_do_not_depend_on_each_other():
     whole, part = (
         quantize(
             Int4(group=8),
-            LayerProblem(problem.weight[rows], problem.hessian, problem.pull[rows], DAMPING),
+            LayerProblem(problem.weight[rows], problem.hessian, damping=DAMPING),
             Pruned(pruned.weight[rows], pruned.keep[rows]),
         )
         for rows in (slice(None), slice(3, 7))

@@ -75,7 +75,8 @@ def test_an_exported_folder_gives_the_same_bits(pruned, tmp_path, capsys):
     assert_same_weights(tmp_path / "out", pruned / "recovered")
     assert main(command) == 0  # finished: nothing is done again
     assert main([*command, "--seed", "1"]) == 2
-    assert "calibration: " in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "calibration.seed is 0 there, 1 here" in told and f"optima_tpu.recover {folder} --" in told
 
 
 def test_the_zeros_of_any_checkpoint_are_its_masks(tmp_path, capsys):
