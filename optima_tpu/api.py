@@ -136,6 +136,7 @@ class Result:
         """Measures the pruned model; by default against the dense one. See ``evaluate_model``."""
         return evaluate_model(self.directory, **{"against": self.record["configuration"]["model"]} | settings)
 
+    @_one_message
     def recover(self, tokens: int | str, **settings: Any) -> "Result":
         """Trains the pruned model on more text, with its zeros held. See ``recover_model``; the dense model is the run's own."""
         return recover_model(self.directory, tokens=tokens, **settings)
@@ -224,6 +225,7 @@ def evaluate_model(model: str | Path, *, progress: bool = True, **settings: Any)
     return start(config, None if progress else Console(quiet=True))
 
 
+@_one_message
 def recover_model(model: str | Path, *, tokens: int | str, progress: bool = True, **settings: Any) -> Result:
     """Trains a pruned model on more text as ``optima recover`` does, or goes on where the same recovery was stopped.
 

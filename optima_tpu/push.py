@@ -4,43 +4,30 @@ import re
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple
 
-from huggingface_hub import CommitOperationAdd, HfApi
+from huggingface_hub import CommitOperationAdd, CommitOperationCopy, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
 from optima_tpu.errors import UserError, one_line
-from optima_tpu.models.checkpoints import refuse_damaged_model
 from optima_tpu.models.checkpoints.export import FOLDER, SIDECAR
 from optima_tpu.report.file import REPORT
 from optima_tpu.report.page import PAGE
 from optima_tpu.report.run_record import RUN
 from optima_tpu.report.table import size
 from optima_tpu.runtime.buckets import as_path, in_bucket
-from optima_tpu.runtime.checksums import refuse_changed
+from optima_tpu.runtime.checksums import changes, refuse_changed
 from optima_tpu.runtime.command import guarded
 from optima_tpu.runtime.files import files_in
 from optima_tpu.runtime.program import Parser, program
 
-_PATH = re.compile(r"""(?<![\w.:/-])(?:/(?:home|Users|root|mnt)/[^\s"'<>\\|]+|[A-Za-z]:\\\\?Users\\[^\s"'<>|]+)""")
+_PATH = re.compile(r"""(?<![\w.:/-])(?:/(?:home|Users|root|mnt|data|scratch)/[^\s"'<>\\|]+|[A-Za-z]:\\\\?Users\\[^\s"'<>|]+)""")
 _TOKEN = re.compile(
     r"\b(?:hf_[A-Za-z0-9]{30,}|gh[pousr]_[A-Za-z0-9]{30,}|sk-[A-Za-z0-9_-]{30,}|AKIA[A-Z0-9]{16}|ya29\.[\w-]{30,})"
 )
-_SEARCHED = ".json", ".jsonl", ".md", ".txt", ".html", ".yaml", ".jinja", ".model"
-"""The files that are searched for paths and tokens. Weights and masks are arrays."""
-
-
-class Upload(NamedTuple):
-    """What would be published.
-
-    Attributes:
-      files: name in the repository -> file.
-      private: what is in them that belongs to the user: name -> words such as "the path /home/ada/x".
-    """
-
-    files: Mapping[str, Path]
-    private: Mapping[str, str]
+_ARRAYS = ".safetensors", ".npz"
+"""The files that are not searched for paths and tokens."""
+_WEIGHTS = re.compile(r"(^|/)(packed\.json|.*\.safetensors(\.index\.json)?|pytorch_model.*)$")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -62,39 +49,31 @@ def make_parser() -> Parser:
         "--include-report", action="store_true", help=f"publish {PAGE} and {REPORT} too, which hold paths of this machine"
     )
     parser.add_argument(
-        "--yes",
-        action="store_true",
-        help="do not ask; with --include-report, publish files that hold a path of yours or what looks like a token",
+        "--include-private", action="store_true", help="publish files that hold a path of yours or what looks like a token"
     )
+    parser.add_argument("--yes", action="store_true", help="do not ask")
     return parser
 
 
 def _push(arguments: list[str] | None) -> None:
     chosen = make_parser().parse_args(arguments)
-    push(chosen.run, chosen.repository, HfApi(), _ask, chosen.public, chosen.include_report, chosen.yes)
+    upload = collect(chosen.run, chosen.include_report, chosen.include_private)
+    push(upload, chosen.repository, HfApi(), (lambda question: True) if chosen.yes else _ask, chosen.public)
 
 
-def push(
-    run: str,
-    repository: str,
-    api: HfApi,
-    ask: Callable[[str], bool],
-    public: bool = False,
-    include_report: bool = False,
-    yes: bool = False,
-) -> None:
-    """Publishes the exported folder of a run in one commit. Nothing goes out before ``ask`` agreed, or ``yes``.
+def push(files: Mapping[str, Path], repository: str, api: HfApi, ask: Callable[[str], bool], public: bool = False) -> None:
+    """Publishes files in one commit. Nothing goes out before ``ask`` agreed.
+
+    Weights that are in the repository and not among the files are deleted: a loader might take them for this model's.
 
     Args:
-      run: a run directory, or an exported folder.
+      files: from :func:`collect`.
       repository: its id, ORG/NAME.
       ask: answers a question.
       public: whether a new repository is public.
-      include_report: publish the report, too.
-      yes: do not ask. Together with ``include_report``, publish what looks private.
 
     Raises:
-      UserError: there is no such folder, it is damaged or holds something private, nobody agreed, or the hub refused.
+      UserError: nobody agreed, or the hub refused.
     """
     try:
         validate_repo_id(repository)
@@ -102,21 +81,23 @@ def push(
         raise UserError(f"expected ORG/NAME, got {repository!r} ({one_line(error)})") from None
     if repository.count("/") != 1:
         raise UserError(f"expected ORG/NAME, got {repository!r}")
-    upload = _collect(run, include_report)
-    if upload.private and not (include_report and yes):
-        found = "; ".join(f"{name} holds {what}" for name, what in upload.private.items())
-        raise UserError(f"{found}: nothing was published. Edit or leave out these files, or add --include-report and --yes")
-    total = sum(path.stat().st_size for path in upload.files.values())
-    for name, path in upload.files.items():
+    total = sum(path.stat().st_size for path in files.values())
+    for name, path in files.items():
         print(f"{size(path.stat().st_size):>10}  {name}")
     try:
         there = api.repo_exists(repository)
+        old = [name for name in api.list_repo_files(repository) if _WEIGHTS.search(name) and name not in files] if there else []
         what = "adds a commit to it" if there else f"makes it {'public' if public else 'private'}"
-        if not yes and not ask(f"publish {len(upload.files)} files, {size(total)}, as {repository}, which {what}?"):
+        if old:
+            what += f" and deletes its {', '.join(old)}"
+        if not ask(f"publish {len(files)} files, {size(total)}, as {repository}, which {what}?"):
             raise UserError("nothing was published: expected yes, got another answer; --yes answers beforehand")
         if not there:
             api.create_repo(repository, private=not public)
-        operations = [CommitOperationAdd(name, path) for name, path in upload.files.items()]
+        operations: list[CommitOperationAdd | CommitOperationCopy | CommitOperationDelete] = [
+            *(CommitOperationDelete(name) for name in old),
+            *(CommitOperationAdd(name, path) for name, path in files.items()),
+        ]
         api.create_commit(repository, operations, commit_message="A pruned model and its card, by OPTIMA-TPU")
     except LocalTokenNotFoundError as error:
         raise UserError("the hub knows no user here: log in with `hf auth login`") from error
@@ -125,14 +106,26 @@ def push(
     print(f"published https://huggingface.co/{repository}")
 
 
-def _collect(run: str, include_report: bool) -> Upload:
+def collect(run: str, include_report: bool = False, include_private: bool = False) -> dict[str, Path]:
+    """The files of a run that are published, name in the repository -> file.
+
+    Args:
+      run: a run directory, or an exported folder.
+      include_report: the report, too.
+      include_private: also what looks private.
+
+    Raises:
+      UserError: there is no such folder, a file is missing, was changed or does not belong there, or holds something private.
+    """
     path = as_path(run)
     folder = path / FOLDER if (path / RUN).is_file() else path
     if in_bucket(folder):
         raise UserError(f"expected a folder on a disk, got {folder}: copy it to a disk first")
     if not (folder / SIDECAR).is_file() and not (folder / "packed.json").is_file():
         raise UserError(f"expected a finished run or an exported folder, got {run}, which has no {SIDECAR}: check the path")
-    refuse_damaged_model(str(folder))
+    # The model card may be edited.
+    if wrong := [f"{name} {what}" for name, what in changes(folder).items() if name != "README.md"]:
+        raise UserError(f"{folder}: {'; '.join(wrong)}: nothing was published; export the run again")
     files = {file.relative_to(folder).as_posix(): file for file in files_in(folder)}
     if include_report:
         missing = [name for name in (PAGE, REPORT) if not (path / name).is_file()]
@@ -142,8 +135,11 @@ def _collect(run: str, include_report: bool) -> Upload:
             )
         refuse_changed(path, [REPORT], "repeat the run's command, which writes the file again")
         files |= {name: path / name for name in (PAGE, REPORT)}
-    private = {name: what for name, file in files.items() if name.endswith(_SEARCHED) and (what := _private(file, path))}
-    return Upload(files, private)
+    searched = {name: file for name, file in files.items() if not name.endswith(_ARRAYS)}
+    private = [f"{name} holds {what}" for name, file in searched.items() if (what := _private(file, path))]
+    if private and not include_private:
+        raise UserError(f"{'; '.join(private)}: nothing was published; --include-private publishes these files as they are")
+    return files
 
 
 def _private(file: Path, run: Path) -> str:

@@ -239,8 +239,8 @@ class RunConfig:
                 )
         if self.distill and self.quantize:
             raise UserError(
-                "expected quantize null where distill is kl, got both: training moves the weights off their integers; take "
-                "--distill null"
+                f"expected quantize null where distill is {method_name('distill', self.distill)}, got both: training moves the "
+                "weights off their integers; take --distill null"
             )
         if self.distill and not self.calibration.held_out:
             raise UserError(

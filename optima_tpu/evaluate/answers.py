@@ -53,7 +53,7 @@ def read_rules(settings: Mapping[str, Any]) -> Rules:
         found = dict(normalize_gen_kwargs(dict(settings), _NEW))
         until = [text for text in handle_stop_sequences(found["until"], None) if text]
         "".join(until)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise UserError(
             f"expected settings of written answers, got {dict(settings)} ({error}): correct them by --gen_kwargs"
         ) from error

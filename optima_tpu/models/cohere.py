@@ -1,4 +1,4 @@
-"""Command R (``cohere``) and Command R7B, Command A, Aya (``cohere2``): attention and MLP side by side, reading one norm.
+"""Command R and Aya (``cohere``) and Command R7B and Command A (``cohere2``): attention and MLP side by side, reading one norm.
 
 The norms are LayerNorms without bias, neighbouring dimensions are rotated as pairs, and logits have a factor. In ``cohere2`` most
 blocks have a window, and those without one do not rotate (NoPE).

@@ -306,8 +306,8 @@ def forward(
 
     The inputs are {"self_attn.q_proj": [batch, length, d_in], ...}.
 
-    Layers that share an input map to the same array, and the layers of all experts to one ``experts.Routed``. The residual stream [batch, length, d_model] is in the same dictionary,
-    under the names of ``Family.residuals``.
+    Layers that share an input map to the same array, and the layers of all experts to one ``experts.Routed``. The residual stream
+    [batch, length, d_model] is in the same dictionary, under the names of ``Family.residuals``.
 
     Args:
       known: the inputs of some layers, by the layer's name, from an earlier pass of the same tokens. The compiler drops what would

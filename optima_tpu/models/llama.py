@@ -101,7 +101,8 @@ def named_sizes(config: Any, eps: str = "rms_norm_eps") -> dict[str, Any]:
     Raises:
       UserError: the numbers of heads do not fit one another or the width.
     """
-    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    heads = config.num_attention_heads
+    kv_heads = heads if config.num_key_value_heads is None else config.num_key_value_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     if heads % kv_heads or head_dim < 2 or head_dim % 2:
         raise UserError(

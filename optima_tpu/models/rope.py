@@ -147,7 +147,8 @@ class Rope:
         kind = parameters.get("rope_type", "default")
         if kind not in kinds:
             raise UserError(f"expected rope_type {' or '.join(kinds)}, got {kind!r}: this model is not supported yet")
-        share = float(parameters.get("partial_rotary_factor", 1.0))
+        share = parameters.get("partial_rotary_factor")
+        share = 1.0 if share is None else float(share)
         if share != 1 and not partial:
             raise UserError(f"expected partial_rotary_factor 1 in this family, got {share:g}: not supported")
         needed = {"rope_theta", *_NEEDED.get(kind, ())}

@@ -1,4 +1,4 @@
-"""StableLM 2 and 3B-4E1T: Llama with LayerNorm and a part of each head still; the 12B has attention and MLP side by side."""
+"""StableLM 2 and 3B-4E1T: Llama with LayerNorm and a part of each head still; some have attention and MLP side by side."""
 
 import dataclasses
 from typing import Any

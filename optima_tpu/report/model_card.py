@@ -49,7 +49,7 @@ def model_card(folder: str, sidecar: Mapping[str, Any], assets: Mapping[str, byt
         f"---\n{front}\n---\n",
         f"# {_plain(_title(origin, folder))}, pruned {parse_pattern(recipe['pattern'])}\n",
         f"{_plain(origin or 'A language model')}, {_done(sidecar['manifest'], report)}: {pruned:,} of the {weights:,} weights in "
-        f"its {len(layers)} pruned matrices are zero ({pruned / max(weights, 1):.2%}). {_others(recipe)}\n",
+        f"its {len(layers)} pruned matrices are zero ({pruned / max(weights, 1):.2%}). {_others(recipe, report)}\n",
         *(
             [
                 f"The kept weights are integers of {quantize['name']} times scales, chosen by the pruning's own objective. A folder whose "
@@ -94,9 +94,10 @@ def _done(manifest: Mapping[str, Any], report: Mapping[str, Any]) -> str:
     return f"{by} then trained by OPTIMA-TPU on {on} with its zeros held, so that it is not a model of one-shot pruning"
 
 
-def _others(recipe: Mapping[str, Any]) -> str:
+def _others(recipe: Mapping[str, Any], report: Mapping[str, Any]) -> str:
     """What became of the tensors that are not pruned."""
-    if (recipe.get("distill") or {}).get("train", "weights") != "weights":
+    refused = (report.get("distillation") or {}).get("kept") == 0
+    if not refused and (recipe.get("distill") or {}).get("train", "weights") != "weights":
         return "Training moved the norms' gains and the biases, too. The other tensors are the same as in the source."
     return "All other tensors are the same as in the source."
 

@@ -168,11 +168,12 @@ class _Entry(NamedTuple):
 _TEXT = "the calibration text has other tokens than there"
 _ENTRIES: Mapping[str, _Entry] = {
     "model": _Entry(("model", "dtype"), "the files of the model have changed"),
-    "recipe": _Entry(("dtype", "pattern", "layers", *CHOICES, "recapture")),
+    "recipe": _Entry(("dtype", "pattern", "layers", *CHOICES, "recapture", "borrow")),
     "generated": _Entry(("calibration",)),
     "calibration": _Entry(("calibration",), _TEXT),
     "held_out": _Entry(("calibration",), _TEXT),
     "distillation": _Entry(("calibration", "distill"), _TEXT),
+    "start": _Entry((), "the pruned model that training starts from has changed"),
     "masks": _Entry(("selector",), "the masks of selector.path have changed"),
     "weights": _Entry(("selector",), "the weights of selector.path have changed"),
 }
@@ -231,7 +232,7 @@ def recorded_words(configuration: Mapping[str, Any]) -> tuple[str, list[str]]:
         return "prune", flags(recorded_run(configuration))
     words = [str(told["model"])]
     for name, value in told.items():
-        if name != "model":
+        if name not in ("model", "coordinator", "num_processes", "process_id"):  # a process of its own, as in recorded_run
             words += [f"--{name}", str(value).lower() if isinstance(value, bool) else str(value)]
     return "recover", words
 

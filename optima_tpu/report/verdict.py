@@ -189,12 +189,12 @@ def verdict_of(report: Mapping[str, Any]) -> Verdict:
     """The verdict on a run from its report.json. For a report without the model's size, the pruned matrices give the size."""
     settings, perplexity, changes = report["configuration"], report["perplexity"], report.get("tokens") or {}
     calibration = settings.get("calibration", {}).get("source", "")
-    if settings.get("recover"):
-        trained, ratio = (report.get("distillation") or {}).get("tokens", 0), perplexity["pruned"] / perplexity["dense"]
+    if more := _beyond_pruning(report):
+        ratio = perplexity["pruned"] / perplexity["dense"]
         return Verdict(
             "unknown",
-            f"The model’s perplexity is {number(ratio)} times the dense model’s. It was trained on {trained:,} tokens after it was "
-            "pruned, so it is not compared with the known results of one-shot pruning.",
+            f"The model’s perplexity is {number(ratio)} times the dense model’s. It {more}, so it is not compared with the known "
+            "results of one-shot pruning.",
         )
     measured = Measured(
         perplexity["dense"],
@@ -210,6 +210,18 @@ def verdict_of(report: Mapping[str, Any]) -> Verdict:
         weights=(report.get("model") or {}).get("weights") or report.get("weights", 0),
         rules=settings.get("layers") or "",
     )
+
+
+def _beyond_pruning(report: Mapping[str, Any]) -> str | None:
+    """What was done with the weights behind the pruning, in words; None if nothing was."""
+    settings, trained = report["configuration"], report.get("distillation") or {}
+    if trained.get("kept"):
+        return f"was trained on {trained['tokens']:,} tokens after it was pruned"
+    if settings.get("recover"):
+        return "comes from another run and was left as it was, because training lowered no loss on held-out text"
+    if settings.get("quantize"):
+        return "was quantised as well as pruned"
+    return None
 
 
 def _round(count: float) -> int:

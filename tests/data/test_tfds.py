@@ -123,7 +123,7 @@ def test_two_processes_read_disjoint_parts_and_get_the_same_tokens(made, monkeyp
         assert tokens[1:] == expected[1:]
     assert all(read) and not set(read[0]) & set(read[1]) and sum(map(len, read)) == len({*read[0], *read[1]})
     everything = sorted(read[0] + read[1]) == list(range(len(DOCUMENTS)))
-    assert everything == ("each of another document" not in expected.how)
+    assert everything == ("each from another document" not in expected.how)
 
 
 def test_a_document_that_one_process_cannot_read_fails_all(monkeypatch):

@@ -120,10 +120,10 @@ def test_a_model_that_is_not_there(refused, tmp_path):
 def test_an_architecture_that_is_not_supported(refused, tmp_path):
     folder = tiny_folder(tmp_path / "model")
     config = json.loads((folder / "config.json").read_text())
-    config |= {"architectures": ["MixtralForCausalLM"], "model_type": "mixtral"}
+    config |= {"architectures": ["PhimoeForCausalLM"], "model_type": "phimoe"}
     (folder / "config.json").write_text(json.dumps(config))
     message = refused("--model", folder, *SMALL)
-    assert "expected a model of architecture LlamaForCausalLM" in message and "got MixtralForCausalLM" in message
+    assert "expected a model of architecture LlamaForCausalLM" in message and "got PhimoeForCausalLM" in message
 
 
 def test_a_calibration_text_that_is_too_short(model, refused, tmp_path):

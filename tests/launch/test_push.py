@@ -1,10 +1,11 @@
 """Publishing a pruned model: what goes out, what is refused, and that nothing goes out unasked."""
 
 import pytest
+from huggingface_hub import CommitOperationDelete
 
 from optima_tpu.errors import UserError
 from optima_tpu.models.checkpoints.export import SIDECAR
-from optima_tpu.push import push
+from optima_tpu.push import collect, push
 from optima_tpu.runtime.checksums import write_sums
 
 TOKEN = "hf_" + "abcdefghij" * 4
@@ -13,17 +14,24 @@ TOKEN = "hf_" + "abcdefghij" * 4
 class FakeHub:
     """Stands in for ``HfApi``, and keeps what it was asked for."""
 
-    def __init__(self, there: bool = False):
-        self.there, self.made, self.files = there, [], {}
+    def __init__(self, there: tuple[str, ...] | None = None):
+        self.there, self.made, self.files, self.deleted = there, [], {}, []
 
     def repo_exists(self, repository):
+        return self.there is not None
+
+    def list_repo_files(self, repository):
         return self.there
 
     def create_repo(self, repository, private):
         self.made.append((repository, private))
 
     def create_commit(self, repository, operations, commit_message):
-        self.files |= {each.path_in_repo: each.path_or_fileobj for each in operations}
+        for each in operations:
+            if isinstance(each, CommitOperationDelete):
+                self.deleted.append(each.path_in_repo)
+            else:
+                self.files[each.path_in_repo] = each.path_or_fileobj
 
 
 @pytest.fixture
@@ -45,43 +53,50 @@ def refuse(question):
 
 def test_the_folder_goes_out_once_somebody_agreed(run, capsys):
     hub, asked = FakeHub(), []
-    push(str(run), "org/name", hub, lambda question: not asked.append(question))
+    push(collect(str(run)), "org/name", hub, lambda question: not asked.append(question))
     assert set(hub.files) == {SIDECAR, "README.md", "model.safetensors", "sha256-all.json"}
     assert hub.made == [("org/name", True)] and "makes it private" in asked[0]
     assert "README.md" in capsys.readouterr().out
-    hub = FakeHub(there=True)
+    hub = FakeHub(())
     with pytest.raises(UserError, match="nothing was published"):
-        push(str(run / "hf"), "org/name", hub, lambda question: False)
+        push(collect(str(run / "hf")), "org/name", hub, lambda question: False)
     assert not hub.files and not hub.made
+
+
+def test_weights_of_another_model_do_not_stay_beside_the_new_ones(run):
+    hub, asked = FakeHub(("README.md", "model-00001-of-00002.safetensors", "packed.json", "notes.txt", "model.safetensors")), []
+    push(collect(str(run)), "org/name", hub, lambda question: not asked.append(question))
+    assert hub.deleted == ["model-00001-of-00002.safetensors", "packed.json"] and not hub.made
+    assert "deletes its model-00001-of-00002.safetensors, packed.json" in asked[0]
 
 
 @pytest.mark.parametrize(
     "text, said", [(f"token: {TOKEN}", "a token"), ("see /home/ada/models/x", "the path /home/ada/models/x")]
 )
-def test_what_looks_private_needs_two_words(run, text, said):
+def test_what_looks_private_needs_a_word_of_its_own(run, text, said):
     (run / "hf/README.md").write_text(text)
-    for words in ({}, {"yes": True}, {"include_report": True}):
-        hub = FakeHub()
+    for words in ({}, {"include_report": True}):
         with pytest.raises(UserError, match="README.md holds") as refused:
-            push(str(run), "org/name", hub, refuse, **words)
-        assert said in str(refused.value) and TOKEN not in str(refused.value) and not hub.files
-    push(str(run), "org/name", hub, refuse, include_report=True, yes=True)
-    assert {"README.md", "report.html", "report.json"} <= hub.files.keys()
+            collect(str(run), **words)
+        assert said in str(refused.value) and TOKEN not in str(refused.value)
+    assert {"README.md", "report.html", "report.json"} <= collect(str(run), include_report=True, include_private=True).keys()
 
 
 def test_the_report_holds_paths(run):
     with pytest.raises(UserError, match="report.json holds the path"):
-        push(str(run), "org/name", FakeHub(), refuse, include_report=True)
+        collect(str(run), include_report=True)
 
 
 def test_what_cannot_be_is_refused(run, tmp_path):
-    for place, repository, said in (
-        (tmp_path, "org/name", "which has no optima_tpu.json"),
-        (run, "name", "expected ORG/NAME"),
-        (run, "org/name/x", "expected ORG/NAME"),
-    ):
-        with pytest.raises(UserError, match=said):
-            push(str(place), repository, FakeHub(), refuse)
-    (run / "hf/model.safetensors").write_text("changed")
+    with pytest.raises(UserError, match="which has no optima_tpu.json"):
+        collect(str(tmp_path))
+    for repository in ("name", "org/name/x"):
+        with pytest.raises(UserError, match="expected ORG/NAME"):
+            push(collect(str(run)), repository, FakeHub(), refuse)
+    weights = run / "hf/model.safetensors"
+    weights.write_text("changed")
     with pytest.raises(UserError, match="model.safetensors has changed"):
-        push(str(run), "org/name", FakeHub(), refuse)
+        collect(str(run))
+    weights.unlink()
+    with pytest.raises(UserError, match="model.safetensors is missing"):
+        collect(str(run))

@@ -196,7 +196,10 @@ def test_a_model_that_the_devices_do_not_hold_is_refused(pruned):
     refuse_large(trainer, needed)
     with pytest.raises(UserError, match="take more devices, --distill.train norms, or --distill null"):
         refuse_large(trainer, needed - 1)
-    assert Trainer(trainer.decoder, KL(train="norms")).bytes_on_device() < needed / 20
+    # On one device. On a mesh, what does not move is on every slice of the data axis, and masters are spread over all devices.
+    alone = opened(parse(pruned[0]), (1, 1)).decoder
+    sizes = [Trainer(alone, KL(train=train)).bytes_on_device() for train in ("norms", "weights")]
+    assert 1 / 4 < sizes[0] / sizes[1] < 0.27
 
 
 def test_the_rates_rise_and_fall():

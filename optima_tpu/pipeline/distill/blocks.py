@@ -10,6 +10,7 @@ rounds it to the checkpoint's dtype; its gradient is reduced back to the same sh
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -63,7 +64,8 @@ class Trainer:
         """The learning rate of every parameter that moves, as a multiple of the method's."""
         linears = {name + ".weight" for name in self.decoder.linears}
         shapes = self.decoder.block_shapes
-        vectors = {name for name, shape in shapes.items() if len(shape) == 1}
+        # Norms of queries and keys may have gains for every head.
+        vectors = {name for name, shape in shapes.items() if len(shape) == 1 or name.endswith("norm.weight")}
         found = {name: self.method.factor(name in vectors) for name in shapes if name in linears | vectors}
         return {name: factor for name, factor in found.items() if factor}
 
@@ -73,11 +75,15 @@ class Trainer:
         return NamedSharding(self.decoder.mesh, spread(self.decoder.mesh, shape, self.decoder.sharding(name)))
 
     def bytes_on_device(self) -> int:
-        """What the blocks take on each device: master, two moments and gradient in float32, and what the forward pass gathers."""
-        shapes, total = self.decoder.block_shapes, 0
-        for name in self.factors:
-            total += 4 * 4 * int(np.prod(self.shards(name).shard_shape(shapes[name])))
-        return total * self.decoder.config.blocks
+        """What the blocks take on each device: master, two moments and gradient in float32; what does not move, as it is."""
+        decoder, total = self.decoder, 0
+        for name, shape in decoder.block_shapes.items():
+            if name in self.factors:
+                total += 4 * 4 * math.prod(self.shards(name).shard_shape(shape))
+            else:
+                size = decoder.tensors.dtype(decoder.prefix(0) + name).itemsize
+                total += size * math.prod(NamedSharding(decoder.mesh, decoder.sharding(name)).shard_shape(shape))
+        return total * decoder.config.blocks
 
     def open(self, parameters: Mapping[str, Array], keep: Mapping[str, np.ndarray | Array]) -> Block:
         """A block that nothing has moved yet.

@@ -151,7 +151,7 @@ class _Feed:
 
     Args:
       dense: the dense model.
-      advance: called after every block of it.
+      advance: called after every block of it, for the first part of the windows.
     """
 
     def __init__(self, dense: Decoder, method: Distillation, windows: Windows, advance: Callable[[], None]):
@@ -173,7 +173,8 @@ class _Feed:
         """The windows of a step."""
         number, training = self._place(step)
         if number != self._held:
-            self._held, (self._part,) = number, _streams(self._dense, self._method, (training,), self._advance)
+            # Not a step of the progress: how many parts there are depends on the width of the model.
+            self._held, (self._part,) = number, _streams(self._dense, self._method, (training,), lambda: None)
         first = (step % self._steps - number * self._at_once) * self._batch
         return self._part.part(first, first + self._batch)
 

@@ -8,10 +8,10 @@ from typing import Literal
 
 from optima_tpu.config.choices import CHOICES
 from optima_tpu.config.parse import parse_command
-from optima_tpu.config.run_config import MOST, MOST_DEVICES, MOST_TOKENS, at_least
+from optima_tpu.config.run_config import MOST, MOST_DEVICES, MOST_TOKENS, at_least, few_tokens
 from optima_tpu.errors import UserError
 from optima_tpu.method.distillation import Distillation
-from optima_tpu.report.run_record import RUN, default_folder
+from optima_tpu.report.run_record import default_folder
 from optima_tpu.runtime.buckets import as_path
 from optima_tpu.runtime.mesh import parse_mesh
 from optima_tpu.runtime.program import program
@@ -118,6 +118,8 @@ class RecoverConfig:
             raise UserError(f"expected device_memory above 0 GiB, got {self.device_memory}")
         if self.mesh is not None:
             parse_mesh(self.mesh)
+        few_tokens("--evaluation", self.windows, self.length)
+        few_tokens("--source", self.held_out, self.length)
         self.method(1)
         at_least(1, "tokens", self.token_count, MOST_TOKENS * self.passes)
 
@@ -127,7 +129,7 @@ class RecoverConfig:
         found = re.fullmatch(r"(\d+(?:\.\d+)?)([kmb]?)", (self.tokens or "").strip().replace("_", "").lower())
         if not found:
             raise UserError(f"expected --tokens as a number such as 200k, 50M or 1000000, got {self.tokens or 'none'}")
-        return round(float(found[1]) * _UNITS[found[2]])
+        return round(min(float(found[1]) * _UNITS[found[2]], 1e18))
 
     def method(self, windows: int) -> Distillation:
         """The training on a number of windows.
@@ -151,11 +153,6 @@ class RecoverConfig:
             return as_path(self.output)
         folder = default_folder("recover", self.model)
         return folder.with_name(re.sub(r"[\[\]\\]", "_", f"{folder.name}-{self.tokens}"))  # see ``files.refuse_unreachable``
-
-    @property
-    def is_run(self) -> bool:
-        """Whether MODEL is a run directory."""
-        return (as_path(self.model) / RUN).is_file()
 
 
 def parse(argv: Sequence[str]) -> RecoverConfig:

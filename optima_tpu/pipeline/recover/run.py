@@ -201,7 +201,8 @@ def _greeting(config: RecoverConfig, opened: Opened, start: Start, drawn: Tokens
     method, text, mesh = opened.config.distill, opened.config.calibration, opened.model.decoder.mesh
     assert method is not None
     read, asked = method.steps * min(method.batch, text.samples) * text.length, config.token_count
-    told = f"{read:,} tokens: {text.samples:,} windows of {text.length}, each read {'once' if config.passes == 1 else f'{config.passes} times'}"
+    times = "once" if config.passes == 1 else f"{config.passes} times"
+    told = f"{read:,} tokens: {text.samples:,} windows of {text.length}, each read {times}"
     lines = [
         f"model        {config.model}: {opened.model.decoder.config.blocks} blocks, {len(start.names)} pruned matrices",
         f"dense model  {start.dense.pretrained.origin}",

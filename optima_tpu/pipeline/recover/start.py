@@ -140,12 +140,20 @@ def open_start(config: RecoverConfig, mesh: Mesh) -> Start:
     check_signals()
     decoder = pruned.model.decoder
     record = from_first(lambda: _record(config.model, decoder))
+    if integers := ((record.manifest or {}).get("recipe") or {}).get("quantize"):
+        raise UserError(
+            f"expected a model whose weights were not quantised, got one of {integers['name']} in {config.model}: training moves weights "
+            "off their integers; prune again without --quantize"
+        )
     spec = config.against or record.dense
     if spec is None:
         raise UserError(
             f"expected --against with the dense model, got none, and {config.model} has no record of the model that was pruned"
         )
-    dtype = decoder.tensors.dtype(decoder.root + decoder.family.embedding).name
+    # As it was opened to be pruned; without a record, in the dtype of the pruned model.
+    recipe = (record.manifest or {}).get("recipe")
+    stored = decoder.tensors.dtype(decoder.root + decoder.family.embedding).name
+    dtype = config.dtype or (recipe.get("dtype") if recipe else stored)
     dense = _open_dense(spec, mesh, dtype, config)
     check_signals()
     masks = together(lambda: open_masks(str(_of_run(config.model))))
@@ -155,7 +163,7 @@ def open_start(config: RecoverConfig, mesh: Mesh) -> Start:
     return Start(pruned, dense.model, record, masks, names, pattern)
 
 
-def _open_dense(spec: str, mesh: Mesh, dtype: str, config: RecoverConfig) -> Evaluated:
+def _open_dense(spec: str, mesh: Mesh, dtype: str | None, config: RecoverConfig) -> Evaluated:
     try:
         return open_evaluated(spec, mesh, dtype, config.batch)
     except UserError as error:
@@ -238,6 +246,10 @@ def _check(pruned: Evaluated, dense: Evaluated, expected: str | None, names: fro
         raise UserError(f"expected the model that {who} was pruned from, got another one in {whose}: give its place as --against")
     if (mine.family, mine.config.blocks, mine.block_shapes) != (theirs.family, theirs.config.blocks, theirs.block_shapes):
         raise UserError(f"expected --against with the model that {who} was pruned from, got one of another size in {whose}")
+    for name in mine.block_shapes:
+        ours, other = (each.tensors.dtype(each.prefix(0) + name) for each in (mine, theirs))
+        if ours != other:
+            raise UserError(f"expected {who} and {whose} in one dtype, got {name} as {ours} and as {other}: give --dtype {ours}")
     for name in mine.end_shapes:
         its_name = theirs.root + name.removeprefix(mine.root) if name.startswith(mine.root) else name
         if its_name not in theirs.end_shapes or not same_values(mine.tensors, name, theirs.tensors, its_name):
