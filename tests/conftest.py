@@ -38,6 +38,8 @@ install_import_hook("optima_tpu.method", f"{checked.__name__}.checked")
 
 # Before any array exists. Meshes of fewer devices are made from the first ones.
 jax.config.update("jax_num_cpu_devices", 8)
+# An array of bfloat16 beside one of float32 is an error in place of a silent float32: the program says where it changes precision.
+jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 
 # Of the 65,530 that Linux gives a process. Every compiled program takes some, and XLA fails where none are left.

@@ -238,7 +238,8 @@ class NM(Pattern):
         def count(shift: Array, before: Array) -> Array:
             """Adds the weights of the same group, ``shift`` to the left and to the right, that are pruned before this one."""
             left, right = jnp.roll(order, shift, axis=1), jnp.roll(order, -shift, axis=1)
-            return before + ((place >= shift) & (left <= order)) + ((place < self.m - shift) & (right < order))
+            lower = (place >= shift) & (left <= order), (place < self.m - shift) & (right < order)
+            return before + sum(side.astype(jnp.int32) for side in lower)
 
         before = jax.lax.fori_loop(1, self.m, count, jnp.zeros(scores.shape, jnp.int32))
         return before >= self.m - self.n

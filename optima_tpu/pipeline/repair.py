@@ -18,9 +18,8 @@ from optima_tpu.pipeline.journal import finished_blocks
 from optima_tpu.pipeline.self_calibration import CALIBRATION
 from optima_tpu.report.file import REPORT
 from optima_tpu.report.run_record import ASSETS, RUN
-from optima_tpu.runtime.checksums import ALL, SUMS, Sums, changes, forget, known, listed
+from optima_tpu.runtime.checksums import ALL, SUMS, changes, forget, known, listed
 from optima_tpu.runtime.files import PARTIAL, complete, files_in, remove, writing
-from optima_tpu.runtime.records import known_record
 
 DENSE, LOSSES = "dense.json", "dense_losses.npy"
 _FOLDERS = ("journal", "activations", "distilled", "distillation")
@@ -87,7 +86,7 @@ def verified(folder: Path) -> Verified:
         inside = each.relative_to(folder)
         damaged |= {str(inside / name): why for name, why in changes(each).items()}
         for record in each.glob(SUMS.format("*")):
-            compared |= {inside / name: size for name, (size, _) in (known_record(record, Sums) or {}).items()}
+            compared |= {inside / name: size for name, (size, _) in known(each, record.name).items()}
     return Verified(damaged, len(compared), sum(compared.values()))
 
 

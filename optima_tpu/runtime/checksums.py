@@ -1,8 +1,8 @@
 """Checksums of what a program writes and later reads back.
 
 A folder that appears in one step holds a file with the checksums of the files in it, written last: SHA-256, or in a bucket the
-CRC32C that the store computes. So do the files of a run directory that are beside such folders: their checksums are kept in one
-file of the same name, which is replaced whenever one of them is written.
+CRC32C that the store computes. Under its own name that file lists a checksum of its other entries. The files of a run directory
+that are beside such folders have their checksums in one file of the same name, which is replaced whenever one of them is written.
 """
 
 import hashlib
@@ -25,13 +25,15 @@ Sums = dict[str, tuple[Count, str]]
 """Name below the folder -> size and checksum."""
 
 MISSING = "its checksums are missing"
+_CHANGED = "has changed since it was written"
 
 
 def write_sums(folder: Path, files: Iterable[Path] | None = None, label: str = "all") -> None:
     """Writes the checksums of ``files`` into their folder, of all its files by default; see :func:`damage`."""
     files = list(files_in(folder) if files is None else files)
     sums = dict(zip((path.relative_to(folder).as_posix() for path in files), _digests(files)))
-    (folder / SUMS.format(label)).write_text(json.dumps(sums))
+    record = folder / SUMS.format(label)
+    record.write_text(json.dumps(sums | {record.name: _own(sums)}))
 
 
 def keep(folder: Path, files: Mapping[str, bytes]) -> None:
@@ -62,13 +64,18 @@ def listed(folder: Path) -> Sums:
     Raises:
       UserError: the file is damaged.
     """
-    return read_record(folder / ALL, Sums) if (folder / ALL).exists() else {}
+    if not (folder / ALL).exists():
+        return {}
+    sums, whole = _read(folder / ALL)
+    if not whole:
+        raise UserError(f"{folder / ALL} {_CHANGED}: write the folder again, or remove {ALL} to take the folder as it is")
+    return sums
 
 
-def known(folder: Path) -> Sums:
-    """As :func:`listed`, but empty if the file is damaged: then all that it listed counts as damaged."""
+def known(folder: Path, record: str = ALL) -> Sums:
+    """As :func:`listed`, but of a damaged file what can be read; without an entry a file counts as damaged."""
     try:
-        return listed(folder)
+        return _read(folder / record)[0]
     except UserError:
         return {}
 
@@ -91,9 +98,11 @@ def changes(folder: Path, sums: Sums | None = None) -> dict[str, str]:
     found = {} if records else {ALL: "is missing, so no file can be checked"}
     for record in records:
         try:
-            found |= _wrong(folder, read_record(record, Sums))
+            sums, whole = _read(record)
         except UserError as error:
             found[record.name] = f"cannot be read ({error})"
+        else:
+            found |= _wrong(folder, sums) or ({} if whole else {record.name: _CHANGED})
     return found
 
 
@@ -121,8 +130,20 @@ def _wrong(folder: Path, sums: Sums) -> dict[str, str]:
         elif found[name][0] != size:
             told[name] = f"has {found[name][0]} bytes where {size} were written"
         elif found[name][1] != written:
-            told[name] = "has changed since it was written"
+            told[name] = _CHANGED
     return told
+
+
+def _own(sums: Sums) -> tuple[int, str]:
+    """The entry of a file of checksums for itself: the number of its other entries, and the SHA-256 of their JSON."""
+    return len(sums), hashlib.sha256(json.dumps(sums).encode()).hexdigest()
+
+
+def _read(record: Path) -> tuple[Sums, bool]:
+    """The entries for other files, and whether they are those that the file's own entry was made of. It may have none."""
+    sums = read_record(record, Sums)
+    own = sums.pop(record.name, None)
+    return sums, own in (None, _own(sums))
 
 
 def _digests(paths: Iterable[Path]) -> list[tuple[int, str]]:

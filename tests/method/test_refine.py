@@ -85,7 +85,7 @@ def test_no_row_gets_worse_than_the_solved_start_and_the_numbers_stay(pattern, s
     for seed, dead in ((0, []), (1, [3])):
         problem = layer(np.random.default_rng(seed), 12, 40, target=target)
         hessian = problem.hessian.at[jnp.array(dead, int)].set(0.0).at[:, jnp.array(dead, int)].set(0.0)
-        problem = dataclasses.replace(problem, hessian=hessian, pull=pull_of(problem) * (jnp.diagonal(hessian) > 0))
+        problem = dataclasses.replace(problem, hessian=hessian, pull=jnp.where(jnp.diagonal(hessian) > 0, pull_of(problem), 0.0))
         live, pruned = np.asarray(jnp.diagonal(hessian) > 0), select(selector, problem, pattern)
         weight, _, steps, converged, keep, _ = refined(solver, Swaps(ROUNDS, 0.1), pattern, problem, pruned)
         weight, keep, before = np.asarray(weight), np.asarray(keep), np.asarray(pruned.keep)

@@ -14,6 +14,14 @@ from optima_tpu import broken_zeros, keep_zeros, masks_of
 from optima_tpu.errors import UserError
 from optima_tpu.runtime.mesh import make_mesh
 
+
+@pytest.fixture(autouse=True)
+def promotion():
+    """Optax promotes: schedules divide a counter by a float, and noise is float32 whatever the gradient is."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
 OPTIMIZERS = {
     "sgd with momentum": optax.sgd(0.1, momentum=0.9, nesterov=True),
     "adamw": optax.adamw(1e-2, weight_decay=0.1),

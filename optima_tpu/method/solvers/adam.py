@@ -98,7 +98,8 @@ class Adam(Solver):
                     jnp.where(lower, value, best.value),
                     jnp.where(lower, index, best.step),
                 )
-                update, state = adam.update(jnp.where(free, slope + image, 0.0), state)
+                with jax.numpy_dtype_promotion("standard"):  # optax's schedule divides its counter by a float
+                    update, state = adam.update(jnp.where(free, slope + image, 0.0), state)
                 return (optax.apply_updates(shift, update), state, best), value
 
             start = jnp.zeros_like(slope)

@@ -137,7 +137,7 @@ class CG(Solver):
                 gap=gap,
                 residual=residual,
                 path=path._replace(active=fell & (gap > self.tolerance)),
-                steps=state.steps + self.cycle * active,
+                steps=state.steps + jnp.where(active, self.cycle, 0),
             )
 
         residual, value = rows.measure(start)

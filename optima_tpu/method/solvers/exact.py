@@ -65,7 +65,7 @@ class Exact(Solver):
             decrement = left @ jax.scipy.linalg.cho_solve((factor, True), left)
             gap = jnp.where(decrement > 0, decrement / jnp.maximum(value, jnp.maximum(floor, 1e-30)), 0.0)
             solved = jnp.all(jnp.isfinite(change))
-            moved = pruned_weight + (change - start) / scale
+            moved = pruned_weight.astype(wide) + (change - start) / scale
             unmoved = jnp.where(keep, pruned_weight, 0.0).astype(wide)
             return jnp.where(free & solved, moved, unmoved), jnp.where(solved, gap, jnp.inf), solved
 

@@ -230,7 +230,8 @@ def _solve_row(options: dict[str, Array], matrix: Array, row: _Rows) -> _Found:
     )
     # MPAX's scale-invariant weight would multiply primal_importance by |e| / |_FLOOR|: it overflows where e is rounding
     # noise.
-    found = raPDHG(**options, scale_invariant_initial_primal_weight=False).optimize(program)
+    with jax.numpy_dtype_promotion("standard"):  # MPAX multiplies by masks
+        found = raPDHG(**options, scale_invariant_initial_primal_weight=False).optimize(program)
     return _Found(found.primal_solution, found.termination_status, found.iteration_count)
 
 
