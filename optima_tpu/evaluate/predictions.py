@@ -46,7 +46,7 @@ def per_token(score: Callable[..., Tree], tokens: Array, *streams: Array) -> Tre
 
 def _summed(score: Callable[..., Tree]) -> Callable[..., Tree]:
     def summed(there: Array, *inputs: Array) -> Tree:
-        return jax.tree.map(lambda values: jnp.sum(jnp.where(there, values, 0.0), axis=1), score(*inputs))
+        return jax.tree.map(lambda values: jnp.sum(jnp.where(there, values.astype(jnp.float32), 0.0), axis=1), score(*inputs))
 
     return summed
 

@@ -52,7 +52,8 @@ def keep_zeros(optimizer: optax.GradientTransformation, masks: Tree) -> optax.Gr
     inner = optax.with_extra_args_support(optimizer)
 
     def update(gradient: Tree, state: Any, parameters: Tree | None = None, **extra: Any) -> tuple[Tree, Any]:
-        moved, state = inner.update(_masked(gradient, masks), state, parameters, **extra)
+        with jax.numpy_dtype_promotion("standard"):  # optax multiplies counters by floats, and bfloat16 by float32
+            moved, state = inner.update(_masked(gradient, masks), state, parameters, **extra)
         return _masked(moved, masks), state
 
     return optax.GradientTransformationExtraArgs(inner.init, update)

@@ -365,7 +365,7 @@ def _seen(name: str, places: ResidualNames | None, inputs: Sequence[Mapping[str,
 
     def weighed(array: Array) -> Array:
         # Rounded to the model's dtype, as the activations themselves are. Both factors of H have the same rounding.
-        return (array * scale[..., None]).astype(dtype)
+        return (array.astype(scale.dtype) * scale[..., None]).astype(dtype)
 
     x, difference = weighed(x), weighed(difference)
     return _Seen(x, routed, difference, tuple(None if array is None else weighed(array) for array in lost), scale)

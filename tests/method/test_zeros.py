@@ -17,7 +17,7 @@ from optima_tpu.runtime.mesh import make_mesh
 
 @pytest.fixture(autouse=True)
 def promotion():
-    """Optax promotes: schedules divide a counter by a float, and noise is float32 whatever the gradient is."""
+    """For optax without :func:`keep_zeros`, and what it adds to parameters."""
     with jax.numpy_dtype_promotion("standard"):
         yield
 
