@@ -22,7 +22,7 @@ from optima_tpu.errors import UserError
 from optima_tpu.models.decoder import Decoder
 from optima_tpu.models.model import Model
 from optima_tpu.pipeline import walk
-from optima_tpu.pipeline.calibrate import Capture, linear_groups
+from optima_tpu.pipeline.calibrate import Capture, groups_of_blocks
 from optima_tpu.pipeline.inputs import Texts
 from optima_tpu.pipeline.sweep.runner import Shared
 
@@ -72,7 +72,7 @@ def block_seconds(config: RunConfig, model: Model, texts: Texts, blocks: int) ->
         mock.patch.object(walk, "prune_group", timed(walk.prune_group, pruned)),
         mock.patch.object(Decoder, "apply", timed(Decoder.apply, lambda *arguments: "forward through the pruned block")),
     ):
-        planned = walk.Walk(decoder, recipe, linear_groups(decoder), config.calibration.samples)
+        planned = walk.Walk(decoder, recipe, groups_of_blocks(decoder), config.calibration.samples)
         hidden = decoder.embed(texts.calibration.ids)
         streams = walk.Streams(hidden, hidden.copy() if recipe.target.dense_stream else None)
         for index in range(blocks + 1):

@@ -25,7 +25,7 @@ from optima_tpu.errors import UserError
 from optima_tpu.evaluate.perplexity import perplexity_of, window_nll
 from optima_tpu.method.acceptance import PerRow
 from optima_tpu.method.solvers import CG, Exact
-from optima_tpu.pipeline.calibrate import linear_groups
+from optima_tpu.pipeline.calibrate import groups_of_blocks
 from optima_tpu.pipeline.inputs import open_model_on_mesh, read_texts
 from optima_tpu.pipeline.walk import Streams, Walk, prune_block
 from optima_tpu.report.records import LayerReport
@@ -68,7 +68,7 @@ def compare(blocks: int, beside: Sequence[str], settings: Sequence[str]) -> None
     decoder, samples, recipe = model.decoder, config.calibration.samples, config.recipe
     calibration, evaluation, _ = read_texts(config, model)
     hidden, other = decoder.embed(calibration.ids), decoder.embed(evaluation.ids)
-    layers, found, walk = [], defaultdict(list), Walk(decoder, recipe, linear_groups(decoder), samples)
+    layers, found, walk = [], defaultdict(list), Walk(decoder, recipe, groups_of_blocks(decoder), samples)
     others = {}
     for name in beside:
         solver, damping = BESIDE[name]

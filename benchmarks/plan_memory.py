@@ -75,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from transformers import LlamaConfig
 
     from optima_tpu.models.activations import Activations
-    from optima_tpu.pipeline.calibrate import linear_groups
+    from optima_tpu.pipeline.calibrate import groups_of_blocks
     from optima_tpu.pipeline.plan.model import open_declared
     from optima_tpu.pipeline.plan.plan import make_plan
     from optima_tpu.pipeline.plan.topology import local_machine
@@ -107,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     decoder = dataclasses.replace(model.decoder, tensors=RandomTensors(model.decoder.tensors))
     text = config.calibration
-    walk = Walk(decoder, config.recipe, linear_groups(decoder), text.samples)
+    walk = Walk(decoder, config.recipe, groups_of_blocks(decoder), text.samples)
     values = np.random.default_rng(0).standard_normal((text.samples + text.held_out, text.length, options.d_model), np.float32)
     hidden = Activations.of(decoder.mesh, values)
     prune_block(walk, 0, decoder.load_block(0), Streams(hidden.copy()))

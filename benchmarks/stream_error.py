@@ -26,7 +26,7 @@ from optima_tpu.method.layer_rules import check_layers
 from optima_tpu.method.selectors import Imported
 from optima_tpu.models.activations import Activations
 from optima_tpu.models.model import Model
-from optima_tpu.pipeline.calibrate import linear_groups
+from optima_tpu.pipeline.calibrate import groups_of_blocks
 from optima_tpu.pipeline.inputs import Texts, linear_shapes
 from optima_tpu.pipeline.sweep.runner import Shared
 from optima_tpu.pipeline.walk import Streams, Walk, prune_block
@@ -80,7 +80,7 @@ def check_walk(config: RunConfig, model: Model, blocks: int) -> None:
 def stream_errors(config: RunConfig, model: Model, texts: Texts, blocks: int) -> Iterator[tuple[float, float]]:
     """Yields the errors after every block: (on held-out windows, on the evaluation text)."""
     decoder, samples, recipe = model.decoder, config.calibration.samples, config.recipe
-    walk = Walk(decoder, recipe, linear_groups(decoder), samples)
+    walk = Walk(decoder, recipe, groups_of_blocks(decoder), samples)
     hidden, other = (decoder.embed(text.ids) for text in (texts.calibration, texts.evaluation))
     dense, other_dense = hidden.copy(), other.copy()
     for index in range(blocks):

@@ -93,10 +93,10 @@ def _first_broken(decoder: Decoder, tokens: np.ndarray) -> str:
     """Where the first value that is not finite occurs in a window [1, length]: "the input of model.layers.1.mlp.down_proj"."""
     hidden = decoder.embed(tokens)
     for index, parameters in enumerate(decoder.blocks(range(decoder.config.blocks))):
-        positions = decoder.positions(index, tokens.shape[1])
+        positions, alike = decoder.positions(index, tokens.shape[1]), decoder.at(index)
         for batch in hidden.batches(decoder.batch):
-            finite = fetch(_finite_inputs(decoder.graph, decoder.state(parameters), batch.hidden, positions))
-            for name in decoder.linears:
+            finite = fetch(_finite_inputs(alike.graph, alike.state(parameters), batch.hidden, positions))
+            for name in alike.linears:
                 if not finite[name]:
                     return f"the input of {decoder.prefix(index)}{name}"
         decoder.apply(index, parameters, hidden)

@@ -37,6 +37,9 @@ from optima_tpu.runtime.processes import fetch, together
 class Decoder:
     """A model that is read block by block.
 
+    Blocks may differ in their layers: ``graph``, ``state``, ``block_shapes``, ``linears`` and ``sharding`` are those of the blocks like
+    block ``config.kind``, and :meth:`at` gives the decoder of another block.
+
     Attributes:
       family: see ``optima_tpu.models``.
       root: the prefix of tensor names in this checkpoint, one of the family's roots.
@@ -61,9 +64,27 @@ class Decoder:
         root = next((root for root in family.roots if root + family.embedding in present), family.roots[0])
         return cls(family, root, family.read_config(hf_config), tensors, mesh, batch)
 
+    def at(self, index: int) -> "Decoder":
+        """The same decoder, of the blocks like block ``index``."""
+        kind = self.config.kind_of(index)
+        if kind != self.config.kind and kind not in self._others:
+            self._others[kind] = dataclasses.replace(self, config=dataclasses.replace(self.config, kind=kind))
+        return self if kind == self.config.kind else self._others[kind]
+
+    @functools.cached_property
+    def _others(self) -> dict[int, "Decoder"]:
+        return {}
+
+    @functools.cached_property
+    def stretches(self) -> tuple[tuple["Decoder", range], ...]:
+        """The blocks that follow one another and are alike, as their decoder and their numbers."""
+        alike = itertools.groupby(range(self.config.blocks), self.config.kind_of)
+        runs = [list(indices) for _, indices in alike]
+        return tuple((self.at(indices[0]), range(indices[0], indices[-1] + 1)) for indices in runs)
+
     @functools.cached_property
     def graph(self) -> nnx.GraphDef:
-        """The static half of a block, the same for all."""
+        """The static half of a block."""
         return self._block[0]
 
     @functools.cached_property
@@ -108,7 +129,7 @@ class Decoder:
 
     def tensor_names(self) -> list[str]:
         """Every tensor that the model reads."""
-        blocks = [self.prefix(i) + name for i in range(self.config.blocks) for name in self.block_shapes]
+        blocks = [self.prefix(i) + name for i in range(self.config.blocks) for name in self.at(i).block_shapes]
         return [*self.end_shapes, *blocks]
 
     @functools.cached_property
@@ -133,12 +154,12 @@ class Decoder:
           UserError: a tensor has another shape than the configuration says, or holds a NaN or an infinity.
         """
         with concurrent.futures.ThreadPoolExecutor(1) as reader:
-            waiting = collections.deque(reader.submit(self._read_block, index) for index in indices[:1])
-            for following in indices[1:]:
-                waiting.append(reader.submit(self._read_block, following))
-                yield self._place_block(together(waiting.popleft().result))
+            waiting = collections.deque(reader.submit(self.at(index)._read_block, index) for index in indices[:1])
+            for index, following in itertools.pairwise(indices):
+                waiting.append(reader.submit(self.at(following)._read_block, following))
+                yield self.at(index)._place_block(together(waiting.popleft().result))
             if waiting:
-                yield self._place_block(together(waiting.popleft().result))
+                yield self.at(indices[-1])._place_block(together(waiting.popleft().result))
 
     @property
     def overflowed(self) -> str:
@@ -175,10 +196,11 @@ class Decoder:
           batch: stands in for the decoder's.
           attended: the input of ``Family.attended`` for the same samples if it is known; attention is then not computed.
         """
-        positions, state, batch = self.positions(index, hidden.values.shape[1]), self.state(parameters), batch or self.batch
+        positions, alike, batch = self.positions(index, hidden.values.shape[1]), self.at(index), batch or self.batch
+        state = alike.state(parameters)
         with hidden.put_behind() as put:
             for part, known in zip(hidden.batches(batch), self.known(attended, batch)):
-                put(part.rows, run_block(self.graph, state, part.hidden, positions, known))
+                put(part.rows, run_block(alike.graph, state, part.hidden, positions, known))
 
     def known(self, attended: Activations | None, batch: int) -> Iterator[dict[str, Array]]:
         """The known inputs of each batch for :func:`forward`: those of ``Family.attended``, or none."""

@@ -56,6 +56,7 @@ class DecoderConfig:
       tied: whether the head is the embedding.
       logit_cap: ``c`` where logits are ``c tanh(logits / c)``, or None.
       logit_scale: factor of the logits.
+      kind: the block that ``Family.block`` makes: the first one of those that are alike.
     """
 
     d_model: int
@@ -65,6 +66,16 @@ class DecoderConfig:
     tied: bool
     logit_cap: float | None = None
     logit_scale: float = 1.0
+    kind: int = 0
+
+    def kind_of(self, index: int) -> int:
+        """The first block with the layers of block ``index``: 0 where all blocks have the same."""
+        return 0
+
+    @property
+    def kinds(self) -> tuple[int, ...]:
+        """The first block of each kind, ascending."""
+        return tuple(sorted({self.kind_of(index) for index in range(self.blocks)}))
 
     def positions(self, index: int, length: int) -> Positions:
         """The position data of block ``index`` for the first ``length`` positions."""
@@ -100,7 +111,8 @@ class Family:
     Attributes:
       read_config: makes a :class:`DecoderConfig` from the ``transformers`` configuration. Raises a UserError that names a setting
         that is not supported.
-      block: ``block(config)`` is an ``nnx.Module``: (x [batch, length, d_model], Positions) -> the same shape.
+      block: ``block(config)`` is an ``nnx.Module``: (x [batch, length, d_model], Positions) -> the same shape. The configuration's
+        ``kind`` says which block.
       linears: the layers of it that are pruned, in the order of the forward pass, by their path in the block. ``*`` stands for
         every number: "mlp.experts.*.up_proj".
       sharding: specs of their parameters, named in the same way; other parameters are replicated.

@@ -1,7 +1,7 @@
 """Text generation: all blocks on the devices at once, a key-value cache, one token of every window per step.
 
-The steps are one compiled program, a scan over tokens around a scan over blocks. So the program does not grow with tokens or
-blocks. All windows of a step are at the same position.
+The steps are one compiled program, a scan over tokens around a scan over blocks that are alike. So the program does not grow with
+tokens or blocks. All windows of a step are at the same position.
 """
 
 import functools
@@ -46,14 +46,14 @@ class Resident(NamedTuple):
     """A whole model on the mesh.
 
     Attributes:
-      blocks: the parameters of the blocks, each [blocks, ...].
-      positions: the position data of the blocks, each [blocks, ...].
+      blocks: for each of ``Decoder.stretches`` the parameters of its blocks, each [blocks, ...].
+      positions: the position data of its blocks, each [blocks, ...].
       embedding: the tensors that the family's ``embed`` reads, by name.
       head: turns the last block's output into logits.
     """
 
-    blocks: nnx.State
-    positions: Positions
+    blocks: tuple[nnx.State, ...]
+    positions: tuple[Positions, ...]
     embedding: dict[str, Array]
     head: Head
 
@@ -132,15 +132,18 @@ def load(decoder: Decoder, length: int) -> Resident:
       UserError: see :meth:`Decoder.blocks`.
     """
     config = decoder.config
-    structs = _block_structs(decoder)
-    blocks = dict(zip(structs, _zeros(structs.values())))
-    for index, parameters in enumerate(decoder.blocks(range(config.blocks))):
-        blocks = _put(blocks, np.int32(index), parameters)
+    stretches, read = [], decoder.blocks(range(config.blocks))
+    for alike, indices in decoder.stretches:
+        structs = _block_structs(alike, indices)
+        blocks = dict(zip(structs, _zeros(structs.values())))
+        for place_in, parameters in zip(range(len(indices)), read):
+            blocks = _put(blocks, np.int32(place_in), parameters)
+        stretches.append(alike.state(blocks))
     head = decoder.head()
     tied = {decoder.family.embedding: head.projection} if config.tied else {}
     ends = decoder.place_ends({decoder.root + name: P(MODEL, None) for name in _embedding_names(decoder) if name not in tied})
     embedding = tied | {name.removeprefix(decoder.root): array for name, array in ends.items()}
-    return Resident(decoder.state(blocks), positions_on_mesh(decoder, length), embedding, head)
+    return Resident(tuple(stretches), positions_on_mesh(decoder, length), embedding, head)
 
 
 def step(decoder: Decoder, model: Resident, keys: Array, values: Array, tokens: Array, at: Array) -> tuple[Array, Array, Array]:
@@ -156,16 +159,18 @@ def step(decoder: Decoder, model: Resident, keys: Array, values: Array, tokens: 
     """
     places = at + jnp.arange(tokens.shape[1])
 
-    def block(carry, of_block):
+    def block(alike, carry, of_block):
         hidden, keys, values = carry
         index, state, positions = of_block
         cache = KeyValueCache(keys, values, index, at)
-        hidden, _ = forward(decoder.graph, state, hidden, positions.at(at, tokens.shape[1])._replace(cache=cache))
+        hidden, _ = forward(alike.graph, state, hidden, positions.at(at, tokens.shape[1])._replace(cache=cache))
         return (hidden, cache.keys, cache.values), None
 
     hidden = jnp.asarray(decoder.embedded(model.embedding.__getitem__, tokens, places))
-    indices = jnp.arange(decoder.config.blocks)
-    (hidden, keys, values), _ = jax.lax.scan(block, (hidden, keys, values), (indices, model.blocks, model.positions))
+    carry = hidden, keys, values
+    for (alike, indices), *of_blocks in zip(decoder.stretches, model.blocks, model.positions, strict=True):
+        carry, _ = jax.lax.scan(functools.partial(block, alike), carry, (jnp.array(indices), *of_blocks))
+    hidden, keys, values = carry
     return head_logits(model.head, hidden[:, -1:])[:, 0], keys, values
 
 
@@ -184,7 +189,9 @@ def cache_structs(decoder: Decoder, length: int) -> tuple[jax.ShapeDtypeStruct, 
         forward(decoder.graph, state, hidden, positions._replace(cache=cache))
         return cache.keys, cache.values
 
-    block = {name: jax.ShapeDtypeStruct(struct.shape[1:], struct.dtype) for name, struct in _block_structs(decoder).items()}
+    block = {
+        name: jax.ShapeDtypeStruct(struct.shape[1:], struct.dtype) for name, struct in _block_structs(decoder, range(1)).items()
+    }
     names = {name: decoder.root + name for name in _embedding_names(decoder)}
     embedding = {
         name: jax.ShapeDtypeStruct(decoder.end_shapes[whole], decoder.tensors.dtype(whole)) for name, whole in names.items()
@@ -245,12 +252,12 @@ def windows_at_once(
       UserError: the model and one window on each slice of the data axis do not fit.
     """
     mesh, config, length = decoder.mesh, decoder.config, cache[0].shape[3]
-    blocks = [bytes_on_device(each) for each in _block_structs(decoder).values()]
+    blocks = [sum(map(bytes_on_device, _block_structs(*stretch).values())) for stretch in decoder.stretches]
     dtype = np.dtype(decoder.tensors.dtype(decoder.root + decoder.family.embedding))
     tables = (2 - config.tied) * bytes_on_device(struct_on(mesh, (config.vocab, config.d_embedding), dtype, P(MODEL, None)))
     positions = sum(array.nbytes for array in jax.tree.leaves(_positions(decoder, length)))
     # One more block is in memory while blocks are read, and while one is computed.
-    whole = sum(blocks) * (1 + 1 / config.blocks) + tables + positions
+    whole = sum(blocks) + max(size / len(indices) for size, (_, indices) in zip(blocks, decoder.stretches)) + tables + positions
     slices = mesh.shape[DATA]
     each = sum(bytes_on_device(_of_windows(each, slices, mesh)) for each in cache) + _LOGITS * 4 * config.vocab
     most = min(samples, limit or samples)
@@ -269,23 +276,25 @@ def _embedding_names(decoder: Decoder) -> list[str]:
     return [decoder.family.embedding, *decoder.family.embedding_extras(decoder.config)]
 
 
-def positions_on_mesh(decoder: Decoder, length: int) -> Positions:
-    """The position data of all blocks for windows of ``length`` tokens, each [blocks, ...], on every device."""
+def positions_on_mesh(decoder: Decoder, length: int) -> tuple[Positions, ...]:
+    """``Resident.positions`` for windows of ``length`` tokens, on every device."""
     return jax.tree.map(lambda array: place(decoder.mesh, array, P()), _positions(decoder, length))
 
 
-def _positions(decoder: Decoder, length: int) -> Positions:
-    found = [decoder.config.positions(index, length) for index in range(decoder.config.blocks)]
-    return jax.tree.map(lambda *arrays: np.stack(arrays), *found)
+def _positions(decoder: Decoder, length: int) -> tuple[Positions, ...]:
+    return tuple(
+        jax.tree.map(lambda *arrays: np.stack(arrays), *(decoder.config.positions(index, length) for index in indices))
+        for _, indices in decoder.stretches
+    )
 
 
-def _block_structs(decoder: Decoder) -> dict[str, Array]:
-    """The parameters of all blocks, each [blocks, ...], on the mesh, in a dtype that represents the dtypes of all blocks."""
+def _block_structs(decoder: Decoder, indices: range) -> dict[str, Array]:
+    """The parameters of blocks that are alike, each [blocks, ...], on the mesh, in a dtype that represents those of all."""
 
     def struct(name: str, shape: tuple[int, ...]) -> Array:
-        dtypes = {decoder.tensors.dtype(decoder.prefix(index) + name) for index in range(decoder.config.blocks)}
+        dtypes = {decoder.tensors.dtype(decoder.prefix(index) + name) for index in indices}
         spec = P(None, *decoder.sharding(name))
-        return struct_on(decoder.mesh, (decoder.config.blocks, *shape), jnp.result_type(*dtypes), spec)
+        return struct_on(decoder.mesh, (len(indices), *shape), jnp.result_type(*dtypes), spec)
 
     return {name: struct(name, shape) for name, shape in decoder.block_shapes.items()}
 

@@ -93,7 +93,9 @@ def allocated(walk: Walk, tokens: np.ndarray, allocation: Allocation, advance: C
         far = steps.most * steps.size
         trials = tuple(recipe.pattern.at(there) for there in (sparsity - far, sparsity + far))
         scores = _losses(walk, tokens, trials, free, advance)
-    weights = [sum(math.prod(decoder.block_shapes[name + ".weight"]) for name in names) for names in free]
+    weights = [
+        sum(math.prod(decoder.at(index).block_shapes[name + ".weight"]) for name in names) for index, names in enumerate(free)
+    ]
     found = allocate(allocation, scores, weights, steps)
     return Allocated(
         [sparsity + int(count) * steps.size if names else None for count, names in zip(found, free)],
@@ -121,7 +123,7 @@ def write_allocation(directory: Path, found: Allocated) -> None:
 def allocation_steps(decoder: Decoder, recipe: Recipe, allocation: Allocation) -> Steps:
     """The sparsities that blocks may have. Raises UserError as ``allocation.steps_of``, or if rules name every layer."""
     inputs = {
-        decoder.block_shapes[name + ".weight"][1]
+        decoder.at(index).block_shapes[name + ".weight"][1]
         for index in range(decoder.config.blocks)
         for name in _free(decoder, index, recipe)
     }
@@ -135,7 +137,9 @@ def allocation_steps(decoder: Decoder, recipe: Recipe, allocation: Allocation) -
 def _free(decoder: Decoder, index: int, recipe: Recipe) -> tuple[str, ...]:
     """The layers of a block that no rule names."""
     prefix = decoder.prefix(index)
-    return tuple(name for name in decoder.linears if not any(rule.matches(prefix + name, name) for rule in recipe.layers))
+    return tuple(
+        name for name in decoder.at(index).linears if not any(rule.matches(prefix + name, name) for rule in recipe.layers)
+    )
 
 
 def _outliers(
@@ -200,7 +204,7 @@ def _losses(
 def _calibrated(walk: Walk, index: int, stream: Stream) -> Iterator[tuple[Pass, tuple[TokenStatistics, ...]]]:
     """The passes over a block's groups, each with the statistics of their inputs in the dense model."""
     recipe = dataclasses.replace(walk.recipe, recapture=False)
-    for part in block_passes(walk.decoder, index, walk.groups, recipe, walk.budget):
+    for part in block_passes(walk.decoder, index, walk.groups[index], recipe, walk.budget):
         yield part, accumulate(walk.decoder, index, Capture(part.groups), (stream,))
 
 

@@ -26,6 +26,12 @@ from optima_tpu.runtime.mesh import DATA, MODEL, struct_on
 from optima_tpu.runtime.processes import fetch
 
 
+def groups_of_blocks(decoder: Decoder) -> tuple[Groups, ...]:
+    """For every block of the model its :func:`linear_groups`."""
+    found = {kind: linear_groups(decoder.at(kind)) for kind in decoder.config.kinds}
+    return tuple(found[decoder.config.kind_of(index)] for index in range(decoder.config.blocks))
+
+
 def linear_groups(decoder: Decoder) -> Groups:
     """The block's linear layers, grouped by the array that they read, in the order of the forward pass.
 
@@ -130,7 +136,7 @@ def accumulate(decoder: Decoder, index: int, capture: Capture, streams: Sequence
     Raises:
       UserError: an input holds a NaN or an infinity; names the layer.
     """
-    hidden = streams[0].hidden
+    hidden, decoder = streams[0].hidden, decoder.at(index)
     length, states = hidden.values.shape[1], [decoder.state(stream.parameters) for stream in streams]
     positions, step = decoder.positions(index, length), CaptureStep.of(decoder, capture)
     sums = jax.tree.map(_zeros, sums_of(decoder, step, capture.energy))

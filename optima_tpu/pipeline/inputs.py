@@ -236,6 +236,6 @@ def linear_shapes(decoder: Decoder) -> list[tuple[str, str, tuple[int, int]]]:
     return [
         (decoder.prefix(index) + name, name, (d_out, d_in))
         for index in range(decoder.config.blocks)
-        for name in decoder.linears
-        for d_out, d_in in [decoder.block_shapes[name + ".weight"]]
+        for name in decoder.at(index).linears
+        for d_out, d_in in [decoder.at(index).block_shapes[name + ".weight"]]
     ]

@@ -128,13 +128,15 @@ def block_passes(decoder: Decoder, index: int, groups: Groups, recipe: Recipe, b
     Raises:
       UserError: a layer does not fit the budget.
     """
-    block = _Block(decoder, index, recipe, budget)
+    block = _Block(decoder.at(index), index, recipe, budget)
     parts = (recipe.pruned_groups(part, block.prefix) for part in (stages(groups) if recipe.recapture else (groups,)))
     return tuple(itertools.chain.from_iterable(block.passes(part) for part in parts if part))
 
 
 def attention_pass(decoder: Decoder, recipe: Recipe, passes: Sequence[Pass]) -> int | None:
     """Which pass keeps the output of attention, for the passes behind it and the pruned block; None if attention stays in all.
+
+    The decoder is that of the block.
 
     It is the first pass behind attention, through the block as pruned so far: what it reads of attention no later layer changes.
     """
@@ -235,6 +237,7 @@ class _Block:
 
 def block_bytes(decoder: Decoder, index: int) -> float:
     """The bytes of a block's parameters on each device, as read."""
+    decoder = decoder.at(index)
     prefix, tensors = decoder.prefix(index), decoder.tensors
     return bytes_on_device(
         *(
@@ -244,12 +247,15 @@ def block_bytes(decoder: Decoder, index: int) -> float:
     )
 
 
-def fitted(decoder: Decoder, groups: Groups, recipe: Recipe, budget: float) -> str:
-    """Describes what a run splits or does in parts to fit the devices. Raises UserError if a layer does not fit."""
-    # Blocks differ only if their rules or dtypes differ: each text appears once.
+def fitted(decoder: Decoder, groups: Sequence[Groups], recipe: Recipe, budget: float) -> str:
+    """Describes what a run splits or does in parts to fit the devices. Raises UserError if a layer does not fit.
+
+    Args:
+      groups: of every block.
+    """
+    # Most blocks are alike: each text appears once.
     found = (
-        [block_passes(decoder, index, groups, recipe, limit) for limit in (budget, math.inf)]
-        for index in range(decoder.config.blocks)
+        [block_passes(decoder, index, each, recipe, limit) for limit in (budget, math.inf)] for index, each in enumerate(groups)
     )
     told = [described(here, len(ample)) for here, ample in found]
     return "; ".join(filter(None, dict.fromkeys(told)))

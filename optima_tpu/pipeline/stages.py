@@ -29,7 +29,7 @@ from optima_tpu.models.decoder import Decoder
 from optima_tpu.models.masks import open_given
 from optima_tpu.models.model import Model
 from optima_tpu.pipeline.allocate import Allocated, allocated, allocation_steps, read_allocation, write_allocation
-from optima_tpu.pipeline.calibrate import linear_groups
+from optima_tpu.pipeline.calibrate import groups_of_blocks
 from optima_tpu.pipeline.continuations import continuations, read_continuations, write_continuations
 from optima_tpu.pipeline.distill.blocks import Trainer
 from optima_tpu.pipeline.distill.train import Distilled, Outcome, Windows, distill, keep_outcome, read_outcome, refuse_large
@@ -97,7 +97,7 @@ class Opened:
             allocation_steps(decoder, recipe, config.allocation)
         given = open_given(config.selector) if isinstance(config.selector, Imported) else None
         walk = Walk(
-            decoder, recipe, linear_groups(decoder), config.calibration.samples, device_budget(config.device_memory), given
+            decoder, recipe, groups_of_blocks(decoder), config.calibration.samples, device_budget(config.device_memory), given
         )
         told = fitted(decoder, walk.groups, recipe, walk.budget)
         if config.distill:
@@ -418,7 +418,7 @@ def _report(run: Run) -> None:
             model=model,
             calibration={"source": config.calibration.source, "how": calibration.how, "tokens": int(calibration.ids.size)},
             allocation=run.allocation and run.allocation.to_json(),
-            weighed=[name for name in residuals if name in decoder.linears],
+            weighed=[name for name in residuals if any(name in decoder.at(kind).linears for kind in decoder.config.kinds)],
             blocks=blocks_from_json(_made(run.blocks), directory / CHECKPOINT),
             seconds=run.progress.seconds,
             memory=memory,

@@ -40,7 +40,7 @@ class Walk:
     Attributes:
       decoder: the dense model.
       recipe: what is done to every layer.
-      groups: the layers that read the same input, from ``calibrate.linear_groups``.
+      groups: for every block the layers that read the same input, from ``calibrate.groups_of_blocks``.
       samples: the number of calibration sequences; the sequences after them are held out.
       budget: bytes that may be used of each device.
       given: masks, and optionally weights, for a recipe without a selector.
@@ -49,7 +49,7 @@ class Walk:
 
     decoder: Decoder
     recipe: Recipe
-    groups: Groups
+    groups: tuple[Groups, ...]
     samples: int
     budget: float = math.inf
     given: ReadGiven | None = None
@@ -130,8 +130,8 @@ def prune_block(walk: Walk, index: int, parameters: Mapping[str, Array], streams
     if walk.recipe.target.dense_stream and streams.dense is None:
         raise ValueError("a dense target needs the hidden states of the dense model")
     block = PrunedBlock(dict(parameters), {}, (), {})
-    passes, target = block_passes(walk.decoder, index, walk.groups, walk.recipe, walk.budget), walk.recipe.target
-    keeping, attended = attention_pass(walk.decoder, walk.recipe, passes), None
+    passes, target = block_passes(walk.decoder, index, walk.groups[index], walk.recipe, walk.budget), walk.recipe.target
+    keeping, attended = attention_pass(walk.decoder.at(index), walk.recipe, passes), None
     for position, part in enumerate(passes):
         last, keeps = position == len(passes) - 1, position == keeping
         if keeps:

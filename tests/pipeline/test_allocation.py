@@ -22,7 +22,7 @@ from optima_tpu.method.selectors import Magnitude, Wanda
 from optima_tpu.method.solvers import CG
 from optima_tpu.models.decoder import Decoder
 from optima_tpu.pipeline.allocate import Allocated, allocated
-from optima_tpu.pipeline.calibrate import Capture, Stream, accumulate, linear_groups
+from optima_tpu.pipeline.calibrate import Capture, Stream, accumulate, groups_of_blocks, linear_groups
 from optima_tpu.pipeline.walk import Walk
 from tests.support.meshes import mesh
 from tests.support.pruning import prune_calibrated
@@ -40,7 +40,7 @@ def decoder(shape=(1, 1), **settings) -> Decoder:
 
 
 def measured(model: Decoder, recipe: Recipe, allocation) -> Allocated:
-    return allocated(Walk(model, recipe, linear_groups(model), SAMPLES), TOKENS, allocation)
+    return allocated(Walk(model, recipe, groups_of_blocks(model), SAMPLES), TOKENS, allocation)
 
 
 @given(st.lists(st.floats(-8, 8), min_size=1, max_size=40))

@@ -508,7 +508,7 @@ def test_a_stopped_walk_goes_on_to_the_same_bits(tmp_path, monkeypatch):
     def prune(path):
         journal = open_journal(tmp_path / path, {"model": "a"}, {})
         with Progress(Console(file=io.StringIO())) as progress:
-            prune_model(Walk(decoder, recipe, GROUPS, 5), tokens(), journal, progress)
+            prune_model(Walk(decoder, recipe, (GROUPS,) * decoder.config.blocks, 5), tokens(), journal, progress)
         return journal
 
     def stopped(journal, index, *rest):

@@ -70,7 +70,7 @@ def prune_calibrated(
 ) -> tuple[dict[str, Array], dict[str, Array], tuple[LayerReport, ...]]:
     """``prune_groups`` of layers whose statistics are here, :class:`TokenSets` or those of calibration tokens alone."""
     sets = tuple(each if isinstance(each, TokenSets) else TokenSets(each) for each in statistics)
-    walk = Walk(decoder, recipe, groups, samples=0, **options)
+    walk = Walk(decoder, recipe, (groups,) * (index + 1), samples=0, **options)
     return prune_groups(walk, index, parameters, Pass(groups, (ON_EVERY_DEVICE,) * len(groups)), sets)[:3]
 
 
@@ -89,6 +89,6 @@ def walk_block(
     dense: Activations | None = None,
 ) -> tuple[dict[str, Array], dict[str, Array], tuple[LayerReport, ...]]:
     """One step of the walk, by default of a block that is read here, calibrated on all samples: parameters, masks, reports."""
-    walk = Walk(decoder, recipe, groups, len(hidden) if samples is None else samples, budget, given, tell)
+    walk = Walk(decoder, recipe, (groups,) * (index + 1), len(hidden) if samples is None else samples, budget, given, tell)
     parameters = decoder.load_block(index) if parameters is None else parameters
     return prune_block(walk, index, parameters, Streams(hidden, dense))[:3]

@@ -59,6 +59,17 @@ class Trainer:
     decoder: Decoder
     method: Distillation
 
+    def at(self, index: int) -> "Trainer":
+        """The trainer of the blocks like block ``index``."""
+        kind = self.decoder.config.kind_of(index)
+        if kind != self.decoder.config.kind and kind not in self._others:
+            self._others[kind] = Trainer(self.decoder.at(index), self.method)
+        return self if kind == self.decoder.config.kind else self._others[kind]
+
+    @functools.cached_property
+    def _others(self) -> dict[int, "Trainer"]:
+        return {}
+
     @functools.cached_property
     def factors(self) -> Mapping[str, float]:
         """The learning rate of every parameter that moves, as a multiple of the method's."""
@@ -76,14 +87,17 @@ class Trainer:
 
     def bytes_on_device(self) -> int:
         """What the blocks take on each device: master, two moments and gradient in float32; what does not move, as it is."""
+        return sum(len(blocks) * self.at(blocks[0])._bytes_of_a_block() for _, blocks in self.decoder.stretches)
+
+    def _bytes_of_a_block(self) -> int:
         decoder, total = self.decoder, 0
         for name, shape in decoder.block_shapes.items():
             if name in self.factors:
                 total += 4 * 4 * math.prod(self.shards(name).shard_shape(shape))
             else:
-                size = decoder.tensors.dtype(decoder.prefix(0) + name).itemsize
+                size = self.dtype(name).itemsize
                 total += size * math.prod(NamedSharding(decoder.mesh, decoder.sharding(name)).shard_shape(shape))
-        return total * decoder.config.blocks
+        return total
 
     def open(self, parameters: Mapping[str, Array], keep: Mapping[str, np.ndarray | Array]) -> Block:
         """A block that nothing has moved yet.
@@ -107,7 +121,7 @@ class Trainer:
 
     def dtype(self, name: str) -> np.dtype:
         """The checkpoint's dtype of a parameter."""
-        return self.decoder.tensors.dtype(self.decoder.prefix(0) + name)
+        return self.decoder.tensors.dtype(self.decoder.prefix(self.decoder.config.kind) + name)
 
     def _parameters(self, masters: Tree, fixed: Tree) -> Tree:
         """The parameters of the forward pass."""

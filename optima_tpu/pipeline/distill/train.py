@@ -194,13 +194,18 @@ class _Model:
     head: Head
     positions: Sequence[Positions]
 
+    @property
+    def trainers(self) -> list[Trainer]:
+        """Of every block."""
+        return [self.trainer.at(index) for index in range(len(self.blocks))]
+
     def measure(self, stream: Stream) -> tuple[float, float]:
         """The mean loss of a token in nats, and the perplexity."""
         totals, decoder = np.zeros(2), self.trainer.decoder
         for pruned, dense in zip(stream.embedded.batches(decoder.batch), stream.dense.batches(decoder.batch)):
             hidden = pruned.hidden
-            for block, positions in zip(self.blocks, self.positions):
-                hidden = self.trainer.forward(block.masters, block.fixed, hidden, positions)
+            for trainer, block, positions in zip(self.trainers, self.blocks, self.positions):
+                hidden = trainer.forward(block.masters, block.fixed, hidden, positions)
             loss, tokens = self.trainer.method.loss, pruned.place(stream.tokens)
             sums = fetch(head_losses(loss, self.head, dense.hidden, hidden, tokens, pruned.valid))
             totals += [np.sum(each, dtype=np.float64) for each in sums]
@@ -213,23 +218,24 @@ class _Model:
         Gradients add up over batches that fit the devices, so the batch of Adam is as large as the method says on any mesh.
         """
         trainer, count = self.trainer, _predictions(stream.embedded)
-        gradients = [trainer.zeros() for _ in self.blocks]
+        trainers = self.trainers
+        gradients = [trainer.zeros() for trainer in trainers]
         scale, total = jnp.float32(1 / count), 0.0
         for pruned, dense in zip(stream.embedded.batches(trainer.decoder.batch), stream.dense.batches(trainer.decoder.batch)):
             inputs = [pruned.hidden]
-            for block, positions in zip(self.blocks, self.positions):
-                inputs.append(trainer.forward(block.masters, block.fixed, inputs[-1], positions))
+            for each, block, positions in zip(trainers, self.blocks, self.positions):
+                inputs.append(each.forward(block.masters, block.fixed, inputs[-1], positions))
             sums, cotangent = head_gradient(
                 trainer.method.loss, self.head, dense.hidden, inputs.pop(), pruned.place(stream.tokens), pruned.valid, scale
             )
             for index in reversed(range(len(self.blocks))):
                 block = self.blocks[index]
-                gradients[index], cotangent = trainer.backward(
+                gradients[index], cotangent = trainers[index].backward(
                     block.masters, block.fixed, inputs.pop(), self.positions[index], cotangent, gradients[index]
                 )
             total += float(np.sum(fetch(sums), dtype=np.float64))
         for index, gradient in enumerate(gradients):
-            self.blocks[index] = trainer.update(self.blocks[index], gradient, jnp.float32(rate))
+            self.blocks[index] = trainers[index].update(self.blocks[index], gradient, jnp.float32(rate))
         return total / count
 
 
@@ -262,7 +268,8 @@ def distill(
     blocks = []
     for index, parameters in enumerate(pruned.blocks(range(dense.config.blocks))):
         masks = journal.masks(index)
-        blocks.append(trainer.open(parameters, {name.removeprefix(dense.prefix(index)): keep for name, keep in masks.items()}))
+        keep = {name.removeprefix(dense.prefix(index)): mask for name, mask in masks.items()}
+        blocks.append(trainer.at(index).open(parameters, keep))
     positions = [dense.positions(index, windows.training.shape[1]) for index in range(dense.config.blocks)]
     training = _Training(_Model(trainer, blocks, dense.head(), positions), states, note)
     training.resume()
@@ -433,11 +440,10 @@ def _entries(directory: Path) -> list[Path]:
 
 def _write_blocks(model: _Model, journal: Journal) -> None:
     """Writes the trained blocks in the checkpoint's dtypes, each with its masks."""
-    decoder = model.trainer.decoder
     first_only(lambda: (journal.directory / _DISTILLED).mkdir(exist_ok=True))
-    for index, block in enumerate(model.blocks):
-        prefix, path = decoder.prefix(index), _entry(journal.directory, index)
-        weights = {prefix + name: array.astype(model.trainer.dtype(name)) for name, array in block.masters.items()}
+    for index, (trainer, block) in enumerate(zip(model.trainers, model.blocks)):
+        prefix, path = trainer.decoder.prefix(index), _entry(journal.directory, index)
+        weights = {prefix + name: array.astype(trainer.dtype(name)) for name, array in block.masters.items()}
         weights |= {prefix + name: array for name, array in block.fixed.items()}
         _save(path, {"weights": weights, "masks": {prefix + name: keep for name, keep in block.keep.items()}}, {})
 
@@ -516,8 +522,8 @@ class _States:
 
     def _restore(self, model: _Model, step: int, groups: Sequence[str]) -> None:
         path = self.path(step)
-        metadata, trainer = read_metadata(path).metadata, model.trainer
-        for index, block in enumerate(model.blocks):
+        metadata = read_metadata(path).metadata
+        for index, (trainer, block) in enumerate(zip(model.trainers, model.blocks)):
             found: dict[str, Tree] = {}
             for group in groups:
                 wanted = {name: leaf for name, leaf in metadata[group].items() if name.partition(".")[0] == str(index)}

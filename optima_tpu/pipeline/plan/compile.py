@@ -100,7 +100,7 @@ def _reason(message: str) -> str:
 
 
 def _parameter(decoder: Decoder, name: str) -> Array:
-    dtype = decoder.tensors.dtype(decoder.prefix(0) + name)
+    dtype = decoder.tensors.dtype(decoder.prefix(decoder.config.kind) + name)
     return struct_on(decoder.mesh, decoder.block_shapes[name], dtype, decoder.sharding(name))
 
 

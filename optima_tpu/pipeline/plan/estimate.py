@@ -261,8 +261,9 @@ def storage(model: Declared, config: RunConfig, hosts: int, pruned: int) -> Stor
     decoder, text = model.decoder, config.calibration
     itemsize = model.itemsize(next(iter(decoder.end_shapes)))
     hidden = (text.samples + text.held_out) * text.length * decoder.config.d_model * itemsize * config.target.streams
-    block, ends, blocks = model.block_bytes(), model.end_bytes(), decoder.config.blocks
-    masks = pruned // blocks
+    block = max(model.at(kind).block_bytes() for kind in decoder.config.kinds)
+    whole, ends = model.all_blocks_bytes(), model.end_bytes()
+    masks = pruned
     if config.quantize:  # and scales
         masks += masks * itemsize // (config.quantize.group or decoder.config.d_model)
     table = max(math.prod(shape) * model.itemsize(name) for name, shape in decoder.end_shapes.items())
@@ -271,18 +272,18 @@ def storage(model: Declared, config: RunConfig, hosts: int, pruned: int) -> Stor
     host = {
         "the program": ASSUMED.program,
         "hidden states": share,
-        "being saved, or the embedding": max(share + block + masks, table + table // itemsize),
+        "being saved, or the embedding": max(share + block + masks * block // whole, table + table // itemsize),
     }
     if config.recapture:
         host["output of attention"] = round(share * decoder.attended_width / decoder.config.d_model)
     if config.distill:
         waiting = 2 * config.distill.windows * text.length * decoder.config.d_model * itemsize
         host["text of the distillation"] = -(-min(waiting, AT_ONCE) // hosts)
-    disk = {"journal": blocks * (block + masks), "hidden states": 2 * hidden, "checkpoint": blocks * (block + masks) + ends}
+    disk = {"journal": whole + masks, "hidden states": 2 * hidden, "checkpoint": whole + masks + ends}
     if config.export:
-        disk["export for transformers"] = blocks * block + ends + pruned // 8
+        disk["export for transformers"] = whole + ends + pruned // 8
     if config.distill:  # during training two states of master weights and moments, afterwards the trained blocks
-        disk["distillation"] = max(2 * 12 * blocks * block // itemsize, blocks * (block + masks))
+        disk["distillation"] = max(2 * 12 * whole // itemsize, whole + masks)
     return Storage(hidden, host, disk)
 
 
@@ -310,7 +311,7 @@ def run_seconds(
       compiling: seconds that compiling all programs took on this machine; None if nothing was compiled.
     """
     decoder, text, blocks = model.decoder, config.calibration, model.decoder.config.blocks
-    weights = blocks * model.block_bytes() + model.end_bytes()
+    weights = model.all_blocks_bytes() + model.end_bytes()
 
     def through(block: float, tokens: float) -> float:
         return blocks * products(model, block * tokens / text.length / machine.mesh.size).seconds(machine)

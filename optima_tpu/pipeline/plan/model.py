@@ -62,15 +62,24 @@ class Declared(NamedTuple):
         # A decoder needs only the sizes of the mesh as long as nothing is placed or compiled.
         return self._replace(decoder=dataclasses.replace(self.decoder, mesh=cast(Mesh, mesh)))
 
+    def at(self, index: int) -> "Declared":
+        """The same model, of which ``decoder`` describes the blocks like block ``index``."""
+        return self._replace(decoder=self.decoder.at(index))
+
     @property
     def dtype(self) -> np.dtype:
         """The dtype of a block's products."""
-        return self.decoder.tensors.dtype(self.decoder.prefix(0) + next(iter(self.decoder.block_shapes)))
+        decoder = self.decoder
+        return decoder.tensors.dtype(decoder.prefix(decoder.config.kind) + next(iter(decoder.block_shapes)))
 
     def block_bytes(self) -> int:
-        """Size of one block's weights."""
-        decoder = self.decoder
-        return sum(math.prod(shape) * self.itemsize(decoder.prefix(0) + name) for name, shape in decoder.block_shapes.items())
+        """Size of the weights of a block of the decoder's kind."""
+        decoder, prefix = self.decoder, self.decoder.prefix(self.decoder.config.kind)
+        return sum(math.prod(shape) * self.itemsize(prefix + name) for name, shape in decoder.block_shapes.items())
+
+    def all_blocks_bytes(self) -> int:
+        """Size of the weights of all blocks."""
+        return sum(len(indices) * self._replace(decoder=alike).block_bytes() for alike, indices in self.decoder.stretches)
 
     def end_bytes(self) -> int:
         """Size of the weights outside the blocks."""
@@ -111,7 +120,7 @@ def open_declared(spec: str, dtype: str | None, batch: int) -> Declared:
     blocks = {
         decoder.prefix(index) + name: shape
         for index in range(decoder.config.blocks)
-        for name, shape in decoder.block_shapes.items()
+        for name, shape in decoder.at(index).block_shapes.items()
     }
     tensors = DeclaredTensors(decoder.end_shapes | blocks, DTYPES[dtype or _named_dtype(config)])
     assets = assets_in(path)

@@ -14,7 +14,7 @@ from optima_tpu.method.recipe import Recipe
 from optima_tpu.method.row_sharding import ON_EVERY_DEVICE, Layout
 from optima_tpu.method.statistics import Groups
 from optima_tpu.models.generate import cache_structs, windows_at_once
-from optima_tpu.pipeline.calibrate import Capture, linear_groups
+from optima_tpu.pipeline.calibrate import Capture, groups_of_blocks
 from optima_tpu.pipeline.distill.blocks import Trainer
 from optima_tpu.pipeline.distill.train import refuse_large
 from optima_tpu.pipeline.inputs import pruned_layers
@@ -126,6 +126,7 @@ class _Shape(NamedTuple):
 class _Layers(NamedTuple):
     """The layers that share a :class:`_Shape`."""
 
+    block: int  # one of those that have them
     names: tuple[str, ...]
     others: Groups  # groups whose Hessians are on the devices at the same time
     held_out: bool
@@ -136,11 +137,13 @@ class _Kind(NamedTuple):
     """All that decides the program of a calibration pass.
 
     Attributes:
+      block: the first block of its kind.
       known: whether the pass reads the output of attention.
       kept: whether it reads or writes it.
       last: whether it is the last pass of its block.
     """
 
+    block: int
     groups: Groups
     known: bool
     kept: bool
@@ -159,32 +162,32 @@ def make_plan(config: RunConfig, model: Declared, machine: Machine, tell: Callab
     config = counted(config, model)
     decoder, recipe, text = model.decoder, config.recipe, config.calibration
     patterns = pruned_layers(config, decoder)
-    held_out, names, residuals = text.held_out > 0, linear_groups(decoder), aimed_residuals(decoder, recipe)
+    held_out, names, residuals = text.held_out > 0, groups_of_blocks(decoder), aimed_residuals(decoder, recipe)
     budget = device_budget(config.device_memory, None if machine.here else machine.chip.memory)
     kinds: dict[_Kind, int] = collections.Counter()
     layers: dict[_Shape, _Layers] = {}
     refused = ""
     for index in range(decoder.config.blocks):
-        prefix = decoder.prefix(index)
+        prefix, alike = decoder.prefix(index), decoder.at(index)
         try:
-            parts = block_passes(decoder, index, names, recipe, budget)
+            parts = block_passes(decoder, index, names[index], recipe, budget)
         except UserError as error:
-            groups = recipe.pruned_groups(names, prefix)
+            groups = recipe.pruned_groups(names[index], prefix)
             parts, refused = (Pass(groups, (ON_EVERY_DEVICE,) * len(groups)),), refused or str(error)
-        keeping = attention_pass(decoder, recipe, parts)
+        keeping = attention_pass(alike, recipe, parts)
         for position, part in enumerate(parts):
             known = keeping is not None and position > keeping
-            kinds[_Kind(part.groups, known, known or position == keeping, position == len(parts) - 1)] += 1
+            kinds[_Kind(alike.config.kind, part.groups, known, known or position == keeping, position == len(parts) - 1)] += 1
             for group, layout in zip(*part):
                 for together in recipe.solved_together(group, prefix):
                     shape = _Shape(
-                        tuple(decoder.block_shapes[name + ".weight"] for name in together),
+                        tuple(alike.block_shapes[name + ".weight"] for name in together),
                         tuple(patterns[prefix + name] for name in together),
                         layout,
                         any(name in residuals for name in together),
                     )
                     others = tuple(other for other in part.groups if other != group)
-                    found = layers.setdefault(shape, _Layers(together, others, held_out))
+                    found = layers.setdefault(shape, _Layers(alike.config.kind, together, others, held_out))
                     layers[shape] = found._replace(calls=found.calls + 1)
 
     if generated_by(config):
@@ -197,10 +200,10 @@ def make_plan(config: RunConfig, model: Declared, machine: Machine, tell: Callab
             refuse_large(Trainer(decoder, config.distill), budget)
         except UserError as error:
             refused = refused or str(error)
-    programs = [_calibration(config, model, machine, kind, count, tell) for kind, count in kinds.items()]
+    programs = [_calibration(config, model.at(kind.block), machine, kind, count, tell) for kind, count in kinds.items()]
     if len(programs) > 1:  # a block is calibrated in several passes, each for some of its layers
         programs = [program._replace(name=f"calibration of {_short(kind.groups)}") for program, kind in zip(programs, kinds)]
-    programs += [_pruning(model, machine, recipe, shape, found, tell) for shape, found in layers.items()]
+    programs += [_pruning(model.at(found.block), machine, recipe, shape, found, tell) for shape, found in layers.items()]
     steps = [program.calls * program.work.seconds(machine) for program in programs]
     compiling = sum(program.compiled.seconds for program in programs if program.compiled)
     stored = estimate.storage(
@@ -208,7 +211,7 @@ def make_plan(config: RunConfig, model: Declared, machine: Machine, tell: Callab
         config,
         machine.hosts,
         sum(
-            math.prod(decoder.block_shapes[name + ".weight"]) * count
+            math.prod(decoder.at(kind.block).block_shapes[name + ".weight"]) * count
             for kind, count in kinds.items()
             for group in kind.groups
             for name in group
@@ -239,10 +242,12 @@ def make_plan(config: RunConfig, model: Declared, machine: Machine, tell: Callab
 def _block_flops(model: Declared, length: int, kinds: Mapping[_Kind, int]) -> estimate.BlockFlops:
     """The forward passes through a block, with the passes of all blocks as found."""
     blocks, kept = model.decoder.config.blocks, any(kind.kept for kind in kinds)
+    shares = collections.Counter(map(model.decoder.config.kind_of, range(blocks)))
+    alike = [(count / blocks, model.at(kind)) for kind, count in shares.items()]
     reading = sum(count for kind, count in kinds.items() if kind.known) / blocks
     return estimate.BlockFlops(
-        estimate.sequence_flops(model, length),
-        estimate.sequence_flops(model, length, known=kept),
+        sum(share * estimate.sequence_flops(each, length) for share, each in alike),
+        sum(share * estimate.sequence_flops(each, length, known=kept) for share, each in alike),
         sum(kinds.values()) / blocks,
         reading if kept else None,
     )

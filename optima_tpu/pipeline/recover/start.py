@@ -96,7 +96,7 @@ class Start(NamedTuple):
     def mask(self, index: int, name: str) -> np.ndarray | None:
         """The mask of a parameter of a block, by its name inside the block; None if it was not pruned."""
         whole = self.decoder.prefix(index) + name
-        rows, columns = self.decoder.block_shapes[name] if whole in self.names else (0, 0)
+        rows, columns = self.decoder.at(index).block_shapes[name] if whole in self.names else (0, 0)
         return self.masks.read(whole, (rows, columns)) if rows else None
 
     def report(self, index: int, masks: Mapping[str, np.ndarray]) -> dict[str, Any]:
@@ -202,9 +202,9 @@ def _record(spec: str, decoder: Decoder) -> _Record:
 def _pruned(decoder: Decoder, masks: MaskSource, record: _Record) -> tuple[frozenset[str], Pattern | None]:
     """The names of the weights that are pruned, and the pattern of their masks where no record says it."""
     matrices = {
-        decoder.prefix(index) + name + ".weight": decoder.block_shapes[name + ".weight"]
+        decoder.prefix(index) + name + ".weight": decoder.at(index).block_shapes[name + ".weight"]
         for index in range(decoder.config.blocks)
-        for name in decoder.linears
+        for name in decoder.at(index).linears
     }
     known = {name: (rows, columns) for name, (rows, columns) in matrices.items() if name in masks.keys}
     if record.manifest and not masks.from_zeros:
@@ -244,12 +244,16 @@ def _check(pruned: Evaluated, dense: Evaluated, expected: str | None, names: fro
     who, whose = pruned.model.pretrained.origin, dense.model.pretrained.origin
     if expected is not None and expected != dense.model.pretrained.fingerprint:
         raise UserError(f"expected the model that {who} was pruned from, got another one in {whose}: give its place as --against")
-    if (mine.family, mine.config.blocks, mine.block_shapes) != (theirs.family, theirs.config.blocks, theirs.block_shapes):
+    sizes = [(each.family, [(blocks, alike.block_shapes) for alike, blocks in each.stretches]) for each in (mine, theirs)]
+    if sizes[0] != sizes[1]:
         raise UserError(f"expected --against with the model that {who} was pruned from, got one of another size in {whose}")
-    for name in mine.block_shapes:
-        ours, other = (each.tensors.dtype(each.prefix(0) + name) for each in (mine, theirs))
-        if ours != other:
-            raise UserError(f"expected {who} and {whose} in one dtype, got {name} as {ours} and as {other}: give --dtype {ours}")
+    for kind in mine.config.kinds:
+        for name in mine.at(kind).block_shapes:
+            ours, other = (each.tensors.dtype(each.prefix(kind) + name) for each in (mine, theirs))
+            if ours != other:
+                raise UserError(
+                    f"expected {who} and {whose} in one dtype, got {name} as {ours} and as {other}: give --dtype {ours}"
+                )
     for name in mine.end_shapes:
         its_name = theirs.root + name.removeprefix(mine.root) if name.startswith(mine.root) else name
         if its_name not in theirs.end_shapes or not same_values(mine.tensors, name, theirs.tensors, its_name):
