@@ -1,5 +1,7 @@
 """Mixtures of experts: a router sends every token to a few of many small gated MLPs, and these compute their own tokens alone.
 
+Beside them a shared expert, which is an ordinary gated MLP, may compute every token.
+
 Each slice of the data axis sorts its own tokens by expert: no token leaves its slice. Over the model axis every expert is split as
 an MLP of its own width would be: gate and up by their outputs, down by its inputs, with one sum over the axis at the end. Whole
 experts on different devices would need no such sum, but a device whose experts are popular would let the others wait.
@@ -20,9 +22,10 @@ from jax.sharding import PartitionSpec as P
 
 from optima_tpu.errors import UserError
 from optima_tpu.models import llama
-from optima_tpu.models.family import Family
+from optima_tpu.models.family import Family, Residual
 from optima_tpu.models.grouped import Stretches, grouped_dot
-from optima_tpu.models.layers import Linear, project
+from optima_tpu.models.layers import GatedMLP, Linear
+from optima_tpu.models.routers import GroupRouter, Groups, Router
 from optima_tpu.runtime.mesh import DATA, MODEL, divisible
 
 
@@ -31,24 +34,89 @@ class Config(llama.Config):
     """The numbers that shape a block; ``d_ff`` is the width of one expert.
 
     Attributes:
-      experts: number of experts in every block.
+      experts: number of experts in every mixture.
       experts_per_token: number of experts that a token is sent to.
       normalise: whether the shares of these experts are scaled to sum to one.
+      groups: how DeepSeek and GLM choose experts; None for the largest logits.
+      shared_width: the width of the shared expert; 0 for none.
+      mixed: for every block whether it has a mixture, or an MLP in its place; empty if all have one.
+      mlp_width: the width of this MLP.
     """
 
     experts: int
     experts_per_token: int
     normalise: bool
+    groups: Groups | None = None
+    shared_width: int = 0
+    mixed: tuple[bool, ...] = ()
+    mlp_width: int = 0
 
     def __post_init__(self) -> None:
-        if self.experts_per_token > self.experts:
+        groups = self.groups or Groups()
+        if self.experts % groups.total or groups.chosen > groups.total:
             raise UserError(
-                f"expected num_experts_per_tok of at most the number of experts, got {self.experts_per_token} and {self.experts} in "
+                f"expected equal groups of the {self.experts} experts, and topk_group of at most n_group, got topk_group "
+                f"{groups.chosen} and n_group {groups.total} in config.json: check the file"
+            )
+        if self.experts_per_token > (there := self.experts * groups.chosen // groups.total):
+            raise UserError(
+                f"expected num_experts_per_tok of at most the number of experts, got {self.experts_per_token} and {there} in "
                 "config.json: check the file"
             )
 
+    @property
+    def has_mixture(self) -> bool:
+        """Whether the block of this configuration has a mixture."""
+        return not self.mixed or self.mixed[self.kind]
+
+    def kind_of(self, index: int) -> int:
+        return self.mixed.index(self.mixed[index]) if self.mixed else 0
+
     def reach(self, name: str) -> float:
         return 1.0 if expert_of(name) is None else self.experts_per_token / self.experts
+
+
+def gated(gate: Array, up: Array) -> Array:
+    """The neurons of an expert."""
+    return jax.nn.silu(gate) * up
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """How a family's checkpoint names the parts of a mixture, and what an expert computes.
+
+    Attributes:
+      mlp: the mixture's name in a block.
+      router: the router's name in the mixture.
+      wide: the names of gate and up in an expert, or the name of the one layer that is both.
+      narrow: the name of down.
+      shared: the name of the shared expert in the mixture.
+      bias: whether the layers of an expert have biases.
+      neurons: makes the input of down from the outputs of ``wide``. It may not mix more than neighbouring pairs of one layer.
+    """
+
+    mlp: str = "mlp"
+    router: str = "gate"
+    wide: tuple[str, ...] = ("gate_proj", "up_proj")
+    narrow: str = "down_proj"
+    shared: str = "shared_experts"
+    bias: bool = False
+    neurons: Callable[..., Array] = gated
+
+    def sizes(self, config: Config) -> dict[str, tuple[int, int]]:
+        """(d_in, d_out) of the layers of an expert."""
+        both = 2 * config.d_ff // len(self.wide)
+        return dict.fromkeys(self.wide, (config.d_model, both)) | {self.narrow: (config.d_ff, config.d_model)}
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """The layers of all experts, by their path in the block."""
+        return tuple(f"{self.mlp}.experts.*.{name}" for name in (*self.wide, self.narrow))
+
+    @property
+    def shared_layers(self) -> tuple[str, ...]:
+        """The layers of the shared expert, by their path in the block."""
+        return tuple(f"{self.mlp}.{self.shared}.{name}_proj" for name in ("gate", "up", "down"))
 
 
 def expert_of(name: str) -> int | None:
@@ -121,32 +189,22 @@ def input_of(inputs: Mapping[str, Any], name: str) -> Array:
     return inputs[name] if expert is None else inputs[name].read_by(expert)
 
 
-class Router(nnx.Module):
-    """The experts that each token is sent to [batch, length, experts_per_token] int32, and their shares of the same shape."""
-
-    def __init__(self, config: Config):
-        self.weight = nnx.Param(jnp.zeros((config.experts, config.d_model)))
-        self.few, self.normalise = config.experts_per_token, config.normalise
-
-    def __call__(self, x: Array) -> tuple[Array, Array]:
-        # Logits in x's dtype and softmax in float32, as the reference: another rounding would route some tokens to other experts.
-        shares = jax.nn.softmax(project(x, self.weight[...]).astype(jnp.float32), axis=-1)
-        values, chosen = jax.lax.top_k(shares, self.few)
-        if self.normalise:
-            values = values / jnp.sum(values, axis=-1, keepdims=True)
-        return chosen, values.astype(x.dtype)
+def router(config: Config) -> nnx.Module:
+    """The router of a mixture."""
+    sizes = config.d_model, config.experts, config.experts_per_token, config.normalise
+    return Router(*sizes) if config.groups is None else GroupRouter(*sizes, config.groups)
 
 
 class Expert(nnx.Module):
-    """The parameters of one expert: gate, up and down, under the names of the checkpoint."""
+    """The parameters of one expert, under the names of the checkpoint."""
 
-    def __init__(self, config: Config, names: tuple[str, str, str]):
-        for name, shape in zip(names, [(config.d_model, config.d_ff)] * 2 + [(config.d_ff, config.d_model)]):
-            setattr(self, name, Linear(*shape))
+    def __init__(self, config: Config, layout: Layout):
+        for name, sizes in layout.sizes(config).items():
+            setattr(self, name, Linear(*sizes, bias=layout.bias))
 
 
 class Mixture(nnx.Module):
-    """The sum of the outputs of each token's experts, weighted by their shares.
+    """The sum of the outputs of each token's experts, weighted by their shares, and the output of the shared expert.
 
     Every layer of an expert sows the :class:`Routed` input that all experts read.
 
@@ -154,21 +212,37 @@ class Mixture(nnx.Module):
       mesh: the mesh that the block runs on; None for one device.
     """
 
-    def __init__(self, config: Config, names: tuple[str, str, str]):
-        self.gate, self.names, self.mesh = Router(config), names, None
-        self.experts = nnx.List([Expert(config, names) for _ in range(config.experts)])
+    def __init__(self, config: Config, layout: Layout, router: Callable[[Config], nnx.Module] = router):
+        self.layout, self.mesh = layout, None
+        setattr(self, layout.router, router(config))
+        self.experts = nnx.List([Expert(config, layout) for _ in range(config.experts)])
+        if config.shared_width:
+            setattr(self, layout.shared, GatedMLP(config.d_model, config.shared_width, activation=config.activation))
 
     def __call__(self, x: Array) -> Array:
-        chosen, shares = self.gate(x)
-        layers = [[getattr(expert, name) for expert in self.experts] for name in self.names]
-        gate, up, down = (jnp.stack([layer.weight[...] for layer in every]) for every in layers)
-        spread = _Spread.of(self.mesh, len(x), gate.shape[1])
-        output, rows, hidden = spread.run(_mix, x, chosen, shares, gate, up, down)
-        for every, read in zip(layers, (rows, rows, hidden)):
+        layout = self.layout
+        chosen, shares = getattr(self, layout.router)(x)
+        layers = [[getattr(expert, name) for expert in self.experts] for name in (*layout.wide, layout.narrow)]
+        weights = [jnp.stack([layer.weight[...] for layer in every]) for every in layers]
+        biases = [jnp.stack([layer.bias[...] for layer in every]) for every in layers if layout.bias]
+        spread = _Spread.of(self.mesh, len(x), weights[-1].shape[2])
+        output, rows, hidden = spread.run(layout.neurons, x, _Sent(chosen, shares), weights, biases)
+        for every, read in zip(layers, (*(rows for _ in layout.wide), hidden)):
             routed = Routed(read, chosen, len(self.experts), spread.slices)
             for layer in every:
                 layer.sow(nnx.Intermediate, "x", routed)
-        return output
+        return output + self.shared_output(x) if hasattr(self, layout.shared) else output
+
+    def shared_output(self, x: Array) -> Array:
+        """What the shared expert adds."""
+        return getattr(self, self.layout.shared)(x)
+
+
+class _Sent(NamedTuple):
+    """Where tokens are sent: the experts of each, and their shares, [batch, length, experts_per_token]."""
+
+    chosen: Array
+    shares: Array
 
 
 class _Spread(NamedTuple):
@@ -194,71 +268,84 @@ class _Spread(NamedTuple):
     def slices(self) -> int:
         return 1 if self.mesh is None or self.data is None else self.mesh.shape[self.data]
 
-    def run(self, mix: Any, *arrays: Array) -> tuple[Array, Array, Array]:
+    def run(
+        self, neurons: Callable[..., Array], x: Array, sent: _Sent, weights: list[Array], biases: list[Array]
+    ) -> tuple[Array, Array, Array]:
         """Calls :func:`_mix` on every device, with its part of the tokens and of the width."""
         if self.mesh is None:
-            return mix(None, *arrays)
+            return _mix(None, neurons, x, sent, weights, biases)
         tokens, wide, narrow = P(self.data), P(None, self.model), P(None, None, self.model)
         return jax.shard_map(
-            functools.partial(mix, self.model),
+            functools.partial(_mix, self.model, neurons),
             mesh=self.mesh,
-            in_specs=(tokens, tokens, tokens, wide, wide, narrow),
+            in_specs=(tokens, tokens, [*(wide for _ in weights[1:]), narrow], [*(wide for _ in biases[1:]), P()][: len(biases)]),
             out_specs=(tokens, tokens, P(self.data, self.model)),
             check_vma=False,
-        )(*arrays)
+        )(x, sent, weights, biases)
 
 
 def _mix(
-    axis: str | None, x: Array, chosen: Array, shares: Array, gate: Array, up: Array, down: Array
+    axis: str | None, neurons: Callable[..., Array], x: Array, sent: _Sent, weights: list[Array], biases: list[Array]
 ) -> tuple[Array, Array, Array]:
     """The mixture of the tokens of one slice, with a part of every expert's width.
 
     Args:
       axis: the mesh axis that has the other parts; None if this is all.
+      neurons: ``Layout.neurons``.
       x: [batch, length, d_model].
-      chosen, shares: [batch, length, experts_per_token].
-      gate, up: [experts, width, d_model].
-      down: [experts, d_model, width].
+      weights: of the wide layers [experts, width, d_model], then of the narrow one [experts, d_model, width].
+      biases: of the same layers, [experts, d_out]; empty for none.
 
     Returns:
-      (output as ``x``, the input of gate and up [rows, d_model], the input of down [rows, width])
+      (output as ``x``, the input of the wide layers [rows, d_model], the input of the narrow one [rows, width])
     """
-    tokens, few = x.reshape(-1, x.shape[-1]), chosen.shape[-1]
-    route = Route.of(chosen.reshape(-1, few), len(gate))
-    rows = tokens[route.token]
-    hidden = jax.nn.silu(grouped_dot(rows, gate, route.stretches, x.dtype)) * grouped_dot(rows, up, route.stretches, x.dtype)
+    (chosen, shares), (*wide, narrow) = (array.reshape(-1, array.shape[-1]) for array in sent), weights
+    route, few = Route.of(chosen, len(narrow)), chosen.shape[-1]
+    rows = x.reshape(-1, x.shape[-1])[route.token]
+    outputs = [grouped_dot(rows, weight, route.stretches, x.dtype) for weight in wide]
+    if biases:
+        outputs = [output + bias[route.expert].astype(x.dtype) for output, bias in zip(outputs, biases)]
+    hidden = neurons(*outputs)
     # The sums over the model axis and over a token's experts are taken in float32 and rounded once.
-    outputs, shares = grouped_dot(hidden, down, route.stretches, jnp.float32), shares.reshape(-1, few).astype(jnp.float32)
-    summed = functools.reduce(jnp.add, (outputs[route.row[:, one]] * shares[:, one, None] for one in range(few)))
+    added, shares = grouped_dot(hidden, narrow, route.stretches, jnp.float32), shares.astype(jnp.float32)
+    summed = functools.reduce(jnp.add, (added[route.row[:, one]] * shares[:, one, None] for one in range(few)))
     if axis is not None:
         summed = jax.lax.psum(summed, axis)
+    if biases:  # once, not on every device of the axis
+        summed += functools.reduce(jnp.add, (biases[-1][chosen[:, one]] * shares[:, one, None] for one in range(few)))
     return summed.reshape(x.shape).astype(x.dtype), rows, hidden
 
 
 def family(
     read_config: Callable[[Any], Config],
-    mlp: str = "mlp",
-    names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj"),
+    layout: Layout = Layout(),
     attention: Callable[[Config], nnx.Module] = llama.rotary_attention,
+    mixture: Callable[[Config, Layout], Mixture] = Mixture,
 ) -> Family:
-    """A family with Llama's blocks that has a mixture in the place of the MLP.
+    """A family with Llama's blocks, of which all or some have a mixture in the place of the MLP.
 
     Args:
-      mlp: the mixture's name in a block of the checkpoint.
-      names: of gate, up and down in an expert of the checkpoint.
       attention: makes the attention of a block.
+      mixture: makes the mixture of a block.
     """
 
     def block(config: Config) -> llama.PreNormBlock:
-        return llama.PreNormBlock(config, attention(config), Mixture(config, names), mlp)
+        if config.has_mixture:
+            return llama.PreNormBlock(config, attention(config), mixture(config, layout), layout.mlp)
+        mlp = GatedMLP(config.d_model, config.mlp_width, activation=config.activation)
+        return llama.PreNormBlock(config, attention(config), mlp, layout.mlp)
 
-    gate, up, down = (f"{mlp}.experts.*.{name}" for name in names)
+    *wide, narrow = layout.layers
+    gate, up, down = layout.shared_layers
     return dataclasses.replace(
         llama.FAMILY,
         read_config=read_config,
         block=block,
-        linears=(*llama.LINEARS[:4], gate, up, down),
-        shared=(gate, up),
+        linears=(*llama.LINEARS, *layout.shared_layers, *layout.layers),
+        residuals=llama.FAMILY.residuals | {down: Residual("after_attention", "after_mlp")},
+        shared=tuple(wide),
         sharding=llama.SHARDING
-        | {gate + ".weight": P(MODEL, None), up + ".weight": P(MODEL, None), down + ".weight": P(None, MODEL)},
+        | {name + ".weight": P(MODEL, None) for name in (*wide, gate, up)}
+        | {name + ".bias": P(MODEL) for name in wide}
+        | dict.fromkeys((narrow + ".weight", down + ".weight"), P(None, MODEL)),
     )

@@ -207,9 +207,16 @@ def split_heads(x: Array, head_dim: int) -> Array:
 
 
 def attention(
-    q: Array, k: Array, v: Array, positions: Positions, *, scale: float | None = None, cap: float | None = None
+    q: Array,
+    k: Array,
+    v: Array,
+    positions: Positions,
+    *,
+    scale: float | None = None,
+    cap: float | None = None,
+    sinks: Array | None = None,
 ) -> Array:
-    """Causal softmax attention, [batch, length, heads, head_dim].
+    """Causal softmax attention, [batch, length, heads, width of the values].
 
     Products and softmax are computed in float32, for a stretch of queries at a time with the keys that these can see: half the
     products of the full square, and no array of [length, length].
@@ -221,6 +228,7 @@ def attention(
         positions.
       scale: factor of the products; None for ``head_dim ** -0.5``.
       cap: ``c`` where scaled products become ``c tanh(p / c)``; None for none.
+      sinks: [heads] the product of each head with a key whose value is zero, which takes a share of every query; None for none.
     """
     cache = positions.cache
     first, (k, v) = (0, (k, v)) if cache is None else (cache.place, cache.extended(k, v))
@@ -242,10 +250,14 @@ def attention(
             products = cap * jnp.tanh(products / cap)
         products = jnp.where(seen, products, -jnp.inf)
         # Divide the output by the sum: it is a far smaller array than the shares.
-        shares = jnp.exp(products - jnp.max(products, axis=-1, keepdims=True))
-        total = jnp.sum(shares, axis=-1, keepdims=True)
+        largest = jnp.max(products, axis=-1, keepdims=True)
+        if sinks is not None:
+            sink = sinks.astype(jnp.float32).reshape(*groups[2:4], 1, 1)
+            largest = jnp.maximum(largest, sink)
+        shares = jnp.exp(products - largest)
+        total = jnp.sum(shares, axis=-1, keepdims=True) + (0 if sinks is None else jnp.exp(sink - largest))
         mixed.append(_einsum("bkgqs,bksd->bkgqd", shares.astype(v.dtype), values[..., :end, :]) / total)
-    return jnp.moveaxis(jnp.concatenate(mixed, axis=-2), -2, 1).reshape(q.shape).astype(q.dtype)
+    return jnp.moveaxis(jnp.concatenate(mixed, axis=-2), -2, 1).reshape(batch, length, heads, -1).astype(q.dtype)
 
 
 def _einsum(formula: str, a: Array, b: Array) -> Array:

@@ -1,31 +1,70 @@
-"""Qwen 3 mixtures of experts: the attention of Qwen 3, and a mixture in the place of its MLP."""
+"""Qwen mixtures of experts: the attention of Qwen 2 or 3, and a mixture in the place of some or all MLPs.
 
+Qwen 2 has a shared expert too, whose output is multiplied by a share of its own for each token.
+"""
+
+import dataclasses
 from typing import Any
 
-from optima_tpu.errors import UserError
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
 from optima_tpu.models import experts, llama
+from optima_tpu.models.layers import project
 from optima_tpu.models.rope import Rope
 
 
-def read_config(config: Any) -> experts.Config:
-    """From ``transformers.Qwen3MoeConfig``. Raises UserError for a model in which some blocks have no experts."""
-    if config.mlp_only_layers or config.decoder_sparse_step != 1:
-        raise UserError(
-            f"expected experts in every block (mlp_only_layers empty, decoder_sparse_step 1), got "
-            f"{config.mlp_only_layers} and {config.decoder_sparse_step}: not supported"
-        )
-    if config.sliding_window:
-        raise UserError(f"expected use_sliding_window false, got a window of {config.sliding_window}: not supported")
+def read_qwen2(config: Any) -> experts.Config:
+    """From ``transformers.Qwen2MoeConfig``."""
+    settings = _read(config, windows=llama.windows_by_type(config), qkv_bias=config.qkv_bias)
+    return dataclasses.replace(settings, shared_width=config.shared_expert_intermediate_size)
+
+
+def read_qwen3(config: Any) -> experts.Config:
+    """From ``transformers.Qwen3MoeConfig``; every block has the same window, or none."""
+    biases = dict(qkv_bias=config.attention_bias, o_bias=config.attention_bias)
+    return _read(config, windows=llama.same_windows(config), qk_norm=True, **biases)
+
+
+def _read(config: Any, **attention: Any) -> experts.Config:
+    step, plain, blocks = config.decoder_sparse_step, config.mlp_only_layers, range(config.num_hidden_layers)
     return experts.Config(
         **llama.read_sizes(config) | dict(d_ff=config.moe_intermediate_size),
         rope=Rope.from_hf(config.rope_parameters),
-        qkv_bias=config.attention_bias,
-        o_bias=config.attention_bias,
-        qk_norm=True,
         experts=config.num_experts,
         experts_per_token=config.num_experts_per_tok,
         normalise=config.norm_topk_prob,
+        mixed=tuple(index not in plain and (index + 1) % step == 0 for index in blocks),
+        mlp_width=config.intermediate_size,
+        **attention,
     )
 
 
-FAMILY = experts.family(read_config)
+class Gate(nnx.Module):
+    """The share of the shared expert in a token's output, [batch, length, 1]."""
+
+    def __init__(self, d_model: int):
+        self.weight = nnx.Param(jnp.zeros((1, d_model)))
+
+    def __call__(self, x: Array) -> Array:
+        return jax.nn.sigmoid(project(x, self.weight[...]))
+
+
+class Mixture(experts.Mixture):
+    """A mixture whose shared expert has a share."""
+
+    def __init__(self, config: experts.Config, layout: experts.Layout):
+        super().__init__(config, layout)
+        self.shared_expert_gate = Gate(config.d_model)
+
+    def shared_output(self, x: Array) -> Array:
+        return self.shared_expert_gate(x) * super().shared_output(x)
+
+
+QWEN2 = dataclasses.replace(
+    experts.family(read_qwen2, experts.Layout(shared="shared_expert"), mixture=Mixture),
+    residuals=llama.FAMILY.residuals,  # the shared expert adds its share only
+)
+QWEN3 = experts.family(read_qwen3)

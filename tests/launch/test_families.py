@@ -49,6 +49,8 @@ def saved(tmp_path_factory):
             "Qwen3MoeForCausalLM": SIZES | FEW_EXPERTS,
             "MixtralForCausalLM": SIZES | dict(num_local_experts=3),
             "OlmoeForCausalLM": SIZES | dict(num_experts=3),
+            "Glm4MoeForCausalLM": SIZES
+            | dict(moe_intermediate_size=48, n_routed_experts=4, n_group=2, topk_group=1, n_shared_experts=1),
         }.get(family, SIZES)
         _, model, _ = tiny(reference, next(iter(reference.variants.values())) | sizes, torch.bfloat16)
         model.save_pretrained(root / family, max_shard_size="60KB")
@@ -96,7 +98,7 @@ def halved(saved, tmp_path_factory):
 
 
 def linears_of(decoder: Decoder) -> list[str]:
-    return [decoder.prefix(i) + name + ".weight" for i in range(decoder.config.blocks) for name in decoder.linears]
+    return [decoder.prefix(i) + name + ".weight" for i in range(decoder.config.blocks) for name in decoder.at(i).linears]
 
 
 # Of each layout of blocks one; the forward pass of every family is compared on several meshes by test_models.py.
@@ -149,10 +151,11 @@ def test_a_relative_with_half_of_its_weights_comes_back_and_loads_in_transformer
     decoder = Decoder.open(dense.config, dense.tensors, mesh(1, 1))
     journal, expected = open_journal(tmp_path / "run", MANIFEST, dense.assets), folder_tensors(saved(family))
     for index in range(decoder.config.blocks):
-        names = [decoder.prefix(index) + name + ".weight" for name in decoder.linears]
+        linears = decoder.at(index).linears
+        names = [decoder.prefix(index) + name + ".weight" for name in linears]
         masks = {name: np.indices(expected[name].shape).sum(axis=0) % 2 == 0 for name in names}
         expected |= {name: np.where(keep, expected[name], np.zeros_like(expected[name])) for name, keep in masks.items()}
-        layers = [dict(block=index, name=name) for name in decoder.linears]
+        layers = [dict(block=index, name=name) for name in linears]
         journal.save(index, {name: expected[name] for name in names}, masks, dict(layers=layers), on_host(np.zeros((1, 1, 1))))
     write_checkpoint(journal, dense.tensors, mesh(1, 1))
     export(tmp_path / "run", tmp_path / "out")

@@ -51,7 +51,7 @@ def dense_way(x, router, experts, few, normalise):
     return sum(shares[..., number, None] * output for number, output in enumerate(outputs))
 
 
-@pytest.mark.parametrize(("model", "shape"), list(zip(MIXTURES, [(1, 1), (4, 2)])), ids=str)
+@pytest.mark.parametrize(("model", "shape"), list(zip(MIXTURES[:2], [(1, 1), (4, 2)])), ids=str)
 def test_a_mixture_and_its_gradients_are_those_of_the_dense_way(model, shape):
     config, _, tensors = tiny(FEW[model], {})
     decoder = Decoder.open(config, tensors, mesh(*shape))

@@ -46,6 +46,26 @@ OPT = dict(
 )
 LONG = dict(rope_type="longrope", rope_theta=10000.0, short_factor=[1.0, 1.1, 1.3, 1.6], long_factor=[1.0, 2.0, 4.0, 6.0])
 
+EXPERTS = dict(moe_intermediate_size=24, num_experts_per_tok=2)
+GROUPED = EXPERTS | dict(
+    n_routed_experts=6,
+    n_group=3,
+    topk_group=2,
+    n_shared_experts=2,
+    first_k_dense_replace=1,
+    routed_scaling_factor=1.7,
+    pad_token_id=0,
+)
+LATENT = dict(
+    num_key_value_heads=6,
+    q_lora_rank=20,
+    kv_lora_rank=12,
+    qk_nope_head_dim=6,
+    qk_rope_head_dim=8,
+    v_head_dim=10,
+    rope_parameters=YARN,
+)
+
 
 class Reference(NamedTuple):
     """The class of transformers (and of its configuration), a tiny size, and the options of the family, each with its values.
@@ -142,6 +162,7 @@ REFERENCES = [
             "biases": dict(attention_bias=True),
             "one expert": dict(num_experts_per_tok=1),
             "tied": dict(tie_word_embeddings=True),
+            "windows, one mixture": dict(use_sliding_window=True, sliding_window=7, mlp_only_layers=[0]),
         },
     ),
     Reference(
@@ -200,6 +221,7 @@ REFERENCES = [
         "OlmoeConfig",
         BASE | dict(intermediate_size=24, num_experts=5, num_experts_per_tok=2),
         {"plain": {}, "shares of sum one, biases": dict(norm_topk_prob=True, attention_bias=True)},
+        relative=True,
     ),
     Reference(
         "OPTForCausalLM",
@@ -342,6 +364,55 @@ REFERENCES = [
         relative=True,
     ),
     Reference(
+        "Qwen2MoeForCausalLM",
+        "Qwen2MoeConfig",
+        BASE | EXPERTS | dict(num_experts=5, shared_expert_intermediate_size=32, decoder_sparse_step=2),
+        {
+            "one mixture": {},
+            "windows": dict(
+                qkv_bias=False,
+                norm_topk_prob=True,
+                use_sliding_window=True,
+                sliding_window=7,
+                max_window_layers=1,
+                decoder_sparse_step=1,
+            ),
+        },
+        relative=True,
+    ),
+    Reference(
+        "Glm4MoeForCausalLM",
+        "Glm4MoeConfig",
+        BASE | GROUPED | dict(head_dim=8),
+        {
+            "groups": {},
+            "one group, plain shares": dict(
+                n_group=1, topk_group=1, norm_topk_prob=False, attention_bias=True, use_qk_norm=True, tie_word_embeddings=True
+            ),
+        },
+    ),
+    Reference(
+        "Glm4MoeLiteForCausalLM",
+        "Glm4MoeLiteConfig",
+        BASE | GROUPED | LATENT | dict(mlp_layer_types=["sparse", "dense"]),
+        {"mixture first": dict(q_lora_rank=None, rope_interleave=False, attention_bias=True)},
+        relative=True,
+    ),
+    Reference(
+        "DeepseekV2ForCausalLM",
+        "DeepseekV2Config",
+        BASE | GROUPED | LATENT | dict(topk_method="group_limited_greedy", norm_topk_prob=False),
+        {"groups": {}, "greedy": dict(topk_method="greedy", q_lora_rank=None, attention_bias=True, tie_word_embeddings=True)},
+        relative=True,
+    ),
+    Reference(
+        "DeepseekV3ForCausalLM",
+        "DeepseekV3Config",
+        BASE | GROUPED | LATENT,
+        {"stretched": dict(rope_parameters=YARN | dict(mscale=1.0, mscale_all_dim=0.7))},
+        relative=True,
+    ),
+    Reference(
         "Exaone4ForCausalLM",
         "Exaone4Config",
         BASE | dict(sliding_window=7, layer_types=["sliding_attention", "full_attention"]),
@@ -351,7 +422,7 @@ REFERENCES = [
 ]
 
 
-MIXTURES = ("Qwen3MoeForCausalLM", "MixtralForCausalLM", "OlmoeForCausalLM")
+MIXTURES = tuple(reference.model for reference in REFERENCES if reference.base.get("num_experts_per_tok"))
 """The models of mixtures of experts."""
 
 
@@ -363,6 +434,9 @@ def tiny(reference: Reference, settings: dict, dtype=torch.float32):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.add_(0.1 * torch.randn_like(buffer))
     tensors = {
         name: value.float().numpy().astype(jax.numpy.dtype(str(dtype).removeprefix("torch.")))
         for name, value in model.state_dict().items()

@@ -1,0 +1,170 @@
+"""DeepSeek V2 and V3: latent attention, and mixtures with shared experts above a few blocks with an ordinary MLP.
+
+Latent attention projects the hidden states to narrow vectors, and these to queries, keys and values. A part of each query turns
+with the position, and one vector that turns is a part of the keys of all heads. The narrow projections are pruned as any layer.
+Source: arXiv:2405.04434.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array
+from jax.sharding import PartitionSpec as P
+
+from optima_tpu.errors import UserError
+from optima_tpu.models import experts, llama
+from optima_tpu.models.family import Positions
+from optima_tpu.models.layers import Linear, RMSNorm, attention, split_heads
+from optima_tpu.models.rope import Rope, rotate, rotate_neighbours
+from optima_tpu.models.routers import Groups
+from optima_tpu.runtime.mesh import MODEL
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(experts.Config):
+    """The numbers that shape a block; ``head_dim`` is the width of the part of a head that turns.
+
+    Attributes:
+      q_rank: width of the latent vector of the queries; None if queries are projected at once.
+      kv_rank: width of the latent vector of keys and values.
+      still_dim: width of the part of a query or key that does not turn.
+      value_dim: width of a value.
+    """
+
+    q_rank: int | None
+    kv_rank: int
+    still_dim: int
+    value_dim: int
+
+
+def read_v2(config: Any) -> Config:
+    """From ``transformers.DeepseekV2Config``. Raises UserError for a setting that is not supported."""
+    for name, expected in dict(mlp_bias=(False,), norm_topk_prob=(False, None)).items():
+        if (found := getattr(config, name)) not in expected:
+            raise UserError(
+                f"expected {name} {str(expected[0]).lower()} in a {config.model_type} model, got {found}: not supported"
+            )
+    methods = {"greedy": (1, 1), "group_limited_greedy": (config.n_group, config.topk_group)}
+    if config.topk_method not in methods:
+        raise UserError(f"expected topk_method {' or '.join(methods)}, got {config.topk_method!r}: not supported")
+    total, chosen = methods[config.topk_method]
+    groups = Groups(total=total, chosen=chosen, best=1, sigmoid=False, scale=config.routed_scaling_factor)
+    settings = dataclasses.replace(read_latent(config, dense_first(config)), rotation=rotate_neighbours_wide)
+    return dataclasses.replace(settings, groups=groups, normalise=False)
+
+
+def read_v3(config: Any) -> Config:
+    """From ``transformers.DeepseekV3Config``."""
+    return read_latent(config, dense_first(config))
+
+
+def read_latent(config: Any, mixed: tuple[bool, ...]) -> Config:
+    """The settings of a model with latent attention.
+
+    Args:
+      mixed: for every block whether it has a mixture.
+    """
+    if config.num_key_value_heads != config.num_attention_heads:
+        raise UserError(
+            f"expected num_key_value_heads {config.num_attention_heads}, as many as heads, in a {config.model_type} model, got "
+            f"{config.num_key_value_heads}: check config.json"
+        )
+    parameters, scale = config.rope_parameters, (config.qk_nope_head_dim + config.qk_rope_head_dim) ** -0.5
+    rope = Rope.from_hf(parameters)
+    if parameters.get("rope_type", "default") != "default" and (share := parameters.get("mscale_all_dim")):
+        scale *= (1 + 0.1 * share * math.log(max(parameters["factor"], 1.0))) ** 2
+    return Config(
+        **llama.read_sizes(config) | dict(head_dim=config.qk_rope_head_dim) | read_mixture(config, mixed),
+        rope=rope,
+        rotation=rotate_neighbours if getattr(config, "rope_interleave", True) else rotate,
+        qkv_bias=config.attention_bias,
+        o_bias=config.attention_bias,
+        scale=scale,
+        q_rank=config.q_lora_rank,
+        kv_rank=config.kv_lora_rank,
+        still_dim=config.qk_nope_head_dim,
+        value_dim=config.v_head_dim,
+    )
+
+
+def dense_first(config: Any) -> tuple[bool, ...]:
+    """For every block whether it has a mixture: the first ones have none."""
+    return tuple(index >= config.first_k_dense_replace for index in range(config.num_hidden_layers))
+
+
+def read_mixture(config: Any, mixed: tuple[bool, ...]) -> dict[str, Any]:
+    """The settings of the mixtures, as arguments of :class:`~optima_tpu.models.experts.Config`."""
+    if not config.n_shared_experts:
+        raise UserError(f"expected n_shared_experts of at least 1, got {config.n_shared_experts}: not supported")
+    return dict(
+        d_ff=config.moe_intermediate_size,
+        experts=config.n_routed_experts,
+        experts_per_token=config.num_experts_per_tok,
+        normalise=config.norm_topk_prob,
+        groups=Groups(total=config.n_group or 1, chosen=config.topk_group or 1, scale=config.routed_scaling_factor),
+        shared_width=config.moe_intermediate_size * config.n_shared_experts,
+        mixed=mixed,
+        mlp_width=config.intermediate_size,
+    )
+
+
+def rotate_neighbours_wide(x: Array, cos: Array | np.ndarray, sin: Array | np.ndarray) -> Array:
+    """In float32 and rounded once."""
+    return rotate_neighbours(x.astype(jnp.float32), cos, sin).astype(x.dtype)
+
+
+def further_tokens(*blocks: int) -> Mapping[str, str]:
+    """``Family.ignored`` for blocks behind the last one, by their numbers in the published models."""
+    reason = "predicts tokens behind the next one, for decoding; it stays as it is"
+    return {rf"model\.layers\.({'|'.join(map(str, blocks))})\..*": reason}
+
+
+class Attention(nnx.Module):
+    """Latent attention; the norms of the latent vectors have an ``eps`` of their own."""
+
+    def __init__(self, config: Config):
+        self.config, self.width = config, config.still_dim + config.head_dim
+        if config.q_rank is None:
+            self.q_proj = Linear(config.d_model, config.heads * self.width)
+        else:
+            self.q_a_proj = Linear(config.d_model, config.q_rank, bias=config.qkv_bias)
+            self.q_a_layernorm = RMSNorm(config.q_rank, eps=1e-6)
+            self.q_b_proj = Linear(config.q_rank, config.heads * self.width)
+        self.kv_a_proj_with_mqa = Linear(config.d_model, config.kv_rank + config.head_dim, bias=config.qkv_bias)
+        self.kv_a_layernorm = RMSNorm(config.kv_rank, eps=1e-6)
+        self.kv_b_proj = Linear(config.kv_rank, config.heads * (config.still_dim + config.value_dim))
+        self.o_proj = Linear(config.heads * config.value_dim, config.d_model, bias=config.o_bias)
+
+    def __call__(self, x: Array, positions: Positions) -> Array:
+        config = self.config
+        q = self.q_proj(x) if config.q_rank is None else self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
+        latent, turning = jnp.split(self.kv_a_proj_with_mqa(x), [config.kv_rank], axis=-1)
+        kv = split_heads(self.kv_b_proj(self.kv_a_layernorm(latent)), config.still_dim + config.value_dim)
+        (still, q_turning), (k_still, v) = (
+            jnp.split(each, [config.still_dim], axis=-1) for each in (split_heads(q, self.width), kv)
+        )
+        q_turning, turning = (config.rotation(each, *positions.rotary) for each in (q_turning, turning[:, :, None]))
+        turning = jnp.broadcast_to(turning, (*k_still.shape[:-1], config.head_dim))
+        q, k = (jnp.concatenate(parts, axis=-1) for parts in ((still, q_turning), (k_still, turning)))
+        return self.o_proj(attention(q, k, v, positions, scale=config.scale).reshape(*x.shape[:2], -1))
+
+
+def _family(read_config: Any, **fields: Any) -> Any:
+    made = experts.family(read_config, attention=Attention)
+    projections = ("q_a_proj", "kv_a_proj_with_mqa", "q_proj", "q_b_proj", "kv_b_proj")
+    wide = tuple(f"self_attn.{name}" for name in projections)
+    return dataclasses.replace(
+        made,
+        linears=(*wide, "self_attn.o_proj", *made.linears[4:]),
+        sharding=made.sharding | {name + ".weight": P(MODEL, None) for name in wide},
+        **fields,
+    )
+
+
+V2 = _family(read_v2)
+V3 = _family(read_v3, ignored=further_tokens(61))

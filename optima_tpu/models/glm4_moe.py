@@ -1,0 +1,27 @@
+"""GLM-4 mixtures of experts: GLM-4.5 to 4.7 (``glm4_moe``), and 4.7 Flash (``glm4_moe_lite``), which attends as DeepSeek does."""
+
+import dataclasses
+from typing import Any
+
+from optima_tpu.models import deepseek, experts, llama
+from optima_tpu.models.rope import Rope
+
+
+def read_config(config: Any) -> experts.Config:
+    """From ``transformers.Glm4MoeConfig``; a part of each head turns."""
+    return experts.Config(
+        **llama.read_sizes(config) | deepseek.read_mixture(config, deepseek.dense_first(config)),
+        rope=Rope.from_hf(config.rope_parameters, partial=True),
+        qkv_bias=config.attention_bias,
+        qk_norm=config.use_qk_norm,
+    )
+
+
+def read_lite(config: Any) -> deepseek.Config:
+    """From ``transformers.Glm4MoeLiteConfig``."""
+    kinds = {"dense": False, "sparse": True}
+    return deepseek.read_latent(config, tuple(kinds[kind] for kind in config.mlp_layer_types))
+
+
+GLM4_MOE = dataclasses.replace(experts.family(read_config), ignored=deepseek.further_tokens(46, 92))
+GLM4_MOE_LITE = dataclasses.replace(deepseek.V3, read_config=read_lite, ignored=deepseek.further_tokens(47))
