@@ -29,6 +29,11 @@ from optima_tpu.models.routers import GroupRouter, Groups, Router
 from optima_tpu.runtime.mesh import DATA, MODEL, divisible
 
 
+def gated(gate: Array, up: Array) -> Array:
+    """The neurons of an expert."""
+    return jax.nn.silu(gate) * up
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(llama.Config):
     """The numbers that shape a block; ``d_ff`` is the width of one expert.
@@ -41,6 +46,8 @@ class Config(llama.Config):
       shared_width: the width of the shared expert; 0 for none.
       mixed: for every block whether it has a mixture, or an MLP in its place; empty if all have one.
       mlp_width: the width of this MLP.
+      neurons: makes the input of down from the outputs of gate and up, or of the layer that is both. Neuron j may read the
+        outputs 2j and 2j + 1 of that layer alone, which the model axis splits.
     """
 
     experts: int
@@ -50,15 +57,17 @@ class Config(llama.Config):
     shared_width: int = 0
     mixed: tuple[bool, ...] = ()
     mlp_width: int = 0
+    neurons: Callable[..., Array] = gated
 
     def __post_init__(self) -> None:
         groups = self.groups or Groups()
-        if self.experts % groups.total or groups.chosen > groups.total:
+        size, rest = divmod(self.experts, groups.total)
+        if rest or groups.chosen > groups.total or (groups.chosen < groups.total and size < groups.best):
             raise UserError(
-                f"expected equal groups of the {self.experts} experts, and topk_group of at most n_group, got topk_group "
-                f"{groups.chosen} and n_group {groups.total} in config.json: check the file"
+                f"expected equal groups of the {self.experts} experts, each of {groups.best} or more, and topk_group of at most "
+                f"n_group, got topk_group {groups.chosen} and n_group {groups.total} in config.json: check the file"
             )
-        if self.experts_per_token > (there := self.experts * groups.chosen // groups.total):
+        if self.experts_per_token > (there := size * groups.chosen):
             raise UserError(
                 f"expected num_experts_per_tok of at most the number of experts, got {self.experts_per_token} and {there} in "
                 "config.json: check the file"
@@ -76,14 +85,9 @@ class Config(llama.Config):
         return 1.0 if expert_of(name) is None else self.experts_per_token / self.experts
 
 
-def gated(gate: Array, up: Array) -> Array:
-    """The neurons of an expert."""
-    return jax.nn.silu(gate) * up
-
-
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """How a family's checkpoint names the parts of a mixture, and what an expert computes.
+    """How a family's checkpoint names the parts of a mixture.
 
     Attributes:
       mlp: the mixture's name in a block.
@@ -92,7 +96,6 @@ class Layout:
       narrow: the name of down.
       shared: the name of the shared expert in the mixture.
       bias: whether the layers of an expert have biases.
-      neurons: makes the input of down from the outputs of ``wide``. It may not mix more than neighbouring pairs of one layer.
     """
 
     mlp: str = "mlp"
@@ -101,7 +104,6 @@ class Layout:
     narrow: str = "down_proj"
     shared: str = "shared_experts"
     bias: bool = False
-    neurons: Callable[..., Array] = gated
 
     def sizes(self, config: Config) -> dict[str, tuple[int, int]]:
         """(d_in, d_out) of the layers of an expert."""
@@ -213,7 +215,7 @@ class Mixture(nnx.Module):
     """
 
     def __init__(self, config: Config, layout: Layout, router: Callable[[Config], nnx.Module] = router):
-        self.layout, self.mesh = layout, None
+        self.layout, self.neurons, self.mesh = layout, config.neurons, None
         setattr(self, layout.router, router(config))
         self.experts = nnx.List([Expert(config, layout) for _ in range(config.experts)])
         if config.shared_width:
@@ -226,7 +228,7 @@ class Mixture(nnx.Module):
         weights = [jnp.stack([layer.weight[...] for layer in every]) for every in layers]
         biases = [jnp.stack([layer.bias[...] for layer in every]) for every in layers if layout.bias]
         spread = _Spread.of(self.mesh, len(x), weights[-1].shape[2])
-        output, rows, hidden = spread.run(layout.neurons, x, _Sent(chosen, shares), weights, biases)
+        output, rows, hidden = spread.run(self.neurons, x, _Sent(chosen, shares), weights, biases)
         for every, read in zip(layers, (*(rows for _ in layout.wide), hidden)):
             routed = Routed(read, chosen, len(self.experts), spread.slices)
             for layer in every:
@@ -291,7 +293,7 @@ def _mix(
 
     Args:
       axis: the mesh axis that has the other parts; None if this is all.
-      neurons: ``Layout.neurons``.
+      neurons: ``Config.neurons``.
       x: [batch, length, d_model].
       weights: of the wide layers [experts, width, d_model], then of the narrow one [experts, d_model, width].
       biases: of the same layers, [experts, d_out]; empty for none.

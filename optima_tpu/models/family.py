@@ -131,6 +131,8 @@ class Family:
         belong here.
       shared: layers of experts that all read the input of the mixture, named as in ``linears``: an expert that few tokens reach may
         borrow from the others.
+      stacks: a tensor that holds one parameter of all experts, by its name in the block -> the parameter of one expert, with ``*``
+        for its number. The tensor is [experts, ...], and matrices are [d_in, d_out] in it.
       ignored: regular expression of a tensor's full name -> why a checkpoint may hold it although nothing reads it.
       needs_bos: whether every text must begin with the BOS token for the model to work.
     """
@@ -149,5 +151,6 @@ class Family:
     attended: str = "self_attn.o_proj"
     residuals: Mapping[str, Residual] = dataclasses.field(default_factory=dict)
     shared: tuple[str, ...] = ()
+    stacks: Mapping[str, str] = dataclasses.field(default_factory=dict)
     ignored: Mapping[str, str] = dataclasses.field(default_factory=dict)
     needs_bos: bool = False

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+from optima_tpu.errors import UserError
 from optima_tpu.models import deepseek, experts, llama
 from optima_tpu.models.rope import Rope
 
@@ -18,9 +19,13 @@ def read_config(config: Any) -> experts.Config:
 
 
 def read_lite(config: Any) -> deepseek.Config:
-    """From ``transformers.Glm4MoeLiteConfig``."""
-    kinds = {"dense": False, "sparse": True}
-    return deepseek.read_latent(config, tuple(kinds[kind] for kind in config.mlp_layer_types))
+    """From ``transformers.Glm4MoeLiteConfig``. Raises UserError for MLPs that are neither dense nor sparse."""
+    found, blocks = config.mlp_layer_types, config.num_hidden_layers
+    if len(found) != blocks or set(found) - {"dense", "sparse"}:
+        raise UserError(
+            f"expected {blocks} mlp_layer_types, dense or sparse, in config.json, got {', '.join(found)}: check the file"
+        )
+    return deepseek.read_latent(config, tuple(kind == "sparse" for kind in found))
 
 
 GLM4_MOE = dataclasses.replace(experts.family(read_config), ignored=deepseek.further_tokens(46, 92))

@@ -168,6 +168,7 @@ class RotaryAttention(nnx.Module):
       scale: factor of the products of queries and keys; None for ``head_dim ** -0.5``.
       cap: see :func:`attention`.
       rotation: rotates queries and keys.
+      sinks: whether every head has a sink, see :func:`attention`.
     """
 
     def __init__(
@@ -183,6 +184,7 @@ class RotaryAttention(nnx.Module):
         scale: float | None = None,
         cap: float | None = None,
         rotation: Rotation = rotate,
+        sinks: bool = False,
     ):
         self.head_dim, self.scale, self.cap, self.rotation = head_dim, scale, cap, rotation
         self.q_proj = Linear(d_model, heads * head_dim, bias=qkv_bias)
@@ -191,13 +193,16 @@ class RotaryAttention(nnx.Module):
         self.o_proj = Linear(heads * head_dim, d_model, bias=o_bias)
         if norm:
             self.q_norm, self.k_norm = norm(head_dim), norm(head_dim)
+        if sinks:
+            self.sinks = nnx.Param(jnp.zeros((heads,)))
 
     def __call__(self, x: Array, positions: Positions) -> Array:
         q, k, v = (split_heads(projection(x), self.head_dim) for projection in (self.q_proj, self.k_proj, self.v_proj))
         if hasattr(self, "q_norm"):
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = (self.rotation(array, *positions.rotary) for array in (q, k))
-        mixed = attention(q, k, v, positions, scale=self.scale, cap=self.cap)
+        sinks = self.sinks[...] if hasattr(self, "sinks") else None
+        mixed = attention(q, k, v, positions, scale=self.scale, cap=self.cap, sinks=sinks)
         return self.o_proj(mixed.reshape(*x.shape[:2], -1))
 
 

@@ -54,6 +54,7 @@ class Config(DecoderConfig):
       norm: ``norm(d, eps=eps)`` makes a norm.
       scale: factor of the products of queries and keys; None for ``head_dim ** -0.5``.
       score_cap: ``c`` where the scaled products become ``c tanh(p / c)``, or None.
+      sinks: whether every head has a sink, which takes a share of each query.
       branch_scale: factor of the outputs of attention and MLP, before they are added to the residual stream.
     """
 
@@ -73,6 +74,7 @@ class Config(DecoderConfig):
     norm: Callable[..., nnx.Module] = RMSNorm
     scale: float | None = None
     score_cap: float | None = None
+    sinks: bool = False
     branch_scale: float = 1.0
 
     def positions(self, index: int, length: int) -> Positions:
@@ -199,6 +201,7 @@ def rotary_attention(config: Config) -> RotaryAttention:
         scale=config.scale,
         cap=config.score_cap,
         rotation=config.rotation,
+        sinks=config.sinks,
     )
 
 

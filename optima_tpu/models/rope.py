@@ -77,6 +77,7 @@ class YarnScaling:
       factor: the divisor.
       fast, slow: turns within the original length at which the ramp begins and ends.
       original_length: the longest text that the model was trained on before it was stretched.
+      whole: whether the ramp begins and ends at whole dimensions.
       magnitude: cos and sin are multiplied by it.
     """
 
@@ -85,12 +86,11 @@ class YarnScaling:
     slow: float
     original_length: int
     magnitude: float
+    whole: bool = True
 
     @classmethod
     def from_hf(cls, parameters: Mapping) -> "YarnScaling":
         factor, magnitude = float(parameters["factor"]), parameters.get("attention_factor")
-        if parameters.get("truncate") is False:
-            raise UserError("expected truncate true in the rope_parameters of config.json, got false: not supported")
         if parameters["rope_theta"] <= 1:
             raise UserError(
                 f"expected rope_theta above 1 for rope_type yarn, got {parameters['rope_theta']:g}: check config.json"
@@ -101,7 +101,8 @@ class YarnScaling:
             numerator, denominator = (1 + 0.1 * scale * math.log(max(factor, 1.0)) for scale in scales)
             magnitude = numerator / denominator
         fast, slow = parameters.get("beta_fast") or 32.0, parameters.get("beta_slow") or 1.0
-        return cls(factor, float(fast), float(slow), int(parameters["original_max_position_embeddings"]), float(magnitude))
+        original, whole = int(parameters["original_max_position_embeddings"]), parameters.get("truncate") is not False
+        return cls(factor, float(fast), float(slow), original, float(magnitude), whole)
 
     def stretched(self, frequencies: np.ndarray, theta: float) -> np.ndarray:
         """The frequencies, [rotated dimensions / 2]."""
@@ -109,7 +110,9 @@ class YarnScaling:
         begin, end = (
             size * math.log(self.original_length / (turns * 2 * math.pi)) / math.log(theta) for turns in (self.fast, self.slow)
         )
-        begin, end = max(math.floor(begin), 0), min(math.ceil(end), 2 * size - 1)
+        if self.whole:
+            begin, end = math.floor(begin), math.ceil(end)
+        begin, end = max(begin, 0), min(end, 2 * size - 1)
         ramp = np.clip((np.arange(size) - begin) / (end - begin or 0.001), 0.0, 1.0)
         return frequencies * (1 - ramp + ramp / self.factor)
 

@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 from optima_tpu.errors import UserError
 from optima_tpu.models import family_of
 from optima_tpu.models.decoder import Decoder
+from optima_tpu.models.greedy import Prompt, greedy, make_plan
 from optima_tpu.models.grouped import Stretches, grouped_dot, grouped_outer
 from optima_tpu.runtime.mesh import place
 from tests.support.meshes import mesh
@@ -89,3 +90,14 @@ def test_more_experts_for_a_token_than_there_are_is_refused(model):
     config.num_experts_per_tok = 6
     with pytest.raises(UserError, match="num_experts_per_tok of at most the number of experts, got 6 and 5"):
         family_of(config).read_config(config)
+
+
+def test_blocks_that_differ_write_what_a_pass_through_them_says():
+    """The second block of three has no mixture."""
+    settings = dict(num_hidden_layers=3, mlp_layer_types=["sparse", "dense", "sparse"])
+    config, _, tensors = tiny(FEW["Glm4MoeLiteForCausalLM"], settings)
+    decoder, prompt = Decoder.open(config, tensors, mesh(2, 2)), Prompt((3, 1, 4), 5)
+    assert [len(blocks) for _, blocks in decoder.stretches] == [1, 1, 1]
+    (answer,) = greedy(decoder, make_plan(decoder, [prompt], vocabulary=60, advice=""))
+    logits = decoder.logits(np.array([[*prompt.tokens, *answer]], np.int32))[0]
+    assert answer == logits[2:-1, :60].argmax(axis=-1).tolist()

@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from optima_tpu.errors import UserError
 from optima_tpu.models import cohere, family_of
+from optima_tpu.models.check import check_checkpoint
 from optima_tpu.models.checkpoints.source import read_config
 from optima_tpu.models.decoder import Decoder, forward
 from optima_tpu.models.experts import input_of
@@ -104,10 +105,21 @@ def test_every_tensor_of_the_checkpoint_is_read_and_no_other(reference, settings
     matrices = {name for name, shape in decoder.block_shapes.items() if len(shape) == 2}
     # A router, and the norms of queries and keys that have weights for every head, are no layers to prune.
     matrices = {
-        name for name in matrices if not name.endswith((".gate.weight", "_gate.weight", "q_norm.weight", "k_norm.weight"))
+        name
+        for name in matrices
+        if not name.endswith((".gate.weight", "_gate.weight", "router.weight", "q_norm.weight", "k_norm.weight"))
     }
     assert {name + ".weight" for name in decoder.linears} == matrices
     assert all(decoder.sharding(name) != P() for name in matrices)
+
+
+def test_blocks_that_predict_further_tokens_may_stand_behind_the_last_one():
+    config, _, tensors = tiny(next(reference for reference in REFERENCES if reference.model == "Glm4MoeForCausalLM"), {})
+    tensors.arrays["model.layers.46.eh_proj.weight"] = np.ones((2, 2), np.float32)
+    check_checkpoint(Decoder.open(config, tensors, mesh(1, 1)))
+    tensors.arrays["model.layers.2.eh_proj.weight"] = np.ones((2, 2), np.float32)
+    with pytest.raises(UserError, match="unexpected .model.layers.2.eh_proj"):
+        check_checkpoint(Decoder.open(config, tensors, mesh(1, 1)))
 
 
 WIRINGS = [reference for reference in REFERENCES if not reference.relative]
@@ -164,6 +176,8 @@ def test_an_unsupported_rope_type_is_refused_by_name():
         ("Gemma3ForCausalLM", "attn_logit_softcapping", 50.0),
         ("Gemma2ForCausalLM", "hidden_activation", "mish"),
         ("OPTForCausalLM", "activation_function", "mish"),
+        ("Glm4MoeLiteForCausalLM", "mlp_layer_types", ["dense", "linear"]),
+        ("GptOssForCausalLM", "layer_types", ["full_attention", "chunked_attention"]),
         ("StableLmForCausalLM", "qk_layernorm", True),
         ("SmolLM3ForCausalLM", "no_rope_layers", [1]),
         ("Olmo3ForCausalLM", "rope_parameters", dict(full_attention=dict(rope_type="default", rope_theta=1e4))),

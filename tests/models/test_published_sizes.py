@@ -99,6 +99,24 @@ PUBLISHED = {
     "opt-350m": ("OPTForCausalLM", "OPTConfig", OPT_350M, 331_196_416),
 }
 
+GPT_OSS_20B = dict(num_hidden_layers=24, num_local_experts=32)
+DEEPSEEK_V2_LITE = dict(
+    hidden_size=2048,
+    num_hidden_layers=27,
+    num_attention_heads=16,
+    q_lora_rank=None,
+    intermediate_size=10944,
+    moe_intermediate_size=1408,
+    num_experts_per_tok=6,
+    first_k_dense_replace=1,
+)
+GLM45_AIR = dict(attention_bias=True, head_dim=128)
+MIXTURES = {
+    "gpt-oss-20b": ("GptOssForCausalLM", "GptOssConfig", GPT_OSS_20B, 20_914_757_184),
+    "DeepSeek-V2-Lite": ("DeepseekV2ForCausalLM", "DeepseekV2Config", DEEPSEEK_V2_LITE, 15_706_484_224),
+    "GLM-4.5-Air": ("Glm4MoeForCausalLM", "Glm4MoeConfig", GLM45_AIR, 106_852_251_264),
+}
+
 
 @pytest.fixture(scope="module", params=PUBLISHED, ids=str)
 def published(request):
@@ -118,8 +136,20 @@ def published(request):
 
 def shapes(decoder: Decoder) -> dict[str, tuple[int, ...]]:
     return decoder.end_shapes | {
-        decoder.prefix(i) + name: shape for i in range(decoder.config.blocks) for name, shape in decoder.block_shapes.items()
+        decoder.prefix(i) + name: shape
+        for i in range(decoder.config.blocks)
+        for name, shape in decoder.at(i).block_shapes.items()
     }
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_a_published_mixture_has_its_number_of_weights(name):
+    """Without the blocks behind the last one, which predict further tokens."""
+    architecture, kind, settings, parameters = MIXTURES[name]
+    config = getattr(transformers, kind)(**settings)
+    config.architectures = [architecture]
+    found = shapes(Decoder.open(config, MemoryTensors({}), mesh(4, 2)))
+    assert sum(map(math.prod, found.values())) == parameters
 
 
 def test_every_tensor_of_the_checkpoint_is_named_with_its_shape(published):

@@ -177,6 +177,30 @@ def test_a_token_counts_at_its_own_experts_alone(tmp_path):
     assert [reach for _, reach in inputs_of(model(4), groups[:4])] == [1, 1, 0.25, 0.25]
 
 
+def test_a_shared_expert_counts_for_every_token_and_blocks_count_as_they_are(tmp_path):
+    def model(shared):
+        heads = dict(hidden_size=48, num_attention_heads=6, num_key_value_heads=3, num_hidden_layers=3, vocab_size=64)
+        experts = dict(
+            n_routed_experts=6, num_experts_per_tok=2, n_shared_experts=shared, intermediate_size=80, moe_intermediate_size=24
+        )
+        named = dict(model_type="glm4_moe", architectures=["Glm4MoeForCausalLM"], dtype="float32", first_k_dense_replace=1)
+        (tmp_path / "config.json").write_text(json.dumps(heads | experts | named))
+        return open_declared(str(tmp_path), None, 1)
+
+    one, three, length = model(1), model(3), 64
+    for index, more in ((0, 0), (1, 2 * 3 * 48 * 24)):  # weights of two more experts' widths
+        before, after = (sequence_flops(each.at(index), length) for each in (one, three))
+        # The compiler counts the products, and what is done with their results.
+        assert (before == after) if not more else 1 < (after - before) / (2 * length * more) < 1.05
+        assert three.at(index).block_bytes() - one.at(index).block_bytes() == 4 * more
+    assert one.all_blocks_bytes() == one.at(0).block_bytes() + 2 * one.at(2).block_bytes()
+    names = linear_groups(one.at(1).decoder)
+    assert {(len(group), reach) for group, (_, reach) in zip(names, inputs_of(one.at(1), names))} == {
+        *((size, 1.0) for size in (3, 1, 2)),
+        *((size, 2 / 6) for size in (2, 1)),
+    }
+
+
 def test_what_does_not_fit_is_said_with_numbers(tmp_path):
     config = run_config(config_folder(tmp_path))
     small = Machine("there", CHIPS["v5e"]._replace(memory=1000), AbstractMesh((4, 2), ("data", "model")), 1, 0.5)

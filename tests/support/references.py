@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 
+from optima_tpu.models.checkpoints.stacks import Unstacked, stacks_of
 from tests.support.tiny_models import MemoryTensors, tiny_llama
 
 torch = pytest.importorskip("torch")
@@ -413,6 +414,22 @@ REFERENCES = [
         relative=True,
     ),
     Reference(
+        "GptOssForCausalLM",
+        "GptOssConfig",
+        BASE
+        | dict(
+            head_dim=8,
+            intermediate_size=24,
+            num_local_experts=5,
+            num_experts_per_tok=2,
+            sliding_window=7,
+            swiglu_alpha=1.3,
+            swiglu_limit=0.4,
+            rope_parameters=YARN | dict(truncate=False),
+        ),
+        {"clamped": {}, "no biases of attention": dict(attention_bias=False, tie_word_embeddings=True)},
+    ),
+    Reference(
         "Exaone4ForCausalLM",
         "Exaone4Config",
         BASE | dict(sliding_window=7, layer_types=["sliding_attention", "full_attention"]),
@@ -442,6 +459,9 @@ def tiny(reference: Reference, settings: dict, dtype=torch.float32):
         for name, value in model.state_dict().items()
         if not (config.tie_word_embeddings and name == "lm_head.weight")
     }
+    stacks = stacks_of(config.architectures)
+    if stacks:
+        return config, model, Unstacked(MemoryTensors(tensors), stacks)
     return config, model, MemoryTensors(as_saved(tensors, "Mixtral" in reference.model))
 
 

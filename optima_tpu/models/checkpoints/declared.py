@@ -27,12 +27,26 @@ class Declared(TypedDict, total=False):
     ffn_dim: _Width
     word_embed_proj_dim: _Width
     moe_intermediate_size: _Width
+    shared_expert_intermediate_size: _Width
+    q_lora_rank: _Width | None
+    kv_lora_rank: _Width
+    qk_nope_head_dim: _Heads
+    qk_rope_head_dim: _Heads
+    v_head_dim: _Heads
     num_attention_heads: _Heads
     num_key_value_heads: _Heads | None
     head_dim: _Heads | None
     num_experts: _Experts
     num_local_experts: _Experts
+    n_routed_experts: _Experts
+    n_shared_experts: _Length | None
+    n_group: _Experts | None
+    topk_group: _Experts | None
+    topk_method: str | None
+    routed_scaling_factor: _Number
     num_experts_per_tok: _Experts
+    first_k_dense_replace: _Length
+    mlp_layer_types: Annotated[list[str], msgspec.Meta(max_length=1 << 11)] | None
     decoder_sparse_step: _Heads
     mlp_only_layers: list[int] | None
     vocab_size: _Tokens
@@ -66,13 +80,17 @@ class Declared(TypedDict, total=False):
     use_bias: bool
     use_qkv_bias: bool
     use_qk_norm: bool
+    qkv_bias: bool
+    rope_interleave: bool | None
+    swiglu_alpha: _Number
+    swiglu_limit: _Number
     qk_layernorm: bool
     use_parallel_residual: bool
     no_rope_layers: Annotated[list[int], msgspec.Meta(max_length=1 << 11)] | None
     no_rope_layer_interval: _Heads
     do_layer_norm_before: bool
     layer_norm_elementwise_affine: bool
-    norm_topk_prob: bool
+    norm_topk_prob: bool | None
     bos_token_id: int | None
     eos_token_id: int | list[int] | None
     pad_token_id: int | None

@@ -32,6 +32,7 @@ from optima_tpu.method.quantization import Quantizer
 from optima_tpu.models.checkpoints.compressed_tensors import compressed, quantization_config
 from optima_tpu.models.checkpoints.orbax import CheckpointTensors, refuse_damaged_checkpoint
 from optima_tpu.models.checkpoints.packed import MASKS, SHAPE, Packer, write_masks
+from optima_tpu.models.checkpoints.stacks import Stacked, stacks_of
 from optima_tpu.report.contents import Facts
 from optima_tpu.report.file import REPORT
 from optima_tpu.report.model_card import HUB_ID, model_card
@@ -88,7 +89,11 @@ def export(
     source, run = CheckpointTensors(run_directory), run_directory.resolve()
     if out.is_relative_to(run) and out != run / FOLDER:
         raise UserError(f"expected a folder outside of the run directory {run} to export to, got {out}; choose another folder")
-    patterns = _patterns(source)
+    patterns, assets = _patterns(source), read_assets(run_directory)
+    stacks = stacks_of(json.loads(assets["config.json"]).get("architectures"))
+    if stacks and form != PLAIN:
+        raise UserError(f"expected --format {PLAIN} for a model that stores its experts in one tensor, got {form}: not supported")
+    stacked = Stacked(source, stacks)
     quantizer = _quantizer(source, run_directory) if form == COMPRESSED else None
     with writing(out, "nothing was left there; make room or choose another folder, and repeat the command"):
         if _is_damaged_export(out, source.run["manifest"], own=out.parent == run):
@@ -96,12 +101,11 @@ def export(
         if complete(out) and any(out.iterdir()):
             raise UserError(f"expected a new or empty folder to export to, got {out}, which is not empty; choose another folder")
         with making(out) as partial:
-            assets = read_assets(run_directory)
             for name, data in assets.items():
                 (partial / name).parent.mkdir(parents=True, exist_ok=True)
                 (partial / name).write_bytes(data)
             packer = Packer(partial) if form == PACKED else None
-            shards, zeros = _write_shards(source, patterns, partial, max_shard_size, packer, quantizer)
+            shards, zeros = _write_shards(source, stacked, patterns, partial, max_shard_size, packer, quantizer)
             if quantizer is not None:
                 _say_quantized(partial / "config.json", source, quantizer)
             if packer is None:
@@ -175,6 +179,7 @@ def read_masks(path: str | Path) -> dict[str, np.ndarray]:
 
 def _write_shards(
     source: CheckpointTensors,
+    stacked: Stacked,
     patterns: Mapping[str, Pattern],
     folder: Path,
     limit: int | str,
@@ -184,13 +189,14 @@ def _write_shards(
     """Writes and checks the weights. A ``packer`` packs each file, which is then removed.
 
     Args:
+      stacked: how the tensors stand in the files.
       quantizer: of the run, to store integers and scales in the place of the quantised weights.
 
     Returns:
       The names of the files, and the number of zeros in each pruned weight, counted in the file.
     """
     try:
-        split = split_by_size(source, source.names(), limit, "model{suffix}.safetensors")
+        split = split_by_size(stacked, stacked.names(), limit, "model{suffix}.safetensors")
     except ValueError as error:
         raise UserError(f"expected a shard size such as 5GB, got {limit!r}: {error}") from None
     masked = set(source.pruned())
@@ -200,12 +206,13 @@ def _write_shards(
     for file_name, names in split.filename_to_tensors.items():
         if alone():
             signals.check()
-        tensors = source.load(names)
-        masks = source.masks(name for name in names if name in masked)
+        members = [member for name in names for member in stacked.members(name)]
+        tensors = source.load(members)
+        masks = source.masks(name for name in members if name in masked)
         for name, keep in masks.items():
             tensors[name] = _exact_zeros(name, tensors[name], keep)
         # safetensors writes the buffer in memory order: without this a transposed view would be saved wrongly.
-        tensors = {name: np.ascontiguousarray(tensors[name]).reshape(source.shape(name)) for name in names}
+        tensors = {name: np.ascontiguousarray(stacked.joined(name, tensors)).reshape(stacked.shape(name)) for name in names}
         if quantizer is not None:
             for name, scale in source.scales(names).items():
                 zeros[name] = _zeros(name, tensors[name] == 0, masks[name], patterns)
@@ -216,7 +223,7 @@ def _write_shards(
             safetensors.numpy.save_file(tensors, here, metadata={"format": "pt"})
             # safetensors makes files that only their owner can read, but the folder is meant to be shared.
             here.chmod(_readable(here.parent))
-            zeros |= _check(here, tensors, masks, patterns)
+            zeros |= _check(here, tensors, stacked, masks, patterns)
             if packer is not None:
                 packer.add_weights(here, masks)
                 here.unlink()
@@ -243,7 +250,11 @@ def _exact_zeros(name: str, weight: np.ndarray, keep: np.ndarray) -> np.ndarray:
 
 
 def _check(
-    path: Path, tensors: Mapping[str, np.ndarray], masks: Mapping[str, np.ndarray], patterns: Mapping[str, Pattern]
+    path: Path,
+    tensors: Mapping[str, np.ndarray],
+    stacked: Stacked,
+    masks: Mapping[str, np.ndarray],
+    patterns: Mapping[str, Pattern],
 ) -> dict[str, int]:
     """Reads a shard again, and compares it with the tensors that were written, with the masks and with the patterns."""
     zeros = {}
@@ -252,8 +263,8 @@ def _check(
             written = file.get_tensor(name)
             if (written.dtype, written.shape) != (expected.dtype, expected.shape) or not _same_bytes(written, expected):
                 raise RuntimeError(f"{path.name}: {name} differs from the checkpoint")
-            if name in masks:
-                zeros[name] = _zeros(name, written == 0, masks[name], patterns)
+            parts = stacked.split(name, written).items()
+            zeros |= {each: _zeros(each, part == 0, masks[each], patterns) for each, part in parts if each in masks}
     return zeros
 
 

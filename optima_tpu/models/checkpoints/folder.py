@@ -11,7 +11,17 @@ from safetensors import SafetensorError, safe_open
 
 from optima_tpu.errors import UserError
 from optima_tpu.models.checkpoints import packed
-from optima_tpu.models.checkpoints.source import DTYPES, Index, Pretrained, fingerprint, parse_dtype, read_config, whole_slices
+from optima_tpu.models.checkpoints.source import (
+    DTYPES,
+    Index,
+    Pretrained,
+    TensorSource,
+    fingerprint,
+    parse_dtype,
+    read_config,
+    whole_slices,
+)
+from optima_tpu.models.checkpoints.stacks import Unstacked, stacks_of
 from optima_tpu.runtime.checksums import ALL, changes, listed
 from optima_tpu.runtime.records import read_record
 
@@ -180,7 +190,9 @@ def open_folder(folder: Path, origin: str, dtype: str | None = None) -> Pretrain
     else:
         tensors, files = _open_shards(folder, cast)
     config, assets["config.json"] = read_config(assets["config.json"], str(folder), dtype)
-    return Pretrained(config, tensors, assets, fingerprint(assets["config.json"], tensors, files), origin)
+    stacks, known = stacks_of(config.architectures), fingerprint(assets["config.json"], tensors, files)
+    source: TensorSource = Unstacked(tensors, stacks) if stacks else tensors
+    return Pretrained(config, source, assets, known, origin)
 
 
 def assets_in(folder: Path) -> dict[str, bytes]:

@@ -1,0 +1,69 @@
+"""gpt-oss: attention sinks, windows in every second block, and mixtures whose experts have biases and one layer for gate and up."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from optima_tpu.models import experts, llama
+from optima_tpu.models.layers import WideRMSNorm
+from optima_tpu.models.rope import Rope
+from optima_tpu.models.routers import BiasedRouter
+
+
+@dataclasses.dataclass(frozen=True)
+class Clamped:
+    """``(up + 1) gate sigmoid(alpha gate)`` of clamped values, for gates and ups that alternate.
+
+    Attributes:
+      alpha: steepness of the sigmoid.
+      limit: the largest gate, and the largest up in absolute value.
+    """
+
+    alpha: float
+    limit: float
+
+    def __call__(self, both: Array) -> Array:
+        gate, up = jnp.minimum(both[..., ::2], self.limit), jnp.clip(both[..., 1::2], -self.limit, self.limit)
+        return (up + 1) * (gate * jax.nn.sigmoid(gate * self.alpha))
+
+
+def read_config(config: Any) -> experts.Config:
+    """From ``transformers.GptOssConfig``, of which ``hidden_act`` is not used."""
+    return experts.Config(
+        **llama.named_sizes(config),
+        rope=Rope.from_hf(config.rope_parameters),
+        windows=llama.windows_by_type(config),
+        norm=WideRMSNorm,
+        qkv_bias=config.attention_bias,
+        o_bias=config.attention_bias,
+        sinks=True,
+        experts=config.num_local_experts,
+        experts_per_token=config.num_experts_per_tok,
+        normalise=True,
+        neurons=Clamped(config.swiglu_alpha, config.swiglu_limit),
+    )
+
+
+def router(config: experts.Config) -> nnx.Module:
+    """The router of a mixture."""
+    return BiasedRouter(config.d_model, config.experts, config.experts_per_token)
+
+
+def mixture(config: experts.Config, layout: experts.Layout) -> experts.Mixture:
+    """The mixture of a block."""
+    return experts.Mixture(config, layout, router)
+
+
+STACKS = {
+    f"mlp.experts.{layer}_proj{ending}": f"mlp.experts.*.{layer}_proj.{what}"
+    for layer in ("gate_up", "down")
+    for ending, what in (("", "weight"), ("_bias", "bias"))
+}
+FAMILY = dataclasses.replace(
+    experts.family(read_config, experts.Layout(router="router", wide=("gate_up_proj",), bias=True), mixture=mixture),
+    stacks=STACKS,
+)

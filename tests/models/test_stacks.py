@@ -1,0 +1,41 @@
+"""Checkpoints that store a parameter of all experts as one tensor."""
+
+import numpy as np
+
+from optima_tpu.models import gpt_oss
+from optima_tpu.models.checkpoints.stacks import Stacked, Unstacked, stacks_of
+from tests.support.tiny_models import MemoryTensors
+
+PREFIX = "model.layers.0.mlp.experts."
+
+
+def test_experts_are_read_one_by_one_and_put_together_again():
+    rng, experts = np.random.default_rng(0), 11  # two digits: 10 comes after 2
+    arrays = {
+        PREFIX + "gate_up_proj": rng.standard_normal((experts, 4, 6)),
+        PREFIX + "gate_up_proj_bias": rng.standard_normal((experts, 6)),
+        "model.norm.weight": rng.standard_normal(4),
+    }
+    source = MemoryTensors(arrays)
+    parts = Unstacked(source, gpt_oss.STACKS)
+    assert len(parts.names()) == 2 * experts + 1
+    for number in range(experts):
+        matrix, bias = (f"{PREFIX}{number}.gate_up_proj.{what}" for what in ("weight", "bias"))
+        assert (parts.shape(matrix), parts.shape(bias)) == ((6, 4), (6,))
+        np.testing.assert_array_equal(parts.read(matrix), arrays[PREFIX + "gate_up_proj"][number].T)
+        np.testing.assert_array_equal(parts.read(matrix, (slice(1, 3),)), parts.read(matrix)[1:3])
+        np.testing.assert_array_equal(parts.read(matrix, (..., slice(1, 3))), parts.read(matrix)[:, 1:3])
+        np.testing.assert_array_equal(parts.read(bias), arrays[PREFIX + "gate_up_proj_bias"][number])
+
+    whole = Stacked(parts, gpt_oss.STACKS)
+    assert whole.names() == source.names()
+    for name, array in arrays.items():
+        assert (whole.shape(name), whole.dtype(name)) == (array.shape, array.dtype)
+        members = {member: parts.read(member) for member in whole.members(name)}
+        np.testing.assert_array_equal(whole.joined(name, members), array)
+        assert all(np.array_equal(members[member], part) for member, part in whole.split(name, array).items())
+
+
+def test_only_models_that_stack_have_stacks():
+    assert stacks_of(["GptOssForCausalLM"]) == gpt_oss.STACKS
+    assert not stacks_of(["LlamaForCausalLM"]) and not stacks_of(["Unknown"]) and not stacks_of(None)
