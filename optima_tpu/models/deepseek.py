@@ -7,7 +7,7 @@ Source: arXiv:2405.04434.
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 
 from optima_tpu.errors import UserError
 from optima_tpu.models import experts, llama
-from optima_tpu.models.family import Positions
+from optima_tpu.models.family import Family, Positions
 from optima_tpu.models.layers import Linear, RMSNorm, attention, split_heads
 from optima_tpu.models.rope import Rope, rotate, rotate_neighbours
 from optima_tpu.models.routers import Groups
@@ -154,14 +154,14 @@ class Attention(nnx.Module):
         return self.o_proj(attention(q, k, v, positions, scale=config.scale).reshape(*x.shape[:2], -1))
 
 
-def _family(read_config: Any, **fields: Any) -> Any:
+def _family(read_config: Callable[[Any], Config], **fields: Any) -> Family:
     made = experts.family(read_config, attention=Attention)
     projections = ("q_a_proj", "kv_a_proj_with_mqa", "q_proj", "q_b_proj", "kv_b_proj")
     wide = tuple(f"self_attn.{name}" for name in projections)
     return dataclasses.replace(
         made,
         linears=(*wide, "self_attn.o_proj", *made.linears[4:]),
-        sharding=made.sharding | {name + ".weight": P(MODEL, None) for name in wide},
+        sharding={**made.sharding, **{name + ".weight": P(MODEL, None) for name in wide}},
         **fields,
     )
 

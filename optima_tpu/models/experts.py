@@ -321,7 +321,7 @@ def _mix(
 def family(
     read_config: Callable[[Any], Config],
     layout: Layout = Layout(),
-    attention: Callable[[Config], nnx.Module] = llama.rotary_attention,
+    attention: Callable[[Any], nnx.Module] = llama.rotary_attention,
     mixture: Callable[[Config, Layout], Mixture] = Mixture,
 ) -> Family:
     """A family with Llama's blocks, of which all or some have a mixture in the place of the MLP.
@@ -344,7 +344,7 @@ def family(
         read_config=read_config,
         block=block,
         linears=(*llama.LINEARS, *layout.shared_layers, *layout.layers),
-        residuals=llama.FAMILY.residuals | {down: Residual("after_attention", "after_mlp")},
+        residuals={**llama.FAMILY.residuals, down: Residual("after_attention", "after_mlp")},
         shared=tuple(wide),
         sharding=llama.SHARDING
         | {name + ".weight": P(MODEL, None) for name in (*wide, gate, up)}

@@ -257,7 +257,7 @@ def _check(
     patterns: Mapping[str, Pattern],
 ) -> dict[str, int]:
     """Reads a shard again, and compares it with the tensors that were written, with the masks and with the patterns."""
-    zeros = {}
+    zeros: dict[str, int] = {}
     with safetensors.safe_open(path, framework="np") as file:
         for name, expected in tensors.items():
             written = file.get_tensor(name)
