@@ -49,7 +49,7 @@ def read_v2(config: Any) -> Config:
             raise UserError(
                 f"expected {name} {str(expected[0]).lower()} in a {config.model_type} model, got {found}: not supported"
             )
-    methods = {"greedy": (1, 1), "group_limited_greedy": (config.n_group, config.topk_group)}
+    methods = {"greedy": (1, 1), "group_limited_greedy": (config.n_group or 1, config.topk_group or 1)}
     if config.topk_method not in methods:
         raise UserError(f"expected topk_method {' or '.join(methods)}, got {config.topk_method!r}: not supported")
     total, chosen = methods[config.topk_method]

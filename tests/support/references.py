@@ -177,6 +177,7 @@ REFERENCES = [
             "one expert": dict(num_experts_per_tok=1),
             "tied": dict(tie_word_embeddings=True),
         },
+        relative=True,
     ),
     Reference(
         "Gemma2ForCausalLM",
