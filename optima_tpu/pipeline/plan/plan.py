@@ -202,7 +202,11 @@ def make_plan(config: RunConfig, model: Declared, machine: Machine, tell: Callab
             refused = refused or str(error)
     programs = [_calibration(config, model.at(kind.block), machine, kind, count, tell) for kind, count in kinds.items()]
     if len(programs) > 1:  # a block is calibrated in several passes, each for some of its layers
-        programs = [program._replace(name=f"calibration of {_short(kind.groups)}") for program, kind in zip(programs, kinds)]
+        ends = {kind: f" (as in block {kind})" if len(decoder.config.kinds) > 1 else "" for kind in decoder.config.kinds}
+        programs = [
+            program._replace(name=f"calibration of {_short(kind.groups)}{ends[kind.block]}")
+            for program, kind in zip(programs, kinds)
+        ]
     programs += [_pruning(model.at(found.block), machine, recipe, shape, found, tell) for shape, found in layers.items()]
     steps = [program.calls * program.work.seconds(machine) for program in programs]
     compiling = sum(program.compiled.seconds for program in programs if program.compiled)
