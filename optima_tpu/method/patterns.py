@@ -30,7 +30,8 @@ class Pattern(abc.ABC):
 
     Attributes:
       group: "row" where weights of different rows never compete, else "layer".
-      span: number of consecutive inputs in a comparison group, must divide d_in; None if the group is a whole row or matrix.
+      span: number of inputs in a comparison group, consecutive in :meth:`order`, must divide d_in; None if the group is a whole row
+        or matrix.
       free: whether the pruned weights may be anywhere in a comparison group, so that sparsities can be allocated to blocks.
       sparsity: the share of weights that are pruned.
     """
@@ -42,6 +43,14 @@ class Pattern(abc.ABC):
     @property
     def span(self) -> int | None:
         return None
+
+    def order(self, columns: int) -> np.ndarray | None:
+        """The inputs [columns] int, sorted so that those of a group are consecutive; None if they are already."""
+        return None
+
+    def in_order(self) -> "Pattern":
+        """The pattern of a matrix whose inputs are sorted by :meth:`order`."""
+        return self
 
     def at(self, sparsity: float) -> "Pattern":
         """The same pattern with another sparsity, for patterns that are ``free``."""
@@ -199,15 +208,21 @@ class Unstructured(Pattern):
 
 @dataclasses.dataclass(frozen=True)
 class NM(Pattern):
-    """Keeps ``n`` of every ``m`` consecutive inputs of a row, as 2:4 hardware reads them.
+    """Keeps ``n`` of every ``m`` inputs of a row, consecutive ones as 2:4 hardware reads them, or ``stride`` apart.
+
+    With a stride ``S``, inputs ``j, j + S, ..., j + (m - 1) S`` of every ``m S`` consecutive ones are a group, for ``0 <= j < S``.
+    This is how TPU kernels read N:M (vllm-project/tpu-inference ``kernels/structured_sparse_matmul/v1/spmm.py``): a group then lies
+    in one lane.
 
     Attributes:
       n: weights kept in a group, 0 < n < m.
-      m: size of the group; must divide d_in.
+      m: size of the group; ``m`` times ``stride`` must divide d_in.
+      stride: how far apart the inputs of a group lie.
     """
 
     n: int = 2
     m: int = 4
+    stride: int = 1
 
     @property
     def span(self) -> int:
@@ -216,28 +231,46 @@ class NM(Pattern):
     def __post_init__(self) -> None:
         if not 0 < self.n < self.m:
             raise UserError(f"expected a pattern N:M with 0 < N < M, got {self.n}:{self.m}")
+        if self.stride < 1:
+            raise UserError(f"expected a stride of at least 1 in a pattern N:M@STRIDE, got {self.stride}")
 
     def __str__(self) -> str:
-        return f"{self.n}:{self.m}"
+        return f"{self.n}:{self.m}" + (f"@{self.stride}" if self.stride > 1 else "")
+
+    def order(self, columns: int) -> np.ndarray | None:
+        if self.stride == 1:
+            return None
+        return np.arange(columns).reshape(-1, self.m, self.stride).swapaxes(1, 2).ravel()
+
+    def in_order(self) -> "NM":
+        return NM(self.n, self.m)
 
     def pruned_count(self, shape: tuple[int, int]) -> int:
         rows, columns = shape
-        if columns % self.m:
+        if columns % (self.m * self.stride):
             raise UserError(
-                f"pattern {self} needs a number of inputs divisible by {self.m}, got a layer with {columns}; "
-                "choose an M that divides it"
+                f"pattern {self} needs a number of inputs divisible by {self.m * self.stride}, got a layer with {columns}; "
+                + self._instead(columns)
             )
         return rows * (columns // self.m) * (self.m - self.n)
 
+    def _instead(self, columns: int) -> str:
+        """What to choose for a layer that the pattern does not fit."""
+        fitting = [stride for stride in (128, 64, 32, 16, 8) if stride < self.stride and columns % (self.m * stride) == 0]
+        if self.stride == 1:
+            return "choose an M that divides it"
+        smaller = f"take --pattern {NM(self.n, self.m, fitting[0])}, or " if fitting else ""
+        return f'{smaller}give that layer another pattern: --layers "LAYER={self.n}:{self.m}"'
+
     def keep_mask(self, scores: Float[Array, "rows d_in"]) -> Bool[Array, "rows d_in"]:
         rows, columns = scores.shape
-        self.pruned_count((rows, columns))  # raises where M does not divide d_in
-        order, place = order_of(scores), jnp.arange(columns) % self.m
+        self.pruned_count((rows, columns))  # raises where the groups do not divide d_in
+        order, place = order_of(scores), jnp.arange(columns) // self.stride % self.m
 
         # Not reshaped to [groups, m]: a TPU would pad the last axis to 128.
         def count(shift: Array, before: Array) -> Array:
             """Adds the weights of the same group, ``shift`` to the left and to the right, that are pruned before this one."""
-            left, right = jnp.roll(order, shift, axis=1), jnp.roll(order, -shift, axis=1)
+            left, right = (jnp.roll(order, way * shift * self.stride, axis=1) for way in (1, -1))
             lower = (place >= shift) & (left <= order), (place < self.m - shift) & (right < order)
             return before + sum(side.astype(jnp.int32) for side in lower)
 
@@ -252,6 +285,10 @@ class NM(Pattern):
         limit: Int32[Array, " rows"],
     ) -> tuple[Bool[Array, "rows d_in"], Int32[Array, " rows"]]:
         """Exchanges at most one pair in each M, see :meth:`Pattern.exchange`."""
+        order = self.order(keep.shape[-1])
+        if order is not None:
+            sorted_keep, count = self.in_order().exchange(win[:, order], cost[:, order], keep[:, order], limit)
+            return sorted_keep[:, np.argsort(order)], count
         win, cost = jnp.where(keep, -jnp.inf, win), jnp.where(keep, cost, jnp.inf)
         inside = (*keep.shape[:-1], -1, self.m)
         win, cost, kept = win.reshape(inside), cost.reshape(inside), keep.reshape(inside)
@@ -263,19 +300,26 @@ class NM(Pattern):
         )
         return ((kept | enters) & ~leaves).reshape(keep.shape), count
 
+    def groups(self, matrix: np.ndarray) -> np.ndarray:
+        """The entries [d_out, d_in] of each group, [d_out, groups, m]."""
+        order = self.order(matrix.shape[1])
+        return (matrix if order is None else matrix[:, order]).reshape(len(matrix), -1, self.m)
+
     def holds(self, zero: np.ndarray) -> bool:
-        return bool(np.all(zero.reshape(-1, self.m).sum(axis=1) >= self.m - self.n))
+        return bool(np.all(self.groups(zero).sum(axis=-1) >= self.m - self.n))
 
     def violation(self, keep: np.ndarray, or_fewer: bool = False) -> str | None:
-        self.pruned_count(keep.shape)  # raises where M does not divide d_in
-        counts = np.einsum("rgm->rg", keep.reshape(len(keep), -1, self.m).view(np.uint8), dtype=np.int32)
+        self.pruned_count(keep.shape)  # raises where the groups do not divide d_in
+        counts = np.einsum("rgm->rg", self.groups(keep).view(np.uint8), dtype=np.int32)
         wrong = counts > self.n if or_fewer else counts != self.n
         if not wrong.any():
             return None
         row, group = np.unravel_index(np.argmax(wrong), wrong.shape)
+        inputs = self.groups(np.arange(keep.shape[1])[None])[0, group]
+        apart = f" by {self.stride}" if self.stride > 1 else ""
         return (
             f"expected {self.n} kept of every {self.m}, got {counts[row, group]} in row {row}, group {group} (inputs "
-            f"{group * self.m} to {group * self.m + self.m - 1}), and {int(wrong.sum())} such groups in all"
+            f"{inputs[0]} to {inputs[-1]}{apart}), and {int(wrong.sum())} such groups in all"
         )
 
     def text(self, group: str | None = None) -> str:
@@ -283,7 +327,7 @@ class NM(Pattern):
 
 
 def parse_pattern(text: str | float, group: str = "row") -> Pattern:
-    """Reads "0.5/row" (half of every row), "0.5/layer" (half of every matrix), "0.5", "2:4" or "my_lab.patterns:Banded?width=4".
+    """Reads "0.5/row" (half of every row), "0.5/layer" (half of every matrix), "0.5", "2:4", "2:4@128" or "my_lab.patterns:Banded?width=4".
 
     Args:
       group: the comparison group of a plain "0.5": that of the published selector.
@@ -298,8 +342,9 @@ def parse_pattern(text: str | float, group: str = "row") -> Pattern:
     try:
         if ":" in text:
             n, m = text.split(":")
-            return NM(int(n), int(m))
+            m, apart, stride = m.partition("@")
+            return NM(int(n), int(m), int(stride) if apart else 1)
         sparsity, _, given = text.partition("/")
         return Unstructured(float(sparsity), given or group)
     except ValueError:
-        raise UserError(f"expected a pattern such as 0.5, 0.5/layer or 2:4, got {text!r}") from None
+        raise UserError(f"expected a pattern such as 0.5, 0.5/layer, 2:4 or 2:4@128, got {text!r}") from None

@@ -62,6 +62,11 @@ class LayerProblem:
     pull: Float32[Array, "rows d"] | None = None
     damping: float = dataclasses.field(default=0.0, metadata={"static": True})
 
+    def sorted(self, order: np.ndarray) -> "LayerProblem":
+        """The problem with its inputs in another order, [d_in] int."""
+        pull = None if self.pull is None else self.pull[:, order]
+        return dataclasses.replace(self, weight=self.weight[:, order], hessian=self.hessian[order][:, order], pull=pull)
+
 
 class Damping(NamedTuple):
     """The damping of an objective, of which a part may vary within one compiled program.

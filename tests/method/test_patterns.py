@@ -13,7 +13,7 @@ from optima_tpu.method.patterns import NM, Unstructured, parse_pattern
 
 PATTERNS = st.one_of(
     st.builds(Unstructured, st.floats(0, 0.99), st.sampled_from(["row", "layer"])),
-    st.sampled_from([NM(2, 4), NM(4, 8), NM(6, 8), NM(1, 4), NM(8, 16)]),
+    st.sampled_from([NM(2, 4), NM(4, 8), NM(6, 8), NM(1, 4), NM(8, 16), NM(2, 4, 8), NM(3, 4, 4), NM(4, 16, 2)]),
 )
 
 
@@ -24,8 +24,14 @@ def test_counts_are_exact_and_no_pruned_score_beats_a_kept_one_of_its_group(patt
     scores = np.random.default_rng(seed).integers(0, levels, (rows, 32)).astype(np.float32)
     keep = np.asarray(jax.jit(pattern.keep_mask)(scores))
     assert (~keep).sum() == pattern.pruned_count(scores.shape)
-    groups = {"row": (rows, 32), "layer": (1, -1)}[pattern.group] if isinstance(pattern, Unstructured) else (-1, pattern.m)
-    for group_scores, group_keep in zip(scores.reshape(groups), keep.reshape(groups)):
+    if isinstance(pattern, NM):  # inputs j, j + stride, ... of every m * stride
+        size = pattern.m * pattern.stride
+        parts = [np.s_[:, first + j : first + size : pattern.stride] for first in range(0, 32, size) for j in range(pattern.stride)]
+    else:
+        parts = [np.s_[:, :]]
+    flat = isinstance(pattern, Unstructured) and pattern.group == "layer"
+    lines = [(row, kept) for part in parts for row, kept in zip(scores[part], keep[part])]
+    for group_scores, group_keep in [(scores.ravel(), keep.ravel())] if flat else lines:
         expected = len(group_keep) - group_keep.sum()
         # The rule itself, as a stable sort by (score, index).
         order = sorted(range(len(group_scores)), key=lambda i: (group_scores[i], i))
@@ -46,13 +52,20 @@ def test_nan_scores_go_first():
 
 @pytest.mark.parametrize(
     "text, expected",
-    [("0.5", Unstructured(0.5)), ("0.6/layer", Unstructured(0.6, "layer")), ("2:4", NM(2, 4)), ("6:8", NM(6, 8))],
+    [
+        ("0.5", Unstructured(0.5)),
+        ("0.6/layer", Unstructured(0.6, "layer")),
+        ("2:4", NM(2, 4)),
+        ("6:8", NM(6, 8)),
+        ("2:4@128", NM(2, 4, 128)),
+    ],
 )
 def test_patterns_are_read_from_text(text, expected):
     assert parse_pattern(text) == expected
+    assert parse_pattern(expected.text()) == expected
 
 
-@pytest.mark.parametrize("text", ["1.0", "-0.1", "4:4", "0:4", "half", "2:4:8", "0.5/block", "nan"])
+@pytest.mark.parametrize("text", ["1.0", "-0.1", "4:4", "0:4", "half", "2:4:8", "0.5/block", "nan", "2:4@", "2:4@0", "2@4:8"])
 def test_what_is_no_pattern_is_refused(text):
     with pytest.raises(UserError, match="expected"):
         parse_pattern(text)
@@ -61,6 +74,24 @@ def test_what_is_no_pattern_is_refused(text):
 def test_an_nm_group_that_does_not_divide_the_inputs_is_refused():
     with pytest.raises(UserError, match="divisible by 4, got a layer with 6"):
         NM(2, 4).keep_mask(jnp.ones((2, 6)))
+
+
+@pytest.mark.parametrize(
+    "columns, advice",
+    [(576, "divisible by 512, got a layer with 576; take --pattern 2:4@16, or"), (36, 'with 36; give .* --layers "LAYER=2:4"')],
+)
+def test_a_stride_that_does_not_fit_is_refused_with_one_that_does(columns, advice):
+    with pytest.raises(UserError, match=advice):
+        NM(2, 4, 128).pruned_count((1, columns))
+
+
+def test_what_violates_a_stride_is_named():
+    keep = np.arange(64) % 32 < 16  # inputs 0 to 15 of every 32
+    assert NM(2, 4, 8).violation(keep[None]) is None and NM(2, 4, 8).holds(~keep[None])
+    assert NM(2, 4).violation(keep[None]) and not NM(2, 4).holds(~keep[None])
+    keep[33] = False
+    message = "expected 2 kept of every 4, got 1 in row 0, group 9 (inputs 33 to 57 by 8), and 1 such groups in all"
+    assert NM(2, 4, 8).violation(keep[None]) == message
 
 
 # Few shapes: each is compiled.

@@ -55,7 +55,7 @@ def schur_by_eigenvalues(hessian: np.ndarray, damping: float, kept: float) -> np
 def best_pairs(win: np.ndarray, cost: np.ndarray, keep: np.ndarray, limit: int, pattern) -> list[tuple[int, int]]:
     """The best (enters, leaves) of one row that win more than they cost, at most ``limit``."""
     if isinstance(pattern, NM):
-        groups = np.arange(len(keep)).reshape(-1, pattern.m).tolist()
+        groups = pattern.groups(np.arange(len(keep))[None])[0].tolist()
         pairs = [
             (
                 max((i for i in group if not keep[i]), key=lambda i: (win[i], -i)),
@@ -91,7 +91,7 @@ def test_no_row_gets_worse_than_the_solved_start_and_the_numbers_stay(pattern, s
         weight, keep, before = np.asarray(weight), np.asarray(keep), np.asarray(pruned.keep)
         assert keep.dtype == bool and (weight[~keep] == 0).all() and np.isfinite(weight).all()
         if isinstance(pattern, NM):
-            assert (keep.reshape(-1, pattern.m).sum(axis=1) == pattern.n).all()
+            assert (pattern.groups(keep).sum(axis=-1) == pattern.n).all()
         assert (keep.sum(axis=1) == before.sum(axis=1)).all()
         start, solved = (
             row_objective(problem, oracle(problem, Pruned(None, mask & live), damping), damping) for mask in (before, keep)
@@ -142,7 +142,7 @@ def test_the_schur_complements_are_those_of_the_deterministic_equivalent():
 def test_exchanges_are_the_best_pairs_that_pay():
     """Against a loop over pairs, with ties."""
     rng = np.random.default_rng(3)
-    for pattern, size in ((Unstructured(0.5), 20), (NM(2, 4), 20)):
+    for pattern, size in ((Unstructured(0.5), 20), (NM(2, 4), 20), (NM(2, 4, stride=5), 20)):
         win, cost = rng.integers(0, 9, (2, 6, size)).astype(np.float32)
         keep = np.asarray(select(Magnitude(), layer(rng, 6, size), pattern).keep)
         limit = np.array([0, 1, 2, 3, 4, 4], np.int32)

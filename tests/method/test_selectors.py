@@ -49,7 +49,7 @@ def groups(array, pattern: Pattern) -> np.ndarray:
     """The comparison groups as rows."""
     array = np.asarray(array)
     if isinstance(pattern, NM):
-        return array.reshape(-1, pattern.m)
+        return pattern.groups(array).reshape(-1, pattern.m)
     return array if pattern.group == "row" else array.reshape(1, -1)
 
 

@@ -16,8 +16,10 @@ PATTERNS = [
     NM(2, 4),
     NM(4, 8),
     NM(6, 8),
+    NM(2, 4, stride=4),
 ]
-"""What contracts of selectors and solvers hold for: the patterns of the paper's tables, both comparison groups, and 6:8."""
+"""What contracts of selectors and solvers hold for: the patterns of the paper's tables, both comparison groups, 6:8, and groups whose
+inputs lie apart."""
 
 
 def correlated_hessian(rng: np.random.Generator, size: int, tokens: int | None = None, spread: float = 1.0) -> np.ndarray:

@@ -1,22 +1,41 @@
 """Shared by the methods that sweep over the inputs as the optimal brain surgeon does."""
 
+import abc
 from typing import ClassVar, Literal
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jaxtyping import Float32
 
 from optima_tpu.method.linalg.inverses import inverse_cholesky
 from optima_tpu.method.linalg.scaling import live_features
 from optima_tpu.method.patterns import Pattern
+from optima_tpu.method.problem import LayerProblem, Pruned
 from optima_tpu.method.resources import Cost
 from optima_tpu.method.selectors.base import Selector
 
 
 class Sweep(Selector):
-    """A selector that goes over the inputs from the first to the last, and chooses a row part by part."""
+    """A selector that goes over the inputs from the first to the last, and chooses a row part by part.
+
+    Where the inputs of a comparison group lie apart, it goes over them group by group.
+    """
 
     group: ClassVar[Literal["row", "layer"]] = "layer"
+
+    def __call__(self, problem: LayerProblem, pattern: Pattern) -> Pruned:
+        pattern.pruned_count(problem.weight.shape)  # raises where the pattern does not fit the layer
+        order = pattern.order(problem.weight.shape[1])
+        if order is None:
+            return self.sweep(problem, pattern)
+        back = np.argsort(order)
+        found = self.sweep(problem.sorted(order), pattern.in_order())
+        return Pruned(found.weight[:, back], found.keep[:, back])
+
+    @abc.abstractmethod
+    def sweep(self, problem: LayerProblem, pattern: Pattern) -> Pruned:
+        """As a call, for a pattern whose comparison groups are consecutive inputs."""
 
     def check(self, pattern: Pattern) -> None:
         if not pattern.span:

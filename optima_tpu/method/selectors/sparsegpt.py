@@ -63,9 +63,8 @@ class SparseGPT(Sweep):
         if not 0 < self.damping < math.inf:
             raise UserError(f"expected SparseGPT's damping to be above 0 and finite, got {self.damping}; 0.01 is the paper's")
 
-    def __call__(self, problem: LayerProblem, pattern: Pattern) -> Pruned:
+    def sweep(self, problem: LayerProblem, pattern: Pattern) -> Pruned:
         rows, inputs = problem.weight.shape
-        pattern.pruned_count((rows, inputs))  # raises where N:M does not fit the layer
         unit = pattern.span or 1
         size = min(max(self.block // unit, 1) * unit, inputs)
         extra = padded(inputs, size) - inputs

@@ -57,9 +57,8 @@ class Thanos(Sweep):
         if not self.damping > 0:
             raise UserError(f"expected Thanos's damping to be above 0, got {self.damping}; the published value is 0.01")
 
-    def __call__(self, problem: LayerProblem, pattern: Pattern) -> Pruned:
+    def sweep(self, problem: LayerProblem, pattern: Pattern) -> Pruned:
         rows, columns = problem.weight.shape
-        pattern.pruned_count((rows, columns))  # refuses an M that does not divide the columns
         size = min(self.block, columns)
         if pattern.span:
             size = padded(size, pattern.span)
