@@ -115,8 +115,8 @@ class Result:
 
         Args:
           folder: a new or empty folder.
-          form: "plain"; "packed" for the smaller form that ``optima unpack`` reads, and every command that takes a model; or
-            "compressed-tensors" for the integers of a run with ``quantize``.
+          form: "plain"; "packed" for the smaller form that ``optima unpack`` reads, and every command that takes a model;
+            "compressed-tensors" for the integers of a run with ``quantize``; or "gguf" for llama.cpp.
 
         Raises:
           UserError: the folder exists and is not empty, or the run kept no checkpoint.

@@ -135,7 +135,7 @@ class RunConfig:
       mesh: devices as DATAxMODEL, such as 4x2 or data=4,model=2; null puts all of them on data.
       cpu_devices: simulate this many devices on the CPU, in every process.
       pattern: which weights are pruned: 0.5/row prunes half of every row, 0.5/layer half of every matrix, 0.5 half of every group
-        that the published selector compares, 2:4 keeps 2 of every 4.
+        that the published selector compares, 2:4 keeps 2 of every 4, 2:4@128 keeps 2 of every 4 inputs that lie 128 apart.
       layers: rules for layers with another pattern: PATH=PATTERN or PATH=dense, separated by commas; the last rule that matches
         holds. "self_attn.*=dense" leaves attention dense, "model.layers.0.*=0.3" prunes the first block less.
       selector: how the weights that stay are chosen.

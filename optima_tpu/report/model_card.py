@@ -60,7 +60,8 @@ def model_card(folder: str, sidecar: Mapping[str, Any], assets: Mapping[str, byt
         ),
         "`model.safetensors` is not smaller than the source file and inference is not faster, because zeros are stored like "
         "other numbers. `optima export --packed` stores them as a bit mask; a folder with packed.json is of this form, and "
-        "`optima unpack` makes the plain folder of it. Zeros save time only with a kernel that uses them.\n",
+        "`optima unpack` makes the plain folder of it. A folder with model.gguf holds the model for llama.cpp. Zeros save time only with "
+        "a kernel that uses them.\n",
         "## Recipe\n",
         *([f"{_plain(done)}. All settings:\n"] if (done := report.get("recipe")) else []),
         _table(("setting", "value"), [(name, _plain(str(value))) for name, value in flat(recipe).items()]),

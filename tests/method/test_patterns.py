@@ -26,7 +26,9 @@ def test_counts_are_exact_and_no_pruned_score_beats_a_kept_one_of_its_group(patt
     assert (~keep).sum() == pattern.pruned_count(scores.shape)
     if isinstance(pattern, NM):  # inputs j, j + stride, ... of every m * stride
         size = pattern.m * pattern.stride
-        parts = [np.s_[:, first + j : first + size : pattern.stride] for first in range(0, 32, size) for j in range(pattern.stride)]
+        parts = [
+            np.s_[:, first + j : first + size : pattern.stride] for first in range(0, 32, size) for j in range(pattern.stride)
+        ]
     else:
         parts = [np.s_[:, :]]
     flat = isinstance(pattern, Unstructured) and pattern.group == "layer"

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import gguf
 import numpy as np
 import pytest
 import torch
@@ -12,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from optima_tpu import launch
 from optima_tpu.errors import UserError
 from optima_tpu.export import main
+from optima_tpu.models.checkpoints import open_model
 from optima_tpu.models.checkpoints.export import export, read_masks
 from optima_tpu.models.checkpoints.orbax import CheckpointTensors, write_checkpoint
 from optima_tpu.models.checkpoints.source import DTYPES
@@ -37,8 +39,9 @@ def run(model) -> Path:
     return model.parent / "run"
 
 
-def logits(folder: Path) -> torch.Tensor:
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+def logits(folder: Path, **options) -> torch.Tensor:
+    dtype = json.loads((folder / "config.json").read_text())["dtype"]
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)
     with torch.no_grad():
         return model(torch.arange(48).reshape(2, 24)).logits
 
@@ -58,6 +61,24 @@ def assert_the_same(out: Path, plain: Path, bits: int) -> None:
     counted = {layer["name"]: layer["pruned"] for layer in json.loads((out / "optima_tpu.json").read_text())["layers"]}
     assert counted == {name: int((dense[name] == 0).sum()) for name in masks}
     assert torch.equal(logits(out), logits(plain))
+
+
+def assert_gguf_is_the_same(out: Path, plain: Path, bits: int, weights, scales) -> None:
+    """The integers of the run, behind scales in float16, and all other tensors; for transformers and for this program."""
+    dense, tensors = folder_tensors(plain), open_model(str(out / "model.gguf")).tensors
+    kinds = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(out / "model.gguf").tensors}
+    assert kinds["blk.0.ffn_up.weight"] == kinds["blk.0.attn_q.weight"] == f"Q{bits}_0" and kinds["output_norm.weight"] == "F32"
+    for name, expected in dense.items():
+        found, expected = tensors.read(name), expected.astype(np.float32)
+        if name in weights:
+            half, scale = (scales[name].astype(dtype).astype(np.float32) for dtype in (np.float16, np.float32))
+            expected = np.round(expected / scale) * half
+        np.testing.assert_array_equal(found, expected)
+    counted = {layer["name"]: layer["pruned"] for layer in json.loads((out / "optima_tpu.json").read_text())["layers"]}
+    assert counted == {name: int((dense[name] == 0).sum()) for name in weights}
+    theirs = logits(out, gguf_file="model.gguf")
+    exact = all((scale.astype(np.float16).astype(scale.dtype) == scale).all() for scale in scales.values())
+    assert torch.equal(theirs, logits(plain)) if exact else torch.allclose(theirs, logits(plain), atol=2e-3)
 
 
 def test_transformers_loads_a_run_as_the_same_model(run, tmp_path):
@@ -86,9 +107,10 @@ def test_every_width_and_dtype_comes_back(tmp_path, bits, dtype):
     layers = [{"block": 0, "name": name.split(".", 3)[3].removesuffix(".weight")} for name in weights]
     journal.save(0, weights, masks, {"layers": layers}, on_host(np.zeros((1, 1, 1))), scales=scales)
     write_checkpoint(journal, source, mesh(1, 1))
-    for out, form in ((tmp_path / "plain", "plain"), (tmp_path / "out", "compressed-tensors")):
+    for out, form in ((tmp_path / "plain", "plain"), (tmp_path / "out", "compressed-tensors"), (tmp_path / "gguf", "gguf")):
         export(tmp_path / "run", out, form=form)
     assert_the_same(tmp_path / "out", tmp_path / "plain", bits)
+    assert_gguf_is_the_same(tmp_path / "gguf", tmp_path / "plain", bits, weights, scales)
 
 
 def test_the_report_has_the_errors_around_the_quantisation(run):
@@ -101,6 +123,12 @@ def test_the_report_has_the_errors_around_the_quantisation(run):
         assert before < stored < nearest
     scales = CheckpointTensors(run).scales(CheckpointTensors(run).quantized())
     assert len(scales) == len(layers) == 2 and {scale.shape for scale in scales.values()} == {(32, 2)}
+
+
+def test_groups_that_are_no_blocks_are_refused(run, tmp_path):
+    with pytest.raises(UserError, match="a multiple of 32 inputs for a GGUF file, got one for 16 in .* --quantize.group 32"):
+        export(run, tmp_path / "out", form="gguf")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_run_without_integers_is_refused(tmp_path):

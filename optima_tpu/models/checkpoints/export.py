@@ -10,13 +10,14 @@
 
 or to the same folder packed, with packed-model.safetensors and packed.json in place of weights and masks; see ``packed.py``. The
 form ``compressed-tensors`` stores the integers and scales of a quantised run in the place of its weights; see
-``compressed_tensors.py``.
+``compressed_tensors.py``. The form ``gguf`` stores weights, configuration and tokenizer in model.gguf; see ``gguf_export.py``.
 
 The weights are dense: no current library reads a packed 2:4 file, and a ``sparsity_config`` makes some refuse to load.
 """
 
+import itertools
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -30,8 +31,10 @@ from optima_tpu.method.layer_rules import parse_layers, pattern_of
 from optima_tpu.method.patterns import Pattern, parse_pattern
 from optima_tpu.method.quantization import Quantizer
 from optima_tpu.models.checkpoints.compressed_tensors import compressed, quantization_config
-from optima_tpu.models.checkpoints.orbax import CheckpointTensors, refuse_damaged_checkpoint
+from optima_tpu.models.checkpoints.gguf_export import GGUFModel, Stored
+from optima_tpu.models.checkpoints.orbax import CheckpointTensors, block_of, refuse_damaged_checkpoint
 from optima_tpu.models.checkpoints.packed import MASKS, SHAPE, Packer, write_masks
+from optima_tpu.models.checkpoints.source import Pretrained, read_config
 from optima_tpu.models.checkpoints.stacks import Stacked, stacks_of
 from optima_tpu.report.contents import Facts
 from optima_tpu.report.file import REPORT
@@ -47,8 +50,9 @@ from optima_tpu.runtime.records import known_record, read_record
 SIDECAR = "optima_tpu.json"
 FOLDER = "hf"
 """The name of the export in the directory of its run."""
-PLAIN, PACKED, COMPRESSED = FORMATS = ("plain", "packed", "compressed-tensors")
+PLAIN, PACKED, COMPRESSED, GGUF = FORMATS = ("plain", "packed", "compressed-tensors", "gguf")
 """The forms of an export."""
+GGUF_FILE = "model.gguf"
 
 
 class Sidecar(TypedDict):
@@ -76,8 +80,8 @@ def export(
       form: one of ``FORMATS``. ``optima unpack`` makes the plain folder of the packed one, byte for byte.
 
     Raises:
-      UserError: the run is not finished, ``out`` is in use, the disk is full, ``out`` is in a bucket though the form is packed, or
-        the form is compressed-tensors and the run did not quantise.
+      UserError: the run is not finished, ``out`` is in use, the disk is full, ``out`` is in a bucket though the form is packed, the
+        form is compressed-tensors and the run did not quantise, or the form is gguf and such a file cannot hold the model.
       RuntimeError: the written weights do not match the masks. ``out`` is not created.
     """
     out, run_directory = as_path(out).resolve(), as_path(run_directory)
@@ -94,7 +98,8 @@ def export(
     if stacks and form != PLAIN:
         raise UserError(f"expected --format {PLAIN} for a model that stores its experts in one tensor, got {form}: not supported")
     stacked = Stacked(source, stacks)
-    quantizer = _quantizer(source, run_directory) if form == COMPRESSED else None
+    quantizer = _quantizer(source, run_directory) if form == COMPRESSED or (form == GGUF and source.quantized()) else None
+    file = _gguf(source, assets, run_directory, quantizer) if form == GGUF else None
     with writing(out, "nothing was left there; make room or choose another folder, and repeat the command"):
         if _is_damaged_export(out, source.run["manifest"], own=out.parent == run):
             remove(out)
@@ -105,8 +110,11 @@ def export(
                 (partial / name).parent.mkdir(parents=True, exist_ok=True)
                 (partial / name).write_bytes(data)
             packer = Packer(partial) if form == PACKED else None
-            shards, zeros = _write_shards(source, stacked, patterns, partial, max_shard_size, packer, quantizer)
-            if quantizer is not None:
+            if file is not None:
+                shards, zeros = [GGUF_FILE], _write_gguf(source, patterns, partial, file)
+            else:
+                shards, zeros = _write_shards(source, stacked, patterns, partial, max_shard_size, packer, quantizer)
+            if form == COMPRESSED and quantizer is not None:
                 _say_quantized(partial / "config.json", source, quantizer)
             if packer is None:
                 with written_here(partial / MASKS) as here:
@@ -231,6 +239,57 @@ def _write_shards(
         index = {"metadata": {"total_size": size}, "weight_map": weight_map}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
     return list(split.filename_to_tensors), zeros
+
+
+def _gguf(source: CheckpointTensors, assets: Mapping[str, bytes], run_directory: Path, quantizer: Quantizer | None) -> GGUFModel:
+    """What the GGUF file of a run says. Refuses a model that such a file cannot hold."""
+    origin = str(run_directory)
+    config, _ = read_config(assets["config.json"], origin)
+    bits = {} if quantizer is None else dict.fromkeys(source.quantized(), quantizer.bits)
+    return GGUFModel.of(Pretrained(config, source, assets, "", origin), bits)
+
+
+def _write_gguf(source: CheckpointTensors, patterns: Mapping[str, Pattern], folder: Path, file: GGUFModel) -> dict[str, int]:
+    """Writes model.gguf, and compares it, read again, with the checkpoint.
+
+    Returns:
+      The number of zeros in each pruned weight, counted in the file.
+    """
+    zeros = {}
+    with written_here(folder / GGUF_FILE) as here:
+        file.write(here, (stored for stored, _ in _in_blocks(source, file.kinds)))
+        tensors = file.reopened(here)
+        for (name, values, scale), keep in _in_blocks(source, file.kinds):
+            written = tensors.read(name)
+            if keep is not None:
+                zeros[name] = _zeros(name, written == 0, keep, patterns)
+            if not _same_values(written, values, scale):
+                raise RuntimeError(f"{GGUF_FILE}: {name} differs from the checkpoint")
+    return zeros
+
+
+def _in_blocks(source: CheckpointTensors, names: Iterable[str]) -> Iterator[tuple[Stored, np.ndarray | None]]:
+    """Each tensor, with its mask if it is pruned. The tensors of one block of the model are in memory at a time."""
+    masked = set(source.pruned())
+    for _, block in itertools.groupby(names, block_of):
+        if alone():
+            signals.check()
+        group = list(block)
+        tensors, masks, scales = source.load(group), source.masks(name for name in group if name in masked), source.scales(group)
+        for name in group:
+            keep = masks.get(name)
+            values = tensors[name] if keep is None else _exact_zeros(name, tensors[name], keep)
+            yield Stored(name, values, scales.get(name)), keep
+
+
+def _same_values(written: np.ndarray, values: np.ndarray, scale: np.ndarray | None) -> bool:
+    """Whether a tensor was read back in float32: a matrix exactly, a quantised one with its integers, a vector within rounding."""
+    values = values.astype(np.float32)
+    if scale is not None:
+        factors = np.repeat(scale.astype(np.float32), values.shape[1] // scale.shape[1], axis=1)
+        return np.array_equal(np.round(written / factors), np.round(values / factors))
+    # A Gemma's norms are stored plus 1.
+    return _same_bytes(written, values) if values.ndim > 1 else np.allclose(written, values, rtol=0, atol=2**-22)
 
 
 def _readable(folder: Path) -> int:

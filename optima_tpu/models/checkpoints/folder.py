@@ -260,6 +260,9 @@ def _not_a_model(folder: Path) -> str:
 
 
 def _no_weights(folder: Path) -> str:
+    ggufs = sorted(folder.glob("*.gguf"))
+    if ggufs:
+        return f"{folder} has its weights in a GGUF file; to open it, give that: {ggufs[0]}"
     pickles = sorted(folder.glob("pytorch_model*.bin"))
     if pickles:
         return f"{folder} has its weights only in the pickle format ({pickles[0].name}): {_CONVERT}"

@@ -201,6 +201,13 @@ def _rope_scaling(own: dict[str, Any], factors: np.ndarray | None, theta: float,
     return None
 
 
+def llama3_factors(factor: float, theta: float, d_head: int) -> np.ndarray:
+    """The divisor of each rotary frequency, float64[d_head / 2], for the constants that every published Llama 3.x has."""
+    turns = 8192 * theta ** (-np.arange(0, d_head, 2, dtype=np.float64) / d_head) / (2 * math.pi)
+    blend = np.clip((turns - 1.0) / (4.0 - 1.0), 0.0, 1.0)
+    return 1 / ((1 - blend) / factor + blend)
+
+
 def _llama3_scaling(factors: np.ndarray, theta: float, d_head: int) -> dict[str, Any]:
     """The llama3 rope scaling that gives these factors, for the constants that every published Llama 3.x has.
 
@@ -218,9 +225,7 @@ def _llama3_scaling(factors: np.ndarray, theta: float, d_head: int) -> dict[str,
         "high_freq_factor": 4.0,
         "original_max_position_embeddings": 8192,
     }
-    turns = 8192 * theta ** (-np.arange(0, d_head, 2, dtype=np.float64) / d_head) / (2 * math.pi)
-    blend = np.clip((turns - 1.0) / (4.0 - 1.0), 0.0, 1.0)
-    expected = 1 / ((1 - blend) / factor + blend)
+    expected = llama3_factors(factor, theta, d_head)
     if factors.shape != expected.shape or not np.allclose(factors, expected, rtol=1e-5):
         raise UserError(
             "the GGUF file scales its rotary frequencies (rope_freqs.weight) in another way than Llama 3.x "

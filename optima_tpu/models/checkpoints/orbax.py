@@ -294,9 +294,9 @@ class OrbaxTensors:
         return tuple(sorted(self._found["scales"]))
 
     def _with_its_block(self, group: str, name: str) -> np.ndarray:
-        wanted = group, _block_of(name)
+        wanted = group, block_of(name)
         if self._held[0] != wanted:
-            together = {other for other in self._found[group] if _block_of(other) == _block_of(name)}
+            together = {other for other in self._found[group] if block_of(other) == block_of(name)}
             self._held = wanted, self._load(group, together)
         return self._held[1][name]
 
@@ -334,7 +334,7 @@ class CheckpointTensors(OrbaxTensors):
         super().__init__(trees)
 
 
-def _block_of(name: str) -> str:
+def block_of(name: str) -> str:
     """The part of a tensor's name that all tensors of its block share; the whole name if it belongs to no block."""
     match = _BLOCK.match(name)
     return match[1] if match else name

@@ -1,0 +1,114 @@
+"""Models as GGUF files: what llama.cpp's converter would write, which transformers and this program read as the same model."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from optima_tpu.errors import UserError
+from optima_tpu.models.checkpoints import open_model
+from optima_tpu.models.checkpoints.gguf_export import GGUFModel, Stored
+from tests.models import test_gguf_families, test_weights
+from tests.support.references import LINEAR, LLAMA3, YARN
+from tests.support.tiny_models import byte_tokenizer, tiny_folder
+
+
+def write(path, opened) -> GGUFModel:
+    model = GGUFModel.of(opened, {})
+    model.write(path, (Stored(name, opened.tensors.read(name)) for name in model.kinds))
+    model.reopened(path)
+    return model
+
+
+@pytest.mark.parametrize("arch", ["llama", "qwen2", "gemma3"])
+def test_a_file_that_is_written_again_says_the_same(tmp_path, arch):
+    """The first one is written as llama.cpp's converter writes it."""
+    first, second = tmp_path / "first.gguf", tmp_path / "second.gguf"
+    if arch == "llama":
+        test_weights.write_gguf(first, test_weights.llama_tensors())
+    else:
+        test_gguf_families.write(first, arch)
+    opened = open_model(str(first))
+    write(second, opened)
+    again = open_model(str(second))
+    assert again.assets.keys() == opened.assets.keys()
+    for name in opened.assets.keys() - {"tokenizer.json"}:
+        assert json.loads(again.assets[name]) == json.loads(opened.assets[name]), name
+    vocabularies = [json.loads(each.assets["tokenizer.json"])["model"]["vocab"] for each in (opened, again)]
+    assert vocabularies[0] == vocabularies[1]
+    states = [
+        AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=path.name, dtype="float32").state_dict()
+        for path in (first, second)
+    ]
+    for name in opened.tensors.names():
+        # Gemma's norms plus 1, minus 1.
+        np.testing.assert_allclose(again.tensors.read(name), opened.tensors.read(name), atol=2**-22 if "norm" in name else 0)
+        assert torch.allclose(states[0][name], states[1][name], atol=2**-22), name
+
+
+@pytest.mark.parametrize(
+    ("dtype", "settings"),
+    [
+        ("bfloat16", {}),
+        ("float16", dict(head_dim=16, tie_word_embeddings=False)),
+        ("bfloat16", dict(attention_bias=True, mlp_bias=True)),
+        ("float32", dict(head_dim=16, rope_parameters=LLAMA3 | dict(rope_theta=5e5, original_max_position_embeddings=8192))),
+    ],
+    ids=["tied", "untied", "biases", "llama3"],
+)
+def test_a_pruned_llama_comes_back_bit_for_bit(tmp_path, dtype, settings):
+    """To this program with its whole configuration; to transformers where it reads biases and rotations from GGUF."""
+
+    def half(arrays):
+        for name, array in arrays.items():
+            if "proj.weight" in name:
+                array[:, ::2] = 0
+
+    folder = tiny_folder(tmp_path / "model", dtype=dtype, change=half, num_hidden_layers=2, **settings)
+    opened = open_model(str(folder))
+    write(folder / "model.gguf", opened)
+    again = open_model(str(folder / "model.gguf"), dtype).tensors
+    assert again.names() == opened.tensors.names()
+    for name in again.names():
+        assert again.read(name).tobytes() == opened.tensors.read(name).tobytes(), name
+    if "attention_bias" in settings or "rope_parameters" in settings:
+        return
+    with torch.no_grad():
+        found, expected = (
+            AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)(torch.arange(48).reshape(2, 24)).logits
+            for options in ({"gguf_file": "model.gguf"}, {})
+        )
+    assert torch.equal(found, expected)
+
+
+def change_tokenizer(folder):
+    tokenizer = byte_tokenizer()
+    tokenizer._tokenizer.pre_tokenizer = None
+    tokenizer.save_pretrained(folder)
+
+
+def change_config(**entries):
+    def change(folder):
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | entries))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (change_tokenizer, "expected a tokenizer that GGUF can name"),
+        (change_config(architectures=["MistralForCausalLM"], model_type="mistral"), "expected a model of architecture Llama"),
+        (change_config(rope_parameters=LLAMA3), "describes, got rope .*original_length=16"),
+        (change_config(rope_parameters=LINEAR), "describes, got one of which .* llama.rope.scaling"),
+        (change_config(rope_parameters=YARN), "llama describes, got rope"),
+    ],
+)
+def test_what_a_gguf_file_can_not_say_is_refused(tmp_path, change, message):
+    folder = tiny_folder(tmp_path / "model", num_hidden_layers=1)
+    change(folder)
+    with pytest.raises(UserError, match=message):
+        write(tmp_path / "m.gguf", open_model(str(folder)))
