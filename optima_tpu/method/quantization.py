@@ -211,8 +211,9 @@ class _Grid:
     dtype: np.dtype
 
     def stored(self, values: Array) -> Array:
-        """Values as they come back from the dtype. Adds 0.0, which turns -0.0 into 0.0."""
-        return values.astype(self.dtype).astype(jnp.float32) + 0.0
+        """Values as they come back from the dtype, with 0.0 for -0.0: an integer has no other zero."""
+        back = values.astype(self.dtype).astype(jnp.float32)
+        return jnp.where(back == 0, 0.0, back)  # XLA would drop the addition of 0.0
 
     def nearest(self, weight: Array, scale: Array) -> Array:
         """The numbers with the integers that are nearest to ``weight / scale``."""
