@@ -18,7 +18,7 @@ from optima_tpu.models.checkpoints.export import export, read_masks
 from optima_tpu.models.checkpoints.orbax import CheckpointTensors, write_checkpoint
 from optima_tpu.models.checkpoints.source import DTYPES
 from optima_tpu.pipeline.journal import open_journal
-from tests.support.fake_run import MANIFEST, finished_run, on_host, small_model
+from tests.support.fake_run import MANIFEST, assert_same, finished_run, on_host, small_model
 from tests.support.meshes import mesh
 from tests.support.runs import SMALL, folder_tensors, only_error
 from tests.support.tiny_models import MemoryTensors, tiny_folder
@@ -61,6 +61,33 @@ def assert_the_same(out: Path, plain: Path, bits: int) -> None:
     counted = {layer["name"]: layer["pruned"] for layer in json.loads((out / "optima_tpu.json").read_text())["layers"]}
     assert counted == {name: int((dense[name] == 0).sum()) for name in masks}
     assert torch.equal(logits(out), logits(plain))
+    for dtype in (None, "float16"):  # as this program reads both
+        mine, theirs = (open_model(str(folder), dtype) for folder in (out, plain))
+        assert mine.tensors.names() == theirs.tensors.names() and "quantization_config" not in mine.config.to_dict()
+        for name in mine.tensors.names():
+            for index in ((...,), (slice(3, 9),), (..., slice(-8, None))):
+                assert_same(mine.tensors.read(name, index), theirs.tensors.read(name, index))
+
+
+def assert_activations_are_rounded(out: Path, plain: Path, weights) -> None:
+    """The integers of the run, and layers of transformers whose inputs have 8 bits, token by token."""
+    stored, dense = folder_tensors(out), folder_tensors(plain)
+    assert all(stored[name].dtype == np.int8 and ((stored[name] == 0) == (dense[name] == 0)).all() for name in weights)
+    model = AutoModelForCausalLM.from_pretrained(out, dtype="float32")
+    seen = {}
+    for name, module in model.named_modules():
+        if name + ".weight" in weights:
+            module.register_forward_hook(lambda module, inputs, output, name=name: seen.update({name: (inputs[0], output)}))
+    with torch.no_grad():
+        model(torch.arange(48).reshape(2, 24))
+    assert len(seen) == len(weights)
+    for name, (inputs, output) in seen.items():
+        x = inputs.numpy()
+        scale = np.abs(x).max(axis=-1, keepdims=True) / 127.5
+        rounded = np.clip(np.round(x / scale), -128, 127) * scale
+        expected, unrounded = (each @ dense[name + ".weight"].astype(np.float32).T for each in (rounded, x))
+        error = np.abs(output.numpy() - expected).max()
+        assert error < 1e-2 * np.abs(output.numpy() - unrounded).max(), name
 
 
 def assert_gguf_is_the_same(out: Path, plain: Path, bits: int, weights, scales) -> None:
@@ -111,6 +138,13 @@ def test_every_width_and_dtype_comes_back(tmp_path, bits, dtype):
         export(tmp_path / "run", out, form=form)
     assert_the_same(tmp_path / "out", tmp_path / "plain", bits)
     assert_gguf_is_the_same(tmp_path / "gguf", tmp_path / "plain", bits, weights, scales)
+    if (bits, dtype) == (8, "float32"):
+        export(tmp_path / "run", tmp_path / "w8a8", form="compressed-tensors-w8a8")
+        assert_activations_are_rounded(tmp_path / "w8a8", tmp_path / "plain", weights)
+        with pytest.raises(
+            UserError, match="in the format pack-quantized, got 'int-quantized'; this program reads integers of weights alone"
+        ):
+            open_model(str(tmp_path / "w8a8"))
 
 
 def test_the_report_has_the_errors_around_the_quantisation(run):
@@ -123,6 +157,33 @@ def test_the_report_has_the_errors_around_the_quantisation(run):
         assert before < stored < nearest
     scales = CheckpointTensors(run).scales(CheckpointTensors(run).quantized())
     assert len(scales) == len(layers) == 2 and {scale.shape for scale in scales.values()} == {(32, 2)}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda said, weights: weights.update(symmetric=False), "expected symmetric integers"),
+        (lambda said, weights: weights.update(actorder="group"), "actorder: expected null, got str"),
+        (lambda said, weights: weights.update(num_bits=3), "num_bits: invalid enum value 3"),
+        (lambda said, weights: weights.update(num_bits=8), "expected integers and scales of"),
+        (
+            lambda said, weights: said.update(quant_method="gptq"),
+            r"the weights are quantised \(gptq\): give the unquantised model",
+        ),
+    ],
+)
+def test_integers_that_are_stored_otherwise_are_refused(run, tmp_path, change, message):
+    export(run, tmp_path / "out", form="compressed-tensors")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    change(config["quantization_config"], config["quantization_config"]["config_groups"]["group_0"]["weights"])
+    (tmp_path / "out" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=message):
+        open_model(str(tmp_path / "out"))
+
+
+def test_activations_need_integers_by_rows(run, tmp_path):
+    with pytest.raises(UserError, match="--quantize int8 --quantize.group null .* got .* with int4 by groups of 16"):
+        export(run, tmp_path / "out", form="compressed-tensors-w8a8")
 
 
 def test_groups_that_are_no_blocks_are_refused(run, tmp_path):

@@ -7,18 +7,48 @@ vllm-project/compressed-tensors ``compressors/pack_quantized``):
     NAME.weight_scale    [d_out, groups] in the dtype of the weight
     NAME.weight_shape    [2] int64
 
-``config.json`` says so under ``quantization_config``. Weights of 8 bits are packed too: what the library calls ``int-quantized``
-is for models whose activations are quantised as well, and vLLM refuses it for others.
+``config.json`` says so under ``quantization_config``. Weights of 8 bits are packed too. What the library calls ``int-quantized``
+(``compressors/naive_quantized``) is for models whose activations are quantised as well, and vLLM refuses it for others. There the
+weight is ``NAME.weight`` int8, with ``NAME.weight_scale``, and whoever loads the model rounds the inputs of a layer to 8 bits, with a
+scale for each token.
 """
 
+import json
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Annotated, Any, Literal, NotRequired, TypedDict
 
+import msgspec
 import numpy as np
 
+from optima_tpu.errors import UserError
 from optima_tpu.method.quantization import Quantizer
+from optima_tpu.models.checkpoints.declared import Declared
+from optima_tpu.models.checkpoints.source import DTYPES, Index, TensorSource, whole_slices
+from optima_tpu.runtime.records import check_record, parse_record
 
 PACKED, SCALE, SHAPE = "weight_packed", "weight_scale", "weight_shape"
+
+
+_READ = "this program reads integers of weights alone: give the run, its hf/, or the unquantised model"
+
+
+class _Weights(TypedDict):
+    num_bits: Literal[4, 8]
+    type: Literal["int"]
+    strategy: Literal["channel", "group"]
+    symmetric: NotRequired[bool]
+    actorder: NotRequired[None]
+
+
+class _Group(TypedDict):
+    weights: _Weights
+    input_activations: NotRequired[None]
+
+
+class _Scheme(TypedDict):
+    """What is read of a quantization_config."""
+
+    config_groups: Annotated[dict[str, _Group], msgspec.Meta(min_length=1, max_length=1)]
 
 
 def integers(name: str, weight: np.ndarray, scale: np.ndarray, bits: int) -> np.ndarray:
@@ -56,9 +86,17 @@ def pack(values: np.ndarray, bits: int) -> np.ndarray:
     return words.astype("<u4").view("<i4")
 
 
-def compressed(name: str, weight: np.ndarray, scale: np.ndarray, bits: int) -> dict[str, np.ndarray]:
-    """The tensors that stand for a quantised weight ``NAME.weight``, by name."""
+def unpack(words: np.ndarray, bits: int, columns: int) -> np.ndarray:
+    """The integers [d_out, columns] int8 in words [d_out, ceil(columns * bits / 32)] int32: the inverse of :func:`pack`."""
+    fields = words.view(np.uint32)[..., None] >> np.arange(0, 32, bits, dtype=np.uint32) & np.uint32(2**bits - 1)
+    return (fields.reshape(len(words), -1)[:, :columns].astype(np.int16) - 2 ** (bits - 1)).astype(np.int8)
+
+
+def compressed(name: str, weight: np.ndarray, scale: np.ndarray, bits: int, activations: bool = False) -> dict[str, np.ndarray]:
+    """The tensors that stand for a quantised weight ``NAME.weight``, by name. See :func:`quantization_config`."""
     module = name.removesuffix("weight")
+    if activations:
+        return {name: integers(name, weight, scale, bits), module + SCALE: np.ascontiguousarray(scale)}
     return {
         module + PACKED: pack(integers(name, weight, scale, bits), bits),
         module + SCALE: np.ascontiguousarray(scale),
@@ -66,13 +104,15 @@ def compressed(name: str, weight: np.ndarray, scale: np.ndarray, bits: int) -> d
     }
 
 
-def quantization_config(quantizer: Quantizer, others: Iterable[str]) -> Mapping[str, Any]:
+def quantization_config(quantizer: Quantizer, others: Iterable[str], activations: bool = False) -> Mapping[str, Any]:
     """What ``config.json`` says under ``quantization_config``.
 
     Args:
       quantizer: bits and group of the integers.
       others: the names of the modules that are not quantised, as far as they may be linear layers.
+      activations: whether the inputs of quantised layers are rounded to 8 bits, token by token, when the model runs.
     """
+    inputs = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True} if activations else None
     weights = {
         "num_bits": quantizer.bits,
         "type": "int",
@@ -83,11 +123,80 @@ def quantization_config(quantizer: Quantizer, others: Iterable[str]) -> Mapping[
     }
     return {
         "quant_method": "compressed-tensors",
-        "format": "pack-quantized",
+        "format": "int-quantized" if activations else "pack-quantized",
         "quantization_status": "compressed",
         "config_groups": {
-            "group_0": {"targets": ["Linear"], "weights": weights, "input_activations": None, "output_activations": None}
+            "group_0": {"targets": ["Linear"], "weights": weights, "input_activations": inputs, "output_activations": None}
         },
         "ignore": sorted({*others, "lm_head"}),
         "kv_cache_scheme": None,
     }
+
+
+def without_quantization(config: bytes, where: str) -> tuple[bytes, int | None]:
+    """config.json of the model with its weights multiplied out, and the bits of their integers; None if config.json names none.
+
+    Raises:
+      UserError: the weights are stored by compressed-tensors in another way than a weight-only, symmetric ``pack-quantized``.
+    """
+    record: dict[str, Any] = dict(parse_record(config, Declared, f"{where}: config.json", "check the file, or download it again"))
+    said = record.get("quantization_config") or {}
+    if said.get("quant_method") != "compressed-tensors":
+        return config, None
+    if said.get("format") != "pack-quantized":
+        raise UserError(f"{where}: expected integers in the format pack-quantized, got {said.get('format')!r}; {_READ}")
+    check_record(said, _Scheme, f"{where}: config.json", _READ, inside="quantization_config.")
+    (weights,) = (group["weights"] for group in said["config_groups"].values())
+    if not weights.get("symmetric", True):
+        raise UserError(f"{where}: expected symmetric integers, with zero among them, got others; {_READ}")
+    del record["quantization_config"]
+    return json.dumps(record, indent=2).encode() + b"\n", weights["num_bits"]
+
+
+class DequantizedSource:
+    """Tensors of a folder of integers and scales, multiplied out on reading as :func:`integers` takes them apart.
+
+    Args:
+      stored: the tensors in the folder, in their own dtypes.
+      bits: of the integers.
+      dtype: the dtype to which float tensors are cast, after the rounding to the dtype of the scales; None keeps it.
+
+    Raises:
+      UserError: the tensors of a weight do not fit one another.
+    """
+
+    def __init__(self, stored: TensorSource, bits: int, dtype: np.dtype | None):
+        self._stored, self._bits, self._cast = stored, bits, dtype
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        names = set(stored.names())
+        for module in sorted(name.removesuffix(PACKED) for name in names if name.endswith("." + PACKED)):
+            if missing := {module + SCALE, module + SHAPE} - names:
+                raise UserError(f"expected {min(missing)} beside {module + PACKED}, got none: export the model again")
+            shape = tuple(map(int, stored.read(module + SHAPE)))
+            words, scales = stored.shape(module + PACKED), stored.shape(module + SCALE)
+            if len(shape) != 2 or words != (shape[0], -(-shape[1] * bits // 32)) or scales[0] != shape[0] or shape[1] % scales[1]:
+                raise UserError(
+                    f"{module}weight: expected integers and scales of {shape}, got {words} and {scales}: export the model again"
+                )
+            self._shapes[module + "weight"] = shape
+            names -= {module + PACKED, module + SCALE, module + SHAPE}
+        self._names = tuple(sorted(names | self._shapes.keys()))
+
+    def names(self) -> tuple[str, ...]:
+        return self._names
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._shapes.get(name) or self._stored.shape(name)
+
+    def dtype(self, name: str) -> np.dtype:
+        own = self._stored.dtype(name.removesuffix("weight") + SCALE if name in self._shapes else name)
+        return self._cast if self._cast is not None and own in DTYPES.values() else own
+
+    def read(self, name: str, index: Index = (...,)) -> np.ndarray:
+        if name not in self._shapes:
+            return self._stored.read(name, index).astype(self.dtype(name), copy=False)
+        (rows, columns), shape, module = whole_slices(index, self._shapes[name]), self._shapes[name], name.removesuffix("weight")
+        scale = self._stored.read(module + SCALE, (rows,))
+        factors = np.repeat(scale.astype(np.float32), shape[1] // scale.shape[1], axis=1)
+        found = unpack(self._stored.read(module + PACKED, (rows,)), self._bits, shape[1]) * factors
+        return found[:, columns].astype(scale.dtype).astype(self.dtype(name))

@@ -9,15 +9,16 @@
     OUT/sha256-all.json             the checksums of these files
 
 or to the same folder packed, with packed-model.safetensors and packed.json in place of weights and masks; see ``packed.py``. The
-form ``compressed-tensors`` stores the integers and scales of a quantised run in the place of its weights; see
-``compressed_tensors.py``. The form ``gguf`` stores weights, configuration and tokenizer in model.gguf; see ``gguf_export.py``.
+form ``compressed-tensors`` stores the integers and scales of a quantised run in the place of its weights, and
+``compressed-tensors-w8a8`` asks for quantised activations too; see ``compressed_tensors.py``. The form ``gguf`` stores weights, configuration and tokenizer in model.gguf; see ``gguf_export.py``.
 
 The weights are dense: no current library reads a packed 2:4 file, and a ``sparsity_config`` makes some refuse to load.
 """
 
+import functools
 import itertools
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -50,7 +51,7 @@ from optima_tpu.runtime.records import known_record, read_record
 SIDECAR = "optima_tpu.json"
 FOLDER = "hf"
 """The name of the export in the directory of its run."""
-PLAIN, PACKED, COMPRESSED, GGUF = FORMATS = ("plain", "packed", "compressed-tensors", "gguf")
+PLAIN, PACKED, COMPRESSED, W8A8, GGUF = FORMATS = ("plain", "packed", "compressed-tensors", "compressed-tensors-w8a8", "gguf")
 """The forms of an export."""
 GGUF_FILE = "model.gguf"
 
@@ -97,8 +98,8 @@ def export(
     stacks = stacks_of(json.loads(assets["config.json"]).get("architectures"))
     if stacks and form != PLAIN:
         raise UserError(f"expected --format {PLAIN} for a model that stores its experts in one tensor, got {form}: not supported")
-    stacked = Stacked(source, stacks)
-    quantizer = _quantizer(source, run_directory) if form == COMPRESSED or (form == GGUF and source.quantized()) else None
+    stacked, integers = Stacked(source, stacks), form in (COMPRESSED, W8A8)
+    quantizer = _quantizer(source, run_directory, form) if integers or (form == GGUF and source.quantized()) else None
     file = _gguf(source, assets, run_directory, quantizer) if form == GGUF else None
     with writing(out, "nothing was left there; make room or choose another folder, and repeat the command"):
         if _is_damaged_export(out, source.run["manifest"], own=out.parent == run):
@@ -113,9 +114,12 @@ def export(
             if file is not None:
                 shards, zeros = [GGUF_FILE], _write_gguf(source, patterns, partial, file)
             else:
-                shards, zeros = _write_shards(source, stacked, patterns, partial, max_shard_size, packer, quantizer)
-            if form == COMPRESSED and quantizer is not None:
-                _say_quantized(partial / "config.json", source, quantizer)
+                compress = (
+                    None if quantizer is None else functools.partial(compressed, bits=quantizer.bits, activations=form == W8A8)
+                )
+                shards, zeros = _write_shards(source, stacked, patterns, partial, max_shard_size, packer, compress)
+            if integers and quantizer is not None:
+                _say_quantized(partial / "config.json", source, quantizer, form == W8A8)
             if packer is None:
                 with written_here(partial / MASKS) as here:
                     write_masks(here, ((name, source.mask(name)) for name in source.pruned()))
@@ -192,13 +196,14 @@ def _write_shards(
     folder: Path,
     limit: int | str,
     packer: Packer | None,
-    quantizer: Quantizer | None,
+    compress: Callable[[str, np.ndarray, np.ndarray], dict[str, np.ndarray]] | None,
 ) -> tuple[list[str], dict[str, int]]:
     """Writes and checks the weights. A ``packer`` packs each file, which is then removed.
 
     Args:
       stacked: how the tensors stand in the files.
-      quantizer: of the run, to store integers and scales in the place of the quantised weights.
+      compress: makes the tensors that are stored in the place of a quantised weight, from its name, values and scales; None stores
+        the weight.
 
     Returns:
       The names of the files, and the number of zeros in each pruned weight, counted in the file.
@@ -221,10 +226,10 @@ def _write_shards(
             tensors[name] = _exact_zeros(name, tensors[name], keep)
         # safetensors writes the buffer in memory order: without this a transposed view would be saved wrongly.
         tensors = {name: np.ascontiguousarray(stacked.joined(name, tensors)).reshape(stacked.shape(name)) for name in names}
-        if quantizer is not None:
+        if compress is not None:
             for name, scale in source.scales(names).items():
                 zeros[name] = _zeros(name, tensors[name] == 0, masks[name], patterns)
-                tensors |= compressed(name, tensors.pop(name), scale, quantizer.bits)
+                tensors |= compress(name, tensors.pop(name), scale)
         weight_map |= dict.fromkeys(tensors, file_name)
         size += sum(array.nbytes for array in tensors.values())
         with written_here(folder / file_name) as here:
@@ -335,28 +340,34 @@ def _zeros(name: str, zero: np.ndarray, keep: np.ndarray, patterns: Mapping[str,
     return int(zero.sum())
 
 
-def _quantizer(source: CheckpointTensors, run_directory: Path) -> Quantizer:
+def _quantizer(source: CheckpointTensors, run_directory: Path, form: str) -> Quantizer:
     """The quantizer of a run, with the bits and the group of its integers.
 
     Raises:
-      UserError: the run did not quantise.
+      UserError: the run did not quantise, or not as the form needs it.
     """
     recorded = source.run["manifest"]["recipe"].get("quantize")
     cls = CHOICES["quantize"].get(recorded["name"]) if recorded else None
     if recorded is None or cls is None or not source.quantized():
         raise UserError(
-            f"expected a run with --quantize int4 or int8 to export as {COMPRESSED}, got {run_directory}, whose weights are no "
+            f"expected a run with --quantize int4 or int8 to export as {form}, got {run_directory}, whose weights are no "
             "integers; take --format plain or packed"
         )
     quantizer: Quantizer = cls(group=recorded["group"])
+    if form == W8A8 and (quantizer.bits, quantizer.group) != (8, None):
+        raise UserError(
+            f"expected a run with --quantize int8 --quantize.group null to export as {W8A8}, whose programs take a scale for each "
+            f"row, got {run_directory} with {quantizer}; take --format {COMPRESSED}"
+        )
     return quantizer
 
 
-def _say_quantized(path: Path, source: CheckpointTensors, quantizer: Quantizer) -> None:
+def _say_quantized(path: Path, source: CheckpointTensors, quantizer: Quantizer, activations: bool) -> None:
     """Adds the quantisation to a folder's config.json."""
     quantized = set(source.quantized())
     others = (name for name in source.names() if name.endswith(".weight") and len(source.shape(name)) == 2)
-    said = quantization_config(quantizer, (name.removesuffix(".weight") for name in others if name not in quantized))
+    modules = (name.removesuffix(".weight") for name in others if name not in quantized)
+    said = quantization_config(quantizer, modules, activations)
     path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": said}, indent=2) + "\n")
 
 

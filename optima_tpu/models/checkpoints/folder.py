@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 
 from optima_tpu.errors import UserError
 from optima_tpu.models.checkpoints import packed
+from optima_tpu.models.checkpoints.compressed_tensors import DequantizedSource, without_quantization
 from optima_tpu.models.checkpoints.source import (
     DTYPES,
     Index,
@@ -182,13 +183,17 @@ def open_folder(folder: Path, origin: str, dtype: str | None = None) -> Pretrain
         raise UserError(_not_a_model(folder))
     _refuse_links(folder)
     assets = assets_in(folder)
-    tensors: SafetensorsSource | PackedSource
+    assets["config.json"], bits = without_quantization(assets["config.json"], str(folder))
+    tensors: TensorSource
     if (folder / packed.INDEX).is_file():
-        tensors = PackedSource(folder, cast)
-        tensors.check_assets(assets)
-        files = tensors.files()
-    else:
+        tensors = packed_tensors = PackedSource(folder, cast)
+        packed_tensors.check_assets(assets)
+        files = packed_tensors.files()
+    elif bits is None:
         tensors, files = _open_shards(folder, cast)
+    else:
+        stored, files = _open_shards(folder, None)
+        tensors = DequantizedSource(stored, bits, cast)
     config, assets["config.json"] = read_config(assets["config.json"], str(folder), dtype)
     stacks, known = stacks_of(config.architectures), fingerprint(assets["config.json"], tensors, files)
     source: TensorSource = Unstacked(tensors, stacks) if stacks else tensors
