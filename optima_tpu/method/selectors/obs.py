@@ -25,8 +25,9 @@ class Sweep(Selector):
     group: ClassVar[Literal["row", "layer"]] = "layer"
 
     def __call__(self, problem: LayerProblem, pattern: Pattern) -> Pruned:
-        pattern.pruned_count(problem.weight.shape)  # raises where the pattern does not fit the layer
-        order = pattern.order(problem.weight.shape[1])
+        rows, columns = problem.weight.shape
+        pattern.pruned_count((rows, columns))  # raises where the pattern does not fit the layer
+        order = pattern.order(columns)
         if order is None:
             return self.sweep(problem, pattern)
         back = np.argsort(order)

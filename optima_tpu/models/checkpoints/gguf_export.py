@@ -88,10 +88,11 @@ class GGUFModel:
         """
         config, source = pretrained.config, pretrained.tensors
         names = [each.model for each in ARCHITECTURES.values()]
-        found = next((each for each in ARCHITECTURES.values() if each.model in (config.architectures or ())), None)
+        mine = config.architectures or []
+        found = next((each for each in ARCHITECTURES.values() if each.model in mine), None)
         if found is None:
             raise UserError(
-                f"expected a model of architecture {', '.join(names)} for a GGUF file, got {', '.join(config.architectures)}; {_INSTEAD}"
+                f"expected a model of architecture {', '.join(names)} for a GGUF file, got {', '.join(mine)}; {_INSTEAD}"
             )
         own, factors = _own(config)
         rows = source.shape("model.embed_tokens.weight")[0]
@@ -240,7 +241,7 @@ def _integer_blocks(name: str, weight: np.ndarray, scale: np.ndarray, kind: Kind
         )
     half = np.repeat(half, group // BLOCK, axis=1)[..., None]
     if kind is Kind.Q8_0:
-        fields = values.view(np.uint8)
+        fields: np.ndarray = values.view(np.uint8)
     else:
         low, high = np.split((values + 8).astype(np.uint8), 2, axis=-1)
         fields = low | high << 4

@@ -44,7 +44,7 @@ def vocabulary(pretrained: Pretrained, architecture: Architecture, rows: int, ow
     tokenizer = load_tokenizer(pretrained)
     core = getattr(tokenizer, "backend_tokenizer", None)
     said = json.loads(core.to_str()) if core is not None else {"model": {}}
-    if said["model"].get("type") != "BPE":
+    if core is None or said["model"].get("type") != "BPE":
         raise UserError(f"expected a BPE tokenizer for a GGUF file, got {type(tokenizer).__name__}; {_INSTEAD}")
     # transformers adds the default tokens of a class beyond the vocabulary of a model that has none of them.
     said["added_tokens"] = [token for token in said["added_tokens"] if token["id"] < rows]
@@ -58,7 +58,7 @@ def vocabulary(pretrained: Pretrained, architecture: Architecture, rows: int, ow
     fields["tokenizer.ggml.add_bos_token"] = ends[:1] == [tokenizer.bos_token_id]
     fields["tokenizer.ggml.add_eos_token"] = ends[-1:] == [tokenizer.eos_token_id]
     for names in _rules(said, architecture):
-        again = Tokenizer.from_str(tokenizer_files(own | fields | names, architecture)["tokenizer.json"].decode())
+        again = Tokenizer.from_str(tokenizer_files({**own, **fields, **names}, architecture)["tokenizer.json"].decode())
         if _same(core, again, [token["content"] for token in said["added_tokens"]]):
             return fields | names
     raise UserError(f"expected a tokenizer that GGUF can name, got one that splits or merges text otherwise; {_INSTEAD}")
