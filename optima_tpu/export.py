@@ -42,9 +42,9 @@ def make_parser() -> Parser:
         choices=FORMATS,
         default=PLAIN,
         help="plain: every weight in the dtype of the source; packed: as --packed; compressed-tensors: the integers and scales of a "
-        "run with --quantize, for transformers with the package compressed-tensors, and for vLLM; compressed-tensors-w8a8: the same of a run with int8 by rows, "
-        "with activations rounded to 8 bits when the model runs; gguf: a file for llama.cpp, of Llama, "
-        "Qwen 2 and Gemma 3 (default: %(default)s)",
+        "run with --quantize, for transformers with the package compressed-tensors, and for vLLM; compressed-tensors-w8a8: the same of "
+        "a run with int8 by rows, with activations rounded to 8 bits when the model runs; gguf: a file for llama.cpp, of Llama, Qwen 2 "
+        "and Gemma 3 (default: %(default)s)",
     )
     return parser
 

@@ -10,7 +10,8 @@
 
 or to the same folder packed, with packed-model.safetensors and packed.json in place of weights and masks; see ``packed.py``. The
 form ``compressed-tensors`` stores the integers and scales of a quantised run in the place of its weights, and
-``compressed-tensors-w8a8`` asks for quantised activations too; see ``compressed_tensors.py``. The form ``gguf`` stores weights, configuration and tokenizer in model.gguf; see ``gguf_export.py``.
+``compressed-tensors-w8a8`` asks for quantised activations too; see ``compressed_tensors.py``. The form ``gguf`` stores weights,
+configuration and tokenizer in model.gguf; see ``gguf_export.py``.
 
 The weights are dense: no current library reads a packed 2:4 file, and a ``sparsity_config`` makes some refuse to load.
 """

@@ -21,8 +21,9 @@ _PROBE = (
     "The quick brown fox didn't jump; I'LL say it's THEY'RE 12345678 times 3.14159 (that's all).",
     "  two spaces, a\ttab,\n\n\nthree lines\r\n and the end  \n   ",
     "def camelCase(someHTTPServer):\n    return a[i]/b // path/to\n\t# \u00dcbergr\u00f6\u00dfe na\u00efve caf\u00e9 cafe\u0301",
-    "\u4e16\u754c\u4f60\u597d\u3001\u65e5\u672c\u8a9e\u306e\u6587\u7ae0\u3067\u3059\u3002 \ud55c\uad6d\uc5b4 \u041f\u0440\u0438\u0432\u0435\u0442, \u043c\u0438\u0440! "
-    "\u0645\u0631\u062d\u0628\u0627 \u0939\u093f\u0928\u094d\u0926\u0940 \u0e20\u0e32\u0e29\u0e32\u0e44\u0e17\u0e22",
+    "\u4e16\u754c\u4f60\u597d\u3001\u65e5\u672c\u8a9e\u306e\u6587\u7ae0\u3067\u3059\u3002 \ud55c\uad6d\uc5b4 ",
+    "\u041f\u0440\u0438\u0432\u0435\u0442, \u043c\u0438\u0440! \u0645\u0631\u062d\u0628\u0627 ",
+    "\u0939\u093f\u0928\u094d\u0926\u0940 \u0e20\u0e32\u0e29\u0e32\u0e44\u0e17\u0e22",
     "\U0001f469\u200d\U0001f52c \u00bd x\u00b2 \u2192 \u221e $5 50% e-mail: a.b@c.de https://x.y/z?q=1&r=2 ___ --- ...!!!",
     "",
     " ",
