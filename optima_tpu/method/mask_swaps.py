@@ -13,7 +13,8 @@ the sets ``K`` of the same size, by the deterministic equivalent of a random pri
     s_j = 1 / [(A + t I)^-1]_jj - t    with t such that    tr A (A + t I)^-1 = |K|
 
 A round exchanges weights whose win exceeds the cost, solves again, and keeps the new mask of a row only if the row's objective
-fell. So no row gets worse, however rough the estimate is.
+fell. So no row gets worse, however rough the estimate is. The given mask is solved in full, and so is the last one. The solves
+between them may be rough, since each point that they reach bounds from above what its mask is worth: ``CG`` takes two steps in each.
 """
 
 import dataclasses
@@ -33,14 +34,14 @@ from optima_tpu.method.linalg.smallest import PASSES_OF_A_MASK
 from optima_tpu.method.patterns import Pattern
 from optima_tpu.method.problem import Endpoint, LayerProblem, Pruned, Solution, endpoint
 from optima_tpu.method.resources import Cost, Footprint
-from optima_tpu.method.solvers import Solver, SolveRows
+from optima_tpu.method.solvers import SolveMask, Solver, SolveRows
 
 # Newton steps for log t, started at its value for an A without correlations. They end after a short step, since each step squares
 # the error.
 _MOST_STEPS = 6
 _SHORT_STEP = 3e-2
-# Inverses for the estimate of ``s``, the final one included: 3 or 4 for layers of SmolLM2, at most 7.
-_INVERSES = 4
+# Inverses for the estimate of ``s``: 2 or 3 for layers of SmolLM2, at most 6.
+_INVERSES = 3
 # The smallest damping of the estimate. Without damping, no t exists if a row keeps more inputs than the rank of the Hessian.
 _LEAST_DAMPING = 1e-3
 
@@ -53,7 +54,7 @@ class Swaps:
     solution.
 
     Attributes:
-      rounds: number of rounds of exchanges. More rounds may find better masks; each costs one more solve.
+      rounds: number of rounds of exchanges. More rounds may find better masks; each costs one more rough solve.
       share: the largest share of a row's inputs that one round exchanges. A row that a round did not improve tries half as many
         exchanges in the next.
     """
@@ -95,15 +96,15 @@ class Exchanging(Solver):
         return Footprint(solver.hessians + 2, solver.vectors + 5)
 
     def cost(self) -> Cost | None:
-        each, solves = self.solver.cost(), self.swaps.rounds + 1
-        # A round counts its pairs in two arrays, and makes two masks.
-        if each is None:
+        full, rough, rounds = self.solver.cost(), self.solver.rough_cost(), self.swaps.rounds
+        if full is None or rough is None:
             return None
         return Cost(
-            products=solves * each.products,
-            passes=solves * each.passes + 4 * (solves - 1) * PASSES_OF_A_MASK,
-            inverses=each.inverses + _INVERSES,
-            factorisations=solves * each.factorisations,
+            products=2 * full.products + rounds * rough.products,
+            # A round counts its pairs in two arrays, and makes two masks.
+            passes=2 * full.passes + rounds * (rough.passes + 4 * PASSES_OF_A_MASK),
+            inverses=full.inverses + _INVERSES,
+            factorisations=2 * full.factorisations + rounds * rough.factorisations,
         )
 
     def __call__(self, problem: LayerProblem, pruned: Pruned) -> Solution:
@@ -115,28 +116,38 @@ class Exchanging(Solver):
         solve = self.solver.prepare(hessian, damping, features)
         schur = schur_diagonal(hessian, damping, kept_share(self.pattern, hessian.shape[0]))
 
-        def of_rows(problem: LayerProblem) -> Callable[[Pruned], Solution]:
-            solve_rows = solve(problem)
+        def of_rows(problem: LayerProblem) -> SolveMask:
+            solve_mask = solve(problem)
 
-            def solved(pruned: Pruned) -> tuple[Solution, Endpoint]:
-                found = solve_rows(pruned)
+            def ended(found: Solution) -> tuple[Solution, Endpoint]:
                 return found, found.end or endpoint(problem, found.weight)
 
-            return lambda pruned: self._exchange(solved, pruned, schur)
+            def solved(pruned: Pruned, rough: bool = False) -> Solution:
+                state = self._start(pruned.keep, *ended(solve_mask(pruned)))
+                state = self._exchanged(lambda pruned: ended(solve_mask(pruned, rough=True)), state, schur)
+                found = solve_mask(Pruned(state.weight, state.keep))
+                return found._replace(steps=state.steps + found.steps, keep=state.keep)
+
+            return solved
 
         return of_rows
 
-    def _exchange(
-        self, solve: Callable[[Pruned], tuple[Solution, Endpoint]], pruned: Pruned, schur: Float32[Array, " d_in"]
-    ) -> Solution:
-        def exchanged(state: _State) -> tuple[Array, Array]:
-            win = jnp.where(schur > 0, state.residual**2 / jnp.where(schur > 0, schur, 1.0), 0.0)
-            return self.pattern.exchange(win, state.weight**2 * schur, state.keep, state.limit)
+    def _start(self, keep: Array, found: Solution, end: Endpoint) -> "_State":
+        rows, inputs = keep.shape
+        most = jnp.full(rows, max(1, int(self.swaps.share * inputs)), jnp.int32)
+        return _State(found.weight, keep, end.value, end.residual, found.steps, most)
 
-        def one_round(index: int | Array, state: _State) -> _State:
-            # The first round solves on the given mask.
-            keep, count = jax.lax.cond(index > 0, exchanged, lambda state: (state.keep, jnp.zeros_like(state.limit)), state)
-            found, end = solve(Pruned(jnp.where(keep, state.weight, 0.0), keep))
+    def _exchanged(
+        self, compared: Callable[[Pruned], tuple[Solution, Endpoint]], state: "_State", schur: Float32[Array, " d_in"]
+    ) -> "_State":
+        """The masks after all rounds."""
+
+        def one_round(_: int | Array, state: _State) -> _State:
+            alone = jnp.where(schur > 0, state.residual / jnp.where(schur > 0, schur, 1.0), 0.0)
+            keep, count = self.pattern.exchange(alone * state.residual, state.weight**2 * schur, state.keep, state.limit)
+            # A weight that comes in starts where it would be the best if no other moved.
+            start = jnp.where(keep, jnp.where(state.keep, state.weight, alone), 0.0)
+            found, end = compared(Pruned(start, keep))
             better = end.value < state.value
 
             def taken(new: Array, old: Array) -> Array:
@@ -147,36 +158,27 @@ class Exchanging(Solver):
                 keep=taken(keep, state.keep),
                 value=taken(end.value, state.value),
                 residual=taken(end.residual, state.residual),
-                gap=taken(found.gap, state.gap),
                 steps=state.steps + found.steps,
-                converged=taken(found.converged, state.converged),
                 limit=jnp.where(better, state.limit, count // 2),
             )
 
-        rows, inputs = pruned.keep.shape
-        state = _State(
-            pruned.weight,
-            pruned.keep,
-            jnp.full(rows, jnp.inf),
-            jnp.zeros(pruned.keep.shape),
-            jnp.full(rows, jnp.inf),
-            jnp.zeros(rows, jnp.int32),
-            jnp.zeros(rows, bool),
-            jnp.full(rows, max(1, int(self.swaps.share * inputs)), jnp.int32),
-        )
-        state = jax.lax.fori_loop(0, self.swaps.rounds + 1, one_round, state)
-        return Solution(state.weight, state.gap, state.steps, state.converged, state.keep)
+        return jax.lax.fori_loop(0, self.swaps.rounds, one_round, state)
 
 
 class _State(NamedTuple):
     weight: Array  # [rows, d_in]
     keep: Array  # [rows, d_in] bool
-    value: Array  # [rows], infinite before the first solve
+    value: Array  # [rows]
     residual: Array  # [rows, d_in], of all inputs
-    gap: Array  # [rows]
     steps: Array  # [rows] int32
-    converged: Array  # [rows] bool
     limit: Array  # [rows] int32, most exchanges in the next round
+
+
+class _Search(NamedTuple):
+    steps: int | Array
+    ridge: Array  # [], t
+    last: Array  # [], the length of the last step in log t
+    schur: Array  # [d_in], s at t
 
 
 def kept_share(pattern: Pattern, inputs: int) -> float:
@@ -200,17 +202,20 @@ def schur_diagonal(hessian: Float32[Array, "d_in d_in"], damping: float, kept: f
     matrix = matrix + max(damping, _LEAST_DAMPING) * eye
     kept = min(max(kept, 0.5 / size), 1 - 0.5 / size)
 
-    def newton(state: tuple[int | Array, Array, Array]) -> tuple[int | Array, Array, Array]:
+    def newton(state: _Search) -> _Search:
         # Finds the root of size - t tr X - |K| in log t; the derivative is t^2 |X|^2 - t tr X < 0.
-        steps, ridge, _ = state
-        found = inverse(matrix + ridge * eye)
-        trace = ridge * jnp.trace(found)
-        slope = trace - ridge**2 * jnp.sum(found * found)
+        found, ridge = inverse(matrix + state.ridge * eye), state.ridge
+        diagonal, squares = jnp.diagonal(found), jnp.sum(found * found, axis=0)
+        trace = ridge * jnp.sum(diagonal)
+        slope = trace - ridge**2 * jnp.sum(squares)
         step = jnp.clip((size * (1 - kept) - trace) / jnp.maximum(slope, 1e-6 * size), -2.0, 2.0)
-        return steps + 1, ridge * jnp.exp(step), jnp.abs(step)
+        following = ridge * jnp.exp(step)
+        # At the following t by the derivative of s: after a short step, an inverse there would find the same.
+        schur = 1 / diagonal - ridge + (following - ridge) * (squares / diagonal**2 - 1)
+        return _Search(state.steps + 1, following, jnp.abs(step), schur)
 
-    start: tuple[int | Array, Array, Array] = (0, jnp.float32((1 + damping) * (1 - kept) / kept), jnp.float32(jnp.inf))
-    _, ridge, _ = jax.lax.while_loop(lambda state: (state[0] < _MOST_STEPS) & (state[2] > _SHORT_STEP), newton, start)
-    schur = jnp.maximum(1 / jnp.diagonal(inverse(matrix + ridge * eye)) - ridge, 0.0)
+    start = _Search(0, jnp.float32((1 + damping) * (1 - kept) / kept), jnp.float32(jnp.inf), jnp.zeros_like(scale))
+    found = jax.lax.while_loop(lambda state: (state.steps < _MOST_STEPS) & (state.last > _SHORT_STEP), newton, start)
+    schur = jnp.maximum(found.schur, 0.0)
     # If there is no inverse in float32, everything is NaN and nothing is exchanged.
     return jnp.where(live & (schur > 0), scale**2 * schur, 0.0)

@@ -106,10 +106,9 @@ class Decoder:
         """Shape of every parameter of a block, by its name inside the block ("self_attn.q_proj.weight")."""
         return _shapes(self._block[1])
 
-    @property
-    def attended_width(self) -> int:
-        """Width of the output of attention, the input of ``Family.attended``."""
-        return self.block_shapes[self.family.attended + ".weight"][1]
+    def input_width(self, name: str) -> int:
+        """Width of the input of a linear layer of a block."""
+        return self.block_shapes[name + ".weight"][1]
 
     @functools.cached_property
     def linears(self) -> tuple[str, ...]:
@@ -188,25 +187,26 @@ class Decoder:
         parameters: Mapping[str, Array],
         hidden: Activations,
         batch: int | None = None,
-        attended: Activations | None = None,
+        known: Mapping[str, Activations] | None = None,
     ) -> None:
         """Runs block ``index`` over the hidden states, in place.
 
         Args:
           batch: stands in for the decoder's.
-          attended: the input of ``Family.attended`` for the same samples if it is known; attention is then not computed.
+          known: inputs of layers for the same samples, by the layer's name; what they depend on is not computed.
         """
         positions, alike, batch = self.positions(index, hidden.values.shape[1]), self.at(index), batch or self.batch
         state = alike.state(parameters)
         with hidden.put_behind() as put:
-            for part, known in zip(hidden.batches(batch), self.known(attended, batch)):
-                put(part.rows, run_block(alike.graph, state, part.hidden, positions, known))
+            for part, inputs in zip(hidden.batches(batch), self.known(known or {}, batch)):
+                put(part.rows, run_block(alike.graph, state, part.hidden, positions, inputs))
 
-    def known(self, attended: Activations | None, batch: int) -> Iterator[dict[str, Array]]:
-        """The known inputs of each batch for :func:`forward`: those of ``Family.attended``, or none."""
-        if attended is None:
+    def known(self, inputs: Mapping[str, Activations], batch: int) -> Iterator[dict[str, Array]]:
+        """The known inputs of each batch for :func:`forward`."""
+        if not inputs:
             return itertools.repeat({})
-        return ({self.family.attended: part.hidden} for part in attended.batches(batch))
+        parts = zip(*(every.batches(batch) for every in inputs.values()))
+        return ({name: part.hidden for name, part in zip(inputs, each)} for each in parts)
 
     def state(self, parameters: Mapping[str, Array | jax.ShapeDtypeStruct]) -> nnx.State:
         """The parameters as the state that belongs to ``graph``."""

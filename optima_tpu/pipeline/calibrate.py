@@ -78,19 +78,19 @@ class Stream(NamedTuple):
     Attributes:
       parameters: the block's parameters by name: as pruned so far, or dense.
       hidden: the hidden states that enter the block.
-      attended: the input of ``Family.attended`` for the same samples. ``Capture.attends`` says whether the pass writes or reads it;
-        None if the pass computes attention and does not keep it.
+      known: inputs of layers for the same samples, by the layer's name, from an earlier pass. What they depend on is not computed.
+      kept: where this pass puts the inputs of layers, by the layer's name.
     """
 
     parameters: Mapping[str, Array]
     hidden: Activations
-    attended: Activations | None = None
+    known: Mapping[str, Activations] = {}
+    kept: Mapping[str, Activations] = {}
 
     def part(self, first: int, last: int) -> "Stream":
         """Samples ``first`` to ``last - 1``, without a copy."""
-        return Stream(
-            self.parameters, self.hidden.part(first, last), None if self.attended is None else self.attended.part(first, last)
-        )
+        known, kept = ({name: every.part(first, last) for name, every in inputs.items()} for inputs in self[2:])
+        return Stream(self.parameters, self.hidden.part(first, last), known, kept)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,14 +106,12 @@ class Capture:
       advance: whether this pass also moves the dense stream through the block, which saves a :meth:`Decoder.apply`.
       borrow: how many tokens of the mean over all tokens count beside an expert's own, for each input of the layer; see
         :func:`accumulate`.
-      attends: whether this pass writes ``Stream.attended``. Otherwise it reads the array, if there is one, and computes no attention.
     """
 
     groups: Groups
     target: Target = SelfTarget()
     energy: bool = False
     advance: bool = False
-    attends: bool = False
     borrow: float = 0.0
 
 
@@ -138,11 +136,12 @@ def accumulate(decoder: Decoder, index: int, capture: Capture, streams: Sequence
     """
     hidden, decoder = streams[0].hidden, decoder.at(index)
     length, states = hidden.values.shape[1], [decoder.state(stream.parameters) for stream in streams]
-    positions, step = decoder.positions(index, length), CaptureStep.of(decoder, capture)
+    step = CaptureStep.of(decoder, capture, [tuple(stream.kept) for stream in streams])
+    positions = decoder.positions(index, length)
     sums = jax.tree.map(_zeros, sums_of(decoder, step, capture.energy))
     wanted = capture.groups if capture.energy else ()
     weights = {name: streams[-1].parameters[name + ".weight"] for names in wanted for name in names}
-    known = [decoder.known(None if capture.attends else stream.attended, decoder.batch) for stream in streams]
+    known = [decoder.known(stream.known, decoder.batch) for stream in streams]
     with contextlib.ExitStack() as stack:
         write = _Writing.of(stack, capture, streams)
         for batches in zip(*(stream.hidden.batches(decoder.batch) for stream in streams)):
@@ -180,27 +179,25 @@ def _by_group(
 
 
 class _Writing(NamedTuple):
-    """Where the results of a pass are put: the hidden states behind the block, and the output of attention of each stream."""
+    """Where the results of a pass are put: the hidden states behind the block, and the inputs that each stream keeps."""
 
     behind: Put | None
-    attended: tuple[Put, ...]
+    kept: tuple[Mapping[str, Put], ...]
 
     @classmethod
     def of(cls, stack: contextlib.ExitStack, capture: Capture, streams: Sequence[Stream]) -> "_Writing":
-        return cls(
-            stack.enter_context(streams[-1].hidden.put_behind()) if capture.advance else None,
-            tuple(
-                stack.enter_context(each.attended.put_behind())
-                for each in streams
-                if capture.attends and each.attended is not None
-            ),
-        )
+        def putting(activations: Activations) -> Put:
+            return stack.enter_context(activations.put_behind())
+
+        behind = putting(streams[-1].hidden) if capture.advance else None
+        return cls(behind, tuple({name: putting(every) for name, every in stream.kept.items()} for stream in streams))
 
     def put(self, rows: np.ndarray, passed: "Passed") -> None:
         if self.behind is not None and passed.output is not None:
             self.behind(rows, passed.output)
-        for put, attended in zip(self.attended, passed.attended, strict=True):
-            put(rows, attended)
+        for kept, inputs in zip(self.kept, passed.kept, strict=True):
+            for name, put in kept.items():
+                put(rows, inputs[name])
 
 
 class ResidualNames(NamedTuple):
@@ -239,7 +236,7 @@ class CaptureStep:
       residuals: from :func:`residual_names`, for each of these.
       borrows: for each of these, whether the products of all tokens are accumulated too.
       advance: whether the output of the last stream is returned.
-      attended: the layer whose input is returned for every stream; None for no layer.
+      kept: for each stream, the layers whose inputs are returned.
     """
 
     graph: Any
@@ -248,16 +245,17 @@ class CaptureStep:
     residuals: tuple[ResidualNames | None, ...]
     borrows: tuple[bool, ...]
     advance: bool = False
-    attended: str | None = None
+    kept: tuple[tuple[str, ...], ...] = ()
 
     @classmethod
-    def of(cls, decoder: Decoder, capture: Capture) -> "CaptureStep":
-        """The step of a capture."""
+    def of(cls, decoder: Decoder, capture: Capture, kept: Sequence[tuple[str, ...]]) -> "CaptureStep":
+        """The step of a capture, with the layers whose inputs each stream keeps."""
         groups = alike(capture.groups)
         residuals = residual_names(decoder, tuple(names for names, *_ in groups), capture.target)
-        attended = decoder.family.attended if capture.attends else None
         borrows = tuple(capture.borrow > 0 and kind_name(names[0]) in decoder.family.shared for names, *_ in groups)
-        return cls(decoder.graph, decoder.mesh, groups, residuals, borrows, capture.advance, attended)
+        return cls(
+            decoder.graph, decoder.mesh, groups, residuals, borrows, capture.advance, tuple(kept[: capture.target.streams])
+        )
 
 
 class Sums(NamedTuple):
@@ -283,10 +281,10 @@ class BlockInput(NamedTuple):
 
 
 class Passed(NamedTuple):
-    """What a step returns besides the sums: the output of the dense block, and for each stream the input of one layer."""
+    """What a step returns besides the sums: the output of the dense block, and the inputs that each stream keeps."""
 
     output: Array | None
-    attended: tuple[Array, ...]
+    kept: tuple[Mapping[str, Array], ...]
 
 
 class BatchTokens(NamedTuple):
@@ -300,7 +298,7 @@ class BatchTokens(NamedTuple):
 def add_batch(
     step: CaptureStep, sums: Sums, streams: tuple[BlockInput, ...], weights: Mapping[str, Array], tokens: BatchTokens
 ) -> tuple[Sums, Passed]:
-    """One step of :func:`accumulate`: the new sums, and what ``advance`` and ``attended`` ask for.
+    """One step of :func:`accumulate`: the new sums, and what ``advance`` and ``kept`` ask for.
 
     Args:
       sums: donated.
@@ -330,10 +328,10 @@ def add_batch(
     # Every process puts away whole samples, so the model axis must hold copies.
     whole = jax.NamedSharding(step.mesh, P(DATA))
     output = jax.lax.with_sharding_constraint(passed[-1][0], whole) if step.advance else None
-    attended = tuple(
-        jax.lax.with_sharding_constraint(found[step.attended], whole) for found in inputs if step.attended is not None
+    kept = tuple(
+        {name: jax.lax.with_sharding_constraint(found[name], whole) for name in names} for found, names in zip(inputs, step.kept)
     )
-    return Sums(tuple(statistics), tuple(totals), tuple(means)), Passed(output, attended)
+    return Sums(tuple(statistics), tuple(totals), tuple(means)), Passed(output, kept)
 
 
 class _Seen(NamedTuple):

@@ -26,9 +26,10 @@ from optima_tpu.method.resources import Footprint
 from optima_tpu.method.row_sharding import ON_EVERY_DEVICE, Layout
 from optima_tpu.method.statistics import Groups
 from optima_tpu.models.decoder import Decoder
+from optima_tpu.models.experts import expert_of
 from optima_tpu.pipeline.calibrate import stages
 from optima_tpu.runtime.device_memory import GIB
-from optima_tpu.runtime.mesh import DATA, MODEL, bytes_on_device, struct_on
+from optima_tpu.runtime.mesh import DATA, MODEL, bytes_on_device, on_cpu, struct_on
 
 # The share of the budget for the Hessians of a pass: while they are accumulated, products and sums of the same size exist too.
 _HESSIANS_SHARE = 0.25
@@ -133,18 +134,31 @@ def block_passes(decoder: Decoder, index: int, groups: Groups, recipe: Recipe, b
     return tuple(itertools.chain.from_iterable(block.passes(part) for part in parts if part))
 
 
-def attention_pass(decoder: Decoder, recipe: Recipe, passes: Sequence[Pass]) -> int | None:
-    """Which pass keeps the output of attention, for the passes behind it and the pruned block; None if attention stays in all.
+class Kept(NamedTuple):
+    """The layers whose inputs a pass keeps, of each stream: the passes behind it and the pruned block go on from these inputs."""
 
-    The decoder is that of the block.
+    pruned: tuple[str, ...] = ()
+    dense: tuple[str, ...] = ()
 
-    It is the first pass behind attention, through the block as pruned so far: what it reads of attention no later layer changes.
+
+def kept_inputs(decoder: Decoder, recipe: Recipe, passes: Sequence[Pass]) -> tuple[Kept, ...]:
+    """What each pass through a block keeps, from the block's decoder; nothing where inputs come from the block before it was pruned.
+
+    The first pass behind attention, through the block as pruned so far, keeps the output of attention: no later layer changes it.
+    The last pass keeps the input of its layer, if it is one layer, for the pruned block. It does so on CPU devices only, which share
+    the memory of the host: on others the input, often the widest of the block, takes longer to move than to compute.
     """
-    if not recipe.recapture:
-        return None
-    first = decoder.linears.index(decoder.family.attended)
+    kept = [Kept()] * len(passes)
+    if not recipe.recapture or not passes:
+        return tuple(kept)
+    attended, (names, *others) = decoder.family.attended, passes[-1].groups
+    first = decoder.linears.index(attended)
     behind = (all(decoder.linears.index(name) >= first for names in part.groups for name in names) for part in passes)
-    return next((position for position, found in enumerate(behind) if found), None)
+    if (keeping := next((position for position, found in enumerate(behind) if found), None)) is not None:
+        kept[keeping] = Kept((attended,), (attended,))
+    if not others and len(names) == 1 and expert_of(names[0]) is None and on_cpu(decoder.mesh):
+        kept[-1] = kept[-1]._replace(pruned=tuple(dict.fromkeys((*kept[-1].pruned, *names))))
+    return tuple(kept)
 
 
 def group_load(decoder: Decoder, names: tuple[str, ...], recipe: Recipe) -> GroupLoad:

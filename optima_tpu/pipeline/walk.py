@@ -25,7 +25,7 @@ from optima_tpu.models.activations import Activations
 from optima_tpu.models.decoder import Decoder
 from optima_tpu.pipeline.calibrate import Capture, Stream, accumulate
 from optima_tpu.pipeline.journal import DENSE, HIDDEN, Journal
-from optima_tpu.pipeline.memory_plan import Pass, attention_pass, block_passes
+from optima_tpu.pipeline.memory_plan import Pass, block_passes, kept_inputs
 from optima_tpu.report.progress import Progress
 from optima_tpu.report.records import BlockReport, LayerReport
 from optima_tpu.report.rows import LayerFacts, layer_report
@@ -120,8 +120,8 @@ def prune_block(walk: Walk, index: int, parameters: Mapping[str, Array], streams
 
     The Hessians come from the dense block, which reads the output of the pruned blocks before it, as in the paper. One pass
     accumulates them, or several passes if not all Hessians fit on the devices. With ``recapture`` each part of
-    ``calibrate.stages`` has its own passes, through the block as pruned so far. Attention is then computed once for each stream,
-    in the first pass behind it: later passes read its output, which no later layer changes.
+    ``calibrate.stages`` has its own passes, through the block as pruned so far. A pass may keep inputs of layers, which no later layer
+    changes: the passes behind it and the pruned block go on from there (``memory_plan.kept_inputs``).
 
     Args:
       parameters: the dense block's parameters, by name inside the block, on the mesh.
@@ -131,21 +131,23 @@ def prune_block(walk: Walk, index: int, parameters: Mapping[str, Array], streams
         raise ValueError("a dense target needs the hidden states of the dense model")
     block = PrunedBlock(dict(parameters), {}, (), {})
     passes, target = block_passes(walk.decoder, index, walk.groups[index], walk.recipe, walk.budget), walk.recipe.target
-    keeping, attended = attention_pass(walk.decoder.at(index), walk.recipe, passes), None
-    for position, part in enumerate(passes):
-        last, keeps = position == len(passes) - 1, position == keeping
-        if keeps:
-            attended = _room_for_attention(walk.decoder, streams)
+    alike = walk.decoder.at(index)
+    known: tuple[dict[str, Activations], ...] = ({}, {})
+    for position, (part, kept) in enumerate(zip(passes, kept_inputs(alike, walk.recipe, passes))):
         now = block.parameters if walk.recipe.recapture else parameters
-        both = zip((now, parameters), streams, attended or (None, None))
-        entering = tuple(Stream(read, hidden, known) for read, hidden, known in both if hidden is not None)[: target.streams]
-        borrow = walk.recipe.borrow
-        capture = Capture(part.groups, target, advance=target.dense_stream and last, attends=keeps, borrow=borrow)
+        entering = tuple(
+            Stream(read, hidden, inputs, {name: _room(alike, hidden, name) for name in names})
+            for read, hidden, inputs, names in zip((now, parameters), streams, known, kept)
+            if hidden is not None
+        )[: target.streams]
+        last = position == len(passes) - 1
+        capture = Capture(part.groups, target, advance=target.dense_stream and last, borrow=walk.recipe.borrow)
         tokens = _calibrate(walk, index, capture, entering)
+        known = tuple({**stream.known, **stream.kept} for stream in entering)
         found = prune_groups(walk, index, block.parameters, part, tokens)
         block = PrunedBlock(found.parameters, block.masks | found.masks, block.layers + found.layers, block.scales | found.scales)
         del tokens, found  # frees their memory before the next statistics are made
-    walk.decoder.apply(index, block.parameters, streams.pruned, attended=attended and attended.pruned)
+    walk.decoder.apply(index, block.parameters, streams.pruned, known=known[0])
     if target.dense_stream and streams.dense is not None and not passes:
         walk.decoder.apply(index, parameters, streams.dense)
     return block
@@ -199,14 +201,10 @@ def _calibrate(walk: Walk, index: int, capture: Capture, streams: tuple[Stream, 
     return tuple(map(TokenSets, calibration, seen(energies, walk.samples, total)))
 
 
-def _room_for_attention(decoder: Decoder, streams: Streams) -> Streams:
-    """Room for the output of attention in each stream."""
-
-    def room(hidden: Activations) -> Activations:
-        shape = (*hidden.values.shape[:-1], decoder.attended_width)
-        return dataclasses.replace(hidden, values=np.empty(shape, hidden.values.dtype))
-
-    return Streams(room(streams.pruned), None if streams.dense is None else room(streams.dense))
+def _room(decoder: Decoder, hidden: Activations, name: str) -> Activations:
+    """Room for the input of a layer."""
+    shape = (*hidden.values.shape[:-1], decoder.input_width(name))
+    return dataclasses.replace(hidden, values=np.empty(shape, hidden.values.dtype))
 
 
 def _informative(sets: TokenSets[TokenStatistics]) -> TokenSets[TokenStatistics]:

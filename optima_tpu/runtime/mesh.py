@@ -10,7 +10,7 @@ from typing import cast
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from optima_tpu.errors import UserError, one_line
@@ -43,6 +43,11 @@ def parse_mesh(text: str) -> tuple[int, int]:
     if data < 1 or model < 1:
         raise UserError(f"expected a mesh with at least 1 device on each axis, such as 4x2, got {text!r}")
     return data, model
+
+
+def on_cpu(mesh: Mesh | AbstractMesh) -> bool:
+    """Whether the devices of a mesh are CPUs, which use the memory of the host; False if there are no devices."""
+    return isinstance(mesh, Mesh) and all(device.platform == "cpu" for device in mesh.devices.flat)
 
 
 def make_mesh(text: str | None) -> Mesh:

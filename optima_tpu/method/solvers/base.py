@@ -1,8 +1,9 @@
 """The base class of all solvers."""
 
 import abc
+import dataclasses
 from collections.abc import Callable
-from typing import ClassVar
+from typing import ClassVar, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 from jax import Array
@@ -12,7 +13,21 @@ from optima_tpu.method.linalg.features import WHOLE, Features
 from optima_tpu.method.problem import LayerProblem, Pruned, Solution
 from optima_tpu.method.resources import Cost, Footprint
 
-SolveRows = Callable[[LayerProblem], Callable[[Pruned], Solution]]
+
+@runtime_checkable
+class SolveMask(Protocol):
+    """Solves rows whose problem is known, for a mask and the weights to start from."""
+
+    def __call__(self, pruned: Pruned, rough: bool = False) -> Solution:
+        """Returns the rows' new weights.
+
+        Args:
+          rough: whether the solution only has to tell a better mask from a worse one. A solver may then stop early, with a gap
+            that is infinite.
+        """
+
+
+SolveRows = Callable[[LayerProblem], SolveMask]
 """Takes the rows' problem, then masks and weights to start from. What one problem's solves share is computed once."""
 
 
@@ -45,7 +60,7 @@ class Solver(abc.ABC):
           hessian: [d_in, d]: all of it, or a device's columns if ``footprint`` allows ``split``.
           features: the sharding of the features, for the Hessian and for the rows.
         """
-        return lambda problem: lambda pruned: self(problem, pruned)
+        return lambda problem: lambda pruned, rough=False: self(problem, pruned)
 
     def footprint(self, damping: float) -> Footprint:
         """The device memory of the solver. This default is a cautious guess."""
@@ -54,6 +69,11 @@ class Solver(abc.ABC):
     def cost(self) -> Cost | None:
         """The solver's usual operations, for plans; None if they have not been counted."""
         return None
+
+    def rough_cost(self) -> Cost | None:
+        """The operations of a rough solve, see :class:`SolveMask`, beside those that it shares with the last solve."""
+        each = self.cost()
+        return each and dataclasses.replace(each, inverses=0)
 
     @property
     def title(self) -> str:

@@ -18,7 +18,6 @@ a few numbers per row. The check after a cycle costs two all-gathers and two all
 """
 
 import dataclasses
-from collections.abc import Callable
 from typing import ClassVar, NamedTuple
 
 import jax
@@ -33,13 +32,15 @@ from optima_tpu.method.linalg.inverses import inverse_and_root
 from optima_tpu.method.linalg.scaling import RESOLUTION, require, unit_diagonal
 from optima_tpu.method.problem import Endpoint, LayerProblem, Pruned, Solution
 from optima_tpu.method.resources import Cost, Footprint
-from optima_tpu.method.solvers.base import Solver, SolveRows
+from optima_tpu.method.solvers.base import SolveMask, Solver, SolveRows
 
 # Below this damping a float32 inverse of A is too inaccurate for the certificate, and X gets an extra ridge.
 SAFE_DAMPING = 1e-4
 _EXTRA_RIDGE = 1e-3
 # Products until a layer has converged, for plans: 12 steps of two products, two more every fourth step, and two at the start.
 _PRODUCTS = 32
+# Steps of a rough solve, which only has to tell a better mask from a worse one.
+_ROUGH_STEPS = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,48 +79,32 @@ class CG(Solver):
         products = min(_PRODUCTS, 3 * self.max_steps + 5)
         return Cost(products, passes=7 * products, inverses=1)
 
+    def rough_cost(self) -> Cost:
+        return Cost(2 * _ROUGH_STEPS + 1, passes=7 * (2 * _ROUGH_STEPS + 1))
+
     def __call__(self, problem: LayerProblem, pruned: Pruned) -> Solution:
         return self.prepare(problem.hessian, problem.damping)(problem)(pruned)
 
     def prepare(self, hessian: Float32[Array, "d_in d"], damping: float, features: Features = WHOLE) -> SolveRows:
         shared = _share(hessian, damping, features)
 
-        def of_rows(problem: LayerProblem) -> Callable[[Pruned], Solution]:
+        def of_rows(problem: LayerProblem) -> SolveMask:
             rows = _Rows.of(problem, shared, features)
-            return lambda pruned: self._solve(rows, pruned)
+
+            def solved(pruned: Pruned, rough: bool = False) -> Solution:
+                return rows.improved(pruned, _ROUGH_STEPS) if rough else self._solve(rows, pruned)
+
+            return solved
 
         return of_rows
 
     def _solve(self, rows: "_Rows", pruned: Pruned) -> Solution:
-        shared, features = rows.shared, rows.features
-        free = pruned.keep & shared.live
-        (choices,) = features.sums(free.astype(jnp.float32))
-        start = jnp.where(shared.live, (pruned.weight - rows.weight) * shared.scale, 0.0)
-
-        def step(_: int | Array, path: _Path) -> _Path:
-            residual = path.residual
-            preconditioned = jnp.where(free, features.product(residual, shared.inverse), 0.0)
-            # Enforce conjugacy to the last direction instead of assuming it from the recurrences: it survives rounding and the
-            # residual replacements.
-            (overlap,) = features.sums(preconditioned * path.image)
-            bent = path.curvature > 0
-            conjugate = jnp.where(bent, -overlap / jnp.where(bent, path.curvature, 1.0), 0.0)[:, None]
-            direction = preconditioned + conjugate * path.direction
-            image = jnp.where(free, features.product(direction, shared.matrix), 0.0)
-            curvature, slope = features.sums(direction * image, residual * direction)
-            moves = path.active & (curvature > 0)
-            length = jnp.where(moves, slope / jnp.where(moves, curvature, 1.0), 0.0)[:, None]
-            return path._replace(
-                change=path.change + length * direction,
-                residual=residual - length * image,
-                direction=direction,
-                image=image,
-                curvature=jnp.where(moves, curvature, 0.0),
-            )
+        free = rows.free(pruned)
+        (choices,) = rows.features.sums(free.astype(jnp.float32))
 
         def cycle(state: _State) -> _State:
-            path = state.path._replace(change=state.best, residual=jnp.where(free, state.residual, 0.0))
-            path = jax.lax.fori_loop(0, self.cycle, step, path)
+            path = state.path._replace(change=state.best, residual=state.residual)
+            path = jax.lax.fori_loop(0, self.cycle, lambda _, path: rows.step(path, free), path)
             residual, value = rows.measure(path.change)
             # A row whose objective stopped falling has reached the accuracy of float32 (a NaN counts as not falling): it keeps
             # its best point.
@@ -140,28 +125,25 @@ class CG(Solver):
                 steps=state.steps + jnp.where(active, self.cycle, 0),
             )
 
-        residual, value = rows.measure(start)
-        zero = jnp.zeros_like(start)
         # The first certificate comes with the first cycle: nearly every row needs one, and all rows are multiplied together.
+        path = rows.start(pruned)
         state = _State(
             cycles=0,
-            best=start,
-            value=value,
-            gap=jnp.full(value.shape, jnp.inf),
-            residual=residual,
-            path=_Path(zero, zero, zero, zero, jnp.zeros_like(value), jnp.isfinite(value)),
-            steps=jnp.zeros(value.shape, jnp.int32),
+            best=path.change,
+            value=path.value,
+            gap=jnp.full(path.value.shape, jnp.inf),
+            residual=path.residual,
+            path=path,
+            steps=jnp.zeros(path.value.shape, jnp.int32),
         )
         limit = -(-self.max_steps // self.cycle)
         state = jax.lax.while_loop(lambda s: (s.cycles < limit) & jnp.any(s.path.active), cycle, state)
-        # Scale back only the difference from the start, so that a row that did not move keeps its exact weights.
-        moved = pruned.weight + (state.best - start) / shared.scale
         return Solution(
-            jnp.where(free, moved, jnp.where(pruned.keep, pruned.weight, 0.0)),
+            rows.moved(pruned, state.best - path.change),
             state.gap,
             state.steps,
             state.gap <= self.tolerance,
-            end=Endpoint(state.value, state.residual * shared.scale),
+            end=Endpoint(state.value, state.residual * rows.shared.scale),
         )
 
 
@@ -187,6 +169,58 @@ class _Rows(NamedTuple):
             # f counted from the unconstrained optimum is f + e A^-1 e'; X <= A^-1 keeps the certified gap an upper bound.
             (offset,) = features.sums(_square(features.product(pull, shared.root)))
         return cls(problem.weight, pull, offset, RESOLUTION * energy, shared, features)
+
+    def free(self, pruned: Pruned) -> Array:
+        """[rows, d] bool, the weights that move."""
+        return pruned.keep & self.shared.live
+
+    def start(self, pruned: Pruned) -> "_Path":
+        """The path at the weights that came."""
+        shared = self.shared
+        change = jnp.where(shared.live, (pruned.weight - self.weight) * shared.scale, 0.0)
+        residual, value = self.measure(change)
+        zero = jnp.zeros_like(change)
+        return _Path(change, residual, value, zero, zero, jnp.zeros_like(value), jnp.isfinite(value))
+
+    def step(self, path: "_Path", free: Array) -> "_Path":
+        """One step of conjugate gradients, by two products."""
+        shared, features, residual = self.shared, self.features, path.residual
+        preconditioned = jnp.where(free, features.product(jnp.where(free, residual, 0.0), shared.inverse), 0.0)
+        # Enforce conjugacy to the last direction instead of assuming it from the recurrences: it survives rounding and the
+        # residual replacements.
+        (overlap,) = features.sums(preconditioned * path.image)
+        bent = path.curvature > 0
+        conjugate = jnp.where(bent, -overlap / jnp.where(bent, path.curvature, 1.0), 0.0)[:, None]
+        direction = preconditioned + conjugate * path.direction
+        image = features.product(direction, shared.matrix)
+        curvature, slope = features.sums(direction * image, residual * direction)
+        moves = path.active & (curvature > 0)
+        length = jnp.where(moves, slope / jnp.where(moves, curvature, 1.0), 0.0)
+        return path._replace(
+            change=path.change + length[:, None] * direction,
+            residual=residual - length[:, None] * image,
+            value=path.value - length * slope,
+            direction=direction,
+            image=image,
+            curvature=jnp.where(moves, curvature, 0.0),
+        )
+
+    def improved(self, pruned: Pruned, steps: int) -> Solution:
+        """The weights after a few steps; residual and objective follow from the recurrences, and nothing is certified."""
+        start, free = self.start(pruned), self.free(pruned)
+        path = jax.lax.fori_loop(0, steps, lambda _, path: self.step(path, free), start)
+        return Solution(
+            self.moved(pruned, path.change - start.change),
+            jnp.full(path.value.shape, jnp.inf),
+            jnp.full(path.value.shape, steps, jnp.int32),
+            jnp.zeros(path.value.shape, bool),
+            end=Endpoint(path.value, path.residual * self.shared.scale),
+        )
+
+    def moved(self, pruned: Pruned, moves: Array) -> Array:
+        """The weights that came, moved by ``moves`` in the scaled variables: a row that did not move keeps its exact weights."""
+        weight = pruned.weight + moves / self.shared.scale
+        return jnp.where(self.free(pruned), weight, jnp.where(pruned.keep, pruned.weight, 0.0))
 
     def measure(self, change: Array) -> tuple[Array, Array]:
         """The residual of all inputs, [rows, d], and f, [rows]."""
@@ -230,9 +264,10 @@ class _Path(NamedTuple):
     """Where the iteration is, and how it came there."""
 
     change: Array  # [rows, d_in], D
-    residual: Array  # [rows, d_in], 0 for inputs that are not free
+    residual: Array  # [rows, d_in], of all inputs
+    value: Array  # [rows], f
     direction: Array  # [rows, d_in], of the last step
-    image: Array  # [rows, d_in], of the last direction, 0 for inputs that are not free
+    image: Array  # [rows, d_in], of the last direction
     curvature: Array  # [rows], along the last direction; 0 before the first step
     active: Array  # [rows] bool
 

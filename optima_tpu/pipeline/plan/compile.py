@@ -27,6 +27,7 @@ from optima_tpu.pipeline.calibrate import (
     statistics_of,
     sums_of,
 )
+from optima_tpu.pipeline.memory_plan import Kept
 from optima_tpu.pipeline.plan.hlo import collectives
 from optima_tpu.report.numbers import number
 from optima_tpu.runtime.mesh import DATA, ROWS, bytes_on_device, struct_on
@@ -104,23 +105,28 @@ def _parameter(decoder: Decoder, name: str) -> Array:
     return struct_on(decoder.mesh, decoder.block_shapes[name], dtype, decoder.sharding(name))
 
 
-def lower_calibration(decoder: Decoder, capture: Capture, known: bool, length: int, samples: int) -> jax.stages.Lowered:
+def lower_calibration(
+    decoder: Decoder, capture: Capture, known: Kept, kept: Kept, length: int, samples: int
+) -> jax.stages.Lowered:
     """Lowers one step of ``calibrate.accumulate`` over ``samples`` sequences, with both streams for a dense target.
 
     Args:
-      known: whether the output of attention is known.
+      known: the inputs that earlier passes have kept.
+      kept: the inputs that this pass keeps.
     """
     parameters = {name: _parameter(decoder, name) for name in decoder.block_shapes}
     mesh, dtype = decoder.mesh, decoder.tensors.dtype(decoder.root + decoder.family.embedding)
-    size, step = sequences_at_once(decoder, samples) * mesh.shape[DATA], CaptureStep.of(decoder, capture)
+    size, step = sequences_at_once(decoder, samples) * mesh.shape[DATA], CaptureStep.of(decoder, capture, kept)
     positions = jax.tree.map(lambda array: struct_on(mesh, array.shape, array.dtype, P()), decoder.config.positions(0, length))
 
     def entering(width: int) -> Array:
         return struct_on(mesh, (size, length, width), dtype, P(DATA))
 
-    inputs = {decoder.family.attended: entering(decoder.attended_width)} if known else {}
-    stream = BlockInput(decoder.state(parameters), entering(decoder.config.d_model), inputs)
-    streams = (stream,) * capture.target.streams
+    state, hidden = decoder.state(parameters), entering(decoder.config.d_model)
+    streams = tuple(
+        BlockInput(state, hidden, {name: entering(decoder.input_width(name)) for name in names})
+        for names in known[: capture.target.streams]
+    )
     tokens = BatchTokens(struct_on(mesh, (size,), jnp.bool_, P(DATA)), positions)
     return add_batch.lower(step, sums_of(decoder, step), streams, {}, tokens)
 

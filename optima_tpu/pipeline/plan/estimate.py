@@ -5,7 +5,7 @@ Solvers stop when their rows have converged, so the number of products of a laye
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -142,14 +142,14 @@ def inputs_of(model: Declared, groups: Groups) -> tuple[Input, ...]:
     return tuple(Input(decoder.block_shapes[name + ".weight"][1], decoder.config.reach(name)) for name, *_ in groups)
 
 
-def sequence_flops(model: Declared, length: int, wanted: Groups | None = None, known: bool = False) -> float:
+def sequence_flops(model: Declared, length: int, wanted: Groups | None = None, known: Collection[str] = ()) -> float:
     """FLOPs of one sequence through one block, counted by the compiler before it optimises.
 
     The compiler counts the body of a loop once, and experts are computed in loops: their products are counted here.
 
     Args:
       wanted: only what the inputs of these groups need; None for the output of the block.
-      known: whether the output of attention is known, so that attention is not computed.
+      known: the layers whose inputs are known: what these depend on is not computed.
     """
     decoder = model.on(NOWHERE).decoder
     state = decoder.state({name: jax.ShapeDtypeStruct(shape, model.dtype) for name, shape in decoder.block_shapes.items()})
@@ -161,7 +161,7 @@ def sequence_flops(model: Declared, length: int, wanted: Groups | None = None, k
         output, inputs = forward(decoder.graph, state, hidden, positions, known)
         return output if wanted is None else [inputs[names[0]] for names in wanted]
 
-    kept = {decoder.family.attended: array(decoder.attended_width)} if known else {}
+    kept = {name: array(decoder.input_width(name)) for name in known}
     lowered = jax.jit(through).lower(state, array(decoder.config.d_model), decoder.config.positions(0, length), kept)
     return (lowered.cost_analysis() or {}).get("flops", 0.0) + _expert_flops(decoder, length, wanted)
 
@@ -183,15 +183,17 @@ class BlockFlops(NamedTuple):
 
     Attributes:
       whole: FLOPs of the whole block.
-      pruned: FLOPs of the pruned block, which may know the output of attention.
+      pruned: FLOPs of the pruned block, which may know the inputs of some layers.
       passes: number of passes of the calibration.
-      reading: number of these passes that know the output of attention; None if no pass keeps it.
+      moved: the size of the kept inputs of layers, every time that they leave or enter the devices, in sizes of the hidden states.
+      kept: the size of the kept inputs of layers, in sizes of the hidden states.
     """
 
     whole: float
     pruned: float
     passes: float
-    reading: float | None
+    moved: float
+    kept: float
 
 
 def products(model: Declared, flops: float) -> Work:
@@ -251,11 +253,12 @@ class Storage(NamedTuple):
     disk: dict[str, int]
 
 
-def storage(model: Declared, config: RunConfig, hosts: int, pruned: int) -> Storage:
+def storage(model: Declared, config: RunConfig, hosts: int, kept: float, pruned: int) -> Storage:
     """Host memory and disk of a run.
 
     Args:
       hosts: number of hosts that share the hidden states.
+      kept: the size of the inputs of layers that the passes of a block keep, in sizes of the hidden states.
       pruned: number of weights in the pruned matrices of all blocks; each weight has an entry in a mask.
     """
     decoder, text = model.decoder, config.calibration
@@ -274,8 +277,8 @@ def storage(model: Declared, config: RunConfig, hosts: int, pruned: int) -> Stor
         "hidden states": share,
         "being saved, or the embedding": max(share + block + masks * block // whole, table + table // itemsize),
     }
-    if config.recapture:
-        host["output of attention"] = round(share * decoder.attended_width / decoder.config.d_model)
+    if kept:
+        host["inputs of layers"] = round(share * kept)
     if config.distill:
         waiting = 2 * config.distill.windows * text.length * decoder.config.d_model * itemsize
         host["text of the distillation"] = -(-min(waiting, AT_ONCE) // hosts)
@@ -326,10 +329,8 @@ def run_seconds(
     tokens, calibrated = evaluation_tokens(config), (text.samples + text.held_out) * text.length
     streams = config.target.streams
     # Transfers: both streams into every pass of the calibration, the dense one out of its last pass, the pruned one into and out of
-    # the pruned block. The output of attention leaves one pass, and enters the later ones and the pruned block.
-    states = block.passes + 1 + 1 / streams
-    if block.reading is not None:
-        states += decoder.attended_width / decoder.config.d_model * (1 + block.reading + 1 / streams)
+    # the pruned block. Kept inputs leave one pass, and enter the later ones and the pruned block.
+    states = block.passes + 1 + 1 / streams + block.moved
     moved = states * stored.hidden + 4 * tokens * stored.hidden / streams / calibrated
     walk = {
         "calibration": calibrating,

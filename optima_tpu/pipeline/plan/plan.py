@@ -2,8 +2,9 @@
 
 import collections
 import dataclasses
+import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 from optima_tpu.config.run_config import RunConfig
@@ -18,7 +19,7 @@ from optima_tpu.pipeline.calibrate import Capture, groups_of_blocks
 from optima_tpu.pipeline.distill.blocks import Trainer
 from optima_tpu.pipeline.distill.train import refuse_large
 from optima_tpu.pipeline.inputs import pruned_layers
-from optima_tpu.pipeline.memory_plan import Pass, aimed_residuals, attention_pass, block_passes, group_load
+from optima_tpu.pipeline.memory_plan import Kept, Pass, aimed_residuals, block_passes, group_load, kept_inputs
 from optima_tpu.pipeline.plan import estimate
 from optima_tpu.pipeline.plan.compile import Compiled, compiled, lower_calibration, lower_pruning, resident, sequences_at_once
 from optima_tpu.pipeline.plan.estimate import Storage, Work
@@ -138,16 +139,21 @@ class _Kind(NamedTuple):
 
     Attributes:
       block: the first block of its kind.
-      known: whether the pass reads the output of attention.
-      kept: whether it reads or writes it.
+      known: the inputs that earlier passes have kept.
+      kept: the inputs that this pass keeps.
       last: whether it is the last pass of its block.
     """
 
     block: int
     groups: Groups
-    known: bool
-    kept: bool
+    known: Kept
+    kept: Kept
     last: bool
+
+    @property
+    def after(self) -> Kept:
+        """The inputs that are known behind the pass."""
+        return Kept(*(tuple(dict.fromkeys((*old, *new))) for old, new in zip(self.known, self.kept)))
 
 
 def make_plan(config: RunConfig, model: Declared, machine: Machine, tell: Callable[[str], None] = lambda line: None) -> Plan:
@@ -174,10 +180,11 @@ def make_plan(config: RunConfig, model: Declared, machine: Machine, tell: Callab
         except UserError as error:
             groups = recipe.pruned_groups(names[index], prefix)
             parts, refused = (Pass(groups, (ON_EVERY_DEVICE,) * len(groups)),), refused or str(error)
-        keeping = attention_pass(alike, recipe, parts)
-        for position, part in enumerate(parts):
-            known = keeping is not None and position > keeping
-            kinds[_Kind(alike.config.kind, part.groups, known, known or position == keeping, position == len(parts) - 1)] += 1
+        known = Kept()
+        for position, (part, kept) in enumerate(zip(parts, kept_inputs(alike, recipe, parts))):
+            kind = _Kind(alike.config.kind, part.groups, known, kept, position == len(parts) - 1)
+            kinds[kind] += 1
+            known = kind.after
             for group, layout in zip(*part):
                 for together in recipe.solved_together(group, prefix):
                     shape = _Shape(
@@ -210,10 +217,12 @@ def make_plan(config: RunConfig, model: Declared, machine: Machine, tell: Callab
     programs += [_pruning(model.at(found.block), machine, recipe, shape, found, tell) for shape, found in layers.items()]
     steps = [program.calls * program.work.seconds(machine) for program in programs]
     compiling = sum(program.compiled.seconds for program in programs if program.compiled)
+    block = _block_flops(model, text.length, config.target.streams, kinds)
     stored = estimate.storage(
         model,
         config,
         machine.hosts,
+        block.kept,
         sum(
             math.prod(decoder.at(kind.block).block_shapes[name + ".weight"]) * count
             for kind, count in kinds.items()
@@ -226,7 +235,7 @@ def make_plan(config: RunConfig, model: Declared, machine: Machine, tell: Callab
         config,
         machine,
         stored,
-        _block_flops(model, text.length, kinds),
+        block,
         sum(steps[: len(kinds)]),
         sum(steps[len(kinds) :]),
         compiling if machine.compiles else None,
@@ -243,17 +252,31 @@ def make_plan(config: RunConfig, model: Declared, machine: Machine, tell: Callab
     )
 
 
-def _block_flops(model: Declared, length: int, kinds: Mapping[_Kind, int]) -> estimate.BlockFlops:
+def _block_flops(model: Declared, length: int, streams: int, kinds: Mapping[_Kind, int]) -> estimate.BlockFlops:
     """The forward passes through a block, with the passes of all blocks as found."""
-    blocks, kept = model.decoder.config.blocks, any(kind.kept for kind in kinds)
-    shares = collections.Counter(map(model.decoder.config.kind_of, range(blocks)))
-    alike = [(count / blocks, model.at(kind)) for kind, count in shares.items()]
-    reading = sum(count for kind, count in kinds.items() if kind.known) / blocks
+    decoder = model.decoder
+    blocks = decoder.config.blocks
+    shares = collections.Counter(map(decoder.config.kind_of, range(blocks)))
+    last = {kind.block: kind.after.pruned for kind in kinds if kind.last}
+    alike = [(count / blocks, model.at(block), last.get(block, ())) for block, count in shares.items()]
+
+    def width(kind: _Kind, names: Iterable[str]) -> float:
+        return sum(map(decoder.at(kind.block).input_width, names)) / decoder.config.d_model
+
+    def of_streams(kind: _Kind, inputs: Kept) -> float:
+        return sum(width(kind, names) for names in inputs[:streams]) / streams
+
+    # Every stream moves what a pass keeps once, and what a pass reads once; the pruned block reads what is known of its own stream.
+    moved = sum(
+        count * (of_streams(kind, kind.known) + of_streams(kind, kind.kept) + kind.last * width(kind, kind.after.pruned) / streams)
+        for kind, count in kinds.items()
+    )
     return estimate.BlockFlops(
-        sum(share * estimate.sequence_flops(each, length) for share, each in alike),
-        sum(share * estimate.sequence_flops(each, length, known=kept) for share, each in alike),
+        sum(share * estimate.sequence_flops(each, length) for share, each, _ in alike),
+        sum(share * estimate.sequence_flops(each, length, known=known) for share, each, known in alike),
         sum(kinds.values()) / blocks,
-        reading if kept else None,
+        moved / blocks,
+        max((of_streams(kind, kind.after) for kind in kinds), default=0.0),
     )
 
 
@@ -267,21 +290,20 @@ def _calibration(
     name, found = "calibration step", None
     # While the held-out sequences pass through the block, the Hessians of the calibration sequences are on the devices.
     streams, target = config.target.streams, config.target
-    attends, borrow = kind.kept and not kind.known, config.borrow
-    capture = Capture(groups, target, advance=target.dense_stream and kind.last, attends=attends, borrow=borrow)
+    capture = Capture(groups, target, advance=target.dense_stream and kind.last, borrow=config.borrow)
     beside = resident(decoder, groups, False, streams) - resident(decoder, (), False) if text.held_out else 0
     memory = beside + estimate.calibration_memory(model, inputs, text.length, batch, streams)
     if machine.compiles:
         tell(f"compiling the {name}: {batch} x {text.length} tokens a device")
         found = compiled(
-            lambda: lower_calibration(decoder, capture, kind.known, text.length, text.samples), tell, machine.options
+            lambda: lower_calibration(decoder, capture, kind.known, kind.kept, text.length, text.samples), tell, machine.options
         )
         memory = beside + found.memory if found.memory else memory
     added = aimed_residuals(decoder, config.recipe)
     drifting = tuple(decoder.block_shapes[name + ".weight"][1] for names in groups for name in names if name in added)
-    block = estimate.sequence_flops(model, text.length, groups, kind.known)
+    block = estimate.sequence_flops(model, text.length, groups, kind.known.pruned)
     if streams == 2:  # the last pass moves the dense stream through the whole block
-        block += estimate.sequence_flops(model, text.length, None if kind.last else groups, kind.known)
+        block += estimate.sequence_flops(model, text.length, None if kind.last else groups, kind.known.dense)
     work = estimate.calibration_work(model, block, inputs, text.length, batch, streams, drifting)
     return Program(name, blocks * steps, None, None, work, memory, found)
 
