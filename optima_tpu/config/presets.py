@@ -38,8 +38,7 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
                 "selector": {"name": "admm", "damping": 0.3, "levels": 6, "iterations": 4},
                 "solver": {"name": "cg", "damping": 0.3},
                 "accept": {"name": "per_row"},
-                # A fourth round changes the held-out error by 0.02% of it (benchmarks/README.md).
-                "refine": {"name": "swaps", "rounds": 3},
+                "refine": {"name": "swaps"},
                 "recapture": True,
                 "borrow": 0.125,
                 "target": {"name": "dense", "alpha": 0.5, "gamma": 0.5, "weigh_tokens": True},

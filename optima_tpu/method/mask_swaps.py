@@ -50,8 +50,8 @@ _LEAST_DAMPING = 1e-3
 class Swaps:
     """Exchanges kept weights for pruned ones of the same row (for N:M, of the same M) where the row's objective gains.
 
-    The number of kept weights stays the same in every row, and in every M. A round costs one solve that starts from the last
-    solution.
+    The number of kept weights stays the same in every row, and in every M. A round costs one rough solve that starts
+    from the last solution.
 
     Attributes:
       rounds: number of rounds of exchanges. More rounds may find better masks; each costs one more rough solve.
@@ -59,7 +59,7 @@ class Swaps:
         exchanges in the next.
     """
 
-    rounds: int = 4
+    rounds: int = 3
     share: float = 0.025
 
     def __post_init__(self) -> None:
@@ -133,6 +133,7 @@ class Exchanging(Solver):
         return of_rows
 
     def _start(self, keep: Array, found: Solution, end: Endpoint) -> "_State":
+        """The state before the first round, from the solved mask."""
         rows, inputs = keep.shape
         most = jnp.full(rows, max(1, int(self.swaps.share * inputs)), jnp.int32)
         return _State(found.weight, keep, end.value, end.residual, found.steps, most)
@@ -140,7 +141,11 @@ class Exchanging(Solver):
     def _exchanged(
         self, compared: Callable[[Pruned], tuple[Solution, Endpoint]], state: "_State", schur: Float32[Array, " d_in"]
     ) -> "_State":
-        """The masks after all rounds."""
+        """The state after all rounds.
+
+        Args:
+          compared: solves a new mask roughly.
+        """
 
         def one_round(_: int | Array, state: _State) -> _State:
             alone = jnp.where(schur > 0, state.residual / jnp.where(schur > 0, schur, 1.0), 0.0)

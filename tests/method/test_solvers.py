@@ -1,5 +1,8 @@
 """The contract that every solver passes, and that of those that reach the optimum, against a float64 oracle."""
 
+import dataclasses
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -216,6 +219,21 @@ def test_cg_certifies_nothing_where_the_hessian_is_none(refine):
     pruned, rows = prune_layer(problem, recipe)
     assert not np.asarray(rows.converged).any() and np.isinf(rows.gap).all()
     assert np.isfinite(pruned.weight).all()
+
+
+@targets
+def test_a_rough_solve_of_cg_knows_where_it_ends(target):
+    """Objective and residual come from recurrences; here from the weights, in float64."""
+    problem, pruned = problem_and_mask(target=target)
+    problem, damping = dataclasses.replace(problem, damping=0.3), 0.3
+    found = jax.jit(lambda problem, pruned: CG().prepare(problem.hessian, damping)(problem)(pruned, rough=True))(problem, pruned)
+    dense, hessian, pull = wide(problem, damping)
+    objective, before = (row_objective(problem, weight, damping) for weight in (found.weight, pruned.weight))
+    np.testing.assert_allclose(found.end.value, objective, rtol=1e-4)
+    residual = pull - (np.asarray(found.weight, np.float64) - dense) @ hessian
+    assert np.abs(found.end.residual - residual).max() < 1e-5 * np.abs(dense @ hessian).max()
+    assert (objective < before).all() and not found.converged.any() and (found.gap == np.inf).all()
+    assert (found.weight == np.where(pruned.keep, found.weight, 0)).all()
 
 
 def test_damping_bounds_how_far_weights_move():

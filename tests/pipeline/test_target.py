@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import math
 from types import SimpleNamespace
 
 import jax
@@ -33,7 +34,7 @@ from optima_tpu.models.layers import scaled
 from optima_tpu.pipeline.calibrate import Capture, Stream, accumulate, linear_groups, stages
 from optima_tpu.pipeline.greeting import greet
 from optima_tpu.pipeline.journal import DENSE, Journal, open_journal
-from optima_tpu.pipeline.memory_plan import GroupLoad, block_passes
+from optima_tpu.pipeline.memory_plan import GroupLoad, Kept, block_passes, kept_inputs
 from optima_tpu.pipeline.plan.model import open_declared
 from optima_tpu.pipeline.plan.plan import make_plan
 from optima_tpu.pipeline.plan.topology import CHIPS, Machine
@@ -364,6 +365,17 @@ def test_recapture_is_a_walk_from_input_to_input():
     once, _, _ = walk_block(decoder, 0, decoder.embed(tokens()), GROUPS, TIGHT, samples=5)
     first, second = (names[0] + ".weight" for names in GROUPS)
     assert np.abs(once[first] - weights[first]).max() < 1e-3 and np.abs(once[second] - weights[second]).max() > 1e-2
+
+
+def test_what_a_pass_keeps_for_those_behind_it():
+    """The output of attention; and the last layer's input, where the devices share the memory of the host."""
+    decoder, recipe = decoder_on((1, 1)), parse(["--preset", "best"]).recipe
+    passes = block_passes(decoder, 0, linear_groups(decoder), recipe, math.inf)
+    nothing, attended = Kept(), Kept(("self_attn.o_proj",), ("self_attn.o_proj",))
+    assert kept_inputs(decoder, recipe, passes) == (nothing, attended, nothing, Kept(("mlp.down_proj",)))
+    elsewhere = dataclasses.replace(decoder, mesh=AbstractMesh((1, 1), ("data", "model")))
+    assert kept_inputs(elsewhere, recipe, passes) == (nothing, attended, nothing, nothing)
+    assert kept_inputs(decoder, dataclasses.replace(recipe, recapture=False), passes) == (nothing,) * 4
 
 
 def test_a_dense_target_is_a_walk_of_two_streams():
