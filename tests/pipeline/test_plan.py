@@ -304,7 +304,7 @@ def test_the_export_is_as_large_as_planned(finished):
     config = RunConfig(str(finished.model), calibration=Calibration("random", samples=8, length=32))
     model = open_declared(config.model, None, config.batch)
     pruned = sum(math.prod(model.decoder.block_shapes[name + ".weight"]) for name in model.decoder.linears) * 3
-    planned = storage(model, config, 1, 0, pruned).disk["export for transformers"]
+    planned = storage(model, config, 1, pruned).disk["export for transformers"]
     written = sum(path.stat().st_size for path in (finished.directory / "hf").glob("*.safetensors"))
     assert 0.9 < planned / written < 1.1
     states = next((finished.directory / "activations").rglob("*.safetensors")).stat().st_size

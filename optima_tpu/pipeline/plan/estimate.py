@@ -253,13 +253,13 @@ class Storage(NamedTuple):
     disk: dict[str, int]
 
 
-def storage(model: Declared, config: RunConfig, hosts: int, kept: float, pruned: int) -> Storage:
+def storage(model: Declared, config: RunConfig, hosts: int, pruned: int, kept: float = 0.0) -> Storage:
     """Host memory and disk of a run.
 
     Args:
       hosts: number of hosts that share the hidden states.
-      kept: the size of the inputs of layers that the passes of a block keep, in sizes of the hidden states.
       pruned: number of weights in the pruned matrices of all blocks; each weight has an entry in a mask.
+      kept: the size of the inputs of layers that the passes of a block keep, in sizes of the hidden states.
     """
     decoder, text = model.decoder, config.calibration
     itemsize = model.itemsize(next(iter(decoder.end_shapes)))

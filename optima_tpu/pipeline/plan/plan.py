@@ -222,13 +222,13 @@ def make_plan(config: RunConfig, model: Declared, machine: Machine, tell: Callab
         model,
         config,
         machine.hosts,
-        block.kept,
         sum(
             math.prod(decoder.at(kind.block).block_shapes[name + ".weight"]) * count
             for kind, count in kinds.items()
             for group in kind.groups
             for name in group
         ),
+        block.kept,
     )
     seconds = estimate.run_seconds(
         model,
