@@ -3,6 +3,7 @@
     python -m benchmarks.block_time --blocks 6 --variant="--preset fast" --variant="--preset best" -- --calibration.samples 32
 
 The first block of a variant is not counted: it compiles the programs. Each stage waits for its results, so that nothing overlaps.
+On a machine that does other work, ``taskset -c 0 python -m benchmarks.block_time --cpu`` counts the CPU seconds of one core.
 """
 
 import collections
@@ -30,7 +31,9 @@ from optima_tpu.pipeline.sweep.runner import Shared
 def main(argv: Sequence[str] | None = None) -> None:
     parser = variants_parser("block_time", __doc__)
     parser.add_argument("--blocks", type=int, default=6, help="number of blocks that count, after the first")
+    parser.add_argument("--cpu", action="store_true", help="count the CPU seconds of the process, not the time that passes")
     arguments = parser.parse_args(argv)
+    clock = time.process_time if arguments.cpu else time.perf_counter
     variants, shared = arguments.variant or [""], Shared()
     try:
         configs = [parse([*arguments.settings, *shlex.split(variant)]) for variant in variants]
@@ -40,23 +43,25 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(f"error: {error}")
     totals = []
     for variant, config in zip(variants, configs):
-        seconds = block_seconds(config, shared.model(config), shared.texts(config), arguments.blocks)
+        seconds = block_seconds(config, shared.model(config), shared.texts(config), arguments.blocks, clock)
         totals.append(seconds.pop("block"))
         print(f"{variant or '(no further settings)'}: {totals[-1]:.2f} s a block, {totals[-1] / totals[0]:.2f} times the first")
         for stage, part in seconds.items():
             print(f"  {stage:32} {part:.2f} s")
 
 
-def block_seconds(config: RunConfig, model: Model, texts: Texts, blocks: int) -> dict[str, float]:
+def block_seconds(
+    config: RunConfig, model: Model, texts: Texts, blocks: int, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, float]:
     """The mean seconds of each stage, and of the whole "block"."""
     decoder, recipe, found = model.decoder, config.recipe, collections.defaultdict(float)
     counts = False  # not in the first block
 
     def timed(call: Callable[..., Any], name: Callable[..., str]) -> Callable[..., Any]:
         def measured(*arguments: Any, **options: Any) -> Any:
-            started = time.perf_counter()
+            started = clock()
             result = jax.block_until_ready(call(*arguments, **options))
-            found[name(*arguments)] += counts * (time.perf_counter() - started) / blocks
+            found[name(*arguments)] += counts * (clock() - started) / blocks
             return result
 
         return measured
@@ -76,9 +81,9 @@ def block_seconds(config: RunConfig, model: Model, texts: Texts, blocks: int) ->
         hidden = decoder.embed(texts.calibration.ids)
         streams = walk.Streams(hidden, hidden.copy() if recipe.target.dense_stream else None)
         for index in range(blocks + 1):
-            counts, parameters, started = index > 0, decoder.load_block(index), time.perf_counter()
+            counts, parameters, started = index > 0, decoder.load_block(index), clock()
             jax.block_until_ready(walk.prune_block(planned, index, parameters, streams).parameters)
-            found["block"] += counts * (time.perf_counter() - started) / blocks
+            found["block"] += counts * (clock() - started) / blocks
     return dict(found)
 
 
