@@ -2,7 +2,6 @@
 
 import collections
 import dataclasses
-import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
