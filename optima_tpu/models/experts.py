@@ -222,6 +222,16 @@ class Mixture(nnx.Module):
             setattr(self, layout.shared, GatedMLP(config.d_model, config.shared_width, activation=config.activation))
 
     def __call__(self, x: Array) -> Array:
+        output = self.routed_output(x)
+        return output + self.shared_output(x) if self.shares else output
+
+    @property
+    def shares(self) -> bool:
+        """Whether there is a shared expert."""
+        return hasattr(self, self.layout.shared)
+
+    def routed_output(self, x: Array) -> Array:
+        """What the experts of each token add."""
         layout = self.layout
         chosen, shares = getattr(self, layout.router)(x)
         layers = [[getattr(expert, name) for expert in self.experts] for name in (*layout.wide, layout.narrow)]
@@ -233,11 +243,23 @@ class Mixture(nnx.Module):
             routed = Routed(read, chosen, len(self.experts), spread.slices)
             for layer in every:
                 layer.sow(nnx.Intermediate, "x", routed)
-        return output + self.shared_output(x) if hasattr(self, layout.shared) else output
+        return output
 
     def shared_output(self, x: Array) -> Array:
         """What the shared expert adds."""
         return getattr(self, self.layout.shared)(x)
+
+
+class Block(llama.PreNormBlock):
+    """A block with a mixture. It sows the residual stream without the shared expert's output too."""
+
+    def behind_attention(self, x: Array) -> Array:
+        mixture, normed = getattr(self, self.name), self.post_attention_layernorm(x)
+        if not mixture.shares:
+            return mixture(normed)
+        routed = mixture.routed_output(normed)
+        self.sow(nnx.Intermediate, "before_shared", x + routed)
+        return routed + mixture.shared_output(normed)
 
 
 class _Sent(NamedTuple):
@@ -333,7 +355,7 @@ def family(
 
     def block(config: Config) -> llama.PreNormBlock:
         if config.has_mixture:
-            return llama.PreNormBlock(config, attention(config), mixture(config, layout), layout.mlp)
+            return Block(config, attention(config), mixture(config, layout), layout.mlp)
         mlp = GatedMLP(config.d_model, config.mlp_width, activation=config.activation)
         return llama.PreNormBlock(config, attention(config), mlp, layout.mlp)
 
@@ -344,7 +366,7 @@ def family(
         read_config=read_config,
         block=block,
         linears=(*llama.LINEARS, *layout.shared_layers, *layout.layers),
-        residuals={**llama.FAMILY.residuals, down: Residual("after_attention", "after_mlp")},
+        residuals={**llama.FAMILY.residuals, down: Residual("before_shared", "after_mlp")},
         shared=tuple(wide),
         sharding=llama.SHARDING
         | {name + ".weight": P(MODEL, None) for name in (*wide, gate, up)}

@@ -183,9 +183,14 @@ class PreNormBlock(nnx.Module):
         self.sow(nnx.Intermediate, "before_attention", scaled(x, 1 / scale))
         x = x + scaled(self.self_attn(self.input_layernorm(x), positions), scale)
         self.sow(nnx.Intermediate, "after_attention", scaled(x, 1 / scale))
-        x = x + scaled(getattr(self, self.name)(self.post_attention_layernorm(x)), scale)
+        x = x + scaled(self.behind_attention(x), scale)
         self.sow(nnx.Intermediate, "after_mlp", scaled(x, 1 / scale))
         return x
+
+    def behind_attention(self, x: Array) -> Array:
+        """What the MLP adds to the residual stream x."""
+        output: Array = getattr(self, self.name)(self.post_attention_layernorm(x))
+        return output
 
 
 def rotary_attention(config: Config) -> RotaryAttention:
