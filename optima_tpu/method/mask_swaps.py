@@ -59,7 +59,7 @@ class Swaps:
         exchanges in the next.
     """
 
-    rounds: int = 3
+    rounds: int = 4
     share: float = 0.025
 
     def __post_init__(self) -> None:
