@@ -267,7 +267,8 @@ def _block_flops(model: Declared, length: int, streams: int, kinds: Mapping[_Kin
 
     # Every stream moves what a pass keeps once, and what a pass reads once; the pruned block reads what is known of its own stream.
     moved = sum(
-        count * (of_streams(kind, kind.known) + of_streams(kind, kind.kept) + kind.last * width(kind, kind.after.pruned) / streams)
+        count
+        * (of_streams(kind, kind.known) + of_streams(kind, kind.kept) + kind.last * width(kind, kind.after.pruned) / streams)
         for kind, count in kinds.items()
     )
     return estimate.BlockFlops(
