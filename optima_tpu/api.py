@@ -110,18 +110,19 @@ class Result:
         return pandas.DataFrame(self.layers)
 
     @_one_message
-    def export(self, folder: str | Path, form: str = "plain") -> Path:
+    def export(self, folder: str | Path, form: str = "plain", scan_layers: bool = True) -> Path:
         """Writes the pruned model as a folder that ``transformers`` loads, from the run's Orbax checkpoint.
 
         Args:
           folder: a new or empty folder.
           form: "plain"; "packed" for the smaller form that ``optima unpack`` reads, and every command that takes a model;
-            "compressed-tensors" for the integers of a run with ``quantize``; or "gguf" for llama.cpp.
+            "compressed-tensors" for the integers of a run with ``quantize``; "gguf" for llama.cpp; or "maxtext" for MaxText.
+          scan_layers: whether all blocks are stacked, for the form "maxtext".
 
         Raises:
-          UserError: the folder exists and is not empty, or the run kept no checkpoint.
+          UserError: the folder exists and is not empty, the run kept no checkpoint, or its model cannot have this form.
         """
-        export(self.directory, folder, form=form)
+        export(self.directory, folder, form=form, scan_layers=scan_layers)
         return Path(folder)
 
     @_one_message

@@ -44,7 +44,13 @@ def make_parser() -> Parser:
         help="plain: every weight in the dtype of the source; packed: as --packed; compressed-tensors: the integers and scales of a "
         "run with --quantize, for transformers with the package compressed-tensors, and for vLLM; compressed-tensors-w8a8: the same of "
         "a run with int8 by rows, with activations rounded to 8 bits when the model runs; gguf: a file for llama.cpp, of Llama, Qwen 2 "
-        "and Gemma 3 (default: %(default)s)",
+        "and Gemma 3; maxtext: MaxText's Orbax layout with its settings in maxtext.yml (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--unscanned",
+        dest="scan_layers",
+        action="store_false",
+        help="with --format maxtext: every block has arrays of its own (scan_layers: false), where all blocks are stacked otherwise",
     )
     return parser
 
@@ -53,7 +59,7 @@ def _export(arguments: list[str] | None) -> None:
     chosen = make_parser().parse_args(arguments)
     jax.config.update("jax_platforms", "cpu")  # Orbax starts JAX, and an accelerator may be busy with another run
     quiet_orbax()
-    export(chosen.run_dir, chosen.out, chosen.max_shard_size, form=chosen.form)
+    export(chosen.run_dir, chosen.out, chosen.max_shard_size, form=chosen.form, scan_layers=chosen.scan_layers)
     print(f"wrote {chosen.out}")
     if chosen.form == PACKED:
         print(sizes(Packed(Path(chosen.out))))

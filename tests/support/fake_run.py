@@ -1,12 +1,15 @@
 """A small model in memory, and a run over it, for the tests of checkpoints and exports."""
 
+import json
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
+from transformers import PretrainedConfig
 
 from optima_tpu.models.activations import Activations
 from optima_tpu.models.checkpoints.orbax import write_checkpoint
+from optima_tpu.models.decoder import Decoder
 from optima_tpu.pipeline.journal import Journal, open_journal
 from tests.support.meshes import mesh
 from tests.support.tiny_models import MemoryTensors
@@ -42,6 +45,25 @@ def pruned_block(source: MemoryTensors, block: int) -> tuple[dict, dict, dict, A
     for linear in LINEARS:
         layers.append({"block": block, "name": linear, "error_before": 0.2, "error_after": 0.1 + block / 100})
     return weights, masks, {"index": block, "seconds": None, "layers": layers}, on_host(activations_after(block))
+
+
+def pruned_run(directory: Path, config: PretrainedConfig, source: MemoryTensors) -> Path:
+    """A run over the model that a configuration of transformers describes: half of every row is pruned at random."""
+    decoder = Decoder.open(config, source, mesh(1, 1))
+    settings = config.to_diff_dict() | {"architectures": config.architectures, "dtype": "float32"}
+    journal = open_journal(directory, MANIFEST, {"config.json": json.dumps(settings).encode()}, {})
+    random = np.random.default_rng(0)
+    for block in range(decoder.config.blocks):
+        names = {f"{decoder.prefix(block)}{linear}.weight": linear for linear in decoder.linears}
+        masks = {
+            name: random.permuted(np.tile(np.arange(dense.shape[1]) % 2 == 0, (len(dense), 1)), axis=1)
+            for name, dense in ((name, source.read(name)) for name in names)
+        }
+        weights = {name: np.where(keep, source.read(name), 0).astype(source.dtype(name)) for name, keep in masks.items()}
+        report = {"index": block, "seconds": None, "layers": [{"block": block, "name": linear} for linear in names.values()]}
+        journal.save(block, weights, masks, report, on_host(np.zeros((1, 1, 1), np.float32)))
+    write_checkpoint(journal, source, mesh(1, 1))
+    return directory
 
 
 def activations_after(block: int) -> np.ndarray:

@@ -2,13 +2,14 @@
 
 import importlib.metadata
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import safetensors.numpy
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import LlamaConfig, PreTrainedTokenizerFast
+from transformers import LlamaConfig, PretrainedConfig, PreTrainedTokenizerFast
 
 from optima_tpu.models.checkpoints.source import DTYPES
 from optima_tpu.models.decoder import Decoder
@@ -56,19 +57,20 @@ def tiny_llama(seed: int = 0, **settings):
         )
     )
     config.architectures = ["LlamaForCausalLM"]
+    return config, random_tensors(config, seed)
+
+
+def random_tensors(config: PretrainedConfig, seed: int = 0) -> MemoryTensors:
+    """Random float32 tensors of the model that a configuration of transformers describes; no torch needed."""
     rng = np.random.default_rng(seed)
-    shapes = Decoder.open(config, MemoryTensors({}), mesh(1, 1))
+    decoder = Decoder.open(config, MemoryTensors({}), mesh(1, 1))
     arrays = {}
-    for name in shapes.tensor_names():
-        inner = name.split(".", 3)[3] if name.startswith("model.layers.") else None
-        shape = (
-            shapes.block_shapes[inner]
-            if inner
-            else {"model.norm.weight": (config.hidden_size,)}.get(name, (config.vocab_size, config.hidden_size))
-        )
+    for name in decoder.tensor_names():
+        inner = re.sub(rf"^{re.escape(decoder.root)}layers\.\d+\.", "", name)
+        shape = decoder.end_shapes.get(name) or decoder.block_shapes[inner]
         noise = rng.standard_normal(shape).astype(np.float32)
         arrays[name] = (1 + 0.1 * noise if "norm" in name else noise / np.sqrt(shape[-1])).astype(np.float32)
-    return config, MemoryTensors(arrays)
+    return MemoryTensors(arrays)
 
 
 def byte_tokenizer():

@@ -11,7 +11,8 @@
 or to the same folder packed, with packed-model.safetensors and packed.json in place of weights and masks; see ``packed.py``. The
 form ``compressed-tensors`` stores the integers and scales of a quantised run in the place of its weights, and
 ``compressed-tensors-w8a8`` asks for quantised activations too; see ``compressed_tensors.py``. The form ``gguf`` stores weights,
-configuration and tokenizer in model.gguf; see ``gguf_export.py``.
+configuration and tokenizer in model.gguf; see ``gguf_export.py``. The form ``maxtext`` is not for ``transformers``; see
+``maxtext.py``.
 
 The weights are dense: no current library reads a packed 2:4 file, and a ``sparsity_config`` makes some refuse to load.
 """
@@ -34,7 +35,8 @@ from optima_tpu.method.patterns import Pattern, parse_pattern
 from optima_tpu.method.quantization import Quantizer
 from optima_tpu.models.checkpoints.compressed_tensors import compressed, quantization_config
 from optima_tpu.models.checkpoints.gguf_export import GGUFModel, Stored
-from optima_tpu.models.checkpoints.orbax import CheckpointTensors, block_of, refuse_damaged_checkpoint
+from optima_tpu.models.checkpoints.maxtext import STEP, Layout, layout_of
+from optima_tpu.models.checkpoints.orbax import CheckpointTensors, block_of, refuse_damaged_checkpoint, save_items
 from optima_tpu.models.checkpoints.packed import MASKS, SHAPE, Packer, write_masks
 from optima_tpu.models.checkpoints.source import Pretrained, read_config
 from optima_tpu.models.checkpoints.stacks import Stacked, stacks_of
@@ -52,7 +54,14 @@ from optima_tpu.runtime.records import known_record, read_record
 SIDECAR = "optima_tpu.json"
 FOLDER = "hf"
 """The name of the export in the directory of its run."""
-PLAIN, PACKED, COMPRESSED, W8A8, GGUF = FORMATS = ("plain", "packed", "compressed-tensors", "compressed-tensors-w8a8", "gguf")
+PLAIN, PACKED, COMPRESSED, W8A8, GGUF, MAXTEXT = FORMATS = (
+    "plain",
+    "packed",
+    "compressed-tensors",
+    "compressed-tensors-w8a8",
+    "gguf",
+    "maxtext",
+)
 """The forms of an export."""
 GGUF_FILE = "model.gguf"
 
@@ -70,6 +79,7 @@ def export(
     max_shard_size: int | str = "5GB",
     report: Mapping[str, Any] | None = None,
     form: str = PLAIN,
+    scan_layers: bool = True,
 ) -> None:
     """Writes the folder. It gets its name only after everything in it has been written, checked and flushed to disk.
 
@@ -79,11 +89,13 @@ def export(
         was killed.
       max_shard_size: bytes, or a text such as "5GB". One shard is in memory at a time.
       report: the run's report for the model card; None takes report.json, if the run has one.
-      form: one of ``FORMATS``. ``optima unpack`` makes the plain folder of the packed one, byte for byte.
+      form: one of ``FORMATS``. ``optima unpack`` makes the plain folder of the packed one, byte for byte. With maxtext the whole
+        model is in memory.
+      scan_layers: whether the blocks are stacked, for the form maxtext.
 
     Raises:
       UserError: the run is not finished, ``out`` is in use, the disk is full, ``out`` is in a bucket though the form is packed, the
-        form is compressed-tensors and the run did not quantise, or the form is gguf and such a file cannot hold the model.
+        form is compressed-tensors and the run did not quantise, or it is gguf or maxtext and cannot hold the model.
       RuntimeError: the written weights do not match the masks. ``out`` is not created.
     """
     out, run_directory = as_path(out).resolve(), as_path(run_directory)
@@ -102,6 +114,7 @@ def export(
     stacked, integers = Stacked(source, stacks), form in (COMPRESSED, W8A8)
     quantizer = _quantizer(source, run_directory, form) if integers or (form == GGUF and source.quantized()) else None
     file = _gguf(source, assets, run_directory, quantizer) if form == GGUF else None
+    layout = _layout(source, assets, scan_layers) if form == MAXTEXT else None
     with writing(out, "nothing was left there; make room or choose another folder, and repeat the command"):
         if _is_damaged_export(out, source.run["manifest"], own=out.parent == run):
             remove(out)
@@ -114,6 +127,8 @@ def export(
             packer = Packer(partial) if form == PACKED else None
             if file is not None:
                 shards, zeros = [GGUF_FILE], _write_gguf(source, patterns, partial, file)
+            elif layout is not None:
+                shards, zeros = [], _write_items(source, patterns, partial, layout)
             else:
                 compress = (
                     None if quantizer is None else functools.partial(compressed, bits=quantizer.bits, activations=form == W8A8)
@@ -125,9 +140,9 @@ def export(
                 with written_here(partial / MASKS) as here:
                     write_masks(here, ((name, source.mask(name)) for name in source.pruned()))
             sidecar = _sidecar(source, zeros)
-            if report is None:
-                report = _facts(run_directory)
-            (partial / "README.md").write_text(model_card(out.name, sidecar, assets, report), encoding="utf-8")
+            if layout is None:
+                facts = _facts(run_directory) if report is None else report
+                (partial / "README.md").write_text(model_card(out.name, sidecar, assets, facts), encoding="utf-8")
             others = {str(path.relative_to(partial)) for path in files_in(partial) if path.suffix != ".safetensors"}
             sidecar["files"] = sorted({*shards, MASKS, *others})
             (partial / SIDECAR).write_text(json.dumps(sidecar, indent=2, allow_nan=False))
@@ -296,6 +311,39 @@ def _same_values(written: np.ndarray, values: np.ndarray, scale: np.ndarray | No
         return np.array_equal(np.round(written / factors), np.round(values / factors))
     # A Gemma's norms are stored plus 1.
     return _same_bytes(written, values) if values.ndim > 1 else np.allclose(written, values, rtol=0, atol=2**-22)
+
+
+def _layout(source: CheckpointTensors, assets: Mapping[str, bytes], scan_layers: bool) -> Layout:
+    """The layout of a run's model in MaxText."""
+    config, _ = read_config(assets["config.json"], "the run's assets")
+    return layout_of(config, source, scan_layers)
+
+
+def _write_items(source: CheckpointTensors, patterns: Mapping[str, Pattern], folder: Path, layout: Layout) -> dict[str, int]:
+    """Writes and checks MaxText's arrays and settings. Returns the number of zeros in each pruned weight."""
+    masked = set(source.pruned())
+    zeros: dict[str, int] = {}
+    tree: dict[str, Any] = {}
+    for leaf in layout.leaves:
+        tensors, masks = source.load(leaf.names), source.masks(masked & set(leaf.names))
+        for name, keep in masks.items():
+            tensors[name] = _exact_zeros(name, tensors[name], keep)
+            zeros[name] = _zeros(name, tensors[name] == 0, keep, patterns)
+            if np.count_nonzero(leaf.convert(tensors[name])) != tensors[name].size - zeros[name]:
+                raise RuntimeError(f"{name}: its zeros are others in MaxText's layout")
+        *above, last = leaf.path
+        node = tree
+        for part in above:
+            node = node.setdefault(part, {})
+        node[last] = leaf.array(tensors)
+    scanned = layout.settings["scan_layers"]
+    save_items(
+        folder / STEP, {"step": np.zeros((), np.int32), "params": {"params": tree}, "opt_state": {}}, {"scan_layers": scanned}
+    )
+    for name, text in layout.files().items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(text, encoding="utf-8")
+    return zeros
 
 
 def _readable(folder: Path) -> int:

@@ -32,6 +32,7 @@ from optima_tpu.runtime.records import Share, check_record
 
 CHECKPOINT = "checkpoint"
 _PARTS = "parts"
+_ITEMS = "items"
 _UNTOUCHED_AT_ONCE = 1 << 30
 """Bytes of unpruned tensors that are read before they are written."""
 _BLOCK = re.compile(r"(.*?\.\d+)\.")
@@ -66,6 +67,21 @@ def quiet_orbax() -> None:
 def save_tree(path: Path, tree: Mapping[str, Any], metadata: Mapping[str, Any]) -> None:
     """Writes a checkpoint of arrays on the host or on the mesh. Every process calls it and writes what its devices hold."""
     ocp.save(path, tree, custom_metadata=dict(metadata))
+
+
+def save_items(path: Path, tree: Mapping[str, Any], metadata: Mapping[str, Any]) -> None:
+    """Writes a tree of host arrays as PATH/items, as MaxText reads it, and compares what it finds there with the tree.
+
+    Raises:
+      RuntimeError: an array differs from what was written.
+    """
+    ocp.save_checkpointables(path, {_ITEMS: tree}, custom_metadata=dict(metadata))
+    with _by_itself():
+        found = ocp.load_checkpointables(path, {_ITEMS: jax.tree.map(np.empty_like, tree)})[_ITEMS]
+    differ = jax.tree.map(lambda a, b: a.dtype != b.dtype or not np.array_equal(a, b, equal_nan=True), tree, found)
+    for name, wrong in jax.tree_util.tree_leaves_with_path(differ):
+        if wrong:
+            raise RuntimeError(f"{path / _ITEMS}: {jax.tree_util.keystr(name)} differs from what was written")
 
 
 def read_metadata(path: Path) -> ocp.CheckpointMetadata:
