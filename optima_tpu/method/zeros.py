@@ -6,7 +6,8 @@
     broken_zeros(parameters, masks)  # [] as long as every pruned weight is zero
 
 The masks are read from the zeros of the parameters themselves, so they have their layout: a pytree of any program, with matrices
-transposed, stacked over the layers or split over devices.
+transposed, stacked over the layers or split over devices. A program that makes its optimizer before it has read the parameters, as
+MaxText does, leaves the masks out: ``keep_zeros(optimizer)`` reads them at every update.
 """
 
 from collections.abc import Sequence
@@ -39,7 +40,9 @@ def masks_of(parameters: Tree, least: float = 0.1) -> Tree:
     return jax.tree.map(lambda array: (array != 0) if _is_pruned(array, least) else jnp.ones_like(array, bool), parameters)
 
 
-def keep_zeros(optimizer: optax.GradientTransformation, masks: Tree) -> optax.GradientTransformationExtraArgs:
+def keep_zeros(
+    optimizer: optax.GradientTransformation, masks: Tree | None = None, least: float = 0.1
+) -> optax.GradientTransformationExtraArgs:
     """Wraps an optimizer so that pruned weights stay zero.
 
     Their gradients are zero before the optimizer sees them, so that they gather no moments and do not count in a norm that clips;
@@ -47,14 +50,25 @@ def keep_zeros(optimizer: optax.GradientTransformation, masks: Tree) -> optax.Gr
 
     Args:
       optimizer: any optimizer of optax.
-      masks: as from :func:`masks_of`, of the structure of the parameters. A bool may stand for an array of it.
+      masks: as from :func:`masks_of`, of the structure of the parameters. A bool may stand for an array of it. None reads them from
+        the zeros of the parameters at every update: nothing is stored, and what is zero then stays zero. A kept weight that becomes
+        exactly zero on the way stays so too, and a matrix that begins with zeros (of an adapter) is not trained.
+      least: as for :func:`masks_of`, where there are no masks.
+
+    Raises:
+      ValueError: there are no masks, and ``update`` was called without the parameters.
     """
     inner = optax.with_extra_args_support(optimizer)
 
     def update(gradient: Tree, state: Any, parameters: Tree | None = None, **extra: Any) -> tuple[Tree, Any]:
+        if masks is None and parameters is None:
+            raise ValueError(
+                "expected update(gradient, state, parameters), from whose zeros the masks are read, got no parameters"
+            )
+        keep = jax.tree.map(lambda array: _kept(array, least), parameters) if masks is None else masks
         with jax.numpy_dtype_promotion("standard"):  # optax multiplies counters by floats, and bfloat16 by float32
-            moved, state = inner.update(_masked(gradient, masks), state, parameters, **extra)
-        return _masked(moved, masks), state
+            moved, state = inner.update(_masked(gradient, keep), state, parameters, **extra)
+        return _masked(moved, keep), state
 
     return optax.GradientTransformationExtraArgs(inner.init, update)
 
@@ -68,6 +82,12 @@ def broken_zeros(parameters: Tree, masks: Tree) -> list[str]:
 
 def _is_pruned(array: Array, least: float) -> bool:
     return array.ndim > 1 and float(jnp.mean(array == 0)) >= least
+
+
+def _kept(array: Array, least: float) -> Array:
+    """The mask of an array, in a traced program."""
+    pruned = array.ndim > 1 and jnp.mean(array == 0) >= least
+    return (array != 0) | jnp.logical_not(pruned)
 
 
 def _masked(tree: Tree, masks: Tree) -> Tree:

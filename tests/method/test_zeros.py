@@ -69,6 +69,24 @@ def test_pruned_weights_stay_zero_and_the_others_move(optimizer, dtype):
     assert broken_zeros(trained(optimizer, parameters), masks) == ["layers.kernel", "out"]
 
 
+@pytest.mark.parametrize("name", ["adamw", "muon", "clipped"])
+def test_masks_read_at_every_update_are_those_given_beforehand(name):
+    parameters = model()
+    given = trained(keep_zeros(OPTIMIZERS[name], masks_of(parameters)), parameters)
+    jax.tree.map(np.testing.assert_array_equal, trained(keep_zeros(OPTIMIZERS[name]), parameters), given)
+
+
+def test_masks_are_read_from_parameters_that_come_after_the_optimizer():
+    optimizer, before = keep_zeros(optax.adamw(1e-2)), jax.tree.map(jnp.ones_like, model())
+    state = optimizer.init(before)  # as a trainer that fills its model later
+    parameters = model()
+    updates, _ = optimizer.update(before, state, parameters)
+    assert broken_zeros(optax.apply_updates(parameters, updates), masks_of(parameters)) == []
+    assert np.all(np.asarray(updates["layers"]["scale"]) != 0)  # a vector of zeros is no pruned matrix
+    with pytest.raises(ValueError, match="got no parameters"):
+        optimizer.update(before, state)
+
+
 @pytest.mark.parametrize("name", ["sgd with momentum", "adamw", "lion"])
 def test_kept_weights_move_as_in_a_model_without_the_pruned_ones(name):
     """Elementwise optimizers: the kept weights alone, as a vector, are the oracle."""
