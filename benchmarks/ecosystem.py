@@ -9,6 +9,8 @@ Prints for each:
 - training: how many zeros are left after some steps of its own trainer, with and without ``optima_tpu.keep_zeros``
 - qwix: the zeros of its integers against the masks
 
+Its exit status is 1 where a zero is elsewhere, or a difference larger than rounding.
+
 Needs Python 3.12 and an environment of its own, since Tunix asks for an older safetensors; see docs/guides/jax-programs.md.
 """
 
@@ -67,6 +69,10 @@ class Arrival(NamedTuple):
     difference: float
     zeros: int
     pruned: int
+
+    def right(self, within: float) -> bool:
+        """Whether the logits are the same within this, and the zeros are those of the masks."""
+        return self.difference < within and self.zeros == self.pruned
 
 
 class Left(NamedTuple):
@@ -273,7 +279,7 @@ def trained_by_tunix(steps: int, keep: bool, name: str = "qwen3") -> Left:
         return _left(before, nnx.state(theirs, nnx.Param))
 
 
-def quantized_by_qwix(name: str = "qwen3") -> Arrival:
+def quantized_by_qwix(name: str = "llama") -> Arrival:
     """Quantises one of TUNIX, as Tunix loaded it, to int8 with Qwix. The zeros are those of the integers where the masks prune."""
     import qwix
 
@@ -284,17 +290,9 @@ def quantized_by_qwix(name: str = "qwen3") -> Arrival:
         rules = [qwix.QuantizationRule(module_path=".*(proj|mlp).*", weight_qtype="int8")]
         causal = jnp.tril(jnp.ones((1, LENGTH, LENGTH), bool))
         small = qwix.quantize_model(theirs, qwix.PtqProvider(rules), jnp.asarray(TOKENS), jnp.arange(LENGTH)[None], None, causal)
-        integers = {path[: path.index("array")]: value for path, value in _flat(nnx.state(small)) if path[-1] == "qvalue"}
+        integers = {path[:-2]: value[...] for path, value in nnx.to_flat_state(nnx.state(small)) if path[-1] == "qvalue"}
         found = sum(int(jnp.sum((value == 0) & ~masks[path][...].reshape(value.shape))) for path, value in integers.items())
         return Arrival(_difference(_tunix_logits(small), model.logits), found, model.pruned)
-
-
-def _flat(state: Any) -> list[tuple[tuple, jax.Array]]:
-    leaves = jax.tree_util.tree_leaves_with_path(state)
-    return [
-        (tuple(getattr(key, "key", getattr(key, "name", getattr(key, "idx", None))) for key in path), leaf)
-        for path, leaf in leaves
-    ]
 
 
 @contextlib.contextmanager
@@ -307,37 +305,42 @@ def _replaced(owner: Any, name: str, value: Any):
         setattr(owner, name, original)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.ecosystem", description=__doc__.split("\n\n")[0])
     parser.add_argument("what", nargs="*", help="maxtext, tunix, training, qwix (default: all)")
     parser.add_argument("--steps", type=int, default=300, help="steps of training (default: %(default)s)")
     arguments = parser.parse_args(argv)
     logging.disable(logging.WARNING)
     what = arguments.what or ["maxtext", "tunix", "training", "qwix"]
+    right = []
     if "maxtext" in what:
         for name in MODELS:
             for scan in (True, False):
-                _print(f"maxtext {name} {'scanned' if scan else 'unscanned'}", arrives_in_maxtext(name, scan))
+                found = arrives_in_maxtext(name, scan)
+                right.append(_print(f"maxtext {name} {'scanned' if scan else 'unscanned'}", found, found.right(2e-5)))
     if "tunix" in what:
         for name in TUNIX:
-            _print(f"tunix {name}", arrives_in_tunix(name))
-    if "training" in what:
-        for program, train in {"maxtext": trained_by_maxtext, "tunix": trained_by_tunix}.items():
-            for keep in (True, False):
-                _print(
-                    f"{arguments.steps} steps of {program} {'with' if keep else 'without'} keep_zeros",
-                    train(arguments.steps, keep),
-                )
+            found = arrives_in_tunix(name)
+            right.append(_print(f"tunix {name}", found, found.right(2e-5)))
     if "qwix" in what:
-        _print("qwix int8 qwen3", quantized_by_qwix())
+        found = quantized_by_qwix()
+        right.append(_print("qwix int8 llama", found, found.right(0.1)))
+    if "training" in what:
+        for program, train in {"tunix": trained_by_tunix, "maxtext": trained_by_maxtext}.items():
+            for keep in (True, False):
+                left = train(arguments.steps, keep)
+                said = f"{arguments.steps} steps of {program} {'with' if keep else 'without'} keep_zeros"
+                held = left.zeros == left.pruned and left.moved > 0.9
+                right.append(_print(said, left, held if keep else left.zeros < 0.01 * left.pruned))
+    return 0 if all(right) else 1
 
 
-def _print(what: str, found: NamedTuple) -> None:
-    print(
-        what,
-        *(f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}" for name, value in found._asdict().items()),
-        flush=True,
+def _print(what: str, found: Arrival | Left, right: bool) -> bool:
+    numbers = (
+        f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}" for name, value in found._asdict().items()
     )
+    print(what, *numbers, *([] if right else ["WRONG"]), flush=True)
+    return right
 
 
 if __name__ == "__main__":
