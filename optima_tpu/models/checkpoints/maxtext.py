@@ -104,7 +104,7 @@ class Layout(NamedTuple):
 
     def _yml(self) -> str:
         lines = [
-            "# The settings of this model, over MaxText's base.yml. Train on with",
+            "# The settings of this model, over MaxText's base.yml. Train on, with absolute paths, by",
             f"#   python -m maxtext.trainers.pre_train.train OUT/{FILE} load_parameters_path=OUT/{STEP}/items tokenizer_path=OUT ...",
             "base_config: base.yml",
             *(f"{name}: {json.dumps(value)}" for name, value in self.settings.items()),
