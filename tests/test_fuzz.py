@@ -1,5 +1,6 @@
 """Whatever is in a file or on a command line: a result, or one line that says what is wrong. Never a traceback."""
 
+import functools
 import json
 import typing
 from pathlib import Path
@@ -80,22 +81,21 @@ def read_declared(folder: Path) -> Decoder:
     return decoder
 
 
+@st.composite
+def configurations(draw: st.DrawFn) -> bytes:
+    """The config.json of some family with one or two other values."""
+    variants = [(reference, variant) for reference in REFERENCES for variant in reference.variants.values()]
+    reference, variant = draw(st.sampled_from(variants))
+    content = json.dumps(reference.configuration(variant).to_dict()).encode()
+    for place, value in draw(st.lists(st.tuples(st.integers(0, 1 << 20), st.sampled_from(REPLACEMENTS)), min_size=1, max_size=2)):
+        content = value_replaced(content, place, value)
+    return content
+
+
 def assert_configurations(folder: Path, examples: int) -> None:
-    written = []
-    for reference in REFERENCES:
-        for variant in reference.variants.values():
-            written.append(json.dumps(reference.configuration(variant).to_dict()).encode())
-    kind = Kind("config.json", folder.mkdir, read_declared)
     folder.mkdir()
-    changes = st.lists(st.tuples(st.integers(0, 1 << 20), st.sampled_from(REPLACEMENTS)), min_size=1, max_size=2)
-
-    def check(given: tuple[bytes, list[tuple[int, Any]]]) -> None:
-        content, places = given
-        for place, value in places:
-            content = value_replaced(content, place, value)
-        outcome(kind, folder, content)
-
-    tried(check, st.tuples(st.sampled_from(written), changes), examples)
+    kind = Kind("config.json", folder.mkdir, read_declared)
+    tried(functools.partial(outcome, kind, folder), configurations(), examples)
 
 
 def test_a_configuration_with_another_value_is_refused_in_one_line_or_read(tmp_path):

@@ -1,0 +1,490 @@
+"""Hostile cases by the hundred: damaged files, random command lines, signals and kills. Counts what became of them.
+
+    python -m benchmarks.hostile files --cases 0:2000 --add hostile.json
+    python -m benchmarks.hostile signals --processes 2 --cases 0:252 --add hostile.json
+
+Case n of a seed is always the same one, so that a campaign can be done in parts; ``--add`` adds the counts to those of earlier parts.
+
+- files: a file of each kind that the program reads, with flipped bits, cut short, or with another value in its JSON.
+- lines: a command with random words and settings. Settings of a run that are not refused are run.
+- signals: SIGTERM and Ctrl-C, the first 202 cases every 50 ms from 0 to 5 s after a process of Python was started, the others at
+  random moments of a run; then the run goes on, and its weights are compared with those of a run that nothing stopped.
+- kills: SIGKILL at random moments of a run, of one or of all of its processes; then as above.
+
+Stops at random moments come four to a run: three interrupt one that goes on already. Their processes are forked from one that has
+imported everything, which only saves time.
+"""
+
+import argparse
+import collections
+import contextlib
+import dataclasses
+import functools
+import itertools
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import hypothesis
+import jax
+from hypothesis import strategies as st
+
+import optima_tpu.models.checkpoints.orbax
+import optima_tpu.pipeline.run
+import optima_tpu.report.page  # noqa: F401  Imported before processes are forked, as the two above.
+from optima_tpu import cli, launch
+from optima_tpu.config.parse import flags, parse
+from optima_tpu.errors import UserError
+from optima_tpu.evaluate.config import EvaluateConfig
+from optima_tpu.pipeline.recover.config import RecoverConfig
+from optima_tpu.runtime.program import MODULES
+from optima_tpu.runtime.signals import INTERRUPTED, RESUME, listen
+from tests.support.processes import free_port, hearing_ctrl_c, process_environment, without_gloo
+from tests.support.runs import SMALL
+from tests.support.tiny_models import tiny_folder
+
+START = 202
+"""Cases of signals in the first five seconds: every 50 ms, SIGTERM and Ctrl-C."""
+CHAIN = 4
+"""Stops of one run at random moments."""
+SECONDS = 20
+"""Of a core: a refusal that needs more is wrong, and a command that works longer is ended."""
+HANGS = 150
+"""Seconds after which a process is killed."""
+ENDS = {signal.SIGTERM: (RESUME, "stopped by SIGTERM"), signal.SIGINT: (INTERRUPTED, "stopped")}
+
+
+class Tally:
+    """Counts of outcomes. What is wrong is printed as well."""
+
+    def __init__(self) -> None:
+        self.counts: collections.Counter[str] = collections.Counter()
+
+    def good(self, outcome: str) -> None:
+        self.counts[outcome] += 1
+
+    def wrong(self, outcome: str, *facts: object) -> None:
+        self.counts[f"WRONG: {outcome}"] += 1
+        print(f"WRONG: {outcome}:", *facts, sep="\n  ", flush=True)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns 1 if a case went wrong."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.hostile", description=__doc__.split("\n\n")[0])
+    parser.add_argument("campaign", choices=CAMPAIGNS)
+    parser.add_argument("--cases", default="0:10", help="FIRST:END of the campaign's cases")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--processes", type=int, default=1, help="of a run that is stopped")
+    parser.add_argument("--seconds", type=float, default=1e9, help="begin no case after this time")
+    parser.add_argument("--work", type=Path, help="folder for the runs that are stopped, kept from part to part")
+    parser.add_argument("--compile", action="store_true", help="compile anew in every process, without a cache")
+    parser.add_argument("--add", type=Path, help="file of counts, to which those of these cases are added")
+    options = parser.parse_args(argv)
+    first, end = map(int, options.cases.split(":"))
+    tally, until, done = Tally(), time.monotonic() + options.seconds, first
+    warnings.filterwarnings("ignore", message=".*os.fork")
+    with tempfile.TemporaryDirectory(prefix="hostile-") as temporary:
+        folder = options.work or temporary
+        for each in CAMPAIGNS[options.campaign](tally, options, range(first, end), Path(folder)):
+            done = each
+            if time.monotonic() > until:
+                break
+    what = [options.campaign, *([f"{options.processes} processes"] if options.campaign in ("signals", "kills") else [])]
+    print(f"{', '.join(what)}: cases {first}:{done} in {time.monotonic() - until + options.seconds:.0f} s")
+    for outcome, count in sorted(tally.counts.items()):
+        print(f"{count:6} {outcome}")
+    if options.add:
+        known = json.loads(options.add.read_text()) if options.add.exists() else {}
+        counts = collections.Counter(known.get(", ".join(what), {})) + tally.counts
+        options.add.write_text(json.dumps(known | {", ".join(what): dict(sorted(counts.items()))}, indent=1))
+    return int(any(outcome.startswith("WRONG") for outcome in tally.counts))
+
+
+def drawn(strategy: st.SearchStrategy, number: int, seed: str, check: Callable[[Any], None]) -> None:
+    """Calls ``check`` with ``number`` values, at most."""
+    settings = hypothesis.settings(
+        max_examples=number,
+        phases=[hypothesis.Phase.generate],
+        deadline=None,
+        database=None,
+        suppress_health_check=list(hypothesis.HealthCheck),
+    )
+
+    @hypothesis.seed(seed)
+    @settings
+    @hypothesis.given(strategy)
+    def run(value: Any) -> None:
+        check(value)
+
+    run()
+
+
+# Files.
+
+
+def files(tally: Tally, options: argparse.Namespace, cases: range, folder: Path) -> Iterator[int]:
+    """Every kind gets the same number of cases, or one more."""
+    from tests import test_fuzz as fuzz  # which imports torch
+
+    kinds = fuzz.KINDS | {"configurations": None}
+    share = {name: len(range(number, len(cases), len(kinds))) for number, name in enumerate(kinds)}
+    done = cases.start
+    for name, kind in kinds.items():
+        own = folder / name
+        if kind is None:
+            own.mkdir()
+            kind, strategy, whole = fuzz.Kind("config.json", own.mkdir, fuzz.read_declared), fuzz.configurations(), b""
+        else:
+            if kind.write is not tiny_folder:
+                own.mkdir()
+            kind.write(own)
+            whole = (own / kind.file).read_bytes()
+            strategy = fuzz.damaged(whole)
+        if share[name]:
+            check = functools.partial(_file, tally, name, kind, own, fuzz.outcome, whole)
+            drawn(strategy, share[name], f"{name} {options.seed} {cases.start}", check)
+        done += share[name]
+        yield done
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if peak > 2 << 20:
+        tally.wrong("more than 2 GiB", f"{peak} KiB")
+
+
+def _file(tally: Tally, name: str, kind: Any, folder: Path, outcome: Callable[..., str], whole: bytes, changed: bytes) -> None:
+    began = time.process_time()
+    try:
+        found = outcome(kind, folder, changed)
+    except Exception:
+        tally.wrong("a traceback", name, changed[:300], traceback.format_exc())
+        return
+    if time.process_time() - began > SECONDS:
+        tally.wrong(f"more than {SECONDS} s", name, changed[:300])
+    elif kind.checked and found == "read" and changed != whole:
+        tally.wrong("believed against its checksum", name, changed[:300])
+    else:
+        tally.good({"read": "read", "refused": "refused in one line"}[found])
+
+
+# Processes.
+
+
+def forked(work: Callable[[], int | None], printed: Path, said: Path) -> int:
+    """Starts ``work`` in a process that has imported what this one has. Returns its number."""
+    if child := os.fork():
+        return child
+    status = 1
+    try:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background of a shell it is ignored
+        for path, stream in ((printed, 1), (said, 2)):
+            os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        status = work() or 0
+    except SystemExit as ended:
+        status = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        with contextlib.suppress(Exception):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(status)
+
+
+def ended(child: int) -> tuple[int, float]:
+    """The exit status of a process, negative for the signal that ended it, and its seconds of a core. Kills one that hangs."""
+    until, found = time.monotonic() + HANGS, 0
+    while not found:
+        time.sleep(0.01)
+        found, status, used = os.wait4(child, os.WNOHANG)
+        if time.monotonic() > until:
+            os.kill(child, signal.SIGKILL)
+    return os.waitstatus_to_exitcode(status), used.ru_utime + used.ru_stime
+
+
+def in_child(folder: Path, work: Callable[[], int | None]) -> None:
+    """Does what would take this process's devices in another one."""
+    status, _ = ended(forked(work, folder / "printed", folder / "said"))
+    if status:
+        raise RuntimeError((folder / "said").read_text())
+
+
+def write_model(folder: Path) -> None:
+    if not (folder / "model").exists():
+        in_child(folder, lambda: tiny_folder(folder / "model", num_hidden_layers=2) and None)
+
+
+# Command lines.
+
+
+def lines(tally: Tally, options: argparse.Namespace, cases: range, folder: Path) -> Iterator[int]:
+    """Nine of ten are runs, the others go to all commands. One of four runs whose settings are read is done."""
+    from tests import test_fuzz as fuzz
+
+    write_model(folder)
+    model = str(folder / "model")
+    small = ["prune", "--model", model, *SMALL, "--preset", "fast"]
+    in_child(folder, lambda: cli.main([*small, "--output", str(folder / "run")]))
+    shutil.copytree(folder, folder / "whole", ignore=shutil.ignore_patterns("whole"))
+    (folder / "a.txt").write_text("a text " * 200)
+    paths = st.sampled_from([".", "nowhere", "a.txt", "run", "run/hf", "run/checkpoint", "run/report.json", "model", "new"])
+    words = paths | paths | fuzz.WORDS
+    settings_of = {"evaluate": EvaluateConfig, "recover": RecoverConfig}
+    named = {name: [field.name for field in dataclasses.fields(kind)] for name, kind in settings_of.items()}
+    for name in MODULES.keys() - named.keys() - {"prune"}:
+        named[name] = [word.lstrip("-") for action in command_parser(name)._actions for word in action.option_strings]
+    runs = fuzz.command_lines().map(lambda argv: [*small, "--output", "new", *argv])
+    few = {"evaluate": ["--perplexity", "random", "--length", "16", "--windows", "2"], "recover": ["--tokens", "2k"]}
+    few["plan"] = ["--model", "model", "--no-compile"]
+
+    def others(name: str) -> st.SearchStrategy[list[str]]:
+        option = st.tuples(st.sampled_from(named[name]).map("--{}".format), words).map(list)
+        return st.tuples(
+            paths.map(lambda path: [path]) | st.just([]), st.lists(option | words.map(lambda word: [word]), max_size=4)
+        ).map(lambda drawn: [name, *drawn[0], *few.get(name, []), *itertools.chain.from_iterable(drawn[1])])
+
+    commands = st.sampled_from(sorted(named)).flatmap(others)
+    for number in cases:
+        drawn(
+            runs if number % 10 else commands,
+            2,
+            f"{options.seed} {number}",
+            functools.partial(_line, tally, folder, iter([1]), number % 4 == 1),
+        )
+        yield number + 1
+
+
+def command_parser(name: str) -> argparse.ArgumentParser:
+    module = sys.modules.get(MODULES[name] + ".__main__") or __import__(MODULES[name], fromlist=["main"])
+    module = __import__(MODULES[name] + ".__main__", fromlist=["main"]) if hasattr(module, "__path__") else module
+    return module.make_parser()
+
+
+def _line(tally: Tally, folder: Path, budget: Iterator[int], work_too: bool, argv: list[str]) -> None:
+    # Hypothesis draws the simplest value first, which is always the same one.
+    if next(budget, None):
+        return
+    if argv[0] == "prune":
+        try:
+            config = parse(argv[1:])
+            if parse(flags(config)) != config:
+                tally.wrong("other settings when written as a command line", argv)
+        except UserError as error:
+            if "\n" in str(error):
+                tally.wrong("refused in several lines", argv, error)
+            else:
+                tally.good("refused in one line")
+            return
+        except BaseException:
+            tally.wrong("a traceback", argv, traceback.format_exc())
+            return
+        if not work_too:
+            tally.good("settings that are the same when written as a command line")
+            return
+    own = Path(shutil.copytree(folder / "whole", folder / "own"))
+    shutil.copy(folder / "a.txt", own)
+
+    def work() -> int:
+        os.chdir(own)
+        resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
+        sys.argv = ["optima", *argv]
+        return cli.main()
+
+    status, used = ended(forked(work, folder / "printed", folder / "said"))
+    said = (folder / "said").read_text(errors="replace")
+    facts = (argv, f"status {status}, {used:.1f} s", said[-1500:])
+    shutil.rmtree(own)
+    if "Traceback" in said:
+        tally.wrong("a traceback", *facts)
+    elif status == 2 and said.startswith("error: ") and said.count("\n") == 1:
+        tally.good("refused in one line")
+    elif status == 0 or (status == 1 and argv[0] == "verify"):
+        tally.good("done")
+    elif used > SECONDS - 1 and status in (-signal.SIGKILL, -signal.SIGXCPU) and not said:
+        tally.good(f"at work after {SECONDS} s of a core")
+        print("at work:", *argv)
+    else:
+        tally.wrong("another end", *facts)
+
+
+# Stops.
+
+
+class Stops:
+    """A run that nothing stopped, and ways to start it."""
+
+    def __init__(self, folder: Path, count: int, compile_anew: bool):
+        write_model(folder)
+        self.folder, self.count = folder, count
+        if not compile_anew:
+            os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder / "compiled")
+            os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+            jax.config.update("jax_compilation_cache_dir", str(folder / "compiled"))
+            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+        if not (folder / "whole").exists():
+            self.finish(folder / "whole")
+        began = time.monotonic()
+        self.finish(folder / "again")  # now everything is compiled
+        self.seconds = time.monotonic() - began
+        if wrong := self.compare(folder / "again"):
+            raise RuntimeError(wrong)
+        shutil.rmtree(folder / "again")
+
+    def arguments(self, output: Path, number: int, port: int) -> list[str]:
+        devices = ["--mesh", "2x2", "--cpu-devices", str(4 // self.count)]
+        if self.count > 1:
+            devices += ["--coordinator", f"localhost:{port}", "--num-processes", str(self.count), "--process-id", str(number)]
+        return ["--model", str(self.folder / "model"), *SMALL, "--preset", "fast", *devices, "--output", str(output)]
+
+    def fork(self, output: Path) -> list[int]:
+        """Forks the processes of the run. Returns their numbers."""
+        port = free_port()
+
+        def work(number: int) -> int:
+            sys.argv = ["launch", *self.arguments(output, number, port)]
+            listen()
+            return launch.main()
+
+        return [
+            forked(functools.partial(work, number), self.folder / f"printed{number}", self.folder / f"said{number}")
+            for number in range(self.count)
+        ]
+
+    def begin(self, output: Path) -> list[int]:
+        """Starts the processes of the run, each a new Python."""
+        port, environment = free_port(), process_environment()
+        with hearing_ctrl_c():
+            return [
+                subprocess.Popen(
+                    [sys.executable, "-W", "ignore", "-m", "optima_tpu.launch", *self.arguments(output, number, port)],
+                    env=environment,
+                    stdout=subprocess.DEVNULL,
+                    stderr=(self.folder / f"said{number}").open("w"),
+                ).pid
+                for number in range(self.count)
+            ]
+
+    def said(self) -> list[str]:
+        return [(self.folder / f"said{number}").read_text() for number in range(self.count)]
+
+    def finish(self, output: Path) -> None:
+        statuses = [ended(child)[0] for child in self.fork(output)]
+        if any(statuses):
+            raise RuntimeError(f"a run that nothing stops ended with {statuses}: {self.said()}")
+
+    def compare(self, output: Path) -> str:
+        """What differs from the run that nothing stopped, in the exported weights and masks; empty if nothing does."""
+        whole = self.folder / "whole/hf"
+        names = [path.name for path in whole.iterdir() if path.suffix in (".safetensors", ".npz")]
+        different = [name for name in names if (output / "hf" / name).read_bytes() != (whole / name).read_bytes()]
+        return f"other bits in {', '.join(different)}" if different or len(names) != 2 else ""
+
+    def go_on(self, tally: Tally, output: Path, facts: object) -> None:
+        """Finishes a run that was stopped, and compares it. Removes it."""
+        try:
+            self.finish(output)
+            wrong = self.compare(output)
+        except Exception as error:
+            wrong = f"{type(error).__name__}: {error}"
+        if wrong:
+            tally.wrong("went on to something else", facts, wrong)
+        else:
+            tally.good("went on to the same bits")
+        shutil.rmtree(output, ignore_errors=True)
+
+
+def signals(tally: Tally, options: argparse.Namespace, cases: range, folder: Path) -> Iterator[int]:
+    """SIGTERM and Ctrl-C to all processes of a run, as from a terminal and from most schedulers."""
+    stops, output, facts = Stops(folder, options.processes, options.compile), folder / "run", []
+    for number in cases:
+        chance = random.Random(f"signals {options.seed} {number}")
+        sent, early = (signal.SIGTERM, signal.SIGINT)[number % 2], number < START
+        moment = number // 2 * 0.05 if early else chance.uniform(0.05, 0.95) * stops.seconds
+        started = (stops.begin if early else stops.fork)(output)
+        time.sleep(moment)
+        for child in started:
+            os.kill(child, sent)
+        facts.append((number, sent.name, moment))
+        statuses = [ended(child)[0] for child in started]
+        told = tally_signal(tally, sent, statuses, stops.said(), moment if early else 9.0, facts[-1])
+        if early and not (output / "run.json").exists():
+            if left := [path.name for path in output.rglob("*") if path.name != "run.lock"]:
+                tally.wrong("stopped before anything was written, and left files", facts[-1], left)
+            else:
+                tally.good("nothing was written yet")
+            shutil.rmtree(output, ignore_errors=True)
+        elif early or not told or len(facts) >= CHAIN or number == cases[-1]:
+            stops.go_on(tally, output, facts)
+        else:
+            yield number + 1
+            continue
+        facts = []
+        yield number + 1
+
+
+def tally_signal(tally: Tally, sent: signal.Signals, statuses: list[int], said: list[str], moment: float, facts: object) -> bool:
+    """Counts how a signalled run ended. Returns whether it was stopped."""
+    status, line = ENDS[sent]
+    texts = [without_gloo(text) for text in said]
+    if moment < 0.2 and all(found in (-sent, status) for found in statuses) and -sent in statuses:
+        tally.good("ended by the signal before Python was up")
+    elif statuses == [0] * len(statuses):
+        tally.good("was done already, status 0")
+        return False
+    elif statuses != [status] * len(statuses):
+        tally.wrong("another status", facts, statuses, said)
+    elif not all(len(text) == 1 and text[0].startswith(line) for text in texts):
+        tally.wrong("something else than one line", facts, statuses, said)
+    else:
+        tally.good(f"status {status} and one line")
+    return True
+
+
+def kills(tally: Tally, options: argparse.Namespace, cases: range, folder: Path) -> Iterator[int]:
+    """SIGKILL to one process of a run, or to all."""
+    stops, output, facts = Stops(folder, options.processes, options.compile), folder / "run", []
+    for number in cases:
+        chance = random.Random(f"kills {options.seed} {number}")
+        moment = chance.uniform(0.02, 1.0) * stops.seconds
+        victims = chance.choice([(0,), (1,), (0, 1)]) if stops.count > 1 else (0,)
+        started = stops.fork(output)
+        time.sleep(moment)
+        for victim in victims:
+            os.kill(started[victim], signal.SIGKILL)
+        statuses = [ended(child)[0] for child in started]
+        facts.append((number, moment, victims, statuses))
+        for place, status in enumerate(statuses):
+            if place not in victims:
+                survivor(tally, status, stops.said()[place], facts[-1])
+        tally.good("killed" if any(statuses) else "was done already")
+        if len(facts) >= CHAIN or not any(statuses) or number == cases[-1]:
+            stops.go_on(tally, output, facts)
+            facts = []
+        yield number + 1
+
+
+def survivor(tally: Tally, status: int, said: str, facts: object) -> None:
+    """Counts how a process ended whose peer was killed."""
+    # jax aborts a process that waits for another to connect.
+    known = {0: "ended with 0", 69: "ended with 69", -signal.SIGABRT: "aborted by jax"}
+    if status not in known or (status == 69 and "Traceback" in said):
+        tally.wrong("the other process ended otherwise", facts, said)
+    else:
+        tally.good(f"the other process {known[status]}")
+
+
+CAMPAIGNS = {"files": files, "lines": lines, "signals": signals, "kills": kills}
+
+if __name__ == "__main__":
+    sys.exit(main())
