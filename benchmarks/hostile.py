@@ -84,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Returns 1 if a case went wrong."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.hostile", description=__doc__.split("\n\n")[0])
     parser.add_argument("campaign", choices=CAMPAIGNS)
-    parser.add_argument("--cases", default="0:10", help="FIRST:END of the campaign's cases")
+    parser.add_argument("--cases", default="0:10", help="FIRST:END or FIRST:END:STEP of the cases")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--processes", type=int, default=1, help="of a run that is stopped")
     parser.add_argument("--seconds", type=float, default=1e9, help="begin no case after this time")
@@ -92,17 +92,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--compile", action="store_true", help="compile anew in every process, without a cache")
     parser.add_argument("--add", type=Path, help="file of counts, to which those of these cases are added")
     options = parser.parse_args(argv)
-    first, end = map(int, options.cases.split(":"))
-    tally, until, done = Tally(), time.monotonic() + options.seconds, first
+    cases = range(*map(int, options.cases.split(":")))
+    tally, until, done = Tally(), time.monotonic() + options.seconds, cases.start
     warnings.filterwarnings("ignore", message=".*os.fork")
     with tempfile.TemporaryDirectory(prefix="hostile-") as temporary:
         folder = options.work or temporary
-        for each in CAMPAIGNS[options.campaign](tally, options, range(first, end), Path(folder)):
+        for each in CAMPAIGNS[options.campaign](tally, options, cases, Path(folder)):
             done = each
             if time.monotonic() > until:
                 break
     what = [options.campaign, *([f"{options.processes} processes"] if options.campaign in ("signals", "kills") else [])]
-    print(f"{', '.join(what)}: cases {first}:{done} in {time.monotonic() - until + options.seconds:.0f} s")
+    print(f"{', '.join(what)}: cases {cases.start}:{done} in {time.monotonic() - until + options.seconds:.0f} s")
     for outcome, count in sorted(tally.counts.items()):
         print(f"{count:6} {outcome}")
     if options.add:

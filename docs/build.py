@@ -697,7 +697,8 @@ The dense model is the floor; the best pruned model of a column is bold.
 ## What was measured { #measured }
 
 - [SmolLM2-135M: quality](smollm2.md): every pattern, seed and lever, tasks, calibration texts, the tables of the OPTIMA paper.
-- [Time, memory and size](speed.md): the first command, the presets, the solvers, memory by depth, packed exports.
+- [Time, memory, size and stops](speed.md): the first command, the presets, the solvers, memory by depth, packed exports, and what
+  became of runs that were stopped and of damaged input.
 - Plans for TPU slices are estimates and not measurements; they are in `configs/plans/README.md`.
 
 Not measured: models other than SmolLM2-135M, and anything on a TPU or a GPU.
@@ -742,7 +743,7 @@ _RESULTS: Mapping[str, tuple[str, Mapping[str, Sequence[str]]]] = {
         },
     ),
     "speed": (
-        "# Time, memory and size\n\n"
+        "# Time, memory, size and stops\n\n"
         "All on CPU cores; no TPU or GPU was at hand. ↓ in a column's head: lower is better. ↑: higher is better. A dash: not "
         "measured. A pruned model runs as fast as the dense one.",
         {
@@ -750,6 +751,7 @@ _RESULTS: Mapping[str, tuple[str, Mapping[str, Sequence[str]]]] = {
             "Parts of a run": ("solvers", "mpax-rounds", "kernels"),
             "Memory": ("depth",),
             "Packed exports": ("packed-sizes", "packing"),
+            "Stops and damage": ("hostile",),
         },
     ),
 }

@@ -3,6 +3,7 @@
 import dataclasses
 import gzip
 import hashlib
+import itertools
 import json
 import zlib
 from collections.abc import Collection, Iterator
@@ -91,7 +92,8 @@ class File:
 
     def _most(self) -> int:
         """The most characters that the file may hold: text is packed to a fifth, not to a hundredth."""
-        return max(_LEAST, _RATIO * self.path.stat().st_size) if self.path.suffix == ".gz" else _LONGEST
+        packed = self.path.suffix in (".gz", ".parquet")
+        return max(_LEAST, _RATIO * self.path.stat().st_size) if packed else _LONGEST
 
     def _refuse_longer(self, most: int) -> UserError:
         return UserError(
@@ -135,13 +137,24 @@ class File:
             yield self._checked(record[self.field], f"line {number}")
 
     def _parquet(self) -> Iterator[str]:
-        with pyarrow.parquet.ParquetFile(self.path) as file:
-            self._check_field(file.schema_arrow.names)
-            number = 0
-            for batch in file.iter_batches(columns=[self.field]):
-                for value in batch.column(0).to_pylist():
-                    number += 1
-                    yield self._checked(value, f"row {number}")
+        most, found = self._most(), 0
+        schema = pyarrow.parquet.read_schema(self.path)
+        self._check_field(schema.names)
+        if pyarrow.types.is_nested(kind := schema.field(self.field).type):
+            raise UserError(f"expected text in field {self.field!r} of {self.path}, it holds {kind}: choose another field")
+        # As a dictionary: a file of some kilobytes may repeat a long text a billion times.
+        with pyarrow.parquet.ParquetFile(self.path, read_dictionary=[self.field]) as file:
+            groups = map(file.metadata.row_group, range(file.num_row_groups))
+            parts = (group.column(place) for group in groups for place in range(group.num_columns))
+            if any(part.total_uncompressed_size > most for part in parts if part.path_in_schema == self.field):
+                raise self._refuse_longer(most)
+            batches = file.iter_batches(columns=[self.field])
+            for number, value in enumerate(itertools.chain.from_iterable(map(_values, batches)), start=1):
+                text = self._checked(value, f"row {number}")
+                found += len(text)
+                if found > most:
+                    raise self._refuse_longer(most)
+                yield text
 
     def _check_field(self, fields: Collection[str]) -> None:
         if self.field not in fields:
@@ -157,3 +170,13 @@ class File:
             )
         value.encode()  # raises UnicodeError for half a surrogate pair, which JSON can spell but which is not text
         return value
+
+
+def _values(batch: pyarrow.RecordBatch) -> Iterator[object]:
+    """The values of a batch's only column; equal ones of a dictionary are one object."""
+    column = batch.column(0)
+    if not pyarrow.types.is_dictionary(column.type):
+        yield from column.to_pylist()
+        return
+    known = column.dictionary.to_pylist()
+    yield from (None if place is None else known[place] for place in column.indices.to_pylist())

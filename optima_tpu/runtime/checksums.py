@@ -94,7 +94,7 @@ def changes(folder: Path, sums: Sums | None = None) -> dict[str, str]:
     """
     if sums is not None:
         return _wrong(folder, sums)
-    records = sorted(folder.glob(SUMS.format("*")))
+    records = _records(folder)
     found = {} if records else {ALL: "is missing, so no file can be checked"}
     for record in records:
         try:
@@ -106,9 +106,17 @@ def changes(folder: Path, sums: Sums | None = None) -> dict[str, str]:
     return found
 
 
+def _records(folder: Path) -> list[Path]:
+    """The files of checksums in a folder. Raises OSError if the folder can't be read."""
+    found = sorted(folder.glob(SUMS.format("*")))
+    if not found and not in_bucket(folder) and folder.is_dir():
+        os.listdir(folder)  # glob finds nothing in a folder that this user may not read
+    return found
+
+
 def damage(folder: Path) -> str:
     """Says what is damaged in a folder that was saved with checksums; empty if nothing is."""
-    if not any(folder.glob(SUMS.format("*"))):
+    if not _records(folder):
         return MISSING
     return next((f"{name} {why}" for name, why in changes(folder).items()), "")
 

@@ -60,7 +60,15 @@ def writing(path: Path, remedy: str) -> Iterator[None]:
             raise UserError(f"could not write {path}: {answer}; {remedy}") from error
         if number is None:
             raise
-        raise UserError(f"could not write {path}: {os.strerror(number)}; {remedy}") from error
+        raise UserError(f"could not write {path}: {_elsewhere(error, path)}{os.strerror(number)}; {remedy}") from error
+
+
+def _elsewhere(error: Exception, path: Path) -> str:
+    """The file that the error is about where that is not ``path``, such as one that is read for it."""
+    name = error.filename if isinstance(error, OSError) else None
+    if not isinstance(name, (str, os.PathLike)) or str(name).startswith(str(path)) or path.is_relative_to(name):
+        return ""
+    return f"{name}: "
 
 
 def refuse_unreachable(directory: Path) -> None:
@@ -237,8 +245,21 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 
 def files_in(folder: Path) -> Iterator[Path]:
-    """Every file in a folder and its subfolders, sorted; nothing if the folder is missing."""
-    return iter(objects_in(folder) if in_bucket(folder) else sorted(path for path in folder.rglob("*") if path.is_file()))
+    """Every file in a folder and its subfolders, sorted; nothing if the folder is missing.
+
+    Raises:
+      OSError: a folder can't be read.
+    """
+    if in_bucket(folder):
+        return iter(objects_in(folder))
+    # Path.rglob leaves out a folder that this user may not read.
+    paths = (Path(parent, name) for parent, _, names in os.walk(folder, onerror=_unless_missing) for name in names)
+    return iter(sorted(path for path in paths if path.is_file()))
+
+
+def _unless_missing(error: OSError) -> None:
+    if not isinstance(error, (FileNotFoundError, NotADirectoryError)):
+        raise error
 
 
 def digest(path: Path) -> tuple[int, str]:

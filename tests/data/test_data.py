@@ -5,6 +5,8 @@ import logging
 import re
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -309,6 +311,27 @@ def test_a_damaged_or_unknown_file_is_refused_in_one_line(tmp_path, name, conten
     with pytest.raises(UserError, match=message) as raised:
         list(data.File(tmp_path / name).documents("calibration"))
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("texts", [lambda: repeated("x" * 100_000, 60_000), lambda: ["x" * (70 << 20)]], ids=["many", "one long"])
+def test_a_small_parquet_file_that_unpacks_to_much_is_refused(tmp_path, texts):
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts()}), path, compression="zstd")
+    assert path.stat().st_size < 100_000
+    with pytest.raises(UserError, match="at most 67108864 characters"):
+        for text in data.File(path).documents("calibration"):
+            assert len(text) == 100_000
+
+
+def repeated(text, count):
+    """An array that Parquet stores as one text and a count."""
+    return pyarrow.DictionaryArray.from_arrays(pyarrow.array(np.zeros(count, np.int32)), pyarrow.array([text]))
+
+
+def test_a_parquet_column_of_lists_is_no_text(tmp_path):
+    pyarrow.parquet.write_table(pyarrow.table({"text": [["a"]]}), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match="expected text in field 'text' .* it holds list"):
+        list(data.File(tmp_path / "a.parquet").documents("calibration"))
 
 
 def test_a_missing_file_is_refused(tmp_path, tokenizer):
