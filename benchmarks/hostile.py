@@ -20,6 +20,7 @@ import collections
 import contextlib
 import dataclasses
 import functools
+import importlib
 import itertools
 import json
 import os
@@ -39,6 +40,7 @@ from typing import Any
 
 import hypothesis
 import jax
+import pytest
 from hypothesis import strategies as st
 
 import optima_tpu.models.checkpoints.orbax
@@ -51,6 +53,7 @@ from optima_tpu.evaluate.config import EvaluateConfig
 from optima_tpu.pipeline.recover.config import RecoverConfig
 from optima_tpu.runtime.program import MODULES
 from optima_tpu.runtime.signals import INTERRUPTED, RESUME, listen
+from tests.support.pages import leave_plots_empty
 from tests.support.processes import free_port, hearing_ctrl_c, process_environment, without_gloo
 from tests.support.runs import SMALL
 from tests.support.tiny_models import tiny_folder
@@ -266,8 +269,9 @@ def lines(tally: Tally, options: argparse.Namespace, cases: range, folder: Path)
 
 
 def command_parser(name: str) -> argparse.ArgumentParser:
-    module = sys.modules.get(MODULES[name] + ".__main__") or __import__(MODULES[name], fromlist=["main"])
-    module = __import__(MODULES[name] + ".__main__", fromlist=["main"]) if hasattr(module, "__path__") else module
+    module = importlib.import_module(MODULES[name])
+    if hasattr(module, "__path__"):  # a package has its command line in __main__
+        module = importlib.import_module(f"{module.__name__}.__main__")
     return module.make_parser()
 
 
@@ -326,6 +330,7 @@ class Stops:
 
     def __init__(self, folder: Path, count: int, compile_anew: bool):
         write_model(folder)
+        leave_plots_empty(pytest.MonkeyPatch())  # matplotlib takes a second of a run
         self.folder, self.count = folder, count
         if not compile_anew:
             os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder / "compiled")

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.processes import python
+from tests.support.runs import only_error
 
 # Prints status and stderr of several commands, each in the place of a user without privileges.
 AS_ORDINARY_USER = """
@@ -66,7 +67,7 @@ def test_what_a_user_may_not_read_or_write_is_named_in_one_line(finished, public
         return ["prune", *arguments, "--output", str(output)]
 
     cases = [
-        (prune(locked("model"), public / "own/new"), "config.json"),
+        (prune(locked("model"), public / "own/new"), "/model."),
         (prune(locked("model", "tokenizer.json"), public / "own/new"), "tokenizer.json"),
         (prune(locked("model", "model-00001-of-00002.safetensors"), public / "own/new"), "model-00001-of-00002.safetensors"),
         (prune(public / "model", public / "sealed-folder/new"), "sealed-folder/new"),
@@ -82,6 +83,9 @@ def test_what_a_user_may_not_read_or_write_is_named_in_one_line(finished, public
     ]
     done = python("-W", "ignore", "-c", AS_ORDINARY_USER, json.dumps([command for command, _ in cases]))
     assert done.returncode == 0, done.stderr
-    for (command, named), (status, said) in zip(cases, json.loads(done.stdout.splitlines()[-1]), strict=True):
-        assert status == 2 and said.startswith("error: ") and said.count("\n") == 1, (command, status, said)
-        assert named in said and os.strerror(13) in said, (command, said)
+    wrong = [
+        (command, status, said)
+        for (command, named), (status, said) in zip(cases, json.loads(done.stdout.splitlines()[-1]), strict=True)
+        if status != 2 or only_error(said).count(os.strerror(13)) != 1 or named not in said
+    ]
+    assert not wrong
