@@ -347,7 +347,9 @@ class Stops:
         shutil.rmtree(folder / "again")
 
     def arguments(self, output: Path, number: int, port: int) -> list[str]:
-        devices = ["--mesh", "2x2", "--cpu-devices", str(4 // self.count)]
+        devices = (
+            ["--mesh", "2x2", "--cpu-devices", "4"] if self.count == 1 else ["--mesh", f"{self.count}x1", "--cpu-devices", "1"]
+        )
         if self.count > 1:
             devices += ["--coordinator", f"localhost:{port}", "--num-processes", str(self.count), "--process-id", str(number)]
         return ["--model", str(self.folder / "model"), *SMALL, "--preset", "fast", *devices, "--output", str(output)]
