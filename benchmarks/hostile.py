@@ -64,6 +64,8 @@ CHAIN = 4
 """Stops of one run at random moments."""
 SECONDS = 20
 """Of a core: a refusal that needs more is wrong, and a command that works longer is ended."""
+BATCH = 20
+"""Command lines that are drawn together; begin at a multiple of it, so that a case is always the same one."""
 HANGS = 150
 """Seconds after which a process is killed."""
 ENDS = {signal.SIGTERM: (RESUME, "stopped by SIGTERM"), signal.SIGINT: (INTERRUPTED, "stopped")}
@@ -232,7 +234,7 @@ def write_model(folder: Path) -> None:
 
 
 def lines(tally: Tally, options: argparse.Namespace, cases: range, folder: Path) -> Iterator[int]:
-    """Nine of ten are runs, the others go to all commands. One of four runs whose settings are read is done."""
+    """Nine of ten are runs, the others go to all commands. One of eight runs whose settings are read is done."""
     from tests import test_fuzz as fuzz
 
     write_model(folder)
@@ -258,14 +260,13 @@ def lines(tally: Tally, options: argparse.Namespace, cases: range, folder: Path)
         ).map(lambda drawn: [name, *drawn[0], *few.get(name, []), *itertools.chain.from_iterable(drawn[1])])
 
     commands = st.sampled_from(sorted(named)).flatmap(others)
-    for number in cases:
-        drawn(
-            runs if number % 10 else commands,
-            2,
-            f"{options.seed} {number}",
-            functools.partial(_line, tally, folder, iter([1]), number % 4 == 1),
-        )
-        yield number + 1
+    for start in range(cases.start, cases.stop, BATCH):
+        part, found = range(start, min(start + BATCH, cases.stop)), list[list[str]]()
+        drawn(runs if start // BATCH % 10 else commands, len(part) + 1, f"{options.seed} {start}", found.append)
+        # Hypothesis draws the simplest value first, which is always the same one.
+        for number, argv in zip(part, found[1:]):
+            _line(tally, folder, argv, number % 8 == 1)
+        yield part.stop
 
 
 def command_parser(name: str) -> argparse.ArgumentParser:
@@ -275,10 +276,7 @@ def command_parser(name: str) -> argparse.ArgumentParser:
     return module.make_parser()
 
 
-def _line(tally: Tally, folder: Path, budget: Iterator[int], work_too: bool, argv: list[str]) -> None:
-    # Hypothesis draws the simplest value first, which is always the same one.
-    if next(budget, None):
-        return
+def _line(tally: Tally, folder: Path, argv: list[str], work_too: bool) -> None:
     if argv[0] == "prune":
         try:
             config = parse(argv[1:])
