@@ -1,6 +1,5 @@
 """Whatever is in a file or on a command line: a result, or one line that says what is wrong. Never a traceback."""
 
-import functools
 import json
 import typing
 from pathlib import Path
@@ -95,7 +94,11 @@ def configurations(draw: st.DrawFn) -> bytes:
 def assert_configurations(folder: Path, examples: int) -> None:
     folder.mkdir()
     kind = Kind("config.json", folder.mkdir, read_declared)
-    tried(functools.partial(outcome, kind, folder), configurations(), examples)
+
+    def check(content: bytes) -> None:
+        outcome(kind, folder, content)
+
+    tried(check, configurations(), examples)
 
 
 def test_a_configuration_with_another_value_is_refused_in_one_line_or_read(tmp_path):
