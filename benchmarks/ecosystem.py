@@ -37,6 +37,7 @@ import optima_tpu
 from optima_tpu.models import llama
 from optima_tpu.models.checkpoints import open_model
 from optima_tpu.models.checkpoints.export import export, read_masks
+from optima_tpu.models.checkpoints.forms import Options
 from optima_tpu.models.decoder import Decoder
 from optima_tpu.runtime.mesh import make_mesh
 from tests.support.ecosystem import MODELS, configured
@@ -138,7 +139,7 @@ def _maxtext_config(folder: Path, *settings: str) -> Any:
 def _in_maxtext(root: Path, name: str, scan: bool) -> tuple[Pruned, Any]:
     """A pruned model, and MaxText's configuration of its export."""
     model, out = pruned(root, name), root / f"maxtext-{scan}"
-    export(model.run, out, form="maxtext", scan_layers=scan)
+    export(model.run, out, options=Options(scan_layers=scan), form="maxtext")
     # A Mistral's own length is its window.
     return model, _maxtext_config(out, *([] if name == "mistral" else [f"max_target_length={LENGTH}"]))
 

@@ -31,6 +31,7 @@ from optima_tpu.method.prune_group import prune_group
 from optima_tpu.method.row_sharding import RowSharding
 from optima_tpu.method.statistics import TokenSets, TokenStatistics
 from optima_tpu.models.checkpoints.export import export
+from optima_tpu.models.checkpoints.forms import Options
 from optima_tpu.models.checkpoints.orbax import quiet_orbax
 from optima_tpu.report.numbers import number
 from optima_tpu.report.page import PAGE, write_page
@@ -124,7 +125,7 @@ class Result:
         Raises:
           UserError: the folder exists and is not empty, the run kept no checkpoint, or its model cannot have this form.
         """
-        export(self.directory, folder, form=form, scan_layers=scan_layers)
+        export(self.directory, folder, Options(scan_layers=scan_layers), form=form)
         return Path(folder)
 
     def nnx(self, mesh: str | None = None, dtype: str | None = None) -> "LanguageModel":

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import jax
 
-from optima_tpu.models.checkpoints.export import FORMATS, PACKED, PLAIN, export
+from optima_tpu.models.checkpoints import forms
+from optima_tpu.models.checkpoints.export import export
 from optima_tpu.models.checkpoints.orbax import quiet_orbax
 from optima_tpu.models.checkpoints.packed import Packed
 from optima_tpu.runtime.command import guarded
@@ -31,16 +32,16 @@ def make_parser() -> Parser:
         "--packed",
         dest="form",
         action="store_const",
-        const=PACKED,
-        default=PLAIN,
+        const=forms.Packed.name,
+        default=forms.Plain.name,
         help="store each pruned matrix as a bit mask and compressed values: a smaller folder that this program reads as it is, and "
         "that optima unpack makes the plain folder of",
     )
     parser.add_argument(
         "--format",
         dest="form",
-        choices=FORMATS,
-        default=PLAIN,
+        choices=tuple(forms.FORMS),
+        default=forms.Plain.name,
         help="plain: every weight in the dtype of the source; packed: as --packed; compressed-tensors: the integers and scales of a "
         "run with --quantize, for transformers with the package compressed-tensors, and for vLLM; compressed-tensors-w8a8: the same of "
         "a run with int8 by rows, with activations rounded to 8 bits when the model runs; gguf: a file for llama.cpp, of Llama, Qwen 2 "
@@ -59,9 +60,9 @@ def _export(arguments: list[str] | None) -> None:
     chosen = make_parser().parse_args(arguments)
     jax.config.update("jax_platforms", "cpu")  # Orbax starts JAX, and an accelerator may be busy with another run
     quiet_orbax()
-    export(chosen.run_dir, chosen.out, chosen.max_shard_size, form=chosen.form, scan_layers=chosen.scan_layers)
+    export(chosen.run_dir, chosen.out, forms.Options(chosen.max_shard_size, chosen.scan_layers), form=chosen.form)
     print(f"wrote {chosen.out}")
-    if chosen.form == PACKED:
+    if chosen.form == forms.Packed.name:
         print(sizes(Packed(Path(chosen.out))))
 
 

@@ -13,6 +13,7 @@ from optima_tpu.errors import UserError
 from optima_tpu.export import main
 from optima_tpu.method.patterns import NM, Unstructured
 from optima_tpu.models.checkpoints.export import export, is_export_of, read_masks
+from optima_tpu.models.checkpoints.forms import Options
 from optima_tpu.models.checkpoints.orbax import CheckpointTensors, write_checkpoint
 from optima_tpu.pipeline.journal import open_journal
 from optima_tpu.runtime.files import begin
@@ -34,7 +35,7 @@ def run(tmp_path_factory) -> Path:
 @pytest.mark.parametrize("limit", ["5GB", 900])
 def test_every_tensor_is_exported_in_its_dtype_bit_for_bit(run, tmp_path, limit):
     source = small_model()
-    export(run, tmp_path / "out", limit)
+    export(run, tmp_path / "out", Options(limit))
     tensors = folder_tensors(tmp_path / "out")
     assert set(tensors) == set(source.names())
     pruned = {}

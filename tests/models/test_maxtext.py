@@ -18,6 +18,7 @@ from ruamel.yaml import YAML
 from optima_tpu.errors import UserError
 from optima_tpu.export import main
 from optima_tpu.models.checkpoints.export import export, read_masks
+from optima_tpu.models.checkpoints.forms import Options
 from optima_tpu.models.checkpoints.maxtext import Convert, layout_of
 from optima_tpu.verify import main as verify
 from tests.support.ecosystem import BASE, MODELS, configured
@@ -170,7 +171,7 @@ def pruned(request, tmp_path_factory) -> tuple[str, Path, MemoryTensors]:
 @pytest.mark.parametrize("scan", [True, False], ids=["scanned", "unscanned"])
 def test_every_array_is_where_maxtext_has_it_and_the_settings_describe_it(pruned, tmp_path, scan):
     family, run, plain = pruned
-    export(run, tmp_path / "out", form="maxtext", scan_layers=scan)
+    export(run, tmp_path / "out", options=Options(scan_layers=scan), form="maxtext")
     arrays, masks, blocks = items(tmp_path / "out"), read_masks(tmp_path / "out"), configured(family).num_hidden_layers
     places = [placed(family, index, blocks, scan)[:2] for index in range(blocks)]
     shapes, seen = {}, {}

@@ -25,6 +25,7 @@ from optima_tpu.errors import UserError
 from optima_tpu.export import main as export_main
 from optima_tpu.models.checkpoints import open_model, packed
 from optima_tpu.models.checkpoints.export import export, is_export_of, read_masks
+from optima_tpu.models.checkpoints.forms import Options
 from optima_tpu.models.checkpoints.packed import BITS, INDEX, Packed, PackedError, Packer, pack, unpack
 from tests.support.fake_run import finished_run, small_model
 from tests.support.runs import assert_same_weights, only_error
@@ -461,7 +462,7 @@ def run(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("limit", ["5GB", "0.9KB"])
 def test_a_packed_export_unpacks_to_the_plain_export(run, tmp_path, limit, capsys):
-    export(run, tmp_path / "plain" / "out", limit)
+    export(run, tmp_path / "plain" / "out", Options(limit))
     (tmp_path / "small").mkdir()
     assert export_main([str(run), str(tmp_path / "small" / "out"), "--packed", "--max-shard-size", limit]) == 0
     printed = capsys.readouterr().out

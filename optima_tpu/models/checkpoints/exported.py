@@ -1,0 +1,130 @@
+"""A finished run as its exports read it: weights whose pruned entries are exactly zero, and counts of zeros that match the masks."""
+
+import dataclasses
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from transformers import PretrainedConfig
+
+from optima_tpu.config.choices import CHOICES
+from optima_tpu.errors import UserError
+from optima_tpu.method.layer_rules import parse_layers, pattern_of
+from optima_tpu.method.patterns import Pattern, parse_pattern
+from optima_tpu.method.quantization import Quantizer
+from optima_tpu.models.checkpoints.orbax import CheckpointTensors
+from optima_tpu.models.checkpoints.source import read_config
+from optima_tpu.report.run_record import read_assets
+
+
+class Weights(NamedTuple):
+    """Some tensors of a run.
+
+    Attributes:
+      tensors: name -> weights, +0.0 wherever the mask prunes.
+      masks: name of a pruned weight -> [d_out, d_in] bool, True where it was kept.
+      scales: name of a quantised weight -> [d_out, groups].
+    """
+
+    tensors: dict[str, np.ndarray]
+    masks: dict[str, np.ndarray]
+    scales: dict[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Exported:
+    """What every form of an export is made from.
+
+    Attributes:
+      directory: the run.
+      source: its checkpoint.
+      assets: the source's own files, such as config.json: name -> contents.
+      patterns: the pattern of every pruned weight, without unstructured masks from elsewhere, which were checked there.
+    """
+
+    directory: Path
+    source: CheckpointTensors
+    assets: Mapping[str, bytes]
+    patterns: Mapping[str, Pattern]
+
+    @classmethod
+    def open(cls, directory: Path) -> "Exported":
+        source = CheckpointTensors(directory)
+        return cls(directory, source, read_assets(directory), _patterns(source))
+
+    def config(self) -> PretrainedConfig:
+        return read_config(self.assets["config.json"], str(self.directory))[0]
+
+    def weights(self, names: Iterable[str]) -> Weights:
+        """Loads tensors.
+
+        Raises:
+          RuntimeError: the checkpoint holds another number than 0.0 or -0.0 where a mask prunes.
+        """
+        names = list(names)
+        masked = set(self.source.pruned())
+        tensors, masks = self.source.load(names), self.source.masks(name for name in names if name in masked)
+        for name, keep in masks.items():
+            if np.any(tensors[name][~keep] != 0):
+                raise RuntimeError(f"{name}: the checkpoint holds weights other than zero where the mask prunes")
+            tensors[name] = np.where(keep, tensors[name], np.zeros((), tensors[name].dtype))
+        return Weights(tensors, masks, self.source.scales(names))
+
+    def zeros(self, name: str, zero: np.ndarray, keep: np.ndarray) -> int:
+        """The number of zeros of a pruned weight. Raises RuntimeError if they do not match mask and pattern."""
+        pattern = self.patterns.get(name)
+        if np.any(~keep & ~zero) or not (pattern is None or pattern.holds(zero)):
+            raise RuntimeError(f"the zeros of {name} do not match mask and pattern {pattern}")
+        return int(zero.sum())
+
+    def quantizer(self, form: str) -> Quantizer:
+        """The quantizer of the run, with the bits and the group of its integers.
+
+        Raises:
+          UserError: the run did not quantise, so it cannot be exported in this form.
+        """
+        recorded = self.source.run["manifest"]["recipe"].get("quantize")
+        cls = CHOICES["quantize"].get(recorded["name"]) if recorded else None
+        if recorded is None or cls is None or not self.source.quantized():
+            raise UserError(
+                f"expected a run with --quantize int4 or int8 to export as {form}, got {self.directory}, whose weights are no "
+                "integers; take --format plain or packed"
+            )
+        quantizer: Quantizer = cls(group=recorded["group"])
+        return quantizer
+
+    def architectures(self) -> list[str] | None:
+        """The names of the model's class in config.json."""
+        found: list[str] | None = json.loads(self.assets["config.json"]).get("architectures")
+        return found
+
+    def report_on(self, name: str) -> dict[str, Any]:
+        """The record of the layer that a pruned weight belongs to."""
+        return _report_on(name, self.source)
+
+
+def _patterns(source: CheckpointTensors) -> dict[str, Pattern]:
+    recipe = source.run["manifest"]["recipe"]
+    default, rules = parse_pattern(recipe["pattern"]), parse_layers(recipe.get("layers", ""))
+    foreign = recipe["selector"]["name"] == "imported" or "start" in source.run["manifest"]
+    allocated = source.run["sparsity"]
+    patterns: dict[str, Pattern] = {}
+    for name in source.pruned():
+        layer = _report_on(name, source)
+        mine = None if allocated is None else allocated[layer["block"]]
+        own = default if mine is None else default.at(mine)
+        pattern = pattern_of(rules, own, name.removesuffix(".weight"), layer["name"])
+        if pattern is not None and not (foreign and pattern.free):
+            patterns[name] = pattern
+    return patterns
+
+
+def _report_on(name: str, source: CheckpointTensors) -> dict[str, Any]:
+    return next(
+        layer
+        for block in source.run["blocks"]
+        for layer in block["layers"]
+        if name.endswith(f".{layer['block']}.{layer['name']}.weight")
+    )

@@ -1,0 +1,317 @@
+"""The forms of an export: each writes a model's weights and masks into a folder, reads them again and compares them.
+
+plain                     safetensors, every weight in the dtype of the source
+packed                    the same, each pruned matrix as a bit mask and compressed values; see ``packed.py``
+compressed-tensors        the integers and scales of a quantised run; see ``compressed_tensors.py``
+compressed-tensors-w8a8   the same, and whoever loads it rounds activations to 8 bits
+gguf                      one file for llama.cpp, with configuration and tokenizer; see ``gguf_export.py``
+maxtext                   MaxText's Orbax layout with its settings, not for ``transformers``; see ``maxtext.py``
+
+The weights of the plain form are dense: no current library reads a packed 2:4 file, and a ``sparsity_config`` makes some refuse to
+load.
+"""
+
+import itertools
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from optima_tpu.errors import UserError
+from optima_tpu.models.checkpoints.compressed_tensors import compressed, quantization_config
+from optima_tpu.models.checkpoints.exported import Exported
+from optima_tpu.models.checkpoints.gguf_export import GGUFModel, Stored
+from optima_tpu.models.checkpoints.maxtext import STEP, layout_of
+from optima_tpu.models.checkpoints.orbax import block_of, save_items
+from optima_tpu.models.checkpoints.packed import MASKS, Packer, write_masks
+from optima_tpu.models.checkpoints.source import Pretrained
+from optima_tpu.models.checkpoints.stacks import Stacked, stacks_of
+from optima_tpu.runtime import signals
+from optima_tpu.runtime.files import split_by_size, written_here
+from optima_tpu.runtime.processes import alone
+
+GGUF_FILE = "model.gguf"
+
+Zeros = dict[str, int]
+"""Name of a pruned weight -> the number of its zeros, counted in the file."""
+
+
+class Options(NamedTuple):
+    """What a form may be told.
+
+    Attributes:
+      max_shard_size: largest size of a safetensors file: bytes, or a text such as "5GB". One is in memory at a time.
+      scan_layers: whether all blocks are stacked, for maxtext.
+    """
+
+    max_shard_size: int | str = "5GB"
+    scan_layers: bool = True
+
+
+class Form:
+    """A form of one run. Making one raises UserError if the run cannot have this form.
+
+    Attributes:
+      name: as in ``--format``.
+      buckets: whether the folder may be in a bucket.
+      stacks: whether the form can store one parameter of all experts as one tensor.
+      card: whether the folder gets a model card, for people who load it with ``transformers``.
+    """
+
+    name: ClassVar[str]
+    buckets: ClassVar[bool] = True
+    stacks: ClassVar[bool] = False
+    card: ClassVar[bool] = True
+
+    def __init__(self, run: Exported, options: Options):
+        self.run = run
+        self.stacked = stacks_of(run.architectures())
+        if self.stacked and not self.stacks:
+            raise UserError(
+                f"expected --format {Plain.name} for a model that stores its experts in one tensor, got {self.name}: not supported"
+            )
+
+    def write(self, folder: Path) -> tuple[list[str], Zeros]:
+        """Writes weights and masks into a folder that holds the run's assets, and checks them.
+
+        Returns:
+          The names of the safetensors files that a plain folder has, and the zeros of each pruned weight.
+
+        Raises:
+          RuntimeError: what was written does not match checkpoint, masks or patterns.
+        """
+        zeros = self.write_weights(folder)
+        with written_here(folder / MASKS) as here:
+            source = self.run.source
+            write_masks(here, ((name, source.mask(name)) for name in source.pruned()))
+        return [], zeros
+
+    def write_weights(self, folder: Path) -> Zeros:
+        """The part of :meth:`write` that forms differ in."""
+        raise NotImplementedError
+
+    def finish(self, names: Iterable[str]) -> None:
+        """Called when all other files of the folder, ``names``, are written."""
+
+
+class Plain(Form):
+    """Safetensors as ``transformers`` loads them."""
+
+    name = "plain"
+    stacks = True
+
+    def __init__(self, run: Exported, options: Options):
+        super().__init__(run, options)
+        self._stacked = Stacked(run.source, self.stacked)
+        try:
+            self._split = split_by_size(self._stacked, self._stacked.names(), options.max_shard_size, "model{suffix}.safetensors")
+        except ValueError as error:
+            raise UserError(f"expected a shard size such as 5GB, got {options.max_shard_size!r}: {error}") from None
+
+    def write(self, folder: Path) -> tuple[list[str], Zeros]:
+        _, zeros = super().write(folder)
+        return list(self._split.filename_to_tensors), zeros
+
+    def write_weights(self, folder: Path) -> Zeros:
+        stacked, zeros, weight_map, size = self._stacked, Zeros(), dict[str, str](), 0
+        for file_name, names in self._split.filename_to_tensors.items():
+            if alone():
+                signals.check()
+            loaded = self.run.weights(member for name in names for member in stacked.members(name))
+            # safetensors writes the buffer in memory order: without this a transposed view would be saved wrongly.
+            whole = {name: np.ascontiguousarray(stacked.joined(name, loaded.tensors)) for name in names}
+            tensors = {name: tensor.reshape(stacked.shape(name)) for name, tensor in whole.items()}
+            for name, scale in loaded.scales.items() if self.integers else ():
+                zeros[name] = self.run.zeros(name, tensors[name] == 0, loaded.masks[name])
+                tensors |= self.compressed(name, tensors.pop(name), scale)
+            weight_map |= dict.fromkeys(tensors, file_name)
+            size += sum(array.nbytes for array in tensors.values())
+            with written_here(folder / file_name) as here:
+                safetensors.numpy.save_file(tensors, here, metadata={"format": "pt"})
+                # safetensors makes files that only their owner can read, but the folder is meant to be shared.
+                here.chmod(_readable(here.parent))
+                zeros |= self._counted(here, tensors, loaded.masks)
+                self.written(here, loaded.masks)
+        if self._split.is_sharded:
+            index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+            (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+        return zeros
+
+    integers: ClassVar[bool] = False
+    """Whether a quantised weight is stored as :meth:`compressed` says."""
+
+    def compressed(self, name: str, weight: np.ndarray, scale: np.ndarray) -> dict[str, np.ndarray]:
+        """The tensors that are stored in the place of a quantised weight."""
+        raise NotImplementedError
+
+    def written(self, file: Path, masks: Mapping[str, np.ndarray]) -> None:
+        """Called when a file of weights is written and checked."""
+
+    def _counted(self, path: Path, tensors: Mapping[str, np.ndarray], masks: Mapping[str, np.ndarray]) -> Zeros:
+        """Reads a file again, compares it with the tensors that were written, and counts the zeros of pruned weights."""
+        zeros = Zeros()
+        with safetensors.safe_open(path, framework="np") as file:
+            for name, expected in tensors.items():
+                found = file.get_tensor(name)
+                if (found.dtype, found.shape) != (expected.dtype, expected.shape) or not _same_bytes(found, expected):
+                    raise RuntimeError(f"{path.name}: {name} differs from the checkpoint")
+                parts = self._stacked.split(name, found).items()
+                zeros |= {each: self.run.zeros(each, part == 0, masks[each]) for each, part in parts if each in masks}
+        return zeros
+
+
+class Packed(Plain):
+    """The plain folder in one file, from which ``optima unpack`` makes it again, byte for byte."""
+
+    name = "packed"
+    buckets = stacks = False
+
+    def write(self, folder: Path) -> tuple[list[str], Zeros]:
+        self._folder, self._packer = folder, Packer(folder)
+        return list(self._split.filename_to_tensors), self.write_weights(folder)  # its masks are beside its values
+
+    def written(self, file: Path, masks: Mapping[str, np.ndarray]) -> None:
+        self._packer.add_weights(file, masks)
+        file.unlink()
+
+    def finish(self, names: Iterable[str]) -> None:
+        for name in sorted(names):
+            self._packer.add_file(self._folder / name, name)
+        self._packer.finish()
+
+
+class Compressed(Plain):
+    """The integers and scales of a quantised run, as the library compressed-tensors stores them."""
+
+    name = "compressed-tensors"
+    stacks = False
+    integers = True
+    activations: ClassVar[bool] = False
+    """Whether the inputs of quantised layers are rounded to 8 bits when the model runs."""
+
+    def __init__(self, run: Exported, options: Options):
+        super().__init__(run, options)
+        self.quantizer = run.quantizer(self.name)
+
+    def compressed(self, name: str, weight: np.ndarray, scale: np.ndarray) -> dict[str, np.ndarray]:
+        return compressed(name, weight, scale, self.quantizer.bits, self.activations)
+
+    def write(self, folder: Path) -> tuple[list[str], Zeros]:
+        source, path = self.run.source, folder / "config.json"
+        quantized = set(source.quantized())
+        others = (name for name in source.names() if name.endswith(".weight") and len(source.shape(name)) == 2)
+        modules = (name.removesuffix(".weight") for name in others if name not in quantized)
+        said = quantization_config(self.quantizer, modules, self.activations)
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": said}, indent=2) + "\n")
+        return super().write(folder)
+
+
+class CompressedW8A8(Compressed):
+    """Integers of 8 bits by rows, for programs that multiply them with activations of 8 bits."""
+
+    name = "compressed-tensors-w8a8"
+    activations = True
+
+    def __init__(self, run: Exported, options: Options):
+        super().__init__(run, options)
+        if (self.quantizer.bits, self.quantizer.group) != (8, None):
+            raise UserError(
+                f"expected a run with --quantize int8 --quantize.group null to export as {self.name}, whose programs take a scale "
+                f"for each row, got {run.directory} with {self.quantizer}; take --format {Compressed.name}"
+            )
+
+
+class GGUF(Form):
+    """One file for llama.cpp, with the integers of a quantised run."""
+
+    name = "gguf"
+
+    def __init__(self, run: Exported, options: Options):
+        super().__init__(run, options)
+        quantized = run.source.quantized()
+        bits = dict.fromkeys(quantized, run.quantizer(self.name).bits) if quantized else {}
+        self._file = GGUFModel.of(Pretrained(run.config(), run.source, run.assets, "", str(run.directory)), bits)
+
+    def write_weights(self, folder: Path) -> Zeros:
+        zeros = Zeros()
+        with written_here(folder / GGUF_FILE) as here:
+            self._file.write(here, (stored for stored, _ in self._in_blocks()))
+            tensors = self._file.reopened(here)
+            for (name, values, scale), keep in self._in_blocks():
+                found = tensors.read(name)
+                if keep is not None:
+                    zeros[name] = self.run.zeros(name, found == 0, keep)
+                if not _same_values(found, values, scale):
+                    raise RuntimeError(f"{GGUF_FILE}: {name} differs from the checkpoint")
+        return zeros
+
+    def _in_blocks(self) -> Iterator[tuple[Stored, np.ndarray | None]]:
+        """Each tensor, with its mask if it is pruned. The tensors of one block of the model are in memory at a time."""
+        for _, block in itertools.groupby(self._file.kinds, block_of):
+            if alone():
+                signals.check()
+            group = list(block)
+            loaded = self.run.weights(group)
+            for name in group:
+                yield Stored(name, loaded.tensors[name], loaded.scales.get(name)), loaded.masks.get(name)
+
+
+class MaxText(Form):
+    """MaxText's Orbax layout, and the settings that belong to it. The whole model is in memory."""
+
+    name = "maxtext"
+    card = False
+
+    def __init__(self, run: Exported, options: Options):
+        super().__init__(run, options)
+        self._layout = layout_of(run.config(), run.source, options.scan_layers)
+
+    def write_weights(self, folder: Path) -> Zeros:
+        zeros, tree = Zeros(), dict[str, Any]()
+        for leaf in self._layout.leaves:
+            tensors, masks, _ = self.run.weights(leaf.names)
+            for name, keep in masks.items():
+                zeros[name] = self.run.zeros(name, tensors[name] == 0, keep)
+                if np.count_nonzero(leaf.convert(tensors[name])) != tensors[name].size - zeros[name]:
+                    raise RuntimeError(f"{name}: its zeros are others in MaxText's layout")
+            *above, last = leaf.path
+            node = tree
+            for part in above:
+                node = node.setdefault(part, {})
+            node[last] = leaf.array(tensors)
+        state = {"step": np.zeros((), np.int32), "params": {"params": tree}, "opt_state": {}}
+        save_items(folder / STEP, state, {"scan_layers": self._layout.settings["scan_layers"]})
+        for name, text in self._layout.files().items():
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).write_text(text, encoding="utf-8")
+        return zeros
+
+
+FORMS: Mapping[str, type[Form]] = {form.name: form for form in (Plain, Packed, Compressed, CompressedW8A8, GGUF, MaxText)}
+
+
+def _readable(folder: Path) -> int:
+    """The mode of an ordinary new file in a folder."""
+    probe = folder / ".mode"
+    probe.touch()
+    mode = probe.stat().st_mode
+    probe.unlink()
+    return mode
+
+
+def _same_bytes(a: np.ndarray, b: np.ndarray) -> bool:
+    return np.array_equal(a.reshape(-1).view(np.uint8), b.reshape(-1).view(np.uint8))  # NaN included
+
+
+def _same_values(found: np.ndarray, values: np.ndarray, scale: np.ndarray | None) -> bool:
+    """Whether a tensor was read back in float32: a matrix exactly, a quantised one with its integers, a vector within rounding."""
+    values = values.astype(np.float32)
+    if scale is not None:
+        factors = np.repeat(scale.astype(np.float32), values.shape[1] // scale.shape[1], axis=1)
+        return np.array_equal(np.round(found / factors), np.round(values / factors))
+    # A Gemma's norms are stored plus 1.
+    return _same_bytes(found, values) if values.ndim > 1 else np.allclose(found, values, rtol=0, atol=2**-22)
