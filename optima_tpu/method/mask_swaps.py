@@ -13,8 +13,9 @@ the sets ``K`` of the same size, by the deterministic equivalent of a random pri
     s_j = 1 / [(A + t I)^-1]_jj - t    with t such that    tr A (A + t I)^-1 = |K|
 
 A round exchanges weights whose win exceeds the cost, solves again, and keeps the new mask of a row only if the row's objective
-fell. So no row gets worse, however rough the estimate is. The given mask is solved in full, and so is the last one. The solves
-between them may be rough, since each point that they reach bounds from above what its mask is worth: ``CG`` takes two steps in each.
+fell. So no row gets worse, however rough the estimate is, with a solver that does not leave its start for a worse point. The given
+mask is solved in full, and so is the last one. The solves between them may be rough, since each point that they reach bounds from
+above what its mask is worth: ``CG`` takes two steps in each.
 """
 
 import dataclasses
@@ -150,7 +151,7 @@ class Exchanging(Solver):
         def one_round(_: int | Array, state: _State) -> _State:
             alone = jnp.where(schur > 0, state.residual / jnp.where(schur > 0, schur, 1.0), 0.0)
             keep, count = self.pattern.exchange(alone * state.residual, state.weight**2 * schur, state.keep, state.limit)
-            # A weight that comes in starts where it would be the best if no other moved.
+            # A weight that comes in starts where it would end if it came alone and all others were solved again.
             start = jnp.where(keep, jnp.where(state.keep, state.weight, alone), 0.0)
             found, end = compared(Pruned(start, keep))
             better = end.value < state.value

@@ -93,6 +93,11 @@ def refuse_architecture(names: Iterable[str], model_type: str | None) -> None:
         )
 
 
+def family_named(architectures: Iterable[str] | None) -> Family | None:
+    """A family of the first known name in ``architectures`` of config.json: how checkpoints of that name are stored."""
+    return next((family for name in architectures or () for family in FAMILIES.get(name, {}).values()), None)
+
+
 def family_of(config: Any) -> Family:
     """The family of a ``transformers`` configuration.
 

@@ -54,8 +54,8 @@ def read_v2(config: Any) -> Config:
         raise UserError(f"expected topk_method {' or '.join(methods)}, got {config.topk_method!r}: not supported")
     total, chosen = methods[config.topk_method]
     groups = Groups(total=total, chosen=chosen, best=1, sigmoid=False, scale=config.routed_scaling_factor)
-    settings = dataclasses.replace(read_latent(config, dense_first(config)), rotation=rotate_neighbours_wide)
-    return dataclasses.replace(settings, groups=groups, normalise=False)
+    settings = read_latent(config, dense_first(config), groups)
+    return dataclasses.replace(settings, rotation=rotate_neighbours_wide, normalise=False)
 
 
 def read_v3(config: Any) -> Config:
@@ -63,11 +63,12 @@ def read_v3(config: Any) -> Config:
     return read_latent(config, dense_first(config))
 
 
-def read_latent(config: Any, mixed: tuple[bool, ...]) -> Config:
+def read_latent(config: Any, mixed: tuple[bool, ...], groups: Groups | None = None) -> Config:
     """The settings of a model with latent attention.
 
     Args:
       mixed: for every block whether it has a mixture.
+      groups: how experts are chosen; None for what :func:`read_mixture` reads.
     """
     if config.num_key_value_heads != config.num_attention_heads:
         raise UserError(
@@ -79,7 +80,7 @@ def read_latent(config: Any, mixed: tuple[bool, ...]) -> Config:
     if parameters.get("rope_type", "default") != "default" and (share := parameters.get("mscale_all_dim")):
         scale *= (1 + 0.1 * share * math.log(max(parameters["factor"], 1.0))) ** 2
     return Config(
-        **llama.read_sizes(config) | dict(head_dim=config.qk_rope_head_dim) | read_mixture(config, mixed),
+        **llama.read_sizes(config) | dict(head_dim=config.qk_rope_head_dim) | read_mixture(config, mixed, groups),
         rope=rope,
         rotation=rotate_neighbours if getattr(config, "rope_interleave", True) else rotate,
         qkv_bias=config.attention_bias,
@@ -97,8 +98,10 @@ def dense_first(config: Any) -> tuple[bool, ...]:
     return tuple(index >= config.first_k_dense_replace for index in range(config.num_hidden_layers))
 
 
-def read_mixture(config: Any, mixed: tuple[bool, ...]) -> dict[str, Any]:
+def read_mixture(config: Any, mixed: tuple[bool, ...], groups: Groups | None = None) -> dict[str, Any]:
     """The settings of the mixtures, as arguments of :class:`~optima_tpu.models.experts.Config`."""
+    if config.num_experts_per_tok is None:
+        raise UserError("expected num_experts_per_tok in config.json, got none: check the file")
     if not config.n_shared_experts:
         raise UserError(f"expected n_shared_experts of at least 1, got {config.n_shared_experts}: not supported")
     return dict(
@@ -106,7 +109,7 @@ def read_mixture(config: Any, mixed: tuple[bool, ...]) -> dict[str, Any]:
         experts=config.n_routed_experts,
         experts_per_token=config.num_experts_per_tok,
         normalise=config.norm_topk_prob,
-        groups=Groups(total=config.n_group or 1, chosen=config.topk_group or 1, scale=config.routed_scaling_factor),
+        groups=groups or Groups(total=config.n_group or 1, chosen=config.topk_group or 1, scale=config.routed_scaling_factor),
         shared_width=config.moe_intermediate_size * config.n_shared_experts,
         mixed=mixed,
         mlp_width=config.intermediate_size,
@@ -154,6 +157,10 @@ class Attention(nnx.Module):
         return self.o_proj(attention(q, k, v, positions, scale=config.scale).reshape(*x.shape[:2], -1))
 
 
+ROUTER = ("mlp.gate.weight", "mlp.gate.e_score_correction_bias")
+"""``Family.exact``: rounded, they would send tokens to other experts."""
+
+
 def _family(read_config: Callable[[Any], Config], **fields: Any) -> Family:
     made = experts.family(read_config, attention=Attention)
     projections = ("q_a_proj", "kv_a_proj_with_mqa", "q_proj", "q_b_proj", "kv_b_proj")
@@ -162,6 +169,7 @@ def _family(read_config: Callable[[Any], Config], **fields: Any) -> Family:
         made,
         linears=(*wide, "self_attn.o_proj", *made.linears[4:]),
         sharding={**made.sharding, **{name + ".weight": P(MODEL, None) for name in wide}},
+        exact=ROUTER,
         **fields,
     )
 

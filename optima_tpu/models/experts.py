@@ -336,7 +336,9 @@ def _mix(
     if axis is not None:
         summed = jax.lax.psum(summed, axis)
     if biases:  # once, not on every device of the axis
-        summed += functools.reduce(jnp.add, (biases[-1][chosen[:, one]] * shares[:, one, None] for one in range(few)))
+        summed += functools.reduce(
+            jnp.add, (biases[-1][chosen[:, one]].astype(jnp.float32) * shares[:, one, None] for one in range(few))
+        )
     return summed.reshape(x.shape).astype(x.dtype), rows, hidden
 
 

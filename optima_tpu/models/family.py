@@ -133,6 +133,7 @@ class Family:
         borrow from the others.
       stacks: a tensor that holds one parameter of all experts, by its name in the block -> the parameter of one expert, with ``*``
         for its number. The tensor is [experts, ...], and matrices are [d_in, d_out] in it.
+      exact: parameters of a block that ``--dtype`` leaves in the dtype in which they are stored, as ``transformers`` does.
       ignored: regular expression of a tensor's full name -> why a checkpoint may hold it although nothing reads it.
       needs_bos: whether every text must begin with the BOS token for the model to work.
     """
@@ -152,5 +153,6 @@ class Family:
     residuals: Mapping[str, Residual] = dataclasses.field(default_factory=dict)
     shared: tuple[str, ...] = ()
     stacks: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    exact: tuple[str, ...] = ()
     ignored: Mapping[str, str] = dataclasses.field(default_factory=dict)
     needs_bos: bool = False

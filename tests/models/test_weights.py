@@ -18,9 +18,10 @@ from safetensors.numpy import save_file
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from optima_tpu.errors import UserError
+from optima_tpu.models import family_named
 from optima_tpu.models.checkpoints import check_dtypes, check_names, hub, load_tokenizer, open_model
-from optima_tpu.models.checkpoints.source import whole_slices
-from tests.support.tiny_models import tiny_folder
+from optima_tpu.models.checkpoints.source import Cast, whole_slices
+from tests.support.tiny_models import MemoryTensors, tiny_folder
 
 HEADS, KV_HEADS, D_HEAD, D_MODEL, D_FF, LAYERS = 4, 2, 8, 32, 64, 2
 ALPHABET = sorted(bytes_to_unicode().values())
@@ -115,6 +116,18 @@ def test_a_cast_rounds_once_and_is_recorded_in_the_config(folder):
     name, opened = "model.layers.0.mlp.up_proj.weight", open_model(str(folder), "bfloat16")
     np.testing.assert_array_equal(opened.tensors.read(name), llama_tensors()[name].astype(ml_dtypes.bfloat16))
     assert json.loads(opened.assets["config.json"]) == CONFIG | {"torch_dtype": "bfloat16"}
+
+
+def test_a_cast_leaves_routers_that_decide_in_float32():
+    """As ``_keep_in_fp32_modules_strict`` of the model in transformers does."""
+    gate, bias, up = (f"model.layers.3.mlp.{name}" for name in ("gate.weight", "gate.e_score_correction_bias", "up_proj.weight"))
+    stored = MemoryTensors({name: np.full((2, 2), 1 / 3, np.float32) for name in (gate, bias, up)})
+    for name in ("DeepseekV2", "DeepseekV3", "Glm4Moe", "Glm4MoeLite"):
+        family = family_named([f"{name}ForCausalLM"])
+        cast = Cast(stored, np.dtype(ml_dtypes.bfloat16), family.exact)
+        assert [cast.dtype(each).name for each in (gate, bias, up)] == ["float32", "float32", "bfloat16"]
+        assert cast.read(gate)[0, 0] == np.float32(1 / 3) and cast.read(up).dtype == cast.dtype(up)
+    assert family_named(["Qwen2MoeForCausalLM"]).exact == ()
 
 
 def test_assets_are_the_small_files_with_their_original_bytes(folder):

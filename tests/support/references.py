@@ -404,7 +404,10 @@ REFERENCES = [
         "DeepseekV2ForCausalLM",
         "DeepseekV2Config",
         BASE | GROUPED | LATENT | dict(topk_method="group_limited_greedy", norm_topk_prob=False),
-        {"groups": {}, "greedy": dict(topk_method="greedy", q_lora_rank=None, attention_bias=True, tie_word_embeddings=True)},
+        {
+            "groups": {},
+            "greedy": dict(topk_method="greedy", n_group=4, q_lora_rank=None, attention_bias=True, tie_word_embeddings=True),
+        },
         relative=True,
     ),
     Reference(

@@ -23,7 +23,7 @@ import numpy as np
 from optima_tpu.errors import UserError
 from optima_tpu.method.quantization import Quantizer
 from optima_tpu.models.checkpoints.declared import Declared
-from optima_tpu.models.checkpoints.source import DTYPES, Index, TensorSource, whole_slices
+from optima_tpu.models.checkpoints.source import Index, TensorSource, whole_slices
 from optima_tpu.runtime.records import check_record, parse_record
 
 PACKED, SCALE, SHAPE = "weight_packed", "weight_scale", "weight_shape"
@@ -158,15 +158,14 @@ class DequantizedSource:
 
     Args:
       stored: the tensors in the folder, in their own dtypes.
-      bits: of the integers.
-      dtype: the dtype to which float tensors are cast, after the rounding to the dtype of the scales; None keeps it.
+      bits: of the integers. A weight has the dtype of its scales.
 
     Raises:
       UserError: the tensors of a weight do not fit one another.
     """
 
-    def __init__(self, stored: TensorSource, bits: int, dtype: np.dtype | None):
-        self._stored, self._bits, self._cast = stored, bits, dtype
+    def __init__(self, stored: TensorSource, bits: int):
+        self._stored, self._bits = stored, bits
         self._shapes: dict[str, tuple[int, ...]] = {}
         names = set(stored.names())
         for module in sorted(name.removesuffix(PACKED) for name in names if name.endswith("." + PACKED)):
@@ -189,14 +188,13 @@ class DequantizedSource:
         return self._shapes.get(name) or self._stored.shape(name)
 
     def dtype(self, name: str) -> np.dtype:
-        own = self._stored.dtype(name.removesuffix("weight") + SCALE if name in self._shapes else name)
-        return self._cast if self._cast is not None and own in DTYPES.values() else own
+        return self._stored.dtype(name.removesuffix("weight") + SCALE if name in self._shapes else name)
 
     def read(self, name: str, index: Index = (...,)) -> np.ndarray:
         if name not in self._shapes:
-            return self._stored.read(name, index).astype(self.dtype(name), copy=False)
+            return self._stored.read(name, index)
         (rows, columns), shape, module = whole_slices(index, self._shapes[name]), self._shapes[name], name.removesuffix("weight")
         scale = self._stored.read(module + SCALE, (rows,))
         factors = np.repeat(scale.astype(np.float32), shape[1] // scale.shape[1], axis=1)
         found = unpack(self._stored.read(module + PACKED, (rows,)), self._bits, shape[1]) * factors
-        return found[:, columns].astype(scale.dtype).astype(self.dtype(name))
+        return found[:, columns].astype(scale.dtype)

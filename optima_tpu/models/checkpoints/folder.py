@@ -10,10 +10,11 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from optima_tpu.errors import UserError
+from optima_tpu.models import family_named
 from optima_tpu.models.checkpoints import packed
 from optima_tpu.models.checkpoints.compressed_tensors import DequantizedSource, without_quantization
 from optima_tpu.models.checkpoints.source import (
-    DTYPES,
+    Cast,
     Index,
     Pretrained,
     TensorSource,
@@ -22,7 +23,7 @@ from optima_tpu.models.checkpoints.source import (
     read_config,
     whole_slices,
 )
-from optima_tpu.models.checkpoints.stacks import Unstacked, stacks_of
+from optima_tpu.models.checkpoints.stacks import Unstacked
 from optima_tpu.runtime.checksums import ALL, changes, listed
 from optima_tpu.runtime.records import read_record
 
@@ -48,7 +49,6 @@ _STORED = {
     "U8": np.uint8,
     "BOOL": np.bool_,
 }
-_CASTABLE = {np.dtype(np.float64), *DTYPES.values()}
 
 
 class _Index(TypedDict):
@@ -68,7 +68,6 @@ class SafetensorsSource:
 
     Args:
       shards: the files.
-      dtype: the dtype to which float tensors are cast (one rounding); None keeps the dtypes of the file.
 
     Raises:
       OSError: a file may not be read.
@@ -76,9 +75,8 @@ class SafetensorsSource:
         numpy can't represent. The message names the file.
     """
 
-    def __init__(self, shards: list[Path], dtype: np.dtype | None = None):
+    def __init__(self, shards: list[Path]):
         self._slices: dict[str, Any] = {}
-        self._dtype = dtype
         holder: dict[str, str] = {}
         for path in shards:
             if not path.is_file():
@@ -108,7 +106,7 @@ class SafetensorsSource:
         return tuple(self._slices[name].get_shape())
 
     def dtype(self, name: str) -> np.dtype:
-        return _as_read(self._slices[name].get_dtype(), self._dtype)
+        return np.dtype(_STORED[self._slices[name].get_dtype()])
 
     def read(self, name: str, index: Index = (...,)) -> np.ndarray:
         part = self._slices[name][whole_slices(index, self.shape(name))]
@@ -120,7 +118,6 @@ class PackedSource:
 
     Args:
       folder: the folder with its index.
-      dtype: as for :class:`SafetensorsSource`.
 
     Raises:
       UserError: the folder is damaged, or has a dtype that numpy can't represent. The message names the tensor or the file.
@@ -152,20 +149,14 @@ class PackedSource:
         return self._packed.tensors[name].shape
 
     def dtype(self, name: str) -> np.dtype:
-        return _as_read(self._packed.tensors[name].dtype, self._dtype)
+        return np.dtype(_STORED[self._packed.tensors[name].dtype])
 
     def read(self, name: str, index: Index = (...,)) -> np.ndarray:
         if self._held is None or self._held[0] != name:
             with _user_error():
                 tensor = self._packed.tensors[name]
                 self._held = name, self._packed.read(name).view(_STORED[tensor.dtype]).reshape(tensor.shape)
-        return self._held[1][whole_slices(index, self.shape(name))].astype(self.dtype(name))
-
-
-def _as_read(stored: str, cast: np.dtype | None) -> np.dtype:
-    """The dtype in which a tensor of a stored dtype is read."""
-    own = np.dtype(_STORED[stored])
-    return cast if cast is not None and own in _CASTABLE else own
+        return self._held[1][whole_slices(index, self.shape(name))].copy()
 
 
 @contextlib.contextmanager
@@ -186,17 +177,20 @@ def open_folder(folder: Path, origin: str, dtype: str | None = None) -> Pretrain
     assets["config.json"], bits = without_quantization(assets["config.json"], str(folder))
     tensors: TensorSource
     if (folder / packed.INDEX).is_file():
-        tensors = packed_tensors = PackedSource(folder, cast)
+        tensors = packed_tensors = PackedSource(folder)
         packed_tensors.check_assets(assets)
         files = packed_tensors.files()
     elif bits is None:
-        tensors, files = _open_shards(folder, cast)
+        tensors, files = _open_shards(folder)
     else:
-        stored, files = _open_shards(folder, None)
-        tensors = DequantizedSource(stored, bits, cast)
+        stored, files = _open_shards(folder)
+        tensors = DequantizedSource(stored, bits)
     config, assets["config.json"] = read_config(assets["config.json"], str(folder), dtype)
-    stacks, known = stacks_of(config.architectures), fingerprint(assets["config.json"], tensors, files)
-    source: TensorSource = Unstacked(tensors, stacks) if stacks else tensors
+    family = family_named(config.architectures)
+    if cast is not None:
+        tensors = Cast(tensors, cast, family.exact if family else ())
+    known = fingerprint(assets["config.json"], tensors, files)
+    source: TensorSource = Unstacked(tensors, family.stacks) if family and family.stacks else tensors
     return Pretrained(config, source, assets, known, origin)
 
 
@@ -206,10 +200,10 @@ def assets_in(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in found}
 
 
-def _open_shards(folder: Path, cast: np.dtype | None) -> tuple[SafetensorsSource, list[Path]]:
+def _open_shards(folder: Path) -> tuple[SafetensorsSource, list[Path]]:
     """The tensors of a folder's safetensors files, and the files."""
     shards, weight_map = _shards(folder)
-    tensors = SafetensorsSource(shards, cast)
+    tensors = SafetensorsSource(shards)
     for name, shard in weight_map.items():
         if tensors.holder(name) != shard:
             raise UserError(f"{folder / shard} does not hold the tensor {name}, though {INDEX} says so: download both again")

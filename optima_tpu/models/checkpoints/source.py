@@ -24,6 +24,8 @@ _CHECK = "check the file, or download it again"
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16)}
 """The floating dtypes a checkpoint can be read in, by the names that config.json uses."""
 
+_FLOATS = {np.dtype(np.float64), *DTYPES.values()}
+
 Index = tuple[slice | EllipsisType, ...]
 
 
@@ -41,6 +43,32 @@ class TensorSource(Protocol):
 
     def read(self, name: str, index: Index = (...,)) -> np.ndarray:
         """The part of a tensor that ``index`` (slices and at most one ``...``) selects, as a new array."""
+
+
+class Cast:
+    """The floating-point tensors of a checkpoint in one dtype, rounded once.
+
+    Args:
+      source: the checkpoint.
+      dtype: that dtype.
+      exact: ``Family.exact``, the ends of the names of tensors that keep the dtype in which they are stored.
+    """
+
+    def __init__(self, source: TensorSource, dtype: np.dtype, exact: tuple[str, ...] = ()):
+        self._source, self._dtype, self._exact = source, dtype, tuple("." + name for name in exact)
+
+    def names(self) -> tuple[str, ...]:
+        return self._source.names()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._source.shape(name)
+
+    def dtype(self, name: str) -> np.dtype:
+        own = self._source.dtype(name)
+        return self._dtype if own in _FLOATS and not name.endswith(self._exact) else own
+
+    def read(self, name: str, index: Index = (...,)) -> np.ndarray:
+        return self._source.read(name, index).astype(self.dtype(name), copy=False)
 
 
 class Layered:

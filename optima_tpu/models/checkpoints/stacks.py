@@ -9,14 +9,14 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
-from optima_tpu.models import FAMILIES
+from optima_tpu.models import family_named
 from optima_tpu.models.checkpoints.source import Index, TensorSource, whole_slices
 
 
 def stacks_of(architectures: Iterable[str] | None) -> Mapping[str, str]:
     """``Family.stacks`` of the model with these ``architectures`` in config.json; empty for an unknown one."""
-    families = (family for name in architectures or () for family in FAMILIES.get(name, {}).values())
-    return next((family.stacks for family in families), {})
+    family = family_named(architectures)
+    return family.stacks if family else {}
 
 
 class Unstacked:
