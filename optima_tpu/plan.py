@@ -11,6 +11,7 @@ from rich.console import Console
 
 from optima_tpu.config.parse import parse
 from optima_tpu.errors import UserError
+from optima_tpu.pipeline.recover.config import as_run
 from optima_tpu.report.progress import say
 from optima_tpu.runtime import signals
 from optima_tpu.runtime.command import guarded
@@ -29,7 +30,8 @@ for the devices of the plan, which need not be attached: no TPU is needed.
 examples:
   {_PROGRAM} --config configs/paper/llama-3.1-8b.yaml --topology v5e:4x2
   {_PROGRAM} --model ./folder-with-config.json --topology v5p:4x4x4 --mesh 16x4 --preset fast
-  {_PROGRAM} --cpu_devices 8 --mesh 4x2"""
+  {_PROGRAM} --cpu_devices 8 --mesh 4x2
+  {_PROGRAM} --model meta-llama/Llama-3.1-8B --topology v6e:4x4 --mesh 8x2 --recover 50M"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -40,6 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _plan(argv: Sequence[str]) -> int:
     options, settings = make_parser().parse_known_args(list(argv))
     config = parse(settings)
+    if options.recover:
+        config = as_run(config, options.recover)
     from optima_tpu.data import check_sources  # imports pyarrow and more, which --help does not wait for
 
     check_sources(config.calibration.source, config.evaluation.source)
@@ -66,13 +70,13 @@ def _plan(argv: Sequence[str]) -> int:
     )
     refuse_beyond_context(config, model.config)
     model = model.on(machine.mesh)
-    say(console, "\n".join([*greeting(config, model, machine), ""]))
+    say(console, "\n".join([*greeting(config, model, machine, bool(options.recover)), ""]))
 
     def tell(line: str) -> None:
         signals.check()
         say(console, line)
 
-    plan = make_plan(config, model, machine, tell)
+    plan = make_plan(config, model, machine, tell, bool(options.recover))
     if machine.compiles:
         console.print()
     print_plan(console, plan)
@@ -104,6 +108,11 @@ def make_parser() -> Parser:
         "--topology",
         metavar="KIND:AxB",
         help="a TPU slice: v4, v5e, v5p or v6e and its shape, such as v5e:4x2 or v5p:4x4x4 (default: the attached devices)",
+    )
+    parser.add_argument(
+        "--recover",
+        metavar="TOKENS",
+        help="plan optima recover with so many tokens, such as 50M, and no pruning; settings of --distill say how it trains",
     )
     parser.add_argument("--json", metavar="FILE", type=lambda text: Path(text).expanduser(), help="write the plan to FILE too")
     parser.add_argument("--force", action="store_true", help="let --json replace a file that this program did not write")

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 from jax import Array
 
 Tree = TypeVar("Tree")
+STRETCH = 128
+"""Positions of each window whose logits are computed at once."""
 
 
 def sum_over_windows(score: Callable[..., Tree], tokens: Array, *streams: Array) -> Tree:
@@ -54,11 +56,11 @@ def _summed(score: Callable[..., Tree]) -> Callable[..., Tree]:
 def _by_stretch(work: Callable[..., Tree], tokens: Array, *streams: Array) -> Tree:
     """Applies ``work(there, targets, *states)`` to each chunk of positions, stacked; ``there`` is False at padding."""
     windows, positions = tokens.shape[0], tokens.shape[1] - 1
-    count = -(-positions // _STRETCH)
+    count = -(-positions // STRETCH)
 
     def cut(array: Array) -> Array:
-        filled = jnp.pad(array, ((0, 0), (0, count * _STRETCH - positions), *[(0, 0)] * (array.ndim - 2)))
-        return filled.reshape(windows, count, _STRETCH, *array.shape[2:]).swapaxes(0, 1)
+        filled = jnp.pad(array, ((0, 0), (0, count * STRETCH - positions), *[(0, 0)] * (array.ndim - 2)))
+        return filled.reshape(windows, count, STRETCH, *array.shape[2:]).swapaxes(0, 1)
 
     parts = jax.tree.map(cut, (jnp.ones((windows, positions), bool), tokens[:, 1:], *(stream[:, :-1] for stream in streams)))
     return jax.lax.map(lambda inputs: work(*inputs), parts)
@@ -67,6 +69,3 @@ def _by_stretch(work: Callable[..., Tree], tokens: Array, *streams: Array) -> Tr
 def picked(values: Array, targets: Array) -> Array:
     """The entries of ``values`` [..., vocab] at the indices ``targets`` [...]."""
     return jnp.take_along_axis(values, targets[..., None], axis=-1)[..., 0]
-
-
-_STRETCH = 128

@@ -29,7 +29,7 @@ from optima_tpu.models.activations import Activations, held_rows
 from optima_tpu.models.checkpoints.source import TensorSource
 from optima_tpu.models.family import DecoderConfig, Family, Positions, ReadTensor
 from optima_tpu.models.layers import Known, project
-from optima_tpu.runtime.mesh import MODEL, divisible, place, spread
+from optima_tpu.runtime.mesh import MODEL, divisible, place, spread, struct_on
 from optima_tpu.runtime.processes import fetch, together
 
 
@@ -218,9 +218,20 @@ class Decoder:
 
     def head(self) -> "Head":
         """The head, which turns the last block's output into logits, on the mesh."""
+        return self._head(self.place_ends)
+
+    def head_struct(self) -> "Head":
+        """Shapes, dtypes and shardings of :meth:`head`; no weight is read."""
+        return self._head(
+            lambda specs: {
+                name: struct_on(self.mesh, self.end_shapes[name], self.tensors.dtype(name), spec) for name, spec in specs.items()
+            }
+        )
+
+    def _head(self, placing: Callable[[Mapping[str, P]], dict[str, Array]]) -> "Head":
         graph, abstract = self._final
         name = self.root + self.family.embedding if self.config.tied else self.family.head
-        placed = self.place_ends({self.root + inner: P() for inner in _shapes(abstract)} | {name: P(MODEL, None)})
+        placed = placing({self.root + inner: P() for inner in _shapes(abstract)} | {name: P(MODEL, None)})
         projection = placed.pop(name)
         parameters = {name.removeprefix(self.root): array for name, array in placed.items()}
         return Head(_filled(abstract, parameters), projection, graph, self.config.logit_cap, self.config.logit_scale)

@@ -15,22 +15,25 @@ from optima_tpu.config.parse import configure
 from optima_tpu.config.run_config import Calibration, Evaluation, RunConfig
 from optima_tpu.data import PyDoc, evaluation_tokens
 from optima_tpu.errors import UserError
+from optima_tpu.method.distillation import KL
 from optima_tpu.method.patterns import Unstructured
 from optima_tpu.method.prune_group import prune_group
 from optima_tpu.method.recipe import Recipe
 from optima_tpu.method.selectors import ADMM, Imported, SparseGPT, Wanda
 from optima_tpu.method.solvers import CG
 from optima_tpu.pipeline.calibrate import linear_groups
+from optima_tpu.pipeline.distill.blocks import Trainer
 from optima_tpu.pipeline.memory_plan import GroupLoad
 from optima_tpu.pipeline.plan import topology
 from optima_tpu.pipeline.plan.compile import compiled
 from optima_tpu.pipeline.plan.estimate import RowShare, assumptions, inputs_of, prune_work, sequence_flops, storage
-from optima_tpu.pipeline.plan.hlo import collectives
+from optima_tpu.pipeline.plan.hlo import collectives, moved
 from optima_tpu.pipeline.plan.model import open_declared
 from optima_tpu.pipeline.plan.plan import make_plan
 from optima_tpu.pipeline.plan.table import summary
 from optima_tpu.pipeline.plan.texts import CHARACTERS, counted
 from optima_tpu.pipeline.plan.topology import CHIPS, Machine, fitting_mesh, local_machine, parse_topology, topology_machine
+from optima_tpu.pipeline.recover.config import as_run
 from optima_tpu.plan import main
 from tests.support.meshes import mesh
 from tests.support.plans import config_folder, run_config
@@ -158,6 +161,47 @@ def test_the_flops_of_every_pass_are_those_that_the_compiler_counts(tmp_path, pr
     assert all(0.85 < ratio < 1.15 for ratio in ratios), ratios
 
 
+def test_the_plan_of_a_recovery_has_the_programs_of_its_steps(tmp_path):
+    """Compiled as training calls them; FLOPs and bytes are those that the compiler counts, and nothing is pruned."""
+    sizes = dict(hidden_size=128, num_attention_heads=4, num_key_value_heads=2, intermediate_size=256, head_dim=32)
+    folder = config_folder(tmp_path, **sizes, num_hidden_layers=2, vocab_size=512, max_position_embeddings=256)
+    text = Calibration("random", length=129, held_out=4)
+
+    def plan(shape, **settings):
+        config = as_run(RunConfig(folder, batch=1, calibration=text, **settings), "10k")
+        model = open_declared(folder, None, config.batch).on(mesh(*shape))
+        return make_plan(config, model, Machine("here", CHIPS["v5e"], mesh(*shape), 1, 0.5), recovering=True)
+
+    alone, split = plan((1, 1)), plan((4, 2))
+    steps = 10_000 // 129 // 4
+    # Steps of 4 windows: one after another on one device, all at once on the mesh.
+    assert [program.calls for program in alone.programs] == [4 * steps, 2 * 4 * steps, 2 * 4 * steps, 2 * steps]
+    assert [program.calls for program in split.programs] == [steps, 2 * steps, 2 * steps, 2 * steps]
+    head, forward, backward, adam = alone.programs
+    for program, least in ((head, 0.8), (forward, 0.85), (backward, 0.8)):
+        assert least < program.work.flops / program.compiled.flops < 1.15, program.name
+    assert 0.5 < adam.work.traffic / adam.compiled.accessed < 1.5
+    assert alone.seconds.keys() >= {"training", "dense model and checks of the training"} and "pruning" not in alone.seconds
+    # What training holds is split over the devices; the mesh gathers a block's weights and sums its gradients.
+    trainer = Trainer(open_declared(folder, None, 1).on(mesh(4, 2)).decoder, KL())
+    assert adam.memory > split.programs[3].memory > trainer.bytes_on_device()
+    assert not any(alone.programs[index].compiled.moved for index in range(4))
+    assert split.programs[1].compiled.moved["all-gather"] >= 2 * sum(map(math.prod, trainer.decoder.block_shapes.values())) / 2
+    assert split.programs[3].compiled.moved == {}
+    block = trainer.struct()
+    opened = trainer.open(
+        {
+            name: jax.device_put(np.zeros(shape, jnp.bfloat16), jax.NamedSharding(mesh(4, 2), trainer.decoder.sharding(name)))
+            for name, shape in trainer.decoder.block_shapes.items()
+        },
+        {name: np.ones(array.shape, bool) for name, array in block.keep.items()},
+    )
+    for planned, real in zip(jax.tree.leaves(block), jax.tree.leaves(opened), strict=True):
+        assert (planned.shape, planned.dtype) == (real.shape, real.dtype)
+        assert real.sharding.is_equivalent_to(planned.sharding, real.ndim)
+    assert "or --train norms" in plan((4, 2), device_memory=1e-5).refused
+
+
 def test_a_token_counts_at_its_own_experts_alone(tmp_path):
     sizes = dict(hidden_size=64, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=1, vocab_size=64)
     length, products = 512, 3 * 2 * 64 * 96  # FLOPs of a token in one expert
@@ -236,7 +280,9 @@ def test_collectives_are_told_apart_by_loops():
         return jax.lax.fori_loop(0, 3, lambda _, y: y + jax.lax.psum(y, "model"), total)
 
     sharded = jax.jit(jax.shard_map(program, mesh=mesh(4, 2), in_specs=jax.P("data"), out_specs=jax.P(), check_vma=False))
-    assert collectives(sharded.lower(jnp.ones((8, 4))).compile().as_text()) == ({"all-reduce": 1}, {"all-reduce": 1})
+    text = sharded.lower(jnp.ones((8, 4))).compile().as_text()
+    assert collectives(text) == ({"all-reduce": 1}, {"all-reduce": 1})
+    assert moved(text) == {"all-reduce": 2 * 2 * 4 * 4}  # [2, 4] float32 each; the loop's counts once
 
 
 def test_counted_products_and_memory_agree_with_the_compiler():

@@ -20,13 +20,14 @@ import numpy as np
 import optax
 from jax import Array
 from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from optima_tpu.evaluate.predictions import sum_over_windows
 from optima_tpu.method.distillation import Distillation, cross_entropy, optimizer
 from optima_tpu.method.zeros import keep_zeros
 from optima_tpu.models.decoder import Decoder, Head, forward, head_logits
 from optima_tpu.models.family import Positions
-from optima_tpu.runtime.mesh import divisible, spread
+from optima_tpu.runtime.mesh import divisible, spread, struct_on
 
 Tree = dict[str, Array]
 
@@ -86,14 +87,15 @@ class Trainer:
         return NamedSharding(self.decoder.mesh, spread(self.decoder.mesh, shape, self.decoder.sharding(name)))
 
     def bytes_on_device(self) -> int:
-        """What the blocks take on each device: master, two moments and gradient in float32; what does not move, as it is."""
+        """What the blocks take on each device: master, two moments and gradient in float32, and a mask; the rest as it is."""
         return sum(len(blocks) * self.at(blocks[0])._bytes_of_a_block() for _, blocks in self.decoder.stretches)
 
     def _bytes_of_a_block(self) -> int:
         decoder, total = self.decoder, 0
         for name, shape in decoder.block_shapes.items():
             if name in self.factors:
-                total += 4 * 4 * math.prod(self.shards(name).shard_shape(shape))
+                masked = name.removesuffix(".weight") in decoder.linears
+                total += (4 * 4 + masked) * math.prod(self.shards(name).shard_shape(shape))
             else:
                 size = self.dtype(name).itemsize
                 total += size * math.prod(NamedSharding(decoder.mesh, decoder.sharding(name)).shard_shape(shape))
@@ -110,6 +112,23 @@ class Trainer:
         fixed = {name: array for name, array in parameters.items() if name not in masters}
         masks = {name: self.place(name, np.asarray(keep[name])) for name in masters if name in keep}
         return Block(masters, fixed, masks, _start(masters))
+
+    def struct(self) -> Block:
+        """Shapes, dtypes and shardings of a block from :meth:`open` whose matrices all have masks; no weight is read."""
+
+        def split(name: str, dtype: Any) -> Array:
+            return struct_on(self.decoder.mesh, self.decoder.block_shapes[name], np.dtype(dtype), self.shards(name).spec)
+
+        masters = {name: split(name, jnp.float32) for name in self.factors}
+        fixed = {
+            name: struct_on(self.decoder.mesh, shape, self.dtype(name), self.decoder.sharding(name))
+            for name, shape in self.decoder.block_shapes.items()
+            if name not in masters
+        }
+        keep = {name: split(name, jnp.bool_) for name in masters if name.removesuffix(".weight") in self.decoder.linears}
+        started: Any = jax.eval_shape(_start, masters)
+        count = struct_on(self.decoder.mesh, (), started.count.dtype, P())
+        return Block(masters, fixed, keep, started._replace(count=count, mu=masters, nu=masters))
 
     def place(self, name: str, array: np.ndarray) -> Array:
         """An array of the host with the shape of a master, split as the master is."""

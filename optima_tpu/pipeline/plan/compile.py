@@ -28,7 +28,7 @@ from optima_tpu.pipeline.calibrate import (
     sums_of,
 )
 from optima_tpu.pipeline.memory_plan import Kept
-from optima_tpu.pipeline.plan.hlo import collectives
+from optima_tpu.pipeline.plan.hlo import collectives, moved
 from optima_tpu.report.numbers import number
 from optima_tpu.runtime.mesh import DATA, ROWS, bytes_on_device, struct_on
 
@@ -43,6 +43,7 @@ class Compiled(NamedTuple):
       flops, accessed: FLOPs and bytes as the compiler counts them: the body of a loop counts once.
       inside, outside: number of collectives by name, inside loops and outside.
       refused: why the program does not fit into the memory of the chip; None if it fits.
+      moved: bytes of the collectives' results on a device, by name; the body of a loop counts once.
     """
 
     seconds: float
@@ -53,6 +54,7 @@ class Compiled(NamedTuple):
     inside: Mapping[str, int] = {}
     outside: Mapping[str, int] = {}
     refused: str | None = None
+    moved: Mapping[str, int] = {}
 
 
 def compiled(
@@ -77,7 +79,8 @@ def compiled(
         return refused
     seconds, memory = time.monotonic() - start, program.memory_analysis()
     cost = program.cost_analysis() or {}
-    inside, outside = collectives(program.as_text() or "")
+    text = program.as_text() or ""
+    inside, outside = collectives(text)
     assert memory is not None, "XLA counts the memory of its programs on every platform"
     total = (
         memory.argument_size_in_bytes
@@ -88,7 +91,14 @@ def compiled(
     )
     tell(f"  {number(total / 2**30)} GiB, {number(memory.argument_size_in_bytes / 2**30)} of them arguments; {seconds:.0f} s")
     return Compiled(
-        seconds, total, memory.argument_size_in_bytes, cost.get("flops", 0.0), cost.get("bytes accessed", 0.0), inside, outside
+        seconds,
+        total,
+        memory.argument_size_in_bytes,
+        cost.get("flops", 0.0),
+        cost.get("bytes accessed", 0.0),
+        inside,
+        outside,
+        moved=moved(text),
     )
 
 

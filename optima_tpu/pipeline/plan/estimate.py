@@ -12,6 +12,7 @@ import jax
 from jax import Array
 
 from optima_tpu.config.run_config import RunConfig
+from optima_tpu.method.distillation import Distillation
 from optima_tpu.method.layer_rules import kind_name
 from optima_tpu.method.linalg.smallest import PASSES_OF_A_MASK
 from optima_tpu.method.patterns import Pattern
@@ -231,12 +232,17 @@ def _columns(model: Declared, size: int) -> int:
 
 
 def calibration_memory(model: Declared, inputs: tuple[Input, ...], length: int, batch: int, streams: int = 1) -> int:
-    """Bytes of ``calibrate.add_batch`` on a device: the block, sums, inputs of all layers and two arrays of attention scores."""
-    decoder, axis, tokens = model.decoder, model.decoder.mesh.shape[MODEL], batch * length
+    """Bytes of ``calibrate.add_batch`` on a device: a forward pass, and the sums twice."""
     sums = sum(4 * size * size // _columns(model, size) for size, _ in inputs)
+    return forward_memory(model, inputs, length, batch, streams) + streams * 2 * sums
+
+
+def forward_memory(model: Declared, inputs: tuple[Input, ...], length: int, batch: int, streams: int = 1) -> int:
+    """Bytes of a forward pass on a device: the block, the inputs of all layers and two arrays of attention scores."""
+    decoder, axis, tokens = model.decoder, model.decoder.mesh.shape[MODEL], batch * length
     read = round(tokens * model.dtype.itemsize * (4 * decoder.config.d_model + 2 * sum(size * reach for size, reach in inputs)))
     scores = 2 * tokens * length * getattr(decoder.config, "heads", 0) * 4
-    return streams * (model.block_bytes() // axis + 2 * sums + read) + scores // axis
+    return streams * (model.block_bytes() // axis + read) + scores // axis
 
 
 class Storage(NamedTuple):
@@ -253,17 +259,19 @@ class Storage(NamedTuple):
     disk: dict[str, int]
 
 
-def storage(model: Declared, config: RunConfig, hosts: int, pruned: int, kept: float = 0.0) -> Storage:
+def storage(model: Declared, config: RunConfig, hosts: int, pruned: int, kept: float = 0.0, calibrates: bool = True) -> Storage:
     """Host memory and disk of a run.
 
     Args:
       hosts: number of hosts that share the hidden states.
       pruned: number of weights in the pruned matrices of all blocks; each weight has an entry in a mask.
       kept: the size of the inputs of layers that the passes of a block keep, in sizes of the hidden states.
+      calibrates: whether the calibration text passes through the blocks; it does not where they are pruned already.
     """
     decoder, text = model.decoder, config.calibration
     itemsize = model.itemsize(next(iter(decoder.end_shapes)))
-    hidden = (text.samples + text.held_out) * text.length * decoder.config.d_model * itemsize * config.target.streams
+    state = text.length * decoder.config.d_model * itemsize  # of one sequence
+    hidden = calibrates * (text.samples + text.held_out) * state * config.target.streams
     block = max(model.at(kind).block_bytes() for kind in decoder.config.kinds)
     whole, ends = model.all_blocks_bytes(), model.end_bytes()
     masks = pruned
@@ -280,8 +288,8 @@ def storage(model: Declared, config: RunConfig, hosts: int, pruned: int, kept: f
     if kept:
         host["inputs of layers"] = round(share * kept)
     if config.distill:
-        waiting = 2 * config.distill.windows * text.length * decoder.config.d_model * itemsize
-        host["text of the distillation"] = -(-min(waiting, AT_ONCE) // hosts)
+        waiting = min(2 * config.distill.windows * state, AT_ONCE) + 2 * text.held_out * state
+        host["text of the distillation"] = -(-waiting // hosts)
     disk = {"journal": whole + masks, "hidden states": 2 * hidden, "checkpoint": whole + masks + ends}
     if config.export:
         disk["export for transformers"] = whole + ends + pruned // 8
@@ -302,15 +310,13 @@ def run_seconds(
     machine: Machine,
     stored: Storage,
     block: BlockFlops,
-    calibrating: float,
-    pruning: float,
+    running: Mapping[str, float],
     compiling: float | None,
 ) -> dict[str, float]:
     """Seconds of a run, by stage.
 
     Args:
-      calibrating: seconds of all calls of the calibration step.
-      pruning: seconds of all calls of ``prune_group``.
+      running: seconds of all calls of the programs of each stage: the calibration, the pruning, the steps of a training.
       compiling: seconds that compiling all programs took on this machine; None if nothing was compiled.
     """
     decoder, text, blocks = model.decoder, config.calibration, model.decoder.config.blocks
@@ -326,50 +332,66 @@ def run_seconds(
         flops = 2.0 * tokens * decoder.config.vocab * decoder.config.d_embedding / machine.mesh.size
         return products(model, flops).seconds(machine)
 
-    tokens, calibrated = evaluation_tokens(config), (text.samples + text.held_out) * text.length
-    streams = config.target.streams
+    streams, method, tokens = config.target.streams, config.distill, evaluation_tokens(config)
+    state = decoder.config.d_model * model.itemsize(next(iter(decoder.end_shapes)))  # of a token
+    calibrated = stored.hidden / streams / state
     # Transfers: both streams into every pass of the calibration, the dense one out of its last pass, the pruned one into and out of
     # the pruned block. Kept inputs leave one pass, and enter the later ones and the pruned block.
     states = block.passes + 1 + 1 / streams + block.moved
-    moved = states * stored.hidden + 4 * tokens * stored.hidden / streams / calibrated
+    moved = states * stored.hidden + 4 * tokens * state
+    readings = 4 if calibrated else 3  # for both perplexities, the walk and the checkpoint
+    if method and method.reads_dense:  # the dense model's states are computed before the steps that read them
+        parts, windows = _dense_passes(method, state * text.length)
+        moved += 2 * state * text.length * (windows + text.held_out)
+        readings += parts
     walk = {
-        "calibration": calibrating,
-        "pruning": pruning,
+        "calibration": running["calibration"],
+        "pruning": running["pruning"],
         "pruned blocks forward": through(block.pruned, calibrated),
         "hidden states to and from the devices": blocks * moved / (ASSUMED.transfer * machine.hosts),
     }
     saves = min(blocks, 1 + int(sum(walk.values()) / STATES_EVERY))
     written = sum(stored.disk.values()) - stored.disk["hidden states"] + saves * stored.hidden
-    # The weights are read for both perplexities, for the walk and for the checkpoint.
     stages = {
         "compiling (as here)": compiling,
         "perplexity, dense and pruned": 2 * (forward(tokens) + head(tokens)),
         **walk,
-        "distillation": _distillation_seconds(config, tokens, forward, head),
-        "reading weights": 4 * weights / (ASSUMED.reading * machine.hosts),
+        "training": running["training"],
+        "dense model and checks of the training": _beside_training(config, state * text.length, forward, head),
+        "reading weights": readings * weights / (ASSUMED.reading * machine.hosts),
         "writing": written / ASSUMED.writing,
     }
-    return {name: seconds for name, seconds in stages.items() if seconds is not None}
+    return {name: seconds for name, seconds in stages.items() if seconds}
 
 
-def _distillation_seconds(
-    config: RunConfig, evaluated: int, forward: Callable[[float], float], head: Callable[[float], float]
-) -> float | None:
-    """Seconds of the distillation; None without one.
+def _dense_passes(method: Distillation, state: int) -> tuple[int, int]:
+    """How often training reads the dense model, and how many windows pass through it.
 
     Args:
-      evaluated: tokens of the perplexity text, on which the model is also measured before the distillation.
+      state: bytes of the hidden states of a window.
+    """
+    batch, steps = min(method.batch, method.windows), max(1, method.windows // method.batch)
+    parts = -(-steps // max(1, AT_ONCE // (2 * batch * state)))
+    times = method.passes if parts > 1 else 1  # what was the only part is still there in the next pass
+    return parts * times, steps * batch * times
+
+
+def _beside_training(
+    config: RunConfig, state: int, forward: Callable[[float], float], head: Callable[[float], float]
+) -> float | None:
+    """Seconds of a training besides its steps; None without one.
+
+    Args:
+      state: bytes of the hidden states of a window.
       forward, head: seconds of all blocks and of the head for a number of tokens.
     """
     method, text = config.distill, config.calibration
     if method is None:
         return None
-    held_out, trained = text.held_out * text.length, method.steps * method.batch * text.length
-    checked = (len(method.check_steps()) + 1) * held_out
-    # A step is a forward pass, the same again block by block, and a backward pass of twice the products. Both models compute
-    # logits, but only the pruned model's logits have a gradient.
-    blocks = forward(method.windows * text.length + held_out) + 4 * forward(trained) + forward(checked) + forward(evaluated)
-    return blocks + 6 * head(trained) + 2 * head(checked) + head(evaluated)
+    # The perplexity text measures the pruned model before it is trained, too.
+    evaluated, checked = evaluation_tokens(config), (len(method.check_steps()) + 1) * text.held_out * text.length
+    dense = (_dense_passes(method, state)[1] + text.held_out) * text.length if method.reads_dense else 0
+    return forward(dense + checked + evaluated) + (1 + method.reads_dense) * head(checked) + head(evaluated)
 
 
 def assumptions(config: RunConfig, machine: Machine) -> list[str]:

@@ -1,6 +1,7 @@
 """Reads the collectives from the text of a compiled program."""
 
 import collections
+import math
 import re
 
 COLLECTIVE = re.compile(r"\b(?:all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute)(?:-start)?\(")
@@ -25,11 +26,45 @@ def collectives(hlo: str) -> tuple[dict[str, int], dict[str, int]]:
 def _channels(text: str) -> dict[tuple[str, ...], int]:
     """How often the text names each collective, by its name, channel and origin in the traced program."""
     found = ((COLLECTIVE.search(line), line) for line in text.splitlines())
-    return collections.Counter(
-        (re.sub(r"(-start)?\($", "", match[0]), *re.findall(r'channel_id=\d+|op_name="[^"]*"', line))
-        for match, line in found
-        if match
-    )
+    return collections.Counter(_key(match, line) for match, line in found if match)
+
+
+def _key(match: re.Match[str], line: str) -> tuple[str, ...]:
+    return (re.sub(r"(-start)?\($", "", match[0]), *re.findall(r'channel_id=\d+|op_name="[^"]*"', line))
+
+
+def moved(hlo: str) -> dict[str, int]:
+    """The bytes of the collectives' results on one device, by name; each collective of :func:`collectives` counts once.
+
+    What is scattered counts as what is summed. A device sends or receives about as much, and twice as much for an all-reduce.
+    """
+    sizes = {}
+    for line in hlo.splitlines():
+        if (match := COLLECTIVE.search(line)) and (key := _key(match, line)) not in sizes:
+            shapes = [
+                _bytes(*found) for found in re.findall(r"\b([a-z]\w*)\[([\d,]*)\]", line[: match.start()].partition("=")[2])
+            ]
+            # A transfer that is only started names its operands before its results, and then what it waits for.
+            if match[0].endswith("-start(") and key[0] in ("all-gather", "collective-permute"):
+                shapes = shapes[: len(shapes) // 2 * 2]
+                shapes = shapes[1:2] if key[0] == "collective-permute" else shapes[len(shapes) // 2 :]
+            sizes[key] = sum(shapes) * (_group(line) if key[0] == "reduce-scatter" else 1)
+    found: collections.Counter[str] = collections.Counter()
+    for (name, *_), size in sizes.items():
+        found[name] += size
+    return dict(found)
+
+
+def _bytes(dtype: str, dimensions: str) -> int:
+    """Of an array, by its type as the text writes it: ``bf16``, ``f32``, ``pred``."""
+    bits = re.search(r"\d+", dtype)
+    return math.prod(map(int, filter(None, dimensions.split(",")))) * max(1, int(bits[0]) // 8 if bits else 1)
+
+
+def _group(line: str) -> int:
+    """The number of devices that take part in a collective together."""
+    listed = re.search(r"replica_groups=(?:\[\d+,(\d+)\]|\{\{([\d,]+)\})", line)
+    return 1 if listed is None else int(listed[1]) if listed[1] else len(listed[2].split(","))
 
 
 def text_inside_loops(hlo: str) -> str:

@@ -15,46 +15,19 @@ from optima_tpu.method.row_sharding import ON_EVERY_DEVICE, Layout
 from optima_tpu.method.statistics import Groups
 from optima_tpu.models.generate import cache_structs, windows_at_once
 from optima_tpu.pipeline.calibrate import Capture, groups_of_blocks
-from optima_tpu.pipeline.distill.blocks import Trainer
-from optima_tpu.pipeline.distill.train import refuse_large
 from optima_tpu.pipeline.inputs import pruned_layers
 from optima_tpu.pipeline.memory_plan import Kept, Pass, aimed_residuals, block_passes, group_load, kept_inputs
 from optima_tpu.pipeline.plan import estimate
-from optima_tpu.pipeline.plan.compile import Compiled, compiled, lower_calibration, lower_pruning, resident, sequences_at_once
-from optima_tpu.pipeline.plan.estimate import Storage, Work
+from optima_tpu.pipeline.plan.compile import compiled, lower_calibration, lower_pruning, resident, sequences_at_once
+from optima_tpu.pipeline.plan.estimate import Storage
 from optima_tpu.pipeline.plan.model import Declared
+from optima_tpu.pipeline.plan.program import STAGES, Program
 from optima_tpu.pipeline.plan.texts import counted
 from optima_tpu.pipeline.plan.topology import Machine
+from optima_tpu.pipeline.plan.training import refusal, training_programs
 from optima_tpu.pipeline.self_calibration import generated_by
 from optima_tpu.runtime.device_memory import device_budget
 from optima_tpu.runtime.mesh import DATA, MODEL
-
-
-class Program(NamedTuple):
-    """One program of a run.
-
-    Attributes:
-      name: what it does.
-      calls: number of calls in the whole run.
-      rows: number of the layers' rows on each device; None for the calibration.
-      layout: layout of the solve; None for the calibration.
-      work: of one call, on each device.
-      memory: bytes on a device while it runs, including what else the run holds there.
-      compiled: what the compiler reports; None if nothing was compiled.
-    """
-
-    name: str
-    calls: int
-    rows: int | None
-    layout: Layout | None
-    work: Work
-    memory: int
-    compiled: Compiled | None
-
-    @property
-    def refused(self) -> str | None:
-        """Why the compiler could not fit the program into the chip; None if it could."""
-        return None if self.compiled is None else self.compiled.refused
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +35,7 @@ class Plan:
     """What a run needs.
 
     Attributes:
-      programs: the calibration step, and the solver for each distinct shape.
+      programs: the calibration step, the solver for each distinct shape, and those of a training step.
       batch: number of sequences of one step on each slice of the data axis.
       storage: host memory and disk.
       seconds: by stage of the run.
@@ -155,10 +128,17 @@ class _Kind(NamedTuple):
         return Kept(*(tuple(dict.fromkeys((*old, *new))) for old, new in zip(self.known, self.kept)))
 
 
-def make_plan(config: RunConfig, model: Declared, machine: Machine, tell: Callable[[str], None] = lambda line: None) -> Plan:
+def make_plan(
+    config: RunConfig,
+    model: Declared,
+    machine: Machine,
+    tell: Callable[[str], None] = lambda line: None,
+    recovering: bool = False,
+) -> Plan:
     """Plans a run.
 
     Args:
+      recovering: plan what `optima recover` does: the blocks are pruned already, and ``config.distill`` trains them.
       tell: called with a line before each compilation.
 
     Raises:
@@ -172,7 +152,7 @@ def make_plan(config: RunConfig, model: Declared, machine: Machine, tell: Callab
     kinds: dict[_Kind, int] = collections.Counter()
     layers: dict[_Shape, _Layers] = {}
     refused = ""
-    for index in range(decoder.config.blocks):
+    for index in range(0 if recovering else decoder.config.blocks):
         prefix, alike = decoder.prefix(index), decoder.at(index)
         try:
             parts = block_passes(decoder, index, names[index], recipe, budget)
@@ -196,16 +176,15 @@ def make_plan(config: RunConfig, model: Declared, machine: Machine, tell: Callab
                     found = layers.setdefault(shape, _Layers(alike.config.kind, together, others, held_out))
                     layers[shape] = found._replace(calls=found.calls + 1)
 
-    if generated_by(config):
+    if generated_by(config) and not recovering:
         try:
             windows_at_once(decoder, text.samples + text.held_out, cache_structs(decoder, text.length), budget)
         except UserError as error:
             refused = str(error)  # a run writes its text first
+    training: tuple[Program, ...] = ()
     if config.distill:
-        try:
-            refuse_large(Trainer(decoder, config.distill), budget)
-        except UserError as error:
-            refused = refused or str(error)
+        refused = refused or refusal(decoder, config.distill, budget, recovering)
+        training = training_programs(model, config.distill, text.length, machine, tell)
     programs = [_calibration(config, model.at(kind.block), machine, kind, count, tell) for kind, count in kinds.items()]
     if len(programs) > 1:  # a block is calibrated in several passes, each for some of its layers
         ends = {kind: f" (as in block {kind})" if len(decoder.config.kinds) > 1 else "" for kind in decoder.config.kinds}
@@ -214,36 +193,28 @@ def make_plan(config: RunConfig, model: Declared, machine: Machine, tell: Callab
             for program, kind in zip(programs, kinds)
         ]
     programs += [_pruning(model.at(found.block), machine, recipe, shape, found, tell) for shape, found in layers.items()]
-    steps = [program.calls * program.work.seconds(machine) for program in programs]
+    programs += training
     compiling = sum(program.compiled.seconds for program in programs if program.compiled)
     block = _block_flops(model, text.length, config.target.streams, kinds)
-    stored = estimate.storage(
-        model,
-        config,
-        machine.hosts,
-        sum(
-            math.prod(decoder.at(kind.block).block_shapes[name + ".weight"]) * count
-            for kind, count in kinds.items()
-            for group in kind.groups
-            for name in group
-        ),
-        block.kept,
-    )
+    pruned = [(kind.block, group, count) for kind, count in kinds.items() for group in kind.groups]
+    if recovering:
+        pruned = [(indices[0], alike.linears, len(indices)) for alike, indices in decoder.stretches]
+    sizes = (decoder.at(index).block_shapes[name + ".weight"] for index, names, count in pruned for name in names * count)
+    stored = estimate.storage(model, config, machine.hosts, sum(map(math.prod, sizes)), block.kept, not recovering)
     seconds = estimate.run_seconds(
         model,
         config,
         machine,
         stored,
         block,
-        sum(steps[: len(kinds)]),
-        sum(steps[len(kinds) :]),
+        {name: sum(program.seconds(machine) for program in programs if program.stage == name) for name in STAGES},
         compiling if machine.compiles else None,
     )
     return Plan(
         model,
         machine,
         tuple(programs),
-        sequences_at_once(decoder, text.samples),
+        sequences_at_once(decoder, config.distill.batch if recovering and config.distill else text.samples),
         stored,
         seconds,
         estimate.assumptions(config, machine),
@@ -305,7 +276,7 @@ def _calibration(
     if streams == 2:  # the last pass moves the dense stream through the whole block
         block += estimate.sequence_flops(model, text.length, None if kind.last else groups, kind.known.dense)
     work = estimate.calibration_work(model, block, inputs, text.length, batch, streams, drifting)
-    return Program(name, blocks * steps, None, None, work, memory, found)
+    return Program(name, "calibration", blocks * steps, None, None, work, memory, found)
 
 
 def _pruning(
@@ -327,7 +298,7 @@ def _pruning(
         )
         if found.memory:
             memory = resident(decoder, (*layers.others, layers.names), held_out, load.streams) + found.memory - found.arguments
-    return Program(name, layers.calls, rows, layout, work, memory, found)
+    return Program(name, "pruning", layers.calls, rows, layout, work, memory, found)
 
 
 def _short(groups: Groups) -> str:

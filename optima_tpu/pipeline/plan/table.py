@@ -33,14 +33,16 @@ def print_plan(console: Console, plan: Plan) -> None:
     )
 
 
-def greeting(config: RunConfig, model: Declared, machine: Machine) -> list[str]:
+def greeting(config: RunConfig, model: Declared, machine: Machine, recovering: bool = False) -> list[str]:
     """The lines that describe what is planned, printed before the first long step."""
     shape, text = machine.mesh.shape, config.calibration
     hosts = "" if machine.hosts == 1 else f", {machine.hosts} hosts"
+    recipe = [f"preset   {on_preset(config)}", f"recipe   {recipe_line(config, model.decoder)}"]
+    if recovering and (method := config.distill):
+        recipe = [f"training {method.words}, {method.train}, {method.steps:,} steps of {method.batch} windows; nothing is pruned"]
     return [
         f"model    {model.origin}: {model.decoder.config.blocks} blocks, only its configuration is read",
-        f"preset   {on_preset(config)}",
-        f"recipe   {recipe_line(config, model.decoder)}",
+        *recipe,
         f"text     {text.source}, {text.samples} x {text.length} tokens, and {text.held_out} windows held out",
         f"devices  {machine.name}: {machine.mesh.size} x {machine.chip.name}, {_gib(machine.chip.memory)} GiB each, "
         f"mesh {shape['data']}x{shape['model']}{hosts}",
@@ -98,7 +100,8 @@ def summary(plan: Plan) -> list[str]:
         if program.layout and (program.layout.rows or program.layout.split)
     ]
     rows = "; ".join([*parts, "all others"]) if parts else "all rows of a group"
-    lines.append(f"row batch    {rows} at once; {plan.batch} sequences a device in a step of the forward pass")
+    rows = f"{rows} at once; " if any(program.layout for program in plan.programs) else ""
+    lines.append(f"row batch    {rows}{plan.batch} sequences a device in a step of the forward pass")
     hosts = "on each host: " if machine.hosts > 1 else ""
     lines.append(f"host memory  {hosts}{_sum(stored.host)}")
     lines.append(f"disk         at most {_sum(stored.disk)}")
@@ -118,11 +121,12 @@ def _legend(plan: Plan) -> list[str]:
     lines = ["Memory, FLOPs and bytes are for one call on one device; memory includes what else the run holds there."]
     if plan.machine.compiles:
         lines += [
-            "The compiler reports memory, collectives, and the bytes of the calibration. The plan counts FLOPs and the bytes",
+            "The compiler reports memory, collectives, and all bytes but the solver's. The plan counts FLOPs and the bytes",
             "of the solver. The collectives:",
         ]
         lines += [
             f"  {program.name}: {_counts(program.compiled.inside)} in loops, {_counts(program.compiled.outside)} outside"
+            + _moved(program.compiled.moved)
             for program in plan.programs
             if program.compiled is not None and not program.refused
         ]
@@ -141,6 +145,11 @@ def _traffic(program: Program) -> str:
 
 def _counts(found: Mapping[str, int]) -> str:
     return ", ".join(f"{count} {name}" for name, count in sorted(found.items())) or "none"
+
+
+def _moved(sizes: Mapping[str, int]) -> str:
+    words = ", ".join(f"{number(size / 1e6)} MB of {name}" for name, size in sorted(sizes.items()))
+    return f"; on a device {words}" if words else ""
 
 
 def _sum(parts: Mapping[str, int]) -> str:

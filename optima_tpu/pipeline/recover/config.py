@@ -8,9 +8,10 @@ from typing import Literal
 
 from optima_tpu.config.choices import CHOICES
 from optima_tpu.config.parse import parse_command
-from optima_tpu.config.run_config import MOST, MOST_DEVICES, MOST_TOKENS, at_least, few_tokens
+from optima_tpu.config.run_config import MOST, MOST_DEVICES, MOST_TOKENS, RunConfig, at_least, few_tokens
 from optima_tpu.errors import UserError
-from optima_tpu.method.distillation import Distillation
+from optima_tpu.method.distillation import KL, Distillation
+from optima_tpu.method.selectors import Imported
 from optima_tpu.report.run_record import default_folder
 from optima_tpu.runtime.buckets import as_path
 from optima_tpu.runtime.mesh import parse_mesh
@@ -153,6 +154,25 @@ class RecoverConfig:
             return as_path(self.output)
         folder = default_folder("recover", self.model)
         return folder.with_name(re.sub(r"[\[\]\\]", "_", f"{folder.name}-{self.tokens}"))  # see ``files.refuse_unreachable``
+
+
+def as_run(config: RunConfig, tokens: str) -> RunConfig:
+    """The run that a plan of a recovery with ``tokens`` is made of.
+
+    Args:
+      config: model, text, devices, and with ``distill`` how to train.
+    """
+    asked, text, method = RecoverConfig(config.model, tokens), config.calibration, config.distill or KL()
+    windows = max(1, asked.token_count // (method.passes * text.length))
+    return RunConfig(
+        config.model,
+        selector=Imported(config.model, weights=True),
+        solver=None,
+        distill=dataclasses.replace(method, windows=windows, checks=asked.method(windows).checks),
+        calibration=dataclasses.replace(text, samples=windows),
+        evaluation=config.evaluation,
+        **{name: getattr(config, name) for name in ("dtype", "mesh", "cpu_devices", "batch", "device_memory", "export")},
+    )
 
 
 def parse(argv: Sequence[str]) -> RecoverConfig:

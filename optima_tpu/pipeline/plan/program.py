@@ -1,0 +1,43 @@
+"""One row of a plan."""
+
+from typing import NamedTuple
+
+from optima_tpu.method.row_sharding import Layout
+from optima_tpu.pipeline.plan.compile import Compiled
+from optima_tpu.pipeline.plan.estimate import Work
+from optima_tpu.pipeline.plan.topology import Machine
+
+STAGES = "calibration", "pruning", "training"
+
+
+class Program(NamedTuple):
+    """One program of a run.
+
+    Attributes:
+      name: what it does.
+      stage: of :data:`STAGES`.
+      calls: number of calls in the whole run.
+      rows: number of the layers' rows on each device; None for the programs that solve no rows.
+      layout: layout of the solve; None as ``rows``.
+      work: of one call, on each device.
+      memory: bytes on a device while it runs, including what else the run holds there.
+      compiled: what the compiler reports; None if nothing was compiled.
+    """
+
+    name: str
+    stage: str
+    calls: int
+    rows: int | None
+    layout: Layout | None
+    work: Work
+    memory: int
+    compiled: Compiled | None
+
+    @property
+    def refused(self) -> str | None:
+        """Why the compiler could not fit the program into the chip; None if it could."""
+        return None if self.compiled is None else self.compiled.refused
+
+    def seconds(self, machine: Machine) -> float:
+        """Seconds of all calls, without communication."""
+        return self.calls * self.work.seconds(machine)

@@ -1,0 +1,163 @@
+"""The programs that train a pruned model, of ``--distill`` and of ``optima recover``."""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.sharding import PartitionSpec as P
+
+from optima_tpu.errors import UserError
+from optima_tpu.evaluate.predictions import STRETCH
+from optima_tpu.method.distillation import Distillation
+from optima_tpu.models.decoder import Decoder, Head
+from optima_tpu.pipeline.calibrate import linear_groups
+from optima_tpu.pipeline.distill.blocks import Trainer, head_gradient
+from optima_tpu.pipeline.distill.train import refuse_large
+from optima_tpu.pipeline.plan import estimate
+from optima_tpu.pipeline.plan.compile import compiled, sequences_at_once
+from optima_tpu.pipeline.plan.estimate import Work
+from optima_tpu.pipeline.plan.model import Declared
+from optima_tpu.pipeline.plan.program import Program
+from optima_tpu.pipeline.plan.topology import Machine
+from optima_tpu.runtime.mesh import DATA, MODEL, bytes_on_device, struct_on
+
+
+def refusal(decoder: Decoder, method: Distillation, budget: float, recovering: bool) -> str:
+    """Why the training would refuse to begin; empty if it would begin."""
+    try:
+        refuse_large(Trainer(decoder, method), budget, *["or --train norms"] * recovering)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+class _Step(NamedTuple):
+    """One forward and backward pass of a training.
+
+    Attributes:
+      batch: windows on each slice of the data axis.
+      length: tokens in a window.
+      passes: how often the training runs it.
+      updates: how often the training takes a step of Adam.
+      hidden: the states between two blocks, [windows, length, d_model].
+    """
+
+    batch: int
+    length: int
+    passes: int
+    updates: int
+    hidden: Array
+
+
+class _Part(NamedTuple):
+    """A program before it is compiled.
+
+    Attributes:
+      name, calls, work: see ``Program``.
+      memory: bytes that it takes on a device besides its arguments, by a simple model.
+      lower: lowers it.
+    """
+
+    name: str
+    calls: int
+    work: Work
+    memory: int
+    lower: Callable[[], jax.stages.Lowered]
+
+
+def training_programs(
+    model: Declared, method: Distillation, length: int, machine: Machine, tell: Callable[[str], None]
+) -> tuple[Program, ...]:
+    """The programs of a step of training: each kind of block forward, backward and updated, and the head's loss.
+
+    Args:
+      length: tokens in a window.
+      tell: called with a line before each compilation.
+    """
+    decoder, trainer, windows = model.decoder, Trainer(model.decoder, method), min(method.batch, method.windows)
+    batch = sequences_at_once(decoder, windows)
+    size = batch * machine.mesh.shape[DATA]
+    dtype = decoder.tensors.dtype(decoder.root + decoder.family.embedding)
+    hidden = struct_on(decoder.mesh, (size, length, decoder.config.d_model), dtype, P(DATA))
+    step, head = _Step(batch, length, method.steps * -(-windows // size), method.steps, hidden), decoder.head_struct()
+    parts = [_of_head(model, method, head, step)]
+    for kind in decoder.config.kinds:
+        parts += _of_block(model.at(kind), trainer.at(kind), step)
+    # Beside the blocks and the head: every block's input, what leaves the last one, and what left the dense model's last one.
+    resident = trainer.bytes_on_device() + bytes_on_device(*jax.tree.leaves(head))
+    resident += (decoder.config.blocks + 2) * bytes_on_device(hidden)
+
+    def program(part: _Part) -> Program:
+        found, memory = None, part.memory
+        if machine.compiles:
+            tell(f"compiling the {part.name}: {batch} x {length} tokens a device")
+            found = compiled(part.lower, tell, machine.options)
+            memory = found.memory - found.arguments if found.memory else memory
+        return Program(part.name, "training", part.calls, None, None, part.work, resident + memory, found)
+
+    return tuple(map(program, parts))
+
+
+def _of_block(model: Declared, trainer: Trainer, step: _Step) -> list[_Part]:
+    """Forward pass, backward pass and update of the blocks of the decoder's kind."""
+    decoder, block, kinds = model.decoder, trainer.struct(), model.decoder.config.kinds
+    axis, kind = decoder.mesh.shape[MODEL], decoder.config.kind
+    blocks = sum(decoder.config.kind_of(index) == kind for index in range(decoder.config.blocks))
+    flops = step.batch * estimate.sequence_flops(model, step.length) / axis
+    inputs = estimate.inputs_of(model, linear_groups(decoder))
+    memory, share = estimate.forward_memory(model, inputs, step.length, step.batch), bytes_on_device(*block.masters.values())
+    gradient = 4 * sum(math.prod(array.shape) for array in block.masters.values()) // axis
+    positions = jax.tree.map(
+        lambda array: struct_on(decoder.mesh, array.shape, array.dtype, P()), decoder.config.positions(kind, step.length)
+    )
+    inside = block.masters, block.fixed, step.hidden, positions
+    # Weights, gradient and two moments are read; weights and moments are written.
+    update = Work(traffic=7 * share + bytes_on_device(*block.keep.values()))
+    where = f" (as in block {kind})" if len(kinds) > 1 else ""
+    return [
+        _Part(
+            f"block forward{where}",
+            blocks * step.passes,
+            estimate.products(model, flops),
+            memory,
+            lambda: trainer.forward.lower(*inside),
+        ),
+        _Part(  # it does the forward pass again, and twice its products
+            f"block backward{where}",
+            blocks * step.passes,
+            estimate.products(model, 3 * flops),
+            2 * memory + gradient,
+            lambda: trainer.backward.lower(*inside, step.hidden, block.masters),
+        ),
+        _Part(
+            f"Adam of a block{where}",
+            blocks * step.updates,
+            update,
+            share,
+            lambda: trainer.update.lower(block, block.masters, jax.ShapeDtypeStruct((), jnp.float32)),
+        ),
+    ]
+
+
+def _of_head(model: Declared, method: Distillation, head: Head, step: _Step) -> _Part:
+    """The loss and its gradient with respect to what leaves the last block."""
+    config, mesh, windows = model.decoder.config, model.decoder.mesh, len(step.hidden)
+    # The logits are computed, and computed again for the gradient, which is one more product of the pruned model's.
+    products = 5 if method.reads_dense else 3
+    flops = products * 2.0 * step.batch * step.length * config.vocab * config.d_embedding / mesh.shape[MODEL]
+    tokens = struct_on(mesh, (windows, step.length), np.dtype(np.int32), P(DATA))
+    there = struct_on(mesh, (windows,), np.dtype(bool), P(DATA))
+    logits = 4 * step.batch * STRETCH * config.vocab // mesh.shape[MODEL]
+    return _Part(
+        "head: loss and gradient",
+        step.passes,
+        estimate.products(model, flops),
+        bytes_on_device(step.hidden) + products * logits,
+        lambda: head_gradient.lower(
+            method.loss, head, step.hidden, step.hidden, tokens, there, jax.ShapeDtypeStruct((), jnp.float32)
+        ),
+    )
