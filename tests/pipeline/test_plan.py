@@ -178,11 +178,12 @@ def test_the_plan_of_a_recovery_has_the_programs_of_its_steps(tmp_path):
     assert [program.calls for program in alone.programs] == [4 * steps, 2 * 4 * steps, 2 * 4 * steps, 2 * steps]
     assert [program.calls for program in split.programs] == [steps, 2 * steps, 2 * steps, 2 * steps]
     head, forward, backward, adam = alone.programs
-    for program, least in ((head, 0.8), (forward, 0.85), (backward, 0.8)):
-        assert least < program.work.flops / program.compiled.flops < 1.15, program.name
-    assert 0.5 < adam.work.traffic / adam.compiled.accessed < 1.5
+    # The TPU's compiler computes the dense model's logits again for the gradient, the CPU's does not.
+    for program, most in ((head, 1.25), (forward, 1.15), (backward, 1.15)):
+        assert 0.85 < program.work.flops / program.compiled.flops < most, program.name
+    assert 0.5 < adam.work.traffic / adam.compiled.accessed < 3
     assert alone.seconds.keys() >= {"training", "dense model and checks of the training"} and "pruning" not in alone.seconds
-    # What training holds is split over the devices; the mesh gathers a block's weights and sums its gradients.
+    # What training holds is split over the devices. The mesh gathers a block's weights and sums its gradients.
     trainer = Trainer(open_declared(folder, None, 1).on(mesh(4, 2)).decoder, KL())
     assert adam.memory > split.programs[3].memory > trainer.bytes_on_device()
     assert not any(alone.programs[index].compiled.moved for index in range(4))

@@ -584,6 +584,6 @@ def refuse_large(trainer: Trainer, budget: float, instead: str = "--distill.trai
     needed = trainer.bytes_on_device()
     if needed > budget:
         raise UserError(
-            f"training holds weights, gradients and two moments of all blocks in float32, {needed / 2**30:.1f} GiB on each "
+            f"training holds weights, gradients, two moments and masks of all blocks, {needed / 2**30:.1f} GiB on each "
             f"device of {budget / 2**30:.1f} GiB: take more devices, {instead}"
         )
