@@ -23,6 +23,7 @@ from optima_tpu.models.decoder import Decoder, forward
 from optima_tpu.models.experts import expert_of
 from optima_tpu.models.family import Positions
 from optima_tpu.pipeline.calibrate import linear_groups, stages
+from optima_tpu.pipeline.distill.blocks import Trainer
 from optima_tpu.pipeline.distill.train import AT_ONCE
 from optima_tpu.pipeline.journal import STATES_EVERY
 from optima_tpu.pipeline.plan.model import NOWHERE, Declared
@@ -293,9 +294,17 @@ def storage(model: Declared, config: RunConfig, hosts: int, pruned: int, kept: f
     disk = {"journal": whole + masks, "hidden states": 2 * hidden, "checkpoint": whole + masks + ends}
     if config.export:
         disk["export for transformers"] = whole + ends + pruned // 8
-    if config.distill:  # during training two states of master weights and moments, afterwards the trained blocks
-        disk["distillation"] = max(2 * 12 * whole // itemsize, whole + masks)
+    if config.distill:  # during training two states, afterwards the trained blocks
+        disk["distillation"] = max(2 * _saved_bytes(model, config.distill), whole + masks)
     return Storage(hidden, host, disk)
+
+
+def _saved_bytes(model: Declared, method: Distillation) -> int:
+    """Bytes of a saved state of a training: weights and two moments in float32 of what moves."""
+    return sum(
+        12 * len(indices) * sum(math.prod(alike.block_shapes[name]) for name in Trainer(alike, method).factors)
+        for alike, indices in model.decoder.stretches
+    )
 
 
 def evaluation_tokens(config: RunConfig) -> int:
@@ -352,6 +361,8 @@ def run_seconds(
     }
     saves = min(blocks, 1 + int(sum(walk.values()) / STATES_EVERY))
     written = sum(stored.disk.values()) - stored.disk["hidden states"] + saves * stored.hidden
+    if method:  # a state at every check, of which the disk holds two
+        written += max(0, len(method.check_steps()) - 2) * _saved_bytes(model, method)
     stages = {
         "compiling (as here)": compiling,
         "perplexity, dense and pruned": 2 * (forward(tokens) + head(tokens)),
