@@ -10,7 +10,7 @@ from optima_tpu.config.choices import CHOICES
 from optima_tpu.config.parse import parse_command
 from optima_tpu.config.run_config import MOST, MOST_DEVICES, MOST_TOKENS, RunConfig, at_least, few_tokens
 from optima_tpu.errors import UserError
-from optima_tpu.method.distillation import KL, Distillation
+from optima_tpu.method.distillation import Distillation
 from optima_tpu.method.selectors import Imported
 from optima_tpu.report.run_record import default_folder
 from optima_tpu.runtime.buckets import as_path
@@ -160,15 +160,16 @@ def as_run(config: RunConfig, tokens: str) -> RunConfig:
     """The run that a plan of a recovery with ``tokens`` is made of.
 
     Args:
-      config: model, text, devices, and with ``distill`` how to train.
+      config: model, text, devices, and with ``distill`` how to train; None trains by the defaults of ``optima recover``.
     """
-    asked, text, method = RecoverConfig(config.model, tokens), config.calibration, config.distill or KL()
+    asked, text = RecoverConfig(config.model, tokens), config.calibration
+    method = config.distill or asked.method(1)
     windows = max(1, asked.token_count // (method.passes * text.length))
     return RunConfig(
         config.model,
         selector=Imported(config.model, weights=True),
         solver=None,
-        distill=dataclasses.replace(method, windows=windows, checks=asked.method(windows).checks),
+        distill=dataclasses.replace(method, windows=windows),
         calibration=dataclasses.replace(text, samples=windows),
         evaluation=config.evaluation,
         **{name: getattr(config, name) for name in ("dtype", "mesh", "cpu_devices", "batch", "device_memory", "export")},
