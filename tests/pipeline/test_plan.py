@@ -369,3 +369,7 @@ def test_a_slice_that_is_not_here(tmp_path):
     assert [program.compiled.inside for program in plan.programs] == [{}, {}] and not plan.too_large
     with pytest.raises(UserError, match="a TPU slice that exists"):
         topology_machine("v5e:3x5", None)
+
+
+def test_the_least_effort_is_an_option_of_this_compiler():
+    jax.jit(lambda x: x + 1).lower(jnp.ones(3)).compile(dict(topology.QUICK))

@@ -129,7 +129,11 @@ def has_libtpu() -> bool:
     return importlib.util.find_spec("libtpu") is not None
 
 
-QUICK: Mapping[str, Any] = MappingProxyType({"exec_time_optimization_effort": -1.0})
+# JAX 0.12 has levels in the place of efforts.
+_HAS_EFFORTS = hasattr(jax.config, "jax_exec_time_optimization_effort")
+QUICK: Mapping[str, Any] = MappingProxyType(
+    {"exec_time_optimization_effort": -1.0} if _HAS_EFFORTS else {"optimization_level": "O1"}
+)
 """The TPU compiler's least effort: a minute or two for a plan, where full effort took more than five minutes for one solver.
 With full effort, programs needed 0.65 to 1.27 times the memory."""
 
