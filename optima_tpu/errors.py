@@ -18,10 +18,15 @@ def some(names: Iterable[str], count: int = 4) -> str:
     return ", ".join(names[:count]) + (", ..." if len(names) > count else "")
 
 
-def did_you_mean(got: object, known: Iterable[str], before: str = "") -> str:
-    """ "; did you mean sparsegpt?" for the misspelling of a known name, in any case; empty if no name is near."""
+def did_you_mean(got: object, known: Iterable[str], before: str = "", cutoff: float = 0.6) -> str:
+    """ "; did you mean sparsegpt?" for the misspelling of a known name, in any case; empty if no name is near.
+
+    Args:
+      before: what stands before the name, such as "optima ".
+      cutoff: the least likeness of the two names, as ``difflib`` measures it.
+    """
     names = {name.lower(): name for name in known}
-    near = difflib.get_close_matches(str(got).lower(), names, n=1)
+    near = difflib.get_close_matches(str(got).lower(), names, n=1, cutoff=cutoff)
     return f"; did you mean {before}{names[near[0]]}?" if near else ""
 
 

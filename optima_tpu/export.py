@@ -1,11 +1,13 @@
 """The command line of an export: ``python -m optima_tpu.export RUN_DIR OUT``."""
 
 import math
+import re
 import sys
 from pathlib import Path
 
 import jax
 
+from optima_tpu.errors import UserError
 from optima_tpu.models.checkpoints import forms
 from optima_tpu.models.checkpoints.export import export
 from optima_tpu.models.checkpoints.orbax import quiet_orbax
@@ -57,7 +59,15 @@ def make_parser() -> Parser:
 
 
 def _export(arguments: list[str] | None) -> None:
-    chosen = make_parser().parse_args(arguments)
+    parser = make_parser()
+    chosen, rest = parser.parse_known_args(arguments)
+    if any(re.match(r"--quantize\b", word) for word in rest):
+        raise UserError(
+            f"--quantize is a setting of {program('prune')}, which chooses the integers: prune again with it and another --output, "
+            "then export that run"
+        )
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     jax.config.update("jax_platforms", "cpu")  # Orbax starts JAX, and an accelerator may be busy with another run
     quiet_orbax()
     export(chosen.run_dir, chosen.out, forms.Options(chosen.max_shard_size, chosen.scan_layers), form=chosen.form)

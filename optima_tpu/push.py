@@ -39,7 +39,7 @@ def make_parser() -> Parser:
     """The parser of the command line."""
     parser = Parser(
         prog=program("push"),
-        description="Publishes a pruned model on the Hugging Face hub: the exported folder with its model card, masks and checksums. "
+        description="Publishes the exported folder of a pruned model, with its card, masks and checksums, on the Hugging Face hub. "
         "It lists what would go out, and asks first. Log in with hf auth login.",
     )
     parser.add_argument("run", metavar="RUN", help="run directory, or an exported folder such as its hf/")

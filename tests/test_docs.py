@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import pytest
 
+from optima_tpu.cli import TEXTS
 from optima_tpu.config import yaml12
 from optima_tpu.config.parse import parse
 from optima_tpu.errors import UserError
@@ -189,6 +190,11 @@ def test_the_readme_has_the_table_of_results():
     begin, end = build.MARKS
     assert text.count(begin) == text.count(end) == 1
     assert text.partition(begin)[2].partition(end)[0].strip() == build.headline_table()
+
+
+def test_the_page_about_installing_lists_all_commands():
+    text = (ROOT / "docs/start/install.md").read_text()
+    assert [name for name, what in TEXTS.items() if f"  {name:<10}{what}\n" not in text] == []
 
 
 def test_numbers_of_the_headline_are_those_of_the_other_records():

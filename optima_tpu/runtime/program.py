@@ -48,7 +48,8 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         found = re.search(r"invalid choice: (.*?) \(choose from (.*)\)", message)
-        near = did_you_mean(found[1].strip("'"), re.findall(r"[\w-]+", found[2])) if found else ""
+        # The choices of one option are few, so a distant likeness, such as gguf for ggml, is worth a guess.
+        near = did_you_mean(found[1].strip("'"), re.findall(r"[\w-]+", found[2]), cutoff=0.5) if found else ""
         raise UserError(f"{message}{near}; see {self.prog} --help")
 
 

@@ -46,6 +46,7 @@ def test_an_unknown_command_is_one_line(words, said, capsys):
         (["sweep"], "expected the file of the sweep as first argument, got nothing"),
         (["export"], "the following arguments are required: run_dir, out"),
         (["export", "a", "b", "--nope"], "unrecognized arguments: --nope"),
+        (["export", "a", "b", "--format", "ggml"], "did you mean gguf?"),
         (["report"], "the following arguments are required: RUN"),
         (["report", "a", "-o"], "argument -o/--output: expected one argument"),
         (["figures"], "the following arguments are required: FIGURE"),
@@ -62,6 +63,19 @@ def test_what_is_missing_or_wrong_is_one_line(words, said, capsys):
     assert main(words) == 2
     message = only_error(capsys.readouterr().err)
     assert said in message and (words[0] not in MODULES or "--help" in message)
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["--unscanned"], "--unscanned belongs to --format maxtext: the format plain has no stacked blocks"),
+        (["--format", "gguf", "--quantize", "int8"], "--quantize is a setting of "),
+        (["--quantize.group=null"], "--quantize is a setting of "),
+    ],
+)
+def test_an_option_of_something_else_is_refused_by_the_export(words, said, capsys):
+    assert main(["export", "runs/a", "b", *words]) == 2
+    assert said in only_error(capsys.readouterr().err)
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ import numpy as np
 
 from optima_tpu.errors import UserError
 from optima_tpu.models.checkpoints.exported import Exported
-from optima_tpu.models.checkpoints.forms import FORMS, Options, Plain
+from optima_tpu.models.checkpoints.forms import FORMS, MaxText, Options, Plain
 from optima_tpu.models.checkpoints.orbax import refuse_damaged_checkpoint
 from optima_tpu.models.checkpoints.packed import MASKS, SHAPE
 from optima_tpu.report.contents import Facts
@@ -67,6 +67,8 @@ def export(
     out, run_directory = as_path(out).resolve(), as_path(run_directory)
     if form not in FORMS:
         raise UserError(f"expected the format to be one of {', '.join(FORMS)}, got {form!r}")
+    if not options.scan_layers and form != MaxText.name:
+        raise UserError(f"--unscanned belongs to --format {MaxText.name}: the format {form} has no stacked blocks; leave it out")
     if in_bucket(out) and not FORMS[form].buckets:
         raise UserError(f"expected a folder on a disk for a {form} export, got {out}: export to a disk, then copy the folder")
     refuse_damaged_checkpoint(run_directory.absolute())
