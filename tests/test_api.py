@@ -63,6 +63,8 @@ def test_a_run_is_measured(result):
 def test_wrong_settings_are_the_sentences_of_the_command(result, tmp_path):
     with pytest.raises(UserError, match="there is no setting sovler; did you mean solver"):
         optima_tpu.prune(str(tmp_path), sovler="cg")
+    with pytest.raises(UserError, match="there is no setting prest; did you mean preset"):
+        optima_tpu.prune(str(tmp_path), prest="fast")
     with pytest.raises(UserError, match="got perplexty"):
         optima_tpu.evaluate_model(result.directory, perplexty="random")
     with pytest.raises(UserError, match="cannot read"):

@@ -138,7 +138,7 @@ def configure(document: Mapping[str, Any], argv: Sequence[str] = ()) -> RunConfi
 
     parser = _parser(chosen, base)
     known = {*(f"{setting}.name" for setting in CHOICES), *kinds(chosen)}
-    _check_known(flat(document), known, chosen, "")
+    _check_known(flat(document), known | {"preset"}, chosen, "")
     _check_known(_options(argv), known | {"help", "config", "preset", "print_config"}, chosen, "--")
     try:
         namespace = parser.parse_args(argv, namespace=parser.parse_object(document, defaults=False))

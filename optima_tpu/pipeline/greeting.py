@@ -12,12 +12,11 @@ from optima_tpu.method.layer_rules import check_layers
 from optima_tpu.models.decoder import Decoder
 from optima_tpu.models.model import Model
 from optima_tpu.pipeline.inputs import Texts, linear_shapes
-from optima_tpu.pipeline.journal import finished_blocks
 from optima_tpu.report.progress import say
 
 
 def greet(console: Console, config: RunConfig, model: Model, texts: Texts, directory: Path, fitted: str) -> None:
-    """Prints model, recipe, texts, devices and directory of a run, and how many blocks are done.
+    """Prints model, recipe, texts, devices and directory of a run.
 
     Args:
       fitted: from :func:`memory_plan.fitted`: what is split or done in parts to fit the devices; empty if nothing is.
@@ -37,9 +36,7 @@ def greet(console: Console, config: RunConfig, model: Model, texts: Texts, direc
     ]
     if fitted:
         lines.append(f"solver       {fitted}")
-    if finished := finished_blocks(directory):
-        lines.append(f"resuming     {len(finished)} of {decoder.config.blocks} blocks are done")
-    say(console, "\n".join(lines) + "\n")
+    say(console, "\n".join(lines))
 
 
 def recipe_line(config: RunConfig, decoder: Decoder) -> str:

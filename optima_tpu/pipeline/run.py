@@ -10,9 +10,10 @@ from optima_tpu.config.flat import flat
 from optima_tpu.config.run_config import RunConfig, to_dict
 from optima_tpu.models.model import Model
 from optima_tpu.pipeline.inputs import Texts, open_model_on_mesh, read_texts
+from optima_tpu.pipeline.journal import finished_blocks
 from optima_tpu.pipeline.repair import mend
 from optima_tpu.pipeline.stages import STAGES, Opened, Run, Stage, finished_report
-from optima_tpu.report.progress import Progress
+from optima_tpu.report.progress import Progress, say
 from optima_tpu.report.run_record import code_version
 from optima_tpu.report.sinks import check_sinks
 from optima_tpu.report.table import print_summary
@@ -62,6 +63,11 @@ def finish(opened: Opened, stages: Sequence[Stage], console: Console, dense: flo
     """
     check_signals()
     report = from_first(lambda: finished_report(opened))
+    if report is not None:
+        say(console, "finished     nothing is left to do")
+    elif opened.walk and (finished := finished_blocks(opened.directory)):
+        say(console, f"resuming     {len(finished)} of {opened.model.decoder.config.blocks} blocks are done")
+    console.print()
     if report is None:
         with only_program(opened.directory), Progress(console) as progress, contextlib.ExitStack() as sinks:
             for line in from_first(lambda: mend(opened.directory)):
@@ -71,6 +77,6 @@ def finish(opened: Opened, stages: Sequence[Stage], console: Console, dense: flo
                 stage.take(started)
         report = started.report
         assert report is not None, "the last stage writes it"
-    console.print()
+        console.print()
     print_summary(console, report, opened.directory)
     return report

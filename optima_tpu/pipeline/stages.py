@@ -452,10 +452,10 @@ STAGES = (
     Stage("recording", ("dense perplexity",), lambda run: False, _record),
     Stage("allocating", ("recording",), _knows_allocation, _allocate, _blocks),
     Stage("pruning", ("recording", "allocating"), _is_pruned, _prune, _blocks),
-    Stage("distillation", ("pruning",), _is_distilled, _distill, _distillation_steps),
+    Stage("training", ("pruning",), _is_distilled, _distill, _distillation_steps),
     Stage(
         "writing the checkpoint",
-        ("pruning", "allocating", "distillation"),
+        ("pruning", "allocating", "training"),
         lambda run: run.blocks is not None,
         _write_checkpoint,
         lambda run: 1,

@@ -107,7 +107,8 @@ def check_sinks(sinks: Sinks) -> None:
         spec = find_spec(package)
         if spec is None or spec.origin is None:  # a plain folder named wandb in the working directory has no origin
             raise UserError(
-                f"expected the package {package} for sinks.{name}, but it is not installed: pip install 'optima-tpu[{name}]'"
+                f"expected the package {package} for sinks.{name}, but it is not installed: pip install '.[{name}]' "
+                "in the directory of the repository"
             )
 
 

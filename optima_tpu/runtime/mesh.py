@@ -111,7 +111,7 @@ def platform() -> str:
         asked = jax.config.values["jax_platforms"]
         raise UserError(
             f"expected devices of JAX_PLATFORMS={asked}, but JAX finds none ({one_line(error)}): install JAX for them "
-            "(pip install 'optima-tpu[gpu]' or 'optima-tpu[tpu]') on a machine that has them, or unset JAX_PLATFORMS"
+            "(pip install '.[gpu]' or '.[tpu]' in the directory of the repository) on a machine that has them, or unset JAX_PLATFORMS"
         ) from error
 
 

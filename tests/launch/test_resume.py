@@ -83,7 +83,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(finished, killed, capsys, moment,
     assert not [path for path in run.rglob("*") if "partial" in path.name]
 
 
-def test_a_finished_run_is_not_done_again(finished, monkeypatch):
+def test_a_finished_run_is_not_done_again(finished, monkeypatch, capsys):
     """Only the perplexity, which another evaluation text may have been given for, is measured and reported again."""
 
     def files():
@@ -97,6 +97,8 @@ def test_a_finished_run_is_not_done_again(finished, monkeypatch):
     before = files()
     assert main([*finished.arguments, "--output", str(finished.directory)]) == 0
     assert files() == before
+    printed = capsys.readouterr().out
+    assert "finished     nothing is left to do" in printed and "resuming" not in printed
 
 
 def test_a_finished_run_may_be_moved_and_a_lost_checkpoint_is_written_again(finished, tmp_path, capsys):

@@ -330,14 +330,16 @@ def test_without_libtpu_the_plan_is_counted_and_says_so(tmp_path, capsys, monkey
     ]
     assert main([*arguments, "--json", str(file)]) == 0
     printed, plan = capsys.readouterr().out, json.loads(file.read_text())
-    assert "libtpu is not installed, so nothing was compiled" in printed and "optima-tpu[tpu]" in printed
+    assert "libtpu is not installed, so nothing was compiled" in printed and "pip install '.[tpu]'" in printed
     assert "mesh 4x4 needs 16 devices, v5e:4x2 has 8: planned for 2x4" in printed
     assert plan["mesh"] == {"data": 2, "model": 4} and plan["programs"][0]["compiled"] is None
     # q, k, v; o; gate and up; down, in each of three blocks.
     assert [program["calls"] for program in plan["programs"]][1:] == [3, 3, 3, 3]
     assert all(stage in printed for stage in plan["seconds"]) and plan["assumptions"][0] in printed
     assert main([*arguments, "--device_memory", "0.000001"]) == 1
-    assert "and its block with the other Hessians alone takes" in " ".join(capsys.readouterr().out.split())
+    printed = capsys.readouterr().out
+    assert "and its block with the other Hessians alone takes" in " ".join(printed.split())
+    assert printed.index("the run would be refused: ") < printed.index("TFLOP") and "fits  " not in printed
     assert main([*arguments, "--json", str(tmp_path / "no" / "plan.json")]) == 2
     assert "expected --json in an existing folder" in capsys.readouterr().err
     assert main([*arguments, "--json", str(file), "--calibration.length", "129"]) == 2  # a plan may be replaced by a plan
@@ -358,7 +360,7 @@ def test_the_export_is_as_large_as_planned(finished):
     assert 0.95 < storage(model, config, 1, pruned).hidden / states < 1.05
 
 
-@pytest.mark.skipif(not topology.has_libtpu(), reason="needs libtpu: pip install 'optima-tpu[tpu]'")
+@pytest.mark.skipif(not topology.has_libtpu(), reason="needs libtpu: pip install '.[tpu]'")
 def test_a_slice_that_is_not_here(tmp_path):
     """The solver as the TPU's compiler makes it: replicated Hessians, and nothing is sent inside a loop."""
     config = run_config(config_folder(tmp_path), solver=CG(cycle=1), mesh="2x2")

@@ -71,9 +71,12 @@ def test_an_exported_folder_gives_the_same_bits(pruned, tmp_path, capsys):
     folder = shutil.copytree(pruned / "run/hf", tmp_path / "folder")
     command = [str(folder), *TOKENS, *TEXT, "--output", str(tmp_path / "out"), "--against", str(pruned / "model")]
     assert main(command) == 0
-    assert "not one-shot pruning" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "on 512 tokens: 16 windows of 32, each read once\n" in printed and "not one-shot pruning" in printed
+    assert "  training\n" in printed and "step 1 of 4: " in printed and " left\n" in printed
     assert_same_weights(tmp_path / "out", pruned / "recovered")
     assert main(command) == 0  # finished: nothing is done again
+    assert "finished     nothing is left to do" in capsys.readouterr().out
     assert main([*command, "--seed", "1"]) == 2
     told = capsys.readouterr().err
     assert "calibration.seed is 0 there, 1 here" in told and f"optima_tpu.recover {folder} --" in told
@@ -99,7 +102,7 @@ def test_the_zeros_of_any_checkpoint_are_its_masks(tmp_path, capsys):
         assert after[name].dtype == before[name].dtype and (after[name] != before[name]).any()
 
 
-def test_what_sigterm_stopped_ends_with_the_same_bits(pruned, tmp_path, monkeypatch):
+def test_what_sigterm_stopped_ends_with_the_same_bits(pruned, tmp_path, monkeypatch, capsys):
     """In the third step, after a check behind the second: the state behind the third is saved."""
     command = [str(pruned / "run"), *TOKENS, *TEXT, "--output", str(tmp_path / "out")]
     calls, check = [], progress.check_signals
@@ -117,7 +120,9 @@ def test_what_sigterm_stopped_ends_with_the_same_bits(pruned, tmp_path, monkeypa
     monkeypatch.setattr(progress, "check_signals", stop)
     assert main(command) == signals.RESUME
     assert sorted(path.name for path in (tmp_path / "out/distillation").iterdir()) == ["step_0000002", "step_0000003"]
+    assert "stopping: step 3 of 4 is being saved" in capsys.readouterr().out
     assert main(command) == 0
+    assert "resuming  3 of 4 steps are done" in capsys.readouterr().out
     assert_same_weights(tmp_path / "out", pruned / "recovered")
     assert report(tmp_path / "out")["distillation"]["checks"] == report(pruned / "recovered")["distillation"]["checks"]
 
@@ -134,18 +139,20 @@ def test_mesh_and_parts_of_the_text_change_rounding_alone(pruned, tmp_path, monk
 def test_norms_alone_on_the_next_tokens(pruned, tmp_path, capsys):
     """From a recovered model, whose norms have moved, and a text that is too short: it is read once, and the command says so."""
     text = tmp_path / "text.txt"
-    text.write_text("".join(map(chr, np.random.default_rng(0).integers(97, 105, 900))))
+    text.write_text("".join(map(chr, np.random.default_rng(0).integers(97, 105, 970))))
     settings = dict(source=f"file:{text}", evaluation="random", windows=4, length=32, learning_rate=1e-3, checks=2)
     result = optima_tpu.load(pruned / "recovered").recover(
         "1M", **settings, train="norms", loss="cross_entropy", output=str(tmp_path / "out")
     )
     assert result.directory == tmp_path / "out"
-    assert "has no more: 1,000,000 tokens were asked for" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "has no more: 1,000,000 tokens were asked for" in printed
+    assert "20 of 22 windows of 32, each read once; 2 do not fill a step of 4\n" in printed and "the dense model reads" not in printed
     before, after = (folder_tensors(path / "hf") for path in (pruned / "recovered", tmp_path / "out"))
     moved = {name for name in before if (before[name] != after[name]).any()}
     assert moved and all(before[name].ndim == 1 for name in moved)
     found = report(tmp_path / "out")["distillation"]
-    assert found["tokens"] == 20 * 32  # 28 windows, of which eight are held out
+    assert found["tokens"] == 20 * 32  # 30 windows, of which eight are held out
     assert found["checks"][-1]["perplexity"] == pytest.approx(np.exp(found["checks"][-1]["held_out"]))
 
 

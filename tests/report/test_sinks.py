@@ -77,7 +77,7 @@ def test_a_missing_package_is_named_before_anything_is_read(name, value, package
     monkeypatch.setattr(sinks, "find_spec", lambda name: None)
     assert main(["--model", "nowhere", f"--sinks.{name}", value, "--output", str(tmp_path / "run")]) == 2
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and package in error and f"pip install 'optima-tpu[{name}]'" in error
+    assert error.count("\n") == 1 and package in error and f"pip install '.[{name}]'" in error
 
 
 def scalars(folder) -> list[tuple[int, str, float]]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ from optima_tpu.models.family import Positions
 from optima_tpu.pipeline.distill.blocks import Block, Trainer, Tree, head_gradient, head_losses
 from optima_tpu.pipeline.journal import Journal
 from optima_tpu.report import contents
+from optima_tpu.report.numbers import duration
 from optima_tpu.runtime.checksums import damage, keep, write_sums
 from optima_tpu.runtime.files import begin, commit, remove, staged, writing
 from optima_tpu.runtime.processes import fetch, first_only, from_first
@@ -32,6 +34,8 @@ AT_ONCE = 1 << 31
 """Bytes of hidden states, on all hosts together, of the training windows that wait for their steps."""
 _SHARE = 20
 """Between two checks, a state is saved when this many times as long as it takes has passed since the last."""
+_QUIET = 10.0
+"""Seconds without a line after which a step prints one."""
 _REMEDY = "the pruned blocks are intact; make room and repeat the command"
 
 
@@ -258,7 +262,7 @@ def distill(
       method: what is trained, and how.
       windows: the text.
       advance: called after every block of the dense model, every step and every check.
-      note: called with a line after every check.
+      note: called with a line after every check, and with one at most every ten seconds after a step.
 
     Raises:
       UserError: the disk is full; a loss is not finite.
@@ -274,11 +278,14 @@ def distill(
     training = _Training(_Model(trainer, blocks, dense.head(), positions), states, note)
     training.resume()
     feed = _Feed(dense, method, windows, advance)
+    if method.reads_dense:
+        note("the dense model reads the text first")
     held_out = feed.begin(training.step)
     try:
         if not training.checks:
             training.check(held_out)
         advance()
+        training.begin()
         while training.due or training.step < method.steps:
             if training.due:
                 training.check(held_out)
@@ -286,6 +293,8 @@ def distill(
                 training.take(feed.step(training.step))
             advance()
     except Stopped:
+        if training.unsaved:
+            note(f"stopping: step {training.step} of {method.steps} is being saved; a second signal ends at once")
         training.save()
         raise
     best = min(training.checks, key=lambda check: check.held_out)
@@ -303,13 +312,15 @@ class _Training:
     Attributes:
       model: after ``step`` steps.
       states: where it is saved.
-      note: called with a line after every check.
+      note: called with a line after every check, and after steps.
       checks: so far.
       losses: of the steps since the last check.
       seconds: that all steps and checks took.
       saved: the step of the last saved state.
       saved_at: when, by ``time.monotonic()``; at first the start.
       saving: the seconds that this took; at first a guess.
+      begun: the first step of this start, and when it began.
+      told_at: when a line was last printed.
     """
 
     model: _Model
@@ -322,6 +333,8 @@ class _Training:
     saved: int = 0
     saved_at: float = dataclasses.field(default_factory=time.monotonic)
     saving: float = 3.0
+    begun: tuple[int, float] = (0, 0.0)
+    told_at: float = -math.inf
 
     @property
     def due(self) -> bool:
@@ -334,6 +347,11 @@ class _Training:
             self.step = self.saved = found["step"]
             self.checks, self.losses = [Check(**check) for check in found["checks"]], found["losses"]
             self.seconds = found["seconds"]
+            self.note(f"resuming  {self.step} of {self.model.trainer.method.steps} steps are done")
+
+    def begin(self) -> None:
+        """Starts the clock of the time left, before the first step of this start."""
+        self.begun = self.step, time.monotonic()
 
     def take(self, stream: Stream) -> None:
         """One step of Adam."""
@@ -341,6 +359,8 @@ class _Training:
         self.losses.append(_finite(self.model.step(stream, rate), self.step))
         self.step += 1
         self.seconds += time.monotonic() - start
+        if not self.due and time.monotonic() - self.told_at > _QUIET:
+            self._tell(f"{self.losses[-1]:.4f} nats on the text it is trained on")
         if not self.due and from_first(lambda: time.monotonic() - self.saved_at > _SHARE * self.saving):
             self.save()
 
@@ -354,13 +374,25 @@ class _Training:
         told = f"held-out {method.words} {found.held_out:.4f} nats, perplexity {perplexity:.2f}"
         if not self.step:
             return self.note(f"{told} before the first step")
-        self.note(f"step {self.step} of {method.steps}: {told}; {found.training:.4f} nats on the text it is trained on")
+        self._tell(f"{told}; {found.training:.4f} nats on the text it is trained on")
         self.saved = -1  # a state of this step may lack the check
         self.save()
 
+    def _tell(self, words: str) -> None:
+        """Prints how far the training is, and the time left by the mean time of the steps and checks of this start."""
+        steps, now, (first, start) = self.model.trainer.method.steps, time.monotonic(), self.begun
+        self.told_at, done = now, self.step - first
+        left = f", about {duration((now - start) / done * (steps - self.step))} left" if done and self.step < steps else ""
+        self.note(f"step {self.step} of {steps}: {words}{left}")
+
+    @property
+    def unsaved(self) -> bool:
+        """Whether there is something to save."""
+        return self.step > self.saved
+
     def save(self) -> None:
         """Saves the state, unless it is saved already. The state before is removed, but for the best."""
-        if self.step > self.saved:
+        if self.unsaved:
             checks = [check._asdict() for check in self.checks]
             about = _State(step=self.step, checks=checks, losses=self.losses, seconds=self.seconds)  # type: ignore[typeddict-item]
             start = time.monotonic()

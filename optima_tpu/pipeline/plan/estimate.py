@@ -290,12 +290,12 @@ def storage(model: Declared, config: RunConfig, hosts: int, pruned: int, kept: f
         host["inputs of layers"] = round(share * kept)
     if config.distill:
         waiting = min(2 * config.distill.windows * state, AT_ONCE) + 2 * text.held_out * state
-        host["text of the distillation"] = -(-waiting // hosts)
+        host["text of the training"] = -(-waiting // hosts)
     disk = {"journal": whole + masks, "hidden states": 2 * hidden, "checkpoint": whole + masks + ends}
     if config.export:
         disk["export for transformers"] = whole + ends + pruned // 8
     if config.distill:  # during training two states, afterwards the trained blocks
-        disk["distillation"] = max(2 * _saved_bytes(model, config.distill), whole + masks)
+        disk["training"] = max(2 * _saved_bytes(model, config.distill), whole + masks)
     return Storage(hidden, host, disk)
 
 

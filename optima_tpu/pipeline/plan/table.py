@@ -16,7 +16,9 @@ from optima_tpu.report.progress import say, show
 
 
 def print_plan(console: Console, plan: Plan) -> None:
-    """Prints what each program and the whole run need, and the assumptions behind the time."""
+    """Prints what each program and the whole run need, and the assumptions behind the time; first whether a run would be refused."""
+    if plan.refused:
+        say(console, f"the run would be refused: {plan.refused}\n")
     show(console, program_table(plan))
     say(console, "\n".join(["", *_legend(plan), "", *summary(plan)]))
     say(
@@ -78,22 +80,20 @@ def program_table(plan: Plan) -> Table:
 
 
 def summary(plan: Plan) -> list[str]:
-    """What fits, and what the run needs of its hosts."""
+    """What fits, and what the run needs of its hosts. A run that would be refused does not fit, whatever its programs need."""
     chip, stored, machine = plan.machine.chip, plan.storage, plan.machine
     worst = max(plan.programs, key=lambda program: program.memory, default=None)
-    lines = (
-        [f"nothing is pruned: the settings leave every layer of {plan.model.origin} dense"]
-        if worst is None
-        else [f"fits         every program: at most {_gib(worst.memory)} of {_gib(chip.memory)} GiB, in {worst.name}"]
-    )
+    lines = []
+    if worst is None:
+        lines = [f"nothing is pruned: the settings leave every layer of {plan.model.origin} dense"]
+    elif not plan.refused:
+        lines = [f"fits         every program: at most {_gib(worst.memory)} of {_gib(chip.memory)} GiB, in {worst.name}"]
     if plan.too_large:
         lines = [
             f"does not fit {program.name}: " + (program.refused or f"needs {_gib(program.memory)} GiB of {_gib(chip.memory)} GiB")
             for program in plan.too_large
         ]
         lines.append(f"             {_advice(plan)}")
-    if plan.refused:
-        lines.append(f"the run would be refused: {plan.refused}")
     parts = [
         f"{program.layout.rows or 'all'} of {program.name}" + ", Hessian split over model" * program.layout.split
         for program in plan.programs

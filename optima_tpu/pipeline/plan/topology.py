@@ -156,7 +156,7 @@ def topology_machine(text: str, mesh: str | None, compiling: bool = True, quick:
     elif not has_libtpu():
         notes.append(
             "libtpu is not installed, so nothing was compiled: memory, FLOPs and bytes come from a simple model; "
-            "for the compiler's own figures: pip install 'optima-tpu[tpu]'"
+            "for the compiler's own figures: pip install '.[tpu]' in the directory of the repository"
         )
     else:
         described = _describe(text, kind, shape)

@@ -74,7 +74,7 @@ def recover(config: RecoverConfig, console: Console | None = None) -> dict[str, 
     configuration = to_dict(run_config) | {"recover": told}
     directory = prepare_directory(config.directory, manifest, configuration)
     opened = Opened(run_config, start.dense, texts, manifest, configuration, directory)
-    say(console, "\n".join(_greeting(config, opened, start, drawn)) + "\n")
+    say(console, "\n".join(_greeting(config, opened, start, drawn)))
     return finish(opened, recovery_stages(start), console)
 
 
@@ -200,13 +200,17 @@ def _manifest(config: RunConfig, start: Start, texts: Texts) -> dict[str, Any]:
 def _greeting(config: RecoverConfig, opened: Opened, start: Start, drawn: Tokens) -> list[str]:
     method, text, mesh = opened.config.distill, opened.config.calibration, opened.model.decoder.mesh
     assert method is not None
-    read, asked = method.steps * min(method.batch, text.samples) * text.length, config.token_count
+    batch, asked = min(method.batch, text.samples), config.token_count
+    used = method.steps // method.passes * batch
+    rest = text.samples - used
     times = "once" if config.passes == 1 else f"{config.passes} times"
-    told = f"{read:,} tokens: {text.samples:,} windows of {text.length}, each read {times}"
+    told = f"{method.steps * batch * text.length:,} tokens: {used:,}{f' of {text.samples:,}' if rest else ''} windows of {text.length}"
+    told += f", each read {times}" + (f"; {rest} do{'es' if rest == 1 else ''} not fill a step of {batch}" if rest else "")
     lines = [
         f"model        {config.model}: {opened.model.decoder.config.blocks} blocks, {len(start.names)} pruned matrices",
         f"dense model  {start.dense.pretrained.origin}",
-        f"training     {method.words}, {config.train}, on {told}; this is training on {read:,} tokens, not one-shot pruning",
+        f"training     {method.words}, {config.train}, on {told}",
+        "             this is training, not one-shot pruning",
         f"text         {', '.join(filter(None, (drawn.how, drawn.cache)))}, the first {config.held_out} of them held out",
     ]
     if text.samples < asked // (config.passes * text.length):
