@@ -24,6 +24,8 @@ INTERRUPTED = 130
 _STATUS: Mapping[int, int] = MappingProxyType({signal.SIGTERM: RESUME, signal.SIGINT: INTERRUPTED})
 _GRACE = {signal.SIGTERM: 30.0, signal.SIGINT: 2.0}
 """Signal -> seconds until the thread ends the process. Slurm's script and clouds give a minute or less; a user waits at Ctrl-C."""
+SAVING = "stopping after the save that is under way; a second signal ends at once"
+"""What the thread prints where the grace is over and a save keeps the process."""
 _SAME = 0.5
 """Seconds in which a signal that comes again counts as the same: ``timeout`` and terminals send one to a process and to its group."""
 
@@ -181,7 +183,7 @@ class _Listener:
             self.number = number
 
     def _listen(self) -> None:
-        again = False
+        again = announced = False
         while True:
             ready, _, _ = select.select([self._ear], [], [], 0.1 if self.number else None)
             data = os.read(self._ear, 1) if ready else b""
@@ -196,8 +198,14 @@ class _Listener:
                 if again and time.monotonic() > self._since + _SAME:
                     self._end("")
                 again = True
-            if self.number and self.status is None and not self.saves and time.monotonic() > self._deadline():
-                self._end(" in the middle of a step")
+            saving = self.saves > 0  # read before the deadline, which the end of a save puts off
+            if self.number and self.status is None and time.monotonic() > self._deadline():
+                if not saving:
+                    self._end(" in the middle of a step")
+                if not announced:
+                    # Empty lines, so that a progress bar of two lines is drawn below it and not over it.
+                    os.write(2, f"\n{SAVING}\n\n".encode() if os.isatty(2) else f"{SAVING}\n".encode())
+                announced = True
 
     def _deadline(self) -> float:
         return max(self._since, self.saved) + _GRACE[signal.Signals(self.number)] + self.later

@@ -293,8 +293,6 @@ def distill(
                 training.take(feed.step(training.step))
             advance()
     except Stopped:
-        if training.unsaved:
-            note(f"stopping: step {training.step} of {method.steps} is being saved; a second signal ends at once")
         training.save()
         raise
     best = min(training.checks, key=lambda check: check.held_out)
@@ -385,14 +383,9 @@ class _Training:
         left = f", about {duration((now - start) / done * (steps - self.step))} left" if done and self.step < steps else ""
         self.note(f"step {self.step} of {steps}: {words}{left}")
 
-    @property
-    def unsaved(self) -> bool:
-        """Whether there is something to save."""
-        return self.step > self.saved
-
     def save(self) -> None:
         """Saves the state, unless it is saved already. The state before is removed, but for the best."""
-        if self.unsaved:
+        if self.step > self.saved:
             checks = [check._asdict() for check in self.checks]
             about = _State(step=self.step, checks=checks, losses=self.losses, seconds=self.seconds)  # type: ignore[typeddict-item]
             start = time.monotonic()
