@@ -713,6 +713,7 @@ _RESULTS: Mapping[str, tuple[str, Mapping[str, Sequence[str]]]] = {
                 "presets-half",
                 "presets-patterns",
                 "patterns",
+                "strided",
                 "seeds",
                 "optima-method",
                 "sparsegpt-variants",
