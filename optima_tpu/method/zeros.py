@@ -37,7 +37,7 @@ def masks_of(parameters: Tree, least: float = 0.1) -> Tree:
     """
     if not any(_is_pruned(array, least) for array in jax.tree.leaves(parameters)):
         raise UserError(f"expected parameters of a pruned model, got none with a share of zeros of at least {least:g}")
-    return jax.tree.map(lambda array: (array != 0) if _is_pruned(array, least) else jnp.ones_like(array, bool), parameters)
+    return jax.tree.map(lambda array: _kept(array, least), parameters)
 
 
 def keep_zeros(
@@ -80,14 +80,13 @@ def broken_zeros(parameters: Tree, masks: Tree) -> list[str]:
     return [jax.tree_util.keystr(path, simple=True, separator=".") for path, any_left in broken if any_left]
 
 
-def _is_pruned(array: Array, least: float) -> bool:
-    return array.ndim > 1 and float(jnp.mean(array == 0)) >= least
+def _is_pruned(array: Array, least: float) -> Array | bool:
+    return array.ndim > 1 and jnp.mean(array == 0) >= least
 
 
 def _kept(array: Array, least: float) -> Array:
-    """The mask of an array, in a traced program."""
-    pruned = array.ndim > 1 and jnp.mean(array == 0) >= least
-    return (array != 0) | jnp.logical_not(pruned)
+    """The mask of an array; it may be traced."""
+    return (array != 0) | jnp.logical_not(_is_pruned(array, least))
 
 
 def _masked(tree: Tree, masks: Tree) -> Tree:

@@ -10,6 +10,7 @@ from jax.sharding import NamedSharding
 from optima_tpu.models.decoder import Decoder, forward
 from optima_tpu.pipeline.calibrate import linear_groups
 from optima_tpu.runtime.mesh import divisible
+from tests.support.ecosystem import LLAMA31
 from tests.support.meshes import mesh
 from tests.support.tiny_models import MemoryTensors
 
@@ -41,14 +42,6 @@ GEMMA3_1B = dict(
     sliding_window=512,
     sliding_window_pattern=6,
 )
-LLAMA3 = dict(
-    rope_type="llama3",
-    rope_theta=5e5,
-    factor=8.0,
-    low_freq_factor=1.0,
-    high_freq_factor=4.0,
-    original_max_position_embeddings=8192,
-)
 LLAMA31_8B = dict(
     vocab_size=128_256,
     hidden_size=4096,
@@ -58,7 +51,7 @@ LLAMA31_8B = dict(
     num_key_value_heads=8,
     head_dim=128,
     max_position_embeddings=131_072,
-    rope_parameters=LLAMA3,
+    rope_parameters=LLAMA31,
 )
 OPT = dict(vocab_size=50_272, max_position_embeddings=2048)
 OPT_125M = OPT | dict(hidden_size=768, ffn_dim=3072, num_hidden_layers=12, num_attention_heads=12, word_embed_proj_dim=768)

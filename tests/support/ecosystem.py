@@ -5,17 +5,16 @@ from typing import Any
 import transformers
 from transformers import PretrainedConfig
 
-BASE = dict(
+SIZES = dict(
     vocab_size=64,
     hidden_size=48,
     intermediate_size=80,
     num_hidden_layers=2,
     num_attention_heads=6,
     num_key_value_heads=3,
-    head_dim=16,
     max_position_embeddings=128,
-    tie_word_embeddings=False,
 )
+BASE = SIZES | dict(head_dim=16, tie_word_embeddings=False)
 GEMMA = BASE | dict(query_pre_attn_scalar=20, sliding_window=7, tie_word_embeddings=True)
 LLAMA31 = dict(
     rope_type="llama3",

@@ -8,20 +8,12 @@ import numpy as np
 import pytest
 
 from optima_tpu.models.checkpoints.stacks import Unstacked, stacks_of
+from tests.support.ecosystem import SIZES as BASE
 from tests.support.tiny_models import MemoryTensors, tiny_llama
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-BASE = dict(
-    vocab_size=64,
-    hidden_size=48,
-    intermediate_size=80,
-    num_hidden_layers=2,
-    num_attention_heads=6,
-    num_key_value_heads=3,
-    max_position_embeddings=128,
-)
 LLAMA3 = dict(
     rope_type="llama3",
     rope_theta=10000.0,

@@ -51,6 +51,11 @@ class _Scheme(TypedDict):
     config_groups: Annotated[dict[str, _Group], msgspec.Meta(min_length=1, max_length=1)]
 
 
+def scale_of_inputs(scale: np.ndarray, d_in: int) -> np.ndarray:
+    """The scale of every weight, [d_out, d_in] float32, from those of groups, [d_out, groups]."""
+    return np.repeat(scale.astype(np.float32), d_in // scale.shape[1], axis=1)
+
+
 def integers(name: str, weight: np.ndarray, scale: np.ndarray, bits: int) -> np.ndarray:
     """The integers of a quantised weight, [d_out, d_in] int8: ``round(weight / scale)``.
 
@@ -64,7 +69,7 @@ def integers(name: str, weight: np.ndarray, scale: np.ndarray, bits: int) -> np.
     Raises:
       RuntimeError: the integers and scales do not give the weight back, bit for bit.
     """
-    factors = np.repeat(scale.astype(np.float32), weight.shape[1] // scale.shape[1], axis=1)
+    factors = scale_of_inputs(scale, weight.shape[1])
     found = np.round(weight.astype(np.float32) / factors)
     back = (found * factors).astype(weight.dtype)
     half = 2 ** (bits - 1)
@@ -195,6 +200,5 @@ class DequantizedSource:
             return self._stored.read(name, index)
         (rows, columns), shape, module = whole_slices(index, self._shapes[name]), self._shapes[name], name.removesuffix("weight")
         scale = self._stored.read(module + SCALE, (rows,))
-        factors = np.repeat(scale.astype(np.float32), shape[1] // scale.shape[1], axis=1)
-        found = unpack(self._stored.read(module + PACKED, (rows,)), self._bits, shape[1]) * factors
+        found = unpack(self._stored.read(module + PACKED, (rows,)), self._bits, shape[1]) * scale_of_inputs(scale, shape[1])
         return found[:, columns].astype(scale.dtype)

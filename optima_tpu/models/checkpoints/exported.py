@@ -25,12 +25,10 @@ class Weights(NamedTuple):
     Attributes:
       tensors: name -> weights, +0.0 wherever the mask prunes.
       masks: name of a pruned weight -> [d_out, d_in] bool, True where it was kept.
-      scales: name of a quantised weight -> [d_out, groups].
     """
 
     tensors: dict[str, np.ndarray]
     masks: dict[str, np.ndarray]
-    scales: dict[str, np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +68,7 @@ class Exported:
             if np.any(tensors[name][~keep] != 0):
                 raise RuntimeError(f"{name}: the checkpoint holds weights other than zero where the mask prunes")
             tensors[name] = np.where(keep, tensors[name], np.zeros((), tensors[name].dtype))
-        return Weights(tensors, masks, self.source.scales(names))
+        return Weights(tensors, masks)
 
     def zeros(self, name: str, zero: np.ndarray, keep: np.ndarray) -> int:
         """The number of zeros of a pruned weight. Raises RuntimeError if they do not match mask and pattern."""

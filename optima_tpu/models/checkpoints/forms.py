@@ -22,7 +22,7 @@ import safetensors
 import safetensors.numpy
 
 from optima_tpu.errors import UserError
-from optima_tpu.models.checkpoints.compressed_tensors import compressed, quantization_config
+from optima_tpu.models.checkpoints.compressed_tensors import compressed, quantization_config, scale_of_inputs
 from optima_tpu.models.checkpoints.exported import Exported
 from optima_tpu.models.checkpoints.gguf_export import GGUFModel, Stored
 from optima_tpu.models.checkpoints.maxtext import STEP, layout_of
@@ -125,7 +125,7 @@ class Plain(Form):
             # safetensors writes the buffer in memory order: without this a transposed view would be saved wrongly.
             whole = {name: np.ascontiguousarray(stacked.joined(name, loaded.tensors)) for name in names}
             tensors = {name: tensor.reshape(stacked.shape(name)) for name, tensor in whole.items()}
-            for name, scale in loaded.scales.items() if self.integers else ():
+            for name, scale in self.run.source.scales(names).items() if self.integers else ():
                 zeros[name] = self.run.zeros(name, tensors[name] == 0, loaded.masks[name])
                 tensors |= self.compressed(name, tensors.pop(name), scale)
             weight_map |= dict.fromkeys(tensors, file_name)
@@ -255,9 +255,9 @@ class GGUF(Form):
             if alone():
                 signals.check()
             group = list(block)
-            loaded = self.run.weights(group)
+            (tensors, masks), scales = self.run.weights(group), self.run.source.scales(group)
             for name in group:
-                yield Stored(name, loaded.tensors[name], loaded.scales.get(name)), loaded.masks.get(name)
+                yield Stored(name, tensors[name], scales.get(name)), masks.get(name)
 
 
 class MaxText(Form):
@@ -273,7 +273,7 @@ class MaxText(Form):
     def write_weights(self, folder: Path) -> Zeros:
         zeros, tree = Zeros(), dict[str, Any]()
         for leaf in self._layout.leaves:
-            tensors, masks, _ = self.run.weights(leaf.names)
+            tensors, masks = self.run.weights(leaf.names)
             for name, keep in masks.items():
                 zeros[name] = self.run.zeros(name, tensors[name] == 0, keep)
                 if np.count_nonzero(leaf.convert(tensors[name])) != tensors[name].size - zeros[name]:
@@ -311,7 +311,7 @@ def _same_values(found: np.ndarray, values: np.ndarray, scale: np.ndarray | None
     """Whether a tensor was read back in float32: a matrix exactly, a quantised one with its integers, a vector within rounding."""
     values = values.astype(np.float32)
     if scale is not None:
-        factors = np.repeat(scale.astype(np.float32), values.shape[1] // scale.shape[1], axis=1)
+        factors = scale_of_inputs(scale, values.shape[1])
         return np.array_equal(np.round(found / factors), np.round(values / factors))
     # A Gemma's norms are stored plus 1.
     return _same_bytes(found, values) if values.ndim > 1 else np.allclose(found, values, rtol=0, atol=2**-22)

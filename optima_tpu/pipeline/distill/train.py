@@ -148,6 +148,26 @@ class Stream(NamedTuple):
         return self._replace(embedded=self.embedded.part(first, last), dense=self.dense.part(first, last))
 
 
+class Parts(NamedTuple):
+    """How training reads its windows.
+
+    Attributes:
+      batch: windows of a step.
+      steps: steps of a pass over the windows.
+      at_once: steps whose windows pass through the dense model together, and wait.
+    """
+
+    batch: int
+    steps: int
+    at_once: int
+
+    @classmethod
+    def of(cls, method: Distillation, windows: int, state: int) -> "Parts":
+        """Of ``windows`` whose hidden states take ``state`` bytes each, once before a block and once behind it."""
+        batch, steps = min(method.batch, windows), max(1, windows // method.batch)
+        return cls(batch, steps, min(steps, max(1, AT_ONCE // (2 * batch * state))))
+
+
 class _Feed:
     """Gives each step its windows, and passes them through the dense model before, a part of them at a time.
 
@@ -160,10 +180,8 @@ class _Feed:
 
     def __init__(self, dense: Decoder, method: Distillation, windows: Windows, advance: Callable[[], None]):
         self._dense, self._method, self._windows, self._advance = dense, method, windows, advance
-        self._batch = min(method.batch, len(windows.training))
-        self._steps = max(1, len(windows.training) // method.batch)  # of a pass
-        at_rest = 2 * windows.training[0].size * dense.config.d_model * dense.tensors.dtype(dense.tensor_names()[0]).itemsize
-        self._at_once = min(self._steps, max(1, AT_ONCE // (self._batch * at_rest)))
+        state = windows.training[0].size * dense.config.d_model * dense.tensors.dtype(dense.tensor_names()[0]).itemsize
+        self._batch, self._steps, self._at_once = Parts.of(method, len(windows.training), state)
         self._held = -1
 
     def begin(self, step: int) -> Stream:

@@ -24,7 +24,7 @@ from optima_tpu.models.experts import expert_of
 from optima_tpu.models.family import Positions
 from optima_tpu.pipeline.calibrate import linear_groups, stages
 from optima_tpu.pipeline.distill.blocks import Trainer
-from optima_tpu.pipeline.distill.train import AT_ONCE
+from optima_tpu.pipeline.distill.train import AT_ONCE, Parts
 from optima_tpu.pipeline.journal import STATES_EVERY
 from optima_tpu.pipeline.plan.model import NOWHERE, Declared
 from optima_tpu.pipeline.plan.topology import GIB, Machine
@@ -381,8 +381,8 @@ def _dense_passes(method: Distillation, state: int) -> tuple[int, int]:
     Args:
       state: bytes of the hidden states of a window.
     """
-    batch, steps = min(method.batch, method.windows), max(1, method.windows // method.batch)
-    parts = -(-steps // max(1, AT_ONCE // (2 * batch * state)))
+    batch, steps, at_once = Parts.of(method, method.windows, state)
+    parts = -(-steps // at_once)
     times = method.passes if parts > 1 else 1  # what was the only part is still there in the next pass
     return parts * times, steps * batch * times
 
