@@ -101,8 +101,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     tally, until, done = Tally(), time.monotonic() + options.seconds, cases.start
     warnings.filterwarnings("ignore", message=".*os.fork")
     with tempfile.TemporaryDirectory(prefix="hostile-") as temporary:
-        folder = options.work or temporary
-        for each in CAMPAIGNS[options.campaign](tally, options, cases, Path(folder)):
+        folder = Path(options.work or temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        for each in CAMPAIGNS[options.campaign](tally, options, cases, folder):
             done = each
             if time.monotonic() > until:
                 break
