@@ -116,7 +116,7 @@ def inline(text: str | None) -> str:
 
 # What is written as code in running text, though its docstring has no backticks there.
 _LITERAL = re.compile(
-    r'"([^" ]*[.:/@=*?][^" ]*)"'  # "self_attn.*=dense"
+    r'"([^" ]*[.:/@=*?_][^" ]*)"'  # "self_attn.*=dense", "cross_entropy"
     r"|(?<![\w./`~-])("
     r"optima (?:" + "|".join(MODULES) + r")"
     r"|--[a-z][\w.-]*\w(?: (?:null|true|false))?"
@@ -124,6 +124,7 @@ _LITERAL = re.compile(
     r"|(?:" + "|".join([*CHOICES, *PARTS]) + r")\.[a-z_]+"
     r"|(?:file|npy|hub|tfds|wheel):(?=[, ;])"
     r"|[\w.~*?-]+(?::|/|@|=)/{0,2}[\w./@=?*%\[\]:,{}~<>-]*[\w\]*}>]"  # 2:4, 0.5/row, file:PATH
+    r"|[a-z]+_[a-z_]+: (?:true|false)"  # scan_layers: false
     r"|[\w-]*\.(?:json|jsonl|html|yaml|md|py|npz|npy|gguf|txt|parquet|gz|pt|png|svg|pdf|safetensors)\b"
     r"|\d+x\d+|[a-z]+_[a-z_]+[a-z]|[A-Z]+(?:_[A-Z]+)+|null|true|false"
     r")(?![\w-])"
@@ -137,8 +138,8 @@ def _prose(text: str) -> str:
     for match in _LITERAL.finditer(text):
         parts += [_escaped(text[end : match.start()]), f"`{match[1] or match[2]}`"]
         end = match.end()
-    # An option and its value are one piece of code.
-    return re.sub(r"(`--[^`]+)` `", r"\1 ", "".join([*parts, _escaped(text[end:])]))
+    # An option and its value are one piece of code, and a command and its option.
+    return re.sub(r"(`(?:--|optima )[^`]+)` `", r"\1 ", "".join([*parts, _escaped(text[end:])]))
 
 
 def _escaped(text: str) -> str:
