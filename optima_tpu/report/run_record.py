@@ -80,7 +80,10 @@ def code_version() -> str:
 def default_folder(what: str, model: str) -> Path:
     """The default output folder of what is done with a model that is not a run: runs/WHAT-MODEL."""
     name = Path(model.removeprefix("wheel:")).expanduser().resolve()
-    if (name.parent / RUN).is_file():  # exported folders of all runs have the same name, so take the run's name
+    # All exports to GGUF name their file alike, and all runs their exported folder: take the next name above.
+    if name.name == "model.gguf":
+        name = name.parent
+    if (name.parent / RUN).is_file():
         name = name.parent
     return Path("runs", f"{what}-{name.stem if name.suffix == '.gguf' else name.name.partition('@')[0]}")
 

@@ -362,7 +362,12 @@ def test_the_exports_of_two_runs_are_recorded_apart(tmp_path):
     for folder in folders:
         folder.mkdir(parents=True)
         (folder.parent / "run.json").write_text("{}")
-    assert [str(default_folder("evaluate", str(folder))) for folder in folders] == ["runs/evaluate-one", "runs/evaluate-two"]
+    for models in (
+        folders,
+        [folder / "model.gguf" for folder in folders],
+        [tmp_path / name / "model.gguf" for name in ("one", "two")],
+    ):
+        assert [str(default_folder("evaluate", str(model))) for model in models] == ["runs/evaluate-one", "runs/evaluate-two"]
     assert str(default_folder("evaluate", "org/name@main")) == "runs/evaluate-name"
 
 
