@@ -21,7 +21,9 @@ HUB_ID = re.compile(r"(\w[\w.-]*/[\w.-]+)(@.+)?")
 """A model's id on the hub, "owner/name" or "owner/name@revision". A relative path can look the same."""
 
 
-def model_card(folder: str, sidecar: Mapping[str, Any], assets: Mapping[str, bytes], report: Mapping[str, Any]) -> str:
+def model_card(
+    folder: str, sidecar: Mapping[str, Any], assets: Mapping[str, bytes], report: Mapping[str, Any], library: str = "transformers"
+) -> str:
     """The text of README.md in Markdown, with the front matter that the hub reads.
 
     Args:
@@ -30,6 +32,7 @@ def model_card(folder: str, sidecar: Mapping[str, Any], assets: Mapping[str, byt
       assets: the source's files; config.json and the licence are read.
       report: report.json of the run. The card shows ``recipe``, ``perplexity`` (``dense`` and ``pruned``) and the evaluation
         text if the report has them.
+      library: the library that loads the folder.
     """
     recipe = sidecar["manifest"]["recipe"]
     origin = sidecar["model"]
@@ -39,7 +42,7 @@ def model_card(folder: str, sidecar: Mapping[str, Any], assets: Mapping[str, byt
     licence, licence_name, licence_link = _licence(assets)
     front = ModelCardData(
         base_model=_base_model(origin, assets),
-        library_name="transformers",
+        library_name=library,
         tags=["pruned", "sparse", "optima-tpu"],
         license=licence,
         license_name=licence_name,
@@ -60,7 +63,8 @@ def model_card(folder: str, sidecar: Mapping[str, Any], assets: Mapping[str, byt
         ),
         "`model.safetensors` is not smaller than the source file and inference is not faster, because zeros are stored like "
         "other numbers. `optima export --packed` stores them as a bit mask; a folder with packed.json is of this form, and "
-        "`optima unpack` makes the plain folder of it. A folder with model.gguf holds the model for llama.cpp. Zeros save time only with "
+        "`optima unpack` makes the plain folder of it. A folder with model.gguf holds the model for llama.cpp, one with "
+        "maxtext.yml the parameters of MaxText. Zeros save time only with "
         "a kernel that uses them.\n",
         "## Recipe\n",
         *([f"{_plain(done)}. All settings:\n"] if (done := report.get("recipe")) else []),

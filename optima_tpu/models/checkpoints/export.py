@@ -89,9 +89,9 @@ def export(
                 (partial / name).write_bytes(data)
             shards, zeros = writer.write(partial)
             sidecar = _sidecar(run, zeros)
-            if writer.card:
-                facts = _facts(run_directory) if report is None else report
-                (partial / "README.md").write_text(model_card(out.name, sidecar, run.assets, facts), encoding="utf-8")
+            facts = _facts(run_directory) if report is None else report
+            card = model_card(out.name, sidecar, run.assets, facts, writer.library)
+            (partial / "README.md").write_text(card, encoding="utf-8")
             others = {str(path.relative_to(partial)) for path in files_in(partial) if path.suffix != ".safetensors"}
             sidecar["files"] = sorted({*shards, MASKS, *others})
             (partial / SIDECAR).write_text(json.dumps(sidecar, indent=2, allow_nan=False))

@@ -59,13 +59,13 @@ class Form:
       name: as in ``--format``.
       buckets: whether the folder may be in a bucket.
       stacks: whether the form can store one parameter of all experts as one tensor.
-      card: whether the folder gets a model card, for people who load it with ``transformers``.
+      library: the library that loads the folder, for its model card.
     """
 
     name: ClassVar[str]
     buckets: ClassVar[bool] = True
     stacks: ClassVar[bool] = False
-    card: ClassVar[bool] = True
+    library: ClassVar[str] = "transformers"
 
     def __init__(self, run: Exported, options: Options):
         self.run = run
@@ -264,7 +264,7 @@ class MaxText(Form):
     """MaxText's Orbax layout, and the settings that belong to it. The whole model is in memory."""
 
     name = "maxtext"
-    card = False
+    library = "maxtext"
 
     def __init__(self, run: Exported, options: Options):
         super().__init__(run, options)
