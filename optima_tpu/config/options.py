@@ -40,7 +40,7 @@ _TITLES = {
     "refine": "refine (whether the mask changes once its weights are solved)",
     "quantize": "quantize (whether the weights that stay become integers)",
     "allocation": "allocation (how the pattern's sparsity is distributed among the blocks)",
-    "distill": "distill (whether the pruned model is trained as a whole afterwards)",
+    "distill": "distill (whether the pruned model is trained afterwards)",
     "tuning": "tuning (what is chosen for each matrix on held-out tokens)",
     "calibration": "calibration (the text that the pruned model must reproduce)",
     "evaluation": "evaluation (the text on which perplexity is measured, before and after)",

@@ -155,7 +155,7 @@ class RunConfig:
       refine: whether the mask changes once its weights are solved; None keeps the selector's mask.
       quantize: whether the kept weights become integers once they are solved; None leaves them.
       allocation: how the pattern's sparsity is distributed among the blocks.
-      distill: whether the pruned model is trained as a whole, with its masks held; None does not train it.
+      distill: whether the pruned model is trained, with its masks held; None does not train it.
       calibration: the text that the pruned model must reproduce.
       evaluation: the text on which perplexity is measured.
       token_cache: store the tokens of texts in ~/.cache/optima-tpu, or in the folder OPTIMA_TPU_CACHE, and reuse them.

@@ -1,4 +1,4 @@
-"""Distillation: the pruned model as a whole is trained, toward the dense one or on text alone, with its masks held."""
+"""Distillation: the pruned model is trained, toward the dense one or on text alone, with its masks held."""
 
 import abc
 import dataclasses
@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
-from jaxtyping import Float32, Int32
+from jaxtyping import Float, Float32, Int32
 
 from optima_tpu.errors import UserError
 
@@ -29,9 +29,21 @@ def cross_entropy(pruned: Float32[Array, "*tokens vocab"], targets: Int32[Array,
     return -jnp.take_along_axis(jax.nn.log_softmax(pruned, axis=-1), targets[..., None], axis=-1)[..., 0]
 
 
+def hidden_error(dense: Float[Array, "*tokens d_model"], pruned: Float[Array, "*tokens d_model"]) -> Float32[Array, "*tokens"]:
+    """``|pruned - dense|^2 / |dense|^2`` of the hidden state of each token, in float32; 0 where the dense model's is zero.
+
+    Relative for each token, since the next norm divides by the token's own size: a sum over tokens would be the error of the few
+    that are a thousand times larger than the others (Sun et al., 2024, massive activations).
+    """
+    wanted = dense.astype(jnp.float32)
+    energy = jnp.sum(wanted**2, axis=-1)
+    error = jnp.sum((pruned.astype(jnp.float32) - wanted) ** 2, axis=-1)
+    return jnp.where(energy > 0, error / jnp.where(energy > 0, energy, 1.0), 0.0)
+
+
 @dataclasses.dataclass(frozen=True)
 class Distillation(abc.ABC):
-    """Training of the whole pruned model, with gradients through all blocks and the masks held.
+    """Training of the pruned model, with gradients through blocks and the masks held.
 
     Attributes:
       windows: number of training windows of calibration.length tokens, drawn in addition to the calibration windows. More tokens
@@ -52,6 +64,10 @@ class Distillation(abc.ABC):
     """What was done with the model, in its recipe."""
     reads_dense: ClassVar[bool]
     """Whether the loss reads what the dense model predicts."""
+    by_spans: ClassVar[bool] = False
+    """Whether spans of blocks are trained one after the other toward the dense model's hidden states, and not all by ``loss``."""
+    smaller: ClassVar[str] = "--distill blocks"
+    """What to type to train less of the model at once."""
 
     windows: int = 64
     passes: int = 1
@@ -78,9 +94,13 @@ class Distillation(abc.ABC):
                 f"expected distill.norm_factor and distill.warmup of at least 0, got {self.norm_factor} and {self.warmup}"
             )
 
+    def spans(self, blocks: int) -> tuple[range, ...]:
+        """Which of a model's blocks are trained together, one span after the other."""
+        return (range(blocks),)
+
     @property
     def steps(self) -> int:
-        """The number of Adam steps; the last windows of a pass are left out if they do not fill a batch."""
+        """The number of Adam steps of a span; the last windows of a pass are left out if they do not fill a batch."""
         return self.passes * max(1, self.windows // self.batch)
 
     def check_steps(self) -> tuple[int, ...]:
@@ -135,6 +155,45 @@ class CrossEntropy(Distillation):
     @staticmethod
     def loss(dense: Array, pruned: Array, targets: Array) -> Array:
         return cross_entropy(pruned, targets)
+
+
+@dataclasses.dataclass(frozen=True)
+class Blocks(Distillation):
+    """Trains the pruned blocks one after the other toward the dense model's hidden states, in the memory of one block.
+
+    For a model that is too large to be trained as a whole: only the blocks of one span are on the devices, with their gradients and
+    moments. In order, each span reads what leaves the trained spans before it. Adam minimises the mean over tokens of
+    ``|y - d|^2 / |d|^2``, with ``y`` what leaves the span and ``d`` what leaves the same block of the dense model, which reads what
+    leaves its own blocks. Pruned weights stay zero. Held-out windows decide which step of a span is kept; a span whose error there
+    never falls keeps its weights. If the divergence from the dense model, as ``kl`` measures it, did not fall in the end, the model
+    stays as it was pruned.
+
+    Related: block reconstruction (Shin et al., 2024, "Rethinking Pruning Large Language Models", with its global propagation; Guo et
+    al., 2024, EBFT) and transformer matching (3BASiL, 2025, mazumder-lab/3BASiL ``pipeline.py``), whose target is the dense block on
+    the *pruned* model's hidden states, and whose loss is a sum over tokens that are not weighed.
+
+    Attributes:
+      span: number of consecutive blocks that are trained together. A larger span sees more of what its blocks do to each other, and
+        needs so many times the memory.
+    """
+
+    words, done = "divergence from the dense model", "trained block by block"
+    reads_dense, by_spans = True, True
+    smaller = "a smaller --distill.span"
+
+    span: int = 1
+
+    @staticmethod
+    def loss(dense: Array, pruned: Array, targets: Array) -> Array:
+        return divergence(dense, pruned)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.span < 1:
+            raise UserError(f"expected distill.span of at least 1, got {self.span}")
+
+    def spans(self, blocks: int) -> tuple[range, ...]:
+        return tuple(range(first, min(first + self.span, blocks)) for first in range(0, blocks, self.span))
 
 
 def optimizer() -> optax.GradientTransformation:

@@ -32,6 +32,7 @@ from optima_tpu.pipeline.allocate import Allocated, allocated, allocation_steps,
 from optima_tpu.pipeline.calibrate import groups_of_blocks
 from optima_tpu.pipeline.continuations import continuations, read_continuations, write_continuations
 from optima_tpu.pipeline.distill.blocks import Trainer
+from optima_tpu.pipeline.distill.spans import distill_by_spans
 from optima_tpu.pipeline.distill.train import Distilled, Outcome, Windows, distill, keep_outcome, read_outcome, refuse_large
 from optima_tpu.pipeline.greeting import greet, recipe_line
 from optima_tpu.pipeline.inputs import Texts, manifest_of, token_digest
@@ -321,7 +322,8 @@ def _distill(run: Run) -> None:
     method, texts, dense = _made(opened_run.config.distill), opened_run.texts, opened_run.model.decoder
     held_out = texts.calibration.ids[opened_run.config.calibration.samples :]
     windows = Windows(_made(texts.distillation), held_out)
-    found = distill(dense, journal, method, windows, progress.advance, progress.note)
+    train = distill_by_spans if method.by_spans else distill
+    found = train(dense, journal, method, windows, progress.advance, progress.note)
     as_pruned = dataclasses.replace(dense, tensors=Layered(journal.tensors(), dense.tensors))
     before = perplexity(as_pruned, texts.evaluation.ids, progress.advance)
     run.distilled = dataclasses.replace(found, perplexity_before=before)
@@ -330,7 +332,10 @@ def _distill(run: Run) -> None:
 
 def _distillation_steps(run: Run) -> int:
     method = run.opened.config.distill
-    return 0 if method is None else 2 * _blocks(run) + 2 + method.steps + len(method.check_steps())
+    if method is None:
+        return 0
+    # The dense model's blocks, the first check of a span, its steps and later checks, and the perplexity before.
+    return 2 * _blocks(run) + 1 + len(method.spans(_blocks(run))) * (1 + method.steps + len(method.check_steps()))
 
 
 def _write_checkpoint(run: Run) -> None:

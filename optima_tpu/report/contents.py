@@ -4,7 +4,7 @@ from typing import Annotated, Any, NotRequired, TypedDict
 
 import msgspec
 
-from optima_tpu.runtime.records import Count, Positive, Share
+from optima_tpu.runtime.records import Block, Count, Positive, Share
 
 
 class _Method(TypedDict):
@@ -119,6 +119,15 @@ class Check(TypedDict):
     perplexity: NotRequired[float | None]
 
 
+class Span(TypedDict):
+    """What became of blocks that were trained together, see ``pipeline.distill.train.Span``."""
+
+    first: Block
+    last: Block
+    checks: Annotated[list[Check], msgspec.Meta(min_length=1)]
+    kept: Count
+
+
 class Outcome(TypedDict):
     """The contents of distillation.json, see ``pipeline.distill.train.Outcome``."""
 
@@ -129,6 +138,7 @@ class Outcome(TypedDict):
     perplexity_before: float | None
     held_out_before: float
     held_out_after: float
+    spans: NotRequired[list[Span]]
 
 
 class _Sizes(TypedDict):

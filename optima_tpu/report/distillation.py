@@ -37,28 +37,56 @@ def _loss(report: Mapping[str, Any]) -> str:
 
 def distillation(runs: Sequence[Run]) -> list[Section]:
     """Section on the runs that were distilled; empty if none was."""
-    tables = [
-        Table(
-            run.label if len(runs) > 1 else "Checks",
-            ["step", "on the text it is trained on, nats", "held out, nats", "perplexity, held out", ""],
-            [
-                [
-                    str(check["step"]),
-                    NONE if check["training"] is None else number(check["training"], 4),
-                    number(check["held_out"], 4),
-                    NONE if check.get("perplexity") is None else number(check["perplexity"], 4),
-                    "kept" if check["step"] == found["kept"] else "",
-                ]
-                for check in found["checks"]
-            ],
-            note=distilled_line(run.report),
-        )
-        for run in runs
-        if (found := run.report.get("distillation"))
+    trained = [
+        (run.label if len(runs) > 1 else "", run.report, found) for run in runs if (found := run.report.get("distillation"))
     ]
-    losses = " or the ".join(dict.fromkeys(_loss(run.report) for run in runs if run.report.get("distillation")))
-    text = (
-        f"After it was pruned, the whole model was trained with fixed masks, to lower the {losses}. This is training, not one-shot "
-        "pruning. The step with the least loss on held-out windows was kept. Layer errors on this page were measured before."
+    tables = [
+        table
+        for label, report, found in trained
+        for table in (_checks(label or "Checks", report, found), *_spans(label or "Blocks", found))
+    ]
+    texts = dict.fromkeys(_text(report, found) for _, report, found in trained)
+    return [Section("distillation", "Training after pruning", list(texts), tables=tables)] if tables else []
+
+
+def _text(report: Mapping[str, Any], found: Mapping[str, Any]) -> str:
+    what = f"the whole model was trained with fixed masks, to lower the {_loss(report)}"
+    kept = "The step with the least loss on held-out windows was kept."
+    if found.get("spans"):
+        what = "its blocks were trained in order with fixed masks, each toward the hidden states of the dense model"
+        kept = "Of each, the step with the least error on held-out windows was kept."
+    return f"After it was pruned, {what}. This is training, not one-shot pruning. {kept} Layer errors on this page were measured before."
+
+
+def _checks(title: str, report: Mapping[str, Any], found: Mapping[str, Any]) -> Table:
+    return Table(
+        title,
+        ["step", "on the text it is trained on, nats", "held out, nats", "perplexity, held out", ""],
+        [
+            [
+                str(check["step"]),
+                NONE if check["training"] is None else number(check["training"], 4),
+                number(check["held_out"], 4),
+                NONE if check.get("perplexity") is None else number(check["perplexity"], 4),
+                "kept" if check["step"] == found["kept"] else "",
+            ]
+            for check in found["checks"]
+        ],
+        note=distilled_line(report),
     )
-    return [Section("distillation", "Training after pruning", [text], tables=tables)] if tables else []
+
+
+def _spans(title: str, found: Mapping[str, Any]) -> list[Table]:
+    """The error of the hidden states behind every span of blocks; none where all blocks were trained at once."""
+    rows = []
+    for span in found.get("spans", ()):
+        errors = {check["step"]: check["held_out"] for check in span["checks"]}
+        blocks = str(span["first"]) if span["first"] == span["last"] else f"{span['first']} to {span['last']}"
+        kept = f"step {span['kept']}" if span["kept"] else "weights from before"
+        rows.append([blocks, percent(errors[0]), percent(errors[span["kept"]]), kept])
+    refused = sum(not span["kept"] for span in found.get("spans", ()))
+    note = (
+        "The hidden states' squared error relative to the dense model's, mean over tokens of held-out text, behind blocks as pruned "
+        f"and as trained, which read what leaves the trained blocks before them. No step helped in {refused} of {len(rows)}."
+    )
+    return [Table(title, ["blocks", "error before", "error after", "kept"], rows, note=note)] if rows else []

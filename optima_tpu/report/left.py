@@ -29,7 +29,7 @@ FILES: Mapping[str, str] = {
     "allocation.json": "the sparsity of every block, chosen by the allocation",
     "distilled": "every block after the distillation, with checksums, to resume a stopped run. You may delete it when the run is "
     "finished, but not in a bucket",
-    "distillation.json": "the divergence at every check of the distillation, and which step was kept",
+    "distillation.json": "the held-out loss at every check of the training, and which steps were kept",
     "journal": "every finished block with checksums, to resume a stopped run. You may delete it when the run is finished, but "
     "not in a bucket, where checkpoint/ refers to it",
     "activations": "the hidden states after the last finished block, to resume a stopped run. You may delete it when the run is "

@@ -3,6 +3,9 @@
 import dataclasses
 import itertools
 import json
+import shutil
+import signal
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -13,16 +16,19 @@ import pytest
 from optima_tpu.config.parse import parse
 from optima_tpu.errors import UserError
 from optima_tpu.launch import main
-from optima_tpu.method.distillation import KL
-from optima_tpu.models.checkpoints.orbax import CheckpointTensors
+from optima_tpu.method.distillation import KL, Blocks, hidden_error
+from optima_tpu.models.checkpoints.orbax import CheckpointTensors, OrbaxTensors, read_metadata
 from optima_tpu.models.decoder import forward, head_logits
-from optima_tpu.pipeline.distill.blocks import Trainer, head_gradient
+from optima_tpu.pipeline.distill.blocks import Trainer, head_gradient, hidden_gradient
+from optima_tpu.pipeline.distill.spans import distill_by_spans
 from optima_tpu.pipeline.distill.train import Distilled, Outcome, Windows, distill, keep_outcome, read_outcome, refuse_large
 from optima_tpu.pipeline.journal import Journal
+from optima_tpu.runtime.signals import Stopped
 from tests.support.runs import SMALL, opened
 from tests.support.tiny_models import tiny_folder
 
 METHOD = KL(windows=16, passes=2, learning_rate=1e-3, checks=2)
+SPANS = Blocks(windows=16, passes=2, learning_rate=1e-3, checks=2, span=2)
 
 
 @pytest.fixture(scope="module", params=["float32", "bfloat16"])
@@ -194,12 +200,111 @@ def test_a_model_that_the_devices_do_not_hold_is_refused(pruned):
     trainer = Trainer(opened(parse(pruned[0]), (4, 2)).decoder, METHOD)
     needed = trainer.bytes_on_device()
     refuse_large(trainer, needed)
-    with pytest.raises(UserError, match="take more devices, --distill.train norms, or --distill null"):
+    with pytest.raises(UserError, match="take more devices, --distill blocks, --distill.train norms, or --distill null"):
         refuse_large(trainer, needed - 1)
     # On one device. On a mesh, what does not move is on every slice of the data axis, and masters are spread over all devices.
     alone = opened(parse(pruned[0]), (1, 1)).decoder
     sizes = [Trainer(alone, KL(train=train)).bytes_on_device() for train in ("norms", "weights")]
     assert 4 / 17 < sizes[0] / sizes[1] < 0.255
+
+
+def by_spans(pruned, windows, directory: Path, shape=(4, 2), method=SPANS, advance=lambda: None) -> tuple[Outcome, Journal]:
+    """A training by spans over the journal of a run, which is copied into ``directory`` at first."""
+    arguments, source = pruned
+    for name in ("run.json", "journal"):
+        if not (directory / name).exists():
+            (shutil.copytree if name == "journal" else shutil.copy)(source / name, directory / name)
+    journal = Journal(directory)
+    found = distill_by_spans(opened(parse(arguments), shape).decoder, journal, method, windows, advance, lambda line: None)
+    keep_outcome(directory, found)
+    return found, journal
+
+
+@pytest.fixture(scope="module")
+def spans(pruned, windows, tmp_path_factory) -> tuple[Outcome, Journal]:
+    """Blocks 0 and 1 together, and then block 2, on the 4x2 mesh."""
+    return by_spans(pruned, windows, tmp_path_factory.mktemp("spans"))
+
+
+@in_float32
+def test_spans_of_blocks_come_nearer_to_the_dense_hidden_states_with_masks_held(pruned, spans, windows):
+    outcome, journal = spans
+    assert outcome == read_outcome(journal.directory)
+    assert [(span.first, span.last) for span in outcome.spans] == [(0, 1), (2, 2)]
+    assert [[check.step for check in span.checks] for span in outcome.spans] == [[0, 4, 8]] * 2
+    trained, before = result(journal), journal.tensors()
+    for index in journal.finished:
+        for name, keep in journal.masks(index).items():
+            assert (trained[name][~keep] == 0).all() and (trained[name] != before.read(name)).any(), name
+    dense = opened(parse(pruned[0]), (4, 2)).decoder
+    entries = [Distilled(journal).entry(index) for index in range(3)]
+    after = dataclasses.replace(dense, tensors=OrbaxTensors({entry: read_metadata(entry).metadata for entry in entries}))
+    streams = [dense.embed(windows.held_out) for _ in range(2)]
+    errors = []
+    for index in range(3):
+        for decoder, stream in zip((after, dense), streams):
+            decoder.apply(index, decoder.load_block(index), stream)
+        theirs, wanted = (stream.values.astype(np.float64) for stream in streams)
+        errors.append(np.mean(np.sum((theirs - wanted) ** 2, axis=-1) / np.sum(wanted**2, axis=-1)))
+    for span in outcome.spans:
+        found = {check.step: check.held_out for check in span.checks}
+        assert span.kept and found[span.kept] == min(found.values()) < found[0]
+        assert found[span.kept] == pytest.approx(errors[span.last], rel=1e-4)
+    assert outcome.kept == 8 and outcome.after < outcome.before and outcome.tokens == 2 * 16 * 32
+
+
+@in_float32
+def test_spans_that_were_stopped_end_with_the_same_bits_and_on_any_mesh_but_for_rounding(pruned, spans, windows, tmp_path):
+    """Stopped in the second span, behind its first step."""
+    calls = itertools.count(1)
+
+    def stop():
+        if next(calls) == (2 + 1 + 8 + 2) + (1 + 1 + 1):  # dense blocks, first check, steps, checks
+            raise Stopped(signal.SIGTERM)
+
+    expected = result(spans[1])
+    for shape, tolerance in (((4, 2), 0), ((1, 1), 1e-5)):
+        directory = tmp_path / f"{shape}"
+        directory.mkdir()
+        if not tolerance:
+            with pytest.raises(Stopped):
+                by_spans(pruned, windows, directory, advance=stop)
+            assert [path.name for path in (directory / "distillation").iterdir()] == ["block_0002_step_0000001"]
+        outcome, journal = by_spans(pruned, windows, directory, shape)
+        assert not (directory / "distillation").exists()
+        assert tolerance or outcome == spans[0]
+        for name, weight in result(journal).items():
+            assert np.abs(weight - expected[name]).max() <= tolerance * np.abs(expected[name]).max(), name
+
+
+@in_float32
+def test_a_span_that_does_not_come_nearer_keeps_its_weights(pruned, windows, tmp_path):
+    one = windows._replace(training=np.full_like(windows.training, 7))
+    outcome, journal = by_spans(pruned, one, tmp_path, (1, 1), Blocks(windows=16, learning_rate=0.3, checks=1, span=3))
+    (span,) = outcome.spans
+    assert (
+        span.kept == outcome.kept == 0 and outcome.after == outcome.before and span.checks[1].held_out > span.checks[0].held_out
+    )
+    before = journal.tensors()
+    assert all((weight == before.read(name)).all() for name, weight in result(journal).items())
+
+
+def test_the_hidden_error_is_relative_for_each_token():
+    dense = jnp.array([[3.0, 4.0], [0.0, 0.0], [300.0, 400.0]])
+    pruned = dense + jnp.array([[1.0, 0.0], [5.0, 5.0], [0.0, 100.0]])
+    assert hidden_error(dense, pruned) == pytest.approx([1 / 25, 0, 1 / 25])
+    sums, gradient = hidden_gradient(dense[None], pruned[None], jnp.array([True]), jnp.float32(0.5))
+    assert sums == pytest.approx([2 / 25])
+    assert np.asarray(gradient[0]) == pytest.approx(np.array([[1 / 25, 0], [0, 0], [0, 100 / 250_000]]))
+
+
+@in_float32
+def test_spans_take_the_memory_of_one_whatever_the_depth(pruned):
+    decoder = opened(parse(pruned[0]), (4, 2)).decoder
+    whole, two, one = (Trainer(decoder, method).bytes_on_device() for method in (METHOD, SPANS, Blocks()))
+    assert (whole, two) == (3 * one, 2 * one)
+    with pytest.raises(UserError, match="masks of 2 blocks at a time, .* a smaller --distill.span"):
+        refuse_large(Trainer(decoder, SPANS), two - 1)
 
 
 def test_the_rates_rise_and_fall():
@@ -218,6 +323,7 @@ def test_the_rates_rise_and_fall():
         (["--distill.learning_rate", "0"], "above 0 and at most 1, got 0"),
         (["--calibration.held_out", "0"], "held-out windows choose the step"),
         (["--distill.train", "heads"], "all, weights, norms"),
+        (["--distill", "blocks", "--distill.span", "0"], "distill.span of at least 1, got 0"),
     ],
 )
 def test_wrong_settings_are_one_line(argv, said):

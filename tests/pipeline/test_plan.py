@@ -15,7 +15,7 @@ from optima_tpu.config.parse import configure
 from optima_tpu.config.run_config import Calibration, Evaluation, RunConfig
 from optima_tpu.data import PyDoc, evaluation_tokens
 from optima_tpu.errors import UserError
-from optima_tpu.method.distillation import KL
+from optima_tpu.method.distillation import KL, Blocks
 from optima_tpu.method.patterns import Unstructured
 from optima_tpu.method.prune_group import prune_group
 from optima_tpu.method.recipe import Recipe
@@ -201,6 +201,24 @@ def test_the_plan_of_a_recovery_has_the_programs_of_its_steps(tmp_path):
         assert (planned.shape, planned.dtype) == (real.shape, real.dtype)
         assert not real.ndim or real.sharding.is_equivalent_to(planned.sharding, real.ndim)  # the count of steps is anywhere
     assert "or --train norms" in plan((4, 2), device_memory=1e-5).refused
+
+
+def test_a_training_by_spans_takes_the_same_memory_at_any_depth(tmp_path):
+    def plan(depth, method):
+        folder = config_folder(tmp_path, num_hidden_layers=depth)
+        model = open_declared(folder, None, 1).on(AbstractMesh((4, 2), ("data", "model")))
+        config = as_run(
+            RunConfig(folder, batch=1, calibration=Calibration("random", length=64, held_out=4), distill=method), "10k"
+        )
+        return make_plan(config, model, Machine("there", CHIPS["v5e"], model.decoder.mesh, 1, 0.5), recovering=True)
+
+    shallow, deep, whole = plan(2, Blocks(span=2)), plan(8, Blocks(span=2)), plan(8, KL())
+    assert [program.memory for program in shallow.programs] == [program.memory for program in deep.programs]
+    assert [4 * program.calls for program in shallow.programs] == [program.calls for program in deep.programs]
+    assert all(small.memory < large.memory for small, large in zip(deep.programs[1:], whole.programs[1:]))
+    assert shallow.storage.host == deep.storage.host
+    # The states are those of two blocks; what is trained is saved for all.
+    assert deep.storage.disk["training"] < whole.storage.disk["training"]
 
 
 def test_a_token_counts_at_its_own_experts_alone(tmp_path):

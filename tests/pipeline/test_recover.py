@@ -171,7 +171,8 @@ def test_norms_alone_on_the_next_tokens(pruned, tmp_path, capsys):
         (["{run}", "--tokens", "1k", *TEXT, "--source", "npy:{root}/none.npy", "--evaluation", "random"], "does not exist"),
         (["{run}", "--tokens", "1k", "--length", "1000"], "at most 128, the model's context, got 1000"),
         (["{run}", "--tokens", "1k", "--against", "{root}/other"], "was pruned from, got another one in"),
-        (["{run}", "--tokens", "1k", *TEXT, "--device_memory", "1e-6"], "take more devices, or --train norms"),
+        (["{run}", "--tokens", "1k", "--span", "2"], "expected --loss blocks where --span is 2, got kl"),
+        (["{run}", "--tokens", "1k", *TEXT, "--device_memory", "1e-6"], "take more devices, --loss blocks, or --train norms"),
     ],
 )
 def test_what_cannot_be_is_one_line(pruned, words, said, capsys):

@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -23,10 +23,11 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from optima_tpu.evaluate.predictions import sum_over_windows
-from optima_tpu.method.distillation import Distillation, cross_entropy, optimizer
+from optima_tpu.method.distillation import Distillation, cross_entropy, hidden_error, optimizer
 from optima_tpu.method.zeros import keep_zeros
 from optima_tpu.models.decoder import Decoder, Head, forward, head_logits
 from optima_tpu.models.family import Positions
+from optima_tpu.report.numbers import percent
 from optima_tpu.runtime.mesh import divisible, spread, struct_on
 
 Tree = dict[str, Array]
@@ -87,9 +88,14 @@ class Trainer:
         return NamedSharding(self.decoder.mesh, spread(self.decoder.mesh, shape, self.decoder.sharding(name)))
 
     def bytes_on_device(self) -> int:
-        """What the blocks take on each device: master, two moments and gradient in float32, and a mask; the rest as it is."""
-        return sum(len(blocks) * self.at(blocks[0])._bytes_of_a_block() for _, blocks in self.decoder.stretches)
+        """What the blocks that are trained together take on each device, at most.
 
+        Master, two moments and gradient in float32, and a mask; the rest as it is.
+        """
+        spans = self.method.spans(self.decoder.config.blocks)
+        return max(sum(self.at(index)._bytes_of_a_block for index in span) for span in spans)
+
+    @functools.cached_property
     def _bytes_of_a_block(self) -> int:
         decoder, total = self.decoder, 0
         for name, shape in decoder.block_shapes.items():
@@ -197,6 +203,87 @@ def _start(masters: Tree) -> optax.OptState:
 
 Loss = Callable[[Array, Array, Array], Array]
 """``Distillation.loss``."""
+
+
+class Goal(Protocol):
+    """What a training minimises: a mean over what it counts in windows, read where they leave the trained blocks."""
+
+    @property
+    def words(self) -> str:
+        """What the mean is called."""
+
+    def amount(self, mean: float) -> str:
+        """A mean with its unit."""
+
+    def sums(self, dense: Array, pruned: Array, tokens: Array, there: Array) -> tuple[Array, ...]:
+        """The sum for each window, [windows] float32, and others of :func:`head_losses` that are told beside it."""
+
+    def gradient(self, dense: Array, pruned: Array, tokens: Array, there: Array, scale: Array) -> tuple[Array, Array]:
+        """The sum for each window, and the gradient of ``scale`` times the total with respect to ``pruned``."""
+
+    def count(self, length: int) -> int:
+        """How many terms the sum of a window of ``length`` tokens has."""
+
+
+@dataclasses.dataclass(frozen=True)
+class NextToken:
+    """The method's loss of the next token, behind the last block. Each window's last position has no next token."""
+
+    method: Distillation
+    head: Head
+
+    @property
+    def words(self) -> str:
+        return self.method.words
+
+    def amount(self, mean: float) -> str:
+        return f"{mean:.4f} nats"
+
+    def sums(self, dense: Array, pruned: Array, tokens: Array, there: Array) -> tuple[Array, ...]:
+        return head_losses(self.method.loss, self.head, dense, pruned, tokens, there)
+
+    def gradient(self, dense: Array, pruned: Array, tokens: Array, there: Array, scale: Array) -> tuple[Array, Array]:
+        return head_gradient(self.method.loss, self.head, dense, pruned, tokens, there, scale)
+
+    def count(self, length: int) -> int:
+        return length - 1
+
+
+@dataclasses.dataclass(frozen=True)
+class HiddenState:
+    """``hidden_error`` behind a span of blocks."""
+
+    words: ClassVar[str] = "error of the hidden states"
+
+    def amount(self, mean: float) -> str:
+        return percent(mean)
+
+    def sums(self, dense: Array, pruned: Array, tokens: Array, there: Array) -> tuple[Array, ...]:
+        return (hidden_errors(dense, pruned, there),)
+
+    def gradient(self, dense: Array, pruned: Array, tokens: Array, there: Array, scale: Array) -> tuple[Array, Array]:
+        return hidden_gradient(dense, pruned, there, scale)
+
+    def count(self, length: int) -> int:
+        return length
+
+
+@jax.jit
+def hidden_errors(dense: Array, pruned: Array, there: Array) -> Array:
+    """The sum of ``hidden_error`` over the tokens of every window, [windows] float32; 0 for windows that are not there."""
+    return jnp.where(there, jnp.sum(hidden_error(dense, pruned), axis=1), 0.0)
+
+
+@jax.jit
+def hidden_gradient(dense: Array, pruned: Array, there: Array, scale: Array) -> tuple[Array, Array]:
+    """The sums as in :func:`hidden_errors`, and the gradient of ``scale`` times their sum with respect to ``pruned``."""
+
+    def total(pruned: Array) -> tuple[Array, Array]:
+        sums = hidden_errors(dense, pruned, there)
+        return scale * jnp.sum(sums), sums
+
+    gradient, sums = jax.grad(total, has_aux=True)(pruned)
+    return sums, gradient
 
 
 @functools.partial(jax.jit, static_argnums=0)

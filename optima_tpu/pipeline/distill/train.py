@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple, TypedDict
 
 import jax.numpy as jnp
@@ -16,9 +17,9 @@ from optima_tpu.errors import UserError
 from optima_tpu.method.distillation import Distillation
 from optima_tpu.models.activations import Activations
 from optima_tpu.models.checkpoints.orbax import load_group, read_metadata, save_tree
-from optima_tpu.models.decoder import Decoder, Head
+from optima_tpu.models.decoder import Decoder
 from optima_tpu.models.family import Positions
-from optima_tpu.pipeline.distill.blocks import Block, Trainer, Tree, head_gradient, head_losses
+from optima_tpu.pipeline.distill.blocks import Block, Goal, NextToken, Trainer, Tree
 from optima_tpu.pipeline.journal import Journal
 from optima_tpu.report import contents
 from optima_tpu.report.numbers import duration
@@ -71,6 +72,30 @@ class _State(TypedDict):
     seconds: float
 
 
+class Span(NamedTuple):
+    """What became of blocks that were trained together, toward the dense model's hidden states.
+
+    Attributes:
+      first, last: the blocks, both included.
+      checks: as of :class:`Outcome`, of the hidden error behind the last block.
+      kept: the step whose state is the result; 0 where the blocks keep their weights.
+    """
+
+    first: int
+    last: int
+    checks: tuple[Check, ...]
+    kept: int
+
+    @classmethod
+    def from_json(cls, record: contents.Span) -> "Span":
+        """From :meth:`to_json`."""
+        return cls(**record | {"checks": tuple(Check(**check) for check in record["checks"])})  # type: ignore[arg-type]
+
+    def to_json(self) -> dict[str, Any]:
+        """What the metadata of the blocks and the report have."""
+        return self._asdict() | {"checks": [check._asdict() for check in self.checks]}
+
+
 @dataclasses.dataclass(frozen=True)
 class Outcome:
     """What became of a distillation.
@@ -81,6 +106,7 @@ class Outcome:
       tokens: how many tokens the steps read.
       perplexity_before: of the model as it was pruned, on the evaluation text; None until it is measured.
       seconds: that steps and checks took, also those before the run was stopped.
+      spans: where blocks were trained span by span. The checks are then two, before and after all of them.
     """
 
     checks: tuple[Check, ...]
@@ -88,6 +114,7 @@ class Outcome:
     tokens: int
     perplexity_before: float | None = None
     seconds: float = dataclasses.field(default=0.0, compare=False)
+    spans: tuple[Span, ...] = ()
 
     @property
     def before(self) -> float:
@@ -109,13 +136,15 @@ class Outcome:
             "perplexity_before": self.perplexity_before,
             "held_out_before": self.before,
             "held_out_after": self.after,
+            "spans": [span.to_json() for span in self.spans],
         }
 
     @classmethod
     def from_json(cls, record: contents.Outcome) -> "Outcome":
         """From :meth:`to_json`."""
         checks = tuple(Check(**check) for check in record["checks"])
-        return cls(checks, record["kept"], record["tokens"], record["perplexity_before"], record.get("seconds", 0.0))
+        spans = tuple(map(Span.from_json, record.get("spans", ())))
+        return cls(checks, record["kept"], record["tokens"], record["perplexity_before"], record.get("seconds", 0.0), spans)
 
 
 class Windows(NamedTuple):
@@ -135,17 +164,17 @@ class Stream(NamedTuple):
 
     Attributes:
       tokens: [windows, length] int32, of which ``part`` leaves out none.
-      embedded: the embeddings.
-      dense: what leaves the last block of the dense model; the embeddings where the loss does not read it.
+      entering: what enters the first trained block.
+      dense: what leaves the last of these blocks in the dense model; something of this shape where the loss does not read it.
     """
 
     tokens: np.ndarray
-    embedded: Activations
+    entering: Activations
     dense: Activations
 
     def part(self, first: int, last: int) -> "Stream":
         """Windows ``first`` to ``last - 1``, without a copy."""
-        return self._replace(embedded=self.embedded.part(first, last), dense=self.dense.part(first, last))
+        return self._replace(entering=self.entering.part(first, last), dense=self.dense.part(first, last))
 
 
 class Parts(NamedTuple):
@@ -165,7 +194,8 @@ class Parts(NamedTuple):
     def of(cls, method: Distillation, windows: int, state: int) -> "Parts":
         """Of ``windows`` whose hidden states take ``state`` bytes each, once before a block and once behind it."""
         batch, steps = min(method.batch, windows), max(1, windows // method.batch)
-        return cls(batch, steps, min(steps, max(1, AT_ONCE // (2 * batch * state))))
+        # Every span reads what left the one before, of all windows.
+        return cls(batch, steps, steps if method.by_spans else min(steps, max(1, AT_ONCE // (2 * batch * state))))
 
 
 class _Feed:
@@ -208,48 +238,61 @@ class _Feed:
 
 
 @dataclasses.dataclass
-class _Model:
-    """The model while it is trained."""
+class Model:
+    """The blocks of a model that are trained together.
+
+    Attributes:
+      blocks: in order, from the first of ``span`` on.
+      goal: what leaves the last of them is measured by.
+      positions: the position data of every block.
+    """
 
     trainer: Trainer
+    span: range
     blocks: list[Block]
-    head: Head
+    goal: Goal
     positions: Sequence[Positions]
+
+    @classmethod
+    def open(cls, trainer: Trainer, journal: Journal, span: range, goal: Goal, length: int) -> "Model":
+        """Blocks as they were pruned, for windows of ``length`` tokens."""
+        blocks, decoder = [], trainer.decoder
+        for index, parameters in zip(span, decoder.blocks(span)):
+            keep = {name.removeprefix(decoder.prefix(index)): mask for name, mask in journal.masks(index).items()}
+            blocks.append(trainer.at(index).open(parameters, keep))
+        return cls(trainer, span, blocks, goal, [decoder.positions(index, length) for index in span])
 
     @property
     def trainers(self) -> list[Trainer]:
         """Of every block."""
-        return [self.trainer.at(index) for index in range(len(self.blocks))]
+        return [self.trainer.at(index) for index in self.span]
 
-    def measure(self, stream: Stream) -> tuple[float, float]:
-        """The mean loss of a token in nats, and the perplexity."""
-        totals, decoder = np.zeros(2), self.trainer.decoder
-        for pruned, dense in zip(stream.embedded.batches(decoder.batch), stream.dense.batches(decoder.batch)):
+    def measure(self, stream: Stream) -> tuple[float, float | None]:
+        """The mean loss of a token, and the perplexity where the goal reads the next token."""
+        totals, batch = np.zeros(2), self.trainer.decoder.batch
+        for pruned, dense in zip(stream.entering.batches(batch), stream.dense.batches(batch)):
             hidden = pruned.hidden
             for trainer, block, positions in zip(self.trainers, self.blocks, self.positions):
                 hidden = trainer.forward(block.masters, block.fixed, hidden, positions)
-            loss, tokens = self.trainer.method.loss, pruned.place(stream.tokens)
-            sums = fetch(head_losses(loss, self.head, dense.hidden, hidden, tokens, pruned.valid))
-            totals += [np.sum(each, dtype=np.float64) for each in sums]
-        loss, nll = totals / _predictions(stream.embedded)
-        return float(loss), float(np.exp(min(nll, 709.0)))
+            sums = fetch(self.goal.sums(dense.hidden, hidden, pruned.place(stream.tokens), pruned.valid))
+            totals[: len(sums)] += [np.sum(each, dtype=np.float64) for each in sums]
+        loss, nll = totals / self._terms(stream)
+        return float(loss), float(np.exp(min(nll, 709.0))) if len(sums) > 1 else None
 
     def step(self, stream: Stream, rate: float) -> float:
         """One step of Adam on some windows; the mean loss of a token before it.
 
         Gradients add up over batches that fit the devices, so the batch of Adam is as large as the method says on any mesh.
         """
-        trainer, count = self.trainer, _predictions(stream.embedded)
-        trainers = self.trainers
+        batch, count, trainers = self.trainer.decoder.batch, self._terms(stream), self.trainers
         gradients = [trainer.zeros() for trainer in trainers]
         scale, total = jnp.float32(1 / count), 0.0
-        for pruned, dense in zip(stream.embedded.batches(trainer.decoder.batch), stream.dense.batches(trainer.decoder.batch)):
+        for pruned, dense in zip(stream.entering.batches(batch), stream.dense.batches(batch)):
             inputs = [pruned.hidden]
             for each, block, positions in zip(trainers, self.blocks, self.positions):
                 inputs.append(each.forward(block.masters, block.fixed, inputs[-1], positions))
-            sums, cotangent = head_gradient(
-                trainer.method.loss, self.head, dense.hidden, inputs.pop(), pruned.place(stream.tokens), pruned.valid, scale
-            )
+            tokens, there = pruned.place(stream.tokens), pruned.valid
+            sums, cotangent = self.goal.gradient(dense.hidden, inputs.pop(), tokens, there, scale)
             for index in reversed(range(len(self.blocks))):
                 block = self.blocks[index]
                 gradients[index], cotangent = trainers[index].backward(
@@ -259,6 +302,9 @@ class _Model:
         for index, gradient in enumerate(gradients):
             self.blocks[index] = trainers[index].update(self.blocks[index], gradient, jnp.float32(rate))
         return total / count
+
+    def _terms(self, stream: Stream) -> int:
+        return len(stream.entering) * self.goal.count(stream.tokens.shape[1])
 
 
 def distill(
@@ -285,45 +331,30 @@ def distill(
     Raises:
       UserError: the disk is full; a loss is not finite.
     """
-    pruned = dataclasses.replace(dense, tensors=journal.tensors())
-    trainer, states = Trainer(pruned, method), _States(journal.directory / FOLDER)
-    blocks = []
-    for index, parameters in enumerate(pruned.blocks(range(dense.config.blocks))):
-        masks = journal.masks(index)
-        keep = {name.removeprefix(dense.prefix(index)): mask for name, mask in masks.items()}
-        blocks.append(trainer.at(index).open(parameters, keep))
-    positions = [dense.positions(index, windows.training.shape[1]) for index in range(dense.config.blocks)]
-    training = _Training(_Model(trainer, blocks, dense.head(), positions), states, note)
+    pruned, span = dataclasses.replace(dense, tensors=journal.tensors()), range(dense.config.blocks)
+    goal, length = NextToken(method, dense.head()), windows.training.shape[1]
+    model = Model.open(Trainer(pruned, method), journal, span, goal, length)
+    training = Training(model, States(journal.directory / FOLDER), note)
     training.resume()
     feed = _Feed(dense, method, windows, advance)
     if method.reads_dense:
         note("the dense model reads the text first")
     held_out = feed.begin(training.step)
-    try:
-        if not training.checks:
-            training.check(held_out)
-        advance()
-        training.begin()
-        while training.due or training.step < method.steps:
-            if training.due:
-                training.check(held_out)
-            else:
-                training.take(feed.step(training.step))
-            advance()
-    except Stopped:
-        training.save()
-        raise
-    best = min(training.checks, key=lambda check: check.held_out)
-    read = method.steps * min(method.batch, len(windows.training)) * windows.training.shape[1]
+    best = training.run(held_out, feed.step, advance)
     if best.step:
-        states.restore_best(training.model)
-        _write_blocks(training.model, journal)
-    return Outcome(tuple(training.checks), best.step, read, seconds=training.seconds)
+        training.states.restore_best(model)
+        write_blocks(model, journal)
+    return Outcome(tuple(training.checks), best.step, tokens_read(method, windows), seconds=training.seconds)
+
+
+def tokens_read(method: Distillation, windows: Windows) -> int:
+    """How many tokens the steps read."""
+    return method.steps * min(method.batch, len(windows.training)) * windows.training.shape[1]
 
 
 @dataclasses.dataclass
-class _Training:
-    """A distillation between two steps.
+class Training:
+    """A training between two steps.
 
     Attributes:
       model: after ``step`` steps.
@@ -339,8 +370,8 @@ class _Training:
       told_at: when a line was last printed.
     """
 
-    model: _Model
-    states: "_States"
+    model: Model
+    states: "States"
     note: Callable[[str], None]
     step: int = 0
     checks: list[Check] = dataclasses.field(default_factory=list)
@@ -365,9 +396,28 @@ class _Training:
             self.seconds = found["seconds"]
             self.note(f"resuming  {self.step} of {self.model.trainer.method.steps} steps are done")
 
-    def begin(self) -> None:
-        """Starts the clock of the time left, before the first step of this start."""
-        self.begun = self.step, time.monotonic()
+    def run(self, held_out: Stream, windows: Callable[[int], Stream], advance: Callable[[], None]) -> Check:
+        """Takes the steps and checks that are left, and returns the best check.
+
+        Args:
+          windows: gives a step its windows.
+          advance: called after the first check, every step and every other check.
+        """
+        try:
+            if not self.checks:
+                self.check(held_out)
+            advance()
+            self.begun = self.step, time.monotonic()
+            while self.due or self.step < self.model.trainer.method.steps:
+                if self.due:
+                    self.check(held_out)
+                else:
+                    self.take(windows(self.step))
+                advance()
+        except Stopped:
+            self.save()
+            raise
+        return min(self.checks, key=lambda check: check.held_out)
 
     def take(self, stream: Stream) -> None:
         """One step of Adam."""
@@ -376,21 +426,21 @@ class _Training:
         self.step += 1
         self.seconds += time.monotonic() - start
         if not self.due and time.monotonic() - self.told_at > _QUIET:
-            self._tell(f"{self.losses[-1]:.4f} nats on the text it is trained on")
+            self._tell(f"{self.model.goal.amount(self.losses[-1])} on the text it is trained on")
         if not self.due and from_first(lambda: time.monotonic() - self.saved_at > _SHARE * self.saving):
             self.save()
 
     def check(self, held_out: Stream) -> None:
         """Measures the model on the held-out windows, and saves it."""
-        start, method = time.monotonic(), self.model.trainer.method
+        start, goal = time.monotonic(), self.model.goal
         loss, perplexity = self.model.measure(held_out)
         found = Check(self.step, _finite(loss, self.step), float(np.mean(self.losses)) if self.step else None, perplexity)
         self.checks, self.losses = [*self.checks, found], []
         self.seconds += time.monotonic() - start
-        told = f"held-out {method.words} {found.held_out:.4f} nats, perplexity {perplexity:.2f}"
-        if not self.step:
+        told = f"held-out {goal.words} {goal.amount(found.held_out)}" + (f", perplexity {perplexity:.2f}" if perplexity else "")
+        if found.training is None:
             return self.note(f"{told} before the first step")
-        self._tell(f"{told}; {found.training:.4f} nats on the text it is trained on")
+        self._tell(f"{told}; {goal.amount(found.training)} on the text it is trained on")
         self.saved = -1  # a state of this step may lack the check
         self.save()
 
@@ -481,14 +531,14 @@ def _entries(directory: Path) -> list[Path]:
     return sorted((directory / _DISTILLED).glob("block_*"))
 
 
-def _write_blocks(model: _Model, journal: Journal) -> None:
+def write_blocks(model: Model, journal: Journal, metadata: Mapping[str, Any] = MappingProxyType({})) -> None:
     """Writes the trained blocks in the checkpoint's dtypes, each with its masks."""
     first_only(lambda: (journal.directory / _DISTILLED).mkdir(exist_ok=True))
-    for index, (trainer, block) in enumerate(zip(model.trainers, model.blocks)):
+    for index, trainer, block in zip(model.span, model.trainers, model.blocks):
         prefix, path = trainer.decoder.prefix(index), _entry(journal.directory, index)
         weights = {prefix + name: array.astype(trainer.dtype(name)) for name, array in block.masters.items()}
         weights |= {prefix + name: array for name, array in block.fixed.items()}
-        _save(path, {"weights": weights, "masks": {prefix + name: keep for name, keep in block.keep.items()}}, {})
+        _save(path, {"weights": weights, "masks": {prefix + name: keep for name, keep in block.keep.items()}}, metadata)
 
 
 def _save(path: Path, tree: Mapping[str, Any], metadata: Mapping[str, Any]) -> None:
@@ -509,16 +559,20 @@ def _save(path: Path, tree: Mapping[str, Any], metadata: Mapping[str, Any]) -> N
         first_only(finish)
 
 
-class _States:
+class States:
     """What a stopped distillation goes on from: the state at the last check, and the masters of the best one.
 
-    RUN/distillation/step_0000008   masters and moments of every block, and the checks so far
+    RUN/distillation/step_0000008              masters and moments of every block, and the checks so far
+    RUN/distillation/block_0002_step_0000008   of the blocks of the span that begins with this one
+
+    Args:
+      prefix: of the names, which differs for each span. Saving a state removes those of other spans.
     """
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    def __init__(self, folder: Path, prefix: str = ""):
+        self.folder, self._prefix = folder, prefix
 
-    def save(self, model: _Model, about: _State) -> None:
+    def save(self, model: Model, about: _State) -> None:
         """Saves the state of a step. The one before is removed, but for the best."""
         step, best = about["step"], _best(about)
         tree: dict[str, Any] = {"masters": {}, "first": {}, "second": {}, "count": {}}
@@ -539,14 +593,13 @@ class _States:
 
     def path(self, step: int) -> Path:
         """Where the state of a step is."""
-        return self.folder / f"step_{step:07d}"
+        return self.folder / f"{self._prefix}step_{step:07d}"
 
-    def last(self, model: _Model) -> _State | None:
+    def last(self, model: Model) -> _State | None:
         """Brings the model to the last state that was saved, and returns what belongs to it; None where none was saved."""
 
         def read() -> _State | None:
-            saved = sorted(self.folder.glob("step_???????")) if self.folder.is_dir() else []
-            whole = [path for path in saved if not damage(path)]
+            whole = [path for path in self._saved() if not damage(path)]
             found = self._about(whole[-1]) if whole else None
             # Without the best state there is nothing to return to: begin again.
             return found if found and (not _best(found) or self.path(_best(found)) in whole) else None
@@ -555,15 +608,18 @@ class _States:
             self._restore(model, found["step"], ("masters", "first", "second", "count"))
         return found
 
-    def restore_best(self, model: _Model) -> None:
+    def restore_best(self, model: Model) -> None:
         """Brings the masters to those of the best check."""
-        found = from_first(lambda: self._about(sorted(self.folder.glob("step_???????"))[-1]))
+        found = from_first(lambda: self._about(self._saved()[-1]))
         self._restore(model, _best(found), ("masters",))
+
+    def _saved(self) -> list[Path]:
+        return sorted(self.folder.glob(f"{self._prefix}step_???????")) if self.folder.is_dir() else []
 
     def _about(self, path: Path) -> _State:
         return check_record(read_metadata(path).custom_metadata, _State, path)
 
-    def _restore(self, model: _Model, step: int, groups: Sequence[str]) -> None:
+    def _restore(self, model: Model, step: int, groups: Sequence[str]) -> None:
         path = self.path(step)
         metadata = read_metadata(path).metadata
         for index, (trainer, block) in enumerate(zip(model.trainers, model.blocks)):
@@ -608,25 +664,26 @@ def _streams(dense: Decoder, method: Distillation, sets: Sequence[np.ndarray], a
     return tuple(map(Stream, sets, embedded, finals))
 
 
-def _predictions(hidden: Activations) -> int:
-    return len(hidden) * (hidden.values.shape[1] - 1)
-
-
 def _finite(value: float, step: int) -> float:
     if not np.isfinite(value):
         raise UserError(f"the loss is {value} after {step} steps of training; try a smaller learning rate, or --dtype float32")
     return value
 
 
-def refuse_large(trainer: Trainer, budget: float, instead: str = "--distill.train norms, or --distill null") -> None:
-    """Raises UserError where the devices cannot hold the model while it is trained.
+def refuse_large(trainer: Trainer, budget: float, recovering: bool = False) -> None:
+    """Raises UserError where the devices cannot hold what is trained together.
 
     Args:
-      instead: what to type to need less.
+      recovering: whether the settings are those of ``optima recover``.
     """
-    needed = trainer.bytes_on_device()
+    needed, blocks, smaller = trainer.bytes_on_device(), trainer.decoder.config.blocks, trainer.method.smaller
     if needed > budget:
+        together = len(trainer.method.spans(blocks)[0])
+        instead = f"{smaller}, --distill.train norms, or --distill null"
+        if recovering:
+            instead = f"{smaller}, or --train norms".replace("distill.", "").replace("distill", "loss")
+        which = "all blocks" if together == blocks else f"{together} block{'s' * (together > 1)} at a time"
         raise UserError(
-            f"training holds weights, gradients, two moments and masks of all blocks, {needed / 2**30:.1f} GiB on each "
+            f"training holds weights, gradients, two moments and masks of {which}, {needed / 2**30:.1f} GiB on each "
             f"device of {budget / 2**30:.1f} GiB: take more devices, {instead}"
         )

@@ -24,7 +24,7 @@ from optima_tpu.models.experts import expert_of
 from optima_tpu.models.family import Positions
 from optima_tpu.pipeline.calibrate import linear_groups, stages
 from optima_tpu.pipeline.distill.blocks import Trainer
-from optima_tpu.pipeline.distill.train import AT_ONCE, Parts
+from optima_tpu.pipeline.distill.train import Parts
 from optima_tpu.pipeline.journal import STATES_EVERY
 from optima_tpu.pipeline.plan.model import NOWHERE, Declared
 from optima_tpu.pipeline.plan.topology import GIB, Machine
@@ -289,22 +289,25 @@ def storage(model: Declared, config: RunConfig, hosts: int, pruned: int, kept: f
     if kept:
         host["inputs of layers"] = round(share * kept)
     if config.distill:
-        waiting = min(2 * config.distill.windows * state, AT_ONCE) + 2 * text.held_out * state
+        batch, _, at_once = Parts.of(config.distill, config.distill.windows, state)
+        waiting = 2 * (at_once * batch + text.held_out) * state
         host["text of the training"] = -(-waiting // hosts)
     disk = {"journal": whole + masks, "hidden states": 2 * hidden, "checkpoint": whole + masks + ends}
     if config.export:
         disk["export for transformers"] = whole + ends + pruned // 8
-    if config.distill:  # during training two states, afterwards the trained blocks
-        disk["training"] = max(2 * _saved_bytes(model, config.distill), whole + masks)
+    if config.distill:  # two states, and the trained blocks
+        disk["training"] = 2 * _saved_bytes(model, config.distill) + whole + masks
     return Storage(hidden, host, disk)
 
 
 def _saved_bytes(model: Declared, method: Distillation) -> int:
-    """Bytes of a saved state of a training: weights and two moments in float32 of what moves."""
-    return sum(
-        12 * len(indices) * sum(math.prod(alike.block_shapes[name]) for name in Trainer(alike, method).factors)
+    """Bytes of a saved state of a training, at most: weights and two moments in float32 of what moves together."""
+    sizes = [
+        12 * sum(math.prod(alike.block_shapes[name]) for name in Trainer(alike, method).factors)
         for alike, indices in model.decoder.stretches
-    )
+        for _ in indices
+    ]
+    return max(sum(sizes[index] for index in span) for span in method.spans(len(sizes)))
 
 
 def evaluation_tokens(config: RunConfig) -> int:
@@ -353,6 +356,10 @@ def run_seconds(
         parts, windows = _dense_passes(method, state * text.length)
         moved += 2 * state * text.length * (windows + text.held_out)
         readings += parts
+        if method.by_spans:  # so are the trained model's, as it was saved; each span reads both models' in every pass
+            share = len(method.spans(blocks)) / blocks
+            moved += 2 * state * text.length * ((1 + share * method.passes) * windows + text.held_out)
+            readings += 1
     walk = {
         "calibration": running["calibration"],
         "pruning": running["pruning"],
@@ -402,7 +409,13 @@ def _beside_training(
     # The perplexity text measures the pruned model before it is trained, too.
     evaluated, checked = evaluation_tokens(config), (len(method.check_steps()) + 1) * text.held_out * text.length
     dense = (_dense_passes(method, state)[1] + text.held_out) * text.length if method.reads_dense else 0
-    return forward(dense + checked + evaluated) + (1 + method.reads_dense) * head(checked) + head(evaluated)
+    scored = checked
+    if (
+        method.by_spans
+    ):  # the trained model's states are computed like the dense one's; the head sees the first and the last model
+        scored = 2 * text.held_out * text.length
+        dense = 2 * dense + text.held_out * text.length
+    return forward(dense + checked + evaluated) + (1 + method.reads_dense) * head(scored) + head(evaluated)
 
 
 def assumptions(config: RunConfig, machine: Machine) -> list[str]:

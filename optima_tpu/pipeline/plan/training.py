@@ -15,7 +15,7 @@ from optima_tpu.evaluate.predictions import STRETCH
 from optima_tpu.method.distillation import Distillation
 from optima_tpu.models.decoder import Decoder, Head
 from optima_tpu.pipeline.calibrate import linear_groups
-from optima_tpu.pipeline.distill.blocks import Trainer, head_gradient
+from optima_tpu.pipeline.distill.blocks import Trainer, head_gradient, hidden_gradient
 from optima_tpu.pipeline.distill.train import refuse_large
 from optima_tpu.pipeline.plan import estimate
 from optima_tpu.pipeline.plan.compile import compiled, sequences_at_once
@@ -29,7 +29,7 @@ from optima_tpu.runtime.mesh import DATA, MODEL, bytes_on_device, struct_on
 def refusal(decoder: Decoder, method: Distillation, budget: float, recovering: bool) -> str:
     """Why the training would refuse to begin; empty if it would begin."""
     try:
-        refuse_large(Trainer(decoder, method), budget, *["or --train norms"] * recovering)
+        refuse_large(Trainer(decoder, method), budget, recovering)
     except UserError as error:
         return str(error)
     return ""
@@ -83,13 +83,15 @@ def training_programs(
     size = batch * machine.mesh.shape[DATA]
     dtype = decoder.tensors.dtype(decoder.root + decoder.family.embedding)
     hidden = struct_on(decoder.mesh, (size, length, decoder.config.d_model), dtype, P(DATA))
+    spans = method.spans(decoder.config.blocks)
     step, head = _Step(batch, length, method.steps * -(-windows // size), method.steps, hidden), decoder.head_struct()
-    parts = [_of_head(model, method, head, step)]
+    parts = [_of_hidden_states(decoder, step, len(spans)) if method.by_spans else _of_head(model, method, head, step)]
     for kind in decoder.config.kinds:
         parts += _of_block(model.at(kind), trainer.at(kind), step)
     # Beside the blocks and the head: every block's input, what leaves the last one, and what left the dense model's last one.
-    resident = trainer.bytes_on_device() + bytes_on_device(*jax.tree.leaves(head))
-    resident += (decoder.config.blocks + 2) * bytes_on_device(hidden)
+    resident = trainer.bytes_on_device() + (max(map(len, spans)) + 2) * bytes_on_device(hidden)
+    if not method.by_spans:
+        resident += bytes_on_device(*jax.tree.leaves(head))
 
     def program(part: _Part) -> Program:
         found, memory = None, part.memory
@@ -141,6 +143,19 @@ def _of_block(model: Declared, trainer: Trainer, step: _Step) -> list[_Part]:
             lambda: trainer.update.lower(block, block.masters, jax.ShapeDtypeStruct((), jnp.float32)),
         ),
     ]
+
+
+def _of_hidden_states(decoder: Decoder, step: _Step, spans: int) -> _Part:
+    """The error behind a span of blocks, and its gradient."""
+    there = struct_on(decoder.mesh, (len(step.hidden),), np.dtype(bool), P(DATA))
+    size = bytes_on_device(step.hidden)
+    return _Part(
+        "hidden states: error and gradient",
+        spans * step.passes,
+        Work(traffic=3.0 * size),
+        size,
+        lambda: hidden_gradient.lower(step.hidden, step.hidden, there, jax.ShapeDtypeStruct((), jnp.float32)),
+    )
 
 
 def _of_head(model: Declared, method: Distillation, head: Head, step: _Step) -> _Part:

@@ -46,7 +46,9 @@ class RecoverConfig:
       length: tokens in each window; null takes 2048, or the model's context if that is shorter.
       seed: which windows are drawn; the same seed gives the same windows.
       held_out: number of windows that nothing is trained on; they decide which step is kept.
-      loss: "kl" trains toward the dense model's distributions of the next token, "cross_entropy" on the next tokens alone.
+      loss: "kl" trains toward the dense model's distributions of the next token, "cross_entropy" on the next tokens alone, "blocks"
+        block by block toward the dense model's hidden states, for a model that is too large to be trained as a whole.
+      span: number of consecutive blocks that loss "blocks" trains together.
       train: "all" trains the kept weights, and the norms' gains and biases; "norms" the gains and biases alone; "weights" the kept
         weights alone.
       step: windows in one step of Adam.
@@ -78,7 +80,8 @@ class RecoverConfig:
     length: int | None = None
     seed: int = 0
     held_out: int = 8
-    loss: Literal["kl", "cross_entropy"] = "kl"
+    loss: Literal["kl", "cross_entropy", "blocks"] = "kl"
+    span: int = 1
     train: Literal["all", "norms", "weights"] = "all"
     step: int = 4
     learning_rate: float = 1e-4
@@ -122,6 +125,10 @@ class RecoverConfig:
         few_tokens("--evaluation", self.windows, self.length)
         few_tokens("--source", self.held_out, self.length)
         self.method(1)
+        if self.span != 1 and self.loss != "blocks":
+            raise UserError(
+                f"expected --loss blocks where --span is {self.span}, got {self.loss}, which trains all blocks at once"
+            )
         at_least(1, "tokens", self.token_count, MOST_TOKENS * self.passes)
 
     @property
@@ -143,7 +150,7 @@ class RecoverConfig:
         assert kind is not None and issubclass(kind, Distillation)
         options = (self.passes, self.step, self.learning_rate, self.norm_factor, self.train, self.warmup, checks)
         try:
-            return kind(windows, *options)
+            return kind(windows, *options, *[self.span] * kind.by_spans)
         except UserError as error:  # where they are options of a run, this one has another name
             raise UserError(str(error).replace("distill.batch", "step").replace("distill.", "")) from None
 

@@ -65,7 +65,7 @@ def recover(config: RecoverConfig, console: Console | None = None) -> dict[str, 
     method = run_config.distill
     assert method is not None
     decoder = start.dense.decoder
-    refuse_large(Trainer(decoder, method), device_budget(config.device_memory), "or --train norms")
+    refuse_large(Trainer(decoder, method), device_budget(config.device_memory), recovering=True)
     held_out, training = np.split(drawn.ids, [config.held_out])
     texts = Texts(drawn._replace(ids=np.concatenate([training, held_out])), scored, training)
     manifest = _manifest(run_config, start, texts)

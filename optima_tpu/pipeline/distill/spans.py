@@ -1,0 +1,157 @@
+"""Training of spans of blocks, one after the other, toward the dense model's hidden states.
+
+    RUN/distilled/block_0000   a trained block, or one that keeps its weights; its metadata say what its span came to
+
+The devices hold the blocks of one span, whatever the depth of the model. In host memory wait the hidden states of all windows: those
+that enter the span in the pruned model, and those that leave it in the dense one.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import TypedDict
+
+import numpy as np
+
+from optima_tpu.method.distillation import Distillation
+from optima_tpu.models.activations import Activations
+from optima_tpu.models.checkpoints.orbax import OrbaxTensors, read_metadata
+from optima_tpu.models.decoder import Decoder
+from optima_tpu.pipeline.distill.blocks import Goal, HiddenState, NextToken, Trainer
+from optima_tpu.pipeline.distill.train import (
+    FOLDER,
+    Check,
+    Distilled,
+    Model,
+    Outcome,
+    Parts,
+    Span,
+    States,
+    Stream,
+    Training,
+    Windows,
+    tokens_read,
+    write_blocks,
+)
+from optima_tpu.pipeline.journal import Journal
+from optima_tpu.report import contents
+from optima_tpu.report.numbers import percent
+from optima_tpu.runtime.checksums import damage
+from optima_tpu.runtime.processes import from_first
+from optima_tpu.runtime.records import check_record
+
+
+class _Trained(TypedDict):
+    """The metadata of a trained block; ``seconds`` are those of its span."""
+
+    span: contents.Span
+    seconds: float
+
+
+def distill_by_spans(
+    dense: Decoder,
+    journal: Journal,
+    method: Distillation,
+    windows: Windows,
+    advance: Callable[[], None],
+    note: Callable[[str], None],
+) -> Outcome:
+    """As ``train.distill``, for a method that trains by spans.
+
+    A run that was stopped computes the hidden states again, through the finished spans as they were saved, and goes on in the span
+    that it was stopped in.
+    """
+    pruned, blocks = dataclasses.replace(dense, tensors=journal.tensors()), dense.config.blocks
+    trainer, spans = Trainer(pruned, method), method.spans(blocks)
+    training, held_out = (_begin(dense, tokens) for tokens in windows)
+    trained = from_first(lambda: _trained(journal, spans))
+    if trained:
+        note(f"resuming  {trained[-1]['span']['last'] + 1} of {blocks} blocks are trained")
+    for number, span in enumerate(spans):
+        for index, parameters in zip(span, dense.blocks(span)):
+            for stream in (training, held_out):
+                dense.apply(index, parameters, stream.dense)
+            advance()
+        if number == len(trained):
+            model = Model.open(trainer, journal, span, HiddenState(), windows.training.shape[1])
+            trained.append(_train(model, journal, training, held_out, advance))
+            note(_told(Span.from_json(trained[-1]["span"]), blocks))
+        # From what was saved, and so rounded, in every start of the run.
+        saved = {Distilled(journal).entry(index) for index in span}
+        after = dataclasses.replace(dense, tensors=OrbaxTensors({entry: read_metadata(entry).metadata for entry in saved}))
+        _through(after, span, training.entering, held_out.entering)
+    before = dense.embed(windows.held_out)
+    _through(pruned, range(blocks), before)
+    goal = NextToken(method, dense.head())
+    checks = (
+        Check(step, loss, None, perplexity)
+        for step, stream in ((0, held_out._replace(entering=before)), (method.steps, held_out))
+        for loss, perplexity in [_measure(trainer, goal, stream)]
+    )
+    first, last = checks
+    return Outcome(
+        (first, last),
+        last.step if last.held_out < first.held_out else 0,
+        tokens_read(method, windows),
+        seconds=sum(each["seconds"] for each in trained),
+        spans=tuple(Span.from_json(each["span"]) for each in trained),
+    )
+
+
+def _begin(dense: Decoder, tokens: np.ndarray) -> Stream:
+    """Windows before the first block of both models."""
+    embedded = dense.embed(tokens)
+    return Stream(tokens, embedded, embedded.copy())
+
+
+def _train(model: Model, journal: Journal, stream: Stream, held_out: Stream, advance: Callable[[], None]) -> _Trained:
+    """Trains the blocks of a span, and saves them, with the state of the best check or as they were pruned."""
+    span, method = model.span, model.trainer.method
+    # The lines of its checks would be a hundred for a model of thirty blocks.
+    training = Training(model, States(journal.directory / FOLDER, f"block_{span.start:04d}_"), lambda line: None)
+    training.resume()
+    parts = Parts.of(method, len(stream.tokens), 1)
+
+    def windows(step: int) -> Stream:
+        first = step % parts.steps * parts.batch
+        return stream.part(first, first + parts.batch)
+
+    best = training.run(held_out, windows, advance)
+    if best.step:
+        training.states.restore_best(model)
+    else:
+        model = Model.open(model.trainer, journal, span, model.goal, stream.tokens.shape[1])
+    found = Span(span.start, span[-1], tuple(training.checks), best.step).to_json()
+    record = _Trained(span=found, seconds=training.seconds)  # type: ignore[typeddict-item]
+    write_blocks(model, journal, record)
+    return record
+
+
+def _trained(journal: Journal, spans: Sequence[range]) -> list[_Trained]:
+    """The records of the first spans whose blocks are all saved and not damaged."""
+    found = []
+    for span in spans:
+        entries = [Distilled(journal).entry(index) for index in span]
+        if any(damage(entry) for entry in entries):
+            break
+        found.append(check_record(read_metadata(entries[0]).custom_metadata, _Trained, entries[0]))
+    return found
+
+
+def _through(decoder: Decoder, blocks: range, *streams: Activations) -> None:
+    for index, parameters in zip(blocks, decoder.blocks(blocks)):
+        for hidden in streams:
+            decoder.apply(index, parameters, hidden)
+
+
+def _measure(trainer: Trainer, goal: Goal, stream: Stream) -> tuple[float, float | None]:
+    """Loss and perplexity of what left the last block."""
+    return Model(trainer, range(0), [], goal, []).measure(stream)
+
+
+def _told(span: Span, blocks: int) -> str:
+    where = f"block {span.first}" if span.first == span.last else f"blocks {span.first} to {span.last}"
+    before, after = (next(check for check in span.checks if check.step == step).held_out for step in (0, span.kept))
+    left = f", {blocks - 1 - span.last} blocks to go"
+    if not span.kept:
+        return f"{where}: no step lowered the held-out error of the hidden states, {percent(before)}; the weights stay{left}"
+    return f"{where}: held-out error of the hidden states {percent(before)} -> {percent(after)}, step {span.kept}{left}"
