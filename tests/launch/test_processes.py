@@ -1,5 +1,6 @@
 """Several processes give what one gives; they come together, fail together, and lose nothing."""
 
+import json
 import shutil
 import signal
 import sys
@@ -9,6 +10,7 @@ import pytest
 
 from optima_tpu.launch import main
 from optima_tpu.models.activations import Activations
+from optima_tpu.models.checkpoints.export import read_masks
 from optima_tpu.pipeline import walk
 from optima_tpu.pipeline.journal import finished_blocks
 from optima_tpu.runtime import processes
@@ -16,7 +18,7 @@ from optima_tpu.runtime.command import LOST, guarded
 from optima_tpu.runtime.signals import RESUME
 from tests.support.meshes import mesh
 from tests.support.processes import several, without_gloo
-from tests.support.runs import assert_close_weights, assert_same_weights
+from tests.support.runs import assert_close_weights, assert_same_weights, folder_tensors
 
 
 def test_two_processes_give_the_weights_of_one_and_each_reads_its_share(finished, tmp_path):
@@ -27,6 +29,21 @@ def test_two_processes_give_the_weights_of_one_and_each_reads_its_share(finished
     read = [int(printed.rpartition("bytes read: ")[2]) for _, printed, _ in (first, second)]
     assert 0.9 < read[0] / read[1] < 1.1
     assert [line.partition(":")[0] for line in without_gloo(second[1])] == ["bytes read"]  # the second process says nothing else
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["kl", "blocks"])
+def test_training_in_two_processes_gives_the_weights_of_one_and_keeps_every_zero(finished, tmp_path, method):
+    command = [*finished.arguments, "--distill", method, "--distill.windows", "16", "--distill.learning_rate", "1e-3"]
+    assert main([*command, "--output", str(tmp_path / "one")]) == 0
+    for status, _, error in several([*command, "--output", str(tmp_path / "two")]):
+        assert status == 0, error
+    assert_close_weights(tmp_path / "two", tmp_path / "one")
+    weights, pruned = (folder_tensors(path / "hf") for path in (tmp_path / "two", finished.directory))
+    for name, keep in read_masks(tmp_path / "two/hf").items():
+        assert (weights[name][~keep] == 0).all() and (weights[name] != pruned[name]).any(), name
+    one, two = (json.loads((tmp_path / name / "distillation.json").read_text()) for name in ("one", "two"))
+    assert two["kept"] == one["kept"] > 0 and two["held_out_after"] == pytest.approx(one["held_out_after"], rel=1e-4)
 
 
 @pytest.mark.slow
