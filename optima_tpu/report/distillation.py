@@ -86,7 +86,8 @@ def _spans(title: str, found: Mapping[str, Any]) -> list[Table]:
         rows.append([blocks, percent(errors[0]), percent(errors[span["kept"]]), kept])
     refused = sum(not span["kept"] for span in found.get("spans", ()))
     note = (
-        "The hidden states' squared error relative to the dense model's, mean over tokens of held-out text, behind blocks as pruned "
-        f"and as trained, which read what leaves the trained blocks before them. No step helped in {refused} of {len(rows)}."
+        "The squared error of the hidden states relative to the dense model's, mean over tokens of held-out text, behind blocks as "
+        "they were pruned and as they were trained. Both read what leaves the trained blocks before them. "
+        f"No step helped in {refused} of {len(rows)}."
     )
     return [Table(title, ["blocks", "error before", "error after", "kept"], rows, note=note)] if rows else []

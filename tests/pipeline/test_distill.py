@@ -21,8 +21,21 @@ from optima_tpu.models.checkpoints.orbax import CheckpointTensors, OrbaxTensors,
 from optima_tpu.models.decoder import forward, head_logits
 from optima_tpu.pipeline.distill.blocks import Trainer, head_gradient, hidden_gradient
 from optima_tpu.pipeline.distill.spans import distill_by_spans
-from optima_tpu.pipeline.distill.train import Distilled, Outcome, Windows, distill, keep_outcome, read_outcome, refuse_large
+from optima_tpu.pipeline.distill.train import (
+    Check,
+    Distilled,
+    Outcome,
+    Span,
+    Windows,
+    distill,
+    keep_outcome,
+    read_outcome,
+    refuse_large,
+)
 from optima_tpu.pipeline.journal import Journal
+from optima_tpu.report.distillation import distillation
+from optima_tpu.report.runs import Run
+from optima_tpu.report.view import NONE
 from optima_tpu.runtime.signals import Stopped
 from tests.support.runs import SMALL, opened
 from tests.support.tiny_models import tiny_folder
@@ -296,6 +309,19 @@ def test_the_hidden_error_is_relative_for_each_token():
     sums, gradient = hidden_gradient(dense[None], pruned[None], jnp.array([True]), jnp.float32(0.5))
     assert sums == pytest.approx([2 / 25])
     assert np.asarray(gradient[0]) == pytest.approx(np.array([[1 / 25, 0], [0, 0], [0, 100 / 250_000]]))
+
+
+def test_the_page_says_what_became_of_every_span():
+    spans = (Span(0, 1, (Check(0, 0.02), Check(4, 0.01, 0.01)), 4), Span(2, 2, (Check(0, 0.03), Check(4, 0.04, 0.02)), 0))
+    found = Outcome((Check(0, 0.5, None, 20.0), Check(4, 0.4, None, 18.0)), 4, 512, 21.0, spans=spans)
+    assert Outcome.from_json(found.to_json()) == found
+    report = {"distillation": found.to_json(), "perplexity": {"pruned": 19.0}, "configuration": {"distill": {"name": "blocks"}}}
+    (section,) = distillation([Run("", "run", report, (), None)])
+    assert "its blocks were trained in order with fixed masks" in section.text[0]
+    checks, blocks = section.tables
+    assert checks.rows[1] == ["4", NONE, "0.4000", "18.00", "kept"]
+    assert blocks.rows == [["0 to 1", "2.00%", "1.00%", "step 4"], ["2", "3.00%", "3.00%", "weights from before"]]
+    assert "No step helped in 1 of 2" in blocks.note
 
 
 @in_float32
