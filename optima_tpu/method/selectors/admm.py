@@ -53,7 +53,8 @@ class ADMM(Selector):
     difference over the whole comparison group. With the group "row" it stays in one row, which then has another mask that is
     equally good.
 
-    It differs from the published code (mazumder-lab/ALPS ``alps.py``) in these points:
+    It differs from the published code (mazumder-lab/ALPS ``alps.py``) in these points; ``configs/alps.yaml`` has the published
+    settings as far as they can be stated here:
 
     - The penalty follows a fixed plan. The published code adapts it to how much of the mask changed, for up to 300 iterations.
       With the fixed plan no row waits for another, and no eigendecomposition is needed.
