@@ -19,5 +19,6 @@ def read_config(config: Any) -> experts.Config:
     )
 
 
-# transformers holds the experts of a block in two arrays, and stores them under these names.
-FAMILY = experts.family(read_config, experts.Layout("block_sparse_moe", wide=("w1", "w3"), narrow="w2"))
+LAYOUT = experts.Layout("block_sparse_moe", wide=("w1", "w3"), narrow="w2")
+"""transformers holds the experts of a block in two arrays, and stores them under these names."""
+FAMILY = experts.family(read_config, LAYOUT)

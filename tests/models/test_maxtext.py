@@ -28,7 +28,7 @@ from tests.support.tiny_models import MemoryTensors, random_tensors
 
 Back = Callable[[np.ndarray], np.ndarray]
 """From a slice of MaxText's array to the tensor of Hugging Face."""
-HEADS, KV_HEADS, SIZE, WIDTH, INNER, VOCAB = 6, 3, 16, 48, 80, 64
+HEADS, KV_HEADS, SIZE, WIDTH, INNER, VOCAB, EXPERTS = 6, 3, 16, 48, 80, 64, 5
 """Sizes of MODELS."""
 
 
@@ -55,24 +55,41 @@ def bias(array: np.ndarray) -> np.ndarray:
 
 
 class Part(NamedTuple):
-    """A tensor of a block: its name there, MaxText's name and shape, and the way back."""
+    """A tensor of a block: its name there, MaxText's name and shape, the way back, and its place among the experts."""
 
     ours: str
     path: str
     shape: tuple[int, ...]
     back: Back
+    expert: int | None = None
 
 
-def block(norms: dict[str, str], norm: Back = same, query: float = 1.0) -> list[Part]:
+MLP = [
+    Part("mlp.gate_proj.weight", "mlp/wi_0/kernel", (WIDTH, INNER), matrix(INNER)),
+    Part("mlp.up_proj.weight", "mlp/wi_1/kernel", (WIDTH, INNER), matrix(INNER)),
+    Part("mlp.down_proj.weight", "mlp/wo/kernel", (INNER, WIDTH), matrix(WIDTH)),
+]
+
+
+def mixture(ours: str, theirs: str, gate: str, up: str, down: str) -> list[Part]:
+    """A mixture of experts, of which one array has a matrix of every expert."""
+    wide, narrow = ((EXPERTS, WIDTH, INNER), matrix(INNER)), ((EXPERTS, INNER, WIDTH), matrix(WIDTH))
+    return [
+        Part(f"{ours}.gate.weight", f"{theirs}/gate/kernel", (WIDTH, EXPERTS), matrix(EXPERTS)),
+        *(Part(f"{ours}.experts.{e}.{gate}.weight", f"{theirs}/wi_0", *wide, e) for e in range(EXPERTS)),
+        *(Part(f"{ours}.experts.{e}.{up}.weight", f"{theirs}/wi_1", *wide, e) for e in range(EXPERTS)),
+        *(Part(f"{ours}.experts.{e}.{down}.weight", f"{theirs}/wo", *narrow, e) for e in range(EXPERTS)),
+    ]
+
+
+def block(norms: dict[str, str], norm: Back = same, query: float = 1.0, mlp: list[Part] = MLP) -> list[Part]:
     """The parts that all families have."""
     return [
         Part("self_attn.q_proj.weight", "self_attention/query/kernel", (WIDTH, HEADS, SIZE), matrix(HEADS * SIZE, query)),
         Part("self_attn.k_proj.weight", "self_attention/key/kernel", (WIDTH, KV_HEADS, SIZE), matrix(KV_HEADS * SIZE)),
         Part("self_attn.v_proj.weight", "self_attention/value/kernel", (WIDTH, KV_HEADS, SIZE), matrix(KV_HEADS * SIZE)),
         Part("self_attn.o_proj.weight", "self_attention/out/kernel", (HEADS, SIZE, WIDTH), matrix(WIDTH)),
-        Part("mlp.gate_proj.weight", "mlp/wi_0/kernel", (WIDTH, INNER), matrix(INNER)),
-        Part("mlp.up_proj.weight", "mlp/wi_1/kernel", (WIDTH, INNER), matrix(INNER)),
-        Part("mlp.down_proj.weight", "mlp/wo/kernel", (INNER, WIDTH), matrix(WIDTH)),
+        *mlp,
         *(Part(f"{ours}.weight", f"{name}/scale", (WIDTH,), norm) for ours, name in norms.items()),
     ]
 
@@ -103,8 +120,10 @@ BLOCKS = {
         part._replace(back=separated(part.back)) if "/query/" in part.path or "/key/" in part.path else part for part in SCALED
     ],
     "mistral": SCALED,
+    "mixtral": block(TWO, query=0.25, mlp=mixture("block_sparse_moe", "MoeBlock_0", "w1", "w3", "w2")),
     "qwen2": block(TWO) + BIASES,
     "qwen3": block(TWO) + NORMS,
+    "qwen3-moe": block(TWO, mlp=mixture("mlp", "moe_block", "gate_proj", "up_proj", "down_proj")) + NORMS,
     "gemma": block({"input_layernorm": "pre_self_attention_norm", "post_attention_layernorm": "pre_ffw_norm"}, shifted, 0.25),
     "gemma2": block(FOUR, shifted, 20**-0.5),
     "gemma3": block(FOUR, shifted) + SHIFTED_NORMS,
@@ -117,8 +136,10 @@ EXPECTED = {
     "llama-tied": dict(logits_via_embedding=True, normalize_embedding_logits=False, rope_linear_scaling_factor=2.0),
     "llama-3.1": dict(decoder_block="llama2", rope_type="llama3.1", rope_max_timescale=500000),
     "mistral": dict(decoder_block="mistral", max_target_length=40),
+    "mixtral": dict(decoder_block="mixtral", num_experts=EXPERTS, num_experts_per_tok=2, base_moe_mlp_dim=INNER),
     "qwen2": dict(decoder_block="qwen2", attention_bias=True),
     "qwen3": dict(decoder_block="qwen3", use_qk_norm=True),
+    "qwen3-moe": dict(decoder_block="qwen3_moe", use_qk_norm=True, num_experts=EXPERTS, base_moe_mlp_dim=INNER),
     "gemma": dict(decoder_block="gemma", mlp_activations=["gelu", "linear"], normalize_embedding_logits=True),
     "gemma2": dict(
         decoder_block="gemma2", base_num_decoder_layers=2, sliding_window_size=7, attn_logits_soft_cap=1.5, final_logits_soft_cap=2.5
@@ -182,7 +203,8 @@ def test_every_array_is_where_maxtext_has_it_and_the_settings_describe_it(pruned
             path, name = f"decoder/{prefix}/{first}{suffix}/{rest}", f"model.layers.{index}.{part.ours}"
             stack = 0 if place is None else places.count((prefix, suffix))
             shapes[path] = (part.shape[0], stack, *part.shape[1:]) if stack else part.shape
-            seen[name] = part.back(np.take(arrays[path], place, axis=1) if stack else arrays[path])
+            own = np.take(arrays[path], place, axis=1) if stack else arrays[path]
+            seen[name] = part.back(own if part.expert is None else own[part.expert])
     factor = WIDTH**0.5 if family.startswith("gemma") else 1.0
     shapes |= {"token_embedder/embedding": (VOCAB, WIDTH), "decoder/decoder_norm/scale": (WIDTH,)}
     seen["model.embed_tokens.weight"] = arrays["token_embedder/embedding"] / np.float32(factor)
@@ -214,6 +236,8 @@ def test_every_array_is_where_maxtext_has_it_and_the_settings_describe_it(pruned
         ("llama-3.1", dict(rope_parameters=dict(rope_type="yarn", rope_theta=1e4, factor=2.0, original_max_position_embeddings=64)),
          "got stretched positions that MaxText cannot compute"),
         ("qwen2", dict(use_sliding_window=True, sliding_window=7, max_window_layers=1), "got windows in other blocks"),
+        ("qwen3-moe", dict(mlp_only_layers=[0]), "got blocks without a mixture"),
+        ("qwen3-moe", dict(norm_topk_prob=False), "got shares of experts that do not sum to one"),
         ("gemma", dict(rms_norm_eps=1e-5), "got norms with eps 1e-05, where MaxText has 1e-06"),
         ("gemma2", dict(num_hidden_layers=3), "got an odd number of blocks"),
         ("gemma2", dict(hidden_activation="gelu"), "got the activation gelu"),

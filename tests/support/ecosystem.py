@@ -37,8 +37,13 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "llama-3.1": ("LlamaForCausalLM", BASE | dict(rope_parameters=LLAMA31)),
     "mistral": ("MistralForCausalLM", BASE | dict(sliding_window=40)),
+    "mixtral": ("MixtralForCausalLM", BASE | dict(num_local_experts=5, num_experts_per_tok=2)),
     "qwen2": ("Qwen2ForCausalLM", BASE | dict(tie_word_embeddings=True)),
     "qwen3": ("Qwen3ForCausalLM", BASE),
+    "qwen3-moe": (
+        "Qwen3MoeForCausalLM",
+        BASE | dict(moe_intermediate_size=80, num_experts=5, num_experts_per_tok=2, norm_topk_prob=True),
+    ),
     "gemma": ("GemmaForCausalLM", BASE | dict(tie_word_embeddings=True)),
     "gemma2": ("Gemma2ForCausalLM", GEMMA | dict(num_hidden_layers=4, attn_logit_softcapping=1.5, final_logit_softcapping=2.5)),
     # One cycle of six blocks and one block more.

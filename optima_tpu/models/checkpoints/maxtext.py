@@ -11,14 +11,16 @@ What MaxText has otherwise than Hugging Face:
 - Most of its decoders do not scale the products of queries and keys: the factor is in the weights of the queries.
 - Gemma's norms hold ``1 + w``, and its embedding ``sqrt(d_model)`` times the table.
 - With ``rope_type: llama3.1`` the dimensions of a head that rotate together are neighbours.
+- One array has a matrix of all experts, [experts, d_in, d_out]. The softmax over a token's experts gives their shares.
 
 None of this turns a zero into another number.
 
 Source: AI-Hypercomputer/maxtext 0.2.5, checkpoint_conversion/utils/param_mapping.py, layers/attentions.py, layers/embeddings.py,
-layers/nnx_decoders.py and models/.
+layers/nnx_decoders.py, layers/moe.py and models/.
 """
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -27,7 +29,7 @@ import numpy as np
 from transformers import PretrainedConfig
 
 from optima_tpu.errors import UserError
-from optima_tpu.models import family_of, llama
+from optima_tpu.models import experts, family_of, llama, mixtral
 from optima_tpu.models.checkpoints.source import TensorSource, check_names
 from optima_tpu.models.rope import Llama3Scaling, Rope, RopeByBlock
 
@@ -76,17 +78,22 @@ class Leaf(NamedTuple):
       path: its names below ``params/params``.
       names: the tensors that it is made of, in order.
       convert: makes a slice of it from a tensor.
-      stacked: whether the slices are stacked along axis 1; otherwise there is one.
+      stacked: whether the slices of the blocks are stacked along axis 1; otherwise it belongs to one block, or to none.
+      experts: the number of experts, whose tensors make the slice of a block, stacked along axis 0; 0 where one tensor makes it.
     """
 
     path: tuple[str, ...]
     names: tuple[str, ...]
     convert: Convert
     stacked: bool
+    experts: int = 0
 
     def array(self, tensors: Mapping[str, np.ndarray]) -> np.ndarray:
         """The array, from the tensors by name."""
         slices = [self.convert(tensors[name]) for name in self.names]
+        if self.experts:
+            each = iter(slices)
+            slices = [np.stack(list(itertools.islice(each, self.experts))) for _ in range(len(slices) // self.experts)]
         return np.stack(slices, axis=SCAN_AXIS) if self.stacked else slices[0]
 
 
@@ -161,6 +168,7 @@ class _Kind:
       scales: whether it multiplies queries by ``head_dim ** -0.5`` itself.
       gemma: whether its norms and its embedding are Gemma's.
       windows: (blocks, width) -> the windows that it has with ``sliding_window_size`` width; None if it has none.
+      mixture: for a mixture of experts, its name and how our checkpoint names its parts.
       settings: further settings.
     """
 
@@ -170,6 +178,7 @@ class _Kind:
     scales: bool = False
     gemma: bool = False
     windows: Callable[[int, int], tuple[int | None, ...]] | None = None
+    mixture: tuple[str, experts.Layout] | None = None
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
@@ -187,8 +196,12 @@ _GEMMA3 = _Kind(
 _KINDS: Mapping[str, _Kind] = {
     "LlamaForCausalLM": _Kind("llama2", _LLAMA_NORMS),
     "MistralForCausalLM": _Kind("mistral", _LLAMA_NORMS),
+    "MixtralForCausalLM": _Kind("mixtral", _LLAMA_NORMS, mixture=("MoeBlock_0", mixtral.LAYOUT)),
     "Qwen2ForCausalLM": _Kind("qwen2", _LLAMA_NORMS, scales=True, settings={"attention_bias": True}),
     "Qwen3ForCausalLM": _Kind("qwen3", _LLAMA_NORMS, scales=True, settings={"use_qk_norm": True}),
+    "Qwen3MoeForCausalLM": _Kind(
+        "qwen3_moe", _LLAMA_NORMS, scales=True, mixture=("moe_block", experts.Layout()), settings={"use_qk_norm": True}
+    ),
     "GemmaForCausalLM": _Kind(
         "gemma", {"input_layernorm": "pre_self_attention_norm", "post_attention_layernorm": "pre_ffw_norm"}, gemma=True
     ),
@@ -240,20 +253,33 @@ def layout_of(hf_config: PretrainedConfig, source: TensorSource, scan: bool = Tr
         head = Convert((config.d_model, config.vocab))
         leaves.append(Leaf(("decoder", "logits_dense", "kernel"), (family.head,), head, False))
     parts = _parts(config, kind, shift)
+    names: dict[tuple[str, ...], list[str]] = {}
     found: dict[tuple[str, ...], Leaf] = {}
     for index, place in enumerate(kind.places(config.blocks, scan)):
-        for inner, ((first, *rest), convert) in parts.items():
+        for inner, part in parts.items():
+            first, *rest = part.path
             path = ("decoder", *place.prefix, first + place.suffix, *rest)
-            earlier = found[path].names if path in found else ()
-            name = root + family.layers.format(index) + inner
-            found[path] = Leaf(path, (*earlier, name), convert, place.stacked)
-    leaves += found.values()
+            names.setdefault(path, []).append(root + family.layers.format(index) + inner)
+            found[path] = Leaf(path, (), part.convert, place.stacked, part.experts)
+    leaves += (leaf._replace(names=tuple(names[path])) for path, leaf in found.items())
     check_names((name for leaf in leaves for name in leaf.names), source, family.ignored)
     return Layout(tuple(leaves), settings)
 
 
-def _parts(config: llama.Config, kind: _Kind, shift: float) -> dict[str, tuple[tuple[str, ...], Convert]]:
-    """The tensors of a block: name in it -> (path of MaxText's, conversion)."""
+class _Part(NamedTuple):
+    """Where a tensor of a block goes: the path of MaxText's array, the conversion, and of how many experts the array is."""
+
+    path: tuple[str, ...]
+    convert: Convert
+    experts: int = 0
+
+
+_WI_WO = ("wi_0", "wi_1", "wo")
+"""MaxText's names of gate, up and down."""
+
+
+def _parts(config: llama.Config, kind: _Kind, shift: float) -> dict[str, _Part]:
+    """The tensors of a block, by their names in it."""
     width, heads, kv_heads, size = config.d_model, config.heads, config.kv_heads, config.head_dim
     wanted = size**-0.5 if config.scale is None else config.scale
     factor = wanted / (size**-0.5 if kind.scales else 1.0)
@@ -265,21 +291,34 @@ def _parts(config: llama.Config, kind: _Kind, shift: float) -> dict[str, tuple[t
         "k": ("key", Convert((width, kv_heads, size), halves=halves), Convert((kv_heads, size), halves=halves)),
         "v": ("value", Convert((width, kv_heads, size)), Convert((kv_heads, size))),
     }
-    parts: dict[str, tuple[tuple[str, ...], Convert]] = {}
+    parts: dict[str, _Part] = {}
     for letter, (name, kernel, bias) in attention.items():
-        parts[f"self_attn.{letter}_proj.weight"] = ("self_attention", name, "kernel"), kernel
+        parts[f"self_attn.{letter}_proj.weight"] = _Part(("self_attention", name, "kernel"), kernel)
         if config.qkv_bias:
-            parts[f"self_attn.{letter}_proj.bias"] = ("self_attention", name, "bias"), bias
-    parts["self_attn.o_proj.weight"] = ("self_attention", "out", "kernel"), Convert((heads, size, width))
+            parts[f"self_attn.{letter}_proj.bias"] = _Part(("self_attention", name, "bias"), bias)
+    parts["self_attn.o_proj.weight"] = _Part(("self_attention", "out", "kernel"), Convert((heads, size, width)))
     if config.qk_norm:
-        parts["self_attn.q_norm.weight"] = ("self_attention", "query_norm", "scale"), Convert(factor=normed, shift=shift)
-        parts["self_attn.k_norm.weight"] = ("self_attention", "key_norm", "scale"), Convert(shift=shift)
-    for ours, name in {"gate": "wi_0", "up": "wi_1"}.items():
-        parts[f"mlp.{ours}_proj.weight"] = ("mlp", name, "kernel"), Convert((width, config.d_ff))
-    parts["mlp.down_proj.weight"] = ("mlp", "wo", "kernel"), Convert((config.d_ff, width))
+        parts["self_attn.q_norm.weight"] = _Part(("self_attention", "query_norm", "scale"), Convert(factor=normed, shift=shift))
+        parts["self_attn.k_norm.weight"] = _Part(("self_attention", "key_norm", "scale"), Convert(shift=shift))
+    parts |= _mlp(config) if kind.mixture is None else _mixture(config, *kind.mixture)
     for ours, name in kind.norms.items():
-        parts[f"{ours}.weight"] = (name, "scale"), Convert(shift=shift)
+        parts[f"{ours}.weight"] = _Part((name, "scale"), Convert(shift=shift))
     return parts
+
+
+def _mlp(config: llama.Config) -> dict[str, _Part]:
+    sizes = {"gate": (config.d_model, config.d_ff), "up": (config.d_model, config.d_ff), "down": (config.d_ff, config.d_model)}
+    return {f"mlp.{ours}_proj.weight": _Part(("mlp", name, "kernel"), Convert(sizes[ours])) for ours, name in zip(sizes, _WI_WO)}
+
+
+def _mixture(config: llama.Config, name: str, layout: experts.Layout) -> dict[str, _Part]:
+    assert isinstance(config, experts.Config), "a family with a mixture has this configuration"
+    router = _Part((name, "gate", "kernel"), Convert((config.d_model, config.experts)))
+    return {f"{layout.mlp}.{layout.router}.weight": router} | {
+        f"{layout.mlp}.experts.{number}.{ours}.weight": _Part((name, theirs), Convert(size), config.experts)
+        for (ours, size), theirs in zip(layout.sizes(config).items(), _WI_WO)
+        for number in range(config.experts)
+    }
 
 
 def _neighbours(config: llama.Config) -> bool:
@@ -288,6 +327,7 @@ def _neighbours(config: llama.Config) -> bool:
 
 def _settings(config: llama.Config, kind: _Kind) -> dict[str, Any]:
     """The settings of MaxText for a model. Raises UserError, by name, for what MaxText has no setting for."""
+    mixture = config if isinstance(config, experts.Config) else None
     for what, found in {
         "biases of q, k and v": config.qkv_bias != kind.settings.get("attention_bias", False),
         "a bias of o": config.o_bias,
@@ -297,6 +337,8 @@ def _settings(config: llama.Config, kind: _Kind) -> dict[str, Any]:
         f"the activation {config.activation}": config.activation not in _ACTIVATIONS,
         f"norms with eps {config.eps:g}, where MaxText has {_EPS:g}": kind.gemma and config.eps != _EPS,
         "an odd number of blocks": kind.places is _in_pairs and config.blocks % 2,
+        "blocks without a mixture": mixture and not all(mixture.mixed),
+        "shares of experts that do not sum to one": mixture and not mixture.normalise,
     }.items():
         if found:
             raise _refusal(what)
@@ -319,8 +361,13 @@ def _settings(config: llama.Config, kind: _Kind) -> dict[str, Any]:
         "tokenizer_type": "huggingface",
         **_rotary(config, kind),
         **_windows(config, kind),
+        **({} if mixture is None else _sizes(mixture)),
         **kind.settings,
     }
+
+
+def _sizes(mixture: experts.Config) -> dict[str, Any]:
+    return {"num_experts": mixture.experts, "num_experts_per_tok": mixture.experts_per_token, "base_moe_mlp_dim": mixture.d_ff}
 
 
 def _windows(config: llama.Config, kind: _Kind) -> dict[str, Any]:
@@ -331,7 +378,7 @@ def _windows(config: llama.Config, kind: _Kind) -> dict[str, Any]:
         (width,) = widths
         if kind.windows is not None and config.windows == kind.windows(config.blocks, width):
             return {"sliding_window_size": width}
-        if kind.name == "mistral" and config.windows == (width,) * config.blocks:
+        if kind.name in ("mistral", "mixtral") and config.windows == (width,) * config.blocks:
             return {"max_target_length": width}  # its decoder has no window, and no such text is longer than one
     raise _refusal("windows in other blocks than MaxText")
 
