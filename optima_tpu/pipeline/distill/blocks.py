@@ -28,7 +28,7 @@ from optima_tpu.method.zeros import keep_zeros
 from optima_tpu.models.decoder import Decoder, Head, forward, head_logits
 from optima_tpu.models.family import Positions
 from optima_tpu.report.numbers import percent
-from optima_tpu.runtime.mesh import divisible, spread, struct_on
+from optima_tpu.runtime.mesh import DATA, divisible, spread, struct_on
 
 Tree = dict[str, Array]
 
@@ -87,21 +87,37 @@ class Trainer:
         shape = self.decoder.block_shapes[name]
         return NamedSharding(self.decoder.mesh, spread(self.decoder.mesh, shape, self.decoder.sharding(name)))
 
+    @property
+    def accumulates(self) -> bool:
+        """Whether a step takes several batches: their gradients add up, so that those of all blocks exist at a time."""
+        windows = min(self.method.batch, self.method.windows)
+        return windows > self.decoder.batch * self.decoder.mesh.shape[DATA]
+
     def bytes_on_device(self) -> int:
         """What the blocks that are trained together take on each device, at most.
 
-        Master, two moments and gradient in float32, and a mask; the rest as it is.
+        Master, two moments and a mask of each, in float32 but for the mask; the gradients that exist at a time; the rest as it is.
         """
-        spans = self.method.spans(self.decoder.config.blocks)
-        return max(sum(self.at(index)._bytes_of_a_block for index in span) for span in spans)
+        return max(self._bytes_of_a_span(span) for span in self.method.spans(self.decoder.config.blocks))
+
+    def _bytes_of_a_span(self, span: range) -> int:
+        trainers = [self.at(index) for index in span]
+        gradients = [4 * trainer._moving for trainer in trainers]
+        return sum(trainer._bytes_of_a_block for trainer in trainers) + (sum if self.accumulates else max)(gradients)
+
+    @functools.cached_property
+    def _moving(self) -> int:
+        """How many numbers of a block that move are on each device."""
+        return sum(math.prod(self.shards(name).shard_shape(self.decoder.block_shapes[name])) for name in self.factors)
 
     @functools.cached_property
     def _bytes_of_a_block(self) -> int:
+        """Without the gradient."""
         decoder, total = self.decoder, 0
         for name, shape in decoder.block_shapes.items():
             if name in self.factors:
                 masked = name.removesuffix(".weight") in decoder.linears
-                total += (4 * 4 + masked) * math.prod(self.shards(name).shard_shape(shape))
+                total += (3 * 4 + masked) * math.prod(self.shards(name).shard_shape(shape))
             else:
                 size = self.dtype(name).itemsize
                 total += size * math.prod(NamedSharding(decoder.mesh, decoder.sharding(name)).shard_shape(shape))

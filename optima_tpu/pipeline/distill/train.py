@@ -282,10 +282,11 @@ class Model:
     def step(self, stream: Stream, rate: float) -> float:
         """One step of Adam on some windows; the mean loss of a token before it.
 
-        Gradients add up over batches that fit the devices, so the batch of Adam is as large as the method says on any mesh.
+        Gradients add up over batches that fit the devices, so the batch of Adam is as large as the method says on any mesh. The
+        last batch updates each block right behind its backward pass: if it is the only one, one gradient exists at a time.
         """
         batch, count, trainers = self.trainer.decoder.batch, self._terms(stream), self.trainers
-        gradients = [trainer.zeros() for trainer in trainers]
+        gradients = dict[int, Tree]()
         scale, total = jnp.float32(1 / count), 0.0
         for pruned, dense in zip(stream.entering.batches(batch), stream.dense.batches(batch)):
             inputs = [pruned.hidden]
@@ -293,14 +294,20 @@ class Model:
                 inputs.append(each.forward(block.masters, block.fixed, inputs[-1], positions))
             tokens, there = pruned.place(stream.tokens), pruned.valid
             sums, cotangent = self.goal.gradient(dense.hidden, inputs.pop(), tokens, there, scale)
+            last = pruned.rows.max() >= stream.entering.last - 1
             for index in reversed(range(len(self.blocks))):
-                block = self.blocks[index]
-                gradients[index], cotangent = trainers[index].backward(
-                    block.masters, block.fixed, inputs.pop(), self.positions[index], cotangent, gradients[index]
+                each, block = trainers[index], self.blocks[index]
+                gradients[index], cotangent = each.backward(
+                    block.masters,
+                    block.fixed,
+                    inputs.pop(),
+                    self.positions[index],
+                    cotangent,
+                    gradients.pop(index, None) or each.zeros(),
                 )
+                if last:
+                    self.blocks[index] = each.update(block, gradients.pop(index), jnp.float32(rate))
             total += float(np.sum(fetch(sums), dtype=np.float64))
-        for index, gradient in enumerate(gradients):
-            self.blocks[index] = trainers[index].update(self.blocks[index], gradient, jnp.float32(rate))
         return total / count
 
     def _terms(self, stream: Stream) -> int:
@@ -683,7 +690,8 @@ def refuse_large(trainer: Trainer, budget: float, recovering: bool = False) -> N
         if recovering:
             instead = f"{smaller}, or --train norms".replace("distill.", "").replace("distill", "loss")
         which = "all blocks" if together == blocks else f"{together} block{'s' * (together > 1)} at a time"
+        gradients = " gradients," if trainer.accumulates else ""
         raise UserError(
-            f"training holds weights, gradients, two moments and masks of {which}, {needed / 2**30:.1f} GiB on each "
+            f"training holds weights,{gradients} two moments and masks of {which}, {needed / 2**30:.1f} GiB on each "
             f"device of {budget / 2**30:.1f} GiB: take more devices, {instead}"
         )
