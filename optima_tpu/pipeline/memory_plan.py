@@ -12,6 +12,7 @@ for ``prune_group`` (arguments, outputs and temporaries; CPU, jax 0.10) and roun
 """
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Collection, Sequence
@@ -200,11 +201,22 @@ class _Block:
 
     def _cut(self, groups: Groups, share: float) -> tuple[Pass, ...]:
         cut: list[list[tuple[str, ...]]] = []
+        together = 0.0
         for names in groups:
-            if not cut or sum(map(self._hessians, [*cut[-1], names])) > share * self.budget:
+            together += (own := self._hessians(names))
+            if not cut or together > share * self.budget:
                 cut.append([])
+                together = own
             cut[-1].append(names)
-        return tuple(Pass(tuple(part), tuple(self._layout(names, part) for names in part)) for part in cut)
+        return tuple(map(self._pass, cut))
+
+    def _pass(self, part: Sequence[tuple[str, ...]]) -> Pass:
+        together = sum(map(self._hessians, part))  # once: a block with many experts has hundreds of groups
+        return Pass(tuple(part), tuple(self._layout(names, together) for names in part))
+
+    @functools.cached_property
+    def _weights(self) -> float:
+        return block_bytes(self.decoder, self.index)
 
     def _hessians(self, names: tuple[str, ...]) -> float:
         """Bytes of a group's statistics, of the calibration and of the held-out tokens."""
@@ -214,14 +226,15 @@ class _Block:
         rows = self.recipe.target.streams * d_in + sum(shapes[name + ".weight"][0] for name in names if name in residuals)
         return 2 * 4 * rows * d_in / (mesh.shape[MODEL] if d_in % mesh.shape[MODEL] == 0 else 1)
 
-    def _layout(self, names: tuple[str, ...], part: Sequence[tuple[str, ...]]) -> Layout:
+    def _layout(self, names: tuple[str, ...], together: float) -> Layout:
+        """The layout of a group in a pass whose statistics take ``together`` bytes."""
         load, mesh = group_load(self.decoder, names, self.recipe), self.decoder.mesh
         # The load counts the statistics of its own input once. But statistics that are split by columns are gathered into copies
         # while the originals stay. And a TPU that computes inverses alone needs about as much again for panels, which were not
         # fitted.
         as_they_come = mesh.shape[MODEL] == 1 and divided(load.d_in, mesh.size)
-        beside = sum(self._hessians(other) for other in part if other != names or not as_they_come)
-        left = self.budget - _BLOCK_COPIES * block_bytes(self.decoder, self.index) - beside
+        beside = together - as_they_come * self._hessians(names)
+        left = self.budget - _BLOCK_COPIES * self._weights - beside
         layout = load.layout(mesh, left)
         if layout is None:
             raise UserError(self._refusal(names[0], load, left))

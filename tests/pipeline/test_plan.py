@@ -21,12 +21,14 @@ from optima_tpu.method.prune_group import prune_group
 from optima_tpu.method.recipe import Recipe
 from optima_tpu.method.selectors import ADMM, Imported, SparseGPT, Wanda
 from optima_tpu.method.solvers import CG
+from optima_tpu.method.targets import DenseTarget, SelfTarget
+from optima_tpu.pipeline import memory_plan
 from optima_tpu.pipeline.calibrate import linear_groups
 from optima_tpu.pipeline.distill.blocks import Trainer
-from optima_tpu.pipeline.memory_plan import GroupLoad
+from optima_tpu.pipeline.memory_plan import GroupLoad, block_passes
 from optima_tpu.pipeline.plan import topology
 from optima_tpu.pipeline.plan.compile import compiled
-from optima_tpu.pipeline.plan.estimate import RowShare, assumptions, inputs_of, prune_work, sequence_flops, storage
+from optima_tpu.pipeline.plan.estimate import RowShare, assumptions, inputs_of, prune_work, read_by, sequence_flops, storage
 from optima_tpu.pipeline.plan.hlo import collectives, moved
 from optima_tpu.pipeline.plan.model import open_declared
 from optima_tpu.pipeline.plan.plan import make_plan
@@ -235,7 +237,7 @@ def test_a_token_counts_at_its_own_experts_alone(tmp_path):
     # The compiler counts the body of each loop once, a block of rows; and what a token's experts return is added up.
     assert 1 < (four - two) / (2 * length * products) < 1.1
     groups = linear_groups(model(4).decoder)
-    before, between = (sequence_flops(model(4), length, groups[at : at + 1]) for at in (2, 3))
+    before, between = (sequence_flops(model(4), length, groups[at][:1]) for at in (2, 3))
     assert before < two - 2 * length * products and 1 < (between - before) / (4 * length * products * 2 / 3) < 1.1
     assert [reach for _, reach in inputs_of(model(4), groups[:4])] == [1, 1, 0.25, 0.25]
 
@@ -257,11 +259,32 @@ def test_a_shared_expert_counts_for_every_token_and_blocks_count_as_they_are(tmp
         assert (before == after) if not more else 1 < (after - before) / (2 * length * more) < 1.05
         assert three.at(index).block_bytes() - one.at(index).block_bytes() == 4 * more
     assert one.all_blocks_bytes() == one.at(0).block_bytes() + 2 * one.at(2).block_bytes()
+    # The drift of the residual stream at a shared expert's down has the experts' outputs in it: two experts of three matrices.
+    down, experts = ("mlp.shared_experts.down_proj",), 2 * length * 2 * 3 * 48 * 24
+    read = read_by(one.at(1).decoder, (down,), DenseTarget(gamma=0.5))
+    assert read == (*down, "before_shared") and read_by(one.at(1).decoder, (down,), SelfTarget()) == down
+    without, within = (sequence_flops(one.at(1), length, names) for names in (down, read))
+    assert 1 < (within - without) / experts < 1.25  # beside the products: router, sorting, the body of each loop once
     names = linear_groups(one.at(1).decoder)
     assert {(len(group), reach) for group, (_, reach) in zip(names, inputs_of(one.at(1), names))} == {
         *((size, 1.0) for size in (3, 1, 2)),
         *((size, 2 / 6) for size in (2, 1)),
     }
+
+
+def test_the_passes_of_a_block_are_found_in_one_look_at_its_weights_however_many_experts_it_has(tmp_path, monkeypatch):
+    sizes = dict(hidden_size=64, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=1, vocab_size=64)
+    own = dict(model_type="mixtral", intermediate_size=96, num_local_experts=16, num_experts_per_tok=2, dtype="bfloat16")
+    (tmp_path / "config.json").write_text(json.dumps(sizes | own | dict(architectures=["MixtralForCausalLM"])))
+    decoder, looks, look = open_declared(str(tmp_path), None, 1).decoder, [], memory_plan.block_bytes
+    monkeypatch.setattr(memory_plan, "block_bytes", lambda *given: looks.append(look(*given)) or looks[-1])
+    groups = linear_groups(decoder)
+    passes = block_passes(decoder, 0, groups, Recipe(Unstructured(0.5), Wanda(), CG()), 5e6)
+    assert len(looks) == 1 and len(passes) > 1
+    assert tuple(names for part in passes for names in part.groups) == groups
+    # A pass takes groups as long as their statistics, of two sets of tokens, fit its share.
+    held = [sum(2 * 4 * decoder.input_width(names[0]) ** 2 for names in part.groups) for part in passes]
+    assert max(held) <= 0.25 * 5e6 < held[0] + 8 * 96**2
 
 
 def test_what_does_not_fit_is_said_with_numbers(tmp_path):

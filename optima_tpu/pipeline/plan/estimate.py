@@ -19,10 +19,11 @@ from optima_tpu.method.patterns import Pattern
 from optima_tpu.method.recipe import Recipe
 from optima_tpu.method.resources import Cost
 from optima_tpu.method.statistics import Groups
+from optima_tpu.method.targets import Target
 from optima_tpu.models.decoder import Decoder, forward
 from optima_tpu.models.experts import expert_of
 from optima_tpu.models.family import Positions
-from optima_tpu.pipeline.calibrate import linear_groups, stages
+from optima_tpu.pipeline.calibrate import residual_names
 from optima_tpu.pipeline.distill.blocks import Trainer
 from optima_tpu.pipeline.distill.train import Parts
 from optima_tpu.pipeline.journal import STATES_EVERY
@@ -144,13 +145,21 @@ def inputs_of(model: Declared, groups: Groups) -> tuple[Input, ...]:
     return tuple(Input(decoder.block_shapes[name + ".weight"][1], decoder.config.reach(name)) for name, *_ in groups)
 
 
-def sequence_flops(model: Declared, length: int, wanted: Groups | None = None, known: Collection[str] = ()) -> float:
+def read_by(decoder: Decoder, groups: Groups, target: Target) -> tuple[str, ...]:
+    """What a pass of the calibration reads: the inputs of layers by the layer's name, and residual streams by theirs."""
+    # All experts read parts of one array: one of them stands for them.
+    inputs = {kind_name(name): name for name, *_ in groups}
+    places = [place for place in residual_names(decoder, groups, target) if place]
+    return tuple(dict.fromkeys([*inputs.values(), *(name for place in places for name in (*place.before, place.after) if name)]))
+
+
+def sequence_flops(model: Declared, length: int, wanted: Collection[str] | None = None, known: Collection[str] = ()) -> float:
     """FLOPs of one sequence through one block, counted by the compiler before it optimises.
 
     The compiler counts the body of a loop once, and experts are computed in loops: their products are counted here.
 
     Args:
-      wanted: only what the inputs of these groups need; None for the output of the block.
+      wanted: only what these need, as :func:`read_by` names them; None for the output of the block.
       known: the layers whose inputs are known: what these depend on is not computed.
     """
     decoder = model.on(NOWHERE).decoder
@@ -161,23 +170,22 @@ def sequence_flops(model: Declared, length: int, wanted: Groups | None = None, k
 
     def through(state: Any, hidden: Array, positions: Positions, known: Mapping[str, Array]) -> Any:
         output, inputs = forward(decoder.graph, state, hidden, positions, known)
-        return output if wanted is None else [inputs[names[0]] for names in wanted]
+        return output if wanted is None else [inputs[name] for name in wanted]
 
     kept = {name: array(decoder.input_width(name)) for name in known}
     lowered = jax.jit(through).lower(state, array(decoder.config.d_model), decoder.config.positions(0, length), kept)
     return (lowered.cost_analysis() or {}).get("flops", 0.0) + _expert_flops(decoder, length, wanted)
 
 
-def _expert_flops(decoder: Decoder, length: int, wanted: Groups | None) -> float:
+def _expert_flops(decoder: Decoder, length: int, wanted: Collection[str] | None) -> float:
     """FLOPs of the experts' products for one sequence; each token counts at its own experts."""
-    parts = stages(linear_groups(decoder))
-    place = {kind_name(name): position for position, part in enumerate(parts) for name in part[0]}
-    end = len(parts) if wanted is None else max(place[kind_name(name)] for name, *_ in wanted)
-    return sum(
-        2.0 * length * decoder.config.reach(name) * math.prod(decoder.block_shapes[name + ".weight"])
-        for name in decoder.linears
-        if expert_of(name) is not None and place[kind_name(name)] < end
-    )
+    family, names = decoder.family, [name for name in decoder.linears if expert_of(name) is not None]
+    streams = {stream for around in family.residuals.values() for stream in around}
+    behind = streams - set(family.residuals.get(family.attended, ()))  # the experts add to these
+    if wanted is not None and behind.isdisjoint(wanted):
+        wide = [name for name in names if kind_name(name) in family.shared]
+        names = wide if any(name in wanted for name in names if name not in wide) else []
+    return sum(2.0 * length * decoder.config.reach(name) * math.prod(decoder.block_shapes[name + ".weight"]) for name in names)
 
 
 class BlockFlops(NamedTuple):

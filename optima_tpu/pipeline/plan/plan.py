@@ -172,9 +172,10 @@ def make_plan(
                         layout,
                         any(name in residuals for name in together),
                     )
-                    others = tuple(other for other in part.groups if other != group)
-                    found = layers.setdefault(shape, _Layers(alike.config.kind, together, others, held_out))
-                    layers[shape] = found._replace(calls=found.calls + 1)
+                    if shape not in layers:
+                        others = tuple(other for other in part.groups if other != group)
+                        layers[shape] = _Layers(alike.config.kind, together, others, held_out)
+                    layers[shape] = layers[shape]._replace(calls=layers[shape].calls + 1)
 
     if generated_by(config) and not recovering:
         try:
@@ -272,9 +273,10 @@ def _calibration(
         memory = beside + found.memory if found.memory else memory
     added = aimed_residuals(decoder, config.recipe)
     drifting = tuple(decoder.block_shapes[name + ".weight"][1] for names in groups for name in names if name in added)
-    block = estimate.sequence_flops(model, text.length, groups, kind.known.pruned)
+    read = estimate.read_by(decoder, groups, target)
+    block = estimate.sequence_flops(model, text.length, read, kind.known.pruned)
     if streams == 2:  # the last pass moves the dense stream through the whole block
-        block += estimate.sequence_flops(model, text.length, None if kind.last else groups, kind.known.dense)
+        block += estimate.sequence_flops(model, text.length, None if kind.last else read, kind.known.dense)
     work = estimate.calibration_work(model, block, inputs, text.length, batch, streams, drifting)
     return Program(name, "calibration", blocks * steps, None, None, work, memory, found)
 
