@@ -77,18 +77,17 @@ def _export(arguments: list[str] | None) -> None:
 
 
 def sizes(packed: Packed) -> str:
-    """What the files of weights take: dense, pruned and packed, in bytes; and the pruned matrices in bits a weight."""
+    """What the files of weights take: dense, pruned and packed, in bytes; and in bits a weight the matrices with masks of their own."""
     plain, small = packed.unpacked_bytes, packed.packed_bytes
+    files = f"weight files: dense {plain:,} bytes, pruned {plain:,}, packed {small:,} ({small / plain:.3f} of the dense)"
+    if not packed.masks:
+        return files
     pruned = [packed.tensors[name] for name in packed.masks]
     weights = sum(math.prod(tensor.shape) for tensor in pruned)
     before, after = (
-        8 * sum(found) / max(weights, 1)
-        for found in ((tensor.nbytes for tensor in pruned), (sum(tensor.parts) for tensor in pruned))
+        8 * sum(found) / weights for found in ((tensor.nbytes for tensor in pruned), (sum(tensor.parts) for tensor in pruned))
     )
-    return (
-        f"weight files: dense {plain:,} bytes, pruned {plain:,}, packed {small:,} ({small / plain:.3f} of the dense)\n"
-        f"pruned matrices: {weights:,} weights; bits a weight: dense {before:.2f}, pruned {before:.2f}, packed {after:.2f}"
-    )
+    return f"{files}\npruned matrices: {weights:,} weights; bits a weight: dense {before:.2f}, pruned {before:.2f}, packed {after:.2f}"
 
 
 if __name__ == "__main__":

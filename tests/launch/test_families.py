@@ -10,15 +10,18 @@ from rich.console import Console
 
 from optima_tpu.config.run_config import Calibration, Evaluation, RunConfig
 from optima_tpu.errors import UserError
+from optima_tpu.export import sizes
 from optima_tpu.method.patterns import NM, Unstructured
 from optima_tpu.method.solvers import CG
 from optima_tpu.models.checkpoints import open_model
 from optima_tpu.models.checkpoints.export import export, read_masks
 from optima_tpu.models.checkpoints.orbax import write_checkpoint
+from optima_tpu.models.checkpoints.packed import Packed
 from optima_tpu.models.decoder import Decoder
 from optima_tpu.pipeline.inputs import read_texts
 from optima_tpu.pipeline.journal import open_journal
 from optima_tpu.pipeline.run import run
+from optima_tpu.unpack import unpack
 from tests.support.fake_run import MANIFEST, assert_same, on_host
 from tests.support.meshes import mesh
 from tests.support.references import MULTIMODAL, REFERENCES, SIZES, tiny
@@ -134,9 +137,20 @@ def test_a_pruned_model_loads_in_transformers(saved, halved, family):
     assert_loads(halved(family), family, (4, 2))
 
 
-def test_a_model_that_stores_its_experts_in_one_tensor_is_not_packed(halved, tmp_path):
-    with pytest.raises(UserError, match="--format plain for a model that stores its experts in one tensor, got packed"):
-        export(halved("GptOssForCausalLM").parent, tmp_path / "out", form="packed")
+def test_a_model_that_stores_its_experts_in_one_tensor_is_packed_but_not_as_integers(halved, tmp_path):
+    plain, small, back = halved("GptOssForCausalLM"), tmp_path / "small", tmp_path / "back"
+    export(plain.parent, small, form="packed")
+    unpack(small, back)
+    for name in ("model.safetensors", "pruning_masks.npz", "config.json"):
+        assert (back / name).read_bytes() == (plain / name).read_bytes()
+    size, whole = (
+        (folder / name).stat().st_size for folder, name in ((small, "packed-model.safetensors"), (plain, "model.safetensors"))
+    )
+    assert size < 0.8 * whole and "pruned matrices" not in sizes(Packed(small))
+    found, read = (open_model(str(folder)).tensors for folder in (small, plain))
+    assert found.names() == read.names() and all(np.array_equal(found.read(name), read.read(name)) for name in read.names())
+    with pytest.raises(UserError, match="--format plain or packed for a model that stores its experts in one tensor, got gguf"):
+        export(plain.parent, tmp_path / "out", form="gguf")
 
 
 def assert_loads(folder: Path, family: str, shape: tuple[int, int]) -> None:

@@ -72,7 +72,8 @@ class Form:
         self.stacked = stacks_of(run.architectures())
         if self.stacked and not self.stacks:
             raise UserError(
-                f"expected --format {Plain.name} for a model that stores its experts in one tensor, got {self.name}: not supported"
+                f"expected --format {Plain.name} or {Packed.name} for a model that stores its experts in one tensor, got "
+                f"{self.name}: not supported"
             )
 
     def write(self, folder: Path) -> tuple[list[str], Zeros]:
@@ -168,14 +169,16 @@ class Packed(Plain):
     """The plain folder in one file, from which ``optima unpack`` makes it again, byte for byte."""
 
     name = "packed"
-    buckets = stacks = False
+    buckets = False
 
     def write(self, folder: Path) -> tuple[list[str], Zeros]:
         self._folder, self._packer = folder, Packer(folder)
+        if self.stacked:  # the mask of an expert is no mask of a stored tensor: all masks are a file, as in the plain folder
+            return super().write(folder)
         return list(self._split.filename_to_tensors), self.write_weights(folder)  # its masks are beside its values
 
     def written(self, file: Path, masks: Mapping[str, np.ndarray]) -> None:
-        self._packer.add_weights(file, masks)
+        self._packer.add_weights(file, {} if self.stacked else masks)
         file.unlink()
 
     def finish(self, names: Iterable[str]) -> None:
