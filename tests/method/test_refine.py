@@ -14,6 +14,7 @@ from optima_tpu.config.run_config import weights_settings
 from optima_tpu.errors import UserError
 from optima_tpu.method.acceptance import MatrixObjective, PerRow, RowErrors, TokenTerms, accept_rows
 from optima_tpu.method.layer_rules import LayerRule
+from optima_tpu.method.linalg.traces import inverse_traces
 from optima_tpu.method.mask_swaps import Exchanging, Swaps, schur_diagonal
 from optima_tpu.method.patterns import NM, Unstructured
 from optima_tpu.method.problem import Pruned, Solution, pull_of
@@ -115,6 +116,15 @@ def test_no_schur_complement_is_negative_where_a_row_keeps_more_than_the_hessian
 def test_nothing_is_exchanged_where_float32_finds_no_inverse():
     broken = jnp.asarray(np.eye(32, dtype=np.float32) + 5 * (1 - np.eye(32, dtype=np.float32)))
     assert (schur_diagonal(broken, 0.01, 0.5) == 0).all()
+
+
+@pytest.mark.parametrize("size, off", [(60, 0.005), (256, 0.03)], ids=["all unit vectors", "random vectors"])
+def test_traces_of_inverses_are_those_of_the_eigenvalues(size, off):
+    hessian = correlated_hessian(np.random.default_rng(3), size, spread=0.1) + 0.05 * np.eye(size, dtype=np.float32)
+    values = np.linalg.eigvalsh(hessian.astype(np.float64))
+    shifts = np.float32([0.03, 0.3, 3.0])
+    found = jax.jit(lambda matrix, shifts: jax.lax.map(inverse_traces(matrix), shifts))(hessian, shifts)
+    np.testing.assert_allclose(found, [np.mean(1 / (values + shift)) for shift in shifts], rtol=off)
 
 
 def test_the_schur_complements_are_those_of_the_deterministic_equivalent():
