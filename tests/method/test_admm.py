@@ -22,15 +22,20 @@ def test_mask_and_weights_are_those_of_the_algorithm(pattern):
     for seed, target in enumerate(("self", "other", "other")):  # no two scores are so close that rounding could decide
         problem = layer(np.random.default_rng(seed), ROWS, INPUTS, target=target)
         pruned = select(SELECTOR, problem, pattern)
-        weight, keep = ports.admm(
-            *map(np.asarray, (problem.weight, problem.hessian, linear_of(problem))),
-            pattern,
-            SELECTOR.damping,
-            np.geomspace(SELECTOR.rho_first, SELECTOR.rho_last, SELECTOR.levels),
-            SELECTOR.iterations,
-        )
+        weight, keep = ports.admm(*map(np.asarray, (problem.weight, problem.hessian, linear_of(problem))), pattern, SELECTOR)
         assert (np.asarray(pruned.keep) == keep).all()
         assert np.abs(np.asarray(pruned.weight) - weight).max() <= 1e-4 * np.abs(weight).max()
+
+
+def test_levels_share_inverses_and_the_last_has_its_own():
+    for inverses, shared in ((None, [1] * 6), (6, [1] * 6), (3, [3, 2, 1]), (2, [5, 1]), (1, [6])):
+        selector = ADMM(damping=0.3, levels=6, inverses=inverses)
+        stages = selector.stages()
+        assert [len(stage.penalties) for stage in stages] == shared and selector.cost().inverses == len(stages)
+        penalties = [rho for stage in stages for rho in stage.penalties]
+        np.testing.assert_allclose(penalties, np.geomspace(selector.rho_first, selector.rho_last, selector.levels))
+        for (first, *_, last), sigma in ((stage.penalties[:1] + stage.penalties, stage.sigma) for stage in stages):
+            assert abs(sigma - 0.3 - (first + last) / 2) < 1e-6
 
 
 @patterns
@@ -61,6 +66,7 @@ def test_its_mask_is_better_than_wandas_and_its_weights_are_near_the_best_on_it(
         ({"rho_last": float("inf")}, "finite"),
         ({"rho_last": float("nan")}, "rho_first"),
         ({"levels": 0}, "at least 1"),
+        ({"inverses": 13}, "from 1 to the number of levels"),
     ],
 )
 def test_impossible_settings_are_refused(options, expected):

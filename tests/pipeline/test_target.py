@@ -291,17 +291,10 @@ def test_a_selector_aims_at_the_target_too():
     rng = np.random.default_rng(5)
     weight, sets = two_sets(rng)
     sets = [(x, other, 5 * rng.standard_normal((len(x), 12))) for x, other in sets]
-    selector = ADMM(rho_first=0.3, levels=3)
+    selector = ADMM(rho_first=0.3, levels=3, inverses=2)
     recipe = dataclasses.replace(BEYOND, selector=selector, solver=None, target=DenseTarget(0.75, gamma=0.5))
     new, keep, _, problem = group_of(weight, sets, recipe)
-    penalties = np.geomspace(selector.rho_first, selector.rho_last, selector.levels)
-    best, kept = ports.admm(
-        *map(np.asarray, (problem.weight, problem.hessian, linear_of(problem))),
-        recipe.pattern,
-        selector.damping,
-        penalties,
-        selector.iterations,
-    )
+    best, kept = ports.admm(*map(np.asarray, (problem.weight, problem.hessian, linear_of(problem))), recipe.pattern, selector)
     assert (keep == kept).all() and np.abs(new - best).max() < 1e-3 * np.abs(best).max()
 
 

@@ -1,8 +1,9 @@
-"""Published selectors in float64 numpy, by loops from their formulas; of our code only the counts of a pattern."""
+"""Published selectors in float64 numpy, by loops from their formulas; of our code only counts of a pattern and levels of ADMM."""
 
 import numpy as np
 
 from optima_tpu.method.patterns import NM, Pattern
+from optima_tpu.method.selectors import ADMM
 
 
 def thanos(
@@ -88,27 +89,23 @@ def sparsegpt(
 
 
 def admm(
-    weight: np.ndarray,
-    hessian: np.ndarray,
-    linear: np.ndarray,
-    pattern: Pattern,
-    damping: float,
-    penalties: np.ndarray,
-    iterations: int,
+    weight: np.ndarray, hessian: np.ndarray, linear: np.ndarray, pattern: Pattern, selector: ADMM
 ) -> tuple[np.ndarray, np.ndarray]:
-    """ADMM for mask and weights (Meng et al., ALPS, 2024, equation 5), ``iterations`` of each penalty; no dead inputs.
+    """ADMM for mask and weights (Meng et al., ALPS, 2024, equation 5); no dead inputs.
+
+    The first step is one of Richardson's with the inverse at ``sigma``, written as in a textbook: by the residual of the exact step.
 
     Returns:
       (weights, keep), each [d_out, d_in].
     """
     scale = np.sqrt(np.diag(hessian.astype(np.float64)))
     scaled, dense = hessian / scale / scale[:, None], weight * scale
-    target = linear / scale + damping * dense
-    z, dual = dense, np.zeros_like(dense)
-    for rho in penalties:
-        inverse = np.linalg.inv(scaled + (damping + rho) * np.eye(len(scale)))
-        for _ in range(iterations):
-            v = (target - dual + rho * z) @ inverse
+    target, eye = linear / scale + selector.damping * dense, np.eye(len(scale))
+    v, z, dual = dense, dense, np.zeros_like(dense)
+    for rho, sigma in ((rho, stage.sigma) for stage in selector.stages() for rho in stage.penalties):
+        exact, inverse = scaled + (selector.damping + rho) * eye, np.linalg.inv(scaled + sigma * eye)
+        for _ in range(selector.iterations):
+            v = v + (target - dual + rho * z - v @ exact) @ inverse
             z = v + dual / rho
             keep = np.zeros(z.shape, bool)
             groups = (
