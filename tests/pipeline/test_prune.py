@@ -31,9 +31,13 @@ RECIPES = {
     # Tight tolerances: rows that stop at a threshold may stop a step apart on two meshes, and then differ by the threshold.
     "wanda cg": Recipe(Unstructured(0.5), Wanda(), CG(tolerance=1e-6)),
     "magnitude per layer": Recipe(Unstructured(0.6, "layer"), Magnitude(), None),
-    # The paper's 2:4, attention dense.
+    # The paper's 2:4, attention dense; of the MLP one layer, since MPAX takes seconds to compile for each group of layers.
     "2:4 mpax": Recipe(
-        NM(2, 4), Wanda(), MPAX(eps_abs=1e-4, eps_rel=1e-4, unit_diagonal=True), PerLayer(), (LayerRule("self_attn.*", None),)
+        NM(2, 4),
+        Wanda(),
+        MPAX(eps_abs=1e-4, eps_rel=1e-4, unit_diagonal=True),
+        PerLayer(),
+        tuple(LayerRule(path, None) for path in ("self_attn.*", "mlp.gate_proj", "mlp.up_proj")),
     ),
 }
 
@@ -65,7 +69,7 @@ def test_the_mesh_does_not_change_the_result(recipe):
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
 def test_every_layer_is_pruned_exactly_and_never_worse_than_its_mask(recipe):
     for index, (weights, masks, reports) in enumerate(walk(recipe, (1, 1), blocks=2)[0]):
-        assert len(reports) == len(masks) == (3 if recipe.layers else 7)
+        assert len(reports) == len(masks) == (1 if recipe.layers else 7)
         for report in reports:
             weight, keep = weights[report.name + ".weight"], masks[report.name + ".weight"]
             assert (report.block, report.shape) == (index, weight.shape)
