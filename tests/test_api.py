@@ -10,7 +10,6 @@ import pytest
 import optima_tpu
 from optima_tpu.errors import UserError
 from tests.support.runs import folder_tensors
-from tests.support.tiny_models import tiny_folder
 
 SMALL = {
     "mesh": "4x2",
@@ -21,14 +20,13 @@ SMALL = {
 
 
 @pytest.fixture(scope="module")
-def result(tmp_path_factory):
-    root = tmp_path_factory.mktemp("api")
-    return optima_tpu.prune(str(tiny_folder(root / "model")), progress=False, output=str(root / "run"), **SMALL)
+def result(finished, tmp_path_factory):
+    """The finished run, from Python."""
+    run, solver = tmp_path_factory.mktemp("api") / "run", {"name": "cg", "tolerance": 1e-6}
+    return optima_tpu.prune(str(finished.model), progress=False, output=str(run), solver=solver, **SMALL)
 
 
-def test_a_run_from_python_is_that_of_the_command(finished, tmp_path):
-    solver = {"name": "cg", "tolerance": 1e-6}
-    result = optima_tpu.prune(str(finished.model), progress=False, output=str(tmp_path / "run"), solver=solver, **SMALL)
+def test_a_run_from_python_is_that_of_the_command(finished, result):
     for name, weight in folder_tensors(finished.directory / "hf").items():
         assert (weight == folder_tensors(result.directory / "hf")[name]).all(), name
 
