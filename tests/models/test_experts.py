@@ -27,8 +27,13 @@ def test_grouped_products_are_those_of_each_group(counts):
     stretches = Stretches(jnp.cumsum(jnp.array(counts)) - jnp.array(counts), jnp.array(counts))
     x, weights, cotangent = (rng.standard_normal(shape) for shape in ((77, 12), (len(counts), 9, 12), (77, 9)))
     wide = [np.asarray(array, np.float32) for array in (x, weights, cotangent)]
-    y, pull = jax.vjp(lambda x, weights: grouped_dot(x, weights, stretches, jnp.float32), *wide[:2])
-    towards_x, towards_weights = pull(wide[2])
+
+    @jax.jit
+    def products(x, weights, cotangent):
+        y, pull = jax.vjp(lambda x, weights: grouped_dot(x, weights, stretches, jnp.float32), x, weights)
+        return y, *pull(cotangent), grouped_outer(x, cotangent, stretches)
+
+    y, towards_x, towards_weights, outer = products(*wide)
 
     def sums(left, right):
         return np.stack([left[group == each].T @ right[group == each] for each in range(len(counts))])
@@ -37,7 +42,7 @@ def test_grouped_products_are_those_of_each_group(counts):
         (y, np.einsum("ri,roi->ro", x, weights[group])),
         (towards_x, np.einsum("ro,roi->ri", cotangent, weights[group])),
         (towards_weights, sums(cotangent, x)),
-        (grouped_outer(wide[0], wide[2], stretches), sums(x, cotangent)),
+        (outer, sums(x, cotangent)),
     ):
         assert found.shape == expected.shape
         assert np.abs(found - expected).max() < 2e-6 * np.abs(expected).max()
