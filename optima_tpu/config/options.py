@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import functools
 import re
 import shutil
 import textwrap
@@ -95,11 +96,14 @@ def make_parser(chosen: Mapping[str, str], base: Mapping[str, Any]) -> jsonargpa
 
 
 def _table_row(setting: str, name: str, cls: type | None) -> str:
-    text = _NOTHING.get(setting, "")
-    if cls:
-        text = _plain(docstring_parser.parse(cls.__doc__ or "").short_description)
+    text = _summary(cls) if cls else _NOTHING.get(setting, "")
     width = shutil.get_terminal_size().columns - 4
     return textwrap.fill(f"{name:<10} {text}", width, subsequent_indent=" " * 11)
+
+
+@functools.cache
+def _summary(cls: type) -> str:
+    return _plain(docstring_parser.parse(cls.__doc__ or "").short_description)
 
 
 def _plain(text: str | None) -> str:
@@ -121,13 +125,16 @@ def add_fields(group: argparse._ArgumentGroup, cls: type, prefix: str, base: Map
         group.add_argument(f"--{prefix}{name}", type=kind, default=default, metavar=_metavar(kind), help=text)
 
 
-def field_texts(cls: type) -> dict[str, str | None]:
+# A sweep reads the settings of every cell: docstrings and annotations of a class are read once.
+@functools.cache
+def field_texts(cls: type) -> Mapping[str, str | None]:
     """The docstring line of each field of a dataclass, its base classes' fields included."""
     docs = (docstring_parser.parse(base.__dict__.get("__doc__") or "") for base in reversed(cls.__mro__[:-1]))
     return {entry.arg_name: entry.description for doc in docs for entry in doc.params}
 
 
-def fields(cls: type) -> dict[str, Any]:
+@functools.cache
+def fields(cls: type) -> Mapping[str, Any]:
     """The type of each field's value in a file; for RunConfig without the fields that are parts."""
     hints = typing.get_type_hints(cls)
     names = [field.name for field in dataclasses.fields(cls)]
@@ -145,7 +152,7 @@ def parts(chosen: Mapping[str, str]) -> dict[str, tuple[type, ...]]:
 
 def kinds(chosen: Mapping[str, str]) -> dict[str, Any]:
     """The type of every setting by its dotted name."""
-    found = fields(RunConfig)
+    found = {**fields(RunConfig)}
     for setting, classes in parts(chosen).items():
         found |= {f"{setting}.{name}": kind for cls in classes for name, kind in fields(cls).items()}
     return found
