@@ -14,7 +14,8 @@ from tests.support.runs import SMALL, folder_tensors
 
 
 def prune(model, output, *arguments):
-    return main(["--model", str(model), "--output", str(output), "--preset", "fast", *SMALL, *arguments])
+    """On the mesh of the finished run, whose programs are compiled already."""
+    return main(["--model", str(model), "--output", str(output), "--mesh", "4x2", "--preset", "fast", *SMALL, *arguments])
 
 
 @pytest.fixture(scope="module")
