@@ -14,11 +14,12 @@ from optima_tpu.errors import UserError
 from optima_tpu.models import cohere, family_of
 from optima_tpu.models.check import check_checkpoint
 from optima_tpu.models.checkpoints.source import read_config
-from optima_tpu.models.decoder import Decoder, forward
+from optima_tpu.models.decoder import Decoder
 from optima_tpu.models.experts import input_of
 from optima_tpu.models.layers import RMSNorm, ShiftedLayerNorm, ShiftedRMSNorm, WideRMSNorm
 from optima_tpu.models.rope import Rope
 from tests.support.meshes import mesh
+from tests.support.pruning import compiled_forward
 from tests.support.references import BASE, LLAMA3, MIXTURES, REFERENCES, Reference, tiny
 
 torch = pytest.importorskip("torch")
@@ -132,12 +133,12 @@ def test_a_block_goes_on_from_the_output_of_attention(reference):
     decoder = Decoder.open(config, tensors, mesh(1, 1)).at(1)
     parameters, attended = decoder.load_block(1), decoder.family.attended
     hidden = np.random.default_rng(0).standard_normal((2, 9, decoder.config.d_model)).astype(np.float32)
-    whole, inputs = forward(decoder.graph, decoder.state(parameters), hidden, decoder.positions(1, 9))
+    whole, inputs = compiled_forward(decoder.graph, decoder.state(parameters), hidden, decoder.positions(1, 9))
 
     before = decoder.linears[: decoder.linears.index(attended)]
     broken = parameters | {name + ".weight": jnp.full_like(parameters[name + ".weight"], jnp.nan) for name in before}
     known = {attended: inputs[attended]}
-    output, behind = forward(decoder.graph, decoder.state(broken), hidden, decoder.positions(1, 9), known)
+    output, behind = compiled_forward(decoder.graph, decoder.state(broken), hidden, decoder.positions(1, 9), known)
     np.testing.assert_array_equal(output, whole)
     for name in decoder.linears[len(before) :]:
         np.testing.assert_array_equal(input_of(behind, name), input_of(inputs, name))

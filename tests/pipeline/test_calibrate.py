@@ -1,15 +1,15 @@
 """Hessians against a float64 product of the very inputs, on any mesh."""
 
-import jax
 import numpy as np
 import pytest
 
 from optima_tpu.errors import UserError
 from optima_tpu.models.activations import Activations
-from optima_tpu.models.decoder import Decoder, forward
+from optima_tpu.models.decoder import Decoder
 from optima_tpu.models.experts import input_of
 from optima_tpu.pipeline.calibrate import Capture, Stream, accumulate, linear_groups
 from tests.support.meshes import mesh
+from tests.support.pruning import compiled_forward
 from tests.support.references import MIXTURES, REFERENCES, small, tiny
 from tests.support.tiny_models import tiny_llama
 
@@ -35,7 +35,7 @@ def test_hessians_are_the_mean_outer_product_of_the_inputs(architecture, shape):
     parameters = decoder.load_block(1)
     groups = linear_groups(decoder)
     statistics = accumulate(decoder, 1, Capture(groups), (Stream(parameters, Activations.of(decoder.mesh, hidden)),))
-    _, inputs = forward(decoder.graph, decoder.state(parameters), hidden, decoder.positions(1, 11))
+    _, inputs = compiled_forward(decoder.graph, decoder.state(parameters), hidden, decoder.positions(1, 11))
     for names, (hessian, tokens, _) in zip(groups, statistics):
         assert tokens == 77
         rows = np.asarray(inputs[names[0]], np.float64).reshape(77, -1)
@@ -62,7 +62,7 @@ def test_an_experts_statistics_are_those_of_the_tokens_that_were_sent_to_it():
     parameters, groups = decoder.load_block(0), linear_groups(decoder)
     stream = Stream(parameters, Activations.of(decoder.mesh, hidden))
     statistics = dict(zip(groups, accumulate(decoder, 0, Capture(groups), (stream,))))
-    inputs = jax.jit(lambda x: forward(decoder.graph, decoder.state(parameters), x, decoder.positions(0, 11))[1])(hidden)
+    _, inputs = compiled_forward(decoder.graph, decoder.state(parameters), hidden, decoder.positions(0, 11))
     shared, sent = np.zeros((77, config.hidden_size)), np.zeros(77, int)
     for expert in range(config.num_experts):
         hessian, tokens, _ = statistics[f"mlp.experts.{expert}.gate_proj", f"mlp.experts.{expert}.up_proj"]

@@ -28,7 +28,7 @@ from optima_tpu.method.statistics import Drift, TokenSets
 from optima_tpu.method.targets import DenseTarget, LinearTerm, SelfTarget
 from optima_tpu.method.tuning import Fixed, Grid, best_of
 from optima_tpu.models.activations import Activations
-from optima_tpu.models.decoder import Decoder, forward
+from optima_tpu.models.decoder import Decoder
 from optima_tpu.models.experts import input_of
 from optima_tpu.models.layers import scaled
 from optima_tpu.pipeline.calibrate import Capture, Stream, accumulate, linear_groups, stages
@@ -47,7 +47,7 @@ from tests.support.memory import block_of
 from tests.support.meshes import mesh
 from tests.support.plans import config_folder, run_config
 from tests.support.problems import linear_of, oracle
-from tests.support.pruning import group_arguments, measure, prune_calibrated, prune_matrices, walk_block
+from tests.support.pruning import compiled_forward, group_arguments, measure, prune_calibrated, prune_matrices, walk_block
 from tests.support.references import MIXTURES, REFERENCES, small, tiny
 from tests.support.tiny_models import tiny_llama
 
@@ -93,7 +93,8 @@ def test_the_drift_is_that_of_the_inputs_in_both_streams(architecture, weigh):
     assert np.abs(further.values - behind.values).max() < 1e-5 * np.abs(behind.values).max()
     positions = decoder.positions(1, 11)
     inputs, theirs = (
-        forward(decoder.graph, decoder.state(parameters), x, positions)[1] for parameters, x in ((pruned, hidden), (whole, dense))
+        compiled_forward(decoder.graph, decoder.state(parameters), x, positions)[1]
+        for parameters, x in ((pruned, hidden), (whole, dense))
     )
     for names, (hessian, _, drift) in zip(groups, statistics, strict=True):
         x, other = (np.asarray(found[names[0]], np.float64).reshape(77, -1) for found in (inputs, theirs))
@@ -134,7 +135,7 @@ def test_a_residual_stream_is_what_the_outputs_are_added_to(reference):
     x = np.random.default_rng(0).standard_normal((2, 9, decoder.config.d_model)).astype(np.float32)
     for kind in decoder.config.kinds:
         alike, parameters = decoder.at(kind), decoder.load_block(kind)
-        output, taps = forward(alike.graph, alike.state(parameters), x, decoder.positions(kind, 9))
+        output, taps = compiled_forward(alike.graph, alike.state(parameters), x, decoder.positions(kind, 9))
         for name, (before, after) in residuals.items():
             if name in alike.linears:  # not so the layers of experts
                 bias = parameters.get(name + ".bias", 0.0)
@@ -169,8 +170,8 @@ def test_a_token_that_one_model_sends_elsewhere_has_no_drift():
     )
     streams = [Stream(whole, Activations.of(decoder.mesh, each)) for each in (hidden, dense)]
     statistics = accumulate(decoder, 0, Capture(groups, DenseTarget(), energy=True), streams)
-    inputs, theirs = map(
-        jax.jit(lambda x: forward(decoder.graph, decoder.state(whole), x, decoder.positions(0, 11))[1]), (hidden, dense)
+    inputs, theirs = (
+        compiled_forward(decoder.graph, decoder.state(whole), x, decoder.positions(0, 11))[1] for x in (hidden, dense)
     )
     for (name,), (_, _, drift) in zip(groups, statistics):
         x, other = (np.asarray(input_of(found, name), np.float64).reshape(77, -1) for found in (inputs, theirs))

@@ -19,10 +19,13 @@ from optima_tpu.method.recipe import Recipe
 from optima_tpu.method.row_sharding import ON_EVERY_DEVICE, Layout, RowSharding
 from optima_tpu.method.statistics import Drift, Groups, TokenSets, TokenStatistics
 from optima_tpu.models.activations import Activations
-from optima_tpu.models.decoder import Decoder
+from optima_tpu.models.decoder import Decoder, forward
 from optima_tpu.pipeline.memory_plan import Pass
 from optima_tpu.pipeline.walk import Streams, Walk, prune_block, prune_groups
 from optima_tpu.report.records import LayerReport
+
+compiled_forward = jax.jit(forward, static_argnums=0)
+"""``forward`` in one program. Outside of jit each of its operations would be compiled alone, which takes longer."""
 
 
 def measure(hessian: Array, dense: Array, old: Array, new: Array):
