@@ -116,7 +116,7 @@ def test_the_export_command_writes_the_same_bytes(finished, tmp_path):
         assert (tmp_path / "hf" / name).read_bytes() == (finished.directory / "hf" / name).read_bytes(), name
 
 
-def test_one_device_in_a_process_of_its_own_agrees_with_eight(finished, tmp_path):
+def test_one_device_in_a_process_of_its_own_without_torch_agrees_with_eight(finished, tmp_path):
     arguments = finished.arguments.copy()
     arguments[arguments.index("4x2")] = "1x1"
     result = python("-m", "optima_tpu.launch", *arguments, "--cpu-devices", 1, "--output", tmp_path / "run")

@@ -9,7 +9,7 @@ import time
 import pytest
 
 from optima_tpu.runtime.signals import INTERRUPTED, RESUME
-from tests.support.processes import hearing_ctrl_c, process_environment
+from tests.support.processes import CHILDREN, hearing_ctrl_c, process_environment
 from tests.support.runs import SMALL
 from tests.support.tiny_models import tiny_folder
 
@@ -55,7 +55,7 @@ def start(*command, folder, **environment):
     ],
 )
 def test_a_signal_while_a_command_imports_its_modules(model, tmp_path, module, at, sent):
-    (tmp_path / "sitecustomize.py").write_text(AT_IMPORT)
+    (tmp_path / "sitecustomize.py").write_text((CHILDREN / "sitecustomize.py").read_text() + AT_IMPORT)
     run = ["--model", model, *SMALL, "--output", "run"]
     words = {"launch": run, "cli": ["prune", *run], "evaluate": [model], "data.build": ["a@data", "a.txt"]}[module]
     path = f"{tmp_path}{os.pathsep}{process_environment()['PYTHONPATH']}"

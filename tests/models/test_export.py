@@ -19,7 +19,6 @@ from optima_tpu.pipeline.journal import open_journal
 from optima_tpu.runtime.files import begin
 from tests.support.fake_run import ASSETS, BLOCKS, MANIFEST, assert_same, finished_run, on_host, pruned_block, small_model
 from tests.support.meshes import mesh
-from tests.support.processes import python
 from tests.support.runs import folder_tensors, only_error, snapshot
 from tests.support.tiny_models import MemoryTensors
 
@@ -280,16 +279,6 @@ def test_a_damaged_checkpoint_is_one_line(run, tmp_path, capsys):
     assert main([str(copy), str(tmp_path / "new")]) == 2
     error = only_error(capsys.readouterr().err)
     assert "checkpoint is damaged (state/_METADATA has 4 bytes" in error and "repeat the run's command" in error
-
-
-def test_the_command_needs_no_torch(run, tmp_path):
-    code = (
-        "import sys; sys.modules['torch'] = None; from optima_tpu.export import main; "
-        f"sys.exit(main([{str(run)!r}, {str(tmp_path / 'out')!r}]))"
-    )
-    result = python("-c", code)
-    assert (result.returncode, result.stderr) == (0, ""), result.stderr
-    assert (tmp_path / "out" / "model.safetensors").exists()
 
 
 @pytest.mark.parametrize("tied", [False, True])

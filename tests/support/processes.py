@@ -11,6 +11,9 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from tests.support import ROOT
 
+CHILDREN = ROOT / "tests/support/children"
+"""What the processes that tests start import first."""
+
 # A process of a run that counts the bytes that it reads of the blocks, and may be killed while it works on one.
 WATCHED = """
 import os, signal, sys
@@ -55,8 +58,9 @@ def without_gloo(printed: str) -> list[str]:
 
 
 def process_environment() -> dict[str, str]:
-    """Of processes on the CPU that import what this one does."""
-    return os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+    """Of processes on the CPU that import what this one does, but for torch."""
+    path = [str(CHILDREN), str(ROOT), *sys.path]
+    return os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(path)}
 
 
 @contextlib.contextmanager
