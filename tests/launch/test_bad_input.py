@@ -288,6 +288,8 @@ def test_no_room_for_a_small_file(model, tmp_path, monkeypatch, capsys, name):
     command = [
         "--model",
         str(model),
+        "--mesh",
+        "4x2",
         *SMALL,
         "--selector",
         "magnitude",
