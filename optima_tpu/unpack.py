@@ -4,7 +4,6 @@ import sys
 from pathlib import Path
 
 from optima_tpu.errors import UserError
-from optima_tpu.models.checkpoints.packed import Packed, PackedError
 from optima_tpu.runtime.buckets import as_path, in_bucket
 from optima_tpu.runtime.checksums import write_sums
 from optima_tpu.runtime.command import guarded
@@ -46,6 +45,8 @@ def unpack(packed: str | Path, out: str | Path) -> None:
         raise UserError(f"expected folders on a disk, got {remote[0]}: copy the packed folder to a disk and unpack it there")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"expected a new or empty folder to unpack to, got {out}, which is not empty; choose another folder")
+    from optima_tpu.models.checkpoints.packed import Packed, PackedError  # imports transformers, which --help does not wait for
+
     with writing(out, "nothing was left there; make room or choose another folder, and repeat the command"):
         try:
             opened = Packed(packed)

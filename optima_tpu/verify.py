@@ -4,7 +4,6 @@ import sys
 import time
 
 from optima_tpu.errors import UserError
-from optima_tpu.pipeline.repair import verified
 from optima_tpu.runtime.buckets import as_path
 from optima_tpu.runtime.command import guarded
 from optima_tpu.runtime.program import Parser, program
@@ -32,6 +31,8 @@ def _verify(arguments: list[str] | None) -> int:
     folder = as_path(make_parser().parse_args(arguments).folder)
     if not folder.is_dir():
         raise UserError(f"expected a run directory or an exported folder, but {folder} is no folder: check the path")
+    from optima_tpu.pipeline.repair import verified  # imports transformers, which --help and a wrong path do not wait for
+
     start = time.monotonic()
     found = verified(folder)
     for name, why in found.damaged.items():
