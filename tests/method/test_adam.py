@@ -15,7 +15,7 @@ from optima_tpu.method.selectors import Wanda
 from optima_tpu.method.solvers import Adam, Exact
 from optima_tpu.pipeline.plan.hlo import COLLECTIVE, text_inside_loops
 from optima_tpu.runtime.mesh import make_mesh
-from tests.support.problems import layer, row_objective, solve
+from tests.support.problems import layer, row_objective, select, solve
 
 ROWS, SIZE, TOKENS = 10, 32, 300
 RATES = Adam().learning_rates
@@ -52,7 +52,7 @@ def make_layer(seed: int, *, size_of_weights: float = 0.1, spread: float = 1.0) 
     inputs = inputs * np.exp(spread * rng.standard_normal(SIZE))
     weight = jnp.asarray(size_of_weights * rng.standard_normal((ROWS, SIZE)), jnp.float32)
     problem = LayerProblem(weight, jnp.asarray(inputs.T @ inputs / TOKENS, jnp.float32))
-    return Layer(inputs, 5 * rng.standard_normal(ROWS), problem, Wanda()(problem, Unstructured(0.5)))
+    return Layer(inputs, 5 * rng.standard_normal(ROWS), problem, select(Wanda(), problem, Unstructured(0.5)))
 
 
 def descend(layer: Layer, rate: float, steps: int = 20, bias: bool = True) -> np.ndarray:
@@ -169,7 +169,7 @@ def test_the_scale_of_the_loss_changes_nothing(scale):
 
 def test_what_it_says_of_a_row():
     problem = layer(np.random.default_rng(7), ROWS, SIZE, target="other")
-    pruned = Wanda()(problem, Unstructured(0.5))
+    pruned = select(Wanda(), problem, Unstructured(0.5))
     solution = solve(Adam(), problem, pruned)
     np.testing.assert_allclose(solution.gap, optimality_residual(problem, pruned, solution.weight), rtol=1e-3)
     assert (solution.gap > 0).all() and (solution.steps > 0).all() and (solution.steps <= 20).all()

@@ -41,7 +41,7 @@ def test_levels_share_inverses_and_the_last_has_its_own():
 @patterns
 def test_weights_that_obey_the_pattern_come_back(pattern):
     problem = layer(np.random.default_rng(3), ROWS, INPUTS)
-    obeys = Wanda()(problem, pattern).weight
+    obeys = select(Wanda(), problem, pattern).weight
     pruned = select(SELECTOR, LayerProblem(obeys, problem.hessian), pattern)
     assert (np.asarray(pruned.weight) == obeys).all() and (np.asarray(pruned.keep) == (obeys != 0)).all()
 
@@ -51,7 +51,7 @@ def test_its_mask_is_better_than_wandas_and_its_weights_are_near_the_best_on_it(
     errors = []
     for seed in range(4):
         problem = layer(np.random.default_rng(seed), ROWS, INPUTS)
-        ours, wandas = select(ADMM(), problem, pattern), Wanda()(problem, pattern)
+        ours, wandas = select(ADMM(), problem, pattern), select(Wanda(), problem, pattern)
         best, theirs = (oracle(problem, pruned, ADMM.damping) for pruned in (ours, wandas))
         errors.append([row_objective(problem, weight, ADMM.damping).sum() for weight in (ours.weight, best, theirs)])
     ours, best, theirs = np.sum(errors, axis=0)

@@ -49,7 +49,7 @@ targets = pytest.mark.parametrize("target", ["self", "other"])
 
 def problem_and_mask(seed=0, target="self", rows=ROWS, **hessian):
     problem = layer(np.random.default_rng(seed), rows, SIZE, target=target, **hessian)
-    return problem, Wanda()(problem, Unstructured(0.5))
+    return problem, select(Wanda(), problem, Unstructured(0.5))
 
 
 @contract
@@ -118,7 +118,7 @@ def problem_with_dead_inputs():
     dead = [3, 17]
     hessian = problem.hessian.at[jnp.array(dead)].set(0.0).at[:, jnp.array(dead)].set(0.0)
     problem = LayerProblem(problem.weight, hessian)
-    return problem, Magnitude()(problem, Unstructured(0.5)), dead
+    return problem, select(Magnitude(), problem, Unstructured(0.5)), dead
 
 
 @contract
@@ -143,7 +143,7 @@ def test_dead_inputs_do_not_keep_the_others_from_the_optimum(solver, damping, ga
 def test_an_input_is_dead_whose_energy_is_nothing_beside_the_largest(solver, damping, wobble, power, dead):
     """An input in other units has its weights in other units: 4e-9 of the energy it had is enough, 6e-14 is not."""
     problem = layer(np.random.default_rng(5), ROWS, SIZE, spread=0.0)
-    pruned = Magnitude()(problem, Unstructured(0.5))
+    pruned = select(Magnitude(), problem, Unstructured(0.5))
     once = solve(solver, problem, pruned, damping).weight
     units = jnp.ones(SIZE).at[3].set(2.0**power)
     weight = problem.weight / units
@@ -166,12 +166,13 @@ def test_an_input_is_dead_whose_energy_is_nothing_beside_the_largest(solver, dam
 def test_a_layer_that_sees_nothing_is_left_alone(solver, damping):
     problem, _ = problem_and_mask(6)
     problem = LayerProblem(problem.weight, jnp.zeros_like(problem.hessian))
-    pruned = Magnitude()(problem, Unstructured(0.5))
+    pruned = select(Magnitude(), problem, Unstructured(0.5))
     assert (solve(solver, problem, pruned, damping).weight == pruned.weight).all()
 
 
-@contract
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "solver, damping, dtype", [(*each[:2], jnp.bfloat16) for each in SOLVERS.values()] + [(*SOLVERS["cg"][:2], jnp.float32)]
+)
 def test_no_row_gets_worse_after_the_cast(solver, damping, dtype):
     problem, _ = problem_and_mask(7, spread=2.0)
     recipe = Recipe(Unstructured(0.5), Wanda(), solver, PerRow(), own_damping=damping)

@@ -76,7 +76,7 @@ def test_of_uncorrelated_inputs_it_is_wanda_ties_and_dead_inputs_included(patter
     rng = np.random.default_rng(1)
     weight = rng.integers(-2, 3, (24, 40)).astype(np.float32)
     problem = LayerProblem(jnp.asarray(weight), jnp.diag(jnp.asarray(rng.choice([0.0, 1.0, 4.0], 40), jnp.float32)))
-    pruned, expected = select(Thanos(16), problem, pattern), Wanda()(problem, pattern)
+    pruned, expected = select(Thanos(16), problem, pattern), select(Wanda(), problem, pattern)
     assert (pruned.keep == expected.keep).all()
     assert (pruned.weight == expected.weight).all()
     assert_obeys(pruned, pattern)
