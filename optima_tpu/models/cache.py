@@ -1,33 +1,64 @@
-"""A key-value cache, for text that is generated token by token."""
+"""What the blocks keep of earlier tokens, for text that is generated token by token."""
+
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 
-class KeyValueCache:
-    """Keys and values of all blocks; the block that is being traced reads and extends its own.
+class Cache:
+    """Arrays of blocks that are alike; the block that is being traced reads and replaces its own.
 
-    The object is mutable, unlike other values of a traced program. So blocks only pass their positions on to ``attention`` and
-    need not return a new cache. The object lives for the trace of one block; then the caller reads ``keys`` and ``values`` from
-    it.
+    The object is mutable, unlike other values of a traced program. So blocks only pass their positions on to their attention and
+    need not return a new cache. The object lives for the trace of one block; then the caller reads ``arrays`` from it.
 
     Attributes:
-      keys, values: [blocks, batch, heads, length, head_dim], heads before positions, so that no product has to transpose them. If
-        None, the first keys and values that arrive are those of the only block.
-      block: the index of the block that is traced, int32 scalar.
-      place: the position of the first new token, int32 scalar. Entries at later positions are arbitrary, and masked.
+      arrays: by names that the attention chooses, each [blocks, batch, ...]. What arrives under another name is
+        that of the only block.
+      block: the index of the block that is traced among those that are alike, int32 scalar.
+      place: the position of the first new token, int32 scalar.
+      end: the position of the first token that does not count, int32 scalar; None if all count. It is read again later.
     """
 
-    def __init__(self, keys: Array | None = None, values: Array | None = None, block: Array | int = 0, place: Array | int = 0):
-        self.keys, self.values, self.block, self.place = keys, values, block, place
+    def __init__(
+        self,
+        arrays: Mapping[str, Array] | None = None,
+        block: Array | int = 0,
+        place: Array | int = 0,
+        end: Array | int | None = None,
+    ):
+        self.arrays, self.block, self.place, self.end = dict(arrays or {}), block, place, end
 
     def extended(self, k: Array, v: Array) -> tuple[Array, Array]:
-        """Adds keys and values [batch, new, heads, head_dim]. Returns all of the block [batch, length, heads, head_dim]."""
-        k, v = jnp.swapaxes(k, 1, 2)[None], jnp.swapaxes(v, 1, 2)[None]
-        if self.keys is not None and self.values is not None:
-            start = (self.block, 0, 0, self.place, 0)
-            k, v = (jax.lax.dynamic_update_slice(old, new, start) for old, new in ((self.keys, k), (self.values, v)))
-        self.keys, self.values = k, v
-        k, v = (jnp.swapaxes(jax.lax.dynamic_index_in_dim(array, self.block, keepdims=False), 1, 2) for array in (k, v))
-        return k, v
+        """Adds keys and values [batch, new, heads, head_dim]. Returns all of the block [batch, length, heads, head_dim].
+
+        Entries behind the new ones are arbitrary: the caller masks them, so tokens that do not count need no care.
+        """
+        return self._extended("keys", k), self._extended("values", v)
+
+    def _extended(self, name: str, new: Array) -> Array:
+        # Heads before positions, so that no product has to transpose them.
+        new = jnp.swapaxes(new, 1, 2)[None]
+        if name in self.arrays:
+            new = jax.lax.dynamic_update_slice(self.arrays[name], new, (self.block, 0, 0, self.place, 0))
+        self.arrays[name] = new
+        return jnp.swapaxes(jax.lax.dynamic_index_in_dim(new, self.block, keepdims=False), 1, 2)
+
+    def kept(self, name: str, empty: Array) -> Array:
+        """What the block kept under a name, [batch, ...]; ``empty`` before the first token, whatever an earlier text left."""
+        if name not in self.arrays:
+            return empty
+        mine = jax.lax.dynamic_index_in_dim(self.arrays[name], self.block, keepdims=False)
+        return jnp.where(self.place == 0, empty, mine)
+
+    def keep(self, name: str, array: Array) -> None:
+        """Replaces what the block kept under a name."""
+        if name in self.arrays:
+            self.arrays[name] = jax.lax.dynamic_update_index_in_dim(self.arrays[name], array, self.block, 0)
+        else:
+            self.arrays[name] = array[None]
+
+    def counted(self, length: int) -> Array | int:
+        """How many of ``length`` new tokens count."""
+        return length if self.end is None else jnp.clip(self.end - self.place, 0, length)

@@ -10,7 +10,7 @@ from flax import nnx
 from jax import Array
 from jax.sharding import PartitionSpec as P
 
-from optima_tpu.models.cache import KeyValueCache
+from optima_tpu.models.cache import Cache
 
 Shape = tuple[int, ...]
 
@@ -30,7 +30,7 @@ class Positions(NamedTuple):
     cos: Array | np.ndarray | None = None
     sin: Array | np.ndarray | None = None
     window: Array | np.ndarray | None = None
-    cache: KeyValueCache | None = None
+    cache: Cache | None = None
 
     @property
     def rotary(self) -> tuple[Array | np.ndarray, Array | np.ndarray]:

@@ -1,4 +1,4 @@
-"""Text generation: all blocks on the devices at once, a key-value cache, one token of every window per step.
+"""Text generation: all blocks on the devices at once, a cache of earlier tokens, one token of every window per step.
 
 The steps are one compiled program, a scan over tokens around a scan over blocks that are alike. So the program does not grow with
 tokens or blocks. All windows of a step are at the same position.
@@ -7,7 +7,7 @@ tokens or blocks. All windows of a step are at the same position.
 import functools
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import jax
@@ -15,12 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
-from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from rich.console import Console
 
 from optima_tpu.errors import UserError
-from optima_tpu.models.cache import KeyValueCache
+from optima_tpu.models.cache import Cache
 from optima_tpu.models.decoder import Decoder, Head, forward, head_logits
 from optima_tpu.models.family import Positions
 from optima_tpu.report.progress import Progress
@@ -38,8 +37,11 @@ _CALIBRATION_ADVICE = (
     "--device_memory, or another --calibration.source (c4, file:PATH)"
 )
 
-State = tuple[Array, Array, Array]
-"""Keys, values, and the last token of every window [windows]."""
+Caches = tuple[dict[str, Array], ...]
+"""For each of ``Decoder.stretches`` the arrays of its blocks, see :class:`Cache`."""
+
+State = tuple[Caches, Array]
+"""The caches, and the last token of every window [windows]."""
 
 
 class Resident(NamedTuple):
@@ -93,8 +95,7 @@ def generate(
     Raises:
       UserError: the model does not fit the devices as a whole; or its logits are not finite.
     """
-    cache, mesh = cache_structs(decoder, length), decoder.mesh
-    size = windows_at_once(decoder, samples, cache, budget)
+    mesh, size = decoder.mesh, windows_at_once(decoder, samples, length, budget)
     model = load(decoder, length)
     program = jax.jit(
         functools.partial(_write, decoder, min(_STRETCH, length - 1), length, start, restart, vocabulary), donate_argnums=1
@@ -105,11 +106,11 @@ def generate(
         f"writing {samples} windows of {length} tokens with the dense model, {min(size, samples)} at once",
         stretches * -(-samples // size),
     )
-    # One cache for all batches: the entries of an earlier batch are masked.
-    state = (*empty_cache(cache, size, mesh), None)
+    # One cache for all batches: the entries of an earlier batch are not read.
+    caches = empty_cache(decoder, size, length)
     for first in range(0, samples, size):
         rows = np.arange(first, first + size)
-        state = (*state[:2], place(mesh, np.full(size, start, np.int32), P(DATA)))
+        state: State = (caches, place(mesh, np.full(size, start, np.int32), P(DATA)))
         for stretch in range(stretches):
             begin = stretch * _STRETCH
             state, drawn, finite = program(
@@ -121,6 +122,7 @@ def generate(
             there, last = rows < samples, min(begin + _STRETCH, length - 1)
             windows[rows[there], begin + 1 : last + 1] = drawn[: last - begin, there].T
             progress.advance()
+        caches, _ = state
     progress.note(f"{windows.size / (time.monotonic() - began):,.0f} tokens a second")
     return windows
 
@@ -146,32 +148,34 @@ def load(decoder: Decoder, length: int) -> Resident:
     return Resident(tuple(stretches), positions_on_mesh(decoder, length), embedding, head)
 
 
-def step(decoder: Decoder, model: Resident, keys: Array, values: Array, tokens: Array, at: Array) -> tuple[Array, Array, Array]:
+def step(
+    decoder: Decoder, model: Resident, caches: Caches, tokens: Array, at: Array, end: Array | None = None
+) -> tuple[Array, Caches]:
     """A few tokens of every window through the whole model. Traceable.
 
     Args:
-      keys, values: see :class:`KeyValueCache`.
       tokens: [windows, new] int32.
       at: the position of the first one, int32 scalar.
+      end: the position of the first one that does not count, as it is read again later, int32 scalar; None if all count.
 
     Returns:
-      (logits of the token after the last one [windows, vocab] float32, keys, values)
+      (logits of the token after the last one [windows, vocab] float32, caches)
     """
     places = at + jnp.arange(tokens.shape[1])
 
     def block(alike, carry, of_block):
-        hidden, keys, values = carry
+        hidden, arrays = carry
         index, state, positions = of_block
-        cache = KeyValueCache(keys, values, index, at)
+        cache = Cache(arrays, index, at, end)
         hidden, _ = forward(alike.graph, state, hidden, positions.at(at, tokens.shape[1])._replace(cache=cache))
-        return (hidden, cache.keys, cache.values), None
+        return (hidden, cache.arrays), None
 
-    hidden = jnp.asarray(decoder.embedded(model.embedding.__getitem__, tokens, places))
-    carry = hidden, keys, values
-    for (alike, indices), *of_blocks in zip(decoder.stretches, model.blocks, model.positions, strict=True):
-        carry, _ = jax.lax.scan(functools.partial(block, alike), carry, (jnp.array(indices), *of_blocks))
-    hidden, keys, values = carry
-    return head_logits(model.head, hidden[:, -1:])[:, 0], keys, values
+    hidden, after = jnp.asarray(decoder.embedded(model.embedding.__getitem__, tokens, places)), []
+    for (alike, indices), arrays, *of_blocks in zip(decoder.stretches, caches, model.blocks, model.positions, strict=True):
+        scanned = (jnp.arange(len(indices)), *of_blocks)
+        (hidden, arrays), _ = jax.lax.scan(functools.partial(block, alike), (hidden, arrays), scanned)
+        after.append(arrays)
+    return head_logits(model.head, hidden[:, -1:])[:, 0], tuple(after)
 
 
 def draw(logits: Array, keys: Array, temperature: Array | float, vocabulary: int) -> Array:
@@ -180,26 +184,34 @@ def draw(logits: Array, keys: Array, temperature: Array | float, vocabulary: int
     return jax.vmap(jax.random.categorical)(keys, allowed).astype(jnp.int32)
 
 
-def cache_structs(decoder: Decoder, length: int) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
-    """Keys and values [blocks, 1, heads, length, head_dim] of one window, from a trace of the family's own attention."""
-
-    def traced(state, embedding, tokens, positions):
-        cache = KeyValueCache()
-        hidden = jnp.asarray(decoder.embedded(embedding.__getitem__, tokens, jnp.arange(length)))
-        forward(decoder.graph, state, hidden, positions._replace(cache=cache))
-        return cache.keys, cache.values
-
-    block = {
-        name: jax.ShapeDtypeStruct(struct.shape[1:], struct.dtype) for name, struct in _block_structs(decoder, range(1)).items()
-    }
+def _cache_structs(decoder: Decoder, length: int) -> tuple[dict[str, jax.ShapeDtypeStruct], ...]:
+    """The caches of one window, from a trace of each kind of block."""
     names = {name: decoder.root + name for name in _embedding_names(decoder)}
     embedding = {
         name: jax.ShapeDtypeStruct(decoder.end_shapes[whole], decoder.tensors.dtype(whole)) for name, whole in names.items()
     }
     tokens = jax.ShapeDtypeStruct((1, length), jnp.int32)
-    found = jax.eval_shape(traced, decoder.state(block), embedding, tokens, decoder.config.positions(0, length))
-    keys, values = (jax.ShapeDtypeStruct((decoder.config.blocks, *struct.shape[1:]), struct.dtype) for struct in found)
-    return keys, values
+
+    def traced(alike, state, embedding, tokens, positions):
+        cache = Cache()
+        hidden = jnp.asarray(decoder.embedded(embedding.__getitem__, tokens, jnp.arange(length)))
+        forward(alike.graph, state, hidden, positions._replace(cache=cache))
+        return cache.arrays
+
+    def of_kind(kind: int) -> dict[str, jax.ShapeDtypeStruct]:
+        alike, structs = decoder.at(kind), _block_structs(decoder.at(kind), range(kind, kind + 1))
+        state = alike.state({name: jax.ShapeDtypeStruct(struct.shape[1:], struct.dtype) for name, struct in structs.items()})
+        positions = decoder.config.positions(kind, length)
+        return jax.eval_shape(functools.partial(traced, alike), state, embedding, tokens, positions)
+
+    found = {kind: of_kind(kind) for kind in decoder.config.kinds}
+    return tuple(
+        {
+            name: jax.ShapeDtypeStruct((len(indices), *struct.shape[1:]), struct.dtype)
+            for name, struct in found[alike.config.kind].items()
+        }
+        for alike, indices in decoder.stretches
+    )
 
 
 def _write(
@@ -220,12 +232,12 @@ def _write(
     keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(seed)))(rows)
 
     def token(state: State, at: Array) -> tuple[State, tuple[Array, Array]]:
-        cached_keys, cached_values, before = state
-        logits, cached_keys, cached_values = step(decoder, model, cached_keys, cached_values, before[:, None], at)
+        caches, before = state
+        logits, caches = step(decoder, model, caches, before[:, None], at)
         after = draw(logits, jax.vmap(jax.random.fold_in, (0, None))(keys, at + 1), temperature, vocabulary)
         if restart is not None:
             after = jnp.where(before == restart, start, after)
-        return (cached_keys, cached_values, after), (after, jnp.isfinite(logits).all())
+        return (caches, after), (after, jnp.isfinite(logits).all())
 
     # The last stretch may run past the window: clamp its positions to the tables. The caller drops the extra tokens.
     state, (tokens, finite) = jax.lax.scan(token, state, jnp.minimum(first + jnp.arange(steps), length - 2))
@@ -233,17 +245,12 @@ def _write(
 
 
 def windows_at_once(
-    decoder: Decoder,
-    samples: int,
-    cache: Sequence[jax.ShapeDtypeStruct],
-    budget: float,
-    limit: int | None = None,
-    advice: str = _CALIBRATION_ADVICE,
+    decoder: Decoder, samples: int, length: int, budget: float, limit: int | None = None, advice: str = _CALIBRATION_ADVICE
 ) -> int:
     """How many windows are written at once: as many as fit, in batches of nearly equal size.
 
     Args:
-      cache: from :func:`cache_structs`.
+      length: length of a window, in tokens.
       budget: see :func:`generate`.
       limit: the most windows to write at once; None sets none.
       advice: the end of the message if nothing fits.
@@ -251,7 +258,7 @@ def windows_at_once(
     Raises:
       UserError: the model and one window on each slice of the data axis do not fit.
     """
-    mesh, config, length = decoder.mesh, decoder.config, cache[0].shape[3]
+    mesh, config = decoder.mesh, decoder.config
     blocks = [sum(map(bytes_on_device, _block_structs(*stretch).values())) for stretch in decoder.stretches]
     dtype = np.dtype(decoder.tensors.dtype(decoder.root + decoder.family.embedding))
     tables = (2 - config.tied) * bytes_on_device(struct_on(mesh, (config.vocab, config.d_embedding), dtype, P(MODEL, None)))
@@ -259,7 +266,7 @@ def windows_at_once(
     # One more block is in memory while blocks are read, and while one is computed.
     whole = sum(blocks) + max(size / len(indices) for size, (_, indices) in zip(blocks, decoder.stretches)) + tables + positions
     slices = mesh.shape[DATA]
-    each = sum(bytes_on_device(_of_windows(each, slices, mesh)) for each in cache) + _LOGITS * 4 * config.vocab
+    each = sum(map(bytes_on_device, jax.tree.leaves(_caches_of(decoder, slices, length)))) + _LOGITS * 4 * config.vocab
     most = min(samples, limit or samples)
     if budget < math.inf:
         most = min(most, int((budget - whole) // each) * slices)
@@ -299,14 +306,19 @@ def _block_structs(decoder: Decoder, indices: range) -> dict[str, Array]:
     return {name: struct(name, shape) for name, shape in decoder.block_shapes.items()}
 
 
-def _of_windows(struct: jax.ShapeDtypeStruct, windows: int, mesh: Mesh) -> Array:
-    """Keys or values of many windows, from the struct for one: windows sharded over data, heads over model."""
-    return struct_on(mesh, (struct.shape[0], windows, *struct.shape[2:]), struct.dtype, P(None, DATA, MODEL))
+def _caches_of(decoder: Decoder, windows: int, length: int) -> tuple[dict[str, Array], ...]:
+    """The caches of many windows, as structs on the mesh: windows sharded over data, what comes next, as a rule heads, over model."""
+
+    def struct(one: jax.ShapeDtypeStruct) -> Array:
+        return struct_on(decoder.mesh, (one.shape[0], windows, *one.shape[2:]), one.dtype, P(None, DATA, MODEL))
+
+    return jax.tree.map(struct, _cache_structs(decoder, length))
 
 
-def empty_cache(cache: Sequence[jax.ShapeDtypeStruct], windows: int, mesh: Mesh) -> list[Array]:
-    """Zero keys and values of many windows, from the structs for one."""
-    return _zeros(_of_windows(struct, windows, mesh) for struct in cache)
+def empty_cache(decoder: Decoder, windows: int, length: int) -> Caches:
+    """Zero caches of many windows of ``length`` tokens, on the mesh."""
+    structs, kind = jax.tree.flatten(_caches_of(decoder, windows, length))
+    return jax.tree.unflatten(kind, _zeros(structs))
 
 
 def _zeros(structs: Iterable[Array]) -> list[Array]:

@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 from optima_tpu.errors import UserError
 from optima_tpu.models.decoder import Decoder
 from optima_tpu.models.family import LENGTHS
-from optima_tpu.models.generate import Resident, State, cache_structs, empty_cache, load, positions_on_mesh, step, windows_at_once
+from optima_tpu.models.generate import Caches, Resident, State, empty_cache, load, positions_on_mesh, step, windows_at_once
 from optima_tpu.runtime.mesh import DATA, place
 from optima_tpu.runtime.processes import fetch
 
@@ -72,7 +72,7 @@ class Plan:
 
     prompts: Sequence[Prompt]
     batches: tuple[Batch, ...]
-    read: Callable[..., tuple[Array, Array]]
+    read: Callable[..., Caches]
     write: Callable[..., tuple[State, Array, Array]]
 
     @property
@@ -101,7 +101,7 @@ def make_plan(decoder: Decoder, prompts: Sequence[Prompt], *, vocabulary: int, b
     most, batches = _TOGETHER * decoder.batch * decoder.mesh.shape[DATA], []
     for room, members in sorted(rooms.items(), reverse=True):
         members.sort(key=lambda number: (-len(prompts[number].tokens), -prompts[number].new))
-        rows = windows_at_once(decoder, len(members), cache_structs(decoder, room), budget, most, advice)
+        rows = windows_at_once(decoder, len(members), room, budget, most, advice)
         for first in range(0, len(members), rows):
             part = members[first : first + rows]
             read = min(len(prompts[number].tokens) for number in part) - 1
@@ -166,11 +166,11 @@ def _written(decoder: Decoder, model: Resident, plan: Plan, batch: Batch) -> Ite
         prompt = plan.prompts[batch.prompts[min(row, len(batch.prompts) - 1)]].tokens
         given[row, : len(prompt)], ends[row] = prompt, len(prompt)
     prompts, sizes, before = (place(mesh, array, P(DATA)) for array in (given, ends, given[:, batch.read]))
-    cache: Sequence[Array] = empty_cache(cache_structs(decoder, batch.room), batch.rows, mesh)
-    # The last chunk may read past the shortest prompt: later steps write the cache there again.
+    caches = empty_cache(decoder, batch.rows, batch.room)
+    # The last chunk may read past the shortest prompt: later steps read these tokens again.
     for chunk in range(0, batch.read, _CHUNK):
-        cache = plan.read(model, cache, prompts, np.int32(chunk))
-    state = (*cache, before)
+        caches = plan.read(model, caches, prompts, np.int32(chunk), np.int32(batch.read))
+    state = (caches, before)
     for first in range(batch.read, batch.read + batch.stretches * _STRETCH, _STRETCH):
         state, tokens, finite = plan.write(model, state, prompts, sizes, np.int32(first))
         tokens, finite = fetch((tokens, finite))
@@ -183,11 +183,10 @@ def _room(size: int) -> int:
     return next(length for length in LENGTHS if length >= max(size, 2 * _CHUNK))
 
 
-def _read(decoder: Decoder, model: Resident, cache: Sequence[Array], prompts: Array, first: Array) -> tuple[Array, Array]:
-    """A compiled program: (keys, values) with the prompts' tokens ``first`` to ``first + _CHUNK - 1``."""
-    tokens, (keys, values) = jax.lax.dynamic_slice_in_dim(prompts, first, _CHUNK, axis=1), cache
-    _, keys, values = step(decoder, model, keys, values, tokens, first)
-    return keys, values
+def _read(decoder: Decoder, model: Resident, caches: Caches, prompts: Array, first: Array, end: Array) -> Caches:
+    """A compiled program: the caches with the prompts' tokens ``first`` to ``first + _CHUNK - 1``, as far as they are before ``end``."""
+    tokens = jax.lax.dynamic_slice_in_dim(prompts, first, _CHUNK, axis=1)
+    return step(decoder, model, caches, tokens, first, end)[1]
 
 
 def _continue(
@@ -196,11 +195,11 @@ def _continue(
     """A compiled program: (state, tokens [steps, prompts] after the positions from ``first`` on, whether all logits are finite)."""
 
     def token(state: State, at: Array) -> tuple[State, tuple[Array, Array]]:
-        keys, values, before = state
-        logits, keys, values = step(decoder, model, keys, values, before[:, None], at)
+        caches, before = state
+        logits, caches = step(decoder, model, caches, before[:, None], at)
         best = jnp.argmax(jnp.where(jnp.arange(logits.shape[1]) < vocabulary, logits, -jnp.inf), axis=1).astype(jnp.int32)
         after = jnp.where(at + 1 < ends, jnp.take(prompts, at + 1, axis=1, mode="clip"), best)
-        return (keys, values, after), (after, jnp.isfinite(logits).all())
+        return (caches, after), (after, jnp.isfinite(logits).all())
 
     # The last stretch may run past the cache: the caller drops these tokens.
     state, (tokens, finite) = jax.lax.scan(token, state, jnp.minimum(first + jnp.arange(_STRETCH), prompts.shape[1] - 1))

@@ -10,7 +10,7 @@ from optima_tpu.config.run_config import Calibration, RunConfig
 from optima_tpu.errors import UserError
 from optima_tpu.launch import main
 from optima_tpu.models.decoder import Decoder
-from optima_tpu.models.generate import cache_structs, draw, generate, load, step, windows_at_once
+from optima_tpu.models.generate import draw, empty_cache, generate, load, step, windows_at_once
 from optima_tpu.pipeline import self_calibration
 from optima_tpu.pipeline.inputs import open_model_on_mesh
 from tests.support.meshes import mesh
@@ -39,18 +39,16 @@ def logits_by_cache(decoder: Decoder, tokens: np.ndarray, read: int) -> np.ndarr
     windows, length = tokens.shape
 
     @jax.jit
-    def run(model, cache, tokens):
-        def one(cache, at):
-            logits, *cache = step(decoder, model, *cache, tokens[:, at][:, None], at)
-            return tuple(cache), logits
+    def run(model, caches, tokens):
+        def one(caches, at):
+            logits, caches = step(decoder, model, caches, tokens[:, at][:, None], at)
+            return caches, logits
 
-        _, *cache = step(decoder, model, *cache, tokens[:, :read], jnp.int32(0))
-        return jax.lax.scan(one, tuple(cache), jnp.arange(read, length))[1]
+        # The last two of the first tokens do not count yet: they are read again, one by one.
+        _, caches = step(decoder, model, caches, tokens[:, : read + 2], jnp.int32(0), jnp.int32(read))
+        return jax.lax.scan(one, caches, jnp.arange(read, length))[1]
 
-    cache = tuple(
-        jnp.zeros((struct.shape[0], windows, *struct.shape[2:]), struct.dtype) for struct in cache_structs(decoder, length)
-    )
-    return np.asarray(run(load(decoder, length), cache, tokens)).swapaxes(0, 1)
+    return np.asarray(run(load(decoder, length), empty_cache(decoder, windows, length), tokens)).swapaxes(0, 1)
 
 
 @pytest.mark.parametrize("reference", REFERENCES, ids=lambda reference: reference.model)
@@ -112,7 +110,7 @@ def test_a_window_depends_neither_on_the_others_nor_on_the_mesh(written):
     assert (write(model, (1, 1), 2) == windows[:2]).all()
     # A budget for one window on each of four slices: two batches, the second one filled up.
     decoder, budget = Decoder.open(*model, mesh(4, 2)), 100_000
-    assert windows_at_once(decoder, 5, cache_structs(decoder, 24), budget) == 4
+    assert windows_at_once(decoder, 5, 24, budget) == 4
     assert (write(model, (4, 2), 5, budget=budget) == windows).all()
 
 

@@ -13,7 +13,7 @@ from optima_tpu.method.patterns import Pattern
 from optima_tpu.method.recipe import Recipe
 from optima_tpu.method.row_sharding import ON_EVERY_DEVICE, Layout
 from optima_tpu.method.statistics import Groups
-from optima_tpu.models.generate import cache_structs, windows_at_once
+from optima_tpu.models.generate import windows_at_once
 from optima_tpu.pipeline.calibrate import Capture, groups_of_blocks
 from optima_tpu.pipeline.inputs import pruned_layers
 from optima_tpu.pipeline.memory_plan import Kept, Pass, aimed_residuals, block_passes, group_load, kept_inputs
@@ -179,7 +179,7 @@ def make_plan(
 
     if generated_by(config) and not recovering:
         try:
-            windows_at_once(decoder, text.samples + text.held_out, cache_structs(decoder, text.length), budget)
+            windows_at_once(decoder, text.samples + text.held_out, text.length, budget)
         except UserError as error:
             refused = str(error)  # a run writes its text first
     training: tuple[Program, ...] = ()
