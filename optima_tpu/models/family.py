@@ -101,6 +101,27 @@ class Residual(NamedTuple):
     after: str
 
 
+class Stack(NamedTuple):
+    """A tensor that holds parameters of all experts of a block, [experts, ...].
+
+    Attributes:
+      parts: the parameters of one expert in it, one behind the other along the outputs, each by its name in the block with ``*``
+        for the number of the expert.
+      turned: whether its matrices are [d_in, d_out].
+    """
+
+    parts: tuple[str, ...]
+    turned: bool = True
+
+    def behind(self, prefix: str) -> "Stack":
+        """The same with a prefix before each name."""
+        return Stack(tuple(prefix + part for part in self.parts), self.turned)
+
+    def turn(self, axes: tuple[Any, ...]) -> tuple[Any, ...]:
+        """What belongs to the axes of one expert, from their order in the tensor to [d_out, d_in] or back."""
+        return axes[::-1] if self.turned else axes
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Family:
     """One decoder family. The rest of the program knows only what is declared here.
@@ -131,8 +152,7 @@ class Family:
         belong here.
       shared: layers of experts that all read the input of the mixture, named as in ``linears``: an expert that few tokens reach may
         borrow from the others.
-      stacks: a tensor that holds one parameter of all experts, by its name in the block -> the parameter of one expert, with ``*``
-        for its number. The tensor is [experts, ...], and matrices are [d_in, d_out] in it.
+      stacks: the tensors that hold parameters of all experts, by their names in the block.
       exact: parameters of a block that ``--dtype`` leaves in the dtype in which they are stored, as ``transformers`` does.
       ignored: regular expression of a tensor's full name -> why a checkpoint may hold it although nothing reads it.
       needs_bos: whether every text must begin with the BOS token for the model to work.
@@ -152,7 +172,7 @@ class Family:
     attended: str = "self_attn.o_proj"
     residuals: Mapping[str, Residual] = dataclasses.field(default_factory=dict)
     shared: tuple[str, ...] = ()
-    stacks: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    stacks: Mapping[str, Stack] = dataclasses.field(default_factory=dict)
     exact: tuple[str, ...] = ()
     ignored: Mapping[str, str] = dataclasses.field(default_factory=dict)
     needs_bos: bool = False

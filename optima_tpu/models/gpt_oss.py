@@ -9,6 +9,7 @@ from flax import nnx
 from jax import Array
 
 from optima_tpu.models import experts, llama
+from optima_tpu.models.family import Stack
 from optima_tpu.models.layers import WideRMSNorm
 from optima_tpu.models.rope import Rope
 from optima_tpu.models.routers import BiasedRouter
@@ -59,7 +60,7 @@ def mixture(config: experts.Config, layout: experts.Layout) -> experts.Mixture:
 
 
 STACKS = {
-    f"mlp.experts.{layer}_proj{ending}": f"mlp.experts.*.{layer}_proj.{what}"
+    f"mlp.experts.{layer}_proj{ending}": Stack((f"mlp.experts.*.{layer}_proj.{what}",))
     for layer in ("gate_up", "down")
     for ending, what in (("", "weight"), ("_bias", "bias"))
 }

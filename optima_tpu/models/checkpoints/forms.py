@@ -29,7 +29,7 @@ from optima_tpu.models.checkpoints.maxtext import STEP, layout_of
 from optima_tpu.models.checkpoints.orbax import block_of, save_items
 from optima_tpu.models.checkpoints.packed import MASKS, Packer, write_masks
 from optima_tpu.models.checkpoints.source import Pretrained
-from optima_tpu.models.checkpoints.stacks import Stacked, stacks_of
+from optima_tpu.models.checkpoints.stacks import Stacked, stacks_among, stacks_of
 from optima_tpu.runtime import signals
 from optima_tpu.runtime.files import split_by_size, written_here
 from optima_tpu.runtime.processes import alone
@@ -69,7 +69,7 @@ class Form:
 
     def __init__(self, run: Exported, options: Options):
         self.run = run
-        self.stacked = stacks_of(run.architectures())
+        self.stacked = stacks_among(run.source.stacked, stacks_of(run.architectures()))
         if self.stacked and not self.stacks:
             raise UserError(
                 f"expected --format {Plain.name} or {Packed.name} for a model that stores its experts in one tensor, got "

@@ -22,6 +22,7 @@ from orbax.checkpoint import v1 as ocp
 
 from optima_tpu.errors import UserError
 from optima_tpu.models.checkpoints.source import Index, TensorSource
+from optima_tpu.models.checkpoints.stacks import Unstacked
 from optima_tpu.report.run_record import RunRecord, read_run
 from optima_tpu.runtime.buckets import as_path, in_bucket
 from optima_tpu.runtime.checksums import damage, write_sums
@@ -47,10 +48,16 @@ class _PrunedRun(RunRecord):
 
 
 class _Metadata(TypedDict):
-    """The metadata of RUN/checkpoint; ``parts`` are the checkpoints of its blocks, below RUN."""
+    """The metadata of RUN/checkpoint.
+
+    Attributes:
+      parts: the checkpoints of its blocks, below RUN.
+      stacked: the tensors of the source of which the parts are in the checkpoint, see ``stacks``.
+    """
 
     run: _PrunedRun
     parts: NotRequired[list[str]]
+    stacked: NotRequired[list[str]]
 
 
 def quiet_orbax() -> None:
@@ -175,7 +182,8 @@ def write_checkpoint(
     with writing(final, "all finished blocks are intact; make room and repeat the command"):
         first_only(lambda: begin(final))
         reports = [journal.report(index) for index in sorted(journal.finished)]
-        metadata = {"run": read_run(journal.directory) | {"blocks": reports, "sparsity": sparsity}}
+        stacked = sorted(source.stacks) if isinstance(source, Unstacked) else []
+        metadata = {"run": read_run(journal.directory) | {"blocks": reports, "sparsity": sparsity}, "stacked": stacked}
         (_write_rest if in_bucket(final) else _write_whole)(staged(final), journal, source, on_mesh, metadata)
 
         def finish():
@@ -215,14 +223,14 @@ def _write_rest(path: Path, journal: SavedBlocks, source: TensorSource, on_mesh:
     )
 
 
-def _read(path: Path) -> tuple[_PrunedRun, dict[Path, Mapping[str, Any]]]:
-    """The record of the run, and the tree of each Orbax checkpoint that is part of the checkpoint."""
+def _read(path: Path) -> tuple[_Metadata, dict[Path, Mapping[str, Any]]]:
+    """The metadata of RUN/checkpoint, and the tree of each Orbax checkpoint that is part of it."""
     metadata = read_metadata(path)
     trees = {path: metadata.metadata}
     record = check_record(metadata.custom_metadata, _Metadata, path)
     for part in record.get("parts", ()):
         trees[path.parent / part] = read_metadata(path.parent / part).metadata
-    return record["run"], trees
+    return record, trees
 
 
 def _leaves(trees: Mapping[Path, Mapping[str, Any]], group: str) -> dict[str, Any]:
@@ -328,6 +336,7 @@ class CheckpointTensors(OrbaxTensors):
 
     Attributes:
       run: ``{"manifest": ..., "configuration": ..., "blocks": [report of each block], "sparsity": [of each block] or None}``.
+      stacked: the names of the source's tensors that were taken apart, see ``stacks``.
 
     Raises:
       UserError: the run is not finished.
@@ -346,7 +355,8 @@ class CheckpointTensors(OrbaxTensors):
             raise UserError(
                 f"expected a finished run, got {directory}, which has no checkpoint yet; repeat its command to finish it"
             )
-        self.run, trees = _read(path)
+        record, trees = _read(path)
+        self.run, self.stacked = record["run"], record.get("stacked", [])
         super().__init__(trees)
 
 

@@ -1,22 +1,42 @@
-"""Checkpoints that store one parameter of all experts as one tensor: read expert by expert, and written back as they were.
+"""Checkpoints that store parameters of all experts as one tensor: read expert by expert, and written back as they were.
 
 The rest of the program sees the parameters of each expert under names of their own, with matrices [d_out, d_in]. See
 ``Family.stacks``.
 """
 
-import re
+import itertools
 from collections.abc import Iterable, Mapping
+from typing import NamedTuple
 
 import numpy as np
 
 from optima_tpu.models import family_named
 from optima_tpu.models.checkpoints.source import Index, TensorSource, whole_slices
+from optima_tpu.models.family import Stack
 
 
-def stacks_of(architectures: Iterable[str] | None) -> Mapping[str, str]:
+def stacks_of(architectures: Iterable[str] | None) -> Mapping[str, Stack]:
     """``Family.stacks`` of the model with these ``architectures`` in config.json; empty for an unknown one."""
     family = family_named(architectures)
     return family.stacks if family else {}
+
+
+def stacks_among(names: Iterable[str], stacks: Mapping[str, Stack]) -> dict[str, Stack]:
+    """Those of a checkpoint's tensors that are stacks, with whole names.
+
+    Args:
+      stacks: ``Family.stacks``. A checkpoint of the same family may hold each expert by itself, as ``transformers`` writes it.
+    """
+    found = ((name, stack) for name in names for stack in stacks if name.endswith("." + stack))
+    return {name: stacks[stack].behind(name.removesuffix(stack)) for name, stack in found}
+
+
+class _Place(NamedTuple):
+    """Where a parameter of an expert stands: in which tensor, which expert and which part it is."""
+
+    tensor: str
+    expert: int
+    part: int
 
 
 class Unstacked:
@@ -25,36 +45,42 @@ class Unstacked:
     Args:
       stacked: the checkpoint.
       stacks: ``Family.stacks``.
+
+    Attributes:
+      stacks: :func:`stacks_among` its names.
     """
 
-    def __init__(self, stacked: TensorSource, stacks: Mapping[str, str]):
-        self._stacked = stacked
-        self._places: dict[str, tuple[str, int] | None] = {}
-        for name in stacked.names():
-            part = next((name.removesuffix(stack) + part for stack, part in stacks.items() if name.endswith("." + stack)), None)
-            if part is None:
-                self._places[name] = None
-            else:
-                self._places |= {part.replace("*", str(number)): (name, number) for number in range(stacked.shape(name)[0])}
+    def __init__(self, stacked: TensorSource, stacks: Mapping[str, Stack]):
+        self._stacked, self.stacks = stacked, stacks_among(stacked.names(), stacks)
+        self._places = {
+            part.replace("*", str(expert)): _Place(name, expert, number)
+            for name, stack in self.stacks.items()
+            for expert in range(stacked.shape(name)[0])
+            for number, part in enumerate(stack.parts)
+        }
 
     def names(self) -> tuple[str, ...]:
-        return tuple(sorted(self._places))
+        return tuple(sorted({*self._stacked.names(), *self._places} - set(self.stacks)))
 
     def shape(self, name: str) -> tuple[int, ...]:
-        place = self._places[name]
-        return self._stacked.shape(name) if place is None else self._stacked.shape(place[0])[:0:-1]
+        if name not in self._places:
+            return self._stacked.shape(name)
+        tensor = self._places[name].tensor
+        first, *rest = self.stacks[tensor].turn(self._stacked.shape(tensor)[1:])
+        return first // len(self.stacks[tensor].parts), *rest
 
     def dtype(self, name: str) -> np.dtype:
-        place = self._places[name]
-        return self._stacked.dtype(name if place is None else place[0])
+        return self._stacked.dtype(self._places[name].tensor if name in self._places else name)
 
     def read(self, name: str, index: Index = (...,)) -> np.ndarray:
-        place = self._places[name]
-        if place is None:
+        if name not in self._places:
             return self._stacked.read(name, index)
-        tensor, number = place
-        inner = whole_slices(index, self.shape(name))[::-1]
-        return self._stacked.read(tensor, (slice(number, number + 1), *inner))[0].T
+        shape, (tensor, expert, part) = self.shape(name), self._places[name]
+        first, *rest = whole_slices(index, shape)
+        before, stack = part * shape[0], self.stacks[tensor]
+        inner = stack.turn((slice(before + first.start, before + first.stop, first.step), *rest))
+        read = self._stacked.read(tensor, (slice(expert, expert + 1), *inner))[0]
+        return read.T if stack.turned else read
 
 
 class Stacked:
@@ -62,41 +88,47 @@ class Stacked:
 
     Args:
       parts: the tensors, by the names of :class:`Unstacked`; only names, shapes and dtypes are read.
-      stacks: ``Family.stacks``.
+      stacks: :func:`stacks_among` the checkpoint's names.
     """
 
-    def __init__(self, parts: TensorSource, stacks: Mapping[str, str]):
-        self._parts = parts
-        self._members: dict[str, dict[int, str]] = {}
-        rules = [(re.compile(r"(.*\.)" + re.escape(part).replace(r"\*", r"(\d+)")), stack) for stack, part in stacks.items()]
-        for name in parts.names():
-            found = next(((match, stack) for rule, stack in rules if (match := rule.fullmatch(name))), None)
-            if found is None:
-                self._members[name] = {}
-            else:
-                match, stack = found
-                self._members.setdefault(match[1] + stack, {})[int(match[2])] = name
+    def __init__(self, parts: TensorSource, stacks: Mapping[str, Stack]):
+        self._parts, self._stacks, present = parts, stacks, set(parts.names())
+        self._members: dict[str, tuple[str, ...]] = {}
+        for name, stack in stacks.items():
+            experts = (tuple(part.replace("*", str(number)) for part in stack.parts) for number in itertools.count())
+            self._members[name] = tuple(itertools.chain.from_iterable(itertools.takewhile(present.issuperset, experts)))
+        self._members |= {name: (name,) for name in present.difference(*self._members.values())}
 
     def names(self) -> tuple[str, ...]:
         return tuple(sorted(self._members))
 
     def shape(self, name: str) -> tuple[int, ...]:
-        members = self._members[name]
-        return (len(members), *self._parts.shape(members[0])[::-1]) if members else self._parts.shape(name)
+        if name not in self._stacks:
+            return self._parts.shape(name)
+        stack, members = self._stacks[name], self._members[name]
+        first, *rest = self._parts.shape(members[0])
+        return len(members) // len(stack.parts), *stack.turn((first * len(stack.parts), *rest))
 
     def dtype(self, name: str) -> np.dtype:
-        return self._parts.dtype(self.members(name)[0])
+        return self._parts.dtype(self._members[name][0])
 
     def members(self, name: str) -> tuple[str, ...]:
-        """The names of what a tensor is made of, in the order of the experts; its own name if it is no stack."""
-        members = self._members[name]
-        return tuple(members[number] for number in sorted(members)) or (name,)
+        """The names of what a tensor is made of, expert after expert; its own name if it is no stack."""
+        return self._members[name]
 
     def joined(self, name: str, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
         """The tensor, from its members."""
-        members = [arrays[member] for member in self.members(name)]
-        return np.stack([array.T for array in members]) if self._members[name] else members[0]
+        members = [arrays[member] for member in self._members[name]]
+        if name not in self._stacks:
+            return members[0]
+        stack, whole = self._stacks[name], np.stack(members)
+        whole = whole.reshape(len(members) // len(stack.parts), -1, *whole.shape[2:])
+        return np.swapaxes(whole, 1, -1) if stack.turned else whole
 
     def split(self, name: str, array: np.ndarray) -> dict[str, np.ndarray]:
         """The members of a tensor."""
-        return dict(zip(self.members(name), (each.T for each in array))) if self._members.get(name) else {name: array}
+        if name not in self._stacks:
+            return {name: array}
+        whole = np.swapaxes(array, 1, -1) if self._stacks[name].turned else array
+        members = self._members[name]
+        return dict(zip(members, whole.reshape(len(members), -1, *whole.shape[2:]), strict=True))
