@@ -118,6 +118,11 @@ class Decoder:
         found = [name for name in names if kind_name(name) in kinds]
         return tuple(sorted(found, key=lambda name: (list(map(int, re.findall(r"\d+", name))), kinds[kind_name(name)])))
 
+    @functools.cached_property
+    def attended(self) -> str:
+        """The layer of a block that reads the output of attention."""
+        return next(name for name in self.family.attended if name in self.linears)
+
     def sharding(self, name: str) -> P:
         """The wanted sharding of a block's parameter; dimensions that the mesh does not divide are replicated."""
         return self.family.sharding.get(kind_name(name), P())

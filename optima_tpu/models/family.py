@@ -145,8 +145,8 @@ class Family:
       embed: (config, read, tokens [samples, length], places [length]) -> [samples, length, d_model]; None for the plain table.
         It computes with numpy arrays on the host, and with jax arrays in a traced program.
       head: full name of the output projection, [vocab, d_embedding]; not read if it is tied.
-      attended: the layer that reads the output of attention. Its input is kept while the block is pruned part by part, so that
-        attention is computed once.
+      attended: the layers that read the output of attention; each block has one of them. Its input is kept while the block is
+        pruned part by part, so that attention is computed once.
       residuals: layers whose outputs are added, as they are or times a factor, to the residual stream -> the names under which
         the block sows that stream, divided by the factor. Layers that are followed by a norm or by a router's share do not
         belong here.
@@ -169,7 +169,7 @@ class Family:
     embedding_extras: Callable[[Any], dict[str, Shape]] = lambda config: {}
     embed: Callable[[Any, ReadTensor, Array | np.ndarray, Array | np.ndarray], Array | np.ndarray] | None = None
     head: str = "lm_head.weight"
-    attended: str = "self_attn.o_proj"
+    attended: tuple[str, ...] = ("self_attn.o_proj",)
     residuals: Mapping[str, Residual] = dataclasses.field(default_factory=dict)
     shared: tuple[str, ...] = ()
     stacks: Mapping[str, Stack] = dataclasses.field(default_factory=dict)

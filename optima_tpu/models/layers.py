@@ -169,6 +169,7 @@ class RotaryAttention(nnx.Module):
       cap: see :func:`attention`.
       rotation: rotates queries and keys.
       sinks: whether every head has a sink, see :func:`attention`.
+      gated: whether the output is multiplied by ``sigmoid(g)``, where q_proj gives for every head its query and then g.
     """
 
     def __init__(
@@ -185,9 +186,10 @@ class RotaryAttention(nnx.Module):
         cap: float | None = None,
         rotation: Rotation = rotate,
         sinks: bool = False,
+        gated: bool = False,
     ):
-        self.head_dim, self.scale, self.cap, self.rotation = head_dim, scale, cap, rotation
-        self.q_proj = Linear(d_model, heads * head_dim, bias=qkv_bias)
+        self.head_dim, self.scale, self.cap, self.rotation, self.gated = head_dim, scale, cap, rotation, gated
+        self.q_proj = Linear(d_model, (1 + gated) * heads * head_dim, bias=qkv_bias)
         self.k_proj = Linear(d_model, kv_heads * head_dim, bias=qkv_bias)
         self.v_proj = Linear(d_model, kv_heads * head_dim, bias=qkv_bias)
         self.o_proj = Linear(heads * head_dim, d_model, bias=o_bias)
@@ -198,11 +200,15 @@ class RotaryAttention(nnx.Module):
 
     def __call__(self, x: Array, positions: Positions) -> Array:
         q, k, v = (split_heads(projection(x), self.head_dim) for projection in (self.q_proj, self.k_proj, self.v_proj))
+        if self.gated:
+            q, gate = q[:, :, ::2], q[:, :, 1::2]
         if hasattr(self, "q_norm"):
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = (self.rotation(array, *positions.rotary) for array in (q, k))
         sinks = self.sinks[...] if hasattr(self, "sinks") else None
         mixed = attention(q, k, v, positions, scale=self.scale, cap=self.cap, sinks=sinks)
+        if self.gated:
+            mixed = mixed * jax.nn.sigmoid(gate)
         return self.o_proj(mixed.reshape(*x.shape[:2], -1))
 
 
@@ -249,7 +255,7 @@ def attention(
         seen = places >= before
         if positions.window is not None:
             seen &= places - before < positions.window
-        products = _einsum("bkgqd,bksd->bkgqs", queries[..., start:stop, :], keys[..., :end, :])
+        products = einsum("bkgqd,bksd->bkgqs", queries[..., start:stop, :], keys[..., :end, :])
         products = products * (size**-0.5 if scale is None else scale)
         if cap is not None:
             products = cap * jnp.tanh(products / cap)
@@ -261,11 +267,11 @@ def attention(
             largest = jnp.maximum(largest, sink)
         shares = jnp.exp(products - largest)
         total = jnp.sum(shares, axis=-1, keepdims=True) + (0 if sinks is None else jnp.exp(sink - largest))
-        mixed.append(_einsum("bkgqs,bksd->bkgqd", shares.astype(v.dtype), values[..., :end, :]) / total)
+        mixed.append(einsum("bkgqs,bksd->bkgqd", shares.astype(v.dtype), values[..., :end, :]) / total)
     return jnp.moveaxis(jnp.concatenate(mixed, axis=-2), -2, 1).reshape(batch, length, heads, -1).astype(q.dtype)
 
 
-def _einsum(formula: str, a: Array, b: Array) -> Array:
+def einsum(formula: str, a: Array, b: Array) -> Array:
     """Accumulated in float32. The precision matters for float32 models only."""
     return jnp.einsum(formula, a, b, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
 

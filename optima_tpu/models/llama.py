@@ -55,6 +55,7 @@ class Config(DecoderConfig):
       scale: factor of the products of queries and keys; None for ``head_dim ** -0.5``.
       score_cap: ``c`` where the scaled products become ``c tanh(p / c)``, or None.
       sinks: whether every head has a sink, which takes a share of each query.
+      gated: whether the output of attention is multiplied by the sigmoid of a gate, which q_proj gives beside each query.
       branch_scale: factor of the outputs of attention and MLP, before they are added to the residual stream.
     """
 
@@ -75,7 +76,13 @@ class Config(DecoderConfig):
     scale: float | None = None
     score_cap: float | None = None
     sinks: bool = False
+    gated: bool = False
     branch_scale: float = 1.0
+
+    @property
+    def attention(self) -> str:
+        """The name of the block's attention in the checkpoint."""
+        return "self_attn"
 
     def positions(self, index: int, length: int) -> Positions:
         return Positions(*self.rope.of(index).tables(length, self.head_dim), window_at(self.windows, index, length))
@@ -114,7 +121,7 @@ def named_sizes(config: Any, eps: str = "rms_norm_eps") -> dict[str, Any]:
     return dict(
         d_model=config.hidden_size,
         d_embedding=config.hidden_size,
-        d_ff=config.intermediate_size,
+        d_ff=getattr(config, "intermediate_size", 0),  # none where every block has a mixture
         heads=heads,
         kv_heads=kv_heads,
         head_dim=head_dim,
@@ -170,10 +177,10 @@ class PreNormBlock(nnx.Module):
       name: the name of the MLP in the checkpoint.
     """
 
-    def __init__(self, config: Config, self_attn: nnx.Module, mlp: nnx.Module, name: str = "mlp"):
-        self.branch_scale = config.branch_scale
+    def __init__(self, config: Config, attention: nnx.Module, mlp: nnx.Module, name: str = "mlp"):
+        self.branch_scale, self.attention = config.branch_scale, config.attention
         self.input_layernorm = config.norm(config.d_model, eps=config.eps)
-        self.self_attn = self_attn
+        setattr(self, self.attention, attention)
         self.post_attention_layernorm = config.norm(config.d_model, eps=config.eps)
         self.name = name
         setattr(self, name, mlp)
@@ -181,7 +188,7 @@ class PreNormBlock(nnx.Module):
     def __call__(self, x: Array, positions: Positions) -> Array:
         scale = self.branch_scale
         self.sow(nnx.Intermediate, "before_attention", scaled(x, 1 / scale))
-        x = x + scaled(self.self_attn(self.input_layernorm(x), positions), scale)
+        x = x + scaled(getattr(self, self.attention)(self.input_layernorm(x), positions), scale)
         self.sow(nnx.Intermediate, "after_attention", scaled(x, 1 / scale))
         x = x + scaled(self.behind_attention(x), scale)
         self.sow(nnx.Intermediate, "after_mlp", scaled(x, 1 / scale))
@@ -207,6 +214,7 @@ def rotary_attention(config: Config) -> RotaryAttention:
         cap=config.score_cap,
         rotation=config.rotation,
         sinks=config.sinks,
+        gated=config.gated,
     )
 
 

@@ -162,6 +162,6 @@ FAMILY = Family(
     embedding=EMBEDDING,
     embedding_extras=embedding_extras,
     embed=embed,
-    attended="self_attn.out_proj",
+    attended=("self_attn.out_proj",),
     residuals={"self_attn.out_proj": Residual("before_attention", "after_attention"), "fc2": Residual("before_mlp", "after_mlp")},
 )

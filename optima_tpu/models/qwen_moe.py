@@ -29,17 +29,24 @@ def read_qwen3(config: Any) -> experts.Config:
 
 
 def _read(config: Any, **attention: Any) -> experts.Config:
-    step, plain, blocks = config.decoder_sparse_step, config.mlp_only_layers, range(config.num_hidden_layers)
     return experts.Config(
-        **llama.read_sizes(config) | dict(d_ff=config.moe_intermediate_size),
+        **llama.read_sizes(config) | read_mixture(config) | read_mixed(config),
         rope=Rope.from_hf(config.rope_parameters),
-        experts=config.num_experts,
-        experts_per_token=config.num_experts_per_tok,
         normalise=config.norm_topk_prob,
-        mixed=tuple(index not in plain and (index + 1) % step == 0 for index in blocks),
-        mlp_width=config.intermediate_size,
         **attention,
     )
+
+
+def read_mixture(config: Any) -> dict[str, Any]:
+    """The sizes of the mixtures, as arguments of :class:`~optima_tpu.models.experts.Config`."""
+    return dict(d_ff=config.moe_intermediate_size, experts=config.num_experts, experts_per_token=config.num_experts_per_tok)
+
+
+def read_mixed(config: Any) -> dict[str, Any]:
+    """Which blocks have a mixture, and the width of the MLP in the others, in the same way."""
+    step, plain, blocks = config.decoder_sparse_step, config.mlp_only_layers, range(config.num_hidden_layers)
+    mixed = tuple(index not in plain and (index + 1) % step == 0 for index in blocks)
+    return dict(mixed=mixed, mlp_width=config.intermediate_size)
 
 
 class Gate(nnx.Module):
@@ -63,8 +70,9 @@ class Mixture(experts.Mixture):
         return self.shared_expert_gate(x) * super().shared_output(x)
 
 
+LAYOUT = experts.Layout(shared="shared_expert")
 QWEN2 = dataclasses.replace(
-    experts.family(read_qwen2, experts.Layout(shared="shared_expert"), mixture=Mixture),
+    experts.family(read_qwen2, LAYOUT, mixture=Mixture),
     residuals=llama.FAMILY.residuals,  # the shared expert adds its share only
 )
 QWEN3 = experts.family(read_qwen3)

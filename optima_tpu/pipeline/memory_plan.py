@@ -152,7 +152,7 @@ def kept_inputs(decoder: Decoder, recipe: Recipe, passes: Sequence[Pass]) -> tup
     kept = [Kept()] * len(passes)
     if not recipe.recapture or not passes:
         return tuple(kept)
-    attended, (names, *others) = decoder.family.attended, passes[-1].groups
+    attended, (names, *others) = decoder.attended, passes[-1].groups
     first = decoder.linears.index(attended)
     behind = (all(decoder.linears.index(name) >= first for names in part.groups for name in names) for part in passes)
     if (keeping := next((position for position, found in enumerate(behind) if found), None)) is not None:

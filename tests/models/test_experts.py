@@ -98,10 +98,11 @@ def test_more_experts_for_a_token_than_there_are_is_refused(model):
 
 
 def test_blocks_that_differ_write_what_a_pass_through_them_says():
-    """The second of two blocks has no mixture; keys and values differ in width."""
-    config, _, tensors = tiny(FEW["Glm4MoeLiteForCausalLM"], {})
-    decoder, prompt = Decoder.open(config, tensors, mesh(1, 1)), Prompt((3, 1, 4), 5)
+    """The first of two blocks has linear attention, which must not read the same tokens twice; prompts are read in chunks."""
+    reference = next(reference for reference in REFERENCES if reference.model == "Qwen3_5ForCausalLM")
+    config, _, tensors = tiny(reference, {})
+    decoder, prompts = Decoder.open(config, tensors, mesh(1, 1)), [Prompt((3, 1, 4), 8), Prompt((1, 5, 9, 2, 6, 5), 5)]
     assert [len(blocks) for _, blocks in decoder.stretches] == [1, 1]
-    (answer,) = greedy(decoder, make_plan(decoder, [prompt], vocabulary=60, advice=""))
-    logits = decoder.logits(np.array([[*prompt.tokens, *answer]], np.int32))[0]
-    assert answer == logits[2:-1, :60].argmax(axis=-1).tolist()
+    for (prompt, _), answer in zip(prompts, greedy(decoder, make_plan(decoder, prompts, vocabulary=60, advice="")), strict=True):
+        logits = decoder.logits(np.array([[*prompt, *answer]], np.int32))[0]
+        assert answer == logits[len(prompt) - 1 : -1, :60].argmax(axis=-1).tolist()

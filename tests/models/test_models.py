@@ -53,11 +53,13 @@ def test_logits_agree_with_transformers(reference, settings):
     assert (compared(reference, settings) < 1e-4).all()
 
 
-@pytest.mark.parametrize(
-    ("reference", "shape"),
-    [*((reference, (4, 2)) for reference in REFERENCES), (REFERENCES[0], (2, 4))],
-    ids=lambda value: getattr(value, "model", str(value)),
-)
+# The layers of a relative are split as those of the family that has them.
+MESHES = [
+    pytest.param(reference, (4, 2), id=reference.model, marks=[pytest.mark.slow] * reference.relative) for reference in REFERENCES
+]
+
+
+@pytest.mark.parametrize(("reference", "shape"), [*MESHES, pytest.param(REFERENCES[0], (2, 4), id="Llama-(2, 4)")])
 def test_logits_do_not_depend_on_the_mesh(reference, shape):
     """Three key-value heads do not divide two or four slices of the model axis, six heads do not divide four."""
     assert (compared(reference, next(iter(reference.variants.values())), shape=shape) < 1e-4).all()
@@ -123,15 +125,19 @@ def test_blocks_that_predict_further_tokens_may_stand_behind_the_last_one():
         check_checkpoint(Decoder.open(config, tensors, mesh(1, 1)))
 
 
-WIRINGS = [reference for reference in REFERENCES if not reference.relative]
+WIRINGS = [
+    pytest.param(reference, marks=[pytest.mark.slow] * (reference.model == "Qwen3NextForCausalLM"), id=reference.model)
+    for reference in REFERENCES
+    if not reference.relative
+]
 
 
-@pytest.mark.parametrize("reference", WIRINGS, ids=lambda reference: reference.model)
+@pytest.mark.parametrize("reference", WIRINGS)
 def test_a_block_goes_on_from_the_output_of_attention(reference):
-    """With the input of ``Family.attended`` known, everything behind it is as before, and nothing before it matters."""
+    """With the input of ``Decoder.attended`` known, everything behind it is as before, and nothing before it matters."""
     config, _, tensors = tiny(reference, next(iter(reference.variants.values())))
     decoder = Decoder.open(config, tensors, mesh(1, 1)).at(1)
-    parameters, attended = decoder.load_block(1), decoder.family.attended
+    parameters, attended = decoder.load_block(1), decoder.attended
     hidden = np.random.default_rng(0).standard_normal((2, 9, decoder.config.d_model)).astype(np.float32)
     whole, inputs = compiled_forward(decoder.graph, decoder.state(parameters), hidden, decoder.positions(1, 9))
 
@@ -181,6 +187,8 @@ def test_an_unsupported_rope_type_is_refused_by_name():
         ("GptOssForCausalLM", "layer_types", ["full_attention", "chunked_attention"]),
         ("StableLmForCausalLM", "qk_layernorm", True),
         ("SmolLM3ForCausalLM", "no_rope_layers", [1]),
+        ("Qwen3NextForCausalLM", "layer_types", ["linear_attention", "sliding_attention"]),
+        ("Qwen3NextForCausalLM", "linear_num_value_heads", 3),
         ("Olmo3ForCausalLM", "rope_parameters", dict(full_attention=dict(rope_type="default", rope_theta=1e4))),
         ("MistralForCausalLM", "rope_parameters", dict(rope_type="default", rope_theta=1e4, partial_rotary_factor=0.5)),
     ],

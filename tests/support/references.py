@@ -58,6 +58,15 @@ LATENT = dict(
     v_head_dim=10,
     rope_parameters=YARN,
 )
+DELTA = dict(
+    head_dim=8,
+    layer_types=["linear_attention", "full_attention"],
+    linear_num_key_heads=2,
+    linear_num_value_heads=4,
+    linear_key_head_dim=8,
+    linear_value_head_dim=12,
+    rope_parameters=dict(rope_type="default", rope_theta=10000.0, partial_rotary_factor=0.5),
+)
 
 
 class Reference(NamedTuple):
@@ -375,6 +384,22 @@ REFERENCES = [
         relative=True,
     ),
     Reference(
+        "Qwen3NextForCausalLM",
+        "Qwen3NextConfig",
+        BASE
+        | EXPERTS
+        | DELTA
+        | dict(num_experts=5, shared_expert_intermediate_size=32, layer_types=["full_attention", "linear_attention"]),
+        {"linear attention last": {}},
+    ),
+    Reference(
+        "Qwen3_5ForCausalLM",
+        "Qwen3_5TextConfig",
+        BASE | DELTA,
+        {"tied": dict(tie_word_embeddings=True, attention_bias=True, linear_num_value_heads=2)},
+        relative=True,
+    ),
+    Reference(
         "Glm4MoeForCausalLM",
         "Glm4MoeConfig",
         BASE | GROUPED | dict(head_dim=8),
@@ -494,6 +519,20 @@ MULTIMODAL = Reference(
     ),
     {"text half": {}},
 )
+QWEN_IMAGES = Reference(
+    "Qwen3_5MoeForConditionalGeneration",
+    "Qwen3_5MoeConfig",
+    dict(
+        text_config=BASE | EXPERTS | DELTA | dict(vocab_size=258, num_experts=3, shared_expert_intermediate_size=32),
+        vision_config=dict(
+            depth=1, hidden_size=16, intermediate_size=16, num_heads=2, out_hidden_size=48, num_position_embeddings=16
+        ),
+    ),
+    {"text half": {}},
+    relative=True,
+)
+BESIDE_IMAGES = (MULTIMODAL, QWEN_IMAGES)
+"""Checkpoints of which the text half is pruned."""
 
 
 def small(architecture: str):

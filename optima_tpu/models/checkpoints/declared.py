@@ -36,6 +36,11 @@ class Declared(TypedDict, total=False):
     num_attention_heads: _Heads
     num_key_value_heads: _Heads | None
     head_dim: _Heads | None
+    linear_num_value_heads: _Heads
+    linear_num_key_heads: _Heads
+    linear_value_head_dim: _Heads
+    linear_key_head_dim: _Heads
+    linear_conv_kernel_dim: _Heads
     num_experts: _Experts
     num_local_experts: _Experts
     n_routed_experts: _Experts

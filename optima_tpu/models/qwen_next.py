@@ -1,0 +1,128 @@
+"""Qwen3-Next and Qwen 3.5: Gated DeltaNet in most blocks, gated attention in the others, mixtures of Qwen 2 or MLPs behind both."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+
+from optima_tpu.errors import UserError
+from optima_tpu.models import experts, llama, qwen_moe
+from optima_tpu.models.delta_net import DeltaNet, Sizes
+from optima_tpu.models.family import DecoderConfig, Family, Stack
+from optima_tpu.models.layers import ShiftedRMSNorm
+from optima_tpu.models.rope import Rope
+from optima_tpu.runtime.mesh import MODEL
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(experts.Config):
+    """The settings of the blocks.
+
+    Attributes:
+      linear: for every block whether its attention is linear.
+      delta: the sizes of linear attention.
+    """
+
+    linear: tuple[bool, ...]
+    delta: Sizes
+
+    @property
+    def attention(self) -> str:
+        return "linear_attn" if self.linear[self.kind] else "self_attn"
+
+    def kind_of(self, index: int) -> int:
+        kinds = list(zip(self.linear, self.mixed, strict=True))
+        return kinds.index(kinds[index])
+
+
+def read_next(config: Any) -> Config:
+    """From ``transformers.Qwen3NextConfig``."""
+    width = config.shared_expert_intermediate_size
+    mixture = qwen_moe.read_mixture(config) | qwen_moe.read_mixed(config) | dict(shared_width=width)
+    return _read(config, joined=True, normalise=config.norm_topk_prob, **mixture)
+
+
+def read_mixture(config: Any) -> Config:
+    """From ``transformers.Qwen3_5MoeTextConfig``: a mixture in every block."""
+    mixed, width = (True,) * config.num_hidden_layers, config.shared_expert_intermediate_size
+    return _read(config, normalise=True, mixed=mixed, shared_width=width, **qwen_moe.read_mixture(config))
+
+
+def read_dense(config: Any) -> Config:
+    """From ``transformers.Qwen3_5TextConfig``: no mixture in any block."""
+    mixed, width = (False,) * config.num_hidden_layers, config.intermediate_size
+    return _read(config, experts=0, experts_per_token=0, normalise=False, mixed=mixed, mlp_width=width)
+
+
+def _read(config: Any, joined: bool = False, **settings: Any) -> Config:
+    kinds, known = config.layer_types, ("linear_attention", "full_attention")
+    if strange := set(kinds) - set(known):
+        raise UserError(f"expected layer_types of {' and '.join(known)}, got {', '.join(sorted(strange))}: not supported")
+    if len(kinds) != config.num_hidden_layers:
+        raise UserError(f"expected {config.num_hidden_layers} layer_types in config.json, got {len(kinds)}")
+    heads, key_heads = config.linear_num_value_heads, config.linear_num_key_heads
+    if heads % key_heads:
+        raise UserError(
+            f"expected linear_num_value_heads that linear_num_key_heads divides, got {heads} and {key_heads} in config.json: "
+            "check the file"
+        )
+    return Config(
+        **llama.read_sizes(config) | settings,
+        rope=Rope.from_hf(config.rope_parameters, partial=True),
+        norm=ShiftedRMSNorm,
+        qkv_bias=config.attention_bias,
+        o_bias=config.attention_bias,
+        qk_norm=True,
+        gated=True,
+        linear=tuple(kind == "linear_attention" for kind in kinds),
+        delta=Sizes(
+            heads, key_heads, config.linear_key_head_dim, config.linear_value_head_dim, config.linear_conv_kernel_dim, joined
+        ),
+    )
+
+
+def attention(config: Config) -> nnx.Module:
+    """The attention of a block."""
+    linear = config.linear[config.kind]
+    return DeltaNet(config.d_model, config.delta, config.eps) if linear else llama.rotary_attention(config)
+
+
+def _family(read_config: Callable[[Any], Config], **fields: Any) -> Family:
+    made = experts.family(read_config, qwen_moe.LAYOUT, attention, qwen_moe.Mixture)
+    wide = tuple(f"linear_attn.in_proj_{name}" for name in ("qkvz", "ba", "qkv", "z", "b", "a"))
+    narrow = "linear_attn.out_proj"
+    return dataclasses.replace(
+        made,
+        linears=(*wide, narrow, *made.linears),
+        sharding={**made.sharding, narrow + ".weight": P(None, MODEL), **{name + ".weight": P(MODEL, None) for name in wide}},
+        attended=(narrow, *made.attended),
+        residuals={**llama.FAMILY.residuals, narrow: llama.FAMILY.residuals["self_attn.o_proj"]},
+        ignored={r"mtp\..*": "predicts tokens behind the next one, for decoding; it stays as it is"},
+        **fields,
+    )
+
+
+def _beside_images(text: Family) -> Family:
+    """The text half of the checkpoints that also read images; the other half is exported unchanged."""
+
+    def read_config(config: Any) -> DecoderConfig:
+        # transformers reads tie_word_embeddings beside the text's settings, not among them.
+        return dataclasses.replace(text.read_config(config.get_text_config()), tied=config.tie_word_embeddings)
+
+    images = {r"model\.visual\..*": "the half for images: text does not pass through it"}
+    return dataclasses.replace(
+        text, read_config=read_config, roots=("model.language_model.",), ignored={**text.ignored, **images}
+    )
+
+
+_GATE, _UP, _DOWN = (f"mlp.experts.*.{name}_proj.weight" for name in ("gate", "up", "down"))
+STACKS = {"mlp.experts.gate_up_proj": Stack((_GATE, _UP), turned=False), "mlp.experts.down_proj": Stack((_DOWN,), turned=False)}
+"""Of the mixtures as they are published; transformers writes each expert by itself."""
+
+NEXT = _family(read_next)
+DENSE = _family(read_dense)
+MIXTURE = _family(read_mixture, stacks=STACKS)
+DENSE_MULTIMODAL = _beside_images(DENSE)
+MIXTURE_MULTIMODAL = _beside_images(MIXTURE)
