@@ -16,6 +16,7 @@ from optima_tpu.models import (
     gpt_oss,
     granite,
     llama,
+    llama4,
     mistral,
     mixtral,
     nemotron,
@@ -35,6 +36,8 @@ from optima_tpu.models.family import Family
 
 FAMILIES: Mapping[str, Mapping[str, Family]] = {
     "LlamaForCausalLM": {"llama": llama.FAMILY},
+    "Llama4ForCausalLM": {"llama4_text": llama4.FAMILY},
+    "Llama4ForConditionalGeneration": {"llama4": llama4.MULTIMODAL},
     # transformers reads a Mistral's config.json that has layer_types as a Ministral's.
     "MistralForCausalLM": {"mistral": mistral.MISTRAL, "ministral": mistral.MINISTRAL},
     "MinistralForCausalLM": {"ministral": mistral.MINISTRAL},

@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax import Array
 from jax.sharding import PartitionSpec as P
@@ -20,7 +19,7 @@ from optima_tpu.errors import UserError
 from optima_tpu.models import experts, llama
 from optima_tpu.models.family import Family, Positions
 from optima_tpu.models.layers import Linear, RMSNorm, attention, split_heads
-from optima_tpu.models.rope import Rope, rotate, rotate_neighbours
+from optima_tpu.models.rope import Rope, rotate, rotate_neighbours, rotate_neighbours_wide
 from optima_tpu.models.routers import Groups
 from optima_tpu.runtime.mesh import MODEL
 
@@ -114,11 +113,6 @@ def read_mixture(config: Any, mixed: tuple[bool, ...], groups: Groups | None = N
         mixed=mixed,
         mlp_width=config.intermediate_size,
     )
-
-
-def rotate_neighbours_wide(x: Array, cos: Array | np.ndarray, sin: Array | np.ndarray) -> Array:
-    """In float32 and rounded once."""
-    return rotate_neighbours(x.astype(jnp.float32), cos, sin).astype(x.dtype)
 
 
 def further_tokens(*blocks: int) -> Mapping[str, str]:

@@ -46,6 +46,7 @@ class Config(llama.Config):
       shared_width: the width of the shared expert; 0 for none.
       mixed: for every block whether it has a mixture, or an MLP in its place; empty if all have one.
       mlp_width: the width of this MLP.
+      share_first: whether the share of an expert multiplies its input, in the place of its output.
       neurons: makes the input of down from the outputs of gate and up, or of the layer that is both. Neuron j may read the
         outputs 2j and 2j + 1 of that layer alone, which the model axis splits.
     """
@@ -57,6 +58,7 @@ class Config(llama.Config):
     shared_width: int = 0
     mixed: tuple[bool, ...] = ()
     mlp_width: int = 0
+    share_first: bool = False
     neurons: Callable[..., Array] = gated
 
     def __post_init__(self) -> None:
@@ -215,7 +217,7 @@ class Mixture(nnx.Module):
     """
 
     def __init__(self, config: Config, layout: Layout, router: Callable[[Config], nnx.Module] = router):
-        self.layout, self.neurons, self.mesh = layout, config.neurons, None
+        self.layout, self.mesh, self.way = layout, None, _Way(config.neurons, config.share_first)
         setattr(self, layout.router, router(config))
         self.experts = nnx.List([Expert(config, layout) for _ in range(config.experts)])
         if config.shared_width:
@@ -238,7 +240,7 @@ class Mixture(nnx.Module):
         weights = [jnp.stack([layer.weight[...] for layer in every]) for every in layers]
         biases = [jnp.stack([layer.bias[...] for layer in every]) for every in layers if layout.bias]
         spread = _Spread.of(self.mesh, len(x), weights[-1].shape[2])
-        output, rows, hidden = spread.run(self.neurons, x, _Sent(chosen, shares), weights, biases)
+        output, rows, hidden = spread.run(self.way, x, _Sent(chosen, shares), weights, biases)
         for every, read in zip(layers, (*(rows for _ in layout.wide), hidden)):
             routed = Routed(read, chosen, len(self.experts), spread.slices)
             for layer in every:
@@ -269,6 +271,14 @@ class _Sent(NamedTuple):
     shares: Array
 
 
+@dataclasses.dataclass(frozen=True)
+class _Way:
+    """How a mixture computes, as in :class:`Config`. Equal ones share their compiled programs."""
+
+    neurons: Callable[..., Array]
+    share_first: bool
+
+
 class _Spread(NamedTuple):
     """How a mixture is spread over a mesh.
 
@@ -292,15 +302,13 @@ class _Spread(NamedTuple):
     def slices(self) -> int:
         return 1 if self.mesh is None or self.data is None else self.mesh.shape[self.data]
 
-    def run(
-        self, neurons: Callable[..., Array], x: Array, sent: _Sent, weights: list[Array], biases: list[Array]
-    ) -> tuple[Array, Array, Array]:
+    def run(self, way: _Way, x: Array, sent: _Sent, weights: list[Array], biases: list[Array]) -> tuple[Array, Array, Array]:
         """Calls :func:`_mix` on every device, with its part of the tokens and of the width."""
         if self.mesh is None:
-            return _mix(None, neurons, x, sent, weights, biases)
+            return _mix(None, way, x, sent, weights, biases)
         tokens, wide, narrow = P(self.data), P(None, self.model), P(None, None, self.model)
         return jax.shard_map(
-            functools.partial(_mix, self.model, neurons),
+            functools.partial(_mix, self.model, way),
             mesh=self.mesh,
             in_specs=(tokens, tokens, [*(wide for _ in weights[1:]), narrow], [*(wide for _ in biases[1:]), P()][: len(biases)]),
             out_specs=(tokens, tokens, P(self.data, self.model)),
@@ -309,13 +317,12 @@ class _Spread(NamedTuple):
 
 
 def _mix(
-    axis: str | None, neurons: Callable[..., Array], x: Array, sent: _Sent, weights: list[Array], biases: list[Array]
+    axis: str | None, way: _Way, x: Array, sent: _Sent, weights: list[Array], biases: list[Array]
 ) -> tuple[Array, Array, Array]:
     """The mixture of the tokens of one slice, with a part of every expert's width.
 
     Args:
       axis: the mesh axis that has the other parts; None if this is all.
-      neurons: ``Config.neurons``.
       x: [batch, length, d_model].
       weights: of the wide layers [experts, width, d_model], then of the narrow one [experts, d_model, width].
       biases: of the same layers, [experts, d_out]; empty for none.
@@ -326,10 +333,13 @@ def _mix(
     (chosen, shares), (*wide, narrow) = (array.reshape(-1, array.shape[-1]) for array in sent), weights
     route, few = Route.of(chosen, len(narrow)), chosen.shape[-1]
     rows = x.reshape(-1, x.shape[-1])[route.token]
+    if way.share_first:
+        rows *= jnp.zeros_like(rows[:, 0]).at[route.row].set(shares, unique_indices=True)[:, None]
+        shares = jnp.ones_like(shares)
     outputs = [grouped_dot(rows, weight, route.stretches, x.dtype) for weight in wide]
     if biases:
         outputs = [output + bias[route.expert].astype(x.dtype) for output, bias in zip(outputs, biases)]
-    hidden = neurons(*outputs)
+    hidden = way.neurons(*outputs)
     # The sums over the model axis and over a token's experts are taken in float32 and rounded once.
     added, shares = grouped_dot(hidden, narrow, route.stretches, jnp.float32), shares.astype(jnp.float32)
     summed = functools.reduce(jnp.add, (added[route.row[:, one]] * shares[:, one, None] for one in range(few)))
@@ -361,16 +371,20 @@ def family(
         mlp = GatedMLP(config.d_model, config.mlp_width, activation=config.activation)
         return llama.PreNormBlock(config, attention(config), mlp, layout.mlp)
 
+    def named(name: str) -> str:
+        return name.replace("mlp.", layout.mlp + ".", 1) if name.startswith("mlp.") else name
+
     *wide, narrow = layout.layers
     gate, up, down = layout.shared_layers
     return dataclasses.replace(
         llama.FAMILY,
         read_config=read_config,
         block=block,
-        linears=(*llama.LINEARS, *layout.shared_layers, *layout.layers),
-        residuals={**llama.FAMILY.residuals, down: Residual("before_shared", "after_mlp")},
+        linears=(*map(named, llama.LINEARS), *layout.shared_layers, *layout.layers),
+        residuals={named(name): around for name, around in llama.FAMILY.residuals.items()}
+        | {down: Residual("before_shared", "after_mlp")},
         shared=tuple(wide),
-        sharding=llama.SHARDING
+        sharding={named(name): spec for name, spec in llama.SHARDING.items()}
         | {name + ".weight": P(MODEL, None) for name in (*wide, gate, up)}
         | {name + ".bias": P(MODEL) for name in wide}
         | dict.fromkeys((narrow + ".weight", down + ".weight"), P(None, MODEL)),

@@ -23,7 +23,7 @@ class Positions(NamedTuple):
 
     Attributes:
       cos, sin: rotary tables [length, rotated dimensions] float32, or None for a family without rotary embedding.
-      window: how many tokens a position sees, itself included, int32 scalar; None if all blocks of the model see everything.
+      window: how many tokens each position sees, itself included, [length] int32; None if all blocks of the model see everything.
       cache: the cache of the earlier tokens; None if there are none.
     """
 
@@ -39,9 +39,9 @@ class Positions(NamedTuple):
         return self.cos, self.sin
 
     def at(self, place: Array, count: int) -> "Positions":
-        """The position data of ``count`` tokens, the first one at the position ``place``, int32 scalar."""
-        cos, sin = jax.tree.map(lambda table: jax.lax.dynamic_slice_in_dim(table, place, count), (self.cos, self.sin))
-        return self._replace(cos=cos, sin=sin)
+        """The position data of ``count`` tokens, the first one at the position ``place``, int32 scalar; there is no cache yet."""
+        found: Positions = jax.tree.map(lambda table: jax.lax.dynamic_slice_in_dim(table, place, count), self)
+        return found
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -202,14 +202,19 @@ class RotaryAttention(nnx.Module):
         q, k, v = (split_heads(projection(x), self.head_dim) for projection in (self.q_proj, self.k_proj, self.v_proj))
         if self.gated:
             q, gate = q[:, :, ::2], q[:, :, 1::2]
-        if hasattr(self, "q_norm"):
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k = (self.rotation(array, *positions.rotary) for array in (q, k))
+        q, k = self.turned(q, k, positions)
         sinks = self.sinks[...] if hasattr(self, "sinks") else None
         mixed = attention(q, k, v, positions, scale=self.scale, cap=self.cap, sinks=sinks)
         if self.gated:
             mixed = mixed * jax.nn.sigmoid(gate)
         return self.o_proj(mixed.reshape(*x.shape[:2], -1))
+
+    def turned(self, q: Array, k: Array, positions: Positions) -> tuple[Array, Array]:
+        """Queries and keys [batch, length, heads, head_dim] as they are multiplied: normalised, then rotated."""
+        if hasattr(self, "q_norm"):
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = (self.rotation(array, *positions.rotary) for array in (q, k))
+        return q, k
 
 
 def split_heads(x: Array, head_dim: int) -> Array:
@@ -254,7 +259,7 @@ def attention(
         places, before = first + jnp.arange(start, stop)[:, None], jnp.arange(end)
         seen = places >= before
         if positions.window is not None:
-            seen &= places - before < positions.window
+            seen &= places - before < positions.window[start:stop, None]
         products = einsum("bkgqd,bksd->bkgqs", queries[..., start:stop, :], keys[..., :end, :])
         products = products * (size**-0.5 if scale is None else scale)
         if cap is not None:

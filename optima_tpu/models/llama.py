@@ -165,7 +165,7 @@ def windows_by_type(config: Any) -> tuple[int | None, ...]:
 
 def window_at(windows: tuple[int | None, ...], index: int, length: int) -> np.ndarray | None:
     """The window of a block for :class:`Positions`. A block that sees everything gets a window as wide as the text."""
-    return np.array(windows[index] or length, np.int32) if windows else None
+    return np.full(length, windows[index] or length, np.int32) if windows else None
 
 
 class PreNormBlock(nnx.Module):

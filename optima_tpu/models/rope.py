@@ -263,3 +263,8 @@ def rotate_neighbours(x: Array, cos: Array | np.ndarray, sin: Array | np.ndarray
     """
     turning, still = jnp.split(x, [cos.shape[-1]], axis=-1)
     return rotate(jnp.concatenate([turning[..., 0::2], turning[..., 1::2], still], axis=-1), cos, sin)
+
+
+def rotate_neighbours_wide(x: Array, cos: Array | np.ndarray, sin: Array | np.ndarray) -> Array:
+    """As :func:`rotate_neighbours`, in float32 and rounded once."""
+    return rotate_neighbours(x.astype(jnp.float32), cos, sin).astype(x.dtype)

@@ -109,6 +109,7 @@ MIXTURES = {
     "DeepSeek-V2-Lite": ("DeepseekV2ForCausalLM", "DeepseekV2Config", DEEPSEEK_V2_LITE, 15_706_484_224),
     "GLM-4.5-Air": ("Glm4MoeForCausalLM", "Glm4MoeConfig", GLM45_AIR, 106_852_251_264),
     "Qwen3.5-35B-A3B": ("Qwen3_5MoeForCausalLM", "Qwen3_5MoeTextConfig", {}, 34_660_610_688),
+    "Llama-4-Scout": ("Llama4ForCausalLM", "Llama4TextConfig", {}, 107_769_861_120),
 }
 
 

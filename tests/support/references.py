@@ -58,6 +58,18 @@ LATENT = dict(
     v_head_dim=10,
     rope_parameters=YARN,
 )
+LLAMA4 = BASE | dict(
+    intermediate_size=24,
+    intermediate_size_mlp=80,
+    head_dim=8,
+    num_local_experts=5,
+    num_experts_per_tok=2,
+    moe_layers=[1],
+    no_rope_layers=[1, 0],
+    attention_chunk_size=16,
+    floor_scale=10,
+    rope_parameters=LLAMA3,
+)
 DELTA = dict(
     head_dim=8,
     layer_types=["linear_attention", "full_attention"],
@@ -450,6 +462,7 @@ REFERENCES = [
         ),
         {"clamped": {}, "no biases of attention": dict(attention_bias=False, tie_word_embeddings=True)},
     ),
+    Reference("Llama4ForCausalLM", "Llama4TextConfig", LLAMA4, {"one still": {}}, relative=True),
     Reference(
         "Exaone4ForCausalLM",
         "Exaone4Config",
@@ -531,7 +544,27 @@ QWEN_IMAGES = Reference(
     {"text half": {}},
     relative=True,
 )
-BESIDE_IMAGES = (MULTIMODAL, QWEN_IMAGES)
+LLAMA_IMAGES = Reference(
+    "Llama4ForConditionalGeneration",
+    "Llama4Config",
+    dict(
+        text_config=LLAMA4 | dict(vocab_size=258, num_local_experts=3),
+        vision_config=dict(
+            hidden_size=16,
+            intermediate_size=64,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            image_size=8,
+            patch_size=4,
+            vision_output_dim=16,
+            projector_input_dim=16,
+            projector_output_dim=16,
+        ),
+    ),
+    {"text half": {}},
+    relative=True,
+)
+BESIDE_IMAGES = (MULTIMODAL, QWEN_IMAGES, LLAMA_IMAGES)
 """Checkpoints of which the text half is pruned."""
 
 

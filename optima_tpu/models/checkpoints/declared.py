@@ -26,6 +26,7 @@ class Declared(TypedDict, total=False):
     intermediate_size: _Width
     ffn_dim: _Width
     word_embed_proj_dim: _Width
+    intermediate_size_mlp: _Width
     moe_intermediate_size: _Width
     shared_expert_intermediate_size: _Width
     q_lora_rank: _Width | None
@@ -54,11 +55,17 @@ class Declared(TypedDict, total=False):
     mlp_layer_types: Annotated[list[str], msgspec.Meta(max_length=1 << 11)] | None
     decoder_sparse_step: _Heads
     mlp_only_layers: list[int] | None
+    moe_layers: list[int] | None
+    interleave_moe_layer_step: _Heads
     vocab_size: _Tokens
     max_position_embeddings: _Length
     original_max_position_embeddings: _Length | None
     sliding_window: _Length | None
     use_sliding_window: bool
+    attention_chunk_size: _Tokens | None
+    attn_temperature_tuning: bool
+    attn_scale: _Number
+    floor_scale: _Tokens
     rms_norm_eps: _Small
     layer_norm_eps: _Small
     norm_eps: _Small

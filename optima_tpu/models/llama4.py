@@ -1,0 +1,142 @@
+"""Llama 4: chunks of attention in most blocks, no positions in the others, and mixtures that multiply what an expert reads."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array
+
+from optima_tpu.errors import UserError
+from optima_tpu.models import experts, llama
+from optima_tpu.models.family import Positions, Stack
+from optima_tpu.models.layers import RotaryAttention, project
+from optima_tpu.models.rope import Rope, rotate_neighbours_wide
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(experts.Config):
+    """The settings of the blocks.
+
+    Attributes:
+      turning: for every block whether its queries and keys turn.
+      chunks: for every block the length of a chunk, behind whose beginning a token sees nothing; None if it sees everything.
+      normed: whether queries and keys that turn are then divided by their root mean square.
+      temper: (step, strength) of the factor ``1 + strength log(1 + floor((t + 1) / step))`` of the queries at position t that
+        do not turn; None for none.
+    """
+
+    turning: tuple[bool, ...]
+    chunks: tuple[int | None, ...]
+    normed: bool
+    temper: tuple[float, float] | None
+
+    def kind_of(self, index: int) -> int:
+        kinds = list(zip(self.turning, self.mixed, strict=True))
+        return kinds.index(kinds[index])
+
+    def positions(self, index: int, length: int) -> Positions:
+        """Where nothing turns, cos is the factor of the queries."""
+        cos, sin = self.rope.of(index).tables(length, self.head_dim)
+        place, chunk = np.arange(length), self.chunks[index] or length
+        if not self.turning[index]:
+            step, strength = self.temper or (1.0, 0.0)
+            factor = 1 + strength * np.log1p(np.floor((place + 1) / step))
+            cos, sin = np.repeat(factor.astype(np.float32)[:, None], cos.shape[1], axis=1), np.zeros_like(sin)
+        return Positions(cos, sin, (place % chunk + 1).astype(np.int32))
+
+
+def read_config(config: Any) -> Config:
+    """From ``transformers.Llama4TextConfig``. Raises UserError for a setting that is not supported."""
+    chunks, count = {"full_attention": None, "chunked_attention": config.attention_chunk_size}, config.num_hidden_layers
+    if strange := set(config.layer_types) - set(chunks):
+        raise UserError(f"expected layer_types of {' and '.join(chunks)}, got {', '.join(sorted(strange))}: not supported")
+    for name in ("layer_types", "no_rope_layers"):
+        if len(found := getattr(config, name)) != count:
+            raise UserError(f"expected {count} {name} in config.json, got {len(found)}")
+    return Config(
+        **llama.read_sizes(config),
+        rope=Rope.from_hf(config.rope_parameters),
+        rotation=rotate_neighbours_wide,
+        qkv_bias=config.attention_bias,
+        o_bias=config.attention_bias,
+        turning=tuple(map(bool, config.no_rope_layers)),
+        chunks=tuple(chunks[kind] for kind in config.layer_types),
+        normed=config.use_qk_norm,
+        temper=(config.floor_scale, config.attn_scale) if config.attn_temperature_tuning else None,
+        experts=config.num_local_experts,
+        experts_per_token=config.num_experts_per_tok,
+        normalise=False,
+        share_first=True,
+        shared_width=config.intermediate_size,
+        mixed=tuple(index in config.moe_layers for index in range(count)),
+        mlp_width=config.intermediate_size_mlp,
+    )
+
+
+class Attention(RotaryAttention):
+    """Llama's attention, whose norms come behind the rotation, and a factor of the queries where nothing turns."""
+
+    def __init__(self, config: Config):
+        super().__init__(
+            config.d_model,
+            config.heads,
+            config.kv_heads,
+            config.head_dim,
+            qkv_bias=config.qkv_bias,
+            o_bias=config.o_bias,
+            rotation=config.rotation,
+        )
+        self.turns, self.eps = config.turning[config.kind], config.eps if config.normed else None
+
+    def turned(self, q: Array, k: Array, positions: Positions) -> tuple[Array, Array]:
+        if not self.turns:
+            factor, _ = positions.rotary
+            return (q.astype(jnp.float32) * factor[:, None, :1]).astype(q.dtype), k
+        q, k = super().turned(q, k, positions)
+        return (q, k) if self.eps is None else (_normed(q, self.eps), _normed(k, self.eps))
+
+
+def _normed(x: Array, eps: float) -> Array:
+    """``x / rms(x)`` in float32, rounded once."""
+    wide = x.astype(jnp.float32)
+    return (wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)).astype(x.dtype)
+
+
+class Router(nnx.Module):
+    """The experts with the largest logits; their shares are the sigmoids of these."""
+
+    def __init__(self, config: experts.Config):
+        self.weight, self.few = nnx.Param(jnp.zeros((config.experts, config.d_model))), config.experts_per_token
+
+    def __call__(self, x: Array) -> tuple[Array, Array]:
+        values, chosen = jax.lax.top_k(project(x, self.weight[...]), self.few)
+        return chosen, jax.nn.sigmoid(values.astype(jnp.float32)).astype(x.dtype)
+
+
+def mixture(config: experts.Config, layout: experts.Layout) -> experts.Mixture:
+    """The mixture of a block."""
+    return experts.Mixture(config, layout, Router)
+
+
+_EXPERT = "feed_forward.experts.*.{}_proj.weight"
+FAMILY = dataclasses.replace(
+    experts.family(
+        read_config, experts.Layout("feed_forward", router="router", shared="shared_expert"), attention=Attention, mixture=mixture
+    ),
+    stacks={
+        "feed_forward.experts.gate_up_proj": Stack((_EXPERT.format("gate"), _EXPERT.format("up"))),
+        "feed_forward.experts.down_proj": Stack((_EXPERT.format("down"),)),
+    },
+)
+MULTIMODAL = dataclasses.replace(
+    FAMILY,
+    # tie_word_embeddings of the text is not read.
+    read_config=lambda config: dataclasses.replace(read_config(config.get_text_config()), tied=config.tie_word_embeddings),
+    roots=("language_model.model.",),
+    head="language_model.lm_head.weight",
+    ignored={r"(vision_model|multi_modal_projector)\..*": "the half for images: text does not pass through it"},
+)
+"""The text half of the checkpoints that also read images; the other half is exported unchanged."""
