@@ -181,7 +181,8 @@ def _expert_flops(decoder: Decoder, length: int, wanted: Collection[str] | None)
     """FLOPs of the experts' products for one sequence; each token counts at its own experts."""
     family, names = decoder.family, [name for name in decoder.linears if expert_of(name) is not None]
     streams = {stream for around in family.residuals.values() for stream in around}
-    behind = streams - set(family.residuals.get(family.attended, ()))  # the experts add to these
+    attention = {stream for name in family.attended for stream in family.residuals.get(name, ())}
+    behind = streams - attention  # the experts add to these
     if wanted is not None and behind.isdisjoint(wanted):
         wide = [name for name in names if kind_name(name) in family.shared]
         names = wide if any(name in wanted for name in names if name not in wide) else []
