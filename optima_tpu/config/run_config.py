@@ -163,6 +163,8 @@ class RunConfig:
       device_memory: GiB of memory to use on each device; null takes 80% of what the device reports, or on CPUs half of the
         machine's memory for all of them together. It decides how many rows are solved at once, and what is sharded over the
         devices.
+      recompute: minutes of forward passes that a run which was stopped may have to repeat. The hidden states of the calibration text
+        are saved only so often, since each save may be larger than a block; 0 saves them after every block.
       export: also write the pruned model as a Hugging Face folder.
       sinks: where else the records of layers are sent.
     """
@@ -195,6 +197,7 @@ class RunConfig:
     token_cache: bool = True
     batch: int = 4
     device_memory: float | None = None
+    recompute: int = 10
     export: bool = True
     sinks: Sinks = Sinks()
 
@@ -207,6 +210,7 @@ class RunConfig:
         at_least(1, "num_processes", self.num_processes)
         at_least(1, "join_timeout", self.join_timeout)
         at_least(1, "batch", self.batch)
+        at_least(0, "recompute", self.recompute)
         if self.device_memory is not None and not self.device_memory > 0:
             raise UserError(f"expected device_memory above 0 GiB, got {self.device_memory}")
         if self.mesh is not None:

@@ -4,7 +4,7 @@
     RUN/assets/                 the source's configuration, tokenizer and licence files, byte for byte
     RUN/journal/block_0000/     one Orbax checkpoint for each finished block: its weights, masks, scales and report
     RUN/activations/block_0000/ the hidden states after one of the last blocks, one file for each process; with a dense target
-                                the dense model's hidden states too
+                                the dense model's hidden states too. Removed when all blocks are finished
     RUN/sha256-all.json         the checksums of the files that are in none of these folders
 
 Each file or folder gets its name in one step, after its contents are on the disk. (In a bucket it counts as finished from one
@@ -14,7 +14,8 @@ prunes a damaged block again.
 
 Hidden states are written before the journal entry of their block, and older ones are removed after it. Hidden states that are
 missing or damaged, or that later blocks need, are computed again from the finished blocks. Hidden states of many samples are
-larger than a block, so they are written at most every ``STATES_EVERY`` seconds. Computing them again takes less time than that.
+larger than a block, so they are written only when computing them again would take as long as the setting ``recompute`` says. That is
+a forward pass through each block since the last save, a small part of what it took to prune them.
 
 Orbax's own checkpoint manager (0.12) is not used, although each entry is an Orbax checkpoint. It too gives a step its name only
 when it is written, but it lacks what a journal needs. It stores no checksum of the arrays: a flipped bit is loaded as if it had
@@ -28,9 +29,7 @@ Saves are synchronous: saving a block takes a fraction of a second, pruning it t
 finish anyway before the old hidden states are removed. SIGTERM waits for the end of a save.
 """
 
-import math
 import re
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -67,9 +66,6 @@ from optima_tpu.runtime.signals import uninterrupted
 
 HIDDEN, DENSE = "hidden_states", "dense_states"
 """Names of the two streams of hidden states: through the pruned blocks, and through the dense ones."""
-
-STATES_EVERY = 60.0
-"""Seconds between two saves of hidden states."""
 
 _JOURNAL, _ACTIVATIONS = "journal", "activations"
 _ENTRY = re.compile(r"block_(\d{4,})")
@@ -108,6 +104,7 @@ def open_journal(
     manifest: Mapping[str, Any],
     assets: Mapping[str, bytes],
     configuration: Mapping[str, Any] | None = None,
+    recompute: int = 0,
 ) -> "Journal":
     """Starts a run in ``directory``, or resumes the run in it. Every process calls it.
 
@@ -117,6 +114,7 @@ def open_journal(
         the calibration tokens, code version. Not the mesh.
       assets: file name -> contents, kept for the export.
       configuration: JSON values that are recorded beside the manifest and not compared.
+      recompute: minutes of forward passes between two saves of hidden states; 0 saves them after every block.
 
     Raises:
       UserError: the directory holds a run with another manifest (the message names every differing key with both values), holds
@@ -143,7 +141,7 @@ def open_journal(
 
     first_only(begin)
     together(seen)
-    return Journal(directory)
+    return Journal(directory, recompute)
 
 
 def finished_blocks(directory: str | Path) -> list[int]:
@@ -157,16 +155,18 @@ class Journal:
 
     Attributes:
       directory: the directory of the run.
+      recompute: minutes of forward passes between two saves of hidden states; a run that goes on repeats at most these.
       finished: the indices of the blocks that are saved and not damaged.
       damaged: {index: reason} of the damaged blocks, for messages. A damaged block does not count as finished.
+      repeated: seconds of the forward passes that bring the last saved hidden states to where the walk is. The walk adds to them.
     """
 
-    def __init__(self, directory: Path):
-        self.directory = directory
+    def __init__(self, directory: Path, recompute: int = 0):
+        self.directory, self.recompute = directory, recompute
         saved = from_first(lambda: {index: damage(self.entry(index)) for index in finished_blocks(directory)})
         self.damaged = {index: reason for index, reason in saved.items() if reason}
         self.finished = saved.keys() - self.damaged.keys()
-        self._states_saved = -math.inf  # when, by time.monotonic() of the first process
+        self.repeated = 0.0
 
     def save(
         self,
@@ -180,7 +180,7 @@ class Journal:
     ) -> None:
         """Saves a block durably. When this returns, the run can be stopped without losing the block. Every process calls it.
 
-        Hidden states are written only if the last ones are at least ``STATES_EVERY`` seconds old.
+        Hidden states are written only if ``repeated`` has reached ``recompute``.
 
         Args:
           index: the block.
@@ -202,8 +202,7 @@ class Journal:
         partial, partial_states = staged(entry), staged(states)
         remedy = f"the {len(self.finished)} finished blocks are intact; make room and repeat the command"
 
-        late = from_first(lambda: time.monotonic() - self._states_saved >= STATES_EVERY)
-        due = late and activations is not None
+        due = from_first(lambda: self.repeated >= 60 * self.recompute) and activations is not None
 
         def clear():
             still_only_program(self.directory)
@@ -226,6 +225,11 @@ class Journal:
                 write_sums(partial)
                 commit(partial, entry)
 
+        def forget_older():
+            for old in states.parent.iterdir():
+                if old != states:
+                    remove(old)
+
         with uninterrupted():
             first_only(clear)
             if due:
@@ -236,11 +240,13 @@ class Journal:
             first_only(finish)
             self.finished.add(index)
             self.damaged.pop(index, None)
-            if due and is_first():
-                for old in states.parent.iterdir():
-                    if old != states:
-                        remove(old)
-                self._states_saved = time.monotonic()
+            if due:
+                first_only(forget_older)
+                self.repeated = 0.0
+
+    def forget_states(self) -> None:
+        """Removes the hidden states: when all blocks are finished, none is needed."""
+        first_only(lambda: remove(self.directory / _ACTIVATIONS))
 
     def weights(self, index: int) -> dict[str, np.ndarray]:
         """The pruned weights of a finished block by HF name."""

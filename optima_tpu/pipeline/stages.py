@@ -201,7 +201,9 @@ def _made(result: T | None) -> T:
 def _open_journal(run: Run) -> None:
     """Writes what a resume must agree with into the run directory. From here on the run can be resumed."""
     opened = run.opened
-    run.journal = open_journal(opened.directory, opened.manifest, opened.model.pretrained.assets, opened.configuration)
+    run.journal = open_journal(
+        opened.directory, opened.manifest, opened.model.pretrained.assets, opened.configuration, opened.config.recompute
+    )
     first_only(lambda: keep_calibration(opened.directory, opened.manifest, opened.texts.calibration))
 
 

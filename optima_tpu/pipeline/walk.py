@@ -76,12 +76,14 @@ class PrunedBlock(NamedTuple):
       masks: by parameter name, [d_out, d_in] bool.
       layers: a report for every pruned layer.
       scales: by parameter name, [d_out, groups], of the weights that were quantised.
+      seconds: of the forward pass through the pruned block.
     """
 
     parameters: dict[str, Array]
     masks: dict[str, Array]
     layers: tuple[LayerReport, ...]
     scales: dict[str, Array]
+    seconds: float = 0.0
 
 
 def prune_model(
@@ -99,20 +101,25 @@ def prune_model(
     missing = [index for index in range(count) if index not in journal.finished]
     streams, following = None, 0
     for index, parameters in zip(missing, decoder.blocks(missing)):
+        started = time.monotonic()
         if streams is None or following != index:
             streams = _streams_before(walk, tokens, index, journal, progress)
+            journal.repeated += time.monotonic() - started
         progress.block(index, count)
         started = time.monotonic()
         pruned = prune_block(walk, index, parameters, streams)
+        journal.repeated += walk.recipe.target.streams * pruned.seconds
         report, prefix = BlockReport(index, time.monotonic() - started, pruned.layers), decoder.prefix(index)
         weights, masks, scales = (
             {prefix + name: value for name, value in part.items()} for part in (pruned.parameters, pruned.masks, pruned.scales)
         )
-        journal.save(index, weights, masks, report.to_json(), *streams, scales)
+        leaving = streams if index < missing[-1] else (None, None)  # only a later block needs them
+        journal.save(index, weights, masks, report.to_json(), *leaving, scales)
         saved()
         del parameters, pruned, weights, masks, scales  # frees their memory before the next block is placed
         following = index + 1
         progress.advance()
+    journal.forget_states()
 
 
 def prune_block(walk: Walk, index: int, parameters: Mapping[str, Array], streams: Streams) -> PrunedBlock:
@@ -147,7 +154,9 @@ def prune_block(walk: Walk, index: int, parameters: Mapping[str, Array], streams
         found = prune_groups(walk, index, block.parameters, part, tokens)
         block = PrunedBlock(found.parameters, block.masks | found.masks, block.layers + found.layers, block.scales | found.scales)
         del tokens, found  # frees their memory before the next statistics are made
+    started = time.monotonic()
     walk.decoder.apply(index, block.parameters, streams.pruned, known=known[0])
+    block = block._replace(seconds=time.monotonic() - started)
     if target.dense_stream and streams.dense is not None and not passes:
         walk.decoder.apply(index, parameters, streams.dense)
     return block
@@ -256,8 +265,8 @@ def _streams_before(walk: Walk, tokens: np.ndarray, index: int, journal: Journal
     if first < index:
         through = f"block {first}" if first == index - 1 else f"blocks {first} to {index - 1}"
         progress.note(
-            f"the hidden states that enter block {index} are computed again, through {through} as pruned: a run saves them once a "
-            "minute, not after every block"
+            f"the hidden states that enter block {index} are computed again, through {through} as pruned: a run saves them "
+            f"only when this would take {journal.recompute} minutes (--recompute)"
         )
     pruned = _through(dataclasses.replace(decoder, tensors=journal.tensors()), range(first, index), hidden)
     if not walk.recipe.target.dense_stream:

@@ -32,8 +32,7 @@ FILES: Mapping[str, str] = {
     "distillation.json": "the held-out loss at every check of the training, and which steps were kept",
     "journal": "every finished block with checksums, to resume a stopped run. You may delete it when the run is finished, but "
     "not in a bucket, where checkpoint/ refers to it",
-    "activations": "the hidden states after the last finished block, to resume a stopped run. You may delete it when the run is "
-    "finished",
+    "activations": "the hidden states after the last finished block, to resume a stopped run. The walk removes it at its end",
     "sha256-all.json": "the checksums of the files here that are in no folder, and of assets; optima verify compares them",
     "tensorboard": "the records of every block for TensorBoard",
     "wandb": "the records of every block for Weights & Biases",

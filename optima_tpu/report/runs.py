@@ -29,6 +29,7 @@ _ELSEWHERE = (
     "process_id",
     "join_timeout",
     "device_memory",
+    "recompute",
     "sinks",
 )
 

@@ -177,7 +177,7 @@ def test_a_run_loses_as_many_weights_as_without(tmp_path, monkeypatch):
         assert all(layer["sparsity"] == pytest.approx(sparsity, abs=1 / 48) for layer in block["layers"])
     assert len(set(report["allocation"]["sparsity"])) > 1
     # Stopped before its first block, a run goes on with the blocks' sparsities that it had made.
-    for file in ("report.json", "journal", "activations", "hf", "checkpoint"):
+    for file in ("report.json", "journal", "hf", "checkpoint"):
         (output / file).rename(tmp_path / ("old " + file))
     monkeypatch.setattr("optima_tpu.pipeline.stages.allocated", lambda *_: pytest.fail("made again"))
     assert main(command) == 0

@@ -71,20 +71,21 @@ def test_arrays_on_a_mesh_and_views_are_saved_like_host_arrays(tmp_path):
     assert_same(states_of(journal), activations_after(0))
 
 
-@pytest.mark.parametrize("every, last", [(0.0, 2), (60.0, 0)])
-def test_only_the_last_hidden_states_are_kept_and_none_too_often(tmp_path, monkeypatch, every, last):
-    monkeypatch.setattr("optima_tpu.pipeline.journal.STATES_EVERY", every)
+def test_only_the_last_hidden_states_are_kept_and_only_if_they_would_take_long(tmp_path):
     journal = started(tmp_path, 3)
-    assert [path.name for path in (tmp_path / "activations").iterdir()] == [f"block_{last:04d}"]
-    again = open_journal(tmp_path, MANIFEST, ASSETS)
-    for opened in (journal, again):
-        index, states = opened.last_activations(mesh(1, 1), 3, 2)
+    journal.recompute = 1
+    for seconds, last in ((0, 2), (59.5, 2), (0.5, 5), (59.5, 5)):
+        journal.repeated += seconds
+        index = len(journal.finished)
+        journal.save(index, *pruned_block(small_model(), index % BLOCKS))
+        assert [path.name for path in (tmp_path / "activations").iterdir()] == [f"block_{last:04d}"]
+    for opened in (journal, open_journal(tmp_path, MANIFEST, ASSETS)):
+        index, states = opened.last_activations(mesh(1, 1), 7, 2)
         assert index == last and opened.last_activations(mesh(1, 1), last, 2) is None
-        assert_same(states.values, activations_after(last))
-        assert opened.activations(mesh(1, 1), 1, 2) is None
-    # A program that goes on saves them with its first block.
-    again.save(3, *pruned_block(small_model(), 0))
-    assert [path.name for path in (tmp_path / "activations").iterdir()] == ["block_0003"]
+        assert_same(states.values, activations_after(last % BLOCKS))
+        assert opened.activations(mesh(1, 1), 2, 2) is None
+    journal.forget_states()
+    assert journal.last_activations(mesh(1, 1), 7, 2) is None and not open_journal(tmp_path, MANIFEST, ASSETS).damaged
 
 
 @pytest.mark.parametrize("shapes", [((4, 2), (2, 4)), ((1, 1), (8, 1)), ((2, 1), (1, 1))], ids=str)

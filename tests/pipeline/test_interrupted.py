@@ -13,10 +13,8 @@ import numpy as np
 from optima_tpu.models.checkpoints.orbax import quiet_orbax, write_checkpoint
 from optima_tpu.pipeline.journal import open_journal
 from optima_tpu.errors import UserError
-import optima_tpu.pipeline.journal
 from tests.support import fake_run
 
-optima_tpu.pipeline.journal.STATES_EVERY = 0
 quiet_orbax()
 source, big = fake_run.small_model(), np.random.default_rng(0).standard_normal((256, 256))
 source.arrays["model.embed_tokens.weight"] = big
@@ -58,10 +56,8 @@ import os, random, signal, sys, time
 from pathlib import Path
 from optima_tpu.models.checkpoints.orbax import CheckpointTensors
 from optima_tpu.pipeline.journal import open_journal
-import optima_tpu.pipeline.journal
 from tests.support import fake_run
 
-optima_tpu.pipeline.journal.STATES_EVERY = 0
 SOURCE, BLOCKS = fake_run.small_model(), 2
 EVENTS = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "shutil.rmtree"}
 

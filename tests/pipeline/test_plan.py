@@ -397,8 +397,6 @@ def test_the_export_is_as_large_as_planned(finished):
     planned = storage(model, config, 1, pruned).disk["export for transformers"]
     written = sum(path.stat().st_size for path in (finished.directory / "hf").glob("*.safetensors"))
     assert 0.9 < planned / written < 1.1
-    states = next((finished.directory / "activations").rglob("*.safetensors")).stat().st_size
-    assert 0.95 < storage(model, config, 1, pruned).hidden / states < 1.05
 
 
 @pytest.mark.skipif(not topology.has_libtpu(), reason="needs libtpu: pip install '.[tpu]'")

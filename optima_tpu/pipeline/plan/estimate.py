@@ -26,7 +26,6 @@ from optima_tpu.models.family import Positions
 from optima_tpu.pipeline.calibrate import residual_names
 from optima_tpu.pipeline.distill.blocks import Trainer
 from optima_tpu.pipeline.distill.train import Parts
-from optima_tpu.pipeline.journal import STATES_EVERY
 from optima_tpu.pipeline.plan.model import NOWHERE, Declared
 from optima_tpu.pipeline.plan.topology import GIB, Machine
 from optima_tpu.pipeline.self_calibration import generated_by
@@ -375,7 +374,8 @@ def run_seconds(
         "pruned blocks forward": through(block.pruned, calibrated),
         "hidden states to and from the devices": blocks * moved / (ASSUMED.transfer * machine.hosts),
     }
-    saves = min(blocks, 1 + int(sum(walk.values()) / STATES_EVERY))
+    passes = streams * (walk["pruned blocks forward"] + blocks * 2 * calibrated * state / (ASSUMED.transfer * machine.hosts))
+    saves = int(min(blocks - 1, passes / (60 * config.recompute))) if config.recompute else blocks - 1
     written = sum(stored.disk.values()) - stored.disk["hidden states"] + saves * stored.hidden
     if method:  # a state at every check, of which the disk holds two
         written += max(0, len(method.check_steps()) - 2) * _saved_bytes(model, method)
