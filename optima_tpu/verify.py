@@ -21,9 +21,7 @@ def make_parser() -> Parser:
         description="Compares every file of a run directory or of an exported folder with the checksum that was written with it, and "
         "names the files that are damaged or missing. Changes nothing. The exit status is 0 only if every file matches.",
     )
-    parser.add_argument(
-        "folder", help="run directory, finished or stopped; its checkpoint/; or an exported folder such as its hf/"
-    )
+    parser.add_argument("folder", help="run directory, finished or stopped, or an exported folder such as its hf/")
     return parser
 
 

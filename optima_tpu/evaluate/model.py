@@ -114,7 +114,7 @@ def _open(spec: str, dtype: str | None) -> tuple[Pretrained, MadeBy]:
             raise UserError(
                 f"expected an Orbax checkpoint named {CHECKPOINT} in its run directory, beside {RUN} and {ASSETS}/ "
                 f"with configuration and tokenizer, got {path} without them: copy the run directory "
-                "(journal/ and activations/ are not needed)"
+                "(activations/ is not needed)"
             )
         return _open_run(run, spec, dtype), _made_by(run)
     if path.is_dir() and not (path / "config.json").is_file():
@@ -186,5 +186,5 @@ class RunTensors:
 def _damaged(run: Path, error: Exception) -> str:
     return (
         f"the checkpoint in {run} can't be read ({one_line(error):.200}): it is damaged or incomplete; remove "
-        f"{run / CHECKPOINT} and repeat the run's command, which writes the checkpoint again from the journal"
+        f"{run / CHECKPOINT} and repeat the run's command, which writes the checkpoint again and prunes blocks that are lost"
     )

@@ -2,7 +2,8 @@
 
     RUN/run.json                what a resume must agree with, and the full configuration
     RUN/assets/                 the source's configuration, tokenizer and licence files, byte for byte
-    RUN/journal/block_0000/     one Orbax checkpoint for each finished block: its weights, masks, scales and report
+    RUN/journal/block_0000/     one Orbax checkpoint for each finished block: its weights, masks, scales and report. RUN/checkpoint
+                                refers to them: no block is written a second time
     RUN/activations/block_0000/ the hidden states after one of the last blocks, one file for each process; with a dense target
                                 the dense model's hidden states too. Removed when all blocks are finished
     RUN/sha256-all.json         the checksums of the files that are in none of these folders
@@ -255,10 +256,6 @@ class Journal:
     def masks(self, index: int) -> dict[str, np.ndarray]:
         """The masks of a finished block by the HF name of the weight, [d_out, d_in] bool, True where kept."""
         return self._group(index, "masks")
-
-    def scales(self, index: int) -> dict[str, np.ndarray]:
-        """The scales of a finished block by the HF name of the weight, [d_out, groups]; empty if it is not quantised."""
-        return self._group(index, "scales")
 
     def tensors(self) -> OrbaxTensors:
         """The pruned weights of all finished blocks."""

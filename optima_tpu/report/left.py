@@ -17,7 +17,8 @@ FILES: Mapping[str, str] = {
     "report.json": "everything that this page shows, and the record of every matrix, as JSON for programs",
     "hf": "the pruned model for transformers: weights as safetensors, the source’s config.json and tokenizer, which weights were "
     "kept (pruning_masks.npz, one bit each), the recipe and every layer’s errors (optima_tpu.json), a model card (README.md)",
-    "checkpoint": "the pruned model as one compressed Orbax checkpoint, for optima evaluate, optima export and JAX programs",
+    "checkpoint": "the pruned model for optima evaluate, optima export and JAX programs: an Orbax checkpoint of the tensors of no "
+    "block, which names those of the blocks, in journal/ or distilled/",
     "evaluation.json": "the results of optima evaluate; this page shows them",
     "lm_eval.json": "the results of the tasks, as the evaluation harness writes them",
     "run.json": "the settings, and digests of model, text and code; a command compares them before it resumes this run",
@@ -27,11 +28,9 @@ FILES: Mapping[str, str] = {
     "continuations.json": "the texts that both models write after a few prompts",
     "calibration.npy": "the calibration text as token ids; the dense model wrote it",
     "allocation.json": "the sparsity of every block, chosen by the allocation",
-    "distilled": "every block after the distillation, with checksums, to resume a stopped run. You may delete it when the run is "
-    "finished, but not in a bucket",
+    "distilled": "every block after the training, with checksums; checkpoint/ refers to it",
     "distillation.json": "the held-out loss at every check of the training, and which steps were kept",
-    "journal": "every finished block with checksums, to resume a stopped run. You may delete it when the run is finished, but "
-    "not in a bucket, where checkpoint/ refers to it",
+    "journal": "every finished block with checksums, one Orbax checkpoint each; checkpoint/ refers to it",
     "activations": "the hidden states after the last finished block, to resume a stopped run. The walk removes it at its end",
     "sha256-all.json": "the checksums of the files here that are in no folder, and of assets; optima verify compares them",
     "tensorboard": "the records of every block for TensorBoard",

@@ -116,7 +116,7 @@ def test_a_finished_run_may_be_moved_and_a_lost_checkpoint_is_written_again(fini
 
 
 @pytest.mark.parametrize(
-    "lost", [["hf/model.safetensors"], ["hf/README.md", "hf/pruning_masks.npz"], ["journal", "hf", "report.json"]], ids=" ".join
+    "lost", [["hf/model.safetensors"], ["hf/README.md", "hf/pruning_masks.npz"], ["hf", "report.json"]], ids=" ".join
 )
 def test_what_a_finished_run_lost_is_made_again_and_nothing_else(finished, tmp_path, monkeypatch, lost):
     run = tmp_path / "run"

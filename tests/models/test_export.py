@@ -1,4 +1,6 @@
+import collections
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -146,14 +148,40 @@ def test_a_local_model_is_named_without_its_path_and_the_licence_is_the_sources(
     assert json.loads((tmp_path / "out" / "optima_tpu.json").read_text())["model"] == "llama"
 
 
-def test_only_the_checkpoint_and_the_assets_are_needed(run, tmp_path):
-    for name in ("checkpoint", "assets"):
+def test_only_checkpoint_journal_and_assets_are_needed(run, tmp_path):
+    for name in ("checkpoint", "journal", "assets"):
         (tmp_path / "moved").mkdir(exist_ok=True)
         (tmp_path / "moved" / name).symlink_to(run / name)
     export(tmp_path / "moved", tmp_path / "out")
     export(run, tmp_path / "other")
     files = [(tmp_path / out / "model.safetensors").read_bytes() for out in ("out", "other")]
     assert files[0] == files[1]
+
+
+def test_a_run_writes_every_weight_once_and_its_export_once_more(tmp_path, monkeypatch):
+    """By kind, in multiples of the model: written, and on the disk at the end."""
+    source, written = small_model(), collections.Counter()
+    for name, array in source.arrays.items():
+        if array.ndim == 2:
+            source.arrays[name] = np.random.default_rng(0).standard_normal((512, 512)).astype(array.dtype)
+    replace = os.replace
+
+    def size(path):
+        return sum(file.stat().st_size for file in (path, *path.rglob("*")) if file.is_file()) / model
+
+    def counted(partial, final):
+        if str(partial).endswith(".partial") and (parts := Path(final).relative_to(tmp_path / "run").parts)[0] in kinds:
+            written[parts[0]] += size(Path(partial))
+        replace(partial, final)
+
+    kinds, model = ("journal", "checkpoint", "hf"), sum(array.nbytes for array in source.arrays.values())
+    monkeypatch.setattr(os, "replace", counted)
+    finished_run(tmp_path / "run", source)
+    export(tmp_path / "run", tmp_path / "run" / "hf")
+    embedding = source.arrays["model.embed_tokens.weight"].nbytes / model
+    assert 0 < written["journal"] < 1 and 0 < written["checkpoint"] < embedding + 0.05 and 1 < written["hf"] < 1.1
+    (tmp_path / "run" / "activations").rename(tmp_path / "hidden states")  # which the walk would have removed
+    assert written.total() < 2.3 and size(tmp_path / "run") < 2.1
 
 
 def test_what_exists_is_not_overwritten(run, tmp_path):

@@ -106,7 +106,9 @@ def stopped_in_step_6():
 
 
 def result(journal: Journal) -> dict[str, np.ndarray]:
-    return {name: array for index in sorted(journal.finished) for name, array in Distilled(journal).weights(index).items()}
+    entries = [Distilled(journal).entry(index) for index in sorted(journal.finished)]
+    found = OrbaxTensors({entry: read_metadata(entry).metadata for entry in entries})
+    return found.load(found.names())
 
 
 @in_float32

@@ -13,6 +13,7 @@ from rich.console import Console
 from optima_tpu.config.run_config import EMBEDDED
 from optima_tpu.evaluate.config import parse as parse_evaluate
 from optima_tpu.method.acceptance import HeldOut
+from optima_tpu.models.checkpoints.orbax import CheckpointTensors, read_metadata
 from optima_tpu.report import summary, table
 from optima_tpu.report.file import size_on_disk
 from optima_tpu.report.left import FILES
@@ -174,6 +175,10 @@ def test_a_real_run_leaves_nothing_that_its_page_does_not_explain(finished):
     assert report["sizes"]["transformers"] == (hf / "model.safetensors").stat().st_size
     assert 0 <= report["sizes"]["transformers"] - report["sizes"]["dense"] < 20_000  # the header
     assert 0 < report["model_sparsity"] < report["sparsity"]
+    # No tensor is in two of its Orbax checkpoints, and no hidden states are left.
+    folders = [finished.directory / "checkpoint", *(finished.directory / "journal").iterdir()]
+    held = [name for folder in folders for name in read_metadata(folder).metadata["weights"]]
+    assert sorted(held) == list(CheckpointTensors(finished.directory).names()) and "activations" not in told
 
 
 @pytest.mark.parametrize("name", ["run", "a run's (folder)"])

@@ -1,16 +1,16 @@
 """The checkpoint of a finished run, and all use of Orbax.
 
-    RUN/checkpoint/             one Orbax checkpoint of the whole pruned model; in a bucket, of the tensors that are not in the journal
+    RUN/checkpoint/             an Orbax checkpoint of the tensors that belong to no block; its custom metadata names the blocks' own
 
-It gets its name in one step, after its contents are on the disk. No other module imports Orbax. Orbax can write a tree part by
-part only on file systems that can rename folders. In a bucket, the journal's checkpoints, one per block, stay parts of the
-checkpoint, and the custom metadata of RUN/checkpoint names them.
+A block is written once: its Orbax checkpoint in the journal, or behind a training the one in RUN/distilled, is its part of the
+whole. RUN/checkpoint gets its name in one step, after its contents are on the disk. Earlier versions wrote the blocks there a
+second time; such a checkpoint names no parts and is read as it is. No other module imports Orbax.
 """
 
 import logging
 import re
 import sys
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NotRequired, Protocol, TypedDict
 
@@ -24,18 +24,15 @@ from optima_tpu.errors import UserError
 from optima_tpu.models.checkpoints.source import Index, TensorSource
 from optima_tpu.models.checkpoints.stacks import Unstacked
 from optima_tpu.report.run_record import RunRecord, read_run
-from optima_tpu.runtime.buckets import as_path, in_bucket
+from optima_tpu.runtime.buckets import as_path
 from optima_tpu.runtime.checksums import damage, write_sums
-from optima_tpu.runtime.files import begin, commit, complete, split_by_size, staged, writing
+from optima_tpu.runtime.files import begin, commit, complete, staged, writing
 from optima_tpu.runtime.mesh import spread
 from optima_tpu.runtime.processes import first_only, from_first
 from optima_tpu.runtime.records import Share, check_record
 
 CHECKPOINT = "checkpoint"
-_PARTS = "parts"
 _ITEMS = "items"
-_UNTOUCHED_AT_ONCE = 1 << 30
-"""Bytes of unpruned tensors that are read before they are written."""
 _BLOCK = re.compile(r"(.*?\.\d+)\.")
 """The beginning of the name of a block's tensor, up to the block's number."""
 
@@ -51,7 +48,7 @@ class _Metadata(TypedDict):
     """The metadata of RUN/checkpoint.
 
     Attributes:
-      parts: the checkpoints of its blocks, below RUN.
+      parts: the checkpoints of the blocks, below RUN.
       stacked: the tensors of the source of which the parts are in the checkpoint, see ``stacks``.
     """
 
@@ -138,24 +135,17 @@ class SavedBlocks(Protocol):
     def directory(self) -> Path: ...
     @property
     def finished(self) -> Collection[int]: ...
-    def weights(self, index: int) -> dict[str, np.ndarray]: ...
-    def masks(self, index: int) -> dict[str, np.ndarray]: ...
-    def scales(self, index: int) -> dict[str, np.ndarray]: ...
     def report(self, index: int) -> dict[str, Any]: ...
     def entry(self, index: int) -> Path: ...
-
-
-OnMesh = Callable[[Mapping[str, np.ndarray]], dict[str, Array | np.ndarray]]
-"""Host arrays by name -> the same arrays on the mesh. 64-bit arrays stay on the host, because jax would make them 32-bit."""
 
 
 def write_checkpoint(
     journal: SavedBlocks, source: TensorSource, mesh: Mesh, sparsity: Sequence[float | None] | None = None
 ) -> None:
-    """Writes RUN/checkpoint: the finished blocks, and all other tensors unchanged from the source.
+    """Writes RUN/checkpoint: the names of the finished blocks, and all other tensors unchanged from the source.
 
-    One block is in memory at a time; in a bucket, the tensors that belong to no block. An existing checkpoint is complete and is
-    not written again. Every process calls this, and each writes a share of every tensor.
+    These are in memory at once: embedding, last norm and head. An existing checkpoint is complete and is not written again. Every
+    process calls this, and each writes a share of every tensor.
 
     Args:
       journal: the ``Journal`` of the run, with every block of the model.
@@ -170,57 +160,34 @@ def write_checkpoint(
     if from_first(lambda: complete(final)):
         return
 
-    def on_mesh(arrays: Mapping[str, np.ndarray]) -> dict[str, Array | np.ndarray]:
-        def place(array: np.ndarray) -> Array | np.ndarray:
-            if jax.dtypes.canonicalize_dtype(array.dtype) != array.dtype:  # 64-bit, which jax would make 32-bit
-                return array
-            sharding = NamedSharding(mesh, spread(mesh, array.shape))
-            return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
-
-        return {name: place(array) for name, array in arrays.items()}
+    def placed(name: str) -> Array | np.ndarray:
+        shape, dtype = source.shape(name), source.dtype(name)
+        if jax.dtypes.canonicalize_dtype(dtype) != dtype:  # 64-bit, which jax would make 32-bit
+            return source.read(name)
+        return jax.make_array_from_callback(
+            shape, NamedSharding(mesh, spread(mesh, shape)), lambda index: source.read(name, index)
+        )
 
     with writing(final, "all finished blocks are intact; make room and repeat the command"):
         first_only(lambda: begin(final))
+        entries = [journal.entry(index) for index in sorted(journal.finished)]
+        saved, names = _leaves({entry: read_metadata(entry).metadata for entry in entries}, "weights"), set(source.names())
+        for name, leaf in saved.items():
+            if name not in names or (tuple(leaf.shape), leaf.dtype) != (source.shape(name), source.dtype(name)):
+                raise ValueError(f"the source has no {name} {leaf.shape} {leaf.dtype}, which a finished block has")
         reports = [journal.report(index) for index in sorted(journal.finished)]
-        stacked = sorted(source.stacks) if isinstance(source, Unstacked) else []
-        metadata = {"run": read_run(journal.directory) | {"blocks": reports, "sparsity": sparsity}, "stacked": stacked}
-        (_write_rest if in_bucket(final) else _write_whole)(staged(final), journal, source, on_mesh, metadata)
+        metadata = {
+            "run": read_run(journal.directory) | {"blocks": reports, "sparsity": sparsity},
+            "parts": [str(entry.relative_to(journal.directory)) for entry in entries],
+            "stacked": sorted(source.stacks) if isinstance(source, Unstacked) else [],
+        }
+        save_tree(staged(final), {"weights": {name: placed(name) for name in sorted(names - saved.keys())}}, metadata)
 
         def finish():
             write_sums(staged(final))
-            if set(_leaves(_read(staged(final))[1], "weights")) != set(source.names()):
-                raise RuntimeError(f"{staged(final)} does not hold the tensors of the source")
             commit(staged(final), final)
 
         first_only(finish)
-
-
-def _write_whole(path: Path, journal: SavedBlocks, source: TensorSource, on_mesh: OnMesh, metadata: Mapping[str, Any]) -> None:
-    names = set(source.names())
-    for index in sorted(journal.finished):
-        weights = journal.weights(index)
-        groups = {"weights": weights, "masks": journal.masks(index), "scales": journal.scales(index)}
-        for name, array in weights.items():
-            if name not in names or (array.shape, array.dtype) != (source.shape(name), source.dtype(name)):
-                raise ValueError(f"block {index}: the source has no {name} {array.shape} {array.dtype}")
-        # Orbax stores an empty group as a leaf, and then refuses to add the arrays of later blocks to it.
-        if tree := {key: on_mesh(group) for key, group in groups.items() if group}:
-            ocp.partial.save(path, tree)
-        names.difference_update(weights)
-    for group in split_by_size(source, sorted(names), _UNTOUCHED_AT_ONCE).filename_to_tensors.values():
-        ocp.partial.save(path, {"weights": on_mesh({name: np.asarray(source.read(name)) for name in group})})
-    ocp.partial.save(path, {"blocks": np.asarray(len(metadata["run"]["blocks"]))}, custom_metadata=metadata)
-    ocp.partial.finalize(path)
-
-
-def _write_rest(path: Path, journal: SavedBlocks, source: TensorSource, on_mesh: OnMesh, metadata: Mapping[str, Any]) -> None:
-    entries = [journal.entry(index) for index in sorted(journal.finished)]
-    rest = set(source.names()).difference(*(read_metadata(entry).metadata["weights"] for entry in entries))
-    save_tree(
-        path,
-        {"weights": on_mesh({name: np.asarray(source.read(name)) for name in sorted(rest)})},
-        {**metadata, _PARTS: [str(entry.relative_to(journal.directory)) for entry in entries]},
-    )
 
 
 def _read(path: Path) -> tuple[_Metadata, dict[Path, Mapping[str, Any]]]:
@@ -238,10 +205,7 @@ def _leaves(trees: Mapping[Path, Mapping[str, Any]], group: str) -> dict[str, An
 
 
 def checkpointed_blocks(directory: Path) -> list[dict[str, Any]] | None:
-    """The report of every block in RUN/checkpoint; None if there is no complete checkpoint.
-
-    In a bucket the blocks of the journal are parts of the checkpoint: without one of them the result is None.
-    """
+    """The report of every block in RUN/checkpoint; None if there is no complete checkpoint, or if a part of it is missing."""
     path = directory / CHECKPOINT
     if not complete(path):
         return None
@@ -255,7 +219,8 @@ def checkpoint_damage(directory: Path) -> str:
     if found := damage(path):
         return found
     parts = check_record(read_metadata(path).custom_metadata, _Metadata, path).get("parts", ())
-    return next((f"{part}: {found}" for part in parts if (found := damage(directory / part))), "")
+    whys = ((part, damage(directory / part) if (directory / part).exists() else "is missing") for part in parts)
+    return next((f"{part}: {why}" for part, why in whys if why), "")
 
 
 def refuse_damaged_checkpoint(directory: Path) -> None:

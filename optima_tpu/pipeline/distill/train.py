@@ -484,7 +484,7 @@ def read_outcome(directory: Path, used: bool = False) -> Outcome | None:
     """What became of the distillation of a run; None if it is not done, or its blocks are damaged.
 
     Args:
-      used: the checkpoint has the blocks, so that they are not read again.
+      used: the checkpoint refers to the blocks, and was compared with its checksums; they are not read again.
     """
 
     def read() -> contents.Outcome | None:
@@ -508,18 +508,6 @@ class Distilled:
     def __init__(self, journal: Journal):
         self._journal = journal
         self.directory, self.finished = journal.directory, journal.finished
-
-    def weights(self, index: int) -> dict[str, np.ndarray]:
-        """The weights of a block by HF name."""
-        return load_group(self.entry(index), "weights", read_metadata(self.entry(index)).metadata["weights"])
-
-    def scales(self, index: int) -> dict[str, np.ndarray]:
-        """None: training moves weights off their integers."""
-        return {}
-
-    def masks(self, index: int) -> dict[str, np.ndarray]:
-        """The masks of a block by the HF name of the weight, which are those of the journal."""
-        return self._journal.masks(index)
 
     def report(self, index: int) -> dict[str, Any]:
         """The report of a block, from its pruning."""

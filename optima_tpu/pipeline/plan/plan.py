@@ -2,7 +2,6 @@
 
 import collections
 import dataclasses
-import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -197,11 +196,7 @@ def make_plan(
     programs += training
     compiling = sum(program.compiled.seconds for program in programs if program.compiled)
     block = _block_flops(model, text.length, config.target.streams, kinds)
-    pruned = [(kind.block, group, count) for kind, count in kinds.items() for group in kind.groups]
-    if recovering:
-        pruned = [(indices[0], alike.linears, len(indices)) for alike, indices in decoder.stretches]
-    sizes = (decoder.at(index).block_shapes[name + ".weight"] for index, names, count in pruned for name in names * count)
-    stored = estimate.storage(model, config, machine.hosts, sum(map(math.prod, sizes)), block.kept, not recovering)
+    stored = estimate.storage(model, config, machine.hosts, patterns, block.kept, not recovering)
     seconds = estimate.run_seconds(
         model,
         config,
