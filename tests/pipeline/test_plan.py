@@ -378,6 +378,7 @@ def test_without_libtpu_the_plan_is_counted_and_says_so(tmp_path, capsys, monkey
     # q, k, v; o; gate and up; down, in each of three blocks.
     assert [program["calls"] for program in plan["programs"]][1:] == [3, 3, 3, 3]
     assert all(stage in printed for stage in plan["seconds"]) and plan["assumptions"][0] in printed
+    assert f"in all it writes {plan['storage']['written']:.2f} times the model's own bytes" in printed
     assert main([*arguments, "--device_memory", "0.000001"]) == 1
     printed = capsys.readouterr().out
     assert "and its block with the other Hessians alone takes" in " ".join(printed.split())

@@ -266,12 +266,17 @@ class Storage(NamedTuple):
     Attributes:
       hidden: hidden states of all calibration sequences.
       host: memory of one host, by use.
-      disk: size of the run directory, by use.
+      disk: size of the run directory, by use; the hidden states are removed when all blocks are pruned.
     """
 
     hidden: int
     host: dict[str, int]
     disk: dict[str, int]
+
+    @property
+    def left(self) -> int:
+        """Bytes on the disk at the end."""
+        return sum(self.disk.values()) - self.disk["hidden states"]
 
 
 def storage(
@@ -388,7 +393,7 @@ def run_seconds(
     }
     passes = streams * (walk["pruned blocks forward"] + blocks * 2 * calibrated * state / (ASSUMED.transfer * machine.hosts))
     saves = int(min(blocks - 1, passes / (60 * config.recompute))) if config.recompute else blocks - 1
-    written = sum(stored.disk.values()) - stored.disk["hidden states"] + saves * stored.hidden
+    written = stored.left + saves * stored.hidden
     if method:  # a state at every check, of which the disk holds two
         written += max(0, len(method.check_steps()) - 2) * _saved_bytes(model, method)
     stages = {

@@ -52,6 +52,12 @@ class Plan:
     refused: str = ""
 
     @property
+    def written(self) -> float:
+        """Bytes that the run writes, in multiples of the model's own."""
+        model = self.model.all_blocks_bytes() + self.model.end_bytes()
+        return self.seconds["writing"] * estimate.ASSUMED.writing / model
+
+    @property
     def too_large(self) -> tuple[Program, ...]:
         """Programs that do not fit into the memory of a device."""
         return tuple(program for program in self.programs if program.refused or program.memory > self.machine.chip.memory)
@@ -80,7 +86,7 @@ class Plan:
             ],
             "fits": not self.too_large and not self.refused,
             "refused": self.refused,
-            "storage": self.storage._asdict(),
+            "storage": self.storage._asdict() | {"left": self.storage.left, "written": self.written},
             "seconds": self.seconds,
             "assumptions": self.assumptions,
         }

@@ -105,6 +105,9 @@ def summary(plan: Plan) -> list[str]:
     hosts = "on each host: " if machine.hosts > 1 else ""
     lines.append(f"host memory  {hosts}{_sum(stored.host)}")
     lines.append(f"disk         at most {_sum(stored.disk)}")
+    lines.append(
+        f"             {_gib(stored.left)} GiB at the end; in all it writes {plan.written:.2f} times the model's own bytes"
+    )
     return lines
 
 
