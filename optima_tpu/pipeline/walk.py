@@ -113,8 +113,8 @@ def prune_model(
         weights, masks, scales = (
             {prefix + name: value for name, value in part.items()} for part in (pruned.parameters, pruned.masks, pruned.scales)
         )
-        leaving = streams if index < missing[-1] else (None, None)  # only a later block needs them
-        journal.save(index, weights, masks, report.to_json(), *leaving, scales)
+        leaving, dense = streams if index < missing[-1] else (None, None)  # only a later block needs them
+        journal.save(index, weights, masks, report.to_json(), leaving, dense, scales)
         saved()
         del parameters, pruned, weights, masks, scales  # frees their memory before the next block is placed
         following = index + 1

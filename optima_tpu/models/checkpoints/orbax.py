@@ -165,7 +165,7 @@ def write_checkpoint(
         if jax.dtypes.canonicalize_dtype(dtype) != dtype:  # 64-bit, which jax would make 32-bit
             return source.read(name)
         return jax.make_array_from_callback(
-            shape, NamedSharding(mesh, spread(mesh, shape)), lambda index: source.read(name, index)
+            shape, NamedSharding(mesh, spread(mesh, shape)), lambda index: source.read(name, index or (...,))
         )
 
     with writing(final, "all finished blocks are intact; make room and repeat the command"):
