@@ -19,6 +19,7 @@ from optima_tpu.launch import main
 from optima_tpu.method.distillation import KL, Blocks, hidden_error
 from optima_tpu.models.checkpoints.orbax import CheckpointTensors, OrbaxTensors, read_metadata
 from optima_tpu.models.decoder import forward, head_logits
+from optima_tpu.pipeline.distill import train
 from optima_tpu.pipeline.distill.blocks import NextToken, Trainer, head_gradient, hidden_gradient
 from optima_tpu.pipeline.distill.spans import distill_by_spans
 from optima_tpu.pipeline.distill.train import (
@@ -94,13 +95,17 @@ def run(pruned, windows, shape=(4, 2), method=METHOD, advance=lambda: None) -> t
     return found, journal
 
 
-def stopped_in_step_6():
-    """An ``advance`` that raises Ctrl-C behind the second step after the check behind step 4."""
+def stopped_in_step_6(before: int = 3):
+    """An ``advance`` that raises SIGTERM's exception behind the second step after the check behind step 4.
+
+    Args:
+      before: calls before the first check, one for each block of the dense model.
+    """
     calls = itertools.count(1)
 
     def advance():
-        if next(calls) == 3 + 1 + 4 + 1 + 2:  # blocks of the dense model, first check, steps, check, steps
-            raise KeyboardInterrupt
+        if next(calls) == before + 1 + 4 + 1 + 2:  # first check, steps, check, steps
+            raise Stopped(signal.SIGTERM)
 
     return advance
 
@@ -178,9 +183,9 @@ def test_the_mesh_changes_nothing_but_rounding(pruned, trained, windows):
 
 @pytest.mark.parametrize("pruned", ["bfloat16"], indirect=True)  # the masters, float32, go on and not the rounded weights
 def test_what_was_stopped_ends_with_the_same_bits_and_is_not_gone_on_from_where_its_state_is_damaged(pruned, trained, windows):
-    state, steps = pruned[1] / "distillation" / "step_0000004", {False: 0, True: 0}
+    state, steps = pruned[1] / "distillation" / "step_0000006", {False: 0, True: 0}
     for damaged in (False, True):
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(Stopped):
             run(pruned, windows, advance=stopped_in_step_6())
         assert list(state.parent.iterdir()) == [state]
         if damaged:
@@ -200,8 +205,38 @@ def test_what_was_stopped_ends_with_the_same_bits_and_is_not_gone_on_from_where_
 
 
 @in_float32
-def test_what_does_not_help_is_refused(pruned, windows):
-    """Trained on one token over and over, held out on others."""
+@pytest.mark.parametrize("whole", [True, False])
+def test_the_best_check_is_kept_though_the_run_was_stopped_behind_it(pruned, windows, whole, monkeypatch, tmp_path):
+    """The check in the middle is the best; the state behind it has its weights too. Spans are stopped in the second one."""
+    losses, seen = {0: 3.0, 4: 1.0, 8: 2.0}, {}
+
+    def measure(model, stream):
+        if not model.blocks:  # behind all spans
+            return 1.0, 1.0
+        step = int(model.blocks[0].moments.count)
+        for index, block in zip(model.span, model.blocks):
+            seen[index, step] = {name: np.array(array) for name, array in block.masters.items()}
+        return losses[step], 1.0
+
+    def train(**settings):
+        return run(pruned, windows, **settings) if whole else by_spans(pruned, windows, tmp_path, (1, 1), **settings)
+
+    monkeypatch.setattr(Model, "measure", measure)
+    with pytest.raises(Stopped):
+        train(advance=stopped_in_step_6() if whole else stopped_in_step_6(2 + 1 + 8 + 2 + 1))
+    outcome, journal = train()
+    for each in outcome.spans or [outcome]:
+        assert each.kept == 4 and [check.held_out for check in each.checks] == [3, 1, 2]
+    for index in range(3):
+        found = Distilled(journal).weights(index)
+        for name, expected in seen[index, 4].items():
+            assert (found[f"model.layers.{index}.{name}"] == expected).all() and (expected != seen[index, 8][name]).any(), name
+
+
+@in_float32
+def test_what_does_not_help_is_refused_and_nothing_is_written(pruned, windows, monkeypatch):
+    """Trained on one token over and over, held out on others. No state either: the training is much shorter than a save."""
+    monkeypatch.setattr(train, "_save", lambda path, *rest: pytest.fail(f"wrote {path}"))
     one = windows._replace(training=np.full_like(windows.training, 7))
     outcome, _ = run(pruned, one, method=dataclasses.replace(METHOD, learning_rate=0.05))
     assert outcome.kept == 0 and outcome.after == outcome.before == outcome.checks[0].held_out

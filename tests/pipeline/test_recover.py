@@ -12,6 +12,7 @@ from optima_tpu.errors import UserError
 from optima_tpu.launch import main as prune
 from optima_tpu.models.checkpoints.export import read_masks
 from optima_tpu.pipeline import inputs
+from optima_tpu.pipeline.distill import train
 from optima_tpu.pipeline.recover import run as recovering
 from optima_tpu.pipeline.recover.config import RecoverConfig, parse
 from optima_tpu.recover import main
@@ -103,23 +104,23 @@ def test_the_zeros_of_any_checkpoint_are_its_masks(tmp_path, capsys):
 
 
 def test_what_sigterm_stopped_ends_with_the_same_bits(pruned, tmp_path, monkeypatch, capsys):
-    """In the third step, after a check behind the second: the state behind the third is saved."""
+    """In the third step, after a check behind the second, which nothing but the next state keeps."""
     command = [str(pruned / "run"), *TOKENS, *TEXT, "--output", str(tmp_path / "out")]
-    calls, check = [], progress.check_signals
+    step, steps = train.Model.step, []
 
-    def stop():
-        calls.append(1)
-        if list((tmp_path / "out").glob("distillation/step_0000002")):
-            monkeypatch.setattr(progress, "check_signals", after_a_step)
-        check()
+    def stop(model, *given):
+        steps.append(step(model, *given))
+        if len(steps) == 3:
+            monkeypatch.setattr(progress, "check_signals", behind_it)
+        return steps[-1]
 
-    def after_a_step():
-        monkeypatch.setattr(progress, "check_signals", check)
+    def behind_it():
+        monkeypatch.undo()
         raise signals.Stopped(signal.SIGTERM)
 
-    monkeypatch.setattr(progress, "check_signals", stop)
+    monkeypatch.setattr(train.Model, "step", stop)
     assert main(command) == signals.RESUME
-    assert sorted(path.name for path in (tmp_path / "out/distillation").iterdir()) == ["step_0000002", "step_0000003"]
+    assert [path.name for path in (tmp_path / "out/distillation").iterdir()] == ["step_0000003"]
     assert main(command) == 0
     assert "resuming  3 of 4 steps are done" in capsys.readouterr().out
     assert_same_weights(tmp_path / "out", pruned / "recovered")

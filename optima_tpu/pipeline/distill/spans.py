@@ -104,7 +104,7 @@ def _begin(dense: Decoder, tokens: np.ndarray) -> Stream:
 
 
 def _train(model: Model, journal: Journal, stream: Stream, held_out: Stream, advance: Callable[[], None]) -> _Trained:
-    """Trains the blocks of a span, and saves them, with the state of the best check or as they were pruned."""
+    """Trains the blocks of a span, and saves them, with the weights of the best check or as they were pruned."""
     span, method = model.span, model.trainer.method
     # The lines of its checks would be a hundred for a model of thirty blocks.
     training = Training(model, States(journal.directory / FOLDER, f"block_{span.start:04d}_"), lambda line: None)
@@ -116,13 +116,13 @@ def _train(model: Model, journal: Journal, stream: Stream, held_out: Stream, adv
         return stream.part(first, first + parts.batch)
 
     best = training.run(held_out, windows, advance)
-    if best.step:
-        training.states.restore_best(model)
-    else:
-        model = Model.open(model.trainer, journal, span, model.goal, stream.tokens.shape[1])
+    moved = training.best
+    if not moved:
+        opened = zip(model.trainers, model.trainer.decoder.blocks(span))
+        moved = [{name: parameters[name] for name in trainer.factors} for trainer, parameters in opened]
     found = Span(span.start, span[-1], tuple(training.checks), best.step).to_json()
     record = _Trained(span=found, seconds=training.seconds)  # type: ignore[typeddict-item]
-    write_blocks(model, journal, record)
+    write_blocks(model, moved, journal, record)
     return record
 
 

@@ -9,9 +9,11 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple, TypedDict
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.sharding import SingleDeviceSharding
 
 from optima_tpu.errors import UserError
 from optima_tpu.method.distillation import Distillation
@@ -33,8 +35,10 @@ FOLDER = "distillation"
 OUTCOME, _DISTILLED = "distillation.json", "distilled"
 AT_ONCE = 1 << 31
 """Bytes of hidden states, on all hosts together, of the training windows that wait for their steps."""
-_SHARE = 20
-"""Between two checks, a state is saved when this many times as long as it takes has passed since the last."""
+SHARE = 20
+"""A state is saved when this many times as long as it takes has passed since the last."""
+_HOST = "pinned_host"
+"""The memory of a host, as jax names it."""
 _QUIET = 10.0
 """Seconds without a line after which a step prints one."""
 _REMEDY = "the pruned blocks are intact; make room and repeat the command"
@@ -267,6 +271,14 @@ class Model:
         """Of every block."""
         return [self.trainer.at(index) for index in self.span]
 
+    def rounded(self) -> list[Tree]:
+        """A copy in the memory of the hosts of what moves, in the checkpoint's dtype, of every block."""
+        pairs = zip(self.trainers, self.blocks)
+        return [
+            _on_host({name: array.astype(trainer.dtype(name)) for name, array in block.masters.items()})
+            for trainer, block in pairs
+        ]
+
     def measure(self, stream: Stream) -> tuple[float, float | None]:
         """The mean loss of a token, and the perplexity where the goal reads the next token."""
         totals, batch = np.zeros(2), self.trainer.decoder.batch
@@ -324,8 +336,9 @@ def distill(
 ) -> Outcome:
     """Trains the pruned blocks of a run, and leaves them in RUN/distilled. Every process calls it, and then :func:`keep_outcome`.
 
-    A run that was stopped goes on behind the last state that was saved, and ends with the same bits. A state is saved at every
-    check, between two checks so often that this takes a twentieth of the time, and when SIGTERM or Ctrl-C comes.
+    A run that was stopped goes on behind the last state that was saved, and ends with the same bits. A state is saved so often that
+    this takes a twentieth of the time, and when SIGTERM or Ctrl-C comes. The weights of the best check wait in the memory of the
+    hosts, and are in a state that is saved behind it.
 
     Args:
       dense: the dense model.
@@ -348,9 +361,8 @@ def distill(
         note("the dense model reads the text first")
     held_out = feed.begin(training.step)
     best = training.run(held_out, feed.step, advance)
-    if best.step:
-        training.states.restore_best(model)
-        write_blocks(model, journal)
+    if training.best:
+        write_blocks(model, training.best, journal)
     return Outcome(tuple(training.checks), best.step, tokens_read(method, windows), seconds=training.seconds)
 
 
@@ -369,6 +381,7 @@ class Training:
       note: called with a line after every check, and after steps.
       checks: so far.
       losses: of the steps since the last check.
+      best: the weights of the best check, from ``Model.rounded``; None where the model as it was pruned is best.
       seconds: that all steps and checks took.
       saved: the step of the last saved state.
       saved_at: when, by ``time.monotonic()``; at first the start.
@@ -383,6 +396,7 @@ class Training:
     step: int = 0
     checks: list[Check] = dataclasses.field(default_factory=list)
     losses: list[float] = dataclasses.field(default_factory=list)
+    best: list[Tree] | None = None
     seconds: float = 0.0
     saved: int = 0
     saved_at: float = dataclasses.field(default_factory=time.monotonic)
@@ -400,7 +414,7 @@ class Training:
         if found := self.states.last(self.model):
             self.step = self.saved = found["step"]
             self.checks, self.losses = [Check(**check) for check in found["checks"]], found["losses"]
-            self.seconds = found["seconds"]
+            self.seconds, self.best = found["seconds"], self.states.best(self.model, found)
             self.note(f"resuming  {self.step} of {self.model.trainer.method.steps} steps are done")
 
     def run(self, held_out: Stream, windows: Callable[[int], Stream], advance: Callable[[], None]) -> Check:
@@ -434,14 +448,17 @@ class Training:
         self.seconds += time.monotonic() - start
         if not self.due and time.monotonic() - self.told_at > _QUIET:
             self._tell(f"{self.model.goal.amount(self.losses[-1])} on the text it is trained on")
-        if not self.due and from_first(lambda: time.monotonic() - self.saved_at > _SHARE * self.saving):
-            self.save()
+        if not self.due:
+            self._save_in_time()
 
     def check(self, held_out: Stream) -> None:
-        """Measures the model on the held-out windows, and saves it."""
+        """Measures the model on the held-out windows, and keeps it if it is the best so far."""
         start, goal = time.monotonic(), self.model.goal
         loss, perplexity = self.model.measure(held_out)
         found = Check(self.step, _finite(loss, self.step), float(np.mean(self.losses)) if self.step else None, perplexity)
+        if self.step and found.held_out < min(check.held_out for check in self.checks):
+            self.best = None  # so that no host needs room for two
+            self.best = self.model.rounded()
         self.checks, self.losses = [*self.checks, found], []
         self.seconds += time.monotonic() - start
         told = f"held-out {goal.words} {goal.amount(found.held_out)}" + (f", perplexity {perplexity:.2f}" if perplexity else "")
@@ -449,7 +466,7 @@ class Training:
             return self.note(f"{told} before the first step")
         self._tell(f"{told}; {goal.amount(found.training)} on the text it is trained on")
         self.saved = -1  # a state of this step may lack the check
-        self.save()
+        self._save_in_time()
 
     def _tell(self, words: str) -> None:
         """Prints how far the training is, and the time left by the mean time of the steps and checks of this start."""
@@ -458,13 +475,20 @@ class Training:
         left = f", about {duration((now - start) / done * (steps - self.step))} left" if done and self.step < steps else ""
         self.note(f"step {self.step} of {steps}: {words}{left}")
 
+    def _save_in_time(self) -> None:
+        """Saves the state if the steps since the last one took much longer than saving."""
+        # Behind the last step the result is written, which takes less time than a state.
+        left = self.model.trainer.method.steps - self.step
+        if left and from_first(lambda: time.monotonic() - self.saved_at > SHARE * self.saving):
+            self.save()
+
     def save(self) -> None:
-        """Saves the state, unless it is saved already. The state before is removed, but for the best."""
+        """Saves the state, unless it is saved already. The state before is removed."""
         if self.step > self.saved:
             checks = [check._asdict() for check in self.checks]
             about = _State(step=self.step, checks=checks, losses=self.losses, seconds=self.seconds)  # type: ignore[typeddict-item]
             start = time.monotonic()
-            self.states.save(self.model, about)
+            self.states.save(self.model, self.best, about)
             self.saved, self.saved_at = self.step, time.monotonic()
             self.saving = self.saved_at - start
 
@@ -526,13 +550,14 @@ def _entries(directory: Path) -> list[Path]:
     return sorted((directory / _DISTILLED).glob("block_*"))
 
 
-def write_blocks(model: Model, journal: Journal, metadata: Mapping[str, Any] = MappingProxyType({})) -> None:
-    """Writes the trained blocks in the checkpoint's dtypes, each with its masks."""
+def write_blocks(
+    model: Model, moved: Sequence[Tree], journal: Journal, metadata: Mapping[str, Any] = MappingProxyType({})
+) -> None:
+    """Writes blocks with their masks, of which the weights that move are ``moved``, in the checkpoint's dtypes."""
     first_only(lambda: (journal.directory / _DISTILLED).mkdir(exist_ok=True))
-    for index, trainer, block in zip(model.span, model.trainers, model.blocks):
+    for index, trainer, block, own in zip(model.span, model.trainers, model.blocks, moved):
         prefix, path = trainer.decoder.prefix(index), _entry(journal.directory, index)
-        weights = {prefix + name: array.astype(trainer.dtype(name)) for name, array in block.masters.items()}
-        weights |= {prefix + name: array for name, array in block.fixed.items()}
+        weights = {prefix + name: array for name, array in (own | block.fixed).items()}
         _save(path, {"weights": weights, "masks": {prefix + name: keep for name, keep in block.keep.items()}}, metadata)
 
 
@@ -555,9 +580,9 @@ def _save(path: Path, tree: Mapping[str, Any], metadata: Mapping[str, Any]) -> N
 
 
 class States:
-    """What a stopped distillation goes on from: the state at the last check, and the masters of the best one.
+    """What a stopped distillation goes on from: masters and moments, the weights of the best check before, and the checks so far.
 
-    RUN/distillation/step_0000008              masters and moments of every block, and the checks so far
+    RUN/distillation/step_0000008              of every block
     RUN/distillation/block_0002_step_0000008   of the blocks of the span that begins with this one
 
     Args:
@@ -567,10 +592,12 @@ class States:
     def __init__(self, folder: Path, prefix: str = ""):
         self.folder, self._prefix = folder, prefix
 
-    def save(self, model: Model, about: _State) -> None:
-        """Saves the state of a step. The one before is removed, but for the best."""
-        step, best = about["step"], _best(about)
+    def save(self, model: Model, best: Sequence[Tree] | None, about: _State) -> None:
+        """Saves the state of a step. The one before is removed."""
+        step = about["step"]
         tree: dict[str, Any] = {"masters": {}, "first": {}, "second": {}, "count": {}}
+        if best and _best(about) != step:  # otherwise the masters are the best
+            tree["best"] = {f"{index}.{name}": array for index, block in enumerate(best) for name, array in block.items()}
         for index, block in enumerate(model.blocks):
             count, first, second = _moments(block)
             for group, arrays in (("masters", block.masters), ("first", first), ("second", second)):
@@ -581,7 +608,7 @@ class States:
 
         def forget() -> None:
             for old in self.folder.iterdir():
-                if old not in (self.path(step), self.path(best)):
+                if old != self.path(step):
                     remove(old)
 
         first_only(forget)
@@ -594,45 +621,48 @@ class States:
         """Brings the model to the last state that was saved, and returns what belongs to it; None where none was saved."""
 
         def read() -> _State | None:
-            whole = [path for path in self._saved() if not damage(path)]
-            found = self._about(whole[-1]) if whole else None
-            # Without the best state there is nothing to return to: begin again.
-            return found if found and (not _best(found) or self.path(_best(found)) in whole) else None
+            saved = sorted(self.folder.glob(f"{self._prefix}step_???????")) if self.folder.is_dir() else []
+            whole = [path for path in saved if not damage(path)]
+            return check_record(read_metadata(whole[-1]).custom_metadata, _State, whole[-1]) if whole else None
 
         if found := from_first(read):
-            self._restore(model, found["step"], ("masters", "first", "second", "count"))
+            path = self.path(found["step"])
+            groups = read_metadata(path).metadata
+            for index, (trainer, block) in enumerate(zip(model.trainers, model.blocks)):
+                masters, first, second = (
+                    _of_block(path, groups, name, trainer, index) for name in ("masters", "first", "second")
+                )
+                count = load_group(path, "count", {str(index): groups["count"][str(index)]})[str(index)]
+                moments = block.moments._replace(count=jnp.asarray(count), mu=first, nu=second)
+                model.blocks[index] = block._replace(masters=masters, moments=moments)
         return found
 
-    def restore_best(self, model: Model) -> None:
-        """Brings the masters to those of the best check."""
-        found = from_first(lambda: self._about(self._saved()[-1]))
-        self._restore(model, _best(found), ("masters",))
+    def best(self, model: Model, about: _State) -> list[Tree] | None:
+        """The weights of the best check, from the last saved state, of which ``model`` has the rest; see ``Training``."""
+        if _best(about) in (0, about["step"]):
+            return model.rounded() if _best(about) else None
+        path = self.path(about["step"])
+        groups = read_metadata(path).metadata
+        return [_on_host(_of_block(path, groups, "best", trainer, index)) for index, trainer in enumerate(model.trainers)]
 
-    def _saved(self) -> list[Path]:
-        return sorted(self.folder.glob(f"{self._prefix}step_???????")) if self.folder.is_dir() else []
 
-    def _about(self, path: Path) -> _State:
-        return check_record(read_metadata(path).custom_metadata, _State, path)
+def _of_block(path: Path, groups: Mapping[str, Any], group: str, trainer: Trainer, index: int) -> Tree:
+    """The arrays of a block in one group of a saved state, split over the devices."""
+    wanted = {name: leaf for name, leaf in groups[group].items() if name.partition(".")[0] == str(index)}
+    read = {name.partition(".")[2]: array for name, array in load_group(path, group, wanted).items()}
+    return {name: trainer.place(name, array) for name, array in read.items()}
 
-    def _restore(self, model: Model, step: int, groups: Sequence[str]) -> None:
-        path = self.path(step)
-        metadata = read_metadata(path).metadata
-        for index, (trainer, block) in enumerate(zip(model.trainers, model.blocks)):
-            found: dict[str, Tree] = {}
-            for group in groups:
-                wanted = {name: leaf for name, leaf in metadata[group].items() if name.partition(".")[0] == str(index)}
-                read = load_group(path, group, wanted)
-                if group == "count":
-                    found[group] = {"": jnp.asarray(read[str(index)])}
-                else:
-                    found[group] = {
-                        name.partition(".")[2]: trainer.place(name.partition(".")[2], array) for name, array in read.items()
-                    }
-            if "count" in groups:
-                block = block._replace(
-                    moments=block.moments._replace(count=found["count"][""], mu=found["first"], nu=found["second"])
-                )
-            model.blocks[index] = block._replace(masters=found["masters"])
+
+def _on_host(arrays: Tree) -> Tree:
+    """Copies in the memory of the hosts, which take none of the devices' and which no step of Adam overwrites."""
+
+    def copy(array: Array) -> Array:
+        # Shard by shard: jax moves an array of several processes only in a program, and a CPU's programs do not know this memory.
+        shards = array.addressable_shards
+        moved = [jax.device_put(shard.data, SingleDeviceSharding(shard.device, memory_kind=_HOST)) for shard in shards]
+        return jax.make_array_from_single_device_arrays(array.shape, array.sharding.with_memory_kind(_HOST), moved)
+
+    return {name: copy(array) for name, array in arrays.items()}
 
 
 def _best(about: _State) -> int:

@@ -25,7 +25,7 @@ from optima_tpu.models.experts import expert_of
 from optima_tpu.models.family import Positions
 from optima_tpu.pipeline.calibrate import residual_names
 from optima_tpu.pipeline.distill.blocks import Trainer
-from optima_tpu.pipeline.distill.train import Parts
+from optima_tpu.pipeline.distill.train import SHARE, Parts
 from optima_tpu.pipeline.inputs import linear_shapes
 from optima_tpu.pipeline.plan.model import NOWHERE, Declared
 from optima_tpu.pipeline.plan.topology import GIB, Machine
@@ -260,13 +260,16 @@ def forward_memory(model: Declared, inputs: tuple[Input, ...], length: int, batc
     return streams * (model.block_bytes() // axis + read) + scores // axis
 
 
+_STATES = "states of the training"
+
+
 class Storage(NamedTuple):
     """Upper bounds in bytes: Orbax compresses what it writes.
 
     Attributes:
       hidden: hidden states of all calibration sequences.
       host: memory of one host, by use.
-      disk: size of the run directory, by use; the hidden states are removed when all blocks are pruned.
+      disk: size of the run directory, by use; hidden states and states of the training are removed.
     """
 
     hidden: int
@@ -276,7 +279,7 @@ class Storage(NamedTuple):
     @property
     def left(self) -> int:
         """Bytes on the disk at the end."""
-        return sum(self.disk.values()) - self.disk["hidden states"]
+        return sum(size for use, size in self.disk.items() if use not in ("hidden states", _STATES))
 
 
 def storage(
@@ -317,22 +320,30 @@ def storage(
         batch, _, at_once = Parts.of(config.distill, config.distill.windows, state)
         waiting = 2 * (at_once * batch + text.held_out) * state
         host["text of the training"] = -(-waiting // hosts)
+        host["weights of the best check"] = -(-_moving(model, config.distill) * itemsize // hosts)
     disk = {"journal": saved, "hidden states": 2 * hidden, "checkpoint": ends}
     if config.export:
         disk["export for transformers"] = whole + ends + pruned // 8
-    if config.distill:  # two states, and the trained blocks
-        disk["training"] = 2 * _saved_bytes(model, config.distill) + saved
+    if config.distill:
+        state, spans = _saved_bytes(model, config.distill), len(config.distill.spans(decoder.config.blocks))
+        # While a state is written, the one before and the finished spans are there; at the end one state and all trained blocks.
+        disk |= {"trained blocks": saved, _STATES: max(2 * state - saved // spans, state)}
     return Storage(hidden, host, disk)
 
 
-def _saved_bytes(model: Declared, method: Distillation) -> int:
-    """Bytes of a saved state of a training, at most: weights and two moments in float32 of what moves together."""
+def _moving(model: Declared, method: Distillation) -> int:
+    """How many numbers a training moves at once, at most: those of the blocks that are trained together."""
     sizes = [
-        12 * sum(math.prod(alike.block_shapes[name]) for name in Trainer(alike, method).factors)
+        sum(math.prod(alike.block_shapes[name]) for name in Trainer(alike, method).factors)
         for alike, indices in model.decoder.stretches
         for _ in indices
     ]
     return max(sum(sizes[index] for index in span) for span in method.spans(len(sizes)))
+
+
+def _saved_bytes(model: Declared, method: Distillation) -> int:
+    """Bytes of a saved state of a training: of what moves, weights and two moments in float32, and the best weights."""
+    return (12 + model.itemsize(next(iter(model.decoder.end_shapes)))) * _moving(model, method)
 
 
 def evaluation_tokens(config: RunConfig) -> int:
@@ -394,14 +405,17 @@ def run_seconds(
     passes = streams * (walk["pruned blocks forward"] + blocks * 2 * calibrated * state / (ASSUMED.transfer * machine.hosts))
     saves = int(min(blocks - 1, passes / (60 * config.recompute))) if config.recompute else blocks - 1
     written = stored.left + saves * stored.hidden
-    if method:  # a state at every check, of which the disk holds two
-        written += max(0, len(method.check_steps()) - 2) * _saved_bytes(model, method)
+    beside = _beside_training(config, state * text.length, forward, head)
+    if method:  # a state every now and then; what is left at the end has the trained blocks
+        saving, spans = _saved_bytes(model, method) / ASSUMED.writing, len(method.spans(blocks))
+        often = spans * int((running["training"] + (beside or 0)) / spans / ((SHARE + 1) * saving))
+        written += often * _saved_bytes(model, method)
     stages = {
         "compiling (as here)": compiling,
         "perplexity, dense and pruned": 2 * (forward(tokens) + head(tokens)),
         **walk,
         "training": running["training"],
-        "dense model and checks of the training": _beside_training(config, state * text.length, forward, head),
+        "dense model and checks of the training": beside,
         "reading weights": readings * weights / (ASSUMED.reading * machine.hosts),
         "writing": written / ASSUMED.writing,
     }
