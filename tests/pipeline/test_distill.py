@@ -44,7 +44,7 @@ from tests.support.runs import SMALL, opened
 from tests.support.tiny_models import tiny_folder
 
 METHOD = KL(windows=16, passes=2, learning_rate=1e-3, checks=2)
-SPANS = Blocks(windows=16, passes=2, learning_rate=1e-3, checks=2, span=2)
+SPANS = Blocks(windows=16, passes=2, learning_rate=1e-3, span=2)
 
 
 @pytest.fixture(scope="module", params=["float32", "bfloat16"])

@@ -221,7 +221,7 @@ def test_a_training_by_spans_takes_the_same_memory_at_any_depth(tmp_path):
     assert all(small.memory < large.memory for small, large in zip(deep.programs[1:], whole.programs[1:]))
     assert shallow.storage.host == deep.storage.host
     # The states are those of two blocks; what is trained is saved for all.
-    assert deep.storage.disk["training"] < whole.storage.disk["training"]
+    assert deep.storage.disk["states of the training"] < whole.storage.disk["states of the training"]
 
 
 def test_a_token_counts_at_its_own_experts_alone(tmp_path):
