@@ -657,7 +657,7 @@ def _on_host(arrays: Tree) -> Tree:
     """Copies in the memory of the hosts, which take none of the devices' and which no step of Adam overwrites."""
 
     def copy(array: Array) -> Array:
-        # Shard by shard: jax moves an array of several processes only in a program, and a CPU's programs do not know this memory.
+        # Shard by shard, which needs no program that all processes run.
         shards = array.addressable_shards
         moved = [jax.device_put(shard.data, SingleDeviceSharding(shard.device, memory_kind=_HOST)) for shard in shards]
         return jax.make_array_from_single_device_arrays(array.shape, array.sharding.with_memory_kind(_HOST), moved)
