@@ -173,8 +173,7 @@ class Blocks(Distillation):
     the *pruned* model's hidden states, and whose loss is a sum over tokens that are not weighed.
 
     Attributes:
-      checks: how often the held-out error of a span is measured; the state of the best check is kept. Each check writes 12 bytes for
-        each weight of the span.
+      checks: how often the held-out error of a span is measured; the state of the best check is kept.
       span: number of consecutive blocks that are trained together. A larger span sees more of what its blocks do to each other, and
         needs so many times the memory.
     """
