@@ -60,6 +60,7 @@ def few_memory_maps():
     yield
     maps = Path("/proc/self/maps")
     if maps.exists() and maps.read_bytes().count(b"\n") > _MANY_MAPS:
+        gc.collect()  # decoders and what they compiled refer to each other
         jax.clear_caches()
 
 

@@ -66,8 +66,6 @@ class Distillation(abc.ABC):
     """Whether the loss reads what the dense model predicts."""
     by_spans: ClassVar[bool] = False
     """Whether spans of blocks are trained one after the other toward the dense model's hidden states, and not all by ``loss``."""
-    smaller: ClassVar[str] = "--distill blocks"
-    """What to type to train less of the model at once."""
 
     windows: int = 64
     passes: int = 1
@@ -94,6 +92,11 @@ class Distillation(abc.ABC):
                 f"expected distill.norm_factor and distill.warmup of at least 0, got {self.norm_factor} and {self.warmup}"
             )
 
+    @property
+    def smaller(self) -> str:
+        """What to type to train less of the model at once; empty if nothing does."""
+        return "--distill blocks"
+
     def spans(self, blocks: int) -> tuple[range, ...]:
         """Which of a model's blocks are trained together, one span after the other."""
         return (range(blocks),)
@@ -117,7 +120,7 @@ class Distillation(abc.ABC):
         return float(schedule(step))
 
     def factor(self, is_vector: bool) -> float:
-        """The learning rate of a parameter as a multiple of :meth:`rate`; 0 if it is not trained. Vectors are gains and biases."""
+        """The learning rate of a parameter as a multiple of :meth:`rate`; 0 if it is not trained. Vectors count as gains and biases, and so do sinks and decays."""
         if is_vector:
             return 0.0 if self.train == "weights" else self.norm_factor
         return 0.0 if self.train == "norms" else 1.0
@@ -180,10 +183,13 @@ class Blocks(Distillation):
 
     words, done = "divergence from the dense model", "trained block by block"
     reads_dense, by_spans = True, True
-    smaller = "a smaller --distill.span"
 
     checks: int = 2
     span: int = 1
+
+    @property
+    def smaller(self) -> str:
+        return "a smaller --distill.span" if self.span > 1 else ""
 
     @staticmethod
     def loss(dense: Array, pruned: Array, targets: Array) -> Array:

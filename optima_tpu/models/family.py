@@ -151,7 +151,7 @@ class Family:
         the block sows that stream, divided by the factor. Layers that are followed by a norm or by a router's share do not
         belong here.
       shared: layers of experts that all read the input of the mixture, named as in ``linears``: an expert that few tokens reach may
-        borrow from the others.
+        borrow from the others. Where a token's share multiplies its input (Llama 4), it lends what its first expert reads.
       stacks: the tensors that hold parameters of all experts, by their names in the block.
       exact: parameters of a block that ``--dtype`` leaves in the dtype in which they are stored, as ``transformers`` does.
       ignored: regular expression of a tensor's full name -> why a checkpoint may hold it although nothing reads it.

@@ -1,7 +1,7 @@
 """Text generation: all blocks on the devices at once, a cache of earlier tokens, one token of every window per step.
 
-The steps are one compiled program, a scan over tokens around a scan over blocks that are alike. So the program does not grow with
-tokens or blocks. All windows of a step are at the same position.
+The steps are one compiled program, a scan over tokens around a scan over blocks that are alike. So the program grows with the
+stretches of blocks that are alike, not with tokens or blocks. All windows of a step are at the same position.
 """
 
 import functools

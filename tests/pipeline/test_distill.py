@@ -134,8 +134,7 @@ def test_the_gradient_is_that_of_the_whole_model(pruned, windows):
         for block, place in zip(blocks, positions):
             inputs.append(trainer.forward(block.masters, block.fixed, inputs[-1], place))
         final_hidden, targets, valid = inputs.pop(), pruned_batch.place(tokens), pruned_batch.valid
-        scale = jnp.float32(1 / (8 * 31))
-        _, cotangent = head_gradient(METHOD.loss, head, dense_batch.hidden, final_hidden, targets, valid, scale)
+        _, cotangent = head_gradient(METHOD.loss, head, dense_batch.hidden, final_hidden, targets, valid)
         for index in (2, 1, 0):
             found[index], cotangent = trainer.backward(
                 blocks[index].masters, blocks[index].fixed, inputs.pop(), positions[index], cotangent, found[index]
@@ -149,14 +148,15 @@ def test_the_gradient_is_that_of_the_whole_model(pruned, windows):
         return jnp.mean(METHOD.loss(*logits, jnp.asarray(tokens[:, 1:])))
 
     expected = jax.jit(jax.grad(loss))([block.masters for block in blocks])
+    share = jnp.float32(1 / (8 * 31))
     for own, theirs in zip(found, expected):
         for name, gradient in own.items():
-            assert np.abs(gradient - theirs[name]).max() < 1e-4 * np.abs(theirs[name]).max(), name
+            assert np.abs(share * gradient - theirs[name]).max() < 1e-4 * np.abs(theirs[name]).max(), name
     # A step updates each block behind its own backward pass, and the blocks before it read none of it.
     model = Model(trainer, range(3), others, NextToken(METHOD, head), positions)
     model.step(Stream(tokens, dense.embed(tokens), final), float(rate))
     for moved, block, gradient in zip(model.blocks, blocks, found):
-        for name, expected in trainer.update(block, gradient, rate).masters.items():
+        for name, expected in trainer.update(block, gradient, share, rate).masters.items():
             assert (moved.masters[name] == expected).all(), name
 
 
@@ -208,11 +208,11 @@ def test_what_was_stopped_ends_with_the_same_bits_and_is_not_gone_on_from_where_
 @pytest.mark.parametrize("whole", [True, False])
 def test_the_best_check_is_kept_though_the_run_was_stopped_behind_it(pruned, windows, whole, monkeypatch, tmp_path):
     """The check in the middle is the best; the state behind it has its weights too. Spans are stopped in the second one."""
-    losses, seen = {0: 3.0, 4: 1.0, 8: 2.0}, {}
+    losses, seen, ends = {0: 3.0, 4: 1.0, 8: 2.0}, {}, iter([2.0, 1.0])
 
     def measure(model, stream):
-        if not model.blocks:  # behind all spans
-            return 1.0, 1.0
+        if not model.blocks:  # behind all spans, as pruned and then as trained
+            return next(ends), 1.0
         step = int(model.blocks[0].moments.count)
         for index, block in zip(model.span, model.blocks):
             seen[index, step] = {name: np.array(array) for name, array in block.masters.items()}
@@ -227,8 +227,8 @@ def test_the_best_check_is_kept_though_the_run_was_stopped_behind_it(pruned, win
     outcome, journal = train()
     for each in outcome.spans or [outcome]:
         assert each.kept == 4 and [check.held_out for check in each.checks] == [3, 1, 2]
+    found = result(journal)
     for index in range(3):
-        found = Distilled(journal).weights(index)
         for name, expected in seen[index, 4].items():
             assert (found[f"model.layers.{index}.{name}"] == expected).all() and (expected != seen[index, 8][name]).any(), name
 
@@ -348,17 +348,18 @@ def test_a_span_that_does_not_come_nearer_keeps_its_weights(pruned, windows, tmp
     assert (
         span.kept == outcome.kept == 0 and outcome.after == outcome.before and span.checks[1].held_out > span.checks[0].held_out
     )
-    before = journal.tensors()
-    assert all((weight == before.read(name)).all() for name, weight in result(journal).items())
+    assert not (journal.directory / "distilled").exists()  # the model stays as it was pruned
 
 
 def test_the_hidden_error_is_relative_for_each_token():
     dense = jnp.array([[3.0, 4.0], [0.0, 0.0], [300.0, 400.0]])
     pruned = dense + jnp.array([[1.0, 0.0], [5.0, 5.0], [0.0, 100.0]])
     assert hidden_error(dense, pruned) == pytest.approx([1 / 25, 0, 1 / 25])
-    sums, gradient = hidden_gradient(dense[None], pruned[None], jnp.array([True]), jnp.float32(0.5))
+    sums, gradient = hidden_gradient(dense[None], pruned[None], jnp.array([True]))
     assert sums == pytest.approx([2 / 25])
-    assert np.asarray(gradient[0]) == pytest.approx(np.array([[1 / 25, 0], [0, 0], [0, 100 / 250_000]]))
+    assert np.asarray(gradient[0]) == pytest.approx(np.array([[2 / 25, 0], [0, 0], [0, 200 / 250_000]]))
+    wide = jnp.full((1, 1, 2048), 5, jnp.float16)
+    assert (hidden_gradient(wide, 1.1 * wide, jnp.array([True]))[1] != 0).all()  # a mean over many tokens would round to zero
 
 
 def test_the_page_says_what_became_of_every_span():

@@ -53,7 +53,7 @@ class ADMM(Selector):
 
         v = (g + damping w + rho z - y + (sigma - damping - rho) v_last) (A + sigma I)^-1
 
-    It costs one product too, comes nearer to the exact ``v`` for every ``sigma``, and has the same fixed points.
+    It costs one product too, comes nearer to the exact ``v`` for such a ``sigma``, and has the same fixed points.
 
     A small ``rho`` lets the mask move far, a large one makes it settle: ``rho`` rises from ``rho_first`` to ``rho_last`` in
     ``levels`` equal ratios. For uncorrelated inputs, a mask stops changing once every kept ``|w_j|`` is at least ``(1 + damping)

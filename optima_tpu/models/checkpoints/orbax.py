@@ -144,7 +144,7 @@ def write_checkpoint(
 ) -> None:
     """Writes RUN/checkpoint: the names of the finished blocks, and all other tensors unchanged from the source.
 
-    These are in memory at once: embedding, last norm and head. An existing checkpoint is complete and is not written again. Every
+    These are in memory at once: embedding, last norm and head, and what is not read here, such as the half for images. An existing checkpoint is complete and is not written again. Every
     process calls this, and each writes a share of every tensor.
 
     Args:

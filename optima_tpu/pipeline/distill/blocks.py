@@ -202,9 +202,14 @@ class Trainer:
 
     @functools.cached_property
     def update(self) -> Any:
-        """``(block, gradient, rate) -> block`` after one step of Adam; pruned weights stay exactly zero."""
+        """``(block, gradient, share, rate) -> block`` after one step of Adam; pruned weights stay exactly zero.
 
-        def update(block: Block, gradient: Tree, rate: Array) -> Block:
+        ``share`` times the gradient is that of the mean. In float16 the gradient of a mean over thousands of tokens would be zero, so
+        the factor comes here, in float32.
+        """
+
+        def update(block: Block, gradient: Tree, share: Array, rate: Array) -> Block:
+            gradient = {name: share * total for name, total in gradient.items()}
             masks = {name: block.keep.get(name, True) for name in gradient}
             moved, moments = keep_zeros(optimizer(), masks).update(gradient, block.moments)
             masters = {name: master - rate * self.factors[name] * moved[name] for name, master in block.masters.items()}
@@ -234,8 +239,8 @@ class Goal(Protocol):
     def sums(self, dense: Array, pruned: Array, tokens: Array, there: Array) -> tuple[Array, ...]:
         """The sum for each window, [windows] float32, and others of :func:`head_losses` that are told beside it."""
 
-    def gradient(self, dense: Array, pruned: Array, tokens: Array, there: Array, scale: Array) -> tuple[Array, Array]:
-        """The sum for each window, and the gradient of ``scale`` times the total with respect to ``pruned``."""
+    def gradient(self, dense: Array, pruned: Array, tokens: Array, there: Array) -> tuple[Array, Array]:
+        """The sum for each window, and the gradient of the total with respect to ``pruned``."""
 
     def count(self, length: int) -> int:
         """How many terms the sum of a window of ``length`` tokens has."""
@@ -258,8 +263,8 @@ class NextToken:
     def sums(self, dense: Array, pruned: Array, tokens: Array, there: Array) -> tuple[Array, ...]:
         return head_losses(self.method.loss, self.head, dense, pruned, tokens, there)
 
-    def gradient(self, dense: Array, pruned: Array, tokens: Array, there: Array, scale: Array) -> tuple[Array, Array]:
-        return head_gradient(self.method.loss, self.head, dense, pruned, tokens, there, scale)
+    def gradient(self, dense: Array, pruned: Array, tokens: Array, there: Array) -> tuple[Array, Array]:
+        return head_gradient(self.method.loss, self.head, dense, pruned, tokens, there)
 
     def count(self, length: int) -> int:
         return length - 1
@@ -277,8 +282,8 @@ class HiddenState:
     def sums(self, dense: Array, pruned: Array, tokens: Array, there: Array) -> tuple[Array, ...]:
         return (hidden_errors(dense, pruned, there),)
 
-    def gradient(self, dense: Array, pruned: Array, tokens: Array, there: Array, scale: Array) -> tuple[Array, Array]:
-        return hidden_gradient(dense, pruned, there, scale)
+    def gradient(self, dense: Array, pruned: Array, tokens: Array, there: Array) -> tuple[Array, Array]:
+        return hidden_gradient(dense, pruned, there)
 
     def count(self, length: int) -> int:
         return length
@@ -291,12 +296,12 @@ def hidden_errors(dense: Array, pruned: Array, there: Array) -> Array:
 
 
 @jax.jit
-def hidden_gradient(dense: Array, pruned: Array, there: Array, scale: Array) -> tuple[Array, Array]:
-    """The sums as in :func:`hidden_errors`, and the gradient of ``scale`` times their sum with respect to ``pruned``."""
+def hidden_gradient(dense: Array, pruned: Array, there: Array) -> tuple[Array, Array]:
+    """The sums as in :func:`hidden_errors`, and the gradient of their sum with respect to ``pruned``."""
 
     def total(pruned: Array) -> tuple[Array, Array]:
         sums = hidden_errors(dense, pruned, there)
-        return scale * jnp.sum(sums), sums
+        return jnp.sum(sums), sums
 
     gradient, sums = jax.grad(total, has_aux=True)(pruned)
     return sums, gradient
@@ -325,10 +330,8 @@ def head_losses(loss: Loss, head: Head, dense: Array, pruned: Array, tokens: Arr
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def head_gradient(
-    loss: Loss, head: Head, dense: Array, pruned: Array, tokens: Array, there: Array, scale: Array
-) -> tuple[Array, Array]:
-    """The sums of the loss as in :func:`head_losses`, and the gradient of ``scale`` times their sum with respect to ``pruned``."""
+def head_gradient(loss: Loss, head: Head, dense: Array, pruned: Array, tokens: Array, there: Array) -> tuple[Array, Array]:
+    """The sums of the loss as in :func:`head_losses`, and the gradient of their sum with respect to ``pruned``."""
 
     # Rematerialised: the logits of a batch would be the largest arrays of the backward pass.
     @jax.checkpoint
@@ -337,7 +340,7 @@ def head_gradient(
 
     def total(pruned: Array) -> tuple[Array, Array]:
         sums = jnp.where(there, sum_over_windows(score, tokens, dense, pruned), 0)
-        return scale * jnp.sum(sums), sums
+        return jnp.sum(sums), sums
 
     gradient, sums = jax.grad(total, has_aux=True)(pruned)
     return sums, gradient

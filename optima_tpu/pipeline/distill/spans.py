@@ -29,6 +29,7 @@ from optima_tpu.pipeline.distill.train import (
     Stream,
     Training,
     Windows,
+    finite,
     tokens_read,
     write_blocks,
 )
@@ -62,6 +63,8 @@ def distill_by_spans(
     """
     pruned, blocks = dataclasses.replace(dense, tensors=journal.tensors()), dense.config.blocks
     trainer, spans = Trainer(pruned, method), method.spans(blocks)
+    parts = Parts.of(method, len(windows.training), 1)
+    windows = windows._replace(training=windows.training[: parts.steps * parts.batch])  # the others fill no step
     training, held_out = (_begin(dense, tokens) for tokens in windows)
     trained = from_first(lambda: _trained(journal, spans))
     if trained:
@@ -71,10 +74,12 @@ def distill_by_spans(
             for stream in (training, held_out):
                 dense.apply(index, parameters, stream.dense)
             advance()
+        del parameters  # a block of the dense model would stay on the devices while the span is trained
         if number == len(trained):
             model = Model.open(trainer, journal, span, HiddenState(), windows.training.shape[1])
             trained.append(_train(model, journal, training, held_out, advance))
             note(_told(Span.from_json(trained[-1]["span"]), blocks))
+            del model  # two spans would be on the devices while the next one is opened
         # From what was saved, and so rounded, in every start of the run.
         saved = {Distilled(journal).entry(index) for index in span}
         after = dataclasses.replace(dense, tensors=OrbaxTensors({entry: read_metadata(entry).metadata for entry in saved}))
@@ -83,7 +88,7 @@ def distill_by_spans(
     _through(pruned, range(blocks), before)
     goal = NextToken(method, dense.head())
     checks = (
-        Check(step, loss, None, perplexity)
+        Check(step, finite(loss, step), None, perplexity)
         for step, stream in ((0, held_out._replace(entering=before)), (method.steps, held_out))
         for loss, perplexity in [_measure(trainer, goal, stream)]
     )

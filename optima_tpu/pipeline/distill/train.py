@@ -299,13 +299,13 @@ class Model:
         """
         batch, count, trainers = self.trainer.decoder.batch, self._terms(stream), self.trainers
         gradients = dict[int, Tree]()
-        scale, total = jnp.float32(1 / count), 0.0
+        share, total = jnp.float32(1 / count), 0.0
         for pruned, dense in zip(stream.entering.batches(batch), stream.dense.batches(batch)):
             inputs = [pruned.hidden]
             for each, block, positions in zip(trainers, self.blocks, self.positions):
                 inputs.append(each.forward(block.masters, block.fixed, inputs[-1], positions))
             tokens, there = pruned.place(stream.tokens), pruned.valid
-            sums, cotangent = self.goal.gradient(dense.hidden, inputs.pop(), tokens, there, scale)
+            sums, cotangent = self.goal.gradient(dense.hidden, inputs.pop(), tokens, there)
             last = pruned.rows.max() >= stream.entering.last - 1
             for index in reversed(range(len(self.blocks))):
                 each, block = trainers[index], self.blocks[index]
@@ -318,7 +318,7 @@ class Model:
                     gradients.pop(index, None) or each.zeros(),
                 )
                 if last:
-                    self.blocks[index] = each.update(block, gradients.pop(index), jnp.float32(rate))
+                    self.blocks[index] = each.update(block, gradients.pop(index), share, jnp.float32(rate))
             total += float(np.sum(fetch(sums), dtype=np.float64))
         return total / count
 
@@ -443,7 +443,7 @@ class Training:
     def take(self, stream: Stream) -> None:
         """One step of Adam."""
         start, rate = time.monotonic(), self.model.trainer.method.rate(self.step)
-        self.losses.append(_finite(self.model.step(stream, rate), self.step))
+        self.losses.append(finite(self.model.step(stream, rate), self.step))
         self.step += 1
         self.seconds += time.monotonic() - start
         if not self.due and time.monotonic() - self.told_at > _QUIET:
@@ -455,7 +455,7 @@ class Training:
         """Measures the model on the held-out windows, and keeps it if it is the best so far."""
         start, goal = time.monotonic(), self.model.goal
         loss, perplexity = self.model.measure(held_out)
-        found = Check(self.step, _finite(loss, self.step), float(np.mean(self.losses)) if self.step else None, perplexity)
+        found = Check(self.step, finite(loss, self.step), float(np.mean(self.losses)) if self.step else None, perplexity)
         if self.step and found.held_out < min(check.held_out for check in self.checks):
             self.best = None  # so that no host needs room for two
             self.best = self.model.rounded()
@@ -500,6 +500,8 @@ def keep_outcome(directory: Path, outcome: Outcome) -> None:
         with writing(directory / OUTCOME, _REMEDY):
             keep(directory, {OUTCOME: json.dumps(outcome.to_json()).encode()})
         remove(directory / FOLDER)
+        if not outcome.kept:
+            remove(directory / _DISTILLED)  # the model stays as it was pruned
 
     first_only(write)
 
@@ -689,7 +691,8 @@ def _streams(dense: Decoder, method: Distillation, sets: Sequence[np.ndarray], a
     return tuple(map(Stream, sets, embedded, finals))
 
 
-def _finite(value: float, step: int) -> float:
+def finite(value: float, step: int) -> float:
+    """A loss after a step. Raises UserError where it is not finite."""
     if not np.isfinite(value):
         raise UserError(f"the loss is {value} after {step} steps of training; try a smaller learning rate, or --dtype float32")
     return value
@@ -704,9 +707,10 @@ def refuse_large(trainer: Trainer, budget: float, recovering: bool = False) -> N
     needed, blocks, smaller = trainer.bytes_on_device(), trainer.decoder.config.blocks, trainer.method.smaller
     if needed > budget:
         together = len(trainer.method.spans(blocks)[0])
-        instead = f"{smaller}, --distill.train norms, or --distill null"
+        ways = [*filter(None, [smaller]), "--distill.train norms", *([] if recovering else ["--distill null"])]
+        instead = ", ".join([*ways[:-1], f"or {ways[-1]}"])
         if recovering:
-            instead = f"{smaller}, or --train norms".replace("distill.", "").replace("distill", "loss")
+            instead = instead.replace("distill.", "").replace("distill", "loss")
         which = "all blocks" if together == blocks else f"{together} block{'s' * (together > 1)} at a time"
         gradients = " gradients," if trainer.accumulates else ""
         raise UserError(

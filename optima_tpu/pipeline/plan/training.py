@@ -116,7 +116,7 @@ def _of_block(model: Declared, trainer: Trainer, step: _Step) -> list[_Part]:
     positions = jax.tree.map(
         lambda array: struct_on(decoder.mesh, array.shape, array.dtype, P()), decoder.config.positions(kind, step.length)
     )
-    inside = block.masters, block.fixed, step.hidden, positions
+    inside, number = (block.masters, block.fixed, step.hidden, positions), jax.ShapeDtypeStruct((), jnp.float32)
     # As the TPU's compiler counts for Llama-3.1-8B: it passes several times over weights, gradient, moments and masks.
     update = Work(traffic=19.0 * share)
     where = f" (as in block {kind})" if len(kinds) > 1 else ""
@@ -140,7 +140,7 @@ def _of_block(model: Declared, trainer: Trainer, step: _Step) -> list[_Part]:
             blocks * step.updates,
             update,
             share,
-            lambda: trainer.update.lower(block, block.masters, jax.ShapeDtypeStruct((), jnp.float32)),
+            lambda: trainer.update.lower(block, block.masters, number, number),
         ),
     ]
 
@@ -154,7 +154,7 @@ def _of_hidden_states(decoder: Decoder, step: _Step, spans: int) -> _Part:
         spans * step.passes,
         Work(traffic=3.0 * size),
         size,
-        lambda: hidden_gradient.lower(step.hidden, step.hidden, there, jax.ShapeDtypeStruct((), jnp.float32)),
+        lambda: hidden_gradient.lower(step.hidden, step.hidden, there),
     )
 
 
@@ -172,7 +172,5 @@ def _of_head(model: Declared, method: Distillation, head: Head, step: _Step) -> 
         step.passes,
         estimate.products(model, flops),
         bytes_on_device(step.hidden) + products * logits,
-        lambda: head_gradient.lower(
-            method.loss, head, step.hidden, step.hidden, tokens, there, jax.ShapeDtypeStruct((), jnp.float32)
-        ),
+        lambda: head_gradient.lower(method.loss, head, step.hidden, step.hidden, tokens, there),
     )

@@ -30,7 +30,7 @@ from optima_tpu.runtime.checksums import forget, intact, keep, known
 from optima_tpu.runtime.files import in_turn, writing
 from optima_tpu.runtime.records import known_record
 
-_HEAVY = ("journal", "activations", "checkpoint", FOLDER, ASSETS)
+_HEAVY = ("journal", "activations", "distilled", "distillation", "checkpoint", FOLDER, ASSETS)
 """The folders of a run directory, see ``optima_tpu.pipeline.journal``. A report needs only the files beside them."""
 
 
