@@ -98,7 +98,7 @@ def _family(read_config: Callable[[Any], Config], **fields: Any) -> Family:
         linears=(*wide, narrow, *made.linears),
         sharding={**made.sharding, narrow + ".weight": P(None, MODEL), **{name + ".weight": P(MODEL, None) for name in wide}},
         attended=(narrow, *made.attended),
-        residuals={**llama.FAMILY.residuals, narrow: llama.FAMILY.residuals["self_attn.o_proj"]},
+        residuals={narrow: llama.FAMILY.residuals["self_attn.o_proj"], **llama.FAMILY.residuals},
         ignored={r"mtp\..*": "predicts tokens behind the next one, for decoding; it stays as it is"},
         **fields,
     )
