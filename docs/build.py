@@ -749,11 +749,11 @@ _RESULTS: Mapping[str, tuple[str, Mapping[str, Sequence[str]]]] = {
         "All on CPU cores; no TPU or GPU was at hand. ↓ in a column's head: lower is better. ↑: higher is better. A dash: not "
         "measured. A pruned model runs as fast as the dense one.",
         {
-            "Whole runs": ("first-command", "preset-times", "whole-run"),
+            "Whole runs": ("first-command", "preset-times", "whole-run", "bytes"),
             "Parts of a run": ("solvers", "mpax-rounds", "kernels"),
             "Memory": ("depth",),
             "Packed exports": ("packed-sizes", "packing"),
-            "Stops and damage": ("hostile",),
+            "Stops and damage": ("hostile", "checksums"),
         },
     ),
 }
