@@ -13,11 +13,12 @@ from optima_tpu.models.activations import Activations
 from optima_tpu.models.checkpoints.export import read_masks
 from optima_tpu.pipeline import walk
 from optima_tpu.pipeline.journal import finished_blocks
+from optima_tpu.recover import main as recover
 from optima_tpu.runtime import processes
 from optima_tpu.runtime.command import LOST, guarded
 from optima_tpu.runtime.signals import RESUME
 from tests.support.meshes import mesh
-from tests.support.processes import several, without_gloo
+from tests.support.processes import at_once, free_port, several, without_gloo
 from tests.support.runs import assert_close_weights, assert_same_weights, folder_tensors
 
 
@@ -44,6 +45,19 @@ def test_training_in_two_processes_gives_the_weights_of_one_and_keeps_every_zero
         assert (weights[name][~keep] == 0).all() and (weights[name] != pruned[name]).any(), name
     one, two = (json.loads((tmp_path / name / "distillation.json").read_text()) for name in ("one", "two"))
     assert two["kept"] == one["kept"] > 0 and two["held_out_after"] == pytest.approx(one["held_out_after"], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_a_run_is_recovered_in_two_processes_as_in_one(finished, tmp_path):
+    """Orbax counts the reads of each process, and a save waits for a process that counts others."""
+    command = [str(finished.directory), "--tokens", "512", "--source", "random", "--length", "32", "--held_out", "4"]
+    command += ["--evaluation", "random", "--windows", "2", "--mesh", "4x2"]
+    assert recover([*command, "--output", str(tmp_path / "one")]) == 0
+    start = ["--cpu-devices", "4", "--coordinator", f"localhost:{free_port()}", "--num-processes", "2"]
+    command += [*start, "--output", str(tmp_path / "two")]
+    for status, _, error in at_once(["-m", "optima_tpu.recover", *command, "--process-id", number] for number in range(2)):
+        assert status == 0, error
+    assert_close_weights(tmp_path / "two", tmp_path / "one")
 
 
 @pytest.mark.slow

@@ -157,9 +157,10 @@ def open_start(config: RecoverConfig, mesh: Mesh) -> Start:
     dense = _open_dense(spec, mesh, dtype, config)
     check_signals()
     masks = together(lambda: open_masks(str(_of_run(config.model))))
-    names, pattern = from_first(lambda: _pruned(decoder, masks, record))
+    # Both read in every process: Orbax counts the reads of each, and saves wait for a process that counts others.
+    names, pattern = together(lambda: _pruned(decoder, masks, record))
     expected = None if config.dtype else (record.manifest or {}).get("model")
-    from_first(lambda: _check(pruned, dense, expected, names))
+    together(lambda: _check(pruned, dense, expected, names))
     return Start(pruned, dense.model, record, masks, names, pattern)
 
 
