@@ -120,7 +120,10 @@ class Distillation(abc.ABC):
         return float(schedule(step))
 
     def factor(self, is_vector: bool) -> float:
-        """The learning rate of a parameter as a multiple of :meth:`rate`; 0 if it is not trained. Vectors count as gains and biases, and so do sinks and decays."""
+        """The learning rate of a parameter as a multiple of :meth:`rate`; 0 if it is not trained.
+
+        All vectors count as gains and biases, also sinks and decays.
+        """
         if is_vector:
             return 0.0 if self.train == "weights" else self.norm_factor
         return 0.0 if self.train == "norms" else 1.0
@@ -161,7 +164,7 @@ class CrossEntropy(Distillation):
 
 
 @dataclasses.dataclass(frozen=True)
-class Blocks(Distillation):
+class Blocks(KL):
     """Trains the pruned blocks one after the other toward the dense model's hidden states, in the memory of one block.
 
     For a model that is too large to be trained as a whole: only the blocks of one span are on the devices, with their gradients and
@@ -181,8 +184,7 @@ class Blocks(Distillation):
         needs so many times the memory.
     """
 
-    words, done = "divergence from the dense model", "trained block by block"
-    reads_dense, by_spans = True, True
+    done, by_spans = "trained block by block", True
 
     checks: int = 2
     span: int = 1
@@ -190,10 +192,6 @@ class Blocks(Distillation):
     @property
     def smaller(self) -> str:
         return "a smaller --distill.span" if self.span > 1 else ""
-
-    @staticmethod
-    def loss(dense: Array, pruned: Array, targets: Array) -> Array:
-        return divergence(dense, pruned)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -10,7 +10,7 @@ experts on different devices would need no such sum, but a device whose experts 
 import dataclasses
 import functools
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -80,8 +80,9 @@ class Config(llama.Config):
         """Whether the block of this configuration has a mixture."""
         return not self.mixed or self.mixed[self.kind]
 
-    def kind_of(self, index: int) -> int:
-        return self.mixed.index(self.mixed[index]) if self.mixed else 0
+    @property
+    def block_layers(self) -> Sequence[object]:
+        return self.mixed
 
     def reach(self, name: str) -> float:
         return 1.0 if expert_of(name) is None else self.experts_per_token / self.experts

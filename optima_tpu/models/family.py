@@ -1,7 +1,7 @@
 """The interface of decoder families."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -68,9 +68,15 @@ class DecoderConfig:
     logit_scale: float = 1.0
     kind: int = 0
 
+    @property
+    def block_layers(self) -> Sequence[object]:
+        """For every block what tells its layers from those of other blocks; empty where all blocks have the same."""
+        return ()
+
     def kind_of(self, index: int) -> int:
         """The first block with the layers of block ``index``: 0 where all blocks have the same."""
-        return 0
+        layers = self.block_layers
+        return layers.index(layers[index]) if layers else 0
 
     @property
     def kinds(self) -> tuple[int, ...]:

@@ -56,6 +56,12 @@ def scaled(x: Array | np.ndarray, factor: float) -> Array | np.ndarray:
     return x if factor == 1 else (x.astype(np.float32) * factor).astype(x.dtype)
 
 
+def over_rms(x: Array, eps: float) -> Array:
+    """``x / rms(x)`` over the last axis, float32."""
+    wide = x.astype(jnp.float32)
+    return wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
+
+
 class RMSNorm(nnx.Module):
     """``x / rms(x) * w``, normalised in float32 and scaled in x's dtype, as the reference does."""
 
@@ -64,8 +70,7 @@ class RMSNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: Array) -> Array:
-        wide = x.astype(jnp.float32)
-        normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
+        normed = over_rms(x, self.eps)
         return self.weight[...].astype(x.dtype) * normed.astype(x.dtype)
 
 
@@ -79,8 +84,7 @@ class WideRMSNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: Array) -> Array:
-        wide = x.astype(jnp.float32)
-        normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
+        normed = over_rms(x, self.eps)
         return (normed * (self.shift + self.weight[...].astype(jnp.float32))).astype(x.dtype)
 
 
@@ -109,8 +113,7 @@ class LayerNorm(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         wide = x.astype(jnp.float32)
-        centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
-        normed = centred * jax.lax.rsqrt(jnp.mean(centred * centred, axis=-1, keepdims=True) + self.eps)
+        normed = over_rms(wide - jnp.mean(wide, axis=-1, keepdims=True), self.eps)
         if hasattr(self, "weight"):
             normed = normed * self.factor(x.dtype).astype(jnp.float32)
         if hasattr(self, "bias"):

@@ -5,8 +5,8 @@ Many families are the same block with other settings, which :class:`Config` has:
 
 import dataclasses
 import functools
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import numpy as np
 from flax import nnx
@@ -18,6 +18,8 @@ from optima_tpu.models.family import DecoderConfig, Family, Positions, Residual
 from optima_tpu.models.layers import GatedMLP, RMSNorm, RotaryAttention, scaled
 from optima_tpu.models.rope import Rope, RopeByBlock, Rotation, rotate
 from optima_tpu.runtime.mesh import MODEL
+
+T = TypeVar("T")
 
 LINEARS = (
     "self_attn.q_proj",
@@ -152,15 +154,23 @@ def windows_by_type(config: Any) -> tuple[int | None, ...]:
     """The sliding windows from ``layer_types`` and ``sliding_window``, block by block; empty if there are none.
 
     Raises:
-      UserError: a layer of another type than full and sliding attention.
+      UserError: as :func:`by_type`.
     """
-    windows = {"full_attention": None, "sliding_attention": config.sliding_window}
-    if strange := set(config.layer_types) - set(windows):
-        raise UserError(f"expected layer_types of {' and '.join(windows)}, got {', '.join(sorted(strange))}: not supported")
+    found = by_type(config, {"full_attention": None, "sliding_attention": config.sliding_window})
+    return found if any(found) else ()
+
+
+def by_type(config: Any, values: Mapping[str, T]) -> tuple[T, ...]:
+    """The value that belongs to the type of each block in ``layer_types``.
+
+    Raises:
+      UserError: a block of another type, or another number of types than of blocks.
+    """
+    if strange := set(config.layer_types) - set(values):
+        raise UserError(f"expected layer_types of {' and '.join(values)}, got {', '.join(sorted(strange))}: not supported")
     if len(config.layer_types) != config.num_hidden_layers:
         raise UserError(f"expected {config.num_hidden_layers} layer_types in config.json, got {len(config.layer_types)}")
-    found = tuple(windows[kind] for kind in config.layer_types)
-    return found if any(found) else ()
+    return tuple(values[kind] for kind in config.layer_types)
 
 
 def window_at(windows: tuple[int | None, ...], index: int, length: int) -> np.ndarray | None:

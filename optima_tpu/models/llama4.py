@@ -1,6 +1,7 @@
 """Llama 4: chunks of attention in most blocks, no positions in the others, and mixtures that multiply what an expert reads."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -12,7 +13,7 @@ from jax import Array
 from optima_tpu.errors import UserError
 from optima_tpu.models import experts, llama
 from optima_tpu.models.family import Positions, Stack
-from optima_tpu.models.layers import RotaryAttention, project
+from optima_tpu.models.layers import RotaryAttention, over_rms, project
 from optima_tpu.models.rope import Rope, rotate_neighbours_wide
 
 
@@ -33,9 +34,9 @@ class Config(experts.Config):
     normed: bool
     temper: tuple[float, float] | None
 
-    def kind_of(self, index: int) -> int:
-        kinds = list(zip(self.turning, self.mixed, strict=True))
-        return kinds.index(kinds[index])
+    @property
+    def block_layers(self) -> Sequence[object]:
+        return list(zip(self.turning, self.mixed, strict=True))
 
     def positions(self, index: int, length: int) -> Positions:
         """Where nothing turns, cos is the factor of the queries."""
@@ -50,12 +51,10 @@ class Config(experts.Config):
 
 def read_config(config: Any) -> Config:
     """From ``transformers.Llama4TextConfig``. Raises UserError for a setting that is not supported."""
-    chunks, count = {"full_attention": None, "chunked_attention": config.attention_chunk_size}, config.num_hidden_layers
-    if strange := set(config.layer_types) - set(chunks):
-        raise UserError(f"expected layer_types of {' and '.join(chunks)}, got {', '.join(sorted(strange))}: not supported")
-    for name in ("layer_types", "no_rope_layers"):
-        if len(found := getattr(config, name)) != count:
-            raise UserError(f"expected {count} {name} in config.json, got {len(found)}")
+    chunks = llama.by_type(config, {"full_attention": None, "chunked_attention": config.attention_chunk_size})
+    count = config.num_hidden_layers
+    if len(config.no_rope_layers) != count:
+        raise UserError(f"expected {count} no_rope_layers in config.json, got {len(config.no_rope_layers)}")
     return Config(
         **llama.read_sizes(config),
         rope=Rope.from_hf(config.rope_parameters),
@@ -63,7 +62,7 @@ def read_config(config: Any) -> Config:
         qkv_bias=config.attention_bias,
         o_bias=config.attention_bias,
         turning=tuple(map(bool, config.no_rope_layers)),
-        chunks=tuple(chunks[kind] for kind in config.layer_types),
+        chunks=chunks,
         normed=config.use_qk_norm,
         temper=(config.floor_scale, config.attn_scale) if config.attn_temperature_tuning else None,
         experts=config.num_local_experts,
@@ -96,13 +95,9 @@ class Attention(RotaryAttention):
             factor, _ = positions.rotary
             return (q.astype(jnp.float32) * factor[:, None, :1]).astype(q.dtype), k
         q, k = super().turned(q, k, positions)
-        return (q, k) if self.eps is None else (_normed(q, self.eps), _normed(k, self.eps))
-
-
-def _normed(x: Array, eps: float) -> Array:
-    """``x / rms(x)`` in float32, rounded once."""
-    wide = x.astype(jnp.float32)
-    return (wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)).astype(x.dtype)
+        if self.eps is None:
+            return q, k
+        return over_rms(q, self.eps).astype(q.dtype), over_rms(k, self.eps).astype(k.dtype)
 
 
 class Router(nnx.Module):

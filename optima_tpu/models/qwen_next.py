@@ -1,7 +1,7 @@
 """Qwen3-Next and Qwen 3.5: Gated DeltaNet in most blocks, gated attention in the others, mixtures of Qwen 2 or MLPs behind both."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from flax import nnx
@@ -32,9 +32,9 @@ class Config(experts.Config):
     def attention(self) -> str:
         return "linear_attn" if self.linear[self.kind] else "self_attn"
 
-    def kind_of(self, index: int) -> int:
-        kinds = list(zip(self.linear, self.mixed, strict=True))
-        return kinds.index(kinds[index])
+    @property
+    def block_layers(self) -> Sequence[object]:
+        return list(zip(self.linear, self.mixed, strict=True))
 
 
 def read_next(config: Any) -> Config:
@@ -57,11 +57,7 @@ def read_dense(config: Any) -> Config:
 
 
 def _read(config: Any, joined: bool = False, **settings: Any) -> Config:
-    kinds, known = config.layer_types, ("linear_attention", "full_attention")
-    if strange := set(kinds) - set(known):
-        raise UserError(f"expected layer_types of {' and '.join(known)}, got {', '.join(sorted(strange))}: not supported")
-    if len(kinds) != config.num_hidden_layers:
-        raise UserError(f"expected {config.num_hidden_layers} layer_types in config.json, got {len(kinds)}")
+    linear = llama.by_type(config, {"linear_attention": True, "full_attention": False})
     heads, key_heads = config.linear_num_value_heads, config.linear_num_key_heads
     if heads % key_heads:
         raise UserError(
@@ -76,7 +72,7 @@ def _read(config: Any, joined: bool = False, **settings: Any) -> Config:
         o_bias=config.attention_bias,
         qk_norm=True,
         gated=True,
-        linear=tuple(kind == "linear_attention" for kind in kinds),
+        linear=linear,
         delta=Sizes(
             heads, key_heads, config.linear_key_head_dim, config.linear_value_head_dim, config.linear_conv_kernel_dim, joined
         ),

@@ -144,8 +144,8 @@ def write_checkpoint(
 ) -> None:
     """Writes RUN/checkpoint: the names of the finished blocks, and all other tensors unchanged from the source.
 
-    These are in memory at once: embedding, last norm and head, and what is not read here, such as the half for images. An existing checkpoint is complete and is not written again. Every
-    process calls this, and each writes a share of every tensor.
+    These are in memory at once: embedding, last norm and head, and what is not read here, such as the half for images. An existing
+    checkpoint is complete and is not written again. Every process calls this, and each writes a share of every tensor.
 
     Args:
       journal: the ``Journal`` of the run, with every block of the model.

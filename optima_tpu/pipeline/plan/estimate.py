@@ -325,9 +325,9 @@ def storage(
     if config.export:
         disk["export for transformers"] = whole + ends + pruned // 8
     if config.distill:
-        state, spans = _saved_bytes(model, config.distill), len(config.distill.spans(decoder.config.blocks))
+        one, spans = _saved_bytes(model, config.distill), len(config.distill.spans(decoder.config.blocks))
         # While a state is written, the one before and the finished spans are there; at the end one state and all trained blocks.
-        disk |= {"trained blocks": saved, _STATES: max(2 * state - saved // spans, state)}
+        disk |= {"trained blocks": saved, _STATES: max(2 * one - saved // spans, one)}
     return Storage(hidden, host, disk)
 
 
@@ -450,9 +450,8 @@ def _beside_training(
     evaluated, checked = evaluation_tokens(config), (len(method.check_steps()) + 1) * text.held_out * text.length
     dense = (_dense_passes(method, state)[1] + text.held_out) * text.length if method.reads_dense else 0
     scored = checked
-    if (
-        method.by_spans
-    ):  # the trained model's states are computed like the dense one's; the head sees the first and the last model
+    if method.by_spans:
+        # The trained model's states are computed like the dense one's. The head sees the first and the last model.
         scored = 2 * text.held_out * text.length
         dense = 2 * dense + text.held_out * text.length
     return forward(dense + checked + evaluated) + (1 + method.reads_dense) * head(scored) + head(evaluated)
