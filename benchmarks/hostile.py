@@ -214,7 +214,7 @@ def ended(child: int) -> tuple[int, float]:
     while not found:
         time.sleep(0.01)
         found, status, used = os.wait4(child, os.WNOHANG)
-        if time.monotonic() > until:
+        if not found and time.monotonic() > until:
             os.kill(child, signal.SIGKILL)
     return os.waitstatus_to_exitcode(status), used.ru_utime + used.ru_stime
 

@@ -31,17 +31,17 @@ def per_token(score: Callable[..., Tree], tokens: Array, *streams: Array) -> Tre
 
     Args:
       score: (targets [windows, chunk] int32, *states [windows, chunk, d_model]) -> a tree of numbers or booleans
-        [windows, chunk]. The target of a position is the next token.
+        [windows, chunk, ...]. The target of a position is the next token.
       tokens: [windows, length] int32.
       streams: hidden states [windows, length, d_model].
 
     Returns:
-      The tree that ``score`` returns, with leaves [windows, length - 1].
+      The tree that ``score`` returns, with leaves [windows, length - 1, ...].
     """
     windows, positions = tokens.shape[0], tokens.shape[1] - 1
 
     def joined(values: Array) -> Array:
-        return values.swapaxes(0, 1).reshape(windows, -1)[:, :positions]
+        return values.swapaxes(0, 1).reshape(windows, -1, *values.shape[3:])[:, :positions]
 
     return jax.tree.map(joined, _by_stretch(lambda there, *inputs: score(*inputs), tokens, *streams))
 

@@ -22,7 +22,7 @@ from jax import Array
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from optima_tpu.evaluate.predictions import sum_over_windows
+from optima_tpu.evaluate.predictions import per_token, sum_over_windows
 from optima_tpu.method.distillation import Distillation, cross_entropy, hidden_error, optimizer
 from optima_tpu.method.zeros import keep_zeros
 from optima_tpu.models.decoder import Decoder, Head, forward, head_logits
@@ -333,14 +333,14 @@ def head_losses(loss: Loss, head: Head, dense: Array, pruned: Array, tokens: Arr
 def head_gradient(loss: Loss, head: Head, dense: Array, pruned: Array, tokens: Array, there: Array) -> tuple[Array, Array]:
     """The sums of the loss as in :func:`head_losses`, and the gradient of their sum with respect to ``pruned``."""
 
-    # Rematerialised: the logits of a batch would be the largest arrays of the backward pass.
-    @jax.checkpoint
-    def score(targets: Array, dense: Array, pruned: Array) -> Array:
-        return loss(head_logits(head, dense), head_logits(head, pruned), targets)
+    # Forward and backward at once for each stretch of positions: the logits of a batch would be the largest arrays of the pass,
+    # and computing those of a stretch again would take five products with the vocabulary for three.
+    def score(targets: Array, dense: Array, pruned: Array) -> tuple[Array, Array]:
+        target = head_logits(head, dense)
+        losses, pull = jax.vjp(lambda pruned: loss(target, head_logits(head, pruned), targets), pruned)
+        return losses, pull(jnp.ones_like(losses))[0]
 
-    def total(pruned: Array) -> tuple[Array, Array]:
-        sums = jnp.where(there, sum_over_windows(score, tokens, dense, pruned), 0)
-        return jnp.sum(sums), sums
-
-    gradient, sums = jax.grad(total, has_aux=True)(pruned)
-    return sums, gradient
+    losses, gradient = per_token(score, tokens, dense, pruned)
+    sums = jnp.where(there, jnp.sum(losses, axis=1), 0)
+    gradient = jnp.where(there[:, None, None], gradient, 0)
+    return sums, jnp.pad(gradient, ((0, 0), (0, 1), (0, 0)))  # the last position predicts nothing

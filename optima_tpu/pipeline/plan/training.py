@@ -161,8 +161,10 @@ def _of_hidden_states(decoder: Decoder, step: _Step, spans: int) -> _Part:
 def _of_head(model: Declared, method: Distillation, head: Head, step: _Step) -> _Part:
     """The loss and its gradient with respect to what leaves the last block."""
     config, mesh, windows = model.decoder.config, model.decoder.mesh, len(step.hidden)
-    # The logits are computed, and again for the gradient, which is one more product of the pruned model's.
-    products = 5 if method.reads_dense else 3
+    # The logits of both models, or of the pruned one; and the gradient of the pruned one's.
+    products = 3 if method.reads_dense else 2
+    # Of a stretch: logits and distributions of each model, and the gradient.
+    arrays = 5 if method.reads_dense else 4
     flops = products * 2.0 * step.batch * step.length * config.vocab * config.d_embedding / mesh.shape[MODEL]
     tokens = struct_on(mesh, (windows, step.length), np.dtype(np.int32), P(DATA))
     there = struct_on(mesh, (windows,), np.dtype(bool), P(DATA))
@@ -171,6 +173,6 @@ def _of_head(model: Declared, method: Distillation, head: Head, step: _Step) -> 
         "head: loss and gradient",
         step.passes,
         estimate.products(model, flops),
-        bytes_on_device(step.hidden) + products * logits,
+        bytes_on_device(step.hidden) + arrays * logits,
         lambda: head_gradient.lower(method.loss, head, step.hidden, step.hidden, tokens, there),
     )
