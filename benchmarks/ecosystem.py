@@ -7,7 +7,8 @@ Prints for each:
 - maxtext, tunix: the largest difference between its logits and ours, relative to the largest logit, in float32; and how many of its
   weights are zero, against the masks
 - training: how many zeros are left after some steps of its own trainer, with and without ``optima_tpu.keep_zeros``
-- qwix: the zeros of its integers against the masks
+- qwix: the zeros of its integers against the masks; with ``--folder`` those of an exported folder, of which it writes a copy with the
+  values of the integers, to be evaluated
 
 Its exit status is 1 where a zero is elsewhere, or a difference larger than rounding.
 
@@ -18,6 +19,7 @@ import argparse
 import contextlib
 import logging
 import os
+import shutil
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -31,6 +33,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import safetensors.numpy
 from flax import nnx
 
 import optima_tpu
@@ -298,6 +301,28 @@ def quantized_by_qwix(name: str = "llama") -> Arrival:
         return Arrival(_difference(_tunix_logits(small), model.logits), found, model.pruned)
 
 
+def with_qwix_integers(folder: Path, output: Path) -> Arrival:
+    """Writes a copy of an exported folder whose pruned matrices have the values of Qwix's int8, a scale for each row.
+
+    The difference is the largest one of a weight, relative to the largest weight of its matrix.
+    """
+    import qwix
+
+    masks = read_masks(folder)
+    shutil.copytree(folder, output, ignore=shutil.ignore_patterns("*.safetensors", "*.npz", "sha256*", "optima_tpu.json"))
+    found, largest = 0, 0.0
+    for file in sorted(folder.glob("*.safetensors")):
+        tensors = safetensors.numpy.load_file(file)
+        for name in masks.keys() & tensors.keys():
+            weight = tensors[name]
+            values = np.asarray(qwix.dequantize(qwix.quantize(jnp.asarray(weight), "int8", channelwise_axes=(0,))))
+            found += int(np.sum((values == 0) & ~masks[name]))
+            largest = max(largest, float(np.abs(values - weight).max() / np.abs(weight).max()))
+            tensors[name] = values.astype(weight.dtype)
+        safetensors.numpy.save_file(tensors, output / file.name, {"format": "pt"})
+    return Arrival(largest, found, sum(int(np.sum(~keep)) for keep in masks.values()))
+
+
 @contextlib.contextmanager
 def _replaced(owner: Any, name: str, value: Any):
     original = getattr(owner, name)
@@ -312,6 +337,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.ecosystem", description=__doc__.split("\n\n")[0])
     parser.add_argument("what", nargs="*", help="maxtext, tunix, training, qwix (default: all)")
     parser.add_argument("--steps", type=int, default=300, help="steps of training (default: %(default)s)")
+    parser.add_argument("--folder", type=Path, help="qwix: an exported folder, in the place of a tiny model")
+    parser.add_argument("--output", type=Path, help="qwix: where the copy of this folder goes")
     arguments = parser.parse_args(argv)
     logging.disable(logging.WARNING)
     what = arguments.what or ["maxtext", "tunix", "training", "qwix"]
@@ -326,8 +353,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             found = arrives_in_tunix(name)
             right.append(_print(f"tunix {name}", found, found.right(2e-5)))
     if "qwix" in what:
-        found = quantized_by_qwix()
-        right.append(_print("qwix int8 llama", found, found.right(0.1)))
+        found = with_qwix_integers(arguments.folder, arguments.output) if arguments.folder else quantized_by_qwix()
+        right.append(_print(f"qwix int8 {arguments.folder or 'llama'}", found, found.right(0.1)))
     if "training" in what:
         for program, train in {"tunix": trained_by_tunix, "maxtext": trained_by_maxtext}.items():
             for keep in (True, False):
