@@ -728,7 +728,7 @@ _RESULTS: Mapping[str, tuple[str, Mapping[str, Sequence[str]]]] = {
                 "allocation",
                 "output-errors",
             ),
-            "Pruned and quantised": ("quantization",),
+            "Pruned and quantised": ("quantization", "qwix"),
             "Tasks, and distance from the dense model": ("tasks", "distance"),
             "Calibration text": ("calibration-text", "calibration-size", "samples"),
             "The tables of the OPTIMA paper, on this model": (
