@@ -59,7 +59,8 @@ class Calibration:
     Attributes:
       source: c4 or wikitext2 (from the hub), pydoc (Python's own documentation, no download), self (the dense model writes it;
         self?temperature=0.8 at another temperature than 1), random, file:PATH (.txt, .jsonl, .parquet; also .gz),
-        tfds:NAME@DIR (a prepared data set), hub:ORG/NAME[/CONFIG]@SPLIT (by the datasets library) or npy:PATH (token ids).
+        tfds:NAME@DIR (a prepared data set), hub:ORG/NAME[/CONFIG]@SPLIT (by the datasets library) or npy:PATH (token ids). Or
+        several of these with their shares of the windows, such as c4:0.5,file:code.jsonl:0.5.
       samples: number of token sequences. More usually give better weights, and calibration takes longer.
       length: tokens in each sequence.
       seed: which sequences are drawn; the same seed gives the same tokens.

@@ -9,6 +9,7 @@ from optima_tpu.data import sampling
 from optima_tpu.data.c4 import C4
 from optima_tpu.data.file import File
 from optima_tpu.data.hub import Hub
+from optima_tpu.data.mix import Mix
 from optima_tpu.data.npy import Npy
 from optima_tpu.data.pydoc import PyDoc
 from optima_tpu.data.random import Random
@@ -26,6 +27,7 @@ __all__ = [
     "TFDS",
     "File",
     "Hub",
+    "Mix",
     "Npy",
     "PyDoc",
     "Random",
@@ -59,12 +61,14 @@ _FORMS = {
 
 
 def parse_source(text: str) -> Source:
-    """Reads the name of a source: one of ``NAMED``, "self", or KIND:REST with a KIND of ``WITH_PATH``, such as "file:PATH".
+    """Reads the name of a source: one of ``NAMED``, "self", KIND:REST with a KIND of ``WITH_PATH``, such as "file:PATH", or a mix.
 
     Raises:
       UserError: the text is none of these. Whether a file exists is checked when the file is read.
     """
     kind, colon, path = text.partition(":")
+    if mix := Mix.parse(text, parse_source):
+        return mix
     if text in NAMED:
         return NAMED[text]
     if text.partition("?")[0] == "self":
@@ -75,7 +79,7 @@ def parse_source(text: str) -> Source:
         raise UserError(f"expected {_FORMS[kind]}, got {text!r}")
     raise UserError(
         f"expected a text source ({', '.join(NAMED)}, self, file:PATH, file:PATH?field=NAME, npy:PATH, "
-        f"tfds:NAME@DIR or hub:ORG/NAME@SPLIT), got {text!r}"
+        f"tfds:NAME@DIR, hub:ORG/NAME@SPLIT, or several with their shares, such as c4:0.5,pydoc:0.5), got {text!r}"
         + (did_you_mean(text, [*NAMED, "self"]) or "; for a text of your own write file: before its path")
     )
 
@@ -120,6 +124,14 @@ def calibration_tokens(
         raise UserError(f"expected a seed of at least 0, got {seed}")
     if held_out < 0:
         raise UserError(f"expected at least 0 held-out windows, got {held_out}")
+    if isinstance(source, Mix):
+        return source.calibration(
+            samples,
+            held_out,
+            lambda text, samples, held_out: calibration_tokens(
+                text, tokenizer, samples=samples, length=length, seed=seed, held_out=held_out, bos=bos, over=over
+            ),
+        )
     if isinstance(source, TokenSource):
         tokens = source.tokens("calibration", vocabulary=len(tokenizer), windows=samples + held_out, length=length, seed=seed)
         return _replacing(tokens._replace(how=tokens.how + sampling.held_out_text(held_out)), bos)
@@ -156,6 +168,10 @@ def stream_tokens(
     Raises:
       UserError: the source can't be read or holds less than one window, or its ids do not fit the tokenizer.
     """
+    if isinstance(source, Mix):
+        return source.stream(
+            windows, lambda text, windows: stream_tokens(text, tokenizer, windows=windows, length=length, seed=seed, bos=bos)
+        )
     if isinstance(source, TokenSource):
         tokens = source.tokens("calibration", vocabulary=len(tokenizer), windows=windows, length=length, seed=seed)
         return _replacing(tokens, bos)

@@ -3,6 +3,7 @@
 import gzip
 import logging
 import re
+from pathlib import Path
 
 import numpy as np
 import pyarrow
@@ -443,6 +444,59 @@ def test_other_source_texts_are_refused(text):
 @pytest.mark.parametrize("text, form", [("npy:", "npy:PATH"), ("tfds:", "tfds:NAME@DIR"), ("hub:", "hub:ORG/NAME@SPLIT")])
 def test_a_source_without_its_place_is_told_its_own_form(text, form):
     with pytest.raises(UserError, match=f"expected {form}.*got '{text}'"):
+        data.parse_source(text)
+
+
+@given(
+    st.lists(st.integers(1, 9), min_size=2, max_size=4, unique=True), st.integers(36, 60), st.integers(36, 60), st.integers(0, 20)
+)
+def test_a_mix_keeps_its_shares_in_every_first_part_and_every_text_its_own_windows(weights, samples, held_out, cut):
+    shares = tuple(weight / sum(weights) for weight in weights)
+    mix = data.Mix(tuple(data.File(Path(f"{k}.txt")) for k in range(len(weights))), shares)
+
+    def draw(text, samples, held_out=0):
+        return data.Tokens(100 * int(text.path.stem) + np.arange(samples + held_out)[:, None], str(text), 1)
+
+    for ids in (mix.calibration(samples, held_out, draw).ids, mix.stream(samples + held_out, draw).ids):
+        for k, share in enumerate(shares):
+            own = np.flatnonzero(ids[:, 0] // 100 == k)
+            assert (ids[own, 0] == 100 * k + np.arange(len(own))).all()
+            for first in (samples - cut, samples):
+                assert abs(np.sum(own < first) - share * first) < len(shares)
+    short = mix.stream(samples, lambda text, windows: draw(text, min(windows, 8))).ids
+    assert (short == mix.stream(len(short), draw).ids).all() and max(np.bincount(short[:, 0] // 100)) == 8
+
+
+def test_a_run_draws_a_mix_from_its_texts(tmp_path, tokenizer):
+    for name in "ab":
+        (tmp_path / f"{name}.txt").write_text(f"{name} " * 400)
+    mix = data.parse_source(f"file:{tmp_path}/a.txt:0.75, file:{tmp_path}/b.txt:0.25")
+    assert data.parse_source(str(mix)) == mix and isinstance(mix, data.Mix)
+    drawn = data.calibration_tokens(mix, tokenizer, samples=8, held_out=4, length=16, seed=0)
+    alone = data.calibration_tokens(mix.texts[1], tokenizer, samples=2, held_out=1, length=16, seed=0)
+    assert (drawn.ids[[2, 6, 10]] == alone.ids).all()
+    assert drawn.how.count("held out") == 2 and len(data.stream_tokens(mix, tokenizer, windows=8, length=16, seed=0).ids) == 8
+    with pytest.raises(UserError, match="would both read"):
+        data.refuse_overlap(mix, mix.texts[1])
+    with pytest.raises(UserError, match="expected one text to measure on"):
+        data.evaluation_tokens(mix, tokenizer, length=16, windows=1)
+    with pytest.raises(UserError, match="none of file:.*b.txt: take more"):
+        data.calibration_tokens(mix, tokenizer, samples=1, length=16, seed=0)
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("c4:0.5,pydoc:0.6", "whose sum is 1"),
+        ("c4:1,pydoc:0", "above 0"),
+        ("c4:0.5,self:0.5", "can only stand alone"),
+        ("c4:0.5,c4:0.5", "expected different texts"),
+        ("c4:0.5,pydoc", "several with their shares"),
+        ("c4:0.5,c5:0.5", "got 'c5'"),
+    ],
+)
+def test_a_mix_that_is_none_is_refused(text, message):
+    with pytest.raises(UserError, match=message):
         data.parse_source(text)
 
 

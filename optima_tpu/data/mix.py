@@ -1,0 +1,119 @@
+"""Several texts, mixed by shares of the windows."""
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator
+
+import numpy as np
+
+from optima_tpu.data.self_generated import SelfGenerated
+from optima_tpu.data.source import Fingerprinted, Located, Part, Source, Split, Tokens
+from optima_tpu.errors import UserError
+
+_SHARED = re.compile(r"(.+):(\d*\.?\d+)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Mix:
+    """Texts of which each gives its share of the windows. Windows of different texts alternate, so any first part is a mix too.
+
+    Attributes:
+      texts: two or more, all different.
+      shares: of the windows, above 0 and 1 in sum.
+    """
+
+    texts: tuple[Source, ...]
+    shares: tuple[float, ...]
+
+    @staticmethod
+    def parse(text: str, parse: Callable[[str], Source]) -> "Mix | None":
+        """Reads SOURCE:SHARE,SOURCE:SHARE with any number of sources; None if the text has another form.
+
+        Args:
+          parse: reads the name of a source.
+
+        Raises:
+          UserError: a source is none, writes itself or comes twice; or the shares are not a whole.
+        """
+        found = [_SHARED.fullmatch(each.strip()) for each in text.split(",")]
+        if len(found) < 2 or not all(found):
+            return None
+        texts = tuple(parse(each[1]) for each in found if each)
+        shares = tuple(float(each[2]) for each in found if each)
+        if min(shares) <= 0 or not math.isclose(sum(shares), 1, abs_tol=1e-6):
+            raise UserError(
+                f"expected shares above 0 whose sum is 1, as in c4:0.5,pydoc:0.5, got {text!r}, in sum {sum(shares):g}"
+            )
+        if any(isinstance(each, SelfGenerated) for each in texts):
+            raise UserError(f"expected a mix of stored texts, got {text!r}: self, which the model writes, can only stand alone")
+        if len(set(texts)) < len(texts):
+            raise UserError(f"expected different texts in a mix, got {text!r}: add up the shares of each")
+        return Mix(texts, shares)
+
+    def __str__(self) -> str:
+        return ",".join(f"{text}:{share:g}" for text, share in zip(self.texts, self.shares))
+
+    def documents(self, split: Split) -> Iterator[str]:
+        """Always raises UserError: windows are drawn text by text, and a mix is nothing to measure on."""
+        raise UserError(
+            f"expected one text to measure on, got the mix {self}: give --evaluation.source, or --perplexity of "
+            "optima_tpu.evaluate, one text, such as wikitext2, pydoc or file:PATH"
+        )
+
+    def parts(self, split: Split) -> Iterable[Part]:
+        """The parts that are read of all texts that can say it."""
+        return [part for text in self.texts if isinstance(text, Located) for part in text.parts(split)]
+
+    def fingerprint(self, split: Split) -> str | None:
+        """The fingerprints of all texts; None if one can't tell."""
+        found = [text.fingerprint(split) if isinstance(text, Fingerprinted) else None for text in self.texts]
+        known = [each for each in found if each is not None]
+        return " ".join(known) if len(known) == len(found) else None
+
+    def calibration(self, samples: int, held_out: int, draw: Callable[[Source, int, int], Tokens]) -> Tokens:
+        """Calibration windows and the held-out windows after them, each a mix.
+
+        Args:
+          draw: (text, samples, held_out) -> its windows, the held-out ones last.
+
+        Raises:
+          UserError: a text would get no window.
+        """
+        order, later = self._order(samples), self._order(held_out)
+        parts = [draw(text, int(np.sum(order == k)), int(np.sum(later == k))) for k, text in enumerate(self.texts)]
+        return self._mixed(np.concatenate([order, later]), parts)
+
+    def stream(self, windows: int, draw: Callable[[Source, int], Tokens]) -> Tokens:
+        """At most ``windows`` windows: the mix ends where one of the texts does.
+
+        Args:
+          draw: (text, windows) -> at most so many of its windows.
+
+        Raises:
+          UserError: a text would get no window.
+        """
+        order = self._order(windows)
+        parts = [draw(text, int(np.sum(order == k))) for k, text in enumerate(self.texts)]
+        # The first window that a text should give and has not got.
+        ends = [np.flatnonzero(order == k)[len(part.ids) :] for k, part in enumerate(parts)]
+        return self._mixed(order[: min((int(end[0]) for end in ends if end.size), default=windows)], parts)
+
+    def _order(self, windows: int) -> np.ndarray:
+        """Which text gives each window, [windows] int: the one that is farthest behind its share."""
+        counts, order = np.zeros(len(self.texts)), np.empty(windows, int)
+        for place in range(windows):
+            order[place] = np.argmax(np.array(self.shares) * (place + 1) - counts)
+            counts[order[place]] += 1
+        if windows and not counts.all():
+            least = self.texts[int(np.argmin(counts))]
+            raise UserError(
+                f"expected at least one window of each text in {self}, got {windows} windows and none of {least}: take more"
+            )
+        return order
+
+    def _mixed(self, order: np.ndarray, parts: list[Tokens]) -> Tokens:
+        ids = np.empty((len(order), parts[0].ids.shape[1]), np.int32)
+        for k, part in enumerate(parts):
+            ids[order == k] = part.ids[: np.sum(order == k)]
+        return Tokens(ids, "mixed: " + "; ".join(part.how for part in parts), sum(part.available for part in parts))
