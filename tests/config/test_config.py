@@ -344,7 +344,7 @@ def test_a_preset_is_below_the_file_and_the_command_line(file):
     for name in PRESETS:
         config = parse(["--preset", name])
         assert parse(["--config", file(dump(config))]) == config and parse(["--preset", name, "--preset", name]) == config
-    assert "one of paper, fast, best, got 'slow'" in refusal("--preset", "slow")
+    assert "one of paper, fast, best, distilled, got 'slow'" in refusal("--preset", "slow")
 
 
 def test_dashes_and_underscores_are_the_same_on_the_command_line():
