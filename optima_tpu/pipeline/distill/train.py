@@ -33,7 +33,7 @@ from optima_tpu.runtime.signals import Stopped, uninterrupted
 
 FOLDER = "distillation"
 OUTCOME, _DISTILLED = "distillation.json", "distilled"
-AT_ONCE = 1 << 31
+AT_ONCE = 1 << 32
 """Bytes of hidden states, on all hosts together, of the training windows that wait for their steps."""
 SHARE = 20
 """A state is saved when this many times as long as it takes has passed since the last."""
