@@ -68,6 +68,8 @@ BATCH = 20
 """Command lines that are drawn together; begin at a multiple of it, so that a case is always the same one."""
 HANGS = 150
 """Seconds after which a process is killed."""
+STARTING = ("Could not import runpy module", "Fatal Python error: init_")
+"""What Python itself says of a Ctrl-C in its own start, before the first line of a program; it ends with 1."""
 ENDS = {signal.SIGTERM: (RESUME, "stopped by SIGTERM"), signal.SIGINT: (INTERRUPTED, "stopped")}
 
 
@@ -443,7 +445,8 @@ def tally_signal(tally: Tally, sent: signal.Signals, statuses: list[int], said: 
     """Counts how a signalled run ended. Returns whether it was stopped."""
     status, line = ENDS[sent]
     texts = [without_gloo(text) for text in said]
-    if moment < 0.2 and all(found in (-sent, status) for found in statuses) and -sent in statuses:
+    python = [found == -sent or (found == 1 and text.startswith(STARTING)) for found, text in zip(statuses, said)]
+    if moment < 0.2 and any(python) and all(own or found == status for own, found in zip(python, statuses)):
         tally.good("ended by the signal before Python was up")
     elif statuses == [0] * len(statuses):
         tally.good("was done already, status 0")
