@@ -22,14 +22,11 @@ from optima_tpu.method.solvers import CG, Solver
 from optima_tpu.method.targets import SelfTarget, Target
 from optima_tpu.method.tuning import Fixed, Tuning
 from optima_tpu.runtime.buckets import as_path
-from optima_tpu.runtime.mesh import parse_mesh
+from optima_tpu.runtime.mesh import MOST_DEVICES, parse_mesh
 from optima_tpu.runtime.outside import outside_code
 
 MOST = (1 << 31) - 1
 """The largest whole number of a setting: devices count in int32."""
-
-MOST_DEVICES = 4096
-"""Simulated devices of one process."""
 
 MOST_TOKENS = 1 << 28
 """Tokens of a text that is read into memory. Their hidden states take a terabyte in a model of width 2048."""

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Literal
 
 from optima_tpu.config.parse import parse_command
-from optima_tpu.config.run_config import MOST, MOST_DEVICES, at_least, few_tokens
+from optima_tpu.config.run_config import MOST, at_least, few_tokens
 from optima_tpu.errors import UserError
 from optima_tpu.evaluate.asking import Asking
-from optima_tpu.runtime.mesh import parse_mesh
+from optima_tpu.runtime.mesh import MOST_DEVICES, parse_mesh
 from optima_tpu.runtime.program import program
 
 _PROGRAM = program("evaluate")

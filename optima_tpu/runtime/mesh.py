@@ -17,6 +17,9 @@ from optima_tpu.errors import UserError, one_line
 
 DATA, MODEL = "data", "model"
 
+MOST_DEVICES = 4096
+"""Simulated devices of one process."""
+
 ROWS = P((DATA, MODEL))
 """The spec of an array whose first axis is the rows of a layer."""
 
@@ -65,7 +68,8 @@ def make_mesh(text: str | None) -> Mesh:
         kind = jax.devices()[0].platform
         each, left = divmod(data * model, jax.process_count())
         where = " in every process" if jax.process_count() > 1 else ""
-        hint = f", or --cpu_devices {each}{where} to simulate it" if kind == "cpu" and each and not left else ""
+        simulates = kind == "cpu" and not left and 0 < each <= MOST_DEVICES
+        hint = f", or --cpu_devices {each}{where} to simulate it" if simulates else ""
         raise UserError(
             f"mesh {data}x{model} needs {data * model} devices, there are {count} ({kind}): "
             f"choose a mesh whose product is {count}{hint}"

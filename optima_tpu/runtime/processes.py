@@ -32,6 +32,9 @@ class SharedError(UserError):
 LAST = 3.0
 """Seconds for the other processes to notice by themselves that process 0 ends the run."""
 
+MOST = 1 << 16
+"""Processes of one run."""
+
 _HELLO = b"optima-tpu"
 
 
@@ -60,6 +63,8 @@ def start(coordinator: str | None, count: int | None, index: int | None, timeout
             "expected --coordinator HOST:PORT, --num_processes N and --process_id K with 0 <= K < N together, "
             f"got {coordinator}, {count} and {index}"
         )
+    if count > MOST:
+        raise UserError(f"expected num_processes of at most {MOST}, got {count}")
     if count == 1:
         return
     _roll_call(coordinator, count, index, timeout)

@@ -55,6 +55,7 @@ def refused(tmp_path, capfd):
         (["--pattern", "half"], "expected a pattern such as 0.5, 0.5/layer, 2:4 or 2:4@128, got 'half'"),
         (["--pattern", "3:8"], "divisible by 8, got a layer with 36"),
         (["--mesh", "2x2"], "mesh 2x2 needs 4 devices, there are 8 (cpu): choose a mesh whose product is 8"),
+        (["--mesh", "1000000000x1"], "there are 8 (cpu): choose a mesh whose product is 8\n"),
         (["--mesh", "2x2x2"], "expected a mesh such as 4x2 or data=4,model=2, got '2x2x2'"),
         (["--mesh=-2x-4"], "expected a mesh with at least 1 device on each axis, such as 4x2, got '-2x-4'"),
         (["--mesh", "data=2,data=4"], "expected a mesh with each axis once"),

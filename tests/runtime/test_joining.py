@@ -25,6 +25,11 @@ def test_half_an_address_is_refused():
             processes.start(*given, timeout=1)
 
 
+def test_more_processes_than_any_run_has_are_refused():
+    with pytest.raises(UserError, match="expected num_processes of at most 65536, got 1000000000"):
+        processes.start("localhost:1", 10**9, 0, timeout=1)
+
+
 # jax takes this host for one with TPU chips. What is not in the environment it asks the metadata server of TPU VMs for.
 TPU_HOST = {"JAX_FORCE_TPU_INIT": "1"} | dict.fromkeys(
     ("MEGASCALE_COORDINATOR_ADDRESS", "MEGASCALE_NUM_SLICES", "MEGASCALE_SLICE_ID"), ""
