@@ -11,6 +11,7 @@ from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, t
 
 from optima_tpu.data.source import Documents, Part, Split, split_options
 from optima_tpu.errors import UserError, one_line
+from optima_tpu.models.checkpoints.hub import refuse_damaged
 
 _FORM = "hub:ORG/NAME[/CONFIG]@SPLIT, such as hub:allenai/c4/en@train[:20000], optionally with ?field=NAME"
 
@@ -143,11 +144,15 @@ def download(repository: str, name: str) -> Path:
     """The local path of one file of a data set, downloaded into the hub's own cache if it isn't there yet.
 
     Raises:
-      UserError: the file is not in the cache and the hub can't be reached or refuses it.
+      UserError: the file is not in the cache and the hub can't be reached or refuses it, or the file is damaged.
     """
     cached = try_to_load_from_cache(repository, name, repo_type="dataset")
-    if isinstance(cached, str):
-        return Path(cached)
+    path = Path(cached) if isinstance(cached, str) else _downloaded(repository, name)
+    refuse_damaged([path])
+    return path
+
+
+def _downloaded(repository: str, name: str) -> Path:
     try:
         # hf_hub_download alone retries for half a minute without a network; this asks once.
         get_hf_file_metadata(hf_hub_url(repository, name, repo_type="dataset"))

@@ -1,6 +1,7 @@
 """Calibration and evaluation tokens: where every window comes from, and what is refused."""
 
 import gzip
+import hashlib
 import logging
 import re
 from pathlib import Path
@@ -412,6 +413,25 @@ def test_a_file_in_the_cache_needs_no_hub(hub_cache):
     (repository / "snapshots/0123abc/wikitext-2-raw-v1").mkdir(parents=True)
     save(repository / "snapshots/0123abc/wikitext-2-raw-v1/train-00000-of-00001.parquet", ["a", "", "b"])
     assert list(data.WikiText2().documents("calibration")) == ["a  b"]
+
+
+def test_a_file_that_was_damaged_on_its_way_from_the_hub_is_named(hub_cache):
+    repository, name = hub_cache / "datasets--Salesforce--wikitext", "wikitext-2-raw-v1/train-00000-of-00001.parquet"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs/main").write_text("0123abc")
+    (repository / "blobs").mkdir()
+    save(repository / "a.parquet", ["a", "", "b"])
+    content = (repository / "a.parquet").read_bytes()
+    (link := repository / "snapshots/0123abc" / name).parent.mkdir(parents=True)
+    for digest in (hashlib.sha256(content), hashlib.sha1(b"blob %d\0" % len(content) + content)):
+        blob = repository / "blobs" / digest.hexdigest()
+        blob.write_bytes(content)
+        link.unlink(missing_ok=True)
+        link.symlink_to(blob)
+        assert list(data.WikiText2().documents("calibration")) == ["a  b"]
+        blob.write_bytes(content[:9] + bytes([content[9] ^ 1]) + content[10:])
+        with pytest.raises(UserError, match=f"{name} is damaged.*Remove {blob}"):
+            list(data.WikiText2().documents("calibration"))
 
 
 # The command line's strings

@@ -1,6 +1,7 @@
 """Checkpoints: what is read is what was stored, and a file that is not whole is named."""
 
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -19,7 +20,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from optima_tpu.errors import UserError
 from optima_tpu.models import family_named
-from optima_tpu.models.checkpoints import check_dtypes, check_names, hub, load_tokenizer, open_model
+from optima_tpu.models.checkpoints import check_dtypes, check_names, hub, load_tokenizer, open_model, refuse_damaged_model
 from optima_tpu.models.checkpoints.source import Cast, whole_slices
 from tests.support.tiny_models import MemoryTensors, tiny_folder
 
@@ -210,6 +211,25 @@ def test_links_out_of_the_folder_are_refused_except_in_the_hubs_cache(folder, tm
         open_model(str(folder))
 
 
+@pytest.mark.parametrize("name", ["config.json", "model-00001-of-00003.safetensors"])
+def test_a_file_of_the_hubs_cache_that_is_not_what_its_name_says_is_refused(folder, tmp_path, monkeypatch, name):
+    snapshot, blobs = tmp_path / "models--a--b/snapshots/1", tmp_path / "models--a--b/blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for path in folder.iterdir():
+        data = path.read_bytes()
+        digest = hashlib.sha256(data) if path.suffix == ".safetensors" else hashlib.sha1(b"blob %d\0" % len(data) + data)
+        (blobs / digest.hexdigest()).write_bytes(data)
+        (snapshot / path.name).symlink_to(blobs / digest.hexdigest())
+    monkeypatch.setattr(hub, "snapshot_download", lambda *arguments, **options: str(snapshot))
+    refuse_damaged_model("a/b")
+    blob = (snapshot / name).resolve()
+    blob.write_bytes(blob.read_bytes()[:-1] + b"~")
+    for spec in ("a/b", str(snapshot)):
+        with pytest.raises(UserError, match=f"{name} is damaged: .*Remove {blob}, and the same command"):
+            refuse_damaged_model(spec)
+
+
 def test_code_of_the_models_own_is_never_run(folder):
     config = json.loads((folder / "config.json").read_text()) | {"model_type": "mine", "auto_map": {"AutoConfig": "mine.Config"}}
     (folder / "config.json").write_text(json.dumps(config))
@@ -241,9 +261,11 @@ def test_a_configuration_that_names_no_float_model_is_refused(folder, change, me
 
 
 def test_a_damaged_config_is_named(folder):
-    (folder / "config.json").write_text("{")
-    with pytest.raises(UserError, match="config.json"):
-        open_model(str(folder))
+    for content in (b"{", json.dumps(CONFIG).encode("utf-16")):
+        (folder / "config.json").write_bytes(content)
+        with pytest.raises(UserError, match=f"{folder}.*config.json") as refused:
+            open_model(str(folder))
+        assert str(refused.value).count("/config.json") == str(refused.value).count(f"{folder}/config.json")
 
 
 @pytest.mark.parametrize("spec", ["", "nowhere", "./a/b", "/a/b", "~/no/model", "a/b/c", "a/b.gguf"])

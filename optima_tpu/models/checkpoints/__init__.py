@@ -38,9 +38,13 @@ def open_model(spec: str, dtype: str | None = None) -> Pretrained:
 
 
 def refuse_damaged_model(spec: str) -> None:
-    """Raises UserError if ``spec`` is a folder that this program exported and a file in it has changed. Reads all of it."""
-    if (path := Path(spec).expanduser()).is_dir():
+    """Raises UserError if a file has changed of a folder that this program exported, or that the hub's cache holds. Reads all of it."""
+    path = Path(spec).expanduser()
+    if hub.is_hub_id(spec) and not path.exists():
+        path = hub.download(spec)
+    if path.is_dir():
         refuse_damaged(path)
+        hub.refuse_damaged(hub.files_of(path))
 
 
 def _open(path: Path, origin: str, dtype: str | None) -> Pretrained:

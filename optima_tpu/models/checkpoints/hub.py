@@ -1,7 +1,10 @@
 """Models on the Hugging Face hub: downloaded once into the hub's own cache, then read as a folder."""
 
+import hashlib
+import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
@@ -14,6 +17,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.utils import filter_repo_objects
 
 from optima_tpu.errors import UserError, one_line
 
@@ -69,3 +73,36 @@ def _unreachable(name: str) -> str:
         f"there is no folder {name} here, the hub can't be reached and its cache does not hold {name}: download it "
         f"elsewhere with `hf download {name} --local-dir DIR` and give DIR"
     )
+
+
+def files_of(folder: Path) -> list[Path]:
+    """The files of a model's folder that a run may read."""
+    names = sorted(path.name for path in folder.iterdir() if path.is_file())
+    return [folder / name for name in filter_repo_objects(names, allow_patterns=WANTED, ignore_patterns=UNWANTED)]
+
+
+def refuse_damaged(files: Iterable[Path]) -> None:
+    """Compares files in the hub's cache with the checksums by which the cache names them; leaves out other files. Reads all of them.
+
+    The hub names a large file by its SHA-256, a small one by the SHA-1 that git gives it.
+
+    Raises:
+      UserError: a file has changed since it was downloaded, or on the way.
+    """
+    blobs = {path: blob for path in files if _DIGEST.fullmatch((blob := path.resolve()).name) and blob.parent.name == "blobs"}
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
+        for (path, blob), found in zip(blobs.items(), threads.map(_digest, blobs.values())):
+            if found != blob.name:
+                raise UserError(
+                    f"{path} is damaged: it has another checksum than on the hub. Remove {blob}, and the same command "
+                    "downloads it again"
+                )
+
+
+_DIGEST = re.compile("[0-9a-f]{40}|[0-9a-f]{64}")
+
+
+def _digest(blob: Path) -> str:
+    header = b"blob %d\0" % blob.stat().st_size
+    with blob.open("rb") as file:
+        return hashlib.file_digest(file, "sha256" if len(blob.name) == 64 else lambda: hashlib.sha1(header)).hexdigest()

@@ -168,23 +168,24 @@ def read_config(config: bytes, where: str, dtype: str | None = None) -> tuple[Pr
     refuse_architecture(record.get("architectures") or (), record.get("model_type"))  # before its sizes look wrong
     if (text := record.get("text_config")) is not None:
         check_record(text, Declared, f"{where}: config.json", _CHECK, inside="text_config")
-    try:
-        key = "dtype" if "dtype" in record else "torch_dtype"
-        if dtype is not None and record.get(key) != dtype:
-            record[key] = dtype
-            config = json.dumps(record, indent=2).encode() + b"\n"
-        with tempfile.TemporaryDirectory() as folder:
-            (Path(folder) / "config.json").write_bytes(config)
+    key = "dtype" if "dtype" in record else "torch_dtype"
+    if dtype is not None and record.get(key) != dtype:
+        record[key] = dtype
+        config = json.dumps(record, indent=2).encode() + b"\n"
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_bytes(config)
+        try:
             parsed = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # transformers raises anything from KeyError to its own classes on a broken config
-        if isinstance(record, dict) and record.get("auto_map"):
+        except Exception as error:  # transformers raises anything from KeyError to its own classes on a broken config
+            if record.get("auto_map"):
+                raise UserError(
+                    f"{where}: config.json asks for code of the model's own (auto_map), which is never run: give a model that "
+                    "transformers has without such code"
+                ) from error
             raise UserError(
-                f"{where}: config.json asks for code of the model's own (auto_map), which is never run: give a model that "
-                "transformers has without such code"
+                f"{where}: config.json is not a model configuration that transformers can read "
+                f"({one_line(error).replace(folder, where)})"
             ) from error
-        raise UserError(
-            f"{where}: config.json is not a model configuration that transformers can read ({one_line(error)})"
-        ) from error
     if not record.get("architectures"):
         raise UserError(f'{where}: config.json names no model under "architectures": add it, e.g. ["LlamaForCausalLM"]')
     if record.get("quantization_config"):

@@ -143,7 +143,9 @@ def _published(spec: str) -> Path | None:
     name, _, revision = spec.partition("@")
     for file in (MASKS, MASKLLM):
         try:
-            return Path(hf_hub_download(name, file, revision=revision or None))
+            path = Path(hf_hub_download(name, file, revision=revision or None))
+            hub.refuse_damaged([path])
+            return path
         except EntryNotFoundError:
             continue  # without a connection this means that the cache lacks it
         except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError):
