@@ -18,6 +18,7 @@ from optima_tpu.pipeline.journal import finished_blocks
 from optima_tpu.pipeline.self_calibration import CALIBRATION
 from optima_tpu.report.file import REPORT
 from optima_tpu.report.run_record import ASSETS, RUN
+from optima_tpu.runtime.buckets import BucketError
 from optima_tpu.runtime.checksums import ALL, SUMS, changes, forget, known, listed
 from optima_tpu.runtime.files import PARTIAL, complete, files_in, remove, writing
 
@@ -45,6 +46,8 @@ def _wrong_records(directory: Path) -> dict[str, str]:
     there += [path.relative_to(directory).as_posix() for path in files_in(directory / ASSETS)]
     try:
         sums = listed(directory)
+    except BucketError:
+        raise
     except UserError as error:
         return {ALL: f"is damaged ({error})"} | dict.fromkeys(there, f"cannot be checked without {ALL}")
     mine = {name: found for name, found in sums.items() if name in _RECORDS or name.startswith(f"{ASSETS}/")}

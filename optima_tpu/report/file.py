@@ -15,7 +15,6 @@ from jax.sharding import Mesh
 
 from optima_tpu.report.records import BlockReport, finite
 from optima_tpu.report.summary import all_layers, by_kind, sparsity, unusual, worsened
-from optima_tpu.runtime.buckets import in_bucket
 from optima_tpu.runtime.checksums import keep
 from optima_tpu.runtime.files import files_in as files_below
 from optima_tpu.runtime.files import writing
@@ -67,12 +66,8 @@ def files_in(directory: Path, files: Mapping[str, str]) -> dict[str, str]:
 
 def size_on_disk(path: Path) -> int:
     """Bytes of a file, or of all files in a folder; 0 if the path does not exist."""
-
-    def size(file: Path) -> int:
-        found: Any = file.stat()
-        return found.length if in_bucket(file) else found.st_size
-
-    return sum(map(size, files_below(path))) if path.is_dir() else size(path) if path.exists() else 0
+    files = files_below(path) if path.is_dir() else [path] if path.exists() else []
+    return sum(file.stat().st_size for file in files)
 
 
 def write_report(

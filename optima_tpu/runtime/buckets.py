@@ -6,31 +6,145 @@ directly. Both find the credentials that ``gcloud auth application-default login
 A bucket has no renames, no locks and no folders. But an object appears whole or not at all, and every later read sees it.
 ``optima_tpu.runtime.files`` uses this to tell finished folders from unfinished ones. Other stores are refused, because Orbax does
 not write to them.
+
+A bucket fails now and then. gcsfs tries six times in half a minute, TensorStore 33 times in a quarter of an hour, and neither waits
+longer than two minutes for a byte. What fails then is a :class:`BucketError`, which is no statement about the object: a file that could
+not be looked at is neither missing nor damaged. gcsfs compares the MD5 of what it transfers with that of the store.
 """
 
+import contextlib
+import errno
 import importlib.util
+import json
+import logging
 import os
+import re
+import tempfile
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Self, TypeGuard
 
-from etils import epath
 from etils.epath.gpath import PosixGPath
+from etils.epath.stat_utils import StatResult
 from fsspec.config import conf
 from fsspec.core import url_to_fs
 
 from optima_tpu.errors import UserError, one_line
 
 _THIS_PROGRAM = uuid.uuid4().hex
-_BLOCK = 64 << 20
-"""Bytes of one part of a large transfer: gcsfs waits for each part, and its default of 5 MiB would be slow."""
+
+_STATUS = re.compile(r"http_response_code='(\d+)'")
+_DETAILS = re.compile(r" \[(tensorstore_spec|http_response_body|http_response_code|curl_code)=.*")
+"""What TensorStore puts behind its messages."""
+
+_SILENCE = 120
+"""Seconds in which no byte comes, or goes, until a request counts as failed."""
+
+
+class BucketError(UserError):
+    """A bucket, or the connection to it, failed, and trying again did not help. Nothing is known about the object.
+
+    Attributes:
+      answer: the object, and what the bucket said.
+    """
+
+    def __init__(self, answer: str, remedy: str):
+        super().__init__(f"{answer}; {remedy}")
+        self.answer = answer
+
+
+@contextlib.contextmanager
+def reached(path: Path) -> Iterator[None]:
+    """Turns the errors of a bucket's clients into a :class:`BucketError` that names the object; leaves those of other paths."""
+    try:
+        yield
+    except UserError:
+        raise
+    except FileNotFoundError as error:
+        if not in_bucket(path):
+            raise
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path)) from error
+    except Exception as error:
+        if not in_bucket(path) or not _of_client(error):
+            raise
+        status, text = _answer(error)
+        forbidden = status in (401, 403)
+        remedy = (
+            "check your permissions there, or run `gcloud auth application-default login`" if forbidden else "try again later"
+        )
+        raise BucketError(f"{path}: {f'HTTP status {status}' if status else type(error).__name__}: {text}", remedy) from error
+
+
+class _Status(StatResult):
+    """What epath says about an object, by the name of pathlib too."""
+
+    @property
+    def st_size(self) -> int:
+        return self.length
 
 
 class BucketPath(PosixGPath):
-    """A path in a bucket."""
+    """A path in a bucket. Its methods raise :class:`BucketError` where epath gives no answer, or a wrong one."""
 
     def resolve(self, strict: bool = False) -> Self:
         return self  # epath would put the working directory before it
+
+    def exists(self) -> bool:
+        with reached(self):
+            return super().exists()
+
+    def is_dir(self) -> bool:  # epath takes whatever fails for no folder
+        try:
+            return self.stat().is_directory
+        except FileNotFoundError:
+            return False
+
+    def is_file(self) -> bool:
+        try:
+            return not self.stat().is_directory
+        except FileNotFoundError:
+            return False
+
+    def stat(self) -> _Status:
+        with reached(self):
+            return _Status(**vars(super().stat()))
+
+    def iterdir(self) -> Iterator[Self]:
+        with reached(self):
+            return iter(list(super().iterdir()))
+
+    def glob(self, pattern: str) -> Iterator[Self]:
+        with reached(self):
+            return iter(list(super().glob(pattern)))
+
+    def mkdir(self, mode: int | None = None, parents: bool = False, exist_ok: bool = False) -> None:
+        """Does nothing: a bucket has no folders."""
+
+    def rmtree(self, missing_ok: bool = False) -> None:
+        with reached(self):
+            super().rmtree(missing_ok)
+
+    def unlink(self, missing_ok: bool = False) -> None:
+        with reached(self):
+            super().unlink(missing_ok)
+
+    def read_bytes(self) -> bytes:
+        with tempfile.TemporaryDirectory() as folder:
+            copy(self, here := Path(folder) / "object")
+            return here.read_bytes()
+
+    def read_text(self, encoding: str | None = None) -> str:
+        return self.read_bytes().decode()
+
+    def write_bytes(self, data: bytes) -> int:
+        store, name = url_to_fs(str(self))
+        with reached(self):
+            store.pipe_file(name, data)
+        return len(data)
+
+    def write_text(self, data: str, encoding: str | None = None, errors: str | None = None) -> int:
+        return self.write_bytes(data.encode())
 
 
 def as_path(path: str | os.PathLike) -> Path:
@@ -53,8 +167,16 @@ def as_path(path: str | os.PathLike) -> Path:
     os.environ.setdefault("EPATH_USE_TF", "false")  # otherwise epath would use an installed TensorFlow, not gcsfs
     # Otherwise every call queries the kind of the bucket, which needs an extra permission and is not used here.
     os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+    # TensorStore waits without limit otherwise, and so does gcsfs.
+    os.environ.setdefault("TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS", str(_SILENCE))
+    os.environ.setdefault("TENSORSTORE_CURL_LOW_SPEED_LIMIT_BYTES", "1")
+    from aiohttp import ClientTimeout  # comes with gcsfs
+
+    timeout = ClientTimeout(total=None, sock_connect=30, sock_read=_SILENCE)
     # No cached listings: gcsfs does not notice what other processes and TensorStore write.
-    conf["gcs"] = {"use_listings_cache": False, "block_size": _BLOCK} | conf.get("gcs", {})
+    ours = {"use_listings_cache": False, "consistency": "md5", "requests_timeout": timeout}
+    conf["gcs"] = ours | conf.get("gcs", {})
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it logs every error that it raises, too
     return BucketPath(path)
 
 
@@ -65,27 +187,48 @@ def in_bucket(path: Path) -> TypeGuard[BucketPath]:
 
 def copy(source: Path, target: Path) -> None:
     """Copies a file into a bucket, or out of one."""
-    epath.Path(source).copy(target, overwrite=True)
+    place = target if in_bucket(target) else source
+    store, name = url_to_fs(str(place))
+    with reached(place):
+        if place is target:
+            store.put_file(str(source), name)
+        else:
+            try:
+                store.get_file(name, str(target), concurrency=1)
+            except NotImplementedError:  # gcloud joins large files of parts, and such an object has no MD5
+                store.get_file(name, str(target), concurrency=1, consistency="none")
 
 
 def objects_in(folder: Path) -> list[Path]:
     """All objects below a folder, with one request for each thousand of them."""
     store, name = url_to_fs(str(folder))
-    return [BucketPath(f"gs://{found}") for found in store.find(name)]
+    with reached(folder):
+        return [BucketPath(f"gs://{found}") for found in store.find(name)]
 
 
 def stored_digest(path: Path) -> tuple[int, str]:
     """Size and CRC32C of an object as the store reports them, without reading the object."""
     store, name = url_to_fs(str(path))
-    kept = store.info(name)
-    return kept["size"], f"crc32c {kept['crc32c']}"
+    with reached(path):
+        kept = store.info(name)
+        return kept["size"], f"crc32c {kept['crc32c']}"
 
 
-def refusal(error: Exception) -> str:
-    """The error of a bucket, or of the connection to it, in one line; empty for an error of another kind."""
-    if isinstance(error, OSError) or type(error).__module__.partition(".")[0] in ("gcsfs", "google") or "gs://" in str(error):
-        return f"{type(error).__name__}: {one_line(error)}"
-    return ""
+def _of_client(error: Exception) -> bool:
+    """Whether gcsfs or TensorStore raised an error, as far as one can see; every error of the system counts."""
+    if isinstance(error, (OSError, json.JSONDecodeError)) or str(error).startswith("Bad Request"):
+        return True
+    return type(error).__module__.partition(".")[0] in ("gcsfs", "google", "aiohttp") or "gs://" in str(error)
+
+
+def _answer(error: Exception) -> tuple[int, str]:
+    """The HTTP status of what a bucket's client raised, 0 without one, and its message in one line."""
+    text = _DETAILS.sub("", one_line(error))
+    if found := _STATUS.search(str(error)):
+        return int(found[1]), text
+    # gcsfs has classes of its own for some statuses.
+    other = 403 if text.startswith("Forbidden") else 502 if type(error).__name__ == "ProxyError" else 0
+    return int(getattr(error, "code", 0) or other), text
 
 
 def take_over(lock: Path) -> None:

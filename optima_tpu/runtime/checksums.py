@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from optima_tpu.errors import UserError
-from optima_tpu.runtime.buckets import in_bucket
+from optima_tpu.runtime.buckets import BucketError, in_bucket
 from optima_tpu.runtime.files import digest, files_in, write_bytes
 from optima_tpu.runtime.records import Count, read_record
 
@@ -76,6 +76,8 @@ def known(folder: Path, record: str = ALL) -> Sums:
     """As :func:`listed`, but of a damaged file what can be read; without an entry a file counts as damaged."""
     try:
         return _read(folder / record)[0]
+    except BucketError:
+        raise
     except UserError:
         return {}
 
@@ -99,6 +101,8 @@ def changes(folder: Path, sums: Sums | None = None) -> dict[str, str]:
     for record in records:
         try:
             sums, whole = _read(record)
+        except BucketError:
+            raise
         except UserError as error:
             found[record.name] = f"cannot be read ({error})"
         else:

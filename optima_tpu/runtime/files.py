@@ -22,7 +22,7 @@ import numpy as np
 from huggingface_hub import StateDictSplit, split_state_dict_into_shards_factory
 
 from optima_tpu.errors import UserError
-from optima_tpu.runtime.buckets import copy, in_bucket, objects_in, refusal, refuse_other, stored_digest, take_over
+from optima_tpu.runtime.buckets import BucketError, copy, in_bucket, objects_in, reached, refuse_other, stored_digest, take_over
 from optima_tpu.runtime.processes import first_only
 
 PARTIAL = ".partial"
@@ -49,15 +49,17 @@ def writing(path: Path, remedy: str) -> Iterator[None]:
       UserError: the disk is full, the folder is not writable, the bucket refuses, ...; other exceptions pass unchanged.
     """
     try:
-        yield
+        with reached(path):
+            yield
+    except BucketError as error:
+        what = "" if error.answer.startswith(f"{path}: ") else f"{path}: "
+        raise BucketError(f"could not write {what}{error.answer}", remedy) from error
     except UserError:
         raise
     except Exception as error:
         number = error.errno if isinstance(error, OSError) else None
         if number is None and (match := _ERROR_NUMBER.search(str(error))):
             number = int(match[1])
-        if number is None and in_bucket(path) and (answer := refusal(error)):
-            raise UserError(f"could not write {path}: {answer}; {remedy}") from error
         if number is None:
             raise
         raise UserError(f"could not write {path}: {_elsewhere(error, path)}{os.strerror(number)}; {remedy}") from error

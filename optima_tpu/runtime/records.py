@@ -13,6 +13,7 @@ from typing import Annotated, Any, TypeVar
 import msgspec
 
 from optima_tpu.errors import UserError, one_line
+from optima_tpu.runtime.buckets import BucketError
 
 T = TypeVar("T")
 
@@ -54,6 +55,8 @@ def known_record(path: Path, kind: type[T]) -> T | None:
     """As :func:`read_record`; None if the file is missing or damaged, for callers that make it again."""
     try:
         return read_record(path, kind)
+    except BucketError:
+        raise
     except UserError:
         return None
 

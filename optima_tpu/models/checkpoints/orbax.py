@@ -24,7 +24,7 @@ from optima_tpu.errors import UserError
 from optima_tpu.models.checkpoints.source import Index, TensorSource
 from optima_tpu.models.checkpoints.stacks import Unstacked
 from optima_tpu.report.run_record import RunRecord, read_run
-from optima_tpu.runtime.buckets import as_path
+from optima_tpu.runtime.buckets import as_path, reached
 from optima_tpu.runtime.checksums import damage, write_sums
 from optima_tpu.runtime.files import begin, commit, complete, staged, writing
 from optima_tpu.runtime.mesh import spread
@@ -58,9 +58,8 @@ class _Metadata(TypedDict):
 
 
 def quiet_orbax() -> None:
-    """Hides the messages of Orbax and gcsfs; errors are still raised. The command line calls it."""
-    for logger in ("absl", "gcsfs"):
-        logging.getLogger(logger).setLevel(logging.CRITICAL)
+    """Hides the messages of Orbax; errors are still raised. The command line calls it."""
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
     # Orbax stops at the first array that it cannot write, and raises an error for this array. Errors of other arrays are then
     # never retrieved, which asyncio logs, or arrive after Orbax has closed its event loop.
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
@@ -94,7 +93,7 @@ def read_metadata(path: Path) -> ocp.CheckpointMetadata:
     Raises:
       UserError: the checkpoint is damaged.
     """
-    with _by_itself():
+    with reached(path), _by_itself():
         found = ocp.metadata(path)
     if found.metadata is None:  # Orbax's result for files that it cannot interpret
         raise UserError(
@@ -114,7 +113,7 @@ def load_group(path: Path, group: str, wanted: Mapping[str, Any]) -> dict[str, n
     target = {name: np.empty(like.shape, like.dtype) for name, like in wanted.items()}
     if not target:
         return {}
-    with _by_itself():
+    with reached(path), _by_itself():
         return ocp.load(path, {group: target})[group]
 
 
