@@ -69,7 +69,7 @@ def parse(argv: Sequence[str]) -> RunConfig:
     early = _early(argv)
     # jsonargparse would handle --print_config itself, and print another layout.
     rest = [argument for argument in argv if argument != "--print_config"]
-    document = _read(early.config) if early.config else {}
+    document = load_file(early.config) if early.config else {}
     config = configure(_on_preset(document, early), rest)
     if len(rest) < len(argv):
         print(dump(config), end="")
@@ -264,12 +264,19 @@ def _long(document: dict[str, Any], origin: str) -> dict[str, Any]:
     return document
 
 
-def _read(path: str) -> dict[str, Any]:
+def load_file(path: str | Path, what: str = "a YAML file") -> dict[str, Any]:
+    """As :func:`load`, from a file; ``what`` is expected of it.
+
+    Raises:
+      UserError: as :func:`load`, or the file cannot be read.
+    """
     try:
-        return load(Path(path).expanduser().read_text(encoding="utf-8"), path)
+        with Path(path).expanduser().open(encoding="utf-8") as file:
+            text = file.read(yaml12.MOST_LETTERS + 1)  # a device has no end
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not text"
-        raise UserError(f"expected a YAML file, cannot read {path}: {reason}") from None
+        raise UserError(f"expected {what}, cannot read {path}: {reason}") from None
+    return load(text, str(path))
 
 
 def spelled(argument: str) -> str:

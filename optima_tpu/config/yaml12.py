@@ -36,7 +36,7 @@ def load(text: str, origin: str = "the text") -> Any:
     yaml = YAML(typ="safe", pure=True)
     yaml.Constructor = _Constructor
     if len(text) > MOST_LETTERS:
-        raise UserError(f"{origin}: expected YAML of at most {MOST_LETTERS} characters, got {len(text)}: take another file")
+        raise UserError(f"{origin}: expected YAML of at most {MOST_LETTERS} characters, got more: take another file")
     try:
         value = yaml.load(text)
         _size(value, {})

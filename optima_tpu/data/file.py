@@ -67,7 +67,7 @@ class File:
     def check(self) -> None:
         """Raises UserError if the file does not exist, or if its format is not known."""
         if not self.path.is_file():
-            what = "is a folder" if self.path.is_dir() else "does not exist"
+            what = "is a folder" if self.path.is_dir() else "is a device or a pipe" if self.path.exists() else "does not exist"
             raise UserError(f"expected a text file, but {self.path} {what}: check the path")
         if not self.path.name.endswith(SUFFIXES):
             raise UserError(f"expected a file that ends in one of {', '.join(SUFFIXES)}, got {self.path}: rename or convert it")

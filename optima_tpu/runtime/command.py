@@ -104,6 +104,12 @@ def _status(command: Callable[[], int | None], again: str) -> int:
         return _ended(signals.status_after(stopped.number), signals.told(stopped.number, again))
     except KeyboardInterrupt:
         return _ended(signals.INTERRUPTED, signals.told(signal.SIGINT, again))
+    except BrokenPipeError:
+        return _unread(again)
+    except SystemExit as exits:
+        if not isinstance(exits.__context__, BrokenPipeError):  # what rich makes of it
+            raise
+        return _unread(again)
     except Exception as error:
         if processes.alone():
             raise
@@ -112,6 +118,11 @@ def _status(command: Callable[[], int | None], again: str) -> int:
         # Print the caught error too: it may be this process's own, such as a broken download or NCCL without a network.
         found = f"{type(error).__name__}: {one_line(error)}"
         return _ended(LOST, f"process {jax.process_index()}: another process has ended, see its message (here: {found}); {again}")
+
+
+def _unread(again: str) -> int:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # otherwise what Python flushes at its end fails too
+    return _ended(2, f"error: nobody reads the output any more, as behind `| head`: write it to a file; {again}")
 
 
 def _unless_stopped(command: Callable[[], int | None]) -> int:

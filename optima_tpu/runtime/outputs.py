@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from optima_tpu.errors import UserError
+from optima_tpu.runtime.records import MOST_BYTES
 
 
 def refuse_foreign(path: Path, own: Callable[[bytes], bool], force: bool) -> None:
@@ -16,5 +17,5 @@ def refuse_foreign(path: Path, own: Callable[[bytes], bool], force: bool) -> Non
     Raises:
       UserError: the file exists, and is not this program's.
     """
-    if not force and path.is_file() and not own(path.read_bytes()):
+    if not force and path.is_file() and (path.stat().st_size > MOST_BYTES or not own(path.read_bytes())):
         raise UserError(f"expected a new file, got {path}, which this program did not write: choose another, or add --force")

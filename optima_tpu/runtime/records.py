@@ -43,7 +43,9 @@ def read_record(path: Path, kind: type[T], remedy: str = DAMAGED) -> T:
       UserError: the file is missing, is no JSON, or its values are not of the type.
     """
     try:
-        data = path.read_bytes() if path.stat().st_size <= MOST_BYTES else None
+        size = path.stat().st_size
+        endless = not size and not path.is_file()  # a device
+        data = None if endless or size > MOST_BYTES else path.read_bytes()
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     if data is None:
@@ -86,7 +88,8 @@ def check_record(values: Any, kind: type[T], where: object, remedy: str = DAMAGE
 def _told(problem: str, inside: str) -> str:
     """ "Expected `int`, got `str` - at `$.blocks[3].rows`" as "blocks[3].rows: expected int, got str"."""
     match = _AT.search(problem)
-    field, problem = inside + (match[1] if match else ""), (problem[: match.start()] if match else problem).replace("`", "")
+    field = ".".join(filter(None, (inside, match and match[1]))).replace(".[", "[")
+    problem = (problem[: match.start()] if match else problem).replace("`", "")
     if missing := re.fullmatch(r"Object missing required field (.*)", problem):
         return f"expected a value for {'.'.join(filter(None, (field, missing[1])))}, got none"
     problem = problem[0].lower() + problem[1:]

@@ -82,6 +82,8 @@ def refused(tmp_path, capfd):
         (["--batch", "many"], "expected batch to be a whole number, got many"),
         (["--batch"], "batch"),
         (["--dtype", "int8"], "expected dtype to be"),
+        (["--config", "/dev/zero"], "/dev/zero: expected YAML of at most 262144 characters, got more"),
+        (["--calibration.source", "file:/dev/zero"], "expected a text file, but /dev/zero is a device or a pipe"),
         (["--config", "nowhere.yaml"], "expected a YAML file, cannot read nowhere.yaml"),
         (["--calibration.source", "file:nowhere.txt"], "nowhere.txt"),
         (["--calibration.source", "shakespeare"], "expected a text source (pydoc, c4, wikitext2, random, self, file:PATH"),

@@ -268,6 +268,14 @@ def test_a_damaged_config_is_named(folder):
         assert str(refused.value).count("/config.json") == str(refused.value).count(f"{folder}/config.json")
 
 
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "LICENSE"])
+def test_a_file_of_gigabytes_is_not_read_into_memory(folder, name):
+    with (folder / name).open("ab") as file:
+        file.truncate(1 << 33)  # takes no room
+    with pytest.raises(UserError, match=f"{name} has 8,589,934,592 bytes, expected at most"):
+        open_model(str(folder))
+
+
 @pytest.mark.parametrize("spec", ["", "nowhere", "./a/b", "/a/b", "~/no/model", "a/b/c", "a/b.gguf"])
 def test_what_is_neither_a_path_nor_a_hub_id_is_no_such_path(spec):
     with pytest.raises(UserError, match="no such path"):

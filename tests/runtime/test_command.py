@@ -11,6 +11,7 @@ import time
 
 import jax
 import pytest
+from rich.console import Console
 
 from optima_tpu.config.run_config import RunConfig
 from optima_tpu.runtime import processes
@@ -18,6 +19,7 @@ from optima_tpu.runtime.command import guarded, take_devices
 from optima_tpu.runtime.signals import INTERRUPTED, RESUME, SAVING
 from optima_tpu.runtime.xla_flags import raise_collective_timeouts
 from tests.support.processes import at_once, free_port, hearing_ctrl_c, process_environment, python, without_gloo
+from tests.support.runs import only_error
 
 # A loop on the device that never ends, in which Python hears no signal; a save that takes longer than the grace; and callbacks of
 # the garbage collector, in which an exception is lost.
@@ -146,6 +148,17 @@ def test_sigterm_of_a_forked_child_is_its_own():
 @pytest.mark.parametrize("status, found", [(None, 0), (1, 1)])
 def test_the_status_is_that_of_the_command(status, found):
     assert guarded(lambda: status, "again") == found
+
+
+@pytest.mark.parametrize("write", [lambda text: Console(file=sys.stdout).print(text), lambda text: print(text, flush=True)])
+def test_an_output_that_nobody_reads_any_more_is_one_line(write, monkeypatch, capfd):
+    reads, writes = os.pipe()
+    os.close(reads)
+    with open(writes, "w", closefd=False) as gone:
+        monkeypatch.setattr(sys, "stdout", gone)
+        assert guarded(lambda: write("a line"), "the same command does it again") == 2
+        os.dup2(os.open(os.devnull, os.O_WRONLY), writes)  # what is still to be written
+    assert "error: nobody reads the output any more" in only_error(capfd.readouterr().err)
 
 
 def test_ctrl_c_is_one_line(capsys):

@@ -57,6 +57,9 @@ class _Index(TypedDict):
     weight_map: dict[str, str]
 
 
+_LARGEST = 1 << 28
+"""Bytes of a tokenizer, a configuration or a licence, which are read into memory. The largest tokenizers have a tenth of them."""
+
 _CONVERT = (
     "convert the weights once with transformers, AutoModelForCausalLM.from_pretrained(a).save_pretrained(b), which writes "
     "safetensors, and give that folder"
@@ -197,6 +200,9 @@ def open_folder(folder: Path, origin: str, dtype: str | None = None) -> Pretrain
 def assets_in(folder: Path) -> dict[str, bytes]:
     """The files of a folder that ``Pretrained.assets`` has."""
     found = sorted([*filter(_is_asset, folder.iterdir()), *folder.glob(f"{CHAT_TEMPLATES}/*.jinja")])
+    for path in found:
+        if (size := path.stat().st_size) > _LARGEST:
+            raise UserError(f"{path} has {size:,} bytes, expected at most {_LARGEST:,}: it is damaged, or belongs to no model")
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in found}
 
 

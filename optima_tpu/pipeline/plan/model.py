@@ -111,10 +111,10 @@ def open_declared(spec: str, dtype: str | None, batch: int) -> Declared:
         return Declared(spec, Decoder.open(pretrained.config, pretrained.tensors, NOWHERE, batch), pretrained.config, pretrained)
     if not path.exists() and hub.is_hub_id(spec):
         path = hub.download(spec, ["config.json"])
-    file = path / "config.json"
-    if not file.is_file():
+    if not (path / "config.json").is_file():
         raise UserError(f"expected a folder with a config.json, a hub id org/name or a .gguf file, got {spec!r}")
-    config, _ = read_config(file.read_bytes(), spec, dtype)
+    assets = assets_in(path)
+    config, _ = read_config(assets["config.json"], spec, dtype)
     empty = DeclaredTensors({}, DTYPES["float32"])
     decoder = Decoder.open(config, empty, NOWHERE, batch)
     blocks = {
@@ -123,7 +123,6 @@ def open_declared(spec: str, dtype: str | None, batch: int) -> Declared:
         for name, shape in decoder.at(index).block_shapes.items()
     }
     tensors = DeclaredTensors(decoder.end_shapes | blocks, DTYPES[dtype or _named_dtype(config)])
-    assets = assets_in(path)
     with_tokenizer = Pretrained(config, tensors, assets, "", spec) if assets.keys() & set(VOCABULARIES) else None
     return Declared(spec, Decoder.open(config, tensors, NOWHERE, batch), config, with_tokenizer)
 

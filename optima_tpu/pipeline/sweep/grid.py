@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from optima_tpu.config.choices import CHOICES, plain_name
-from optima_tpu.config.parse import configure, load, method_settings, spelled
+from optima_tpu.config.parse import configure, load_file, method_settings, spelled
 from optima_tpu.config.run_config import RunConfig
 from optima_tpu.data import check_sources
 from optima_tpu.errors import UserError
@@ -66,12 +66,7 @@ def read_grid(path: str | Path, argv: Sequence[str] = (), output: str | None = N
     Raises:
       UserError: the file is not a sweep, or a cell's settings are wrong; then the message names the cell.
     """
-    try:
-        text = Path(path).expanduser().read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not text"
-        raise UserError(f"expected the YAML file of a sweep, cannot read {path}: {reason}") from None
-    document = load(text, str(path))
+    document = load_file(path, "the YAML file of a sweep")
     try:
         return _grid(document, argv, output, Path(path).stem)
     except UserError as error:
