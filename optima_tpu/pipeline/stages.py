@@ -47,7 +47,7 @@ from optima_tpu.report.progress import Progress
 from optima_tpu.report.records import blocks_from_json
 from optima_tpu.report.sinks import Sink, Steps, opened, write
 from optima_tpu.runtime.buckets import in_bucket
-from optima_tpu.runtime.checksums import keep
+from optima_tpu.runtime.checksums import MISSING, damage, keep
 from optima_tpu.runtime.device_memory import device_budget
 from optima_tpu.runtime.files import complete, files_in, writing
 from optima_tpu.runtime.processes import first_only, from_first
@@ -362,7 +362,12 @@ def _measure_pruned(run: Run) -> None:
 
 def _is_exported(run: Run) -> bool:
     directory = run.opened.directory
-    return not run.opened.config.export or from_first(lambda: is_export_of(directory, directory / FOLDER))
+    if not run.opened.config.export or from_first(lambda: is_export_of(directory, directory / FOLDER)):
+        return True
+    why = from_first(lambda: damage(directory / FOLDER) if complete(directory / FOLDER) else "")
+    if why and why != MISSING:
+        run.progress.note(f"{FOLDER} is damaged: {why}; it is made again")
+    return False
 
 
 def _export(run: Run) -> None:

@@ -73,6 +73,7 @@ def test_whatever_is_damaged_at_once_is_made_again_and_said(finished, tmp_path, 
     said = " ".join(capsys.readouterr().out.split())
     for name in ("run.json", "dense.json", "report.json", "assets/config.json", "checkpoint"):
         assert f"{name} has changed since it was written; it is made again" in said or f"{name} is damaged" in said, name
+    assert "hf is damaged: " in said
     assert_same_weights(run, finished.directory)
     assert not verified(run).damaged
     for path in victims:
