@@ -273,6 +273,26 @@ def test_a_shared_expert_counts_for_every_token_and_blocks_count_as_they_are(tmp
     }
 
 
+def test_every_chunk_of_linear_attention_counts_where_its_output_is_needed(tmp_path):
+    sizes = dict(hidden_size=64, num_attention_heads=4, num_hidden_layers=1, vocab_size=64, intermediate_size=96)
+    delta = dict(
+        layer_types=["linear_attention"],
+        linear_num_key_heads=2,
+        linear_num_value_heads=4,
+        linear_key_head_dim=16,
+        linear_value_head_dim=16,
+    )
+    named = dict(model_type="qwen3_5_text", architectures=["Qwen3_5ForCausalLM"], dtype="float32")
+    (tmp_path / "config.json").write_text(json.dumps(sizes | delta | named))
+    model = open_declared(str(tmp_path), None, 1)
+    _, *behind = linear_groups(model.decoder)
+    one, eight = (sequence_flops(model, chunks * 64) for chunks in (1, 8))
+    assert eight == pytest.approx(8 * one, rel=1e-4)
+    # A block whose output of attention is known computes none of it.
+    rest = sum(2 * 512 * math.prod(model.decoder.block_shapes[name + ".weight"]) for group in behind for name in group)
+    assert 1 < sequence_flops(model, 512, known=behind[0]) / rest < 1.1
+
+
 def test_the_passes_of_a_block_are_found_in_one_look_at_its_weights_however_many_experts_it_has(tmp_path, monkeypatch):
     sizes = dict(hidden_size=64, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=1, vocab_size=64)
     own = dict(model_type="mixtral", intermediate_size=96, num_local_experts=16, num_experts_per_tok=2, dtype="bfloat16")

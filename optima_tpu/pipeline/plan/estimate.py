@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 
 import jax
 from jax import Array
+from jax.extend.core import Jaxpr, jaxpr_as_fun, jaxprs_in_params
+from jax.interpreters.partial_eval import dce_jaxpr
 
 from optima_tpu.config.run_config import RunConfig
 from optima_tpu.method.distillation import Distillation
@@ -161,7 +163,8 @@ def read_by(decoder: Decoder, groups: Groups, target: Target) -> tuple[str, ...]
 def sequence_flops(model: Declared, length: int, wanted: Collection[str] | None = None, known: Collection[str] = ()) -> float:
     """FLOPs of one sequence through one block, counted by the compiler before it optimises.
 
-    The compiler counts the body of a loop once, and experts are computed in loops: their products are counted here.
+    The compiler counts the body of a loop once. The other passes of loops of known length are counted here: the chunks of linear
+    attention. So are the products of experts, whose loops are as long as the router makes them.
 
     Args:
       wanted: only what these need, as :func:`read_by` names them; None for the output of the block.
@@ -178,8 +181,25 @@ def sequence_flops(model: Declared, length: int, wanted: Collection[str] | None 
         return output if wanted is None else [inputs[name] for name in wanted]
 
     kept = {name: array(decoder.input_width(name)) for name in known}
-    lowered = jax.jit(through).lower(state, array(decoder.config.d_model), decoder.config.positions(0, length), kept)
-    return (lowered.cost_analysis() or {}).get("flops", 0.0) + _expert_flops(decoder, length, wanted)
+    traced = jax.jit(through).trace(state, array(decoder.config.d_model), decoder.config.positions(0, length), kept)
+    needed, _ = dce_jaxpr(traced.jaxpr.jaxpr, [True] * len(traced.jaxpr.out_avals))
+    return _counted(traced.lower()) + _repeated(needed) + _expert_flops(decoder, length, wanted)
+
+
+def _counted(lowered: jax.stages.Lowered) -> float:
+    return (lowered.cost_analysis() or {}).get("flops", 0.0)
+
+
+def _repeated(program: Jaxpr) -> float:
+    """FLOPs of all passes of loops of known length but the first."""
+    more = 0.0
+    for equation in program.eqns:
+        if equation.primitive is jax.lax.scan_p:
+            body = equation.params["jaxpr"]
+            whole = _counted(jax.jit(jaxpr_as_fun(body)).lower(*body.in_avals)) + _repeated(body.jaxpr)
+            more += (equation.params["length"] - 1) * whole
+        more += sum(map(_repeated, jaxprs_in_params(equation.params)))
+    return more
 
 
 def _expert_flops(decoder: Decoder, length: int, wanted: Collection[str] | None) -> float:
