@@ -25,7 +25,7 @@ from optima_tpu.runtime.mesh import DATA, place
 from optima_tpu.runtime.processes import fetch
 
 _STRETCH = 32
-"""Tokens of every window that one call of the compiled program writes. After each call the caller says which answers are enough."""
+"""Tokens of every window that one call of the compiled program writes, at most. Then the caller says which answers are enough."""
 
 _CHUNK = 32
 """Tokens of every prompt that one call of the compiled program reads. All ``LENGTHS`` from 64 on are multiples of it."""
@@ -49,14 +49,19 @@ class Batch(NamedTuple):
       rows: windows of the batch; those without a prompt repeat the last one.
       room: length of the cache, in tokens.
       read: tokens of every window that are read before the first one is written, all but one of the shortest prompt.
-      stretches: calls that write; the last one writes the last token of the longest answer.
+      written: steps that write a token of every window; the last one writes the last token of the longest answer.
     """
 
     prompts: tuple[int, ...]
     rows: int
     room: int
     read: int
-    stretches: int
+    written: int
+
+    @property
+    def stretches(self) -> range:
+        """The position of the first step of every call that writes."""
+        return range(self.read, self.read + self.written, _STRETCH)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +83,7 @@ class Plan:
     @property
     def steps(self) -> int:
         """How often :func:`greedy` calls ``advance``."""
-        return sum(batch.stretches for batch in self.batches)
+        return sum(len(batch.stretches) for batch in self.batches)
 
 
 def make_plan(decoder: Decoder, prompts: Sequence[Prompt], *, vocabulary: int, budget: float = math.inf, advice: str) -> Plan:
@@ -106,7 +111,7 @@ def make_plan(decoder: Decoder, prompts: Sequence[Prompt], *, vocabulary: int, b
             part = members[first : first + rows]
             read = min(len(prompts[number].tokens) for number in part) - 1
             last = max(len(prompts[number].tokens) + prompts[number].new for number in part) - 1
-            batches.append(Batch(tuple(part), rows, room, read, -(-(last - read) // _STRETCH)))
+            batches.append(Batch(tuple(part), rows, room, read, last - read))
     return Plan(
         prompts,
         tuple(batches),
@@ -138,7 +143,7 @@ def greedy(
     written: list[list[int]] = [[] for _ in plan.prompts]
     model = load(decoder, plan.batches[0].room)
     for batch in plan.batches:
-        going, steps = dict(enumerate(batch.prompts)), batch.stretches
+        going, steps = dict(enumerate(batch.prompts)), len(batch.stretches)
         for first, tokens in _written(decoder, model, plan, batch):
             for row, number in list(going.items()):
                 (prompt, new), answer = plan.prompts[number], written[number]
@@ -171,12 +176,13 @@ def _written(decoder: Decoder, model: Resident, plan: Plan, batch: Batch) -> Ite
     for chunk in range(0, batch.read, _CHUNK):
         caches = plan.read(model, caches, prompts, np.int32(chunk), np.int32(batch.read))
     state = (caches, before)
-    for first in range(batch.read, batch.read + batch.stretches * _STRETCH, _STRETCH):
-        state, tokens, finite = plan.write(model, state, prompts, sizes, np.int32(first))
+    for first in batch.stretches:
+        last = min(first + _STRETCH, batch.read + batch.written)
+        state, tokens, finite = plan.write(model, state, prompts, sizes, np.int32(first), np.int32(last))
         tokens, finite = fetch((tokens, finite))
         if not finite:
             raise UserError(f"the logits of a model hold NaN or infinite values after a prompt: {decoder.overflowed}")
-        yield first, tokens
+        yield first, tokens[: last - first]
 
 
 def _room(size: int) -> int:
@@ -190,17 +196,19 @@ def _read(decoder: Decoder, model: Resident, caches: Caches, prompts: Array, fir
 
 
 def _continue(
-    decoder: Decoder, vocabulary: int, model: Resident, state: State, prompts: Array, ends: Array, first: Array
+    decoder: Decoder, vocabulary: int, model: Resident, state: State, prompts: Array, ends: Array, first: Array, last: Array
 ) -> tuple[State, Array, Array]:
-    """A compiled program: (state, tokens [steps, prompts] after the positions from ``first`` on, whether all logits are finite)."""
+    """A compiled program: (state, tokens [_STRETCH, prompts], whether all logits are finite).
 
-    def token(state: State, at: Array) -> tuple[State, tuple[Array, Array]]:
-        caches, before = state
+    Row i has the tokens after position ``first + i``, for positions below ``last``.
+    """
+
+    def token(at: Array, carry: tuple[State, Array, Array]) -> tuple[State, Array, Array]:
+        (caches, before), tokens, finite = carry
         logits, caches = step(decoder, model, caches, before[:, None], at)
         best = jnp.argmax(jnp.where(jnp.arange(logits.shape[1]) < vocabulary, logits, -jnp.inf), axis=1).astype(jnp.int32)
         after = jnp.where(at + 1 < ends, jnp.take(prompts, at + 1, axis=1, mode="clip"), best)
-        return (caches, after), (after, jnp.isfinite(logits).all())
+        return (caches, after), tokens.at[at - first].set(after), finite & jnp.isfinite(logits).all()
 
-    # The last stretch may run past the cache: the caller drops these tokens.
-    state, (tokens, finite) = jax.lax.scan(token, state, jnp.minimum(first + jnp.arange(_STRETCH), prompts.shape[1] - 1))
-    return state, tokens, finite.all()
+    # A loop of as many steps as are wanted: a scan would take a fixed number.
+    return jax.lax.fori_loop(first, last, token, (state, jnp.zeros((_STRETCH, len(prompts)), jnp.int32), jnp.bool_(True)))
