@@ -741,7 +741,7 @@ _RESULTS: Mapping[str, tuple[str, Mapping[str, Sequence[str]]]] = {
                 "layers-cg-mpax",
                 "layer-errors",
             ),
-            "Agreement with other programs": ("perplexity-parity", "harness-parity"),
+            "Agreement with other programs": ("perplexity-parity", "harness-parity", "written-answers"),
         },
     ),
     "speed": (
