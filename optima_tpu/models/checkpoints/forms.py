@@ -29,7 +29,7 @@ from optima_tpu.models.checkpoints.maxtext import STEP, layout_of
 from optima_tpu.models.checkpoints.orbax import block_of, save_items
 from optima_tpu.models.checkpoints.packed import MASKS, Packer, write_masks
 from optima_tpu.models.checkpoints.source import Pretrained
-from optima_tpu.models.checkpoints.stacks import Stacked, stacks_among, stacks_of
+from optima_tpu.models.checkpoints.stacks import Stacked, stacks_among, stacks_of, stacks_of_parts
 from optima_tpu.runtime import signals
 from optima_tpu.runtime.files import split_by_size, written_here
 from optima_tpu.runtime.processes import alone
@@ -68,8 +68,8 @@ class Form:
     library: ClassVar[str] = "transformers"
 
     def __init__(self, run: Exported, options: Options):
-        self.run = run
-        self.stacked = stacks_among(run.source.stacked, stacks_of(run.architectures()))
+        self.run, stacks, listed = run, stacks_of(run.architectures()), run.source.stacked
+        self.stacked = stacks_among(stacks_of_parts(run.source.names(), stacks) if listed is None else listed, stacks)
         if self.stacked and not self.stacks:
             raise UserError(
                 f"expected --format {Plain.name} or {Packed.name} for a model that stores its experts in one tensor, got "

@@ -300,7 +300,8 @@ class CheckpointTensors(OrbaxTensors):
 
     Attributes:
       run: ``{"manifest": ..., "configuration": ..., "blocks": [report of each block], "sparsity": [of each block] or None}``.
-      stacked: the names of the source's tensors that were taken apart, see ``stacks``.
+      stacked: the names of the source's tensors that were taken apart, see ``stacks``. None in a checkpoint of an earlier version,
+        which took apart those of every gpt-oss and of no other model.
 
     Raises:
       UserError: the run is not finished.
@@ -320,7 +321,7 @@ class CheckpointTensors(OrbaxTensors):
                 f"expected a finished run, got {directory}, which has no checkpoint yet; repeat its command to finish it"
             )
         record, trees = _read(path)
-        self.run, self.stacked = record["run"], record.get("stacked", [])
+        self.run, self.stacked = record["run"], record.get("stacked")
         super().__init__(trees)
 
 
