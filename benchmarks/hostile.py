@@ -25,6 +25,7 @@ import itertools
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -68,6 +69,8 @@ BATCH = 20
 """Command lines that are drawn together; begin at a multiple of it, so that a case is always the same one."""
 HANGS = 150
 """Seconds after which a process is killed."""
+JOINING = "did not join within|was not found at|gave up before all"
+"""What a process says of one that was killed before it joined."""
 STARTING = ("Could not import runpy module", "Fatal Python error: init_")
 """What Python itself says of a Ctrl-C in its own start, before the first line of a program; it ends with 1."""
 ENDS = {signal.SIGTERM: (RESUME, "stopped by SIGTERM"), signal.SIGINT: (INTERRUPTED, "stopped")}
@@ -353,6 +356,7 @@ class Stops:
         )
         if self.count > 1:
             devices += ["--coordinator", f"localhost:{port}", "--num-processes", str(self.count), "--process-id", str(number)]
+            devices += ["--join-timeout", str(HANGS // 2)]
         return ["--model", str(self.folder / "model"), *SMALL, "--preset", "fast", *devices, "--output", str(output)]
 
     def fork(self, output: Path) -> list[int]:
@@ -487,7 +491,9 @@ def survivor(tally: Tally, status: int, said: str, facts: object) -> None:
     """Counts how a process ended whose peer was killed."""
     # jax aborts a process that waits for another to connect.
     known = {0: "ended with 0", 69: "ended with 69", -signal.SIGABRT: "aborted by jax"}
-    if status not in known or (status == 69 and "Traceback" in said):
+    if status == 2 and re.search(JOINING, said):
+        tally.good("the other process waited for it to join, and ended with 2")
+    elif status not in known or (status == 69 and "Traceback" in said):
         tally.wrong("the other process ended otherwise", facts, said)
     else:
         tally.good(f"the other process {known[status]}")
