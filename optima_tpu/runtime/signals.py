@@ -191,7 +191,8 @@ class _Listener:
                 return
             number = data[0] if data else 0
             if number in _STATUS:
-                if self.status is not None:
+                # The signal that stopped the work may be read here only when its line is about to be printed.
+                if self.status is not None and (again or not self.number):
                     os._exit(self.status)
                 self._first(number)
                 # The handler may have been there before this thread: the first signal that comes here is never a second one.

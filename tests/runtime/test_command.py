@@ -55,6 +55,13 @@ def forking():
     print(signal.Signals(os.WTERMSIG(os.waitpid(child, 0)[1])).name, flush=True)
     time.sleep(1)
 
+def starving():
+    read, write = os.read, sys.stderr.write
+    os.read = lambda *given: (time.sleep(0.3), read(*given))[1]
+    sys.stderr.write = lambda text: (time.sleep(0.6), write(text))[1]
+    signal.raise_signal(signal.SIGTERM)
+    signals.check()
+
 sys.exit(command.guarded(globals()[sys.argv[1]], "the same command goes on"))
 """
 
@@ -121,6 +128,11 @@ def test_a_second_signal_ends_the_work_at_once(sent, name, status):
         process.send_signal(sent)
         assert process.communicate(timeout=120) == ("", f"{SAVING}\nstopped{name}; the same command goes on\n")
         assert process.returncode == status
+
+
+def test_a_thread_that_hears_the_signal_late_lets_the_line_be_printed():
+    ended = python("-W", "ignore", "-c", WORKING, "starving")
+    assert (ended.returncode, ended.stderr) == (RESUME, "stopped by SIGTERM; the same command goes on\n")
 
 
 def test_a_signal_to_one_process_ends_all_of_them_after_the_same_step():
