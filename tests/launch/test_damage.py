@@ -68,7 +68,9 @@ def test_whatever_is_damaged_at_once_is_made_again_and_said(finished, tmp_path, 
     names = ("run.json", "dense.json", "report.json", "assets/config.json", "hf/model.safetensors", "hf/optima_tpu.json")
     victims = [*(run / name for name in names), next(path for path in files_of(run / "checkpoint") if path.name != ALL)]
     for path in victims:
-        flip(path, 8 * (path.stat().st_size // 2))
+        # In run.json a letter of a setting: this command is not the one that wrote it, which a damaged manifest would ask for.
+        middle = path.read_bytes().rindex(b"random") if path.name == "run.json" else path.stat().st_size // 2
+        flip(path, 8 * middle)
     assert main([*finished.arguments, "--output", str(run)]) == 0
     said = " ".join(capsys.readouterr().out.split())
     for name in ("run.json", "dense.json", "report.json", "assets/config.json", "checkpoint"):
