@@ -6,10 +6,12 @@ import signal
 
 import numpy as np
 import pytest
+import safetensors.numpy
 
 import optima_tpu
 from optima_tpu.errors import UserError
 from optima_tpu.launch import main as prune
+from optima_tpu.models.checkpoints import open_model
 from optima_tpu.models.checkpoints.export import read_masks
 from optima_tpu.pipeline import inputs
 from optima_tpu.pipeline.distill import train
@@ -20,7 +22,7 @@ from optima_tpu.report import progress
 from optima_tpu.runtime import signals
 from tests.support.meshes import mesh
 from tests.support.runs import SMALL, assert_close_weights, assert_same_weights, folder_tensors, only_error
-from tests.support.tiny_models import tiny_folder
+from tests.support.tiny_models import byte_tokenizer, tiny_folder
 
 TEXT = ["--source", "random", "--windows", "4", "--length", "32", "--learning_rate", "1e-3", "--checks", "2"]
 TOKENS = ["--tokens", "0.512k"]  # 16 windows of 32, four steps
@@ -83,24 +85,50 @@ def test_an_exported_folder_gives_the_same_bits(pruned, tmp_path, capsys):
     assert "calibration.seed is 0 there, 1 here" in told and f"optima_tpu.recover {folder} --" in told
 
 
-def test_the_zeros_of_any_checkpoint_are_its_masks(tmp_path, capsys):
+def folder_of(path, family, change):
+    """A tiny folder in bfloat16: of a Llama without torch, or as transformers saves another family."""
+    if family == "Llama":
+        return tiny_folder(path, dtype="bfloat16", change=change, num_hidden_layers=2)
+    from tests.support.references import REFERENCES, tiny, torch
+
+    reference = next(each for each in REFERENCES if each.model == family + "ForCausalLM")
+    _, model, _ = tiny(reference, next(iter(reference.variants.values())) | dict(vocab_size=258), torch.bfloat16)
+    model.save_pretrained(path)
+    byte_tokenizer().save_pretrained(path)
+    arrays = safetensors.numpy.load_file(path / "model.safetensors")
+    change(arrays)
+    safetensors.numpy.save_file(arrays, path / "model.safetensors", metadata={"format": "pt"})
+    return path
+
+
+OTHERS = ["DeepseekV3", "Glm4Moe", "GptOss", "Llama4", "Qwen3Next", "Qwen3_5"]
+
+
+@pytest.mark.parametrize("family", ["Llama", *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)])
+def test_the_zeros_of_any_checkpoint_are_its_masks(tmp_path, capsys, family):
     """In bfloat16, from a folder without a record."""
 
     def prune_it(arrays):
         for name, array in arrays.items():
-            if "proj" in name:
+            if "proj" in name and "bias" not in name:
                 array[np.abs(array.astype(np.float32)) < 0.1] = 0
 
-    dense = tiny_folder(tmp_path / "dense", dtype="bfloat16", num_hidden_layers=2)
-    folder = tiny_folder(tmp_path / "folder", dtype="bfloat16", change=prune_it, num_hidden_layers=2)
+    dense = folder_of(tmp_path / "dense", family, lambda arrays: None)
+    folder = folder_of(tmp_path / "folder", family, prune_it)
     assert main([str(folder), *TOKENS, *TEXT, "--output", str(tmp_path / "out"), "--against", str(dense)]) == 0
     printed = capsys.readouterr().out
     assert "Nobody measured the errors" in printed and "held-out divergence" in printed
     assert report(tmp_path / "out")["distillation"]["kept"]
-    before, after = folder_tensors(folder), folder_tensors(tmp_path / "out/hf")
+    tensors = [open_model(str(where)).tensors for where in (folder, tmp_path / "out/hf")]
     for name, keep in read_masks(tmp_path / "out/hf").items():
-        assert (keep == (before[name] != 0)).all() and (after[name][~keep] == 0).all()
-        assert after[name].dtype == before[name].dtype and (after[name] != before[name]).any()
+        before, after = (source.read(name) for source in tensors)
+        assert (keep == (before != 0)).all() and (after[~keep] == 0).all(), name
+        assert after.dtype == before.dtype and (after != before).any(), name
+    stored = [
+        {name: (array.shape, array.dtype) for name, array in folder_tensors(where).items()}
+        for where in (folder, tmp_path / "out/hf")
+    ]
+    assert stored[0] == stored[1]
 
 
 def test_what_sigterm_stopped_ends_with_the_same_bits(pruned, tmp_path, monkeypatch, capsys):
