@@ -140,14 +140,18 @@ class _Group(NamedTuple):
             hessian, drift = sharding.place(statistics.hessian), statistics.drift
             if drift is None:
                 return TokenTerms(hessian)
-            stream = None
-            if any(lost is not None for lost in drift.residual):
-                stream = target.gamma * _stack(
+
+            def stacked(each: tuple[Array | None, ...]) -> Array:
+                return _stack(
                     tuple(
-                        jnp.zeros_like(matrix) if lost is None else jax.lax.with_sharding_constraint(lost, sharding.rows(matrix))
-                        for matrix, lost in zip(matrices, drift.residual)
+                        jnp.zeros_like(matrix) if rows is None else jax.lax.with_sharding_constraint(rows, sharding.rows(matrix))
+                        for matrix, rows in zip(matrices, each)
                     )
                 )
+
+            stream = target.gamma * stacked(drift.residual) if any(lost is not None for lost in drift.residual) else None
+            if drift.cross is None:
+                return TokenTerms(hessian, LinearTerm(stacked(drift.outputs), stream))
             return TokenTerms(hessian, LinearTerm(sharding.product(sharding.place(drift.cross), stack), stream))
 
         drift = tokens.held_out.drift if tokens.held_out else None

@@ -1,7 +1,7 @@
 """Statistics of the inputs of layers, from the tokens that ran through a block."""
 
 from collections.abc import Sequence
-from typing import Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from jax import Array
 from jaxtyping import Float32, Int32
@@ -14,23 +14,28 @@ class Drift(NamedTuple):
     """The drift of the inputs ``X`` of a group of layers from the inputs ``X_d`` in the dense model: ``D = X_d - X``.
 
     Attributes:
-      cross: ``B = D'X / n_tokens`` [d_in, d_in] float32, columns over the model axis.
+      cross: ``B = D'X / n_tokens`` [d_in, d_in] float32, columns over the model axis; None if ``outputs`` stands in its place.
       energy: for each layer of the group, each row's mean of ``(D w')^2`` with its dense weights ``w``, [d_out] float32; empty if
         it was not requested.
       residual: for each layer of the group ``Q = (R_d - R)'X / n_tokens`` [d_out, d_in] float32, columns over the model axis,
         with ``R`` the residual stream that the layer's output is added to. None for a layer that does not add to the stream,
         empty if it was not requested.
+      outputs: for each layer of the group ``W B = (D W')'X / n_tokens`` [d_out, d_in] float32 with its dense weights ``W``, columns
+        over the model axis; empty if ``cross`` is held.
     """
 
-    cross: Float32[Array, "d_in d_in"]
+    cross: Float32[Array, "d_in d_in"] | None
     energy: tuple[Float32[Array, " d_out"], ...] = ()
     residual: tuple[Float32[Array, "d_out d_in"] | None, ...] = ()
+    outputs: tuple[Float32[Array, "d_out d_in"], ...] = ()
 
     def of(self, layers: Sequence[int]) -> "Drift":
         """The drift of some layers of the group, by their indices in it."""
-        energy = tuple(self.energy[index] for index in layers) if self.energy else ()
-        residual = tuple(self.residual[index] for index in layers) if self.residual else ()
-        return Drift(self.cross, energy, residual)
+
+        def some(arrays: tuple[Any, ...]) -> tuple[Any, ...]:
+            return tuple(arrays[index] for index in layers) if arrays else ()
+
+        return Drift(self.cross, some(self.energy), some(self.residual), some(self.outputs))
 
 
 class TokenStatistics(NamedTuple):

@@ -139,8 +139,7 @@ def accumulate(decoder: Decoder, index: int, capture: Capture, streams: Sequence
     step = CaptureStep.of(decoder, capture, [tuple(stream.kept) for stream in streams])
     positions = decoder.positions(index, length)
     sums = jax.tree.map(_zeros, sums_of(decoder, step, capture.energy))
-    wanted = capture.groups if capture.energy else ()
-    weights = {name: streams[-1].parameters[name + ".weight"] for names in wanted for name in names}
+    weights = {name: streams[-1].parameters[name + ".weight"] for name in step.multiplied(decoder, capture.energy)}
     known = [decoder.known(stream.known, decoder.batch) for stream in streams]
     with contextlib.ExitStack() as stack:
         write = _Writing.of(stack, capture, streams)
@@ -161,7 +160,8 @@ def accumulate(decoder: Decoder, index: int, capture: Capture, streams: Sequence
     found = dict(_by_group(decoder, capture, step, list(map(TokenStatistics, hessians, tokens, drifts))))
     statistics = tuple(found[names] for names in capture.groups)
     _refuse_infinite(decoder, index, capture.groups, [found.hessian for found in statistics])
-    if crosses := [found.drift.cross for found in statistics if found.drift is not None]:
+    if drifts := [found.drift for found in statistics if found.drift is not None]:
+        crosses = [drift.outputs[0] if drift.cross is None else drift.cross for drift in drifts]
         _refuse_infinite(decoder, index, capture.groups, crosses)
     return statistics
 
@@ -257,6 +257,11 @@ class CaptureStep:
             decoder.graph, decoder.mesh, groups, residuals, borrows, capture.advance, tuple(kept[: capture.target.streams])
         )
 
+    def multiplied(self, decoder: Decoder, energy: bool) -> tuple[str, ...]:
+        """The layers whose dense weights :func:`add_batch` multiplies the drift with."""
+        drifting = [groups for groups, places in zip(self.groups, self.residuals) if places is not None]
+        return tuple(name for groups in drifting for names in groups if energy or few_outputs(decoder, names) for name in names)
+
 
 class Sums(NamedTuple):
     """The accumulated sums, for each entry of ``CaptureStep.groups``.
@@ -303,7 +308,7 @@ def add_batch(
     Args:
       sums: donated.
       streams: in the order of :func:`accumulate`.
-      weights: by name, the dense weights of the layers whose drift has an energy.
+      weights: by name, the dense weights of the layers ``step.multiplied``.
     """
     passed = [forward(step.graph, stream.state, stream.hidden, tokens.positions, stream.known) for stream in streams]
     inputs = [found for _, found in passed]
@@ -378,18 +383,18 @@ def _seen(name: str, places: ResidualNames | None, inputs: Sequence[Mapping[str,
 def _add_drift(mesh: Mesh, drift: Drift, names: tuple[str, ...], seen: _Seen, weights: Mapping[str, Array]) -> Drift:
     difference = seen.difference
     assert difference is not None, "where there is a drift there are two streams"
-    energy = (
-        before + jnp.sum(jnp.square(project(difference, weights[name], jnp.float32)), axis=(0, 1))
-        for name, before in zip(names, drift.energy)
-    )
+    outputs = [project(difference, weights[name], jnp.float32) for name in names] if drift.energy or drift.outputs else []
+    energy = (before + jnp.sum(jnp.square(moved), axis=(0, 1)) for moved, before in zip(outputs, drift.energy))
     residual = (
         None if lost is None or before is None else before + gram(seen.x, mesh, lost)
         for lost, before in zip(seen.lost, drift.residual, strict=True)
     )
     return Drift(
-        drift.cross + gram(seen.x, mesh, difference),
+        None if drift.cross is None else drift.cross + gram(seen.x, mesh, difference),
         tuple(jax.lax.with_sharding_constraint(rows, jax.NamedSharding(mesh, P())) for rows in energy),
         tuple(residual),
+        # Rounded to the model's dtype, as the drift of the residual stream is.
+        tuple(before + gram(seen.x, mesh, moved.astype(seen.x.dtype)) for moved, before in zip(outputs, drift.outputs)),
     )
 
 
@@ -434,12 +439,20 @@ def statistics_of(
 
     drift = None
     if places is not None:
+        few = few_outputs(decoder, names)
         drift = Drift(
-            columns(inputs[0]),
+            None if few else columns(inputs[0]),
             tuple(struct_on(decoder.mesh, (rows,), jnp.float32, P()) for rows in outputs if energy),
             tuple(None if before is None else columns(rows) for rows, before in zip(outputs, places.before)),
+            tuple(map(columns, outputs)) if few else (),
         )
     return TokenStatistics(columns(inputs[0]), struct_on(decoder.mesh, (), jnp.int32, P()), drift)
+
+
+def few_outputs(decoder: Decoder, names: tuple[str, ...]) -> bool:
+    """Whether the drift of a group's outputs takes fewer operations than that of its inputs: two products with few rows for one."""
+    shapes = [decoder.block_shapes[name + ".weight"] for name in names]
+    return expert_of(names[0]) is None and 2 * sum(rows for rows, _ in shapes) < shapes[0][1]
 
 
 def _zeros(struct: Array) -> Array:

@@ -568,9 +568,9 @@ BESIDE_IMAGES = (MULTIMODAL, QWEN_IMAGES, LLAMA_IMAGES)
 """Checkpoints of which the text half is pruned."""
 
 
-def small(architecture: str):
+def small(architecture: str, **settings):
     """(configuration of transformers, its tensors) of a Llama whose sizes divide no mesh, or of another family."""
     if architecture == "Llama":
-        return tiny_llama()
-    config, _, tensors = tiny(next(reference for reference in REFERENCES if reference.model.startswith(architecture)), {})
+        return tiny_llama(**settings)
+    config, _, tensors = tiny(next(reference for reference in REFERENCES if reference.model.startswith(architecture)), settings)
     return config, tensors

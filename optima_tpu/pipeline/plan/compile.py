@@ -138,7 +138,8 @@ def lower_calibration(
         for names in known[: capture.target.streams]
     )
     tokens = BatchTokens(struct_on(mesh, (size,), jnp.bool_, P(DATA)), positions)
-    return add_batch.lower(step, sums_of(decoder, step), streams, {}, tokens)
+    weights = {name: parameters[name + ".weight"] for name in step.multiplied(decoder, energy=False)}
+    return add_batch.lower(step, sums_of(decoder, step), streams, weights, tokens)
 
 
 def sequences_at_once(decoder: Decoder, samples: int) -> int:

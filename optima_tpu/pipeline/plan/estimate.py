@@ -5,7 +5,7 @@ Solvers stop when their rows have converged, so the number of products of a laye
 
 import dataclasses
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -25,7 +25,7 @@ from optima_tpu.method.targets import Target
 from optima_tpu.models.decoder import Decoder, forward
 from optima_tpu.models.experts import expert_of
 from optima_tpu.models.family import Positions
-from optima_tpu.pipeline.calibrate import residual_names
+from optima_tpu.pipeline.calibrate import few_outputs, residual_names
 from optima_tpu.pipeline.distill.blocks import Trainer
 from optima_tpu.pipeline.distill.train import SHARE, Parts
 from optima_tpu.pipeline.inputs import linear_shapes
@@ -243,8 +243,7 @@ def calibration_work(
     inputs: tuple[Input, ...],
     length: int,
     sequences: float,
-    streams: int = 1,
-    residuals: tuple[int, ...] = (),
+    drifts: Sequence[tuple[float, int]] = (),
 ) -> Work:
     """The work of ``calibrate.add_batch`` with ``sequences`` sequences on each slice of the data axis.
 
@@ -252,12 +251,24 @@ def calibration_work(
       block: FLOPs of one sequence of every stream through the part of the block that the pass computes, from
         :func:`sequence_flops`. The model axis shares them.
       inputs: the distinct inputs, for their Gram matrices.
-      streams: 2 with a dense target.
-      residuals: d_in of each layer for which the drift of the residual stream is accumulated too.
+      drifts: with a dense target, from :func:`drifts_of`.
     """
-    grams = sum(2.0 * length * reach * size * size / _columns(model, size) for size, reach in inputs)
-    drift = sum(2.0 * length * size * model.decoder.config.d_model / _columns(model, size) for size in residuals)
-    return products(model, sequences * (block / model.decoder.mesh.shape[MODEL] + streams * grams + drift))
+    rows = [*((size * reach, size) for size, reach in inputs), *drifts]
+    grams = sum(2.0 * length * many * size / _columns(model, size) for many, size in rows)
+    return products(model, sequences * (block / model.decoder.mesh.shape[MODEL] + grams))
+
+
+def drifts_of(model: Declared, groups: Groups, added: Collection[str]) -> Iterator[tuple[float, int]]:
+    """Of every product of a drift with the tokens' inputs, a token's share of the rows, and d_in.
+
+    Args:
+      added: the layers for which the drift of the residual stream is accumulated too.
+    """
+    decoder = model.decoder
+    for names, (size, reach) in zip(groups, inputs_of(model, groups)):
+        outputs = 2.0 * sum(decoder.block_shapes[name + ".weight"][0] for name in names)
+        yield outputs if few_outputs(decoder, names) else size * reach, size
+        yield from ((decoder.config.d_model, size) for name in names if name in added)
 
 
 def _columns(model: Declared, size: int) -> int:

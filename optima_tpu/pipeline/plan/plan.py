@@ -272,13 +272,12 @@ def _calibration(
             lambda: lower_calibration(decoder, capture, kind.known, kind.kept, text.length, text.samples), tell, machine.options
         )
         memory = beside + found.memory if found.memory else memory
-    added = aimed_residuals(decoder, config.recipe)
-    drifting = tuple(decoder.block_shapes[name + ".weight"][1] for names in groups for name in names if name in added)
     read = estimate.read_by(decoder, groups, target)
     block = estimate.sequence_flops(model, text.length, read, kind.known.pruned)
     if streams == 2:  # the last pass moves the dense stream through the whole block
         block += estimate.sequence_flops(model, text.length, None if kind.last else read, kind.known.dense)
-    work = estimate.calibration_work(model, block, inputs, text.length, batch, streams, drifting)
+    drifts = tuple(estimate.drifts_of(model, groups, aimed_residuals(decoder, config.recipe))) if streams == 2 else ()
+    work = estimate.calibration_work(model, block, inputs, text.length, batch, drifts)
     return Program(name, "calibration", blocks * steps, None, None, work, memory, found)
 
 
