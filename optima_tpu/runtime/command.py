@@ -16,6 +16,7 @@ import jax
 from optima_tpu.errors import UserError, legible, one_line
 from optima_tpu.runtime import processes, signals
 from optima_tpu.runtime.files import user_cache
+from optima_tpu.runtime.host_memory import keep_freed_memory
 from optima_tpu.runtime.mesh import platform, simulate_devices
 from optima_tpu.runtime.xla_flags import raise_collective_timeouts
 
@@ -64,6 +65,7 @@ def take_devices(config: OnDevices, alone: bool = False) -> None:
     # By default XLA leaves a quarter of a GPU unused. The tenth that is left here is for cuBLAS and NCCL.
     if "XLA_PYTHON_CLIENT_MEM_FRACTION" not in os.environ:  # its old name; XLA refuses both together
         os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", "0.9")
+    keep_freed_memory()
     raise_collective_timeouts(config.cpu_devices)
     simulate_devices(config.cpu_devices)
     if not alone:

@@ -1,0 +1,36 @@
+"""The process keeps memory that it has freed."""
+
+import platform
+
+import pytest
+
+from tests.support.processes import python
+
+FREED = """
+import ctypes, resource, threading
+from optima_tpu.runtime.host_memory import keep_freed_memory
+
+keep_freed_memory()
+libc = ctypes.CDLL(None)
+libc.malloc.restype = ctypes.c_void_p
+
+def fresh_pages(size=128 << 20):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    array = ctypes.c_void_p(libc.malloc(ctypes.c_size_t(size)))
+    ctypes.memset(array, 1, size)
+    libc.free(array)
+    found.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+
+found = []
+for _ in range(2):
+    thread = threading.Thread(target=fresh_pages)
+    thread.start()
+    thread.join()
+print(*found)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
+def test_memory_that_one_thread_has_freed_serves_the_next_one():
+    first, second = map(int, python("-c", FREED).stdout.split())
+    assert first > 32 > second
