@@ -21,7 +21,7 @@ from optima_tpu.models.activations import Activations
 from optima_tpu.models.decoder import Decoder, forward
 from optima_tpu.models.experts import expert_of
 from optima_tpu.models.layers import project
-from optima_tpu.pipeline.grams import add_routed, gram, gram_of_tokens
+from optima_tpu.pipeline.grams import add_gram, add_routed, gram, gram_of_tokens, halved
 from optima_tpu.runtime.mesh import DATA, MODEL, struct_on
 from optima_tpu.runtime.processes import fetch
 
@@ -150,11 +150,13 @@ def accumulate(decoder: Decoder, index: int, capture: Capture, streams: Sequence
     count = np.float32(len(hidden) * length)
     totals = tuple(count if total is None else total for total in sums.weights)
     # Two programs: in a single one, XLA would divide a Hessian differently, in its last bit, if there is a drift beside it.
-    hessians = _divide(tuple(found.hessian for found in sums.statistics), totals)
-    hessians = tuple(
-        hessian if mean is None else _lent(hessian, mean, capture.borrow * len(mean) / count / count)
-        for hessian, mean in zip(hessians, sums.means)
-    )
+    divided = list(_divide(tuple(found.hessian for found in sums.statistics), totals))
+    hessians = []
+    for mean in sums.means:
+        hessian = divided.pop(0)  # so that one Hessian at a time is there twice
+        if halved(decoder.mesh) and hessian.ndim == 2:  # those of experts are whole
+            hessian = _whole(hessian)
+        hessians.append(hessian if mean is None else _lent(hessian, mean, capture.borrow * len(mean) / count / count))
     drifts = _divide(tuple(found.drift for found in sums.statistics), totals)
     tokens = [found.tokens for found in sums.statistics]
     found = dict(_by_group(decoder, capture, step, list(map(TokenStatistics, hessians, tokens, drifts))))
@@ -326,7 +328,7 @@ def add_batch(
         means.append(None)
         seen = _seen(names[0], places, inputs, tokens.valid)
         totals.append(total if total is None or seen.scale is None else total + jnp.sum(jnp.square(seen.scale)))
-        hessian = before.hessian + gram(seen.x, step.mesh)
+        hessian = add_gram(before.hessian, seen.x, step.mesh)
         count = before.tokens + jnp.sum(seen.routed, dtype=jnp.int32)
         drift = None if before.drift is None else _add_drift(step.mesh, before.drift, names, seen, weights)
         statistics.append(TokenStatistics(hessian, count, drift))
@@ -464,6 +466,13 @@ def _refuse_infinite(decoder: Decoder, index: int, groups: Groups, matrices: Seq
     for names, trace in zip(groups, fetch([jnp.trace(matrix) for matrix in matrices])):
         if not np.isfinite(trace):
             raise UserError(f"the input of {decoder.prefix(index)}{names[0]} holds NaN or infinite values: {decoder.overflowed}")
+
+
+@jax.jit
+def _whole(hessian: Array) -> Array:
+    """A symmetric matrix from what is on and above the diagonal."""
+    places = jnp.arange(len(hessian))
+    return jnp.where(places[:, None] <= places, hessian, hessian.T)
 
 
 @functools.partial(jax.jit, donate_argnums=0)

@@ -28,6 +28,7 @@ from optima_tpu.models.family import Positions
 from optima_tpu.pipeline.calibrate import few_outputs, residual_names
 from optima_tpu.pipeline.distill.blocks import Trainer
 from optima_tpu.pipeline.distill.train import SHARE, Parts
+from optima_tpu.pipeline.grams import halved, panels
 from optima_tpu.pipeline.inputs import linear_shapes
 from optima_tpu.pipeline.plan.model import NOWHERE, Declared
 from optima_tpu.pipeline.plan.topology import GIB, Machine
@@ -253,9 +254,16 @@ def calibration_work(
       inputs: the distinct inputs, for their Gram matrices.
       drifts: with a dense target, from :func:`drifts_of`.
     """
-    rows = [*((size * reach, size) for size, reach in inputs), *drifts]
+    rows = [*((_gram_rows(model, *each), each.size) for each in inputs), *drifts]
     grams = sum(2.0 * length * many * size / _columns(model, size) for many, size in rows)
     return products(model, sequences * (block / model.decoder.mesh.shape[MODEL] + grams))
+
+
+def _gram_rows(model: Declared, size: int, reach: float) -> float:
+    """The rows of a Gram matrix that a token is added to, on average over the columns and over all tokens."""
+    if reach < 1 or not halved(model.decoder.mesh):
+        return size * reach
+    return sum((last - first) * (size - first) for first, last in panels(size)) / size
 
 
 def drifts_of(model: Declared, groups: Groups, added: Collection[str]) -> Iterator[tuple[float, int]]:
