@@ -452,7 +452,11 @@ def statistics_of(
 
 
 def few_outputs(decoder: Decoder, names: tuple[str, ...]) -> bool:
-    """Whether the drift of a group's outputs takes fewer operations than that of its inputs: two products with few rows for one."""
+    """Whether the drift of a group's outputs takes fewer operations than that of its inputs: two products with few rows for one.
+
+    So it does on an accelerator, where a layer has thousands of outputs. Where devices share the inputs of the layer, the first product
+    is summed over the model axis, as in the layer's own forward pass.
+    """
     shapes = [decoder.block_shapes[name + ".weight"] for name in names]
     return expert_of(names[0]) is None and 2 * sum(rows for rows, _ in shapes) < shapes[0][1]
 
