@@ -35,7 +35,18 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 from typing import TYPE_CHECKING, Any  # its import takes longer than all of the above
 
 if TYPE_CHECKING:
-    from optima_tpu.api import Perplexity, PrunedLayer, Result, evaluate_model, load, prune, prune_layer, recover_model, to_nnx
+    from optima_tpu.api import (
+        Perplexity,
+        PrunedLayer,
+        Result,
+        evaluate_model,
+        load,
+        load_packed,
+        prune,
+        prune_layer,
+        recover_model,
+        to_nnx,
+    )
     from optima_tpu.method.zeros import broken_zeros, keep_zeros, masks_of
 
 _ZEROS = ("broken_zeros", "keep_zeros", "masks_of")
@@ -47,6 +58,7 @@ __all__ = [
     "evaluate_model",
     "keep_zeros",
     "load",
+    "load_packed",
     "masks_of",
     "prune",
     "prune_layer",

@@ -156,8 +156,12 @@ def test_a_model_that_stores_its_experts_in_one_tensor_is_packed_but_not_as_inte
     assert size < 0.8 * whole and "pruned matrices" not in sizes(Packed(small))
     found, read = (open_model(str(folder)).tensors for folder in (small, plain))
     assert found.names() == read.names() and all(np.array_equal(found.read(name), read.read(name)) for name in read.names())
-    with pytest.raises(UserError, match="--format plain or packed for a model that stores its experts in one tensor, got gguf"):
-        export(plain.parent, tmp_path / "out", form="gguf")
+    for form in ("compressed-tensors", "compressed-tensors-w8a8", "gguf", "maxtext"):
+        with pytest.raises(
+            UserError, match=f"^expected --format plain or packed for a .* experts in one tensor, got {form}: [^\n]*$"
+        ):
+            export(plain.parent, tmp_path / "out", form=form)
+    assert not (tmp_path / "out").exists()
 
 
 def assert_loads(folder: Path, family: str, shape: tuple[int, int]) -> None:

@@ -126,10 +126,9 @@ class PackedSource:
       UserError: the folder is damaged, or has a dtype that numpy can't represent. The message names the tensor or the file.
     """
 
-    def __init__(self, folder: Path, dtype: np.dtype | None = None):
+    def __init__(self, folder: Path):
         with _user_error():
             self._packed = packed.Packed(folder)
-        self._dtype = dtype
         self._held: tuple[str, np.ndarray] | None = None
         for name, tensor in self._packed.tensors.items():
             if tensor.dtype not in _STORED:
@@ -160,6 +159,13 @@ class PackedSource:
                 tensor = self._packed.tensors[name]
                 self._held = name, self._packed.read(name).view(_STORED[tensor.dtype]).reshape(tensor.shape)
         return self._held[1][whole_slices(index, self.shape(name))].copy()
+
+    def kept(self, name: str) -> tuple[np.ndarray, np.ndarray] | None:
+        """Mask and kept elements of a tensor, see :meth:`packed.Packed.kept`; None if it is stored without a mask."""
+        if self._packed.tensors[name].encoding != packed.SPARSE:
+            return None
+        with _user_error():
+            return self._packed.kept(name)
 
 
 @contextlib.contextmanager

@@ -251,8 +251,27 @@ class Packed:
         Raises:
           PackedError: the stored bytes are damaged. They are compared with their checksum before anything is decoded.
         """
-        try:
+        with self._room_for(name):
             return _decode(name, self.tensors[name], self._parts(name))
+
+    def kept(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """A tensor whose encoding is ``sparse``, before its zeros are put in.
+
+        Returns:
+          The mask, bool of the tensor's shape, and the elements that it keeps in their order, [kept] unsigned integers of the
+          tensor's width.
+
+        Raises:
+          PackedError: as for :meth:`read`.
+        """
+        with self._room_for(name):
+            keep, elements = _kept(name, self.tensors[name], self._parts(name))
+        return keep.reshape(self.tensors[name].shape), elements
+
+    @contextlib.contextmanager
+    def _room_for(self, name: str) -> Iterator[None]:
+        try:
+            yield
         except MemoryError:
             raise PackedError(
                 f"{name} unpacks to {self.tensors[name].nbytes:,} bytes, more than this machine has room for"
@@ -385,10 +404,17 @@ def _decode(name: str, tensor: Tensor, parts: Sequence[bytes | memoryview]) -> n
     count = tensor.nbytes // tensor.width
     if tensor.encoding == PLANES:
         return _join(name, parts, count, tensor.width).reshape(-1)
-    kept = np.flatnonzero(_decode_mask(name, tensor, parts[0]))  # ten times as fast as to assign by a bool mask
-    elements = np.zeros(count, f"<u{tensor.width}")
-    elements[kept] = _join(name, parts[1:], kept.size, tensor.width).view(elements.dtype)[:, 0]
+    keep, kept = _kept(name, tensor, parts)
+    elements = np.zeros(count, kept.dtype)
+    elements[np.flatnonzero(keep)] = kept  # ten times as fast as to assign by a bool mask
     return elements.view(np.uint8)
+
+
+def _kept(name: str, tensor: Tensor, parts: Sequence[bytes | memoryview]) -> tuple[np.ndarray, np.ndarray]:
+    """The mask of a sparse tensor, [count] bool, and its kept elements, [kept] unsigned integers."""
+    keep = _decode_mask(name, tensor, parts[0])
+    table = _join(name, parts[1:], int(np.count_nonzero(keep)), tensor.width)
+    return keep, table.view(f"<u{tensor.width}")[:, 0]
 
 
 def _decode_mask(name: str, tensor: Tensor, part: bytes | memoryview) -> np.ndarray:

@@ -1,0 +1,107 @@
+"""Packed checkpoints on devices: masks and kept elements travel, and the devices put the zeros in."""
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.sharding import Mesh, NamedSharding, Sharding, SingleDeviceSharding
+from jax.sharding import PartitionSpec as P
+
+from optima_tpu.errors import UserError, one_line
+from optima_tpu.models.checkpoints.folder import PackedSource
+from optima_tpu.models.checkpoints.source import whole_slices
+from optima_tpu.runtime.mesh import padded
+
+_DEVICES = "devices"
+_LENGTHS = 64
+"""To so many lengths the kept elements of a shard are padded: a program is compiled for each that occurs."""
+_RANKS = 2**31  # the device counts kept elements in int32
+
+
+def place_packed(folder: Path, sharding: Sharding | Callable[[str, tuple[int, ...]], Sharding] | None) -> dict[str, Array]:
+    """See :func:`optima_tpu.load_packed`."""
+    source = PackedSource(folder)
+    for name in source.names():
+        if (dtype := source.dtype(name)) != jax.dtypes.canonicalize_dtype(dtype):
+            raise UserError(f"{folder} stores {name} as {dtype}, which JAX rounds unless JAX_ENABLE_X64=1 is set: set it")
+    same = SingleDeviceSharding(jax.devices()[0]) if sharding is None else sharding
+    choose = same if callable(same) else lambda name, shape: same
+    return {name: _placed(source, name, choose(name, source.shape(name))) for name in source.names()}
+
+
+def _placed(source: PackedSource, name: str, sharding: Sharding) -> Array:
+    """A tensor on devices. A sparse one travels as each shard's mask and kept elements, the others as they are."""
+    whole, dtype = source.shape(name), source.dtype(name)
+    try:
+        shape, indices = sharding.shard_shape(whole), sharding.addressable_devices_indices_map(whole)
+    except ValueError as error:
+        raise UserError(f"{name} of shape {whole} does not fit its sharding: {one_line(error)}") from error
+    slices = {device: whole_slices(index or (), whole) for device, index in indices.items()}
+    expandable = shape and 0 < math.prod(shape) < _RANKS and dtype != np.bool_
+    kept = source.kept(name) if expandable else None
+    if kept is None:
+        return jax.make_array_from_callback(whole, sharding, lambda index: source.read(name, index or ()))
+    # The devices of this process only, so that no process waits for another.
+    mesh = Mesh(np.array(list(slices)), (_DEVICES,))
+    bits, elements = (_stacked(mesh, parts) for parts in _shards(*kept, list(slices.values())))
+    found = {shard.device: shard.data for shard in _expand(bits, elements, mesh, shape, dtype).addressable_shards}
+    return jax.make_array_from_single_device_arrays(whole, sharding, [found[device] for device in slices])
+
+
+def _shards(
+    keep: np.ndarray, elements: np.ndarray, slices: Sequence[tuple[slice, ...]]
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """The masks of shards, packed to bits, and their kept elements, padded to one length.
+
+    Args:
+      keep: the mask of the whole tensor.
+      elements: [kept] its elements.
+      slices: each shard, without steps. Shards that are the same share their arrays.
+    """
+    starts = np.cumsum([0, *np.count_nonzero(keep.reshape(len(keep), -1), axis=1)])
+    found: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+    for index in slices:
+        if str(index) not in found:
+            rows = keep[index[0]]
+            inside = np.zeros(rows.shape, bool)
+            inside[:, *index[1:]] = True
+            mine = elements[starts[index[0].start] : starts[index[0].stop]]
+            found[str(index)] = np.packbits(keep[index]), np.compress(np.compress(rows.reshape(-1), inside), mine)
+    size = math.prod(part.stop - part.start for part in slices[0])
+    room = padded(max(1, *(len(mine) for _, mine in found.values())), -(-size // _LENGTHS))
+    full = {name: (bits, np.pad(mine, (0, room - len(mine)))) for name, (bits, mine) in found.items()}
+    masks, kept = zip(*(full[str(index)] for index in slices), strict=True)
+    return list(masks), list(kept)
+
+
+def _stacked(mesh: Mesh, parts: Sequence[np.ndarray]) -> Array:
+    """[devices, ...]: one array for each device of the mesh, on that device."""
+    shape = (len(parts), *parts[0].shape)
+    return jax.make_array_from_callback(
+        shape, NamedSharding(mesh, P(_DEVICES)), lambda index: parts[index[0].start or 0][np.newaxis]
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("mesh", "shape", "dtype"))
+def _expand(bits: Array, elements: Array, mesh: Mesh, shape: tuple[int, ...], dtype: np.dtype) -> Array:
+    """On each device of the mesh its shard, of one shape; the first axes of all shards are one axis of the result.
+
+    Args:
+      bits: [devices, bytes] uint8, the masks as ``numpy.packbits`` packs them.
+      elements: [devices, kept] unsigned integers, as wide as the dtype.
+    """
+
+    def local(bits: Array, elements: Array) -> Array:
+        shifted = bits[0, :, None] >> (7 - jnp.arange(8, dtype=jnp.uint8))  # [bytes, 8]
+        ones = jax.lax.population_count(shifted).astype(jnp.int32)  # in the byte, up to and with each bit
+        before = jnp.cumsum(ones[:, -1]) - ones[:, -1]  # in the bytes before
+        values = jnp.take(elements[0], before[:, None] + ones - 1, mode="clip")
+        flat = jnp.where(shifted & 1, values, 0).reshape(-1)[: math.prod(shape)]
+        return jax.lax.bitcast_convert_type(flat, dtype).reshape(shape)
+
+    return jax.shard_map(local, mesh=mesh, in_specs=(P(_DEVICES), P(_DEVICES)), out_specs=P(_DEVICES))(bits, elements)
