@@ -220,7 +220,7 @@ def _beyond_pruning(report: Mapping[str, Any]) -> str | None:
     if settings.get("recover"):
         return "comes from another run and was left as it was, because training lowered no loss on held-out text"
     if settings.get("quantize"):
-        return "was quantised as well as pruned"
+        return "was quantised as well as pruned" if report.get("sparsity") else "was quantised and not pruned"
     return None
 
 

@@ -109,3 +109,9 @@ def test_it_is_read_from_a_report_old_or_new(tmp_path):
     assert verdict_of(report | {"weights": 10, "model": {"weights": 70_000_000_000}}).word == "unknown"
     bare = {"configuration": {}, "perplexity": {"dense": 2.0, "pruned": 3.0}}
     assert verdict_of(bare).word == "unknown"
+
+
+def test_what_was_quantised_too_is_not_judged():
+    report = {"configuration": {"quantize": {"name": "int4"}}, "perplexity": {"dense": 2.0, "pruned": 3.0}}
+    assert "1.50 times the dense model’s. It was quantised and not pruned, so" in verdict_of(report | {"sparsity": 0.0}).text
+    assert "It was quantised as well as pruned, so" in verdict_of(report | {"sparsity": 0.5}).text

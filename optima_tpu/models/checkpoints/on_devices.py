@@ -83,10 +83,11 @@ def _shards(
 
 def _stacked(mesh: Mesh, parts: Sequence[np.ndarray]) -> Array:
     """[devices, ...]: one array for each device of the mesh, on that device."""
-    shape = (len(parts), *parts[0].shape)
-    return jax.make_array_from_callback(
-        shape, NamedSharding(mesh, P(_DEVICES)), lambda index: parts[index[0].start or 0][np.newaxis]
-    )
+
+    def part(index: tuple[slice, ...] | None) -> np.ndarray:
+        return parts[(index and index[0].start) or 0][np.newaxis]
+
+    return jax.make_array_from_callback((len(parts), *parts[0].shape), NamedSharding(mesh, P(_DEVICES)), part)
 
 
 @functools.partial(jax.jit, static_argnames=("mesh", "shape", "dtype"))
