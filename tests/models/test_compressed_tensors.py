@@ -18,6 +18,7 @@ from optima_tpu.models.checkpoints.export import export, read_masks
 from optima_tpu.models.checkpoints.orbax import CheckpointTensors, write_checkpoint
 from optima_tpu.models.checkpoints.source import DTYPES
 from optima_tpu.pipeline.journal import open_journal
+from optima_tpu.pipeline.plan.model import open_declared
 from tests.support.fake_run import MANIFEST, assert_same, finished_run, on_host, small_model
 from tests.support.meshes import mesh
 from tests.support.runs import SMALL, folder_tensors, only_error
@@ -113,6 +114,7 @@ def test_transformers_loads_a_run_as_the_same_model(run, tmp_path):
     assert main([str(run), str(out), "--format", "compressed-tensors", "--max-shard-size", "20KB"]) == 0
     assert_the_same(out, run / "hf", 4)
     index = json.loads((out / "model.safetensors.index.json").read_text())
+    assert open_declared(str(out), None, 4).decoder.tensors.dtype("model.norm.weight") == DTYPES["bfloat16"]
     stored = folder_tensors(out)
     assert index["weight_map"].keys() == stored.keys()
     assert index["metadata"]["total_size"] == sum(array.nbytes for array in stored.values())

@@ -251,7 +251,7 @@ def test_a_folder_with_pickled_weights_only_says_how_to_convert(tmp_path):
         ({"architectures": None}, "architectures"),
         ({"model_type": "no-such-model"}, "no-such-model"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantised .gptq."),
-        ({"quantization_config": {"quant_method": "mxfp4"}}, r"quantised .mxfp4.: .*Mxfp4Config\(dequantize=True\)"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "quantised .fp8.: give the unquantised model$"),
     ],
 )
 def test_a_configuration_that_names_no_float_model_is_refused(folder, change, message):

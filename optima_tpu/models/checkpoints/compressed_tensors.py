@@ -13,8 +13,8 @@ weight is ``NAME.weight`` int8, with ``NAME.weight_scale``, and whoever loads th
 scale for each token.
 """
 
-import json
-from collections.abc import Iterable, Mapping
+import functools
+from collections.abc import Callable, Iterable, Mapping
 from typing import Annotated, Any, Literal, NotRequired, TypedDict
 
 import msgspec
@@ -22,9 +22,8 @@ import numpy as np
 
 from optima_tpu.errors import UserError
 from optima_tpu.method.quantization import Quantizer
-from optima_tpu.models.checkpoints.declared import Declared
 from optima_tpu.models.checkpoints.source import Index, TensorSource, whole_slices
-from optima_tpu.runtime.records import check_record, parse_record
+from optima_tpu.runtime.records import check_record
 
 PACKED, SCALE, SHAPE = "weight_packed", "weight_scale", "weight_shape"
 
@@ -138,24 +137,23 @@ def quantization_config(quantizer: Quantizer, others: Iterable[str], activations
     }
 
 
-def without_quantization(config: bytes, where: str) -> tuple[bytes, int | None]:
-    """config.json of the model with its weights multiplied out, and the bits of their integers; None if config.json names none.
+def reader(said: Mapping[str, Any], where: str) -> Callable[[TensorSource], TensorSource]:
+    """What multiplies the weights of a folder out.
+
+    Args:
+      said: its quantization_config.
+      where: the name of the model in messages.
 
     Raises:
-      UserError: the weights are stored by compressed-tensors in another way than a weight-only, symmetric ``pack-quantized``.
+      UserError: the weights are stored in another way than a weight-only, symmetric ``pack-quantized``.
     """
-    record: dict[str, Any] = dict(parse_record(config, Declared, f"{where}: config.json", "check the file, or download it again"))
-    said = record.get("quantization_config") or {}
-    if said.get("quant_method") != "compressed-tensors":
-        return config, None
     if said.get("format") != "pack-quantized":
         raise UserError(f"{where}: expected integers in the format pack-quantized, got {said.get('format')!r}; {_READ}")
     check_record(said, _Scheme, f"{where}: config.json", _READ, inside="quantization_config.")
     (weights,) = (group["weights"] for group in said["config_groups"].values())
     if not weights.get("symmetric", True):
         raise UserError(f"{where}: expected symmetric integers, with zero among them, got others; {_READ}")
-    del record["quantization_config"]
-    return json.dumps(record, indent=2).encode() + b"\n", weights["num_bits"]
+    return functools.partial(DequantizedSource, bits=weights["num_bits"])
 
 
 class DequantizedSource:

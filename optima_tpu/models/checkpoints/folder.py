@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from optima_tpu.errors import UserError
 from optima_tpu.models import family_named
 from optima_tpu.models.checkpoints import packed
-from optima_tpu.models.checkpoints.compressed_tensors import DequantizedSource, without_quantization
+from optima_tpu.models.checkpoints.quantized import without_quantization
 from optima_tpu.models.checkpoints.source import (
     Cast,
     Index,
@@ -183,17 +183,15 @@ def open_folder(folder: Path, origin: str, dtype: str | None = None) -> Pretrain
         raise UserError(_not_a_model(folder))
     _refuse_links(folder)
     assets = assets_in(folder)
-    assets["config.json"], bits = without_quantization(assets["config.json"], str(folder))
+    assets["config.json"], reader = without_quantization(assets["config.json"], str(folder))
     tensors: TensorSource
     if (folder / packed.INDEX).is_file():
         tensors = packed_tensors = PackedSource(folder)
         packed_tensors.check_assets(assets)
         files = packed_tensors.files()
-    elif bits is None:
-        tensors, files = _open_shards(folder)
     else:
         stored, files = _open_shards(folder)
-        tensors = DequantizedSource(stored, bits)
+        tensors = reader(stored)
     config, assets["config.json"] = read_config(assets["config.json"], str(folder), dtype)
     family = family_named(config.architectures)
     if cast is not None:

@@ -190,12 +190,7 @@ def read_config(config: bytes, where: str, dtype: str | None = None) -> tuple[Pr
         raise UserError(f'{where}: config.json names no model under "architectures": add it, e.g. ["LlamaForCausalLM"]')
     if record.get("quantization_config"):
         method = record["quantization_config"].get("quant_method", "an unnamed method")
-        expanded = (
-            ", which transformers writes: from_pretrained(a, quantization_config=Mxfp4Config(dequantize=True)).save_pretrained(b)"
-            if method == "mxfp4"
-            else ""
-        )
-        raise UserError(f"{where}: the weights are quantised ({method}): give the unquantised model{expanded}")
+        raise UserError(f"{where}: the weights are quantised ({method}): give the unquantised model")
     # Call this again, as transformers does when it builds the model: it moves settings that are beside rope_parameters into them.
     text = parsed.get_text_config()
     # Again, since a configuration has some entries under several names.

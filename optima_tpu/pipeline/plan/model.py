@@ -12,6 +12,7 @@ from transformers import PretrainedConfig
 from optima_tpu.errors import UserError
 from optima_tpu.models.checkpoints import Pretrained, hub, open_model
 from optima_tpu.models.checkpoints.folder import assets_in
+from optima_tpu.models.checkpoints.quantized import without_quantization
 from optima_tpu.models.checkpoints.source import DTYPES, Index, parse_dtype, read_config
 from optima_tpu.models.checkpoints.tokenizer import VOCABULARIES
 from optima_tpu.models.decoder import Decoder
@@ -114,6 +115,7 @@ def open_declared(spec: str, dtype: str | None, batch: int) -> Declared:
     if not (path / "config.json").is_file():
         raise UserError(f"expected a folder with a config.json, a hub id org/name or a .gguf file, got {spec!r}")
     assets = assets_in(path)
+    assets["config.json"], _ = without_quantization(assets["config.json"], spec)
     config, _ = read_config(assets["config.json"], spec, dtype)
     empty = DeclaredTensors({}, DTYPES["float32"])
     decoder = Decoder.open(config, empty, NOWHERE, batch)

@@ -1,0 +1,85 @@
+"""Experts in MXFP4, as gpt-oss is published: read as bfloat16, in which each of their values is exact.
+
+A block of 32 inputs of one output shares a scale. The weight is ``element * scale`` (OCP Microscaling Formats v1.0, 5.3.3, 5.4.1 and
+6.3): an element has 4 bits, E2M1, with the values 0, .5, 1, 1.5, 2, 3, 4, 6 and their negatives; a scale has 8, E8M0, which is
+``2^(byte - 127)``, and NaN for 255. Two tensors stand for the weights ``NAME`` [experts, d_in, d_out]:
+
+    NAME_blocks   [experts, d_out, d_in / 32, 16] uint8: two elements a byte, the first input in the low four bits
+    NAME_scales   [experts, d_out, d_in / 32] uint8
+
+``transformers`` reads them in the same way (5.24, ``integrations/mxfp4.py``), except that it takes a scale of 255 for 2^128.
+"""
+
+import ml_dtypes
+import numpy as np
+
+from optima_tpu.errors import UserError
+from optima_tpu.models.checkpoints.source import Index, TensorSource, whole_slices
+
+BLOCKS, SCALES = "_blocks", "_scales"
+_INPUTS, _BYTES = 32, 16
+
+_ALL = np.arange(256, dtype=np.uint8)
+_ELEMENTS = np.stack([_ALL & 15, _ALL >> 4], axis=1).view(ml_dtypes.float4_e2m1fn).astype(np.float32)
+"""The two elements of each byte, [256, 2]."""
+_POWERS = _ALL.view(ml_dtypes.float8_e8m0fnu).astype(np.float32)
+"""The scale of each byte, [256]."""
+
+
+def expand(blocks: np.ndarray, scales: np.ndarray) -> np.ndarray:
+    """The weights [..., groups * 32] bfloat16 of blocks [..., groups, 16] uint8 and scales [..., groups] uint8."""
+    weights = _ELEMENTS[blocks].reshape(*scales.shape, _INPUTS)
+    with np.errstate(over="ignore"):  # 2^128 and more is infinite in float32 as in bfloat16, and refused when the model is loaded
+        weights *= _POWERS[scales][..., None]
+    return weights.reshape(*scales.shape[:-1], scales.shape[-1] * _INPUTS).astype(ml_dtypes.bfloat16)
+
+
+class Mxfp4Source:
+    """Tensors of a folder, with those in MXFP4 expanded on reading; the others stay as they are stored.
+
+    Args:
+      stored: the tensors in the folder, in their own dtypes.
+
+    Raises:
+      UserError: the two tensors of a weight do not fit one another.
+    """
+
+    def __init__(self, stored: TensorSource):
+        self._stored = stored
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        names = set(stored.names())
+        halves = {name for name in names if name.endswith((BLOCKS, SCALES))}
+        for name in sorted({half.removesuffix(BLOCKS).removesuffix(SCALES) for half in halves}):
+            for half, other in ((BLOCKS, SCALES), (SCALES, BLOCKS)):
+                if name + half not in names:
+                    raise UserError(f"expected {name + half} beside {name + other}, got none: download the model again")
+            if name in names:
+                raise UserError(f"expected {name} in MXFP4 alone, got it beside {name + BLOCKS}: download the model again")
+            blocks, scales = stored.shape(name + BLOCKS), stored.shape(name + SCALES)
+            kinds = stored.dtype(name + BLOCKS), stored.dtype(name + SCALES)
+            if len(blocks) != 4 or blocks[3] != _BYTES or scales != blocks[:3] or {*kinds} != {np.dtype(np.uint8)}:
+                raise UserError(
+                    f"{name + BLOCKS}: expected uint8 [experts, d_out, groups, {_BYTES}] and scales in uint8 [experts, d_out, groups], "
+                    f"got {kinds[0]} {list(blocks)} and {kinds[1]} {list(scales)}: download the model again"
+                )
+            self._shapes[name] = blocks[0], blocks[2] * _INPUTS, blocks[1]
+        self._names = tuple(sorted(names - halves | self._shapes.keys()))
+
+    def names(self) -> tuple[str, ...]:
+        return self._names
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._shapes.get(name) or self._stored.shape(name)
+
+    def dtype(self, name: str) -> np.dtype:
+        return np.dtype(ml_dtypes.bfloat16) if name in self._shapes else self._stored.dtype(name)
+
+    def read(self, name: str, index: Index = (...,)) -> np.ndarray:
+        if name not in self._shapes:
+            return self._stored.read(name, index)
+        experts, inputs, outputs = whole_slices(index, self._shapes[name])
+        first = inputs.start // _INPUTS
+        part = experts, outputs, slice(first, -(-inputs.stop // _INPUTS))
+        weights = expand(self._stored.read(name + BLOCKS, part), self._stored.read(name + SCALES, part))
+        before = first * _INPUTS
+        return np.swapaxes(weights[..., inputs.start - before : inputs.stop - before : inputs.step], 1, 2)

@@ -1,0 +1,39 @@
+"""Folders with quantised weights: which of them are read, as the model with its weights multiplied out."""
+
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from optima_tpu.models.checkpoints import compressed_tensors
+from optima_tpu.models.checkpoints.declared import Declared
+from optima_tpu.models.checkpoints.mxfp4 import Mxfp4Source
+from optima_tpu.models.checkpoints.source import TensorSource
+from optima_tpu.runtime.records import parse_record
+
+Reader = Callable[[TensorSource], TensorSource]
+"""From the tensors in a folder to those of the model."""
+
+_READERS: Mapping[str, Callable[[Mapping[str, Any], str], Reader]] = {
+    "compressed-tensors": compressed_tensors.reader,
+    "mxfp4": lambda said, where: Mxfp4Source,
+}
+"""``quant_method`` -> (quantization_config, the name of the model in messages) -> Reader."""
+
+
+def without_quantization(config: bytes, where: str) -> tuple[bytes, Reader]:
+    """config.json of the model with its weights multiplied out, and what reads them so.
+
+    What is stored in another way than those of ``_READERS`` stays in config.json, for ``read_config`` to refuse.
+
+    Raises:
+      UserError: the file is damaged, or the weights are stored in a way of compressed-tensors that is not read.
+    """
+    record: dict[str, Any] = dict(parse_record(config, Declared, f"{where}: config.json", "check the file, or download it again"))
+    said = record.get("quantization_config") or {}
+    if (method := str(said.get("quant_method"))) not in _READERS:
+        return config, lambda stored: stored
+    reader = _READERS[method](said, where)
+    del record["quantization_config"]
+    if method == "mxfp4" and not (record.get("dtype") or record.get("torch_dtype")):
+        record["dtype"] = "bfloat16"  # the published files name none
+    return json.dumps(record, indent=2).encode() + b"\n", reader
