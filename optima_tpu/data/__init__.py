@@ -45,6 +45,7 @@ __all__ = [
     "refuse_overlap",
     "shared",
     "stream_tokens",
+    "texts_of",
     "token_digest",
 ]
 
@@ -69,6 +70,8 @@ def parse_source(text: str) -> Source:
     kind, colon, path = text.partition(":")
     if mix := Mix.parse(text, parse_source):
         return mix
+    if "," in text and all(part.strip().partition(":")[0] in (*NAMED, *WITH_PATH) for part in text.split(",")):
+        raise UserError(f"expected a share behind each text of a mix, such as c4:0.5,pydoc:0.5, got {text!r}")
     if text in NAMED:
         return NAMED[text]
     if text.partition("?")[0] == "self":
@@ -82,6 +85,11 @@ def parse_source(text: str) -> Source:
         f"tfds:NAME@DIR, hub:ORG/NAME@SPLIT, or several with their shares, such as c4:0.5,pydoc:0.5), got {text!r}"
         + (did_you_mean(text, [*NAMED, "self"]) or "; for a text of your own write file: before its path")
     )
+
+
+def texts_of(source: Source) -> tuple[Source, ...]:
+    """The texts of a mix; any other source alone."""
+    return source.texts if isinstance(source, Mix) else (source,)
 
 
 def read_by_all(source: Source) -> TypeGuard[TFDS]:

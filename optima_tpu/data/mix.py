@@ -1,6 +1,7 @@
 """Several texts, mixed by shares of the windows."""
 
 import dataclasses
+import itertools
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -52,13 +53,12 @@ class Mix:
         return Mix(texts, shares)
 
     def __str__(self) -> str:
-        return ",".join(f"{text}:{share:g}" for text, share in zip(self.texts, self.shares))
+        return ",".join(f"{text}:{np.format_float_positional(share, trim='-')}" for text, share in zip(self.texts, self.shares))
 
     def documents(self, split: Split) -> Iterator[str]:
         """Always raises UserError: windows are drawn text by text, and a mix is nothing to measure on."""
         raise UserError(
-            f"expected one text to measure on, got the mix {self}: give --evaluation.source, or --perplexity of "
-            "optima_tpu.evaluate, one text, such as wikitext2, pydoc or file:PATH"
+            f"expected one text to measure on, got the mix {self}: name one for the evaluation, such as wikitext2, pydoc or file:PATH"
         )
 
     def parts(self, split: Split) -> Iterable[Part]:
@@ -80,7 +80,9 @@ class Mix:
         Raises:
           UserError: a text would get no window.
         """
+        self._refuse_overlap()
         order, later = self._order(samples), self._order(held_out)
+        self._refuse_without(order, "calibration windows")
         parts = [draw(text, int(np.sum(order == k)), int(np.sum(later == k))) for k, text in enumerate(self.texts)]
         return self._mixed(np.concatenate([order, later]), parts)
 
@@ -93,7 +95,9 @@ class Mix:
         Raises:
           UserError: a text would get no window.
         """
+        self._refuse_overlap()
         order = self._order(windows)
+        self._refuse_without(order, "windows")
         parts = [draw(text, int(np.sum(order == k))) for k, text in enumerate(self.texts)]
         # The first window that a text should give and has not got.
         ends = [np.flatnonzero(order == k)[len(part.ids) :] for k, part in enumerate(parts)]
@@ -105,12 +109,23 @@ class Mix:
         for place in range(windows):
             order[place] = np.argmax(np.array(self.shares) * (place + 1) - counts)
             counts[order[place]] += 1
-        if windows and not counts.all():
-            least = self.texts[int(np.argmin(counts))]
-            raise UserError(
-                f"expected at least one window of each text in {self}, got {windows} windows and none of {least}: take more"
-            )
         return order
+
+    def _refuse_without(self, order: np.ndarray, what: str) -> None:
+        for k, text in enumerate(self.texts):
+            if k not in order:
+                raise UserError(
+                    f"expected at least one of the {what} from each text in {self}, got {len(order)} and none of {text}: take more"
+                )
+
+    def _refuse_overlap(self) -> None:
+        """Raises UserError if two texts may share documents: held-out windows would hold what was calibrated on."""
+        for first, second in itertools.combinations([text for text in self.texts if isinstance(text, Located)], 2):
+            held = list(second.parts("calibration"))
+            if part := next((part for part in first.parts("calibration") if any(map(part.overlaps, held))), None):
+                raise UserError(
+                    f"expected different texts in a mix, got {first} and {second}, which both read {part.place}: add up their shares"
+                )
 
     def _mixed(self, order: np.ndarray, parts: list[Tokens]) -> Tokens:
         ids = np.empty((len(order), parts[0].ids.shape[1]), np.int32)

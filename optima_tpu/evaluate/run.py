@@ -149,15 +149,18 @@ def _check_text(source: str, models: Mapping[str, Evaluated]) -> None:
     text = data.parse_source(source)
     for opened in models.values():
         calibration = opened.run.calibration
-        try:
-            seen = calibration and data.shared(data.parse_source(calibration), text)
-        except UserError:  # the calibration data set is not on this machine, so it cannot be the text to measure on
-            continue
-        if seen:
+        if calibration and any(_shares(part, text) for part in data.texts_of(data.parse_source(calibration))):
             raise UserError(
                 f"expected --perplexity with a text that {opened.model.pretrained.origin} was not calibrated on, got "
                 f"{source} (calibrated on {calibration}): give another text, such as wikitext2 or pydoc"
             )
+
+
+def _shares(calibration: data.Source, text: data.Source) -> bool:
+    try:
+        return data.shared(calibration, text) is not None
+    except UserError:  # the calibration data set is not on this machine, so it cannot be the text to measure on
+        return False
 
 
 def _read(source: str, config: EvaluateConfig, models: Mapping[str, Evaluated]) -> Tokens:

@@ -162,9 +162,13 @@ def accumulate(decoder: Decoder, index: int, capture: Capture, streams: Sequence
     found = dict(_by_group(decoder, capture, step, list(map(TokenStatistics, hessians, tokens, drifts))))
     statistics = tuple(found[names] for names in capture.groups)
     _refuse_infinite(decoder, index, capture.groups, [found.hessian for found in statistics])
-    if drifts := [found.drift for found in statistics if found.drift is not None]:
-        crosses = [drift.outputs[0] if drift.cross is None else drift.cross for drift in drifts]
-        _refuse_infinite(decoder, index, capture.groups, crosses)
+    if drifts := {names: found.drift for names, found in zip(capture.groups, statistics) if found.drift is not None}:
+        products = [
+            (names, each)
+            for names, drift in drifts.items()
+            for each in (drift.outputs if drift.cross is None else (drift.cross,))
+        ]
+        _refuse_infinite(decoder, index, tuple(names for names, _ in products), [each for _, each in products])
     return statistics
 
 

@@ -29,6 +29,7 @@ from optima_tpu.pipeline.memory_plan import Pass, block_passes, kept_inputs
 from optima_tpu.report.progress import Progress
 from optima_tpu.report.records import BlockReport, LayerReport
 from optima_tpu.report.rows import LayerFacts, layer_report
+from optima_tpu.runtime.host_memory import give_back_freed_memory
 from optima_tpu.runtime.mesh import ROWS, place
 from optima_tpu.runtime.processes import fetch
 
@@ -117,6 +118,7 @@ def prune_model(
         journal.save(index, weights, masks, report.to_json(), leaving, dense, scales)
         saved()
         del parameters, pruned, weights, masks, scales  # frees their memory before the next block is placed
+        give_back_freed_memory()
         following = index + 1
         progress.advance()
     journal.forget_states()

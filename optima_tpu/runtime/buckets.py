@@ -38,6 +38,9 @@ _STATUS = re.compile(r"http_response_code='(\d+)'")
 _DETAILS = re.compile(r" \[(tensorstore_spec|http_response_body|http_response_code|curl_code)=.*")
 """What TensorStore puts behind its messages."""
 
+_LOCAL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+"""Errors of the disk that an object is copied from or to."""
+
 _SILENCE = 120
 """Seconds in which no byte comes, or goes, until a request counts as failed."""
 
@@ -216,6 +219,8 @@ def stored_digest(path: Path) -> tuple[int, str]:
 
 def _of_client(error: Exception) -> bool:
     """Whether gcsfs or TensorStore raised an error, as far as one can see; every error of the system counts."""
+    if isinstance(error, OSError) and error.errno in _LOCAL:
+        return False
     if isinstance(error, (OSError, json.JSONDecodeError)) or str(error).startswith("Bad Request"):
         return True
     return type(error).__module__.partition(".")[0] in ("gcsfs", "google", "aiohttp") or "gs://" in str(error)

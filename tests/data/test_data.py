@@ -1,5 +1,6 @@
 """Calibration and evaluation tokens: where every window comes from, and what is refused."""
 
+import dataclasses
 import gzip
 import hashlib
 import logging
@@ -500,8 +501,16 @@ def test_a_run_draws_a_mix_from_its_texts(tmp_path, tokenizer):
         data.refuse_overlap(mix, mix.texts[1])
     with pytest.raises(UserError, match="expected one text to measure on"):
         data.evaluation_tokens(mix, tokenizer, length=16, windows=1)
-    with pytest.raises(UserError, match="none of file:.*b.txt: take more"):
+    with pytest.raises(
+        UserError, match="of the calibration windows from each text in .*, got 1 and none of file:.*b.txt: take more"
+    ):
         data.calibration_tokens(mix, tokenizer, samples=1, length=16, seed=0)
+    again = data.parse_source(f"file:{tmp_path}/a.txt:0.5,file:{tmp_path}/../{tmp_path.name}/a.txt:0.5")
+    for draw in (data.calibration_tokens, data.stream_tokens):
+        with pytest.raises(UserError, match="which both read .*a.txt: add up their shares"):
+            draw(again, tokenizer, **({"samples": 8} if draw is data.calibration_tokens else {"windows": 8}), length=16, seed=0)
+    small = dataclasses.replace(mix, shares=(0.99999, 0.00001))
+    assert data.parse_source(str(small)) == small
 
 
 @pytest.mark.parametrize(
@@ -511,7 +520,9 @@ def test_a_run_draws_a_mix_from_its_texts(tmp_path, tokenizer):
         ("c4:1,pydoc:0", "above 0"),
         ("c4:0.5,self:0.5", "can only stand alone"),
         ("c4:0.5,c4:0.5", "expected different texts"),
-        ("c4:0.5,pydoc", "several with their shares"),
+        ("c4:0.5,pydoc", "a share behind each text"),
+        ("file:a.txt,file:b.txt", "a share behind each text"),
+        ("c4:0.5,a.txt", "several with their shares"),
         ("c4:0.5,c5:0.5", "got 'c5'"),
     ],
 )

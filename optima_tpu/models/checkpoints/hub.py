@@ -1,5 +1,6 @@
 """Models on the Hugging Face hub: downloaded once into the hub's own cache, then read as a folder."""
 
+import contextlib
 import hashlib
 import os
 import re
@@ -20,6 +21,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import filter_repo_objects
 
 from optima_tpu.errors import UserError, one_line
+from optima_tpu.runtime.files import user_cache
 
 WANTED = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "NOTICE*"]
 # Subfolders hold other formats of the same model; only the chat templates in one belong to it.
@@ -82,14 +84,18 @@ def files_of(folder: Path) -> list[Path]:
 
 
 def refuse_damaged(files: Iterable[Path]) -> None:
-    """Compares files in the hub's cache with the checksums by which the cache names them; leaves out other files. Reads all of them.
+    """Compares files in the hub's cache with the checksums by which the cache names them; leaves out other files.
 
-    The hub names a large file by its SHA-256, a small one by the SHA-1 that git gives it.
+    Reads all of them, once: the user's cache remembers sizes and times of files that were whole. The hub names a large file by its SHA-256, a small one by the SHA-1 that git gives it.
 
     Raises:
       UserError: a file has changed since it was downloaded, or on the way.
     """
     blobs = {path: blob for path in files if _DIGEST.fullmatch((blob := path.resolve()).name) and blob.parent.name == "blobs"}
+    seen = [(str(blob), blob.stat().st_size, blob.stat().st_mtime_ns) for blob in blobs.values()]
+    whole = user_cache() / "downloads" / hashlib.sha256(repr(sorted(seen)).encode()).hexdigest()
+    if whole.exists():
+        return
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
         for (path, blob), found in zip(blobs.items(), threads.map(_digest, blobs.values())):
             if found != blob.name:
@@ -97,6 +103,10 @@ def refuse_damaged(files: Iterable[Path]) -> None:
                     f"{path} is damaged: it has another checksum than on the hub. Remove {blob}, and the same command "
                     "downloads it again"
                 )
+    if blobs:
+        with contextlib.suppress(OSError):  # then they are read again
+            whole.parent.mkdir(parents=True, exist_ok=True)
+            whole.touch()
 
 
 _DIGEST = re.compile("[0-9a-f]{40}|[0-9a-f]{64}")

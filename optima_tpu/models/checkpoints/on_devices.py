@@ -29,7 +29,7 @@ def place_packed(folder: Path, sharding: Sharding | Callable[[str, tuple[int, ..
     for name in source.names():
         if (dtype := source.dtype(name)) != jax.dtypes.canonicalize_dtype(dtype):
             raise UserError(f"{folder} stores {name} as {dtype}, which JAX rounds unless JAX_ENABLE_X64=1 is set: set it")
-    same = SingleDeviceSharding(jax.devices()[0]) if sharding is None else sharding
+    same = SingleDeviceSharding(jax.local_devices()[0]) if sharding is None else sharding
     choose = same if callable(same) else lambda name, shape: same
     return {name: _placed(source, name, choose(name, source.shape(name))) for name in source.names()}
 
@@ -45,12 +45,22 @@ def _placed(source: PackedSource, name: str, sharding: Sharding) -> Array:
     expandable = shape and 0 < math.prod(shape) < _RANKS and dtype != np.bool_
     kept = source.kept(name) if expandable else None
     if kept is None:
-        return jax.make_array_from_callback(whole, sharding, lambda index: source.read(name, index or ()))
+        return jax.make_array_from_callback(whole, sharding, lambda index: source.read(name, index or ()), dtype=dtype)
+    if not slices:  # no device of this process has a part
+        return jax.make_array_from_single_device_arrays(whole, sharding, [], dtype=dtype)
     # The devices of this process only, so that no process waits for another.
     mesh = Mesh(np.array(list(slices)), (_DEVICES,))
     bits, elements = (_stacked(mesh, parts) for parts in _shards(*kept, list(slices.values())))
     found = {shard.device: shard.data for shard in _expand(bits, elements, mesh, shape, dtype).addressable_shards}
-    return jax.make_array_from_single_device_arrays(whole, sharding, [found[device] for device in slices])
+    arrays = [found[device] for device in slices]
+    if sharding.memory_kind in (None, mesh.devices.flat[0].default_memory().kind):
+        return jax.make_array_from_single_device_arrays(whole, sharding, arrays)
+    # The memory of the hosts: shard by shard, so that no process waits for another.
+    moved = [
+        jax.device_put(array, SingleDeviceSharding(device, memory_kind=sharding.memory_kind))
+        for array, device in zip(arrays, slices)
+    ]
+    return jax.make_array_from_single_device_arrays(whole, sharding, moved)
 
 
 def _shards(
