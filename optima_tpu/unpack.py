@@ -44,7 +44,9 @@ def unpack(packed: str | Path, out: str | Path) -> None:
     if remote := [path for path in (packed, out) if in_bucket(path)]:
         raise UserError(f"expected folders on a disk, got {remote[0]}: copy the packed folder to a disk and unpack it there")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"expected a new or empty folder to unpack to, got {out}, which is not empty; choose another folder")
+        raise UserError(
+            f"expected a new or empty folder to unpack to, got {out}, which is {'not empty' if out.is_dir() else 'a file'}; choose another folder"
+        )
     from optima_tpu.models.checkpoints.packed import Packed, PackedError  # imports transformers, which --help does not wait for
 
     with writing(out, "nothing was left there; make room or choose another folder, and repeat the command"):

@@ -101,10 +101,11 @@ def _done(manifest: Mapping[str, Any], report: Mapping[str, Any]) -> str:
 
 def _others(recipe: Mapping[str, Any], report: Mapping[str, Any]) -> str:
     """What became of the tensors that are not pruned."""
-    refused = (report.get("distillation") or {}).get("kept") == 0
+    refused, dtype = (report.get("distillation") or {}).get("kept") == 0, recipe.get("dtype")
+    same = "the same as in the source" + (f", in {dtype}" if dtype else "")
     if not refused and (recipe.get("distill") or {}).get("train", "weights") != "weights":
-        return "Training moved the norms' gains and the biases, too. The other tensors are the same as in the source."
-    return "All other tensors are the same as in the source."
+        return f"Training moved the norms' gains and the biases, too. The other tensors are {same}."
+    return f"All other tensors are {same}."
 
 
 def _layer_errors(layers: Sequence[Mapping[str, Any]], caveat: str) -> list[str]:

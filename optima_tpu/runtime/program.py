@@ -6,7 +6,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from optima_tpu.errors import UserError, did_you_mean
 
@@ -39,6 +39,9 @@ class Parser(argparse.ArgumentParser):
 
     Options may have dashes or underscores between their words: --dry-run is --dry_run, as for the settings of a run.
     """
+
+    def __init__(self, *args: Any, **options: Any):
+        super().__init__(*args, **{"allow_abbrev": False} | options)  # --pack is no --packed, as among the settings of a run
 
     def parse_known_args(self, args=None, namespace=None):
         options = {_dashed(name): name for action in self._actions for name in action.option_strings}

@@ -273,7 +273,8 @@ def test_the_mask_file_of_a_hub_model_is_taken_and_only_without_one_its_zeros(tm
     source = open_masks("org/masks@main")
     assert (source.how, source.origin) == ("MaskLLM npz", "org/masks@main") and asked[-1][2] == "main"
     assert_holds(source, masks)
-    monkeypatch.setattr(optima_tpu.models.masks.hub, "download", lambda spec: tiny_folder(tmp_path / "model"))
+    folder = tiny_folder(tmp_path / "model")
+    monkeypatch.setattr(optima_tpu.models.masks.hub, "download", lambda spec: folder)
     assert open_masks("org/pruned").how == "zeros of a checkpoint"
 
 

@@ -82,7 +82,9 @@ def export(
         if _is_damaged_export(out, run.source.run["manifest"], own=out.parent == directory):
             remove(out)
         if complete(out) and any(out.iterdir()):
-            raise UserError(f"expected a new or empty folder to export to, got {out}, which is not empty; choose another folder")
+            raise UserError(
+                f"expected a new or empty folder to export to, got {out}, which is {'not empty' if out.is_dir() else 'a file'}; choose another folder"
+            )
         with making(out) as partial:
             for name, data in run.assets.items():
                 (partial / name).parent.mkdir(parents=True, exist_ok=True)
