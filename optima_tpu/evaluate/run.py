@@ -149,17 +149,25 @@ def _check_text(source: str, models: Mapping[str, Evaluated]) -> None:
     text = data.parse_source(source)
     for opened in models.values():
         calibration = opened.run.calibration
-        if calibration and any(_shares(part, text) for part in data.texts_of(data.parse_source(calibration))):
+        if calibration and _has_seen(calibration, text):
             raise UserError(
                 f"expected --perplexity with a text that {opened.model.pretrained.origin} was not calibrated on, got "
                 f"{source} (calibrated on {calibration}): give another text, such as wikitext2 or pydoc"
             )
 
 
-def _shares(calibration: data.Source, text: data.Source) -> bool:
+def _has_seen(calibration: str, text: data.Source) -> bool:
+    """Whether a model that was calibrated on a text, or on a mix of texts, has seen another one."""
+
+    def seen(part: data.Source) -> bool:
+        try:
+            return data.shared(part, text) is not None
+        except UserError:  # the calibration data set is not on this machine, so it cannot be the text to measure on
+            return False
+
     try:
-        return data.shared(calibration, text) is not None
-    except UserError:  # the calibration data set is not on this machine, so it cannot be the text to measure on
+        return any(map(seen, data.texts_of(data.parse_source(calibration))))
+    except UserError:  # named by another version
         return False
 
 

@@ -94,8 +94,9 @@ def refuse_damaged(files: Iterable[Path]) -> None:
     blobs = {path: blob for path in files if _DIGEST.fullmatch((blob := path.resolve()).name) and blob.parent.name == "blobs"}
     seen = [(str(blob), blob.stat().st_size, blob.stat().st_mtime_ns) for blob in blobs.values()]
     whole = user_cache() / "downloads" / hashlib.sha256(repr(sorted(seen)).encode()).hexdigest()
-    if whole.exists():
-        return
+    with contextlib.suppress(OSError):  # the cache of another user
+        if whole.exists():
+            return
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
         for (path, blob), found in zip(blobs.items(), threads.map(_digest, blobs.values())):
             if found != blob.name:
