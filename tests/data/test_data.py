@@ -476,16 +476,16 @@ def test_a_mix_keeps_its_shares_in_every_first_part_and_every_text_its_own_windo
     mix = data.Mix(tuple(data.File(Path(f"{k}.txt")) for k in range(len(weights))), shares)
 
     def draw(text, samples, held_out=0):
-        return data.Tokens(100 * int(text.path.stem) + np.arange(samples + held_out)[:, None], str(text), 1)
+        return data.Tokens(1000 * int(text.path.stem) + np.arange(samples + held_out)[:, None], str(text), 1)
 
     for ids in (mix.calibration(samples, held_out, draw).ids, mix.stream(samples + held_out, draw).ids):
         for k, share in enumerate(shares):
-            own = np.flatnonzero(ids[:, 0] // 100 == k)
-            assert (ids[own, 0] == 100 * k + np.arange(len(own))).all()
+            own = np.flatnonzero(ids[:, 0] // 1000 == k)
+            assert (ids[own, 0] == 1000 * k + np.arange(len(own))).all()
             for first in (samples - cut, samples):
                 assert abs(np.sum(own < first) - share * first) < len(shares)
     short = mix.stream(samples, lambda text, windows: draw(text, min(windows, 8))).ids
-    assert (short == mix.stream(len(short), draw).ids).all() and max(np.bincount(short[:, 0] // 100)) == 8
+    assert (short == mix.stream(len(short), draw).ids).all() and max(np.bincount(short[:, 0] // 1000)) == 8
 
 
 def test_a_run_draws_a_mix_from_its_texts(tmp_path, tokenizer):
