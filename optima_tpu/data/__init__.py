@@ -14,7 +14,7 @@ from optima_tpu.data.npy import Npy
 from optima_tpu.data.pydoc import PyDoc
 from optima_tpu.data.random import Random
 from optima_tpu.data.self_generated import SelfGenerated
-from optima_tpu.data.source import Located, Part, Source, Split, TextSource, Tokens, TokenSource, token_digest
+from optima_tpu.data.source import Located, Part, Source, Split, TextSource, Tokens, TokenSource, common_part, token_digest
 from optima_tpu.data.tfds import TFDS
 from optima_tpu.data.wikitext2 import WikiText2
 from optima_tpu.errors import UserError, did_you_mean
@@ -255,8 +255,7 @@ def shared(calibration: Source, evaluation: Source) -> Part | None:
     """
     if not (isinstance(calibration, Located) and isinstance(evaluation, Located)):
         return None
-    held = list(evaluation.parts("evaluation"))
-    return next((part for part in calibration.parts("calibration") if any(map(part.overlaps, held))), None)
+    return common_part(calibration.parts("calibration"), evaluation.parts("evaluation"))
 
 
 def _text_length(length: int, bos: int | None) -> int:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 import numpy as np
 
 from optima_tpu.data.self_generated import SelfGenerated
-from optima_tpu.data.source import Fingerprinted, Located, Part, Source, Split, Tokens
+from optima_tpu.data.source import Fingerprinted, Located, Part, Source, Split, Tokens, common_part
 from optima_tpu.errors import UserError
 
 _SHARED = re.compile(r"(.+):(\d*\.?\d+)")
@@ -105,9 +105,9 @@ class Mix:
 
     def _order(self, windows: int) -> np.ndarray:
         """Which text gives each window, [windows] int: the one that is farthest behind its share."""
-        counts, order = np.zeros(len(self.texts)), np.empty(windows, int)
+        shares, counts, order = np.array(self.shares), np.zeros(len(self.texts)), np.empty(windows, int)
         for place in range(windows):
-            order[place] = np.argmax(np.array(self.shares) * (place + 1) - counts)
+            order[place] = np.argmax(shares * (place + 1) - counts)
             counts[order[place]] += 1
         return order
 
@@ -121,8 +121,7 @@ class Mix:
     def _refuse_overlap(self) -> None:
         """Raises UserError if two texts may share documents: held-out windows would hold what was calibrated on."""
         for first, second in itertools.combinations([text for text in self.texts if isinstance(text, Located)], 2):
-            held = list(second.parts("calibration"))
-            if part := next((part for part in first.parts("calibration") if any(map(part.overlaps, held))), None):
+            if part := common_part(first.parts("calibration"), second.parts("calibration")):
                 raise UserError(
                     f"expected different texts in a mix, got {first} and {second}, which both read {part.place}: add up their shares"
                 )

@@ -77,6 +77,12 @@ class Part(NamedTuple):
         )
 
 
+def common_part(first: Iterable[Part], second: Iterable[Part]) -> Part | None:
+    """The first of some parts that may have a document of others; None if there is none."""
+    others = list(second)
+    return next((part for part in first if any(map(part.overlaps, others))), None)
+
+
 @runtime_checkable
 class Located(Protocol):
     """A source that can say what it reads, so that a run does not calibrate and evaluate on the same text."""
