@@ -165,6 +165,17 @@ def test_of_equal_weights_those_with_the_lower_index_go(selector, pattern):
 
 
 @contract
+def test_groups_that_lie_apart_are_chosen_like_the_same_inputs_side_by_side(selector):
+    """Also where weights tie: of those of one group the order is the same."""
+    apart = NM(2, 4, stride=8)
+    order = apart.order(SIZE)
+    for problem in (problem_of(18), problem_of(18, four_bits(18))):
+        found, expected = select(selector, problem, apart), select(selector, problem.sorted(order), NM(2, 4))
+        np.testing.assert_array_equal(found.keep[:, order], expected.keep)
+        np.testing.assert_allclose(found.weight[:, order], expected.weight, atol=1e-4)
+
+
+@contract
 def test_the_mask_is_that_of_one_device_on_a_mesh(selector):
     """With one row on each of eight devices, all of them competing, also where ties have to be broken."""
     mesh, pattern = make_mesh("4x2"), Unstructured(0.6, "layer")

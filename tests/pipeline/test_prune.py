@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from optima_tpu.config.parse import parse
 from optima_tpu.errors import UserError
 from optima_tpu.method.acceptance import MatrixObjective, PerLayer, PerRow, TokenTerms, accept_rows
 from optima_tpu.method.layer_rules import LayerRule
@@ -14,9 +15,10 @@ from optima_tpu.method.patterns import NM, Unstructured
 from optima_tpu.method.problem import Pruned
 from optima_tpu.method.prune_group import prune_group
 from optima_tpu.method.recipe import Recipe
+from optima_tpu.method.row_sharding import ON_EVERY_DEVICE, Layout
 from optima_tpu.method.selectors import ADMM, Magnitude, SparseGPT, Wanda
 from optima_tpu.method.solvers import CG, MPAX, Exact
-from optima_tpu.method.statistics import TokenSets, TokenStatistics
+from optima_tpu.method.statistics import Drift, TokenSets, TokenStatistics
 from optima_tpu.models.decoder import Decoder
 from optima_tpu.pipeline.calibrate import linear_groups
 from optima_tpu.pipeline.plan.hlo import COLLECTIVE, text_inside_loops
@@ -78,6 +80,53 @@ def test_every_layer_is_pruned_exactly_and_never_worse_than_its_mask(recipe):
             assert report.error_after <= report.error_before * (1 + 1e-5)
             if recipe.solver:
                 assert report.error_after < report.error_before
+
+
+@pytest.mark.parametrize(
+    "preset, layout", [("fast", Layout(split=True, rows=2)), ("best", ON_EVERY_DEVICE)], ids=["fast, split", "best"]
+)
+def test_groups_that_lie_apart_are_pruned_like_the_same_inputs_side_by_side(preset, layout):
+    """Of two matrices with one input, 2:4@8 and 2:4 of the sorted inputs: the same masks, weights and errors, on held-out tokens too."""
+    apart, rng = NM(2, 4, stride=8), np.random.default_rng(8)
+    order, rows = apart.order(32), (9, 14)
+
+    def statistics(seed: int, order: np.ndarray) -> tuple[jax.Array, Drift | None]:
+        rng = np.random.default_rng(seed)
+        hessian = correlated_hessian(rng, 32, spread=0.5)
+        drift = Drift(
+            jnp.asarray(0.1 * (rng.standard_normal((32, 32)) @ hessian)[order][:, order], jnp.float32),
+            tuple(jnp.asarray(rng.random(count) + 1, jnp.float32) for count in rows),
+            (None, jnp.asarray(0.1 * (rng.standard_normal((rows[1], 32)) @ hessian)[:, order], jnp.float32)),
+        )
+        return jnp.asarray(hessian[order][:, order]), drift if preset == "best" else None
+
+    weights = tuple(rng.standard_normal((count, 32)).astype(np.float32) for count in rows)
+
+    def pruned(pattern: NM, order: np.ndarray):
+        # A tight tolerance: rows that stop at a threshold may stop a step apart, and then differ by the threshold.
+        recipe = parse(["--preset", preset, "--pattern", str(pattern), "--solver.tolerance", "1e-6"]).recipe
+        (hessian, drift), (held_out, unseen) = statistics(1, order), statistics(2, order)
+        return prune_matrices(
+            tuple(jnp.asarray(weight[:, order]) for weight in weights),
+            hessian,
+            recipe,
+            mesh(4, 2),
+            layout=layout,
+            drift=drift,
+            held_out=held_out,
+            held_out_drift=unseen,
+        )
+
+    for weight, keep, happened, other_weight, other_keep, other in zip(*pruned(apart, np.arange(32)), *pruned(NM(2, 4), order)):
+        np.testing.assert_array_equal(keep[:, order], other_keep)
+        np.testing.assert_allclose(weight[:, order], other_weight, atol=1e-3 * np.abs(other_weight).max())
+        for name in ("before", "after", "held_out", "dense", "exchanged"):
+            found, expected = getattr(happened, name), getattr(other, name)
+            assert (found is None) == (expected is None) == (preset == "fast" and name in ("dense", "exchanged"))
+            if found is not None:
+                # Against the dense model's outputs an error is a small difference of terms as large as their energy.
+                np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-5 * happened.energy.max())
+        assert happened.after.sum() < happened.before.sum()
 
 
 @pytest.mark.parametrize("solver", [CG(), MPAX()], ids=["cg", "mpax"])

@@ -16,7 +16,7 @@ PATTERNS = [
     NM(2, 4),
     NM(4, 8),
     NM(6, 8),
-    NM(2, 4, stride=4),
+    NM(2, 4, stride=8),
 ]
 """What contracts of selectors and solvers hold for: the patterns of the paper's tables, both comparison groups, 6:8, and groups whose
 inputs lie apart."""
