@@ -99,8 +99,7 @@ def dense_first(config: Any) -> tuple[bool, ...]:
 
 def read_mixture(config: Any, mixed: tuple[bool, ...], groups: Groups | None = None) -> dict[str, Any]:
     """The settings of the mixtures, as arguments of :class:`~optima_tpu.models.experts.Config`."""
-    if config.num_experts_per_tok is None:
-        raise UserError("expected num_experts_per_tok in config.json, got none: check the file")
+    experts.check_given(config, "num_experts_per_tok", "moe_intermediate_size")
     if not config.n_shared_experts:
         raise UserError(f"expected n_shared_experts of at least 1, got {config.n_shared_experts}: not supported")
     return dict(

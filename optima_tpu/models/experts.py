@@ -24,14 +24,19 @@ from optima_tpu.errors import UserError
 from optima_tpu.models import llama
 from optima_tpu.models.family import Family, Residual
 from optima_tpu.models.grouped import Stretches, grouped_dot
-from optima_tpu.models.layers import GatedMLP, Linear
+from optima_tpu.models.layers import ACTIVATIONS, GatedMLP, Linear
 from optima_tpu.models.routers import GroupRouter, Groups, Router
 from optima_tpu.runtime.mesh import DATA, MODEL, divisible
 
 
-def gated(gate: Array, up: Array) -> Array:
-    """The neurons of an expert."""
-    return jax.nn.silu(gate) * up
+@dataclasses.dataclass(frozen=True)
+class Gated:
+    """``activation(gate) * up``, the neurons of an expert; the activation is named as in ``ACTIVATIONS``."""
+
+    activation: str = "silu"
+
+    def __call__(self, gate: Array, up: Array) -> Array:
+        return ACTIVATIONS[self.activation](gate) * up
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,7 +64,7 @@ class Config(llama.Config):
     mixed: tuple[bool, ...] = ()
     mlp_width: int = 0
     share_first: bool = False
-    neurons: Callable[..., Array] = gated
+    neurons: Callable[..., Array] = Gated()
 
     def __post_init__(self) -> None:
         groups = self.groups or Groups()
@@ -93,7 +98,7 @@ class Layout:
     """How a family's checkpoint names the parts of a mixture.
 
     Attributes:
-      mlp: the mixture's name in a block.
+      mlp: the mixture's name in a block; empty if its parts stand in the block itself.
       router: the router's name in the mixture.
       wide: the names of gate and up in an expert, or the name of the one layer that is both.
       narrow: the name of down.
@@ -116,7 +121,7 @@ class Layout:
     @property
     def layers(self) -> tuple[str, ...]:
         """The layers of all experts, by their path in the block."""
-        return tuple(f"{self.mlp}.experts.*.{name}" for name in (*self.wide, self.narrow))
+        return tuple(".".join(filter(None, (self.mlp, "experts.*", name))) for name in (*self.wide, self.narrow))
 
     @property
     def shared_layers(self) -> tuple[str, ...]:
@@ -126,7 +131,7 @@ class Layout:
 
 def expert_of(name: str) -> int | None:
     """The number of the expert that a layer belongs to, 7 for "mlp.experts.7.up_proj"; None for another layer."""
-    found = re.search(r"\.experts\.(\d+)\.", name)
+    found = re.search(r"(?:^|\.)experts\.(\d+)\.", name)
     return int(found[1]) if found else None
 
 
@@ -194,6 +199,12 @@ def input_of(inputs: Mapping[str, Any], name: str) -> Array:
     return inputs[name] if expert is None else inputs[name].read_by(expert)
 
 
+def check_given(config: Any, *names: str) -> None:
+    """Raises UserError, by name, where one of these settings of a ``transformers`` configuration is null."""
+    if missing := [name for name in names if getattr(config, name) is None]:
+        raise UserError(f"expected {', '.join(missing)} in config.json, got none: check the file")
+
+
 def router(config: Config) -> nnx.Module:
     """The router of a mixture."""
     sizes = config.d_model, config.experts, config.experts_per_token, config.normalise
@@ -208,8 +219,8 @@ class Expert(nnx.Module):
             setattr(self, name, Linear(*sizes, bias=layout.bias))
 
 
-class Mixture(nnx.Module):
-    """The sum of the outputs of each token's experts, weighted by their shares, and the output of the shared expert.
+class Experts(nnx.Module):
+    """A router and its experts.
 
     Every layer of an expert sows the :class:`Routed` input that all experts read.
 
@@ -221,6 +232,28 @@ class Mixture(nnx.Module):
         self.layout, self.mesh, self.way = layout, None, _Way(config.neurons, config.share_first)
         setattr(self, layout.router, router(config))
         self.experts = nnx.List([Expert(config, layout) for _ in range(config.experts)])
+
+    def routed_output(self, x: Array, routed_by: Array | None = None) -> Array:
+        """The outputs of the experts of each token, weighted by their shares. The router reads ``x``, or what else is given."""
+        layout = self.layout
+        chosen, shares = getattr(self, layout.router)(x if routed_by is None else routed_by)
+        layers = [[getattr(expert, name) for expert in self.experts] for name in (*layout.wide, layout.narrow)]
+        weights = [jnp.stack([layer.weight[...] for layer in every]) for every in layers]
+        biases = [jnp.stack([layer.bias[...] for layer in every]) for every in layers if layout.bias]
+        spread = _Spread.of(self.mesh, len(x), weights[-1].shape[2])
+        output, rows, hidden = spread.run(self.way, x, _Sent(chosen, shares), weights, biases)
+        for every, read in zip(layers, (*(rows for _ in layout.wide), hidden)):
+            routed = Routed(read, chosen, len(self.experts), spread.slices)
+            for layer in every:
+                layer.sow(nnx.Intermediate, "x", routed)
+        return output
+
+
+class Mixture(Experts):
+    """What takes the place of an MLP: experts, and a shared expert whose output is added, if the configuration has one."""
+
+    def __init__(self, config: Config, layout: Layout, router: Callable[[Config], nnx.Module] = router):
+        super().__init__(config, layout, router)
         if config.shared_width:
             setattr(self, layout.shared, GatedMLP(config.d_model, config.shared_width, activation=config.activation))
 
@@ -232,21 +265,6 @@ class Mixture(nnx.Module):
     def shares(self) -> bool:
         """Whether there is a shared expert."""
         return hasattr(self, self.layout.shared)
-
-    def routed_output(self, x: Array) -> Array:
-        """What the experts of each token add."""
-        layout = self.layout
-        chosen, shares = getattr(self, layout.router)(x)
-        layers = [[getattr(expert, name) for expert in self.experts] for name in (*layout.wide, layout.narrow)]
-        weights = [jnp.stack([layer.weight[...] for layer in every]) for every in layers]
-        biases = [jnp.stack([layer.bias[...] for layer in every]) for every in layers if layout.bias]
-        spread = _Spread.of(self.mesh, len(x), weights[-1].shape[2])
-        output, rows, hidden = spread.run(self.way, x, _Sent(chosen, shares), weights, biases)
-        for every, read in zip(layers, (*(rows for _ in layout.wide), hidden)):
-            routed = Routed(read, chosen, len(self.experts), spread.slices)
-            for layer in every:
-                layer.sow(nnx.Intermediate, "x", routed)
-        return output
 
     def shared_output(self, x: Array) -> Array:
         """What the shared expert adds."""

@@ -19,11 +19,21 @@ from optima_tpu.models.layers import ACTIVATIONS, GatedMLP, ShiftedRMSNorm
 from optima_tpu.models.rope import Rope, RopeByBlock
 
 
-def _read(config: Any, setting: str, rope: Rope | RopeByBlock) -> llama.Config:
-    """``setting`` is the name of the activation."""
-    activation = getattr(config, setting)
+def read_activation(config: Any, setting: str = "hidden_activation") -> str:
+    """The activation, a name in ``ACTIVATIONS``.
+
+    Raises:
+      UserError: it is another one.
+    """
+    activation: str = getattr(config, setting)
     if activation not in ACTIVATIONS:
         raise UserError(f"expected {setting} {', '.join(ACTIVATIONS)}, got {activation!r}: not supported")
+    return activation
+
+
+def _read(config: Any, setting: str, rope: Rope | RopeByBlock) -> llama.Config:
+    """``setting`` is the name of the activation."""
+    activation = read_activation(config, setting)
     if getattr(config, "use_bidirectional_attention", None):
         raise UserError("expected use_bidirectional_attention false, got true: only causal models are supported")
     return llama.Config(
@@ -77,24 +87,34 @@ def embed(config: llama.Config, read: ReadTensor, tokens: Array | np.ndarray, pl
 
 
 class Block(nnx.Module):
-    """One decoder block: x [batch, length, d_model] to the same."""
+    """A block with four norms: x [batch, length, d_model] to the same."""
 
-    def __init__(self, config: llama.Config):
+    def __init__(self, config: llama.Config, attention: nnx.Module, mlp: nnx.Module):
         norm = functools.partial(config.norm, eps=config.eps)
         self.input_layernorm = norm(config.d_model)
-        self.self_attn = llama.rotary_attention(config)
+        self.self_attn = attention
         self.post_attention_layernorm = norm(config.d_model)
         self.pre_feedforward_layernorm = norm(config.d_model)
-        self.mlp = GatedMLP(config.d_model, config.d_ff, activation=config.activation)
+        self.mlp = mlp
         self.post_feedforward_layernorm = norm(config.d_model)
 
     def __call__(self, x: Array, positions: Positions) -> Array:
         x = x + self.post_attention_layernorm(self.self_attn(self.input_layernorm(x), positions))
-        return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
+        return x + self.post_feedforward_layernorm(self.behind_attention(x))
+
+    def behind_attention(self, x: Array) -> Array:
+        """What the last norm reads, from the residual stream x."""
+        output: Array = self.mlp(self.pre_feedforward_layernorm(x))
+        return output
+
+
+def block(config: llama.Config) -> Block:
+    """One decoder block of Gemma 2 or 3."""
+    return Block(config, llama.rotary_attention(config), GatedMLP(config.d_model, config.d_ff, activation=config.activation))
 
 
 GEMMA = dataclasses.replace(llama.FAMILY, read_config=read_gemma, embed=embed, needs_bos=True)
-GEMMA2 = dataclasses.replace(GEMMA, read_config=read_gemma2, block=Block, residuals={})  # a norm follows each sublayer
+GEMMA2 = dataclasses.replace(GEMMA, read_config=read_gemma2, block=block, residuals={})  # a norm follows each sublayer
 GEMMA3 = dataclasses.replace(GEMMA2, read_config=read_gemma3)
 GEMMA3_MULTIMODAL = dataclasses.replace(
     GEMMA3,

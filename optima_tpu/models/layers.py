@@ -202,7 +202,8 @@ class RotaryAttention(nnx.Module):
             self.sinks = nnx.Param(jnp.zeros((heads,)))
 
     def __call__(self, x: Array, positions: Positions) -> Array:
-        q, k, v = (split_heads(projection(x), self.head_dim) for projection in (self.q_proj, self.k_proj, self.v_proj))
+        q, k = (split_heads(projection(x), self.head_dim) for projection in (self.q_proj, self.k_proj))
+        v = self.values(x, k)
         if self.gated:
             q, gate = q[:, :, ::2], q[:, :, 1::2]
         q, k = self.turned(q, k, positions)
@@ -211,6 +212,10 @@ class RotaryAttention(nnx.Module):
         if self.gated:
             mixed = mixed * jax.nn.sigmoid(gate)
         return self.o_proj(mixed.reshape(*x.shape[:2], -1))
+
+    def values(self, x: Array, k: Array) -> Array:
+        """The values [batch, length, heads, head_dim] that belong to the keys ``k``, as they were projected."""
+        return split_heads(self.v_proj(x), self.head_dim)
 
     def turned(self, q: Array, k: Array, positions: Positions) -> tuple[Array, Array]:
         """Queries and keys [batch, length, heads, head_dim] as they are multiplied: normalised, then rotated."""

@@ -12,6 +12,7 @@ def read_config(config: Any) -> experts.Config:
     """From ``transformers.OlmoeConfig``. Raises UserError for a model that clips queries, keys and values."""
     if config.clip_qkv is not None:
         raise UserError(f"expected clip_qkv null, got {config.clip_qkv}: not supported")
+    experts.check_given(config, "num_experts")
     return experts.Config(
         **llama.read_sizes(config),
         rope=Rope.from_hf(config.rope_parameters),

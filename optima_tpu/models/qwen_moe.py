@@ -39,6 +39,7 @@ def _read(config: Any, **attention: Any) -> experts.Config:
 
 def read_mixture(config: Any) -> dict[str, Any]:
     """The sizes of the mixtures, as arguments of :class:`~optima_tpu.models.experts.Config`."""
+    experts.check_given(config, "num_experts", "moe_intermediate_size")
     return dict(d_ff=config.moe_intermediate_size, experts=config.num_experts, experts_per_token=config.num_experts_per_tok)
 
 

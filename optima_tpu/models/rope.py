@@ -53,6 +53,17 @@ class Llama3Scaling:
 
 
 @dataclasses.dataclass(frozen=True)
+class FirstFrequencies:
+    """The first frequencies of a whole head stay, the others are zero (``rope_type: proportional``).
+
+    Attributes:
+      share: the share of the frequencies that stay.
+    """
+
+    share: float
+
+
+@dataclasses.dataclass(frozen=True)
 class LongScaling:
     """LongRoPE (``rope_type: longrope``): every frequency is divided by its own factor, of which there are two sets.
 
@@ -117,13 +128,17 @@ class YarnScaling:
         return frequencies * (1 - ramp + ramp / self.factor)
 
 
+TYPES = ("default", "linear", "llama3", "yarn")
+"""The rope types that most families know."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Rope:
     """Rotary position embedding.
 
     Attributes:
       theta: base of the geometric sequence of frequencies.
-      factor: positions are divided by it (``rope_type: linear``); 1 for none.
+      factor: positions are divided by it (``rope_type: linear`` or ``proportional``); 1 for none.
       share: the share of a head's dimensions that are rotated, the first ones.
       scaling: scaling of single frequencies, or None.
     """
@@ -131,12 +146,10 @@ class Rope:
     theta: float
     factor: float = 1.0
     share: float = 1.0
-    scaling: Llama3Scaling | LongScaling | YarnScaling | None = None
+    scaling: FirstFrequencies | Llama3Scaling | LongScaling | YarnScaling | None = None
 
     @classmethod
-    def from_hf(
-        cls, parameters: Mapping, kinds: tuple[str, ...] = ("default", "linear", "llama3", "yarn"), partial: bool = False
-    ) -> "Rope":
+    def from_hf(cls, parameters: Mapping, kinds: tuple[str, ...] = TYPES, partial: bool = False) -> "Rope":
         """From ``config.rope_parameters``.
 
         Args:
@@ -152,12 +165,14 @@ class Rope:
             raise UserError(f"expected rope_type {' or '.join(kinds)}, got {kind!r}: this model is not supported yet")
         share = parameters.get("partial_rotary_factor")
         share = 1.0 if share is None else float(share)
-        if share != 1 and not partial:
+        if share != 1 and not partial and kind != "proportional":
             raise UserError(f"expected partial_rotary_factor 1 in this family, got {share:g}: not supported")
         needed = {"rope_theta", *_NEEDED.get(kind, ())}
         if missing := sorted(name for name in needed if parameters.get(name) is None):
             raise UserError(f"expected {', '.join(missing)} in the rope_parameters of config.json for rope_type {kind}, got none")
         theta = float(parameters["rope_theta"])
+        if kind == "proportional":
+            return cls(theta, factor=float(parameters.get("factor") or 1.0), scaling=FirstFrequencies(share))
         if kind == "linear":
             return cls(theta, factor=float(parameters["factor"]), share=share)
         if kind == "yarn":
@@ -201,6 +216,8 @@ class Rope:
         frequencies = 1.0 / self.theta ** (np.arange(0, size, 2, dtype=np.float64) / size)
         magnitude = 1.0
         match self.scaling:
+            case FirstFrequencies(share):
+                frequencies[int(share * size // 2) :] = 0
             case Llama3Scaling(factor, low, high, original):
                 # Fast frequencies stay, slow ones are divided by the factor, those between are blended by their wavelength.
                 turns = original * frequencies / (2 * math.pi)
@@ -222,11 +239,15 @@ class RopeByBlock(NamedTuple):
     ropes: tuple[Rope, ...]
 
     @classmethod
-    def from_hf(cls, parameters: Mapping[str, Mapping], kinds: Sequence[str]) -> "RopeByBlock":
-        """From ``config.rope_parameters`` and ``config.layer_types``, where the former has an entry for each of the latter."""
+    def from_hf(cls, parameters: Mapping[str, Mapping], kinds: Sequence[str], types: tuple[str, ...] = TYPES) -> "RopeByBlock":
+        """From ``config.rope_parameters`` and ``config.layer_types``, where the former has an entry for each of the latter.
+
+        Args:
+          types: the rope types that the family knows.
+        """
         if missing := sorted(set(kinds) - {kind for kind, given in parameters.items() if given}):
             raise UserError(f"expected {', '.join(missing)} in the rope_parameters of config.json, as in layer_types, got none")
-        ropes = {kind: Rope.from_hf(parameters[kind]) for kind in set(kinds)}
+        ropes = {kind: Rope.from_hf(parameters[kind], types) for kind in set(kinds)}
         return cls(tuple(ropes[kind] for kind in kinds))
 
     @classmethod

@@ -49,7 +49,7 @@ def linear_groups(decoder: Decoder) -> Groups:
 
     state = decoder.state({name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in decoder.block_shapes.items()})
     hidden = jax.ShapeDtypeStruct((1, 2, decoder.config.d_model), jnp.float32)
-    jax.eval_shape(trace, state, hidden, decoder.config.positions(0, 2))
+    jax.eval_shape(trace, state, hidden, decoder.config.positions(decoder.config.kind, 2))
     return found[0]
 
 

@@ -193,9 +193,10 @@ def read_config(config: bytes, where: str, dtype: str | None = None) -> tuple[Pr
         raise UserError(f"{where}: the weights are quantised ({method}): give the unquantised model")
     # Call this again, as transformers does when it builds the model: it moves settings that are beside rope_parameters into them.
     text = parsed.get_text_config()
-    # Again, since a configuration has some entries under several names.
-    found = {name: getattr(text, name) for name in DECIDING if hasattr(text, name)}
-    check_record(found, Declared, f"{where}: config.json", _CHECK)
+    # Again, since a configuration has some entries under several names, and others block by block.
+    for layer in text.per_layer_config if getattr(text, "is_heterogeneous", False) else [text]:
+        found = {name: getattr(layer, name) for name in DECIDING if hasattr(layer, name)}
+        check_record(found, Declared, f"{where}: config.json", _CHECK)
     if getattr(text, "rope_parameters", None):  # without any it would warn
         text.standardize_rope_params()
     return parsed, config

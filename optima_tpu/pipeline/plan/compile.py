@@ -127,7 +127,9 @@ def lower_calibration(
     parameters = {name: _parameter(decoder, name) for name in decoder.block_shapes}
     mesh, dtype = decoder.mesh, decoder.tensors.dtype(decoder.root + decoder.family.embedding)
     size, step = sequences_at_once(decoder, samples) * mesh.shape[DATA], CaptureStep.of(decoder, capture, kept)
-    positions = jax.tree.map(lambda array: struct_on(mesh, array.shape, array.dtype, P()), decoder.config.positions(0, length))
+    positions = jax.tree.map(
+        lambda array: struct_on(mesh, array.shape, array.dtype, P()), decoder.config.positions(decoder.config.kind, length)
+    )
 
     def entering(width: int) -> Array:
         return struct_on(mesh, (size, length, width), dtype, P(DATA))

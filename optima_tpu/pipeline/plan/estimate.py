@@ -182,7 +182,9 @@ def sequence_flops(model: Declared, length: int, wanted: Collection[str] | None 
         return output if wanted is None else [inputs[name] for name in wanted]
 
     kept = {name: array(decoder.input_width(name)) for name in known}
-    traced = jax.jit(through).trace(state, array(decoder.config.d_model), decoder.config.positions(0, length), kept)
+    traced = jax.jit(through).trace(
+        state, array(decoder.config.d_model), decoder.config.positions(decoder.config.kind, length), kept
+    )
     needed, _ = dce_jaxpr(traced.jaxpr.jaxpr, [True] * len(traced.jaxpr.out_avals))
     return _counted(traced.lower()) + _repeated(needed) + _expert_flops(decoder, length, wanted)
 
