@@ -78,7 +78,7 @@ class DenseTarget(Target):
     Attributes:
       alpha: the share: 0 aims at the layer's own outputs and only measures, 1 aims at the dense model's.
       gamma: layers that add to the residual stream also correct this share of the stream's drift. It has no effect in families
-        with a norm after these layers (Gemma 2 and 3, OLMo 2 and 3, GLM-4-0414, EXAONE 4), and none on routed experts.
+        with a norm after these layers (Gemma 2 to 4, OLMo 2 and 3, GLM-4-0414, EXAONE 4), and none on routed experts.
       weigh_tokens: for these layers, divide a token's squared error by the mean square of the dense model's stream after them, as
         the next norm does. Their reported errors are weighed too.
     """

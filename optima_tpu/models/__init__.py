@@ -11,6 +11,7 @@ from optima_tpu.models import (
     ernie4_5,
     exaone4,
     gemma,
+    gemma4,
     glm,
     glm4_moe,
     gpt_oss,
@@ -55,6 +56,10 @@ FAMILIES: Mapping[str, Mapping[str, Family]] = {
     "Gemma2ForCausalLM": {"gemma2": gemma.GEMMA2},
     "Gemma3ForCausalLM": {"gemma3_text": gemma.GEMMA3},
     "Gemma3ForConditionalGeneration": {"gemma3": gemma.GEMMA3_MULTIMODAL},
+    "Gemma4ForCausalLM": {"gemma4_text": gemma4.FAMILY},
+    "Gemma4ForConditionalGeneration": {"gemma4": gemma4.MULTIMODAL},
+    "Gemma4UnifiedForCausalLM": {"gemma4_unified_text": gemma4.FAMILY},
+    "Gemma4UnifiedForConditionalGeneration": {"gemma4_unified": gemma4.MULTIMODAL},
     "Olmo2ForCausalLM": {"olmo2": olmo2.OLMO2},
     "Olmo3ForCausalLM": {"olmo3": olmo2.OLMO3},
     "OlmoeForCausalLM": {"olmoe": olmoe.FAMILY},
@@ -84,12 +89,10 @@ FAMILIES: Mapping[str, Mapping[str, Family]] = {
 Both keys are needed: the architecture is what was trained, the model type is what transformers' Auto classes open.
 """
 
-_MORE = "later blocks read keys and values of earlier ones, and each block an embedding of its own"
-_WIDTHS = "heads of blocks with and without a window differ in width"
-REFUSED: Mapping[str, str] = {
-    **dict.fromkeys(("Gemma3nForCausalLM", "Gemma3nForConditionalGeneration"), f"{_MORE}, beside four residual streams"),
-    **dict.fromkeys(("Gemma4ForCausalLM", "Gemma4ForConditionalGeneration"), f"{_WIDTHS}; in some of these models {_MORE}"),
-}
+REFUSED: Mapping[str, str] = dict.fromkeys(
+    ("Gemma3nForCausalLM", "Gemma3nForConditionalGeneration"),
+    "later blocks read keys and values of earlier ones, and each block an embedding of its own, beside four residual streams",
+)
 """What does not fit in an architecture."""
 
 
@@ -97,7 +100,7 @@ def refuse_architecture(names: Iterable[str], model_type: str | None) -> None:
     """Raises UserError, with the reason, for the architectures in config.json that do not fit the interface of families."""
     if name := next((name for name in names if name in REFUSED), None):
         raise UserError(
-            "expected a model in which every block reads one residual stream and all blocks have the same shapes, got "
+            "expected a model in which every block reads one residual stream and nothing else, got "
             f"{name} (model_type {model_type}), where {REFUSED[name]}: not supported"
         )
 

@@ -84,6 +84,7 @@ def test_bfloat16_logits_agree_within_its_rounding(reference):
     [
         (RMSNorm, "llama.modeling_llama.LlamaRMSNorm"),
         (WideRMSNorm, "olmo2.modeling_olmo2.Olmo2RMSNorm"),
+        (WideRMSNorm, "gemma4.modeling_gemma4.Gemma4RMSNorm"),
         (ShiftedRMSNorm, "gemma2.modeling_gemma2.Gemma2RMSNorm"),
         (ShiftedLayerNorm, "nemotron.modeling_nemotron.NemotronLayerNorm1P"),
         (cohere.NORM, "cohere.modeling_cohere.CohereLayerNorm"),
@@ -116,7 +117,7 @@ def test_every_tensor_of_the_checkpoint_is_read_and_no_other(reference, settings
     matrices = {
         name
         for name in matrices
-        if not name.endswith((".gate.weight", "_gate.weight", "router.weight", "q_norm.weight", "k_norm.weight"))
+        if not name.endswith((".gate.weight", "_gate.weight", "q_norm.weight", "k_norm.weight")) and "router." not in name
     }
     assert {name + ".weight" for name in decoder.linears} == matrices
     assert all(decoder.sharding(name) != P() for name in matrices)
@@ -131,8 +132,9 @@ def test_blocks_that_predict_further_tokens_may_stand_behind_the_last_one():
         check_checkpoint(Decoder.open(config, tensors, mesh(1, 1)))
 
 
+SLOW = {"Qwen3NextForCausalLM", "Gemma4ForCausalLM"}
 WIRINGS = [
-    pytest.param(reference, marks=[pytest.mark.slow] * (reference.model == "Qwen3NextForCausalLM"), id=reference.model)
+    pytest.param(reference, marks=[pytest.mark.slow] * (reference.model in SLOW), id=reference.model)
     for reference in REFERENCES
     if not reference.relative
 ]
@@ -179,6 +181,7 @@ def test_an_unsupported_rope_type_is_refused_by_name():
     ("model", "setting", "value"),
     [
         ("LlamaForCausalLM", "hidden_act", "relu"),
+        ("LlamaForCausalLM", "per_layer_config", {0: dict(num_key_value_heads=6)}),
         ("Qwen2ForCausalLM", "layer_types", ["full_attention", "linear_attention"]),
         ("DeepseekV2ForCausalLM", "mlp_bias", True),
         ("DeepseekV2ForCausalLM", "topk_method", "noaux_tc"),
@@ -188,6 +191,11 @@ def test_an_unsupported_rope_type_is_refused_by_name():
         ("OlmoeForCausalLM", "clip_qkv", 8.0),
         ("Gemma3ForCausalLM", "attn_logit_softcapping", 50.0),
         ("Gemma2ForCausalLM", "hidden_activation", "mish"),
+        ("Gemma4ForCausalLM", "hidden_size_per_layer_input", 8),
+        ("Gemma4ForCausalLM", "num_kv_shared_layers", 1),
+        ("Gemma4ForCausalLM", "use_bidirectional_attention", "all"),
+        ("Gemma4ForCausalLM", "per_layer_config", {0: dict(intermediate_size=40)}),
+        ("Gemma4ForCausalLM", "top_k_experts", None),
         ("OPTForCausalLM", "activation_function", "mish"),
         ("Glm4MoeLiteForCausalLM", "mlp_layer_types", ["dense", "linear"]),
         ("GptOssForCausalLM", "layer_types", ["full_attention", "chunked_attention"]),

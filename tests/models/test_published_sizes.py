@@ -42,6 +42,15 @@ GEMMA3_1B = dict(
     sliding_window=512,
     sliding_window_pattern=6,
 )
+GEMMA4 = dict(attention_k_eq_v=True, hidden_size_per_layer_input=0, sliding_window=1024, final_logit_softcapping=30.0)
+GEMMA4_31B = GEMMA4 | dict(
+    hidden_size=5376,
+    intermediate_size=21504,
+    num_hidden_layers=60,
+    num_attention_heads=32,
+    num_key_value_heads=16,
+    num_global_key_value_heads=4,
+)
 LLAMA31_8B = dict(
     vocab_size=128_256,
     hidden_size=4096,
@@ -88,6 +97,7 @@ PUBLISHED = {
     "Qwen2.5-7B": ("Qwen2ForCausalLM", "Qwen2Config", QWEN25_7B, 7_615_616_512),
     "gemma-2-2b": ("Gemma2ForCausalLM", "Gemma2Config", GEMMA2_2B, 2_614_341_888),
     "gemma-3-1b": ("Gemma3ForCausalLM", "Gemma3TextConfig", GEMMA3_1B, 999_885_952),
+    "gemma-4-31B": ("Gemma4ForCausalLM", "Gemma4TextConfig", GEMMA4_31B, 30_697_345_340),
     "opt-125m": ("OPTForCausalLM", "OPTConfig", OPT_125M, 125_239_296),
     "opt-350m": ("OPTForCausalLM", "OPTConfig", OPT_350M, 331_196_416),
 }
@@ -103,11 +113,23 @@ DEEPSEEK_V2_LITE = dict(
     num_experts_per_tok=6,
     first_k_dense_replace=1,
 )
+GEMMA4_26B = GEMMA4 | dict(
+    hidden_size=2816,
+    intermediate_size=2112,
+    num_attention_heads=16,
+    num_key_value_heads=8,
+    num_global_key_value_heads=2,
+    enable_moe_block=True,
+    num_experts=128,
+    top_k_experts=8,
+    moe_intermediate_size=704,
+)
 GLM45_AIR = dict(attention_bias=True, head_dim=128)
 MIXTURES = {
     "gpt-oss-20b": ("GptOssForCausalLM", "GptOssConfig", GPT_OSS_20B, 20_914_757_184),
     "DeepSeek-V2-Lite": ("DeepseekV2ForCausalLM", "DeepseekV2Config", DEEPSEEK_V2_LITE, 15_706_484_224),
     "GLM-4.5-Air": ("Glm4MoeForCausalLM", "Glm4MoeConfig", GLM45_AIR, 106_852_251_264),
+    "gemma-4-26B-A4B": ("Gemma4ForCausalLM", "Gemma4TextConfig", GEMMA4_26B, 25_233_141_790),
     "Qwen3.5-35B-A3B": ("Qwen3_5MoeForCausalLM", "Qwen3_5MoeTextConfig", {}, 34_660_610_688),
     "Llama-4-Scout": ("Llama4ForCausalLM", "Llama4TextConfig", {}, 107_769_861_120),
 }

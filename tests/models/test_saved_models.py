@@ -80,6 +80,16 @@ def reverse(array: np.ndarray) -> np.ndarray:
             id="factor null",
         ),
         pytest.param(
+            "Gemma4ForCausalLM",
+            dict(enable_moe_block=False),
+            lambda record: record.update(
+                dict.fromkeys(("num_experts", "top_k_experts", "moe_intermediate_size")),
+                global_head_dim=record.pop("per_layer_config")["1"]["head_dim"],
+                num_global_key_value_heads=2,
+            ),
+            id="a Gemma 4 whose config.json is as it is published",
+        ),
+        pytest.param(
             "Gemma3ForConditionalGeneration",
             {},
             lambda record: record["text_config"].update(final_logit_softcapping=2.5),

@@ -101,7 +101,7 @@ def folder_of(path, family, change):
     return path
 
 
-OTHERS = ["DeepseekV3", "Glm4Moe", "GptOss", "Llama4", "Qwen3Next", "Qwen3_5"]
+OTHERS = ["DeepseekV3", "Gemma4", "Glm4Moe", "GptOss", "Llama4", "Qwen3Next", "Qwen3_5"]
 
 
 @pytest.mark.parametrize("family", ["Llama", *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)])

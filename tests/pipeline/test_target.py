@@ -137,7 +137,9 @@ def test_a_residual_stream_is_what_the_outputs_are_added_to(reference):
     config, _, tensors = tiny(reference, next(iter(reference.variants.values())))
     decoder = Decoder.open(config, tensors, mesh(1, 1))
     residuals = decoder.family.residuals
-    between = any(name in reference.model for name in ("Gemma2", "Gemma3", "Olmo2", "Olmo3", "Glm4For", "Exaone4"))  # norms
+    between = any(
+        name in reference.model for name in ("Gemma2", "Gemma3", "Gemma4", "Olmo2", "Olmo3", "Glm4For", "Exaone4")
+    )  # norms
     assert bool(residuals) != between
     x = np.random.default_rng(0).standard_normal((2, 9, decoder.config.d_model)).astype(np.float32)
     for kind in decoder.config.kinds:

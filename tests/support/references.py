@@ -70,6 +70,18 @@ LLAMA4 = BASE | dict(
     floor_scale=10,
     rope_parameters=LLAMA3,
 )
+GEMMA4 = BASE | dict(
+    head_dim=12,
+    global_head_dim=16,
+    num_global_key_value_heads=2,
+    attention_k_eq_v=True,
+    hidden_size_per_layer_input=0,
+    layer_types=["sliding_attention", "full_attention"],
+    sliding_window=7,
+    final_logit_softcapping=2.5,
+    tie_word_embeddings=True,
+)
+GEMMA4_MIXTURE = dict(enable_moe_block=True, num_experts=5, top_k_experts=2, moe_intermediate_size=24)
 DELTA = dict(
     head_dim=8,
     layer_types=["linear_attention", "full_attention"],
@@ -219,6 +231,27 @@ REFERENCES = [
             "no window": dict(layer_types=["full_attention"] * 3),
         },
         relative=True,
+    ),
+    Reference(
+        "Gemma4ForCausalLM",
+        "Gemma4TextConfig",
+        GEMMA4 | GEMMA4_MIXTURE,
+        {
+            "mixture": {},
+            "dense": dict(enable_moe_block=False),
+            "values, biases": dict(
+                enable_moe_block=False, attention_k_eq_v=False, attention_bias=True, tie_word_embeddings=False
+            ),
+            "no window first": dict(
+                num_hidden_layers=3,
+                enable_moe_block=False,
+                layer_types=["full_attention", "sliding_attention", "full_attention"],
+                rope_parameters=dict(
+                    full_attention=dict(rope_type="proportional", rope_theta=100.0, partial_rotary_factor=0.5, factor=2.0),
+                    sliding_attention=LINEAR,
+                ),
+            ),
+        },
     ),
     Reference(
         "Olmo2ForCausalLM",
@@ -473,7 +506,7 @@ REFERENCES = [
 ]
 
 
-MIXTURES = tuple(reference.model for reference in REFERENCES if reference.base.get("num_experts_per_tok"))
+MIXTURES = tuple(reference.model for reference in REFERENCES if {"num_experts_per_tok", "top_k_experts"} & set(reference.base))
 """The models of mixtures of experts."""
 
 
@@ -486,7 +519,7 @@ def tiny(reference: Reference, settings: dict, dtype=torch.float32):
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
         for name, buffer in model.named_buffers():
-            if name.endswith("e_score_correction_bias"):
+            if name.endswith(("e_score_correction_bias", "layer_scalar")):
                 buffer.add_(0.1 * torch.randn_like(buffer))
     tensors = {
         name: value.float().numpy().astype(jax.numpy.dtype(str(dtype).removeprefix("torch.")))
@@ -544,6 +577,25 @@ QWEN_IMAGES = Reference(
     {"text half": {}},
     relative=True,
 )
+GEMMA4_IMAGES = Reference(
+    "Gemma4ForConditionalGeneration",
+    "Gemma4Config",
+    dict(
+        text_config=GEMMA4 | dict(vocab_size=258, use_bidirectional_attention="vision"),
+        vision_config=dict(
+            hidden_size=16,
+            intermediate_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            head_dim=8,
+            patch_size=4,
+            position_embedding_size=16,
+        ),
+    ),
+    {"text half": {}},
+    relative=True,
+)
 LLAMA_IMAGES = Reference(
     "Llama4ForConditionalGeneration",
     "Llama4Config",
@@ -564,7 +616,18 @@ LLAMA_IMAGES = Reference(
     {"text half": {}},
     relative=True,
 )
-BESIDE_IMAGES = (MULTIMODAL, QWEN_IMAGES, LLAMA_IMAGES)
+GEMMA4_UNIFIED = Reference(
+    "Gemma4UnifiedForConditionalGeneration",
+    "Gemma4UnifiedConfig",
+    dict(
+        text_config={name: value for name, value in GEMMA4.items() if "per_layer" not in name} | dict(vocab_size=258),
+        vision_config=dict(patch_size=4, mm_embed_dim=16, mm_posemb_size=16, output_proj_dims=16),
+        audio_config=dict(audio_embed_dim=16),
+    ),
+    {"text half": {}},
+    relative=True,
+)
+BESIDE_IMAGES = (MULTIMODAL, GEMMA4_IMAGES, GEMMA4_UNIFIED, QWEN_IMAGES, LLAMA_IMAGES)
 """Checkpoints of which the text half is pruned."""
 
 

@@ -27,7 +27,7 @@ class Declared(TypedDict, total=False):
     ffn_dim: _Width
     word_embed_proj_dim: _Width
     intermediate_size_mlp: _Width
-    moe_intermediate_size: _Width
+    moe_intermediate_size: _Width | None
     shared_expert_intermediate_size: _Width
     q_lora_rank: _Width | None
     kv_lora_rank: _Width
@@ -37,12 +37,19 @@ class Declared(TypedDict, total=False):
     num_attention_heads: _Heads
     num_key_value_heads: _Heads | None
     head_dim: _Heads | None
+    global_head_dim: _Heads | None
+    num_global_key_value_heads: _Heads | None
+    attention_k_eq_v: bool
+    hidden_size_per_layer_input: _Length | None
+    num_kv_shared_layers: _Length
     linear_num_value_heads: _Heads
     linear_num_key_heads: _Heads
     linear_value_head_dim: _Heads
     linear_key_head_dim: _Heads
     linear_conv_kernel_dim: _Heads
-    num_experts: _Experts
+    num_experts: _Experts | None
+    enable_moe_block: bool
+    top_k_experts: _Experts | None
     num_local_experts: _Experts
     n_routed_experts: _Experts
     n_shared_experts: _Length | None

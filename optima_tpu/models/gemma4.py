@@ -1,0 +1,203 @@
+"""Gemma 4 (the text half of multimodal models): heads of two widths, keys that are values too, experts beside the MLPs.
+
+A block without a window has wider heads, and its key projection may give its values. Values are normalised as keys are, without a
+weight. In a mixture every block adds the outputs of an MLP and of experts, whose router reads the residual stream.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import transformers
+from flax import nnx
+from jax import Array
+from jax.sharding import PartitionSpec as P
+
+from optima_tpu.errors import UserError
+from optima_tpu.models import experts, gemma, llama
+from optima_tpu.models.family import Positions, Stack
+from optima_tpu.models.layers import GatedMLP, Linear, RotaryAttention, WideRMSNorm, over_rms, scaled
+from optima_tpu.models.rope import TYPES, RopeByBlock
+from optima_tpu.runtime.mesh import MODEL
+
+
+class Heads(NamedTuple):
+    """The heads of a block.
+
+    Attributes:
+      width: the width of a query, a key or a value.
+      kv: number of keys and of values.
+      keys_are_values: whether the key projection gives the values too.
+    """
+
+    width: int
+    kv: int
+    keys_are_values: bool
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(experts.Config):
+    """The settings of the blocks; ``d_ff`` is the width of an expert, ``head_dim`` and ``kv_heads`` are those of the last block.
+
+    Attributes:
+      all_heads: the heads of every block.
+    """
+
+    all_heads: tuple[Heads, ...]
+
+    @property
+    def block_layers(self) -> Sequence[object]:
+        return self.all_heads
+
+    def positions(self, index: int, length: int) -> Positions:
+        tables = self.rope.of(index).tables(length, self.all_heads[index].width)
+        return Positions(*tables, llama.window_at(self.windows, index, length))
+
+
+def read_config(config: Any) -> Config:
+    """From ``transformers.Gemma4TextConfig``. Raises UserError, by name, for a setting that is not supported."""
+    _check(config)
+    activation, windowed = gemma.read_activation(config), llama.windows_by_type(config)
+    sizes = [llama.named_sizes(layer) for layer in config.per_layer_config]
+    shared = llama.by_type(config, {"full_attention": config.attention_k_eq_v, "sliding_attention": False})
+    mixture: dict[str, Any] = dict(experts=0, experts_per_token=0)
+    if getattr(config, "enable_moe_block", False):  # the model that reads images without a tower, 12B, has no such setting
+        experts.check_given(config, "num_experts", "top_k_experts", "moe_intermediate_size")
+        mixture = dict(experts=config.num_experts, experts_per_token=config.top_k_experts, d_ff=config.moe_intermediate_size)
+    return Config(
+        **sizes[-1] | mixture,
+        all_heads=tuple(Heads(each["head_dim"], each["kv_heads"], both) for each, both in zip(sizes, shared, strict=True)),
+        rope=RopeByBlock.from_hf(config.rope_parameters, config.layer_types, (*TYPES, "proportional")),
+        activation=activation,
+        neurons=experts.Gated(activation),
+        windows=windowed,
+        qkv_bias=config.attention_bias,
+        o_bias=config.attention_bias,
+        norm=WideRMSNorm,
+        logit_cap=config.final_logit_softcapping,
+        mlp_width=config.intermediate_size,
+        normalise=True,
+    )
+
+
+def _check(config: Any) -> None:
+    """Raises UserError for what a block that reads one residual stream cannot compute."""
+    if not hasattr(config, "per_layer_config"):
+        raise UserError(
+            f"expected transformers 5.15 or newer for a Gemma 4, got {transformers.__version__}: pip install -U transformers"
+        )
+    embedding, sharing = getattr(config, "hidden_size_per_layer_input", 0), config.num_kv_shared_layers
+    if embedding or sharing:
+        raise UserError(
+            f"expected hidden_size_per_layer_input 0 and num_kv_shared_layers 0, as in 12B, 26B-A4B and 31B, got {embedding} and "
+            f"{sharing}, with which blocks read embeddings of their own, and keys and values of earlier blocks: not supported"
+        )
+    if strange := sorted(set(config.per_layer_attributes or ()) - {"head_dim", "num_key_value_heads"}):
+        raise UserError(
+            f"expected head_dim and num_key_value_heads alone in per_layer_config, got {', '.join(strange)}: not supported"
+        )
+    if config.use_bidirectional_attention == "all":
+        raise UserError("expected use_bidirectional_attention vision or null, got 'all': only causal models are supported")
+
+
+class Attention(RotaryAttention):
+    """Attention whose values are normalised as its keys are, without a weight."""
+
+    def __init__(self, config: Config):
+        width, kv_heads, keys_are_values = config.all_heads[config.kind]
+        super().__init__(
+            config.d_model,
+            config.heads,
+            kv_heads,
+            width,
+            qkv_bias=config.qkv_bias,
+            o_bias=config.o_bias,
+            norm=functools.partial(config.norm, eps=config.eps),
+            scale=1.0,
+        )
+        self.eps = config.eps
+        if keys_are_values:
+            del self.v_proj
+
+    def values(self, x: Array, k: Array) -> Array:
+        v = super().values(x, k) if hasattr(self, "v_proj") else k
+        return over_rms(v, self.eps).astype(v.dtype)
+
+
+class Router(nnx.Module):
+    """The experts with the largest softmax, whose sum is scaled to one; then each expert has a factor of its own.
+
+    It reads the residual stream, normalised, times a factor of each channel. Rounded where the reference rounds.
+    """
+
+    def __init__(self, config: experts.Config):
+        self.proj = Linear(config.d_model, config.experts)
+        self.scale, self.per_expert_scale = nnx.Param(jnp.ones((config.d_model,))), nnx.Param(jnp.ones((config.experts,)))
+        self.few, self.eps = config.experts_per_token, config.eps
+
+    def __call__(self, x: Array) -> tuple[Array, Array]:
+        normed = over_rms(x, self.eps).astype(x.dtype) * self.scale[...].astype(x.dtype)
+        logits = self.proj(jnp.asarray(scaled(normed, x.shape[-1] ** -0.5)))
+        values, chosen = jax.lax.top_k(jax.nn.softmax(logits.astype(jnp.float32), axis=-1), self.few)
+        shares = values / jnp.sum(values, axis=-1, keepdims=True)
+        return chosen, shares * self.per_expert_scale[...].astype(jnp.float32)[chosen]
+
+
+LAYOUT = experts.Layout(mlp="", router="router")
+
+
+class Block(gemma.Block):
+    """A block of Gemma 2 with the attention of Gemma 4, whose output is multiplied by a number."""
+
+    def __init__(self, config: Config):
+        super().__init__(config, Attention(config), GatedMLP(config.d_model, config.mlp_width, activation=config.activation))
+        self.layer_scalar = nnx.Param(jnp.ones((1,)))
+
+    def __call__(self, x: Array, positions: Positions) -> Array:
+        return super().__call__(x, positions) * self.layer_scalar[...].astype(x.dtype)
+
+
+class MixedBlock(Block, experts.Experts):
+    """A block that adds the output of experts to that of its MLP; router and experts stand in the block itself."""
+
+    def __init__(self, config: Config):
+        Block.__init__(self, config)
+        experts.Experts.__init__(self, config, LAYOUT, Router)
+        norm = functools.partial(config.norm, config.d_model, eps=config.eps)
+        self.post_feedforward_layernorm_1, self.post_feedforward_layernorm_2 = norm(), norm()
+        self.pre_feedforward_layernorm_2 = norm()
+
+    def behind_attention(self, x: Array) -> Array:
+        routed = self.routed_output(self.pre_feedforward_layernorm_2(x), routed_by=x)
+        return self.post_feedforward_layernorm_1(super().behind_attention(x)) + self.post_feedforward_layernorm_2(routed)
+
+
+def block(config: Config) -> Block:
+    """One decoder block."""
+    return MixedBlock(config) if config.experts else Block(config)
+
+
+*_WIDE, _NARROW = LAYOUT.layers
+FAMILY = dataclasses.replace(
+    gemma.GEMMA2,
+    read_config=read_config,
+    block=block,
+    linears=(*llama.LINEARS, *LAYOUT.layers),
+    sharding=llama.SHARDING | {name + ".weight": P(MODEL, None) for name in _WIDE} | {_NARROW + ".weight": P(None, MODEL)},
+    shared=tuple(_WIDE),
+    stacks={
+        "experts.gate_up_proj": Stack(tuple(name + ".weight" for name in _WIDE), turned=False),
+        "experts.down_proj": Stack((_NARROW + ".weight",), turned=False),
+    },
+)
+MULTIMODAL = dataclasses.replace(
+    FAMILY,
+    # tie_word_embeddings of the text is not read.
+    read_config=lambda config: dataclasses.replace(read_config(config.get_text_config()), tied=config.tie_word_embeddings),
+    roots=("model.language_model.",),
+    ignored={r"model\.(vision_|audio_|embed_vision|embed_audio).*": "for images and sound: text does not pass through it"},
+)
+"""The text half of the checkpoints that also read images or sound; the other half is exported unchanged."""
