@@ -64,7 +64,7 @@ def read_config(config: Any) -> Config:
     sizes = [llama.named_sizes(layer) for layer in config.per_layer_config]
     shared = llama.by_type(config, {"full_attention": config.attention_k_eq_v, "sliding_attention": False})
     mixture: dict[str, Any] = dict(experts=0, experts_per_token=0)
-    if getattr(config, "enable_moe_block", False):  # the model that reads images without a tower, 12B, has no such setting
+    if getattr(config, "enable_moe_block", False):  # 12B (gemma4_unified) has no such setting
         experts.check_given(config, "num_experts", "top_k_experts", "moe_intermediate_size")
         mixture = dict(experts=config.num_experts, experts_per_token=config.top_k_experts, d_ff=config.moe_intermediate_size)
     return Config(
@@ -99,8 +99,6 @@ def _check(config: Any) -> None:
         raise UserError(
             f"expected head_dim and num_key_value_heads alone in per_layer_config, got {', '.join(strange)}: not supported"
         )
-    if config.use_bidirectional_attention == "all":
-        raise UserError("expected use_bidirectional_attention vision or null, got 'all': only causal models are supported")
 
 
 class Attention(RotaryAttention):

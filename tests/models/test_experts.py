@@ -93,7 +93,7 @@ def test_a_mixture_and_its_gradients_are_those_of_the_dense_way(model, shape):
 def test_more_experts_for_a_token_than_there_are_is_refused(model):
     config, *_ = tiny(FEW[model], {})
     config.num_experts_per_tok = 6
-    with pytest.raises(UserError, match="num_experts_per_tok of at most the number of experts, got 6 and 5"):
+    with pytest.raises(UserError, match="num_experts_per_tok, or top_k_experts, of at most the number of experts, got 6 and 5"):
         family_of(config).read_config(config)
 
 

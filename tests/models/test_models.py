@@ -2,6 +2,7 @@
 
 import importlib
 import json
+from types import SimpleNamespace
 
 import jax.numpy as jnp
 import ml_dtypes
@@ -11,7 +12,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from optima_tpu.errors import UserError
-from optima_tpu.models import cohere, family_of
+from optima_tpu.models import cohere, family_of, gemma4
 from optima_tpu.models.check import check_checkpoint
 from optima_tpu.models.checkpoints.source import read_config
 from optima_tpu.models.decoder import Decoder
@@ -193,7 +194,6 @@ def test_an_unsupported_rope_type_is_refused_by_name():
         ("Gemma2ForCausalLM", "hidden_activation", "mish"),
         ("Gemma4ForCausalLM", "hidden_size_per_layer_input", 8),
         ("Gemma4ForCausalLM", "num_kv_shared_layers", 1),
-        ("Gemma4ForCausalLM", "use_bidirectional_attention", "all"),
         ("Gemma4ForCausalLM", "per_layer_config", {0: dict(intermediate_size=40)}),
         ("Gemma4ForCausalLM", "top_k_experts", None),
         ("OPTForCausalLM", "activation_function", "mish"),
@@ -214,6 +214,11 @@ def test_an_unsupported_setting_is_refused_by_name(model, setting, value):
     name = "partial_rotary_factor" if "partial_rotary_factor" in str(value) else setting
     with pytest.raises(UserError, match=name):
         family_of(config).read_config(config)
+
+
+def test_a_transformers_without_blocks_that_differ_is_refused_by_its_version():
+    with pytest.raises(UserError, match="^expected transformers 5.15 or newer for a Gemma 4, got [0-9.]+: pip install -U"):
+        gemma4.read_config(SimpleNamespace())
 
 
 def test_an_unsupported_architecture_lists_the_supported_ones():
