@@ -7,7 +7,7 @@ from optima_tpu.errors import UserError
 from optima_tpu.models.activations import Activations
 from optima_tpu.models.decoder import Decoder
 from optima_tpu.models.experts import input_of
-from optima_tpu.pipeline.calibrate import Capture, Stream, accumulate, linear_groups
+from optima_tpu.pipeline.calibrate import Capture, Stream, accumulate, groups_of_blocks, linear_groups
 from tests.support.meshes import mesh
 from tests.support.pruning import compiled_forward
 from tests.support.references import MIXTURES, REFERENCES, small, tiny
@@ -22,6 +22,15 @@ def test_layers_that_read_one_input_are_found():
         {"mlp.gate_proj", "mlp.up_proj"},
         {"mlp.down_proj"},
     ]
+
+
+def test_blocks_whose_heads_differ_in_width_have_groups_of_their_own():
+    """Where the first block has the wider heads, so that its rotary tables fit no other; its keys are its values."""
+    reference = next(reference for reference in REFERENCES if reference.model == "Gemma4ForCausalLM")
+    config, _, tensors = tiny(reference, reference.variants["no window first"])
+    found = groups_of_blocks(Decoder.open(config, tensors, mesh(1, 1)))
+    queries = [tuple(name.removeprefix("self_attn.") for name in groups[0]) for groups in found]
+    assert queries == [("q_proj", "k_proj"), ("q_proj", "k_proj", "v_proj"), ("q_proj", "k_proj")]
 
 
 @pytest.mark.parametrize(
