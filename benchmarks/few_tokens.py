@@ -1,25 +1,45 @@
-"""Experts that few tokens reach: the held-out error of their layers by how many tokens they borrow of the mean.
+"""Experts that few tokens reach: what they gain from tokens of the mean over all tokens (``borrow``), in a trained mixture.
 
-    python -m benchmarks.few_tokens --calibration.source file:c4.jsonl --evaluation.source pydoc
+    python -m benchmarks.mixture c4.jsonl mixture
+    python -m benchmarks.few_tokens mixture
+    python -m benchmarks.few_tokens mixture --pattern 2:4 --windows 16 --variant "--preset best"
 
-No small mixture with trained weights is at hand. So a block of a dense model stands in: its tokens are divided among experts as a
-router would, by the nearest of some centres of the MLP's inputs, two for each token, and every expert has the weights of the MLP's
-gate. For each number of calibration tokens, ``damping`` and ``borrow``, it prints the error on held-out tokens of the expert, averaged
-over experts of different popularity: half of every row pruned by Wanda's rule, kept weights at the optimum, in float64.
+Prunes the experts of the mixture block by block, as a run does, and leaves attention dense. For each variant it prints two tables.
+First, the loss of the pruned model on held-out documents, for each number of calibration windows and each draw. Second, by the number
+of calibration tokens that reached an expert, the error of its gate and up on the held-out tokens that reach it: with ``borrow 0``, and
+as a ratio to that for the others (geometric mean over experts, for each draw). With a dense-model target it is the error against the
+dense model.
 """
 
 import argparse
+import itertools
+import shlex
 from collections.abc import Sequence
+from typing import NamedTuple
 
-import jax
 import numpy as np
 
+from benchmarks.mixture import LENGTH
 from optima_tpu.config.parse import parse
-from optima_tpu.models.decoder import Decoder, forward
+from optima_tpu.config.run_config import RunConfig
+from optima_tpu.evaluate.perplexity import window_nll
+from optima_tpu.pipeline.calibrate import groups_of_blocks
 from optima_tpu.pipeline.sweep.runner import Shared
+from optima_tpu.pipeline.walk import Streams, Walk, prune_block
 
-BORROWS = (0, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1)
-TEXT = ["--calibration.samples", "56", "--calibration.length", "512", "--calibration.held_out", "0"]
+VARIANTS = ("--preset fast", "--preset fast --solver.damping 0.3", "--preset best")
+
+
+class Found(NamedTuple):
+    """Attributes:
+    loss: of the pruned model on held-out windows.
+    tokens: [matrices] int, calibration tokens that reached the expert of each gate and up.
+    errors: [matrices], held-out error of each; NaN where no held-out token reached it.
+    """
+
+    loss: float
+    tokens: np.ndarray
+    errors: np.ndarray
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -27,80 +47,78 @@ def main(argv: Sequence[str] | None = None) -> None:
         prog="python -m benchmarks.few_tokens",
         description=__doc__.split("\n\n")[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        epilog="Settings of a run may follow, as for optima_tpu.launch: model and text.",
     )
-    parser.add_argument("--block", type=int, default=8, help="index of the block")
-    parser.add_argument("--experts", type=int, default=32, help="number of experts; each token has two")
-    parser.add_argument("--rows", type=int, default=32, help="rows of the layer")
-    parser.add_argument("--tokens", default="1024,4096,16384", help="numbers of calibration tokens; the last third is held out")
-    arguments, settings = parser.parse_known_args(argv)
-    config, shared = parse([*TEXT, *settings]), Shared()
-    decoder, ids = shared.model(config).decoder, shared.texts(config).calibration.ids
-    inputs, weight = block_inputs(decoder, ids, arguments.block)
-    weight, fitted = weight[: arguments.rows], len(inputs) * 2 // 3
-    route = router(inputs[:fitted], arguments.experts)
-    sent, held_out = route(inputs[:fitted]), route(inputs[fitted:])
-    for count in map(int, arguments.tokens.split(",")):
-        x = inputs[:count]
-        popular = np.argsort(np.bincount(sent[:count].ravel(), minlength=arguments.experts))
-        chosen = popular[np.linspace(arguments.experts // 10, arguments.experts - 3, 5).astype(int)]
-        mine = [x[(sent[:count] == expert).any(axis=1)] for expert in chosen]
-        unseen = [inputs[fitted:][(held_out == expert).any(axis=1)] for expert in chosen]
-        print(f"\n{count} tokens, experts of {', '.join(str(len(own)) for own in mine)} of them\n")
-        print(f"| damping | {' | '.join(f'borrow {borrow:.3g}' for borrow in BORROWS)} |\n|---|{'---|' * len(BORROWS)}")
-        for damping in (0.01, 0.1, 0.3):
-            errors = []
-            for borrow in BORROWS:
-                lent = borrow * x.shape[1] * (x.T @ x) / len(x)
-                pruned = [solved(weight, own.T @ own + lent, damping) for own in mine]
-                errors.append(np.mean([error(weight, other, rows) for other, rows in zip(pruned, unseen, strict=True)]))
-            print(f"| {damping} | {' | '.join(f'{100 * each:.2f}%' for each in errors)} |")
+    parser.add_argument("folder", help="what benchmarks.mixture wrote")
+    parser.add_argument("--pattern", default="0.5/row", help="pattern of the experts")
+    parser.add_argument("--borrow", default="0,0.03125,0.125,0.5,2", help="values that are compared; the first is the reference")
+    parser.add_argument("--windows", default="4,16,64", help=f"numbers of calibration windows of {LENGTH} tokens")
+    parser.add_argument("--seeds", default="0,1", help="draws of calibration windows")
+    parser.add_argument("--held-out", type=int, default=128, help="held-out windows")
+    parser.add_argument("--variant", action="append", metavar="SETTINGS", help="method settings of a run; repeatable")
+    arguments = parser.parse_args(argv)
+    shared, borrows = Shared(), arguments.borrow.split(",")
+    text = f"--calibration.source file:{arguments.folder}/calibration.jsonl --evaluation.source file:{arguments.folder}/held_out.jsonl"
+    text += f" --calibration.length {LENGTH} --calibration.held_out 0 --evaluation.windows {arguments.held_out}"
+    for variant in arguments.variant or VARIANTS:
+        found: dict[tuple[str, ...], Found] = {}
+        for key in itertools.product(arguments.windows.split(","), arguments.seeds.split(","), borrows):
+            settings = "--calibration.samples {} --calibration.seed {} --borrow {}".format(*key)
+            where = f"--model {arguments.folder}/model --pattern {arguments.pattern} --layers self_attn.*=dense"
+            found[key] = pruned(parse(shlex.split(f"{variant} {where} {text} {settings}")), shared)
+        print(f"\n`{variant} --pattern {arguments.pattern}`\n")
+        print_tables(found, borrows)
 
 
-def block_inputs(decoder: Decoder, ids: np.ndarray, block: int) -> tuple[np.ndarray, np.ndarray]:
-    """The inputs of the MLP of a block [tokens, d_model] and the weights of its gate, float64."""
-    hidden = decoder.embed(ids)
-    for index in range(block):
-        decoder.apply(index, decoder.load_block(index), hidden)
-    parameters, positions = decoder.load_block(block), decoder.positions(block, ids.shape[1])
-
-    @jax.jit
-    def read(x):
-        return forward(decoder.graph, decoder.state(parameters), x, positions)[1]["mlp.gate_proj"]
-
-    found = np.concatenate([np.asarray(read(batch.hidden))[batch.there] for batch in hidden.batches(decoder.batch)])
-    return found.reshape(-1, found.shape[-1]).astype(np.float64), np.asarray(parameters["mlp.gate_proj.weight"], np.float64)
-
-
-def router(inputs: np.ndarray, experts: int):
-    """Sends each token to two of the centres that k-means finds on the sphere, by their products."""
-    rng, middle = np.random.default_rng(0), inputs.mean(axis=0)
-    centred = inputs - middle
-    centres = centred[rng.choice(len(centred), experts, replace=False)]
-    for _ in range(12):
-        centres /= np.linalg.norm(centres, axis=1, keepdims=True)
-        nearest = np.argmax(centred @ centres.T, axis=1)
-        centres = np.stack(
-            [centred[nearest == each].mean(axis=0) if (nearest == each).any() else centres[each] for each in range(experts)]
-        )
-    centres /= np.linalg.norm(centres, axis=1, keepdims=True)
-    return lambda x: np.argsort(-(x - middle) @ centres.T, axis=1)[:, :2]
+def pruned(config: RunConfig, shared: Shared) -> Found:
+    """Prunes the mixture; the held-out windows of every layer are those of the evaluation text."""
+    decoder, texts, samples = shared.model(config).decoder, shared.texts(config), config.calibration.samples
+    tokens = np.concatenate([texts.calibration.ids, texts.evaluation.ids])
+    streams = Streams(*(decoder.embed(tokens) for _ in range(config.target.streams)))
+    walk, reports = Walk(decoder, config.recipe, groups_of_blocks(decoder), samples), []
+    for index in range(decoder.config.blocks):
+        layers = prune_block(walk, index, decoder.load_block(index), streams).layers
+        reports += [layer for layer in layers if layer.name.endswith(("gate_proj", "up_proj"))]
+    nll = window_nll(decoder, streams.pruned, tokens)[samples:]
+    errors = [layer.held_out_after if layer.dense_after is None else layer.dense_after for layer in reports]
+    return Found(
+        float(nll.sum()) / texts.evaluation.ids[:, 1:].size,
+        np.array([layer.tokens for layer in reports]),
+        np.array(errors, np.float64),
+    )
 
 
-def solved(weight: np.ndarray, hessian: np.ndarray, damping: float) -> np.ndarray:
-    """Half of every row by Wanda's rule, the others at the optimum of the damped objective."""
-    diagonal, found = np.diagonal(hessian), np.zeros_like(weight)
-    scores = np.abs(weight) * np.sqrt(diagonal)
-    keep = scores >= np.sort(scores, axis=1)[:, scores.shape[1] // 2, None]
-    matrix = hessian + np.diag(damping * diagonal + 1e-9 * diagonal.mean())
-    for row, dense, kept in zip(found, weight, keep):
-        row[kept] = dense[kept] + np.linalg.solve(matrix[np.ix_(kept, kept)], hessian[np.ix_(kept, ~kept)] @ dense[~kept])
-    return found
+def print_tables(found: dict[tuple[str, ...], Found], borrows: Sequence[str]) -> None:
+    """Prints the two tables described above, as Markdown."""
+    first, *others = borrows
+    windows, seeds = (list(dict.fromkeys(each)) for each in list(zip(*found))[:2])
+    print(f"| windows | {' | '.join(f'borrow {borrow}' for borrow in borrows)} |\n|---|{'---|' * len(borrows)}")
+    for count in windows:
+        losses = (", ".join(f"{found[count, seed, borrow].loss:.4f}" for seed in seeds) for borrow in borrows)
+        print(f"| {count} | {' | '.join(losses)} |")
+    print(f"\n| tokens | matrices | borrow {first} | {' | '.join(f'borrow {borrow}' for borrow in others)} |")
+    print(f"|---|---|---|{'---|' * len(others)}")
+    draws = [{borrow: _joined([found[count, seed, borrow] for count in windows]) for borrow in borrows} for seed in seeds]
+    edges = [0, 1, 32, 64, 128, 256, 512, 1024, 2048, max(max(each.tokens) for each in found.values()) + 1]
+    for low, high in itertools.pairwise(edges):
+        cells, counts = [], []
+        for draw in draws:
+            within = (low <= draw[first].tokens) & (draw[first].tokens < high)
+            within &= np.all([np.isfinite(each.errors) & (each.errors > 0) for each in draw.values()], axis=0)
+            logs = {borrow: np.log(each.errors[within]) for borrow, each in draw.items()}
+            cells.append([np.exp(np.mean(each - logs[first])) if each.size else np.nan for each in logs.values()])
+            cells[-1][0] = float(np.mean(draw[first].errors[within])) if within.any() else np.nan
+            counts.append(int(within.sum()))
+        if any(counts):
+            (reference, *ratios) = zip(*cells)
+            texts = [
+                ", ".join(f"{each:.2%}" for each in reference),
+                *(", ".join(f"{each:.3f}" for each in row) for row in ratios),
+            ]
+            print(f"| {low} to {high - 1} | {', '.join(map(str, counts))} | {' | '.join(texts)} |")
 
 
-def error(weight: np.ndarray, pruned: np.ndarray, rows: np.ndarray) -> float:
-    """Squared change of the outputs for some inputs, as a share of their energy."""
-    return float(np.sum((rows @ (weight - pruned).T) ** 2) / np.sum((rows @ weight.T) ** 2))
+def _joined(found: Sequence[Found]) -> Found:
+    return Found(0.0, *(np.concatenate(each) for each in list(zip(*found))[1:]))
 
 
 if __name__ == "__main__":
