@@ -13,6 +13,7 @@ dense model.
 
 import argparse
 import itertools
+import math
 import shlex
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -22,7 +23,7 @@ import numpy as np
 from benchmarks.mixture import LENGTH
 from optima_tpu.config.parse import parse
 from optima_tpu.config.run_config import RunConfig
-from optima_tpu.evaluate.perplexity import window_nll
+from optima_tpu.evaluate.perplexity import perplexity, window_nll
 from optima_tpu.pipeline.calibrate import groups_of_blocks
 from optima_tpu.pipeline.sweep.runner import Shared
 from optima_tpu.pipeline.walk import Streams, Walk, prune_block
@@ -64,8 +65,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         for key in itertools.product(arguments.windows.split(","), arguments.seeds.split(","), borrows):
             settings = "--calibration.samples {} --calibration.seed {} --borrow {}".format(*key)
             where = f"--model {arguments.folder}/model --pattern {arguments.pattern} --layers self_attn.*=dense"
-            found[key] = pruned(parse(shlex.split(f"{variant} {where} {text} {settings}")), shared)
-        print(f"\n`{variant} --pattern {arguments.pattern}`\n")
+            config = parse(shlex.split(f"{variant} {where} {text} {settings}"))
+            found[key] = pruned(config, shared)
+        dense = math.log(perplexity(shared.model(config).decoder, shared.texts(config).evaluation.ids))
+        print(f"\n`{variant} --pattern {arguments.pattern}`; the loss of the dense mixture is {dense:.4f}\n")
         print_tables(found, borrows)
 
 
