@@ -4,7 +4,8 @@
 
 Of every ten documents, eight train, one is for calibration and one is held out. Writes FOLDER/model, which ``transformers`` and
 ``optima prune`` load, FOLDER/calibration.jsonl and FOLDER/held_out.jsonl. Prints the loss on the held-out documents beside the loss
-of counted unigrams and bigrams, and how the held-out tokens are divided among the experts. One thread and fixed seeds.
+of counted unigrams and bigrams, and how the held-out tokens are divided among the experts. One thread and fixed seeds: the same
+weights each time.
 """
 
 import argparse
