@@ -43,8 +43,8 @@ from optima_tpu.runtime.signals import Stopped
 from tests.support.runs import SMALL, opened
 from tests.support.tiny_models import tiny_folder
 
-METHOD = KL(windows=16, passes=2, learning_rate=1e-3, checks=2)
-SPANS = Blocks(windows=16, passes=2, learning_rate=1e-3, span=2)
+METHOD = KL(windows=16, passes=2, batch=4, learning_rate=1e-3, norm_factor=20.0, checks=2)
+SPANS = Blocks(windows=16, passes=2, batch=4, learning_rate=1e-3, norm_factor=20.0, span=2)
 
 
 @pytest.fixture(scope="module", params=["float32", "bfloat16"])
@@ -343,7 +343,7 @@ def test_spans_that_were_stopped_end_with_the_same_bits_and_on_any_mesh_but_for_
 @in_float32
 def test_a_span_that_does_not_come_nearer_keeps_its_weights(pruned, windows, tmp_path):
     one = windows._replace(training=np.full_like(windows.training, 7))
-    outcome, journal = by_spans(pruned, one, tmp_path, (1, 1), Blocks(windows=16, learning_rate=0.3, checks=1, span=3))
+    outcome, journal = by_spans(pruned, one, tmp_path, (1, 1), Blocks(windows=16, batch=4, learning_rate=0.3, checks=1, span=3))
     (span,) = outcome.spans
     assert (
         span.kept == outcome.kept == 0 and outcome.after == outcome.before and span.checks[1].held_out > span.checks[0].held_out
@@ -385,12 +385,12 @@ def test_spans_take_the_memory_of_one_whatever_the_depth(pruned):
 
 
 def test_the_rates_rise_and_fall():
-    method = KL(windows=64, batch=4, warmup=3)
+    method = KL(windows=64, batch=4, learning_rate=1e-4, warmup=3)
     rates = [method.rate(step) for step in range(method.steps)]
     assert len(rates) == 16 and max(rates) == pytest.approx(1e-4) == rates[3]
     assert rates[:4] == sorted(rates[:4]) and rates[3:] == sorted(rates[3:], reverse=True) and min(rates) > 0
     assert method.check_steps() == (4, 8, 12, 16) and KL(windows=2).steps == 1 == KL(windows=2).check_steps()[0]
-    assert KL(windows=2).rate(0) == pytest.approx(1e-4)
+    assert KL(windows=2).rate(0) == pytest.approx(KL().learning_rate)
 
 
 @pytest.mark.parametrize(
