@@ -81,7 +81,8 @@ def model_card(
         "- `optima_tpu.json`: all settings of the recipe, and the sparsity and reconstruction error of every layer.\n"
         "- `pruning_masks.npz`: the masks. For each pruned matrix, `<name>` holds one bit per weight, packed by "
         "`numpy.packbits(keep, axis=1)` (1 = kept, first input in the highest bit), and `<name>.shape` holds "
-        "`[d_out, d_in]`; `optima_tpu.models.checkpoints.export.read_masks` reads them.\n",
+        "`[d_out, d_in]`; `optima_tpu.models.checkpoints.export.read_masks` reads them. A packed folder has them beside its weights, and "
+        "`optima unpack` writes this file.\n",
         f"Made by OPTIMA-TPU {sidecar['manifest'].get('code', '')}".rstrip() + ".\n",
     ]
     return "\n".join(parts)
