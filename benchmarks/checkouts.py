@@ -51,7 +51,7 @@ def block_seconds(folder: Path, settings: Sequence[str], skip: int, blocks: int)
         environment = os.environ | {"PYTHONPATH": str(folder), "PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1"}
         process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         assert process.stdout is not None
-        at, printed = dict[int, float](), []
+        at, printed = {-1: 0.0}, list[str]()
         try:
             for line in process.stdout:
                 printed.append(line)

@@ -49,8 +49,8 @@ class Distillation(abc.ABC):
       windows: number of training windows of calibration.length tokens, drawn in addition to the calibration windows. More tokens
         help most.
       passes: how often training reads each window. From the second pass on, the model begins to overfit the windows.
-      batch: windows in one step of Adam. From the same text, many small steps lower the held-out loss more than few large ones. Each
-        step takes at least one window for every device on the mesh's data axis; where there are fewer, devices wait.
+      batch: windows in one step of Adam. More steps from the same text lower the held-out loss more. On a mesh whose data axis has more
+        devices than this, some compute padding: take at least as many.
       learning_rate: the peak learning rate of kept weights. The learning rate rises over the first steps and then falls along a
         cosine.
       norm_factor: the learning rate of the norms' gains and of biases, as a multiple of learning_rate; 0 leaves them as they are.
@@ -87,7 +87,7 @@ class Distillation(abc.ABC):
             if getattr(self, name) < 1:
                 raise UserError(f"expected distill.{name} of at least 1, got {getattr(self, name)}")
         if not 0 < self.learning_rate <= 1:
-            raise UserError(f"expected distill.learning_rate above 0 and at most 1, got {self.learning_rate}; 1e-4 is usual")
+            raise UserError(f"expected distill.learning_rate above 0 and at most 1, got {self.learning_rate}; 7e-5 is usual")
         if self.norm_factor < 0 or self.warmup < 0:
             raise UserError(
                 f"expected distill.norm_factor and distill.warmup of at least 0, got {self.norm_factor} and {self.warmup}"

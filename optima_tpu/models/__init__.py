@@ -130,6 +130,10 @@ def family_of(config: Any) -> Family:
             f"expected the model_type {' or '.join(FAMILIES[name])} of a {name}, got {config.model_type!r}, as which "
             "transformers would open it: correct one of the two in config.json"
         )
-    if not getattr(config.get_text_config(), "is_causal", True):
+    family, text = FAMILIES[name][config.model_type], config.get_text_config()
+    if not getattr(text, "is_causal", True):
         raise UserError("expected is_causal true, got false: only causal models are supported")
-    return FAMILIES[name][config.model_type]
+    if strange := sorted(set(getattr(text, "per_layer_attributes", None) or ()) - family.by_block):
+        expected = f"{', '.join(sorted(family.by_block))} alone" if family.by_block else "nothing"
+        raise UserError(f"expected {expected} in the per_layer_config of a {name}, got {', '.join(strange)}: not supported")
+    return family

@@ -76,8 +76,8 @@ class Config(llama.Config):
             )
         if self.experts_per_token > (there := size * groups.chosen):
             raise UserError(
-                f"expected num_experts_per_tok, or top_k_experts, of at most the number of experts, got {self.experts_per_token} and {there} in "
-                "config.json: check the file"
+                "expected num_experts_per_tok, or top_k_experts, of at most the number of experts, got "
+                f"{self.experts_per_token} and {there} in config.json: check the file"
             )
 
     @property

@@ -162,6 +162,7 @@ class Family:
       exact: parameters of a block that ``--dtype`` leaves in the dtype in which they are stored, as ``transformers`` does.
       ignored: regular expression of a tensor's full name -> why a checkpoint may hold it although nothing reads it.
       needs_bos: whether every text must begin with the BOS token for the model to work.
+      by_block: the settings of a ``transformers`` configuration that may differ from block to block (its ``per_layer_config``).
     """
 
     read_config: Callable[[Any], DecoderConfig]
@@ -182,3 +183,4 @@ class Family:
     exact: tuple[str, ...] = ()
     ignored: Mapping[str, str] = dataclasses.field(default_factory=dict)
     needs_bos: bool = False
+    by_block: frozenset[str] = frozenset()

@@ -85,7 +85,7 @@ def read_config(config: Any) -> Config:
 
 def _check(config: Any) -> None:
     """Raises UserError for what a block that reads one residual stream cannot compute."""
-    if not hasattr(config, "per_layer_config"):
+    if getattr(config, "per_layer_config", None) is None:  # 5.14 has the name, and does not use it here
         raise UserError(
             f"expected transformers 5.15 or newer for a Gemma 4, got {transformers.__version__}: pip install -U transformers"
         )
@@ -94,10 +94,6 @@ def _check(config: Any) -> None:
         raise UserError(
             f"expected hidden_size_per_layer_input 0 and num_kv_shared_layers 0, as in 12B, 26B-A4B and 31B, got {embedding} and "
             f"{sharing}, with which blocks read embeddings of their own, and keys and values of earlier blocks: not supported"
-        )
-    if strange := sorted(set(config.per_layer_attributes or ()) - {"head_dim", "num_key_value_heads"}):
-        raise UserError(
-            f"expected head_dim and num_key_value_heads alone in per_layer_config, got {', '.join(strange)}: not supported"
         )
 
 
@@ -183,6 +179,7 @@ FAMILY = dataclasses.replace(
     gemma.GEMMA2,
     read_config=read_config,
     block=block,
+    by_block=frozenset({"head_dim", "num_key_value_heads"}),
     linears=(*llama.LINEARS, *LAYOUT.layers),
     sharding=llama.SHARDING | {name + ".weight": P(MODEL, None) for name in _WIDE} | {_NARROW + ".weight": P(None, MODEL)},
     shared=tuple(_WIDE),

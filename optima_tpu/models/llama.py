@@ -110,10 +110,8 @@ def named_sizes(config: Any, eps: str = "rms_norm_eps") -> dict[str, Any]:
       eps: the name of the norms' ``eps``.
 
     Raises:
-      UserError: the numbers of heads do not fit one another or the width, or differ from block to block.
+      UserError: the numbers of heads do not fit one another or the width.
     """
-    if getattr(config, "is_heterogeneous", False):
-        raise UserError(f"expected blocks of the same sizes in a {config.model_type} model, got per_layer_config: not supported")
     heads = config.num_attention_heads
     kv_heads = heads if config.num_key_value_heads is None else config.num_key_value_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads

@@ -183,6 +183,8 @@ def test_an_unsupported_rope_type_is_refused_by_name():
     [
         ("LlamaForCausalLM", "hidden_act", "relu"),
         ("LlamaForCausalLM", "per_layer_config", {0: dict(num_key_value_heads=6)}),
+        ("LlamaForCausalLM", "per_layer_config", {0: dict(hidden_act="relu")}),
+        ("OPTForCausalLM", "per_layer_config", {0: dict(ffn_dim=20)}),
         ("Qwen2ForCausalLM", "layer_types", ["full_attention", "linear_attention"]),
         ("DeepseekV2ForCausalLM", "mlp_bias", True),
         ("DeepseekV2ForCausalLM", "topk_method", "noaux_tc"),
@@ -195,6 +197,7 @@ def test_an_unsupported_rope_type_is_refused_by_name():
         ("Gemma4ForCausalLM", "hidden_size_per_layer_input", 8),
         ("Gemma4ForCausalLM", "num_kv_shared_layers", 1),
         ("Gemma4ForCausalLM", "per_layer_config", {0: dict(intermediate_size=40)}),
+        ("Gemma4ForCausalLM", "per_layer_config", {0: dict(head_dim=16, num_kv_shared_layers=1)}),
         ("Gemma4ForCausalLM", "top_k_experts", None),
         ("OPTForCausalLM", "activation_function", "mish"),
         ("Glm4MoeLiteForCausalLM", "mlp_layer_types", ["dense", "linear"]),
@@ -218,7 +221,7 @@ def test_an_unsupported_setting_is_refused_by_name(model, setting, value):
 
 def test_a_transformers_without_blocks_that_differ_is_refused_by_its_version():
     with pytest.raises(UserError, match="^expected transformers 5.15 or newer for a Gemma 4, got [0-9.]+: pip install -U"):
-        gemma4.read_config(SimpleNamespace())
+        gemma4.read_config(SimpleNamespace(per_layer_config=None))
 
 
 def test_an_unsupported_architecture_lists_the_supported_ones():
