@@ -92,8 +92,8 @@ def _check(config: Any) -> None:
     embedding, sharing = getattr(config, "hidden_size_per_layer_input", 0), config.num_kv_shared_layers
     if embedding or sharing:
         raise UserError(
-            f"expected hidden_size_per_layer_input 0 and num_kv_shared_layers 0, as in 12B, 26B-A4B and 31B, got {embedding} and "
-            f"{sharing}, with which blocks read embeddings of their own, and keys and values of earlier blocks: not supported"
+            "expected hidden_size_per_layer_input 0 and num_kv_shared_layers 0, as in Gemma 4 12B, 26B-A4B and 31B, got "
+            f"{embedding} and {sharing}, as in E2B and E4B, whose blocks read more than the residual stream: not supported"
         )
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 
 from optima_tpu.method.layer_rules import kind_name
@@ -59,7 +60,10 @@ def print_summary(console: Console, report: Mapping[str, Any], directory: Path) 
     layers = all_layers(blocks)
     lines = ["Nobody measured the errors of the layers."]
     if measured(layers):
-        console.print(layer_table(blocks, solver), highlight=False)
+        table = layer_table(blocks, solver)
+        # Numbers that were cut would look whole: where the table is wider than the console, its lines are longer.
+        table.width = Measurement.get(console, console.options.update(max_width=1 << 10), table).maximum
+        console.print(table, highlight=False, crop=False)
         lines = [
             "Errors: squared change of a layer's output on the calibration text, in percent of the output's energy; mean over "
             "blocks."

@@ -229,11 +229,16 @@ def test_an_unsupported_architecture_lists_the_supported_ones():
         family_of(transformers.GPT2Config(architectures=["GPT2LMHeadModel"]))
 
 
-def test_an_architecture_that_does_not_fit_is_refused_with_the_reason():
-    config = dict(
-        architectures=["Gemma3nForConditionalGeneration"], model_type="gemma3n", text_config=dict(intermediate_size=[8])
-    )
-    with pytest.raises(UserError, match="Gemma3nForConditionalGeneration .model_type gemma3n., where later blocks read keys"):
+@pytest.mark.parametrize(
+    ("model", "model_type", "sizes"),
+    [
+        ("Gemma3nForConditionalGeneration", "gemma3n", dict(text_config=dict(intermediate_size=[8]))),
+        ("Gemma3nForCausalLM", "gemma3n_text", dict(intermediate_size=[8])),
+    ],
+)
+def test_an_architecture_that_does_not_fit_is_refused_with_the_reason(model, model_type, sizes):
+    config = dict(architectures=[model], model_type=model_type) | sizes
+    with pytest.raises(UserError, match=f"{model} .model_type {model_type}., where later blocks read keys"):
         read_config(json.dumps(config).encode(), "a model")
 
 

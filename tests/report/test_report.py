@@ -276,6 +276,14 @@ def test_the_summary_tells_errors_against_the_dense_model_where_there_are_some()
     assert "o_proj and down_proj: tokens weighed" in weighing and "weighed" not in printed(aiming)
 
 
+def test_a_narrow_console_cuts_no_number_of_the_summary():
+    def table(text):
+        return [line.split() for line in text.splitlines() if line.startswith(("layer", "q_proj", "down_proj"))]
+
+    narrow = printed(BLOCKS, width=30)
+    assert "…" not in narrow and table(narrow) == table(printed(BLOCKS, width=200))
+
+
 def test_the_summary_says_what_it_cost_what_was_unusual_and_where_it_is():
     text = printed(BLOCKS)
     rows = {line.split()[0]: line.split()[1:] for line in text.splitlines() if line}
