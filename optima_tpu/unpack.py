@@ -7,7 +7,7 @@ from optima_tpu.errors import UserError
 from optima_tpu.runtime.buckets import as_path, in_bucket
 from optima_tpu.runtime.checksums import write_sums
 from optima_tpu.runtime.command import guarded
-from optima_tpu.runtime.files import making, writing
+from optima_tpu.runtime.files import making, refuse_occupied, writing
 from optima_tpu.runtime.program import Parser, program
 
 
@@ -43,10 +43,7 @@ def unpack(packed: str | Path, out: str | Path) -> None:
     packed, out = as_path(packed), as_path(out).resolve()
     if remote := [path for path in (packed, out) if in_bucket(path)]:
         raise UserError(f"expected folders on a disk, got {remote[0]}: copy the packed folder to a disk and unpack it there")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(
-            f"expected a new or empty folder to unpack to, got {out}, which is {'not empty' if out.is_dir() else 'a file'}; choose another folder"
-        )
+    refuse_occupied(out, "unpack to")
     from optima_tpu.models.checkpoints.packed import Packed, PackedError  # imports transformers, which --help does not wait for
 
     with writing(out, "nothing was left there; make room or choose another folder, and repeat the command"):

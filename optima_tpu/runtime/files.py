@@ -226,6 +226,13 @@ def complete(path: Path) -> bool:
     return path.exists() and not (in_bucket(path) and path.with_name(path.name + PARTIAL).exists())
 
 
+def refuse_occupied(folder: Path, purpose: str) -> None:
+    """Raises UserError unless a folder is new or empty. ``purpose`` is what it is wanted for, "export to"."""
+    if complete(folder) and (not folder.is_dir() or any(folder.iterdir())):
+        what = "not empty" if folder.is_dir() else "a file"
+        raise UserError(f"expected a new or empty folder to {purpose}, got {folder}, which is {what}; choose another folder")
+
+
 def remove(path: Path) -> None:
     """Removes a file, or a folder with everything in it, if it is there."""
     if in_bucket(path):

@@ -29,7 +29,7 @@ from optima_tpu.report.model_card import HUB_ID, model_card
 from optima_tpu.report.run_record import Manifest, read_run
 from optima_tpu.runtime.buckets import as_path, in_bucket
 from optima_tpu.runtime.checksums import ALL, changes, damage, known, refuse_changed, write_sums
-from optima_tpu.runtime.files import complete, files_in, making, remove, writing
+from optima_tpu.runtime.files import complete, files_in, making, refuse_occupied, remove, writing
 from optima_tpu.runtime.records import known_record, read_record
 
 SIDECAR = "optima_tpu.json"
@@ -81,10 +81,7 @@ def export(
     with writing(out, "nothing was left there; make room or choose another folder, and repeat the command"):
         if _is_damaged_export(out, run.source.run["manifest"], own=out.parent == directory):
             remove(out)
-        if complete(out) and any(out.iterdir()):
-            raise UserError(
-                f"expected a new or empty folder to export to, got {out}, which is {'not empty' if out.is_dir() else 'a file'}; choose another folder"
-            )
+        refuse_occupied(out, "export to")
         with making(out) as partial:
             for name, data in run.assets.items():
                 (partial / name).parent.mkdir(parents=True, exist_ok=True)
