@@ -400,7 +400,7 @@ def test_a_tensor_beyond_the_memory_is_refused_by_name(copy, monkeypatch):
     def full(*arguments):
         raise MemoryError
 
-    monkeypatch.setattr(packed, "_join", full)
+    monkeypatch.setattr(packed._Planes, "read", full)
     assert "weight unpacks to 384 bytes, more than this machine has room for" in refusal(copy)
 
 
@@ -489,7 +489,7 @@ def test_a_full_disk_leaves_nothing(run, small, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Packer, "finish", full)
-    monkeypatch.setattr(Packed, "read", full)
+    monkeypatch.setattr(Packed, "_parts", full)
     with pytest.raises(UserError, match="No space left on device; nothing was left there"):
         export(run, tmp_path / "out", form="packed")
     with pytest.raises(UserError, match="No space left on device; nothing was left there"):

@@ -46,6 +46,9 @@ _SPARSE_FROM = 1 / 16
 """Share of zeros from which the sparse encoding is tried on a tensor without a mask."""
 _MOST_ELEMENTS = 2**60  # numpy refuses shapes beyond, also those with a 0
 _LONG = 10**20  # as an offset it takes more room in a header than any real one
+_PIECE = 2**20
+"""Elements of a tensor that are coded or decoded at a time: their bytes, planes and mask stay in a processor's cache. In multiples
+of 8, so that a piece of a mask begins with a byte."""
 # Bytes of weights hardly ever repeat in longer pieces. A table of 64 entries that is searched for 7 equal bytes finds next to no
 # repetition, so zstd codes single bytes by their frequency: smaller than at any of its levels below 13, and as fast as level 1.
 _CODER = zstandard.ZstdCompressionParameters(strategy=zstandard.STRATEGY_FAST, hash_log=6, min_match=7, window_log=17)
@@ -86,7 +89,12 @@ class Tensor(NamedTuple):
     @property
     def width(self) -> int:
         """Bytes of an element; 1 for dtypes of less than a byte, which are treated as bytes."""
-        return max(1, BITS[self.dtype] // 8)
+        return _width(self.dtype)
+
+    @property
+    def count(self) -> int:
+        """Elements of that width."""
+        return self.nbytes // self.width
 
 
 class Span(NamedTuple):
@@ -143,14 +151,14 @@ class Packer:
             written: dict[str, Span] = {}
             begin = 0
             for tensor, span in spans.items():
-                raw = np.frombuffer(_read_at(source, 8 + len(header) + span.begin, span.end - span.begin), np.uint8)
-                encoding, parts = _encode(tensor, raw, span, (masks or {}).get(tensor))
+                raw = _Raw(source, 8 + len(header) + span.begin, span)
+                encoding, parts = _encode(tensor, raw, (masks or {}).get(tensor))
                 digest = hashlib.sha256()
                 for part in parts:
                     digest.update(part)
                     target.write(part)
                 record = Tensor(name, span.dtype, span.shape, encoding, tuple(map(len, parts)), digest.hexdigest())
-                if not np.array_equal(_decode(tensor, record, parts), raw):
+                if not all(map(np.array_equal, _decode(tensor, record, parts), raw.pieces())):
                     raise RuntimeError(f"{tensor} does not come back from its packed form")
                 self._tensors[tensor] = record
                 written[tensor] = _stored_as(record, begin)
@@ -251,8 +259,13 @@ class Packed:
         Raises:
           PackedError: the stored bytes are damaged. They are compared with their checksum before anything is decoded.
         """
+        tensor = self.tensors[name]
         with self._room_for(name):
-            return _decode(name, self.tensors[name], self._parts(name))
+            found, end = np.empty(tensor.nbytes, np.uint8), 0
+            for piece in _decode(name, tensor, self._parts(name)):
+                found[end : end + piece.nbytes] = piece.view(np.uint8)
+                end += piece.nbytes
+        return found
 
     def kept(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         """A tensor whose encoding is ``sparse``, before its zeros are put in.
@@ -265,8 +278,11 @@ class Packed:
           PackedError: as for :meth:`read`.
         """
         with self._room_for(name):
-            keep, elements = _kept(name, self.tensors[name], self._parts(name))
-        return keep.reshape(self.tensors[name].shape), elements
+            tensor, parts = self.tensors[name], self._parts(name)
+            bits = _decode_bits(name, tensor, parts[0])
+            elements = _Planes(name, parts[1:], _ones(bits), tensor.width).read(_ones(bits))
+            keep = np.unpackbits(bits, count=tensor.count).view(bool)
+        return keep.reshape(tensor.shape), elements
 
     @contextlib.contextmanager
     def _room_for(self, name: str) -> Iterator[None]:
@@ -280,7 +296,8 @@ class Packed:
     def mask(self, name: str) -> np.ndarray:
         """The mask of a pruned weight, bool of its shape, True where it was kept."""
         tensor = self.tensors[name]
-        return _decode_mask(name, tensor, self._parts(name)[0]).reshape(tensor.shape)
+        bits = _decode_bits(name, tensor, self._parts(name)[0])
+        return np.unpackbits(bits, count=tensor.count).view(bool).reshape(tensor.shape)
 
     def _parts(self, name: str) -> list[memoryview]:
         tensor = self.tensors[name]
@@ -343,7 +360,9 @@ class Packed:
             with (out / name).open("wb") as target:
                 target.write(struct.pack("<Q", len(header)) + header)
                 for tensor in self._layouts[name]:
-                    target.write(self.read(tensor).data)
+                    with self._room_for(tensor):
+                        for piece in _decode(tensor, self.tensors[tensor], self._parts(tensor)):
+                            target.write(piece.data)
         if self.masks:
             write_masks(out / MASKS, ((name, self.mask(name)) for name in self.masks))
 
@@ -367,88 +386,179 @@ def write_masks(path: Path, masks: Iterable[tuple[str, np.ndarray]]) -> None:
                     np.lib.format.write_array(file, array, allow_pickle=False)
 
 
-# The encodings of a tensor.
+# The encodings of a tensor. Nothing here holds more of a tensor than its stored parts, its mask as bits, and a piece.
 
 
-def _encode(name: str, raw: np.ndarray, span: Span, keep: np.ndarray | None) -> tuple[str, list[bytes | memoryview]]:
-    """The smallest encoding of a tensor's bytes, [nbytes] uint8; with a mask always ``sparse``."""
-    width = max(1, BITS[span.dtype] // 8)
-    elements = raw.view(f"<u{width}")
-    kept = elements != 0  # by the bits: -0.0 is kept
+class _Raw(NamedTuple):
+    """A tensor in an open safetensors file, from its byte ``begin`` on."""
+
+    file: BinaryIO
+    begin: int
+    span: Span
+
+    @property
+    def width(self) -> int:
+        return _width(self.span.dtype)
+
+    @property
+    def count(self) -> int:
+        return (self.span.end - self.span.begin) // self.width
+
+    def pieces(self) -> Iterator[np.ndarray]:
+        """Its elements as unsigned integers, [at most _PIECE] at a time."""
+        for begin in range(0, self.count, _PIECE):
+            size = min(_PIECE, self.count - begin) * self.width
+            yield np.frombuffer(_read_at(self.file, self.begin + begin * self.width, size), f"<u{self.width}")
+
+
+def _encode(name: str, raw: _Raw, keep: np.ndarray | None) -> tuple[str, list[bytes | bytearray]]:
+    """The smallest encoding of a tensor, and its parts; with a mask always ``sparse``."""
     if keep is not None:
-        if np.any(kept & ~keep.reshape(-1)):
-            raise PackedError(f"{name}: the mask prunes weights whose bits are not zero")
-        return SPARSE, _sparse(elements, keep.reshape(-1))
-    found: dict[str, list[bytes | memoryview]] = {PLAIN: [raw.data], PLANES: _planes(elements)}
-    if elements.size and 1 - kept.mean() >= _SPARSE_FROM:
-        found[SPARSE] = _sparse(elements, kept)
+        return SPARSE, _sparse(name, raw, int(np.count_nonzero(keep)), keep.reshape(-1))
+    kept = sum(int(np.count_nonzero(piece)) for piece in raw.pieces())  # by the bits: -0.0 is kept
+    found = {PLANES: _planes(raw.pieces(), raw.count, raw.width)}
+    if raw.count - kept >= _SPARSE_FROM * raw.count:
+        found[SPARSE] = _sparse(name, raw, kept, None)
     best = min(found, key=lambda encoding: sum(map(len, found[encoding])))
-    return best, found[best]
+    size = raw.span.end - raw.span.begin
+    return (best, found[best]) if sum(map(len, found[best])) < size else (PLAIN, [_read_at(raw.file, raw.begin, size)])
 
 
-def _sparse(elements: np.ndarray, keep: np.ndarray) -> list[bytes | memoryview]:
-    return [_compress(np.packbits(keep)), *_planes(np.compress(keep, elements))]
+def _sparse(name: str, raw: _Raw, kept: int, keep: np.ndarray | None) -> list[bytes | bytearray]:
+    """The mask and the planes of the ``kept`` elements: those of the mask ``keep`` [count], or those that are not zero."""
+    mask = _Frame((raw.count + 7) // 8)
+
+    def elements() -> Iterator[np.ndarray]:
+        for index, piece in enumerate(raw.pieces()):
+            here = piece != 0
+            if keep is not None:
+                filled, here = here, keep[index * _PIECE : (index + 1) * _PIECE]
+                if np.any(filled & ~here):
+                    raise PackedError(f"{name}: the mask prunes weights whose bits are not zero")
+            mask.add(np.packbits(here))
+            yield np.compress(here, piece)
+
+    planes = _planes(elements(), kept, raw.width)
+    return [mask.end(), *planes]
 
 
-def _planes(elements: np.ndarray) -> list[bytes | memoryview]:
-    """The highest byte of every element, then the next lower, each compressed by itself."""
-    width = elements.dtype.itemsize
-    table = elements.view(np.uint8).reshape(-1, width)
-    return [_compress(np.ascontiguousarray(table[:, byte])) for byte in reversed(range(width))]
+def _planes(pieces: Iterable[np.ndarray], count: int, width: int) -> list[bytes | bytearray]:
+    """The highest byte of each of ``count`` elements, then the next lower, each compressed by itself."""
+    frames = [_Frame(count) for _ in range(width)]
+    for piece in pieces:
+        table = piece.view(np.uint8).reshape(-1, width)
+        for frame, byte in zip(frames, reversed(range(width)), strict=True):
+            frame.add(np.ascontiguousarray(table[:, byte]))
+    return [frame.end() for frame in frames]
 
 
-def _decode(name: str, tensor: Tensor, parts: Sequence[bytes | memoryview]) -> np.ndarray:
-    """The bytes of a tensor, [nbytes] uint8, from its parts."""
-    if tensor.encoding == PLAIN:
-        return np.frombuffer(parts[0], np.uint8)
-    count = tensor.nbytes // tensor.width
-    if tensor.encoding == PLANES:
-        return _join(name, parts, count, tensor.width).reshape(-1)
-    keep, kept = _kept(name, tensor, parts)
-    elements = np.zeros(count, kept.dtype)
-    elements[np.flatnonzero(keep)] = kept  # ten times as fast as to assign by a bool mask
-    return elements.view(np.uint8)
-
-
-def _kept(name: str, tensor: Tensor, parts: Sequence[bytes | memoryview]) -> tuple[np.ndarray, np.ndarray]:
-    """The mask of a sparse tensor, [count] bool, and its kept elements, [kept] unsigned integers."""
-    keep = _decode_mask(name, tensor, parts[0])
-    table = _join(name, parts[1:], int(np.count_nonzero(keep)), tensor.width)
-    return keep, table.view(f"<u{tensor.width}")[:, 0]
-
-
-def _decode_mask(name: str, tensor: Tensor, part: bytes | memoryview) -> np.ndarray:
-    count = tensor.nbytes // tensor.width
-    packed = np.frombuffer(_decompress(name, part, (count + 7) // 8), np.uint8)
-    return np.unpackbits(packed, count=count).view(bool)
-
-
-def _join(name: str, planes: Sequence[bytes | memoryview], count: int, width: int) -> np.ndarray:
-    """Elements from their byte planes, [count, width] uint8, the lowest byte first."""
-    table = np.empty((count, width), np.uint8)
-    for byte, plane in zip(reversed(range(width)), planes, strict=True):
-        table[:, byte] = np.frombuffer(_decompress(name, plane, count), np.uint8)
-    return table
-
-
-def _compress(data: np.ndarray) -> bytes:
-    return zstandard.ZstdCompressor(compression_params=_CODER).compress(data.data) if data.size else b""
-
-
-def _decompress(name: str, data: bytes | memoryview, size: int) -> bytes:
-    """The ``size`` bytes in a zstd frame.
+def _decode(name: str, tensor: Tensor, parts: Sequence[bytes | memoryview | bytearray]) -> Iterator[np.ndarray]:
+    """The elements of a tensor as unsigned integers, [at most _PIECE] at a time, from its parts.
 
     Raises:
-      PackedError: the frame announces or holds another number of bytes. No more than ``size`` bytes are ever allocated.
+      PackedError: a part has another size than dtype, shape and mask give, or can't be decompressed.
     """
-    try:
-        # Before decompressing: zstandard allocates what the frame announces, and would ignore a limit.
-        announced = zstandard.frame_content_size(data) if len(data) else 0
-        if announced != size:
-            raise PackedError(f"{name}: expected {size:,} bytes from a part of the tensor, but it announces {announced:,}")
-        return zstandard.ZstdDecompressor().decompress(data, allow_extra_data=False) if size else b""
-    except zstandard.ZstdError as error:
-        raise PackedError(f"{name}: a part of the tensor can't be decompressed ({error})") from error
+    sizes = [(begin, min(_PIECE, tensor.count - begin)) for begin in range(0, tensor.count, _PIECE)]
+    if tensor.encoding == PLAIN:
+        elements = np.frombuffer(parts[0], f"<u{tensor.width}")
+        yield from (elements[begin : begin + size] for begin, size in sizes)
+    elif tensor.encoding == PLANES:
+        planes = _Planes(name, parts, tensor.count, tensor.width)
+        yield from (planes.read(size) for _, size in sizes)
+    else:
+        bits = _decode_bits(name, tensor, parts[0])
+        planes = _Planes(name, parts[1:], _ones(bits), tensor.width)
+        for begin, size in sizes:
+            keep = np.unpackbits(bits[begin // 8 : (begin + size + 7) // 8], count=size)
+            places = np.flatnonzero(keep)
+            elements = np.zeros(size, f"<u{tensor.width}")
+            elements[places] = planes.read(len(places))  # ten times as fast as to assign by a bool mask
+            yield elements
+
+
+def _decode_bits(name: str, tensor: Tensor, part: bytes | memoryview | bytearray) -> np.ndarray:
+    """The mask of a sparse tensor, [ceil(count / 8)] uint8, the first element in the highest bit."""
+    frame = _Unpacked(name, part, (tensor.count + 7) // 8)
+    return frame.read(frame.left)
+
+
+def _ones(bits: np.ndarray) -> int:
+    return sum(int(_ONES[bits[begin : begin + _PIECE]].sum()) for begin in range(0, len(bits), _PIECE))
+
+
+_ONES = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).sum(axis=1, dtype=np.int64)
+"""Number of ones in each byte."""
+
+
+class _Planes:
+    """Elements from their byte planes, piece by piece; ``count`` elements of ``width`` bytes in all."""
+
+    def __init__(self, name: str, parts: Sequence[bytes | memoryview | bytearray], count: int, width: int):
+        self._planes = [_Unpacked(name, part, count) for part in parts]
+        self._width = width
+
+    def read(self, count: int) -> np.ndarray:
+        """The next ``count`` elements, as unsigned integers."""
+        table = np.empty((count, self._width), np.uint8)
+        for byte, plane in zip(reversed(range(self._width)), self._planes, strict=True):
+            table[:, byte] = plane.read(count)
+        return table.view(f"<u{self._width}")[:, 0]
+
+
+class _Frame:
+    """Writes ``size`` bytes into a zstd frame, piece by piece; no bytes make no frame."""
+
+    def __init__(self, size: int):
+        self._coder = zstandard.ZstdCompressor(compression_params=_CODER).compressobj(size=size) if size else None
+        self._written = bytearray()
+
+    def add(self, piece: np.ndarray) -> None:
+        if self._coder is not None:
+            self._written += self._coder.compress(piece.data)
+
+    def end(self) -> bytearray:
+        if self._coder is not None:
+            self._written += self._coder.flush()
+        return self._written
+
+
+class _Unpacked:
+    """Reads the ``size`` bytes in a zstd frame, piece by piece.
+
+    Attributes:
+      left: how many are still to be read.
+
+    Raises:
+      PackedError: the frame announces or holds another number of bytes. No more than a piece is ever allocated.
+    """
+
+    def __init__(self, name: str, part: bytes | memoryview | bytearray, size: int):
+        self._name, self.left = name, size
+        with self._telling():
+            announced = zstandard.frame_content_size(part) if len(part) else 0
+            if announced != size:
+                raise PackedError(f"{name}: expected {size:,} bytes from a part of the tensor, but it announces {announced:,}")
+            self._stream = zstandard.ZstdDecompressor().stream_reader(part, read_across_frames=True)
+
+    def read(self, count: int) -> np.ndarray:
+        """The next ``count`` bytes, [count] uint8."""
+        found, end = np.empty(count, np.uint8), 0
+        with self._telling():
+            while end < count:
+                if not (got := self._stream.readinto(found[end:].data)):
+                    raise zstandard.ZstdError("it holds less than it announces")
+                end += got
+            self.left -= count
+            if count and not self.left and self._stream.read(1):
+                raise zstandard.ZstdError("it holds more than it announces")
+        return found
+
+    @contextlib.contextmanager
+    def _telling(self) -> Iterator[None]:
+        try:
+            yield
+        except zstandard.ZstdError as error:
+            raise PackedError(f"{self._name}: a part of the tensor can't be decompressed ({error})") from error
 
 
 # Headers and the index.
@@ -525,6 +635,10 @@ def _parse_header(header: bytes, where: str) -> dict[str, Span]:
 
 def _counts(numbers: Iterable[Any]) -> bool:
     return all(type(number) is int and number >= 0 for number in numbers)
+
+
+def _width(dtype: str) -> int:
+    return max(1, BITS[dtype] // 8)
 
 
 def _nbytes(dtype: str, shape: Sequence[int]) -> int:
