@@ -91,7 +91,7 @@ class Decoder:
     def _block(self) -> tuple[nnx.GraphDef, nnx.State]:
         def block(config: DecoderConfig) -> nnx.Module:
             built = self.family.block(config)
-            # Mixtures of experts keep the tokens of a device on it: they need to know the mesh.
+            # Mixtures of experts keep the tokens of a device on it, and TPUs have a kernel for attention: they need the mesh.
             built.set_attributes(mesh=self.mesh, raise_if_not_found=False)
             return built
 

@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 from optima_tpu.errors import UserError
 from optima_tpu.models import experts, llama
 from optima_tpu.models.family import Family, Positions
-from optima_tpu.models.layers import Linear, RMSNorm, attention, split_heads
+from optima_tpu.models.layers import Linear, RMSNorm, Scores, attention, split_heads
 from optima_tpu.models.rope import Rope, rotate, rotate_neighbours, rotate_neighbours_wide
 from optima_tpu.models.routers import Groups
 from optima_tpu.runtime.mesh import MODEL
@@ -124,7 +124,7 @@ class Attention(nnx.Module):
     """Latent attention; the norms of the latent vectors have an ``eps`` of their own."""
 
     def __init__(self, config: Config):
-        self.config, self.width = config, config.still_dim + config.head_dim
+        self.config, self.width, self.mesh = config, config.still_dim + config.head_dim, None
         if config.q_rank is None:
             self.q_proj = Linear(config.d_model, config.heads * self.width)
         else:
@@ -147,7 +147,7 @@ class Attention(nnx.Module):
         q_turning, turning = (config.rotation(each, *positions.rotary) for each in (q_turning, turning[:, :, None]))
         turning = jnp.broadcast_to(turning, (*k_still.shape[:-1], config.head_dim))
         q, k = (jnp.concatenate(parts, axis=-1) for parts in ((still, q_turning), (k_still, turning)))
-        return self.o_proj(attention(q, k, v, positions, scale=config.scale).reshape(*x.shape[:2], -1))
+        return self.o_proj(attention(q, k, v, positions, Scores(config.scale), self.mesh).reshape(*x.shape[:2], -1))
 
 
 ROUTER = ("mlp.gate.weight", "mlp.gate.e_score_correction_bias")

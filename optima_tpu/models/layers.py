@@ -8,10 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
+from optima_tpu.models import splash
 from optima_tpu.models.family import Positions
 from optima_tpu.models.rope import Rotation, rotate
+from optima_tpu.models.splash import Scores
 
 
 class Known(nnx.Variable):
@@ -166,12 +169,14 @@ class MLP(nnx.Module):
 class RotaryAttention(nnx.Module):
     """Causal attention with rotary positions and grouped key-value heads.
 
+    Attributes:
+      mesh: the mesh that the block runs on; None for one device.
+
     Args:
       norm: makes a norm over the dimensions of a head, one for queries and one for keys; None for no norms.
-      scale: factor of the products of queries and keys; None for ``head_dim ** -0.5``.
-      cap: see :func:`attention`.
+      scale, cap: see :class:`~optima_tpu.models.splash.Scores`.
       rotation: rotates queries and keys.
-      sinks: whether every head has a sink, see :func:`attention`.
+      sinks: whether every head has a sink, see the same.
       gated: whether the output is multiplied by ``sigmoid(g)``, where q_proj gives for every head its query and then g.
     """
 
@@ -191,6 +196,7 @@ class RotaryAttention(nnx.Module):
         sinks: bool = False,
         gated: bool = False,
     ):
+        self.mesh: Mesh | None = None
         self.head_dim, self.scale, self.cap, self.rotation, self.gated = head_dim, scale, cap, rotation, gated
         self.q_proj = Linear(d_model, (1 + gated) * heads * head_dim, bias=qkv_bias)
         self.k_proj = Linear(d_model, kv_heads * head_dim, bias=qkv_bias)
@@ -208,7 +214,7 @@ class RotaryAttention(nnx.Module):
             q, gate = q[:, :, ::2], q[:, :, 1::2]
         q, k = self.turned(q, k, positions)
         sinks = self.sinks[...] if hasattr(self, "sinks") else None
-        mixed = attention(q, k, v, positions, scale=self.scale, cap=self.cap, sinks=sinks)
+        mixed = attention(q, k, v, positions, Scores(self.scale, self.cap, sinks), self.mesh)
         if self.gated:
             mixed = mixed * jax.nn.sigmoid(gate)
         return self.o_proj(mixed.reshape(*x.shape[:2], -1))
@@ -230,31 +236,22 @@ def split_heads(x: Array, head_dim: int) -> Array:
     return x.reshape(*x.shape[:2], -1, head_dim)
 
 
-def attention(
-    q: Array,
-    k: Array,
-    v: Array,
-    positions: Positions,
-    *,
-    scale: float | None = None,
-    cap: float | None = None,
-    sinks: Array | None = None,
-) -> Array:
+def attention(q: Array, k: Array, v: Array, positions: Positions, scores: Scores = Scores(), mesh: Mesh | None = None) -> Array:
     """Causal softmax attention, [batch, length, heads, width of the values].
 
     Products and softmax are computed in float32, for a stretch of queries at a time with the keys that these can see: half the
-    products of the full square, and no array of [length, length].
+    products of the full square, and no array of [length, length]. On TPUs a kernel computes it, where :func:`splash.takes` says so.
 
     Args:
       q: queries.
       k, v: keys and values, with as many heads as q, or with a divisor of this number (GQA).
       positions: holds the window, and the cache, to which ``k`` and ``v`` are added. Queries also see the cache's earlier
         positions.
-      scale: factor of the products; None for ``head_dim ** -0.5``.
-      cap: ``c`` where scaled products become ``c tanh(p / c)``; None for none.
-      sinks: [heads] the product of each head with a key whose value is zero, which takes a share of every query; None for none.
+      mesh: the mesh that the block runs on; None for one device.
     """
-    cache = positions.cache
+    if mesh is not None and splash.takes(mesh, q, k, positions):
+        return splash.attention(mesh, q, k, v, positions.window, scores)
+    (scale, cap, sinks), cache = scores, positions.cache
     first, (k, v) = (0, (k, v)) if cache is None else (cache.place, cache.extended(k, v))
     batch, length, heads, size = q.shape
     groups = (batch, length, k.shape[2], heads // k.shape[2], size)  # axis 2: the head of keys and values that queries share

@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 from optima_tpu.errors import UserError
 from optima_tpu.models.family import DecoderConfig, Family, Positions, ReadTensor, Residual, Shape
-from optima_tpu.models.layers import ACTIVATIONS, LayerNorm, Linear, attention, project, split_heads
+from optima_tpu.models.layers import ACTIVATIONS, LayerNorm, Linear, Scores, attention, project, split_heads
 from optima_tpu.runtime.mesh import MODEL
 
 EMBEDDING, POSITIONS, PROJECT_IN = "embed_tokens.weight", "embed_positions.weight", "project_in.weight"
@@ -90,14 +90,15 @@ class Attention(nnx.Module):
     """Causal attention without rotary positions; queries are scaled before the product, as the reference does."""
 
     def __init__(self, config: Config):
-        self.head_dim = config.d_model // config.heads
+        self.head_dim, self.mesh = config.d_model // config.heads, None
         self.q_proj, self.k_proj, self.v_proj, self.out_proj = (
             Linear(config.d_model, config.d_model, bias=config.bias) for _ in range(4)
         )
 
     def __call__(self, x: Array, positions: Positions) -> Array:
         q, k, v = (split_heads(projection(x), self.head_dim) for projection in (self.q_proj, self.k_proj, self.v_proj))
-        return self.out_proj(attention(q * self.head_dim**-0.5, k, v, positions, scale=1.0).reshape(x.shape))
+        mixed = attention(q * self.head_dim**-0.5, k, v, positions, Scores(scale=1.0), self.mesh)
+        return self.out_proj(mixed.reshape(x.shape))
 
 
 class Block(nnx.Module):

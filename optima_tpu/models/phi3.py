@@ -36,7 +36,7 @@ def read_config(config: Any) -> llama.Config:
 
 class Attention(nnx.Module):
     def __init__(self, config: llama.Config):
-        self.head_dim = config.head_dim
+        self.head_dim, self.mesh = config.head_dim, None
         self.cuts = (config.heads * config.head_dim, (config.heads + config.kv_heads) * config.head_dim)
         self.qkv_proj = Linear(config.d_model, (config.heads + 2 * config.kv_heads) * config.head_dim)
         self.o_proj = Linear(config.heads * config.head_dim, config.d_model)
@@ -44,7 +44,7 @@ class Attention(nnx.Module):
     def __call__(self, x: Array, positions: Positions) -> Array:
         q, k, v = (split_heads(part, self.head_dim) for part in jnp.split(self.qkv_proj(x), self.cuts, axis=-1))
         q, k = (rotate(array, *positions.rotary) for array in (q, k))
-        return self.o_proj(attention(q, k, v, positions).reshape(*x.shape[:2], -1))
+        return self.o_proj(attention(q, k, v, positions, mesh=self.mesh).reshape(*x.shape[:2], -1))
 
 
 class MLP(nnx.Module):

@@ -53,6 +53,11 @@ def on_cpu(mesh: Mesh | AbstractMesh) -> bool:
     return isinstance(mesh, Mesh) and all(device.platform == "cpu" for device in mesh.devices.flat)
 
 
+def on_tpu(mesh: Mesh | AbstractMesh) -> bool:
+    """Whether the devices of a mesh are TPUs, which need not be attached; False if there are no devices."""
+    return isinstance(mesh, Mesh) and all(device.platform == "tpu" for device in mesh.devices.flat)
+
+
 def make_mesh(text: str | None) -> Mesh:
     """The device mesh with axes ("data", "model").
 

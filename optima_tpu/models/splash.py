@@ -1,0 +1,134 @@
+"""Causal attention by the kernel for TPUs that JAX brings, ``jax.experimental.pallas.ops.tpu.splash_attention``.
+
+The kernel keeps the products of queries and keys on the chip, and skips the blocks that no query sees. In float32 it computes what
+``layers.attention`` computes, up to rounding. In bfloat16 it rounds in one more place: queries are scaled before they are
+multiplied, not after.
+"""
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from optima_tpu.models.family import Positions
+from optima_tpu.runtime.mesh import DATA, MODEL, divisible, on_tpu, padded
+
+if TYPE_CHECKING:
+    from jax.experimental.pallas.ops.tpu.splash_attention import SplashAttentionKernel
+
+# Queries, and keys, of a block in each dtype that the kernel takes. Float32 blocks of 512 did not fit a v5e for heads of 256.
+_BLOCKS = {jnp.dtype(jnp.bfloat16): 512, jnp.dtype(jnp.float32): 256}
+_LANES = 128
+
+
+class Scores(NamedTuple):
+    """What attention makes of the products of queries and keys.
+
+    Attributes:
+      scale: their factor; None for ``head_dim ** -0.5``.
+      cap: ``c`` where scaled products become ``c tanh(p / c)``; None for none.
+      sinks: [heads] the product of each head with a key whose value is zero, which takes a share of every query; None for none.
+    """
+
+    scale: float | None = None
+    cap: float | None = None
+    sinks: Array | None = None
+
+
+def takes(mesh: Mesh, q: Array, k: Array, positions: Positions) -> bool:
+    """Whether the kernel computes this attention.
+
+    It does on TPUs, for whole texts in bfloat16 or float32 whose heads of keys the model axis divides. It refuses float16.
+    """
+    return on_tpu(mesh) and positions.cache is None and q.dtype in _BLOCKS and k.shape[2] % mesh.shape[MODEL] == 0
+
+
+def attention(
+    mesh: Mesh, q: Array, k: Array, v: Array, window: Array | None, scores: Scores = Scores(), *, interpret: bool = False
+) -> Array:
+    """Causal softmax attention, [batch, length, heads, width of the values].
+
+    Each device computes its own sequences and its own heads. Every product of bfloat16 models takes one pass of the matrix unit,
+    forward and backward, and those of float32 models have full precision.
+
+    Args:
+      q: queries [batch, length, heads, head_dim].
+      k, v: keys and values, with as many heads as q, or with a divisor of this number (GQA).
+      window: see ``Positions``.
+      interpret: run the kernel without a TPU, slowly.
+    """
+    (batch, length, _, size), (scale, cap, sinks) = q.shape, scores
+    q = (q.astype(jnp.float32) * (size**-0.5 if scale is None else scale)).astype(q.dtype)
+    spec = P(*divisible(mesh, (batch, length, k.shape[2]), P(DATA, None, MODEL)))
+    here = _Kernel(length, cap, interpret)
+    return jax.shard_map(here, mesh=mesh, in_specs=(spec, spec, spec, P(), P(spec[2])), out_specs=spec, check_vma=False)(
+        q, k, v, window, sinks
+    )
+
+
+class _Kernel(NamedTuple):
+    """The attention of one device.
+
+    Attributes:
+      length: tokens of a sequence. The kernel takes whole blocks; no query sees the keys that are added behind the last.
+      cap: see :class:`Scores`.
+      interpret: see :func:`attention`.
+    """
+
+    length: int
+    cap: float | None
+    interpret: bool
+
+    def __call__(self, q: Array, k: Array, v: Array, window: Array | None, sinks: Array | None) -> Array:
+        more = ((0, 0), (0, 0), (0, padded(self.length, _LANES) - self.length), (0, 0))
+        queries, keys, values = (jnp.pad(jnp.moveaxis(array, 1, 2), more) for array in (q, k, v))
+        kernel = self._made(q.dtype, window)
+        each = jax.vmap(lambda sinks, *arrays: kernel(*arrays, sinks=sinks), in_axes=(None, 0, 0, 0))
+        mixed = _at("highest" if q.dtype == jnp.float32 else "default", each)(sinks, queries, keys, values)
+        return jnp.moveaxis(mixed[:, :, : self.length], 2, 1)
+
+    def _made(self, dtype: jnp.dtype, window: Array | None) -> "SplashAttentionKernel":
+        from jax.experimental.pallas.ops.tpu import splash_attention  # takes a tenth of a second, which only TPUs wait for
+
+        whole = padded(self.length, _LANES)
+        block = math.gcd(whole, _BLOCKS[jnp.dtype(dtype)])
+        names = [f"block_{part}{of}" for of in ("", "_dkv", "_dq") for part in ("q", "kv")]
+        sizes = splash_attention.BlockSizes(**dict.fromkeys([*names, "block_kv_compute", "block_kv_dkv_compute"], block))
+        mask: Any = splash_attention.MultiHeadMask([splash_attention.CausalMask((whole, whole))])  # one head stands for all
+        if window is not None:
+            before = jnp.arange(whole)[:, None] - jnp.arange(whole)
+            mask = ((before >= 0) & (before < jnp.pad(window, (0, whole - self.length), constant_values=1)[:, None]))[None]
+        kernel = splash_attention.make_splash_mha(
+            mask, block_sizes=sizes, head_shards=1, q_seq_shards=1, attn_logits_soft_cap=self.cap, interpret=self.interpret
+        )
+        if window is not None:  # jax 0.10 to 0.12 make an array of this flag, which they can't read while they trace
+            kernel.fwd_mask_info = kernel.fwd_mask_info._replace(is_dynamic_mask=True)
+        return kernel
+
+
+def _at(precision: str, function: Callable[..., Array]) -> Callable[..., Array]:
+    """The function with its products at a precision, those of its gradient too, whatever the precision around it is.
+
+    The gradient is traced later than the function. The kernel is not compiled for bfloat16 at "highest".
+    """
+
+    def forward(*arguments: Array) -> tuple[Array, Any]:
+        with jax.default_matmul_precision(precision):
+            return jax.vjp(function, *arguments)
+
+    def backward(pull: Any, cotangent: Array) -> tuple[Array, ...]:
+        with jax.default_matmul_precision(precision):
+            return pull(cotangent)
+
+    @jax.custom_vjp
+    def run(*arguments: Array) -> Array:
+        with jax.default_matmul_precision(precision):
+            return function(*arguments)
+
+    run.defvjp(forward, backward)
+    return run

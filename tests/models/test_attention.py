@@ -1,0 +1,86 @@
+"""The kernel that computes attention on TPUs, interpreted here, and where it is used."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from optima_tpu.models import splash
+from optima_tpu.models.cache import Cache
+from optima_tpu.models.family import Positions
+from optima_tpu.models.layers import attention
+from optima_tpu.models.splash import Scores
+from tests.support.meshes import mesh
+
+LENGTH, HEADS, KV_HEADS = 150, 4, 2
+
+
+def draw(dtype, *, size: int, width: int):
+    """Queries, keys, values, and the sinks of the heads."""
+    rng = np.random.default_rng(0)
+    shapes = (2, LENGTH, HEADS, size), (2, LENGTH, KV_HEADS, size), (2, LENGTH, KV_HEADS, width), (HEADS,)
+    return tuple(jnp.asarray(2 * rng.standard_normal(shape), dtype) for shape in shapes)
+
+
+def exact(q, k, v, sinks, *, window, cap):
+    """In float64."""
+    q, k, v, sinks = (np.asarray(array, np.float64) for array in (q, k, v, sinks))
+    k, v = (np.repeat(array, HEADS // KV_HEADS, axis=2) for array in (k, v))
+    products = cap * np.tanh(np.einsum("bqhd,bshd->bhqs", q, k) * q.shape[-1] ** -0.5 / cap)
+    before = np.arange(LENGTH)[:, None] - np.arange(LENGTH)
+    shares = np.where((before >= 0) & (before < window[:, None]), np.exp(products), 0)
+    return np.einsum("bhqs,bshd->bqhd", shares / (shares.sum(-1, keepdims=True) + np.exp(sinks)[:, None, None]), v)
+
+
+def error(found, wanted) -> float:
+    found, wanted = (np.asarray(array, np.float64) for array in (found, wanted))
+    return np.sqrt(np.mean((found - wanted) ** 2) / np.mean(wanted**2))
+
+
+def test_the_kernel_and_its_gradient_are_those_of_attention():
+    """Windows that differ from token to token, a cap, sinks, values narrower than keys, no whole block, on a mesh."""
+    arrays = draw(jnp.float32, size=24, width=16)
+    window, grid = np.arange(LENGTH) % 40 + 1, mesh(2, 2)
+
+    def both(attend):
+        def run(*arrays):
+            output, pull = jax.vjp(attend, *arrays)
+            return output, *pull(jnp.cos(output))
+
+        return jax.jit(run)(*arrays)
+
+    ours = both(lambda q, k, v, sinks: attention(q, k, v, Positions(window=window), Scores(cap=20.0, sinks=sinks)))
+    kernel = both(
+        lambda q, k, v, sinks: splash.attention(grid, q, k, v, jnp.asarray(window), Scores(None, 20.0, sinks), interpret=True)
+    )
+    assert error(kernel[0], exact(*arrays, window=window, cap=20.0)) < 2e-6
+    for found, wanted in zip(kernel, ours, strict=True):
+        assert error(found, wanted) < 5e-6
+
+
+def test_in_bfloat16_the_kernel_errs_by_the_rounding_of_the_queries():
+    """For heads of 64 the scale is a power of two, and nothing more is rounded than in ours; else the queries are, once more."""
+    for size in (64, 48):
+        q, k, v, _ = draw(jnp.bfloat16, size=size, width=16)
+        wide = attention(*(array.astype(jnp.float32) for array in (q, k, v)), Positions())
+        ours = error(attention(q, k, v, Positions()), wide)
+        kernel = error(splash.attention(mesh(1, 1), q, k, v, None, interpret=True), wide)
+        assert kernel < (1.1 if size == 64 else 2.5) * ours
+
+
+@pytest.mark.parametrize(
+    "dtype, axis, positions, taken",
+    [
+        (jnp.bfloat16, 2, Positions(), True),
+        (jnp.float32, 1, Positions(window=np.ones(LENGTH, np.int32)), True),
+        (jnp.float16, 1, Positions(), False),
+        (jnp.bfloat16, 4, Positions(), False),
+        (jnp.bfloat16, 1, Positions(cache=Cache()), False),
+    ],
+)
+def test_the_kernel_takes_whole_texts_on_tpus(monkeypatch, dtype, axis, positions, taken):
+    """Not float16, not text that grows by a token, and no heads of keys that the model axis would have to cut."""
+    q, k, *_ = draw(dtype, size=8, width=8)
+    assert not splash.takes(mesh(1, axis), q, k, positions)
+    monkeypatch.setattr(splash, "on_tpu", lambda mesh: True)
+    assert splash.takes(mesh(1, axis), q, k, positions) == taken
