@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 
 from optima_tpu.method.acceptance import PerRow
+from optima_tpu.method.linalg import features
 from optima_tpu.method.mask_swaps import Swaps
 from optima_tpu.method.patterns import Unstructured
 from optima_tpu.method.problem import LayerProblem, Pruned, optimality_residual
 from optima_tpu.method.recipe import Recipe
-from optima_tpu.method.selectors import Magnitude, Wanda
+from optima_tpu.method.selectors import ADMM, Magnitude, Wanda, admm
 from optima_tpu.method.solvers import CG, MPAX, Adam, Exact
 from tests.support.problems import PATTERNS, layer, oracle, row_objective, select, solve, wide
 from tests.support.pruning import prune_layer
@@ -204,6 +205,31 @@ def test_no_certificate_of_cg_lies(damping, tokens, target):
             optimum = np.maximum(best + shift, 1e-8 * energy)
             excess = row_objective(problem, solution.weight, damping) - best
             assert (excess <= solution.gap * optimum * 1.001 + 1e-6 * optimum + 1e-9 * energy).all()
+
+
+@pytest.mark.parametrize("damping, bits", [(0.0, 16), (1e-2, 16), (1e-2, 11)], ids=["TPU, undamped", "TPU", "GPU"])
+def test_the_rough_products_of_accelerators_do_for_a_direction_and_a_mask(monkeypatch, damping, bits):
+    """Three passes of a TPU keep 16 bits of a factor, TF32 keeps 11; here all factors are rounded to so many."""
+    problem = layer(np.random.default_rng(3), ROWS, SIZE, spread=1.0)
+
+    def pruned_and_solved():
+        pruned = ADMM(damping=0.1)(problem, Unstructured(0.5, "row"))
+        return pruned, CG()(dataclasses.replace(problem, damping=damping), pruned)
+
+    mask, full = pruned_and_solved()
+    expected = row_objective(problem, oracle(problem, mask, damping), damping).sum()
+
+    def rounded(a, b):
+        a, b = (jax.lax.reduce_precision(array, 8, bits - 1) for array in (a, b))
+        return features.matmul(a, b)
+
+    for module in (features, admm):
+        monkeypatch.setattr(module, "rough_matmul", rounded)
+    pruned, found = pruned_and_solved()
+    assert found.converged.all() and found.steps.max() <= full.steps.max() + CG().cycle
+    best = row_objective(problem, oracle(problem, pruned, damping), damping)
+    assert (row_objective(problem, found.weight, damping) <= 1.002 * best).all()
+    assert best.sum() <= 1.01 * expected
 
 
 def test_cg_reports_what_it_could_not_finish():

@@ -11,7 +11,7 @@ import numpy as np
 from jax import Array
 
 from optima_tpu.errors import UserError
-from optima_tpu.method.linalg.features import matmul
+from optima_tpu.method.linalg.features import rough_matmul
 from optima_tpu.method.linalg.inverses import inverse
 from optima_tpu.method.linalg.scaling import unit_diagonal
 from optima_tpu.method.linalg.smallest import PASSES_OF_A_MASK
@@ -176,7 +176,7 @@ class _Matrix:
 
     def iterated(self, state: "_State", rho: Array, slack: Array, solve: Array) -> "_State":
         """One iteration; ``solve`` is the inverse of its stage, whose ridge exceeds ``damping + rho`` by ``slack``."""
-        solved = matmul(self.pull + rho * state.move - state.dual + slack * state.solved, solve)
+        solved = rough_matmul(self.pull + rho * state.move - state.dual + slack * state.solved, solve)
         move = solved + state.dual / rho
         keep = self.pattern.keep_mask(jnp.abs(self.weight + move))
         return _State(solved, jnp.where(keep, move, -self.weight), jnp.where(keep, 0.0, rho * (self.weight + move)), keep)

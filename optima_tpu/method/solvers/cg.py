@@ -185,7 +185,8 @@ class _Rows(NamedTuple):
     def step(self, path: "_Path", free: Array) -> "_Path":
         """One step of conjugate gradients, by two products."""
         shared, features, residual = self.shared, self.features, path.residual
-        preconditioned = jnp.where(free, features.product(jnp.where(free, residual, 0.0), shared.inverse), 0.0)
+        # Only the direction depends on this product: what it is worth is measured by the second one.
+        preconditioned = jnp.where(free, features.rough_product(jnp.where(free, residual, 0.0), shared.inverse), 0.0)
         # Enforce conjugacy to the last direction instead of assuming it from the recurrences: it survives rounding and the
         # residual replacements.
         (overlap,) = features.sums(preconditioned * path.image)
