@@ -1,0 +1,88 @@
+"""Every program that a run starts is lowered for GPUs that are not here."""
+
+import functools
+import importlib
+import pkgutil
+
+import jax
+import pytest
+from jax import export
+
+import optima_tpu
+from optima_tpu.launch import main
+from optima_tpu.pipeline import memory_plan
+from tests.support.runs import SMALL
+from tests.support.tiny_models import tiny_folder
+
+JITTED = type(jax.jit(lambda x: x))
+
+
+class Exporter:
+    """Exports what jitted functions of the package are called with, each program once.
+
+    Attributes:
+      programs: the exported programs, by the function's name and by what it was called with.
+    """
+
+    def __init__(self):
+        self.programs = {}
+        self._wrapped = {}
+
+    def wrap(self, jitted):
+        """The same function, which exports first."""
+        if id(jitted) not in self._wrapped:
+
+            @functools.wraps(jitted)
+            def exported(*arguments, **named):
+                leaves, tree = jax.tree.flatten((arguments, named))
+                # Inside of another program it is a part of that one.
+                if not any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+                    kinds = [(leaf.shape, str(leaf.dtype)) if hasattr(leaf, "dtype") else repr(leaf) for leaf in leaves]
+                    key = (jitted.__name__, str(tree), str(kinds))
+                    if key not in self.programs:  # before the call, which may take its arguments' memory
+                        self.programs[key] = export.export(jitted, platforms=("cuda",))(*arguments, **named)
+                return jitted(*arguments, **named)
+
+            self._wrapped[id(jitted)] = exported
+        return self._wrapped[id(jitted)]
+
+
+@pytest.fixture
+def exporter(monkeypatch):
+    found, jit = Exporter(), jax.jit
+
+    def jit_here(function, **options):
+        inner = function.func if isinstance(function, functools.partial) else function
+        jitted = jit(function, **options)
+        return found.wrap(jitted) if inner.__module__.startswith("optima_tpu") else jitted
+
+    names = [found.name for found in pkgutil.walk_packages(optima_tpu.__path__, "optima_tpu.")]
+    # All of them first: what is imported later would take the wrapped functions for its own.
+    for module in [importlib.import_module(name) for name in names if not name.endswith("__main__")]:
+        for attribute, value in list(vars(module).items()):
+            if isinstance(value, JITTED):
+                monkeypatch.setattr(module, attribute, found.wrap(value))
+    monkeypatch.setattr(jax, "jit", jit_here)
+    monkeypatch.setattr(memory_plan, "on_cpu", lambda mesh: False)  # passes as on accelerators
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "settings, expected",
+    [
+        (["--preset", "distilled"], {"add_batch", "prune_group", "run_block", "backward", "update", "head_gradient"}),
+        (["--preset", "fast", "--calibration.source", "self", "--allocation", "owl"], {"add_batch", "prune_group", "_write"}),
+        (["--preset", "paper"], {"add_batch", "prune_group", "run_block"}),
+        (["--selector", "thanos", "--solver", "exact"], {"prune_group"}),
+        (["--selector", "sparsegpt", "--solver", "adam"], {"prune_group"}),
+        (["--selector", "admm", "--quantize", "int8"], {"prune_group"}),
+    ],
+)
+def test_every_program_of_a_run_is_lowered_for_gpus(exporter, tmp_path, settings, expected):
+    model = tiny_folder(tmp_path / "model", dtype="bfloat16")
+    assert main(["--model", str(model), "--output", str(tmp_path / "run"), *SMALL, "--mesh", "4x2", *settings]) == 0
+    names = {name for name, *_ in exporter.programs}
+    print(len(exporter.programs), "programs:", *sorted(names))
+    assert expected <= names
+    assert all(program.platforms == ("cuda",) for program in exporter.programs.values())
