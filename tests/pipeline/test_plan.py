@@ -30,7 +30,7 @@ from optima_tpu.pipeline.memory_plan import GroupLoad, block_passes
 from optima_tpu.pipeline.plan import topology
 from optima_tpu.pipeline.plan.compile import compiled
 from optima_tpu.pipeline.plan.estimate import RowShare, assumptions, inputs_of, prune_work, read_by, sequence_flops, storage
-from optima_tpu.pipeline.plan.hlo import collectives, moved
+from optima_tpu.pipeline.plan.hlo import collectives, host_transfers, kernels, moved, products
 from optima_tpu.pipeline.plan.model import open_declared
 from optima_tpu.pipeline.plan.plan import make_plan
 from optima_tpu.pipeline.plan.table import summary
@@ -346,6 +346,23 @@ def test_collectives_are_told_apart_by_loops():
     text = sharded.lower(jnp.ones((8, 4))).compile().as_text()
     assert collectives(text) == ({"all-reduce": 1}, {"all-reduce": 1})
     assert moved(text) == {"all-reduce": 2 * 2 * 4 * 4}  # [2, 4] float32 each; the loop's counts once
+
+
+def test_products_kernels_and_transfers_are_read_from_the_text():
+    """Lines as the TPU's compiler writes them."""
+    text = """
+  %fusion.62 = bf16[256,512]{1,0:T(8,128)(2,1)} fusion(%p.1), kind=kLoop
+  %p.2 = f32[512,512]{1,0:T(8,128)} parameter(1)
+  %convolution.49 = f32[256,512]{0,1:T(8,128)} convolution(%fusion.62, %fusion.62), dim_labels=bf_oi->bf, operand_precision={highest,highest}
+  ROOT %convolution.50 = f32[256,512]{0,1} convolution(%fusion.62, %p.2), dim_labels=bf_oi->bf, operand_precision={high,high}
+  %convolution.51 = f32[512,512]{0,1} convolution(%p.2, /*index=1*/%p.2), dim_labels=bf_oi->bf
+  %splash_mha_fwd.1 = bf16[2,8,512,64]{3,2,1,0} custom-call(%fusion.62), custom_call_target="tpu_custom_call"
+  %send.1 = (f32[8], u32[], token[]) send(%p.2, %token), channel_id=1, is_host_transfer=true
+  %send.2 = (f32[8], u32[], token[]) send(%p.2, %token), channel_id=2
+  %custom-call.3 = f32[] custom-call(%p.2), custom_call_target="xla_python_cpu_callback"
+"""
+    assert products(text) == {("bf16", 1): 1, ("f32", 3): 1, ("f32", 1): 1}
+    assert kernels(text) == {"splash_mha_fwd": 1} and host_transfers(text) == ["send", "xla_python_cpu_callback"]
 
 
 def test_counted_products_and_memory_agree_with_the_compiler():

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, export
 from jax.sharding import PartitionSpec as P
 
 from optima_tpu.method.patterns import Pattern
@@ -29,8 +29,25 @@ from optima_tpu.pipeline.calibrate import (
 )
 from optima_tpu.pipeline.memory_plan import Kept
 from optima_tpu.pipeline.plan.hlo import collectives, moved
+from optima_tpu.pipeline.plan.topology import Machine
 from optima_tpu.report.numbers import number
 from optima_tpu.runtime.mesh import DATA, ROWS, bytes_on_device, struct_on
+
+
+class Call(NamedTuple):
+    """A program of a run: a jitted function, and arguments that have shapes, dtypes and shardings but no values."""
+
+    function: Any
+    arguments: tuple[Any, ...]
+
+    def lower(self) -> jax.stages.Lowered:
+        """The program for the devices of its arguments."""
+        lowered: jax.stages.Lowered = self.function.lower(*self.arguments)
+        return lowered
+
+    def exported(self, platform: str) -> export.Exported:
+        """The program for as many devices of a platform, "cuda", which need not be installed."""
+        return export.export(self.function, platforms=[platform])(*self.arguments)
 
 
 class Compiled(NamedTuple):
@@ -55,6 +72,22 @@ class Compiled(NamedTuple):
     outside: Mapping[str, int] = {}
     refused: str | None = None
     moved: Mapping[str, int] = {}
+
+
+Compile = Callable[[str, Callable[[], Call]], Compiled | None]
+"""Compiles a program, which comes behind what it is in words; None if nothing is compiled."""
+
+
+def compiler(machine: Machine, tell: Callable[[str], None]) -> Compile:
+    """Compiles for a machine, and tells what it compiles and what it found."""
+
+    def compile_call(what: str, call: Callable[[], Call]) -> Compiled | None:
+        if not machine.compiles:
+            return None
+        tell(f"compiling the {what}")
+        return compiled(lambda: call().lower(), tell, machine.options)
+
+    return compile_call
 
 
 def compiled(
@@ -115,10 +148,8 @@ def _parameter(decoder: Decoder, name: str) -> Array:
     return struct_on(decoder.mesh, decoder.block_shapes[name], dtype, decoder.sharding(name))
 
 
-def lower_calibration(
-    decoder: Decoder, capture: Capture, known: Kept, kept: Kept, length: int, samples: int
-) -> jax.stages.Lowered:
-    """Lowers one step of ``calibrate.accumulate`` over ``samples`` sequences, with both streams for a dense target.
+def calibration_call(decoder: Decoder, capture: Capture, known: Kept, kept: Kept, length: int, samples: int) -> Call:
+    """One step of ``calibrate.accumulate`` over ``samples`` sequences, with both streams for a dense target.
 
     Args:
       known: the inputs that earlier passes have kept.
@@ -141,7 +172,7 @@ def lower_calibration(
     )
     tokens = BatchTokens(struct_on(mesh, (size,), jnp.bool_, P(DATA)), positions)
     weights = {name: parameters[name + ".weight"] for name in step.multiplied(decoder, energy=False)}
-    return add_batch.lower(step, sums_of(decoder, step), streams, weights, tokens)
+    return Call(add_batch, (step, sums_of(decoder, step), streams, weights, tokens))
 
 
 def sequences_at_once(decoder: Decoder, samples: int) -> int:
@@ -149,15 +180,15 @@ def sequences_at_once(decoder: Decoder, samples: int) -> int:
     return min(decoder.batch, -(-samples // decoder.mesh.shape[DATA]))
 
 
-def lower_pruning(
+def pruning_call(
     decoder: Decoder, names: tuple[str, ...], patterns: tuple[Pattern, ...], recipe: Recipe, held_out: bool, layout: Layout
-) -> jax.stages.Lowered:
-    """Lowers ``prune_group`` for the layers ``names`` of a block, as the walk calls it."""
+) -> Call:
+    """``prune_group`` for the layers ``names`` of a block, as the walk calls it."""
     weights = tuple(_parameter(decoder, name + ".weight") for name in names)
     given = tuple(Given(struct_on(decoder.mesh, weight.shape, jnp.bool_, ROWS)) for weight in weights)
     (places,) = residual_names(decoder, (names,), recipe.target)
     unseen = statistics_of(decoder, names, places, energy=True) if held_out else None
-    return prune_group.lower(
+    arguments = (
         weights,
         TokenSets(statistics_of(decoder, names, places), unseen),
         None if recipe.selector else given,
@@ -165,6 +196,7 @@ def lower_pruning(
         patterns,
         RowSharding(decoder.mesh, layout),
     )
+    return Call(prune_group, arguments)
 
 
 def resident(decoder: Decoder, groups: Groups, held_out: bool, matrices: int = 1) -> int:

@@ -17,7 +17,7 @@ from optima_tpu.pipeline.calibrate import Capture, groups_of_blocks
 from optima_tpu.pipeline.inputs import pruned_layers
 from optima_tpu.pipeline.memory_plan import Kept, Pass, aimed_residuals, block_passes, group_load, kept_inputs
 from optima_tpu.pipeline.plan import estimate
-from optima_tpu.pipeline.plan.compile import compiled, lower_calibration, lower_pruning, resident, sequences_at_once
+from optima_tpu.pipeline.plan.compile import Compile, calibration_call, compiler, pruning_call, resident, sequences_at_once
 from optima_tpu.pipeline.plan.estimate import Storage
 from optima_tpu.pipeline.plan.model import Declared
 from optima_tpu.pipeline.plan.program import STAGES, Program
@@ -139,17 +139,19 @@ def make_plan(
     machine: Machine,
     tell: Callable[[str], None] = lambda line: None,
     recovering: bool = False,
+    compile_call: Compile | None = None,
 ) -> Plan:
     """Plans a run.
 
     Args:
       recovering: plan what `optima recover` does: the blocks are pruned already, and ``config.distill`` trains them.
       tell: called with a line before each compilation.
+      compile_call: takes every program; None compiles each for the machine.
 
     Raises:
       UserError: pattern or layer rules do not fit the model.
     """
-    config = counted(config, model)
+    config, compile_call = counted(config, model), compile_call or compiler(machine, tell)
     decoder, recipe, text = model.decoder, config.recipe, config.calibration
     patterns = pruned_layers(config, decoder)
     held_out, names, residuals = text.held_out > 0, groups_of_blocks(decoder), aimed_residuals(decoder, recipe)
@@ -190,15 +192,15 @@ def make_plan(
     training: tuple[Program, ...] = ()
     if config.distill:
         refused = refused or refusal(decoder, config.distill, budget, recovering)
-        training = training_programs(model, config.distill, text.length, machine, tell)
-    programs = [_calibration(config, model.at(kind.block), machine, kind, count, tell) for kind, count in kinds.items()]
+        training = training_programs(model, config.distill, text.length, machine, compile_call)
+    programs = [_calibration(config, model.at(kind.block), machine, kind, count, compile_call) for kind, count in kinds.items()]
     if len(programs) > 1:  # a block is calibrated in several passes, each for some of its layers
         ends = {kind: f" (as in block {kind})" if len(decoder.config.kinds) > 1 else "" for kind in decoder.config.kinds}
         programs = [
             program._replace(name=f"calibration of {_short(kind.groups)}{ends[kind.block]}")
             for program, kind in zip(programs, kinds)
         ]
-    programs += [_pruning(model.at(found.block), machine, recipe, shape, found, tell) for shape, found in layers.items()]
+    programs += [_pruning(model.at(found.block), machine, recipe, shape, found, compile_call) for shape, found in layers.items()]
     programs += training
     compiling = sum(program.compiled.seconds for program in programs if program.compiled)
     block = _block_flops(model, text.length, config.target.streams, kinds)
@@ -254,24 +256,24 @@ def _block_flops(model: Declared, length: int, streams: int, kinds: Mapping[_Kin
 
 
 def _calibration(
-    config: RunConfig, model: Declared, machine: Machine, kind: _Kind, blocks: int, tell: Callable[[str], None]
+    config: RunConfig, model: Declared, machine: Machine, kind: _Kind, blocks: int, compile_call: Compile
 ) -> Program:
     decoder, text, groups = model.decoder, config.calibration, kind.groups
     inputs = estimate.inputs_of(model, groups)
     batch = sequences_at_once(decoder, text.samples)
     steps = sum(-(-count // (batch * machine.mesh.shape[DATA])) for count in (text.samples, text.held_out))
-    name, found = "calibration step", None
+    name = "calibration step"
     # While the held-out sequences pass through the block, the Hessians of the calibration sequences are on the devices.
     streams, target = config.target.streams, config.target
     capture = Capture(groups, target, advance=target.dense_stream and kind.last, borrow=config.borrow)
     beside = resident(decoder, groups, False, streams) - resident(decoder, (), False) if text.held_out else 0
     memory = beside + estimate.calibration_memory(model, inputs, text.length, batch, streams)
-    if machine.compiles:
-        tell(f"compiling the {name}: {batch} x {text.length} tokens a device")
-        found = compiled(
-            lambda: lower_calibration(decoder, capture, kind.known, kind.kept, text.length, text.samples), tell, machine.options
-        )
-        memory = beside + found.memory if found.memory else memory
+    found = compile_call(
+        f"{name}: {batch} x {text.length} tokens a device",
+        lambda: calibration_call(decoder, capture, kind.known, kind.kept, text.length, text.samples),
+    )
+    if found and found.memory:
+        memory = beside + found.memory
     read = estimate.read_by(decoder, groups, target)
     block = estimate.sequence_flops(model, text.length, read, kind.known.pruned)
     if streams == 2:  # the last pass moves the dense stream through the whole block
@@ -281,9 +283,7 @@ def _calibration(
     return Program(name, "calibration", blocks * steps, None, None, work, memory, found)
 
 
-def _pruning(
-    model: Declared, machine: Machine, recipe: Recipe, shape: _Shape, layers: _Layers, tell: Callable[[str], None]
-) -> Program:
+def _pruning(model: Declared, machine: Machine, recipe: Recipe, shape: _Shape, layers: _Layers, compile_call: Compile) -> Program:
     decoder, layout, mesh, held_out = model.decoder, shape.layout, machine.mesh, layers.held_out
     load, parts = group_load(decoder, layers.names, recipe), mesh.shape[MODEL] if layout.split else 1
     rows = -(-load.rows * parts // mesh.size)
@@ -292,14 +292,12 @@ def _pruning(
     share = estimate.RowShare(rows / parts, load.d_in, parts, machine.is_tpu, together)
     work = estimate.prune_work(recipe, shape.patterns[0], share, held_out)
     memory = round(resident(decoder, layers.others, held_out, load.streams) + load.bytes(mesh, layout.split, layout.rows or rows))
-    found = None
-    if machine.compiles:
-        tell(f"compiling the solver for {name}: {rows:,} rows a device")
-        found = compiled(
-            lambda: lower_pruning(decoder, layers.names, shape.patterns, recipe, held_out, layout), tell, machine.options
-        )
-        if found.memory:
-            memory = resident(decoder, (*layers.others, layers.names), held_out, load.streams) + found.memory - found.arguments
+    found = compile_call(
+        f"solver for {name}: {rows:,} rows a device",
+        lambda: pruning_call(decoder, layers.names, shape.patterns, recipe, held_out, layout),
+    )
+    if found and found.memory:
+        memory = resident(decoder, (*layers.others, layers.names), held_out, load.streams) + found.memory - found.arguments
     return Program(name, "pruning", layers.calls, rows, layout, work, memory, found)
 
 

@@ -18,7 +18,7 @@ from optima_tpu.pipeline.calibrate import linear_groups
 from optima_tpu.pipeline.distill.blocks import Trainer, head_gradient, hidden_gradient
 from optima_tpu.pipeline.distill.train import refuse_large
 from optima_tpu.pipeline.plan import estimate
-from optima_tpu.pipeline.plan.compile import compiled, sequences_at_once
+from optima_tpu.pipeline.plan.compile import Call, Compile, sequences_at_once
 from optima_tpu.pipeline.plan.estimate import Work
 from optima_tpu.pipeline.plan.model import Declared
 from optima_tpu.pipeline.plan.program import Program
@@ -59,24 +59,24 @@ class _Part(NamedTuple):
     Attributes:
       name, calls, work: see ``Program``.
       memory: bytes that it takes on a device besides its arguments, by a simple model.
-      lower: lowers it.
+      call: the program.
     """
 
     name: str
     calls: int
     work: Work
     memory: int
-    lower: Callable[[], jax.stages.Lowered]
+    call: Callable[[], Call]
 
 
 def training_programs(
-    model: Declared, method: Distillation, length: int, machine: Machine, tell: Callable[[str], None]
+    model: Declared, method: Distillation, length: int, machine: Machine, compile_call: Compile
 ) -> tuple[Program, ...]:
     """The programs of a step of training: each kind of block forward, backward and updated, and the head's loss.
 
     Args:
       length: tokens in a window.
-      tell: called with a line before each compilation.
+      compile_call: takes every program.
     """
     decoder, trainer, windows = model.decoder, Trainer(model.decoder, method), min(method.batch, method.windows)
     batch = sequences_at_once(decoder, windows)
@@ -94,11 +94,9 @@ def training_programs(
         resident += bytes_on_device(*jax.tree.leaves(head))
 
     def program(part: _Part) -> Program:
-        found, memory = None, part.memory
-        if machine.compiles:
-            tell(f"compiling the {part.name}: {batch} x {length} tokens a device")
-            found = compiled(part.lower, tell, machine.options)
-            memory = found.memory - found.arguments if found.memory else memory
+        found, memory = compile_call(f"{part.name}: {batch} x {length} tokens a device", part.call), part.memory
+        if found and found.memory:
+            memory = found.memory - found.arguments
         return Program(part.name, "training", part.calls, None, None, part.work, resident + memory, found)
 
     return tuple(map(program, parts))
@@ -126,21 +124,21 @@ def _of_block(model: Declared, trainer: Trainer, step: _Step) -> list[_Part]:
             blocks * step.passes,
             estimate.products(model, flops),
             memory,
-            lambda: trainer.forward.lower(*inside),
+            lambda: Call(trainer.forward, inside),
         ),
         _Part(  # it does the forward pass again, and twice its products
             f"block backward{where}",
             blocks * step.passes,
             estimate.products(model, 3 * flops),
             2 * memory + gradient,
-            lambda: trainer.backward.lower(*inside, step.hidden, block.masters),
+            lambda: Call(trainer.backward, (*inside, step.hidden, block.masters)),
         ),
         _Part(
             f"Adam of a block{where}",
             blocks * step.updates,
             update,
             share,
-            lambda: trainer.update.lower(block, block.masters, number, number),
+            lambda: Call(trainer.update, (block, block.masters, number, number)),
         ),
     ]
 
@@ -154,7 +152,7 @@ def _of_hidden_states(decoder: Decoder, step: _Step, spans: int) -> _Part:
         spans * step.passes,
         Work(traffic=3.0 * size),
         size,
-        lambda: hidden_gradient.lower(step.hidden, step.hidden, there),
+        lambda: Call(hidden_gradient, (step.hidden, step.hidden, there)),
     )
 
 
@@ -174,5 +172,5 @@ def _of_head(model: Declared, method: Distillation, head: Head, step: _Step) -> 
         step.passes,
         estimate.products(model, flops),
         bytes_on_device(step.hidden) + arrays * logits,
-        lambda: head_gradient.lower(method.loss, head, step.hidden, step.hidden, tokens, there),
+        lambda: Call(head_gradient, (method.loss, head, step.hidden, step.hidden, tokens, there)),
     )
