@@ -751,6 +751,7 @@ _RESULTS: Mapping[str, tuple[str, Mapping[str, Sequence[str]]]] = {
         {
             "Whole runs": ("first-command", "preset-times", "whole-run", "bytes"),
             "Parts of a run": ("solvers", "mpax-rounds", "kernels"),
+            "For accelerators that were not there": ("compiled-programs", "rough-products"),
             "Written answers": ("generation",),
             "Memory": ("depth",),
             "Packed exports": ("packed-sizes", "packing"),

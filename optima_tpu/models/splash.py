@@ -7,19 +7,17 @@ multiplied, not after.
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from optima_tpu.models.family import Positions
 from optima_tpu.runtime.mesh import DATA, MODEL, divisible, on_tpu, padded
-
-if TYPE_CHECKING:
-    from jax.experimental.pallas.ops.tpu.splash_attention import SplashAttentionKernel
 
 # Queries, and keys, of a block in each dtype that the kernel takes. Float32 blocks of 512 did not fit a v5e for heads of 256.
 _BLOCKS = {jnp.dtype(jnp.bfloat16): 512, jnp.dtype(jnp.float32): 256}
@@ -49,11 +47,18 @@ def takes(mesh: Mesh, q: Array, k: Array, positions: Positions) -> bool:
 
 
 def attention(
-    mesh: Mesh, q: Array, k: Array, v: Array, window: Array | None, scores: Scores = Scores(), *, interpret: bool = False
+    mesh: Mesh,
+    q: Array,
+    k: Array,
+    v: Array,
+    window: Array | np.ndarray | None,
+    scores: Scores = Scores(),
+    *,
+    interpret: bool = False,
 ) -> Array:
     """Causal softmax attention, [batch, length, heads, width of the values].
 
-    Each device computes its own sequences and its own heads. Every product of bfloat16 models takes one pass of the matrix unit,
+    Each device computes its own sequences and its own heads. The products of bfloat16 models have the kernel's default precision,
     forward and backward, and those of float32 models have full precision.
 
     Args:
@@ -65,10 +70,8 @@ def attention(
     (batch, length, _, size), (scale, cap, sinks) = q.shape, scores
     q = (q.astype(jnp.float32) * (size**-0.5 if scale is None else scale)).astype(q.dtype)
     spec = P(*divisible(mesh, (batch, length, k.shape[2]), P(DATA, None, MODEL)))
-    here = _Kernel(length, cap, interpret)
-    return jax.shard_map(here, mesh=mesh, in_specs=(spec, spec, spec, P(), P(spec[2])), out_specs=spec, check_vma=False)(
-        q, k, v, window, sinks
-    )
+    attend, specs = _Kernel(length, cap, interpret).attend, (spec, spec, spec, P(), P(spec[2]))
+    return jax.shard_map(attend, mesh=mesh, in_specs=specs, out_specs=spec, check_vma=False)(q, k, v, window, sinks)
 
 
 class _Kernel(NamedTuple):
@@ -84,7 +87,7 @@ class _Kernel(NamedTuple):
     cap: float | None
     interpret: bool
 
-    def __call__(self, q: Array, k: Array, v: Array, window: Array | None, sinks: Array | None) -> Array:
+    def attend(self, q: Array, k: Array, v: Array, window: Array | np.ndarray | None, sinks: Array | None) -> Array:
         more = ((0, 0), (0, 0), (0, padded(self.length, _LANES) - self.length), (0, 0))
         queries, keys, values = (jnp.pad(jnp.moveaxis(array, 1, 2), more) for array in (q, k, v))
         kernel = self._made(q.dtype, window)
@@ -92,19 +95,25 @@ class _Kernel(NamedTuple):
         mixed = _at("highest" if q.dtype == jnp.float32 else "default", each)(sinks, queries, keys, values)
         return jnp.moveaxis(mixed[:, :, : self.length], 2, 1)
 
-    def _made(self, dtype: jnp.dtype, window: Array | None) -> "SplashAttentionKernel":
+    def _made(self, dtype: jnp.dtype, window: Array | np.ndarray | None) -> Any:
+        """A ``SplashAttentionKernel``: of [heads, length, head_dim] queries, keys and values, and of sinks."""
         from jax.experimental.pallas.ops.tpu import splash_attention  # takes a tenth of a second, which only TPUs wait for
 
         whole = padded(self.length, _LANES)
         block = math.gcd(whole, _BLOCKS[jnp.dtype(dtype)])
         names = [f"block_{part}{of}" for of in ("", "_dkv", "_dq") for part in ("q", "kv")]
-        sizes = splash_attention.BlockSizes(**dict.fromkeys([*names, "block_kv_compute", "block_kv_dkv_compute"], block))
+        blocks: dict[str, Any] = dict.fromkeys([*names, "block_kv_compute", "block_kv_dkv_compute"], block)
         mask: Any = splash_attention.MultiHeadMask([splash_attention.CausalMask((whole, whole))])  # one head stands for all
         if window is not None:
             before = jnp.arange(whole)[:, None] - jnp.arange(whole)
             mask = ((before >= 0) & (before < jnp.pad(window, (0, whole - self.length), constant_values=1)[:, None]))[None]
         kernel = splash_attention.make_splash_mha(
-            mask, block_sizes=sizes, head_shards=1, q_seq_shards=1, attn_logits_soft_cap=self.cap, interpret=self.interpret
+            mask,
+            block_sizes=splash_attention.BlockSizes(**blocks),
+            head_shards=1,
+            q_seq_shards=1,
+            attn_logits_soft_cap=self.cap,
+            interpret=self.interpret,
         )
         if window is not None:  # jax 0.10 to 0.12 make an array of this flag, which they can't read while they trace
             kernel.fwd_mask_info = kernel.fwd_mask_info._replace(is_dynamic_mask=True)

@@ -4,12 +4,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from optima_tpu.models import splash
 from optima_tpu.models.cache import Cache
 from optima_tpu.models.family import Positions
 from optima_tpu.models.layers import attention
 from optima_tpu.models.splash import Scores
+from optima_tpu.pipeline.plan.hlo import kernels, products
+from optima_tpu.pipeline.plan.topology import QUICK, has_libtpu, topology_machine
 from tests.support.meshes import mesh
 
 LENGTH, HEADS, KV_HEADS = 150, 4, 2
@@ -84,3 +88,28 @@ def test_the_kernel_takes_whole_texts_on_tpus(monkeypatch, dtype, axis, position
     assert not splash.takes(mesh(1, axis), q, k, positions)
     monkeypatch.setattr(splash, "on_tpu", lambda mesh: True)
     assert splash.takes(mesh(1, axis), q, k, positions) == taken
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not has_libtpu(), reason="needs libtpu: pip install '.[tpu]'")
+@pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1"])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize("size, width", [(64, 64), (80, 80), (192, 128), (256, 256)])
+def test_the_compiler_of_a_tpu_that_is_not_here_takes_the_kernel(topology, dtype, size, width):
+    """Forward and backward, with a window, a cap and sinks, also where all products around it have full precision."""
+    grid = topology_machine(topology, "2x2").mesh
+
+    def on_grid(*shape, spec=P("data", None, "model"), dtype=dtype):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(grid, spec))
+
+    def run(q, k, v, window, sinks):
+        output, pull = jax.vjp(
+            lambda *arrays: attention(*arrays, Positions(window=window), Scores(None, 50.0, sinks), grid), q, k, v
+        )
+        return output, pull(output)
+
+    shapes = on_grid(4, 2000, 8, size), on_grid(4, 2000, 4, size), on_grid(4, 2000, 4, width)
+    with jax.default_matmul_precision("highest"):
+        lowered = jax.jit(run).lower(*shapes, on_grid(2000, spec=P(), dtype=jnp.int32), on_grid(8, spec=P()))
+    text = lowered.compile(dict(QUICK)).as_text()
+    assert sum(kernels(text).values()) == 3 and not products(text)

@@ -76,7 +76,7 @@ def exporter(monkeypatch):
         (["--preset", "paper"], {"add_batch", "prune_group", "run_block"}),
         (["--selector", "thanos", "--solver", "exact"], {"prune_group"}),
         (["--selector", "sparsegpt", "--solver", "adam"], {"prune_group"}),
-        (["--selector", "admm", "--quantize", "int8"], {"prune_group"}),
+        (["--selector", "admm", "--quantize", "int8", "--quantize.group", "null"], {"prune_group"}),
     ],
 )
 def test_every_program_of_a_run_is_lowered_for_gpus(exporter, tmp_path, settings, expected):

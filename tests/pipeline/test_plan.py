@@ -28,7 +28,7 @@ from optima_tpu.pipeline.distill.blocks import Trainer
 from optima_tpu.pipeline.inputs import pruned_layers
 from optima_tpu.pipeline.memory_plan import GroupLoad, block_passes
 from optima_tpu.pipeline.plan import topology
-from optima_tpu.pipeline.plan.compile import compiled
+from optima_tpu.pipeline.plan.compile import Compiled, compiled
 from optima_tpu.pipeline.plan.estimate import RowShare, assumptions, inputs_of, prune_work, read_by, sequence_flops, storage
 from optima_tpu.pipeline.plan.hlo import collectives, host_transfers, kernels, moved, products
 from optima_tpu.pipeline.plan.model import open_declared
@@ -444,8 +444,17 @@ def test_a_slice_that_is_not_here(tmp_path):
     target = topology_machine("v5e:2x2", config.mesh)
     assert (target.hosts, target.notes) == (1, ())
     assert topology_machine("v5e:1x1", None).mesh.size == 1
-    plan = make_plan(config, open_declared(config.model, None, config.batch).on(target.mesh), target)
+    model, texts = open_declared(config.model, None, config.batch).on(target.mesh), []
+
+    def read(what, call):
+        texts.append(call().lower().compile().as_text())
+        return Compiled(0.0, inside=collectives(texts[-1])[0])
+
+    plan = make_plan(config, model, target, compile_call=read)
     assert [program.compiled.inside for program in plan.programs] == [{}, {}] and not plan.too_large
+    # The calibration of a model in bfloat16 has no float32 product; a solver's products either count or only choose.
+    assert [{dtype for dtype, _ in products(text)} for text in texts] == [{"bf16"}, {"f32"}]
+    assert {passes for _, passes in products(texts[1])} == {3, 6} and not any(map(host_transfers, texts))
     with pytest.raises(UserError, match="a TPU slice that exists"):
         topology_machine("v5e:3x5", None)
 
