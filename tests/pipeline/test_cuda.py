@@ -11,6 +11,12 @@ from jax import export
 import optima_tpu
 from optima_tpu.launch import main
 from optima_tpu.pipeline import memory_plan
+from optima_tpu.pipeline.plan.compile import Compiled
+from optima_tpu.pipeline.plan.model import open_declared
+from optima_tpu.pipeline.plan.plan import make_plan
+from optima_tpu.pipeline.plan.topology import CHIPS, Machine
+from tests.support.meshes import mesh
+from tests.support.plans import run_config
 from tests.support.runs import SMALL
 from tests.support.tiny_models import tiny_folder
 
@@ -86,3 +92,26 @@ def test_every_program_of_a_run_is_lowered_for_gpus(exporter, tmp_path, settings
     print(len(exporter.programs), "programs:", *sorted(names))
     assert expected <= names
     assert all(program.platforms == ("cuda",) for program in exporter.programs.values())
+
+
+@pytest.mark.slow
+def test_the_forward_pass_of_every_family_is_lowered_for_gpus(tmp_path):
+    """With the Hessians of its layers, for each kind of block: mixtures, linear attention, latent attention."""
+    pytest.importorskip("torch")  # which the references of the families import
+    from tests.support.references import REFERENCES
+
+    machine, exported = Machine("", CHIPS["v5e"], mesh(4, 2), 1, 0.5, here=True), []
+
+    def read(what, call):
+        if what.startswith("calibration"):
+            exported.append(call().exported("cuda"))
+        return Compiled(0.0)
+
+    for reference in REFERENCES:
+        config = reference.configuration(next(iter(reference.variants.values()), {}))
+        config.architectures, before = [reference.model], len(exported)
+        config.save_pretrained(tmp_path / reference.model)
+        settings = run_config(str(tmp_path / reference.model), layers=(), dtype="bfloat16")
+        make_plan(settings, open_declared(settings.model, settings.dtype, 2).on(machine.mesh), machine, compile_call=read)
+        assert len(exported) > before, reference.model
+    print(len(exported), "programs of", len(REFERENCES), "families")
