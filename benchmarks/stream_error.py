@@ -90,10 +90,10 @@ def stream_errors(config: RunConfig, model: Model, texts: Texts, blocks: int) ->
         decoder.apply(index, pruned, other)
         for states in (dense, other_dense):
             decoder.apply(index, whole, states)
-        yield _error(hidden.part(samples, len(hidden)), dense.part(samples, len(dense))), _error(other, other_dense)
+        yield mean_error(hidden.part(samples, len(hidden)), dense.part(samples, len(dense))), mean_error(other, other_dense)
 
 
-def _error(pruned: Activations, dense: Activations) -> float:
+def mean_error(pruned: Activations, dense: Activations) -> float:
     """The error described above. Works in a single process.
 
     ``evaluate.distance`` divides sums over all tokens instead; a few tokens with massive activations dominate these sums.
