@@ -33,8 +33,7 @@ from optima_tpu.pipeline.calibrate import Capture, Stream, accumulate, groups_of
 from optima_tpu.pipeline.inputs import open_model_on_mesh, read_texts
 from optima_tpu.pipeline.walk import Streams, Walk, prune_block
 
-_ATTENTION, _MLP = ("self_attn.v_proj", "self_attn.o_proj"), ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
-_ROUNDS = 20
+_V, _O, _WIDE, _DOWN = "self_attn.v_proj", "self_attn.o_proj", ("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -60,28 +59,23 @@ def compare(blocks: int, settings: Sequence[str]) -> None:
     if not isinstance(pattern, NM) or pattern.stride > 1 or decoder.linears != LINEARS or not config.calibration.held_out:
         raise UserError(f"expected a pattern N:M, the layers of Llama and held-out windows, got {pattern}, {decoder.linears}")
     calibration, evaluation, _ = read_texts(config, model)
-    walk, errors = Walk(decoder, config.recipe, groups_of_blocks(decoder), samples), {}
-    for name in ("as they are", "in a better order"):
+    walk, capture = Walk(decoder, config.recipe, groups_of_blocks(decoder), samples), Capture(((_O,), (_DOWN,)))
+    for better in (False, True):
         pruned, other = decoder.embed(calibration.ids), decoder.embed(evaluation.ids)
         dense, layers = pruned.copy(), []
         for index in range(blocks):
             whole = decoder.load_block(index)
-            if name != "as they are":
-                inputs = accumulate(
-                    decoder, index, Capture(((_ATTENTION[-1],), (_MLP[-1],))), [Stream(whole, pruned.part(0, samples))]
-                )
+            if better:
+                inputs = accumulate(decoder, index, capture, [Stream(whole, pruned.part(0, samples))])
                 whole = reordered(decoder, whole, [np.diag(each.hessian) for each in inputs], pattern)
-            states = dense.copy() if config.recipe.target.dense_stream else None
-            found = prune_block(walk, index, whole, Streams(pruned, states))
+            found = prune_block(walk, index, whole, Streams(pruned, dense.copy() if config.recipe.target.dense_stream else None))
             decoder.apply(index, whole, dense)
             decoder.apply(index, found.parameters, other)
             layers += found.layers
-        errors[name] = {
-            layer: statistics.geometric_mean(r.dense_after or r.held_out_after for r in layers if r.name == layer)
-            for layer in LINEARS
-        }
+        errors = {name: [r.dense_after or r.held_out_after for r in layers if r.name == name] for name in LINEARS}
         drift = mean_error(pruned.part(samples, len(pruned)), dense.part(samples, len(dense)))
-        print(f"{name}: hidden states {drift:.3%}", *(f"{key} {value:.3%}" for key, value in errors[name].items()), sep="  ")
+        print("in a better order" if better else "as they are", f"hidden states {drift:.3%}", sep="  ", end="  ")
+        print(*(f"{name} {statistics.geometric_mean(each):.3%}" for name, each in errors.items()), sep="  ", flush=True)
         if blocks == decoder.config.blocks:
             value = perplexity_of(window_nll(decoder, other, evaluation.ids), evaluation.ids)
             print(f"perplexity {value:.3f}, on {evaluation.how}", flush=True)
@@ -93,25 +87,22 @@ def reordered(decoder: Decoder, whole: dict[str, Array], energies: Sequence[np.n
     Args:
       energies: ``H_jj`` of the inputs of o_proj and down_proj.
     """
-    heads, size = decoder.config.kv_heads, decoder.config.head_dim
-    (v, o), (*wide, down) = _ATTENTION, _MLP
-    of_values, of_neurons = (
-        np.square(np.asarray(whole[name + ".weight"], np.float32)) * energy for name, energy in zip((o, down), energies)
+    heads, size, several = decoder.config.kv_heads, decoder.config.head_dim, decoder.config.heads // decoder.config.kv_heads
+    values, neurons = (
+        np.square(np.asarray(whole[f"{name}.weight"], np.float32)) * each for name, each in zip((_O, _DOWN), energies)
     )
-    # [d_out, kv heads, heads of one, size]: the heads that read one key-value head share its order, so their columns are rows here.
-    shared = of_values.reshape(len(of_values), heads, -1, size).transpose(1, 0, 2, 3).reshape(heads, -1, size)
-    each = np.stack([search(scores, pattern) for scores in shared])
+    # Heads that read one key-value head have one order, so the columns of all of them count as rows of it.
+    shared = values.reshape(-1, heads, several, size).swapaxes(0, 1).reshape(heads, -1, size)
+    each, order = np.stack([search(scores, pattern) for scores in shared]), search(neurons, pattern)
     rows = (size * np.arange(heads)[:, None] + each).ravel()
-    several = decoder.config.heads // heads
     columns = (size * np.arange(heads * several)[:, None] + np.repeat(each, several, axis=0)).ravel()
-    neurons, found = search(of_neurons, pattern), dict(whole)
-    for name, order, axis in [(v, rows, 0), (o, columns, 1), *((name, neurons, 0) for name in wide), (down, neurons, 1)]:
-        for key in (name + ".weight", name + ".bias")[: 1 + (axis == 0 and name + ".bias" in whole)]:
-            found[key] = jnp.take(whole[key], order, axis=axis)
-    return found
+    moved = {f"{_O}.weight": whole[f"{_O}.weight"][:, columns], f"{_DOWN}.weight": whole[f"{_DOWN}.weight"][:, order]}
+    places = {_V: rows, **dict.fromkeys(_WIDE, order)}
+    outputs = ((f"{name}.{part}", place) for name, place in places.items() for part in ("weight", "bias"))
+    return whole | moved | {key: whole[key][place] for key, place in outputs if key in whole}
 
 
-def search(scores: np.ndarray, pattern: NM, rounds: int = _ROUNDS) -> np.ndarray:
+def search(scores: np.ndarray, pattern: NM, rounds: int = 20) -> np.ndarray:
     """An order of the columns [d_in] whose consecutive groups keep more of the scores [rows, d_in] under N:M.
 
     Columns are dealt out to the groups by their sums. Then each round takes one column out of every group and assigns these columns to the

@@ -727,6 +727,7 @@ _RESULTS: Mapping[str, tuple[str, Mapping[str, Sequence[str]]]] = {
                 "levers-wanda",
                 "allocation",
                 "output-errors",
+                "permutations",
             ),
             "Pruned and quantised": ("quantization", "qwix"),
             "Tasks, and distance from the dense model": ("tasks", "distance"),
