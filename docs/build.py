@@ -725,6 +725,7 @@ _RESULTS: Mapping[str, tuple[str, Mapping[str, Sequence[str]]]] = {
                 "recovery",
                 "dense-target",
                 "levers-wanda",
+                "loss-weights",
                 "allocation",
                 "output-errors",
                 "permutations",
