@@ -13,7 +13,7 @@ from optima_tpu.models.checkpoints.export import FOLDER
 from optima_tpu.models.checkpoints.orbax import CHECKPOINT, checkpoint_damage
 from optima_tpu.pipeline.allocate import ALLOCATION
 from optima_tpu.pipeline.continuations import CONTINUATIONS
-from optima_tpu.pipeline.distill.train import OUTCOME
+from optima_tpu.pipeline.distill.outcome import OUTCOME
 from optima_tpu.pipeline.journal import finished_blocks
 from optima_tpu.pipeline.self_calibration import CALIBRATION
 from optima_tpu.report.file import REPORT

@@ -32,8 +32,10 @@ from optima_tpu.pipeline.allocate import Allocated, allocated, allocation_steps,
 from optima_tpu.pipeline.calibrate import groups_of_blocks
 from optima_tpu.pipeline.continuations import continuations, read_continuations, write_continuations
 from optima_tpu.pipeline.distill.blocks import Trainer
+from optima_tpu.pipeline.distill.outcome import Distilled, Outcome, keep_outcome, read_outcome
 from optima_tpu.pipeline.distill.spans import distill_by_spans
-from optima_tpu.pipeline.distill.train import Distilled, Outcome, Windows, distill, keep_outcome, read_outcome, refuse_large
+from optima_tpu.pipeline.distill.train import distill, refuse_large
+from optima_tpu.pipeline.distill.windows import Inputs, Windows
 from optima_tpu.pipeline.greeting import greet, recipe_line
 from optima_tpu.pipeline.inputs import Texts, manifest_of, token_digest
 from optima_tpu.pipeline.journal import Journal, open_journal, prepare_directory
@@ -323,9 +325,8 @@ def _distill(run: Run) -> None:
     opened_run, journal, progress = run.opened, _made(run.journal), run.progress
     method, texts, dense = _made(opened_run.config.distill), opened_run.texts, opened_run.model.decoder
     held_out = texts.calibration.ids[opened_run.config.calibration.samples :]
-    windows = Windows(_made(texts.distillation), held_out)
-    train = distill_by_spans if method.by_spans else distill
-    found = train(dense, journal, method, windows, progress.advance, progress.note)
+    inputs = Inputs(dense, journal, method, Windows(_made(texts.distillation), held_out))
+    found = (distill_by_spans if method.by_spans else distill)(inputs, progress.advance, progress.note)
     as_pruned = dataclasses.replace(dense, tensors=Layered(journal.tensors(), dense.tensors))
     before = perplexity(as_pruned, texts.evaluation.ids, progress.advance)
     run.distilled = dataclasses.replace(found, perplexity_before=before)

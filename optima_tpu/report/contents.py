@@ -111,7 +111,7 @@ class Continuations(TypedDict):
 
 
 class Check(TypedDict):
-    """A check of a distillation, see ``pipeline.distill.train.Check``."""
+    """A check of a distillation, see ``pipeline.distill.outcome.Check``."""
 
     step: Count
     held_out: float
@@ -120,7 +120,7 @@ class Check(TypedDict):
 
 
 class Span(TypedDict):
-    """What became of blocks that were trained together, see ``pipeline.distill.train.Span``."""
+    """What became of blocks that were trained together, see ``pipeline.distill.outcome.Span``."""
 
     first: Block
     last: Block
@@ -129,7 +129,7 @@ class Span(TypedDict):
 
 
 class Outcome(TypedDict):
-    """The contents of distillation.json, see ``pipeline.distill.train.Outcome``."""
+    """The contents of distillation.json, see ``pipeline.distill.outcome.Outcome``."""
 
     checks: Annotated[list[Check], msgspec.Meta(min_length=1)]
     kept: Count

@@ -19,22 +19,13 @@ from optima_tpu.launch import main
 from optima_tpu.method.distillation import KL, Blocks, hidden_error
 from optima_tpu.models.checkpoints.orbax import CheckpointTensors, OrbaxTensors, read_metadata
 from optima_tpu.models.decoder import forward, head_logits
-from optima_tpu.pipeline.distill import train
+from optima_tpu.pipeline.distill import states
 from optima_tpu.pipeline.distill.blocks import NextToken, Trainer, head_gradient, hidden_gradient
+from optima_tpu.pipeline.distill.model import Model
+from optima_tpu.pipeline.distill.outcome import Check, Distilled, Outcome, Span, keep_outcome, read_outcome
 from optima_tpu.pipeline.distill.spans import distill_by_spans
-from optima_tpu.pipeline.distill.train import (
-    Check,
-    Distilled,
-    Model,
-    Outcome,
-    Span,
-    Stream,
-    Windows,
-    distill,
-    keep_outcome,
-    read_outcome,
-    refuse_large,
-)
+from optima_tpu.pipeline.distill.train import distill, refuse_large
+from optima_tpu.pipeline.distill.windows import Inputs, Stream, Windows
 from optima_tpu.pipeline.journal import Journal
 from optima_tpu.report.distillation import distillation
 from optima_tpu.report.runs import Run
@@ -90,7 +81,8 @@ def run(pruned, windows, shape=(4, 2), method=METHOD, advance=lambda: None) -> t
     """A distillation over the journal of a run, in the run's directory."""
     arguments, directory = pruned
     journal = Journal(directory)
-    found = distill(opened(parse(arguments), shape).decoder, journal, method, windows, advance, lambda line: None)
+    inputs = Inputs(opened(parse(arguments), shape).decoder, journal, method, windows)
+    found = distill(inputs, advance, lambda line: None)
     keep_outcome(directory, found)
     return found, journal
 
@@ -236,7 +228,7 @@ def test_the_best_check_is_kept_though_the_run_was_stopped_behind_it(pruned, win
 @in_float32
 def test_what_does_not_help_is_refused_and_nothing_is_written(pruned, windows, monkeypatch):
     """Trained on one token over and over, held out on others. No state either: the training is much shorter than a save."""
-    monkeypatch.setattr(train, "_save", lambda path, *rest: pytest.fail(f"wrote {path}"))
+    monkeypatch.setattr(states, "_save", lambda path, *rest: pytest.fail(f"wrote {path}"))
     one = windows._replace(training=np.full_like(windows.training, 7))
     outcome, _ = run(pruned, one, method=dataclasses.replace(METHOD, learning_rate=0.05))
     assert outcome.kept == 0 and outcome.after == outcome.before == outcome.checks[0].held_out
@@ -278,7 +270,8 @@ def by_spans(pruned, windows, directory: Path, shape=(4, 2), method=SPANS, advan
         if not (directory / name).exists():
             (shutil.copytree if name == "journal" else shutil.copy)(source / name, directory / name)
     journal = Journal(directory)
-    found = distill_by_spans(opened(parse(arguments), shape).decoder, journal, method, windows, advance, lambda line: None)
+    inputs = Inputs(opened(parse(arguments), shape).decoder, journal, method, windows)
+    found = distill_by_spans(inputs, advance, lambda line: None)
     keep_outcome(directory, found)
     return found, journal
 

@@ -14,7 +14,7 @@ from optima_tpu.launch import main as prune
 from optima_tpu.models.checkpoints import open_model
 from optima_tpu.models.checkpoints.export import read_masks
 from optima_tpu.pipeline import inputs
-from optima_tpu.pipeline.distill import train
+from optima_tpu.pipeline.distill.model import Model
 from optima_tpu.pipeline.recover import run as recovering
 from optima_tpu.pipeline.recover.config import RecoverConfig, parse
 from optima_tpu.recover import main
@@ -134,7 +134,7 @@ def test_the_zeros_of_any_checkpoint_are_its_masks(tmp_path, capsys, family):
 def test_what_sigterm_stopped_ends_with_the_same_bits(pruned, tmp_path, monkeypatch, capsys):
     """In the third step, after a check behind the second, which nothing but the next state keeps."""
     command = [str(pruned / "run"), *TOKENS, *TEXT, "--output", str(tmp_path / "out")]
-    step, steps = train.Model.step, []
+    step, steps = Model.step, []
 
     def stop(model, *given):
         steps.append(step(model, *given))
@@ -146,7 +146,7 @@ def test_what_sigterm_stopped_ends_with_the_same_bits(pruned, tmp_path, monkeypa
         monkeypatch.undo()
         raise signals.Stopped(signal.SIGTERM)
 
-    monkeypatch.setattr(train.Model, "step", stop)
+    monkeypatch.setattr(Model, "step", stop)
     assert main(command) == signals.RESUME
     assert [path.name for path in (tmp_path / "out/distillation").iterdir()] == ["step_0000003"]
     assert main(command) == 0
@@ -158,7 +158,7 @@ def test_what_sigterm_stopped_ends_with_the_same_bits(pruned, tmp_path, monkeypa
 @pytest.mark.slow  # the distillation of a run shows the mesh with the same code
 def test_mesh_and_parts_of_the_text_change_rounding_alone(pruned, tmp_path, monkeypatch):
     """On 2x2 devices, with as many windows at once as one step needs."""
-    monkeypatch.setattr("optima_tpu.pipeline.distill.train.AT_ONCE", 1)
+    monkeypatch.setattr("optima_tpu.pipeline.distill.windows.AT_ONCE", 1)
     monkeypatch.setattr(recovering, "make_mesh", lambda spec: mesh(2, 2))
     assert main([str(pruned / "run"), *TOKENS, *TEXT, "--output", str(tmp_path / "out")]) == 0
     assert_close_weights(tmp_path / "out", pruned / "recovered")

@@ -27,7 +27,7 @@ from optima_tpu.models.decoder import Decoder
 from optima_tpu.models.masks import open_masks
 from optima_tpu.pipeline.allocate import Allocated, read_allocation, write_allocation
 from optima_tpu.pipeline.continuations import read_continuations
-from optima_tpu.pipeline.distill.train import Check, Outcome, keep_outcome, read_outcome
+from optima_tpu.pipeline.distill.outcome import Check, Outcome, keep_outcome, read_outcome
 from optima_tpu.pipeline.sweep.grid import read_grid
 from optima_tpu.report.curves import samples
 from optima_tpu.report.page import render

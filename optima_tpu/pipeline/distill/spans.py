@@ -12,27 +12,15 @@ from typing import TypedDict
 
 import numpy as np
 
-from optima_tpu.method.distillation import Distillation
 from optima_tpu.models.activations import Activations
 from optima_tpu.models.checkpoints.orbax import OrbaxTensors, read_metadata
 from optima_tpu.models.decoder import Decoder
 from optima_tpu.pipeline.distill.blocks import Goal, HiddenState, NextToken, Trainer
-from optima_tpu.pipeline.distill.train import (
-    FOLDER,
-    Check,
-    Distilled,
-    Model,
-    Outcome,
-    Parts,
-    Span,
-    States,
-    Stream,
-    Training,
-    Windows,
-    finite,
-    tokens_read,
-    write_blocks,
-)
+from optima_tpu.pipeline.distill.model import Model
+from optima_tpu.pipeline.distill.outcome import FOLDER, Check, Distilled, Outcome, Span
+from optima_tpu.pipeline.distill.states import States, write_blocks
+from optima_tpu.pipeline.distill.train import Training, finite
+from optima_tpu.pipeline.distill.windows import Inputs, Parts, Stream
 from optima_tpu.pipeline.journal import Journal
 from optima_tpu.report import contents
 from optima_tpu.report.numbers import percent
@@ -48,20 +36,14 @@ class _Trained(TypedDict):
     seconds: float
 
 
-def distill_by_spans(
-    dense: Decoder,
-    journal: Journal,
-    method: Distillation,
-    windows: Windows,
-    advance: Callable[[], None],
-    note: Callable[[str], None],
-) -> Outcome:
+def distill_by_spans(inputs: Inputs, advance: Callable[[], None], note: Callable[[str], None]) -> Outcome:
     """As ``train.distill``, for a method that trains by spans.
 
     A run that was stopped computes the hidden states again, through the finished spans as they were saved, and goes on in the span
     that it was stopped in.
     """
-    pruned, blocks = dataclasses.replace(dense, tensors=journal.tensors()), dense.config.blocks
+    dense, journal, method, windows = inputs.dense, inputs.journal, inputs.method, inputs.windows
+    pruned, blocks = inputs.pruned, inputs.dense.config.blocks
     trainer, spans = Trainer(pruned, method), method.spans(blocks)
     parts = Parts.of(method, len(windows.training), 1)
     windows = windows._replace(training=windows.training[: parts.steps * parts.batch])  # the others fill no step
@@ -96,7 +78,7 @@ def distill_by_spans(
     return Outcome(
         (first, last),
         last.step if last.held_out < first.held_out else 0,
-        tokens_read(method, windows),
+        inputs.tokens,
         seconds=sum(each["seconds"] for each in trained),
         spans=tuple(Span.from_json(each["span"]) for each in trained),
     )

@@ -27,7 +27,8 @@ from optima_tpu.models.experts import expert_of
 from optima_tpu.models.family import Positions
 from optima_tpu.pipeline.calibrate import few_outputs, residual_names
 from optima_tpu.pipeline.distill.blocks import Trainer
-from optima_tpu.pipeline.distill.train import SHARE, Parts
+from optima_tpu.pipeline.distill.train import SHARE
+from optima_tpu.pipeline.distill.windows import Parts
 from optima_tpu.pipeline.grams import halved, panels
 from optima_tpu.pipeline.inputs import linear_shapes
 from optima_tpu.pipeline.plan.model import NOWHERE, Declared

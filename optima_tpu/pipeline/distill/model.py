@@ -1,0 +1,116 @@
+"""The blocks that are trained together: measured, and moved by a step of Adam."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.sharding import SingleDeviceSharding
+
+from optima_tpu.models.family import Positions
+from optima_tpu.pipeline.distill.blocks import Block, Goal, Trainer, Tree
+from optima_tpu.pipeline.distill.windows import Stream
+from optima_tpu.pipeline.journal import Journal
+from optima_tpu.runtime.processes import fetch
+
+_HOST = "pinned_host"
+"""The memory of a host, as jax names it."""
+
+
+@dataclasses.dataclass
+class Model:
+    """The blocks of a model that are trained together.
+
+    Attributes:
+      blocks: in order, from the first of ``span`` on.
+      goal: what leaves the last of them is measured by.
+      positions: the position data of every block.
+    """
+
+    trainer: Trainer
+    span: range
+    blocks: list[Block]
+    goal: Goal
+    positions: Sequence[Positions]
+
+    @classmethod
+    def open(cls, trainer: Trainer, journal: Journal, span: range, goal: Goal, length: int) -> "Model":
+        """Blocks as they were pruned, for windows of ``length`` tokens."""
+        blocks, decoder = [], trainer.decoder
+        for index, parameters in zip(span, decoder.blocks(span)):
+            keep = {name.removeprefix(decoder.prefix(index)): mask for name, mask in journal.masks(index).items()}
+            blocks.append(trainer.at(index).open(parameters, keep))
+        return cls(trainer, span, blocks, goal, [decoder.positions(index, length) for index in span])
+
+    @property
+    def trainers(self) -> list[Trainer]:
+        """Of every block."""
+        return [self.trainer.at(index) for index in self.span]
+
+    def rounded(self) -> list[Tree]:
+        """A copy in the memory of the hosts of what moves, in the checkpoint's dtype, of every block."""
+        pairs = zip(self.trainers, self.blocks)
+        return [
+            on_host({name: array.astype(trainer.dtype(name)) for name, array in block.masters.items()})
+            for trainer, block in pairs
+        ]
+
+    def measure(self, stream: Stream) -> tuple[float, float | None]:
+        """The mean loss of a token, and the perplexity where the goal reads the next token."""
+        totals, batch = np.zeros(2), self.trainer.decoder.batch
+        for pruned, dense in zip(stream.entering.batches(batch), stream.dense.batches(batch)):
+            hidden = pruned.hidden
+            for trainer, block, positions in zip(self.trainers, self.blocks, self.positions):
+                hidden = trainer.forward(block.masters, block.fixed, hidden, positions)
+            sums = fetch(self.goal.sums(dense.hidden, hidden, pruned.place(stream.tokens), pruned.valid))
+            totals[: len(sums)] += [np.sum(each, dtype=np.float64) for each in sums]
+        loss, nll = totals / self._terms(stream)
+        return float(loss), float(np.exp(min(nll, 709.0))) if len(sums) > 1 else None
+
+    def step(self, stream: Stream, rate: float) -> float:
+        """One step of Adam on some windows; the mean loss of a token before it.
+
+        Gradients add up over batches that fit the devices, so the batch of Adam is as large as the method says on any mesh. The
+        last batch updates each block right behind its backward pass: if it is the only one, one gradient exists at a time.
+        """
+        batch, count, trainers = self.trainer.decoder.batch, self._terms(stream), self.trainers
+        gradients = dict[int, Tree]()
+        share, total = jnp.float32(1 / count), 0.0
+        for pruned, dense in zip(stream.entering.batches(batch), stream.dense.batches(batch)):
+            inputs = [pruned.hidden]
+            for each, block, positions in zip(trainers, self.blocks, self.positions):
+                inputs.append(each.forward(block.masters, block.fixed, inputs[-1], positions))
+            tokens, there = pruned.place(stream.tokens), pruned.valid
+            sums, cotangent = self.goal.gradient(dense.hidden, inputs.pop(), tokens, there)
+            last = pruned.rows.max() >= stream.entering.last - 1
+            for index in reversed(range(len(self.blocks))):
+                each, block = trainers[index], self.blocks[index]
+                gradients[index], cotangent = each.backward(
+                    block.masters,
+                    block.fixed,
+                    inputs.pop(),
+                    self.positions[index],
+                    cotangent,
+                    gradients.pop(index, None) or each.zeros(),
+                )
+                if last:
+                    self.blocks[index] = each.update(block, gradients.pop(index), share, jnp.float32(rate))
+            total += float(np.sum(fetch(sums), dtype=np.float64))
+        return total / count
+
+    def _terms(self, stream: Stream) -> int:
+        return len(stream.entering) * self.goal.count(stream.tokens.shape[1])
+
+
+def on_host(arrays: Tree) -> Tree:
+    """Copies in the memory of the hosts, which take none of the devices' and which no step of Adam overwrites."""
+
+    def copy(array: Array) -> Array:
+        # Shard by shard, which needs no program that all processes run.
+        shards = array.addressable_shards
+        moved = [jax.device_put(shard.data, SingleDeviceSharding(shard.device, memory_kind=_HOST)) for shard in shards]
+        return jax.make_array_from_single_device_arrays(array.shape, array.sharding.with_memory_kind(_HOST), moved)
+
+    return {name: copy(array) for name, array in arrays.items()}

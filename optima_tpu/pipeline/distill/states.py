@@ -1,0 +1,151 @@
+"""What a training saves: its state every now and then, and the trained blocks at the end, as Orbax checkpoints."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, TypedDict
+
+import jax.numpy as jnp
+from jax import Array
+
+from optima_tpu.models.checkpoints.orbax import load_group, read_metadata, save_tree
+from optima_tpu.pipeline.distill.blocks import Block, Trainer, Tree
+from optima_tpu.pipeline.distill.model import Model, on_host
+from optima_tpu.pipeline.distill.outcome import DISTILLED, REMEDY, Distilled
+from optima_tpu.pipeline.journal import Journal
+from optima_tpu.report import contents
+from optima_tpu.runtime.checksums import damage, write_sums
+from optima_tpu.runtime.files import begin, commit, remove, staged, writing
+from optima_tpu.runtime.processes import first_only, from_first
+from optima_tpu.runtime.records import Count, check_record
+from optima_tpu.runtime.signals import uninterrupted
+
+
+class State(TypedDict):
+    """The metadata of a saved state.
+
+    Attributes:
+      step: after how many steps of Adam.
+      checks: up to this step.
+      losses: of the steps since the last check.
+      seconds: that these steps and checks took.
+    """
+
+    step: Count
+    checks: list[contents.Check]
+    losses: list[float]
+    seconds: float
+
+
+def write_blocks(
+    model: Model, moved: Sequence[Tree], journal: Journal, metadata: Mapping[str, Any] = MappingProxyType({})
+) -> None:
+    """Writes blocks with their masks, of which the weights that move are ``moved``, in the checkpoint's dtypes."""
+    first_only(lambda: (journal.directory / DISTILLED).mkdir(exist_ok=True))
+    for index, trainer, block, own in zip(model.span, model.trainers, model.blocks, moved):
+        prefix, path = trainer.decoder.prefix(index), Distilled(journal).entry(index)
+        weights = {prefix + name: array for name, array in (own | block.fixed).items()}
+        _save(path, {"weights": weights, "masks": {prefix + name: keep for name, keep in block.keep.items()}}, metadata)
+
+
+def _save(path: Path, tree: Mapping[str, Any], metadata: Mapping[str, Any]) -> None:
+    """Writes an Orbax checkpoint with its checksums, in one step."""
+    with uninterrupted(), writing(path, REMEDY):
+
+        def clear() -> None:
+            begin(path)
+            remove(path)
+
+        first_only(clear)
+        save_tree(staged(path), {name: group for name, group in tree.items() if group}, metadata)
+
+        def finish() -> None:
+            write_sums(staged(path))
+            commit(staged(path), path)
+
+        first_only(finish)
+
+
+class States:
+    """What a stopped distillation goes on from: masters and moments, the weights of the best check before, and the checks so far.
+
+    RUN/distillation/step_0000008              of every block
+    RUN/distillation/block_0002_step_0000008   of the blocks of the span that begins with this one
+
+    Args:
+      prefix: of the names, which differs for each span. Saving a state removes those of other spans.
+    """
+
+    def __init__(self, folder: Path, prefix: str = ""):
+        self.folder, self._prefix = folder, prefix
+
+    def save(self, model: Model, best: Sequence[Tree] | None, about: State) -> None:
+        """Saves the state of a step. The one before is removed."""
+        step = about["step"]
+        tree: dict[str, Any] = {"masters": {}, "first": {}, "second": {}, "count": {}}
+        if best and _best(about) != step:  # otherwise the masters are the best
+            tree["best"] = {f"{index}.{name}": array for index, block in enumerate(best) for name, array in block.items()}
+        for index, block in enumerate(model.blocks):
+            count, first, second = _moments(block)
+            for group, arrays in (("masters", block.masters), ("first", first), ("second", second)):
+                tree[group] |= {f"{index}.{name}": array for name, array in arrays.items()}
+            tree["count"][str(index)] = count
+        first_only(lambda: self.folder.mkdir(exist_ok=True))
+        _save(self.path(step), tree, about)
+
+        def forget() -> None:
+            for old in self.folder.iterdir():
+                if old != self.path(step):
+                    remove(old)
+
+        first_only(forget)
+
+    def path(self, step: int) -> Path:
+        """Where the state of a step is."""
+        return self.folder / f"{self._prefix}step_{step:07d}"
+
+    def last(self, model: Model) -> State | None:
+        """Brings the model to the last state that was saved, and returns what belongs to it; None where none was saved."""
+
+        def read() -> State | None:
+            saved = sorted(self.folder.glob(f"{self._prefix}step_???????")) if self.folder.is_dir() else []
+            whole = [path for path in saved if not damage(path)]
+            return check_record(read_metadata(whole[-1]).custom_metadata, State, whole[-1]) if whole else None
+
+        if found := from_first(read):
+            path = self.path(found["step"])
+            groups = read_metadata(path).metadata
+            for index, (trainer, block) in enumerate(zip(model.trainers, model.blocks)):
+                masters, first, second = (
+                    _of_block(path, groups, name, trainer, index) for name in ("masters", "first", "second")
+                )
+                count = load_group(path, "count", {str(index): groups["count"][str(index)]})[str(index)]
+                moments = block.moments._replace(count=jnp.asarray(count), mu=first, nu=second)
+                model.blocks[index] = block._replace(masters=masters, moments=moments)
+        return found
+
+    def best(self, model: Model, about: State) -> list[Tree] | None:
+        """The weights of the best check, from the last saved state, of which ``model`` has the rest; see ``Training``."""
+        if _best(about) in (0, about["step"]):
+            return model.rounded() if _best(about) else None
+        path = self.path(about["step"])
+        groups = read_metadata(path).metadata
+        return [on_host(_of_block(path, groups, "best", trainer, index)) for index, trainer in enumerate(model.trainers)]
+
+
+def _of_block(path: Path, groups: Mapping[str, Any], group: str, trainer: Trainer, index: int) -> Tree:
+    """The arrays of a block in one group of a saved state, split over the devices."""
+    wanted = {name: leaf for name, leaf in groups[group].items() if name.partition(".")[0] == str(index)}
+    read = {name.partition(".")[2]: array for name, array in load_group(path, group, wanted).items()}
+    return {name: trainer.place(name, array) for name, array in read.items()}
+
+
+def _best(about: State) -> int:
+    """The step of the best check; 0 where no step was better than the model as it was pruned."""
+    return min(about["checks"], key=lambda check: check["held_out"])["step"]
+
+
+def _moments(block: Block) -> tuple[Array, Tree, Tree]:
+    """The count and the two moments of Adam."""
+    state: Any = block.moments
+    return state.count, state.mu, state.nu

@@ -1,0 +1,145 @@
+"""The windows of tokens that a training reads, on their way through both models."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from optima_tpu.method.distillation import Distillation
+from optima_tpu.models.activations import Activations
+from optima_tpu.models.decoder import Decoder
+from optima_tpu.pipeline.journal import Journal
+
+AT_ONCE = 1 << 32
+"""Bytes of hidden states, on all hosts together, of the training windows that wait for their steps."""
+
+
+class Windows(NamedTuple):
+    """Token windows of a distillation.
+
+    Attributes:
+      training: [windows, length] int32.
+      held_out: [windows, length] int32, from the same text, which no weight is fitted to.
+    """
+
+    training: np.ndarray
+    held_out: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """What a training begins with.
+
+    Attributes:
+      dense: the dense model.
+      journal: the finished blocks of the pruned one.
+      method: what is trained, and how.
+      windows: the text.
+    """
+
+    dense: Decoder
+    journal: Journal
+    method: Distillation
+    windows: Windows
+
+    @property
+    def pruned(self) -> Decoder:
+        """The pruned model."""
+        return dataclasses.replace(self.dense, tensors=self.journal.tensors())
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens the steps read."""
+        training = self.windows.training
+        return self.method.steps * min(self.method.batch, len(training)) * training.shape[1]
+
+
+class Stream(NamedTuple):
+    """Windows on their way through both models.
+
+    Attributes:
+      tokens: [windows, length] int32, of which ``part`` leaves out none.
+      entering: what enters the first trained block.
+      dense: what leaves the last of these blocks in the dense model; something of this shape where the loss does not read it.
+    """
+
+    tokens: np.ndarray
+    entering: Activations
+    dense: Activations
+
+    def part(self, first: int, last: int) -> "Stream":
+        """Windows ``first`` to ``last - 1``, without a copy."""
+        return self._replace(entering=self.entering.part(first, last), dense=self.dense.part(first, last))
+
+
+class Parts(NamedTuple):
+    """How training reads its windows.
+
+    Attributes:
+      batch: windows of a step.
+      steps: steps of a pass over the windows.
+      at_once: steps whose windows pass through the dense model together, and wait.
+    """
+
+    batch: int
+    steps: int
+    at_once: int
+
+    @classmethod
+    def of(cls, method: Distillation, windows: int, state: int) -> "Parts":
+        """Of ``windows`` whose hidden states take ``state`` bytes each, once before a block and once behind it."""
+        batch, steps = min(method.batch, windows), max(1, windows // method.batch)
+        # Every span reads what left the one before, of all windows.
+        return cls(batch, steps, steps if method.by_spans else min(steps, max(1, AT_ONCE // (2 * batch * state))))
+
+
+class Feed:
+    """Gives each step its windows, and passes them through the dense model before, a part of them at a time.
+
+    The parts are the same wherever a run begins again, so that a window has the same hidden states in every start.
+
+    Args:
+      advance: called after every block of the dense model, for the first part of the windows.
+    """
+
+    def __init__(self, inputs: Inputs, advance: Callable[[], None]):
+        self._inputs, self._advance, dense, training = inputs, advance, inputs.dense, inputs.windows.training
+        state = training[0].size * dense.config.d_model * dense.tensors.dtype(dense.tensor_names()[0]).itemsize
+        self._batch, self._steps, self._at_once = Parts.of(inputs.method, len(training), state)
+        self._held = -1
+
+    def begin(self, step: int) -> Stream:
+        """Gets the windows of a step ready, and returns the held-out ones."""
+        self._held, training = self._place(step)
+        self._part, found = _streams(self._inputs, (training, self._inputs.windows.held_out), self._advance)
+        return found
+
+    def step(self, step: int) -> Stream:
+        """The windows of a step."""
+        number, training = self._place(step)
+        if number != self._held:
+            # Not a step of the progress: how many parts there are depends on the width of the model.
+            self._held, (self._part,) = number, _streams(self._inputs, (training,), lambda: None)
+        first = (step % self._steps - number * self._at_once) * self._batch
+        return self._part.part(first, first + self._batch)
+
+    def _place(self, step: int) -> tuple[int, np.ndarray]:
+        """The part that the windows of a step are in: its number, and its windows."""
+        number, size = step % self._steps // self._at_once, self._at_once * self._batch
+        used = self._inputs.windows.training[: self._steps * self._batch]
+        return number, used[number * size : (number + 1) * size]
+
+
+def _streams(inputs: Inputs, sets: Sequence[np.ndarray], advance: Callable[[], None]) -> tuple[Stream, ...]:
+    """Sets of windows, embedded, and behind the last block of the dense model if the loss reads it."""
+    dense = inputs.dense
+    embedded = [dense.embed(tokens) for tokens in sets]
+    if not inputs.method.reads_dense:
+        return tuple(map(Stream, sets, embedded, embedded))
+    finals = [hidden.copy() for hidden in embedded]
+    for index, parameters in enumerate(dense.blocks(range(dense.config.blocks))):
+        for final in finals:
+            dense.apply(index, parameters, final)
+        advance()
+    return tuple(map(Stream, sets, embedded, finals))
