@@ -325,7 +325,8 @@ def _distill(run: Run) -> None:
     opened_run, journal, progress = run.opened, _made(run.journal), run.progress
     method, texts, dense = _made(opened_run.config.distill), opened_run.texts, opened_run.model.decoder
     held_out = texts.calibration.ids[opened_run.config.calibration.samples :]
-    inputs = Inputs(dense, journal, method, Windows(_made(texts.distillation), held_out))
+    budget = device_budget(opened_run.config.device_memory)
+    inputs = Inputs(dense, journal, method, Windows(_made(texts.distillation), held_out), budget)
     found = (distill_by_spans if method.by_spans else distill)(inputs, progress.advance, progress.note)
     as_pruned = dataclasses.replace(dense, tensors=Layered(journal.tensors(), dense.tensors))
     before = perplexity(as_pruned, texts.evaluation.ids, progress.advance)

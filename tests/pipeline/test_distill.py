@@ -35,6 +35,7 @@ from tests.support.runs import SMALL, opened
 from tests.support.tiny_models import tiny_folder
 
 METHOD = KL(windows=16, passes=2, batch=4, learning_rate=1e-3, norm_factor=20.0, checks=2)
+ROOM = 2.0**40
 SPANS = Blocks(windows=16, passes=2, batch=4, learning_rate=1e-3, norm_factor=20.0, span=2)
 
 
@@ -81,7 +82,7 @@ def run(pruned, windows, shape=(4, 2), method=METHOD, advance=lambda: None) -> t
     """A distillation over the journal of a run, in the run's directory."""
     arguments, directory = pruned
     journal = Journal(directory)
-    inputs = Inputs(opened(parse(arguments), shape).decoder, journal, method, windows)
+    inputs = Inputs(opened(parse(arguments), shape).decoder, journal, method, windows, ROOM)
     found = distill(inputs, advance, lambda line: None)
     keep_outcome(directory, found)
     return found, journal
@@ -109,12 +110,13 @@ def result(journal: Journal) -> dict[str, np.ndarray]:
 
 
 @in_float32
-def test_the_gradient_is_that_of_the_whole_model(pruned, windows):
+@pytest.mark.parametrize("budget", [ROOM, 0.0], ids=["kept", "done again"])
+def test_the_gradient_is_that_of_the_whole_model(pruned, windows, budget):
     """Block by block, in batches, on a mesh, against one ``jax.grad`` through all blocks on one device."""
     arguments, directory = pruned
     journal, tokens, rate = Journal(directory), windows.training[:8], jnp.float32(1e-3)
     dense = dataclasses.replace(opened(parse(arguments), (4, 2)).decoder, batch=1)
-    trainer = Trainer(dataclasses.replace(dense, tensors=journal.tensors()), METHOD)
+    trainer = Trainer(dataclasses.replace(dense, tensors=journal.tensors()), METHOD, budget)
     blocks, others = ([trainer.open(parameters, {}) for parameters in trainer.decoder.blocks(range(3))] for _ in range(2))
     head, final = dense.head(), dense.embed(tokens)
     for index, parameters in enumerate(dense.blocks(range(3))):
@@ -122,15 +124,14 @@ def test_the_gradient_is_that_of_the_whole_model(pruned, windows):
     positions = [dense.positions(index, 32) for index in range(3)]
     found = [trainer.zeros() for _ in blocks]
     for pruned_batch, dense_batch in zip(dense.embed(tokens).batches(1), final.batches(1)):
-        inputs = [pruned_batch.hidden]
+        hidden, pulls = pruned_batch.hidden, []
         for block, place in zip(blocks, positions):
-            inputs.append(trainer.forward(block.masters, block.fixed, inputs[-1], place))
-        final_hidden, targets, valid = inputs.pop(), pruned_batch.place(tokens), pruned_batch.valid
-        _, cotangent = head_gradient(METHOD.loss, head, dense_batch.hidden, final_hidden, targets, valid)
+            hidden, pull = trainer.ahead(block, hidden, place, keep=budget > 0)
+            pulls.append(pull)
+        targets, valid = pruned_batch.place(tokens), pruned_batch.valid
+        _, cotangent = head_gradient(METHOD.loss, head, dense_batch.hidden, hidden, targets, valid)
         for index in (2, 1, 0):
-            found[index], cotangent = trainer.backward(
-                blocks[index].masters, blocks[index].fixed, inputs.pop(), positions[index], cotangent, found[index]
-            )
+            found[index], cotangent = trainer.backward(pulls.pop(), cotangent, found[index])
 
     def loss(masters):
         hidden = jnp.asarray(dense.embed(tokens).values)
@@ -270,7 +271,7 @@ def by_spans(pruned, windows, directory: Path, shape=(4, 2), method=SPANS, advan
         if not (directory / name).exists():
             (shutil.copytree if name == "journal" else shutil.copy)(source / name, directory / name)
     journal = Journal(directory)
-    inputs = Inputs(opened(parse(arguments), shape).decoder, journal, method, windows)
+    inputs = Inputs(opened(parse(arguments), shape).decoder, journal, method, windows, ROOM)
     found = distill_by_spans(inputs, advance, lambda line: None)
     keep_outcome(directory, found)
     return found, journal

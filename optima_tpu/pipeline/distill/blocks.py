@@ -1,8 +1,9 @@
 """The blocks of a model while they are trained: what moves, what is held, and the programs that every block runs.
 
-The backward pass goes block by block. A block's forward pass is done again inside its backward pass, from its input, so that of a
-batch of windows only the inputs of the blocks are kept (rematerialisation at every block). All blocks run the same compiled
-programs, whatever the depth of the model.
+The backward pass goes block by block. On CPU devices a block's forward pass keeps what its backward pass reads, for as many blocks as
+memory has room for. Otherwise the forward pass is done again inside the backward pass, from the block's input, so that of a batch of
+windows only the inputs of the blocks are kept (rematerialisation at every block). All blocks run the same compiled programs, whatever
+the depth of the model.
 
 Masters, moments and gradients are float32 and split over all devices of the mesh. A block gathers what its forward pass wants and
 rounds it to the checkpoint's dtype; its gradient is reduced back to the same shards.
@@ -28,9 +29,11 @@ from optima_tpu.method.zeros import keep_zeros
 from optima_tpu.models.decoder import Decoder, Head, forward, head_logits
 from optima_tpu.models.family import Positions
 from optima_tpu.report.numbers import percent
-from optima_tpu.runtime.mesh import DATA, divisible, spread, struct_on
+from optima_tpu.runtime.mesh import DATA, divisible, on_cpu, spread, struct_on
 
 Tree = dict[str, Array]
+Pull = Callable[[Array], tuple[Tree, Array]]
+"""From the cotangent of a block's output to those of its masters and of its input: a pytree of what it reads."""
 
 
 class Block(NamedTuple):
@@ -56,16 +59,18 @@ class Trainer:
     Attributes:
       decoder: of the pruned model.
       method: what is trained, and how fast.
+      budget: bytes that may be used of each device.
     """
 
     decoder: Decoder
     method: Distillation
+    budget: float = 0.0
 
     def at(self, index: int) -> "Trainer":
         """The trainer of the blocks like block ``index``."""
         kind = self.decoder.config.kind_of(index)
         if kind != self.decoder.config.kind and kind not in self._others:
-            self._others[kind] = Trainer(self.decoder.at(index), self.method)
+            self._others[kind] = Trainer(self.decoder.at(index), self.method, self.budget)
         return self if kind == self.decoder.config.kind else self._others[kind]
 
     @functools.cached_property
@@ -99,6 +104,14 @@ class Trainer:
         Master, two moments and a mask of each, in float32 but for the mask; the gradients that exist at a time; the rest as it is.
         """
         return max(self._bytes_of_a_span(span) for span in self.method.spans(self.decoder.config.blocks))
+
+    @property
+    def room(self) -> float:
+        """Bytes on each device in which blocks keep what their backward passes read.
+
+        0 but for CPU devices: by the TPU's compiler, moving it takes longer than doing the forward pass again.
+        """
+        return max(0.0, self.budget - self.bytes_on_device()) if on_cpu(self.decoder.mesh) else 0.0
 
     def _bytes_of_a_span(self, span: range) -> int:
         trainers = [self.at(index) for index in span]
@@ -182,23 +195,50 @@ class Trainer:
         """``(masters, fixed, hidden [batch, length, d_model], positions) -> hidden`` behind the block."""
         return jax.jit(self._run)
 
+    def ahead(self, block: Block, hidden: Array, positions: Positions, keep: bool) -> tuple[Array, Pull]:
+        """What leaves a block, and what :attr:`backward` goes back through it with.
+
+        Args:
+          keep: whether this holds all that the backward pass reads; otherwise it does the forward pass again. The two round
+            differently.
+        """
+        inside = block.masters, block.fixed, hidden, positions
+        return self._kept(*inside) if keep else (self.forward(*inside), self.again(*inside))
+
+    def again(self, masters: Tree, fixed: Tree, hidden: Array, positions: Positions) -> Pull:
+        """A pull that does the forward pass of a block again."""
+        return jax.tree_util.Partial(self._repeated, masters, fixed, hidden, positions)
+
+    def _linearised(self, masters: Tree, fixed: Tree, hidden: Array, positions: Positions) -> tuple[Array, Pull]:
+        found: tuple[Array, Pull] = jax.vjp(lambda *moving: self._run(moving[0], fixed, moving[1], positions), masters, hidden)
+        return found
+
+    @functools.cached_property
+    def _kept(self) -> Any:
+        return jax.jit(self._linearised)
+
+    @functools.cached_property
+    def _repeated(self) -> Any:
+        # One function for all blocks: what is jitted with it as an argument is compiled once.
+        def repeated(masters: Tree, fixed: Tree, hidden: Array, positions: Positions, cotangent: Array) -> tuple[Tree, Array]:
+            return self._linearised(masters, fixed, hidden, positions)[1](cotangent)
+
+        return repeated
+
     @functools.cached_property
     def backward(self) -> Any:
-        """``(masters, fixed, hidden, positions, cotangent, gradient) -> (gradient, cotangent)``.
+        """``(pull, cotangent, gradient) -> (gradient, cotangent)``, with a pull from :meth:`ahead`.
 
         The cotangent is that of the block's output and then of its input; the gradient of the masters is added to the given one,
         whose memory it takes.
         """
 
-        def backward(
-            masters: Tree, fixed: Tree, hidden: Array, positions: Positions, cotangent: Array, gradient: Tree
-        ) -> tuple[Tree, Array]:
-            _, pull = jax.vjp(lambda masters, hidden: self._run(masters, fixed, hidden, positions), masters, hidden)
+        def backward(pull: Pull, cotangent: Array, gradient: Tree) -> tuple[Tree, Array]:
             found, back = pull(cotangent)
             total = {name: jax.lax.with_sharding_constraint(gradient[name] + found[name], self.shards(name)) for name in gradient}
             return total, back
 
-        return jax.jit(backward, donate_argnums=(5,))
+        return jax.jit(backward, donate_argnums=(2,))
 
     @functools.cached_property
     def update(self) -> Any:

@@ -13,6 +13,7 @@ from optima_tpu.models.family import Positions
 from optima_tpu.pipeline.distill.blocks import Block, Goal, Trainer, Tree
 from optima_tpu.pipeline.distill.windows import Stream
 from optima_tpu.pipeline.journal import Journal
+from optima_tpu.runtime.mesh import bytes_on_device
 from optima_tpu.runtime.processes import fetch
 
 _HOST = "pinned_host"
@@ -79,24 +80,20 @@ class Model:
         gradients = dict[int, Tree]()
         share, total = jnp.float32(1 / count), 0.0
         for pruned, dense in zip(stream.entering.batches(batch), stream.dense.batches(batch)):
-            inputs = [pruned.hidden]
+            hidden, pulls, room = pruned.hidden, [], self.trainer.room
             for each, block, positions in zip(trainers, self.blocks, self.positions):
-                inputs.append(each.forward(block.masters, block.fixed, inputs[-1], positions))
+                keep = room > 0
+                hidden, pull = each.ahead(block, hidden, positions, keep)
+                room -= bytes_on_device(*jax.tree.leaves(pull)) if keep else 0
+                pulls.append(pull)
             tokens, there = pruned.place(stream.tokens), pruned.valid
-            sums, cotangent = self.goal.gradient(dense.hidden, inputs.pop(), tokens, there)
+            sums, cotangent = self.goal.gradient(dense.hidden, hidden, tokens, there)
             last = pruned.rows.max() >= stream.entering.last - 1
             for index in reversed(range(len(self.blocks))):
-                each, block = trainers[index], self.blocks[index]
-                gradients[index], cotangent = each.backward(
-                    block.masters,
-                    block.fixed,
-                    inputs.pop(),
-                    self.positions[index],
-                    cotangent,
-                    gradients.pop(index, None) or each.zeros(),
-                )
+                each, gradient = trainers[index], gradients.pop(index, None) or trainers[index].zeros()
+                gradients[index], cotangent = each.backward(pulls.pop(), cotangent, gradient)
                 if last:
-                    self.blocks[index] = each.update(block, gradients.pop(index), share, jnp.float32(rate))
+                    self.blocks[index] = each.update(self.blocks[index], gradients.pop(index), share, jnp.float32(rate))
             total += float(np.sum(fetch(sums), dtype=np.float64))
         return total / count
 

@@ -43,8 +43,8 @@ def distill_by_spans(inputs: Inputs, advance: Callable[[], None], note: Callable
     that it was stopped in.
     """
     dense, journal, method, windows = inputs.dense, inputs.journal, inputs.method, inputs.windows
-    pruned, blocks = inputs.pruned, inputs.dense.config.blocks
-    trainer, spans = Trainer(pruned, method), method.spans(blocks)
+    trainer, blocks = inputs.trainer, inputs.dense.config.blocks
+    spans = method.spans(blocks)
     parts = Parts.of(method, len(windows.training), 1)
     windows = windows._replace(training=windows.training[: parts.steps * parts.batch])  # the others fill no step
     training, held_out = (_begin(dense, tokens) for tokens in windows)
@@ -67,7 +67,7 @@ def distill_by_spans(inputs: Inputs, advance: Callable[[], None], note: Callable
         after = dataclasses.replace(dense, tensors=OrbaxTensors({entry: read_metadata(entry).metadata for entry in saved}))
         _through(after, span, training.entering, held_out.entering)
     before = dense.embed(windows.held_out)
-    _through(pruned, range(blocks), before)
+    _through(trainer.decoder, range(blocks), before)
     goal = NextToken(method, dense.head())
     checks = (
         Check(step, finite(loss, step), None, perplexity)

@@ -39,7 +39,7 @@ def distill(inputs: Inputs, advance: Callable[[], None], note: Callable[[str], N
     """
     method, journal, head = inputs.method, inputs.journal, inputs.dense.head()
     span, length = range(inputs.dense.config.blocks), inputs.windows.training.shape[1]
-    model = Model.open(Trainer(inputs.pruned, method), journal, span, NextToken(method, head), length)
+    model = Model.open(inputs.trainer, journal, span, NextToken(method, head), length)
     training = Training(model, States(journal.directory / FOLDER), note)
     training.resume()
     feed = Feed(inputs, advance)

@@ -9,6 +9,7 @@ import numpy as np
 from optima_tpu.method.distillation import Distillation
 from optima_tpu.models.activations import Activations
 from optima_tpu.models.decoder import Decoder
+from optima_tpu.pipeline.distill.blocks import Trainer
 from optima_tpu.pipeline.journal import Journal
 
 AT_ONCE = 1 << 32
@@ -36,17 +37,19 @@ class Inputs:
       journal: the finished blocks of the pruned one.
       method: what is trained, and how.
       windows: the text.
+      budget: bytes that may be used of each device.
     """
 
     dense: Decoder
     journal: Journal
     method: Distillation
     windows: Windows
+    budget: float
 
     @property
-    def pruned(self) -> Decoder:
-        """The pruned model."""
-        return dataclasses.replace(self.dense, tensors=self.journal.tensors())
+    def trainer(self) -> Trainer:
+        """The trainer of the pruned model's blocks."""
+        return Trainer(dataclasses.replace(self.dense, tensors=self.journal.tensors()), self.method, self.budget)
 
     @property
     def tokens(self) -> int:

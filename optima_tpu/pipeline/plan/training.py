@@ -126,12 +126,12 @@ def _of_block(model: Declared, trainer: Trainer, step: _Step) -> list[_Part]:
             memory,
             lambda: Call(trainer.forward, inside),
         ),
-        _Part(  # it does the forward pass again, and twice its products
+        _Part(  # it does the forward pass again, as it does on a CPU only where memory is short, and twice its products
             f"block backward{where}",
             blocks * step.passes,
             estimate.products(model, 3 * flops),
             2 * memory + gradient,
-            lambda: Call(trainer.backward, (*inside, step.hidden, block.masters)),
+            lambda: Call(trainer.backward, (trainer.again(*inside), step.hidden, block.masters)),
         ),
         _Part(
             f"Adam of a block{where}",
