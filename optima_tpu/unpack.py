@@ -44,8 +44,11 @@ def unpack(packed: str | Path, out: str | Path) -> None:
     if remote := [path for path in (packed, out) if in_bucket(path)]:
         raise UserError(f"expected folders on a disk, got {remote[0]}: copy the packed folder to a disk and unpack it there")
     refuse_occupied(out, "unpack to")
-    from optima_tpu.models.checkpoints.packed import Packed, PackedError  # imports transformers, which --help does not wait for
+    # Imports transformers, which --help does not wait for.
+    from optima_tpu.models.checkpoints.packed import INDEX, Packed, PackedError
 
+    if not (packed / INDEX).is_file() and (packed / "config.json").is_file():
+        raise UserError(f"{packed} is a plain folder already: there is nothing to unpack, use it as it is")
     with writing(out, "nothing was left there; make room or choose another folder, and repeat the command"):
         try:
             opened = Packed(packed)

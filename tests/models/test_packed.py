@@ -23,10 +23,11 @@ from optima_tpu import launch
 from optima_tpu import unpack as unpacking
 from optima_tpu.errors import UserError
 from optima_tpu.export import main as export_main
-from optima_tpu.models.checkpoints import open_model, packed
+from optima_tpu.models.checkpoints import open_model, packed, refuse_damaged_model
 from optima_tpu.models.checkpoints.export import export, is_export_of, read_masks
 from optima_tpu.models.checkpoints.forms import Options
 from optima_tpu.models.checkpoints.packed import BITS, INDEX, Packed, PackedError, Packer, pack, unpack
+from optima_tpu.runtime import checksums
 from tests.support.fake_run import finished_run, small_model
 from tests.support.runs import assert_same_weights, only_error
 from tests.support.tiny_models import tiny_folder
@@ -473,6 +474,8 @@ def test_a_packed_export_unpacks_to_the_plain_export(run, tmp_path, limit, capsy
     assert "1,152 weights; bits a weight: dense 16.00, pruned 16.00, packed " in printed
     assert unpacking.main([str(tmp_path / "small" / "out"), str(tmp_path / "out")]) == 0
     assert_same_folder(tmp_path / "out", tmp_path / "plain" / "out")
+    assert unpacking.main([str(tmp_path / "out"), str(tmp_path / "again")]) == 2
+    assert f"{tmp_path / 'out'} is a plain folder already" in capsys.readouterr().err and not (tmp_path / "again").exists()
     assert is_export_of(run, tmp_path / "out") and not is_export_of(run, tmp_path / "small" / "out")
 
 
@@ -543,3 +546,7 @@ def test_a_damaged_packed_model_is_refused_where_it_is_read(tmp_path):
     config.write_text(config.read_text() + " ")
     with pytest.raises(UserError, match="config.json is damaged"):
         open_model(str(tmp_path / "packed"))
+    checksums.write_sums(tmp_path / "packed")
+    config.write_text(config.read_text() + " ")
+    with pytest.raises(UserError, match="config.json has .* copy the file again, or export the run again; .*verify .* names every"):
+        refuse_damaged_model(str(tmp_path / "packed"))

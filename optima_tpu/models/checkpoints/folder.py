@@ -25,6 +25,7 @@ from optima_tpu.models.checkpoints.source import (
 )
 from optima_tpu.models.checkpoints.stacks import Unstacked
 from optima_tpu.runtime.checksums import ALL, changes, listed
+from optima_tpu.runtime.program import program
 from optima_tpu.runtime.records import read_record
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -226,8 +227,12 @@ def refuse_damaged(folder: Path) -> None:
     The model card may be edited: nothing reads it. A part of the files may be missing: whoever needs one says so.
     """
     sums = {name: found for name, found in listed(folder).items() if name != "README.md" and (folder / name).exists()}
+    # A packed folder has checksums of its own, which refuse the file too.
+    remedy = f"export the run again, or remove {ALL} to take the folder as it is"
+    if (folder / packed.INDEX).is_file():
+        remedy = f"copy the file again, or export the run again; {program('verify')} {folder} names every damaged file"
     for name, why in changes(folder, sums).items():
-        raise UserError(f"{folder / name} {why}: export the run again, or remove {ALL} to take the folder as it is")
+        raise UserError(f"{folder / name} {why}: {remedy}")
 
 
 def _shards(folder: Path) -> tuple[list[Path], dict[str, str]]:
