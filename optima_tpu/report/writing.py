@@ -20,7 +20,8 @@ def tokens(runs: Sequence[Run]) -> list[Section]:
     for run, found in known:
         label = f"{run.label}: " if several else ""
         shares, middle = found["shares"], len(found["edges"]) // 2
-        share = found["rise_share"]
+        # Where the mean is within its noise of zero, worse and better tokens cancel, and the share is of next to nothing.
+        share = found["rise_share"] if found["mean"] > max(0.01, 2 * (found.get("mean_stderr") or 0)) else None
         told = f" The worst 1% of the tokens cause {percent(share)} of the total rise." if share is not None else ""
         text.append(
             f"{label}The pruned model predicts {percent(sum(shares[middle + 1 :]))} of {found['tokens']:,} tokens worse than the "

@@ -2,11 +2,13 @@
 
 import json
 import math
+import types
 
 import numpy as np
 import pytest
 
 from optima_tpu.evaluate.token_changes import EDGES, pieces, readable, token_changes
+from optima_tpu.report import writing
 from tests.report.test_html_report import drawn, unplotted  # noqa: F401  (a fixture)
 from tests.support.fake_reports import write_run
 from tests.support.records import put
@@ -85,6 +87,12 @@ def with_writing(run, **changes):
     report = json.loads((run / "report.json").read_text())
     put(run / "report.json", json.dumps(report | {"tokens": TOKENS, "continuations": CONTINUATIONS} | changes))
     return run
+
+
+@pytest.mark.parametrize("mean, noise, told", [(0.128, 0.05, True), (0.0004, None, False), (0.09, 0.05, False)])
+def test_a_share_of_a_rise_that_may_be_none_is_not_told(mean, noise, told):
+    run = types.SimpleNamespace(label="", report={"tokens": TOKENS | {"mean": mean, "mean_stderr": noise}})
+    assert ("of the total rise" in writing.tokens([run])[0].text[0]) == told
 
 
 def test_text_with_markup_is_shown_and_not_run(tmp_path, unplotted):  # noqa: F811
