@@ -2,7 +2,7 @@
 
 import abc
 import dataclasses
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +39,22 @@ def hidden_error(dense: Float[Array, "*tokens d_model"], pruned: Float[Array, "*
     energy = jnp.sum(wanted**2, axis=-1)
     error = jnp.sum((pruned.astype(jnp.float32) - wanted) ** 2, axis=-1)
     return jnp.where(energy > 0, error / jnp.where(energy > 0, energy, 1.0), 0.0)
+
+
+class Flags(NamedTuple):
+    """How a command line names the settings of a training: by default, that of a run.
+
+    Attributes:
+      method: chooses what is minimised.
+      options: stands before the names of options.
+      batch: the windows in a step.
+      without: trains nothing; empty where the command only trains.
+    """
+
+    method: str = "--distill"
+    options: str = "--distill."
+    batch: str = "--distill.batch"
+    without: str = "--distill null"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,10 +109,9 @@ class Distillation(abc.ABC):
                 f"expected distill.norm_factor and distill.warmup of at least 0, got {self.norm_factor} and {self.warmup}"
             )
 
-    @property
-    def smaller(self) -> str:
+    def smaller(self, flags: Flags) -> str:
         """What to type to train less of the model at once; empty if nothing does."""
-        return "--distill blocks"
+        return f"{flags.method} blocks"
 
     def spans(self, blocks: int) -> tuple[range, ...]:
         """Which of a model's blocks are trained together, one span after the other."""
@@ -190,9 +205,8 @@ class Blocks(KL):
     checks: int = 2
     span: int = 1
 
-    @property
-    def smaller(self) -> str:
-        return "a smaller --distill.span" if self.span > 1 else ""
+    def smaller(self, flags: Flags) -> str:
+        return f"a smaller {flags.options}span" if self.span > 1 else ""
 
     def __post_init__(self) -> None:
         super().__post_init__()

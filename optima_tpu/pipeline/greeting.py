@@ -8,9 +8,11 @@ from rich.console import Console
 
 from optima_tpu.config.parse import on_preset
 from optima_tpu.config.run_config import RunConfig, to_dict, weights_settings
+from optima_tpu.method.distillation import Flags
 from optima_tpu.method.layer_rules import check_layers
 from optima_tpu.models.decoder import Decoder
 from optima_tpu.models.model import Model
+from optima_tpu.pipeline.distill.blocks import Trainer
 from optima_tpu.pipeline.inputs import Texts, linear_shapes
 from optima_tpu.report.progress import say
 
@@ -34,6 +36,8 @@ def greet(console: Console, config: RunConfig, model: Model, texts: Texts, direc
         f"devices      {decoder.mesh.size} x {jax.devices()[0].device_kind}, mesh {shape['data']}x{shape['model']}{several}",
         f"run          {directory}",
     ]
+    if config.distill and (idle := Trainer(decoder, config.distill).idle(Flags())):
+        lines.append(f"training     {idle}")
     if fitted:
         lines.append(f"solver       {fitted}")
     say(console, "\n".join(lines))

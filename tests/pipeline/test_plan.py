@@ -171,7 +171,7 @@ def test_the_plan_of_a_recovery_has_the_programs_of_its_steps(tmp_path):
     text = Calibration("random", length=129, held_out=4)
 
     def plan(shape, **settings):
-        config = as_run(RunConfig(folder, batch=1, calibration=text, **settings), "10k")
+        config = as_run(RunConfig(folder, batch=1, calibration=text, distill=KL(batch=4), **settings), "10k")
         model = open_declared(folder, None, config.batch).on(mesh(*shape))
         return make_plan(config, model, Machine("here", CHIPS["v5e"], mesh(*shape), 1, 0.5), recovering=True)
 

@@ -11,6 +11,7 @@ import safetensors.numpy
 import optima_tpu
 from optima_tpu.errors import UserError
 from optima_tpu.launch import main as prune
+from optima_tpu.method.distillation import KL
 from optima_tpu.models.checkpoints import open_model
 from optima_tpu.models.checkpoints.export import read_masks
 from optima_tpu.pipeline import inputs
@@ -24,7 +25,7 @@ from tests.support.meshes import mesh
 from tests.support.runs import SMALL, assert_close_weights, assert_same_weights, folder_tensors, only_error
 from tests.support.tiny_models import byte_tokenizer, tiny_folder
 
-TEXT = ["--source", "random", "--windows", "4", "--length", "32", "--learning_rate", "1e-3", "--checks", "2"]
+TEXT = ["--source", "random", "--windows", "4", "--length", "32", "--step", "4", "--learning_rate", "1e-3", "--checks", "2"]
 TOKENS = ["--tokens", "0.512k"]  # 16 windows of 32, four steps
 
 
@@ -168,7 +169,7 @@ def test_norms_alone_on_the_next_tokens(pruned, tmp_path, capsys):
     """From a recovered model, whose norms have moved, and a text that is too short: it is read once, and the command says so."""
     text = tmp_path / "text.txt"
     text.write_text("".join(map(chr, np.random.default_rng(0).integers(97, 105, 970))))
-    settings = dict(source=f"file:{text}", evaluation="random", windows=4, length=32, learning_rate=1e-3, checks=2)
+    settings = dict(source=f"file:{text}", evaluation="random", windows=4, length=32, step=4, learning_rate=1e-3, checks=2)
     result = optima_tpu.load(pruned / "recovered").recover(
         "1M", **settings, train="norms", loss="cross_entropy", output=str(tmp_path / "out")
     )
@@ -215,6 +216,6 @@ def test_what_cannot_be_is_one_line(pruned, words, said, capsys):
 def test_tokens_are_counted_in_any_spelling():
     counts = {"200k": 200_000, "50M": 50_000_000, "1.5m": 1_500_000, "1_000": 1000, "77": 77}
     assert {text: RecoverConfig("model", text).token_count for text in counts} == counts
-    assert parse(["model", "--tokens", "50M"]).method(7).checks == 100
+    assert parse(["model", "--tokens", "50M"]).method(7) == KL(windows=7, checks=100)
     with pytest.raises(UserError, match="at most 268435456, got 9000000000"):
         RecoverConfig("model", "9b")

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import numpy as np
 
 from optima_tpu.errors import UserError
+from optima_tpu.method.distillation import Flags
 from optima_tpu.pipeline.distill.blocks import NextToken, Trainer, Tree
 from optima_tpu.pipeline.distill.model import Model
 from optima_tpu.pipeline.distill.outcome import FOLDER, Check, Outcome
@@ -181,22 +182,16 @@ def finite(value: float, step: int) -> float:
     return value
 
 
-def refuse_large(trainer: Trainer, budget: float, recovering: bool = False) -> None:
-    """Raises UserError where the devices cannot hold what is trained together.
-
-    Args:
-      recovering: whether the settings are those of ``optima recover``.
-    """
-    needed, blocks, smaller = trainer.bytes_on_device(), trainer.decoder.config.blocks, trainer.method.smaller
-    if needed > budget:
+def refuse_large(trainer: Trainer, flags: Flags = Flags()) -> None:
+    """Raises UserError where the devices cannot hold what is trained together."""
+    needed, blocks = trainer.bytes_on_device(), trainer.decoder.config.blocks
+    if needed > trainer.budget:
         together = len(trainer.method.spans(blocks)[0])
-        ways = [*filter(None, [smaller]), "--distill.train norms", *([] if recovering else ["--distill null"])]
+        ways = [*filter(None, [trainer.method.smaller(flags), f"{flags.options}train norms", flags.without])]
         instead = ", ".join([*ways[:-1], f"or {ways[-1]}"])
-        if recovering:
-            instead = instead.replace("distill.", "").replace("distill", "loss")
         which = "all blocks" if together == blocks else f"{together} block{'s' * (together > 1)} at a time"
         gradients = " gradients," if trainer.accumulates else ""
         raise UserError(
             f"training holds weights,{gradients} two moments and masks of {which}, {needed / 2**30:.1f} GiB on each "
-            f"device of {budget / 2**30:.1f} GiB: take more devices, {instead}"
+            f"device of {trainer.budget / 2**30:.1f} GiB: take more devices, {instead}"
         )

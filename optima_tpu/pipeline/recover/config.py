@@ -10,7 +10,7 @@ from optima_tpu.config.choices import CHOICES
 from optima_tpu.config.parse import parse_command
 from optima_tpu.config.run_config import MOST, MOST_TOKENS, RunConfig, at_least, few_tokens
 from optima_tpu.errors import UserError
-from optima_tpu.method.distillation import Distillation
+from optima_tpu.method.distillation import KL, Blocks, Distillation, Flags
 from optima_tpu.method.selectors import Imported
 from optima_tpu.report.run_record import default_folder
 from optima_tpu.runtime.buckets import as_path
@@ -30,6 +30,7 @@ examples:
   {_PROGRAM} ./pruned-model --tokens 200k --against meta-llama/Llama-3.2-1B --source c4 --train norms
       a pruned checkpoint of another program"""
 
+FLAGS = Flags("--loss", "--", "--step", without="")
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
 
 
@@ -76,17 +77,17 @@ class RecoverConfig:
     tokens: str | None = None
     against: str | None = None
     source: str | None = None
-    passes: int = 1
+    passes: int = KL.passes
     length: int | None = None
     seed: int = 0
     held_out: int = 8
     loss: Literal["kl", "cross_entropy", "blocks"] = "kl"
-    span: int = 1
-    train: Literal["all", "norms", "weights"] = "all"
-    step: int = 4
-    learning_rate: float = 1e-4
-    norm_factor: float = 20.0
-    warmup: int = 3
+    span: int = Blocks.span
+    train: Literal["all", "norms", "weights"] = KL.train
+    step: int = KL.batch
+    learning_rate: float = KL.learning_rate
+    norm_factor: float = KL.norm_factor
+    warmup: int = KL.warmup
     checks: int | None = None
     evaluation: str | None = None
     windows: int | None = None

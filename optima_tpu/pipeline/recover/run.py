@@ -20,7 +20,7 @@ from optima_tpu.pipeline.distill.blocks import Trainer
 from optima_tpu.pipeline.distill.train import refuse_large
 from optima_tpu.pipeline.inputs import Texts
 from optima_tpu.pipeline.journal import Journal, prepare_directory
-from optima_tpu.pipeline.recover.config import RecoverConfig
+from optima_tpu.pipeline.recover.config import FLAGS, RecoverConfig
 from optima_tpu.pipeline.recover.start import Start, open_start
 from optima_tpu.pipeline.run import finish
 from optima_tpu.pipeline.stages import STAGES, Opened, Run, Stage
@@ -65,7 +65,7 @@ def recover(config: RecoverConfig, console: Console | None = None) -> dict[str, 
     method = run_config.distill
     assert method is not None
     decoder = start.dense.decoder
-    refuse_large(Trainer(decoder, method), device_budget(config.device_memory), recovering=True)
+    refuse_large(Trainer(decoder, method, device_budget(config.device_memory)), FLAGS)
     held_out, training = np.split(drawn.ids, [config.held_out])
     texts = Texts(drawn._replace(ids=np.concatenate([training, held_out])), scored, training)
     manifest = _manifest(run_config, start, texts)
@@ -211,6 +211,7 @@ def _greeting(config: RecoverConfig, opened: Opened, start: Start, drawn: Tokens
         f"dense model  {start.dense.pretrained.origin}",
         f"training     {method.words}, {config.train}, on {told}",
         "             this is training, not one-shot pruning",
+        *(f"             {idle}" for idle in filter(None, [Trainer(opened.model.decoder, method).idle(FLAGS)])),
         f"text         {', '.join(filter(None, (drawn.how, drawn.cache)))}, the first {config.held_out} of them held out",
     ]
     if text.samples < asked // (config.passes * text.length):
