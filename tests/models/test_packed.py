@@ -548,5 +548,7 @@ def test_a_damaged_packed_model_is_refused_where_it_is_read(tmp_path):
         open_model(str(tmp_path / "packed"))
     checksums.write_sums(tmp_path / "packed")
     config.write_text(config.read_text() + " ")
-    with pytest.raises(UserError, match="config.json has .* copy the file again, or export the run again; .*verify .* names every"):
+    with pytest.raises(
+        UserError, match="config.json has .* copy the file again, or export the run again; .*verify .* names every"
+    ):
         refuse_damaged_model(str(tmp_path / "packed"))
