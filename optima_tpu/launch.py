@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from optima_tpu.config.model_spec import refuse_missing
 from optima_tpu.config.parse import parse
 from optima_tpu.errors import UserError
 from optima_tpu.runtime import processes
@@ -21,10 +22,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _launch(argv: Sequence[str]) -> None:
     config = parse(argv)
-    from optima_tpu.data import check_sources  # imports pyarrow and more, which --help does not wait for
+    refuse_missing(config.model)
+    from optima_tpu.data import check_files, check_sources  # imports pyarrow and more, which --help does not wait for
 
-    check_sources(config.calibration.source, config.evaluation.source)
+    sources = config.calibration.source, config.evaluation.source
+    check_sources(*sources)
     take_devices(config)
+    processes.first_only(lambda: check_files(*sources))
     # Imported only now: the imports of these modules query the devices.
     from optima_tpu.models.checkpoints.orbax import quiet_orbax
     from optima_tpu.pipeline.run import run

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Sequence
 
+from optima_tpu.config.model_spec import refuse_missing_runs
 from optima_tpu.launch import draw_page
 from optima_tpu.pipeline.recover.config import parse
 from optima_tpu.runtime import processes
@@ -16,10 +17,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _recover(argv: Sequence[str]) -> None:
     config = parse(argv)
-    from optima_tpu.data import check_sources  # imports pyarrow and more, which --help does not wait for
+    refuse_missing_runs(config.model, config.against)
+    from optima_tpu.data import check_files, check_sources  # imports pyarrow and more, which --help does not wait for
 
     check_sources(config.source, config.evaluation)
     take_devices(config)
+    processes.first_only(lambda: check_files(config.source, config.evaluation))
     # Imported only now: the imports of these modules query the devices.
     from optima_tpu.models.checkpoints.orbax import quiet_orbax
     from optima_tpu.pipeline.recover.run import recover

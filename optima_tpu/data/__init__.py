@@ -39,6 +39,7 @@ __all__ = [
     "Tokens",
     "WikiText2",
     "calibration_tokens",
+    "check_files",
     "evaluation_tokens",
     "parse_source",
     "read_by_all",
@@ -272,11 +273,19 @@ def check_sources(*sources: str | None) -> None:
             parse_source(source)
 
 
+def check_files(*sources: str | None) -> None:
+    """Raises UserError if a source is a file that does not exist here. None is skipped."""
+    for source in filter(None, sources):
+        for text in texts_of(parse_source(source)):
+            if isinstance(text, File | Npy):
+                text.check()
+
+
 def _preceded(tokens: Tokens, bos: int | None) -> Tokens:
     if bos is None:
         return tokens
     ids = np.pad(tokens.ids, ((0, 0), (1, 0)), constant_values=bos)
-    return tokens._replace(ids=ids, how=tokens.how + ", a BOS token before each")
+    return tokens._replace(ids=ids, how=f"{tokens.how}, a BOS token before each: {ids.shape[1]} in all")
 
 
 def _replacing(tokens: Tokens, bos: int | None) -> Tokens:

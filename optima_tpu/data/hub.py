@@ -11,7 +11,6 @@ from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, t
 
 from optima_tpu.data.source import Documents, Part, Split, split_options
 from optima_tpu.errors import UserError, one_line
-from optima_tpu.models.checkpoints.hub import refuse_damaged
 
 _FORM = "hub:ORG/NAME[/CONFIG]@SPLIT, such as hub:allenai/c4/en@train[:20000], optionally with ?field=NAME"
 
@@ -146,6 +145,8 @@ def download(repository: str, name: str) -> Path:
     Raises:
       UserError: the file is not in the cache and the hub can't be reached or refuses it, or the file is damaged.
     """
+    from optima_tpu.models.checkpoints.hub import refuse_damaged  # imports all families, which a wrong path need not wait for
+
     cached = try_to_load_from_cache(repository, name, repo_type="dataset")
     path = Path(cached) if isinstance(cached, str) else _downloaded(repository, name)
     refuse_damaged([path])

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Sequence
 
+from optima_tpu.config.model_spec import refuse_missing_runs
 from optima_tpu.evaluate.config import parse
 from optima_tpu.evaluate.start import start
 from optima_tpu.runtime.command import guarded, take_devices
@@ -15,6 +16,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _evaluate(argv: Sequence[str]) -> None:
     config = parse(argv)
+    refuse_missing_runs(config.model, config.against)
     take_devices(config)
     start(config)
 

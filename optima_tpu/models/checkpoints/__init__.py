@@ -3,6 +3,7 @@
 import importlib.metadata
 from pathlib import Path
 
+from optima_tpu.config.model_spec import is_hub_id, refuse_missing
 from optima_tpu.errors import UserError
 from optima_tpu.models.checkpoints import hub
 from optima_tpu.models.checkpoints.folder import open_folder, refuse_damaged
@@ -27,20 +28,17 @@ def open_model(spec: str, dtype: str | None = None) -> Pretrained:
       UserError: there is no such model, it can't be reached, or its files are incomplete, damaged or not supported.
     """
     parse_dtype(dtype)
+    refuse_missing(spec)
     if spec.startswith("wheel:"):
         return _open(_in_wheel(spec.removeprefix("wheel:")), spec, dtype)
     path = Path(spec).expanduser()
-    if spec and path.exists():
-        return _open(path, spec, dtype)
-    if hub.is_hub_id(spec):
-        return _open(hub.download(spec), spec, dtype)
-    raise UserError(f"no such path: {spec!r}; expected a folder, a .gguf file, a hub id org/name or wheel:NAME")
+    return _open(path if path.exists() else hub.download(spec), spec, dtype)
 
 
 def refuse_damaged_model(spec: str) -> None:
     """Raises UserError if a file has changed of a folder that this program exported, or that the hub's cache holds. Reads all of it."""
     path = Path(spec).expanduser()
-    if hub.is_hub_id(spec) and not path.exists():
+    if is_hub_id(spec) and not path.exists():
         path = hub.download(spec)
     if path.is_dir():
         refuse_damaged(path)

@@ -29,13 +29,6 @@ WANTED = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", 
 UNWANTED = [*(f"*/{pattern}" for pattern in WANTED if pattern != "*.jinja"), "consolidated*"]
 
 
-def is_hub_id(spec: str) -> bool:
-    """Whether a text has the form org/name or org/name@revision, and is not a path to a file."""
-    return bool(re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?", spec)) and not spec.endswith(
-        (".gguf", ".safetensors", ".bin")
-    )
-
-
 def download(spec: str, wanted: Sequence[str] = WANTED) -> Path:
     """The local folder of a hub model ``org/name`` or ``org/name@revision``; downloads what the cache lacks.
 

@@ -11,6 +11,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from optima_tpu.config.model_spec import is_hub_id
 from optima_tpu.errors import UserError, one_line
 from optima_tpu.method.problem import Given, ReadGiven
 from optima_tpu.method.selectors import Imported
@@ -50,7 +51,7 @@ def open_masks(spec: str | None) -> MaskSource:
     if path.is_file() and path.suffix != ".gguf":
         raise UserError(f"expected masks in {spec}, got a file of an unknown format; known are {UNDERSTOOD}")
     if not path.exists() and not spec.startswith("wheel:"):
-        if path.suffix in _FILES or not hub.is_hub_id(spec):
+        if path.suffix in _FILES or not is_hub_id(spec):
             raise UserError(f"expected masks to import, but {spec} does not exist: check the path; known are {UNDERSTOOD}")
         if published := _published(spec):
             return open_npz(published, spec)

