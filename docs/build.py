@@ -25,7 +25,7 @@ import docstring_parser
 
 from optima_tpu.cli import TEXTS
 from optima_tpu.config import options, presets
-from optima_tpu.config.choices import CHOICES, OPEN, SolverOptions, default_options, method_class
+from optima_tpu.config.choices import CHOICES, OPEN, SolverOptions, default_options, method_class, method_name
 from optima_tpu.config.flat import flat
 from optima_tpu.config.options import PARTS, alternatives, field_texts, fields
 from optima_tpu.config.parse import method_settings, parse
@@ -293,6 +293,10 @@ def _fields_section(
     for name, kind in fields(cls).items():
         anchor = f"{prefix}{name}".replace(".", "-")
         yield anchors.heading(level, f"`{prefix}{name}`", anchor, *([f"{prefix.rstrip('.')}-{method}-{name}"] if method else []))
+        if name in CHOICES:  # of another command than ``optima prune``
+            yield f"*A method and its options. Default `{method_name(name, defaults[name])}`.*"
+            yield f"{_sentence(texts.get(name))} See [`{name}`](settings.md#{name})."
+            continue
         default = defaults[name if method else prefix + name]
         said = default if isinstance(default, _Said) else _Said(f"Default {_shown(default)}.")
         yield f"*{_kind(kind)}. {said}{_in_presets(prefix + name, {method: default}) if method else ''}*"

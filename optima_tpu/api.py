@@ -285,7 +285,8 @@ def recover_model(model: str | Path, *, tokens: int | str, progress: bool = True
       model: a run directory, an exported folder, or any pruned checkpoint whose zeros are the mask.
       tokens: how many tokens training reads: 50_000_000 or "50M".
       progress: whether to print what happens.
-      settings: any setting of ``optima recover`` by its name: ``against="org/name"``, ``source="c4"``, ``train="norms"``.
+      settings: any setting of ``optima recover`` by its name: ``against="org/name"``, ``source="c4"``,
+        ``distill={"name": "kl", "train": "norms"}``.
 
     Returns:
       The recovery as a finished run; ``record["distillation"]`` has its checks, tokens and seconds.
@@ -296,6 +297,10 @@ def recover_model(model: str | Path, *, tokens: int | str, progress: bool = True
     from optima_tpu.pipeline.recover.config import RecoverConfig
 
     _refuse_others(settings, RecoverConfig)
+    if "distill" in settings:
+        settings["distill"] = chosen_run({"model": str(model), "distill": settings["distill"]}).distill
+        if settings["distill"] is None:
+            raise UserError("expected distill to be one of kl, cross_entropy, blocks, got null: a recovery trains")
     config = RecoverConfig(str(model), str(tokens), **settings)
     from optima_tpu.data import check_sources
 

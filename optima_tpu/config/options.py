@@ -41,7 +41,7 @@ _TITLES = {
     "refine": "refine (whether the mask changes once its weights are solved)",
     "quantize": "quantize (whether the weights that stay become integers)",
     "allocation": "allocation (how the pattern's sparsity is distributed among the blocks)",
-    "distill": "distill (whether the pruned model is trained afterwards)",
+    "distill": "distill (how the pruned model is trained)",
     "tuning": "tuning (what is chosen for each matrix on held-out tokens)",
     "calibration": "calibration (the text that the pruned model must reproduce)",
     "evaluation": "evaluation (the text on which perplexity is measured, before and after)",
@@ -77,22 +77,28 @@ def make_parser(chosen: Mapping[str, str], base: Mapping[str, Any]) -> jsonargpa
     )
     parser.add_argument("--print_config", action="store_true", help="print the settings as a YAML file and exit")
     add_fields(parser.add_argument_group("the run"), RunConfig, "", base)
-    for setting, methods in CHOICES.items():
-        named = methods if chosen[setting] in methods else {**methods, chosen[setting]: method_class(setting, chosen[setting])}
-        table = "\n".join(_table_row(setting, name, cls) for name, cls in named.items())
-        group = parser.add_argument_group(_TITLES[setting], table)
-        group.add_argument(
-            f"--{setting}.name",
-            metavar="NAME",
-            type=str,
-            default=chosen[setting],
-            help=f"one of these (default: {chosen[setting]})",
-        )
-        for cls in option_classes(setting, chosen[setting]):
-            add_fields(group, cls, setting + ".", base[setting])
+    for setting in CHOICES:
+        add_method(parser, setting, chosen[setting], base[setting])
     for setting, cls in PARTS.items():
         add_fields(parser.add_argument_group(_TITLES[setting]), cls, setting + ".", base[setting])
     return parser
+
+
+def add_method(
+    parser: jsonargparse.ArgumentParser, setting: str, chosen: str, base: Mapping[str, Any], needed: bool = False
+) -> None:
+    """Adds the choice of a method, and the options of the chosen one that have a default in ``base``.
+
+    Args:
+      needed: whether the choice ``null`` is left out.
+    """
+    methods = CHOICES[setting]
+    named = methods if chosen in methods else {**methods, chosen: method_class(setting, chosen)}
+    table = "\n".join(_table_row(setting, name, cls) for name, cls in named.items() if cls or not needed)
+    group = parser.add_argument_group(_TITLES[setting], table)
+    group.add_argument(f"--{setting}.name", metavar="NAME", type=str, default=chosen, help=f"one of these (default: {chosen})")
+    for cls in option_classes(setting, chosen):
+        add_fields(group, cls, setting + ".", base)
 
 
 def _table_row(setting: str, name: str, cls: type | None) -> str:

@@ -33,16 +33,25 @@ import math
 import re
 import shutil
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import jsonargparse
 
 from optima_tpu.config import yaml12
-from optima_tpu.config.choices import CHOICES, Method, canonical_name, default_options, option_classes
+from optima_tpu.config.choices import (
+    CHOICES,
+    Method,
+    canonical_name,
+    default_options,
+    method_class,
+    method_name,
+    option_classes,
+    options_of,
+)
 from optima_tpu.config.flat import flat
-from optima_tpu.config.options import PARTS, Formatter, add_fields, alternatives, fields, kinds, make_parser, parts
+from optima_tpu.config.options import PARTS, Formatter, add_fields, add_method, alternatives, fields, kinds, make_parser, parts
 from optima_tpu.config.presets import PLAIN, PRESETS, default_preset, with_preset
 from optima_tpu.config.run_config import MOST, RunConfig, default_run, to_dict
 from optima_tpu.errors import UserError, did_you_mean
@@ -160,19 +169,23 @@ def _kept_parser(arguments: str, columns: int) -> jsonargparse.ArgumentParser:
     return make_parser(*json.loads(arguments))
 
 
-def parse_command(settings: type[T], argv: Sequence[str], program: str, description: str) -> T:
+def parse_command(settings: type[T], argv: Sequence[str], program: str, description: str, without: Collection[str] = ()) -> T:
     """The settings of a command that works on a model, ``MODEL [--SETTING VALUE ...]``. ``--help`` prints and raises SystemExit(0).
 
     Args:
-      settings: a dataclass with a field ``model``; the others have defaults.
+      settings: a dataclass with a field ``model``; the others have defaults. A field with the name of a choice takes a method.
       program: how the command is called.
+      without: options of methods that the command does not have, by their dotted names.
 
     Raises:
       UserError: a setting does not exist, or its value is not allowed.
     """
     argv = [spelled(argument) for argument in argv]
-    types = {field.name: field.type for field in dataclasses.fields(settings)}
-    defaults = {field.name: field.default for field in dataclasses.fields(settings) if field.name != "model"}
+    own = [field for field in dataclasses.fields(settings) if field.name not in CHOICES]
+    types = {field.name: field.type for field in own}
+    defaults = {field.name: field.default for field in own if field.name != "model"}
+    methods = _methods(settings, argv)
+    chosen = {setting: method_name(setting, method) for setting, method in methods.items()}
     parser = jsonargparse.ArgumentParser(
         prog=program,
         usage=f"{program} MODEL [--SETTING VALUE ...]",
@@ -183,14 +196,43 @@ def parse_command(settings: type[T], argv: Sequence[str], program: str, descript
     )
     parser.add_argument("model", metavar="MODEL", type=str)
     add_fields(parser.add_argument_group("settings"), settings, "", defaults)
-    refuse_unknown(_options(argv), {*defaults, "help"}, "--")
+    for setting, method in methods.items():
+        base = {option: value for option, value in options_of(method).items() if f"{setting}.{option}" not in without}
+        add_method(parser, setting, chosen[setting], base, needed=True)
+        types |= {
+            f"{setting}.{option}": kind
+            for option, kind in fields(*option_classes(setting, chosen[setting])).items()
+            if option in base
+        }
+    known = {*types, *(f"{setting}.name" for setting in chosen), "help"} - {"model"}
+    refuse_unknown({*_options(argv)} & {*without}, known, "--")
+    _check_known(_options(argv), known, chosen, "--")
     if not {"-h", "--help"} & set(argv) and (not argv or argv[0].startswith("-")):
         raise UserError(f"expected the model before everything else, got {argv[0] if argv else 'nothing'}; see {program} --help")
     try:
-        chosen = parser.parse_args(argv)
+        parsed = parser.parse_args(argv)
     except argparse.ArgumentError as error:
         raise UserError(one_line(error, types)) from None
-    return settings(**{name: chosen[name] for name in types})
+    for setting, method in methods.items():
+        given = {option: parsed[f"{setting}.{option}"] for option in options_of(method) if f"{setting}.{option}" in types}
+        methods[setting] = dataclasses.replace(method, **given)
+    return settings(**{name: parsed[name] for name in ("model", *defaults)}, **methods)
+
+
+def _methods(settings: type[Method], argv: Sequence[str]) -> dict[str, Any]:
+    """The method that a command line chooses for each field of a dataclass that is a choice, with its default options."""
+    choices = [field for field in dataclasses.fields(settings) if field.name in CHOICES]
+    if not choices:
+        return {}
+    early, found = _early(argv), {}
+    for field in choices:
+        given = getattr(early, field.name)
+        cls = type(field.default) if given is None else method_class(field.name, canonical_name(field.name, given))
+        if cls is None:
+            needed = ", ".join(name for name, each in CHOICES[field.name].items() if each)
+            raise UserError(f"expected {field.name} to be one of {needed}, got {given}")
+        found[field.name] = cls()
+    return found
 
 
 def dump(config: RunConfig) -> str:

@@ -2,7 +2,7 @@
 
 import abc
 import dataclasses
-from typing import ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -41,22 +41,6 @@ def hidden_error(dense: Float[Array, "*tokens d_model"], pruned: Float[Array, "*
     return jnp.where(energy > 0, error / jnp.where(energy > 0, energy, 1.0), 0.0)
 
 
-class Flags(NamedTuple):
-    """How a command line names the settings of a training: by default, that of a run.
-
-    Attributes:
-      method: chooses what is minimised.
-      options: stands before the names of options.
-      batch: the windows in a step.
-      without: trains nothing; empty where the command only trains.
-    """
-
-    method: str = "--distill"
-    options: str = "--distill."
-    batch: str = "--distill.batch"
-    without: str = "--distill null"
-
-
 @dataclasses.dataclass(frozen=True)
 class Distillation(abc.ABC):
     """Training of the pruned model, with gradients through blocks and the masks held.
@@ -72,7 +56,8 @@ class Distillation(abc.ABC):
       norm_factor: the learning rate of the norms' gains and of biases, as a multiple of learning_rate; 0 leaves them as they are.
       train: the parameters that are trained: "norms" only the norms' gains and biases, "weights" only the kept weights, "all" both.
       warmup: number of steps in which the learning rate rises.
-      checks: how often the held-out loss is measured; the state of the best check is kept.
+      checks: how often the held-out loss is measured; the state of the best check is kept. null takes one check for every 128 steps, at
+        least 4.
     """
 
     words: ClassVar[str]
@@ -83,6 +68,8 @@ class Distillation(abc.ABC):
     """Whether the loss reads what the dense model predicts."""
     by_spans: ClassVar[bool] = False
     """Whether spans of blocks are trained one after the other toward the dense model's hidden states, and not all by ``loss``."""
+    fewest_checks: ClassVar[int] = 4
+    """The checks of a short training."""
 
     windows: int = 128
     passes: int = 1
@@ -91,7 +78,7 @@ class Distillation(abc.ABC):
     norm_factor: float = 10.0
     train: Literal["all", "weights", "norms"] = "all"
     warmup: int = 3
-    checks: int = 4
+    checks: int | None = None
 
     @staticmethod
     @abc.abstractmethod
@@ -100,8 +87,8 @@ class Distillation(abc.ABC):
 
     def __post_init__(self) -> None:
         for name in ("windows", "passes", "batch", "checks"):
-            if getattr(self, name) < 1:
-                raise UserError(f"expected distill.{name} of at least 1, got {getattr(self, name)}")
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise UserError(f"expected distill.{name} of at least 1, got {value}")
         if not 0 < self.learning_rate <= 1:
             raise UserError(f"expected distill.learning_rate above 0 and at most 1, got {self.learning_rate}; 7e-5 is usual")
         if self.norm_factor < 0 or self.warmup < 0:
@@ -109,9 +96,10 @@ class Distillation(abc.ABC):
                 f"expected distill.norm_factor and distill.warmup of at least 0, got {self.norm_factor} and {self.warmup}"
             )
 
-    def smaller(self, flags: Flags) -> str:
+    @property
+    def smaller(self) -> str:
         """What to type to train less of the model at once; empty if nothing does."""
-        return f"{flags.method} blocks"
+        return "--distill blocks"
 
     def spans(self, blocks: int) -> tuple[range, ...]:
         """Which of a model's blocks are trained together, one span after the other."""
@@ -124,7 +112,7 @@ class Distillation(abc.ABC):
 
     def check_steps(self) -> tuple[int, ...]:
         """The steps after which the held-out loss is measured, the last one among them."""
-        count = min(self.checks, self.steps)
+        count = min(self.checks or max(self.fewest_checks, self.steps // 128), self.steps)
         return tuple(round(self.steps * (index + 1) / count) for index in range(count))
 
     def rate(self, step: int) -> float:
@@ -195,18 +183,19 @@ class Blocks(KL):
     the *pruned* model's hidden states, and whose loss is a sum over tokens that are not weighed.
 
     Attributes:
-      checks: how often the held-out error of a span is measured; the state of the best check is kept.
+      checks: how often the held-out error of a span is measured; the state of the best check is kept. null takes one check for every 128
+        steps, at least 2.
       span: number of consecutive blocks that are trained together. A larger span sees more of what its blocks do to each other, and
         needs so many times the memory.
     """
 
-    done, by_spans = "trained block by block", True
+    done, by_spans, fewest_checks = "trained block by block", True, 2
 
-    checks: int = 2
     span: int = 1
 
-    def smaller(self, flags: Flags) -> str:
-        return f"a smaller {flags.options}span" if self.span > 1 else ""
+    @property
+    def smaller(self) -> str:
+        return "a smaller --distill.span" if self.span > 1 else ""
 
     def __post_init__(self) -> None:
         super().__post_init__()

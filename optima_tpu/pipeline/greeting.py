@@ -8,7 +8,6 @@ from rich.console import Console
 
 from optima_tpu.config.parse import on_preset
 from optima_tpu.config.run_config import RunConfig, to_dict, weights_settings
-from optima_tpu.method.distillation import Flags
 from optima_tpu.method.layer_rules import check_layers
 from optima_tpu.models.decoder import Decoder
 from optima_tpu.models.model import Model
@@ -36,7 +35,7 @@ def greet(console: Console, config: RunConfig, model: Model, texts: Texts, direc
         f"devices      {decoder.mesh.size} x {jax.devices()[0].device_kind}, mesh {shape['data']}x{shape['model']}{several}",
         f"run          {directory}",
     ]
-    if config.distill and (idle := Trainer(decoder, config.distill).idle(Flags())):
+    if config.distill and (idle := Trainer(decoder, config.distill).idle):
         lines.append(f"training     {idle}")
     if fitted:
         lines.append(f"solver       {fitted}")

@@ -104,7 +104,7 @@ class Opened:
         )
         told = fitted(decoder, walk.groups, recipe, walk.budget)
         if config.distill:
-            refuse_large(Trainer(decoder, config.distill, walk.budget))
+            refuse_large(Trainer(decoder, config.distill, walk.budget), "--distill null")
         directory = prepare_directory(config.run_directory, manifest, to_dict(config))
         greet(console, config, model, texts, directory, told)
         return cls(config, model, texts, manifest, to_dict(config), directory, walk)

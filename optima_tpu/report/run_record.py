@@ -236,7 +236,7 @@ def recorded_words(configuration: Mapping[str, Any]) -> tuple[str, list[str]]:
     words = [str(told["model"])]
     for name, value in told.items():
         if name not in ("model", "coordinator", "num_processes", "process_id"):  # a process of its own, as in recorded_run
-            words += [f"--{name}", str(value).lower() if isinstance(value, bool) else str(value)]
+            words += ["--" + name.removesuffix(".name"), str(value).lower() if isinstance(value, bool) else str(value)]
     return "recover", words
 
 

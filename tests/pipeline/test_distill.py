@@ -16,7 +16,7 @@ import pytest
 from optima_tpu.config.parse import parse
 from optima_tpu.errors import UserError
 from optima_tpu.launch import main
-from optima_tpu.method.distillation import KL, Blocks, Flags, hidden_error
+from optima_tpu.method.distillation import KL, Blocks, hidden_error
 from optima_tpu.models.checkpoints.orbax import CheckpointTensors, OrbaxTensors, read_metadata
 from optima_tpu.models.decoder import forward, head_logits
 from optima_tpu.pipeline.distill import states
@@ -27,7 +27,6 @@ from optima_tpu.pipeline.distill.spans import distill_by_spans
 from optima_tpu.pipeline.distill.train import distill, refuse_large
 from optima_tpu.pipeline.distill.windows import Inputs, Stream, Windows
 from optima_tpu.pipeline.journal import Journal
-from optima_tpu.pipeline.recover.config import FLAGS
 from optima_tpu.report.distillation import distillation
 from optima_tpu.report.runs import Run
 from optima_tpu.report.view import NONE
@@ -253,7 +252,7 @@ def test_a_model_that_the_devices_do_not_hold_is_refused(pruned):
     needed = trainer.bytes_on_device()
     refuse_large(dataclasses.replace(trainer, budget=needed))
     with pytest.raises(UserError, match="take more devices, --distill blocks, --distill.train norms, or --distill null"):
-        refuse_large(dataclasses.replace(trainer, budget=needed - 1))
+        refuse_large(dataclasses.replace(trainer, budget=needed - 1), "--distill null")
     # A batch of 1 on each of 4 slices holds the step's 4 windows. Where a step takes two batches, gradients of all blocks add up.
     shares = [Trainer(dataclasses.replace(trainer.decoder, batch=1), KL(batch=batch)) for batch in (4, 8)]
     gradient = 4 * sum(np.prod(array.sharding.shard_shape(array.shape)) for array in trainer.struct().masters.values())
@@ -382,11 +381,11 @@ def test_spans_take_the_memory_of_one_whatever_the_depth(pruned):
 @in_float32
 def test_a_step_with_fewer_windows_than_slices_says_what_to_type(pruned):
     decoder = opened(parse(pruned[0]), (4, 2)).decoder
-    told = [Trainer(decoder, KL(batch=batch)).idle(flags) for batch, flags in ((2, Flags()), (1, FLAGS), (4, Flags()))]
+    told = [Trainer(decoder, KL(batch=batch)).idle for batch in (2, 1, 4)]
     assert told[0].startswith(
         "2 of 4 slices of the data axis compute padding, for a step trains on 2 windows: take --distill.batch 4"
     )
-    assert "on 1 window: take --step 4, or" in told[1] and not told[2]
+    assert "on 1 window: take --distill.batch 4, or" in told[1] and not told[2]
 
 
 def test_the_rates_rise_and_fall():

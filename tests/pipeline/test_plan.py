@@ -203,7 +203,7 @@ def test_the_plan_of_a_recovery_has_the_programs_of_its_steps(tmp_path):
     for planned, real in zip(jax.tree.leaves(block), jax.tree.leaves(opened), strict=True):
         assert (planned.shape, planned.dtype) == (real.shape, real.dtype)
         assert not real.ndim or real.sharding.is_equivalent_to(planned.sharding, real.ndim)  # the count of steps is anywhere
-    assert "or --train norms" in plan((4, 2), device_memory=1e-5).refused
+    assert "or --distill.train norms" in plan((4, 2), device_memory=1e-5).refused
 
 
 def test_a_training_by_spans_takes_the_same_memory_at_any_depth(tmp_path):

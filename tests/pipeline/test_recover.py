@@ -11,7 +11,7 @@ import safetensors.numpy
 import optima_tpu
 from optima_tpu.errors import UserError
 from optima_tpu.launch import main as prune
-from optima_tpu.method.distillation import KL
+from optima_tpu.method.distillation import KL, Blocks
 from optima_tpu.models.checkpoints import open_model
 from optima_tpu.models.checkpoints.export import read_masks
 from optima_tpu.pipeline import inputs
@@ -25,7 +25,8 @@ from tests.support.meshes import mesh
 from tests.support.runs import SMALL, assert_close_weights, assert_same_weights, folder_tensors, only_error
 from tests.support.tiny_models import byte_tokenizer, tiny_folder
 
-TEXT = ["--source", "random", "--windows", "4", "--length", "32", "--step", "4", "--learning_rate", "1e-3", "--checks", "2"]
+TEXT = ["--source", "random", "--windows", "4", "--length", "32", "--distill.batch", "4"]
+TEXT += ["--distill.learning_rate", "1e-3", "--distill.checks", "2"]
 TOKENS = ["--tokens", "0.512k"]  # 16 windows of 32, four steps
 
 
@@ -169,10 +170,9 @@ def test_norms_alone_on_the_next_tokens(pruned, tmp_path, capsys):
     """From a recovered model, whose norms have moved, and a text that is too short: it is read once, and the command says so."""
     text = tmp_path / "text.txt"
     text.write_text("".join(map(chr, np.random.default_rng(0).integers(97, 105, 970))))
-    settings = dict(source=f"file:{text}", evaluation="random", windows=4, length=32, step=4, learning_rate=1e-3, checks=2)
-    result = optima_tpu.load(pruned / "recovered").recover(
-        "1M", **settings, train="norms", loss="cross_entropy", output=str(tmp_path / "out")
-    )
+    settings = dict(source=f"file:{text}", evaluation="random", windows=4, length=32)
+    training = {"name": "cross_entropy", "train": "norms", "batch": 4, "learning_rate": 1e-3, "checks": 2}
+    result = optima_tpu.load(pruned / "recovered").recover("1M", **settings, distill=training, output=str(tmp_path / "out"))
     assert result.directory == tmp_path / "out"
     printed = capsys.readouterr().out
     assert "has no more: 1,000,000 tokens were asked for" in printed
@@ -194,15 +194,20 @@ def test_norms_alone_on_the_next_tokens(pruned, tmp_path, capsys):
         (["{run}", "--tokens", "many"], "a number such as 200k, 50M or 1000000, got many"),
         (["{run}"], "got none"),
         (["{run}", "--tokens", "0"], "tokens of at least 1, got 0"),
-        (["{run}", "--tokens", "1k", "--step", "0"], "step of at least 1, got 0"),
+        (["{run}", "--tokens", "1k", "--distill.batch", "0"], "distill.batch of at least 1, got 0"),
+        (["{run}", "--tokens", "1k", "--distill", "null"], "expected distill to be one of kl, cross_entropy, blocks, got null"),
+        (["{run}", "--tokens", "1k", "--distill.windows", "4"], "distill.windows"),
         (["{root}/nowhere", "--tokens", "1k"], "no such path"),
         (["{model}", "--tokens", "1k", "--against", "{model}"], "no matrix has a share of zeros of at least 0.1"),
         (["{model}", "--tokens", "1k"], "expected --against with the dense model, got none"),
         (["{run}", "--tokens", "1k", *TEXT, "--source", "npy:{root}/none.npy", "--evaluation", "random"], "does not exist"),
         (["{run}", "--tokens", "1k", "--length", "1000"], "at most 128, the model's context, got 1000"),
         (["{run}", "--tokens", "1k", "--against", "{root}/other"], "was pruned from, got another one in"),
-        (["{run}", "--tokens", "1k", "--span", "2"], "expected --loss blocks where --span is 2, got kl"),
-        (["{run}", "--tokens", "1k", *TEXT, "--device_memory", "1e-6"], "take more devices, --loss blocks, or --train norms"),
+        (["{run}", "--tokens", "1k", "--distill.span", "2"], "is an option of distill blocks, but distill is kl here"),
+        (
+            ["{run}", "--tokens", "1k", *TEXT, "--device_memory", "1e-6"],
+            "take more devices, --distill blocks, or --distill.train norms",
+        ),
     ],
 )
 def test_what_cannot_be_is_one_line(pruned, words, said, capsys):
@@ -216,6 +221,7 @@ def test_what_cannot_be_is_one_line(pruned, words, said, capsys):
 def test_tokens_are_counted_in_any_spelling():
     counts = {"200k": 200_000, "50M": 50_000_000, "1.5m": 1_500_000, "1_000": 1000, "77": 77}
     assert {text: RecoverConfig("model", text).token_count for text in counts} == counts
-    assert parse(["model", "--tokens", "50M"]).method(7) == KL(windows=7, checks=100)
+    assert parse(["model", "--tokens", "50M"]).distill == KL()
+    assert parse(["model", "--tokens", "1k", "--distill", "blocks", "--distill.span", "2"]).distill == Blocks(span=2)
     with pytest.raises(UserError, match="at most 268435456, got 9000000000"):
         RecoverConfig("model", "9b")

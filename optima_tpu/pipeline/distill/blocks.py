@@ -24,7 +24,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from optima_tpu.evaluate.predictions import per_token, sum_over_windows
-from optima_tpu.method.distillation import Distillation, Flags, cross_entropy, hidden_error, optimizer
+from optima_tpu.method.distillation import Distillation, cross_entropy, hidden_error, optimizer
 from optima_tpu.method.zeros import keep_zeros
 from optima_tpu.models.decoder import Decoder, Head, forward, head_logits
 from optima_tpu.models.family import Positions
@@ -98,14 +98,15 @@ class Trainer:
         windows = min(self.method.batch, self.method.windows)
         return windows > self.decoder.batch * self.decoder.mesh.shape[DATA]
 
-    def idle(self, flags: Flags) -> str:
+    @property
+    def idle(self) -> str:
         """Which slices of the data axis have no window in a step, and what to type; empty if all have one."""
         windows, slices = min(self.method.batch, self.method.windows), self.decoder.mesh.shape[DATA]
         if windows >= slices:
             return ""
         return (
             f"{slices - windows} of {slices} slices of the data axis compute padding, for a step trains on {windows} "
-            f"window{'s' * (windows > 1)}: take {flags.batch} {slices}, or a mesh with a smaller data axis"
+            f"window{'s' * (windows > 1)}: take --distill.batch {slices}, or a mesh with a smaller data axis"
         )
 
     def bytes_on_device(self) -> int:

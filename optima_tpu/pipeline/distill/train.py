@@ -8,7 +8,6 @@ from collections.abc import Callable
 import numpy as np
 
 from optima_tpu.errors import UserError
-from optima_tpu.method.distillation import Flags
 from optima_tpu.pipeline.distill.blocks import NextToken, Trainer, Tree
 from optima_tpu.pipeline.distill.model import Model
 from optima_tpu.pipeline.distill.outcome import FOLDER, Check, Outcome
@@ -182,12 +181,16 @@ def finite(value: float, step: int) -> float:
     return value
 
 
-def refuse_large(trainer: Trainer, flags: Flags = Flags()) -> None:
-    """Raises UserError where the devices cannot hold what is trained together."""
+def refuse_large(trainer: Trainer, *otherwise: str) -> None:
+    """Raises UserError where the devices cannot hold what is trained together.
+
+    Args:
+      otherwise: what else may be typed.
+    """
     needed, blocks = trainer.bytes_on_device(), trainer.decoder.config.blocks
     if needed > trainer.budget:
         together = len(trainer.method.spans(blocks)[0])
-        ways = [*filter(None, [trainer.method.smaller(flags), f"{flags.options}train norms", flags.without])]
+        ways = [*filter(None, [trainer.method.smaller]), "--distill.train norms", *otherwise]
         instead = ", ".join([*ways[:-1], f"or {ways[-1]}"])
         which = "all blocks" if together == blocks else f"{together} block{'s' * (together > 1)} at a time"
         gradients = " gradients," if trainer.accumulates else ""

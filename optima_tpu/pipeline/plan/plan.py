@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 from optima_tpu.config.run_config import RunConfig
 from optima_tpu.errors import UserError
-from optima_tpu.method.distillation import Flags
 from optima_tpu.method.linalg.features import divided
 from optima_tpu.method.patterns import Pattern
 from optima_tpu.method.recipe import Recipe
@@ -26,7 +25,6 @@ from optima_tpu.pipeline.plan.program import STAGES, Program
 from optima_tpu.pipeline.plan.texts import counted
 from optima_tpu.pipeline.plan.topology import Machine
 from optima_tpu.pipeline.plan.training import refusal, training_programs
-from optima_tpu.pipeline.recover.config import FLAGS
 from optima_tpu.pipeline.self_calibration import generated_by
 from optima_tpu.runtime.device_memory import device_budget
 from optima_tpu.runtime.mesh import DATA, MODEL
@@ -194,7 +192,7 @@ def make_plan(
             refused = str(error)  # a run writes its text first
     training: tuple[Program, ...] = ()
     if config.distill:
-        refused = refused or refusal(Trainer(decoder, config.distill, budget), FLAGS if recovering else Flags())
+        refused = refused or refusal(Trainer(decoder, config.distill, budget), *([] if recovering else ["--distill null"]))
         training = training_programs(model, config.distill, text.length, machine, compile_call)
     programs = [_calibration(config, model.at(kind.block), machine, kind, count, compile_call) for kind, count in kinds.items()]
     if len(programs) > 1:  # a block is calibrated in several passes, each for some of its layers

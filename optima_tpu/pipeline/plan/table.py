@@ -7,13 +7,11 @@ from rich.table import Table
 
 from optima_tpu.config.parse import on_preset
 from optima_tpu.config.run_config import RunConfig
-from optima_tpu.method.distillation import Flags
 from optima_tpu.pipeline.distill.blocks import Trainer
 from optima_tpu.pipeline.greeting import recipe_line
 from optima_tpu.pipeline.plan.model import Declared
 from optima_tpu.pipeline.plan.plan import Plan, Program
 from optima_tpu.pipeline.plan.topology import GIB, Machine
-from optima_tpu.pipeline.recover.config import FLAGS
 from optima_tpu.report.numbers import duration, number
 from optima_tpu.report.progress import say, show
 
@@ -45,7 +43,7 @@ def greeting(config: RunConfig, model: Declared, machine: Machine, recovering: b
     recipe = [f"preset   {on_preset(config)}", f"recipe   {recipe_line(config, model.decoder)}"]
     if recovering and (method := config.distill):
         recipe = [f"training {method.words}, {method.train}, {method.steps:,} steps of {method.batch} windows; nothing is pruned"]
-    idle = config.distill and Trainer(model.decoder, config.distill).idle(FLAGS if recovering else Flags())
+    idle = config.distill and Trainer(model.decoder, config.distill).idle
     return [
         f"model    {model.origin}: {model.decoder.config.blocks} blocks, only its configuration is read",
         *recipe,

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from optima_tpu.errors import UserError
 from optima_tpu.evaluate.predictions import STRETCH
-from optima_tpu.method.distillation import Distillation, Flags
+from optima_tpu.method.distillation import Distillation
 from optima_tpu.models.decoder import Decoder, Head
 from optima_tpu.pipeline.calibrate import linear_groups
 from optima_tpu.pipeline.distill.blocks import Trainer, head_gradient, hidden_gradient
@@ -26,10 +26,10 @@ from optima_tpu.pipeline.plan.topology import Machine
 from optima_tpu.runtime.mesh import DATA, MODEL, bytes_on_device, struct_on
 
 
-def refusal(trainer: Trainer, flags: Flags) -> str:
+def refusal(trainer: Trainer, *otherwise: str) -> str:
     """Why the training would refuse to begin; empty if it would begin."""
     try:
-        refuse_large(trainer, flags)
+        refuse_large(trainer, *otherwise)
     except UserError as error:
         return str(error)
     return ""

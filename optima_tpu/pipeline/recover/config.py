@@ -4,13 +4,13 @@ import dataclasses
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from optima_tpu.config.choices import CHOICES
+from optima_tpu.config.choices import method_name, options_of
 from optima_tpu.config.parse import parse_command
 from optima_tpu.config.run_config import MOST, MOST_TOKENS, RunConfig, at_least, few_tokens
 from optima_tpu.errors import UserError
-from optima_tpu.method.distillation import KL, Blocks, Distillation, Flags
+from optima_tpu.method.distillation import KL, Distillation
 from optima_tpu.method.selectors import Imported
 from optima_tpu.report.run_record import default_folder
 from optima_tpu.runtime.buckets import as_path
@@ -27,10 +27,11 @@ The result is a run directory of its own, with report.html and hf/.
 examples:
   {_PROGRAM} runs/llama --tokens 50M --mesh 4x2
       on the text that the run was calibrated on, toward the model that it pruned
-  {_PROGRAM} ./pruned-model --tokens 200k --against meta-llama/Llama-3.2-1B --source c4 --train norms
+  {_PROGRAM} ./pruned-model --tokens 200k --against meta-llama/Llama-3.2-1B --source c4 --distill.train norms
       a pruned checkpoint of another program"""
 
-FLAGS = Flags("--loss", "--", "--step", without="")
+_WITHOUT = ("distill.windows",)
+"""What ``tokens`` decides."""
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
 
 
@@ -43,20 +44,10 @@ class RecoverConfig:
       tokens: how many tokens training reads: 200k, 50M, or a plain number. Must be given. More tokens help most.
       against: the dense model; null takes the model that the record of MODEL names. The record must match the model.
       source: the text to train on, named as in calibration.source of a run; null takes the text that MODEL was calibrated on.
-      passes: how often training reads each window. No window is read twice unless this is above 1.
       length: tokens in each window; null takes 2048, or the model's context if that is shorter.
       seed: which windows are drawn; the same seed gives the same windows.
       held_out: number of windows that nothing is trained on; they decide which step is kept.
-      loss: "kl" trains toward the dense model's distributions of the next token, "cross_entropy" on the next tokens alone, "blocks"
-        block by block toward the dense model's hidden states, for a model that is too large to be trained as a whole.
-      span: number of consecutive blocks that loss "blocks" trains together.
-      train: "all" trains the kept weights, and the norms' gains and biases; "norms" the gains and biases alone; "weights" the kept
-        weights alone.
-      step: windows in one step of Adam.
-      learning_rate: the peak learning rate of kept weights; it rises over the first steps and then falls along a cosine.
-      norm_factor: the learning rate of gains and biases, as a multiple of learning_rate.
-      warmup: number of steps in which the learning rate rises.
-      checks: how often the held-out loss is measured; null takes one check for every 500,000 tokens, at least 4.
+      distill: how the model is trained: kl, cross_entropy or blocks, with the options that they have in a run, without windows.
       evaluation: the text on which perplexity is measured before and after, named as source; null takes the evaluation text that
         belongs to source.
       windows: number of windows of that text, counted from the first; null takes all.
@@ -77,18 +68,10 @@ class RecoverConfig:
     tokens: str | None = None
     against: str | None = None
     source: str | None = None
-    passes: int = KL.passes
     length: int | None = None
     seed: int = 0
     held_out: int = 8
-    loss: Literal["kl", "cross_entropy", "blocks"] = "kl"
-    span: int = Blocks.span
-    train: Literal["all", "norms", "weights"] = KL.train
-    step: int = KL.batch
-    learning_rate: float = KL.learning_rate
-    norm_factor: float = KL.norm_factor
-    warmup: int = KL.warmup
-    checks: int | None = None
+    distill: Distillation = KL()
     evaluation: str | None = None
     windows: int | None = None
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
@@ -125,12 +108,7 @@ class RecoverConfig:
             parse_mesh(self.mesh)
         few_tokens("--evaluation", self.windows, self.length)
         few_tokens("--source", self.held_out, self.length)
-        self.method(1)
-        if self.span != 1 and self.loss != "blocks":
-            raise UserError(
-                f"expected --loss blocks where --span is {self.span}, got {self.loss}, which trains all blocks at once"
-            )
-        at_least(1, "tokens", self.token_count, MOST_TOKENS * self.passes)
+        at_least(1, "tokens", self.token_count, MOST_TOKENS * self.distill.passes)
 
     @property
     def token_count(self) -> int:
@@ -140,20 +118,12 @@ class RecoverConfig:
             raise UserError(f"expected --tokens as a number such as 200k, 50M or 1000000, got {self.tokens or 'none'}")
         return round(min(float(found[1]) * _UNITS[found[2]], 1e18))
 
-    def method(self, windows: int) -> Distillation:
-        """The training on a number of windows.
-
-        Raises:
-          UserError: a setting is out of its range.
-        """
-        checks = max(4, self.token_count // 500_000) if self.checks is None else self.checks
-        kind = CHOICES["distill"][self.loss]
-        assert kind is not None and issubclass(kind, Distillation)
-        options = (self.passes, self.step, self.learning_rate, self.norm_factor, self.train, self.warmup, checks)
-        try:
-            return kind(windows, *options, *[self.span] * kind.by_spans)
-        except UserError as error:  # where they are options of a run, this one has another name
-            raise UserError(str(error).replace("distill.batch", "step").replace("distill.", "")) from None
+    def to_dict(self) -> dict[str, Any]:
+        """The settings in JSON types, with ``distill`` in the layout of the YAML files."""
+        method = {"name": method_name("distill", self.distill)} | options_of(self.distill)
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)} | {
+            "distill": {name: value for name, value in method.items() if f"distill.{name}" not in _WITHOUT}
+        }
 
     @property
     def directory(self) -> Path:
@@ -171,7 +141,7 @@ def as_run(config: RunConfig, tokens: str) -> RunConfig:
       config: model, text, devices, and with ``distill`` how to train; None trains by the defaults of ``optima recover``.
     """
     asked, text = RecoverConfig(config.model, tokens), config.calibration
-    method = config.distill or asked.method(1)
+    method = config.distill or asked.distill
     windows = max(1, asked.token_count // (method.passes * text.length))
     return RunConfig(
         config.model,
@@ -190,4 +160,4 @@ def parse(argv: Sequence[str]) -> RecoverConfig:
     Raises:
       UserError: a setting does not exist, or its value is not allowed.
     """
-    return parse_command(RecoverConfig, argv, _PROGRAM, _DESCRIPTION)
+    return parse_command(RecoverConfig, argv, _PROGRAM, _DESCRIPTION, _WITHOUT)

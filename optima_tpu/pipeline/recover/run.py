@@ -20,7 +20,7 @@ from optima_tpu.pipeline.distill.blocks import Trainer
 from optima_tpu.pipeline.distill.train import refuse_large
 from optima_tpu.pipeline.inputs import Texts
 from optima_tpu.pipeline.journal import Journal, prepare_directory
-from optima_tpu.pipeline.recover.config import FLAGS, RecoverConfig
+from optima_tpu.pipeline.recover.config import RecoverConfig
 from optima_tpu.pipeline.recover.start import Start, open_start
 from optima_tpu.pipeline.run import finish
 from optima_tpu.pipeline.stages import STAGES, Opened, Run, Stage
@@ -45,7 +45,7 @@ def recover(config: RecoverConfig, console: Console | None = None) -> dict[str, 
       UserError: a mistake that the user can correct. Nothing of the pruned model was changed.
     """
     console = console or Console(quiet=not is_first())
-    settings = dataclasses.asdict(config)
+    settings = config.to_dict()
     agree("settings and code", flat(settings | {"process_id": None, "code": code_version()}))
     refuse_unreachable(together(lambda: config.directory))
     check_signals()
@@ -65,12 +65,13 @@ def recover(config: RecoverConfig, console: Console | None = None) -> dict[str, 
     method = run_config.distill
     assert method is not None
     decoder = start.dense.decoder
-    refuse_large(Trainer(decoder, method, device_budget(config.device_memory)), FLAGS)
+    refuse_large(Trainer(decoder, method, device_budget(config.device_memory)))
     held_out, training = np.split(drawn.ids, [config.held_out])
     texts = Texts(drawn._replace(ids=np.concatenate([training, held_out])), scored, training)
     manifest = _manifest(run_config, start, texts)
     agree("recovery", flat(manifest))
-    told = {name: value for name, value in settings.items() if value != getattr(RecoverConfig, name, None)}
+    base = flat(RecoverConfig(config.model, config.tokens, distill=type(config.distill)()).to_dict()) | {"distill.name": "kl"}
+    told = {name: value for name, value in flat(settings).items() if name in ("model", "tokens") or value != base[name]}
     configuration = to_dict(run_config) | {"recover": told}
     directory = prepare_directory(config.directory, manifest, configuration)
     opened = Opened(run_config, start.dense, texts, manifest, configuration, directory)
@@ -149,7 +150,7 @@ def _texts(config: RecoverConfig, start: Start, source: str, evaluation: str, le
     bos = together(lambda: window_bos(model, tokenizer))
     kept = TokenCache.of_user().tokens if config.token_cache else lambda key, draw: draw()
     parsed, other = data.parse_source(source), data.parse_source(evaluation)
-    windows = config.held_out + max(1, config.token_count // (config.passes * length))
+    windows = config.held_out + max(1, config.token_count // (config.distill.passes * length))
     score = {"length": length, "windows": config.windows, "bos": bos}
     draw = {"windows": windows, "length": length, "seed": config.seed, "bos": bos}
     # The text to measure on first: an error in it should appear before millions of tokens are read.
@@ -176,7 +177,7 @@ def _run_config(config: RecoverConfig, base: RunConfig, source: str, evaluation:
         process_id=config.process_id,
         join_timeout=config.join_timeout,
         output=str(config.directory),
-        distill=config.method(windows),
+        distill=dataclasses.replace(config.distill, windows=windows),
         calibration=Calibration(source, windows, length, config.seed, config.held_out),
         evaluation=Evaluation(evaluation, length, config.windows),
     )
@@ -203,20 +204,20 @@ def _greeting(config: RecoverConfig, opened: Opened, start: Start, drawn: Tokens
     batch, asked = min(method.batch, text.samples), config.token_count
     used = method.steps // method.passes * batch
     rest = text.samples - used
-    times = "once" if config.passes == 1 else f"{config.passes} times"
+    times = "once" if method.passes == 1 else f"{method.passes} times"
     told = f"{method.steps * batch * text.length:,} tokens: {used:,}{f' of {text.samples:,}' if rest else ''} windows of {text.length}"
     told += f", each read {times}" + (f"; {rest} do{'es' if rest == 1 else ''} not fill a step of {batch}" if rest else "")
     lines = [
         f"model        {config.model}: {opened.model.decoder.config.blocks} blocks, {len(start.names)} pruned matrices",
         f"dense model  {start.dense.pretrained.origin}",
-        f"training     {method.words}, {config.train}, on {told}",
+        f"training     {method.words}, {method.train}, on {told}",
         "             this is training, not one-shot pruning",
-        *(f"             {idle}" for idle in filter(None, [Trainer(opened.model.decoder, method).idle(FLAGS)])),
+        *(f"             {idle}" for idle in filter(None, [Trainer(opened.model.decoder, method).idle])),
         f"text         {', '.join(filter(None, (drawn.how, drawn.cache)))}, the first {config.held_out} of them held out",
     ]
-    if text.samples < asked // (config.passes * text.length):
+    if text.samples < asked // (method.passes * text.length):
         lines.append(
-            f"             {text.source} has no more: {asked:,} tokens were asked for; more --passes read the windows again"
+            f"             {text.source} has no more: {asked:,} tokens were asked for; more --distill.passes read the windows again"
         )
     lines.append(f"devices      {mesh.size} x {jax.devices()[0].device_kind}, mesh {mesh.shape['data']}x{mesh.shape['model']}")
     return [*lines, f"run          {opened.directory}"]
