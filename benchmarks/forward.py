@@ -80,7 +80,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         gradient, inputs = trainer.zeros(), []
         for part in hidden.batches(arguments.batch):
             ones = jnp.ones_like(part.hidden)
-            gradient, back = trainer.backward(trained.masters, trained.fixed, part.hidden, positions, ones, gradient)
+            _, pull = trainer.ahead(trained, part.hidden, positions, keep=True)
+            gradient, back = trainer.backward(pull, ones, gradient)
             inputs.append(np.asarray(back))
         return [np.concatenate(inputs), *(np.asarray(gradient[name]) for name in sorted(gradient))]
 

@@ -141,7 +141,9 @@ def refuse_beyond_context(config: RunConfig, model: PretrainedConfig) -> None:
     for name in ("calibration", "evaluation"):
         length = getattr(config, name).length
         if limit and length and length > limit:
-            raise UserError(f"expected {name}.length of at most {limit}, the model's context, got {length}")
+            raise UserError(
+                f"expected {name}.length of at most {limit}, the model's context, got {length}: take --{name}.length {limit}"
+            )
 
 
 def _plan_reading(config: RunConfig, model: Model) -> _Reading:
