@@ -47,7 +47,8 @@ def unpack(packed: str | Path, out: str | Path) -> None:
     # Imports transformers, which --help does not wait for.
     from optima_tpu.models.checkpoints.packed import INDEX, Packed, PackedError
 
-    if not (packed / INDEX).is_file() and (packed / "config.json").is_file():
+    lost_index = any(packed.glob("packed-*.safetensors"))
+    if not (packed / INDEX).is_file() and (packed / "config.json").is_file() and not lost_index:
         raise UserError(f"{packed} is a plain folder already: there is nothing to unpack, use it as it is")
     with writing(out, "nothing was left there; make room or choose another folder, and repeat the command"):
         try:

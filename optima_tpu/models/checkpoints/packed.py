@@ -92,7 +92,7 @@ class Tensor(NamedTuple):
         return _width(self.dtype)
 
     @property
-    def count(self) -> int:
+    def elements(self) -> int:
         """Elements of that width."""
         return self.nbytes // self.width
 
@@ -281,7 +281,7 @@ class Packed:
             tensor, parts = self.tensors[name], self._parts(name)
             bits = _decode_bits(name, tensor, parts[0])
             elements = _Planes(name, parts[1:], _ones(bits), tensor.width).read(_ones(bits))
-            keep = np.unpackbits(bits, count=tensor.count).view(bool)
+            keep = np.unpackbits(bits, count=tensor.elements).view(bool)
         return keep.reshape(tensor.shape), elements
 
     @contextlib.contextmanager
@@ -297,7 +297,7 @@ class Packed:
         """The mask of a pruned weight, bool of its shape, True where it was kept."""
         tensor = self.tensors[name]
         bits = _decode_bits(name, tensor, self._parts(name)[0])
-        return np.unpackbits(bits, count=tensor.count).view(bool).reshape(tensor.shape)
+        return np.unpackbits(bits, count=tensor.elements).view(bool).reshape(tensor.shape)
 
     def _parts(self, name: str) -> list[memoryview]:
         tensor = self.tensors[name]
@@ -401,13 +401,13 @@ class _Raw(NamedTuple):
         return _width(self.span.dtype)
 
     @property
-    def count(self) -> int:
+    def elements(self) -> int:
         return (self.span.end - self.span.begin) // self.width
 
     def pieces(self) -> Iterator[np.ndarray]:
         """Its elements as unsigned integers, [at most _PIECE] at a time."""
-        for begin in range(0, self.count, _PIECE):
-            size = min(_PIECE, self.count - begin) * self.width
+        for begin in range(0, self.elements, _PIECE):
+            size = min(_PIECE, self.elements - begin) * self.width
             yield np.frombuffer(_read_at(self.file, self.begin + begin * self.width, size), f"<u{self.width}")
 
 
@@ -416,8 +416,8 @@ def _encode(name: str, raw: _Raw, keep: np.ndarray | None) -> tuple[str, list[by
     if keep is not None:
         return SPARSE, _sparse(name, raw, int(np.count_nonzero(keep)), keep.reshape(-1))
     kept = sum(int(np.count_nonzero(piece)) for piece in raw.pieces())  # by the bits: -0.0 is kept
-    found = {PLANES: _planes(raw.pieces(), raw.count, raw.width)}
-    if raw.count - kept >= _SPARSE_FROM * raw.count:
+    found = {PLANES: _planes(raw.pieces(), raw.elements, raw.width)}
+    if raw.elements - kept >= _SPARSE_FROM * raw.elements:
         found[SPARSE] = _sparse(name, raw, kept, None)
     best = min(found, key=lambda encoding: sum(map(len, found[encoding])))
     size = raw.span.end - raw.span.begin
@@ -426,7 +426,7 @@ def _encode(name: str, raw: _Raw, keep: np.ndarray | None) -> tuple[str, list[by
 
 def _sparse(name: str, raw: _Raw, kept: int, keep: np.ndarray | None) -> list[bytes | bytearray]:
     """The mask and the planes of the ``kept`` elements: those of the mask ``keep`` [count], or those that are not zero."""
-    mask = _Frame((raw.count + 7) // 8)
+    mask = _Frame((raw.elements + 7) // 8)
 
     def elements() -> Iterator[np.ndarray]:
         for index, piece in enumerate(raw.pieces()):
@@ -458,12 +458,12 @@ def _decode(name: str, tensor: Tensor, parts: Sequence[bytes | memoryview | byte
     Raises:
       PackedError: a part has another size than dtype, shape and mask give, or can't be decompressed.
     """
-    sizes = [(begin, min(_PIECE, tensor.count - begin)) for begin in range(0, tensor.count, _PIECE)]
+    sizes = [(begin, min(_PIECE, tensor.elements - begin)) for begin in range(0, tensor.elements, _PIECE)]
     if tensor.encoding == PLAIN:
         elements = np.frombuffer(parts[0], f"<u{tensor.width}")
         yield from (elements[begin : begin + size] for begin, size in sizes)
     elif tensor.encoding == PLANES:
-        planes = _Planes(name, parts, tensor.count, tensor.width)
+        planes = _Planes(name, parts, tensor.elements, tensor.width)
         yield from (planes.read(size) for _, size in sizes)
     else:
         bits = _decode_bits(name, tensor, parts[0])
@@ -478,7 +478,7 @@ def _decode(name: str, tensor: Tensor, parts: Sequence[bytes | memoryview | byte
 
 def _decode_bits(name: str, tensor: Tensor, part: bytes | memoryview | bytearray) -> np.ndarray:
     """The mask of a sparse tensor, [ceil(count / 8)] uint8, the first element in the highest bit."""
-    frame = _Unpacked(name, part, (tensor.count + 7) // 8)
+    frame = _Unpacked(name, part, (tensor.elements + 7) // 8)
     return frame.read(frame.left)
 
 
