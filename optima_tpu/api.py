@@ -298,7 +298,12 @@ def recover_model(model: str | Path, *, tokens: int | str, progress: bool = True
 
     _refuse_others(settings, RecoverConfig)
     if "distill" in settings:
-        settings["distill"] = chosen_run({"model": str(model), "distill": settings["distill"]}).distill
+        asked = settings["distill"]
+        if isinstance(asked, Mapping):
+            if "windows" in asked:
+                raise UserError("expected distill without windows in a recovery: tokens says how many there are")
+            asked = {"name": "kl", **asked}
+        settings["distill"] = chosen_run({"model": str(model), "distill": asked}).distill
         if settings["distill"] is None:
             raise UserError("expected distill to be one of kl, cross_entropy, blocks, got null: a recovery trains")
     config = RecoverConfig(str(model), str(tokens), **settings)

@@ -33,8 +33,9 @@ import math
 import re
 import shutil
 import typing
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, TypeVar
 
 import jsonargparse
@@ -169,13 +170,15 @@ def _kept_parser(arguments: str, columns: int) -> jsonargparse.ArgumentParser:
     return make_parser(*json.loads(arguments))
 
 
-def parse_command(settings: type[T], argv: Sequence[str], program: str, description: str, without: Collection[str] = ()) -> T:
+def parse_command(
+    settings: type[T], argv: Sequence[str], program: str, description: str, moved: Mapping[str, str] = MappingProxyType({})
+) -> T:
     """The settings of a command that works on a model, ``MODEL [--SETTING VALUE ...]``. ``--help`` prints and raises SystemExit(0).
 
     Args:
       settings: a dataclass with a field ``model``; the others have defaults. A field with the name of a choice takes a method.
       program: how the command is called.
-      without: options of methods that the command does not have, by their dotted names.
+      moved: settings and options of methods that the command does not have -> what to type for each.
 
     Raises:
       UserError: a setting does not exist, or its value is not allowed.
@@ -197,7 +200,7 @@ def parse_command(settings: type[T], argv: Sequence[str], program: str, descript
     parser.add_argument("model", metavar="MODEL", type=str)
     add_fields(parser.add_argument_group("settings"), settings, "", defaults)
     for setting, method in methods.items():
-        base = {option: value for option, value in options_of(method).items() if f"{setting}.{option}" not in without}
+        base = {option: value for option, value in options_of(method).items() if f"{setting}.{option}" not in moved}
         add_method(parser, setting, chosen[setting], base, needed=True)
         types |= {
             f"{setting}.{option}": kind
@@ -205,7 +208,9 @@ def parse_command(settings: type[T], argv: Sequence[str], program: str, descript
             if option in base
         }
     known = {*types, *(f"{setting}.name" for setting in chosen), "help"} - {"model"}
-    refuse_unknown({*_options(argv)} & {*without}, known, "--")
+    for name in _options(argv):
+        if name in moved:
+            raise UserError(f"there is no setting --{name}; type {moved[name]}")
     _check_known(_options(argv), known, chosen, "--")
     if not {"-h", "--help"} & set(argv) and (not argv or argv[0].startswith("-")):
         raise UserError(f"expected the model before everything else, got {argv[0] if argv else 'nothing'}; see {program} --help")
@@ -215,6 +220,7 @@ def parse_command(settings: type[T], argv: Sequence[str], program: str, descript
         raise UserError(one_line(error, types)) from None
     for setting, method in methods.items():
         given = {option: parsed[f"{setting}.{option}"] for option in options_of(method) if f"{setting}.{option}" in types}
+        _refuse_beyond(setting, given)
         methods[setting] = dataclasses.replace(method, **given)
     return settings(**{name: parsed[name] for name in ("model", *defaults)}, **methods)
 
@@ -245,7 +251,7 @@ def flags(config: RunConfig) -> list[str]:
     told = {"model": config.model} | _changed(to_dict(config), to_dict(default_run(config.model)))
     if default_preset(told.get("selector.name"), told.get("solver.name")) != PLAIN:
         told["preset"] = PLAIN
-    return _words(told)
+    return words_of(told)
 
 
 def on_preset(config: RunConfig) -> str:
@@ -257,7 +263,7 @@ def on_preset(config: RunConfig) -> str:
         base = to_dict(configure({"model": config.model, "preset": name}))
         changes[name] = _changed(*({setting: each[setting] for setting in acting} for each in (values, base)))
     nearest = min(changes, key=lambda name: len(changes[name]))
-    return " ".join([nearest, *_words(changes[nearest])])
+    return " ".join([nearest, *words_of(changes[nearest])])
 
 
 def _changed(values: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, Any]:
@@ -271,7 +277,7 @@ def _changed(values: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, An
     return {key: value for key, value in flat(mine).items() if value != default.get(key)}
 
 
-def _words(settings: Mapping[str, Any]) -> list[str]:
+def words_of(settings: Mapping[str, Any]) -> list[str]:
     """Settings by their dotted names as words of a command line."""
     return [
         word
@@ -366,11 +372,7 @@ def _build(namespace: jsonargparse.Namespace, chosen: Mapping[str, str]) -> RunC
     values = {name: namespace[name] for name in fields(RunConfig)} | dict.fromkeys(CHOICES)
     for setting, classes in parts(chosen).items():
         options = {name: namespace[f"{setting}.{name}"] for cls in classes for name in fields(cls)}
-        for name, value in options.items():
-            if isinstance(value, float) and not math.isfinite(value):
-                raise UserError(f"expected {setting}.{name} to be a finite number, got {value}")
-            if isinstance(value, int) and abs(value) > MOST and name != "seed":
-                raise UserError(f"expected {setting}.{name} of at most {MOST}, got {value}")
+        _refuse_beyond(setting, options)
         if setting == "solver":
             damping, cls = options.pop("damping", None), classes[-1] if classes else None
             # None for the default value, so that equal runs have equal values.
@@ -388,6 +390,15 @@ def _build(namespace: jsonargparse.Namespace, chosen: Mapping[str, str]) -> RunC
     return RunConfig(**values)
 
 
+def _refuse_beyond(setting: str, options: Mapping[str, Any]) -> None:
+    """Raises UserError for an option that is no finite number, or is beyond any use."""
+    for name, value in options.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"expected {setting}.{name} to be a finite number, got {value}")
+        if isinstance(value, int) and abs(value) > MOST and name != "seed":
+            raise UserError(f"expected {setting}.{name} of at most {MOST}, got {value}")
+
+
 def _check_known(names: Iterable[str], known: set[str], chosen: Mapping[str, str], dashes: str) -> None:
     """Refuses a setting that does not exist, and suggests similar ones."""
     for name in names:
@@ -397,7 +408,7 @@ def _check_known(names: Iterable[str], known: set[str], chosen: Mapping[str, str
         owners = [
             method for method in CHOICES.get(setting, {}) if any(option in fields(cls) for cls in option_classes(setting, method))
         ]
-        if owners:
+        if owners and setting in chosen:
             raise UserError(
                 f"{dashes}{name} is an option of {setting} {', '.join(owners)}, but {setting} is "
                 f"{chosen[setting]} here; choose {owners[0]} or leave the option out"

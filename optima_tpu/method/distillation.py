@@ -16,6 +16,8 @@ BETAS = 0.9, 0.95
 """The decay rates of Adam's moments."""
 _LEAST = 0.1
 """The learning rate at the end, as a share of the peak."""
+_MOST_CHECKS = 1000
+"""Of a training that does not say how many."""
 
 
 def divergence(dense: Float32[Array, "*tokens vocab"], pruned: Float32[Array, "*tokens vocab"]) -> Float32[Array, "*tokens"]:
@@ -112,7 +114,7 @@ class Distillation(abc.ABC):
 
     def check_steps(self) -> tuple[int, ...]:
         """The steps after which the held-out loss is measured, the last one among them."""
-        count = min(self.checks or max(self.fewest_checks, self.steps // 128), self.steps)
+        count = min(self.checks or max(self.fewest_checks, min(self.steps // 128, _MOST_CHECKS)), self.steps)
         return tuple(round(self.steps * (index + 1) / count) for index in range(count))
 
     def rate(self, step: int) -> float:

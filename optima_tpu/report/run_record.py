@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, NotRequired, TypedDict
 
-from optima_tpu.config.choices import CHOICES
+from optima_tpu.config.choices import CHOICES, default_options
 from optima_tpu.config.flat import flat
-from optima_tpu.config.parse import configure, flags, method_settings
+from optima_tpu.config.parse import configure, flags, method_settings, words_of
 from optima_tpu.config.run_config import RunConfig
 from optima_tpu.errors import UserError
 from optima_tpu.runtime.buckets import as_path
@@ -22,6 +22,9 @@ from optima_tpu.runtime.program import program
 from optima_tpu.runtime.records import known_record, read_record
 
 RUN, ASSETS = "run.json", "assets"
+
+_TRAINING = ("distill", "passes", "loss", "span", "train", "step", "learning_rate", "norm_factor", "warmup", "checks")
+"""What a recovery's record says of the training: now by ``distill``, before 2026-11-29 by flags of its own."""
 
 
 class _Selector(TypedDict):
@@ -233,11 +236,14 @@ def recorded_words(configuration: Mapping[str, Any]) -> tuple[str, list[str]]:
     """
     if (told := configuration.get("recover")) is None:
         return "prune", flags(recorded_run(configuration))
-    words = [str(told["model"])]
-    for name, value in told.items():
-        if name not in ("model", "coordinator", "num_processes", "process_id"):  # a process of its own, as in recorded_run
-            words += ["--" + name.removesuffix(".name"), str(value).lower() if isinstance(value, bool) else str(value)]
-    return "recover", words
+    # A process of its own, as in recorded_run. How it trained is in the record of the run, whatever the flags were called then.
+    skipped = {"model", "coordinator", "num_processes", "process_id", *_TRAINING}
+    own = {name: value for name, value in told.items() if name.partition(".")[0] not in skipped}
+    training = method_settings(configuration["distill"])
+    base = {"name": "kl", "windows": training.get("windows")} | default_options("distill", training["name"])
+    base["windows"] = training.get("windows")  # tokens decides it
+    own |= {f"distill.{option}": value for option, value in training.items() if value != base.get(option)}
+    return "recover", [str(told["model"]), *words_of(own)]
 
 
 def recorded_run(configuration: Mapping[str, Any]) -> RunConfig:

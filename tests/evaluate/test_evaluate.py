@@ -539,6 +539,7 @@ def refused(capfd, tmp_path, tasks):
         (["--against", "wheel:no-such-model"], "the package 'no-such-model' is not installed"),
         (["--mesh", "2x2"], "mesh 2x2 needs 4 devices, there are 8 (cpu)"),
         (["--taks", "piqa"], "there is no setting --taks; did you mean --tasks"),
+        (["--solver.damping", "0.1"], "there is no setting --solver.damping"),
         (["--limit", "few"], "expected limit to be a whole number or null, got few"),
         (["--limit", "0"], "expected limit of at least 1, got 0"),
     ],

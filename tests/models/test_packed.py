@@ -392,6 +392,13 @@ def test_a_part_never_grows_beyond_its_tensor(copy, part, expected):
     assert peak < 2e6  # less than a copy of the smallest bomb
 
 
+def test_a_mask_has_no_bits_behind_its_last_element():
+    tensor, bits = packed.Tensor("file", "BF16", (1, 5), packed.SPARSE, (0, 0, 0), ""), zstandard.ZstdCompressor()
+    assert packed._decode_bits("weight", tensor, bits.compress(b"\xf8")) == 0xF8
+    with pytest.raises(PackedError, match="weight: the mask has bits behind its last element"):
+        packed._decode_bits("weight", tensor, bits.compress(b"\xfc"))
+
+
 def test_a_folder_that_the_disk_has_no_room_for_is_not_begun(copy, monkeypatch):
     monkeypatch.setattr(packed.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(100, 0, 100))
     assert "bytes, but" in refusal(copy)

@@ -30,6 +30,7 @@ from optima_tpu.pipeline.journal import Journal
 from optima_tpu.report.distillation import distillation
 from optima_tpu.report.runs import Run
 from optima_tpu.report.view import NONE
+from optima_tpu.runtime.mesh import bytes_on_device
 from optima_tpu.runtime.signals import Stopped
 from tests.support.runs import SMALL, opened
 from tests.support.tiny_models import tiny_folder
@@ -126,8 +127,11 @@ def test_the_gradient_is_that_of_the_whole_model(pruned, windows, budget):
     for pruned_batch, dense_batch in zip(dense.embed(tokens).batches(1), final.batches(1)):
         hidden, pulls = pruned_batch.hidden, []
         for block, place in zip(blocks, positions):
+            counted = trainer.bytes_kept(block, hidden, place)
             hidden, pull = trainer.ahead(block, hidden, place, keep=budget > 0)
             pulls.append(pull)
+            if budget:
+                assert 0.5 < bytes_on_device(*jax.tree.leaves(pull)) / counted <= 1
         targets, valid = pruned_batch.place(tokens), pruned_batch.valid
         _, cotangent = head_gradient(METHOD.loss, head, dense_batch.hidden, hidden, targets, valid)
         for index in (2, 1, 0):

@@ -1,5 +1,6 @@
 """Recovery: the same training from a run, from its export and from a plain checkpoint, resumable, with every zero held."""
 
+import dataclasses
 import json
 import shutil
 import signal
@@ -20,6 +21,7 @@ from optima_tpu.pipeline.recover import run as recovering
 from optima_tpu.pipeline.recover.config import RecoverConfig, parse
 from optima_tpu.recover import main
 from optima_tpu.report import progress
+from optima_tpu.report.run_record import recorded_words
 from optima_tpu.runtime import signals
 from tests.support.meshes import mesh
 from tests.support.runs import SMALL, assert_close_weights, assert_same_weights, folder_tensors, only_error
@@ -196,7 +198,10 @@ def test_norms_alone_on_the_next_tokens(pruned, tmp_path, capsys):
         (["{run}", "--tokens", "0"], "tokens of at least 1, got 0"),
         (["{run}", "--tokens", "1k", "--distill.batch", "0"], "distill.batch of at least 1, got 0"),
         (["{run}", "--tokens", "1k", "--distill", "null"], "expected distill to be one of kl, cross_entropy, blocks, got null"),
-        (["{run}", "--tokens", "1k", "--distill.windows", "4"], "distill.windows"),
+        (["{run}", "--tokens", "1k", "--distill.windows", "4"], "type --tokens"),
+        (["{run}", "--tokens", "1k", "--step", "4"], "type --distill.batch"),
+        (["{run}", "--tokens", "1k", "--solver.damping", "0.1"], "there is no setting --solver.damping"),
+        (["{run}", "--tokens", "1k", "--distill.passes", "99999999999"], "distill.passes of at most"),
         (["{root}/nowhere", "--tokens", "1k"], "no such path"),
         (["{model}", "--tokens", "1k", "--against", "{model}"], "no matrix has a share of zeros of at least 0.1"),
         (["{model}", "--tokens", "1k"], "expected --against with the dense model, got none"),
@@ -216,6 +221,17 @@ def test_what_cannot_be_is_one_line(pruned, words, said, capsys):
     places = {"root": pruned, "run": pruned / "run", "model": pruned / "model"}
     assert main([word.format(**places) for word in words]) == 2
     assert said in only_error(capsys.readouterr().err)
+
+
+def test_the_command_of_a_recovery_says_how_it_trained_also_of_one_with_other_defaults(pruned):
+    configuration = json.loads((pruned / "recovered/run.json").read_text())["configuration"]
+    name, words = recorded_words(configuration)
+    assert name == "recover" and parse(words).distill == KL(batch=4, learning_rate=1e-3, checks=2)
+    # A record of before 2026-11-29: the training had flags of its own and other defaults, which it did not name.
+    old = KL(16, batch=4, learning_rate=1e-4, norm_factor=20.0, train="norms", checks=4)
+    configuration["recover"] |= {"train": "norms", "loss": "kl"}
+    configuration["distill"] = {"name": "kl", **dataclasses.asdict(old)}
+    assert parse(recorded_words(configuration)[1]).distill == dataclasses.replace(old, windows=KL.windows)
 
 
 def test_tokens_are_counted_in_any_spelling():

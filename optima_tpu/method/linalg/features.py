@@ -19,7 +19,7 @@ def matmul(a: Float[Array, "a b"], b: Float[Array, "b c"]) -> Float[Array, "a c"
 
 
 def rough_matmul(a: Float[Array, "a b"], b: Float[Array, "b c"]) -> Float[Array, "a c"]:
-    """``a @ b`` where the product only chooses: the direction of a step, or which weights stay.
+    """``a @ b`` where the product only chooses: the direction of a step, or which weights stay and, without a solver, how ADMM leaves them.
 
     A TPU takes three passes of its matrix unit, with errors of some ``2^-16``, where :func:`matmul` takes six. A GPU rounds the
     factors to TF32, with errors of some ``2^-11``. On CPUs it is the same as :func:`matmul`.

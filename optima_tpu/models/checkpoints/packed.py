@@ -234,7 +234,8 @@ class Packed:
             for name in self.tensors.keys() - self._begins.keys():
                 raise PackedError(f"the index names the tensor {name}, but no file of weights holds it")
             for name in self.masks:
-                if name not in self.tensors or self.tensors[name].encoding != SPARSE or len(self.tensors[name].shape) != 2:
+                tensor = self.tensors.get(name)
+                if tensor is None or tensor.encoding != SPARSE or len(tensor.shape) != 2 or BITS[tensor.dtype] < 8:
                     raise PackedError(f"the index says that {name} has a mask, but stores none")
 
     def _check_file(self, name: str, packed: str, header_sha256: str) -> None:
@@ -296,8 +297,9 @@ class Packed:
     def mask(self, name: str) -> np.ndarray:
         """The mask of a pruned weight, bool of its shape, True where it was kept."""
         tensor = self.tensors[name]
-        bits = _decode_bits(name, tensor, self._parts(name)[0])
-        return np.unpackbits(bits, count=tensor.elements).view(bool).reshape(tensor.shape)
+        with self._room_for(name):
+            bits = _decode_bits(name, tensor, self._parts(name)[0])
+            return np.unpackbits(bits, count=tensor.elements).view(bool).reshape(tensor.shape)
 
     def _parts(self, name: str) -> list[memoryview]:
         tensor = self.tensors[name]
@@ -479,7 +481,10 @@ def _decode(name: str, tensor: Tensor, parts: Sequence[bytes | memoryview | byte
 def _decode_bits(name: str, tensor: Tensor, part: bytes | memoryview | bytearray) -> np.ndarray:
     """The mask of a sparse tensor, [ceil(count / 8)] uint8, the first element in the highest bit."""
     frame = _Unpacked(name, part, (tensor.elements + 7) // 8)
-    return frame.read(frame.left)
+    bits = frame.read(frame.left)
+    if tensor.elements % 8 and bits[-1] & (255 >> tensor.elements % 8):
+        raise PackedError(f"{name}: the mask has bits behind its last element")
+    return bits
 
 
 def _ones(bits: np.ndarray) -> int:
@@ -529,7 +534,7 @@ class _Unpacked:
       left: how many are still to be read.
 
     Raises:
-      PackedError: the frame announces or holds another number of bytes. No more than a piece is ever allocated.
+      PackedError: the frame announces or holds another number of bytes. No more than is asked for is ever allocated.
     """
 
     def __init__(self, name: str, part: bytes | memoryview | bytearray, size: int):

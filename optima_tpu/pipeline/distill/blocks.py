@@ -106,7 +106,8 @@ class Trainer:
             return ""
         return (
             f"{slices - windows} of {slices} slices of the data axis compute padding, for a step trains on {windows} "
-            f"window{'s' * (windows > 1)}: take --distill.batch {slices}, or a mesh with a smaller data axis"
+            f"window{'s' * (windows > 1)}: take --distill.batch {slices}{' and more windows' * (self.method.windows < slices)}, "
+            "or a mesh with a smaller data axis"
         )
 
     def bytes_on_device(self) -> int:
@@ -215,6 +216,18 @@ class Trainer:
         """
         inside = block.masters, block.fixed, hidden, positions
         return self._kept(*inside) if keep else (self.forward(*inside), self.again(*inside))
+
+    def bytes_kept(self, block: Block, hidden: Array, positions: Positions) -> int:
+        """About how many bytes on each device :meth:`ahead` keeps of a block: nearly all are of tokens, which the data axis splits."""
+        if hidden.shape not in self._kept_bytes:
+            pull = jax.eval_shape(self._linearised, block.masters, block.fixed, hidden, positions)[1]
+            total = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(pull))
+            self._kept_bytes[hidden.shape] = total // self.decoder.mesh.shape[DATA]
+        return self._kept_bytes[hidden.shape]
+
+    @functools.cached_property
+    def _kept_bytes(self) -> dict[tuple[int, ...], int]:
+        return {}
 
     def again(self, masters: Tree, fixed: Tree, hidden: Array, positions: Positions) -> Pull:
         """A pull that does the forward pass of a block again."""

@@ -13,7 +13,6 @@ from optima_tpu.models.family import Positions
 from optima_tpu.pipeline.distill.blocks import Block, Goal, Trainer, Tree
 from optima_tpu.pipeline.distill.windows import Stream
 from optima_tpu.pipeline.journal import Journal
-from optima_tpu.runtime.mesh import bytes_on_device
 from optima_tpu.runtime.processes import fetch
 
 _HOST = "pinned_host"
@@ -82,9 +81,10 @@ class Model:
         for pruned, dense in zip(stream.entering.batches(batch), stream.dense.batches(batch)):
             hidden, pulls, room = pruned.hidden, [], self.trainer.room
             for each, block, positions in zip(trainers, self.blocks, self.positions):
-                keep = room > 0
+                size = each.bytes_kept(block, hidden, positions) if room > 0 else 0
+                keep = 0 < size <= room
                 hidden, pull = each.ahead(block, hidden, positions, keep)
-                room -= bytes_on_device(*jax.tree.leaves(pull)) if keep else 0
+                room -= size if keep else 0
                 pulls.append(pull)
             tokens, there = pruned.place(stream.tokens), pruned.valid
             sums, cotangent = self.goal.gradient(dense.hidden, hidden, tokens, there)

@@ -30,8 +30,12 @@ examples:
   {_PROGRAM} ./pruned-model --tokens 200k --against meta-llama/Llama-3.2-1B --source c4 --distill.train norms
       a pruned checkpoint of another program"""
 
-_WITHOUT = ("distill.windows",)
-"""What ``tokens`` decides."""
+_MOVED = {
+    "distill.windows": "--tokens, the number of tokens in all windows",
+    "loss": "--distill kl, cross_entropy or blocks",
+    "step": "--distill.batch, windows in a step of Adam",
+    "span": "--distill blocks --distill.span",
+}
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
 
 
@@ -122,7 +126,7 @@ class RecoverConfig:
         """The settings in JSON types, with ``distill`` in the layout of the YAML files."""
         method = {"name": method_name("distill", self.distill)} | options_of(self.distill)
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)} | {
-            "distill": {name: value for name, value in method.items() if f"distill.{name}" not in _WITHOUT}
+            "distill": {name: value for name, value in method.items() if f"distill.{name}" not in _MOVED}
         }
 
     @property
@@ -160,4 +164,4 @@ def parse(argv: Sequence[str]) -> RecoverConfig:
     Raises:
       UserError: a setting does not exist, or its value is not allowed.
     """
-    return parse_command(RecoverConfig, argv, _PROGRAM, _DESCRIPTION, _WITHOUT)
+    return parse_command(RecoverConfig, argv, _PROGRAM, _DESCRIPTION, _MOVED)
