@@ -22,7 +22,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _launch(argv: Sequence[str]) -> None:
     config = parse(argv)
-    refuse_missing(config.model)
+    if not processes.may_join(config.coordinator):
+        refuse_missing(config.model)
     from optima_tpu.data import check_files, check_sources  # imports pyarrow and more, which --help does not wait for
 
     sources = config.calibration.source, config.evaluation.source

@@ -17,7 +17,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _recover(argv: Sequence[str]) -> None:
     config = parse(argv)
-    refuse_missing_runs(config.model, config.against)
+    if not processes.may_join(config.coordinator):
+        refuse_missing_runs(config.model, config.against)
     from optima_tpu.data import check_files, check_sources  # imports pyarrow and more, which --help does not wait for
 
     check_sources(config.source, config.evaluation)

@@ -71,6 +71,11 @@ def start(coordinator: str | None, count: int | None, index: int | None, timeout
     _initialize(timeout, coordinator, count, index)
 
 
+def may_join(coordinator: str | None) -> bool:
+    """Whether :func:`start` may join other processes. They would wait for one that ended before."""
+    return coordinator is not None or _announced() is not False
+
+
 def _names_process(coordinator: str, count: int, index: int) -> bool:
     return 0 <= index < count and coordinator.rpartition(":")[2].isdigit()
 

@@ -131,7 +131,7 @@ def test_the_gradient_is_that_of_the_whole_model(pruned, windows, budget):
             hidden, pull = trainer.ahead(block, hidden, place, keep=budget > 0)
             pulls.append(pull)
             if budget:
-                assert 0.5 < bytes_on_device(*jax.tree.leaves(pull)) / counted <= 1
+                assert counted / 8 <= bytes_on_device(*jax.tree.leaves(pull)) <= counted
         targets, valid = pruned_batch.place(tokens), pruned_batch.valid
         _, cotangent = head_gradient(METHOD.loss, head, dense_batch.hidden, hidden, targets, valid)
         for index in (2, 1, 0):

@@ -75,7 +75,7 @@ def test_a_run_tells_its_sinks_what_its_report_says(finished, monkeypatch, tmp_p
 @pytest.mark.parametrize("name, value, package", [("tensorboard", "true", "tensorboardX"), ("wandb", "x", "wandb")])
 def test_a_missing_package_is_named_before_anything_is_read(name, value, package, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(sinks, "find_spec", lambda name: None)
-    assert main(["--model", "nowhere", f"--sinks.{name}", value, "--output", str(tmp_path / "run")]) == 2
+    assert main(["--model", str(tmp_path), f"--sinks.{name}", value, "--output", str(tmp_path / "run")]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and package in error and f"pip install '.[{name}]'" in error
 

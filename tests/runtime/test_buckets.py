@@ -101,7 +101,7 @@ def test_a_store_that_cannot_be_used_is_one_line(tmp_path, monkeypatch, capsys, 
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "gcsfs" else find(name, *rest))
     monkeypatch.chdir(tmp_path)
-    assert main(["--model", "nowhere", "--output", output]) == 2
+    assert main(["--model", str(tmp_path), "--output", output]) == 2
     assert only_error(capsys.readouterr().err).startswith(f"error: {said}")
     assert export.main([output, "out"]) == 2
     assert said in capsys.readouterr().err

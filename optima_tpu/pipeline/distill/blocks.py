@@ -218,11 +218,10 @@ class Trainer:
         return self._kept(*inside) if keep else (self.forward(*inside), self.again(*inside))
 
     def bytes_kept(self, block: Block, hidden: Array, positions: Positions) -> int:
-        """About how many bytes on each device :meth:`ahead` keeps of a block: nearly all are of tokens, which the data axis splits."""
+        """The bytes on each device that :meth:`ahead` keeps of a block, at most: the compiler decides what devices share."""
         if hidden.shape not in self._kept_bytes:
             pull = jax.eval_shape(self._linearised, block.masters, block.fixed, hidden, positions)[1]
-            total = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(pull))
-            self._kept_bytes[hidden.shape] = total // self.decoder.mesh.shape[DATA]
+            self._kept_bytes[hidden.shape] = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(pull))
         return self._kept_bytes[hidden.shape]
 
     @functools.cached_property
