@@ -30,7 +30,8 @@ def make_parser() -> Parser:
     parser.add_argument("run_dir", help="output directory of the run")
     parser.add_argument("out", help="folder to write; must not exist, or must be empty")
     parser.add_argument("--max-shard-size", default="5GB", help="largest size of a weight file (default: %(default)s)")
-    parser.add_argument(
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument(
         "--packed",
         dest="form",
         action="store_const",
@@ -39,7 +40,7 @@ def make_parser() -> Parser:
         help="store each pruned matrix as a bit mask and compressed values: a smaller folder that this program reads as it is, and "
         "that optima unpack makes the plain folder of",
     )
-    parser.add_argument(
+    form.add_argument(
         "--format",
         dest="form",
         choices=tuple(forms.FORMS),

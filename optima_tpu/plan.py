@@ -9,9 +9,10 @@ from pathlib import Path
 import jax
 from rich.console import Console
 
+from optima_tpu.config.choices import method_name
 from optima_tpu.config.parse import parse
 from optima_tpu.errors import UserError
-from optima_tpu.pipeline.recover.config import as_run
+from optima_tpu.pipeline.recover.config import RecoverConfig, as_run
 from optima_tpu.report.progress import say
 from optima_tpu.runtime import signals
 from optima_tpu.runtime.command import guarded
@@ -39,8 +40,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     return guarded(lambda: _plan(sys.argv[1:] if argv is None else argv), "the same command does it again")
 
 
+def _chooses(setting: str, words: Sequence[str]) -> bool:
+    """Whether a command line chooses a method of a setting, or names a file that may."""
+    options = {word.partition("=")[0] for word in words}
+    return bool(options & {f"--{setting}", f"--{setting}.name", "--config"})
+
+
 def _plan(argv: Sequence[str]) -> int:
     options, settings = make_parser().parse_known_args(list(argv))
+    if options.recover and any(word.startswith("--distill.") for word in settings) and not _chooses("distill", settings):
+        settings += ["--distill", method_name("distill", RecoverConfig.distill)]  # what optima recover does without a choice
     config = parse(settings)
     if options.recover:
         config = as_run(config, options.recover)

@@ -12,7 +12,10 @@ from optima_tpu.runtime.command import guarded, take_devices
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status, see :func:`guarded`."""
-    return guarded(lambda: _recover(sys.argv[1:] if argv is None else argv), "the same command goes on after the last saved step")
+    return guarded(
+        lambda: _recover(sys.argv[1:] if argv is None else argv),
+        "the same command goes on at the last saved step, or begins again where none was saved",
+    )
 
 
 def _recover(argv: Sequence[str]) -> None:

@@ -47,6 +47,10 @@ def unpack(packed: str | Path, out: str | Path) -> None:
     # Imports transformers, which --help does not wait for.
     from optima_tpu.models.checkpoints.packed import INDEX, Packed, PackedError
 
+    if not packed.exists():
+        raise UserError(f"there is no {packed}: check the path")
+    if (packed / "run.json").is_file():
+        raise UserError(f"{packed} is a run: {program('export')} {packed} OUT --packed makes a packed folder of it")
     lost_index = any(packed.glob("packed-*.safetensors"))
     if not (packed / INDEX).is_file() and (packed / "config.json").is_file() and not lost_index:
         raise UserError(f"{packed} is a plain folder already: there is nothing to unpack, use it as it is")

@@ -66,7 +66,7 @@ def print_summary(console: Console, report: Mapping[str, Any], directory: Path) 
         console.print(table, highlight=False, crop=False)
         lines = [
             "Errors: squared change of a layer's output on the calibration text, in percent of the output's energy; mean over "
-            "blocks."
+            f"blocks{', as they were before the training' if distilled_line(report) else ''}."
         ]
     if any(layer.held_out_after is not None for layer in layers):
         caveat = held_out_caveat(configuration)

@@ -42,7 +42,9 @@ def greeting(config: RunConfig, model: Declared, machine: Machine, recovering: b
     hosts = "" if machine.hosts == 1 else f", {machine.hosts} hosts"
     recipe = [f"preset   {on_preset(config)}", f"recipe   {recipe_line(config, model.decoder)}"]
     if recovering and (method := config.distill):
-        recipe = [f"training {method.words}, {method.train}, {method.steps:,} steps of {method.batch} windows; nothing is pruned"]
+        batch = min(method.batch, method.windows)
+        steps = f"{method.steps:,} step{'s' * (method.steps > 1)} of {batch} window{'s' * (batch > 1)}"
+        recipe = [f"training {method.words}, {method.train}, {steps}; nothing is pruned"]
     idle = config.distill and Trainer(model.decoder, config.distill).idle
     return [
         f"model    {model.origin}: {model.decoder.config.blocks} blocks, only its configuration is read",

@@ -32,6 +32,8 @@ examples:
 
 _MOVED = {
     "distill.windows": "--tokens, the number of tokens in all windows",
+    "lr": "--distill.learning_rate",
+    "epochs": "--distill.passes, how often training reads each window",
     "loss": "--distill kl, cross_entropy or blocks",
     "step": "--distill.batch, windows in a step of Adam",
     "span": "--distill blocks --distill.span",
