@@ -727,6 +727,7 @@ _RESULTS: Mapping[str, tuple[str, Mapping[str, Sequence[str]]]] = {
                 "levers",
                 "distillation",
                 "recovery",
+                "recovery-starts",
                 "dense-target",
                 "levers-wanda",
                 "loss-weights",
