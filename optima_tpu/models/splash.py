@@ -1,9 +1,8 @@
 """Causal attention by the kernel for TPUs that JAX brings, ``jax.experimental.pallas.ops.tpu.splash_attention``.
 
-The kernel keeps the products of queries and keys on the chip, and skips the blocks that no query sees. A window is given to it as
-an array of [length, length] bool, the causal mask alone is not. In float32 it computes what
-``layers.attention`` computes, up to rounding. In bfloat16 it rounds in one more place: queries are scaled before they are
-multiplied, not after.
+The kernel keeps the products of queries and keys on the chip, and skips the blocks that no query sees. It reads a window from an
+array of [length, length] bool, and needs no array for the causal mask alone. In float32 it computes what ``layers.attention``
+computes, up to rounding. In bfloat16 it rounds in one more place: queries are scaled before they are multiplied, not after.
 """
 
 import math

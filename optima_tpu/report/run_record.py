@@ -240,8 +240,8 @@ def recorded_words(configuration: Mapping[str, Any]) -> tuple[str, list[str]]:
     skipped = {"model", "coordinator", "num_processes", "process_id", *_TRAINING}
     own = {name: value for name, value in told.items() if name.partition(".")[0] not in skipped}
     training = method_settings(configuration["distill"])
-    base = {"name": "kl", "windows": training.get("windows")} | default_options("distill", training["name"])
-    base["windows"] = training.get("windows")  # tokens decides it
+    # tokens decides how many windows there are
+    base = {"name": "kl", **default_options("distill", training["name"]), "windows": training.get("windows")}
     own |= {f"distill.{option}": value for option, value in training.items() if value != base.get(option)}
     return "recover", [str(told["model"]), *words_of(own)]
 
