@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Sequence
 
-from optima_tpu.config.model_spec import refuse_missing_runs
+from optima_tpu.config.model_spec import refuse_early
 from optima_tpu.launch import draw_page
 from optima_tpu.pipeline.recover.config import parse
 from optima_tpu.runtime import processes
@@ -20,8 +20,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _recover(argv: Sequence[str]) -> None:
     config = parse(argv)
-    if not processes.may_join(config.coordinator):
-        refuse_missing_runs(config.model, config.against)
+    refuse_early(config.coordinator, config.model, config.against)
     from optima_tpu.data import check_files, check_sources  # imports pyarrow and more, which --help does not wait for
 
     check_sources(config.source, config.evaluation)

@@ -1,10 +1,11 @@
-"""What a text names as a model. Imports nothing that takes long, so that a wrong path is refused at once."""
+"""What a text names as a model. Imports no family and no transformers, so that a wrong path is refused at once."""
 
 import re
 from pathlib import Path
 
 from optima_tpu.errors import UserError
 from optima_tpu.runtime.buckets import as_path, in_bucket
+from optima_tpu.runtime.processes import may_join
 
 
 def is_hub_id(spec: str) -> bool:
@@ -20,8 +21,14 @@ def refuse_missing(spec: str) -> None:
         raise UserError(f"no such path: {spec!r}; expected a folder, a .gguf file, a hub id org/name or wheel:NAME")
 
 
-def refuse_missing_runs(*specs: str | None) -> None:
-    """As :func:`refuse_missing`, for models that may also be runs in a bucket. None is skipped."""
-    for spec in filter(None, specs):
-        if not in_bucket(as_path(spec)):
-            refuse_missing(spec)
+def refuse_early(coordinator: str | None, *specs: str | None) -> None:
+    """As :func:`refuse_missing`, before the slow imports, unless other processes may wait for this one.
+
+    Args:
+      coordinator: as given on the command line.
+      specs: models, or runs, which may be in a bucket and are then looked for later. None is skipped.
+    """
+    if not may_join(coordinator):
+        for spec in filter(None, specs):
+            if not in_bucket(as_path(spec)):
+                refuse_missing(spec)

@@ -3,10 +3,9 @@
 import sys
 from collections.abc import Sequence
 
-from optima_tpu.config.model_spec import refuse_missing_runs
+from optima_tpu.config.model_spec import refuse_early
 from optima_tpu.evaluate.config import parse
 from optima_tpu.evaluate.start import start
-from optima_tpu.runtime import processes
 from optima_tpu.runtime.command import guarded, take_devices
 
 
@@ -17,8 +16,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _evaluate(argv: Sequence[str]) -> None:
     config = parse(argv)
-    if not processes.may_join(config.coordinator):
-        refuse_missing_runs(config.model, config.against)
+    refuse_early(config.coordinator, config.model, config.against)
     take_devices(config)
     start(config)
 
