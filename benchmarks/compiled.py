@@ -19,6 +19,7 @@ from jax.sharding import PartitionSpec as P
 from optima_tpu.config.parse import parse
 from optima_tpu.evaluate.perplexity import _batch_nll
 from optima_tpu.models.decoder import run_block
+from optima_tpu.pipeline.calibrate import pass_batch
 from optima_tpu.pipeline.plan.compile import Call, Compiled
 from optima_tpu.pipeline.plan.hlo import collectives, host_transfers, kernels, products
 from optima_tpu.pipeline.plan.model import open_declared
@@ -36,31 +37,28 @@ def main(argv: Sequence[str] | None = None) -> None:
     machine = topology_machine(options.topology, config.mesh, quick=True)
     model = open_declared(config.model, config.dtype, config.batch).on(machine.mesh)
     calls: list[Call] = []
-    texts: list[str] = []
+    texts: list[tuple[str, str]] = []
 
     def read(what: str, call: Callable[[], Call]) -> Compiled:
         """Compiles, and keeps the text; the memory of the program does not matter here."""
         start = time.monotonic()
         calls.append(call())
-        texts.append(calls[-1].lower().compile(dict(machine.options or {})).as_text() or "")
+        texts.append((what.partition(":")[0], calls[-1].lower().compile(dict(machine.options or {})).as_text() or ""))
         print(f"compiled the {what} in {time.monotonic() - start:.0f} s", file=sys.stderr)
-        return Compiled(0.0, inside={"text": len(texts) - 1})
+        return Compiled(0.0)
 
     plan = make_plan(config, model, machine, compile_call=read)
-    named = [(program.name, texts[program.compiled.inside["text"]]) for program in plan.programs if program.compiled]
-    calibration = next(call for call in calls if len(call.arguments) == 5 and hasattr(call.arguments[2][0], "known"))
-    _, _, (stream, *_), _, tokens = calibration.arguments
+    _, state, hidden, positions, _ = next(call for call in calls if call.function is pass_batch).arguments
     head = model.decoder.head_struct()
-    windows = struct_on(machine.mesh, stream.hidden.shape[:2], np.dtype(np.int32), P(DATA))
-    forward = Call(run_block, (model.decoder.graph, stream.state, stream.hidden, tokens.positions, {}))
-    for name, call in (("pruned block forward", forward), ("head: perplexity", Call(_batch_nll, (head, stream.hidden, windows)))):
+    windows = struct_on(machine.mesh, hidden.shape[:2], np.dtype(np.int32), P(DATA))
+    forward = Call(run_block, (model.decoder.graph, state, hidden, positions, {}))
+    for name, call in (("pruned block forward", forward), ("head for perplexity", Call(_batch_nll, (head, hidden, windows)))):
         read(name, lambda call=call: call)
-        named.append((name, texts[-1]))
 
     print(f"{plan.model.origin} on {plan.machine.name}, mesh {'x'.join(map(str, machine.mesh.shape.values()))}, {model.dtype}\n")
     print("| program | bfloat16 | float32, 6 passes | 3 | 1 | kernels | collectives in loops | waits for the host |")
     print("|---|" + 7 * "---:|")
-    for name, text in named:
+    for name, text in texts:
         found, used = products(text), kernels(text)
         counts = [
             sum(count for (dtype, _), count in found.items() if dtype != "f32"),

@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -17,7 +17,7 @@ from optima_tpu.errors import UserError
 from optima_tpu.method.layer_rules import kind_name
 from optima_tpu.method.statistics import Drift, Groups, TokenStatistics
 from optima_tpu.method.targets import SelfTarget, Target
-from optima_tpu.models.activations import Activations
+from optima_tpu.models.activations import Activations, Batch
 from optima_tpu.models.decoder import Decoder, forward
 from optima_tpu.models.experts import expert_of
 from optima_tpu.models.layers import project
@@ -69,9 +69,6 @@ def alike(groups: Groups) -> tuple[Groups, ...]:
     return tuple(map(tuple, found.values()))
 
 
-Put = Callable[[np.ndarray, Array], None]
-
-
 class Stream(NamedTuple):
     """One of the two streams of hidden states, and the block that it passes through.
 
@@ -87,9 +84,14 @@ class Stream(NamedTuple):
     known: Mapping[str, Activations] = {}
     kept: Mapping[str, Activations] = {}
 
+    @property
+    def found(self) -> Mapping[str, Activations]:
+        """The inputs that are known behind this pass."""
+        return {**self.known, **self.kept}
+
     def part(self, first: int, last: int) -> "Stream":
         """Samples ``first`` to ``last - 1``, without a copy."""
-        known, kept = ({name: every.part(first, last) for name, every in inputs.items()} for inputs in self[2:])
+        known, kept = ({name: every.part(first, last) for name, every in inputs.items()} for inputs in (self.known, self.kept))
         return Stream(self.parameters, self.hidden.part(first, last), known, kept)
 
 
@@ -135,19 +137,16 @@ def accumulate(decoder: Decoder, index: int, capture: Capture, streams: Sequence
       UserError: an input holds a NaN or an infinity; names the layer.
     """
     hidden, decoder = streams[0].hidden, decoder.at(index)
-    length, states = hidden.values.shape[1], [decoder.state(stream.parameters) for stream in streams]
-    step = CaptureStep.of(decoder, capture, [tuple(stream.kept) for stream in streams])
-    positions = decoder.positions(index, length)
+    step = CaptureStep.of(decoder, capture)
     sums = jax.tree.map(_zeros, sums_of(decoder, step, capture.energy))
     weights = {name: streams[-1].parameters[name + ".weight"] for name in step.multiplied(decoder, capture.energy)}
-    known = [decoder.known(stream.known, decoder.batch) for stream in streams]
+    steps = pass_steps(decoder, capture, [stream.kept for stream in streams])
     with contextlib.ExitStack() as stack:
-        write = _Writing.of(stack, capture, streams)
-        for batches in zip(*(stream.hidden.batches(decoder.batch) for stream in streams)):
-            inputs = tuple(BlockInput(state, batch.hidden, next(each)) for state, batch, each in zip(states, batches, known))
-            sums, passed = add_batch(step, sums, inputs, weights, BatchTokens(batches[0].valid, positions))
-            write.put(batches[0].rows, passed)
-    count = np.float32(len(hidden) * length)
+        passing = [stack.enter_context(_passing(decoder, index, *each)) for each in zip(steps, streams)]
+        for (batch, *_), inputs in (zip(*found) for found in zip(*passing)):
+            # Waits: nothing else would keep the inputs of many batches from being on the devices at once.
+            sums = add_batch(step, sums, jax.block_until_ready(inputs), weights, batch.valid)
+    count = np.float32(len(hidden) * hidden.values.shape[1])
     totals = tuple(count if total is None else total for total in sums.weights)
     # Two programs: in a single one, XLA would divide a Hessian differently, in its last bit, if there is a drift beside it.
     divided = list(_divide(tuple(found.hessian for found in sums.statistics), totals))
@@ -184,26 +183,43 @@ def _by_group(
             yield from zip(groups, _members(found, jax.tree.map(lambda struct: struct.sharding, one)))
 
 
-class _Writing(NamedTuple):
-    """Where the results of a pass are put: the hidden states behind the block, and the inputs that each stream keeps."""
+def repeat(decoder: Decoder, index: int, capture: Capture, stream: Stream, dense: bool = False) -> None:
+    """Passes one stream through a block once more, for what :func:`accumulate` writes: by the same program, so to the same bits.
 
-    behind: Put | None
-    kept: tuple[Mapping[str, Put], ...]
+    The parameters may be those of the whole block as pruned: what a pass keeps depends on no layer that is pruned after it.
 
-    @classmethod
-    def of(cls, stack: contextlib.ExitStack, capture: Capture, streams: Sequence[Stream]) -> "_Writing":
-        def putting(activations: Activations) -> Put:
-            return stack.enter_context(activations.put_behind())
+    Args:
+      dense: whether the stream is the dense one.
+    """
+    decoder = decoder.at(index)
+    step = pass_steps(decoder, capture, [stream.kept] * capture.target.streams)[dense]
+    if step.output or stream.kept:
+        with _passing(decoder, index, step, stream) as passing:
+            for _ in passing:
+                pass
 
-        behind = putting(streams[-1].hidden) if capture.advance else None
-        return cls(behind, tuple({name: putting(every) for name, every in stream.kept.items()} for stream in streams))
 
-    def put(self, rows: np.ndarray, passed: "Passed") -> None:
-        if self.behind is not None and passed.output is not None:
-            self.behind(rows, passed.output)
-        for kept, inputs in zip(self.kept, passed.kept, strict=True):
-            for name, put in kept.items():
-                put(rows, inputs[name])
+@contextlib.contextmanager
+def _passing(
+    decoder: Decoder, index: int, step: "PassStep", stream: Stream
+) -> Iterator[Iterator[tuple[Batch, Mapping[str, Any]]]]:
+    """The batches of a stream with the inputs that the step returns; writes what leaves the block, and what the stream keeps."""
+    state, positions = decoder.state(stream.parameters), decoder.positions(index, stream.hidden.values.shape[1])
+    with contextlib.ExitStack() as stack:
+        puts = {name: stack.enter_context(every.put_behind()) for name, every in stream.kept.items()}
+        behind = stack.enter_context(stream.hidden.put_behind()) if step.output else None
+
+        def passing() -> Iterator[tuple[Batch, Mapping[str, Any]]]:
+            batches = zip(stream.hidden.batches(decoder.batch), decoder.known(stream.known, decoder.batch))
+            for batch, known in batches:
+                output, inputs = pass_batch(step, state, batch.hidden, positions, known)
+                if behind is not None and output is not None:
+                    behind(batch.rows, output)
+                for name, put in puts.items():
+                    put(batch.rows, inputs[name])
+                yield batch, inputs
+
+        yield passing()
 
 
 class ResidualNames(NamedTuple):
@@ -233,35 +249,60 @@ def residual_names(decoder: Decoder, groups: Groups, target: Target) -> tuple[Re
 
 
 @dataclasses.dataclass(frozen=True)
-class CaptureStep:
-    """The static part of :func:`add_batch`.
+class PassStep:
+    """The static part of :func:`pass_batch`.
 
     Attributes:
       graph: the graph of the block.
-      groups: the groups whose inputs are accumulated, those that are :func:`alike` together.
-      residuals: from :func:`residual_names`, for each of these.
-      borrows: for each of these, whether the products of all tokens are accumulated too.
-      advance: whether the output of the last stream is returned.
-      kept: for each stream, the layers whose inputs are returned.
+      names: the inputs of layers, and the parts of the residual stream, that are returned.
+      output: whether the hidden states that leave the block are returned.
     """
 
     graph: Any
     mesh: Mesh
+    names: tuple[str, ...]
+    output: bool = False
+
+
+def pass_steps(decoder: Decoder, capture: Capture, kept: Sequence[Iterable[str]]) -> tuple[PassStep, ...]:
+    """How each stream of a capture passes through the block.
+
+    Args:
+      kept: for each stream, the layers whose inputs are kept.
+    """
+    step, last = CaptureStep.of(decoder, capture), capture.target.streams - 1
+    around = [places for places in step.residuals if places is not None]
+    read = [groups[0][0] for groups in step.groups] + [name for places in around for name in places.before if name is not None]
+    weighing = [places.after for places in around if places.after is not None]
+    found = []
+    for place, names in zip(range(last + 1), kept):
+        dense = place == last  # tokens are weighed by the dense model's stream alone
+        returned = tuple(dict.fromkeys((*read, *(weighing if dense else ()), *names)))
+        found.append(PassStep(decoder.graph, decoder.mesh, returned, capture.advance and dense))
+    return tuple(found)
+
+
+@dataclasses.dataclass(frozen=True)
+class CaptureStep:
+    """The static part of :func:`add_batch`.
+
+    Attributes:
+      groups: the groups whose inputs are accumulated, those that are :func:`alike` together.
+      residuals: from :func:`residual_names`, for each of these.
+      borrows: for each of these, whether the products of all tokens are accumulated too.
+    """
+
+    mesh: Mesh
     groups: tuple[Groups, ...]
     residuals: tuple[ResidualNames | None, ...]
     borrows: tuple[bool, ...]
-    advance: bool = False
-    kept: tuple[tuple[str, ...], ...] = ()
 
     @classmethod
-    def of(cls, decoder: Decoder, capture: Capture, kept: Sequence[tuple[str, ...]]) -> "CaptureStep":
-        """The step of a capture, with the layers whose inputs each stream keeps."""
+    def of(cls, decoder: Decoder, capture: Capture) -> "CaptureStep":
         groups = alike(capture.groups)
         residuals = residual_names(decoder, tuple(names for names, *_ in groups), capture.target)
         borrows = tuple(capture.borrow > 0 and kind_name(names[0]) in decoder.family.shared for names, *_ in groups)
-        return cls(
-            decoder.graph, decoder.mesh, groups, residuals, borrows, capture.advance, tuple(kept[: capture.target.streams])
-        )
+        return cls(decoder.mesh, groups, residuals, borrows)
 
     def multiplied(self, decoder: Decoder, energy: bool) -> tuple[str, ...]:
         """The layers whose dense weights :func:`add_batch` multiplies the drift with."""
@@ -283,41 +324,38 @@ class Sums(NamedTuple):
     means: tuple[Array | None, ...]
 
 
-class BlockInput(NamedTuple):
-    """The input of a step from one stream: the state of the block, a batch of hidden states, and inputs that are known."""
+@functools.partial(jax.jit, static_argnums=0)
+def pass_batch(
+    step: PassStep, state: Any, hidden: Array, positions: Any, known: Mapping[str, Array]
+) -> tuple[Array | None, dict[str, Any]]:
+    """Passes a batch through a block: the hidden states that leave it, where the step asks for them, and ``step.names``.
 
-    state: Any
-    hidden: Array
-    known: Mapping[str, Array]
+    One program for one stream, apart from the sums: what a run computes again after it was stopped then has the same bits.
 
-
-class Passed(NamedTuple):
-    """What a step returns besides the sums: the output of the dense block, and the inputs that each stream keeps."""
-
-    output: Array | None
-    kept: tuple[Mapping[str, Array], ...]
-
-
-class BatchTokens(NamedTuple):
-    """The samples of a batch: which ones count (``Batch.valid``), and the positions of their tokens."""
-
-    valid: Array
-    positions: Any
+    Args:
+      state: the block's parameters.
+      hidden: [batch, length, d_model].
+      known: as for :func:`forward`.
+    """
+    output, found = forward(step.graph, state, hidden, positions, known)
+    # Every process puts away whole samples, and Gram matrices read whole rows: the model axis holds copies.
+    whole = jax.NamedSharding(step.mesh, P(DATA))
+    inputs = {name: jax.lax.with_sharding_constraint(found[name], whole) for name in step.names}
+    return jax.lax.with_sharding_constraint(output, whole) if step.output else None, inputs
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
 def add_batch(
-    step: CaptureStep, sums: Sums, streams: tuple[BlockInput, ...], weights: Mapping[str, Array], tokens: BatchTokens
-) -> tuple[Sums, Passed]:
-    """One step of :func:`accumulate`: the new sums, and what ``advance`` and ``kept`` ask for.
+    step: CaptureStep, sums: Sums, inputs: Sequence[Mapping[str, Any]], weights: Mapping[str, Array], valid: Array
+) -> Sums:
+    """The new sums of :func:`accumulate`, with the tokens of one batch.
 
     Args:
       sums: donated.
-      streams: in the order of :func:`accumulate`.
+      inputs: of each stream, from :func:`pass_batch`.
       weights: by name, the dense weights of the layers ``step.multiplied``.
+      valid: [batch] bool, the samples that count (``Batch.valid``).
     """
-    passed = [forward(step.graph, stream.state, stream.hidden, tokens.positions, stream.known) for stream in streams]
-    inputs = [found for _, found in passed]
     statistics, totals, means = [], [], []
     for groups, places, before, total, mean in zip(step.groups, step.residuals, *sums):
         names = groups[0]
@@ -325,24 +363,18 @@ def add_batch(
         if experts:
             read = [found[names[0]] for found in inputs[: 1 if places is None else 2]]
             matrices = tuple(jnp.stack([weights[name] for name in layers]) for layers in zip(*groups) if weights)
-            statistics.append(add_routed(step.mesh, experts, before, read, tokens.valid, matrices))
+            statistics.append(add_routed(step.mesh, experts, before, read, valid, matrices))
             totals.append(total)
-            means.append(None if mean is None else mean + gram_of_tokens(step.mesh, read[0], tokens.valid))
+            means.append(None if mean is None else mean + gram_of_tokens(step.mesh, read[0], valid))
             continue
         means.append(None)
-        seen = _seen(names[0], places, inputs, tokens.valid)
+        seen = _seen(names[0], places, inputs, valid)
         totals.append(total if total is None or seen.scale is None else total + jnp.sum(jnp.square(seen.scale)))
         hessian = add_gram(before.hessian, seen.x, step.mesh)
         count = before.tokens + jnp.sum(seen.routed, dtype=jnp.int32)
         drift = None if before.drift is None else _add_drift(step.mesh, before.drift, names, seen, weights)
         statistics.append(TokenStatistics(hessian, count, drift))
-    # Every process puts away whole samples, so the model axis must hold copies.
-    whole = jax.NamedSharding(step.mesh, P(DATA))
-    output = jax.lax.with_sharding_constraint(passed[-1][0], whole) if step.advance else None
-    kept = tuple(
-        {name: jax.lax.with_sharding_constraint(found[name], whole) for name in names} for found, names in zip(inputs, step.kept)
-    )
-    return Sums(tuple(statistics), tuple(totals), tuple(means)), Passed(output, kept)
+    return Sums(tuple(statistics), tuple(totals), tuple(means))
 
 
 class _Seen(NamedTuple):

@@ -1,9 +1,10 @@
 """The walk over the blocks: calibrate, choose masks, solve, accept, save, pass the hidden states through the pruned block."""
 
 import dataclasses
+import itertools
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -23,9 +24,9 @@ from optima_tpu.method.row_sharding import RowSharding
 from optima_tpu.method.statistics import Groups, TokenSets, TokenStatistics
 from optima_tpu.models.activations import Activations
 from optima_tpu.models.decoder import Decoder
-from optima_tpu.pipeline.calibrate import Capture, Stream, accumulate
+from optima_tpu.pipeline.calibrate import Capture, Stream, accumulate, repeat
 from optima_tpu.pipeline.journal import DENSE, HIDDEN, Journal
-from optima_tpu.pipeline.memory_plan import Pass, block_passes, kept_inputs
+from optima_tpu.pipeline.memory_plan import Kept, Pass, block_passes, kept_inputs
 from optima_tpu.report.progress import Progress
 from optima_tpu.report.records import BlockReport, LayerReport
 from optima_tpu.report.rows import LayerFacts, layer_report
@@ -139,21 +140,18 @@ def prune_block(walk: Walk, index: int, parameters: Mapping[str, Array], streams
     if walk.recipe.target.dense_stream and streams.dense is None:
         raise ValueError("a dense target needs the hidden states of the dense model")
     block = PrunedBlock(dict(parameters), {}, (), {})
-    passes, target = block_passes(walk.decoder, index, walk.groups[index], walk.recipe, walk.budget), walk.recipe.target
-    alike = walk.decoder.at(index)
-    known: tuple[dict[str, Activations], ...] = ({}, {})
-    for position, (part, kept) in enumerate(zip(passes, kept_inputs(alike, walk.recipe, passes))):
+    passes, target = _passes(walk, index), walk.recipe.target
+    known: list[Mapping[str, Activations]] = [{}] * target.streams
+    for step in passes:
         now = block.parameters if walk.recipe.recapture else parameters
         entering = tuple(
-            Stream(read, hidden, inputs, {name: _room(alike, hidden, name) for name in names})
-            for read, hidden, inputs, names in zip((now, parameters), streams, known, kept)
+            _entering(walk, index, Stream(read, hidden, inputs), names)
+            for read, hidden, inputs, names in zip((now, parameters), streams, known, step.kept)
             if hidden is not None
-        )[: target.streams]
-        last = position == len(passes) - 1
-        capture = Capture(part.groups, target, advance=target.dense_stream and last, borrow=walk.recipe.borrow)
-        tokens = _calibrate(walk, index, capture, entering)
-        known = tuple({**stream.known, **stream.kept} for stream in entering)
-        found = prune_groups(walk, index, block.parameters, part, tokens)
+        )
+        tokens = _calibrate(walk, index, step.capture, entering)
+        known = [stream.found for stream in entering]
+        found = prune_groups(walk, index, block.parameters, step.part, tokens)
         block = PrunedBlock(found.parameters, block.masks | found.masks, block.layers + found.layers, block.scales | found.scales)
         del tokens, found  # frees their memory before the next statistics are made
     started = time.monotonic()
@@ -162,6 +160,48 @@ def prune_block(walk: Walk, index: int, parameters: Mapping[str, Array], streams
     if target.dense_stream and streams.dense is not None and not passes:
         walk.decoder.apply(index, parameters, streams.dense)
     return block
+
+
+class _Step(NamedTuple):
+    """A pass of the calibration tokens through a block: its layers, what is accumulated, and the inputs that it keeps."""
+
+    part: Pass
+    capture: Capture
+    kept: Kept
+
+
+def _passes(walk: Walk, index: int) -> tuple[_Step, ...]:
+    """The passes of :func:`prune_block`; the last one also moves the dense stream through the block."""
+    recipe, target = walk.recipe, walk.recipe.target
+    parts = block_passes(walk.decoder, index, walk.groups[index], recipe, walk.budget)
+    return tuple(
+        _Step(part, Capture(part.groups, target, advance=target.dense_stream and part is parts[-1], borrow=recipe.borrow), kept)
+        for part, kept in zip(parts, kept_inputs(walk.decoder.at(index), recipe, parts))
+    )
+
+
+def _entering(walk: Walk, index: int, stream: Stream, kept: Sequence[str]) -> Stream:
+    """The stream with room for the inputs of layers that a pass keeps."""
+    return stream._replace(kept={name: _room(walk.decoder.at(index), stream.hidden, name) for name in kept})
+
+
+def repeat_block(walk: Walk, index: int, parameters: Mapping[str, Array], hidden: Activations, dense: bool) -> None:
+    """Passes one stream through a block as :func:`prune_block` did, in place.
+
+    With the same programs, over the same batches: the compiler rounds another program otherwise on a mesh of several devices.
+
+    Args:
+      parameters: the block's, as pruned or, for the dense stream, dense.
+    """
+    known: Mapping[str, Activations] = {}
+    passes = _passes(walk, index)
+    for step in passes:
+        stream = _entering(walk, index, Stream(parameters, hidden, known), step.kept[dense])
+        for capture, first, last in _sets(walk, step.capture, len(hidden)):
+            repeat(walk.decoder, index, capture, stream.part(first, last), dense)
+        known = stream.found
+    if not dense or not passes:
+        walk.decoder.apply(index, parameters, hidden, known=known)
 
 
 def prune_groups(
@@ -200,16 +240,18 @@ def prune_groups(
 
 def _calibrate(walk: Walk, index: int, capture: Capture, streams: tuple[Stream, ...]) -> tuple[TokenSets[TokenStatistics], ...]:
     """The statistics of each group's input on both sets of tokens."""
-    total = len(streams[0].hidden)
+    found = (
+        accumulate(walk.decoder, index, each, [stream.part(first, last) for stream in streams])
+        for each, first, last in _sets(walk, capture, len(streams[0].hidden))
+    )
+    return tuple(itertools.starmap(TokenSets, zip(*found)))
 
-    def seen(capture: Capture, first: int, last: int) -> tuple[TokenStatistics, ...]:
-        return accumulate(walk.decoder, index, capture, [stream.part(first, last) for stream in streams])
 
-    calibration = seen(capture, 0, walk.samples)
-    if walk.samples == total:
-        return tuple(map(TokenSets, calibration, (None,) * len(capture.groups)))
-    energies = dataclasses.replace(capture, energy=capture.target.dense_stream, borrow=0.0)
-    return tuple(map(TokenSets, calibration, seen(energies, walk.samples, total)))
+def _sets(walk: Walk, capture: Capture, total: int) -> Iterator[tuple[Capture, int, int]]:
+    """What is accumulated on the calibration sequences, and on the held-out ones behind them, if there are any."""
+    yield capture, 0, walk.samples
+    if walk.samples < total:
+        yield dataclasses.replace(capture, energy=capture.target.dense_stream, borrow=0.0), walk.samples, total
 
 
 def _room(decoder: Decoder, hidden: Activations, name: str) -> Activations:
@@ -270,21 +312,18 @@ def _streams_before(walk: Walk, tokens: np.ndarray, index: int, journal: Journal
             f"the hidden states that enter block {index} are computed again, through {through} as pruned: a run saves them "
             f"only when this would take {journal.recompute} minutes (--recompute)"
         )
-    pruned = _through(dataclasses.replace(decoder, tensors=journal.tensors()), range(first, index), hidden)
+    finished = dataclasses.replace(decoder, tensors=journal.tensors())
+    for block, parameters in zip(range(first, index), finished.blocks(range(first, index))):
+        repeat_block(walk, block, parameters, hidden, dense=False)
     if not walk.recipe.target.dense_stream:
-        return Streams(pruned)
+        return Streams(hidden)
     first, dense = _saved_states(decoder, tokens, index, journal, DENSE)
-    return Streams(pruned, _through(decoder, range(first, index), dense))
+    for block, parameters in zip(range(first, index), decoder.blocks(range(first, index))):
+        repeat_block(walk, block, parameters, dense, dense=True)
+    return Streams(hidden, dense)
 
 
 def _saved_states(decoder: Decoder, tokens: np.ndarray, index: int, journal: Journal, name: str) -> tuple[int, Activations]:
     """The last block up to ``index`` whose input is saved, and this input; block 0 and the embeddings if none is."""
     block, hidden = journal.last_activations(decoder.mesh, index, len(tokens), name) or (-1, decoder.embed(tokens))
     return block + 1, hidden
-
-
-def _through(decoder: Decoder, blocks: range, hidden: Activations) -> Activations:
-    """Passes the hidden states through these blocks, in place, and returns them."""
-    for index, parameters in zip(blocks, decoder.blocks(blocks)):
-        decoder.apply(index, parameters, hidden)
-    return hidden

@@ -38,7 +38,7 @@ from optima_tpu.pipeline.memory_plan import GroupLoad, Kept, block_passes, kept_
 from optima_tpu.pipeline.plan.model import open_declared
 from optima_tpu.pipeline.plan.plan import make_plan
 from optima_tpu.pipeline.plan.topology import CHIPS, Machine
-from optima_tpu.pipeline.walk import Walk, prune_model
+from optima_tpu.pipeline.walk import Streams, Walk, prune_block, prune_model, repeat_block
 from optima_tpu.report.progress import Progress
 from optima_tpu.report.records import BlockReport, LayerReport
 from optima_tpu.report.summary import unusual
@@ -406,6 +406,22 @@ def test_a_dense_target_is_a_walk_of_two_streams():
         decoder.apply(index, parameters, again)
         decoder.apply(index, whole, still)
     assert (hidden.values == again.values).all() and (dense.values == still.values).all()
+
+
+@pytest.mark.parametrize("preset", ["fast", "best"])
+def test_a_run_that_goes_on_repeats_the_bits_of_both_streams(preset):
+    """On a mesh the compiler rounds a block otherwise in another program: what is left out of it changes how devices share it."""
+    decoder, recipe = decoder_on((2, 2)), parse(["--preset", preset]).recipe
+    walk = Walk(decoder, recipe, (GROUPS,) * 2, samples=5)
+    hidden, dense, again, still = (decoder.embed(tokens()) for _ in range(4))
+    for index in range(2):
+        whole = decoder.load_block(index)
+        pruned = prune_block(walk, index, whole, Streams(hidden, dense if recipe.target.dense_stream else None)).parameters
+        repeat_block(walk, index, pruned, again, dense=False)
+        assert (again.values == hidden.values).all()
+        if recipe.target.dense_stream:
+            repeat_block(walk, index, whole, still, dense=True)
+            assert (still.values == dense.values).all()
 
 
 def test_the_dense_stream_goes_through_a_block_that_stays_dense():

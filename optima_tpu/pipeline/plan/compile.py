@@ -1,8 +1,10 @@
 """Compiles the programs of a run for devices that need not be attached."""
 
+import collections
+import functools
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -18,11 +20,11 @@ from optima_tpu.method.row_sharding import Layout, RowSharding
 from optima_tpu.method.statistics import Groups, TokenSets
 from optima_tpu.models.decoder import Decoder
 from optima_tpu.pipeline.calibrate import (
-    BatchTokens,
-    BlockInput,
     Capture,
     CaptureStep,
     add_batch,
+    pass_batch,
+    pass_steps,
     residual_names,
     statistics_of,
     sums_of,
@@ -56,7 +58,7 @@ class Compiled(NamedTuple):
     Attributes:
       seconds: compilation time.
       memory: bytes that the running program allocates: arguments, results, temporaries and code; None if it was refused.
-      arguments: the bytes of ``memory`` that are arguments.
+      arguments, results: the bytes of ``memory`` that are arguments, and those that are results in memory of their own.
       flops, accessed: FLOPs and bytes as the compiler counts them: the body of a loop counts once.
       inside, outside: number of collectives by name, inside loops and outside.
       refused: why the program does not fit into the memory of the chip; None if it fits.
@@ -66,6 +68,7 @@ class Compiled(NamedTuple):
     seconds: float
     memory: int | None = None
     arguments: int = 0
+    results: int = 0
     flops: float = 0.0
     accessed: float = 0.0
     inside: Mapping[str, int] = {}
@@ -127,6 +130,7 @@ def compiled(
         seconds,
         total,
         memory.argument_size_in_bytes,
+        memory.output_size_in_bytes - memory.alias_size_in_bytes,
         cost.get("flops", 0.0),
         cost.get("bytes accessed", 0.0),
         inside,
@@ -148,8 +152,56 @@ def _parameter(decoder: Decoder, name: str) -> Array:
     return struct_on(decoder.mesh, decoder.block_shapes[name], dtype, decoder.sharding(name))
 
 
-def calibration_call(decoder: Decoder, capture: Capture, known: Kept, kept: Kept, length: int, samples: int) -> Call:
-    """One step of ``calibrate.accumulate`` over ``samples`` sequences, with both streams for a dense target.
+class CalibrationCalls(NamedTuple):
+    """The programs of one step of ``calibrate.accumulate``.
+
+    Attributes:
+      passes: for each stream its pass through the block. Two that are equal are one program.
+      sums: adds what the passes return.
+    """
+
+    passes: tuple[Call, ...]
+    sums: Call
+
+    @property
+    def distinct(self) -> tuple[Call, ...]:
+        """The passes that are programs of their own."""
+        return tuple(call for place, call in enumerate(self.passes) if call not in self.passes[:place])
+
+    def joined(self, passes: Sequence[Compiled], sums: Compiled) -> Compiled:
+        """What the programs need together.
+
+        While one of them runs, the block of every stream, the inputs that its pass returned, and the sums are on the devices.
+
+        Args:
+          passes: of :attr:`distinct`.
+        """
+        if refused := next((each for each in (*passes, sums) if each.memory is None), None):
+            return refused
+        found = [passes[self.distinct.index(call)] for call in self.passes]
+        every = (*found, sums)
+        # The sums read what the passes return.
+        shared = bytes_on_device(*jax.tree.leaves(self.sums.arguments[2]))
+        resident = sum(each.arguments + each.results for each in every) - shared
+        temporary = max(each.memory - each.arguments - each.results for each in every if each.memory)
+
+        def counted(of: Callable[[Compiled], Mapping[str, int]]) -> dict[str, int]:
+            return dict(sum((collections.Counter(of(each)) for each in every), collections.Counter()))
+
+        return Compiled(
+            sum(each.seconds for each in (*passes, sums)),
+            resident + temporary,
+            arguments=resident,
+            flops=sum(each.flops for each in every),
+            accessed=sum(each.accessed for each in every),
+            inside=counted(lambda each: each.inside),
+            outside=counted(lambda each: each.outside),
+            moved=counted(lambda each: each.moved),
+        )
+
+
+def calibration_calls(decoder: Decoder, capture: Capture, known: Kept, kept: Kept, length: int, samples: int) -> CalibrationCalls:
+    """The programs of a step over ``samples`` sequences, with both streams for a dense target.
 
     Args:
       known: the inputs that earlier passes have kept.
@@ -157,7 +209,7 @@ def calibration_call(decoder: Decoder, capture: Capture, known: Kept, kept: Kept
     """
     parameters = {name: _parameter(decoder, name) for name in decoder.block_shapes}
     mesh, dtype = decoder.mesh, decoder.tensors.dtype(decoder.root + decoder.family.embedding)
-    size, step = sequences_at_once(decoder, samples) * mesh.shape[DATA], CaptureStep.of(decoder, capture, kept)
+    size, step = sequences_at_once(decoder, samples) * mesh.shape[DATA], CaptureStep.of(decoder, capture)
     positions = jax.tree.map(
         lambda array: struct_on(mesh, array.shape, array.dtype, P()), decoder.config.positions(decoder.config.kind, length)
     )
@@ -166,13 +218,16 @@ def calibration_call(decoder: Decoder, capture: Capture, known: Kept, kept: Kept
         return struct_on(mesh, (size, length, width), dtype, P(DATA))
 
     state, hidden = decoder.state(parameters), entering(decoder.config.d_model)
-    streams = tuple(
-        BlockInput(state, hidden, {name: entering(decoder.input_width(name)) for name in names})
-        for names in known[: capture.target.streams]
-    )
-    tokens = BatchTokens(struct_on(mesh, (size,), jnp.bool_, P(DATA)), positions)
+    passes, inputs = [], []
+    for each, names in zip(pass_steps(decoder, capture, kept), known):
+        passes.append(
+            Call(pass_batch, (each, state, hidden, positions, {name: entering(decoder.input_width(name)) for name in names}))
+        )
+        returned = jax.eval_shape(functools.partial(pass_batch, each), *passes[-1].arguments[1:])[1]
+        inputs.append(jax.tree.map(lambda array: struct_on(mesh, array.shape, array.dtype, P(DATA)), returned))
     weights = {name: parameters[name + ".weight"] for name in step.multiplied(decoder, energy=False)}
-    return Call(add_batch, (step, sums_of(decoder, step), streams, weights, tokens))
+    valid = struct_on(mesh, (size,), jnp.bool_, P(DATA))
+    return CalibrationCalls(tuple(passes), Call(add_batch, (step, sums_of(decoder, step), tuple(inputs), weights, valid)))
 
 
 def sequences_at_once(decoder: Decoder, samples: int) -> int:

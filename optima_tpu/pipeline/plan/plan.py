@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -18,7 +19,7 @@ from optima_tpu.pipeline.distill.blocks import Trainer
 from optima_tpu.pipeline.inputs import pruned_layers
 from optima_tpu.pipeline.memory_plan import Kept, Pass, aimed_residuals, block_passes, group_load, kept_inputs
 from optima_tpu.pipeline.plan import estimate
-from optima_tpu.pipeline.plan.compile import Compile, calibration_call, compiler, pruning_call, resident, sequences_at_once
+from optima_tpu.pipeline.plan.compile import Compile, calibration_calls, compiler, pruning_call, resident, sequences_at_once
 from optima_tpu.pipeline.plan.estimate import Storage
 from optima_tpu.pipeline.plan.model import Declared
 from optima_tpu.pipeline.plan.program import STAGES, Program
@@ -269,10 +270,14 @@ def _calibration(
     capture = Capture(groups, target, advance=target.dense_stream and kind.last, borrow=config.borrow)
     beside = resident(decoder, groups, False, streams) - resident(decoder, (), False) if text.held_out else 0
     memory = beside + estimate.calibration_memory(model, inputs, text.length, batch, streams)
-    found = compile_call(
-        f"{name}: {batch} x {text.length} tokens a device",
-        lambda: calibration_call(decoder, capture, kind.known, kind.kept, text.length, text.samples),
-    )
+    calls = calibration_calls(decoder, capture, kind.known, kind.kept, text.length, text.samples)
+    what, tokens = f"calibration of {_short(groups)}", f"{batch} x {text.length} tokens a device"
+    passes = [
+        compile_call(f"{what}, {stream}: {tokens}", functools.partial(lambda call: call, call))
+        for stream, call in zip(("pruned stream", "dense stream"), calls.distinct)
+    ]
+    sums = compile_call(f"{what}, sums: {tokens}", lambda: calls.sums)
+    found = calls.joined([each for each in passes if each], sums) if sums else None
     if found and found.memory:
         memory = beside + found.memory
     read = estimate.read_by(decoder, groups, target)
