@@ -78,7 +78,8 @@ class PrunedBlock(NamedTuple):
       masks: by parameter name, [d_out, d_in] bool.
       layers: a report for every pruned layer.
       scales: by parameter name, [d_out, groups], of the weights that were quantised.
-      seconds: of the forward pass through the pruned block.
+      seconds: of the passes that :func:`repeat_block` makes again, of all streams, at most: those of the calibration count with their
+        sums.
     """
 
     parameters: dict[str, Array]
@@ -110,7 +111,7 @@ def prune_model(
         progress.block(index, count)
         started = time.monotonic()
         pruned = prune_block(walk, index, parameters, streams)
-        journal.repeated += walk.recipe.target.streams * pruned.seconds
+        journal.repeated += pruned.seconds
         report, prefix = BlockReport(index, time.monotonic() - started, pruned.layers), decoder.prefix(index)
         weights, masks, scales = (
             {prefix + name: value for name, value in part.items()} for part in (pruned.parameters, pruned.masks, pruned.scales)
@@ -140,7 +141,7 @@ def prune_block(walk: Walk, index: int, parameters: Mapping[str, Array], streams
     if walk.recipe.target.dense_stream and streams.dense is None:
         raise ValueError("a dense target needs the hidden states of the dense model")
     block = PrunedBlock(dict(parameters), {}, (), {})
-    passes, target = _passes(walk, index), walk.recipe.target
+    passes, target, seconds = _passes(walk, index), walk.recipe.target, 0.0
     known: list[Mapping[str, Activations]] = [{}] * target.streams
     for step in passes:
         now = block.parameters if walk.recipe.recapture else parameters
@@ -149,17 +150,18 @@ def prune_block(walk: Walk, index: int, parameters: Mapping[str, Array], streams
             for read, hidden, inputs, names in zip((now, parameters), streams, known, step.kept)
             if hidden is not None
         )
+        started = time.monotonic()
         tokens = _calibrate(walk, index, step.capture, entering)
+        seconds += (time.monotonic() - started) * step.repeated
         known = [stream.found for stream in entering]
         found = prune_groups(walk, index, block.parameters, step.part, tokens)
         block = PrunedBlock(found.parameters, block.masks | found.masks, block.layers + found.layers, block.scales | found.scales)
         del tokens, found  # frees their memory before the next statistics are made
     started = time.monotonic()
     walk.decoder.apply(index, block.parameters, streams.pruned, known=known[0])
-    block = block._replace(seconds=time.monotonic() - started)
     if target.dense_stream and streams.dense is not None and not passes:
         walk.decoder.apply(index, parameters, streams.dense)
-    return block
+    return block._replace(seconds=seconds + time.monotonic() - started)
 
 
 class _Step(NamedTuple):
@@ -168,6 +170,11 @@ class _Step(NamedTuple):
     part: Pass
     capture: Capture
     kept: Kept
+
+    @property
+    def repeated(self) -> bool:
+        """Whether the pass leaves hidden states or inputs, so that a run that goes on makes it again."""
+        return self.capture.advance or any(self.kept)
 
 
 def _passes(walk: Walk, index: int) -> tuple[_Step, ...]:

@@ -444,7 +444,7 @@ def run_seconds(
         "pruned blocks forward": through(block.pruned, calibrated),
         "hidden states to and from the devices": blocks * moved / (ASSUMED.transfer * machine.hosts),
     }
-    passes = streams * (walk["pruned blocks forward"] + blocks * 2 * calibrated * state / (ASSUMED.transfer * machine.hosts))
+    passes = streams * (forward(calibrated) + blocks * 2 * calibrated * state / (ASSUMED.transfer * machine.hosts))
     saves = int(min(blocks - 1, passes / (60 * config.recompute))) if config.recompute else blocks - 1
     written = stored.left + saves * stored.hidden
     beside = _beside_training(config, state * text.length, forward, head)
