@@ -1,6 +1,7 @@
 """Checkpoints: what is read is what was stored, and a file that is not whole is named."""
 
 import errno
+import functools
 import hashlib
 import json
 import os
@@ -221,8 +222,12 @@ def test_a_file_of_the_hubs_cache_that_is_not_what_its_name_says_is_refused(fold
         digest = hashlib.sha256(data) if path.suffix == ".safetensors" else hashlib.sha1(b"blob %d\0" % len(data) + data)
         (blobs / digest.hexdigest()).write_bytes(data)
         (snapshot / path.name).symlink_to(blobs / digest.hexdigest())
-    monkeypatch.setattr(hub, "snapshot_download", lambda *arguments, **options: str(snapshot))
+    asked = []
+    monkeypatch.setattr(hub, "snapshot_download", lambda name, **options: asked.append(name) or str(snapshot))
+    monkeypatch.setattr(hub, "download", functools.cache(hub.download.__wrapped__))  # nothing that another test has downloaded
     refuse_damaged_model("a/b")
+    open_model("a/b")
+    assert asked == ["a/b"]  # who checks the files and who opens them ask the hub once
     blob = (snapshot / name).resolve()
     blob.write_bytes(blob.read_bytes()[:-1] + b"~")
     for spec in ("a/b", str(snapshot)):

@@ -1,10 +1,11 @@
 """Models on the Hugging Face hub: downloaded once into the hub's own cache, then read as a folder."""
 
 import contextlib
+import functools
 import hashlib
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -23,13 +24,14 @@ from huggingface_hub.utils import filter_repo_objects
 from optima_tpu.errors import UserError, one_line
 from optima_tpu.runtime.files import user_cache
 
-WANTED = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "NOTICE*"]
+WANTED = "*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "NOTICE*"
 # Subfolders hold other formats of the same model; only the chat templates in one belong to it.
 # consolidated* is a second copy in Mistral's own layout.
 UNWANTED = [*(f"*/{pattern}" for pattern in WANTED if pattern != "*.jinja"), "consolidated*"]
 
 
-def download(spec: str, wanted: Sequence[str] = WANTED) -> Path:
+@functools.cache  # who checks the files and who opens them ask the hub once, and see one revision
+def download(spec: str, wanted: tuple[str, ...] = WANTED) -> Path:
     """The local folder of a hub model ``org/name`` or ``org/name@revision``; downloads what the cache lacks.
 
     Args:
@@ -73,7 +75,7 @@ def _unreachable(name: str) -> str:
 def files_of(folder: Path) -> list[Path]:
     """The files of a model's folder that a run may read."""
     names = sorted(path.name for path in folder.iterdir() if path.is_file())
-    return [folder / name for name in filter_repo_objects(names, allow_patterns=WANTED, ignore_patterns=UNWANTED)]
+    return [folder / name for name in filter_repo_objects(names, allow_patterns=list(WANTED), ignore_patterns=UNWANTED)]
 
 
 def refuse_damaged(files: Iterable[Path]) -> None:

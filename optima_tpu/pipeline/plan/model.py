@@ -112,7 +112,7 @@ def open_declared(spec: str, dtype: str | None, batch: int) -> Declared:
         pretrained = open_model(spec, dtype)
         return Declared(spec, Decoder.open(pretrained.config, pretrained.tensors, NOWHERE, batch), pretrained.config, pretrained)
     if not path.exists() and is_hub_id(spec):
-        path = hub.download(spec, ["config.json"])
+        path = hub.download(spec, ("config.json",))
     if not (path / "config.json").is_file():
         raise UserError(f"expected a folder with a config.json, a hub id org/name or a .gguf file, got {spec!r}")
     assets = assets_in(path)
