@@ -9,8 +9,10 @@ Python's documentation there are no such results, so no band, though the first r
 
 import math
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
+from optima_tpu.config.presets import PRESETS
 from optima_tpu.report.numbers import number, percent, plural
 
 
@@ -134,7 +136,12 @@ class Measured(NamedTuple):
         return 2 * _SPREAD / math.sqrt(self.tokens) if self.tokens else None
 
 
-def verdict(measured: Measured, *, pattern: str, sparsity: float, weights: int, rules: str = "") -> Verdict:
+_NONE: Mapping[str, Any] = MappingProxyType({})
+
+
+def verdict(
+    measured: Measured, *, pattern: str, sparsity: float, weights: int, rules: str = "", methods: Mapping[str, Any] = _NONE
+) -> Verdict:
     """Judges the ratio of two perplexities by :data:`BANDS`.
 
     An evaluation is too small to tell if two standard errors of the log-ratio are more than half a band's width: then even a
@@ -145,6 +152,7 @@ def verdict(measured: Measured, *, pattern: str, sparsity: float, weights: int, 
       sparsity: share of zeros among the weights of the pruned matrices.
       weights: number of weights of the whole model.
       rules: settings for single layers, ``--layers``.
+      methods: the settings of the run, which the advice leaves out.
     """
     dense, text = measured.dense, measured.text
     ratio, kind, size = measured.pruned / dense, _kind(pattern, sparsity), weights / 1e9
@@ -162,9 +170,10 @@ def verdict(measured: Measured, *, pattern: str, sparsity: float, weights: int, 
     elif rules:
         unknown = "no results are known for runs in which some layers have their own settings"
     elif known and text == "pydoc":
+        another = "sparsegpt" if _has(methods, {"selector": {"name": "wanda"}, "solver": None}) else "wanda"
         unknown = (
             f"no published results are known on Python’s documentation. {known}. To compare on "
-            "this text, run a published method on it, such as `--selector wanda --solver null`"
+            f"this text, run a published method on it, such as `--selector {another} --solver null`"
         )
     elif known is None:
         unknown = f"no results are known for {_whom(pattern, sparsity, weights)}, measured on {_short(text)}"
@@ -181,7 +190,8 @@ def verdict(measured: Measured, *, pattern: str, sparsity: float, weights: int, 
         )
     word: Word = "good" if ratio <= math.sqrt(band.best * band.worst) else "usual" if ratio <= band.worst else "poor"
     opening = {"good": "Good", "usual": "Usual", "poor": "Poor"}[word]
-    advice = " Try the preset `best`, more calibration samples, or fewer pruned weights." if word == "poor" else ""
+    best = "" if _has(methods, PRESETS["best"].settings) else "the preset `best`, "
+    advice = f" Try {best}more calibration samples, or fewer pruned weights." if word == "poor" else ""
     return Verdict(word, f"{opening}, by a rule of thumb: {told}. {known}. Models and texts differ.{advice}")
 
 
@@ -209,6 +219,15 @@ def verdict_of(report: Mapping[str, Any]) -> Verdict:
         sparsity=report.get("sparsity", 0.0),
         weights=(report.get("model") or {}).get("weights") or report.get("weights", 0),
         rules=settings.get("layers") or "",
+        methods=settings,
+    )
+
+
+def _has(methods: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
+    """Whether a run has all these settings, of a method at least these options."""
+    return all(
+        value.items() <= (methods.get(name) or {}).items() if isinstance(value, Mapping) else methods.get(name, ...) == value
+        for name, value in wanted.items()
     )
 
 

@@ -5,6 +5,8 @@ import math
 
 import pytest
 
+from optima_tpu.config.parse import configure
+from optima_tpu.config.run_config import to_dict
 from optima_tpu.report.verdict import BANDS, Measured, verdict, verdict_of
 from tests.support.fake_reports import write_run
 
@@ -66,6 +68,19 @@ def test_where_nothing_is_known_it_says_so(changes, why):
     assert (found.word == "unknown") == (why is not None)
     assert "1.50 times the dense model’s" in found.text and (why or "rule of thumb") in found.text
     assert "/home" not in found.text
+
+
+def test_the_advice_is_never_what_the_run_is():
+    def advice(ratio, text, preset="fast", **methods):
+        return judged(ratio, text=text, methods=to_dict(configure({"model": "a", "preset": preset, **methods}))).text
+
+    wanda = {"selector": {"name": "wanda"}, "solver": None}
+    assert "--selector wanda --solver null" in advice(1.5, "pydoc") and "wanda" in advice(
+        1.5, "pydoc", selector="sparsegpt", solver=None
+    )
+    assert "--selector sparsegpt --solver null" in advice(1.5, "pydoc", **wanda)
+    assert "Try the preset `best`, more" in advice(9, "c4", **wanda) and "Try more" in advice(9, "c4", "best")
+    assert "Try the preset `best`, more" in advice(9, "c4", "best", recapture=False)
 
 
 def test_shares_near_a_band_have_it():
