@@ -3,22 +3,24 @@
 import re
 from pathlib import Path
 
-from optima_tpu.errors import UserError
+from optima_tpu.errors import UserError, did_you_mean
 from optima_tpu.runtime.buckets import as_path, in_bucket
 from optima_tpu.runtime.processes import may_join
 
 
 def is_hub_id(spec: str) -> bool:
-    """Whether a text has the form org/name or org/name@revision, and is not a path to a file."""
-    return bool(re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?", spec)) and not spec.endswith(
+    """Whether a text has the form org/name or org/name@revision, and is not a path to a file or in ``runs/``."""
+    return bool(re.fullmatch(r"(?!runs/)[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?", spec)) and not spec.endswith(
         (".gguf", ".safetensors", ".bin")
     )
 
 
 def refuse_missing(spec: str) -> None:
     """Raises UserError for a model that is not on the disk, and that no hub and no package can have."""
-    if not (spec.startswith("wheel:") or is_hub_id(spec) or (spec and Path(spec).expanduser().exists())):
-        raise UserError(f"no such path: {spec!r}; expected a folder, a .gguf file, a hub id org/name or wheel:NAME")
+    path = Path(spec).expanduser()
+    if not (spec.startswith("wheel:") or is_hub_id(spec) or (spec and path.exists())):
+        near = did_you_mean(path.name, [each.name for each in path.parent.glob("*")], f"{path.parent}/")
+        raise UserError(f"no such path: {spec!r}; expected a folder, a .gguf file, a hub id org/name or wheel:NAME{near}")
 
 
 def refuse_early(coordinator: str | None, *specs: str | None) -> None:

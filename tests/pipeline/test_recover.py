@@ -203,6 +203,8 @@ def test_norms_alone_on_the_next_tokens(pruned, tmp_path, capsys):
         (["{run}", "--tokens", "1k", "--solver.damping", "0.1"], "there is no setting --solver.damping"),
         (["{run}", "--tokens", "1k", "--distill.passes", "99999999999"], "distill.passes of at most"),
         (["{root}/nowhere", "--tokens", "1k"], "no such path"),
+        (["runs/no-such-run", "--tokens", "1k"], "no such path: 'runs/no-such-run'; expected a folder"),
+        (["{root}/rum", "--tokens", "1k"], "/run?"),
         (["{model}", "--tokens", "1k", "--against", "{model}"], "no matrix has a share of zeros of at least 0.1"),
         (["{model}", "--tokens", "1k"], "expected --against with the dense model, got none"),
         (["{run}", "--tokens", "1k", *TEXT, "--source", "npy:{root}/none.npy", "--evaluation", "random"], "does not exist"),
