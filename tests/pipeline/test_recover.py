@@ -62,6 +62,10 @@ def test_zeros_stay_the_loss_falls_and_the_result_says_that_it_was_trained(prune
     assert found["kept"] and found["held_out_after"] < found["held_out_before"] and found["seconds"] > 0
     assert found["tokens"] == 512 and all(check["perplexity"] > 1 for check in found["checks"])
     assert found["perplexity_before"] == pytest.approx(report(pruned / "run")["perplexity"]["pruned"], rel=1e-6)
+    names = [
+        [layer["name"] for block in found["blocks"] for layer in block["layers"]] for found in (report(pruned / "run"), recovered)
+    ]
+    assert names[0] == names[1]
     before, after = (folder_tensors(pruned / name / "hf") for name in ("run", "recovered"))
     masks = read_masks(pruned / "recovered/hf")
     assert masks.keys() == read_masks(pruned / "run/hf").keys()

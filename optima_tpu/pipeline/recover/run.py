@@ -107,7 +107,8 @@ def _take(run: Run, start: Start) -> None:
 
 
 def _take_block(journal: Journal, start: Start, index: int, parameters: dict[str, jax.Array], prefix: str) -> None:
-    found = together(lambda: {name: start.mask(index, name) for name in parameters})
+    layers = [name + ".weight" for name in start.decoder.at(index).linears]  # in the order in which a run reports them
+    found = together(lambda: {name: start.mask(index, name) for name in layers})
     masks = {name: keep for name, keep in found.items() if keep is not None}
     placed = {name: jax.device_put(keep, parameters[name].sharding) for name, keep in masks.items()}
     for name, stays in placed.items():
