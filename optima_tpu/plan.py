@@ -12,7 +12,7 @@ from rich.console import Console
 from optima_tpu.config.choices import method_name
 from optima_tpu.config.parse import parse
 from optima_tpu.errors import UserError
-from optima_tpu.pipeline.recover.config import RecoverConfig, as_run
+from optima_tpu.pipeline.recover.config import RecoverConfig, as_run, count_tokens
 from optima_tpu.report.progress import say
 from optima_tpu.runtime import signals
 from optima_tpu.runtime.command import guarded
@@ -47,11 +47,15 @@ def _chooses(setting: str, words: Sequence[str]) -> bool:
 
 
 def _plan(argv: Sequence[str]) -> int:
-    options, settings = make_parser().parse_known_args(list(argv))
-    if options.recover and any(word.startswith("--distill.") for word in settings) and not _chooses("distill", settings):
+    parser = make_parser()
+    options, settings = parser.parse_known_args(list(argv))
+    recovering = options.recover is not None
+    if recovering:
+        count_tokens("--recover", options.recover)
+    if recovering and any(word.startswith("--distill.") for word in settings) and not _chooses("distill", settings):
         settings += ["--distill", method_name("distill", RecoverConfig.distill)]  # what optima recover does without a choice
-    config = parse(settings)
-    if options.recover:
+    config = parse(settings, parser.names)
+    if recovering:
         config = as_run(config, options.recover)
     from optima_tpu.data import check_sources  # imports pyarrow and more, which --help does not wait for
 
@@ -79,13 +83,13 @@ def _plan(argv: Sequence[str]) -> int:
     )
     refuse_beyond_context(config, model.config)
     model = model.on(machine.mesh)
-    say(console, "\n".join([*greeting(config, model, machine, bool(options.recover)), ""]))
+    say(console, "\n".join([*greeting(config, model, machine, recovering), ""]))
 
     def tell(line: str) -> None:
         signals.check()
         say(console, line)
 
-    plan = make_plan(config, model, machine, tell, bool(options.recover))
+    plan = make_plan(config, model, machine, tell, recovering)
     if machine.compiles:
         console.print()
     print_plan(console, plan)

@@ -62,11 +62,14 @@ from optima_tpu.method.patterns import parse_pattern
 T = TypeVar("T", bound=Method)
 
 
-def parse(argv: Sequence[str]) -> RunConfig:
+def parse(argv: Sequence[str], beside: Iterable[str] = ()) -> RunConfig:
     """The run that a command line asks for: ``[MODEL] [--SETTING VALUE ...]``.
 
     ``--help`` and ``--print_config`` print and raise SystemExit(0). The settings are changes to ``default_run`` of the model. If
     neither the command line nor the file names a preset, ``presets.default_preset`` chooses it.
+
+    Args:
+      beside: the command's own options, which it has read already; one may be what a misspelled setting means.
 
     Raises:
       UserError: a setting that does not exist, or a value that it cannot have.
@@ -80,7 +83,7 @@ def parse(argv: Sequence[str]) -> RunConfig:
     # jsonargparse would handle --print_config itself, and print another layout.
     rest = [argument for argument in argv if argument != "--print_config"]
     document = load_file(early.config) if early.config else {}
-    config = configure(_on_preset(document, early), rest)
+    config = configure(_on_preset(document, early), rest, beside)
     if len(rest) < len(argv):
         print(dump(config), end="")
         raise SystemExit(0)
@@ -108,12 +111,13 @@ def _on_preset(document: dict[str, Any], early: argparse.Namespace) -> dict[str,
     return document | {"preset": default_preset(selector, solver and canonical_name("solver", solver))}
 
 
-def configure(document: Mapping[str, Any], argv: Sequence[str] = ()) -> RunConfig:
+def configure(document: Mapping[str, Any], argv: Sequence[str] = (), beside: Iterable[str] = ()) -> RunConfig:
     """The run for settings; if they name no preset, they change the defaults of ``RunConfig``.
 
     Args:
       document: settings in the layout of the YAML files.
       argv: settings of a command line, which override the document.
+      beside: see :func:`parse`.
 
     Raises:
       UserError: as :func:`parse`.
@@ -149,7 +153,7 @@ def configure(document: Mapping[str, Any], argv: Sequence[str] = ()) -> RunConfi
     parser = _parser(chosen, base)
     known = {*(f"{setting}.name" for setting in CHOICES), *kinds(chosen)}
     _check_known(flat(document), known | {"preset"}, chosen, "")
-    _check_known(_options(argv), known | {"help", "config", "preset", "print_config"}, chosen, "--")
+    _check_known(_options(argv), known | {"help", "config", "preset", "print_config", *beside}, chosen, "--")
     try:
         namespace = parser.parse_args(argv, namespace=parser.parse_object(document, defaults=False))
     except argparse.ArgumentError as error:

@@ -43,6 +43,11 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, *args: Any, **options: Any):
         super().__init__(*args, **{"allow_abbrev": False} | options)  # --pack is no --packed, as among the settings of a run
 
+    @property
+    def names(self) -> set[str]:
+        """The options, spelled as the settings of a run."""
+        return {name[2:].replace("-", "_") for action in self._actions for name in action.option_strings if name[:2] == "--"}
+
     def parse_known_args(self, args=None, namespace=None):
         options = {_dashed(name): name for action in self._actions for name in action.option_strings}
         words = [word.partition("=") for word in (sys.argv[1:] if args is None else args)]

@@ -424,8 +424,13 @@ def test_without_libtpu_the_plan_is_counted_and_says_so(tmp_path, capsys, monkey
     assert "expected --json in an existing folder" in capsys.readouterr().err
     assert main([*arguments, "--json", str(file), "--calibration.length", "129"]) == 2  # a plan may be replaced by a plan
     assert "expected calibration.length of at most 128, the model's context, got 129" in capsys.readouterr().err
-    assert main([*arguments[:2], "--topology", "v5e-8"]) == 2
-    assert "expected a topology KIND:AxB" in capsys.readouterr().err
+    for words, said in (
+        (["--topology", "v5e-8"], "expected a topology KIND:AxB"),
+        (["--topolgy", "v5e:4x2"], "there is no setting --topolgy; did you mean --topology?"),
+        (["--recover", "2kk"], "expected --recover as a number such as 200k, 50M or 1000000, got 2kk"),
+    ):
+        assert main([*arguments[:2], *words]) == 2
+        assert said in capsys.readouterr().err
 
 
 def test_the_export_is_as_large_as_planned(finished):

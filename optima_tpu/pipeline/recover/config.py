@@ -119,10 +119,7 @@ class RecoverConfig:
     @property
     def token_count(self) -> int:
         """``tokens`` as a number."""
-        found = re.fullmatch(r"(\d+(?:\.\d+)?)([kmb]?)", (self.tokens or "").strip().replace("_", "").lower())
-        if not found:
-            raise UserError(f"expected --tokens as a number such as 200k, 50M or 1000000, got {self.tokens or 'none'}")
-        return round(min(float(found[1]) * _UNITS[found[2]], 1e18))
+        return count_tokens("--tokens", self.tokens)
 
     def to_dict(self) -> dict[str, Any]:
         """The settings in JSON types, with ``distill`` in the layout of the YAML files."""
@@ -138,6 +135,14 @@ class RecoverConfig:
             return as_path(self.output)
         folder = default_folder("recover", self.model)
         return folder.with_name(re.sub(r"[\[\]\\]", "_", f"{folder.name}-{self.tokens}"))  # see ``files.refuse_unreachable``
+
+
+def count_tokens(name: str, text: str | None) -> int:
+    """A number such as 200k, 50M or 1_000_000, at most 1e18. Raises UserError for any other text of the option ``name``."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([kmb]?)", (text or "").strip().replace("_", "").lower())
+    if not found:
+        raise UserError(f"expected {name} as a number such as 200k, 50M or 1000000, got {text or 'none'}")
+    return round(min(float(found[1]) * _UNITS[found[2]], 1e18))
 
 
 def as_run(config: RunConfig, tokens: str) -> RunConfig:
