@@ -55,8 +55,6 @@ def _plan(argv: Sequence[str]) -> int:
     if recovering and any(word.startswith("--distill.") for word in settings) and not _chooses("distill", settings):
         settings += ["--distill", method_name("distill", RecoverConfig.distill)]  # what optima recover does without a choice
     config = parse(settings, parser.names)
-    if recovering:
-        config = as_run(config, options.recover)
     from optima_tpu.data import check_sources  # imports pyarrow and more, which --help does not wait for
 
     check_sources(config.calibration.source, config.evaluation.source)
@@ -68,7 +66,7 @@ def _plan(argv: Sequence[str]) -> int:
     if options.topology:  # its devices need not be attached, and an attached TPU stays free for other programs
         jax.config.update("jax_platforms", "cpu")
     # Imported only now: the imports of these modules query the devices.
-    from optima_tpu.pipeline.inputs import refuse_beyond_context
+    from optima_tpu.pipeline.inputs import on_context
     from optima_tpu.pipeline.plan.model import open_declared
     from optima_tpu.pipeline.plan.plan import make_plan
     from optima_tpu.pipeline.plan.table import greeting, print_plan
@@ -81,7 +79,9 @@ def _plan(argv: Sequence[str]) -> int:
         if options.topology
         else local_machine(config.mesh, model.dtype, compiling)
     )
-    refuse_beyond_context(config, model.config)
+    config = on_context(config, model.config, console)
+    if recovering:
+        config = as_run(config, options.recover)
     model = model.on(machine.mesh)
     say(console, "\n".join([*greeting(config, model, machine, recovering), ""]))
 

@@ -31,6 +31,9 @@ MOST = (1 << 31) - 1
 MOST_TOKENS = 1 << 28
 """Tokens of a text that is read into memory. Their hidden states take a terabyte in a model of width 2048."""
 
+LENGTH = 2048
+"""Tokens in a window where the model's context is as long, as in the perplexities of SparseGPT, Wanda and OPTIMA."""
+
 _LONG_SLUG = 40
 """Characters of pattern and rules in the name of a run directory, from which on a digest stands for the rules."""
 
@@ -59,14 +62,14 @@ class Calibration:
         tfds:NAME@DIR (a prepared data set), hub:ORG/NAME[/CONFIG]@SPLIT (by the datasets library) or npy:PATH (token ids). Or
         several of these with their shares of the windows, such as c4:0.5,file:code.jsonl:0.5.
       samples: number of token sequences. More usually give better weights, and calibration takes longer.
-      length: tokens in each sequence.
+      length: tokens in each sequence; null takes 2048, or the model's context if that is shorter.
       seed: which sequences are drawn; the same seed gives the same tokens.
       held_out: number of further sequences that no weight is fitted to; the report has every layer's error on them too.
     """
 
     source: str = "c4"
     samples: int = 128
-    length: int = 2048
+    length: int | None = None
     seed: int = 0
     held_out: int = 8
 
@@ -76,6 +79,11 @@ class Calibration:
         at_least(0, "calibration.seed", self.seed, most=(1 << 32) - 1)
         at_least(0, "calibration.held_out", self.held_out)
         few_tokens("calibration", self.samples + self.held_out, self.length)
+
+    @property
+    def window(self) -> int:
+        """``length``, and where it is None what a model of a long context takes."""
+        return self.length or LENGTH
 
 
 @dataclasses.dataclass(frozen=True)

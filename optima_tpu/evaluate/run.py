@@ -25,7 +25,7 @@ from optima_tpu.evaluate.model import Evaluated, check_pair, open_evaluated
 from optima_tpu.evaluate.perplexity import perplexity
 from optima_tpu.evaluate.table import print_evaluation
 from optima_tpu.evaluate.tasks import load_tasks, metrics, paper_average, run_tasks, settings_of
-from optima_tpu.models.model import check_ids, window_bos
+from optima_tpu.models.model import check_ids, window_bos, window_length
 from optima_tpu.report.file import environment
 from optima_tpu.report.page import PAGE, write_page
 from optima_tpu.report.progress import Progress, say
@@ -42,8 +42,6 @@ T = TypeVar("T")
 RECORD = "evaluation.json"
 HARNESS = {"model": "lm_eval.json", "against": "lm_eval_against.json"}
 """Files with the evaluation harness's own results, one for each model."""
-LENGTH = 2048
-"""Default number of tokens in a window, as in the perplexities of SparseGPT, Wanda and OPTIMA."""
 
 
 def evaluate(config: EvaluateConfig, console: Console | None = None) -> dict[str, Any]:
@@ -174,10 +172,7 @@ def _has_seen(calibration: str, text: data.Source) -> bool:
 def _read(source: str, config: EvaluateConfig, models: Mapping[str, Evaluated]) -> Tokens:
     """The windows of a text, tokenised as in the evaluation of a run."""
     model, tokenizer, _ = models["model"]
-    limit = getattr(model.pretrained.config.get_text_config(), "max_position_embeddings", None) or LENGTH
-    length = config.length or min(LENGTH, limit)
-    if length > limit:
-        raise UserError(f"expected --length of at most {limit}, the model's context, got {length}")
+    length = window_length(model.pretrained.config, "--length", config.length)
     tokens = data.evaluation_tokens(
         data.parse_source(source), tokenizer, length=length, windows=config.windows, bos=window_bos(model, tokenizer, config.bos)
     )

@@ -4,8 +4,9 @@ from collections.abc import Iterable
 from typing import Literal, NamedTuple
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+from optima_tpu.config.run_config import LENGTH
 from optima_tpu.errors import UserError
 from optima_tpu.models.checkpoints import Pretrained
 from optima_tpu.models.decoder import Decoder
@@ -16,6 +17,18 @@ class Model(NamedTuple):
 
     pretrained: Pretrained
     decoder: Decoder
+
+
+def window_length(model: PretrainedConfig, name: str, given: int | None) -> int:
+    """The tokens in a window: as given by the option ``name``, or 2048, or the model's context if that is shorter.
+
+    Raises:
+      UserError: the given number is beyond the context that config.json names.
+    """
+    limit = getattr(model.get_text_config(), "max_position_embeddings", None)
+    if given and limit and given > limit:
+        raise UserError(f"expected {name} of at most {limit}, the model's context, got {given}: take {name} {limit}")
+    return given or min(LENGTH, limit or LENGTH)
 
 
 def window_bos(model: Model, tokenizer: PreTrainedTokenizerBase, where: Literal["text", "window"] | None = None) -> int | None:

@@ -1,5 +1,6 @@
 """Opens what a run reads: the model on the mesh and the texts. Makes the manifest that says whether two runs are the same."""
 
+import dataclasses
 import functools
 import json
 from typing import Any, NamedTuple, TypedDict
@@ -21,8 +22,9 @@ from optima_tpu.models.check import check_checkpoint
 from optima_tpu.models.checkpoints import load_tokenizer, open_model, refuse_damaged_model
 from optima_tpu.models.decoder import Decoder
 from optima_tpu.models.masks import check_masks, check_weights, open_given, open_masks
-from optima_tpu.models.model import Model, check_ids, window_bos
+from optima_tpu.models.model import Model, check_ids, window_bos, window_length
 from optima_tpu.pipeline.self_calibration import generated_by, self_calibration
+from optima_tpu.report.progress import say
 from optima_tpu.report.run_record import code_version
 from optima_tpu.runtime.mesh import make_mesh
 from optima_tpu.runtime.processes import SharedError, agree, alone, first_only, from_first, spread, together
@@ -83,6 +85,7 @@ def read_texts(config: RunConfig, model: Model, console: Console | None = None) 
       UserError: a text can't be read, is too short or does not fit the model; both texts are the same; or a model that writes
         its own calibration text does not fit the devices as a whole.
     """
+    config = together(lambda: on_context(config, model.pretrained.config))
     plan = together(lambda: _plan_reading(config, model))
     draw = functools.partial(data.calibration_tokens, plan.calibration, plan.tokenizer, **plan.draw)
     score = functools.partial(data.evaluation_tokens, plan.evaluation, plan.tokenizer, **plan.score)
@@ -135,15 +138,21 @@ class _Reading(NamedTuple):
     score: _Score
 
 
-def refuse_beyond_context(config: RunConfig, model: PretrainedConfig) -> None:
-    """Raises UserError if windows are longer than the context that a model's config.json names."""
-    limit = getattr(model.get_text_config(), "max_position_embeddings", None)
-    for name in ("calibration", "evaluation"):
-        length = getattr(config, name).length
-        if limit and length and length > limit:
-            raise UserError(
-                f"expected {name}.length of at most {limit}, the model's context, got {length}: take --{name}.length {limit}"
-            )
+def on_context(config: RunConfig, model: PretrainedConfig, console: Console | None = None) -> RunConfig:
+    """The run with the length of its calibration windows, which depends on the model where the settings name none.
+
+    Args:
+      console: prints that the model's context makes them shorter than usual.
+
+    Raises:
+      UserError: windows are longer than the context that the model's config.json names.
+    """
+    text = config.calibration
+    length = window_length(model, "--calibration.length", text.length)
+    window_length(model, "--evaluation.length", config.evaluation.length)
+    if console and length < text.window:
+        say(console, f"no --calibration.length was given: windows of {length} tokens, the model's context")
+    return dataclasses.replace(config, calibration=dataclasses.replace(text, length=length))
 
 
 def _plan_reading(config: RunConfig, model: Model) -> _Reading:
@@ -157,20 +166,22 @@ def _plan_reading(config: RunConfig, model: Model) -> _Reading:
             "expected a stored calibration text for --distill kl, which draws more windows from it, got self, which the model "
             "writes window by window; choose c4, wikitext2, pydoc or file:PATH"
         )
-    length = config.evaluation.length or text.length
-    refuse_beyond_context(config, model.pretrained.config)
     return _Reading(
         source,
         other,
         tokenizer,
         _Draw(
             samples=text.samples + (config.distill.windows if config.distill else 0),
-            length=text.length,
+            length=text.window,
             seed=text.seed,
             held_out=text.held_out,
             bos=window_bos(model, tokenizer),
         ),
-        _Score(length=length, windows=config.evaluation.windows, bos=window_bos(model, tokenizer, config.evaluation.bos)),
+        _Score(
+            length=config.evaluation.length or text.window,
+            windows=config.evaluation.windows,
+            bos=window_bos(model, tokenizer, config.evaluation.bos),
+        ),
     )
 
 

@@ -9,7 +9,7 @@ from rich.console import Console
 from optima_tpu.config.flat import flat
 from optima_tpu.config.run_config import RunConfig, to_dict
 from optima_tpu.models.model import Model
-from optima_tpu.pipeline.inputs import Texts, open_model_on_mesh, read_texts
+from optima_tpu.pipeline.inputs import Texts, on_context, open_model_on_mesh, read_texts
 from optima_tpu.pipeline.journal import finished_blocks
 from optima_tpu.pipeline.repair import mend
 from optima_tpu.pipeline.stages import STAGES, Opened, Run, Stage, finished_report
@@ -51,6 +51,8 @@ def run(
     check_signals()
     model = model or open_model_on_mesh(config)
     check_signals()
+    found = model.pretrained.config
+    config = together(lambda: on_context(config, found, console))
     opened = Opened.of(config, model, texts or read_texts(config, model, console), console)
     return finish(opened, STAGES, console, dense)
 

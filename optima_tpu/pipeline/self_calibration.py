@@ -57,7 +57,7 @@ def self_calibration(config: RunConfig, pretrained: Pretrained, decoder: Decoder
             ids = generate(
                 decoder,
                 samples=count,
-                length=text.length,
+                length=text.window,
                 start=start,
                 seed=text.seed,
                 vocabulary=len(tokenizer),
@@ -67,7 +67,7 @@ def self_calibration(config: RunConfig, pretrained: Pretrained, decoder: Decoder
                 progress=progress,
             )
     how = (
-        f"{count} windows of {text.length} tokens that the model wrote itself, from {tokenizer.decode([start])} at "
+        f"{count} windows of {text.window} tokens that the model wrote itself, from {tokenizer.decode([start])} at "
         f"temperature {source.temperature:g}{held_out_text(text.held_out)}"
     )
     return Tokens(ids, how, ids.size)

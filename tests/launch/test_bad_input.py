@@ -11,10 +11,12 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from transformers import LlamaConfig
 
-from optima_tpu.config.run_config import RunConfig
+from optima_tpu.config.run_config import Calibration, Evaluation, RunConfig
 from optima_tpu.errors import UserError
 from optima_tpu.launch import main
+from optima_tpu.pipeline.inputs import on_context, open_model_on_mesh, read_texts
 from optima_tpu.runtime.files import LOCK, only_program
 from optima_tpu.runtime.mesh import _between_hosts, make_mesh
 from tests.support.processes import process_environment, python
@@ -68,8 +70,8 @@ def refused(tmp_path, capfd):
         (["--config", "a\x1b[31mb\r.yaml"], "cannot read a\\x1b[31mb\\r.yaml"),
         (["--no\nsuch", "1"], "there is no setting --no\\nsuch"),
         (["--selector", "imported", "--selector.path", "a" * 5000], "File name too long; check the path"),
-        (["--calibration.length", "129"], "expected calibration.length of at most 128, the model's context, got 129"),
-        (["--evaluation.length", "129"], "expected evaluation.length of at most 128, the model's context, got 129"),
+        (["--calibration.length", "129"], "expected --calibration.length of at most 128, the model's context, got 129"),
+        (["--evaluation.length", "129"], "expected --evaluation.length of at most 128, the model's context, got 129"),
         (["--sparsity", "0.5"], "there is no setting --sparsity; see --help for all of them"),
         (["--solver.dampnig", "0.1"], "there is no setting --solver.dampnig; did you mean --solver.damping or "),
         (["--calibration.sample", "8"], "did you mean --calibration.samples or "),
@@ -92,6 +94,17 @@ def refused(tmp_path, capfd):
 )
 def test_a_setting_that_cannot_be(model, refused, settings, expected):
     assert expected in refused("--model", model, *SMALL, *settings)
+
+
+def test_without_a_length_windows_are_as_long_as_the_models_context(model, tmp_path, capsys):
+    config = RunConfig(str(model), calibration=Calibration("random", samples=3, held_out=1), evaluation=Evaluation(windows=2))
+    words = f"--mesh 1x8 --calibration.source random --evaluation.windows 2 --pattern 3:8 --output {tmp_path / 'run'}"
+    assert main([str(model), *words.split()]) == 2  # the pattern does not fit
+    assert "no --calibration.length was given: windows of 128 tokens, the model's context\n" in capsys.readouterr().out
+    calibration, evaluation, _ = read_texts(config, open_model_on_mesh(config))
+    assert calibration.ids.shape == (4, 128) and evaluation.ids.shape[1] == 128
+    assert on_context(config, LlamaConfig(max_position_embeddings=4096)).calibration.length == 2048
+    assert on_context(config, LlamaConfig(max_position_embeddings=64)).calibration.length == 64
 
 
 @pytest.mark.parametrize(

@@ -404,11 +404,11 @@ def test_without_libtpu_the_plan_is_counted_and_says_so(tmp_path, capsys, monkey
         "fast",
         "--calibration.source",
         "random",
-        "--calibration.length",
-        "128",
     ]
     assert main([*arguments, "--json", str(file)]) == 0
     printed, plan = capsys.readouterr().out, json.loads(file.read_text())
+    assert "no --calibration.length was given: windows of 128 tokens, the model's context\n" in printed
+    assert "random, 128 x 128 tokens" in printed
     assert "libtpu is not installed, so nothing was compiled" in printed and "pip install '.[tpu]'" in printed
     assert "mesh 4x4 needs 16 devices, v5e:4x2 has 8: planned for 2x4" in printed
     assert plan["mesh"] == {"data": 2, "model": 4} and plan["programs"][0]["compiled"] is None
@@ -423,7 +423,7 @@ def test_without_libtpu_the_plan_is_counted_and_says_so(tmp_path, capsys, monkey
     assert main([*arguments, "--json", str(tmp_path / "no" / "plan.json")]) == 2
     assert "expected --json in an existing folder" in capsys.readouterr().err
     assert main([*arguments, "--json", str(file), "--calibration.length", "129"]) == 2  # a plan may be replaced by a plan
-    assert "expected calibration.length of at most 128, the model's context, got 129" in capsys.readouterr().err
+    assert "expected --calibration.length of at most 128, the model's context, got 129" in capsys.readouterr().err
     for words, said in (
         (["--topology", "v5e-8"], "expected a topology KIND:AxB"),
         (["--topolgy", "v5e:4x2"], "there is no setting --topolgy; did you mean --topology?"),

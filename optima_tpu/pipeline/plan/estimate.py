@@ -337,7 +337,7 @@ def storage(
     """
     decoder, text = model.decoder, config.calibration
     itemsize = model.itemsize(next(iter(decoder.end_shapes)))
-    state = text.length * decoder.config.d_model * itemsize  # of one sequence
+    state = text.window * decoder.config.d_model * itemsize  # of one sequence
     hidden = calibrates * (text.samples + text.held_out) * state * config.target.streams
     block = max(model.at(kind).block_bytes() for kind in decoder.config.kinds)
     whole, ends = model.all_blocks_bytes(), model.end_bytes()
@@ -390,7 +390,7 @@ def _saved_bytes(model: Declared, method: Distillation) -> int:
 
 def evaluation_tokens(config: RunConfig) -> int:
     """Tokens of the perplexity text."""
-    length = config.evaluation.length or config.calibration.length
+    length = config.evaluation.length or config.calibration.window
     return config.evaluation.windows * length if config.evaluation.windows else ASSUMED.evaluation_tokens
 
 
@@ -413,7 +413,7 @@ def run_seconds(
     weights = model.all_blocks_bytes() + model.end_bytes()
 
     def through(block: float, tokens: float) -> float:
-        return blocks * products(model, block * tokens / text.length / machine.mesh.size).seconds(machine)
+        return blocks * products(model, block * tokens / text.window / machine.mesh.size).seconds(machine)
 
     def forward(tokens: float) -> float:
         return through(block.whole, tokens)
@@ -431,12 +431,12 @@ def run_seconds(
     moved = states * stored.hidden + 4 * tokens * state
     readings = 4 if calibrated else 3  # for both perplexities, the walk and the checkpoint
     if method and method.reads_dense:  # the dense model's states are computed before the steps that read them
-        parts, windows = _dense_passes(method, state * text.length)
-        moved += 2 * state * text.length * (windows + text.held_out)
+        parts, windows = _dense_passes(method, state * text.window)
+        moved += 2 * state * text.window * (windows + text.held_out)
         readings += parts
         if method.by_spans:  # so are the trained model's, as it was saved; each span reads both models' in every pass
             share = len(method.spans(blocks)) / blocks
-            moved += 2 * state * text.length * ((1 + share * method.passes) * windows + text.held_out)
+            moved += 2 * state * text.window * ((1 + share * method.passes) * windows + text.held_out)
             readings += 1
     walk = {
         "calibration": running["calibration"],
@@ -447,7 +447,7 @@ def run_seconds(
     passes = streams * (forward(calibrated) + blocks * 2 * calibrated * state / (ASSUMED.transfer * machine.hosts))
     saves = int(min(blocks - 1, passes / (60 * config.recompute))) if config.recompute else blocks - 1
     written = stored.left + saves * stored.hidden
-    beside = _beside_training(config, state * text.length, forward, head)
+    beside = _beside_training(config, state * text.window, forward, head)
     if method:  # a state every now and then; what is left at the end has the trained blocks
         saving, spans = _saved_bytes(model, method) / ASSUMED.writing, len(method.spans(blocks))
         often = spans * int((running["training"] + (beside or 0)) / spans / ((SHARE + 1) * saving))
@@ -489,13 +489,13 @@ def _beside_training(
     if method is None:
         return None
     # The perplexity text measures the pruned model before it is trained, too.
-    evaluated, checked = evaluation_tokens(config), (len(method.check_steps()) + 1) * text.held_out * text.length
-    dense = (_dense_passes(method, state)[1] + text.held_out) * text.length if method.reads_dense else 0
+    evaluated, checked = evaluation_tokens(config), (len(method.check_steps()) + 1) * text.held_out * text.window
+    dense = (_dense_passes(method, state)[1] + text.held_out) * text.window if method.reads_dense else 0
     scored = checked
     if method.by_spans:
         # The trained model's states are computed like the dense one's. The head sees the first and the last model.
-        scored = 2 * text.held_out * text.length
-        dense = 2 * dense + text.held_out * text.length
+        scored = 2 * text.held_out * text.window
+        dense = 2 * dense + text.held_out * text.window
     return forward(dense + checked + evaluated) + (1 + method.reads_dense) * head(scored) + head(evaluated)
 
 

@@ -188,13 +188,13 @@ def make_plan(
 
     if generated_by(config) and not recovering:
         try:
-            windows_at_once(decoder, text.samples + text.held_out, text.length, budget)
+            windows_at_once(decoder, text.samples + text.held_out, text.window, budget)
         except UserError as error:
             refused = str(error)  # a run writes its text first
     training: tuple[Program, ...] = ()
     if config.distill:
         refused = refused or refusal(Trainer(decoder, config.distill, budget), *([] if recovering else ["--distill null"]))
-        training = training_programs(model, config.distill, text.length, machine, compile_call)
+        training = training_programs(model, config.distill, text.window, machine, compile_call)
     programs = [_calibration(config, model.at(kind.block), machine, kind, count, compile_call) for kind, count in kinds.items()]
     if len(programs) > 1:  # a block is calibrated in several passes, each for some of its layers
         ends = {kind: f" (as in block {kind})" if len(decoder.config.kinds) > 1 else "" for kind in decoder.config.kinds}
@@ -205,7 +205,7 @@ def make_plan(
     programs += [_pruning(model.at(found.block), machine, recipe, shape, found, compile_call) for shape, found in layers.items()]
     programs += training
     compiling = sum(program.compiled.seconds for program in programs if program.compiled)
-    block = _block_flops(model, text.length, config.target.streams, kinds)
+    block = _block_flops(model, text.window, config.target.streams, kinds)
     stored = estimate.storage(model, config, machine.hosts, patterns, block.kept, not recovering)
     seconds = estimate.run_seconds(
         model,
@@ -269,9 +269,9 @@ def _calibration(
     streams, target = config.target.streams, config.target
     capture = Capture(groups, target, advance=target.dense_stream and kind.last, borrow=config.borrow)
     beside = resident(decoder, groups, False, streams) - resident(decoder, (), False) if text.held_out else 0
-    memory = beside + estimate.calibration_memory(model, inputs, text.length, batch, streams)
-    calls = calibration_calls(decoder, capture, kind.known, kind.kept, text.length, text.samples)
-    what, tokens = f"calibration of {_short(groups)}", f"{batch} x {text.length} tokens a device"
+    memory = beside + estimate.calibration_memory(model, inputs, text.window, batch, streams)
+    calls = calibration_calls(decoder, capture, kind.known, kind.kept, text.window, text.samples)
+    what, tokens = f"calibration of {_short(groups)}", f"{batch} x {text.window} tokens a device"
     passes = [
         compile_call(f"{what}, {stream}: {tokens}", functools.partial(lambda call: call, call))
         for stream, call in zip(("pruned stream", "dense stream"), calls.distinct)
@@ -281,11 +281,11 @@ def _calibration(
     if found and found.memory:
         memory = beside + found.memory
     read = estimate.read_by(decoder, groups, target)
-    block = estimate.sequence_flops(model, text.length, read, kind.known.pruned)
+    block = estimate.sequence_flops(model, text.window, read, kind.known.pruned)
     if streams == 2:  # the last pass moves the dense stream through the whole block
-        block += estimate.sequence_flops(model, text.length, None if kind.last else read, kind.known.dense)
+        block += estimate.sequence_flops(model, text.window, None if kind.last else read, kind.known.dense)
     drifts = tuple(estimate.drifts_of(model, groups, aimed_residuals(decoder, config.recipe))) if streams == 2 else ()
-    work = estimate.calibration_work(model, block, inputs, text.length, batch, drifts)
+    work = estimate.calibration_work(model, block, inputs, text.window, batch, drifts)
     return Program(name, "calibration", blocks * steps, None, None, work, memory, found)
 
 

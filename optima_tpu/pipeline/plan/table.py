@@ -49,7 +49,7 @@ def greeting(config: RunConfig, model: Declared, machine: Machine, recovering: b
     return [
         f"model    {model.origin}: {model.decoder.config.blocks} blocks, only its configuration is read",
         *recipe,
-        f"text     {text.source}, {text.samples} x {text.length} tokens, and {text.held_out} windows held out",
+        f"text     {text.source}, {text.samples} x {text.window} tokens, and {text.held_out} windows held out",
         f"devices  {machine.name}: {machine.mesh.size} x {machine.chip.name}, {_gib(machine.chip.memory)} GiB each, "
         f"mesh {shape['data']}x{shape['model']}{hosts}",
         *(f"note     {note}" for note in (*machine.notes, *filter(None, [idle]))),

@@ -153,7 +153,7 @@ def as_run(config: RunConfig, tokens: str) -> RunConfig:
     """
     asked, text = RecoverConfig(config.model, tokens), config.calibration
     method = config.distill or asked.distill
-    windows = max(1, asked.token_count // (method.passes * text.length))
+    windows = max(1, asked.token_count // (method.passes * text.window))
     return RunConfig(
         config.model,
         selector=Imported(config.model, weights=True),

@@ -15,7 +15,7 @@ from optima_tpu.config.run_config import Calibration, Evaluation, RunConfig, to_
 from optima_tpu.data import Tokens, token_digest
 from optima_tpu.data.cache import TokenCache, token_key
 from optima_tpu.errors import UserError
-from optima_tpu.models.model import check_ids, window_bos
+from optima_tpu.models.model import check_ids, window_bos, window_length
 from optima_tpu.pipeline.distill.blocks import Trainer
 from optima_tpu.pipeline.distill.train import refuse_large
 from optima_tpu.pipeline.inputs import Texts
@@ -30,9 +30,6 @@ from optima_tpu.runtime.device_memory import device_budget
 from optima_tpu.runtime.files import refuse_unreachable
 from optima_tpu.runtime.mesh import make_mesh
 from optima_tpu.runtime.processes import agree, check_signals, fetch, from_first, is_first, together
-
-LENGTH = 2048
-"""Tokens in a window, where the model's context is as long."""
 
 
 def recover(config: RecoverConfig, console: Console | None = None) -> dict[str, Any]:
@@ -53,7 +50,7 @@ def recover(config: RecoverConfig, console: Console | None = None) -> dict[str, 
     dense = config.against or start.record.dense
     assert dense is not None, "open_start opened it"
     source, evaluation = _sources(config, start)
-    length = _length(config, start)
+    length = window_length(start.dense.pretrained.config, "--length", config.length)
     drawn, scored = _texts(config, start, source, evaluation, length)
     windows = len(drawn.ids) - config.held_out
     if windows < 1:
@@ -138,13 +135,6 @@ def _sources(config: RecoverConfig, start: Start) -> tuple[str, str]:
     return source, evaluation
 
 
-def _length(config: RecoverConfig, start: Start) -> int:
-    limit = getattr(start.dense.pretrained.config.get_text_config(), "max_position_embeddings", None) or LENGTH
-    if config.length and config.length > limit:
-        raise UserError(f"expected --length of at most {limit}, the model's context, got {config.length}")
-    return config.length or min(LENGTH, limit)
-
-
 def _texts(config: RecoverConfig, start: Start, source: str, evaluation: str, length: int) -> tuple[Tokens, Tokens]:
     """The windows to train on, the held-out ones first, and those to measure on. Process 0 reads the texts."""
     model, tokenizer = start.dense, start.pruned.tokenizer
@@ -206,7 +196,7 @@ def _greeting(config: RecoverConfig, opened: Opened, start: Start, drawn: Tokens
     used = method.steps // method.passes * batch
     rest = text.samples - used
     times = "once" if method.passes == 1 else f"{method.passes} times"
-    told = f"{method.steps * batch * text.length:,} tokens: {used:,}{f' of {text.samples:,}' if rest else ''} windows of {text.length}"
+    told = f"{method.steps * batch * text.window:,} tokens: {used:,}{f' of {text.samples:,}' if rest else ''} windows of {text.window}"
     told += f", each read {times}" + (f"; {rest} do{'es' if rest == 1 else ''} not fill a step of {batch}" if rest else "")
     lines = [
         f"model        {config.model}: {opened.model.decoder.config.blocks} blocks, {len(start.names)} pruned matrices",
@@ -216,7 +206,7 @@ def _greeting(config: RecoverConfig, opened: Opened, start: Start, drawn: Tokens
         *(f"             {idle}" for idle in filter(None, [Trainer(opened.model.decoder, method).idle])),
         f"text         {', '.join(filter(None, (drawn.how, drawn.cache)))}, the first {config.held_out} of them held out",
     ]
-    if text.samples < asked // (method.passes * text.length):
+    if text.samples < asked // (method.passes * text.window):
         lines.append(
             f"             {text.source} has no more: {asked:,} tokens were asked for; more --distill.passes read the windows again"
         )

@@ -14,7 +14,7 @@ from optima_tpu.config.run_config import RunConfig, to_dict
 from optima_tpu.errors import UserError, one_line
 from optima_tpu.models.checkpoints.export import FOLDER, is_export_of
 from optima_tpu.models.model import Model
-from optima_tpu.pipeline.inputs import Texts, manifest_of, open_model_on_mesh, read_texts, token_digest
+from optima_tpu.pipeline.inputs import Texts, manifest_of, on_context, open_model_on_mesh, read_texts, token_digest
 from optima_tpu.pipeline.repair import faults
 from optima_tpu.pipeline.run import run
 from optima_tpu.pipeline.self_calibration import generated_by
@@ -179,9 +179,10 @@ class Sweep:
     def _look(self, cell: Cell) -> None:
         """Opens what a cell needs, and checks whether it is finished. Raises UserError as the constructor does."""
         signals.check()
-        texts = self._shared.texts(cell.config)
-        manifest = manifest_of(cell.config, self._shared.model(cell.config), texts)
-        if (cell.directory / RUN).exists() and (report := self._finished_report(cell, manifest, texts)):
+        texts, model = self._shared.texts(cell.config), self._shared.model(cell.config)
+        config = on_context(cell.config, model.pretrained.config)
+        manifest = manifest_of(config, model, texts)
+        if (cell.directory / RUN).exists() and (report := self._finished_report(cell, config, manifest, texts)):
             self._know(cell, report)
 
     def _look_again(self) -> None:
@@ -193,7 +194,7 @@ class Sweep:
             with contextlib.suppress(UserError):  # a run with other settings or other code: the next start refuses it
                 self._look(cell)
 
-    def _finished_report(self, cell: Cell, manifest: Mapping[str, Any], texts: Texts) -> dict[str, Any] | None:
+    def _finished_report(self, cell: Cell, config: RunConfig, manifest: Mapping[str, Any], texts: Texts) -> dict[str, Any] | None:
         """The contents of report.json of a finished cell; None for an unfinished one.
 
         Raises:
@@ -202,7 +203,7 @@ class Sweep:
         directory = cell.directory
         if not intact(directory, RUN):  # the run says whether it can go on
             return None
-        refuse_another(directory, manifest, to_dict(cell.config))
+        refuse_another(directory, manifest, to_dict(config))
         report = known_record(directory / REPORT, Report)
         if report is None or faults(directory):
             return None
