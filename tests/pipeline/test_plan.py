@@ -170,10 +170,15 @@ def test_the_plan_of_a_recovery_has_the_programs_of_its_steps(tmp_path):
     folder = config_folder(tmp_path, **sizes, num_hidden_layers=2, vocab_size=512, max_position_embeddings=256)
     text = Calibration("random", length=129, held_out=4)
 
-    def plan(shape, **settings):
-        config = as_run(RunConfig(folder, batch=1, calibration=text, distill=KL(batch=4), **settings), "10k")
+    def trainer_on(*shape):
+        return Trainer(open_declared(folder, None, 1).on(mesh(*shape)).decoder, KL(batch=4))
+
+    def plan(shape, room=0, compile_call=None):
+        memory = (trainer_on(*shape).bytes_on_device() + room) / 2**30
+        config = as_run(RunConfig(folder, batch=1, calibration=text, distill=KL(batch=4), device_memory=memory), "10k")
         model = open_declared(folder, None, config.batch).on(mesh(*shape))
-        return make_plan(config, model, Machine("here", CHIPS["v5e"], mesh(*shape), 1, 0.5), recovering=True)
+        machine = Machine("here", CHIPS["v5e"], mesh(*shape), 1, 0.5)
+        return make_plan(config, model, machine, recovering=True, compile_call=compile_call)
 
     alone, split = plan((1, 1)), plan((4, 2))
     steps = 10_000 // 129 // 4
@@ -187,7 +192,7 @@ def test_the_plan_of_a_recovery_has_the_programs_of_its_steps(tmp_path):
     assert 0.5 < adam.work.traffic / adam.compiled.accessed < 3
     assert alone.seconds.keys() >= {"training", "dense model and checks of the training"} and "pruning" not in alone.seconds
     # What training holds is split over the devices. The mesh gathers a block's weights and sums its gradients.
-    trainer = Trainer(open_declared(folder, None, 1).on(mesh(4, 2)).decoder, KL())
+    trainer = trainer_on(4, 2)
     assert adam.memory > split.programs[3].memory > trainer.bytes_on_device()
     assert not any(alone.programs[index].compiled.moved for index in range(4))
     assert split.programs[1].compiled.moved["all-gather"] >= 2 * sum(map(math.prod, trainer.decoder.block_shapes.values())) / 2
@@ -203,7 +208,13 @@ def test_the_plan_of_a_recovery_has_the_programs_of_its_steps(tmp_path):
     for planned, real in zip(jax.tree.leaves(block), jax.tree.leaves(opened), strict=True):
         assert (planned.shape, planned.dtype) == (real.shape, real.dtype)
         assert not real.ndim or real.sharding.is_equivalent_to(planned.sharding, real.ndim)  # the count of steps is anywhere
-    assert "or --distill.train norms" in plan((4, 2), device_memory=1e-5).refused
+    assert "or --distill.train norms" in plan((4, 2), room=-1).refused
+    # On CPU devices each block keeps what its backward pass reads, as long as there is room.
+    one = trainer_on(1, 1)
+    size = one.bytes_kept(one.struct(), jax.ShapeDtypeStruct((1, 129, 128), jnp.bfloat16), one.decoder.config.positions(0, 129))
+    plans = [plan((1, 1), room, lambda what, call: None) for room in (0, 1.5 * size, 9 * size)]
+    memory = np.array([[program.memory for program in each.programs] for each in plans])
+    assert (np.diff(memory, axis=0) == size).all()
 
 
 def test_a_training_by_spans_takes_the_same_memory_at_any_depth(tmp_path):

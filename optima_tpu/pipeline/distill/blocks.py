@@ -12,7 +12,7 @@ rounds it to the checkpoint's dtype; its gradient is reduced back to the same sh
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import jax
@@ -223,6 +223,15 @@ class Trainer:
             pull = jax.eval_shape(self._linearised, block.masters, block.fixed, hidden, positions)[1]
             self._kept_bytes[hidden.shape] = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(pull))
         return self._kept_bytes[hidden.shape]
+
+    def kept(self, span: range, blocks: Sequence[Block], hidden: Array, positions: Sequence[Positions]) -> list[int]:
+        """As :meth:`bytes_kept`, for each block of a span; 0 where memory has no room and a block keeps nothing."""
+        room, found = self.room, list[int]()
+        for index, block, where in zip(span, blocks, positions):
+            size = self.at(index).bytes_kept(block, hidden, where) if room > 0 else 0
+            found.append(size if size <= room else 0)
+            room -= found[-1]
+        return found
 
     @functools.cached_property
     def _kept_bytes(self) -> dict[tuple[int, ...], int]:

@@ -79,12 +79,10 @@ class Model:
         gradients = dict[int, Tree]()
         share, total = jnp.float32(1 / count), 0.0
         for pruned, dense in zip(stream.entering.batches(batch), stream.dense.batches(batch)):
-            hidden, pulls, room = pruned.hidden, [], self.trainer.room
-            for each, block, positions in zip(trainers, self.blocks, self.positions):
-                size = each.bytes_kept(block, hidden, positions) if room > 0 else 0
-                keep = 0 < size <= room
-                hidden, pull = each.ahead(block, hidden, positions, keep)
-                room -= size if keep else 0
+            hidden, pulls = pruned.hidden, []
+            kept = self.trainer.kept(self.span, self.blocks, hidden, self.positions)
+            for each, block, positions, size in zip(trainers, self.blocks, self.positions, kept):
+                hidden, pull = each.ahead(block, hidden, positions, size > 0)
                 pulls.append(pull)
             tokens, there = pruned.place(stream.tokens), pruned.valid
             sums, cotangent = self.goal.gradient(dense.hidden, hidden, tokens, there)

@@ -193,8 +193,9 @@ def make_plan(
             refused = str(error)  # a run writes its text first
     training: tuple[Program, ...] = ()
     if config.distill:
-        refused = refused or refusal(Trainer(decoder, config.distill, budget), *([] if recovering else ["--distill null"]))
-        training = training_programs(model, config.distill, text.window, machine, compile_call)
+        trainer = Trainer(decoder, config.distill, budget)
+        refused = refused or refusal(trainer, *([] if recovering else ["--distill null"]))
+        training = training_programs(model, trainer, text.window, machine, compile_call)
     programs = [_calibration(config, model.at(kind.block), machine, kind, count, compile_call) for kind, count in kinds.items()]
     if len(programs) > 1:  # a block is calibrated in several passes, each for some of its layers
         ends = {kind: f" (as in block {kind})" if len(decoder.config.kinds) > 1 else "" for kind in decoder.config.kinds}

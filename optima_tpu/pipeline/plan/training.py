@@ -70,7 +70,7 @@ class _Part(NamedTuple):
 
 
 def training_programs(
-    model: Declared, method: Distillation, length: int, machine: Machine, compile_call: Compile
+    model: Declared, trainer: Trainer, length: int, machine: Machine, compile_call: Compile
 ) -> tuple[Program, ...]:
     """The programs of a step of training: each kind of block forward, backward and updated, and the head's loss.
 
@@ -78,7 +78,8 @@ def training_programs(
       length: tokens in a window.
       compile_call: takes every program.
     """
-    decoder, trainer, windows = model.decoder, Trainer(model.decoder, method), min(method.batch, method.windows)
+    decoder, method = model.decoder, trainer.method
+    windows = min(method.batch, method.windows)
     batch = sequences_at_once(decoder, windows)
     size = batch * machine.mesh.shape[DATA]
     dtype = decoder.tensors.dtype(decoder.root + decoder.family.embedding)
@@ -88,8 +89,10 @@ def training_programs(
     parts = [_of_hidden_states(decoder, step, len(spans)) if method.by_spans else _of_head(model, method, head, step)]
     for kind in decoder.config.kinds:
         parts += _of_block(model.at(kind), trainer.at(kind), step)
-    # Beside the blocks and the head: every block's input, what leaves the last one, and what left the dense model's last one.
+    # Beside the blocks and the head: every block's input, what leaves the last one, and what left the dense model's last one; and
+    # what blocks keep for their backward passes.
     resident = trainer.bytes_on_device() + (max(map(len, spans)) + 2) * bytes_on_device(hidden)
+    resident += max(_kept(trainer, span, hidden) for span in spans)
     if not method.by_spans:
         resident += bytes_on_device(*jax.tree.leaves(head))
 
@@ -100,6 +103,15 @@ def training_programs(
         return Program(part.name, "training", part.calls, None, None, part.work, resident + memory, found)
 
     return tuple(map(program, parts))
+
+
+def _kept(trainer: Trainer, span: range, hidden: Array) -> int:
+    """Bytes on a device that the blocks of a span keep for their backward passes, at most."""
+    config = trainer.decoder.config
+    blocks = {kind: trainer.at(kind).struct() for kind in config.kinds}
+    positions = {kind: config.positions(kind, hidden.shape[1]) for kind in config.kinds}
+    kinds = [config.kind_of(index) for index in span]
+    return sum(trainer.kept(span, [blocks[kind] for kind in kinds], hidden, [positions[kind] for kind in kinds]))
 
 
 def _of_block(model: Declared, trainer: Trainer, step: _Step) -> list[_Part]:
