@@ -32,6 +32,11 @@ class Check(NamedTuple):
     training: float | None = None
     perplexity: float | None = None
 
+    @classmethod
+    def from_json(cls, record: contents.Check) -> "Check":
+        """From ``_asdict()``. Other names are not read: a damaged file may have them."""
+        return cls(record["step"], record["held_out"], record["training"], record.get("perplexity"))
+
 
 class Span(NamedTuple):
     """What became of blocks that were trained together, toward the dense model's hidden states.
@@ -50,7 +55,7 @@ class Span(NamedTuple):
     @classmethod
     def from_json(cls, record: contents.Span) -> "Span":
         """From :meth:`to_json`."""
-        return cls(**record | {"checks": tuple(Check(**check) for check in record["checks"])})  # type: ignore[arg-type]
+        return cls(**record | {"checks": tuple(map(Check.from_json, record["checks"]))})  # type: ignore[arg-type]
 
     def to_json(self) -> dict[str, Any]:
         """What the metadata of the blocks and the report have."""
@@ -103,7 +108,7 @@ class Outcome:
     @classmethod
     def from_json(cls, record: contents.Outcome) -> "Outcome":
         """From :meth:`to_json`."""
-        checks = tuple(Check(**check) for check in record["checks"])
+        checks = tuple(map(Check.from_json, record["checks"]))
         spans = tuple(map(Span.from_json, record.get("spans", ())))
         return cls(checks, record["kept"], record["tokens"], record["perplexity_before"], record.get("seconds", 0.0), spans)
 

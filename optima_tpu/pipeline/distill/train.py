@@ -94,7 +94,7 @@ class Training:
         """Goes on from the last saved state, if there is one."""
         if found := self.states.last(self.model):
             self.step = self.saved = found["step"]
-            self.checks, self.losses = [Check(**check) for check in found["checks"]], found["losses"]
+            self.checks, self.losses = list(map(Check.from_json, found["checks"])), found["losses"]
             self.seconds, self.best = found["seconds"], self.states.best(self.model, found)
             self.note(f"resuming  {self.step} of {self.model.trainer.method.steps} steps are done")
 
