@@ -18,7 +18,7 @@ from optima_tpu.method.prune_group import prune_group
 from optima_tpu.method.recipe import Recipe
 from optima_tpu.method.row_sharding import Layout, RowSharding
 from optima_tpu.method.statistics import Groups, TokenSets
-from optima_tpu.models.decoder import Decoder
+from optima_tpu.models.decoder import Decoder, forward
 from optima_tpu.pipeline.calibrate import (
     Capture,
     CaptureStep,
@@ -223,8 +223,14 @@ def calibration_calls(decoder: Decoder, capture: Capture, known: Kept, kept: Kep
         passes.append(
             Call(pass_batch, (each, state, hidden, positions, {name: entering(decoder.input_width(name)) for name in names}))
         )
-        returned = jax.eval_shape(functools.partial(pass_batch, each), *passes[-1].arguments[1:])[1]
-        inputs.append(jax.tree.map(lambda array: struct_on(mesh, array.shape, array.dtype, P(DATA)), returned))
+        # Shapes alone: with shardings on a mesh that is not here, JAX would ask how every product is sharded.
+        shapes = jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype), passes[-1].arguments[1:])
+        found = jax.eval_shape(functools.partial(forward, decoder.graph), *shapes)[1]
+        inputs.append(
+            jax.tree.map(
+                lambda array: struct_on(mesh, array.shape, array.dtype, P(DATA)), {name: found[name] for name in each.names}
+            )
+        )
     weights = {name: parameters[name + ".weight"] for name in step.multiplied(decoder, energy=False)}
     valid = struct_on(mesh, (size,), jnp.bool_, P(DATA))
     return CalibrationCalls(tuple(passes), Call(add_batch, (step, sums_of(decoder, step), tuple(inputs), weights, valid)))
