@@ -6,17 +6,23 @@ Two products only choose: that of cg's residual with the inverse, which gives th
 ADMM. `linalg.features.rough_matmul` computes both. Here their factors are rounded: to 16 bits, as three passes of a TPU do; to 11, as
 TF32 on a GPU; to 8, as one pass. Printed are cg's steps from Wanda's mask to a certified gap of 0.1%, and for ADMM's mask how many
 entries differ and the error of the optimum on it.
+
+With --inverses the factors are rounded in the products that invert a Hessian for ADMM and for the prices of exchanges, which choose
+too. They have six passes. Printed is the error that the masks, the exchanges and the solve of the preset `best` end with.
 """
 
 import argparse
 import dataclasses
 from collections.abc import Sequence
+from unittest import mock
 
 import jax
 import numpy as np
 
+from optima_tpu.config.parse import parse
 from optima_tpu.config.run_config import EMBEDDED
-from optima_tpu.method.linalg import features
+from optima_tpu.method import mask_swaps
+from optima_tpu.method.linalg import features, inverses
 from optima_tpu.method.patterns import Unstructured
 from optima_tpu.method.problem import LayerProblem
 from optima_tpu.method.selectors import ADMM, Wanda, admm
@@ -39,6 +45,34 @@ def round_to(bits: int) -> None:
     features.rough_matmul = admm.rough_matmul = rounded
 
 
+def round_inverses_to(bits: int) -> None:
+    """From now on the inverses that only choose are made by products with factors of so many bits."""
+
+    def rounded(a: jax.Array, b: jax.Array) -> jax.Array:
+        return features.matmul(*(jax.lax.reduce_precision(array, 8, bits - 1) for array in (a, b)))
+
+    def inverse(matrix: jax.Array) -> jax.Array:
+        with mock.patch.object(inverses, "matmul", rounded):
+            return inverses.inverse(matrix)
+
+    admm.inverse = mask_swaps.inverse = inverse
+    jax.clear_caches()  # JAX keeps the parts of an inverse as it traced them
+
+
+def print_inverses(problem: LayerProblem, name: str) -> None:
+    """The lines of a layer with rounded inverses."""
+    recipe = parse(["--preset", "best"]).recipe
+    selector, pattern = recipe.selector, Unstructured(0.5, "row")
+    assert selector is not None, "best makes its own masks"
+    problem = dataclasses.replace(problem, damping=recipe.damping)
+    for way, bits in BITS.items():
+        round_inverses_to(bits)
+        mask = jax.jit(lambda problem: selector(problem, pattern))(problem)
+        solved = jax.jit(lambda problem, mask: recipe.update(pattern)(problem, mask))(problem, mask)
+        broken = int(np.sum(~np.isfinite(np.asarray(mask.weight)).all(axis=1)))
+        print(f"| {name} | {way} | {broken} | {error(problem, solved.weight):.4%} |", flush=True)
+
+
 def error(problem: LayerProblem, weight: jax.Array) -> float:
     """The squared change of the outputs as a share of their energy."""
     hessian, dense = (np.asarray(array, np.float64) for array in (problem.hessian, problem.weight))
@@ -52,6 +86,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--model", default=EMBEDDED.model, help="as in optima prune")
     parser.add_argument("--tokens", required=True, help="a .npy file of token ids [windows, length]")
     parser.add_argument("--windows", type=int, default=6)
+    parser.add_argument("--inverses", action="store_true", help="round in the inverses that choose, and not in the products")
     options = parser.parse_args(argv)
     pretrained, pattern = open_model(options.model, "float32"), Unstructured(0.5, "row")
     decoder = Decoder.open(pretrained.config, pretrained.tensors, make_mesh(None), 2)
@@ -61,6 +96,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             decoder.apply(index, parameters, hidden)
     groups = linear_groups(decoder)
     found = accumulate(decoder, options.block, Capture(groups), (Stream(parameters, hidden),))
+    if options.inverses:
+        print("| layer | factors of | rows without a mask | error behind exchanges and solve |\n|---|---|---:|---:|")
+        for names, statistics in zip(groups, found):
+            print_inverses(LayerProblem(parameters[names[-1] + ".weight"], statistics.hessian), names[-1])
+        return
     print(
         "| layer | factors of | steps at 0.01 | steps at 0.1 | mask that differs | error of its optimum |\n|---|---|---:|---:|---:|---:|"
     )
