@@ -19,7 +19,7 @@ def refuse_missing(spec: str) -> None:
     """Raises UserError for a model that is not on the disk, and that no hub and no package can have."""
     path = Path(spec).expanduser()
     if not (spec.startswith("wheel:") or is_hub_id(spec) or (spec and path.exists())):
-        near = did_you_mean(path.name, [each.name for each in path.parent.glob("*")], f"{path.parent}/")
+        near = did_you_mean(path.name, [each.name for each in path.parent.glob("*")], str(path.parent / "_")[:-1])
         raise UserError(f"no such path: {spec!r}; expected a folder, a .gguf file, a hub id org/name or wheel:NAME{near}")
 
 

@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -67,6 +67,9 @@ def alike(groups: Groups) -> tuple[Groups, ...]:
     for names in groups:
         found.setdefault(tuple(map(kind_name, names)), []).append(names)
     return tuple(map(tuple, found.values()))
+
+
+Put = Callable[[np.ndarray, Array], None]
 
 
 class Stream(NamedTuple):
@@ -142,10 +145,12 @@ def accumulate(decoder: Decoder, index: int, capture: Capture, streams: Sequence
     weights = {name: streams[-1].parameters[name + ".weight"] for name in step.multiplied(decoder, capture.energy)}
     steps = pass_steps(decoder, capture, [stream.kept for stream in streams])
     with contextlib.ExitStack() as stack:
-        passing = [stack.enter_context(_passing(decoder, index, *each)) for each in zip(steps, streams)]
-        for (batch, *_), inputs in (zip(*found) for found in zip(*passing)):
-            # Waits: nothing else would keep the inputs of many batches from being on the devices at once.
-            sums = add_batch(step, sums, jax.block_until_ready(inputs), weights, batch.valid)
+        passing = [_Passing.open(stack, decoder, index, *each) for each in zip(steps, streams)]
+        for batches in zip(*(each.batches() for each in passing)):
+            # Waits, or nothing would keep the inputs of many batches from being on the devices; no name keeps those of the last one.
+            inputs = [each(batch) for each, batch in zip(passing, batches)]
+            sums = add_batch(step, sums, jax.block_until_ready(inputs), weights, batches[0].batch.valid)
+            del inputs
     count = np.float32(len(hidden) * hidden.values.shape[1])
     totals = tuple(count if total is None else total for total in sums.weights)
     # Two programs: in a single one, XLA would divide a Hessian differently, in its last bit, if there is a drift beside it.
@@ -194,32 +199,58 @@ def repeat(decoder: Decoder, index: int, capture: Capture, stream: Stream, dense
     decoder = decoder.at(index)
     step = pass_steps(decoder, capture, [stream.kept] * capture.target.streams)[dense]
     if step.output or stream.kept:
-        with _passing(decoder, index, step, stream) as passing:
-            for _ in passing:
-                pass
+        with contextlib.ExitStack() as stack:
+            passing = _Passing.open(stack, decoder, index, step, stream)
+            for batch in passing.batches():
+                passing(batch)
 
 
-@contextlib.contextmanager
-def _passing(
-    decoder: Decoder, index: int, step: "PassStep", stream: Stream
-) -> Iterator[Iterator[tuple[Batch, Mapping[str, Any]]]]:
-    """The batches of a stream with the inputs that the step returns; writes what leaves the block, and what the stream keeps."""
-    state, positions = decoder.state(stream.parameters), decoder.positions(index, stream.hidden.values.shape[1])
-    with contextlib.ExitStack() as stack:
-        puts = {name: stack.enter_context(every.put_behind()) for name, every in stream.kept.items()}
+class _Entering(NamedTuple):
+    """A batch of a stream, and the inputs that are known for it."""
+
+    batch: Batch
+    known: Mapping[str, Array]
+
+
+class _Passing(NamedTuple):
+    """A stream on its way through a block.
+
+    Attributes:
+      state: the block's parameters.
+      positions: from :meth:`Decoder.positions`.
+      behind: puts away what leaves the block, if the step returns it.
+      kept: puts away the inputs that the stream keeps, by the layer's name.
+    """
+
+    decoder: Decoder
+    stream: Stream
+    step: "PassStep"
+    state: Any
+    positions: Any
+    behind: Put | None
+    kept: Mapping[str, Put]
+
+    @classmethod
+    def open(cls, stack: contextlib.ExitStack, decoder: Decoder, index: int, step: "PassStep", stream: Stream) -> "_Passing":
+        """What is put away is there when the stack is closed."""
+        kept = {name: stack.enter_context(every.put_behind()) for name, every in stream.kept.items()}
         behind = stack.enter_context(stream.hidden.put_behind()) if step.output else None
+        positions = decoder.positions(index, stream.hidden.values.shape[1])
+        return cls(decoder, stream, step, decoder.state(stream.parameters), positions, behind, kept)
 
-        def passing() -> Iterator[tuple[Batch, Mapping[str, Any]]]:
-            batches = zip(stream.hidden.batches(decoder.batch), decoder.known(stream.known, decoder.batch))
-            for batch, known in batches:
-                output, inputs = pass_batch(step, state, batch.hidden, positions, known)
-                if behind is not None and output is not None:
-                    behind(batch.rows, output)
-                for name, put in puts.items():
-                    put(batch.rows, inputs[name])
-                yield batch, inputs
+    def batches(self) -> Iterator[_Entering]:
+        size = self.decoder.batch
+        return map(_Entering, self.stream.hidden.batches(size), self.decoder.known(self.stream.known, size))
 
-        yield passing()
+    def __call__(self, entering: _Entering) -> Mapping[str, Any]:
+        """Passes a batch through the block and returns the inputs that the step names."""
+        batch, known = entering
+        output, inputs = pass_batch(self.step, self.state, batch.hidden, self.positions, known)
+        if self.behind is not None:
+            self.behind(batch.rows, output)
+        for name, put in self.kept.items():
+            put(batch.rows, inputs[name])
+        return inputs
 
 
 class ResidualNames(NamedTuple):
@@ -327,8 +358,8 @@ class Sums(NamedTuple):
 @functools.partial(jax.jit, static_argnums=0)
 def pass_batch(
     step: PassStep, state: Any, hidden: Array, positions: Any, known: Mapping[str, Array]
-) -> tuple[Array | None, dict[str, Any]]:
-    """Passes a batch through a block: the hidden states that leave it, where the step asks for them, and ``step.names``.
+) -> tuple[Any, dict[str, Any]]:
+    """Passes a batch through a block: the hidden states that leave it, or None if the step does not ask for them, and ``step.names``.
 
     One program for one stream, apart from the sums: what a run computes again after it was stopped then has the same bits.
 

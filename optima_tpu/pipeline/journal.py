@@ -156,10 +156,11 @@ class Journal:
 
     Attributes:
       directory: the directory of the run.
-      recompute: minutes of forward passes between two saves of hidden states; a run that goes on repeats at most these.
+      recompute: minutes of passes between two saves of hidden states; a run that goes on repeats at most these.
       finished: the indices of the blocks that are saved and not damaged.
       damaged: {index: reason} of the damaged blocks, for messages. A damaged block does not count as finished.
-      repeated: seconds of the forward passes that bring the last saved hidden states to where the walk is. The walk adds to them.
+      repeated: seconds of the passes that bring the last saved hidden states to where the walk is, at most: some count with the sums
+        that they were made for. The walk adds to them.
     """
 
     def __init__(self, directory: Path, recompute: int = 0):

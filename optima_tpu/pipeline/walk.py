@@ -164,7 +164,7 @@ def prune_block(walk: Walk, index: int, parameters: Mapping[str, Array], streams
     return block._replace(seconds=seconds + time.monotonic() - started)
 
 
-class _Step(NamedTuple):
+class _BlockPass(NamedTuple):
     """A pass of the calibration tokens through a block: its layers, what is accumulated, and the inputs that it keeps."""
 
     part: Pass
@@ -177,12 +177,14 @@ class _Step(NamedTuple):
         return self.capture.advance or any(self.kept)
 
 
-def _passes(walk: Walk, index: int) -> tuple[_Step, ...]:
+def _passes(walk: Walk, index: int) -> tuple[_BlockPass, ...]:
     """The passes of :func:`prune_block`; the last one also moves the dense stream through the block."""
     recipe, target = walk.recipe, walk.recipe.target
     parts = block_passes(walk.decoder, index, walk.groups[index], recipe, walk.budget)
     return tuple(
-        _Step(part, Capture(part.groups, target, advance=target.dense_stream and part is parts[-1], borrow=recipe.borrow), kept)
+        _BlockPass(
+            part, Capture(part.groups, target, advance=target.dense_stream and part is parts[-1], borrow=recipe.borrow), kept
+        )
         for part, kept in zip(parts, kept_inputs(walk.decoder.at(index), recipe, parts))
     )
 

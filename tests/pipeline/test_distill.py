@@ -364,6 +364,7 @@ def test_the_page_says_what_became_of_every_span():
     spans = (Span(0, 1, (Check(0, 0.02), Check(4, 0.01, 0.01)), 4), Span(2, 2, (Check(0, 0.03), Check(4, 0.04, 0.02)), 0))
     found = Outcome((Check(0, 0.5, None, 20.0), Check(4, 0.4, None, 18.0)), 4, 512, 21.0, spans=spans)
     assert Outcome.from_json(found.to_json()) == found
+    assert Check.from_json({"step": 4, "held_out": 0.4, "training": None, "perplexitx": 18.0}) == Check(4, 0.4)
     report = {"distillation": found.to_json(), "perplexity": {"pruned": 19.0}, "configuration": {"distill": {"name": "blocks"}}}
     (section,) = distillation([Run("", "run", report, (), None)])
     assert "its blocks were trained in order with fixed masks" in section.text[0]

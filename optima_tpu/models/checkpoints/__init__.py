@@ -41,8 +41,12 @@ def refuse_damaged_model(spec: str) -> None:
     if is_hub_id(spec) and not path.exists():
         path = hub.download(spec)
     if path.is_dir():
-        refuse_damaged(path)
-        hub.refuse_damaged(hub.files_of(path))
+        try:
+            refuse_damaged(path)
+            hub.refuse_damaged(hub.files_of(path))
+        except UserError:
+            hub.download.cache_clear()  # so that the file is downloaded again in this process too, when it is removed
+            raise
 
 
 def _open(path: Path, origin: str, dtype: str | None) -> Pretrained:

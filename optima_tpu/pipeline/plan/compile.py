@@ -171,7 +171,8 @@ class CalibrationCalls(NamedTuple):
     def joined(self, passes: Sequence[Compiled], sums: Compiled) -> Compiled:
         """What the programs need together.
 
-        While one of them runs, the block of every stream, the inputs that its pass returned, and the sums are on the devices.
+        While one of them runs, the devices hold the arguments of every pass, what the passes return for this batch and for the one before,
+        and the sums.
 
         Args:
           passes: of :attr:`distinct`.
@@ -180,9 +181,11 @@ class CalibrationCalls(NamedTuple):
             return refused
         found = [passes[self.distinct.index(call)] for call in self.passes]
         every = (*found, sums)
-        # The sums read what the passes return.
-        shared = bytes_on_device(*jax.tree.leaves(self.sums.arguments[2]))
-        resident = sum(each.arguments + each.results for each in every) - shared
+        # The compiler drops the parameters that a pass does not read; they are there all the same.
+        arguments = [call.arguments[1:] for call in self.passes]
+        resident = bytes_on_device(*jax.tree.leaves((arguments, self.sums.arguments[1]))) + sum(
+            2 * each.results for each in found
+        )
         temporary = max(each.memory - each.arguments - each.results for each in every if each.memory)
 
         def counted(of: Callable[[Compiled], Mapping[str, int]]) -> dict[str, int]:
@@ -190,7 +193,7 @@ class CalibrationCalls(NamedTuple):
 
         return Compiled(
             sum(each.seconds for each in (*passes, sums)),
-            resident + temporary,
+            resident + sums.results + temporary,
             arguments=resident,
             flops=sum(each.flops for each in every),
             accessed=sum(each.accessed for each in every),

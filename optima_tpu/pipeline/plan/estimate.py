@@ -249,7 +249,7 @@ def calibration_work(
     sequences: float,
     drifts: Sequence[tuple[float, int]] = (),
 ) -> Work:
-    """The work of ``calibrate.add_batch`` with ``sequences`` sequences on each slice of the data axis.
+    """The work of a step of ``calibrate.accumulate`` with ``sequences`` sequences on each slice of the data axis.
 
     Args:
       block: FLOPs of one sequence of every stream through the part of the block that the pass computes, from
@@ -289,7 +289,7 @@ def _columns(model: Declared, size: int) -> int:
 
 
 def calibration_memory(model: Declared, inputs: tuple[Input, ...], length: int, batch: int, streams: int = 1) -> int:
-    """Bytes of ``calibrate.add_batch`` on a device: a forward pass, and the sums twice."""
+    """Bytes of a step of ``calibrate.accumulate`` on a device: a forward pass, and the sums twice."""
     sums = sum(4 * size * size // _columns(model, size) for size, _ in inputs)
     return forward_memory(model, inputs, length, batch, streams) + streams * 2 * sums
 
@@ -444,7 +444,9 @@ def run_seconds(
         "pruned blocks forward": through(block.pruned, calibrated),
         "hidden states to and from the devices": blocks * moved / (ASSUMED.transfer * machine.hosts),
     }
-    passes = streams * (forward(calibrated) + blocks * 2 * calibrated * state / (ASSUMED.transfer * machine.hosts))
+    # What the walk counts against ``recompute``: with two streams also the calibration's passes, which a resume makes again.
+    passes = streams * blocks * 2 * calibrated * state / (ASSUMED.transfer * machine.hosts)
+    passes += walk["pruned blocks forward"] + (walk["calibration"] if streams > 1 else 0)
     saves = int(min(blocks - 1, passes / (60 * config.recompute))) if config.recompute else blocks - 1
     written = stored.left + saves * stored.hidden
     beside = _beside_training(config, state * text.window, forward, head)

@@ -271,14 +271,15 @@ def _calibration(
     capture = Capture(groups, target, advance=target.dense_stream and kind.last, borrow=config.borrow)
     beside = resident(decoder, groups, False, streams) - resident(decoder, (), False) if text.held_out else 0
     memory = beside + estimate.calibration_memory(model, inputs, text.window, batch, streams)
-    calls = calibration_calls(decoder, capture, kind.known, kind.kept, text.window, text.samples)
-    what, tokens = f"calibration of {_short(groups)}", f"{batch} x {text.window} tokens a device"
-    passes = [
-        compile_call(f"{what}, {stream}: {tokens}", functools.partial(lambda call: call, call))
-        for stream, call in zip(("pruned stream", "dense stream"), calls.distinct)
-    ]
-    sums = compile_call(f"{what}, sums: {tokens}", lambda: calls.sums)
-    found = calls.joined([each for each in passes if each], sums) if sums else None
+    calls = functools.cache(lambda: calibration_calls(decoder, capture, kind.known, kind.kept, text.window, text.samples))
+    where = f" (as in block {kind.block})" if len(decoder.config.kinds) > 1 else ""
+    what, tokens = f"calibration of {_short(groups)}{where}", f"{batch} x {text.window} tokens a device"
+    sums, found = compile_call(f"{what}, sums: {tokens}", lambda: calls().sums), None
+    if sums:
+        passes = [compile_call(f"{what}, pass: {tokens}", lambda: calls().passes[0])]
+        if len(calls().distinct) > 1:
+            passes.append(compile_call(f"{what}, pass of the dense stream: {tokens}", lambda: calls().passes[1]))
+        found = calls().joined([each for each in passes if each], sums)
     if found and found.memory:
         memory = beside + found.memory
     read = estimate.read_by(decoder, groups, target)

@@ -74,7 +74,8 @@ def refuse_twins(cells: Sequence[Cell]) -> None:
     for cell in cells:
         if (other := places.setdefault(cell.directory, cell)) is not cell:
             raise UserError(f"the cells {other} and {cell} would share the directory {cell.directory}; change a label")
-        if (other := runs.setdefault(dataclasses.replace(cell.config, output=None), cell)) is not cell:
+        text = dataclasses.replace(cell.config.calibration, length=cell.config.calibration.window)
+        if (other := runs.setdefault(dataclasses.replace(cell.config, output=None, calibration=text), cell)) is not cell:
             raise UserError(f"the cells {other} and {cell} have the same settings; leave one out")
 
 
