@@ -1,4 +1,4 @@
-"""Hidden states on the hosts, where each process holds the samples of its own devices, and batches of them on the devices."""
+"""Hidden states, on the hosts, where each process holds the samples of its own devices, or on the devices; and batches of them."""
 
 import contextlib
 import dataclasses
@@ -6,12 +6,13 @@ import functools
 from collections.abc import Callable, Iterator
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from optima_tpu.runtime.mesh import DATA, padded
+from optima_tpu.runtime.mesh import DATA, MODEL, divisible, padded
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +42,11 @@ class Activations:
     def __len__(self) -> int:
         return self.last - self.first
 
+    @property
+    def length(self) -> int:
+        """The number of tokens in a sample."""
+        return self.values.shape[1]
+
     @functools.cached_property
     def rows(self) -> np.ndarray:
         """[held] int64, the samples that this process holds, ascending."""
@@ -54,6 +60,22 @@ class Activations:
     def copy(self) -> "Activations":
         """A copy with memory of its own."""
         return dataclasses.replace(self, values=self.values.copy())
+
+    def room(self, width: int) -> "Activations":
+        """Room for arrays of another width, for the same samples."""
+        return dataclasses.replace(self, values=np.empty((*self.values.shape[:-1], width), self.values.dtype))
+
+    def on_devices(self, batch: int) -> "Resident":
+        """A copy of all samples on the devices, for batches of up to ``batch`` samples on a slice of the data axis."""
+        if self.first:
+            raise ValueError(f"expected all samples, got those from {self.first} on")
+        slices = self.mesh.shape[DATA]
+        rows = np.arange(slices * (padded(len(self), slices) // slices + batch))
+        rows = rows[np.argsort(rows % slices, kind="stable")]
+        held = on_mesh(self.mesh, rows, self.take, self.values.shape[1:])
+        return Resident(
+            self.mesh, self.first, self.last, [jax.device_put(held, _held_sharding(self.mesh, self.values.shape[-1]))]
+        )
 
     def take(self, rows: np.ndarray) -> np.ndarray:
         """Samples that this process holds, [len(rows), length, d_model]; zeros for rows after the last sample."""
@@ -96,13 +118,130 @@ class Activations:
         Args:
           size: the largest number of samples that a batch gives to one slice of the data axis.
         """
-        slices = self.mesh.shape[DATA]
-        size = min(size, padded(len(self), slices) // slices) * slices
-        for first in range(self.first, self.last, size):
-            rows = np.arange(first, first + size)
-            rows = rows[np.argsort(rows % slices, kind="stable")]
+        for rows in _rows_of_batches(self.mesh, self.first, self.last, size):
             hidden = on_mesh(self.mesh, rows, self.take, self.values.shape[1:])
             yield Batch(self.mesh, rows, rows < self.last, hidden)
+
+
+def _rows_of_batches(mesh: Mesh, first: int, last: int, size: int) -> Iterator[np.ndarray]:
+    """The samples of each batch, in the order in which the devices hold them."""
+    slices = mesh.shape[DATA]
+    size = min(size, padded(last - first, slices) // slices) * slices
+    for start in range(first, last, size):
+        rows = np.arange(start, start + size)
+        yield rows[np.argsort(rows % slices, kind="stable")]
+
+
+@dataclasses.dataclass(frozen=True)
+class Resident:
+    """Hidden states that stay on the devices, as :class:`Activations` in all else: no pass moves them to and from the hosts.
+
+    Attributes:
+      mesh: axes ("data", "model").
+      first, last: which samples.
+      held: one array [slices * places, length, d_model], which :meth:`put` replaces. Samples are sharded over the data axis, and
+        features over the model axis if it divides them: a batch is gathered when it is taken. On slice ``s`` are the samples ``s``, ``s + slices``, ... in order, then room for the padding of a batch. Parts of the samples share it.
+    """
+
+    mesh: Mesh
+    first: int
+    last: int
+    held: list[Array]
+
+    def __len__(self) -> int:
+        return self.last - self.first
+
+    @property
+    def length(self) -> int:
+        """The number of tokens in a sample."""
+        return self.held[0].shape[1]
+
+    @property
+    def rows(self) -> np.ndarray:
+        """As :attr:`Activations.rows`."""
+        return held_rows(self.mesh, self.first, self.last)
+
+    def part(self, first: int, last: int) -> "Resident":
+        """Samples ``first`` to ``last - 1``, without a copy."""
+        return Resident(self.mesh, first, last, self.held)
+
+    def copy(self) -> "Resident":
+        """A copy with memory of its own."""
+        return dataclasses.replace(self, held=[jnp.copy(self.held[0])])
+
+    def room(self, width: int) -> "Resident":
+        """Room for arrays of another width, for the same samples."""
+        held = self.held[0]
+        empty = jnp.zeros((*held.shape[:-1], width), held.dtype, device=_held_sharding(self.mesh, width))
+        return dataclasses.replace(self, held=[empty])
+
+    def take(self, rows: np.ndarray) -> np.ndarray:
+        """As :meth:`Activations.take`, on the host."""
+        held, slices = self.held[0], self.mesh.shape[DATA]
+        there = Activations(self.mesh, self.first, self.last, np.empty((len(self.rows), *held.shape[1:]), held.dtype))
+        numbers = np.arange(len(held))
+        there.put(numbers[np.argsort(numbers % slices, kind="stable")], held)
+        return there.take(rows)
+
+    def put(self, rows: np.ndarray, output: Array) -> None:
+        """Overwrites the samples of a batch; rows after the last sample are dropped."""
+        self.held[0] = _put(self.mesh, self.held[0], output, int(rows.min()), self.last)
+
+    @contextlib.contextmanager
+    def put_behind(self) -> Iterator[Callable[[np.ndarray, Array], None]]:
+        """Yields :meth:`put`, which waits for nothing."""
+        yield self.put
+
+    def batches(self, size: int) -> Iterator["Batch"]:
+        """The batches of :meth:`Activations.batches`."""
+        slices, places = self.mesh.shape[DATA], len(self.held[0]) // self.mesh.shape[DATA]
+        for rows in _rows_of_batches(self.mesh, self.first, self.last, size):
+            if rows.max() // slices >= places:
+                raise ValueError(f"expected batches of at most the size that room was made for, got {len(rows) // slices}")
+            hidden = _taken(self.mesh, len(rows) // slices, self.held[0], int(rows.min()), self.last)
+            yield Batch(self.mesh, rows, rows < self.last, hidden)
+
+
+HiddenStates = Activations | Resident
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _taken(mesh: Mesh, size: int, held: Array, first: int, last: int) -> Array:
+    """The ``size`` samples on each slice from sample ``first`` on, [slices * size, ...]; zeros for samples from ``last`` on."""
+
+    def local(held: Array, first: int | Array, last: int | Array) -> Array:
+        start, there = _places(mesh, size, first, last)
+        found = jax.lax.dynamic_slice_in_dim(held, start, size)
+        return jnp.where(there[:, None, None], found, 0)
+
+    spec = _held_sharding(mesh, held.shape[-1]).spec
+    found = jax.shard_map(local, mesh=mesh, in_specs=(spec, P(), P()), out_specs=spec, check_vma=False)(held, first, last)
+    return jax.lax.with_sharding_constraint(found, NamedSharding(mesh, P(DATA)))
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
+def _put(mesh: Mesh, held: Array, output: Array, first: int, last: int) -> Array:
+    """``held`` with the samples that :func:`_taken` takes replaced; what stands for samples from ``last`` on stays."""
+
+    def local(held: Array, output: Array, first: int | Array, last: int | Array) -> Array:
+        start, there = _places(mesh, len(output), first, last)
+        before = jax.lax.dynamic_slice_in_dim(held, start, len(output))
+        return jax.lax.dynamic_update_slice_in_dim(held, jnp.where(there[:, None, None], output, before), start, 0)
+
+    spec = _held_sharding(mesh, held.shape[-1]).spec
+    put = jax.shard_map(local, mesh=mesh, in_specs=(spec, spec, P(), P()), out_specs=spec, check_vma=False)
+    return put(held, output, first, last)
+
+
+def _held_sharding(mesh: Mesh, width: int) -> NamedSharding:
+    return NamedSharding(mesh, divisible(mesh, (mesh.shape[DATA], 1, width), P(DATA, None, MODEL)))
+
+
+def _places(mesh: Mesh, size: int, first: int | Array, last: int | Array) -> tuple[Array, Array]:
+    """On this slice, the place of the first sample of a batch, and for each of its samples whether it is before ``last``."""
+    slices = mesh.shape[DATA]
+    sample = first + (jax.lax.axis_index(DATA) - first) % slices
+    return sample // slices, sample + slices * jnp.arange(size) < last
 
 
 @dataclasses.dataclass(frozen=True)

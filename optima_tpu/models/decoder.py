@@ -1,7 +1,7 @@
 """A pretrained decoder on a mesh, one block at a time.
 
-Weights stay in the checkpoint until a block is requested. Hidden states stay on the hosts and go to the devices in batches. So
-the devices hold one block and two batches, and the hosts hold one more block, for a model of any depth.
+Weights stay in the checkpoint until a block is requested. Hidden states stay on the hosts and go to the devices in batches, unless a walk
+keeps them there. So the devices hold one block and two batches, and the hosts hold one more block, for a model of any depth.
 """
 
 import collections
@@ -25,7 +25,7 @@ from transformers import PretrainedConfig
 from optima_tpu.errors import UserError
 from optima_tpu.method.layer_rules import kind_name
 from optima_tpu.models import family_of
-from optima_tpu.models.activations import Activations, held_rows
+from optima_tpu.models.activations import Activations, HiddenStates, held_rows
 from optima_tpu.models.checkpoints.source import TensorSource
 from optima_tpu.models.family import DecoderConfig, Family, Positions, ReadTensor
 from optima_tpu.models.layers import Known, project
@@ -190,9 +190,9 @@ class Decoder:
         self,
         index: int,
         parameters: Mapping[str, Array],
-        hidden: Activations,
+        hidden: HiddenStates,
         batch: int | None = None,
-        known: Mapping[str, Activations] | None = None,
+        known: Mapping[str, HiddenStates] | None = None,
     ) -> None:
         """Runs block ``index`` over the hidden states, in place.
 
@@ -200,13 +200,13 @@ class Decoder:
           batch: stands in for the decoder's.
           known: inputs of layers for the same samples, by the layer's name; what they depend on is not computed.
         """
-        positions, alike, batch = self.positions(index, hidden.values.shape[1]), self.at(index), batch or self.batch
+        positions, alike, batch = self.positions(index, hidden.length), self.at(index), batch or self.batch
         state = alike.state(parameters)
         with hidden.put_behind() as put:
             for part, inputs in zip(hidden.batches(batch), self.known(known or {}, batch)):
                 put(part.rows, run_block(alike.graph, state, part.hidden, positions, inputs))
 
-    def known(self, inputs: Mapping[str, Activations], batch: int) -> Iterator[dict[str, Array]]:
+    def known(self, inputs: Mapping[str, HiddenStates], batch: int) -> Iterator[dict[str, Array]]:
         """The known inputs of each batch for :func:`forward`."""
         if not inputs:
             return itertools.repeat({})

@@ -17,7 +17,7 @@ from optima_tpu.errors import UserError
 from optima_tpu.method.layer_rules import kind_name
 from optima_tpu.method.statistics import Drift, Groups, TokenStatistics
 from optima_tpu.method.targets import SelfTarget, Target
-from optima_tpu.models.activations import Activations, Batch
+from optima_tpu.models.activations import Batch, HiddenStates
 from optima_tpu.models.decoder import Decoder, forward
 from optima_tpu.models.experts import expert_of
 from optima_tpu.models.layers import project
@@ -83,12 +83,12 @@ class Stream(NamedTuple):
     """
 
     parameters: Mapping[str, Array]
-    hidden: Activations
-    known: Mapping[str, Activations] = {}
-    kept: Mapping[str, Activations] = {}
+    hidden: HiddenStates
+    known: Mapping[str, HiddenStates] = {}
+    kept: Mapping[str, HiddenStates] = {}
 
     @property
-    def found(self) -> Mapping[str, Activations]:
+    def found(self) -> Mapping[str, HiddenStates]:
         """The inputs that are known behind this pass."""
         return {**self.known, **self.kept}
 
@@ -123,7 +123,7 @@ class Capture:
 def accumulate(decoder: Decoder, index: int, capture: Capture, streams: Sequence[Stream]) -> tuple[TokenStatistics, ...]:
     """The statistics of each group's input, and its drift where the target needs it.
 
-    Activations are multiplied in the model's dtype and accumulated in float32: each device sums over its own tokens, then one
+    HiddenStates are multiplied in the model's dtype and accumulated in float32: each device sums over its own tokens, then one
     ``psum`` sums over the data axis. The two streams are subtracted in the model's dtype, in which the difference of two close
     numbers is exact. A token that either model does not send to an expert has no drift in this expert: the outputs cannot be
     compared.
@@ -151,7 +151,7 @@ def accumulate(decoder: Decoder, index: int, capture: Capture, streams: Sequence
             inputs = [each(batch) for each, batch in zip(passing, batches)]
             sums = add_batch(step, sums, jax.block_until_ready(inputs), weights, batches[0].batch.valid)
             del inputs
-    count = np.float32(len(hidden) * hidden.values.shape[1])
+    count = np.float32(len(hidden) * hidden.length)
     totals = tuple(count if total is None else total for total in sums.weights)
     # Two programs: in a single one, XLA would divide a Hessian differently, in its last bit, if there is a drift beside it.
     divided = list(_divide(tuple(found.hessian for found in sums.statistics), totals))
@@ -235,7 +235,7 @@ class _Passing(NamedTuple):
         """What is put away is there when the stack is closed."""
         kept = {name: stack.enter_context(every.put_behind()) for name, every in stream.kept.items()}
         behind = stack.enter_context(stream.hidden.put_behind()) if step.output else None
-        positions = decoder.positions(index, stream.hidden.values.shape[1])
+        positions = decoder.positions(index, stream.hidden.length)
         return cls(decoder, stream, step, decoder.state(stream.parameters), positions, behind, kept)
 
     def batches(self) -> Iterator[_Entering]:

@@ -44,7 +44,7 @@ from jax import Array
 from jax.sharding import Mesh
 
 from optima_tpu.errors import UserError
-from optima_tpu.models.activations import Activations, held_rows
+from optima_tpu.models.activations import Activations, HiddenStates, held_rows
 from optima_tpu.models.checkpoints.orbax import OrbaxTensors, load_group, read_metadata, save_tree
 from optima_tpu.report.run_record import ASSETS, RUN, refuse_another, write_run
 from optima_tpu.runtime.buckets import as_path
@@ -176,8 +176,8 @@ class Journal:
         weights: Mapping[str, Array],
         masks: Mapping[str, Array],
         report: Mapping[str, Any],
-        activations: Activations | None = None,
-        dense: Activations | None = None,
+        activations: HiddenStates | None = None,
+        dense: HiddenStates | None = None,
         scales: Mapping[str, Array] = MappingProxyType({}),
     ) -> None:
         """Saves a block durably. When this returns, the run can be stopped without losing the block. Every process calls it.
@@ -309,7 +309,7 @@ class Journal:
         return self.directory / _ACTIVATIONS / f"block_{index:04d}"
 
 
-def _write_states(folder: Path, activations: Activations, dense: Activations | None) -> None:
+def _write_states(folder: Path, activations: HiddenStates, dense: HiddenStates | None) -> None:
     """Writes the samples of this process that no process with a lower number holds, and their checksum."""
     rows = _owned_rows(activations)
     if not len(rows) and not is_first():
@@ -323,7 +323,7 @@ def _write_states(folder: Path, activations: Activations, dense: Activations | N
     write_sums(folder, [path], f"{jax.process_index():04d}")
 
 
-def _owned_rows(activations: Activations) -> np.ndarray:
+def _owned_rows(activations: HiddenStates) -> np.ndarray:
     """The samples that this process writes: the slices of the data axis whose lowest-numbered process is this one."""
     slices = [
         index

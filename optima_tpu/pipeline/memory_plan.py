@@ -35,6 +35,9 @@ from optima_tpu.runtime.mesh import DATA, MODEL, bytes_on_device, on_cpu, struct
 # The share of the budget for the Hessians of a pass: while they are accumulated, products and sums of the same size exist too.
 _HESSIANS_SHARE = 0.25
 
+# The share of the budget that hidden states may take which stay on the devices.
+_STATES_SHARE = 0.25
+
 # The devices hold a block's weights twice, as read and as pruned, and its masks.
 _BLOCK_COPIES = 2.5
 
@@ -286,6 +289,33 @@ def fitted(decoder: Decoder, groups: Sequence[Groups], recipe: Recipe, budget: f
     )
     told = [described(here, len(ample)) for here, ample in found]
     return "; ".join(filter(None, dict.fromkeys(told)))
+
+
+def states_on_devices(decoder: Decoder, groups: Sequence[Groups], recipe: Recipe, windows: tuple[int, int], budget: float) -> int:
+    """The bytes of a device for the hidden states of a run, and for the inputs that passes keep; 0 where they stay on the hosts.
+
+    So they do on CPU devices, whose memory is that of the host; where they would take more than a quarter of the budget; and where the
+    layers would not fit beside them.
+
+    Args:
+      groups: of every block.
+      windows: their number and their length.
+    """
+    samples, length = windows
+    widths = [decoder.config.d_model]
+    if recipe.recapture:
+        widths.append(max(decoder.at(kind).input_width(decoder.at(kind).attended) for kind in decoder.config.kinds))
+    dtype, model = decoder.tensors.dtype(decoder.root + decoder.family.embedding), decoder.mesh.shape[MODEL]
+    places = -(-samples // decoder.mesh.shape[DATA]) + decoder.batch
+    columns = sum(width // model if width % model == 0 else width for width in widths)
+    size = recipe.target.streams * places * length * columns * dtype.itemsize
+    if on_cpu(decoder.mesh) or size > _STATES_SHARE * budget:
+        return 0
+    try:
+        fitted(decoder, groups, recipe, budget - size)
+    except UserError:
+        return 0
+    return size
 
 
 def described(found: Sequence[Pass], ordinary: int = 1) -> str:

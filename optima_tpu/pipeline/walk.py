@@ -22,7 +22,7 @@ from optima_tpu.method.prune_group import prune_group
 from optima_tpu.method.recipe import Recipe
 from optima_tpu.method.row_sharding import RowSharding
 from optima_tpu.method.statistics import Groups, TokenSets, TokenStatistics
-from optima_tpu.models.activations import Activations
+from optima_tpu.models.activations import HiddenStates
 from optima_tpu.models.decoder import Decoder
 from optima_tpu.pipeline.calibrate import Capture, Stream, accumulate, repeat
 from optima_tpu.pipeline.journal import DENSE, HIDDEN, Journal
@@ -44,8 +44,9 @@ class Walk:
       recipe: what is done to every layer.
       groups: for every block the layers that read the same input, from ``calibrate.groups_of_blocks``.
       samples: the number of calibration sequences; the sequences after them are held out.
-      budget: bytes that may be used of each device.
+      budget: bytes that may be used of each device, beside hidden states that stay there.
       given: masks, and optionally weights, for a recipe without a selector.
+      resident: whether the hidden states stay on the devices; otherwise they are on the hosts, and every pass moves them.
       tell: called with every layer's report as soon as the layer is done.
     """
 
@@ -55,6 +56,7 @@ class Walk:
     samples: int
     budget: float = math.inf
     given: ReadGiven | None = None
+    resident: bool = False
     tell: Callable[[LayerReport], None] = lambda report: None
 
 
@@ -66,8 +68,8 @@ class Streams(NamedTuple):
       dense: after the dense blocks, if the target needs them.
     """
 
-    pruned: Activations
-    dense: Activations | None = None
+    pruned: HiddenStates
+    dense: HiddenStates | None = None
 
 
 class PrunedBlock(NamedTuple):
@@ -142,7 +144,7 @@ def prune_block(walk: Walk, index: int, parameters: Mapping[str, Array], streams
         raise ValueError("a dense target needs the hidden states of the dense model")
     block = PrunedBlock(dict(parameters), {}, (), {})
     passes, target, seconds = _passes(walk, index), walk.recipe.target, 0.0
-    known: list[Mapping[str, Activations]] = [{}] * target.streams
+    known: list[Mapping[str, HiddenStates]] = [{}] * target.streams
     for step in passes:
         now = block.parameters if walk.recipe.recapture else parameters
         entering = tuple(
@@ -191,10 +193,10 @@ def _passes(walk: Walk, index: int) -> tuple[_BlockPass, ...]:
 
 def _entering(walk: Walk, index: int, stream: Stream, kept: Sequence[str]) -> Stream:
     """The stream with room for the inputs of layers that a pass keeps."""
-    return stream._replace(kept={name: _room(walk.decoder.at(index), stream.hidden, name) for name in kept})
+    return stream._replace(kept={name: stream.hidden.room(walk.decoder.at(index).input_width(name)) for name in kept})
 
 
-def repeat_block(walk: Walk, index: int, parameters: Mapping[str, Array], hidden: Activations, dense: bool) -> None:
+def repeat_block(walk: Walk, index: int, parameters: Mapping[str, Array], hidden: HiddenStates, dense: bool) -> None:
     """Passes one stream through a block as :func:`prune_block` did, in place.
 
     With the same programs, over the same batches: the compiler rounds another program otherwise on a mesh of several devices.
@@ -202,7 +204,7 @@ def repeat_block(walk: Walk, index: int, parameters: Mapping[str, Array], hidden
     Args:
       parameters: the block's, as pruned or, for the dense stream, dense.
     """
-    known: Mapping[str, Activations] = {}
+    known: Mapping[str, HiddenStates] = {}
     passes = _passes(walk, index)
     for step in passes:
         stream = _entering(walk, index, Stream(parameters, hidden, known), step.kept[dense])
@@ -263,12 +265,6 @@ def _sets(walk: Walk, capture: Capture, total: int) -> Iterator[tuple[Capture, i
         yield dataclasses.replace(capture, energy=capture.target.dense_stream, borrow=0.0), walk.samples, total
 
 
-def _room(decoder: Decoder, hidden: Activations, name: str) -> Activations:
-    """Room for the input of a layer."""
-    shape = (*hidden.values.shape[:-1], decoder.input_width(name))
-    return dataclasses.replace(hidden, values=np.empty(shape, hidden.values.dtype))
-
-
 def _informative(sets: TokenSets[TokenStatistics]) -> TokenSets[TokenStatistics]:
     """Replaces a Hessian of zero by the identity: an expert that got no token is then pruned by magnitude."""
     hessian = sets.calibration.hessian
@@ -314,7 +310,7 @@ def _report(
 def _streams_before(walk: Walk, tokens: np.ndarray, index: int, journal: Journal, progress: Progress) -> Streams:
     """The hidden states that enter a block: from the journal, or computed through the blocks before it."""
     decoder = walk.decoder
-    first, hidden = _saved_states(decoder, tokens, index, journal, HIDDEN)
+    first, hidden = _saved_states(walk, tokens, index, journal, HIDDEN)
     if first < index:
         through = f"block {first}" if first == index - 1 else f"blocks {first} to {index - 1}"
         progress.note(
@@ -326,13 +322,14 @@ def _streams_before(walk: Walk, tokens: np.ndarray, index: int, journal: Journal
         repeat_block(walk, block, parameters, hidden, dense=False)
     if not walk.recipe.target.dense_stream:
         return Streams(hidden)
-    first, dense = _saved_states(decoder, tokens, index, journal, DENSE)
+    first, dense = _saved_states(walk, tokens, index, journal, DENSE)
     for block, parameters in zip(range(first, index), decoder.blocks(range(first, index))):
         repeat_block(walk, block, parameters, dense, dense=True)
     return Streams(hidden, dense)
 
 
-def _saved_states(decoder: Decoder, tokens: np.ndarray, index: int, journal: Journal, name: str) -> tuple[int, Activations]:
+def _saved_states(walk: Walk, tokens: np.ndarray, index: int, journal: Journal, name: str) -> tuple[int, HiddenStates]:
     """The last block up to ``index`` whose input is saved, and this input; block 0 and the embeddings if none is."""
+    decoder = walk.decoder
     block, hidden = journal.last_activations(decoder.mesh, index, len(tokens), name) or (-1, decoder.embed(tokens))
-    return block + 1, hidden
+    return block + 1, hidden.on_devices(decoder.batch) if walk.resident else hidden

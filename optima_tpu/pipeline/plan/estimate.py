@@ -312,11 +312,13 @@ class Storage(NamedTuple):
       hidden: hidden states of all calibration sequences.
       host: memory of one host, by use.
       disk: size of the run directory, by use; hidden states and states of the training are removed.
+      resident: whether hidden states stay on the devices while the model is pruned.
     """
 
     hidden: int
     host: dict[str, int]
     disk: dict[str, int]
+    resident: bool = False
 
     @property
     def left(self) -> int:
@@ -427,7 +429,7 @@ def run_seconds(
     calibrated = stored.hidden / streams / state
     # Transfers: both streams into every pass of the calibration, the dense one out of its last pass, the pruned one into and out of
     # the pruned block. Kept inputs leave one pass, and enter the later ones and the pruned block.
-    states = block.passes + 1 + 1 / streams + block.moved
+    states = 0 if stored.resident else block.passes + 1 + 1 / streams + block.moved
     moved = states * stored.hidden + 4 * tokens * state
     readings = 4 if calibrated else 3  # for both perplexities, the walk and the checkpoint
     if method and method.reads_dense:  # the dense model's states are computed before the steps that read them
@@ -445,7 +447,7 @@ def run_seconds(
         "hidden states to and from the devices": blocks * moved / (ASSUMED.transfer * machine.hosts),
     }
     # What the walk counts against ``recompute``: with two streams also the calibration's passes, which a resume makes again.
-    passes = streams * blocks * 2 * calibrated * state / (ASSUMED.transfer * machine.hosts)
+    passes = 0 if stored.resident else streams * blocks * 2 * calibrated * state / (ASSUMED.transfer * machine.hosts)
     passes += walk["pruned blocks forward"] + (walk["calibration"] if streams > 1 else 0)
     saves = int(min(blocks - 1, passes / (60 * config.recompute))) if config.recompute else blocks - 1
     written = stored.left + saves * stored.hidden

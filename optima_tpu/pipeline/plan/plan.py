@@ -17,7 +17,7 @@ from optima_tpu.models.generate import windows_at_once
 from optima_tpu.pipeline.calibrate import Capture, groups_of_blocks
 from optima_tpu.pipeline.distill.blocks import Trainer
 from optima_tpu.pipeline.inputs import pruned_layers
-from optima_tpu.pipeline.memory_plan import Kept, Pass, aimed_residuals, block_passes, group_load, kept_inputs
+from optima_tpu.pipeline.memory_plan import Kept, Pass, aimed_residuals, block_passes, group_load, kept_inputs, states_on_devices
 from optima_tpu.pipeline.plan import estimate
 from optima_tpu.pipeline.plan.compile import Compile, calibration_calls, compiler, pruning_call, resident, sequences_at_once
 from optima_tpu.pipeline.plan.estimate import Storage
@@ -158,13 +158,15 @@ def make_plan(
     patterns = pruned_layers(config, decoder)
     held_out, names, residuals = text.held_out > 0, groups_of_blocks(decoder), aimed_residuals(decoder, recipe)
     budget = device_budget(config.device_memory, None if machine.here else machine.chip.memory)
+    windows = (text.samples + text.held_out, text.window)
+    states = 0 if recovering else states_on_devices(decoder, names, recipe, windows, budget)
     kinds: dict[_Kind, int] = collections.Counter()
     layers: dict[_Shape, _Layers] = {}
     refused = ""
     for index in range(0 if recovering else decoder.config.blocks):
         prefix, alike = decoder.prefix(index), decoder.at(index)
         try:
-            parts = block_passes(decoder, index, names[index], recipe, budget)
+            parts = block_passes(decoder, index, names[index], recipe, budget - states)
         except UserError as error:
             groups = recipe.pruned_groups(names[index], prefix)
             parts, refused = (Pass(groups, (ON_EVERY_DEVICE,) * len(groups)),), refused or str(error)
@@ -204,10 +206,11 @@ def make_plan(
             for program, kind in zip(programs, kinds)
         ]
     programs += [_pruning(model.at(found.block), machine, recipe, shape, found, compile_call) for shape, found in layers.items()]
+    programs = [program._replace(memory=program.memory + states) for program in programs]
     programs += training
     compiling = sum(program.compiled.seconds for program in programs if program.compiled)
     block = _block_flops(model, text.window, config.target.streams, kinds)
-    stored = estimate.storage(model, config, machine.hosts, patterns, block.kept, not recovering)
+    stored = estimate.storage(model, config, machine.hosts, patterns, block.kept, not recovering)._replace(resident=states > 0)
     seconds = estimate.run_seconds(
         model,
         config,
