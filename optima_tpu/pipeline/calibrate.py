@@ -21,7 +21,7 @@ from optima_tpu.models.activations import Batch, HiddenStates
 from optima_tpu.models.decoder import Decoder, forward
 from optima_tpu.models.experts import expert_of
 from optima_tpu.models.layers import project
-from optima_tpu.pipeline.grams import add_gram, add_routed, gram, gram_of_tokens, halved
+from optima_tpu.pipeline.grams import add_gram, add_routed, gram, gram_of_tokens, halved, whole
 from optima_tpu.runtime.mesh import DATA, MODEL, struct_on
 from optima_tpu.runtime.processes import fetch
 
@@ -159,7 +159,7 @@ def accumulate(decoder: Decoder, index: int, capture: Capture, streams: Sequence
     for mean in sums.means:
         hessian = divided.pop(0)  # so that one Hessian at a time is there twice
         if halved(decoder.mesh) and hessian.ndim == 2:  # those of experts are whole
-            hessian = _whole(hessian)
+            hessian = whole(hessian)
         hessians.append(hessian if mean is None else _lent(hessian, mean, capture.borrow * len(mean) / count / count))
     drifts = _divide(tuple(found.drift for found in sums.statistics), totals)
     tokens = [found.tokens for found in sums.statistics]
@@ -537,13 +537,6 @@ def _refuse_infinite(decoder: Decoder, index: int, groups: Groups, matrices: Seq
     for names, trace in zip(groups, fetch([jnp.trace(matrix) for matrix in matrices])):
         if not np.isfinite(trace):
             raise UserError(f"the input of {decoder.prefix(index)}{names[0]} holds NaN or infinite values: {decoder.overflowed}")
-
-
-@jax.jit
-def _whole(hessian: Array) -> Array:
-    """A symmetric matrix from what is on and above the diagonal."""
-    places = jnp.arange(len(hessian))
-    return jnp.where(places[:, None] <= places, hessian, hessian.T)
 
 
 @functools.partial(jax.jit, donate_argnums=0)

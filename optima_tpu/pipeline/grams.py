@@ -38,6 +38,14 @@ def halved(mesh: Mesh | AbstractMesh) -> bool:
     return mesh.shape[MODEL] == 1
 
 
+@jax.jit
+def whole(sums: Array) -> Array:
+    """A symmetric matrix from what is on and above its diagonal."""
+    # Not a choice between the matrix and its transpose: for 2,048, 4,096 or 8,192 rows XLA of jax 0.10 compiles that for minutes on a
+    # CPU, and the program crashes.
+    return jnp.triu(sums) + jnp.triu(sums, 1).T
+
+
 def panels(size: int) -> list[tuple[int, int]]:
     """The rows of each panel of :func:`add_gram`, up to 4 of them: the products of each with the columns from its own on.
 

@@ -8,10 +8,18 @@ from optima_tpu.models.activations import Activations
 from optima_tpu.models.decoder import Decoder
 from optima_tpu.models.experts import input_of
 from optima_tpu.pipeline.calibrate import Capture, Stream, accumulate, groups_of_blocks, linear_groups
+from optima_tpu.pipeline.grams import whole
 from tests.support.meshes import mesh
 from tests.support.pruning import compiled_forward
 from tests.support.references import MIXTURES, REFERENCES, small, tiny
 from tests.support.tiny_models import tiny_llama
+
+
+@pytest.mark.parametrize("size", [1, 5, 2048])  # of 2,048 rows XLA makes a program of its own kind
+def test_a_symmetric_matrix_is_made_whole_from_its_upper_half(size):
+    matrix = np.random.default_rng(0).standard_normal((size, size)).astype(np.float32)
+    upper = np.triu(matrix)
+    assert (np.asarray(whole(matrix)) == upper + np.triu(upper, 1).T).all()
 
 
 def test_layers_that_read_one_input_are_found():
