@@ -728,6 +728,7 @@ _RESULTS: Mapping[str, tuple[str, Mapping[str, Sequence[str]]]] = {
                 "distillation",
                 "recovery",
                 "recovery-starts",
+                "recovery-tokens",
                 "dense-target",
                 "levers-wanda",
                 "loss-weights",
