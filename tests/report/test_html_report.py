@@ -515,7 +515,9 @@ def test_experts_are_one_kind_of_layer(tmp_path):
         ["--preset", "fast"],
         ["--solver", "null"],
         ["--solver", "mpax", "--solver.eps_abs", "1e-05", "--accept", "per_layer"],
-        ["--model", "a b'c", "--pattern", "2:4", "--layers", "self_attn.*=dense,mlp.*=0.3", "--export", "false", "--mesh", "4x2"],
+        # A run has filled in the length, which depends on the model.
+        ["--model", "a b'c", "--calibration.length", "1024", "--pattern", "2:4", "--layers", "self_attn.*=dense,mlp.*=0.3"],
+        ["--export", "false", "--mesh", "4x2"],
         ["--selector", "imported", "--selector.path", "./m.npz", "--evaluation.source", "file:x.txt", "--device_memory", "1.5"],
         ["--solver", "adam", "--pattern", "0.5/layer", "--calibration.source", "wikitext2", "--output", "runs/$x"],
     ],
