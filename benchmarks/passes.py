@@ -13,7 +13,7 @@ too. They have six passes. Printed is the error that the masks, the exchanges an
 
 import argparse
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from unittest import mock
 
 import jax
@@ -36,23 +36,21 @@ BITS = {"full": 24, "three passes": 16, "TF32": 11, "one pass": 8}
 MASKS = ADMM(damping=0.1, levels=6, iterations=4, inverses=2)
 
 
+def rounded(bits: int) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    """A product with factors of so many bits."""
+    return lambda a, b: features.matmul(*(jax.lax.reduce_precision(array, 8, bits - 1) for array in (a, b)))
+
+
 def round_to(bits: int) -> None:
     """From now on the products that only choose have factors of so many bits."""
-
-    def rounded(a: jax.Array, b: jax.Array) -> jax.Array:
-        return features.matmul(*(jax.lax.reduce_precision(array, 8, bits - 1) for array in (a, b)))
-
-    features.rough_matmul = admm.rough_matmul = rounded
+    features.rough_matmul = admm.rough_matmul = rounded(bits)
 
 
 def round_inverses_to(bits: int) -> None:
     """From now on the inverses that only choose are made by products with factors of so many bits."""
 
-    def rounded(a: jax.Array, b: jax.Array) -> jax.Array:
-        return features.matmul(*(jax.lax.reduce_precision(array, 8, bits - 1) for array in (a, b)))
-
     def inverse(matrix: jax.Array) -> jax.Array:
-        with mock.patch.object(inverses, "matmul", rounded):
+        with mock.patch.object(inverses, "matmul", rounded(bits)):
             return inverses.inverse(matrix)
 
     admm.inverse = mask_swaps.inverse = inverse

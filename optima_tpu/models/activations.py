@@ -70,8 +70,7 @@ class Activations:
         if self.first:
             raise ValueError(f"expected all samples, got those from {self.first} on")
         slices = self.mesh.shape[DATA]
-        rows = np.arange(slices * (padded(len(self), slices) // slices + batch))
-        rows = rows[np.argsort(rows % slices, kind="stable")]
+        rows = _by_slice(self.mesh, np.arange(slices * (padded(len(self), slices) // slices + batch)))
         held = on_mesh(self.mesh, rows, self.take, self.values.shape[1:])
         return Resident(
             self.mesh, self.first, self.last, [jax.device_put(held, _held_sharding(self.mesh, self.values.shape[-1]))]
@@ -128,8 +127,12 @@ def _rows_of_batches(mesh: Mesh, first: int, last: int, size: int) -> Iterator[n
     slices = mesh.shape[DATA]
     size = min(size, padded(last - first, slices) // slices) * slices
     for start in range(first, last, size):
-        rows = np.arange(start, start + size)
-        yield rows[np.argsort(rows % slices, kind="stable")]
+        yield _by_slice(mesh, np.arange(start, start + size))
+
+
+def _by_slice(mesh: Mesh, rows: np.ndarray) -> np.ndarray:
+    """Ascending samples in the order in which the slices of the data axis hold them."""
+    return rows[np.argsort(rows % mesh.shape[DATA], kind="stable")]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,7 +143,8 @@ class Resident:
       mesh: axes ("data", "model").
       first, last: which samples.
       held: one array [slices * places, length, d_model], which :meth:`put` replaces. Samples are sharded over the data axis, and
-        features over the model axis if it divides them: a batch is gathered when it is taken. On slice ``s`` are the samples ``s``, ``s + slices``, ... in order, then room for the padding of a batch. Parts of the samples share it.
+        features over the model axis if it divides them: a batch is gathered when it is taken. On slice ``s`` are the samples ``s``,
+        ``s + slices``, ... in order, then room for the padding of a batch. Parts of the samples share it.
     """
 
     mesh: Mesh
@@ -177,10 +181,9 @@ class Resident:
 
     def take(self, rows: np.ndarray) -> np.ndarray:
         """As :meth:`Activations.take`, on the host."""
-        held, slices = self.held[0], self.mesh.shape[DATA]
+        held = self.held[0]
         there = Activations(self.mesh, self.first, self.last, np.empty((len(self.rows), *held.shape[1:]), held.dtype))
-        numbers = np.arange(len(held))
-        there.put(numbers[np.argsort(numbers % slices, kind="stable")], held)
+        there.put(_by_slice(self.mesh, np.arange(len(held))), held)
         return there.take(rows)
 
     def put(self, rows: np.ndarray, output: Array) -> None:

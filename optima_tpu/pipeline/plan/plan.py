@@ -199,12 +199,8 @@ def make_plan(
         refused = refused or refusal(trainer, *([] if recovering else ["--distill null"]))
         training = training_programs(model, trainer, text.window, machine, compile_call)
     programs = [_calibration(config, model.at(kind.block), machine, kind, count, compile_call) for kind, count in kinds.items()]
-    if len(programs) > 1:  # a block is calibrated in several passes, each for some of its layers
-        ends = {kind: f" (as in block {kind})" if len(decoder.config.kinds) > 1 else "" for kind in decoder.config.kinds}
-        programs = [
-            program._replace(name=f"calibration of {_short(kind.groups)}{ends[kind.block]}")
-            for program, kind in zip(programs, kinds)
-        ]
+    if len(programs) == 1:  # otherwise a block is calibrated in several passes, each for some of its layers
+        programs = [programs[0]._replace(name="calibration step")]
     programs += [_pruning(model.at(found.block), machine, recipe, shape, found, compile_call) for shape, found in layers.items()]
     programs = [program._replace(memory=program.memory + states) for program in programs]
     programs += training
@@ -268,7 +264,6 @@ def _calibration(
     inputs = estimate.inputs_of(model, groups)
     batch = sequences_at_once(decoder, text.samples)
     steps = sum(-(-count // (batch * machine.mesh.shape[DATA])) for count in (text.samples, text.held_out))
-    name = "calibration step"
     # While the held-out sequences pass through the block, the Hessians of the calibration sequences are on the devices.
     streams, target = config.target.streams, config.target
     capture = Capture(groups, target, advance=target.dense_stream and kind.last, borrow=config.borrow)
@@ -276,12 +271,12 @@ def _calibration(
     memory = beside + estimate.calibration_memory(model, inputs, text.window, batch, streams)
     calls = functools.cache(lambda: calibration_calls(decoder, capture, kind.known, kind.kept, text.window, text.samples))
     where = f" (as in block {kind.block})" if len(decoder.config.kinds) > 1 else ""
-    what, tokens = f"calibration of {_short(groups)}{where}", f"{batch} x {text.window} tokens a device"
-    sums, found = compile_call(f"{what}, sums: {tokens}", lambda: calls().sums), None
+    name, tokens = f"calibration of {_short(groups)}{where}", f"{batch} x {text.window} tokens a device"
+    sums, found = compile_call(f"{name}, sums: {tokens}", lambda: calls().sums), None
     if sums:
-        passes = [compile_call(f"{what}, pass: {tokens}", lambda: calls().passes[0])]
+        passes = [compile_call(f"{name}, pass: {tokens}", lambda: calls().passes[0])]
         if len(calls().distinct) > 1:
-            passes.append(compile_call(f"{what}, pass of the dense stream: {tokens}", lambda: calls().passes[1]))
+            passes.append(compile_call(f"{name}, pass of the dense stream: {tokens}", lambda: calls().passes[1]))
         found = calls().joined([each for each in passes if each], sums)
     if found and found.memory:
         memory = beside + found.memory
