@@ -8,7 +8,7 @@ TF32 on a GPU; to 8, as one pass. Printed are cg's steps from Wanda's mask to a 
 entries differ and the error of the optimum on it.
 
 With --inverses the factors are rounded in the products that invert a Hessian for ADMM and for the prices of exchanges, which choose
-too. They have six passes. Printed is the error that the masks, the exchanges and the solve of the preset `best` end with.
+too, by halves as on a CPU. Printed is the error that the masks, the exchanges and the solve of the preset `best` end with.
 """
 
 import argparse
@@ -49,9 +49,9 @@ def round_to(bits: int) -> None:
 def round_inverses_to(bits: int) -> None:
     """From now on the inverses that only choose are made by products with factors of so many bits."""
 
-    def inverse(matrix: jax.Array) -> jax.Array:
+    def inverse(matrix: jax.Array, ridge: float) -> jax.Array:
         with mock.patch.object(inverses, "matmul", rounded(bits)):
-            return inverses.inverse(matrix)
+            return inverses.inverse(matrix, ridge)
 
     admm.inverse = mask_swaps.inverse = inverse
     jax.clear_caches()  # JAX keeps the parts of an inverse as it traced them

@@ -8,6 +8,7 @@ Compiling is not counted. Every number is the fastest of ``--repeats`` runs.
 """
 
 import argparse
+import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -60,7 +61,7 @@ def lines(recipe: Recipe, problem: LayerProblem, repeats: int, clock: Callable[[
 
     product = timed(matmul, problem.weight, hessian)[0]
     ridge = hessian + jnp.mean(jnp.diagonal(hessian)) * jnp.eye(len(hessian))
-    invert, root = timed(inverse, ridge)[0], timed(inverse_and_root, ridge)[0]
+    invert, root = timed(functools.partial(inverse, ridge=1.0), ridge)[0], timed(inverse_and_root, ridge)[0]
 
     def line(part: str, seconds: float, cost: Cost | None = None) -> str:
         inverses = "" if cost is None else f"{cost.inverses * invert:.2f}"

@@ -213,7 +213,7 @@ def schur_diagonal(hessian: Float32[Array, "d_in d_in"], damping: float, kept: f
 
     def newton(state: _Search) -> _Search:
         # Finds the root of size - t tr X - |K| in log t; the derivative is t^2 |X|^2 - t tr X < 0.
-        found, ridge = inverse(matrix + state.ridge * eye), state.ridge
+        found, ridge = inverse(matrix + state.ridge * eye, damping), state.ridge
         diagonal, squares = jnp.diagonal(found), jnp.sum(found * found, axis=0)
         trace = ridge * jnp.sum(diagonal)
         slope = trace - ridge**2 * jnp.sum(squares)

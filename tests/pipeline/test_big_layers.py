@@ -18,8 +18,8 @@ from optima_tpu.errors import UserError
 from optima_tpu.launch import main
 from optima_tpu.method.linalg import inverses as shared
 from optima_tpu.method.linalg.blocked_cholesky import inverse_by_panels
-from optima_tpu.method.linalg.features import WHOLE, Features
-from optima_tpu.method.linalg.inverses import inverse, inverse_cholesky, together
+from optima_tpu.method.linalg.features import WHOLE, Features, matmul
+from optima_tpu.method.linalg.inverses import ROUGH_RIDGE, inverse, inverse_cholesky, together
 from optima_tpu.method.mask_swaps import Swaps
 from optima_tpu.method.patterns import Unstructured
 from optima_tpu.method.prune_group import prune_group
@@ -70,12 +70,12 @@ def test_halves_and_panels_of_a_whole_matrix_give_the_same_inverse(size, panel):
     whole, by_panels = jax.jit(lambda matrix: inverse_by_panels(matrix, WHOLE, panel))(matrix)
     for root in (by_panels, inverse_cholesky(jnp.asarray(matrix))):
         assert np.abs(root - exact).max() < 1e-5 * np.abs(exact).max() and (np.triu(root, 1) == 0).all()
-    for found in (whole, inverse(jnp.asarray(matrix))):
+    for found in (whole, inverse(jnp.asarray(matrix), 0.01)):
         assert np.abs(found - exact.T @ exact).max() < 1e-5 * np.abs(exact.T @ exact).max()
     assert np.isnan(inverse_by_panels(-jnp.asarray(matrix), WHOLE, panel)[1]).any()
 
 
-@pytest.mark.parametrize("make", [inverse, inverse_cholesky])
+@pytest.mark.parametrize("make", [functools.partial(inverse, ridge=0.01), inverse_cholesky])
 def test_a_tpu_gets_the_small_program(make):
     """Lowered for it without one: a loop where the other platforms have the halves, whose program grows with the matrix."""
 
@@ -85,6 +85,35 @@ def test_a_tpu_gets_the_small_program(make):
 
     assert lowered("tpu", 2048).count("\n") < 1.1 * lowered("tpu", 512).count("\n")
     assert lowered("cuda", 2048).count("\n") > 2 * lowered("cuda", 512).count("\n")
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_an_inverse_that_chooses_takes_three_passes_on_a_tpu_where_the_ridge_allows_it(devices):
+    """What the program asks for: HIGH is three passes of a TPU's matrix unit, HIGHEST is six. Leaves are factorised in full."""
+
+    def asked(ridge: float, platform: str) -> set[str]:
+        with jax.sharding.use_abstract_mesh(mesh(devices, 1).abstract_mesh):
+            traced = jax.jit(functools.partial(inverse, ridge=ridge)).trace(jax.ShapeDtypeStruct((2048, 2048), jnp.float32))
+            text = traced.lower(lowering_platforms=(platform,)).as_text()
+        return set(re.findall(r"dot_general.*precision = \[(\w+)", text))
+
+    assert asked(ROUGH_RIDGE, "tpu") == {"HIGH"}
+    assert asked(ROUGH_RIDGE / 2, "tpu") == asked(ROUGH_RIDGE, "cuda") == {"HIGHEST"}
+
+
+def test_the_smallest_ridge_of_a_rough_inverse_is_far_above_its_rounding():
+    """Products of factors of 16 bits, as in three passes, with 512 inputs of which most repeat others."""
+    hessian = correlated_hessian(np.random.default_rng(0), 512, spread=2.0)
+    scale = np.sqrt(np.diagonal(hessian))
+    matrix = hessian / scale / scale[:, None] + ROUGH_RIDGE * np.eye(512, dtype=np.float32)
+    exact = np.linalg.inv(matrix.astype(np.float64))
+
+    def rounded(a, b):
+        return matmul(*(jax.lax.reduce_precision(array, 8, 15) for array in (a, b)))
+
+    found, _ = jax.jit(lambda matrix: inverse_by_panels(matrix, WHOLE, product=rounded))(matrix)
+    assert np.abs(np.diagonal(found) / np.diagonal(exact) - 1).max() < 0.01
+    assert np.linalg.norm(found - exact) < 0.01 * np.linalg.norm(exact)
 
 
 @pytest.mark.parametrize("inside", [False, True])

@@ -18,11 +18,11 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
-from optima_tpu.method.linalg.features import Features, matmul
+from optima_tpu.method.linalg.features import Features, Product, matmul
 
 
 def inverse_by_panels(
-    columns: Float[Array, "d_in d"], features: Features, panel: int = 128
+    columns: Float[Array, "d_in d"], features: Features, panel: int = 128, product: Product = matmul
 ) -> tuple[Float[Array, "d_in d"], Float[Array, "d_in d"]]:
     """The columns of ``X = A^-1`` and of the lower triangular ``R`` with ``X = R'R``.
 
@@ -33,6 +33,7 @@ def inverse_by_panels(
       features: how the columns are sharded over the ``n`` devices.
       panel: the largest number of columns in one broadcast. If equal panels do not divide ``d``, every device pads its columns
         with a few decoupled columns of the identity.
+      product: ``linalg.features.matmul``, or ``rough_matmul`` for an inverse that only chooses. Each panel is factorised in full.
 
     Returns:
       (X, R), each [d_in, d] float32; NaN where ``A`` is not positive definite in float32.
@@ -54,16 +55,16 @@ def inverse_by_panels(
         column = broadcast(rest, k)
         corner = jnp.linalg.cholesky(jax.lax.dynamic_slice_in_dim(column, first, width))
         corner = jax.scipy.linalg.solve_triangular(corner, jnp.eye(width, dtype=corner.dtype), lower=True)
-        below = jnp.where((place >= first + width)[:, None], matmul(column, corner.T), 0.0)
-        done = matmul(corner, jax.lax.dynamic_slice_in_dim(root, first, width))
-        root = jax.lax.dynamic_update_slice_in_dim(root - matmul(below, done), done, first, axis=0)
-        return rest - matmul(below, features.mine(below).T), root
+        below = jnp.where((place >= first + width)[:, None], product(column, corner.T), 0.0)
+        done = product(corner, jax.lax.dynamic_slice_in_dim(root, first, width))
+        root = jax.lax.dynamic_update_slice_in_dim(root - product(below, done), done, first, axis=0)
+        return rest - product(below, features.mine(below).T), root
 
     identity = features.on_diagonal(columns).astype(columns.dtype)
     _, root = jax.lax.fori_loop(0, devices * count, factor, (columns, identity))
 
     def square(k: Array, inverse: Array) -> Array:
-        return jax.lax.dynamic_update_slice_in_dim(inverse, matmul(broadcast(root, k).T, root), k * width, axis=0)
+        return jax.lax.dynamic_update_slice_in_dim(inverse, product(broadcast(root, k).T, root), k * width, axis=0)
 
     inverse = jax.lax.fori_loop(0, devices * count, square, jnp.zeros_like(root))
     return _cut(inverse, devices, extra), _cut(root, devices, extra)

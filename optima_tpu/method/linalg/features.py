@@ -6,6 +6,7 @@ function here communicates.
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +26,10 @@ def rough_matmul(a: Float[Array, "a b"], b: Float[Array, "b c"]) -> Float[Array,
     factors to TF32, with errors of some ``2^-11``. On CPUs it is the same as :func:`matmul`.
     """
     return jnp.matmul(a, b, precision=jax.lax.Precision.HIGH)
+
+
+Product = Callable[[Array, Array], Array]
+"""``matmul`` or ``rough_matmul``."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -139,7 +139,7 @@ class ADMM(Selector):
 
         def through(states: tuple[_State, ...], stage: tuple[Array, Array, Array]) -> tuple[tuple[_State, ...], None]:
             sigma, first, last = stage
-            solve = inverse(matrix + sigma * eye)
+            solve = inverse(matrix + sigma * eye, self.damping + self.rho_first)
 
             def iteration(index: int | Array, states: tuple[_State, ...]) -> tuple[_State, ...]:
                 rho = penalties[index // self.iterations]
