@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         """Compiles, and keeps the text; the memory of the program does not matter here."""
         start = time.monotonic()
         calls.append(call())
-        texts.append((what.rpartition(":")[0], calls[-1].lower().compile(dict(machine.options or {})).as_text() or ""))
+        texts.append((what.rpartition(":")[0] or what, calls[-1].lower().compile(dict(machine.options or {})).as_text() or ""))
         print(f"compiled the {what} in {time.monotonic() - start:.0f} s", file=sys.stderr)
         return Compiled(0.0)
 
