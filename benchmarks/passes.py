@@ -2,8 +2,8 @@
 
     python -m benchmarks.passes 6 --tokens tokens.npy
 
-Two products only choose: that of cg's residual with the inverse, which gives the direction of a step, and that of an iteration of
-ADMM. `linalg.features.rough_matmul` computes both. Here their factors are rounded: to 16 bits, as three passes of a TPU do; to 11, as
+`linalg.features.rough_matmul` computes the products that only choose: cg's inverse R'R and its product with a residual, which give the
+direction of a step, and an iteration of ADMM. Here their factors are rounded: to 16 bits, as three passes of a TPU do; to 11, as
 TF32 on a GPU; to 8, as one pass. Printed are cg's steps from Wanda's mask to a certified gap of 0.1%, and for ADMM's mask how many
 entries differ and the error of the optimum on it.
 
@@ -43,14 +43,16 @@ def rounded(bits: int) -> Callable[[jax.Array, jax.Array], jax.Array]:
 
 def round_to(bits: int) -> None:
     """From now on the products that only choose have factors of so many bits."""
-    features.rough_matmul = admm.rough_matmul = rounded(bits)
+    for module in (features, admm, inverses):
+        module.rough_matmul = rounded(bits)
+    jax.clear_caches()  # JAX keeps the parts of an inverse as it traced them
 
 
 def round_inverses_to(bits: int) -> None:
     """From now on the inverses that only choose are made by products with factors of so many bits."""
 
     def inverse(matrix: jax.Array, ridge: float) -> jax.Array:
-        with mock.patch.object(inverses, "matmul", rounded(bits)):
+        with mock.patch.multiple(inverses, matmul=rounded(bits), rough_matmul=rounded(bits)):
             return inverses.inverse(matrix, ridge)
 
     admm.inverse = mask_swaps.inverse = inverse

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from optima_tpu.method.acceptance import PerRow
-from optima_tpu.method.linalg import features
+from optima_tpu.method.linalg import features, inverses
 from optima_tpu.method.mask_swaps import Swaps
 from optima_tpu.method.patterns import Unstructured
 from optima_tpu.method.problem import LayerProblem, Pruned, optimality_residual
@@ -224,7 +224,7 @@ def test_the_rough_products_of_accelerators_do_for_a_direction_and_a_mask(monkey
         a, b = (jax.lax.reduce_precision(array, 8, bits - 1) for array in (a, b))
         return features.matmul(a, b)
 
-    for module in (features, admm):
+    for module in (features, admm, inverses):
         monkeypatch.setattr(module, "rough_matmul", rounded)
     pruned, found = pruned_and_solved()
     assert found.converged.all() and found.steps.max() <= full.steps.max() + CG().cycle

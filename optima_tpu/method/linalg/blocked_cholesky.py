@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
-from optima_tpu.method.linalg.features import Features, Product, matmul
+from optima_tpu.method.linalg.features import Features, Product, matmul, rough_matmul
 
 
 def inverse_by_panels(
@@ -33,7 +33,8 @@ def inverse_by_panels(
       features: how the columns are sharded over the ``n`` devices.
       panel: the largest number of columns in one broadcast. If equal panels do not divide ``d``, every device pads its columns
         with a few decoupled columns of the identity.
-      product: ``linalg.features.matmul``, or ``rough_matmul`` for an inverse that only chooses. Each panel is factorised in full.
+      product: makes ``R``: ``linalg.features.matmul``, or ``rough_matmul`` where ``R`` too only chooses. Panels are factorised in
+        full, and ``X`` is always rough: nobody reads more of it than directions and choices.
 
     Returns:
       (X, R), each [d_in, d] float32; NaN where ``A`` is not positive definite in float32.
@@ -64,7 +65,7 @@ def inverse_by_panels(
     _, root = jax.lax.fori_loop(0, devices * count, factor, (columns, identity))
 
     def square(k: Array, inverse: Array) -> Array:
-        return jax.lax.dynamic_update_slice_in_dim(inverse, product(broadcast(root, k).T, root), k * width, axis=0)
+        return jax.lax.dynamic_update_slice_in_dim(inverse, rough_matmul(broadcast(root, k).T, root), k * width, axis=0)
 
     inverse = jax.lax.fori_loop(0, devices * count, square, jnp.zeros_like(root))
     return _cut(inverse, devices, extra), _cut(root, devices, extra)

@@ -30,7 +30,7 @@ def inverse(matrix: Float[Array, "d d"], ridge: float) -> Float[Array, "d d"]:
       ridge: a number that no eigenvalue of ``matrix`` is below.
     """
     product = rough_matmul if ridge >= ROUGH_RIDGE else matmul
-    return _made(matrix, lambda matrix: _square(_root(matrix, product), product), lambda matrix: together(matrix, product)[0])
+    return _made(matrix, lambda matrix: _square(_root(matrix, product)), lambda matrix: together(matrix, product)[0])
 
 
 def inverse_cholesky(matrix: Float[Array, "d d"]) -> Float[Array, "d d"]:
@@ -39,7 +39,7 @@ def inverse_cholesky(matrix: Float[Array, "d d"]) -> Float[Array, "d d"]:
 
 
 def inverse_and_root(matrix: Float[Array, "d d"]) -> tuple[Float[Array, "d d"], Float[Array, "d d"]]:
-    """``X = M^-1 = R'R`` and ``R = L^-1`` of a replicated matrix.
+    """``X = M^-1 = R'R`` by rough products, and ``R = L^-1`` in full, of a replicated matrix.
 
     TPUs share the work (:func:`together`) if the call is traced on a mesh: inside ``shard_map``, where all devices must call it,
     or under ``jax.sharding.use_abstract_mesh``. Otherwise this would be the only cost of a layer that does not fall with the
@@ -77,7 +77,7 @@ def _made(matrix: Array, each: Callable[[Array], _Made], shared: Callable[[Array
 def _both(matrix: Array) -> tuple[Array, Array]:
     root = _root(matrix, matmul)
     # Not by halves: the parts would be in memory together with X and R, when the solver's memory is at its peak.
-    return matmul(root.T, root), root
+    return rough_matmul(root.T, root), root
 
 
 def _root(matrix: Array, panels: Product) -> Array:
@@ -105,23 +105,23 @@ def _by_halves(matrix: Array) -> Array:
     return jnp.block([[first, jnp.zeros((half, size - half), matrix.dtype)], [-matmul(second, matmul(below, first)), second]])
 
 
-def _square(root: Array, at_once: Product) -> Array:
-    """``R'R`` of a lower triangular R.
+def _square(root: Array) -> Array:
+    """``R'R`` of a lower triangular R, which only chooses.
 
     By halves it needs a third of the operations; TPUs do not use halves, see :func:`_root`.
     """
-    return jax.lax.platform_dependent(root, tpu=lambda root: at_once(root.T, root), default=_square_by_halves)
+    return jax.lax.platform_dependent(root, tpu=lambda root: rough_matmul(root.T, root), default=_square_by_halves)
 
 
 def _square_by_halves(root: Array) -> Array:
     """``R'R`` without multiplying zeros, and without computing symmetric blocks twice."""
     size = len(root)
     if size <= _LEAF:
-        return matmul(root.T, root)
+        return rough_matmul(root.T, root)
     half = size // 2
     first, below, second = root[:half, :half], root[half:, :half], root[half:, half:]
-    corner = matmul(second.T, below)
-    return jnp.block([[_square_by_halves(first) + matmul(below.T, below), corner.T], [corner, _square_by_halves(second)]])
+    corner = rough_matmul(second.T, below)
+    return jnp.block([[_square_by_halves(first) + rough_matmul(below.T, below), corner.T], [corner, _square_by_halves(second)]])
 
 
 def _at_once(matrix: Array) -> Array:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
-from optima_tpu.method.linalg.features import matmul
+from optima_tpu.method.linalg.features import rough_matmul
 
 # The estimate of the trace is off by a hundredth or two if the random vectors have this many entries together.
 _ENTRIES = 8192
@@ -30,7 +30,7 @@ def inverse_traces(matrix: Float[Array, "d d"]) -> Callable[[Float[Array, ""]], 
 
     def step(carry: tuple[Array, Array, Array], _: None) -> tuple[tuple[Array, Array, Array], tuple[Array, Array]]:
         last, vector, coupling = carry
-        image = matmul(vector, matrix) - coupling[:, None] * last
+        image = rough_matmul(vector, matrix) - coupling[:, None] * last
         diagonal = jnp.sum(image * vector, axis=1)
         image = image - diagonal[:, None] * vector
         length = jnp.sqrt(jnp.sum(image**2, axis=1))
