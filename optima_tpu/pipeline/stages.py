@@ -426,21 +426,25 @@ def _report(run: Run) -> None:
     run.report = from_first(
         lambda: write_report(
             directory / REPORT,
-            manifest=opened_run.manifest,
-            configuration=opened_run.configuration,
-            environment=environment(decoder.mesh),
-            model=model,
-            calibration={"source": config.calibration.source, "how": calibration.how, "tokens": int(calibration.ids.size)},
-            allocation=run.allocation and run.allocation.to_json(),
-            weighed=[name for name in residuals if any(name in decoder.at(kind).linears for kind in decoder.config.kinds)],
-            blocks=blocks_from_json(_made(run.blocks), directory / CHECKPOINT),
-            seconds=run.progress.seconds,
-            memory=memory,
-            files={what: str(path) for what, path in files.items()},
-            sizes=_sizes(run),
-            tokens=_changes(run),
-            continuations=run.continuations,
-            **_facts(run),
+            {
+                "manifest": opened_run.manifest,
+                "configuration": opened_run.configuration,
+                "environment": environment(decoder.mesh),
+                "model": model,
+                "calibration": {"source": config.calibration.source, "how": calibration.how, "tokens": int(calibration.ids.size)},
+                "allocation": run.allocation and run.allocation.to_json(),
+                "weighed_layers": [
+                    name for name in residuals if any(name in decoder.at(kind).linears for kind in decoder.config.kinds)
+                ],
+                "seconds": dict(run.progress.seconds),
+                "memory": memory,
+                "sizes": _sizes(run),
+                "tokens": _changes(run),
+                "continuations": run.continuations,
+                "files": {what: str(path) for what, path in files.items()},
+                **_facts(run),
+            },
+            blocks_from_json(_made(run.blocks), directory / CHECKPOINT),
         )
     )
 

@@ -24,6 +24,13 @@ REPORT = "report.json"
 
 _PACKAGES = ("optima-tpu", "jax", "jaxlib", "flax", "orbax-checkpoint", "mpax", "transformers", "numpy")
 
+_KEYS = (
+    *("manifest", "configuration", "environment", "model", "calibration", "evaluation", "perplexity"),
+    *("sparsity", "model_sparsity", "allocation", "distillation", "weighed_layers", "recipe", "weights", "pruned"),
+    *("unusual", "layer_kinds", "seconds", "memory", "sizes", "tokens", "continuations", "files", "blocks"),
+)
+"""The keys of the file, in its order."""
+
 
 def environment(mesh: Mesh) -> dict[str, Any]:
     """Versions, devices and mesh of this process's run, as JSON types."""
@@ -70,87 +77,53 @@ def size_on_disk(path: Path) -> int:
     return sum(file.stat().st_size for file in files)
 
 
-def write_report(
-    path: Path,
-    *,
-    manifest: Mapping[str, Any],
-    configuration: Mapping[str, Any],
-    environment: Mapping[str, Any],
-    model: Mapping[str, Any],
-    calibration: Mapping[str, Any],
-    evaluation: Mapping[str, Any],
-    perplexity: Mapping[str, float],
-    blocks: Sequence[BlockReport],
-    seconds: Mapping[str, float],
-    memory: Mapping[str, int | None],
-    files: Mapping[str, str],
-    allocation: Mapping[str, Any] | None = None,
-    distillation: Mapping[str, Any] | None = None,
-    weighed: Sequence[str] = (),
-    recipe: str = "",
-    sizes: Mapping[str, Any] | None = None,
-    tokens: Mapping[str, Any] | None = None,
-    continuations: Mapping[str, Any] | None = None,
-) -> dict[str, Any]:
+def write_report(path: Path, entries: Mapping[str, Any], blocks: Sequence[BlockReport]) -> dict[str, Any]:
     """Writes the report atomically: afterwards the file is either the complete new report or the old one.
 
     Args:
       path: RUN/report.json.
-      manifest: everything that determines the result, see ``inputs.manifest_of``.
-      configuration: from ``config.to_dict``.
-      environment: from :func:`environment`.
-      model: the model that was pruned: origin, fingerprint, architecture, number of blocks, number of all its weights.
-      calibration: the calibration text and how it was sampled.
-      evaluation: the text that perplexity was measured on.
-      perplexity: "dense" and "pruned".
+      entries: JSON values by their keys:
+
+        - manifest: everything that determines the result, see ``inputs.manifest_of``.
+        - configuration: from ``config.to_dict``.
+        - environment: from :func:`environment`.
+        - model: the model that was pruned: origin, fingerprint, architecture, number of blocks, number of all its weights.
+        - calibration: the calibration text and how it was sampled.
+        - evaluation: the text that perplexity was measured on.
+        - perplexity: "dense" and "pruned".
+        - allocation: from ``importance.Allocated.to_json``; None if every block has the pattern's sparsity.
+        - distillation: from ``distill.Outcome.to_json``; None if the pruned model was not trained.
+        - weighed_layers: names, inside a block, of the layers for which the target weighs tokens.
+        - recipe: one line on the method, with only those settings that have an effect on the model's family.
+        - seconds: by stage, from ``Progress.seconds``.
+        - memory: from :func:`memory_peaks`.
+        - sizes: bytes: "dense" of the source's tensors, "transformers" of the exported weights on disk, "left" by the name of
+          each file and folder in the run directory.
+        - tokens: from ``token_changes``: the tokens of the evaluation text that the pruned model predicts worse.
+        - continuations: the texts that both models write after a few prompts.
+        - files: label -> path of each file that the run wrote.
       blocks: one report for each block of the model.
-      seconds: by stage, from ``Progress.seconds``.
-      memory: from :func:`memory_peaks`.
-      files: label -> path of each file that the run wrote.
-      allocation: from ``importance.Allocated.to_json``; None if every block has the pattern's sparsity.
-      distillation: from ``distill.Outcome.to_json``; None if the pruned model was not trained.
-      weighed: names, inside a block, of the layers for which the target weighs tokens.
-      recipe: one line on the method, with only those settings that have an effect on the model's family.
-      sizes: bytes: "dense" of the source's tensors, "transformers" of the exported weights on disk, "left" by the name of
-        each file and folder in the run directory.
-      tokens: from ``token_changes``: the tokens of the evaluation text that the pruned model predicts worse.
-      continuations: the texts that both models write after a few prompts.
 
     Returns:
       The written values. Numbers that are not finite, which JSON does not have, are null.
 
     Raises:
-      ValueError: a number given here is not finite.
+      ValueError: a number among the entries is not finite.
     """
     layers = all_layers(blocks)
     weights, pruned = sum(math.prod(layer.shape) for layer in layers), sum(layer.pruned for layer in layers)
     worse = {name: [value if math.isfinite(value) else None for value in errors] for name, errors in worsened(blocks).items()}
-    report = {
-        "manifest": dict(manifest),
-        "configuration": dict(configuration),
-        "environment": dict(environment),
-        "model": dict(model),
-        "calibration": dict(calibration),
-        "evaluation": dict(evaluation),
-        "perplexity": dict(perplexity),
+    values = {
+        **entries,
         "sparsity": sparsity(layers),
-        "model_sparsity": pruned / model["weights"] if model.get("weights") else None,
-        "allocation": allocation,
-        "distillation": distillation,
-        "weighed_layers": list(weighed),
-        "recipe": recipe,
+        "model_sparsity": pruned / entries["model"]["weights"] if entries["model"].get("weights") else None,
         "weights": weights,
         "pruned": pruned,
         "unusual": unusual(blocks) | {"worse_on_held_out": worse},
         "layer_kinds": [finite(kind._asdict()) for kind in by_kind(blocks)],
-        "seconds": dict(seconds),
-        "memory": dict(memory),
-        "sizes": dict(sizes or {}),
-        "tokens": tokens,
-        "continuations": continuations,
-        "files": dict(files),
         "blocks": [block.to_json() for block in blocks],
     }
+    report = {key: values[key] for key in _KEYS}
     with writing(path, "all finished blocks are intact; make room and repeat the command"):
         keep(path.parent, {path.name: (json.dumps(report, indent=2, allow_nan=False) + "\n").encode()})
     return report

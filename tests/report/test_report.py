@@ -19,7 +19,7 @@ from optima_tpu.report.progress import Progress, show
 from optima_tpu.report.records import BlockReport, LayerReport
 from optima_tpu.report.rows import LayerFacts, layer_report
 from optima_tpu.report.table import print_summary
-from tests.support.fake_reports import layer
+from tests.support.fake_reports import ENTRIES, layer
 from tests.support.meshes import mesh
 
 DOWN = {"name": "mlp.down_proj", "shape": (2, 30), "rows": 2, "rows_converged": 2, "pruned": 30}
@@ -331,23 +331,13 @@ def test_many_troubles_are_counted_not_listed():
 
 
 def written(path, **changes):
-    return file.write_report(
-        path,
-        **{
-            "manifest": {"code": "0"},
-            "configuration": {"pattern": "2:4"},
-            "environment": file.environment(mesh(4, 2)),
-            "model": {"origin": "x"},
-            "calibration": {"source": "c4"},
-            "evaluation": {"source": "wikitext2"},
-            "perplexity": {"dense": 2.0, "pruned": 3.0},
-            "blocks": BLOCKS,
-            "seconds": {"pruning": 4.0},
-            "memory": file.memory_peaks(),
-            "files": {"report": "r"},
-        }
-        | changes,
-    )
+    entries = ENTRIES | {
+        "configuration": {"pattern": "2:4"},
+        "environment": file.environment(mesh(4, 2)),
+        "seconds": {"pruning": 4.0},
+        "memory": file.memory_peaks(),
+    }
+    return file.write_report(path, entries | changes, BLOCKS)
 
 
 def test_report_json_holds_it_all(tmp_path):

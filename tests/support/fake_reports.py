@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -19,6 +20,16 @@ NAMES = (
     "mlp.up_proj",
     "mlp.down_proj",
 )
+
+ENTRIES: dict[str, Any] = {
+    **{key: {} for key in ("manifest", "environment", "model", "calibration", "memory", "sizes", "files")},
+    **dict.fromkeys(("allocation", "distillation", "tokens", "continuations")),
+    "evaluation": {"how": "the first 4 windows of pydoc"},
+    "perplexity": {"dense": 2.0, "pruned": 3.0},
+    "weighed_layers": [],
+    "recipe": "",
+}
+"""What ``report.file.write_report`` is given, without configuration and seconds."""
 
 
 def layer(block: int = 0, name: str = "self_attn.q_proj", **changes) -> LayerReport:
@@ -66,21 +77,8 @@ def write_run(
         BlockReport(index, 1.0, tuple(layer for layer in reports if layer.block == index))
         for index in dict.fromkeys(layer.block for layer in reports)
     ]
-    write_report(
-        directory / "report.json",
-        manifest={},
-        configuration=to_dict(config),
-        environment={},
-        model={},
-        calibration={},
-        evaluation={"how": "the first 4 windows of pydoc"},
-        perplexity={"dense": 2.0, "pruned": 3.0},
-        blocks=blocks,
-        seconds={"pruning": pruning},
-        memory={},
-        files={},
-        weighed=weighed,
-    )
+    entries = ENTRIES | {"configuration": to_dict(config), "seconds": {"pruning": pruning}, "weighed_layers": list(weighed)}
+    write_report(directory / "report.json", entries, blocks)
     return directory
 
 
