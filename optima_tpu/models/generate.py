@@ -60,18 +60,26 @@ class Resident(NamedTuple):
     head: Head
 
 
+class Sampling(NamedTuple):
+    """How the tokens of a window are drawn.
+
+    Attributes:
+      start: the first token of every window.
+      vocabulary: only ids below it are drawn; an embedding may have rows without a token.
+      seed, temperature: see :func:`generate`.
+      restart: the token after which ``start`` is written instead of a drawn token. It begins the next document of the same
+        window, which still attends to the text before it, as in pretraining on packed documents.
+    """
+
+    start: int
+    vocabulary: int
+    seed: int | np.uint32
+    temperature: float = 1.0
+    restart: int | None = None
+
+
 def generate(
-    decoder: Decoder,
-    *,
-    samples: int,
-    length: int,
-    start: int,
-    seed: int,
-    vocabulary: int,
-    temperature: float = 1.0,
-    restart: int | None = None,
-    budget: float = math.inf,
-    progress: Progress | None = None,
+    decoder: Decoder, sampling: Sampling, *, samples: int, length: int, budget: float = math.inf, progress: Progress | None = None
 ) -> np.ndarray:
     """Windows of tokens, each token drawn from the model's distribution of the next token:
 
@@ -83,9 +91,6 @@ def generate(
     and the window continues differently.
 
     Args:
-      vocabulary: only ids below it are drawn; an embedding may have rows without a token.
-      restart: the token after which ``start`` is written instead of a drawn token. It begins the next document of the same
-        window, which still attends to the text before it, as in pretraining on packed documents.
       budget: bytes of memory to use on each device; they decide how many windows are written at once.
       progress: shows a stage, in which each step is some tokens of some windows.
 
@@ -97,10 +102,9 @@ def generate(
     """
     mesh, size = decoder.mesh, windows_at_once(decoder, samples, length, budget)
     model = load(decoder, length)
-    program = jax.jit(
-        functools.partial(_write, decoder, min(_STRETCH, length - 1), length, start, restart, vocabulary), donate_argnums=1
-    )
-    windows = np.full((samples, length), start, np.int32)
+    program = jax.jit(functools.partial(_write, decoder), donate_argnums=2)
+    sampling = sampling._replace(seed=np.uint32(sampling.seed % 2**32))
+    windows = np.full((samples, length), sampling.start, np.int32)
     stretches, progress, began = -(-(length - 1) // _STRETCH), progress or Progress(Console(quiet=True)), time.monotonic()
     progress.stage(
         f"writing {samples} windows of {length} tokens with the dense model, {min(size, samples)} at once",
@@ -110,12 +114,12 @@ def generate(
     caches = empty_cache(decoder, size, length)
     for first in range(0, samples, size):
         rows = np.arange(first, first + size)
-        state: State = (caches, place(mesh, np.full(size, start, np.int32), P(DATA)))
+        state: State = (caches, place(mesh, np.full(size, sampling.start, np.int32), P(DATA)))
         for stretch in range(stretches):
             begin = stretch * _STRETCH
-            state, drawn, finite = program(
-                model, state, place(mesh, rows, P(DATA)), np.int32(begin), np.uint32(seed % 2**32), np.float32(temperature)
-            )
+            # The last stretch may run past the window: clamp its positions to the tables and drop the extra tokens.
+            places = np.minimum(begin + np.arange(min(_STRETCH, length - 1), dtype=np.int32), length - 2)
+            state, drawn, finite = program(sampling, model, state, place(mesh, rows, P(DATA)), places)
             drawn, finite = fetch((drawn, finite))
             if not finite:
                 raise UserError(f"the logits of the dense model hold NaN or infinite values: {decoder.overflowed}")
@@ -178,7 +182,7 @@ def step(
     return head_logits(model.head, hidden[:, -1:])[:, 0], tuple(after)
 
 
-def draw(logits: Array, keys: Array, temperature: Array | float, vocabulary: int) -> Array:
+def draw(logits: Array, keys: Array, temperature: Array | float, vocabulary: Array | int) -> Array:
     """One token of each row of logits [windows, vocab], with one key each: [windows] int32, below ``vocabulary``."""
     allowed = jnp.where(jnp.arange(logits.shape[1]) < vocabulary, logits / temperature, -jnp.inf)
     return jax.vmap(jax.random.categorical)(keys, allowed).astype(jnp.int32)
@@ -215,32 +219,21 @@ def _cache_structs(decoder: Decoder, length: int) -> tuple[dict[str, jax.ShapeDt
 
 
 def _write(
-    decoder: Decoder,
-    steps: int,
-    length: int,
-    start: int,
-    restart: int | None,
-    vocabulary: int,
-    model: Resident,
-    state: State,
-    rows: Array,
-    first: Array,
-    seed: Array,
-    temperature: Array,
+    decoder: Decoder, sampling: Sampling, model: Resident, state: State, rows: Array, places: Array
 ) -> tuple[State, Array, Array]:
-    """The compiled program: ``steps`` more tokens of every window. Returns (state, tokens [steps, windows], all finite)."""
-    keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(seed)))(rows)
+    """The compiled program: a token of every window after each place. Returns (state, tokens [places, windows], all finite)."""
+    keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(sampling.seed)))(rows)
 
     def token(state: State, at: Array) -> tuple[State, tuple[Array, Array]]:
         caches, before = state
         logits, caches = step(decoder, model, caches, before[:, None], at)
-        after = draw(logits, jax.vmap(jax.random.fold_in, (0, None))(keys, at + 1), temperature, vocabulary)
-        if restart is not None:
-            after = jnp.where(before == restart, start, after)
+        drawn = jax.vmap(jax.random.fold_in, (0, None))(keys, at + 1)
+        after = draw(logits, drawn, sampling.temperature, sampling.vocabulary)
+        if sampling.restart is not None:
+            after = jnp.where(before == sampling.restart, sampling.start, after)
         return (caches, after), (after, jnp.isfinite(logits).all())
 
-    # The last stretch may run past the window: clamp its positions to the tables. The caller drops the extra tokens.
-    state, (tokens, finite) = jax.lax.scan(token, state, jnp.minimum(first + jnp.arange(steps), length - 2))
+    state, (tokens, finite) = jax.lax.scan(token, state, places)
     return state, tokens, finite.all()
 
 

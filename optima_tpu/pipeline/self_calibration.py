@@ -15,7 +15,7 @@ from optima_tpu.data.sampling import held_out_text
 from optima_tpu.errors import UserError
 from optima_tpu.models.checkpoints import Pretrained, load_tokenizer
 from optima_tpu.models.decoder import Decoder
-from optima_tpu.models.generate import generate
+from optima_tpu.models.generate import Sampling, generate
 from optima_tpu.report.progress import Progress
 from optima_tpu.report.run_record import RUN, read_run, refuse_another
 from optima_tpu.runtime.checksums import intact, keep
@@ -54,18 +54,11 @@ def self_calibration(config: RunConfig, pretrained: Pretrained, decoder: Decoder
     if ids is None:
         before_each = list(tokenizer("")["input_ids"][:1]) == [start]
         with Progress(console or Console(quiet=not is_first())) as progress:
-            ids = generate(
-                decoder,
-                samples=count,
-                length=text.window,
-                start=start,
-                seed=text.seed,
-                vocabulary=len(tokenizer),
-                temperature=source.temperature,
-                restart=eos if before_each and eos != start else None,
-                budget=device_budget(config.device_memory),
-                progress=progress,
+            sampling = Sampling(
+                start, len(tokenizer), text.seed, source.temperature, restart=eos if before_each and eos != start else None
             )
+            budget = device_budget(config.device_memory)
+            ids = generate(decoder, sampling, samples=count, length=text.window, budget=budget, progress=progress)
     how = (
         f"{count} windows of {text.window} tokens that the model wrote itself, from {tokenizer.decode([start])} at "
         f"temperature {source.temperature:g}{held_out_text(text.held_out)}"

@@ -10,7 +10,7 @@ from optima_tpu.config.run_config import Calibration, RunConfig
 from optima_tpu.errors import UserError
 from optima_tpu.launch import main
 from optima_tpu.models.decoder import Decoder
-from optima_tpu.models.generate import draw, empty_cache, generate, load, step, windows_at_once
+from optima_tpu.models.generate import Sampling, draw, empty_cache, generate, load, step, windows_at_once
 from optima_tpu.pipeline import self_calibration
 from optima_tpu.pipeline.inputs import open_model_on_mesh
 from tests.support.meshes import mesh
@@ -88,17 +88,8 @@ def written():
 
 
 def write(model, shape: tuple[int, int], samples: int, **options) -> np.ndarray:
-    return generate(
-        Decoder.open(*model, mesh(*shape)),
-        samples=samples,
-        length=24,
-        start=START,
-        seed=7,
-        vocabulary=60,
-        temperature=1.5,
-        restart=END,
-        **options,
-    )
+    sampling = Sampling(START, vocabulary=60, seed=7, temperature=1.5, restart=END)
+    return generate(Decoder.open(*model, mesh(*shape)), sampling, samples=samples, length=24, **options)
 
 
 def test_every_token_follows_the_logits_of_those_before_it(written):
