@@ -26,7 +26,7 @@ from mpax import create_qp, raPDHG
 from mpax.utils import TerminationStatus
 
 from optima_tpu.config.run_config import EMBEDDED
-from optima_tpu.data import calibration_tokens, parse_source
+from optima_tpu.data import Draw, calibration_tokens, parse_source
 from optima_tpu.errors import UserError
 from optima_tpu.method.patterns import Unstructured
 from optima_tpu.method.problem import LayerProblem, Pruned
@@ -114,9 +114,8 @@ def load_block(arguments) -> tuple[list[tuple[list[Array], Array]], str]:
     decoder = Decoder.open(pretrained.config, pretrained.tensors, make_mesh(None))
     if not 0 <= arguments.block < decoder.config.blocks:
         raise UserError(f"expected a block index from 0 to {decoder.config.blocks - 1}, got {arguments.block}")
-    tokens = calibration_tokens(
-        parse_source(arguments.source), load_tokenizer(pretrained), seed=0, samples=arguments.samples, length=arguments.length
-    )
+    draw = Draw(arguments.samples, arguments.length, seed=0)
+    tokens = calibration_tokens(parse_source(arguments.source), load_tokenizer(pretrained), draw)
     hidden = decoder.embed(tokens.ids)
     for index in range(arguments.block):
         decoder.apply(index, decoder.load_block(index), hidden)

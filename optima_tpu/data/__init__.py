@@ -1,5 +1,6 @@
 """Turns text into the token windows that a model is calibrated on and scored on. One file for each source."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, TypeGuard
 
@@ -13,6 +14,7 @@ from optima_tpu.data.mix import Mix
 from optima_tpu.data.npy import Npy
 from optima_tpu.data.pydoc import PyDoc
 from optima_tpu.data.random import Random
+from optima_tpu.data.sampling import Draw
 from optima_tpu.data.self_generated import SelfGenerated
 from optima_tpu.data.source import Located, Part, Source, Split, TextSource, Tokens, TokenSource, common_part, token_digest
 from optima_tpu.data.tfds import TFDS
@@ -25,6 +27,7 @@ if TYPE_CHECKING:  # importing it takes seconds and warns that torch is missing,
 __all__ = [
     "C4",
     "TFDS",
+    "Draw",
     "File",
     "Hub",
     "Mix",
@@ -98,17 +101,7 @@ def read_by_all(source: Source) -> TypeGuard[TFDS]:
     return isinstance(source, TFDS)
 
 
-def calibration_tokens(
-    source: Source,
-    tokenizer: "PreTrainedTokenizerBase",
-    *,
-    samples: int,
-    length: int,
-    seed: int,
-    held_out: int = 0,
-    bos: int | None = None,
-    over: sampling.Over = map,
-) -> Tokens:
+def calibration_tokens(source: Source, tokenizer: "PreTrainedTokenizerBase", draw: Draw, over: sampling.Over = map) -> Tokens:
     """The calibration windows of a model, and held-out windows after them. The same arguments give the same tokens.
 
     A text source is sampled by :func:`optima_tpu.data.sampling.calibration_windows`. Every document is tokenised with the
@@ -116,9 +109,6 @@ def calibration_tokens(
     is sampled (a shard of C4: about 1 GB), except for sources whose documents can be read by index.
 
     Args:
-      held_out: the number of windows drawn in addition to ``samples``; they share no token position with the calibration windows.
-      bos: the first token of every window, followed by ``length - 1`` tokens of text that is tokenised without special tokens.
-        In the windows of a :class:`TokenSource` it replaces the first token.
       over: how documents are read and tokenised, see :func:`optima_tpu.data.sampling.calibration_windows`.
 
     Returns:
@@ -127,49 +117,41 @@ def calibration_tokens(
     Raises:
       UserError: the source can't be read or holds too few tokens, or its ids do not fit the tokenizer.
     """
-    if samples < 1 or length < 1:
-        raise UserError(f"expected at least one calibration window of at least one token, got {samples} of {length}")
-    if seed < 0:
-        raise UserError(f"expected a seed of at least 0, got {seed}")
-    if held_out < 0:
-        raise UserError(f"expected at least 0 held-out windows, got {held_out}")
+    if draw.samples < 1 or draw.length < 1:
+        raise UserError(f"expected at least one calibration window of at least one token, got {draw.samples} of {draw.length}")
+    if draw.seed < 0:
+        raise UserError(f"expected a seed of at least 0, got {draw.seed}")
+    if draw.held_out < 0:
+        raise UserError(f"expected at least 0 held-out windows, got {draw.held_out}")
     if isinstance(source, Mix):
         return source.calibration(
-            samples,
-            held_out,
+            draw.samples,
+            draw.held_out,
             lambda text, samples, held_out: calibration_tokens(
-                text, tokenizer, samples=samples, length=length, seed=seed, held_out=held_out, bos=bos, over=over
+                text, tokenizer, dataclasses.replace(draw, samples=samples, held_out=held_out), over
             ),
         )
     if isinstance(source, TokenSource):
-        tokens = source.tokens("calibration", vocabulary=len(tokenizer), windows=samples + held_out, length=length, seed=seed)
-        return _replacing(tokens._replace(how=tokens.how + sampling.held_out_text(held_out)), bos)
+        tokens = _token_windows(source, tokenizer, draw)
+        return _replacing(tokens._replace(how=tokens.how + sampling.held_out_text(draw.held_out)), draw.bos)
     documents = source.documents("calibration")
     return _preceded(
         sampling.calibration_windows(
             documents if isinstance(documents, Sequence) else list(documents),
-            _encoder(tokenizer, bos),
+            _encoder(tokenizer, draw.bos),
+            _of_text(draw),
             separator=tokenizer.eos_token_id,
-            samples=samples,
-            held_out=held_out,
-            length=_text_length(length, bos),
-            seed=seed,
             origin=str(source),
             over=over,
         ),
-        bos,
+        draw.bos,
     )
 
 
-def stream_tokens(
-    source: Source, tokenizer: "PreTrainedTokenizerBase", *, windows: int, length: int, seed: int, bos: int | None = None
-) -> Tokens:
-    """The windows that a pruned model is trained on: at most ``windows``, none of which overlap, fewer where the text is shorter.
+def stream_tokens(source: Source, tokenizer: "PreTrainedTokenizerBase", draw: Draw) -> Tokens:
+    """The windows that a pruned model is trained on: at most ``samples``, none of which overlap, fewer where the text is shorter.
 
     See :func:`optima_tpu.data.sampling.stream_windows`. A :class:`TokenSource` gives as many as are asked for.
-
-    Args:
-      bos: see :func:`calibration_tokens`.
 
     Returns:
       ids [windows, length] int32.
@@ -179,22 +161,19 @@ def stream_tokens(
     """
     if isinstance(source, Mix):
         return source.stream(
-            windows, lambda text, windows: stream_tokens(text, tokenizer, windows=windows, length=length, seed=seed, bos=bos)
+            draw.samples, lambda text, windows: stream_tokens(text, tokenizer, dataclasses.replace(draw, samples=windows))
         )
     if isinstance(source, TokenSource):
-        tokens = source.tokens("calibration", vocabulary=len(tokenizer), windows=windows, length=length, seed=seed)
-        return _replacing(tokens, bos)
+        return _replacing(_token_windows(source, tokenizer, draw), draw.bos)
     return _preceded(
         sampling.stream_windows(
             source.documents("calibration"),
-            _encoder(tokenizer, bos),
+            _encoder(tokenizer, draw.bos),
+            _of_text(draw),
             separator=tokenizer.eos_token_id,
-            windows=windows,
-            length=_text_length(length, bos),
-            seed=seed,
             origin=str(source),
         ),
-        bos,
+        draw.bos,
     )
 
 
@@ -208,7 +187,7 @@ def evaluation_tokens(
 
     Args:
       windows: takes at most so many windows, the first ones; None takes all.
-      bos: see :func:`calibration_tokens`.
+      bos: see :class:`Draw`.
 
     Returns:
       ids [windows, length] int32.
@@ -264,6 +243,15 @@ def _text_length(length: int, bos: int | None) -> int:
     if bos is not None and length < 2:
         raise UserError(f"expected windows of at least two tokens for a model that needs a BOS token, got {length}")
     return length if bos is None else length - 1
+
+
+def _of_text(draw: Draw) -> Draw:
+    """The draw of the text in the windows, after their BOS."""
+    return dataclasses.replace(draw, length=_text_length(draw.length, draw.bos), bos=None)
+
+
+def _token_windows(source: TokenSource, tokenizer: "PreTrainedTokenizerBase", draw: Draw) -> Tokens:
+    return source.tokens("calibration", vocabulary=len(tokenizer), windows=draw.count, length=draw.length, seed=draw.seed)
 
 
 def check_sources(*sources: str | None) -> None:

@@ -4,6 +4,7 @@ Calibration follows SparseGPT (arXiv:2301.00774) and Wanda (arXiv:2306.11695): r
 longer than a window. Texts whose documents are too short for that are packed, as in pretraining.
 """
 
+import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
@@ -24,17 +25,33 @@ _ATTEMPTS = 1000
 """Draws for each held-out window before the text counts as too short for it."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Draw:
+    """Which windows are drawn from a text.
+
+    Attributes:
+      samples: number of windows.
+      length: tokens in each.
+      seed: the same seed gives the same windows.
+      held_out: number of windows drawn in addition to ``samples``; they share no token position with the calibration windows.
+      bos: the first token of every window, followed by ``length - 1`` tokens of text that is tokenised without special tokens.
+        In the windows of a :class:`~optima_tpu.data.source.TokenSource` it replaces the first token.
+    """
+
+    samples: int
+    length: int
+    seed: int
+    held_out: int = 0
+    bos: int | None = None
+
+    @property
+    def count(self) -> int:
+        """The number of all windows."""
+        return self.samples + self.held_out
+
+
 def calibration_windows(
-    documents: Sequence[str],
-    encode: Encode,
-    *,
-    separator: int | None,
-    samples: int,
-    length: int,
-    seed: int,
-    origin: str,
-    held_out: int = 0,
-    over: Over = map,
+    documents: Sequence[str], encode: Encode, draw: Draw, *, separator: int | None, origin: str, over: Over = map
 ) -> Tokens:
     """``samples`` windows of ``length`` tokens, and ``held_out`` more that overlap none of them.
 
@@ -57,77 +74,81 @@ def calibration_windows(
     Raises:
       UserError: no case holds, or no room is left for the held-out windows.
     """
-    rng = np.random.Generator(np.random.PCG64(seed))
-    count = samples + held_out
-    needed = count * length
-    packed, total, read, last = [], 0, 0, separator
-    long, long_total = [], 0
+    rng, count, length = np.random.Generator(np.random.PCG64(draw.seed)), draw.count, draw.length
+    packed, total, read, needed = [], 0, 0, count * length
+    long: list[np.ndarray] = []
+    for ids, joined in _visited(documents, encode, rng, separator, over):
+        if total < needed:
+            packed.append(joined)
+        read, total = read + 1, total + joined.size
+        if ids.size > length:
+            long.append(ids)
+            if len(long) == count:
+                break
 
-    order = rng.permutation(len(documents))
+    windows, more, drawn = f"windows of {length} tokens", held_out_text(draw.held_out), f"drawn with seed {draw.seed}"
+    sizes = np.array([ids.size for ids in long], np.int64)
+    if len(long) == count:
+        places = list(enumerate(rng.integers(0, sizes - length, endpoint=True)))
+        how = f"{count} {windows} {drawn}, each from another document of {origin} that is longer than a window{more}"
+    elif sizes.sum() >= needed:
+        places = _places(rng, sizes, draw, origin)
+        which = "one document" if len(long) == 1 else f"{len(long)} documents"
+        how = f"{count} {windows} {drawn} from {which} of {origin} longer than a window{more}"
+    elif total >= needed:
+        how = f"{count} consecutive {windows} of {read} documents of {origin}, packed in an order {drawn}{more}"
+        return Tokens(np.concatenate(packed)[:needed].reshape(count, length), how, total)
+    else:
+        raise UserError(
+            f"{origin} holds {total} tokens of calibration text, {count} windows of {length} need {needed}: "
+            "give a longer text, or ask for fewer or shorter windows"
+        )
+    return Tokens(np.stack([long[document][start : start + length] for document, start in places]), how, int(sizes.sum()))
+
+
+def _visited(
+    documents: Sequence[str], encode: Encode, rng: np.random.Generator, separator: int | None, over: Over = map
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yields (ids, ids as they are joined to the earlier ones) of the documents that are not blank, in an order drawn with ``rng``."""
+    order, last = rng.permutation(len(documents)), separator
 
     def read_and_encode(place: int) -> np.ndarray:
         text = documents[int(order[place])]
         return encode(text) if text.strip() else np.array([], np.int32)
 
     for ids in over(read_and_encode, range(len(documents))):
-        if not ids.size:
-            continue
-        joined = ids if separator is None or last == separator else np.insert(ids, 0, separator)
-        if total < needed:
-            packed.append(joined)
-        read, total, last = read + 1, total + joined.size, ids[-1]
-        if ids.size > length:
-            long.append(ids)
-            long_total += ids.size
-            if len(long) == count:
-                break
-
-    windows, more, drawn = f"windows of {length} tokens", held_out_text(held_out), f"drawn with seed {seed}"
-    sizes = np.array([ids.size for ids in long], np.int64)
-    if len(long) == count:
-        starts = rng.integers(0, sizes - length, endpoint=True)
-        rows = [ids[start : start + length] for ids, start in zip(long, starts)]
-        how = f"{count} {windows} {drawn}, each from another document of {origin} that is longer than a window{more}"
-        return Tokens(np.stack(rows), how, long_total)
-    if long_total >= needed:
-        ends = np.cumsum(sizes - length + 1)
-
-        def draw(size: int) -> list[tuple[int, int]]:
-            draws = rng.integers(0, ends[-1], size=size)
-            chosen = np.searchsorted(ends, draws, side="right")
-            # Counted from the end of the document's share: the last draw of a share is the document's first window.
-            return list(zip(chosen.tolist(), (ends[chosen] - 1 - draws).tolist()))
-
-        places = draw(samples)
-        for _ in range(_ATTEMPTS * held_out):
-            if len(places) == count:
-                break
-            document, start = draw(1)[0]
-            if all(document != other or abs(start - begin) >= length for other, begin in places[:samples]):
-                places.append((document, start))
-        if len(places) < count:
-            raise UserError(
-                f"{origin} has no room for {held_out} held-out windows of {length} tokens beside the {samples} "
-                "calibration windows: give a longer text, or ask for fewer"
-            )
-        rows = [long[document][start : start + length] for document, start in places]
-        which = "one document" if len(long) == 1 else f"{len(long)} documents"
-        how = f"{count} {windows} {drawn} from {which} of {origin} longer than a window{more}"
-        return Tokens(np.stack(rows), how, long_total)
-    if total >= needed:
-        ids = np.concatenate(packed)[:needed].reshape(count, length)
-        how = f"{count} consecutive {windows} of {read} documents of {origin}, packed in an order {drawn}{more}"
-        return Tokens(ids, how, total)
-    raise UserError(
-        f"{origin} holds {total} tokens of calibration text, {count} windows of {length} need {needed}: "
-        "give a longer text, or ask for fewer or shorter windows"
-    )
+        if ids.size:
+            yield ids, ids if separator is None or last == separator else np.insert(ids, 0, separator)
+            last = ids[-1]
 
 
-def stream_windows(
-    documents: Iterable[str], encode: Encode, *, separator: int | None, windows: int, length: int, seed: int, origin: str
-) -> Tokens:
-    """At most ``windows`` windows of ``length`` tokens, none of which overlap: a text shorter than that gives fewer.
+def _places(rng: np.random.Generator, sizes: np.ndarray, draw: Draw, origin: str) -> list[tuple[int, int]]:
+    """(document, first token) of windows drawn with replacement from documents of these sizes, the held-out ones last."""
+    ends = np.cumsum(sizes - draw.length + 1)
+
+    def some(size: int) -> list[tuple[int, int]]:
+        draws = rng.integers(0, ends[-1], size=size)
+        chosen = np.searchsorted(ends, draws, side="right")
+        # Counted from the end of the document's share: the last draw of a share is the document's first window.
+        return list(zip(chosen.tolist(), (ends[chosen] - 1 - draws).tolist()))
+
+    places = some(draw.samples)
+    for _ in range(_ATTEMPTS * draw.held_out):
+        if len(places) == draw.count:
+            break
+        document, start = some(1)[0]
+        if all(document != other or abs(start - begin) >= draw.length for other, begin in places[: draw.samples]):
+            places.append((document, start))
+    if len(places) < draw.count:
+        raise UserError(
+            f"{origin} has no room for {draw.held_out} held-out windows of {draw.length} tokens beside the {draw.samples} "
+            "calibration windows: give a longer text, or ask for fewer"
+        )
+    return places
+
+
+def stream_windows(documents: Iterable[str], encode: Encode, draw: Draw, *, separator: int | None, origin: str) -> Tokens:
+    """At most ``samples`` windows of ``length`` tokens, none of which overlap: a text shorter than that gives fewer.
 
     The documents are visited in an order drawn with numpy's PCG64 from ``seed``, joined as in the third case of
     :func:`calibration_windows`, and cut into consecutive windows. Further documents are not tokenised. More windows begin with the
@@ -136,23 +157,20 @@ def stream_windows(
     Raises:
       UserError: the text is shorter than one window.
     """
-    documents = documents if isinstance(documents, Sequence) else list(documents)
-    parts, total, read, last = [], 0, 0, separator
-    for place in np.random.Generator(np.random.PCG64(seed)).permutation(len(documents)):
-        if total >= windows * length:
+    documents, length = documents if isinstance(documents, Sequence) else list(documents), draw.length
+    parts, total = [], 0
+    for _, joined in _visited(documents, encode, np.random.Generator(np.random.PCG64(draw.seed)), separator):
+        parts.append(joined)
+        total += joined.size
+        if total >= draw.samples * length:
             break
-        text = documents[int(place)]
-        ids = encode(text) if text.strip() else np.array([], np.int32)
-        if ids.size:
-            parts.append(ids if separator is None or last == separator else np.insert(ids, 0, separator))
-            read, total, last = read + 1, total + parts[-1].size, ids[-1]
-    count = min(windows, total // length)
+    count = min(draw.samples, total // length)
     if not count:
         raise UserError(
             f"{origin} holds {total} tokens of text, one window needs {length}: give a longer text or shorter windows"
         )
     ids = np.concatenate(parts)[: count * length].reshape(count, length)
-    how = f"{count} consecutive windows of {length} tokens of {read} documents of {origin}, packed in random order"
+    how = f"{count} consecutive windows of {length} tokens of {len(parts)} documents of {origin}, packed in random order"
     return Tokens(ids, how, total)
 
 

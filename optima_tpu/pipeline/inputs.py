@@ -12,7 +12,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from optima_tpu import data
 from optima_tpu.config.flat import flat
 from optima_tpu.config.run_config import RunConfig, weights_settings
-from optima_tpu.data import Tokens, token_digest
+from optima_tpu.data import Draw, Tokens, token_digest
 from optima_tpu.data.cache import TokenCache, token_key
 from optima_tpu.errors import UserError
 from optima_tpu.method.layer_rules import check_layers
@@ -87,7 +87,7 @@ def read_texts(config: RunConfig, model: Model, console: Console | None = None) 
     """
     config = together(lambda: on_context(config, model.pretrained.config))
     plan = together(lambda: _plan_reading(config, model))
-    draw = functools.partial(data.calibration_tokens, plan.calibration, plan.tokenizer, **plan.draw)
+    draw = functools.partial(data.calibration_tokens, plan.calibration, plan.tokenizer, plan.draw)
     score = functools.partial(data.evaluation_tokens, plan.evaluation, plan.tokenizer, **plan.score)
     kept = TokenCache.of_user().tokens if config.token_cache else lambda key, draw: draw()
 
@@ -103,7 +103,7 @@ def read_texts(config: RunConfig, model: Model, console: Console | None = None) 
             return self_calibration(config, *model, console)
         source = plan.calibration
         return kept(
-            lambda: token_key(source, "calibration", model.pretrained, **plan.draw),
+            lambda: token_key(source, "calibration", model.pretrained, **dataclasses.asdict(plan.draw)),
             lambda: draw_together(source) if data.read_by_all(source) and not alone() else from_first(draw),
         )
 
@@ -112,14 +112,6 @@ def read_texts(config: RunConfig, model: Model, console: Console | None = None) 
     drawn = calibration()
     together(lambda: check_ids([drawn.ids, evaluation.ids], model))
     return Texts.of(config, drawn, evaluation)
-
-
-class _Draw(TypedDict):
-    samples: int
-    length: int
-    seed: int
-    held_out: int
-    bos: int | None
 
 
 class _Score(TypedDict):
@@ -134,7 +126,7 @@ class _Reading(NamedTuple):
     calibration: data.Source
     evaluation: data.Source
     tokenizer: PreTrainedTokenizerBase
-    draw: _Draw
+    draw: Draw
     score: _Score
 
 
@@ -170,7 +162,7 @@ def _plan_reading(config: RunConfig, model: Model) -> _Reading:
         source,
         other,
         tokenizer,
-        _Draw(
+        Draw(
             samples=text.samples + (config.distill.windows if config.distill else 0),
             length=text.window,
             seed=text.seed,

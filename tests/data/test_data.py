@@ -51,7 +51,7 @@ def places(window: np.ndarray, stream: np.ndarray) -> np.ndarray:
 
 
 def sample(documents, *, samples, length, seed=0, separator=EOS):
-    return calibration_windows(documents, encode, separator=separator, samples=samples, length=length, seed=seed, origin="test")
+    return calibration_windows(documents, encode, data.Draw(samples, length, seed), separator=separator, origin="test")
 
 
 # Sampling
@@ -98,7 +98,7 @@ def test_long_documents_give_one_window_each_and_the_rest_is_not_read():
         seen.append(text)
         return encode(text)
 
-    result = calibration_windows(documents, counting, separator=EOS, samples=4, length=10, seed=3, origin="test")
+    result = calibration_windows(documents, counting, data.Draw(4, 10, seed=3), separator=EOS, origin="test")
     letters = [{chr(i) for i in window if i != BOS} for window in result.ids]
     assert all(len(letter) == 1 for letter in letters) and len(set.union(*letters)) == 4
     assert sum(len(text) == 30 for text in seen) == 4 and len(seen) < len(documents)
@@ -116,9 +116,8 @@ def test_held_out_windows_share_no_token_with_the_others(documents, samples, hel
         "".join(chr(1000 * index + place + 300) for place in range(len(document))) for index, document in enumerate(documents)
     ]
     try:
-        result = calibration_windows(
-            documents, encode, separator=None, samples=samples, held_out=held_out, length=length, seed=seed, origin="test"
-        )
+        draw = data.Draw(samples, length, seed, held_out)
+        result = calibration_windows(documents, encode, draw, separator=None, origin="test")
     except UserError as error:
         assert re.search("no room for|tokens of calibration text", str(error))
         return
@@ -129,10 +128,10 @@ def test_held_out_windows_share_no_token_with_the_others(documents, samples, hel
 
 @pytest.mark.parametrize("documents", [["".join(map(chr, range(33, 120)))], [chr(97 + i) * 30 for i in range(26)]])
 def test_holding_out_does_not_change_the_windows_that_calibrate(documents):
-    draw = dict(encode=encode, separator=EOS, samples=4, length=6, seed=1, origin="test")
-    np.testing.assert_array_equal(
-        calibration_windows(documents, held_out=2, **draw).ids[:4], calibration_windows(documents, **draw).ids
+    more, fewer = (
+        calibration_windows(documents, encode, data.Draw(4, 6, 1, held_out), separator=EOS, origin="test") for held_out in (2, 0)
     )
+    np.testing.assert_array_equal(more.ids[:4], fewer.ids)
 
 
 @pytest.mark.parametrize(
@@ -181,7 +180,7 @@ def test_without_eos_documents_are_joined_directly_and_an_eos_of_the_tokenizer_i
     def with_eos(text):
         return np.append(encode(text), EOS).astype(np.int32)
 
-    ids = calibration_windows(documents, with_eos, separator=EOS, samples=2, length=5, seed=0, origin="test").ids
+    ids = calibration_windows(documents, with_eos, data.Draw(2, 5, seed=0), separator=EOS, origin="test").ids
     assert ids[:, -1].tolist() == [EOS, EOS] and ids[:, 0].tolist() == [BOS, BOS]
 
 
@@ -233,7 +232,7 @@ def test_tokens_come_with_bos_at_document_starts_and_without_a_warning(tokenizer
     source = data.File(save(tmp_path / "a.jsonl", ["ab", "cd"]))
     caplog.set_level(logging.DEBUG)
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
-    tokens = data.calibration_tokens(source, tokenizer, samples=1, length=7, seed=0)
+    tokens = data.calibration_tokens(source, tokenizer, data.Draw(1, 7, seed=0))
     assert tokens.ids[0].tolist().count(BOS) == 2 and tokens.ids[0, 3] == EOS == tokenizer.eos_token_id
     evaluation = data.evaluation_tokens(source, tokenizer, length=7, windows=None)
     assert evaluation.ids[0, 0] == BOS and tokenizer.decode(evaluation.ids[0, 1:]) == "ab\n\ncd"
@@ -243,7 +242,7 @@ def test_tokens_come_with_bos_at_document_starts_and_without_a_warning(tokenizer
 
 def test_random_ids_are_of_the_vocabulary_and_differ_between_splits(tokenizer):
     source = data.parse_source("random")
-    first, second = (data.calibration_tokens(source, tokenizer, samples=3, length=50, seed=0).ids for _ in range(2))
+    first, second = (data.calibration_tokens(source, tokenizer, data.Draw(3, 50, seed=0)).ids for _ in range(2))
     np.testing.assert_array_equal(first, second)
     assert first.dtype == np.int32 and first.min() >= 0 and first.max() < len(tokenizer)
     assert (first != data.evaluation_tokens(source, tokenizer, length=50, windows=3).ids).any()
@@ -254,7 +253,7 @@ def test_random_ids_are_of_the_vocabulary_and_differ_between_splits(tokenizer):
 @pytest.mark.parametrize("arguments", [{"samples": 0}, {"length": 0}, {"seed": -1}])
 def test_impossible_arguments_are_refused(tokenizer, arguments):
     with pytest.raises(UserError):
-        data.calibration_tokens(data.PyDoc(), tokenizer, **{"samples": 1, "length": 8, "seed": 0} | arguments)
+        data.calibration_tokens(data.PyDoc(), tokenizer, data.Draw(**{"samples": 1, "length": 8, "seed": 0} | arguments))
 
 
 # Sources
@@ -340,23 +339,23 @@ def test_a_parquet_column_of_lists_is_no_text(tmp_path):
 def test_a_missing_file_is_refused(tmp_path, tokenizer):
     for text in (f"file:{tmp_path}/none.txt", f"file:{tmp_path}", f"npy:{tmp_path}/none.npy"):
         with pytest.raises(UserError, match=str(tmp_path)):
-            data.calibration_tokens(data.parse_source(text), tokenizer, samples=1, length=4, seed=0)
+            data.calibration_tokens(data.parse_source(text), tokenizer, data.Draw(1, 4, seed=0))
 
 
 def test_npy_rows_are_used_as_they_are(tmp_path, tokenizer):
     ids = np.arange(24).reshape(4, 6)
     np.save(tmp_path / "a.npy", ids)
     source = data.parse_source(f"npy:{tmp_path}/a.npy")
-    tokens = data.calibration_tokens(source, tokenizer, samples=3, length=6, seed=5)
+    tokens = data.calibration_tokens(source, tokenizer, data.Draw(3, 6, seed=5))
     np.testing.assert_array_equal(tokens.ids, ids[:3])
     assert tokens.ids.dtype == np.int32 and tokens.available == 24
     for windows, count in ((2, 2), (None, 4), (9, 4)):
         evaluation = data.evaluation_tokens(source, tokenizer, length=6, windows=windows)
         np.testing.assert_array_equal(evaluation.ids, ids[:count])
     with pytest.raises(UserError, match="4 windows.*5"):
-        data.calibration_tokens(source, tokenizer, samples=5, length=6, seed=0)
+        data.calibration_tokens(source, tokenizer, data.Draw(5, 6, seed=0))
     with pytest.raises(UserError, match="length to 6"):
-        data.calibration_tokens(source, tokenizer, samples=1, length=8, seed=0)
+        data.calibration_tokens(source, tokenizer, data.Draw(1, 8, seed=0))
 
 
 @pytest.mark.parametrize(
@@ -372,7 +371,7 @@ def test_npy_rows_are_used_as_they_are(tmp_path, tokenizer):
 def test_npy_that_is_no_matrix_of_ids_is_refused(tmp_path, tokenizer, array, message):
     np.save(tmp_path / "a.npy", array)
     with pytest.raises(UserError, match=message):
-        data.calibration_tokens(data.Npy(tmp_path / "a.npy"), tokenizer, samples=1, length=2, seed=0)
+        data.calibration_tokens(data.Npy(tmp_path / "a.npy"), tokenizer, data.Draw(1, 2, seed=0))
 
 
 def test_hub_sources_read_disjoint_splits_and_join_them_as_sparsegpt_does(tmp_path, monkeypatch):
@@ -493,10 +492,10 @@ def test_a_run_draws_a_mix_from_its_texts(tmp_path, tokenizer):
         (tmp_path / f"{name}.txt").write_text(f"{name} " * 400)
     mix = data.parse_source(f"file:{tmp_path}/a.txt:0.75, file:{tmp_path}/b.txt:0.25")
     assert data.parse_source(str(mix)) == mix and isinstance(mix, data.Mix)
-    drawn = data.calibration_tokens(mix, tokenizer, samples=8, held_out=4, length=16, seed=0)
-    alone = data.calibration_tokens(mix.texts[1], tokenizer, samples=2, held_out=1, length=16, seed=0)
+    drawn = data.calibration_tokens(mix, tokenizer, data.Draw(8, 16, seed=0, held_out=4))
+    alone = data.calibration_tokens(mix.texts[1], tokenizer, data.Draw(2, 16, seed=0, held_out=1))
     assert (drawn.ids[[2, 6, 10]] == alone.ids).all()
-    assert drawn.how.count("held out") == 2 and len(data.stream_tokens(mix, tokenizer, windows=8, length=16, seed=0).ids) == 8
+    assert drawn.how.count("held out") == 2 and len(data.stream_tokens(mix, tokenizer, data.Draw(8, 16, seed=0)).ids) == 8
     with pytest.raises(UserError, match="would both read"):
         data.refuse_overlap(mix, mix.texts[1])
     with pytest.raises(UserError, match="expected one text to measure on"):
@@ -504,11 +503,11 @@ def test_a_run_draws_a_mix_from_its_texts(tmp_path, tokenizer):
     with pytest.raises(
         UserError, match="of the calibration windows from each text in .*, got 1 and none of file:.*b.txt: take more"
     ):
-        data.calibration_tokens(mix, tokenizer, samples=1, length=16, seed=0)
+        data.calibration_tokens(mix, tokenizer, data.Draw(1, 16, seed=0))
     again = data.parse_source(f"file:{tmp_path}/a.txt:0.5,file:{tmp_path}/../{tmp_path.name}/a.txt:0.5")
     for draw in (data.calibration_tokens, data.stream_tokens):
         with pytest.raises(UserError, match="which both read .*a.txt: add up their shares"):
-            draw(again, tokenizer, **({"samples": 8} if draw is data.calibration_tokens else {"windows": 8}), length=16, seed=0)
+            draw(again, tokenizer, data.Draw(8, 16, seed=0))
     small = dataclasses.replace(mix, shares=(0.99999, 0.00001))
     assert data.parse_source(str(small)) == small
 

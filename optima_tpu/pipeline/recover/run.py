@@ -12,7 +12,7 @@ from rich.console import Console
 from optima_tpu import data
 from optima_tpu.config.flat import flat
 from optima_tpu.config.run_config import Calibration, Evaluation, RunConfig, to_dict, weights_settings
-from optima_tpu.data import Tokens, token_digest
+from optima_tpu.data import Draw, Tokens, token_digest
 from optima_tpu.data.cache import TokenCache, token_key
 from optima_tpu.errors import UserError
 from optima_tpu.models.model import check_ids, window_bos, window_length
@@ -143,17 +143,15 @@ def _texts(config: RecoverConfig, start: Start, source: str, evaluation: str, le
     parsed, other = data.parse_source(source), data.parse_source(evaluation)
     windows = config.held_out + max(1, config.token_count // (config.distill.passes * length))
     score = {"length": length, "windows": config.windows, "bos": bos}
-    draw = {"windows": windows, "length": length, "seed": config.seed, "bos": bos}
+    draw = Draw(windows, length, config.seed, bos=bos)
     # The text to measure on first: an error in it should appear before millions of tokens are read.
     scored = kept(
         lambda: token_key(other, "evaluation", model.pretrained, **score),
         lambda: from_first(lambda: data.evaluation_tokens(other, tokenizer, length=length, windows=config.windows, bos=bos)),
     )
     drawn = kept(
-        lambda: token_key(parsed, "calibration", model.pretrained, stream=1, **draw),
-        lambda: from_first(
-            lambda: data.stream_tokens(parsed, tokenizer, windows=windows, length=length, seed=config.seed, bos=bos)
-        ),
+        lambda: token_key(parsed, "calibration", model.pretrained, stream=1, **dataclasses.asdict(draw)),
+        lambda: from_first(lambda: data.stream_tokens(parsed, tokenizer, draw)),
     )
     together(lambda: check_ids([drawn.ids, scored.ids], model))
     return drawn, scored
