@@ -9,7 +9,7 @@ import math
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
@@ -34,6 +34,22 @@ Look = dict[str, Any]
 """Keyword arguments for a line in matplotlib."""
 
 
+class _Layout(NamedTuple):
+    """How a figure arranges its panels.
+
+    Attributes:
+      columns: the most panels side by side.
+      panel: width and height of a panel in inches.
+      across: label of the horizontal axes.
+      share: use the same axes in all panels.
+    """
+
+    columns: int
+    panel: tuple[float, float]
+    across: str
+    share: bool = False
+
+
 def layer_errors(data: LayerErrors) -> Figure:
     """A figure with one panel for each layer name and one line for each run; held-out text is dashed. All axes are the same."""
     names = list(dict.fromkeys(name for lines in data.runs.values() for name in lines))
@@ -50,9 +66,9 @@ def layer_errors(data: LayerErrors) -> Figure:
             Line2D([], [], color=_GREY, label="calibration text"),
             Line2D([], [], color=_GREY, linestyle=_HELD_OUT, label="held-out text"),
         ]
-    figure, panels = _figure(len(names), min(4, len(names)), (2.8, 2.2), data.title, "block", data.quantity, entries, share=True)
-    for axes, (name, short) in zip(panels, short_names(names).items()):
-        axes.set_title(short, fontsize=10)
+    titles = short_names(names)
+    figure, panels = _figure(data, list(titles.values()), _Layout(4, (2.8, 2.2), "block", share=True), entries)
+    for axes, name in zip(panels, titles):
         axes.axhline(1, color=_GREY, linewidth=0.8, zorder=1)
         for label, lines in data.runs.items():
             if name in lines:
@@ -97,17 +113,10 @@ def samples(data: Samples) -> Figure:
             "linewidth": 1.4,
             "label": f"{line.mask} + {line.update}",
         }
-    figure, panels = _figure(
-        len(data.panels),
-        min(2, len(data.panels)),
-        (4.8, 3.2),
-        data.title,
-        "calibration samples",
-        data.quantity,
-        [Line2D([], [], **look) for look in looks.values()],
-    )
-    for axes, (pattern, lines) in zip(panels, data.panels.items()):
-        axes.set_title(f"pattern {pattern}", fontsize=10)
+    entries = [Line2D([], [], **look) for look in looks.values()]
+    titles = [f"pattern {pattern}" for pattern in data.panels]
+    figure, panels = _figure(data, titles, _Layout(2, (4.8, 3.2), "calibration samples"), entries)
+    for axes, lines in zip(panels, data.panels.values()):
         for line in lines:
             bars = None if np.isnan(line.deviations).all() else line.deviations
             axes.errorbar(line.samples, line.means, yerr=bars, capsize=2.5, elinewidth=1, **looks[line.mask, line.update])
@@ -142,47 +151,37 @@ def write(figure: Figure, path: Path) -> None:
 
 
 def _figure(
-    count: int,
-    columns: int,
-    panel: tuple[float, float],
-    title: str,
-    across: str,
-    up: str,
-    entries: Sequence[Line2D],
-    share: bool = False,
+    data: LayerErrors | Samples, titles: Sequence[str], layout: _Layout, entries: Sequence[Line2D]
 ) -> tuple[Figure, Sequence[Axes]]:
-    """A figure of ``count`` panels, each of ``panel`` inches, with the legend below them.
+    """A figure with a panel for each title and the legend below them.
 
-    Args:
-      title: title of the figure; it is wrapped to the figure's width, as are the labels of the legend.
-      across: label of the horizontal axes.
-      up: label of the vertical axes.
-      entries: legend entries.
-      share: use the same axes in all panels.
+    The title of the figure and the labels of the legend are wrapped to the figure's width.
     """
-    rows, width = math.ceil(count / columns), 0.8 + columns * panel[0]
+    count, columns = len(titles), min(layout.columns, len(titles))
+    rows, width = math.ceil(count / columns), 0.8 + columns * layout.panel[0]
     # Widths in inches: a character of the title 0.09, a character of the legend 0.075, a legend line with its gaps 0.7.
-    title = "\n".join(textwrap.fill(without_folders(line), int(width / 0.09)) for line in title.splitlines())
+    title = "\n".join(textwrap.fill(without_folders(line), int(width / 0.09)) for line in data.title.splitlines())
     for entry in entries:
         entry.set_label(textwrap.fill(str(entry.get_label()), int((width - 0.7) / 0.075)))
     labels = [str(entry.get_label()).splitlines() for entry in entries]
     widest = 0.7 + 0.075 * max(len(line) for label in labels for line in label)
     below = math.ceil(len(entries) / max(1, int(width / widest)))
     wrapped = sum(map(len, labels)) - len(labels)  # labels wrap only if the legend has one column
-    height = 0.2 + 0.2 * len(title.splitlines()) + rows * panel[1] + (below + wrapped) * 0.21
+    height = 0.2 + 0.2 * len(title.splitlines()) + rows * layout.panel[1] + (below + wrapped) * 0.21
     figure = Figure(figsize=(width, height), layout="constrained")
-    grid = list(figure.subplots(rows, columns, sharex=share, sharey=share, squeeze=False).flat)
+    grid = list(figure.subplots(rows, columns, sharex=layout.share, sharey=layout.share, squeeze=False).flat)
     for axes in grid[count:]:
         axes.remove()
     for index, axes in enumerate(grid[:count]):
-        lowest = not share or index + columns >= count  # the lowest panel of its column
+        lowest = not layout.share or index + columns >= count  # the lowest panel of its column
+        axes.set_title(titles[index], fontsize=10)
         axes.tick_params(labelsize=8, labelbottom=lowest)
-        axes.set_xlabel(across if lowest else "", fontsize=9)
+        axes.set_xlabel(layout.across if lowest else "", fontsize=9)
         axes.grid(axis="y", color="#DDDDDD", linewidth=0.6)
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
     figure.suptitle(title, fontsize=10)
-    figure.supylabel(up, fontsize=10)
+    figure.supylabel(data.quantity, fontsize=10)
     # Distribute the entries evenly over the rows: 6 entries in two rows become 3 and 3, not 5 and 1.
     figure.legend(
         handles=entries,
