@@ -31,7 +31,7 @@ finish anyway before the old hidden states are removed. SIGTERM waits for the en
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypedDict
@@ -176,8 +176,7 @@ class Journal:
         weights: Mapping[str, Array],
         masks: Mapping[str, Array],
         report: Mapping[str, Any],
-        activations: HiddenStates | None = None,
-        dense: HiddenStates | None = None,
+        streams: Sequence[HiddenStates] = (),
         scales: Mapping[str, Array] = MappingProxyType({}),
     ) -> None:
         """Saves a block durably. When this returns, the run can be stopped without losing the block. Every process calls it.
@@ -189,8 +188,8 @@ class Journal:
           weights: HF name -> array in the source's dtype, on the host or sharded over the mesh.
           masks: HF name of a weight -> [d_out, d_in] bool, True where the weight was kept.
           report: JSON values.
-          activations: the hidden states after the block, in the model's dtype; None where no walk goes on from them.
-          dense: the dense model's hidden states of the same samples, if the run has them.
+          streams: the hidden states after the block, in the model's dtype, and the dense model's of the same samples, if the run
+            has them; empty where no walk goes on from them.
           scales: HF name of a quantised weight -> [d_out, groups] in the dtype of the weight.
 
         Raises:
@@ -204,7 +203,7 @@ class Journal:
         partial, partial_states = staged(entry), staged(states)
         remedy = f"the {len(self.finished)} finished blocks are intact; make room and repeat the command"
 
-        due = from_first(lambda: self.repeated >= 60 * self.recompute) and activations is not None
+        due = from_first(lambda: self.repeated >= 60 * self.recompute) and bool(streams)
 
         def clear():
             still_only_program(self.directory)
@@ -216,9 +215,8 @@ class Journal:
                     partial_states.mkdir()
 
         def write_states():
-            assert activations is not None, "otherwise none are due"
             with writing(entry, remedy):
-                _write_states(partial_states, activations, dense)
+                _write_states(partial_states, streams)
 
         def finish():
             with writing(entry, remedy):
@@ -309,15 +307,14 @@ class Journal:
         return self.directory / _ACTIVATIONS / f"block_{index:04d}"
 
 
-def _write_states(folder: Path, activations: HiddenStates, dense: HiddenStates | None) -> None:
+def _write_states(folder: Path, streams: Sequence[HiddenStates]) -> None:
     """Writes the samples of this process that no process with a lower number holds, and their checksum."""
-    rows = _owned_rows(activations)
+    rows = _owned_rows(streams[0])
     if not len(rows) and not is_first():
         return
     path = folder / f"part_{jax.process_index():04d}.safetensors"
     # safetensors writes the memory buffer and ignores the strides.
-    streams = {HIDDEN: activations} | ({DENSE: dense} if dense else {})
-    states = {name: np.ascontiguousarray(stream.take(rows)) for name, stream in streams.items()}
+    states = {name: np.ascontiguousarray(stream.take(rows)) for name, stream in zip((HIDDEN, DENSE), streams)}
     with written_here(path) as here:
         safetensors.numpy.save_file(states | {"rows": rows}, here)
     write_sums(folder, [path], f"{jax.process_index():04d}")

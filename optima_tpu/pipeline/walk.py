@@ -118,8 +118,8 @@ def prune_model(
         weights, masks, scales = (
             {prefix + name: value for name, value in part.items()} for part in (pruned.parameters, pruned.masks, pruned.scales)
         )
-        leaving, dense = streams if index < missing[-1] else (None, None)  # only a later block needs them
-        journal.save(index, weights, masks, report.to_json(), leaving, dense, scales)
+        leaving = [states for states in streams if states] if index < missing[-1] else []  # only a later block needs them
+        journal.save(index, weights, masks, report.to_json(), leaving, scales)
         saved()
         del parameters, pruned, weights, masks, scales  # frees their memory before the next block is placed
         give_back_freed_memory()

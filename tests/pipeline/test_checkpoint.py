@@ -48,7 +48,7 @@ def started(directory: Path, blocks: int):
 @pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float16, np.float32])
 def test_a_block_comes_back_bit_for_bit(tmp_path, dtype):
     source = small_model(dtype)
-    weights, masks, report, activations = pruned_block(source, 0)
+    weights, masks, report, (activations,) = pruned_block(source, 0)
     open_journal(tmp_path / "run", MANIFEST, ASSETS).save(0, weights, masks, report, on_host(activations.values.astype(dtype)))
     journal = open_journal(tmp_path / "run", MANIFEST, ASSETS)
     assert journal.finished == {0}
@@ -94,14 +94,14 @@ def test_only_the_last_hidden_states_are_kept_and_only_if_they_would_take_long(t
 def test_hidden_states_come_back_on_another_mesh(tmp_path, shapes):
     states = np.random.default_rng(0).standard_normal((7, 3, 4)).astype(np.float32)
     weights, masks, report, _ = pruned_block(small_model(), 0)
-    open_journal(tmp_path, MANIFEST, ASSETS).save(0, weights, masks, report, Activations.of(mesh(*shapes[0]), states))
+    open_journal(tmp_path, MANIFEST, ASSETS).save(0, weights, masks, report, [Activations.of(mesh(*shapes[0]), states)])
     assert_same(open_journal(tmp_path, MANIFEST, ASSETS).activations(mesh(*shapes[1]), 0, 7).values, states)
 
 
 def test_a_process_without_samples_gets_none_of_the_right_shape(tmp_path, monkeypatch):
     states = np.zeros((2, 3, 4), np.float32)
     weights, masks, report, _ = pruned_block(small_model(), 0)
-    open_journal(tmp_path, MANIFEST, ASSETS).save(0, weights, masks, report, Activations.of(mesh(1, 1), states))
+    open_journal(tmp_path, MANIFEST, ASSETS).save(0, weights, masks, report, [Activations.of(mesh(1, 1), states)])
     monkeypatch.setattr(
         "optima_tpu.pipeline.journal.held_rows", lambda *of: np.zeros(0, np.int64)
     )  # as where the data axis is longer

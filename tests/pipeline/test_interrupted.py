@@ -91,7 +91,7 @@ def run(directory, kill_at=None, log=None):
 def resume(directory):
     journal = open_journal(directory, fake_run.MANIFEST, fake_run.ASSETS)
     for block in sorted(journal.finished):
-        weights, masks, report, activations = fake_run.pruned_block(SOURCE, block)
+        weights, masks, report, (activations,) = fake_run.pruned_block(SOURCE, block)
         for saved, expected in ((journal.weights(block), weights), (journal.masks(block), masks)):
             assert set(saved) == set(expected)
             for name in expected:

@@ -33,7 +33,7 @@ def small_model(dtype=ml_dtypes.bfloat16) -> MemoryTensors:
     return MemoryTensors(tensors)
 
 
-def pruned_block(source: MemoryTensors, block: int) -> tuple[dict, dict, dict, Activations]:
+def pruned_block(source: MemoryTensors, block: int) -> tuple[dict, dict, dict, tuple[Activations]]:
     """What a run saves of a block: half of every row pruned, the other weights moved. The same at every call."""
     random = np.random.default_rng([1, block])
     weights, masks, layers = {}, {}, []
@@ -70,8 +70,8 @@ def activations_after(block: int) -> np.ndarray:
     return np.random.default_rng([2, block]).standard_normal((2, 5, 12)).astype(ml_dtypes.bfloat16)
 
 
-def on_host(states: np.ndarray) -> Activations:
-    return Activations.of(mesh(1, 1), states)
+def on_host(states: np.ndarray) -> tuple[Activations]:
+    return (Activations.of(mesh(1, 1), states),)
 
 
 def states_of(journal: Journal) -> np.ndarray:
