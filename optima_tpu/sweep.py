@@ -27,8 +27,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _sweep(argv: Sequence[str]) -> int:
-    options, settings = _parse(list(argv))
-    grid = read_grid(options.file, settings, options.output)
+    parser = make_parser()
+    options, settings = _parse(parser, list(argv))
+    grid = read_grid(options.file, settings, options.output, parser.names)
     chosen = _chosen(grid, options.only)
     _set_devices(grid)
     # Imported only now: the imports of these modules query the devices.
@@ -93,13 +94,12 @@ def make_parser() -> Parser:
     return parser
 
 
-def _parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+def _parse(parser: Parser, argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """Splits the arguments into the sweep's own options and the settings of its runs."""
     if not {"-h", "--help"} & set(argv) and (not argv or argv[0].startswith("-")):
-        raise UserError(
-            f"expected the file of the sweep as first argument, got {argv[0] if argv else 'nothing'}; see {_PROGRAM} --help"
-        )
-    options, settings = make_parser().parse_known_args(argv)
+        got = f"{argv[0]}{parser.nearest(argv[0], 'FILE ')}" if argv else "nothing"
+        raise UserError(f"expected the file of the sweep as first argument, got {got}; see {_PROGRAM} --help")
+    options, settings = parser.parse_known_args(argv)
     for word in settings:
         if word.partition("=")[0] in ("--config", "--print_config", "--print-config"):
             raise UserError(f"a sweep has no {word}: write the settings of its runs into {options.file}, under run")

@@ -54,10 +54,17 @@ class Parser(argparse.ArgumentParser):
         spelled = [options.get(_dashed(name), name) + equals + value for name, equals, value in words]
         return super().parse_known_args(spelled, namespace)
 
+    def nearest(self, word: str, before: str = "") -> str:
+        """As :func:`did_you_mean`, for an option that may be misspelled. A setting of a run is seldom so near to another name."""
+        return did_you_mean(_dashed(word.partition("=")[0]), self._option_string_actions, before, cutoff=0.75)
+
     def error(self, message: str) -> NoReturn:
-        found = re.search(r"invalid choice: (.*?) \(choose from (.*)\)", message)
-        # The choices of one option are few, so a distant likeness, such as gguf for ggml, is worth a guess.
-        near = did_you_mean(found[1].strip("'"), re.findall(r"[\w-]+", found[2]), cutoff=0.5) if found else ""
+        near = ""
+        if found := re.search(r"invalid choice: (.*?) \(choose from (.*)\)", message):
+            # The choices of one option are few, so a distant likeness, such as gguf for ggml, is worth a guess.
+            near = did_you_mean(found[1].strip("'"), re.findall(r"[\w-]+", found[2]), cutoff=0.5)
+        elif found := re.search(r"unrecognized arguments: (?:.* )?(--\S+)", message):
+            near = self.nearest(found[1])
         raise UserError(f"{message}{near}; see {self.prog} --help")
 
 

@@ -486,7 +486,10 @@ def test_a_dry_run_lists_the_cells_and_runs_none(sweep, stand_in, tmp_path, caps
     ("argv", "said"),
     [
         ([], "expected the file of the sweep as first argument, got nothing"),
-        (["--model", "x", "FILE"], "expected the file of the sweep as first argument, got --model"),
+        (["--model", "x", "FILE"], "expected the file of the sweep as first argument, got --model; see "),
+        (["--ouput", "x"], "as first argument, got --ouput; did you mean FILE --output?"),
+        (["FILE", "--ouput", "x"], "there is no setting --ouput; did you mean --output?"),
+        (["FILE", "--keep-checkpoint"], "there is no setting --keep_checkpoint; did you mean --keep_checkpoints?"),
         (["FILE", "--config", "x"], "a sweep has no --config"),
         (["FILE", "--print_config"], "a sweep has no --print_config"),
         (["FILE", "--output"], "--output"),

@@ -56,24 +56,25 @@ class CellGrid:
     cells: tuple[Cell, ...]
 
 
-def read_grid(path: str | Path, argv: Sequence[str] = (), output: str | None = None) -> CellGrid:
+def read_grid(path: str | Path, argv: Sequence[str] = (), output: str | None = None, beside: Collection[str] = ()) -> CellGrid:
     """Reads a sweep's file.
 
     Args:
       argv: settings of the command line; they override the settings of every cell.
       output: overrides the file's output.
+      beside: the sweep's own options; see ``config.parse.parse``.
 
     Raises:
       UserError: the file is not a sweep, or a cell's settings are wrong; then the message names the cell.
     """
     document = load_file(path, "the YAML file of a sweep")
     try:
-        return _grid(document, argv, output, Path(path).stem)
+        return _grid(document, argv, output, Path(path).stem, beside)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
 
 
-def _grid(document: Mapping[str, Any], argv: Sequence[str], output: str | None, name: str) -> CellGrid:
+def _grid(document: Mapping[str, Any], argv: Sequence[str], output: str | None, name: str, beside: Collection[str]) -> CellGrid:
     if unknown := [key for key in document if key not in _KEYS]:
         raise UserError(
             f"there is no {unknown[0]} in a sweep, expected some of {', '.join(_KEYS)}; write settings of the runs under run"
@@ -99,7 +100,8 @@ def _grid(document: Mapping[str, Any], argv: Sequence[str], output: str | None, 
         raise UserError("leave_out leaves no cell to run")
     _refuse_collapse(counts, argv)
     # Cells with the same labels differ only in numbers: reading the settings takes longest and is done once for all of them.
-    configured = functools.cache(lambda **labels: _configured(labels, {key: counts[key][0] for key in _COUNTS}, run, axes, argv))
+    first = {key: counts[key][0] for key in _COUNTS}
+    configured = functools.cache(lambda **labels: _configured(labels, first, run, axes, argv, beside))
     cells = [_cell(place, configured, {key for key in _COUNTS if len(counts[key]) > 1}) for place in places]
     default = Path("runs", "tables", f"{name}-{cells[0].config.model_name}")
     directory = default if chosen is None else as_path(chosen)
@@ -176,12 +178,13 @@ def _configured(
     run: Mapping[str, Any],
     axes: Mapping[str, Mapping],
     argv: Sequence[str],
+    beside: Collection[str],
 ) -> RunConfig:
     """The configuration of a cell with these labels and numbers."""
     calibration = {setting: numbers[key] for key, setting in _COUNTED.items() if numbers[key] is not None}
     document = _merged({"export": False}, run, *(axes[key][label] for key, label in labels.items()), {"calibration": calibration})
     try:
-        config = configure(document, argv)
+        config = configure(document, argv, beside)
         check_sources(config.calibration.source, config.evaluation.source)
         refuse_relabelled(config, document, argv, labelled_settings(axes))
         return config
