@@ -54,6 +54,8 @@ def _plan(argv: Sequence[str]) -> int:
         count_tokens("--recover", options.recover)
     if recovering and any(word.startswith("--distill.") for word in settings) and not _chooses("distill", settings):
         settings += ["--distill", method_name("distill", RecoverConfig.distill)]  # what optima recover does without a choice
+    if recovering and not any(word.partition("=")[0] == "--calibration.length" for word in settings):
+        settings += ["--calibration.length", "null"]  # a length that a run of this model would take is not one of a recovery
     config = parse(settings, parser.names)
     from optima_tpu.data import check_sources  # imports pyarrow and more, which --help does not wait for
 

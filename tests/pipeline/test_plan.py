@@ -217,6 +217,13 @@ def test_the_plan_of_a_recovery_has_the_programs_of_its_steps(tmp_path):
     assert (np.diff(memory, axis=0) == size).all()
 
 
+def test_the_windows_of_a_planned_recovery_are_those_that_recover_takes(capsys):
+    """Also of the default model, which is pruned with windows of 512 tokens."""
+    for words, length in ([], 2048), (["--calibration.length", "512"], 512), (["--calibration.length=256"], 256):
+        main(["--recover", "1M", "--topology", "v5e:1x1", "--no-compile", *words])
+        assert f"{10**6 // length} x {length} tokens, and 8 windows held out" in capsys.readouterr().out
+
+
 def test_a_training_by_spans_takes_the_same_memory_at_any_depth(tmp_path):
     def plan(depth, method):
         folder = config_folder(tmp_path, num_hidden_layers=depth)

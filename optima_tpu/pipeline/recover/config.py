@@ -121,6 +121,10 @@ class RecoverConfig:
         """``tokens`` as a number."""
         return count_tokens("--tokens", self.tokens)
 
+    def training_windows(self, length: int) -> int:
+        """How many windows of ``length`` tokens training reads."""
+        return max(1, self.token_count // (self.distill.passes * length))
+
     def to_dict(self) -> dict[str, Any]:
         """The settings in JSON types, with ``distill`` in the layout of the YAML files."""
         method = {"name": method_name("distill", self.distill)} | options_of(self.distill)
@@ -151,14 +155,13 @@ def as_run(config: RunConfig, tokens: str) -> RunConfig:
     Args:
       config: model, text, devices, and with ``distill`` how to train; None trains by the defaults of ``optima recover``.
     """
-    asked, text = RecoverConfig(config.model, tokens), config.calibration
-    method = config.distill or asked.distill
-    windows = max(1, asked.token_count // (method.passes * text.window))
+    asked, text = RecoverConfig(config.model, tokens, distill=config.distill or RecoverConfig.distill), config.calibration
+    windows = asked.training_windows(text.window)
     return RunConfig(
         config.model,
         selector=Imported(config.model, weights=True),
         solver=None,
-        distill=dataclasses.replace(method, windows=windows),
+        distill=dataclasses.replace(asked.distill, windows=windows),
         calibration=dataclasses.replace(text, samples=windows),
         evaluation=config.evaluation,
         **{name: getattr(config, name) for name in ("dtype", "mesh", "cpu_devices", "batch", "device_memory", "export")},

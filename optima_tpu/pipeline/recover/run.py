@@ -141,7 +141,7 @@ def _texts(config: RecoverConfig, start: Start, source: str, evaluation: str, le
     bos = together(lambda: window_bos(model, tokenizer))
     kept = TokenCache.of_user().tokens if config.token_cache else lambda key, draw: draw()
     parsed, other = data.parse_source(source), data.parse_source(evaluation)
-    windows = config.held_out + max(1, config.token_count // (config.distill.passes * length))
+    windows = config.held_out + config.training_windows(length)
     score = {"length": length, "windows": config.windows, "bos": bos}
     draw = Draw(windows, length, config.seed, bos=bos)
     # The text to measure on first: an error in it should appear before millions of tokens are read.
@@ -204,7 +204,7 @@ def _greeting(config: RecoverConfig, opened: Opened, start: Start, drawn: Tokens
         *(f"             {idle}" for idle in filter(None, [Trainer(opened.model.decoder, method).idle])),
         f"text         {', '.join(filter(None, (drawn.how, drawn.cache)))}, the first {config.held_out} of them held out",
     ]
-    if text.samples < asked // (method.passes * text.window):
+    if text.samples < config.training_windows(text.window):
         lines.append(
             f"             {text.source} has no more: {asked:,} tokens were asked for; more --distill.passes read the windows again"
         )
