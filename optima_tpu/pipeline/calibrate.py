@@ -140,16 +140,16 @@ def accumulate(decoder: Decoder, index: int, capture: Capture, streams: Sequence
       UserError: an input holds a NaN or an infinity; names the layer.
     """
     hidden, decoder = streams[0].hidden, decoder.at(index)
-    step = CaptureStep.of(decoder, capture)
-    sums = jax.tree.map(_zeros, sums_of(decoder, step, capture.energy))
-    weights = {name: streams[-1].parameters[name + ".weight"] for name in step.multiplied(decoder, capture.energy)}
-    steps = pass_steps(decoder, capture, [stream.kept for stream in streams])
+    adding = SumsProgram.of(decoder, capture)
+    sums = jax.tree.map(_zeros, sums_of(decoder, adding, capture.energy))
+    weights = {name: streams[-1].parameters[name + ".weight"] for name in adding.multiplied(decoder, capture.energy)}
+    programs = pass_programs(decoder, capture, [stream.kept for stream in streams])
     with contextlib.ExitStack() as stack:
-        passing = [_Passing.open(stack, decoder, index, *each) for each in zip(steps, streams)]
-        for batches in zip(*(each.batches() for each in passing)):
+        passes = [_StreamPass.open(stack, decoder, index, *each) for each in zip(programs, streams)]
+        for batches in zip(*(each.batches() for each in passes)):
             # Waits, or nothing would keep the inputs of many batches from being on the devices; no name keeps those of the last one.
-            inputs = [each(batch) for each, batch in zip(passing, batches)]
-            sums = add_batch(step, sums, jax.block_until_ready(inputs), weights, batches[0].batch.valid)
+            inputs = [each.through(batch) for each, batch in zip(passes, batches)]
+            sums = add_batch(adding, sums, jax.block_until_ready(inputs), weights, batches[0].batch.valid)
             del inputs
     count = np.float32(len(hidden) * hidden.length)
     totals = tuple(count if total is None else total for total in sums.weights)
@@ -163,7 +163,7 @@ def accumulate(decoder: Decoder, index: int, capture: Capture, streams: Sequence
         hessians.append(hessian if mean is None else _lent(hessian, mean, capture.borrow * len(mean) / count / count))
     drifts = _divide(tuple(found.drift for found in sums.statistics), totals)
     tokens = [found.tokens for found in sums.statistics]
-    found = dict(_by_group(decoder, capture, step, list(map(TokenStatistics, hessians, tokens, drifts))))
+    found = dict(_by_group(decoder, capture, adding, list(map(TokenStatistics, hessians, tokens, drifts))))
     statistics = tuple(found[names] for names in capture.groups)
     _refuse_infinite(decoder, index, capture.groups, [found.hessian for found in statistics])
     if drifts := {names: found.drift for names, found in zip(capture.groups, statistics) if found.drift is not None}:
@@ -177,10 +177,10 @@ def accumulate(decoder: Decoder, index: int, capture: Capture, streams: Sequence
 
 
 def _by_group(
-    decoder: Decoder, capture: Capture, step: "CaptureStep", statistics: list[TokenStatistics]
+    decoder: Decoder, capture: Capture, adding: "SumsProgram", statistics: list[TokenStatistics]
 ) -> Iterator[tuple[tuple[str, ...], TokenStatistics]]:
     """The statistics of each group by its names, from those of groups that are alike."""
-    for groups, places, found in zip(step.groups, step.residuals, statistics):
+    for groups, places, found in zip(adding.groups, adding.residuals, statistics):
         if expert_of(groups[0][0]) is None:
             yield groups[0], found
         else:
@@ -197,12 +197,12 @@ def repeat(decoder: Decoder, index: int, capture: Capture, stream: Stream, dense
       dense: whether the stream is the dense one.
     """
     decoder = decoder.at(index)
-    step = pass_steps(decoder, capture, [stream.kept] * capture.target.streams)[dense]
-    if step.output or stream.kept:
+    program = pass_programs(decoder, capture, [stream.kept] * capture.target.streams)[dense]
+    if program.output or stream.kept:
         with contextlib.ExitStack() as stack:
-            passing = _Passing.open(stack, decoder, index, step, stream)
-            for batch in passing.batches():
-                passing(batch)
+            once = _StreamPass.open(stack, decoder, index, program, stream)
+            for batch in once.batches():
+                once.through(batch)
 
 
 class _Entering(NamedTuple):
@@ -212,40 +212,42 @@ class _Entering(NamedTuple):
     known: Mapping[str, Array]
 
 
-class _Passing(NamedTuple):
-    """A stream on its way through a block.
+class _StreamPass(NamedTuple):
+    """The part of one stream in a pass: its batches go through the block one by one.
 
     Attributes:
       state: the block's parameters.
       positions: from :meth:`Decoder.positions`.
-      behind: puts away what leaves the block, if the step returns it.
+      behind: puts away what leaves the block, if the program returns it.
       kept: puts away the inputs that the stream keeps, by the layer's name.
     """
 
     decoder: Decoder
     stream: Stream
-    step: "PassStep"
+    program: "PassProgram"
     state: Any
     positions: Any
     behind: Put | None
     kept: Mapping[str, Put]
 
     @classmethod
-    def open(cls, stack: contextlib.ExitStack, decoder: Decoder, index: int, step: "PassStep", stream: Stream) -> "_Passing":
+    def open(
+        cls, stack: contextlib.ExitStack, decoder: Decoder, index: int, program: "PassProgram", stream: Stream
+    ) -> "_StreamPass":
         """What is put away is there when the stack is closed."""
         kept = {name: stack.enter_context(every.put_behind()) for name, every in stream.kept.items()}
-        behind = stack.enter_context(stream.hidden.put_behind()) if step.output else None
+        behind = stack.enter_context(stream.hidden.put_behind()) if program.output else None
         positions = decoder.positions(index, stream.hidden.length)
-        return cls(decoder, stream, step, decoder.state(stream.parameters), positions, behind, kept)
+        return cls(decoder, stream, program, decoder.state(stream.parameters), positions, behind, kept)
 
     def batches(self) -> Iterator[_Entering]:
         size = self.decoder.batch
         return map(_Entering, self.stream.hidden.batches(size), self.decoder.known(self.stream.known, size))
 
-    def __call__(self, entering: _Entering) -> Mapping[str, Any]:
-        """Passes a batch through the block and returns the inputs that the step names."""
+    def through(self, entering: _Entering) -> Mapping[str, Any]:
+        """Passes a batch through the block and returns the inputs that the program returns."""
         batch, known = entering
-        output, inputs = pass_batch(self.step, self.state, batch.hidden, self.positions, known)
+        output, inputs = pass_batch(self.program, self.state, batch.hidden, self.positions, known)
         if self.behind is not None:
             self.behind(batch.rows, output)
         for name, put in self.kept.items():
@@ -280,8 +282,8 @@ def residual_names(decoder: Decoder, groups: Groups, target: Target) -> tuple[Re
 
 
 @dataclasses.dataclass(frozen=True)
-class PassStep:
-    """The static part of :func:`pass_batch`.
+class PassProgram:
+    """The program that passes a batch of one stream through a block: the static part of :func:`pass_batch`.
 
     Attributes:
       graph: the graph of the block.
@@ -295,27 +297,27 @@ class PassStep:
     output: bool = False
 
 
-def pass_steps(decoder: Decoder, capture: Capture, kept: Sequence[Iterable[str]]) -> tuple[PassStep, ...]:
-    """How each stream of a capture passes through the block.
+def pass_programs(decoder: Decoder, capture: Capture, kept: Sequence[Iterable[str]]) -> tuple[PassProgram, ...]:
+    """The program of each stream that passes through the block for a capture.
 
     Args:
       kept: for each stream, the layers whose inputs are kept.
     """
-    step, last = CaptureStep.of(decoder, capture), capture.target.streams - 1
-    around = [places for places in step.residuals if places is not None]
-    read = [groups[0][0] for groups in step.groups] + [name for places in around for name in places.before if name is not None]
+    adding, last = SumsProgram.of(decoder, capture), capture.target.streams - 1
+    around = [places for places in adding.residuals if places is not None]
+    read = [groups[0][0] for groups in adding.groups] + [name for places in around for name in places.before if name is not None]
     weighing = [places.after for places in around if places.after is not None]
     found = []
     for place, names in zip(range(last + 1), kept):
         dense = place == last  # tokens are weighed by the dense model's stream alone
         returned = tuple(dict.fromkeys((*read, *(weighing if dense else ()), *names)))
-        found.append(PassStep(decoder.graph, decoder.mesh, returned, capture.advance and dense))
+        found.append(PassProgram(decoder.graph, decoder.mesh, returned, capture.advance and dense))
     return tuple(found)
 
 
 @dataclasses.dataclass(frozen=True)
-class CaptureStep:
-    """The static part of :func:`add_batch`.
+class SumsProgram:
+    """The program that adds a batch to the sums of a pass: the static part of :func:`add_batch`.
 
     Attributes:
       groups: the groups whose inputs are accumulated, those that are :func:`alike` together.
@@ -329,7 +331,7 @@ class CaptureStep:
     borrows: tuple[bool, ...]
 
     @classmethod
-    def of(cls, decoder: Decoder, capture: Capture) -> "CaptureStep":
+    def of(cls, decoder: Decoder, capture: Capture) -> "SumsProgram":
         groups = alike(capture.groups)
         residuals = residual_names(decoder, tuple(names for names, *_ in groups), capture.target)
         borrows = tuple(capture.borrow > 0 and kind_name(names[0]) in decoder.family.shared for names, *_ in groups)
@@ -342,7 +344,7 @@ class CaptureStep:
 
 
 class Sums(NamedTuple):
-    """The accumulated sums, for each entry of ``CaptureStep.groups``.
+    """The accumulated sums, for each entry of ``SumsProgram.groups``.
 
     Attributes:
       statistics: not yet divided by the number of tokens. The arrays of experts have one more axis, the first, for the experts.
@@ -357,9 +359,9 @@ class Sums(NamedTuple):
 
 @functools.partial(jax.jit, static_argnums=0)
 def pass_batch(
-    step: PassStep, state: Any, hidden: Array, positions: Any, known: Mapping[str, Array]
+    program: PassProgram, state: Any, hidden: Array, positions: Any, known: Mapping[str, Array]
 ) -> tuple[Any, dict[str, Any]]:
-    """Passes a batch through a block: the hidden states that leave it, or None if the step does not ask for them, and ``step.names``.
+    """Passes a batch through a block: the hidden states that leave it, or None if the program does not return them, and ``program.names``.
 
     One program for one stream, apart from the sums: what a run computes again after it was stopped then has the same bits.
 
@@ -368,42 +370,42 @@ def pass_batch(
       hidden: [batch, length, d_model].
       known: as for :func:`forward`.
     """
-    output, found = forward(step.graph, state, hidden, positions, known)
+    output, found = forward(program.graph, state, hidden, positions, known)
     # Every process puts away whole samples, and Gram matrices read whole rows: the model axis holds copies.
-    whole = jax.NamedSharding(step.mesh, P(DATA))
-    inputs = {name: jax.lax.with_sharding_constraint(found[name], whole) for name in step.names}
-    return jax.lax.with_sharding_constraint(output, whole) if step.output else None, inputs
+    whole = jax.NamedSharding(program.mesh, P(DATA))
+    inputs = {name: jax.lax.with_sharding_constraint(found[name], whole) for name in program.names}
+    return jax.lax.with_sharding_constraint(output, whole) if program.output else None, inputs
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
 def add_batch(
-    step: CaptureStep, sums: Sums, inputs: Sequence[Mapping[str, Any]], weights: Mapping[str, Array], valid: Array
+    program: SumsProgram, sums: Sums, inputs: Sequence[Mapping[str, Any]], weights: Mapping[str, Array], valid: Array
 ) -> Sums:
     """The new sums of :func:`accumulate`, with the tokens of one batch.
 
     Args:
       sums: donated.
       inputs: of each stream, from :func:`pass_batch`.
-      weights: by name, the dense weights of the layers ``step.multiplied``.
+      weights: by name, the dense weights of the layers ``program.multiplied``.
       valid: [batch] bool, the samples that count (``Batch.valid``).
     """
     statistics, totals, means = [], [], []
-    for groups, places, before, total, mean in zip(step.groups, step.residuals, *sums):
+    for groups, places, before, total, mean in zip(program.groups, program.residuals, *sums):
         names = groups[0]
         experts = tuple(number for name, *_ in groups if (number := expert_of(name)) is not None)
         if experts:
             read = [found[names[0]] for found in inputs[: 1 if places is None else 2]]
             matrices = tuple(jnp.stack([weights[name] for name in layers]) for layers in zip(*groups) if weights)
-            statistics.append(add_routed(step.mesh, experts, before, read, valid, matrices))
+            statistics.append(add_routed(program.mesh, experts, before, read, valid, matrices))
             totals.append(total)
-            means.append(None if mean is None else mean + gram_of_tokens(step.mesh, read[0], valid))
+            means.append(None if mean is None else mean + gram_of_tokens(program.mesh, read[0], valid))
             continue
         means.append(None)
         seen = _seen(names[0], places, inputs, valid)
         totals.append(total if total is None or seen.scale is None else total + jnp.sum(jnp.square(seen.scale)))
-        hessian = add_gram(before.hessian, seen.x, step.mesh)
+        hessian = add_gram(before.hessian, seen.x, program.mesh)
         count = before.tokens + jnp.sum(seen.routed, dtype=jnp.int32)
-        drift = None if before.drift is None else _add_drift(step.mesh, before.drift, names, seen, weights)
+        drift = None if before.drift is None else _add_drift(program.mesh, before.drift, names, seen, weights)
         statistics.append(TokenStatistics(hessian, count, drift))
     return Sums(tuple(statistics), tuple(totals), tuple(means))
 
@@ -473,7 +475,7 @@ def inverse_norm(stream: Array) -> Array:
     return jnp.where(square > 0, jax.lax.rsqrt(jnp.where(square > 0, square, 1)), 0)
 
 
-def sums_of(decoder: Decoder, step: CaptureStep, energy: bool = False) -> Sums:
+def sums_of(decoder: Decoder, program: SumsProgram, energy: bool = False) -> Sums:
     """The shapes and shardings of :class:`Sums`, as :func:`struct_on` returns them."""
 
     def of(groups: Groups, places: ResidualNames | None) -> TokenStatistics:
@@ -481,14 +483,15 @@ def sums_of(decoder: Decoder, step: CaptureStep, energy: bool = False) -> Sums:
         if expert_of(groups[0][0]) is None:
             return one
         return jax.tree.map(
-            lambda struct: struct_on(step.mesh, (len(groups), *struct.shape), struct.dtype, P(None, *struct.sharding.spec)), one
+            lambda struct: struct_on(program.mesh, (len(groups), *struct.shape), struct.dtype, P(None, *struct.sharding.spec)),
+            one,
         )
 
-    statistics = tuple(map(of, step.groups, step.residuals))
-    weight = struct_on(step.mesh, (), jnp.float32, P())
-    weights = tuple(weight if places and places.after else None for places in step.residuals)
-    squares = (statistics_of(decoder, groups[0], None).hessian for groups in step.groups)
-    return Sums(statistics, weights, tuple(square if borrows else None for square, borrows in zip(squares, step.borrows)))
+    statistics = tuple(map(of, program.groups, program.residuals))
+    weight = struct_on(program.mesh, (), jnp.float32, P())
+    weights = tuple(weight if places and places.after else None for places in program.residuals)
+    squares = (statistics_of(decoder, groups[0], None).hessian for groups in program.groups)
+    return Sums(statistics, weights, tuple(square if borrows else None for square, borrows in zip(squares, program.borrows)))
 
 
 def statistics_of(

@@ -116,11 +116,25 @@ class GroupLoad:
         return None
 
 
-class Pass(NamedTuple):
-    """Layers whose Hessians are on the devices at the same time."""
+class Kept(NamedTuple):
+    """The layers whose inputs a pass keeps, of each stream: the passes behind it and the pruned block go on from these inputs."""
 
-    groups: tuple[tuple[str, ...], ...]
-    layouts: tuple[Layout, ...]  # one for each group
+    pruned: tuple[str, ...] = ()
+    dense: tuple[str, ...] = ()
+
+
+class Pass(NamedTuple):
+    """A pass of the calibration tokens through a block, for layers whose Hessians are on the devices at the same time.
+
+    Attributes:
+      groups: the layers, those that read one input together.
+      layouts: one for each group.
+      kept: the inputs that the pass keeps.
+    """
+
+    groups: Groups
+    layouts: tuple[Layout, ...]
+    kept: Kept = Kept()
 
 
 def block_passes(decoder: Decoder, index: int, groups: Groups, recipe: Recipe, budget: float) -> tuple[Pass, ...]:
@@ -135,18 +149,12 @@ def block_passes(decoder: Decoder, index: int, groups: Groups, recipe: Recipe, b
     """
     block = _Block(decoder.at(index), index, recipe, budget)
     parts = (recipe.pruned_groups(part, block.prefix) for part in (stages(groups) if recipe.recapture else (groups,)))
-    return tuple(itertools.chain.from_iterable(block.passes(part) for part in parts if part))
+    found = tuple(itertools.chain.from_iterable(block.passes(part) for part in parts if part))
+    return tuple(part._replace(kept=kept) for part, kept in zip(found, _kept_inputs(block.decoder, recipe, found)))
 
 
-class Kept(NamedTuple):
-    """The layers whose inputs a pass keeps, of each stream: the passes behind it and the pruned block go on from these inputs."""
-
-    pruned: tuple[str, ...] = ()
-    dense: tuple[str, ...] = ()
-
-
-def kept_inputs(decoder: Decoder, recipe: Recipe, passes: Sequence[Pass]) -> tuple[Kept, ...]:
-    """What each pass through a block keeps, from the block's decoder; nothing where inputs come from the block before it was pruned.
+def _kept_inputs(decoder: Decoder, recipe: Recipe, passes: Sequence[Pass]) -> tuple[Kept, ...]:
+    """What each pass through the decoder's block keeps; nothing where inputs come from the block before it was pruned.
 
     The first pass behind attention, through the block as pruned so far, keeps the output of attention: no later layer changes it.
     The last pass keeps the input of its layer, if it is one layer, for the pruned block. It does so on CPU devices only, which share
@@ -326,7 +334,7 @@ def described(found: Sequence[Pass], ordinary: int = 1) -> str:
       ordinary: the number of passes with enough memory.
     """
     told: dict[str, None] = {}  # in the order of the layers, each once
-    for names, where in (pair for each in found for pair in zip(*each)):
+    for names, where in (pair for each in found for pair in zip(each.groups, each.layouts)):
         words = [f"{where.rows} rows at once"] * (where.rows is not None) + ["Hessian split over model"] * where.split
         if words:
             told[f"{names[0]}: {', '.join(words)}"] = None

@@ -26,7 +26,7 @@ from optima_tpu.models.activations import HiddenStates
 from optima_tpu.models.decoder import Decoder
 from optima_tpu.pipeline.calibrate import Capture, Stream, accumulate, repeat
 from optima_tpu.pipeline.journal import DENSE, HIDDEN, Journal
-from optima_tpu.pipeline.memory_plan import Kept, Pass, block_passes, kept_inputs
+from optima_tpu.pipeline.memory_plan import Pass, block_passes
 from optima_tpu.report.progress import Progress
 from optima_tpu.report.records import BlockReport, LayerReport
 from optima_tpu.report.rows import LayerFacts, layer_report
@@ -134,7 +134,7 @@ def prune_block(walk: Walk, index: int, parameters: Mapping[str, Array], streams
     The Hessians come from the dense block, which reads the output of the pruned blocks before it, as in the paper. One pass
     accumulates them, or several passes if not all Hessians fit on the devices. With ``recapture`` each part of
     ``calibrate.stages`` has its own passes, through the block as pruned so far. A pass may keep inputs of layers, which no later layer
-    changes: the passes behind it and the pruned block go on from there (``memory_plan.kept_inputs``).
+    changes: the passes behind it and the pruned block go on from there (``memory_plan.Kept``).
 
     Args:
       parameters: the dense block's parameters, by name inside the block, on the mesh.
@@ -145,18 +145,19 @@ def prune_block(walk: Walk, index: int, parameters: Mapping[str, Array], streams
     block = PrunedBlock(dict(parameters), {}, (), {})
     passes, target, seconds = _passes(walk, index), walk.recipe.target, 0.0
     known: list[Mapping[str, HiddenStates]] = [{}] * target.streams
-    for step in passes:
+    for part, capture in passes:
         now = block.parameters if walk.recipe.recapture else parameters
         entering = tuple(
             _entering(walk, index, Stream(read, hidden, inputs), names)
-            for read, hidden, inputs, names in zip((now, parameters), streams, known, step.kept)
+            for read, hidden, inputs, names in zip((now, parameters), streams, known, part.kept)
             if hidden is not None
         )
         started = time.monotonic()
-        tokens = _calibrate(walk, index, step.capture, entering)
-        seconds += (time.monotonic() - started) * step.repeated
+        tokens = _calibrate(walk, index, capture, entering)
+        if capture.advance or any(part.kept):  # a run that goes on makes the pass again for what it leaves
+            seconds += time.monotonic() - started
         known = [stream.found for stream in entering]
-        found = prune_groups(walk, index, block.parameters, step.part, tokens)
+        found = prune_groups(walk, index, block.parameters, part, tokens)
         block = PrunedBlock(found.parameters, block.masks | found.masks, block.layers + found.layers, block.scales | found.scales)
         del tokens, found  # frees their memory before the next statistics are made
     started = time.monotonic()
@@ -166,28 +167,13 @@ def prune_block(walk: Walk, index: int, parameters: Mapping[str, Array], streams
     return block._replace(seconds=seconds + time.monotonic() - started)
 
 
-class _BlockPass(NamedTuple):
-    """A pass of the calibration tokens through a block: its layers, what is accumulated, and the inputs that it keeps."""
-
-    part: Pass
-    capture: Capture
-    kept: Kept
-
-    @property
-    def repeated(self) -> bool:
-        """Whether the pass leaves hidden states or inputs, so that a run that goes on makes it again."""
-        return self.capture.advance or any(self.kept)
-
-
-def _passes(walk: Walk, index: int) -> tuple[_BlockPass, ...]:
-    """The passes of :func:`prune_block`; the last one also moves the dense stream through the block."""
+def _passes(walk: Walk, index: int) -> tuple[tuple[Pass, Capture], ...]:
+    """The passes of :func:`prune_block`, and what each accumulates; the last one also moves the dense stream through the block."""
     recipe, target = walk.recipe, walk.recipe.target
     parts = block_passes(walk.decoder, index, walk.groups[index], recipe, walk.budget)
     return tuple(
-        _BlockPass(
-            part, Capture(part.groups, target, advance=target.dense_stream and part is parts[-1], borrow=recipe.borrow), kept
-        )
-        for part, kept in zip(parts, kept_inputs(walk.decoder.at(index), recipe, parts))
+        (part, Capture(part.groups, target, advance=target.dense_stream and part is parts[-1], borrow=recipe.borrow))
+        for part in parts
     )
 
 
@@ -206,10 +192,10 @@ def repeat_block(walk: Walk, index: int, parameters: Mapping[str, Array], hidden
     """
     known: Mapping[str, HiddenStates] = {}
     passes = _passes(walk, index)
-    for step in passes:
-        stream = _entering(walk, index, Stream(parameters, hidden, known), step.kept[dense])
-        for capture, first, last in _sets(walk, step.capture, len(hidden)):
-            repeat(walk.decoder, index, capture, stream.part(first, last), dense)
+    for part, capture in passes:
+        stream = _entering(walk, index, Stream(parameters, hidden, known), part.kept[dense])
+        for each, first, last in _sets(walk, capture, len(hidden)):
+            repeat(walk.decoder, index, each, stream.part(first, last), dense)
         known = stream.found
     if not dense or not passes:
         walk.decoder.apply(index, parameters, hidden, known=known)
@@ -226,7 +212,7 @@ def prune_groups(
       tokens: the statistics of each group.
     """
     parameters, masks, reports, scales, prefix = dict(parameters), {}, [], {}, walk.decoder.prefix(index)
-    for names, layout, sets in zip(*part, tokens):
+    for names, layout, sets in zip(part.groups, part.layouts, tokens):
         for together in walk.recipe.solved_together(names, prefix):
             weights = tuple(parameters[name + ".weight"] for name in together)
             mine = [names.index(name) for name in together]

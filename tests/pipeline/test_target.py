@@ -34,7 +34,7 @@ from optima_tpu.models.layers import scaled
 from optima_tpu.pipeline.calibrate import Capture, Stream, accumulate, groups_of_blocks, linear_groups, stages
 from optima_tpu.pipeline.greeting import greet
 from optima_tpu.pipeline.journal import DENSE, Journal, open_journal
-from optima_tpu.pipeline.memory_plan import GroupLoad, Kept, block_passes, kept_inputs
+from optima_tpu.pipeline.memory_plan import GroupLoad, Kept, block_passes
 from optima_tpu.pipeline.plan.model import open_declared
 from optima_tpu.pipeline.plan.plan import make_plan
 from optima_tpu.pipeline.plan.topology import CHIPS, Machine
@@ -378,13 +378,16 @@ def test_recapture_is_a_walk_from_input_to_input():
 
 def test_what_a_pass_keeps_for_those_behind_it():
     """The output of attention; and the last layer's input, where the devices share the memory of the host."""
+
+    def kept(decoder, recipe):
+        return [part.kept for part in block_passes(decoder, 0, linear_groups(decoder), recipe, math.inf)]
+
     decoder, recipe = decoder_on((1, 1)), parse(["--preset", "best"]).recipe
-    passes = block_passes(decoder, 0, linear_groups(decoder), recipe, math.inf)
     nothing, attended = Kept(), Kept(("self_attn.o_proj",), ("self_attn.o_proj",))
-    assert kept_inputs(decoder, recipe, passes) == (nothing, attended, nothing, Kept(("mlp.down_proj",)))
+    assert kept(decoder, recipe) == [nothing, attended, nothing, Kept(("mlp.down_proj",))]
     elsewhere = dataclasses.replace(decoder, mesh=AbstractMesh((1, 1), ("data", "model")))
-    assert kept_inputs(elsewhere, recipe, passes) == (nothing, attended, nothing, nothing)
-    assert kept_inputs(decoder, dataclasses.replace(recipe, recapture=False), passes) == (nothing,) * 4
+    assert kept(elsewhere, recipe) == [nothing, attended, nothing, nothing]
+    assert kept(decoder, dataclasses.replace(recipe, recapture=False)) == [nothing]
 
 
 def test_a_dense_target_is_a_walk_of_two_streams():

@@ -21,10 +21,10 @@ from optima_tpu.method.statistics import Groups, TokenSets
 from optima_tpu.models.decoder import Decoder, forward
 from optima_tpu.pipeline.calibrate import (
     Capture,
-    CaptureStep,
+    SumsProgram,
     add_batch,
     pass_batch,
-    pass_steps,
+    pass_programs,
     residual_names,
     statistics_of,
     sums_of,
@@ -212,7 +212,7 @@ def calibration_calls(decoder: Decoder, capture: Capture, known: Kept, kept: Kep
     """
     parameters = {name: _parameter(decoder, name) for name in decoder.block_shapes}
     mesh, dtype = decoder.mesh, decoder.tensors.dtype(decoder.root + decoder.family.embedding)
-    size, step = sequences_at_once(decoder, samples) * mesh.shape[DATA], CaptureStep.of(decoder, capture)
+    size, adding = sequences_at_once(decoder, samples) * mesh.shape[DATA], SumsProgram.of(decoder, capture)
     positions = jax.tree.map(
         lambda array: struct_on(mesh, array.shape, array.dtype, P()), decoder.config.positions(decoder.config.kind, length)
     )
@@ -222,7 +222,7 @@ def calibration_calls(decoder: Decoder, capture: Capture, known: Kept, kept: Kep
 
     state, hidden = decoder.state(parameters), entering(decoder.config.d_model)
     passes, inputs = [], []
-    for each, names in zip(pass_steps(decoder, capture, kept), known):
+    for each, names in zip(pass_programs(decoder, capture, kept), known):
         passes.append(
             Call(pass_batch, (each, state, hidden, positions, {name: entering(decoder.input_width(name)) for name in names}))
         )
@@ -234,9 +234,9 @@ def calibration_calls(decoder: Decoder, capture: Capture, known: Kept, kept: Kep
                 lambda array: struct_on(mesh, array.shape, array.dtype, P(DATA)), {name: found[name] for name in each.names}
             )
         )
-    weights = {name: parameters[name + ".weight"] for name in step.multiplied(decoder, energy=False)}
+    weights = {name: parameters[name + ".weight"] for name in adding.multiplied(decoder, energy=False)}
     valid = struct_on(mesh, (size,), jnp.bool_, P(DATA))
-    return CalibrationCalls(tuple(passes), Call(add_batch, (step, sums_of(decoder, step), tuple(inputs), weights, valid)))
+    return CalibrationCalls(tuple(passes), Call(add_batch, (adding, sums_of(decoder, adding), tuple(inputs), weights, valid)))
 
 
 def sequences_at_once(decoder: Decoder, samples: int) -> int:

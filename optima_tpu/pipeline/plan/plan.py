@@ -17,7 +17,7 @@ from optima_tpu.models.generate import windows_at_once
 from optima_tpu.pipeline.calibrate import Capture, groups_of_blocks
 from optima_tpu.pipeline.distill.blocks import Trainer
 from optima_tpu.pipeline.inputs import pruned_layers
-from optima_tpu.pipeline.memory_plan import Kept, Pass, aimed_residuals, block_passes, group_load, kept_inputs, states_on_devices
+from optima_tpu.pipeline.memory_plan import Kept, Pass, aimed_residuals, block_passes, group_load, states_on_devices
 from optima_tpu.pipeline.plan import estimate
 from optima_tpu.pipeline.plan.compile import Compile, calibration_calls, compiler, pruning_call, resident, sequences_at_once
 from optima_tpu.pipeline.plan.estimate import Storage
@@ -171,11 +171,11 @@ def make_plan(
             groups = recipe.pruned_groups(names[index], prefix)
             parts, refused = (Pass(groups, (ON_EVERY_DEVICE,) * len(groups)),), refused or str(error)
         known = Kept()
-        for position, (part, kept) in enumerate(zip(parts, kept_inputs(alike, recipe, parts))):
-            kind = _Kind(alike.config.kind, part.groups, known, kept, position == len(parts) - 1)
+        for position, part in enumerate(parts):
+            kind = _Kind(alike.config.kind, part.groups, known, part.kept, position == len(parts) - 1)
             kinds[kind] += 1
             known = kind.after
-            for group, layout in zip(*part):
+            for group, layout in zip(part.groups, part.layouts):
                 for together in recipe.solved_together(group, prefix):
                     shape = _Shape(
                         tuple(alike.block_shapes[name + ".weight"] for name in together),
