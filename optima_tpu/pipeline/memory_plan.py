@@ -11,6 +11,7 @@ and as many for the held-out tokens: the Hessian, and with a dense target the cr
 for ``prune_group`` (arguments, outputs and temporaries; CPU, jax 0.10) and rounded up.
 """
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -148,9 +149,14 @@ def block_passes(decoder: Decoder, index: int, groups: Groups, recipe: Recipe, b
       UserError: a layer does not fit the budget.
     """
     block = _Block(decoder.at(index), index, recipe, budget)
-    parts = (recipe.pruned_groups(part, block.prefix) for part in (stages(groups) if recipe.recapture else (groups,)))
-    found = tuple(itertools.chain.from_iterable(block.passes(part) for part in parts if part))
+    found = tuple(itertools.chain.from_iterable(map(block.passes, _parts(groups, recipe, block.prefix))))
     return tuple(part._replace(kept=kept) for part, kept in zip(found, _kept_inputs(block.decoder, recipe, found)))
+
+
+def _parts(groups: Groups, recipe: Recipe, prefix: str) -> list[Groups]:
+    """The pruned layers of a block that one pass is enough for if there is room: all, or with ``recapture`` those of one stage."""
+    parts = (recipe.pruned_groups(part, prefix) for part in (stages(groups) if recipe.recapture else (groups,)))
+    return [part for part in parts if part]
 
 
 def _kept_inputs(decoder: Decoder, recipe: Recipe, passes: Sequence[Pass]) -> tuple[Kept, ...]:
@@ -285,29 +291,47 @@ def block_bytes(decoder: Decoder, index: int) -> float:
     )
 
 
-def fitted(decoder: Decoder, groups: Sequence[Groups], recipe: Recipe, budget: float) -> str:
-    """Describes what a run splits or does in parts to fit the devices. Raises UserError if a layer does not fit.
+class Fitted(NamedTuple):
+    """How a run fits the devices.
 
-    Args:
-      groups: of every block.
+    Attributes:
+      passes: of every block.
+      told: what is split or done in parts, in words; empty if nothing is.
+      states: bytes of a device for hidden states, and for the inputs that passes keep; 0 where they stay on the hosts.
     """
-    # Most blocks are alike: each text appears once.
-    found = (
-        [block_passes(decoder, index, each, recipe, limit) for limit in (budget, math.inf)] for index, each in enumerate(groups)
-    )
-    told = [described(here, len(ample)) for here, ample in found]
-    return "; ".join(filter(None, dict.fromkeys(told)))
+
+    passes: tuple[tuple[Pass, ...], ...]
+    told: str
+    states: int = 0
 
 
-def states_on_devices(decoder: Decoder, groups: Sequence[Groups], recipe: Recipe, windows: tuple[int, int], budget: float) -> int:
-    """The bytes of a device for the hidden states of a run, and for the inputs that passes keep; 0 where they stay on the hosts.
-
-    So they do on CPU devices, whose memory is that of the host; where they would take more than a quarter of the budget; and where the
-    layers would not fit beside them.
+def fitted(decoder: Decoder, groups: Sequence[Groups], recipe: Recipe, windows: tuple[int, int], budget: float) -> Fitted:
+    """Fits a run to the devices. Hidden states stay there if the layers fit beside them.
 
     Args:
       groups: of every block.
       windows: their number and their length.
+
+    Raises:
+      UserError: a layer does not fit.
+    """
+    if states := _states_on_devices(decoder, recipe, windows, budget):
+        with contextlib.suppress(UserError):
+            return _fitted(decoder, groups, recipe, budget - states)._replace(states=states)
+    return _fitted(decoder, groups, recipe, budget)
+
+
+def _fitted(decoder: Decoder, groups: Sequence[Groups], recipe: Recipe, budget: float) -> Fitted:
+    passes = tuple(block_passes(decoder, index, each, recipe, budget) for index, each in enumerate(groups))
+    ordinary = (len(_parts(each, recipe, decoder.prefix(index))) for index, each in enumerate(groups))
+    # Most blocks are alike: each text appears once.
+    return Fitted(passes, "; ".join(filter(None, dict.fromkeys(map(described, passes, ordinary)))))
+
+
+def _states_on_devices(decoder: Decoder, recipe: Recipe, windows: tuple[int, int], budget: float) -> int:
+    """The bytes of a device for the hidden states of a run, and for the inputs that passes keep; 0 where they stay on the hosts.
+
+    So they do on CPU devices, whose memory is that of the host, and where they would take more than a quarter of the budget.
     """
     samples, length = windows
     widths = [decoder.config.d_model]
@@ -317,13 +341,7 @@ def states_on_devices(decoder: Decoder, groups: Sequence[Groups], recipe: Recipe
     places = -(-samples // decoder.mesh.shape[DATA]) + decoder.batch
     columns = sum(width // model if width % model == 0 else width for width in widths)
     size = recipe.target.streams * places * length * columns * dtype.itemsize
-    if on_cpu(decoder.mesh) or size > _STATES_SHARE * budget:
-        return 0
-    try:
-        fitted(decoder, groups, recipe, budget - size)
-    except UserError:
-        return 0
-    return size
+    return 0 if on_cpu(decoder.mesh) or size > _STATES_SHARE * budget else size
 
 
 def described(found: Sequence[Pass], ordinary: int = 1) -> str:

@@ -39,7 +39,7 @@ from optima_tpu.pipeline.distill.windows import Inputs, Windows
 from optima_tpu.pipeline.greeting import greet, recipe_line
 from optima_tpu.pipeline.inputs import Texts, manifest_of, token_digest
 from optima_tpu.pipeline.journal import Journal, open_journal, prepare_directory
-from optima_tpu.pipeline.memory_plan import fitted, states_on_devices
+from optima_tpu.pipeline.memory_plan import fitted
 from optima_tpu.pipeline.repair import DENSE, LOSSES, faults
 from optima_tpu.pipeline.self_calibration import keep_calibration
 from optima_tpu.pipeline.walk import Walk, prune_model
@@ -100,13 +100,12 @@ class Opened:
             allocation_steps(decoder, recipe, config.allocation)
         given = open_given(config.selector) if isinstance(config.selector, Imported) else None
         budget, groups = device_budget(config.device_memory), groups_of_blocks(decoder)
-        states = states_on_devices(decoder, groups, recipe, texts.calibration.ids.shape, budget)
-        walk = Walk(decoder, recipe, groups, config.calibration.samples, budget - states, given, states > 0)
-        told = fitted(decoder, walk.groups, recipe, walk.budget)
+        found = fitted(decoder, groups, recipe, texts.calibration.ids.shape, budget)
+        walk = Walk(decoder, recipe, groups, config.calibration.samples, budget - found.states, given, found.states > 0)
         if config.distill:
             refuse_large(Trainer(decoder, config.distill, budget), "--distill null")
         directory = prepare_directory(config.run_directory, manifest, to_dict(config))
-        greet(console, config, model, texts, directory, told)
+        greet(console, config, model, texts, directory, found.told)
         return cls(config, model, texts, manifest, to_dict(config), directory, walk)
 
 

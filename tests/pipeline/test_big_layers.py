@@ -28,6 +28,8 @@ from optima_tpu.method.row_sharding import Layout, RowSharding
 from optima_tpu.method.selectors import ADMM, SparseGPT, Thanos, Wanda
 from optima_tpu.method.solvers import CG, MPAX, Adam, Exact
 from optima_tpu.models.decoder import Decoder
+from optima_tpu.pipeline import memory_plan
+from optima_tpu.pipeline.calibrate import groups_of_blocks
 from optima_tpu.pipeline.memory_plan import GroupLoad, block_passes, described
 from optima_tpu.pipeline.plan.hlo import COLLECTIVE
 from optima_tpu.runtime.device_memory import GIB, device_budget, host_memory
@@ -354,6 +356,29 @@ def test_a_block_pruned_in_a_small_budget_is_the_same_block(monkeypatch):
         for error in ("error_before", "error_after", "held_out_before", "held_out_after"):
             assert getattr(other, error) == pytest.approx(getattr(report, error), rel=1e-3)
     assert np.abs(whole.values - small.values).max() < 1e-3 * np.abs(whole.values).max()
+
+
+def test_blocks_are_laid_out_once_beside_the_hidden_states_that_stay_on_accelerators(monkeypatch):
+    """Where the layers fit only without the states, once more."""
+    decoder, laid_out = Decoder.open(*tiny_llama(), mesh(2, 2), batch=2), []
+    monkeypatch.setattr(memory_plan, "block_passes", lambda *a: laid_out.append(a[1]) or block_passes(*a))
+    monkeypatch.setattr(memory_plan, "_STATES_SHARE", 1)
+
+    def fit(budget, devices=decoder.mesh.abstract_mesh):
+        laid_out.clear()
+        found = memory_plan.fitted(dataclasses.replace(decoder, mesh=devices), groups_of_blocks(decoder), RECIPE, (4, 24), budget)
+        return found.states, laid_out.count(0)
+
+    assert fit(GIB, decoder.mesh) == (0, 1)  # these are CPU devices
+    states, times = fit(GIB)
+    assert states > 0 and times == 1
+    least = 1.0
+    while True:
+        with contextlib.suppress(UserError):
+            assert fit(least) == (0, 2)
+            break
+        least += states / 2
+    assert fit(least + states) == (states, 1)
 
 
 def test_a_layer_that_does_not_fit_is_named_before_anything_is_done(tmp_path, capsys):

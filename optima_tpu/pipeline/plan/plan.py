@@ -3,7 +3,7 @@
 import collections
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from optima_tpu.config.run_config import RunConfig
@@ -13,11 +13,12 @@ from optima_tpu.method.patterns import Pattern
 from optima_tpu.method.recipe import Recipe
 from optima_tpu.method.row_sharding import ON_EVERY_DEVICE, Layout
 from optima_tpu.method.statistics import Groups
+from optima_tpu.models.decoder import Decoder
 from optima_tpu.models.generate import windows_at_once
 from optima_tpu.pipeline.calibrate import Capture, groups_of_blocks
 from optima_tpu.pipeline.distill.blocks import Trainer
 from optima_tpu.pipeline.inputs import pruned_layers
-from optima_tpu.pipeline.memory_plan import Kept, Pass, aimed_residuals, block_passes, group_load, states_on_devices
+from optima_tpu.pipeline.memory_plan import Kept, Pass, aimed_residuals, block_passes, fitted, group_load
 from optima_tpu.pipeline.plan import estimate
 from optima_tpu.pipeline.plan.compile import Compile, calibration_calls, compiler, pruning_call, resident, sequences_at_once
 from optima_tpu.pipeline.plan.estimate import Storage
@@ -159,18 +160,17 @@ def make_plan(
     held_out, names, residuals = text.held_out > 0, groups_of_blocks(decoder), aimed_residuals(decoder, recipe)
     budget = device_budget(config.device_memory, None if machine.here else machine.chip.memory)
     windows = (text.samples + text.held_out, text.window)
-    states = 0 if recovering else states_on_devices(decoder, names, recipe, windows, budget)
+    blocks: Iterable[tuple[Pass, ...]] = ()
+    states, refused = 0, ""
+    if not recovering:
+        try:
+            blocks, _, states = fitted(decoder, names, recipe, windows, budget)
+        except UserError as error:
+            blocks, refused = _fitting(decoder, names, recipe, budget), str(error)
     kinds: dict[_Kind, int] = collections.Counter()
     layers: dict[_Shape, _Layers] = {}
-    refused = ""
-    for index in range(0 if recovering else decoder.config.blocks):
-        prefix, alike = decoder.prefix(index), decoder.at(index)
-        try:
-            parts = block_passes(decoder, index, names[index], recipe, budget - states)
-        except UserError as error:
-            groups = recipe.pruned_groups(names[index], prefix)
-            parts, refused = (Pass(groups, (ON_EVERY_DEVICE,) * len(groups)),), refused or str(error)
-        known = Kept()
+    for index, parts in enumerate(blocks):
+        prefix, alike, known = decoder.prefix(index), decoder.at(index), Kept()
         for position, part in enumerate(parts):
             kind = _Kind(alike.config.kind, part.groups, known, part.kept, position == len(parts) - 1)
             kinds[kind] += 1
@@ -226,6 +226,16 @@ def make_plan(
         estimate.assumptions(config, machine),
         refused,
     )
+
+
+def _fitting(decoder: Decoder, groups: Sequence[Groups], recipe: Recipe, budget: float) -> Iterator[tuple[Pass, ...]]:
+    """The passes of every block; of a block that does not fit a single one, as with enough memory."""
+    for index, each in enumerate(groups):
+        try:
+            yield block_passes(decoder, index, each, recipe, budget)
+        except UserError:
+            pruned = recipe.pruned_groups(each, decoder.prefix(index))
+            yield (Pass(pruned, (ON_EVERY_DEVICE,) * len(pruned)),)
 
 
 def _block_flops(model: Declared, length: int, streams: int, kinds: Mapping[_Kind, int]) -> estimate.BlockFlops:
