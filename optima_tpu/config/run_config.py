@@ -82,7 +82,7 @@ class Calibration:
 
     @property
     def window(self) -> int:
-        """``length``, and where it is None what a model of a long context takes."""
+        """Tokens in each sequence: ``length``, or 2048 where it is None. Of a run ``inputs.on_context`` has set ``length``."""
         return self.length or LENGTH
 
 
