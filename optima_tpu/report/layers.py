@@ -315,13 +315,14 @@ def _kind_table(run: Run, caption: str) -> Table:
 
 
 def _layer_table(run: Run, several: bool) -> Table:
-    layers = run.layers
+    layers, routed = run.layers, any(kind_name(layer.name) != layer.name for layer in run.layers)
     if len(layers) > _LISTED:
         layers = sorted(layers, key=lambda layer: layer.error_after, reverse=True)
     rows = [
         [
             f"{layer.block} {layer.name}",
             "×".join(map(str, layer.shape)),
+            *([NONE if layer.tokens is None else f"{layer.tokens:,}"] if routed else []),
             percent(layer.sparsity),
             *_errors(run, layer.error_before, layer.error_after, layer.held_out_before, layer.held_out_after),
             *_against_dense(run, layer),
@@ -339,9 +340,11 @@ def _layer_table(run: Run, several: bool) -> Table:
         ]
         for layer in layers[:_LISTED]
     ]
-    head = ["block and layer", "shape", "sparsity", *_errors_of(run)]
+    head = ["block and layer", "shape", *(["tokens"] if routed else []), "sparsity", *_errors_of(run)]
     head += ["median steps", "most steps", "largest gap", "not converged", "refused"] if run.solver else []
-    return Table(f"Every layer{', ' + run.label if several else ''}", head, rows, note=_rest(len(layers), ", by error"))
+    notes = ["Tokens: of the calibration text, those that the layer read; an expert reads those that are routed to it."] * routed
+    notes += [_rest(len(layers), ", by error")]
+    return Table(f"Every layer{', ' + run.label if several else ''}", head, rows, note=" ".join(filter(None, notes)))
 
 
 _ERRORS = ("before", "after", "held out, before", "held out, after")

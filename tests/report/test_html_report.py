@@ -495,7 +495,7 @@ def test_folders_are_cut_from_paths_and_not_from_the_names_of_data_sets(text, to
 
 def test_experts_are_one_kind_of_layer(tmp_path):
     reports = [
-        dataclasses.replace(layer, name=f"mlp.experts.{expert}.up_proj")
+        dataclasses.replace(layer, name=f"mlp.experts.{expert}.up_proj", tokens=1000 * expert)
         for expert in range(3)
         for layer in layers(expert)
         if layer.name == "mlp.up_proj"
@@ -506,6 +506,10 @@ def test_experts_are_one_kind_of_layer(tmp_path):
     page = drawn(write_run(tmp_path / "run", reports=reports), to=tmp_path / "x.html")
     mean = np.mean([layer.held_out_after for layer in reports if layer.block == 1])
     assert f"block 1, up_proj: {percent(mean)}" in page.sections["maps"]
+    head, *rows = page.tables["Every layer"]
+    tokens = {row[0]: row[head.index("tokens")] for row in rows}
+    assert [tokens[f"1 mlp.experts.{expert}.up_proj"] for expert in range(3)] == ["0", "1,000", "2,000"]
+    assert "tokens" not in drawn(write_run(tmp_path / "plain"), to=tmp_path / "y.html").tables["Every layer"][0]
 
 
 @pytest.mark.parametrize(
