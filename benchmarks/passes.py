@@ -22,7 +22,7 @@ import numpy as np
 from optima_tpu.config.parse import parse
 from optima_tpu.config.run_config import EMBEDDED
 from optima_tpu.method import mask_swaps
-from optima_tpu.method.linalg import features, inverses
+from optima_tpu.method.linalg import features, inverses, traces
 from optima_tpu.method.patterns import Unstructured
 from optima_tpu.method.problem import LayerProblem
 from optima_tpu.method.selectors import ADMM, Wanda, admm
@@ -55,6 +55,7 @@ def round_inverses_to(bits: int) -> None:
         with mock.patch.multiple(inverses, matmul=rounded(bits), rough_matmul=rounded(bits)):
             return inverses.inverse(matrix, ridge)
 
+    traces.rough_matmul = rounded(bits)
     admm.inverse = mask_swaps.inverse = inverse
     jax.clear_caches()  # JAX keeps the parts of an inverse as it traced them
 

@@ -361,7 +361,7 @@ class Sums(NamedTuple):
 def pass_batch(
     program: PassProgram, state: Any, hidden: Array, positions: Any, known: Mapping[str, Array]
 ) -> tuple[Any, dict[str, Any]]:
-    """Passes a batch through a block: the hidden states that leave it, or None if the program does not return them, and ``program.names``.
+    """Passes a batch through a block: the hidden states that leave it, or None, and the inputs ``program.names``.
 
     One program for one stream, apart from the sums: what a run computes again after it was stopped then has the same bits.
 

@@ -123,6 +123,8 @@ def write_report(path: Path, entries: Mapping[str, Any], blocks: Sequence[BlockR
         "layer_kinds": [finite(kind._asdict()) for kind in by_kind(blocks)],
         "blocks": [block.to_json() for block in blocks],
     }
+    if stray := values.keys() - set(_KEYS):
+        raise ValueError(f"a report has no place for {sorted(stray)}")
     report = {key: values[key] for key in _KEYS}
     with writing(path, "all finished blocks are intact; make room and repeat the command"):
         keep(path.parent, {path.name: (json.dumps(report, indent=2, allow_nan=False) + "\n").encode()})

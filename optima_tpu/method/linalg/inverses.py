@@ -14,16 +14,17 @@ from optima_tpu.method.linalg.features import WHOLE, Features, Product, divided,
 
 _LEAF = 256  # matrices up to this size are factorised in one call
 
-# From this ridge on, inverses that choose have rounded products. With factors of 16 bits, as three passes of a TPU keep, the inverses of
-# SmolLM2's Hessians (576 and 1,536 inputs, among them those of massive activations) are then off by at most 5e-4; at 0.001 by 1.3e-3.
+# From this ridge on, R too has rounded products on TPUs, where it only chooses. With factors of 16 bits, as three passes keep, the
+# inverses of SmolLM2's Hessians (576 and 1,536 inputs, among them those of massive activations) are then off by at most 5e-4; at 0.001
+# by 1.3e-3.
 ROUGH_RIDGE = 0.01
 
 
 def inverse(matrix: Float[Array, "d d"], ridge: float) -> Float[Array, "d d"]:
     """``M^-1`` where it only chooses: ADMM's mask, an exchange of weights. NaN where M is not positive definite in float32.
 
-    TPUs take ``features.rough_matmul`` if the ridge is far above what its rounding can take from an eigenvalue. Other platforms
-    always take full products.
+    The product ``R'R`` is always ``features.rough_matmul``. TPUs make ``R`` by it too if the ridge is far above what its rounding
+    can take from an eigenvalue; other platforms make ``R`` by full products.
 
     Args:
       matrix: [d, d] float32, a Hessian of unit diagonal plus a ridge.
