@@ -738,7 +738,7 @@ _RESULTS: Mapping[str, tuple[str, Mapping[str, Sequence[str]]]] = {
             ),
             "Pruned and quantised": ("quantization", "qwix"),
             "Tasks, and distance from the dense model": ("tasks", "distance"),
-            "Calibration text": ("calibration-text", "calibration-size", "samples"),
+            "Calibration text": ("calibration-text", "calibration-size", "samples", "few-tokens"),
             "The tables of the OPTIMA paper, on this model": (
                 "original-implementation",
                 "paper-half",
