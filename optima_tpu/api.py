@@ -370,8 +370,8 @@ def prune_layer(
     """Prunes one weight matrix: chooses the mask, then solves every row for the weights that stay.
 
     For each row ``w`` with kept inputs ``K``: minimise ``(v - w) H (v - w)'`` over ``v`` with ``v[j] = 0`` for ``j`` not in ``K``,
-    where ``H = X'X / n`` (OPTIMA, equation 6). All matrix products are float32: at full precision on
-    CPUs, and on accelerators but for those that only choose a direction or a mask.
+    where ``H = X'X / n`` (OPTIMA, equation 6). All matrix products are float32 at full precision. On
+    accelerators those that only choose a direction or a mask are rougher.
 
     Args:
       weight: [d_out, d_in], dense.
