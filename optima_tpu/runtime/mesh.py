@@ -87,7 +87,7 @@ def make_mesh(text: str | None) -> Mesh:
     except NotImplementedError:  # an axis takes whole dimensions of a TPU slice
         raise UserError(
             f"mesh {data}x{model} does not fit this slice of {count} chips: each axis must be a product of whole dimensions of "
-            "the slice. Choose such a mesh; optima_tpu.plan names the nearest"
+            "the slice. Choose such a mesh; optima plan with --topology, such as v5e:4x2, and --mesh names the nearest"
         ) from None
 
 

@@ -302,7 +302,7 @@ def test_an_unknown_dtype_lists_those_there_are():
 def test_a_hub_model_offline_says_what_to_do(monkeypatch, tmp_path):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(UserError, match="hf download org/name --local-dir"):
+    with pytest.raises(UserError, match="correct the path, or .*`hf download org/name --local-dir"):
         open_model("org/name")
 
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from huggingface_hub import constants
 from jax.sharding import AbstractMesh
 
 from optima_tpu.config.choices import CHOICES
@@ -47,9 +48,12 @@ from tests.support.tiny_models import byte_tokenizer, tiny_folder, tiny_llama
 @pytest.mark.parametrize("topology, splits", [("v5e:4x4", True), ("v6e:4x4", False), ("v5p:4x4x1", False)])
 def test_a_mesh_splits_the_dimensions_of_a_v5e_alone(topology, splits):
     """As ``jax.make_mesh`` does."""
-    target = topology_machine(topology, "8x2", compiling=False)
-    assert (tuple(target.mesh.shape.values()) == (8, 2)) == splits
-    assert any("splits a dimension" in note for note in target.notes) != splits
+    if splits:
+        assert tuple(topology_machine(topology, "8x2", compiling=False).mesh.shape.values()) == (8, 2)
+    else:
+        said = f"mesh 8x2 splits a dimension of {topology}, which jax.make_mesh does not do there: the nearest that fits is --mesh 4x4"
+        with pytest.raises(UserError, match=said):
+            topology_machine(topology, "8x2", compiling=False)
 
 
 def test_every_solver_has_a_cost_and_an_unknown_one_is_named():
@@ -76,6 +80,17 @@ def test_a_topology_has_one_form(text):
 
 
 @pytest.mark.parametrize(
+    ("text", "near"),
+    [("v5e:4x3", "v5e:4x2 or v5e:4x4"), ("v6e:3x5", "v6e:2x4 or v6e:4x8"), ("v5p:3x4x3", "v5p:2x4x3 or v5p:4x4x3")],
+)
+def test_a_slice_has_whole_hosts(text, near):
+    with pytest.raises(UserError, match=f"each of 2x2 chips, such as {near}, got '{text}'"):
+        parse_topology(text)
+    for each in ("v5e:1x1", "v5e:1x2", "v5p:2x2x3", *near.split(" or ")):
+        assert parse_topology(each)
+
+
+@pytest.mark.parametrize(
     "asked, shape, found",
     [
         (None, (4, 2), (8, 1)),
@@ -89,11 +104,21 @@ def test_a_topology_has_one_form(text):
         ("16x4", (4, 4, 4), (16, 4)),
     ],
 )
-def test_a_mesh_that_does_not_fit_is_replaced_by_the_nearest(asked, shape, found):
-    sizes, note = fitting_mesh(asked, shape, "v5e:4x2")
-    assert sizes == found
-    assert bool(note) == (asked is not None and asked != "x".join(map(str, found)))
-    assert not note or f"planned for {found[0]}x{found[1]}" in note[0]
+def test_of_a_mesh_that_does_not_fit_the_nearest_is_named(asked, shape, found):
+    nearest = f"{found[0]}x{found[1]}"
+    assert fitting_mesh(nearest, shape, "v5e:4x2") == found
+    if asked in (None, nearest):
+        assert fitting_mesh(asked, shape, "v5e:4x2") == found
+    else:
+        with pytest.raises(UserError, match=f"mesh {asked} .*: the nearest that fits is --mesh {nearest}$"):
+            fitting_mesh(asked, shape, "v5e:4x2")
+
+
+def test_a_plan_for_the_devices_here_refuses_the_meshes_that_a_run_refuses():
+    count = jax.device_count()
+    for compiling in (True, False):
+        with pytest.raises(UserError, match=f"mesh 3x{count} needs {3 * count} devices, there are {count}"):
+            local_machine(f"3x{count}", np.dtype("float32"), compiling)
 
 
 def test_a_model_is_known_by_its_config_alone(tmp_path):
@@ -108,6 +133,13 @@ def test_a_model_is_known_by_its_config_alone(tmp_path):
     assert open_declared(str(tmp_path), "float32", 4).dtype == jnp.float32
     with pytest.raises(UserError, match="config.json"):
         open_declared(str(tmp_path / "nothing"), None, 4)
+
+
+def test_offline_a_plan_asks_for_the_one_file_that_it_reads(monkeypatch, tmp_path):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(UserError, match="correct the path, or .*`hf download org/name config.json --local-dir DIR`"):
+        open_declared("org/name", None, 4)
 
 
 def test_the_tokens_of_the_evaluation_are_those_of_the_run(tmp_path):
@@ -417,7 +449,7 @@ def test_without_libtpu_the_plan_is_counted_and_says_so(tmp_path, capsys, monkey
         "--topology",
         "v5e:4x2",
         "--mesh",
-        "4x4",
+        "2x4",
         "--preset",
         "fast",
         "--calibration.source",
@@ -428,7 +460,6 @@ def test_without_libtpu_the_plan_is_counted_and_says_so(tmp_path, capsys, monkey
     assert "no --calibration.length was given: windows of 128 tokens, the model's context\n" in printed
     assert "random, 128 x 128 tokens" in printed
     assert "libtpu is not installed, so nothing was compiled" in printed and "pip install '.[tpu]'" in printed
-    assert "mesh 4x4 needs 16 devices, v5e:4x2 has 8: planned for 2x4" in printed
     assert plan["mesh"] == {"data": 2, "model": 4} and plan["programs"][0]["compiled"] is None
     # q, k, v; o; gate and up; down, in each of three blocks.
     assert [program["calls"] for program in plan["programs"]][1:] == [3, 3, 3, 3]
@@ -444,6 +475,10 @@ def test_without_libtpu_the_plan_is_counted_and_says_so(tmp_path, capsys, monkey
     assert "expected --calibration.length of at most 128, the model's context, got 129" in capsys.readouterr().err
     for words, said in (
         (["--topology", "v5e-8"], "expected a topology KIND:AxB"),
+        (
+            ["--topology", "v5e:4x2", "--mesh", "4x4"],
+            "error: mesh 4x4 needs 16 devices, v5e:4x2 has 8: the nearest that fits is --mesh 2x4\n",
+        ),
         (["--topolgy", "v5e:4x2"], "there is no setting --topolgy; did you mean --topology?"),
         (["--recover", "2kk"], "expected --recover as a number such as 200k, 50M or 1000000, got 2kk"),
     ):
@@ -479,7 +514,7 @@ def test_a_slice_that_is_not_here(tmp_path):
     assert [{dtype for dtype, _ in products(text)} for text in texts] == [{"bf16"}, {"bf16"}, {"f32"}]
     assert {passes for _, passes in products(texts[2])} == {3, 6} and not any(map(host_transfers, texts))
     with pytest.raises(UserError, match="a TPU slice that exists"):
-        topology_machine("v5e:3x5", None)
+        topology._describe("v5e:3x5", "v5e", (3, 5))
 
 
 def test_the_least_effort_is_an_option_of_this_compiler():

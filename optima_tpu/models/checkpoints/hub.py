@@ -55,7 +55,7 @@ def download(spec: str, wanted: tuple[str, ...] = WANTED) -> Path:
             "for a private model log in with `hf auth login`"
         ) from error
     except (LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError, TimeoutError) as error:
-        raise UserError(_unreachable(name)) from error
+        raise UserError(_unreachable(name, wanted)) from error
     except HfHubHTTPError as error:
         raise UserError(f"the hub refused {name}: {one_line(error)}") from error
     except Exception as error:  # a full or read-only cache, or the HTTP library's own, whose name depends on the version
@@ -65,10 +65,11 @@ def download(spec: str, wanted: tuple[str, ...] = WANTED) -> Path:
         ) from error
 
 
-def _unreachable(name: str) -> str:
+def _unreachable(name: str, wanted: tuple[str, ...]) -> str:
+    files = "" if wanted == WANTED else f" {' '.join(wanted)}"
     return (
-        f"there is no folder {name} here, the hub can't be reached and its cache does not hold {name}: download it "
-        f"elsewhere with `hf download {name} --local-dir DIR` and give DIR"
+        f"there is no folder {name} here, the hub can't be reached and its cache does not hold {name}: correct the path, or "
+        f"download it elsewhere with `hf download {name}{files} --local-dir DIR` and give DIR"
     )
 
 

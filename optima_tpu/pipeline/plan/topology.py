@@ -85,7 +85,7 @@ class Machine(NamedTuple):
       mesh: axes ("data", "model"); an AbstractMesh if nothing can be compiled for it.
       hosts: number of machines that the devices are attached to.
       utilisation: the assumed share of ``chip``'s rates for products and bandwidth.
-      notes: lines for the user, such as another mesh than the requested one, or no compiler.
+      notes: lines for the user, such as that nothing was compiled.
       options: options of the compiler.
       here: whether these are the attached devices.
     """
@@ -114,14 +114,24 @@ def parse_topology(text: str) -> tuple[str, tuple[int, ...]]:
     """Reads "v5e:4x2" or "v5p:4x4x4" into kind and shape.
 
     Raises:
-      UserError: the text has another form, or the kind is not in :data:`CHIPS`.
+      UserError: the text has another form, the kind is not in :data:`CHIPS`, or the shape splits a host.
     """
     found = re.fullmatch(r"([a-z]\w*):([1-9]\d*(?:x[1-9]\d*){1,2})", text.strip().lower())
     if not found:
         raise UserError(f"expected a topology KIND:AxB or KIND:AxBxC, such as v5e:4x2 or v5p:4x4x4, got {text!r}")
     if found[1] not in CHIPS:
         raise UserError(f"expected a topology of {', '.join(CHIPS)}, such as v5e:4x2, got {text!r}")
-    return found[1], tuple(map(int, found[2].split("x")))
+    shape = tuple(map(int, found[2].split("x")))
+    whole = [(*(_of_hosts(size, up) for size in shape[:2]), *shape[2:]) for up in (False, True)]
+    if shape not in whole:
+        near = " or ".join(f"{found[1]}:{'x'.join(map(str, each))}" for each in whole)
+        raise UserError(f"expected a slice of whole hosts, each of 2x2 chips, such as {near}, got {text!r}")
+    return found[1], shape
+
+
+def _of_hosts(size: int, up: bool) -> int:
+    """A dimension that hosts of two chips fill: itself, or the next power of two below or above."""
+    return 1 << size.bit_length() - (not up) if size > 1 and size % 2 else size
 
 
 def has_libtpu() -> bool:
@@ -143,11 +153,11 @@ def topology_machine(text: str, mesh: str | None, compiling: bool = True, quick:
 
     Args:
       text: see :func:`parse_topology`.
-      mesh: as for a run. A mesh that does not fit is replaced by the nearest one that fits, and a note says so.
+      mesh: as for a run.
       quick: compile with :data:`QUICK`.
 
     Raises:
-      UserError: see :func:`parse_topology`; or the compiler knows no such slice.
+      UserError: see :func:`parse_topology`; the compiler knows no such slice; or the mesh does not fit the slice.
     """
     kind, shape = parse_topology(text)
     chip, devices, hosts, notes = CHIPS[kind], None, -(-math.prod(shape) // 4), []
@@ -171,7 +181,7 @@ def topology_machine(text: str, mesh: str | None, compiling: bool = True, quick:
             notes.append(f"a {kind} chip counts as {cores} devices: figures are per device")
     cores = len(devices) // math.prod(shape) if devices else 1
     # jax.make_mesh splits the dimensions of a v5e slice as needed, but of no other kind.
-    sizes, note = fitting_mesh(mesh, _primes(math.prod(shape)) if kind == "v5e" else (*shape, cores), text)
+    sizes = fitting_mesh(mesh, _primes(math.prod(shape)) if kind == "v5e" else (*shape, cores), text)
     made: Mesh | AbstractMesh
     if devices:
         made = jax.make_mesh(sizes, (DATA, MODEL), (AxisType.Auto,) * 2, devices=devices)
@@ -181,7 +191,7 @@ def topology_machine(text: str, mesh: str | None, compiling: bool = True, quick:
         notes.append(
             "compiled with the least effort (--quick): with full effort, as in runs, programs took 0.65 to 1.27 times the memory"
         )
-    return Machine(text, chip, made, hosts, 0.5, (*notes, *note), QUICK if quick else None)
+    return Machine(text, chip, made, hosts, 0.5, tuple(notes), QUICK if quick else None)
 
 
 def _describe(text: str, kind: str, shape: tuple[int, ...]) -> topologies.TopologyDescription:
@@ -206,16 +216,18 @@ def _describe(text: str, kind: str, shape: tuple[int, ...]) -> topologies.Topolo
         raise UserError(f"expected a TPU slice that exists, such as {kind}:2x2, got {text!r}: {one_line(error)}") from error
 
 
-def fitting_mesh(text: str | None, shape: tuple[int, ...], where: str) -> tuple[tuple[int, int], tuple[str, ...]]:
-    """The mesh (data, model) over all devices that is nearest to the requested one, and a note if it differs.
-
-    Nearest means the least sum of squares of ``log(new / requested)`` over both axes. Of two meshes at the same distance it is
-    the one with the larger model axis, which needs less memory.
+def fitting_mesh(text: str | None, shape: tuple[int, ...], where: str) -> tuple[int, int]:
+    """The requested mesh (data, model), over all devices of a slice.
 
     Args:
       text: see ``mesh.parse_mesh``; None puts all devices on the data axis.
       shape: of the devices; an axis of the mesh is a product of whole dimensions of it.
-      where: the name of the devices, for the note.
+      where: the name of the slice.
+
+    Raises:
+      UserError: the mesh does not fit. The message names the nearest one that fits, by the least sum of squares of
+        ``log(new / requested)`` over both axes. Of two at the same distance it is the one with the larger model axis, which needs
+        less memory.
     """
     count = math.prod(shape)
     asked = parse_mesh(text) if text else (count, 1)
@@ -223,13 +235,13 @@ def fitting_mesh(text: str | None, shape: tuple[int, ...], where: str) -> tuple[
     pairs = [(count // model, model) for model in models]
     best = min(pairs, key=lambda pair: (sum(math.log(new / old) ** 2 for new, old in zip(pair, asked)), -pair[1]))
     if best == asked:
-        return best, ()
+        return best
     why = (
         f"needs {math.prod(asked)} devices, {where} has {count}"
         if math.prod(asked) != count
         else f"splits a dimension of {where}, which jax.make_mesh does not do there"
     )
-    return best, (f"mesh {asked[0]}x{asked[1]} {why}: planned for {best[0]}x{best[1]}",)
+    raise UserError(f"mesh {asked[0]}x{asked[1]} {why}: the nearest that fits is --mesh {best[0]}x{best[1]}")
 
 
 def _primes(number: int) -> tuple[int, ...]:
@@ -242,23 +254,27 @@ def local_machine(mesh: str | None, dtype: jnp.dtype, compiling: bool = True) ->
     """The attached devices. Measures their rates, which takes a second.
 
     Args:
-      mesh: as for a run; see :func:`topology_machine`.
+      mesh: as for a run.
       dtype: the dtype of the model.
+
+    Raises:
+      UserError: the mesh does not fit the devices.
     """
     platform()
+    made: Mesh | AbstractMesh = make_mesh(mesh)
     count, first = jax.device_count(), jax.devices()[0]
     where = f"{count} {first.platform} device{'s' * (count > 1)} here"
-    # Without known dimensions, any mesh of all devices is possible.
-    (data, model), note = fitting_mesh(mesh, _primes(count), where)
     stats = first.memory_stats() or {}
     # Simulated devices share the memory and the cores of the host.
     sharing = count if first.platform == "cpu" else 1
     memory = stats.get("bytes_limit") or host_memory() // sharing
     narrow, wide, bandwidth = (rate / sharing for rate in _measure(dtype))
     chip = Chip(first.device_kind, memory, narrow, wide, 0.3 * wide, bandwidth, None, "measured here")
-    made = make_mesh(f"{data}x{model}") if compiling else AbstractMesh((data, model), (DATA, MODEL))
-    notes = () if compiling else ("nothing was compiled (--no-compile): memory, FLOPs and bytes come from a simple model",)
-    return Machine(where, chip, made, jax.process_count(), 0.8, (*notes, *note), here=True)
+    notes: tuple[str, ...] = ()
+    if not compiling:
+        made = AbstractMesh((made.shape[DATA], made.shape[MODEL]), (DATA, MODEL))
+        notes = ("nothing was compiled (--no-compile): memory, FLOPs and bytes come from a simple model",)
+    return Machine(where, chip, made, jax.process_count(), 0.8, notes, here=True)
 
 
 def _measure(dtype: jnp.dtype, size: int = 1024) -> tuple[float, float, float]:
