@@ -202,12 +202,21 @@ def test_a_wrong_file_is_one_line_that_names_it(file, changes, said):
         (["--calibration.seed", "5"], "--calibration.seed would make cells equal"),
         (["--solver.damping", "0.1"], "cell wanda + none, 50%: --solver.damping is an option of solver"),
         (["--batch", "many"], "cell wanda + none, 50%: expected batch to be a whole number"),
+        (["--dryrun"], "cell wanda + none, 50%: there is no setting --dryrun; did you mean --dry_run?"),
+        (["--calibration.source", "nowhere"], "cell wanda + none, 50%: expected a text"),
         (["stray"], "stray"),
     ],
 )
 def test_a_wrong_setting_on_the_command_line_is_one_line(file, argv, said):
-    with pytest.raises(UserError, match=re.escape(said)):
-        read_grid(file(seeds=[0, 1]), argv)
+    with pytest.raises(UserError, match=re.escape(said)) as caught:
+        read_grid(file(seeds=[0, 1]), argv, beside=["dry_run"])
+    assert str(caught.value).startswith("on the command line, for cell wanda") == (argv[0] != "--calibration.seed")
+
+
+def test_of_two_mistakes_the_file_has_the_first_word(file):
+    path = file(masks={"wanda": {"selektor": "wanda"}})
+    with pytest.raises(UserError, match=f"{path}: cell wanda .*selektor"):
+        read_grid(path, ["--batch", "many"])
 
 
 @pytest.mark.parametrize(

@@ -65,13 +65,20 @@ def read_grid(path: str | Path, argv: Sequence[str] = (), output: str | None = N
       beside: the sweep's own options; see ``config.parse.parse``.
 
     Raises:
-      UserError: the file is not a sweep, or a cell's settings are wrong; then the message names the cell.
+      UserError: the file is not a sweep, or a cell's settings are wrong; then the message names the cell, and whether the file or
+        the command line is to blame.
     """
     document = load_file(path, "the YAML file of a sweep")
     try:
         return _grid(document, argv, output, Path(path).stem, beside)
+    except _CommandLineError:
+        raise
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
+
+
+class _CommandLineError(UserError):
+    """A mistake on the command line, so that nobody looks for it in the file."""
 
 
 def _grid(document: Mapping[str, Any], argv: Sequence[str], output: str | None, name: str, beside: Collection[str]) -> CellGrid:
@@ -183,13 +190,23 @@ def _configured(
     """The configuration of a cell with these labels and numbers."""
     calibration = {setting: numbers[key] for key, setting in _COUNTED.items() if numbers[key] is not None}
     document = _merged({"export": False}, run, *(axes[key][label] for key, label in labels.items()), {"calibration": calibration})
-    try:
-        config = configure(document, argv, beside)
+    cell = f"cell {labels['mask']} + {labels['update']}, {labels['pattern']}"
+
+    def read(words: Sequence[str]) -> RunConfig:
+        config = configure(document, words, beside)
         check_sources(config.calibration.source, config.evaluation.source)
-        refuse_relabelled(config, document, argv, labelled_settings(axes))
+        refuse_relabelled(config, document, words, labelled_settings(axes))
         return config
+
+    try:
+        return read(argv)
     except UserError as error:
-        raise UserError(f"cell {labels['mask']} + {labels['update']}, {labels['pattern']}: {error}") from None
+        wrong = error
+    try:
+        read(())
+    except UserError:
+        raise UserError(f"{cell}: {wrong}") from None
+    raise _CommandLineError(f"on the command line, for {cell}: {wrong}")
 
 
 def _cell(place: Mapping[str, Any], configured: Callable[..., RunConfig], varying: Collection[str]) -> Cell:
