@@ -23,6 +23,12 @@ def percent(share: float) -> str:
 
 
 def duration(seconds: float) -> str:
+    """A duration with its unit: "7 s", "12:05 min", "1:02:03 h"."""
+    whole = round(seconds)
+    return f"{whole} s" if whole < 60 else f"{hms(whole)} {'min' if whole < 3600 else 'h'}"
+
+
+def hms(seconds: float) -> str:
     """Hours, minutes and seconds: "0:07", "12:05", "1:02:03"."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)

@@ -12,7 +12,7 @@ from rich.progress import Progress as Bars
 from rich.table import Table
 from rich.text import Text
 
-from optima_tpu.report.numbers import duration, percent
+from optima_tpu.report.numbers import duration, hms, percent
 from optima_tpu.report.records import LayerReport
 from optima_tpu.report.summary import fitted_errors, sparsity
 from optima_tpu.runtime.processes import check_signals
@@ -63,7 +63,7 @@ class Progress:
         self._start = clock()
         self._stage: str | None = None
         self._block: int | None = None
-        self._stage_start = self._block_start = self._start
+        self._stage_start = self._first_end = self._block_start = self._start
         self._total = self._skipped = self._done = 0
         self._layers: list[LayerReport] = []
         self._bars = _Bars(
@@ -115,6 +115,8 @@ class Progress:
     def advance(self) -> None:
         """Counts a finished step of the stage; in the walk, a block."""
         self._done += 1
+        if self._done == 1:
+            self._first_end = self._clock()
         left = self._left()
         self._bars.update(self._task, completed=self._skipped + self._done, left=left)
         if self._block is not None:
@@ -125,11 +127,14 @@ class Progress:
         check_signals()
 
     def _left(self) -> str:
-        """The time left in the stage, from the mean time of its steps so far. Blocks that a resumed run skips do not count."""
-        remaining = self._total - self._skipped - self._done
-        if remaining <= 0:
+        """The time left in the stage, from the mean time of its steps after the first, in which its programs are compiled.
+
+        Blocks that a resumed run skips do not count.
+        """
+        remaining, timed = self._total - self._skipped - self._done, self._done - 1
+        if remaining <= 0 or not timed:
             return ""
-        return f"about {duration((self._clock() - self._stage_start) / self._done * remaining)} left for {self._stage}"
+        return f"about {duration((self._clock() - self._first_end) / timed * remaining)} left for {self._stage}"
 
     def end_stage(self) -> None:
         """Ends the current stage and records its elapsed time."""
@@ -141,7 +146,7 @@ class Progress:
 
     def _say(self, text: str) -> None:
         if self._speaks:
-            say(self._console, f"{duration(self._clock() - self._start):>7}  {text}")
+            say(self._console, f"{hms(self._clock() - self._start):>7}  {text}")
 
 
 class _Bars(Bars):

@@ -396,11 +396,11 @@ def test_runs_of_the_same_settings_are_told_apart_by_their_place(tmp_path, unplo
 def test_the_time_of_a_run_that_went_on_counts_the_blocks_done_before(tmp_path, unplotted):
     whole, resumed = write_run(tmp_path / "whole", pruning=70.0), write_run(tmp_path / "resumed", pruning=1.0)
     page = drawn(resumed, to=tmp_path / "x.html")
-    assert "Timeat least 0:03on devices that were not recorded, including the parts before it was resumed" in page.words
-    assert "Together with the blocks finished before, the run took at least 0:03" in page.sections["cost"]
+    assert "Timeat least 3 son devices that were not recorded, including the parts before it was resumed" in page.words
+    assert "Together with the blocks finished before, the run took at least 3 s" in page.sections["cost"]
     assert "was stopped" not in drawn(whole, to=tmp_path / "y.html").words
     results = {row[0]: row[1:] for row in drawn(whole, resumed, to=tmp_path / "z.html").tables["Results"]}
-    assert results["time"] == ["1:10", "at least 0:03"]
+    assert results["time"] == ["1:10 min", "at least 3 s"]
 
 
 def test_what_is_missing_is_said_to_be_missing(tmp_path, unplotted):

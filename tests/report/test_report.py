@@ -14,7 +14,7 @@ from rich.table import Table
 
 from optima_tpu.method.outcomes import RowOutcomes
 from optima_tpu.report import file, summary
-from optima_tpu.report.numbers import duration, number, percent
+from optima_tpu.report.numbers import duration, hms, number, percent
 from optima_tpu.report.progress import Progress, show
 from optima_tpu.report.records import BlockReport, LayerReport
 from optima_tpu.report.rows import LayerFacts, layer_report
@@ -96,7 +96,9 @@ def test_percent_and_duration():
         "< 0.00001%",
         "100%",
     ]
-    assert [duration(seconds) for seconds in (0.4, 7, 725, 3599.7, 3723)] == ["0:00", "0:07", "12:05", "1:00:00", "1:02:03"]
+    times = (0.4, 7, 59.7, 725, 3599.7, 3723)
+    assert [hms(seconds) for seconds in times] == ["0:00", "0:07", "1:00", "12:05", "1:00:00", "1:02:03"]
+    assert [duration(seconds) for seconds in times] == ["0 s", "7 s", "1:00 min", "12:05 min", "1:00:00 h", "1:02:03 h"]
 
 
 @pytest.mark.parametrize("block", BLOCKS)
@@ -197,9 +199,9 @@ def test_without_a_terminal_a_stage_is_a_line_and_a_block_is_a_line(clock):
     assert out.file.getvalue().splitlines() == [
         "   0:00  dense perplexity",
         "   0:06  pruning",
-        "   0:16  block 0 (1 of 4): error 30.0% -> 15.0%, sparsity 50.0%, 10.0 s, about 0:30 left for pruning",
-        "   0:26  block 1 (2 of 4): error 30.0% -> 15.0%, sparsity 50.0%, 10.0 s, about 0:20 left for pruning",
-        "   0:36  block 2 (3 of 4): error 30.0% -> 15.0%, sparsity 50.0%, 10.0 s, about 0:10 left for pruning",
+        "   0:16  block 0 (1 of 4): error 30.0% -> 15.0%, sparsity 50.0%, 10.0 s",
+        "   0:26  block 1 (2 of 4): error 30.0% -> 15.0%, sparsity 50.0%, 10.0 s, about 20 s left for pruning",
+        "   0:36  block 2 (3 of 4): error 30.0% -> 15.0%, sparsity 50.0%, 10.0 s, about 10 s left for pruning",
         "   0:46  block 3 (4 of 4): error 30.0% -> 15.0%, sparsity 50.0%, 10.0 s",
         "   0:46  pruned perplexity",
     ]
@@ -207,10 +209,25 @@ def test_without_a_terminal_a_stage_is_a_line_and_a_block_is_a_line(clock):
 
 def test_a_resumed_walk_does_not_count_the_blocks_it_skips(clock):
     out = console()
-    walk(Progress(out, clock), clock, first=2)
+    walk(Progress(out, clock), clock, first=1)
     lines = [line for line in out.file.getvalue().splitlines() if "block" in line]
-    assert len(lines) == 2
-    assert lines[0].endswith("block 2 (3 of 4): error 30.0% -> 15.0%, sparsity 50.0%, 10.0 s, about 0:10 left for pruning")
+    assert len(lines) == 3
+    assert lines[1].endswith("block 2 (3 of 4): error 30.0% -> 15.0%, sparsity 50.0%, 10.0 s, about 10 s left for pruning")
+
+
+def test_the_time_left_leaves_out_the_first_block_which_compiles(clock):
+    out = console()
+    progress = Progress(out, clock)
+    progress.stage("pruning", total=30)
+    for index, seconds in enumerate((10, 2, 4)):
+        progress.block(index, 30)
+        clock.now += seconds
+        progress.advance()
+    assert [line.partition(" of 30): ")[2] for line in out.file.getvalue().splitlines()[1:]] == [
+        "10.0 s",
+        "2.0 s, about 56 s left for pruning",
+        "4.0 s, about 1:21 min left for pruning",
+    ]
 
 
 def test_seconds_by_stage(clock):
@@ -224,14 +241,15 @@ def test_on_a_terminal_a_bar_shows_step_layer_and_time_left(clock):
     progress = Progress(out, clock)
     with progress:
         progress.stage("pruning", total=4)
-        progress.block(0, 4)
-        clock.now += 10
-        progress.advance()
-        progress.block(1, 4)
-        progress.layer(layer(1))
+        for index in range(2):
+            progress.block(index, 4)
+            clock.now += 10
+            progress.advance()
+        progress.block(2, 4)
+        progress.layer(layer(2))
         progress._bars.refresh()
         text = out.file.getvalue()
-    for words in ("1/4", "about 0:30 left for pruning", "block 1 self_attn.q_proj: error 12.3% -> 5.00%, sparsity 50.0%"):
+    for words in ("2/4", "about 20 s left for pruning", "block 2 self_attn.q_proj: error 12.3% -> 5.00%, sparsity 50.0%"):
         assert words in text
 
 

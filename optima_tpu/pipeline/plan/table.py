@@ -28,7 +28,7 @@ def print_plan(console: Console, plan: Plan) -> None:
             [
                 "",
                 f"Time, about {duration(sum(plan.seconds.values()))} in all:",
-                *(f"  {duration(seconds):>8}  {stage}" for stage, seconds in plan.seconds.items()),
+                *(f"  {duration(seconds):>11}  {stage}" for stage, seconds in plan.seconds.items()),
                 "assuming that",
                 *(f"  - {words}" for words in plan.assumptions),
             ]
