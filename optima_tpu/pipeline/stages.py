@@ -485,7 +485,14 @@ STAGES = (
         lambda run: _blocks(run) + 1,
     ),
     Stage("exporting for transformers", ("writing the checkpoint", "pruned perplexity"), _is_exported, _export, lambda run: 1),
-    Stage("continuations", ("writing the checkpoint",), _knows_continuations, _continue_prompts, lambda run: 2),
-    Stage("reporting", ("pruned perplexity", "writing the checkpoint", "continuations"), lambda run: False, _report),
+    Stage(
+        "continuing prompts with both models", ("writing the checkpoint",), _knows_continuations, _continue_prompts, lambda run: 2
+    ),
+    Stage(
+        "reporting",
+        ("pruned perplexity", "writing the checkpoint", "continuing prompts with both models"),
+        lambda run: False,
+        _report,
+    ),
 )
 """The stages that follow the opening of model and texts by :class:`Opened`."""

@@ -100,7 +100,7 @@ def test_both_models_continue_the_prompts(words):
         dense, pruned = each["dense"], each["pruned"]
         assert dense[0] == pruned[0] and (dense[1] != pruned[1] or not dense[1])
     assert "What the models write" in (run / "report.html").read_text()
-    assert "continuations" in record(run)["seconds"] and record(run)["memory"]["host_peak"]
+    assert "continuing prompts with both models" in record(run)["seconds"] and record(run)["memory"]["host_peak"]
 
 
 def test_they_are_not_written_twice(words, tmp_path, monkeypatch):
