@@ -8,12 +8,18 @@ Python's documentation there are no such results, so no band, though the first r
 """
 
 import math
+import shlex
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
+from optima_tpu.config.choices import CHOICES
+from optima_tpu.config.parse import flags
 from optima_tpu.config.presets import PRESETS
+from optima_tpu.errors import UserError
 from optima_tpu.report.numbers import number, percent, plural
+from optima_tpu.report.run_record import recorded_run
+from optima_tpu.runtime.program import program
 
 
 class Band(NamedTuple):
@@ -152,7 +158,7 @@ def verdict(
       sparsity: share of zeros among the weights of the pruned matrices.
       weights: number of weights of the whole model.
       rules: settings for single layers, ``--layers``.
-      methods: the settings of the run, which the advice leaves out.
+      methods: the settings of the run. The advice leaves out what they have, and a command that compares has the rest of them.
     """
     dense, text = measured.dense, measured.text
     ratio, kind, size = measured.pruned / dense, _kind(pattern, sparsity), weights / 1e9
@@ -170,15 +176,15 @@ def verdict(
     elif rules:
         unknown = "no results are known for runs in which some layers have their own settings"
     elif known and text == "pydoc":
-        another = "sparsegpt" if _has(methods, {"selector": {"name": "wanda"}, "solver": None}) else "wanda"
         unknown = (
             f"no published results are known on Python’s documentation. {known}. To compare on "
-            f"this text, run a published method on it, such as `--selector {another} --solver null`"
+            f"this text, run a published method on it: `{_published(methods)}`"
         )
     elif known is None:
         unknown = f"no results are known for {_whom(pattern, sparsity, weights)}, measured on {_short(text)}"
     if unknown or band is None:
-        return Verdict("unknown", f"It is not known whether this is good: {told}, and {unknown}.")
+        said = f"It is not known whether this is good: {told}, and {unknown}."
+        return Verdict("unknown", said[:-1] if said.endswith("`.") else said)  # the full stop would be pasted with the command
     if (uncertain := measured.uncertain) and uncertain > (half := math.log(band.worst / band.best) / 2):
         least, most = (number(ratio * math.exp(sign * uncertain)) for sign in (-1, 1))
         needed = f", about {_round(measured.tokens * (uncertain / half) ** 2):,} tokens" if measured.tokens else ""
@@ -221,6 +227,17 @@ def verdict_of(report: Mapping[str, Any]) -> Verdict:
         rules=settings.get("layers") or "",
         methods=settings,
     )
+
+
+def _published(settings: Mapping[str, Any]) -> str:
+    """The command that runs another method, as published, on the model and the texts of a run."""
+    wanda = {"selector": {"name": "wanda"}, "solver": None}
+    kept = {name: value for name, value in settings.items() if name not in (*CHOICES, "recapture", "borrow", "output")}
+    try:
+        words = flags(recorded_run(kept | wanda))
+    except UserError:  # a report of another version
+        words = ["--solver", "null"]
+    return f"{program('prune')} {shlex.join(words)} --selector {'sparsegpt' if _has(settings, wanda) else 'wanda'}"
 
 
 def _has(methods: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:

@@ -1,13 +1,19 @@
 """The verdict keeps to what is known, and says so where nothing is."""
 
+import dataclasses
 import json
 import math
+import re
+import shlex
 
 import pytest
 
-from optima_tpu.config.parse import configure
+from optima_tpu.config.parse import configure, parse
+from optima_tpu.config.presets import PRESETS
 from optima_tpu.config.run_config import to_dict
+from optima_tpu.method.selectors import Wanda
 from optima_tpu.report.verdict import BANDS, Measured, verdict, verdict_of
+from optima_tpu.runtime.program import program
 from tests.support.fake_reports import write_run
 
 SMOLLM2 = 134_515_008
@@ -75,12 +81,26 @@ def test_the_advice_is_never_what_the_run_is():
         return judged(ratio, text=text, methods=to_dict(configure({"model": "a", "preset": preset, **methods}))).text
 
     wanda = {"selector": {"name": "wanda"}, "solver": None}
-    assert "--selector wanda --solver null" in advice(1.5, "pydoc") and "wanda" in advice(
-        1.5, "pydoc", selector="sparsegpt", solver=None
-    )
-    assert "--selector sparsegpt --solver null" in advice(1.5, "pydoc", **wanda)
+    for methods in ({}, {"selector": "sparsegpt", "solver": None}):
+        assert "--solver null --selector wanda`" in advice(1.5, "pydoc", **methods)
+    assert "--solver null --selector sparsegpt`" in advice(1.5, "pydoc", **wanda)
     assert "Try the preset `best`, more" in advice(9, "c4", **wanda) and "Try more" in advice(9, "c4", "best")
     assert "Try the preset `best`, more" in advice(9, "c4", "best", recapture=False)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_the_command_that_compares_runs_a_published_method_on_the_same_texts(preset):
+    settings = {"model": "./a b", "pattern": "2:4", "evaluation": {"source": "pydoc", "windows": 7}}
+    run = configure({**settings, "preset": preset, "output": "mine", "calibration": {"samples": 9}})
+    text = judged(text="pydoc", pattern="2:4", methods=to_dict(run)).text
+    words = shlex.split(re.search("`(.*)`", text)[1].removeprefix(program("prune")))
+    compared = parse(words)
+    assert compared == dataclasses.replace(
+        configure({**settings, "calibration": {"samples": 9}}), selector=Wanda(), solver=None, damping=None
+    )
+    assert (compared.calibration, compared.evaluation) == (run.calibration, run.evaluation)
+    older = judged(text="pydoc", methods=to_dict(run) | {"gone": 1}).text
+    assert older.endswith(f"run a published method on it: `{program('prune')} --solver null --selector wanda`")
 
 
 def test_shares_near_a_band_have_it():
