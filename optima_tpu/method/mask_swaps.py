@@ -108,6 +108,7 @@ class Exchanging(Solver):
             passes=2 * full.passes + rounds * (rough.passes + 4 * PASSES_OF_A_MASK),
             inverses=full.inverses + _INVERSES,
             factorisations=2 * full.factorisations + rounds * rough.factorisations,
+            rough=2 * full.rough + rounds * rough.rough,
         )
 
     def __call__(self, problem: LayerProblem, pruned: Pruned) -> Solution:

@@ -27,9 +27,11 @@ class Cost:
       passes: number of [rows, d_in] arrays that are read or written.
       inverses: inverses of one [d_in, d_in] matrix, which serve all rows.
       factorisations: factorisations of one [d_in, d_in] matrix for each row.
+      rough: how many of the products only choose; see ``linalg.features.rough_matmul``.
     """
 
     products: float = 0.0
     passes: float = 0.0
     inverses: int = 0
     factorisations: int = 0
+    rough: float = 0.0

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from huggingface_hub import constants
+from jax.extend.core import jaxprs_in_params
+from jax.lax import Precision
 from jax.sharding import AbstractMesh
 
 from optima_tpu.config.choices import CHOICES
@@ -18,6 +20,7 @@ from optima_tpu.data import PyDoc, evaluation_tokens
 from optima_tpu.errors import UserError
 from optima_tpu.method.distillation import KL, Blocks
 from optima_tpu.method.patterns import Unstructured
+from optima_tpu.method.problem import LayerProblem
 from optima_tpu.method.prune_group import prune_group
 from optima_tpu.method.recipe import Recipe
 from optima_tpu.method.selectors import ADMM, Imported, SparseGPT, Wanda
@@ -30,7 +33,7 @@ from optima_tpu.pipeline.inputs import pruned_layers
 from optima_tpu.pipeline.memory_plan import GroupLoad, block_passes
 from optima_tpu.pipeline.plan import topology
 from optima_tpu.pipeline.plan.compile import Compiled, compiled
-from optima_tpu.pipeline.plan.estimate import RowShare, assumptions, inputs_of, prune_work, read_by, sequence_flops, storage
+from optima_tpu.pipeline.plan.estimate import RowShare, Work, assumptions, inputs_of, prune_work, read_by, sequence_flops, storage
 from optima_tpu.pipeline.plan.hlo import collectives, host_transfers, kernels, moved, products
 from optima_tpu.pipeline.plan.model import open_declared
 from optima_tpu.pipeline.plan.plan import make_plan
@@ -60,7 +63,8 @@ def test_every_solver_has_a_cost_and_an_unknown_one_is_named():
     for setting in ("solver", "selector"):
         for cls in CHOICES[setting].values():
             if cls not in (None, Imported):
-                assert cls().cost().products >= 0
+                cost = cls().cost()
+                assert 0 <= cost.rough <= cost.products
 
     @dataclasses.dataclass(frozen=True)
     class Mine(CG):
@@ -70,6 +74,30 @@ def test_every_solver_has_a_cost_and_an_unknown_one_is_named():
     config, here = RunConfig(model="a", solver=Mine()), local_machine(None, np.dtype("float32"), compiling=False)
     assert "the work of Mine is not counted: its class states no cost" in assumptions(config, here)
     assert not any("not counted: its class" in line for line in assumptions(RunConfig(model="a"), here))
+
+
+def test_products_that_only_choose_take_a_tpu_half_as_long():
+    """Three passes of its matrix unit for six."""
+    tpu = topology_machine("v5e:1x1", None, compiling=False)
+    assert Work(rough=1e12).seconds(tpu) == Work(wide=1e12).seconds(tpu) / 2
+
+
+def test_every_product_that_chooses_admms_mask_is_counted_as_such():
+    """Counted in the program: those of all rows with the precision HIGH, in all passes of the loop over its levels."""
+    selector, rows, d_in = ADMM(levels=6, iterations=1), 24, 16
+    hessian = jnp.eye(d_in) + 0.1
+    problem = LayerProblem(jnp.ones((rows, d_in)), hessian)
+    program = jax.make_jaxpr(lambda problem: selector(problem, Unstructured(0.5, "row")))(problem)
+
+    def rough(jaxpr, times=1):
+        for equation in jaxpr.eqns:
+            times_here = times * equation.params.get("length", 1)
+            if equation.primitive.name == "dot_general" and equation.params["precision"] == (Precision.HIGH,) * 2:
+                yield times_here * (equation.outvars[0].aval.shape[0] == rows)
+            for inner in jaxprs_in_params(equation.params):
+                yield from rough(inner, times_here)
+
+    assert sum(rough(program.jaxpr)) == selector.cost().rough == 6
 
 
 @pytest.mark.parametrize("text", ["v5e-8", "v5litepod-8", "v5e:8", "v5e:0x2", "v5e:", "tpu7x:2x2x1", "h100:2x2"])
@@ -435,9 +463,10 @@ def test_inverses_are_counted_once_for_an_input_and_shared_by_the_devices_that_m
         recipe = Recipe(Unstructured(0.5), selector, None)
         return prune_work(recipe, recipe.pattern, RowShare(0, 64, panels=True, **share), held_out=False)
 
-    assert count(ADMM(levels=5)).wide == 5 * 6 * 64**3
-    assert count(ADMM(levels=5), together=8).wide == 5 * 6 * 64**3 / 8
-    assert count(SparseGPT()).wide == 6 * 64**3 and count(Wanda()).wide == 0
+    assert count(ADMM(levels=5)).flops == 5 * 6 * 64**3
+    assert count(ADMM(levels=5), together=8).flops == 5 * 6 * 64**3 / 8
+    assert count(SparseGPT()).flops == 6 * 64**3 and count(Wanda()).flops == 0
+    assert count(SparseGPT()).rough == 2 * 64**3  # R'R
 
 
 def test_without_libtpu_the_plan_is_counted_and_says_so(tmp_path, capsys, monkeypatch):

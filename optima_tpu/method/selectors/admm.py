@@ -119,7 +119,8 @@ class ADMM(Selector):
 
     def cost(self) -> Cost:
         iterations = self.levels * self.iterations  # each chooses a mask; one more product for the target
-        return Cost(iterations + 1, passes=iterations * (PASSES_OF_A_MASK + 10), inverses=self.inverses or self.levels)
+        passes = iterations * (PASSES_OF_A_MASK + 10)
+        return Cost(iterations + 1, passes, inverses=self.inverses or self.levels, rough=iterations)
 
     def stages(self) -> "tuple[Stage, ...]":
         """All levels in their order, those together that share an inverse."""

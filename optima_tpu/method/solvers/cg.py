@@ -37,8 +37,8 @@ from optima_tpu.method.solvers.base import SolveMask, Solver, SolveRows
 # Below this damping a float32 inverse of A is too inaccurate for the certificate, and X gets an extra ridge.
 SAFE_DAMPING = 1e-4
 _EXTRA_RIDGE = 1e-3
-# Products until a layer has converged, for plans: 12 steps of two products, two more every fourth step, and two at the start.
-_PRODUCTS = 32
+# Steps until a layer has converged, for plans, and their products: two a step, two more every fourth step, and two at the start.
+_STEPS, _PRODUCTS = 12, 32
 # Steps of a rough solve, which only has to tell a better mask from a worse one.
 _ROUGH_STEPS = 2
 
@@ -77,10 +77,11 @@ class CG(Solver):
 
     def cost(self) -> Cost:
         products = min(_PRODUCTS, 3 * self.max_steps + 5)
-        return Cost(products, passes=7 * products, inverses=1)
+        return Cost(products, passes=7 * products, inverses=1, rough=min(_STEPS, self.max_steps))
 
     def rough_cost(self) -> Cost:
-        return Cost(2 * _ROUGH_STEPS + 1, passes=7 * (2 * _ROUGH_STEPS + 1))
+        products = 2 * _ROUGH_STEPS + 1
+        return Cost(products, passes=7 * products, rough=_ROUGH_STEPS)
 
     def __call__(self, problem: LayerProblem, pruned: Pruned) -> Solution:
         return self.prepare(problem.hessian, problem.damping)(problem)(pruned)

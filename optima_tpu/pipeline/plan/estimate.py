@@ -69,24 +69,26 @@ class Work(NamedTuple):
 
     Attributes:
       narrow: FLOPs of products in the model's dtype.
-      wide: FLOPs of float32 products.
+      wide: FLOPs of float32 products at full precision.
       factor: FLOPs of factorisations.
       traffic: bytes of device memory that vector operations read and write, and the matrices of products.
+      rough: FLOPs of float32 products that only choose.
     """
 
     narrow: float = 0.0
     wide: float = 0.0
     factor: float = 0.0
     traffic: float = 0.0
+    rough: float = 0.0
 
     @property
     def flops(self) -> float:
-        return self.narrow + self.wide + self.factor
+        return self.narrow + self.wide + self.rough + self.factor
 
     def seconds(self, machine: Machine) -> float:
         """Seconds without overlap: products and traffic at ``utilisation`` of the chip's rates, plus factorisations."""
         chip = machine.chip
-        products = (self.narrow / chip.narrow + self.wide / chip.wide) / machine.utilisation
+        products = (self.narrow / chip.narrow + self.wide / chip.wide + self.rough / chip.rough) / machine.utilisation
         return products + self.factor / chip.factor + self.traffic / (chip.bandwidth * machine.utilisation)
 
 
@@ -119,20 +121,24 @@ def prune_work(recipe: Recipe, pattern: Pattern, share: RowShare, held_out: bool
     measures = (1 + change) + (3 if recipe.quantize else 0)
     times = candidates * (cost.products + rounder.products + measures + held_out * measures) + chooser.products
     times += recipe.target.dense_stream * (1 + held_out)
+    rough = candidates * cost.rough + chooser.rough
     inverses = candidates * (cost.inverses + rounder.inverses) + chooser.inverses
     passes = candidates * (cost.passes + rounder.passes + 30) + PASSES_OF_A_MASK + chooser.passes
     rows, d_in = share.rows, share.d_in
     factor = candidates * cost.factorisations * rows / 3 * d_in**3
     if share.parts > 1 or share.panels:
-        inverse = 6.0 * inverses * d_in**3 / max(share.parts, share.together)  # see linalg/blocked_cholesky.py
+        # See linalg/blocked_cholesky.py: R, and its square.
+        each = d_in**3 / max(share.parts, share.together)
+        root, square = 4.0 * inverses * each, 2.0 * inverses * each
     else:
         # Cholesky, a triangular solve with the identity, and a product of triangles. An inverse with a solver's certificate takes
         # 4/3 d_in^3 more, which are not counted; see linalg/inverses.py.
-        factor, inverse = factor + inverses * 4 / 3 * d_in**3, 2 / 3 * inverses * d_in**3
+        factor, root, square = factor + inverses * 4 / 3 * d_in**3, 0.0, 2 / 3 * inverses * d_in**3
     return Work(
-        wide=2.0 * d_in * d_in * times * rows + inverse,
+        wide=2.0 * d_in * d_in * (times - rough) * rows + root,
         factor=factor,
         traffic=4.0 * (passes * rows * d_in + times * d_in * d_in / share.parts),
+        rough=2.0 * d_in * d_in * rough * rows + square,
     )
 
 
@@ -508,8 +514,8 @@ def assumptions(config: RunConfig, machine: Machine) -> list[str]:
     chip, share = machine.chip, f"{100 * machine.utilisation:.0f}%"
     unknown = [type(method).__name__ for method in (config.recipe.selector, config.solver) if method and method.cost() is None]
     words = [
-        f"products run at {share} of {chip.narrow / 1e12:,.4g} TFLOP/s in the model's dtype and of "
-        f"{chip.wide / 1e12:,.4g} in float32, vector work at {share} of {chip.bandwidth / 1e9:,.4g} GB/s ({chip.source})",
+        f"products run at {share} of {chip.narrow / 1e12:,.4g} TFLOP/s in the model's dtype, of {chip.wide / 1e12:,.4g} in float32, "
+        f"and of {chip.rough / 1e12:,.4g} where they only choose, vector work at {share} of {chip.bandwidth / 1e9:,.4g} GB/s ({chip.source})",
         f"factorisations run at {chip.factor / 1e12:,.3g} TFLOP/s",
     ]
     if unknown:

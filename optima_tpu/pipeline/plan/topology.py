@@ -17,6 +17,7 @@ from jax.experimental import topologies
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from optima_tpu.errors import UserError, one_line
+from optima_tpu.method.linalg.features import rough_matmul
 from optima_tpu.runtime.device_memory import host_memory
 from optima_tpu.runtime.mesh import DATA, MODEL, make_mesh, parse_mesh, platform
 
@@ -30,6 +31,7 @@ class Chip(NamedTuple):
       memory: bytes.
       narrow: FLOPs of bfloat16 products; if measured, of products in the model's dtype.
       wide: FLOPs of float32 products at full precision; on a TPU these are six passes of bfloat16 products.
+      rough: FLOPs of float32 products that only choose, see ``linalg.features.rough_matmul``; on a TPU three passes.
       factor: FLOPs of a Cholesky factorisation and of a triangular solve.
       bandwidth: bytes of device memory.
       link: bytes between chips, both directions; None if unknown.
@@ -40,6 +42,7 @@ class Chip(NamedTuple):
     memory: int
     narrow: float
     wide: float
+    rough: float
     factor: float
     bandwidth: float
     link: float | None
@@ -57,6 +60,7 @@ def _tpu(name: str, gib: int, tflops: float, gb_per_second: float, link: float |
         gib * GIB,
         peak,
         peak / 6,
+        peak / 3,
         _FACTOR_SHARE * peak,
         gb_per_second * 1e9,
         link and link * 1e9,
@@ -268,8 +272,8 @@ def local_machine(mesh: str | None, dtype: jnp.dtype, compiling: bool = True) ->
     # Simulated devices share the memory and the cores of the host.
     sharing = count if first.platform == "cpu" else 1
     memory = stats.get("bytes_limit") or host_memory() // sharing
-    narrow, wide, bandwidth = (rate / sharing for rate in _measure(dtype))
-    chip = Chip(first.device_kind, memory, narrow, wide, 0.3 * wide, bandwidth, None, "measured here")
+    narrow, wide, rough, bandwidth = (rate / sharing for rate in _measure(dtype))
+    chip = Chip(first.device_kind, memory, narrow, wide, rough, 0.3 * wide, bandwidth, None, "measured here")
     notes: tuple[str, ...] = ()
     if not compiling:
         made = AbstractMesh((made.shape[DATA], made.shape[MODEL]), (DATA, MODEL))
@@ -277,8 +281,8 @@ def local_machine(mesh: str | None, dtype: jnp.dtype, compiling: bool = True) ->
     return Machine(where, chip, made, jax.process_count(), 0.8, notes, here=True)
 
 
-def _measure(dtype: jnp.dtype, size: int = 1024) -> tuple[float, float, float]:
-    """FLOP/s of products in ``dtype`` and in full float32, and bytes/s of a sum of two arrays, on the first device."""
+def _measure(dtype: jnp.dtype, size: int = 1024) -> tuple[float, float, float, float]:
+    """FLOP/s of products in ``dtype``, in full and in rough float32, and bytes/s of a sum of two arrays, on the first device."""
 
     def seconds(function: Callable[..., Array], *arrays: Array) -> float:
         compiled = jax.jit(function)
@@ -299,5 +303,6 @@ def _measure(dtype: jnp.dtype, size: int = 1024) -> tuple[float, float, float]:
     return (
         flops / seconds(product, narrow, narrow),
         flops / seconds(product, wide, wide),
+        flops / seconds(rough_matmul, wide, wide),
         3 * large.nbytes / seconds(jnp.add, large, large),
     )
