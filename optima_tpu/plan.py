@@ -115,7 +115,7 @@ def make_parser() -> Parser:
         prog=_PROGRAM,
         usage=f"{_PROGRAM} [--topology KIND:AxB] [--SETTING VALUE ...] [--json FILE]",
         description=_DESCRIPTION,
-        epilog="All settings of a run may follow; optima_tpu.launch --help explains them.",
+        epilog=f"All settings of a run may follow; {program('prune')} --help explains them.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )

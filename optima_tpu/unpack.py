@@ -49,6 +49,8 @@ def unpack(packed: str | Path, out: str | Path) -> None:
 
     if not packed.exists():
         raise UserError(f"there is no {packed}: check the path")
+    if packed.is_file():
+        raise UserError(f"expected a packed folder, got the file {packed}: give {packed.parent}")
     if (packed / "run.json").is_file():
         raise UserError(f"{packed} is a run: {program('export')} {packed} OUT --packed makes a packed folder of it")
     lost_index = any(packed.glob("packed-*.safetensors"))

@@ -449,12 +449,14 @@ def _report(run: Run) -> None:
 
 
 def _sizes(run: Run) -> dict[str, Any]:
-    """Bytes of the source's tensors, of the exported weights, and of everything that the run leaves in its directory."""
-    tensors, directory = run.opened.model.pretrained.tensors, run.opened.directory
+    """Bytes of the source's files and tensors, of the exported weights, and of everything that the run leaves in its directory."""
+    pretrained, directory = run.opened.model.pretrained, run.opened.directory
+    tensors = pretrained.tensors
     dense = sum(math.prod(tensors.shape(name)) * tensors.dtype(name).itemsize for name in tensors.names())
     exported = sum(size_on_disk(path) for path in files_in(directory / FOLDER) if path.suffix == ".safetensors")
     left = {} if in_bucket(directory) else {path.name: size_on_disk(path) for path in sorted(directory.iterdir())}
-    return {"dense": dense, "transformers": exported if run.opened.config.export else None, "left": left}
+    exports = exported if run.opened.config.export else None
+    return {"source": pretrained.stored, "dense": dense, "transformers": exports, "left": left}
 
 
 def _blocks(run: Run) -> int:

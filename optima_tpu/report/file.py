@@ -97,8 +97,8 @@ def write_report(path: Path, entries: Mapping[str, Any], blocks: Sequence[BlockR
         - recipe: one line on the method, with only those settings that have an effect on the model's family.
         - seconds: by stage, from ``Progress.seconds``.
         - memory: from :func:`memory_peaks`.
-        - sizes: bytes: "dense" of the source's tensors, "transformers" of the exported weights on disk, "left" by the name of
-          each file and folder in the run directory.
+        - sizes: bytes: "source" of the source's weight files, "dense" of its tensors, "transformers" of the exported weights on
+          disk, "left" by the name of each file and folder in the run directory.
         - tokens: from ``token_changes``: the tokens of the evaluation text that the pruned model predicts worse.
         - continuations: the texts that both models write after a few prompts.
         - files: label -> path of each file that the run wrote.

@@ -61,8 +61,8 @@ def model_card(
             if (quantize := recipe.get("quantize"))
             else []
         ),
-        "`model.safetensors` is not smaller than the source file and inference is not faster, because zeros are stored like "
-        "other numbers. `optima export --packed` stores them as a bit mask; a folder with packed.json is of this form, and "
+        "`model.safetensors` is not smaller than the dense model's in the same dtype, and inference is not faster, because zeros are "
+        "stored like other numbers. `optima export --packed` stores them as a bit mask; a folder with packed.json is of this form, and "
         "`optima unpack` makes the plain folder of it. A folder with model.gguf holds the model for llama.cpp, one with "
         "maxtext.yml the parameters of MaxText. Zeros save time only with "
         "a kernel that uses them.\n",

@@ -9,7 +9,7 @@ from optima_tpu.report.numbers import number, percent, plural
 from optima_tpu.report.runs import Run, differences
 from optima_tpu.report.scores import how_asked, scores
 from optima_tpu.report.summary import fitted_errors, held_out_errors, measured, unusual, worsened
-from optima_tpu.report.table import size, sizes, whole_model
+from optima_tpu.report.table import in_the_source, size, sizes, whole_model
 from optima_tpu.report.verdict import verdict_of
 from optima_tpu.report.view import NONE, Key, Section, Table, Tile, command, figure, without_folders
 
@@ -58,7 +58,8 @@ def tiles(run: Run) -> list[Tile]:
     sizes_found = report.get("sizes") or {}
     if sizes_found.get("dense") and sizes_found.get("transformers"):
         dense_size, pruned_size = size(sizes_found["dense"]), size(sizes_found["transformers"])
-        shown.append(Tile("File", f"{dense_size} → {pruned_size}", "not smaller: zeros are stored like other numbers"))
+        why = "not smaller: zeros are stored like other numbers" + in_the_source(sizes_found)
+        shown.append(Tile("File", f"{dense_size} → {pruned_size}", why))
     if peak := (report.get("memory") or {}).get("host_peak"):
         shown.append(Tile("Memory", f"{number(peak / 2**30)} GiB", "peak on the host"))
     count = unusual_count(run)

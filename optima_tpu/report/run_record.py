@@ -111,7 +111,8 @@ def read_run(directory: str | Path) -> RunRecord:
     """
     directory = as_path(directory)
     if not (directory / RUN).exists():
-        raise UserError(f"expected a run directory, got {directory}, which has no {RUN}: check the path")
+        instead = f"give {directory.parent}" if (directory.parent / RUN).exists() else "check the path"
+        raise UserError(f"expected a run directory, got {directory}, which has no {RUN}: {instead}")
     refuse_changed(directory, [RUN], _AGAIN)
     return read_record(directory / RUN, RunRecord)
 
@@ -153,7 +154,7 @@ def refuse_another(directory: Path, manifest: Mapping[str, Any], configuration: 
     if record["manifest"] != as_recorded:
         settings, others = _differences(record, as_recorded, configuration or {})
         told = [f"{name} is {_show(there)} there, {_show(here)} here" for name, (there, here) in settings.items()]
-        again = "" if others else _command(record["configuration"])
+        again = "" if others else recorded_command(record["configuration"])
         resume = f"type {again}" if again else "undo what has changed and repeat the command that began it"
         raise UserError(
             f"{directory} holds another run: {'; '.join([*told, *others])}. To resume it, {resume}. To leave it as it is, add "
@@ -219,7 +220,7 @@ def _named(configuration: Mapping[str, Any]) -> dict[str, Any]:
     return {name.removesuffix(".name"): value for name, value in flat(long).items()}
 
 
-def _command(configuration: Mapping[str, Any]) -> str:
+def recorded_command(configuration: Mapping[str, Any]) -> str:
     """The command of a recorded run; empty if its settings are none of this version."""
     try:
         name, words = recorded_words(configuration)

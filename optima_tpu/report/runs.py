@@ -10,7 +10,7 @@ from optima_tpu.report.contents import Evaluation, Report, Task
 from optima_tpu.report.file import REPORT
 from optima_tpu.report.numbers import duration
 from optima_tpu.report.records import BlockReport, LayerReport, blocks_from_json
-from optima_tpu.report.run_record import RUN
+from optima_tpu.report.run_record import RUN, read_run, recorded_command
 from optima_tpu.report.summary import all_layers
 from optima_tpu.runtime.buckets import as_path
 from optima_tpu.runtime.checksums import refuse_changed
@@ -121,7 +121,8 @@ def read_report(run: str) -> Report:
     if path.is_dir():
         if not (path / REPORT).exists():
             if (path / RUN).exists():
-                raise UserError(f"{run} is not finished: it has no {REPORT} yet; repeat its command to finish it")
+                command = recorded_command(read_run(path)["configuration"]) or "its command"
+                raise UserError(f"{run} is not finished: it has no {REPORT} yet; to finish it, repeat {command}")
             raise UserError(f"expected a run directory, got {run}, which has no {REPORT}: check the path")
         path /= REPORT
     refuse_changed(path.parent, [path.name], "repeat the run's command, which writes the file again")

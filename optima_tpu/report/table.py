@@ -156,13 +156,19 @@ def whole_model(report: Mapping[str, Any]) -> str:
 
 
 def sizes(report: Mapping[str, Any]) -> str:
-    """The sizes of the dense and the pruned file and why they are equal; empty if they were not recorded."""
+    """The sizes of the source, the dense and the pruned file and why the last two are equal; empty if they were not recorded."""
     found = report.get("sizes") or {}
     if not found.get("dense"):
         return ""
     pruned = f", pruned in hf/ {size(found['transformers'])}" if found.get("transformers") else ""
     why = "the file is not smaller because zeros are stored like other numbers; optima export --packed writes a smaller one"
-    return f"dense weights {size(found['dense'])}{pruned}: {why}"
+    return f"dense weights {size(found['dense'])}{in_the_source(found)}{pruned}: {why}"
+
+
+def in_the_source(sizes: Mapping[str, Any]) -> str:
+    """ " (253 MB in the source's files)" where these take less than the tensors in the run's dtype, as quantised weights do."""
+    source = sizes.get("source")
+    return f" ({size(source)} in the source's files)" if source and source < 0.9 * sizes["dense"] else ""
 
 
 def size(count: int) -> str:

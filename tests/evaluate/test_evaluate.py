@@ -6,6 +6,7 @@ import functools
 import io
 import json
 import math
+import re
 import shutil
 import tempfile
 
@@ -608,7 +609,8 @@ def test_a_model_that_is_none(finished, refused, tmp_path):
     shutil.rmtree(run / "checkpoint")
     assert f"expected a run with its pruned model, got {run}, which holds the report alone" in refused(run)
     (run / "report.json").unlink()
-    assert f"expected a finished run, got {run}, which has no checkpoint yet" in refused(run)
+    said = f"expected a finished run, got {run}, which has no checkpoint yet; to finish it, repeat "
+    assert re.search(re.escape(said) + r"\S.* --model \S+", refused(run))
     (run / "run.json").write_text("{")
     assert f"{run / 'run.json'} has 1 bytes where" in refused(run)
 

@@ -11,6 +11,7 @@ import optima_tpu.report.__main__ as report
 from optima_tpu import export, figures, plan, sweep, unpack, verify
 from optima_tpu.cli import TEXTS, main
 from optima_tpu.data import build
+from optima_tpu.report.run_record import code_version
 from optima_tpu.runtime.program import MODULES, program
 from tests.support.runs import only_error
 
@@ -23,6 +24,11 @@ def test_alone_it_says_what_there_is(capsys):
     assert TEXTS.keys() == MODULES.keys()
     for name, text in TEXTS.items():
         assert re.search(rf"^  {name} +{text}$", printed, re.MULTILINE)
+
+
+def test_the_version_is_the_one_that_a_run_records(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"optima-tpu {code_version()}\n"
 
 
 @pytest.mark.parametrize(

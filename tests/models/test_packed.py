@@ -483,6 +483,9 @@ def test_a_packed_export_unpacks_to_the_plain_export(run, tmp_path, limit, capsy
     assert_same_folder(tmp_path / "out", tmp_path / "plain" / "out")
     assert unpacking.main([str(tmp_path / "out"), str(tmp_path / "again")]) == 2
     assert f"{tmp_path / 'out'} is a plain folder already" in capsys.readouterr().err and not (tmp_path / "again").exists()
+    file = next((tmp_path / "small" / "out").glob("*.safetensors"))
+    assert unpacking.main([str(file), str(tmp_path / "again")]) == 2
+    assert f"expected a packed folder, got the file {file}: give {file.parent}\n" in capsys.readouterr().err
     assert is_export_of(run, tmp_path / "out") and not is_export_of(run, tmp_path / "small" / "out")
 
 

@@ -147,6 +147,14 @@ def test_sizes_and_the_sparsity_of_the_whole_model_are_said(tmp_path, unplotted)
     assert said in page.sections["outcome"] and "File538 MB → 538 MB" in page.words and "20.0% of all 2,100" in page.words
 
 
+def test_a_source_of_fewer_bytes_than_its_weights_is_said(tmp_path, unplotted):  # noqa: F811
+    """Quantised weights are decoded: a pruned model in float32 may take more than the file that it came from."""
+    report = with_sizes(write_run(tmp_path / "run"))
+    for source, said in ((95_000_000, " (95.0 MB in the source's files)"), (538_070_000, ""), (None, "")):
+        report["sizes"] = {"source": source, **SIZES}
+        assert f"dense weights 538 MB{said}, pruned in hf/ 538 MB" in printed(report)
+
+
 def test_a_report_of_an_earlier_version_says_nothing_of_what_it_does_not_have(tmp_path, unplotted):  # noqa: F811
     run = write_run(tmp_path / "run")
     report = json.loads((run / "report.json").read_text())
@@ -175,6 +183,7 @@ def test_a_real_run_leaves_nothing_that_its_page_does_not_explain(finished):
     hf = finished.directory / "hf"
     assert report["sizes"]["transformers"] == (hf / "model.safetensors").stat().st_size
     assert 0 <= report["sizes"]["transformers"] - report["sizes"]["dense"] < 20_000  # the header
+    assert 0 <= report["sizes"]["source"] - report["sizes"]["dense"] < 20_000
     assert 0 < report["model_sparsity"] < report["sparsity"]
     # No tensor is in two of its Orbax checkpoints, and no hidden states are left.
     folders = [finished.directory / "checkpoint", *(finished.directory / "journal").iterdir()]

@@ -567,7 +567,7 @@ def test_the_command_line_writes_the_page_and_a_summary(tmp_path, monkeypatch, c
     [
         (["nowhere"], ["nowhere", "No such file"]),
         (["empty"], ["empty", "no report.json"]),
-        (["started"], ["not finished"]),
+        (["started"], ["not finished", "to finish it, repeat "]),
         (["text"], ["JSON"]),
         (["cg", "cg"], ["twice"]),
         (["old"], ["another version", "expected a value for"]),

@@ -10,6 +10,7 @@ import numpy as np
 from optima_tpu.config.run_config import EMBEDDED, to_dict
 from optima_tpu.report.file import write_report
 from optima_tpu.report.records import BlockReport, LayerReport
+from tests.support.records import put_json
 
 NAMES = (
     "self_attn.q_proj",
@@ -86,5 +87,5 @@ def write_other_places() -> None:
     """What is no finished run, in the working directory: an empty folder, a run that was only started, a text."""
     for name in ("empty", "started"):
         Path(name).mkdir()
-    Path("started/run.json").write_text("{}")
+    put_json(Path("started/run.json"), {"manifest": {}, "configuration": to_dict(EMBEDDED)})
     Path("text").write_text("no JSON")

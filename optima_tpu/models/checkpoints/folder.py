@@ -199,7 +199,7 @@ def open_folder(folder: Path, origin: str, dtype: str | None = None) -> Pretrain
         tensors = Cast(tensors, cast, family.exact if family else ())
     known = fingerprint(assets["config.json"], tensors, files)
     source: TensorSource = Unstacked(tensors, family.stacks) if family and family.stacks else tensors
-    return Pretrained(config, source, assets, known, origin)
+    return Pretrained(config, source, assets, known, origin, sum(path.stat().st_size for path in files))
 
 
 def assets_in(folder: Path) -> dict[str, bytes]:

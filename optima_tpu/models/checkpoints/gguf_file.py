@@ -178,4 +178,4 @@ def open_gguf(path: Path, origin: str, dtype: str | None = None) -> Pretrained:
         )
     assets = {"config.json": config, "generation_config.json": generation_config_json(fields)}
     assets |= tokenizer_files(fields, architecture)
-    return Pretrained(parsed, tensors, assets, fingerprint(config, tensors, [path]), origin)
+    return Pretrained(parsed, tensors, assets, fingerprint(config, tensors, [path]), origin, path.stat().st_size)

@@ -23,7 +23,7 @@ from orbax.checkpoint import v1 as ocp
 from optima_tpu.errors import UserError
 from optima_tpu.models.checkpoints.source import Index, TensorSource
 from optima_tpu.models.checkpoints.stacks import Unstacked
-from optima_tpu.report.run_record import RunRecord, read_run
+from optima_tpu.report.run_record import RunRecord, read_run, recorded_command
 from optima_tpu.runtime.buckets import as_path, reached
 from optima_tpu.runtime.checksums import damage, write_sums
 from optima_tpu.runtime.files import begin, commit, complete, staged, writing
@@ -310,15 +310,16 @@ class CheckpointTensors(OrbaxTensors):
     def __init__(self, directory: str | Path):
         path = as_path(directory).absolute() / CHECKPOINT
         if not complete(path):
-            read_run(directory)
+            stopped = read_run(directory)
             if (path.parent / "report.json").exists():
                 raise UserError(
                     f"expected a run with its pruned model, got {directory}, which holds the report alone. A sweep "
                     "removes the models of its finished cells: repeat the sweep with --keep-checkpoints to make them "
                     "again. If the model was lost otherwise, repeat the run's own command"
                 )
+            command = recorded_command(stopped["configuration"]) or "its command"
             raise UserError(
-                f"expected a finished run, got {directory}, which has no checkpoint yet; repeat its command to finish it"
+                f"expected a finished run, got {directory}, which has no checkpoint yet; to finish it, repeat {command}"
             )
         record, trees = _read(path)
         self.run, self.stacked = record["run"], record.get("stacked")

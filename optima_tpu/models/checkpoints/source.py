@@ -110,6 +110,7 @@ class Pretrained:
         caller asked for. For a GGUF file all of them are made from its metadata.
       fingerprint: see :func:`fingerprint`.
       origin: what the user typed.
+      stored: bytes of the weight files; None if it is not known.
     """
 
     config: PretrainedConfig
@@ -117,6 +118,7 @@ class Pretrained:
     assets: Mapping[str, bytes]
     fingerprint: str
     origin: str
+    stored: int | None = None
 
 
 def parse_dtype(dtype: str | None) -> np.dtype | None:
