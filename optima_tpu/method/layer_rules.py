@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 
 from optima_tpu.errors import UserError
-from optima_tpu.method.patterns import Pattern, parse_pattern
+from optima_tpu.method.patterns import NM, Pattern, parse_pattern
 
 DENSE = "dense"
 
@@ -94,15 +94,52 @@ def check_layers(
                 f"no layer matches {rule.path!r} of --layers; the layers of a block are {', '.join(names)}, "
                 f"and the whole path of the first layer is {layers[0][0]}"
             )
-    patterns = {}
+    patterns: dict[str, Pattern] = {}
+    inputs: dict[NM, list[tuple[str, int]]] = {}
     for path, name, shape in layers:
         pattern = pattern_of(rules, default, path, name)
-        if pattern is not None:
-            try:
-                pattern.pruned_count(shape)
-            except UserError as error:
-                raise UserError(f"{path}: {error}") from None
-            patterns[path] = pattern
+        if pattern is None:
+            continue
+        patterns[path] = pattern
+        if isinstance(pattern, NM):
+            inputs.setdefault(pattern, []).append((name, shape[1]))
+            continue
+        try:
+            pattern.pruned_count(shape)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
+    for nm, found in inputs.items():
+        _check_inputs(rules, default, nm, found)
     if not patterns:
         raise UserError(f"expected a layer to prune, but --layers {layers_text(rules)} leaves all of them dense")
     return patterns
+
+
+def _check_inputs(rules: Sequence[LayerRule], default: Pattern, pattern: NM, layers: Sequence[tuple[str, int]]) -> None:
+    """Raises UserError if N:M does not divide the inputs of some layers: names their kinds, and what to type for all of them.
+
+    Args:
+      layers: (path inside the block, d_in) of the layers with this pattern.
+    """
+    wrong: dict[int, dict[str, None]] = {}
+    for name, d_in in layers:
+        if not pattern.fits(d_in):
+            wrong.setdefault(d_in, {})[kind_name(name)] = None
+    if not wrong:
+        return
+    other = pattern.fitting(d_in for _, d_in in layers)
+    choose = f"take {other}" if other else "choose an M that divides them"
+    if pattern == default:
+        choose = f"take --pattern {other}" if other else choose
+        kinds = dict.fromkeys(kind for found in wrong.values() for kind in found)
+        if any(pattern.fits(d_in) for _, d_in in layers):
+            # In front: the rules that were given go over these.
+            whole = (*(LayerRule(kind, other) for kind in kinds), *rules)
+            way = "give these layers another pattern" if other else "leave these layers dense"
+            choose += f', or {way}: --layers "{layers_text(whole)}"'
+    else:
+        choose += " in --layers"
+    found = ", and ".join(f"{d_in} in {', '.join(kinds)}" for d_in, kinds in wrong.items())
+    raise UserError(
+        f"pattern {pattern} needs a number of inputs divisible by {pattern.m * pattern.stride}, got {found}; {choose}"
+    )

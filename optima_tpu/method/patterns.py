@@ -8,6 +8,7 @@ the result (4-bit checkpoints tie often), and it makes the mask independent of t
 import abc
 import dataclasses
 import math
+from collections.abc import Iterable
 from typing import ClassVar
 
 import jax
@@ -23,6 +24,8 @@ from optima_tpu.runtime.outside import import_class, import_path, is_import_path
 _TOLERANCE = 0.01
 """How far the sparsity of a layer with an imported mask may be from an unstructured pattern: published SparseGPT prunes one
 weight more in every block, and implementations round the count differently."""
+_TPU_STRIDES = (128, 16, 32)
+"""The strides that the TPU kernel reads: of matrices [d_out, d_in], and of transposed ones in bfloat16 and in int8."""
 
 
 class Pattern(abc.ABC):
@@ -245,22 +248,29 @@ class NM(Pattern):
     def in_order(self) -> "NM":
         return NM(self.n, self.m)
 
+    def fits(self, columns: int) -> bool:
+        """Whether the groups divide that many inputs."""
+        return columns % (self.m * self.stride) == 0
+
+    def fitting(self, widths: Iterable[int]) -> "NM | None":
+        """The same N:M with a stride that fits layers of these numbers of inputs; None if there is none.
+
+        Strides that a TPU kernel reads come first, then the largest below this one.
+        """
+        widths = set(widths)
+        strides = (*_TPU_STRIDES, *reversed(range(1, self.stride)))
+        patterns = (NM(self.n, self.m, stride) for stride in strides)
+        return next((pattern for pattern in patterns if all(map(pattern.fits, widths))), None)
+
     def pruned_count(self, shape: tuple[int, int]) -> int:
         rows, columns = shape
-        if columns % (self.m * self.stride):
+        if not self.fits(columns):
+            other = self.fitting([columns])
             raise UserError(
                 f"pattern {self} needs a number of inputs divisible by {self.m * self.stride}, got a layer with {columns}; "
-                + self._instead(columns)
+                + (f"{other} fits it" if other else "choose an M that divides it")
             )
         return rows * (columns // self.m) * (self.m - self.n)
-
-    def _instead(self, columns: int) -> str:
-        """What to choose for a layer that the pattern does not fit."""
-        fitting = [stride for stride in (128, 64, 32, 16, 8) if stride < self.stride and columns % (self.m * stride) == 0]
-        if self.stride == 1:
-            return "choose an M that divides it"
-        smaller = f"take --pattern {NM(self.n, self.m, fitting[0])}, or " if fitting else ""
-        return f'{smaller}give that layer another pattern: --layers "LAYER={self.n}:{self.m}"'
 
     def keep_mask(self, scores: Float[Array, "rows d_in"]) -> Bool[Array, "rows d_in"]:
         rows, columns = scores.shape

@@ -9,7 +9,7 @@ from rich.console import Console
 from optima_tpu.config.flat import flat
 from optima_tpu.config.run_config import RunConfig, to_dict
 from optima_tpu.models.model import Model
-from optima_tpu.pipeline.inputs import Texts, on_context, open_model_on_mesh, read_texts
+from optima_tpu.pipeline.inputs import Texts, on_context, open_model_on_mesh, pruned_layers, read_texts
 from optima_tpu.pipeline.journal import finished_blocks
 from optima_tpu.pipeline.repair import mend
 from optima_tpu.pipeline.stages import STAGES, Opened, Run, Stage, finished_report
@@ -53,6 +53,7 @@ def run(
     check_signals()
     found = model.pretrained.config
     config = together(lambda: on_context(config, found, console))
+    together(lambda: pruned_layers(config, model.decoder))  # a pattern that does not fit is refused before the texts are read
     opened = Opened.of(config, model, texts or read_texts(config, model, console), console)
     return finish(opened, STAGES, console, dense)
 

@@ -64,8 +64,61 @@ def test_check_names_what_is_wrong():
         check_layers(parse_layers("model.layers.12.*=dense"), HALF, SHAPES)
     with pytest.raises(UserError, match="leaves all of them dense"):
         check_layers(parse_layers("*=dense"), HALF, SHAPES)
-    with pytest.raises(UserError, match="model.layers.0.mlp.up_proj: pattern 3:8 needs a number of inputs divisible by 8"):
+    with pytest.raises(UserError, match="pattern 3:8 needs .* divisible by 8, got 20 in mlp.up_proj; choose .* in --layers$"):
         check_layers(parse_layers("mlp.up_proj=3:8"), HALF, SHAPES)
+
+
+# As in Gemma 3 270M, and a mixture whose experts have other widths.
+INPUTS = {
+    "self_attn.q_proj": 640,
+    "self_attn.o_proj": 1024,
+    "mlp.up_proj": 640,
+    "mlp.experts.0.down_proj": 96,
+    "mlp.experts.1.down_proj": 96,
+}
+WIDE = [(f"model.layers.{index}.{name}", name, (16, size)) for index in range(2) for name, size in INPUTS.items()]
+
+
+@pytest.mark.parametrize(
+    "pattern, given, named, stride",
+    [
+        (NM(2, 4, 128), "mlp.experts.*=dense", "640 in self_attn.q_proj, mlp.up_proj;", 16),
+        (NM(2, 4, 128), "", "640 in self_attn.q_proj, mlp.up_proj, and 96 in mlp.experts.*.down_proj;", 8),
+        (NM(2, 4, 160), "mlp.experts.*=dense,mlp.up_proj=0.5", "1024 in self_attn.o_proj;", 16),
+        (NM(2, 3), "", "640 in self_attn.q_proj, mlp.up_proj, and 1024 in self_attn.o_proj;", None),
+    ],
+)
+def test_a_pattern_that_does_not_fit_is_refused_with_what_to_type(pattern, given, named, stride):
+    rules = parse_layers(given)
+    with pytest.raises(UserError) as refused:
+        check_layers(rules, pattern, WIDE)
+    text = str(refused.value)
+    assert f"got {named}" in text
+    other = stride and NM(pattern.n, pattern.m, stride)
+    assert ("take --pattern" in text) == (other is not None)
+    if other:
+        assert f"take --pattern {other}, " in text
+        assert set(check_layers(rules, other, WIDE).values()) >= {other}
+    # The rule to paste settles all of them, and changes nothing else.
+    pasted = parse_layers(text.partition('--layers "')[2].removesuffix('"'))
+    before = {path: pattern_of(rules, pattern, path, name) for path, name, _ in WIDE}
+    wrong = {path for path, _, (_, size) in WIDE if before[path] == pattern and size % (pattern.m * pattern.stride)}
+    changed = {path: other if path in wrong else before[path] for path in before}
+    assert check_layers(pasted, pattern, WIDE) == {path: kept for path, kept in changed.items() if kept}
+
+
+def test_a_pattern_that_fits_no_layer_has_no_rule_to_paste():
+    with pytest.raises(UserError, match="got 96 in mlp.up_proj; take --pattern 2:4@24$"):
+        check_layers((), NM(2, 4, 128), [("model.layers.0.mlp.up_proj", "mlp.up_proj", (16, 96))])
+
+
+def test_a_pattern_that_does_not_fit_is_refused_before_the_texts_are_read(tmp_path, monkeypatch, capsys):
+    read = []
+    monkeypatch.setattr("optima_tpu.pipeline.run.read_texts", lambda *_: read.append(True))
+    model = tiny_folder(tmp_path / "model")
+    arguments = ["--model", str(model), "--output", str(tmp_path / "run"), "--preset", "fast", "--pattern", "3:7", *SMALL]
+    assert main(arguments) == 2
+    assert "pattern 3:7 needs" in capsys.readouterr().err and not read
 
 
 def test_a_run_leaves_alone_what_it_is_told_to(tmp_path, capsys):
@@ -115,7 +168,7 @@ def test_a_run_leaves_alone_what_it_is_told_to(tmp_path, capsys):
     [
         (("--layers", "attention.*=dense"), "no layer matches 'attention.*'"),
         (("--layers", "*=dense"), "leaves all of them dense"),
-        (("--layers", "mlp.down_proj=5:7"), "down_proj: pattern 5:7 needs a number of inputs divisible by 7"),
+        (("--layers", "mlp.down_proj=5:7"), "pattern 5:7 needs a number of inputs divisible by 7, got 36 in mlp.down_proj; "),
     ],
 )
 def test_rules_that_do_not_fit_the_model_are_one_line_before_anything_is_written(arguments, words, tmp_path, capsys):

@@ -80,7 +80,11 @@ def test_an_nm_group_that_does_not_divide_the_inputs_is_refused():
 
 @pytest.mark.parametrize(
     "columns, advice",
-    [(576, "divisible by 512, got a layer with 576; take --pattern 2:4@16, or"), (36, 'with 36; give .* --layers "LAYER=2:4"')],
+    [
+        (576, "divisible by 512, got a layer with 576; 2:4@16 fits it"),
+        (36, "with 36; 2:4@9 fits it"),
+        (37, "with 37; choose an M that divides it"),
+    ],
 )
 def test_a_stride_that_does_not_fit_is_refused_with_one_that_does(columns, advice):
     with pytest.raises(UserError, match=advice):
