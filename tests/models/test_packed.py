@@ -4,6 +4,7 @@ import filecmp
 import hashlib
 import json
 import math
+import re
 import shutil
 import struct
 import subprocess
@@ -258,13 +259,24 @@ def test_no_byte_of_a_header_or_of_the_index_can_change_unseen(copy, file):
     length = 8 + struct.unpack("<Q", data[:8])[0] if file != INDEX else len(data)
     for at in range(length):
         path.write_bytes(data[:at] + bytes([data[at] ^ 1 << at % 8]) + data[at + 1 :])
-        with pytest.raises(PackedError, match=file):
+        with pytest.raises(PackedError, match=file) as error:
             Packed(copy)
+        assert re.search("copy the (file|folder) again", str(error.value))
     for damaged in (data[:-1], data + b"\0", b"", data[:5]):
         path.write_bytes(damaged)
-        assert file in refusal(copy)
+        assert file in (told := refusal(copy)) and "copy the file again" in told
     path.unlink()
     assert file in refusal(copy)
+
+
+def test_a_damaged_file_of_weights_is_named_with_its_sizes_and_tensors(copy, small):
+    path = copy / "packed-model.safetensors"
+    data, tensors = path.read_bytes(), ", ".join(Packed(small).tensors)
+    path.write_bytes(data[:-3])
+    holds = f"copy the file again; {INDEX} says that the file holds {tensors}"
+    assert refusal(copy) == f"{path} has {len(data) - 3:,} bytes, expected {len(data):,} by its header: {holds}"
+    path.write_bytes(data[:8] + b"[" + data[9:])
+    assert refusal(copy) == f"{path}: the header is damaged, it is no JSON object: {holds}"
 
 
 def test_a_copied_file_is_checked_too(copy):
@@ -416,7 +428,7 @@ def test_a_damaged_plain_file_is_not_packed(tmp_path):
     path = write_file(tmp_path / "plain" / "model.safetensors", {"a": bf16(np.ones(8))})
     path.write_bytes(path.read_bytes()[:-1])
     (tmp_path / "out").mkdir()
-    with pytest.raises(PackedError, match=r"the tensors take 16 bytes, but the file holds 15"):
+    with pytest.raises(PackedError, match=f"has {path.stat().st_size} bytes, expected {path.stat().st_size + 1} by its header"):
         pack(tmp_path / "plain", tmp_path / "out")
 
 

@@ -242,7 +242,11 @@ class Packed:
         """Compares a packed file's header with the index, and with the plain file that it makes."""
         path = self.folder / packed
         layout = self._layouts[name]
-        header, spans = _read_header(path, f"; it lists {', '.join(list(layout)[:4])}{', ...' if len(layout) > 4 else ''}")
+        named = f"{INDEX} says that the file holds {', '.join(list(layout)[:4])}{', ...' if len(layout) > 4 else ''}"
+        try:
+            header, spans = _read_header(path)
+        except PackedError as error:
+            raise PackedError(f"{error}; {named}") from error
         for tensor in dict.fromkeys([*layout, *spans]):
             mine = self.tensors.get(tensor)
             if mine is None or tensor not in layout or tensor not in spans or mine.file != packed or tensor in self._begins:
@@ -252,7 +256,7 @@ class Packed:
                 raise PackedError(f"{path}: the header and {INDEX} disagree about the tensor {tensor}: copy the folder again")
             self._begins[tensor] = 8 + len(header) + stored.begin
         if hashlib.sha256(struct.pack("<Q", len(header)) + header).hexdigest() != header_sha256:
-            raise PackedError(f"{path}: the header is damaged; it lists {', '.join(list(layout)[:4])}: copy the file again")
+            raise PackedError(f"{path}: the header is damaged, its checksum differs: copy the file again; {named}")
 
     def read(self, name: str) -> np.ndarray:
         """The bytes of an unpacked tensor, [nbytes] uint8, little-endian and row by row.
@@ -589,7 +593,7 @@ def _header(spans: Mapping[str, Span], room: int = 0) -> bytes:
     return struct.pack("<Q", len(text)) + text
 
 
-def _read_header(path: Path, about: str = "") -> tuple[bytes, dict[str, Span]]:
+def _read_header(path: Path) -> tuple[bytes, dict[str, Span]]:
     """The header of a safetensors file as it is stored, without its length, and the tensors by their offsets.
 
     Raises:
@@ -600,13 +604,13 @@ def _read_header(path: Path, about: str = "") -> tuple[bytes, dict[str, Span]]:
         with path.open("rb") as file:
             length = struct.unpack("<Q", file.read(8).ljust(8, b"\xff"))[0]
             if length > min(size - 8, _LARGEST_HEADER):
-                raise PackedError(f"{path}: the header is damaged or the file is cut off{about}: copy the file again")
+                raise PackedError(f"{path}: the header is damaged or the file is cut off: copy the file again")
             header = file.read(length)
     except FileNotFoundError:
-        raise PackedError(f"{path} is missing{about}: copy the folder again") from None
-    spans = _parse_header(header, f"{path}{about}")
-    if (end := max((span.end for span in spans.values()), default=0)) != size - 8 - length:
-        raise PackedError(f"{path}: the tensors take {end:,} bytes, but the file holds {size - 8 - length:,}{about}")
+        raise PackedError(f"{path} is missing: copy the folder again") from None
+    spans = _parse_header(header, str(path))
+    if (whole := 8 + length + max((span.end for span in spans.values()), default=0)) != size:
+        raise PackedError(f"{path} has {size:,} bytes, expected {whole:,} by its header: copy the file again")
     return header, spans
 
 
@@ -627,13 +631,15 @@ def _parse_header(header: bytes, where: str) -> dict[str, Span]:
         except (TypeError, ValueError, KeyError):
             right = False
         if not right:
-            raise PackedError(f"{where}: dtype, shape and offsets of the tensor {name} do not fit each other in the header")
+            raise PackedError(
+                f"{where}: dtype, shape and offsets of the tensor {name} do not fit each other in the header: copy the file again"
+            )
         spans[name] = span
     spans = dict(sorted(spans.items(), key=lambda item: item[1][2:]))
     end = 0
     for name, span in spans.items():
         if span.begin != end:
-            raise PackedError(f"{where}: the tensor {name} begins at byte {span.begin:,}, expected {end:,}")
+            raise PackedError(f"{where}: the tensor {name} begins at byte {span.begin:,}, expected {end:,}: copy the file again")
         end = span.end
     return spans
 
