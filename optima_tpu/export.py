@@ -1,5 +1,6 @@
 """The command line of an export: ``python -m optima_tpu.export RUN_DIR OUT``."""
 
+import functools
 import math
 import re
 import sys
@@ -12,7 +13,10 @@ from optima_tpu.models.checkpoints import forms
 from optima_tpu.models.checkpoints.export import export
 from optima_tpu.models.checkpoints.orbax import quiet_orbax
 from optima_tpu.models.checkpoints.packed import Packed
+from optima_tpu.report.file import size_on_disk
+from optima_tpu.runtime.buckets import as_path
 from optima_tpu.runtime.command import guarded
+from optima_tpu.runtime.files import files_in
 from optima_tpu.runtime.program import Parser, program
 
 
@@ -71,16 +75,25 @@ def _export(arguments: list[str] | None) -> None:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     jax.config.update("jax_platforms", "cpu")  # Orbax starts JAX, and an accelerator may be busy with another run
     quiet_orbax()
-    export(chosen.run_dir, chosen.out, forms.Options(chosen.max_shard_size, chosen.scan_layers), form=chosen.form)
+    options = forms.Options(chosen.max_shard_size, chosen.scan_layers)
+    dense = export(chosen.run_dir, chosen.out, options, form=chosen.form, say=functools.partial(print, flush=True))
     print(f"wrote {chosen.out}")
     if chosen.form == forms.Packed.name:
         print(sizes(Packed(Path(chosen.out))))
+    elif forms.FORMS[chosen.form].compact:
+        files = (path for path in files_in(as_path(chosen.out)) if path.suffix in (".safetensors", ".gguf"))
+        print(_weight_files(chosen.form, dense, sum(map(size_on_disk, files))))
+
+
+def _weight_files(form: str, plain: int, small: int) -> str:
+    """What the files of weights take in bytes, dense and in a form. Zeros make no plain file smaller."""
+    return f"weight files: dense {plain:,} bytes, pruned {plain:,}, {form} {small:,} ({small / plain:.3f} of the dense)"
 
 
 def sizes(packed: Packed) -> str:
     """What the files of weights take: dense, pruned and packed, in bytes; and in bits a weight the matrices with masks of their own."""
     plain, small = packed.unpacked_bytes, packed.packed_bytes
-    files = f"weight files: dense {plain:,} bytes, pruned {plain:,}, packed {small:,} ({small / plain:.3f} of the dense)"
+    files = _weight_files(forms.Packed.name, plain, small)
     if not packed.masks:
         return files
     pruned = [packed.tensors[name] for name in packed.masks]

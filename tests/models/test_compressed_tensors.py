@@ -121,7 +121,7 @@ def test_transformers_loads_a_run_as_the_same_model(run, tmp_path):
 
 
 @pytest.mark.parametrize(("bits", "dtype"), [(8, "bfloat16"), (8, "float32"), (4, "float16")])
-def test_every_width_and_dtype_comes_back(tmp_path, bits, dtype):
+def test_every_width_and_dtype_comes_back(tmp_path, capsys, bits, dtype):
     model = tiny_folder(tmp_path / "model", dtype=dtype, **SIZES)
     source, rng, half = MemoryTensors(folder_tensors(model)), np.random.default_rng(bits), 2 ** (bits - 1)
     weights, masks, scales = {}, {}, {}
@@ -136,8 +136,14 @@ def test_every_width_and_dtype_comes_back(tmp_path, bits, dtype):
     layers = [{"block": 0, "name": name.split(".", 3)[3].removesuffix(".weight")} for name in weights]
     journal.save(0, weights, masks, {"layers": layers}, on_host(np.zeros((1, 1, 1))), scales=scales)
     write_checkpoint(journal, source, mesh(1, 1))
-    for out, form in ((tmp_path / "plain", "plain"), (tmp_path / "out", "compressed-tensors"), (tmp_path / "gguf", "gguf")):
-        export(tmp_path / "run", out, form=form)
+    dense = sum(array.nbytes for array in folder_tensors(model).values())
+    for out, form in (("plain", "plain"), ("out", "compressed-tensors"), ("gguf", "gguf")):
+        assert main([str(tmp_path / "run"), str(tmp_path / out), "--format", form]) == 0
+        first, *_, last = capsys.readouterr().out.splitlines()
+        assert first.startswith(f"writing and checking {len(source.names())} tensors of {dense:,} bytes as {form}")
+        (small,) = (path.stat().st_size for path in (tmp_path / out).iterdir() if path.suffix in (".safetensors", ".gguf"))
+        sizes = f"weight files: dense {dense:,} bytes, pruned {dense:,}, {form} {small:,} ({small / dense:.3f} of the dense)"
+        assert last == (f"wrote {tmp_path / out}" if form == "plain" else sizes)
     assert_the_same(tmp_path / "out", tmp_path / "plain", bits)
     assert_gguf_is_the_same(tmp_path / "gguf", tmp_path / "plain", bits, weights, scales)
     if (bits, dtype) == (8, "float32"):

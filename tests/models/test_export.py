@@ -294,7 +294,8 @@ def test_the_command(run, tmp_path, capsys, monkeypatch):
         ((run, tmp_path / "new", "--max-shard-size", "big"), "shard size such as 5GB"),
     ):
         assert main([str(argument) for argument in arguments]) == 2
-        assert said in only_error(capsys.readouterr().err)
+        told = capsys.readouterr()
+        assert said in only_error(told.err) and "writing" not in told.out
     assert not (tmp_path / "new").exists()
 
 

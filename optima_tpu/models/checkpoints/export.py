@@ -12,7 +12,7 @@ or to another form of it; see ``forms.py``.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -50,7 +50,8 @@ def export(
     options: Options = Options(),
     report: Mapping[str, Any] | None = None,
     form: str = Plain.name,
-) -> None:
+    say: Callable[[str], None] = lambda text: None,
+) -> int:
     """Writes the folder. It gets its name only after everything in it has been written, checked and flushed to disk.
 
     Args:
@@ -59,6 +60,10 @@ def export(
         was killed.
       report: the run's report for the model card; None takes report.json, if the run has one.
       form: one of ``FORMS``.
+      say: called with a line about what is written, before it is written.
+
+    Returns:
+      The bytes of the run's tensors in their own dtypes, zeros included.
 
     Raises:
       UserError: the run is not finished, it cannot have this form, ``out`` is in use or cannot hold this form, or the disk is full.
@@ -77,11 +82,15 @@ def export(
         raise UserError(
             f"expected a folder outside of the run directory {directory} to export to, got {out}; choose another folder"
         )
-    writer = FORMS[form](run, options)
+    writer, dense = FORMS[form](run, options), run.dense_bytes
     with writing(out, "nothing was left there; make room or choose another folder, and repeat the command"):
         if _is_damaged_export(out, run.source.run["manifest"], own=out.parent == directory):
             remove(out)
         refuse_occupied(out, "export to")
+        say(
+            f"writing and checking {len(run.source.names()):,} tensors of {dense:,} bytes as {form}, which takes minutes for a large "
+            "model"
+        )
         with making(out) as partial:
             for name, data in run.assets.items():
                 (partial / name).parent.mkdir(parents=True, exist_ok=True)
@@ -96,6 +105,7 @@ def export(
             (partial / SIDECAR).write_text(json.dumps(sidecar, indent=2, allow_nan=False))
             writer.finish({SIDECAR, *others})
             write_sums(partial)
+    return dense
 
 
 def _facts(run_directory: Path) -> Facts:

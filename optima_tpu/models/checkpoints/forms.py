@@ -59,12 +59,14 @@ class Form:
       name: as in ``--format``.
       buckets: whether the folder may be in a bucket.
       stacks: whether the form can store one parameter of all experts as one tensor.
+      compact: whether people choose the form for its size, so that the command prints it.
       library: the library that loads the folder, for its model card.
     """
 
     name: ClassVar[str]
     buckets: ClassVar[bool] = True
     stacks: ClassVar[bool] = False
+    compact: ClassVar[bool] = False
     library: ClassVar[str] = "transformers"
 
     def __init__(self, run: Exported, options: Options):
@@ -170,6 +172,7 @@ class Packed(Plain):
 
     name = "packed"
     buckets = False
+    compact = True
 
     def write(self, folder: Path) -> tuple[list[str], Zeros]:
         self._folder, self._packer = folder, Packer(folder)
@@ -192,6 +195,7 @@ class Compressed(Plain):
 
     name = "compressed-tensors"
     stacks = False
+    compact = True
     integers = True
     activations: ClassVar[bool] = False
     """Whether the inputs of quantised layers are rounded to 8 bits when the model runs."""
@@ -232,6 +236,7 @@ class GGUF(Form):
     """One file for llama.cpp, with the integers of a quantised run."""
 
     name = "gguf"
+    compact = True
 
     def __init__(self, run: Exported, options: Options):
         super().__init__(run, options)
