@@ -162,6 +162,11 @@ def sizes(report: Mapping[str, Any]) -> str:
         return ""
     pruned = f", pruned in hf/ {size(found['transformers'])}" if found.get("transformers") else ""
     why = "the file is not smaller because zeros are stored like other numbers; optima export --packed writes a smaller one"
+    if report["configuration"].get("quantize"):
+        why = (
+            "the file is not smaller because it holds integers times scales in the source's dtype; optima export --format "
+            "compressed-tensors stores the integers, and so does --format gguf of a Llama, Qwen 2 or Gemma 3"
+        )
     return f"dense weights {size(found['dense'])}{in_the_source(found)}{pruned}: {why}"
 
 

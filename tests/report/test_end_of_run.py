@@ -155,6 +155,13 @@ def test_a_source_of_fewer_bytes_than_its_weights_is_said(tmp_path, unplotted): 
         assert f"dense weights 538 MB{said}, pruned in hf/ 538 MB" in printed(report)
 
 
+def test_a_quantised_run_names_the_export_that_stores_its_integers(tmp_path, unplotted):  # noqa: F811
+    report = with_sizes(write_run(tmp_path / "run"))
+    report["configuration"]["quantize"] = {"name": "int4", "group": None}
+    text = printed(report)
+    assert "optima export --format compressed-tensors stores the integers" in text and "--packed" not in text
+
+
 def test_a_report_of_an_earlier_version_says_nothing_of_what_it_does_not_have(tmp_path, unplotted):  # noqa: F811
     run = write_run(tmp_path / "run")
     report = json.loads((run / "report.json").read_text())

@@ -95,7 +95,7 @@ class Exported:
         if recorded is None or cls is None or not self.source.quantized():
             raise UserError(
                 f"expected a run with --quantize int4 or int8 to export as {form}, got {self.directory}, whose weights are no "
-                "integers; prune again with --quantize and another --output, or take --format plain or packed"
+                "integers; prune again with --quantize and another --output, or take --format plain, packed or gguf"
             )
         quantizer: Quantizer = cls(group=recorded["group"])
         return quantizer
