@@ -102,7 +102,10 @@ def change_config(**entries):
     [
         (change_tokenizer, "expected a tokenizer that GGUF can name"),
         (change_config(architectures=["MistralForCausalLM"], model_type="mistral"), "expected a model of architecture Llama"),
-        (change_config(rope_parameters=LLAMA3), "describes, got rope .*original_length=16"),
+        (
+            change_config(rope_parameters=LLAMA3),
+            "describes, got rope .*original_length=16.* \\(rope_parameters or rope_scaling in config.json\\)",
+        ),
         (change_config(rope_parameters=LINEAR), "describes, got one of which .* llama.rope.scaling"),
         (change_config(rope_parameters=YARN), "llama describes, got rope"),
     ],
@@ -112,3 +115,13 @@ def test_what_a_gguf_file_can_not_say_is_refused(tmp_path, change, message):
     change(folder)
     with pytest.raises(UserError, match=message):
         write(tmp_path / "m.gguf", open_model(str(folder)))
+
+
+def test_a_refusal_names_the_setting_of_config_json(tmp_path):
+    test_gguf_families.write(tmp_path / "first.gguf", "gemma3")
+    opened = open_model(str(tmp_path / "first.gguf"))
+    opened.config.query_pre_attn_scalar = 64
+    with pytest.raises(
+        UserError, match=r"got scale 0.125 \(query_pre_attn_scalar in config.json\), which would be read as 0.25; "
+    ):
+        write(tmp_path / "second.gguf", opened)

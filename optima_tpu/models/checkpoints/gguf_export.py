@@ -42,6 +42,24 @@ _FILE_TYPES = {
 _ROUNDED = 2**-10
 """How much a scale may change in float16, as a share of itself: float16 has 11 bits, fewer below 6e-5."""
 _INSTEAD = "take --format plain or packed"
+_SETTINGS = {
+    "d_model": "hidden_size",
+    "d_ff": "intermediate_size",
+    "heads": "num_attention_heads",
+    "kv_heads": "num_key_value_heads",
+    "blocks": "num_hidden_layers",
+    "vocab": "vocab_size",
+    "eps": "rms_norm_eps",
+    "tied": "tie_word_embeddings",
+    "rope": "rope_parameters or rope_scaling",
+    "windows": "sliding_window and layer_types",
+    "activation": "hidden_act or hidden_activation",
+    "qkv_bias": "attention_bias",
+    "o_bias": "attention_bias",
+    "scale": "query_pre_attn_scalar",
+    "logit_cap": "final_logit_softcapping",
+}
+"""Of the values that are compared, the names in config.json where they differ."""
 
 
 class Stored(NamedTuple):
@@ -148,7 +166,8 @@ class GGUFModel:
         for field in dataclasses.fields(mine):
             ours, other = getattr(mine, field.name), getattr(theirs, field.name)
             if ours != other:
-                raise UserError(f"{describes}, got {field.name} {ours}, which would be read as {other}; {_INSTEAD}")
+                said = f" ({_SETTINGS[field.name]} in config.json)" if field.name in _SETTINGS else ""
+                raise UserError(f"{describes}, got {field.name} {ours}{said}, which would be read as {other}; {_INSTEAD}")
         return again.tensors
 
     def _name(self, name: str) -> str:
