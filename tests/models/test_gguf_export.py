@@ -2,6 +2,7 @@
 
 import json
 
+import gguf
 import numpy as np
 import pytest
 import torch
@@ -38,6 +39,11 @@ def test_a_file_that_is_written_again_says_the_same(tmp_path, arch):
         assert json.loads(again.assets[name]) == json.loads(opened.assets[name]), name
     vocabularies = [json.loads(each.assets["tokenizer.json"])["model"]["vocab"] for each in (opened, again)]
     assert vocabularies[0] == vocabularies[1]
+    # Tokens of spaces too: llama.cpp finds the user-defined ones in the text before it merges anything.
+    fields = [gguf.GGUFReader(path).fields for path in (first, second)]
+    for name in ("tokens", "token_type"):
+        said = [each[f"tokenizer.ggml.{name}"].contents() for each in fields]
+        assert said[0] == said[1], name
     states = [
         AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=path.name, dtype="float32").state_dict()
         for path in (first, second)

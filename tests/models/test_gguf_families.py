@@ -17,11 +17,13 @@ from tests.support.tiny_models import NEW_READER
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
+USER_DEFINED = ["\n", "\n\n", "  ", "   ", "<b>"]
 SPM = [
     "<pad>",
     "<eos>",
     "<bos>",
     "<unk>",
+    *USER_DEFINED,
     *(f"<0x{byte:02X}>" for byte in range(256)),
     "▁",
     "c",
@@ -73,9 +75,11 @@ def write(path, arch: str, change=lambda writer: None, without: tuple[str, ...] 
         writer.add_tokenizer_model("llama")
         writer.add_tokenizer_pre("default")
         writer.add_token_list(SPM)
-        writer.add_token_scores([0.0] * 260 + [-float(i) for i in range(len(SPM) - 260)])
-        kinds = [gguf.TokenType.CONTROL] * 3 + [gguf.TokenType.UNKNOWN] + [gguf.TokenType.BYTE] * 256
-        writer.add_token_types(kinds + [gguf.TokenType.NORMAL] * (len(SPM) - 260))
+        kinds = [gguf.TokenType.CONTROL] * 3 + [gguf.TokenType.UNKNOWN] + [gguf.TokenType.USER_DEFINED] * len(USER_DEFINED)
+        kinds += [gguf.TokenType.BYTE] * 256
+        normal = len(SPM) - len(kinds)
+        writer.add_token_scores([-1000.0] * (len(kinds) - 256) + [0.0] * 256 + [-float(rank) for rank in range(normal)])
+        writer.add_token_types(kinds + [gguf.TokenType.NORMAL] * normal)
         writer.add_add_space_prefix(False)
         writer.add_add_bos_token(True)
         special = dict(bos=2, eos=1, unk=3, pad=0)
@@ -146,7 +150,16 @@ def test_transformers_reads_the_same_tokenizer(tmp_path, arch):
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path, gguf_file="m.gguf")
     ours = load_tokenizer(open_model(str(tmp_path / "m.gguf")))
     assert ours.get_vocab() == {token: index for token, index in theirs.get_vocab().items() if index < len(ours)}
-    for text in ("cat th", "  the cat\n\n\tcat  ", "Grüße, 世界! x²", "don't 12345 I'LL", "👩‍👩", "<|end|>the<eos>", ""):
+    for text in (
+        "cat th",
+        "  the cat\n\n\tcat  ",
+        "cat   th     <b>",
+        "Grüße, 世界! x²",
+        "don't 12345 I'LL",
+        "👩‍👩",
+        "<|end|>the<eos>",
+        "",
+    ):
         ids = ours(text, add_special_tokens=False).input_ids
         assert ids == theirs(text, add_special_tokens=False).input_ids, text
         assert ours.decode(ids) == theirs.decode(ids) == text

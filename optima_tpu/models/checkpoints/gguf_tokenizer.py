@@ -78,6 +78,10 @@ def tokenizer_files(fields: Mapping[str, Any], architecture: Architecture) -> di
         raise UserError(
             f"the GGUF file has a SentencePiece tokenizer without a space before the text, which can't be rebuilt here: {INSTEAD}"
         )
+    if architecture.name in GEMMA:
+        # The file spells tokens of two or more spaces with spaces; in the text that is merged they are ▁▁.
+        spelled = ["▁" * len(token) if not token.strip(" ") else token for token in fields["tokenizer.ggml.tokens"]]
+        fields = {**fields, "tokenizer.ggml.tokens": spelled}
     tokens = fields["tokenizer.ggml.tokens"]
     for key in SPECIAL.values():
         if (at := fields.get(f"tokenizer.ggml.{key}_token_id", 0)) >= len(tokens):
@@ -156,9 +160,7 @@ def _llama(fields: Mapping[str, Any]) -> Tokenizer:
 
 def _gemma(fields: Mapping[str, Any], unknown: str | None) -> Tokenizer:
     """SentencePiece BPE without a space before the text. The scores in a Gemma's file are not in the order of its merges."""
-    # The file spells tokens of two or more spaces with spaces; in the text that is merged they are ▁▁.
-    tokens = ["▁" * len(token) if not token.strip(" ") else token for token in fields["tokenizer.ggml.tokens"]]
-    vocab = _index(tokens)
+    vocab = _index(fields["tokenizer.ggml.tokens"])
     merges = _stated_merges(fields) or _merges({token: -index for token, index in vocab.items()})
     tokenizer = Tokenizer(BPE(vocab, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
     tokenizer.normalizer = normalizers.Replace(" ", "▁")
