@@ -10,10 +10,15 @@ from transformers import AutoModelForCausalLM
 
 from optima_tpu.errors import UserError
 from optima_tpu.models.checkpoints import open_model
+from optima_tpu.models.checkpoints.export import export
 from optima_tpu.models.checkpoints.gguf_export import GGUFModel, Stored
+from optima_tpu.models.checkpoints.orbax import write_checkpoint
+from optima_tpu.pipeline.journal import open_journal
 from tests.models import test_gguf_families, test_weights
+from tests.support.fake_run import MANIFEST, on_host
+from tests.support.meshes import mesh
 from tests.support.references import LINEAR, LLAMA3, YARN
-from tests.support.tiny_models import byte_tokenizer, tiny_folder
+from tests.support.tiny_models import MemoryTensors, byte_tokenizer, tiny_folder
 
 
 def write(path, opened) -> GGUFModel:
@@ -52,6 +57,26 @@ def test_a_file_that_is_written_again_says_the_same(tmp_path, arch):
         # Gemma's norms plus 1, minus 1.
         np.testing.assert_allclose(again.tensors.read(name), opened.tensors.read(name), atol=2**-22 if "norm" in name else 0)
         assert torch.allclose(states[0][name], states[1][name], atol=2**-22), name
+
+
+def test_large_norms_of_a_trained_gemma_are_exported(tmp_path):
+    """Those of Gemma 3 270M reach 1656. Plus 1 and minus 1, they come back within what float32 rounds at their size."""
+    test_gguf_families.write(tmp_path / "m.gguf", "gemma3")
+    opened = open_model(str(tmp_path / "m.gguf"))
+    arrays, rng = {name: opened.tensors.read(name) for name in opened.tensors.names()}, np.random.default_rng(0)
+    for name in arrays:
+        if name.endswith("norm.weight"):
+            arrays[name] = rng.uniform(-1, 1656, arrays[name].shape).astype(np.float32)
+    journal, pruned = open_journal(tmp_path / "run", MANIFEST, opened.assets), "model.layers.0.mlp.up_proj.weight"
+    keep = np.indices(arrays[pruned].shape)[1] % 2 == 0
+    layers = [{"block": 0, "name": "mlp.up_proj"}]
+    journal.save(0, {pruned: arrays[pruned] * keep}, {pruned: keep}, {"layers": layers}, on_host(np.zeros((1, 1, 1))))
+    write_checkpoint(journal, MemoryTensors(arrays), mesh(1, 1))
+    export(tmp_path / "run", tmp_path / "out", form="gguf")
+    found = open_model(str(tmp_path / "out" / "model.gguf")).tensors
+    for name in found.names():
+        expected = arrays[name] * keep if name == pruned else arrays[name]
+        np.testing.assert_allclose(found.read(name), expected, rtol=2**-23, atol=2**-23 if "norm" in name else 0)
 
 
 @pytest.mark.parametrize(

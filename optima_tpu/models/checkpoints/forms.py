@@ -321,5 +321,5 @@ def _same_values(found: np.ndarray, values: np.ndarray, scale: np.ndarray | None
     if scale is not None:
         factors = scale_of_inputs(scale, values.shape[1])
         return np.array_equal(np.round(found / factors), np.round(values / factors))
-    # A Gemma's norms are stored plus 1.
-    return _same_bytes(found, values) if values.ndim > 1 else np.allclose(found, values, rtol=0, atol=2**-22)
+    # A Gemma's norms are stored plus 1, which float32 rounds by their size: those of Gemma 3 270M reach 1656.
+    return _same_bytes(found, values) if values.ndim > 1 else np.allclose(found, values, rtol=2**-22, atol=2**-22)
