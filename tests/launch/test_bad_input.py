@@ -55,7 +55,7 @@ def refused(tmp_path, capfd):
         (["--pattern=-0.1"], "expected a sparsity in [0, 1), got -0.1"),
         (["--pattern", "4:2"], "expected a pattern N:M with 0 < N < M, got 4:2"),
         (["--pattern", "half"], "expected a pattern such as 0.5, 0.5/layer, 2:4 or 2:4@128, got 'half'"),
-        (["--pattern", "3:8"], "divisible by 8, got a layer with 36"),
+        (["--pattern", "3:8"], "divisible by 8, got 36 in self_attn.q_proj, "),
         (["--mesh", "2x2"], "mesh 2x2 needs 4 devices, there are 8 (cpu): choose a mesh whose product is 8"),
         (["--mesh", "1000000000x1"], "there are 8 (cpu): choose a mesh whose product is 8\n"),
         (["--mesh", "2x2x2"], "expected a mesh such as 4x2 or data=4,model=2, got '2x2x2'"),
