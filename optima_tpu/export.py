@@ -13,10 +13,9 @@ from optima_tpu.models.checkpoints import forms
 from optima_tpu.models.checkpoints.export import export
 from optima_tpu.models.checkpoints.orbax import quiet_orbax
 from optima_tpu.models.checkpoints.packed import Packed
-from optima_tpu.report.file import size_on_disk
+from optima_tpu.report.file import weights_on_disk
 from optima_tpu.runtime.buckets import as_path
 from optima_tpu.runtime.command import guarded
-from optima_tpu.runtime.files import files_in
 from optima_tpu.runtime.program import Parser, program
 
 
@@ -81,8 +80,7 @@ def _export(arguments: list[str] | None) -> None:
     if chosen.form == forms.Packed.name:
         print(sizes(Packed(Path(chosen.out))))
     elif forms.FORMS[chosen.form].compact:
-        files = (path for path in files_in(as_path(chosen.out)) if path.suffix in (".safetensors", ".gguf"))
-        print(_weight_files(chosen.form, dense, sum(map(size_on_disk, files))))
+        print(_weight_files(chosen.form, dense, weights_on_disk(as_path(chosen.out))))
 
 
 def _weight_files(form: str, plain: int, small: int) -> str:

@@ -24,7 +24,7 @@ from optima_tpu.method.selectors import Imported
 from optima_tpu.models.checkpoints import load_tokenizer
 from optima_tpu.models.checkpoints.export import FOLDER, export, is_export_of
 from optima_tpu.models.checkpoints.orbax import CHECKPOINT, CheckpointTensors, checkpointed_blocks, write_checkpoint
-from optima_tpu.models.checkpoints.source import Layered
+from optima_tpu.models.checkpoints.source import Layered, total_bytes
 from optima_tpu.models.decoder import Decoder
 from optima_tpu.models.masks import open_given
 from optima_tpu.models.model import Model
@@ -44,14 +44,14 @@ from optima_tpu.pipeline.repair import DENSE, LOSSES, faults
 from optima_tpu.pipeline.self_calibration import keep_calibration
 from optima_tpu.pipeline.walk import Walk, prune_model
 from optima_tpu.report.contents import Continuations, Report
-from optima_tpu.report.file import REPORT, environment, memory_peaks, size_on_disk, write_report
+from optima_tpu.report.file import REPORT, environment, memory_peaks, size_on_disk, weights_on_disk, write_report
 from optima_tpu.report.progress import Progress
 from optima_tpu.report.records import blocks_from_json
 from optima_tpu.report.sinks import Sink, Steps, opened, write
 from optima_tpu.runtime.buckets import in_bucket
 from optima_tpu.runtime.checksums import MISSING, damage, keep
 from optima_tpu.runtime.device_memory import device_budget
-from optima_tpu.runtime.files import complete, files_in, writing
+from optima_tpu.runtime.files import complete, writing
 from optima_tpu.runtime.processes import first_only, from_first
 from optima_tpu.runtime.records import Positive, known_record
 
@@ -451,12 +451,9 @@ def _report(run: Run) -> None:
 def _sizes(run: Run) -> dict[str, Any]:
     """Bytes of the source's files and tensors, of the exported weights, and of everything that the run leaves in its directory."""
     pretrained, directory = run.opened.model.pretrained, run.opened.directory
-    tensors = pretrained.tensors
-    dense = sum(math.prod(tensors.shape(name)) * tensors.dtype(name).itemsize for name in tensors.names())
-    exported = sum(size_on_disk(path) for path in files_in(directory / FOLDER) if path.suffix == ".safetensors")
     left = {} if in_bucket(directory) else {path.name: size_on_disk(path) for path in sorted(directory.iterdir())}
-    exports = exported if run.opened.config.export else None
-    return {"source": pretrained.stored, "dense": dense, "transformers": exports, "left": left}
+    exported = weights_on_disk(directory / FOLDER) if run.opened.config.export else None
+    return {"source": pretrained.stored, "dense": total_bytes(pretrained.tensors), "transformers": exported, "left": left}
 
 
 def _blocks(run: Run) -> int:

@@ -77,6 +77,11 @@ def size_on_disk(path: Path) -> int:
     return sum(file.stat().st_size for file in files)
 
 
+def weights_on_disk(folder: Path) -> int:
+    """Bytes of the files of weights in an exported folder."""
+    return sum(size_on_disk(path) for path in files_below(folder) if path.suffix in (".safetensors", ".gguf"))
+
+
 def write_report(path: Path, entries: Mapping[str, Any], blocks: Sequence[BlockReport]) -> dict[str, Any]:
     """Writes the report atomically: afterwards the file is either the complete new report or the old one.
 

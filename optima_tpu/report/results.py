@@ -58,8 +58,8 @@ def tiles(run: Run) -> list[Tile]:
     sizes_found = report.get("sizes") or {}
     if sizes_found.get("dense") and sizes_found.get("transformers"):
         dense_size, pruned_size = size(sizes_found["dense"]), size(sizes_found["transformers"])
-        why = "not smaller: zeros are stored like other numbers" + in_the_source(sizes_found)
-        shown.append(Tile("File", f"{dense_size} → {pruned_size}", why))
+        what = f"dense{in_the_source(sizes_found)} → pruned, not smaller: zeros are stored like other numbers"
+        shown.append(Tile("File", f"{dense_size} → {pruned_size}", what))
     if peak := (report.get("memory") or {}).get("host_peak"):
         shown.append(Tile("Memory", f"{number(peak / 2**30)} GiB", "peak on the host"))
     count = unusual_count(run)

@@ -23,6 +23,7 @@ from optima_tpu.models.checkpoints.exported import Exported
 from optima_tpu.models.checkpoints.forms import FORMS, MaxText, Options, Plain
 from optima_tpu.models.checkpoints.orbax import refuse_damaged_checkpoint
 from optima_tpu.models.checkpoints.packed import MASKS, SHAPE
+from optima_tpu.models.checkpoints.source import total_bytes
 from optima_tpu.report.contents import Facts
 from optima_tpu.report.file import REPORT
 from optima_tpu.report.model_card import HUB_ID, model_card
@@ -82,7 +83,7 @@ def export(
         raise UserError(
             f"expected a folder outside of the run directory {directory} to export to, got {out}; choose another folder"
         )
-    writer, dense = FORMS[form](run, options), run.dense_bytes
+    writer, dense = FORMS[form](run, options), total_bytes(run.source)
     with writing(out, "nothing was left there; make room or choose another folder, and repeat the command"):
         if _is_damaged_export(out, run.source.run["manifest"], own=out.parent == directory):
             remove(out)

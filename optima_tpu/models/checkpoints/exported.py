@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -52,12 +51,6 @@ class Exported:
     def open(cls, directory: Path) -> "Exported":
         source = CheckpointTensors(directory)
         return cls(directory, source, read_assets(directory), _patterns(source))
-
-    @property
-    def dense_bytes(self) -> int:
-        """Bytes of all tensors in their own dtypes, zeros included."""
-        shapes = ((self.source.shape(name), self.source.dtype(name)) for name in self.source.names())
-        return sum(math.prod(shape) * dtype.itemsize for shape, dtype in shapes)
 
     def config(self) -> PretrainedConfig:
         return read_config(self.assets["config.json"], str(self.directory))[0]

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import math
 import re
 import tempfile
 from collections.abc import Iterable, Mapping
@@ -206,6 +207,11 @@ def read_config(config: bytes, where: str, dtype: str | None = None) -> tuple[Pr
 
 
 _PIECES, _PIECE = 16, 1 << 16
+
+
+def total_bytes(tensors: TensorSource) -> int:
+    """Bytes of all tensors in the dtypes that they are read in, zeros included."""
+    return sum(math.prod(tensors.shape(name)) * tensors.dtype(name).itemsize for name in tensors.names())
 
 
 def fingerprint(config: bytes, tensors: TensorSource, files: Iterable[Path]) -> str:
