@@ -180,7 +180,7 @@ def topology_machine(text: str, mesh: str | None, compiling: bool = True, quick:
             cores = len(devices) // math.prod(shape)
             chip = chip._replace(
                 memory=chip.memory // cores,
-                **{rate: getattr(chip, rate) / cores for rate in ("narrow", "wide", "factor", "bandwidth")},
+                **{rate: getattr(chip, rate) / cores for rate in ("narrow", "wide", "rough", "factor", "bandwidth")},
             )
             notes.append(f"a {kind} chip counts as {cores} devices: figures are per device")
     cores = len(devices) // math.prod(shape) if devices else 1
