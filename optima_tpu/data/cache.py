@@ -15,6 +15,7 @@ import safetensors.numpy
 
 from optima_tpu.data.source import Fingerprinted, Source, Split, Tokens
 from optima_tpu.models.checkpoints import Pretrained
+from optima_tpu.report.licence import CARD
 from optima_tpu.runtime.files import PARTIAL, commit, user_cache
 from optima_tpu.runtime.processes import from_first
 
@@ -100,7 +101,7 @@ def token_key(source: Source, split: Split, pretrained: Pretrained, **draw: int 
     fingerprint = source.fingerprint(split) if isinstance(source, Fingerprinted) else None
     if fingerprint is None:
         return None
-    assets = {name: hashlib.sha256(content).hexdigest() for name, content in pretrained.assets.items()}
+    assets = {name: hashlib.sha256(content).hexdigest() for name, content in pretrained.assets.items() if name != CARD}
     record = {"source": str(source), "text": fingerprint, "split": split, "tokenizer": assets, "draw": draw, "code": _code()}
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 

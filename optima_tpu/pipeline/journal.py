@@ -1,7 +1,7 @@
 """The finished blocks of a run, each of them safe as soon as it is done.
 
     RUN/run.json                what a resume must agree with, and the full configuration
-    RUN/assets/                 the source's configuration, tokenizer and licence files, byte for byte
+    RUN/assets/                 the source's configuration, tokenizer, licence and model card, byte for byte
     RUN/journal/block_0000/     one Orbax checkpoint for each finished block: its weights, masks, scales and report. RUN/checkpoint
                                 refers to them: no block is written a second time
     RUN/activations/block_0000/ the hidden states after one of the last blocks, one file for each process; with a dense target

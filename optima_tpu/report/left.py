@@ -22,7 +22,7 @@ FILES: Mapping[str, str] = {
     "evaluation.json": "the results of optima evaluate; this page shows them",
     "lm_eval.json": "the results of the tasks, as the evaluation harness writes them",
     "run.json": "the settings, and digests of model, text and code; a command compares them before it resumes this run",
-    "assets": "the source’s config.json, tokenizer and licence; optima export copies them",
+    "assets": "the source’s config.json, tokenizer, licence and model card; optima export reads them",
     "dense.json": "the dense model’s perplexity; a resumed run does not measure it again",
     "dense_losses.npy": "the dense model’s loss on every token of the evaluation text, to find the tokens that got worse",
     "continuations.json": "the texts that both models write after a few prompts",

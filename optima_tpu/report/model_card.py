@@ -12,11 +12,11 @@ from huggingface_hub import ModelCardData
 from optima_tpu.config.flat import flat
 from optima_tpu.errors import legible
 from optima_tpu.method.patterns import parse_pattern
+from optima_tpu.report.licence import licence_of
 from optima_tpu.report.numbers import percent
 from optima_tpu.report.summary import fitted_errors, held_out_caveat, held_out_errors, of_record
 from optima_tpu.report.view import without_folders
 
-_LICENCES = {"Apache License": "apache-2.0", "MIT License": "mit"}
 HUB_ID = re.compile(r"(\w[\w.-]*/[\w.-]+)(@.+)?")
 """A model's id on the hub, "owner/name" or "owner/name@revision". A relative path can look the same."""
 
@@ -29,7 +29,7 @@ def model_card(
     Args:
       folder: name of the exported folder; the title if the model has no name.
       sidecar: contents of optima_tpu.json: ``model``, ``manifest``, ``layers``.
-      assets: the source's files; config.json and the licence are read.
+      assets: the source's files; config.json, the licence and the model card are read.
       report: report.json of the run. The card shows ``recipe``, ``perplexity`` (``dense`` and ``pruned``) and the evaluation
         text if the report has them.
       library: the library that loads the folder.
@@ -39,14 +39,14 @@ def model_card(
     layers = sidecar["layers"]
     pruned = sum(layer["pruned"] for layer in layers)
     weights = sum(math.prod(layer["shape"]) for layer in layers)
-    licence, licence_name, licence_link = _licence(assets)
+    licence = licence_of(assets)
     front = ModelCardData(
         base_model=_base_model(origin, assets),
         library_name=library,
         tags=["pruned", "sparse", "optima-tpu"],
-        license=licence,
-        license_name=licence_name,
-        license_link=licence_link,
+        license=licence.id,
+        license_name=licence.name,
+        license_link=licence.link,
     ).to_yaml()
     parts = [
         f"---\n{front}\n---\n",
@@ -138,16 +138,6 @@ def _base_model(origin: str | None, assets: Mapping[str, bytes]) -> str | None:
         if name and (match := HUB_ID.fullmatch(name)) and not Path(name).exists():
             return match[1]
     return None
-
-
-def _licence(assets: Mapping[str, bytes]) -> tuple[str | None, str | None, str | None]:
-    """(licence id, name, file) from a licence file of the source; name and file only for an unknown licence."""
-    file = next((name for name in sorted(assets) if name.upper().startswith(("LICENSE", "LICENCE"))), None)
-    if file is None:
-        return None, None, None
-    head = assets[file][:400].decode("utf-8", "replace")
-    known = next((id_ for title, id_ in _LICENCES.items() if title in head), None)
-    return (known, None, None) if known else ("other", "source-licence", file)
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

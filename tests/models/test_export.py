@@ -148,6 +148,31 @@ def test_a_local_model_is_named_without_its_path_and_the_licence_is_the_sources(
     assert json.loads((tmp_path / "out" / "optima_tpu.json").read_text())["model"] == "llama"
 
 
+@pytest.mark.parametrize(
+    ("front", "said"),
+    [
+        ("license: gemma", ["license: gemma"]),
+        (
+            "license: other\nlicense_name: mine\nlicense_link: LICENSE",
+            ["license: other", "license_name: mine", "license_link: LICENSE"],
+        ),
+        (
+            "license: other\nlicense_name: mine\nlicense_link: ../TERMS",
+            ["license: other", "license_name: mine", "license_link: LICENSE"],
+        ),
+        ("license: [mit, gemma]", ["license: apache-2.0"]),
+        ("license: mit\nlicense: gemma", ["license: apache-2.0"]),
+        ("{", ["license: apache-2.0"]),
+    ],
+)
+def test_the_licence_that_the_sources_card_names_comes_before_its_file(tmp_path, front, said):
+    assets = ASSETS | {"LICENSE": b"Apache License", "README.md": f"---\n{front}\n---\n# A model\nlicense: x\n".encode()}
+    finished_run(tmp_path / "run", small_model(), assets=assets)
+    export(tmp_path / "run", tmp_path / "out")
+    head = (tmp_path / "out" / "README.md").read_text().split("---\n")[1]
+    assert [line for line in head.splitlines() if line.startswith("license")] == said
+
+
 def test_only_checkpoint_journal_and_assets_are_needed(run, tmp_path):
     for name in ("checkpoint", "journal", "assets"):
         (tmp_path / "moved").mkdir(exist_ok=True)

@@ -1,5 +1,6 @@
 """Models as GGUF files: what llama.cpp's converter would write, which transformers and this program read as the same model."""
 
+import dataclasses
 import json
 
 import gguf
@@ -14,6 +15,7 @@ from optima_tpu.models.checkpoints.export import export
 from optima_tpu.models.checkpoints.gguf_export import GGUFModel, Stored
 from optima_tpu.models.checkpoints.orbax import write_checkpoint
 from optima_tpu.pipeline.journal import open_journal
+from optima_tpu.report.licence import CARD, Licence, licence_of
 from tests.models import test_gguf_families, test_weights
 from tests.support.fake_run import MANIFEST, on_host
 from tests.support.meshes import mesh
@@ -26,6 +28,14 @@ def write(path, opened) -> GGUFModel:
     model.write(path, (Stored(name, opened.tensors.read(name)) for name in model.kinds))
     model.reopened(path)
     return model
+
+
+def test_a_file_keeps_the_licence_of_the_source(tmp_path):
+    test_weights.write_gguf(tmp_path / "first.gguf", test_weights.llama_tensors())
+    opened, licence = open_model(str(tmp_path / "first.gguf")), Licence("other", "mine", "https://example.org/terms")
+    assert licence_of(opened.assets) == Licence()
+    write(tmp_path / "second.gguf", dataclasses.replace(opened, assets={**opened.assets, CARD: licence.card()}))
+    assert licence_of(open_model(str(tmp_path / "second.gguf")).assets) == licence
 
 
 @pytest.mark.parametrize("arch", ["llama", "qwen2", "gemma3"])

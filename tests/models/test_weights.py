@@ -135,7 +135,7 @@ def test_a_cast_leaves_routers_that_decide_in_float32():
 def test_assets_are_the_small_files_with_their_original_bytes(folder):
     (folder / "tokenizer_config.json").write_bytes(b'{ "odd":\tspacing }')
     assets = open_model(str(folder)).assets
-    assert set(assets) == {"config.json", "tokenizer_config.json", "LICENSE"}
+    assert set(assets) == {"config.json", "tokenizer_config.json", "LICENSE", "README.md"}
     assert all((folder / name).read_bytes() == content for name, content in assets.items())
 
 
@@ -339,7 +339,7 @@ def test_named_chat_templates_are_downloaded_read_and_exported(tmp_path):
         "README.md",
     ]
     wanted = filter_repo_objects(names, allow_patterns=hub.WANTED, ignore_patterns=hub.UNWANTED)
-    assert sorted(wanted) == [names[2], names[1], names[0], names[6]]
+    assert sorted(wanted) == [names[-1], names[2], names[1], names[0], names[6]]
     folder = tiny_folder(tmp_path / "model")
     tokenizer = load_tokenizer(open_model(str(folder)))
     tokenizer.chat_template = {"default": "{{ messages }}", "tool_use": "{{ tools }}"}

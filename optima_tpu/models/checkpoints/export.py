@@ -26,6 +26,7 @@ from optima_tpu.models.checkpoints.packed import MASKS, SHAPE
 from optima_tpu.models.checkpoints.source import total_bytes
 from optima_tpu.report.contents import Facts
 from optima_tpu.report.file import REPORT
+from optima_tpu.report.licence import CARD
 from optima_tpu.report.model_card import HUB_ID, model_card
 from optima_tpu.report.run_record import Manifest, read_run
 from optima_tpu.runtime.buckets import as_path, in_bucket
@@ -100,7 +101,7 @@ def export(
             sidecar = _sidecar(run, zeros)
             facts = _facts(run_directory) if report is None else report
             card = model_card(out.name, sidecar, run.assets, facts, writer.library)
-            (partial / "README.md").write_text(card, encoding="utf-8")
+            (partial / CARD).write_text(card, encoding="utf-8")
             others = {str(path.relative_to(partial)) for path in files_in(partial) if path.suffix != ".safetensors"}
             sidecar["files"] = sorted({*shards, MASKS, *others})
             (partial / SIDECAR).write_text(json.dumps(sidecar, indent=2, allow_nan=False))

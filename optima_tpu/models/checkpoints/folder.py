@@ -24,6 +24,7 @@ from optima_tpu.models.checkpoints.source import (
     whole_slices,
 )
 from optima_tpu.models.checkpoints.stacks import Unstacked
+from optima_tpu.report.licence import CARD
 from optima_tpu.runtime.checksums import ALL, changes, listed
 from optima_tpu.runtime.program import program
 from optima_tpu.runtime.records import read_record
@@ -284,8 +285,10 @@ def _no_weights(folder: Path) -> str:
 
 
 def _is_asset(path: Path) -> bool:
-    """Whether an export copies a file unchanged: the small files except weights and model card."""
+    """Whether a run keeps a file: the small files. An export copies them unchanged, except the model card."""
     name = path.name.lower()
+    if path.name == CARD:
+        return path.is_file()
     if not path.is_file() or name.startswith((".", "readme")) or name.endswith(".index.json") or name in (packed.INDEX, ALL):
         return False
     return name.endswith((".json", ".txt", ".model", ".jinja")) or name.startswith(("license", "licence", "notice"))

@@ -27,6 +27,7 @@ from optima_tpu.models.checkpoints.gguf_file import ROPE_FACTORS, TOP, open_gguf
 from optima_tpu.models.checkpoints.gguf_metadata import SIZES, llama3_factors
 from optima_tpu.models.checkpoints.gguf_vocabulary import vocabulary
 from optima_tpu.models.checkpoints.source import Pretrained, TensorSource
+from optima_tpu.report.licence import licence_of
 
 BLOCK = 32
 """Inputs in a block of Q8_0 or Q4_0."""
@@ -135,6 +136,9 @@ class GGUFModel:
         matrices = {kind for name, kind in self.kinds.items() if len(self.pretrained.tensors.shape(name)) > 1}
         writer.add_file_type(_FILE_TYPES[next((kind for kind in reversed(_FILE_TYPES) if kind in matrices), Kind.F32)])
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+        for key, value in zip(("", ".name", ".link"), licence_of(self.pretrained.assets)):
+            if value is not None:
+                writer.add_string(f"general.license{key}", value)
         for name, value in self.fields.items():
             _add(writer, name, value)
         if self.factors is not None:

@@ -20,6 +20,7 @@ from optima_tpu.models.checkpoints.gguf_metadata import (
 )
 from optima_tpu.models.checkpoints.gguf_tokenizer import tokenizer_files
 from optima_tpu.models.checkpoints.source import Index, Pretrained, fingerprint, named_dtype, read_config, whole_slices
+from optima_tpu.report.licence import CARD, Licence
 from optima_tpu.runtime.records import check_record
 
 TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
@@ -178,4 +179,6 @@ def open_gguf(path: Path, origin: str, dtype: str | None = None) -> Pretrained:
         )
     assets = {"config.json": config, "generation_config.json": generation_config_json(fields)}
     assets |= tokenizer_files(fields, architecture)
+    if (licence := fields.get("general.license")) is not None:
+        assets[CARD] = Licence(licence, fields.get("general.license.name"), fields.get("general.license.link")).card()
     return Pretrained(parsed, tensors, assets, fingerprint(config, tensors, [path]), origin, path.stat().st_size)

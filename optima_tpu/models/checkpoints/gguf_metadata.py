@@ -43,6 +43,9 @@ Tokens = TypedDict(
     "Tokens",
     {
         "general.architecture": str,
+        "general.license": str,
+        "general.license.name": str,
+        "general.license.link": str,
         "split.count": int,
         "tokenizer.ggml.model": str,
         "tokenizer.ggml.pre": str,

@@ -22,9 +22,10 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import filter_repo_objects
 
 from optima_tpu.errors import UserError, one_line
+from optima_tpu.report.licence import CARD
 from optima_tpu.runtime.files import user_cache
 
-WANTED = "*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "NOTICE*"
+WANTED = "*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "NOTICE*", CARD
 # Subfolders hold other formats of the same model; only the chat templates in one belong to it.
 # consolidated* is a second copy in Mistral's own layout.
 UNWANTED = [*(f"*/{pattern}" for pattern in WANTED if pattern != "*.jinja"), "consolidated*"]

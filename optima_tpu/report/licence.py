@@ -1,0 +1,65 @@
+"""The licence of a source, from its model card or its licence file."""
+
+import re
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from huggingface_hub import ModelCardData
+from huggingface_hub.repocard import REGEX_YAML_BLOCK
+
+from optima_tpu.config import yaml12
+from optima_tpu.errors import UserError
+
+CARD = "README.md"
+"""The model card of a folder. The front matter of a source's card names its licence."""
+
+_TITLES = {"Apache License": "apache-2.0", "MIT License": "mit"}
+
+
+class Licence(NamedTuple):
+    """A licence by the hub's names.
+
+    Attributes:
+      id: such as "apache-2.0" or "gemma"; "other" if the hub has no name for it; None if it is not known.
+      name, link: of another licence; the link is an address, or a file of the folder.
+    """
+
+    id: str | None = None
+    name: str | None = None
+    link: str | None = None
+
+    def card(self) -> bytes:
+        """A model card that says nothing but the licence."""
+        data = ModelCardData(license=self.id, license_name=self.name, license_link=self.link)
+        return f"---\n{data.to_yaml()}\n---\n".encode()
+
+
+def licence_of(assets: Mapping[str, bytes]) -> Licence:
+    """The licence that a source's model card names, otherwise that of its licence file.
+
+    Args:
+      assets: the source's small files, by name.
+    """
+    file = next((name for name in sorted(assets) if name.upper().startswith(("LICENSE", "LICENCE"))), None)
+    named = _named(assets.get(CARD, b"").decode("utf-8", "replace"))
+    if named.id is not None:
+        # A link to a file that is not here leads nowhere.
+        there = named.link is not None and (named.link in assets or named.link.startswith("https://"))
+        return named if there else named._replace(link=file if named.id == "other" else None)
+    if file is None:
+        return Licence()
+    head = assets[file][:400].decode("utf-8", "replace")
+    known = next((id_ for title, id_ in _TITLES.items() if title in head), None)
+    return Licence(known) if known else Licence("other", "source-licence", file)
+
+
+def _named(card: str) -> Licence:
+    """The licence in a card's front matter; nothing if there is none, or if it is no front matter that the hub would read."""
+    found = REGEX_YAML_BLOCK.search(card)
+    try:
+        front = yaml12.load(found[2]) if found else None
+    except UserError:
+        front = None
+    entries = [front.get(key) for key in ("license", "license_name", "license_link")] if isinstance(front, dict) else [None] * 3
+    id_, name, link = (each if isinstance(each, str) and each.isprintable() else None for each in entries)
+    return Licence(id_, name, link) if id_ and re.fullmatch(r"[\w.-]+", id_) else Licence()
