@@ -236,7 +236,7 @@ def _published(settings: Mapping[str, Any]) -> str:
     try:
         words = flags(recorded_run(kept | wanda))
     except UserError:  # a report of another version
-        words = ["--solver", "null"]
+        words = ["--model", str(settings.get("model")), "--solver", "null"]
     return f"{program('prune')} {shlex.join(words)} --selector {'sparsegpt' if _has(settings, wanda) else 'wanda'}"
 
 

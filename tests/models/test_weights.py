@@ -243,10 +243,19 @@ def test_code_of_the_models_own_is_never_run(folder):
     assert "trust_remote_code" not in str(refused.value)
 
 
-def test_a_folder_with_pickled_weights_only_says_how_to_convert(tmp_path):
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("pytorch_model.bin", "save_pretrained"),
+        ("0/items/manifest", "in MaxText's layout"),
+        ("model.gguf", "give that: .*model.gguf"),
+    ],
+)
+def test_a_folder_with_weights_in_another_form_says_what_to_give(tmp_path, name, said):
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
-    (tmp_path / "pytorch_model.bin").write_bytes(b"x")
-    with pytest.raises(UserError, match="save_pretrained"):
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).write_bytes(b"x")
+    with pytest.raises(UserError, match=said):
         open_model(str(tmp_path))
 
 

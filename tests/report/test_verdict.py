@@ -100,7 +100,7 @@ def test_the_command_that_compares_runs_a_published_method_on_the_same_texts(pre
     )
     assert (compared.calibration, compared.evaluation) == (run.calibration, run.evaluation)
     older = judged(text="pydoc", methods=to_dict(run) | {"gone": 1}).text
-    assert older.endswith(f"run a published method on it: `{program('prune')} --solver null --selector wanda`")
+    assert older.endswith(f"run a published method on it: `{program('prune')} --model './a b' --solver null --selector wanda`")
 
 
 def test_shares_near_a_band_have_it():

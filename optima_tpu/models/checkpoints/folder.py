@@ -278,6 +278,10 @@ def _no_weights(folder: Path) -> str:
     ggufs = sorted(folder.glob("*.gguf"))
     if ggufs:
         return f"{folder} has its weights in a GGUF file; to open it, give that: {ggufs[0]}"
+    if (folder / "0" / "items").is_dir():
+        return (
+            f"{folder} has its weights in MaxText's layout, which is written here and not read: give the run, or its hf/ folder"
+        )
     pickles = sorted(folder.glob("pytorch_model*.bin"))
     if pickles:
         return f"{folder} has its weights only in the pickle format ({pickles[0].name}): {_CONVERT}"
