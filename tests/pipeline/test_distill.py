@@ -19,7 +19,7 @@ from optima_tpu.launch import main
 from optima_tpu.method.distillation import KL, Blocks, hidden_error
 from optima_tpu.models.checkpoints.orbax import CheckpointTensors, OrbaxTensors, read_metadata
 from optima_tpu.models.decoder import forward, head_logits
-from optima_tpu.pipeline.distill import states
+from optima_tpu.pipeline.distill import states, train
 from optima_tpu.pipeline.distill.blocks import NextToken, Trainer, head_gradient, hidden_gradient
 from optima_tpu.pipeline.distill.model import Model
 from optima_tpu.pipeline.distill.outcome import Check, Distilled, Outcome, Span, keep_outcome, read_outcome
@@ -391,6 +391,18 @@ def test_a_step_with_fewer_windows_than_slices_says_what_to_type(pruned):
         "2 of 4 slices of the data axis compute padding, for a step trains on 2 windows: take --distill.batch 4"
     )
     assert "on 1 window: take --distill.batch 4, or" in told[1] and not told[2]
+
+
+def test_a_long_reading_of_the_dense_model_says_how_far_it_is(monkeypatch):
+    monkeypatch.setattr(train, "_LONG", -1.0)
+    told, advanced = [], []
+    after_block = train._telling(lambda: advanced.append(None), told.append, range(3))
+    for _ in range(3):
+        after_block()
+    assert len(advanced) == 3
+    assert [line.partition(",")[0] for line in told] == [
+        f"the dense model has read it up to block {block} of 3" for block in (1, 2)
+    ]
 
 
 def test_the_rates_rise_and_fall():

@@ -21,6 +21,8 @@ SHARE = 20
 """A state is saved when this many times as long as it takes has passed since the last."""
 _QUIET = 10.0
 """Seconds without a line after which a step prints one."""
+_LONG = 60.0
+"""The same of the dense model's blocks, of which there are many."""
 
 
 def distill(inputs: Inputs, advance: Callable[[], None], note: Callable[[str], None]) -> Outcome:
@@ -42,7 +44,7 @@ def distill(inputs: Inputs, advance: Callable[[], None], note: Callable[[str], N
     model = Model.open(inputs.trainer, journal, span, NextToken(method, head), length)
     training = Training(model, States(journal.directory / FOLDER), note)
     training.resume()
-    feed = Feed(inputs, advance)
+    feed = Feed(inputs, _telling(advance, note, span))
     if method.reads_dense:
         note("the dense model reads the text first")
     held_out = feed.begin(training.step)
@@ -50,6 +52,23 @@ def distill(inputs: Inputs, advance: Callable[[], None], note: Callable[[str], N
     if training.best:
         write_blocks(model, training.best, journal)
     return Outcome(tuple(training.checks), best.step, inputs.tokens, seconds=training.seconds)
+
+
+def _telling(advance: Callable[[], None], note: Callable[[str], None], span: range) -> Callable[[], None]:
+    """Prints how far the dense model is while it reads, where that takes minutes."""
+    begun, done = time.monotonic(), 0
+    told = begun
+
+    def after_block() -> None:
+        nonlocal done, told
+        advance()
+        done, now = done + 1, time.monotonic()
+        if now - told > _LONG and done < len(span):
+            told = now
+            left = duration((now - begun) / done * (len(span) - done))
+            note(f"the dense model has read it up to block {done} of {len(span)}, about {left} left")
+
+    return after_block
 
 
 @dataclasses.dataclass
