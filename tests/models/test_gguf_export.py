@@ -155,7 +155,7 @@ def test_what_a_gguf_file_can_not_say_is_refused(tmp_path, change, message):
     folder = tiny_folder(tmp_path / "model", num_hidden_layers=1)
     change(folder)
     with pytest.raises(UserError, match=message):
-        write(tmp_path / "m.gguf", open_model(str(folder)))
+        GGUFModel.of(open_model(str(folder)), {}).refuse_unsaid()
 
 
 def test_a_refusal_names_the_setting_of_config_json(tmp_path):
@@ -165,4 +165,4 @@ def test_a_refusal_names_the_setting_of_config_json(tmp_path):
     with pytest.raises(
         UserError, match=r"got scale 0.125 \(query_pre_attn_scalar in config.json\), which would be read as 0.25; "
     ):
-        write(tmp_path / "second.gguf", opened)
+        GGUFModel.of(opened, {}).refuse_unsaid()

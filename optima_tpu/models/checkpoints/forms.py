@@ -243,6 +243,7 @@ class GGUF(Form):
         quantized = run.source.quantized()
         bits = dict.fromkeys(quantized, run.quantizer(self.name).bits) if quantized else {}
         self._file = GGUFModel.of(Pretrained(run.config(), run.source, run.assets, "", str(run.directory)), bits)
+        self._file.refuse_unsaid()
 
     def write_weights(self, folder: Path) -> Zeros:
         zeros = Zeros()
