@@ -17,7 +17,7 @@ from optima_tpu.config.parse import parse
 from optima_tpu.errors import UserError
 from optima_tpu.launch import main
 from optima_tpu.method.distillation import KL, Blocks, hidden_error
-from optima_tpu.models.checkpoints.orbax import CheckpointTensors, OrbaxTensors, read_metadata
+from optima_tpu.models.checkpoints.orbax import CheckpointTensors, OrbaxTensors, load_group, read_metadata
 from optima_tpu.models.decoder import forward, head_logits
 from optima_tpu.pipeline.distill import states, train
 from optima_tpu.pipeline.distill.blocks import NextToken, Trainer, head_gradient, hidden_gradient
@@ -248,6 +248,10 @@ def test_only_what_is_asked_for_moves(pruned, windows, train, moved):
     for name, weight in result(journal).items():
         assert moved in name or (weight == before.read(name)).all(), name
     assert any((weight != before.read(name)).any() for name, weight in result(journal).items())
+    for index in journal.finished:
+        entry, masks = Distilled(journal).entry(index), journal.masks(index)
+        saved = load_group(entry, "masks", read_metadata(entry).metadata["masks"])
+        assert saved.keys() == masks.keys() and all((saved[name] == keep).all() for name, keep in masks.items())
 
 
 @in_float32
