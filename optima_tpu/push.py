@@ -16,17 +16,22 @@ from optima_tpu.report.page import PAGE
 from optima_tpu.report.run_record import RUN
 from optima_tpu.report.table import size
 from optima_tpu.runtime.buckets import as_path, in_bucket
-from optima_tpu.runtime.checksums import changes, refuse_changed
+from optima_tpu.runtime.checksums import ALL, changes, listed, refuse_changed
 from optima_tpu.runtime.command import guarded
 from optima_tpu.runtime.files import files_in
 from optima_tpu.runtime.program import Parser, program
 
-_PATH = re.compile(r"""(?<![\w.:/-])(?:/(?:home|Users|root|mnt|data|scratch)/[^\s"'<>\\|]+|[A-Za-z]:\\\\?Users\\[^\s"'<>|]+)""")
+_PATH = re.compile(
+    r"""(?<![\w.:/-])(?:/(?:home|Users|root|mnt|data|scratch|tmp|workspace|content|work|gpfs|lustre)/[^\s"'<>\\|]+"""
+    r"""|[A-Za-z]:\\\\?Users\\[^\s"'<>|]+|gs://[^\s"'<>|]+)"""
+)
 _TOKEN = re.compile(
     r"\b(?:hf_[A-Za-z0-9]{30,}|gh[pousr]_[A-Za-z0-9]{30,}|sk-[A-Za-z0-9_-]{30,}|AKIA[A-Z0-9]{16}|ya29\.[\w-]{30,})"
+    r"|(?i:api_?key|secret|password)\w*[\"']?\s*[=:]\s*[\"']?[\w/+-]{16,}"
 )
-_ARRAYS = ".safetensors", ".npz"
-"""The files that are not searched for paths and tokens."""
+_ARRAYS = ".safetensors", ".npz", ".gguf"
+_SEARCHED = 1 << 26
+"""Arrays, by their names or as files of more bytes, are not searched for paths and tokens."""
 _WEIGHTS = re.compile(r"(^|/)(packed\.json|.*\.safetensors(\.index\.json)?|pytorch_model.*)$")
 
 
@@ -40,7 +45,7 @@ def make_parser() -> Parser:
     parser = Parser(
         prog=program("push"),
         description="Publishes the exported folder of a pruned model, with its card, masks and checksums, on the Hugging Face hub. "
-        "It lists what would go out, and asks first. Log in with hf auth login.",
+        "It lists what would go out, looks whether the repository is there, and asks before anything goes out. Log in with hf auth login.",
     )
     parser.add_argument("run", metavar="RUN", help="run directory, or an exported folder such as its hf/")
     parser.add_argument("repository", metavar="ORG/NAME", help="where to; made if it does not exist")
@@ -103,6 +108,12 @@ def push(files: Mapping[str, Path], repository: str, api: HfApi, ask: Callable[[
         raise UserError("the hub knows no user here: log in with `hf auth login`") from error
     except (HfHubHTTPError, OSError) as error:
         raise UserError(f"the hub refused {repository} ({one_line(error)}): log in with `hf auth login`, or try again") from error
+    except UserError:
+        raise
+    except Exception as error:  # the HTTP library's own, whose name depends on the version
+        raise UserError(
+            f"the hub can't be reached ({one_line(error)}): nothing is known to be published; the same command does it again"
+        ) from error
     print(f"published https://huggingface.co/{repository}")
 
 
@@ -135,8 +146,11 @@ def collect(run: str, include_report: bool = False, include_private: bool = Fals
             )
         refuse_changed(path, [REPORT], "repeat the run's command, which writes the file again")
         files |= {name: path / name for name in (PAGE, REPORT)}
-    searched = {name: file for name, file in files.items() if not name.endswith(_ARRAYS)}
+    searched = {name: file for name, file in files.items() if not name.endswith(_ARRAYS) and file.stat().st_size <= _SEARCHED}
     private = [f"{name} holds {what}" for name, file in searched.items() if (what := _private(file, path))]
+    private += [f"{name} was not written by the export" for name in files.keys() - listed(folder).keys() - {ALL, PAGE, REPORT}]
+    if include_report and not private:  # of a run that was moved, they hold paths that nothing here tells from other text
+        private.append(f"{PAGE} and {REPORT} hold paths of the machine that made them")
     if private and not include_private:
         raise UserError(f"{'; '.join(private)}: nothing was published; --include-private publishes these files as they are")
     return files
@@ -145,11 +159,11 @@ def collect(run: str, include_report: bool = False, include_private: bool = Fals
 def _private(file: Path, run: Path) -> str:
     """What in a file belongs to the user; empty if nothing does."""
     text = file.read_text(encoding="utf-8", errors="replace")
-    if token := _TOKEN.search(text):
-        return f"what looks like a token ({token[0][:6]}...)"
+    token = _TOKEN.search(text)
     mine = [str(place) for place in (Path.home(), Path.cwd(), run.resolve()) if len(place.parts) > 2]
     found = next((place for place in mine if place in text), None) or (match[0] if (match := _PATH.search(text)) else "")
-    return found and f"the path {found}"
+    told = [f"what looks like a token ({token[0][:6]}...)"] if token else []
+    return " and ".join(told + ([f"the path {found}"] if found else []))
 
 
 def _ask(question: str) -> bool:

@@ -71,7 +71,15 @@ def test_weights_of_another_model_do_not_stay_beside_the_new_ones(run):
 
 
 @pytest.mark.parametrize(
-    "text, said", [(f"token: {TOKEN}", "a token"), ("see /home/ada/models/x", "the path /home/ada/models/x")]
+    "text, said",
+    [
+        (f"token: {TOKEN}", "a token"),
+        ("see /home/ada/models/x", "the path /home/ada/models/x"),
+        ("in '/workspace/ada/x'", "the path /workspace/ada/x"),
+        ("gs://ada/runs", "the path gs://ada/runs"),
+        ("WANDB_API_KEY=0123456789abcdef0123", "a token"),
+        (f"{TOKEN} in /home/ada", "a token (hf_abc...) and the path /home/ada"),
+    ],
 )
 def test_what_looks_private_needs_a_word_of_its_own(run, text, said):
     (run / "hf/README.md").write_text(text)
@@ -85,6 +93,25 @@ def test_what_looks_private_needs_a_word_of_its_own(run, text, said):
 def test_the_report_holds_paths(run):
     with pytest.raises(UserError, match="report.json holds the path"):
         collect(str(run), include_report=True)
+    (run / "report.json").write_text('"/srv/of/another/machine"')
+    with pytest.raises(UserError, match="report.html and report.json hold paths of the machine that made them"):
+        collect(str(run), include_report=True)
+
+
+def test_a_file_that_no_export_wrote_needs_a_word_of_its_own(run):
+    (run / "hf/.env").write_text("x=1")
+    with pytest.raises(UserError, match=".env was not written by the export"):
+        collect(str(run))
+    assert ".env" in collect(str(run), include_private=True)
+
+
+def test_without_a_network_it_ends_in_a_line(run):
+    class NoNetwork(FakeHub):
+        def repo_exists(self, repository):
+            raise RuntimeError("Name or service not known")
+
+    with pytest.raises(UserError, match="the hub can't be reached .Name or service not known."):
+        push(collect(str(run)), "org/name", NoNetwork(), refuse)
 
 
 def test_what_cannot_be_is_refused(run, tmp_path):
