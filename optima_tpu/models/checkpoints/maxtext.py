@@ -111,8 +111,10 @@ class Layout(NamedTuple):
 
     def _yml(self) -> str:
         lines = [
-            "# The settings of this model, over MaxText's base.yml. Train on, with absolute paths, by",
-            f"#   python -m maxtext.trainers.pre_train.train OUT/{FILE} load_parameters_path=OUT/{STEP}/items tokenizer_path=OUT ...",
+            "# The settings of this model, over MaxText's base.yml, for the arguments of MaxText's trainer, with absolute paths:",
+            f"#   OUT/{FILE} load_parameters_path=OUT/{STEP}/items tokenizer_path=OUT ...",
+            "# That trainer itself moves every weight, the zeros too. The page docs/guides/jax-programs.md of OPTIMA-TPU has a",
+            "# train_pruned.py of ten lines that holds them.",
             "base_config: base.yml",
             *(f"{name}: {json.dumps(value)}" for name, value in self.settings.items()),
         ]
