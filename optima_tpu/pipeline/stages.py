@@ -397,8 +397,10 @@ def _continue_prompts(run: Run) -> None:
 
 def _facts(run: Run) -> dict[str, Any]:
     """The entries that the exported model's card and the report share."""
-    text = run.opened.texts.evaluation
+    calibration, text = run.opened.texts.calibration, run.opened.texts.evaluation
+    source = run.opened.config.calibration.source
     return {
+        "calibration": {"source": source, "how": calibration.how, "tokens": int(calibration.ids.size)},
         "recipe": recipe_line(run.opened.config, run.opened.model.decoder),
         "perplexity": {"dense": _made(run.dense), "pruned": _made(run.pruned)},
         "evaluation": {"how": text.how, "tokens": int(text.ids.size), "digest": token_digest(text.ids)},
@@ -409,7 +411,7 @@ def _facts(run: Run) -> dict[str, Any]:
 def _report(run: Run) -> None:
     opened_run, config = run.opened, run.opened.config
     (pretrained, decoder), directory = opened_run.model, opened_run.directory
-    calibration, residuals = opened_run.texts.calibration, decoder.family.residuals if config.target.weigh_tokens else ()
+    residuals = decoder.family.residuals if config.target.weigh_tokens else ()
     files = {"report": directory / REPORT, "checkpoint": directory / CHECKPOINT} | (
         {"transformers": directory / FOLDER} if config.export else {}
     )
@@ -430,7 +432,6 @@ def _report(run: Run) -> None:
                 "configuration": opened_run.configuration,
                 "environment": environment(decoder.mesh),
                 "model": model,
-                "calibration": {"source": config.calibration.source, "how": calibration.how, "tokens": int(calibration.ids.size)},
                 "allocation": run.allocation and run.allocation.to_json(),
                 "weighed_layers": [
                     name for name in residuals if any(name in decoder.at(kind).linears for kind in decoder.config.kinds)

@@ -151,6 +151,7 @@ class Facts(TypedDict):
     """What a model card reads of report.json."""
 
     recipe: NotRequired[str]
+    calibration: NotRequired[_Text]
     perplexity: NotRequired[_Perplexity]
     evaluation: NotRequired[_Scored]
     distillation: NotRequired[Outcome | None]

@@ -30,8 +30,8 @@ def model_card(
       folder: name of the exported folder; the title if the model has no name.
       sidecar: contents of optima_tpu.json: ``model``, ``manifest``, ``layers``.
       assets: the source's files; config.json, the licence and the model card are read.
-      report: report.json of the run. The card shows ``recipe``, ``perplexity`` (``dense`` and ``pruned``) and the evaluation
-        text if the report has them.
+      report: report.json of the run. The card shows ``recipe``, the text that was read, ``perplexity`` (``dense`` and ``pruned``)
+        and the evaluation text if the report has them.
       library: the library that loads the folder.
     """
     recipe = sidecar["manifest"]["recipe"]
@@ -67,15 +67,23 @@ def model_card(
         "maxtext.yml the parameters of MaxText. Zeros save time only with "
         "a kernel that uses them.\n",
         "## Recipe\n",
-        *([f"{_plain(done)}. All settings:\n"] if (done := report.get("recipe")) else []),
+        *([f"{_plain(done)}. {_read(sidecar['manifest'], report)}All settings:\n"] if (done := report.get("recipe")) else []),
         _table(("setting", "value"), [(name, _plain(str(value))) for name, value in flat(recipe).items()]),
     ]
     if perplexity := report.get("perplexity"):
-        rows = [(model, f"{perplexity[model]:.3f}") for model in ("dense", "pruned")]
-        # Remove the folders of paths, because the card is meant to be published.
-        how = without_folders(report.get("evaluation", {}).get("how", ""))
+        trained = _trained(report)
+        rows = [("dense", perplexity["dense"])]
+        rows += [("pruned, before the training", before)] if (before := trained.get("perplexity_before")) else []
+        rows += [("pruned and trained" if trained else "pruned", perplexity["pruned"])]
+        rows = [(model, f"{value:.3f}") for model, value in rows]
+        how = _public(report.get("evaluation", {}).get("how", ""))
         parts += ["## Perplexity\n", *([f"On {_plain(how)}.\n"] if how else []), _table(("model", "perplexity"), rows)]
-    parts += ["## Layer errors\n", *_layer_errors(layers, held_out_caveat(recipe))]
+    parts += ["## Layer errors\n", *_layer_errors(layers, held_out_caveat(recipe), bool(_trained(report)))]
+    if licence.id is None:
+        parts += [
+            "## Licence\n",
+            "The files of the source name none. This model is a derivative of the source, whose licence holds for it.\n",
+        ]
     parts += [
         "## Files\n",
         "- `optima_tpu.json`: all settings of the recipe, and the sparsity and reconstruction error of every layer.\n"
@@ -100,6 +108,23 @@ def _done(manifest: Mapping[str, Any], report: Mapping[str, Any]) -> str:
     return f"{by} then trained by OPTIMA-TPU on {on} with its zeros held, so that it is not a model of one-shot pruning"
 
 
+def _trained(report: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The record of a training that moved the weights; empty if none did."""
+    record = report.get("distillation") or {}
+    return record if record.get("kept") else {}
+
+
+def _read(manifest: Mapping[str, Any], report: Mapping[str, Any]) -> str:
+    """The text that the weights were fitted to, as a sentence with a space behind it; empty if the report does not say it."""
+    how = _public(report.get("calibration", {}).get("how", ""))
+    return f"{'Trained' if 'start' in manifest else 'Calibrated'} on {_plain(how)}. " if how else ""
+
+
+def _public(how: str) -> str:
+    """A text on one source, or on a mix of several, without the folders of paths: a card is meant to be published."""
+    return "; ".join(map(without_folders, how.split("; ")))
+
+
 def _others(recipe: Mapping[str, Any], report: Mapping[str, Any]) -> str:
     """What became of the tensors that are not pruned."""
     refused, dtype = (report.get("distillation") or {}).get("kept") == 0, recipe.get("dtype")
@@ -109,12 +134,13 @@ def _others(recipe: Mapping[str, Any], report: Mapping[str, Any]) -> str:
     return f"All other tensors are {same}."
 
 
-def _layer_errors(layers: Sequence[Mapping[str, Any]], caveat: str) -> list[str]:
+def _layer_errors(layers: Sequence[Mapping[str, Any]], caveat: str, trained: bool) -> list[str]:
     """Mean errors over the pruned layers, before and after the update, on calibration and on held-out text."""
     rows = []
     for text, errors in (("calibration", fitted_errors(layers, of_record)), ("held out", held_out_errors(layers, of_record))):
         rows.append((text, *("not measured" if mean is None else percent(mean) for mean in errors)))
     said = f" The held-out text {caveat}." if caveat else ""
+    said += " Both are as they were before the training, which no layer error measures." if trained else ""
     return [
         "The squared change of a layer's output relative to the output's energy, mean over the pruned matrices, with the "
         f"selector's weights and with the final weights.{said}\n",

@@ -75,6 +75,7 @@ def test_zeros_stay_the_loss_falls_and_the_result_says_that_it_was_trained(prune
     assert (after["model.embed_tokens.weight"] == before["model.embed_tokens.weight"]).all()
     card, page = ((pruned / "recovered" / name).read_text() for name in ("hf/README.md", "report.html"))
     assert "trained by OPTIMA-TPU on 512 tokens" in card and "in one shot" not in card
+    assert "Trained on" in card and "| pruned, before the training |" in card and "as they were before the training" in card
     assert "optima_tpu.recover" in page and "not one-shot pruning" in page
 
 
