@@ -230,6 +230,15 @@ def test_what_cannot_be_is_one_line(pruned, words, said, capsys):
     assert said in only_error(capsys.readouterr().err)
 
 
+def test_a_text_that_only_the_record_names_says_what_replaces_it(pruned, monkeypatch, capsys):
+    def gone(*arguments):
+        raise UserError("expected a text file, but a.jsonl does not exist")
+
+    monkeypatch.setattr(recovering, "_texts", gone)
+    assert main([str(pruned / "run"), *TOKENS]) == 2
+    assert "; --source and --evaluation would replace the text that the record of" in only_error(capsys.readouterr().err)
+
+
 def test_the_command_of_a_recovery_says_how_it_trained_also_of_one_with_other_defaults(pruned):
     configuration = json.loads((pruned / "recovered/run.json").read_text())["configuration"]
     name, words = recorded_words(configuration)

@@ -51,7 +51,14 @@ def recover(config: RecoverConfig, console: Console | None = None) -> dict[str, 
     assert dense is not None, "open_start opened it"
     source, evaluation = _sources(config, start)
     length = window_length(start.dense.pretrained.config, "--length", config.length)
-    drawn, scored = _texts(config, start, source, evaluation, length)
+    try:
+        drawn, scored = _texts(config, start, source, evaluation, length)
+    except UserError as error:
+        taken = {"--source": config.source, "--evaluation": config.evaluation or config.source}
+        named = " and ".join(name for name, given in taken.items() if given is None)
+        raise UserError(
+            f"{error}" + (f"; {named} would replace the text that the record of {config.model} names" if named else "")
+        ) from None
     windows = len(drawn.ids) - config.held_out
     if windows < 1:
         raise UserError(
