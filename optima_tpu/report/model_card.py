@@ -17,6 +17,17 @@ from optima_tpu.report.numbers import percent
 from optima_tpu.report.summary import fitted_errors, held_out_caveat, held_out_errors, of_record
 from optima_tpu.report.view import without_folders
 
+_IN_FILES = (
+    "`model.safetensors` is not smaller than the dense model's in the same dtype, and inference is not faster, because zeros are "
+    "stored like other numbers. `optima export --packed` stores them as a bit mask; a folder with packed.json is of this form, and "
+    "`optima unpack` makes the plain folder of it. A folder with model.gguf holds the model for llama.cpp. Zeros save time only with "
+    "a kernel that uses them.\n"
+)
+_IN_MAXTEXT = (
+    "`0/items` holds the parameters in MaxText's layout, and maxtext.yml the settings that belong to it: "
+    "`maxtext.yml load_parameters_path=FOLDER/0/items tokenizer_path=FOLDER`, with absolute paths, are arguments of MaxText's trainer. "
+    "That trainer moves the zeros too, unless `optima_tpu.keep_zeros` wraps its optimizer.\n"
+)
 HUB_ID = re.compile(r"(\w[\w.-]*/[\w.-]+)(@.+)?")
 """A model's id on the hub, "owner/name" or "owner/name@revision". A relative path can look the same."""
 
@@ -61,11 +72,7 @@ def model_card(
             if (quantize := recipe.get("quantize"))
             else []
         ),
-        "`model.safetensors` is not smaller than the dense model's in the same dtype, and inference is not faster, because zeros are "
-        "stored like other numbers. `optima export --packed` stores them as a bit mask; a folder with packed.json is of this form, and "
-        "`optima unpack` makes the plain folder of it. A folder with model.gguf holds the model for llama.cpp, one with "
-        "maxtext.yml the parameters of MaxText. Zeros save time only with "
-        "a kernel that uses them.\n",
+        _IN_MAXTEXT if library == "maxtext" else _IN_FILES,
         "## Recipe\n",
         *([f"{_plain(done)}. {_read(sidecar['manifest'], report)}All settings:\n"] if (done := report.get("recipe")) else []),
         _table(("setting", "value"), [(name, _plain(str(value))) for name, value in flat(recipe).items()]),

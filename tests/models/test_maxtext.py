@@ -261,7 +261,8 @@ def test_the_command_line_writes_it_whole_or_not_at_all(finished, tmp_path, caps
     out = tmp_path / "out"
     assert main([str(finished.directory), str(out), "--format", "maxtext", "--unscanned"]) == 0
     assert settings(out)["scan_layers"] is False and "decoder/layers_2/mlp/wo/kernel" in items(out)
-    assert (out / "tokenizer.json").is_file() and "library_name: maxtext" in (out / "README.md").read_text()
+    assert (out / "tokenizer.json").is_file() and "library_name: maxtext" in (card := (out / "README.md").read_text())
+    assert "moves the zeros too" in card and "model.safetensors" not in card
     assert verify([str(out)]) == 0
     next((out / "0" / "items").glob("d/*")).unlink()
     assert verify([str(out)]) == 1
