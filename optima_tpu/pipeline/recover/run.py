@@ -215,5 +215,7 @@ def _greeting(config: RecoverConfig, opened: Opened, start: Start, drawn: Tokens
         lines.append(
             f"             {text.source} has no more: {asked:,} tokens were asked for; more --distill.passes read the windows again"
         )
+    scored = opened.texts.evaluation
+    lines.append(f"evaluation   {', '.join(filter(None, (scored.how, scored.cache)))}")
     lines.append(f"devices      {mesh.size} x {jax.devices()[0].device_kind}, mesh {mesh.shape['data']}x{mesh.shape['model']}")
     return [*lines, f"run          {opened.directory}"]
