@@ -415,6 +415,16 @@ def test_what_does_not_fit_is_said_with_numbers(tmp_path):
     assert "does not fit calibration step: needs 37.29GiB" in "\n".join(summary(full))
 
 
+@pytest.mark.parametrize(("share", "warned"), [(0.5, False), (0.9, True)])
+def test_a_plan_that_fits_closely_says_so(tmp_path, share, warned):
+    config = run_config(config_folder(tmp_path))
+    machine = Machine("there", CHIPS["v5e"], AbstractMesh((4, 2), ("data", "model")), 1, 0.5)
+    plan = make_plan(config, open_declared(config.model, None, config.batch).on(machine.mesh), machine)
+    memory = int(max(program.memory for program in plan.programs) / share)
+    told = summary(dataclasses.replace(plan, machine=machine._replace(chip=machine.chip._replace(memory=memory))))
+    assert any("leave a quarter free" in line for line in told) == warned
+
+
 def test_collectives_are_told_apart_by_loops():
     def program(x):
         total = jax.lax.psum(x, "data")

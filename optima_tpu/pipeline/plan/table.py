@@ -83,6 +83,10 @@ def program_table(plan: Plan) -> Table:
     return table
 
 
+_LEAVING = 0.75
+"""A plan that takes a larger share of a device's memory may be of a run that does not fit, see docs/guides/plans.md."""
+
+
 def summary(plan: Plan) -> list[str]:
     """What fits, and what the run needs of its hosts. A run that would be refused does not fit, whatever its programs need."""
     chip, stored, machine = plan.machine.chip, plan.storage, plan.machine
@@ -92,6 +96,10 @@ def summary(plan: Plan) -> list[str]:
         lines = [f"nothing is pruned: the settings leave every layer of {plan.model.origin} dense"]
     elif not plan.refused:
         lines = [f"fits         every program: at most {_gib(worst.memory)} of {_gib(chip.memory)} GiB, in {worst.name}"]
+        if worst.memory > _LEAVING * chip.memory:
+            lines.append(
+                "             the programs of a run may take more than those of a plan: leave a quarter free, to be sure"
+            )
     if plan.too_large:
         lines = [
             f"does not fit {program.name}: " + (program.refused or f"needs {_gib(program.memory)} GiB of {_gib(chip.memory)} GiB")
