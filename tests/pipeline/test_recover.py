@@ -190,6 +190,8 @@ def test_norms_alone_on_the_next_tokens(pruned, tmp_path, capsys):
     before, after = (folder_tensors(path / "hf") for path in (pruned / "recovered", tmp_path / "out"))
     moved = {name for name in before if (before[name] != after[name]).any()}
     assert moved and all(before[name].ndim == 1 for name in moved)
+    masks = [read_masks(path / "hf") for path in (pruned / "recovered", tmp_path / "out")]
+    assert masks[0].keys() == masks[1].keys() and all((masks[0][name] == masks[1][name]).all() for name in masks[0])
     found = report(tmp_path / "out")["distillation"]
     assert found["tokens"] == 20 * 32  # 30 windows, of which eight are held out
     assert found["checks"][-1]["perplexity"] == pytest.approx(np.exp(found["checks"][-1]["held_out"]))
