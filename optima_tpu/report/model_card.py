@@ -61,7 +61,7 @@ def model_card(
     ).to_yaml()
     parts = [
         f"---\n{front}\n---\n",
-        f"# {_plain(_title(origin, folder))}, pruned {parse_pattern(recipe['pattern'])}\n",
+        f"# {_plain(_title(origin, folder))}, pruned {parse_pattern(recipe['pattern'])}{' and trained' * bool(_trained(report))}\n",
         f"{_plain(origin or 'A language model')}, {_done(sidecar['manifest'], report)}: {pruned:,} of the {weights:,} weights in "
         f"its {len(layers)} pruned matrices are zero ({pruned / max(weights, 1):.2%}). {_others(recipe, report)}\n",
         *(
@@ -75,7 +75,7 @@ def model_card(
         _IN_MAXTEXT if library == "maxtext" else _IN_FILES,
         "## Recipe\n",
         *([f"{_plain(done)}. {_read(sidecar['manifest'], report)}All settings:\n"] if (done := report.get("recipe")) else []),
-        _table(("setting", "value"), [(name, _plain(str(value))) for name, value in flat(recipe).items()]),
+        _table(("setting", "value"), [(name, _plain(_typed(value))) for name, value in flat(recipe).items() if value != ""]),
     ]
     if perplexity := report.get("perplexity"):
         trained = _trained(report)
@@ -130,6 +130,11 @@ def _read(manifest: Mapping[str, Any], report: Mapping[str, Any]) -> str:
 def _public(how: str) -> str:
     """A text on one source, or on a mix of several, without the folders of paths: a card is meant to be published."""
     return "; ".join(map(without_folders, how.split("; ")))
+
+
+def _typed(value: Any) -> str:
+    """A setting as it is typed: null, true, 0.5/row."""
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _others(recipe: Mapping[str, Any], report: Mapping[str, Any]) -> str:
