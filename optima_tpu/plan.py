@@ -35,6 +35,16 @@ examples:
   {_PROGRAM} --model meta-llama/Llama-3.1-8B --topology v6e:4x4 --mesh 8x2 --recover 50M"""
 
 
+_OF_RECOVER = {
+    "--tokens": "--recover TOKENS",
+    "--length": "--calibration.length",
+    "--source": "--calibration.source",
+    "--held_out": "--calibration.held_out",
+    "--windows": "--evaluation.windows",
+}
+"""What a plan calls the settings of ``optima recover`` that have another name there."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status: 1 when something does not fit, else see :func:`guarded`."""
     return guarded(lambda: _plan(sys.argv[1:] if argv is None else argv), "the same command does it again")
@@ -50,6 +60,9 @@ def _plan(argv: Sequence[str]) -> int:
     parser = make_parser()
     options, settings = parser.parse_known_args(list(argv))
     recovering = options.recover is not None
+    for name in (word.partition("=")[0] for word in settings):
+        if name in _OF_RECOVER:
+            raise UserError(f"a plan has no {name}, a setting of {program('recover')}; type {_OF_RECOVER[name]}")
     if recovering:
         count_tokens("--recover", options.recover)
     if recovering and any(word.startswith("--distill.") for word in settings) and not _chooses("distill", settings):

@@ -45,6 +45,7 @@ from optima_tpu.plan import main
 from tests.support.meshes import mesh
 from tests.support.plans import config_folder, run_config
 from tests.support.pruning import group_arguments
+from tests.support.runs import only_error
 from tests.support.tiny_models import byte_tokenizer, tiny_folder, tiny_llama
 
 
@@ -275,6 +276,11 @@ def test_the_plan_of_a_recovery_has_the_programs_of_its_steps(tmp_path):
     plans = [plan((1, 1), room, lambda what, call: None) for room in (0, 1.5 * size, 9 * size)]
     memory = np.array([[program.memory for program in each.programs] for each in plans])
     assert (np.diff(memory, axis=0) == size).all()
+
+
+def test_a_setting_of_recover_is_told_by_the_name_that_it_has_in_a_plan(capsys):
+    assert main(["--model", "nowhere", "--recover", "50M", "--length=1024"]) == 2
+    assert "type --calibration.length" in only_error(capsys.readouterr().err)
 
 
 def test_the_windows_of_a_planned_recovery_are_those_that_recover_takes(capsys):
