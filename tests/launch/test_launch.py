@@ -61,7 +61,8 @@ def test_the_report_is_complete(finished):
     assert report["perplexity"]["pruned"] > 0 and report["perplexity"]["dense"] > 0
     recipe = "wanda + cg, 0.5 per row"
     assert report["recipe"] == recipe and f"recipe       {recipe}\n" in finished.printed
-    assert f"\n{recipe}. All settings" in (finished.directory / "hf" / "README.md").read_text()
+    card = (finished.directory / "hf" / "README.md").read_text()
+    assert f"\n{recipe}. Calibrated on {report['calibration']['how']}. All settings" in card
     assert report["configuration"]["pattern"] == "0.5" and report["configuration"]["model"] == str(finished.model)
     assert report["environment"]["mesh"] == {"data": 4, "model": 2}
     assert set(report["seconds"]) >= {
