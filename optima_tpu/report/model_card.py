@@ -83,7 +83,8 @@ def model_card(
         rows += [("pruned, before the training", before)] if (before := trained.get("perplexity_before")) else []
         rows += [("pruned and trained" if trained else "pruned", perplexity["pruned"])]
         rows = [(model, f"{value:.3f}") for model, value in rows]
-        how = _public(report.get("evaluation", {}).get("how", ""))
+        # Remove the folders of paths, because the card is meant to be published.
+        how = without_folders(report.get("evaluation", {}).get("how", ""))
         parts += ["## Perplexity\n", *([f"On {_plain(how)}.\n"] if how else []), _table(("model", "perplexity"), rows)]
     parts += ["## Layer errors\n", *_layer_errors(layers, held_out_caveat(recipe), bool(_trained(report)))]
     if licence.id is None:
@@ -123,13 +124,8 @@ def _trained(report: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _read(manifest: Mapping[str, Any], report: Mapping[str, Any]) -> str:
     """The text that the weights were fitted to, as a sentence with a space behind it; empty if the report does not say it."""
-    how = _public(report.get("calibration", {}).get("how", ""))
+    how = without_folders(report.get("calibration", {}).get("how", ""))
     return f"{'Trained' if 'start' in manifest else 'Calibrated'} on {_plain(how)}. " if how else ""
-
-
-def _public(how: str) -> str:
-    """A text on one source, or on a mix of several, without the folders of paths: a card is meant to be published."""
-    return "; ".join(map(without_folders, how.split("; ")))
 
 
 def _typed(value: Any) -> str:

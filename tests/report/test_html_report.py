@@ -487,6 +487,7 @@ def test_a_text_from_a_file_is_told_once_and_without_its_folder(tmp_path, unplot
                 "the first 2 windows of hub:Salesforce/wikitext/wikitext-2-raw-v1@test[:9]",
             )
         ),
+        ("mixed: 3 of file:/home/me/a.txt, packed; 1 of npy:/b/c.npy", "mixed: 3 of file:a.txt, packed; 1 of npy:c.npy"),
     ],
 )
 def test_folders_are_cut_from_paths_and_not_from_the_names_of_data_sets(text, told):

@@ -45,10 +45,9 @@ def write_blocks(
     for index, trainer, block, own in zip(model.span, model.trainers, model.blocks, moved):
         prefix, path = trainer.decoder.prefix(index), Distilled(journal).entry(index)
         weights = {prefix + name: array for name, array in (own | block.fixed).items()}
-        # A block holds the masks of what moves. Where norms alone move, it has none, and the matrices have theirs in the journal.
-        inside = {name.removeprefix(prefix): keep for name, keep in journal.masks(index).items()}
-        masks = {
-            prefix + name: block.keep[name] if name in block.keep else trainer.place(name, keep) for name, keep in inside.items()
+        # A block holds the masks of what moves: of all matrices, or where norms alone move of none. Then the journal has them.
+        masks = {prefix + name: keep for name, keep in block.keep.items()} or {
+            name: trainer.place(name.removeprefix(prefix), keep) for name, keep in journal.masks(index).items()
         }
         _save(path, {"weights": weights, "masks": masks}, metadata)
 
