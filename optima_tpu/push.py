@@ -111,9 +111,7 @@ def push(files: Mapping[str, Path], repository: str, api: HfApi, ask: Callable[[
     except UserError:
         raise
     except Exception as error:  # the HTTP library's own, whose name depends on the version
-        raise UserError(
-            f"the hub can't be reached ({one_line(error)}): nothing is known to be published; the same command does it again"
-        ) from error
+        raise UserError(f"the hub can't be reached ({one_line(error)}): the same command does it again") from error
     print(f"published https://huggingface.co/{repository}")
 
 
