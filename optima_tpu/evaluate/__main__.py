@@ -11,7 +11,10 @@ from optima_tpu.runtime.command import guarded, take_devices
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status, see :func:`guarded`."""
-    return guarded(lambda: _evaluate(sys.argv[1:] if argv is None else argv), "the same command does it again")
+    return guarded(
+        lambda: _evaluate(sys.argv[1:] if argv is None else argv),
+        "the same command goes on with what was not measured to its end",
+    )
 
 
 def _evaluate(argv: Sequence[str]) -> None:

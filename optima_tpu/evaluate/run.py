@@ -1,27 +1,29 @@
 """Runs one evaluation after the command line has been parsed, and writes evaluation.json."""
 
 import dataclasses
+import functools
 import json
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 from jax.sharding import Mesh
 from lm_eval.tasks.manager import TaskDict
-from lm_eval.utils import handle_non_serializable
 from rich.console import Console
 
 from optima_tpu import data
 from optima_tpu.config.flat import flat
-from optima_tpu.data import Tokens
+from optima_tpu.data import Tokens, token_digest
 from optima_tpu.errors import UserError
+from optima_tpu.evaluate.asking import Asking
 from optima_tpu.evaluate.config import EvaluateConfig
-from optima_tpu.evaluate.distance import Distance, distance
+from optima_tpu.evaluate.distance import distance
 from optima_tpu.evaluate.harness import DecoderLM
 from optima_tpu.evaluate.known import check_known, read_known
 from optima_tpu.evaluate.model import Evaluated, check_pair, open_evaluated
+from optima_tpu.evaluate.parts import Parts, questions_digest
 from optima_tpu.evaluate.perplexity import perplexity
 from optima_tpu.evaluate.table import print_evaluation
 from optima_tpu.evaluate.tasks import load_tasks, metrics, paper_average, run_tasks, settings_of
@@ -79,41 +81,33 @@ def evaluate(config: EvaluateConfig, console: Console | None = None) -> dict[str
     with writing(folder, "choose another --output"):
         first_only(lambda: _make_writable(folder, config.force))
     say(console, "\n".join(_greeting(config, models, mesh, folder)) + "\n")
+    evaluated = _evaluated(models)
+    decides = {
+        "settings": settings,
+        "code": code_version(),
+        "environment": environment(mesh),
+        "evaluated": evaluated,
+        "texts": {source: token_digest(tokens.ids) for source, tokens in texts.items()},
+    }
     with Progress(console) as progress:
-        testers, tasks = {}, None
-        if config.task_names:
-            testers = {
-                name: DecoderLM(opened.model, opened.tokenizer, progress, name, config.context)
-                for name, opened in models.items()
-                if name not in known
-            }
-            # Only process 0 loads the tasks; it sends the others the requests for the model.
-            progress.stage("preparing the tasks", 1)
-            tasks = _of_first(lambda: _load_tasks(config, known, testers["model"]))
-            progress.advance()
-        if config.against is None:
-            perplexities, distances = (
-                {source: _perplexity(source, tokens, models["model"], progress) for source, tokens in texts.items()},
-                {},
-            )
-        else:
-            found = {source: _distance(source, tokens, models, progress, config.per_block) for source, tokens in texts.items()}
-            perplexities = {
-                source: _entry(texts[source], apart.pruned_perplexity, apart.dense_perplexity) for source, apart in found.items()
-            }
-            distances = {source: _distance_entry(apart) for source, apart in found.items()}
-        results = {name: run_tasks(tester, tasks, config.asking) for name, tester in testers.items()} | known
+        parts = Parts(folder, decides, progress.note)
+        measure = functools.partial(_on_text, models=models, progress=progress, per_block=config.per_block)
+        # First, because an error in the tasks should appear before hours of texts.
+        questions = _Questions.prepare(config, models, known, progress)
+        found = {source: parts.measured(source, functools.partial(measure, source, tokens)) for source, tokens in texts.items()}
+        results = questions.answers(parts, config.asking) | known
     record = {
         "model": config.model,
         "against": config.against,
-        "evaluated": _evaluated(models),
+        "evaluated": evaluated,
         "configuration": settings,
-        "environment": environment(mesh),
-        "perplexity": perplexities,
-        "distance": distances,
-        **_task_numbers(tasks, results),
+        "environment": decides["environment"],
+        "perplexity": {source: part["perplexity"] for source, part in found.items()},
+        "distance": {source: part["distance"] for source, part in found.items() if part["distance"]},
+        **_task_numbers(questions.tasks, results),
     }
     first_only(lambda: _write(folder, record, results, models))
+    first_only(parts.remove)
     files = {"record": str(folder / RECORD)} | ({"harness": str(folder / HARNESS["model"])} if results else {})
     if is_first() and (folder / "report.json").exists():  # the page of a finished run also shows the evaluation
         try:
@@ -125,6 +119,46 @@ def evaluate(config: EvaluateConfig, console: Console | None = None) -> dict[str
             say(console, f"{PAGE} was not written: {error}")
     print_evaluation(console, record, files)
     return record
+
+
+class _Questions(NamedTuple):
+    """The tasks of an evaluation, and the models that answer them.
+
+    Attributes:
+      tasks: in process 0; None in the others, and if there are none.
+      testers: name of a model -> its adapter to the harness. None of a model whose results are known.
+      digest: of what is asked.
+    """
+
+    tasks: TaskDict | None
+    testers: Mapping[str, DecoderLM]
+    digest: str
+
+    @classmethod
+    def prepare(
+        cls, config: EvaluateConfig, models: Mapping[str, Evaluated], known: Mapping[str, Any], progress: Progress
+    ) -> "_Questions":
+        """Raises UserError if a task can't be asked."""
+        if not config.task_names:
+            return cls(None, {}, "")
+        testers = {
+            name: DecoderLM(opened.model, opened.tokenizer, progress, name, config.context)
+            for name, opened in models.items()
+            if name not in known
+        }
+        # Only process 0 loads the tasks; it sends the others the requests for the model.
+        progress.stage("preparing the tasks", 1)
+        tasks = _of_first(lambda: _load_tasks(config, known, testers["model"]))
+        digest = from_first(lambda: questions_digest(tasks))
+        progress.advance()
+        return cls(tasks, testers, digest)
+
+    def answers(self, parts: Parts, asking: Asking) -> dict[str, Any]:
+        """Name of a model -> the harness's results. Only process 0 has them."""
+        return {
+            name: parts.measured(f"tasks of {name}", functools.partial(run_tasks, tester, self.tasks, asking), self.digest)
+            for name, tester in self.testers.items()
+        }
 
 
 def _check_chat(models: Iterable[Evaluated]) -> None:
@@ -189,26 +223,18 @@ def _evaluated(models: Mapping[str, Evaluated]) -> dict[str, Any]:
     }
 
 
-def _perplexity(source: str, tokens: Tokens, opened: Evaluated, progress: Progress) -> dict[str, Any]:
-    progress.stage(f"perplexity on {source}", opened.model.decoder.config.blocks + 1)
-    return _entry(tokens, perplexity(opened.model.decoder, tokens.ids, progress.advance))
-
-
-def _distance(source: str, tokens: Tokens, models: Mapping[str, Evaluated], progress: Progress, per_block: bool) -> Distance:
-    """The distance between the two models and both perplexities, from one pass through their blocks."""
-    pruned, dense = (models[name].model.decoder for name in ("model", "against"))
+def _on_text(source: str, tokens: Tokens, models: Mapping[str, Evaluated], progress: Progress, per_block: bool) -> dict[str, Any]:
+    """The entries of a text under "perplexity" and "distance" in the record; None for the distance of a model on its own."""
+    how: dict[str, Any] = {"tokens": int(tokens.ids.size), "how": tokens.how}
+    pruned = models["model"].model.decoder
+    if "against" not in models:
+        progress.stage(f"perplexity on {source}", pruned.config.blocks + 1)
+        value = perplexity(pruned, tokens.ids, progress.advance)
+        return {"perplexity": {"perplexity": value, **how, "against": None}, "distance": None}
     progress.stage(f"both models on {source}", pruned.config.blocks)
-    return distance(dense, pruned, tokens.ids, progress.advance, per_block)
-
-
-def _entry(tokens: Tokens, value: float, against: float | None = None) -> dict[str, Any]:
-    """One entry of "perplexity" in the record."""
-    return {"perplexity": value, "tokens": int(tokens.ids.size), "how": tokens.how, "against": against}
-
-
-def _distance_entry(apart: Distance) -> dict[str, Any]:
-    """One entry of "distance" in the record, without the perplexities, which have their own entry."""
-    return {name: value for name, value in apart._asdict().items() if not name.endswith("perplexity")}
+    apart = distance(models["against"].model.decoder, pruned, tokens.ids, progress.advance, per_block)._asdict()
+    dense = apart.pop("dense_perplexity")
+    return {"perplexity": {"perplexity": apart.pop("pruned_perplexity"), **how, "against": dense}, "distance": apart}
 
 
 def _load_tasks(config: EvaluateConfig, known: Mapping[str, Mapping[str, Any]], lm: DecoderLM) -> TaskDict:
@@ -262,7 +288,7 @@ def _write(folder: Path, record: Mapping[str, Any], results: Mapping[str, Any], 
                 "pretrained": record[name],
                 "fingerprint": models[name].model.pretrained.fingerprint,
             }
-            text = json.dumps(result, indent=2, default=handle_non_serializable, ensure_ascii=False)
+            text = json.dumps(result, indent=2, ensure_ascii=False)
             files[HARNESS[name]] = text.encode()
         keep(folder, files)
 

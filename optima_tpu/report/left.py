@@ -21,6 +21,7 @@ FILES: Mapping[str, str] = {
     "block, which names those of the blocks, in journal/ or distilled/",
     "evaluation.json": "the results of optima evaluate; this page shows them",
     "lm_eval.json": "the results of the tasks, as the evaluation harness writes them",
+    "evaluation-parts.json": "what a stopped evaluation had measured; the same command goes on behind it",
     "run.json": "the settings, and digests of model, text and code; a command compares them before it resumes this run",
     "assets": "the source’s config.json, tokenizer, licence and model card; optima export reads them",
     "dense.json": "the dense model’s perplexity; a resumed run does not measure it again",

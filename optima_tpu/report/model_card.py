@@ -90,7 +90,7 @@ def model_card(
     if licence.id is None:
         parts += [
             "## Licence\n",
-            "The files of the source name none. This model is a derivative of the source, whose licence holds for it.\n",
+            "No file of the source names a licence. This model is a derivative of the source, whose licence holds for it.\n",
         ]
     parts += [
         "## Files\n",

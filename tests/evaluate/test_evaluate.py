@@ -8,6 +8,7 @@ import json
 import math
 import re
 import shutil
+import signal
 import tempfile
 
 import numpy as np
@@ -24,6 +25,7 @@ from optima_tpu.evaluate.perplexity import perplexity_of
 from optima_tpu.evaluate.table import task_table
 from optima_tpu.evaluate.tasks import PAPER, load_tasks, paper_average, run_tasks
 from optima_tpu.report.run_record import default_folder
+from optima_tpu.runtime import checksums, signals
 from tests.support.processes import at_once, free_port, python, without_gloo
 from tests.support.records import put_json
 from tests.support.runs import only_error, snapshot
@@ -335,6 +337,61 @@ def test_an_evaluation_replaces_the_results_of_an_earlier_one_and_another_s_only
     (tmp_path / "lm_eval.json").write_text("{}")  # as of an evaluation with tasks
     assert main(words) == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["evaluation.json", "sha256-all.json"]
+
+
+def test_what_was_stopped_goes_on_behind_what_it_had_measured(evaluated, finished, tasks, text, tmp_path, monkeypatch, capsys):
+    """Stopped between the tasks of the two models. Other text, tasks or settings are measured from the first part on."""
+    (tmp_path / "tasks").mkdir()
+    for path in tasks.iterdir():
+        (tmp_path / "tasks" / path.name).write_text(path.read_text())
+    (tmp_path / "text.txt").write_text(text.read_text())
+    words = [str(finished.directory), "--against", str(finished.model), "--mesh", "4x2", "--perplexity"]
+    words += [f"file:{tmp_path / 'text.txt'}", "--length", "64", "--tasks", "tiny_group,tiny_rolling"]
+    words += ["--include_path", str(tmp_path / "tasks"), "--output", str(tmp_path / "out")]
+    asked = evaluation.run_tasks
+
+    def stop_at_second(*given):
+        if calls:
+            raise signals.Stopped(signal.SIGTERM)
+        calls.append(1)
+        return asked(*given)
+
+    def stopped(*more):
+        calls.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(evaluation, "run_tasks", stop_at_second)
+            assert main([*words, *more]) == signals.RESUME
+        printed = capsys.readouterr()
+        assert "the same command goes on" in printed.err
+        return printed.out.count("measured before this evaluation was stopped")
+
+    calls: list[int] = []
+    assert stopped() == 0 and (tmp_path / "out/evaluation-parts.json").exists()
+    assert stopped("--batch", "2") == 0  # another order of sums
+    assert stopped() == 0
+    (tmp_path / "text.txt").write_text("another text. " * 60)
+    assert stopped() == 0
+    (tmp_path / "text.txt").write_text(text.read_text())
+    assert stopped() == 0
+    choice = tmp_path / "tasks/tiny_choice.yaml"
+    choice.write_text(choice.read_text().replace("{{question}}", "Q: {{question}}"))
+    assert stopped() == 1  # the text alone
+    choice.write_text((tasks / "tiny_choice.yaml").read_text())
+    assert main(words) == 0
+    told = capsys.readouterr().out
+    assert f"file:{tmp_path / 'text.txt'}: measured before" in told and "tasks of model: measured before" in told
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "evaluation.json",
+        "lm_eval.json",
+        "lm_eval_against.json",
+        "sha256-all.json",
+    ]
+    assert checksums.damage(tmp_path / "out") == ""
+    record, whole = json.loads((tmp_path / "out/evaluation.json").read_text()), evaluated[0]
+    assert record["tasks"] == whole["tasks"]
+    for kind in ("perplexity", "distance"):
+        (mine,), (theirs,) = record[kind].values(), whole[kind].values()
+        assert {**mine, "how": ""} == {**theirs, "how": ""}
 
 
 def test_the_page_of_a_run_shows_what_was_evaluated_of_it(finished, text, tmp_path, capsys):

@@ -116,7 +116,7 @@ def test_the_folder_describes_itself(run, tmp_path):
     for line in ("base_model: owner/small", "library_name: transformers", "- pruned", "- sparse", "- optima-tpu"):
         assert line in front.splitlines()
     assert "12.500" in card and "14.250" in card and "50.00%" in card and "| pattern | 0.5 |" in card
-    assert "not smaller" in card and "pruning_masks.npz" in card and "The files of the source name none." in card
+    assert "not smaller" in card and "pruning_masks.npz" in card and "No file of the source names a licence." in card
     everything = b"".join(path.read_bytes() for path in (tmp_path / "out").iterdir())
     assert b"sparsity_config" not in everything and b"/home/me" not in everything
     assert is_export_of(run, tmp_path / "out") and not is_export_of(run, tmp_path)

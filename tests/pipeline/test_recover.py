@@ -157,6 +157,7 @@ def test_what_sigterm_stopped_ends_with_the_same_bits(pruned, tmp_path, monkeypa
 
     monkeypatch.setattr(Model, "step", stop)
     assert main(command) == signals.RESUME
+    assert "saved  3 of 4 steps" in capsys.readouterr().out
     assert [path.name for path in (tmp_path / "out/distillation").iterdir()] == ["step_0000003"]
     assert main(command) == 0
     assert "resuming  3 of 4 steps are done" in capsys.readouterr().out

@@ -137,6 +137,8 @@ class Training:
                 advance()
         except Stopped:
             self.save()
+            if self.step:
+                self.note(f"saved  {self.step} of {self.model.trainer.method.steps} steps")
             raise
         return min(self.checks, key=lambda check: check.held_out)
 

@@ -1,0 +1,79 @@
+"""The parts of an evaluation that are measured, on the disk until its end: one that was stopped goes on behind them."""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypedDict
+
+from lm_eval.tasks.manager import TaskDict
+from lm_eval.utils import handle_non_serializable
+
+from optima_tpu.runtime.checksums import forget, intact, keep
+from optima_tpu.runtime.processes import first_only, from_first
+from optima_tpu.runtime.records import known_record
+
+PARTS = "evaluation-parts.json"
+
+
+class _Kept(TypedDict):
+    """The contents of evaluation-parts.json."""
+
+    of: dict[str, Any]
+    parts: dict[str, dict[str, Any]]
+
+
+class Parts:
+    """The measured parts of one evaluation: a text, or the tasks on one model.
+
+    Args:
+      folder: of the evaluation.
+      of: all that decides what is measured. Parts of another evaluation are not taken.
+      note: called with a line for each part that need not be measured again.
+    """
+
+    def __init__(self, folder: Path, of: Mapping[str, Any], note: Callable[[str], None]):
+        self._folder, self._of, self._note = folder, _as_json(of), note
+        self._parts = from_first(self._read)
+
+    def _read(self) -> dict[str, dict[str, Any]]:
+        found = known_record(self._folder / PARTS, _Kept) if intact(self._folder, PARTS) else None
+        return found["parts"] if found and found["of"] == self._of else {}
+
+    def measured(self, name: str, work: Callable[[], dict[str, Any]], version: str = "") -> dict[str, Any]:
+        """The result of ``work()``, in JSON types, or what it was before the evaluation was stopped. Every process calls it.
+
+        Args:
+          name: of the part, for the user.
+          version: tells parts of one name apart that measure different things.
+        """
+        key = f"{name} {version}"
+        if key in self._parts:
+            self._note(f"{name}: measured before this evaluation was stopped")
+        else:
+            self._parts[key] = _as_json(work())
+            first_only(self._write)
+        return self._parts[key]
+
+    def _write(self) -> None:
+        keep(self._folder, {PARTS: json.dumps(_Kept(of=self._of, parts=self._parts)).encode()})
+
+    def remove(self) -> None:
+        """Removes them from the disk, once the evaluation is written; process 0 calls it."""
+        (self._folder / PARTS).unlink(missing_ok=True)
+        forget(self._folder, [PARTS])
+
+
+def questions_digest(tasks: TaskDict) -> str:
+    """A hash of all that the tasks ask, of the documents that they ask about, and of how they score."""
+    digest = hashlib.sha256()
+    for name, task in sorted(tasks["tasks"].items()):
+        digest.update(json.dumps([name, _as_json(dict(task.dump_config()))]).encode())
+        for request in task.instances:
+            digest.update(json.dumps(_as_json([request.request_type, request.args, request.doc])).encode())
+    return digest.hexdigest()
+
+
+def _as_json(values: Any) -> Any:
+    """Values as JSON gives them back."""
+    return json.loads(json.dumps(values, default=handle_non_serializable))
