@@ -62,12 +62,7 @@ def evaluate(config: EvaluateConfig, console: Console | None = None) -> dict[str
     agree("settings and code", flat(settings | {"code": code_version()}))
     check_signals()
     mesh = make_mesh(config.mesh)
-    models = {"model": open_evaluated(config.model, mesh, config.dtype, config.batch)}
-    if config.against is not None:
-        models["against"] = open_evaluated(config.against, mesh, config.dtype, config.batch)
-        check_pair(**models)
-    if config.apply_chat_template:
-        _check_chat(models.values())
+    models = _open(config, mesh)
     check_signals()
     known = {}
     if (earlier := config.against_results) is not None:
@@ -108,17 +103,36 @@ def evaluate(config: EvaluateConfig, console: Console | None = None) -> dict[str
     }
     first_only(lambda: _write(folder, record, results, models))
     first_only(parts.remove)
-    files = {"record": str(folder / RECORD)} | ({"harness": str(folder / HARNESS["model"])} if results else {})
-    if is_first() and (folder / "report.json").exists():  # the page of a finished run also shows the evaluation
-        try:
-            (run,) = write_page([folder], folder / PAGE)
-            files["report"] = str(folder / PAGE)
-            if run.another:
-                say(console, f"{PAGE} does not show this evaluation: {config.model} was not made by the run in {folder}")
-        except UserError as error:
-            say(console, f"{PAGE} was not written: {error}")
-    print_evaluation(console, record, files)
+    files = {"record": RECORD} | ({"harness": HARNESS["model"]} if results else {})
+    if is_first() and _draw_page(config, folder, console):
+        files["report"] = PAGE
+    print_evaluation(console, record, {name: str(folder / file) for name, file in files.items()})
     return record
+
+
+def _open(config: EvaluateConfig, mesh: Mesh) -> dict[str, Evaluated]:
+    """The models under "model" and "against". Raises UserError if they can't be compared, or asked as a chat."""
+    models = {"model": open_evaluated(config.model, mesh, config.dtype, config.batch)}
+    if config.against is not None:
+        models["against"] = open_evaluated(config.against, mesh, config.dtype, config.batch)
+        check_pair(**models)
+    if config.apply_chat_template:
+        _check_chat(models.values())
+    return models
+
+
+def _draw_page(config: EvaluateConfig, folder: Path, console: Console) -> bool:
+    """Draws the page of a finished run again, which shows the evaluation too. False if there is none, or it can't be drawn."""
+    if not (folder / "report.json").exists():
+        return False
+    try:
+        (run,) = write_page([folder], folder / PAGE)
+    except UserError as error:
+        say(console, f"{PAGE} was not written: {error}")
+        return False
+    if run.another:
+        say(console, f"{PAGE} does not show this evaluation: {config.model} was not made by the run in {folder}")
+    return True
 
 
 class _Questions(NamedTuple):

@@ -38,40 +38,59 @@ _LISTED = 1000
 def layer_errors(runs: Sequence[Run]) -> Section:
     """Section on layer errors: plots by block, tables by kind of layer and by layer."""
     several = len(runs) > 1
-    unseen = [run for run in runs if any(layer.held_out_after is not None for layer in run.layers)]
-    panels = []
-    for kind, title in _kinds(runs).items():
-        lines = []
-        for index, run in enumerate(runs):
-            layers = [layer for layer in run.layers if kind_name(layer.name) == kind]
-            curves = (
-                {}
-                if several or not run.solver
-                else {
-                    "before, calibration text": (_BEFORE, _fitted("error_before")),
-                    "before, held-out text": (_BEFORE, lambda layer: layer.held_out_before),
-                }
-            )
-            after = "after" if run.solver else "of the selector's weights"
-            curves |= {
-                f"{after}, calibration text": (index, _fitted("error_after")),
-                f"{after}, held-out text": (index, lambda layer: layer.held_out_after),
-            }
-            for name, (series, value) in curves.items():
-                blocks, values = _by_block(layers, value)
-                if not np.isnan(values).all():
-                    lines.append(
-                        plots.Line(f"{run.label}, {name}" if several else name, blocks, values, series, dashed="held-out" in name)
-                    )
-        panels.append(plots.Panel(title, lines, log=True))
-    legend = (
-        [Key(run.label, index) for index, run in enumerate(runs)]
-        if several
-        else [Key("before the update", _BEFORE), Key("after the update", _AFTER)]
-        if runs[0].solver
-        else []
+    panels = [plots.Panel(title, _error_lines(runs, kind), log=True) for kind, title in _kinds(runs).items()]
+    zeros = sum(layer.error_after == 0 for run in runs for layer in run.layers)
+    notes = ["All plots have the same logarithmic scale."]
+    notes += [f"{zeros} errors of exactly 0 are not shown."] if zeros else []
+    elements = list(zip([panel.title for panel in panels], plots.lines(panels, "errors", share=True)))
+    return Section(
+        "layers",
+        "Layer errors, " + ("after the update" if several else "before and after the update"),
+        _said_of_errors(runs),
+        [figure(elements, legend=_error_legend(runs), note=" ".join(notes))] if elements else [],
+        [_kind_table(run, run.label if several else "Mean over blocks") for run in runs],
+        [_layer_table(run, several) for run in runs],
     )
-    legend += [Key("calibration text"), Key("held-out text", dashed=True)] if unseen else []
+
+
+def _error_lines(runs: Sequence[Run], kind: str) -> list[plots.Line]:
+    """The errors of one kind of layer by block: of several runs after the update alone."""
+    lines, several = [], len(runs) > 1
+    for index, run in enumerate(runs):
+        layers = [layer for layer in run.layers if kind_name(layer.name) == kind]
+        before = {
+            "before, calibration text": (_BEFORE, _fitted("error_before")),
+            "before, held-out text": (_BEFORE, lambda layer: layer.held_out_before),
+        }
+        after = "after" if run.solver else "of the selector's weights"
+        curves = (before if run.solver and not several else {}) | {
+            f"{after}, calibration text": (index, _fitted("error_after")),
+            f"{after}, held-out text": (index, lambda layer: layer.held_out_after),
+        }
+        for name, (series, value) in curves.items():
+            blocks, values = _by_block(layers, value)
+            if not np.isnan(values).all():
+                label = f"{run.label}, {name}" if several else name
+                lines.append(plots.Line(label, blocks, values, series, dashed="held-out" in name))
+    return lines
+
+
+def _error_legend(runs: Sequence[Run]) -> list[Key]:
+    if len(runs) > 1:
+        legend = [Key(run.label, index) for index, run in enumerate(runs)]
+    else:
+        legend = [Key("before the update", _BEFORE), Key("after the update", _AFTER)] if runs[0].solver else []
+    held_out = any(map(_has_held_out, runs))
+    return legend + ([Key("calibration text"), Key("held-out text", dashed=True)] if held_out else [])
+
+
+def _has_held_out(run: Run) -> bool:
+    return any(layer.held_out_after is not None for layer in run.layers)
+
+
+def _said_of_errors(runs: Sequence[Run]) -> list[str]:
+    """What the errors are, and on what text, in paragraphs."""
+    several = len(runs) > 1
     text = [
         "The error of a layer is the squared change of its output relative to the output’s energy, ‖XW′ − XV′‖² / ‖XW′‖², with "
         "the dense weights W, the pruned weights V, and the layer’s inputs X in the pruned model. Before: with the selector’s "
@@ -97,24 +116,12 @@ def layer_errors(runs: Sequence[Run]) -> Section:
             "If the target weighs tokens, so do the errors of the layers that add to the residual stream: the weight of a token "
             "is the inverse mean square of the residual stream after the layer."
         )
-    text += [
+    return text + [
         f"{run.label if several else 'This run'} has no held-out text: its errors are measured on the text that the weights "
         "were fitted to, and are larger on other text."
         for run in runs
-        if run not in unseen
+        if not _has_held_out(run)
     ]
-    zeros = sum(layer.error_after == 0 for run in runs for layer in run.layers)
-    notes = ["All plots have the same logarithmic scale."]
-    notes += [f"{zeros} errors of exactly 0 are not shown."] if zeros else []
-    elements = list(zip([panel.title for panel in panels], plots.lines(panels, "errors", share=True)))
-    return Section(
-        "layers",
-        "Layer errors, " + ("after the update" if several else "before and after the update"),
-        text,
-        [figure(elements, legend=legend, note=" ".join(notes))] if elements else [],
-        [_kind_table(run, run.label if several else "Mean over blocks") for run in runs],
-        [_layer_table(run, several) for run in runs],
-    )
 
 
 def maps(runs: Sequence[Run]) -> Section:

@@ -95,6 +95,32 @@ def comparison(runs: Sequence[Run]) -> Section:
 def outcome(runs: Sequence[Run]) -> Section:
     """Section on perplexity and tasks, dense against pruned."""
     several = len(runs) > 1
+    missing = [run for run in runs if not run.evaluation]
+    who = "This run was" if not several else "These runs were" if missing == list(runs) else f"{len(missing)} of these runs were"
+    text: list[str] = (
+        [f"{who} not evaluated on other texts and tasks. The commands below do this and then update this page."]
+        if missing
+        else []
+    )
+    code = [
+        (f"Measure the distance to the dense model{f', {run.label}' if several else ''}", _evaluate(run))
+        for run in missing[:_SHOWN]
+    ]
+    text += [
+        f"The evaluation.json of {run.label if several else 'this run'} is not shown: it evaluates {run.another}, which this "
+        "run did not make."
+        for run in runs
+        if run.another
+    ]
+    files = {sizes(run.report) for run in runs}
+    text += [f"Size: {said}." for said in files] if len(files) == 1 and all(files) else [_SIZE]
+    tables = [*_perplexity_tables(runs), *_task_tables(runs)]
+    return Section("outcome", "Dense against pruned", text, tables=tables, code=code)
+
+
+def _perplexity_tables(runs: Sequence[Run]) -> list[Table]:
+    """A table for each model that pruned ones are measured beside."""
+    several = len(runs) > 1
     rows: dict[str, list[list[str]]] = {"dense": []}
     for run in runs:
         report, label = run.report, [run.label] if several else []
@@ -123,7 +149,7 @@ def outcome(runs: Sequence[Run]) -> Section:
                 ]
             )
     first = ["run", "text"] if several else ["text"]
-    tables = [
+    return [
         Table(
             f"Perplexity{_against(other)}, lower is better",
             [*first, other, "pruned", f"pruned / {other}", "tokens"],
@@ -132,6 +158,11 @@ def outcome(runs: Sequence[Run]) -> Section:
         )
         for other, own in rows.items()
     ]
+
+
+def _task_tables(runs: Sequence[Run]) -> list[Table]:
+    """The same for the tasks."""
+    tables, several = [], len(runs) > 1
     asked = {run.label: how_asked(run.evaluation) for run in runs if run.evaluation and _part(run, "tasks")}
     alike = set(asked.values()) if len(set(asked.values())) == 1 else ()
     for other in dict.fromkeys(run.beside for run in runs):
@@ -147,26 +178,7 @@ def outcome(runs: Sequence[Run]) -> Section:
                     note="" if alike else " ".join(f"{label}: {how}." for label, how in asked.items()),
                 )
             )
-    missing = [run for run in runs if not run.evaluation]
-    who = "This run was" if not several else "These runs were" if missing == list(runs) else f"{len(missing)} of these runs were"
-    text: list[str] = (
-        [f"{who} not evaluated on other texts and tasks. The commands below do this and then update this page."]
-        if missing
-        else []
-    )
-    code = [
-        (f"Measure the distance to the dense model{f', {run.label}' if several else ''}", _evaluate(run))
-        for run in missing[:_SHOWN]
-    ]
-    text += [
-        f"The evaluation.json of {run.label if several else 'this run'} is not shown: it evaluates {run.another}, which this "
-        "run did not make."
-        for run in runs
-        if run.another
-    ]
-    files = {sizes(run.report) for run in runs}
-    text += [f"Size: {said}." for said in files] if len(files) == 1 and all(files) else [_SIZE]
-    return Section("outcome", "Dense against pruned", text, tables=tables, code=code)
+    return tables
 
 
 def distance(runs: Sequence[Run]) -> list[Section]:

@@ -155,18 +155,71 @@ def make_plan(
       UserError: pattern or layer rules do not fit the model.
     """
     config, compile_call = counted(config, model), compile_call or compiler(machine, tell)
-    decoder, recipe, text = model.decoder, config.recipe, config.calibration
-    patterns = pruned_layers(config, decoder)
-    held_out, names, residuals = text.held_out > 0, groups_of_blocks(decoder), aimed_residuals(decoder, recipe)
+    decoder, text, patterns = model.decoder, config.calibration, pruned_layers(config, model.decoder)
     budget = device_budget(config.device_memory, None if machine.here else machine.chip.memory)
-    windows = (text.samples + text.held_out, text.window)
-    blocks: Iterable[tuple[Pass, ...]] = ()
-    states, refused = 0, ""
-    if not recovering:
+    walk = _Walk({}, {}) if recovering else _walk(config, decoder, patterns, budget)
+    refused = walk.refused
+    if generated_by(config) and not recovering:
         try:
-            blocks, _, states = fitted(decoder, names, recipe, windows, budget)
+            windows_at_once(decoder, text.samples + text.held_out, text.window, budget)
         except UserError as error:
-            blocks, refused = _fitting(decoder, names, recipe, budget), str(error)
+            refused = str(error)  # a run writes its text first
+    training: tuple[Program, ...] = ()
+    if config.distill:
+        trainer = Trainer(decoder, config.distill, budget)
+        refused = refused or refusal(trainer, *([] if recovering else ["--distill null"]))
+        training = training_programs(model, trainer, text.window, machine, compile_call)
+    programs = (*_walk_programs(config, model, machine, walk, compile_call), *training)
+    compiling = sum(program.compiled.seconds for program in programs if program.compiled)
+    block = _block_flops(model, text.window, config.target.streams, walk.kinds)
+    stored = estimate.storage(model, config, machine.hosts, patterns, block.kept, not recovering)
+    stored = stored._replace(resident=walk.states > 0)
+    seconds = estimate.run_seconds(
+        model,
+        config,
+        machine,
+        stored,
+        block,
+        {name: sum(program.seconds(machine) for program in programs if program.stage == name) for name in STAGES},
+        compiling if machine.compiles else None,
+    )
+    return Plan(
+        model,
+        machine,
+        programs,
+        sequences_at_once(decoder, config.distill.batch if recovering and config.distill else text.samples),
+        stored,
+        seconds,
+        estimate.assumptions(config, machine),
+        refused,
+    )
+
+
+class _Walk(NamedTuple):
+    """What a run does with all blocks.
+
+    Attributes:
+      kinds: the calibration passes that differ -> how many of each.
+      layers: the groups of layers whose programs differ.
+      states: bytes of hidden states that stay on each device.
+      refused: why a run would refuse it; empty if it would not.
+    """
+
+    kinds: Mapping[_Kind, int]
+    layers: Mapping[_Shape, _Layers]
+    states: int = 0
+    refused: str = ""
+
+
+def _walk(config: RunConfig, decoder: Decoder, patterns: Mapping[str, Pattern], budget: float) -> _Walk:
+    recipe, text = config.recipe, config.calibration
+    residuals, groups = aimed_residuals(decoder, recipe), groups_of_blocks(decoder)
+    blocks: Iterable[tuple[Pass, ...]]
+    states, refused = 0, ""
+    try:
+        blocks, _, states = fitted(decoder, groups, recipe, (text.samples + text.held_out, text.window), budget)
+    except UserError as error:
+        blocks, refused = _fitting(decoder, groups, recipe, budget), str(error)
     kinds: dict[_Kind, int] = collections.Counter()
     layers: dict[_Shape, _Layers] = {}
     for index, parts in enumerate(blocks):
@@ -185,47 +238,23 @@ def make_plan(
                     )
                     if shape not in layers:
                         others = tuple(other for other in part.groups if other != group)
-                        layers[shape] = _Layers(alike.config.kind, together, others, held_out)
+                        layers[shape] = _Layers(alike.config.kind, together, others, text.held_out > 0)
                     layers[shape] = layers[shape]._replace(calls=layers[shape].calls + 1)
+    return _Walk(kinds, layers, states, refused)
 
-    if generated_by(config) and not recovering:
-        try:
-            windows_at_once(decoder, text.samples + text.held_out, text.window, budget)
-        except UserError as error:
-            refused = str(error)  # a run writes its text first
-    training: tuple[Program, ...] = ()
-    if config.distill:
-        trainer = Trainer(decoder, config.distill, budget)
-        refused = refused or refusal(trainer, *([] if recovering else ["--distill null"]))
-        training = training_programs(model, trainer, text.window, machine, compile_call)
-    programs = [_calibration(config, model.at(kind.block), machine, kind, count, compile_call) for kind, count in kinds.items()]
+
+def _walk_programs(config: RunConfig, model: Declared, machine: Machine, walk: _Walk, compile_call: Compile) -> Iterable[Program]:
+    """The calibration and the pruning of all blocks."""
+    programs = [
+        _calibration(config, model.at(kind.block), machine, kind, count, compile_call) for kind, count in walk.kinds.items()
+    ]
     if len(programs) == 1:  # otherwise a block is calibrated in several passes, each for some of its layers
         programs = [programs[0]._replace(name="calibration step")]
-    programs += [_pruning(model.at(found.block), machine, recipe, shape, found, compile_call) for shape, found in layers.items()]
-    programs = [program._replace(memory=program.memory + states) for program in programs]
-    programs += training
-    compiling = sum(program.compiled.seconds for program in programs if program.compiled)
-    block = _block_flops(model, text.window, config.target.streams, kinds)
-    stored = estimate.storage(model, config, machine.hosts, patterns, block.kept, not recovering)._replace(resident=states > 0)
-    seconds = estimate.run_seconds(
-        model,
-        config,
-        machine,
-        stored,
-        block,
-        {name: sum(program.seconds(machine) for program in programs if program.stage == name) for name in STAGES},
-        compiling if machine.compiles else None,
-    )
-    return Plan(
-        model,
-        machine,
-        tuple(programs),
-        sequences_at_once(decoder, config.distill.batch if recovering and config.distill else text.samples),
-        stored,
-        seconds,
-        estimate.assumptions(config, machine),
-        refused,
-    )
+    programs += [
+        _pruning(model.at(found.block), machine, config.recipe, shape, found, compile_call)
+        for shape, found in walk.layers.items()
+    ]
+    return [program._replace(memory=program.memory + walk.states) for program in programs]
 
 
 def _fitting(decoder: Decoder, groups: Sequence[Groups], recipe: Recipe, budget: float) -> Iterator[tuple[Pass, ...]]:
