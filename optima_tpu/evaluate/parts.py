@@ -56,7 +56,7 @@ class Parts:
         return self._parts[key]
 
     def _write(self) -> None:
-        keep(self._folder, {PARTS: json.dumps(_Kept(of=self._of, parts=self._parts)).encode()})
+        keep(self._folder, {PARTS: _dumped(_Kept(of=self._of, parts=self._parts))})
 
     def remove(self) -> None:
         """Removes them from the disk, once the evaluation is written; process 0 calls it."""
@@ -68,12 +68,16 @@ def questions_digest(tasks: TaskDict) -> str:
     """A hash of all that the tasks ask, of the documents that they ask about, and of how they score."""
     digest = hashlib.sha256()
     for name, task in sorted(tasks["tasks"].items()):
-        digest.update(json.dumps([name, _as_json(dict(task.dump_config()))]).encode())
+        digest.update(_dumped([name, dict(task.dump_config())]))
         for request in task.instances:
-            digest.update(json.dumps(_as_json([request.request_type, request.args, request.doc])).encode())
+            digest.update(_dumped([request.request_type, request.args, request.doc]))
     return digest.hexdigest()
 
 
 def _as_json(values: Any) -> Any:
     """Values as JSON gives them back."""
-    return json.loads(json.dumps(values, default=handle_non_serializable))
+    return json.loads(_dumped(values))
+
+
+def _dumped(values: Any) -> bytes:
+    return json.dumps(values, default=handle_non_serializable).encode()

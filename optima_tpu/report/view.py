@@ -106,8 +106,8 @@ def command(name: str, *words: str) -> str:
 def without_folders(text: str) -> str:
     """Removes the folders from a source in a text: "40 windows of file:/home/me/x.txt" becomes "40 windows of file:x.txt".
 
-    Each part of the text, between "; " as in the text on a mix, names at most one source, before any other "/". Names of data sets are kept: "tfds:mine/plain@/home/me/data" becomes
-    "tfds:mine/plain@data". A source "hub:" has no folders.
+    Each part of the text, between "; " as in the text on a mix, names at most one source, before any other "/". Names of data sets
+    are kept: "tfds:mine/plain@/home/me/data" becomes "tfds:mine/plain@data". A source "hub:" has no folders.
     """
     # Folders may contain spaces. The text after the source has no "/", except in an option after its "?".
     return "; ".join(re.sub(r"\b(file:|npy:|tfds:[^@]*@)[^?]*/", r"\1", part) for part in text.split("; "))
