@@ -292,7 +292,7 @@ def _make_writable(folder: Path, force: bool) -> None:
 
 
 def _write(folder: Path, record: Mapping[str, Any], results: Mapping[str, Any], models: Mapping[str, Evaluated]) -> None:
-    with writing(folder, "choose another --output"):
+    with writing(folder, "make room and repeat the command, or choose another --output"):
         for path in HARNESS.values():  # files of an earlier evaluation could be mistaken for results of this one
             (folder / path).unlink(missing_ok=True)
         forget(folder, HARNESS.values())
