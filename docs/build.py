@@ -1,6 +1,6 @@
 """Writes the generated pages of the documentation, and the table of results in README.md.
 
-python docs/build.py            writes reference/{settings,evaluate,recover,commands,python}.md and results/{index,smollm2,gemma3,speed}.md
+python docs/build.py            writes reference/{settings,evaluate,recover,commands,python}.md and results/*.md
 python docs/build.py --check    writes nothing, names each page that would change, and exits with 1 if there is one
 
 The reference comes from the docstrings, types and defaults of the program, the results from results/records/*.json.
@@ -704,6 +704,7 @@ The dense model is the floor; the best pruned model of a column is bold.
 - [Gemma 3 270M: quality](gemma3.md): a second model, half of its weights.
 - [Time, memory, size and stops](speed.md): the first command, the presets, the solvers, memory by depth, packed exports, and what
   became of runs that were stopped and of damaged input.
+- [Other JAX programs](ecosystem.md): logits and zeros in MaxText, Tunix and Qwix, and after training there.
 - Plans for TPU slices are estimates and not measurements; they are in `configs/plans/README.md`.
 
 Not measured: models other than SmolLM2-135M and Gemma 3 270M, and anything on a TPU or a GPU.
@@ -771,6 +772,12 @@ _RESULTS: Mapping[str, tuple[str, Mapping[str, Sequence[str]]]] = {
             "Packed exports": ("packed-sizes", "packing"),
             "Stops and damage": ("hostile", "checksums"),
         },
+    ),
+    "ecosystem": (
+        "# In other JAX programs\n\n"
+        "Whether a pruned model arrives in MaxText, Tunix and Qwix, and stays pruned there. All on a CPU. How to take it there: "
+        "[the guide](../guides/jax-programs.md).",
+        {"What arrives": ("arrival",), "What training leaves": ("keep-zeros",)},
     ),
 }
 
