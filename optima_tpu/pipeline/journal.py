@@ -78,6 +78,26 @@ class _Entry(TypedDict):
     report: dict[str, Any]
 
 
+def refuse_other_files(directory: str | Path) -> None:
+    """Checks that a directory is missing or empty, or holds a run of any settings. Every process calls it.
+
+    Raises:
+      UserError: it holds something else.
+    """
+    directory = as_path(directory).absolute()
+    # A run that was killed while it wrote its first file left only its lock and the beginning of this file.
+    left = (LOCK, LOCK + PARTIAL, RUN + PARTIAL)
+
+    def check():
+        with writing(directory, "choose another --output"):
+            if (directory / RUN).exists() or not directory.exists():
+                return
+            if any(child.name not in left for child in directory.iterdir()):
+                raise UserError(f"{directory} holds files that are not a run of this program; choose another --output")
+
+    first_only(check)
+
+
 def prepare_directory(directory: str | Path, manifest: Mapping[str, Any], configuration: Mapping[str, Any] | None = None) -> Path:
     """Checks that a run may use ``directory``, and returns it, made if missing. Writes nothing into it.
 
@@ -85,15 +105,12 @@ def prepare_directory(directory: str | Path, manifest: Mapping[str, Any], config
       UserError: as :func:`open_journal`.
     """
     directory = as_path(directory).absolute()
-    left = (LOCK, LOCK + PARTIAL, RUN + PARTIAL)
+    refuse_other_files(directory)
 
     def prepare():
         with writing(directory, "choose another --output"):
             if (directory / RUN).exists():
                 refuse_another(directory, manifest, configuration)
-            # A run that was killed while it wrote its first file left only its lock and the beginning of this file.
-            elif directory.exists() and any(child.name not in left for child in directory.iterdir()):
-                raise UserError(f"{directory} holds files that are not a run of this program; choose another --output")
             directory.mkdir(parents=True, exist_ok=True)
 
     first_only(prepare)

@@ -10,7 +10,7 @@ from optima_tpu.config.flat import flat
 from optima_tpu.config.run_config import RunConfig, to_dict
 from optima_tpu.models.model import Model
 from optima_tpu.pipeline.inputs import Texts, on_context, open_model_on_mesh, pruned_layers, read_texts
-from optima_tpu.pipeline.journal import finished_blocks
+from optima_tpu.pipeline.journal import finished_blocks, refuse_other_files
 from optima_tpu.pipeline.repair import mend
 from optima_tpu.pipeline.stages import STAGES, Opened, Run, Stage, finished_report
 from optima_tpu.report.progress import Progress, say
@@ -47,7 +47,9 @@ def run(
     console = console or Console(quiet=not is_first())
     agree("settings and code", flat(to_dict(config) | {"process_id": None, "code": code_version()}))
     first_only(lambda: check_sinks(config.sinks))
-    refuse_unreachable(together(lambda: config.run_directory))
+    directory = together(lambda: config.run_directory)
+    refuse_unreachable(directory)
+    refuse_other_files(directory)
     check_signals()
     model = model or open_model_on_mesh(config)
     check_signals()

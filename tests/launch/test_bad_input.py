@@ -16,6 +16,7 @@ from transformers import LlamaConfig
 from optima_tpu.config.run_config import Calibration, Evaluation, RunConfig
 from optima_tpu.errors import UserError
 from optima_tpu.launch import main
+from optima_tpu.pipeline import run as running
 from optima_tpu.pipeline.inputs import on_context, open_model_on_mesh, read_texts
 from optima_tpu.runtime.files import LOCK, only_program
 from optima_tpu.runtime.mesh import _between_hosts, make_mesh
@@ -161,12 +162,13 @@ def test_a_path_in_which_orbax_would_not_find_its_files(model, refused, tmp_path
     assert RunConfig(model="models/a [1]\\b").run_directory.name.startswith("a _1__b-wanda")
 
 
-def test_an_output_directory_in_use(model, finished, refused, tmp_path):
+def test_an_output_directory_in_use(model, finished, refused, tmp_path, monkeypatch):
     other = tiny_folder(tmp_path / "other", seed=1)
     message = refused("--model", other, *finished.arguments[2:], output=finished.directory)
     assert f"holds another run: model is {finished.model} there, {other} here. To resume it, type " in message
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "thesis.tex").write_text("years of work")
+    monkeypatch.delattr(running, "open_model_on_mesh")  # refused before it is called
     message = refused("--model", model, *SMALL, output=tmp_path / "thesis")
     assert "holds files that are not a run of this program; choose another --output" in message
     message = refused("--model", model, *SMALL, output=tmp_path / "thesis" / "thesis.tex")

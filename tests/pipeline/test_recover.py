@@ -140,6 +140,14 @@ def test_the_zeros_of_any_checkpoint_are_its_masks(tmp_path, capsys, family):
     assert stored[0] == stored[1]
 
 
+def test_a_directory_of_other_files_is_refused_before_a_model_is_opened(pruned, tmp_path, monkeypatch, capfd):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    monkeypatch.delattr(recovering, "open_start")
+    assert main([str(pruned / "run"), *TOKENS, *TEXT, "--output", str(tmp_path)]) == 2
+    assert f"{tmp_path} holds files that are not a run of this program" in only_error(capfd.readouterr().err)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
 def test_what_sigterm_stopped_ends_with_the_same_bits(pruned, tmp_path, monkeypatch, capsys):
     """In the third step, after a check behind the second, which nothing but the next state keeps."""
     command = [str(pruned / "run"), *TOKENS, *TEXT, "--output", str(tmp_path / "out")]

@@ -19,7 +19,7 @@ from optima_tpu.models.model import check_ids, window_bos, window_length
 from optima_tpu.pipeline.distill.blocks import Trainer
 from optima_tpu.pipeline.distill.train import refuse_large
 from optima_tpu.pipeline.inputs import Texts
-from optima_tpu.pipeline.journal import Journal, prepare_directory
+from optima_tpu.pipeline.journal import Journal, prepare_directory, refuse_other_files
 from optima_tpu.pipeline.recover.config import RecoverConfig
 from optima_tpu.pipeline.recover.start import Start, open_start
 from optima_tpu.pipeline.run import finish
@@ -44,7 +44,9 @@ def recover(config: RecoverConfig, console: Console | None = None) -> dict[str, 
     console = console or Console(quiet=not is_first())
     settings = config.to_dict()
     agree("settings and code", flat(settings | {"process_id": None, "code": code_version()}))
-    refuse_unreachable(together(lambda: config.directory))
+    directory = together(lambda: config.directory)
+    refuse_unreachable(directory)
+    refuse_other_files(directory)
     check_signals()
     start = open_start(config, make_mesh(config.mesh))
     dense = config.against or start.record.dense
@@ -77,7 +79,7 @@ def recover(config: RecoverConfig, console: Console | None = None) -> dict[str, 
     base = flat(RecoverConfig(config.model, config.tokens, distill=type(config.distill)()).to_dict()) | {"distill.name": "kl"}
     told = {name: value for name, value in flat(settings).items() if name in ("model", "tokens") or value != base[name]}
     configuration = to_dict(run_config) | {"recover": told}
-    directory = prepare_directory(config.directory, manifest, configuration)
+    directory = prepare_directory(directory, manifest, configuration)
     opened = Opened(run_config, start.dense, texts, manifest, configuration, directory)
     say(console, "\n".join(_greeting(config, opened, start, drawn)))
     return finish(opened, recovery_stages(start), console)
