@@ -34,9 +34,10 @@ from optima_tpu.pipeline.memory_plan import GroupLoad, block_passes
 from optima_tpu.pipeline.plan import topology
 from optima_tpu.pipeline.plan.compile import Compiled, compiled
 from optima_tpu.pipeline.plan.estimate import RowShare, Work, assumptions, inputs_of, prune_work, read_by, sequence_flops, storage
-from optima_tpu.pipeline.plan.hlo import collectives, host_transfers, kernels, moved, products
+from optima_tpu.pipeline.plan.hlo import collectives, host_transfers, kernels, moved, products, sent
 from optima_tpu.pipeline.plan.model import open_declared
 from optima_tpu.pipeline.plan.plan import make_plan
+from optima_tpu.pipeline.plan.program import Program
 from optima_tpu.pipeline.plan.table import summary
 from optima_tpu.pipeline.plan.texts import CHARACTERS, counted
 from optima_tpu.pipeline.plan.topology import CHIPS, Machine, fitting_mesh, local_machine, parse_topology, topology_machine
@@ -258,6 +259,9 @@ def test_the_plan_of_a_recovery_has_the_programs_of_its_steps(tmp_path):
     assert not any(alone.programs[index].compiled.moved for index in range(4))
     assert split.programs[1].compiled.moved["all-gather"] >= 2 * sum(map(math.prod, trainer.decoder.block_shapes.values())) / 2
     assert split.programs[3].compiled.moved == {}
+    communication = "communication of these programs"
+    assert split.seconds[communication] > 0 and "GB/s to a neighbour" in split.assumptions[-1]
+    assert communication not in alone.seconds and not any("neighbour" in words for words in alone.assumptions)
     block = trainer.struct()
     opened = trainer.open(
         {
@@ -440,6 +444,35 @@ def test_collectives_are_told_apart_by_loops():
     text = sharded.lower(jnp.ones((8, 4))).compile().as_text()
     assert collectives(text) == ({"all-reduce": 1}, {"all-reduce": 1})
     assert moved(text) == {"all-reduce": 2 * 2 * 4 * 4}  # [2, 4] float32 each; the loop's counts once
+
+
+def test_what_a_tpu_sums_and_slices_is_a_reduce_scatter():
+    """The TPU's compiler has no instruction of this name outside of a computation that it calls so."""
+    text = """
+%all-reduce-scatter.3 (input: f32[8,16]) -> f32[2,16] {
+  %input = f32[8,16]{1,0} parameter(0)
+  %all-reduce.1 = f32[8,16]{1,0} all-reduce(%input), channel_id=17, replica_groups={{0,2,4,6},{1,3,5,7}}, to_apply=%add
+  ROOT %part = f32[2,16]{1,0} dynamic-slice(%all-reduce.1, %place, %zero), dynamic_slice_sizes={2,16}
+}
+
+ENTRY %main (input: f32[8,16]) -> (f32[2,16], bf16[4]) {
+  %scattered = f32[2,16]{1,0} fusion(%input), kind=kCustom, calls=%all-reduce-scatter.3
+  %all-reduce.2 = bf16[4]{0} all-reduce(%small), channel_id=18, replica_groups={{0,1}}, to_apply=%add
+}
+"""
+    assert collectives(text) == ({}, {"reduce-scatter": 1, "all-reduce": 1})
+    assert moved(text) == {"reduce-scatter": 4 * 8 * 16, "all-reduce": 2 * 4}
+    assert sent(moved(text)) == 4 * 8 * 16 + 2 * 2 * 4
+
+
+def test_the_collectives_of_a_plan_take_their_bytes_over_a_link():
+    found = Compiled(1.0, moved={"all-gather": 1_000, "all-reduce": 500})
+    program = Program("step", "training", 10, None, None, Work(), 0, found)
+    machine = Machine("there", CHIPS["v5e"], mesh(4, 2), 1, 0.5)
+    assert CHIPS["v5e"].link == 50e9  # of 400 GB/s, by four links in two directions
+    assert program.communication(machine) == pytest.approx(10 * 2_000 / 50e9)
+    assert program._replace(compiled=None).communication(machine) == 0
+    assert program.communication(machine._replace(chip=CHIPS["v4"])) == 0
 
 
 def test_products_kernels_and_transfers_are_read_from_the_text():

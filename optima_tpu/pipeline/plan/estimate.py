@@ -5,7 +5,7 @@ Solvers stop when their rows have converged, so the number of products of a laye
 
 import dataclasses
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -402,76 +402,137 @@ def evaluation_tokens(config: RunConfig) -> int:
     return config.evaluation.windows * length if config.evaluation.windows else ASSUMED.evaluation_tokens
 
 
-def run_seconds(
-    model: Declared,
-    config: RunConfig,
-    machine: Machine,
-    stored: Storage,
-    block: BlockFlops,
-    running: Mapping[str, float],
-    compiling: float | None,
-) -> dict[str, float]:
-    """Seconds of a run, by stage.
+class RunTime(NamedTuple):
+    """What the time of a run depends on.
 
-    Args:
-      running: seconds of all calls of the programs of each stage: the calibration, the pruning, the steps of a training.
-      compiling: seconds that compiling all programs took on this machine; None if nothing was compiled.
+    Attributes:
+      stored: what it keeps, and where.
+      block: the forward passes through a block.
     """
-    decoder, text, blocks = model.decoder, config.calibration, model.decoder.config.blocks
-    weights = model.all_blocks_bytes() + model.end_bytes()
 
-    def through(block: float, tokens: float) -> float:
-        return blocks * products(model, block * tokens / text.window / machine.mesh.size).seconds(machine)
+    model: Declared
+    config: RunConfig
+    machine: Machine
+    stored: Storage
+    block: BlockFlops
 
-    def forward(tokens: float) -> float:
-        return through(block.whole, tokens)
+    def stages(self, running: Mapping[str, float], compiling: float | None) -> dict[str, float]:
+        """Seconds of a run, by stage.
 
-    def head(tokens: float) -> float:
-        flops = 2.0 * tokens * decoder.config.vocab * decoder.config.d_embedding / machine.mesh.size
-        return products(model, flops).seconds(machine)
+        Args:
+          running: seconds of all calls of the programs of each stage, the calibration, the pruning, the steps of a training; and
+            of their communication.
+          compiling: seconds that compiling all programs took on this machine; None if nothing was compiled.
+        """
+        model, tokens = self.model, evaluation_tokens(self.config)
+        moved, readings = self._transfers()
+        walk = {
+            "calibration": running["calibration"],
+            "pruning": running["pruning"],
+            "pruned blocks forward": self._through(self.block.pruned, self._calibrated),
+            "hidden states to and from the devices": moved / (ASSUMED.transfer * self.machine.hosts),
+        }
+        beside = self._beside_training()
+        training = running["training"] + (beside or 0)
+        stages = {
+            "compiling (as here)": compiling,
+            "perplexity, dense and pruned": 2 * (self._forward(tokens) + self._head(tokens)),
+            **walk,
+            "training": running["training"],
+            "dense model and checks of the training": beside,
+            "communication of these programs": running["communication"],
+            "reading weights": readings * (model.all_blocks_bytes() + model.end_bytes()) / (ASSUMED.reading * self.machine.hosts),
+            "writing": self._written(walk, training) / ASSUMED.writing,
+        }
+        return {name: seconds for name, seconds in stages.items() if seconds}
 
-    streams, method, tokens = config.target.streams, config.distill, evaluation_tokens(config)
-    state = decoder.config.d_model * model.itemsize(next(iter(decoder.end_shapes)))  # of a token
-    calibrated = stored.hidden / streams / state
-    # Transfers: both streams into every pass of the calibration, the dense one out of its last pass, the pruned one into and out of
-    # the pruned block. Kept inputs leave one pass, and enter the later ones and the pruned block.
-    states = 0 if stored.resident else block.passes + 1 + 1 / streams + block.moved
-    moved = states * stored.hidden + 4 * tokens * state
-    readings = 4 if calibrated else 3  # for both perplexities, the walk and the checkpoint
-    if method and method.reads_dense:  # the dense model's states are computed before the steps that read them
-        parts, windows = _dense_passes(method, state * text.window)
-        moved += 2 * state * text.window * (windows + text.held_out)
-        readings += parts
-        if method.by_spans:  # so are the trained model's, as it was saved; each span reads both models' in every pass
-            share = len(method.spans(blocks)) / blocks
-            moved += 2 * state * text.window * ((1 + share * method.passes) * windows + text.held_out)
-            readings += 1
-    walk = {
-        "calibration": running["calibration"],
-        "pruning": running["pruning"],
-        "pruned blocks forward": through(block.pruned, calibrated),
-        "hidden states to and from the devices": blocks * moved / (ASSUMED.transfer * machine.hosts),
-    }
-    # What the walk counts against ``recompute``: with two streams also the calibration's passes, which a resume makes again.
-    passes = 0 if stored.resident else streams * blocks * 2 * calibrated * state / (ASSUMED.transfer * machine.hosts)
-    passes += walk["pruned blocks forward"] + (walk["calibration"] if streams > 1 else 0)
-    saves = int(min(blocks - 1, passes / (60 * config.recompute))) if config.recompute else blocks - 1
-    written = stored.left + saves * stored.hidden
-    beside = _beside_training(config, state * text.window, forward, head)
-    if method:  # a state every now and then; what is left at the end has the trained blocks
-        saving, spans = _saved_bytes(model, method) / ASSUMED.writing, len(method.spans(blocks))
-        often = spans * int((running["training"] + (beside or 0)) / spans / ((SHARE + 1) * saving))
-        written += often * _saved_bytes(model, method)
-    stages = {
-        "compiling (as here)": compiling,
-        "perplexity, dense and pruned": 2 * (forward(tokens) + head(tokens)),
-        **walk,
-        "training": running["training"],
-        "dense model and checks of the training": beside,
-        "reading weights": readings * weights / (ASSUMED.reading * machine.hosts),
-        "writing": written / ASSUMED.writing,
-    }
-    return {name: seconds for name, seconds in stages.items() if seconds}
+    @property
+    def _blocks(self) -> int:
+        return self.model.decoder.config.blocks
+
+    @property
+    def _state(self) -> int:
+        """Bytes of the hidden state of a token."""
+        return self.model.decoder.config.d_model * self.model.itemsize(next(iter(self.model.decoder.end_shapes)))
+
+    @property
+    def _calibrated(self) -> float:
+        """Tokens that pass through the blocks to calibrate them."""
+        return self.stored.hidden / self.config.target.streams / self._state
+
+    def _through(self, block: float, tokens: float) -> float:
+        """Seconds of tokens through all blocks.
+
+        Args:
+          block: FLOPs of a sequence through a block.
+        """
+        share = block * tokens / self.config.calibration.window / self.machine.mesh.size
+        return self._blocks * products(self.model, share).seconds(self.machine)
+
+    def _forward(self, tokens: float) -> float:
+        return self._through(self.block.whole, tokens)
+
+    def _head(self, tokens: float) -> float:
+        config = self.model.decoder.config
+        flops = 2.0 * tokens * config.vocab * config.d_embedding / self.machine.mesh.size
+        return products(self.model, flops).seconds(self.machine)
+
+    def _transfers(self) -> tuple[float, int]:
+        """The bytes of hidden states that enter and leave the devices, and how often all weights are read."""
+        config, block, state, method = self.config, self.block, self._state, self.config.distill
+        # Both streams into every pass of the calibration, the dense one out of its last pass, the pruned one into and out of the
+        # pruned block. Kept inputs leave one pass, and enter the later ones and the pruned block.
+        states = 0 if self.stored.resident else block.passes + 1 + 1 / config.target.streams + block.moved
+        moved = states * self.stored.hidden + 4 * evaluation_tokens(config) * state
+        readings = 4 if self._calibrated else 3  # for both perplexities, the walk and the checkpoint
+        if method and method.reads_dense:  # the dense model's states are computed before the steps that read them
+            held_out, window = config.calibration.held_out, state * config.calibration.window
+            parts, windows = _dense_passes(method, window)
+            moved += 2 * window * (windows + held_out)
+            readings += parts
+            if method.by_spans:  # so are the trained model's, as it was saved; each span reads both models' in every pass
+                share = len(method.spans(self._blocks)) / self._blocks
+                moved += 2 * window * ((1 + share * method.passes) * windows + held_out)
+                readings += 1
+        return self._blocks * moved, readings
+
+    def _written(self, walk: Mapping[str, float], training: float) -> float:
+        """Bytes that are written: what is left at the end, hidden states that a resume would need, and states of the training.
+
+        Args:
+          walk: seconds of the walk's stages.
+          training: seconds of the training and of what runs beside it.
+        """
+        config, stored, blocks = self.config, self.stored, self._blocks
+        # What the walk counts against ``recompute``: with two streams also the calibration's passes, which a resume makes again.
+        streams = config.target.streams
+        moved = 0 if stored.resident else streams * blocks * 2 * self._calibrated * self._state
+        passes = moved / (ASSUMED.transfer * self.machine.hosts) + walk["pruned blocks forward"]
+        passes += walk["calibration"] if streams > 1 else 0
+        saves = int(min(blocks - 1, passes / (60 * config.recompute))) if config.recompute else blocks - 1
+        written = stored.left + saves * stored.hidden
+        if config.distill:  # a state every now and then; what is left at the end has the trained blocks
+            one, spans = _saved_bytes(self.model, config.distill), len(config.distill.spans(blocks))
+            written += one * spans * int(training / spans / ((SHARE + 1) * one / ASSUMED.writing))
+        return written
+
+    def _beside_training(self) -> float | None:
+        """Seconds of a training besides its steps; None without one."""
+        method, text = self.config.distill, self.config.calibration
+        if method is None:
+            return None
+        # The perplexity text measures the pruned model before it is trained, too.
+        evaluated = evaluation_tokens(self.config)
+        checked = (len(method.check_steps()) + 1) * text.held_out * text.window
+        windows = _dense_passes(method, self._state * text.window)[1] + text.held_out
+        dense = windows * text.window if method.reads_dense else 0
+        scored = checked
+        if method.by_spans:
+            # The trained model's states are computed like the dense one's. The head sees the first and the last model.
+            scored = 2 * text.held_out * text.window
+            dense = 2 * dense + text.held_out * text.window
+        head = (1 + method.reads_dense) * self._head(scored) + self._head(evaluated)
+        return self._forward(dense + checked + evaluated) + head
 
 
 def _dense_passes(method: Distillation, state: int) -> tuple[int, int]:
@@ -484,29 +545,6 @@ def _dense_passes(method: Distillation, state: int) -> tuple[int, int]:
     parts = -(-steps // at_once)
     times = method.passes if parts > 1 else 1  # what was the only part is still there in the next pass
     return parts * times, steps * batch * times
-
-
-def _beside_training(
-    config: RunConfig, state: int, forward: Callable[[float], float], head: Callable[[float], float]
-) -> float | None:
-    """Seconds of a training besides its steps; None without one.
-
-    Args:
-      state: bytes of the hidden states of a window.
-      forward, head: seconds of all blocks and of the head for a number of tokens.
-    """
-    method, text = config.distill, config.calibration
-    if method is None:
-        return None
-    # The perplexity text measures the pruned model before it is trained, too.
-    evaluated, checked = evaluation_tokens(config), (len(method.check_steps()) + 1) * text.held_out * text.window
-    dense = (_dense_passes(method, state)[1] + text.held_out) * text.window if method.reads_dense else 0
-    scored = checked
-    if method.by_spans:
-        # The trained model's states are computed like the dense one's. The head sees the first and the last model.
-        scored = 2 * text.held_out * text.window
-        dense = 2 * dense + text.held_out * text.window
-    return forward(dense + checked + evaluated) + (1 + method.reads_dense) * head(scored) + head(evaluated)
 
 
 def assumptions(config: RunConfig, machine: Machine) -> list[str]:
@@ -535,5 +573,11 @@ def assumptions(config: RunConfig, machine: Machine) -> list[str]:
         f"a host moves {ASSUMED.transfer / 1e9:g} GB/s to its devices and reads {ASSUMED.reading / 1e9:g} GB/s of "
         f"weights; all hosts together write {ASSUMED.writing / 1e9:g} GB/s to the run directory; nothing overlaps"
     )
-    words.append("communication is not counted")
+    if machine.compiles and machine.chip.link and machine.mesh.size > 1:
+        words.append(
+            f"a chip sends {machine.chip.link / 1e9:g} GB/s to a neighbour, and a collective uses one link of each; those inside loops "
+            "count once, and those of forward passes beside the programs of the table do not"
+        )
+    elif machine.mesh.size > 1:
+        words.append("communication is not counted")
     return words

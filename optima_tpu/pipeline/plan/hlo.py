@@ -3,6 +3,8 @@
 import collections
 import math
 import re
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
 
 COLLECTIVE = re.compile(r"\b(?:all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute)(?:-start)?\(")
 
@@ -23,36 +25,63 @@ def collectives(hlo: str) -> tuple[dict[str, int], dict[str, int]]:
     )
 
 
+class _Named(NamedTuple):
+    """A line of a program that names a collective.
+
+    Attributes:
+      key: name, channel and origin of the collective, which identify it.
+      results: the line's shapes before the instruction.
+      instruction: as the compiler writes it.
+      line: the whole line.
+    """
+
+    key: tuple[str, ...]
+    results: str
+    instruction: str
+    line: str
+
+
+def _named(text: str) -> Iterator[_Named]:
+    """The lines that name collectives, in their order."""
+    scatters = False
+    for line in text.splitlines():
+        if line.endswith("{") and not line.startswith(" "):
+            # The TPU's compiler writes a reduce-scatter as a computation of an all-reduce and a slice of it.
+            scatters = line.lstrip("%").startswith("all-reduce-scatter")
+        if match := COLLECTIVE.search(line):
+            name = "reduce-scatter" if scatters else re.sub(r"(-start)?\($", "", match[0])
+            key = (name, *re.findall(r'channel_id=\d+|op_name="[^"]*"', line))
+            yield _Named(key, line[: match.start()].partition("=")[2], match[0].rstrip("("), line)
+
+
 def _channels(text: str) -> dict[tuple[str, ...], int]:
-    """How often the text names each collective, by its name, channel and origin in the traced program."""
-    found = ((COLLECTIVE.search(line), line) for line in text.splitlines())
-    return collections.Counter(_key(match, line) for match, line in found if match)
-
-
-def _key(match: re.Match[str], line: str) -> tuple[str, ...]:
-    return (re.sub(r"(-start)?\($", "", match[0]), *re.findall(r'channel_id=\d+|op_name="[^"]*"', line))
+    """How often the text names each collective."""
+    return collections.Counter(each.key for each in _named(text))
 
 
 def moved(hlo: str) -> dict[str, int]:
     """The bytes of the collectives' results on one device, by name; each collective of :func:`collectives` counts once.
 
-    What is scattered counts as what is summed. A device sends or receives about as much, and twice as much for an all-reduce.
+    What is scattered counts as what is summed.
     """
     sizes = {}
-    for line in hlo.splitlines():
-        if (match := COLLECTIVE.search(line)) and (key := _key(match, line)) not in sizes:
-            shapes = [
-                _bytes(*found) for found in re.findall(r"\b([a-z]\w*)\[([\d,]*)\]", line[: match.start()].partition("=")[2])
-            ]
+    for key, results, instruction, line in _named(hlo):
+        if key not in sizes:
+            shapes = [_bytes(*found) for found in re.findall(r"\b([a-z]\w*)\[([\d,]*)\]", results)]
             # A transfer that is only started names its operands before its results, and then what it waits for.
-            if match[0].endswith("-start(") and key[0] in ("all-gather", "collective-permute"):
+            if instruction in ("all-gather-start", "collective-permute-start"):
                 shapes = shapes[: len(shapes) // 2 * 2]
                 shapes = shapes[1:2] if key[0] == "collective-permute" else shapes[len(shapes) // 2 :]
-            sizes[key] = sum(shapes) * (_group(line) if key[0] == "reduce-scatter" else 1)
+            sizes[key] = sum(shapes) * (_group(line) if instruction.startswith("reduce-scatter") else 1)
     found: collections.Counter[str] = collections.Counter()
     for (name, *_), size in sizes.items():
         found[name] += size
     return dict(found)
+
+
+def sent(moved: Mapping[str, int]) -> int:
+    """The bytes that a device sends, at most, from those of :func:`moved`: all-reduces scatter their sums and gather them again."""
+    return sum(moved.values()) + moved.get("all-reduce", 0)
 
 
 def _bytes(dtype: str, dimensions: str) -> int:

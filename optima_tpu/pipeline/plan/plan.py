@@ -174,15 +174,10 @@ def make_plan(
     block = _block_flops(model, text.window, config.target.streams, walk.kinds)
     stored = estimate.storage(model, config, machine.hosts, patterns, block.kept, not recovering)
     stored = stored._replace(resident=walk.states > 0)
-    seconds = estimate.run_seconds(
-        model,
-        config,
-        machine,
-        stored,
-        block,
-        {name: sum(program.seconds(machine) for program in programs if program.stage == name) for name in STAGES},
-        compiling if machine.compiles else None,
-    )
+    running = {name: sum(program.seconds(machine) for program in programs if program.stage == name) for name in STAGES}
+    running["communication"] = sum(program.communication(machine) for program in programs)
+    timed = estimate.RunTime(model, config, machine, stored, block)
+    seconds = timed.stages(running, compiling if machine.compiles else None)
     return Plan(
         model,
         machine,

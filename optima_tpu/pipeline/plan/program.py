@@ -5,6 +5,7 @@ from typing import NamedTuple
 from optima_tpu.method.row_sharding import Layout
 from optima_tpu.pipeline.plan.compile import Compiled
 from optima_tpu.pipeline.plan.estimate import Work
+from optima_tpu.pipeline.plan.hlo import sent
 from optima_tpu.pipeline.plan.topology import Machine
 
 STAGES = "calibration", "pruning", "training"
@@ -41,3 +42,13 @@ class Program(NamedTuple):
     def seconds(self, machine: Machine) -> float:
         """Seconds of all calls, without communication."""
         return self.calls * self.work.seconds(machine)
+
+    def communication(self, machine: Machine) -> float:
+        """Seconds in which the collectives of all calls move their bytes; 0 where these or the links are not known.
+
+        A collective along a mesh axis passes every byte through one link of each chip: the axis may be a line of chips, without the
+        link that closes a ring.
+        """
+        if self.compiled is None or machine.chip.link is None:
+            return 0.0
+        return self.calls * sent(self.compiled.moved) / machine.chip.link

@@ -34,7 +34,7 @@ class Chip(NamedTuple):
       rough: FLOPs of float32 products that only choose, see ``linalg.features.rough_matmul``; on a TPU three passes.
       factor: FLOPs of a Cholesky factorisation and of a triangular solve.
       bandwidth: bytes of device memory.
-      link: bytes between chips, both directions; None if unknown.
+      link: bytes from a chip to one of its neighbours, in one direction; None if unknown.
       source: the origin of the numbers.
     """
 
@@ -54,6 +54,7 @@ _FACTOR_SHARE = 0.015
 
 
 def _tpu(name: str, gib: int, tflops: float, gb_per_second: float, link: float | None) -> Chip:
+    """``link`` is in GB/s."""
     peak = tflops * 1e12
     return Chip(
         f"TPU {name}",
@@ -72,12 +73,13 @@ CHIPS = {
     chip.name.removeprefix("TPU "): chip
     for chip in (
         _tpu("v4", 32, 275, 1200, None),
-        _tpu("v5e", 16, 197, 819, 400),
-        _tpu("v5p", 95, 459, 2765, 1200),
-        _tpu("v6e", 32, 918, 1640, 800),
+        _tpu("v5e", 16, 197, 819, 400 / 4 / 2),
+        _tpu("v5p", 95, 459, 2765, 1200 / 6 / 2),
+        _tpu("v6e", 32, 918, 1640, 800 / 4 / 2),
     )
 }
-"""Google Cloud's published figures of a chip: HBM, bfloat16 peak, HBM bandwidth, inter-chip bandwidth (v4's page has none)."""
+"""Google Cloud's published figures of a chip: HBM, bfloat16 peak, HBM bandwidth, and the inter-chip bandwidth of all its ports in
+both directions: four in a two-dimensional torus, six in a three-dimensional one (v4's page has none)."""
 
 
 class Machine(NamedTuple):
