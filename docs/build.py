@@ -723,6 +723,7 @@ _RESULTS: Mapping[str, tuple[str, Mapping[str, Sequence[str]]]] = {
                 "seeds",
                 "optima-method",
                 "sparsegpt-variants",
+                "alps",
             ),
             "What each lever earns": (
                 "levers",
