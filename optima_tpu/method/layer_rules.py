@@ -139,7 +139,4 @@ def _check_inputs(rules: Sequence[LayerRule], default: Pattern, pattern: NM, lay
             choose += f', or {way}: --layers "{layers_text(whole)}"'
     else:
         choose += " in --layers"
-    found = ", and ".join(f"{d_in} in {', '.join(kinds)}" for d_in, kinds in wrong.items())
-    raise UserError(
-        f"pattern {pattern} needs a number of inputs divisible by {pattern.m * pattern.stride}, got {found}; {choose}"
-    )
+    raise pattern.refusal(", and ".join(f"{d_in} in {', '.join(kinds)}" for d_in, kinds in wrong.items()), choose)

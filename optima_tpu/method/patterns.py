@@ -262,14 +262,15 @@ class NM(Pattern):
         patterns = (NM(self.n, self.m, stride) for stride in strides)
         return next((pattern for pattern in patterns if all(map(pattern.fits, widths))), None)
 
+    def refusal(self, found: str, choose: str) -> UserError:
+        """The error for numbers of inputs that the groups do not divide: which were found, and what to choose."""
+        return UserError(f"pattern {self} needs a number of inputs divisible by {self.m * self.stride}, got {found}; {choose}")
+
     def pruned_count(self, shape: tuple[int, int]) -> int:
         rows, columns = shape
         if not self.fits(columns):
             other = self.fitting([columns])
-            raise UserError(
-                f"pattern {self} needs a number of inputs divisible by {self.m * self.stride}, got a layer with {columns}; "
-                + (f"{other} fits it" if other else "choose an M that divides it")
-            )
+            raise self.refusal(f"a layer with {columns}", f"{other} fits it" if other else "choose an M that divides it")
         return rows * (columns // self.m) * (self.m - self.n)
 
     def keep_mask(self, scores: Float[Array, "rows d_in"]) -> Bool[Array, "rows d_in"]:
