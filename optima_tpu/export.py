@@ -77,6 +77,8 @@ def _export(arguments: list[str] | None) -> None:
     options = forms.Options(chosen.max_shard_size, chosen.scan_layers)
     dense = export(chosen.run_dir, chosen.out, options, form=chosen.form, say=functools.partial(print, flush=True))
     print(f"wrote {chosen.out}")
+    if told := forms.FORMS[chosen.form].next:
+        print(told.replace("FOLDER", str(as_path(chosen.out).absolute())))
     if chosen.form == forms.Packed.name:
         print(sizes(Packed(Path(chosen.out))))
     elif forms.FORMS[chosen.form].compact:

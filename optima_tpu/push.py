@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, CommitOperationCopy, CommitOperationDelete, HfApi
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
 from huggingface_hub.utils import validate_repo_id
 
 from optima_tpu.errors import UserError, one_line
@@ -49,21 +49,37 @@ def make_parser() -> Parser:
     )
     parser.add_argument("run", metavar="RUN", help="run directory, or an exported folder such as its hf/")
     parser.add_argument("repository", metavar="ORG/NAME", help="where to; made if it does not exist")
-    parser.add_argument("--public", action="store_true", help="make a new repository public; otherwise only its owner sees it")
+    parser.add_argument("--public", action="store_true", help="make a new repository public; otherwise it is private")
     parser.add_argument(
         "--include-report", action="store_true", help=f"publish {PAGE} and {REPORT} too, which hold paths of this machine"
     )
     parser.add_argument(
         "--include-private", action="store_true", help="publish files that hold a path of yours or what looks like a token"
     )
+    parser.add_argument("--dry-run", action="store_true", help="list the files and look for what is private, and send nothing")
     parser.add_argument("--yes", action="store_true", help="do not ask")
     return parser
 
 
 def _push(arguments: list[str] | None) -> None:
     chosen = make_parser().parse_args(arguments)
+    check_repository(chosen.repository)
     upload = collect(chosen.run, chosen.include_report, chosen.include_private)
+    if chosen.dry_run:
+        _list(upload)
+        print(f"nothing was sent; a new repository {chosen.repository} would be {_seen(chosen.public)}")
+        return
     push(upload, chosen.repository, HfApi(), (lambda question: True) if chosen.yes else _ask, chosen.public)
+
+
+def check_repository(repository: str) -> None:
+    """Raises UserError if a text is no repository's id, ORG/NAME."""
+    try:
+        validate_repo_id(repository)
+    except HFValidationError as error:
+        raise UserError(f"expected ORG/NAME, got {repository!r} ({one_line(error)})") from None
+    if repository.count("/") != 1:
+        raise UserError(f"expected ORG/NAME, got {repository!r}")
 
 
 def push(files: Mapping[str, Path], repository: str, api: HfApi, ask: Callable[[str], bool], public: bool = False) -> None:
@@ -80,22 +96,15 @@ def push(files: Mapping[str, Path], repository: str, api: HfApi, ask: Callable[[
     Raises:
       UserError: nobody agreed, or the hub refused.
     """
-    try:
-        validate_repo_id(repository)
-    except HFValidationError as error:
-        raise UserError(f"expected ORG/NAME, got {repository!r} ({one_line(error)})") from None
-    if repository.count("/") != 1:
-        raise UserError(f"expected ORG/NAME, got {repository!r}")
-    total = sum(path.stat().st_size for path in files.values())
-    for name, path in files.items():
-        print(f"{size(path.stat().st_size):>10}  {name}")
+    check_repository(repository)
+    total = _list(files)
     try:
         there = api.repo_exists(repository)
         old = [name for name in api.list_repo_files(repository) if _WEIGHTS.search(name) and name not in files] if there else []
-        what = "adds a commit to it" if there else f"makes it {'public' if public else 'private'}"
+        what = "adds a commit to it" if there else f"makes it {_seen(public)}"
         if old:
             what += f" and deletes its {', '.join(old)}"
-        if not ask(f"publish {len(files)} files, {size(total)}, as {repository}, which {what}?"):
+        if not ask(f"publish {len(files)} files, {total}, as {repository}, which {what}?"):
             raise UserError("nothing was published: expected yes, got another answer; --yes answers beforehand")
         if not there:
             api.create_repo(repository, private=not public)
@@ -104,6 +113,8 @@ def push(files: Mapping[str, Path], repository: str, api: HfApi, ask: Callable[[
             *(CommitOperationAdd(name, path) for name, path in files.items()),
         ]
         api.create_commit(repository, operations, commit_message="A pruned model and its card, by OPTIMA-TPU")
+    except OfflineModeIsEnabled as error:
+        raise UserError("HF_HUB_OFFLINE is set, so nothing was sent: unset it, or type --dry-run to see the files") from error
     except LocalTokenNotFoundError as error:
         raise UserError("the hub knows no user here: log in with `hf auth login`") from error
     except (HfHubHTTPError, OSError) as error:
@@ -113,6 +124,17 @@ def push(files: Mapping[str, Path], repository: str, api: HfApi, ask: Callable[[
     except Exception as error:  # the HTTP library's own, whose name depends on the version
         raise UserError(f"the hub can't be reached ({one_line(error)}): the same command does it again") from error
     print(f"published https://huggingface.co/{repository}")
+
+
+def _list(files: Mapping[str, Path]) -> str:
+    """Prints each file with its size. Returns the size of all."""
+    for name, path in files.items():
+        print(f"{size(path.stat().st_size):>10}  {name}")
+    return size(sum(path.stat().st_size for path in files.values()))
+
+
+def _seen(public: bool) -> str:
+    return "public" if public else "private"
 
 
 def collect(run: str, include_report: bool = False, include_private: bool = False) -> dict[str, Path]:

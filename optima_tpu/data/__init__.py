@@ -221,7 +221,7 @@ def refuse_overlap(calibration: Source, evaluation: Source) -> None:
             calibration.check()  # a missing file is the more useful message
         raise UserError(
             f"calibration and evaluation would both read {part.place}: expected two different texts; give "
-            "--evaluation.source another one, such as wikitext2 or pydoc"
+            "--evaluation.source another one, such as wikitext2, pydoc or file:PATH"
         )
 
 

@@ -2,10 +2,11 @@
 
 import pytest
 from huggingface_hub import CommitOperationDelete
+from huggingface_hub.errors import OfflineModeIsEnabled
 
 from optima_tpu.errors import UserError
 from optima_tpu.models.checkpoints.export import SIDECAR
-from optima_tpu.push import collect, push
+from optima_tpu.push import collect, main, push
 from optima_tpu.runtime.checksums import write_sums
 
 TOKEN = "hf_" + "abcdefghij" * 4
@@ -61,6 +62,23 @@ def test_the_folder_goes_out_once_somebody_agreed(run, capsys):
     with pytest.raises(UserError, match="nothing was published"):
         push(collect(str(run / "hf")), "org/name", hub, lambda question: False)
     assert not hub.files and not hub.made
+
+
+def test_a_dry_run_lists_the_files_and_asks_no_hub(run, capsys):
+    assert main([str(run), "ada/half", "--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    assert "model.safetensors" in printed and "nothing was sent; a new repository ada/half would be private" in printed
+    assert main([str(run / "nowhere"), "half", "--dry-run"]) == 2
+    assert "expected ORG/NAME, got 'half'" in capsys.readouterr().err  # before the folder is read
+
+
+def test_without_a_network_the_hub_is_not_blamed(run):
+    class Offline(FakeHub):
+        def repo_exists(self, repository):
+            raise OfflineModeIsEnabled("offline mode is enabled")
+
+    with pytest.raises(UserError, match="HF_HUB_OFFLINE is set, so nothing was sent: unset it, or type --dry-run"):
+        push(collect(str(run)), "org/name", Offline(), refuse)
 
 
 def test_weights_of_another_model_do_not_stay_beside_the_new_ones(run):

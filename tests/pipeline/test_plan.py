@@ -433,6 +433,9 @@ def test_a_plan_that_fits_closely_says_so(tmp_path, share, warned):
     memory = int(max(program.memory for program in plan.programs) / share)
     told = summary(dataclasses.replace(plan, machine=machine._replace(chip=machine.chip._replace(memory=memory))))
     assert any("leave a quarter free" in line for line in told) == warned
+    assert told[0].startswith("fits closely" if warned else "fits  ")
+    small = dataclasses.replace(plan, machine=machine._replace(chip=machine.chip._replace(memory=1)))
+    assert "--mesh 2x4, which splits more over the same devices, or more devices" in "\n".join(summary(small))
 
 
 def test_collectives_are_told_apart_by_loops():
@@ -552,7 +555,8 @@ def test_without_libtpu_the_plan_is_counted_and_says_so(tmp_path, capsys, monkey
     assert main([*arguments, "--json", str(file), "--calibration.length", "129"]) == 2  # a plan may be replaced by a plan
     assert "expected --calibration.length of at most 128, the model's context, got 129" in capsys.readouterr().err
     for words, said in (
-        (["--topology", "v5e-8"], "expected a topology KIND:AxB"),
+        (["--topology", "v5e-8"], "got 'v5e-8'; type v5e:2x4\n"),
+        (["--topology", "v5litepod-16"], "type v5e:4x4"),
         (
             ["--topology", "v5e:4x2", "--mesh", "4x4"],
             "error: mesh 4x4 needs 16 devices, v5e:4x2 has 8: the nearest that fits is --mesh 2x4\n",

@@ -211,6 +211,12 @@ def test_norms_alone_on_the_next_tokens(pruned, tmp_path, capsys):
     [
         (["{run}", "--tokens", "many"], "a number such as 200k, 50M or 1000000, got many"),
         (["{run}"], "got none"),
+        (["{run}", "--tokens", "1,5M"], "such as 200k, 50M or 1000000, got 1,5M"),
+        (
+            ["{run}", "--tokens", "1k", "--window", "32"],
+            "there is no setting --window; type --length, tokens in each window, or --windows",
+        ),
+        (["{run}", "--tokens", "1k", "--source", "file:{root}/run/report.json"], "--source and --evaluation would both read "),
         (["{run}", "--tokens", "0"], "tokens of at least 1, got 0"),
         (["{run}", "--tokens", "1k", "--distill.batch", "0"], "distill.batch of at least 1, got 0"),
         (["{run}", "--tokens", "1k", "--distill", "null"], "expected distill to be one of kl, cross_entropy, blocks, got null"),
@@ -239,6 +245,10 @@ def test_what_cannot_be_is_one_line(pruned, words, said, capsys):
     places = {"root": pruned, "run": pruned / "run", "model": pruned / "model"}
     assert main([word.format(**places) for word in words]) == 2
     assert said in only_error(capsys.readouterr().err)
+
+
+def test_tokens_are_read_as_they_are_printed():
+    assert [parse(["m", "--tokens", text]).token_count for text in ("4,096", "1,000,000", "1.5M")] == [4096, 10**6, 1_500_000]
 
 
 def test_a_text_that_only_the_record_names_says_what_replaces_it(pruned, monkeypatch, capsys):

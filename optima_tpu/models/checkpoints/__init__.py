@@ -57,7 +57,7 @@ def _open(path: Path, origin: str, dtype: str | None) -> Pretrained:
             return open_gguf(path, origin, dtype)
     except OSError as error:
         raise UserError(f"{error.filename or path} can't be read: {error.strerror or error}") from error
-    raise UserError(f"{path} is neither a folder nor a .gguf file: for safetensors files give the folder they are in")
+    raise UserError(f"{path} is neither a folder nor a .gguf file: give the folder that it is in, {path.parent}")
 
 
 def _in_wheel(name: str) -> Path:

@@ -61,6 +61,7 @@ class Form:
       stacks: whether the form can store one parameter of all experts as one tensor.
       compact: whether people choose the form for its size, so that the command prints it.
       library: the library that loads the folder, for its model card.
+      next: what to type next, with FOLDER for the whole path of the folder; empty if the folder loads as it is.
     """
 
     name: ClassVar[str]
@@ -68,6 +69,7 @@ class Form:
     stacks: ClassVar[bool] = False
     compact: ClassVar[bool] = False
     library: ClassVar[str] = "transformers"
+    next: ClassVar[str] = ""
 
     def __init__(self, run: Exported, options: Options):
         self.run, stacks, listed = run, stacks_of(run.architectures()), run.source.stacked
@@ -274,6 +276,10 @@ class MaxText(Form):
 
     name = "maxtext"
     library = "maxtext"
+    next = (
+        "MaxText's trainer takes it as FOLDER/maxtext.yml load_parameters_path=FOLDER/0/items tokenizer_path=FOLDER; "
+        "docs/guides/jax-programs.md has one that keeps the zeros"
+    )
 
     def __init__(self, run: Exported, options: Options):
         super().__init__(run, options)

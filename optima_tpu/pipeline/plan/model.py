@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 from transformers import PretrainedConfig
 
-from optima_tpu.config.model_spec import is_hub_id
+from optima_tpu.config.model_spec import is_hub_id, refuse_missing
 from optima_tpu.errors import UserError
 from optima_tpu.models.checkpoints import Pretrained, hub, open_model
 from optima_tpu.models.checkpoints.folder import assets_in
@@ -107,6 +107,7 @@ def open_declared(spec: str, dtype: str | None, batch: int) -> Declared:
       UserError: there is no such model or it is not supported.
     """
     parse_dtype(dtype)
+    refuse_missing(spec)
     path = Path(spec).expanduser()
     if spec.startswith("wheel:") or path.is_file():
         pretrained = open_model(spec, dtype)

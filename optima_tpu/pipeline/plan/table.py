@@ -14,6 +14,7 @@ from optima_tpu.pipeline.plan.plan import Plan, Program
 from optima_tpu.pipeline.plan.topology import GIB, Machine
 from optima_tpu.report.numbers import duration, number
 from optima_tpu.report.progress import say, show
+from optima_tpu.runtime.mesh import DATA, MODEL
 
 
 def print_plan(console: Console, plan: Plan) -> None:
@@ -95,11 +96,12 @@ def summary(plan: Plan) -> list[str]:
     if worst is None:
         lines = [f"nothing is pruned: the settings leave every layer of {plan.model.origin} dense"]
     elif not plan.refused:
-        lines = [f"fits         every program: at most {_gib(worst.memory)} of {_gib(chip.memory)} GiB, in {worst.name}"]
-        if worst.memory > _LEAVING * chip.memory:
-            lines.append(
-                "             the programs of a run may take more than those of a plan: leave a quarter free, to be sure"
-            )
+        closely = worst.memory > _LEAVING * chip.memory
+        lines = [
+            f"{'fits closely' if closely else 'fits':<13}every program: at most {_gib(worst.memory)} of {_gib(chip.memory)} GiB, in {worst.name}"
+        ]
+        if closely:
+            lines.append("             a run's programs can be larger than a plan's: to be sure, leave a quarter free")
     if plan.too_large:
         lines = [
             f"does not fit {program.name}: " + (program.refused or f"needs {_gib(program.memory)} GiB of {_gib(chip.memory)} GiB")
@@ -127,9 +129,15 @@ def _advice(plan: Plan) -> str:
     calibration = any(program.rows is None for program in plan.too_large)
     rows = any(program.rows is not None for program in plan.too_large)
     fewer = [f"--batch {max(1, plan.batch // 2)}"] if calibration and plan.batch > 1 else []
-    more = ["more devices"] if rows or not fewer else []
+    more = [f"{_taller(plan.machine)}more devices"] if rows or not fewer else []
     quick = "the same without --quick, which can make programs larger; then " if plan.machine.options else ""
     return f"try {quick}{' and '.join(fewer + more)}"
+
+
+def _taller(machine: Machine) -> str:
+    """A mesh of the same devices that splits weights and Hessians over more of them; empty if there is none."""
+    data, model = machine.mesh.shape[DATA], machine.mesh.shape[MODEL]
+    return f"--mesh {data // 2}x{2 * model}, which splits more over the same devices, or " if data % 2 == 0 else ""
 
 
 def _legend(plan: Plan) -> list[str]:

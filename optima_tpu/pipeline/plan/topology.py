@@ -124,7 +124,9 @@ def parse_topology(text: str) -> tuple[str, tuple[int, ...]]:
     """
     found = re.fullmatch(r"([a-z]\w*):([1-9]\d*(?:x[1-9]\d*){1,2})", text.strip().lower())
     if not found:
-        raise UserError(f"expected a topology KIND:AxB or KIND:AxBxC, such as v5e:4x2 or v5p:4x4x4, got {text!r}")
+        raise UserError(
+            f"expected a topology KIND:AxB or KIND:AxBxC, such as v5e:4x2 or v5p:4x4x4, got {text!r}{_by_count(text)}"
+        )
     if found[1] not in CHIPS:
         raise UserError(f"expected a topology of {', '.join(CHIPS)}, such as v5e:4x2, got {text!r}")
     shape = tuple(map(int, found[2].split("x")))
@@ -133,6 +135,16 @@ def parse_topology(text: str) -> tuple[str, tuple[int, ...]]:
         near = " or ".join(f"{found[1]}:{'x'.join(map(str, each))}" for each in whole)
         raise UserError(f"expected a slice of whole hosts, each of 2x2 chips, such as {near}, got {text!r}")
     return found[1], shape
+
+
+def _by_count(text: str) -> str:
+    """What to type for an accelerator type such as v5litepod-8, which names a number of chips; empty for other texts."""
+    found = re.fullmatch(r"(v5litepod|v5e|v6e)-(\d+)", text.strip().lower())
+    chips = int(found[2]) if found else 0
+    if not found or chips & (chips - 1) or not 1 <= chips <= 256:
+        return ""
+    short = 1 << (chips.bit_length() - 1) // 2
+    return f"; type {found[1].replace('v5litepod', 'v5e')}:{short}x{chips // short}"
 
 
 def _of_hosts(size: int, up: bool) -> int:

@@ -36,6 +36,7 @@ _MOVED = {
     "epochs": "--distill.passes, how often training reads each window",
     "loss": "--distill kl, cross_entropy or blocks",
     "step": "--distill.batch, windows in a step of Adam",
+    "window": "--length, tokens in each window, or --windows, how many are measured",
     "span": "--distill blocks --distill.span",
 }
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
@@ -143,7 +144,8 @@ class RecoverConfig:
 
 def count_tokens(name: str, text: str | None) -> int:
     """A number such as 200k, 50M or 1_000_000, at most 1e18. Raises UserError for any other text of the option ``name``."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)([kmb]?)", (text or "").strip().replace("_", "").lower())
+    plain = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", (text or "").strip().replace("_", "").lower())  # 1,000,000 as it is printed
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([kmb]?)", plain)
     if not found:
         raise UserError(f"expected {name} as a number such as 200k, 50M or 1000000, got {text or 'none'}")
     return round(min(float(found[1]) * _UNITS[found[2]], 1e18))

@@ -140,7 +140,8 @@ def _sources(config: RecoverConfig, start: Start) -> tuple[str, str]:
     try:
         data.refuse_overlap(parsed, other)
     except UserError as error:
-        raise UserError(str(error).replace("--evaluation.source", "--evaluation")) from None
+        told = str(error).replace("calibration and evaluation", "--source and --evaluation")
+        raise UserError(told.replace("--evaluation.source", "--evaluation")) from None
     return source, evaluation
 
 
