@@ -1,4 +1,4 @@
-"""The command line of an export: ``python -m optima_tpu.export RUN_DIR OUT``."""
+"""The command line of an export: ``python -m optima_tpu.export RUN OUT``."""
 
 import functools
 import math
@@ -30,8 +30,8 @@ def make_parser() -> Parser:
         prog=program("export"),
         description="Writes the folder that transformers loads, from a finished pruning run. The dense model is not needed.",
     )
-    parser.add_argument("run_dir", help="output directory of the run")
-    parser.add_argument("out", help="folder to write; must not exist, or must be empty")
+    parser.add_argument("run_dir", metavar="RUN", help="output directory of the run")
+    parser.add_argument("out", metavar="OUT", help="folder to write; must not exist, or must be empty")
     parser.add_argument("--max-shard-size", default="5GB", help="largest size of a weight file (default: %(default)s)")
     form = parser.add_mutually_exclusive_group()
     form.add_argument(

@@ -1,4 +1,4 @@
-"""From a finished run to a folder that ``transformers`` loads: ``python -m optima_tpu.export RUN_DIR OUT``.
+"""From a finished run to a folder that ``transformers`` loads: ``python -m optima_tpu.export RUN OUT``.
 
     OUT/model.safetensors           or model-00001-of-0000N.safetensors with their index: every tensor in the source's
                                     dtype, the pruned weights exactly zero, the others as the source had them

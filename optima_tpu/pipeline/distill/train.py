@@ -149,7 +149,7 @@ class Training:
         self.step += 1
         self.seconds += time.monotonic() - start
         if not self.due and time.monotonic() - self.told_at > _QUIET:
-            self._tell(f"{self.model.goal.amount(self.losses[-1])} on the text it is trained on")
+            self._tell(f"{self.model.goal.amount(self.losses[-1])} on the windows of this step")
         if not self.due:
             self._save_in_time()
 
@@ -166,7 +166,7 @@ class Training:
         told = f"held-out {goal.words} {goal.amount(found.held_out)}" + (f", perplexity {perplexity:.2f}" if perplexity else "")
         if found.training is None:
             return self.note(f"{told} before the first step")
-        self._tell(f"{told}; {goal.amount(found.training)} on the text it is trained on")
+        self._tell(f"{told}; {goal.amount(found.training)} on the text of the steps before it")
         self.saved = -1  # a state of this step may lack the check
         self._save_in_time()
 
