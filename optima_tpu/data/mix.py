@@ -47,7 +47,10 @@ class Mix:
                 f"expected shares above 0 whose sum is 1, as in c4:0.5,pydoc:0.5, got {text!r}, in sum {sum(shares):g}"
             )
         if any(isinstance(each, SelfGenerated) for each in texts):
-            raise UserError(f"expected a mix of stored texts, got {text!r}: self, which the model writes, can only stand alone")
+            raise UserError(
+                f"expected a mix of stored texts, got {text!r}: self, which the model writes, can only stand alone; name what it wrote for "
+                "another run as npy:RUN/calibration.npy"
+            )
         if len(set(texts)) < len(texts):
             raise UserError(f"expected different texts in a mix, got {text!r}: add up the shares of each")
         return Mix(texts, shares)
