@@ -50,7 +50,7 @@ def test_an_unknown_command_is_one_line(words, said, capsys):
     [
         (["evaluate"], "expected the model before everything else, got nothing"),
         (["sweep"], "expected the file of the sweep as first argument, got nothing"),
-        (["export"], "the following arguments are required: run_dir, out"),
+        (["export"], "the following arguments are required: RUN, OUT"),
         (["export", "a", "b", "--nope"], "unrecognized arguments: --nope; see "),
         (["export", "a", "b", "--pakced"], "unrecognized arguments: --pakced; did you mean --packed?"),
         (["report", "a", "--ouput=b"], "unrecognized arguments: --ouput=b; did you mean --output?"),

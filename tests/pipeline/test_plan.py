@@ -161,8 +161,11 @@ def test_a_model_is_known_by_its_config_alone(tmp_path):
     with pytest.raises(UserError, match="config.json alone"):
         declared.read(declared.names()[0])
     assert open_declared(str(tmp_path), "float32", 4).dtype == jnp.float32
-    with pytest.raises(UserError, match="config.json"):
+    with pytest.raises(UserError, match="no such path"):
         open_declared(str(tmp_path / "nothing"), None, 4)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="expected a folder with a config.json"):
+        open_declared(str(tmp_path / "empty"), None, 4)
 
 
 def test_offline_a_plan_asks_for_the_one_file_that_it_reads(monkeypatch, tmp_path):
@@ -403,7 +406,10 @@ def test_what_does_not_fit_is_said_with_numbers(tmp_path):
     assert len(plan.too_large) == 2 and not plan.to_json()["fits"]
     assert "and its block with the other Hessians alone takes" in plan.refused and "--device_memory" in plan.refused
     said = "\n".join(summary(plan))
-    assert "does not fit down [36, 60]" in said and "--batch 1 and more devices" in said
+    assert (
+        "does not fit down [36, 60]" in said
+        and "try --batch 1 and --mesh 2x4, which splits more over the same devices, or more devices" in said
+    )
 
     text = dataclasses.replace(config.calibration, source="self")
     whole = make_plan(
