@@ -211,17 +211,23 @@ def evaluation_tokens(
     )
 
 
-def refuse_overlap(calibration: Source, evaluation: Source) -> None:
+def refuse_overlap(
+    calibration: Source, evaluation: Source, both: str = "calibration and evaluation", option: str = "--evaluation.source"
+) -> None:
     """Raises UserError if both sources would read the same documents: no model is scored on text that it was calibrated on.
 
     See :func:`shared`. Sources that are not :class:`Located` have splits without common documents.
+
+    Args:
+      both: what the command calls the two.
+      option: its option that names another text for the second.
     """
     if part := shared(calibration, evaluation):
         if isinstance(calibration, File | Npy):
             calibration.check()  # a missing file is the more useful message
         raise UserError(
-            f"calibration and evaluation would both read {part.place}: expected two different texts; give "
-            "--evaluation.source another one, such as wikitext2, pydoc or file:PATH"
+            f"{both} would both read {part.place}: expected two different texts; give {option} another one, such as wikitext2, pydoc "
+            "or file:PATH"
         )
 
 

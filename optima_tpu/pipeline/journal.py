@@ -55,6 +55,7 @@ from optima_tpu.runtime.files import (
     begin,
     commit,
     read_here,
+    refuse_unreachable,
     remove,
     staged,
     still_only_program,
@@ -78,24 +79,26 @@ class _Entry(TypedDict):
     report: dict[str, Any]
 
 
-def refuse_other_files(directory: str | Path) -> None:
-    """Checks that a directory is missing or empty, or holds a run of any settings. Every process calls it.
+def refuse_unusable(directory: Path) -> None:
+    """Checks what can be known of a run's directory before anything is read. Every process calls it.
 
     Raises:
-      UserError: it holds something else.
+      UserError: as :func:`refuse_unreachable`, or the directory holds files that are not a run of any settings.
     """
-    directory = as_path(directory).absolute()
-    # A run that was killed while it wrote its first file left only its lock and the beginning of this file.
-    left = (LOCK, LOCK + PARTIAL, RUN + PARTIAL)
+    refuse_unreachable(directory)
 
     def check():
         with writing(directory, "choose another --output"):
-            if (directory / RUN).exists() or not directory.exists():
-                return
-            if any(child.name not in left for child in directory.iterdir()):
-                raise UserError(f"{directory} holds files that are not a run of this program; choose another --output")
+            _refuse_other_files(directory.absolute())
 
     first_only(check)
+
+
+def _refuse_other_files(directory: Path) -> None:
+    # A run that was killed while it wrote its first file left only its lock and the beginning of this file.
+    left = (LOCK, LOCK + PARTIAL, RUN + PARTIAL)
+    if directory.exists() and not (directory / RUN).exists() and any(child.name not in left for child in directory.iterdir()):
+        raise UserError(f"{directory} holds files that are not a run of this program; choose another --output")
 
 
 def prepare_directory(directory: str | Path, manifest: Mapping[str, Any], configuration: Mapping[str, Any] | None = None) -> Path:
@@ -105,10 +108,10 @@ def prepare_directory(directory: str | Path, manifest: Mapping[str, Any], config
       UserError: as :func:`open_journal`.
     """
     directory = as_path(directory).absolute()
-    refuse_other_files(directory)
 
     def prepare():
         with writing(directory, "choose another --output"):
+            _refuse_other_files(directory)
             if (directory / RUN).exists():
                 refuse_another(directory, manifest, configuration)
             directory.mkdir(parents=True, exist_ok=True)

@@ -10,14 +10,14 @@ from optima_tpu.config.flat import flat
 from optima_tpu.config.run_config import RunConfig, to_dict
 from optima_tpu.models.model import Model
 from optima_tpu.pipeline.inputs import Texts, on_context, open_model_on_mesh, pruned_layers, read_texts
-from optima_tpu.pipeline.journal import finished_blocks, refuse_other_files
+from optima_tpu.pipeline.journal import finished_blocks, refuse_unusable
 from optima_tpu.pipeline.repair import mend
 from optima_tpu.pipeline.stages import STAGES, Opened, Run, Stage, finished_report
 from optima_tpu.report.progress import Progress, say
 from optima_tpu.report.run_record import code_version
 from optima_tpu.report.sinks import check_sinks
 from optima_tpu.report.table import print_summary
-from optima_tpu.runtime.files import only_program, refuse_unreachable
+from optima_tpu.runtime.files import only_program
 from optima_tpu.runtime.processes import agree, check_signals, first_only, from_first, is_first, together
 
 
@@ -47,9 +47,7 @@ def run(
     console = console or Console(quiet=not is_first())
     agree("settings and code", flat(to_dict(config) | {"process_id": None, "code": code_version()}))
     first_only(lambda: check_sinks(config.sinks))
-    directory = together(lambda: config.run_directory)
-    refuse_unreachable(directory)
-    refuse_other_files(directory)
+    refuse_unusable(together(lambda: config.run_directory))
     check_signals()
     model = model or open_model_on_mesh(config)
     check_signals()

@@ -72,15 +72,6 @@ def test_a_dry_run_lists_the_files_and_asks_no_hub(run, capsys):
     assert "expected ORG/NAME, got 'half'" in capsys.readouterr().err  # before the folder is read
 
 
-def test_without_a_network_the_hub_is_not_blamed(run):
-    class Offline(FakeHub):
-        def repo_exists(self, repository):
-            raise OfflineModeIsEnabled("offline mode is enabled")
-
-    with pytest.raises(UserError, match="HF_HUB_OFFLINE is set, so nothing was sent: unset it, or type --dry-run"):
-        push(collect(str(run)), "org/name", Offline(), refuse)
-
-
 def test_weights_of_another_model_do_not_stay_beside_the_new_ones(run):
     hub, asked = FakeHub(("README.md", "model-00001-of-00002.safetensors", "packed.json", "notes.txt", "model.safetensors")), []
     push(collect(str(run)), "org/name", hub, lambda question: not asked.append(question))
@@ -123,12 +114,22 @@ def test_a_file_that_no_export_wrote_needs_a_word_of_its_own(run):
     assert ".env" in collect(str(run), include_private=True)
 
 
-def test_without_a_network_it_ends_in_a_line(run):
+@pytest.mark.parametrize(
+    "error, said",
+    [
+        (RuntimeError("Name or service not known"), "the hub can't be reached .Name or service not known."),
+        (
+            OfflineModeIsEnabled("offline mode is enabled"),
+            "HF_HUB_OFFLINE is set, so nothing was sent: unset it, or type --dry-run",
+        ),
+    ],
+)
+def test_without_a_network_it_ends_in_a_line(run, error, said):
     class NoNetwork(FakeHub):
         def repo_exists(self, repository):
-            raise RuntimeError("Name or service not known")
+            raise error
 
-    with pytest.raises(UserError, match="the hub can't be reached .Name or service not known."):
+    with pytest.raises(UserError, match=said):
         push(collect(str(run)), "org/name", NoNetwork(), refuse)
 
 

@@ -561,7 +561,10 @@ def test_without_libtpu_the_plan_is_counted_and_says_so(tmp_path, capsys, monkey
     assert main([*arguments, "--json", str(file), "--calibration.length", "129"]) == 2  # a plan may be replaced by a plan
     assert "expected --calibration.length of at most 128, the model's context, got 129" in capsys.readouterr().err
     for words, said in (
-        (["--topology", "v5e-8"], "got 'v5e-8'; type v5e:2x4\n"),
+        (
+            ["--topology", "v5e-8"],
+            "expected a topology KIND:AxB or KIND:AxBxC, such as v5e:4x2 or v5p:4x4x4, got 'v5e-8'; type v5e:2x4\n",
+        ),
         (["--topology", "v5litepod-16"], "type v5e:4x4"),
         (
             ["--topology", "v5e:4x2", "--mesh", "4x4"],

@@ -129,12 +129,12 @@ def _advice(plan: Plan) -> str:
     calibration = any(program.rows is None for program in plan.too_large)
     rows = any(program.rows is not None for program in plan.too_large)
     fewer = [f"--batch {max(1, plan.batch // 2)}"] if calibration and plan.batch > 1 else []
-    more = [f"{_taller(plan.machine)}more devices"] if rows or not fewer else []
+    more = [f"{_larger_model_axis(plan.machine)}more devices"] if rows or not fewer else []
     quick = "the same without --quick, which can make programs larger; then " if plan.machine.options else ""
     return f"try {quick}{' and '.join(fewer + more)}"
 
 
-def _taller(machine: Machine) -> str:
+def _larger_model_axis(machine: Machine) -> str:
     """A mesh of the same devices that splits weights and Hessians over more of them; empty if there is none."""
     data, model = machine.mesh.shape[DATA], machine.mesh.shape[MODEL]
     return f"--mesh {data // 2}x{2 * model}, which splits more over the same devices, or " if data % 2 == 0 else ""

@@ -143,7 +143,7 @@ class RecoverConfig:
 
 
 def count_tokens(name: str, text: str | None) -> int:
-    """A number such as 200k, 50M or 1_000_000, at most 1e18. Raises UserError for any other text of the option ``name``."""
+    """A number such as 200k, 50M, 1_000_000 or 1,000,000, at most 1e18. Raises UserError for any other text of the option ``name``."""
     plain = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", (text or "").strip().replace("_", "").lower())  # 1,000,000 as it is printed
     found = re.fullmatch(r"(\d+(?:\.\d+)?)([kmb]?)", plain)
     if not found:

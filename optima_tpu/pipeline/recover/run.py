@@ -19,7 +19,7 @@ from optima_tpu.models.model import check_ids, window_bos, window_length
 from optima_tpu.pipeline.distill.blocks import Trainer
 from optima_tpu.pipeline.distill.train import refuse_large
 from optima_tpu.pipeline.inputs import Texts
-from optima_tpu.pipeline.journal import Journal, prepare_directory, refuse_other_files
+from optima_tpu.pipeline.journal import Journal, prepare_directory, refuse_unusable
 from optima_tpu.pipeline.recover.config import RecoverConfig
 from optima_tpu.pipeline.recover.start import Start, open_start
 from optima_tpu.pipeline.run import finish
@@ -27,7 +27,6 @@ from optima_tpu.pipeline.stages import STAGES, Opened, Run, Stage
 from optima_tpu.report.progress import say
 from optima_tpu.report.run_record import code_version
 from optima_tpu.runtime.device_memory import device_budget
-from optima_tpu.runtime.files import refuse_unreachable
 from optima_tpu.runtime.mesh import make_mesh
 from optima_tpu.runtime.processes import agree, check_signals, fetch, from_first, is_first, together
 
@@ -45,8 +44,7 @@ def recover(config: RecoverConfig, console: Console | None = None) -> dict[str, 
     settings = config.to_dict()
     agree("settings and code", flat(settings | {"process_id": None, "code": code_version()}))
     directory = together(lambda: config.directory)
-    refuse_unreachable(directory)
-    refuse_other_files(directory)
+    refuse_unusable(directory)
     check_signals()
     start = open_start(config, make_mesh(config.mesh))
     dense = config.against or start.record.dense
@@ -137,11 +135,7 @@ def _sources(config: RecoverConfig, start: Start) -> tuple[str, str]:
         raise UserError(
             f"expected --source with a stored text, got {source}, which the model writes: c4, wikitext2, pydoc or file:PATH"
         )
-    try:
-        data.refuse_overlap(parsed, other)
-    except UserError as error:
-        told = str(error).replace("calibration and evaluation", "--source and --evaluation")
-        raise UserError(told.replace("--evaluation.source", "--evaluation")) from None
+    data.refuse_overlap(parsed, other, "--source and --evaluation", "--evaluation")
     return source, evaluation
 
 
