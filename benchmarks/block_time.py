@@ -79,7 +79,7 @@ def block_seconds(
         mock.patch.object(walk, "prune_group", timed(walk.prune_group, pruned)),
         mock.patch.object(Decoder, "apply", timed(Decoder.apply, lambda *arguments: "forward through the pruned block")),
     ):
-        planned = walk.Walk(decoder, recipe, groups_of_blocks(decoder), config.calibration.samples)
+        planned = walk.Walk(decoder, recipe, groups_of_blocks(decoder), config.calibration.fitted)
         hidden = decoder.embed(texts.calibration.ids)
         streams = walk.Streams(hidden, hidden.copy() if recipe.target.dense_stream else None)
         for index in range(blocks + 1):

@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def pruned(config: RunConfig, shared: Shared) -> Found:
     """Prunes the mixture; the held-out windows of every layer are those of the evaluation text."""
-    decoder, texts, samples = shared.model(config).decoder, shared.texts(config), config.calibration.samples
+    decoder, texts, samples = shared.model(config).decoder, shared.texts(config), config.calibration.fitted
     tokens = np.concatenate([texts.calibration.ids, texts.evaluation.ids])
     streams = Streams(*(decoder.embed(tokens) for _ in range(config.target.streams)))
     walk, reports = Walk(decoder, config.recipe, groups_of_blocks(decoder), samples), []

@@ -65,8 +65,8 @@ def compare(blocks: int, beside: Sequence[str], settings: Sequence[str]) -> None
         )
     model = open_model_on_mesh(config)
     check_walk(config, model, blocks)
-    decoder, samples, recipe = model.decoder, config.calibration.samples, config.recipe
-    calibration, evaluation, _ = read_texts(config, model)
+    decoder, samples, recipe = model.decoder, config.calibration.fitted, config.recipe
+    calibration, evaluation, *_ = read_texts(config, model)
     hidden, other = decoder.embed(calibration.ids), decoder.embed(evaluation.ids)
     layers, found, walk = [], defaultdict(list), Walk(decoder, recipe, groups_of_blocks(decoder), samples)
     others = {}

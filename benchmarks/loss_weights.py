@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         tokens, texts = shared.texts(config).calibration.ids, [shared.texts(each).evaluation.ids for each in configs]
     except UserError as error:
         sys.exit(f"error: {error}")
-    walk = Walk(decoder, config.recipe, groups_of_blocks(decoder), config.calibration.samples)
+    walk = Walk(decoder, config.recipe, groups_of_blocks(decoder), config.calibration.fitted)
     for text, ids, sums in zip(chosen.text, texts, compare(walk, tokens[: walk.samples], texts, chosen.power)):
         kl, dense, pruned = (np.mean(each) / (ids.shape[1] - 1) for each in (sums.kl, sums.dense_nll, sums.pruned_nll))
         print(f"{text}: divergence {kl:.4f} nats, perplexity {np.exp(dense):.2f} dense, {np.exp(pruned):.2f} pruned", flush=True)

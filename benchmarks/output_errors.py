@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         runs = [open_evaluated(name, model.decoder.mesh, config.dtype, config.batch).model.decoder for name in names]
         for run in runs:
             check_same_shape(model.decoder, run)
-        tokens = read_texts(config, model).calibration.ids[config.calibration.samples :]
+        tokens = read_texts(config, model).calibration.ids[config.calibration.fitted :]
         errors = output_errors(model.decoder, runs, tokens)
     except UserError as error:
         sys.exit(f"error: {error}")

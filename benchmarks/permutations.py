@@ -55,10 +55,10 @@ def compare(blocks: int, settings: Sequence[str]) -> None:
     config = parse(list(settings))
     model = open_model_on_mesh(config)
     check_walk(config, model, blocks)
-    decoder, samples, pattern = model.decoder, config.calibration.samples, config.pattern
+    decoder, samples, pattern = model.decoder, config.calibration.fitted, config.pattern
     if not isinstance(pattern, NM) or pattern.stride > 1 or decoder.linears != LINEARS or not config.calibration.held_out:
         raise UserError(f"expected a pattern N:M, the layers of Llama and held-out windows, got {pattern}, {decoder.linears}")
-    calibration, evaluation, _ = read_texts(config, model)
+    calibration, evaluation, *_ = read_texts(config, model)
     walk, capture = Walk(decoder, config.recipe, groups_of_blocks(decoder), samples), Capture(((_O,), (_DOWN,)))
     for better in (False, True):
         pruned, other = decoder.embed(calibration.ids), decoder.embed(evaluation.ids)

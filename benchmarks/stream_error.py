@@ -79,7 +79,7 @@ def check_walk(config: RunConfig, model: Model, blocks: int) -> None:
 
 def stream_errors(config: RunConfig, model: Model, texts: Texts, blocks: int) -> Iterator[tuple[float, float]]:
     """Yields the errors after every block: (on held-out windows, on the evaluation text)."""
-    decoder, samples, recipe = model.decoder, config.calibration.samples, config.recipe
+    decoder, samples, recipe = model.decoder, config.calibration.fitted, config.recipe
     walk = Walk(decoder, recipe, groups_of_blocks(decoder), samples)
     hidden, other = (decoder.embed(text.ids) for text in (texts.calibration, texts.evaluation))
     dense, other_dense = hidden.copy(), other.copy()

@@ -65,6 +65,8 @@ class Calibration:
       length: tokens in each sequence; null takes 2048, or the model's context if that is shorter.
       seed: which sequences are drawn; the same seed gives the same tokens.
       held_out: number of further sequences that no weight is fitted to; the report has every layer's error on them too.
+      written: number of sequences that the dense model writes itself, as with the source self, and that weights are fitted to beside
+        those of the source. They help most with few samples and on other kinds of text. The whole model must fit the devices.
     """
 
     source: str = "c4"
@@ -72,13 +74,25 @@ class Calibration:
     length: int | None = None
     seed: int = 0
     held_out: int = 8
+    written: int = 0
 
     def __post_init__(self):
         at_least(1, "calibration.samples", self.samples)
         at_least(2, "calibration.length", self.length)
         at_least(0, "calibration.seed", self.seed, most=(1 << 32) - 1)
         at_least(0, "calibration.held_out", self.held_out)
-        few_tokens("calibration", self.samples + self.held_out, self.length)
+        at_least(0, "calibration.written", self.written)
+        few_tokens("calibration", self.fitted + self.held_out, self.length)
+        if self.written and self.source.partition("?")[0] == "self":
+            raise UserError(
+                f"expected calibration.written with a stored text as calibration.source, got {self.source}, which the model writes as a "
+                f"whole: give {self.samples + self.written} samples of it and no calibration.written"
+            )
+
+    @property
+    def fitted(self) -> int:
+        """The number of sequences that weights are fitted to: those of the source and those that the model writes beside them."""
+        return self.samples + self.written
 
     @property
     def window(self) -> int:

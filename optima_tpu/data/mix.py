@@ -48,8 +48,8 @@ class Mix:
             )
         if any(isinstance(each, SelfGenerated) for each in texts):
             raise UserError(
-                f"expected a mix of stored texts, got {text!r}: self, which the model writes, can only stand alone; name what it wrote for "
-                "another run as npy:RUN/calibration.npy"
+                f"expected a mix of stored texts, got {text!r}: for text that the model writes beside them give --calibration.written "
+                "and its number of windows, or name what it wrote for another run as npy:RUN/calibration.npy"
             )
         if len(set(texts)) < len(texts):
             raise UserError(f"expected different texts in a mix, got {text!r}: add up the shares of each")

@@ -198,7 +198,7 @@ def _check_text(source: str, models: Mapping[str, Evaluated]) -> None:
         if calibration and _has_seen(calibration, text):
             raise UserError(
                 f"expected --perplexity with a text that {opened.model.pretrained.origin} was not calibrated on, got "
-                f"{source} (calibrated on {calibration}): give another text, such as wikitext2 or pydoc"
+                f"{source} (calibrated on {calibration}): give another text, such as wikitext2, pydoc or file:PATH"
             )
 
 

@@ -37,20 +37,33 @@ class Texts(NamedTuple):
       calibration: the windows that the model is calibrated on, and after them the held-out windows.
       evaluation: the windows that the model is scored on.
       distillation: [windows, length] int32, the windows that the pruned model is trained on; None without distillation.
+      written: [windows, length] int32, those of ``calibration`` that the dense model wrote; None if it wrote none.
     """
 
     calibration: Tokens
     evaluation: Tokens
     distillation: np.ndarray | None = None
+    written: np.ndarray | None = None
 
     @classmethod
-    def of(cls, config: RunConfig, drawn: Tokens, evaluation: Tokens) -> "Texts":
-        """Splits the windows drawn from the calibration text: first calibration, then distillation, then held-out windows."""
-        if config.distill is None:
-            return cls(drawn, evaluation)
-        first, last = config.calibration.samples, config.calibration.samples + config.distill.windows
-        calibration = drawn._replace(ids=np.concatenate([drawn.ids[:first], drawn.ids[last:]]))
-        return cls(calibration, evaluation, drawn.ids[first:last])
+    def of(cls, config: RunConfig, drawn: Tokens, evaluation: Tokens, written: Tokens | None = None) -> "Texts":
+        """Splits the windows drawn from the calibration text: first calibration, then distillation, then held-out windows.
+
+        Args:
+          written: what the model wrote beside them, for calibration.
+        """
+        first = config.calibration.samples
+        last = first + (config.distill.windows if config.distill else 0)
+        parts, how = [drawn.ids[:first], drawn.ids[last:]], drawn.how
+        if written:
+            parts.insert(1, written.ids)
+            how = f"{how}; {written.how}"
+        return cls(
+            drawn._replace(ids=np.concatenate(parts), how=how),
+            evaluation,
+            drawn.ids[first:last] if config.distill else None,
+            written.ids if written else None,
+        )
 
 
 def open_model_on_mesh(config: RunConfig) -> Model:
@@ -98,10 +111,7 @@ def read_texts(config: RunConfig, model: Model, console: Console | None = None) 
         except UserError as error:  # the same in every process, which have the same documents
             raise SharedError(str(error)) from error
 
-    def calibration() -> Tokens:
-        if isinstance(plan.calibration, data.SelfGenerated):
-            return self_calibration(config, *model, console)
-        source = plan.calibration
+    def calibration(source: data.Source) -> Tokens:
         return kept(
             lambda: token_key(source, "calibration", model.pretrained, **dataclasses.asdict(plan.draw)),
             lambda: draw_together(source) if data.read_by_all(source) and not alone() else from_first(draw),
@@ -109,9 +119,14 @@ def read_texts(config: RunConfig, model: Model, console: Console | None = None) 
 
     # The evaluation text first: an error in it should appear before the model writes for minutes.
     evaluation = kept(lambda: token_key(plan.evaluation, "evaluation", model.pretrained, **plan.score), lambda: from_first(score))
-    drawn = calibration()
+    write = functools.partial(self_calibration, config, *model, console)
+    if isinstance(plan.calibration, data.SelfGenerated):
+        together(lambda: check_ids([evaluation.ids], model))
+        drawn = write()
+        return Texts(drawn, evaluation, written=drawn.ids)
+    drawn = calibration(plan.calibration)
     together(lambda: check_ids([drawn.ids, evaluation.ids], model))
-    return Texts.of(config, drawn, evaluation)
+    return Texts.of(config, drawn, evaluation, write() if config.calibration.written else None)
 
 
 class _Score(TypedDict):
@@ -209,12 +224,12 @@ def manifest_of(config: RunConfig, model: Model, texts: Texts) -> dict[str, Any]
 
 def _manifest(config: RunConfig, model: Model, texts: Texts) -> dict[str, Any]:
     patterns = pruned_layers(config, model.decoder)
-    samples, ids = config.calibration.samples, texts.calibration.ids
+    fitted, ids = config.calibration.fitted, texts.calibration.ids
     manifest = {
         "model": model.pretrained.fingerprint,
         "recipe": weights_settings(config),
-        "calibration": token_digest(ids[:samples]),
-        "held_out": token_digest(ids[samples:]),
+        "calibration": token_digest(ids[:fitted]),
+        "held_out": token_digest(ids[fitted:]),
         **({} if texts.distillation is None else {"distillation": token_digest(texts.distillation)}),
         "code": code_version(),
         **generated_by(config),

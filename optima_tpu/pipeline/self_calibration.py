@@ -1,4 +1,4 @@
-"""Calibration on text that the dense model writes itself, and how a run saves this text."""
+"""Calibration on text that the dense model writes itself, alone or beside another text, and how a run saves what it wrote."""
 
 import dataclasses
 import io
@@ -26,8 +26,14 @@ from optima_tpu.runtime.processes import from_first, is_first, together
 CALIBRATION = "calibration.npy"
 
 
+def written_windows(config: RunConfig) -> int:
+    """The number of windows that the dense model writes for a run; 0 for most runs."""
+    text = config.calibration
+    return text.samples + text.held_out if isinstance(parse_source(text.source), SelfGenerated) else text.written
+
+
 def self_calibration(config: RunConfig, pretrained: Pretrained, decoder: Decoder, console: Console | None = None) -> Tokens:
-    """Calibration windows that the dense model writes, or that an earlier start of the run saved. Every process calls it.
+    """The windows that the dense model writes, or that an earlier start of the run saved. Every process calls it.
 
     A window begins with the tokenizer's BOS, or with its EOS if it has no BOS: in packed text this token precedes a document.
     After an EOS that the model draws, the next document begins in the same window: with a BOS if the tokenizer puts one before
@@ -39,8 +45,8 @@ def self_calibration(config: RunConfig, pretrained: Pretrained, decoder: Decoder
     Raises:
       UserError: the tokenizer has neither token; or see :func:`optima_tpu.models.generate.generate`.
     """
-    source, text = parse_source(config.calibration.source), config.calibration
-    assert isinstance(source, SelfGenerated), "asked of a run whose model writes its calibration text"
+    source, text, count = parse_source(config.calibration.source), config.calibration, written_windows(config)
+    temperature = source.temperature if isinstance(source, SelfGenerated) else 1.0
     tokenizer = together(lambda: load_tokenizer(pretrained))
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     start = eos if bos is None else bos
@@ -49,36 +55,34 @@ def self_calibration(config: RunConfig, pretrained: Pretrained, decoder: Decoder
             "expected a tokenizer with a BOS or an EOS token, since the text that the model writes begins with one, got a "
             "tokenizer_config.json that names neither: add one, or choose another --calibration.source"
         )
-    count = text.samples + text.held_out
     ids = from_first(lambda: _kept(config.run_directory, generated_by(config), to_dict(config)))
     if ids is None:
         before_each = list(tokenizer("")["input_ids"][:1]) == [start]
         with Progress(console or Console(quiet=not is_first())) as progress:
             sampling = Sampling(
-                start, len(tokenizer), text.seed, source.temperature, restart=eos if before_each and eos != start else None
+                start, len(tokenizer), text.seed, temperature, restart=eos if before_each and eos != start else None
             )
             budget = device_budget(config.device_memory)
             ids = generate(decoder, sampling, samples=count, length=text.window, budget=budget, progress=progress)
     how = (
         f"{count} windows of {text.window} tokens that the model wrote itself, from {tokenizer.decode([start])} at "
-        f"temperature {source.temperature:g}{held_out_text(text.held_out)}"
+        f"temperature {temperature:g}" + held_out_text(0 if text.written else text.held_out)
     )
     return Tokens(ids, how, ids.size)
 
 
-def keep_calibration(directory: Path, manifest: Mapping[str, Any], calibration: Tokens) -> None:
+def keep_calibration(directory: Path, manifest: Mapping[str, Any], written: np.ndarray | None) -> None:
     """Saves the text that the model wrote into the directory of its run: by rounding, another mesh might write other text."""
-    if "generated" in manifest and _kept(directory, manifest) is None:
+    if written is not None and _kept(directory, manifest) is None:
         file = io.BytesIO()
-        np.save(file, calibration.ids)
+        np.save(file, written)
         with writing(directory / CALIBRATION, "make room and repeat the command"):
             keep(directory, {CALIBRATION: file.getvalue()})
 
 
 def generated_by(config: RunConfig) -> Mapping[str, Any]:
-    """The manifest's entry for windows that the model wrote, in addition to their digests; empty for other sources."""
-    text = config.calibration
-    return {"generated": dataclasses.asdict(text)} if isinstance(parse_source(text.source), SelfGenerated) else {}
+    """The manifest's entry for windows that the model wrote, in addition to their digests; empty where it writes none."""
+    return {"generated": dataclasses.asdict(config.calibration)} if written_windows(config) else {}
 
 
 def _kept(directory: Path, wanted: Mapping[str, Any], configuration: Mapping[str, Any] | None = None) -> np.ndarray | None:

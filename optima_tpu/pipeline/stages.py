@@ -101,7 +101,7 @@ class Opened:
         given = open_given(config.selector) if isinstance(config.selector, Imported) else None
         budget, groups = device_budget(config.device_memory), groups_of_blocks(decoder)
         found = fitted(decoder, groups, recipe, texts.calibration.ids.shape, budget)
-        walk = Walk(decoder, recipe, groups, config.calibration.samples, budget - found.states, given, found.states > 0)
+        walk = Walk(decoder, recipe, groups, config.calibration.fitted, budget - found.states, given, found.states > 0)
         if config.distill:
             refuse_large(Trainer(decoder, config.distill, budget), "--distill null")
         directory = prepare_directory(config.run_directory, manifest, to_dict(config))
@@ -205,7 +205,7 @@ def _open_journal(run: Run) -> None:
     run.journal = open_journal(
         opened.directory, opened.manifest, opened.model.pretrained.assets, opened.configuration, opened.config.recompute
     )
-    first_only(lambda: keep_calibration(opened.directory, opened.manifest, opened.texts.calibration))
+    first_only(lambda: keep_calibration(opened.directory, opened.manifest, opened.texts.written))
 
 
 def _knows_dense(run: Run) -> bool:
@@ -323,7 +323,7 @@ def _is_distilled(run: Run) -> bool:
 def _distill(run: Run) -> None:
     opened_run, journal, progress = run.opened, _made(run.journal), run.progress
     method, texts, dense = _made(opened_run.config.distill), opened_run.texts, opened_run.model.decoder
-    held_out = texts.calibration.ids[opened_run.config.calibration.samples :]
+    held_out = texts.calibration.ids[opened_run.config.calibration.fitted :]
     budget = device_budget(opened_run.config.device_memory)
     inputs = Inputs(dense, journal, method, Windows(_made(texts.distillation), held_out), budget)
     found = (distill_by_spans if method.by_spans else distill)(inputs, progress.advance, progress.note)

@@ -517,7 +517,7 @@ def test_a_run_draws_a_mix_from_its_texts(tmp_path, tokenizer):
     [
         ("c4:0.5,pydoc:0.6", "whose sum is 1"),
         ("c4:1,pydoc:0", "above 0"),
-        ("c4:0.5,self:0.5", "can only stand alone"),
+        ("c4:0.5,self:0.5", "give --calibration.written"),
         ("c4:0.5,c4:0.5", "expected different texts"),
         ("c4:0.5,pydoc", "a share behind each text"),
         ("file:a.txt,file:b.txt", "a share behind each text"),

@@ -102,7 +102,7 @@ def test_without_a_length_windows_are_as_long_as_the_models_context(model, tmp_p
     words = f"--mesh 1x8 --calibration.source random --evaluation.windows 2 --pattern 3:8 --output {tmp_path / 'run'}"
     assert main([str(model), *words.split()]) == 2  # the pattern does not fit
     assert "no --calibration.length was given: windows of 128 tokens, the model's context\n" in capsys.readouterr().out
-    calibration, evaluation, _ = read_texts(config, open_model_on_mesh(config))
+    calibration, evaluation, *_ = read_texts(config, open_model_on_mesh(config))
     assert calibration.ids.shape == (4, 128) and evaluation.ids.shape[1] == 128
     assert on_context(config, LlamaConfig(max_position_embeddings=4096)).calibration.length == 2048
     assert on_context(config, LlamaConfig(max_position_embeddings=64)).calibration.length == 64

@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 
 from optima_tpu import data
-from optima_tpu.config.run_config import Calibration, RunConfig
+from optima_tpu.config.run_config import Calibration, Evaluation, RunConfig
 from optima_tpu.errors import UserError
 from optima_tpu.launch import main
+from optima_tpu.method.distillation import KL
 from optima_tpu.models.decoder import Decoder
 from optima_tpu.models.generate import Sampling, draw, empty_cache, generate, load, step, windows_at_once
 from optima_tpu.pipeline import self_calibration
-from optima_tpu.pipeline.inputs import open_model_on_mesh
+from optima_tpu.pipeline.inputs import Texts, open_model_on_mesh, read_texts
 from tests.support.meshes import mesh
 from tests.support.processes import several
 from tests.support.references import REFERENCES, tiny
@@ -223,6 +224,63 @@ def test_a_run_keeps_its_text_and_goes_on_with_it(tmp_path, monkeypatch, capsys)
     (run / "calibration.npy").write_bytes(b"nothing")
     assert main(command) == 0
     assert "writing 16 windows" in capsys.readouterr().out
+
+
+def test_what_the_model_writes_beside_a_text_stands_between_the_drawn_and_the_held_out_windows(tmp_path):
+    """Other windows are those of a run in which the model writes nothing; what it writes, those of one in which it writes all."""
+    folder = tiny_folder(tmp_path / "model")
+
+    def texts(distill: KL | None = None, **text) -> Texts:
+        chosen = {"source": "random", "samples": 4, "length": 16, "held_out": 2} | text
+        config = RunConfig(
+            str(folder), calibration=Calibration(**chosen), evaluation=Evaluation("random", windows=2), distill=distill
+        )
+        return read_texts(config, open_model_on_mesh(config))
+
+    alone, self_written = texts(), texts(source="self", samples=3, held_out=0)
+    beside = texts(written=3)
+    expected = np.concatenate([alone.calibration.ids[:4], self_written.calibration.ids, alone.calibration.ids[4:]])
+    assert (beside.calibration.ids == expected).all() and (beside.written == self_written.written).all()
+    assert "3 windows of 16 tokens that the model wrote itself" in beside.calibration.how
+
+    training = KL(windows=5)
+    without, trained = texts(training), texts(training, written=3)
+    assert (trained.distillation == without.distillation).all() and len(trained.distillation) == 5
+    assert (trained.calibration.ids[4:7] == beside.written).all()
+    assert (np.delete(trained.calibration.ids, np.s_[4:7], axis=0) == without.calibration.ids).all()
+
+
+def test_a_run_goes_on_with_what_the_model_wrote_beside_its_text(tmp_path, monkeypatch, capsys):
+    folder, run = tiny_folder(tmp_path / "model"), tmp_path / "run"
+    command = [
+        "--model",
+        str(folder),
+        "--mesh",
+        "4x2",
+        *SMALL,
+        "--calibration.written",
+        "3",
+        "--target",
+        "dense",
+        "--recapture",
+        "true",
+    ]
+    command += ["--output", str(run)]
+    stop_after_the_first_block(monkeypatch)
+    assert main(command) == 130
+    monkeypatch.undo()
+    kept = np.load(run / "calibration.npy")
+    assert kept.shape == (3, 32) and (kept[:, 0] == 256).all()
+    monkeypatch.setattr(self_calibration, "generate", None)
+    assert main([*command, "--calibration.written", "4"]) == 2
+    assert "calibration.written is 3 there, 4 here" in capsys.readouterr().err
+    assert main(command) == 0
+    assert "; 3 windows of 32 tokens that the model wrote itself" in capsys.readouterr().out
+
+
+def test_a_text_that_the_model_writes_as_a_whole_has_nothing_written_beside_it():
+    with pytest.raises(UserError, match="give 12 samples of it and no calibration.written"):
+        Calibration("self?temperature=0.9", samples=8, written=4)
 
 
 @pytest.mark.slow

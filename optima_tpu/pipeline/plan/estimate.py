@@ -33,7 +33,7 @@ from optima_tpu.pipeline.grams import halved, panels
 from optima_tpu.pipeline.inputs import linear_shapes
 from optima_tpu.pipeline.plan.model import NOWHERE, Declared
 from optima_tpu.pipeline.plan.topology import GIB, Machine
-from optima_tpu.pipeline.self_calibration import generated_by
+from optima_tpu.pipeline.self_calibration import written_windows
 from optima_tpu.runtime.mesh import MODEL
 
 
@@ -346,7 +346,7 @@ def storage(
     decoder, text = model.decoder, config.calibration
     itemsize = model.itemsize(next(iter(decoder.end_shapes)))
     state = text.window * decoder.config.d_model * itemsize  # of one sequence
-    hidden = calibrates * (text.samples + text.held_out) * state * config.target.streams
+    hidden = calibrates * (text.fitted + text.held_out) * state * config.target.streams
     block = max(model.at(kind).block_bytes() for kind in decoder.config.kinds)
     whole, ends = model.all_blocks_bytes(), model.end_bytes()
     shapes = {path: shape for path, _, shape in linear_shapes(decoder) if path in patterns}
@@ -565,7 +565,7 @@ def assumptions(config: RunConfig, machine: Machine) -> list[str]:
         )
     unknown_text = "" if config.evaluation.windows else " (evaluation.windows is null, and the text is not on this machine)"
     words.append(f"a perplexity text of {evaluation_tokens(config):,} tokens{unknown_text}")
-    if generated_by(config):
+    if written_windows(config):
         words.append("the time in which the model writes its calibration text is not counted")
     if config.allocation.measures:
         words.append("measuring the blocks for --allocation is not counted; every block is planned with the pattern's sparsity")

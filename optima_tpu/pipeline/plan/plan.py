@@ -27,7 +27,7 @@ from optima_tpu.pipeline.plan.program import STAGES, Program
 from optima_tpu.pipeline.plan.texts import counted
 from optima_tpu.pipeline.plan.topology import Machine
 from optima_tpu.pipeline.plan.training import refusal, training_programs
-from optima_tpu.pipeline.self_calibration import generated_by
+from optima_tpu.pipeline.self_calibration import written_windows
 from optima_tpu.runtime.device_memory import device_budget
 from optima_tpu.runtime.mesh import DATA, MODEL
 
@@ -159,9 +159,9 @@ def make_plan(
     budget = device_budget(config.device_memory, None if machine.here else machine.chip.memory)
     walk = _Walk({}, {}) if recovering else _walk(config, decoder, patterns, budget)
     refused = walk.refused
-    if generated_by(config) and not recovering:
+    if written_windows(config) and not recovering:
         try:
-            windows_at_once(decoder, text.samples + text.held_out, text.window, budget)
+            windows_at_once(decoder, written_windows(config), text.window, budget)
         except UserError as error:
             refused = str(error)  # a run writes its text first
     training: tuple[Program, ...] = ()
@@ -182,7 +182,7 @@ def make_plan(
         model,
         machine,
         programs,
-        sequences_at_once(decoder, config.distill.batch if recovering and config.distill else text.samples),
+        sequences_at_once(decoder, config.distill.batch if recovering and config.distill else text.fitted),
         stored,
         seconds,
         estimate.assumptions(config, machine),
@@ -212,7 +212,7 @@ def _walk(config: RunConfig, decoder: Decoder, patterns: Mapping[str, Pattern], 
     blocks: Iterable[tuple[Pass, ...]]
     states, refused = 0, ""
     try:
-        blocks, _, states = fitted(decoder, groups, recipe, (text.samples + text.held_out, text.window), budget)
+        blocks, _, states = fitted(decoder, groups, recipe, (text.fitted + text.held_out, text.window), budget)
     except UserError as error:
         blocks, refused = _fitting(decoder, groups, recipe, budget), str(error)
     kinds: dict[_Kind, int] = collections.Counter()
@@ -296,14 +296,14 @@ def _calibration(
 ) -> Program:
     decoder, text, groups = model.decoder, config.calibration, kind.groups
     inputs = estimate.inputs_of(model, groups)
-    batch = sequences_at_once(decoder, text.samples)
-    steps = sum(-(-count // (batch * machine.mesh.shape[DATA])) for count in (text.samples, text.held_out))
+    batch = sequences_at_once(decoder, text.fitted)
+    steps = sum(-(-count // (batch * machine.mesh.shape[DATA])) for count in (text.fitted, text.held_out))
     # While the held-out sequences pass through the block, the Hessians of the calibration sequences are on the devices.
     streams, target = config.target.streams, config.target
     capture = Capture(groups, target, advance=target.dense_stream and kind.last, borrow=config.borrow)
     beside = resident(decoder, groups, False, streams) - resident(decoder, (), False) if text.held_out else 0
     memory = beside + estimate.calibration_memory(model, inputs, text.window, batch, streams)
-    calls = functools.cache(lambda: calibration_calls(decoder, capture, kind.known, kind.kept, text.window, text.samples))
+    calls = functools.cache(lambda: calibration_calls(decoder, capture, kind.known, kind.kept, text.window, text.fitted))
     where = f" (as in block {kind.block})" if len(decoder.config.kinds) > 1 else ""
     name, tokens = f"calibration of {_short(groups)}{where}", f"{batch} x {text.window} tokens a device"
     sums, found = compile_call(f"{name}, sums: {tokens}", lambda: calls().sums), None

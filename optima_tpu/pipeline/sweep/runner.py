@@ -17,7 +17,7 @@ from optima_tpu.models.model import Model
 from optima_tpu.pipeline.inputs import Texts, manifest_of, on_context, open_model_on_mesh, read_texts, token_digest
 from optima_tpu.pipeline.repair import faults
 from optima_tpu.pipeline.run import run
-from optima_tpu.pipeline.self_calibration import generated_by
+from optima_tpu.pipeline.self_calibration import written_windows
 from optima_tpu.pipeline.sweep.cells import Cell
 from optima_tpu.pipeline.sweep.grid import CellGrid
 from optima_tpu.pipeline.sweep.tables import Result, describe, failed, finished, missing, refuse_loss, write_tables
@@ -52,7 +52,7 @@ class Shared:
     def texts(self, config: RunConfig) -> Texts:
         """The texts of a cell, as the model's tokenizer reads them."""
         # A model writes another text in another dtype and, by rounding, on another mesh.
-        writer = _model_key(config) if generated_by(config) else (config.model,)
+        writer = _model_key(config) if written_windows(config) else (config.model,)
         key = *writer, config.calibration, config.evaluation
         if key not in self._texts:
             self._texts[key] = read_texts(config, self.model(config))
