@@ -418,7 +418,7 @@ def test_what_does_not_fit_is_said_with_numbers(tmp_path):
         small._replace(chip=CHIPS["v5e"]),
     )
     assert "to write its own calibration text" in whole.refused and not whole.to_json()["fits"]
-    assert any("writes its calibration text" in words for words in whole.assumptions)
+    assert any("windows that the model writes at once" in words for words in whole.assumptions)
 
     def refuse():
         raise jax.errors.JaxRuntimeError(
@@ -429,6 +429,28 @@ def test_what_does_not_fit_is_said_with_numbers(tmp_path):
     assert compiled(refuse).refused == "needs 37.29GiB of 15.75GiB"
     full = dataclasses.replace(plan, programs=(plan.programs[0]._replace(compiled=compiled(refuse)),))
     assert "does not fit calibration step: needs 37.29GiB" in "\n".join(summary(full))
+
+
+def test_each_token_that_the_model_writes_reads_all_weights_of_a_device(tmp_path):
+    config = run_config(config_folder(tmp_path))
+    machine = Machine("there", CHIPS["v5e"], AbstractMesh((4, 2), ("data", "model")), 1, 0.5)
+    model = open_declared(config.model, None, config.batch).on(machine.mesh)
+
+    def plan(written: int):
+        return make_plan(
+            dataclasses.replace(config, calibration=dataclasses.replace(config.calibration, written=written)), model, machine
+        )
+
+    stored, chip = model.all_blocks_bytes() + model.end_bytes(), machine.chip
+    reading = stored / 2 / (0.5 * chip.bandwidth)
+    multiplying = 2 * stored / model.dtype.itemsize * 8 / 8 / (0.5 * (chip.wide if model.dtype.itemsize == 4 else chip.narrow))
+    expected = (config.calibration.window - 1) * (reading + multiplying)
+    assert plan(8).seconds["text that the model writes"] == pytest.approx(expected)
+    without, beside = plan(0), plan(8)
+    assert "text that the model writes" not in without.seconds
+    fitted = config.calibration.samples
+    grown = (fitted + 8 + config.calibration.held_out) / (fitted + config.calibration.held_out)
+    assert beside.storage.hidden == pytest.approx(grown * without.storage.hidden)
 
 
 @pytest.mark.parametrize(("share", "warned"), [(0.5, False), (0.9, True)])

@@ -247,6 +247,14 @@ def products(model: Declared, flops: float) -> Work:
     return Work(wide=flops) if model.dtype.itemsize == 4 else Work(narrow=flops)
 
 
+def writing_seconds(model: Declared, config: RunConfig, machine: Machine, at_once: int) -> float:
+    """Seconds in which the dense model writes its windows, ``at_once`` of them together: every token of them reads all weights."""
+    windows, stored = written_windows(config), model.all_blocks_bytes() + model.end_bytes()
+    flops = 2.0 * stored / model.dtype.itemsize * at_once / machine.mesh.size
+    token = products(model, flops)._replace(traffic=stored / machine.mesh.shape[MODEL])
+    return -(-windows // at_once) * (config.calibration.window - 1) * token.seconds(machine)
+
+
 def calibration_work(
     model: Declared,
     block: float,
@@ -420,8 +428,8 @@ class RunTime(NamedTuple):
         """Seconds of a run, by stage.
 
         Args:
-          running: seconds of all calls of the programs of each stage, the calibration, the pruning, the steps of a training; and
-            of their communication.
+          running: seconds of all calls of the programs of each stage, the calibration, the pruning, the steps of a training; of
+            their communication; and of the "text" that the model writes.
           compiling: seconds that compiling all programs took on this machine; None if nothing was compiled.
         """
         model, tokens = self.model, evaluation_tokens(self.config)
@@ -436,6 +444,7 @@ class RunTime(NamedTuple):
         training = running["training"] + (beside or 0)
         stages = {
             "compiling (as here)": compiling,
+            "text that the model writes": running["text"],
             "perplexity, dense and pruned": 2 * (self._forward(tokens) + self._head(tokens)),
             **walk,
             "training": running["training"],
@@ -566,7 +575,9 @@ def assumptions(config: RunConfig, machine: Machine) -> list[str]:
     unknown_text = "" if config.evaluation.windows else " (evaluation.windows is null, and the text is not on this machine)"
     words.append(f"a perplexity text of {evaluation_tokens(config):,} tokens{unknown_text}")
     if written_windows(config):
-        words.append("the time in which the model writes its calibration text is not counted")
+        words.append(
+            "for each token of the windows that the model writes at once a device reads its weights; attention is not counted"
+        )
     if config.allocation.measures:
         words.append("measuring the blocks for --allocation is not counted; every block is planned with the pattern's sparsity")
     words.append(

@@ -158,10 +158,11 @@ def make_plan(
     decoder, text, patterns = model.decoder, config.calibration, pruned_layers(config, model.decoder)
     budget = device_budget(config.device_memory, None if machine.here else machine.chip.memory)
     walk = _Walk({}, {}) if recovering else _walk(config, decoder, patterns, budget)
-    refused = walk.refused
+    refused, writing = walk.refused, 0.0
     if written_windows(config) and not recovering:
         try:
-            windows_at_once(decoder, written_windows(config), text.window, budget)
+            at_once = windows_at_once(decoder, written_windows(config), text.window, budget)
+            writing = estimate.writing_seconds(model, config, machine, at_once)
         except UserError as error:
             refused = str(error)  # a run writes its text first
     training: tuple[Program, ...] = ()
@@ -175,7 +176,7 @@ def make_plan(
     stored = estimate.storage(model, config, machine.hosts, patterns, block.kept, not recovering)
     stored = stored._replace(resident=walk.states > 0)
     running = {name: sum(program.seconds(machine) for program in programs if program.stage == name) for name in STAGES}
-    running["communication"] = sum(program.communication(machine) for program in programs)
+    running |= {"communication": sum(program.communication(machine) for program in programs), "text": writing}
     timed = estimate.RunTime(model, config, machine, stored, block)
     seconds = timed.stages(running, compiling if machine.compiles else None)
     return Plan(
