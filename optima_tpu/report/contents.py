@@ -15,6 +15,7 @@ class _Calibration(TypedDict):
     source: str
     samples: Count
     length: Count
+    written: NotRequired[Count]
 
 
 class _Source(TypedDict):

@@ -195,12 +195,13 @@ def _facts(configuration: Mapping[str, Any]) -> dict[str, str]:
     """The facts about a run that a title may contain."""
     layers = configuration.get("layers")
     text = configuration["calibration"]
+    written = f" and {text['written']} windows that the model wrote" if text.get("written") else ""
     pattern = configuration["pattern"] if ":" in configuration["pattern"] else f"sparsity {configuration['pattern']}"
     return {
         "model": model_name(configuration),
         "pattern": pattern + (f" ({layers})" if layers else ""),
         "calibration": f"{'trained' if configuration.get('recover') else 'calibrated'} on {text['source']}, {text['samples']} x "
-        f"{text['length']} tokens",
+        f"{text['length']} tokens{written}",
     }
 
 

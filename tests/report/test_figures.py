@@ -171,6 +171,11 @@ def test_a_ratio_far_above_1_makes_the_axis_logarithmic(tmp_path):
             ["wanda + cg, calibration.seed 3", "wanda + cg, calibration.seed 0"],
             "32 x 512 tokens",
         ),
+        (
+            [{"calibration": dataclasses.replace(EMBEDDED.calibration, written=4), "damping": damping} for damping in (0.1, 0.5)],
+            ["wanda + cg, solver.damping 0.1", "wanda + cg, solver.damping 0.5"],
+            "32 x 512 tokens and 4 windows that the model wrote",
+        ),
     ],
 )
 def test_labels_tell_what_differs_and_the_title_what_does_not(changes, labels, title, tmp_path):
