@@ -8,6 +8,7 @@ The options of a method are the fields of its dataclass. The damping of the obje
 
 import dataclasses
 import re
+import typing
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, ClassVar, Protocol
@@ -82,8 +83,17 @@ def canonical_name(setting: str, text: str) -> str:
         if plain_name(text) == plain_name(name):
             return name
     own = f", or the import path of your own, such as my_lab.masks:{OPEN[setting].__name__}" if setting in OPEN else ""
-    near = did_you_mean(text, CHOICES[setting])
+    near = _as_option(setting, text) or did_you_mean(text, CHOICES[setting])
     raise UserError(f"expected {setting} to be one of {', '.join(CHOICES[setting])}{own}, got {text!r}{near}")
+
+
+def _as_option(setting: str, text: str) -> str:
+    """The end of a message about a text that is no method's name but a value of an option, as "norms" is of distill.train."""
+    for cls in filter(None, CHOICES[setting].values()):
+        for name, kind in typing.get_type_hints(cls).items():
+            if text in typing.get_args(kind):
+                return f"; {text} is a value of {setting}.{name}"
+    return ""
 
 
 def plain_name(name: Any) -> str:

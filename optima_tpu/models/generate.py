@@ -34,7 +34,7 @@ _LOGITS = 4  # arrays of logits in a step, on a device: capped, scaled, the rand
 
 _CALIBRATION_ADVICE = (
     "to write its own calibration text, take a --mesh with a larger model axis, a --dtype of fewer bytes, shorter windows, a larger "
-    "--device_memory, or another --calibration.source (c4, file:PATH)"
+    "--device_memory, or only stored text: another --calibration.source (c4, file:PATH) and no --calibration.written"
 )
 
 Caches = tuple[dict[str, Array], ...]

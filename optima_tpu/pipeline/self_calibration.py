@@ -53,7 +53,8 @@ def self_calibration(config: RunConfig, pretrained: Pretrained, decoder: Decoder
     if start is None:
         raise UserError(
             "expected a tokenizer with a BOS or an EOS token, since the text that the model writes begins with one, got a "
-            "tokenizer_config.json that names neither: add one, or choose another --calibration.source"
+            "tokenizer_config.json that names neither: add one, or take only stored text: another --calibration.source and no "
+            "--calibration.written"
         )
     ids = from_first(lambda: _kept(config.run_directory, generated_by(config), to_dict(config)))
     if ids is None:

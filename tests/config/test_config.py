@@ -434,6 +434,7 @@ def test_run_directory(config, directory):
         (["--solver", "lbfgs"], ["cg, mpax, exact, adam, null", "lbfgs"]),
         (["--selector", "sparsegtp"], ["'sparsegtp'; did you mean sparsegpt?"]),
         (["--solver", "MPXA"], ["'MPXA'; did you mean mpax?"]),
+        (["--distill", "norms"], ["'norms'; norms is a value of distill.train"]),
         (["--preset", "fsat"], ["'fsat'; did you mean fast?"]),
         (["--dtype", "bfloat"], ["bfloat; did you mean bfloat16?"]),
         (["--evaluation.bos", "windows"], ["windows; did you mean window?"]),
