@@ -77,6 +77,10 @@ class Calibration:
     written: int = 0
 
     def __post_init__(self):
+        if self.written and not self.samples:
+            raise UserError(
+                "expected calibration.samples of at least 1, got 0: a model that writes all of the text has calibration.source self"
+            )
         at_least(1, "calibration.samples", self.samples)
         at_least(2, "calibration.length", self.length)
         at_least(0, "calibration.seed", self.seed, most=(1 << 32) - 1)

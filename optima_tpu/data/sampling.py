@@ -101,7 +101,8 @@ def calibration_windows(
     else:
         raise UserError(
             f"{origin} holds {total} tokens of calibration text, {count} windows of {length} need {needed}: "
-            "give a longer text, or ask for fewer or shorter windows"
+            "give a longer text, or ask for fewer or shorter windows (calibration.samples, calibration.held_out and distill.windows "
+            "count together); calibration.written lets the model write some"
         )
     return Tokens(np.stack([long[document][start : start + length] for document, start in places]), how, int(sizes.sum()))
 

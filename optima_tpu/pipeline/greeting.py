@@ -7,13 +7,17 @@ import jax
 from rich.console import Console
 
 from optima_tpu.config.parse import on_preset
-from optima_tpu.config.run_config import RunConfig, to_dict, weights_settings
+from optima_tpu.config.run_config import Calibration, RunConfig, to_dict, weights_settings
+from optima_tpu.data import SelfGenerated, parse_source
 from optima_tpu.method.layer_rules import check_layers
 from optima_tpu.models.decoder import Decoder
 from optima_tpu.models.model import Model
 from optima_tpu.pipeline.distill.blocks import Trainer
 from optima_tpu.pipeline.inputs import Texts, linear_shapes
 from optima_tpu.report.progress import say
+
+_FEW, _ENOUGH = 8, 16
+"""Calibration tokens for each input of a layer: below the first they are few; the second is what more windows should reach."""
 
 
 def greet(console: Console, config: RunConfig, model: Model, texts: Texts, directory: Path, fitted: str) -> None:
@@ -35,11 +39,24 @@ def greet(console: Console, config: RunConfig, model: Model, texts: Texts, direc
         f"devices      {decoder.mesh.size} x {jax.devices()[0].device_kind}, mesh {shape['data']}x{shape['model']}{several}",
         f"run          {directory}",
     ]
+    if few := short_text(config.calibration, max(d_in for _, d_in in shapes.values())):
+        lines.insert(4, f"             {few}")
     if config.distill and (idle := Trainer(decoder, config.distill).idle):
         lines.append(f"training     {idle}")
     if fitted:
         lines.append(f"solver       {fitted}")
     say(console, "\n".join(lines))
+
+
+def short_text(text: Calibration, widest: int) -> str:
+    """What to do about a calibration text that is short for layers of ``widest`` inputs; empty if it is not."""
+    tokens, more = text.fitted * text.window, -(-_ENOUGH * widest // text.window) - text.fitted
+    if tokens >= _FEW * widest:
+        return ""
+    said = f"{tokens:,} tokens are few for layers of {widest:,} inputs: take --calibration.samples {text.samples + more}"
+    if isinstance(parse_source(text.source), SelfGenerated):
+        return said
+    return f"{said}, or let the model write more by --calibration.written {text.written + more}"
 
 
 def recipe_line(config: RunConfig, decoder: Decoder) -> str:

@@ -57,7 +57,7 @@ class Texts(NamedTuple):
         parts, how = [drawn.ids[:first], drawn.ids[last:]], drawn.how
         if written:
             parts.insert(1, written.ids)
-            how = f"{how}; {written.how}"
+            how = f"{written.how}; and {how}"
         return cls(
             drawn._replace(ids=np.concatenate(parts), how=how),
             evaluation,

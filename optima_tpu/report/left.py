@@ -27,7 +27,7 @@ FILES: Mapping[str, str] = {
     "dense.json": "the dense model’s perplexity; a resumed run does not measure it again",
     "dense_losses.npy": "the dense model’s loss on every token of the evaluation text, to find the tokens that got worse",
     "continuations.json": "the texts that both models write after a few prompts",
-    "calibration.npy": "the calibration text as token ids; the dense model wrote it",
+    "calibration.npy": "the calibration windows that the dense model wrote, as token ids",
     "allocation.json": "the sparsity of every block, chosen by the allocation",
     "distilled": "every block after the training, with checksums; checkpoint/ refers to it",
     "distillation.json": "the held-out loss at every check of the training, and which steps were kept",

@@ -1,5 +1,7 @@
 """Text that the model writes itself: the cache gives the logits of one pass, tokens follow them, and a run keeps its text."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +15,7 @@ from optima_tpu.method.distillation import KL
 from optima_tpu.models.decoder import Decoder
 from optima_tpu.models.generate import Sampling, draw, empty_cache, generate, load, step, windows_at_once
 from optima_tpu.pipeline import self_calibration
+from optima_tpu.pipeline.greeting import short_text
 from optima_tpu.pipeline.inputs import Texts, open_model_on_mesh, read_texts
 from tests.support.meshes import mesh
 from tests.support.processes import several
@@ -276,7 +279,19 @@ def test_a_run_goes_on_with_what_the_model_wrote_beside_its_text(tmp_path, monke
         assert main([*command, "--calibration.written", other]) == 2
         assert f"calibration.written is 3 there, {other} here" in capsys.readouterr().err
     assert main(command) == 0
-    assert "; 3 windows of 32 tokens that the model wrote itself" in capsys.readouterr().out
+    assert "3 windows of 32 tokens that the model wrote itself, from <s> at temperature 1; and " in capsys.readouterr().out
+
+
+def test_a_text_that_is_short_for_wide_layers_is_told_with_what_to_do():
+    text = Calibration("file:a.txt", samples=16, length=512)
+    assert short_text(text, 1536) == (
+        "8,192 tokens are few for layers of 1,536 inputs: take --calibration.samples 48, or let the model write more by "
+        "--calibration.written 32"
+    )
+    assert short_text(dataclasses.replace(text, written=4), 1536).endswith("--calibration.written 32")
+    assert short_text(dataclasses.replace(text, source="self"), 1536).endswith("take --calibration.samples 48")
+    enough = [dataclasses.replace(text, written=32), dataclasses.replace(text, samples=48), Calibration()]
+    assert not any(short_text(each, 1536) for each in enough)
 
 
 def test_a_text_that_the_model_writes_as_a_whole_has_nothing_written_beside_it():

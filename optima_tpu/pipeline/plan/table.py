@@ -41,6 +41,7 @@ def greeting(config: RunConfig, model: Declared, machine: Machine, recovering: b
     """The lines that describe what is planned, printed before the first long step."""
     shape, text = machine.mesh.shape, config.calibration
     hosts = "" if machine.hosts == 1 else f", {machine.hosts} hosts"
+    training = f", {config.distill.windows} x {text.window} for the training" if config.distill and not recovering else ""
     written = f", {text.written} x {text.window} that the model writes" if text.written else ""
     recipe = [f"preset   {on_preset(config)}", f"recipe   {recipe_line(config, model.decoder)}"]
     if recovering and (method := config.distill):
@@ -51,7 +52,7 @@ def greeting(config: RunConfig, model: Declared, machine: Machine, recovering: b
     return [
         f"model    {model.origin}: {model.decoder.config.blocks} blocks, only its configuration is read",
         *recipe,
-        f"text     {text.source}, {text.samples} x {text.window} tokens{written}, and {text.held_out} windows held out",
+        f"text     {text.source}, {text.samples} x {text.window} tokens{training}{written}, and {text.held_out} windows held out",
         f"devices  {machine.name}: {machine.mesh.size} x {machine.chip.name}, {_gib(machine.chip.memory)} GiB each, "
         f"mesh {shape['data']}x{shape['model']}{hosts}",
         *(f"note     {note}" for note in (*machine.notes, *filter(None, [idle]))),
