@@ -740,7 +740,14 @@ _RESULTS: Mapping[str, tuple[str, Mapping[str, Sequence[str]]]] = {
             ),
             "Pruned and quantised": ("quantization", "qwix"),
             "Tasks, and distance from the dense model": ("tasks", "distance"),
-            "Calibration text": ("calibration-text", "calibration-size", "samples", "few-tokens", "few-tokens-wide"),
+            "Calibration text": (
+                "calibration-text",
+                "calibration-size",
+                "samples",
+                "few-tokens",
+                "few-tokens-wide",
+                "written-windows",
+            ),
             "The tables of the OPTIMA paper, on this model": (
                 "original-implementation",
                 "paper-half",

@@ -150,8 +150,7 @@ def open_journal(
             files = {f"{ASSETS}/{name}": data for name, data in assets.items()}
             if lost := {name: data for name, data in files.items() if not intact(directory, name)}:
                 keep(directory, lost)
-            for folder in (_JOURNAL, _ACTIVATIONS):
-                (directory / folder).mkdir(exist_ok=True)
+            (directory / _JOURNAL).mkdir(exist_ok=True)
 
     def seen():
         if not (directory / RUN).exists():
@@ -232,7 +231,7 @@ class Journal:
                     begin(path)
                     remove(path)  # left by a damaged or unfinished block
                 if due:
-                    partial_states.mkdir()
+                    partial_states.mkdir(parents=True)
 
         def write_states():
             with writing(entry, remedy):

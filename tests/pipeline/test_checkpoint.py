@@ -88,6 +88,9 @@ def test_only_the_last_hidden_states_are_kept_and_only_if_they_would_take_long(t
         assert opened.activations(mesh(1, 1), 2, 2) is None
     journal.forget_states()
     assert journal.last_activations(mesh(1, 1), 7, 2) is None and not open_journal(tmp_path, MANIFEST, ASSETS).damaged
+    assert not (
+        tmp_path / "activations"
+    ).exists()  # nor does a run that goes on make the folder while it has nothing to put there
 
 
 @pytest.mark.parametrize("shapes", [((4, 2), (2, 4)), ((1, 1), (8, 1)), ((2, 1), (1, 1))], ids=str)
