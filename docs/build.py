@@ -747,6 +747,7 @@ _RESULTS: Mapping[str, tuple[str, Mapping[str, Sequence[str]]]] = {
                 "few-tokens",
                 "few-tokens-wide",
                 "written-windows",
+                "written-choice",
             ),
             "The tables of the OPTIMA paper, on this model": (
                 "original-implementation",
