@@ -255,19 +255,7 @@ def test_what_the_model_writes_beside_a_text_stands_between_the_drawn_and_the_he
 
 def test_a_run_goes_on_with_what_the_model_wrote_beside_its_text(tmp_path, monkeypatch, capsys):
     folder, run = tiny_folder(tmp_path / "model"), tmp_path / "run"
-    command = [
-        "--model",
-        str(folder),
-        "--mesh",
-        "4x2",
-        *SMALL,
-        "--calibration.written",
-        "3",
-        "--target",
-        "dense",
-        "--recapture",
-        "true",
-    ]
+    command = ["--model", str(folder), "--mesh", "4x2", *SMALL, "--calibration.written", "3", "--solver", "null"]
     command += ["--output", str(run)]
     stop_after_the_first_block(monkeypatch)
     assert main(command) == 130
