@@ -17,6 +17,9 @@ from optima_tpu.report.records import LayerReport
 from optima_tpu.report.summary import fitted_errors, sparsity
 from optima_tpu.runtime.processes import check_signals
 
+_QUIET = 60.0
+"""Seconds after which a stage prints another line where no bar shows that it goes on, as in the log of a job."""
+
 
 def say(console: Console, text: str) -> None:
     """Prints text unchanged: does not wrap or colour paths, and does not read brackets as markup."""
@@ -45,8 +48,8 @@ class Progress:
                 progress.advance()
 
     Prints one line for every stage and every finished block. On a terminal, a bar below these lines shows the step, the last
-    layer and the time left in the stage. Only process 0 prints. Create it after the devices are initialised, because it asks JAX
-    for the process index.
+    layer and the time left in the stage; elsewhere a stage that prints nothing for a minute prints a line with its step and the
+    time left. Only process 0 prints. Create it after the devices are initialised, because it asks JAX for the process index.
 
     The end of a step or a layer is also where SIGTERM and Ctrl-C end the run, in all processes at once: ``stage``, ``layer`` and
     ``advance`` call :func:`optima_tpu.runtime.processes.check_signals`. Every process therefore makes the same calls.
@@ -63,7 +66,7 @@ class Progress:
         self._start = clock()
         self._stage: str | None = None
         self._block: int | None = None
-        self._stage_start = self._first_end = self._block_start = self._start
+        self._stage_start = self._first_end = self._block_start = self._said_at = self._start
         self._total = self._skipped = self._done = 0
         self._layers: list[LayerReport] = []
         self._bars = _Bars(
@@ -124,6 +127,8 @@ class Progress:
             parts += [f"{self._clock() - self._block_start:.1f} s", *([left] if left else [])]
             self._say(f"block {self._block} ({self._block + 1} of {self._total}): {', '.join(parts)}")
             self._block = None
+        elif left and not self._console.is_terminal and self._clock() - self._said_at >= _QUIET:
+            self._say(f"{self._done} of {self._total}, {left}")
         check_signals()
 
     def _left(self) -> str:
@@ -145,8 +150,9 @@ class Progress:
         self._bars.update(self._task, visible=False)
 
     def _say(self, text: str) -> None:
+        self._said_at = self._clock()
         if self._speaks:
-            say(self._console, f"{hms(self._clock() - self._start):>7}  {text}")
+            say(self._console, f"{hms(self._said_at - self._start):>7}  {text}")
 
 
 class _Bars(Bars):

@@ -61,12 +61,12 @@ def _telling(advance: Callable[[], None], note: Callable[[str], None], span: ran
 
     def after_block() -> None:
         nonlocal done, told
-        advance()
         done, now = done + 1, time.monotonic()
         if now - told > _LONG and done < len(span):
             told = now
             left = duration((now - begun) / done * (len(span) - done))
             note(f"the dense model has read it up to block {done} of {len(span)}, about {left} left")
+        advance()  # behind the line: the progress prints one of its own only where nothing else does
 
     return after_block
 
