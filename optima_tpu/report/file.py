@@ -100,7 +100,7 @@ def write_report(path: Path, entries: Mapping[str, Any], blocks: Sequence[BlockR
         - distillation: from ``distill.Outcome.to_json``; None if the pruned model was not trained.
         - weighed_layers: names, inside a block, of the layers for which the target weighs tokens.
         - recipe: one line on the method, with only those settings that have an effect on the model's family.
-        - seconds: by stage, from ``Progress.seconds``.
+        - seconds: by stage, from ``Progress.seconds``: of the last start of the run.
         - memory: from :func:`memory_peaks`.
         - sizes: bytes: "source" of the source's weight files, "dense" of its tensors, "transformers" of the exported weights on
           disk, "left" by the name of each file and folder in the run directory.
