@@ -120,6 +120,12 @@ def test_a_slice_has_whole_hosts(text, near):
         assert parse_topology(each)
 
 
+def test_a_plan_for_a_slice_that_nobody_lends_says_so():
+    assert topology_machine("v5e:4x4", None, compiling=False).notes[1:] == ()
+    said = topology_machine("v5e:6x4", None, compiling=False).notes[0]
+    assert said == "Google Cloud has v5e slices of 1, 4, 8, 16, 32, 64, 128 and 256 chips, and none of 24"
+
+
 @pytest.mark.parametrize(
     "asked, shape, found",
     [

@@ -178,7 +178,10 @@ def topology_machine(text: str, mesh: str | None, compiling: bool = True, quick:
       UserError: see :func:`parse_topology`; the compiler knows no such slice; or the mesh does not fit the slice.
     """
     kind, shape = parse_topology(text)
-    chip, devices, hosts, notes = CHIPS[kind], None, -(-math.prod(shape) // 4), []
+    chip, devices, count = CHIPS[kind], None, math.prod(shape)
+    hosts, notes = -(-count // 4), []
+    if len(shape) == 2 and count & (count - 1):  # docs.cloud.google.com/tpu/docs/v5e and v6e; the compiler knows more slices
+        notes.append(f"Google Cloud has {kind} slices of 1, 4, 8, 16, 32, 64, 128 and 256 chips, and none of {count}")
     if not compiling:
         notes.append("nothing was compiled (--no-compile): memory, FLOPs and bytes come from a simple model")
     elif not has_libtpu():
@@ -190,16 +193,16 @@ def topology_machine(text: str, mesh: str | None, compiling: bool = True, quick:
         described = _describe(text, kind, shape)
         devices = described.devices
         hosts = len({device.process_index for device in devices})  # type: ignore[attr-defined]  # jax declares no attributes
-        if len(devices) > math.prod(shape):  # cores of a chip that jax sees one by one
-            cores = len(devices) // math.prod(shape)
+        if len(devices) > count:  # cores of a chip that jax sees one by one
+            cores = len(devices) // count
             chip = chip._replace(
                 memory=chip.memory // cores,
                 **{rate: getattr(chip, rate) / cores for rate in ("narrow", "wide", "rough", "factor", "bandwidth")},
             )
             notes.append(f"a {kind} chip counts as {cores} devices: figures are per device")
-    cores = len(devices) // math.prod(shape) if devices else 1
+    cores = len(devices) // count if devices else 1
     # jax.make_mesh splits the dimensions of a v5e slice as needed, but of no other kind.
-    sizes = fitting_mesh(mesh, _primes(math.prod(shape)) if kind == "v5e" else (*shape, cores), text)
+    sizes = fitting_mesh(mesh, _primes(count) if kind == "v5e" else (*shape, cores), text)
     made: Mesh | AbstractMesh
     if devices:
         made = jax.make_mesh(sizes, (DATA, MODEL), (AxisType.Auto,) * 2, devices=devices)
