@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from optima_tpu.config.parse import dump
 from optima_tpu.errors import UserError
 from optima_tpu.report import plots
+from optima_tpu.report.file import files_in
 from optima_tpu.report.numbers import duration, number, percent
 from optima_tpu.report.results import devices
 from optima_tpu.report.run_record import recorded_run, recorded_words
@@ -134,7 +135,7 @@ def _facts(run: Run) -> list[list[str]]:
         "packages": packages or None,
         "system": f"Python {place['python']}, {place['system']}" if {"python", "system"} <= place.keys() else None,
         "read from": run.place,
-        **{f"left, {what}": path for what, path in report.get("files", {}).items()},
+        **{f"left, {what}": path for what, path in files_in(run.directory, report.get("files", {})).items()},
     }
     return [[name, value or "not recorded"] for name, value in facts.items()]
 

@@ -112,6 +112,8 @@ def test_a_finished_run_may_be_moved_and_a_lost_checkpoint_is_written_again(fini
         printed = capsys.readouterr().out
         assert str(finished.directory) not in printed
         assert all(str(moved / file) in printed for file in ("report.json", "checkpoint", "hf"))
+        page = (moved / "report.html").read_text()
+        assert str(moved / "checkpoint") in page and str(finished.directory / "checkpoint") not in page
         assert_same_weights(moved, finished.directory)
 
 
