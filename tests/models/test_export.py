@@ -139,6 +139,14 @@ def test_markup_in_a_models_name_is_text_in_its_card(tmp_path):
     assert "<script>" not in text and "\n# d" not in text
 
 
+@pytest.mark.parametrize("model", ["wheel:llm-tiny", "/home/me/tiny.Q4_1.gguf", "/home/me/tiny"])
+def test_the_card_says_of_a_gguf_file_that_its_numbers_were_converted(tmp_path, model):
+    finished_run(tmp_path / "run", small_model(), model=model)
+    export(tmp_path / "run", tmp_path / "out")
+    said = "the same as in the source, a GGUF file whose numbers were converted to float32."
+    assert (said in (tmp_path / "out" / "README.md").read_text()) == (model != "/home/me/tiny")
+
+
 def test_a_local_model_is_named_without_its_path_and_the_licence_is_the_sources(tmp_path):
     assets = ASSETS | {"LICENSE": b"   Apache License\n Version 2.0", "config.json": b'{"_name_or_path": "owner/base"}'}
     finished_run(tmp_path / "run", small_model(), assets=assets, model="/home/me/llama")
