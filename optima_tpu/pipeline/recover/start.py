@@ -149,7 +149,7 @@ def open_start(config: RecoverConfig, mesh: Mesh) -> Start:
     if spec is None:
         text = "" if config.source else " and --source with a text to train on"  # no record names that either
         raise UserError(
-            f"expected --against with the dense model{text}, got none, and {config.model} has no record of how it was pruned"
+            f"expected --against with the dense model{text}, got none, and {config.model} has no record of the model that was pruned"
         )
     # As it was opened to be pruned; without a record, in the dtype of the pruned model.
     recipe = (record.manifest or {}).get("recipe")
