@@ -1,20 +1,16 @@
 """What the benchmarks print of a model: the same as a whole run. What they do to a block: the same function in another order."""
 
-import functools
 import re
 import statistics
 
-import jax
 import numpy as np
 import pytest
-import torch
 
-from benchmarks import layer_errors, loss_weights, permutations
+from benchmarks import layer_errors, permutations
 from optima_tpu.method.patterns import NM
 from optima_tpu.models.decoder import Decoder
 from optima_tpu.report.runs import read_report
 from tests.support.meshes import mesh
-from tests.support.references import REFERENCES, tiny
 from tests.support.tiny_models import tiny_llama
 
 
@@ -85,36 +81,3 @@ def test_a_reordered_block_computes_the_same_function():
     decoder.apply(0, whole, before)
     decoder.apply(0, moved, after)
     assert after.values == pytest.approx(before.values, rel=1e-5, abs=1e-5)
-
-
-def test_tokens_that_are_weighed_alike_give_the_whole_run(finished, capsys):
-    loss_weights.main(["--power", "0", "--text", "random", "--", *finished.arguments])
-    perplexities = re.search(r"perplexity (\S+) dense, (\S+) pruned", capsys.readouterr().out).groups()
-    expected = read_report(finished.directory)["perplexity"]
-    assert [float(value) for value in perplexities] == pytest.approx([expected["dense"], expected["pruned"]], abs=6e-3)
-
-
-def test_loss_weights_are_the_squares_of_torchs_gradients():
-    config, model, tensors = tiny(next(reference for reference in REFERENCES if reference.model.startswith("Qwen2For")), {})
-    decoder = Decoder.open(config, tensors, mesh(1, 1), batch=2)
-    tokens = np.random.default_rng(0).integers(0, config.vocab_size, (2, 12))
-    found = loss_weights.mean_squares(decoder, tokens, seed=3)
-    windows = jax.random.split(jax.random.split(jax.random.key(3))[1], 2)
-    labels = np.stack(list(map(jax.random.categorical, windows, decoder.logits(tokens))))
-    outputs = {}
-
-    def keep(name, module, inputs, output):
-        output.retain_grad()
-        outputs[name] = output
-
-    for name, module in model.double().named_modules():
-        if name.startswith("model.layers.") and isinstance(module, torch.nn.Linear):
-            module.register_forward_hook(functools.partial(keep, name))
-    logits = model(torch.tensor(tokens)).logits
-    torch.nn.functional.cross_entropy(
-        logits.flatten(0, 1), torch.tensor(labels, dtype=torch.long).flatten(), reduction="sum"
-    ).backward()
-    for index, block in enumerate(found):
-        for name, squares in block.items():
-            expected = outputs[decoder.prefix(index) + name].grad.square().mean(-1).numpy()
-            np.testing.assert_allclose(squares, expected, rtol=2e-3, atol=1e-5 * expected.max(), err_msg=name)

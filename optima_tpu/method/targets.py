@@ -18,6 +18,12 @@ the one feature that a row adds to, and ``q`` the row of ``Q = (R_d - R)'X / n_t
 A norm follows such a layer and divides every token by the token's size, so the relative error of a token matters. A few tokens
 with massive activations are hundreds of times as large as the others and dominate all the means above. If each token is weighed
 by ``1 / mean(R_d^2)``, with ``R_d`` the stream after the layer, the means are means of relative errors.
+
+The loss of the dense model says more: to second order its expected rise is a sum over tokens and outputs of the squared error times
+the Fisher information there, whose diagonal is the mean of ``(dL / dz)^2`` over labels that the model draws itself. Each token can
+be weighed by ``r^(1 - p) s^p``, with ``s`` the mean of these squares over the outputs of the layers that read one input, ``r`` the
+weight by the residual stream, 1 where a layer has none, and ``p`` in [0, 1]. GuidedQuant (arXiv:2505.07004) quantises with ``s``,
+of the text's own labels.
 """
 
 import abc
@@ -37,12 +43,15 @@ class Target(abc.ABC):
     Attributes:
       dense_stream: whether the tokens also run through the dense blocks. If False, ``alpha``, ``gamma`` and ``weigh_tokens`` are
         0, 0 and False; see :class:`DenseTarget` for their meaning.
+      weigh_by_loss: how much a token's weight follows the square of the loss's gradient there: 0 not at all, 1 in proportion. Needs
+        a pass of the dense model back through all its blocks, before any is pruned. Routed experts weigh all tokens alike.
     """
 
     dense_stream: ClassVar[bool]
     alpha: float = 0.0
     gamma: float = 0.0
     weigh_tokens: bool = False
+    weigh_by_loss: float = 0.0
 
     @property
     def streams(self) -> int:
@@ -64,6 +73,11 @@ class SelfTarget(Target):
     """The layer's own outputs, on the inputs that it gets from the pruned blocks, as in the paper."""
 
     dense_stream: ClassVar[bool] = False
+
+    weigh_by_loss: float = 0.0
+
+    def __post_init__(self) -> None:
+        _refuse_outside(weigh_by_loss=self.weigh_by_loss)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,11 +102,16 @@ class DenseTarget(Target):
     alpha: float = 0.25
     gamma: float = 0.0
     weigh_tokens: bool = False
+    weigh_by_loss: float = 0.0
 
     def __post_init__(self) -> None:
-        for name, value in (("alpha", self.alpha), ("gamma", self.gamma)):
-            if not 0 <= value <= 1:
-                raise UserError(f"expected the target's {name} in [0, 1], got {value}")
+        _refuse_outside(alpha=self.alpha, gamma=self.gamma, weigh_by_loss=self.weigh_by_loss)
+
+
+def _refuse_outside(**shares: float) -> None:
+    for name, value in shares.items():
+        if not 0 <= value <= 1:
+            raise UserError(f"expected the target's {name} in [0, 1], got {value}")
 
 
 class LinearTerm(NamedTuple):

@@ -69,6 +69,8 @@ def recipe_line(config: RunConfig, decoder: Decoder) -> str:
         words.append(f"dense target {config.target.alpha:g}")
         words += [f"residual drift {config.target.gamma:g}"] if config.target.gamma and adding else []
         words += ["weighted tokens"] if config.target.weigh_tokens and adding else []
+    if config.target.weigh_by_loss:
+        words.append(f"loss-weighted tokens {config.target.weigh_by_loss:g}")
     if config.recapture:
         words.append("recapture")
     if config.borrow and decoder.family.shared:

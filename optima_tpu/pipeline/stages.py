@@ -39,6 +39,7 @@ from optima_tpu.pipeline.distill.windows import Inputs, Windows
 from optima_tpu.pipeline.greeting import greet, recipe_line
 from optima_tpu.pipeline.inputs import Texts, manifest_of, token_digest
 from optima_tpu.pipeline.journal import Journal, open_journal, prepare_directory
+from optima_tpu.pipeline.loss_gradient import GRADIENT, Squares, Text, forget_all, measure, missing, read
 from optima_tpu.pipeline.memory_plan import fitted
 from optima_tpu.pipeline.repair import DENSE, LOSSES, faults
 from optima_tpu.pipeline.self_calibration import keep_calibration
@@ -124,6 +125,7 @@ class Run:
       sinks: the services that receive records, in addition to the run directory.
       steps: sends the records of finished blocks to the sinks.
       allocation: the sparsity of every block, if the sparsities differ.
+      squares: of the loss's gradient, if the target weighs tokens by it.
       blocks: the report of every block of the checkpoint.
       distilled: the outcome of the distillation; None without one.
       pruned: the perplexity of the pruned model.
@@ -141,6 +143,7 @@ class Run:
     sinks: tuple[Sink, ...] = ()
     steps: Steps | None = None
     allocation: Allocated | None = None
+    squares: Squares | None = None
     blocks: list[dict[str, Any]] | None = None
     distilled: Outcome | None = None
     pruned: float | None = None
@@ -300,17 +303,45 @@ def _allocate(run: Run) -> None:
     run.progress.note(run.allocation.told)
 
 
+def _gradient_text(run: Run) -> Text:
+    walk, config = _made(run.opened.walk), run.opened.config
+    prefixes = map(walk.decoder.prefix, range(walk.decoder.config.blocks))
+    groups = [walk.recipe.pruned_groups(each, prefix) for each, prefix in zip(walk.groups, prefixes)]
+    return Text(walk.decoder, groups, run.opened.texts.calibration.ids, config.calibration.seed)
+
+
+def _knows_gradient(run: Run) -> bool:
+    if not run.opened.config.target.weigh_by_loss or len(_made(run.journal).finished) == _blocks(run):
+        return True
+    text = _gradient_text(run)
+    if missing(text, run.opened.directory):
+        return False
+    run.squares = read(text, run.opened.directory)
+    return True
+
+
+def _measure_gradient(run: Run) -> None:
+    text = _gradient_text(run)
+    measure(text, run.opened.directory, run.progress.advance)
+    run.squares = read(text, run.opened.directory)
+
+
+def _gradient_steps(run: Run) -> int:
+    return 2 * _blocks(run) * len(missing(_gradient_text(run), run.opened.directory))
+
+
 def _is_pruned(run: Run) -> bool:
     run.blocks = from_first(lambda: checkpointed_blocks(run.opened.directory))
     return run.blocks is not None
 
 
 def _prune(run: Run) -> None:
-    walk = dataclasses.replace(_made(run.opened.walk), tell=run.progress.layer)
+    walk = dataclasses.replace(_made(run.opened.walk), tell=run.progress.layer, squares=run.squares)
     if run.allocation is not None:
         layers = run.allocation.rules(walk.decoder, walk.recipe.pattern) + walk.recipe.layers
         walk = dataclasses.replace(walk, recipe=dataclasses.replace(walk.recipe, layers=layers))
     prune_model(walk, run.opened.texts.calibration.ids, _made(run.journal), run.progress, _made(run.steps).follow)
+    forget_all(run.opened.directory)
 
 
 def _is_distilled(run: Run) -> bool:
@@ -468,7 +499,8 @@ STAGES = (
     Stage("dense perplexity", (), _knows_dense, _measure_dense, lambda run: _blocks(run) + 1),
     Stage("recording", ("dense perplexity",), lambda run: False, _record),
     Stage("allocating", ("recording",), _knows_allocation, _allocate, _blocks),
-    Stage("pruning", ("recording", "allocating"), _is_pruned, _prune, _blocks),
+    Stage(GRADIENT, ("recording",), _knows_gradient, _measure_gradient, _gradient_steps),
+    Stage("pruning", ("recording", "allocating", GRADIENT), _is_pruned, _prune, _blocks),
     Stage("training", ("pruning",), _is_distilled, _distill, _distillation_steps),
     Stage(
         "writing the checkpoint",

@@ -26,6 +26,7 @@ from optima_tpu.models.activations import HiddenStates
 from optima_tpu.models.decoder import Decoder
 from optima_tpu.pipeline.calibrate import Capture, Stream, accumulate, repeat
 from optima_tpu.pipeline.journal import DENSE, HIDDEN, Journal
+from optima_tpu.pipeline.loss_gradient import Squares
 from optima_tpu.pipeline.memory_plan import Pass, block_passes
 from optima_tpu.report.progress import Progress
 from optima_tpu.report.records import BlockReport, LayerReport
@@ -48,6 +49,7 @@ class Walk:
       given: masks, and optionally weights, for a recipe without a selector.
       resident: whether the hidden states stay on the devices; otherwise they are on the hosts, and every pass moves them.
       tell: called with every layer's report as soon as the layer is done.
+      squares: from :mod:`loss_gradient`, of all sequences, for a target that weighs tokens by the loss.
     """
 
     decoder: Decoder
@@ -58,6 +60,7 @@ class Walk:
     given: ReadGiven | None = None
     resident: bool = False
     tell: Callable[[LayerReport], None] = lambda report: None
+    squares: Squares | None = None
 
 
 class Streams(NamedTuple):
@@ -142,6 +145,8 @@ def prune_block(walk: Walk, index: int, parameters: Mapping[str, Array], streams
     """
     if walk.recipe.target.dense_stream and streams.dense is None:
         raise ValueError("a dense target needs the hidden states of the dense model")
+    if walk.recipe.target.weigh_by_loss and walk.squares is None:
+        raise ValueError("a target that weighs tokens by the loss needs its gradient")
     block = PrunedBlock(dict(parameters), {}, (), {})
     passes, target, seconds = _passes(walk, index), walk.recipe.target, 0.0
     known: list[Mapping[str, HiddenStates]] = [{}] * target.streams
@@ -237,8 +242,9 @@ def prune_groups(
 
 def _calibrate(walk: Walk, index: int, capture: Capture, streams: tuple[Stream, ...]) -> tuple[TokenSets[TokenStatistics], ...]:
     """The statistics of each group's input on both sets of tokens."""
+    squares = None if walk.squares is None else walk.squares[index]
     found = (
-        accumulate(walk.decoder, index, each, [stream.part(first, last) for stream in streams])
+        accumulate(walk.decoder, index, each, [stream.part(first, last) for stream in streams], squares)
         for each, first, last in _sets(walk, capture, len(streams[0].hidden))
     )
     return tuple(itertools.starmap(TokenSets, zip(*found)))

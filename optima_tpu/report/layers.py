@@ -116,6 +116,11 @@ def _said_of_errors(runs: Sequence[Run]) -> list[str]:
             "If the target weighs tokens, so do the errors of the layers that add to the residual stream: the weight of a token "
             "is the inverse mean square of the residual stream after the layer."
         )
+    if any(map(_weighs_by_loss, runs)):
+        text.append(
+            "If the target weighs tokens by the loss, so do the errors of all layers but routed experts: a token counts by the square "
+            "of the loss's gradient at the layer's output."
+        )
     return text + [
         f"{run.label if several else 'This run'} has no held-out text: its errors are measured on the text that the weights "
         "were fitted to, and are larger on other text."
@@ -373,6 +378,10 @@ def _aims_at_dense(run: Run) -> bool:
 
 def _weighs_tokens(run: Run) -> bool:
     return bool(run.report.get("weighed_layers"))
+
+
+def _weighs_by_loss(run: Run) -> bool:
+    return bool(run.report["configuration"]["target"].get("weigh_by_loss"))
 
 
 def _against_dense(run: Run, of: LayerReport | LayerKind | None) -> list[str]:

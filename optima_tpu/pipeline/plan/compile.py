@@ -152,6 +152,31 @@ def _parameter(decoder: Decoder, name: str) -> Array:
     return struct_on(decoder.mesh, decoder.block_shapes[name], dtype, decoder.sharding(name))
 
 
+class Entering(NamedTuple):
+    """What a program that runs a block gets, as structs on the mesh.
+
+    Attributes:
+      state: the block's parameters.
+      hidden: the hidden states of a step, [windows, length, d_model].
+      positions: from ``Decoder.positions``.
+    """
+
+    state: Any
+    hidden: Array
+    positions: Any
+
+    @classmethod
+    def of(cls, decoder: Decoder, length: int, samples: int) -> "Entering":
+        """For a block of the decoder's kind, in a step over up to ``samples`` sequences."""
+        mesh, size = decoder.mesh, sequences_at_once(decoder, samples) * decoder.mesh.shape[DATA]
+        dtype, positions = decoder.tensors.dtype(decoder.root + decoder.family.embedding), decoder.config.positions
+        return cls(
+            decoder.state({name: _parameter(decoder, name) for name in decoder.block_shapes}),
+            struct_on(mesh, (size, length, decoder.config.d_model), dtype, P(DATA)),
+            jax.tree.map(lambda array: struct_on(mesh, array.shape, array.dtype, P()), positions(decoder.config.kind, length)),
+        )
+
+
 class CalibrationCalls(NamedTuple):
     """The programs of one step of ``calibrate.accumulate``.
 
@@ -210,17 +235,13 @@ def calibration_calls(decoder: Decoder, capture: Capture, known: Kept, kept: Kep
       known: the inputs that earlier passes have kept.
       kept: the inputs that this pass keeps.
     """
-    parameters = {name: _parameter(decoder, name) for name in decoder.block_shapes}
-    mesh, dtype = decoder.mesh, decoder.tensors.dtype(decoder.root + decoder.family.embedding)
-    size, adding = sequences_at_once(decoder, samples) * mesh.shape[DATA], SumsProgram.of(decoder, capture)
-    positions = jax.tree.map(
-        lambda array: struct_on(mesh, array.shape, array.dtype, P()), decoder.config.positions(decoder.config.kind, length)
-    )
+    mesh, adding = decoder.mesh, SumsProgram.of(decoder, capture)
+    state, hidden, positions = Entering.of(decoder, length, samples)
+    size, dtype = len(hidden), hidden.dtype
 
     def entering(width: int) -> Array:
         return struct_on(mesh, (size, length, width), dtype, P(DATA))
 
-    state, hidden = decoder.state(parameters), entering(decoder.config.d_model)
     passes, inputs = [], []
     for each, names in zip(pass_programs(decoder, capture, kept), known):
         passes.append(
@@ -234,9 +255,11 @@ def calibration_calls(decoder: Decoder, capture: Capture, known: Kept, kept: Kep
                 lambda array: struct_on(mesh, array.shape, array.dtype, P(DATA)), {name: found[name] for name in each.names}
             )
         )
-    weights = {name: parameters[name + ".weight"] for name in adding.multiplied(decoder, energy=False)}
+    weights = {name: _parameter(decoder, name + ".weight") for name in adding.multiplied(decoder, energy=False)}
+    factors = {name: struct_on(mesh, (size, length), jnp.float32, P(DATA)) for name in adding.by_loss}
     valid = struct_on(mesh, (size,), jnp.bool_, P(DATA))
-    return CalibrationCalls(tuple(passes), Call(add_batch, (adding, sums_of(decoder, adding), tuple(inputs), weights, valid)))
+    sums = Call(add_batch, (adding, sums_of(decoder, adding), tuple(inputs), weights, factors, valid))
+    return CalibrationCalls(tuple(passes), sums)
 
 
 def sequences_at_once(decoder: Decoder, samples: int) -> int:

@@ -25,12 +25,13 @@ from optima_tpu.method.targets import Target
 from optima_tpu.models.decoder import Decoder, forward
 from optima_tpu.models.experts import expert_of
 from optima_tpu.models.family import Positions
-from optima_tpu.pipeline.calibrate import few_outputs, residual_names
+from optima_tpu.pipeline.calibrate import few_outputs, groups_of_blocks, residual_names
 from optima_tpu.pipeline.distill.blocks import Trainer
 from optima_tpu.pipeline.distill.train import SHARE
 from optima_tpu.pipeline.distill.windows import Parts
 from optima_tpu.pipeline.grams import halved, panels
 from optima_tpu.pipeline.inputs import linear_shapes
+from optima_tpu.pipeline.loss_gradient import GRADIENT, parts_of, unrouted
 from optima_tpu.pipeline.plan.model import NOWHERE, Declared
 from optima_tpu.pipeline.plan.topology import GIB, Machine
 from optima_tpu.pipeline.self_calibration import written_windows
@@ -337,7 +338,7 @@ class Storage(NamedTuple):
     @property
     def left(self) -> int:
         """Bytes on the disk at the end."""
-        return sum(size for use, size in self.disk.items() if use not in ("hidden states", _STATES))
+        return sum(size for use, size in self.disk.items() if use not in ("hidden states", GRADIENT, _STATES))
 
 
 def storage(
@@ -374,12 +375,19 @@ def storage(
     }
     if kept:
         host["inputs of layers"] = round(share * kept)
+    if squares := calibrates * _squares_bytes(model, config):
+        parts = parts_of(decoder, text.fitted + text.held_out, text.window)
+        # Measured before there are hidden states of the walk, and then kept beside them.
+        entering = len(parts[0]) * state * (decoder.config.blocks + 1) // hosts
+        host[GRADIENT] = squares + max(0, entering - share)
     if config.distill:
         batch, _, at_once = Parts.of(config.distill, config.distill.windows, state)
         waiting = 2 * (at_once * batch + text.held_out) * state
         host["text of the training"] = -(-waiting // hosts)
         host["weights of the best check"] = -(-_moving(model, config.distill) * itemsize // hosts)
     disk = {"journal": saved, "hidden states": 2 * hidden, "checkpoint": ends}
+    if squares:
+        disk[GRADIENT] = squares
     if config.export:
         disk["export for transformers"] = whole + ends + pruned // 8
     if config.distill:
@@ -387,6 +395,15 @@ def storage(
         # While a state is written, the one before and the finished spans are there; at the end one state and all trained blocks.
         disk |= {"trained blocks": saved, _STATES: max(2 * one - saved // spans, one)}
     return Storage(hidden, host, disk)
+
+
+def _squares_bytes(model: Declared, config: RunConfig) -> int:
+    """Bytes of the mean squares of the loss's gradient; 0 where no token is weighed by the loss."""
+    if not config.target.weigh_by_loss:
+        return 0
+    decoder, text, recipe = model.decoder, config.calibration, config.recipe
+    groups = [unrouted(recipe.pruned_groups(each, decoder.prefix(index))) for index, each in enumerate(groups_of_blocks(decoder))]
+    return 4 * (text.fitted + text.held_out) * text.window * sum(map(len, groups))
 
 
 def _moving(model: Declared, method: Distillation) -> int:
@@ -446,6 +463,7 @@ class RunTime(NamedTuple):
             "compiling (as here)": compiling,
             "text that the model writes": running["text"],
             "perplexity, dense and pruned": 2 * (self._forward(tokens) + self._head(tokens)),
+            GRADIENT: running[GRADIENT],
             **walk,
             "training": running["training"],
             "dense model and checks of the training": beside,
@@ -489,13 +507,19 @@ class RunTime(NamedTuple):
     def _transfers(self) -> tuple[float, int]:
         """The bytes of hidden states that enter and leave the devices, and how often all weights are read."""
         config, block, state, method = self.config, self.block, self._state, self.config.distill
+        text = config.calibration
         # Both streams into every pass of the calibration, the dense one out of its last pass, the pruned one into and out of the
         # pruned block. Kept inputs leave one pass, and enter the later ones and the pruned block.
         states = 0 if self.stored.resident else block.passes + 1 + 1 / config.target.streams + block.moved
         moved = states * self.stored.hidden + 4 * evaluation_tokens(config) * state
         readings = 4 if self._calibrated else 3  # for both perplexities, the walk and the checkpoint
+        if (
+            config.target.weigh_by_loss and self._calibrated
+        ):  # forward and back; to a block what enters it, and what led back to it
+            moved += 5 * self.stored.hidden / config.target.streams
+            readings += 2 * len(parts_of(self.model.decoder, text.fitted + text.held_out, text.window))
         if method and method.reads_dense:  # the dense model's states are computed before the steps that read them
-            held_out, window = config.calibration.held_out, state * config.calibration.window
+            held_out, window = text.held_out, state * text.window
             parts, windows = _dense_passes(method, window)
             moved += 2 * window * (windows + held_out)
             readings += parts

@@ -22,6 +22,7 @@ from optima_tpu.pipeline.memory_plan import Kept, Pass, aimed_residuals, block_p
 from optima_tpu.pipeline.plan import estimate
 from optima_tpu.pipeline.plan.compile import Compile, calibration_calls, compiler, pruning_call, resident, sequences_at_once
 from optima_tpu.pipeline.plan.estimate import Storage
+from optima_tpu.pipeline.plan.gradient import gradient_programs
 from optima_tpu.pipeline.plan.model import Declared
 from optima_tpu.pipeline.plan.program import STAGES, Program
 from optima_tpu.pipeline.plan.texts import counted
@@ -37,7 +38,7 @@ class Plan:
     """What a run needs.
 
     Attributes:
-      programs: the calibration step, the solver for each distinct shape, and those of a training step.
+      programs: of the loss's gradient, the calibration step, the solver for each distinct shape, and those of a training step.
       batch: number of sequences of one step on each slice of the data axis.
       storage: host memory and disk.
       seconds: by stage of the run.
@@ -170,7 +171,8 @@ def make_plan(
         trainer = Trainer(decoder, config.distill, budget)
         refused = refused or refusal(trainer, *([] if recovering else ["--distill null"]))
         training = training_programs(model, trainer, text.window, machine, compile_call)
-    programs = (*_walk_programs(config, model, machine, walk, compile_call), *training)
+    measuring = () if recovering else gradient_programs(model, config, compile_call)
+    programs = (*measuring, *_walk_programs(config, model, machine, walk, compile_call), *training)
     compiling = sum(program.compiled.seconds for program in programs if program.compiled)
     block = _block_flops(model, text.window, config.target.streams, walk.kinds)
     stored = estimate.storage(model, config, machine.hosts, patterns, block.kept, not recovering)

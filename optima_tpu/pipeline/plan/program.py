@@ -3,12 +3,13 @@
 from typing import NamedTuple
 
 from optima_tpu.method.row_sharding import Layout
+from optima_tpu.pipeline.loss_gradient import GRADIENT
 from optima_tpu.pipeline.plan.compile import Compiled
 from optima_tpu.pipeline.plan.estimate import Work
 from optima_tpu.pipeline.plan.hlo import sent
 from optima_tpu.pipeline.plan.topology import Machine
 
-STAGES = "calibration", "pruning", "training"
+STAGES = GRADIENT, "calibration", "pruning", "training"
 
 
 class Program(NamedTuple):

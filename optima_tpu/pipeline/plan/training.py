@@ -18,7 +18,7 @@ from optima_tpu.pipeline.calibrate import linear_groups
 from optima_tpu.pipeline.distill.blocks import Trainer, head_gradient, hidden_gradient
 from optima_tpu.pipeline.distill.train import refuse_large
 from optima_tpu.pipeline.plan import estimate
-from optima_tpu.pipeline.plan.compile import Call, Compile, sequences_at_once
+from optima_tpu.pipeline.plan.compile import Call, Compile, Entering, sequences_at_once
 from optima_tpu.pipeline.plan.estimate import Work
 from optima_tpu.pipeline.plan.model import Declared
 from optima_tpu.pipeline.plan.program import Program
@@ -82,8 +82,7 @@ def training_programs(
     windows = min(method.batch, method.windows)
     batch = sequences_at_once(decoder, windows)
     size = batch * machine.mesh.shape[DATA]
-    dtype = decoder.tensors.dtype(decoder.root + decoder.family.embedding)
-    hidden = struct_on(decoder.mesh, (size, length, decoder.config.d_model), dtype, P(DATA))
+    hidden = Entering.of(decoder, length, windows).hidden
     spans = method.spans(decoder.config.blocks)
     step, head = _Step(batch, length, method.steps * -(-windows // size), method.steps, hidden), decoder.head_struct()
     parts = [_of_hidden_states(decoder, step, len(spans)) if method.by_spans else _of_head(model, method, head, step)]
@@ -123,9 +122,7 @@ def _of_block(model: Declared, trainer: Trainer, step: _Step) -> list[_Part]:
     inputs = estimate.inputs_of(model, linear_groups(decoder))
     memory, share = estimate.forward_memory(model, inputs, step.length, step.batch), bytes_on_device(*block.masters.values())
     gradient = 4 * sum(math.prod(array.shape) for array in block.masters.values()) // axis
-    positions = jax.tree.map(
-        lambda array: struct_on(decoder.mesh, array.shape, array.dtype, P()), decoder.config.positions(kind, step.length)
-    )
+    positions = Entering.of(decoder, step.length, len(step.hidden)).positions
     inside, number = (block.masters, block.fixed, step.hidden, positions), jax.ShapeDtypeStruct((), jnp.float32)
     # As the TPU's compiler counts for Llama-3.1-8B: it passes several times over weights, gradient, moments and masks.
     update = Work(traffic=19.0 * share)

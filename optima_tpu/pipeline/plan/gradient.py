@@ -1,0 +1,67 @@
+"""The programs that measure the gradient of the dense model's loss, for ``--target.weigh_by_loss``."""
+
+import functools
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from optima_tpu.config.run_config import RunConfig
+from optima_tpu.evaluate.predictions import STRETCH
+from optima_tpu.method.statistics import Groups
+from optima_tpu.models.decoder import Decoder
+from optima_tpu.pipeline.calibrate import linear_groups
+from optima_tpu.pipeline.loss_gradient import GRADIENT, backward, head_gradient, parts_of, unrouted
+from optima_tpu.pipeline.plan import estimate
+from optima_tpu.pipeline.plan.compile import Call, Compile, Entering, sequences_at_once
+from optima_tpu.pipeline.plan.model import Declared
+from optima_tpu.pipeline.plan.program import Program
+from optima_tpu.runtime.mesh import DATA, MODEL, bytes_on_device, struct_on
+
+
+def gradient_programs(model: Declared, config: RunConfig, compile_call: Compile) -> Iterator[Program]:
+    """The pass back through a block of each kind, and the head's gradient; nothing where no token is weighed by the loss.
+
+    Args:
+      compile_call: takes every program.
+    """
+    if not config.target.weigh_by_loss:
+        return
+    decoder, length = model.decoder, config.calibration.window
+    parts, axis = parts_of(decoder, config.calibration.fitted + config.calibration.held_out, length), decoder.mesh.shape[MODEL]
+    batch = sequences_at_once(decoder, len(parts[0]))
+    steps, size = (
+        sum(-(-len(part) // (batch * decoder.mesh.shape[DATA])) for part in parts),
+        f"{batch} x {length} tokens a device",
+    )
+    for kind in decoder.config.kinds:
+        alike = model.at(kind)
+        name = f"block back to its outputs{f' (as in block {kind})' if len(decoder.config.kinds) > 1 else ''}"
+        groups = unrouted(config.recipe.pruned_groups(linear_groups(alike.decoder), decoder.prefix(kind)))
+        found = compile_call(f"{name}: {size}", functools.partial(_back, alike.decoder, groups, length, len(parts[0])))
+        rough = 2 * estimate.forward_memory(alike, estimate.inputs_of(alike, linear_groups(alike.decoder)), length, batch)
+        # The pass forward before, the same again, and the products that lead back to what enters: no weight has a gradient.
+        work = estimate.products(model, 3 * batch * estimate.sequence_flops(alike, length) / axis)
+        blocks = sum(decoder.config.kind_of(index) == kind for index in range(decoder.config.blocks))
+        yield Program(name, GRADIENT, blocks * steps, None, None, work, (found and found.memory) or rough, found)
+    name = "head: gradient of the loss"
+    found = compile_call(f"{name}: {size}", functools.partial(_head, decoder, length, len(parts[0])))
+    # Of a stretch: logits, distribution, the random numbers of the labels, and the gradient.
+    rough = bytes_on_device(*jax.tree.leaves(decoder.head_struct())) + 16 * batch * STRETCH * decoder.config.vocab // axis
+    work = estimate.products(model, 4.0 * batch * length * decoder.config.vocab * decoder.config.d_embedding / axis)
+    yield Program(name, GRADIENT, steps, None, None, work, (found and found.memory) or rough, found)
+
+
+def _back(decoder: Decoder, groups: Groups, length: int, samples: int) -> Call:
+    state, hidden, positions = Entering.of(decoder, length, samples)
+    return Call(backward, (decoder.graph, groups, state, hidden, positions, hidden))
+
+
+def _head(decoder: Decoder, length: int, samples: int) -> Call:
+    hidden = Entering.of(decoder, length, samples).hidden
+    places, valid = (
+        struct_on(decoder.mesh, *each, P(DATA)) for each in ((hidden.shape[:2], jnp.int32), (hidden.shape[:1], jnp.bool_))
+    )
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    return Call(head_gradient, (decoder.head_struct(), hidden, places, valid, key))
