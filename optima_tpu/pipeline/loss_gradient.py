@@ -62,6 +62,11 @@ class Text(NamedTuple):
         """The windows that pass together."""
         return parts_of(self.decoder, *self.tokens.shape)
 
+    def steps(self, windows: range) -> int:
+        """How often :func:`mean_squares` calls ``advance``."""
+        batches = -(-len(windows) // (self.decoder.batch * self.decoder.mesh.shape[DATA]))
+        return 2 * self.decoder.config.blocks + batches
+
     def weighed(self, index: int) -> Groups:
         """The groups of a block whose tokens are weighed."""
         return unrouted(self.groups[index])
@@ -89,7 +94,7 @@ def mean_squares(text: Text, windows: range, advance: Callable[[], None] = lambd
     sample of the Fisher information's diagonal. A window's last position has no label.
 
     Args:
-      advance: called twice for every block: after the pass through it and after the pass back.
+      advance: called after the pass through every block, after every batch of the head, and after the pass back through every block.
 
     Raises:
       UserError: a gradient is not finite.
@@ -104,6 +109,7 @@ def mean_squares(text: Text, windows: range, advance: Callable[[], None] = lambd
     with hidden.put_behind() as put:
         for batch in hidden.batches(decoder.batch):
             put(batch.rows, head_gradient(head, batch.hidden, batch.place(_places(windows, hidden.length)), batch.valid, key))
+            advance()
     found: Squares = []
     for index, parameters in zip(reversed(span), decoder.blocks(span[::-1])):
         block, groups = decoder.at(index), text.weighed(index)

@@ -327,7 +327,8 @@ def _measure_gradient(run: Run) -> None:
 
 
 def _gradient_steps(run: Run) -> int:
-    return 2 * _blocks(run) * len(missing(_gradient_text(run), run.opened.directory))
+    text = _gradient_text(run)
+    return sum(map(text.steps, missing(text, run.opened.directory)))
 
 
 def _is_pruned(run: Run) -> bool:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from optima_tpu.errors import UserError
 from optima_tpu.launch import main
 from optima_tpu.method.targets import DenseTarget, SelfTarget
 from optima_tpu.models.activations import Activations
@@ -109,13 +110,21 @@ def test_power_0_and_a_gradient_of_zero_weigh_all_tokens_alike():
     np.testing.assert_allclose(loss_factors(squares, 1.0) ** 2, squares / squares.mean(), rtol=1e-5)
 
 
+@pytest.mark.parametrize("target", [SelfTarget, DenseTarget])
+def test_a_power_is_a_share(target):
+    for power in (-0.1, 1.1):
+        with pytest.raises(UserError, match=rf"expected the target's weigh_by_loss in \[0, 1\], got {power}"):
+            target(weigh_by_loss=power)
+
+
 @pytest.mark.parametrize("shape", [(1, 1), (8, 1), (4, 2), (2, 4)])
 def test_the_mesh_and_the_parts_do_not_change_the_squares(monkeypatch, shape):
     """Beyond rounding; the parts alone change no bit, since they are whole batches."""
     decoder = Decoder.open(*tiny_llama(), mesh(*shape), batch=1)
     text = text_of(decoder, count=19)
-    (whole,) = text.parts
-    squares = mean_squares(text, whole)
+    (whole,), steps = text.parts, []
+    squares = mean_squares(text, whole, lambda: steps.append(None))
+    assert len(steps) == text.steps(whole)
     monkeypatch.setattr(loss_gradient, "ROOM", 1)
     assert len(text.parts) == -(-19 // shape[0])
     parts = [mean_squares(text, windows) for windows in text.parts]
