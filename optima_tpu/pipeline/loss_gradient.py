@@ -22,7 +22,7 @@ from jax import Array
 from optima_tpu.errors import UserError
 from optima_tpu.evaluate.predictions import per_token
 from optima_tpu.method.statistics import Groups
-from optima_tpu.models.activations import Batch
+from optima_tpu.models.activations import HiddenStates
 from optima_tpu.models.decoder import Decoder, Head, forward, head_logits
 from optima_tpu.models.experts import expert_of
 from optima_tpu.models.family import Positions
@@ -47,7 +47,7 @@ class Text(NamedTuple):
 
     Attributes:
       decoder: the dense model.
-      groups: for every block, the layers that read the same input and are pruned; those of experts are left out.
+      groups: for every block, the layers that read the same input and are pruned.
       tokens: [windows, length] int32.
       seed: of the labels. The label of a position depends on the seed, the window and the position alone.
     """
@@ -112,30 +112,39 @@ def mean_squares(text: Text, windows: range, advance: Callable[[], None] = lambd
             advance()
     found: Squares = []
     for index, parameters in zip(reversed(span), decoder.blocks(span[::-1])):
-        block, groups = decoder.at(index), text.weighed(index)
-        state, positions = block.state(parameters), decoder.positions(index, hidden.length)
-        found.insert(0, {names[0]: np.zeros((len(windows), hidden.length), np.float32) for names in groups})
-        with hidden.put_behind() as put:
-            for batch, behind in zip(entering.pop().batches(decoder.batch), hidden.batches(decoder.batch)):
-                squares, before = backward(block.graph, groups, state, batch.hidden, positions, behind.hidden)
-                put(batch.rows, before)
-                _keep_rows(found[0], fetch(squares), batch)
-        if not all(np.isfinite(squares).all() for squares in found[0].values()):
-            raise UserError(
-                f"the gradient of the loss at the outputs of {decoder.prefix(index)[:-1]} is NaN or infinite: {decoder.overflowed}"
-            )
+        found.insert(0, _back_through(text, index, parameters, entering.pop(), hidden))
         advance()
+    return found
+
+
+def _back_through(
+    text: Text, index: int, parameters: Mapping[str, Array], entering: HiddenStates, cotangent: HiddenStates
+) -> dict[str, np.ndarray]:
+    """The mean squares of one block.
+
+    Args:
+      entering: the hidden states that enter it.
+      cotangent: of those that leave it; replaced by that of those that enter it.
+    """
+    decoder, block, groups = text.decoder, text.decoder.at(index), text.weighed(index)
+    state, positions = block.state(parameters), decoder.positions(index, entering.length)
+    found = {names[0]: np.zeros((len(entering), entering.length), np.float32) for names in groups}
+    with cotangent.put_behind() as put:
+        for batch, behind in zip(entering.batches(decoder.batch), cotangent.batches(decoder.batch)):
+            squares, before = backward(block.graph, groups, state, batch.hidden, positions, behind.hidden)
+            put(batch.rows, before)
+            for name, each in fetch(squares).items():
+                found[name][batch.rows[batch.there]] = each[batch.there]
+    if not all(np.isfinite(each).all() for each in found.values()):
+        raise UserError(
+            f"the gradient of the loss at the outputs of {decoder.prefix(index)[:-1]} is NaN or infinite: {decoder.overflowed}"
+        )
     return found
 
 
 def _places(windows: range, length: int) -> np.ndarray:
     """A number of its own for every position of every window, [windows, length] int32."""
     return (np.arange(windows.start, windows.stop)[:, None] * length + np.arange(length)).astype(np.int32)
-
-
-def _keep_rows(into: dict[str, np.ndarray], found: dict[str, np.ndarray], batch: Batch) -> None:
-    for name, squares in found.items():
-        into[name][batch.rows[batch.there]] = squares[batch.there]
 
 
 @jax.jit
