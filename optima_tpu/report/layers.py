@@ -381,7 +381,7 @@ def _weighs_tokens(run: Run) -> bool:
 
 
 def _weighs_by_loss(run: Run) -> bool:
-    return bool(run.report["configuration"]["target"].get("weigh_by_loss"))
+    return bool(run.report["configuration"].get("target", {}).get("weigh_by_loss"))
 
 
 def _against_dense(run: Run, of: LayerReport | LayerKind | None) -> list[str]:

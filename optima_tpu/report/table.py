@@ -79,7 +79,7 @@ def print_summary(console: Console, report: Mapping[str, Any], directory: Path) 
     if weighed := report.get("weighed_layers"):
         names = " and ".join(short_names(weighed).values())
         lines.append(f"{names}: tokens weighed by the inverse mean square of the residual stream.")
-    if power := configuration["target"].get("weigh_by_loss"):
+    if power := configuration.get("target", {}).get("weigh_by_loss"):
         lines.append(
             f"All layers but routed experts: tokens weighed by the loss, its squared gradient to the power of {power:g}."
         )
