@@ -734,6 +734,7 @@ _RESULTS: Mapping[str, tuple[str, Mapping[str, Sequence[str]]]] = {
                 "dense-target",
                 "levers-wanda",
                 "loss-weights",
+                "loss-weights-best",
                 "allocation",
                 "output-errors",
                 "permutations",
