@@ -118,8 +118,8 @@ def _said_of_errors(runs: Sequence[Run]) -> list[str]:
         )
     if any(map(_weighs_by_loss, runs)):
         text.append(
-            "If the target weighs tokens by the loss, so do the errors of all layers but routed experts: a token counts by the square "
-            "of the loss's gradient at the layer's output."
+            "If the target weighs tokens by the loss, so do the errors of all layers but routed experts: a token counts by a "
+            "power of the square of the loss's gradient at the layer's output."
         )
     return text + [
         f"{run.label if several else 'This run'} has no held-out text: its errors are measured on the text that the weights "

@@ -180,9 +180,8 @@ def topology_machine(text: str, mesh: str | None, compiling: bool = True, quick:
     kind, shape = parse_topology(text)
     chip, devices, count = CHIPS[kind], None, math.prod(shape)
     hosts, notes = -(-count // 4), []
-    if kind in ("v5e", "v6e") and count & (
-        count - 1
-    ):  # docs.cloud.google.com/tpu/docs/v5e and v6e; the compiler knows more slices
+    # docs.cloud.google.com/tpu/docs/v5e and v6e; the compiler knows more slices
+    if kind in ("v5e", "v6e") and count & (count - 1):
         notes.append(f"Google Cloud has {kind} slices of 1, 4, 8, 16, 32, 64, 128 and 256 chips, and none of {count}")
     if not compiling:
         notes.append("nothing was compiled (--no-compile): memory, FLOPs and bytes come from a simple model")
