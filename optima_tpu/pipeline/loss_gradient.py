@@ -7,6 +7,7 @@ again with the next windows, and the run keeps what it has:
     RUN/loss_gradient/0000-0063.npz     the mean squares of windows 0 to 63, removed when all blocks are pruned
 """
 
+import dataclasses
 import functools
 import io
 from collections.abc import Callable, Mapping, Sequence
@@ -20,12 +21,13 @@ from flax import nnx
 from jax import Array
 
 from optima_tpu.errors import UserError
-from optima_tpu.evaluate.predictions import per_token
+from optima_tpu.method.distillation import cross_entropy
 from optima_tpu.method.statistics import Groups
 from optima_tpu.models.activations import HiddenStates
-from optima_tpu.models.decoder import Decoder, Head, forward, head_logits
+from optima_tpu.models.decoder import Decoder, forward
 from optima_tpu.models.experts import expert_of
 from optima_tpu.models.family import Positions
+from optima_tpu.pipeline.distill.blocks import head_gradient
 from optima_tpu.runtime.checksums import forget, intact, keep, known
 from optima_tpu.runtime.files import remove, writing
 from optima_tpu.runtime.mesh import DATA
@@ -105,10 +107,11 @@ def mean_squares(text: Text, windows: range, advance: Callable[[], None] = lambd
         entering.append(hidden.copy())
         decoder.apply(index, parameters, hidden)
         advance()
-    head, key = decoder.head(), jax.random.key(text.seed)
+    head, places = decoder.head(), _places(windows, hidden.length)
     with hidden.put_behind() as put:
         for batch in hidden.batches(decoder.batch):
-            put(batch.rows, head_gradient(head, batch.hidden, batch.place(_places(windows, hidden.length)), batch.valid, key))
+            read = batch.hidden, batch.hidden, batch.place(places), batch.valid  # the loss needs no second model
+            put(batch.rows, head_gradient(DrawnLabels(text.seed), head, *read)[1])
             advance()
     found: Squares = []
     for index, parameters in zip(reversed(span), decoder.blocks(span[::-1])):
@@ -147,25 +150,26 @@ def _places(windows: range, length: int) -> np.ndarray:
     return (np.arange(windows.start, windows.stop)[:, None] * length + np.arange(length)).astype(np.int32)
 
 
-@jax.jit
-def head_gradient(head: Head, hidden: Array, places: Array, valid: Array, key: Array) -> Array:
-    """The gradient of ``L`` with respect to what enters the head, [batch, length, d_model]; 0 for samples that are not there.
+@dataclasses.dataclass(frozen=True)
+class DrawnLabels:
+    """A loss for ``distill.blocks.head_gradient``: the cross-entropy of labels that the model draws itself.
 
-    Args:
-      hidden: [batch, length, d_model].
-      places: [batch, length] int32, what the label of the position *before* is drawn with.
-      valid: [batch] bool.
-      key: of all labels.
+    Attributes:
+      seed: of the labels.
     """
-    draw = jax.vmap(jax.vmap(lambda place, logits: jax.random.categorical(jax.random.fold_in(key, place), logits)))
 
-    def score(places: Array, hidden: Array) -> Array:
-        logits, pull = jax.vjp(lambda hidden: head_logits(head, hidden), hidden)
-        labels = jax.nn.one_hot(draw(places, logits), logits.shape[-1], dtype=logits.dtype)
-        return pull(jax.nn.softmax(logits) - labels)[0]
+    seed: int
 
-    gradient = jnp.where(valid[:, None, None], per_token(score, places, hidden), 0)
-    return jnp.pad(gradient, ((0, 0), (0, 1), (0, 0)))
+    def __call__(self, dense: Array, logits: Array, places: Array) -> Array:
+        """The loss of every position, [windows, chunk] float32.
+
+        Args:
+          logits: [windows, chunk, vocab] float32.
+          places: [windows, chunk] int32, the number of the position that each label stands at.
+        """
+        key = jax.random.key(self.seed)
+        draw = jax.vmap(jax.vmap(lambda place, row: jax.random.categorical(jax.random.fold_in(key, place), row)))
+        return cross_entropy(logits, draw(places, jax.lax.stop_gradient(logits)))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

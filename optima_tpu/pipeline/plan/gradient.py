@@ -12,7 +12,8 @@ from optima_tpu.evaluate.predictions import STRETCH
 from optima_tpu.method.statistics import Groups
 from optima_tpu.models.decoder import Decoder
 from optima_tpu.pipeline.calibrate import linear_groups
-from optima_tpu.pipeline.loss_gradient import GRADIENT, backward, head_gradient, parts_of, unrouted
+from optima_tpu.pipeline.distill.blocks import head_gradient
+from optima_tpu.pipeline.loss_gradient import GRADIENT, DrawnLabels, backward, parts_of, unrouted
 from optima_tpu.pipeline.plan import estimate
 from optima_tpu.pipeline.plan.compile import Call, Compile, Entering, sequences_at_once
 from optima_tpu.pipeline.plan.model import Declared
@@ -63,5 +64,4 @@ def _head(decoder: Decoder, length: int, samples: int) -> Call:
     places, valid = (
         struct_on(decoder.mesh, *each, P(DATA)) for each in ((hidden.shape[:2], jnp.int32), (hidden.shape[:1], jnp.bool_))
     )
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    return Call(head_gradient, (decoder.head_struct(), hidden, places, valid, key))
+    return Call(head_gradient, (DrawnLabels(0), decoder.head_struct(), hidden, hidden, places, valid))
