@@ -10,7 +10,7 @@ from optima_tpu.method.layer_rules import kind_name
 from optima_tpu.report import plots
 from optima_tpu.report.numbers import percent
 from optima_tpu.report.records import LayerReport
-from optima_tpu.report.results import mean_errors, unusual_count
+from optima_tpu.report.results import aims_at_dense, mean_errors, unusual_count
 from optima_tpu.report.runs import Run
 from optima_tpu.report.summary import (
     LayerKind,
@@ -99,7 +99,7 @@ def _said_of_errors(runs: Sequence[Run]) -> list[str]:
     for run in runs:
         if caveat := held_out_caveat(run.report["configuration"]):
             text.append(f"{f'The held-out text of {run.label}' if several else 'This text'} {caveat}.")
-    if any(map(_aims_at_dense, runs)):
+    if any(map(aims_at_dense, runs)):
         text.append(
             "With a dense target, the solver minimises the distance to the dense model’s output instead of this error, so "
             "this error may rise. Against dense: ‖X_d W′ − XV′‖² / ‖X_d W′‖² on held-out text, with X_d the layer’s inputs in "
@@ -369,11 +369,7 @@ _AGAINST_DENSE = {
 
 def _errors_of(run: Run) -> list[str]:
     """The column headings of a run's errors."""
-    return [*_ERRORS, *(_AGAINST_DENSE.values() if _aims_at_dense(run) else ())]
-
-
-def _aims_at_dense(run: Run) -> bool:
-    return any(layer.dense_after is not None for layer in run.layers)
+    return [*_ERRORS, *(_AGAINST_DENSE.values() if aims_at_dense(run) else ())]
 
 
 def _weighs_tokens(run: Run) -> bool:
@@ -386,7 +382,7 @@ def _weighs_by_loss(run: Run) -> bool:
 
 def _against_dense(run: Run, of: LayerReport | LayerKind | None) -> list[str]:
     """Errors of a layer or kind against the dense model; the mean over all layers for None; empty without a dense target."""
-    if not _aims_at_dense(run):
+    if not aims_at_dense(run):
         return []
     values = dict(
         zip(_AGAINST_DENSE, [getattr(of, name) for name in _AGAINST_DENSE] if of else means(run.layers, list(_AGAINST_DENSE)))

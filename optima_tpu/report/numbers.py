@@ -22,6 +22,11 @@ def percent(share: float) -> str:
     return number(100 * share) + ("%" if math.isfinite(share) else "")
 
 
+def direction(before: float, after: float) -> str:
+    """Says in a word what became of a number of which less is better: "worse", "better", "unchanged"."""
+    return "worse" if after > before else "better" if after < before else "unchanged"
+
+
 def duration(seconds: float) -> str:
     """A duration with its unit: "7 s", "12:05 min", "1:02:03 h"."""
     whole = round(seconds)

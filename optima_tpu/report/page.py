@@ -15,11 +15,11 @@ from optima_tpu.report.left import left
 from optima_tpu.report.numbers import plural
 from optima_tpu.report.origin import cost, origin
 from optima_tpu.report.plots import MARKERS, SERIES
+from optima_tpu.report.published import result
 from optima_tpu.report.results import comparison, distance, outcome, tiles
 from optima_tpu.report.runs import Run, method, model_name, read_runs
 from optima_tpu.report.summary import measured
-from optima_tpu.report.verdict import Verdict, verdict_of
-from optima_tpu.report.view import Section, Tile, commands, without_folders
+from optima_tpu.report.view import Section, Tile, commands, unbroken, without_folders
 from optima_tpu.report.writing import continuations, tokens
 from optima_tpu.runtime.files import write_bytes, writing
 
@@ -35,7 +35,7 @@ class Page(NamedTuple):
       subtitle: one line on the method and its settings.
       code: version of the program that made the runs.
       tiles: the most important numbers, shown first; empty if several runs are compared.
-      verdict: whether the result is good; None if several runs are compared.
+      result: the result in a few sentences; empty if several runs are compared.
       sections: the sections in their order on the page.
       colours: colours of the series on a light page.
       markers: markers of the series, as characters.
@@ -45,7 +45,7 @@ class Page(NamedTuple):
     subtitle: str
     code: str
     tiles: Sequence[Tile]
-    verdict: Verdict | None
+    result: str
     sections: Sequence[Section]
     colours: Sequence[str] = SERIES
     markers: Sequence[str] = tuple(MARKERS.values())
@@ -92,10 +92,10 @@ def render(title: str, runs: Sequence[Run]) -> str:
         configuration = runs[0].report["configuration"]
         name = model_name(configuration)
         done = f"{method(configuration)}, {title.removeprefix(name).lstrip(', ')}"
-        page = Page(name, without_folders(done), code, tiles(runs[0]), verdict_of(runs[0].report), sections)
+        page = Page(name, without_folders(done), code, tiles(runs[0]), result(runs[0].report), sections)
     else:
         page = Page(
-            f"{plural(len(runs), 'run')} side by side", without_folders(title), code, (), None, [comparison(runs), *sections]
+            f"{plural(len(runs), 'run')} side by side", without_folders(title), code, (), "", [comparison(runs), *sections]
         )
     # Escape everything: names of models and paths come from the user.
     environment = jinja2.Environment(
@@ -105,5 +105,5 @@ def render(title: str, runs: Sequence[Run]) -> str:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    environment.filters["commands"] = commands
+    environment.filters |= {"commands": commands, "unbroken": unbroken}
     return environment.get_template("report.html.j2").render(page=page)

@@ -5,12 +5,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from optima_tpu.report import plots
-from optima_tpu.report.numbers import number, percent, plural
+from optima_tpu.report.numbers import direction, number, percent, plural
+from optima_tpu.report.published import Published, comparable
 from optima_tpu.report.runs import Run, differences
 from optima_tpu.report.scores import how_asked, scores
-from optima_tpu.report.summary import fitted_errors, held_out_errors, measured, unusual, worsened
+from optima_tpu.report.summary import fitted_errors, held_out_errors, means, measured, unusual, worsened
 from optima_tpu.report.table import in_the_source, size, sizes, whole_model
-from optima_tpu.report.verdict import verdict_of
 from optima_tpu.report.view import NONE, Key, Section, Table, Tile, command, figure, without_folders
 
 _SIZE = (
@@ -28,25 +28,14 @@ def tiles(run: Run) -> list[Tile]:
         Tile(
             "Perplexity",
             f"{number(dense, 4)} → {number(pruned, 4)}",
-            f"dense → pruned, {number(pruned / dense)} times, on {without_folders(report['evaluation']['how'])}",
+            f"dense → pruned, {number(pruned / dense)} times, {direction(dense, pruned)}, on {without_folders(report['evaluation']['how'])}",
         )
     ]
     for text, found in _part(run, "distance").items():
         shown.append(Tile(f"Divergence from {run.beside}", number(found["kl"]), f"nats per token, on {text}"))
     if run.evaluation and run.evaluation.get("average") is not None:
         shown.append(Tile("Six tasks", percent(run.evaluation["average"]), f"mean accuracy, {how_asked(run.evaluation)}"))
-    before, after, held_before, held_after = mean_errors(run)
-    text = "the calibration text (none was held out)" if held_after is None else "held-out text"
-    means = (before, after) if held_after is None else (held_before, held_after)
-    first, last = (NONE if mean is None else percent(mean) for mean in means)
-    if measured(run.layers):
-        shown.append(
-            Tile(
-                "Layer error",
-                f"{first} → {last}" if run.solver else last,
-                f"{'before → after the update, ' if run.solver else ''}mean of {len(run.layers):,} matrices, on {text}",
-            )
-        )
+    shown += _error_tiles(run)
     shown += [
         Tile(
             "Sparsity",
@@ -64,6 +53,28 @@ def tiles(run: Run) -> list[Tile]:
         shown.append(Tile("Memory", f"{number(peak / 2**30)} GiB", "peak on the host"))
     count = unusual_count(run)
     return [*shown, Tile("Unusual", plural(count, "layer") if count else "nothing", "named below" if count else "in any layer")]
+
+
+def _error_tiles(run: Run) -> list[Tile]:
+    """The mean error of the layers, and with a dense target also the error that this target lowers; none if nobody measured them."""
+    if not measured(run.layers):
+        return []
+    before, after, held_before, held_after = mean_errors(run)
+    held_out = held_after is not None
+    errors = {"Layer error": (held_before, held_after) if held_out else (before, after)}
+    if None not in (dense := means(run.layers, ("dense_before", "dense_after"))):
+        errors["Layer error against dense"] = (dense[0], dense[1])
+    of = f"mean of {len(run.layers):,} matrices, on {'held-out text' if held_out else 'the calibration text (none was held out)'}"
+    return [_error_tile(name, first, last, of, run) for name, (first, last) in errors.items()]
+
+
+def _error_tile(name: str, before: float | None, after: float | None, of: str, run: Run) -> Tile:
+    first, last = (NONE if error is None else percent(error) for error in (before, after))
+    if not run.solver:
+        return Tile(name, last, of)
+    change = f"{direction(before, after)}, " if before is not None and after is not None else ""
+    aim = "; a dense target lowers the error against dense instead" if name == "Layer error" and aims_at_dense(run) else ""
+    return Tile(name, f"{first} → {last}", f"before → after the update, {change}{of}{aim}")
 
 
 def comparison(runs: Sequence[Run]) -> Section:
@@ -115,7 +126,22 @@ def outcome(runs: Sequence[Run]) -> Section:
     files = {sizes(run.report) for run in runs}
     text += [f"Size: {said}." for said in files] if len(files) == 1 and all(files) else [_SIZE]
     tables = [*_perplexity_tables(runs), *_task_tables(runs)]
-    return Section("outcome", "Dense against pruned", text, tables=tables, code=code)
+    folded = [_published_table(rows) for run in runs if not several and (rows := comparable(run.report))]
+    return Section("outcome", "Dense against pruned", text, tables=tables, folded=folded, code=code)
+
+
+def _published_table(rows: Sequence[Published]) -> Table:
+    """What published methods reach with this pattern in models of about this size."""
+    return Table(
+        f"Published perplexity at {rows[0].pattern}, models of about this size, lower is better",
+        ["model", "method", "text", "dense", "pruned", "pruned / dense", "source"],
+        [
+            [row.model, row.method, row.text, number(row.dense, 4), number(row.pruned, 4), f"{number(row.ratio)}×", row.source]
+            for row in rows
+        ],
+        "For each model the smallest and the largest ratio that the sources name. Masks by magnitude are left out.",
+        words=True,
+    )
 
 
 def _perplexity_tables(runs: Sequence[Run]) -> list[Table]:
@@ -244,6 +270,11 @@ def mean_errors(run: Run) -> tuple[float, float, float | None, float | None]:
     return *fitted_errors(layers), *held_out_errors(layers)
 
 
+def aims_at_dense(run: Run) -> bool:
+    """Whether the errors against the dense model were measured, as with a dense target."""
+    return any(layer.dense_after is not None for layer in run.layers)
+
+
 def devices(run: Run) -> str:
     """ "8 × TPU v5e, mesh 4×2"."""
     place = run.report["environment"]
@@ -283,7 +314,6 @@ def _headlines(runs: Sequence[Run]) -> dict[str, list[str]]:
             "layer error after": percent(after) if run.solver else NONE,
             "on held-out text before": NONE if held_before is None else percent(held_before),
             "on held-out text after": NONE if held_after is None or not run.solver else percent(held_after),
-            "by a rule of thumb": verdict_of(report).word,
             "sparsity": percent(report["sparsity"]),
             "matrices": f"{len(run.layers):,}",
             "layers with anything unusual": f"{unusual_count(run):,}",

@@ -13,6 +13,7 @@ from optima_tpu.method.layer_rules import kind_name
 from optima_tpu.report.distillation import distilled_line
 from optima_tpu.report.file import files_in
 from optima_tpu.report.numbers import number, percent, plural
+from optima_tpu.report.published import result
 from optima_tpu.report.records import BlockReport, LayerReport, blocks_from_json
 from optima_tpu.report.summary import (
     all_layers,
@@ -30,7 +31,6 @@ from optima_tpu.report.summary import (
     unusual,
     worsened,
 )
-from optima_tpu.report.verdict import verdict_of
 
 _NAMED = 4
 """Number of layers named for each kind of finding; report.json has all of them."""
@@ -46,7 +46,7 @@ TROUBLE = {
 
 
 def print_summary(console: Console, report: Mapping[str, Any], directory: Path) -> None:
-    """Prints the table of layers, the change of perplexity, unusual layers, the files, and whether the result is good.
+    """Prints the table of layers, the change of perplexity, unusual layers, the files, and the result in a few sentences.
 
     Args:
       report: contents of report.json.
@@ -110,7 +110,7 @@ def print_summary(console: Console, report: Mapping[str, Any], directory: Path) 
     lines += [f"note        {line}" for line in traded_lines(blocks)]
     width = max(map(len, files), default=0) + 2
     lines += ["", *(f"{what:<{width}}{path}" for what, path in files.items())]
-    lines += ["", f"result      {plain(verdict_of(report).text)}"]
+    lines += ["", f"result      {plain(result(report))}"]
     console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
 
 
@@ -149,8 +149,8 @@ def layer_table(blocks: Sequence[BlockReport], solver: str | None) -> Table:
 
 
 def plain(text: str) -> str:
-    """Converts text of the page for a terminal: removes backquotes and replaces typographic apostrophes."""
-    return text.replace("`", "").replace("’", "'")
+    """Converts text of the page for a terminal: removes backquotes, and replaces arrows and typographic apostrophes."""
+    return text.replace("`", "").replace("’", "'").replace("→", "->")
 
 
 def whole_model(report: Mapping[str, Any]) -> str:

@@ -98,6 +98,11 @@ def commands(text: str) -> Markup:
     return Markup(re.sub("`(.*?)`", r"<code>\1</code>", str(escape(text))))
 
 
+def unbroken(text: str | Markup) -> Markup:
+    """Converts text to markup in which no line ends inside the name of an option, "--calibration.samples"."""
+    return Markup(re.sub(r"(?<![\w-])--[a-z][\w.-]*\w", r'<span class="option">\g<0></span>', str(escape(text))))
+
+
 def command(name: str, *words: str) -> str:
     """A command of this program for a shell: "optima evaluate runs/x"."""
     return f"{program(name)} {shlex.join(words)}"

@@ -26,8 +26,8 @@ def tokens(runs: Sequence[Run]) -> list[Section]:
         text.append(
             f"{label}The pruned model predicts {percent(sum(shares[middle + 1 :]))} of {found['tokens']:,} tokens worse than the "
             f"dense model, {percent(sum(shares[:middle]))} better, and the others equally well, within "
-            f"{found['edges'][middle]:g} nats. The loss rises by {number(found['mean'])} nats on average; the median rise is "
-            f"{number(found['median'])} nats.{told}"
+            f"{found['edges'][middle]:g} nats. The loss {_moved(found['mean'])} on average; "
+            f"its median {_moved(found['median'])}.{told}"
         )
         of = f", {run.label}" if several else ""
         bars = [[name, percent(share), _bar(share)] for name, share in zip(_classes(found["edges"]), shares, strict=True)]
@@ -84,6 +84,13 @@ def _classes(edges: Sequence[float]) -> list[str]:
     worse.append(f"more than {edges[-1]:g}")
     better = [f"{each} better" for each in reversed(worse)]
     return [*better, f"alike, within {edges[len(edges) // 2]:g}", *(f"{each} worse" for each in worse)]
+
+
+def _moved(change: float) -> str:
+    """ "rises by 0.28 nats", "falls by 0.0075 nats", "does not change"."""
+    if not number(abs(change)).strip("0."):
+        return "does not change"
+    return f"{'rises' if change > 0 else 'falls'} by {number(abs(change))} nats"
 
 
 def _chance(probability: float) -> str:

@@ -1,0 +1,157 @@
+"""The first sentence about a result: what it cost in perplexity, how sure that is, and what published methods cost.
+
+``published.csv`` holds the published results, with the source of each. For every model and pattern it has the smallest and the
+largest ratio of pruned to dense perplexity that the sources name; masks by magnitude are left out. Papers hardly have models of
+fewer than 0.3 billion weights: for SmolLM2-135M published methods were run with this program, as they were published. No row is a
+result of this program's own methods, which the rows are compared with.
+"""
+
+import csv
+import functools
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from optima_tpu.report.numbers import direction, number
+
+_SIZES = 2.5
+"""A model is compared with models of at most so many times, and at least one part in so many, of its weights."""
+
+_NEAR = 0.02
+"""Results at a share of pruned weights are compared with runs whose sparsity is within this distance of it."""
+
+TEXTS = {"c4": "C4", "wikitext2": "WikiText-2"}
+"""The texts of the published results, by their names in the settings."""
+
+
+class Published(NamedTuple):
+    """A published result.
+
+    Attributes:
+      pattern: "50%", "60%" or "70%" of the weights of every matrix, unstructured; or "2:4", "4:8".
+      model: name of the model.
+      billions: its number of weights.
+      text: the text of both perplexities.
+      method: the mask, and the update if there is one.
+      dense, pruned: the perplexities.
+      source: the publication, or the file of this repository that has the measurement.
+    """
+
+    pattern: str
+    model: str
+    billions: float
+    text: str
+    method: str
+    dense: float
+    pruned: float
+    source: str
+
+    @property
+    def ratio(self) -> float:
+        """The pruned model's perplexity relative to the dense model's."""
+        return self.pruned / self.dense
+
+
+@functools.cache
+def published() -> tuple[Published, ...]:
+    """All rows of published.csv."""
+    text = Path(__file__).with_suffix(".csv").read_text(encoding="utf-8")
+    numbers = ("billions", "dense", "pruned")
+    rows = csv.DictReader(text.splitlines())
+    return tuple(Published(**{name: float(cell) if name in numbers else cell for name, cell in row.items()}) for row in rows)
+
+
+def comparable(report: Mapping[str, Any]) -> list[Published]:
+    """Published results with the pattern of a run and models of about its size, the smallest ratio first.
+
+    Empty for a model that was also trained or quantised, or whose layers have settings of their own: no published row is like it.
+    """
+    settings = report["configuration"]
+    if _beyond_pruning(report) or settings.get("layers"):
+        return []
+    pattern, sparsity = str(settings.get("pattern", "")), report.get("sparsity", 0.0)
+    billions = ((report.get("model") or {}).get("weights") or report.get("weights", 0)) / 1e9
+    rows = [
+        row
+        for row in published()
+        if _same_pattern(row.pattern, pattern, sparsity) and billions / _SIZES <= row.billions <= billions * _SIZES
+    ]
+    return sorted(rows, key=lambda row: row.ratio)
+
+
+def result(report: Mapping[str, Any]) -> str:
+    """What pruning cost in perplexity, how sure that is, and the range of published results, in a few sentences.
+
+    Nothing is called good or poor: published results are of other models and texts, and an evaluation has few windows. What is said
+    of the range, "above all of them", holds by two standard errors of the loss, paired by window, and only on the same texts.
+    """
+    ratio = report["perplexity"]["pruned"] / report["perplexity"]["dense"]
+    low, high = _interval(ratio, (report.get("tokens") or {}).get("mean_stderr"))
+    first, note = _change(report["perplexity"], low, high), _beyond_pruning(report)
+    if note:
+        return f"{first} The model {note}, so published results of pruning are no measure for it."
+    rows = comparable(report)
+    if not rows:
+        return f"{first} No published results are at hand for this pattern in a model of this size."
+    best, worst = rows[0], rows[-1]
+    text = _text(report["configuration"])
+    models = ", ".join(dict.fromkeys(row.model for row in sorted(rows)))
+    place = ""
+    if text in TEXTS and low is not None and high is not None:
+        place = (
+            " This run is below all of them."
+            if high < best.ratio
+            else " This run is above all of them."
+            if low > worst.ratio
+            else ""
+        )
+    elif text not in TEXTS:
+        place = " This run was measured on another text, so compare with care."
+    return (
+        f"{first} Published methods at {best.pattern} with models of about this size ({models}): {number(best.ratio)} times "
+        f"({best.method}) to {number(worst.ratio)} times ({worst.method}), on WikiText-2 and C4.{place}"
+    )
+
+
+def _change(perplexity: Mapping[str, float], low: float | None, high: float | None) -> str:
+    """ "Perplexity 14.8 → 19.7: 1.33 times the dense model’s, worse (1.31 to 1.35 with two standard errors)."."""
+    dense, pruned = perplexity["dense"], perplexity["pruned"]
+    first = f"Perplexity {number(dense, 4)} → {number(pruned, 4)}: {number(pruned / dense)} times the dense model’s"
+    if low is None or high is None:
+        return f"{first}, {direction(dense, pruned)}; how sure that is was not measured."
+    sure = direction(dense, pruned) if not low <= 1 <= high else "no difference that this text can show"
+    return f"{first}, {sure} ({number(low)} to {number(high)} with two standard errors over its windows)."
+
+
+def _interval(ratio: float, error: float | None) -> tuple[float | None, float | None]:
+    """The ratio less and more two standard errors of its logarithm; None for each if the error was not recorded."""
+    if error is None:
+        return None, None
+    spread = math.exp(min(2 * error, 100.0))  # a damaged report may hold any number
+    return ratio / spread, ratio * spread
+
+
+def _same_pattern(row: str, pattern: str, sparsity: float) -> bool:
+    """Whether a run has the pattern of a row. A pattern of the user's own, such as "my_lab:Comb", has none of them."""
+    if ":" in row:
+        return pattern == row
+    share = pattern.partition("/")[0].replace(".", "", 1)
+    return share.isdigit() and abs(sparsity - float(row.rstrip("%")) / 100) <= _NEAR + 1e-9
+
+
+def _text(settings: Mapping[str, Any]) -> str:
+    """The text that perplexity was measured on."""
+    return (settings.get("evaluation") or {}).get("source") or settings.get("calibration", {}).get("source", "")
+
+
+def _beyond_pruning(report: Mapping[str, Any]) -> str | None:
+    """What was done with the weights behind the pruning, in words; None if nothing was."""
+    settings, trained = report["configuration"], report.get("distillation") or {}
+    if trained.get("kept"):
+        return f"was trained on {trained['tokens']:,} tokens after it was pruned"
+    if settings.get("recover"):
+        return "comes from another run and was left as it was, because training lowered no loss on held-out text"
+    if settings.get("quantize"):
+        return "was quantised as well as pruned" if report.get("sparsity") else "was quantised and not pruned"
+    return None

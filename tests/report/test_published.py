@@ -1,0 +1,108 @@
+"""The first sentence about a result has its number, its error and the published range, and calls nothing good."""
+
+import json
+import math
+import re
+
+import pytest
+
+from optima_tpu.report.published import comparable, published, result
+from tests.support import ROOT
+from tests.support.fake_reports import write_run
+
+SMOLLM2 = 134_515_008
+
+
+def reported(ratio=1.5, text="c4", error=0.01, **changes):
+    settings = {"pattern": "0.5", "layers": None, "evaluation": {"source": text}} | changes.pop("settings", {})
+    return {
+        "configuration": settings,
+        "perplexity": {"dense": 20.0, "pruned": 20.0 * ratio},
+        "tokens": {"mean_stderr": error},
+        "sparsity": 0.5,
+        "weights": SMOLLM2,
+    } | changes
+
+
+def test_every_published_row_has_a_ratio_and_a_source():
+    for row in published():
+        assert 1 < row.ratio < 25 and row.text in ("C4", "WikiText-2"), row
+        papers = re.findall(r"arXiv:\d{4}\.\d{5}", row.source)
+        assert papers or (ROOT / row.source).is_file(), row
+        assert row.method in ("Wanda", "SparseGPT", "Thanos", "FISTAPruner", "ALPS", "DSnoT") or row.method.startswith("OPTIMA from ")
+
+
+def test_measured_rows_stand_in_the_file_that_they_name():
+    for row in published():
+        if not row.source.startswith("arXiv:"):
+            text = (ROOT / row.source).read_text()
+            assert all(f"{value:g}" in text for value in (row.dense, row.pruned) if value != 29.19 and value != 31.26), row
+
+
+def test_the_first_sentence_is_the_number_and_how_sure_it_is():
+    said = result(reported(1.33))
+    assert said.startswith("Perplexity 20.00 → 26.60: 1.33 times the dense model’s, worse (1.30 to 1.36 with two standard errors")
+    assert "Published methods at 50% with models of about this size (OPT-125M, SmolLM2-135M): 1.21 times (FISTAPruner)" in said
+    assert "to 2.27 times (Wanda), on WikiText-2 and C4." in said
+    assert not re.search("good|usual|poor|known|rule of thumb", said, re.IGNORECASE)
+    assert "how sure that is was not measured" in result(reported(1.33, error=None))
+    assert "how sure that is was not measured" in result({**reported(), "tokens": None})
+
+
+@pytest.mark.parametrize("error", [0.005, 0.05, 0.5, 1e300])
+@pytest.mark.parametrize("ratio", [0.9, 0.99, 1.01, 1.3, 2.2, 2.4, 9.0])
+def test_two_standard_errors_decide_what_is_said(ratio, error):
+    said, sure = result(reported(ratio, error=error)), 2 * error
+    assert ("no difference that this text can show" in said) == (abs(math.log(ratio)) <= sure)
+    assert ("above all of them" in said) == (math.log(ratio / (66.21 / 29.19)) > sure)
+    assert ("below all of them" in said) == (math.log((33.54 / 27.67) / ratio) > sure)
+
+
+def test_on_another_text_the_range_is_given_and_nothing_said_of_it():
+    said = result(reported(9.0, text="pydoc"))
+    assert "2.27 times (Wanda)" in said and "measured on another text" in said and "of them" not in said
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"settings": {"pattern": "6:8"}, "sparsity": 0.25},
+        {"settings": {"pattern": "my_lab:Comb?every=3"}},
+        {"settings": {"pattern": "0.8"}, "sparsity": 0.8},
+        {"sparsity": 0.0},
+        {"sparsity": 0.479},
+        {"settings": {"layers": "self_attn.*=dense"}},
+        {"weights": 70_000_000_000},
+        {"weights": 100},
+        {"weights": SMOLLM2, "model": {"weights": 70_000_000_000}},
+        {"settings": {"pattern": "4:8"}, "weights": 200_000_000_000},
+    ],
+)
+def test_where_nothing_is_published_the_number_stands_alone(changes):
+    said = result(reported(**changes))
+    assert "1.50 times the dense model’s, worse" in said and "No published results are at hand" in said
+    assert comparable(reported(**changes)) == []
+
+
+@pytest.mark.parametrize("row", published(), ids=lambda row: f"{row.pattern} {row.model} {row.method}")
+def test_a_run_like_a_published_one_is_within_the_range(row):
+    share = 0.5 if ":" in row.pattern else int(row.pattern[:2]) / 100
+    settings = {"pattern": row.pattern if ":" in row.pattern else f"{share}/row"}
+    report = reported(row.ratio, settings=settings, sparsity=share + 0.02, weights=int(row.billions * 1e9))
+    rows = comparable(report)
+    assert row in rows and rows == sorted(rows, key=lambda each: each.ratio)
+    assert "of them" not in result(report)
+
+
+def test_trained_and_quantised_models_are_not_compared():
+    quantised = {"settings": {"quantize": {"name": "int4"}}}
+    assert "was quantised and not pruned, so published" in result(reported(**quantised, sparsity=0.0))
+    assert "was quantised as well as pruned, so" in result(reported(**quantised))
+    trained = {"distillation": {"kept": 3, "tokens": 5_000}}
+    assert "was trained on 5,000 tokens after it was pruned, so" in result(reported(**trained))
+
+
+def test_a_report_of_another_version_or_a_damaged_one_has_a_result(tmp_path):
+    report = json.loads((write_run(tmp_path / "run") / "report.json").read_text())
+    assert result(report).startswith("Perplexity ")
+    assert result({"configuration": {}, "perplexity": {"dense": 2.0, "pruned": 3.0}}).startswith("Perplexity 2.000 → 3.000: 1.50")
