@@ -15,8 +15,9 @@ _ALWAYS = ("report.json", "report.html")
 FILES: Mapping[str, str] = {
     "report.html": "this page",
     "report.json": "everything that this page shows, and the record of every matrix, as JSON for programs",
-    "hf": "the pruned model for transformers: weights as safetensors, the source’s config.json and tokenizer, which weights were "
-    "kept (pruning_masks.npz, one bit each), the recipe and every layer’s errors (optima_tpu.json), a model card (README.md)",
+    "hf": "the pruned model for transformers: weights as safetensors, the source’s config.json, generation_config.json, tokenizer "
+    "and chat template, which weights were kept (pruning_masks.npz, one bit each), the recipe and every layer’s errors "
+    "(optima_tpu.json), a model card (README.md), checksums (sha256-all.json)",
     "checkpoint": "the pruned model for optima evaluate, optima export and JAX programs: an Orbax checkpoint of the tensors of no "
     "block, which names those of the blocks, in journal/ or distilled/",
     "evaluation.json": "the results of optima evaluate; this page shows them",
@@ -31,6 +32,7 @@ FILES: Mapping[str, str] = {
     "allocation.json": "the sparsity of every block, chosen by the allocation",
     "distilled": "every block after the training, with checksums; checkpoint/ refers to it",
     "distillation.json": "the held-out loss at every check of the training, and which steps were kept",
+    "distillation": "the state of a training that has not ended; the training removes it at its end",
     "journal": "every finished block with checksums, one Orbax checkpoint each; checkpoint/ refers to it",
     "activations": "the hidden states after the last finished block, to resume a stopped run. The walk removes it at its end",
     "loss_gradient": "the squares of the loss’s gradient, by which tokens are weighed. The run removes it when all blocks are pruned",
@@ -55,11 +57,13 @@ def left(run: Run) -> Section:
     """Section on the files in the directory of one run."""
     report, directory = run.report, run.directory
     recorded = (report.get("sizes") or {}).get("left") or {}
+    names = {*recorded, *_ALWAYS, *_names_in(directory)}
     rows = [
         [f"{name}/" if _is_folder(name) else name, words, size(recorded[name]) if recorded.get(name) else NONE]
         for name, words in FILES.items()
-        if name in recorded or name in _ALWAYS or _is_there(directory, name)
+        if name in names
     ]
+    rows += [[name, "not a file of this run: something else put it here", NONE] for name in sorted(names - FILES.keys())]
     text: list = [f"Sizes: {said}."] if (said := sizes(report)) else []
     exported = "hf" in {PurePath(path).name for path in report.get("files", {}).values()}
     if not exported:
@@ -95,5 +99,6 @@ def _is_folder(name: str) -> bool:
     return "." not in name
 
 
-def _is_there(directory: Path, name: str) -> bool:
-    return not in_bucket(directory) and (directory / name).exists()
+def _names_in(directory: Path) -> set[str]:
+    """The names in a run's directory; none if it is in a bucket, or if the report was moved without its directory."""
+    return set() if in_bucket(directory) or not directory.is_dir() else {path.name for path in directory.iterdir()}

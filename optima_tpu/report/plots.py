@@ -103,9 +103,9 @@ def cells(
     low, high = limits or ((finite.min(), finite.max()) if finite.size else (0.1, 1.0))
     if low == high:
         low, high = (low / 2, high * 2) if log else (low - 0.5, high + 0.5)
-    # A colour bar next to few rows has no room for more ticks.
-    ticks = LogLocator(subs=(1,) if high > 30 * low else (1, 2, 5)) if log else FixedLocator(np.linspace(low, high, 3).tolist())
-    labels = [_tick(value, percent) for value in ticks.tick_values(low, high) if low <= value <= high * (1 + 1e-9)]
+    height, norm = 0.19 * len(rows), LogNorm(low, high) if log else Normalize(low, high)
+    ticks = _bar_ticks(norm, height)
+    labels = [_tick(value, percent) for value in ticks]
     with _style():
         figure, (axes, beside) = _figure(
             left=_room(rows),
@@ -113,9 +113,8 @@ def cells(
             bottom=0.42,
             top=0.06,
             widths=(max(1.5, 0.15 * blocks), 0.1),
-            height=0.19 * len(rows),
+            height=height,
         )
-        norm = LogNorm(low, high) if log else Normalize(low, high)
         mesh = axes.pcolormesh(np.ma.masked_invalid(values), cmap=_SHADES, norm=norm, edgecolors="none")
         mesh.set_gid("cells")
         axes.invert_yaxis()
@@ -127,7 +126,7 @@ def cells(
         axes.set_xlabel("block")
         bar = figure.colorbar(mesh, cax=beside)
         bar.outline.set_visible(False)
-        bar.ax.yaxis.set_major_locator(ticks)
+        bar.ax.yaxis.set_major_locator(FixedLocator(ticks))
         bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _tick(value, percent)))
         bar.ax.yaxis.set_minor_locator(NullLocator())
         told = [
@@ -136,6 +135,30 @@ def cells(
             if math.isfinite(value)
         ]
         return _element(figure, prefix, title, f"{title}, by block and layer: {_range(values.ravel().tolist(), percent)}.", told)
+
+
+_LINE = 0.16
+"""Height in inches of a line of text: ticks that are nearer to each other have labels that collide."""
+
+
+def _bar_ticks(norm: Normalize, height: float) -> list[float]:
+    """The values beside a colour bar of ``height`` inches: round ones first, as many as have room; its ends where hardly one has."""
+    low, high = float(norm.vmin or 0), float(norm.vmax or 0)
+    ends = [low, high, (low + high) / 2]
+    if not isinstance(norm, LogNorm):
+        return _apart(ends, norm, height)
+    tens, others = (LogLocator(subs=subs, numticks=99).tick_values(low, high) for subs in ((1,), (1, 2, 5)))
+    ticks = _apart([value for value in (*tens, *others) if low <= value <= high * (1 + 1e-9)], norm, height)
+    return ticks if len(ticks) > 1 else _apart(ends[:2], norm, height)
+
+
+def _apart(values: Iterable[float], norm: Normalize, height: float) -> list[float]:
+    """The values whose labels keep a line's height from those of the values before them."""
+    kept: list[float] = []
+    for value in values:
+        if all(height * abs(norm(value) - norm(other)) >= _LINE for other in kept):
+            kept.append(float(value))
+    return sorted(kept)
 
 
 def _style() -> AbstractContextManager[None]:

@@ -198,7 +198,7 @@ def _task_tables(runs: Sequence[Run]) -> list[Table]:
             tables.append(
                 Table(
                     ", ".join([f"Tasks{_against(other)}", *alike, "± one standard error"]),
-                    [*head, "documents", other, "pruned"],
+                    [*head, other, "pruned", "documents"],
                     tasks,
                     names=len(head),
                     note="" if alike else " ".join(f"{label}: {how}." for label, how in asked.items()),
@@ -336,14 +336,14 @@ def _tasks(run: Run, label: list[str]) -> list[list[str]]:
             *label,
             score.task,
             score.metric,
-            f"{score.documents:,}",
             told(score.metric, score.against, score.against_error),
             told(score.metric, score.value, score.error),
+            f"{score.documents:,}",
         ]
         for score in scores(_part(run, "tasks"))
     ]
     if rows and run.evaluation and run.evaluation.get("average") is not None:
-        rows.append([*label, "mean of the six", "acc", NONE, NONE, percent(run.evaluation["average"])])
+        rows.append([*label, "mean of the six", "acc", NONE, percent(run.evaluation["average"]), NONE])
     return rows
 
 

@@ -12,7 +12,7 @@ from rich.table import Table
 from optima_tpu.method.layer_rules import kind_name
 from optima_tpu.report.distillation import distilled_line
 from optima_tpu.report.file import files_in
-from optima_tpu.report.numbers import number, percent, plural
+from optima_tpu.report.numbers import direction, number, percent, plural
 from optima_tpu.report.published import result
 from optima_tpu.report.records import BlockReport, LayerReport, blocks_from_json
 from optima_tpu.report.summary import (
@@ -215,7 +215,8 @@ def traded_lines(blocks: Sequence[BlockReport]) -> list[str]:
         (before, after), (far, near) = held_out_errors(layers), means(layers, ("dense_before", "dense_after"))
         if before is not None and after is not None and far is not None and near is not None:
             told.append(
-                f"{len(layers)} {short[kind]} ({percent(before)} to {percent(after)}; against dense {percent(far)} to {percent(near)})"
+                f"{len(layers)} {short[kind]} ({percent(before)} to {percent(after)}, {direction(before, after)}; against dense "
+                f"{percent(far)} to {percent(near)}, {direction(far, near)})"
             )
     count = sum(map(len, kinds.values()))
     return [

@@ -64,7 +64,7 @@ def test_with_a_dense_target_worse_means_further_from_the_dense_model():
     (line,) = table.unusual_lines(block(aiming, away), {})
     assert "the distance to the dense model's output on held-out text: block 0 mlp.down_proj (from 30.0% to 40.0%)" in line
     (line,) = table.traded_lines(block(aiming, away))
-    assert line.startswith("in 1 matrix ") and "1 q_proj (13.6% to 15.1%; against dense 30.0% to 20.0%)" in line
+    assert line.startswith("in 1 matrix ") and "1 q_proj (13.6% to 15.1%, worse; against dense 30.0% to 20.0%, better)" in line
 
 
 def printed(report) -> str:
@@ -177,6 +177,15 @@ def test_the_files_of_the_directory_are_explained(tmp_path, unplotted):  # noqa:
     rows = {row[0]: row[1:] for row in drawn(run, to=tmp_path / "x.html").tables[f"In {run}"][1:]}
     assert list(rows) == ["report.html", "report.json", "hf/", "journal/", "sha256-all.json", "run.lock"]
     assert rows["hf/"][1] == "555 MB" and rows["run.lock"][1] == "–"
+
+
+def test_every_name_in_the_directory_is_listed(tmp_path, unplotted):  # noqa: F811
+    run = write_run(tmp_path / "run")
+    (run / "distillation").mkdir()
+    put(run / "<b>notes.txt", "")
+    rows = {row[0]: row[1] for row in drawn(run, to=tmp_path / "x.html").tables[f"In {run}"][1:]}
+    assert {name.rstrip("/") for name in rows} == {"report.html", *(path.name for path in run.iterdir())}
+    assert "not a file of this run" in rows["<b>notes.txt"] and "training" in rows["distillation/"]
 
 
 def test_a_real_run_leaves_nothing_that_its_page_does_not_explain(finished):

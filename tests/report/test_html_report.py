@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import html.parser
+import itertools
 import json
 import math
 import re
@@ -253,10 +254,10 @@ def test_what_was_evaluated_is_shown(tmp_path, monkeypatch):
         ["c4: 1 window", "–", "41.27", "–", "512"],
     ]
     assert page.tables["Tasks, zero-shot, ± one standard error"] == [
-        ["task", "metric", "documents", "dense", "pruned"],
-        ["piqa", "acc", "1,838", "68.4% ± 1.1", "61.2% ± 1.1"],
-        ["piqa", "acc_norm", "1,838", "–", "62.3% ± 1.1"],
-        ["wikitext", "word_perplexity", "62", "17.30", "25.62"],
+        ["task", "metric", "dense", "pruned", "documents"],
+        ["piqa", "acc", "68.4% ± 1.1", "61.2% ± 1.1", "1,838"],
+        ["piqa", "acc_norm", "–", "62.3% ± 1.1", "1,838"],
+        ["wikitext", "word_perplexity", "17.30", "25.62", "62"],
     ]
     assert page.tables["Distance to the dense model, ± one standard error"][1] == [
         "wikitext2",
@@ -300,9 +301,9 @@ def test_a_model_that_is_not_the_dense_one_is_called_what_it_is(tmp_path, unplot
     assert page.tables["Tasks against runs/mag, zero-shot, ± one standard error"][0] == [
         "task",
         "metric",
-        "documents",
         "runs/mag",
         "pruned",
+        "documents",
     ]
     assert "Distance to runs/mag, ± one standard error" in page.tables and "Divergence from runs/mag0.322" in page.words
     assert "dense model" not in page.sections["distance"]
@@ -350,7 +351,7 @@ def test_how_the_tasks_were_asked_is_told_and_kept_apart(tmp_path, unplotted):
         put(run / "evaluation.json", json.dumps(EVALUATION | {"configuration": configuration, "average": 0.5}))
     page = drawn(tmp_path / "a", to=tmp_path / "x.html")
     assert f"Six tasks50.0%mean accuracy, {told[0]}" in page.words and "zero-shot" not in page.words
-    assert page.tables[f"Tasks, {told[0]}, ± one standard error"][-1] == ["mean of the six", "acc", "–", "–", "50.0%"]
+    assert page.tables[f"Tasks, {told[0]}, ± one standard error"][-1] == ["mean of the six", "acc", "–", "50.0%", "–"]
     page = drawn(*(tmp_path / name for name in asked), to=tmp_path / "y.html")
     results = {row[0]: row[1:] for row in page.tables["Results"]}
     assert [results[f"mean accuracy of six tasks, {how}"] for how in told] == [["50.0%", "–"], ["–", "50.0%"]]
@@ -591,6 +592,50 @@ def test_what_cannot_be_drawn_is_refused_in_one_line(argv, words, tmp_path, monk
     assert main(argv) == 2
     error = only_error(capsys.readouterr().err)
     assert [word for word in words if word not in error] == []
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 7, 12])
+@pytest.mark.parametrize(
+    ("low", "high", "log"), [(0.0, 1.0, False), (0.009, 0.03, True), (0.011, 0.019, True), (0.0098, 0.3, True), (1e-9, 1.0, True)]
+)
+def test_labels_of_a_colour_bar_never_collide(rows, low, high, log):
+    names, values = [f"layer{row}" for row in range(rows)], np.geomspace(low or 1e-3, high, 8 * rows).reshape(rows, 8)
+    text = plots.cells("x", values, names, "a", log=log, limits=(low, high))
+    labels = re.findall(r"""<text style="font-size: ([\d.]+)px[^"]*"[^>]*? y="([\d.]+)"[^>]*>[\d.<]+ ?[\d.]*%<""", text)
+    heights = sorted(float(y) for _, y in labels)
+    assert heights and all(below - above > 1.25 * float(labels[0][0]) for above, below in itertools.pairwise(heights))
+    assert len(heights) > 1 or rows == 1
+
+
+def test_no_line_ends_inside_the_name_of_an_option(tmp_path, unplotted):
+    run = write_run(tmp_path / "run", reports=[dataclasses.replace(each, held_out_after=0.9) for each in layers(0)])
+    page = drawn(run, to=tmp_path / "x.html")
+    text = re.sub(r"<pre.*?</pre>|<style>.*?</style>|<details>.*?</details>", "", (tmp_path / "x.html").read_text(), flags=re.S)
+    options = re.findall(r"(<span class=\"option\">)?(--[a-z][\w.]*)", re.sub(r"style=\"[^\"]*\"", "", text))
+    assert ("--calibration.samples" in dict(map(reversed, options))) and all(span for span, _ in options), page.sections[
+        "unusual"
+    ]
+    assert ".option { white-space: nowrap; }" in (tmp_path / "x.html").read_text()
+
+
+def test_the_pruned_column_follows_the_dense_one_before_counts(tmp_path, unplotted):
+    """A narrow page shows the first columns."""
+    run = write_run(tmp_path / "run")
+    put(run / "evaluation.json", json.dumps(EVALUATION))
+    for rows in drawn(run, to=tmp_path / "x.html").tables.values():
+        if {"dense", "pruned"} <= set(rows[0]):
+            assert rows[0].index("pruned") == rows[0].index("dense") + 1 <= 4, rows[0]
+            assert {"documents", "tokens"}.isdisjoint(rows[0][: rows[0].index("pruned")])
+
+
+@pytest.mark.parametrize(("after", "word"), [(0.03, "better"), (0.151, "worse")])
+def test_numbers_before_and_after_have_a_word(after, word, tmp_path):
+    reports = layers(0, held_out_before=0.137, held_out_after=after, dense_before=0.3, dense_after=0.2)
+    _, (run,) = read_runs([write_run(tmp_path / "run", reports=reports)])
+    told = {tile.name: tile for tile in tiles(run)}
+    assert told["Layer error"].value.startswith("13.7% → ") and f"update, {word}, mean" in told["Layer error"].note
+    assert told["Layer error against dense"].value == "30.0% → 20.0%" and ", better, " in told["Layer error against dense"].note
+    assert "1.50 times, worse, on" in told["Perplexity"].note
 
 
 @pytest.mark.parametrize(("unit", "values"), [(percent, [1e-6, 3e-6]), (number, [1e-7, 1.0]), (percent, [0.5, 1.0])])

@@ -29,7 +29,9 @@ def test_every_published_row_has_a_ratio_and_a_source():
         assert 1 < row.ratio < 25 and row.text in ("C4", "WikiText-2"), row
         papers = re.findall(r"arXiv:\d{4}\.\d{5}", row.source)
         assert papers or (ROOT / row.source).is_file(), row
-        assert row.method in ("Wanda", "SparseGPT", "Thanos", "FISTAPruner", "ALPS", "DSnoT") or row.method.startswith("OPTIMA from ")
+        assert row.method in ("Wanda", "SparseGPT", "Thanos", "FISTAPruner", "ALPS", "DSnoT") or row.method.startswith(
+            "OPTIMA from "
+        )
 
 
 def test_measured_rows_stand_in_the_file_that_they_name():

@@ -95,6 +95,18 @@ def test_a_share_of_a_rise_that_may_be_none_is_not_told(mean, noise, told):
     assert ("of the total rise" in writing.tokens([run])[0].text[0]) == told
 
 
+@pytest.mark.parametrize(
+    "mean, median, told",
+    [
+        (0.285, 0.145, "The loss rises by 0.285 nats on average; its median rises by 0.145 nats."),
+        (-0.0075, 0.0, "The loss falls by 0.00750 nats on average; its median does not change."),
+    ],
+)
+def test_a_loss_rises_or_falls_by_a_positive_number(mean, median, told):
+    run = types.SimpleNamespace(label="", report={"tokens": TOKENS | {"mean": mean, "median": median, "mean_stderr": None}})
+    assert told in writing.tokens([run])[0].text[0]
+
+
 def test_text_with_markup_is_shown_and_not_run(tmp_path, unplotted):  # noqa: F811
     page = drawn(with_writing(write_run(tmp_path / "run")), to=tmp_path / "x.html")
     assert not {"script", "b", "i", "u"} & {tag for tag, *_ in page.attributes}
