@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -43,6 +44,7 @@ from optima_tpu.pipeline.plan.texts import CHARACTERS, counted
 from optima_tpu.pipeline.plan.topology import CHIPS, Machine, fitting_mesh, local_machine, parse_topology, topology_machine
 from optima_tpu.pipeline.recover.config import as_run
 from optima_tpu.plan import main
+from tests.support import ROOT
 from tests.support.meshes import mesh
 from tests.support.plans import config_folder, run_config
 from tests.support.pruning import group_arguments
@@ -629,6 +631,48 @@ def test_without_libtpu_the_plan_is_counted_and_says_so(tmp_path, capsys, monkey
     ):
         assert main([*arguments[:2], *words]) == 2
         assert said in capsys.readouterr().err
+
+
+LLAMA_8B = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+    "rope_scaling": {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    },
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "vocab_size": 128256,
+}
+"""What a plan reads of Llama-3.1-8B's config.json."""
+
+
+def test_the_readmes_plan_is_that_of_its_page_and_has_its_numbers(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(topology, "has_libtpu", lambda: False)
+    readme, page = (ROOT / name for name in ("README.md", "docs/guides/plans.md"))
+    (line,) = re.findall(r"^optima plan (.*)$", readme.read_text(), re.M)
+    command, _, told = line.partition("  # ")
+    assert f"\noptima plan {command}\n" in page.read_text()
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_8B))
+    assert main(command.replace("meta-llama/Llama-3.1-8B", str(tmp_path)).split()) == 0
+    printed = capsys.readouterr().out
+    memory = re.search(r"at most ([\d.]+) of 16.0 GiB, counted, in", printed)[1]
+    time = re.search(r"Time, about ([\d:]+ min) in all", printed)[1]
+    assert f"{memory} of 16 GiB" in told and time in told and "counted" in told
+    (row,) = re.findall(r"^\| Llama-3.1-8B .*$", page.read_text(), re.M)
+    assert f"| {memory} of 16 GiB |" in row and f"| {time} |" in row
+    assert "All numbers are counted by a simple model, and none is compiled." in printed
 
 
 def test_the_export_is_as_large_as_planned(finished):

@@ -100,7 +100,8 @@ def summary(plan: Plan) -> list[str]:
     elif not plan.refused:
         closely = worst.memory > _LEAVING * chip.memory
         lines = [
-            f"{'fits closely' if closely else 'fits':<13}every program: at most {_gib(worst.memory)} of {_gib(chip.memory)} GiB, in {worst.name}"
+            f"{'fits closely' if closely else 'fits':<13}every program: at most {_gib(worst.memory)} of {_gib(chip.memory)} GiB, "
+            f"{'compiled' if machine.compiles else 'counted'}, in {worst.name}"
         ]
         if closely:
             lines.append("             a run's programs can be larger than a plan's: to be sure, leave a quarter free")
@@ -144,10 +145,14 @@ def _larger_model_axis(machine: Machine) -> str:
 
 def _legend(plan: Plan) -> list[str]:
     lines = ["Memory, FLOPs and bytes are for one call on one device; memory includes what else the run holds there."]
-    if plan.machine.compiles:
+    if not plan.machine.compiles:
         lines += [
-            "The compiler reports memory, collectives, and all bytes but the solver's. The plan counts FLOPs and the bytes",
-            "of the solver. The collectives:",
+            "All numbers are counted by a simple model, and none is compiled. A compiled plan of the same run has other numbers."
+        ]
+    else:
+        lines += [
+            "Compiled: memory, collectives, and all bytes but the solver's. Counted: FLOPs, the bytes of the solver, host",
+            "memory, disk and, from all of these, seconds. The collectives:",
         ]
         lines += [
             f"  {program.name}: {_counts(program.compiled.inside)} in loops, {_counts(program.compiled.outside)} outside"
