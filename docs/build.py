@@ -74,7 +74,7 @@ def pages() -> dict[Path, str]:
         before, mark, rest = readme.partition(begin)
         _, end_mark, after = rest.partition(end)
         if mark and end_mark:
-            found[README] = f"{before}{begin}\n\n{headline_table()}\n\n{end}{after}"
+            found[README] = f"{before}{begin}\n\n{headline_table()}\n\n{tasks_line()}\n\n{end}{after}"
     return found
 
 
@@ -565,6 +565,24 @@ def load_record(name: str) -> Record:
 def headline_table() -> str:
     """The table of results/index.md and of README.md, in Markdown; the best number of a column is bold."""
     return _record_table(load_record("headline"), reference="dense model")
+
+
+_TASK_ROWS = {"dense": "dense", "`--preset fast` (Wanda + `cg`)": "`fast`", "`--preset best`": "`best`"}
+"""The rows of the record of tasks that README.md shows, and what it calls them."""
+
+
+def tasks_line() -> str:
+    """One row of task accuracy for README.md, in Markdown."""
+    record = load_record("tasks")
+    columns = [index for index, column in enumerate(record.columns) if column.name in ("ARC-Easy", "PIQA")]
+    cells = {
+        short: " and ".join(_cell(row[index], record.columns[index]) for index in columns)
+        for name, short in _TASK_ROWS.items()
+        for row in record.rows
+        if row[0] == name
+    }
+    words = "; ".join(f"{short} {cells[short]}" for short in _TASK_ROWS.values())
+    return f"Accuracy at 0.5 on {' and '.join(record.columns[index].name for index in columns)}, zero-shot, higher is better: {words}."
 
 
 def _record_table(record: Record, reference: str | None = None) -> str:

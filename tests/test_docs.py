@@ -189,7 +189,27 @@ def test_the_readme_has_the_table_of_results():
     text = (ROOT / "README.md").read_text()
     begin, end = build.MARKS
     assert text.count(begin) == text.count(end) == 1
-    assert text.partition(begin)[2].partition(end)[0].strip() == build.headline_table()
+    assert text.partition(begin)[2].partition(end)[0].strip() == f"{build.headline_table()}\n\n{build.tasks_line()}"
+
+
+def test_the_first_screen_of_the_readme_says_what_has_run_on_what():
+    first, _, rest = (ROOT / "README.md").read_text().partition("## Use it")
+    opening = first.partition("<picture>")[0]
+    for words in (
+        "measured on CPUs",
+        "simulated on CPU devices",
+        "compiled for TPUs",
+        "never run on one",
+        "no faster until a kernel",
+    ):
+        assert words in opening.replace("\n", " "), words
+    assert "`SmolLM2-135M-Instruct`" in first and "Q4_1 GGUF" in first
+    assert "When is 2:4 usable?" in rest
+
+
+def test_the_row_of_tasks_has_the_numbers_of_its_record():
+    assert "dense 51.6\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}1.0% and 64.3" in build.tasks_line()
+    assert build.tasks_line().count(" and ") == 1 + len(build._TASK_ROWS)
 
 
 def test_the_page_about_installing_lists_all_commands():

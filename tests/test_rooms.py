@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import tomllib
 
 from tests.support import ROOT
 
@@ -12,3 +13,13 @@ LINT = "from importlinter.cli import lint_imports; raise SystemExit(lint_imports
 def test_imports_go_one_way():
     linted = subprocess.run([sys.executable, "-c", LINT], cwd=ROOT, text=True, capture_output=True)
     assert linted.returncode == 0, linted.stdout + linted.stderr
+
+
+def test_every_file_of_the_package_is_in_its_wheel():
+    """Setuptools takes the modules of a package, and of its other files only those that pyproject.toml names."""
+    data = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
+    named = {f"{package.replace('.', '/')}/{name}" for package, names in data.items() for name in names}
+    other = {path for path in (ROOT / "optima_tpu").rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")}
+    assert {path.relative_to(ROOT).as_posix() for path in other} == named
+    # A folder without __init__.py is no package, so its modules would be missing.
+    assert all((path.parent / "__init__.py").is_file() for path in (ROOT / "optima_tpu").rglob("*.py"))
