@@ -14,6 +14,7 @@ from optima_tpu.models.checkpoints.export import export
 from optima_tpu.models.checkpoints.orbax import quiet_orbax
 from optima_tpu.models.checkpoints.packed import Packed
 from optima_tpu.report.file import weights_on_disk
+from optima_tpu.runtime.bounds import byte_count
 from optima_tpu.runtime.buckets import as_path
 from optima_tpu.runtime.command import guarded
 from optima_tpu.runtime.program import Parser, program
@@ -74,7 +75,7 @@ def _export(arguments: list[str] | None) -> None:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     jax.config.update("jax_platforms", "cpu")  # Orbax starts JAX, and an accelerator may be busy with another run
     quiet_orbax()
-    options = forms.Options(chosen.max_shard_size, chosen.scan_layers)
+    options = forms.Options(byte_count("a shard size", chosen.max_shard_size), chosen.scan_layers)
     dense = export(chosen.run_dir, chosen.out, options, form=chosen.form, say=functools.partial(print, flush=True))
     print(f"wrote {chosen.out}")
     if told := forms.FORMS[chosen.form].next:

@@ -29,7 +29,6 @@ import dataclasses
 import difflib
 import functools
 import json
-import math
 import re
 import shutil
 import typing
@@ -54,10 +53,11 @@ from optima_tpu.config.choices import (
 from optima_tpu.config.flat import flat
 from optima_tpu.config.options import PARTS, Formatter, add_fields, add_method, alternatives, fields, kinds, make_parser, parts
 from optima_tpu.config.presets import PLAIN, PRESETS, default_preset, with_preset
-from optima_tpu.config.run_config import MOST, RunConfig, default_run, to_dict
+from optima_tpu.config.run_config import RunConfig, default_run, to_dict
 from optima_tpu.errors import UserError, did_you_mean
 from optima_tpu.method.layer_rules import parse_layers
 from optima_tpu.method.patterns import parse_pattern
+from optima_tpu.runtime.bounds import refuse_beyond
 
 T = TypeVar("T", bound=Method)
 
@@ -222,9 +222,9 @@ def parse_command(
         parsed = parser.parse_args(argv)
     except argparse.ArgumentError as error:
         raise UserError(one_line(error, types)) from None
+    refuse_beyond({name: parsed[name] for name in types if name != "model"})
     for setting, method in methods.items():
         given = {option: parsed[f"{setting}.{option}"] for option in options_of(method) if f"{setting}.{option}" in types}
-        _refuse_beyond(setting, given)
         methods[setting] = dataclasses.replace(method, **given)
     return settings(**{name: parsed[name] for name in ("model", *defaults)}, **methods)
 
@@ -373,10 +373,10 @@ def _build(namespace: jsonargparse.Namespace, chosen: Mapping[str, str]) -> RunC
     for name, kind in kinds(chosen).items():
         if namespace[name] is None and type(None) not in alternatives(kind):
             raise UserError(f"expected a value for {name}, got none; leave the line out for its default")
+        refuse_beyond({name: namespace[name]})
     values = {name: namespace[name] for name in fields(RunConfig)} | dict.fromkeys(CHOICES)
     for setting, classes in parts(chosen).items():
         options = {name: namespace[f"{setting}.{name}"] for cls in classes for name in fields(cls)}
-        _refuse_beyond(setting, options)
         if setting == "solver":
             damping, cls = options.pop("damping", None), classes[-1] if classes else None
             # None for the default value, so that equal runs have equal values.
@@ -392,15 +392,6 @@ def _build(namespace: jsonargparse.Namespace, chosen: Mapping[str, str]) -> RunC
         except UserError as error:
             raise UserError(f"{name}: {error}") from None
     return RunConfig(**values)
-
-
-def _refuse_beyond(setting: str, options: Mapping[str, Any]) -> None:
-    """Raises UserError for an option that is no finite number, or is beyond any use."""
-    for name, value in options.items():
-        if isinstance(value, float) and not math.isfinite(value):
-            raise UserError(f"expected {setting}.{name} to be a finite number, got {value}")
-        if isinstance(value, int) and abs(value) > MOST and name != "seed":
-            raise UserError(f"expected {setting}.{name} of at most {MOST}, got {value}")
 
 
 def _check_known(names: Iterable[str], known: set[str], chosen: Mapping[str, str], dashes: str) -> None:

@@ -21,12 +21,10 @@ from optima_tpu.method.selectors import Imported, Selector, Wanda
 from optima_tpu.method.solvers import CG, Solver
 from optima_tpu.method.targets import SelfTarget, Target
 from optima_tpu.method.tuning import Fixed, Tuning
+from optima_tpu.runtime.bounds import MOST_SEED, at_least
 from optima_tpu.runtime.buckets import as_path
 from optima_tpu.runtime.mesh import MOST_DEVICES, parse_mesh
 from optima_tpu.runtime.outside import outside_code
-
-MOST = (1 << 31) - 1
-"""The largest whole number of a setting: devices count in int32."""
 
 MOST_TOKENS = 1 << 28
 """Tokens of a text that is read into memory. Their hidden states take a terabyte in a model of width 2048."""
@@ -36,14 +34,6 @@ LENGTH = 2048
 
 _LONG_SLUG = 40
 """Characters of pattern and rules in the name of a run directory, from which on a digest stands for the rules."""
-
-
-def at_least(least: int, name: str, value: int | None, most: int = MOST) -> None:
-    """Raises UserError for a setting below its least value, or above ``most``."""
-    if value is not None and value < least:
-        raise UserError(f"expected {name} of at least {least}, got {value}")
-    if value is not None and value > most:
-        raise UserError(f"expected {name} of at most {most}, got {value}")
 
 
 def few_tokens(name: str, windows: int | None, length: int | None) -> None:
@@ -83,7 +73,7 @@ class Calibration:
             )
         at_least(1, "calibration.samples", self.samples)
         at_least(2, "calibration.length", self.length)
-        at_least(0, "calibration.seed", self.seed, most=(1 << 32) - 1)
+        at_least(0, "calibration.seed", self.seed, MOST_SEED)
         at_least(0, "calibration.held_out", self.held_out)
         at_least(0, "calibration.written", self.written)
         few_tokens("calibration", self.fitted + self.held_out, self.length)

@@ -40,7 +40,7 @@ class Hub:
     def parse(text: str) -> "Hub":
         """Reads ORG/NAME[/CONFIG]@SPLIT or ORG/NAME[/CONFIG]@SPLIT[:N], optionally with ?field=NAME."""
         path, options = split_options(text, ["field"], _FORM)
-        found = re.fullmatch(r"([\w.-]+/[\w.-]+)(?:/([^/@]+))?@([\w.-]+)(?:\[:([1-9]\d*)\])?", path)
+        found = re.fullmatch(r"([\w.-]+/[\w.-]+)(?:/([^/@]+))?@([\w.-]+)(?:\[:([1-9][0-9]{0,8})\])?", path)
         if not found:
             raise UserError(f"expected {_FORM}, got hub:{text}")
         repository, config, split, first = found.groups()

@@ -1,7 +1,6 @@
 """Text that the model to be pruned writes itself, for people without data."""
 
 import dataclasses
-import math
 from collections.abc import Iterator
 
 from optima_tpu.data.source import Split
@@ -28,10 +27,10 @@ class SelfGenerated:
         name, _, value = option.partition("=")
         try:
             source = SelfGenerated(float(value)) if question else SelfGenerated()
-            if name not in ("", "temperature") or not 0 < source.temperature < math.inf:
+            if name not in ("", "temperature") or not 1e-3 <= source.temperature <= 1e3:
                 raise ValueError
         except ValueError:
-            raise UserError(f"expected self or self?temperature=NUMBER with a number above 0, got {text!r}") from None
+            raise UserError(f"expected self or self?temperature=NUMBER with a number from 0.001 to 1000, got {text!r}") from None
         return source
 
     def __str__(self) -> str:

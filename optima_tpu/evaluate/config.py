@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Literal
 
 from optima_tpu.config.parse import parse_command
-from optima_tpu.config.run_config import MOST, at_least, few_tokens
+from optima_tpu.config.run_config import few_tokens
 from optima_tpu.errors import UserError
 from optima_tpu.evaluate.asking import Asking
+from optima_tpu.runtime.bounds import MOST, at_least
 from optima_tpu.runtime.mesh import MOST_DEVICES, parse_mesh
 from optima_tpu.runtime.program import program
 

@@ -19,11 +19,14 @@ from jaxtyping import Bool, Float, Int32
 
 from optima_tpu.errors import UserError
 from optima_tpu.method.linalg.smallest import lowest, order_of, pairs_that_pay
+from optima_tpu.runtime.bounds import at_least, whole
 from optima_tpu.runtime.outside import import_class, import_path, is_import_path, read_options, write_options
 
 _TOLERANCE = 0.01
 """How far the sparsity of a layer with an imported mask may be from an unstructured pattern: published SparseGPT prunes one
 weight more in every block, and implementations round the count differently."""
+MOST_INPUTS = 1 << 24
+"""The most inputs of a layer that a pattern is for. The widest layers that anybody has have a hundredth of them."""
 _TPU_STRIDES = (128, 16, 32)
 """The strides that the TPU kernel reads: of matrices [d_out, d_in], and of transposed ones in bfloat16 and in int8."""
 
@@ -236,6 +239,7 @@ class NM(Pattern):
             raise UserError(f"expected a pattern N:M with 0 < N < M, got {self.n}:{self.m}")
         if self.stride < 1:
             raise UserError(f"expected a stride of at least 1 in a pattern N:M@STRIDE, got {self.stride}")
+        at_least(1, "the inputs that a group spans, M times the stride,", self.m * self.stride, MOST_INPUTS)
 
     def __str__(self) -> str:
         return f"{self.n}:{self.m}" + (f"@{self.stride}" if self.stride > 1 else "")
@@ -258,7 +262,8 @@ class NM(Pattern):
         Strides that a TPU kernel reads come first, then the largest below this one.
         """
         widths = set(widths)
-        strides = (*_TPU_STRIDES, *reversed(range(1, self.stride)))
+        most = min(self.stride - 1, math.gcd(*widths) // self.m)  # a stride that fits divides all of the widths
+        strides = (*_TPU_STRIDES, *range(most, 0, -1))
         patterns = (NM(self.n, self.m, stride) for stride in strides)
         return next((pattern for pattern in patterns if all(map(pattern.fits, widths))), None)
 
@@ -354,7 +359,7 @@ def parse_pattern(text: str | float, group: str = "row") -> Pattern:
         if ":" in text:
             n, m = text.split(":")
             m, apart, stride = m.partition("@")
-            return NM(int(n), int(m), int(stride) if apart else 1)
+            return NM(whole(n), whole(m), whole(stride) if apart else 1)
         sparsity, _, given = text.partition("/")
         return Unstructured(float(sparsity), given or group)
     except ValueError:

@@ -315,7 +315,7 @@ class Tensors(Protocol):
     def dtype(self, name: str) -> np.dtype: ...
 
 
-def split_by_size(source: Tensors, names: Iterable[str], limit: int | str, pattern: str = "{suffix}") -> StateDictSplit:
-    """Assigns tensors to files of at most ``limit`` bytes ("5GB"), in order. A larger tensor gets a file of its own."""
+def split_by_size(source: Tensors, names: Iterable[str], limit: int, pattern: str = "{suffix}") -> StateDictSplit:
+    """Assigns tensors to files of at most ``limit`` bytes, in order. A larger tensor gets a file of its own."""
     sizes = {name: math.prod(source.shape(name)) * source.dtype(name).itemsize for name in names}
     return split_state_dict_into_shards_factory(sizes, get_storage_size=int, max_shard_size=limit, filename_pattern=pattern)

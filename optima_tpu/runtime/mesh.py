@@ -14,6 +14,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from optima_tpu.errors import UserError, one_line
+from optima_tpu.runtime.bounds import at_least, whole
 
 DATA, MODEL = "data", "model"
 
@@ -38,13 +39,14 @@ def parse_mesh(text: str) -> tuple[int, int]:
                 raise ValueError
             if len(sizes) < len(pairs):
                 raise UserError(f"expected a mesh with each axis once, such as data=4,model=2, got {text!r}")
-            data, model = (int(sizes.get(axis, 1)) for axis in (DATA, MODEL))
+            data, model = (whole(sizes.get(axis, "1")) for axis in (DATA, MODEL))
         else:
-            data, model = (int(part) for part in text.lower().split("x"))
+            data, model = (whole(part) for part in text.lower().split("x"))
     except ValueError:
         raise UserError(f"expected a mesh such as 4x2 or data=4,model=2, got {text!r}") from None
     if data < 1 or model < 1:
         raise UserError(f"expected a mesh with at least 1 device on each axis, such as 4x2, got {text!r}")
+    at_least(1, "the devices of a mesh", data * model)
     return data, model
 
 

@@ -12,12 +12,13 @@ from types import MappingProxyType
 from typing import Any, TypeVar
 
 from optima_tpu.errors import UserError, one_line
+from optima_tpu.runtime.bounds import refuse_beyond, whole
 
 _IMPORT_PATH = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*(\?.*)?")
 
 T = TypeVar("T")
 
-_READERS: Mapping[type, Callable[[str], Any]] = MappingProxyType({int: int, float: float, bool: lambda text: text == "true"})
+_READERS: Mapping[type, Callable[[str], Any]] = MappingProxyType({int: whole, float: float, bool: lambda text: text == "true"})
 """Type of an option -> its parser. Text needs none."""
 
 
@@ -95,6 +96,7 @@ def read_options(cls: type[T], text: str) -> T:
             values[name] = _READERS.get(kinds[name], str)(value)
         except ValueError:
             raise UserError(f"{import_path(cls)}: expected {name} to be a number, got {value!r}") from None
+        refuse_beyond({name: values[name]})
     return cls(**values)
 
 

@@ -20,6 +20,7 @@ from jax.experimental import multihost_utils
 
 from optima_tpu.errors import UserError
 from optima_tpu.runtime import signals
+from optima_tpu.runtime.bounds import whole
 
 S = TypeVar("S")
 T = TypeVar("T")
@@ -60,8 +61,8 @@ def start(coordinator: str | None, count: int | None, index: int | None, timeout
         return
     if coordinator is None or count is None or index is None or not _names_process(coordinator, count, index):
         raise UserError(
-            "expected --coordinator HOST:PORT, --num_processes N and --process_id K with 0 <= K < N together, "
-            f"got {coordinator}, {count} and {index}"
+            "expected --coordinator HOST:PORT with a port from 1 to 65535, --num_processes N and --process_id K with 0 <= K < N "
+            f"together, got {coordinator}, {count} and {index}"
         )
     if count > MOST:
         raise UserError(f"expected num_processes of at most {MOST}, got {count}")
@@ -77,7 +78,15 @@ def may_join(coordinator: str | None) -> bool:
 
 
 def _names_process(coordinator: str, count: int, index: int) -> bool:
-    return 0 <= index < count and coordinator.rpartition(":")[2].isdigit()
+    return 0 <= index < count and 0 < _port(coordinator) < 1 << 16
+
+
+def _port(coordinator: str) -> int:
+    """The port of HOST:PORT; 0 where there is none."""
+    try:
+        return whole(coordinator.rpartition(":")[2])
+    except ValueError:
+        return 0
 
 
 def _join_announced(timeout: int, certain: bool) -> None:
@@ -222,10 +231,10 @@ def _broadcast(data: bytes) -> bytes:
 def _announced() -> bool | None:
     """Whether the platform says that this is one process of several; None on a TPU VM, where jax must find out."""
     environment = os.environ
-    if int(environment.get("OMPI_COMM_WORLD_SIZE", 1)) > 1:
+    if _declared("OMPI_COMM_WORLD_SIZE") > 1:
         return True
     # srun sets SLURM_STEP_NODELIST. Without it this is the script of a job, which is alone until it calls srun.
-    if int(environment.get("SLURM_NTASKS", 1)) > 1 and "SLURM_STEP_NODELIST" in environment:
+    if _declared("SLURM_NTASKS") > 1 and "SLURM_STEP_NODELIST" in environment:
         return True
     # jax adds TPUs to its platforms by itself if this host has chips and libtpu is installed.
     if "tpu" not in (jax.config.jax_platforms or ""):  # type: ignore[attr-defined]  # options are made at run time
@@ -234,12 +243,23 @@ def _announced() -> bool | None:
     workers = environment.get("TPU_PROCESS_ADDRESSES", environment.get("TPU_WORKER_HOSTNAMES"))
     if workers is None:
         return None
-    return "," in workers or int(environment.get("MEGASCALE_NUM_SLICES") or 1) > 1
+    return "," in workers or _declared("MEGASCALE_NUM_SLICES") > 1
+
+
+def _declared(variable: str) -> int:
+    """A number of processes or slices in the environment; 1 where the variable is not set or empty."""
+    text = os.environ.get(variable) or "1"
+    try:
+        return whole(text)
+    except ValueError:
+        raise UserError(
+            f"expected a whole number in the environment variable {variable}, got {text!r}: correct it, or unset it"
+        ) from None
 
 
 def _open_mpi_5() -> bool:
     """Whether Open MPI 5 or newer started this process. jax then needs mpi4py, which jax 0.10 uses only if it is named."""
-    if int(os.environ.get("OMPI_COMM_WORLD_SIZE", 1)) == 1 or "OMPI_MCA_orte_hnp_uri" in os.environ:
+    if _declared("OMPI_COMM_WORLD_SIZE") == 1 or "OMPI_MCA_orte_hnp_uri" in os.environ:
         return False
     if importlib.util.find_spec("mpi4py") is None:
         raise UserError(

@@ -31,6 +31,7 @@ from optima_tpu.models.checkpoints.packed import MASKS, Packer, write_masks
 from optima_tpu.models.checkpoints.source import Pretrained
 from optima_tpu.models.checkpoints.stacks import Stacked, stacks_among, stacks_of, stacks_of_parts
 from optima_tpu.runtime import signals
+from optima_tpu.runtime.bounds import byte_count
 from optima_tpu.runtime.files import split_by_size, written_here
 from optima_tpu.runtime.processes import alone
 
@@ -112,10 +113,8 @@ class Plain(Form):
     def __init__(self, run: Exported, options: Options):
         super().__init__(run, options)
         self._stacked = Stacked(run.source, self.stacked)
-        try:
-            self._split = split_by_size(self._stacked, self._stacked.names(), options.max_shard_size, "model{suffix}.safetensors")
-        except ValueError as error:
-            raise UserError(f"expected a shard size such as 5GB, got {options.max_shard_size!r}: {error}") from None
+        limit = byte_count("a shard size", options.max_shard_size)
+        self._split = split_by_size(self._stacked, self._stacked.names(), limit, "model{suffix}.safetensors")
 
     def write(self, folder: Path) -> tuple[list[str], Zeros]:
         _, zeros = super().write(folder)

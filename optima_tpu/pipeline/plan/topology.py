@@ -18,10 +18,13 @@ from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from optima_tpu.errors import UserError, one_line
 from optima_tpu.method.linalg.features import rough_matmul
+from optima_tpu.runtime.bounds import at_least
 from optima_tpu.runtime.device_memory import host_memory
 from optima_tpu.runtime.mesh import DATA, MODEL, make_mesh, parse_mesh, platform
 
 GIB = 2**30
+MOST_CHIPS = 1 << 16
+"""Chips of a slice; the largest that Google Cloud has are below 10,000."""
 
 
 class Chip(NamedTuple):
@@ -122,7 +125,7 @@ def parse_topology(text: str) -> tuple[str, tuple[int, ...]]:
     Raises:
       UserError: the text has another form, the kind is not in :data:`CHIPS`, or the shape splits a host.
     """
-    found = re.fullmatch(r"([a-z]\w*):([1-9]\d*(?:x[1-9]\d*){1,2})", text.strip().lower())
+    found = re.fullmatch(r"([a-z]\w*):([1-9]\d{0,8}(?:x[1-9]\d{0,8}){1,2})", text.strip().lower())
     if not found:
         raise UserError(
             f"expected a topology KIND:AxB or KIND:AxBxC, such as v5e:4x2 or v5p:4x4x4, got {text!r}{_by_count(text)}"
@@ -130,6 +133,7 @@ def parse_topology(text: str) -> tuple[str, tuple[int, ...]]:
     if found[1] not in CHIPS:
         raise UserError(f"expected a topology of {', '.join(CHIPS)}, such as v5e:4x2, got {text!r}")
     shape = tuple(map(int, found[2].split("x")))
+    at_least(1, "the chips of a topology", math.prod(shape), MOST_CHIPS)
     whole = [(*(_of_hosts(size, up) for size in shape[:2]), *shape[2:]) for up in (False, True)]
     if shape not in whole:
         near = " or ".join(f"{found[1]}:{'x'.join(map(str, each))}" for each in whole)
@@ -139,7 +143,7 @@ def parse_topology(text: str) -> tuple[str, tuple[int, ...]]:
 
 def _by_count(text: str) -> str:
     """What to type for an accelerator type such as v5litepod-8, which names a number of chips; empty for other texts."""
-    found = re.fullmatch(r"(v5litepod|v5e|v6e)-(\d+)", text.strip().lower())
+    found = re.fullmatch(r"(v5litepod|v5e|v6e)-(\d{1,3})", text.strip().lower())
     chips = int(found[2]) if found else 0
     if not found or chips & (chips - 1) or not 1 <= chips <= 256:
         return ""

@@ -8,11 +8,12 @@ from typing import Any, Literal
 
 from optima_tpu.config.choices import method_name, options_of
 from optima_tpu.config.parse import parse_command
-from optima_tpu.config.run_config import MOST, MOST_TOKENS, RunConfig, at_least, few_tokens
+from optima_tpu.config.run_config import MOST_TOKENS, RunConfig, few_tokens
 from optima_tpu.errors import UserError
 from optima_tpu.method.distillation import KL, Distillation
 from optima_tpu.method.selectors import Imported
 from optima_tpu.report.run_record import default_folder
+from optima_tpu.runtime.bounds import MOST, at_least
 from optima_tpu.runtime.buckets import as_path
 from optima_tpu.runtime.mesh import MOST_DEVICES, parse_mesh
 from optima_tpu.runtime.program import program

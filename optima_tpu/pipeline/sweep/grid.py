@@ -17,6 +17,7 @@ not change a setting that a label sets.
 import dataclasses
 import functools
 import itertools
+import math
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -29,7 +30,11 @@ from optima_tpu.data import check_sources
 from optima_tpu.errors import UserError
 from optima_tpu.pipeline.sweep.cells import Cell, refuse_idle_seeds, refuse_twins
 from optima_tpu.pipeline.sweep.labels import labelled_settings, refuse_relabelled
+from optima_tpu.runtime.bounds import at_least
 from optima_tpu.runtime.buckets import as_path, in_bucket
+
+MOST_CELLS = 10_000
+"""Cells of a table, those that are left out included. Reading them takes a minute, and pruning in each one as much and more."""
 
 _AXES = {"pattern": "patterns", "mask": "masks", "update": "updates"}
 _COUNTS = {"samples": 1, "seeds": 0}  # the least that each may be
@@ -93,6 +98,7 @@ def _grid(document: Mapping[str, Any], argv: Sequence[str], output: str | None, 
     if chosen is not None and not (isinstance(chosen, str) and chosen.strip()):
         raise UserError(f"expected output to be a directory, got {chosen!r}")
 
+    at_least(1, "cells in the table of a sweep", math.prod(map(len, (*axes.values(), *counts.values()))), MOST_CELLS)
     places = [
         dict(zip(("seeds", "samples", *_AXES), values, strict=True))
         for values in itertools.product(counts["seeds"], counts["samples"], *axes.values())
