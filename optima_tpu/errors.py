@@ -1,7 +1,8 @@
 """The exception for mistakes that the user can correct, and one-line texts of other exceptions."""
 
+import contextlib
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 
 class UserError(Exception):
@@ -10,6 +11,23 @@ class UserError(Exception):
     The command line prints the message alone, without a traceback, and exits with status 2. Any other exception is a defect
     of this program and keeps its traceback.
     """
+
+
+@contextlib.contextmanager
+def panics_refused(message: str) -> Iterator[None]:
+    """Raises UserError where a library in Rust panics, as ``tokenizers`` does when a regular expression of a file blows up.
+
+    Such an exception is no ``Exception``, so what catches those lets it pass. Its class cannot be imported, only its module is fixed.
+
+    Args:
+      message: says which file the library read, and what to do.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__module__ != "pyo3_runtime":
+            raise
+        raise UserError(f"{message} ({one_line(error)})") from error
 
 
 def some(names: Iterable[str], count: int = 4) -> str:

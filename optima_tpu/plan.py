@@ -7,19 +7,19 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import jax
-from rich.console import Console
 
 from optima_tpu.config.choices import method_name
 from optima_tpu.config.parse import parse
 from optima_tpu.errors import UserError
 from optima_tpu.pipeline.recover.config import RecoverConfig, as_run, count_tokens
-from optima_tpu.report.progress import say
+from optima_tpu.report.progress import Terminal, say
 from optima_tpu.runtime import signals
 from optima_tpu.runtime.command import guarded
 from optima_tpu.runtime.files import write_bytes, writing
 from optima_tpu.runtime.mesh import simulate_devices
 from optima_tpu.runtime.outputs import refuse_foreign
 from optima_tpu.runtime.program import Parser, program
+from optima_tpu.runtime.records import encoded
 
 _PROGRAM = program("plan")
 _DESCRIPTION = f"""\
@@ -87,7 +87,7 @@ def _plan(argv: Sequence[str]) -> int:
     from optima_tpu.pipeline.plan.table import greeting, print_plan
     from optima_tpu.pipeline.plan.topology import local_machine, topology_machine
 
-    console = Console()
+    console = Terminal()
     model, compiling = open_declared(config.model, config.dtype, config.batch), not options.no_compile
     machine = (
         topology_machine(options.topology, config.mesh, compiling, options.quick)
@@ -110,7 +110,7 @@ def _plan(argv: Sequence[str]) -> int:
     print_plan(console, plan)
     if options.json:
         with writing(options.json, "choose another --json"):
-            write_bytes(options.json, (json.dumps(plan.to_json(), indent=2) + "\n").encode())
+            write_bytes(options.json, encoded(plan.to_json(), indent=2))
     return 1 if plan.too_large or plan.refused else 0
 
 

@@ -12,7 +12,7 @@ from optima_tpu.pipeline.sweep import grid as grids
 from optima_tpu.pipeline.sweep.cells import Cell, differences
 from optima_tpu.pipeline.sweep.grid import CellGrid, read_grid
 from optima_tpu.pipeline.sweep.tables import failure_lines, layout, terminal_table
-from optima_tpu.report.progress import say, show
+from optima_tpu.report.progress import Terminal, say, show
 from optima_tpu.runtime.command import guarded, take_devices
 from optima_tpu.runtime.program import Parser, program
 
@@ -38,7 +38,7 @@ def _sweep(argv: Sequence[str]) -> int:
 
     quiet_orbax()
     sweep = Sweep(grid, () if options.dry_run else chosen, options.keep_checkpoints, options.force)
-    console = Console()
+    console = Terminal()
     if options.dry_run:
         _list(console, grid, chosen, sweep.finished)
         return 0

@@ -1,5 +1,6 @@
 """Turns text into the token windows that a model is calibrated on and scored on. One file for each source."""
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, TypeGuard
@@ -16,10 +17,22 @@ from optima_tpu.data.pydoc import PyDoc
 from optima_tpu.data.random import Random
 from optima_tpu.data.sampling import Draw
 from optima_tpu.data.self_generated import SelfGenerated
-from optima_tpu.data.source import Located, Part, Source, Split, TextSource, Tokens, TokenSource, common_part, token_digest
+from optima_tpu.data.source import (
+    Located,
+    Part,
+    Source,
+    Split,
+    TextSource,
+    Tokens,
+    TokenSource,
+    common_part,
+    token_digest,
+    unigram_perplexity,
+)
 from optima_tpu.data.tfds import TFDS
 from optima_tpu.data.wikitext2 import WikiText2
-from optima_tpu.errors import UserError, did_you_mean
+from optima_tpu.errors import UserError, did_you_mean, panics_refused
+from optima_tpu.runtime.bounds import MOST
 
 if TYPE_CHECKING:  # importing it takes seconds and warns that torch is missing, also in programs that tokenise nothing
     from transformers import PreTrainedTokenizerBase
@@ -51,7 +64,11 @@ __all__ = [
     "stream_tokens",
     "texts_of",
     "token_digest",
+    "tokenizing",
+    "unigram_perplexity",
 ]
+
+_FILE_OF, _INSTEAD = "the tokenizer.json of", "download it again, or take that of the base model"
 
 NAMED: dict[str, Source] = {str(source): source for source in (PyDoc(), C4(), WikiText2(), Random())}
 WITH_PATH: dict[str, Callable[[str], Source]] = {"file": File.parse, "npy": Npy.parse, "tfds": TFDS.parse, "hub": Hub.parse}
@@ -290,10 +307,19 @@ def _replacing(tokens: Tokens, bos: int | None) -> Tokens:
     return tokens._replace(ids=ids, how=tokens.how + ", the first token of each replaced by a BOS token")
 
 
+def tokenizing(tokenizer: "PreTrainedTokenizerBase") -> contextlib.AbstractContextManager[None]:
+    """Turns a panic of the tokenizers library on some text into a UserError that names the tokenizer's file."""
+    return panics_refused(f"{_FILE_OF} {tokenizer.name_or_path} has a rule that fails on some text: {_INSTEAD}")
+
+
 def _encoder(tokenizer: "PreTrainedTokenizerBase", bos: int | None) -> sampling.Encode:
     def encode(text: str) -> np.ndarray:
         # Not verbose: transformers would warn that a document is longer than the model's context, which is allowed here.
-        encoded = tokenizer(text, add_special_tokens=bos is None, return_attention_mask=False, verbose=False)
-        return np.asarray(encoded["input_ids"], np.int32)
+        with tokenizing(tokenizer):
+            encoded = tokenizer(text, add_special_tokens=bos is None, return_attention_mask=False, verbose=False)
+        ids = np.asarray(encoded["input_ids"], np.int64)
+        if ids.size and ids.max() > MOST:
+            raise UserError(f"{_FILE_OF} {tokenizer.name_or_path} has a token with the number {ids.max()}: {_INSTEAD}")
+        return ids.astype(np.int32)
 
     return encode

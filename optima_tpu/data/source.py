@@ -32,6 +32,17 @@ def token_digest(ids: np.ndarray) -> str:
     return hashlib.sha256(f"{ids.shape}".encode() + np.ascontiguousarray(ids, np.int32).tobytes()).hexdigest()
 
 
+def unigram_perplexity(ids: np.ndarray) -> float:
+    """The perplexity of a text to whoever knows only how often each of its tokens occurs: 1 for one token again and again.
+
+    ``exp(H + (K - 1) / 2N)`` with the entropy ``H`` in nats of the ``K`` frequencies among ``N`` tokens. The second term corrects
+    for frequencies that are counted in the text itself (Miller 1955); without it a short text looks more predictable than it is.
+    """
+    counts = np.unique(ids, return_counts=True)[1]
+    shares = counts / ids.size
+    return float(np.exp(-np.sum(shares * np.log(shares)) + (len(counts) - 1) / (2 * ids.size)))
+
+
 @runtime_checkable
 class TextSource(Protocol):
     """Documents of text. A frozen dataclass; its ``str`` is what the user types."""

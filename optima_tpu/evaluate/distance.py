@@ -162,7 +162,8 @@ def _ratios(rows: np.ndarray, squares: np.ndarray, windows: int) -> list[float]:
     for theirs, part in everyones((rows, squares)):  # processes may hold the same windows, with equal values
         whole[:, theirs] = part
     error, norm = whole.sum(axis=1).T
-    return (error / norm).tolist()
+    with np.errstate(invalid="ignore", divide="ignore"):  # hidden states of 0: the error relative to them is not finite
+        return (error / norm).tolist()
 
 
 def check_same_shape(dense: Decoder, pruned: Decoder) -> None:

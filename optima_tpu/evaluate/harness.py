@@ -17,6 +17,7 @@ from lm_eval.models.utils import has_bos_prefix, resolve_max_length
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from transformers import PreTrainedTokenizerBase
 
+from optima_tpu.data import tokenizing
 from optima_tpu.errors import UserError
 from optima_tpu.evaluate.answers import Ends, Question, Rules, read_rules
 from optima_tpu.evaluate.likelihood import Likelihood, Request, likelihoods, make_plan
@@ -90,7 +91,8 @@ class DecoderLM(TemplateLM):
             add_special_tokens = False
         options = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
         # verbose=False: transformers would warn of every text that is longer than the model's context.
-        ids = self.tokenizer.encode(string, verbose=False, **options)
+        with tokenizing(self.tokenizer):
+            ids = self.tokenizer.encode(string, verbose=False, **options)
         if self._forced is None or add_special_tokens is not None or ids[:1] == [self._forced]:
             return ids
         return [self._forced, *ids]

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -30,14 +29,14 @@ from optima_tpu.evaluate.tasks import load_tasks, metrics, paper_average, run_ta
 from optima_tpu.models.model import check_ids, window_bos, window_length
 from optima_tpu.report.file import environment
 from optima_tpu.report.page import PAGE, write_page
-from optima_tpu.report.progress import Progress, say
+from optima_tpu.report.progress import Progress, Terminal, say
 from optima_tpu.report.run_record import code_version, default_folder
 from optima_tpu.runtime.buckets import as_path, in_bucket
 from optima_tpu.runtime.checksums import forget, keep
 from optima_tpu.runtime.files import refuse_unreachable, writing
 from optima_tpu.runtime.mesh import make_mesh
 from optima_tpu.runtime.processes import agree, check_signals, first_only, from_first, is_first
-from optima_tpu.runtime.records import known_record
+from optima_tpu.runtime.records import encoded, known_record
 
 T = TypeVar("T")
 
@@ -57,7 +56,7 @@ def evaluate(config: EvaluateConfig, console: Console | None = None) -> dict[str
     Raises:
       UserError: an input error that the user can correct.
     """
-    console = console or Console(quiet=not is_first())
+    console = console or Terminal(quiet=not is_first())
     settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in ("process_id", "force")}
     agree("settings and code", flat(settings | {"code": code_version()}))
     check_signals()
@@ -296,14 +295,13 @@ def _write(folder: Path, record: Mapping[str, Any], results: Mapping[str, Any], 
         for path in HARNESS.values():  # files of an earlier evaluation could be mistaken for results of this one
             (folder / path).unlink(missing_ok=True)
         forget(folder, HARNESS.values())
-        files = {RECORD: (json.dumps(record, indent=2, allow_nan=False) + "\n").encode()}
+        files = {RECORD: encoded(record, indent=2)}
         for name, result in results.items():
             result["config"]["model_args"] = {
                 "pretrained": record[name],
                 "fingerprint": models[name].model.pretrained.fingerprint,
             }
-            text = json.dumps(result, indent=2, ensure_ascii=False)
-            files[HARNESS[name]] = text.encode()
+            files[HARNESS[name]] = encoded(result, indent=2)
         keep(folder, files)
 
 

@@ -2,6 +2,7 @@
 
 import difflib
 import importlib.metadata
+import math
 import random
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -288,8 +289,8 @@ def run_tasks(lm: DecoderLM, tasks: TaskDict | None, asking: Asking = Asking(), 
         results = evaluate(lm, tasks, limit=asking.limit, bootstrap_iters=BOOTSTRAP, log_samples=samples, **asking.prompts)
     except SharedError:  # the other processes raise it too
         raise
-    except UserError as error:
-        failure = error  # the other processes wait for a message, so send them the error
+    except (UserError, OverflowError) as error:
+        failure = _as_user_error(error)  # the other processes wait for a message, so send them the error
         from_first(lambda: _raise(failure))
     from_first(lambda: None)
     return results | {
@@ -317,6 +318,16 @@ def settings_of(lm: DecoderLM, asking: Asking) -> dict[str, Any]:
     }
 
 
+def _as_user_error(error: UserError | OverflowError) -> UserError:
+    """The error itself, or for the harness's ``exp`` of a loss of 710 and more what to do."""
+    if isinstance(error, UserError):
+        return error
+    return UserError(
+        f"a perplexity among the tasks is larger than any number of 64 bits ({one_line(error)}): the model does not predict the texts; "
+        "leave that task out, or check the model"
+    )
+
+
 def _raise(error: UserError) -> None:
     raise error
 
@@ -335,7 +346,7 @@ def metrics(tasks: TaskDict, results: Mapping[str, Any]) -> dict[str, dict[str, 
         if name not in inside:
             entry = results["results"][name]
             found[name] = {
-                key.removesuffix(",none"): value if isinstance(value, int | float) else None
+                key.removesuffix(",none"): value if isinstance(value, int | float) and math.isfinite(value) else None
                 for key, value in entry.items()
                 if "," in key
             } | {"documents": entry["sample_len"]}

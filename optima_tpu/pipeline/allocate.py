@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -31,7 +30,7 @@ from optima_tpu.report.numbers import percent
 from optima_tpu.runtime.checksums import keep
 from optima_tpu.runtime.files import writing
 from optima_tpu.runtime.processes import fetch, first_only, from_first
-from optima_tpu.runtime.records import Share, read_record
+from optima_tpu.runtime.records import Share, encoded, read_record
 
 ALLOCATION = "allocation.json"
 
@@ -115,7 +114,7 @@ def write_allocation(directory: Path, found: Allocated) -> None:
 
     def write() -> None:
         with writing(directory / ALLOCATION, "make room and repeat the command"):
-            keep(directory, {ALLOCATION: json.dumps(found.to_json(), allow_nan=False).encode()})
+            keep(directory, {ALLOCATION: encoded(found.to_json())})
 
     first_only(write)
 

@@ -1,9 +1,9 @@
 """Continues a few prompts with the dense and with the pruned model, for a comparison side by side."""
 
-import json
 from pathlib import Path
 from typing import Any
 
+from optima_tpu.data import tokenizing
 from optima_tpu.errors import UserError
 from optima_tpu.evaluate.token_changes import pieces, readable
 from optima_tpu.models.checkpoints import load_tokenizer
@@ -15,7 +15,7 @@ from optima_tpu.report.progress import Progress
 from optima_tpu.runtime.checksums import keep
 from optima_tpu.runtime.files import writing
 from optima_tpu.runtime.processes import first_only, from_first, together
-from optima_tpu.runtime.records import known_record
+from optima_tpu.runtime.records import encoded, known_record
 
 CONTINUATIONS = "continuations.json"
 
@@ -47,7 +47,8 @@ def continuations(model: Model, pruned: Decoder, budget: float, progress: Progre
       says why nothing was written.
     """
     tokenizer = together(lambda: load_tokenizer(model.pretrained))
-    prompts = [list(tokenizer(prompt)["input_ids"]) for prompt in PROMPTS]
+    with tokenizing(tokenizer):
+        prompts = [list(tokenizer(prompt)["input_ids"]) for prompt in PROMPTS]
     end = tokenizer.eos_token_id
     prompts = [prompt[:-1] if len(prompt) > 1 and prompt[-1] == end else prompt for prompt in prompts]
     limit = getattr(model.pretrained.config.get_text_config(), "max_position_embeddings", None)
@@ -87,6 +88,6 @@ def write_continuations(directory: Path, found: Continuations) -> None:
 
     def write() -> None:
         with writing(directory / CONTINUATIONS, "make room and repeat the command"):
-            keep(directory, {CONTINUATIONS: json.dumps(found).encode()})
+            keep(directory, {CONTINUATIONS: encoded(found)})
 
     first_only(write)

@@ -8,12 +8,13 @@ from rich.console import Console
 
 from optima_tpu.config.parse import on_preset
 from optima_tpu.config.run_config import Calibration, RunConfig, to_dict, weights_settings
-from optima_tpu.data import SelfGenerated, parse_source
+from optima_tpu.data import SelfGenerated, parse_source, unigram_perplexity
 from optima_tpu.method.layer_rules import check_layers
 from optima_tpu.models.decoder import Decoder
 from optima_tpu.models.model import Model
 from optima_tpu.pipeline.distill.blocks import Trainer
 from optima_tpu.pipeline.inputs import Texts, linear_shapes
+from optima_tpu.report.meaningless import poor_text
 from optima_tpu.report.progress import say
 
 _FEW, _ENOUGH = 8, 16
@@ -41,6 +42,8 @@ def greet(console: Console, config: RunConfig, model: Model, texts: Texts, direc
     ]
     if few := short_text(config.calibration, max(d_in for _, d_in in shapes.values())):
         lines.insert(4, f"             {few}")
+    for which, tokens in (("calibration", texts.calibration), ("evaluation", texts.evaluation)):
+        lines += [f"unusual      {told}"] if (told := poor_text(which, unigram_perplexity(tokens.ids))) else []
     if config.distill and (idle := Trainer(decoder, config.distill).idle):
         lines.append(f"training     {idle}")
     if fitted:

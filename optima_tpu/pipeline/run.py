@@ -13,7 +13,7 @@ from optima_tpu.pipeline.inputs import Texts, on_context, open_model_on_mesh, pr
 from optima_tpu.pipeline.journal import finished_blocks, refuse_unusable
 from optima_tpu.pipeline.repair import mend
 from optima_tpu.pipeline.stages import STAGES, Opened, Run, Stage, finished_report
-from optima_tpu.report.progress import Progress, say
+from optima_tpu.report.progress import Progress, Terminal, say
 from optima_tpu.report.run_record import code_version
 from optima_tpu.report.sinks import check_sinks
 from optima_tpu.report.table import print_summary
@@ -44,7 +44,7 @@ def run(
     Raises:
       UserError: a mistake that the user can correct. Nothing of an earlier run was overwritten.
     """
-    console = console or Console(quiet=not is_first())
+    console = console or Terminal(quiet=not is_first())
     agree("settings and code", flat(to_dict(config) | {"process_id": None, "code": code_version()}))
     first_only(lambda: check_sinks(config.sinks))
     refuse_unusable(together(lambda: config.run_directory))

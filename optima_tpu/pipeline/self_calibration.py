@@ -16,7 +16,7 @@ from optima_tpu.errors import UserError
 from optima_tpu.models.checkpoints import Pretrained, load_tokenizer
 from optima_tpu.models.decoder import Decoder
 from optima_tpu.models.generate import Sampling, generate
-from optima_tpu.report.progress import Progress
+from optima_tpu.report.progress import Progress, Terminal
 from optima_tpu.report.run_record import RUN, read_run, refuse_another
 from optima_tpu.runtime.checksums import intact, keep
 from optima_tpu.runtime.device_memory import device_budget
@@ -59,7 +59,7 @@ def self_calibration(config: RunConfig, pretrained: Pretrained, decoder: Decoder
     ids = from_first(lambda: _kept(config.run_directory, generated_by(config), to_dict(config)))
     if ids is None:
         before_each = list(tokenizer("")["input_ids"][:1]) == [start]
-        with Progress(console or Console(quiet=not is_first())) as progress:
+        with Progress(console or Terminal(quiet=not is_first())) as progress:
             sampling = Sampling(
                 start, len(tokenizer), text.seed, temperature, restart=eos if before_each and eos != start else None
             )

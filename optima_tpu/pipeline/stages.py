@@ -8,7 +8,6 @@ import contextlib
 import dataclasses
 import hashlib
 import io
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +17,7 @@ import numpy as np
 from rich.console import Console
 
 from optima_tpu.config.run_config import RunConfig, to_dict
+from optima_tpu.data import unigram_perplexity
 from optima_tpu.evaluate.perplexity import perplexity, perplexity_of, token_losses
 from optima_tpu.evaluate.token_changes import token_changes
 from optima_tpu.method.selectors import Imported
@@ -46,6 +46,7 @@ from optima_tpu.pipeline.self_calibration import keep_calibration
 from optima_tpu.pipeline.walk import Walk, prune_model
 from optima_tpu.report.contents import Continuations, Report
 from optima_tpu.report.file import REPORT, environment, memory_peaks, size_on_disk, weights_on_disk, write_report
+from optima_tpu.report.meaningless import unpredicted
 from optima_tpu.report.progress import Progress
 from optima_tpu.report.records import blocks_from_json
 from optima_tpu.report.sinks import Sink, Steps, opened, write
@@ -54,7 +55,7 @@ from optima_tpu.runtime.checksums import MISSING, damage, keep
 from optima_tpu.runtime.device_memory import device_budget
 from optima_tpu.runtime.files import complete, writing
 from optima_tpu.runtime.processes import first_only, from_first
-from optima_tpu.runtime.records import Positive, known_record
+from optima_tpu.runtime.records import Positive, encoded, known_record
 
 _KEPT = 1 << 20
 """The number of evaluation tokens whose single losses are kept: they take 4 MB."""
@@ -224,6 +225,8 @@ def _knows_dense(run: Run) -> bool:
 
 def _measure_dense(run: Run) -> None:
     run.dense = _measure(run, "dense", run.opened.model.decoder)
+    if told := unpredicted(run.dense, unigram_perplexity(run.opened.texts.evaluation.ids)):
+        run.progress.note(f"unusual: {told}")
 
 
 def _measure(run: Run, which: str, decoder: Decoder) -> float:
@@ -261,7 +264,7 @@ def _keep_dense(run: Run) -> None:
                 keep(directory, {LOSSES: file.getvalue()})
     if record != before:
         with writing(directory / DENSE, "make room and repeat the command"):
-            keep(directory, {DENSE: json.dumps(record).encode()})
+            keep(directory, {DENSE: encoded(record)})
 
 
 def _dense_losses(run: Run) -> np.ndarray | None:
@@ -432,10 +435,20 @@ def _facts(run: Run) -> dict[str, Any]:
     calibration, text = run.opened.texts.calibration, run.opened.texts.evaluation
     source = run.opened.config.calibration.source
     return {
-        "calibration": {"source": source, "how": calibration.how, "tokens": int(calibration.ids.size)},
+        "calibration": {
+            "source": source,
+            "how": calibration.how,
+            "tokens": int(calibration.ids.size),
+            "unigram_perplexity": unigram_perplexity(calibration.ids),
+        },
         "recipe": recipe_line(run.opened.config, run.opened.model.decoder),
         "perplexity": {"dense": _made(run.dense), "pruned": _made(run.pruned)},
-        "evaluation": {"how": text.how, "tokens": int(text.ids.size), "digest": token_digest(text.ids)},
+        "evaluation": {
+            "how": text.how,
+            "tokens": int(text.ids.size),
+            "digest": token_digest(text.ids),
+            "unigram_perplexity": unigram_perplexity(text.ids),
+        },
         "distillation": run.distilled and run.distilled.to_json(),
     }
 

@@ -9,7 +9,7 @@ from rich.table import Table as RichTable
 
 from optima_tpu.errors import UserError
 from optima_tpu.report.page import PAGE, is_page, write_page
-from optima_tpu.report.progress import say
+from optima_tpu.report.progress import Terminal, say
 from optima_tpu.report.results import comparison
 from optima_tpu.report.runs import Run
 from optima_tpu.report.table import print_summary
@@ -26,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _report(arguments: Sequence[str] | None) -> None:
     chosen = make_parser().parse_args(arguments)
-    console = Console()
+    console = Terminal()
     path = output_path(chosen.runs, chosen.output)
     if chosen.output is not None or len(chosen.runs) > 1:
         refuse_foreign(path, is_page, chosen.force)

@@ -59,12 +59,14 @@ class _Model(TypedDict):
 
 class _Text(TypedDict):
     how: NotRequired[str]
+    unigram_perplexity: NotRequired[Positive]
 
 
 class _Scored(TypedDict):
     how: str
     tokens: NotRequired[Count]
     digest: NotRequired[str]
+    unigram_perplexity: NotRequired[Positive]
 
 
 class _Perplexity(TypedDict):
@@ -186,13 +188,13 @@ class Report(TypedDict):
 class _Distance(TypedDict):
     """See ``distance.Distance``."""
 
-    kl: float
+    kl: float | None
     kl_stderr: float | None
     agreement: float
     agreement_stderr: float | None
     tokens: Count
-    hidden_errors: NotRequired[list[float] | None]
-    kls: NotRequired[list[float] | None]
+    hidden_errors: NotRequired[list[float | None] | None]
+    kls: NotRequired[list[float | None] | None]
     agreements: NotRequired[list[float] | None]
 
 

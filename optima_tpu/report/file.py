@@ -1,7 +1,6 @@
 """Writes report.json, the complete record of a run for programs and for later comparison."""
 
 import importlib.metadata
-import json
 import math
 import platform
 import resource
@@ -13,12 +12,13 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from optima_tpu.report.records import BlockReport, finite
+from optima_tpu.report.records import BlockReport
 from optima_tpu.report.summary import all_layers, by_kind, sparsity, unusual, worsened
 from optima_tpu.runtime.checksums import keep
 from optima_tpu.runtime.files import files_in as files_below
 from optima_tpu.runtime.files import writing
 from optima_tpu.runtime.processes import everyones
+from optima_tpu.runtime.records import encoded, finite
 
 REPORT = "report.json"
 
@@ -111,26 +111,22 @@ def write_report(path: Path, entries: Mapping[str, Any], blocks: Sequence[BlockR
 
     Returns:
       The written values. Numbers that are not finite, which JSON does not have, are null.
-
-    Raises:
-      ValueError: a number among the entries is not finite.
     """
     layers = all_layers(blocks)
     weights, pruned = sum(math.prod(layer.shape) for layer in layers), sum(layer.pruned for layer in layers)
-    worse = {name: [value if math.isfinite(value) else None for value in errors] for name, errors in worsened(blocks).items()}
     values = {
         **entries,
         "sparsity": sparsity(layers),
         "model_sparsity": pruned / entries["model"]["weights"] if entries["model"].get("weights") else None,
         "weights": weights,
         "pruned": pruned,
-        "unusual": unusual(blocks) | {"worse_on_held_out": worse},
-        "layer_kinds": [finite(kind._asdict()) for kind in by_kind(blocks)],
+        "unusual": unusual(blocks) | {"worse_on_held_out": worsened(blocks)},
+        "layer_kinds": [kind._asdict() for kind in by_kind(blocks)],
         "blocks": [block.to_json() for block in blocks],
     }
     if stray := values.keys() - set(_KEYS):
         raise ValueError(f"a report has no place for {sorted(stray)}")
-    report = {key: values[key] for key in _KEYS}
+    report: dict[str, Any] = finite({key: values[key] for key in _KEYS})
     with writing(path, "all finished blocks are intact; make room and repeat the command"):
-        keep(path.parent, {path.name: (json.dumps(report, indent=2, allow_nan=False) + "\n").encode()})
+        keep(path.parent, {path.name: encoded(report, indent=2)})
     return report

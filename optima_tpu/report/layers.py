@@ -8,6 +8,7 @@ import numpy as np
 
 from optima_tpu.method.layer_rules import kind_name
 from optima_tpu.report import plots
+from optima_tpu.report.meaningless import meaningless_lines
 from optima_tpu.report.numbers import percent
 from optima_tpu.report.records import LayerReport
 from optima_tpu.report.results import aims_at_dense, mean_errors, unusual_count
@@ -233,7 +234,7 @@ def solver(runs: Sequence[Run]) -> Section:
 def strange(runs: Sequence[Run]) -> Section:
     """Section on unusual layers, by name."""
     several, text, folded = len(runs) > 1, [], []
-    fine = [run for run in runs if not unusual_count(run)]
+    fine = [run for run in runs if not unusual_count(run) and not meaningless_lines(run.report)]
     if fine:
         where = f" in {'; '.join(run.label for run in fine)}" if several else ""
         unseen = all(layer.held_out_after is None for run in fine for layer in run.layers)
@@ -241,7 +242,7 @@ def strange(runs: Sequence[Run]) -> Section:
         text.append(f"Nothing{where}: no dead inputs, no layer with too few tokens, all rows converged and were accepted{kept}.")
     for run in runs:
         label, of = (f"{run.label}: ", f", {run.label}") if several else ("", "")
-        lines = unusual_lines(run.blocks, run.report["configuration"]) + traded_lines(run.blocks)
+        lines = meaningless_lines(run.report) + unusual_lines(run.blocks, run.report["configuration"]) + traded_lines(run.blocks)
         text += [f"{label}{line}." if several else f"{line[0].upper()}{line[1:]}." for line in lines]
         rows = [
             [name, "the update raised its error on held-out text", f"from {percent(before)} to {percent(after)}"]

@@ -13,6 +13,13 @@ from optima_tpu.errors import UserError
 CARD = "README.md"
 """The model card of a folder. The front matter of a source's card names its licence."""
 
+# Whoever shows a card may put these into a page as they are: no sign that HTML, Markdown or YAML reads as markup.
+_FILE = re.compile(r"[\w.-]{1,100}")
+_FORMS = {
+    "license": re.compile(r"[\w.-]{1,100}"),
+    "license_name": re.compile(r"\w[\w .+-]{0,99}"),
+    "license_link": re.compile(r"https://[\w.~/?#@!$&+,;:=%-]{1,500}|" + _FILE.pattern),
+}
 _TITLES = {"Apache License": "apache-2.0", "MIT License": "mit"}
 
 
@@ -40,7 +47,9 @@ def licence_of(assets: Mapping[str, bytes]) -> Licence:
     Args:
       assets: the source's small files, by name.
     """
-    file = next((name for name in sorted(assets) if name.upper().startswith(("LICENSE", "LICENCE"))), None)
+    file = next(
+        (name for name in sorted(assets) if name.upper().startswith(("LICENSE", "LICENCE")) and _FILE.fullmatch(name)), None
+    )
     named = _named(assets.get(CARD, b"").decode("utf-8", "replace"))
     if named.id is not None:
         # A link to a file that is not here leads nowhere.
@@ -60,6 +69,8 @@ def _named(card: str) -> Licence:
         front = yaml12.load(found[2]) if found else None
     except UserError:
         front = None
-    entries = [front.get(key) for key in ("license", "license_name", "license_link")] if isinstance(front, dict) else [None] * 3
-    id_, name, link = (each if isinstance(each, str) and each.isprintable() else None for each in entries)
-    return Licence(id_, name, link) if id_ and re.fullmatch(r"[\w.-]+", id_) else Licence()
+    front = front if isinstance(front, dict) else {}
+    id_, name, link = (
+        each if isinstance(each := front.get(key), str) and form.fullmatch(each) else None for key, form in _FORMS.items()
+    )
+    return Licence(id_, name, link) if id_ else Licence()

@@ -61,12 +61,12 @@ def model_card(
     ).to_yaml()
     parts = [
         f"---\n{front}\n---\n",
-        f"# {_plain(_title(origin, folder))}, pruned {parse_pattern(recipe['pattern'])}{' and trained' * bool(_trained(report))}\n",
+        f"# {_plain(_title(origin, folder))}, pruned {_plain(str(parse_pattern(recipe['pattern'])))}{' and trained' * bool(_trained(report))}\n",
         f"{_plain(origin or 'A language model')}, {_done(sidecar['manifest'], report)}: {pruned:,} of the {weights:,} weights in "
         f"its {len(layers)} pruned matrices are zero ({pruned / max(weights, 1):.2%}). {_others(origin, recipe, report)}\n",
         *(
             [
-                f"The kept weights are integers of {quantize['name']} times scales, chosen by the pruning's own objective. A folder whose "
+                f"The kept weights are integers of {_plain(str(quantize['name']))} times scales, chosen by the pruning's own objective. A folder whose "
                 "config.json has a quantization_config stores the integers and the scales; what follows is about the plain form.\n"
             ]
             if (quantize := recipe.get("quantize"))
@@ -75,7 +75,9 @@ def model_card(
         _IN_MAXTEXT if library == "maxtext" else _IN_FILES,
         "## Recipe\n",
         *([f"{_plain(done)}. {_read(sidecar['manifest'], report)}All settings:\n"] if (done := report.get("recipe")) else []),
-        _table(("setting", "value"), [(name, _plain(_typed(value))) for name, value in flat(recipe).items() if value != ""]),
+        _table(
+            ("setting", "value"), [(_plain(name), _plain(_typed(value))) for name, value in flat(recipe).items() if value != ""]
+        ),
     ]
     if perplexity := report.get("perplexity"):
         trained = _trained(report)
@@ -99,7 +101,7 @@ def model_card(
         "`numpy.packbits(keep, axis=1)` (1 = kept, first input in the highest bit), and `<name>.shape` holds "
         "`[d_out, d_in]`; `optima_tpu.models.checkpoints.export.read_masks` reads them. A packed folder has them beside its weights, and "
         "`optima unpack` writes this file.\n",
-        f"Made by OPTIMA-TPU {sidecar['manifest'].get('code', '')}".rstrip() + ".\n",
+        f"Made by OPTIMA-TPU {_plain(str(sidecar['manifest'].get('code', '')))}".rstrip() + ".\n",
     ]
     return "\n".join(parts)
 

@@ -3,20 +3,24 @@
 import math
 
 
-def number(value: float, digits: int = 3) -> str:
-    """``value`` with ``digits`` significant digits and no exponent: "0.0123", "12.3", "1234"."""
-    if not math.isfinite(value):
+def number(value: float | None, digits: int = 3) -> str:
+    """``value`` with ``digits`` significant digits and no exponent below 1e15: "0.0123", "12.3", "1234". None is not finite, as in records."""
+    if value is None or not math.isfinite(value):
         return "not finite"
     if value == 0:
         return "0"
+    if abs(value) >= 1e15:  # as the perplexity of a model that is ruined: e^709 has 308 digits
+        return f"{value:.{digits - 1}e}".replace("e+", "e")
     decimals = max(digits - 1 - math.floor(math.log10(abs(value))), 0)
     # Rounding may add a digit before the point: 9.996 becomes 10.0, not 10.00.
     decimals = max(digits - 1 - math.floor(math.log10(abs(round(value, decimals)))), 0)
     return f"{value:.{decimals}f}"
 
 
-def percent(share: float) -> str:
+def percent(share: float | None) -> str:
     """A share as a percentage with three significant digits: 0.1234 is "12.3%"."""
+    if share is None:
+        return number(None)
     if 0 < share < 1e-7:
         return "< 0.00001%"
     return number(100 * share) + ("%" if math.isfinite(share) else "")

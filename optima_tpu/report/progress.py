@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterable
-from typing import Self
+from typing import Any, Self
 
 import jax
 from rich.console import Console, RenderableType
@@ -12,6 +12,7 @@ from rich.progress import Progress as Bars
 from rich.table import Table
 from rich.text import Text
 
+from optima_tpu.errors import legible
 from optima_tpu.report.numbers import duration, hms, percent
 from optima_tpu.report.records import LayerReport
 from optima_tpu.report.summary import fitted_errors, sparsity
@@ -19,6 +20,14 @@ from optima_tpu.runtime.processes import check_signals
 
 _QUIET = 60.0
 """Seconds after which a stage prints another line where no bar shows that it goes on, as in the log of a job."""
+
+
+class Terminal(Console):
+    """A console for texts from files and command lines: brackets are no markup, and control characters are visible escapes."""
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        lines = (legible(line, len(line)) for line in text.split("\n"))
+        return super().render_str("\n".join(lines), **options | {"markup": False, "emoji": False})
 
 
 def say(console: Console, text: str) -> None:
@@ -60,7 +69,7 @@ class Progress:
 
     def __init__(self, console: Console | None = None, clock: Callable[[], float] = time.monotonic):
         self.seconds: dict[str, float] = {}
-        self._console = console or Console()
+        self._console = console or Terminal()
         self._clock = clock
         self._speaks = jax.process_index() == 0
         self._start = clock()

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, Self, TypedDict
 
 from optima_tpu.errors import UserError
-from optima_tpu.runtime.records import DAMAGED, Block, Count, Share, Size, check_record
+from optima_tpu.runtime.records import DAMAGED, Block, Count, Share, Size, check_record, finite
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +86,8 @@ class LayerReport:
 
     def to_json(self) -> dict[str, Any]:
         """The record as JSON types, see :func:`finite`."""
-        return finite(dataclasses.asdict(self) | {"shape": list(self.shape)})
+        record: dict[str, Any] = finite(dataclasses.asdict(self))
+        return record
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any], where: object = "the report of a layer", inside: str = "") -> Self:
@@ -146,8 +147,3 @@ def blocks_from_json(values: Any, where: object) -> tuple[BlockReport, ...]:
     """
     blocks = check_record(values, list[dict[str, Any]], where, inside="blocks")
     return tuple(BlockReport.from_json(block, where, f"blocks[{i}]") for i, block in enumerate(blocks))
-
-
-def finite(values: Mapping[str, Any]) -> dict[str, Any]:
-    """``values`` with None in place of infinity and NaN, which JSON does not have."""
-    return {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in values.items()}

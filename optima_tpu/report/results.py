@@ -1,10 +1,12 @@
 """Page sections on results: perplexity and tasks, distance to the dense model, several runs side by side."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from optima_tpu.report import plots
+from optima_tpu.report.meaningless import meaningless_lines
 from optima_tpu.report.numbers import direction, number, percent, plural
 from optima_tpu.report.published import Published, comparable
 from optima_tpu.report.runs import Run, differences
@@ -52,6 +54,8 @@ def tiles(run: Run) -> list[Tile]:
     if peak := (report.get("memory") or {}).get("host_peak"):
         shown.append(Tile("Memory", f"{number(peak / 2**30)} GiB", "peak on the host"))
     count = unusual_count(run)
+    if meaningless_lines(report):
+        return [*shown, Tile("Unusual", "no meaning", "text or dense model, named below")]
     return [*shown, Tile("Unusual", plural(count, "layer") if count else "nothing", "named below" if count else "in any layer")]
 
 
@@ -214,19 +218,20 @@ def distance(runs: Sequence[Run]) -> list[Section]:
     curves: dict[tuple[str, str], list[plots.Line]] = {}
     for index, run in enumerate(runs):
         for text, found in _part(run, "distance").items():
-            last = found["hidden_errors"][-1] if found.get("hidden_errors") else None
+            last = found["hidden_errors"][-1:] if found.get("hidden_errors") else []
             rows.setdefault(run.beside, []).append(
                 [
                     *([run.label] if several else []),
                     text,
                     number(found["kl"]) + _error(found["kl_stderr"]),
                     percent(found["agreement"]) + _error(found["agreement_stderr"], 100),
-                    NONE if last is None else percent(last),
+                    percent(last[0]) if last else NONE,
                     f"{found['tokens']:,}",
                 ]
             )
             for key, name in _BY_BLOCK.items():
                 if values := found.get(key):
+                    values = [math.nan if value is None else value for value in values]  # a value that was not finite
                     line = plots.Line(run.label if several else "pruned", range(len(values)), values, index)
                     curves.setdefault((key, f"{name}, {text}{_against(run.beside)}"), []).append(line)
     if not rows:

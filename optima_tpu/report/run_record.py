@@ -19,7 +19,7 @@ from optima_tpu.runtime.buckets import as_path
 from optima_tpu.runtime.checksums import changes, keep, known, listed, refuse_changed
 from optima_tpu.runtime.files import files_in
 from optima_tpu.runtime.program import program
-from optima_tpu.runtime.records import known_record, read_record
+from optima_tpu.runtime.records import encoded, known_record, read_record
 
 RUN, ASSETS = "run.json", "assets"
 
@@ -97,7 +97,7 @@ def write_run(directory: Path, manifest: Mapping[str, Any], configuration: Mappi
 
 
 def _bytes(manifest: Mapping[str, Any], configuration: Mapping[str, Any]) -> bytes:
-    return json.dumps({"manifest": manifest, "configuration": configuration}, indent=2, allow_nan=False).encode()
+    return encoded({"manifest": manifest, "configuration": configuration}, indent=2)
 
 
 _AGAIN = "repeat the run's command, which writes the file again"

@@ -12,6 +12,7 @@ from rich.table import Table
 from optima_tpu.method.layer_rules import kind_name
 from optima_tpu.report.distillation import distilled_line
 from optima_tpu.report.file import files_in
+from optima_tpu.report.meaningless import meaningless_lines
 from optima_tpu.report.numbers import direction, number, percent, plural
 from optima_tpu.report.published import result
 from optima_tpu.report.records import BlockReport, LayerReport, blocks_from_json
@@ -106,7 +107,8 @@ def print_summary(console: Console, report: Mapping[str, Any], directory: Path) 
         lines += [f"memory      {number(memory['host_peak'] / 2**30)} GiB on the host{device} at the peak"]
     if told := distilled_line(report):
         lines += [f"trained     {told}"]
-    lines += [f"unusual     {line}" for line in unusual_lines(blocks, configuration)] or ["unusual     nothing"]
+    strange = meaningless_lines(report) + unusual_lines(blocks, configuration)
+    lines += [f"unusual     {line}" for line in strange] or ["unusual     nothing"]
     lines += [f"note        {line}" for line in traded_lines(blocks)]
     width = max(map(len, files), default=0) + 2
     lines += ["", *(f"{what:<{width}}{path}" for what, path in files.items())]

@@ -13,7 +13,7 @@ from typing import Protocol
 
 import jax
 
-from optima_tpu.errors import UserError, legible, one_line
+from optima_tpu.errors import UserError, legible, one_line, panics_refused
 from optima_tpu.runtime import processes, signals
 from optima_tpu.runtime.files import user_cache
 from optima_tpu.runtime.host_memory import keep_freed_memory
@@ -98,7 +98,8 @@ def guarded(command: Callable[[], int | None], again: str) -> int:
 
 def _status(command: Callable[[], int | None], again: str) -> int:
     try:
-        return _unless_stopped(command)
+        with panics_refused("a library in Rust ended the command; a file that it read may be damaged"):
+            return _unless_stopped(command)
     except UserError as error:
         told = isinstance(error, processes.SharedError) and not processes.is_first()
         return _ended(2, "" if told else f"error: {legible(str(error))}")

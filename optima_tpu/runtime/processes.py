@@ -61,8 +61,8 @@ def start(coordinator: str | None, count: int | None, index: int | None, timeout
         return
     if coordinator is None or count is None or index is None or not _names_process(coordinator, count, index):
         raise UserError(
-            "expected --coordinator HOST:PORT with a port from 1 to 65535, --num_processes N and --process_id K with 0 <= K < N "
-            f"together, got {coordinator}, {count} and {index}"
+            "expected --coordinator HOST:PORT, --num_processes N and --process_id K with 0 <= K < N together, "
+            f"with a port from 1 to 65535, got {coordinator}, {count} and {index}"
         )
     if count > MOST:
         raise UserError(f"expected num_processes of at most {MOST}, got {count}")

@@ -5,6 +5,7 @@ beside the type: ``Annotated[int, msgspec.Meta(ge=1)]``.
 """
 
 import json
+import math
 import re
 import typing
 from pathlib import Path
@@ -72,6 +73,32 @@ def parse_record(data: bytes | str, kind: type[T], where: object, remedy: str = 
     except ValueError as error:
         raise UserError(f"{where}: expected JSON, got something else ({one_line(error):.100}); {remedy}") from None
     return check_record(values, kind, where, remedy)
+
+
+def encoded(values: Any, indent: int | None = None) -> bytes:
+    """A record as JSON with a line break at its end. Numbers that are not finite, which JSON does not have, become null.
+
+    Every record of a run, of an evaluation and of a sweep is written by this function: ``json.dumps`` would end in a traceback, or
+    write NaN and Infinity, which JavaScript and jq do not read.
+    """
+    try:
+        text = json.dumps(values, indent=indent, allow_nan=False)
+    except ValueError:
+        text = json.dumps(finite(values), indent=indent, allow_nan=False)
+    return f"{text}\n".encode()
+
+
+def finite(value: Any) -> Any:
+    """The values with None in place of infinity and NaN, which JSON does not have, and with lists in place of tuples."""
+    match value:
+        case dict():
+            return {key: finite(each) for key, each in value.items()}
+        case list() | tuple():
+            return [finite(each) for each in value]
+        case float() if not math.isfinite(value):
+            return None
+        case _:
+            return value
 
 
 def check_record(values: Any, kind: type[T], where: object, remedy: str = DAMAGED, inside: str = "") -> T:

@@ -1,5 +1,6 @@
 """Distance of a pruned model to the dense one: against float64 on the host, and on meshes."""
 
+import json
 import re
 
 import jax
@@ -10,6 +11,8 @@ from optima_tpu.errors import UserError
 from optima_tpu.evaluate.distance import _batch_scores, distance
 from optima_tpu.evaluate.perplexity import perplexity
 from optima_tpu.models.decoder import Decoder, run_head
+from optima_tpu.report.numbers import number
+from optima_tpu.runtime.records import encoded
 from tests.support.meshes import mesh
 from tests.support.tiny_models import MemoryTensors, tiny_llama
 
@@ -44,6 +47,16 @@ def log_probabilities(decoder: Decoder, hidden: np.ndarray) -> np.ndarray:
     logits = np.asarray(run_head(decoder.head(), hidden), np.float64)[:, :-1]
     logits -= logits.max(axis=-1, keepdims=True)
     return logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+
+
+def test_a_model_without_hidden_states_has_a_distance_that_json_can_hold():
+    """Embeddings of 0 leave the hidden states of these tokens 0, and no error is relative to them."""
+    config, tensors = tiny_llama()
+    tensors.arrays["model.embed_tokens.weight"][: VOCAB - 1] = 0
+    found = distance(*[Decoder.open(config, tensors, mesh(1, 1), 1)] * 2, np.minimum(TOKENS, VOCAB - 2))
+    record = json.loads(encoded(found._asdict()))
+    assert record["hidden_errors"] == [None] * BLOCKS and record["kl"] == 0
+    assert number(record["hidden_errors"][-1]) == "not finite"
 
 
 def clustered(values: np.ndarray) -> tuple[float, float]:

@@ -10,6 +10,7 @@ import re
 import shutil
 import signal
 import tempfile
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from tqdm import tqdm
 import optima_tpu
 from optima_tpu.errors import UserError
 from optima_tpu.evaluate import run as evaluation
+from optima_tpu.evaluate import tasks as evaluate_tasks
 from optima_tpu.evaluate.__main__ import main
 from optima_tpu.evaluate.asking import Asking
 from optima_tpu.evaluate.config import EvaluateConfig, parse
@@ -749,6 +751,17 @@ def test_a_metric_that_the_other_model_has_no_number_for_has_no_change():
     tasks = {"piqa": {"acc": 0.7, "f1": 0.5, "documents": 4, "against": {"acc": 0.6, "f1": None}}}
     *_, against, change = (list(column.cells) for column in task_table(tasks, compared=True).columns)
     assert against == ["0.6000", "-"] and change == ["+0.100", "-"]
+
+
+def test_a_metric_that_is_not_finite_is_none_and_one_beyond_all_numbers_is_told(monkeypatch):
+    task = SimpleNamespace(task_name="t", set_fewshot_seed=lambda seed: None)
+    entry = {"perplexity,none": math.inf, "acc,none": 0.5, "acc_stderr,none": math.nan, "sample_len": 3}
+    loaded = {"groups": {}, "tasks": {"t": task}}
+    expected = {"perplexity": None, "acc": 0.5, "acc_stderr": None, "documents": 3}
+    assert evaluate_tasks.metrics(loaded, {"results": {"t": entry}}) == {"t": expected}
+    monkeypatch.setattr(evaluate_tasks, "evaluate", lambda *args, **options: math.exp(1000))
+    with pytest.raises(UserError, match="a perplexity among the tasks is larger than any number of 64 bits"):
+        evaluate_tasks.run_tasks(None, loaded)
 
 
 def test_the_paper_average_is_over_its_six_tasks():

@@ -169,6 +169,15 @@ def test_a_local_model_is_named_without_its_path_and_the_licence_is_the_sources(
             ["license: other", "license_name: mine", "license_link: LICENSE"],
         ),
         ("license: [mit, gemma]", ["license: apache-2.0"]),
+        (
+            "license: other\nlicense_name: <img src=x onerror=alert(1)>\nlicense_link: 'https://x/\"><script>'",
+            ["license: other", "license_link: LICENSE"],
+        ),
+        ("license: other\nlicense_name: '[mine](javascript:1)'", ["license: other", "license_link: LICENSE"]),
+        (
+            "license: other\nlicense_link: https://x.org/a_b?c=d&e#f",
+            ["license: other", "license_link: https://x.org/a_b?c=d&e#f"],
+        ),
         ("license: mit\nlicense: gemma", ["license: apache-2.0"]),
         ("{", ["license: apache-2.0"]),
     ],
@@ -179,6 +188,12 @@ def test_the_licence_that_the_sources_card_names_comes_before_its_file(tmp_path,
     export(tmp_path / "run", tmp_path / "out")
     head = (tmp_path / "out" / "README.md").read_text().split("---\n")[1]
     assert [line for line in head.splitlines() if line.startswith("license")] == said
+
+
+def test_a_licence_file_whose_name_is_markup_is_not_named(tmp_path):
+    finished_run(tmp_path / "run", small_model(), assets=ASSETS | {"LICENSE<img src=x>": b"Terms", "README.md": b"# A model\n"})
+    export(tmp_path / "run", tmp_path / "out")
+    assert "<img" not in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_only_checkpoint_journal_and_assets_are_needed(run, tmp_path):

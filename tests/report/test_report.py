@@ -12,10 +12,11 @@ import pytest
 from rich.console import Console
 from rich.table import Table
 
+from optima_tpu.errors import legible
 from optima_tpu.method.outcomes import RowOutcomes
 from optima_tpu.report import file, summary
 from optima_tpu.report.numbers import duration, hms, number, percent
-from optima_tpu.report.progress import Progress, show
+from optima_tpu.report.progress import Progress, Terminal, show
 from optima_tpu.report.records import BlockReport, LayerReport
 from optima_tpu.report.rows import LayerFacts, layer_report
 from optima_tpu.report.table import print_summary
@@ -390,6 +391,24 @@ def test_report_json_holds_it_all(tmp_path):
 def test_a_report_that_cannot_be_written_leaves_the_old_one(tmp_path):
     written(tmp_path / "report.json")
     before = (tmp_path / "report.json").read_bytes()
-    with pytest.raises(ValueError):
-        written(tmp_path / "report.json", perplexity={"dense": math.nan})
+    with pytest.raises(TypeError):
+        written(tmp_path / "report.json", perplexity={"dense": object()})
     assert (tmp_path / "report.json").read_bytes() == before
+
+
+def test_a_perplexity_of_308_digits_is_shown_with_an_exponent():
+    assert (
+        number(math.exp(709), 4) == "8.218e307"
+        and number(999999999999999.0) == "999999999999999"
+        and number(None) == "not finite"
+    )
+
+
+@pytest.mark.parametrize("text", ["[/bold]", "[link=file:///x]here[/link]", ":smile:", "a\x1b[31mred\rb"])
+def test_a_text_from_a_file_is_printed_as_it_is(text):
+    out = Terminal(file=io.StringIO(), width=120)
+    shown = Table("label")
+    shown.add_row(text)
+    show(out, shown)
+    out.print(text)
+    assert out.file.getvalue().count(legible(text)) == 2

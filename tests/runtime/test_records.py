@@ -1,12 +1,14 @@
 """Records of JSON: what has another shape is refused in one line that names the file and the field."""
 
+import json
+import math
 from pathlib import Path
 from typing import TypedDict
 
 import pytest
 
 from optima_tpu.errors import UserError
-from optima_tpu.runtime.records import Count, check_record, read_record
+from optima_tpu.runtime.records import Count, check_record, encoded, read_record
 
 
 class Record(TypedDict):
@@ -34,3 +36,14 @@ def test_the_file_and_the_field_are_named(values, inside, message):
 def test_what_is_no_file_is_not_read(path):
     with pytest.raises(UserError, match=path):
         read_record(Path(path), Record)
+
+
+def test_numbers_that_json_does_not_have_are_null_at_any_depth():
+    values = {"a": [1.5, math.nan, (math.inf, {"b": -math.inf})], "c": "NaN", "d": None}
+    data = encoded(values, indent=1)
+    assert json.loads(data, parse_constant=lambda name: pytest.fail(name)) == {
+        "a": [1.5, None, [None, {"b": None}]],
+        "c": "NaN",
+        "d": None,
+    }
+    assert encoded({"a": (1, 2)}) == b'{"a": [1, 2]}\n'

@@ -11,7 +11,6 @@
 or to another form of it; see ``forms.py``.
 """
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypedDict
@@ -32,7 +31,7 @@ from optima_tpu.report.run_record import Manifest, read_run
 from optima_tpu.runtime.buckets import as_path, in_bucket
 from optima_tpu.runtime.checksums import ALL, changes, damage, known, refuse_changed, write_sums
 from optima_tpu.runtime.files import complete, files_in, making, refuse_occupied, remove, writing
-from optima_tpu.runtime.records import known_record, read_record
+from optima_tpu.runtime.records import encoded, known_record, read_record
 
 SIDECAR = "optima_tpu.json"
 FOLDER = "hf"
@@ -104,7 +103,7 @@ def export(
             (partial / CARD).write_text(card, encoding="utf-8")
             others = {str(path.relative_to(partial)) for path in files_in(partial) if path.suffix != ".safetensors"}
             sidecar["files"] = sorted({*shards, MASKS, *others})
-            (partial / SIDECAR).write_text(json.dumps(sidecar, indent=2, allow_nan=False))
+            (partial / SIDECAR).write_bytes(encoded(sidecar, indent=2))
             writer.finish({SIDECAR, *others})
             write_sums(partial)
     return dense

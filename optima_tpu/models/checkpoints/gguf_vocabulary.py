@@ -11,7 +11,7 @@ from typing import Any
 from gguf import TokenType
 from tokenizers import Tokenizer
 
-from optima_tpu.errors import UserError
+from optima_tpu.errors import UserError, panics_refused
 from optima_tpu.models.checkpoints.gguf_architectures import Architecture
 from optima_tpu.models.checkpoints.gguf_tokenizer import DIGITS, GEMMA, GPT2, SPLITS, tokenizer_files
 from optima_tpu.models.checkpoints.source import Pretrained
@@ -33,6 +33,12 @@ _INSTEAD = "take --format plain or packed"
 
 
 def vocabulary(pretrained: Pretrained, architecture: Architecture, rows: int, own: Mapping[str, Any]) -> dict[str, Any]:
+    """As :func:`_vocabulary`, and raises UserError too where a rule of the tokenizer fails on a text of ``_PROBE``."""
+    with panics_refused(f"the tokenizer.json of {pretrained.origin} has a rule that fails on some text; {_INSTEAD}"):
+        return _vocabulary(pretrained, architecture, rows, own)
+
+
+def _vocabulary(pretrained: Pretrained, architecture: Architecture, rows: int, own: Mapping[str, Any]) -> dict[str, Any]:
     """The metadata of the tokenizer.
 
     Args:

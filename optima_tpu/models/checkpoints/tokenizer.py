@@ -1,12 +1,14 @@
 """The tokenizer of an opened checkpoint."""
 
+import json
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TypedDict
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from optima_tpu.errors import UserError, one_line
+from optima_tpu.errors import UserError, one_line, panics_refused
 from optima_tpu.models.checkpoints.source import Pretrained
 from optima_tpu.runtime.records import Positive, parse_record
 
@@ -17,6 +19,12 @@ class _Settings(TypedDict, total=False):
     """What transformers does not check itself in tokenizer_config.json."""
 
     model_max_length: Positive | None
+
+
+def _asks_for_code(assets: Mapping[str, bytes]) -> bool:
+    """Whether a tokenizer's own code is named for it."""
+    settings = assets.get("tokenizer_config.json")
+    return settings is not None and bool(json.loads(settings).get("auto_map"))
 
 
 def load_tokenizer(pretrained: Pretrained) -> PreTrainedTokenizerBase:
@@ -39,8 +47,16 @@ def load_tokenizer(pretrained: Pretrained) -> PreTrainedTokenizerBase:
             path.parent.mkdir(exist_ok=True)
             path.write_bytes(content)
         try:
-            return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+            with panics_refused("the tokenizers library fails"):
+                tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+            tokenizer.name_or_path = pretrained.origin  # names the files in messages; the folder is gone
+            return tokenizer
         except Exception as error:  # the tokenizers library raises plain Exception on a damaged file
+            if _asks_for_code(pretrained.assets):
+                raise UserError(
+                    f"{pretrained.origin}: tokenizer_config.json asks for code of the model's own (auto_map), which is never run: "
+                    "expected a tokenizer.json, or a tokenizer class that transformers has; take them from the base model"
+                ) from error
             raise UserError(
                 f"the tokenizer of {pretrained.origin} can't be read ({one_line(error)}): download its tokenizer files again"
             ) from error

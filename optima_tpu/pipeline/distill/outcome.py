@@ -1,7 +1,6 @@
 """What became of a training, and the trained blocks, in the run directory."""
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,7 +9,7 @@ from optima_tpu.report import contents
 from optima_tpu.runtime.checksums import damage, keep
 from optima_tpu.runtime.files import remove, writing
 from optima_tpu.runtime.processes import first_only, from_first
-from optima_tpu.runtime.records import known_record
+from optima_tpu.runtime.records import encoded, known_record
 
 FOLDER = "distillation"
 OUTCOME, DISTILLED = "distillation.json", "distilled"
@@ -118,7 +117,7 @@ def keep_outcome(directory: Path, outcome: Outcome) -> None:
 
     def write() -> None:
         with writing(directory / OUTCOME, REMEDY):
-            keep(directory, {OUTCOME: json.dumps(outcome.to_json()).encode()})
+            keep(directory, {OUTCOME: encoded(outcome.to_json())})
         remove(directory / FOLDER)
         if not outcome.kept:
             remove(directory / DISTILLED)  # the model stays as it was pruned

@@ -24,7 +24,7 @@ from optima_tpu.pipeline.recover.config import RecoverConfig
 from optima_tpu.pipeline.recover.start import Start, open_start
 from optima_tpu.pipeline.run import finish
 from optima_tpu.pipeline.stages import STAGES, Opened, Run, Stage
-from optima_tpu.report.progress import say
+from optima_tpu.report.progress import Terminal, say
 from optima_tpu.report.run_record import code_version
 from optima_tpu.runtime.device_memory import device_budget
 from optima_tpu.runtime.mesh import make_mesh
@@ -40,7 +40,7 @@ def recover(config: RecoverConfig, console: Console | None = None) -> dict[str, 
     Raises:
       UserError: a mistake that the user can correct. Nothing of the pruned model was changed.
     """
-    console = console or Console(quiet=not is_first())
+    console = console or Terminal(quiet=not is_first())
     settings = config.to_dict()
     agree("settings and code", flat(settings | {"process_id": None, "code": code_version()}))
     directory = together(lambda: config.directory)

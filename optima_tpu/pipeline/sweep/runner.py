@@ -1,7 +1,6 @@
 """Runs the cells of a sweep one after the other in one process. What cells share is opened and measured once."""
 
 import contextlib
-import json
 import shutil
 import traceback
 from collections.abc import Collection, Mapping
@@ -28,7 +27,7 @@ from optima_tpu.report.run_record import ASSETS, RUN, refuse_another
 from optima_tpu.runtime import signals
 from optima_tpu.runtime.checksums import forget, intact, keep, known
 from optima_tpu.runtime.files import in_turn, writing
-from optima_tpu.runtime.records import known_record
+from optima_tpu.runtime.records import encoded, known_record
 
 _HEAVY = ("journal", "activations", "distilled", "distillation", "checkpoint", FOLDER, ASSETS)
 """The folders of a run directory, see ``optima_tpu.pipeline.journal``. A report needs only the files beside them."""
@@ -232,7 +231,7 @@ def _lighten(directory: Path, report: Mapping[str, Any]) -> dict[str, Any]:
     path = directory / REPORT
     report = {**report, "files": {"report": report["files"]["report"]}}
     with writing(path, "make room and repeat the command"):
-        keep(directory, {REPORT: (json.dumps(report, indent=2, allow_nan=False) + "\n").encode()})
+        keep(directory, {REPORT: encoded(report, indent=2)})
     _remove_heavy(directory)
     return report
 

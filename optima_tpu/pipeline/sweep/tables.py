@@ -3,7 +3,6 @@
 import csv
 import dataclasses
 import io
-import json
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -17,7 +16,7 @@ from optima_tpu.pipeline.sweep.grid import CellGrid
 from optima_tpu.report.numbers import number
 from optima_tpu.report.summary import fitted_errors, held_out_errors, of_record
 from optima_tpu.runtime.checksums import keep
-from optima_tpu.runtime.records import known_record
+from optima_tpu.runtime.records import encoded, known_record
 
 _RESULTS = "results.json"
 _FILES = ("table.md", "table.csv", "table.json", "results.csv", _RESULTS)
@@ -241,7 +240,7 @@ def write_tables(grid: CellGrid, results: Sequence[Result], header: Mapping[str,
     """
     texts = {"table.md": markdown(grid.output.absolute().name, header, layout(grid, results), results)}
     for name, records in (("table", averages(results)), ("results", list(map(dataclasses.asdict, results)))):
-        texts |= {f"{name}.csv": csv_text(records), f"{name}.json": json.dumps(records, indent=2, allow_nan=False) + "\n"}
+        texts |= {f"{name}.csv": csv_text(records), f"{name}.json": encoded(records, indent=2).decode()}
     keep(grid.output, {name: text.encode() for name, text in texts.items()})
     return {name: grid.output / name for name in texts}
 

@@ -1,0 +1,43 @@
+"""Texts without variety, and dense models that predict nothing: behind them every number of a run means nothing.
+
+Two criteria, both against what the frequencies of a text's tokens give (:func:`optima_tpu.data.unigram_perplexity`):
+
+- A text whose unigram perplexity is below :data:`LEAST` says as little as one of so few tokens in equal shares. C4 has some 1,000, a
+  text of bytes 20.
+- A dense model whose perplexity is not below the text's unigram perplexity predicts it no better than a table of frequencies does,
+  which reads no context at all. Random weights end here.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from optima_tpu.report.numbers import number
+
+LEAST = 4.0
+
+
+def poor_text(which: str, unigram: float | None) -> str:
+    """What is wrong with a calibration or evaluation text; empty if nothing is, or if its frequencies were not recorded."""
+    if unigram is None or unigram >= LEAST:
+        return ""
+    return (
+        f"the {which} text is hardly more than one token again and again (its frequencies alone predict it with a perplexity of "
+        f"{number(unigram)}), so no number behind it means anything: give another text by --{which}.source"
+    )
+
+
+def unpredicted(dense: float, unigram: float | None) -> str:
+    """What is wrong with a dense model by its perplexity on the evaluation text; empty if nothing is."""
+    if unigram is None or dense < unigram or poor_text("evaluation", unigram):
+        return ""
+    return (
+        f"the dense model does not predict the evaluation text (perplexity {number(dense, 4)}; the frequencies of the text's tokens alone "
+        f"give {number(unigram, 4)}), so no number behind it means anything: check that it is the right, undamaged model for this text"
+    )
+
+
+def meaningless_lines(report: Mapping[str, Any]) -> list[str]:
+    """Why the numbers of a report mean nothing, one sentence for each reason; empty if they mean something."""
+    calibration, evaluation = ((report.get(part) or {}).get("unigram_perplexity") for part in ("calibration", "evaluation"))
+    told = poor_text("calibration", calibration), poor_text("evaluation", evaluation)
+    return list(filter(None, (*told, unpredicted(report["perplexity"]["dense"], evaluation))))
