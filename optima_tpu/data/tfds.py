@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import hashlib
+import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -53,7 +54,7 @@ class TFDS:
         """Reads NAME@DIR, optionally with ?split=NAME, ?field=NAME or both."""
         path, options = split_options(text, ["split", "field"], _FORM)
         name, _, directory = path.partition("@")
-        if not re.fullmatch(r"[a-zA-Z]\w*(/[\w+.-]+)?(:\d+\.\d+\.\d+)?", name) or not directory:
+        if not re.fullmatch(r"[a-zA-Z]\w*(/[\w+-][\w+.-]*)?(:\d+\.\d+\.\d+)?", name) or not directory:
             raise UserError(f"expected {_FORM}, got tfds:{text}")
         return TFDS(name, Path(directory).expanduser(), **options)
 
@@ -111,6 +112,7 @@ class TFDS:
         from tensorflow_datasets.core import read_only_builder, registered
 
         try:
+            self._refuse_foreign_classes()
             return read_only_builder.builder_from_files(self.name, data_dir=str(self.directory))
         except registered.DatasetNotFoundError as error:
             there = ", ".join(_prepared(self.directory)) or "none"
@@ -118,8 +120,20 @@ class TFDS:
                 f"expected a prepared data set {self.name} in {self.directory}, which holds {there}: check both, or "
                 f"make one with {program('data')} {self.name}@{self.directory} FILE..."
             ) from error
+        except UserError:
+            raise
         except Exception as error:  # every file of the description has its own kind of error
             raise self._unreadable(error) from error
+
+    def _refuse_foreign_classes(self) -> None:
+        """Raises UserError where features.json names a class outside TFDS: the library would import its module."""
+        folder = self.directory / re.split("[/:]", self.name)[0]
+        for path in (*folder.glob("*/features.json"), *folder.glob("*/*/features.json")):
+            for name in _classes(json.loads(path.read_bytes())):
+                if not name.startswith("tensorflow_datasets."):
+                    raise UserError(
+                        f"{path}: expected features of TFDS alone, got {name}, a class that is never imported: make the data set again"
+                    )
 
     def _spec(self, builder: "ReadOnlyBuilder", split: Split) -> str:
         if self.split or split == "calibration":
@@ -155,6 +169,16 @@ class TFDS:
 
     def _unreadable(self, error: Exception) -> UserError:
         return UserError(f"{self} can't be read ({one_line(error)}): make the data set again, in the format array_record")
+
+
+def _classes(value: Any, key: str = "") -> Iterator[str]:
+    """The Python classes that the contents of features.json name, in either of its layouts, where JSON may hold JSON as text."""
+    if isinstance(value, str):
+        yield from [value] if key in ("pythonClassName", "python_class_name", "type") else ()
+        yield from _classes(json.loads(value)) if key == "json" else ()
+    inner = value.items() if isinstance(value, dict) else [(key, each) for each in value] if isinstance(value, list) else ()
+    for name, each in inner:
+        yield from _classes(each, name)
 
 
 def _prepared(directory: Path) -> Iterator[str]:

@@ -3,6 +3,7 @@
 import contextlib
 import gzip
 import json
+import shutil
 import sys
 import threading
 
@@ -192,6 +193,22 @@ def test_a_damaged_data_set_is_one_line(made, tmp_path, harm):
     with pytest.raises(UserError, match="can't be read.*array_record") as raised:
         list(data.parse_source(f"tfds:mine@{tmp_path}").documents("calibration"))
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("layout", ["proto", "legacy", "inner"])
+def test_a_class_that_a_description_names_is_never_imported(made, tmp_path, monkeypatch, layout):
+    """TFDS imports the module of any class in features.json; a data set is data."""
+    shutil.copytree(made / "mine", tmp_path / "sets" / "mine")
+    (tmp_path / "evil_features.py").write_text(f"open({str(tmp_path / 'imported')!r}, 'w').close()\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (path,) = (tmp_path / "sets").glob("**/features.json")
+    proto, legacy = {"pythonClassName": "evil_features.Text", "text": {}}, {"type": "evil_features.Text", "content": {}}
+    sequence = "tensorflow_datasets.core.features.sequence_feature.Sequence"
+    inner = {"pythonClassName": sequence, "json": {"json": json.dumps({"feature": legacy, "length": None})}}
+    path.write_text(json.dumps({"proto": proto, "legacy": legacy, "inner": inner}[layout]))
+    with pytest.raises(UserError, match="got evil_features.Text, a class that is never imported"):
+        data.parse_source(f"tfds:mine@{tmp_path / 'sets'}").documents("calibration")
+    assert not (tmp_path / "imported").exists()
 
 
 def test_building_refuses_what_exists_and_leaves_nothing_of_what_failed(made, tmp_path, capsys):
