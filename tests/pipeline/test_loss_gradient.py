@@ -16,6 +16,7 @@ from optima_tpu.pipeline import loss_gradient
 from optima_tpu.pipeline.calibrate import Capture, Stream, accumulate, groups_of_blocks, linear_groups, loss_factors
 from optima_tpu.pipeline.loss_gradient import Text, mean_squares
 from optima_tpu.pipeline.repair import verified
+from optima_tpu.recover import main as recover
 from optima_tpu.report.runs import read_report
 from optima_tpu.runtime.signals import INTERRUPTED
 from tests.support.meshes import mesh
@@ -164,6 +165,15 @@ def test_a_run_weighs_its_tokens(weighed, tmp_path, capsys):
     assert "gradient of the loss" not in capsys.readouterr().out
     with pytest.raises(AssertionError):
         assert_same_weights(tmp_path / "alike", run)
+
+
+def test_a_recovery_takes_the_blocks_without_a_gradient(weighed, tmp_path, capsys):
+    """What choosing masks and weights needs is no stage of a recovery."""
+    training = ["--tokens", "0.128k", "--source", "random", "--windows", "4", "--length", "32", "--distill.batch", "4"]
+    assert recover([str(weighed[1]), *training, "--output", str(tmp_path / "recovered")]) == 0
+    assert "gradient of the loss" not in capsys.readouterr().out
+    report = read_report(tmp_path / "recovered")
+    assert report["configuration"]["target"]["weigh_by_loss"] == 0.5 and "gradient of the loss" not in report["seconds"]
 
 
 @pytest.mark.parametrize("moment", ["between parts", "after a block", "damaged"])

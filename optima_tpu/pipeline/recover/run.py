@@ -86,14 +86,16 @@ def recover(config: RecoverConfig, console: Console | None = None) -> dict[str, 
 def recovery_stages(start: Start) -> Sequence[Stage]:
     """The stages of a run, in which the pruned blocks are taken from a pruned model and not made."""
     pruning = next(stage for stage in STAGES if stage.name == "pruning")
+    needs = ("recording",)
     taking = Stage(
         "taking the pruned blocks",
-        ("recording",),
+        needs,
         lambda run: pruning.done(run) or (run.journal is not None and len(run.journal.finished) == _blocks(run)),
         lambda run: _take(run, start),
         _blocks,
     )
-    return [taking if stage is pruning else stage for stage in STAGES if stage.name != "allocating"]
+    preparing = set(pruning.needs) - set(needs)  # what chooses masks and weights needs, and these blocks have theirs
+    return [taking if stage is pruning else stage for stage in STAGES if stage.name not in preparing]
 
 
 def _blocks(run: Run) -> int:
