@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from optima_tpu.config.parse import configure
+from optima_tpu.config.parse import recorded_run
 from optima_tpu.errors import UserError
 from optima_tpu.evaluate.distance import check_same_shape
 from optima_tpu.evaluate.model import open_evaluated
@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("runs", nargs="+", help="run directories of one model; the text is that of the first run")
     names = parser.parse_args(argv).runs
     try:
-        config = configure(read_report(names[0])["configuration"])
+        config = recorded_run(read_report(names[0])["configuration"])
         if not config.calibration.held_out:
             raise UserError(f"expected a run with held-out windows, got {names[0]} without any: give another run first")
         model = open_model_on_mesh(config)

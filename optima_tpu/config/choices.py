@@ -23,7 +23,7 @@ from optima_tpu.method.selectors import ADMM, Imported, Magnitude, Selector, Spa
 from optima_tpu.method.solvers import CG, MPAX, Adam, Exact, Solver
 from optima_tpu.method.targets import DenseTarget, SelfTarget, Target
 from optima_tpu.method.tuning import Fixed, Grid
-from optima_tpu.runtime.outside import import_class, import_path, is_import_path
+from optima_tpu.runtime.outside import import_class, import_path, imported_class, is_import_path, only_named
 
 CHOICES: Mapping[str, Mapping[str, type | None]] = MappingProxyType(
     {
@@ -50,6 +50,40 @@ BY_HELD_OUT: Mapping[str, str] = MappingProxyType({"tuning": "grid", "accept": "
 
 
 @dataclasses.dataclass(frozen=True)
+class Named:
+    """A method of the user's own as a record of a run names it: its text, of which nothing is imported.
+
+    Attributes:
+      path: the import path of its class.
+      options: as they are recorded, in JSON types.
+    """
+
+    path: str
+    options: Mapping[str, Any]
+
+    def __call__(self, *_: Any) -> Any:
+        raise only_named(self.path)
+
+
+class NamedSelector(Named, Selector):
+    """A selector that only a record names."""
+
+
+class NamedSolver(Named, Solver):
+    """A solver that only a record names."""
+
+
+class NamedTarget(Named, Target):
+    """A target that only a record names."""
+
+    dense_stream = False
+
+
+NAMED: Mapping[str, type[Named]] = MappingProxyType({"selector": NamedSelector, "solver": NamedSolver, "target": NamedTarget})
+"""For each setting of :data:`OPEN`: what stands for a class that a record names."""
+
+
+@dataclasses.dataclass(frozen=True)
 class SolverOptions:
     """The options that every solver has.
 
@@ -62,16 +96,19 @@ class SolverOptions:
 
 
 def method_class(setting: str, name: str) -> type | None:
-    """The class of a method; None for "null".
+    """The class of a method; None for "null". Imports nothing: :func:`canonical_name` has imported the user's own before.
 
     Raises:
-      UserError: the import path names no such class, or another error of :func:`import_class`.
+      UserError: the import path names no class that was imported.
     """
-    return import_class(name, OPEN[setting]) if setting in OPEN and is_import_path(name) else CHOICES[setting][name]
+    return imported_class(name, OPEN[setting]) if setting in OPEN and is_import_path(name) else CHOICES[setting][name]
 
 
 def canonical_name(setting: str, text: str) -> str:
-    """The method's name from any spelling: per_layer, per-layer, PerLayer. An import path stays as it is.
+    """The method's name from any spelling: per_layer, per-layer, PerLayer. An import path stays as it is, and is imported.
+
+    Args:
+      text: as the person typed it, or wrote it in a file for ``--config``. Never from a record, see :class:`Named`.
 
     Raises:
       UserError: there is no such method.
@@ -103,6 +140,8 @@ def plain_name(name: Any) -> str:
 
 def method_name(setting: str, method: object) -> str:
     """The name by which a method is chosen."""
+    if isinstance(method, Named):
+        return method.path
     return next((name for name, cls in CHOICES[setting].items() if cls is type(method)), import_path(type(method)))
 
 
@@ -130,4 +169,6 @@ class Method(Protocol):
 
 def options_of(method: Method) -> dict[str, Any]:
     """A method's options in JSON types."""
+    if isinstance(method, Named):
+        return dict(method.options)
     return {name: list(value) if isinstance(value, tuple) else value for name, value in dataclasses.asdict(method).items()}

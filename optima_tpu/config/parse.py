@@ -42,6 +42,8 @@ import jsonargparse
 from optima_tpu.config import yaml12
 from optima_tpu.config.choices import (
     CHOICES,
+    NAMED,
+    OPEN,
     Method,
     canonical_name,
     default_options,
@@ -56,8 +58,9 @@ from optima_tpu.config.presets import PLAIN, PRESETS, default_preset, with_prese
 from optima_tpu.config.run_config import RunConfig, default_run, to_dict
 from optima_tpu.errors import UserError, did_you_mean
 from optima_tpu.method.layer_rules import parse_layers
-from optima_tpu.method.patterns import parse_pattern
+from optima_tpu.method.patterns import import_pattern, parse_pattern
 from optima_tpu.runtime.bounds import refuse_beyond
+from optima_tpu.runtime.outside import is_import_path
 
 T = TypeVar("T", bound=Method)
 
@@ -174,6 +177,34 @@ def _kept_parser(arguments: str, columns: int) -> jsonargparse.ArgumentParser:
     return make_parser(*json.loads(arguments))
 
 
+def recorded_run(configuration: Mapping[str, Any]) -> RunConfig:
+    """The run of a recorded configuration, in one process, of which no class of the user's own is imported.
+
+    The settings are checked as :func:`configure` checks them. A class that the record names by its import path is replaced by a
+    :class:`Named` with the recorded options, and a pattern by a ``NamedPattern``: the run can be shown and written, not repeated.
+
+    Raises:
+      UserError: a setting is none of this version.
+    """
+    methods = {setting: method_settings(configuration[setting]) for setting in OPEN if setting in configuration}
+    own = {setting: value for setting, value in methods.items() if is_import_path(str(value.get("name")))}
+    patterns = {name: configuration[name] for name in ("pattern", "layers") if name in configuration}
+    plain = {name: value for name, value in configuration.items() if name not in (*own, *patterns)}
+    damping = own.get("solver", {}).get("damping")
+    if damping is not None:
+        plain["solver"] = {"name": "cg", "damping": damping}  # checked with the rest
+    config = configure({**plain, "coordinator": None, "num_processes": None, "process_id": None})
+    changes: dict[str, Any] = {} if damping is None else {"damping": config.recipe.damping}
+    for setting, value in own.items():
+        options = {name: option for name, option in value.items() if name != "name" and (setting, name) != ("solver", "damping")}
+        changes[setting] = NAMED[setting](str(value["name"]), options)
+    group = changes.get("selector", config.selector).group
+    for name, read in (("pattern", parse_pattern), ("layers", parse_layers)):
+        if name in patterns:
+            changes[name] = read(str(patterns[name]), group)
+    return dataclasses.replace(config, **changes)
+
+
 def parse_command(
     settings: type[T], argv: Sequence[str], program: str, description: str, moved: Mapping[str, str] = MappingProxyType({})
 ) -> T:
@@ -271,12 +302,17 @@ def on_preset(config: RunConfig) -> str:
 
 
 def _changed(values: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that differ from those of ``base``, by dotted names; options of another method differ from its own defaults."""
+    """The settings that differ from those of ``base``, by dotted names; options of another method differ from its own defaults.
+
+    A class of the user's own has all its options here.
+    """
     mine, theirs = dict(values), dict(base)
     for setting in CHOICES:
         mine[setting], theirs[setting] = method_settings(mine[setting]), method_settings(theirs[setting])
         if mine[setting]["name"] != theirs[setting]["name"]:
-            theirs[setting] = default_options(setting, mine[setting]["name"])
+            name = mine[setting]["name"]
+            # The defaults of the user's own class are in its code, which is not imported where only a record names it.
+            theirs[setting] = default_options(setting, name) if name in CHOICES[setting] else {}
     default = flat(theirs)
     return {key: value for key, value in flat(mine).items() if value != default.get(key)}
 
@@ -388,7 +424,7 @@ def _build(namespace: jsonargparse.Namespace, chosen: Mapping[str, str]) -> RunC
     group = values["selector"].group
     for name, read in (("pattern", parse_pattern), ("layers", parse_layers)):
         try:
-            values[name] = read(values[name], group)
+            values[name] = read(values[name], group, import_pattern)
         except UserError as error:
             raise UserError(f"{name}: {error}") from None
     return RunConfig(**values)

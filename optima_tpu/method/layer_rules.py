@@ -2,11 +2,11 @@
 
 import dataclasses
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from fnmatch import fnmatchcase
 
 from optima_tpu.errors import UserError
-from optima_tpu.method.patterns import NM, Pattern, parse_pattern
+from optima_tpu.method.patterns import NM, NamedPattern, Pattern, parse_pattern
 
 DENSE = "dense"
 
@@ -34,11 +34,11 @@ class LayerRule:
         return fnmatchcase(path, self.path) or fnmatchcase(name, self.path)
 
 
-def parse_layers(text: str, group: str = "row") -> tuple[LayerRule, ...]:
+def parse_layers(text: str, group: str = "row", own: Callable[[str], Pattern] = NamedPattern) -> tuple[LayerRule, ...]:
     """Reads rules such as "PATH=PATTERN, PATH=dense". If several rules match a layer, the last one holds.
 
     Args:
-      group: as in ``parse_pattern``.
+      group, own: as in ``parse_pattern``.
 
     Raises:
       UserError: the text is not a list of such rules.
@@ -53,7 +53,7 @@ def parse_layers(text: str, group: str = "row") -> tuple[LayerRule, ...]:
                 "expected layers as PATH=PATTERN or PATH=dense with commas between, such as "
                 f"self_attn.*=dense,mlp.down_proj=0.6, got {part!r}"
             )
-        rules.append(LayerRule(path, None if value == DENSE else parse_pattern(value, group)))
+        rules.append(LayerRule(path, None if value == DENSE else parse_pattern(value, group, own)))
     return tuple(rules)
 
 

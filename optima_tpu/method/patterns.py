@@ -8,7 +8,7 @@ the result (4-bit checkpoints tie often), and it makes the mask independent of t
 import abc
 import dataclasses
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import ClassVar
 
 import jax
@@ -20,7 +20,7 @@ from jaxtyping import Bool, Float, Int32
 from optima_tpu.errors import UserError
 from optima_tpu.method.linalg.smallest import lowest, order_of, pairs_that_pay
 from optima_tpu.runtime.bounds import at_least, whole
-from optima_tpu.runtime.outside import import_class, import_path, is_import_path, read_options, write_options
+from optima_tpu.runtime.outside import import_class, import_path, is_import_path, only_named, read_options, write_options
 
 _TOLERANCE = 0.01
 """How far the sparsity of a layer with an imported mask may be from an unstructured pattern: published SparseGPT prunes one
@@ -342,19 +342,64 @@ class NM(Pattern):
         return str(self)
 
 
-def parse_pattern(text: str | float, group: str = "row") -> Pattern:
+@dataclasses.dataclass(frozen=True)
+class NamedPattern(Pattern):
+    """A pattern of the user's own as a record names it: its text, of which nothing is imported.
+
+    It allows whatever the recorded run did. It chooses no mask.
+
+    Attributes:
+      words: the import path and the options.
+    """
+
+    free: ClassVar[bool] = True
+
+    words: str
+
+    def at(self, sparsity: float) -> "NamedPattern":
+        return self
+
+    def pruned_count(self, shape: tuple[int, int]) -> int:
+        raise only_named(self.words)
+
+    def keep_mask(self, scores: Float[Array, "rows d_in"]) -> Bool[Array, "rows d_in"]:
+        raise only_named(self.words)
+
+    def exchange(
+        self,
+        win: Float[Array, "rows d_in"],
+        cost: Float[Array, "rows d_in"],
+        keep: Bool[Array, "rows d_in"],
+        limit: Int32[Array, " rows"],
+    ) -> tuple[Bool[Array, "rows d_in"], Int32[Array, " rows"]]:
+        raise only_named(self.words)
+
+    def holds(self, zero: np.ndarray) -> bool:
+        return True
+
+    def text(self, group: str | None = None) -> str:
+        return self.words
+
+
+def import_pattern(text: str) -> Pattern:
+    """The pattern of the user's own that a text such as "my_lab.patterns:Banded?width=4" names, imported as by ``import_class``."""
+    path, _, options = text.partition("?")
+    return read_options(import_class(path, Pattern), options)  # type: ignore[type-abstract]  # never instantiates Pattern itself
+
+
+def parse_pattern(text: str | float, group: str = "row", own: Callable[[str], Pattern] = NamedPattern) -> Pattern:
     """Reads "0.5/row" (half of every row), "0.5/layer" (half of every matrix), "0.5", "2:4", "2:4@128" or "my_lab.patterns:Banded?width=4".
 
     Args:
       group: the comparison group of a plain "0.5": that of the published selector.
+      own: makes the pattern of an import path. :func:`import_pattern` for a text that the person typed; by default nothing is imported.
 
     Raises:
       UserError: the text is none of these.
     """
     text = str(text).strip()
     if is_import_path(text):
-        path, _, options = text.partition("?")
-        return read_options(import_class(path, Pattern), options)  # type: ignore[type-abstract]  # never instantiates Pattern itself
+        return own(text)
     try:
         if ":" in text:
             n, m = text.split(":")

@@ -11,6 +11,10 @@ class _Method(TypedDict):
     name: str
 
 
+class _Target(TypedDict):
+    weigh_by_loss: NotRequired[Share]
+
+
 class _Calibration(TypedDict):
     source: str
     samples: Count
@@ -23,7 +27,7 @@ class _Source(TypedDict):
 
 
 class _Configuration(TypedDict):
-    """The settings that are read on their own. ``config.configure`` checks all of them."""
+    """The settings that are read on their own. ``config.parse.recorded_run`` checks all of them."""
 
     model: str
     pattern: str
@@ -32,6 +36,7 @@ class _Configuration(TypedDict):
     calibration: _Calibration
     evaluation: NotRequired[_Source | None]
     layers: NotRequired[str | None]
+    target: NotRequired[_Target]
     allocation: NotRequired[dict[str, Any] | None]
     tuning: NotRequired[dict[str, Any] | None]
     accept: NotRequired[dict[str, Any] | None]

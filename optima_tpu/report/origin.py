@@ -3,13 +3,13 @@
 import shlex
 from collections.abc import Mapping, Sequence
 
-from optima_tpu.config.parse import dump
+from optima_tpu.config.parse import dump, recorded_run
 from optima_tpu.errors import UserError
 from optima_tpu.report import plots
 from optima_tpu.report.file import files_in
 from optima_tpu.report.numbers import duration, number, percent
 from optima_tpu.report.results import devices
-from optima_tpu.report.run_record import recorded_run, recorded_words
+from optima_tpu.report.run_record import recorded_words
 from optima_tpu.report.runs import Run
 from optima_tpu.report.view import NONE, Key, Section, Table, commands, figure
 from optima_tpu.runtime.program import program

@@ -12,8 +12,7 @@ from typing import Any, NamedTuple, NotRequired, TypedDict
 
 from optima_tpu.config.choices import CHOICES, default_options
 from optima_tpu.config.flat import flat
-from optima_tpu.config.parse import configure, flags, method_settings, words_of
-from optima_tpu.config.run_config import RunConfig
+from optima_tpu.config.parse import flags, method_settings, recorded_run, words_of
 from optima_tpu.errors import UserError
 from optima_tpu.runtime.buckets import as_path
 from optima_tpu.runtime.checksums import changes, keep, known, listed, refuse_changed
@@ -237,7 +236,7 @@ def recorded_words(configuration: Mapping[str, Any]) -> tuple[str, list[str]]:
     """
     if (told := configuration.get("recover")) is None:
         return "prune", flags(recorded_run(configuration))
-    # A process of its own, as in recorded_run. How it trained is in the record of the run, whatever the flags were called then.
+    # A process of its own, as in ``recorded_run``. How it trained is in the record of the run, whatever the flags were called then.
     skipped = {"model", "coordinator", "num_processes", "process_id", *_TRAINING}
     own = {name: value for name, value in told.items() if name.partition(".")[0] not in skipped}
     training = method_settings(configuration["distill"])
@@ -245,15 +244,6 @@ def recorded_words(configuration: Mapping[str, Any]) -> tuple[str, list[str]]:
     base = {"name": "kl", **default_options("distill", training["name"]), "windows": training.get("windows")}
     own |= {f"distill.{option}": value for option, value in training.items() if value != base.get(option)}
     return "recover", [str(told["model"]), *words_of(own)]
-
-
-def recorded_run(configuration: Mapping[str, Any]) -> RunConfig:
-    """The run of a recorded configuration, in one process.
-
-    Raises:
-      UserError: a setting is none of this version.
-    """
-    return configure({**configuration, "coordinator": None, "num_processes": None, "process_id": None})
 
 
 def _show(value: Any) -> str:

@@ -1,4 +1,8 @@
-"""Classes that the user wrote, named by their import path: "my_lab.masks:MyMask"."""
+"""Classes that the user wrote, named by their import path: "my_lab.masks:MyMask".
+
+Only :func:`import_class` imports, and only what the person typed or wrote in a file for ``--config``. Run directories and exported
+folders travel between people, so an import path in their records is text: it is shown and compared, and stands for nothing to run.
+"""
 
 import dataclasses
 import hashlib
@@ -28,7 +32,7 @@ def is_import_path(text: str) -> bool:
 
 
 def import_class(path: str, base: type[T]) -> type[T]:
-    """The class that an import path names.
+    """The class that an import path names, imported now: for what the person typed, never for what a file records.
 
     Args:
       path: "module:Name". The module is installed, or is in the working directory.
@@ -37,12 +41,12 @@ def import_class(path: str, base: type[T]) -> type[T]:
     Raises:
       UserError: there is no such module or class, importing it fails, or it is no frozen dataclass derived from ``base``.
     """
-    module, _, name = path.partition(":")
+    module, _, _ = path.partition(":")
     # An installed command looks for modules beside its script, python -m in the working directory. At the end: nothing is hidden.
     if str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))
     try:
-        found = getattr(importlib.import_module(module), name)
+        importlib.import_module(module)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module}.".startswith(f"{error.name}."):
             raise UserError(f"{path}: importing {module} failed: {one_line(error)}") from error
@@ -50,10 +54,24 @@ def import_class(path: str, base: type[T]) -> type[T]:
             f"{path}: there is no module {error.name}; expected one that is installed, or that is in the working directory "
             f"({Path.cwd()})"
         ) from None
-    except AttributeError:
-        raise UserError(f"{path}: the module {module} has no class {name}") from None
     except Exception as error:  # whatever the user's module raises
         raise UserError(f"{path}: importing {module} failed: {type(error).__name__}: {one_line(error)}") from error
+    return imported_class(path, base)
+
+
+def imported_class(path: str, base: type[T]) -> type[T]:
+    """The class that an import path names, of a module that :func:`import_class` has imported before.
+
+    Raises:
+      UserError: the module was not imported, has no such class, or the class is no frozen dataclass derived from ``base``.
+    """
+    module, _, name = path.partition(":")
+    if module not in sys.modules:
+        raise only_named(path)
+    try:
+        found = getattr(sys.modules[module], name)
+    except AttributeError:
+        raise UserError(f"{path}: the module {module} has no class {name}") from None
     whole = f"{base.__module__.removesuffix('.base')}.{base.__qualname__}"
     if not (isinstance(found, type) and issubclass(found, base)):
         raise UserError(f"{path}: expected a class derived from {whole}, got {found!r:.80}")
@@ -61,6 +79,13 @@ def import_class(path: str, base: type[T]) -> type[T]:
     if parameters is None or not parameters.frozen:
         raise UserError(f"{path}: expected a frozen dataclass; write @dataclasses.dataclass(frozen=True) above class {name}")
     return found
+
+
+def only_named(path: str) -> UserError:
+    """The error where code is asked for that only a record names: a record is data, and nothing that it names is imported."""
+    return UserError(
+        f"{path} is named by a record alone, which is never imported: name it yourself, on the command line or in --config"
+    )
 
 
 def import_path(cls: type) -> str:

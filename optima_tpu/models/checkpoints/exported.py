@@ -71,9 +71,9 @@ class Exported:
         return Weights(tensors, masks)
 
     def zeros(self, name: str, zero: np.ndarray, keep: np.ndarray) -> int:
-        """The number of zeros of a pruned weight. Raises RuntimeError if they do not match mask and pattern."""
+        """The number of zeros of a pruned weight. Raises RuntimeError if they do not match mask, recorded count and pattern."""
         pattern = self.patterns.get(name)
-        if np.any(~keep & ~zero) or not (pattern is None or pattern.holds(zero)):
+        if np.any(~keep & ~zero) or zero.sum() < self.report_on(name)["pruned"] or not (pattern is None or pattern.holds(zero)):
             raise RuntimeError(f"the zeros of {name} do not match mask and pattern {pattern}")
         return int(zero.sum())
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, TypedDict
 import numpy as np
 from jax.sharding import Mesh
 
-from optima_tpu.config.parse import configure
+from optima_tpu.config.parse import recorded_run
 from optima_tpu.config.run_config import RunConfig
 from optima_tpu.errors import UserError
 from optima_tpu.evaluate.model import Evaluated, check_pair, open_evaluated
@@ -91,7 +91,7 @@ class Start(NamedTuple):
         if self.pattern is not None:
             return RunConfig(dense, pattern=self.pattern, selector=Imported(spec, weights=True), solver=None)
         recipe = dict((self.record.manifest or {})["recipe"])
-        return configure({**recipe, "model": dense, "distill": None})
+        return recorded_run({**recipe, "model": dense, "distill": None})
 
     def mask(self, index: int, name: str) -> np.ndarray | None:
         """The mask of a parameter of a block, by its name inside the block; None if it was not pruned."""
