@@ -10,6 +10,7 @@ Settings have the names that they have in a YAML file and on the command line, a
 import dataclasses
 import functools
 import html
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec, TypeVar
@@ -22,8 +23,9 @@ from jax.sharding import Sharding
 from jaxtyping import ArrayLike
 from rich.console import Console
 
+from optima_tpu.config.choices import CHOICES
 from optima_tpu.config.parse import chosen_run
-from optima_tpu.config.run_config import RunConfig
+from optima_tpu.config.run_config import RunConfig, to_dict
 from optima_tpu.errors import UserError
 from optima_tpu.evaluate.config import EvaluateConfig
 from optima_tpu.method.linalg.features import matmul
@@ -38,6 +40,7 @@ from optima_tpu.models.checkpoints.orbax import quiet_orbax
 from optima_tpu.report.numbers import number
 from optima_tpu.report.page import PAGE, write_page
 from optima_tpu.report.runs import method, model_name, read_report
+from optima_tpu.runtime.arrays import Tensor, as_array
 from optima_tpu.runtime.buckets import as_path
 from optima_tpu.runtime.command import OnDevices, take_devices
 from optima_tpu.runtime.mesh import make_mesh
@@ -196,9 +199,7 @@ def prune(model: str | None = None, *, progress: bool = True, **settings: Any) -
     _start(config)
     quiet_orbax()  # an evaluation does it itself
     record = run(config, None if progress else Console(quiet=True))
-    result = Result(config.run_directory, record)
-    result.report()
-    return result
+    return _with_page(Result(config.run_directory, record))
 
 
 @_one_message
@@ -314,8 +315,15 @@ def recover_model(model: str | Path, *, tokens: int | str, progress: bool = True
     from optima_tpu.pipeline.recover.run import recover
 
     quiet_orbax()
-    result = Result(config.directory, recover(config, None if progress else Console(quiet=True)))
-    result.report()
+    return _with_page(Result(config.directory, recover(config, None if progress else Console(quiet=True))))
+
+
+def _with_page(result: Result) -> Result:
+    """Draws the page of a finished run and returns the run. A page that cannot be drawn is a warning: the result is not lost."""
+    try:
+        result.report()
+    except UserError as error:
+        warnings.warn(f"{PAGE} was not drawn: {error}; result.report(FILE) draws it elsewhere", stacklevel=4)  # of the caller
     return result
 
 
@@ -360,11 +368,11 @@ class PrunedLayer(NamedTuple):
 
 @_one_message
 def prune_layer(
-    weight: ArrayLike,
+    weight: ArrayLike | Tensor,
     *,
-    inputs: ArrayLike | None = None,
-    hessian: ArrayLike | None = None,
-    mask: ArrayLike | None = None,
+    inputs: ArrayLike | Tensor | None = None,
+    hessian: ArrayLike | Tensor | None = None,
+    mask: ArrayLike | Tensor | None = None,
     **settings: Any,
 ) -> PrunedLayer:
     """Prunes one weight matrix: chooses the mask, then solves every row for the weights that stay.
@@ -373,11 +381,13 @@ def prune_layer(
     where ``H = X'X / n`` (OPTIMA, equation 6). All matrix products are float32 at full precision. On
     accelerators those that only choose a direction or a mask are rougher.
 
+    Arrays are of numpy or JAX, or tensors of PyTorch, such as the ``layer.weight`` of a ``torch.nn.Linear``.
+
     Args:
       weight: [d_out, d_in], dense.
       inputs: ``X`` [..., d_in], the layer's calibration inputs; every leading axis counts tokens.
       hessian: [d_in, d_in], ``X'X / n`` in the place of ``inputs``.
-      mask: [d_out, d_in] bool, True where a weight stays; in the place of a selector.
+      mask: [d_out, d_in] bool, True where a weight stays; in the place of a selector. It must fit ``pattern``, where that is named.
       settings: of the method, as for ``prune``: ``pattern``, ``selector``, ``solver``, ``accept``, ``refine``, ``quantize``,
         ``preset``.
         Without a preset the base is ``fast``: Wanda's mask and ``cg``.
@@ -386,17 +396,16 @@ def prune_layer(
       Weights, mask and the certificate of every row.
 
     Raises:
-      UserError: shapes that do not fit, or a setting that needs a whole model.
+      UserError: shapes that do not fit, a mask that violates the pattern, or a setting that needs a whole model.
     """
-    config = chosen_run({"preset": "fast", **settings, "model": "a layer"})
-    _refuse_of_model(config)
-    dense = jnp.asarray(weight)
+    config = chosen_run({"preset": "fast", **settings, "model": _LAYER})
+    _refuse_of_model(config, settings)
+    dense = as_array("weight", weight)
     statistics = _statistics(dense, inputs, hessian)
     recipe, given = config.recipe, None
     if mask is not None:
-        keep = jnp.asarray(mask, dtype=bool)
-        if keep.shape != dense.shape:
-            raise UserError(f"expected a mask of the weight's shape {dense.shape}, got {keep.shape}")
+        keep = as_array("mask", mask).astype(bool)
+        _check_mask(keep, dense, config, settings)
         recipe, given = dataclasses.replace(recipe, selector=None), (Given(keep),)
     elif recipe.selector is None:
         raise UserError("expected mask=ARRAY for a layer whose mask is brought from outside, got selector imported")
@@ -411,7 +420,19 @@ def prune_layer(
     return PrunedLayer(found.weight, found.keep, before, after, happened.gap, happened.steps, happened.refused, found.scale)
 
 
-def _statistics(weight: Array, inputs: ArrayLike | None, hessian: ArrayLike | None) -> TokenStatistics:
+def _check_mask(keep: Array, weight: Array, config: RunConfig, settings: Mapping[str, Any]) -> None:
+    """Raises UserError for a mask of another shape, beside a selector, or against a pattern that the caller named."""
+    if keep.shape != weight.shape:
+        raise UserError(f"expected a mask of the weight's shape {weight.shape}, got {keep.shape}")
+    if "selector" in settings and config.recipe.selector is not None:
+        raise UserError("expected either mask=ARRAY or a selector, which chooses the mask, got both: leave one out")
+    if "pattern" in settings and (violation := config.pattern.violation(np.asarray(keep))):
+        raise UserError(
+            f"expected a mask of the pattern {config.pattern}, got another one: {violation}; leave pattern out, or name the mask's own"
+        )
+
+
+def _statistics(weight: Array, inputs: ArrayLike | Tensor | None, hessian: ArrayLike | Tensor | None) -> TokenStatistics:
     """The Hessian of a layer, from its inputs or as it was given."""
     if weight.ndim != 2:
         raise UserError(f"expected a weight matrix [d_out, d_in], got the shape {weight.shape}")
@@ -419,12 +440,13 @@ def _statistics(weight: Array, inputs: ArrayLike | None, hessian: ArrayLike | No
     if (inputs is None) == (hessian is None):
         raise UserError("expected either inputs=X or hessian=X'X/n, got " + ("both" if inputs is not None else "neither"))
     if inputs is not None:
-        x = jnp.asarray(inputs, dtype=jnp.float32)
-        if x.ndim < 2 or x.shape[-1] != size:
+        x = as_array("inputs", inputs).astype(jnp.float32)
+        if x.ndim < 2 or x.shape[-1] != size or not x.size:
             raise UserError(f"expected inputs [tokens, {size}] for a weight {weight.shape}, got {x.shape}")
         x = x.reshape(-1, size)
         return TokenStatistics(matmul(x.T, x) / len(x), jnp.asarray(len(x), dtype=jnp.int32))
-    matrix = jnp.asarray(hessian, dtype=jnp.float32)
+    assert hessian is not None, "refused above"
+    matrix = as_array("hessian", hessian).astype(jnp.float32)
     if matrix.shape != (size, size):
         raise UserError(f"expected a Hessian [{size}, {size}] for a weight {weight.shape}, got {matrix.shape}")
     if not np.allclose(matrix, matrix.T, rtol=1e-3, atol=1e-6 * float(jnp.max(jnp.abs(matrix)))):
@@ -432,21 +454,36 @@ def _statistics(weight: Array, inputs: ArrayLike | None, hessian: ArrayLike | No
     return TokenStatistics(matrix, jnp.asarray(0, dtype=jnp.int32))
 
 
-def _refuse_of_model(config: RunConfig) -> None:
-    """Refuses the settings that only a walk through a model can follow."""
-    for setting, needs in {
-        "target": config.target.dense_stream,
-        "recapture": config.recapture,
-        "allocation": config.allocation.measures,
-        "tuning": config.tuning.by_held_out,
-        "accept": config.accept.by_held_out,
-        "layers": bool(config.layers),
-    }.items():
-        if needs:
-            raise UserError(
-                f"expected settings of one layer, got {setting}, which needs a whole model; leave it out, take preset='fast', or call "
-                "optima_tpu.prune"
-            )
+_LAYER = "a layer"
+"""What stands for the model in the settings of one layer."""
+
+_OF_A_LAYER = "pattern", "selector", "solver", "accept", "refine", "quantize"
+"""The settings that one layer can use."""
+
+_OF_A_WALK = tuple(name for name in (*CHOICES, "layers", "recapture", "borrow") if name not in _OF_A_LAYER)
+"""The settings that a walk through the blocks of a model can follow. One layer has them at their defaults of ``RunConfig``."""
+
+
+def _refuse_of_model(config: RunConfig, settings: Mapping[str, Any]) -> None:
+    """Raises UserError that names every setting which one layer cannot use, whether the caller or a preset chose it."""
+    chosen, plain = to_dict(config), to_dict(RunConfig(_LAYER))
+    names = ["accept"] if config.accept.by_held_out else []
+    for name in [name for name in chosen if name not in _OF_A_LAYER]:
+        named = name in settings and name not in _OF_A_WALK  # such as calibration: no value of it means anything here
+        names += [name] if named else _changed(name, chosen[name], plain[name])
+    if names:
+        others = f", as do{'es' * (len(names) == 2)} {' and '.join(names[1:])}" if names[1:] else ""
+        raise UserError(
+            f"expected settings of one layer, got {names[0]}, which needs a whole model{others}; leave it out, take preset='fast', or call "
+            "optima_tpu.prune"
+        )
+
+
+def _changed(name: str, value: Any, plain: Any) -> list[str]:
+    """The setting if it differs from ``plain``; for one method with other options, the dotted names of these options."""
+    if not (isinstance(value, dict) and isinstance(plain, dict) and value.get("name") == plain.get("name")):
+        return [name] if value != plain else []
+    return [f"{name}.{option}" for option in value if value[option] != plain[option]]
 
 
 def _start(config: OnDevices) -> None:

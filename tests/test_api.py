@@ -1,6 +1,7 @@
 """The Python interface does what the commands do, and prunes a layer that is an array."""
 
 import json
+import shutil
 import traceback
 
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import pytest
 
 import optima_tpu
 from optima_tpu.errors import UserError
+from optima_tpu.pipeline.recover import run as recovering
 from tests.support.runs import folder_tensors
 
 SMALL = {
@@ -56,6 +58,27 @@ def test_a_run_is_measured(result):
     (entry,) = record["perplexity"].values()
     assert entry["perplexity"] > 0 and entry["against"] > 0
     assert record["distance"]
+
+
+def test_a_page_that_cannot_be_written_loses_no_result(finished, tmp_path):
+    directory = shutil.copytree(finished.directory, tmp_path / "run")
+    (directory / "report.html").unlink()
+    (directory / "report.html").mkdir()  # a file that nobody can write, root included
+    settings = SMALL | {"output": str(directory), "solver": {"name": "cg", "tolerance": 1e-6}}
+    with pytest.warns(
+        UserWarning, match=r"report.html was not drawn: could not write .*result.report\(FILE\) draws it"
+    ) as warned:
+        result = optima_tpu.prune(str(finished.model), progress=False, **settings)
+    assert [each.filename for each in warned] == [__file__]
+    assert result.perplexity == optima_tpu.load(finished.directory).perplexity
+    assert result.report(tmp_path / "page.html").exists()
+
+
+def test_a_page_that_cannot_be_written_loses_no_recovery(finished, tmp_path, monkeypatch):
+    monkeypatch.setattr(recovering, "recover", lambda config, console: optima_tpu.load(finished.directory).record)
+    with pytest.warns(UserWarning, match="report.html was not drawn"):  # in its directory is no run
+        result = optima_tpu.recover_model(finished.directory, tokens=128, progress=False, output=str(tmp_path / "recovered"))
+    assert result.perplexity.pruned > 0
 
 
 def test_wrong_settings_are_the_sentences_of_the_command(result, tmp_path):
@@ -116,6 +139,66 @@ def test_a_mask_of_ones_own_is_kept():
     assert found.error_after < found.error_before
 
 
+MODEL_SETTING = {"inputs": np.zeros((4, 32))}
+"""Inputs of the layer, to which a setting that needs a model is added."""
+
+
+def test_settings_that_leave_a_layer_alone_are_taken():
+    weight, x = layer()
+    plain = {
+        "target": "self",
+        "recapture": False,
+        "borrow": 0,
+        "distill": None,
+        "tuning": "fixed",
+        "allocation": "uniform",
+        "layers": "",
+    }
+    expected = optima_tpu.prune_layer(weight, inputs=x)
+    assert (optima_tpu.prune_layer(weight, inputs=x, **plain).weight == expected.weight).all()
+    assert (optima_tpu.prune_layer(weight, inputs=x, mask=expected.mask, pattern="0.5/row").mask == expected.mask).all()
+
+
+TENSORS = {
+    "with gradients": lambda torch, array: torch.nn.Parameter(torch.tensor(array)),
+    "in a graph": lambda torch, array: torch.tensor(array, requires_grad=True) * 1,
+    "bfloat16": lambda torch, array: torch.nn.Parameter(torch.tensor(array).bfloat16()),
+    "float16": lambda torch, array: torch.tensor(array).half(),
+    "transposed": lambda torch, array: torch.tensor(np.ascontiguousarray(array.T)).T,
+    "strided": lambda torch, array: torch.tensor(np.repeat(array, 2, axis=1))[:, ::2],
+}
+
+
+@pytest.mark.parametrize("kind", TENSORS)
+def test_tensors_of_torch_are_arrays(kind):
+    """The same bits as the arrays of the same numbers, in the dtype of the tensor; and the tensors stay as they were."""
+    import torch
+
+    weight, inputs = (TENSORS[kind](torch, array) for array in layer())
+    name = str(weight.dtype).removeprefix("torch.")
+    dense, x = (jnp.asarray(tensor.detach().float().numpy(), dtype=name) for tensor in (weight, inputs))
+    before = weight.detach().clone()
+    expected = optima_tpu.prune_layer(dense, inputs=x, pattern="2:4")
+    found = optima_tpu.prune_layer(weight, inputs=inputs, pattern="2:4")
+    assert found.weight.dtype == name and (found.weight == expected.weight).all() and (found.mask == expected.mask).all()
+    again = optima_tpu.prune_layer(
+        weight,
+        hessian=(inputs.float().T @ inputs.float() / len(inputs)),
+        mask=torch.tensor(np.asarray(found.mask)),
+        pattern="2:4",
+    )
+    assert (again.mask == expected.mask).all() and torch.equal(weight, before)
+
+
+@pytest.mark.parametrize("kind", ["sparse", "meta"])
+def test_a_tensor_without_dense_numbers_is_refused(kind):
+    import torch
+
+    tensor = torch.ones(24, 32).to_sparse() if kind == "sparse" else torch.ones(24, 32, device="meta")
+    with pytest.raises(UserError, match="expected weight as a dense array of numbers, got a Tensor"):
+        optima_tpu.prune_layer(tensor, inputs=layer()[1])
+
+
 @pytest.mark.parametrize(
     "arguments, said",
     [
@@ -128,6 +211,28 @@ def test_a_mask_of_ones_own_is_kept():
         ({"inputs": np.zeros((4, 32)), "preset": "best"}, "got target, which needs a whole model"),
         ({"inputs": np.zeros((4, 32)), "selector": "imported"}, "expected mask=ARRAY"),
         ({"inputs": np.zeros((4, 32)), "mask": np.ones((3, 3))}, "expected a mask of the weight's shape"),
+        ({"inputs": np.zeros((0, 32))}, r"expected inputs \[tokens, 32\]"),
+        (MODEL_SETTING | {"preset": "best"}, "got target, which needs a whole model, as do .*recapture"),
+        (
+            MODEL_SETTING | {"target": {"name": "self", "weigh_by_loss": 0.5}},
+            "got target.weigh_by_loss, which needs a whole model",
+        ),
+        (MODEL_SETTING | {"borrow": 2.0, "recapture": True}, "got recapture, which needs a whole model, as does borrow;"),
+        (MODEL_SETTING | {"distill": "kl"}, "got distill, which"),
+        (MODEL_SETTING | {"tuning": "grid"}, "got tuning, which"),
+        (MODEL_SETTING | {"accept": "held_out"}, "got accept, which"),
+        (MODEL_SETTING | {"allocation": "owl"}, "got allocation, which"),
+        (MODEL_SETTING | {"layers": "q_proj=dense"}, "got layers, which"),
+        (MODEL_SETTING | {"calibration": {"samples": 128}}, "got calibration, which"),
+        (MODEL_SETTING | {"evaluation": {"windows": 3}}, "got evaluation, which"),
+        (MODEL_SETTING | {"output": "runs/x"}, "got output, which"),
+        (MODEL_SETTING | {"mesh": "4x2"}, "got mesh, which"),
+        (MODEL_SETTING | {"dtype": "bfloat16"}, "got dtype, which"),
+        (MODEL_SETTING | {"model": "org/name"}, "got model, which"),
+        (MODEL_SETTING | {"batch": 4}, "got batch, which"),
+        (MODEL_SETTING | {"mask": np.ones((24, 32)), "pattern": "2:4"}, "expected 2 kept of every 4, got 4 in row 0, group 0"),
+        (MODEL_SETTING | {"mask": np.ones((24, 32)), "pattern": 0.5}, "expected 50.00% of the weights pruned, got 0.00%"),
+        (MODEL_SETTING | {"mask": np.ones((24, 32)), "selector": "sparsegpt"}, "expected either mask=ARRAY or a selector"),
     ],
 )
 def test_what_one_layer_cannot_have_is_said(arguments, said):
