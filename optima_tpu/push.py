@@ -19,6 +19,7 @@ from optima_tpu.runtime.buckets import as_path, in_bucket
 from optima_tpu.runtime.checksums import ALL, changes, listed, refuse_changed
 from optima_tpu.runtime.command import guarded
 from optima_tpu.runtime.files import files_in
+from optima_tpu.runtime.inside import refuse_links
 from optima_tpu.runtime.program import Parser, program
 
 _PATH = re.compile(
@@ -149,6 +150,8 @@ def collect(run: str, include_report: bool = False, include_private: bool = Fals
       UserError: there is no such folder, a file is missing, was changed or does not belong there, or holds something private.
     """
     path = as_path(run)
+    if (path / RUN).is_file():
+        refuse_links(path)
     folder = path / FOLDER if (path / RUN).is_file() else path
     if in_bucket(folder):
         raise UserError(f"expected a folder on a disk, got {folder}: copy it to a disk first")

@@ -61,6 +61,8 @@ from optima_tpu.method.layer_rules import parse_layers
 from optima_tpu.method.patterns import import_pattern, parse_pattern
 from optima_tpu.runtime.bounds import refuse_beyond
 from optima_tpu.runtime.outside import is_import_path
+from optima_tpu.runtime.inside import refuse_special
+from optima_tpu.runtime.program import refuse_undecodable
 
 T = TypeVar("T", bound=Method)
 
@@ -81,7 +83,7 @@ def parse(argv: Sequence[str], beside: Iterable[str] = ()) -> RunConfig:
         if any(argument.partition("=")[0] == "--model" for argument in argv):
             raise UserError(f"expected one model, got {argv[0]} and --model")
         argv = ["--model", *argv]
-    argv = [spelled(argument) for argument in argv]
+    argv = _words(argv)
     early = _early(argv)
     # jsonargparse would handle --print_config itself, and print another layout.
     rest = [argument for argument in argv if argument != "--print_config"]
@@ -125,7 +127,7 @@ def configure(document: Mapping[str, Any], argv: Sequence[str] = (), beside: Ite
     Raises:
       UserError: as :func:`parse`.
     """
-    argv = [spelled(argument) for argument in argv]
+    argv = _words(argv)
     early = _early(argv)
     document = _long(copy.deepcopy(dict(document)), "the settings")
     given = document.pop("preset", None)
@@ -137,6 +139,7 @@ def configure(document: Mapping[str, Any], argv: Sequence[str] = (), beside: Ite
     for name, value in flat(document).items():
         if "\0" in str(value):  # the system ends paths at it
             raise UserError(f"expected {name} without NUL characters, got {value!r}")
+    refuse_undecodable(map(str, flat(document).values()))
     for setting in CHOICES:
         default = canonical_name(setting, method_settings(base[setting])["name"])
         in_file = canonical_name(setting, document.get(setting, {}).get("name", default))
@@ -218,7 +221,7 @@ def parse_command(
     Raises:
       UserError: a setting does not exist, or its value is not allowed.
     """
-    argv = [spelled(argument) for argument in argv]
+    argv = _words(argv)
     own = [field for field in dataclasses.fields(settings) if field.name not in CHOICES]
     types = {field.name: field.type for field in own}
     defaults = {field.name: field.default for field in own if field.name != "model"}
@@ -356,10 +359,12 @@ def load_file(path: str | Path, what: str = "a YAML file") -> dict[str, Any]:
     """As :func:`load`, from a file; ``what`` is expected of it.
 
     Raises:
-      UserError: as :func:`load`, or the file cannot be read.
+      UserError: as :func:`load`, or the file cannot be read, or is a pipe that this process was not started with.
     """
+    file_path = Path(path).expanduser()
+    refuse_special(file_path)
     try:
-        with Path(path).expanduser().open(encoding="utf-8") as file:
+        with file_path.open(encoding="utf-8") as file:
             text = file.read(yaml12.MOST_LETTERS + 1)  # a device has no end
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not text"
@@ -374,6 +379,12 @@ def spelled(argument: str) -> str:
     option, equals, value = argument.partition("=")
     option = "--" + option[2:].replace("-", "_")
     return option + (".name" if option[2:] in CHOICES else "") + equals + value
+
+
+def _words(argv: Sequence[str]) -> list[str]:
+    """The arguments, each :func:`spelled`. Raises UserError for one that is not UTF-8."""
+    refuse_undecodable(argv)
+    return [spelled(argument) for argument in argv]
 
 
 def _options(argv: Sequence[str]) -> list[str]:

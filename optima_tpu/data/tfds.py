@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from optima_tpu.data.source import Documents, Part, Split, split_options
 from optima_tpu.errors import UserError, one_line
+from optima_tpu.runtime.inside import below, inside
 from optima_tpu.runtime.program import program
 
 if TYPE_CHECKING:  # the library takes seconds to import
@@ -76,7 +77,7 @@ class TFDS:
                 f"{self.name} in {self.directory} has no field {self.field!r}, it has "
                 f"{', '.join(builder.info.features)}: write ?field=NAME"
             )
-        self._instructions(builder, split)
+        self._paths(builder, split)
         try:
             records = builder.as_data_source(self._spec(builder, split))
         except Exception as error:  # NotImplementedError for a format, whatever array_record raises for a missing file
@@ -95,12 +96,11 @@ class TFDS:
         """A hash of the data set's description and of its files' names, sizes and times, not of their contents."""
         builder = self._builder()
         folder = Path(builder.data_dir)
-        names = {part.splitname for part in self._instructions(builder, split)}
         digest = hashlib.sha256()
         try:
             for path in [folder / "dataset_info.json", folder / "features.json"]:
                 digest.update(path.read_bytes())
-            for path in sorted(Path(path) for name in names for path in builder.info.splits[name].filepaths):
+            for path in self._paths(builder, split):
                 status = os.stat(path)
                 digest.update(f"{path.name} {status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}\n".encode())
         except OSError as error:
@@ -111,6 +111,8 @@ class TFDS:
         # The library imports TensorFlow only in functions that need it; the functions used here and in build.py do not.
         from tensorflow_datasets.core import read_only_builder, registered
 
+        for _ in below(self.directory / self.name.partition(":")[0]):  # refuses links that lead out of it, and pipes
+            pass
         try:
             self._refuse_foreign_classes()
             return read_only_builder.builder_from_files(self.name, data_dir=str(self.directory))
@@ -151,6 +153,13 @@ class TFDS:
                 f"{self.name} in {self.directory} has no split {self._spec(builder, split)!r}, it has "
                 f"{', '.join(builder.info.splits)}: write ?split=NAME"
             ) from error
+
+    def _paths(self, builder: "ReadOnlyBuilder", split: Split) -> list[Path]:
+        """The files of the split. Raises UserError if the description of the data set names one outside of its folder."""
+        folder = Path(builder.data_dir)
+        names = {part.splitname for part in self._instructions(builder, split)}
+        paths = [str(path).removeprefix(f"{folder}/") for name in names for path in builder.info.splits[name].filepaths]
+        return sorted(inside(folder, path, folder / "dataset_info.json") for path in paths)
 
     def _text(self, records: Sequence[Mapping[str, Any]], number: int) -> str:
         try:

@@ -22,6 +22,7 @@ from optima_tpu.errors import UserError, one_line
 from optima_tpu.evaluate.asking import Asking
 from optima_tpu.evaluate.harness import DecoderLM
 from optima_tpu.report.numbers import plural
+from optima_tpu.runtime.inside import refuse_special
 from optima_tpu.runtime.processes import SharedError, from_first, is_first
 
 PAPER = ("mmlu", "piqa", "arc_easy", "arc_challenge", "winogrande", "openbookqa")
@@ -252,8 +253,11 @@ def _check_documents(task: Task, name: str, lm: DecoderLM, asking: Asking) -> No
 
 
 def _files(folder: Path) -> dict[str, Path]:
-    """Maps each split to its file in the folder."""
-    return {path.stem: path for path in sorted(folder.iterdir()) if path.suffix in _SUFFIXES}
+    """Maps each split to its file in the folder. Raises UserError for a pipe, a socket or a device."""
+    files = {path.stem: path for path in sorted(folder.iterdir()) if path.suffix in _SUFFIXES}
+    for path in files.values():
+        refuse_special(path)
+    return files
 
 
 def _named_splits(manager: TaskManager, name: str) -> dict[str, str]:

@@ -47,7 +47,7 @@ from optima_tpu.errors import UserError
 from optima_tpu.models.activations import Activations, HiddenStates, held_rows
 from optima_tpu.models.checkpoints.orbax import OrbaxTensors, load_group, read_metadata, save_tree
 from optima_tpu.report.run_record import ASSETS, RUN, refuse_another, write_run
-from optima_tpu.runtime.buckets import as_path
+from optima_tpu.runtime.buckets import as_path, in_bucket
 from optima_tpu.runtime.checksums import damage, intact, keep, write_sums
 from optima_tpu.runtime.files import (
     LOCK,
@@ -62,6 +62,7 @@ from optima_tpu.runtime.files import (
     writing,
     written_here,
 )
+from optima_tpu.runtime.inside import refuse_links
 from optima_tpu.runtime.processes import everywhere, first_only, from_first, is_first, together
 from optima_tpu.runtime.records import check_record
 from optima_tpu.runtime.signals import uninterrupted
@@ -95,6 +96,7 @@ def refuse_unusable(directory: Path) -> None:
 
 
 def _refuse_other_files(directory: Path) -> None:
+    refuse_links(directory)
     # A run that was killed while it wrote its first file left only its lock and the beginning of this file.
     left = (LOCK, LOCK + PARTIAL, RUN + PARTIAL)
     if directory.exists() and not (directory / RUN).exists() and any(child.name not in left for child in directory.iterdir()):
@@ -212,7 +214,7 @@ class Journal:
           scales: HF name of a quantised weight -> [d_out, groups] in the dtype of the weight.
 
         Raises:
-          UserError: the disk is full or not writable. The earlier blocks are intact.
+          UserError: the disk is full or not writable, and the earlier blocks are intact; or something has removed earlier blocks.
         """
         if stray := set(masks) - set(weights):
             raise ValueError(f"masks without weights: {sorted(stray)}")
@@ -226,6 +228,7 @@ class Journal:
 
         def clear():
             still_only_program(self.directory)
+            self._refuse_lost()
             with writing(entry, remedy):
                 for path in (entry, states):
                     begin(path)
@@ -262,6 +265,17 @@ class Journal:
             if due:
                 first_only(forget_older)
                 self.repeated = 0.0
+
+    def _refuse_lost(self) -> None:
+        """Raises UserError if blocks that this program has saved are gone. A bucket is asked when they are read."""
+        if in_bucket(self.directory):
+            return
+        lost = [index for index in sorted(self.finished) if not self.entry(index).is_dir()]
+        if lost or not (self.directory / _JOURNAL).is_dir():
+            raise UserError(
+                f"{self.directory / _JOURNAL} was removed, or a part of it, while this run was at work: {len(lost)} finished blocks "
+                f"are lost{f' (from block {lost[0]} on)' if lost else ''}; repeat the command, which prunes them again"
+            )
 
     def forget_states(self) -> None:
         """Removes the hidden states: when all blocks are finished, none is needed."""

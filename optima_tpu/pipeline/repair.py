@@ -21,6 +21,7 @@ from optima_tpu.report.run_record import ASSETS, RUN
 from optima_tpu.runtime.buckets import BucketError
 from optima_tpu.runtime.checksums import ALL, SUMS, changes, forget, known, listed
 from optima_tpu.runtime.files import PARTIAL, complete, files_in, remove, writing
+from optima_tpu.runtime.inside import OutsideError, inside, refuse_links
 
 DENSE, LOSSES = "dense.json", "dense_losses.npy"
 _FOLDERS = ("journal", "activations", "distilled", "distillation")
@@ -46,7 +47,7 @@ def _wrong_records(directory: Path) -> dict[str, str]:
     there += [path.relative_to(directory).as_posix() for path in files_in(directory / ASSETS)]
     try:
         sums = listed(directory)
-    except BucketError:
+    except (BucketError, OutsideError):
         raise
     except UserError as error:
         return {ALL: f"is damaged ({error})"} | dict.fromkeys(there, f"cannot be checked without {ALL}")
@@ -75,6 +76,8 @@ def verified(folder: Path) -> Verified:
       UserError: nothing there was written by this program.
     """
     is_run = (folder / RUN).exists()
+    if is_run:
+        refuse_links(folder)
     sums = {path for path in files_in(folder) if re.fullmatch(SUMS.format(r"\w+"), path.name) and PARTIAL not in str(path.parent)}
     folders = {path.parent for path in sums}
     if is_run:
@@ -117,7 +120,7 @@ def mend(directory: Path) -> list[str]:
         lost.add(CHECKPOINT)  # training again needs the blocks as they were pruned
     for name in sorted(lost):
         with writing(directory / name, "remove it by hand"):
-            remove(directory / name)
+            remove(inside(directory, name, directory / ALL))
     # A flipped bit in a name leaves an entry without a file.
     forget(directory, [name for name in known(directory) if name in lost or not (directory / name).exists()])
     return [f"{name} {why}; it is made again" for name, why in found.items()]

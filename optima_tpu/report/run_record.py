@@ -17,6 +17,7 @@ from optima_tpu.errors import UserError
 from optima_tpu.runtime.buckets import as_path
 from optima_tpu.runtime.checksums import changes, keep, known, listed, refuse_changed
 from optima_tpu.runtime.files import files_in
+from optima_tpu.runtime.inside import refuse_links
 from optima_tpu.runtime.program import program
 from optima_tpu.runtime.records import encoded, known_record, read_record
 
@@ -106,9 +107,10 @@ def read_run(directory: str | Path) -> RunRecord:
     """The manifest and the configuration of a run.
 
     Raises:
-      UserError: the directory has no run, or its record is damaged.
+      UserError: the directory has no run, its record is damaged, or a link leads out of it.
     """
     directory = as_path(directory)
+    refuse_links(directory)
     if not (directory / RUN).exists():
         instead = f"give {directory.parent}" if (directory.parent / RUN).exists() else "check the path"
         raise UserError(f"expected a run directory, got {directory}, which has no {RUN}: {instead}")

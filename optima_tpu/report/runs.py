@@ -14,6 +14,7 @@ from optima_tpu.report.run_record import RUN, read_run, recorded_command
 from optima_tpu.report.summary import all_layers
 from optima_tpu.runtime.buckets import as_path
 from optima_tpu.runtime.checksums import refuse_changed
+from optima_tpu.runtime.inside import refuse_links
 from optima_tpu.runtime.records import check_record, read_record
 
 # Settings that change neither weights nor layer errors; labels leave them out.
@@ -119,6 +120,7 @@ def read_report(run: str) -> Report:
     """The report of a finished run, from its directory or from the file itself. Raises UserError as :func:`read_runs`."""
     path = as_path(run)
     if path.is_dir():
+        refuse_links(path)
         if not (path / REPORT).exists():
             if (path / RUN).exists():
                 command = recorded_command(read_run(path)["configuration"]) or "its command"

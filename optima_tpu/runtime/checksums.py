@@ -15,6 +15,7 @@ from pathlib import Path
 from optima_tpu.errors import UserError
 from optima_tpu.runtime.buckets import BucketError, in_bucket
 from optima_tpu.runtime.files import digest, files_in, write_bytes
+from optima_tpu.runtime.inside import OutsideError, inside, own
 from optima_tpu.runtime.records import Count, read_record
 
 SUMS = "sha256-{}.json"
@@ -62,7 +63,7 @@ def listed(folder: Path) -> Sums:
     """The checksums in the folder's file; empty if there is no such file.
 
     Raises:
-      UserError: the file is damaged.
+      UserError: the file is damaged, or names a file outside of the folder.
     """
     if not (folder / ALL).exists():
         return {}
@@ -76,7 +77,7 @@ def known(folder: Path, record: str = ALL) -> Sums:
     """As :func:`listed`, but of a damaged file what can be read; without an entry a file counts as damaged."""
     try:
         return _read(folder / record)[0]
-    except BucketError:
+    except (BucketError, OutsideError):
         raise
     except UserError:
         return {}
@@ -101,7 +102,7 @@ def changes(folder: Path, sums: Sums | None = None) -> dict[str, str]:
     for record in records:
         try:
             sums, whole = _read(record)
-        except BucketError:
+        except (BucketError, OutsideError):
             raise
         except UserError as error:
             found[record.name] = f"cannot be read ({error})"
@@ -133,7 +134,8 @@ def refuse_changed(folder: Path, names: Iterable[str], remedy: str) -> None:
 
 
 def _wrong(folder: Path, sums: Sums) -> dict[str, str]:
-    there = {name: folder / name for name in sums if (folder / name).is_file()}
+    paths = {name: inside(folder, name, folder / ALL) for name in sums}
+    there = {name: path for name, path in paths.items() if path.is_file()}
     found = dict(zip(there, _digests(there.values())))
     told = {}
     for name, (size, written) in sums.items():
@@ -152,10 +154,16 @@ def _own(sums: Sums) -> tuple[int, str]:
 
 
 def _read(record: Path) -> tuple[Sums, bool]:
-    """The entries for other files, and whether they are those that the file's own entry was made of. It may have none."""
-    sums = read_record(record, Sums)
-    own = sums.pop(record.name, None)
-    return sums, own in (None, _own(sums))
+    """The entries for other files, and whether they are those that the file's own entry was made of. It may have none.
+
+    Raises:
+      OutsideError: an entry is of a file outside of the folder. Whoever reads the entries may remove or write these files.
+    """
+    sums = read_record(own(record.parent, record), Sums)
+    itself = sums.pop(record.name, None)
+    for name in sums:
+        inside(record.parent, name, record)
+    return sums, itself in (None, _own(sums))
 
 
 def _digests(paths: Iterable[Path]) -> list[tuple[int, str]]:

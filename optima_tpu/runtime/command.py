@@ -141,6 +141,8 @@ def _unless_stopped(command: Callable[[], int | None]) -> int:
         return status
     except Exception as error:
         signals.check()  # the error is then often a consequence, as when the signal has ended another process too
+        if isinstance(error, UnicodeEncodeError) and error.reason == "surrogates not allowed":  # the name of a file that is listed
+            raise UserError(f"expected names of files in UTF-8, got {error.object}: rename that file or folder") from error
         if isinstance(error, OSError) and (remedy := _REMEDIES.get(error.errno or 0)):
             raise UserError(f"{error.filename or 'a file'}: {error.strerror}; {remedy}") from error
         raise

@@ -23,6 +23,7 @@ from huggingface_hub import StateDictSplit, split_state_dict_into_shards_factory
 
 from optima_tpu.errors import UserError
 from optima_tpu.runtime.buckets import BucketError, copy, in_bucket, objects_in, reached, refuse_other, stored_digest, take_over
+from optima_tpu.runtime.inside import below
 from optima_tpu.runtime.processes import first_only
 
 PARTIAL = ".partial"
@@ -234,10 +235,10 @@ def refuse_occupied(folder: Path, purpose: str) -> None:
 
 
 def remove(path: Path) -> None:
-    """Removes a file, or a folder with everything in it, if it is there."""
+    """Removes a file, a link, or a folder with everything in it, if it is there. What a link leads to stays."""
     if in_bucket(path):
         path.rmtree(missing_ok=True)
-    elif path.is_dir():
+    elif path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
@@ -258,12 +259,11 @@ def files_in(folder: Path) -> Iterator[Path]:
 
     Raises:
       OSError: a folder can't be read.
+      OutsideError: a link leads out of the folder, or there is a pipe, a socket or a device.
     """
     if in_bucket(folder):
         return iter(objects_in(folder))
-    # Path.rglob leaves out a folder that this user may not read.
-    paths = (Path(parent, name) for parent, _, names in os.walk(folder, onerror=_unless_missing) for name in names)
-    return iter(sorted(path for path in paths if path.is_file()))
+    return iter(sorted(path for path in below(folder, _unless_missing) if path.is_file()))
 
 
 def _unless_missing(error: OSError) -> None:

@@ -3,12 +3,12 @@
 import argparse
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NoReturn
 
-from optima_tpu.errors import UserError, did_you_mean
+from optima_tpu.errors import UserError, did_you_mean, legible
 
 MODULES: Mapping[str, str] = MappingProxyType(
     {
@@ -34,6 +34,13 @@ def program(name: str) -> str:
     return f"optima {name}" if Path(sys.argv[0]).stem == "optima" else f"python -m {MODULES[name]}"
 
 
+def refuse_undecodable(words: Iterable[str]) -> None:
+    """Raises UserError for a text that is not UTF-8: reports, records and other libraries could not name such a path."""
+    for word in words:
+        if re.search("[\ud800-\udfff]", word):
+            raise UserError(f"expected text in UTF-8, got {legible(word)}: rename the file or folder")
+
+
 class Parser(argparse.ArgumentParser):
     """Refuses what is wrong or missing with a UserError, like everything else that a user can mend.
 
@@ -50,8 +57,10 @@ class Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, args=None, namespace=None):
         options = {_dashed(name): name for action in self._actions for name in action.option_strings}
-        words = [word.partition("=") for word in (sys.argv[1:] if args is None else args)]
-        spelled = [options.get(_dashed(name), name) + equals + value for name, equals, value in words]
+        words = list(sys.argv[1:] if args is None else args)
+        refuse_undecodable(words)
+        pieces = [word.partition("=") for word in words]
+        spelled = [options.get(_dashed(name), name) + equals + value for name, equals, value in pieces]
         return super().parse_known_args(spelled, namespace)
 
     def nearest(self, word: str, before: str = "") -> str:

@@ -15,6 +15,7 @@ import msgspec
 
 from optima_tpu.errors import UserError, one_line
 from optima_tpu.runtime.buckets import BucketError
+from optima_tpu.runtime.inside import refuse_special
 
 T = TypeVar("T")
 
@@ -41,12 +42,11 @@ def read_record(path: Path, kind: type[T], remedy: str = DAMAGED) -> T:
       remedy: the end of the message.
 
     Raises:
-      UserError: the file is missing, is no JSON, or its values are not of the type.
+      UserError: the file is missing, is a pipe or a device, is no JSON, or its values are not of the type.
     """
+    refuse_special(path)
     try:
-        size = path.stat().st_size
-        endless = not size and not path.is_file()  # a device
-        data = None if endless or size > MOST_BYTES else path.read_bytes()
+        data = None if path.stat().st_size > MOST_BYTES else path.read_bytes()
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     if data is None:

@@ -158,7 +158,9 @@ def test_a_path_in_which_orbax_would_not_find_its_files(model, refused, tmp_path
     (tmp_path / "p[x]").mkdir()
     monkeypatch.chdir(tmp_path / "p[x]")
     assert "without [ in its path" in refused("--model", model, *SMALL, output=Path("run"))
-    assert "without \\udcff in its path" in refused("--model", model, *SMALL, output=tmp_path / "a\udcff")
+    (tmp_path / "a\udcff").mkdir()
+    monkeypatch.chdir(tmp_path / "a\udcff")
+    assert "without \\udcff in its path" in refused("--model", model, *SMALL, output=Path("run"))
     assert RunConfig(model="models/a [1]\\b").run_directory.name.startswith("a _1__b-wanda")
 
 

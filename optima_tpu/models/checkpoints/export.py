@@ -32,6 +32,7 @@ from optima_tpu.runtime.buckets import as_path, in_bucket
 from optima_tpu.runtime.checksums import ALL, changes, damage, known, refuse_changed, write_sums
 from optima_tpu.runtime.files import complete, files_in, making, refuse_occupied, remove, writing
 from optima_tpu.runtime.records import encoded, known_record, read_record
+from optima_tpu.runtime.inside import own, refuse_special
 
 SIDECAR = "optima_tpu.json"
 FOLDER = "hf"
@@ -156,7 +157,9 @@ def read_masks(path: str | Path) -> dict[str, np.ndarray]:
       path: pruning_masks.npz, or the folder it is in.
     """
     path = Path(path)
-    with np.load(path / MASKS if path.is_dir() else path) as file:
+    path = own(path, path / MASKS) if path.is_dir() else path
+    refuse_special(path)
+    with np.load(path) as file:
         names = [name.removesuffix(SHAPE) for name in file.files if name.endswith(SHAPE)]
         return {name: np.unpackbits(file[name], axis=1, count=file[name + SHAPE][1]).view(bool) for name in names}
 

@@ -26,6 +26,7 @@ from optima_tpu.models.checkpoints.source import (
 from optima_tpu.models.checkpoints.stacks import Unstacked
 from optima_tpu.report.licence import CARD
 from optima_tpu.runtime.checksums import ALL, changes, listed
+from optima_tpu.runtime.inside import inside, own
 from optima_tpu.runtime.program import program
 from optima_tpu.runtime.records import read_record
 
@@ -181,9 +182,9 @@ def _user_error() -> Iterator[None]:
 def open_folder(folder: Path, origin: str, dtype: str | None = None) -> Pretrained:
     """Opens a folder and checks that all its weight files are complete. See :func:`optima_tpu.models.checkpoints.open_model`."""
     cast = parse_dtype(dtype)
+    _refuse_outside(folder)
     if not (folder / "config.json").is_file():
         raise UserError(_not_a_model(folder))
-    _refuse_links(folder)
     assets = assets_in(folder)
     assets["config.json"], reader = without_quantization(assets["config.json"], str(folder))
     tensors: TensorSource
@@ -205,7 +206,9 @@ def open_folder(folder: Path, origin: str, dtype: str | None = None) -> Pretrain
 
 def assets_in(folder: Path) -> dict[str, bytes]:
     """The files of a folder that ``Pretrained.assets`` has."""
-    found = sorted([*filter(_is_asset, folder.iterdir()), *folder.glob(f"{CHAT_TEMPLATES}/*.jinja")])
+    _refuse_outside(folder)
+    named = [*filter(_is_asset, folder.iterdir()), *folder.glob(f"{CHAT_TEMPLATES}/*.jinja")]
+    found = sorted(path for path in named if path.is_file())
     for path in found:
         if (size := path.stat().st_size) > _LARGEST:
             raise UserError(f"{path} has {size:,} bytes, expected at most {_LARGEST:,}: it is damaged, or belongs to no model")
@@ -244,27 +247,22 @@ def _shards(folder: Path) -> tuple[list[Path], dict[str, str]]:
         raise UserError(_no_weights(folder))
     weight_map = read_record(folder / INDEX, _Index, "it is damaged: download it again")["weight_map"]
     shards = sorted(set(weight_map.values()))
+    paths = [inside(folder, shard, folder / INDEX) for shard in shards]
     for shard in shards:
-        if Path(shard).name != shard:  # an index is untrusted: it must not point outside its folder
-            raise UserError(f"{folder / INDEX} names {shard}, which is not a file of its own folder")
         if not shard.endswith(".safetensors"):
             raise UserError(f"{folder / INDEX} names {shard}, which is no safetensors file: {_CONVERT}")
-    return [folder / shard for shard in shards], weight_map
+    return paths, weight_map
 
 
-def _refuse_links(folder: Path) -> None:
-    """Refuses links to files outside the folder: their contents would become a part of the pruned model.
+def _refuse_outside(folder: Path) -> None:
+    """Refuses links out of the folder among the files that are read: their contents would become a part of the pruned model.
 
     Raises:
-      UserError: a file that would be read is such a link. The hub's cache is an exception: there every file is a link.
+      UserError: as :func:`optima_tpu.runtime.inside.own`.
     """
-    home = folder.resolve()
-    # The hub's cache has models--ORG--NAME/snapshots/REVISION/FILE, which is a link to models--ORG--NAME/blobs/HASH.
-    inside = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]
     for path in sorted([*folder.iterdir(), *folder.glob(f"{CHAT_TEMPLATES}/*")]):
-        read = path.suffix == ".safetensors" or path.name in (INDEX, CHAT_TEMPLATES) or _is_asset(path)
-        if read and not any(path.resolve().is_relative_to(place) for place in inside):
-            raise UserError(f"{path} is a link to {path.resolve()}, outside of the folder: copy that file into the folder")
+        if path.suffix == ".safetensors" or path.name in (INDEX, CHAT_TEMPLATES, packed.INDEX) or _is_asset(path):
+            own(folder, path)
 
 
 def _not_a_model(folder: Path) -> str:
@@ -289,10 +287,10 @@ def _no_weights(folder: Path) -> str:
 
 
 def _is_asset(path: Path) -> bool:
-    """Whether a run keeps a file: the small files. An export copies them unchanged, except the model card."""
+    """Whether a run keeps a file of this name: the small files. An export copies them unchanged, except the model card."""
     name = path.name.lower()
     if path.name == CARD:
-        return path.is_file()
-    if not path.is_file() or name.startswith((".", "readme")) or name.endswith(".index.json") or name in (packed.INDEX, ALL):
+        return True
+    if name.startswith((".", "readme")) or name.endswith(".index.json") or name in (packed.INDEX, ALL):
         return False
     return name.endswith((".json", ".txt", ".model", ".jinja")) or name.startswith(("license", "licence", "notice"))

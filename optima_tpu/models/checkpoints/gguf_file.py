@@ -21,6 +21,7 @@ from optima_tpu.models.checkpoints.gguf_metadata import (
 from optima_tpu.models.checkpoints.gguf_tokenizer import tokenizer_files
 from optima_tpu.models.checkpoints.source import Index, Pretrained, fingerprint, named_dtype, read_config, whole_slices
 from optima_tpu.report.licence import CARD, Licence
+from optima_tpu.runtime.inside import refuse_special
 from optima_tpu.runtime.records import check_record
 
 TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
@@ -142,6 +143,7 @@ def open_gguf(path: Path, origin: str, dtype: str | None = None) -> Pretrained:
       UserError: the file is not a complete GGUF file, its architecture is not in :data:`ARCHITECTURES`, its metadata asks for
         another computation than Hugging Face's model of that name, or its tokenizer can't be rebuilt exactly.
     """
+    refuse_special(path)
     try:
         reader = _Reader(path)
         fields = metadata(reader)

@@ -7,10 +7,11 @@ whole. RUN/checkpoint gets its name in one step, after its contents are on the d
 second time; such a checkpoint names no parts and is read as it is. No other module imports Orbax.
 """
 
+import contextlib
 import logging
 import re
 import sys
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NotRequired, Protocol, TypedDict
 
@@ -27,6 +28,7 @@ from optima_tpu.report.run_record import RunRecord, read_run, recorded_command
 from optima_tpu.runtime.buckets import as_path, reached
 from optima_tpu.runtime.checksums import damage, write_sums
 from optima_tpu.runtime.files import begin, commit, complete, staged, writing
+from optima_tpu.runtime.inside import inside, refuse_links
 from optima_tpu.runtime.mesh import spread
 from optima_tpu.runtime.processes import first_only, from_first
 from optima_tpu.runtime.records import Share, check_record
@@ -93,9 +95,9 @@ def read_metadata(path: Path) -> ocp.CheckpointMetadata:
     """Orbax's record of a checkpoint: ``metadata``, the tree of shapes and dtypes, and ``custom_metadata``.
 
     Raises:
-      UserError: the checkpoint is damaged.
+      UserError: the checkpoint is damaged or was removed.
     """
-    with reached(path), _by_itself():
+    with _reading(path):
         found = ocp.metadata(path)
     if found.metadata is None:  # Orbax's result for files that it cannot interpret
         raise UserError(
@@ -115,8 +117,29 @@ def load_group(path: Path, group: str, wanted: Mapping[str, Any]) -> dict[str, n
     target = {name: np.empty(like.shape, like.dtype) for name, like in wanted.items()}
     if not target:
         return {}
-    with reached(path), _by_itself():
+    with _reading(path):
         return ocp.load(path, {group: target})[group]
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Reads a checkpoint by itself. If Orbax cannot, the checksums say whether the checkpoint is to blame.
+
+    Raises:
+      UserError: it is damaged, or was removed while this program was at work; other exceptions pass.
+    """
+    try:
+        with reached(path), _by_itself():
+            yield
+    except UserError:
+        raise
+    except Exception as error:  # Orbax and TensorStore raise many types for missing or damaged files
+        if why := damage(path) if path.exists() else "is missing":
+            raise UserError(
+                f"{path} can't be read ({why}): something changed or removed it after it was written; repeat the run's command, "
+                "which writes it again"
+            ) from error
+        raise
 
 
 def _by_itself() -> ocp.Context:
@@ -194,11 +217,14 @@ def write_checkpoint(
 def _read(path: Path) -> tuple[_Metadata, dict[Path, Mapping[str, Any]]]:
     """The metadata of RUN/checkpoint, and the tree of each Orbax checkpoint that is part of it."""
     metadata = read_metadata(path)
-    trees = {path: metadata.metadata}
     record = check_record(metadata.custom_metadata, _Metadata, path)
-    for part in record.get("parts", ()):
-        trees[path.parent / part] = read_metadata(path.parent / part).metadata
-    return record, trees
+    parts = {part: read_metadata(part).metadata for part in _parts(path, record).values()}
+    return record, {path: metadata.metadata, **parts}
+
+
+def _parts(path: Path, record: _Metadata) -> dict[str, Path]:
+    """The checkpoints of the blocks that RUN/checkpoint names, by these names."""
+    return {part: inside(path.parent, part, path) for part in record.get("parts", ())}
 
 
 def _leaves(trees: Mapping[Path, Mapping[str, Any]], group: str) -> dict[str, Any]:
@@ -211,7 +237,7 @@ def checkpointed_blocks(directory: Path) -> list[dict[str, Any]] | None:
     if not complete(path):
         return None
     record = check_record(read_metadata(path).custom_metadata, _Metadata, path)
-    return record["run"]["blocks"] if all(complete(directory / part) for part in record.get("parts", ())) else None
+    return record["run"]["blocks"] if all(map(complete, _parts(path, record).values())) else None
 
 
 def checkpoint_damage(directory: Path) -> str:
@@ -219,13 +245,14 @@ def checkpoint_damage(directory: Path) -> str:
     path = directory / CHECKPOINT
     if found := damage(path):
         return found
-    parts = check_record(read_metadata(path).custom_metadata, _Metadata, path).get("parts", ())
-    whys = ((part, damage(directory / part) if (directory / part).exists() else "is missing") for part in parts)
+    parts = _parts(path, check_record(read_metadata(path).custom_metadata, _Metadata, path))
+    whys = ((name, damage(part) if part.exists() else "is missing") for name, part in parts.items())
     return next((f"{part}: {why}" for part, why in whys if why), "")
 
 
 def refuse_damaged_checkpoint(directory: Path) -> None:
-    """Raises UserError if a run's checkpoint is damaged. Reads all of it."""
+    """Raises UserError if a run's checkpoint is damaged, or if a link leads out of the run. Reads all of it."""
+    refuse_links(directory)
     if complete(directory / CHECKPOINT) and (found := checkpoint_damage(directory)):
         raise UserError(f"{directory / CHECKPOINT} is damaged ({found}): repeat the run's command, which writes it again")
 
@@ -311,6 +338,7 @@ class CheckpointTensors(OrbaxTensors):
 
     def __init__(self, directory: str | Path):
         path = as_path(directory).absolute() / CHECKPOINT
+        refuse_links(path.parent)
         if not complete(path):
             stopped = read_run(directory)
             if (path.parent / "report.json").exists():

@@ -19,7 +19,7 @@ import struct
 import sys
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PureWindowsPath
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
@@ -199,10 +199,11 @@ def pack(folder: Path, out: Path) -> None:
     """Packs every safetensors file of a folder, and copies its other files. ``out`` is an existing, empty folder."""
     packer = Packer(out)
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        name = path.relative_to(folder).as_posix()
         if path.suffix == ".safetensors" and path.parent == folder:
-            packer.add_weights(path)
+            packer.add_weights(_inside(folder, name))
         else:
-            packer.add_file(path, path.relative_to(folder).as_posix())
+            packer.add_file(_inside(folder, name), name)
     packer.finish()
 
 
@@ -221,22 +222,27 @@ class Packed:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        record = _read_index(folder / INDEX)
+        record = _read_index(_inside(folder, INDEX))
         with _expecting(folder / INDEX):
             self.tensors = {name: _parse_tensor(name, entry) for name, entry in record["tensors"].items()}
             self.masks: tuple[str, ...] = tuple(record["masks"])
-            self.files: dict[str, str] = {_inside(name): str(digest) for name, digest in record["files"].items()}
-            self._weights = {_inside(name): dict(entry) for name, entry in record["weights"].items()}
+            self.files: dict[str, str] = {self._own(name): str(digest) for name, digest in record["files"].items()}
+            self._weights = {self._own(name): dict(entry) for name, entry in record["weights"].items()}
             self._layouts = {name: _parse_header(entry["header"].encode(), name) for name, entry in self._weights.items()}
             self._begins: dict[str, int] = {}
             for name, entry in self._weights.items():
-                self._check_file(name, _inside(entry["packed"]), entry["packed_header"])
+                self._check_file(name, self._own(entry["packed"]), entry["packed_header"])
             for name in self.tensors.keys() - self._begins.keys():
                 raise PackedError(f"the index names the tensor {name}, but no file of weights holds it")
             for name in self.masks:
                 tensor = self.tensors.get(name)
                 if tensor is None or tensor.encoding != SPARSE or len(tensor.shape) != 2 or BITS[tensor.dtype] < 8:
                     raise PackedError(f"the index says that {name} has a mask, but stores none")
+
+    def _own(self, name: str) -> str:
+        """A name of the index, if it and every link that it leads through stay inside the folder."""
+        _inside(self.folder, name)
+        return name
 
     def _check_file(self, name: str, packed: str, header_sha256: str) -> None:
         """Compares a packed file's header with the index, and with the plain file that it makes."""
@@ -674,12 +680,28 @@ def _parse_tensor(name: str, entry: Mapping[str, Any]) -> Tensor:
     return tensor
 
 
-def _inside(name: str) -> str:
-    """A path of the index, if it stays inside its folder."""
-    path = PurePosixPath(name)
-    if not path.parts or path.is_absolute() or path.as_posix() != name or ".." in path.parts or {*name} & {*"\\:\0"}:
-        raise PackedError(f"{INDEX} names {name!r}, which is not a file of its own folder")
-    return name
+def _inside(folder: Path, name: str) -> Path:
+    """The path of a name of the index. As ``optima_tpu.runtime.inside``, which says the reasons.
+
+    Raises:
+      PackedError: the name, or a link that it leads through, leaves the folder; or it is a pipe, a socket or a device.
+    """
+    try:
+        encoded = name.encode()
+    except UnicodeEncodeError:  # half a surrogate pair
+        encoded = b""
+    parts = encoded.split(b"/")
+    outside = name.startswith("/") or PureWindowsPath(name).drive or {*name} & {*"\\\0"} or {*parts} & {b"", b".", b".."}
+    if outside or len(encoded) > 1024 or any(len(part) > 255 for part in parts):
+        raise PackedError(f"{INDEX} names {name[:200]!r}, which is not a file of its own folder")
+    path, home = folder / name, Path(os.path.realpath(folder))
+    homes = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]  # of the hub's cache
+    target = Path(os.path.realpath(path))
+    if not any(map(target.is_relative_to, homes)):
+        raise PackedError(f"{path} is a link to {target}, outside of the folder: copy that file into the folder")
+    if path.exists() and not (path.is_file() or path.is_dir()):  # whoever read it might wait without end
+        raise PackedError(f"expected a file, but {path} is a pipe, a socket or a device: copy its contents into a file")
+    return path
 
 
 def _sealed(record: Mapping[str, Any]) -> bytes:

@@ -25,6 +25,7 @@ from optima_tpu.models.masks.source import UNDERSTOOD, MaskSource
 from optima_tpu.models.masks.torch_files import open_torch_file, open_torch_folder
 from optima_tpu.report.run_record import RUN
 from optima_tpu.runtime.checksums import refuse_changed
+from optima_tpu.runtime.inside import own, refuse_special
 
 __all__ = ["MaskSource", "check_masks", "check_weights", "open_given", "open_masks"]
 
@@ -44,6 +45,7 @@ def open_masks(spec: str | None) -> MaskSource:
     """
     spec = _named(spec)
     path = Path(spec).expanduser()
+    refuse_special(path)
     if path.is_dir():
         return _open_folder(path, spec)
     if path.is_file() and path.suffix in _FILES:
@@ -107,7 +109,7 @@ def _open_weights(spec: str) -> TensorSource:
 
 
 def _open_folder(folder: Path, spec: str) -> MaskSource:
-    files = [folder / name for name in (MASKS, MASKLLM) if (folder / name).is_file()]
+    files = [path for name in (MASKS, MASKLLM) if (path := own(folder, folder / name)).is_file()]
     if len(files) > 1:
         raise UserError(f"{spec} holds {MASKS} and {MASKLLM}: give the path of one of them")
     if files:

@@ -2,7 +2,6 @@
 
 import math
 import zipfile
-import zlib
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -16,18 +15,6 @@ MASKLLM = "mask_compressed.npz"
 """The file that MaskLLM publishes beside or without a model."""
 
 _SHAPE = ".shape"  # as export.read_masks describes it
-# RuntimeError: an encrypted entry; NotImplementedError: a compression or version that zipfile does not know.
-_DAMAGE = (
-    zipfile.BadZipFile,
-    zlib.error,
-    ValueError,
-    KeyError,
-    EOFError,
-    OSError,
-    RuntimeError,
-    NotImplementedError,
-    MemoryError,
-)
 
 Entries = Mapping[str, tuple[tuple[int, ...], np.dtype]]
 
@@ -73,7 +60,9 @@ def open_npz(path: Path, origin: str) -> MaskSource:
         try:
             with np.load(path, allow_pickle=False) as file:
                 return unpack(file, key, shape)
-        except _DAMAGE as error:
+        except UserError:
+            raise
+        except Exception as error:  # zipfile, its decompressors and numpy's headers have many exceptions for damage
             raise UserError(f"{key}: can't be read from {path} ({one_line(error)}): get or write the file again") from error
 
     return MaskSource(origin, how, weight_names(keys, origin), load)
@@ -92,7 +81,7 @@ def _entries(path: Path) -> Entries:
                     ]
                     shape, _, dtype = read(file)
                     found[entry.removesuffix(".npy")] = shape, dtype
-    except _DAMAGE as error:
+    except Exception as error:  # as in open_npz
         raise UserError(f"{path} can't be read as an npz file ({one_line(error)}): get or write it again") from error
     return found
 

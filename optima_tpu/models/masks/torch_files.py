@@ -10,6 +10,7 @@ import numpy as np
 
 from optima_tpu.errors import UserError, one_line
 from optima_tpu.models.masks.source import UNDERSTOOD, MaskSource, weight_names
+from optima_tpu.runtime.inside import own
 
 
 def open_torch_folder(folder: Path, origin: str) -> MaskSource:
@@ -22,7 +23,7 @@ def open_torch_folder(folder: Path, origin: str) -> MaskSource:
     _torch(folder)
 
     def load(key: str, shape: tuple[int, int]) -> np.ndarray:
-        path = folder / (key + ".pt")
+        path = own(folder, folder / (key + ".pt"))
         return _matrix(_load(path), key, path)
 
     keys = weight_names((path.stem for path in sorted(folder.glob("*.pt"))), origin)
