@@ -46,6 +46,7 @@ from jax.sharding import Mesh
 from optima_tpu.errors import UserError
 from optima_tpu.models.activations import Activations, HiddenStates, held_rows
 from optima_tpu.models.checkpoints.orbax import OrbaxTensors, load_group, read_metadata, save_tree
+from optima_tpu.report.numbers import plural
 from optima_tpu.report.run_record import ASSETS, RUN, refuse_another, write_run
 from optima_tpu.runtime.buckets import as_path, in_bucket
 from optima_tpu.runtime.checksums import damage, intact, keep, write_sums
@@ -273,8 +274,8 @@ class Journal:
         lost = [index for index in sorted(self.finished) if not self.entry(index).is_dir()]
         if lost or not (self.directory / _JOURNAL).is_dir():
             raise UserError(
-                f"{self.directory / _JOURNAL} was removed, or a part of it, while this run was at work: {len(lost)} finished blocks "
-                f"are lost{f' (from block {lost[0]} on)' if lost else ''}; repeat the command, which prunes them again"
+                f"{self.directory / _JOURNAL} was removed, or a part of it, while this run was at work, and with it "
+                f"{plural(len(lost), 'finished block')}; repeat the command, which prunes again what is lost"
             )
 
     def forget_states(self) -> None:

@@ -18,6 +18,7 @@ from optima_tpu.runtime import processes, signals
 from optima_tpu.runtime.files import user_cache
 from optima_tpu.runtime.host_memory import keep_freed_memory
 from optima_tpu.runtime.mesh import platform, simulate_devices
+from optima_tpu.runtime.program import refuse_undecodable
 from optima_tpu.runtime.xla_flags import raise_collective_timeouts
 
 LOST = 69
@@ -141,8 +142,8 @@ def _unless_stopped(command: Callable[[], int | None]) -> int:
         return status
     except Exception as error:
         signals.check()  # the error is then often a consequence, as when the signal has ended another process too
-        if isinstance(error, UnicodeEncodeError) and error.reason == "surrogates not allowed":  # the name of a file that is listed
-            raise UserError(f"expected names of files in UTF-8, got {error.object}: rename that file or folder") from error
+        if isinstance(error, UnicodeEncodeError):
+            refuse_undecodable([error.object])  # such as the name of a file in a folder
         if isinstance(error, OSError) and (remedy := _REMEDIES.get(error.errno or 0)):
             raise UserError(f"{error.filename or 'a file'}: {error.strerror}; {remedy}") from error
         raise

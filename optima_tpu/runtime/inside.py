@@ -17,8 +17,8 @@ from optima_tpu.runtime.buckets import in_bucket
 _LONGEST_PART, _LONGEST = 255, 1024
 """Bytes of a file's name, as file systems allow, and of all names on the way to it."""
 
-# /dev/stdin, and what a shell makes of <(COMMAND): the person has opened these for this very process.
-_OPENED = re.compile(r"/dev/stdin|(/dev|/proc/self)/fd/\d+")
+# What a shell makes of <(COMMAND): the person has opened these for this very process. Nobody waits for /dev/null.
+_OPENED = re.compile(r"/dev/stdin|/dev/null|(/dev|/proc/self)/fd/\d+")
 
 
 class OutsideError(UserError):
@@ -84,7 +84,7 @@ def own(folder: Path, path: Path) -> Path:
 def refuse_special(path: Path) -> None:
     """Refuses a pipe, a socket or a device, which a reader may wait for without end.
 
-    Pipes that this process was started with are read: ``/dev/stdin``, and what a shell makes of ``<(COMMAND)``.
+    Pipes that this process was started with pass: ``/dev/stdin``, and what a shell makes of ``<(COMMAND)``. So does ``/dev/null``.
 
     Raises:
       OutsideError: it is one. A path that does not exist passes.

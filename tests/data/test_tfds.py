@@ -3,9 +3,11 @@
 import contextlib
 import gzip
 import json
+import os
 import shutil
 import sys
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -324,6 +326,42 @@ def test_an_unreachable_hub_is_one_line(monkeypatch):
 
 
 # Real processes
+
+
+@pytest.mark.parametrize("template", ["../../../{}", "{}/../../../../{}", "/{}", "out/{}", "\0{}"])
+def test_a_description_that_names_files_outside_of_the_data_set_is_refused(made, tmp_path, template):
+    folder = Path(shutil.copytree(made / "mine", tmp_path / "sets/mine"))
+    (path,) = folder.glob("*/dataset_info.json")
+    record = json.loads(path.read_text())
+    name = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
+    (tmp_path / "outside").mkdir()
+    for file in path.parent.glob("*.array_record-*"):
+        shutil.copy(file, tmp_path / "outside")
+        shutil.copy(file, tmp_path)
+    for split in record["splits"]:
+        split["filepathTemplate"] = template.replace("{}", name) if template[0] != "/" else f"{tmp_path}/{name}"
+    path.write_text(json.dumps(record))
+    source = data.parse_source(f"tfds:mine@{tmp_path / 'sets'}")
+    for read in (lambda: list(source.documents("calibration")), lambda: source.fingerprint("calibration")):
+        with pytest.raises(UserError, match="which is not a file of its own folder|is a link to|can't be read"):
+            read()
+
+
+@pytest.mark.parametrize("name", ["dataset_info.json", "features.json"])
+def test_a_pipe_or_a_link_out_of_a_data_set_is_refused(made, tmp_path, name):
+    folder = Path(shutil.copytree(made / "mine", tmp_path / "mine"))
+    (path,) = folder.glob(f"*/{name}")
+    path.rename(tmp_path / "outside")
+    source = data.parse_source(f"tfds:mine@{tmp_path}")
+    for replace, said in (
+        (lambda: path.symlink_to(tmp_path / "outside"), "is a link to"),
+        (lambda: os.mkfifo(path), "is a pipe"),
+    ):
+        path.unlink(missing_ok=True)
+        replace()
+        with pytest.raises(UserError, match=f"{name} {said}"):
+            list(source.documents("calibration"))
+
 
 READER = """
 import json, sys

@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import importlib
 import json
 import os
 import subprocess
@@ -85,7 +86,7 @@ def refused(tmp_path, capfd):
         (["--batch", "many"], "expected batch to be a whole number, got many"),
         (["--batch"], "batch"),
         (["--dtype", "int8"], "expected dtype to be"),
-        (["--config", "/dev/zero"], "/dev/zero: expected YAML of at most 262144 characters, got more"),
+        (["--config", "/dev/zero"], "expected a file, but /dev/zero is a pipe, a socket or a device"),
         (["--calibration.source", "file:/dev/zero"], "expected a text file, but /dev/zero is a device or a pipe"),
         (["--config", "nowhere.yaml"], "expected a YAML file, cannot read nowhere.yaml"),
         (["--calibration.source", "file:nowhere.txt"], "nowhere.txt"),
@@ -400,3 +401,38 @@ def test_a_mesh_that_would_cut_the_dimensions_of_a_slice(monkeypatch):
     monkeypatch.setattr(jax, "make_mesh", impossible)
     with pytest.raises(UserError, match="mesh 4x2 does not fit this slice of 8 chips"):
         make_mesh("4x2")
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments"),
+    [
+        ("launch", ["--model", "{}"]),
+        ("launch", ["model", "--config", "{}"]),
+        ("launch", ["model", "--output={}"]),
+        ("launch", ["model", "--selector", "imported", "--selector.path", "{}"]),
+        ("evaluate.__main__", ["{}"]),
+        ("recover", ["{}"]),
+        ("plan", ["{}"]),
+        ("sweep", ["{}"]),
+        ("report.__main__", ["{}"]),
+        ("export", ["{}", "out"]),
+        ("push", ["{}", "org/name"]),
+        ("unpack", ["{}", "out"]),
+        ("verify", ["{}"]),
+        ("figures", ["{}"]),
+        ("data.build", ["mine@{}", "{}"]),
+    ],
+)
+def test_a_path_that_is_not_utf_8_is_refused_by_every_command(tmp_path, monkeypatch, capsys, module, arguments):
+    monkeypatch.chdir(tmp_path)
+    Path("a\udcff").mkdir()
+    command = importlib.import_module(f"optima_tpu.{module}")
+    assert command.main([each.replace("{}", "a\udcff") for each in arguments]) == 2
+    assert "expected text in UTF-8, got" in only_error(capsys.readouterr().err)
+    assert os.listdir() == ["a\udcff"]
+
+
+def test_a_file_of_the_model_whose_name_is_not_utf_8_is_named(refused, tmp_path):
+    folder = tiny_folder(tmp_path / "model")
+    (folder / "licen\udce7a.txt").write_text("free")
+    assert "names 'licen\\udce7a.txt'" in refused("--model", folder, *SMALL)

@@ -183,3 +183,21 @@ def test_another_mesh_goes_on_with_a_stopped_run(finished, tmp_path, monkeypatch
     command[command.index("4x2")] = "8x1"
     assert main(command) == 0
     assert_close_weights(tmp_path / "run", finished.directory)
+
+
+def test_a_journal_removed_under_a_run_ends_it_with_one_line_and_the_command_prunes_again(
+    finished, tmp_path, monkeypatch, capsys
+):
+    run, save = tmp_path / "run", Journal.save
+
+    def removed(journal, index, *rest):
+        save(journal, index, *rest)
+        shutil.rmtree(run / "journal")
+
+    command = [*finished.arguments, "--output", str(run)]
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "save", removed)
+        assert main(command) == 2
+    assert "journal was removed" in only_error(capsys.readouterr().err)
+    assert main(command) == 0
+    assert_same_weights(run, finished.directory)

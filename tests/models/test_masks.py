@@ -2,7 +2,9 @@
 
 import contextlib
 import hashlib
+import os
 import sys
+import zipfile
 
 import ml_dtypes
 import numpy as np
@@ -520,3 +522,37 @@ def test_the_choice_of_imported_masks():
     assert hash(Imported("a")) == hash(Imported("a")) and Imported("a") != Imported("b")
     with pytest.raises(UserError, match="selector.path"):
         Imported(" ")
+
+
+@pytest.mark.parametrize("compression", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_damage_within_any_compression_is_named(tmp_path, compression):
+    path, mask = tmp_path / "masks.npz", np.random.default_rng(0).random((40, 40)) < 0.5
+    with zipfile.ZipFile(path, "w", compression) as archive, archive.open(f"{Q}.npy", "w") as file:
+        np.lib.format.write_array(file, mask)
+    assert open_masks(str(path)).read(Q, mask.shape).sum() == mask.sum()
+    whole, refusals = path.read_bytes(), []
+    for place in range(60, 160, 10):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 255]) + whole[place + 1 :])
+        try:  # not every byte of a compressed file counts
+            assert (open_masks(str(path)).read(Q, mask.shape) == mask).all()
+        except UserError as error:
+            refusals.append(str(error))
+    assert len(refusals) > 5 and all("can't be read" in each and "masks.npz" in each for each in refusals)
+
+
+@pytest.mark.parametrize("shape", [np.array(6), np.array([6]), np.array([6, -1]), np.array(["6", "a"]), np.array([6, np.nan])])
+def test_masks_without_their_shape_are_named(tmp_path, shape):
+    np.savez(tmp_path / "masks.npz", **{Q: np.zeros((6, 2), np.uint8), f"{Q}.shape": shape})
+    with pytest.raises(UserError, match=f"{Q}: can't be read from .*masks.npz"):
+        open_masks(str(tmp_path / "masks.npz")).read(Q, (6, 12))
+
+
+def test_a_mask_of_a_folder_that_is_a_link_or_a_pipe_is_refused(tmp_path):
+    torch = pytest.importorskip("torch")
+    (folder := tmp_path / "masks").mkdir()
+    torch.save(torch.ones(3, 4), tmp_path / "outside.pt")
+    (folder / f"{LAST}.pt").symlink_to(tmp_path / "outside.pt")
+    os.mkfifo(folder / f"{Q}.pt")
+    for name, said in ((LAST, "is a link to .*outside.pt, outside of the folder"), (Q, "is a pipe, a socket or a device")):
+        with pytest.raises(UserError, match=f"{name}.pt {said}"):
+            open_masks(str(folder)).read(name, (3, 4))

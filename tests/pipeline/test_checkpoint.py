@@ -354,3 +354,20 @@ def test_the_code_version_follows_the_source(tmp_path, monkeypatch):
     second = version()
     (tmp_path / "solvers" / "cg.py").rename(tmp_path / "solvers" / "pcg.py")
     assert len({first, second, version()}) == 3
+
+
+def test_a_journal_that_is_removed_under_its_run_is_told_in_one_line(tmp_path):
+    source = small_model()
+    journal = open_journal(tmp_path / "run", MANIFEST, ASSETS)
+    journal.save(0, *pruned_block(source, 0))
+    shutil.rmtree(tmp_path / "run/journal")
+    lost = r"run/journal was removed, .* with it 1 finished block; repeat the command, which prunes again what is lost"
+    with pytest.raises(UserError, match=lost):
+        journal.save(1, *pruned_block(source, 1))
+    journal = fake_run.finished_run(tmp_path / "other", source)
+    shutil.rmtree(tmp_path / "other/journal")
+    shutil.rmtree(tmp_path / "other/checkpoint")
+    gone = r"block_000\d can't be read \(is missing\): .*; repeat the run's command, which writes it again"
+    for read in (lambda: write_checkpoint(journal, source, mesh(1, 1)), lambda: journal.weights(0), lambda: journal.report(1)):
+        with pytest.raises(UserError, match=gone):
+            read()

@@ -26,7 +26,7 @@ from optima_tpu.models.checkpoints.source import (
 from optima_tpu.models.checkpoints.stacks import Unstacked
 from optima_tpu.report.licence import CARD
 from optima_tpu.runtime.checksums import ALL, changes, listed
-from optima_tpu.runtime.inside import inside, own
+from optima_tpu.runtime.inside import inside
 from optima_tpu.runtime.program import program
 from optima_tpu.runtime.records import read_record
 
@@ -258,11 +258,11 @@ def _refuse_outside(folder: Path) -> None:
     """Refuses links out of the folder among the files that are read: their contents would become a part of the pruned model.
 
     Raises:
-      UserError: as :func:`optima_tpu.runtime.inside.own`.
+      UserError: as :func:`optima_tpu.runtime.inside.inside`.
     """
     for path in sorted([*folder.iterdir(), *folder.glob(f"{CHAT_TEMPLATES}/*")]):
         if path.suffix == ".safetensors" or path.name in (INDEX, CHAT_TEMPLATES, packed.INDEX) or _is_asset(path):
-            own(folder, path)
+            inside(folder, path.relative_to(folder).as_posix(), folder)  # a run keeps assets under their names
 
 
 def _not_a_model(folder: Path) -> str:
