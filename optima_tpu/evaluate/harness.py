@@ -25,6 +25,7 @@ from optima_tpu.models.greedy import Prompt, greedy
 from optima_tpu.models.greedy import make_plan as plan_answers
 from optima_tpu.models.model import Model
 from optima_tpu.report.numbers import plural
+from optima_tpu.report.pace import Step
 from optima_tpu.report.progress import Progress
 from optima_tpu.runtime.device_memory import device_budget
 from optima_tpu.runtime.processes import SharedError, from_first
@@ -221,13 +222,19 @@ class DecoderLM(TemplateLM):
         except UserError as error:  # such as a model that does not fit: all processes find it
             raise SharedError(str(error)) from error
 
+    def _begin(self, name: str, steps: list[Step]) -> None:
+        """Starts the first of the stages that ``progress.ahead`` counts. A model that is asked the same later takes the same steps."""
+        (first, *_), *ahead = self._progress.ahead or [[Step(name)]]
+        self._progress.ahead = [steps if stage[0].kind == first.kind else stage for stage in ahead]
+        self._progress.stage(name, len(steps), steps)
+
     def _score(self, requests: Sequence[Request]) -> list[Likelihood]:
         plan = make_plan(self._decoder, requests, self.max_length)
-        lengths = [group.length for wave in plan.waves for group in wave]
-        self._progress.stage(
+        lengths, steps = [group.length for wave in plan.waves for group in wave], plan.steps(self._decoder)
+        self._begin(
             f"{self._name}: {plural(len(requests), 'continuation')} in {plural(len(plan.texts), 'text')} of up "
             f"to {max(lengths)} tokens",
-            len(plan.waves) * (self._decoder.config.blocks + 1),
+            steps,
         )
         return likelihoods(self._decoder, plan, self._progress.advance)
 
@@ -245,10 +252,10 @@ class DecoderLM(TemplateLM):
                 f"{self._name}: generation_config.json asks for a repetition_penalty of {self._ends.penalty:g}, which is not "
                 "applied; transformers applies it"
             )
-        self._progress.stage(
+        self._begin(
             f"{self._name}: writing {plural(len(asked), 'answer')} of up to {max(question.rules.new for question in asked)} tokens, "
             f"{max(len(batch.prompts) for batch in plan.batches)} at once",
-            plan.steps,
+            [Step("writing answers")] * plan.steps,
         )
         began = time.monotonic()
         written = greedy(

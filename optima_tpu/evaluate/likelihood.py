@@ -19,6 +19,7 @@ from optima_tpu.evaluate.predictions import picked
 from optima_tpu.models.activations import Activations, held_rows, on_mesh
 from optima_tpu.models.decoder import Decoder, Head, head_logits
 from optima_tpu.models.family import LENGTHS
+from optima_tpu.report.pace import Step
 from optima_tpu.runtime.mesh import DATA
 from optima_tpu.runtime.processes import fetch
 
@@ -74,6 +75,14 @@ class Plan:
     texts: tuple[tuple[int, ...], ...]
     owners: np.ndarray
     waves: tuple[tuple[Group, ...], ...]
+
+    def steps(self, decoder: Decoder) -> list[Step]:
+        """What :func:`likelihoods` does before each call of ``advance``."""
+        kinds = [decoder.config.kind_of(index) for index in range(decoder.config.blocks)]
+        sizes = [float(sum((group.last - group.first) * group.length for group in wave)) for wave in self.waves]
+        return [
+            step for size in sizes for step in (*(Step(f"texts {kind}", size) for kind in kinds), Step("head of texts", size))
+        ]
 
     def tokens(self, group: Group) -> np.ndarray:
         """The token ids of a group, [texts, length] int32, padded with zeros to full batches."""

@@ -26,8 +26,10 @@ from optima_tpu.evaluate.parts import Parts, questions_digest
 from optima_tpu.evaluate.perplexity import perplexity
 from optima_tpu.evaluate.table import print_evaluation
 from optima_tpu.evaluate.tasks import load_tasks, metrics, paper_average, run_tasks, settings_of
+from optima_tpu.models.decoder import Decoder
 from optima_tpu.models.model import check_ids, window_bos, window_length
 from optima_tpu.report.file import environment
+from optima_tpu.report.pace import Step
 from optima_tpu.report.page import PAGE, write_page
 from optima_tpu.report.progress import Progress, Terminal, say
 from optima_tpu.report.run_record import code_version, default_folder
@@ -88,8 +90,12 @@ def evaluate(config: EvaluateConfig, console: Console | None = None) -> dict[str
         measure = functools.partial(_on_text, models=models, progress=progress, per_block=config.per_block)
         # First, because an error in the tasks should appear before hours of texts.
         questions = _Questions.prepare(config, models, known, progress)
-        found = {source: parts.measured(source, functools.partial(measure, source, tokens)) for source, tokens in texts.items()}
-        results = questions.answers(parts, config.asking) | known
+        found = {}
+        for number, (source, tokens) in enumerate(texts.items(), 1):
+            later = [text_steps(models["model"].model.decoder, each, "against" in models) for each in [*texts.values()][number:]]
+            progress.ahead = [*later, *questions.ahead(len(questions.testers))]
+            found[source] = parts.measured(source, functools.partial(measure, source, tokens))
+        results = questions.answers(parts, config.asking, progress) | known
     record = {
         "model": config.model,
         "against": config.against,
@@ -166,12 +172,20 @@ class _Questions(NamedTuple):
         progress.advance()
         return cls(tasks, testers, digest)
 
-    def answers(self, parts: Parts, asking: Asking) -> dict[str, Any]:
+    def ahead(self, models: int) -> list[list[Step]]:
+        """A stage for each kind of request to each of the last ``models`` models; how long they take, the first of them will show."""
+        tasks = self.tasks["tasks"].values() if self.tasks else ()
+        kinds = dict.fromkeys(request.request_type for task in tasks for request in task.instances)
+        return [[Step(kind)] for kind in kinds] * models
+
+    def answers(self, parts: Parts, asking: Asking, progress: Progress) -> dict[str, Any]:
         """Name of a model -> the harness's results. Only process 0 has them."""
-        return {
-            name: parts.measured(f"tasks of {name}", functools.partial(run_tasks, tester, self.tasks, asking), self.digest)
-            for name, tester in self.testers.items()
-        }
+        found = {}
+        for number, (name, tester) in enumerate(self.testers.items()):
+            progress.ahead = self.ahead(len(self.testers) - number)
+            work = functools.partial(run_tasks, tester, self.tasks, asking)
+            found[name] = parts.measured(f"tasks of {name}", work, self.digest)
+        return found
 
 
 def _check_chat(models: Iterable[Evaluated]) -> None:
@@ -241,13 +255,23 @@ def _on_text(source: str, tokens: Tokens, models: Mapping[str, Evaluated], progr
     how: dict[str, Any] = {"tokens": int(tokens.ids.size), "how": tokens.how}
     pruned = models["model"].model.decoder
     if "against" not in models:
-        progress.stage(f"perplexity on {source}", pruned.config.blocks + 1)
+        steps = text_steps(pruned, tokens, both=False)
+        progress.stage(f"perplexity on {source}", len(steps), steps)
         value = perplexity(pruned, tokens.ids, progress.advance)
         return {"perplexity": {"perplexity": value, **how, "against": None}, "distance": None}
-    progress.stage(f"both models on {source}", pruned.config.blocks)
+    steps = text_steps(pruned, tokens, both=True)
+    progress.stage(f"both models on {source}", len(steps), steps)
     apart = distance(models["against"].model.decoder, pruned, tokens.ids, progress.advance, per_block)._asdict()
     dense = apart.pop("dense_perplexity")
     return {"perplexity": {"perplexity": apart.pop("pruned_perplexity"), **how, "against": dense}, "distance": apart}
+
+
+def text_steps(decoder: Decoder, tokens: Tokens, both: bool) -> list[Step]:
+    """What a text takes, for one model or for two. Texts of one length of window run the same programs."""
+    windows, length = tokens.ids.shape
+    which = f"{'both models' if both else 'the model'} on windows of {length}"
+    blocks = [Step(f"{which}, {decoder.config.kind_of(index)}", windows) for index in range(decoder.config.blocks)]
+    return blocks if both else [*blocks, Step(f"{which}, head", windows)]
 
 
 def _load_tasks(config: EvaluateConfig, known: Mapping[str, Mapping[str, Any]], lm: DecoderLM) -> TaskDict:

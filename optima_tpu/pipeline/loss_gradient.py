@@ -28,6 +28,7 @@ from optima_tpu.models.decoder import Decoder, forward
 from optima_tpu.models.experts import expert_of
 from optima_tpu.models.family import Positions
 from optima_tpu.pipeline.distill.blocks import head_gradient
+from optima_tpu.report.pace import Step
 from optima_tpu.runtime.checksums import forget, intact, keep, known
 from optima_tpu.runtime.files import remove, writing
 from optima_tpu.runtime.mesh import DATA
@@ -64,10 +65,12 @@ class Text(NamedTuple):
         """The windows that pass together."""
         return parts_of(self.decoder, *self.tokens.shape)
 
-    def steps(self, windows: range) -> int:
-        """How often :func:`mean_squares` calls ``advance``."""
+    def steps(self, windows: range) -> list[Step]:
+        """What :func:`mean_squares` does before each call of ``advance``."""
         batches = -(-len(windows) // (self.decoder.batch * self.decoder.mesh.shape[DATA]))
-        return 2 * self.decoder.config.blocks + batches
+        kinds = [self.decoder.config.kind_of(index) for index in range(self.decoder.config.blocks)]
+        forward, back = ([Step(f"gradient {way} {kind}", len(windows)) for kind in kinds] for way in ("forward", "back"))
+        return [*forward, *[Step("gradient of the head")] * batches, *reversed(back)]
 
     def weighed(self, index: int) -> Groups:
         """The groups of a block whose tokens are weighed."""

@@ -76,8 +76,9 @@ def finish(opened: Opened, stages: Sequence[Stage], console: Console, dense: flo
             for line in from_first(lambda: mend(opened.directory)):
                 progress.note(line)
             started = Run(opened, progress, sinks, dense)
-            for stage in stages:
-                stage.take(started)
+            progress.note(f"stages: {', '.join(stage.name for stage in stages if stage.steps(started))}")
+            for index, stage in enumerate(stages):
+                stage.take(started, stages[index + 1 :])
         report = started.report
         assert report is not None, "the last stage writes it"
         console.print()

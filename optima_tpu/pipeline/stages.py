@@ -9,7 +9,7 @@ import dataclasses
 import hashlib
 import io
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict, TypeVar
 
@@ -34,19 +34,20 @@ from optima_tpu.pipeline.continuations import continuations, read_continuations,
 from optima_tpu.pipeline.distill.blocks import Trainer
 from optima_tpu.pipeline.distill.outcome import Distilled, Outcome, keep_outcome, read_outcome
 from optima_tpu.pipeline.distill.spans import distill_by_spans
-from optima_tpu.pipeline.distill.train import distill, refuse_large
+from optima_tpu.pipeline.distill.train import distill, refuse_large, training_steps
 from optima_tpu.pipeline.distill.windows import Inputs, Windows
 from optima_tpu.pipeline.greeting import greet, recipe_line
 from optima_tpu.pipeline.inputs import Texts, manifest_of, token_digest
 from optima_tpu.pipeline.journal import Journal, open_journal, prepare_directory
 from optima_tpu.pipeline.loss_gradient import GRADIENT, Squares, Text, forget_all, measure, missing, read
-from optima_tpu.pipeline.memory_plan import fitted
+from optima_tpu.pipeline.memory_plan import block_bytes, fitted
 from optima_tpu.pipeline.repair import DENSE, LOSSES, faults
 from optima_tpu.pipeline.self_calibration import keep_calibration
-from optima_tpu.pipeline.walk import Walk, prune_model
+from optima_tpu.pipeline.walk import WRITING, Walk, block_steps, prune_model
 from optima_tpu.report.contents import Continuations, Report
 from optima_tpu.report.file import REPORT, environment, memory_peaks, size_on_disk, weights_on_disk, write_report
 from optima_tpu.report.meaningless import unpredicted
+from optima_tpu.report.pace import Step
 from optima_tpu.report.progress import Progress
 from optima_tpu.report.records import blocks_from_json
 from optima_tpu.report.sinks import Sink, Steps, opened, write
@@ -162,21 +163,24 @@ class Stage:
       needs: the names of the earlier stages whose results it reads.
       done: whether the result exists; reads it from the run directory if an earlier start wrote it.
       do: makes the result.
-      steps: the number of its progress steps; None for a stage that shows no progress.
+      steps: what it will do, for the time left; empty where this run does not take it, or where it takes no time.
+      count: the number of its progress steps, where these have parts.
     """
 
     name: str
     needs: tuple[str, ...]
     done: Callable[[Run], bool]
     do: Callable[[Run], None]
-    steps: Callable[[Run], int] | None = None
+    steps: Callable[[Run], list[Step]] = lambda run: []
+    count: Callable[[Run], int] | None = None
 
-    def take(self, run: Run) -> None:
-        """Does the stage, unless it is done."""
+    def take(self, run: Run, later: Sequence["Stage"] = ()) -> None:
+        """Does the stage, unless it is done. The stages after it, ``later``, count in the time left."""
         if self.done(run):
             return
-        if self.steps:
-            run.progress.stage(self.name, self.steps(run))
+        if steps := self.steps(run):
+            run.progress.ahead = [ahead for stage in later if (ahead := stage.steps(run))]
+            run.progress.stage(self.name, self.count(run) if self.count else len(steps), steps)
         self.do(run)
 
 
@@ -298,6 +302,12 @@ def _knows_allocation(run: Run) -> bool:
     return run.allocation is not None
 
 
+def _allocation_steps(run: Run) -> list[Step]:
+    config = run.opened.model.decoder.config
+    measures = run.opened.config.allocation.measures
+    return [Step(f"allocating {config.kind_of(index)}") for index in range(config.blocks)] if measures else []
+
+
 def _allocate(run: Run) -> None:
     opened_run = run.opened
     ids, allocation = opened_run.texts.calibration.ids, opened_run.config.allocation
@@ -329,9 +339,11 @@ def _measure_gradient(run: Run) -> None:
     run.squares = read(text, run.opened.directory)
 
 
-def _gradient_steps(run: Run) -> int:
+def _gradient_steps(run: Run) -> list[Step]:
+    if not run.opened.config.target.weigh_by_loss or run.opened.walk is None:
+        return []
     text = _gradient_text(run)
-    return sum(map(text.steps, missing(text, run.opened.directory)))
+    return [step for part in missing(text, run.opened.directory) for step in text.steps(part)]
 
 
 def _is_pruned(run: Run) -> bool:
@@ -339,11 +351,22 @@ def _is_pruned(run: Run) -> bool:
     return run.blocks is not None
 
 
+def _walk(run: Run) -> Walk:
+    """The walk, with the sparsities that were allocated."""
+    walk = _made(run.opened.walk)
+    if run.allocation is None:
+        return walk
+    layers = run.allocation.rules(walk.decoder, walk.recipe.pattern) + walk.recipe.layers
+    return dataclasses.replace(walk, recipe=dataclasses.replace(walk.recipe, layers=layers))
+
+
+def _pruning_steps(run: Run) -> list[Step]:
+    finished = run.journal.finished if run.journal else {}
+    return [step for index in range(_blocks(run)) if index not in finished for step in block_steps(_walk(run), index)]
+
+
 def _prune(run: Run) -> None:
-    walk = dataclasses.replace(_made(run.opened.walk), tell=run.progress.layer, squares=run.squares)
-    if run.allocation is not None:
-        layers = run.allocation.rules(walk.decoder, walk.recipe.pattern) + walk.recipe.layers
-        walk = dataclasses.replace(walk, recipe=dataclasses.replace(walk.recipe, layers=layers))
+    walk = dataclasses.replace(_walk(run), tell=run.progress.layer, begin=run.progress.begin, squares=run.squares)
     prune_model(walk, run.opened.texts.calibration.ids, _made(run.journal), run.progress, _made(run.steps).follow)
     forget_all(run.opened.directory)
 
@@ -361,19 +384,29 @@ def _distill(run: Run) -> None:
     held_out = texts.calibration.ids[opened_run.config.calibration.fitted :]
     budget = device_budget(opened_run.config.device_memory)
     inputs = Inputs(dense, journal, method, Windows(_made(texts.distillation), held_out), budget)
-    found = (distill_by_spans if method.by_spans else distill)(inputs, progress.advance, progress.note)
+    found = (distill_by_spans if method.by_spans else distill)(inputs, progress)
+    progress.note("the perplexity of the model as it was pruned, for a comparison")
     as_pruned = dataclasses.replace(dense, tensors=Layered(journal.tensors(), dense.tensors))
     before = perplexity(as_pruned, texts.evaluation.ids, progress.advance)
     run.distilled = dataclasses.replace(found, perplexity_before=before)
     keep_outcome(opened_run.directory, run.distilled)
 
 
-def _distillation_steps(run: Run) -> int:
+def _distillation_steps(run: Run) -> list[Step]:
     method = run.opened.config.distill
-    if method is None:
-        return 0
-    # The dense model's blocks, the first check of a span, its steps and later checks, and the perplexity before.
-    return 2 * _blocks(run) + 1 + len(method.spans(_blocks(run))) * (1 + method.steps + len(method.check_steps()))
+    return [] if method is None else [*training_steps(method, _blocks(run)), *_perplexity_steps(run)]
+
+
+def _perplexity_steps(run: Run) -> list[Step]:
+    """The steps of :func:`perplexity`, the same for every model of this shape."""
+    config = run.opened.model.decoder.config
+    return [*(Step(f"evaluation text {config.kind_of(index)}") for index in range(config.blocks)), Step("evaluation text, head")]
+
+
+def _checkpoint_steps(run: Run) -> list[Step]:
+    decoder = run.opened.model.decoder
+    blocks = sum(block_bytes(decoder, index) for index in range(_blocks(run)))
+    return [Step(WRITING, max(1.0, total_bytes(decoder.tensors) - blocks))]
 
 
 def _write_checkpoint(run: Run) -> None:
@@ -406,6 +439,10 @@ def _is_exported(run: Run) -> bool:
     return False
 
 
+def _export_steps(run: Run) -> list[Step]:
+    return [Step(WRITING, total_bytes(run.opened.model.decoder.tensors))] if run.opened.config.export else []
+
+
 def _export(run: Run) -> None:
     directory = run.opened.directory
     facts = _facts(run)
@@ -413,10 +450,14 @@ def _export(run: Run) -> None:
     run.progress.advance()
 
 
-def _knows_continuations(run: Run) -> bool:
+def _continues(run: Run) -> bool:
+    """Not without an export, as in sweeps, where nobody uses the model; and not with random tokens, which have no meaning."""
     config = run.opened.config
-    # Not without an export, as in sweeps, where nobody uses the model; and not with random tokens, which have no meaning.
-    if not config.export or "random" in (config.calibration.source, config.evaluation.source):
+    return config.export and "random" not in (config.calibration.source, config.evaluation.source)
+
+
+def _knows_continuations(run: Run) -> bool:
+    if not _continues(run):
         return True
     run.continuations = read_continuations(run.opened.directory)
     return run.continuations is not None
@@ -460,7 +501,6 @@ def _report(run: Run) -> None:
     files = {"report": directory / REPORT, "checkpoint": directory / CHECKPOINT} | (
         {"transformers": directory / FOLDER} if config.export else {}
     )
-    run.progress.end_stage()
     memory = run.memory or memory_peaks()  # collected from all processes; only the first one writes
     model = {
         "origin": pretrained.origin,
@@ -510,35 +550,34 @@ STAGES = (
     # A run writes nothing before every weight was read and the model works in this dtype, which the dense perplexity shows. A
     # model that writes its calibration text shows the same, and this text must not be lost: then the journal opens at once.
     Stage("keeping the text", (), lambda run: "generated" not in run.opened.manifest, _open_journal),
-    Stage("dense perplexity", (), _knows_dense, _measure_dense, lambda run: _blocks(run) + 1),
+    Stage("dense perplexity", (), _knows_dense, _measure_dense, _perplexity_steps),
     Stage("recording", ("dense perplexity",), lambda run: False, _record),
-    Stage("allocating", ("recording",), _knows_allocation, _allocate, _blocks),
+    Stage("allocating", ("recording",), _knows_allocation, _allocate, _allocation_steps),
     Stage(GRADIENT, ("recording",), _knows_gradient, _measure_gradient, _gradient_steps),
-    Stage("pruning", ("recording", "allocating", GRADIENT), _is_pruned, _prune, _blocks),
+    Stage("pruning", ("recording", "allocating", GRADIENT), _is_pruned, _prune, _pruning_steps, _blocks),
     Stage("training", ("pruning",), _is_distilled, _distill, _distillation_steps),
     Stage(
         "writing the checkpoint",
         ("pruning", "allocating", "training"),
         lambda run: run.blocks is not None,
         _write_checkpoint,
-        lambda run: 1,
+        _checkpoint_steps,
     ),
+    Stage("pruned perplexity", ("writing the checkpoint", "recording"), lambda run: False, _measure_pruned, _perplexity_steps),
+    Stage("exporting for transformers", ("writing the checkpoint", "pruned perplexity"), _is_exported, _export, _export_steps),
     Stage(
-        "pruned perplexity",
-        ("writing the checkpoint", "recording"),
-        lambda run: False,
-        _measure_pruned,
-        lambda run: _blocks(run) + 1,
-    ),
-    Stage("exporting for transformers", ("writing the checkpoint", "pruned perplexity"), _is_exported, _export, lambda run: 1),
-    Stage(
-        "continuing prompts with both models", ("writing the checkpoint",), _knows_continuations, _continue_prompts, lambda run: 2
+        "continuing prompts with both models",
+        ("writing the checkpoint",),
+        _knows_continuations,
+        _continue_prompts,
+        lambda run: [Step("continuing prompts")] * 2 if _continues(run) else [],
     ),
     Stage(
         "reporting",
         ("pruned perplexity", "writing the checkpoint", "continuing prompts with both models"),
         lambda run: False,
         _report,
+        lambda run: [Step("reporting")],
     ),
 )
 """The stages that follow the opening of model and texts by :class:`Opened`."""

@@ -27,7 +27,8 @@ from optima_tpu.models.decoder import Decoder
 from optima_tpu.pipeline.calibrate import Capture, Stream, accumulate, repeat
 from optima_tpu.pipeline.journal import DENSE, HIDDEN, Journal
 from optima_tpu.pipeline.loss_gradient import Squares
-from optima_tpu.pipeline.memory_plan import Pass, block_passes
+from optima_tpu.pipeline.memory_plan import Pass, block_bytes, block_passes
+from optima_tpu.report.pace import Step
 from optima_tpu.report.progress import Progress
 from optima_tpu.report.records import BlockReport, LayerReport
 from optima_tpu.report.rows import LayerFacts, layer_report
@@ -49,6 +50,7 @@ class Walk:
       given: masks, and optionally weights, for a recipe without a selector.
       resident: whether the hidden states stay on the devices; otherwise they are on the hosts, and every pass moves them.
       tell: called with every layer's report as soon as the layer is done.
+      begin: called before every part of a block with its kind and with words on it; see :func:`block_steps`.
       squares: from :mod:`loss_gradient`, of all sequences, for a target that weighs tokens by the loss.
     """
 
@@ -60,6 +62,7 @@ class Walk:
     given: ReadGiven | None = None
     resident: bool = False
     tell: Callable[[LayerReport], None] = lambda report: None
+    begin: Callable[[str, str], None] = lambda kind, words: None
     squares: Squares | None = None
 
 
@@ -122,6 +125,7 @@ def prune_model(
             {prefix + name: value for name, value in part.items()} for part in (pruned.parameters, pruned.masks, pruned.scales)
         )
         leaving = [states for states in streams if states] if index < missing[-1] else []  # only a later block needs them
+        walk.begin(WRITING, "saving")
         journal.save(index, weights, masks, report.to_json(), leaving, scales)
         saved()
         del parameters, pruned, weights, masks, scales  # frees their memory before the next block is placed
@@ -129,6 +133,28 @@ def prune_model(
         following = index + 1
         progress.advance()
     journal.forget_states()
+
+
+def block_steps(walk: Walk, index: int) -> list[Step]:
+    """The parts of a block's pruning that are measured one by one. A block that stays dense has only the last two."""
+    parts = [step for part, _ in _passes(walk, index) for step in (_calibrating(walk, index, part), *map(_solving, part.groups))]
+    return [*parts, _passing(walk, index), Step(WRITING, block_bytes(walk.decoder, index))]
+
+
+WRITING = "writing files"
+"""The kind of steps whose work is a number of bytes that are written."""
+
+
+def _calibrating(walk: Walk, index: int, part: Pass) -> Step:
+    return Step(f"calibrating {walk.decoder.config.kind_of(index)} {part.groups}")
+
+
+def _solving(names: tuple[str, ...]) -> Step:
+    return Step(f"solving {names}")
+
+
+def _passing(walk: Walk, index: int) -> Step:
+    return Step(f"passing on {walk.decoder.config.kind_of(index)}")
 
 
 def prune_block(walk: Walk, index: int, parameters: Mapping[str, Array], streams: Streams) -> PrunedBlock:
@@ -158,6 +184,7 @@ def prune_block(walk: Walk, index: int, parameters: Mapping[str, Array], streams
             if hidden is not None
         )
         started = time.monotonic()
+        walk.begin(_calibrating(walk, index, part).kind, "reading the calibration text")
         tokens = _calibrate(walk, index, capture, entering)
         if capture.advance or any(part.kept):  # a run that goes on makes the pass again for what it leaves
             seconds += time.monotonic() - started
@@ -166,6 +193,7 @@ def prune_block(walk: Walk, index: int, parameters: Mapping[str, Array], streams
         block = PrunedBlock(found.parameters, block.masks | found.masks, block.layers + found.layers, block.scales | found.scales)
         del tokens, found  # frees their memory before the next statistics are made
     started = time.monotonic()
+    walk.begin(_passing(walk, index).kind, "passing the text on through the pruned block")
     walk.decoder.apply(index, block.parameters, streams.pruned, known=known[0])
     if target.dense_stream and streams.dense is not None and not passes:
         walk.decoder.apply(index, parameters, streams.dense)
@@ -218,6 +246,7 @@ def prune_groups(
     """
     parameters, masks, reports, scales, prefix = dict(parameters), {}, [], {}, walk.decoder.prefix(index)
     for names, layout, sets in zip(part.groups, part.layouts, tokens):
+        walk.begin(_solving(names).kind, f"pruning {', '.join(names)}")
         for together in walk.recipe.solved_together(names, prefix):
             weights = tuple(parameters[name + ".weight"] for name in together)
             mine = [names.index(name) for name in together]

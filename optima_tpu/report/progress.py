@@ -1,25 +1,30 @@
 """Shows the progress of a run on the terminal."""
 
+import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Self
 
 import jax
 from rich.console import Console, RenderableType
 from rich.measure import Measurement
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, Task, TextColumn
 from rich.progress import Progress as Bars
 from rich.table import Table
 from rich.text import Text
 
 from optima_tpu.errors import legible
 from optima_tpu.report.numbers import duration, hms, percent
+from optima_tpu.report.pace import Pace, Remaining, Step, remaining
 from optima_tpu.report.records import LayerReport
 from optima_tpu.report.summary import fitted_errors, sparsity
 from optima_tpu.runtime.processes import check_signals
 
 _QUIET = 60.0
 """Seconds after which a stage prints another line where no bar shows that it goes on, as in the log of a job."""
+
+_SHORT = 0.5
+"""Seconds below which nothing is said of the time left."""
 
 
 class Terminal(Console):
@@ -53,58 +58,83 @@ class Progress:
             progress.stage("pruning", total=30)
             for index in range(first, 30):
                 progress.block(index, 30)
-                ...                                         # progress.layer(report) for every layer
+                ...                                         # progress.begin() before each part, progress.layer() behind each layer
                 progress.advance()
 
-    Prints one line for every stage and every finished block. On a terminal, a bar below these lines shows the step, the last
-    layer and the time left in the stage; elsewhere a stage that prints nothing for a minute prints a line with its step and the
-    time left. Only process 0 prints. Create it after the devices are initialised, because it asks JAX for the process index.
+    Prints one line for every stage and every finished block. On a terminal, a bar below these lines shows the step, what is being
+    done, and the time left of the stage and of the run. Elsewhere a stage that prints nothing for a minute prints a line with the
+    same, in the middle of a step too. Only process 0 prints. Create it after the devices are initialised, because it asks JAX for
+    the process index.
+
+    All estimates come from one :class:`Pace`, which lasts as long as the run: a stage whose steps are of a kind that an earlier
+    stage measured has a time left before it begins.
 
     The end of a step or a layer is also where SIGTERM and Ctrl-C end the run, in all processes at once: ``stage``, ``layer`` and
     ``advance`` call :func:`optima_tpu.runtime.processes.check_signals`. Every process therefore makes the same calls.
 
     Attributes:
       seconds: elapsed time of every finished stage, by name.
+      ahead: the steps of every stage that comes after the one that goes on; empty if there is none, or if nobody said.
     """
 
     def __init__(self, console: Console | None = None, clock: Callable[[], float] = time.monotonic):
         self.seconds: dict[str, float] = {}
+        self.ahead: Sequence[Sequence[Step]] = ()
         self._console = console or Terminal()
         self._clock = clock
         self._speaks = jax.process_index() == 0
-        self._start = clock()
+        self._pace, self._steps, self._part = Pace(), list[Step](), ""
         self._stage: str | None = None
         self._block: int | None = None
-        self._stage_start = self._first_end = self._block_start = self._said_at = self._start
-        self._total = self._skipped = self._done = 0
+        self._start = self._stage_start = self._step_start = self._block_start = self._said_at = clock()
+        self._total = self._done = 0
+        self._activity = self._last_layer = ""
         self._layers: list[LayerReport] = []
+        self._shown = self._speaks and self._console.is_terminal
         self._bars = _Bars(
             TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=20),
             MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("{task.fields[left]}", markup=False),
+            _Times(self._stage_times),
             console=self._console,
             transient=True,
-            disable=not (self._speaks and self._console.is_terminal),
+            refresh_per_second=2,  # every time the time left is estimated again
+            disable=not self._shown,
         )
-        self._task = self._bars.add_task("", total=None, visible=False, left="")
+        self._bars.below = self._below
+        self._task = self._bars.add_task("", total=None, visible=False)
+        self._watching, self._ended = self._speaks and not self._shown, threading.Event()
 
     def __enter__(self) -> Self:
         self._bars.start()
+        if self._watching:
+            threading.Thread(target=self._watch, daemon=True).start()
         return self
 
     def __exit__(self, *exception: object) -> None:
+        self._ended.set()
         self.end_stage()
         self._bars.stop()
 
-    def stage(self, name: str, total: int) -> None:
-        """Starts a stage of ``total`` steps and ends the previous stage."""
+    def stage(self, name: str, total: int, steps: Sequence[Step] | None = None) -> None:
+        """Starts a stage of ``total`` steps and ends the previous stage.
+
+        Args:
+          steps: the steps in their order, or their parts where :meth:`begin` tells them apart; None for steps of one kind, which
+            no other stage has.
+        """
         self.end_stage()
         self._stage, self._stage_start = name, self._clock()
-        self._total, self._skipped, self._done = total, 0, 0
-        self._say(name)
-        self._bars.reset(self._task, total=total, description=name, visible=True, left="")
+        self._step_start, self._part = self._stage_start, ""
+        self._steps = [Step(name)] * total if steps is None else list(steps)
+        self._total, self._done = total, 0
+        left = self._remaining()
+        self._say(
+            ", ".join(
+                [name, *([f"about {duration(left.stage)}", *_of_run(left, self.ahead)] if (left.stage or 0) >= _SHORT else [])]
+            )
+        )
+        self._bars.reset(self._task, total=total, description=name, visible=True)
         check_signals()
 
     def note(self, text: str) -> None:
@@ -113,50 +143,107 @@ class Progress:
 
     def block(self, index: int, count: int) -> None:
         """Starts block ``index`` of ``count``, counted from 0. A resumed walk starts with a later block."""
-        if self._done == 0:
-            self._skipped = index
-        self._total, self._block, self._block_start, self._layers = count, index, self._clock(), []
+        if self._steps and self._pace.is_new(self._steps[0].kind):
+            self._say(f"block {index} ({index + 1} of {count}): its programs are compiled first; blocks like it reuse them")
+        self._done, self._total, self._block, self._block_start, self._layers = index, count, index, self._clock(), []
         self._bars.update(self._task, total=count, completed=index)
+
+    def begin(self, kind: str, words: str) -> None:
+        """Starts a part of a step, and ends the part before it. ``words`` say what is being done, such as "solving mlp.up_proj"."""
+        if self._part:
+            self._finish(self._part)
+        self._part, self._activity = kind, words
 
     def layer(self, report: LayerReport) -> None:
         """Shows a finished layer of the current block."""
         self._layers.append(report)
-        self._bars.last_layer = f"block {report.block} {report.name}: {_outcome([report])}"
+        self._last_layer = f"block {report.block} {report.name}: {_outcome([report])}"
         check_signals()
 
     def advance(self) -> None:
         """Counts a finished step of the stage; in the walk, a block."""
         self._done += 1
-        if self._done == 1:
-            self._first_end = self._clock()
-        left = self._left()
-        self._bars.update(self._task, completed=self._skipped + self._done, left=left)
+        if self._part or self._steps:
+            self._finish(self._part or self._steps[0].kind)
+        self._part = self._activity = ""
+        left = self.left()
+        self._bars.update(self._task, completed=self._done)
         if self._block is not None:
             parts = [_outcome(self._layers)] if self._layers else []
             parts += [f"{self._clock() - self._block_start:.1f} s", *([left] if left else [])]
             self._say(f"block {self._block} ({self._block + 1} of {self._total}): {', '.join(parts)}")
             self._block = None
-        elif left and not self._console.is_terminal and self._clock() - self._said_at >= _QUIET:
-            self._say(f"{self._done} of {self._total}, {left}")
+        elif left:
+            self._tell_if_quiet()
         check_signals()
 
-    def _left(self) -> str:
-        """The time left in the stage, from the mean time of its steps after the first, in which its programs are compiled.
+    def skip(self, count: int) -> None:
+        """Leaves out the next steps of the stage, which an earlier start of the run did."""
+        del self._steps[:count]
+        self._done += count
+        self._step_start = self._clock()
+        self._bars.update(self._task, completed=self._done)
 
-        Blocks that a resumed run skips do not count.
-        """
-        remaining, timed = self._total - self._skipped - self._done, self._done - 1
-        if remaining <= 0 or not timed:
+    def left(self) -> str:
+        """The time left of the stage and of the run: "about 20 s left for pruning, at least 1:05 min for the run"; empty if unknown."""
+        left = self._remaining()
+        if left.stage is None or self._stage is None:
             return ""
-        return f"about {duration((self._clock() - self._first_end) / timed * remaining)} left for {self._stage}"
+        of_stage = [f"about {duration(left.stage)} left for {self._stage}"] if left.stage >= _SHORT else []
+        return ", ".join([*of_stage, *_of_run(left, self.ahead)])
 
     def end_stage(self) -> None:
         """Ends the current stage and records its elapsed time."""
         if self._stage is not None:
             self.seconds[self._stage] = self.seconds.get(self._stage, 0.0) + self._clock() - self._stage_start
         self._stage = self._block = None
-        self._bars.last_layer = ""
+        self._activity = self._last_layer = ""
         self._bars.update(self._task, visible=False)
+
+    def _finish(self, kind: str) -> None:
+        """Measures the part that ends now, and takes it off the steps that are left."""
+        now, index = self._clock(), next((at for at, step in enumerate(self._steps) if step.kind == kind), None)
+        step = Step(kind) if index is None else self._steps.pop(index)
+        self._pace = self._pace.after(step, now - self._step_start)
+        self._step_start = now
+
+    def _remaining(self) -> Remaining:
+        return remaining(self._pace, self._steps, self.ahead, self._clock() - self._step_start)
+
+    def _stage_times(self) -> str:
+        left = self._remaining().stage
+        words = "time left not known yet" if left is None else f"about {duration(left)} left"
+        return f"{hms(self._clock() - self._stage_start)} elapsed, {words}"
+
+    def _below(self) -> str:
+        """The line below the bar."""
+        left = self._remaining()
+        run = [f"the run: {hms(self._clock() - self._start)} elapsed", *_of_run(left, self.ahead, "")]
+        return "; ".join(filter(None, [", ".join(run), self._doing(), self._last_layer]))
+
+    def _doing(self) -> str:
+        kind = self._part or (self._steps[0].kind if self._steps else "")
+        if not self._pace.is_new(kind):
+            return self._activity
+        return (
+            f"{self._activity} for the first time, with the compiling" if self._activity else "the first step compiles programs"
+        )
+
+    def _watch(self) -> None:
+        """Runs in a thread of its own, for a step may take long."""
+        while not self._ended.wait(1.0):
+            self._tell_if_quiet()
+
+    def _tell_if_quiet(self) -> None:
+        """Prints how far the stage is if nothing was printed for a minute and no bar shows it."""
+        if self._shown or self._stage is None or self._clock() - self._said_at < _QUIET:
+            return
+        at = (
+            f"{self._done} of {self._total}"
+            if self._block is None
+            else f"block {self._block} ({self._block + 1} of {self._total})"
+        )
+        self._say(", ".join(filter(None, [at, self._doing(), self.left() or "time left not known yet"])))
 
     def _say(self, text: str) -> None:
         self._said_at = self._clock()
@@ -164,14 +251,32 @@ class Progress:
             say(self._console, f"{hms(self._said_at - self._start):>7}  {text}")
 
 
-class _Bars(Bars):
-    """A progress bar with a line about the last layer below it."""
+def _of_run(left: Remaining, ahead: Sequence[Sequence[Step]], what: str = " for the run") -> list[str]:
+    """The time left of the run, where more than the stage is left of it. Some of its stages may be of unknown length."""
+    return (
+        [f"{'about' if left.whole else 'at least'} {duration(left.run)} left{what}"] if any(ahead) and left.run >= _SHORT else []
+    )
 
-    last_layer = ""
+
+class _Bars(Bars):
+    """A progress bar with a line of text below it."""
+
+    below: Callable[[], str] = staticmethod(str)
 
     def get_renderables(self) -> Iterable[RenderableType]:
         yield from super().get_renderables()
-        yield Text(self.last_layer, no_wrap=True, overflow="ellipsis")
+        yield Text(self.below() if any(task.visible for task in self.tasks) else "", no_wrap=True, overflow="ellipsis")
+
+
+class _Times(ProgressColumn):
+    """A text that is asked for whenever the bar is drawn."""
+
+    def __init__(self, text: Callable[[], str]):
+        self._text = text
+        super().__init__()
+
+    def render(self, task: Task) -> Text:
+        return Text(self._text())
 
 
 def _outcome(layers: list[LayerReport]) -> str:

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from rich.console import Console
 
 from optima_tpu.config.parse import parse
 from optima_tpu.errors import UserError
@@ -19,15 +20,16 @@ from optima_tpu.launch import main
 from optima_tpu.method.distillation import KL, Blocks, hidden_error
 from optima_tpu.models.checkpoints.orbax import CheckpointTensors, OrbaxTensors, load_group, read_metadata
 from optima_tpu.models.decoder import forward, head_logits
-from optima_tpu.pipeline.distill import states, train
+from optima_tpu.pipeline.distill import states
 from optima_tpu.pipeline.distill.blocks import NextToken, Trainer, head_gradient, hidden_gradient
 from optima_tpu.pipeline.distill.model import Model
 from optima_tpu.pipeline.distill.outcome import Check, Distilled, Outcome, Span, keep_outcome, read_outcome
 from optima_tpu.pipeline.distill.spans import distill_by_spans
-from optima_tpu.pipeline.distill.train import distill, refuse_large
+from optima_tpu.pipeline.distill.train import distill, refuse_large, training_steps
 from optima_tpu.pipeline.distill.windows import Inputs, Stream, Windows
 from optima_tpu.pipeline.journal import Journal
 from optima_tpu.report.distillation import distillation
+from optima_tpu.report.progress import Progress
 from optima_tpu.report.runs import Run
 from optima_tpu.report.view import NONE
 from optima_tpu.runtime.mesh import bytes_on_device
@@ -79,12 +81,24 @@ def trained(pruned, windows) -> Trained:
 in_float32 = pytest.mark.parametrize("pruned", ["float32"], indirect=True)
 
 
+class Counted(Progress):
+    """A silent progress whose steps a test counts, and may stop at."""
+
+    def __init__(self, advance=lambda: None):
+        super().__init__(Console(quiet=True))
+        self._counts = advance
+
+    def advance(self):
+        super().advance()
+        self._counts()
+
+
 def run(pruned, windows, shape=(4, 2), method=METHOD, advance=lambda: None) -> tuple[Outcome, Journal]:
     """A distillation over the journal of a run, in the run's directory."""
     arguments, directory = pruned
     journal = Journal(directory)
     inputs = Inputs(opened(parse(arguments), shape).decoder, journal, method, windows, ROOM)
-    found = distill(inputs, advance, lambda line: None)
+    found = distill(inputs, Counted(advance))
     keep_outcome(directory, found)
     return found, journal
 
@@ -220,7 +234,7 @@ def test_the_best_check_is_kept_though_the_run_was_stopped_behind_it(pruned, win
 
     monkeypatch.setattr(Model, "measure", measure)
     with pytest.raises(Stopped):
-        train(advance=stopped_in_step_6() if whole else stopped_in_step_6(2 + 1 + 8 + 2 + 1))
+        train(advance=stopped_in_step_6() if whole else stopped_in_step_6(2 + 1 + 8 + 2 + 1 + 1))
     outcome, journal = train()
     for each in outcome.spans or [outcome]:
         assert each.kept == 4 and [check.held_out for check in each.checks] == [3, 1, 2]
@@ -280,7 +294,7 @@ def by_spans(pruned, windows, directory: Path, shape=(4, 2), method=SPANS, advan
             (shutil.copytree if name == "journal" else shutil.copy)(source / name, directory / name)
     journal = Journal(directory)
     inputs = Inputs(opened(parse(arguments), shape).decoder, journal, method, windows, ROOM)
-    found = distill_by_spans(inputs, advance, lambda line: None)
+    found = distill_by_spans(inputs, Counted(advance))
     keep_outcome(directory, found)
     return found, journal
 
@@ -324,7 +338,7 @@ def test_spans_that_were_stopped_end_with_the_same_bits_and_on_any_mesh_but_for_
     calls = itertools.count(1)
 
     def stop():
-        if next(calls) == (2 + 1 + 8 + 2) + (1 + 1 + 1):  # dense blocks, first check, steps, checks
+        if next(calls) == (2 + 1 + 8 + 2 + 1) + (1 + 1 + 1):  # dense blocks, first check, steps, checks, the trained span
             raise Stopped(signal.SIGTERM)
 
     expected = result(spans[1])
@@ -397,16 +411,35 @@ def test_a_step_with_fewer_windows_than_slices_says_what_to_type(pruned):
     assert "on 1 window: take --distill.batch 4, or" in told[1] and not told[2]
 
 
-def test_a_long_reading_of_the_dense_model_says_how_far_it_is(monkeypatch):
-    monkeypatch.setattr(train, "_LONG", -1.0)
-    told, advanced = [], []
-    after_block = train._telling(lambda: advanced.append(None), told.append, range(3))
-    for _ in range(3):
-        after_block()
-    assert len(advanced) == 3
-    assert [line.partition(",")[0] for line in told] == [
-        f"the dense model has read it up to block {block} of 3" for block in (1, 2)
-    ]
+@in_float32
+@pytest.mark.parametrize("method", [METHOD, SPANS])
+def test_the_steps_that_a_training_names_are_those_that_it_takes_resumed_or_not(pruned, windows, method, tmp_path):
+    """Every pass through a model that takes time is one of them, so that nothing comes behind the last second that was told."""
+
+    class Steps(Counted):
+        def advance(self):
+            super().advance()
+            self.left.append(len(self._steps))
+            if len(self.left) == self.stop:
+                raise Stopped(signal.SIGTERM)
+
+    def train(stop):
+        progress = Steps()
+        progress.left, progress.stop = [], stop
+        steps = training_steps(method, 3)
+        progress.stage("training", len(steps), steps)
+        inputs = Inputs(opened(parse(pruned[0]), (1, 1)).decoder, Journal(tmp_path), method, windows, ROOM)
+        (distill_by_spans if method.by_spans else distill)(inputs, progress)
+        return progress.left
+
+    for name in ("run.json", "journal"):
+        (shutil.copytree if name == "journal" else shutil.copy)(pruned[1] / name, tmp_path / name)
+    with pytest.raises(Stopped):
+        train(3 + 1 + 2 if not method.by_spans else 14 + 4)
+    assert train(None)[-1] == 0
+    shutil.rmtree(tmp_path / "distilled")
+    left = train(None)
+    assert left == [*reversed(range(len(left)))]
 
 
 def test_the_rates_rise_and_fall():

@@ -125,7 +125,7 @@ def test_the_mesh_and_the_parts_do_not_change_the_squares(monkeypatch, shape):
     text = text_of(decoder, count=19)
     (whole,), steps = text.parts, []
     squares = mean_squares(text, whole, lambda: steps.append(None))
-    assert len(steps) == text.steps(whole)
+    assert len(steps) == len(text.steps(whole))
     monkeypatch.setattr(loss_gradient, "ROOM", 1)
     assert len(text.parts) == -(-19 // shape[0])
     parts = [mean_squares(text, windows) for windows in text.parts]

@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import math
+import threading
 from pathlib import Path
 
 import jax
@@ -17,6 +18,7 @@ from optima_tpu.method.outcomes import RowOutcomes
 from optima_tpu.report import file, summary
 from optima_tpu.report.numbers import duration, hms, number, percent
 from optima_tpu.report.progress import Progress, Terminal, show
+from optima_tpu.report.pace import Step
 from optima_tpu.report.records import BlockReport, LayerReport
 from optima_tpu.report.rows import LayerFacts, layer_report
 from optima_tpu.report.table import print_summary
@@ -182,7 +184,7 @@ def walk(progress: Progress, clock: Clock, first: int = 0) -> None:
         for _ in range(2):
             clock.now += 3
             progress.advance()
-        progress.stage("pruning", total=4)
+        progress.stage("pruning", total=4, steps=[Step("block")] * (4 - first))
         for index in range(first, 4):
             progress.block(index, 4)
             clock.now += 10
@@ -200,6 +202,7 @@ def test_without_a_terminal_a_stage_is_a_line_and_a_block_is_a_line(clock):
     assert out.file.getvalue().splitlines() == [
         "   0:00  dense perplexity",
         "   0:06  pruning",
+        "   0:06  block 0 (1 of 4): its programs are compiled first; blocks like it reuse them",
         "   0:16  block 0 (1 of 4): error 30.0% -> 15.0%, sparsity 50.0%, 10.0 s",
         "   0:26  block 1 (2 of 4): error 30.0% -> 15.0%, sparsity 50.0%, 10.0 s, about 20 s left for pruning",
         "   0:36  block 2 (3 of 4): error 30.0% -> 15.0%, sparsity 50.0%, 10.0 s, about 10 s left for pruning",
@@ -211,7 +214,7 @@ def test_without_a_terminal_a_stage_is_a_line_and_a_block_is_a_line(clock):
 def test_a_resumed_walk_does_not_count_the_blocks_it_skips(clock):
     out = console()
     walk(Progress(out, clock), clock, first=1)
-    lines = [line for line in out.file.getvalue().splitlines() if "block" in line]
+    lines = [line for line in out.file.getvalue().splitlines() if "sparsity" in line]
     assert len(lines) == 3
     assert lines[1].endswith("block 2 (3 of 4): error 30.0% -> 15.0%, sparsity 50.0%, 10.0 s, about 10 s left for pruning")
 
@@ -220,14 +223,15 @@ def test_the_time_left_leaves_out_the_first_block_which_compiles(clock):
     out = console()
     progress = Progress(out, clock)
     progress.stage("pruning", total=30)
-    for index, seconds in enumerate((10, 2, 4)):
+    for index, seconds in enumerate((10, 2, 4, 4)):
         progress.block(index, 30)
         clock.now += seconds
         progress.advance()
-    assert [line.partition(" of 30): ")[2] for line in out.file.getvalue().splitlines()[1:]] == [
+    assert [line.partition(" of 30): ")[2] for line in out.file.getvalue().splitlines()[2:]] == [
         "10.0 s",
         "2.0 s, about 56 s left for pruning",
         "4.0 s, about 1:21 min left for pruning",
+        "4.0 s, about 1:44 min left for pruning",
     ]
 
 
@@ -266,6 +270,86 @@ def test_on_a_terminal_a_bar_shows_step_layer_and_time_left(clock):
         text = out.file.getvalue()
     for words in ("2/4", "about 20 s left for pruning", "block 2 self_attn.q_proj: error 12.3% -> 5.00%, sparsity 50.0%"):
         assert words in text
+
+
+def drawn(progress: Progress, out: Console) -> str:
+    """What the bar shows now."""
+    progress._bars.refresh()
+    return out.file.getvalue()
+
+
+def test_the_bar_says_which_time_is_elapsed_and_which_is_left_of_stage_and_run(clock):
+    out = console(force_terminal=True, color_system=None)
+    progress = Progress(out, clock)
+    with progress:
+        progress.ahead = [[Step("evaluation")] * 2, [Step("prompts")]]
+        progress.stage("dense perplexity", total=3, steps=[Step("evaluation")] * 3)
+        assert "0:00 elapsed, time left not known yet" in drawn(progress, out)
+        for seconds in (20, 6):
+            clock.now += seconds
+            progress.advance()
+        clock.now += 5
+        text = drawn(progress, out)
+    assert "0:31 elapsed, about 1 s left" in text
+    assert "the run: 0:31 elapsed, at least 13 s left" in text
+
+
+def test_a_stage_that_an_earlier_one_measured_says_its_time_before_it_begins(clock):
+    out = console()
+    progress, steps = Progress(out, clock), [Step("evaluation")] * 5
+    for name, ahead in (("dense perplexity", [steps, [Step("prompts")]]), ("pruned perplexity", [[Step("prompts")]])):
+        progress.ahead = ahead
+        progress.stage(name, 5, steps)
+        for seconds in (30, 4, 4, 4, 4):
+            clock.now += seconds
+            progress.advance()
+    assert out.file.getvalue().splitlines() == [
+        "   0:00  dense perplexity",
+        "   0:46  pruned perplexity, about 20 s, at least 20 s left for the run",
+    ]
+
+
+def test_a_long_step_says_what_is_done_before_it_and_every_minute_of_it(clock):
+    """Not only at the end of the step: the first block was silent for 4:31 minutes."""
+    out = console()
+    progress = Progress(out, clock)
+    progress.stage("pruning", total=2, steps=[Step("calibrating"), Step("solving")] * 2)
+    progress.block(0, 2)
+    progress.begin("calibrating", "reading the calibration text")
+    for seconds in (59, 1, 30):
+        clock.now += seconds
+        progress._tell_if_quiet()  # a thread asks every second
+    progress.begin("solving", "pruning mlp.up_proj")
+    clock.now += 31
+    progress._tell_if_quiet()
+    assert out.file.getvalue().splitlines() == [
+        "   0:00  pruning",
+        "   0:00  block 0 (1 of 2): its programs are compiled first; blocks like it reuse them",
+        "   1:00  block 0 (1 of 2), reading the calibration text for the first time, with the compiling, time left not known yet",
+        "   2:01  block 0 (1 of 2), pruning mlp.up_proj for the first time, with the compiling, time left not known yet",
+    ]
+
+
+def test_a_thread_asks_whether_a_step_is_silent_only_where_no_bar_moves(monkeypatch):
+    asked = threading.Event()
+    monkeypatch.setattr(Progress, "_tell_if_quiet", lambda self: asked.set())
+    with Progress(console()):
+        assert asked.wait(30)
+    asked.clear()
+    with Progress(console(force_terminal=True)) as progress:
+        assert not progress._watching
+
+
+def test_steps_that_an_earlier_start_did_count_as_done_and_not_as_measured(clock):
+    out = console(force_terminal=True, color_system=None)
+    progress = Progress(out, clock)
+    with progress:
+        progress.stage("training", total=100)
+        progress.skip(90)
+        for seconds in (60, 2):
+            clock.now += seconds
+            progress.advance()
+        assert "92/100" in drawn(progress, out) and progress.left() == "about 16 s left for training"
 
 
 def test_only_process_0_speaks(clock, monkeypatch):

@@ -24,6 +24,7 @@ from optima_tpu.pipeline.distill.windows import Inputs, Parts, Stream
 from optima_tpu.pipeline.journal import Journal
 from optima_tpu.report import contents
 from optima_tpu.report.numbers import percent
+from optima_tpu.report.progress import Progress
 from optima_tpu.runtime.checksums import damage
 from optima_tpu.runtime.processes import from_first
 from optima_tpu.runtime.records import check_record
@@ -36,7 +37,7 @@ class _Trained(TypedDict):
     seconds: float
 
 
-def distill_by_spans(inputs: Inputs, advance: Callable[[], None], note: Callable[[str], None]) -> Outcome:
+def distill_by_spans(inputs: Inputs, progress: Progress) -> Outcome:
     """As ``train.distill``, for a method that trains by spans.
 
     A run that was stopped computes the hidden states again, through the finished spans as they were saved, and goes on in the span
@@ -50,29 +51,33 @@ def distill_by_spans(inputs: Inputs, advance: Callable[[], None], note: Callable
     training, held_out = (_begin(dense, tokens) for tokens in windows)
     trained = from_first(lambda: _trained(journal, spans))
     if trained:
-        note(f"resuming  {trained[-1]['span']['last'] + 1} of {blocks} blocks are trained")
+        progress.note(f"resuming  {trained[-1]['span']['last'] + 1} of {blocks} blocks are trained")
     for number, span in enumerate(spans):
         for index, parameters in zip(span, dense.blocks(span)):
             for stream in (training, held_out):
                 dense.apply(index, parameters, stream.dense)
-            advance()
+            progress.advance()
         del parameters  # a block of the dense model would stay on the devices while the span is trained
         if number == len(trained):
             model = Model.open(trainer, journal, span, HiddenState(), windows.training.shape[1])
-            trained.append(_train(model, journal, training, held_out, advance))
-            note(_told(Span.from_json(trained[-1]["span"]), blocks))
+            trained.append(_train(model, journal, training, held_out, progress))
+            progress.note(_told(Span.from_json(trained[-1]["span"]), blocks))
             del model  # two spans would be on the devices while the next one is opened
+        else:
+            progress.skip(1 + method.steps + len(method.check_steps()))
         # From what was saved, and so rounded, in every start of the run.
         saved = {Distilled(journal).entry(index) for index in span}
         after = dataclasses.replace(dense, tensors=OrbaxTensors({entry: read_metadata(entry).metadata for entry in saved}))
         _through(after, span, training.entering, held_out.entering)
+        progress.advance()
+    progress.note("the model as it was pruned reads the held-out text, for a comparison with the trained one")
     before = dense.embed(windows.held_out)
-    _through(trainer.decoder, range(blocks), before)
+    _through(trainer.decoder, range(blocks), before, advance=progress.advance)
     goal = NextToken(method, dense.head())
     checks = (
         Check(step, finite(loss, step), None, perplexity)
         for step, stream in ((0, held_out._replace(entering=before)), (method.steps, held_out))
-        for loss, perplexity in [_measure(trainer, goal, stream)]
+        for loss, perplexity in [_measure(trainer, goal, stream, progress)]
     )
     first, last = checks
     return Outcome(
@@ -90,11 +95,11 @@ def _begin(dense: Decoder, tokens: np.ndarray) -> Stream:
     return Stream(tokens, embedded, embedded.copy())
 
 
-def _train(model: Model, journal: Journal, stream: Stream, held_out: Stream, advance: Callable[[], None]) -> _Trained:
+def _train(model: Model, journal: Journal, stream: Stream, held_out: Stream, progress: Progress) -> _Trained:
     """Trains the blocks of a span, and saves them, with the weights of the best check or as they were pruned."""
     span, method = model.span, model.trainer.method
     # The lines of its checks would be a hundred for a model of thirty blocks.
-    training = Training(model, States(journal.directory / FOLDER, f"block_{span.start:04d}_"), lambda line: None)
+    training = Training(model, States(journal.directory / FOLDER, f"block_{span.start:04d}_"), progress, speaks=False)
     training.resume()
     parts = Parts.of(method, len(stream.tokens), 1)
 
@@ -102,7 +107,7 @@ def _train(model: Model, journal: Journal, stream: Stream, held_out: Stream, adv
         first = step % parts.steps * parts.batch
         return stream.part(first, first + parts.batch)
 
-    best = training.run(held_out, windows, advance)
+    best = training.run(held_out, windows)
     moved = training.best
     if not moved:
         opened = zip(model.trainers, model.trainer.decoder.blocks(span))
@@ -124,15 +129,18 @@ def _trained(journal: Journal, spans: Sequence[range]) -> list[_Trained]:
     return found
 
 
-def _through(decoder: Decoder, blocks: range, *streams: Activations) -> None:
+def _through(decoder: Decoder, blocks: range, *streams: Activations, advance: Callable[[], None] = lambda: None) -> None:
     for index, parameters in zip(blocks, decoder.blocks(blocks)):
         for hidden in streams:
             decoder.apply(index, parameters, hidden)
+        advance()
 
 
-def _measure(trainer: Trainer, goal: Goal, stream: Stream) -> tuple[float, float | None]:
+def _measure(trainer: Trainer, goal: Goal, stream: Stream, progress: Progress) -> tuple[float, float | None]:
     """Loss and perplexity of what left the last block."""
-    return Model(trainer, range(0), [], goal, []).measure(stream)
+    found = Model(trainer, range(0), [], goal, []).measure(stream)
+    progress.advance()
+    return found
 
 
 def _told(span: Span, blocks: int) -> str:

@@ -8,12 +8,14 @@ from collections.abc import Callable
 import numpy as np
 
 from optima_tpu.errors import UserError
+from optima_tpu.method.distillation import Distillation
 from optima_tpu.pipeline.distill.blocks import NextToken, Trainer, Tree
 from optima_tpu.pipeline.distill.model import Model
 from optima_tpu.pipeline.distill.outcome import FOLDER, Check, Outcome
 from optima_tpu.pipeline.distill.states import State, States, write_blocks
 from optima_tpu.pipeline.distill.windows import Feed, Inputs, Stream
-from optima_tpu.report.numbers import duration
+from optima_tpu.report.pace import Step
+from optima_tpu.report.progress import Progress
 from optima_tpu.runtime.processes import from_first
 from optima_tpu.runtime.signals import Stopped
 
@@ -21,11 +23,21 @@ SHARE = 20
 """A state is saved when this many times as long as it takes has passed since the last."""
 _QUIET = 10.0
 """Seconds without a line after which a step prints one."""
-_LONG = 60.0
-"""The same of the dense model's blocks, of which there are many."""
 
 
-def distill(inputs: Inputs, advance: Callable[[], None], note: Callable[[str], None]) -> Outcome:
+def training_steps(method: Distillation, blocks: int) -> list[Step]:
+    """What :func:`distill` and :func:`distill_by_spans` do before each call of ``advance``, in a training that was not stopped."""
+    dense, checks = Step("dense model reads the text"), method.check_steps()
+    one = [Step("check")]
+    for step in range(1, method.steps + 1):
+        one += [Step("training step"), *[Step("check")] * (step in checks)]
+    if not method.by_spans:
+        return [*[dense] * (blocks * method.reads_dense), *one]
+    spans = [step for span in method.spans(blocks) for step in (*[dense] * len(span), *one, Step("trained span reads the text"))]
+    return [*spans, *[Step("pruned model reads the held-out text")] * blocks, *[Step("head of a check")] * 2]
+
+
+def distill(inputs: Inputs, progress: Progress) -> Outcome:
     """Trains the pruned blocks of a run, and leaves them in RUN/distilled. Every process calls it, and then :func:`keep_outcome`.
 
     A run that was stopped goes on behind the last state that was saved, and ends with the same bits. A state is saved so often that
@@ -33,8 +45,8 @@ def distill(inputs: Inputs, advance: Callable[[], None], note: Callable[[str], N
     hosts, and are in a state that is saved behind it.
 
     Args:
-      advance: called after every block of the dense model, every step and every check.
-      note: called with a line after every check, and with one at most every ten seconds after a step.
+      progress: advanced after every block of the dense model, every step and every check. Prints a line after every check, and at
+        most one every ten seconds after a step.
 
     Raises:
       UserError: the disk is full; a loss is not finite.
@@ -42,33 +54,16 @@ def distill(inputs: Inputs, advance: Callable[[], None], note: Callable[[str], N
     method, journal, head = inputs.method, inputs.journal, inputs.dense.head()
     span, length = range(inputs.dense.config.blocks), inputs.windows.training.shape[1]
     model = Model.open(inputs.trainer, journal, span, NextToken(method, head), length)
-    training = Training(model, States(journal.directory / FOLDER), note)
+    training = Training(model, States(journal.directory / FOLDER), progress)
     training.resume()
-    feed = Feed(inputs, _telling(advance, note, span))
+    feed = Feed(inputs, progress)
     if method.reads_dense:
-        note("the dense model reads the text first")
+        progress.note("the dense model reads the text first")
     held_out = feed.begin(training.step)
-    best = training.run(held_out, feed.step, advance)
+    best = training.run(held_out, feed.step)
     if training.best:
         write_blocks(model, training.best, journal)
     return Outcome(tuple(training.checks), best.step, inputs.tokens, seconds=training.seconds)
-
-
-def _telling(advance: Callable[[], None], note: Callable[[str], None], span: range) -> Callable[[], None]:
-    """Prints how far the dense model is while it reads, where that takes minutes."""
-    begun, done = time.monotonic(), 0
-    told = begun
-
-    def after_block() -> None:
-        nonlocal done, told
-        done, now = done + 1, time.monotonic()
-        if now - told > _LONG and done < len(span):
-            told = now
-            left = duration((now - begun) / done * (len(span) - done))
-            note(f"the dense model has read it up to block {done} of {len(span)}, about {left} left")
-        advance()  # behind the line: the progress prints one of its own only where nothing else does
-
-    return after_block
 
 
 @dataclasses.dataclass
@@ -78,7 +73,8 @@ class Training:
     Attributes:
       model: after ``step`` steps.
       states: where it is saved.
-      note: called with a line after every check, and after steps.
+      progress: counts checks and steps.
+      speaks: whether it prints a line after every check, and after steps.
       checks: so far.
       losses: of the steps since the last check.
       best: the weights of the best check, from ``Model.rounded``; None where the model as it was pruned is best.
@@ -86,13 +82,13 @@ class Training:
       saved: the step of the last saved state.
       saved_at: when, by ``time.monotonic()``; at first the start.
       saving: the seconds that this took; at first a guess.
-      begun: the first step of this start, and when it began.
       told_at: when a line was last printed.
     """
 
     model: Model
     states: "States"
-    note: Callable[[str], None]
+    progress: Progress
+    speaks: bool = True
     step: int = 0
     checks: list[Check] = dataclasses.field(default_factory=list)
     losses: list[float] = dataclasses.field(default_factory=list)
@@ -101,7 +97,6 @@ class Training:
     saved: int = 0
     saved_at: float = dataclasses.field(default_factory=time.monotonic)
     saving: float = 3.0
-    begun: tuple[int, float] = (0, 0.0)
     told_at: float = -math.inf
 
     @property
@@ -115,30 +110,30 @@ class Training:
             self.step = self.saved = found["step"]
             self.checks, self.losses = list(map(Check.from_json, found["checks"])), found["losses"]
             self.seconds, self.best = found["seconds"], self.states.best(self.model, found)
-            self.note(f"resuming  {self.step} of {self.model.trainer.method.steps} steps are done")
+            self._note(f"resuming  {self.step} of {self.model.trainer.method.steps} steps are done")
 
-    def run(self, held_out: Stream, windows: Callable[[int], Stream], advance: Callable[[], None]) -> Check:
+    def run(self, held_out: Stream, windows: Callable[[int], Stream]) -> Check:
         """Takes the steps and checks that are left, and returns the best check.
 
         Args:
           windows: gives a step its windows.
-          advance: called after the first check, every step and every other check.
         """
         try:
-            if not self.checks:
+            if self.checks:
+                self.progress.skip(self.step + len(self.checks))
+            else:
                 self.check(held_out)
-            advance()
-            self.begun = self.step, time.monotonic()
+                self.progress.advance()
             while self.due or self.step < self.model.trainer.method.steps:
                 if self.due:
                     self.check(held_out)
                 else:
                     self.take(windows(self.step))
-                advance()
+                self.progress.advance()
         except Stopped:
             self.save()
             if self.step:
-                self.note(f"saved  {self.step} of {self.model.trainer.method.steps} steps")
+                self._note(f"saved  {self.step} of {self.model.trainer.method.steps} steps")
             raise
         return min(self.checks, key=lambda check: check.held_out)
 
@@ -165,17 +160,19 @@ class Training:
         self.seconds += time.monotonic() - start
         told = f"held-out {goal.words} {goal.amount(found.held_out)}" + (f", perplexity {perplexity:.2f}" if perplexity else "")
         if found.training is None:
-            return self.note(f"{told} before the first step")
+            return self._note(f"{told} before the first step")
         self._tell(f"{told}; {goal.amount(found.training)} on the text of the steps before it")
         self.saved = -1  # a state of this step may lack the check
         self._save_in_time()
 
     def _tell(self, words: str) -> None:
-        """Prints how far the training is, and the time left by the mean time of the steps and checks of this start."""
-        steps, now, (first, start) = self.model.trainer.method.steps, time.monotonic(), self.begun
-        self.told_at, done = now, self.step - first
-        left = f", about {duration((now - start) / done * (steps - self.step))} left" if done and self.step < steps else ""
-        self.note(f"step {self.step} of {steps}: {words}{left}")
+        """Prints how far the training is, and the time left."""
+        self.told_at, left = time.monotonic(), self.progress.left()
+        self._note(f"step {self.step} of {self.model.trainer.method.steps}: {words}{left and f', {left}'}")
+
+    def _note(self, line: str) -> None:
+        if self.speaks:
+            self.progress.note(line)
 
     def _save_in_time(self) -> None:
         """Saves the state if the steps since the last one took much longer than saving."""

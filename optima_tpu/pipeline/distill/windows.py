@@ -11,6 +11,7 @@ from optima_tpu.models.activations import Activations
 from optima_tpu.models.decoder import Decoder
 from optima_tpu.pipeline.distill.blocks import Trainer
 from optima_tpu.pipeline.journal import Journal
+from optima_tpu.report.progress import Progress
 
 AT_ONCE = 1 << 32
 """Bytes of hidden states, on all hosts together, of the training windows that wait for their steps."""
@@ -103,11 +104,11 @@ class Feed:
     The parts are the same wherever a run begins again, so that a window has the same hidden states in every start.
 
     Args:
-      advance: called after every block of the dense model, for the first part of the windows.
+      progress: advanced after every block of the dense model, for the first part of the windows. Says when it reads another part.
     """
 
-    def __init__(self, inputs: Inputs, advance: Callable[[], None]):
-        self._inputs, self._advance, dense, training = inputs, advance, inputs.dense, inputs.windows.training
+    def __init__(self, inputs: Inputs, progress: Progress):
+        self._inputs, self._progress, dense, training = inputs, progress, inputs.dense, inputs.windows.training
         state = training[0].size * dense.config.d_model * dense.tensors.dtype(dense.tensor_names()[0]).itemsize
         self._batch, self._steps, self._at_once = Parts.of(inputs.method, len(training), state)
         self._held = -1
@@ -115,7 +116,7 @@ class Feed:
     def begin(self, step: int) -> Stream:
         """Gets the windows of a step ready, and returns the held-out ones."""
         self._held, training = self._place(step)
-        self._part, found = _streams(self._inputs, (training, self._inputs.windows.held_out), self._advance)
+        self._part, found = _streams(self._inputs, (training, self._inputs.windows.held_out), self._progress.advance)
         return found
 
     def step(self, step: int) -> Stream:
@@ -123,6 +124,8 @@ class Feed:
         number, training = self._place(step)
         if number != self._held:
             # Not a step of the progress: how many parts there are depends on the width of the model.
+            if self._inputs.method.reads_dense:
+                self._progress.note("the dense model reads the next part of the text")
             self._held, (self._part,) = number, _streams(self._inputs, (training,), lambda: None)
         first = (step % self._steps - number * self._at_once) * self._batch
         return self._part.part(first, first + self._batch)

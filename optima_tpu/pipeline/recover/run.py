@@ -25,6 +25,7 @@ from optima_tpu.pipeline.recover.start import Start, open_start
 from optima_tpu.pipeline.run import finish
 from optima_tpu.pipeline.stages import STAGES, Opened, Run, Stage
 from optima_tpu.report.progress import Terminal, say
+from optima_tpu.report.pace import Step
 from optima_tpu.report.run_record import code_version
 from optima_tpu.runtime.device_memory import device_budget
 from optima_tpu.runtime.mesh import make_mesh
@@ -92,7 +93,7 @@ def recovery_stages(start: Start) -> Sequence[Stage]:
         needs,
         lambda run: pruning.done(run) or (run.journal is not None and len(run.journal.finished) == _blocks(run)),
         lambda run: _take(run, start),
-        _blocks,
+        lambda run: [Step("taking")] * len(_missing(run)),
     )
     preparing = set(pruning.needs) - set(needs)  # what chooses masks and weights needs, and these blocks have theirs
     return [taking if stage is pruning else stage for stage in STAGES if stage.name not in preparing]
@@ -104,12 +105,16 @@ def _blocks(run: Run) -> int:
 
 def _take(run: Run, start: Start) -> None:
     """Saves the blocks of the pruned model in the journal of the recovery."""
-    journal, prefix = run.journal, run.opened.model.decoder.prefix
+    journal, prefix, missing = run.journal, run.opened.model.decoder.prefix, _missing(run)
     assert journal is not None, "an earlier stage opens it"
-    missing = [index for index in range(_blocks(run)) if index not in journal.finished]
     for index, parameters in zip(missing, start.decoder.blocks(missing)):
         _take_block(journal, start, index, parameters, prefix(index))
         run.progress.advance()
+
+
+def _missing(run: Run) -> list[int]:
+    """The blocks that are not in the journal."""
+    return [index for index in range(_blocks(run)) if run.journal is None or index not in run.journal.finished]
 
 
 def _take_block(journal: Journal, start: Start, index: int, parameters: dict[str, jax.Array], prefix: str) -> None:
