@@ -60,8 +60,8 @@ from optima_tpu.errors import UserError, did_you_mean
 from optima_tpu.method.layer_rules import parse_layers
 from optima_tpu.method.patterns import import_pattern, parse_pattern
 from optima_tpu.runtime.bounds import refuse_beyond
-from optima_tpu.runtime.outside import is_import_path
 from optima_tpu.runtime.inside import refuse_special
+from optima_tpu.runtime.outside import is_import_path
 from optima_tpu.runtime.program import refuse_undecodable
 
 T = TypeVar("T", bound=Method)

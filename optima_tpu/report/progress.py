@@ -225,9 +225,9 @@ class Progress:
         kind = self._part or (self._steps[0].kind if self._steps else "")
         if not self._pace.is_new(kind):
             return self._activity
-        return (
-            f"{self._activity} for the first time, with the compiling" if self._activity else "the first step compiles programs"
-        )
+        if self._activity:
+            return f"{self._activity} (first time, slower)"
+        return "the first step, slower than the others" if len(self._steps) > 1 else ""
 
     def _watch(self) -> None:
         """Runs in a thread of its own, for a step may take long."""

@@ -419,27 +419,28 @@ def test_the_steps_that_a_training_names_are_those_that_it_takes_resumed_or_not(
     class Steps(Counted):
         def advance(self):
             super().advance()
-            self.left.append(len(self._steps))
-            if len(self.left) == self.stop:
+            self.waiting.append(len(self._steps))
+            if len(self.waiting) == self.stop:
                 raise Stopped(signal.SIGTERM)
 
     def train(stop):
         progress = Steps()
-        progress.left, progress.stop = [], stop
+        progress.waiting, progress.stop = [], stop
         steps = training_steps(method, 3)
         progress.stage("training", len(steps), steps)
         inputs = Inputs(opened(parse(pruned[0]), (1, 1)).decoder, Journal(tmp_path), method, windows, ROOM)
         (distill_by_spans if method.by_spans else distill)(inputs, progress)
-        return progress.left
+        return progress.waiting
 
     for name in ("run.json", "journal"):
         (shutil.copytree if name == "journal" else shutil.copy)(pruned[1] / name, tmp_path / name)
+    left = train(None)
+    assert left == [*reversed(range(len(left)))]
+    for folder in ("distilled", "distillation"):
+        shutil.rmtree(tmp_path / folder, ignore_errors=True)
     with pytest.raises(Stopped):
         train(3 + 1 + 2 if not method.by_spans else 14 + 4)
     assert train(None)[-1] == 0
-    shutil.rmtree(tmp_path / "distilled")
-    left = train(None)
-    assert left == [*reversed(range(len(left)))]
 
 
 def test_the_rates_rise_and_fall():

@@ -17,8 +17,8 @@ from optima_tpu.errors import legible
 from optima_tpu.method.outcomes import RowOutcomes
 from optima_tpu.report import file, summary
 from optima_tpu.report.numbers import duration, hms, number, percent
-from optima_tpu.report.progress import Progress, Terminal, show
 from optima_tpu.report.pace import Step
+from optima_tpu.report.progress import Progress, Terminal, show
 from optima_tpu.report.records import BlockReport, LayerReport
 from optima_tpu.report.rows import LayerFacts, layer_report
 from optima_tpu.report.table import print_summary
@@ -325,8 +325,8 @@ def test_a_long_step_says_what_is_done_before_it_and_every_minute_of_it(clock):
     assert out.file.getvalue().splitlines() == [
         "   0:00  pruning",
         "   0:00  block 0 (1 of 2): its programs are compiled first; blocks like it reuse them",
-        "   1:00  block 0 (1 of 2), reading the calibration text for the first time, with the compiling, time left not known yet",
-        "   2:01  block 0 (1 of 2), pruning mlp.up_proj for the first time, with the compiling, time left not known yet",
+        "   1:00  block 0 (1 of 2), reading the calibration text (first time, slower), time left not known yet",
+        "   2:01  block 0 (1 of 2), pruning mlp.up_proj (first time, slower), time left not known yet",
     ]
 
 

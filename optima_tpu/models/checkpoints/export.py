@@ -31,8 +31,8 @@ from optima_tpu.report.run_record import Manifest, read_run
 from optima_tpu.runtime.buckets import as_path, in_bucket
 from optima_tpu.runtime.checksums import ALL, changes, damage, known, refuse_changed, write_sums
 from optima_tpu.runtime.files import complete, files_in, making, refuse_occupied, remove, writing
-from optima_tpu.runtime.records import encoded, known_record, read_record
 from optima_tpu.runtime.inside import own, refuse_special
+from optima_tpu.runtime.records import encoded, known_record, read_record
 
 SIDECAR = "optima_tpu.json"
 FOLDER = "hf"

@@ -61,7 +61,7 @@ def distill_by_spans(inputs: Inputs, progress: Progress) -> Outcome:
         if number == len(trained):
             model = Model.open(trainer, journal, span, HiddenState(), windows.training.shape[1])
             trained.append(_train(model, journal, training, held_out, progress))
-            progress.note(_told(Span.from_json(trained[-1]["span"]), blocks))
+            progress.note(", ".join(filter(None, [_told(Span.from_json(trained[-1]["span"]), blocks), progress.left()])))
             del model  # two spans would be on the devices while the next one is opened
         else:
             progress.skip(1 + method.steps + len(method.check_steps()))

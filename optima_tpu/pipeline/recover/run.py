@@ -24,8 +24,8 @@ from optima_tpu.pipeline.recover.config import RecoverConfig
 from optima_tpu.pipeline.recover.start import Start, open_start
 from optima_tpu.pipeline.run import finish
 from optima_tpu.pipeline.stages import STAGES, Opened, Run, Stage
-from optima_tpu.report.progress import Terminal, say
 from optima_tpu.report.pace import Step
+from optima_tpu.report.progress import Terminal, say
 from optima_tpu.report.run_record import code_version
 from optima_tpu.runtime.device_memory import device_budget
 from optima_tpu.runtime.mesh import make_mesh
