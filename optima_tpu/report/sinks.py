@@ -9,6 +9,7 @@ import hashlib
 import json
 import math
 import shutil
+import sys
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -113,6 +114,18 @@ def check_sinks(sinks: Sinks) -> None:
 
 
 @contextlib.contextmanager
+def _closing(name: str, sink: Sink) -> Iterator[Sink]:
+    """Closes a sink at the end. An error is printed and not raised: the run is finished then, and its directory has the records."""
+    try:
+        yield sink
+    finally:
+        try:
+            sink.close()
+        except Exception as error:  # whatever the sink's library raises, such as of a network that is gone
+            print(f"\nsinks.{name} may lack the last records: {one_line(error)}", file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
 def opened(sinks: Sinks, directory: Path, configuration: Mapping[str, Any]) -> Iterator[tuple[Sink, ...]]:
     """Opens the sinks of a run. Every process must call it; only process 0 gets sinks.
 
@@ -128,9 +141,9 @@ def opened(sinks: Sinks, directory: Path, configuration: Mapping[str, Any]) -> I
         def start() -> tuple[Sink, ...]:
             chosen: list[Sink] = []
             if sinks.tensorboard:
-                chosen.append(stack.enter_context(contextlib.closing(TensorBoard(directory / "tensorboard"))))
+                chosen.append(stack.enter_context(_closing("tensorboard", TensorBoard(directory / "tensorboard"))))
             if sinks.wandb:
-                chosen.append(stack.enter_context(contextlib.closing(WeightsAndBiases(sinks.wandb, directory, configuration))))
+                chosen.append(stack.enter_context(_closing("wandb", WeightsAndBiases(sinks.wandb, directory, configuration))))
             return tuple(chosen)
 
         yield together(lambda: start() if is_first() else ())

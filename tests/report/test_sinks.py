@@ -138,3 +138,15 @@ def test_a_run_of_weights_and_biases_that_went_on_is_sent_only_what_it_lacks(tmp
     fake.init = refuse
     with pytest.raises(UserError, match="no API key configured.*WANDB_MODE=offline"):
         sinks.WeightsAndBiases("project", tmp_path / "run", {})
+
+
+def test_a_sink_that_cannot_be_closed_fails_no_run(tmp_path, monkeypatch, capsys):
+    """A run is finished when its sinks are closed: an error there is printed, and the result is returned."""
+
+    def fail(sink):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(sinks.TensorBoard, "close", fail)
+    with sinks.opened(sinks.Sinks(tensorboard=True), tmp_path, {}) as opened:
+        assert len(opened) == 1
+    assert "sinks.tensorboard may lack the last records: [Errno 28] No space left on device" in capsys.readouterr().err
