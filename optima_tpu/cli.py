@@ -7,7 +7,10 @@ from types import MappingProxyType
 
 from optima_tpu.errors import did_you_mean, legible
 from optima_tpu.runtime import signals
+from optima_tpu.runtime.command import guarded
+from optima_tpu.runtime.light import rehearse
 from optima_tpu.runtime.program import MODULES
+from optima_tpu.runtime.version import code_version
 
 TEXTS: Mapping[str, str] = MappingProxyType(
     {
@@ -26,6 +29,10 @@ TEXTS: Mapping[str, str] = MappingProxyType(
     }
 )
 """Subcommand -> what it does."""
+
+_PACKAGES = ("evaluate", "report")
+_REHEARSED = ("report", "export", "push", "unpack", "figures", "data")
+"""The commands whose modules import libraries. The modules of the others import nothing large before they have read their arguments."""
 
 _HELP = """\
 OPTIMA-TPU prunes a pretrained language model in one shot.
@@ -51,8 +58,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     name, *rest = words
     if name == "--version":
-        from optima_tpu.report.run_record import code_version  # imports jax, which nothing else here waits for
-
         print(f"optima-tpu {code_version()}")
         return 0
     if name not in MODULES:
@@ -60,10 +65,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         hint = option or did_you_mean(name, MODULES, "optima ")
         print(legible(f"error: expected a command, one of {', '.join(MODULES)}, got {name}{hint}"), file=sys.stderr)
         return 2
-    # A package, such as optima_tpu.evaluate, has its command line in __main__, as for python -m. Only the chosen one is imported.
-    module = importlib.import_module(MODULES[name])
-    command = importlib.import_module(MODULES[name] + ".__main__") if hasattr(module, "__path__") else module
-    status: int = command.main(rest)
+    # A package has its command line in __main__, as for python -m. Only the chosen one is imported.
+    module = MODULES[name] + (".__main__" if name in _PACKAGES else "")
+    if name in _REHEARSED and (status := guarded(lambda: rehearse(f"{module}:read", rest), "the same command does it again")):
+        return status
+    status = importlib.import_module(module).main(rest)
     return status
 
 

@@ -1,5 +1,6 @@
 """The command line of an export: ``python -m optima_tpu.export RUN OUT``."""
 
+import argparse
 import functools
 import math
 import re
@@ -63,7 +64,8 @@ def make_parser() -> Parser:
     return parser
 
 
-def _export(arguments: list[str] | None) -> None:
+def read(arguments: list[str] | None) -> argparse.Namespace:
+    """The arguments. Called by ``runtime.light``. Raises UserError if one of them is wrong."""
     parser = make_parser()
     chosen, rest = parser.parse_known_args(arguments)
     if any(re.match(r"--quantize\b", word) for word in rest):
@@ -73,6 +75,11 @@ def _export(arguments: list[str] | None) -> None:
         )
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    return chosen
+
+
+def _export(arguments: list[str] | None) -> None:
+    chosen = read(arguments)
     jax.config.update("jax_platforms", "cpu")  # Orbax starts JAX, and an accelerator may be busy with another run
     quiet_orbax()
     options = forms.Options(byte_count("a shard size", chosen.max_shard_size), chosen.scan_layers)

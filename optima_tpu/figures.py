@@ -4,6 +4,7 @@ layer-errors RUN [RUN ...] -o layer_errors.png     its Figure 2: every layer's e
 samples SWEEP -o samples.png                       its Figure 3: perplexity against calibration samples
 """
 
+import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,9 +23,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return guarded(lambda: _draw(arguments), "the same command does it again")
 
 
-def _draw(arguments: Sequence[str] | None) -> None:
+def read(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, Path]:
+    """The arguments, and the path of the figure. Called by ``runtime.light``. Raises UserError if one of them is wrong."""
     chosen = make_parser().parse_args(arguments)
-    path = check_output(chosen.output)
+    return chosen, check_output(chosen.output)
+
+
+def _draw(arguments: Sequence[str] | None) -> None:
+    chosen, path = read(arguments)
     refuse_foreign(path, curves.is_figure, chosen.force)
     data: curves.LayerErrors | curves.Samples = (
         curves.layer_errors(chosen.runs, chosen.against) if chosen.figure == "layer-errors" else curves.samples(chosen.sweep)

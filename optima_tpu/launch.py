@@ -4,13 +4,15 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from optima_tpu.config.model_spec import refuse_missing
-from optima_tpu.config.parse import parse
 from optima_tpu.errors import UserError
-from optima_tpu.runtime import processes
 from optima_tpu.runtime.command import guarded, take_devices
+from optima_tpu.runtime.light import rehearsed
 from optima_tpu.runtime.program import program
+
+if TYPE_CHECKING:
+    from optima_tpu.config.run_config import RunConfig
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -21,19 +23,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _launch(argv: Sequence[str]) -> None:
-    config = parse(argv)
-    if not processes.may_join(config.coordinator):
-        refuse_missing(config.model)
-    from optima_tpu.data import check_files, check_sources  # imports pyarrow and more, which --help does not wait for
-
-    sources = config.calibration.source, config.evaluation.source
-    check_sources(*sources)
+    config: RunConfig = rehearsed("optima_tpu.pipeline.arguments:read_run", argv)
     take_devices(config)
-    processes.first_only(lambda: check_files(*sources))
     # Imported only now: the imports of these modules query the devices.
+    from optima_tpu.data import check_files
     from optima_tpu.models.checkpoints.orbax import quiet_orbax
     from optima_tpu.pipeline.run import run
+    from optima_tpu.runtime import processes
 
+    processes.first_only(lambda: check_files(config.calibration.source, config.evaluation.source))
     quiet_orbax()
     run(config)
     if processes.is_first():

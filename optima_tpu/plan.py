@@ -5,21 +5,16 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import jax
-
-from optima_tpu.config.choices import method_name
-from optima_tpu.config.parse import parse
 from optima_tpu.errors import UserError
-from optima_tpu.pipeline.recover.config import RecoverConfig, as_run, count_tokens
-from optima_tpu.report.progress import Terminal, say
 from optima_tpu.runtime import signals
 from optima_tpu.runtime.command import guarded
-from optima_tpu.runtime.files import write_bytes, writing
-from optima_tpu.runtime.mesh import simulate_devices
-from optima_tpu.runtime.outputs import refuse_foreign
+from optima_tpu.runtime.light import rehearsed
 from optima_tpu.runtime.program import Parser, program
-from optima_tpu.runtime.records import encoded
+
+if TYPE_CHECKING:
+    from optima_tpu.config.run_config import RunConfig
 
 _PROGRAM = program("plan")
 _DESCRIPTION = f"""\
@@ -56,7 +51,18 @@ def _chooses(setting: str, words: Sequence[str]) -> bool:
     return bool(options & {f"--{setting}", f"--{setting}.name", "--config"})
 
 
-def _plan(argv: Sequence[str]) -> int:
+def read(argv: Sequence[str]) -> "tuple[argparse.Namespace, RunConfig]":
+    """The plan's own options and its run. Called by ``runtime.light``.
+
+    Raises:
+      UserError: an option or a setting is wrong, or the file to write is another program's.
+    """
+    from optima_tpu.config.choices import method_name
+    from optima_tpu.config.parse import parse
+    from optima_tpu.data import check_sources
+    from optima_tpu.pipeline.recover.config import RecoverConfig, count_tokens
+    from optima_tpu.runtime.outputs import refuse_foreign
+
     parser = make_parser()
     options, settings = parser.parse_known_args(list(argv))
     recovering = options.recover is not None
@@ -70,13 +76,24 @@ def _plan(argv: Sequence[str]) -> int:
     if recovering and not any(word.partition("=")[0] == "--calibration.length" for word in settings):
         settings += ["--calibration.length", "null"]  # a length that a run of this model would take is not one of a recovery
     config = parse(settings, parser.names)
-    from optima_tpu.data import check_sources  # imports pyarrow and more, which --help does not wait for
-
     check_sources(config.calibration.source, config.evaluation.source)
     if options.json and not options.json.parent.is_dir():
         raise UserError(f"expected --json in an existing folder, got {options.json}; make {options.json.parent} first")
     if options.json:
         refuse_foreign(options.json, _is_plan, options.force)
+    return options, config
+
+
+def _plan(argv: Sequence[str]) -> int:
+    options, config = rehearsed("optima_tpu.plan:read", argv)
+    import jax
+
+    from optima_tpu.pipeline.recover.config import as_run
+    from optima_tpu.report.progress import Terminal, say
+    from optima_tpu.runtime.files import write_bytes, writing
+    from optima_tpu.runtime.mesh import simulate_devices
+    from optima_tpu.runtime.records import encoded
+
     simulate_devices(config.cpu_devices)
     if options.topology:  # its devices need not be attached, and an attached TPU stays free for other programs
         jax.config.update("jax_platforms", "cpu")
@@ -95,6 +112,7 @@ def _plan(argv: Sequence[str]) -> int:
         else local_machine(config.mesh, model.dtype, compiling)
     )
     config = on_context(config, model.config, console)
+    recovering = options.recover is not None
     if recovering:
         config = as_run(config, options.recover)
     model = model.on(machine.mesh)

@@ -1,5 +1,6 @@
 """The command line that publishes a pruned model: ``python -m optima_tpu.push RUN ORG/NAME``."""
 
+import argparse
 import re
 import sys
 from collections.abc import Callable, Mapping
@@ -62,8 +63,13 @@ def make_parser() -> Parser:
     return parser
 
 
+def read(arguments: list[str] | None) -> argparse.Namespace:
+    """The arguments. Called by ``runtime.light``. Raises UserError if one of them is wrong."""
+    return make_parser().parse_args(arguments)
+
+
 def _push(arguments: list[str] | None) -> None:
-    chosen = make_parser().parse_args(arguments)
+    chosen = read(arguments)
     check_repository(chosen.repository)
     upload = collect(chosen.run, chosen.include_report, chosen.include_private)
     if chosen.dry_run:

@@ -2,12 +2,14 @@
 
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from optima_tpu.config.model_spec import refuse_early
 from optima_tpu.launch import draw_page
-from optima_tpu.pipeline.recover.config import parse
-from optima_tpu.runtime import processes
 from optima_tpu.runtime.command import guarded, take_devices
+from optima_tpu.runtime.light import rehearsed
+
+if TYPE_CHECKING:
+    from optima_tpu.pipeline.recover.config import RecoverConfig
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -19,17 +21,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _recover(argv: Sequence[str]) -> None:
-    config = parse(argv)
-    refuse_early(config.coordinator, config.model, config.against)
-    from optima_tpu.data import check_files, check_sources  # imports pyarrow and more, which --help does not wait for
-
-    check_sources(config.source, config.evaluation)
+    config: RecoverConfig = rehearsed("optima_tpu.pipeline.arguments:read_recovery", argv)
     take_devices(config)
-    processes.first_only(lambda: check_files(config.source, config.evaluation))
     # Imported only now: the imports of these modules query the devices.
+    from optima_tpu.data import check_files
     from optima_tpu.models.checkpoints.orbax import quiet_orbax
     from optima_tpu.pipeline.recover.run import recover
+    from optima_tpu.runtime import processes
 
+    processes.first_only(lambda: check_files(config.source, config.evaluation))
     quiet_orbax()
     recover(config)
     if processes.is_first():

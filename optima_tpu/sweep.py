@@ -4,17 +4,18 @@ import argparse
 import shlex
 import sys
 from collections.abc import Collection, Sequence
-
-from rich.console import Console
+from typing import TYPE_CHECKING
 
 from optima_tpu.errors import UserError
-from optima_tpu.pipeline.sweep import grid as grids
-from optima_tpu.pipeline.sweep.cells import Cell, differences
-from optima_tpu.pipeline.sweep.grid import CellGrid, read_grid
-from optima_tpu.pipeline.sweep.tables import failure_lines, layout, terminal_table
-from optima_tpu.report.progress import Terminal, say, show
 from optima_tpu.runtime.command import guarded, take_devices
+from optima_tpu.runtime.light import rehearsed
 from optima_tpu.runtime.program import Parser, program
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from optima_tpu.pipeline.sweep.cells import Cell
+    from optima_tpu.pipeline.sweep.grid import CellGrid
 
 _PROGRAM = program("sweep")
 
@@ -26,15 +27,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
 
 
-def _sweep(argv: Sequence[str]) -> int:
+def read(argv: Sequence[str]) -> "tuple[argparse.Namespace, list[str], CellGrid, tuple[Cell, ...]]":
+    """The sweep's own options, the settings of its runs, its cells, and those that are run. Called by ``runtime.light``.
+
+    Raises:
+      UserError: an option, the file or a setting is wrong.
+    """
+    from optima_tpu.pipeline.sweep.grid import read_grid
+
     parser = make_parser()
     options, settings = _parse(parser, list(argv))
     grid = read_grid(options.file, settings, options.output, parser.names)
-    chosen = _chosen(grid, options.only)
-    _set_devices(grid)
+    _refuse_devices(grid)
+    return options, settings, grid, _chosen(grid, options.only)
+
+
+def _sweep(argv: Sequence[str]) -> int:
+    options, settings, grid, chosen = rehearsed("optima_tpu.sweep:read", argv)
+    take_devices(grid.cells[0].config, alone=True)
     # Imported only now: the imports of these modules query the devices.
     from optima_tpu.models.checkpoints.orbax import quiet_orbax
     from optima_tpu.pipeline.sweep.runner import Sweep
+    from optima_tpu.pipeline.sweep.tables import failure_lines, layout, terminal_table
+    from optima_tpu.report.progress import Terminal, say, show
 
     quiet_orbax()
     sweep = Sweep(grid, () if options.dry_run else chosen, options.keep_checkpoints, options.force)
@@ -56,6 +71,8 @@ def _sweep(argv: Sequence[str]) -> int:
 
 def make_parser() -> Parser:
     """The parser of the sweep's own options."""
+    from optima_tpu.pipeline.sweep import grid as grids
+
     parser = Parser(
         prog=_PROGRAM,
         usage=f"{_PROGRAM} FILE [--SETTING VALUE ...] [--output DIR] [--only TEXT] [--dry-run]",
@@ -112,7 +129,7 @@ def _command(options: argparse.Namespace, settings: Sequence[str]) -> list[str]:
     return [*_PROGRAM.split(), options.file, *settings, *output]
 
 
-def _chosen(grid: CellGrid, only: Sequence[str]) -> tuple[Cell, ...]:
+def _chosen(grid: "CellGrid", only: Sequence[str]) -> "tuple[Cell, ...]":
     for text in only:
         if not any(text in str(cell) for cell in grid.cells):
             raise UserError(
@@ -122,7 +139,7 @@ def _chosen(grid: CellGrid, only: Sequence[str]) -> tuple[Cell, ...]:
     return tuple(cell for cell in grid.cells if not only or any(text in str(cell) for text in only))
 
 
-def _set_devices(grid: CellGrid) -> None:
+def _refuse_devices(grid: "CellGrid") -> None:
     counts = {cell.config.cpu_devices for cell in grid.cells}
     if len(counts) > 1:
         raise UserError(f"expected one cpu_devices for all cells, which run in one process, got {', '.join(map(str, counts))}")
@@ -132,10 +149,12 @@ def _set_devices(grid: CellGrid) -> None:
             "expected a sweep in one process, got --coordinator, --num_processes or --process_id: run single cells "
             "in several processes with optima_tpu.launch (--dry-run lists their settings)"
         )
-    take_devices(first, alone=True)
 
 
-def _list(console: Console, grid: CellGrid, chosen: Sequence[Cell], finished: Collection[Cell]) -> None:
+def _list(console: "Console", grid: "CellGrid", chosen: "Sequence[Cell]", finished: "Collection[Cell]") -> None:
+    from optima_tpu.pipeline.sweep.cells import differences
+    from optima_tpu.report.progress import say
+
     for number, (cell, different) in enumerate(zip(grid.cells, differences(grid.cells), strict=True), 1):
         state = "finished" if cell in finished else "to run" if cell in chosen else "not chosen"
         say(console, f"cell {number} of {len(grid.cells)}: {cell}: {state}\n    {different}")

@@ -1,5 +1,6 @@
 """The command line that unpacks a packed export: ``python -m optima_tpu.unpack PACKED OUT``."""
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -28,8 +29,13 @@ def make_parser() -> Parser:
     return parser
 
 
+def read(arguments: list[str] | None) -> argparse.Namespace:
+    """The arguments. Called by ``runtime.light``. Raises UserError if one of them is wrong."""
+    return make_parser().parse_args(arguments)
+
+
 def _unpack(arguments: list[str] | None) -> None:
-    chosen = make_parser().parse_args(arguments)
+    chosen = read(arguments)
     unpack(chosen.packed, chosen.out)
     print(f"wrote {chosen.out}")
 

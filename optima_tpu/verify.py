@@ -2,11 +2,16 @@
 
 import sys
 import time
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from optima_tpu.errors import UserError
-from optima_tpu.runtime.buckets import as_path
 from optima_tpu.runtime.command import guarded
+from optima_tpu.runtime.light import lightly
 from optima_tpu.runtime.program import Parser, program
+
+if TYPE_CHECKING:
+    from optima_tpu.pipeline.repair import Verified
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -26,13 +31,11 @@ def make_parser() -> Parser:
 
 
 def _verify(arguments: list[str] | None) -> int:
-    folder = as_path(make_parser().parse_args(arguments).folder)
+    folder: Path = lightly("optima_tpu.runtime.buckets:as_path", make_parser().parse_args(arguments).folder)
     if not folder.is_dir():
         raise UserError(f"expected a run directory or an exported folder, but {folder} is no folder: check the path")
-    from optima_tpu.pipeline.repair import verified  # imports transformers, which --help and a wrong path do not wait for
-
     start = time.monotonic()
-    found = verified(folder)
+    found: Verified = lightly("optima_tpu.pipeline.repair:verified", folder)
     for name, why in found.damaged.items():
         print(f"damaged: {folder / name} {why}")
     seconds = max(time.monotonic() - start, 1e-3)

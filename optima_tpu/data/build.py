@@ -4,6 +4,7 @@ Writes what TFDS itself would: DIR/NAME/1.0.0 with an array_record file for ever
 Does not use its ``GeneratorBasedBuilder``, which holds a split in memory, and needs TensorFlow beyond 1 GB.
 """
 
+import argparse
 import contextlib
 import math
 import re
@@ -163,8 +164,13 @@ def make_parser() -> Parser:
     return parser
 
 
+def read(arguments: list[str] | None) -> argparse.Namespace:
+    """The arguments. Called by ``runtime.light``. Raises UserError if one of them is wrong."""
+    return make_parser().parse_args(arguments)
+
+
 def _build(arguments: list[str] | None) -> None:
-    chosen = make_parser().parse_args(arguments)
+    chosen = read(arguments)
     console = Console()
     progress = Progress(
         TextColumn("{task.completed:,} documents written"),

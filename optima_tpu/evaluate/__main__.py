@@ -2,11 +2,13 @@
 
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from optima_tpu.config.model_spec import refuse_early
-from optima_tpu.evaluate.config import parse
-from optima_tpu.evaluate.start import start
 from optima_tpu.runtime.command import guarded, take_devices
+from optima_tpu.runtime.light import rehearsed
+
+if TYPE_CHECKING:
+    from optima_tpu.evaluate.config import EvaluateConfig
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -18,9 +20,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _evaluate(argv: Sequence[str]) -> None:
-    config = parse(argv)
-    refuse_early(config.coordinator, config.model, config.against)
+    config: EvaluateConfig = rehearsed("optima_tpu.evaluate.arguments:read", argv)
     take_devices(config)
+    from optima_tpu.evaluate.start import start
+
     start(config)
 
 

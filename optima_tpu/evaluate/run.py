@@ -32,13 +32,14 @@ from optima_tpu.report.file import environment
 from optima_tpu.report.pace import Step
 from optima_tpu.report.page import PAGE, write_page
 from optima_tpu.report.progress import Progress, Terminal, say
-from optima_tpu.report.run_record import code_version, default_folder
+from optima_tpu.report.run_record import default_folder
 from optima_tpu.runtime.buckets import as_path, in_bucket
 from optima_tpu.runtime.checksums import forget, keep
 from optima_tpu.runtime.files import refuse_unreachable, writing
 from optima_tpu.runtime.mesh import make_mesh
 from optima_tpu.runtime.processes import agree, check_signals, first_only, from_first, is_first
 from optima_tpu.runtime.records import encoded, known_record
+from optima_tpu.runtime.version import code_version
 
 T = TypeVar("T")
 

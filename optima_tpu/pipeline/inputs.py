@@ -23,11 +23,12 @@ from optima_tpu.models.checkpoints import load_tokenizer, open_model, refuse_dam
 from optima_tpu.models.decoder import Decoder
 from optima_tpu.models.masks import check_masks, check_weights, open_given, open_masks
 from optima_tpu.models.model import Model, check_ids, window_bos, window_length
+from optima_tpu.pipeline.arguments import texts_of
 from optima_tpu.pipeline.self_calibration import generated_by, self_calibration
 from optima_tpu.report.progress import say
-from optima_tpu.report.run_record import code_version
 from optima_tpu.runtime.mesh import make_mesh
 from optima_tpu.runtime.processes import SharedError, agree, alone, first_only, from_first, spread, together
+from optima_tpu.runtime.version import code_version
 
 
 class Texts(NamedTuple):
@@ -164,15 +165,8 @@ def on_context(config: RunConfig, model: PretrainedConfig, console: Console | No
 
 def _plan_reading(config: RunConfig, model: Model) -> _Reading:
     tokenizer = load_tokenizer(model.pretrained)
-    source = data.parse_source(config.calibration.source)
-    other = data.parse_source(config.evaluation.source or config.calibration.source)
-    data.refuse_overlap(source, other)
+    source, other = texts_of(config)
     text = config.calibration
-    if config.distill and isinstance(source, data.SelfGenerated):
-        raise UserError(
-            "expected a stored calibration text for --distill kl, which draws more windows from it, got self, which the model "
-            "writes window by window; choose c4, wikitext2, pydoc or file:PATH"
-        )
     return _Reading(
         source,
         other,

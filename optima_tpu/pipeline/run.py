@@ -14,11 +14,11 @@ from optima_tpu.pipeline.journal import finished_blocks, refuse_unusable
 from optima_tpu.pipeline.repair import mend
 from optima_tpu.pipeline.stages import STAGES, Opened, Run, Stage, finished_report
 from optima_tpu.report.progress import Progress, Terminal, say
-from optima_tpu.report.run_record import code_version
 from optima_tpu.report.sinks import check_sinks
 from optima_tpu.report.table import print_summary
 from optima_tpu.runtime.files import only_program
 from optima_tpu.runtime.processes import agree, check_signals, first_only, from_first, is_first, together
+from optima_tpu.runtime.version import code_version
 
 
 def run(

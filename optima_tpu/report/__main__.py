@@ -1,5 +1,6 @@
 """Command line of the report: ``python -m optima_tpu.report RUN [RUN ...]`` writes one page and prints a summary."""
 
+import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,10 +25,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return guarded(lambda: _report(arguments), "the same command does it again")
 
 
-def _report(arguments: Sequence[str] | None) -> None:
+def read(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, Path]:
+    """The arguments, and the path of the page. Called by ``runtime.light``. Raises UserError if one of them is wrong."""
     chosen = make_parser().parse_args(arguments)
+    return chosen, output_path(chosen.runs, chosen.output)
+
+
+def _report(arguments: Sequence[str] | None) -> None:
+    chosen, path = read(arguments)
     console = Terminal()
-    path = output_path(chosen.runs, chosen.output)
     if chosen.output is not None or len(chosen.runs) > 1:
         refuse_foreign(path, is_page, chosen.force)
     runs = write_page(chosen.runs, path)

@@ -7,19 +7,14 @@ import signal
 import sys
 import time
 import traceback
+import types
 import warnings
 from collections.abc import Callable
 from typing import Protocol
 
-import jax
-
 from optima_tpu.errors import UserError, legible, one_line, panics_refused
-from optima_tpu.runtime import processes, signals
-from optima_tpu.runtime.files import user_cache
-from optima_tpu.runtime.host_memory import keep_freed_memory
-from optima_tpu.runtime.mesh import platform, simulate_devices
+from optima_tpu.runtime import signals
 from optima_tpu.runtime.program import refuse_undecodable
-from optima_tpu.runtime.xla_flags import raise_collective_timeouts
 
 LOST = 69
 """Exit status of a process whose peers have ended (EX_UNAVAILABLE in sysexits.h). Not 75, ``signals.RESUME``: a scheduler that
@@ -62,6 +57,14 @@ def take_devices(config: OnDevices, alone: bool = False) -> None:
     Raises:
       UserError: see :func:`processes.start` and :func:`platform`.
     """
+    import jax  # imported late, like the modules that import it: arguments are read and refused without it
+
+    from optima_tpu.runtime import processes
+    from optima_tpu.runtime.files import user_cache
+    from optima_tpu.runtime.host_memory import keep_freed_memory
+    from optima_tpu.runtime.mesh import platform, simulate_devices
+    from optima_tpu.runtime.xla_flags import raise_collective_timeouts
+
     signals.check()
     # By default XLA leaves a quarter of a GPU unused. The tenth that is left here is for cuBLAS and NCCL.
     if "XLA_PYTHON_CLIENT_MEM_FRACTION" not in os.environ:  # its old name; XLA refuses both together
@@ -97,12 +100,18 @@ def guarded(command: Callable[[], int | None], again: str) -> int:
         return status
 
 
+def _processes() -> types.ModuleType | None:
+    """The module ``processes``; None before it is imported, when this process can have joined no other."""
+    return sys.modules.get("optima_tpu.runtime.processes")
+
+
 def _status(command: Callable[[], int | None], again: str) -> int:
     try:
         with panics_refused("a library in Rust ended the command; a file that it read may be damaged"):
             return _unless_stopped(command)
     except UserError as error:
-        told = isinstance(error, processes.SharedError) and not processes.is_first()
+        processes = _processes()
+        told = processes is not None and isinstance(error, processes.SharedError) and not processes.is_first()
         return _ended(2, "" if told else f"error: {legible(str(error))}")
     except signals.Stopped as stopped:
         return _ended(signals.status_after(stopped.number), signals.told(stopped.number, again))
@@ -115,13 +124,14 @@ def _status(command: Callable[[], int | None], again: str) -> int:
             raise
         return _unread(again)
     except Exception as error:
-        if processes.alone():
+        processes = _processes()
+        if processes is None or processes.alone():
             raise
         if not _PEER_GONE.search(str(error)):
             return _ended(1, traceback.format_exc())
         # Print the caught error too: it may be this process's own, such as a broken download or NCCL without a network.
         found = f"{type(error).__name__}: {one_line(error)}"
-        return _ended(LOST, f"process {jax.process_index()}: another process has ended, see its message (here: {found}); {again}")
+        return _ended(LOST, f"process {processes.number()}: another process has ended, see its message (here: {found}); {again}")
 
 
 def _unread(again: str) -> int:
@@ -134,9 +144,9 @@ def _unless_stopped(command: Callable[[], int | None]) -> int:
     signals.check()
     try:
         status = command() or 0
-        if jax.distributed.is_initialized():
+        if (processes := _processes()) and processes.joined():
             processes.check_signals()
-            jax.distributed.shutdown()
+            processes.leave()
         else:
             signals.check()
         return status
@@ -153,7 +163,7 @@ def _ended(status: int, message: str) -> int:
     signals.ended(status)
     if message:
         print(message, file=sys.stderr, flush=True)
-    if jax.distributed.is_initialized():
+    if (processes := _processes()) and processes.joined():
         # An orderly shutdown would wait for processes that may never arrive. Process 0 exits last: without it jax aborts the
         # other processes, which then could not print how they ended.
         sys.stdout.flush()

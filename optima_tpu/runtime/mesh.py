@@ -71,16 +71,7 @@ def make_mesh(text: str | None) -> Mesh:
     """
     count = jax.device_count()
     data, model = parse_mesh(text) if text else (count, 1)
-    if data * model != count:
-        kind = jax.devices()[0].platform
-        each, left = divmod(data * model, jax.process_count())
-        where = " in every process" if jax.process_count() > 1 else ""
-        simulates = kind == "cpu" and not left and 0 < each <= MOST_DEVICES
-        hint = f", or --cpu_devices {each}{where} to simulate it" if simulates else ""
-        raise UserError(
-            f"mesh {data}x{model} needs {data * model} devices, there are {count} ({kind}): "
-            f"choose a mesh whose product is {count}{hint}"
-        )
+    refuse_count((data, model), count, jax.devices()[0].platform, jax.process_count())
     # Auto axes: the model code is written without shardings and XLA inserts collectives. make_mesh's default is Explicit.
     auto = (AxisType.Auto,) * 2
     try:
@@ -91,6 +82,20 @@ def make_mesh(text: str | None) -> Mesh:
             f"mesh {data}x{model} does not fit this slice of {count} chips: each axis must be a product of whole dimensions of "
             "the slice. Choose such a mesh; optima plan with --topology, such as v5e:4x2, and --mesh names the nearest"
         ) from None
+
+
+def refuse_count(mesh: tuple[int, int], count: int, kind: str, processes: int) -> None:
+    """Raises UserError for a mesh that does not use all of ``count`` devices of a kind, or uses more."""
+    data, model = mesh
+    if data * model != count:
+        each, left = divmod(data * model, processes)
+        where = " in every process" if processes > 1 else ""
+        simulates = kind == "cpu" and not left and 0 < each <= MOST_DEVICES
+        hint = f", or --cpu_devices {each}{where} to simulate it" if simulates else ""
+        raise UserError(
+            f"mesh {data}x{model} needs {data * model} devices, there are {count} ({kind}): "
+            f"choose a mesh whose product is {count}{hint}"
+        )
 
 
 def _between_hosts(data: int, model: int) -> np.ndarray | None:

@@ -10,6 +10,7 @@ import importlib.util
 import os
 import pickle
 import socket
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
@@ -54,10 +55,19 @@ def start(coordinator: str | None, count: int | None, index: int | None, timeout
       UserError: the arguments are not complete; a process did not join in time (the message has its number); Open MPI 5 without
         mpi4py.
     """
-    if coordinator is None and count is None and index is None:
+    refuse_incomplete(coordinator, count, index)
+    if coordinator is None or count is None or index is None:
         announced = _announced()
         if announced is not False:
             _join_announced(timeout, certain=announced is True)
+    elif count > 1:
+        _roll_call(coordinator, count, index, timeout)
+        _initialize(timeout, coordinator, count, index)
+
+
+def refuse_incomplete(coordinator: str | None, count: int | None, index: int | None) -> None:
+    """Raises UserError for arguments of :func:`start` that name no process of a run; all None is none."""
+    if coordinator is None and count is None and index is None:
         return
     if coordinator is None or count is None or index is None or not _names_process(coordinator, count, index):
         raise UserError(
@@ -66,10 +76,6 @@ def start(coordinator: str | None, count: int | None, index: int | None, timeout
         )
     if count > MOST:
         raise UserError(f"expected num_processes of at most {MOST}, got {count}")
-    if count == 1:
-        return
-    _roll_call(coordinator, count, index, timeout)
-    _initialize(timeout, coordinator, count, index)
 
 
 def may_join(coordinator: str | None) -> bool:
@@ -97,6 +103,21 @@ def _join_announced(timeout: int, certain: bool) -> None:
         no_cluster, late = "coordinator_address" in str(error), "must be called before" in str(error)
         if certain or not (no_cluster or (late and alone())):
             raise
+
+
+def number() -> int:
+    """The number of this process, from 0."""
+    return jax.process_index()
+
+
+def joined() -> bool:
+    """Whether this process has joined others."""
+    return jax.distributed.is_initialized()
+
+
+def leave() -> None:
+    """Leaves the other processes in order, once all of them have finished."""
+    jax.distributed.shutdown()
 
 
 def is_first() -> bool:
@@ -236,8 +257,7 @@ def _announced() -> bool | None:
     # srun sets SLURM_STEP_NODELIST. Without it this is the script of a job, which is alone until it calls srun.
     if _declared("SLURM_NTASKS") > 1 and "SLURM_STEP_NODELIST" in environment:
         return True
-    # jax adds TPUs to its platforms by itself if this host has chips and libtpu is installed.
-    if "tpu" not in (jax.config.jax_platforms or ""):  # type: ignore[attr-defined]  # options are made at run time
+    if not _has_tpus():
         return False
     # GKE names a slice's workers, as notebooks do with their single host. Elsewhere jax asks the metadata server of the TPU VM.
     workers = environment.get("TPU_PROCESS_ADDRESSES", environment.get("TPU_WORKER_HOSTNAMES"))
@@ -255,6 +275,16 @@ def _declared(variable: str) -> int:
         raise UserError(
             f"expected a whole number in the environment variable {variable}, got {text!r}: correct it, or unset it"
         ) from None
+
+
+def _has_tpus() -> bool:
+    """Whether TPUs are among jax's platforms. It adds them by itself if this host has chips and libtpu is installed."""
+    environment = os.environ
+    named = "tpu" in environment.get("JAX_PLATFORMS", "") or {"JAX_FORCE_TPU_INIT", "TPU_LIBRARY_PATH"} & environment.keys()
+    # Answered before jax is imported, where there is no doubt: the arguments of a command are read without jax.
+    if "jax" not in sys.modules and not named and importlib.util.find_spec("libtpu") is None:
+        return False
+    return "tpu" in (jax.config.jax_platforms or "")  # type: ignore[attr-defined]  # options are made at run time
 
 
 def _open_mpi_5() -> bool:

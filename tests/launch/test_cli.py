@@ -11,8 +11,8 @@ import optima_tpu.report.__main__ as report
 from optima_tpu import export, figures, plan, sweep, unpack, verify
 from optima_tpu.cli import TEXTS, main
 from optima_tpu.data import build
-from optima_tpu.report.run_record import code_version
 from optima_tpu.runtime.program import MODULES, program
+from optima_tpu.runtime.version import code_version
 from tests.support.runs import only_error
 
 OPTIMA = Path(sys.executable).with_name("optima")

@@ -16,8 +16,9 @@ from optima_tpu.models.checkpoints import orbax as checkpoint
 from optima_tpu.models.checkpoints.orbax import CheckpointTensors, write_checkpoint
 from optima_tpu.pipeline.journal import open_journal
 from optima_tpu.report import run_record as manifest
-from optima_tpu.report.run_record import code_version, read_run
+from optima_tpu.report.run_record import read_run
 from optima_tpu.runtime.checksums import write_sums
+from optima_tpu.runtime.version import code_version
 from tests.support import fake_run
 from tests.support.fake_run import (
     ASSETS,

@@ -16,6 +16,7 @@ from optima_tpu.data import Draw, Tokens, token_digest
 from optima_tpu.data.cache import TokenCache, token_key
 from optima_tpu.errors import UserError
 from optima_tpu.models.model import check_ids, window_bos, window_length
+from optima_tpu.pipeline.arguments import recovery_texts
 from optima_tpu.pipeline.distill.blocks import Trainer
 from optima_tpu.pipeline.distill.train import refuse_large
 from optima_tpu.pipeline.inputs import Texts
@@ -26,10 +27,10 @@ from optima_tpu.pipeline.run import finish
 from optima_tpu.pipeline.stages import STAGES, Opened, Run, Stage
 from optima_tpu.report.pace import Step
 from optima_tpu.report.progress import Terminal, say
-from optima_tpu.report.run_record import code_version
 from optima_tpu.runtime.device_memory import device_budget
 from optima_tpu.runtime.mesh import make_mesh
 from optima_tpu.runtime.processes import agree, check_signals, fetch, from_first, is_first, together
+from optima_tpu.runtime.version import code_version
 
 
 def recover(config: RecoverConfig, console: Console | None = None) -> dict[str, Any]:
@@ -137,12 +138,7 @@ def _sources(config: RecoverConfig, start: Start) -> tuple[str, str]:
     if source is None:
         raise UserError(f"expected --source with a text to train on, got none, and {config.model} has no record of its text")
     evaluation = config.evaluation or (None if config.source else known["evaluation"].get("source")) or source
-    parsed, other = data.parse_source(source), data.parse_source(evaluation)
-    if isinstance(parsed, data.SelfGenerated):
-        raise UserError(
-            f"expected --source with a stored text, got {source}, which the model writes: c4, wikitext2, pydoc or file:PATH"
-        )
-    data.refuse_overlap(parsed, other, "--source and --evaluation", "--evaluation")
+    recovery_texts(source, evaluation)
     return source, evaluation
 
 

@@ -1,0 +1,76 @@
+"""Reads the arguments of a run or a recovery, and refuses all that they and the paths in them show to be wrong.
+
+The commands call these functions by ``runtime.light``, first without the libraries that a run needs.
+"""
+
+from collections.abc import Iterable, Sequence
+
+from optima_tpu import data
+from optima_tpu.config.model_spec import refuse_early
+from optima_tpu.config.parse import parse
+from optima_tpu.config.run_config import RunConfig
+from optima_tpu.errors import UserError
+from optima_tpu.pipeline.recover import config as recover
+from optima_tpu.runtime.devices import refuse_devices
+from optima_tpu.runtime.processes import may_join
+
+
+def read_run(argv: Sequence[str], beside: Iterable[str] = ()) -> RunConfig:
+    """The run that a command line asks for, see :func:`parse`.
+
+    Raises:
+      UserError: a setting is wrong; the model or a file of text is missing; the texts, or mesh and devices, contradict each other.
+    """
+    config = parse(argv, beside)
+    refuse_early(config.coordinator, config.model)
+    data.check_sources(config.calibration.source, config.evaluation.source)
+    refuse_devices(config)
+    if not may_join(config.coordinator):  # other processes would wait for this one, which has perhaps not all files
+        data.check_files(config.calibration.source, config.evaluation.source)
+        texts_of(config)
+    return config
+
+
+def texts_of(config: RunConfig) -> tuple[data.Source, data.Source]:
+    """The texts that a run calibrates and evaluates on.
+
+    Raises:
+      UserError: both are the same, or the run needs another one.
+    """
+    source = data.parse_source(config.calibration.source)
+    other = data.parse_source(config.evaluation.source or config.calibration.source)
+    data.refuse_overlap(source, other)
+    if config.distill and isinstance(source, data.SelfGenerated):
+        raise UserError(
+            "expected a stored calibration text for --distill kl, which draws more windows from it, got self, which the model "
+            "writes window by window; choose c4, wikitext2, pydoc or file:PATH"
+        )
+    return source, other
+
+
+def read_recovery(argv: Sequence[str]) -> recover.RecoverConfig:
+    """The recovery that a command line asks for. Raises UserError as :func:`read_run`."""
+    config = recover.parse(argv)
+    refuse_early(config.coordinator, config.model, config.against)
+    data.check_sources(config.source, config.evaluation)
+    refuse_devices(config)
+    if not may_join(config.coordinator):
+        data.check_files(config.source, config.evaluation)
+        if config.source:
+            recovery_texts(config.source, config.evaluation or config.source)
+    return config
+
+
+def recovery_texts(source: str, evaluation: str) -> tuple[data.Source, data.Source]:
+    """The texts that a recovery trains on and measures on.
+
+    Raises:
+      UserError: both are the same, or nothing can be trained on the first.
+    """
+    parsed, other = data.parse_source(source), data.parse_source(evaluation)
+    if isinstance(parsed, data.SelfGenerated):
+        raise UserError(
+            f"expected --source with a stored text, got {source}, which the model writes: c4, wikitext2, pydoc or file:PATH"
+        )
+    data.refuse_overlap(parsed, other, "--source and --evaluation", "--evaluation")
+    return parsed, other

@@ -1,0 +1,184 @@
+"""Runs a function of this package without the libraries that its modules import and it does not use.
+
+Settings are declared beside the mathematics: the module of a solver imports JAX, its dataclass has the names, types, defaults, help
+texts and checks of the solver's options. Reading or refusing settings needs the second alone, and importing JAX takes half a second
+to several. So the modules are loaded once more, beside the real ones, with :class:`_Absent` in the place of each library. It can be
+named, as in annotations, decorators and base classes. Whatever needs its value raises :class:`NeedsLibraries`, and the real function
+is called. So a function either does here what it does with its libraries, or nothing.
+"""
+
+import builtins
+import contextlib
+import importlib
+import importlib.machinery
+import operator
+import sys
+import types
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from optima_tpu.errors import UserError
+
+_PACKAGE = __package__.partition(".")[0]
+_ROOT = Path(__file__).parents[1]
+_LIBRARIES = ("docstring_parser", "jsonargparse", "msgspec", "rich", "ruamel")
+"""The libraries that light modules share with the real ones, beside the standard library."""
+_SHARED = (f"{_PACKAGE}.errors", f"{_PACKAGE}.runtime.program", f"{_PACKAGE}.runtime.signals", __name__)
+"""The modules of this package that are shared: an exception is caught by its class, and signals come to one listener."""
+
+
+class NeedsLibraries(BaseException):
+    """A function needs a library, or a module of the user. Not an Exception, so that no ``except Exception`` catches it."""
+
+
+def rehearse(name: str, *arguments: Any) -> None:
+    """Calls a function, "module:name", as far as it needs no libraries: what it refuses is refused before they load.
+
+    Call it with a function that only reads and checks: it is called again with its libraries.
+    """
+    with contextlib.suppress(_Undecided):
+        _tried(name, *arguments)
+
+
+def rehearsed(name: str, *arguments: Any) -> Any:
+    """The result of a function, "module:name", after its rehearsal."""
+    rehearse(name, *arguments)
+    return _real(name)(*arguments)
+
+
+def lightly(name: str, *arguments: Any) -> Any:
+    """The result of a function, "module:name", run without libraries if it needs none of them, such as a comparison of checksums."""
+    try:
+        return _tried(name, *arguments)
+    except _Undecided:
+        return _real(name)(*arguments)
+
+
+class _Undecided(Exception):
+    """A function has no result without its libraries."""
+
+
+def _tried(name: str, *arguments: Any) -> Any:
+    if "jax" in sys.modules:  # nothing is to be saved
+        raise _Undecided
+    try:
+        return without_libraries(name, *arguments)
+    except (UserError, OSError):
+        raise
+    # Another error may be a consequence, as of ``except library.Error``. If it is a defect, the real call shows it.
+    except (NeedsLibraries, Exception) as error:
+        raise _Undecided from error
+
+
+def without_libraries(name: str, *arguments: Any) -> Any:
+    """The result of a function, "module:name", in light modules.
+
+    Raises:
+      NeedsLibraries: it needs a library.
+    """
+    module, _, function = name.partition(":")
+    return getattr(_Modules().load(module), function)(*arguments)
+
+
+def _real(name: str) -> Callable[..., Any]:
+    module, _, function = name.partition(":")
+    return getattr(importlib.import_module(module), function)  # type: ignore[no-any-return]
+
+
+class _Modules:
+    """Light modules of this package by their names, and how they import each other."""
+
+    def __init__(self) -> None:
+        self.loaded: dict[str, types.ModuleType] = {}
+        self.loading = 0
+        self.absent = _Absent(self)
+        self.importlib = types.SimpleNamespace(**vars(importlib) | {"import_module": self.absent})
+        self.builtins = vars(builtins) | {"__import__": self.import_}
+
+    def load(self, name: str) -> types.ModuleType:
+        if name in _SHARED:
+            return importlib.import_module(name)
+        if name not in self.loaded:
+            path = _ROOT.joinpath(*name.split(".")[1:])
+            path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+            module = self.loaded[name] = types.ModuleType(name)
+            code = importlib.machinery.SourceFileLoader(name, str(path)).get_code(
+                name
+            )  # kept in __pycache__, like the real one's
+            assert code is not None
+            vars(module).update(__builtins__=self.builtins, __file__=str(path), __package__=name.rpartition(".")[0])
+            self.loading += 1
+            try:
+                exec(code, vars(module))
+            finally:
+                self.loading -= 1
+        return self.loaded[name]
+
+    def import_(self, name: str, names: Any = None, local: Any = None, wanted: Sequence[str] | None = (), level: int = 0) -> Any:
+        """What the statement ``import`` calls in light modules, see ``builtins.__import__``."""
+        root = name.partition(".")[0]
+        if root == "importlib":
+            return self.importlib
+        if root in sys.stdlib_module_names or root in _LIBRARIES:
+            return builtins.__import__(name, names, local, wanted or (), level)
+        if root != _PACKAGE:
+            return self.absent
+        module = self.load(name)
+        for each in wanted or ():
+            if not hasattr(module, each):  # from package import module
+                setattr(module, each, self.load(f"{name}.{each}"))
+        return module
+
+
+class _Base:
+    """The base class of a class that is derived from one of a library: it has no values here."""
+
+    def __new__(cls, *arguments: Any, **options: Any) -> "_Base":
+        raise NeedsLibraries
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        pass
+
+
+class _Absent:
+    """A library that is not here, and all that it holds. It can be named while modules are loaded, and not be used."""
+
+    def __init__(self, modules: _Modules):
+        self._modules = modules
+
+    def __getattr__(self, name: str) -> "_Absent":
+        if name.startswith("__"):  # the standard library asks types and functions for such attributes
+            raise AttributeError(name)
+        return self._named()
+
+    def _named(self, *arguments: Any, **options: Any) -> "_Absent":
+        if not object.__getattribute__(self, "_modules").loading:
+            raise NeedsLibraries
+        return self
+
+    def _used(self, *arguments: Any, **options: Any) -> Any:
+        raise NeedsLibraries
+
+    def __eq__(self, other: object) -> bool:
+        self._named()
+        return self is other
+
+    __hash__ = object.__hash__
+
+    def __mro_entries__(self, bases: tuple[Any, ...]) -> tuple[type, ...]:
+        return (_Base,)
+
+    @property
+    def __class__(self) -> Any:  # asked by isinstance(absent, type)
+        self._named()
+        return _Absent
+
+    __instancecheck__ = __subclasscheck__ = __bool__ = __len__ = __iter__ = __enter__ = _used
+    __int__ = __float__ = __str__ = __format__ = __fspath__ = _used
+
+
+for _name in {each for each in vars(operator) if each.startswith("__") and callable(getattr(operator, each))}:
+    for _method in (_name, _name.replace("__", "__r", 1)):  # __add__ and __radd__
+        if _method not in vars(_Absent):
+            setattr(_Absent, _method, _Absent._named)
