@@ -14,7 +14,7 @@ from typing import Any, Literal
 import docstring_parser
 import jsonargparse
 
-from optima_tpu.config.choices import CHOICES, method_class, option_classes
+from optima_tpu.config.choices import CHOICES, OPEN, method_class, option_classes
 from optima_tpu.config.presets import DEFAULT, PLAIN, PRESETS
 from optima_tpu.config.run_config import Calibration, Evaluation, RunConfig, Sinks
 from optima_tpu.runtime.program import program
@@ -96,7 +96,12 @@ def add_method(
     named = methods if chosen in methods else {**methods, chosen: method_class(setting, chosen)}
     table = "\n".join(_table_row(setting, name, cls) for name, cls in named.items() if cls or not needed)
     group = parser.add_argument_group(_TITLES[setting], table)
-    group.add_argument(f"--{setting}.name", metavar="NAME", type=str, default=chosen, help=f"one of these (default: {chosen})")
+    own = (
+        f", or the import path of a class of your own, such as my_lab.masks:My{OPEN[setting].__name__}" if setting in OPEN else ""
+    )
+    group.add_argument(
+        f"--{setting}.name", metavar="NAME", type=str, default=chosen, help=f"one of these{own} (default: {chosen})"
+    )
     for cls in option_classes(setting, chosen):
         add_fields(group, cls, setting + ".", base)
 

@@ -53,6 +53,7 @@ from optima_tpu.config.choices import (
     options_of,
 )
 from optima_tpu.config.flat import flat
+from optima_tpu.config.names import ALIASES, ELSEWHERE
 from optima_tpu.config.options import PARTS, Formatter, add_fields, add_method, alternatives, fields, kinds, make_parser, parts
 from optima_tpu.config.presets import PLAIN, PRESETS, default_preset, with_preset
 from optima_tpu.config.run_config import RunConfig, default_run, to_dict
@@ -352,6 +353,13 @@ def _long(document: dict[str, Any], origin: str) -> dict[str, Any]:
             document[setting] = method_settings(value)
         elif setting in PARTS and not isinstance(value, dict):
             raise UserError(f"{origin}: expected settings under {setting}, such as 'source: c4', got {value!r}")
+    for alias, name in ALIASES.items():
+        part, _, option = alias.partition(".")
+        if option in document.get(part, {}):
+            real = name.partition(".")[2]
+            if real in document[part]:
+                raise UserError(f"{origin}: expected {alias} or {name}, which are one setting, got both")
+            document[part] = {real if key == option else key: value for key, value in document[part].items()}
     return document
 
 
@@ -373,12 +381,12 @@ def load_file(path: str | Path, what: str = "a YAML file") -> dict[str, Any]:
 
 
 def spelled(argument: str) -> str:
-    """--cpu-devices as --cpu_devices, and --solver NAME as --solver.name NAME."""
+    """--cpu-devices as --cpu_devices, --solver NAME as --solver.name NAME, and a setting's other name as its own."""
     if not argument.startswith("--"):
         return argument
     option, equals, value = argument.partition("=")
-    option = "--" + option[2:].replace("-", "_")
-    return option + (".name" if option[2:] in CHOICES else "") + equals + value
+    option = option[2:].replace("-", "_")
+    return f"--{ALIASES.get(option, option)}" + (".name" if option in CHOICES else "") + equals + value
 
 
 def _words(argv: Sequence[str]) -> list[str]:
@@ -464,6 +472,11 @@ def refuse_unknown(names: Iterable[str], known: set[str], dashes: str) -> None:
         if name in known:
             continue
         candidates = {entry.removesuffix(".name") for entry in known}
+        elsewhere, value = ELSEWHERE.get(name.replace("-", "_"), ("", ""))
+        if elsewhere in candidates:
+            raise UserError(
+                f"there is no setting {dashes}{name}; did you mean {dashes}{elsewhere}{' ' if dashes else ': '}{value}?"
+            )
         near = sorted(entry for entry in candidates if entry.rpartition(".")[2] == name.rpartition(".")[2])
         near += [entry for entry in difflib.get_close_matches(name, candidates, n=3, cutoff=0.6) if entry not in near]
         meant = " or ".join(dashes + entry for entry in near[:3])

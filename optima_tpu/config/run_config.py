@@ -51,11 +51,11 @@ class Calibration:
         self?temperature=0.8 at another temperature than 1), random, file:PATH (.txt, .jsonl, .parquet; also .gz),
         tfds:NAME@DIR (a prepared data set), hub:ORG/NAME[/CONFIG]@SPLIT (by the datasets library) or npy:PATH (token ids). Or
         several of these with their shares of the windows, such as c4:0.5,file:code.jsonl:0.5.
-      samples: number of token sequences. More usually give better weights, and calibration takes longer.
-      length: tokens in each sequence; null takes 2048, or the model's context if that is shorter.
-      seed: which sequences are drawn; the same seed gives the same tokens.
-      held_out: number of further sequences that no weight is fitted to; the report has every layer's error on them too.
-      written: number of sequences that the dense model writes itself, as with the source self, and that weights are fitted to beside
+      samples: number of windows of tokens, also calibration.windows. More usually give better weights, and calibration takes longer.
+      length: tokens in each window; null takes 2048, or the model's context if that is shorter.
+      seed: which windows are drawn; the same seed gives the same tokens.
+      held_out: number of further windows that no weight is fitted to; the report has every layer's error on them too.
+      written: number of windows that the dense model writes itself, as with the source self, and that weights are fitted to beside
         those of the source. They help most with few samples and on other kinds of text. The whole model must fit the devices.
     """
 
@@ -102,7 +102,7 @@ class Evaluation:
       source: as calibration.source, but not self; null takes the evaluation text that belongs to calibration.source. If that is
         file:, npy:, hub: or self, give a source here, because these have no evaluation text.
       length: tokens in a window; null takes calibration.length.
-      windows: number of windows to measure on, counted from the first; null takes all.
+      windows: number of windows to measure on, also evaluation.samples, counted from the first; null takes all.
       bos: "window" puts a BOS token before every window; "text" only puts one before the whole text, if the tokenizer does, as
         for published perplexities. null takes window for the families that need it (Gemma), and text for the others.
     """
@@ -154,6 +154,7 @@ class RunConfig:
       cpu_devices: simulate this many devices on the CPU, in every process.
       pattern: which weights are pruned: 0.5/row prunes half of every row, 0.5/layer half of every matrix, 0.5 half of every group
         that the published selector compares, 2:4 keeps 2 of every 4, 2:4@128 keeps 2 of every 4 inputs that lie 128 apart.
+        A pattern of your own is named by its import path and options: my_lab.patterns:Comb?every=3.
       layers: rules for layers with another pattern: PATH=PATTERN or PATH=dense, separated by commas; the last rule that matches
         holds. "self_attn.*=dense" leaves attention dense, "model.layers.0.*=0.3" prunes the first block less.
       selector: how the weights that stay are chosen.

@@ -1,0 +1,33 @@
+"""Other names of settings: those that stand for a setting, and those of other programs, which a refusal translates."""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+ALIASES: Mapping[str, str] = MappingProxyType(
+    {"calibration.windows": "calibration.samples", "evaluation.samples": "evaluation.windows"}
+)
+"""What may be typed for a setting -> its name. Both count windows of tokens, so each is known by both words."""
+
+ELSEWHERE: Mapping[str, tuple[str, str]] = MappingProxyType(
+    {
+        **dict.fromkeys(("sparsity", "sparsity_ratio", "ratio", "amount"), ("pattern", "0.5")),
+        **dict.fromkeys(("sparsity_type", "prunen", "prunem", "nm", "mask_structure"), ("pattern", "2:4")),
+        **dict.fromkeys(("nsamples", "n_samples", "num_samples", "samples"), ("calibration.samples", "128")),
+        **dict.fromkeys(("num_calibration_samples", "calibration_samples"), ("calibration.samples", "128")),
+        **dict.fromkeys(("seqlen", "seq_len", "seq_length", "sequence_length", "max_seq_length"), ("calibration.length", "2048")),
+        **dict.fromkeys(("dataset", "data", "calibration_dataset", "calib_data", "calib_dataset"), ("calibration.source", "c4")),
+        **dict.fromkeys(("eval_dataset", "evaluation_dataset"), ("evaluation.source", "wikitext2")),
+        **dict.fromkeys(("method", "prune_method", "pruner", "algorithm"), ("selector", "wanda")),
+        **dict.fromkeys(("percdamp", "dampening_frac"), ("selector.damping", "0.01")),
+        **dict.fromkeys(("true_sequential", "sequential"), ("recapture", "true")),
+        **dict.fromkeys(("output_dir", "save", "save_model", "save_dir", "out"), ("output", "DIR")),
+        **dict.fromkeys(("model_name_or_path", "model_name", "model_path", "model_id", "pretrained"), ("model", "MODEL")),
+        **dict.fromkeys(("batch_size", "batchsize"), ("batch", "4")),
+        **dict.fromkeys(("wbits", "bits"), ("quantize", "int4")),
+        **dict.fromkeys(("groupsize", "group_size"), ("quantize.group", "128")),
+        **dict.fromkeys(("lr", "learning_rate"), ("distill.learning_rate", "7e-5")),
+        **dict.fromkeys(("epochs", "num_train_epochs"), ("distill.passes", "1")),
+        "ignore": ("layers", "PATH=dense"),
+    }
+)
+"""A setting's name in the codes of papers and in other libraries -> its name here, and a value."""

@@ -1,0 +1,201 @@
+"""Arguments are read, explained and refused before the libraries load, with the same words as afterwards."""
+
+import contextlib
+import io
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from optima_tpu.cli import main
+from optima_tpu.config.choices import CHOICES
+from optima_tpu.config.options import alternatives, fields
+from optima_tpu.config.parse import parse
+from optima_tpu.data import token_digest
+from optima_tpu.errors import UserError
+from optima_tpu.runtime import light
+from optima_tpu.runtime.program import MODULES
+from tests.support import ROOT
+
+CHILD = """
+import contextlib, io, json, sys
+
+class Refuses:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in LIBRARIES:
+            raise AssertionError(f"{name} is imported")
+
+LIBRARIES = "jax", "jaxlib", "numpy", "scipy", "mpax", "optax", "transformers", "pyarrow", "torch", "huggingface_hub", "matplotlib"
+sys.meta_path.insert(0, Refuses())
+from optima_tpu.cli import main
+for words in json.loads(sys.stdin.read()):
+    print(words, file=sys.stderr)
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            status = main(words)
+        except SystemExit as exits:
+            status = exits.code
+    print(json.dumps([status, out.getvalue(), err.getvalue()]))
+"""
+REFUSED = [
+    ["prune", "--pattrn", "2"],
+    ["prune", "--batch", "many"],
+    ["prune", "--batch", "0"],
+    ["prune", "--solver.tolerance", "-1"],
+    ["prune", "--solver", "mpxa"],
+    ["prune", "--pattern", "2:x"],
+    ["prune", "--pattern", "4:2"],
+    ["prune", "--layers", "mlp.*"],
+    ["prune", "--tuning", "grid", "--solver", "null"],
+    ["prune", "--allocation", "owl", "--pattern", "2:4"],
+    ["prune", "--preset", "fsat"],
+    ["prune", "--config", "nowhere.yaml"],
+    ["prune", "./nowhere"],
+    ["prune", "--mesh", "4x"],
+    ["prune", "--mesh", "4x2", "--cpu_devices", "4"],
+    ["prune", "--coordinator", "here:99999", "--num_processes", "2", "--process_id", "0"],
+    ["prune", "--coordinator", "here:80", "--num_processes", "2", "--process_id", "2"],
+    ["prune", "--num_processes", "2"],
+    ["prune", "--calibration.source", "wikitxt"],
+    ["prune", "--calibration.source", "file:nowhere.txt"],
+    ["prune", "configs", "--calibration.source", "hub:a/b@train", "--evaluation.source", "hub:a/b@train"],
+    ["prune", "configs", "--calibration.source", "self", "--distill", "kl", "--evaluation.source", "pydoc"],
+    ["evaluate", "configs", "--lenght", "7"],
+    ["evaluate", "configs", "--mesh", "4x2", "--cpu_devices", "4"],
+    ["evaluate", "configs", "--perplexity", "file:nowhere.txt"],
+    ["recover", "configs", "--tokens", "many"],
+    ["recover", "configs", "--tokens", "1k", "--source", "hub:a/b@train"],
+    ["recover", "configs", "--tokens", "1k", "--process_id", "1"],
+    ["plan", "--topologie", "v5e:4x2"],
+    ["sweep", "nowhere.yaml"],
+    ["sweep", "configs/tables/smollm2.yaml", "--only", "nothing"],
+    ["report", "a", "--ouput", "b"],
+    ["report", "a", "--output", "nowhere/page.html"],
+    ["export", "a"],
+    ["push", "a"],
+    ["unpack", "a"],
+    ["verify", "nowhere"],
+    ["verify", "configs"],
+    ["figures", "layer-errors", "a", "--output", "nowhere.txt"],
+    ["data", "a@b"],
+]
+SHOWN = [["--version"], *([name, "--help"] for name in MODULES), ["prune", "--preset", "paper", "--print_config"]]
+
+
+@pytest.fixture
+def narrow(monkeypatch):
+    """Help texts have the width of the terminal."""
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.chdir(ROOT)
+
+
+def without_libraries(commands: list[list[str]]) -> list[list]:
+    """What commands do in one process that may import no library: [status, what is printed, errors]."""
+    child = subprocess.run(
+        [sys.executable, "-c", CHILD], input=json.dumps(commands), capture_output=True, text=True, cwd=ROOT, check=False
+    )
+    assert child.returncode == 0, child.stderr
+    return [json.loads(line) for line in child.stdout.splitlines()]
+
+
+def here(words: list[str]) -> list:
+    """What a command does in this process, which has imported the libraries."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            status = main(words)
+        except SystemExit as exits:
+            status = exits.code
+    return [status, out.getvalue(), err.getvalue()]
+
+
+def test_arguments_are_explained_and_refused_without_jax_in_the_same_words(narrow):
+    commands = REFUSED + SHOWN
+    for words, result in zip(commands, without_libraries(commands), strict=True):
+        assert result[0] == (2 if words in REFUSED else 0), (words, result)
+        assert result == here(words), words
+
+
+def test_a_file_is_compared_with_its_checksum_without_jax(narrow, finished, tmp_path):
+    (good,) = without_libraries([["verify", str(finished.directory)]])
+    assert good[0] == 0 and "all match" in good[1]
+    (tmp_path / "run.json").write_bytes((finished.directory / "run.json").read_bytes())
+    ((status, printed, _),) = without_libraries([["verify", str(tmp_path)]])
+    assert status == 1 and f"damaged: {tmp_path / 'run.json'} " in printed
+
+
+@pytest.fixture(scope="module")
+def light_parse():
+    return light._Modules().load("optima_tpu.config.parse").parse
+
+
+@pytest.mark.parametrize("setting", CHOICES)
+def test_every_option_is_checked_without_libraries_as_with_them(setting, light_parse, capsys):
+    for name, cls in CHOICES[setting].items():
+        changes = [[]] + [
+            [f"--{setting}.{option}", value]
+            for option, kind in (fields(cls) if cls else {}).items()
+            if {int, float} & {*alternatives(kind)}
+            for value in ("-1", "0")
+        ]
+        for change in changes:
+            words = ["--preset", "fast", f"--{setting}", name, *change, "--print_config"]
+            assert _outcome(light_parse, words, capsys) == _outcome(parse, words, capsys)
+
+
+def _outcome(read, words, capsys) -> tuple[str, str]:
+    try:
+        read(words)
+    except UserError as error:
+        return str(error), ""
+    except SystemExit:
+        return "", capsys.readouterr().out
+    raise AssertionError(words)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--selector", "my_lab:Mask"],
+        ["--solver", "my_lab:Solver"],
+        ["--target", "my_lab:Target"],
+        ["--pattern", "my_lab:Comb"],
+        ["--layers", "mlp.*=my_lab:Comb"],
+        ["--config", "mine.yaml"],
+    ],
+    ids=" ".join,
+)
+def test_a_class_of_the_user_is_imported_by_the_real_modules_alone(words, light_parse, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my_lab.py").write_text("raise SystemExit('imported')")
+    (tmp_path / "mine.yaml").write_text("selector: my_lab:Mask")
+    with pytest.raises(light.NeedsLibraries):
+        light_parse(words)
+    assert "my_lab" not in sys.modules
+
+
+def test_what_needs_a_library_is_left_to_the_real_function(monkeypatch):
+    digest, ids = "optima_tpu.data.source:token_digest", np.ones((1, 2))
+    with pytest.raises(light.NeedsLibraries):
+        light.without_libraries(digest, ids)
+    monkeypatch.delitem(sys.modules, "jax")
+    light.rehearse(digest, ids)
+    assert light.lightly(digest, ids) == light.rehearsed(digest, ids) == token_digest(ids)
+
+
+def test_help_says_how_ones_own_classes_are_named(narrow):
+    ((_, help_text, _),) = without_libraries([["prune", "--help"]])
+    words = " ".join(help_text.split())
+    for each in ("my_lab.masks:MySelector", "my_lab.masks:MySolver", "my_lab.masks:MyTarget", "my_lab.patterns:Comb?every=3"):
+        assert each in words
+    assert words.count("the import path of a class of your own") == 3
+
+
+def test_a_clash_of_files_is_refused_from_the_arguments(narrow, tmp_path):
+    (tmp_path / "a.txt").write_text("text")
+    texts = ["--calibration.source", f"file:{tmp_path}/a.txt", "--evaluation.source", f"file:{tmp_path}/../{tmp_path.name}/a.txt"]
+    ((status, _, message),) = without_libraries([["prune", "configs", *texts]])
+    assert status == 2 and f"calibration and evaluation would both read {tmp_path}/a.txt: expected two different texts" in message
