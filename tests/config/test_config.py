@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from optima_tpu.config import yaml12
-from optima_tpu.config.parse import dump, flags, on_preset, parse
+from optima_tpu.config.names import ALIASES, ELSEWHERE
+from optima_tpu.config.parse import configure, dump, flags, on_preset, parse
 from optima_tpu.config.presets import PRESETS
 from optima_tpu.config.run_config import CHOICES, EMBEDDED, Calibration, Evaluation, RunConfig, to_dict, weights_settings
 from optima_tpu.data import check_sources
@@ -561,3 +562,44 @@ def test_the_papers_settings():
     assert (config.solver.eps_abs, config.solver.eps_rel, config.solver.iteration_limit) == (1e-2, 1e-2, 100_000)
     assert config.calibration == Calibration("c4", 128, 2048)
     assert RunConfig(model="a").accept == PerRow()
+
+
+_ROWS = (ROOT / "docs/method/glossary.md").read_text().partition("## Settings by other names")[2].splitlines()
+GLOSSARY = re.findall(r"--(\w[\w-]*)", " ".join(row.split("|")[1] for row in _ROWS if row.startswith("|")))
+
+
+@pytest.mark.parametrize("name", sorted({*GLOSSARY, *ELSEWHERE} - {"seed"}))
+def test_a_name_of_another_program_is_answered_with_the_name_here(name, file):
+    """Those in the left column of the glossary are among them."""
+    setting, value = ELSEWHERE[name.replace("-", "_")]
+    chosen = {"selector.damping": {"selector": "sparsegpt"}, "quantize.group": {"quantize": "int4"}}.get(setting, {})
+    chosen |= {"distill": "kl"} if setting.startswith("distill.") else {}
+    flags = [word for each, method in chosen.items() for word in (f"--{each}", method)]
+    spelled = name.replace("-", "_")
+    with pytest.raises(UserError, match=re.escape(f"no setting --{spelled}; did you mean --{setting} {value}?")):
+        parse([*flags, f"--{name}", "7"])
+    lines = [f"{each}: {method}" for each, method in chosen.items()]
+    with pytest.raises(UserError, match=re.escape(f"no setting {spelled}; did you mean {setting}: {value}?")):
+        parse(["--config", file("\n".join([*lines, f"{spelled}: 7"]))])
+
+
+@pytest.mark.parametrize("name", [name for name, _ in ELSEWHERE.values()])
+def test_the_names_here_that_answer_others_exist(name):
+    assert name.partition(".")[0] in to_dict(EMBEDDED)
+
+
+@pytest.mark.parametrize("alias, name", ALIASES.items())
+def test_windows_of_both_texts_are_known_by_both_words(alias, name, file):
+    part, _, word = alias.partition(".")
+    own = name.partition(".")[2]
+    for config in (
+        parse([f"--{alias}", "7"]),
+        parse([f"--{alias}=7"]),
+        parse(["--config", file(f"{part}: {{{word}: 7}}")]),
+        parse(["--config", file(f"{part}: {{{word}: 5}}"), f"--{name}", "7"]),
+        configure({"model": "a", part: {word: 7}}),
+    ):
+        assert getattr(getattr(config, part), own) == 7
+        assert f"--{name}" in flags(config) and alias not in dump(config)
+    with pytest.raises(UserError, match=f"expected {alias} or {name}, which are one setting, got both"):
+        parse(["--config", file(f"{part}: {{{word}: 7, {own}: 7}}")])
