@@ -103,9 +103,8 @@ class _Modules:
             path = _ROOT.joinpath(*name.split(".")[1:])
             path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
             module = self.loaded[name] = types.ModuleType(name)
-            code = importlib.machinery.SourceFileLoader(name, str(path)).get_code(
-                name
-            )  # kept in __pycache__, like the real one's
+            # Kept in __pycache__, like the real one's.
+            code = importlib.machinery.SourceFileLoader(name, str(path)).get_code(name)
             assert code is not None
             vars(module).update(__builtins__=self.builtins, __file__=str(path), __package__=name.rpartition(".")[0])
             self.loading += 1
