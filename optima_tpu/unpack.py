@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 from optima_tpu.errors import UserError
+from optima_tpu.runtime import signals
 from optima_tpu.runtime.buckets import as_path, in_bucket
 from optima_tpu.runtime.checksums import write_sums
 from optima_tpu.runtime.command import guarded
@@ -37,6 +38,7 @@ def read(arguments: list[str] | None) -> argparse.Namespace:
 def _unpack(arguments: list[str] | None) -> None:
     chosen = read(arguments)
     unpack(chosen.packed, chosen.out)
+    signals.ended(0)
     print(f"wrote {chosen.out}")
 
 
@@ -49,6 +51,8 @@ def unpack(packed: str | Path, out: str | Path) -> None:
     packed, out = as_path(packed), as_path(out).resolve()
     if remote := [path for path in (packed, out) if in_bucket(path)]:
         raise UserError(f"expected folders on a disk, got {remote[0]}: copy the packed folder to a disk and unpack it there")
+    if out.is_relative_to(packed.resolve()) and out != packed.resolve():
+        raise UserError(f"expected a folder outside of the packed folder {packed} to unpack to, got {out}; choose another folder")
     refuse_occupied(out, "unpack to")
     # Imports transformers, which --help does not wait for.
     from optima_tpu.models.checkpoints.packed import INDEX, Packed, PackedError

@@ -8,7 +8,6 @@ import argparse
 import contextlib
 import math
 import re
-import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -21,7 +20,7 @@ from optima_tpu.data.tfds import TFDS
 from optima_tpu.errors import UserError
 from optima_tpu.runtime import signals
 from optima_tpu.runtime.command import guarded
-from optima_tpu.runtime.files import PARTIAL, commit, writing
+from optima_tpu.runtime.files import making, writing
 from optima_tpu.runtime.program import Parser, program
 
 VERSION = "1.0.0"
@@ -61,26 +60,17 @@ def build(
     for file in (*files, *validation_files):
         file.check()
     splits = {"train": 0} | ({"validation": 0} if validation_files or validation_share else {})
-    partial = target.directory / f".{target.name}-{VERSION}{PARTIAL}"
-    with writing(final, "nothing was left there; make room or choose another directory"):
-        if partial.exists():  # of a program that was killed
-            shutil.rmtree(partial)
-        partial.mkdir(parents=True)
-        try:
-            with _writers(partial, target.name, splits) as write:
-                for number, (split, text) in enumerate(_documents(files, validation_files, validation_share), start=1):
-                    write(split, text)
-                    splits[split] += 1
-                    signals.check()
-                    advance(number)
-            if empty := [split for split, count in splits.items() if not count]:
-                raise UserError(f"no document is in the split {' or '.join(empty)}: give more text or another share")
-            _describe(partial, target.name, splits)
-            final.parent.mkdir(exist_ok=True)
-            commit(partial, final)
-        except BaseException:
-            shutil.rmtree(partial)
-            raise
+    with writing(final, "nothing was left there; make room or choose another directory"), making(final.parent) as data_set:
+        (partial := data_set / VERSION).mkdir()
+        with _writers(partial, target.name, splits) as write:
+            for number, (split, text) in enumerate(_documents(files, validation_files, validation_share), start=1):
+                write(split, text)
+                splits[split] += 1
+                signals.check()
+                advance(number)
+        if empty := [split for split, count in splits.items() if not count]:
+            raise UserError(f"no document is in the split {' or '.join(empty)}: give more text or another share")
+        _describe(partial, target.name, splits)
     return splits
 
 
@@ -186,6 +176,7 @@ def _build(arguments: list[str] | None) -> None:
     with progress:
         task = progress.add_task("", total=None)
         counts = build(target, files, others, chosen.validation_share, lambda count: progress.update(task, completed=count))
+    signals.ended(0)
     held = ", ".join(f"{count:,} documents in {split}" for split, count in counts.items())
     print(f"wrote {target.directory / target.name / VERSION}: {held}; use it with --calibration.source {target}")
 

@@ -5,7 +5,6 @@ import functools
 import hashlib
 import importlib.metadata
 import json
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,7 +15,7 @@ import safetensors.numpy
 from optima_tpu.data.source import Fingerprinted, Source, Split, Tokens
 from optima_tpu.models.checkpoints import Pretrained
 from optima_tpu.report.licence import CARD
-from optima_tpu.runtime.files import PARTIAL, commit, user_cache
+from optima_tpu.runtime.files import user_cache, write_bytes
 from optima_tpu.runtime.processes import from_first
 
 
@@ -68,16 +67,7 @@ class TokenCache:
         """Saves tokens under a key. Returns None, or the reason of a failure, which need not stop the run."""
         about = {"how": tokens.how, "available": str(tokens.available), "digest": _digest(key, tokens)}
         try:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            # A unique name: another program may be writing the same entry.
-            descriptor, partial = tempfile.mkstemp(suffix=PARTIAL, dir=self.directory)
-            try:
-                with open(descriptor, "wb") as file:
-                    file.write(safetensors.numpy.save({"ids": np.ascontiguousarray(tokens.ids)}, about))
-                commit(Path(partial), self._path(key))
-            except BaseException:
-                Path(partial).unlink(missing_ok=True)
-                raise
+            write_bytes(self._path(key), safetensors.numpy.save({"ids": np.ascontiguousarray(tokens.ids)}, about))
         except OSError as error:
             return error.strerror or str(error)
         return None

@@ -58,8 +58,8 @@ from optima_tpu.runtime.files import (
     read_here,
     refuse_unreachable,
     remove,
-    staged,
     still_only_program,
+    unfinished,
     writing,
     written_here,
 )
@@ -98,9 +98,11 @@ def refuse_unusable(directory: Path) -> None:
 
 def _refuse_other_files(directory: Path) -> None:
     refuse_links(directory)
+    if not directory.exists() or (directory / RUN).exists():
+        return
     # A run that was killed while it wrote its first file left only its lock and the beginning of this file.
-    left = (LOCK, LOCK + PARTIAL, RUN + PARTIAL)
-    if directory.exists() and not (directory / RUN).exists() and any(child.name not in left for child in directory.iterdir()):
+    left = (LOCK, LOCK + PARTIAL)
+    if not all(child.name in left or unfinished(child) for child in directory.iterdir()):
         raise UserError(f"{directory} holds files that are not a run of this program; choose another --output")
 
 
@@ -222,7 +224,6 @@ class Journal:
         if stray := set(scales) - set(masks):
             raise ValueError(f"scales without masks: {sorted(stray)}")
         entry, states = self.entry(index), self._states(index)
-        partial, partial_states = staged(entry), staged(states)
         remedy = f"the {len(self.finished)} finished blocks are intact; make room and repeat the command"
 
         due = from_first(lambda: self.repeated >= 60 * self.recompute) and bool(streams)
@@ -231,11 +232,12 @@ class Journal:
             still_only_program(self.directory)
             self._refuse_lost()
             with writing(entry, remedy):
+                begun = begin(entry), begin(states) if due else states
                 for path in (entry, states):
-                    begin(path)
                     remove(path)  # left by a damaged or unfinished block
                 if due:
-                    partial_states.mkdir(parents=True)
+                    begun[1].mkdir(parents=True)
+                return begun
 
         def write_states():
             with writing(entry, remedy):
@@ -254,7 +256,7 @@ class Journal:
                     remove(old)
 
         with uninterrupted():
-            first_only(clear)
+            partial, partial_states = from_first(clear)
             if due:
                 together(write_states)
             with writing(entry, remedy):

@@ -1,19 +1,20 @@
 """Atomic writes: a file or folder is either complete or absent, even after kill -9 or a power cut.
 
-On a file system it is written under another name, synced to the disk, and renamed. In a bucket (``optima_tpu.runtime.buckets``) a
-file is one object, which appears whole. A folder is written under its own name, and counts as absent while a marker object exists
-beside it. The marker has the name that the unfinished folder has on a file system.
+On a file system it is written inside a new folder beside its final path, synced to the disk, and renamed. The new folder's name is
+random, and no other user may enter it: nobody can put a link there, and two programs never share one. In a bucket
+(``optima_tpu.runtime.buckets``) a file is one object, which appears whole. A folder is written under its own name, and counts as
+absent while a marker object exists beside it.
 """
 
 import contextlib
-import glob
+import errno
 import hashlib
 import math
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Protocol
 
@@ -25,11 +26,16 @@ from optima_tpu.errors import UserError
 from optima_tpu.runtime.buckets import BucketError, copy, in_bucket, objects_in, reached, refuse_other, stored_digest, take_over
 from optima_tpu.runtime.inside import below
 from optima_tpu.runtime.processes import first_only
+from optima_tpu.runtime.signals import undoing, uninterrupted
 
 PARTIAL = ".partial"
-"""Suffix of a file or folder that is still being written. The program that writes the final name may delete it."""
+"""Suffix of a folder in which something is being written; in a bucket, of the marker beside an unfinished folder."""
 
-_ORBAX = (".partial_save*", ".orbax-checkpoint-tmp*")  # suffixes of a folder while Orbax writes to it
+_UNFINISHED = re.compile(r".*\.[a-z0-9_]{8}\.partial")
+"""The names that :func:`begin` gives to folders."""
+
+_OCCUPIED = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)
+"""Why a folder cannot be renamed to a path at which something stands."""
 
 LOCK = "run.lock"
 """Held by the process that works in a directory."""
@@ -69,7 +75,9 @@ def writing(path: Path, remedy: str) -> Iterator[None]:
 def _elsewhere(error: Exception, path: Path) -> str:
     """The file that the error is about where that is not ``path``, such as one that is read for it."""
     name = error.filename if isinstance(error, OSError) else None
-    if not isinstance(name, (str, os.PathLike)) or str(name).startswith(str(path)) or path.is_relative_to(name):
+    if not isinstance(name, (str, os.PathLike)) or path.is_relative_to(name):
+        return ""
+    if os.path.abspath(name).startswith(os.path.abspath(path)):
         return ""
     return f"{name}: "
 
@@ -167,54 +175,44 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def staged(path: Path) -> Path:
-    """The name under which a file or folder is written until :func:`commit`."""
-    return path if in_bucket(path) else path.with_name(path.name + PARTIAL)
-
-
 def begin(path: Path) -> Path:
-    """Removes what an interrupted write of ``path`` left, including Orbax's temporary folders.
+    """A path that does not exist, under which a file or folder ``path`` is written until :func:`commit`.
 
-    Returns:
-      The path of :func:`staged`, which may now be written.
+    It has the name of ``path`` and is alone in a new folder, so that Orbax's temporary folders, which it names after what it
+    writes, are in there too. In a bucket it is ``path`` itself, without what an interrupted write left there.
     """
-    partial = path.with_name(path.name + PARTIAL)
     if in_bucket(path):
-        if partial.exists():
+        if (marker := _marker(path)).exists():
             remove(path)
-        partial.write_bytes(b"")
-    else:
-        remove(partial)
-        for suffix in _ORBAX:
-            for left in path.parent.glob(glob.escape(partial.name) + suffix):
-                remove(left)
-    return staged(path)
-
-
-@contextlib.contextmanager
-def making(folder: Path) -> Iterator[Path]:
-    """Yields a new, empty folder that gets the name ``folder`` when the body is done; if the body fails nothing is left."""
-    partial = begin(folder)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        commit(partial, folder)
-    except BaseException:
-        for left in (partial, folder.with_name(folder.name + PARTIAL)):  # the same path, except in a bucket
-            remove(left)
-        raise
+        marker.write_bytes(b"")
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Only the new folder is closed to other users. What is written in it gets the modes of ordinary files.
+    folder = Path(tempfile.mkdtemp(PARTIAL, f"{path.name[:40]}.", path.parent))
+    return path.parent / folder.name / path.name
 
 
 def commit(partial: Path, final: Path) -> None:
     """Syncs the contents of a completely written file or folder to the disk, then gives it its final name.
 
     An existing file ``final`` is replaced, an existing folder must be empty.
+
+    Raises:
+      UserError: another program has written a folder ``final`` since this one looked.
     """
     if in_bucket(final):
-        remove(final.with_name(final.name + PARTIAL))
+        remove(_marker(final))
         return
     sync(partial)
-    os.replace(partial, final)
+    try:
+        os.replace(partial, final)
+    except OSError as error:
+        if error.errno not in _OCCUPIED:
+            raise
+        raise UserError(
+            f"another program has written {final} meanwhile, and this one has written nothing: use that one, or choose another name"
+        ) from error
+    partial.parent.rmdir()
     descriptor = os.open(final.parent, os.O_RDONLY)
     try:
         os.fsync(descriptor)  # the new name, not the folder's other contents
@@ -222,9 +220,55 @@ def commit(partial: Path, final: Path) -> None:
         os.close(descriptor)
 
 
+@contextlib.contextmanager
+def _writing_anew(path: Path) -> Iterator[Path]:
+    """Yields the path of :func:`begin`, and commits it when the body is done; if the body fails nothing is left."""
+    partial = begin(path)
+
+    def undo() -> None:
+        for left in (partial, _marker(path)) if in_bucket(path) else (partial.parent,):
+            remove(left)
+
+    try:
+        with undoing(undo):
+            yield partial
+        with uninterrupted():  # a command that is stopped has then written either nothing or all
+            commit(partial, path)
+    except BaseException:
+        undo()
+        raise
+
+
+@contextlib.contextmanager
+def making(folder: Path) -> Iterator[Path]:
+    """Yields a new, empty folder that gets the name ``folder`` when the body is done; if the body fails nothing is left."""
+    with _writing_anew(folder) as partial:
+        partial.mkdir(parents=True)
+        yield partial
+
+
+def _marker(path: Path) -> Path:
+    return path.with_name(path.name + PARTIAL)
+
+
+def unfinished(path: Path) -> bool:
+    """Whether :func:`begin` made a folder, in which something is still being written or a killed program left something."""
+    return _UNFINISHED.fullmatch(path.name) is not None and path.is_dir() and not path.is_symlink()
+
+
+def remove_unfinished(directory: Path) -> None:
+    """Removes what killed programs left in a directory and its folders. Call it as the only program in the directory."""
+    if in_bucket(directory):
+        return
+    folders = [child for child in directory.iterdir() if child.is_dir() and not child.is_symlink()]
+    for left in [*folders, *(child for folder in folders for child in folder.iterdir())]:
+        if unfinished(left):
+            shutil.rmtree(left)
+
+
 def complete(path: Path) -> bool:
     """Whether a file or folder that :func:`begin` and :func:`commit` write exists and is complete."""
-    return path.exists() and not (in_bucket(path) and path.with_name(path.name + PARTIAL).exists())
+    return path.exists() and not (in_bucket(path) and _marker(path).exists())
 
 
 def refuse_occupied(folder: Path, purpose: str) -> None:
@@ -244,14 +288,29 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def remove_if(folder: Path, holds: Callable[[Path], bool]) -> None:
+    """Removes a folder for which ``holds`` is true, even if another program is replacing the folder."""
+    if not holds(folder):
+        return
+    if in_bucket(folder):
+        remove(folder)
+        return
+    # Out of the other programs' sight first: one of them may have put a whole folder there since the check.
+    aside = begin(folder)
+    with contextlib.suppress(FileNotFoundError):
+        os.replace(folder, aside)
+        if not holds(aside):
+            os.replace(aside, folder)
+    remove(aside.parent)
+
+
 def write_bytes(path: Path, data: bytes) -> None:
     """Writes a whole file, or nothing."""
     if in_bucket(path):
         path.write_bytes(data)
         return
-    partial = staged(path)
-    partial.write_bytes(data)
-    commit(partial, path)
+    with _writing_anew(path) as partial:
+        partial.write_bytes(data)
 
 
 def files_in(folder: Path) -> Iterator[Path]:

@@ -12,8 +12,8 @@ import select
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from types import FrameType, MappingProxyType
 
 RESUME = 75
@@ -22,8 +22,9 @@ INTERRUPTED = 130
 """Exit status after Ctrl-C, as of a shell."""
 
 _STATUS: Mapping[int, int] = MappingProxyType({signal.SIGTERM: RESUME, signal.SIGINT: INTERRUPTED})
-_GRACE = {signal.SIGTERM: 30.0, signal.SIGINT: 2.0}
-"""Signal -> seconds until the thread ends the process. Slurm's script and clouds give a minute or less; a user waits at Ctrl-C."""
+_GRACE = {signal.SIGTERM: 20.0, signal.SIGINT: 2.0}
+"""Signal -> seconds until the thread ends the process, as in the middle of a long compilation. Kubernetes and Slurm kill a process
+30 seconds after SIGTERM: the line and the status come before that. A user waits at Ctrl-C."""
 SAVING = "stopping after the save that is under way; a second signal ends at once"
 """What the thread prints where the grace is over and a save keeps the process."""
 _SAME = 0.5
@@ -88,8 +89,17 @@ def end_later(seconds: float) -> None:
 
 
 def ended(status: int) -> None:
-    """Says that the work is done: from now on a signal ends the process at once, with this status."""
+    """Says that the work is done: from now on a signal ends the process at once, with this status.
+
+    A command that writes calls it when all is written, before it prints what it wrote: neither a signal nor an output that nobody
+    reads makes the command fail then.
+    """
     _LISTENER.status = status
+
+
+def status_given() -> int | None:
+    """The status of :func:`ended`; None while the work goes on."""
+    return _LISTENER.status
 
 
 @contextmanager
@@ -106,6 +116,19 @@ def uninterrupted() -> Iterator[None]:
         _LISTENER.saved = time.monotonic()
 
 
+@contextmanager
+def undoing(undo: Callable[[], None]) -> Iterator[None]:
+    """Calls ``undo`` if a signal ends the process before the body of the ``with`` is done.
+
+    The body is not waited for longer than after Ctrl-C, since nothing of it would be kept.
+    """
+    _LISTENER.undo.append(undo)
+    try:
+        yield
+    finally:
+        _LISTENER.undo.remove(undo)
+
+
 class _Listener:
     """The flag, the handlers and the thread.
 
@@ -116,6 +139,7 @@ class _Listener:
       saved: when the last of them was done, by the monotonic clock.
       later: see :func:`end_later`.
       status: see :func:`ended`; None before.
+      undo: what the running bodies of :func:`undoing` gave.
     """
 
     def __init__(self) -> None:
@@ -127,6 +151,7 @@ class _Listener:
         self.again = "the same command does it again"
         self.number, self.saves, self.saved, self.later = 0, 0, 0.0, 0.0
         self.status: int | None = None
+        self.undo: list[Callable[[], None]] = []
         self._since = 0.0
 
     def start(self) -> bool:
@@ -209,13 +234,17 @@ class _Listener:
                 announced = True
 
     def _deadline(self) -> float:
-        return max(self._since, self.saved) + _GRACE[signal.Signals(self.number)] + self.later
+        grace = min(_GRACE.values()) if self.undo else _GRACE[signal.Signals(self.number)]
+        return max(self._since, self.saved) + grace + self.later
 
     def _end(self, when: str) -> None:
         # Not through sys.stderr: the main thread may be stopped while it holds the stream's lock.
         if os.isatty(1):
             os.write(1, b"\x1b[?25h")  # shows the cursor, which a progress bar hides
         os.write(2, (told(self.number, self.again, when) + "\n").encode())
+        for undo in self.undo:
+            with suppress(Exception):  # what cannot be undone must not keep the process
+                undo()
         os._exit(_STATUS[self.number])
 
 

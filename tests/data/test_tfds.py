@@ -16,6 +16,7 @@ from optima_tpu import data
 from optima_tpu.data import build
 from optima_tpu.errors import UserError
 from optima_tpu.runtime import processes
+from optima_tpu.runtime.files import begin
 from tests.support.processes import at_once, free_port
 from tests.support.texts import save
 from tests.support.tiny_models import byte_tokenizer, tiny_folder
@@ -226,9 +227,9 @@ def test_building_refuses_what_exists_and_leaves_nothing_of_what_failed(made, tm
     assert [path.name for path in tmp_path.iterdir()] == ["b.jsonl.gz"]
 
 
-def test_what_a_killed_program_left_is_no_data_set_and_is_replaced(made, tmp_path):
-    (tmp_path / ".mine-1.0.0.partial").mkdir()
-    (tmp_path / ".mine-1.0.0.partial/mine-train.array_record-00000-of-00001").write_bytes(b"half")
+def test_what_a_killed_program_left_is_no_data_set_and_in_nobodys_way(made, tmp_path):
+    (left := begin(tmp_path / "mine") / "1.0.0").mkdir(parents=True)
+    (left / "mine-train.array_record-00000-of-00001").write_bytes(b"half")
     with pytest.raises(UserError, match="holds none"):
         data.parse_source(f"tfds:mine@{tmp_path}").documents("calibration")
     files = [data.File(made / "a.jsonl")]

@@ -2,6 +2,7 @@ import collections
 import json
 import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -18,9 +19,9 @@ from optima_tpu.models.checkpoints.export import export, is_export_of, read_mask
 from optima_tpu.models.checkpoints.forms import Options
 from optima_tpu.models.checkpoints.orbax import CheckpointTensors, write_checkpoint
 from optima_tpu.pipeline.journal import open_journal
-from optima_tpu.runtime.files import begin
 from tests.support.fake_run import ASSETS, BLOCKS, MANIFEST, assert_same, finished_run, on_host, pruned_block, small_model
 from tests.support.meshes import mesh
+from tests.support.processes import process_environment
 from tests.support.runs import folder_tensors, only_error, snapshot
 from tests.support.tiny_models import MemoryTensors
 
@@ -217,7 +218,7 @@ def test_a_run_writes_every_weight_once_and_its_export_once_more(tmp_path, monke
         return sum(file.stat().st_size for file in (path, *path.rglob("*")) if file.is_file()) / model
 
     def counted(partial, final):
-        if str(partial).endswith(".partial") and (parts := Path(final).relative_to(tmp_path / "run").parts)[0] in kinds:
+        if ".partial" not in str(final) and (parts := Path(final).relative_to(tmp_path / "run").parts)[0] in kinds:
             written[parts[0]] += size(Path(partial))
         replace(partial, final)
 
@@ -238,10 +239,11 @@ def test_what_exists_is_not_overwritten(run, tmp_path):
         export(run, tmp_path / "out")
     assert [path.name for path in tmp_path.rglob("*")] == ["out", "thesis.tex"]
     (tmp_path / "out" / "thesis.tex").unlink()
-    (tmp_path / "out.partial").mkdir()  # of an export that was killed
-    (tmp_path / "out.partial" / "model.safetensors").write_bytes(b"half")
+    (tmp_path / "out.partial").mkdir()  # of the user
+    (tmp_path / "out.partial" / "thesis.tex").write_text("years of work")
     export(run, tmp_path / "out")
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.partial"]
+    assert (tmp_path / "out.partial" / "thesis.tex").read_text() == "years of work"
 
 
 def test_an_export_of_the_same_run_that_lost_a_file_is_made_again(run, tmp_path):
@@ -259,22 +261,15 @@ def test_an_export_of_the_same_run_that_lost_a_file_is_made_again(run, tmp_path)
     assert (tmp_path / "out" / "notes.txt").read_text() == "mine"
 
 
-def test_what_an_interrupted_write_left_is_removed_and_nothing_beside_it(tmp_path):
-    kept = [tmp_path / name for name in ("out1.partial", "out[1].partial-notes.txt", "out[1]")]
-    left = [
-        tmp_path / name
-        for name in (
-            "out[1].partial",
-            "out[1].partial.partial_save",
-            "out[1].partial.partial_save.orbax-checkpoint-tmp",
-            "out[1].partial.orbax-checkpoint-tmp",
-        )
-    ]
-    for path in (*kept, *left):
-        path.mkdir()
-        (path / "file").write_text("text")
-    begin(tmp_path / "out[1]")
-    assert sorted(tmp_path.iterdir()) == sorted(kept)
+@pytest.mark.parametrize("output, buffer", [("> /dev/full", ""), ("> /dev/full", "PYTHONUNBUFFERED=1"), ("| true", "")])
+def test_an_export_is_written_though_its_lines_cannot_be_printed(output, buffer, run, tmp_path):
+    """In a shell, since what Python itself flushes at its end counts, too."""
+    command = (
+        f"{buffer} {sys.executable} -W ignore -m optima_tpu.export {run} {tmp_path / 'out'} {output}; exit ${{PIPESTATUS[0]}}"
+    )
+    done = subprocess.run(["bash", "-c", command], env=process_environment(), text=True, capture_output=True, timeout=120)
+    assert done.returncode == 0 and is_export_of(run, tmp_path / "out")
+    assert not done.stderr or done.stderr.startswith("all is written, but the output could not be printed: ")
 
 
 def test_a_full_disk_leaves_nothing(run, tmp_path, monkeypatch):

@@ -4,6 +4,7 @@
 """
 
 import functools
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -22,6 +23,7 @@ from optima_tpu.models.checkpoints.export import export, read_masks
 from optima_tpu.models.checkpoints.forms import Options
 from optima_tpu.models.checkpoints.maxtext import Convert, layout_of
 from optima_tpu.models.checkpoints.orbax import CheckpointTensors
+from optima_tpu.runtime import signals
 from optima_tpu.verify import main as verify
 from tests.support.ecosystem import BASE, MODELS, configured
 from tests.support.fake_run import pruned_run
@@ -288,3 +290,13 @@ def test_a_factor_is_rounded_once_and_makes_no_zero(dtype):
     np.testing.assert_array_equal(found[:, 0], (np.float32(0.3) * weight[0].astype(np.float32)).astype(found.dtype))
     np.testing.assert_array_equal(found[:, 0] == 0, weight[0] == 0)
     assert Convert(shift=1.0)(weight).dtype == np.float32  # 1 + w in bfloat16 would lose most of w
+
+
+def test_a_signal_stops_an_export_between_two_arrays(pruned, tmp_path, monkeypatch):
+    def stop() -> None:
+        raise signals.Stopped(signal.SIGTERM)
+
+    monkeypatch.setattr(signals, "check", stop)
+    with pytest.raises(signals.Stopped):
+        export(pruned("llama"), tmp_path / "out", form="maxtext")
+    assert not list(tmp_path.iterdir())

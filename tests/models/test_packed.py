@@ -30,7 +30,7 @@ from optima_tpu.models.checkpoints.forms import Options
 from optima_tpu.models.checkpoints.packed import BITS, INDEX, Packed, PackedError, Packer, pack, unpack
 from optima_tpu.runtime import checksums
 from tests.support.fake_run import finished_run, small_model
-from tests.support.runs import assert_same_weights, only_error
+from tests.support.runs import assert_same_weights, only_error, snapshot
 from tests.support.tiny_models import tiny_folder
 
 Tensors = dict[str, tuple[str, tuple[int, ...], bytes]]
@@ -522,11 +522,28 @@ def test_a_full_disk_leaves_nothing(run, small, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_what_a_killed_unpacking_left_is_removed(small, tmp_path):
-    (tmp_path / "out.partial").mkdir()
-    (tmp_path / "out.partial" / "model.safetensors").write_bytes(b"half")
-    unpacking.unpack(small, tmp_path / "out")
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+def test_nothing_is_unpacked_into_the_packed_folder(copy):
+    before = snapshot(copy)
+    for out in (copy / "sub", copy / "sub" / "deeper"):
+        with pytest.raises(UserError, match="expected a folder outside of the packed folder"):
+            unpacking.unpack(copy, out)
+        assert packed.main([str(copy), str(out)]) == 2
+    assert snapshot(copy) == before
+
+
+def test_two_programs_that_unpack_at_once_leave_one_whole_folder(small, tmp_path, monkeypatch):
+    """The second begins while the first writes, and ends before it."""
+    unpack = Packed.unpack
+
+    def overtaken(opened, folder):
+        unpack(opened, folder)
+        monkeypatch.setattr(Packed, "unpack", unpack)
+        unpacking.unpack(small, tmp_path / "out")
+
+    monkeypatch.setattr(Packed, "unpack", overtaken)
+    with pytest.raises(UserError, match="another program has written .*out meanwhile, and this one has written nothing"):
+        unpacking.unpack(small, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"] and not checksums.damage(tmp_path / "out")
 
 
 @pytest.mark.parametrize("dtype", [None, "bfloat16"])

@@ -15,9 +15,11 @@ from optima_tpu.models.activations import Activations
 from optima_tpu.models.checkpoints import orbax as checkpoint
 from optima_tpu.models.checkpoints.orbax import CheckpointTensors, write_checkpoint
 from optima_tpu.pipeline.journal import open_journal
+from optima_tpu.pipeline.repair import mend
 from optima_tpu.report import run_record as manifest
 from optima_tpu.report.run_record import read_run
 from optima_tpu.runtime.checksums import write_sums
+from optima_tpu.runtime.files import begin
 from optima_tpu.runtime.version import code_version
 from tests.support import fake_run
 from tests.support.fake_run import (
@@ -213,10 +215,11 @@ def test_assets_are_kept_byte_for_byte_and_completed_by_a_resume(tmp_path):
 
 def test_what_an_interrupted_save_left_is_ignored_and_replaced(tmp_path):
     started(tmp_path, 1)
-    for name in ("block_0001.partial", "block_0001.partial.orbax-checkpoint-tmp"):
-        shutil.copytree(tmp_path / "journal" / "block_0000", tmp_path / "journal" / name)
-    (tmp_path / "activations" / "block_0001.partial").mkdir()
-    (tmp_path / "activations" / "block_0001.partial" / "part_0000.safetensors").write_bytes(b"half")
+    for name in ("block_0001", "block_0001.orbax-checkpoint-tmp"):
+        shutil.copytree(tmp_path / "journal" / "block_0000", tmp_path / "journal" / "block_0001.a_0b1c2d.partial" / name)
+    (states := begin(tmp_path / "activations" / "block_0001")).mkdir()
+    (states / "part_0000.safetensors").write_bytes(b"half")
+    assert not mend(tmp_path)
     journal = open_journal(tmp_path, MANIFEST, ASSETS)
     assert journal.finished == {0}
     assert_same(states_of(journal), activations_after(0))

@@ -30,7 +30,7 @@ from optima_tpu.report.model_card import HUB_ID, model_card
 from optima_tpu.report.run_record import Manifest, read_run
 from optima_tpu.runtime.buckets import as_path, in_bucket
 from optima_tpu.runtime.checksums import ALL, changes, damage, known, refuse_changed, write_sums
-from optima_tpu.runtime.files import complete, files_in, making, refuse_occupied, remove, writing
+from optima_tpu.runtime.files import complete, files_in, making, refuse_occupied, remove_if, writing
 from optima_tpu.runtime.inside import own, refuse_special
 from optima_tpu.runtime.records import encoded, known_record, read_record
 
@@ -52,7 +52,7 @@ def export(
     options: Options = Options(),
     report: Mapping[str, Any] | None = None,
     form: str = Plain.name,
-    say: Callable[[str], None] = lambda text: None,
+    say: Callable[[str], object] = lambda text: None,
 ) -> int:
     """Writes the folder. It gets its name only after everything in it has been written, checked and flushed to disk.
 
@@ -86,8 +86,7 @@ def export(
         )
     writer, dense = FORMS[form](run, options), total_bytes(run.source)
     with writing(out, "nothing was left there; make room or choose another folder, and repeat the command"):
-        if _is_damaged_export(out, run.source.run["manifest"], own=out.parent == directory):
-            remove(out)
+        remove_if(out, lambda folder: _is_damaged_export(folder, run.source.run["manifest"], own=out.parent == directory))
         refuse_occupied(out, "export to")
         say(
             f"writing and checking {len(run.source.names()):,} tensors of {dense:,} bytes as {form}, which takes minutes for a large "

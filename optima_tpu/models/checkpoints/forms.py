@@ -287,6 +287,8 @@ class MaxText(Form):
     def write_weights(self, folder: Path) -> Zeros:
         zeros, tree = Zeros(), dict[str, Any]()
         for leaf in self._layout.leaves:
+            if alone():
+                signals.check()
             tensors, masks = self.run.weights(leaf.names)
             for name, keep in masks.items():
                 zeros[name] = self.run.zeros(name, tensors[name] == 0, keep)

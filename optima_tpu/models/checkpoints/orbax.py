@@ -25,12 +25,13 @@ from optima_tpu.errors import UserError
 from optima_tpu.models.checkpoints.source import Index, TensorSource
 from optima_tpu.models.checkpoints.stacks import Unstacked
 from optima_tpu.report.run_record import RunRecord, read_run, recorded_command
+from optima_tpu.runtime import signals
 from optima_tpu.runtime.buckets import as_path, reached
 from optima_tpu.runtime.checksums import damage, write_sums
-from optima_tpu.runtime.files import begin, commit, complete, staged, writing
+from optima_tpu.runtime.files import begin, commit, complete, writing
 from optima_tpu.runtime.inside import inside, refuse_links
 from optima_tpu.runtime.mesh import spread
-from optima_tpu.runtime.processes import first_only, from_first
+from optima_tpu.runtime.processes import alone, first_only, from_first
 from optima_tpu.runtime.records import Share, check_record
 
 CHECKPOINT = "checkpoint"
@@ -83,6 +84,8 @@ def save_items(path: Path, tree: Mapping[str, Any], metadata: Mapping[str, Any])
     ocp.save_checkpointables(path, {_ITEMS: tree}, custom_metadata=dict(metadata))
     for mark in path.rglob("commit_success.txt"):  # Orbax looks whether it exists, and writes the path of this machine into it
         mark.write_text("committed\n")
+    if alone():
+        signals.check()
     with _by_itself():
         found = ocp.load_checkpointables(path, {_ITEMS: jax.tree.map(np.empty_like, tree)})[_ITEMS]
     differ = jax.tree.map(lambda a, b: a.dtype != b.dtype or not np.array_equal(a, b, equal_nan=True), tree, found)
@@ -193,7 +196,7 @@ def write_checkpoint(
         )
 
     with writing(final, "all finished blocks are intact; make room and repeat the command"):
-        first_only(lambda: begin(final))
+        partial = from_first(lambda: begin(final))
         entries = [journal.entry(index) for index in sorted(journal.finished)]
         saved, names = _leaves({entry: read_metadata(entry).metadata for entry in entries}, "weights"), set(source.names())
         for name, leaf in saved.items():
@@ -205,11 +208,11 @@ def write_checkpoint(
             "parts": [str(entry.relative_to(journal.directory)) for entry in entries],
             "stacked": sorted(source.stacks) if isinstance(source, Unstacked) else [],
         }
-        save_tree(staged(final), {"weights": {name: placed(name) for name in sorted(names - saved.keys())}}, metadata)
+        save_tree(partial, {"weights": {name: placed(name) for name in sorted(names - saved.keys())}}, metadata)
 
         def finish():
-            write_sums(staged(final))
-            commit(staged(final), final)
+            write_sums(partial)
+            commit(partial, final)
 
         first_only(finish)
 

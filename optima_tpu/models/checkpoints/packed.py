@@ -17,6 +17,7 @@ import os
 import shutil
 import struct
 import sys
+import tempfile
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PureWindowsPath
@@ -755,17 +756,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("packed", type=Path, help=f"folder with {INDEX}")
     parser.add_argument("out", type=Path, help="folder to write; must not exist")
     chosen = parser.parse_args(arguments)
-    partial = chosen.out.with_name(chosen.out.name + ".partial")
     try:
         if chosen.out.exists():
             raise PackedError(f"expected a new folder, got {chosen.out}, which exists")
-        partial.mkdir(parents=True)
-        try:
+        if (chosen.packed / INDEX).is_file() and chosen.out.resolve().is_relative_to(chosen.packed.resolve()):
+            raise PackedError(f"expected a folder outside of {chosen.packed}, got {chosen.out}")
+        chosen.out.parent.mkdir(parents=True, exist_ok=True)
+        # Its name is random, so that it is no other program's, and no other user may enter it.
+        with tempfile.TemporaryDirectory(".partial", f"{chosen.out.name[:40]}.", chosen.out.parent) as fresh:
+            (partial := Path(fresh) / chosen.out.name).mkdir()
             unpack(chosen.packed, partial)
-            os.replace(partial, chosen.out)
-        except BaseException:
-            shutil.rmtree(partial)
-            raise
+            os.rename(partial, chosen.out)
     except (PackedError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -15,7 +15,7 @@ from optima_tpu.pipeline.distill.outcome import DISTILLED, REMEDY, Distilled
 from optima_tpu.pipeline.journal import Journal
 from optima_tpu.report import contents
 from optima_tpu.runtime.checksums import damage, write_sums
-from optima_tpu.runtime.files import begin, commit, remove, staged, writing
+from optima_tpu.runtime.files import begin, commit, remove, writing
 from optima_tpu.runtime.processes import first_only, from_first
 from optima_tpu.runtime.records import Count, check_record
 from optima_tpu.runtime.signals import uninterrupted
@@ -56,16 +56,17 @@ def _save(path: Path, tree: Mapping[str, Any], metadata: Mapping[str, Any]) -> N
     """Writes an Orbax checkpoint with its checksums, in one step."""
     with uninterrupted(), writing(path, REMEDY):
 
-        def clear() -> None:
-            begin(path)
+        def clear() -> Path:
+            partial = begin(path)
             remove(path)
+            return partial
 
-        first_only(clear)
-        save_tree(staged(path), {name: group for name, group in tree.items() if group}, metadata)
+        partial = from_first(clear)
+        save_tree(partial, {name: group for name, group in tree.items() if group}, metadata)
 
         def finish() -> None:
-            write_sums(staged(path))
-            commit(staged(path), path)
+            write_sums(partial)
+            commit(partial, path)
 
         first_only(finish)
 

@@ -1,7 +1,6 @@
 """Runs the cells of a sweep one after the other in one process. What cells share is opened and measured once."""
 
 import contextlib
-import shutil
 import traceback
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -26,7 +25,7 @@ from optima_tpu.report.progress import say
 from optima_tpu.report.run_record import ASSETS, RUN, refuse_another
 from optima_tpu.runtime import signals
 from optima_tpu.runtime.checksums import forget, intact, keep, known
-from optima_tpu.runtime.files import in_turn, writing
+from optima_tpu.runtime.files import in_turn, remove, writing
 from optima_tpu.runtime.records import encoded, known_record
 
 _HEAVY = ("journal", "activations", "distilled", "distillation", "checkpoint", FOLDER, ASSETS)
@@ -230,7 +229,7 @@ def _lighten(directory: Path, report: Mapping[str, Any]) -> dict[str, Any]:
     """Removes the names of the pruned model's files from the report, then the files."""
     path = directory / REPORT
     report = {**report, "files": {"report": report["files"]["report"]}}
-    with writing(path, "make room and repeat the command"):
+    with writing(path, "make room and repeat the command"), in_turn(directory):
         keep(directory, {REPORT: encoded(report, indent=2)})
     _remove_heavy(directory)
     return report
@@ -239,6 +238,5 @@ def _lighten(directory: Path, report: Mapping[str, Any]) -> dict[str, Any]:
 def _remove_heavy(directory: Path) -> None:
     with writing(directory, "the cell's report is intact; remove its folders by hand"):
         for name in _HEAVY:
-            if (directory / name).exists():
-                shutil.rmtree(directory / name)
+            remove(directory / name)
         forget(directory, [name for name in known(directory) if name.startswith(f"{ASSETS}/")])
