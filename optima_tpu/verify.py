@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line. Returns 0 if every file matches, 1 if one does not, otherwise as :func:`guarded`."""
+    """The command line. Returns 0 if every file matches, 1 if one does not or is not listed, otherwise as :func:`guarded`."""
     return guarded(lambda: _verify(arguments), "the same command does it again")
 
 
@@ -24,7 +24,8 @@ def make_parser() -> Parser:
     parser = Parser(
         prog=program("verify"),
         description="Compares every file of a run directory or of an exported folder with the checksum that was written with it, and "
-        "names the files that are damaged or missing. Changes nothing. The exit status is 0 only if every file matches.",
+        "names the files that are damaged, missing, or were added later. Changes nothing. The exit status is 0 only if every file "
+        "matches and none was added.",
     )
     parser.add_argument("folder", help="run directory, finished or stopped, or an exported folder such as its hf/")
     return parser
@@ -38,10 +39,19 @@ def _verify(arguments: list[str] | None) -> int:
     found: Verified = lightly("optima_tpu.pipeline.repair:verified", folder)
     for name, why in found.damaged.items():
         print(f"damaged: {folder / name} {why}")
+    for name in found.unlisted:
+        print(
+            f"not listed: {folder / name} was added after the folder was written, and a program that loads the folder may read it"
+        )
     seconds = max(time.monotonic() - start, 1e-3)
     told = f"{len(found.damaged)} damaged" if found.damaged else "all match"
+    told += f", {len(found.unlisted)} not listed" if found.unlisted else ""
     print(f"{found.files} files, {found.size / 1e9:.2f} GB, {told} ({found.size / 1e9 / seconds:.2f} GB/s)")
-    return 1 if found.damaged else 0
+    if found.damaged:
+        print(f"to mend it: {found.remedy}")
+    if found.unlisted:
+        print("remove the files that are not listed, unless you added them yourself")
+    return 1 if found.damaged or found.unlisted else 0
 
 
 if __name__ == "__main__":

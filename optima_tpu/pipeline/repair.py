@@ -5,23 +5,27 @@ block again.
 """
 
 import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 from optima_tpu.errors import UserError
 from optima_tpu.models.checkpoints.export import FOLDER
 from optima_tpu.models.checkpoints.orbax import CHECKPOINT, checkpoint_damage
+from optima_tpu.models.checkpoints.packed import INDEX
 from optima_tpu.pipeline.allocate import ALLOCATION
 from optima_tpu.pipeline.continuations import CONTINUATIONS
 from optima_tpu.pipeline.distill.outcome import OUTCOME
 from optima_tpu.pipeline.journal import finished_blocks
 from optima_tpu.pipeline.self_calibration import CALIBRATION
 from optima_tpu.report.file import REPORT
-from optima_tpu.report.run_record import ASSETS, RUN
+from optima_tpu.report.run_record import ASSETS, RUN, RunRecord, recorded_command
 from optima_tpu.runtime.buckets import BucketError
 from optima_tpu.runtime.checksums import ALL, SUMS, changes, forget, known, listed
-from optima_tpu.runtime.files import PARTIAL, complete, files_in, remove, writing
+from optima_tpu.runtime.files import complete, files_in, remove, remove_unfinished, unfinished, writing
 from optima_tpu.runtime.inside import OutsideError, inside, refuse_links
+from optima_tpu.runtime.program import program
+from optima_tpu.runtime.records import known_record
 
 DENSE, LOSSES = "dense.json", "dense_losses.npy"
 _FOLDERS = ("journal", "activations", "distilled", "distillation")
@@ -62,11 +66,16 @@ class Verified(NamedTuple):
       damaged: name below the folder -> what is wrong with the file.
       files: the number of files that were compared.
       size: their bytes.
+      unlisted: names below the folder of files that were added to a folder after it was written, but for hidden files, which no
+        program loads.
+      remedy: what to type if a file is damaged.
     """
 
     damaged: dict[str, str]
     files: int
     size: int
+    unlisted: tuple[str, ...]
+    remedy: str
 
 
 def verified(folder: Path) -> Verified:
@@ -78,7 +87,9 @@ def verified(folder: Path) -> Verified:
     is_run = (folder / RUN).exists()
     if is_run:
         refuse_links(folder)
-    sums = {path for path in files_in(folder) if re.fullmatch(SUMS.format(r"\w+"), path.name) and PARTIAL not in str(path.parent)}
+    sums = {
+        path for path in files_in(folder) if re.fullmatch(SUMS.format(r"\w+"), path.name) and not _in_unfinished(path, folder)
+    }
     folders = {path.parent for path in sums}
     if is_run:
         folders |= {folder, *(path for path in _in_one_step(folder) if complete(path))}
@@ -87,29 +98,57 @@ def verified(folder: Path) -> Verified:
             f"expected a run directory or an exported folder, but {folder} has neither {RUN} nor {ALL}: check the path"
         )
     damaged = _wrong_records(folder) if is_run else {}
-    compared: dict[Path, int] = {}
+    compared: dict[str, int] = {}
     for each in sorted(folders):
         inside = each.relative_to(folder)
         damaged |= {str(inside / name): why for name, why in changes(each).items()}
         for record in each.glob(SUMS.format("*")):
-            compared |= {inside / name: size for name, (size, _) in known(each, record.name).items()}
-    return Verified(damaged, len(compared), sum(compared.values()))
+            compared |= {str(inside / name): size for name, (size, _) in known(each, record.name).items()}
+    whole = folders - {folder} if is_run else folders  # beside its folders a run has files that only people read
+    unlisted = [name for each in sorted(whole) for name in _unlisted(each, folder, compared)]
+    return Verified(damaged, len(compared), sum(compared.values()), tuple(unlisted), _remedy(folder) if damaged else "")
+
+
+def _unlisted(whole: Path, folder: Path, compared: Mapping[str, int]) -> Iterator[str]:
+    """The names below ``folder`` of the files in ``whole``, a folder that was written in one step, that no checksum is for."""
+    for path in files_in(whole):
+        inside = path.relative_to(whole)
+        hidden = any(part.startswith(".") for part in inside.parts)
+        if not hidden and not re.fullmatch(SUMS.format(r"\w+"), path.name) and str(path.relative_to(folder)) not in compared:
+            yield str(path.relative_to(folder))
+
+
+def _remedy(folder: Path) -> str:
+    """What to type when a file of a run directory or of an exported folder is damaged."""
+    if run := next((each for each in (folder, folder.parent) if (each / RUN).is_file()), None):
+        record = known_record(run / RUN, RunRecord)
+        command = recorded_command(record["configuration"]) if record else ""
+        return f"{command or 'the command that made the run'} writes again what is damaged, and keeps the rest"
+    form = " --packed" if (folder / INDEX).is_file() else ", with its --format"
+    return f"copy the folder again, or export its run to a new one: {program('export')} RUN OUT{form}"
 
 
 def _in_one_step(directory: Path) -> list[Path]:
     """The folders of a run that appear in one step, each with the checksums of its files."""
-    several = [path for name in _FOLDERS for path in (directory / name).glob("*_*") if PARTIAL not in path.name]
+    several = [path for name in _FOLDERS for path in (directory / name).glob("*_*") if not unfinished(path)]
     return [path for path in (directory / CHECKPOINT, directory / FOLDER, *several) if path.is_dir()]
+
+
+def _in_unfinished(path: Path, folder: Path) -> bool:
+    return any(unfinished(folder / parent) for parent in path.relative_to(folder).parents)
 
 
 def mend(directory: Path) -> list[str]:
     """Removes what is damaged in a run directory, so that the run makes it again. Returns a line on each.
+
+    Removes what killed programs left unfinished, too.
 
     Call it as the only program in the directory, after its manifest was compared. ``open_journal`` writes run.json again.
 
     Raises:
       UserError: the allocation is damaged. Finished blocks have its sparsities, and a new one might have others.
     """
+    remove_unfinished(directory)
     found = faults(directory) if (directory / RUN).exists() else {}
     if ALLOCATION in found and finished_blocks(directory):
         raise UserError(f"{directory / ALLOCATION} {found[ALLOCATION]}, and the run cannot be resumed; choose another --output")

@@ -10,7 +10,7 @@ from optima_tpu.config.flat import flat
 from optima_tpu.config.run_config import RunConfig, to_dict
 from optima_tpu.models.model import Model
 from optima_tpu.pipeline.inputs import Texts, on_context, open_model_on_mesh, pruned_layers, read_texts
-from optima_tpu.pipeline.journal import finished_blocks, refuse_unusable
+from optima_tpu.pipeline.journal import refuse_unusable
 from optima_tpu.pipeline.repair import mend
 from optima_tpu.pipeline.stages import STAGES, Opened, Run, Stage, finished_report
 from optima_tpu.report.progress import Progress, Terminal, say
@@ -68,8 +68,6 @@ def finish(opened: Opened, stages: Sequence[Stage], console: Console, dense: flo
     report = from_first(lambda: finished_report(opened))
     if report is not None:
         say(console, "finished     nothing is left to do")
-    elif opened.walk and (finished := finished_blocks(opened.directory)):
-        say(console, f"resuming     {len(finished)} of {opened.model.decoder.config.blocks} blocks are done")
     console.print()
     if report is None:
         with only_program(opened.directory), Progress(console) as progress, contextlib.ExitStack() as sinks:

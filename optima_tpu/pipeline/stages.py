@@ -213,6 +213,8 @@ def _open_journal(run: Run) -> None:
     run.journal = open_journal(
         opened.directory, opened.manifest, opened.model.pretrained.assets, opened.configuration, opened.config.recompute
     )
+    if opened.walk and run.journal.finished:
+        run.progress.note(f"resuming     {len(run.journal.finished)} of {_blocks(run)} blocks are done")
     first_only(lambda: keep_calibration(opened.directory, opened.manifest, opened.texts.written))
 
 

@@ -57,6 +57,42 @@ def test_one_bit_in_any_file_is_named(which, finished, stopped, tmp_path, capsys
     assert f"damaged: {path} is missing" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("inside", [".", "hf"])
+def test_files_that_were_added_to_an_export_are_named(inside, finished, tmp_path, capsys):
+    folder = Path(shutil.copytree(finished.directory / ("hf" if inside == "." else "."), tmp_path / "copy"))
+    added = [folder / inside / name for name in ("chat_template.jinja", "model-00002-of-00002.safetensors", "more/modeling.py")]
+    for path in (*added, folder / inside / ".gitattributes", folder / inside / ".cache/huggingface/one.metadata"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"added")
+    assert verify.main([str(folder)]) == 1
+    printed = capsys.readouterr().out
+    assert all(f"not listed: {path} was added" in printed for path in added) and "all match, 3 not listed" in printed
+    assert ".gitattributes" not in printed and ".cache" not in printed
+
+
+def test_after_damage_verify_says_what_to_type(finished, tmp_path, capsys):
+    run = Path(shutil.copytree(finished.directory, tmp_path / "run"))
+    alone = Path(shutil.copytree(run / "hf", tmp_path / "alone"))
+    for folder in (run / "hf", alone):
+        flip(folder / "model.safetensors", 999)
+    for folder, remedy in (
+        (run, "optima_tpu.launch --model "),
+        (run / "hf", "optima_tpu.launch --model "),
+        (alone, "or export its run to a new one: python -m optima_tpu.export RUN OUT"),
+    ):
+        assert verify.main([str(folder)]) == 1
+        last = capsys.readouterr().out.splitlines()[-1]
+        assert last.startswith("to mend it: ") and remedy in last
+
+
+def test_a_run_that_mends_a_block_does_not_count_it_as_done(finished, tmp_path, capsys):
+    run = Path(shutil.copytree(finished.directory, tmp_path / "run"))
+    flip(next(path for path in files_of(run / "journal/block_0001") if path.name != ALL), 9)
+    assert main([*finished.arguments, "--output", str(run)]) == 0
+    printed = capsys.readouterr().out
+    assert "resuming     2 of 3 blocks are done" in printed and "3 of 3 blocks" not in printed
+
+
 def test_a_folder_of_something_else_is_not_verified(tmp_path, capsys):
     for folder in (tmp_path, tmp_path / "nowhere"):
         assert verify.main([str(folder)]) == 2
