@@ -2,6 +2,7 @@
 
     python -m benchmarks.hostile files --cases 0:2000 --add hostile.json
     python -m benchmarks.hostile signals --processes 2 --cases 0:252 --add hostile.json
+    python -m benchmarks.hostile pairs --cases 0:20
 
 Case n of a seed is always the same one, so that a campaign can be done in parts; ``--add`` adds the counts to those of earlier parts.
 
@@ -10,6 +11,8 @@ Case n of a seed is always the same one, so that a campaign can be done in parts
 - signals: SIGTERM and Ctrl-C, the first 202 cases every 50 ms from 0 to 5 s after a process of Python was started, the others at
   random moments of a run; then the run goes on, and its weights are compared with those of a run that nothing stopped.
 - kills: SIGKILL at random moments of a run, of one or of all of its processes; then as above.
+- pairs: two commands that write one folder, the second begun at a random moment of the first: two of four exports and unpackings,
+  and in every fifth case two runs. The folder must be that of a command that ended with 0, byte for byte.
 
 Stops at random moments come four to a run: three interrupt one that goes on already. Their processes are forked from one that has
 imported everything, which only saves time.
@@ -52,6 +55,7 @@ from optima_tpu.config.parse import flags, parse
 from optima_tpu.errors import UserError
 from optima_tpu.evaluate.config import EvaluateConfig
 from optima_tpu.pipeline.recover.config import RecoverConfig
+from optima_tpu.pipeline.repair import verified
 from optima_tpu.runtime.program import MODULES
 from optima_tpu.runtime.signals import INTERRUPTED, RESUME, listen
 from tests.support.pages import leave_plots_empty
@@ -499,7 +503,91 @@ def survivor(tally: Tally, status: int, said: str, facts: object) -> None:
         tally.good(f"the other process {known[status]}")
 
 
-CAMPAIGNS = {"files": files, "lines": lines, "signals": signals, "kills": kills}
+# Two commands at once.
+
+
+class Writers:
+    """Commands that write a folder, and what each of them writes when it is alone."""
+
+    def __init__(self, folder: Path, stops: Stops):
+        self.folder, whole, other = folder, stops.folder / "whole", folder / "other"
+        if not other.exists():
+            in_child(folder, lambda: launch.main([*stops.arguments(other, 0, 0), "--pattern", "0.25"]))
+        packed = folder / "packed" / "out"  # a model card names its folder
+        self.commands = {
+            "export": ["export", str(whole)],
+            "export of another run": ["export", str(other)],
+            "export --packed": ["export", "--packed", str(whole)],
+            "unpack": ["unpack", str(packed)],
+        }
+        self.alone: dict[str, dict[str, bytes]] = {}
+        self.seconds: dict[str, float] = {}
+        for name in ("export --packed", "unpack", "export", "export of another run"):
+            out = packed if name == "export --packed" else folder / name / "out"
+            shutil.rmtree(out.parent, ignore_errors=True)
+            began = time.monotonic()
+            in_child(folder, functools.partial(cli.main, [*self.commands[name], str(out)]))
+            self.seconds[name] = time.monotonic() - began
+            self.alone[name] = contents(out)
+
+    def start(self, argv: list[str], number: int) -> int:
+        return forked(lambda: cli.main(argv), self.folder / f"printed{number}", self.folder / f"said{number}")
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def pairs(tally: Tally, options: argparse.Namespace, cases: range, folder: Path) -> Iterator[int]:
+    """Two commands that write one folder at once."""
+    stops = Stops(folder, 1, options.compile)
+    writers = Writers(folder, stops)
+    for number in cases:
+        chance = random.Random(f"pairs {options.seed} {number}")
+        runs, place = number % 5 == 4, folder / "pair"
+        names = ["run", "run"] if runs else chance.choices([*writers.commands], k=2)
+        moment = chance.uniform(0, 1) * (stops.seconds if runs else writers.seconds[names[0]])
+        shutil.rmtree(place, ignore_errors=True)
+        started = []
+        for which, name in enumerate(names):
+            argv = ["prune", *stops.arguments(place / "out", 0, 0)] if runs else [*writers.commands[name], str(place / "out")]
+            started.append(writers.start(argv, which))
+            time.sleep(0 if which else moment)
+        statuses = [ended(child)[0] for child in started]
+        said = [(folder / f"said{which}").read_text() for which in range(2)]
+        tally_pair(tally, writers, stops, place, names, statuses, said, (number, names, moment))
+        yield number + 1
+
+
+def tally_pair(
+    tally: Tally,
+    writers: Writers,
+    stops: Stops,
+    place: Path,
+    names: list[str],
+    statuses: list[int],
+    said: list[str],
+    facts: object,
+) -> None:
+    """Compares a folder that two commands wrote with what the one that ended with 0 writes alone."""
+    winners = [name for name, status in zip(names, statuses) if not status]
+    out, runs = place / "out", names == ["run", "run"]
+    if sorted(statuses) not in ([0, 2], *([[0, 0]] if runs else [])):  # a run that is finished already ends with 0 again
+        tally.wrong("other statuses", facts, statuses, said)
+    elif any(text.count("\n") != 1 or not text.startswith("error: ") for text, status in zip(said, statuses) if status):
+        tally.wrong("not one line", facts, said)
+    elif [path.name for path in place.iterdir()] != ["out"]:
+        tally.wrong("something is left beside it", facts, sorted(place.iterdir()))
+    elif (found := verified(out)).damaged or found.unlisted:
+        tally.wrong("it does not verify", facts, found)
+    elif stops.compare(out) if runs else contents(out) != writers.alone[winners[0]]:
+        tally.wrong("it is neither command's", facts, said)
+    else:
+        late = "was done already" if all(not status for status in statuses) else "said so"
+        tally.good(f"one {'run' if runs else 'command'} won whole, and the other {late}")
+
+
+CAMPAIGNS = {"files": files, "lines": lines, "signals": signals, "kills": kills, "pairs": pairs}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
 from optima_tpu.errors import did_you_mean, legible
-from optima_tpu.runtime import signals
+from optima_tpu.runtime import printing, signals
 from optima_tpu.runtime.command import guarded
 from optima_tpu.runtime.light import rehearse
 from optima_tpu.runtime.program import MODULES
@@ -54,12 +54,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         signals.listen()
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in ("-h", "--help", "help"):
-        print(_HELP.format(commands="\n".join(f"  {name:<10}{text}" for name, text in TEXTS.items())))
-        return 0
+        return _print(_HELP.format(commands="\n".join(f"  {name:<10}{text}" for name, text in TEXTS.items())))
     name, *rest = words
     if name == "--version":
-        print(f"optima-tpu {code_version()}")
-        return 0
+        return _print(f"optima-tpu {code_version()}")
     if name not in MODULES:
         option = f"; did you mean optima prune {name}?" if name.startswith("-") else ""
         hint = option or did_you_mean(name, MODULES, "optima ")
@@ -71,6 +69,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return status
     status = importlib.import_module(module).main(rest)
     return status
+
+
+def _print(text: str) -> int:
+    return printing.status_of_text(printing.printed(text))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The command line of an export: ``python -m optima_tpu.export RUN OUT``."""
 
 import argparse
-import functools
+import contextlib
 import math
 import re
 import sys
@@ -11,13 +11,15 @@ import jax
 
 from optima_tpu.errors import UserError
 from optima_tpu.models.checkpoints import forms
-from optima_tpu.models.checkpoints.export import export
+from optima_tpu.models.checkpoints.export import FOLDER, export
 from optima_tpu.models.checkpoints.orbax import quiet_orbax
 from optima_tpu.models.checkpoints.packed import Packed
 from optima_tpu.report.file import weights_on_disk
+from optima_tpu.runtime import printing, signals
 from optima_tpu.runtime.bounds import byte_count
 from optima_tpu.runtime.buckets import as_path
 from optima_tpu.runtime.command import guarded
+from optima_tpu.runtime.files import only_program
 from optima_tpu.runtime.program import Parser, program
 
 
@@ -83,7 +85,9 @@ def _export(arguments: list[str] | None) -> None:
     jax.config.update("jax_platforms", "cpu")  # Orbax starts JAX, and an accelerator may be busy with another run
     quiet_orbax()
     options = forms.Options(byte_count("a shard size", chosen.max_shard_size), chosen.scan_layers)
-    dense = export(chosen.run_dir, chosen.out, options, form=chosen.form, say=functools.partial(print, flush=True))
+    with _alone_in_run(as_path(chosen.run_dir).resolve(), as_path(chosen.out).resolve()):
+        dense = export(chosen.run_dir, chosen.out, options, form=chosen.form, say=printing.printed)
+    signals.ended(0)
     print(f"wrote {chosen.out}")
     if told := forms.FORMS[chosen.form].next:
         print(told.replace("FOLDER", str(as_path(chosen.out).absolute())))
@@ -91,6 +95,11 @@ def _export(arguments: list[str] | None) -> None:
         print(sizes(Packed(Path(chosen.out))))
     elif forms.FORMS[chosen.form].compact:
         print(_weight_files(chosen.form, dense, weights_on_disk(as_path(chosen.out))))
+
+
+def _alone_in_run(run: Path, out: Path) -> contextlib.AbstractContextManager[None]:
+    """Keeps the run's own command away from its hf/ while that is exported by hand."""
+    return only_program(run) if run.is_dir() and out == run / FOLDER else contextlib.nullcontext()
 
 
 def _weight_files(form: str, plain: int, small: int) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from optima_tpu.errors import UserError
 from optima_tpu.report import curves
+from optima_tpu.runtime import signals
 from optima_tpu.runtime.command import guarded
 from optima_tpu.runtime.outputs import refuse_foreign
 from optima_tpu.runtime.program import Parser, program
@@ -39,6 +40,7 @@ def _draw(arguments: Sequence[str] | None) -> None:
 
     drawn = figures.layer_errors(data) if isinstance(data, curves.LayerErrors) else figures.samples(data)
     figures.write(drawn, path)
+    signals.ended(0)
     for remark in data.remarks:
         print(remark)
     print(f"wrote {path}")

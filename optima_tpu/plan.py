@@ -129,7 +129,10 @@ def _plan(argv: Sequence[str]) -> int:
     if options.json:
         with writing(options.json, "choose another --json"):
             write_bytes(options.json, encoded(plan.to_json(), indent=2))
-    return 1 if plan.too_large or plan.refused else 0
+    status = 1 if plan.too_large or plan.refused else 0
+    if options.json:
+        signals.ended(status)
+    return status
 
 
 def _is_plan(data: bytes) -> bool:

@@ -16,6 +16,7 @@ from optima_tpu.report.file import REPORT
 from optima_tpu.report.page import PAGE
 from optima_tpu.report.run_record import RUN
 from optima_tpu.report.table import size
+from optima_tpu.runtime import signals
 from optima_tpu.runtime.buckets import as_path, in_bucket
 from optima_tpu.runtime.checksums import ALL, changes, listed, refuse_changed
 from optima_tpu.runtime.command import guarded
@@ -130,6 +131,7 @@ def push(files: Mapping[str, Path], repository: str, api: HfApi, ask: Callable[[
         raise
     except Exception as error:  # the HTTP library's own, whose name depends on the version
         raise UserError(f"the hub can't be reached ({one_line(error)}): the same command does it again") from error
+    signals.ended(0)
     print(f"published https://huggingface.co/{repository}")
 
 

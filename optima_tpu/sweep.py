@@ -7,6 +7,7 @@ from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
 from optima_tpu.errors import UserError
+from optima_tpu.runtime import signals
 from optima_tpu.runtime.command import guarded, take_devices
 from optima_tpu.runtime.light import rehearsed
 from optima_tpu.runtime.program import Parser, program
@@ -62,9 +63,10 @@ def _sweep(argv: Sequence[str]) -> int:
     command = shlex.join(_command(options, settings))
     sweep.run(console, command)
     files = sweep.write(command)
+    failures = failure_lines(sweep.results)
+    signals.ended(1 if failures else 0)
     console.print()
     show(console, terminal_table(layout(grid, sweep.results)))
-    failures = failure_lines(sweep.results)
     say(console, "\n".join(["", *(f"failed  {line}" for line in failures), *map(str, files.values())]))
     return 1 if failures else 0
 

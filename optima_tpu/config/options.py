@@ -17,6 +17,7 @@ import jsonargparse
 from optima_tpu.config.choices import CHOICES, OPEN, method_class, option_classes
 from optima_tpu.config.presets import DEFAULT, PLAIN, PRESETS
 from optima_tpu.config.run_config import Calibration, Evaluation, RunConfig, Sinks
+from optima_tpu.runtime.printing import PrintsHelp
 from optima_tpu.runtime.program import program
 
 _PROGRAM = program("prune")
@@ -57,9 +58,13 @@ _NOTHING = {
 PARTS = {"calibration": Calibration, "evaluation": Evaluation, "sinks": Sinks}
 
 
+class SettingsParser(PrintsHelp, jsonargparse.ArgumentParser):
+    """A parser of settings."""
+
+
 def make_parser(chosen: Mapping[str, str], base: Mapping[str, Any]) -> jsonargparse.ArgumentParser:
     """The parser of all settings, with the options of the chosen methods."""
-    parser = jsonargparse.ArgumentParser(
+    parser = SettingsParser(
         prog=_PROGRAM,
         usage=f"{_PROGRAM} [MODEL] [--config FILE] [--SETTING VALUE ...]",
         description=_DESCRIPTION,

@@ -54,7 +54,18 @@ from optima_tpu.config.choices import (
 )
 from optima_tpu.config.flat import flat
 from optima_tpu.config.names import ALIASES, ELSEWHERE
-from optima_tpu.config.options import PARTS, Formatter, add_fields, add_method, alternatives, fields, kinds, make_parser, parts
+from optima_tpu.config.options import (
+    PARTS,
+    Formatter,
+    SettingsParser,
+    add_fields,
+    add_method,
+    alternatives,
+    fields,
+    kinds,
+    make_parser,
+    parts,
+)
 from optima_tpu.config.presets import PLAIN, PRESETS, default_preset, with_preset
 from optima_tpu.config.run_config import RunConfig, default_run, to_dict
 from optima_tpu.errors import UserError, did_you_mean
@@ -228,7 +239,7 @@ def parse_command(
     defaults = {field.name: field.default for field in own if field.name != "model"}
     methods = _methods(settings, argv)
     chosen = {setting: method_name(setting, method) for setting, method in methods.items()}
-    parser = jsonargparse.ArgumentParser(
+    parser = SettingsParser(
         prog=program,
         usage=f"{program} MODEL [--SETTING VALUE ...]",
         description=description,

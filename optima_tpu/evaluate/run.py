@@ -33,9 +33,10 @@ from optima_tpu.report.pace import Step
 from optima_tpu.report.page import PAGE, write_page
 from optima_tpu.report.progress import Progress, Terminal, say
 from optima_tpu.report.run_record import default_folder
+from optima_tpu.runtime import signals
 from optima_tpu.runtime.buckets import as_path, in_bucket
 from optima_tpu.runtime.checksums import forget, keep
-from optima_tpu.runtime.files import refuse_unreachable, writing
+from optima_tpu.runtime.files import only_program, refuse_unreachable, writing
 from optima_tpu.runtime.mesh import make_mesh
 from optima_tpu.runtime.processes import agree, check_signals, first_only, from_first, is_first
 from optima_tpu.runtime.records import encoded, known_record
@@ -86,7 +87,7 @@ def evaluate(config: EvaluateConfig, console: Console | None = None) -> dict[str
         "evaluated": evaluated,
         "texts": {source: token_digest(tokens.ids) for source, tokens in texts.items()},
     }
-    with Progress(console) as progress:
+    with only_program(folder), Progress(console) as progress:
         parts = Parts(folder, decides, progress.note)
         measure = functools.partial(_on_text, models=models, progress=progress, per_block=config.per_block)
         # First, because an error in the tasks should appear before hours of texts.
@@ -97,21 +98,22 @@ def evaluate(config: EvaluateConfig, console: Console | None = None) -> dict[str
             progress.ahead = [*later, *questions.ahead(len(questions.testers))]
             found[source] = parts.measured(source, functools.partial(measure, source, tokens))
         results = questions.answers(parts, config.asking, progress) | known
-    record = {
-        "model": config.model,
-        "against": config.against,
-        "evaluated": evaluated,
-        "configuration": settings,
-        "environment": decides["environment"],
-        "perplexity": {source: part["perplexity"] for source, part in found.items()},
-        "distance": {source: part["distance"] for source, part in found.items() if part["distance"]},
-        **_task_numbers(questions.tasks, results),
-    }
-    first_only(lambda: _write(folder, record, results, models))
-    first_only(parts.remove)
+        record = {
+            "model": config.model,
+            "against": config.against,
+            "evaluated": evaluated,
+            "configuration": settings,
+            "environment": decides["environment"],
+            "perplexity": {source: part["perplexity"] for source, part in found.items()},
+            "distance": {source: part["distance"] for source, part in found.items() if part["distance"]},
+            **_task_numbers(questions.tasks, results),
+        }
+        first_only(lambda: _write(folder, record, results, models))
+        first_only(parts.remove)
     files = {"record": RECORD} | ({"harness": HARNESS["model"]} if results else {})
     if is_first() and _draw_page(config, folder, console):
         files["report"] = PAGE
+    signals.ended(0)
     print_evaluation(console, record, {name: str(folder / file) for name, file in files.items()})
     return record
 

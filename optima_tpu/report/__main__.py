@@ -14,6 +14,7 @@ from optima_tpu.report.progress import Terminal, say
 from optima_tpu.report.results import comparison
 from optima_tpu.report.runs import Run
 from optima_tpu.report.table import print_summary
+from optima_tpu.runtime import signals
 from optima_tpu.runtime.buckets import as_path, in_bucket
 from optima_tpu.runtime.command import guarded
 from optima_tpu.runtime.outputs import refuse_foreign
@@ -37,6 +38,7 @@ def _report(arguments: Sequence[str] | None) -> None:
     if chosen.output is not None or len(chosen.runs) > 1:
         refuse_foreign(path, is_page, chosen.force)
     runs = write_page(chosen.runs, path)
+    signals.ended(0)
     if len(runs) == 1:
         _tell(console, runs[0])
     else:

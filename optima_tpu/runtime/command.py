@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from optima_tpu.errors import UserError, legible, one_line, panics_refused
-from optima_tpu.runtime import signals
+from optima_tpu.runtime import printing, signals
 from optima_tpu.runtime.program import refuse_undecodable
 
 LOST = 69
@@ -89,8 +89,9 @@ def guarded(command: Callable[[], int | None], again: str) -> int:
       again: says what the same command does when it is typed again.
 
     Returns:
-      The command's exit status; 2 for an error that the user can correct, 69 if another process has ended, 75 after SIGTERM, 130
-      after Ctrl-C. Any other error: 1 in one of several processes, while a process that is alone raises the error.
+      The command's exit status, even if a signal came before the command's end and the command finished all the same; 2 for an
+      error that the user can correct, 69 if another process has ended, 75 after SIGTERM, 130 after Ctrl-C. Any other error: 1 in
+      one of several processes, while a process that is alone raises the error.
     """
     with signals.listening(again), warnings.catch_warnings():
         if not sys.warnoptions:  # python -W and PYTHONWARNINGS show the libraries' warnings to who develops
@@ -108,7 +109,9 @@ def _processes() -> types.ModuleType | None:
 def _status(command: Callable[[], int | None], again: str) -> int:
     try:
         with panics_refused("a library in Rust ended the command; a file that it read may be damaged"):
-            return _unless_stopped(command)
+            return _printed(command)
+    except _Unprinted as refused:
+        return _unprinted(refused.error, again)
     except UserError as error:
         processes = _processes()
         told = processes is not None and isinstance(error, processes.SharedError) and not processes.is_first()
@@ -117,12 +120,6 @@ def _status(command: Callable[[], int | None], again: str) -> int:
         return _ended(signals.status_after(stopped.number), signals.told(stopped.number, again))
     except KeyboardInterrupt:
         return _ended(signals.INTERRUPTED, signals.told(signal.SIGINT, again))
-    except BrokenPipeError:
-        return _unread(again)
-    except SystemExit as exits:
-        if not isinstance(exits.__context__, BrokenPipeError):  # what rich makes of it
-            raise
-        return _unread(again)
     except Exception as error:
         processes = _processes()
         if processes is None or processes.alone():
@@ -134,23 +131,55 @@ def _status(command: Callable[[], int | None], again: str) -> int:
         return _ended(LOST, f"process {processes.number()}: another process has ended, see its message (here: {found}); {again}")
 
 
-def _unread(again: str) -> int:
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # otherwise what Python flushes at its end fails too
-    return _ended(2, f"error: nobody reads the output any more, as behind `| head`: write it to a file; {again}")
+class _Unprinted(Exception):
+    """The standard output refuses what a command prints."""
+
+    def __init__(self, error: OSError):
+        super().__init__(error)
+        self.error = error
+
+
+def _printed(command: Callable[[], int | None]) -> int:
+    """The exit status of a command whose output has been printed. Raises :class:`_Unprinted` if it could not be."""
+    try:
+        status = _unless_stopped(command)
+    except SystemExit as exits:
+        if isinstance(exits.__context__, BrokenPipeError):  # what rich makes of it
+            raise _Unprinted(exits.__context__) from exits
+        raise SystemExit(printing.status_of_text(printing.refused()) or exits.code) from exits  # --help
+    if refused := printing.refused():
+        raise _Unprinted(refused)
+    return status
+
+
+def _of_output(error: OSError) -> OSError | None:
+    """The error of the standard output, if ``error`` is one. Without a buffer (``python -u``) only another text shows it."""
+    nameless = error.filename is None and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return printing.printed() if nameless else printing.refused() or (error if isinstance(error, BrokenPipeError) else None)
+
+
+def _unprinted(error: OSError, again: str) -> int:
+    if (status := signals.status_given()) is not None:
+        return _ended(status, f"all is written, but the output could not be printed: {error.strerror}")
+    if isinstance(error, BrokenPipeError):
+        return _ended(2, f"error: {printing.UNREAD}; {again}")
+    return _ended(2, f"error: the output could not be written: {error.strerror}; {again}")
 
 
 def _unless_stopped(command: Callable[[], int | None]) -> int:
-    """The exit status of a command. Raises :class:`signals.Stopped` if a signal came before the command's end."""
+    """The exit status of a command. Raises :class:`signals.Stopped` if a signal ended its work.
+
+    A command that returns has finished, whatever signal came meanwhile.
+    """
     signals.check()
     try:
         status = command() or 0
         if (processes := _processes()) and processes.joined():
-            processes.check_signals()
             processes.leave()
-        else:
-            signals.check()
         return status
     except Exception as error:
+        if isinstance(error, OSError) and (refused := _of_output(error)):
+            raise _Unprinted(refused) from error
         signals.check()  # the error is then often a consequence, as when the signal has ended another process too
         if isinstance(error, UnicodeEncodeError):
             refuse_undecodable([error.object])  # such as the name of a file in a folder

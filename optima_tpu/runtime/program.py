@@ -9,6 +9,7 @@ from types import MappingProxyType
 from typing import Any, NoReturn
 
 from optima_tpu.errors import UserError, did_you_mean, legible
+from optima_tpu.runtime.printing import PrintsHelp
 
 MODULES: Mapping[str, str] = MappingProxyType(
     {
@@ -41,7 +42,7 @@ def refuse_undecodable(words: Iterable[str]) -> None:
             raise UserError(f"expected text in UTF-8, got {legible(word)}: rename the file or folder")
 
 
-class Parser(argparse.ArgumentParser):
+class Parser(PrintsHelp, argparse.ArgumentParser):
     """Refuses what is wrong or missing with a UserError, like everything else that a user can mend.
 
     Options may have dashes or underscores between their words: --dry-run is --dry_run, as for the settings of a run.

@@ -13,9 +13,11 @@ import jax
 import pytest
 from rich.console import Console
 
+from optima_tpu import cli
 from optima_tpu.config.run_config import RunConfig
-from optima_tpu.runtime import processes
+from optima_tpu.runtime import processes, signals
 from optima_tpu.runtime.command import guarded, take_devices
+from optima_tpu.runtime.program import MODULES
 from optima_tpu.runtime.signals import INTERRUPTED, RESUME, SAVING
 from optima_tpu.runtime.xla_flags import raise_collective_timeouts
 from tests.support.processes import at_once, free_port, hearing_ctrl_c, process_environment, python, without_gloo
@@ -40,6 +42,16 @@ def saving():
         print("working", flush=True)
         time.sleep(3)
         print("saved", flush=True)
+    signals.check()
+
+def compiling():
+    def program(x):
+        for turn in range(1500):
+            x = jax.numpy.linalg.cholesky(x @ x.T) if turn % 5 == 0 else jax.numpy.sort(jax.numpy.tanh(x) * turn, axis=turn % 2)
+        return x
+    lowered = jax.jit(program).lower(jax.numpy.ones((17, 17)))
+    print("working", flush=True)
+    lowered.compile()
 
 def collecting():
     gc.callbacks.append(lambda *_: time.sleep(0.2))
@@ -66,6 +78,21 @@ sys.exit(command.guarded(globals()[sys.argv[1]], "the same command goes on"))
 """
 
 
+# A command in the middle of a folder, in a step that hears no signal for longer than any grace.
+UNDONE = """
+import pathlib, signal, sys, time
+from optima_tpu.runtime import command, files, signals
+
+signals._GRACE = {signal.SIGTERM: 600.0, signal.SIGINT: 0.2}
+
+def work():
+    with files.making(pathlib.Path(sys.argv[1])) as folder:
+        (folder / "model.safetensors").write_bytes(b"half")
+        signal.raise_signal(signal.SIGTERM)
+        time.sleep(60)
+
+sys.exit(command.guarded(work, "again"))
+"""
 TOGETHER = """
 import signal, sys
 from optima_tpu.config.run_config import RunConfig
@@ -109,7 +136,13 @@ def working(work):
 
 
 @pytest.mark.parametrize(
-    "work, out, said", [("devices", "", " in the middle of a step"), ("saving", "saved\n", ""), ("collecting", "", "")]
+    "work, out, said",
+    [
+        ("devices", "", " in the middle of a step"),
+        ("compiling", "", " in the middle of a step"),
+        ("saving", "saved\n", ""),
+        ("collecting", "", ""),
+    ],
 )
 @pytest.mark.parametrize("sent, name, status", SENT)
 def test_a_signal_is_heard_wherever_the_work_is_and_waits_for_a_save(work, out, said, sent, name, status):
@@ -118,6 +151,27 @@ def test_a_signal_is_heard_wherever_the_work_is_and_waits_for_a_save(work, out, 
         first = f"{SAVING}\n" if work == "saving" else ""  # 0.2 seconds after the signal, when nothing else would end it
         assert process.communicate(timeout=120) == (out, f"{first}stopped{name}{said}; the same command goes on\n")
         assert process.returncode == status
+
+
+def test_a_process_ends_before_a_scheduler_kills_it():
+    """Kubernetes and Slurm kill it 30 seconds after SIGTERM. A tenth of these is for the line and the end of the process."""
+    assert max(signals._GRACE.values()) <= 27
+
+
+@pytest.mark.parametrize("status", [0, 1])
+def test_a_command_that_finished_keeps_its_status_though_a_signal_came(status, capsys):
+    def command():
+        signal.raise_signal(signal.SIGTERM)
+        return status
+
+    assert guarded(command, "the same command does it again") == status
+    assert capsys.readouterr().err == ""
+
+
+def test_what_a_signal_interrupts_is_removed_at_its_end(tmp_path):
+    ended = python("-W", "ignore", "-c", UNDONE, tmp_path / "out")
+    assert (ended.returncode, ended.stderr) == (RESUME, "stopped by SIGTERM in the middle of a step; again\n")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("sent, name, status", SENT)
@@ -160,6 +214,56 @@ def test_sigterm_of_a_forked_child_is_its_own():
 @pytest.mark.parametrize("status, found", [(None, 0), (1, 1)])
 def test_the_status_is_that_of_the_command(status, found):
     assert guarded(lambda: status, "again") == found
+
+
+@pytest.fixture
+def unread(monkeypatch):
+    """A standard output that nobody reads."""
+    reads, writes = os.pipe()
+    os.close(reads)
+    with open(writes, "w") as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        yield stream
+
+
+@pytest.fixture
+def full(monkeypatch):
+    """A standard output on a disk without room."""
+    with open("/dev/full", "w") as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        yield stream
+
+
+@pytest.mark.parametrize("stream, why", [("unread", "Broken pipe"), ("full", "No space left on device")])
+def test_a_command_that_has_written_all_does_not_fail_by_its_output(stream, why, request, capfd):
+    request.getfixturevalue(stream)
+
+    def command():
+        signals.ended(0)
+        print("wrote out")
+
+    assert guarded(command, "the same command does it again") == 0
+    assert capfd.readouterr().err == f"all is written, but the output could not be printed: {why}\n"
+
+
+def test_a_result_that_finds_no_room_is_an_error(request, capfd):
+    request.getfixturevalue("full")
+    assert guarded(lambda: print("a result"), "the same command does it again") == 2
+    assert only_error(capfd.readouterr().err) == (
+        "error: the output could not be written: No space left on device; the same command does it again\n"
+    )
+
+
+@pytest.mark.parametrize("words", [["--help"], ["--version"], *([name, "--help"] for name in MODULES)], ids=" ".join)
+def test_a_help_text_that_nobody_reads_is_no_error_and_one_without_room_is_one_line(words, request, capfd):
+    for stream, status in (("unread", 0), ("full", 2)):
+        request.getfixturevalue(stream)
+        try:
+            assert cli.main(words) == status
+        except SystemExit as exits:  # argparse's way
+            assert (exits.code or 0) == status
+        said = capfd.readouterr().err
+        assert (not status and not said) or said == "error: the output could not be written: No space left on device\n"
 
 
 @pytest.mark.parametrize("write", [lambda text: Console(file=sys.stdout).print(text), lambda text: print(text, flush=True)])
