@@ -65,6 +65,7 @@ def evaluate(config: EvaluateConfig, console: Console | None = None) -> dict[str
     agree("settings and code", flat(settings | {"code": code_version()}))
     check_signals()
     mesh = make_mesh(config.mesh)
+    say(console, f"checking     the files of {' and '.join(filter(None, (config.model, config.against)))}, by their checksums")
     models = _open(config, mesh)
     check_signals()
     known = {}

@@ -8,6 +8,7 @@ from rich.console import Console
 
 from optima_tpu.config.flat import flat
 from optima_tpu.config.run_config import RunConfig, to_dict
+from optima_tpu.models.checkpoints.orbax import CHECKPOINT
 from optima_tpu.models.model import Model
 from optima_tpu.pipeline.inputs import Texts, on_context, open_model_on_mesh, pruned_layers, read_texts
 from optima_tpu.pipeline.journal import refuse_unusable
@@ -16,7 +17,7 @@ from optima_tpu.pipeline.stages import STAGES, Opened, Run, Stage, finished_repo
 from optima_tpu.report.progress import Progress, Terminal, say
 from optima_tpu.report.sinks import check_sinks
 from optima_tpu.report.table import print_summary
-from optima_tpu.runtime.files import only_program
+from optima_tpu.runtime.files import complete, only_program
 from optima_tpu.runtime.processes import agree, check_signals, first_only, from_first, is_first, together
 from optima_tpu.runtime.version import code_version
 
@@ -65,6 +66,8 @@ def finish(opened: Opened, stages: Sequence[Stage], console: Console, dense: flo
       dense: as for :func:`run`.
     """
     check_signals()
+    if from_first(lambda: complete(opened.directory / CHECKPOINT)):
+        say(console, "checking     the files that an earlier start of this run wrote, by their checksums")
     report = from_first(lambda: finished_report(opened))
     if report is not None:
         say(console, "finished     nothing is left to do")

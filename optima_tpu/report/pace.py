@@ -2,7 +2,7 @@
 
 import dataclasses
 import statistics
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -58,7 +58,7 @@ class Pace:
           into: seconds since the first of them began.
         """
         steps = list(steps)
-        work = Counter[str]()
+        work = defaultdict[str, float](float)
         for step in steps:
             work[step.kind] += step.work
         found = {kind: self.seconds(Step(kind, total)) for kind, total in work.items()}

@@ -128,12 +128,10 @@ class Progress:
         self._step_start, self._part = self._stage_start, ""
         self._steps = [Step(name)] * total if steps is None else list(steps)
         self._total, self._done = total, 0
-        left = self._remaining()
-        self._say(
-            ", ".join(
-                [name, *([f"about {duration(left.stage)}", *_of_run(left, self.ahead)] if (left.stage or 0) >= _SHORT else [])]
-            )
-        )
+        left, words = self._remaining(), [name]
+        if left.stage is not None and left.stage >= _SHORT:
+            words += [f"about {duration(left.stage)}", *_of_run(left, self.ahead)]
+        self._say(", ".join(words))
         self._bars.reset(self._task, total=total, description=name, visible=True)
         check_signals()
 
