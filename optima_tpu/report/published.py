@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import msgspec
+
 from optima_tpu.report.numbers import direction, number
 
 _SIZES = 2.5
@@ -57,9 +59,8 @@ class Published(NamedTuple):
 def published() -> tuple[Published, ...]:
     """All rows of published.csv."""
     text = Path(__file__).with_suffix(".csv").read_text(encoding="utf-8")
-    numbers = ("billions", "dense", "pruned")
-    rows = csv.DictReader(text.splitlines())
-    return tuple(Published(**{name: float(cell) if name in numbers else cell for name, cell in row.items()}) for row in rows)
+    rows = ([row[name] for name in Published._fields] for row in csv.DictReader(text.splitlines()))
+    return msgspec.convert(list(rows), tuple[Published, ...], strict=False)
 
 
 def comparable(report: Mapping[str, Any]) -> list[Published]:

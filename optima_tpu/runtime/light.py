@@ -83,7 +83,7 @@ def without_libraries(name: str, *arguments: Any) -> Any:
 
 def _real(name: str) -> Callable[..., Any]:
     module, _, function = name.partition(":")
-    return getattr(importlib.import_module(module), function)  # type: ignore[no-any-return]
+    return getattr(importlib.import_module(module), function)
 
 
 class _Modules:
@@ -168,8 +168,8 @@ class _Absent:
     def __mro_entries__(self, bases: tuple[Any, ...]) -> tuple[type, ...]:
         return (_Base,)
 
-    @property
-    def __class__(self) -> Any:  # asked by isinstance(absent, type)
+    @property  # type: ignore[misc]  # isinstance(absent, type) asks for it
+    def __class__(self) -> Any:
         self._named()
         return _Absent
 

@@ -1,8 +1,9 @@
 """The standard output, which may be a closed pipe or a full disk. Imports nothing else of this package that takes long."""
 
+import argparse
 import os
 import sys
-from typing import IO
+from typing import Any
 
 UNREAD = "nobody reads the output any more, as behind `| head`: write it to a file"
 
@@ -41,10 +42,10 @@ def status_of_text(error: OSError | None) -> int:
     return 2
 
 
-class PrintsHelp:
+class PrintsHelp(argparse.ArgumentParser):
     """A parser of arguments that ends by :func:`status_of_text` where its help cannot be printed. ``argparse`` would end by 0."""
 
-    def print_help(self, file: IO[str] | None = None) -> None:
+    def print_help(self, file: Any = None) -> None:
         if file is None and (error := printed(self.format_help(), end="")):
             sys.exit(status_of_text(error))
         elif file is not None:

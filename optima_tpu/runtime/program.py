@@ -1,6 +1,5 @@
 """The names of the commands, for help texts and for messages that say what to type, and their parser."""
 
-import argparse
 import re
 import sys
 from collections.abc import Iterable, Mapping
@@ -42,7 +41,7 @@ def refuse_undecodable(words: Iterable[str]) -> None:
             raise UserError(f"expected text in UTF-8, got {legible(word)}: rename the file or folder")
 
 
-class Parser(PrintsHelp, argparse.ArgumentParser):
+class Parser(PrintsHelp):
     """Refuses what is wrong or missing with a UserError, like everything else that a user can mend.
 
     Options may have dashes or underscores between their words: --dry-run is --dry_run, as for the settings of a run.
