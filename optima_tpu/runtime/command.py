@@ -60,9 +60,9 @@ def take_devices(config: OnDevices, alone: bool = False) -> None:
     import jax  # imported late, like the modules that import it: arguments are read and refused without it
 
     from optima_tpu.runtime import processes
-    from optima_tpu.runtime.files import user_cache
+    from optima_tpu.runtime.compiled import keep_compiled_programs
     from optima_tpu.runtime.host_memory import keep_freed_memory
-    from optima_tpu.runtime.mesh import platform, simulate_devices
+    from optima_tpu.runtime.mesh import simulate_devices
     from optima_tpu.runtime.xla_flags import raise_collective_timeouts
 
     signals.check()
@@ -76,9 +76,7 @@ def take_devices(config: OnDevices, alone: bool = False) -> None:
         processes.start(config.coordinator, config.num_processes, config.process_id, config.join_timeout)
     if jax.distributed.is_initialized() and processes.is_first():  # without it jax aborts the other processes
         signals.end_later(processes.LAST)
-    # Compiling for an accelerator takes minutes, which a resumed run would spend again. Compiling for a CPU is quick.
-    if platform() != "cpu" and jax.config.values["jax_compilation_cache_dir"] is None:
-        jax.config.update("jax_compilation_cache_dir", str(user_cache() / "xla"))
+    keep_compiled_programs()
 
 
 def guarded(command: Callable[[], int | None], again: str) -> int:

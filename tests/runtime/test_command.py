@@ -391,16 +391,42 @@ def test_timeouts_are_raised_where_the_environment_divides_the_cpu(monkeypatch):
     assert os.environ["XLA_FLAGS"] == WAITS
 
 
-@pytest.mark.parametrize(
-    "platform, given, kept", [("tpu", None, "mine/xla"), ("gpu", "elsewhere", "elsewhere"), ("cpu", None, None)]
-)
-def test_programs_of_accelerators_are_kept(platform, given, kept, monkeypatch):
-    monkeypatch.setenv("OPTIMA_TPU_CACHE", "mine")
+@pytest.mark.parametrize("platform, given, kept", [("tpu", None, "mine/xla"), ("gpu", "elsewhere", "elsewhere")])
+def test_programs_of_accelerators_are_kept(platform, given, kept, compilation_cache, monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: platform)
-    before = jax.config.jax_compilation_cache_dir
     jax.config.update("jax_compilation_cache_dir", given)
-    try:
+    take_devices(RunConfig(model="a"))
+    assert jax.config.jax_compilation_cache_dir == kept
+
+
+def test_programs_of_a_cpu_are_kept_for_this_kind_of_cpu_alone(compilation_cache, tmp_path, monkeypatch):
+    folders = []
+    for flags in ("sse avx2", "sse avx2 avx512f", "sse avx2"):
+        listed = tmp_path / "cpuinfo"
+        listed.write_text(f"processor\t: 0\nmodel name\t: X\ncpu MHz\t: {len(folders)}\nflags\t\t: {flags}\n")
+        monkeypatch.setattr("optima_tpu.runtime.compiled._PROCESSORS", listed)
+        jax.config.update("jax_compilation_cache_dir", None)
         take_devices(RunConfig(model="a"))
-        assert jax.config.jax_compilation_cache_dir == kept
-    finally:
-        jax.config.update("jax_compilation_cache_dir", before)
+        folders.append(jax.config.jax_compilation_cache_dir)
+    first, other, again = folders
+    assert first.startswith("mine/xla/cpu-")
+    assert first == again != other
+
+
+def test_quickly_compiled_programs_of_a_cpu_are_kept_unless_the_user_set_a_limit(compilation_cache):
+    for given, kept in ((1.0, 0.0), (0.5, 0.5)):
+        jax.config.update("jax_compilation_cache_dir", None)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", given)
+        take_devices(RunConfig(model="a"))
+        assert jax.config.jax_persistent_cache_min_compile_time_secs == kept
+
+
+@pytest.fixture
+def compilation_cache(monkeypatch):
+    """Puts jax's settings of its compilation cache back; the user's cache folder is ``mine``."""
+    monkeypatch.setenv("OPTIMA_TPU_CACHE", "mine")
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = {name: jax.config.values[name] for name in names}
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
