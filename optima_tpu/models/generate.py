@@ -7,7 +7,7 @@ stretches of blocks that are alike, not with tokens or blocks. All windows of a 
 import functools
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import jax
@@ -315,12 +315,15 @@ def empty_cache(decoder: Decoder, windows: int, length: int) -> Caches:
 
 
 def _zeros(structs: Iterable[Array]) -> list[Array]:
-    structs = list(structs)
-    made = jax.jit(
-        lambda: [jnp.zeros(struct.shape, struct.dtype) for struct in structs],
-        out_shardings=[struct.sharding for struct in structs],
+    return _zeros_program(tuple((struct.shape, struct.dtype, struct.sharding) for struct in structs))()
+
+
+@functools.lru_cache(maxsize=8)
+def _zeros_program(specs: tuple[tuple[tuple[int, ...], np.dtype, jax.sharding.Sharding], ...]) -> Callable[[], list[Array]]:
+    """The compiled program that makes arrays of zeros; the dense and the pruned model share it."""
+    return jax.jit(
+        lambda: [jnp.zeros(shape, dtype) for shape, dtype, _ in specs], out_shardings=[sharding for *_, sharding in specs]
     )
-    return made()
 
 
 @functools.partial(jax.jit, donate_argnums=0)

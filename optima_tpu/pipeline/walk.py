@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from optima_tpu.method.acceptance import refuse_broken
-from optima_tpu.method.linalg.scaling import live_features
+from optima_tpu.method.linalg.scaling import live_diagonal
 from optima_tpu.method.outcomes import PrunedMatrix
 from optima_tpu.method.problem import Given, ReadGiven
 from optima_tpu.method.prune_group import prune_group
@@ -312,8 +312,8 @@ def _report(
       UserError: a selector's weights are not finite.
     """
     kept = [jnp.sum(matrix.keep, dtype=jnp.int32) for matrix in found]
-    alive, tokens, kept, rows = fetch(
-        (jnp.sum(live_features(statistics.hessian)), statistics.tokens, kept, [matrix.rows for matrix in found])
+    diagonal, tokens, kept, rows = fetch(
+        (jnp.diagonal(statistics.hessian), statistics.tokens, kept, [matrix.rows for matrix in found])
     )
     refuse_broken(walk.decoder.prefix(index), names, rows)
     reports = []
@@ -321,7 +321,7 @@ def _report(
         chosen: tuple[float | None, float | None] = (None, None)
         if happened.chosen is not None:
             chosen = walk.recipe.tuning.chosen(happened.chosen, walk.recipe.damping, walk.recipe.target)
-        (d_out, d_in), alive_inputs = matrix.keep.shape, int(alive)
+        (d_out, d_in), alive_inputs = matrix.keep.shape, int(live_diagonal(diagonal).sum())
         facts = LayerFacts(index, name, (d_out, d_in), int(left), d_in - alive_inputs, int(tokens), *chosen)
         reports.append(layer_report(facts, happened))
         walk.tell(reports[-1])

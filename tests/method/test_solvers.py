@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from optima_tpu.method.acceptance import PerRow
-from optima_tpu.method.linalg import features, inverses
+from optima_tpu.method.linalg import features, inverses, scaling
 from optima_tpu.method.mask_swaps import Swaps
 from optima_tpu.method.patterns import Unstructured
 from optima_tpu.method.problem import LayerProblem, Pruned, optimality_residual
@@ -275,3 +275,9 @@ def test_damping_bounds_how_far_weights_move():
     pruned = Pruned(jnp.where(keep, problem.weight, 0.0), keep)
     assert np.abs(solve(Exact(), problem, pruned, 0.0).weight).max() > 500
     assert np.abs(solve(CG(), problem, pruned, 1e-2).weight).max() < 2
+
+
+def test_live_features_are_the_same_on_the_host():
+    for diagonal in ([1, 0, -1, np.nan, np.inf, 2e-12, 0.9e-12], [0, 0], [np.nan, np.nan], [3e38, 1, 4e26]):
+        hessian = np.diag(np.asarray(diagonal, np.float32))
+        np.testing.assert_array_equal(scaling.live_diagonal(np.diagonal(hessian)), scaling.live_features(jnp.asarray(hessian)))

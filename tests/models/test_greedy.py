@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
 
@@ -51,6 +52,19 @@ def test_neither_the_others_nor_the_mesh_change_an_answer(written):
     plan = planned(decoder, budget=150_000)
     assert [(len(batch.prompts), batch.rows, batch.room) for batch in plan.batches] == [(1, 2, 96), (4, 4, 64), (3, 4, 64)]
     assert greedy(decoder, plan) == written[0]
+
+
+def test_a_second_model_of_the_same_shape_compiles_nothing(caplog):
+    plan = planned(opened((1, 1)), PROMPTS[:2])
+    compiled = []
+    for seed in (0, 1):
+        decoder = opened((1, 1), seed)
+        with jax.log_compiles():
+            greedy(decoder, plan)
+        compiled.append([record.message for record in caplog.records if record.message.startswith("Compiling")])
+        caplog.clear()
+    first, second = compiled
+    assert first and not second
 
 
 def test_a_batch_ends_when_all_of_its_answers_are_enough(written):

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jaxtyping import Bool, Float
 
@@ -47,6 +48,12 @@ def live_features(hessian: Float[Array, "d_in d"], features: Features = WHOLE) -
     diagonal = features.diagonal(hessian)
     finite = jnp.isfinite(diagonal)
     return finite & (diagonal > DEAD * features.maximum(jnp.where(finite, diagonal, 0.0))) & (diagonal > 0)
+
+
+def live_diagonal(diagonal: np.ndarray) -> np.ndarray:
+    """As :func:`live_features`, [d_in] bool, on the host: jax would compile each of its operations for every d_in."""
+    finite = np.isfinite(diagonal)
+    return finite & (diagonal > diagonal.dtype.type(DEAD) * np.where(finite, diagonal, 0).max()) & (diagonal > 0)
 
 
 def unit_diagonal(
