@@ -65,7 +65,7 @@ class Exported:
         masked = set(self.source.pruned())
         tensors, masks = self.source.load(names), self.source.masks(name for name in names if name in masked)
         for name, keep in masks.items():
-            if np.any(tensors[name][~keep] != 0):
+            if np.any((tensors[name] != 0) & ~keep):  # tensors[name][~keep] takes ten times as long
                 raise RuntimeError(f"{name}: the checkpoint holds weights other than zero where the mask prunes")
             tensors[name] = np.where(keep, tensors[name], np.zeros((), tensors[name].dtype))
         return Weights(tensors, masks)
