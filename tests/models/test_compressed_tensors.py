@@ -133,7 +133,10 @@ def test_every_width_and_dtype_comes_back(tmp_path, capsys, bits, dtype):
     recipe = {"pattern": "0.1", "selector": {"name": "imported"}, "quantize": {"name": f"int{bits}", "group": None}}
     assets = {path.name: path.read_bytes() for path in model.iterdir() if path.suffix == ".json" and "index" not in path.name}
     journal = open_journal(tmp_path / "run", MANIFEST | {"recipe": recipe}, assets)
-    layers = [{"block": 0, "name": name.split(".", 3)[3].removesuffix(".weight")} for name in weights]
+    layers = [
+        {"block": 0, "name": name.split(".", 3)[3].removesuffix(".weight"), "pruned": int((~keep).sum())}
+        for name, keep in masks.items()
+    ]
     journal.save(0, weights, masks, {"layers": layers}, on_host(np.zeros((1, 1, 1))), scales=scales)
     write_checkpoint(journal, source, mesh(1, 1))
     dense = sum(array.nbytes for array in folder_tensors(model).values())

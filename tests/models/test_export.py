@@ -67,7 +67,7 @@ def test_pruned_entries_are_positive_zeros_and_kept_ones_keep_their_sign(tmp_pat
     keep = np.array([[False, True, True, False]])
     source = MemoryTensors({name: weight})
     journal = open_journal(tmp_path / "run", MANIFEST, ASSETS)
-    layers = [{"block": 0, "name": "self_attn.q_proj"}]
+    layers = [{"block": 0, "name": "self_attn.q_proj", "pruned": 2}]
     journal.save(0, {name: np.where(keep, weight, -0 * weight)}, {name: keep}, {"layers": layers}, on_host(np.zeros((1, 1, 1))))
     write_checkpoint(journal, source, mesh(1, 1))
     export(tmp_path / "run", tmp_path / "out")
@@ -374,7 +374,10 @@ def test_transformers_loads_it_with_nothing_missing_and_every_bit_equal(tmp_path
         names = [name for name in source.names() if name.startswith(f"model.layers.{block}.") and "proj" in name]
         masks = {name: random.permuted(np.indices(source.shape(name))[1] % 2 == 0, axis=1) for name in names}
         weights = {name: source.arrays[name] * masks[name] for name in names}
-        layers = [{"block": block, "name": name.split(".", 3)[3].removesuffix(".weight")} for name in names]
+        layers = [
+            {"block": block, "name": name.split(".", 3)[3].removesuffix(".weight"), "pruned": int((~masks[name]).sum())}
+            for name in names
+        ]
         journal.save(block, weights, masks, {"layers": layers}, on_host(np.zeros((1, 1, 16), np.float32)))
         pruned |= weights
     write_checkpoint(journal, source, mesh(1, 1))

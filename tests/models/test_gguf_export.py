@@ -79,7 +79,7 @@ def test_large_norms_of_a_trained_gemma_are_exported(tmp_path):
             arrays[name] = rng.uniform(-1, 1656, arrays[name].shape).astype(np.float32)
     journal, pruned = open_journal(tmp_path / "run", MANIFEST, opened.assets), "model.layers.0.mlp.up_proj.weight"
     keep = np.indices(arrays[pruned].shape)[1] % 2 == 0
-    layers = [{"block": 0, "name": "mlp.up_proj"}]
+    layers = [{"block": 0, "name": "mlp.up_proj", "pruned": int((~keep).sum())}]
     journal.save(0, {pruned: arrays[pruned] * keep}, {pruned: keep}, {"layers": layers}, on_host(np.zeros((1, 1, 1))))
     write_checkpoint(journal, MemoryTensors(arrays), mesh(1, 1))
     export(tmp_path / "run", tmp_path / "out", form="gguf")

@@ -43,7 +43,8 @@ def pruned_block(source: MemoryTensors, block: int) -> tuple[dict, dict, dict, t
         moved = dense + random.standard_normal(dense.shape).astype(dense.dtype) / 8
         weights[name], masks[name] = (moved * keep).astype(dense.dtype), keep  # -0.0 at some of the pruned entries
     for linear in LINEARS:
-        layers.append({"block": block, "name": linear, "error_before": 0.2, "error_after": 0.1 + block / 100})
+        pruned = int((~masks[f"model.layers.{block}.{linear}.weight"]).sum())
+        layers.append({"block": block, "name": linear, "pruned": pruned, "error_before": 0.2, "error_after": 0.1 + block / 100})
     return weights, masks, {"index": block, "seconds": None, "layers": layers}, on_host(activations_after(block))
 
 
@@ -60,7 +61,8 @@ def pruned_run(directory: Path, config: PretrainedConfig, source: MemoryTensors)
             for name, dense in ((name, source.read(name)) for name in names)
         }
         weights = {name: np.where(keep, source.read(name), 0).astype(source.dtype(name)) for name, keep in masks.items()}
-        report = {"index": block, "seconds": None, "layers": [{"block": block, "name": linear} for linear in names.values()]}
+        layers = [{"block": block, "name": linear, "pruned": int((~masks[name]).sum())} for name, linear in names.items()]
+        report = {"index": block, "seconds": None, "layers": layers}
         journal.save(block, weights, masks, report, on_host(np.zeros((1, 1, 1), np.float32)))
     write_checkpoint(journal, source, mesh(1, 1))
     return directory
