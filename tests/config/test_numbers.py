@@ -67,7 +67,9 @@ def test_a_number_of_a_file_is_finite_and_below_a_bound(setting, number, tmp_pat
     assert (inner or outer) in refusal(parse, ["m", "--config", str(tmp_path / "run.yaml")])
 
 
-@pytest.mark.parametrize("read", [parse, parse_evaluate, lambda words: parse_recover([*words, "--tokens", "1k"])], ids=["prune", "evaluate", "recover"])
+@pytest.mark.parametrize(
+    "read", [parse, parse_evaluate, lambda words: parse_recover([*words, "--tokens", "1k"])], ids=["prune", "evaluate", "recover"]
+)
 @pytest.mark.parametrize("setting", ["batch", "join_timeout", "num_processes", "process_id", "cpu_devices"])
 def test_a_number_of_a_command_line_is_below_a_bound(read, setting):
     assert f"expected {setting} of at most" in refusal(read, ["m", f"--{setting}", str(2**63)])
