@@ -1,8 +1,10 @@
 import itertools
 import shutil
+import threading
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ from orbax.checkpoint import v1 as ocp
 from optima_tpu.errors import UserError
 from optima_tpu.models.activations import Activations
 from optima_tpu.models.checkpoints import orbax as checkpoint
-from optima_tpu.models.checkpoints.orbax import CheckpointTensors, write_checkpoint
+from optima_tpu.models.checkpoints.orbax import CheckpointTensors, load_group, save_tree, write_checkpoint
 from optima_tpu.pipeline.journal import open_journal
 from optima_tpu.pipeline.repair import mend
 from optima_tpu.report import run_record as manifest
@@ -375,3 +377,24 @@ def test_a_journal_that_is_removed_under_its_run_is_told_in_one_line(tmp_path):
     for read in (lambda: write_checkpoint(journal, source, mesh(1, 1)), lambda: journal.weights(0), lambda: journal.report(1)):
         with pytest.raises(UserError, match=gone):
             read()
+
+
+def test_one_checkpoint_is_read_while_another_is_saved(tmp_path):
+    """As where the next block is read ahead: Orbax gives its operations numbers of the whole process."""
+    tree = {"weights": {str(index): jnp.ones((4, 4)) for index in range(4)}}
+    save_tree(tmp_path / "read", tree, {})
+    done = threading.Event()
+
+    def read():
+        while not done.is_set():
+            load_group(tmp_path / "read", "weights", tree["weights"])
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    try:
+        for number in range(6):
+            save_tree(tmp_path / str(number), tree, {})
+            assert load_group(tmp_path / str(number), "weights", tree["weights"]).keys() == tree["weights"].keys()
+    finally:
+        done.set()
+        reader.join()

@@ -11,6 +11,7 @@ import contextlib
 import logging
 import re
 import sys
+import threading
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NotRequired, Protocol, TypedDict
@@ -36,6 +37,9 @@ from optima_tpu.runtime.records import Share, check_record
 
 CHECKPOINT = "checkpoint"
 _ITEMS = "items"
+_ONE = threading.Lock()
+"""Held by the one operation of Orbax that goes on. Orbax counts operations by a number of the whole process: a checkpoint that is
+read in a thread, as the next block is, could let a save go on before its folders exist."""
 _BLOCK = re.compile(r"(.*?\.\d+)\.")
 """The beginning of the name of a block's tensor, up to the block's number."""
 
@@ -72,7 +76,8 @@ def quiet_orbax() -> None:
 
 def save_tree(path: Path, tree: Mapping[str, Any], metadata: Mapping[str, Any]) -> None:
     """Writes a checkpoint of arrays on the host or on the mesh. Every process calls it and writes what its devices hold."""
-    ocp.save(path, tree, custom_metadata=dict(metadata))
+    with _ONE:
+        ocp.save(path, tree, custom_metadata=dict(metadata))
 
 
 def save_items(path: Path, tree: Mapping[str, Any], metadata: Mapping[str, Any]) -> None:
@@ -81,12 +86,13 @@ def save_items(path: Path, tree: Mapping[str, Any], metadata: Mapping[str, Any])
     Raises:
       RuntimeError: an array differs from what was written.
     """
-    ocp.save_checkpointables(path, {_ITEMS: tree}, custom_metadata=dict(metadata))
+    with _ONE:
+        ocp.save_checkpointables(path, {_ITEMS: tree}, custom_metadata=dict(metadata))
     for mark in path.rglob("commit_success.txt"):  # Orbax looks whether it exists, and writes the path of this machine into it
         mark.write_text("committed\n")
     if alone():
         signals.check()
-    with _by_itself():
+    with _ONE, _by_itself():
         found = ocp.load_checkpointables(path, {_ITEMS: jax.tree.map(np.empty_like, tree)})[_ITEMS]
     differ = jax.tree.map(lambda a, b: a.dtype != b.dtype or not np.array_equal(a, b, equal_nan=True), tree, found)
     for name, wrong in jax.tree_util.tree_leaves_with_path(differ):
@@ -132,7 +138,7 @@ def _reading(path: Path) -> Iterator[None]:
       UserError: it is damaged, or was removed while this program was at work; other exceptions pass.
     """
     try:
-        with reached(path), _by_itself():
+        with reached(path), _ONE, _by_itself():
             yield
     except UserError:
         raise
