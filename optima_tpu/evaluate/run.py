@@ -32,7 +32,7 @@ from optima_tpu.report.file import environment
 from optima_tpu.report.pace import Step
 from optima_tpu.report.page import PAGE, write_page
 from optima_tpu.report.progress import Progress, Terminal, say
-from optima_tpu.report.run_record import default_folder
+from optima_tpu.report.run_record import RUN, default_folder
 from optima_tpu.runtime import signals
 from optima_tpu.runtime.buckets import as_path, in_bucket
 from optima_tpu.runtime.checksums import forget, keep
@@ -88,7 +88,7 @@ def evaluate(config: EvaluateConfig, console: Console | None = None) -> dict[str
         "evaluated": evaluated,
         "texts": {source: token_digest(tokens.ids) for source, tokens in texts.items()},
     }
-    with only_program(folder), Progress(console) as progress:
+    with only_program(folder, leave_file=(folder / RUN).exists()), Progress(console) as progress:
         parts = Parts(folder, decides, progress.note)
         measure = functools.partial(_on_text, models=models, progress=progress, per_block=config.per_block)
         # First, because an error in the tasks should appear before hours of texts.

@@ -25,7 +25,7 @@ from huggingface_hub import StateDictSplit, split_state_dict_into_shards_factory
 from optima_tpu.errors import UserError
 from optima_tpu.runtime.buckets import BucketError, copy, in_bucket, objects_in, reached, refuse_other, stored_digest, take_over
 from optima_tpu.runtime.inside import below
-from optima_tpu.runtime.processes import first_only
+from optima_tpu.runtime.processes import first_only, is_first
 from optima_tpu.runtime.signals import undoing, uninterrupted
 
 PARTIAL = ".partial"
@@ -105,10 +105,13 @@ def refuse_unreachable(directory: Path) -> None:
 
 
 @contextlib.contextmanager
-def only_program(directory: Path) -> Iterator[None]:
+def only_program(directory: Path, leave_file: bool = True) -> Iterator[None]:
     """Locks an existing directory against other programs. The system releases the lock when process 0 ends, even by kill -9.
 
     A bucket has no such lock. There the program that comes last takes over, see :func:`still_only_program`.
+
+    Args:
+      leave_file: whether the file of the lock stays, as in a run directory.
 
     Raises:
       UserError: another program has locked the directory.
@@ -126,11 +129,17 @@ def only_program(directory: Path) -> Iterator[None]:
         except filelock.Timeout:
             raise UserError(f"another process is at work in {directory}; wait for it, or choose another --output") from None
 
+    def release():
+        if not leave_file:  # still locked: whoever opened the file meanwhile sees that it has no name any more
+            (directory / LOCK).unlink(missing_ok=True)
+        lock.release()
+
     first_only(acquire)
     try:
         yield
     finally:
-        lock.release()
+        if is_first():
+            release()
 
 
 @contextlib.contextmanager
