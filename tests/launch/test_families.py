@@ -197,7 +197,8 @@ def test_a_relative_with_half_of_its_weights_comes_back_and_loads_in_transformer
         names = [decoder.prefix(index) + name + ".weight" for name in linears]
         masks = {name: np.indices(expected[name].shape).sum(axis=0) % 2 == 0 for name in names}
         expected |= {name: np.where(keep, expected[name], np.zeros_like(expected[name])) for name, keep in masks.items()}
-        layers = [dict(block=index, name=name) for name in linears]
+        pruned = [int(np.sum(~keep)) for keep in masks.values()]
+        layers = [dict(block=index, name=name, pruned=count) for name, count in zip(linears, pruned)]
         journal.save(index, {name: expected[name] for name in names}, masks, dict(layers=layers), on_host(np.zeros((1, 1, 1))))
     write_checkpoint(journal, dense.tensors, mesh(1, 1))
     export(tmp_path / "run", tmp_path / "out")

@@ -170,6 +170,8 @@ def _outcome(read, words, capsys) -> tuple[str, str]:
 )
 def test_a_class_of_the_user_is_imported_by_the_real_modules_alone(words, light_parse, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", sys.path.copy())  # the working directory is added to it
+    monkeypatch.delitem(sys.modules, "my_lab", raising=False)  # as a page of the documentation has one, too
     (tmp_path / "my_lab.py").write_text("raise SystemExit('imported')")
     (tmp_path / "mine.yaml").write_text("selector: my_lab:Mask")
     with pytest.raises(light.NeedsLibraries):

@@ -18,7 +18,6 @@ from optima_tpu.models.checkpoints import orbax as checkpoint
 from optima_tpu.models.checkpoints.orbax import CheckpointTensors, load_group, save_tree, write_checkpoint
 from optima_tpu.pipeline.journal import open_journal
 from optima_tpu.pipeline.repair import mend
-from optima_tpu.report import run_record as manifest
 from optima_tpu.report.run_record import read_run
 from optima_tpu.runtime.checksums import write_sums
 from optima_tpu.runtime.files import begin
@@ -354,7 +353,7 @@ def test_the_code_version_follows_the_source(tmp_path, monkeypatch):
     assert version() == version() == code_version()
     (tmp_path / "solvers").mkdir()
     (tmp_path / "solvers" / "cg.py").write_text("a = 1\n")
-    monkeypatch.setattr(manifest, "__file__", str(tmp_path / "manifest.py"))
+    monkeypatch.setattr("optima_tpu.runtime.version.__file__", str(tmp_path / "runtime" / "version.py"))
     first = version()
     (tmp_path / "solvers" / "cg.py").write_text("a = 2\n")
     second = version()

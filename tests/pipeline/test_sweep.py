@@ -323,7 +323,7 @@ def test_a_damaged_results_json_is_replaced_and_another_s_only_by_force(sweep, s
 def test_the_pruned_models_of_finished_cells_are_removed(sweep, stand_in, tmp_path):
     assert sweep(updates={"cg": {}}, masks={"wanda": {}}) == 0
     cell = tmp_path / "out" / "cells" / "wanda_cg_50_4-samples_seed-0"
-    assert sorted(path.name for path in cell.iterdir()) == ["report.json", "run.json", "sha256-all.json"]
+    assert sorted(path.name for path in cell.iterdir()) == ["report.json", "run.json", "run.lock", "sha256-all.json"]
     assert json.loads((cell / "report.json").read_text())["files"] == {"report": str(cell / "report.json")}
     (cell / "checkpoint").mkdir()  # as if that had been interrupted
     assert sweep(updates={"cg": {}}, masks={"wanda": {}}) == 0

@@ -160,7 +160,7 @@ def test_a_run_does_not_say_that_it_aims_at_a_stream_to_which_no_layer_adds(arch
     reference = next(reference for reference in REFERENCES if reference.model.startswith(architecture))
     config, _, tensors = tiny(reference, next(iter(reference.variants.values())))
     model = SimpleNamespace(decoder=Decoder.open(config, tensors, mesh(1, 1)), pretrained=SimpleNamespace(origin="a model"))
-    text = SimpleNamespace(how="a text", cache="")
+    text = SimpleNamespace(how="a text", cache="", ids=np.arange(64).reshape(2, 32))
     texts, console = SimpleNamespace(calibration=text, evaluation=text), Console(file=io.StringIO(), width=200)
     greet(console, parse(["--preset", "best", "--pattern", "2:4"]), model, texts, tmp_path, "")
     assert "dense target 0.5" in console.file.getvalue()
