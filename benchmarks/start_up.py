@@ -34,7 +34,7 @@ from optima_tpu.cli import main
 folder = Path(sys.argv[1])
 sys.exit(main(["prune", str(tiny_folder(folder / "model")), *SMALL, "--output", str(folder / "run")]))
 """
-"""A run of a model of two blocks with 64 units, with the settings of a command that names none."""
+"""A run of a random model of three small blocks, with the settings of a command that names none."""
 
 
 class Command(NamedTuple):
@@ -76,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             place.mkdir()
         if arguments.tiny:
             turns = [[tiny_run(*each, turn) for each in zip(folders, places)] for turn in range(arguments.tiny)]
-            row("a run of two blocks", turns)
+            row("a tiny run", turns)
         for command in COMMANDS if arguments.tiny else COMMANDS[:-1]:
             turns = [[started(command, *each) for each in zip(folders, places)] for _ in range(arguments.repeats + 1)]
             row(command.name, turns[1:])
@@ -101,7 +101,7 @@ def started(command: Command, folder: Path, place: Path) -> float:
 
 
 def tiny_run(folder: Path, place: Path, turn: int) -> float:
-    """CPU seconds of a run of two blocks. Its directory stays, for ``verify``."""
+    """CPU seconds of a tiny run. Its directory stays, for ``verify``."""
     scratch = place / str(turn)
     scratch.mkdir()
     return spent([sys.executable, "-c", _TINY, str(scratch)], folder, folder)

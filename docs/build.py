@@ -792,7 +792,7 @@ _RESULTS: Mapping[str, tuple[str, Mapping[str, Sequence[str]]]] = {
         "All on CPU cores; no TPU or GPU was at hand. ↓ in a column's head: lower is better. ↑: higher is better. A dash: not "
         "measured. A pruned model runs as fast as the dense one.",
         {
-            "Whole runs": ("first-command", "preset-times", "whole-run", "bytes"),
+            "Whole runs": ("first-command", "start-up", "preset-times", "whole-run", "bytes"),
             "Parts of a run": ("solvers", "mpax-rounds", "kernels"),
             "For accelerators that were not there": ("compiled-programs", "rough-products"),
             "Written answers": ("generation",),
