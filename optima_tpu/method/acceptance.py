@@ -13,14 +13,13 @@ from typing import ClassVar, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jaxtyping import Bool, Float, Float32
+from jaxtyping import Bool, Float32
 
 from optima_tpu.errors import UserError
 from optima_tpu.method.linalg.features import WHOLE, Features
 from optima_tpu.method.outcomes import RowOutcomes
-from optima_tpu.method.problem import LayerProblem, Pruned, Solution, displacement, output_energy, undamped_objective
+from optima_tpu.method.problem import Errors, LayerProblem, Pruned, Solution, gained
 from optima_tpu.method.statistics import TokenSets
-from optima_tpu.method.targets import LinearTerm, pulled
 
 BeforeAndAfter = tuple[Float32[Array, " rows"], Float32[Array, " rows"]]
 """One number for each row: with the selector's weights, and with the solver's."""
@@ -128,19 +127,16 @@ class HeldOut(Acceptance):
 
 
 class RowErrors(NamedTuple):
-    """The errors of two replacements, old and new, for the dense rows of a matrix, [rows] float32 each.
+    """Two replacements of the dense rows of a matrix, on one set of tokens.
 
     Attributes:
-      energy: the mean square of the dense output.
-      old, new: the mean squared change of the output.
-      old_displacement, new_displacement: ``sum_j H_jj (v_j - w_j)^2``.
+      energy: [rows] float32, the mean square of the dense output.
+      old, new: the errors of either.
     """
 
     energy: Float32[Array, " rows"]
-    old: Float32[Array, " rows"]
-    new: Float32[Array, " rows"]
-    old_displacement: Float32[Array, " rows"]
-    new_displacement: Float32[Array, " rows"]
+    old: Errors
+    new: Errors
 
 
 Measure = Callable[[Array, Array, Array, Array], RowErrors]
@@ -148,46 +144,13 @@ Measure = Callable[[Array, Array, Array, Array], RowErrors]
 
 
 def row_errors(hessian: Float32[Array, "d_in d"], features: Features = WHOLE) -> Callable[[Array, Array, Array], RowErrors]:
-    """Returns a function that measures the errors of old and new weights against dense ones."""
+    """Returns a function that measures old and new weights against dense ones."""
 
     def measure(dense: Float32[Array, "rows d"], old: Float32[Array, "rows d"], new: Float32[Array, "rows d"]) -> RowErrors:
         problem = LayerProblem(dense, hessian)
-        return RowErrors(
-            output_energy(problem, features),
-            *(of(problem, end, features) for of in (undamped_objective, displacement) for end in (old, new)),
-        )
+        return RowErrors(problem.energy(features), problem.errors(old, features), problem.errors(new, features))
 
     return measure
-
-
-class TokenTerms(NamedTuple):
-    """The objective of rows on one set of tokens.
-
-    Attributes:
-      hessian: [d_in, d_in] float32.
-      term: what a dense-model target adds; None if the target is the layer's own outputs.
-      drift: each row's mean of ``(D w')^2``, [rows] float32; only for held-out tokens with a dense-model target.
-    """
-
-    hessian: Float32[Array, "d_in d_in"]
-    term: LinearTerm | None = None
-    drift: Float32[Array, " rows"] | None = None
-
-
-class MatrixObjective(NamedTuple):
-    """The objective of the rows of one matrix.
-
-    Attributes:
-      weight: [d_out, d_in] float32, the dense weights.
-      tokens: the terms of both sets of tokens.
-      pull: [d_out, d_in] float32, ``e`` on the calibration tokens; None if the target is the layer's own outputs.
-      damping: of the objective.
-    """
-
-    weight: Float32[Array, "rows d_in"]
-    tokens: TokenSets[TokenTerms]
-    pull: Float32[Array, "rows d_in"] | None = None
-    damping: Float[Array, ""] | float = 0.0
 
 
 class _HeldOutErrors(NamedTuple):
@@ -205,49 +168,46 @@ class _HeldOutErrors(NamedTuple):
 
 
 def accept_rows(
-    objective: MatrixObjective, pruned: Pruned, found: Solution, accept: Acceptance | None, dtype: np.dtype, measure: Measure
+    tokens: TokenSets[LayerProblem], pruned: Pruned, found: Solution, accept: Acceptance | None, dtype: np.dtype, measure: Measure
 ) -> tuple[Pruned, RowOutcomes]:
     """Takes the solver's weights, and its mask if it has one, in the rows that are accepted.
 
-    Weights are compared after the cast to the stored dtype. With a dense-model target, the acceptance compares the objectives of
-    that target and, on held-out tokens, the errors against the dense model's outputs: ``(v - w) H (v - w)' - 2 w B (v - w)' +
-    mean (D w')^2``. With residual-drift correction it compares these minus ``2 gamma q (v - w)'``, which is the error against the
-    corrected target up to a constant; the reported errors are without the correction. The compared objectives include the
-    damping, the reported errors do not.
+    Weights are compared after the cast to the stored dtype, by the values of ``tokens.calibration``, damping included. On held-out
+    tokens a dense-model target compares ``tokens.held_out.value``, the error against the dense model's outputs. With residual-drift
+    correction it compares these minus ``2 q (v - w)'``, with ``q`` the problem's ``correction``: the error against the corrected
+    target up to a constant. The reported errors are without damping and without the correction.
 
     Args:
+      tokens: the problem that was solved, and its rows on held-out tokens, without damping.
       pruned: the selector's weights and mask.
       found: the solver's weights, for the selector's mask or with a new mask.
       accept: None takes all rows.
       dtype: the dtype in which the weights are stored.
     """
+    problem, unseen = tokens
     keep = pruned.keep if found.keep is None else found.keep
     old, new = (_stored(weight, mask, dtype) for weight, mask in (pruned, (found.weight, keep)))
-    errors = measure(objective.tokens.calibration.hessian, objective.weight, old, new)
-    aims = (errors.old + objective.damping * errors.old_displacement, errors.new + objective.damping * errors.new_displacement)
-    if objective.pull is not None:
-        pull, dense = objective.pull, objective.weight
-        aims = (aims[0] - pulled(pull, dense, old), aims[1] - pulled(pull, dense, new))
-    held_out = objective.tokens.held_out
-    unseen = None if held_out is None else _held_out_errors(objective.weight, held_out, old, new, measure)
-    accepted = jnp.ones(errors.old.shape, bool)
+    errors = measure(problem.hessian, problem.weight, old, new)
+    held_out = None if unseen is None else _held_out_errors(unseen, old, new, measure)
+    accepted = jnp.ones(errors.energy.shape, bool)
     if accept is not None:
-        accepted = accept(*aims, found.converged, None if unseen is None else unseen.decisive)
+        aims = problem.value(old, errors.old), problem.value(new, errors.new)
+        accepted = accept(*aims, found.converged, None if held_out is None else held_out.decisive)
 
     def taken(values: tuple[Array, ...]) -> Array:
         return jnp.stack((*values[:2], jnp.where(accepted, values[2], values[1]), *values[3:]))
 
     outcomes = RowOutcomes(
         errors.energy,
-        errors.old,
-        jnp.where(accepted, errors.new, errors.old),
+        errors.old.output,
+        jnp.where(accepted, errors.new.output, errors.old.output),
         found.gap,
         found.steps,
         found.converged,
         ~accepted,
-        held_out=None if unseen is None else taken(unseen.own),
-        dense=None if unseen is None or unseen.dense is None else taken(unseen.dense),
-        score=None if unseen is None else jnp.where(accepted, unseen.decisive[1], unseen.decisive[0]),
+        held_out=None if held_out is None else taken(held_out.own),
+        dense=None if held_out is None or held_out.dense is None else taken(held_out.dense),
+        score=None if held_out is None else jnp.where(accepted, held_out.decisive[1], held_out.decisive[0]),
     )
     if found.keep is not None:
         keep = jnp.where(accepted[:, None], keep, pruned.keep)
@@ -261,29 +221,22 @@ def _stored(weight: Float32[Array, "rows d_in"], keep: Bool[Array, "rows d_in"],
 
 
 def _held_out_errors(
-    dense: Float32[Array, "rows d_in"],
-    terms: TokenTerms,
-    old: Float32[Array, "rows d_in"],
-    new: Float32[Array, "rows d_in"],
-    measure: Measure,
+    problem: LayerProblem, old: Float32[Array, "rows d_in"], new: Float32[Array, "rows d_in"], measure: Measure
 ) -> _HeldOutErrors:
-    own = measure(terms.hessian, dense, old, new)[:3]
-    if terms.term is None:
+    energy, old_errors, new_errors = measure(problem.hessian, problem.weight, old, new)
+    own = (energy, old_errors.output, new_errors.output)
+    if problem.pull is None:
         return _HeldOutErrors(own, None, own[1:])
-    if terms.drift is None:
+    if problem.offset is None:
         raise ValueError("a dense target needs the drift of the held-out tokens")
-    (outputs, stream), drift = terms.term, terms.drift
-
-    def missed(value: Array, end: Array) -> Array:
-        return value - pulled(outputs, dense, end) + drift
-
     # With v = 0 the error is the energy of the dense outputs.
-    nothing = jnp.zeros_like(old)
-    against = (missed(own[0], nothing), missed(own[1], old), missed(own[2], new))
-    decisive = against[1:]
-    if stream is not None:
-        decisive = (decisive[0] - pulled(stream, dense, old), decisive[1] - pulled(stream, dense, new))
-    return _HeldOutErrors(own, (*against, drift), decisive)
+    whole = problem.value(jnp.zeros_like(old), Errors(energy, jnp.zeros_like(energy)))
+    before, after = problem.value(old, old_errors), problem.value(new, new_errors)
+    dense = (whole, before, after, problem.offset)
+    if problem.correction is not None:
+        before = before - gained(problem.correction, old - problem.weight)
+        after = after - gained(problem.correction, new - problem.weight)
+    return _HeldOutErrors(own, dense, (before, after))
 
 
 def refuse_broken(prefix: str, names: Sequence[str], rows: Sequence[RowOutcomes]) -> None:

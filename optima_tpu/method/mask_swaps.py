@@ -34,7 +34,7 @@ from optima_tpu.method.linalg.scaling import unit_diagonal
 from optima_tpu.method.linalg.smallest import PASSES_OF_A_MASK
 from optima_tpu.method.linalg.traces import inverse_traces
 from optima_tpu.method.patterns import Pattern
-from optima_tpu.method.problem import Endpoint, LayerProblem, Pruned, Solution, endpoint
+from optima_tpu.method.problem import Endpoint, LayerProblem, Pruned, Solution
 from optima_tpu.method.resources import Cost, Footprint
 from optima_tpu.method.solvers import SolveMask, Solver, SolveRows
 
@@ -124,7 +124,7 @@ class Exchanging(Solver):
             solve_mask = solve(problem)
 
             def ended(found: Solution) -> tuple[Solution, Endpoint]:
-                return found, found.end or endpoint(problem, found.weight)
+                return found, found.end or problem.endpoint(found.weight)
 
             def solved(pruned: Pruned, rough: bool = False) -> Solution:
                 state = self._start(pruned.keep, *ended(solve_mask(pruned)))

@@ -22,7 +22,7 @@ import numpy as np
 from jax import Array
 from jaxtyping import Bool, Float, Float32, Int32
 
-from optima_tpu.method.linalg.features import WHOLE, Features, matmul
+from optima_tpu.method.linalg.features import WHOLE, Features
 
 Matrix = TypeVar("Matrix", Array, np.ndarray)
 
@@ -43,10 +43,28 @@ ReadGiven = Callable[[str, tuple[int, int]], Given[np.ndarray]]
 """Name of a weight ("model.layers.0.mlp.up_proj.weight") and its shape -> its imported mask."""
 
 
+class Errors(NamedTuple):
+    """What a change of weights does to the rows of a layer, [rows] float32 each.
+
+    Attributes:
+      output: ``(v - w) H (v - w)'``, the mean squared change of the output.
+      displacement: ``sum_j H_jj (v_j - w_j)^2``, what the objective adds for each unit of damping.
+    """
+
+    output: Float32[Array, " rows"]
+    displacement: Float32[Array, " rows"]
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LayerProblem:
-    """The rows of one linear layer, or of several that read the same input: their whole objective.
+    """The rows of one linear layer, or of several that read the same input: their whole objective on one set of tokens.
+
+    The objective of a row, counted so that the dense weights have the value ``offset``, is
+
+        f(v) = (v - w) H (v - w)' + D sum_j H_jj (v_j - w_j)^2 - 2 e (v - w)' + offset
+
+    With ``e = 0`` and no damping it is the mean squared change of the row's output over the tokens.
 
     Attributes:
       weight: [d_out, d_in] float32, the dense weights; a row is one output.
@@ -55,49 +73,75 @@ class LayerProblem:
         the layer's own outputs, as the paper does.
       damping: ``d``, a ridge around the *dense* weights, as a share of the Hessian's diagonal. Static, since solvers branch on
         it. Without any, a nearly singular layer fits the calibration set with huge weights and ruins the model.
+      ridge: ``r``, [] float32 at least 0, the part of the damping that varies within one compiled program: the damping in total is
+        ``D = d + r (1 + d)``. None for ``D = d``. Solvers get it inside the Hessian, see :meth:`with_ridge_in_hessian`.
+      offset: [d_out] float32, a constant of each row; None for 0. With the mean of ``(D w')^2`` (:mod:`targets`) the value is the
+        error against the dense model's outputs.
+      correction: [d_out, d_in] float32, ``q``, a part of a target that decides and is not reported: the objective of a decision is
+        ``f(v) - 2 q (v - w)'``. None for none; the pull of a problem that is solved holds it already.
     """
 
     weight: Float32[Array, "rows d"]
     hessian: Float32[Array, "d_in d"]
     pull: Float32[Array, "rows d"] | None = None
     damping: float = dataclasses.field(default=0.0, metadata={"static": True})
+    ridge: Float[Array, ""] | None = None
+    offset: Float32[Array, " rows"] | None = None
+    correction: Float32[Array, "rows d"] | None = None
 
     def sorted(self, order: np.ndarray) -> "LayerProblem":
         """The problem with its inputs in another order, [d_in] int."""
         pull = None if self.pull is None else self.pull[:, order]
         return dataclasses.replace(self, weight=self.weight[:, order], hessian=self.hessian[order][:, order], pull=pull)
 
+    def with_ridge_in_hessian(self) -> "LayerProblem":
+        """The same objective with ``H + r diag H`` in the place of the Hessian, and no ridge.
 
-class Damping(NamedTuple):
-    """The damping of an objective, of which a part may vary within one compiled program.
+        It is computed elementwise, so that a matrix sharded by columns stays sharded.
+        """
+        if self.ridge is None:
+            return self
+        rows, columns = (jax.lax.broadcasted_iota(jnp.int32, self.hessian.shape, axis) for axis in (0, 1))
+        hessian = jnp.where(rows == columns, self.hessian * (1 + self.ridge), self.hessian)
+        return dataclasses.replace(self, hessian=hessian, ridge=None)
 
-    Solvers branch on the damping, which is therefore static; the part that varies goes into the Hessian. On ``H + r diag H`` a
-    solver with damping ``d`` minimises ``H + (d + r (1 + d)) diag H``.
+    def energy(self, features: Features = WHOLE) -> Float32[Array, " rows"]:
+        """Each row's ``w H w'``, [d_out] float32: the mean square of its output, the scale of a relative layer error."""
+        return features.sums(self.weight * features.product(self.weight, self.hessian))[0]
 
-    Attributes:
-      least: ``d``, static.
-      ridge: ``r``, at least 0; may be traced.
-    """
+    def errors(self, weight: Float32[Array, "rows d"], features: Features = WHOLE) -> Errors:
+        """The errors of the weights ``v``, [d_out, d_in] float32, by one product with the Hessian."""
+        change = weight - self.weight
+        return Errors(
+            features.sums(change * features.product(change, self.hessian))[0],
+            features.sums(change**2 * features.diagonal(self.hessian))[0],
+        )
 
-    least: float
-    ridge: Float[Array, ""] | float = 0.0
+    def value(self, weight: Float32[Array, "rows d_in"], errors: Errors | None = None) -> Float32[Array, " rows"]:
+        """``f(v)``, [d_out] float32.
 
-    @classmethod
-    def of(cls, total: float, least: float) -> "Damping":
-        """A damping of ``total``, of which ``least`` is static."""
-        return cls(least, (total - least) / (1 + least))
+        Args:
+          weight: [d_out, d_in] float32, the ``v`` of each row.
+          errors: of these weights, where they are known: the value then takes no product with the Hessian.
+        """
+        if errors is None:
+            return self.endpoint(weight).value + (0.0 if self.offset is None else self.offset)
+        total = self.damping if self.ridge is None else self.damping + self.ridge * (1 + self.damping)
+        value = errors.output + total * errors.displacement
+        if self.pull is not None:
+            value = value - gained(self.pull, weight - self.weight)
+        return value if self.offset is None else value + self.offset
 
-    @property
-    def total(self) -> Float[Array, ""] | float:
-        """``d + r (1 + d)``."""
-        return self.least + self.ridge * (1 + self.least)
-
-    def into(self, hessian: Float32[Array, "d_in d"]) -> Float32[Array, "d_in d"]:
-        """``H + r diag H``, computed elementwise, so that a matrix sharded by columns stays sharded."""
-        if isinstance(self.ridge, float) and self.ridge == 0:
-            return hessian
-        rows, columns = (jax.lax.broadcasted_iota(jnp.int32, hessian.shape, axis) for axis in (0, 1))
-        return jnp.where(rows == columns, hessian * (1 + self.ridge), hessian)
+    def endpoint(self, weight: Float32[Array, "rows d"], features: Features = WHOLE) -> "Endpoint":
+        """Value, without the offset, and residual of the weights ``v``, [d_out, d_in] float32, by one product with the Hessian."""
+        problem = self.with_ridge_in_hessian()
+        change = weight - problem.weight
+        image = features.product(change, problem.hessian)
+        if problem.damping:
+            image = image + problem.damping * features.diagonal(problem.hessian) * change
+        if problem.pull is None:
+            return Endpoint(features.sums(change * image)[0], -image)
+        return Endpoint(features.sums(change * (image - 2 * problem.pull))[0], problem.pull - image)
 
 
 class Pruned(NamedTuple):
@@ -116,7 +160,7 @@ class Endpoint(NamedTuple):
     """The objective where a solver ended, for methods that go on from there.
 
     Attributes:
-      value: [d_out] float32, :func:`undamped_objective` plus damping times :func:`displacement`.
+      value: [d_out] float32, the objective of :class:`LayerProblem` without its offset.
       residual: [d_out, d_in] float32, of *all* inputs: minus half the gradient of the value, ``e - (v - w)(H + d diag H)``.
     """
 
@@ -150,37 +194,14 @@ def pull_of(problem: LayerProblem) -> Float32[Array, "rows d"]:
     return jnp.zeros_like(problem.weight) if problem.pull is None else problem.pull
 
 
-def endpoint(problem: LayerProblem, weight: Float32[Array, "rows d_in"]) -> Endpoint:
-    """The rows' objective and residual at ``weight``, [d_out, d_in] float32, by one product."""
-    change, pull = weight - problem.weight, pull_of(problem)
-    image = matmul(change, problem.hessian) + problem.damping * jnp.diagonal(problem.hessian) * change
-    return Endpoint(jnp.sum(change * (image - 2 * pull), axis=1), pull - image)
-
-
-def undamped_objective(
-    problem: LayerProblem, weight: Float32[Array, "rows d"], features: Features = WHOLE
-) -> Float32[Array, " rows"]:
-    """Each row's ``(v - w) H (v - w)' - 2 e (v - w)'``, [d_out] float32; what damping adds is :func:`displacement`.
-
-    Twice the objective of the module docstring plus a constant of the row, chosen so that the dense weights have value
-    zero; with ``e = 0`` it is the mean squared change of the row's output over the calibration tokens.
+def gained(pull: Float32[Array, "rows d_in"], change: Float32[Array, "rows d_in"]) -> Float32[Array, " rows"]:
+    """Each row's ``2 e (v - w)'``, [d_out]: the amount that a pull ``e`` takes off the objective.
 
     Args:
-      weight: [d_out, d_in] float32, the ``v`` of each row.
+      pull: [d_out, d_in], ``e``.
+      change: [d_out, d_in], ``v - w``.
     """
-    change = weight - problem.weight
-    image = features.product(change, problem.hessian)
-    return features.sums(change * (image if problem.pull is None else image - 2 * problem.pull))[0]
-
-
-def displacement(problem: LayerProblem, weight: Float32[Array, "rows d"], features: Features = WHOLE) -> Float32[Array, " rows"]:
-    """Each row's ``sum_j H_jj (v_j - w_j)^2``, [d_out] float32: damping adds this, times ``d``, to the objective."""
-    return features.sums((weight - problem.weight) ** 2 * features.diagonal(problem.hessian))[0]
-
-
-def output_energy(problem: LayerProblem, features: Features = WHOLE) -> Float32[Array, " rows"]:
-    """Each row's ``w H w'``, [d_out] float32: the mean square of its output, the scale of a relative layer error."""
-    return features.sums(problem.weight * features.product(problem.weight, problem.hessian))[0]
+    return 2 * jnp.sum(pull * change, axis=1)
 
 
 def optimality_residual(problem: LayerProblem, pruned: Pruned, weight: Float32[Array, "rows d_in"]) -> Float32[Array, " rows"]:
@@ -189,9 +210,9 @@ def optimality_residual(problem: LayerProblem, pruned: Pruned, weight: Float32[A
     ``max_K |r_j| / sqrt(H_jj)  /  sqrt(w H w')`` with ``r = g - v H``: dimensionless, unchanged when ``H`` or any single
     feature is rescaled. Rows with no output energy, or with nothing kept, have residual 0.
     """
-    residual = matmul(problem.weight - weight, problem.hessian) + pull_of(problem)
+    residual = problem.endpoint(weight).residual
     diagonal = jnp.diagonal(problem.hessian)
     alive = diagonal > 0
     scaled = jnp.where(pruned.keep & alive, jnp.abs(residual) * jax.lax.rsqrt(jnp.where(alive, diagonal, 1.0)), 0.0)
-    energy = output_energy(problem)
+    energy = problem.energy()
     return jnp.where(energy > 0, jnp.max(scaled, axis=1) * jax.lax.rsqrt(jnp.where(energy > 0, energy, 1.0)), 0.0)

@@ -1,5 +1,6 @@
 """Prunes the matrices that read one input, on a mesh: masks, weights, acceptance."""
 
+import dataclasses
 import functools
 import itertools
 from typing import NamedTuple, TypeVar
@@ -11,10 +12,10 @@ from jax import Array
 from jaxtyping import Float, Float32
 
 from optima_tpu.errors import UserError
-from optima_tpu.method.acceptance import MatrixObjective, Measure, RowErrors, TokenTerms, accept_rows, row_errors
+from optima_tpu.method.acceptance import Measure, RowErrors, accept_rows, row_errors
 from optima_tpu.method.outcomes import PrunedMatrix
 from optima_tpu.method.patterns import Pattern
-from optima_tpu.method.problem import Damping, Given, LayerProblem, Pruned, Solution
+from optima_tpu.method.problem import Errors, Given, LayerProblem, Pruned, Solution
 from optima_tpu.method.quantization import Quantized
 from optima_tpu.method.recipe import Recipe
 from optima_tpu.method.row_sharding import RowSharding
@@ -51,28 +52,30 @@ def prune_group(
     if recipe.refine and len(set(patterns)) > 1:
         raise ValueError("masks are exchanged for one pattern at a time")
     solve = sharding.solve(recipe.update(patterns[0]))
-    measure = sharding.map(row_errors, RowErrors._make([sharding.layout.vector] * len(RowErrors._fields)))
+    errors = Errors._make([sharding.layout.vector] * 2)
+    measure = sharding.map(row_errors, RowErrors._make([sharding.layout.vector, errors, errors]))
 
-    def attempt(damping: Damping, alpha: Array | float) -> tuple[PrunedMatrix, ...]:
-        problem = group.problem(recipe.target, damping, alpha)
-        found = solve(problem, _stacked(pruned))
+    def attempt(ridge: Array | None, alpha: Array | float) -> tuple[PrunedMatrix, ...]:
+        problem = group.problem(recipe, ridge, alpha)
+        solvable = problem.with_ridge_in_hessian()
+        solved = solve(solvable, _stacked(pruned))
         matrices, objectives = [], []
         for index, (own, rows) in enumerate(zip(pruned, group.slices)):
-            objective = group.objective(index, recipe.target, damping, alpha)
-            mine = jax.tree.map(lambda array, rows=rows: array[rows], found)
+            tokens = group.objective(index, problem)
+            own_rows = jax.tree.map(lambda array, rows=rows: array[rows], solved)
             accept = recipe.accept if recipe.solver else None
-            final, happened = accept_rows(objective, own, mine, accept, weights[index].dtype, measure)
-            matrices.append(PrunedMatrix(*group.spread(index, final), happened))
-            objectives.append(objective)
+            final, outcomes = accept_rows(tokens, own, own_rows, accept, weights[index].dtype, measure)
+            matrices.append(PrunedMatrix(*group.spread(index, final), outcomes))
+            objectives.append(tokens)
         if recipe.quantize is None:
             return tuple(matrices)
         integers = sharding.on_rows(
             functools.partial(recipe.quantize.prepare, dtype=_one_dtype(weights)), Quantized._make([sharding.layout.matrix] * 3)
-        )(problem, _stacked(tuple(Pruned(*matrix[:2]) for matrix in matrices)))
+        )(solvable, _stacked(tuple(Pruned(*matrix[:2]) for matrix in matrices)))
         quantized = []
         for index, (matrix, rows) in enumerate(zip(matrices, group.slices)):
-            mine = group.spread(index, jax.tree.map(lambda array, rows=rows: array[rows], integers))
-            quantized.append(_quantized(matrix, mine, objectives[index], weights[index].dtype, measure))
+            own_integers = group.spread(index, jax.tree.map(lambda array, rows=rows: array[rows], integers))
+            quantized.append(_quantized(matrix, own_integers, objectives[index], weights[index].dtype, measure))
         return tuple(quantized)
 
     matrices = recipe.tuning.choose(recipe.damping, recipe.target, attempt)
@@ -95,19 +98,19 @@ def _one_dtype(weights: tuple[Array, ...]) -> np.dtype:
 
 
 def _quantized(
-    matrix: PrunedMatrix, found: Quantized, objective: MatrixObjective, dtype: np.dtype, measure: Measure
+    matrix: PrunedMatrix, integers: Quantized, tokens: TokenSets[LayerProblem], dtype: np.dtype, measure: Measure
 ) -> PrunedMatrix:
     """The matrix with its quantised weights, and their errors beside those of the nearest integers."""
-    happened, nearest = matrix.rows, Pruned(found.nearest, matrix.keep)
-    final = Solution(found.weight, happened.gap, happened.steps, happened.converged)
-    rounded, errors = accept_rows(objective, nearest, final, None, dtype, measure)
-    rows = happened._replace(
+    outcomes, nearest = matrix.rows, Pruned(integers.nearest, matrix.keep)
+    final = Solution(integers.weight, outcomes.gap, outcomes.steps, outcomes.converged)
+    rounded, errors = accept_rows(tokens, nearest, final, None, dtype, measure)
+    rows = outcomes._replace(
         quantized=jnp.stack((errors.before, errors.after)),
         quantized_held_out=None if errors.held_out is None else errors.held_out[1:],
         quantized_dense=None if errors.dense is None else errors.dense[1:3],
         score=errors.score,
     )
-    return PrunedMatrix(*rounded, rows, found.scale)
+    return PrunedMatrix(*rounded, rows, integers.scale)
 
 
 class _Group(NamedTuple):
@@ -116,14 +119,14 @@ class _Group(NamedTuple):
     Attributes:
       matrices: each [d_out, d_in], dense, rows sharded over all devices.
       stack: [rows, d_in], the rows of all matrices.
-      tokens: the objective of all rows on both sets of tokens, without drifts.
-      drifts: for each matrix ``TokenTerms.drift`` of the held-out tokens; empty without a dense-model target.
+      tokens: the Hessians of both sets of tokens, and what a dense-model target adds for all rows; None without one.
+      drifts: for each matrix the mean of ``(D w')^2`` of its rows on the held-out tokens; empty without a dense-model target.
       sharding: the sharding of the rows.
     """
 
     matrices: tuple[Float32[Array, "_ d_in"], ...]
     stack: Float32[Array, "rows d_in"]
-    tokens: TokenSets[TokenTerms]
+    tokens: TokenSets[tuple[Float32[Array, "d_in d_in"], LinearTerm | None]]
     drifts: tuple[Float32[Array, " _"], ...]
     sharding: RowSharding
 
@@ -136,10 +139,10 @@ class _Group(NamedTuple):
         )
         stack = _stack(matrices)
 
-        def terms(statistics: TokenStatistics) -> TokenTerms:
+        def terms(statistics: TokenStatistics) -> tuple[Array, LinearTerm | None]:
             hessian, drift = sharding.place(statistics.hessian), statistics.drift
             if drift is None:
-                return TokenTerms(hessian)
+                return hessian, None
 
             def stacked(each: tuple[Array | None, ...]) -> Array:
                 return _stack(
@@ -151,8 +154,8 @@ class _Group(NamedTuple):
 
             stream = target.gamma * stacked(drift.residual) if any(lost is not None for lost in drift.residual) else None
             if drift.cross is None:
-                return TokenTerms(hessian, LinearTerm(stacked(drift.outputs), stream))
-            return TokenTerms(hessian, LinearTerm(sharding.product(sharding.place(drift.cross), stack), stream))
+                return hessian, LinearTerm(stacked(drift.outputs), stream)
+            return hessian, LinearTerm(sharding.product(sharding.place(drift.cross), stack), stream)
 
         drift = tokens.held_out.drift if tokens.held_out else None
         both = TokenSets(terms(tokens.calibration), None if tokens.held_out is None else terms(tokens.held_out))
@@ -164,19 +167,16 @@ class _Group(NamedTuple):
         ends = itertools.accumulate(map(len, self.matrices), initial=0)
         return list(itertools.starmap(slice, itertools.pairwise(ends)))
 
-    def problem(self, target: Target, damping: Damping, alpha: Array | float) -> LayerProblem:
-        """The problem of all rows."""
-        terms = self.tokens.calibration
-        pull = None if terms.term is None else target.pull(terms.term, alpha)
-        return LayerProblem(self.stack, damping.into(terms.hessian), pull, damping.least)
+    def problem(self, recipe: Recipe, ridge: Array | None, alpha: Array | float) -> LayerProblem:
+        """The problem of all rows, on the calibration tokens."""
+        hessian, term = self.tokens.calibration
+        pull = None if term is None else recipe.target.pull(term, alpha)
+        return LayerProblem(self.stack, hessian, pull, recipe.damping, ridge)
 
     def choose(self, recipe: Recipe, patterns: tuple[Pattern, ...], given: tuple[Given[Array], ...] | None) -> tuple[Pruned, ...]:
         """The masks of all matrices, and their weights as the selector leaves them."""
-        whole = self.problem(recipe.target, Damping(recipe.damping), recipe.target.alpha)
-        problems = [
-            LayerProblem(matrix, whole.hessian, None if whole.pull is None else whole.pull[rows], whole.damping)
-            for matrix, rows in zip(self.matrices, self.slices)
-        ]
+        whole = self.problem(recipe, None, recipe.target.alpha)
+        problems = [self.own(index, whole) for index in range(len(self.matrices))]
         with jax.sharding.use_abstract_mesh(self.sharding.mesh.abstract_mesh):  # for inverses, see linalg/inverses.py
             if given is not None:
                 spread = (self.spread(index, each) for index, each in enumerate(given))
@@ -188,14 +188,21 @@ class _Group(NamedTuple):
         # Constrain the sharding again: otherwise every device would choose the masks of all rows.
         return tuple(self.spread(index, choice) for index, choice in enumerate(choices))
 
-    def objective(self, index: int, target: Target, damping: Damping, alpha: Array | float) -> MatrixObjective:
-        """The objective of the rows of one matrix."""
-        calibration, held_out = self.tokens
-        rows = self.slices[index]
-        pull = None if calibration.term is None else target.pull(calibration.term, alpha)[rows]
-        if held_out and held_out.term:
-            held_out = held_out._replace(term=held_out.term.of(rows), drift=self.drifts[index])
-        return MatrixObjective(self.matrices[index], TokenSets(calibration, held_out), pull, damping.total)
+    def own(self, index: int, problem: LayerProblem) -> LayerProblem:
+        """The rows of one matrix, out of the problem of all rows."""
+        pull = None if problem.pull is None else problem.pull[self.slices[index]]
+        return dataclasses.replace(problem, weight=self.matrices[index], pull=pull)
+
+    def objective(self, index: int, problem: LayerProblem) -> TokenSets[LayerProblem]:
+        """The objective of the rows of one matrix on both sets of tokens."""
+        own = self.own(index, problem)
+        if self.tokens.held_out is None:
+            return TokenSets(own)
+        hessian, term = self.tokens.held_out
+        if term is None:
+            return TokenSets(own, LayerProblem(own.weight, hessian))
+        rows = term.of(self.slices[index])
+        return TokenSets(own, LayerProblem(own.weight, hessian, rows.outputs, offset=self.drifts[index], correction=rows.stream))
 
     def spread(self, index: int, arrays: Tree) -> Tree:
         """Shards arrays [d_out, d_in] of one matrix by rows over all devices."""

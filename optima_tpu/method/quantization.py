@@ -2,7 +2,7 @@
 
 A quantised row is ``v_j = s_g(j) q_j`` with integers ``q_j`` of ``b`` bits and one scale ``s`` for each group of inputs. The
 grid is symmetric: zero is an integer, so pruned weights stay zero. With ``A`` the damped Hessian, ``w`` the dense row and ``e``
-the pull of the target, a row minimises the objective of the solver (``problem.undamped_objective`` with damping),
+the pull of the target, a row minimises the objective of the solver (``problem.LayerProblem``),
 
     f(v) = (v - w) A (v - w)' - 2 e (v - w)'      over the integers of the kept inputs, and over the scales
 
@@ -139,20 +139,20 @@ class Quantizer:
         matrix = hessian + jnp.diag(damping * jnp.diagonal(hessian))
         factor = inverse_factor(matrix, _RIDGE) if self.compensate else None
         grid = _Grid(self.bits, self.group or d_in, dtype)
-        return lambda problem, pruned: self._quantize(_Objective(problem.weight, matrix, pull_of(problem)), pruned, grid, factor)
+        return lambda problem, pruned: self._quantize(LayerProblem(problem.weight, matrix, problem.pull), pruned, grid, factor)
 
-    def _quantize(self, objective: "_Objective", pruned: Pruned, grid: "_Grid", factor: Array | None) -> Quantized:
-        scale = grid.scales(pruned.weight, jnp.diagonal(objective.matrix), self.clip)
+    def _quantize(self, problem: LayerProblem, pruned: Pruned, grid: "_Grid", factor: Array | None) -> Quantized:
+        scale = grid.scales(pruned.weight, jnp.diagonal(problem.hessian), self.clip)
         nearest = start = grid.nearest(pruned.weight, grid.spread(scale))
         if factor is not None:
             found = _compensated(pruned, grid, grid.spread(scale), factor)
             # A factor that float32 could not compute is NaN, which is not lower.
-            lower = objective.value(found) < objective.value(nearest)
+            lower = problem.value(found) < problem.value(nearest)
             start = jnp.where(lower[:, None], found, nearest)
 
         def sweep(_: int | Array, state: tuple[Array, Array]) -> tuple[Array, Array]:
-            weight, scale = _rescaled(*state, objective, grid)
-            return _descended(weight, grid.spread(scale), pruned.keep, objective, grid), scale
+            weight, scale = _rescaled(*state, problem, grid)
+            return _descended(weight, grid.spread(scale), pruned.keep, problem, grid), scale
 
         weight, scale = jax.lax.fori_loop(0, self.sweeps, sweep, (start, scale))
         return Quantized(weight, nearest, scale)
@@ -174,26 +174,14 @@ class Int4(Quantizer):
     group: int | None = 32
 
 
-class _Objective(NamedTuple):
-    """``f(v) = (v - w) A (v - w)' - 2 e (v - w)'`` of some rows."""
+def _slope(problem: LayerProblem, weight: Array, first: Array, count: int) -> tuple[Array, Array]:
+    """Half the gradient by ``count`` inputs [rows, count], and their block of ``A`` [count, count].
 
-    dense: Array  # [rows, d_in], w
-    matrix: Array  # [d_in, d_in], A
-    pull: Array  # [rows, d_in], e
-
-    def value(self, weight: Array) -> Array:
-        """``f``, [rows]."""
-        change = weight - self.dense
-        return jnp.sum(change * (matmul(change, self.matrix) - 2 * self.pull), axis=1)
-
-    def slope(self, weight: Array, first: Array, count: int) -> tuple[Array, Array]:
-        """Half the gradient by ``count`` inputs [rows, count], and their block of ``A`` [count, count].
-
-        It is computed from the weights each time, and not carried along: updates would add their rounding up.
-        """
-        columns = jax.lax.dynamic_slice_in_dim(self.matrix, first, count, axis=1)
-        pull = jax.lax.dynamic_slice_in_dim(self.pull, first, count, axis=1)
-        return matmul(weight - self.dense, columns) - pull, jax.lax.dynamic_slice_in_dim(columns, first, count)
+    It is computed from the weights each time, and not carried along: updates would add their rounding up.
+    """
+    columns = jax.lax.dynamic_slice_in_dim(problem.hessian, first, count, axis=1)
+    pull = jax.lax.dynamic_slice_in_dim(pull_of(problem), first, count, axis=1)
+    return matmul(weight - problem.weight, columns) - pull, jax.lax.dynamic_slice_in_dim(columns, first, count)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -274,13 +262,13 @@ def _compensated(pruned: Pruned, grid: _Grid, scale: Array, factor: Array) -> Ar
     return jnp.moveaxis(found, 0, 1).reshape(pruned.weight.shape)
 
 
-def _rescaled(weight: Array, scale: Array, objective: _Objective, grid: _Grid) -> tuple[Array, Array]:
+def _rescaled(weight: Array, scale: Array, problem: LayerProblem, grid: _Grid) -> tuple[Array, Array]:
     """The scales of step 3, one group after the other, with the integers as they are: (weight, scale)."""
 
     def group(weight: Array, part: tuple[Array, Array]) -> tuple[Array, Array]:
         first, old = part
         here = jax.lax.dynamic_slice_in_dim(weight, first, grid.group, axis=1)
-        slope, inside = objective.slope(weight, first, grid.group)
+        slope, inside = _slope(problem, weight, first, grid.group)
         integers = jnp.round(here / old[:, None])
         curvature = jnp.sum(matmul(integers, inside) * integers, axis=1)
         curved = curvature > 0
@@ -297,12 +285,12 @@ def _rescaled(weight: Array, scale: Array, objective: _Objective, grid: _Grid) -
     return weight, scale.T
 
 
-def _descended(weight: Array, scale: Array, keep: Array, objective: _Objective, grid: _Grid) -> Array:
+def _descended(weight: Array, scale: Array, keep: Array, problem: LayerProblem, grid: _Grid) -> Array:
     """The integers of step 3, one input after the other, with the scales as they are."""
     starts, size = _blocks(weight.shape[1])
 
     def block(weight: Array, first: Array) -> tuple[Array, None]:
-        slope, inside = objective.slope(weight, first, size)
+        slope, inside = _slope(problem, weight, first, size)
         here, scales, kept = (jax.lax.dynamic_slice_in_dim(a, first, size, axis=1).T for a in (weight, scale, keep))
 
         def step(j: int | Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:

@@ -6,8 +6,8 @@ lies a share ``alpha`` of the way from its own outputs to the dense model's. The
 
     mean (X v - X w - alpha D w)^2  =  (v - w) H (v - w)' - 2 alpha (w B) (v - w)'  +  alpha^2 mean (D w)^2
 
-This is ``problem.undamped_objective`` with ``g = w H + alpha w B``, up to a constant. ``B`` is accumulated directly and not
-computed from ``X_d'X``, because it would be a small difference of large numbers. For layers with few outputs ``W B = (D W')'X``
+This is the objective of ``problem.LayerProblem`` with ``g = w H + alpha w B``, up to a constant. ``B`` is accumulated directly and
+not computed from ``X_d'X``, because it would be a small difference of large numbers. For layers with few outputs ``W B = (D W')'X``
 takes fewer operations.
 
 A layer whose output is added to the residual stream can also correct the drift of that stream. With ``s = R_d - R`` the drift of
@@ -30,7 +30,6 @@ import abc
 import dataclasses
 from typing import ClassVar, NamedTuple
 
-import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Float32
 
@@ -129,16 +128,3 @@ class LinearTerm(NamedTuple):
     def of(self, rows: slice) -> "LinearTerm":
         """The term of some of the rows."""
         return LinearTerm(self.outputs[rows], None if self.stream is None else self.stream[rows])
-
-
-def pulled(
-    pull: Float32[Array, "rows d_in"], dense: Float32[Array, "rows d_in"], weight: Float32[Array, "rows d_in"]
-) -> Float32[Array, " rows"]:
-    """Each row's ``2 e (v - w)'``, [d_out]: the amount that the pull ``e`` of a target takes off the objective.
-
-    Args:
-      pull: [d_out, d_in], ``e``.
-      dense: [d_out, d_in], ``w``.
-      weight: [d_out, d_in], ``v``.
-    """
-    return 2 * jnp.sum(pull * (weight - dense), axis=1)

@@ -13,11 +13,10 @@ from jax import Array
 
 from optima_tpu.errors import UserError
 from optima_tpu.method.outcomes import PrunedMatrix
-from optima_tpu.method.problem import Damping
 from optima_tpu.method.targets import Target
 
-Attempt = Callable[[Damping, Array | float], tuple[PrunedMatrix, ...]]
-"""Solves a group's matrices with a damping and an alpha: the final weights of every matrix, and what happened to its rows."""
+Attempt = Callable[[Array | None, Array | float], tuple[PrunedMatrix, ...]]
+"""Solves a group's matrices with a ridge on their problem and an alpha: final weights of every matrix, and outcomes of its rows."""
 
 
 class Tuning(abc.ABC):
@@ -64,7 +63,7 @@ class Fixed(Tuning):
         return (target.alpha,)
 
     def choose(self, damping: float, target: Target, attempt: Attempt) -> tuple[PrunedMatrix, ...]:
-        return attempt(Damping(damping), target.alpha)
+        return attempt(None, target.alpha)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,13 +120,9 @@ class Grid(Tuning):
 
     def choose(self, damping: float, target: Target, attempt: Attempt) -> tuple[PrunedMatrix, ...]:
         """Returns the candidate with the lowest held-out error. The attempts must have held-out tokens."""
-        dampings = [Damping.of(candidate, damping) for candidate in self.dampings(damping)]
-        best = best_of(
-            [float(candidate.ridge) for candidate in dampings],
-            self.alphas(target),
-            lambda ridge, alpha: attempt(Damping(damping, ridge), alpha),
-            _held_out_error,
-        )
+        # ``LayerProblem.ridge``, with which the damping in total is the candidate.
+        ridges = [(candidate - damping) / (1 + damping) for candidate in self.dampings(damping)]
+        best = best_of(ridges, self.alphas(target), attempt, _held_out_error)
         return tuple(matrix._replace(rows=matrix.rows._replace(chosen=best.chosen)) for matrix in best.found)
 
 

@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from optima_tpu.method.patterns import Unstructured
-from optima_tpu.method.problem import LayerProblem, Pruned, output_energy, undamped_objective
+from optima_tpu.method.problem import LayerProblem, Pruned
 from optima_tpu.method.selectors import Wanda
 from optima_tpu.method.solvers import MPAX, Exact, mpax
 from optima_tpu.pipeline.plan.hlo import COLLECTIVE, text_inside_loops
@@ -36,7 +36,7 @@ def excess(layer, solver: MPAX) -> float:
     """Mean ``f - f*`` of the rows, relative to the mean square of their outputs."""
     problem, pruned = layer
     found, best = solver(problem, pruned).weight, exact(problem, pruned).weight
-    return float(jnp.mean((undamped_objective(problem, found) - undamped_objective(problem, best)) / output_energy(problem)))
+    return float(jnp.mean((problem.value(found) - problem.value(best)) / problem.energy()))
 
 
 exact = jax.jit(Exact())

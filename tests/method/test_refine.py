@@ -12,12 +12,12 @@ from rich.console import Console
 from optima_tpu.config.parse import configure, flags, parse
 from optima_tpu.config.run_config import weights_settings
 from optima_tpu.errors import UserError
-from optima_tpu.method.acceptance import MatrixObjective, PerRow, RowErrors, TokenTerms, accept_rows
+from optima_tpu.method.acceptance import PerRow, RowErrors, accept_rows
 from optima_tpu.method.layer_rules import LayerRule
 from optima_tpu.method.linalg.traces import inverse_traces
 from optima_tpu.method.mask_swaps import Exchanging, Swaps, schur_diagonal
 from optima_tpu.method.patterns import NM, Unstructured
-from optima_tpu.method.problem import Pruned, Solution, pull_of
+from optima_tpu.method.problem import Errors, Pruned, Solution, pull_of
 from optima_tpu.method.prune_group import prune_group
 from optima_tpu.method.recipe import Recipe
 from optima_tpu.method.selectors import Magnitude, Wanda
@@ -201,12 +201,12 @@ def test_a_refused_row_has_the_selectors_mask_back():
     solution = Solution(jnp.where(new, problem.weight, 0.0), jnp.zeros(6), jnp.ones(6, jnp.int32), jnp.ones(6, bool), new)
     better = jnp.array([True, False] * 3)
     final, rows = accept_rows(
-        MatrixObjective(problem.weight, TokenSets(TokenTerms(problem.hessian))),
+        TokenSets(problem),
         pruned,
         solution,
         PerRow(),
         jnp.dtype(jnp.float32),
-        lambda *_: RowErrors(jnp.ones(6), jnp.ones(6), jnp.where(better, 0.5, 2.0), jnp.ones(6), jnp.ones(6)),
+        lambda *_: RowErrors(jnp.ones(6), Errors(jnp.ones(6), jnp.ones(6)), Errors(jnp.where(better, 0.5, 2.0), jnp.ones(6))),
     )
     assert (final.keep == jnp.where(better[:, None], new, pruned.keep)).all()
     assert (final.weight == jnp.where(final.keep, problem.weight, 0.0)).all()

@@ -1,5 +1,6 @@
 """The walk over a block: the same on every mesh, without communication in the solve, compiled once."""
 
+import dataclasses
 import functools
 
 import jax
@@ -9,7 +10,7 @@ import pytest
 
 from optima_tpu.config.parse import parse
 from optima_tpu.errors import UserError
-from optima_tpu.method.acceptance import MatrixObjective, PerLayer, PerRow, TokenTerms, accept_rows
+from optima_tpu.method.acceptance import PerLayer, PerRow, accept_rows
 from optima_tpu.method.layer_rules import LayerRule
 from optima_tpu.method.patterns import NM, Unstructured
 from optima_tpu.method.problem import Pruned
@@ -279,8 +280,8 @@ def test_what_is_better_without_the_solvers_damping_alone_is_refused(accept):
     ends = [solve(Exact(), problem, pruned, damping) for damping in (1.0, 0.0)]
     damped = Pruned(ends[0].weight, pruned.keep)
     for damping, refused in ((0.0, False), (1.0, True)):
-        objective = MatrixObjective(problem.weight, TokenSets(TokenTerms(problem.hessian)), damping=damping)
-        _, rows = accept_rows(objective, damped, ends[1], accept, jnp.dtype(jnp.float32), measure)
+        tokens = TokenSets(dataclasses.replace(problem, damping=damping))
+        _, rows = accept_rows(tokens, damped, ends[1], accept, jnp.dtype(jnp.float32), measure)
         assert rows.refused.all() if refused else not rows.refused.any()
 
 

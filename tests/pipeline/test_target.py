@@ -15,17 +15,17 @@ from rich.console import Console
 from optima_tpu.config.parse import configure, parse
 from optima_tpu.config.run_config import weights_settings
 from optima_tpu.errors import UserError
-from optima_tpu.method.acceptance import HeldOut, MatrixObjective, PerRow, TokenTerms, accept_rows
+from optima_tpu.method.acceptance import HeldOut, PerRow, accept_rows
 from optima_tpu.method.layer_rules import parse_layers
 from optima_tpu.method.patterns import Unstructured
-from optima_tpu.method.problem import Damping, LayerProblem, Pruned, Solution
+from optima_tpu.method.problem import LayerProblem, Pruned, Solution
 from optima_tpu.method.prune_group import prune_group
 from optima_tpu.method.recipe import Recipe
 from optima_tpu.method.row_sharding import Layout
 from optima_tpu.method.selectors import ADMM, Wanda
 from optima_tpu.method.solvers import CG
 from optima_tpu.method.statistics import Drift, TokenSets
-from optima_tpu.method.targets import DenseTarget, LinearTerm, SelfTarget
+from optima_tpu.method.targets import DenseTarget, SelfTarget
 from optima_tpu.method.tuning import Fixed, Grid, best_of
 from optima_tpu.models.activations import Activations
 from optima_tpu.models.decoder import Decoder
@@ -466,12 +466,7 @@ def test_a_candidate_with_more_damping_than_the_selector_is_not_refused_for_it()
     assert np.abs(new - oracle(problem, Pruned(new, keep), 3.0)).max() < 1e-3 * np.abs(new).max()
 
 
-def test_a_ridge_on_the_problem_is_the_solvers_damping():
-    assert Damping.of(0.01, 0.01).ridge == 0
-    raised, own = Damping.of(0.5, 0.1), 0.1
-    assert raised.ridge + own * (1 + raised.ridge) == pytest.approx(0.5) == raised.total
-    hessian = raised.into(jnp.asarray([[2.0, 1.0], [1.0, 4.0]]))
-    np.testing.assert_allclose(hessian + own * np.diag(np.diag(hessian)), [[3.0, 1.0], [1.0, 6.0]], rtol=1e-6)
+def test_dampings_of_a_grid():
     with pytest.raises(UserError, match="lower --solver.damping"):
         Grid((0.001, 0.1)).dampings(0.01)
     assert Grid((), ()).dampings(0.3) == (0.3,)
@@ -501,13 +496,13 @@ def test_an_update_that_the_held_out_tokens_refuse_is_named():
     fitted = oracle(LayerProblem(jnp.asarray(weight), hessian, weight @ drift.cross), pruned)
     solution = Solution(jnp.asarray(fitted, jnp.float32), jnp.zeros(12), jnp.ones(12, jnp.int32), jnp.ones(12, bool))
 
-    sets = TokenSets(
-        TokenTerms(hessian, LinearTerm(weight @ drift.cross, None)),
-        TokenTerms(unseen, LinearTerm(weight @ none.cross, None), none.energy[0]),
+    dense = jnp.asarray(weight)
+    tokens = TokenSets(
+        LayerProblem(dense, hessian, weight @ drift.cross),
+        LayerProblem(dense, unseen, weight @ none.cross, offset=none.energy[0]),
     )
-    objective = MatrixObjective(jnp.asarray(weight), sets, weight @ drift.cross)
     for accept, refused in ((PerRow(), False), (HeldOut(), True)):
-        final, rows = accept_rows(objective, pruned, solution, accept, jnp.dtype(jnp.float32), measure)
+        final, rows = accept_rows(tokens, pruned, solution, accept, jnp.dtype(jnp.float32), measure)
         assert rows.refused.all() if refused else not rows.refused.any()
         assert (final.weight == (pruned if refused else solution).weight).all()
         np.testing.assert_allclose(rows.score, dense_error((other, other), weight, final.weight), rtol=1e-3)

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import Mesh
 
-from optima_tpu.method.acceptance import MatrixObjective, TokenTerms, accept_rows, row_errors
+from optima_tpu.method.acceptance import accept_rows, row_errors
 from optima_tpu.method.outcomes import RowOutcomes
 from optima_tpu.method.patterns import Pattern
-from optima_tpu.method.problem import Given, LayerProblem, Pruned, ReadGiven, pull_of
+from optima_tpu.method.problem import Given, LayerProblem, Pruned, ReadGiven
 from optima_tpu.method.prune_group import prune_group
 from optima_tpu.method.recipe import Recipe
 from optima_tpu.method.row_sharding import ON_EVERY_DEVICE, Layout, RowSharding
@@ -39,8 +39,7 @@ def prune_layer(problem: LayerProblem, recipe: Recipe, dtype=jnp.float32) -> tup
     problem = dataclasses.replace(problem, damping=recipe.damping)
     pruned = recipe.selector(problem, recipe.pattern)
     found = recipe.update(recipe.pattern)(problem, pruned)
-    objective = MatrixObjective(problem.weight, TokenSets(TokenTerms(problem.hessian)), pull_of(problem), damping=recipe.damping)
-    return accept_rows(objective, pruned, found, recipe.accept if recipe.solver else None, jnp.dtype(dtype), measure)
+    return accept_rows(TokenSets(problem), pruned, found, recipe.accept if recipe.solver else None, jnp.dtype(dtype), measure)
 
 
 def group_arguments(

@@ -106,7 +106,7 @@ class CG(Solver):
         def cycle(state: _State) -> _State:
             path = state.path._replace(change=state.best, residual=state.residual)
             path = jax.lax.fori_loop(0, self.cycle, lambda _, path: rows.step(path, free), path)
-            residual, value = rows.measure(path.change)
+            value, residual = rows.measure(path.change)
             # A row whose objective stopped falling has reached the accuracy of float32 (a NaN counts as not falling): it keeps
             # its best point.
             active = state.path.active
@@ -179,7 +179,7 @@ class _Rows(NamedTuple):
         """The path at the weights that came."""
         shared = self.shared
         change = jnp.where(shared.live, (pruned.weight - self.weight) * shared.scale, 0.0)
-        residual, value = self.measure(change)
+        value, residual = self.measure(change)
         zero = jnp.zeros_like(change)
         return _Path(change, residual, value, zero, zero, jnp.zeros_like(value), jnp.isfinite(value))
 
@@ -224,12 +224,9 @@ class _Rows(NamedTuple):
         weight = pruned.weight + moves / self.shared.scale
         return jnp.where(self.free(pruned), weight, jnp.where(pruned.keep, pruned.weight, 0.0))
 
-    def measure(self, change: Array) -> tuple[Array, Array]:
-        """The residual of all inputs, [rows, d], and f, [rows]."""
-        image = self.features.product(change, self.shared.matrix)
-        if self.pull is None:
-            return -image, self.features.sums(change * image)[0]
-        return self.pull - image, self.features.sums(change * (image - 2 * self.pull))[0]
+    def measure(self, change: Array) -> Endpoint:
+        """The objective f, [rows], and the residual of all inputs, [rows, d]: here the dense weights are at 0."""
+        return LayerProblem(jnp.zeros_like(change), self.shared.matrix, self.pull).endpoint(change, self.features)
 
     def gap(self, change: Array, residual: Array, value: Array, choices: Array) -> Array:
         """The certified gap, [rows].
