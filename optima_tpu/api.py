@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec, TypeVar
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.sharding import Sharding
@@ -28,11 +27,8 @@ from optima_tpu.config.parse import chosen_run
 from optima_tpu.config.run_config import RunConfig, to_dict
 from optima_tpu.errors import UserError
 from optima_tpu.evaluate.config import EvaluateConfig
-from optima_tpu.method.linalg.features import matmul
-from optima_tpu.method.problem import Given
-from optima_tpu.method.prune_group import prune_group
-from optima_tpu.method.row_sharding import RowSharding
-from optima_tpu.method.statistics import TokenSets, TokenStatistics
+from optima_tpu.method import layer
+from optima_tpu.method.layer import PrunedLayer
 from optima_tpu.models.checkpoints.export import export
 from optima_tpu.models.checkpoints.forms import Options
 from optima_tpu.models.checkpoints.on_devices import place_packed
@@ -334,38 +330,6 @@ def _refuse_others(settings: Mapping[str, Any], of: type) -> None:
         raise UserError(f"expected settings out of {', '.join(sorted(known))}, got {', '.join(unknown)}")
 
 
-class PrunedLayer(NamedTuple):
-    """One pruned weight matrix.
-
-    Attributes:
-      weight: [d_out, d_in] in the dtype of the dense weights, zero wherever the mask is False.
-      mask: [d_out, d_in] bool, True where a weight stays.
-      error_before: relative squared error of the layer's output with the selector's weights, ``|X W' - X V'|^2 / |X W'|^2``.
-      error_after: likewise with the final weights.
-      gap: [d_out] float32, the solver's measure of suboptimality of each row; of ``cg`` an upper bound on ``(f - f*) / f*``.
-      steps: [d_out] int32, the solver's iterations for each row.
-      refused: [d_out] bool, rows that kept the selector's weights because the solver's were not better.
-      scale: [d_out, groups] in the dtype of the weights, which are integers times it; None if they are not quantised.
-    """
-
-    weight: Array
-    mask: Array
-    error_before: float
-    error_after: float
-    gap: Array
-    steps: Array
-    refused: Array
-    scale: Array | None = None
-
-    def __repr__(self) -> str:
-        rows, columns = self.weight.shape
-        zeros = 1 - float(jnp.mean(self.mask))
-        return (
-            f"PrunedLayer({rows} x {columns}, {zeros:.1%} zeros, output error {self.error_before:.4g} -> "
-            f"{self.error_after:.4g}, largest gap {float(jnp.max(self.gap)):.2g})"
-        )
-
-
 @_one_message
 def prune_layer(
     weight: ArrayLike | Tensor,
@@ -400,58 +364,21 @@ def prune_layer(
     """
     config = chosen_run({"preset": "fast", **settings, "model": _LAYER})
     _refuse_of_model(config, settings)
-    dense = as_array("weight", weight)
-    statistics = _statistics(dense, inputs, hessian)
-    recipe, given = config.recipe, None
     if mask is not None:
-        keep = as_array("mask", mask).astype(bool)
-        _check_mask(keep, dense, config, settings)
-        recipe, given = dataclasses.replace(recipe, selector=None), (Given(keep),)
-    elif recipe.selector is None:
-        raise UserError("expected mask=ARRAY for a layer whose mask is brought from outside, got selector imported")
-    rows, columns = dense.shape
-    recipe.pattern.pruned_count((rows, columns))  # raises where N:M does not divide the inputs
-    sharding = RowSharding(make_mesh(None))
-    (found,) = prune_group((dense,), TokenSets(statistics), given, recipe, (recipe.pattern,), sharding)
-    happened = found.rows
-    energy = float(jnp.sum(happened.energy))
-    final = happened.after if happened.quantized is None else happened.quantized[1]
-    before, after = (float(jnp.sum(error)) / energy if energy > 0 else 0.0 for error in (happened.before, final))
-    return PrunedLayer(found.weight, found.keep, before, after, happened.gap, happened.steps, happened.refused, found.scale)
+        weight, mask = as_array("weight", weight), as_array("mask", mask).astype(bool)
+        if mask.shape == weight.shape:
+            _check_mask(mask, config, settings)
+    return layer.prune_layer(weight, inputs=inputs, hessian=hessian, mask=mask, recipe=config.recipe)
 
 
-def _check_mask(keep: Array, weight: Array, config: RunConfig, settings: Mapping[str, Any]) -> None:
-    """Raises UserError for a mask of another shape, beside a selector, or against a pattern that the caller named."""
-    if keep.shape != weight.shape:
-        raise UserError(f"expected a mask of the weight's shape {weight.shape}, got {keep.shape}")
+def _check_mask(keep: Array, config: RunConfig, settings: Mapping[str, Any]) -> None:
+    """Raises UserError for a mask beside a selector, or against a pattern that the caller named."""
     if "selector" in settings and config.recipe.selector is not None:
         raise UserError("expected either mask=ARRAY or a selector, which chooses the mask, got both: leave one out")
     if "pattern" in settings and (violation := config.pattern.violation(np.asarray(keep))):
         raise UserError(
             f"expected a mask of the pattern {config.pattern}, got another one: {violation}; leave pattern out, or name the mask's own"
         )
-
-
-def _statistics(weight: Array, inputs: ArrayLike | Tensor | None, hessian: ArrayLike | Tensor | None) -> TokenStatistics:
-    """The Hessian of a layer, from its inputs or as it was given."""
-    if weight.ndim != 2:
-        raise UserError(f"expected a weight matrix [d_out, d_in], got the shape {weight.shape}")
-    size = weight.shape[1]
-    if (inputs is None) == (hessian is None):
-        raise UserError("expected either inputs=X or hessian=X'X/n, got " + ("both" if inputs is not None else "neither"))
-    if inputs is not None:
-        x = as_array("inputs", inputs).astype(jnp.float32)
-        if x.ndim < 2 or x.shape[-1] != size or not x.size:
-            raise UserError(f"expected inputs [tokens, {size}] for a weight {weight.shape}, got {x.shape}")
-        x = x.reshape(-1, size)
-        return TokenStatistics(matmul(x.T, x) / len(x), jnp.asarray(len(x), dtype=jnp.int32))
-    assert hessian is not None, "refused above"
-    matrix = as_array("hessian", hessian).astype(jnp.float32)
-    if matrix.shape != (size, size):
-        raise UserError(f"expected a Hessian [{size}, {size}] for a weight {weight.shape}, got {matrix.shape}")
-    if not np.allclose(matrix, matrix.T, rtol=1e-3, atol=1e-6 * float(jnp.max(jnp.abs(matrix)))):
-        raise UserError("expected a symmetric Hessian X'X / n, got one that differs from its transpose")
-    return TokenStatistics(matrix, jnp.asarray(0, dtype=jnp.int32))
 
 
 _LAYER = "a layer"

@@ -2,15 +2,17 @@
 
 import abc
 import dataclasses
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax import Array
 from jaxtyping import Float, Float32, Int32
 
 from optima_tpu.errors import UserError
+
+if TYPE_CHECKING:
+    import optax
 
 BETAS = 0.9, 0.95
 """The decay rates of Adam's moments."""
@@ -119,6 +121,8 @@ class Distillation(abc.ABC):
 
     def rate(self, step: int) -> float:
         """The learning rate of kept weights in a step, counted from 0."""
+        import optax  # here, as in :func:`optimizer`: pruning without a training needs no optax
+
         warmup = min(self.warmup, self.steps - 1)
         schedule = optax.warmup_cosine_decay_schedule(
             self.learning_rate / (warmup + 1), self.learning_rate, warmup, self.steps, self.learning_rate * _LEAST
@@ -208,6 +212,8 @@ class Blocks(KL):
         return tuple(range(first, min(first + self.span, blocks)) for first in range(0, blocks, self.span))
 
 
-def optimizer() -> optax.GradientTransformation:
+def optimizer() -> "optax.GradientTransformation":
     """Adam without its learning rate, with float32 moments."""
+    import optax
+
     return optax.scale_by_adam(*BETAS)

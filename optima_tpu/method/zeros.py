@@ -11,14 +11,16 @@ MaxText does, leaves the masks out: ``keep_zeros(optimizer)`` reads them at ever
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax import Array
 
 from optima_tpu.errors import UserError
+
+if TYPE_CHECKING:
+    import optax
 
 Tree = Any
 """A pytree of arrays."""
@@ -41,8 +43,8 @@ def masks_of(parameters: Tree, least: float = 0.1) -> Tree:
 
 
 def keep_zeros(
-    optimizer: optax.GradientTransformation, masks: Tree | None = None, least: float = 0.1
-) -> optax.GradientTransformationExtraArgs:
+    optimizer: "optax.GradientTransformation", masks: Tree | None = None, least: float = 0.1
+) -> "optax.GradientTransformationExtraArgs":
     """Wraps an optimizer so that pruned weights stay zero.
 
     Their gradients are zero before the optimizer sees them, so that they gather no moments and do not count in a norm that clips;
@@ -58,6 +60,8 @@ def keep_zeros(
     Raises:
       ValueError: there are no masks, and ``update`` was called without the parameters.
     """
+    import optax  # whoever brings an optimizer has it
+
     inner = optax.with_extra_args_support(optimizer)
 
     def update(gradient: Tree, state: Any, parameters: Tree | None = None, **extra: Any) -> tuple[Tree, Any]:

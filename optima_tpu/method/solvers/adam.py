@@ -13,7 +13,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax import Array
 from jaxtyping import PyTree
 
@@ -71,6 +70,8 @@ class Adam(Solver):
         return Cost(products, passes=14 * products)
 
     def __call__(self, problem: LayerProblem, pruned: Pruned) -> Solution:
+        import optax  # here, so that whoever takes another solver needs no optax
+
         live = live_features(problem.hessian)
         hessian = jnp.where(live[:, None] & live, problem.hessian, 0.0)
         pull, damped = pull_of(problem), problem

@@ -17,8 +17,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
-from mpax import raPDHG
-from mpax.utils import QuadraticProgrammingProblem, TerminationStatus
 
 from optima_tpu.method.linalg.features import matmul
 from optima_tpu.method.linalg.scaling import RESOLUTION, live_features, require, unit_diagonal
@@ -138,13 +136,13 @@ def _solve(problem: LayerProblem, pruned: Pruned, in_unit_diagonal: bool, dampin
     # Products in full float32: TF32 and bfloat16, the defaults of GPU and TPU, stall or diverge on ill-conditioned
     # layers.
     with jax.default_matmul_precision("highest"), _root_logger_kept():
-        change, status, steps = _solve_rows(options, matrix, _Rows(slope, lower, upper))
+        change, optimal, _, steps = _solve_rows(options, matrix, _Rows(slope, lower, upper))
 
     solved = sound & jnp.all(jnp.isfinite(change), axis=1, keepdims=True)
     moved = jnp.where(free & solved, weight + change * unit, jnp.where(pruned.keep, pruned.weight, 0.0))
     damped = LayerProblem(weight, hessian, pull)
     residual = optimality_residual(damped, Pruned(moved, free), moved)
-    converged = solved[:, 0] & (status == TerminationStatus.OPTIMAL)
+    converged = solved[:, 0] & optimal
     gap = jnp.where(solved[:, 0] & jnp.isfinite(residual), residual, jnp.inf)
     return Solution(moved, gap, steps.astype(jnp.int32), converged)
 
@@ -161,7 +159,8 @@ class _Found(NamedTuple):
     """The result of MPAX."""
 
     change: Array  # d [rows, d_in]
-    status: Array  # [rows], a TerminationStatus
+    optimal: Array  # [rows] bool, MPAX's test passed
+    late: Array  # [rows] bool, it met the limit of iterations
     steps: Array  # [rows], iterations
 
 
@@ -177,15 +176,12 @@ def _solve_rows(options: dict[str, Array], matrix: Array, rows: _Rows) -> _Found
     count, last = len(rows.slope), jnp.asarray(options["iteration_limit"])
     at_a_time = min(count, max(count // _PARTS, _LEAST))
 
-    def late(found: _Found) -> Array:
-        return found.status == TerminationStatus.ITERATION_LIMIT
-
     def one_round(state: tuple[Array, _Found]) -> tuple[Array, _Found]:
         before, found = state
         higher = jnp.where(before > last // _GROWTH, last, before * _GROWTH)  # compared first: the product could overflow
         limit = jnp.minimum(last, jnp.maximum(higher, _FIRST_LIMIT))
         # The indices of late rows first, then an index out of range, which a read clips and a write drops.
-        waiting = jnp.nonzero(late(found), size=count + at_a_time, fill_value=count)[0]
+        waiting = jnp.nonzero(found.late, size=count + at_a_time, fill_value=count)[0]
 
         def one_part(state: tuple[int | Array, _Found]) -> tuple[int | Array, _Found]:
             start, found = state
@@ -198,14 +194,18 @@ def _solve_rows(options: dict[str, Array], matrix: Array, rows: _Rows) -> _Found
         first: tuple[int | Array, _Found] = (0, found)
         return limit, jax.lax.while_loop(lambda state: waiting[state[0]] < count, one_part, first)[1]
 
-    unsolved = _Found(jnp.zeros_like(rows.slope), jnp.full(count, TerminationStatus.ITERATION_LIMIT), jnp.zeros(count, jnp.int32))
+    unsolved = _Found(jnp.zeros_like(rows.slope), jnp.zeros(count, bool), jnp.ones(count, bool), jnp.zeros(count, jnp.int32))
     return jax.lax.while_loop(
-        lambda state: (state[0] < last) & jnp.any(late(state[1])), one_round, (jnp.zeros_like(last), unsolved)
+        lambda state: (state[0] < last) & jnp.any(state[1].late), one_round, (jnp.zeros_like(last), unsolved)
     )[1]
 
 
 def _solve_row(options: dict[str, Array], matrix: Array, row: _Rows) -> _Found:
     """Solves one row: every array has one axis less."""
+    # Imported where the solver runs: whoever takes another one needs no MPAX.
+    from mpax import raPDHG
+    from mpax.utils import QuadraticProgrammingProblem, TerminationStatus
+
     slope, lower, upper = row
     size = slope.shape[0]
     constraint = jnp.ones((1, size))
@@ -232,7 +232,10 @@ def _solve_row(options: dict[str, Array], matrix: Array, row: _Rows) -> _Found:
     # noise.
     with jax.numpy_dtype_promotion("standard"):  # MPAX multiplies by masks
         found = raPDHG(**options, scale_invariant_initial_primal_weight=False).optimize(program)
-    return _Found(found.primal_solution, found.termination_status, found.iteration_count)
+    optimal, late = (
+        found.termination_status == status for status in (TerminationStatus.OPTIMAL, TerminationStatus.ITERATION_LIMIT)
+    )
+    return _Found(found.primal_solution, optimal, late, found.iteration_count)
 
 
 @contextlib.contextmanager

@@ -1,0 +1,129 @@
+"""Prunes one weight matrix that is an array: the front door of the mathematics, for who has a layer and not a model.
+
+    layer = prune_layer(weight, inputs=x, recipe=dataclasses.replace(FAST, pattern=NM(2, 4)))
+
+Nothing here depends on more than jax, numpy and jaxtyping. ``optima_tpu.prune_layer`` is the same with settings by their names.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jaxtyping import ArrayLike
+
+from optima_tpu.errors import UserError
+from optima_tpu.method.linalg.features import matmul
+from optima_tpu.method.patterns import Unstructured
+from optima_tpu.method.problem import Given
+from optima_tpu.method.prune_group import prune_group
+from optima_tpu.method.recipe import Recipe
+from optima_tpu.method.row_sharding import RowSharding
+from optima_tpu.method.selectors import Wanda
+from optima_tpu.method.solvers import CG
+from optima_tpu.method.statistics import TokenSets, TokenStatistics
+from optima_tpu.runtime.arrays import Tensor, as_array
+from optima_tpu.runtime.mesh import make_mesh
+
+FAST = Recipe(Unstructured(), Wanda(), CG())
+"""Half of every row, Wanda's mask, and certified weights: the preset ``fast``."""
+
+
+class PrunedLayer(NamedTuple):
+    """One pruned weight matrix.
+
+    Attributes:
+      weight: [d_out, d_in] in the dtype of the dense weights, zero wherever the mask is False.
+      mask: [d_out, d_in] bool, True where a weight stays.
+      error_before: relative squared error of the layer's output with the selector's weights, ``|X W' - X V'|^2 / |X W'|^2``.
+      error_after: likewise with the final weights.
+      gap: [d_out] float32, the solver's measure of suboptimality of each row; of ``cg`` an upper bound on ``(f - f*) / f*``.
+      steps: [d_out] int32, the solver's iterations for each row.
+      refused: [d_out] bool, rows that kept the selector's weights because the solver's were not better.
+      scale: [d_out, groups] in the dtype of the weights, which are integers times it; None if they are not quantised.
+    """
+
+    weight: Array
+    mask: Array
+    error_before: float
+    error_after: float
+    gap: Array
+    steps: Array
+    refused: Array
+    scale: Array | None = None
+
+    def __repr__(self) -> str:
+        rows, columns = self.weight.shape
+        zeros = 1 - float(jnp.mean(self.mask))
+        return (
+            f"PrunedLayer({rows} x {columns}, {zeros:.1%} zeros, output error {self.error_before:.4g} -> "
+            f"{self.error_after:.4g}, largest gap {float(jnp.max(self.gap)):.2g})"
+        )
+
+
+def prune_layer(
+    weight: ArrayLike | Tensor,
+    *,
+    inputs: ArrayLike | Tensor | None = None,
+    hessian: ArrayLike | Tensor | None = None,
+    mask: ArrayLike | Tensor | None = None,
+    recipe: Recipe = FAST,
+) -> PrunedLayer:
+    """Prunes one weight matrix: chooses the mask, then solves every row for the weights that stay.
+
+    For each row ``w`` with kept inputs ``K``: minimise ``(v - w) H (v - w)'`` over ``v`` with ``v[j] = 0`` for ``j`` not in ``K``,
+    where ``H = X'X / n`` (OPTIMA, equation 6). All matrix products are float32 at full precision. On
+    accelerators those that only choose a direction or a mask are rougher.
+
+    Args:
+      weight: [d_out, d_in], dense.
+      inputs: ``X`` [..., d_in], the layer's calibration inputs; every leading axis counts tokens.
+      hessian: [d_in, d_in], ``X'X / n`` in the place of ``inputs``.
+      mask: [d_out, d_in] bool, True where a weight stays; in the place of the recipe's selector, whatever its pattern.
+      recipe: pattern, selector, solver, acceptance, exchanges and quantizer. What only means something for a model has no effect.
+
+    Raises:
+      UserError: shapes that do not fit.
+    """
+    dense = as_array("weight", weight)
+    statistics = _statistics(dense, inputs, hessian)
+    given = None
+    if mask is not None:
+        keep = as_array("mask", mask).astype(bool)
+        if keep.shape != dense.shape:
+            raise UserError(f"expected a mask of the weight's shape {dense.shape}, got {keep.shape}")
+        recipe, given = dataclasses.replace(recipe, selector=None), (Given(keep),)
+    elif recipe.selector is None:
+        raise UserError("expected mask=ARRAY for a layer whose mask is brought from outside, got selector imported")
+    rows, columns = dense.shape
+    recipe.pattern.pruned_count((rows, columns))  # raises where N:M does not divide the inputs
+    sharding = RowSharding(make_mesh(None))
+    (pruned,) = prune_group((dense,), TokenSets(statistics), given, recipe, (recipe.pattern,), sharding)
+    outcomes = pruned.rows
+    energy = float(jnp.sum(outcomes.energy))
+    final = outcomes.after if outcomes.quantized is None else outcomes.quantized[1]
+    before, after = (float(jnp.sum(error)) / energy if energy > 0 else 0.0 for error in (outcomes.before, final))
+    return PrunedLayer(pruned.weight, pruned.keep, before, after, outcomes.gap, outcomes.steps, outcomes.refused, pruned.scale)
+
+
+def _statistics(weight: Array, inputs: ArrayLike | Tensor | None, hessian: ArrayLike | Tensor | None) -> TokenStatistics:
+    """The Hessian of a layer, from its inputs or as it was given."""
+    if weight.ndim != 2:
+        raise UserError(f"expected a weight matrix [d_out, d_in], got the shape {weight.shape}")
+    size = weight.shape[1]
+    if (inputs is None) == (hessian is None):
+        raise UserError("expected either inputs=X or hessian=X'X/n, got " + ("both" if inputs is not None else "neither"))
+    if inputs is not None:
+        x = as_array("inputs", inputs).astype(jnp.float32)
+        if x.ndim < 2 or x.shape[-1] != size or not x.size:
+            raise UserError(f"expected inputs [tokens, {size}] for a weight {weight.shape}, got {x.shape}")
+        x = x.reshape(-1, size)
+        return TokenStatistics(matmul(x.T, x) / len(x), jnp.asarray(len(x), dtype=jnp.int32))
+    assert hessian is not None, "refused above"
+    matrix = as_array("hessian", hessian).astype(jnp.float32)
+    if matrix.shape != (size, size):
+        raise UserError(f"expected a Hessian [{size}, {size}] for a weight {weight.shape}, got {matrix.shape}")
+    if not np.allclose(matrix, matrix.T, rtol=1e-3, atol=1e-6 * float(jnp.max(jnp.abs(matrix)))):
+        raise UserError("expected a symmetric Hessian X'X / n, got one that differs from its transpose")
+    return TokenStatistics(matrix, jnp.asarray(0, dtype=jnp.int32))
