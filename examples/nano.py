@@ -149,7 +149,7 @@ def wanda_mask(weight: Array, hessian: Array) -> Array:
     return rank >= math.floor(round(score.shape[1] * SPARSITY, 6))
 
 
-class Path(NamedTuple):
+class Descent(NamedTuple):
     """Conjugate gradients of all rows: each array [d_out, d_in] or [d_out]."""
 
     change: Array  # D = (v - w) sqrt(H_jj)
@@ -180,7 +180,7 @@ def solve(weight: Array, hessian: Array, keep: Array) -> tuple[Array, Array]:
     inverse = root.T @ root
     free = keep & live
 
-    def measured(path: Path) -> Path:
+    def measured(path: Descent) -> Descent:
         """Residual and certificate by exact products, which end the drift of the recurrences."""
         residual = -path.change @ matrix
         value = -jnp.sum(path.change * residual, axis=1)
@@ -188,7 +188,7 @@ def solve(weight: Array, hessian: Array, keep: Array) -> tuple[Array, Array]:
         floor = 1e-8 * jnp.sum((weight * scale) ** 2, axis=1) + 1e-30
         return path._replace(residual=residual, gap=bound / jnp.maximum(value - bound, floor))
 
-    def step(_: int, path: Path) -> Path:
+    def step(_: int, path: Descent) -> Descent:
         preconditioned = jnp.where(free, jnp.where(free, path.residual, 0.0) @ inverse, 0.0)
         overlap = jnp.sum(preconditioned * path.image, axis=1)
         bend = -overlap / jnp.where(path.curvature > 0, path.curvature, jnp.inf)
@@ -198,14 +198,14 @@ def solve(weight: Array, hessian: Array, keep: Array) -> tuple[Array, Array]:
         moves = (path.gap > GAP) & (curvature > 0)
         length = jnp.where(moves, jnp.sum(path.residual * direction, axis=1) / jnp.where(moves, curvature, 1.0), 0.0)[:, None]
         change, residual = path.change + length * direction, path.residual - length * image
-        return Path(change, residual, direction, image, jnp.where(moves, curvature, 0.0), path.gap)
+        return Descent(change, residual, direction, image, jnp.where(moves, curvature, 0.0), path.gap)
 
-    def cycle(state: tuple[int, Path]) -> tuple[int, Path]:
+    def cycle(state: tuple[int, Descent]) -> tuple[int, Descent]:
         return state[0] + 1, measured(jax.lax.fori_loop(0, 4, step, state[1]))
 
     start = jnp.where(keep | ~live, 0.0, -weight * scale)
     zero, rows = jnp.zeros_like(start), jnp.zeros(len(start))
-    path = Path(start, -start @ matrix, zero, zero, rows, rows + jnp.inf)
+    path = Descent(start, -start @ matrix, zero, zero, rows, rows + jnp.inf)
     _, path = jax.lax.while_loop(lambda state: (state[0] < 24) & jnp.any(state[1].gap > GAP), cycle, (0, path))
     return jnp.where(keep, weight + jnp.where(free, path.change / scale, 0.0), 0.0), path.gap
 

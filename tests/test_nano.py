@@ -12,6 +12,7 @@ import pytest
 
 from optima_tpu import launch
 from optima_tpu.models.checkpoints.export import read_masks
+from tests.support.processes import python
 from tests.support.runs import SMALL, folder_tensors
 from tests.support.tiny_models import tiny_folder
 
@@ -91,6 +92,13 @@ def test_the_command_writes_a_folder_that_it_can_prune_again(nano, run, tmp_path
     out = nano.load(tmp_path / "out")
     assert nano.Shape.read(tmp_path / "out").blocks == 3
     assert (np.asarray(out["model.layers.0.mlp.down_proj.weight"]) == 0).mean() == 0.5
+
+
+def test_the_command_line_says_what_a_text_must_hold(run, tmp_path):
+    (tmp_path / "text").write_text("All rows of a layer share one Hessian.")
+    done = python(str(FILE), run.model, tmp_path / "text", tmp_path / "out")
+    assert done.returncode == 1 and "expected a text of 36 windows of 512 tokens, got 0" in done.stderr, done.stderr
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_file_is_short_and_imports_four_libraries():
