@@ -2,6 +2,8 @@
 
     python examples/nano.py MODEL_FOLDER CALIBRATION.txt OUT_FOLDER
 
+MODEL_FOLDER is a dense model in the format of Hugging Face; of one that is pruned already every error is 0.
+
 Half of the weights of every linear layer go. Which half, Wanda's score says (Sun et al., 2023). Then the weights that stay move, so
 that the layer's output on the calibration text changes least: one small quadratic program for each output row (OPTIMA, 2025,
 arXiv:2512.13886), solved until a bound proves that the objective is within 0.1% of its minimum. The masks are those of
@@ -280,6 +282,7 @@ def main(source: Path, text: Path, out: Path) -> None:
     if len(tokens) < SAMPLES + 4:
         sys.exit(f"expected a text of {SAMPLES + 4} windows of {LENGTH} tokens, got {len(tokens)} in {text}: give a longer one")
     calibration, held_out = tokens[:SAMPLES], tokens[SAMPLES : 2 * SAMPLES]
+    print(f"measuring the dense model on {len(held_out)} windows that are not pruned with", flush=True)
     dense = perplexity(weights, shape, held_out)
     for name, matrix, before, after in pruned(weights, shape, calibration):
         weights[name] = matrix

@@ -485,9 +485,8 @@ def refuse_unknown(names: Iterable[str], known: set[str], dashes: str) -> None:
         candidates = {entry.removesuffix(".name") for entry in known}
         elsewhere, value = ELSEWHERE.get(name.replace("-", "_"), ("", ""))
         if elsewhere in candidates:
-            raise UserError(
-                f"there is no setting {dashes}{name}; did you mean {dashes}{elsewhere}{' ' if dashes else ': '}{value}?"
-            )
+            example = f"{dashes}{elsewhere}{' ' if dashes else ': '}{value}"
+            raise UserError(f"there is no setting {dashes}{name}; did you mean {dashes}{elsewhere}, as in {example}?")
         near = sorted(entry for entry in candidates if entry.rpartition(".")[2] == name.rpartition(".")[2])
         near += [entry for entry in difflib.get_close_matches(name, candidates, n=3, cutoff=0.6) if entry not in near]
         meant = " or ".join(dashes + entry for entry in near[:3])

@@ -335,7 +335,7 @@ class NM(Pattern):
         apart = f" by {self.stride}" if self.stride > 1 else ""
         return (
             f"expected {self.n} kept of every {self.m}, got {counts[row, group]} in row {row}, group {group} (inputs "
-            f"{inputs[0]} to {inputs[-1]}{apart}), and {int(wrong.sum())} such groups in all"
+            f"{inputs[0]} to {inputs[-1]}{apart}), wrong in {int(wrong.sum()):,} of {wrong.size:,} groups"
         )
 
     def text(self, group: str | None = None) -> str:

@@ -142,7 +142,9 @@ class Progress:
     def block(self, index: int, count: int) -> None:
         """Starts block ``index`` of ``count``, counted from 0. A resumed walk starts with a later block."""
         if self._steps and self._pace.is_new(self._steps[0].kind):
-            self._say(f"block {index} ({index + 1} of {count}): its programs are compiled first; blocks like it reuse them")
+            self._say(
+                f"block {index} ({index + 1} of {count}): its programs are compiled first, or read from an earlier run; blocks like it reuse them"
+            )
         self._done, self._total, self._block, self._block_start, self._layers = index, count, index, self._clock(), []
         self._bars.update(self._task, total=count, completed=index)
 

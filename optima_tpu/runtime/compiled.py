@@ -17,11 +17,15 @@ def keep_compiled_programs() -> None:
 
     Programs for a CPU are machine code of that CPU's instructions: another CPU that shares the home directory might stop at one it
     does not know. So each kind of CPU has its own folder.
+
+    Raises:
+      UserError: see :func:`platform`.
     """
+    on_cpu = platform() == "cpu"  # first: it refuses devices that are not there, also for who chose a folder
     if jax.config.values["jax_compilation_cache_dir"] is not None:
         return
     folder = user_cache() / "xla"
-    if platform() == "cpu":
+    if on_cpu:
         folder /= f"cpu-{_kind_of_cpu()}"
         # Half of the time of a tiny run goes to programs that XLA compiles in less than jax's limit of a second.
         if jax.config.values["jax_persistent_cache_min_compile_time_secs"] == 1.0:  # jax's default: the user chose none

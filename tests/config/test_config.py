@@ -576,10 +576,12 @@ def test_a_name_of_another_program_is_answered_with_the_name_here(name, file):
     chosen |= {"distill": "kl"} if setting.startswith("distill.") else {}
     flags = [word for each, method in chosen.items() for word in (f"--{each}", method)]
     spelled = name.replace("-", "_")
-    with pytest.raises(UserError, match=re.escape(f"no setting --{spelled}; did you mean --{setting} {value}?")):
+    with pytest.raises(
+        UserError, match=re.escape(f"no setting --{spelled}; did you mean --{setting}, as in --{setting} {value}?")
+    ):
         parse([*flags, f"--{name}", "7"])
     lines = [f"{each}: {method}" for each, method in chosen.items()]
-    with pytest.raises(UserError, match=re.escape(f"no setting {spelled}; did you mean {setting}: {value}?")):
+    with pytest.raises(UserError, match=re.escape(f"no setting {spelled}; did you mean {setting}, as in {setting}: {value}?")):
         parse(["--config", file("\n".join([*lines, f"{spelled}: 7"]))])
 
 

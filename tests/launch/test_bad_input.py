@@ -74,7 +74,7 @@ def refused(tmp_path, capfd):
         (["--selector", "imported", "--selector.path", "a" * 5000], "File name too long; check the path"),
         (["--calibration.length", "129"], "expected --calibration.length of at most 128, the model's context, got 129"),
         (["--evaluation.length", "129"], "expected --evaluation.length of at most 128, the model's context, got 129"),
-        (["--sparsity", "0.5"], "there is no setting --sparsity; did you mean --pattern 0.5?"),
+        (["--sparsity", "0.5"], "there is no setting --sparsity; did you mean --pattern, as in --pattern 0.5?"),
         (["--solver.dampnig", "0.1"], "there is no setting --solver.dampnig; did you mean --solver.damping or "),
         (["--calibration.sample", "8"], "did you mean --calibration.samples or "),
         (["--solver.damping", "-1"], "damping"),

@@ -96,7 +96,7 @@ def test_what_violates_a_stride_is_named():
     assert NM(2, 4, 8).violation(keep[None]) is None and NM(2, 4, 8).holds(~keep[None])
     assert NM(2, 4).violation(keep[None]) and not NM(2, 4).holds(~keep[None])
     keep[33] = False
-    message = "expected 2 kept of every 4, got 1 in row 0, group 9 (inputs 33 to 57 by 8), and 1 such groups in all"
+    message = "expected 2 kept of every 4, got 1 in row 0, group 9 (inputs 33 to 57 by 8), wrong in 1 of 16 groups"
     assert NM(2, 4, 8).violation(keep[None]) == message
 
 

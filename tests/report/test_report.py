@@ -202,7 +202,7 @@ def test_without_a_terminal_a_stage_is_a_line_and_a_block_is_a_line(clock):
     assert out.file.getvalue().splitlines() == [
         "   0:00  dense perplexity",
         "   0:06  pruning",
-        "   0:06  block 0 (1 of 4): its programs are compiled first; blocks like it reuse them",
+        "   0:06  block 0 (1 of 4): its programs are compiled first, or read from an earlier run; blocks like it reuse them",
         "   0:16  block 0 (1 of 4): error 30.0% -> 15.0%, sparsity 50.0%, 10.0 s",
         "   0:26  block 1 (2 of 4): error 30.0% -> 15.0%, sparsity 50.0%, 10.0 s, about 20 s left for pruning",
         "   0:36  block 2 (3 of 4): error 30.0% -> 15.0%, sparsity 50.0%, 10.0 s, about 10 s left for pruning",
@@ -324,7 +324,7 @@ def test_a_long_step_says_what_is_done_before_it_and_every_minute_of_it(clock):
     progress._tell_if_quiet()
     assert out.file.getvalue().splitlines() == [
         "   0:00  pruning",
-        "   0:00  block 0 (1 of 2): its programs are compiled first; blocks like it reuse them",
+        "   0:00  block 0 (1 of 2): its programs are compiled first, or read from an earlier run; blocks like it reuse them",
         "   1:00  block 0 (1 of 2), reading the calibration text (first time, slower), time left not known yet",
         "   2:01  block 0 (1 of 2), pruning mlp.up_proj (first time, slower), time left not known yet",
     ]
