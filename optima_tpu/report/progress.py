@@ -239,7 +239,7 @@ class Progress:
         if self._shown or self._stage is None or self._clock() - self._said_at < _QUIET:
             return
         at = (
-            f"{self._done} of {self._total}"
+            f"{self._stage}, step {self._done} of {self._total} is done"
             if self._block is None
             else f"block {self._block} ({self._block + 1} of {self._total})"
         )

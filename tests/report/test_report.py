@@ -238,14 +238,20 @@ def test_the_time_left_leaves_out_the_first_block_which_compiles(clock):
 @pytest.mark.parametrize("terminal", [False, True])
 def test_a_stage_that_is_silent_for_a_minute_says_how_far_it_is_where_no_bar_shows_it(clock, terminal):
     out = console(force_terminal=terminal, color_system=None)
-    progress, expected = Progress(out, clock), ("1:20  2 of 6, about 2:40 min", "3:20  5 of 6, about 40 s")
+    progress, expected = (
+        Progress(out, clock),
+        (
+            "1:20  dense perplexity, step 2 of 6 is done, about 2:40 min",
+            "3:20  dense perplexity, step 5 of 6 is done, about 40 s",
+        ),
+    )
     progress.stage("dense perplexity", total=6)
     for step in range(6):
         if step == 3:
             progress.note("a line")  # the next one need not come before a minute from here
         clock.now += 40
         progress.advance()
-    told = [line for line in out.file.getvalue().splitlines() if " of 6, " in line]
+    told = [line for line in out.file.getvalue().splitlines() if " of 6 is done, " in line]
     assert told == ([] if terminal else [f"   {line} left for dense perplexity" for line in expected])
 
 
