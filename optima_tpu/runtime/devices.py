@@ -2,23 +2,16 @@
 
 from typing import Protocol
 
+from optima_tpu.runtime.command import OnDevices
 from optima_tpu.runtime.mesh import parse_mesh, refuse_count
 from optima_tpu.runtime.processes import may_join, refuse_incomplete
 
 
-class Placed(Protocol):
-    """The settings of a command that say on which devices it runs; see ``config.RunConfig``."""
+class Placed(OnDevices, Protocol):
+    """The settings of a command that also say how its devices are arranged; see ``config.RunConfig``."""
 
     @property
     def mesh(self) -> str | None: ...
-    @property
-    def cpu_devices(self) -> int | None: ...
-    @property
-    def coordinator(self) -> str | None: ...
-    @property
-    def num_processes(self) -> int | None: ...
-    @property
-    def process_id(self) -> int | None: ...
 
 
 def refuse_devices(config: Placed) -> None:

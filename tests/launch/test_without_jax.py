@@ -1,6 +1,7 @@
 """Arguments are read, explained and refused before the libraries load, with the same words as afterwards."""
 
 import contextlib
+import inspect
 import io
 import json
 import subprocess
@@ -30,16 +31,15 @@ class Refuses:
 LIBRARIES = "jax", "jaxlib", "numpy", "scipy", "mpax", "optax", "transformers", "pyarrow", "torch", "huggingface_hub", "matplotlib"
 sys.meta_path.insert(0, Refuses())
 from optima_tpu.cli import main
+"""
+"""What a child runs before :func:`here`: it forbids the libraries."""
+
+EACH = """
 for words in json.loads(sys.stdin.read()):
     print(words, file=sys.stderr)
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            status = main(words)
-        except SystemExit as exits:
-            status = exits.code
-    print(json.dumps([status, out.getvalue(), err.getvalue()]))
+    print(json.dumps(here(words)))
 """
+
 REFUSED = [
     ["prune", "--pattrn", "2"],
     ["prune", "--batch", "many"],
@@ -92,17 +92,8 @@ def narrow(monkeypatch):
     monkeypatch.chdir(ROOT)
 
 
-def without_libraries(commands: list[list[str]]) -> list[list]:
-    """What commands do in one process that may import no library: [status, what is printed, errors]."""
-    child = subprocess.run(
-        [sys.executable, "-c", CHILD], input=json.dumps(commands), capture_output=True, text=True, cwd=ROOT, check=False
-    )
-    assert child.returncode == 0, child.stderr
-    return [json.loads(line) for line in child.stdout.splitlines()]
-
-
 def here(words: list[str]) -> list:
-    """What a command does in this process, which has imported the libraries."""
+    """What a command does in this process."""
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
@@ -110,6 +101,20 @@ def here(words: list[str]) -> list:
         except SystemExit as exits:
             status = exits.code
     return [status, out.getvalue(), err.getvalue()]
+
+
+def without_libraries(commands: list[list[str]]) -> list[list]:
+    """What commands do in one process that may import no library: [status, what is printed, errors]."""
+    child = subprocess.run(
+        [sys.executable, "-c", CHILD + inspect.getsource(here) + EACH],
+        input=json.dumps(commands),
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=False,
+    )
+    assert child.returncode == 0, child.stderr
+    return [json.loads(line) for line in child.stdout.splitlines()]
 
 
 def test_arguments_are_explained_and_refused_without_jax_in_the_same_words(narrow):
