@@ -27,6 +27,7 @@ if _LESS_LLVM not in os.environ.get("XLA_FLAGS", ""):  # the workers have them f
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
+from hypothesis import settings  # noqa: E402
 from jaxtyping import install_import_hook  # noqa: E402
 
 pytest.register_assert_rewrite("tests.support")  # a failing assertion tells its values there too
@@ -36,6 +37,10 @@ from tests.support.pages import leave_plots_empty  # noqa: E402
 
 # Whatever the tests call of the method takes and gives the types and shapes that it declares. Before it is imported.
 install_import_hook("optima_tpu.method", f"{checked.__name__}.checked")
+
+# No test measures time: a machine with other work on it would fail it.
+settings.register_profile("no deadline", deadline=None)
+settings.load_profile("no deadline")
 
 # Before any array exists. Meshes of fewer devices are made from the first ones.
 jax.config.update("jax_num_cpu_devices", 8)

@@ -27,10 +27,9 @@ from optima_tpu.pipeline.calibrate import Capture, Stream, accumulate
 from optima_tpu.pipeline.memory_plan import Pass, block_bytes, block_passes
 from optima_tpu.pipeline.walk import Walk, prune_groups
 from optima_tpu.report.numbers import percent
-from optima_tpu.runtime.checksums import keep
-from optima_tpu.runtime.files import writing
-from optima_tpu.runtime.processes import fetch, first_only, from_first
-from optima_tpu.runtime.records import Share, encoded, read_record
+from optima_tpu.runtime.kept import KeptRecord
+from optima_tpu.runtime.processes import fetch, from_first
+from optima_tpu.runtime.records import Share, read_record
 
 ALLOCATION = "allocation.json"
 
@@ -40,6 +39,9 @@ class _Record(TypedDict):
 
     sparsity: list[Share | None]
     scores: list[list[float] | None]
+
+
+_KEPT = KeptRecord(ALLOCATION, _Record)
 
 
 class Allocated(NamedTuple):
@@ -103,7 +105,11 @@ def allocated(walk: Walk, tokens: np.ndarray, allocation: Allocation, advance: C
 
 
 def read_allocation(directory: Path) -> Allocated | None:
-    """The allocation that an earlier start of the run wrote, the same on all processes; None if there is none."""
+    """The allocation that an earlier start of the run wrote, the same on all processes; None if there is none.
+
+    Raises:
+      UserError: the file has another shape. Finished blocks may have its sparsities, so it is not measured again.
+    """
     path = directory / ALLOCATION
     known = from_first(lambda: read_record(path, _Record) if path.exists() else None)
     return known and Allocated(known["sparsity"], known["scores"])
@@ -111,12 +117,7 @@ def read_allocation(directory: Path) -> Allocated | None:
 
 def write_allocation(directory: Path, found: Allocated) -> None:
     """Writes an allocation into the directory of its run."""
-
-    def write() -> None:
-        with writing(directory / ALLOCATION, "make room and repeat the command"):
-            keep(directory, {ALLOCATION: encoded(found.to_json())})
-
-    first_only(write)
+    _KEPT.write(directory, {"sparsity": found.sparsity, "scores": found.scores})
 
 
 def allocation_steps(decoder: Decoder, recipe: Recipe, allocation: Allocation) -> Steps:

@@ -1,6 +1,5 @@
 """Continues a few prompts with the dense and with the pruned model, for a comparison side by side."""
 
-from pathlib import Path
 from typing import Any
 
 from optima_tpu.data import tokenizing
@@ -12,12 +11,10 @@ from optima_tpu.models.greedy import Prompt, greedy, make_plan
 from optima_tpu.models.model import Model
 from optima_tpu.report.contents import Continuation, Continuations
 from optima_tpu.report.progress import Progress
-from optima_tpu.runtime.checksums import keep
-from optima_tpu.runtime.files import writing
-from optima_tpu.runtime.processes import first_only, from_first, together
-from optima_tpu.runtime.records import encoded, known_record
+from optima_tpu.runtime.kept import KeptRecord
+from optima_tpu.runtime.processes import together
 
-CONTINUATIONS = "continuations.json"
+CONTINUED = KeptRecord("continuations.json", Continuations)
 
 PROMPTS = ("The capital of France is", "Water boils at", "To make a cup of tea, you need", "def add(a, b):\n")
 """A fact, a number, a sentence, a program."""
@@ -25,12 +22,6 @@ PROMPTS = ("The capital of France is", "Water boils at", "To make a cup of tea, 
 _NEW = 32
 _SHARE = 0.5
 """The share of the devices' budget that the whole model may take: a few sentences must not make a run fail for lack of memory."""
-
-
-def read_continuations(directory: Path) -> Continuations | None:
-    """The continuations that a run wrote; None if it has not tried yet. Every process calls it."""
-    found: Continuations | None = from_first(lambda: known_record(directory / CONTINUATIONS, Continuations))
-    return found
 
 
 def continuations(model: Model, pruned: Decoder, budget: float, progress: Progress) -> Continuations:
@@ -81,13 +72,3 @@ def continuations(model: Model, pruned: Decoder, budget: float, progress: Progre
         common = next((place for place, (a, b) in enumerate(zip(first, second)) if a != b), min(len(first), len(second)))
         texts.append({"prompt": readable(text), "dense": parted(prompt, first, common), "pruned": parted(prompt, second, common)})
     return {"texts": texts}
-
-
-def write_continuations(directory: Path, found: Continuations) -> None:
-    """Writes the continuations into the directory of their run. Every process calls it."""
-
-    def write() -> None:
-        with writing(directory / CONTINUATIONS, "make room and repeat the command"):
-            keep(directory, {CONTINUATIONS: encoded(found)})
-
-    first_only(write)

@@ -132,7 +132,7 @@ def open_journal(
     configuration: Mapping[str, Any] | None = None,
     recompute: int = 0,
 ) -> "Journal":
-    """Starts a run in ``directory``, or resumes the run in it. Every process calls it.
+    """Starts a run in ``directory``, or resumes the run in it, without its damaged blocks. Every process calls it.
 
     Args:
       directory: created if missing.
@@ -166,7 +166,14 @@ def open_journal(
 
     first_only(begin)
     together(seen)
-    return Journal(directory, recompute)
+    journal = Journal(directory, recompute)
+
+    def clear():
+        for index in journal.damaged:  # so that the directory says what is left
+            remove(journal.entry(index))
+
+    first_only(clear)
+    return journal
 
 
 def finished_blocks(directory: str | Path) -> list[int]:

@@ -14,24 +14,26 @@ from optima_tpu.models.checkpoints.export import FOLDER
 from optima_tpu.models.checkpoints.orbax import CHECKPOINT, checkpoint_damage
 from optima_tpu.models.checkpoints.packed import INDEX
 from optima_tpu.pipeline.allocate import ALLOCATION
-from optima_tpu.pipeline.continuations import CONTINUATIONS
+from optima_tpu.pipeline.continuations import CONTINUED
 from optima_tpu.pipeline.distill.outcome import OUTCOME
 from optima_tpu.pipeline.journal import finished_blocks
+from optima_tpu.pipeline.perplexities import names_of
 from optima_tpu.pipeline.self_calibration import CALIBRATION
 from optima_tpu.report.file import REPORT
 from optima_tpu.report.run_record import ASSETS, RUN, RunRecord, recorded_command
 from optima_tpu.runtime.buckets import BucketError
-from optima_tpu.runtime.checksums import ALL, SUMS, changes, forget, known, listed
+from optima_tpu.runtime.checksums import ALL, MISSING, SUMS, changes, damage, forget, known, listed
 from optima_tpu.runtime.files import complete, files_in, remove, remove_unfinished, unfinished, writing
 from optima_tpu.runtime.inside import OutsideError, inside, refuse_links
 from optima_tpu.runtime.program import program
 from optima_tpu.runtime.records import known_record
 
-DENSE, LOSSES = "dense.json", "dense_losses.npy"
+_PAIRS = tuple(map(names_of, ("dense", "pruned")))
+"""One pass over the text measures both files of a pair."""
 _FOLDERS = ("journal", "activations", "distilled", "distillation")
 """The folders of the folders that are written block by block, or check by check."""
 
-_RECORDS = (RUN, DENSE, LOSSES, ALLOCATION, OUTCOME, CONTINUATIONS, CALIBRATION, REPORT)
+_RECORDS = (RUN, *_PAIRS[0], *_PAIRS[1], ALLOCATION, OUTCOME, CONTINUED.name, CALIBRATION, REPORT)
 """The files beside the folders that a resume reads back. The results of evaluations are read by the report alone."""
 
 
@@ -138,12 +140,15 @@ def _in_unfinished(path: Path, folder: Path) -> bool:
     return any(unfinished(folder / parent) for parent in path.relative_to(folder).parents)
 
 
-def mend(directory: Path) -> list[str]:
+def mend(directory: Path, exported: bool = True) -> list[str]:
     """Removes what is damaged in a run directory, so that the run makes it again. Returns a line on each.
 
     Removes what killed programs left unfinished, too.
 
     Call it as the only program in the directory, after its manifest was compared. ``open_journal`` writes run.json again.
+
+    Args:
+      exported: whether the run makes RUN/hf.
 
     Raises:
       UserError: the allocation is damaged. Finished blocks have its sparsities, and a new one might have others.
@@ -153,13 +158,16 @@ def mend(directory: Path) -> list[str]:
     if ALLOCATION in found and finished_blocks(directory):
         raise UserError(f"{directory / ALLOCATION} {found[ALLOCATION]}, and the run cannot be resumed; choose another --output")
     lost = set(found) - {RUN}
-    if lost & {DENSE, LOSSES}:
-        lost |= {DENSE, LOSSES}  # one pass over the text measures both
     if OUTCOME in lost:
         lost.add(CHECKPOINT)  # training again needs the blocks as they were pruned
+    lost |= {name for pair in _PAIRS if lost & {*pair} for name in pair}
+    if CHECKPOINT in lost:
+        lost |= {*_PAIRS[1]}  # of the model in it
     for name in sorted(lost):
         with writing(directory / name, "remove it by hand"):
             remove(inside(directory, name, directory / ALL))
     # A flipped bit in a name leaves an entry without a file.
     forget(directory, [name for name in known(directory) if name in lost or not (directory / name).exists()])
+    if exported and complete(directory / FOLDER) and (why := damage(directory / FOLDER)) not in ("", MISSING):
+        found[FOLDER] = f"is damaged: {why}"  # the export looks at what is in there before it removes it
     return [f"{name} {why}; it is made again" for name, why in found.items()]

@@ -1,24 +1,35 @@
 """One run, from a dense checkpoint to a pruned one, after the command line was read."""
 
 import contextlib
-from collections.abc import Sequence
-from typing import Any
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 from rich.console import Console
 
 from optima_tpu.config.flat import flat
 from optima_tpu.config.run_config import RunConfig, to_dict
+from optima_tpu.models.checkpoints.export import FOLDER, is_export_of
 from optima_tpu.models.checkpoints.orbax import CHECKPOINT
 from optima_tpu.models.model import Model
-from optima_tpu.pipeline.inputs import Texts, on_context, open_model_on_mesh, pruned_layers, read_texts
-from optima_tpu.pipeline.journal import refuse_unusable
-from optima_tpu.pipeline.repair import mend
-from optima_tpu.pipeline.stages import STAGES, Opened, Run, Stage, finished_report
+from optima_tpu.pipeline import stages
+from optima_tpu.pipeline.allocate import Allocated
+from optima_tpu.pipeline.inputs import Texts, on_context, open_model_on_mesh, pruned_layers, read_texts, token_digest
+from optima_tpu.pipeline.journal import Journal, refuse_unusable
+from optima_tpu.pipeline.keeping import Keep, Keeper, Work, traced
+from optima_tpu.pipeline.opened import Opened
+from optima_tpu.pipeline.perplexities import Measured
+from optima_tpu.pipeline.repair import faults, mend
+from optima_tpu.pipeline.self_calibration import written_windows
+from optima_tpu.pipeline.stages import Results, continues
+from optima_tpu.report.contents import Report
+from optima_tpu.report.file import REPORT
 from optima_tpu.report.progress import Progress, Terminal, say
-from optima_tpu.report.sinks import check_sinks
+from optima_tpu.report.sinks import Steps, check_sinks
 from optima_tpu.report.table import print_summary
 from optima_tpu.runtime.files import complete, only_program
 from optima_tpu.runtime.processes import agree, check_signals, first_only, from_first, is_first, together
+from optima_tpu.runtime.records import known_record
 from optima_tpu.runtime.version import code_version
 
 
@@ -55,15 +66,56 @@ def run(
     found = model.pretrained.config
     config = together(lambda: on_context(config, found, console))
     together(lambda: pruned_layers(config, model.decoder))  # a pattern that does not fit is refused before the texts are read
-    opened = Opened.of(config, model, texts or read_texts(config, model, console), console)
-    return finish(opened, STAGES, console, dense)
+    opened = Opened.of(config, model, texts or read_texts(config, model, console), console, dense)
+    return finish(opened, functools.partial(pruning, config), console)
 
 
-def finish(opened: Opened, stages: Sequence[Stage], console: Console, dense: float | None = None) -> dict[str, Any]:
-    """Takes the stages that are left of an opened run, prints the summary, and returns the contents of report.json.
+def pruning(config: RunConfig, keep: Keep) -> dict[str, Any]:
+    """The stages of a run."""
+    text = keep(stages.WRITTEN_TEXT) if written_windows(config) else None
+    dense = keep(stages.DENSE)
+    journal = keep(stages.JOURNAL, dense, text)
+    sinks = keep(stages.SINKS, journal)
+    allocation = keep(stages.ALLOCATION, journal) if config.allocation.measures else None
+    squares = keep(stages.GRADIENT, journal) if config.target.weigh_by_loss else None
+    blocks = keep(stages.PRUNING, journal, sinks, allocation, squares)
+    return measuring(config, keep, PrunedRun(dense, blocks, sinks, allocation))
+
+
+class PrunedRun(NamedTuple):
+    """What a run and a recovery have when every block is pruned.
+
+    Attributes:
+      dense: what the dense model makes of the evaluation text.
+      blocks: the journal with every block.
+      sinks: the services that receive records, in addition to the run directory.
+      allocation: the sparsity of every block; None where all blocks have the pattern's.
+    """
+
+    dense: Measured
+    blocks: Journal
+    sinks: Steps
+    allocation: Allocated | None = None
+
+
+def measuring(config: RunConfig, keep: Keep, run: PrunedRun) -> dict[str, Any]:
+    """The stages behind the last block. Gives the contents of report.json."""
+    outcome = keep(stages.UNTRAINED, run.blocks, keep(stages.TRAINING, run.blocks)) if config.distill else None
+    pruned = keep(stages.CHECKPOINTING, run.blocks, outcome, run.allocation)
+    results = Results(run.dense, keep(stages.PERPLEXITY, pruned), outcome, run.allocation)
+    keep(stages.SENDING, run.sinks, results)
+    if config.export:
+        keep(stages.EXPORTING, results)
+    memory = keep(stages.MEMORY)
+    prompts = keep(stages.PROMPTS, pruned) if continues(config) else None
+    return keep(stages.REPORTING, results, pruned, memory, prompts)
+
+
+def finish(opened: Opened, body: Callable[[Keep], dict[str, Any]], console: Console) -> dict[str, Any]:
+    """Does what is left of an opened run, prints the summary, and returns the contents of report.json.
 
     Args:
-      dense: as for :func:`run`.
+      body: the stages.
     """
     check_signals()
     if from_first(lambda: complete(opened.directory / CHECKPOINT)):
@@ -73,15 +125,25 @@ def finish(opened: Opened, stages: Sequence[Stage], console: Console, dense: flo
         say(console, "finished     nothing is left to do")
     console.print()
     if report is None:
-        with only_program(opened.directory), Progress(console) as progress, contextlib.ExitStack() as sinks:
-            for line in from_first(lambda: mend(opened.directory)):
+        with only_program(opened.directory), Progress(console) as progress, contextlib.ExitStack() as resources:
+            for line in from_first(lambda: mend(opened.directory, opened.config.export)):
                 progress.note(line)
-            started = Run(opened, progress, sinks, dense)
-            progress.note(f"stages: {', '.join(stage.name for stage in stages if stage.steps(started))}")
-            for index, stage in enumerate(stages):
-                stage.take(started, stages[index + 1 :])
-        report = started.report
-        assert report is not None, "the last stage writes it"
+            keep = Keeper(Work(opened, progress, resources), traced(body))
+            progress.note(f"stages: {', '.join(keep.names)}")
+            report = body(keep)
         console.print()
     print_summary(console, report, opened.directory)
     return report
+
+
+def finished_report(opened: Opened) -> dict[str, Any] | None:
+    """The contents of report.json if the run has nothing left to do, else None. Compares the checksums of its files."""
+    directory, config = opened.directory, opened.config
+    report = known_record(directory / REPORT, Report)
+    digest = token_digest(opened.texts.evaluation.ids)
+    if report is None or (report.get("manifest"), report["evaluation"].get("digest")) != (opened.manifest, digest):
+        return None
+    # A sweep keeps the reports of finished cells, without their models.
+    if ("checkpoint" in report.get("files", {}) and not complete(directory / CHECKPOINT)) or faults(directory):
+        return None
+    return None if config.export and not is_export_of(directory, directory / FOLDER) else dict(report)

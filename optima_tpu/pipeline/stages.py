@@ -1,589 +1,442 @@
-"""The stages of a run, in their order: what each needs, whether it is done, and how to do it.
+"""The stages of a run and of a recovery, see :mod:`optima_tpu.pipeline.keeping`.
 
-A stage writes its result into the run directory. A resumed run reads the results of finished stages and does the other stages.
-Inside the stage "pruning", which is the walk, the journal does the same for every block.
+Inside of PRUNING, which is the walk, the journal keeps block by block; inside of TRAINING, states of the training are kept.
 """
 
-import contextlib
 import dataclasses
-import hashlib
-import io
 import math
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any, NotRequired, TypedDict, TypeVar
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
-import numpy as np
-from rich.console import Console
-
-from optima_tpu.config.run_config import RunConfig, to_dict
+from optima_tpu.config.run_config import RunConfig
 from optima_tpu.data import unigram_perplexity
-from optima_tpu.evaluate.perplexity import perplexity, perplexity_of, token_losses
-from optima_tpu.evaluate.token_changes import token_changes
-from optima_tpu.method.selectors import Imported
-from optima_tpu.models.checkpoints import load_tokenizer
 from optima_tpu.models.checkpoints.export import FOLDER, export, is_export_of
 from optima_tpu.models.checkpoints.orbax import CHECKPOINT, CheckpointTensors, checkpointed_blocks, write_checkpoint
 from optima_tpu.models.checkpoints.source import Layered, total_bytes
 from optima_tpu.models.decoder import Decoder
-from optima_tpu.models.masks import open_given
-from optima_tpu.models.model import Model
-from optima_tpu.pipeline.allocate import Allocated, allocated, allocation_steps, read_allocation, write_allocation
-from optima_tpu.pipeline.calibrate import groups_of_blocks
-from optima_tpu.pipeline.continuations import continuations, read_continuations, write_continuations
-from optima_tpu.pipeline.distill.blocks import Trainer
+from optima_tpu.pipeline.allocate import Allocated, allocated, read_allocation, write_allocation
+from optima_tpu.pipeline.continuations import CONTINUED, continuations
 from optima_tpu.pipeline.distill.outcome import Distilled, Outcome, keep_outcome, read_outcome
 from optima_tpu.pipeline.distill.spans import distill_by_spans
-from optima_tpu.pipeline.distill.train import distill, refuse_large, training_steps
+from optima_tpu.pipeline.distill.train import distill, training_steps
 from optima_tpu.pipeline.distill.windows import Inputs, Windows
-from optima_tpu.pipeline.greeting import greet, recipe_line
-from optima_tpu.pipeline.inputs import Texts, manifest_of, token_digest
-from optima_tpu.pipeline.journal import Journal, open_journal, prepare_directory
-from optima_tpu.pipeline.loss_gradient import GRADIENT, Squares, Text, forget_all, measure, missing, read
-from optima_tpu.pipeline.memory_plan import block_bytes, fitted
-from optima_tpu.pipeline.repair import DENSE, LOSSES, faults
+from optima_tpu.pipeline.greeting import recipe_line
+from optima_tpu.pipeline.inputs import token_digest
+from optima_tpu.pipeline.journal import Journal, finished_blocks, open_journal
+from optima_tpu.pipeline.keeping import Stage, Work
+from optima_tpu.pipeline.loss_gradient import GRADIENT as GRADIENT_NAME
+from optima_tpu.pipeline.loss_gradient import Squares, Text, forget_all, measure, missing, read
+from optima_tpu.pipeline.memory_plan import block_bytes
+from optima_tpu.pipeline.opened import Opened
+from optima_tpu.pipeline.perplexities import Measured, changes, keep_perplexity, measured, perplexity_steps, read_perplexity
 from optima_tpu.pipeline.self_calibration import keep_calibration
 from optima_tpu.pipeline.walk import WRITING, Walk, block_steps, prune_model
-from optima_tpu.report.contents import Continuations, Report
+from optima_tpu.report.contents import Continuations
 from optima_tpu.report.file import REPORT, environment, memory_peaks, size_on_disk, weights_on_disk, write_report
 from optima_tpu.report.meaningless import unpredicted
 from optima_tpu.report.pace import Step
-from optima_tpu.report.progress import Progress
 from optima_tpu.report.records import blocks_from_json
-from optima_tpu.report.sinks import Sink, Steps, opened, write
+from optima_tpu.report.sinks import Steps, open_sinks
 from optima_tpu.runtime.buckets import in_bucket
-from optima_tpu.runtime.checksums import MISSING, damage, keep
 from optima_tpu.runtime.device_memory import device_budget
-from optima_tpu.runtime.files import complete, writing
+from optima_tpu.runtime.files import complete
 from optima_tpu.runtime.processes import first_only, from_first
-from optima_tpu.runtime.records import Positive, encoded, known_record
-
-_KEPT = 1 << 20
-"""The number of evaluation tokens whose single losses are kept: they take 4 MB."""
 
 
-class Dense(TypedDict):
-    """The contents of dense.json: the digest of the text, its perplexity, and the SHA-256 of the losses that belong to it."""
-
-    tokens: str
-    perplexity: Positive
-    losses: NotRequired[str]
-
-
-@dataclasses.dataclass(frozen=True)
-class Opened:
-    """A run whose inputs are open and checked. Nothing of it is written yet.
+class Pruned(NamedTuple):
+    """The model in RUN/checkpoint.
 
     Attributes:
-      manifest: all that decides the pruned weights; see ``inputs.manifest_of``.
-      configuration: the settings as they are recorded.
-      directory: the directory of the run.
-      walk: what is done to every block, with the pattern's sparsity; None where the blocks are pruned already.
+      decoder: reads it.
+      blocks: the report of every block, as JSON types.
     """
 
-    config: RunConfig
-    model: Model
-    texts: Texts
-    manifest: dict[str, Any]
-    configuration: dict[str, Any]
-    directory: Path
-    walk: Walk | None = None
-
-    @classmethod
-    def of(cls, config: RunConfig, model: Model, texts: Texts, console: Console) -> "Opened":
-        """Checks that all inputs fit together and fit the devices, and prints what the run will do.
-
-        Raises:
-          UserError: pattern, rules, masks or allocation do not fit the model, a layer does not fit the devices, or the directory
-            holds something else.
-        """
-        decoder, recipe = model.decoder, config.recipe
-        manifest = manifest_of(config, model, texts)
-        if config.allocation.measures:
-            allocation_steps(decoder, recipe, config.allocation)
-        given = open_given(config.selector) if isinstance(config.selector, Imported) else None
-        budget, groups = device_budget(config.device_memory), groups_of_blocks(decoder)
-        found = fitted(decoder, groups, recipe, texts.calibration.ids.shape, budget)
-        walk = Walk(decoder, recipe, groups, config.calibration.fitted, budget - found.states, given, found.states > 0)
-        if config.distill:
-            refuse_large(Trainer(decoder, config.distill, budget), "--distill null")
-        directory = prepare_directory(config.run_directory, manifest, to_dict(config))
-        greet(console, config, model, texts, directory, found.told)
-        return cls(config, model, texts, manifest, to_dict(config), directory, walk)
+    decoder: Decoder
+    blocks: list[dict[str, Any]]
 
 
-@dataclasses.dataclass
-class Run:
-    """A run in progress: the results of its stages so far.
+class Results(NamedTuple):
+    """What a run measured, for the exported model's card and the report.
 
     Attributes:
-      opened: the inputs.
-      progress: prints the progress.
-      resources: closed at the end of the run.
-      dense: the perplexity of the dense model.
-      losses: the dense and the pruned model's loss on every token of the first windows of the evaluation text, if this start of
-        the run measured them.
-      journal: the finished blocks.
-      sinks: the services that receive records, in addition to the run directory.
-      steps: sends the records of finished blocks to the sinks.
-      allocation: the sparsity of every block, if the sparsities differ.
-      squares: of the loss's gradient, if the target weighs tokens by it.
-      blocks: the report of every block of the checkpoint.
-      distilled: the outcome of the distillation; None without one.
-      pruned: the perplexity of the pruned model.
-      pruned_decoder: reads the checkpoint. Opened once, since Orbax takes 16 ms for the metadata of every block.
-      memory: the peaks before whole models are on the devices, see ``memory_peaks``.
-      continuations: what both models write after a few prompts; None if that is not tried.
-      report: the contents of report.json.
+      dense, pruned: the models' perplexities.
+      outcome: of the training; None without one.
+      allocation: the sparsity of every block; None where all blocks have the pattern's.
     """
 
-    opened: Opened
-    progress: Progress
-    resources: contextlib.ExitStack
-    dense: float | None = None
-    losses: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
-    journal: Journal | None = None
-    sinks: tuple[Sink, ...] = ()
-    steps: Steps | None = None
-    allocation: Allocated | None = None
-    squares: Squares | None = None
-    blocks: list[dict[str, Any]] | None = None
-    distilled: Outcome | None = None
-    pruned: float | None = None
-    pruned_decoder: Decoder | None = None
-    memory: dict[str, int | None] | None = None
-    continuations: Continuations | None = None
-    report: dict[str, Any] | None = None
+    dense: Measured
+    pruned: Measured
+    outcome: Outcome | None
+    allocation: Allocated | None
 
 
-@dataclasses.dataclass(frozen=True)
-class Stage:
-    """A part of a run.
-
-    Attributes:
-      name: the name in the progress, and the key of its seconds in the report.
-      needs: the names of the earlier stages whose results it reads.
-      done: whether the result exists; reads it from the run directory if an earlier start wrote it.
-      do: makes the result.
-      steps: what it will do, for the time left; empty where this run does not take it, or where it takes no time.
-      count: the number of its progress steps, where these have parts.
-    """
-
-    name: str
-    needs: tuple[str, ...]
-    done: Callable[[Run], bool]
-    do: Callable[[Run], None]
-    steps: Callable[[Run], list[Step]] = lambda run: []
-    count: Callable[[Run], int] | None = None
-
-    def take(self, run: Run, later: Sequence["Stage"] = ()) -> None:
-        """Does the stage, unless it is done. The stages after it, ``later``, count in the time left."""
-        if self.done(run):
-            return
-        if steps := self.steps(run):
-            run.progress.ahead = [ahead for stage in later if (ahead := stage.steps(run))]
-            run.progress.stage(self.name, self.count(run) if self.count else len(steps), steps)
-        self.do(run)
+# Each stage below: what it will do, what an earlier start kept, how it is done.
 
 
-def finished_report(opened: Opened) -> dict[str, Any] | None:
-    """The contents of report.json if the run has nothing left to do, else None. Compares the checksums of its files."""
-    directory, config = opened.directory, opened.config
-    report = known_record(directory / REPORT, Report)
-    digest = token_digest(opened.texts.evaluation.ids)
-    if report is None or (report.get("manifest"), report["evaluation"].get("digest")) != (opened.manifest, digest):
-        return None
-    # A sweep keeps the reports of finished cells, without their models.
-    if ("checkpoint" in report.get("files", {}) and not complete(directory / CHECKPOINT)) or faults(directory):
-        return None
-    return None if config.export and not is_export_of(directory, directory / FOLDER) else dict(report)
-
-
-T = TypeVar("T")
-
-
-def _made(result: T | None) -> T:
-    """The result of an earlier stage, which the order of :data:`STAGES` guarantees."""
-    if result is None:
-        raise RuntimeError("a stage ran before a stage that it needs")
-    return result
-
-
-def _open_journal(run: Run) -> None:
+def _open(work: Work) -> Journal:
     """Writes what a resume must agree with into the run directory. From here on the run can be resumed."""
-    opened = run.opened
-    run.journal = open_journal(
+    opened, progress = work.opened, work.progress
+    journal = open_journal(
         opened.directory, opened.manifest, opened.model.pretrained.assets, opened.configuration, opened.config.recompute
     )
-    if opened.walk and run.journal.finished:
-        run.progress.note(f"resuming     {len(run.journal.finished)} of {_blocks(run)} blocks are done")
+    if opened.walk and journal.finished:
+        progress.note(f"resuming     {len(journal.finished)} of {opened.model.decoder.config.blocks} blocks are done")
     first_only(lambda: keep_calibration(opened.directory, opened.manifest, opened.texts.written))
+    return journal
 
 
-def _knows_dense(run: Run) -> bool:
-    digest = token_digest(run.opened.texts.evaluation.ids)
-
-    def known() -> float | None:
-        record = known_record(run.opened.directory / DENSE, Dense)
-        return record["perplexity"] if record and record["tokens"] == digest else None
-
-    run.dense = from_first(known) if run.dense is None else run.dense
-    return run.dense is not None
+WRITTEN_TEXT = Stage("keeping the text", _open)
+"""Keeps calibration text that the model wrote. It took minutes, and to write it shows that the model works in its dtype."""
 
 
-def _measure_dense(run: Run) -> None:
-    run.dense = _measure(run, "dense", run.opened.model.decoder)
-    if told := unpredicted(run.dense, unigram_perplexity(run.opened.texts.evaluation.ids)):
-        run.progress.note(f"unusual: {told}")
+def _read_dense(work: Work) -> Measured | None:
+    given = work.opened.dense
+    return read_perplexity(work.opened, "dense") if given is None else Measured(given)
 
 
-def _measure(run: Run, which: str, decoder: Decoder) -> float:
-    ids = run.opened.texts.evaluation.ids
-    losses = token_losses(decoder, ids, run.progress.advance)
-    run.losses[which] = losses[: max(1, _KEPT // ids.shape[1])].copy()  # a view would keep all of them
-    return perplexity_of(losses.sum(axis=1, dtype=np.float64), ids)
+def _measure_dense(work: Work) -> Measured:
+    dense = measured(work, work.opened.model.decoder)
+    if note := unpredicted(dense.perplexity, unigram_perplexity(work.opened.texts.evaluation.ids)):
+        work.progress.note(f"unusual: {note}")
+    return dense
 
 
-def _record(run: Run) -> None:
-    """Writes the results so far into the run directory, opens the sinks and sends them the finished blocks."""
-    opened_run, config = run.opened, run.opened.config
-    if run.journal is None:
-        _open_journal(run)
-    journal = _made(run.journal)
-    first_only(lambda: _keep_dense(run))
-    run.sinks = run.resources.enter_context(opened(config.sinks, opened_run.directory, opened_run.configuration))
-    run.steps = Steps(run.sinks, journal)
-    run.steps.follow()
+def _steps_of(model: str) -> Callable[[Opened], list[Step]]:
+    return lambda opened: [] if read_perplexity(opened, model) else perplexity_steps(opened)
 
 
-def _keep_dense(run: Run) -> None:
-    """Writes the dense model's perplexity and losses. The losses come first: dense.json holds their digest."""
-    directory, digest = run.opened.directory, token_digest(run.opened.texts.evaluation.ids)
-    before = known_record(directory / DENSE, Dense)
-    record: Dense = {"tokens": digest, "perplexity": _made(run.dense)}
-    if before and "losses" in before and before["tokens"] == digest:
-        record["losses"] = before["losses"]
-    if "dense" in run.losses:
-        file = io.BytesIO()
-        np.save(file, run.losses["dense"])
-        record["losses"] = hashlib.sha256(file.getvalue()).hexdigest()
-        if record != before:
-            with writing(directory / LOSSES, "make room and repeat the command"):
-                keep(directory, {LOSSES: file.getvalue()})
-    if record != before:
-        with writing(directory / DENSE, "make room and repeat the command"):
-            keep(directory, {DENSE: encoded(record)})
+DENSE = Stage("dense perplexity", _measure_dense, _read_dense, _steps_of("dense"))
 
 
-def _dense_losses(run: Run) -> np.ndarray | None:
-    """The dense model's losses from this or an earlier start of the run; None if no start saved them."""
-    if "dense" in run.losses:
-        return run.losses["dense"]
-    record = known_record(run.opened.directory / DENSE, Dense)
-    try:
-        data = (run.opened.directory / LOSSES).read_bytes()
-    except OSError:
-        return None
-    mine = record and hashlib.sha256(data).hexdigest() == record.get("losses")
-    return np.load(io.BytesIO(data), allow_pickle=False) if mine else None
+def _record(work: Work, dense: Measured, journal: Journal | None) -> Journal:
+    journal = journal or _open(work)
+    keep_perplexity(work.opened, "dense", dense)
+    return journal
 
 
-def _changes(run: Run) -> dict[str, Any] | None:
-    """The tokens of the evaluation text that got worse; None if the dense model's losses were not saved."""
-    dense, pruned, ids = _dense_losses(run), run.losses["pruned"], run.opened.texts.evaluation.ids
-    if dense is None or dense.shape != pruned.shape:
-        return None
-    tokenizer = load_tokenizer(run.opened.model.pretrained)
-    return token_changes(dense, pruned, ids, lambda few: str(tokenizer.decode(few, clean_up_tokenization_spaces=False)))
+JOURNAL = Stage("recording", _record)
+"""The first that writes into the run directory: every weight was read then, and the model works in opened dtype."""
 
 
-def _knows_allocation(run: Run) -> bool:
-    if not run.opened.config.allocation.measures:
-        return True
-    run.allocation = read_allocation(run.opened.directory)
-    if run.allocation is not None:
-        run.progress.note(run.allocation.told)
-    return run.allocation is not None
+def _open_sinks(work: Work, journal: Journal) -> Steps:
+    opened = work.opened
+    sinks = work.resources.enter_context(open_sinks(opened.config.sinks, opened.directory, opened.configuration))
+    steps = Steps(sinks, journal)
+    steps.follow()
+    return steps
 
 
-def _allocation_steps(run: Run) -> list[Step]:
-    config = run.opened.model.decoder.config
-    measures = run.opened.config.allocation.measures
-    return [Step(f"allocating {config.kind_of(index)}") for index in range(config.blocks)] if measures else []
+SINKS = Stage("opening the sinks", _open_sinks)
 
 
-def _allocate(run: Run) -> None:
-    opened_run = run.opened
-    ids, allocation = opened_run.texts.calibration.ids, opened_run.config.allocation
-    run.allocation = allocated(_made(opened_run.walk), ids, allocation, run.progress.advance)
-    write_allocation(opened_run.directory, run.allocation)
-    run.progress.note(run.allocation.told)
+def _allocation_steps(opened: Opened) -> list[Step]:
+    config = opened.model.decoder.config
+    return [Step(f"allocating {config.kind_of(index)}") for index in range(config.blocks)]
 
 
-def _gradient_text(run: Run) -> Text:
-    walk, config = _made(run.opened.walk), run.opened.config
+def _read_allocation(work: Work, journal: Journal) -> Allocated | None:
+    if allocation := read_allocation(work.opened.directory):
+        work.progress.note(allocation.told)
+    return allocation
+
+
+def _allocate(work: Work, journal: Journal) -> Allocated:
+    opened = work.opened
+    allocation = allocated(_walk(opened), opened.texts.calibration.ids, opened.config.allocation, work.progress.advance)
+    write_allocation(opened.directory, allocation)
+    work.progress.note(allocation.told)
+    return allocation
+
+
+ALLOCATION = Stage("allocating", _allocate, _read_allocation, _allocation_steps)
+
+
+def _gradient_text(opened: Opened) -> Text:
+    walk, config = _walk(opened), opened.config
     prefixes = map(walk.decoder.prefix, range(walk.decoder.config.blocks))
     groups = [walk.recipe.pruned_groups(each, prefix) for each, prefix in zip(walk.groups, prefixes)]
-    return Text(walk.decoder, groups, run.opened.texts.calibration.ids, config.calibration.seed)
+    return Text(walk.decoder, groups, opened.texts.calibration.ids, config.calibration.seed)
 
 
-def _knows_gradient(run: Run) -> bool:
-    if not run.opened.config.target.weigh_by_loss or len(_made(run.journal).finished) == _blocks(run):
-        return True
-    text = _gradient_text(run)
-    if missing(text, run.opened.directory):
-        return False
-    run.squares = read(text, run.opened.directory)
-    return True
+def _gradient_steps(opened: Opened) -> list[Step]:
+    text = _gradient_text(opened)
+    return [step for part in missing(text, opened.directory) for step in text.steps(part)] if unfinished(opened) else []
 
 
-def _measure_gradient(run: Run) -> None:
-    text = _gradient_text(run)
-    measure(text, run.opened.directory, run.progress.advance)
-    run.squares = read(text, run.opened.directory)
+def _read_gradient(work: Work, journal: Journal) -> Squares | None:
+    opened = work.opened
+    text = _gradient_text(opened)
+    if len(journal.finished) == text.decoder.config.blocks:
+        return []  # no block is left whose tokens it would weigh
+    return None if missing(text, opened.directory) else read(text, opened.directory)
 
 
-def _gradient_steps(run: Run) -> list[Step]:
-    if not run.opened.config.target.weigh_by_loss or run.opened.walk is None:
-        return []
-    text = _gradient_text(run)
-    return [step for part in missing(text, run.opened.directory) for step in text.steps(part)]
+def _measure_gradient(work: Work, journal: Journal) -> Squares:
+    text = _gradient_text(work.opened)
+    measure(text, work.opened.directory, work.progress.advance)
+    return read(text, work.opened.directory)
 
 
-def _is_pruned(run: Run) -> bool:
-    run.blocks = from_first(lambda: checkpointed_blocks(run.opened.directory))
-    return run.blocks is not None
+GRADIENT = Stage(GRADIENT_NAME, _measure_gradient, _read_gradient, _gradient_steps)
 
 
-def _walk(run: Run) -> Walk:
-    """The walk, with the sparsities that were allocated."""
-    walk = _made(run.opened.walk)
-    if run.allocation is None:
+def _walk(opened: Opened) -> Walk:
+    if opened.walk is None:
+        raise ValueError("the blocks of a recovery are pruned already")
+    return opened.walk
+
+
+def _with_sparsities(walk: Walk, allocation: Allocated | None) -> Walk:
+    """The walk with the sparsities that were allocated."""
+    if allocation is None:
         return walk
-    layers = run.allocation.rules(walk.decoder, walk.recipe.pattern) + walk.recipe.layers
+    layers = allocation.rules(walk.decoder, walk.recipe.pattern) + walk.recipe.layers
     return dataclasses.replace(walk, recipe=dataclasses.replace(walk.recipe, layers=layers))
 
 
-def _pruning_steps(run: Run) -> list[Step]:
-    finished = run.journal.finished if run.journal else {}
-    return [step for index in range(_blocks(run)) if index not in finished for step in block_steps(_walk(run), index)]
+def unfinished(opened: Opened) -> list[int]:
+    """The blocks that are still to be pruned, by what is in the run directory."""
+    done = from_first(lambda: finished_blocks(opened.directory))
+    blocks = [] if _checkpointed(opened) else range(opened.model.decoder.config.blocks)
+    return [index for index in blocks if index not in done]
 
 
-def _prune(run: Run) -> None:
-    walk = dataclasses.replace(_walk(run), tell=run.progress.layer, begin=run.progress.begin, squares=run.squares)
-    prune_model(walk, run.opened.texts.calibration.ids, _made(run.journal), run.progress, _made(run.steps).follow)
-    forget_all(run.opened.directory)
+def _checkpointed(opened: Opened) -> bool:
+    """Whether the run directory has the pruned model."""
+    done: bool = from_first(lambda: complete(opened.directory / CHECKPOINT))
+    return done
 
 
-def _is_distilled(run: Run) -> bool:
-    if run.opened.config.distill is None:
-        return True
-    run.distilled = read_outcome(run.opened.directory, used=run.blocks is not None)
-    return run.distilled is not None or run.blocks is not None
+def _pruning_steps(opened: Opened) -> list[Step]:
+    allocation = read_allocation(opened.directory) if opened.config.allocation.measures else None
+    walk = _with_sparsities(_walk(opened), allocation)
+    return [step for index in unfinished(opened) for step in block_steps(walk, index)]
 
 
-def _distill(run: Run) -> None:
-    opened_run, journal, progress = run.opened, _made(run.journal), run.progress
-    method, texts, dense = _made(opened_run.config.distill), opened_run.texts, opened_run.model.decoder
-    held_out = texts.calibration.ids[opened_run.config.calibration.fitted :]
-    budget = device_budget(opened_run.config.device_memory)
-    inputs = Inputs(dense, journal, method, Windows(_made(texts.distillation), held_out), budget)
-    found = (distill_by_spans if method.by_spans else distill)(inputs, progress)
-    progress.note("the perplexity of the model as it was pruned, for a comparison")
-    as_pruned = dataclasses.replace(dense, tensors=Layered(journal.tensors(), dense.tensors))
-    before = perplexity(as_pruned, texts.evaluation.ids, progress.advance)
-    run.distilled = dataclasses.replace(found, perplexity_before=before)
-    keep_outcome(opened_run.directory, run.distilled)
+def read_pruned(work: Work, journal: Journal, *inputs: Any) -> Journal | None:
+    """The journal where the run directory has a checkpoint, which refers to every block of it."""
+    return journal if from_first(lambda: checkpointed_blocks(work.opened.directory)) is not None else None
 
 
-def _distillation_steps(run: Run) -> list[Step]:
-    method = run.opened.config.distill
-    return [] if method is None else [*training_steps(method, _blocks(run)), *_perplexity_steps(run)]
+def _prune(work: Work, journal: Journal, sinks: Steps, allocation: Allocated | None, squares: Squares | None) -> Journal:
+    opened, progress = work.opened, work.progress
+    walk = _with_sparsities(_walk(opened), allocation)
+    walk = dataclasses.replace(walk, tell=progress.layer, begin=progress.begin, squares=squares)
+    prune_model(walk, opened.texts.calibration.ids, journal, progress, sinks.follow)
+    forget_all(opened.directory)
+    return journal
 
 
-def _perplexity_steps(run: Run) -> list[Step]:
-    """The steps of :func:`perplexity`, the same for every model of this shape."""
-    config = run.opened.model.decoder.config
-    return [*(Step(f"evaluation text {config.kind_of(index)}") for index in range(config.blocks)), Step("evaluation text, head")]
+PRUNING = Stage("pruning", _prune, read_pruned, _pruning_steps, lambda opened: opened.model.decoder.config.blocks)
+"""Its result is the journal with every block."""
 
 
-def _checkpoint_steps(run: Run) -> list[Step]:
-    decoder = run.opened.model.decoder
-    blocks = sum(block_bytes(decoder, index) for index in range(_blocks(run)))
+def _training_steps(opened: Opened) -> list[Step]:
+    method = opened.config.distill
+    return [] if method is None or _checkpointed(opened) else training_steps(method, opened.model.decoder.config.blocks)
+
+
+def _train(work: Work, journal: Journal) -> Outcome:
+    opened = work.opened
+    method, texts, config = opened.config.distill, opened.texts, opened.config
+    assert method is not None and texts.distillation is not None, "a run without training has no such stage"
+    held_out = texts.calibration.ids[config.calibration.fitted :]
+    inputs = Inputs(
+        opened.model.decoder, journal, method, Windows(texts.distillation, held_out), device_budget(config.device_memory)
+    )
+    outcome = (distill_by_spans if method.by_spans else distill)(inputs, work.progress)
+    keep_outcome(opened.directory, outcome)
+    return outcome
+
+
+def _read_training(work: Work, journal: Journal) -> Outcome | None:
+    directory = work.opened.directory
+    return read_outcome(directory, used=_checkpointed(work.opened))
+
+
+TRAINING = Stage("training", _train, _read_training, _training_steps)
+
+
+def _compare(work: Work, journal: Journal, outcome: Outcome) -> Outcome:
+    dense = work.opened.model.decoder
+    untrained = dataclasses.replace(dense, tensors=Layered(journal.tensors(), dense.tensors))
+    outcome = dataclasses.replace(outcome, perplexity_before=measured(work, untrained).perplexity)
+    keep_outcome(work.opened.directory, outcome)
+    return outcome
+
+
+UNTRAINED = Stage(
+    "perplexity before the training",
+    _compare,
+    lambda work, journal, outcome: None if outcome.perplexity_before is None else outcome,
+    lambda opened: [] if _checkpointed(opened) else perplexity_steps(opened),
+)
+"""Its result is the outcome of the training with the perplexity of the model as it was pruned."""
+
+
+def _checkpoint_steps(opened: Opened) -> list[Step]:
+    if _checkpointed(opened):
+        return []
+    decoder = opened.model.decoder
+    blocks = sum(block_bytes(decoder, index) for index in range(decoder.config.blocks))
     return [Step(WRITING, max(1.0, total_bytes(decoder.tensors) - blocks))]
 
 
-def _write_checkpoint(run: Run) -> None:
-    pretrained, decoder = run.opened.model
-    journal = _made(run.journal)
+def _read_checkpoint(work: Work, journal: Journal, outcome: Outcome | None, allocation: Allocated | None) -> Pruned | None:
+    directory = work.opened.directory
+    blocks: list[dict[str, Any]] | None = from_first(lambda: checkpointed_blocks(directory))
+    if blocks is None:
+        return None
+    return Pruned(dataclasses.replace(work.opened.model.decoder, tensors=CheckpointTensors(directory)), blocks)
+
+
+def _write_checkpoint(work: Work, journal: Journal, outcome: Outcome | None, allocation: Allocated | None) -> Pruned:
+    pretrained, decoder = work.opened.model
     # If no step of the distillation improved the model, the blocks stay as they were pruned.
-    blocks = Distilled(journal) if run.distilled and run.distilled.kept else journal
-    write_checkpoint(blocks, pretrained.tensors, decoder.mesh, run.allocation and run.allocation.sparsity)
-    run.progress.advance()
-    run.blocks = from_first(lambda: checkpointed_blocks(run.opened.directory))
+    blocks = Distilled(journal) if outcome and outcome.kept else journal
+    write_checkpoint(blocks, pretrained.tensors, decoder.mesh, allocation and allocation.sparsity)
+    work.progress.advance()
+    pruned = _read_checkpoint(work, journal, outcome, allocation)
+    assert pruned is not None, "it was written"
+    return pruned
 
 
-def _pruned_decoder(run: Run) -> Decoder:
-    if run.pruned_decoder is None:
-        run.pruned_decoder = dataclasses.replace(run.opened.model.decoder, tensors=CheckpointTensors(run.opened.directory))
-    return run.pruned_decoder
+CHECKPOINTING = Stage("writing the checkpoint", _write_checkpoint, _read_checkpoint, _checkpoint_steps)
 
 
-def _measure_pruned(run: Run) -> None:
-    dense = run.opened.model.decoder
-    run.pruned = _measure(run, "pruned", _pruned_decoder(run))
-    write(run.sinks, dense.config.blocks, {"perplexity/dense": run.dense, "perplexity/pruned": run.pruned})
+def _measure_pruned(work: Work, pruned: Pruned) -> Measured:
+    found = measured(work, pruned.decoder)
+    keep_perplexity(work.opened, "pruned", found)
+    return found
 
 
-def _is_exported(run: Run) -> bool:
-    directory = run.opened.directory
-    if not run.opened.config.export or from_first(lambda: is_export_of(directory, directory / FOLDER)):
-        return True
-    why = from_first(lambda: damage(directory / FOLDER) if complete(directory / FOLDER) else "")
-    if why and why != MISSING:
-        run.progress.note(f"{FOLDER} is damaged: {why}; it is made again")
-    return False
+PERPLEXITY = Stage(
+    "pruned perplexity", _measure_pruned, lambda work, pruned: read_perplexity(work.opened, "pruned"), _steps_of("pruned")
+)
 
 
-def _export_steps(run: Run) -> list[Step]:
-    return [Step(WRITING, total_bytes(run.opened.model.decoder.tensors))] if run.opened.config.export else []
+def _send(work: Work, sinks: Steps, results: Results) -> None:
+    measures = {"perplexity/dense": results.dense.perplexity, "perplexity/pruned": results.pruned.perplexity}
+    sinks.write(work.opened.model.decoder.config.blocks, measures)
 
 
-def _export(run: Run) -> None:
-    directory = run.opened.directory
-    facts = _facts(run)
+SENDING = Stage("sending the perplexities", _send)
+
+
+def _export_steps(opened: Opened) -> list[Step]:
+    return [Step(WRITING, total_bytes(opened.model.decoder.tensors))]
+
+
+def _read_export(work: Work, results: Results) -> bool | None:
+    directory = work.opened.directory
+    return from_first(lambda: is_export_of(directory, directory / FOLDER)) or None
+
+
+def _export(work: Work, results: Results) -> bool:
+    directory, facts = work.opened.directory, _facts(work.opened, results)
     first_only(lambda: export(directory, directory / FOLDER, report=facts))
-    run.progress.advance()
+    work.progress.advance()
+    return True
 
 
-def _continues(run: Run) -> bool:
+EXPORTING = Stage("exporting for transformers", _export, _read_export, _export_steps)
+
+
+def continues(config: RunConfig) -> bool:
     """Not without an export, as in sweeps, where nobody uses the model; and not with random tokens, which have no meaning."""
-    config = run.opened.config
     return config.export and "random" not in (config.calibration.source, config.evaluation.source)
 
 
-def _knows_continuations(run: Run) -> bool:
-    if not _continues(run):
-        return True
-    run.continuations = read_continuations(run.opened.directory)
-    return run.continuations is not None
+def _continue(work: Work, pruned: Pruned) -> Continuations:
+    opened = work.opened
+    texts = continuations(opened.model, pruned.decoder, device_budget(opened.config.device_memory), work.progress)
+    CONTINUED.write(opened.directory, texts)
+    return texts
 
 
-def _continue_prompts(run: Run) -> None:
-    opened_run = run.opened
-    run.memory = memory_peaks()
-    budget = device_budget(opened_run.config.device_memory)
-    run.continuations = continuations(opened_run.model, _pruned_decoder(run), budget, run.progress)
-    write_continuations(opened_run.directory, run.continuations)
+MEMORY = Stage("measuring the memory", lambda work: memory_peaks())
+"""Peaks before whole models are on the devices, from all processes."""
+
+PROMPTS = Stage(
+    "continuing prompts with both models",
+    _continue,
+    lambda work, pruned: CONTINUED.read(work.opened.directory),
+    lambda opened: [] if CONTINUED.read(opened.directory) else [Step("continuing prompts")] * 2,
+)
 
 
-def _facts(run: Run) -> dict[str, Any]:
+def _report(
+    work: Work, results: Results, pruned: Pruned, memory: dict[str, int | None], prompts: Continuations | None
+) -> dict[str, Any]:
+    opened = work.opened
+    (pretrained, decoder), directory, config = opened.model, opened.directory, opened.config
+    files = {"report": directory / REPORT, "checkpoint": directory / CHECKPOINT} | (
+        {"transformers": directory / FOLDER} if config.export else {}
+    )
+    entries = {
+        "manifest": opened.manifest,
+        "configuration": opened.configuration,
+        "environment": environment(decoder.mesh),
+        "model": {
+            "origin": pretrained.origin,
+            "fingerprint": pretrained.fingerprint,
+            "architecture": next(iter(pretrained.config.architectures or ()), None),
+            "blocks": decoder.config.blocks,
+            "weights": sum(math.prod(pretrained.tensors.shape(name)) for name in pretrained.tensors.names()),
+        },
+        "allocation": results.allocation and results.allocation.to_json(),
+        "weighed_layers": _weighed_layers(opened),
+        "seconds": dict(work.progress.seconds),
+        "memory": memory,
+        "continuations": prompts,
+        "files": {what: str(path) for what, path in files.items()},
+        **_facts(opened, results),
+    }
+
+    def write() -> dict[str, Any]:
+        measured_here = {"sizes": _sizes(opened), "tokens": changes(opened, results.dense, results.pruned)}
+        blocks = blocks_from_json(pruned.blocks, directory / CHECKPOINT)
+        return write_report(directory / REPORT, entries | measured_here, blocks)
+
+    report: dict[str, Any] = from_first(write)
+    return report
+
+
+REPORTING = Stage("reporting", _report, steps=lambda opened: [Step("reporting")])
+
+
+def _facts(opened: Opened, results: Results) -> dict[str, Any]:
     """The entries that the exported model's card and the report share."""
-    calibration, text = run.opened.texts.calibration, run.opened.texts.evaluation
-    source = run.opened.config.calibration.source
+    calibration, text = opened.texts.calibration, opened.texts.evaluation
     return {
         "calibration": {
-            "source": source,
+            "source": opened.config.calibration.source,
             "how": calibration.how,
             "tokens": int(calibration.ids.size),
             "unigram_perplexity": unigram_perplexity(calibration.ids),
         },
-        "recipe": recipe_line(run.opened.config, run.opened.model.decoder),
-        "perplexity": {"dense": _made(run.dense), "pruned": _made(run.pruned)},
+        "recipe": recipe_line(opened.config, opened.model.decoder),
+        "perplexity": {"dense": results.dense.perplexity, "pruned": results.pruned.perplexity},
         "evaluation": {
             "how": text.how,
             "tokens": int(text.ids.size),
             "digest": token_digest(text.ids),
             "unigram_perplexity": unigram_perplexity(text.ids),
         },
-        "distillation": run.distilled and run.distilled.to_json(),
+        "distillation": results.outcome and results.outcome.to_json(),
     }
 
 
-def _report(run: Run) -> None:
-    opened_run, config = run.opened, run.opened.config
-    (pretrained, decoder), directory = opened_run.model, opened_run.directory
-    residuals = decoder.family.residuals if config.target.weigh_tokens else ()
-    files = {"report": directory / REPORT, "checkpoint": directory / CHECKPOINT} | (
-        {"transformers": directory / FOLDER} if config.export else {}
-    )
-    memory = run.memory or memory_peaks()  # collected from all processes; only the first one writes
-    model = {
-        "origin": pretrained.origin,
-        "fingerprint": pretrained.fingerprint,
-        "architecture": next(iter(pretrained.config.architectures or ()), None),
-        "blocks": decoder.config.blocks,
-        "weights": sum(math.prod(pretrained.tensors.shape(name)) for name in pretrained.tensors.names()),
-    }
-    run.report = from_first(
-        lambda: write_report(
-            directory / REPORT,
-            {
-                "manifest": opened_run.manifest,
-                "configuration": opened_run.configuration,
-                "environment": environment(decoder.mesh),
-                "model": model,
-                "allocation": run.allocation and run.allocation.to_json(),
-                "weighed_layers": [
-                    name for name in residuals if any(name in decoder.at(kind).linears for kind in decoder.config.kinds)
-                ],
-                "seconds": dict(run.progress.seconds),
-                "memory": memory,
-                "sizes": _sizes(run),
-                "tokens": _changes(run),
-                "continuations": run.continuations,
-                "files": {what: str(path) for what, path in files.items()},
-                **_facts(run),
-            },
-            blocks_from_json(_made(run.blocks), directory / CHECKPOINT),
-        )
-    )
+def _weighed_layers(opened: Opened) -> list[str]:
+    """Names, inside a block, of the layers for which the target weighs tokens."""
+    decoder = opened.model.decoder
+    names = decoder.family.residuals if opened.config.target.weigh_tokens else ()
+    return [name for name in names if any(name in decoder.at(kind).linears for kind in decoder.config.kinds)]
 
 
-def _sizes(run: Run) -> dict[str, Any]:
+def _sizes(opened: Opened) -> dict[str, Any]:
     """Bytes of the source's files and tensors, of the exported weights, and of everything that the run leaves in its directory."""
-    pretrained, directory = run.opened.model.pretrained, run.opened.directory
+    pretrained, directory = opened.model.pretrained, opened.directory
     left = {} if in_bucket(directory) else {path.name: size_on_disk(path) for path in sorted(directory.iterdir())}
-    exported = weights_on_disk(directory / FOLDER) if run.opened.config.export else None
+    exported = weights_on_disk(directory / FOLDER) if opened.config.export else None
     return {"source": pretrained.stored, "dense": total_bytes(pretrained.tensors), "transformers": exported, "left": left}
-
-
-def _blocks(run: Run) -> int:
-    return run.opened.model.decoder.config.blocks
-
-
-STAGES = (
-    # A run writes nothing before every weight was read and the model works in this dtype, which the dense perplexity shows. A
-    # model that writes its calibration text shows the same, and this text must not be lost: then the journal opens at once.
-    Stage("keeping the text", (), lambda run: "generated" not in run.opened.manifest, _open_journal),
-    Stage("dense perplexity", (), _knows_dense, _measure_dense, _perplexity_steps),
-    Stage("recording", ("dense perplexity",), lambda run: False, _record),
-    Stage("allocating", ("recording",), _knows_allocation, _allocate, _allocation_steps),
-    Stage(GRADIENT, ("recording",), _knows_gradient, _measure_gradient, _gradient_steps),
-    Stage("pruning", ("recording", "allocating", GRADIENT), _is_pruned, _prune, _pruning_steps, _blocks),
-    Stage("training", ("pruning",), _is_distilled, _distill, _distillation_steps),
-    Stage(
-        "writing the checkpoint",
-        ("pruning", "allocating", "training"),
-        lambda run: run.blocks is not None,
-        _write_checkpoint,
-        _checkpoint_steps,
-    ),
-    Stage("pruned perplexity", ("writing the checkpoint", "recording"), lambda run: False, _measure_pruned, _perplexity_steps),
-    Stage("exporting for transformers", ("writing the checkpoint", "pruned perplexity"), _is_exported, _export, _export_steps),
-    Stage(
-        "continuing prompts with both models",
-        ("writing the checkpoint",),
-        _knows_continuations,
-        _continue_prompts,
-        lambda run: [Step("continuing prompts")] * 2 if _continues(run) else [],
-    ),
-    Stage(
-        "reporting",
-        ("pruned perplexity", "writing the checkpoint", "continuing prompts with both models"),
-        lambda run: False,
-        _report,
-        lambda run: [Step("reporting")],
-    ),
-)
-"""The stages that follow the opening of model and texts by :class:`Opened`."""

@@ -22,11 +22,16 @@ def distilled_line(report: Mapping[str, Any]) -> str:
         )
     gain = 1 - found["held_out_after"] / found["held_out_before"]
     took = f" in {duration(found['seconds'])}" if found.get("seconds") else ""
-    return (
-        f"{loss} on held-out text {before} -> {after} nats ({percent(gain)} less); perplexity "
-        f"{number(found['perplexity_before'], 4)} before, {number(report['perplexity']['pruned'], 4)} after; trained on "
-        f"{found['tokens']:,} tokens{took}"
-    )
+    return f"{loss} on held-out text {before} -> {after} nats ({percent(gain)} less); trained on {found['tokens']:,} tokens{took}"
+
+
+def perplexities(report: Mapping[str, Any]) -> dict[str, float]:
+    """The perplexity of the dense model, of the pruned one, and where it was trained behind that of the trained one, by these words."""
+    dense, last = report["perplexity"]["dense"], report["perplexity"]["pruned"]
+    found = report.get("distillation")
+    if not found or not found["kept"] or found["perplexity_before"] is None:
+        return {"dense": dense, "pruned": last}
+    return {"dense": dense, "pruned": found["perplexity_before"], "trained": last}
 
 
 def _loss(report: Mapping[str, Any]) -> str:
@@ -55,7 +60,11 @@ def _text(report: Mapping[str, Any], found: Mapping[str, Any]) -> str:
     if found.get("spans"):
         what = "its blocks were trained in order with fixed masks, each toward the hidden states of the dense model"
         kept = "Of each, the step with the least error on held-out windows was kept."
-    return f"After it was pruned, {what}. This is training, not one-shot pruning. {kept} Layer errors on this page were measured before."
+    shown = ", ".join(f"{what} {number(each, 4)}" for what, each in perplexities(report).items())
+    return (
+        f"After it was pruned, {what}. This is training, not one-shot pruning. {kept} Perplexity: {shown}. Layer errors on this page "
+        "were measured before."
+    )
 
 
 def _checks(title: str, report: Mapping[str, Any], found: Mapping[str, Any]) -> Table:

@@ -27,6 +27,8 @@ FILES: Mapping[str, str] = {
     "assets": "the source’s config.json, tokenizer, licence and model card; optima export reads them",
     "dense.json": "the dense model’s perplexity; a resumed run does not measure it again",
     "dense_losses.npy": "the dense model’s loss on every token of the evaluation text, to find the tokens that got worse",
+    "pruned.json": "the pruned model’s perplexity; a run that repairs its files does not measure it again",
+    "pruned_losses.npy": "the pruned model’s loss on every token of the evaluation text, likewise",
     "continuations.json": "the texts that both models write after a few prompts",
     "calibration.npy": "the calibration windows that the dense model wrote, as token ids",
     "allocation.json": "the sparsity of every block, chosen by the allocation",

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from optima_tpu.report import plots
+from optima_tpu.report.distillation import perplexities
 from optima_tpu.report.meaningless import meaningless_lines
 from optima_tpu.report.numbers import direction, number, percent, plural
 from optima_tpu.report.published import Published, comparable
@@ -26,11 +27,12 @@ _SHOWN = 4
 def tiles(run: Run) -> list[Tile]:
     """The most important numbers of one run."""
     report, dense, pruned = run.report, run.report["perplexity"]["dense"], run.report["perplexity"]["pruned"]
+    models = perplexities(report)
     shown = [
         Tile(
             "Perplexity",
-            f"{number(dense, 4)} → {number(pruned, 4)}",
-            f"dense → pruned, {number(pruned / dense)} times, {direction(dense, pruned)}, on {without_folders(report['evaluation']['how'])}",
+            " → ".join(number(each, 4) for each in models.values()),
+            f"{' → '.join(models)}, {number(pruned / dense)} times, {direction(dense, pruned)}, on {without_folders(report['evaluation']['how'])}",
         )
     ]
     for text, found in _part(run, "distance").items():

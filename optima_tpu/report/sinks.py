@@ -126,7 +126,7 @@ def _closing(name: str, sink: Sink) -> Iterator[Sink]:
 
 
 @contextlib.contextmanager
-def opened(sinks: Sinks, directory: Path, configuration: Mapping[str, Any]) -> Iterator[tuple[Sink, ...]]:
+def open_sinks(sinks: Sinks, directory: Path, configuration: Mapping[str, Any]) -> Iterator[tuple[Sink, ...]]:
     """Opens the sinks of a run. Every process must call it; only process 0 gets sinks.
 
     Args:
@@ -170,6 +170,10 @@ class Steps:
         while self._sinks and self._next in self._journal.finished:
             write_block(self._sinks, BlockReport.from_json(self._journal.report(self._next)))
             self._next += 1
+
+    def write(self, step: int, values: Mapping[str, float | None]) -> None:
+        """Sends other measures, behind the blocks."""
+        write(self._sinks, step, values)
 
 
 def write_block(sinks: Iterable[Sink], block: BlockReport) -> None:

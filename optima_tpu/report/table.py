@@ -10,7 +10,7 @@ from rich.measure import Measurement
 from rich.table import Table
 
 from optima_tpu.method.layer_rules import kind_name
-from optima_tpu.report.distillation import distilled_line
+from optima_tpu.report.distillation import distilled_line, perplexities
 from optima_tpu.report.file import files_in
 from optima_tpu.report.meaningless import meaningless_lines
 from optima_tpu.report.numbers import direction, number, percent, plural
@@ -88,12 +88,13 @@ def print_summary(console: Console, report: Mapping[str, Any], directory: Path) 
         tolerance = configuration["solver"].get("tolerance")
         stops = "" if tolerance is None else f". A row stops at {percent(tolerance)}, solver.tolerance"
         lines.append(f"Gap: {gap_meaning([solver])}{stops}.")
-    dense, pruned = perplexity["dense"], perplexity["pruned"]
+    models = perplexities(report)
+    shown = ", ".join(f"{what} {number(each, 4)}" for what, each in models.items())
     weights = sum(math.prod(layer.shape) for layer in layers)
-    ratio = number(pruned / dense)
+    ratio = number(perplexity["pruned"] / perplexity["dense"])
     lines += [
         "",
-        f"perplexity  dense {number(dense, 4)}, pruned {number(pruned, 4)} ({ratio} times), on {report['evaluation']['how']}",
+        f"perplexity  {shown} ({ratio} times), on {report['evaluation']['how']}",
         f"sparsity    {percent(sparsity(layers))} of the {weights:,} weights in {len(layers)} matrices" + whole_model(report),
     ]
     if size := sizes(report):

@@ -1,6 +1,7 @@
 """One flipped bit, in whatever file of a run or of an exported folder: it is repaired or named, never believed."""
 
 import collections
+import json
 import random
 import shutil
 from pathlib import Path
@@ -91,6 +92,17 @@ def test_a_run_that_mends_a_block_does_not_count_it_as_done(finished, tmp_path, 
     assert main([*finished.arguments, "--output", str(run)]) == 0
     printed = capsys.readouterr().out
     assert "resuming     2 of 3 blocks are done" in printed and "3 of 3 blocks" not in printed
+
+
+def test_a_damaged_export_is_named_first_and_nothing_is_measured_again(finished, tmp_path, capsys):
+    run = Path(shutil.copytree(finished.directory, tmp_path / "run"))
+    flip(run / "hf/model.safetensors", 999_999)
+    assert main([*finished.arguments, "--output", str(run)]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert said.index("hf is damaged: ") < said.index("stages: exporting for transformers, reporting")
+    seconds = json.loads((run / "report.json").read_text())["seconds"]
+    assert not {"dense perplexity", "pruned perplexity"} & seconds.keys()
+    assert not verified(run).damaged
 
 
 def test_a_folder_of_something_else_is_not_verified(tmp_path, capsys):

@@ -190,7 +190,7 @@ def test_text_is_kept_before_the_dense_model_is_measured(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     command = [*arguments(tiny_folder(tmp_path / "model")), "--output", str(tmp_path / "run")]
-    monkeypatch.setattr("optima_tpu.pipeline.stages.token_losses", stopped)
+    monkeypatch.setattr("optima_tpu.pipeline.perplexities.token_losses", stopped)
     assert main(command) == 130
     monkeypatch.undo()
     monkeypatch.setattr(self_calibration, "generate", None)

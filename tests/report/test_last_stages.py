@@ -10,7 +10,7 @@ from optima_tpu.evaluate.perplexity import perplexity, token_losses
 from optima_tpu.launch import main
 from optima_tpu.models.decoder import Decoder
 from optima_tpu.pipeline import continuations as writing
-from optima_tpu.pipeline import stages
+from optima_tpu.pipeline import perplexities
 from tests.support.meshes import mesh
 from tests.support.processes import several
 from tests.support.records import put
@@ -85,7 +85,7 @@ def test_a_run_that_goes_on_has_the_dense_losses_of_its_first_part(words, tmp_pa
         dense.pop("losses")
         put(tmp_path / "run" / "dense.json", json.dumps(dense))
     measured = []
-    monkeypatch.setattr(stages, "token_losses", lambda *args: measured.append(1) or token_losses(*args))
+    monkeypatch.setattr(perplexities, "token_losses", lambda *args: measured.append(1) or token_losses(*args))
     assert main(command) == 0
     assert len(measured) == (2 if lost == "damaged" else 1), "the pruned model alone"
     expected = record(words[1])["tokens"]

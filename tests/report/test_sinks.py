@@ -147,6 +147,6 @@ def test_a_sink_that_cannot_be_closed_fails_no_run(tmp_path, monkeypatch, capsys
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(sinks.TensorBoard, "close", fail)
-    with sinks.opened(sinks.Sinks(tensorboard=True), tmp_path, {}) as opened:
+    with sinks.open_sinks(sinks.Sinks(tensorboard=True), tmp_path, {}) as opened:
         assert len(opened) == 1
     assert "sinks.tensorboard may lack the last records: [Errno 28] No space left on device" in capsys.readouterr().err

@@ -26,7 +26,7 @@ from optima_tpu.models.checkpoints import load_tokenizer, open_model
 from optima_tpu.models.decoder import Decoder
 from optima_tpu.models.masks import open_masks
 from optima_tpu.pipeline.allocate import Allocated, read_allocation, write_allocation
-from optima_tpu.pipeline.continuations import read_continuations
+from optima_tpu.pipeline.continuations import CONTINUED
 from optima_tpu.pipeline.distill.outcome import Check, Outcome, keep_outcome, read_outcome
 from optima_tpu.pipeline.sweep.grid import read_grid
 from optima_tpu.report.curves import samples
@@ -296,7 +296,7 @@ KINDS = {
         "continuations.json",
         lambda folder: keep(folder, {"continuations.json": json.dumps(
             {"texts": [{"prompt": "a", "dense": ["b", "c", "d"], "pruned": ["b", "", ""]}]}).encode()}),
-        read_continuations,
+        CONTINUED.read,
     ),
     "results.json": Kind("results.json", _cells, samples),
     "lm_eval.json": Kind(

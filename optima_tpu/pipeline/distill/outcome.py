@@ -6,14 +6,15 @@ from typing import Any, NamedTuple
 
 from optima_tpu.pipeline.journal import Journal
 from optima_tpu.report import contents
-from optima_tpu.runtime.checksums import damage, keep
-from optima_tpu.runtime.files import remove, writing
+from optima_tpu.runtime.checksums import damage
+from optima_tpu.runtime.files import remove
+from optima_tpu.runtime.kept import KeptRecord
 from optima_tpu.runtime.processes import first_only, from_first
-from optima_tpu.runtime.records import encoded, known_record
 
 FOLDER = "distillation"
 OUTCOME, DISTILLED = "distillation.json", "distilled"
 REMEDY = "the pruned blocks are intact; make room and repeat the command"
+_KEPT = KeptRecord(OUTCOME, contents.Outcome, REMEDY)
 
 
 class Check(NamedTuple):
@@ -36,6 +37,10 @@ class Check(NamedTuple):
         """From ``_asdict()``. Other names are not read: a damaged file may have them."""
         return cls(record["step"], record["held_out"], record["training"], record.get("perplexity"))
 
+    def to_json(self) -> contents.Check:
+        """What the record of the training and the report have."""
+        return {"step": self.step, "held_out": self.held_out, "training": self.training, "perplexity": self.perplexity}
+
 
 class Span(NamedTuple):
     """What became of blocks that were trained together, toward the dense model's hidden states.
@@ -56,9 +61,9 @@ class Span(NamedTuple):
         """From :meth:`to_json`."""
         return cls(**record | {"checks": tuple(map(Check.from_json, record["checks"]))})  # type: ignore[arg-type]
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> contents.Span:
         """What the metadata of the blocks and the report have."""
-        return self._asdict() | {"checks": [check._asdict() for check in self.checks]}
+        return {"first": self.first, "last": self.last, "checks": [check.to_json() for check in self.checks], "kept": self.kept}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,10 +96,10 @@ class Outcome:
         """The held-out loss of the result."""
         return next(check.held_out for check in self.checks if check.step == self.kept)
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> contents.Outcome:
         """What ``distillation.json`` and the report have."""
         return {
-            "checks": [check._asdict() for check in self.checks],
+            "checks": [check.to_json() for check in self.checks],
             "kept": self.kept,
             "tokens": self.tokens,
             "seconds": self.seconds,
@@ -115,14 +120,14 @@ class Outcome:
 def keep_outcome(directory: Path, outcome: Outcome) -> None:
     """Makes the end of a distillation known to the run, and removes what a stopped one would have gone on from."""
 
-    def write() -> None:
-        with writing(directory / OUTCOME, REMEDY):
-            keep(directory, {OUTCOME: encoded(outcome.to_json())})
+    _KEPT.write(directory, outcome.to_json())
+
+    def clear() -> None:
         remove(directory / FOLDER)
         if not outcome.kept:
             remove(directory / DISTILLED)  # the model stays as it was pruned
 
-    first_only(write)
+    first_only(clear)
 
 
 def read_outcome(directory: Path, used: bool = False) -> Outcome | None:
@@ -132,14 +137,13 @@ def read_outcome(directory: Path, used: bool = False) -> Outcome | None:
       used: the checkpoint refers to the blocks, and was compared with its checksums; they are not read again.
     """
 
-    def read() -> contents.Outcome | None:
-        record = known_record(directory / OUTCOME, contents.Outcome)
-        if record is None or (record["kept"] and not used and any(damage(entry) for entry in _entries(directory))):
-            return None
-        return record
-
-    record = from_first(read)
-    return None if record is None else Outcome.from_json(record)
+    record = _KEPT.read(directory)
+    if record is None:
+        return None
+    trained = record["kept"] and not used
+    if trained and from_first(lambda: any(damage(entry) for entry in _entries(directory))):
+        return None
+    return Outcome.from_json(record)
 
 
 class Distilled:

@@ -113,7 +113,7 @@ def _train(model: Model, journal: Journal, stream: Stream, held_out: Stream, pro
         opened = zip(model.trainers, model.trainer.decoder.blocks(span))
         moved = [{name: parameters[name] for name in trainer.factors} for trainer, parameters in opened]
     found = Span(span.start, span[-1], tuple(training.checks), best.step).to_json()
-    record = _Trained(span=found, seconds=training.seconds)  # type: ignore[typeddict-item]
+    record = _Trained(span=found, seconds=training.seconds)
     write_blocks(model, moved, journal, record)
     return record
 

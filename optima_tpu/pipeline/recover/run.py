@@ -1,7 +1,7 @@
 """One recovery, from a pruned model to the same model trained on more text: a run whose blocks are pruned already."""
 
 import dataclasses
-from collections.abc import Sequence
+import functools
 from typing import Any
 
 import jax
@@ -16,15 +16,17 @@ from optima_tpu.data import Draw, Tokens, token_digest
 from optima_tpu.data.cache import TokenCache, token_key
 from optima_tpu.errors import UserError
 from optima_tpu.models.model import check_ids, window_bos, window_length
+from optima_tpu.pipeline import stages
 from optima_tpu.pipeline.arguments import recovery_texts
 from optima_tpu.pipeline.distill.blocks import Trainer
 from optima_tpu.pipeline.distill.train import refuse_large
 from optima_tpu.pipeline.inputs import Texts
 from optima_tpu.pipeline.journal import Journal, prepare_directory, refuse_unusable
+from optima_tpu.pipeline.keeping import Keep, Stage, Work
+from optima_tpu.pipeline.opened import Opened
 from optima_tpu.pipeline.recover.config import RecoverConfig
 from optima_tpu.pipeline.recover.start import Start, open_start
-from optima_tpu.pipeline.run import finish
-from optima_tpu.pipeline.stages import STAGES, Opened, Run, Stage
+from optima_tpu.pipeline.run import PrunedRun, finish, measuring
 from optima_tpu.report.pace import Step
 from optima_tpu.report.progress import Terminal, say
 from optima_tpu.runtime.device_memory import device_budget
@@ -82,40 +84,30 @@ def recover(config: RecoverConfig, console: Console | None = None) -> dict[str, 
     directory = prepare_directory(directory, manifest, configuration)
     opened = Opened(run_config, start.dense, texts, manifest, configuration, directory)
     say(console, "\n".join(_greeting(config, opened, start, drawn)))
-    return finish(opened, recovery_stages(start), console)
+    return finish(opened, functools.partial(recovering, run_config, start), console)
 
 
-def recovery_stages(start: Start) -> Sequence[Stage]:
-    """The stages of a run, in which the pruned blocks are taken from a pruned model and not made."""
-    pruning = next(stage for stage in STAGES if stage.name == "pruning")
-    needs = ("recording",)
-    taking = Stage(
-        "taking the pruned blocks",
-        needs,
-        lambda run: pruning.done(run) or (run.journal is not None and len(run.journal.finished) == _blocks(run)),
-        lambda run: _take(run, start),
-        lambda run: [Step("taking")] * len(_missing(run)),
+def recovering(config: RunConfig, start: Start, keep: Keep) -> dict[str, Any]:
+    """The stages of a recovery: those of a run, but for the blocks, which it takes from the pruned model."""
+    dense = keep(stages.DENSE)
+    journal = keep(stages.JOURNAL, dense, None)
+    sinks = keep(stages.SINKS, journal)
+    blocks = keep(_taking(start), journal)
+    return measuring(config, keep, PrunedRun(dense, blocks, sinks))
+
+
+def _taking(start: Start) -> Stage[[Journal], Journal]:
+    def take(work: Work, journal: Journal) -> Journal:
+        decoder = work.opened.model.decoder
+        missing = [index for index in range(decoder.config.blocks) if index not in journal.finished]
+        for index, parameters in zip(missing, start.decoder.blocks(missing)):
+            _take_block(journal, start, index, parameters, decoder.prefix(index))
+            work.progress.advance()
+        return journal
+
+    return Stage(
+        "taking the pruned blocks", take, stages.read_pruned, lambda opened: [Step("taking")] * len(stages.unfinished(opened))
     )
-    preparing = set(pruning.needs) - set(needs)  # what chooses masks and weights needs, and these blocks have theirs
-    return [taking if stage is pruning else stage for stage in STAGES if stage.name not in preparing]
-
-
-def _blocks(run: Run) -> int:
-    return run.opened.model.decoder.config.blocks
-
-
-def _take(run: Run, start: Start) -> None:
-    """Saves the blocks of the pruned model in the journal of the recovery."""
-    journal, prefix, missing = run.journal, run.opened.model.decoder.prefix, _missing(run)
-    assert journal is not None, "an earlier stage opens it"
-    for index, parameters in zip(missing, start.decoder.blocks(missing)):
-        _take_block(journal, start, index, parameters, prefix(index))
-        run.progress.advance()
-
-
-def _missing(run: Run) -> list[int]:
-    """The blocks that are not in the journal."""
-    return [index for index in range(_blocks(run)) if run.journal is None or index not in run.journal.finished]
 
 
 def _take_block(journal: Journal, start: Start, index: int, parameters: dict[str, jax.Array], prefix: str) -> None:

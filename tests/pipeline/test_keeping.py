@@ -1,0 +1,84 @@
+"""A stage's result is made once and kept; the same function tells what lies ahead."""
+
+import contextlib
+from types import SimpleNamespace
+
+import pytest
+
+from optima_tpu.config.parse import parse
+from optima_tpu.pipeline import run, stages
+from optima_tpu.pipeline.keeping import Keeper, Stage, Work, traced
+from optima_tpu.report.pace import Step
+
+
+class Shown:
+    """A progress that remembers what it was told."""
+
+    def __init__(self):
+        self.stages, self.ahead = [], ()
+
+    def stage(self, name, total, steps):
+        self.stages.append((name, total, steps, [list(each) for each in self.ahead]))
+
+
+def stage(name, kept, made, seconds=1):
+    """A stage that keeps its result in ``kept``, and says in ``made`` that it was done."""
+
+    def make(work, *inputs):
+        made.append(name)
+        kept[name] = (name, *inputs)
+        return kept[name]
+
+    return Stage(name, make, lambda work, *inputs: kept.get(name), lambda opened: [] if name in kept else [Step(name)] * seconds)
+
+
+def take(kept):
+    """A run of three stages, the last of which reads the results of the others."""
+    made, progress = [], Shown()
+    first, second, last = (stage(name, kept, made) for name in ("first", "second", "last"))
+
+    def body(keep):
+        one = keep(first)
+        return keep(last, one, keep(second, one))
+
+    keep = Keeper(Work(SimpleNamespace(), progress, contextlib.ExitStack()), traced(body))
+    return keep.names, body(keep), made, progress.stages
+
+
+def test_results_reach_the_stages_that_need_them():
+    names, result, made, shown = take({})
+    assert names == made == ["first", "second", "last"]
+    assert result == ("last", ("first",), ("second", ("first",)))
+    assert [name for name, *_ in shown] == made
+    assert [len(ahead) for *_, ahead in shown] == [2, 1, 0]
+
+
+@pytest.mark.parametrize("known", range(4))
+def test_what_is_kept_is_not_made_again(known):
+    kept = {}
+    whole = take(kept)[1]
+    few = dict(list(kept.items())[:known])
+    names, result, made, _ = take(few)
+    assert result == whole and made == names == list(kept)[known:]
+
+
+def test_tracing_does_nothing():
+    kept, made = {}, []
+    assert [each.name for each in traced(lambda keep: keep(stage("only", kept, made)))] == ["only"]
+    assert not kept and not made
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ([], set()),
+        (["--allocation", "owl"], {stages.ALLOCATION}),
+        (["--target.weigh_by_loss", "0.5"], {stages.GRADIENT}),
+        (["--distill", "kl"], {stages.TRAINING, stages.UNTRAINED}),
+        (["--calibration.written", "4"], {stages.WRITTEN_TEXT}),
+    ],
+)
+def test_a_run_has_the_stages_that_its_settings_ask_for(settings, expected):
+    optional = {stages.ALLOCATION, stages.GRADIENT, stages.TRAINING, stages.UNTRAINED, stages.WRITTEN_TEXT}
+    config = parse(["org/model", "--pattern", "0.5/row", *settings])
+    assert set(traced(lambda keep: run.pruning(config, keep))) & optional == expected
